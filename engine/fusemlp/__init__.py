@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from fusemlp.datasets.load import load_data
     from fusemlp.describe.adversarial import FGSM, PGD
+    from fusemlp.describe.hardening import TRADES, Free
     from fusemlp.describe.intervals import IBP
     from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
     from fusemlp.describe.network import ELU, MLP, Activation, LeakyReLU, PReLU
@@ -74,6 +75,7 @@ __all__ = [
     "MSE",
     "PGD",
     "SGD",
+    "TRADES",
     "Activation",
     "Adam",
     "AdamW",
@@ -98,6 +100,7 @@ __all__ = [
     "FlatCosine",
     "Fleet",
     "FleetResults",
+    "Free",
     "FusemlpError",
     "History",
     "Huber",
@@ -138,6 +141,7 @@ _NAMES = {
     "fusemlp.fleet.results": "Ensemble FleetResults",
     "fusemlp.fleet.fleet": "Fleet",
     "fusemlp.runtime.normalising": "InputScaleWarning",
+    "fusemlp.describe.hardening": "Free TRADES",
     "fusemlp.describe.intervals": "IBP",
     "fusemlp.describe.losses": "BinaryCrossEntropy CrossEntropy Huber Loss MAE MSE Poisson Quantile",
     "fusemlp.training.lr_finder": "LearningRateSweep lr_find",

@@ -145,6 +145,10 @@ def _check_together(op: str, given: Mapping[str, Any]) -> None:
             raise ArgumentError(f"{op}: z: the derivative of {activation} needs the pre-activation; got None")
         if activation == "prelu" and given["dslope"] is None:
             raise ArgumentError(f"{op}: dslope: prelu's gradient needs an array of shape (1,); got None")
+    if any(layer.get("dz2") is not None for layer in given.get("layers", ())):
+        raise ArgumentError(f"{op}: dz2: this backend takes one batch, and the numpy backend a second one")
+    if op == "perturb" and (given["x"] is None) != (given["carried"] is not None):
+        raise ArgumentError(f"{op}: x: it is None with carried, which moves by itself, and an array without")
     if "counters" in given and given["counters"] is None:
         if given.get("dropout") is not None:
             raise ArgumentError(f"{op}: counters: dropout needs them, since the mask depends on the batch; got None")

@@ -28,6 +28,7 @@ Bind = TypeVar("Bind", bound=Callable[..., object])
 # Ops that a backend ("": each) does not bind, and why.
 REFUSED = {
     ("", "penalty"): "it runs inside train_resident; elsewhere change the gradients between grad_weight and update",
+    **dict.fromkeys((("triton", "divergence"), ("cupy", "divergence")), "it is bound by the numpy backend alone"),
     ("numpy", "train_fleet"): "its models train one after another, by train_resident",
     **{
         (backend, op): "it has no networks with members yet; use backend='numpy'"
@@ -184,6 +185,11 @@ _LAYER = (
     replace(_GATHERED, use=READ),
     Operand("x", "MK", "compute", rows="rows"),
 )
+# Another batch of as many rows, whose gradients are added: on the numpy backend.
+_SECOND = (
+    Operand("dz2", "MN", "compute", optional=True),
+    Operand("x2", "MK", "compute", optional=True),
+)
 
 _HISTORY = Operand(
     "epoch_stats", dtype="float64", use=WRITTEN, kind="control", optional=True, hidden=True,
@@ -311,27 +317,47 @@ OPS = {op.name: op for op in (
         _COUNTERS,
     )),
     Op("perturb",
-        "start = x + d within the bounds, d being 0 or random; or adv = x + d, d being adv - x and a step in the "
-        "direction of dx, brought back to norm eps. The direction is sign(dx) in the norm inf, dx / |dx| in the norm 2 "
-        "(0 where dx is 0), of each row. Where rows is -1, zeros", (
+        "start = x + d within the bounds, d being 0, random or given; or adv = x + d, d being adv - x and a step in "
+        "the direction of dx, brought back to norm eps; or carried = d, d being carried and such a step. The direction "
+        "is sign(dx) in the norm inf, dx / |dx| in the norm 2 (0 where dx is 0), of each row. Where rows is -1, zeros; "
+        "there carried stays", (
         _ROWS,
-        Operand("x", "MK", "compute", rows="rows"),
+        Operand("x", "MK", "compute", rows="rows", nullable=True, note="None with carried"),
         Operand("start", "MK", "compute", WRITTEN, optional=True, note="random as philox.uniform says"),
-        Operand("dx", "MK", "compute", optional=True, note="with adv: the gradient by it"),
+        Operand("delta", "MK", "compute", optional=True, note="with start: d"),
+        Operand("dx", "MK", "compute", optional=True, note="with adv or carried: the gradient by the moved inputs"),
         Operand("adv", "MK", "compute", UPDATED, optional=True, note="in place of start"),
+        Operand("carried", "MK", "compute", UPDATED, "control", optional=True, note="in place of start, without x"),
         Operand("change", note="Perturbation"),
         _COUNTERS,
+    )),
+    Op("divergence",
+        "the Kullback-Leibler divergence, sum of p log(p / q), of each row, p = softmax(z), q = softmax(other): "
+        "strength times the gradient by other, and with dz that by z, added; with stats the same of the value. As the "
+        "loss it is a mean, or a sum; padding weighs nothing", (
+        _ROWS,
+        Operand("z", "MN", "compute"),
+        Operand("other", "MN", "compute"),
+        Operand("dother", "MN", "compute", WRITTEN),
+        Operand("dz", "MN", "compute", UPDATED, optional=True),
+        Operand("strength", note="float"),
+        Operand("loss", note="LossSpec: its reduction"),
+        Operand("weight", "M", rows="rows", optional=True, note="a weight for each row"),
+        _COUNTERS,
+        Operand("stats", "S", "float64", UPDATED, kind="control", optional=True, note="its sums, after the loss"),
     )),
     Op("grad_weight",
         "dw = dz.T @ x, db = sum over rows of dz, for all layers; with rule.accumulate k > 1 added to what is "
         "there, unless counters[BATCH_INDEX] is a multiple of k", (
         Operand("layers", fields=(
             *_LAYER,
+            *_SECOND,
             Operand("dw", "NK", use=WRITTEN, kind="gradient", nullable=True, note="None where it is frozen"),
             Operand("db", "N", use=WRITTEN, kind="gradient", nullable=True, note="None where it is frozen"),
         )),
         Operand("slopes", optional=True, default=(), fields=(
-            Operand("dslope", "1"), Operand("grad", "1", use=WRITTEN, kind="gradient"),
+            Operand("dslope", "1"), Operand("dslope2", "1", optional=True),
+            Operand("grad", "1", use=WRITTEN, kind="gradient"),
         )),
         _RULE,
         _COUNTERS,
@@ -346,6 +372,7 @@ OPS = {op.name: op for op in (
         "accumulation", (
         Operand("layers", fields=(
             *_LAYER,
+            *_SECOND,
             Operand("w", "NK", use=UPDATED, kind="parameter", nullable=True, note="None where it is frozen"),
             Operand("b", "N", use=UPDATED, kind="parameter", nullable=True, note="None where it is frozen"),
             Operand("w_state", "NK", use=UPDATED, kind="state", several=True, optional=True, default=()),
@@ -355,7 +382,7 @@ OPS = {op.name: op for op in (
             Operand("w_shadow", "NK", "compute", WRITTEN, kind="shadow", optional=True, note="w, rounded"),
         )),
         Operand("slopes", optional=True, default=(), fields=(
-            Operand("dslope", "1"),
+            Operand("dslope", "1"), Operand("dslope2", "1", optional=True),
             Operand("param", "1", use=UPDATED, kind="parameter"),
             Operand("state", "1", use=UPDATED, kind="state", several=True),
             Operand("rule", note="TensorRule"),

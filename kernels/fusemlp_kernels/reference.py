@@ -153,6 +153,26 @@ def loss_of_output(
     return float(total / normaliser), dy / (each if spec.reduction == "rows" else normaliser)
 
 
+def divergence(
+    z: Array, other: Array, weight: Array | None = None, reduction: str = "mean"
+) -> tuple[float, Array, Array]:
+    """The mean by ``weight`` (M,), or the sum, of each row's Kullback-Leibler divergence, sum of p log(p / q), p and q
+    being the softmax of z and of ``other`` (M, N); its gradients by z and by ``other``.
+    """
+
+    def log_softmax(y: Array) -> Array:
+        shifted = y - y.max(axis=1, keepdims=True)
+        return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
+    log_p, log_q = log_softmax(z), log_softmax(other)
+    p, q = np.exp(log_p), np.exp(log_q)
+    values = (p * (log_p - log_q)).sum(axis=1, keepdims=True)
+    weights = np.ones((len(z), 1)) if weight is None else np.asarray(weight, np.float64)[:, None]
+    normaliser = 1.0 if reduction == "sum" else weights.sum()
+    shares = weights / normaliser if normaliser else 0.0 * weights
+    return float((shares * values).sum()), shares * p * (log_p - log_q - values), shares * (q - p)
+
+
 def _elementwise(spec: LossSpec, y: Array, t: Array) -> tuple[Array, Array]:
     """The losses that look at one output at a time, and their derivatives by y."""
     r = y - t

@@ -1,8 +1,9 @@
-"""The options of attacks, and of IBP, as a description: for ``evaluate --attack`` and ``train --adversarial``."""
+"""The options of ``evaluate --attack`` and ``train --adversarial`` as descriptions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 
 import numpy as np
 
@@ -10,19 +11,33 @@ from fusemlp.cli.options import EvaluateOptions, TrainOptions, one_of
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.adversarial import FGSM, PGD, Attack
 from fusemlp.describe.checks import check_choice
+from fusemlp.describe.hardening import TRADES, Free, Hardening
 from fusemlp.describe.intervals import IBP
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.evidence import image_shape
 from fusemlp_kernels.errors import ArgumentError
 
-Kind = type[FGSM] | type[PGD] | type[IBP]
+Kind = type[FGSM] | type[PGD] | type[Free] | type[TRADES] | type[IBP]
 _ATTACKS: dict[str, Kind] = {one.kind: one for one in (PGD, FGSM)}
-_TRAININGS: dict[str, Kind] = {**_ATTACKS, IBP.kind: IBP}
-# Fields of PGD by the options for them.
-_FIELDS = {"attack_eps": "eps", "attack_steps": "steps", "attack_norm": "norm"}
+_TRAININGS: dict[str, Kind] = {**_ATTACKS, Free.kind: Free, TRADES.kind: TRADES, IBP.kind: IBP}
+# Fields of attacks and trainings by the options for them.
+_FIELDS = {
+    **{"attack_eps": "eps", "attack_steps": "steps", "attack_norm": "norm"},
+    **{"attack_repeats": "repeats", "attack_beta": "beta"},
+}
+# The reason why a kind has no such field.
+_ABSENT = {
+    "fgsm": "is one step in the norm inf",
+    "ibp": "takes no steps, and the norm inf",
+    "free": "takes a step in each update",
+    "pgd": "trains on the attacked rows alone, once on each batch",
+    "trades": "updates once on each batch",
+}
 
 
-def chosen(options: EvaluateOptions | TrainOptions, made: Preprocessor, X: Array, cells: Array) -> Attack | IBP | None:
+def chosen(
+    options: EvaluateOptions | TrainOptions, made: Preprocessor, X: Array, cells: Array
+) -> Attack | Hardening | IBP | None:
     """Return the attack of the options on rows X, as the network takes them; None if there is none.
 
     ``cells`` are the rows that are scored under it, as in the data.
@@ -32,7 +47,7 @@ def chosen(options: EvaluateOptions | TrainOptions, made: Preprocessor, X: Array
     """
     option, kinds = ("adversarial", _TRAININGS) if isinstance(options, TrainOptions) else ("attack", _ATTACKS)
     kind: str | None = getattr(options, option)
-    given = {name: getattr(options, name) for name in _FIELDS if getattr(options, name) is not None}
+    given = {name: value for name in _FIELDS if (value := getattr(options, name, None)) is not None}
     if kind is None:
         for name in given:
             raise ArgumentError(f"{name}: it is of an attack; give --{option} too, such as --{option} pgd")
@@ -42,9 +57,10 @@ def chosen(options: EvaluateOptions | TrainOptions, made: Preprocessor, X: Array
         raise ArgumentError(
             "attack_eps: say how far an input may move, in its units after --scale, such as --attack-eps 0.1"
         )
-    if described is not PGD and len(given) > 1:
-        reason = "is one step in the norm inf" if described is FGSM else "takes no steps, and the norm inf"
-        raise ArgumentError(f"{[*given][1]}: {kind} {reason}; leave it out, or take pgd")
+    for name in given:
+        if not _has(described, _FIELDS[name]):
+            having = [one for one, other in kinds.items() if _has(other, _FIELDS[name])]
+            raise ArgumentError(f"{name}: {kind} {_ABSENT[kind]}; leave it out, or take {one_of(having)}")
     _check_columns(option, made, cells)
     within = image_shape(made) is not None and made.scale == "none"
     bounds = (float(X.min()), float(X.max())) if within and X.min() < X.max() else None
@@ -52,6 +68,10 @@ def chosen(options: EvaluateOptions | TrainOptions, made: Preprocessor, X: Array
         return described(**{_FIELDS[name]: value for name, value in given.items()}, bounds=bounds)
     except ArgumentError as error:
         raise ArgumentError(f"attack_{error}") from None
+
+
+def _has(kind: Kind, name: str) -> bool:
+    return name in {field.name for field in fields(kind)}
 
 
 def _check_columns(option: str, made: Preprocessor, cells: Array) -> None:

@@ -19,6 +19,7 @@ from fusemlp.datasets.load import MOST_CLASSES, NAMES, TASKS
 from fusemlp.datasets.scaling import SCALES
 from fusemlp.datasets.textfiles import Form
 from fusemlp.describe.adversarial import FGSM, NORMS, PGD
+from fusemlp.describe.hardening import TRADES, Free
 from fusemlp.describe.intervals import IBP
 from fusemlp.describe.losses import LOSSES
 from fusemlp.describe.metrics import METRICS
@@ -72,8 +73,8 @@ EPS_UNITS = (
 )
 ATTACK_EPS = f"The most by which an input may move: {EPS_UNITS}."
 PIXELS = "After --scale none, pixels stay within the least and the greatest of the rows."
-ATTACK_STEPS = "For pgd: its steps (10), each 2.5 * eps / steps long."
-ATTACK_NORM = "For pgd: inf moves each input by up to eps (default), 2 each row by up to eps in the Euclidean norm."
+ATTACK_STEPS = "For pgd, and for training by trades: its steps (10), each 2.5 * eps / steps long."
+ATTACK_NORM = "inf moves each input by up to eps (default), 2 each row by up to eps in the Euclidean norm."
 SHELLS = ("bash", "zsh", "fish", "powershell")
 # The quantities of each epoch, by which a training may be judged.
 MONITORS = ("val_loss", "val_accuracy", *METRICS, "loss", "accuracy")
@@ -373,14 +374,22 @@ class TrainOptions(FitOptions):
     adversarial: str | None = _training(
         None,
         f"{one_of(ATTACKS)}: train on each batch as this attack changes it, by at most --attack-eps, to resist it. "
-        "ibp: train for certified accuracy within --attack-eps, without early stopping. For inputs that are numbers; "
-        "words, dates and missing cells are refused. Trains one model.",
+        "free: change it by gradients that training computes anyway, with --attack-repeats updates on each batch. "
+        "trades: add --attack-beta times the divergence of the probabilities of changed rows to the loss. ibp: train "
+        "for certified accuracy within --attack-eps, without early stopping. For inputs that are numbers; words, dates "
+        "and missing cells are refused. Trains one model.",
         "ATTACK",
-        values=(*ATTACKS, IBP.kind),
+        values=(*ATTACKS, Free.kind, TRADES.kind, IBP.kind),
     )
     attack_eps: float | None = _training(None, ATTACK_EPS, "EPS")
     attack_steps: int | None = _training(None, ATTACK_STEPS)
     attack_norm: str | None = _training(None, ATTACK_NORM, values=NORMS)
+    attack_repeats: int | None = _training(
+        None, "With --adversarial free: updates on each batch (4). An epoch takes that many times as long."
+    )
+    attack_beta: float | None = _training(
+        None, "With --adversarial trades: the weight of the divergence (6); larger for more robustness, less accuracy."
+    )
     final_fit: bool = _training(
         False, "After the scores, train the model on all rows, the test rows too, for the epochs that were best."
     )

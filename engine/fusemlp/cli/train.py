@@ -26,6 +26,7 @@ from fusemlp.datasets.prepare import Rows, watch
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.checks import as_count, as_number
+from fusemlp.describe.hardening import Hardening
 from fusemlp.describe.intervals import IBP
 from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine, load_checkpoint
@@ -169,7 +170,7 @@ def worked(session: Session, told: Events) -> tuple[dict[str, Any], list[str], D
     return {"event": "end", **content, "tracked": tracked}, lines, failure
 
 
-def attack_on(rows: Rows, options: TrainOptions, prepared: Prepared) -> Attack | IBP | None:
+def attack_on(rows: Rows, options: TrainOptions, prepared: Prepared) -> Attack | Hardening | IBP | None:
     """Return what the training is against, for rows as the network takes them; the test rows are scored under it."""
     cells, _, tested = prepared.test_rows
     return attacks.chosen(options, prepared.preprocessor, rows.X, cells[tested])

@@ -20,6 +20,9 @@ def _as_norm(argument: str, value: object) -> str:
     return check_choice(argument, known.get(value, value) if isinstance(value, Hashable) else value, NORMS)
 
 
+Norm = Annotated[str, _as_norm]
+
+
 def as_bounds(argument: str, value: Any) -> tuple[float, float]:
     """Return a pair of numbers, the lower one first."""
     if isinstance(value, str) or not isinstance(value, Iterable) or len(pair := tuple(value)) != 2:
@@ -76,7 +79,7 @@ class PGD(Attack):
 
     steps: Count = 10
     step_size: Positive | None = None
-    norm: Annotated[str, _as_norm] = "inf"
+    norm: Norm = "inf"
     _: KW_ONLY
     restarts: Count = 1
     random_start: Flag = True
@@ -101,7 +104,7 @@ class PGD(Attack):
 
 
 # Arguments of torchattacks, Foolbox and the Adversarial Robustness Toolbox.
-_ELSEWHERE = {
+ELSEWHERE = {
     **dict.fromkeys(("epsilon", "epsilons", "radius"), "it is called eps here: PGD(0.1)"),
     **dict.fromkeys(("alpha", "eps_step", "rel_stepsize", "abs_stepsize"), "it is called step_size here"),
     **dict.fromkeys(("max_iter", "nb_iter", "iterations"), "it is called steps here"),
@@ -109,7 +112,7 @@ _ELSEWHERE = {
     "num_random_init": "it is called restarts here",
 }
 for _one in (FGSM, PGD):
-    knows_names_of(_one, _ELSEWHERE)
+    knows_names_of(_one, ELSEWHERE)
 
 
 def as_attack(argument: str, value: object) -> Attack:

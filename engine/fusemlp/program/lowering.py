@@ -3,18 +3,21 @@
 A step of L layers is L forward calls (the last with loss and dz), L - 1 ``grad_input`` and one grouped
 ``grad_weight_update`` at the end, when nothing reads the old weights any more: 2L calls. Clipping and accumulation
 need the gradients of the whole network at once: then ``grad_weight`` and ``update`` stand at the end. Privacy puts
-``clip_examples`` before them. Adversarial training begins with the calls that move the batch. The members of a network
-are rows of the batch, one after another, and each product stands between what they have of their own.
+``clip_examples`` before them. Adversarial training begins with the calls that move the batch; what ``Free`` adds to a
+batch is a value that stays from one step to the next. The members of a network are rows of the batch, one after
+another, and each product stands between what they have of their own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from fusemlp.describe import adversarial
+from fusemlp.describe.adversarial import Attack as AttackOfInputs
+from fusemlp.describe.hardening import TRADES, Free, Hardening
 from fusemlp.describe.network import MLP
 from fusemlp.program.layout import RATE_ROWS, REMEMBERED, Layout, short_names
 from fusemlp.program.program import Call, Program, Ref, Value
@@ -64,15 +67,23 @@ class Privacy(NamedTuple):
 
 
 class Attack(NamedTuple):
-    """Steps that move the batch to where its loss is larger, before it is trained on; nothing is dropped in them."""
+    """Steps that move the batch to where its loss is larger, before it is trained on; nothing is dropped in them.
+
+    ``carried``: no such steps; the step's own backward pass moves what is added to the inputs of the next step.
+    ``beta``: the step trains on the batch, and on beta times the divergence of the outputs of the moved batch from its
+    own, which the steps raise too.
+    """
 
     steps: int
     change: Perturbation
+    carried: bool = False
+    beta: float | None = None
 
 
-def lowered_attack(attack: adversarial.Attack) -> Attack:
-    """Return what a step is told of an attack."""
-    return Attack(attack.plain.steps, attack.perturbation())
+def lowered_attack(against: AttackOfInputs | Hardening) -> Attack:
+    """Return what a step is told of an attack, or of a training against one."""
+    beta = against.beta if isinstance(against, TRADES) else None
+    return Attack(against.plain.steps, against.plain.perturbation(), isinstance(against, Free), beta)
 
 
 class Step(NamedTuple):
@@ -145,17 +156,15 @@ def lower_training(
 def lower(step: Step) -> Program:
     """Return the program of a step; the models of a fleet share it, so it is remembered."""
     build, last = _Builder(step), step.net.layers - 1
-    if step.attack is not None:
-        build.attack(step.attack)
-    for layer in range(step.gradient or 0, last):
-        if step.net.members > 1:
-            build.of_members(layer)
-        else:
-            build.linear(layer, f"h{layer + 1}", build.activation(layer))
     if step.rule is not None:
         build.add("hyper", (HYPER,), "float64", "control")
         build.add("rates", (1 + RATE_ROWS, RATE_COLUMNS), "float64", "control")
-    if step.spec is not None:
+    if step.attack is not None and build.beta is None:
+        (build.add_carried if step.attack.carried else build.attack)(step.attack)
+    build.hidden(step.gradient or 0)
+    if step.attack is not None and build.beta is not None:
+        build.trades(step.attack, build.beta)
+    elif step.spec is not None:
         build.loss(step.spec)
     elif step.net.members > 1:
         build.heads("y")
@@ -167,6 +176,8 @@ def lower(step: Step) -> Program:
     else:
         for layer in range(build.top, build.first, -1):
             build.grad_input(layer)
+    if step.attack is not None and step.attack.carried:
+        build.move_carried(step.attack)
     if step.rule is not None:
         build.update(step.rule)
     return build.program()
@@ -210,13 +221,16 @@ class _Builder:
         self.rows = self.add("rows", (self.batch,), "int64", "control") if inputs.indexed else None
         # whether a batch that is picked by row is copied first
         self.copies = inputs.indexed and not self.traits.gathers_in_load
-        attacked = step.attack is not None
+        self.beta = None if step.attack is None else step.attack.beta
+        attacked = step.attack is not None and self.beta is None
         gathers = self.copies and not attacked and self.members == 1
         self.gathered = self.work("gathered", self.net.sizes[0]) if gathers else None
         # the rows of x, where the first layer picks its batch from it
         self.picks = None if attacked else self.rows
         # whether the calls are those of the attack
         self.attacking = False
+        # the end of the names of what the calls make: of the batch, or of the moved one beside it
+        self.side = ""
 
     def add(self, name: str, shape: tuple[int, ...], dtype: str, kind: str) -> Ref:
         self.values[name] = Value(name, shape, dtype, kind)
@@ -241,7 +255,7 @@ class _Builder:
 
     def operands(self, layer: int) -> dict[str, Any]:
         """The matrices that a layer's product reads."""
-        return {"x": Ref(f"h{layer}") if layer else self.x, "w": self.weight(layer), "b": Ref(f"b{layer}")}
+        return {"x": Ref(f"h{layer}{self.side}") if layer else self.x, "w": self.weight(layer), "b": Ref(f"b{layer}")}
 
     def picked(self, layer: int, rows: str = "rows") -> dict[str, Any]:
         """The operands by which the first layer finds its batch."""
@@ -259,7 +273,7 @@ class _Builder:
     def slope_gradient(self, layer: int) -> Ref | None:
         """The gradient by the slope of the prelu after a layer."""
         learned = self.net.activations[layer].name == "prelu"
-        return self.add(f"dslope{layer}", (1,), "real", "work") if learned else None
+        return self.add(f"dslope{layer}{self.side}", (1,), "real", "work") if learned else None
 
     def dropout(self, layer: int) -> Dropout | None:
         """The dropout after a layer, in training."""
@@ -277,13 +291,68 @@ class _Builder:
         self.first = -1
         self.attacking = True
         for _ in range(attack.steps):
-            for layer in range(self.net.layers - 1):
-                self.linear(layer, f"h{layer + 1}", self.activation(layer))
+            self.hidden()
             self.loss(replace(spec, accuracy=False))
             for layer in range(self.top, -1, -1):
                 self.grad_input(layer)
             self.call("perturb", attack.change.norm, x=x, dx=Ref("dx"), adv=self.x, **rows)
         self.first, self.attacking = first, False
+
+    def trades(self, attack: Attack, beta: float) -> None:
+        """The last layer, its loss, and all calls for the moved batch; the batch's gradient has yet to go back."""
+        last, first, x, spec = self.net.layers - 1, self.first, self.x, self.step.spec
+        assert spec is not None
+        rows: dict[str, Any] = {"rows": self.rows, "counters": self.counters}
+        logits = self.linear(last, f"z{last + 1}", {"activation": "identity"})
+        weight = self.weight_of_rows()
+        common: dict[str, Any] = {"z": logits, "loss": spec, "weight": weight, **rows}
+        place = self.x, self.picks, self.gathered
+        self.x, self.picks, self.gathered = self.work("adv", self.net.sizes[0]), None, None
+        self.side = ".adv"
+        self.call("perturb", "start", x=x, start=self.x, change=attack.change, **rows)
+
+        def other() -> dict[str, Any]:
+            self.hidden()
+            moved = self.linear(last, f"z{last + 1}.adv", {"activation": "identity"})
+            return {"other": moved, "dother": self.work(f"dz{last + 1}.adv", self.net.sizes[-1]), **common}
+
+        self.first = -1
+        for _ in range(attack.steps):
+            self.call("divergence", "", **other(), strength=1.0)
+            for layer in range(last, -1, -1):
+                self.grad_input(layer)
+            self.call("perturb", attack.change.norm, x=x, dx=Ref("dx"), adv=self.x, change=attack.change, **rows)
+        self.first = first
+        moved = other()
+        self.call("loss_grad", spec.kind, z=logits, **self.loss_operands(spec))
+        dz = Ref(f"dz{last + 1}") if first < self.net.layers else None
+        self.call("divergence", f"{beta:g}", **moved, strength=beta, stats=Ref("stats"), dz=dz)
+        for layer in range(last, first, -1):
+            self.grad_input(layer)
+        self.side, self.x, self.picks, self.gathered = "", *place
+
+    def add_carried(self, attack: Attack) -> None:
+        """Add what is carried to the batch; what follows reads the sum in place of x."""
+        delta = self.add("delta", (self.batch, self.net.sizes[0]), self.matrix, "control")
+        x, self.x = self.x, self.work("adv", self.net.sizes[0])
+        rows: dict[str, Any] = {"rows": self.rows, "counters": self.counters}
+        self.call("perturb", "start", x=x, start=self.x, delta=delta, change=attack.change, **rows)
+        # the gradient goes back to the inputs
+        self.first = -1
+
+    def move_carried(self, attack: Attack) -> None:
+        """Move what is carried; the bounds are those of the inputs."""
+        change = replace(attack.change, low=-math.inf, high=math.inf)
+        rows: dict[str, Any] = {"rows": self.rows, "counters": self.counters}
+        self.call("perturb", change.norm, x=None, dx=Ref("dx"), carried=Ref("delta"), change=change, **rows)
+
+    def hidden(self, first: int = 0) -> None:
+        """The hidden layers forward, from ``first`` on."""
+        for layer in range(first, self.net.layers - 1):
+            if self.members > 1:
+                self.of_members(layer)
+            else:
+                self.linear(layer, f"h{layer + 1}{self.side}", self.activation(layer))
 
     def linear(self, layer: int, output: str, activation: dict[str, Any]) -> Ref:
         """A layer forward, with its activation; returns its output."""
@@ -298,7 +367,7 @@ class _Builder:
             counters=self.counters,
             **activation,
             **self.picked(layer),
-            z=self.work(f"z{layer + 1}", width) if layer >= self.first and name in NEEDS_Z else None,
+            z=self.work(f"z{layer + 1}{self.side}", width) if layer >= self.first and name in NEEDS_Z else None,
             dropout=dropout,
             keep=self.work(f"keep{layer + 1}", width, "bool") if dropout and self.traits.stores_masks else None,
         )
@@ -394,8 +463,13 @@ class _Builder:
             return None
         return self.add(f"d{short}", self.step.layout.places[short].shape, "real", "gradient")
 
-    def loss(self, spec: LossSpec) -> None:
-        """The last layer, the loss and its gradient: one call where the backend can, else two.
+    def weight_of_rows(self) -> Ref | None:
+        """The weight of each row, if there is one."""
+        inputs = self.step.inputs
+        return self.add("weight", (inputs.rows,), "real", "data") if inputs.weighted else None
+
+    def loss_operands(self, spec: LossSpec) -> dict[str, Any]:
+        """The operands of the loss and its gradient, but for those of the last layer.
 
         With ``scaled`` the gradient is multiplied by the loss scale in ``hyper``.
         """
@@ -409,7 +483,7 @@ class _Builder:
         counted = not self.attacking
         copied = self.copies and not step.resident and counted
         ridge = step.ridge if counted else None
-        operands: dict[str, Any] = {
+        return {
             "target": self.add("target", (inputs.rows, *shape), dtype, "data"),
             "counters": self.counters,
             "stats": self.add("stats", (STATS,), "float64", "control") if counted else None,
@@ -418,7 +492,7 @@ class _Builder:
             "hyper": Ref("hyper") if step.scaled and self.rules else None,
             "ridge": ridge,
             "shares": self.add("shares", (1,), "float64", "work") if ridge else None,
-            "weight": self.add("weight", (inputs.rows,), "real", "data") if inputs.weighted else None,
+            "weight": self.weight_of_rows(),
             "class_weight": self.add("class_weight", (outputs,), "real", "control") if inputs.class_weighted else None,
             "rows": self.rows,
             "target_rows": self.add("target_rows", (self.batch, *shape), dtype, "work") if copied else None,
@@ -428,13 +502,17 @@ class _Builder:
             "dz": self.work(f"dz{net.layers}", outputs) if gradient else None,
             "dslope": self.slope_gradient(last) if gradient else None,
         }
+
+    def loss(self, spec: LossSpec) -> None:
+        """The last layer, the loss and its gradient: one call where the backend can, else two."""
+        last, operands = self.net.layers - 1, self.loss_operands(spec)
         if self.members > 1:
-            self.call("loss_grad", spec.kind, z=self.heads(f"z{net.layers}"), **operands)
-        elif outputs <= self.traits.widest_fused_output:
+            self.call("loss_grad", spec.kind, z=self.heads(f"z{last + 1}"), **operands)
+        elif self.net.sizes[-1] <= self.traits.widest_fused_output:
             layer = {**self.operands(last), **self.picked(last, rows="x_rows")}
             self.call("linear_loss_grad", spec.kind, [self.product(last)], **layer, **operands)
         else:
-            z = self.linear(last, f"z{net.layers}", {"activation": "identity"})
+            z = self.linear(last, f"z{self.net.layers}", {"activation": "identity"})
             self.call("loss_grad", spec.kind, z=z, **operands)
 
     def grad_input(self, layer: int) -> None:
@@ -443,18 +521,18 @@ class _Builder:
         inputs, outputs = self.net.sizes[layer], self.net.sizes[min(layer + 1, end)]
         # the data has no activation
         activation = self.activation(before) if layer else {"activation": "identity"}
-        name, dropout = activation["activation"], self.dropout(before)
+        name, dropout = activation["activation"], self.dropout(before) if layer else None
         seeded = layer == self.top and self.step.spec is None
         self.call(
             "grad_input",
             name,
             [(self.batch, inputs, outputs)],
-            dz=Ref("seed" if seeded else f"dz{layer + 1}"),
+            dz=Ref("seed" if seeded else f"dz{layer + 1}{self.side}"),
             w=self.weight(layer) if layer < end else Ref("unit"),
-            y=self.x if layer == 0 else Ref(f"h{layer}" if layer < end else "y"),
-            dz_prev=self.work(f"dz{layer}" if layer else "dx", inputs),
+            y=self.x if layer == 0 else Ref(f"h{layer}{self.side}" if layer < end else "y"),
+            dz_prev=self.work(f"dz{layer}{self.side}" if layer else "dx", inputs),
             **activation,
-            z=Ref(f"z{layer}") if name in NEEDS_Z else None,
+            z=Ref(f"z{layer}{self.side}") if name in NEEDS_Z else None,
             dslope=self.slope_gradient(before) if layer else None,
             dropout=dropout,
             counters=self.counters if dropout else None,
@@ -496,7 +574,7 @@ class _Builder:
                 if layer < last
             ),
             "slopes": tuple(
-                {"dslope": Ref(f"dslope{layer}"), **self.tensor("s", layer, fused=fused)} for layer in self.having("s")
+                {**self.slope_gradients(layer), **self.tensor("s", layer, fused=fused)} for layer in self.having("s")
             )
             if not shared
             else (),
@@ -518,7 +596,8 @@ class _Builder:
                 counters=self.counters,
             )
         sizes = self.net.sizes
-        products = [(sizes[layer + 1], sizes[layer], self.batch) for layer in self.having("w")]
+        summed = self.batch * (1 if self.beta is None else 2)
+        products = [(sizes[layer + 1], sizes[layer], summed) for layer in self.having("w")]
         if fused:
             self.call("grad_weight_update", rule.kind, products, **gradients, **applied)
             return
@@ -568,6 +647,11 @@ class _Builder:
         """The layers with a trained tensor of one of these kinds."""
         return [layer for layer in range(self.net.layers) if any(f"{kind}{layer}" in self.rules for kind in kinds)]
 
+    def slope_gradients(self, layer: int) -> dict[str, Any]:
+        """The gradients by a slope, one for each batch."""
+        names = {"dslope": f"dslope{layer}", "dslope2": f"dslope{layer}.adv"}
+        return {operand: Ref(name) for operand, name in names.items() if name in self.values}
+
     def inputs(self, layer: int) -> dict[str, Any]:
         """The operands of which the gradients by a layer's weights and biases are made."""
         given: dict[str, Any] = {"dz": Ref(f"dz{layer + 1}"), "x": Ref(f"h{layer}")}
@@ -575,6 +659,8 @@ class _Builder:
             given["x"] = self.gathered or self.x
             if self.picks is not None and self.gathered is None:
                 given["rows"] = self.picks
+        if self.beta is not None:
+            given |= {"dz2": Ref(f"dz{layer + 1}.adv"), "x2": Ref(f"h{layer}.adv" if layer else "adv")}
         return given
 
     def layer_gradient(self, layer: int, *, fused: bool) -> dict[str, Any]:

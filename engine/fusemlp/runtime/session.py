@@ -13,6 +13,7 @@ from fusemlp._version import __version__
 from fusemlp.describe.adversarial import as_attack
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.elsewhere import knows_names
+from fusemlp.describe.hardening import Hardening
 from fusemlp.describe.losses import Loss, as_loss, loss_from_config
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
@@ -253,7 +254,9 @@ class Session(Predicting, Spending, Keeping):
 
     def program_against(self, adversarial: Any) -> Program:
         """Return ``program`` for ``fit(adversarial=...)``: the calls of the attack come first."""
-        attack = lowered_attack(as_attack("adversarial", adversarial))
+        if not isinstance(adversarial, Hardening):
+            adversarial = as_attack("adversarial", adversarial)
+        attack = lowered_attack(adversarial)
         return self._program(attack, resident=self.plan == "resident" and self._backend.traits.on_host)
 
     def _program(self, attack: Attack | None, *, resident: bool) -> Program:

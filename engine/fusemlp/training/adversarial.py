@@ -1,10 +1,11 @@
-"""Training on attacked batches, and with interval bounds: what it goes with."""
+"""Training against attacks: what it goes with."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from fusemlp.describe.adversarial import Attack
+from fusemlp.describe.hardening import TRADES, Free, Hardening
 from fusemlp.describe.intervals import IBP
 from fusemlp.runtime.plans import ASKED
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
@@ -17,12 +18,14 @@ PRECISIONS = ("fp32", "fp64", "tf32")
 
 
 def check_adversarial(engine: Session, against: Any, *, batches: bool = False, stops: bool = False) -> None:
-    """Raise ArgumentError or ArgumentTypeError for what ``fit`` cannot do beside an attack or an IBP.
+    """Raise ArgumentError or ArgumentTypeError for what ``fit`` cannot do beside a training against attacks.
 
     ``batches``: it gets them in place of arrays; ``stops``: it stops early.
     """
-    if not isinstance(against, Attack | IBP):
-        raise ArgumentTypeError(f"adversarial: expected an attack such as PGD(0.1), or IBP(0.1), got {against!r}")
+    if not isinstance(against, Attack | Hardening | IBP):
+        raise ArgumentTypeError(
+            f"adversarial: expected an attack such as PGD(0.1), or Free(0.1) or IBP(0.1), got {against!r}"
+        )
     engine.network.check_single("adversarial", "adversarial training")
     if engine.privacy is not None:
         raise ArgumentError("adversarial: the engine trains privately; leave out privacy or adversarial")
@@ -38,6 +41,19 @@ def check_adversarial(engine: Session, against: Any, *, batches: bool = False, s
             "adversarial: eps would be in the units of the scaled columns, and that of attack is in raw ones; scale X "
             "yourself, and make the engine with normalise=False"
         )
+    if isinstance(against, Free):
+        against.check(engine.optimizer)
+        if engine.precision == "fp16":
+            raise ArgumentError(
+                "precision: gradients in fp16 overflow now and then, and Free would keep that in the inputs; give fp32 "
+                "or bf16"
+            )
+    if isinstance(against, TRADES):
+        against.check(engine.network, engine.loss)
+        if not engine.memory.backend.traits.on_host:
+            raise ArgumentError(
+                f"adversarial: TRADES trains on backend='numpy', this engine has {engine.backend!r}; take it, or PGD"
+            )
     if engine.plan == "resident" and engine.plan_reason == ASKED and not engine.memory.backend.traits.on_host:
         raise ArgumentError("plan: the resident kernel does not attack its batches; use plan='auto'")
 

@@ -14,6 +14,7 @@ from fusemlp.callbacks import ProgressBar, announce, checked_callbacks, exits
 from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.checks import as_count, as_deadline, as_number, check_choice, check_flag
 from fusemlp.describe.elsewhere import knows_names
+from fusemlp.describe.hardening import Free, Hardening
 from fusemlp.describe.intervals import IBP
 from fusemlp.describe.metrics import METRICS, Metric, as_metrics
 from fusemlp.describe.privacy import sampling_rate, steps_of_an_epoch
@@ -29,6 +30,7 @@ from fusemlp.training.intervals import IntervalSteps, check_labels
 from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
 from fusemlp.training.policy import FitPolicy
 from fusemlp.training.private import PoissonRows, check_private
+from fusemlp.training.replays import Replays
 from fusemlp.training.streaming import Stream
 from fusemlp.training.validation import Validation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
@@ -82,7 +84,7 @@ def fit(
     row_order: Callable[[int], Any] | None = None,
     resume: bool = False,
     time_limit: float | None = None,
-    adversarial: Attack | IBP | None = None,
+    adversarial: Attack | Hardening | IBP | None = None,
 ) -> History:
     """Train ``engine`` on X (n, K) and y for ``epochs`` passes, or on batches.
 
@@ -119,6 +121,8 @@ def fit(
 
     ``adversarial``, ``PGD(eps)`` or ``FGSM(eps)``: train on each batch as this attack changes it, at the parameters of
     the step and without dropout. ``loss`` and ``accuracy`` of the history are of that; validation is of rows unchanged.
+    ``Free(eps, repeats=4)``: change it by the gradients that training computes, with 4 updates on each batch.
+    ``TRADES(eps, beta=6.0)``: add beta times the divergence of the outputs of attacked rows from their own to the loss.
     ``IBP(eps)``: train for certified accuracy, call by call; the history is of the rows as they are.
 
     Ctrl-C ends training after the batch and raises KeyboardInterrupt; the parameters and the history are kept. Raises
@@ -272,7 +276,7 @@ def fit_checked(
     resume: bool = False,
     taken_in: Any | None = None,
     deadline: float = math.inf,
-    against: Attack | IBP | None = None,
+    against: Attack | Hardening | IBP | None = None,
 ) -> EpochLoop[FitPolicy]:
     """Return the loop of a ``fit`` of checked arrays, on ``rows`` (m,) int64 of them if given.
 
@@ -287,6 +291,9 @@ def fit_checked(
         batches = steps_of_an_epoch(count, batch_size)
     elif batches is None:
         batches = count // batch_size if drop_last else -(-count // batch_size)
+    if isinstance(against, Free):
+        trained = batches * batch_size
+        batches, at_once = batches * against.repeats, 1
     certifies = isinstance(against, IBP)
     lowered = None if against is None or isinstance(against, IBP) else lowered_attack(against)
     state = resumed_state(engine, epochs, batches, count) if resume else fresh_state(engine, epochs, batches)
@@ -343,7 +350,7 @@ def fit_checked(
         at_once = epochs_at_once(engine, epochs, count * members, asked=asked)
     if bound is None:
         inputs = Inputs(len(data.X), indexed=True, weighted=data.weight is not None)
-        bound = engine.bind_fit(
+        bound = made = engine.bind_fit(
             inputs,
             policy.spec,
             policy.rule,
@@ -358,7 +365,10 @@ def fit_checked(
         if isinstance(against, IBP):
             now = engine.update_count - state.batch - (state.epoch - first_epoch) * batches
             spec = engine.loss.spec(accuracy=False, soft=False)
-            bound = IntervalSteps(engine, bound, spec, against, batch_size, now, state.total_updates)
+            bound = IntervalSteps(engine, made, spec, against, batch_size, now, state.total_updates)
+        engine.keep_carried(bound.arrays["delta"] if isinstance(against, Free) else None, resume=resume)
+        if isinstance(against, Free):
+            bound = Replays(made, against.repeats, trained)
     return EpochLoop(engine, bound, policy, state, batch_size * members, batches, at_once, callbacks)
 
 

@@ -242,24 +242,26 @@ def _clip_examples(table: Table, *, layers: Sequence[Operands], clip: float, cou
 def _perturb(
     table: Table,
     *,
-    x: Array,
+    x: Array | None,
     change: Perturbation,
     counters: Array,
     start: Array | None = None,
+    delta: Array | None = None,
     dx: Array | None = None,
     adv: Array | None = None,
+    carried: Array | None = None,
     rows: Array | None = None,
 ) -> int:
-    out = adv if start is None else start
-    assert out is not None
+    out = next(one for one in (start, adv, carried) if one is not None)
     columns: int = out.shape[1]
     table.height = max(table.height, len(out))
-    drawn = start is not None and change.seed is not None
+    drawn = start is not None and delta is None and change.seed is not None
     low, high = seed_key(change.seed or 0)
     table.lanes = max(table.lanes, drawn * -(-columns // 4))
     numbers = {t.LARGEST: change.eps, t.LENGTH: change.step, t.LOW: change.low, t.HIGH: change.high}
     table.add(
-        "PERTURB", numbers, N=columns, K=columns, X=x, DZ=dx, OUT=out, ROUND=change.norm == "2", DRAWN=drawn,
+        "PERTURB", numbers, N=columns, K=columns, X=table.scratch(columns) if x is None else x, Y=delta, DZ=dx,
+        OUT=out, CARRIED=delta is not None or carried is not None, ROUND=change.norm == "2", DRAWN=drawn,
         KEY_LOW=low, KEY_HIGH=high, **_rows(rows, len(out)),
     )  # fmt: skip
     table.control(counters)
@@ -379,22 +381,46 @@ def _grad_weight_members(
             table.add(kind, N=len(out), K=inputs, MEMBERS=members, X=x, DZ=dz, OUT=out, SUMS=sums)
     table.accumulate(rule, counters)
     return count
+def _divergence(
+    table: Table,
+    *,
+    z: Array,
+    other: Array,
+    dother: Array,
+    strength: float,
+    loss: LossSpec,
+    counters: Array,
+    dz: Array | None = None,
+    weight: Array | None = None,
+    rows: Array | None = None,
+    stats: Array | None = None,
+) -> int:
+    count, outputs = z.shape
+    table.height = max(table.height, count)
+    table.control(counters, stats)
+    table.add(
+        "DIVERGENCE", {t.STRENGTH: strength, t.DIVISOR: 1.0}, N=outputs, Y=other, Z=z, DZ=dother, X=dz,
+        OUT=table.scratch(count, outputs), MEAN=t.REDUCTIONS.index(loss.reduction), RECORDED=stats is not None,
+        WEIGHTED=weight, **_rows(rows, count),
+    )  # fmt: skip
+    table.add("PADDING", N=outputs, K=count, DZ=dother)
+    return t.COUNTED
 
 
 def _gradients(
     table: Table, layer: Operands, w: Mapping[str, Any] | None, b: Mapping[str, Any] | None
 ) -> None:  # fmt: skip
     """The gradients by a layer's weights and bias, w and b being what else their rows have; None is left out."""
-    x, dz = _input(layer), layer["dz"]
+    x, dz, dz2 = _input(layer), layer["dz"], layer.get("dz2")
     table.height = max(table.height, len(dz))
     if w is not None:
-        table.add("WEIGHT", N=dz.shape[1], K=x.shape[1], X=x, DZ=dz, **w)
+        table.add("WEIGHT", N=dz.shape[1], K=x.shape[1], X=x, DZ=dz, Y=layer.get("x2"), Z=dz2, **w)
     if b is not None:
-        table.add("BIAS", N=dz.shape[1], DZ=dz, SUMS=table.scratch(dz.shape[1]), **b)
+        table.add("BIAS", N=dz.shape[1], DZ=dz, Z=dz2, SUMS=table.scratch(dz.shape[1]), **b)
 
 
-def _slope(table: Table, dslope: Array, columns: Mapping[str, Any]) -> None:
-    table.add("SLOPES", N=1, DZ=dslope, SUMS=table.scratch(1), **columns)
+def _slope(table: Table, slope: Operands, columns: Mapping[str, Any]) -> None:
+    table.add("SLOPES", N=1, DZ=slope["dslope"], Z=slope.get("dslope2"), SUMS=table.scratch(1), **columns)
 
 
 def _batch(layers: Sequence[Operands]) -> int:
@@ -407,7 +433,7 @@ def _grad_weight(
     for layer in layers:
         _gradients(table, layer, *(None if layer[name] is None else {"OUT": layer[name]} for name in ("dw", "db")))
     for slope in slopes:
-        _slope(table, slope["dslope"], {"OUT": slope["grad"]})
+        _slope(table, slope, {"OUT": slope["grad"]})
     table.accumulate(rule, counters)
     return _batch(layers)
 
@@ -427,6 +453,8 @@ def _grad_weight_update(
             "rule: clipping and accumulation need the gradients of the whole network: use grad_weight and update"
         )
 
+    second = any("dz2" in layer for layer in layers)
+
     def updated(owner: Operands, name: str, own: str = "") -> dict[str, Any] | None:
         """The columns of a parameter that is updated with its gradient."""
         param = owner[name]
@@ -434,7 +462,7 @@ def _grad_weight_update(
             return None
         columns = {"FIRST": table.tensor(owner[f"{own}rule"], 0, param.size), "W": param}
         columns["PANELS"] = table.panels_of(param)
-        if rule.code == t.SGD and not rule.ema and _batch(layers) <= t.DEPTH:
+        if rule.code == t.SGD and not rule.ema and _batch(layers) <= t.DEPTH and not second:
             # with nothing else to do with the gradient the product lands in the parameter
             return columns | {"OUT": param, "DESCENDS": True}
         return columns | {"OUT": table.scratch(*param.shape), **_updated(rule, param, owner[f"{own}state"])}
@@ -444,7 +472,7 @@ def _grad_weight_update(
     for slope in slopes:
         columns = updated(slope, "param")
         assert columns is not None
-        _slope(table, slope["dslope"], columns)
+        _slope(table, slope, columns)
     _advance(table, rule=rule, hyper=hyper, rates=rates, counters=counters)
     return _batch(layers)
 
@@ -531,6 +559,7 @@ ENTRIES: dict[str, Callable[..., int]] = {
     "grad_weight_members": _grad_weight_members,
     "clip_examples": _clip_examples,
     "perturb": _perturb,
+    "divergence": _divergence,
     "grad_weight": _grad_weight,
     "grad_weight_update": _grad_weight_update,
     "update": _update,
@@ -562,7 +591,8 @@ def bind_train_resident(
         run = memo["form"].bind(arrays, epoch_stats)
         if run is not None:
             return run
-    losses = [operands for op, operands in calls if "loss" in operands and operands.get("stats") is not None]
+    counted = ("linear_loss_grad", "loss_grad")
+    losses = [operands for op, operands in calls if op in counted and operands.get("stats") is not None]
     output = next(iter(losses), None)
     if output is None or "rule" not in calls[-1][1]:
         raise ArgumentError(

@@ -134,7 +134,7 @@ def _block(rows: Sequence[Row], height: int, unit: int) -> int:
     for row in rows:
         if row.kind in ("AFFINE", "BACKWARD", "HEADS", "HEADS_BACKWARD"):
             cost += row.n * row.k
-        elif row.kind in ("ENTROPY", "ELEMENTWISE"):
+        elif row.kind in ("ENTROPY", "ELEMENTWISE", "DIVERGENCE"):
             cost += LOSS * row.n
         elif row.kind == "GATHER":
             cost += MOVE * row.k

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -98,15 +99,20 @@ def bind_grad_input(device: Device, given: SimpleNamespace) -> Run:
 @binds("perturb")
 def bind_perturb(device: Device, given: SimpleNamespace) -> Run:
     """The contract's ``perturb``."""
-    change, moves = given.change, given.start is None
-    drawn = not moves and change.seed is not None
+    change, moves, added = given.change, given.start is None, given.delta is not None
+    drawn = not (moves or added) and change.seed is not None
+    x = device.zeros(1, "compute").as_strided((1, given.K), (0, 0)) if given.x is None else given.x
+    out = next(one for one in (given.start, given.adv, given.carried) if one is not None)
+    # what is carried is within eps
+    euclid, eps = (False, math.inf) if added else (change.norm == "2", change.eps)
     keys = [signed(word) for word in seed_key(change.seed or 0)]
     arguments = {
-        "K": given.K, **places(given.x, x=given.x, dx=given.dx, adv=given.adv if moves else given.start),
+        "K": given.K, **places(x, x=x, dx=given.delta if added else given.dx, adv=out),
         "counters": given.counters,
         "rows": device.zeros(1, "int64") if given.rows is None else given.rows, "gather": int(given.rows is not None),
-        "moves": int(moves), "euclid": int(change.norm == "2"), "drawn": int(drawn), "key0": keys[0],
-        "key1": keys[1], "length": change.step, "eps": change.eps, "low": change.low, "high": change.high,
+        "moves": int(moves), "euclid": int(euclid), "drawn": int(drawn),
+        "carries": int(added or given.carried is not None), "key0": keys[0], "key1": keys[1], "length": change.step,
+        "eps": eps, "low": change.low, "high": change.high,
     }  # fmt: skip
     return device.launch(perturb.perturb_kernel, given.M, arguments, {"BLOCK": configs.SWEEP.columns}, configs.SWEEP)
 

@@ -20,6 +20,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     ACCURACY,
     BY_ITSELF,
     CLASS_WEIGHTED,
+    DIVERGENCE_PART,
     DIVISOR,
     HITS_PART,
     IGNORED,
@@ -33,8 +34,10 @@ from fusemlp_kernels.numpy.compiled.tables import (
     SMOOTHED,
     SMOOTHING,
     SOFT,
+    STRENGTH,
     WEIGHTED,
     WIDE,
+    X,
 )
 
 
@@ -276,3 +279,54 @@ def elementwise(
     partials[LOSS_PART], partials[HITS_PART] = total, correct
     partials[SCORED_PART] = count * columns if kind == BINARY_CROSS_ENTROPY else count
     partials[SHARES_PART] = shares
+
+
+@register_jitable(**EXACT)
+def divergence(
+    z: Any, other: Any, d_other: Any, d: Any, p: Any, weight: Any, rows: Any, count: int, columns: int, call: Any,
+    numbers: Any, shares: float, partials: Any,
+) -> None:  # fmt: skip
+    """``reference.divergence`` of rows of z and other, flat (count, columns), ``numbers[STRENGTH]`` times.
+
+    Its gradient by other goes into d_other, and with call[X] that by z is added to d; p is memory, flat (count,
+    columns). ``shares``: the sum of the row weights.
+    """
+    real, weighted = z.dtype.type, call[WEIGHTED] != 0
+    scale = numbers[STRENGTH] * _row_scale(shares, call, numbers)
+    for i in range(count):
+        start = i * columns
+        _subtract(p, z, start, start + columns, z[start + _largest(z, start, columns)])
+        _subtract(d_other, other, start, start + columns, other[start + _largest(other, start, columns)])
+    _exponentials(p, 0, count * columns)
+    _exponentials(d_other, 0, count * columns)
+    total = 0.0
+    for i in range(count):
+        start = i * columns
+        stop = start + columns
+        factor = real((float(weight[rows[i]]) if weighted else 1.0) * scale)
+        p_sum, q_sum = _sum(p, start, stop), _sum(d_other, start, stop)
+        _multiply(p, start, stop, real(1.0) / p_sum)
+        _multiply(d_other, start, stop, real(1.0) / q_sum)
+        if call[X]:
+            # log(p / q) up to the same number in each column
+            apart = z[start + _largest(z, start, columns)] - other[start + _largest(other, start, columns)]
+            apart = float(apart) + math.log(float(p_sum) / float(q_sum))
+            value = 0.0
+            for at in range(start, stop):
+                value += p[at] * (float(z[at]) - float(other[at]) - apart)
+            for at in range(start, stop):
+                d[at] += factor * p[at] * real(float(z[at]) - float(other[at]) - apart - value)
+            total += (float(weight[rows[i]]) if weighted else 1.0) * value
+        for at in range(start, stop):
+            d_other[at] = factor * (d_other[at] - p[at])
+    partials[DIVERGENCE_PART] = total
+
+
+@register_jitable(**EXACT)
+def record_divergence(stats: Any, value: float, shares: float, call: Any, numbers: Any, count: int) -> None:
+    """Add a divergence to the loss of its batch; ``value`` is the sum over its rows, not yet divided."""
+    value *= numbers[STRENGTH]
+    scale = _scale(shares, call, numbers)
+    stats[LOSS_SUM] += value if scale != 0.0 else value * scale
+    stats[LAST_LOSS] += value * scale
+    stats[BATCH_LOSSES] += value * scale * count

@@ -43,7 +43,7 @@ def _by_gradient(adv: Any, x: Any, dx: Any, count: int, factor: float) -> None:
 
 
 @register_jitable(**ELEMENTWISE)
-def _moved(adv: Any, x: Any, count: int, factor: float, low: float, high: float) -> None:
+def moved(adv: Any, x: Any, count: int, factor: float, low: float, high: float) -> None:
     """``x + factor * adv``, within the bounds."""
     real = x.dtype.type
     scale, lowest, highest = real(factor), real(low), real(high)
@@ -56,7 +56,7 @@ def _within(adv: Any, x: Any, count: int, eps: float, low: float, high: float) -
     """x moved by adv, shortened to the norm eps."""
     length = _norm(adv, count)
     # a NaN stays
-    _moved(adv, x, count, 1.0 if length <= eps else eps / length, low, high)
+    moved(adv, x, count, 1.0 if length <= eps else eps / length, low, high)
 
 
 @register_jitable(**EXACT)
@@ -92,4 +92,4 @@ def start(
     if round:
         _within(adv, x, count, eps, low, high)
     else:
-        _moved(adv, x, count, 1.0, low, high)
+        moved(adv, x, count, 1.0, low, high)

@@ -13,12 +13,19 @@ from numba.extending import register_jitable
 
 from fusemlp_kernels.contract import BATCH_INDEX, LEARNING_RATE, PENALTIES, ROW_COUNT, ROW_OFFSET, UPDATE_COUNT
 from fusemlp_kernels.numpy.compiled.clock import advance
-from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise, record, shares_of
+from fusemlp_kernels.numpy.compiled.losses import (
+    cross_entropy,
+    divergence,
+    elementwise,
+    record,
+    record_divergence,
+    shares_of,
+)
 from fusemlp_kernels.numpy.compiled.masks import drop, mask
 from fusemlp_kernels.numpy.compiled.members import activated, add_products, clear, derive, kept, scale
 from fusemlp_kernels.numpy.compiled.noise import WORDS, add_noise, add_squares, shrink
 from fusemlp_kernels.numpy.compiled.options import EXACT
-from fusemlp_kernels.numpy.compiled.perturb import move, start
+from fusemlp_kernels.numpy.compiled.perturb import move, moved, start
 from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative, update_average
 from fusemlp_kernels.numpy.compiled.products import column_sums
 from fusemlp_kernels.numpy.compiled.tables import (
@@ -57,6 +64,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     CALL_COLUMNS,
     CALL_FACTORS,
     CALLS,
+    CARRIED,
     CLASS_WEIGHTED,
     CLIP_NORM,
     CLIPS,
@@ -66,6 +74,8 @@ from fusemlp_kernels.numpy.compiled.tables import (
     DEPTH,
     DESCENDS,
     DEVIATION,
+    DIVERGENCE,
+    DIVERGENCE_PART,
     DRAWN,
     DSLOPE,
     DZ,
@@ -255,11 +265,15 @@ def _perturb(
     for i in range(first, first + count):
         adv = _block(like, call[OUT], i, columns)
         if rows[i] < 0:
-            for j in range(columns):
-                adv[j] = 0
+            if not (call[CARRIED] and call[DZ]):
+                for j in range(columns):
+                    adv[j] = 0
             continue
-        x = _block(like, call[X], rows[i], columns)
-        if call[DZ]:
+        x = _block(like, call[X], 0 if call[CARRIED] and call[DZ] else rows[i], columns)
+        if call[CARRIED] and not call[DZ]:
+            copy(like, call[OUT] + size * i * columns, call[Y] + size * i * columns, columns)
+            moved(adv, x, columns, 1.0, numbers[LOW], numbers[HIGH])
+        elif call[DZ]:
             dx = _block(like, call[DZ], i, columns)
             move(
                 adv, x, dx, columns, call[ROUND], numbers[LENGTH], numbers[LARGEST], numbers[LOW], numbers[HIGH]
@@ -415,6 +429,16 @@ def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
         own_rows = part(rows, first)
         elementwise(y, dz, target, weight, own_rows, count if call[N] else 0, call[N], call, numbers, shares, partials)
         _derivative(call, numbers, like, partials, y, z, dz, count * call[N], 1.0)
+    elif kind == DIVERGENCE:
+        weight, outputs = elements(like, call[WEIGHTED]), call[N]
+        z, other = _block(like, call[Z], first, outputs), _block(like, call[Y], first, outputs)
+        dz, dother = _block(like, call[X], first, outputs), _block(like, call[DZ], first, outputs)
+        shares = shares_of(rows, weight, weight, rows, whole, call)
+        divergence(
+            z, other, dother, dz, _block(like, call[OUT], first, outputs), weight, part(rows, first), count, outputs,
+            call, numbers, shares, partials,
+        )  # fmt: skip
+        partials[SHARES_PART] = shares
     elif kind == PADDING:
         end = min(call[K], first + integers[BLOCK])
         dz = _block(like, call[DZ], first, call[N])
@@ -467,14 +491,17 @@ def _gradient(call: Any, integers: Any, like: Any, counters: Any, tensor_factors
             top = stop
     elif call[KIND_OF_ROW] == WEIGHT:
         inputs = call[K]
-        for first in range(0, max(count, 1), DEPTH):
-            call_function(
-                integers[AT_PRODUCT], call[DZ] + size * (first * outputs + top), 1, outputs,
-                call[X] + size * (first * inputs + left), PANEL, inputs, min(DEPTH, count - first),
-                integers[AT_ZEROS], 0, alpha, beta,
-                call[OUT] + size * (top * inputs + left), inputs, piece[BOTTOM] - top, piece[RIGHT] - left,
-            )  # fmt: skip
-            beta = 1.0
+        # those of a second batch are added
+        for batch in range(2 if call[Z] else 1):
+            x, dz = (call[Y], call[Z]) if batch else (call[X], call[DZ])
+            for first in range(0, max(count, 1), DEPTH):
+                call_function(
+                    integers[AT_PRODUCT], dz + size * (first * outputs + top), 1, outputs,
+                    x + size * (first * inputs + left), PANEL, inputs, min(DEPTH, count - first),
+                    integers[AT_ZEROS], 0, alpha, beta,
+                    call[OUT] + size * (top * inputs + left), inputs, piece[BOTTOM] - top, piece[RIGHT] - left,
+                )  # fmt: skip
+                beta = 1.0
     else:
         # a bias, or a slope, whose gradient is one number already
         rows = count if call[KIND_OF_ROW] == BIAS else 1
@@ -482,10 +509,13 @@ def _gradient(call: Any, integers: Any, like: Any, counters: Any, tensor_factors
             rows = count // call[MEMBERS]
         if call[PARTS]:
             rows = integers[BLOCKS]
-        column_sums(
-            like, call[OUT] + size * left, call[DZ] + size * left, call[SUMS] + size * left, rows, outputs,
-            piece[RIGHT] - left, alpha, beta,
-        )  # fmt: skip
+        for batch in range(2 if call[Z] else 1):
+            dz = call[Z] if batch else call[DZ]
+            column_sums(
+                like, call[OUT] + size * left, dz + size * left, call[SUMS] + size * left, rows, outputs,
+                piece[RIGHT] - left, alpha, beta,
+            )  # fmt: skip
+            beta = 1.0
 
 
 @register_jitable(**EXACT)
@@ -596,6 +626,13 @@ def _end_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, 
         count = integers[BATCH] if integers[BATCH] != COUNTED else counters[ROW_COUNT]
         stats = elements(np.float64, integers[AT_STATS])
         record(stats, loss, hits, scored, partials[SHARES_PART], call, numbers, count if call[N] else 0)
+    if kind == DIVERGENCE and call[RECORDED]:
+        value = 0.0
+        for task in range(tasks):
+            value += partials[width * task + DIVERGENCE_PART]
+        count = integers[BATCH] if integers[BATCH] != COUNTED else counters[ROW_COUNT]
+        stats = elements(np.float64, integers[AT_STATS])
+        record_divergence(stats, value, partials[SHARES_PART], call, numbers, count)
 
 
 @register_jitable(**EXACT)

@@ -64,9 +64,10 @@ DEPTH = 512
 
 # The kinds of a row of calls; a call of the program is one row or several. By rows of the batch: GATHER: x[rows];
 # AFFINE and ACTIVATE: a layer; ENTROPY and ELEMENTWISE: cross-entropy or another loss; PADDING: zero dz after the last
-# row; BACKWARD; SQUARES and SHRINK: the norms of the rows' gradients, and clipping them; PERTURB: inputs that raise the
-# loss; MEMBERS_AFFINE and MEMBERS_BACKWARD: what members that share weights have of their own; HEADS and
-# HEADS_BACKWARD: an output layer of each member. By pieces of a tensor: WEIGHT, BIAS, SLOPES: a gradient, with its
+# row; BACKWARD; DIVERGENCE: a loss between two outputs; SQUARES and SHRINK: the norms of the rows' gradients, and
+# clipping them; PERTURB: inputs that raise the loss; MEMBERS_AFFINE and MEMBERS_BACKWARD: what members that share
+# weights have of their own; HEADS and HEADS_BACKWARD: an output layer of each member. By pieces of a tensor: WEIGHT,
+# BIAS, SLOPES: a gradient, with its
 # update where there is a PARAM; NORM: squares of gradients, for clipping; UPDATE; PACK: weights into panels. CLOCK.
 (
     GATHER,
@@ -86,11 +87,12 @@ DEPTH = 512
     SQUARES,
     SHRINK,
     PERTURB,
+    DIVERGENCE,
     MEMBERS_AFFINE,
     MEMBERS_BACKWARD,
     HEADS,
     HEADS_BACKWARD,
-) = range(21)
+) = range(22)
 
 # A phase: how its calls are cut, its rows of calls, its tasks, and the first of them in the table of tasks; that table
 # holds the pieces of a task; a piece its row of calls and a part of a tensor: rows and columns of a weight matrix,
@@ -99,9 +101,9 @@ BY_ROWS, BY_PIECES, AT_ONCE = range(3)
 CUT, ROW_FIRST, ROW_END, TASKS, TASK_FIRST, PHASE_COLUMNS = range(6)
 PIECE_FIRST, PIECE_END, TASK_COLUMNS = range(3)
 PIECE_ROW, TOP, BOTTOM, LEFT, RIGHT, PIECE_COLUMNS = range(6)
-# Partial results of a task by rows: the loss, hits, scored rows, the sum of the row weights of the whole batch; then
-# gradients by slopes.
-LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
+# Partial results of a task by rows: the loss, hits, scored rows, the sum of the row weights of the whole batch; a
+# divergence; then gradients by slopes.
+LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, DIVERGENCE_PART, SLOPES_PART = range(6)
 
 # A row. Arrays, 0 where there is none: row numbers, and 1 if the batch starts at ROW_OFFSET among them; input, weights,
 # the same in panels, bias, output, pre-activation, gradient by it, what else is written; prelu's slope, the gradient by
@@ -111,7 +113,8 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
 # lands in the parameter. PULLS: a penalty is added to the gradient first. The loss: targets, row weights, class weights
 # (arrays), and its options; MEAN: the place of its reduction in REDUCTIONS; SMOOTHED: every class of a row has a
 # target; WIDE: a row of classes fills the vector registers; RECORDED: the loss is counted. AFRESH: the norms begin
-# with this layer. ROUND: the perturbation's norm is 2; DRAWN: its start is random, by the key of dropout.
+# with this layer. ROUND: the perturbation's norm is 2; DRAWN: its start is random, by the key of dropout; CARRIED: it
+# is kept by itself, from one step to the next, and X is a row of zeros where it moves.
 # MEMBERS: row i of the batch is one of member i % MEMBERS; members' factors before and after a product, BY_R and BY_S,
 # and each task's sums of their gradients and of B's (arrays, a row a task); PARTS: a bias whose rows are such sums.
 (
@@ -161,6 +164,7 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
     AFRESH,
     ROUND,
     DRAWN,
+    CARRIED,
     MEMBERS,
     BY_R,
     BY_S,
@@ -169,7 +173,7 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
     SUM_B,
     PARTS,
     CALL_COLUMNS,
-) = range(54)
+) = range(55)
 REDUCTIONS = ("sum", "mean", "rows")
 BY_ITSELF = REDUCTIONS.index("rows")
 # The slope of leaky_relu, the dropout rate, the strength of a penalty; the loss's numbers, DIVISOR: what a mean divides
