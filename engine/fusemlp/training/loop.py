@@ -130,8 +130,11 @@ class EpochLoop(Generic[PolicyT]):
         self.begin()
         with deferred_interrupt() as interrupted:
             self.drive(interrupted)
-        self.finish(interrupted=interrupted())
-        if interrupted():
+        came, ranks = interrupted(), self.engine.ranks
+        if ranks is not None:
+            (came,) = ranks.any(came)
+        self.finish(interrupted=came)
+        if came:
             raise KeyboardInterrupt
         return self.state.history
 
@@ -162,7 +165,12 @@ class EpochLoop(Generic[PolicyT]):
         at_once, again, begun = self.at_once, 0, False
 
         def ends() -> bool:
-            return not again and (engine.stop_training or interrupted() or (begun and policy.late()))
+            if engine.ranks is None:
+                return not again and (engine.stop_training or interrupted() or (begun and policy.late()))
+            # all ranks go on, or none
+            reasons = engine.ranks.any(engine.stop_training, interrupted(), begun and policy.late())
+            engine.stop_training = reasons[0]
+            return not again and any(reasons)
 
         # asked before an epoch, not after: a checkpoint may have been taken at the end of the last one
         while (wanted := policy.wanted()) and not ends():
@@ -237,6 +245,10 @@ class EpochLoop(Generic[PolicyT]):
         # a checkpoint may have been written after the last batch, before the epoch was closed
         stats = None if own is None or not ran or not epochs else own[:epochs]
         account = engine.account(stats, check_finite=rewinds)
+        if engine.ranks is not None:
+            engine.ranks.check_same(
+                {"the parameters after an epoch (is a processor of another kind?)": engine.memory.params}
+            )
         if own is not None:
             # as if each epoch had been given its rows
             offset, total = account.counters[ROW_OFFSET], account.counters[ROW_TOTAL]

@@ -53,13 +53,14 @@ class Plan:
     most: int
 
 
-def plan(rows: Sequence[Row], packs: Sequence[Row], height: int, tensors: Sequence[int]) -> Plan:
+def plan(rows: Sequence[Row], packs: Sequence[Row], height: int, tensors: Sequence[int], shards: int = 0) -> Plan:
     """Plan ``rows`` of calls for batches of up to ``height`` rows, the table of tensors being ``tensors``.
 
     ``packs`` are the last rows of the table: they run before the first step, and where an update does not bring the
-    weights into panels itself, after that.
+    weights into panels itself, after that. With ``shards`` the rows are those of several shards alike, each of which is
+    cut as if it were alone.
     """
-    block = _block(rows, height)
+    block = _block(rows[: len(rows) // max(1, shards)], height)
     by_rows = max(1, -(-height // block)) if block else 1
     phases: list[int] = []
     tasks: list[int] = []

@@ -14,7 +14,7 @@ from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 # pieces begin. Memory: partial results, PARTIALS numbers a task; sums of pieces; random numbers of a row, LANES_ROW
 # words a task; zeros. The functions of products and panels. The plan: rows a task, phases, and how many of them come
 # before the first step only. The state of a launch: the steps to do, the step, the phase. NOISY: the address of the row
-# numbers where the gradients get noise; its key.
+# numbers where the gradients get noise; its key. SHARD_ROWS: the rows of a shard, 0 where calls have the whole batch.
 (
     OPTIMIZER,
     DECOUPLED,
@@ -50,8 +50,9 @@ from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
     NOISY,
     NOISE_LOW,
     NOISE_HIGH,
+    SHARD_ROWS,
     HEAD_COLUMNS,
-) = range(35)
+) = range(36)
 # The factors before those of the calls: the hyperparameters in their order, then the largest norm, what gradients are
 # multiplied by in the update, and the deviation and the divisor of noise.
 CLIP_NORM, SCALE, DEVIATION, SHARED_BY, HEAD_FACTORS = (len(HYPERPARAMETERS) + i for i in range(5))
@@ -104,8 +105,9 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
 # gradient may be updated from at once: PARAM, its states and its AVERAGE, of tensor FIRST; with DESCENDS the product
 # lands in the parameter. PULLS: a penalty is added to the gradient first. The loss: targets, row weights, class weights
 # (arrays), and its options; MEAN: the place of its reduction in REDUCTIONS; SMOOTHED: every class of a row has a
-# target; WIDE: a row of classes fills the vector registers; RECORDED: the loss is counted. AFRESH: the norms begin
-# with this layer. ROUND: the perturbation's norm is 2; DRAWN: its start is random, by the key of dropout.
+# target; WIDE: a row of classes fills the vector registers; RECORDED: the statistics that count the loss (an array).
+# AFRESH: the norms begin with this layer. ROUND: the perturbation's norm is 2; DRAWN: its start is random, by the
+# key of dropout. SHARD: the row of the batch with which the call's shard begins.
 (
     KIND_OF_ROW,
     N,
@@ -153,8 +155,9 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
     AFRESH,
     ROUND,
     DRAWN,
+    SHARD,
     CALL_COLUMNS,
-) = range(47)
+) = range(48)
 REDUCTIONS = ("sum", "mean", "rows")
 BY_ITSELF = REDUCTIONS.index("rows")
 # The slope of leaky_relu, the dropout rate, the strength of a penalty; the loss's numbers, DIVISOR: what a mean divides
