@@ -95,7 +95,9 @@ def test_all_ranks_end_when_a_callback_on_one_stops(found: Worlds) -> None:
 
 def test_ordered_sums_are_for_numbers_of_ranks_that_divide_the_shards() -> None:
     assert [Sharding("ordered", world).check().own for world in (1, 2, 4, 8)] == [8, 4, 2, 1]
-    with pytest.raises(ArgumentError, match=r"reduce: 'ordered' adds 8 shards .* there are 3; .* or give reduce='fast'"):
+    with pytest.raises(
+        ArgumentError, match=r"reduce: 'ordered' adds 8 shards .* there are 3; .* or give reduce='fast'"
+    ):
         Sharding("ordered", 3).check()
     assert Sharding("fast", 3).check().own == 1
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -14,10 +16,18 @@ ROOT = HERE.parents[1]
 LIMIT = 240
 
 
-def free_port() -> int:
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """Yield the number of a port that is in use meanwhile."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
-        return int(held.getsockname()[1])
+        held.listen()
+        yield int(held.getsockname()[1])
+
+
+def free_port() -> int:
+    with held_port() as port:
+        return port
 
 
 def start(
@@ -58,8 +68,8 @@ def ended(ranks: list[subprocess.Popen[str]], limit: float = LIMIT) -> list[tupl
             rank.wait()
 
 
-def run(count: int, *arguments: object) -> list[str]:
+def run(count: int, *arguments: object, script: str = "cases.py") -> list[str]:
     """Return the output of each rank of a world in which nothing goes wrong."""
-    found = ended(start(count, *arguments))
+    found = ended(start(count, *arguments, script=script))
     assert [code for code, _, _ in found] == [0] * count, "\n".join(errors for _, _, errors in found)
     return [out for _, out, _ in found]

@@ -99,6 +99,7 @@ class Ranks:
         keys = {rank: f"fusemlp/failed/{rank}" for rank in range(self.world)}
         missing = [rank for rank in keys if rank != self.rank]
         try:
+            self._store.set_timeout(datetime.timedelta(seconds=REPORT_SECONDS))
             self._store.set(keys[self.rank], "1")
             begun = last = time.monotonic()
             while missing and time.monotonic() < min(last + QUIET_SECONDS, begun + REPORT_SECONDS):
@@ -107,7 +108,7 @@ class Ranks:
                 if silent != missing:
                     missing, last = silent, time.monotonic()
         except RuntimeError:
-            return "rank 0, which keeps the ranks' common store, is gone; see its own message"
+            return "rank 0, which keeps the ranks' common store, ended or does not answer; see what it said itself"
         if not missing:
             return f"a collective failed on all {self.world} ranks; see their own messages"
         names = f"rank{'' if len(missing) == 1 else 's'} {', '.join(map(str, missing))}"

@@ -7,6 +7,7 @@ differs: the order of the rows, the account of an epoch's loss, the end of train
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -128,9 +129,11 @@ class EpochLoop(Generic[PolicyT]):
     def run(self) -> History:
         """Train; the engine's ``history`` follows. Raises KeyboardInterrupt at the end after Ctrl-C."""
         self.begin()
-        with deferred_interrupt() as interrupted:
+        ranks = self.engine.ranks
+        # torchrun ends its processes by SIGTERM
+        with deferred_interrupt(*([] if ranks is None else [signal.SIGTERM])) as interrupted:
             self.drive(interrupted)
-        came, ranks = interrupted(), self.engine.ranks
+        came = interrupted()
         if ranks is not None:
             (came,) = ranks.any(came)
         self.finish(interrupted=came)
