@@ -9,10 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import worlds
-from cases import CASES, trained
-
-from fusemlp import MLP, ArgumentError, Engine
-from fusemlp.program.sharding import Sharding
+from cases import CASES, main, trained
 
 pytest.importorskip("torch")
 EXACT = [name for name in CASES if name.endswith("fp64")]
@@ -22,12 +19,13 @@ class Worlds:
     """The results of worlds of 1, 2 and 4 ranks, each of which has run once."""
 
     def __init__(self, folder: Path) -> None:
-        self.outputs = {}
+        self.folder, self.outputs = folder, {}
         for count in (1, 2, 4):
-            self.folder = folder
-            own = folder / str(count)
-            own.mkdir()
-            self.outputs[count] = worlds.run(count, own)
+            (folder / str(count)).mkdir()
+        # this process is the first
+        main(folder / "1")
+        for count in (2, 4):
+            self.outputs[count] = worlds.run(count, folder / str(count))
 
     def of(self, count: int, name: str) -> dict[str, Any]:
         with np.load(self.folder / str(count) / f"{name}.npz") as found:
@@ -35,7 +33,7 @@ class Worlds:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+def found(tmp_path_factory: pytest.TempPathFactory, alone: None) -> Worlds:
     return Worlds(tmp_path_factory.mktemp("worlds"))
 
 
@@ -91,18 +89,3 @@ def test_what_differs_or_cannot_be_is_named_on_every_rank(found: Worlds, name: s
 
 def test_all_ranks_end_when_a_callback_on_one_stops(found: Worlds) -> None:
     assert [ast.literal_eval(out)["stopped"] for out in found.outputs[2]] == ["2", "2"]
-
-
-def test_ordered_sums_are_for_numbers_of_ranks_that_divide_the_shards() -> None:
-    assert [Sharding("ordered", world).check().own for world in (1, 2, 4, 8)] == [8, 4, 2, 1]
-    with pytest.raises(
-        ArgumentError, match=r"reduce: 'ordered' adds 8 shards .* there are 3; .* or give reduce='fast'"
-    ):
-        Sharding("ordered", 3).check()
-    assert Sharding("fast", 3).check().own == 1
-
-
-def test_a_process_that_torchrun_has_not_started_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ArgumentError, match=r"torchrun has not started this process \(no RANK"):
-        Engine(MLP([3, 2]), backend="numpy", distributed=True)

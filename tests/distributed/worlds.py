@@ -12,6 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+PATHS = os.pathsep.join([str(ROOT / "engine"), str(ROOT / "kernels"), str(HERE)])
 # No world in these tests takes longer; one that hangs is killed then.
 LIMIT = 240
 
@@ -34,10 +35,9 @@ def start(
     count: int, *arguments: object, port: int | None = None, script: str = "cases.py"
 ) -> list[subprocess.Popen[str]]:
     """Start the ranks of a world that runs a script beside this file."""
-    paths = [str(ROOT / "engine"), str(ROOT / "kernels"), str(HERE)]
     common = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPATH": PATHS,
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
@@ -68,8 +68,8 @@ def ended(ranks: list[subprocess.Popen[str]], limit: float = LIMIT) -> list[tupl
             rank.wait()
 
 
-def run(count: int, *arguments: object, script: str = "cases.py") -> list[str]:
+def run(count: int, *arguments: object) -> list[str]:
     """Return the output of each rank of a world in which nothing goes wrong."""
-    found = ended(start(count, *arguments, script=script))
+    found = ended(start(count, *arguments))
     assert [code for code, _, _ in found] == [0] * count, "\n".join(errors for _, _, errors in found)
     return [out for _, out, _ in found]

@@ -24,15 +24,14 @@ def deferred_interrupt(*others: signal.Signals) -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         came = True
 
-    numbers = (signal.SIGINT, *others)
-    before = {number: signal.getsignal(number) for number in numbers}
-    previous = before[signal.SIGINT]
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *others)}
+    # None: a program that embeds Python has a handler of its own, which could not be put back. SIG_IGN: a shell has
+    # started this in the background, and Ctrl-C is for the command in the foreground.
+    before = {number: own for number, own in before.items() if own not in (None, signal.SIG_IGN)}
     try:
-        if threading.current_thread() is not threading.main_thread() or previous in (None, signal.SIG_IGN):
-            # None: a program that embeds Python has a handler of its own, which could not be put back. SIG_IGN: a shell
-            # has started this in the background, and Ctrl-C is for the command in the foreground.
+        if threading.current_thread() is not threading.main_thread():
             raise ValueError
-        for number in numbers:
+        for number in before:
             signal.signal(number, handler)
     except ValueError:
         # or the main thread of a subinterpreter

@@ -25,6 +25,7 @@ from fusemlp.describe.metrics import METRICS
 from fusemlp.describe.network import INITS, SLOPES
 from fusemlp.describe.optimizers import OPTIMIZERS
 from fusemlp.describe.schedules import SCHEDULES
+from fusemlp.program.sharding import REDUCTIONS
 from fusemlp.report.explanations import METHODS
 from fusemlp.report.runs import WEIGHTS
 from fusemlp_kernels.contract import ACTIVATIONS
@@ -362,6 +363,12 @@ class TrainOptions(FitOptions):
         None, "With --dp-epsilon: delta; the largest power of ten below 1 / training rows unless given."
     )
     dp_clip: float | None = _training(None, "With --dp-epsilon: the largest norm of a row's gradient (1).")
+    reduce: str = _machine(
+        "ordered",
+        f"{one_of(REDUCTIONS)}. Under torchrun --nproc-per-node N -m fusemlp train, how N processes that train one "
+        "model add their gradients: ordered gives the same bits on 1, 2, 4 and 8 processes.",
+        values=REDUCTIONS,
+    )
     adversarial: str | None = _training(
         None,
         f"{one_of(ATTACKS)}: train on each batch as this attack changes it, by at most --attack-eps, to resist it. "

@@ -29,6 +29,11 @@ def started() -> bool:
     return all(name in os.environ for name in VARIABLES)
 
 
+def leading() -> bool:
+    """Return whether this process prints and writes files: unless it is another rank than 0."""
+    return not started() or os.environ["RANK"] == "0"
+
+
 def _torch() -> Any:
     try:
         return import_module("torch"), import_module("torch.distributed")
@@ -167,6 +172,19 @@ class Ranks:
                         f"distributed: {name} differs: rank 0 has {first.get(name)}, rank {rank} has {found.get(name)}"
                         "; give all ranks the same"
                     )
+
+    def check_equal(self, parameters: Array) -> None:
+        """Raise DistributedError on every rank if one has computed other parameters than rank 0."""
+        own = np.frombuffer(hashlib.sha256(parameters.data).digest(), np.uint8).copy()
+        found = np.empty((self.world, len(own)), np.uint8)
+        self.all_gather(found, own)
+        others = [str(rank) for rank, one in enumerate(found) if not np.array_equal(one, found[0])]
+        if others:
+            raise DistributedError(
+                f"distributed: the parameters of rank {', '.join(others)} are no longer those of rank 0: a callback "
+                "has changed something on some ranks only, or their processors compute differently; let callbacks do "
+                "the same on all, and use processors of one kind"
+            )
 
 
 def _mark(thing: Any) -> str:

@@ -120,6 +120,8 @@ class EpochLoop(Generic[PolicyT]):
     batches: int
     at_once: int
     callbacks: Sequence[Any]
+    # whether callbacks are called between batches
+    _one_by_one: bool = False
 
     @property
     def _epoch_stats(self) -> Any | None:
@@ -147,6 +149,10 @@ class EpochLoop(Generic[PolicyT]):
         engine.history = state.history
         engine.stop_training = False
         self.policy.begin()
+        self._one_by_one = bool(self._overriding("on_batch_begin") or self._overriding("on_batch_end"))
+        if engine.ranks is not None:
+            # perhaps a callback on one rank alone
+            (self._one_by_one,) = engine.ranks.any(self._one_by_one)
         if state.batch == 0:
             engine.memory.stats[:] = 0.0
         self._call("on_train_begin")
@@ -224,7 +230,7 @@ class EpochLoop(Generic[PolicyT]):
         done, total = state.batch, epochs * self.batches
         first = state.epoch
         while done < total:
-            count = 1 if starters or watchers else min(total - done, bound.chunk)
+            count = 1 if self._one_by_one else min(total - done, bound.chunk)
             for starter in starters:
                 starter.on_batch_begin(engine, state.batch)
             count = engine.rates.cover(self.policy.schedule, count)
@@ -249,9 +255,7 @@ class EpochLoop(Generic[PolicyT]):
         stats = None if own is None or not ran or not epochs else own[:epochs]
         account = engine.account(stats, check_finite=rewinds)
         if engine.ranks is not None:
-            engine.ranks.check_same(
-                {"the parameters after an epoch (is a processor of another kind?)": engine.memory.params}
-            )
+            engine.ranks.check_equal(engine.memory.params)
         if own is not None:
             # as if each epoch had been given its rows
             offset, total = account.counters[ROW_OFFSET], account.counters[ROW_TOTAL]
