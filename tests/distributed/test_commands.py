@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import worlds
 from safetensors.numpy import load_file
 
+from fusemlp import load
 from fusemlp.cli import main
 from fusemlp.runtime.ranks import VARIABLES
 
@@ -62,6 +65,16 @@ def test_torchrun_is_terminated_and_the_run_goes_on_exactly_with_another_number(
         assert array.tobytes() == other[name].tobytes(), name
     rows = [(folder / "metrics.csv").read_text(encoding="utf-8") for folder in (cut, whole)]
     assert rows[0] == rows[1] and rows[0].count("\n") == 101
+
+
+def test_the_script_of_the_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: None) -> None:
+    page = (worlds.ROOT / "engine" / "README.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^```py\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(script, "engine/README.md, script", "exec"), names)
+    assert names["history"].history["accuracy"][-1] >= 0.95
+    assert np.mean(load("model.safetensors").predict(names["data"].X) == names["data"].y) >= 0.95
 
 
 @pytest.mark.parametrize(

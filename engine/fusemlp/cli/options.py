@@ -110,6 +110,11 @@ class ForceOption:
     force: bool = _output(False, "Overwrite a file that exists.")
 
 
+def _reduce(use: str) -> Any:
+    text = f"{use}, {one_of(REDUCTIONS)}: ordered gives the same bits on 1, 2, 4 and 8 processes."
+    return _machine("ordered", text, values=REDUCTIONS)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MachineOptions:
     backend: str = _machine("auto", f"{one_of(BACKENDS)}; fusemlp doctor says which work here.", values=BACKENDS)
@@ -363,11 +368,8 @@ class TrainOptions(FitOptions):
         None, "With --dp-epsilon: delta; the largest power of ten below 1 / training rows unless given."
     )
     dp_clip: float | None = _training(None, "With --dp-epsilon: the largest norm of a row's gradient (1).")
-    reduce: str = _machine(
-        "ordered",
-        f"{one_of(REDUCTIONS)}. Under torchrun --nproc-per-node N -m fusemlp train, how N processes that train one "
-        "model add their gradients: ordered gives the same bits on 1, 2, 4 and 8 processes.",
-        values=REDUCTIONS,
+    reduce: str = _reduce(
+        "Under torchrun --nproc-per-node N -m fusemlp train, how N processes that train one model add their gradients"
     )
     adversarial: str | None = _training(
         None,
@@ -592,6 +594,8 @@ class PlanOptions(StepOptions):
     loss: str = _loss("cross_entropy", f"{one_of(LOSSES)}.", values=LOSSES)
     optimizer: str = _optimizer("sgd", f"{one_of(OPTIMIZERS)}.", values=OPTIMIZERS)
     backend: str = _machine("auto", f"{one_of(BACKENDS)}; it need not work on this machine.", values=BACKENDS)
+    devices: int | None = _machine(None, "Processes that train one model together: the step of one of them.", "COUNT")
+    reduce: str = _reduce("With --devices: how they add their gradients")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -254,10 +254,11 @@ class Program:
         lines = [layout.format(*row).rstrip() for row in rows]
         last = f"{self.launches} launch{'' if self.launches == 1 else 'es'}"
         if self.sharding is not None:
-            own, sent = self.sharding.own, scaled(self.bytes_of("grads") + self.bytes_of("stats"))
+            received = self.sharding.received(self.bytes_of("grads") + self.bytes_of("stats"))
+            rows = self.calls[0].products[0][0]
             last = (
-                f"calls 0 to {len(self.before_reduction) - 1} for each of a rank's {own} "
-                f"shard{'' if own == 1 else 's'} of {self.calls[0].products[0][0]} rows; a rank sends {sent}B; {last}"
+                f"calls 0 to {len(self.before_reduction) - 1} for each shard, of {rows} row{'' if rows == 1 else 's'}, "
+                f"of which a rank has {self.sharding.own}; it receives {scaled(received)}B from the others: {last}"
             )
         elif self.resident:
             last = f"{len(self.calls)} calls, run as one loop over the steps: {last}"

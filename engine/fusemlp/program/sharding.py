@@ -53,5 +53,10 @@ class Sharding(NamedTuple):
         """Return the row of the batch with which each shard of a rank begins, a shard having ``rows``."""
         return tuple(rows * shard for shard in range(rank * self.own, (rank + 1) * self.own))
 
+    def received(self, size: int) -> int:
+        """Return the bytes that a rank receives in a step, the gradients being ``size``; with ``fast`` at least."""
+        others = self.world - 1
+        return size * others if self.reduce == ORDERED else 2 * size * others // self.world
+
     def __str__(self) -> str:
         return f"{self.reduce}, {self.world} rank{'' if self.world == 1 else 's'}"

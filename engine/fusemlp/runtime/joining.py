@@ -12,9 +12,10 @@ from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer
 from fusemlp.describe.privacy import DPSGD
 from fusemlp.program.sharding import REDUCTIONS, Sharding
+from fusemlp.runtime.plans import no_ranks
 from fusemlp.runtime.ranks import Ranks
 from fusemlp_kernels.contract import Backend
-from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
+from fusemlp_kernels.errors import ArgumentError
 
 # Libraries whose versions the bits of a step depend on.
 LIBRARIES = ("fusemlp", "numpy", "numba", "torch")
@@ -47,9 +48,7 @@ class Joining:
         if not check_flag("distributed", distributed):
             return
         if not self._backend.traits.on_host:
-            raise BackendUnavailableError(
-                f"distributed: the {self.backend} backend trains in one process so far; use backend='numpy'"
-            )
+            raise no_ranks("distributed", self.backend)
         if self.plan != "resident":
             raise ArgumentError(
                 f"plan: a distributed step is two launches with a collective between them, got {self.plan!r}; leave "
