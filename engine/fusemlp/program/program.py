@@ -255,9 +255,9 @@ class Program:
         last = f"{self.launches} launch{'' if self.launches == 1 else 'es'}"
         if self.sharding is not None:
             received = self.sharding.received(self.bytes_of("grads") + self.bytes_of("stats"))
-            rows = self.calls[0].products[0][0]
+            height = self.calls[0].products[0][0]
             last = (
-                f"calls 0 to {len(self.before_reduction) - 1} for each shard, of {rows} row{'' if rows == 1 else 's'}, "
+                f"calls 0 to {len(self.before_reduction) - 1} for each shard, of {height} row{'' if height == 1 else 's'}, "
                 f"of which a rank has {self.sharding.own}; it receives {scaled(received)}B from the others: {last}"
             )
         elif self.resident:
