@@ -255,10 +255,10 @@ class Program:
         last = f"{self.launches} launch{'' if self.launches == 1 else 'es'}"
         if self.sharding is not None:
             received = self.sharding.received(self.bytes_of("grads") + self.bytes_of("stats"))
-            height = self.calls[0].products[0][0]
+            height, own = self.calls[0].products[0][0], self.sharding.own
             last = (
-                f"calls 0 to {len(self.before_reduction) - 1} for each shard, of {height} row{'' if height == 1 else 's'}, "
-                f"of which a rank has {self.sharding.own}; it receives {scaled(received)}B from the others: {last}"
+                f"calls 0 to {len(self.before_reduction) - 1} for each shard of a batch, up to {height} rows; a rank "
+                f"has {own}, and receives {scaled(received)}B from the others: {last}"
             )
         elif self.resident:
             last = f"{len(self.calls)} calls, run as one loop over the steps: {last}"
