@@ -54,7 +54,7 @@ OWNERS = {
     "numba": ("fusemlp_kernels.numpy.compiled",),
     "onnx": ("fusemlp.report.onnx",),
     "tensorboard": ("fusemlp.callbacks",),
-    "torch": ("fusemlp_kernels.triton", "fusemlp.torch"),
+    "torch": ("fusemlp_kernels.triton", "fusemlp.runtime.ranks", "fusemlp.torch"),
     "triton": ("fusemlp_kernels.triton",),
     "wandb": ("fusemlp.callbacks",),
 }

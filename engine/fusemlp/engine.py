@@ -11,11 +11,13 @@ from fusemlp.describe.elsewhere import knows_names, names_absent
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
+from fusemlp.program.sharding import ORDERED
 from fusemlp.report import onnx
 from fusemlp.report.runs import open_run, weights_path
 from fusemlp.runtime import attacking, files, intervals
 from fusemlp.runtime.backends import availability
 from fusemlp.runtime.inference import MEAN
+from fusemlp.runtime.ranks import TIMEOUT
 from fusemlp.runtime.session import ELSEWHERE, Session
 from fusemlp.training import checkpoint, diagnosing, fit, lr_finder, saving, transfer
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
@@ -43,7 +45,7 @@ KERAS = {
 }
 
 # Arguments that from_pretrained hands on to the engine.
-_HANDED_ON = ("batch_size", "seed", "backend", "device", "precision", "plan", "normalise")
+_HANDED_ON = ("batch_size", "seed", "backend", "device", "precision", "plan", "normalise", "distributed")
 
 
 class Engine(Session):
@@ -63,6 +65,11 @@ class Engine(Session):
     scales nothing, and training warns (InputScaleWarning) of inputs far from unit scale; False does not warn.
 
     ``privacy``, a ``DPSGD``, trains with differential privacy; ``privacy_spent()`` returns its epsilon.
+
+    ``distributed=True``, in processes that torchrun has started: they train one model together, on the CPU with the
+    NumPy backend. All are given all rows; ``batch_size`` is that of all together. With ``reduce="ordered"`` 1, 2, 4 and
+    8 processes give the same bits; "fast" adds in any order, on any number. Rank 0 alone writes files. A process that
+    ends or is silent for ``timeout`` seconds ends the others (DistributedError).
 
     Raises ArgumentError or ArgumentTypeError for impossible values, BackendUnavailableError for what this machine
     does not have.
@@ -136,9 +143,18 @@ names_absent(Engine, KERAS)
 
 
 def load_checkpoint(
-    path: str | Path, *, backend: str = "auto", device: str | None = None, network: MLP | None = None
+    path: str | Path,
+    *,
+    backend: str = "auto",
+    device: str | None = None,
+    network: MLP | None = None,
+    distributed: bool = False,
+    reduce: str = ORDERED,
+    timeout: float = TIMEOUT,
 ) -> Engine:
     """The engine that was saved, on any backend. With ``network`` the checkpoint must be of such a network.
+
+    ``distributed``, ``reduce`` and ``timeout``: see ``Engine``. The number of processes may be another than before.
 
     Raises CheckpointError if the file is missing, corrupted or of another network, BackendUnavailableError.
     """
@@ -148,7 +164,9 @@ def load_checkpoint(
         raise ArgumentTypeError(f"network: expected an MLP such as MLP([784, 128, 10]), got {network!r}")
     if network is not None and network != found:
         raise CheckpointError(f"path: {str(path)!r} is of another network: expected {network!r}, it holds {found!r}")
-    return _restored(content, backend, device)
+    engine = _restored(content, backend, device)
+    engine.join(distributed, reduce, timeout)
+    return engine
 
 
 def load(path: str | Path, *, backend: str = "auto", device: str | None = None, precision: str | None = None) -> Engine:

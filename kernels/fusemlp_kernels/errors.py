@@ -42,6 +42,10 @@ class CheckpointError(FusemlpError, RuntimeError):
     """A checkpoint or run folder that cannot be read, or does not belong to this network."""
 
 
+class DistributedError(FusemlpError, RuntimeError):
+    """A training on several processes that cannot go on: one of them is gone, or has something else than the others."""
+
+
 class DivergenceError(FusemlpError, ArithmeticError):
     """The loss stopped being a finite number."""
 

@@ -27,6 +27,7 @@ Bind = TypeVar("Bind", bound=Callable[..., object])
 
 # Ops that a backend ("": each) does not bind, and why.
 REFUSED = {
+    ("", "all_reduce"): "it is between processes, and the engine's",
     ("", "penalty"): "it runs inside train_resident; elsewhere change the gradients between grad_weight and update",
     **dict.fromkeys((("triton", "divergence"), ("cupy", "divergence")), "it is bound by the numpy backend alone"),
     ("numpy", "train_fleet"): "its models train one after another, by train_resident",
@@ -419,6 +420,14 @@ OPS = {op.name: op for op in (
         *_PARTS,
     )),
     Op("advance", "the clock alone, for a network with nothing to train", _CLOCK),
+    Op("all_reduce",
+        "the sum over all ranks of what each has of the gradients and the statistics of a batch; with rule.accumulate "
+        "k > 1 the gradients are added to what is there, unless counters[BATCH_INDEX] is a multiple of k", (
+        Operand("grads", "A", use=UPDATED, kind="gradient"),
+        Operand("stats", "S", "float64", UPDATED, kind="control"),
+        _RULE,
+        _COUNTERS,
+    )),
     Op("penalty",
         "dw += ridge.strength / shares * w for all layers, before dw is clipped; its loss is added to "
         "stats[PENALTIES], times the rows of the batch; nothing where shares is 0", (
@@ -440,6 +449,12 @@ OPS = {op.name: op for op in (
             "memo", optional=True,
             note="a dict that stays with calls which differ in nothing but their arrays: what is kept in it makes "
             "binding them again cheap",
+        ),
+        Operand(
+            "shards", optional=True, default=(),
+            note="the row of the batch with which each of several shards of M rows begins: the calls are those of the "
+            "shards one after another, up to grad_weight. Normalisers are of the whole batch, of counters[ROW_COUNT] "
+            "rows, and so are the row numbers of random masks. A shard gives the same bits whatever others there are",
         ),
     )),
     Op("train_fleet",

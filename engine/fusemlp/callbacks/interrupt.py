@@ -10,11 +10,11 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+def deferred_interrupt(*others: signal.Signals) -> Iterator[Callable[[], bool]]:
     """Record Ctrl-C instead of raising it, so that no update is cut in two; raise a second one at once.
 
-    Yields a function that returns whether Ctrl-C came. Only the main thread gets signals; elsewhere it returns False,
-    as in a program that ignores Ctrl-C or handles it outside Python.
+    ``others`` are signals that count as Ctrl-C too. Yields a function that returns whether Ctrl-C came. Only the main
+    thread gets signals; elsewhere it returns False, as in a program that ignores Ctrl-C or handles it outside Python.
     """
     came = False
 
@@ -24,13 +24,15 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         came = True
 
-    previous = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *others)}
+    # None: a program that embeds Python has a handler of its own, which could not be put back. SIG_IGN: a shell has
+    # started this in the background, and Ctrl-C is for the command in the foreground.
+    before = {number: own for number, own in before.items() if own not in (None, signal.SIG_IGN)}
     try:
-        if threading.current_thread() is not threading.main_thread() or previous in (None, signal.SIG_IGN):
-            # None: a program that embeds Python has a handler of its own, which could not be put back. SIG_IGN: a shell
-            # has started this in the background, and Ctrl-C is for the command in the foreground.
+        if threading.current_thread() is not threading.main_thread():
             raise ValueError
-        signal.signal(signal.SIGINT, handler)
+        for number in before:
+            signal.signal(number, handler)
     except ValueError:
         # or the main thread of a subinterpreter
         yield lambda: False
@@ -38,4 +40,5 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: came
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, own in before.items():
+            signal.signal(number, own)

@@ -26,6 +26,7 @@ from fusemlp._version import __version__
 from fusemlp.callbacks.compiling import compilations_shown
 from fusemlp.cli import options
 from fusemlp.datasets.load import NAMES
+from fusemlp.runtime.ranks import leading, started
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, FusemlpError, ShapeError
 
 # Options that take several numbers, joined by commas.
@@ -135,6 +136,10 @@ def _command(name: str, described: type[Any]) -> Callable[..., None]:
     """Return a function for typer whose parameters are the fields of ``described``, by the panels of --help."""
 
     def command(**given: Any) -> None:
+        if started() and name != "train":
+            raise ArgumentError(
+                f"fusemlp {name.replace('_', '-')}: it runs in one process, and torchrun has started several"
+            )
         run = getattr(importlib.import_module(f"fusemlp.cli.{name}"), name)
         run(described(**given))
 
@@ -216,14 +221,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        if not leading():
+            # rank 0 gives them
+            warnings.simplefilter("ignore")
         try:
             if COMPLETE_VARIABLE in os.environ:
                 completion_init()
             words = sys.argv[1:] if arguments is None else arguments
-            with compilations_shown(quiet="--quiet" in words):
+            with compilations_shown(quiet="--quiet" in words or not leading()):
                 app(arguments, prog_name=PROGRAM, complete_var=COMPLETE_VARIABLE)
         except FusemlpError as error:
             message, code = one_line(error), exit_code(error)
+            if not leading():
+                message = f"rank {os.environ['RANK']}: {message}"
         except MemoryError as error:
             message, code = f"there is not enough memory: {error}; narrower layers or smaller batches need less", 1
         else:

@@ -27,6 +27,7 @@ from fusemlp.describe.network import INITS, SLOPES
 from fusemlp.describe.optimizers import OPTIMIZERS
 from fusemlp.describe.schedules import SCHEDULES
 from fusemlp.fleet.presets import LEAST_ROWS, MEMBERS, PRESETS
+from fusemlp.program.sharding import REDUCTIONS
 from fusemlp.report.explanations import METHODS
 from fusemlp.report.runs import WEIGHTS
 from fusemlp_kernels.contract import ACTIVATIONS
@@ -109,6 +110,11 @@ class JsonOption:
 @dataclass(frozen=True, kw_only=True)
 class ForceOption:
     force: bool = _output(False, "Overwrite a file that exists.")
+
+
+def _reduce(use: str) -> Any:
+    text = f"{use}, {one_of(REDUCTIONS)}: ordered gives the same bits on 1, 2, 4 and 8 processes."
+    return _machine("ordered", text, values=REDUCTIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,6 +377,9 @@ class TrainOptions(FitOptions):
         None, "With --dp-epsilon: delta; the largest power of ten below 1 / training rows unless given."
     )
     dp_clip: float | None = _training(None, "With --dp-epsilon: the largest norm of a row's gradient (1).")
+    reduce: str = _reduce(
+        "Under torchrun --nproc-per-node N -m fusemlp train, how N processes that train one model add their gradients"
+    )
     adversarial: str | None = _training(
         None,
         f"{one_of(ATTACKS)}: train on each batch as this attack changes it, by at most --attack-eps, to resist it. "
@@ -614,6 +623,8 @@ class PlanOptions(StepOptions):
     loss: str = _loss("cross_entropy", f"{one_of(LOSSES)}.", values=LOSSES)
     optimizer: str = _optimizer("sgd", f"{one_of(OPTIMIZERS)}.", values=OPTIMIZERS)
     backend: str = _machine("auto", f"{one_of(BACKENDS)}; it need not work on this machine.", values=BACKENDS)
+    devices: int | None = _machine(None, "Processes that train one model together: the step of one of them.", "COUNT")
+    reduce: str = _reduce("With --devices: how they add their gradients")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,7 @@ from fusemlp.report.runs import (
 )
 from fusemlp.report.temperature import scale_logits
 from fusemlp.report.uncertainty import judged
+from fusemlp.runtime.ranks import TIMEOUT, leading, started
 from fusemlp.training.adversarial import check_adversarial
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
@@ -81,6 +82,9 @@ class Session:
 def train(options: TrainOptions) -> None:
     """Train, write the run folder, print the results; raises DivergenceError after everything is written."""
     as_count("checkpoint_every", options.checkpoint_every)
+    if not leading():
+        follow(options)
+        return
     with events(as_json=options.as_json, quiet=options.quiet) as told:
         content, lines, failure = trained(options, told)
     show(content, lines, as_json=options.as_json, warnings=content.get("worse_than", ()))
@@ -93,6 +97,21 @@ def trained(options: TrainOptions, told: Events) -> tuple[dict[str, Any], list[s
     session = new_session(options) if options.resume is None else resumed_session(options, options.resume)
     with tracking.closing(session.tracker):
         return worked(session, told)
+
+
+def follow(options: TrainOptions) -> None:
+    """Train as a rank other than 0, which prints and writes nothing."""
+    options = replace(options, quiet=True)
+    # rank 0 tells of a divergence and of Ctrl-C: a process that ends with an error would have torchrun end rank 0 too
+    run_session(new_session(options) if options.resume is None else resumed_session(options, options.resume), [])
+
+
+def check_ranks(options: TrainOptions, models: int) -> None:
+    """Raise ArgumentError for what several processes do not train together."""
+    if started() and models > 1:
+        raise ArgumentError(f"models: several processes train one model together, got {models}; give --models 1")
+    if started() and options.final_fit:
+        raise ArgumentError("final_fit: it is for a training in one process; leave it out")
 
 
 def worked(session: Session, told: Events) -> tuple[dict[str, Any], list[str], DivergenceError | None]:
@@ -124,7 +143,7 @@ def worked(session: Session, told: Events) -> tuple[dict[str, Any], list[str], D
             if session.tracker is not None:
                 session.tracker.log({name: value for name, value in row.items() if name != "epoch"}, int(row["epoch"]))
     else:
-        interrupted, failure = run_session(session, told, seconds)
+        interrupted, failure = run_session(session, recorders(session, told), seconds)
     final = refused = held_out = temperature = None
     if prepared.validation is not None and failure is None:
         held = [(session.engine, slice(None))]
@@ -181,11 +200,13 @@ def new_session(options: TrainOptions) -> Session:
     if options.data is None:
         raise ArgumentError(f"DATA: say what to train on: a path, or one of {', '.join(NAMES)}; or --resume RUN")
     given = options
+    if started() and options.models is None:
+        options = replace(options, models=1)
     options = defaults.filled_in(options)
     source, options = transfer.opened(options)
     epochs = checked_epochs(options)
-    folder = choose_folder(options.out, given.data or "", datetime.now())
-    tracker = tracking.tracker(options, folder.name)
+    folder = choose_folder(options.out, given.data or "", datetime.now()) if leading() else Path()
+    tracker = tracking.tracker(options, folder.name) if leading() else None
     if options.time_limit is not None:
         as_number("time_limit", options.time_limit, low=0.0, low_open=True)
     attacks.check_trained(options)
@@ -193,10 +214,13 @@ def new_session(options: TrainOptions) -> Session:
     watched(options, prepared)
     against = attack_on(prepared.train, options, prepared)
     prepared = ensemble.within(prepared, options)
+    check_ranks(options, prepared.models)
     options = ensemble.described(prepared, options)
     engine = new_engine(options, prepared, epochs)
     if against is not None:
         check_adversarial(engine, against, stops=bool(options.early_stopping))
+    if not leading():
+        return Session(Run(folder), options, prepared, engine, epochs, scheduled=epochs)
     if tracker is not None:
         tracker.open(tracking.parameters(options, engine, epochs))
     with tracking.closing(tracker):
@@ -213,12 +237,15 @@ def new_session(options: TrainOptions) -> Session:
 
 
 def new_engine(options: TrainOptions, prepared: Prepared, epochs: int) -> Engine:
+    """Return the engine of a new training, which under torchrun trains with the other processes."""
     rows = len(prepared.train)
-    return prepared.engine(
+    engine = prepared.engine(
         options,
         recipe.schedule(options, rows=rows, epochs=epochs),
         recipe.privacy(options, rows=rows, epochs=epochs),
     )
+    engine.join(started(), options.reduce, TIMEOUT)
+    return engine
 
 
 def checked_epochs(options: FitOptions) -> int:
@@ -277,13 +304,23 @@ def resumed_session(options: TrainOptions, folder: str) -> Session:
             "new run"
         )
     prepared = replace(prepared, start=transfer.stored(run, config, net, options))
+    check_ranks(options, prepared.models)
     last = run.checkpoint("last")
-    for left_over in run.path.rglob(".*.tmp"):
+    for left_over in run.path.rglob(".*.tmp") if leading() else ():
         left_over.unlink(missing_ok=True)
     scheduled = checked_epochs(stored)
-    tracker = tracking.tracker(options, run.path.resolve().name, tracking.last_id(run, options))
+    tracker = None
+    if leading():
+        tracker = tracking.tracker(options, run.path.resolve().name, tracking.last_id(run, options))
     if last.exists() and prepared.models == 1:
-        engine = load_checkpoint(last, backend=options.backend, device=options.device, network=prepared.network)
+        engine = load_checkpoint(
+            last,
+            backend=options.backend,
+            device=options.device,
+            network=prepared.network,
+            distributed=started(),
+            reduce=options.reduce,
+        )
     else:
         # An ensemble has no checkpoint to go on from: it trains anew, with the same result.
         engine = new_engine(options, prepared, scheduled)
@@ -291,6 +328,8 @@ def resumed_session(options: TrainOptions, folder: str) -> Session:
         report = json.loads(run.report.read_text(encoding="utf-8"))
         done = report["epochs"] if prepared.models > 1 and not report["interrupted"] else engine.epochs_trained
         _check_unfinished(report, done, epochs)
+    if not leading():
+        return Session(run, options, prepared, engine, epochs, scheduled=scheduled)
     if tracker is not None:
         tracker.open(tracking.parameters(options, engine, epochs))
         tracking.note_id(run, options, tracker)
@@ -348,6 +387,7 @@ def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epo
         "device": engine.device,
         "precision": engine.precision,
         "plan": engine.plan,
+        **({} if engine.sharding is None else {"ranks": engine.sharding.world}),
         "versions": {
             "fusemlp": __version__,
             "python": platform.python_version(),
@@ -383,6 +423,7 @@ def describe(session: Session) -> str:
         f"{several}{'-'.join(map(str, net.sizes))}, {net.parameter_count} parameters; {engine.loss.kind}; "
         f"{engine.optimizer.kind}, {rate.kind} lr {recipe.learning_rate(session.options):g}; "
         f"batch {engine.batch_size}; {engine.backend} {engine.precision}, plan {engine.plan}"
+        f"{'' if engine.sharding is None else f', {engine.sharding}'}"
         f"{note if interpreted else ''}{private_note(engine)}"
     )
 
@@ -412,12 +453,18 @@ def describe_data(prepared: Prepared) -> str:
     )
 
 
-def run_session(session: Session, told: Events, seconds: float | None) -> tuple[bool, DivergenceError | None]:
+def recorders(session: Session, told: Events) -> list[Any]:
+    """Return the callbacks that write and print."""
+    callbacks: list[Any] = [Recorder(session.run, every=session.options.checkpoint_every), told]
+    callbacks += [] if session.tracker is None else [session.tracker]
+    return callbacks + ([] if session.options.quiet else [ProgressBar()])
+
+
+def run_session(
+    session: Session, callbacks: list[Any], seconds: float | None = None
+) -> tuple[bool, DivergenceError | None]:
     """Train to the end or the limit, to Ctrl-C (returns True), or to a loss that is not finite (returns the error)."""
     engine, options = session.engine, session.options
-    callbacks: list[Any] = [Recorder(session.run, every=options.checkpoint_every), told]
-    callbacks += [] if session.tracker is None else [session.tracker]
-    callbacks += [] if options.quiet else [ProgressBar()]
     try:
         if engine.fit_state is None and options.probe:
             judged = watched(options, session.prepared)
@@ -437,7 +484,8 @@ def run_session(session: Session, told: Events, seconds: float | None) -> tuple[
         if engine.history is None or not engine.history.stopped:
             raise
         # Ctrl-C came between two updates: save the position inside the epoch too.
-        engine.save_checkpoint(session.run.checkpoint("last"))
+        if leading():
+            engine.save_checkpoint(session.run.checkpoint("last"))
         return True, None
     except DivergenceError as error:
         return False, error

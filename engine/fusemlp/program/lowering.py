@@ -21,6 +21,7 @@ from fusemlp.describe.hardening import TRADES, Free, Hardening
 from fusemlp.describe.network import MLP
 from fusemlp.program.layout import RATE_ROWS, REMEMBERED, Layout, short_names
 from fusemlp.program.program import Call, Program, Ref, Value
+from fusemlp.program.sharding import Sharding
 from fusemlp_kernels.contract import (
     COUNTERS,
     HYPER,
@@ -99,7 +100,8 @@ class Step(NamedTuple):
     optimizer: between them the gradients can be read and changed. ``most_parts``: into how many parts the gradients may
     cut the batch (``contract.batch_parts``). ``resident``: the calls run in one loop over many steps; ``ridge``: a
     penalty beside the loss, for such a loop. With ``privacy`` the gradients are sums of clipped ones, with noise. With
-    ``attack`` the step trains on the moved batch.
+    ``attack`` the step trains on the moved batch. With ``sharding`` the calls before ``all_reduce`` are of one shard,
+    which has ``batch_size`` rows.
 
     With ``gradient`` 0 a forward pass goes back to dx, the gradient by x: of the loss, or without ``spec`` of the
     outputs weighed by the data ``seed`` (batch_size, N). With ``gradient`` 1 it begins at h1, the first hidden layer's
@@ -125,6 +127,7 @@ class Step(NamedTuple):
     gradient: int | None = None
     privacy: Privacy | None = None
     attack: Attack | None = None
+    sharding: Sharding | None = None
 
 
 def lower_training(
@@ -551,8 +554,8 @@ class _Builder:
         penalised = step.ridge is not None and (step.ridge.strength != 0.0 or self.traits.resident is not None)
         clipped = step.scaled or rule.clip_norm is not None
         private = step.privacy
-        whole = step.keep_gradients or clipped or rule.accumulate > 1 or penalised
-        shared = self.members > 1
+        shared, sharding = self.members > 1, step.sharding
+        whole = step.keep_gradients or clipped or rule.accumulate > 1 or penalised or sharding is not None
         parts = 1
         if not (whole or step.resident or shared):
             weights = sum(places[short].size for short in self.rules)
@@ -595,6 +598,8 @@ class _Builder:
                 clip=private.clip,
                 counters=self.counters,
             )
+        if sharding is not None:
+            gradients["rule"] = replace(rule, accumulate=1)
         sizes = self.net.sizes
         summed = self.batch * (1 if self.beta is None else 2)
         products = [(sizes[layer + 1], sizes[layer], summed) for layer in self.having("w")]
@@ -602,8 +607,8 @@ class _Builder:
             self.call("grad_weight_update", rule.kind, products, **gradients, **applied)
             return
         # gradients that are changed before the update have another norm
-        normed = self.traits.norms_gradients and clipped and not shared
-        normed = normed and not (step.keep_gradients or penalised or step.resident)
+        changed = step.keep_gradients or penalised or sharding is not None
+        normed = self.traits.norms_gradients and clipped and not (shared or changed or step.resident)
         common: dict[str, Any] = {"norm": self.add("norm", (1,), "float64", "work")} if normed else {}
         if parts > 1:
             common |= {"parts": parts, "part": step.layout.size}
@@ -624,6 +629,9 @@ class _Builder:
                 counters=self.counters,
                 stats=Ref("stats"),
             )
+        if sharding is not None:
+            reduced: dict[str, Any] = {"grads": Ref("grads"), "stats": Ref("stats")}
+            self.call("all_reduce", str(sharding), **reduced, rule=rule, counters=self.counters)
         self.call(
             "update",
             rule.kind,
@@ -701,4 +709,5 @@ class _Builder:
             step.real_bytes,
             step.compute_bytes,
             step.resident,
+            step.sharding,
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from fusemlp.program.sharding import Sharding
 from fusemlp_kernels.contract import Dropout, LossSpec, Noise, Perturbation, Ridge, Segment, TensorRule, UpdateRule
 from fusemlp_kernels.ops import OPS
 
@@ -128,6 +129,7 @@ class Structure:
             program.real_bytes,
             program.compute_bytes,
             program.resident,
+            program.sharding,
         )
         self._hash = hash(self._parts)
 
@@ -160,7 +162,8 @@ class Program:
 
     ``arenas`` names the flat arrays that hold several values at once, with the values in them ("params": w0, b0, ...).
     ``real_bytes`` is the size of an element of type "real", ``compute_bytes`` of one of type "compute", where the
-    precision is mixed. ``resident``: the calls run inside ``train_resident``, in one loop over many steps.
+    precision is mixed. ``resident``: the calls run inside ``train_resident``, in one loop over many steps. With
+    ``sharding`` those before ``all_reduce`` are of one shard of the batch.
     """
 
     values: Mapping[str, Value]
@@ -170,6 +173,7 @@ class Program:
     real_bytes: int = 4
     compute_bytes: int | None = None
     resident: bool = False
+    sharding: Sharding | None = None
 
     @cached_property
     def memo(self) -> dict[str, Any]:
@@ -217,8 +221,18 @@ class Program:
 
     @property
     def launches(self) -> int:
-        """The number of kernels that a step starts; a loop over many steps is one."""
+        """The number of kernels that a step starts; calls in a loop are one, up to a collective."""
+        if self.sharding is not None:
+            before = len(self.before_reduction)
+            # without the collective
+            return 2 if self.resident else before * self.sharding.own + len(self.calls) - before - 1
         return 1 if self.resident else len(self.calls)
+
+    @property
+    def before_reduction(self) -> tuple[Call, ...]:
+        """The calls of a shard: those before ``all_reduce``."""
+        ops = [call.op for call in self.calls]
+        return self.calls[: ops.index("all_reduce")]
 
     def __str__(self) -> str:
         rows = [("#", "call", "reads", "writes", "M x N x K", "flops", "bytes")]
@@ -239,7 +253,14 @@ class Program:
         layout = "  ".join(f"{{:{'>' if column in (0, 5, 6) else '<'}{width}}}" for column, width in enumerate(widths))
         lines = [layout.format(*row).rstrip() for row in rows]
         last = f"{self.launches} launch{'' if self.launches == 1 else 'es'}"
-        if self.resident:
+        if self.sharding is not None:
+            received = self.sharding.received(self.bytes_of("grads") + self.bytes_of("stats"))
+            height, own = self.calls[0].products[0][0], self.sharding.own
+            last = (
+                f"calls 0 to {len(self.before_reduction) - 1} for each shard of a batch, up to {height} rows; a rank "
+                f"has {own}, and receives {scaled(received)}B from the others: {last}"
+            )
+        elif self.resident:
             last = f"{len(self.calls)} calls, run as one loop over the steps: {last}"
         return "\n".join([*lines, last])
 

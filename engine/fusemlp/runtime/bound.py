@@ -47,13 +47,21 @@ class BoundProgram:
         for name, value in program.values.items():
             if value.kind in ("data", "control") and name not in self.arrays:
                 self.arrays[name] = allocate(backend, value)
-        resolved = [(call.op, resolve(call.operands, self.arrays.__getitem__)) for call in program.calls]
         self._resident = program.resident
         # how many steps it is left alone for
         self.chunk = UNINTERRUPTED
         if self._resident or backend.traits.on_host:
             self.chunk = resident_chunk(backend.traits, sum(call.flops for call in program.calls))
-        self.calls: tuple[Callable[..., object], ...]
+        self.calls = self._bound(memory)
+        self._eager = _in_order(self.calls, backend.traits.on_host)
+        self._captures = plan == "graph"
+        # graphs by the number of steps in them; none before the first step has loaded the kernels
+        self._graphs: dict[int, Callable[[], object]] = {}
+        self._warm = False
+
+    def _bound(self, memory: Memory) -> tuple[Callable[..., object], ...]:
+        backend, program = self.backend, self.program
+        resolved = [(call.op, resolve(call.operands, self.arrays.__getitem__)) for call in program.calls]
         if self._resident:
             loop = {
                 "calls": resolved,
@@ -65,14 +73,8 @@ class BoundProgram:
             }
             if backend.traits.on_host:
                 loop |= {"arrays": self.arrays, "memo": program.memo}
-            self.calls = (backend.bind("train_resident", **loop),)
-        else:
-            self.calls = tuple(backend.bind(op, **operands) for op, operands in resolved)
-        self._eager = _in_order(self.calls, backend.traits.on_host)
-        self._captures = plan == "graph"
-        # graphs by the number of steps in them; none before the first step has loaded the kernels
-        self._graphs: dict[int, Callable[[], object]] = {}
-        self._warm = False
+            return (backend.bind("train_resident", **loop),)
+        return tuple(backend.bind(op, **operands) for op, operands in resolved)
 
     @property
     def run(self) -> Callable[[], None]:

@@ -10,6 +10,7 @@ from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.program.layout import parameter_layout
 from fusemlp.program.lowering import Inputs, lower_training
+from fusemlp.program.sharding import ORDERED, Sharding
 from fusemlp.runtime.backends import TRAITS, availability
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES
 from fusemlp_kernels.contract import MOST_PARTS, Traits, resident_refusal, step_flops
@@ -90,6 +91,13 @@ def resident_chunk(traits: Traits, flops: int) -> int:
     return max(1, int(LAUNCH_SECONDS / (STEP_SECONDS + flops / PROCESSOR_FLOPS)))
 
 
+def no_ranks(argument: str, backend: str) -> BackendUnavailableError:
+    """Return the error for a backend that does not train in several processes."""
+    return BackendUnavailableError(
+        f"{argument}: the {backend} backend trains in one process so far; use backend='numpy'"
+    )
+
+
 def shares_launches(traits: Traits) -> bool:
     """Return True if the resident plan of several models is one launch."""
     return traits.resident is not None and "resident" in traits.plans
@@ -124,17 +132,25 @@ def plan_text(
     batch_size: int = 32,
     backend: str = "auto",
     precision: str = "fp32",
+    devices: int | None = None,
+    reduce: str = ORDERED,
 ) -> str:
-    """The step program that ``fit`` runs on a backend that need not be installed, under ``plan="auto"``, as text.
+    """The step program that ``fit`` runs on a backend that need not be installed, under ``plan="auto"``, as text;
+    with ``devices`` that of one of this many processes which train together.
 
-    Raises ArgumentError for impossible values.
+    Raises ArgumentError for impossible values, BackendUnavailableError for ``devices`` of a backend that has one.
     """
     traits = _traits(backend, precision)
+    sharding = None if devices is None else Sharding(reduce, as_count("devices", devices)).check()
+    if sharding is not None and not traits.on_host:
+        raise no_ranks("devices", traits.name)
     chosen_loss, chosen_optimizer = as_loss(loss), as_optimizer(optimizer)
     chosen_loss.check_network(net)
     chosen_optimizer.check_network(net)
     real_bytes = REAL_BYTES.get(precision, 4)
     batch_size = as_count("batch_size", batch_size, minimum=1)
+    if sharding is not None:
+        batch_size = sharding.rows(batch_size)
     program = lower_training(
         net,
         chosen_loss.spec(accuracy=chosen_loss.is_classification),
@@ -150,5 +166,6 @@ def plan_text(
         scaled=precision == "fp16",
         most_parts=MOST_PARTS,
         resident=choose_plan("auto", traits, net.sizes, batch_size, precision, members=net.members)[0] == "resident",
+        sharding=sharding,
     )
     return str(program)

@@ -25,13 +25,17 @@ from fusemlp.inputs.state import checked_state
 from fusemlp.program.layout import short_names
 from fusemlp.program.lowering import Attack, Inputs, lower_training, lowered_attack
 from fusemlp.program.program import Program
+from fusemlp.program.sharding import ORDERED
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.inference import MEAN, SCALE, Inference, InputScale, member_rows
+from fusemlp.runtime.joining import Joining
 from fusemlp.runtime.keeping import Keeping
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory, Workspace
 from fusemlp.runtime.plans import ASKED, choose_plan
 from fusemlp.runtime.predicting import Predicting
+from fusemlp.runtime.ranks import TIMEOUT
 from fusemlp.runtime.rates import RateTable
+from fusemlp.runtime.sharded import ShardedProgram
 from fusemlp.runtime.spending import Spending
 from fusemlp_kernels.contract import (
     FIRST_LOSS_SCALE,
@@ -87,7 +91,7 @@ ELSEWHERE = {
 EXAMPLES = {"backend": "auto", "precision": "fp32", "plan": "auto"}
 
 
-class Session(Predicting, Spending, Keeping):
+class Session(Predicting, Spending, Keeping, Joining):
     """A network with its loss and optimizer, bound to memory on a backend: what trains, is saved and predicts.
 
     ``Engine`` is its public face and documents the arguments; fitting, checkpoints, fleets and export work on this.
@@ -107,6 +111,9 @@ class Session(Predicting, Spending, Keeping):
         plan: str = "auto",
         normalise: Any = None,
         privacy: DPSGD | None = None,
+        distributed: bool = False,
+        reduce: str = ORDERED,
+        timeout: float = TIMEOUT,
     ) -> None:
         if not isinstance(net, MLP):
             raise ArgumentTypeError(f"net: expected an MLP such as MLP([784, 128, 10]), got {net!r}")
@@ -124,6 +131,7 @@ class Session(Predicting, Spending, Keeping):
         self.start_spending([])
         self.start(backend, device, plan)
         self.start_normalising(normalise)
+        self.join(distributed, reduce, timeout)
         self.write_tensors(checked_state(net.parameter_shapes(), net.initial_parameters(self.seed), self._real), "")
 
     def description(self) -> dict[str, Any]:
@@ -176,6 +184,8 @@ class Session(Predicting, Spending, Keeping):
         self.class_weight: Any | None = None
         if self.loss.class_weight is not None:
             self.class_weight = self._backend.from_host(np.asarray(self.loss.class_weight, self._real))
+        # until it joins others
+        self.ranks = self.sharding = None
         self.history: History | None = None
         self.fit_state: FitState | None = None
         self.best_parameters = None
@@ -284,12 +294,13 @@ class Session(Predicting, Spending, Keeping):
         """The program of a training step, or with ``resident`` of a loop over steps; with the loss's class weights."""
         if self.class_weight is not None:
             inputs = replace(inputs, class_weighted=True)
+        sharding = self.sharding
         return lower_training(
             self.network,
             spec,
             rule,
             self.optimizer.options_for,
-            batch_size,
+            batch_size if sharding is None else sharding.rows(batch_size),
             self._backend.traits,
             self.memory.layout,
             inputs,
@@ -303,6 +314,7 @@ class Session(Predicting, Spending, Keeping):
             ridge=ridge,
             privacy=self.lowered_privacy(),
             attack=attack,
+            sharding=sharding,
         )
 
     def bind(
@@ -352,6 +364,8 @@ class Session(Predicting, Spending, Keeping):
             ridge=ridge,
             attack=attack,
         )
+        if self.ranks is not None:
+            return ShardedProgram(program, self.memory, self._workspace, arrays, self.ranks)
         plan = self.plan
         if attack is not None and plan == "resident" and not resident:
             # the steps of an attack are many launches
@@ -447,6 +461,8 @@ class Session(Predicting, Spending, Keeping):
         """
         if self.privacy is not None:
             raise ArgumentError("step: a private engine draws the rows of each step at random from all; use fit")
+        if self.ranks is not None:
+            raise ArgumentError("step: a distributed engine trains in fit, which splits the rows; use fit")
         x = self.features("x", x, check_finite=False)
         count = len(x)
         if count > self.batch_size:

@@ -29,6 +29,8 @@ def check_adversarial(engine: Session, against: Any, *, batches: bool = False, s
     engine.network.check_single("adversarial", "adversarial training")
     if engine.privacy is not None:
         raise ArgumentError("adversarial: the engine trains privately; leave out privacy or adversarial")
+    if engine.ranks is not None:
+        raise ArgumentError("adversarial: it trains in one process so far; leave out distributed or adversarial")
     if batches:
         raise ArgumentError("y: adversarial training takes arrays X and y, not batches; give both")
     if isinstance(against, IBP):

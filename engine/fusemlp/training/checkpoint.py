@@ -95,7 +95,7 @@ def save_checkpoint(engine: Session, path: str | Path, *, extra: Mapping[str, An
 
     ``extra`` is a JSON-able mapping; ``read_extra`` returns it. Inside a callback of ``fit`` the position in the epoch
     is saved too: ``load_checkpoint(path).fit(..., resume=True)`` continues from there. A symbolic link stays, and its
-    target is replaced.
+    target is replaced. Of several processes that train together, rank 0 writes.
 
     Raises ArgumentError or ArgumentTypeError for an impossible path or extra, DivergenceError if parameters are no
     longer finite, OSError from the disk; an older checkpoint at ``path`` then stays intact.
@@ -103,6 +103,8 @@ def save_checkpoint(engine: Session, path: str | Path, *, extra: Mapping[str, An
     target = model_file(path)
     content = engine_content(engine, _checked_extra(extra))
     check_finite(_of_kind("parameter", content["tensors"]), CHECKPOINT.name)
+    if engine.ranks is not None and not engine.ranks.leads:
+        return
     write_atomically(target, to_bytes(CHECKPOINT, content["config"], content["tensors"]))
 
 

@@ -37,6 +37,7 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 if TYPE_CHECKING:
     from fusemlp.inputs.targets import Examples, Targets
+    from fusemlp.runtime.ranks import Ranks
     from fusemlp.runtime.session import Session
 
 _TO_ENGINE = "it belongs to the engine: Engine(net, loss=..., optimizer=Adam(lr=0.001), batch_size=32, seed=0)"
@@ -154,6 +155,8 @@ def fit(
             stops=early_stopping is not None,
             monitors=[monitor, *_monitors(given)],
         )
+    if engine.ranks is not None and y is None:
+        raise ArgumentError("y: a distributed engine takes arrays X and y, not batches; give both")
     if adversarial is not None:
         check_adversarial(engine, adversarial, batches=y is None, stops=early_stopping is not None)
     batches = None
@@ -204,6 +207,9 @@ def fit(
     state = engine.fit_state
     first_epoch = state.epoch if resume and state is not None else engine.epochs_trained
     order = _order(count, shuffle, row_order, first_epoch) if batches is None else lambda epoch: np.arange(0)
+    if engine.ranks is not None:
+        told = {"epochs": epochs, "batch_size": size, "early_stopping": patience, "monitor": monitor, "resume": resume}
+        check_ranks(engine, engine.ranks, data, validation, {**told, "drop_last": drop_last, "shuffle": shuffle})
     engine.take_batches_of(size)
     loop = fit_checked(
         engine,
@@ -299,7 +305,12 @@ def fit_checked(
     state = resumed_state(engine, epochs, batches, count) if resume else fresh_state(engine, epochs, batches)
     told = None if against is None else against.to_config()
     if not resume:
-        state.monitor, state.adversarial = monitor or "", told
+        state.monitor, state.adversarial, state.reduce = monitor or "", told, reduction(engine)
+    elif state.reduce != reduction(engine):
+        raise ArgumentError(
+            f"reduce: the fit that is resumed has reduce={state.reduce or None!r}, got {reduction(engine) or None!r}; "
+            "give the same to load_checkpoint, with distributed=True under torchrun (one process will do), or None"
+        )
     elif state.monitor != (monitor or ""):
         raise ArgumentError(
             f"monitor: the fit that is resumed follows {state.monitor or None!r}, got {monitor!r}; give the same"
@@ -346,7 +357,7 @@ def fit_checked(
     resident = engine.plan == "resident" and not called
     members = engine.network.members
     if at_once is None:
-        asked = validation is not None or bool(callbacks) or not resident
+        asked = validation is not None or bool(callbacks) or not resident or engine.ranks is not None
         at_once = epochs_at_once(engine, epochs, count * members, asked=asked)
     if bound is None:
         inputs = Inputs(len(data.X), indexed=True, weighted=data.weight is not None)
@@ -370,6 +381,25 @@ def fit_checked(
         if isinstance(against, Free):
             bound = Replays(made, against.repeats, trained)
     return EpochLoop(engine, bound, policy, state, batch_size * members, batches, at_once, callbacks)
+
+
+def check_ranks(
+    engine: Session, ranks: Ranks, data: Examples, validation: Validation | None, told: Mapping[str, Any]
+) -> None:
+    """Raise DistributedError if not all ranks have the same data, state and arguments."""
+    things = dict(told)
+    for kind, rows in (("", data), ("validation ", None if validation is None else validation.data)):
+        if rows is not None:
+            things |= {f"{kind}X": rows.X, f"{kind}y": rows.targets.values, f"{kind}sample_weight": rows.weight}
+    state = None if engine.fit_state is None else (engine.fit_state.epoch, engine.fit_state.batch)
+    things |= {"the position in the fit": state, "the count of updates": engine.update_count}
+    memory = engine.memory
+    ranks.check_same({**things, "the parameters": memory.params, "the optimizer's schedule": engine.optimizer.schedule})
+
+
+def reduction(engine: Session) -> str:
+    """Return how the gradients of several processes are added; "" if there is one."""
+    return "" if engine.sharding is None else engine.sharding.reduce
 
 
 def checked_validation(

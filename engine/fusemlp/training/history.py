@@ -116,7 +116,7 @@ class FitState:
 
     ``epoch`` and ``batch`` are those of the next update; ``last_epoch`` is one past the last epoch of the call.
     ``best_loss`` is the best of the quantity ``monitor`` (empty: the default), negated if it rises. ``adversarial``
-    describes what the training is against.
+    describes what the training is against; ``reduce`` is how the gradients of several processes are added, or empty.
     """
 
     epoch: int
@@ -129,6 +129,7 @@ class FitState:
     plateau: PlateauState = PLATEAU_START
     monitor: str = ""
     adversarial: dict[str, Any] | None = None
+    reduce: str = ""
 
     def to_config(self) -> dict[str, Any]:
         """Return a description, JSON-able but for infinities; ``FitState.from_config`` inverts it."""

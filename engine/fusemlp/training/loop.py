@@ -7,6 +7,7 @@ differs: the order of the rows, the account of an epoch's loss, the end of train
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -119,6 +120,8 @@ class EpochLoop(Generic[PolicyT]):
     batches: int
     at_once: int
     callbacks: Sequence[Any]
+    # whether callbacks are called between batches
+    _one_by_one: bool = False
 
     @property
     def _epoch_stats(self) -> Any | None:
@@ -128,10 +131,15 @@ class EpochLoop(Generic[PolicyT]):
     def run(self) -> History:
         """Train; the engine's ``history`` follows. Raises KeyboardInterrupt at the end after Ctrl-C."""
         self.begin()
-        with deferred_interrupt() as interrupted:
+        ranks = self.engine.ranks
+        # torchrun ends its processes by SIGTERM
+        with deferred_interrupt(*([] if ranks is None else [signal.SIGTERM])) as interrupted:
             self.drive(interrupted)
-        self.finish(interrupted=interrupted())
-        if interrupted():
+        came = interrupted()
+        if ranks is not None:
+            (came,) = ranks.any(came)
+        self.finish(interrupted=came)
+        if came:
             raise KeyboardInterrupt
         return self.state.history
 
@@ -141,6 +149,10 @@ class EpochLoop(Generic[PolicyT]):
         engine.history = state.history
         engine.stop_training = False
         self.policy.begin()
+        self._one_by_one = bool(self._overriding("on_batch_begin") or self._overriding("on_batch_end"))
+        if engine.ranks is not None:
+            # perhaps a callback on one rank alone
+            (self._one_by_one,) = engine.ranks.any(self._one_by_one)
         if state.batch == 0:
             engine.memory.stats[:] = 0.0
         self._call("on_train_begin")
@@ -162,7 +174,12 @@ class EpochLoop(Generic[PolicyT]):
         at_once, again, begun = self.at_once, 0, False
 
         def ends() -> bool:
-            return not again and (engine.stop_training or interrupted() or (begun and policy.late()))
+            if engine.ranks is None:
+                return not again and (engine.stop_training or interrupted() or (begun and policy.late()))
+            # all ranks go on, or none
+            reasons = engine.ranks.any(engine.stop_training, interrupted(), begun and policy.late())
+            engine.stop_training = reasons[0]
+            return not again and any(reasons)
 
         # asked before an epoch, not after: a checkpoint may have been taken at the end of the last one
         while (wanted := policy.wanted()) and not ends():
@@ -213,7 +230,7 @@ class EpochLoop(Generic[PolicyT]):
         done, total = state.batch, epochs * self.batches
         first = state.epoch
         while done < total:
-            count = 1 if starters or watchers else min(total - done, bound.chunk)
+            count = 1 if self._one_by_one else min(total - done, bound.chunk)
             for starter in starters:
                 starter.on_batch_begin(engine, state.batch)
             count = engine.rates.cover(self.policy.schedule, count)
@@ -237,6 +254,8 @@ class EpochLoop(Generic[PolicyT]):
         # a checkpoint may have been written after the last batch, before the epoch was closed
         stats = None if own is None or not ran or not epochs else own[:epochs]
         account = engine.account(stats, check_finite=rewinds)
+        if engine.ranks is not None:
+            engine.ranks.check_equal(engine.memory.params)
         if own is not None:
             # as if each epoch had been given its rows
             offset, total = account.counters[ROW_OFFSET], account.counters[ROW_TOTAL]

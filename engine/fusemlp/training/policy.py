@@ -106,6 +106,9 @@ class FitPolicy(Policy):
         if engine.privacy is not None:
             logs["epsilon"] = engine.privacy_spent()["epsilon"]
         logs["learning_rate"] = rate
+        if engine.ranks is not None:
+            # what all decide by
+            logs = dict(zip(logs, engine.ranks.of_first(list(logs.values())).tolist(), strict=True))
         watched = self._sign * logs[self._monitor]
         if watched < state.best_loss:
             state.best_loss, state.waited = watched, 0

@@ -28,7 +28,7 @@ RESERVED = {MODEL.entry, DIGEST, CHECKPOINT.entry, "format"}
 
 
 def save(engine: Session, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write parameters and description to ``path`` atomically.
+    """Write parameters and description to ``path`` atomically; of several processes that train together, rank 0 does.
 
     ``metadata`` are entries of your own, from str to str, for ``safetensors.safe_open(path).metadata()``.
 
@@ -36,7 +36,9 @@ def save(engine: Session, path: str | Path, *, metadata: Mapping[str, str] | Non
     no longer finite, OSError from the disk; an older file at ``path`` then stays intact.
     """
     target = model_file(path)
-    write_atomically(target, model_bytes(engine, metadata))
+    content = model_bytes(engine, metadata)
+    if engine.ranks is None or engine.ranks.leads:
+        write_atomically(target, content)
 
 
 def model_bytes(engine: Session, metadata: Mapping[str, str] | None = None) -> bytes:

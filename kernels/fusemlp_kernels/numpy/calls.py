@@ -164,7 +164,7 @@ def _loss_grad(
         "ENTROPY" if entropy else "ELEMENTWISE", numbers, N=outputs, Y=y, Z=z,
         DZ=table.scratch(count, outputs) if dz is None else dz, KIND=kind, MEAN=t.REDUCTIONS.index(loss.reduction),
         SOFT=loss.soft, SMOOTHED=smoothed, IGNORES=ignores, IGNORED=loss.ignore_index, ACCURACY=loss.accuracy,
-        WIDE=outputs >= WIDE, RECORDED=stats is not None, TARGET=target, WEIGHTED=weight,
+        WIDE=outputs >= WIDE, RECORDED=stats, TARGET=target, WEIGHTED=weight,
         CLASS_WEIGHTED=class_weight, **columns, **_rows(rows, count),
     )  # fmt: skip
     if dz is not None:
@@ -381,6 +381,8 @@ def _grad_weight_members(
             table.add(kind, N=len(out), K=inputs, MEMBERS=members, X=x, DZ=dz, OUT=out, SUMS=sums)
     table.accumulate(rule, counters)
     return count
+
+
 def _divergence(
     table: Table,
     *,
@@ -400,7 +402,7 @@ def _divergence(
     table.control(counters, stats)
     table.add(
         "DIVERGENCE", {t.STRENGTH: strength, t.DIVISOR: 1.0}, N=outputs, Y=other, Z=z, DZ=dother, X=dz,
-        OUT=table.scratch(count, outputs), MEAN=t.REDUCTIONS.index(loss.reduction), RECORDED=stats is not None,
+        OUT=table.scratch(count, outputs), MEAN=t.REDUCTIONS.index(loss.reduction), RECORDED=stats,
         WEIGHTED=weight, **_rows(rows, count),
     )  # fmt: skip
     table.add("PADDING", N=outputs, K=count, DZ=dother)
@@ -583,9 +585,10 @@ def bind_train_resident(
     epoch_stats: Array | None = None,
     arrays: Mapping[str, Array] | None = None,
     memo: dict[str, Any] | None = None,
+    shards: Sequence[int] = (),
 ) -> Run:
     """The contract's ``train_resident``; the calls have all that lies in ``arenas``, and ``rows``."""
-    del arenas, rows, batch
+    del arenas, rows
     run: Run | None
     if memo and arrays is not None:
         run = memo["form"].bind(arrays, epoch_stats)
@@ -599,8 +602,9 @@ def bind_train_resident(
             "train_resident: calls: expected those of a training step, with a loss and last what advances "
             f"the clock, got {', '.join(op for op, _ in calls)}"
         )
-    table = Table(real)
-    for op, operands in calls:
+    table = Table(real, shards=len(shards), shard_rows=batch)
+    for at, (op, operands) in enumerate(calls):
+        table.shard = shards[at * len(shards) // len(calls)] if shards else 0
         enter = _penalty if op == "penalty" else ENTRIES[op]
         enter(table, **table.operands(operands, OPS[op].by_name))
     table.control(output["counters"], output["stats"])

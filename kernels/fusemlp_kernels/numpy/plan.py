@@ -55,15 +55,24 @@ class Plan:
     most: int
 
 
-def plan(rows: Sequence[Row], packs: Sequence[Row], height: int, tensors: Sequence[int], members: int = 1) -> Plan:
+def plan(
+    rows: Sequence[Row],
+    packs: Sequence[Row],
+    height: int,
+    tensors: Sequence[int],
+    *,
+    members: int = 1,
+    shards: int = 0,
+) -> Plan:
     """Plan ``rows`` of calls for batches of up to ``height`` rows, the table of tensors being ``tensors``.
 
     A task has as many rows of each of ``members``.
 
     ``packs`` are the last rows of the table: they run before the first step, and where an update does not bring the
-    weights into panels itself, after that.
+    weights into panels itself, after that. With ``shards`` the rows are those of several shards alike, each of which is
+    cut as if it were alone.
     """
-    block = _block(rows, height, math.lcm(ROWS, members))
+    block = _block(rows[: len(rows) // max(1, shards)], height, math.lcm(ROWS, members))
     by_rows = max(1, -(-height // block)) if block else 1
     phases: list[int] = []
     tasks: list[int] = []

@@ -126,11 +126,14 @@ def _address(array: Array) -> int:
 class Table:
     """Rows of calls, and copies of the arrays that the loop cannot read in place, as ``before`` and ``after`` say."""
 
-    def __init__(self, real: Any) -> None:
+    def __init__(self, real: Any, *, shards: int = 0, shard_rows: int = 0) -> None:
         self.real = np.dtype(real)
+        # of how many shards the calls are, and the first row of the shard whose calls are entered now
+        self.shards, self.shard = shards, 0
         # the head, then the rows of calls, and what the plan needs to know of them
         self.integers, self.factors = [0] * t.HEAD_COLUMNS, [0.0] * t.HEAD_FACTORS
         self.integers[t.ACCUMULATE] = 1
+        self.integers[t.SHARD_ROWS] = shard_rows if shards else 0
         self.rows: list[Row] = []
         # the most rows of a batch; gradients by slopes
         self.height, self.slopes = 0, 0
@@ -208,7 +211,7 @@ class Table:
             columns["SLOPE_PART"] = t.SLOPES_PART + self.slopes
             self.slopes += 1
         self.widest = max(self.widest, columns.get("N", 0))
-        self.amend(len(self.rows) - 1, numbers, KIND_OF_ROW=COLUMNS[kind], **columns)
+        self.amend(len(self.rows) - 1, numbers, KIND_OF_ROW=COLUMNS[kind], SHARD=self.shard, **columns)
 
     def add_later(self) -> None:
         """The rows of ``later``."""
@@ -317,7 +320,8 @@ class Table:
         rows = tuple(self.rows)
         for w, panels in self.panels.values():
             self.add("PACK", N=len(w), K=w.shape[1], W=w, PANELS=panels)
-        found = plan(rows, self.rows[len(rows) :], self.height, self.tensors, self.members)
+        counts = {"members": self.members, "shards": self.shards}
+        found = plan(rows, self.rows[len(rows) :], self.height, self.tensors, **counts)
         head = self.integers
         head[t.CALLS], head[t.BATCH] = len(self.rows), batch
         head[t.BLOCK], head[t.BLOCKS], head[t.PROLOGUE] = found.block, found.blocks, found.prologue

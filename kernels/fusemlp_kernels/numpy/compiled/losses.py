@@ -30,6 +30,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     MEAN,
     OPTION,
     SCORED_PART,
+    SHARD,
     SHARES_PART,
     SMOOTHED,
     SMOOTHING,
@@ -157,14 +158,15 @@ def _row_scale(shares: float, call: Any, numbers: Any) -> float:
 def record(
     stats: Any, value: float, correct: float, scored: float, shares: float, call: Any, numbers: Any, count: int
 ) -> None:  # fmt: skip
-    """Note a batch; ``value`` is the sum over its rows, not yet divided."""
+    """Note a batch or a shard; ``value`` is the sum over its rows, not yet divided, ``count`` the rows of the batch."""
     scale = _scale(shares, call, numbers)
     if call[ACCURACY]:
         stats[CORRECT] += correct
         stats[SCORED] += scored
     # rows without weight may have targets with one
     stats[LOSS_SUM] += value if scale != 0.0 else value * scale
-    if call[MEAN]:
+    if call[MEAN] and call[SHARD] == 0:
+        # that of the whole batch
         stats[NORM_SUM] += shares * numbers[DIVISOR]
     stats[LAST_LOSS] = value * scale
     stats[BATCH_LOSSES] += value * scale * count

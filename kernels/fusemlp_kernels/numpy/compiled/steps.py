@@ -140,6 +140,8 @@ from fusemlp_kernels.numpy.compiled.tables import (
     ROWS,
     SCALE,
     SCORED_PART,
+    SHARD,
+    SHARD_ROWS,
     SHARED_BY,
     SHARES_PART,
     SHRINK,
@@ -212,6 +214,19 @@ def _block(like: Any, address: int, first: int, columns: int) -> Any:
 
 
 @register_jitable(**EXACT)
+def _whole(integers: Any, counters: Any) -> int:
+    """The rows of the batch."""
+    return integers[BATCH] if integers[BATCH] != COUNTED else counters[ROW_COUNT]
+
+
+@register_jitable(**EXACT)
+def _count(call: Any, integers: Any, counters: Any) -> int:
+    """The rows of the batch that a call has: all, or those of its shard."""
+    whole = _whole(integers, counters)
+    return max(0, min(integers[SHARD_ROWS], whole - call[SHARD])) if integers[SHARD_ROWS] else whole
+
+
+@register_jitable(**EXACT)
 def _activate(
     call: Any, numbers: Any, like: Any, first: int, count: int, batch_index: int, lanes: int
 ) -> None:  # fmt: skip
@@ -223,7 +238,7 @@ def _activate(
     if call[KEEP]:
         keep = elements(np.uint8, call[KEEP] + first * outputs)
         drop(
-            y, keep, elements(np.uint64, lanes), elements(np.uint16, lanes), first, count, outputs,
+            y, keep, elements(np.uint64, lanes), elements(np.uint16, lanes), call[SHARD] + first, count, outputs,
             1.0 / (1.0 - numbers[RATE]), call[THRESHOLD], call[KEY_LOW], call[KEY_HIGH], call[MASK_LAYER], batch_index,
         )  # fmt: skip
 
@@ -394,10 +409,11 @@ def _heads_backward(call: Any, integers: Any, like: Any, first: int, count: int)
 def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, task: int) -> None:
     """A task's rows of a call."""
     kind, batch_index = call[KIND_OF_ROW], counters[BATCH_INDEX]
-    whole = integers[BATCH] if integers[BATCH] != COUNTED else counters[ROW_COUNT]
+    whole = _whole(integers, counters)
     first = task * integers[BLOCK]
-    count = max(0, min(integers[BLOCK], whole - first))
-    rows = elements(integers, call[ROWS] + 8 * call[WALKS] * counters[ROW_OFFSET])
+    count = max(0, min(integers[BLOCK], _count(call, integers, counters) - first))
+    batch = elements(integers, call[ROWS] + 8 * call[WALKS] * counters[ROW_OFFSET])
+    rows = part(batch, call[SHARD])
     partials = elements(np.float64, integers[AT_PARTIALS] + 8 * integers[PARTIALS] * task)
     if kind == GATHER:
         _gather(call, like, rows, first, count)
@@ -414,7 +430,7 @@ def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
         labels, target = elements(integers, call[TARGET]), elements(like, call[TARGET])
         weight, class_weight = elements(like, call[WEIGHTED]), elements(like, call[CLASS_WEIGHTED])
         z, dz = _block(like, call[Z], first, call[N]), _block(like, call[DZ], first, call[N])
-        shares = shares_of(labels, weight, class_weight, rows, whole if call[N] else 0, call)
+        shares = shares_of(labels, weight, class_weight, batch, whole if call[N] else 0, call)
         own_rows = part(rows, first)
         cross_entropy(
             z, dz, labels, target, weight, class_weight, own_rows, count if call[N] else 0, call[N], call, numbers,
@@ -425,7 +441,7 @@ def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
         target, weight = elements(like, call[TARGET]), elements(like, call[WEIGHTED])
         y, z = _block(like, call[Y], first, call[N]), _block(like, call[Z], first, call[N])
         dz = _block(like, call[DZ], first, call[N])
-        shares = shares_of(labels, weight, weight, rows, whole if call[N] else 0, call)
+        shares = shares_of(labels, weight, weight, batch, whole if call[N] else 0, call)
         own_rows = part(rows, first)
         elementwise(y, dz, target, weight, own_rows, count if call[N] else 0, call[N], call, numbers, shares, partials)
         _derivative(call, numbers, like, partials, y, z, dz, count * call[N], 1.0)
@@ -469,7 +485,7 @@ def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
 def _gradient(call: Any, integers: Any, like: Any, counters: Any, tensor_factors: Any, hyper: Any, piece: Any) -> None:
     """A piece of the gradient by a weight matrix, a bias or a slope; with DESCENDS straight into the parameter."""
     size, outputs = like.itemsize, call[N]
-    count = integers[BATCH] if integers[BATCH] != COUNTED else counters[ROW_COUNT]
+    count = _count(call, integers, counters)
     alpha, beta = 1.0, 0.0 if counters[BATCH_INDEX] % integers[ACCUMULATE] == 0 else 1.0
     if call[DESCENDS]:
         start = call[FIRST] * TENSOR_FACTORS
@@ -623,16 +639,15 @@ def _end_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, 
             loss += partials[width * task + LOSS_PART]
             hits += partials[width * task + HITS_PART]
             scored += partials[width * task + SCORED_PART]
-        count = integers[BATCH] if integers[BATCH] != COUNTED else counters[ROW_COUNT]
-        stats = elements(np.float64, integers[AT_STATS])
-        record(stats, loss, hits, scored, partials[SHARES_PART], call, numbers, count if call[N] else 0)
+        whole = _whole(integers, counters)
+        stats = elements(np.float64, call[RECORDED])
+        record(stats, loss, hits, scored, partials[SHARES_PART], call, numbers, whole if call[N] else 0)
     if kind == DIVERGENCE and call[RECORDED]:
         value = 0.0
         for task in range(tasks):
             value += partials[width * task + DIVERGENCE_PART]
-        count = integers[BATCH] if integers[BATCH] != COUNTED else counters[ROW_COUNT]
-        stats = elements(np.float64, integers[AT_STATS])
-        record_divergence(stats, value, partials[SHARES_PART], call, numbers, count)
+        stats = elements(np.float64, call[RECORDED])
+        record_divergence(stats, value, partials[SHARES_PART], call, numbers, _whole(integers, counters))
 
 
 @register_jitable(**EXACT)
@@ -664,8 +679,7 @@ def _end_phase(integers: Any, factors: Any, like: Any, counters: Any, phase: Any
             factors[SCALE] = scale
         elif total != 0.0:
             # penalties
-            count = integers[BATCH] if integers[BATCH] != COUNTED else counters[ROW_COUNT]
-            elements(np.float64, integers[AT_STATS])[PENALTIES] += 0.5 * total * count
+            elements(np.float64, integers[AT_STATS])[PENALTIES] += 0.5 * total * _whole(integers, counters)
 
 
 @register_jitable(**EXACT)

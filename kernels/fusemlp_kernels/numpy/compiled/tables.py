@@ -14,7 +14,8 @@ from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 # pieces begin. Memory: partial results, PARTIALS numbers a task; sums of pieces; random numbers of a row, LANES_ROW
 # words a task; zeros. The functions of products and panels. The plan: rows a task, phases, and how many of them come
 # before the first step only. The state of a launch: the steps to do, the step, the phase. NOISY: the address of the row
-# numbers where the gradients get noise; its key. BLOCKS: the tasks of phases that are cut by rows.
+# numbers where the gradients get noise; its key. BLOCKS: the tasks of phases that are cut by rows. SHARD_ROWS: the rows
+# of a shard, 0 where calls have the whole batch.
 (
     OPTIMIZER,
     DECOUPLED,
@@ -51,8 +52,9 @@ from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
     NOISE_LOW,
     NOISE_HIGH,
     BLOCKS,
+    SHARD_ROWS,
     HEAD_COLUMNS,
-) = range(36)
+) = range(37)
 # The factors before those of the calls: the hyperparameters in their order, then the largest norm, what gradients are
 # multiplied by in the update, and the deviation and the divisor of noise.
 CLIP_NORM, SCALE, DEVIATION, SHARED_BY, HEAD_FACTORS = (len(HYPERPARAMETERS) + i for i in range(5))
@@ -112,11 +114,12 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, DIVERGENCE_PART, SLOPES_PART = r
 # gradient may be updated from at once: PARAM, its states and its AVERAGE, of tensor FIRST; with DESCENDS the product
 # lands in the parameter. PULLS: a penalty is added to the gradient first. The loss: targets, row weights, class weights
 # (arrays), and its options; MEAN: the place of its reduction in REDUCTIONS; SMOOTHED: every class of a row has a
-# target; WIDE: a row of classes fills the vector registers; RECORDED: the loss is counted. AFRESH: the norms begin
-# with this layer. ROUND: the perturbation's norm is 2; DRAWN: its start is random, by the key of dropout; CARRIED: it
-# is kept by itself, from one step to the next, and X is a row of zeros where it moves.
-# MEMBERS: row i of the batch is one of member i % MEMBERS; members' factors before and after a product, BY_R and BY_S,
-# and each task's sums of their gradients and of B's (arrays, a row a task); PARTS: a bias whose rows are such sums.
+# target; WIDE: a row of classes fills the vector registers; RECORDED: the statistics that count the loss (an array).
+# AFRESH: the norms begin with this layer. ROUND: the perturbation's norm is 2; DRAWN: its start is random, by the key
+# of dropout; CARRIED: it is kept by itself, from one step to the next, and X is a row of zeros where it moves. MEMBERS:
+# row i of the batch is one of member i % MEMBERS; members' factors before and after a product, BY_R and BY_S, and each
+# task's sums of their gradients and of B's (arrays, a row a task); PARTS: a bias whose rows are such sums. SHARD: the
+# row of the batch with which the call's shard begins.
 (
     KIND_OF_ROW,
     N,
@@ -172,8 +175,9 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, DIVERGENCE_PART, SLOPES_PART = r
     SUM_S,
     SUM_B,
     PARTS,
+    SHARD,
     CALL_COLUMNS,
-) = range(55)
+) = range(56)
 REDUCTIONS = ("sum", "mean", "rows")
 BY_ITSELF = REDUCTIONS.index("rows")
 # The slope of leaky_relu, the dropout rate, the strength of a penalty; the loss's numbers, DIVISOR: what a mean divides

@@ -1,0 +1,206 @@
+"""The processes that train one model together, the ranks, and their collectives, by ``torch.distributed``."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from fusemlp.inputs.arrays import Array
+from fusemlp_kernels.errors import ArgumentError, DistributedError, MissingLibraryError
+
+# What torchrun sets, or one who starts the processes by hand.
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Seconds that a collective waits for the others unless told otherwise: the first step compiles its loop.
+TIMEOUT = 120.0
+# After an error each rank reports to the others for so many seconds after the last report, and in all.
+QUIET_SECONDS, REPORT_SECONDS = 2.0, 10.0
+
+
+def started() -> bool:
+    """Return whether torchrun has started this process."""
+    return all(name in os.environ for name in VARIABLES)
+
+
+def leading() -> bool:
+    """Return whether this process prints and writes files: unless it is another rank than 0."""
+    return not started() or os.environ["RANK"] == "0"
+
+
+def _torch() -> Any:
+    try:
+        return import_module("torch"), import_module("torch.distributed")
+    except ImportError as error:
+        raise MissingLibraryError(
+            f"distributed: it needs torch, which cannot be imported ({error}); install it with pip install torch"
+        ) from error
+
+
+class Ranks:
+    """This process, number ``rank`` of ``world``, and its collectives; each raises DistributedError after ``timeout``
+    seconds, or when a process is gone.
+
+    Raises ArgumentError if torchrun has not started this process, MissingLibraryError without torch.
+    """
+
+    def __init__(self, timeout: float = TIMEOUT) -> None:
+        if not started():
+            missing = ", ".join(name for name in VARIABLES if name not in os.environ)
+            raise ArgumentError(
+                f"distributed: torchrun has not started this process (no {missing} in the environment); start it with "
+                "torchrun --nproc-per-node 2 SCRIPT, or leave distributed out"
+            )
+        self._torch, self._dist = _torch()
+        dist = self._dist
+        if not dist.is_available() or not dist.is_gloo_available():
+            raise MissingLibraryError(
+                "distributed: this build of torch has no gloo; install another, pip install torch"
+            )
+        self.timeout = timeout
+        limit = datetime.timedelta(seconds=timeout)
+        self._group: Any = None
+        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        try:
+            if not dist.is_initialized():
+                dist.init_process_group("gloo", timeout=limit)
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+            # of its own: another engine may have another limit
+            self._group = dist.new_group(backend="gloo", timeout=limit)
+            self._store = dist.distributed_c10d._get_default_store()
+        except (RuntimeError, ValueError) as error:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            mend = (
+                "the port is in use; give another one, torchrun --master-port, or --standalone on one machine"
+                if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()
+                else "see that all of them are started, and that they reach this address"
+            )
+            raise DistributedError(
+                f"distributed: the {self.world} ranks did not meet at {address} within {timeout:g} s; {mend} ({error})"
+            ) from error
+
+    @property
+    def leads(self) -> bool:
+        """Return whether this is the rank that prints and writes files."""
+        return self.rank == 0
+
+    def _tensor(self, array: Array) -> Any:
+        return self._torch.from_numpy(array)
+
+    def _collective(self, run: Callable[[], object]) -> None:
+        try:
+            run()
+        except RuntimeError as error:
+            raise DistributedError(f"distributed: {self._absent()} ({str(error).splitlines()[0]})") from error
+
+    def _absent(self) -> str:
+        """Return a sentence that names the ranks which do not report that a collective has failed."""
+        keys = {rank: f"fusemlp/failed/{rank}" for rank in range(self.world)}
+        missing = [rank for rank in keys if rank != self.rank]
+        try:
+            self._store.set_timeout(datetime.timedelta(seconds=REPORT_SECONDS))
+            self._store.set(keys[self.rank], "1")
+            begun = last = time.monotonic()
+            while missing and time.monotonic() < min(last + QUIET_SECONDS, begun + REPORT_SECONDS):
+                time.sleep(0.05)
+                silent = [rank for rank in missing if not self._store.check([keys[rank]])]
+                if silent != missing:
+                    missing, last = silent, time.monotonic()
+        except RuntimeError:
+            return "rank 0, which keeps the ranks' common store, ended or does not answer; see what it said itself"
+        if not missing:
+            return f"a collective failed on all {self.world} ranks; see their own messages"
+        names = f"rank{'' if len(missing) == 1 else 's'} {', '.join(map(str, missing))}"
+        return f"{names} of {self.world} ended or did not answer within {self.timeout:g} s; see what it said itself"
+
+    def all_gather(self, into: Array, own: Array) -> None:
+        """Write the arrays ``own`` (n,) of all ranks into ``into`` (world, n), by rank."""
+        parts = [self._tensor(row) for row in into]
+        self._collective(lambda: self._dist.all_gather(parts, self._tensor(own), group=self._group))
+
+    def add(self, *arrays: Array) -> None:
+        """Replace each array by its sum over the ranks, in any order."""
+
+        def run() -> None:
+            add, group = self._dist.ReduceOp.SUM, self._group
+            tensors = [self._tensor(array) for array in arrays]
+            for work in [self._dist.all_reduce(one, op=add, group=group, async_op=True) for one in tensors]:
+                work.wait()
+
+        self._collective(run)
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether it is set on a rank."""
+        counts = np.array(flags, np.int64)
+        self.add(counts)
+        return [bool(count) for count in counts]
+
+    def of_first(self, values: Sequence[float]) -> Array:
+        """Return the values that rank 0 has, float64."""
+        found = np.array(values, np.float64)
+        self._collective(lambda: self._dist.broadcast(self._tensor(found), src=0, group=self._group))
+        return found
+
+    def texts(self, text: str) -> list[str]:
+        """Return the texts of all ranks."""
+        data = np.frombuffer(text.encode(), np.uint8)
+        sizes = np.zeros((self.world, 1), np.int64)
+        self.all_gather(sizes, np.array([len(data)]))
+        own, found = np.zeros(sizes.max(), np.uint8), np.zeros((self.world, sizes.max()), np.uint8)
+        own[: len(data)] = data
+        self.all_gather(found, own)
+        return [bytes(row[:size]).decode() for row, (size,) in zip(found, sizes, strict=True)]
+
+    def check_same(self, things: Mapping[str, Any]) -> None:
+        """Raise DistributedError, on every rank and naming the thing, if a rank has another than rank 0.
+
+        ``things`` are arrays and what has a text.
+        """
+        marks = {name: _mark(thing) for name, thing in things.items()}
+        all_marks = [json.loads(text) for text in self.texts(json.dumps(marks))]
+        first = all_marks[0]
+        for rank, found in enumerate(all_marks):
+            for name in {**first, **found}:
+                if found.get(name) != first.get(name):
+                    raise DistributedError(
+                        f"distributed: {name} differs: rank 0 has {first.get(name)}, rank {rank} has {found.get(name)}"
+                        "; give all ranks the same"
+                    )
+
+    def check_equal(self, parameters: Array) -> None:
+        """Raise DistributedError on every rank if one has computed other parameters than rank 0."""
+        own = np.frombuffer(hashlib.sha256(parameters.data).digest(), np.uint8).copy()
+        found = np.empty((self.world, len(own)), np.uint8)
+        self.all_gather(found, own)
+        others = [str(rank) for rank, one in enumerate(found) if not np.array_equal(one, found[0])]
+        if others:
+            raise DistributedError(
+                f"distributed: the parameters of rank {', '.join(others)} are no longer those of rank 0: a callback "
+                "has changed something on some ranks only, or their processors compute differently; let callbacks do "
+                "the same on all, and use processors of one kind"
+            )
+
+
+def _mark(thing: Any) -> str:
+    """Return a short text that two different things do not share."""
+    if isinstance(thing, np.ndarray):
+        digest = hashlib.sha256(np.ascontiguousarray(thing).view(np.uint8).data).hexdigest()
+        return f"{thing.dtype} {thing.shape} of digest {digest[:16]}"
+    text = str(thing)
+    return text if len(text) <= 200 else f"{text[:100]}... of digest {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def tree_sum(arrays: Sequence[Array]) -> Array:
+    """Add a power of two of arrays in pairs, pairs of pairs and so on; they are written to, the first is the sum."""
+    step = 1
+    while step < len(arrays):
+        for at in range(0, len(arrays), 2 * step):
+            arrays[at][:] += arrays[at + step]
+        step *= 2
+    return arrays[0]

@@ -1,0 +1,27 @@
+"""A world of one rank, which is this process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import worlds
+
+from fusemlp.runtime.ranks import VARIABLES
+
+# the comparison of engines
+sys.path.append(str(Path(__file__).parents[1] / "engine"))
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[None]:
+    """Make this process the only rank of a world, until the module's tests have ended."""
+    distributed = pytest.importorskip("torch.distributed")
+    with pytest.MonkeyPatch.context() as changed:
+        for name, value in zip(VARIABLES, ("0", "1", "127.0.0.1", str(worlds.free_port())), strict=True):
+            changed.setenv(name, value)
+        yield
+        if distributed.is_initialized():
+            distributed.destroy_process_group()

@@ -1,0 +1,91 @@
+"""Several processes train one model: the same bits on 1, 2 and 4, and those of one process but for rounding."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import worlds
+from cases import CASES, main, trained
+
+pytest.importorskip("torch")
+EXACT = [name for name in CASES if name.endswith("fp64")]
+
+
+class Worlds:
+    """The results of worlds of 1, 2 and 4 ranks, each of which has run once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.outputs = folder, {}
+        for count in (1, 2, 4):
+            (folder / str(count)).mkdir()
+        # this process is the first
+        main(folder / "1")
+        for count in (2, 4):
+            self.outputs[count] = worlds.run(count, folder / str(count))
+
+    def of(self, count: int, name: str) -> dict[str, Any]:
+        with np.load(self.folder / str(count) / f"{name}.npz") as found:
+            return dict(found)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, alone: None) -> Worlds:
+    return Worlds(tmp_path_factory.mktemp("worlds"))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_bits_do_not_depend_on_the_number_of_ranks(found: Worlds, count: int, name: str) -> None:
+    one, several = found.of(1, name), found.of(count, name)
+    assert one.keys() == several.keys()
+    for key, array in one.items():
+        assert array.tobytes() == several[key].tobytes(), key
+    assert np.isfinite(one["params"]).all() and one["params"].any()
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("kind", ["", ", fast"])
+def test_several_processes_train_as_one_does(found: Worlds, name: str, kind: str) -> None:
+    alone, together = trained(CASES[name]), found.of(2, f"{name}{kind}")
+    assert alone.keys() == together.keys()
+    for key, array in alone.items():
+        np.testing.assert_allclose(together[key], array, rtol=1e-9, atol=1e-9, err_msg=key)
+
+
+def test_torch_trains_to_the_same_parameters(found: Worlds) -> None:
+    made = CASES["momentum fp64"].engine()
+    made.memory.params[:] = found.of(2, "momentum fp64")["params"]
+    own = np.concatenate([array.ravel() for array in made.state_dict().values()])
+    np.testing.assert_allclose(own, found.of(2, "torch")["params"], rtol=1e-9, atol=1e-9)
+
+
+def test_early_stopping_ends_all_ranks_alike(found: Worlds) -> None:
+    epochs = {count: len(found.of(count, "early stopping")["history val_loss"]) for count in (1, 2, 4)}
+    assert len(set(epochs.values())) == 1 and epochs[1] < 60
+
+
+SAID = {
+    "seed": "distributed: seed differs: rank 0 has 0, rank 1 has 1; give all ranks the same",
+    "loss": "distributed: loss differs: rank 0 has {'kind': 'mae'",
+    "reduce": "distributed: reduce differs: rank 0 has ordered, 2 ranks, rank 1 has fast, 2 ranks",
+    "data": "distributed: X differs: rank 0 has float32 (123, 9) of digest",
+    "epochs": "distributed: epochs differs: rank 0 has 1, rank 1 has 2; give",
+    "step": "step: a distributed engine trains in fit",
+    "batches": "y: a distributed engine takes arrays X and y",
+    "adversarial": "adversarial: it trains in one process so far",
+    "plan": "plan: a distributed step is two launches",
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_differs_or_cannot_be_is_named_on_every_rank(found: Worlds, name: str) -> None:
+    first, second = (ast.literal_eval(out)[name] for out in found.outputs[2])
+    assert first == second and first.startswith(SAID[name])
+
+
+def test_all_ranks_end_when_a_callback_on_one_stops(found: Worlds) -> None:
+    assert [ast.literal_eval(out)["stopped"] for out in found.outputs[2]] == ["2", "2"]
