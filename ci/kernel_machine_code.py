@@ -19,7 +19,7 @@ import triton
 # Instructions of tensor cores: mma.sync, wgmma, tcgen05, and AMD's matrix cores. Of several kinds the newest is named.
 NVIDIA_PRODUCTS = ("UTCHMMA", "UTCQMMA", "HGMMA", "HMMA")
 MFMA = re.compile(r"^\s*v_mfma_", re.MULTILINE)
-OPERATION = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", re.MULTILINE)
+OPERATION = re.compile(r"^[ \t]*+(?:/\*[0-9a-f]+\*/)?[ \t]*+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", re.MULTILINE)
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 # wgmma and tcgen05 read shared memory through the asynchronous proxy; cp.async writes it through the generic one (PTX
 # ISA, "Proxies"). Between the wait for the copies and the product a fence must make the writes visible.
