@@ -3,11 +3,13 @@
 A kernel is an error if it spills, uses a stack for no recorded reason, lost its tensor-core instructions or exceeds the
 shared memory. None of these changes a kernel's results; they change its speed, or the launch fails. Two faults do
 change results, see ``kernel_machine_code``: a product without the fence it needs, and shared memory held across a call.
-``ci/kernel_resources.json`` records the resources of all variants, by version of Triton.
+``ci/kernel_resources.json`` records the resources and the loops, by version of Triton. A loop that takes more stall
+cycles than recorded, by more than ``TOLERANCE``, is an error; ``--write --accept-slower`` records it all the same.
 
 Without ``--all`` a systematic part is compiled: for each kernel and element type, the largest tile and the constants
-with the most registers. The record holds all variants. ``--check`` compiles for the architectures of ``SAMPLE`` alone
-if the record has the installed version of Triton: its rows name the code that they were compiled from.
+with the most registers; and the kernels of ``kernel_launches.GOALS``. ``--check`` compiles for the architectures of
+``SAMPLE`` alone if the record has the installed version of Triton: its rows name the code that they were compiled from.
+Compiled kernels are kept in build/triton, so that a second run only reads them.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import math
 import os
 import sys
 import time
@@ -30,6 +33,7 @@ RECORD = ROOT / "ci/kernel_resources.json"
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build/triton"))
 
+import kernel_launches  # noqa: E402
 import kernel_variants  # noqa: E402
 import triton  # noqa: E402
 
@@ -50,6 +54,8 @@ SHARED_LIMITS = {
 SYSTEM_SHARED = {"sm_90": 1 << 10, "sm_100": 1 << 10, "sm_120": 1 << 10}
 # One of each compiler: NVIDIA's with the asynchronous products, and AMD's.
 SAMPLE = ("sm_90", "gfx942")
+# The share by which a loop may be slower than recorded.
+TOLERANCE = 0.03
 # Kernels that may use a stack, by architecture and name, with the reason.
 STACK_REASONS = {
     ("gfx942", "resident"): "its functions save registers and take arguments there, by the calling convention of AMD",
@@ -113,12 +119,14 @@ def systematic_part(variants: Sequence[kernel_variants.Variant]) -> list[kernel_
 
 
 def chosen(
-    archs: Iterable[str], kernels: Iterable[str], everything: bool
+    archs: Iterable[str], kernels: Iterable[str], everything: bool, goals: bool = True
 ) -> Iterator[tuple[kernel_variants.Variant, str]]:
-    """Yield the variants to compile."""
+    """Yield the variants to compile, with ``goals`` those of the goals' steps too."""
     for arch in archs:
         variants = kernel_variants.variants(arch)
-        for variant in variants if everything else systematic_part(variants):
+        part = list(variants if everything else systematic_part(variants))
+        part += kernel_launches.goal_variants(arch) if goals else []
+        for variant in {(one.kernel, one.name): one for one in part}.values():
             if variant.kernel in kernels:
                 yield variant, arch
 
@@ -172,9 +180,9 @@ def read_record() -> list[Row]:
     return json.loads(RECORD.read_text()) if RECORD.exists() else []
 
 
-def launched(everything: bool) -> set[tuple[str, str, str, str]]:
+def launched(everything: bool, goals: bool = True) -> set[tuple[str, str, str, str]]:
     """Return architecture, kernel, variant and source of every launched kernel, or of the systematic part."""
-    work = chosen(kernel_variants.TARGETS, tuple(kernel_variants.KERNELS), everything)
+    work = chosen(kernel_variants.TARGETS, tuple(kernel_variants.KERNELS), everything, goals)
     return {(arch, variant.kernel, variant.name, kernel_variants.source_hash(variant.kernel)) for variant, arch in work}
 
 
@@ -190,8 +198,11 @@ def write_record(rows: Iterable[Row]) -> None:
 def record_problems(record: Sequence[Row]) -> list[str]:
     """Return the problems of the record: kernels that fail, missing rows, rows of other code."""
     found = [problem for row in record for problem in problems(row)]
-    needed, possible = launched(everything=False), launched(everything=True)
-    for version in sorted({row["triton"] for row in record}) or [triton.__version__]:
+    possible = launched(everything=True)
+    versions = sorted({row["triton"] for row in record} or {triton.__version__}, key=configs.version_of)
+    for version in versions:
+        # the bounds are those of the newest version
+        needed = launched(everything=False, goals=version == versions[-1])
         rows = [row for row in record if row["triton"] == version]
         present = {(row["arch"], row["kernel"], row["variant"], row["source"]) for row in rows}
         for what, wrong in (("missing", needed - present), ("not of the current kernels", present - possible)):
@@ -205,16 +216,34 @@ def record_problems(record: Sequence[Row]) -> list[str]:
 
 def differences(rows: Iterable[Row], record: Iterable[Row]) -> list[str]:
     """Return the differences between the compiled rows and the record, for the same version of Triton."""
-    recorded = {tuple(row[name] for name in KEY): row for row in record}
     found = []
-    for row in rows:
-        before = recorded.get(tuple(row[name] for name in KEY))
-        if before is not None and before != row:
-            changed = ", ".join(
-                f"{name} {before[name]} -> {row[name]}" for name in row if before.get(name) != row[name]
-            )
-            found.append(f"{row['arch']} {row['kernel']} ({row['variant']}) differs from the record: {changed}")
+    for before, row in _pairs(rows, record):
+        changed = [name for name in row if before.get(name) != row[name] and name != "loops"]
+        if changed:
+            said = ", ".join(f"{name} {before.get(name)} -> {row[name]}" for name in changed)
+            found.append(f"{row['arch']} {row['kernel']} ({row['variant']}) differs from the record: {said}")
     return found
+
+
+def slower(rows: Iterable[Row], record: Iterable[Row]) -> list[str]:
+    """Return the loops that take more stall cycles for each copy of the body than recorded, beyond ``TOLERANCE``."""
+    found = []
+    for before, row in _pairs(rows, record):
+        for name, (_, recorded, *copies) in before.get("loops", {}).items():
+            _, stalls, *now = row["loops"].get(name, (0, 0))
+            if stalls * math.prod(copies) > (1 + TOLERANCE) * recorded * math.prod(now):
+                found.append(
+                    f"{row['arch']} {row['kernel']} ({row['variant']}): {name} takes {stalls} stall cycles a pass, "
+                    f"recorded are {recorded}; --write --accept-slower records it"
+                )
+    return found
+
+
+def _pairs(rows: Iterable[Row], record: Iterable[Row]) -> list[tuple[Row, Row]]:
+    """Return the recorded and the compiled row of every kernel that has both."""
+    recorded = {tuple(row[name] for name in KEY): row for row in record}
+    keyed = [(recorded.get(tuple(row[name] for name in KEY)), row) for row in rows]
+    return [(before, row) for before, row in keyed if before is not None]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -236,6 +265,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--all", action="store_true", help="compile every variant, not only the systematic part")
     made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     made.add_argument("--write", action="store_true", help=f"write the results into ci/{RECORD.name}")
+    made.add_argument("--accept-slower", action="store_true", help="with --write: record slower loops too")
     made.add_argument(
         "--check",
         action="store_true",
@@ -255,7 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(rows), flush=True)
     print(f"{len(rows)} compilations with Triton {triton.__version__} in {time.monotonic() - start:.0f} s")
     found = [*failures, *(problem for row in rows for problem in problems(row))]
-    if options.write:
+    if not options.accept_slower:
+        found += slower(rows, read_record())
+    if options.write and not found:
         write_record(rows)
     if options.check:
         record = read_record()

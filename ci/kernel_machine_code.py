@@ -1,5 +1,6 @@
-"""Read from compiled code, without a GPU, how many registers and how much memory a kernel takes, and two faults: a
-tensor-core product that reads shared memory too early, and a function that holds shared memory while it calls another.
+"""Read from compiled code, without a GPU, how many registers and how much memory a kernel takes, its loops, and two
+faults: a tensor-core product that reads shared memory too early, and a function that holds shared memory while it calls
+another.
 """
 
 from __future__ import annotations
@@ -8,16 +9,17 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import kernel_loops
 import triton
 
 # Instructions of tensor cores: mma.sync, wgmma, tcgen05, and AMD's matrix cores. Of several kinds the newest is named.
 NVIDIA_PRODUCTS = ("UTCHMMA", "UTCQMMA", "HGMMA", "HMMA")
 MFMA = re.compile(r"^\s*v_mfma_", re.MULTILINE)
-OPERATION = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", re.MULTILINE)
+OPERATION = re.compile(r"^[ \t]*+(?:/\*[0-9a-f]+\*/)?[ \t]*+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", re.MULTILINE)
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 # wgmma and tcgen05 read shared memory through the asynchronous proxy; cp.async writes it through the generic one (PTX
 # ISA, "Proxies"). Between the wait for the copies and the product a fence must make the writes visible.
@@ -38,6 +40,8 @@ class Resources:
 
     Faults: ``unfenced`` counts the waits for copies that a product follows without a fence. ``shared_callers`` counts
     the functions that hold shared memory and call others; Triton places that of all functions at one address.
+
+    ``loops``: see ``kernel_loops``; none on AMD.
     """
 
     registers: int
@@ -48,6 +52,7 @@ class Resources:
     tensor_core: str
     unfenced: int = 0
     shared_callers: int = 0
+    loops: kernel_loops.Loops = field(default_factory=dict)
 
 
 FAULTS = ("unfenced", "shared_callers")
@@ -82,7 +87,7 @@ def disassembly(cubin: bytes) -> tuple[str, str]:
         file.flush()
         usage = _output(folder / "cuobjdump", "-res-usage", file.name)
         # without the analysis of data flow, which takes time and is not used
-        return usage, _output(folder / "nvdisasm", "-c", "-ndf", file.name)
+        return usage, _output(folder / "nvdisasm", "-c", "-ndf", "-g", "-hex", file.name)
 
 
 def _output(*command: str | Path) -> str:
@@ -104,7 +109,7 @@ def _nvidia(cubin: bytes, shared: int) -> Resources:
     plain = {name.split(".")[0] for name in names}
     local = sum(name.split(".")[0] in ("STL", "LDL") for name in names)
     product = next((name for name in NVIDIA_PRODUCTS if name in plain), "")
-    return Resources(registers, stack, local, static, shared, product)
+    return Resources(registers, stack, local, static, shared, product, loops=kernel_loops.read(code))
 
 
 def _amd(code: str, shared: int) -> Resources:

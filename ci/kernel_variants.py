@@ -210,11 +210,12 @@ def source(variant: Variant, target: str) -> ASTSource:
 
 def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
     """Compile for ``target``, without a GPU; return the row of the record, see ``kernel_machine_code.Resources``. A row
-    has a fault only if its code has it."""
+    has a fault or loops only if its code has them."""
     options = configs.launch_options(configs.family_of(target), variant.tile)
     compiled = triton.compile(source(variant, target), target=gpu_target(target), options=options)
     found = dataclasses.asdict(kernel_machine_code.of(compiled.asm, compiled.metadata.shared))
-    kept = {name: value for name, value in found.items() if value or name not in kernel_machine_code.FAULTS}
+    optional = (*kernel_machine_code.FAULTS, "loops")
+    kept = {name: value for name, value in found.items() if value or name not in optional}
     return {
         "kernel": variant.kernel, "variant": variant.name, "triton": triton.__version__, "arch": target,
         **kept, "source": source_hash(variant.kernel),

@@ -6,66 +6,26 @@ arguments, with those that ``kernel_variants`` compiles for, and prints the diff
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
-from unittest import mock
 
+import kernel_launches
 import kernel_variants
 import numpy as np
-import torch
 
 from fusemlp import DPSGD, MLP, PGD, SGD, Adam, CrossEntropy, Engine
 from fusemlp.program.lowering import Inputs
-from fusemlp_kernels.triton import backend, configs
-from fusemlp_kernels.triton.launch import Device
+from fusemlp_kernels.triton import configs
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
-@dataclasses.dataclass(frozen=True)
-class Recorded:
-    """A launch: the kernel, its arguments by name, its constants and tile."""
-
-    kernel: Any
-    arguments: Mapping[str, Any]
-    constants: Mapping[str, Any]
-    tile: configs.Tile
-
-    @property
-    def name(self) -> str:
-        """The kernel's name in ``kernel_variants``."""
-        return next(name for name, kernel in kernel_variants.KERNELS.items() if kernel is self.kernel)
-
-
-class Recorder(Device):
-    """A CPU device that poses as another, and records launches."""
-
-    launches: list[Recorded]
-
-    def launch(
-        self, kernel: Any, programs: int, arguments: Mapping[str, Any], constants: Mapping[str, Any], tile: configs.Tile
-    ) -> Callable[[], object]:
-        """Record a launch."""
-        self.launches.append(Recorded(kernel, arguments, constants, tile))
-        return lambda: None
-
-
-def launches(target: str, precision: str) -> list[Recorded]:
+def launches(target: str, precision: str) -> list[kernel_launches.Recorded]:
     """Return the launches of a step of several networks on ``target``."""
-    arch = configs.Architecture(configs.family_of(target), 132)
-    # As under the interpreter, there is no card to wait for.
-    device = Recorder(torch.device("cpu"), arch, precision, backend.COMPUTE[precision], True)
-    object.__setattr__(device, "launches", [])
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 4, 40)
     weights = rng.uniform(0.5, 2, 40)
     wide = rng.integers(0, 600, 2048)
-    with (
-        mock.patch("fusemlp_kernels.registry._triton_reason", lambda: None),
-        mock.patch.object(backend, "open_device", lambda *_: device),
-    ):
+    with kernel_launches.recording(target, precision) as found:
         for net, batch, y, options in (
             (MLP([6, 9, 7, 4], activation="prelu", dropout=0.2), 40, labels, {"optimizer": Adam()}),
             (MLP([6, 200], activation="gelu"), 40, labels, {"optimizer": SGD(momentum=0.9)}),
@@ -94,7 +54,7 @@ def launches(target: str, precision: str) -> list[Recorded]:
             }
             inputs = Inputs(20, indexed=True)
             engine.bind(inputs, engine.loss.spec(accuracy=True), engine.optimizer.rule(), 20, arrays).run()
-    return device.launches
+    return found
 
 
 def different(target: str, precision: str) -> list[str]:
@@ -111,10 +71,7 @@ def different(target: str, precision: str) -> list[str]:
         given = {**launch.arguments, **launch.constants, **options}
         bound, kinds, rest = binder(**given)
         _, signature, constants, attributes = kernel._pack_args(compiler, given, bound, kinds, rest)
-        kind = precision if launch.name in kernel_variants.PRODUCTS else kernel_variants.ELEMENTS[precision]
-        source = kernel_variants.source(
-            kernel_variants.Variant(launch.name, kind, launch.tile, launch.constants), target
-        )
+        source = kernel_variants.source(launch.variant(precision), target)
         attributes = {place: value for place, value in attributes.items() if value}
         for what, launched, ahead in (
             ("signature", signature, source.signature),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -46,10 +47,8 @@ def command():
 
 def compiled_as(launch, precision):
     """Return the variant that a launch needs; the lengths of the task table are listed with one tile only."""
-    kind = precision if launch.name in kernel_variants.PRODUCTS else kernel_variants.ELEMENTS[precision]
-    kind = "fp32" if launch.name in ("norm", "advance") else kind
     constants = {**launch.constants, **({"TASKS": 16} if "TASKS" in launch.constants else {})}
-    return launch.name, kernel_variants.Variant(launch.name, kind, launch.tile, constants).name
+    return launch.name, dataclasses.replace(launch, constants=constants).variant(precision).name
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -228,6 +227,35 @@ def test_another_result_than_recorded_is_noticed(command):
     assert "registers 128 -> 130" in found
 
 
+def test_a_slower_loop_than_recorded_is_noticed(command):
+    recorded = {**GOOD, "loops": {"once": [90, 200], "affine_tile": [100, 1000], "sum_of": [40, 100, 2]}}
+
+    def compiled(**loops):
+        return command.slower([{**recorded, "loops": {**recorded["loops"], **loops}}], [recorded])
+
+    assert compiled() == compiled(affine_tile=[150, 1030]) == compiled(sum_of=[80, 206, 4]) == []
+    (found,) = compiled(affine_tile=[100, 1031])
+    assert "linear (fp32 64x64x32): affine_tile takes 1031 stall cycles a pass, recorded are 1000" in found
+    assert len(compiled(sum_of=[40, 100])) == 1
+    assert len(compiled(once=[90, 300], affine_tile=[200, 2000])) == 2
+    # a row without loops, as of AMD, or of before they were recorded
+    assert command.slower([recorded], [GOOD]) == []
+    assert command.differences([recorded], [GOOD]) == []
+
+
+def test_slower_loops_are_not_recorded_unless_accepted(command, monkeypatch, tmp_path):
+    recorded = {**GOOD, "loops": {"affine_tile": [100, 1000]}}
+    slow = {**recorded, "loops": {"affine_tile": [100, 2000]}}
+    written = []
+    monkeypatch.setattr(command, "read_record", lambda: [recorded])
+    monkeypatch.setattr(command, "compile_all", lambda *_: ([slow], []))
+    monkeypatch.setattr(command, "write_record", lambda rows: written.append(rows))
+    assert command.main(["--arch", "sm_90", "--kernel", "norm", "--write"]) == 1
+    assert written == []
+    assert command.main(["--arch", "sm_90", "--kernel", "norm", "--write", "--accept-slower"]) == 0
+    assert written == [[slow]]
+
+
 def test_the_systematic_part_is_large_enough(command):
     parts = [command.systematic_part(kernel_variants.variants(target)) for target in kernel_variants.TARGETS]
     assert sum(map(len, parts)) >= 200
@@ -249,7 +277,8 @@ def test_the_record_is_of_the_kernels_as_they_are(command):
     versions = {row["triton"] for row in record}
     assert {"3.6.0", "3.9.0"} <= versions
     for row in record:
-        assert row.keys() - {*kernel_machine_code.FAULTS} == GOOD.keys()
+        assert row.keys() - {*kernel_machine_code.FAULTS, "loops"} == GOOD.keys()
+        assert "loops" not in row or row["arch"].startswith("sm_")
         assert all(type(row[name]) is type(GOOD[name]) for name in GOOD)
 
 

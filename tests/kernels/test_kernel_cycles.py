@@ -1,0 +1,165 @@
+"""Loops are read from a disassembly as they are; slower ones fail; the bounds follow from the shapes and the record."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import kernel_cycles
+import kernel_launches
+import kernel_loops
+
+from fusemlp_kernels.triton import clock, configs, linear
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = {"linear": linear.__file__, "clock": clock.__file__}
+
+
+def line_of(file, text):
+    return next(at for at, line in enumerate(Path(FILES[file]).read_text().splitlines(), 1) if text in line)
+
+
+def disassembled(*lines, kernel="k"):
+    """Write instructions as nvdisasm does: (text, stalls), a label, or (file, text of a line)."""
+    out = [f"\t.type {kernel},@function", f".text.{kernel}:", f"{kernel}:"]
+    for line in lines:
+        if isinstance(line, str):
+            out.append(line)
+        elif line[0] in FILES:
+            out.append(f'\t//## File "{FILES[line[0]]}", line {line_of(*line)}')
+        else:
+            text, stalls = line
+            out.append(f"        /*0010*/     {text} ;   /* 0x0000000000a07947 */")
+            out.append(
+                f"                                /* 0x{(0x000FC00000000000 & ~(15 << 41)) | stalls << 41:016x} */"
+            )
+    return "\n".join(out)
+
+
+LOOP = ("linear", "for start in range(0, width, BK)")
+LOOP_BODY = ("linear", "x_tile = tl.load(x_at")
+AFTER = ("linear", "bias = tl.load")
+
+
+def test_a_pass_is_the_shortest_way_through_a_loop():
+    code = disassembled(
+        AFTER, ("MOV R1, R2", 3), ("@!P0 BRA `(.L_x_9)", 5),
+        ".L_x_1:", LOOP_BODY, ("LDG.E R4, [R2.64]", 2), ("@P1 BRA `(.L_x_2)", 4), ("IMAD R1, R1, R1, R1", 15),
+        ".L_x_2:", ("FFMA R1, R1, R1, R1", 7), LOOP, ("@P2 BRA `(.L_x_1)", 1),
+        ".L_x_9:", AFTER, ("EXIT", 5),
+        ".L_x_7:", ("BRA `(.L_x_7)", 0),
+    )  # fmt: skip
+    # the branch around IMAD is shorter; the way to EXIT around the loop belongs to no pass
+    assert kernel_loops.read(code) == {"once": [3, 13], "affine_tile": [4, 14]}
+
+
+def test_an_outer_loop_counts_neither_the_inner_passes_nor_blocks_of_another_function():
+    code = disassembled(
+        ".L_x_1:", ("clock", "for start in range(0, count, BLOCK)"), ("MOV R1, R2", 2), ("CALL.REL.NOINC `($f)", 3),
+        ".L_x_2:", LOOP_BODY, ("LDG.E R1, [R2.64]", 4), ("LDG.E R3, [R2.64]", 4), ("@P0 BRA `(.L_x_2)", 1),
+        ("clock", "for start in range(0, count, BLOCK)"), ("@P1 BRA `(.L_x_1)", 6), ("EXIT", 5),
+        "\t.type $f,@function", "$f:", ("FADD R1, R1, R1", 9), ("RET.REL.NODEC R2 `(k)", 8),
+    )  # fmt: skip
+    found = kernel_loops.read(code)
+    # two loads of one line may be two copies of the body
+    assert found == {"once": [1, 5], "affine_tile": [3, 9, 2], "sum_of": [5, 28]}
+
+
+def test_a_jump_through_a_table_leads_to_the_labels_after_it():
+    code = disassembled(
+        ("BRX R2 -0x10", 5), ".L_x_3:", ("MOV R1, R2", 9), ("BRA `(.L_x_5)", 2),
+        ".L_x_4:", ("MOV R1, R2", 4), ".L_x_5:", ("EXIT", 5),
+    )  # fmt: skip
+    assert kernel_loops.read(code) == {"once": [3, 14]}
+
+
+def launch(name, kernel, precision="fp32"):
+    goal = next(goal for goal in kernel_launches.GOALS if goal.name.startswith(name))
+    return goal, next(one for one in kernel_launches.launches_of(goal) if one.name == kernel)
+
+
+def test_the_trips_of_a_step_are_those_of_its_shapes():
+    _, first = launch("784-128-10 b128 fp32", "linear")
+    (programs,) = kernel_cycles.programs_of(first)
+    tile = first.tile
+    assert (programs.count, dict(programs.trips)) == (128 // tile.rows * 128 // tile.columns, {"affine_tile": 25})
+    assert programs.operations == 2 * tile.rows * tile.columns * 25 * tile.depth
+    _, grouped = launch("4 x 1024", "grad_weight")
+    weights, biases = kernel_cycles.programs_of(grouped)
+    assert (weights.count, dict(weights.trips)) == (4 * 8 * 8, {"weight_sums": 64})
+    assert (biases.count, dict(biases.trips)) == (4 * 8, {"column_sums": 64})
+    _, resident = launch("784-10-10 b32", "resident")
+    (program,) = kernel_cycles.programs_of(resident)
+    # 25 steps of 32 along 784 inputs; 7 tiles of 128 inputs in the first gradient and one in the second
+    assert program.trips["forward.affine_tile"] == 25
+    assert program.trips["gradients_of_layer.weight_sums"] == 7 + 1
+    assert program.trips["backward.input_gradient"] == 1
+
+
+@pytest.mark.parametrize(
+    ("loops", "cycles", "limit"),
+    [
+        # one wave: 10 stalls once, 25 passes of 400
+        ({"once": [5, 10], "affine_tile": [10, 400]}, 10 + 25 * 400, "stalls"),
+        # unrolled: 25 // 2 passes
+        ({"once": [5, 10], "affine_tile": [10, 400, 2]}, 10 + 12 * 400, "stalls"),
+        # 2 warps share 4 schedulers: 5 + 25 * 900 instructions
+        ({"once": [5, 10], "affine_tile": [900, 400]}, (5 + 25 * 900) * 2 / 4, "issue"),
+        ({"once": [0, 0], "affine_tile": [0, 0]}, 2 * 16 * 32 * 32 * 25 / (2048 / 3), "product"),
+    ],
+)
+def test_a_bound_is_the_largest_limit(loops, cycles, limit):
+    goal, first = launch("784-128-10 b128 fp32", "linear")
+    first = dataclasses.replace(first, tile=configs.Tile(16, 32, 32, 2, 3), programs=32)
+    first = dataclasses.replace(first, constants={"BM": 16, "BN": 32, "BK": 32, "PRODUCT": "tf32x3"})
+    row = {"registers": 60, "shared_static": 0, "shared_dynamic": 8 << 10, "loops": loops}
+    assert kernel_cycles.bound(first, row, goal) == (pytest.approx(cycles), limit)
+
+
+def test_programs_that_do_not_fit_wait_for_a_later_wave():
+    goal, first = launch("4 x 1024", "linear")
+    row = {"registers": 250, "shared_static": 0, "shared_dynamic": 100, "loops": {"once": [0, 1000000]}}
+    row["loops"]["affine_tile"] = [0, 0]
+    # 256 programs of 8 warps with 256 registers a thread: one on each of 132 multiprocessors, then 124
+    assert kernel_cycles.resident_programs(row, 8) == 1
+    assert kernel_cycles.bound(first, row, goal) == (2000000, "stalls")
+
+
+def test_the_table_is_that_of_the_record():
+    page = kernel_cycles.PAGE.read_text(encoding="utf-8")
+    record = json.loads(kernel_cycles.RECORD.read_text(encoding="utf-8"))
+    assert kernel_cycles.page(page, record) == page
+    with pytest.raises(ValueError, match="has no table"):
+        kernel_cycles.page("a page without a mark", record)
+
+
+def test_a_fresh_compile_has_the_recorded_loops(tmp_path):
+    code = """
+        import json, kernel_variants
+        (variant,) = [one for one in kernel_variants.variants("sm_90") if one.kernel == "norm"]
+        print(json.dumps(kernel_variants.compile_variant(variant, "sm_90")))
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "ci"), os.environ.get("PYTHONPATH")]))
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment, capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    row = json.loads(done.stdout)
+    key = ("kernel", "variant", "triton", "arch", "source")
+    record = json.loads(kernel_cycles.RECORD.read_text(encoding="utf-8"))
+    recorded = [one for one in record if [one[name] for name in key] == [row[name] for name in key]]
+    if not recorded:
+        pytest.skip(f"the record has no kernels of Triton {row['triton']}")
+    assert row["loops"].keys() == {"once", "sum_of"}
+    assert recorded == [row]
