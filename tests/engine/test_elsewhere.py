@@ -153,7 +153,7 @@ class TestSweeps:
     SWEEP = ("sweep", "iris", "--vary", "lr=0.001:0.1:log:3", "--vary", "hidden=4,8", "--epochs", "3", "--quiet")
 
     def cut_off(self, folder: Path, after: int) -> None:
-        """Start the sweep in a folder, and cut it off when so many models have ended."""
+        """Start the sweep in a folder, and cut it off when this number of models has ended."""
         add, left = journal.add, [after]
 
         def adds(*given: Any) -> None:
