@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from fusemlp.describe.adversarial import Attack as AttackOfInputs
 from fusemlp.describe.hardening import TRADES, Free, Hardening
+from fusemlp.describe.intervals import IBP
 from fusemlp.describe.network import MLP
 from fusemlp.program.layout import RATE_ROWS, REMEMBERED, Layout, short_names
 from fusemlp.program.program import Call, Program, Ref, Value
@@ -30,6 +31,7 @@ from fusemlp_kernels.contract import (
     LossSpec,
     Noise,
     Perturbation,
+    Ramp,
     Ridge,
     Segment,
     TensorRule,
@@ -84,6 +86,19 @@ def lowered_attack(against: AttackOfInputs | Hardening) -> Attack:
     return Attack(against.plain.steps, against.plain.perturbation(), isinstance(against, Free), beta)
 
 
+class Intervals(NamedTuple):
+    """Training with intervals of the inputs; ``bounded``: the inputs have a least and a greatest value."""
+
+    ramp: Ramp
+    bounded: bool
+
+
+def lowered_intervals(ibp: IBP, first: int, last: int) -> Intervals:
+    """Return what a step is told of an IBP whose fit began at update ``first`` and ends before ``last``."""
+    ramp = Ramp(ibp.eps, ibp.kappa, ibp.warmup, ibp.ramp, first, max(1, last - first))
+    return Intervals(ramp, ibp.bounds is not None)
+
+
 class Step(NamedTuple):
     """A training step over batches of ``batch_size`` rows; without ``rule`` a forward pass, without ``spec`` up to y.
 
@@ -96,7 +111,7 @@ class Step(NamedTuple):
     optimizer: between them the gradients can be read and changed. ``most_parts``: into how many parts the gradients may
     cut the batch (``contract.batch_parts``). ``resident``: the calls run in one loop over many steps; ``ridge``: a
     penalty beside the loss, for such a loop. With ``privacy`` the gradients are sums of clipped ones, with noise. With
-    ``attack`` the step trains on the moved batch.
+    ``attack`` the step trains on the moved batch, with ``intervals`` on the worst case beside the batch.
 
     With ``gradient`` 0 a forward pass goes back to dx, the gradient by x: of the loss, or without ``spec`` of the
     outputs weighed by the data ``seed`` (batch_size, N). With ``gradient`` 1 it begins at h1, the first hidden layer's
@@ -122,6 +137,7 @@ class Step(NamedTuple):
     gradient: int | None = None
     privacy: Privacy | None = None
     attack: Attack | None = None
+    intervals: Intervals | None = None
 
 
 def lower_training(
@@ -156,6 +172,10 @@ def lower(step: Step) -> Program:
     if step.rule is not None:
         build.add("hyper", (HYPER,), "float64", "control")
         build.add("rates", (1 + RATE_ROWS, RATE_COLUMNS), "float64", "control")
+    # where nothing is trained, there is nothing to do for
+    intervals = step.intervals if build.rules else None
+    if intervals is not None:
+        build.magnitudes()
     if step.attack is not None and build.beta is None:
         (build.add_carried if step.attack.carried else build.attack)(step.attack)
     build.hidden(step.gradient or 0)
@@ -165,6 +185,8 @@ def lower(step: Step) -> Program:
         build.loss(step.spec)
     elif step.gradient is None or build.top > last:
         build.linear(last, "y", build.activation(last))
+    if intervals is not None and step.spec is not None:
+        build.worst_case(intervals, step.spec)
     for layer in range(build.top, build.first, -1):
         build.grad_input(layer)
     if step.attack is not None and step.attack.carried:
@@ -318,6 +340,56 @@ class _Builder:
         for layer in range(last, first, -1):
             self.grad_input(layer)
         self.side, self.x, self.picks, self.gathered = "", *place
+
+    def magnitudes(self) -> None:
+        """The magnitudes of the weights, which are those of the step."""
+        for layer in range(self.net.layers):
+            size = self.add(f"size{layer}", (self.net.sizes[layer + 1], self.net.sizes[layer]), "real", "work")
+            self.call("magnitudes", "", w=Ref(f"w{layer}"), out=size)
+
+    def box(self, names: Sequence[str], level: int) -> dict[str, Any]:
+        """Two values of a row each, of the inputs or of a layer's outputs, by the names of operands."""
+        return {name: self.work(f"{name}{level}", self.net.sizes[level]) for name in names}
+
+    def worst_case(self, intervals: Intervals, spec: LossSpec) -> None:
+        """The loss of the worst logits of each row, and its gradients; that of the rows themselves is shrunk.
+
+        Centres c and radii r of the inputs of a layer give those of its pre-activations, w c + b and |w| r.
+        """
+        net, last = self.net, self.net.layers - 1
+        clock: dict[str, Any] = {"counters": self.counters, "ramp": intervals.ramp}
+        names = ("reach", "least", "most") if intervals.bounded else ("reach",)
+        columns: dict[str, Any] = {name: self.add(name, (net.sizes[0],), "real", "control") for name in names}
+        inputs = self.box(("centre", "radius"), 0)
+        self.call("ball", "", x=Ref("x"), rows=self.rows, **inputs, **columns, **clock)
+        for layer in range(net.layers):
+            nothing = self.add(f"nothing{layer}", (net.sizes[layer + 1],), "real", "control")
+            z = self.box(("zc", "zr"), layer + 1)
+            ways = (
+                ("centre", "zc", self.weight(layer), Ref(f"b{layer}")),
+                ("radius", "zr", Ref(f"size{layer}"), nothing),
+            )
+            for name, output, w, b in ways:
+                given = {"x": inputs[name], "w": w, "b": b, "y": z[output], "activation": "identity"}
+                self.call("linear", "identity", [self.product(layer)], **given, counters=self.counters)
+            if layer < last:
+                ends, inputs = self.box(("low", "high"), layer + 1), self.box(("centre", "radius"), layer + 1)
+                activation = self.activation(layer)
+                self.call("box", activation["activation"], **z, **ends, **inputs, **activation)
+        gradients = self.box(("dzc", "dzr"), last + 1)
+        self.attacking = True
+        loss = self.loss_operands(replace(spec, accuracy=False)) | gradients | {"dz": Ref(f"dz{last + 1}")}
+        self.attacking = False
+        self.call("worst_loss_grad", "", **z, **loss, ramp=intervals.ramp)
+        for layer in range(last, self.first, -1):
+            before = self.box(("dzc", "dzr"), layer)
+            for name, w, y in (("dzc", self.weight(layer), "centre"), ("dzr", Ref(f"size{layer}"), "radius")):
+                given = {"dz": gradients[name], "w": w, "y": Ref(f"{y}{layer}"), "dz_prev": before[name]}
+                self.call("grad_input", "identity", [self.product(layer)], **given, activation="identity")
+            gradients, activation = before, self.activation(layer - 1)
+            own: dict[str, Any] = {name: Ref(f"{name}{layer}") for name in ("zc", "zr", "low", "high")}
+            own |= {"dc": before["dzc"], "dr": before["dzr"]}
+            self.call("box_grad", activation["activation"], **own, **activation)
 
     def add_carried(self, attack: Attack) -> None:
         """Add what is carried to the batch; what follows reads the sum in place of x."""
@@ -537,6 +609,10 @@ class _Builder:
                 given["rows"] = self.picks
         if self.beta is not None:
             given |= {"dz2": Ref(f"dz{layer + 1}.adv"), "x2": Ref(f"h{layer}.adv" if layer else "adv")}
+        if self.step.intervals is not None:
+            others = {"dz2": "dzc", "dspread": "dzr"}
+            given |= {operand: Ref(f"{name}{layer + 1}") for operand, name in others.items()}
+            given |= {"x2": Ref(f"centre{layer}"), "radius": Ref(f"radius{layer}"), "signs": Ref(f"w{layer}")}
         return given
 
     def layer_gradient(self, layer: int, *, fused: bool) -> dict[str, Any]:

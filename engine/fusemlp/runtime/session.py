@@ -14,6 +14,7 @@ from fusemlp.describe.adversarial import as_attack
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.hardening import Hardening
+from fusemlp.describe.intervals import IBP
 from fusemlp.describe.losses import Loss, as_loss, loss_from_config
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
@@ -23,7 +24,7 @@ from fusemlp.describe.summary import bytes_text, layer_lines
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.state import checked_state
 from fusemlp.program.layout import short_names
-from fusemlp.program.lowering import Attack, Inputs, lower_training, lowered_attack
+from fusemlp.program.lowering import Attack, Inputs, Intervals, lower_training, lowered_attack, lowered_intervals
 from fusemlp.program.program import Program
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.inference import MEAN, SCALE, Inference, InputScale
@@ -253,12 +254,14 @@ class Session(Predicting, Spending, Keeping):
 
     def program_against(self, adversarial: Any) -> Program:
         """Return ``program`` for ``fit(adversarial=...)``: the calls of the attack come first."""
+        resident = self.plan == "resident" and self._backend.traits.on_host
+        if isinstance(adversarial, IBP) and self._backend.traits.on_host:
+            return self._program(None, resident=resident, intervals=lowered_intervals(adversarial, 0, 1))
         if not isinstance(adversarial, Hardening):
             adversarial = as_attack("adversarial", adversarial)
-        attack = lowered_attack(adversarial)
-        return self._program(attack, resident=self.plan == "resident" and self._backend.traits.on_host)
+        return self._program(lowered_attack(adversarial), resident=resident)
 
-    def _program(self, attack: Attack | None, *, resident: bool) -> Program:
+    def _program(self, attack: Attack | None, *, resident: bool, intervals: Intervals | None = None) -> Program:
         return self.lower(
             Inputs(self.batch_size, indexed=True),
             self.loss.spec(accuracy=self.loss.is_classification),
@@ -266,6 +269,7 @@ class Session(Predicting, Spending, Keeping):
             self.batch_size,
             resident=resident,
             attack=attack,
+            intervals=intervals,
         )
 
     def lower(
@@ -279,6 +283,7 @@ class Session(Predicting, Spending, Keeping):
         resident: bool = False,
         ridge: Ridge | None = None,
         attack: Attack | None = None,
+        intervals: Intervals | None = None,
     ) -> Program:
         """The program of a training step, or with ``resident`` of a loop over steps; with the loss's class weights."""
         if self.class_weight is not None:
@@ -302,6 +307,7 @@ class Session(Predicting, Spending, Keeping):
             ridge=ridge,
             privacy=self.lowered_privacy(),
             attack=attack,
+            intervals=intervals,
         )
 
     def bind(
@@ -317,6 +323,7 @@ class Session(Predicting, Spending, Keeping):
         epochs: int = 1,
         ridge: Ridge | None = None,
         attack: Attack | None = None,
+        intervals: Intervals | None = None,
     ) -> BoundProgram:
         """A training step bound to the engine's memory and to the arrays in ``given`` (x, target, weight).
 
@@ -350,6 +357,7 @@ class Session(Predicting, Spending, Keeping):
             resident=resident,
             ridge=ridge,
             attack=attack,
+            intervals=intervals,
         )
         plan = self.plan
         if attack is not None and plan == "resident" and not resident:
@@ -370,6 +378,7 @@ class Session(Predicting, Spending, Keeping):
         resident: bool,
         keep_gradients: bool = False,
         attack: Attack | None = None,
+        intervals: Intervals | None = None,
     ) -> BoundProgram:
         """The steps of a fit on ``data``, with room for the rows of ``epochs`` epochs of ``batches`` batches."""
 
@@ -381,10 +390,11 @@ class Session(Predicting, Spending, Keeping):
                 epochs=epochs,
                 keep_gradients=keep_gradients,
                 attack=attack,
+                intervals=intervals,
             )
 
         self._take_rule(rule)
-        told = (inputs, spec, rule, batch_size, batches, epochs, resident, keep_gradients, attack)
+        told = (inputs, spec, rule, batch_size, batches, epochs, resident, keep_gradients, attack, intervals)
         key = (told, self.optimizer, self.seed, self.lowered_privacy())
         return self.bound_again(key, data, bound)
 

@@ -63,9 +63,11 @@ DEPTH = 512
 
 # The kinds of a row of calls; a call of the program is one row or several. By rows of the batch: GATHER: x[rows];
 # AFFINE and ACTIVATE: a layer; ENTROPY and ELEMENTWISE: cross-entropy or another loss; PADDING: zero dz after the last
-# row; BACKWARD; DIVERGENCE: a loss between two outputs; SQUARES and SHRINK: the norms of the rows' gradients, and
-# clipping them; PERTURB: inputs that raise the loss. By pieces of a tensor: WEIGHT, BIAS, SLOPES: a gradient, with its
-# update where there is a PARAM; NORM: squares of gradients, for clipping; UPDATE; PACK: weights into panels. CLOCK.
+# row; BACKWARD; DIVERGENCE: a loss between two outputs; BALL, BOX, WORST: intervals of inputs, of outputs, and the
+# worst logits, with BOX_BACK and WORST_BACK; SQUARES and SHRINK: the norms of the rows' gradients, and clipping them;
+# PERTURB: inputs that raise the loss. By pieces of a tensor: WEIGHT, BIAS, SLOPES: a gradient, with its update where
+# there is a PARAM; NORM: squares of gradients, for clipping; UPDATE; PACK: weights into panels; MAGNITUDES: those of
+# weights, and their panels. CLOCK.
 (
     GATHER,
     AFFINE,
@@ -85,7 +87,13 @@ DEPTH = 512
     SHRINK,
     PERTURB,
     DIVERGENCE,
-) = range(18)
+    MAGNITUDES,
+    BALL,
+    BOX,
+    BOX_BACK,
+    WORST,
+    WORST_BACK,
+) = range(24)
 
 # A phase: how its calls are cut, its rows of calls, its tasks, and the first of them in the table of tasks; that table
 # holds the pieces of a task; a piece its row of calls and a part of a tensor: rows and columns of a weight matrix,
@@ -105,9 +113,11 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, DIVERGENCE_PART, SLOPES_PART = r
 # gradient may be updated from at once: PARAM, its states and its AVERAGE, of tensor FIRST; with DESCENDS the product
 # lands in the parameter. PULLS: a penalty is added to the gradient first. The loss: targets, row weights, class weights
 # (arrays), and its options; MEAN: the place of its reduction in REDUCTIONS; SMOOTHED: every class of a row has a
-# target; WIDE: a row of classes fills the vector registers; RECORDED: the loss is counted. AFRESH: the norms begin
-# with this layer. ROUND: the perturbation's norm is 2; DRAWN: its start is random, by the key of dropout; CARRIED: it
-# is kept by itself, from one step to the next, and X is a row of zeros where it moves.
+# target; WIDE: a row of classes fills the vector registers; RECORDED: the loss is counted. AFRESH: the norms begin with
+# this layer. ROUND: the perturbation's norm is 2; DRAWN: its start is random, by the key of dropout; CARRIED: it is
+# kept by itself, from one step to the next, and X is a row of zeros where it moves. CENTRE, RADIUS: those of a box, or
+# the gradients by them. A gradient by weights takes that by their magnitudes too, from RADIUS and SPREAD, the gradient
+# by it, with the SIGNS of the weights.
 (
     KIND_OF_ROW,
     N,
@@ -156,12 +166,17 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, DIVERGENCE_PART, SLOPES_PART = r
     ROUND,
     DRAWN,
     CARRIED,
+    CENTRE,
+    RADIUS,
+    SPREAD,
+    SIGNS,
     CALL_COLUMNS,
-) = range(48)
+) = range(52)
 REDUCTIONS = ("sum", "mean", "rows")
 BY_ITSELF = REDUCTIONS.index("rows")
 # The slope of leaky_relu, the dropout rate, the strength of a penalty; the loss's numbers, DIVISOR: what a mean divides
 # by beside the row weights; the largest norm of a row's gradient or perturbation; the length of its step, its bounds.
+# Of training with intervals: the share of the plain loss, warm-up and ramp as shares of SPAN updates from BEGUN on.
 (
     FIXED_SLOPE,
     RATE,
@@ -173,8 +188,13 @@ BY_ITSELF = REDUCTIONS.index("rows")
     LENGTH,
     LOW,
     HIGH,
+    KAPPA,
+    WARMUP,
+    RAMP,
+    BEGUN,
+    SPAN,
     CALL_FACTORS,
-) = range(11)
+) = range(16)
 
 # A row a trained tensor
 OFFSET, SIZE, TENSOR_COLUMNS = range(3)
