@@ -9,16 +9,14 @@ batch is a value that stays from one step to the next.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from fusemlp.describe.adversarial import Attack as AttackOfInputs
-from fusemlp.describe.hardening import TRADES, Free, Hardening
-from fusemlp.describe.intervals import IBP
 from fusemlp.describe.network import MLP
+from fusemlp.program import adversarial
+from fusemlp.program.adversarial import Attack, Intervals
 from fusemlp.program.layout import RATE_ROWS, REMEMBERED, Layout, short_names
 from fusemlp.program.program import Call, Program, Ref, Value
 from fusemlp_kernels.contract import (
@@ -30,8 +28,6 @@ from fusemlp_kernels.contract import (
     Dropout,
     LossSpec,
     Noise,
-    Perturbation,
-    Ramp,
     Ridge,
     Segment,
     TensorRule,
@@ -64,39 +60,6 @@ class Privacy(NamedTuple):
 
     clip: float
     noise: Noise
-
-
-class Attack(NamedTuple):
-    """Steps that move the batch to where its loss is larger, before it is trained on; nothing is dropped in them.
-
-    ``carried``: no such steps; the step's own backward pass moves what is added to the inputs of the next step.
-    ``beta``: the step trains on the batch, and on beta times the divergence of the outputs of the moved batch from its
-    own, which the steps raise too.
-    """
-
-    steps: int
-    change: Perturbation
-    carried: bool = False
-    beta: float | None = None
-
-
-def lowered_attack(against: AttackOfInputs | Hardening) -> Attack:
-    """Return what a step is told of an attack, or of a training against one."""
-    beta = against.beta if isinstance(against, TRADES) else None
-    return Attack(against.plain.steps, against.plain.perturbation(), isinstance(against, Free), beta)
-
-
-class Intervals(NamedTuple):
-    """Training with intervals of the inputs; ``bounded``: the inputs have a least and a greatest value."""
-
-    ramp: Ramp
-    bounded: bool
-
-
-def lowered_intervals(ibp: IBP, first: int, last: int) -> Intervals:
-    """Return what a step is told of an IBP whose fit began at update ``first`` and ends before ``last``."""
-    ramp = Ramp(ibp.eps, ibp.kappa, ibp.warmup, ibp.ramp, first, max(1, last - first))
-    return Intervals(ramp, ibp.bounds is not None)
 
 
 class Step(NamedTuple):
@@ -168,35 +131,35 @@ def lower_training(
 @lru_cache(maxsize=REMEMBERED)
 def lower(step: Step) -> Program:
     """Return the program of a step; the models of a fleet share it, so it is remembered."""
-    build, last = _Builder(step), step.net.layers - 1
+    build, last = Builder(step), step.net.layers - 1
     if step.rule is not None:
         build.add("hyper", (HYPER,), "float64", "control")
         build.add("rates", (1 + RATE_ROWS, RATE_COLUMNS), "float64", "control")
     # where nothing is trained, there is nothing to do for
     intervals = step.intervals if build.rules else None
     if intervals is not None:
-        build.magnitudes()
+        adversarial.magnitudes(build)
     if step.attack is not None and build.beta is None:
-        (build.add_carried if step.attack.carried else build.attack)(step.attack)
+        (adversarial.add_carried if step.attack.carried else adversarial.attack)(build, step.attack)
     build.hidden(step.gradient or 0)
     if step.attack is not None and build.beta is not None:
-        build.trades(step.attack, build.beta)
+        adversarial.trades(build, step.attack, build.beta)
     elif step.spec is not None:
         build.loss(step.spec)
     elif step.gradient is None or build.top > last:
         build.linear(last, "y", build.activation(last))
     if intervals is not None and step.spec is not None:
-        build.worst_case(intervals, step.spec)
+        adversarial.worst_case(build, intervals, step.spec)
     for layer in range(build.top, build.first, -1):
         build.grad_input(layer)
     if step.attack is not None and step.attack.carried:
-        build.move_carried(step.attack)
+        adversarial.move_carried(build, step.attack)
     if step.rule is not None:
         build.update(step.rule)
     return build.program()
 
 
-class _Builder:
+class Builder:
     """Collects the values and calls of a program."""
 
     def __init__(self, step: Step) -> None:
@@ -289,122 +252,6 @@ class _Builder:
         """The dropout after a layer, in training."""
         rate = self.net.dropouts[layer] if self.step.rule is not None and not self.attacking else 0.0
         return Dropout(rate, layer, self.step.seed) if rate else None
-
-    def attack(self, attack: Attack) -> None:
-        """Move the batch; what follows reads it in place of x."""
-        first, spec = self.first, self.step.spec
-        assert spec is not None
-        rows: dict[str, Any] = {"rows": self.rows, "counters": self.counters, "change": attack.change}
-        x, self.x = self.x, self.work("adv", self.net.sizes[0])
-        self.call("perturb", "start", x=x, start=self.x, **rows)
-        # the gradient goes back to the inputs
-        self.first = -1
-        self.attacking = True
-        for _ in range(attack.steps):
-            self.hidden()
-            self.loss(replace(spec, accuracy=False))
-            for layer in range(self.top, -1, -1):
-                self.grad_input(layer)
-            self.call("perturb", attack.change.norm, x=x, dx=Ref("dx"), adv=self.x, **rows)
-        self.first, self.attacking = first, False
-
-    def trades(self, attack: Attack, beta: float) -> None:
-        """The last layer, its loss, and all calls for the moved batch; the batch's gradient has yet to go back."""
-        last, first, x, spec = self.net.layers - 1, self.first, self.x, self.step.spec
-        assert spec is not None
-        rows: dict[str, Any] = {"rows": self.rows, "counters": self.counters}
-        logits = self.linear(last, f"z{last + 1}", {"activation": "identity"})
-        weight = self.weight_of_rows()
-        common: dict[str, Any] = {"z": logits, "loss": spec, "weight": weight, **rows}
-        place = self.x, self.picks, self.gathered
-        self.x, self.picks, self.gathered = self.work("adv", self.net.sizes[0]), None, None
-        self.side = ".adv"
-        self.call("perturb", "start", x=x, start=self.x, change=attack.change, **rows)
-
-        def other() -> dict[str, Any]:
-            self.hidden()
-            moved = self.linear(last, f"z{last + 1}.adv", {"activation": "identity"})
-            return {"other": moved, "dother": self.work(f"dz{last + 1}.adv", self.net.sizes[-1]), **common}
-
-        self.first = -1
-        for _ in range(attack.steps):
-            self.call("divergence", "", **other(), strength=1.0)
-            for layer in range(last, -1, -1):
-                self.grad_input(layer)
-            self.call("perturb", attack.change.norm, x=x, dx=Ref("dx"), adv=self.x, change=attack.change, **rows)
-        self.first = first
-        moved = other()
-        self.call("loss_grad", spec.kind, z=logits, **self.loss_operands(spec))
-        dz = Ref(f"dz{last + 1}") if first < self.net.layers else None
-        self.call("divergence", f"{beta:g}", **moved, strength=beta, stats=Ref("stats"), dz=dz)
-        for layer in range(last, first, -1):
-            self.grad_input(layer)
-        self.side, self.x, self.picks, self.gathered = "", *place
-
-    def magnitudes(self) -> None:
-        """The magnitudes of the weights, which are those of the step."""
-        for layer in range(self.net.layers):
-            size = self.add(f"size{layer}", (self.net.sizes[layer + 1], self.net.sizes[layer]), "real", "work")
-            self.call("magnitudes", "", w=Ref(f"w{layer}"), out=size)
-
-    def box(self, names: Sequence[str], level: int) -> dict[str, Any]:
-        """Two values of a row each, of the inputs or of a layer's outputs, by the names of operands."""
-        return {name: self.work(f"{name}{level}", self.net.sizes[level]) for name in names}
-
-    def worst_case(self, intervals: Intervals, spec: LossSpec) -> None:
-        """The loss of the worst logits of each row, and its gradients; that of the rows themselves is shrunk.
-
-        Centres c and radii r of the inputs of a layer give those of its pre-activations, w c + b and |w| r.
-        """
-        net, last = self.net, self.net.layers - 1
-        clock: dict[str, Any] = {"counters": self.counters, "ramp": intervals.ramp}
-        names = ("reach", "least", "most") if intervals.bounded else ("reach",)
-        columns: dict[str, Any] = {name: self.add(name, (net.sizes[0],), "real", "control") for name in names}
-        inputs = self.box(("centre", "radius"), 0)
-        self.call("ball", "", x=Ref("x"), rows=self.rows, **inputs, **columns, **clock)
-        for layer in range(net.layers):
-            nothing = self.add(f"nothing{layer}", (net.sizes[layer + 1],), "real", "control")
-            z = self.box(("zc", "zr"), layer + 1)
-            ways = (
-                ("centre", "zc", self.weight(layer), Ref(f"b{layer}")),
-                ("radius", "zr", Ref(f"size{layer}"), nothing),
-            )
-            for name, output, w, b in ways:
-                given = {"x": inputs[name], "w": w, "b": b, "y": z[output], "activation": "identity"}
-                self.call("linear", "identity", [self.product(layer)], **given, counters=self.counters)
-            if layer < last:
-                ends, inputs = self.box(("low", "high"), layer + 1), self.box(("centre", "radius"), layer + 1)
-                activation = self.activation(layer)
-                self.call("box", activation["activation"], **z, **ends, **inputs, **activation)
-        gradients = self.box(("dzc", "dzr"), last + 1)
-        self.attacking = True
-        loss = self.loss_operands(replace(spec, accuracy=False)) | gradients | {"dz": Ref(f"dz{last + 1}")}
-        self.attacking = False
-        self.call("worst_loss_grad", "", **z, **loss, ramp=intervals.ramp)
-        for layer in range(last, self.first, -1):
-            before = self.box(("dzc", "dzr"), layer)
-            for name, w, y in (("dzc", self.weight(layer), "centre"), ("dzr", Ref(f"size{layer}"), "radius")):
-                given = {"dz": gradients[name], "w": w, "y": Ref(f"{y}{layer}"), "dz_prev": before[name]}
-                self.call("grad_input", "identity", [self.product(layer)], **given, activation="identity")
-            gradients, activation = before, self.activation(layer - 1)
-            own: dict[str, Any] = {name: Ref(f"{name}{layer}") for name in ("zc", "zr", "low", "high")}
-            own |= {"dc": before["dzc"], "dr": before["dzr"]}
-            self.call("box_grad", activation["activation"], **own, **activation)
-
-    def add_carried(self, attack: Attack) -> None:
-        """Add what is carried to the batch; what follows reads the sum in place of x."""
-        delta = self.add("delta", (self.batch, self.net.sizes[0]), self.matrix, "control")
-        x, self.x = self.x, self.work("adv", self.net.sizes[0])
-        rows: dict[str, Any] = {"rows": self.rows, "counters": self.counters}
-        self.call("perturb", "start", x=x, start=self.x, delta=delta, change=attack.change, **rows)
-        # the gradient goes back to the inputs
-        self.first = -1
-
-    def move_carried(self, attack: Attack) -> None:
-        """Move what is carried; the bounds are those of the inputs."""
-        change = replace(attack.change, low=-math.inf, high=math.inf)
-        rows: dict[str, Any] = {"rows": self.rows, "counters": self.counters}
-        self.call("perturb", change.norm, x=None, dx=Ref("dx"), carried=Ref("delta"), change=change, **rows)
 
     def hidden(self, first: int = 0) -> None:
         """The hidden layers forward, from ``first`` on."""

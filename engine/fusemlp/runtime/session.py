@@ -23,8 +23,9 @@ from fusemlp.describe.schedules import Schedule
 from fusemlp.describe.summary import bytes_text, layer_lines
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.state import checked_state
+from fusemlp.program.adversarial import Attack, Intervals, lowered_attack, lowered_intervals
 from fusemlp.program.layout import short_names
-from fusemlp.program.lowering import Attack, Inputs, Intervals, lower_training, lowered_attack, lowered_intervals
+from fusemlp.program.lowering import Inputs, lower_training
 from fusemlp.program.program import Program
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.inference import MEAN, SCALE, Inference, InputScale

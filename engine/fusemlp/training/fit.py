@@ -20,7 +20,8 @@ from fusemlp.describe.metrics import METRICS, Metric, as_metrics
 from fusemlp.describe.privacy import sampling_rate, steps_of_an_epoch
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.inputs.batches import Batches, are_batches
-from fusemlp.program.lowering import Inputs, lowered_attack, lowered_intervals
+from fusemlp.program.adversarial import lowered_attack, lowered_intervals
+from fusemlp.program.lowering import Inputs
 from fusemlp.runtime.attacking import check_within
 from fusemlp.runtime.backends import row_order as shuffled
 from fusemlp.training.adversarial import check_adversarial
