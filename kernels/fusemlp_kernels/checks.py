@@ -145,8 +145,9 @@ def _check_together(op: str, given: Mapping[str, Any]) -> None:
             raise ArgumentError(f"{op}: z: the derivative of {activation} needs the pre-activation; got None")
         if activation == "prelu" and given["dslope"] is None:
             raise ArgumentError(f"{op}: dslope: prelu's gradient needs an array of shape (1,); got None")
-    if any(layer.get("dz2") is not None for layer in given.get("layers", ())):
-        raise ArgumentError(f"{op}: dz2: this backend takes one batch, and the numpy backend a second one")
+    for name in ("dz2", "dspread"):
+        if any(layer.get(name) is not None for layer in given.get("layers", ())):
+            raise ArgumentError(f"{op}: {name}: this backend takes one batch, and the numpy backend a second one")
     if op == "perturb" and (given["x"] is None) != (given["carried"] is not None):
         raise ArgumentError(f"{op}: x: it is None with carried, which moves by itself, and an array without")
     if "counters" in given and given["counters"] is None:

@@ -29,7 +29,11 @@ Bind = TypeVar("Bind", bound=Callable[..., object])
 REFUSED = {
     ("", "all_reduce"): "it is between processes, and the engine's",
     ("", "penalty"): "it runs inside train_resident; elsewhere change the gradients between grad_weight and update",
-    **dict.fromkeys((("triton", "divergence"), ("cupy", "divergence")), "it is bound by the numpy backend alone"),
+    **{
+        (backend, op): "it is bound by the numpy backend alone"
+        for op in ("divergence", "magnitudes", "ball", "box", "box_grad", "worst_loss_grad")
+        for backend in ("triton", "cupy")
+    },
     ("numpy", "train_fleet"): "its models train one after another, by train_resident",
     **{
         (backend, op): "it has no networks with members yet; use backend='numpy'"
@@ -186,10 +190,20 @@ _LAYER = (
     replace(_GATHERED, use=READ),
     Operand("x", "MK", "compute", rows="rows"),
 )
-# Another batch of as many rows, whose gradients are added: on the numpy backend.
+# Another batch of as many rows, whose gradients are added, and the gradient through the magnitudes of the weights: on
+# the numpy backend.
 _SECOND = (
     Operand("dz2", "MN", "compute", optional=True),
     Operand("x2", "MK", "compute", optional=True),
+    Operand(
+        "dspread", "MN", "compute", optional=True, note="dw += sign(signs) * (dspread.T @ radius), the sign of 0 -1"
+    ),
+    Operand("radius", "MK", "compute", optional=True),
+    Operand("signs", "NK", optional=True),
+)
+_ENDS = (
+    Operand("low", "MN", "compute", WRITTEN),
+    Operand("high", "MN", "compute", WRITTEN),
 )
 
 _HISTORY = Operand(
@@ -346,6 +360,52 @@ OPS = {op.name: op for op in (
         Operand("weight", "M", rows="rows", optional=True, note="a weight for each row"),
         _COUNTERS,
         Operand("stats", "S", "float64", UPDATED, kind="control", optional=True, note="its sums, after the loss"),
+    )),
+    Op("magnitudes", "out = abs(w)", (
+        Operand("w", "NK"),
+        Operand("out", "NK", use=WRITTEN),
+    )),
+    Op("ball",
+        "centre and radius of the box between x - eps * reach and x + eps * reach, within least and most; eps as the "
+        "ramp says after counters[UPDATE_COUNT] updates. Where rows is -1, zeros", (
+        _ROWS,
+        Operand("x", "MK", "compute", rows="rows"),
+        Operand("centre", "MK", "compute", WRITTEN),
+        Operand("radius", "MK", "compute", WRITTEN),
+        Operand("reach", "K"),
+        Operand("least", "K", optional=True),
+        Operand("most", "K", optional=True),
+        Operand("ramp", note="Ramp"),
+        _COUNTERS,
+    )),
+    Op("box",
+        "zc, zr = zc - zr, zc + zr; low, high = act(zc), act(zr), and centre and radius between them", (
+        Operand("zc", "MN", "compute", UPDATED),
+        Operand("zr", "MN", "compute", UPDATED),
+        *_ENDS,
+        Operand("centre", "MN", "compute", WRITTEN),
+        Operand("radius", "MN", "compute", WRITTEN),
+        *_ACTIVATION,
+    )),
+    Op("box_grad", "the gradients by zc and zr as box has read them, in place of those by centre and radius", (
+        Operand("dc", "MN", "compute", UPDATED),
+        Operand("dr", "MN", "compute", UPDATED),
+        Operand("zc", "MN", "compute", note="as box has left them"),
+        Operand("zr", "MN", "compute"),
+        *(replace(one, use=READ) for one in _ENDS),
+        *_ACTIVATION,
+    )),
+    Op("worst_loss_grad",
+        "the cross-entropy of the worst logits, zc - zr of the label and zc + zr of the others: 1 - kappa times the "
+        "gradients by zc and zr; dz becomes kappa times itself, kappa as the ramp says", (
+        _ROWS,
+        Operand("zc", "MN", "compute"),
+        Operand("zr", "MN", "compute"),
+        Operand("dzc", "MN", "compute", WRITTEN),
+        Operand("dzr", "MN", "compute", WRITTEN),
+        Operand("dz", "MN", "compute", UPDATED),
+        Operand("ramp", note="Ramp"),
+        *_LOSS,
     )),
     Op("grad_weight",
         "dw = dz.T @ x, db = sum over rows of dz, for all layers; with rule.accumulate k > 1 added to what is "

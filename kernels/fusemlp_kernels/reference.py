@@ -446,6 +446,25 @@ def perturb(x: Array, d: Array, change: Perturbation, dx: Array | None = None) -
     return np.asarray(np.clip(x + d, change.low, change.high))
 
 
+def box(name: str, zc: Array, zr: Array, slope: float = 0.0) -> tuple[Array, Array]:
+    """Centre and radius of a rising activation's outputs (M, N) between zc - zr and zc + zr (Gowal et al., 2018)."""
+    low, high = activation(name, zc - zr, slope), activation(name, zc + zr, slope)
+    return (low + high) / 2, (high - low) / 2
+
+
+def box_grad(name: str, zc: Array, zr: Array, dc: Array, dr: Array, slope: float = 0.0) -> tuple[Array, Array]:
+    """The gradients by zc and zr from those by ``box``'s centre and radius."""
+    dlow = (dc - dr) / 2 * activation_grad(name, zc - zr, slope)
+    dhigh = (dc + dr) / 2 * activation_grad(name, zc + zr, slope)
+    return dlow + dhigh, dhigh - dlow
+
+
+def worst_logits(zc: Array, zr: Array, target: Array) -> Array:
+    """The lower bound of the logit of the label, (M,) integers, and the upper bounds of the others (M, N)."""
+    own = target[:, None] == np.arange(zc.shape[1])
+    return np.where(own, zc - zr, zc + zr)
+
+
 def initial_state(rule: UpdateRule, layers: Sequence[Layer]) -> State:
     """The optimizer's state before the first update: zeros, for each layer and each of its parameters."""
     return [[tuple(np.zeros_like(p) for _ in range(rule.state_count)) for p in a.parameters] for a in layers]

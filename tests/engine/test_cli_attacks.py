@@ -114,6 +114,14 @@ def test_other_trainings_are_scored_under_an_attack(
     assert whole["final"]["loss"] == parts["final"]["loss"] and whole["robust"] == parts["robust"]
 
 
+@pytest.mark.parametrize("option", ["--adversarial", "--attack-eps", "--models"])
+def test_sweep_names_the_command_that_has_an_option(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("sweep", "digits", option, "3") == 2
+    assert f"No such option: {option}; fusemlp train has it" in capsys.readouterr().err
+    assert run("sweep", "digits", "--nothing") == 2
+    assert "fusemlp train has it" not in capsys.readouterr().err
+
+
 def test_pixels_without_a_scale_stay_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "digits", "--scale", "none", *SHORT, "--epochs", "1", "--out", tmp_path / "run") == 0
     found = scores(capsys, tmp_path / "run", "--attack", "fgsm", "--eps", "2")

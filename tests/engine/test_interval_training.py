@@ -128,6 +128,30 @@ def test_a_run_is_torchs(name):
         assert np.array_equal(value, before[key]) == (key in others.get("frozen", ()))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_the_plans_agree_bit_for_bit(precision):
+    rows, labels = np.tile(X, (8, 1)), np.tile(LABELS, 8)
+
+    def trained(plan):
+        # several tasks and a short batch
+        engine = make(ELU(0.7), precision=precision, plan=plan, batch_size=150)
+        history = engine.fit(rows, labels, epochs=3, adversarial=IBP(0.2, bounds=(-1.5, 1.5)))
+        return engine.state_dict(), history.history
+
+    (eager, first), (resident, second) = trained("eager"), trained("resident")
+    assert first == {name: pytest.approx(values, rel=1e-12) for name, values in second.items()}
+    assert all(np.array_equal(eager[name], resident[name]) for name in eager)
+
+
+def test_a_step_prints_the_worst_case():
+    program = make("relu").program_against(IBP(0.1))
+    ops = [call.op for call in program.calls]
+    assert [ops.count(one) for one in ("magnitudes", "ball", "box", "box_grad", "worst_loss_grad")] == [3, 1, 2, 2, 1]
+    # once in the batch, twice in the box; and one loss is counted
+    assert ops.count("linear") + ops.count("linear_loss_grad") == 3 * 3 and ops.count("grad_input") == 3 * 2
+    assert sum("stats" in call.writes for call in program.calls) == 1
+
+
 @pytest.mark.parametrize("device", [NUMPY, INTERPRETER, STAND_IN], ids=lambda device: device.name)
 def test_every_backend_trains_alike(device):
     small = {"precision": "fp32", "batch_size": 12}
@@ -214,7 +238,7 @@ def test_eps_and_kappa_go_up_and_down():
             {},
             {"adversarial": 0.1},
             ArgumentTypeError,
-            r"adversarial: expected an attack such as PGD\(0.1\), or IBP\(0.1\), got 0.1",
+            r"adversarial: expected an attack such as PGD\(0.1\), or Free\(0.1\), TRADES\(0.1\) or IBP\(0.1\), got 0.1",
         ),
     ],
 )

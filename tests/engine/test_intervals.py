@@ -316,6 +316,16 @@ def test_blocks_of_rows_are_bounded_alike(monkeypatch):
     assert np.array_equal(engine.certified(X, y, 0.1), certified)
 
 
+def test_the_possible_inputs_may_be_an_array():
+    engine, X, _ = trained()
+    ends = X.min(axis=0), X.max(axis=0)
+    for limits in (np.array([X.min(), X.max()]), np.stack(ends)):
+        for one, other in zip(
+            engine.bounds(X, 0.1, bounds=limits), engine.bounds(X, 0.1, bounds=tuple(limits)), strict=True
+        ):
+            assert np.array_equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [

@@ -6,6 +6,7 @@ imported when it is called: ``fusemlp --help`` loads no engine.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import io
@@ -35,6 +36,11 @@ LISTS = ("hidden", "dropout", "class_weight")
 NO_VALUE = ""
 
 
+# The options of train, and the error for one that another command does not know; typer names it in no public place.
+OF_TRAIN = {field.name for field in dataclasses.fields(options.TrainOptions)}
+UsageError: Any = typer.BadParameter.__base__
+
+
 class _FlagHelp:
     """Show ``--help`` itself as a flag."""
 
@@ -51,7 +57,13 @@ class Command(_FlagHelp, TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given, allowed = list(args), ctx.allow_extra_args
         ctx.allow_extra_args = True
-        extra = super().parse_args(ctx, args)
+        try:
+            extra = super().parse_args(ctx, args)
+        except UsageError as error:
+            unknown = str(getattr(error, "option_name", ""))
+            if unknown.removeprefix("--").replace("-", "_") in OF_TRAIN:
+                ctx.fail(f"No such option: {unknown}; {PROGRAM} train has it")
+            raise
         ctx.allow_extra_args = allowed
         if extra and not allowed and not ctx.resilient_parsing:
             words = " ".join(word if word.isprintable() else repr(word) for word in extra)

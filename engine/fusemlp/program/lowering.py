@@ -10,15 +10,14 @@ another, and each product stands between what they have of their own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from fusemlp.describe.adversarial import Attack as AttackOfInputs
-from fusemlp.describe.hardening import TRADES, Free, Hardening
 from fusemlp.describe.network import MLP
+from fusemlp.program import adversarial
+from fusemlp.program.adversarial import Attack, Intervals
 from fusemlp.program.layout import RATE_ROWS, REMEMBERED, Layout, short_names
 from fusemlp.program.program import Call, Program, Ref, Value
 from fusemlp.program.sharding import Sharding
@@ -31,7 +30,6 @@ from fusemlp_kernels.contract import (
     Dropout,
     LossSpec,
     Noise,
-    Perturbation,
     Ridge,
     Segment,
     TensorRule,
@@ -67,26 +65,6 @@ class Privacy(NamedTuple):
     noise: Noise
 
 
-class Attack(NamedTuple):
-    """Steps that move the batch to where its loss is larger, before it is trained on; nothing is dropped in them.
-
-    ``carried``: no such steps; the step's own backward pass moves what is added to the inputs of the next step.
-    ``beta``: the step trains on the batch, and on beta times the divergence of the outputs of the moved batch from its
-    own, which the steps raise too.
-    """
-
-    steps: int
-    change: Perturbation
-    carried: bool = False
-    beta: float | None = None
-
-
-def lowered_attack(against: AttackOfInputs | Hardening) -> Attack:
-    """Return what a step is told of an attack, or of a training against one."""
-    beta = against.beta if isinstance(against, TRADES) else None
-    return Attack(against.plain.steps, against.plain.perturbation(), isinstance(against, Free), beta)
-
-
 class Step(NamedTuple):
     """A training step over batches of ``batch_size`` rows, of each member if the network has some; without ``rule`` a
     forward pass, without ``spec`` up to y.
@@ -100,8 +78,8 @@ class Step(NamedTuple):
     optimizer: between them the gradients can be read and changed. ``most_parts``: into how many parts the gradients may
     cut the batch (``contract.batch_parts``). ``resident``: the calls run in one loop over many steps; ``ridge``: a
     penalty beside the loss, for such a loop. With ``privacy`` the gradients are sums of clipped ones, with noise. With
-    ``attack`` the step trains on the moved batch. With ``sharding`` the calls before ``all_reduce`` are of one shard,
-    which has ``batch_size`` rows.
+    ``attack`` the step trains on the moved batch, with ``intervals`` on the worst case beside the batch. With
+    ``sharding`` the calls before ``all_reduce`` are of one shard, which has ``batch_size`` rows.
 
     With ``gradient`` 0 a forward pass goes back to dx, the gradient by x: of the loss, or without ``spec`` of the
     outputs weighed by the data ``seed`` (batch_size, N). With ``gradient`` 1 it begins at h1, the first hidden layer's
@@ -128,6 +106,7 @@ class Step(NamedTuple):
     privacy: Privacy | None = None
     attack: Attack | None = None
     sharding: Sharding | None = None
+    intervals: Intervals | None = None
 
 
 def lower_training(
@@ -158,21 +137,27 @@ def lower_training(
 @lru_cache(maxsize=REMEMBERED)
 def lower(step: Step) -> Program:
     """Return the program of a step; the models of a fleet share it, so it is remembered."""
-    build, last = _Builder(step), step.net.layers - 1
+    build, last = Builder(step), step.net.layers - 1
     if step.rule is not None:
         build.add("hyper", (HYPER,), "float64", "control")
         build.add("rates", (1 + RATE_ROWS, RATE_COLUMNS), "float64", "control")
+    # where nothing is trained, there is nothing to do for
+    intervals = step.intervals if build.rules else None
+    if intervals is not None:
+        adversarial.magnitudes(build)
     if step.attack is not None and build.beta is None:
-        (build.add_carried if step.attack.carried else build.attack)(step.attack)
+        (adversarial.add_carried if step.attack.carried else adversarial.attack)(build, step.attack)
     build.hidden(step.gradient or 0)
     if step.attack is not None and build.beta is not None:
-        build.trades(step.attack, build.beta)
+        adversarial.trades(build, step.attack, build.beta)
     elif step.spec is not None:
         build.loss(step.spec)
     elif step.net.members > 1:
         build.heads("y")
     elif step.gradient is None or build.top > last:
         build.linear(last, "y", build.activation(last))
+    if intervals is not None and step.spec is not None:
+        adversarial.worst_case(build, intervals, step.spec)
     if step.net.members > 1:
         if step.rule is not None:
             build.back_through_members()
@@ -180,13 +165,13 @@ def lower(step: Step) -> Program:
         for layer in range(build.top, build.first, -1):
             build.grad_input(layer)
     if step.attack is not None and step.attack.carried:
-        build.move_carried(step.attack)
+        adversarial.move_carried(build, step.attack)
     if step.rule is not None:
         build.update(step.rule)
     return build.program()
 
 
-class _Builder:
+class Builder:
     """Collects the values and calls of a program."""
 
     def __init__(self, step: Step) -> None:
@@ -282,72 +267,6 @@ class _Builder:
         """The dropout after a layer, in training."""
         rate = self.net.dropouts[layer] if self.step.rule is not None and not self.attacking else 0.0
         return Dropout(rate, layer, self.step.seed) if rate else None
-
-    def attack(self, attack: Attack) -> None:
-        """Move the batch; what follows reads it in place of x."""
-        first, spec = self.first, self.step.spec
-        assert spec is not None
-        rows: dict[str, Any] = {"rows": self.rows, "counters": self.counters, "change": attack.change}
-        x, self.x = self.x, self.work("adv", self.net.sizes[0])
-        self.call("perturb", "start", x=x, start=self.x, **rows)
-        # the gradient goes back to the inputs
-        self.first = -1
-        self.attacking = True
-        for _ in range(attack.steps):
-            self.hidden()
-            self.loss(replace(spec, accuracy=False))
-            for layer in range(self.top, -1, -1):
-                self.grad_input(layer)
-            self.call("perturb", attack.change.norm, x=x, dx=Ref("dx"), adv=self.x, **rows)
-        self.first, self.attacking = first, False
-
-    def trades(self, attack: Attack, beta: float) -> None:
-        """The last layer, its loss, and all calls for the moved batch; the batch's gradient has yet to go back."""
-        last, first, x, spec = self.net.layers - 1, self.first, self.x, self.step.spec
-        assert spec is not None
-        rows: dict[str, Any] = {"rows": self.rows, "counters": self.counters}
-        logits = self.linear(last, f"z{last + 1}", {"activation": "identity"})
-        weight = self.weight_of_rows()
-        common: dict[str, Any] = {"z": logits, "loss": spec, "weight": weight, **rows}
-        place = self.x, self.picks, self.gathered
-        self.x, self.picks, self.gathered = self.work("adv", self.net.sizes[0]), None, None
-        self.side = ".adv"
-        self.call("perturb", "start", x=x, start=self.x, change=attack.change, **rows)
-
-        def other() -> dict[str, Any]:
-            self.hidden()
-            moved = self.linear(last, f"z{last + 1}.adv", {"activation": "identity"})
-            return {"other": moved, "dother": self.work(f"dz{last + 1}.adv", self.net.sizes[-1]), **common}
-
-        self.first = -1
-        for _ in range(attack.steps):
-            self.call("divergence", "", **other(), strength=1.0)
-            for layer in range(last, -1, -1):
-                self.grad_input(layer)
-            self.call("perturb", attack.change.norm, x=x, dx=Ref("dx"), adv=self.x, change=attack.change, **rows)
-        self.first = first
-        moved = other()
-        self.call("loss_grad", spec.kind, z=logits, **self.loss_operands(spec))
-        dz = Ref(f"dz{last + 1}") if first < self.net.layers else None
-        self.call("divergence", f"{beta:g}", **moved, strength=beta, stats=Ref("stats"), dz=dz)
-        for layer in range(last, first, -1):
-            self.grad_input(layer)
-        self.side, self.x, self.picks, self.gathered = "", *place
-
-    def add_carried(self, attack: Attack) -> None:
-        """Add what is carried to the batch; what follows reads the sum in place of x."""
-        delta = self.add("delta", (self.batch, self.net.sizes[0]), self.matrix, "control")
-        x, self.x = self.x, self.work("adv", self.net.sizes[0])
-        rows: dict[str, Any] = {"rows": self.rows, "counters": self.counters}
-        self.call("perturb", "start", x=x, start=self.x, delta=delta, change=attack.change, **rows)
-        # the gradient goes back to the inputs
-        self.first = -1
-
-    def move_carried(self, attack: Attack) -> None:
-        """Move what is carried; the bounds are those of the inputs."""
-        change = replace(attack.change, low=-math.inf, high=math.inf)
-        rows: dict[str, Any] = {"rows": self.rows, "counters": self.counters}
-        self.call("perturb", change.norm, x=None, dx=Ref("dx"), carried=Ref("delta"), change=change, **rows)
 
     def hidden(self, first: int = 0) -> None:
         """The hidden layers forward, from ``first`` on."""
@@ -669,6 +588,10 @@ class _Builder:
                 given["rows"] = self.picks
         if self.beta is not None:
             given |= {"dz2": Ref(f"dz{layer + 1}.adv"), "x2": Ref(f"h{layer}.adv" if layer else "adv")}
+        if self.step.intervals is not None:
+            others = {"dz2": "dzc", "dspread": "dzr"}
+            given |= {operand: Ref(f"{name}{layer + 1}") for operand, name in others.items()}
+            given |= {"x2": Ref(f"centre{layer}"), "radius": Ref(f"radius{layer}"), "signs": Ref(f"w{layer}")}
         return given
 
     def layer_gradient(self, layer: int, *, fused: bool) -> dict[str, Any]:

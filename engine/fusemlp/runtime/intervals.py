@@ -14,7 +14,7 @@ stability of numerical algorithms", 2002, chapter 3), and |w| (|c| + r) + |b| is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -116,9 +116,10 @@ def ball(engine: Session, X: Any, eps: Any, limits: Any = None) -> Box:
     radius = _columns("eps", eps, width, low=0.0) + rounding
     low, high = rows - radius, rows + radius
     if limits is not None:
-        if not isinstance(limits, tuple | list) or len(limits) != 2:
+        pair = tuple(limits) if isinstance(limits, Iterable) and not isinstance(limits, str) else ()
+        if len(pair) != 2:
             raise ArgumentTypeError(f"bounds: expected the least and the greatest input, (0, 1), got {limits!r}")
-        least, most = (_columns(f"bounds[{at}]", one, width) for at, one in enumerate(limits))
+        least, most = (_columns(f"bounds[{at}]", one, width) for at, one in enumerate(pair))
         if (least > most).any():
             raise ArgumentError(f"bounds: the least input is above the greatest one, got {limits!r}")
         outside = (rows + rounding < least) | (rows - rounding > most)

@@ -14,6 +14,7 @@ from fusemlp.describe.adversarial import as_attack
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.hardening import Hardening
+from fusemlp.describe.intervals import IBP
 from fusemlp.describe.losses import Loss, as_loss, loss_from_config
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
@@ -22,8 +23,9 @@ from fusemlp.describe.schedules import Schedule
 from fusemlp.describe.summary import bytes_text, layer_lines
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.state import checked_state
+from fusemlp.program.adversarial import Attack, Intervals, lowered_attack, lowered_intervals
 from fusemlp.program.layout import short_names
-from fusemlp.program.lowering import Attack, Inputs, lower_training, lowered_attack
+from fusemlp.program.lowering import Inputs, lower_training
 from fusemlp.program.program import Program
 from fusemlp.program.sharding import ORDERED
 from fusemlp.runtime.bound import BoundProgram
@@ -264,12 +266,14 @@ class Session(Predicting, Spending, Keeping, Joining):
 
     def program_against(self, adversarial: Any) -> Program:
         """Return ``program`` for ``fit(adversarial=...)``: the calls of the attack come first."""
+        resident = self.plan == "resident" and self._backend.traits.on_host
+        if isinstance(adversarial, IBP) and self._backend.traits.on_host:
+            return self._program(None, resident=resident, intervals=lowered_intervals(adversarial, 0, 1))
         if not isinstance(adversarial, Hardening):
             adversarial = as_attack("adversarial", adversarial)
-        attack = lowered_attack(adversarial)
-        return self._program(attack, resident=self.plan == "resident" and self._backend.traits.on_host)
+        return self._program(lowered_attack(adversarial), resident=resident)
 
-    def _program(self, attack: Attack | None, *, resident: bool) -> Program:
+    def _program(self, attack: Attack | None, *, resident: bool, intervals: Intervals | None = None) -> Program:
         return self.lower(
             Inputs(self.batch_size, indexed=True),
             self.loss.spec(accuracy=self.loss.is_classification),
@@ -277,6 +281,7 @@ class Session(Predicting, Spending, Keeping, Joining):
             self.batch_size,
             resident=resident,
             attack=attack,
+            intervals=intervals,
         )
 
     def lower(
@@ -290,6 +295,7 @@ class Session(Predicting, Spending, Keeping, Joining):
         resident: bool = False,
         ridge: Ridge | None = None,
         attack: Attack | None = None,
+        intervals: Intervals | None = None,
     ) -> Program:
         """The program of a training step, or with ``resident`` of a loop over steps; with the loss's class weights."""
         if self.class_weight is not None:
@@ -315,6 +321,7 @@ class Session(Predicting, Spending, Keeping, Joining):
             privacy=self.lowered_privacy(),
             attack=attack,
             sharding=sharding,
+            intervals=intervals,
         )
 
     def bind(
@@ -330,6 +337,7 @@ class Session(Predicting, Spending, Keeping, Joining):
         epochs: int = 1,
         ridge: Ridge | None = None,
         attack: Attack | None = None,
+        intervals: Intervals | None = None,
     ) -> BoundProgram:
         """A training step bound to the engine's memory and to the arrays in ``given`` (x, target, weight).
 
@@ -363,6 +371,7 @@ class Session(Predicting, Spending, Keeping, Joining):
             resident=resident,
             ridge=ridge,
             attack=attack,
+            intervals=intervals,
         )
         if self.ranks is not None:
             return ShardedProgram(program, self.memory, self._workspace, arrays, self.ranks)
@@ -385,6 +394,7 @@ class Session(Predicting, Spending, Keeping, Joining):
         resident: bool,
         keep_gradients: bool = False,
         attack: Attack | None = None,
+        intervals: Intervals | None = None,
     ) -> BoundProgram:
         """The steps of a fit on ``data``, with room for the rows of ``epochs`` epochs of ``batches`` batches."""
 
@@ -396,10 +406,11 @@ class Session(Predicting, Spending, Keeping, Joining):
                 epochs=epochs,
                 keep_gradients=keep_gradients,
                 attack=attack,
+                intervals=intervals,
             )
 
         self._take_rule(rule)
-        told = (inputs, spec, rule, batch_size, batches, epochs, resident, keep_gradients, attack)
+        told = (inputs, spec, rule, batch_size, batches, epochs, resident, keep_gradients, attack, intervals)
         key = (told, self.optimizer, self.seed, self.lowered_privacy())
         return self.bound_again(key, data, bound)
 

@@ -24,7 +24,7 @@ def check_adversarial(engine: Session, against: Any, *, batches: bool = False, s
     """
     if not isinstance(against, Attack | Hardening | IBP):
         raise ArgumentTypeError(
-            f"adversarial: expected an attack such as PGD(0.1), or Free(0.1) or IBP(0.1), got {against!r}"
+            f"adversarial: expected an attack such as PGD(0.1), or Free(0.1), TRADES(0.1) or IBP(0.1), got {against!r}"
         )
     engine.network.check_single("adversarial", "adversarial training")
     if engine.privacy is not None:

@@ -20,13 +20,14 @@ from fusemlp.describe.metrics import METRICS, Metric, as_metrics
 from fusemlp.describe.privacy import sampling_rate, steps_of_an_epoch
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.inputs.batches import Batches, are_batches
-from fusemlp.program.lowering import Inputs, lowered_attack
+from fusemlp.program.adversarial import lowered_attack, lowered_intervals
+from fusemlp.program.lowering import Inputs
 from fusemlp.runtime.attacking import check_within
 from fusemlp.runtime.backends import row_order as shuffled
 from fusemlp.training.adversarial import check_adversarial
 from fusemlp.training.data import by_class, split
 from fusemlp.training.history import History, fresh_state, resumed_state
-from fusemlp.training.intervals import IntervalSteps, check_labels
+from fusemlp.training.intervals import IntervalSteps, check_labels, limits_of
 from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
 from fusemlp.training.policy import FitPolicy
 from fusemlp.training.private import PoissonRows, check_private
@@ -124,7 +125,7 @@ def fit(
     the step and without dropout. ``loss`` and ``accuracy`` of the history are of that; validation is of rows unchanged.
     ``Free(eps, repeats=4)``: change it by the gradients that training computes, with 4 updates on each batch.
     ``TRADES(eps, beta=6.0)``: add beta times the divergence of the outputs of attacked rows from their own to the loss.
-    ``IBP(eps)``: train for certified accuracy, call by call; the history is of the rows as they are.
+    ``IBP(eps)``: train for certified accuracy; the history is of the rows as they are.
 
     Ctrl-C ends training after the batch and raises KeyboardInterrupt; the parameters and the history are kept. Raises
     ShapeError, DTypeError, DataError, ArgumentError before anything has changed, and DivergenceError when the loss is
@@ -353,13 +354,15 @@ def fit_checked(
         deadline=deadline,
         draws_ahead=order is None and not engine.memory.backend.traits.on_host,
     )
-    called = certifies or (lowered is not None and not engine.memory.backend.traits.on_host)
+    on_host = engine.memory.backend.traits.on_host
+    called = not on_host and against is not None
     resident = engine.plan == "resident" and not called
     members = engine.network.members
     if at_once is None:
         asked = validation is not None or bool(callbacks) or not resident or engine.ranks is not None
         at_once = epochs_at_once(engine, epochs, count * members, asked=asked)
     if bound is None:
+        now = engine.update_count - state.batch - (state.epoch - first_epoch) * batches
         inputs = Inputs(len(data.X), indexed=True, weighted=data.weight is not None)
         bound = made = engine.bind_fit(
             inputs,
@@ -370,11 +373,16 @@ def fit_checked(
             batches=batches,
             epochs=at_once,
             resident=resident,
-            keep_gradients=certifies,
+            keep_gradients=certifies and not on_host,
             attack=lowered,
+            intervals=lowered_intervals(against, now, state.total_updates)
+            if isinstance(against, IBP) and on_host
+            else None,
         )
-        if isinstance(against, IBP):
-            now = engine.update_count - state.batch - (state.epoch - first_epoch) * batches
+        if isinstance(against, IBP) and on_host:
+            for name, values in limits_of(engine, against).items():
+                made.arrays[name][:] = values
+        elif isinstance(against, IBP):
             spec = engine.loss.spec(accuracy=False, soft=False)
             bound = IntervalSteps(engine, made, spec, against, batch_size, now, state.total_updates)
         engine.keep_carried(bound.arrays["delta"] if isinstance(against, Free) else None, resume=resume)

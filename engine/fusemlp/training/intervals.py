@@ -1,4 +1,5 @@
-"""Training with interval bounds: the gradient of a batch's worst case, added to that of the batch before the update.
+"""Training with interval bounds, call by call: the gradient of a batch's worst case, added to that of the batch before
+the update. On the host the program of a step has it: see ``lowering``.
 
 With w = p + m, p >= 0 >= m, the bounds of a layer, low' = act(p low + m high + b) and high' = act(p high + m low + b),
 are those of an ordinary layer with the weights (p m) for twice the rows, (low high) and (high low). So the calls of the
@@ -29,6 +30,16 @@ def check_labels(targets: Targets) -> None:
         raise ArgumentError("y: IBP takes class labels (n,), and got probabilities; give y.argmax(axis=1)")
 
 
+def limits_of(engine: Session, ibp: IBP) -> dict[str, Array]:
+    """Return, as the network takes inputs, the reach of a column in units of eps, and its bounds if there are any."""
+    scale = engine.input_scale
+    found: dict[str, Any] = {"reach": 1.0 if scale is None else 1.0 / scale.scale}
+    for name, end in zip(("least", "most"), ibp.bounds or (), strict=False):
+        found[name] = end if scale is None else (end - scale.mean) / scale.scale
+    width, kind = engine.network.sizes[0], f"f{engine.memory.real_bytes}"
+    return {name: np.broadcast_to(values, width).astype(kind) for name, values in found.items()}
+
+
 class IntervalSteps:
     """The steps of ``bound``, whose gradients are mixed with those of the worst case before their update.
 
@@ -46,17 +57,7 @@ class IntervalSteps:
         *before, self._update = bound.calls
         self._plain = before
         self._worst = _WorstCase(engine, bound, spec, batch_size)
-        scale, limits = engine.input_scale, ibp.bounds
-        width, real = engine.network.sizes[0], engine.memory.backend.from_host
-
-        def inputs(values: Any) -> Any:
-            return real(np.broadcast_to(values, width).astype(f"f{engine.memory.real_bytes}"))
-
-        self._radius = inputs(1.0 if scale is None else 1.0 / scale.scale)
-        self._limits: tuple[Any, ...] = ()
-        if limits is not None:
-            ends = limits if scale is None else [(end - scale.mean) / scale.scale for end in limits]
-            self._limits = tuple(map(inputs, ends))
+        self._radius, *self._limits = map(engine.memory.backend.from_host, limits_of(engine, ibp).values())
 
     def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
         """See ``walk_rows``."""

@@ -18,6 +18,7 @@ from fusemlp_kernels.contract import (
     LossSpec,
     Noise,
     Perturbation,
+    Ramp,
     Ridge,
     Segment,
     UpdateRule,
@@ -383,6 +384,87 @@ def _grad_weight_members(
     return count
 
 
+def _ramp(ramp: Ramp) -> dict[int, float]:
+    """The numbers of a ramp."""
+    return {
+        **{t.LARGEST: ramp.eps, t.KAPPA: ramp.kappa, t.WARMUP: ramp.warmup, t.RAMP: ramp.ramp},
+        **{t.BEGUN: ramp.first, t.SPAN: ramp.updates},
+    }
+
+
+def _magnitudes(table: Table, *, w: Array, out: Array) -> int:
+    table.add("MAGNITUDES", N=len(w), K=w.shape[1], W=w, OUT=out, PANELS=table.in_panels(out))
+    table.control(None)
+    return 0
+
+
+def _ball(
+    table: Table,
+    *,
+    x: Array,
+    centre: Array,
+    radius: Array,
+    reach: Array,
+    ramp: Ramp,
+    counters: Array,
+    least: Array | None = None,
+    most: Array | None = None,
+    rows: Array | None = None,
+) -> int:
+    table.height = max(table.height, len(centre))
+    columns = centre.shape[1]
+    table.add(
+        "BALL", _ramp(ramp), N=columns, K=columns, X=x, CENTRE=centre, RADIUS=radius, W=reach, B=least, SUMS=most,
+        **_rows(rows, len(centre)),
+    )  # fmt: skip
+    table.control(counters)
+    return len(centre)
+
+
+def _box(
+    table: Table,
+    kind: str = "BOX",
+    *,
+    zc: Array,
+    zr: Array,
+    low: Array,
+    high: Array,
+    centre: Array,
+    radius: Array,
+    activation: str,
+    slope: float = 0.0,
+    slope_param: Array | None = None,
+) -> int:
+    columns, numbers = _activation(table, activation, slope, slope_param, None)
+    table.height = max(table.height, len(zc))
+    table.add(kind, numbers, N=zc.shape[1], Z=zc, Y=zr, X=low, DZ=high, CENTRE=centre, RADIUS=radius, **columns)
+    table.control(None)
+    return len(zc)
+
+
+@hands_on(_box)
+def _box_grad(table: Table, *, dc: Array, dr: Array, **others: Any) -> int:
+    return _box(table, "BOX_BACK", centre=dc, radius=dr, **others)
+
+
+@hands_on(_loss_grad)
+def _worst_loss_grad(
+    table: Table, *, zc: Array, zr: Array, dzc: Array, dzr: Array, dz: Array, ramp: Ramp, **loss_operands: Any
+) -> int:
+    count, outputs = zc.shape
+    target, logits = loss_operands["target"], table.scratch(count, outputs)
+    rows = _rows(loss_operands.get("rows"), count)
+    table.height = max(table.height, count)
+    table.add("WORST", N=outputs, Z=zc, Y=zr, OUT=logits, TARGET=target, **rows)
+    batch = _loss_grad(table, z=logits, dz=logits, **loss_operands)
+    table.add(
+        "WORST_BACK", _ramp(ramp), N=outputs, X=logits, CENTRE=dzc, RADIUS=dzr, DZ=dz, TARGET=target, **rows
+    )  # fmt: skip
+    for one in (dzc, dzr):
+        table.add("PADDING", N=outputs, K=count, DZ=one)
+    return batch
+
+
 def _divergence(
     table: Table,
     *,
@@ -416,7 +498,8 @@ def _gradients(
     x, dz, dz2 = _input(layer), layer["dz"], layer.get("dz2")
     table.height = max(table.height, len(dz))
     if w is not None:
-        table.add("WEIGHT", N=dz.shape[1], K=x.shape[1], X=x, DZ=dz, Y=layer.get("x2"), Z=dz2, **w)
+        spread = {"RADIUS": layer.get("radius"), "SPREAD": layer.get("dspread"), "SIGNS": layer.get("signs")}
+        table.add("WEIGHT", N=dz.shape[1], K=x.shape[1], X=x, DZ=dz, Y=layer.get("x2"), Z=dz2, **spread, **w)
     if b is not None:
         table.add("BIAS", N=dz.shape[1], DZ=dz, Z=dz2, SUMS=table.scratch(dz.shape[1]), **b)
 
@@ -562,6 +645,11 @@ ENTRIES: dict[str, Callable[..., int]] = {
     "clip_examples": _clip_examples,
     "perturb": _perturb,
     "divergence": _divergence,
+    "magnitudes": _magnitudes,
+    "ball": _ball,
+    "box": _box,
+    "box_grad": _box_grad,
+    "worst_loss_grad": _worst_loss_grad,
     "grad_weight": _grad_weight,
     "grad_weight_update": _grad_weight_update,
     "update": _update,

@@ -26,7 +26,7 @@ ELEMENT, LOSS, MOVE, UPDATE = 16, 64, 4, 32
 SHORTEST = 512
 
 PIECEWISE = ("WEIGHT", "BIAS", "SLOPES")
-_CUT = {**dict.fromkeys((*PIECEWISE, "NORM", "UPDATE", "PACK"), t.BY_PIECES), "CLOCK": t.AT_ONCE}
+_CUT = {**dict.fromkeys((*PIECEWISE, "NORM", "UPDATE", "PACK", "MAGNITUDES"), t.BY_PIECES), "CLOCK": t.AT_ONCE}
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,8 @@ def _pieces(row: Row, height: int, tensors: Sequence[int]) -> Iterator[tuple[int
             size = tensors[tensor * t.TENSOR_COLUMNS + t.SIZE]
             for left, right in _even(size, size * UPDATE // GRAIN, t.PANEL):
                 yield tensor, 0, left, right, (right - left) * UPDATE
-    elif row.kind in ("WEIGHT", "PACK"):
-        each = MOVE if row.kind == "PACK" else height + UPDATE
+    elif row.kind in ("WEIGHT", "PACK", "MAGNITUDES"):
+        each = height + UPDATE if row.kind == "WEIGHT" else MOVE
         parts = max(1, -(-row.n * row.k * each // GRAIN))
         strips = min(parts, max(1, row.k // SHORTEST))
         for left, right in _even(row.k, strips, t.PANEL):

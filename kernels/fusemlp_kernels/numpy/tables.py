@@ -37,6 +37,7 @@ NAMES = frozenset(
         *("WEIGHT", "BIAS", "SLOPES", "NORM", "UPDATE", "PACK"),
         *("SQUARES", "SHRINK", "NOISY", "BY_ITSELF", "PERTURB", "DRAWN", "CARRIED", "DIVERGENCE"),
         *("MEMBERS_AFFINE", "MEMBERS_BACKWARD", "HEADS", "HEADS_BACKWARD", "MEMBERS", "PARTS", "BY_R", "BY_S"),
+        *("MAGNITUDES", "BALL", "BOX", "BOX_BACK", "WORST", "WORST_BACK", "SIGNS"),
         *("PARAM", "AVERAGE", "PANELS", "PULLS"),
         *("KEEP", "SOFT", "SMOOTHED", "IGNORES", "WEIGHTED", "CLASS_WEIGHTED", "WIDE"),
         *("DESCENDS", "SLOPE", "DSLOPE"),
@@ -49,7 +50,7 @@ NAMES = frozenset(
 COLUMNS = {name: place for name, place in vars(t).items() if isinstance(place, int)}
 
 # The columns of arrays that have a row for each row of the batch.
-BATCH_ARRAYS = ("X", "Y", "Z", "DZ", "OUT", "KEEP")
+BATCH_ARRAYS = ("X", "Y", "Z", "DZ", "OUT", "KEEP", "CENTRE", "RADIUS")
 
 # Set, one loop for all tables is compiled, once; unset, each kind of table compiles what it uses, in less time.
 WHOLE_LOOP = "FUSEMLP_WHOLE_LOOP"

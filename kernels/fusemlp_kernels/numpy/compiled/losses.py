@@ -29,6 +29,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     LOSS_PART,
     MEAN,
     OPTION,
+    RECORDED,
     SCORED_PART,
     SHARD,
     SHARES_PART,
@@ -246,8 +247,9 @@ def cross_entropy(
                 d[start + j] -= real(weighed * q)
         if not is_soft:
             d[start + label] -= real(weighed * own)
-    partials[LOSS_PART], partials[HITS_PART], partials[SCORED_PART] = total, correct, scored
-    partials[SHARES_PART] = shares
+    if call[RECORDED]:
+        partials[LOSS_PART], partials[HITS_PART], partials[SCORED_PART] = total, correct, scored
+        partials[SHARES_PART] = shares
 
 
 @register_jitable(**EXACT)

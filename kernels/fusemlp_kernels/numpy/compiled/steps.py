@@ -12,6 +12,18 @@ import numpy as np
 from numba.extending import register_jitable
 
 from fusemlp_kernels.contract import BATCH_INDEX, LEARNING_RATE, PENALTIES, ROW_COUNT, ROW_OFFSET, UPDATE_COUNT
+from fusemlp_kernels.numpy.compiled.boxes import (
+    ball,
+    by_centre,
+    by_ends,
+    centred,
+    ends,
+    from_worst,
+    kappa,
+    magnitudes,
+    turn,
+    worst,
+)
 from fusemlp_kernels.numpy.compiled.clock import advance
 from fusemlp_kernels.numpy.compiled.losses import (
     cross_entropy,
@@ -52,11 +64,14 @@ from fusemlp_kernels.numpy.compiled.tables import (
     AT_ZEROS,
     AVERAGE,
     BACKWARD,
+    BALL,
     BATCH,
     BIAS,
     BLOCK,
     BLOCKS,
     BOTTOM,
+    BOX,
+    BOX_BACK,
     BY_PIECES,
     BY_R,
     BY_ROWS,
@@ -65,6 +80,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     CALL_FACTORS,
     CALLS,
     CARRIED,
+    CENTRE,
     CLASS_WEIGHTED,
     CLIP_NORM,
     CLIPS,
@@ -104,6 +120,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     LOSS_PART,
     LOW,
     LR_FACTOR,
+    MAGNITUDES,
     MASK_LAYER,
     MEMBERS,
     MEMBERS_AFFINE,
@@ -131,6 +148,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     PIECE_ROW,
     PROLOGUE,
     PULLS,
+    RADIUS,
     RATE,
     RECORDED,
     RIGHT,
@@ -145,8 +163,10 @@ from fusemlp_kernels.numpy.compiled.tables import (
     SHARED_BY,
     SHARES_PART,
     SHRINK,
+    SIGNS,
     SLOPE,
     SLOPE_PART,
+    SPREAD,
     SQUARES,
     STATE0,
     STATE1,
@@ -169,6 +189,8 @@ from fusemlp_kernels.numpy.compiled.tables import (
     WALKS,
     WEIGHT,
     WEIGHTED,
+    WORST,
+    WORST_BACK,
     B,
     K,
     N,
@@ -406,6 +428,47 @@ def _heads_backward(call: Any, integers: Any, like: Any, first: int, count: int)
 
 
 @register_jitable(**EXACT)
+def _ball(call: Any, numbers: Any, like: Any, rows: Any, first: int, count: int, updates: int) -> None:
+    """The boxes of rows of inputs."""
+    columns = call[K]
+    reach, least, most = elements(like, call[W]), elements(like, call[B]), elements(like, call[SUMS])
+    for i in range(first, first + count):
+        centre, radius = _block(like, call[CENTRE], i, columns), _block(like, call[RADIUS], i, columns)
+        if rows[i] < 0:
+            for j in range(columns):
+                centre[j] = 0
+                radius[j] = 0
+            continue
+        x = _block(like, call[X], rows[i], columns)
+        ball(centre, radius, x, reach, least, most, columns, call[B] != 0, numbers, updates)
+
+
+@register_jitable(**EXACT)
+def _box(call: Any, numbers: Any, like: Any, forward: bool, first: int, count: int) -> None:
+    """Boxes of outputs from those of pre-activations, or back."""
+    outputs, slope = call[N], _slope(call, numbers, like)
+    size = count * outputs
+    zc, zr = _block(like, call[Z], first, outputs), _block(like, call[Y], first, outputs)
+    low, high = _block(like, call[X], first, outputs), _block(like, call[DZ], first, outputs)
+    centre, radius = _block(like, call[CENTRE], first, outputs), _block(like, call[RADIUS], first, outputs)
+    if forward:
+        ends(zc, zr, low, high, size)
+    else:
+        by_ends(centre, radius, size)
+    if call[ACTIVATION] != IDENTITY:
+        if forward:
+            activate(call[ACTIVATION], low, zc, size, slope)
+            activate(call[ACTIVATION], high, zr, size, slope)
+        else:
+            multiply_by_derivative(call[ACTIVATION], centre, low, zc, size, slope, 1.0)
+            multiply_by_derivative(call[ACTIVATION], radius, high, zr, size, slope, 1.0)
+    if forward:
+        centred(centre, radius, low, high, size)
+    else:
+        by_centre(centre, radius, size)
+
+
+@register_jitable(**EXACT)
 def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, task: int) -> None:
     """A task's rows of a call."""
     kind, batch_index = call[KIND_OF_ROW], counters[BATCH_INDEX]
@@ -455,6 +518,21 @@ def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
             call, numbers, shares, partials,
         )  # fmt: skip
         partials[SHARES_PART] = shares
+    elif kind == BALL:
+        _ball(call, numbers, like, rows, first, count, counters[UPDATE_COUNT])
+    elif kind in (BOX, BOX_BACK):
+        _box(call, numbers, like, kind == BOX, first, count)
+    elif kind in (WORST, WORST_BACK):
+        labels, outputs = elements(integers, call[TARGET]), call[N]
+        own_rows = part(rows, first)
+        if kind == WORST:
+            zc, zr = _block(like, call[Z], first, outputs), _block(like, call[Y], first, outputs)
+            worst(zc, zr, _block(like, call[OUT], first, outputs), labels, own_rows, count, outputs)
+        else:
+            dzc, dzr = _block(like, call[CENTRE], first, outputs), _block(like, call[RADIUS], first, outputs)
+            d, dz = _block(like, call[X], first, outputs), _block(like, call[DZ], first, outputs)
+            own = kappa(numbers, counters[UPDATE_COUNT])
+            from_worst(d, dzc, dzr, dz, labels, own_rows, count, outputs, own)
     elif kind == PADDING:
         end = min(call[K], first + integers[BLOCK])
         dz = _block(like, call[DZ], first, call[N])
@@ -479,6 +557,24 @@ def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
     elif kind == SHRINK:
         norms = elements(np.float64, call[OUT] + 8 * first)
         shrink(norms, _block(like, call[DZ], first, call[N]), count, call[N], numbers[LARGEST])
+
+
+@register_jitable(**EXACT)
+def _spread(call: Any, integers: Any, like: Any, count: int, piece: Any) -> None:
+    """The gradient by a piece of the weights through their magnitudes."""
+    size, outputs, inputs, top, left = like.itemsize, call[N], call[K], piece[TOP], piece[LEFT]
+    width, beta = piece[RIGHT] - left, 0.0
+    for first in range(0, max(count, 1), DEPTH):
+        call_function(
+            integers[AT_PRODUCT], call[SPREAD] + size * (first * outputs + top), 1, outputs,
+            call[RADIUS] + size * (first * inputs + left), PANEL, inputs, min(DEPTH, count - first),
+            integers[AT_ZEROS], 0, 1.0, beta,
+            call[OUT] + size * (top * inputs + left), inputs, piece[BOTTOM] - top, width,
+        )  # fmt: skip
+        beta = 1.0
+    for row in range(top, piece[BOTTOM]):
+        at = size * (row * inputs + left)
+        turn(elements(like, call[OUT] + at), elements(like, call[SIGNS] + at), width)
 
 
 @register_jitable(**EXACT)
@@ -507,6 +603,9 @@ def _gradient(call: Any, integers: Any, like: Any, counters: Any, tensor_factors
             top = stop
     elif call[KIND_OF_ROW] == WEIGHT:
         inputs = call[K]
+        if call[SIGNS]:
+            _spread(call, integers, like, count, piece)
+            alpha, beta = 1.0, 1.0
         # those of a second batch are added
         for batch in range(2 if call[Z] else 1):
             x, dz = (call[Y], call[Z]) if batch else (call[X], call[DZ])
@@ -617,6 +716,15 @@ def _by_piece(
         return 0.0
     if kind == PACK:
         _pack(call, integers, piece)
+        return 0.0
+    if kind == MAGNITUDES:
+        for row in range(piece[TOP], piece[BOTTOM]):
+            at = like.itemsize * (row * call[K] + piece[LEFT])
+            out, width = elements(like, call[OUT] + at), piece[RIGHT] - piece[LEFT]
+            magnitudes(out, elements(like, call[W] + at), width)
+        call_function(
+            integers[AT_PACK], call[OUT], call[K], call[PANELS], piece[TOP], piece[BOTTOM], piece[LEFT], piece[RIGHT]
+        )
         return 0.0
     _gradient(call, integers, like, counters, tensor_factors, hyper, piece)
     return _after_gradient(call, numbers, integers, factors, like, counters, hyper, tensor_factors, piece, task)

@@ -1,0 +1,141 @@
+"""Bounds of a layer for inputs of a box, by its centre and radius, and their gradients (Gowal et al., 2018)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba.extending import register_jitable
+
+from fusemlp_kernels.numpy.compiled.functions import maximum, minimum
+from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT
+from fusemlp_kernels.numpy.compiled.tables import BEGUN, KAPPA, LARGEST, RAMP, SPAN, WARMUP
+
+
+@register_jitable(**EXACT)
+def reached(numbers: Any, updates: int) -> float:
+    """The share of the radius, and of the weight of the worst case, that is reached after this many updates."""
+    risen = (updates - numbers[BEGUN]) / numbers[SPAN] - numbers[WARMUP]
+    if numbers[RAMP] == 0.0:
+        return 1.0 if risen >= 0.0 else 0.0
+    return min(1.0, max(0.0, risen / numbers[RAMP]))
+
+
+@register_jitable(**EXACT)
+def kappa(numbers: Any, updates: int) -> float:
+    """The share of the plain loss."""
+    return 1.0 - (1.0 - numbers[KAPPA]) * reached(numbers, updates)
+
+
+@register_jitable(**ELEMENTWISE)
+def _centred(centre: Any, radius: Any, count: int) -> None:
+    """Centres and radii of lower and upper ends, in place."""
+    half = centre.dtype.type(0.5)
+    for i in range(np.uintp(count)):
+        low, high = centre[i], radius[i]
+        centre[i] = half * low + half * high
+        radius[i] = half * high - half * low
+
+
+@register_jitable(**ELEMENTWISE)
+def _ends(centre: Any, radius: Any, x: Any, reach: Any, count: int, eps: float) -> None:
+    size = x.dtype.type(eps)
+    for i in range(np.uintp(count)):
+        centre[i] = x[i] - size * reach[i]
+        radius[i] = x[i] + size * reach[i]
+
+
+@register_jitable(**ELEMENTWISE)
+def _within(values: Any, least: Any, most: Any, count: int) -> None:
+    for i in range(np.uintp(count)):
+        values[i] = minimum(maximum(values[i], least[i]), most[i])
+
+
+@register_jitable(**EXACT)
+def ball(
+    centre: Any, radius: Any, x: Any, reach: Any, least: Any, most: Any, count: int, bounded: bool, numbers: Any,
+    updates: int,
+) -> None:  # fmt: skip
+    """The box of the inputs near a row."""
+    _ends(centre, radius, x, reach, count, numbers[LARGEST] * reached(numbers, updates))
+    if bounded:
+        _within(centre, least, most, count)
+        _within(radius, least, most, count)
+    _centred(centre, radius, count)
+
+
+@register_jitable(**ELEMENTWISE)
+def ends(zc: Any, zr: Any, low: Any, high: Any, count: int) -> None:
+    """The ends of pre-activations, in place of their centres and radii, and in low and high."""
+    for i in range(np.uintp(count)):
+        least, most = zc[i] - zr[i], zc[i] + zr[i]
+        zc[i] = low[i] = least
+        zr[i] = high[i] = most
+
+
+@register_jitable(**ELEMENTWISE)
+def centred(centre: Any, radius: Any, low: Any, high: Any, count: int) -> None:
+    """Centres and radii of outputs between low and high."""
+    half = centre.dtype.type(0.5)
+    for i in range(np.uintp(count)):
+        centre[i] = half * low[i] + half * high[i]
+        radius[i] = half * high[i] - half * low[i]
+
+
+@register_jitable(**ELEMENTWISE)
+def by_ends(dc: Any, dr: Any, count: int) -> None:
+    """The gradients by the ends, in place of those by centres and radii."""
+    half = dc.dtype.type(0.5)
+    for i in range(np.uintp(count)):
+        by_centre, by_radius = dc[i], dr[i]
+        dc[i] = half * by_centre - half * by_radius
+        dr[i] = half * by_centre + half * by_radius
+
+
+@register_jitable(**ELEMENTWISE)
+def by_centre(dlow: Any, dhigh: Any, count: int) -> None:
+    """The gradients by centres and radii, in place of those by the ends."""
+    for i in range(np.uintp(count)):
+        by_low, by_high = dlow[i], dhigh[i]
+        dlow[i] = by_high + by_low
+        dhigh[i] = by_high - by_low
+
+
+@register_jitable(**EXACT)
+def worst(zc: Any, zr: Any, out: Any, labels: Any, rows: Any, count: int, columns: int) -> None:
+    """The logits of each row that are worst for its label, flat (count, columns)."""
+    for i in range(count):
+        start, label = i * columns, labels[rows[i]]
+        for j in range(columns):
+            at = start + j
+            out[at] = zc[at] - zr[at] if j == label else zc[at] + zr[at]
+
+
+@register_jitable(**EXACT)
+def from_worst(
+    d: Any, dzc: Any, dzr: Any, dz: Any, labels: Any, rows: Any, count: int, columns: int, own: float
+) -> None:  # fmt: skip
+    """The gradients by centres and radii from that by the worst logits; ``own``: the share of the plain loss, whose dz
+    is shrunk to it."""
+    real = d.dtype.type
+    for i in range(count):
+        start, label = i * columns, labels[rows[i]]
+        for j in range(columns):
+            at = start + j
+            # an infinity without a share is no NaN
+            dzc[at] = real(1.0 - own) * d[at] if own < 1.0 else real(0.0)
+            dzr[at] = -dzc[at] if j == label else dzc[at]
+            dz[at] *= real(own)
+
+
+@register_jitable(**ELEMENTWISE)
+def magnitudes(out: Any, w: Any, count: int) -> None:
+    for i in range(np.uintp(count)):
+        out[i] = abs(w[i])
+
+
+@register_jitable(**ELEMENTWISE)
+def turn(out: Any, w: Any, count: int) -> None:
+    """Elements change their sign where w is not above 0."""
+    for i in range(np.uintp(count)):
+        out[i] = out[i] if w[i] > 0 else -out[i]
