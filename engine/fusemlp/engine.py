@@ -45,7 +45,18 @@ KERAS = {
 }
 
 # Arguments that from_pretrained hands on to the engine.
-_HANDED_ON = ("batch_size", "seed", "backend", "device", "precision", "plan", "normalise", "distributed")
+_HANDED_ON = (
+    "batch_size",
+    "seed",
+    "backend",
+    "device",
+    "precision",
+    "plan",
+    "normalise",
+    "distributed",
+    "reduce",
+    "timeout",
+)
 
 
 class Engine(Session):

@@ -13,7 +13,7 @@ from fusemlp.describe.optimizers import Optimizer
 from fusemlp.describe.privacy import DPSGD
 from fusemlp.program.sharding import REDUCTIONS, Sharding
 from fusemlp.runtime.plans import no_ranks
-from fusemlp.runtime.ranks import Ranks
+from fusemlp.runtime.ranks import Ranks, joined
 from fusemlp_kernels.contract import Backend
 from fusemlp_kernels.errors import ArgumentError
 
@@ -59,7 +59,7 @@ class Joining:
         self.network.check_single("distributed", "training on several processes")
         if not any(self.optimizer.options_for(name)[0] for name in self.network.parameter_shapes()):
             raise ArgumentError("distributed: the optimizer trains no parameter, so there is no gradient to add")
-        ranks = Ranks(limit)
+        ranks = joined(limit)
         self.sharding = Sharding(reduce, ranks.world).check()
         self.ranks = ranks
         self.plan_reason = f"two launches a step, and a collective between them ({self.sharding})"

@@ -43,6 +43,21 @@ def _torch() -> Any:
         ) from error
 
 
+# those of this process by their time limit, each with the process group that they are part of
+_known: dict[float, tuple[Any, Ranks]] = {}
+
+
+def joined(timeout: float) -> Ranks:
+    """Return the ranks of this process: engines with one time limit have them in common."""
+    if timeout in _known:
+        world, ranks = _known[timeout]
+        if world is ranks.default_group:
+            return ranks
+    ranks = Ranks(timeout)
+    _known[timeout] = ranks.default_group, ranks
+    return ranks
+
+
 class Ranks:
     """This process, number ``rank`` of ``world``, and its collectives; each raises DistributedError after ``timeout``
     seconds, or when a process is gone.
@@ -84,6 +99,11 @@ class Ranks:
             raise DistributedError(
                 f"distributed: the {self.world} ranks did not meet at {address} within {timeout:g} s; {mend} ({error})"
             ) from error
+
+    @property
+    def default_group(self) -> Any:
+        """The group of all processes that torch knows now."""
+        return self._dist.group.WORLD
 
     @property
     def leads(self) -> bool:
