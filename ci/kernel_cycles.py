@@ -34,7 +34,7 @@ SCHEDULERS, MOST_WARPS, MOST_PROGRAMS, SHARED = 4, 64, 32, 228 << 10
 REGISTER_UNIT, PROGRAM_SHARED = 8, 1 << 10
 # Operations of the tensor cores of a multiprocessor a cycle, without sparsity (NVIDIA H100 architecture white paper:
 # 989 and 495 TFLOP/s), by the product; "ieee" is the FMA of fp32.
-RATES = {"half": 4096, "tf32": 2048, "tf32x3": 2048 / 3, "ieee": 256}
+RATES = {"half": 4096, "tf32": 2048, "split": 2048 / 3, "ieee": 256}
 Row = Mapping[str, Any]
 
 

@@ -11,7 +11,7 @@ from devices import GPU, REHEARSED, Variant, marks_of, needs_a_card
 from fleet_cases import Fleet, Model, Shape
 from memory import poisoned
 from strategies import Values, exact
-from tolerance import Products, assert_within, bound, largest_partial_sum
+from tolerance import TF32X3, Products, assert_within, bound, largest_partial_sum
 
 from fusemlp import MLP, Adam, Engine
 from fusemlp_kernels.contract import LossSpec, UpdateRule
@@ -59,10 +59,10 @@ def test_a_step_allocates_nothing(warm):
 @needs_a_card
 @pytest.mark.parametrize("k", [17, 128, 784, 4096])
 def test_tf32x3_keeps_the_bound_of_fp32_and_tf32_does_not(k):
-    """Random signs, so that the errors do not add up. The architecture's constant: 0.75 for truncating sums."""
+    """Random signs, so that the errors do not add up. The bound has TF32X3's constant for truncating sums."""
     values = Values(k, FP32)
     x, w, b = values.normal(64, k), values.normal(48, k), np.zeros(48, np.float32)
-    z, products = exact(x) @ exact(w).T, Products(truncation=0.75)
+    z, products = exact(x) @ exact(w).T, Products(truncation=TF32X3.truncation)
     partial = largest_partial_sum(exact(x), exact(w).T, products)
     limit = bound(k + 1, np.abs(x) @ np.abs(w).T, output=z, products=products, partial=partial)
     for precision in ("fp32", "tf32"):

@@ -120,7 +120,7 @@ def test_the_trips_of_a_step_are_those_of_its_shapes():
 def test_a_bound_is_the_largest_limit(loops, cycles, limit):
     goal, first = launch("784-128-10 b128 fp32", "linear")
     first = dataclasses.replace(first, tile=configs.Tile(16, 32, 32, 2, 3), programs=32)
-    first = dataclasses.replace(first, constants={"BM": 16, "BN": 32, "BK": 32, "PRODUCT": "tf32x3"})
+    first = dataclasses.replace(first, constants={"BM": 16, "BN": 32, "BK": 32, "PRODUCT": "split"})
     row = {"registers": 60, "shared_static": 0, "shared_dynamic": 8 << 10, "loops": loops}
     assert kernel_cycles.bound(first, row, goal) == (pytest.approx(cycles), limit)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from calls import RULES, Clock, kept, run_loss, slope_operands, update_arena
-from devices import VARIANT_PARAMETERS
+from devices import INTERPRETER, VARIANT_PARAMETERS, Variant, marks_of
 from memory import place, poisoned
 from strategies import exact
 from tolerance import assert_within, loss_grad_bound
@@ -24,6 +24,35 @@ from fusemlp_kernels.contract import (
     UpdateRule,
 )
 from fusemlp_kernels.philox import dropout_keep
+
+
+def infinities(variant):
+    """Check that a product with an infinite factor is infinite, whatever the digits of the other factor."""
+    real, compute = variant.real, variant.compute
+    x, w = np.ones((4, 40), compute), np.full((20, 40), 1.1, compute)
+    x[1, 3], x[2, 7], x[3, 3], x[3, 7] = np.inf, -np.inf, np.inf, -np.inf
+    # TF32 keeps all bits of 0.75
+    w[4], w[5], w[6, 3], w[:, 39] = 0.75, -0.3, np.inf, 2.0**-20
+    y, dz_prev = np.zeros((4, 20), compute), np.zeros((4, 20), compute)
+    with np.errstate(invalid="ignore"):
+        wanted = exact(x) @ exact(w).T
+    variant.bind("linear", x=x, w=w, b=np.zeros(20, real), y=y, activation="identity")()
+    variant.bind("grad_input", dz=x, w=np.ascontiguousarray(w.T), y=y, dz_prev=dz_prev, activation="identity")()
+    for result in (y, dz_prev):
+        found, expected = (np.where(np.isfinite(values), 0.0, values) for values in (result, wanted))
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+def test_infinity_stays_infinity_in_a_product(variant):
+    infinities(variant)
+
+
+@pytest.mark.parametrize("variant", [pytest.param(Variant(INTERPRETER, "fp32"), marks=marks_of(INTERPRETER))])
+def test_the_interpreter_finds_infinity_in_a_product_of_parts(variant, monkeypatch):
+    configs = pytest.importorskip("fusemlp_kernels.triton.configs")
+    monkeypatch.setattr(configs.Architecture, "product", lambda self, precision: "split")
+    infinities(variant)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

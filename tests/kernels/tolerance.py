@@ -58,11 +58,12 @@ class Products:
 
 
 IEEE = Products()
-# Three products of leading parts of eleven bits, cut off, and trailing parts. Lost are the product of the trailing
-# parts, 2**-20, and what each trailing part has beyond eleven bits, 2**-21.
-TF32X3 = Products(factor=2.0**-20, truncation=0.75)
 # Ten bits of fraction, the others cut off.
 TF32 = Products(factor=2.0**-10, truncation=0.25)
+# Three products of leading parts of eleven bits, cut off, and trailing parts. Lost are the product of the trailing
+# parts, 2**-20, and what each trailing part has beyond eleven bits, 2**-21. The two products with a trailing part have
+# their own sum, whose magnitude is 2**-10 of the other's.
+TF32X3 = Products(factor=2.0**-20, truncation=TF32.truncation * (1.0 + 2.0 * 2.0**-10))
 TWO_BYTES = Products(truncation=0.125)
 
 

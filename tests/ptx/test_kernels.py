@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import test_layers as layers_of
 import test_loss as losses_of
+import test_nan as nan_of
 import test_update as updates_of
 from cards import PATHS, card, variant_of
 
@@ -55,6 +56,13 @@ def test_linear(path, precision, aligned):
     with card(target, precision, rows):
         case = layer_case(variant_of(target, precision), aligned, 37, 290, 41, "gelu", 0.5)
         layers_of.test_linear.of_case(case, by_row=True, short=2, counted=True, keep_z=True)
+
+
+@pytest.mark.parametrize("path", CLASSES)
+def test_infinity_stays_infinity_in_a_product_of_parts(path):
+    target, rows = PATHS[path]
+    with card(target, "fp32", rows):
+        nan_of.infinities(variant_of(target, "fp32"))
 
 
 @pytest.mark.parametrize(("path", "precision", "aligned"), PRODUCTS)

@@ -72,11 +72,11 @@ class Architecture:
     processors: int
 
     def product(self, precision: str) -> str:
-        """Return ``tl.dot``'s input precision."""
+        """Return the kind of ``tiles.product``."""
         if self.family in ("gfx942", "interpreter"):
             return "ieee"
-        # three TF32 products give the accuracy of float32 (the "3xTF32" of CUTLASS)
-        return {"tf32": "tf32", "fp32": "tf32x3"}.get(precision, "ieee")
+        # three TF32 products give the accuracy of float32
+        return {"tf32": "tf32", "fp32": "split"}.get(precision, "ieee")
 
 
 # Compute capabilities and AMD targets by table.

@@ -8,7 +8,17 @@ import triton.language as tl
 from fusemlp_kernels.triton.clock import ACCUMULATE, BATCH_INDEX, advance_clock, is_last, sum_of
 from fusemlp_kernels.triton.dropout import keep_mask
 from fusemlp_kernels.triton.pointwise_triton import PRELU, by_slope_prelu, derivative, needs_z, stored_update
-from fusemlp_kernels.triton.tiles import batch_rows, column_step, masked_width, part_of, row_pitch, this_batch, tile_of
+from fusemlp_kernels.triton.tiles import (
+    batch_rows,
+    column_step,
+    masked_width,
+    part_of,
+    product,
+    row_pitch,
+    this_batch,
+    tile_of,
+    whole_sum,
+)
 
 GRAD_INPUT_NUMBERS = [
     "M", "N", "K", "dz_row", "dz_col", "w_row", "w_col", "y_row", "y_col", "out_row", "out_col",
@@ -36,12 +46,14 @@ def input_gradient(
     dz_at = dz + far[:, None] * row_pitch(dz_row, ALIGNED) + at_n[None, :] * step
     w_at = w + at_n.to(tl.int64)[:, None] * pitch + at_k[None, :] * column_step(w_col, ALIGNED)
     acc = tl.zeros((BM, BK), tl.float32)
+    rest = tl.zeros((BM, BK), tl.float32)
     for start in range(0, N, BN):
         dz_tile = tl.load(dz_at, mask=inside_m[:, None] & (at_n < width - start)[None, :], other=0.0)
         w_tile = tl.load(w_at, mask=(at_n < N - start)[:, None] & stored_k[None, :], other=0.0)
-        acc = tl.dot(dz_tile, w_tile, acc, input_precision=PRODUCT)
+        acc, rest = product(dz_tile, w_tile, acc, rest, PRODUCT)
         dz_at += BN * step
         w_at += BN * pitch
+    acc = whole_sum(acc, rest, PRODUCT)
     y_rows, out_rows = y + far[:, None] * row_pitch(y_row, ALIGNED), out + far[:, None] * row_pitch(out_row, ALIGNED)
     y_step, out_step = column_step(y_col, ALIGNED), column_step(out_col, ALIGNED)
     below = tl.full((), 0.0, tl.float32)
@@ -139,6 +151,7 @@ def weight_sums(
     inside_n = at_n < masked_width(N, ALIGNED)
     inside_k = at_k < masked_width(K, ALIGNED)
     acc = tl.zeros((BN, BK), tl.float32)
+    rest = tl.zeros((BN, BK), tl.float32)
     for start in range(begin, end, BM):
         inside_b = start + at_b < end
         source = batch_rows(rows, start + at_b, end, gather)
@@ -146,8 +159,8 @@ def weight_sums(
         x_tile = tl.load(x_at, mask=(source >= 0)[:, None] & inside_k[None, :], other=0.0)
         dz_at = dz + (start + at_b).to(tl.int64)[:, None] * dz_row + at_n[None, :] * dz_col
         dz_tile = tl.load(dz_at, mask=inside_b[:, None] & inside_n[None, :], other=0.0)
-        acc = tl.dot(tl.trans(dz_tile), x_tile, acc, input_precision=PRODUCT)
-    return acc
+        acc, rest = product(tl.trans(dz_tile), x_tile, acc, rest, PRODUCT)
+    return whole_sum(acc, rest, PRODUCT)
 
 
 @triton.jit

@@ -121,7 +121,7 @@ class Device:
 
     @property
     def product(self) -> str:
-        """``tl.dot``'s input precision."""
+        """The kind of ``tiles.product``."""
         return self.arch.product(self.precision)
 
     def check(

@@ -8,7 +8,17 @@ import triton.language as tl
 from fusemlp_kernels.triton.clock import BATCH_INDEX
 from fusemlp_kernels.triton.dropout import keep_mask
 from fusemlp_kernels.triton.pointwise_triton import PRELU, activate
-from fusemlp_kernels.triton.tiles import batch_rows, column_step, masked_width, part_of, row_pitch, this_batch, tile_of
+from fusemlp_kernels.triton.tiles import (
+    batch_rows,
+    column_step,
+    masked_width,
+    part_of,
+    product,
+    row_pitch,
+    this_batch,
+    tile_of,
+    whole_sum,
+)
 
 
 @triton.jit
@@ -31,15 +41,16 @@ def affine_tile(
     x_at = x + tl.where(wanted, source, 0)[:, None] * row_pitch(x_row, ALIGNED) + at_k[None, :] * step_x
     w_at = w + at_n.to(tl.int64)[None, :] * row_pitch(w_row, ALIGNED) + at_k[:, None] * step_w
     z = tl.zeros((BM, BN), tl.float32)
+    rest = tl.zeros((BM, BN), tl.float32)
     for start in range(0, width, BK):
         inside = at_k < width - start
         x_tile = tl.load(x_at, mask=wanted[:, None] & inside[None, :], other=0.0)
         w_tile = tl.load(w_at, mask=named[None, :] & inside[:, None], other=0.0)
-        z = tl.dot(x_tile, w_tile, z, input_precision=PRODUCT)
+        z, rest = product(x_tile, w_tile, z, rest, PRODUCT)
         x_at += BK * step_x
         w_at += BK * step_w
     bias = tl.load(b + at_n * b_step, mask=named, other=0.0)
-    return z + bias[None, :]
+    return whole_sum(z, rest, PRODUCT) + bias[None, :]
 
 
 @triton.jit

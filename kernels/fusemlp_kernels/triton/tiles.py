@@ -76,6 +76,38 @@ def batch_rows(rows, offsets, count, gather):
 
 
 @triton.jit
+def leading(v):
+    """Return v with the 11 leading bits of its significand, which TF32 keeps."""
+    return (v.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def product(a, b, acc, rest, PRODUCT: tl.constexpr):
+    """Return the sums acc + a @ b and ``rest``, float32; ``whole_sum`` makes one of both after the last product.
+
+    ``PRODUCT`` is ``tl.dot``'s input precision, or "split": three TF32 products of the leading bits of float32 numbers
+    and of the bits that follow (the "3xTF32" of CUTLASS). The small products have their own sum: infinity has no bits
+    that follow, so that theirs is NaN.
+    """
+    if PRODUCT == "split":
+        a_first, b_first = leading(a), leading(b)
+        rest = tl.dot(a - a_first, b_first, rest, input_precision="tf32")
+        rest = tl.dot(a_first, b - b_first, rest, input_precision="tf32")
+        acc = tl.dot(a_first, b_first, acc, input_precision="tf32")
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRODUCT)
+    return acc, rest
+
+
+@triton.jit
+def whole_sum(acc, rest, PRODUCT: tl.constexpr):
+    """Return the sum of both results of ``product``."""
+    if PRODUCT == "split":
+        acc += tl.where(rest == rest, rest, 0.0)
+    return acc
+
+
+@triton.jit
 def halves(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Return the left and the right half of a tile (ROWS, COLS)."""
     return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLS // 2)), (0, 2, 1)))
