@@ -6,7 +6,7 @@ The parameters of the models are not among it: the best is trained again if it h
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,18 @@ from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.memory import Kept
 from fusemlp.fleet.results import Member
 from fusemlp.report.runs import Run
+from fusemlp.runtime.files import write_atomically
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import CheckpointError
 
 JOURNAL = "sweep.jsonl"
 
 
-def begin(run: Run, options: Mapping[str, Any], fingerprint: str) -> None:
-    """Write the first line: the options of ``sweep``, and the fingerprint of its data."""
-    first = {"options": dict(options), "fingerprint": fingerprint}
-    (run.path / JOURNAL).write_text(f"{json.dumps(first, default=str)}\n", encoding="utf-8")
+def begin(run: Run, options: Mapping[str, Any], fingerprint: str, told: Iterable[Mapping[str, Any]] = ()) -> None:
+    """Write the first line, the options of ``sweep`` and the fingerprint of its data, and those of ended models."""
+    lines = [{"options": dict(options), "fingerprint": fingerprint}, *told]
+    text = "".join(f"{json.dumps(line, default=str)}\n" for line in lines)
+    write_atomically(run.path / JOURNAL, text.encode())
 
 
 def add(run: Run, member: Member) -> None:
@@ -48,14 +50,13 @@ def read(folder: str) -> tuple[Run, dict[str, Any], list[dict[str, Any]]]:
         reason = "is no folder of a sweep" if "sweep" not in config else "holds a sweep that has ended"
         mend = "; a run of train goes on with fusemlp train --resume" if config and "sweep" not in config else ""
         raise CheckpointError(f"resume: {folder!r} {reason}{mend}")
-    lines = (run.path / JOURNAL).read_text(encoding="utf-8").splitlines()
+    lines = (run.path / JOURNAL).read_text(encoding="utf-8").splitlines(keepends=True)
     found = []
     for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            # the line that was being written
+        if not line.endswith("\n"):
+            # it was being written
             break
+        found.append(json.loads(line))
     if not found:
         raise CheckpointError(f"resume: {folder!r} was cut off before its first line; start the sweep again")
     return run, found[0], found[1:]

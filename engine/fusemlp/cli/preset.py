@@ -9,6 +9,7 @@ from fusemlp.cli import recipe
 from fusemlp.cli.defaults import is_a_table
 from fusemlp.cli.options import ModelOptions, TrainOptions
 from fusemlp.fleet import presets
+from fusemlp.runtime.ranks import started
 
 # Options of other trainings than the recipe's.
 _OTHERS = {
@@ -32,12 +33,18 @@ def with_preset(options: ModelOptions, rows: int) -> tuple[ModelOptions, int, li
     for name, reason in _OTHERS.items():
         if getattr(options, name) is not None:
             against[name] = f"{reason}; leave it out"
+    if options.output_activation != "identity":
+        against["output_activation"] = "members have linear outputs; leave it out"
+    if started():
+        against["preset"] = "several processes of torchrun train a plain network; leave it out"
     name, note = presets.chosen(options.preset, rows if is_a_table(options) else 0, against)
     if name == "plain":
         return options, 1, [note] if note else []
     changed = presets.changes(given, rows)
     if "hidden" in changed:
         changed["hidden"] = [",".join(map(str, changed["hidden"]))]
+    told = ", ".join(f"{name} {value[0] if name == 'hidden' else value}" for name, value in changed.items())
+    note += f"; in place of defaults it has {told}" if told else ""
     return replace(options, preset=name, models=1, **changed), presets.MEMBERS, [note]
 
 

@@ -109,13 +109,11 @@ def worked(options: SweepOptions, told: Events) -> tuple[dict[str, Any], list[st
             members, interrupted = trained(plan, run, told, members)
     except BaseException:
         # Remove the empty folder, so that the same command works again.
-        if len(journal.read(str(run.path))[2]) == 0:
+        if options.resume is None and not journal.read(str(run.path))[2]:
             journal.close(run)
             discard_if_empty(run, itself=not was_there)
         raise
     seconds = time.perf_counter() - began
-    if not interrupted:
-        journal.close(run)
     write_results(plan, run, members)
     results = FleetResults(tuple(members))
     chosen = results.combinations(plan.metric, plan.points)[0]
@@ -132,10 +130,12 @@ def worked(options: SweepOptions, told: Events) -> tuple[dict[str, Any], list[st
         print(f"results {run.path / RESULTS}")
         print(no_plot or f"plot {run.path / PICTURE}")
     if chosen.sound[0].status == "diverged":
+        if not interrupted:
+            journal.close(run)
         # Raises the error that names the first of all.
         results.best(plan.metric)
     about = {
-        "command": command_line(["fusemlp", "sweep", *arguments(options)]),
+        "command": command_line(["fusemlp", "sweep", *arguments(replace(plan.options, resume=None))]),
         "metric": plan.metric,
         "models": len(plan.points),
         "ended": len(members),
@@ -143,7 +143,10 @@ def worked(options: SweepOptions, told: Events) -> tuple[dict[str, Any], list[st
         "seconds": seconds,
         "best": chosen.sound[0].index,
     }
-    return keep(plan, run, chosen, about, started, no_plot=bool(no_plot))
+    kept = keep(plan, run, chosen, about, started, no_plot=bool(no_plot))
+    if not interrupted:
+        journal.close(run)
+    return kept
 
 
 def described(plan: Plan) -> dict[str, Any]:
@@ -232,6 +235,7 @@ def resumed(options: SweepOptions, folder: str) -> tuple[Run, Plan, list[Member]
             f"resume: the data {stored.data!r} are not those that the sweep was started with; put the old ones back, "
             "or start a new sweep"
         )
+    journal.begin(run, first["options"], first["fingerprint"], told)
     return run, plan, [journal.member(one, plan.fleet) for one in told]
 
 

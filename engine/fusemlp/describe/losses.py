@@ -63,6 +63,11 @@ class Loss(Description):
     def check_network(self, net: MLP) -> None:
         """Refuse a network whose outputs this loss cannot take; raises ArgumentError or ShapeError."""
         given = net.activations[-1].name
+        if net.members > 1 and self.reduction != "mean":
+            raise ArgumentError(
+                f"reduction: the loss of {net.members} members is the mean of theirs; expected 'mean', got "
+                f"{self.reduction!r}"
+            )
         if self.takes_logits and given != "identity":
             raise ArgumentError(
                 f"output_activation: {self.kind} takes {self.takes_logits}; expected 'identity', got {given!r}"

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from importlib import import_module
+from pickle import PicklingError
 from typing import Any
 
 import joblib
@@ -21,7 +22,7 @@ _log = logging.getLogger("fusemlp")
 LIBRARIES = {"dask": "distributed", "ray": "ray"}
 # Tasks for each worker, so that a fast one takes more of them. A task has no more models than a launch.
 TASKS, MOST_AT_ONCE = 4, 256
-# So often workers may be lost in a row.
+# More losses of workers in a row, without a model that ends between them, end the training.
 LOST = 3
 
 # Trains the models of some numbers on the arrays.
@@ -29,9 +30,10 @@ Task = Callable[..., list[Member]]
 
 
 def check_workers(workers: object, *, connected: bool = True) -> None:
-    """Raise ArgumentError for what is no backend of joblib, MissingLibraryError where its library is missing.
+    """Raise ArgumentError unless ``workers`` names a backend of joblib that can train, MissingLibraryError without its
+    library.
 
-    ``connected``: it must be ready to work.
+    ``connected``: dask has its client.
     """
     if not isinstance(workers, str):
         raise ArgumentTypeError(f"workers: expected the name of a backend of joblib, such as 'loky', got {workers!r}")
@@ -47,6 +49,8 @@ def check_workers(workers: object, *, connected: bool = True) -> None:
         from ray.util.joblib import register_ray
 
         register_ray()
+    elif workers == "multiprocessing":
+        raise ArgumentError("workers: 'multiprocessing' waits for ever for a process that has died; give 'loky'")
     elif workers not in LIBRARIES and workers not in joblib.parallel.BACKENDS:
         raise unknown_name("workers", workers, sorted({*LIBRARIES, *joblib.parallel.BACKENDS}))
     if connected and workers == "dask":
@@ -121,6 +125,9 @@ def trained_elsewhere(
                         yield from found
             except _Raised as error:
                 raise error.args[0] from None
+            except (ImportError, PicklingError, TypeError):
+                # what cannot be sent, or not be read there
+                raise
             except Exception as error:
                 reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
                 lost = 0 if len(left) < before else lost + 1

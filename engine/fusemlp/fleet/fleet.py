@@ -328,12 +328,14 @@ class Fleet:
             own = None if validation_rows is None else validated_on
             task = partial(_train_part, self.part(range(len(self))), rows=trained_on, validation_rows=own, **given)
             sent = [*_arrays(first, data), *_arrays(first, None if validation is None else validation.data)]
-            self.results, self._in_parts, self._built = None, True, []
+            self.results = None
             with closing(trained_elsewhere(len(self), task, sent, workers=workers, jobs=given_jobs)) as trained:
                 for member in trained:
                     members[member.index] = member
                     if callback is not None:
                         callback(member)
+            # the engines here are as they were
+            self._in_parts, self._built = True, []
             self.results = FleetResults(tuple(members[index] for index in range(len(self))))
             return self.results
         # one model at a time on a GPU; and the eager plan's calls hold Python's lock

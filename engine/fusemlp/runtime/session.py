@@ -514,7 +514,16 @@ class Session(Predicting, Spending, Keeping, Joining):
                 copy(arrays[name][:count], array)
                 if short:
                     arrays[name][count:] = 0
-        bound.run()
+        if self.network.members == 1:
+            bound.run()
+            return
+        # rows that a fit walks through: it goes on where it was
+        before = counters[ROW_OFFSET] + 0
+        counters[ROW_OFFSET] = 0
+        try:
+            bound.run()
+        finally:
+            counters[ROW_OFFSET] = before
 
     def check_scaling(self, counters: Any, hyper: Any) -> None:
         """Raise DivergenceError if the gradients overflow at every loss scale, by these counters and hyper."""
@@ -546,8 +555,6 @@ class Session(Predicting, Spending, Keeping, Joining):
         members, given = self.network.members, dict[str, Any]()
         if members > 1:
             given["rows"] = member_rows(self._backend, rows, members)
-            # a fit leaves it at the next batch of an epoch
-            self.memory.counters[ROW_OFFSET] = 0
         inputs = Inputs(rows, indexed=members > 1, weighted=weighted)
         return self.bind(inputs, spec, self.optimizer.rule(), rows, given, resident_batches=batches)
 

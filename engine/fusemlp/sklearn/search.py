@@ -52,13 +52,10 @@ class _FleetSearch(BaseSearchCV):
         spaces = _checked(self._space, getattr(self, self._space), estimator, self._plain)
         sharing = None
         # the user's workers: scikit-learn sends them a fit each
-        self._elsewhere = type(joblib.parallel.get_active_backend()[0]) not in LOCAL
-        if self._elsewhere:
-            here: AbstractContextManager[Any] = nullcontext()
-        else:
-            here = joblib.parallel_config(backend="sequential")
+        elsewhere = type(joblib.parallel.get_active_backend()[0]) not in LOCAL
+        here: AbstractContextManager[Any] = nullcontext() if elsewhere else joblib.parallel_config(backend="sequential")
         if (
-            not self._elsewhere
+            not elsewhere
             and isinstance(estimator, Pipeline)
             and estimator.memory is None
             and not any("memory" in one for one in spaces)
@@ -66,7 +63,7 @@ class _FleetSearch(BaseSearchCV):
             sharing = clone(estimator).set_params(memory=SharedFits())
         # splits may be given as an iterator, which can be read once
         self.cv = check_cv(cv, indexable(X, y)[1], classifier=is_classifier(estimator))
-        self._given = X, y, params
+        self._given, self._elsewhere = (X, y, params), elsewhere
         try:
             self.estimator = estimator if sharing is None else sharing
             with one_warning(self), here:

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -209,8 +210,17 @@ def fit(
     first_epoch = state.epoch if resume and state is not None else engine.epochs_trained
     order = _order(count, shuffle, row_order, first_epoch) if batches is None else lambda epoch: np.arange(0)
     if engine.ranks is not None:
-        told = {"epochs": epochs, "batch_size": size, "early_stopping": patience, "monitor": monitor, "resume": resume}
+        told: dict[str, Any] = {
+            "epochs": epochs,
+            "batch_size": size,
+            "early_stopping": patience,
+            "monitor": monitor,
+            "resume": resume,
+        }
+        told["metrics"] = [] if validation is None else [one.name for one in validation.metrics]
         check_ranks(engine, engine.ranks, data, validation, {**told, "drop_last": drop_last, "shuffle": shuffle})
+        if row_order is not None and order is not None:
+            order = partial(_same_on, engine.ranks, order)
     engine.take_batches_of(size)
     loop = fit_checked(
         engine,
@@ -477,6 +487,13 @@ def with_metrics(
 def _described(given: Any) -> str:
     kind = type(given).__name__
     return f"{len(given)} in a {kind}" if isinstance(given, tuple | list) else kind
+
+
+def _same_on(ranks: Ranks, order: Callable[[int], Array], epoch: int) -> Array:
+    """Return the user's order of an epoch; DistributedError if ranks have others."""
+    found = order(epoch)
+    ranks.check_same({f"row_order({epoch})": found})
+    return found
 
 
 def _order(n: int, shuffle: bool, given: Any, first_epoch: int) -> Callable[[int], Array] | None:
