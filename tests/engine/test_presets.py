@@ -14,7 +14,7 @@ from fusemlp import MLP, ArgumentError, load_checkpoint
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.prepare import prepare
 from fusemlp.datasets.preprocessing import split
-from fusemlp.fleet import presets
+from fusemlp.describe import presets
 from fusemlp.sklearn import TableClassifier, TableRegressor
 
 QUICK = ("--scale", "robust", "--epochs", "4", "--quiet", "--backend", "numpy")

@@ -68,11 +68,13 @@ def outputs_of(net: MLP, state: dict[str, Array], X: Array) -> Array:
     return np.stack(found, axis=1)
 
 
-def trained_by_the_oracle(net: MLP, state: dict[str, Array], data: Any, kind: str, lr: float, epochs: int) -> Any:
+def trained_by_the_oracle(
+    net: MLP, state: dict[str, Array], data: Any, kind: str, lr: float, epochs: int, batch_size: int = 16
+) -> Any:
     X, y, weight = data
     for _ in range(epochs):
-        for start in range(0, len(X), 16):
-            rows = np.repeat(np.arange(start, min(start + 16, len(X))), net.members)
+        for start in range(0, len(X), batch_size):
+            rows = np.repeat(np.arange(start, min(start + batch_size, len(X))), net.members)
             own = None if weight is None else weight[rows]
             layers, heads = parts(net, state)
             batch = Batch(X[rows].astype(np.float64), y[rows], own)
@@ -100,6 +102,18 @@ def test_training_is_that_of_the_oracle(kind: str, plan: str, clip: float | None
     for name, value in engine.state_dict().items():
         np.testing.assert_allclose(value, wanted[name], rtol=1e-9, atol=1e-11, err_msg=name)
         assert not np.allclose(value, before[name], rtol=1e-6), name
+
+
+@pytest.mark.parametrize("plan", ["eager", "resident"])
+def test_a_batch_of_many_tasks_is_that_of_the_oracle(plan: str) -> None:
+    X, y = data()
+    net = MLP([WIDTH, 64, 48, CLASSES], activation="tanh", members=8)
+    engine = Engine(net, optimizer=SGD(0.1), batch_size=64, precision="fp64", plan=plan, backend="numpy")
+    before = engine.state_dict()
+    engine.fit(X, y, epochs=2, shuffle=False)
+    wanted = trained_by_the_oracle(net, before, (X, y, None), "cross_entropy", 0.1, 2, 64)
+    for name, value in engine.state_dict().items():
+        np.testing.assert_allclose(value, wanted[name], rtol=1e-9, atol=1e-11, err_msg=name)
 
 
 def test_steps_epochs_at_once_and_batches_train_alike() -> None:

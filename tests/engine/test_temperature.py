@@ -99,7 +99,7 @@ def test_weights_count_as_repeated_rows_and_one_logit_as_two() -> None:
     engine = Engine(MLP([2, 1]), loss="binary_cross_entropy")
     X, y = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32), np.arange(50)[:, None] % 2
     two, found, ones = held_out_logits(engine, X, y, None)
-    np.testing.assert_allclose(softmax(two, axis=1)[:, 1], expit(engine.outputs(X)[:, 0]), rtol=1e-6)
+    np.testing.assert_allclose(softmax(two[:, 0], axis=1)[:, 1], expit(engine.outputs(X)[:, 0]), rtol=1e-6)
     assert (found == y[:, 0]).all() and (ones == 1.0).all()
 
 

@@ -41,6 +41,12 @@ PROGRAMS: dict[str, tuple[MLP, Any, Any, Any]] = {
     "slopes": (MLP([200, 300, 2], activation=PReLU(0.1)), "mse", Adam(0.01), RNG.standard_normal((700, 2))),
     # what a layer no longer needs leaves its memory to layers of other widths
     "deep": (MLP([200, 150, 240, 90, 170, 10], activation="gelu", dropout=0.1), "cross_entropy", Adam(0.01), LABELS),
+    "members": (
+        MLP([200, 64, 48, 10], activation="silu", dropout=0.1, members=6),
+        "cross_entropy",
+        Adam(0.01, accumulate=2),
+        LABELS,
+    ),
     "options": (
         MLP([200, 300, 10], activation="gelu"),
         CrossEntropy(label_smoothing=0.1, class_weight=[0.5] * 10, ignore_index=3),

@@ -25,8 +25,8 @@ from fusemlp.describe.losses import LOSSES
 from fusemlp.describe.metrics import METRICS
 from fusemlp.describe.network import INITS, SLOPES
 from fusemlp.describe.optimizers import OPTIMIZERS
+from fusemlp.describe.presets import LEAST_ROWS, MEMBERS, PRESETS
 from fusemlp.describe.schedules import SCHEDULES
-from fusemlp.fleet.presets import LEAST_ROWS, MEMBERS, PRESETS
 from fusemlp.program.sharding import REDUCTIONS
 from fusemlp.report.explanations import METHODS
 from fusemlp.report.runs import WEIGHTS

@@ -31,12 +31,13 @@ from fusemlp.datasets.parts import Fold, folds, hold_out
 from fusemlp.datasets.prepare import CLASS_DECAY, Rows, fit_preprocessor, network_ends, network_inputs, rows_for, watch
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.sources import Frame, as_frame
+from fusemlp.describe import presets
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.engine import Engine, load_checkpoint
-from fusemlp.fleet import presets, trials
+from fusemlp.fleet import trials
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import check_mergeable, default_models, members, merged, sound
 from fusemlp.report.certification import certify
@@ -46,6 +47,7 @@ from fusemlp.report.metrics import predicted_codes, predictions
 from fusemlp.report.onnx import to_onnx
 from fusemlp.report.runs import open_run, read_metrics, weights_path
 from fusemlp.report.uncertainty import HeldOut, intervals, judged, sets, spread
+from fusemlp.runtime.backends import trains_members
 from fusemlp.sklearn import saving
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, DataError, unknown_name
@@ -60,7 +62,7 @@ class TableParameters:
     """The parameters of both estimators, with the defaults of ``fusemlp train``.
 
     preset : "plain" (None too), "tabm" or "auto", a recipe for hidden, activation, optimizer, lr and batch_size where
-        these have their defaults: ``fusemlp.fleet.presets``. "tabm" is one network of 16 members that share weights.
+        these have their defaults: ``fusemlp.describe.presets``. "tabm" is one network of 16 members that share weights.
     hidden : widths of the hidden layers; () for none.
     activation, dropout : one for all hidden layers, or a sequence with one for each.
     loss : a name or an object such as ``Huber(2.0)``; None is cross_entropy for classes, mse for numbers.
@@ -337,7 +339,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         given = {name: getattr(self, name) != getattr(usual, name) for name in presets.TABM if name != "hidden"}
         given["hidden"] = widths != usual.hidden
         activations = [one.name for one in MLP((1, *widths, 1), activation=self.activation).activations]
-        against = presets.obstacles(self, backend=self.backend, activations=activations, widths=widths)
+        against = presets.obstacles(self, trains=trains_members(self.backend), activations=activations, widths=widths)
         name, note = presets.chosen(self.preset, rows, against)
         notes += [note] if note else []
         if name == "plain":

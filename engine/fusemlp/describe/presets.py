@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fusemlp.describe.checks import check_choice
-from fusemlp.runtime.backends import trains_members
 from fusemlp_kernels.errors import ArgumentError
 
 PRESETS = ("auto", "plain", "tabm")
@@ -24,8 +23,11 @@ TABM: Mapping[str, Any] = {
 }
 
 
-def obstacles(options: Any, *, backend: str, activations: Sequence[str], widths: Sequence[int]) -> dict[str, str]:
-    """Return the options that the recipe "tabm" does not go with, and why; ``widths`` are of the hidden layers."""
+def obstacles(options: Any, *, trains: bool, activations: Sequence[str], widths: Sequence[int]) -> dict[str, str]:
+    """Return the options that the recipe "tabm" does not go with, and why; ``widths`` are of the hidden layers.
+
+    ``trains``: the backend trains networks with members.
+    """
     found = {}
     if (options.models or 1) > 1:
         found["models"] = "it is one network whose members share weights; leave it out"
@@ -33,8 +35,8 @@ def obstacles(options: Any, *, backend: str, activations: Sequence[str], widths:
         found["hidden"] = "members share hidden layers; leave it out"
     if "prelu" in activations:
         found["activation"] = "prelu's slope belongs to a whole layer; use leaky_relu"
-    if not trains_members(backend):
-        found["backend"] = f"{backend!r} has no networks with members here; use numpy"
+    if not trains:
+        found["backend"] = f"{options.backend!r} has no networks with members here; use numpy"
     return found
 
 
