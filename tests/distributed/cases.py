@@ -76,8 +76,13 @@ CASES = {
     "average fp64": Case(
         engine(9, 24, 3, loss="mse", batch_size=32, optimizer=AdamW(lr=0.01, ema=0.9), precision="fp64"), numbers=True
     ),
-    # wide enough for several tasks of the compiled loop in a shard
-    "wide": Case(engine(64, 256, 4, dropout=0.1, activation=PReLU(0.2), optimizer=MOMENTUM, batch_size=512), rows=1100),
+    # wide enough for several tasks of the compiled loop in a shard, whose sums have their order; float64 shows it
+    "wide fp64": Case(
+        engine(
+            64, 256, 4, dropout=0.1, activation=PReLU(0.2), optimizer=MOMENTUM, batch_size=512, precision="fp64"
+        ),
+        rows=1100,
+    ),
     "early stopping": Case(
         engine(9, 24, 4, optimizer=Adam(lr=0.05), batch_size=32, normalise=True),
         fit={"early_stopping": 2, "epochs": 60},

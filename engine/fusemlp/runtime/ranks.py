@@ -16,11 +16,11 @@ import numpy as np
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, DistributedError, MissingLibraryError
 
-# What torchrun sets, or one who starts the processes by hand.
+# The variables of the environment that torchrun sets.
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Seconds that a collective waits for the others unless told otherwise: the first step compiles its loop.
 TIMEOUT = 120.0
-# After an error each rank reports to the others for so many seconds after the last report, and in all.
+# After an error a rank waits for the reports of the others: seconds after the last report, and in all.
 QUIET_SECONDS, REPORT_SECONDS = 2.0, 10.0
 
 

@@ -17,7 +17,7 @@ from fusemlp_kernels.contract import BATCH_INDEX, LAST_LOSS, LOSS_SUM, STATS, Ba
 
 
 class _Message:
-    """What a rank says of a shard, or of the sum of several, in one stretch of memory: gradients, then statistics."""
+    """The gradients of a shard, or of several, and then their statistics, in one stretch of memory."""
 
     def __init__(self, data: Array, size: int, item_bytes: int) -> None:
         self.data = data
