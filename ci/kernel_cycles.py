@@ -165,7 +165,7 @@ def table(record: Sequence[Row]) -> str:
     for goal in GOALS:
         calls = bounds(goal, record)
         total = sum(cycles for _, cycles, _ in calls)
-        lines.append(f"| **{goal.name}**, a step | {total:.0f} | {total / CLOCK * 1e6:.1f} | |")
+        lines.append(f"| **{goal.name}**, a step (aim: {goal.aim} us) | {total:.0f} | {total / CLOCK * 1e6:.1f} | |")
         for one in dict.fromkeys(calls):
             call, cycles, limit = one
             times = f"{calls.count(one)} x " if calls.count(one) > 1 else ""

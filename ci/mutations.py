@@ -243,7 +243,7 @@ MUTATIONS = (
             "-g * by_slope_prelu(v), 0.0)",
             GRAD_INPUT,
         ),
-        ("dz not transposed", "tl.dot(tl.trans(dz_tile), x_tile", "tl.dot(dz_tile, x_tile", GRAD_WEIGHT),
+        ("dz not transposed", "product(tl.trans(dz_tile), x_tile", "product(dz_tile, x_tile", GRAD_WEIGHT),
         (
             "row -1 counts in dw",
             "mask=(source >= 0)[:, None] & inside_k[None, :]",
