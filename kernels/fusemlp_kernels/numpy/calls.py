@@ -17,16 +17,14 @@ from fusemlp_kernels.contract import (
     Dropout,
     LossSpec,
     Noise,
-    Perturbation,
-    Ramp,
     Ridge,
     Segment,
     UpdateRule,
 )
 from fusemlp_kernels.errors import ArgumentError, unknown_name
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.numpy.tables import Array, Form, Run, Table
-from fusemlp_kernels.ops import OPS, hands_on
+from fusemlp_kernels.numpy.tables import Array, Table
+from fusemlp_kernels.ops import hands_on
 from fusemlp_kernels.philox import seed_key, threshold
 
 Operands = Mapping[str, Any]
@@ -41,7 +39,7 @@ def _code(what: str, name: str, known: Sequence[str]) -> int:
     return known.index(name)
 
 
-def _activation(
+def activation_columns(
     table: Table, activation: str, slope: float, slope_param: Array | None, dslope: Array | None
 ) -> tuple[dict[str, Any], dict[int, float]]:
     """The columns and numbers of an activation."""
@@ -61,7 +59,7 @@ def _dropout(table: Table, dropout: Dropout | None, keep: Array | None) -> tuple
     return columns | {"THRESHOLD": threshold(dropout.rate)}, {t.RATE: dropout.rate}
 
 
-def _rows(rows: Array | None, count: int) -> dict[str, Any]:
+def row_columns(rows: Array | None, count: int) -> dict[str, Any]:
     """The columns of row numbers: those given, of which the counters know the first, or all in order."""
     return {"ROWS": np.arange(count) if rows is None else rows, "WALKS": rows is not None}
 
@@ -71,7 +69,7 @@ def _gathered(table: Table, x: Array, rows: Array | None, gathered: Array | None
     if rows is None:
         return x
     assert gathered is not None
-    table.add("GATHER", X=x, OUT=gathered, K=x.shape[1], **_rows(rows, count))
+    table.add("GATHER", X=x, OUT=gathered, K=x.shape[1], **row_columns(rows, count))
     return gathered
 
 
@@ -98,7 +96,7 @@ def _linear(
     counters: Array | None = None,
     keep: Array | None = None,
 ) -> int:
-    columns, numbers = _activation(table, activation, slope, slope_param, None)
+    columns, numbers = activation_columns(table, activation, slope, slope_param, None)
     dropped, rates = _dropout(table, dropout, keep)
     if activation not in NEEDS_Z:
         z = y
@@ -112,7 +110,7 @@ def _linear(
     return len(y)
 
 
-def _loss_grad(
+def loss_grad(
     table: Table,
     fresh: bool = False,
     *,
@@ -144,13 +142,13 @@ def _loss_grad(
     table.control(counters, stats)
     count, outputs = z.shape
     table.height = max(table.height, count)
-    columns, numbers = _activation(table, activation, slope, slope_param, dslope)
+    columns, numbers = activation_columns(table, activation, slope, slope_param, dslope)
     y = z
     if not entropy:
         if not fresh:
             # dz is written before z has been read
             own = table.scratch(count, outputs)
-            table.add("GATHER", X=z, OUT=own, K=outputs, **_rows(None, count))
+            table.add("GATHER", X=z, OUT=own, K=outputs, **row_columns(None, count))
             y = z = own
         if activation in NEEDS_Z:
             y = table.scratch(count, outputs)
@@ -165,14 +163,14 @@ def _loss_grad(
         DZ=table.scratch(count, outputs) if dz is None else dz, KIND=kind, MEAN=t.REDUCTIONS.index(loss.reduction),
         SOFT=loss.soft, SMOOTHED=smoothed, IGNORES=ignores, IGNORED=loss.ignore_index, ACCURACY=loss.accuracy,
         WIDE=outputs >= WIDE, RECORDED=stats is not None, TARGET=target, WEIGHTED=weight,
-        CLASS_WEIGHTED=class_weight, **columns, **_rows(rows, count),
+        CLASS_WEIGHTED=class_weight, **columns, **row_columns(rows, count),
     )  # fmt: skip
     if dz is not None:
         table.add("PADDING", N=outputs, K=count, DZ=dz)
     return t.COUNTED
 
 
-@hands_on(_loss_grad)
+@hands_on(loss_grad)
 def _linear_loss_grad(
     table: Table,
     *,
@@ -188,7 +186,7 @@ def _linear_loss_grad(
     x = _gathered(table, x, x_rows, gathered, count)
     z = table.scratch(count, len(w))
     _affine(table, x, w, b, z)
-    return _loss_grad(table, True, z=z, dz=dz, **loss_operands)
+    return loss_grad(table, True, z=z, dz=dz, **loss_operands)
 
 
 def _grad_input(
@@ -207,7 +205,7 @@ def _grad_input(
     counters: Array | None = None,
     keep: Array | None = None,
 ) -> int:
-    columns, numbers = _activation(table, activation, slope, slope_param, dslope)
+    columns, numbers = activation_columns(table, activation, slope, slope_param, dslope)
     dropped, rates = _dropout(table, dropout, keep)
     table.height = max(table.height, len(dz_prev))
     table.add(
@@ -236,142 +234,6 @@ def _clip_examples(table: Table, *, layers: Sequence[Operands], clip: float, cou
     for layer in layers:
         table.add("SHRINK", {t.LARGEST: clip}, N=layer["dz"].shape[1], DZ=layer["dz"], OUT=norms)
     table.control(counters)
-    return t.COUNTED
-
-
-def _perturb(
-    table: Table,
-    *,
-    x: Array | None,
-    change: Perturbation,
-    counters: Array,
-    start: Array | None = None,
-    delta: Array | None = None,
-    dx: Array | None = None,
-    adv: Array | None = None,
-    carried: Array | None = None,
-    rows: Array | None = None,
-) -> int:
-    out = next(one for one in (start, adv, carried) if one is not None)
-    columns: int = out.shape[1]
-    table.height = max(table.height, len(out))
-    drawn = start is not None and delta is None and change.seed is not None
-    low, high = seed_key(change.seed or 0)
-    table.lanes = max(table.lanes, drawn * -(-columns // 4))
-    numbers = {t.LARGEST: change.eps, t.LENGTH: change.step, t.LOW: change.low, t.HIGH: change.high}
-    table.add(
-        "PERTURB", numbers, N=columns, K=columns, X=table.scratch(columns) if x is None else x, Y=delta, DZ=dx,
-        OUT=out, CARRIED=delta is not None or carried is not None, ROUND=change.norm == "2", DRAWN=drawn,
-        KEY_LOW=low, KEY_HIGH=high, **_rows(rows, len(out)),
-    )  # fmt: skip
-    table.control(counters)
-    return len(out)
-
-
-def _ramp(ramp: Ramp) -> dict[int, float]:
-    """The numbers of a ramp."""
-    return {
-        **{t.LARGEST: ramp.eps, t.KAPPA: ramp.kappa, t.WARMUP: ramp.warmup, t.RAMP: ramp.ramp},
-        **{t.BEGUN: ramp.first, t.SPAN: ramp.updates},
-    }
-
-
-def _magnitudes(table: Table, *, w: Array, out: Array) -> int:
-    table.add("MAGNITUDES", N=len(w), K=w.shape[1], W=w, OUT=out, PANELS=table.in_panels(out))
-    table.control(None)
-    return 0
-
-
-def _ball(
-    table: Table,
-    *,
-    x: Array,
-    centre: Array,
-    radius: Array,
-    reach: Array,
-    ramp: Ramp,
-    counters: Array,
-    least: Array | None = None,
-    most: Array | None = None,
-    rows: Array | None = None,
-) -> int:
-    table.height = max(table.height, len(centre))
-    columns = centre.shape[1]
-    table.add(
-        "BALL", _ramp(ramp), N=columns, K=columns, X=x, CENTRE=centre, RADIUS=radius, W=reach, B=least, SUMS=most,
-        **_rows(rows, len(centre)),
-    )  # fmt: skip
-    table.control(counters)
-    return len(centre)
-
-
-def _box(
-    table: Table,
-    kind: str = "BOX",
-    *,
-    zc: Array,
-    zr: Array,
-    low: Array,
-    high: Array,
-    centre: Array,
-    radius: Array,
-    activation: str,
-    slope: float = 0.0,
-    slope_param: Array | None = None,
-) -> int:
-    columns, numbers = _activation(table, activation, slope, slope_param, None)
-    table.height = max(table.height, len(zc))
-    table.add(kind, numbers, N=zc.shape[1], Z=zc, Y=zr, X=low, DZ=high, CENTRE=centre, RADIUS=radius, **columns)
-    table.control(None)
-    return len(zc)
-
-
-@hands_on(_box)
-def _box_grad(table: Table, *, dc: Array, dr: Array, **others: Any) -> int:
-    return _box(table, "BOX_BACK", centre=dc, radius=dr, **others)
-
-
-@hands_on(_loss_grad)
-def _worst_loss_grad(
-    table: Table, *, zc: Array, zr: Array, dzc: Array, dzr: Array, dz: Array, ramp: Ramp, **loss_operands: Any
-) -> int:
-    count, outputs = zc.shape
-    target, logits = loss_operands["target"], table.scratch(count, outputs)
-    rows = _rows(loss_operands.get("rows"), count)
-    table.height = max(table.height, count)
-    table.add("WORST", N=outputs, Z=zc, Y=zr, OUT=logits, TARGET=target, **rows)
-    batch = _loss_grad(table, z=logits, dz=logits, **loss_operands)
-    table.add(
-        "WORST_BACK", _ramp(ramp), N=outputs, X=logits, CENTRE=dzc, RADIUS=dzr, DZ=dz, TARGET=target, **rows
-    )  # fmt: skip
-    for one in (dzc, dzr):
-        table.add("PADDING", N=outputs, K=count, DZ=one)
-    return batch
-
-
-def _divergence(
-    table: Table,
-    *,
-    z: Array,
-    other: Array,
-    dother: Array,
-    strength: float,
-    loss: LossSpec,
-    counters: Array,
-    dz: Array | None = None,
-    weight: Array | None = None,
-    rows: Array | None = None,
-    stats: Array | None = None,
-) -> int:
-    count, outputs = z.shape
-    table.height = max(table.height, count)
-    table.control(counters, stats)
-    table.add(
-        "DIVERGENCE", {t.STRENGTH: strength, t.DIVISOR: 1.0}, N=outputs, Y=other, Z=z, DZ=dother, X=dz,
-        OUT=table.scratch(count, outputs), MEAN=t.REDUCTIONS.index(loss.reduction), RECORDED=stats is not None,
-        WEIGHTED=weight, **_rows(rows, count),
-    )  # fmt: skip
-    table.add("PADDING", N=outputs, K=count, DZ=dother)
     return t.COUNTED
 
 
@@ -497,7 +359,7 @@ def _with_gradients(
     return True
 
 
-def _penalty(
+def penalty(
     table: Table, *, layers: Sequence[Operands], ridge: Ridge, shares: Array, counters: Array, stats: Array
 ) -> int:
     del shares, counters, stats
@@ -517,67 +379,12 @@ def _advance(table: Table, *, rule: UpdateRule, hyper: Array, rates: Array, coun
 
 ENTRIES: dict[str, Callable[..., int]] = {
     "linear": _linear,
-    "loss_grad": _loss_grad,
+    "loss_grad": loss_grad,
     "linear_loss_grad": _linear_loss_grad,
     "grad_input": _grad_input,
     "clip_examples": _clip_examples,
-    "perturb": _perturb,
-    "divergence": _divergence,
-    "magnitudes": _magnitudes,
-    "ball": _ball,
-    "box": _box,
-    "box_grad": _box_grad,
-    "worst_loss_grad": _worst_loss_grad,
     "grad_weight": _grad_weight,
     "grad_weight_update": _grad_weight_update,
     "update": _update,
     "advance": _advance,
 }
-
-
-def bind_call(real: Any, op: str, operands: Operands) -> Run:
-    """A call by itself."""
-    table = Table(real)
-    return table.bind(ENTRIES[op](table, **table.operands(operands, OPS[op].by_name)))
-
-
-def bind_train_resident(
-    real: Any,
-    *,
-    calls: Sequence[tuple[str, Operands]],
-    rows: Array | None,
-    batch: int,
-    arenas: Mapping[str, Array],
-    epoch_stats: Array | None = None,
-    arrays: Mapping[str, Array] | None = None,
-    memo: dict[str, Any] | None = None,
-) -> Run:
-    """The contract's ``train_resident``; the calls have all that lies in ``arenas``, and ``rows``."""
-    del arenas, rows, batch
-    run: Run | None
-    if memo and arrays is not None:
-        run = memo["form"].bind(arrays, epoch_stats)
-        if run is not None:
-            return run
-    counted = ("linear_loss_grad", "loss_grad")
-    losses = [operands for op, operands in calls if op in counted and operands.get("stats") is not None]
-    output = next(iter(losses), None)
-    if output is None or "rule" not in calls[-1][1]:
-        raise ArgumentError(
-            "train_resident: calls: expected those of a training step, with a loss and last what advances "
-            f"the clock, got {', '.join(op for op, _ in calls)}"
-        )
-    table = Table(real)
-    for op, operands in calls:
-        enter = _penalty if op == "penalty" else ENTRIES[op]
-        enter(table, **table.operands(operands, OPS[op].by_name))
-    table.control(output["counters"], output["stats"])
-    if epoch_stats is not None:
-        table.enter(t.AT_EPOCH_STATS, epoch_stats)
-        table.integers[t.EPOCHS] = len(epoch_stats)
-    run = table.bind(t.COUNTED, alone=True)
-    # an array with two names may be two arrays in the next model
-    distinct = arrays is not None and len({id(array) for array in arrays.values()}) == len(arrays)
-    if memo is not None and arrays is not None and distinct and not table.converts:
-        memo["form"] = Form(table, arrays)
-    return run
