@@ -391,7 +391,9 @@ def fit_checked(
         )
         if isinstance(against, IBP) and on_host:
             for name, values in limits_of(engine, against).items():
-                made.arrays[name][:] = values
+                # there are none where nothing is trained
+                if name in made.arrays:
+                    made.arrays[name][:] = values
         elif isinstance(against, IBP):
             spec = engine.loss.spec(accuracy=False, soft=False)
             bound = IntervalSteps(engine, made, spec, against, batch_size, now, state.total_updates)

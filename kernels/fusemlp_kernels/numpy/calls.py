@@ -17,17 +17,14 @@ from fusemlp_kernels.contract import (
     Dropout,
     LossSpec,
     Noise,
-    Perturbation,
-    Ramp,
     Ridge,
     Segment,
     UpdateRule,
 )
 from fusemlp_kernels.errors import ArgumentError, unknown_name
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.numpy.plan import MOST_TASKS
-from fusemlp_kernels.numpy.tables import Array, Form, Run, Table
-from fusemlp_kernels.ops import OPS, hands_on
+from fusemlp_kernels.numpy.tables import Array, Table
+from fusemlp_kernels.ops import hands_on
 from fusemlp_kernels.philox import seed_key, threshold
 
 Operands = Mapping[str, Any]
@@ -42,7 +39,7 @@ def _code(what: str, name: str, known: Sequence[str]) -> int:
     return known.index(name)
 
 
-def _activation(
+def activation_columns(
     table: Table, activation: str, slope: float, slope_param: Array | None, dslope: Array | None
 ) -> tuple[dict[str, Any], dict[int, float]]:
     """The columns and numbers of an activation."""
@@ -52,7 +49,9 @@ def _activation(
     return {"ACTIVATION": code, "SLOPE": slope_param, "DSLOPE": dslope}, {t.FIXED_SLOPE: float(slope)}
 
 
-def _dropout(table: Table, dropout: Dropout | None, keep: Array | None) -> tuple[dict[str, Any], dict[int, float]]:
+def dropout_columns(
+    table: Table, dropout: Dropout | None, keep: Array | None
+) -> tuple[dict[str, Any], dict[int, float]]:
     """The columns and numbers of dropout."""
     if dropout is None:
         return {}, {}
@@ -62,7 +61,7 @@ def _dropout(table: Table, dropout: Dropout | None, keep: Array | None) -> tuple
     return columns | {"THRESHOLD": threshold(dropout.rate)}, {t.RATE: dropout.rate}
 
 
-def _rows(rows: Array | None, count: int) -> dict[str, Any]:
+def row_columns(rows: Array | None, count: int) -> dict[str, Any]:
     """The columns of row numbers: those given, of which the counters know the first, or all in order."""
     return {"ROWS": np.arange(count) if rows is None else rows, "WALKS": rows is not None}
 
@@ -72,7 +71,7 @@ def _gathered(table: Table, x: Array, rows: Array | None, gathered: Array | None
     if rows is None:
         return x
     assert gathered is not None
-    table.add("GATHER", X=x, OUT=gathered, K=x.shape[1], **_rows(rows, count))
+    table.add("GATHER", X=x, OUT=gathered, K=x.shape[1], **row_columns(rows, count))
     return gathered
 
 
@@ -99,8 +98,8 @@ def _linear(
     counters: Array | None = None,
     keep: Array | None = None,
 ) -> int:
-    columns, numbers = _activation(table, activation, slope, slope_param, None)
-    dropped, rates = _dropout(table, dropout, keep)
+    columns, numbers = activation_columns(table, activation, slope, slope_param, None)
+    dropped, rates = dropout_columns(table, dropout, keep)
     if activation not in NEEDS_Z:
         z = y
     elif z is None:
@@ -113,7 +112,7 @@ def _linear(
     return len(y)
 
 
-def _loss_grad(
+def loss_grad(
     table: Table,
     fresh: bool = False,
     *,
@@ -145,13 +144,13 @@ def _loss_grad(
     table.control(counters, stats)
     count, outputs = z.shape
     table.height = max(table.height, count)
-    columns, numbers = _activation(table, activation, slope, slope_param, dslope)
+    columns, numbers = activation_columns(table, activation, slope, slope_param, dslope)
     y = z
     if not entropy:
         if not fresh:
             # dz is written before z has been read
             own = table.scratch(count, outputs)
-            table.add("GATHER", X=z, OUT=own, K=outputs, **_rows(None, count))
+            table.add("GATHER", X=z, OUT=own, K=outputs, **row_columns(None, count))
             y = z = own
         if activation in NEEDS_Z:
             y = table.scratch(count, outputs)
@@ -166,14 +165,14 @@ def _loss_grad(
         DZ=table.scratch(count, outputs) if dz is None else dz, KIND=kind, MEAN=t.REDUCTIONS.index(loss.reduction),
         SOFT=loss.soft, SMOOTHED=smoothed, IGNORES=ignores, IGNORED=loss.ignore_index, ACCURACY=loss.accuracy,
         WIDE=outputs >= WIDE, RECORDED=stats, TARGET=target, WEIGHTED=weight,
-        CLASS_WEIGHTED=class_weight, **columns, **_rows(rows, count),
+        CLASS_WEIGHTED=class_weight, **columns, **row_columns(rows, count),
     )  # fmt: skip
     if dz is not None:
         table.add("PADDING", N=outputs, K=count, DZ=dz)
     return t.COUNTED
 
 
-@hands_on(_loss_grad)
+@hands_on(loss_grad)
 def _linear_loss_grad(
     table: Table,
     *,
@@ -189,7 +188,7 @@ def _linear_loss_grad(
     x = _gathered(table, x, x_rows, gathered, count)
     z = table.scratch(count, len(w))
     _affine(table, x, w, b, z)
-    return _loss_grad(table, True, z=z, dz=dz, **loss_operands)
+    return loss_grad(table, True, z=z, dz=dz, **loss_operands)
 
 
 def _grad_input(
@@ -208,8 +207,8 @@ def _grad_input(
     counters: Array | None = None,
     keep: Array | None = None,
 ) -> int:
-    columns, numbers = _activation(table, activation, slope, slope_param, dslope)
-    dropped, rates = _dropout(table, dropout, keep)
+    columns, numbers = activation_columns(table, activation, slope, slope_param, dslope)
+    dropped, rates = dropout_columns(table, dropout, keep)
     table.height = max(table.height, len(dz_prev))
     table.add(
         "BACKWARD", numbers | rates, N=len(w), K=w.shape[1], DZ=dz, W=w, Y=y, Z=y if z is None else z, OUT=dz_prev,
@@ -237,257 +236,6 @@ def _clip_examples(table: Table, *, layers: Sequence[Operands], clip: float, cou
     for layer in layers:
         table.add("SHRINK", {t.LARGEST: clip}, N=layer["dz"].shape[1], DZ=layer["dz"], OUT=norms)
     table.control(counters)
-    return t.COUNTED
-
-
-def _perturb(
-    table: Table,
-    *,
-    x: Array | None,
-    change: Perturbation,
-    counters: Array,
-    start: Array | None = None,
-    delta: Array | None = None,
-    dx: Array | None = None,
-    adv: Array | None = None,
-    carried: Array | None = None,
-    rows: Array | None = None,
-) -> int:
-    out = next(one for one in (start, adv, carried) if one is not None)
-    columns: int = out.shape[1]
-    table.height = max(table.height, len(out))
-    drawn = start is not None and delta is None and change.seed is not None
-    low, high = seed_key(change.seed or 0)
-    table.lanes = max(table.lanes, drawn * -(-columns // 4))
-    numbers = {t.LARGEST: change.eps, t.LENGTH: change.step, t.LOW: change.low, t.HIGH: change.high}
-    table.add(
-        "PERTURB", numbers, N=columns, K=columns, X=table.scratch(columns) if x is None else x, Y=delta, DZ=dx,
-        OUT=out, CARRIED=delta is not None or carried is not None, ROUND=change.norm == "2", DRAWN=drawn,
-        KEY_LOW=low, KEY_HIGH=high, **_rows(rows, len(out)),
-    )  # fmt: skip
-    table.control(counters)
-    return len(out)
-
-
-def _of_members(table: Table, vectors: Array | None, rows: int, outputs: int = 1) -> int:
-    """The number of members; a task has as many rows of each."""
-    assert vectors is not None
-    table.height, table.members = max(table.height, rows), len(vectors) // outputs
-    return table.members
-
-
-def _affine_columns(
-    table: Table, activation: str, slope: float, dropout: Dropout | None, keep: Array | None, width: int
-) -> tuple[dict[str, Any], dict[int, float]]:
-    """The columns and numbers of what members do between products, with memory for two rows of each task."""
-    if activation == "prelu":
-        raise ArgumentError("activation: members share no learned slope; give another activation than prelu")
-    columns, numbers = _activation(table, activation, slope, None, None)
-    dropped, rates = _dropout(table, dropout, keep)
-    return {**columns, **dropped, "Z": (table.scratch(2 * MOST_TASKS, width), 0)}, numbers | rates
-
-
-def _affine_members(
-    table: Table,
-    *,
-    x: Array,
-    y: Array,
-    s: Array | None = None,
-    b: Array | None = None,
-    r: Array | None = None,
-    activation: str = "identity",
-    slope: float = 0.0,
-    rows: Array | None = None,
-    dropout: Dropout | None = None,
-    counters: Array | None = None,
-    keep: Array | None = None,
-) -> int:
-    columns, numbers = _affine_columns(table, activation, slope, dropout, keep, y.shape[1])
-    members = _of_members(table, r if s is None else s, len(y))
-    table.add(
-        "MEMBERS_AFFINE", numbers, N=y.shape[1], MEMBERS=members, X=x, OUT=y, BY_S=s, B=b, BY_R=r, **columns,
-        **_rows(rows, len(y)),
-    )  # fmt: skip
-    table.control(counters)
-    return len(y)
-
-
-def _grad_affine_members(
-    table: Table,
-    *,
-    dy: Array,
-    x: Array,
-    rule: UpdateRule,
-    counters: Array,
-    dx: Array | None = None,
-    s: Array | None = None,
-    b: Array | None = None,
-    r: Array | None = None,
-    ds: Array | None = None,
-    db: Array | None = None,
-    dr: Array | None = None,
-    activation: str = "identity",
-    slope: float = 0.0,
-    rows: Array | None = None,
-    dropout: Dropout | None = None,
-    keep: Array | None = None,
-) -> int:
-    count: int = len(dy)
-    width = dy.shape[1]
-    columns, numbers = _affine_columns(table, activation, slope, dropout, keep, width)
-    members = _of_members(table, r if s is None else s, count)
-    if s is not None:
-        columns["OUT"] = table.scratch(count, width) if dx is None else dx
-    given = (("SUM_S", s, ds), ("SUM_B", b, db), ("SUM_R", r, dr))
-    sums = {name: table.scratch(MOST_TASKS, members * width) for name, own, _ in given if own is not None}
-    table.add(
-        "MEMBERS_BACKWARD", numbers, N=width, MEMBERS=members, X=x, DZ=dy, BY_S=s, B=b, BY_R=r, **columns,
-        **{name: (array, 0) for name, array in sums.items()}, **_rows(rows, count),
-    )  # fmt: skip
-    for name, _, out in given:
-        if out is not None:
-            summed = {"DZ": (sums[name], 0), "SUMS": table.scratch(members * width), "OUT": (out, 0)}
-            table.later.append({"N": members * width, "PARTS": True, **summed})
-    table.accumulate(rule, counters)
-    return count
-
-
-def _linear_members(table: Table, *, x: Array, w: Array, b: Array, z: Array) -> int:
-    outputs = z.shape[1]
-    members = _of_members(table, w, len(z), outputs)
-    table.add("HEADS", N=outputs, K=w.shape[1], MEMBERS=members, X=x, PANELS=table.in_panels(w), B=b, Z=z)
-    table.control(None)
-    rows: int = len(z)
-    return rows
-
-
-def _grad_input_members(table: Table, *, dz: Array, w: Array, dx: Array) -> int:
-    outputs = dz.shape[1]
-    members = _of_members(table, w, len(dz), outputs)
-    table.add("HEADS_BACKWARD", N=outputs, K=w.shape[1], MEMBERS=members, DZ=dz, W=w, OUT=dx)
-    table.control(None)
-    rows: int = len(dz)
-    return rows
-
-
-def _grad_weight_members(
-    table: Table, *, dz: Array, x: Array, dw: Array | None, db: Array | None, rule: UpdateRule, counters: Array
-) -> int:
-    count: int = len(dz)
-    outputs = dz.shape[1]
-    for kind, out, inputs in (("WEIGHT", dw, x.shape[1]), ("BIAS", db, 0)):
-        if out is not None:
-            members = _of_members(table, out, count, outputs)
-            sums = table.scratch(len(out)) if kind == "BIAS" else None
-            table.add(kind, N=len(out), K=inputs, MEMBERS=members, X=x, DZ=dz, OUT=out, SUMS=sums)
-    table.accumulate(rule, counters)
-    return count
-
-
-def _ramp(ramp: Ramp) -> dict[int, float]:
-    """The numbers of a ramp."""
-    return {
-        **{t.LARGEST: ramp.eps, t.KAPPA: ramp.kappa, t.WARMUP: ramp.warmup, t.RAMP: ramp.ramp},
-        **{t.BEGUN: ramp.first, t.SPAN: ramp.updates},
-    }
-
-
-def _magnitudes(table: Table, *, w: Array, out: Array) -> int:
-    table.add("MAGNITUDES", N=len(w), K=w.shape[1], W=w, OUT=out, PANELS=table.in_panels(out))
-    table.control(None)
-    return 0
-
-
-def _ball(
-    table: Table,
-    *,
-    x: Array,
-    centre: Array,
-    radius: Array,
-    reach: Array,
-    ramp: Ramp,
-    counters: Array,
-    least: Array | None = None,
-    most: Array | None = None,
-    rows: Array | None = None,
-) -> int:
-    table.height = max(table.height, len(centre))
-    columns = centre.shape[1]
-    table.add(
-        "BALL", _ramp(ramp), N=columns, K=columns, X=x, CENTRE=centre, RADIUS=radius, W=reach, B=least, SUMS=most,
-        **_rows(rows, len(centre)),
-    )  # fmt: skip
-    table.control(counters)
-    return len(centre)
-
-
-def _box(
-    table: Table,
-    kind: str = "BOX",
-    *,
-    zc: Array,
-    zr: Array,
-    low: Array,
-    high: Array,
-    centre: Array,
-    radius: Array,
-    activation: str,
-    slope: float = 0.0,
-    slope_param: Array | None = None,
-) -> int:
-    columns, numbers = _activation(table, activation, slope, slope_param, None)
-    table.height = max(table.height, len(zc))
-    table.add(kind, numbers, N=zc.shape[1], Z=zc, Y=zr, X=low, DZ=high, CENTRE=centre, RADIUS=radius, **columns)
-    table.control(None)
-    return len(zc)
-
-
-@hands_on(_box)
-def _box_grad(table: Table, *, dc: Array, dr: Array, **others: Any) -> int:
-    return _box(table, "BOX_BACK", centre=dc, radius=dr, **others)
-
-
-@hands_on(_loss_grad)
-def _worst_loss_grad(
-    table: Table, *, zc: Array, zr: Array, dzc: Array, dzr: Array, dz: Array, ramp: Ramp, **loss_operands: Any
-) -> int:
-    count, outputs = zc.shape
-    target, logits = loss_operands["target"], table.scratch(count, outputs)
-    rows = _rows(loss_operands.get("rows"), count)
-    table.height = max(table.height, count)
-    table.add("WORST", N=outputs, Z=zc, Y=zr, OUT=logits, TARGET=target, **rows)
-    batch = _loss_grad(table, z=logits, dz=logits, **loss_operands)
-    table.add(
-        "WORST_BACK", _ramp(ramp), N=outputs, X=logits, CENTRE=dzc, RADIUS=dzr, DZ=dz, TARGET=target, **rows
-    )  # fmt: skip
-    for one in (dzc, dzr):
-        table.add("PADDING", N=outputs, K=count, DZ=one)
-    return batch
-
-
-def _divergence(
-    table: Table,
-    *,
-    z: Array,
-    other: Array,
-    dother: Array,
-    strength: float,
-    loss: LossSpec,
-    counters: Array,
-    dz: Array | None = None,
-    weight: Array | None = None,
-    rows: Array | None = None,
-    stats: Array | None = None,
-) -> int:
-    count, outputs = z.shape
-    table.height = max(table.height, count)
-    table.control(counters, stats)
-    table.add(
-        "DIVERGENCE", {t.STRENGTH: strength, t.DIVISOR: 1.0}, N=outputs, Y=other, Z=z, DZ=dother, X=dz,
-        OUT=table.scratch(count, outputs), MEAN=t.REDUCTIONS.index(loss.reduction), RECORDED=stats,
-        WEIGHTED=weight, **_rows(rows, count),
-    )  # fmt: skip
-    table.add("PADDING", N=outputs, K=count, DZ=dother)
     return t.COUNTED
 
 
@@ -614,7 +362,7 @@ def _with_gradients(
     return True
 
 
-def _penalty(
+def penalty(
     table: Table, *, layers: Sequence[Operands], ridge: Ridge, shares: Array, counters: Array, stats: Array
 ) -> int:
     del shares, counters, stats
@@ -634,74 +382,12 @@ def _advance(table: Table, *, rule: UpdateRule, hyper: Array, rates: Array, coun
 
 ENTRIES: dict[str, Callable[..., int]] = {
     "linear": _linear,
-    "loss_grad": _loss_grad,
+    "loss_grad": loss_grad,
     "linear_loss_grad": _linear_loss_grad,
     "grad_input": _grad_input,
-    "affine_members": _affine_members,
-    "grad_affine_members": _grad_affine_members,
-    "linear_members": _linear_members,
-    "grad_input_members": _grad_input_members,
-    "grad_weight_members": _grad_weight_members,
     "clip_examples": _clip_examples,
-    "perturb": _perturb,
-    "divergence": _divergence,
-    "magnitudes": _magnitudes,
-    "ball": _ball,
-    "box": _box,
-    "box_grad": _box_grad,
-    "worst_loss_grad": _worst_loss_grad,
     "grad_weight": _grad_weight,
     "grad_weight_update": _grad_weight_update,
     "update": _update,
     "advance": _advance,
 }
-
-
-def bind_call(real: Any, op: str, operands: Operands) -> Run:
-    """A call by itself."""
-    table = Table(real)
-    return table.bind(ENTRIES[op](table, **table.operands(operands, OPS[op].by_name)))
-
-
-def bind_train_resident(
-    real: Any,
-    *,
-    calls: Sequence[tuple[str, Operands]],
-    rows: Array | None,
-    batch: int,
-    arenas: Mapping[str, Array],
-    epoch_stats: Array | None = None,
-    arrays: Mapping[str, Array] | None = None,
-    memo: dict[str, Any] | None = None,
-    shards: Sequence[int] = (),
-) -> Run:
-    """The contract's ``train_resident``; the calls have all that lies in ``arenas``, and ``rows``."""
-    del arenas, rows
-    run: Run | None
-    if memo and arrays is not None:
-        run = memo["form"].bind(arrays, epoch_stats)
-        if run is not None:
-            return run
-    counted = ("linear_loss_grad", "loss_grad")
-    losses = [operands for op, operands in calls if op in counted and operands.get("stats") is not None]
-    output = next(iter(losses), None)
-    if output is None or "rule" not in calls[-1][1]:
-        raise ArgumentError(
-            "train_resident: calls: expected those of a training step, with a loss and last what advances "
-            f"the clock, got {', '.join(op for op, _ in calls)}"
-        )
-    table = Table(real, shards=len(shards), shard_rows=batch)
-    for at, (op, operands) in enumerate(calls):
-        table.shard = shards[at * len(shards) // len(calls)] if shards else 0
-        enter = _penalty if op == "penalty" else ENTRIES[op]
-        enter(table, **table.operands(operands, OPS[op].by_name))
-    table.control(output["counters"], output["stats"])
-    if epoch_stats is not None:
-        table.enter(t.AT_EPOCH_STATS, epoch_stats)
-        table.integers[t.EPOCHS] = len(epoch_stats)
-    run = table.bind(t.COUNTED, alone=True)
-    # an array with two names may be two arrays in the next model
-    distinct = arrays is not None and len({id(array) for array in arrays.values()}) == len(arrays)
-    if memo is not None and arrays is not None and distinct and not table.converts:
-        memo["form"] = Form(table, arrays)
-    return run
