@@ -32,7 +32,7 @@ def bound(terms: Any, length: int, dtype: Any) -> Any:
 def test_a_product_from_panels(m: int, n: int, k: int, alpha: float, beta: float, dtype: Any) -> None:
     rng = np.random.default_rng(m + 10 * n + 100 * k)
     x, w, b, before = (rng.standard_normal(shape).astype(dtype) for shape in ((m, k), (n, k), (n,), (m, n)))
-    product, pack = (function.ctypes for function in products.by_address(dtype))
+    product, pack, _ = (function.ctypes for function in products.by_address(dtype))
     panels = np.full((-(-n // PANEL), k, PANEL), np.nan, dtype)
     # in two pieces
     for first, last in ((0, k // 2 // PANEL * PANEL), (k // 2 // PANEL * PANEL, k)):
@@ -56,6 +56,36 @@ def test_a_product_from_panels(m: int, n: int, k: int, alpha: float, beta: float
     assert (np.abs(c[:m] - exact) <= bound(terms, k + 2, dtype)).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("m, n, k", [*SHAPES, (5, 3, 16), (9, 4, 31), (2, 7, 333)])
+def test_dot_products(m: int, n: int, k: int, dtype: Any) -> None:
+    rng = np.random.default_rng(m + 10 * n + 100 * k)
+    # NaN after the last number of each operand: nothing there is read
+    x, w, b = (rng.standard_normal(size + 64).astype(dtype) for size in (m * k, n * k, n))
+    x[m * k :], w[n * k :], b[n:] = np.nan, np.nan, np.nan
+    c = np.full(m * n + 64, 7, dtype)
+    dots = products.by_address(dtype)[2].ctypes
+    dots(x.ctypes.data, w.ctypes.data, k, b.ctypes.data, c.ctypes.data, m, n)
+    assert (c[m * n :] == 7).all()
+    rows, columns, bias = (
+        part.astype(np.longdouble) for part in (x[: m * k].reshape(m, k), w[: n * k].reshape(n, k), b[:n])
+    )
+    error = np.abs(c[: m * n].reshape(m, n) - (rows @ columns.T + bias))
+    assert (error <= bound(np.abs(rows) @ np.abs(columns).T + np.abs(bias), k + 1, dtype)).all()
+
+
+@pytest.mark.parametrize("at", [0, 15, 16, 40])
+def test_a_nan_in_dot_products_reaches_its_row_alone(at: int) -> None:
+    x, w, z = np.ones((6, 41), np.float32), np.ones((3, 41), np.float32), np.zeros((6, 3), np.float32)
+    x[4, at] = np.nan
+    b = np.zeros(3, np.float32)
+    products.by_address(np.float32)[2].ctypes(
+        x.ctypes.data, w.ctypes.data, 41, b.ctypes.data, z.ctypes.data, *z.shape
+    )  # fmt: skip
+    assert np.array_equal(np.isnan(z), np.arange(6)[:, None].repeat(3, 1) == 4)
+    assert (np.delete(z, 4, 0) == 41).all()
+
+
 TRAINED = """
 import hashlib, sys
 import llvmlite.binding, numba
@@ -68,8 +98,10 @@ import numpy as np
 from fusemlp import MLP, Adam, Engine
 rng = np.random.default_rng(0)
 X, y = rng.standard_normal((300, 45)), rng.integers(0, 10, 300)
+y[:10] = np.arange(10)
 for precision in ("fp32", "fp64"):
-    engine = Engine(MLP([45, 70, 10]), optimizer=Adam(0.01), batch_size=100, seed=1, precision=precision)
+    # the last layer is of dot products
+    engine = Engine(MLP([45, 70, 330, 10]), optimizer=Adam(0.01), batch_size=100, seed=1, precision=precision)
     engine.fit(X, y, epochs=2)
     values = [*engine.state_dict().values(), engine.predict_proba(X)]
     print(hashlib.sha256(b"".join(np.ascontiguousarray(value).tobytes() for value in values)).hexdigest())

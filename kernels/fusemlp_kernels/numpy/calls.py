@@ -32,6 +32,9 @@ Operands = Mapping[str, Any]
 # Below this many classes the exponentials of all rows are taken in one go: a row does not fill the vector registers.
 WIDE = 64
 
+# Columns of a tile of dot products, and what adding up the partial sums of one costs beside, in instructions.
+DOTS, TREE = 4, 4
+
 
 def _code(what: str, name: str, known: Sequence[str]) -> int:
     if name not in known:
@@ -75,10 +78,20 @@ def _gathered(table: Table, x: Array, rows: Array | None, gathered: Array | None
     return gathered
 
 
+def _in_dots(w: Array) -> bool:
+    """True where dot products take fewer instructions than panels, whose last vector has few columns then."""
+    outputs, inputs = w.shape
+    # the same on processors with narrower registers, and so the bits
+    lanes = 64 // w.itemsize
+    sums = -(-outputs // DOTS) * DOTS
+    return -(-outputs // lanes) * inputs > sums * (-(-inputs // lanes) + TREE)
+
+
 def _affine(table: Table, x: Array, w: Array, b: Array, z: Array) -> None:
     """The pre-activation of a layer."""
     table.height = max(table.height, len(z))
-    table.add("AFFINE", N=len(w), K=w.shape[1], X=x, PANELS=table.in_panels(w), B=b, Z=z)
+    weights = {"W": w} if _in_dots(w) else {"PANELS": table.in_panels(w)}
+    table.add("AFFINE", N=len(w), K=w.shape[1], X=x, B=b, Z=z, **weights)
 
 
 def _linear(

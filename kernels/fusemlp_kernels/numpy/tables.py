@@ -370,8 +370,8 @@ def _launch(integers: Array, factors: Array, work: Any, real: Any, tasks: int, k
     def run(steps: int = 1, _arrays: Any = (kept, factors)) -> None:
         integers[t.STEPS : t.PHASE + 1] = steps, 0, -1
         if not integers[t.AT_PRODUCT]:
-            product, pack = _compiled("products").by_address(real)
-            integers[t.AT_PRODUCT], integers[t.AT_PACK] = product.address, pack.address
+            functions = _compiled("products").by_address(real)
+            integers[t.AT_PRODUCT : t.AT_DOTS + 1] = [function.address for function in functions]
         if steps:
             launch(work.address, job, tasks)
 

@@ -1,4 +1,4 @@
-"""Matrix products, cut into tiles; and weights in panels, as the forward pass reads them.
+"""Matrix products, cut into tiles; and weights in panels, as the forward pass of layers with many outputs reads them.
 
 A panel holds PANEL rows of a weight matrix (N, K), transposed: (K, PANEL), any numbers where there is no row.
 """
@@ -18,9 +18,12 @@ from fusemlp_kernels.numpy.compiled.cache import kept_for_calls
 from fusemlp_kernels.numpy.compiled.options import EXACT
 from fusemlp_kernels.numpy.compiled.tables import PANEL
 from fusemlp_kernels.numpy.compiled.tiles import (
+    DOT_COLUMNS,
+    DOT_ROWS,
     REGISTER_BYTES,
     TILE_ROWS,
     TILE_VECTORS,
+    dot_tile,
     narrow_tile,
     short_tile,
     transpose_square,
@@ -75,6 +78,19 @@ def _product(
     return 0
 
 
+def _dots(x: int, w: int, depth: int, b: int, z: int, rows: int, columns: int) -> int:
+    """``z = x @ w.T + b`` for few columns: x (rows, depth), w (columns, depth), b (columns,), by their addresses."""
+    like = elements(REAL, x)
+    size = like.itemsize
+    for i in range(0, rows, DOT_ROWS):
+        for j in range(0, columns, DOT_COLUMNS):
+            dot_tile(
+                like, x + size * i * depth, depth, w + size * j * depth, depth, depth, b + size * j,
+                z + size * (i * columns + j), columns, min(DOT_ROWS, rows - i), min(DOT_COLUMNS, columns - j),
+            )  # fmt: skip
+    return 0
+
+
 def _pack(w: int, inputs: int, panels: int, rows_from: int, rows_to: int, first: int, last: int) -> int:
     """Bring columns first to before last of some rows of w, (N, inputs), into panels; rows_from begins a panel."""
     like = elements(REAL, w)
@@ -122,9 +138,9 @@ def column_sums(
 
 
 @functools.cache
-def by_address(real: Any) -> tuple[Any, Any]:
-    """``_product`` and ``_pack`` for this type, to be called by their ``address``: they are compiled once, and not
-    again with each kind of step."""
+def by_address(real: Any) -> tuple[Any, Any, Any]:
+    """``_product``, ``_pack`` and ``_dots`` for this type, to be called by their ``address``: they are compiled once,
+    and not again with each kind of step."""
     names = globals() | {"REAL": np.dtype(real).type}
 
     def copy_of(function: Any, floats: Sequence[int]) -> Any:
@@ -132,4 +148,4 @@ def by_address(real: Any) -> tuple[Any, Any]:
         kinds = [float64 if at in floats else intp for at in range(function.__code__.co_argcount)]
         return kept_for_calls(own, np.dtype(real).name, kinds)
 
-    return copy_of(_product, (9, 10)), copy_of(_pack, ())
+    return copy_of(_product, (9, 10)), copy_of(_pack, ()), copy_of(_dots, ())

@@ -47,6 +47,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     AFFINE,
     AFRESH,
     AT_COUNTERS,
+    AT_DOTS,
     AT_EPOCH_STATS,
     AT_FACTORS,
     AT_HYPER,
@@ -482,10 +483,14 @@ def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
         _gather(call, like, rows, first, count)
     elif kind == AFFINE:
         inputs, outputs, size = call[K], call[N], like.itemsize
-        call_function(
-            integers[AT_PRODUCT], call[X] + size * first * inputs, inputs, 1, call[PANELS], PANEL * inputs, PANEL,
-            inputs, call[B], 1, 1.0, 0.0, call[Z] + size * first * outputs, outputs, count, outputs,
-        )  # fmt: skip
+        x, z = call[X] + size * first * inputs, call[Z] + size * first * outputs
+        if call[PANELS]:
+            call_function(
+                integers[AT_PRODUCT], x, inputs, 1, call[PANELS], PANEL * inputs, PANEL, inputs, call[B], 1, 1.0, 0.0,
+                z, outputs, count, outputs,
+            )  # fmt: skip
+        else:
+            call_function(integers[AT_DOTS], x, call[W], inputs, call[B], z, count, outputs)
     elif kind == ACTIVATE:
         lanes = integers[AT_LANES] + 8 * integers[LANES_ROW] * task
         _activate(call, numbers, like, first, count, batch_index, lanes)

@@ -12,10 +12,10 @@ from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 # The head: the optimizer; how many rows of calls there are, and rows in the batch (COUNTED: ask the counters); the
 # control arrays, and how many epochs the statistics are of. The factors, and where in the integers phases, tasks and
 # pieces begin. Memory: partial results, PARTIALS numbers a task; sums of pieces; random numbers of a row, LANES_ROW
-# words a task; zeros. The functions of products and panels. The plan: rows a task, phases, and how many of them come
-# before the first step only. The state of a launch: the steps to do, the step, the phase. NOISY: the address of the row
-# numbers where the gradients get noise; its key. BLOCKS: the tasks of phases that are cut by rows. SHARD_ROWS: the rows
-# of a shard, 0 where calls have the whole batch.
+# words a task; zeros. The functions of products, panels and dot products. The plan: rows a task, phases, and how many
+# of them come before the first step only. The state of a launch: the steps to do, the step, the phase. NOISY: the
+# address of the row numbers where the gradients get noise; its key. BLOCKS: the tasks of phases that are cut by rows.
+# SHARD_ROWS: the rows of a shard, 0 where calls have the whole batch.
 (
     OPTIMIZER,
     DECOUPLED,
@@ -42,6 +42,7 @@ from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
     AT_ZEROS,
     AT_PRODUCT,
     AT_PACK,
+    AT_DOTS,
     BLOCK,
     PHASES,
     PROLOGUE,
@@ -54,7 +55,7 @@ from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
     BLOCKS,
     SHARD_ROWS,
     HEAD_COLUMNS,
-) = range(37)
+) = range(38)
 # The factors before those of the calls: the hyperparameters in their order, then the largest norm, what gradients are
 # multiplied by in the update, and the deviation and the divisor of noise.
 CLIP_NORM, SCALE, DEVIATION, SHARED_BY, HEAD_FACTORS = (len(HYPERPARAMETERS) + i for i in range(5))

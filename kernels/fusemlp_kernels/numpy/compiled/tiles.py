@@ -34,19 +34,23 @@ REGISTER_BYTES = _register_bytes()
 # which there are 32, on x86 before AVX-512 16.
 TILE_ROWS, TILE_VECTORS = (6, 2) if _X86 and REGISTER_BYTES < 64 else (8, 2)
 
+# Partial sums of a dot product, and the tile of those: as many as the registers hold.
+DOT_BYTES = 64
+DOT_ROWS, DOT_COLUMNS = (4, 4) if REGISTER_BYTES == DOT_BYTES else (2, 2)
+
 
 def _number(value: int) -> Any:
     return ir.Constant(_WORD, value)
 
 
 class _Code:
-    """Writes vector code for one type of elements."""
+    """Writes vector code for one type of elements; a vector fills a register, or has ``lanes`` elements."""
 
-    def __init__(self, context: Any, builder: Any, real: Any) -> None:
+    def __init__(self, context: Any, builder: Any, real: Any, lanes: int = 0) -> None:
         self.builder = builder
         self.element = context.get_value_type(real)
         self.size = context.get_abi_sizeof(self.element)
-        self.lanes = REGISTER_BYTES // self.size
+        self.lanes = lanes or REGISTER_BYTES // self.size
         self.vector = ir.VectorType(self.element, self.lanes)
         self._name = f"v{self.lanes}f{8 * self.size}"
 
@@ -200,6 +204,96 @@ whole_tile: Any = intrinsic(_tile(TILE_ROWS, TILE_VECTORS, masked=False))
 short_tile: Any = intrinsic(_tile(TILE_ROWS // 2, TILE_VECTORS, masked=False))
 wide_tile: Any = intrinsic(_tile(TILE_ROWS, TILE_VECTORS, masked=True))
 narrow_tile: Any = intrinsic(_tile(TILE_ROWS, 1, masked=True))
+
+
+def _dots(height: int, width: int) -> Callable[..., Any]:
+    """A tile whose rows and columns are those of two matrices that both have their numbers side by side.
+
+    An element is the sum of DOT_BYTES of partial sums: of every 16th product in float32, say. In the end the upper half
+    of them is added to the lower one, again and again. So the bits do not depend on the registers here either.
+    """
+
+    def typed(
+        typingctx: Any, like: Any, a: Any, a_row: Any, b: Any, b_row: Any, depth: Any, start: Any, c: Any, c_row: Any,
+        rows: Any, columns: Any,
+    ) -> Any:  # fmt: skip
+        """``c = start + a @ b.T``: see ``_tile``."""
+        real, word = like.dtype, types.intp
+        signature = types.void(like, *[word] * 10)
+
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _, a, a_row, b, b_row, depth, start, c, c_row, rows, columns = arguments
+            size = context.get_abi_sizeof(context.get_value_type(real))
+            to, few = (_Code(context, builder, real, lanes) for lanes in (DOT_BYTES // size, width))
+            a_row, b_row, c_row = (builder.mul(stride, _number(size)) for stride in (a_row, b_row, c_row))
+            tops = [_row(builder, a, a_row, i, rows) for i in range(height)]
+            sides = [_row(builder, b, b_row, j, columns) for j in range(width)]
+
+            def added(at: Any, sums: list[Any], mask: Any = None) -> list[Any]:
+                xs, ys = ([to.load(builder.add(row, at), mask) for row in of] for of in (tops, sides))
+                pairs = [(x, y) for x in xs for y in ys]
+                return [to.call("fmuladd", to.vector, *pair, held) for pair, held in zip(pairs, sums, strict=True)]
+
+            nothing = [ir.Constant(to.vector, None)] * (height * width)
+            whole = builder.and_(depth, _number(-to.lanes))
+            entry, body, rest = builder.block, builder.append_basic_block("k"), builder.append_basic_block("rest")
+            last, end = builder.append_basic_block("last"), builder.append_basic_block("end")
+            builder.cbranch(builder.icmp_signed(">", whole, _number(0)), body, rest)
+
+            builder.position_at_end(body)
+            k, sums = builder.phi(_WORD), [builder.phi(to.vector) for _ in nothing]
+            more = added(builder.mul(k, _number(size)), sums)
+            following = builder.add(k, _number(to.lanes))
+            for phi, first, then in ((k, _number(0), following), *zip(sums, nothing, more, strict=True)):
+                phi.add_incoming(first, entry)
+                phi.add_incoming(then, body)
+            builder.cbranch(builder.icmp_signed("<", following, whole), body, rest)
+
+            def joined(one: Any, values: list[Any], other: Any, others: list[Any]) -> list[Any]:
+                """The values after block ``one`` or the others after block ``other``."""
+                phis = [builder.phi(to.vector) for _ in values]
+                for phi, value, else_value in zip(phis, values, others, strict=True):
+                    phi.add_incoming(value, one)
+                    phi.add_incoming(else_value, other)
+                return phis
+
+            builder.position_at_end(rest)
+            sums = joined(entry, nothing, body, more)
+            builder.cbranch(builder.icmp_signed("<", whole, depth), last, end)
+            builder.position_at_end(last)
+            more = added(builder.mul(whole, _number(size)), sums, to.mask(builder.sub(depth, whole)))
+            builder.branch(end)
+            builder.position_at_end(end)
+            sums = _folded(builder, to.lanes, joined(rest, sums, last, more))
+
+            mask = few.mask(columns)
+            starts = few.load(start, mask)
+            for i in range(height):
+                with builder.if_then(builder.icmp_signed("<", _number(i), rows)):
+                    vector, first = divmod(i * width, to.lanes)
+                    pick = ir.Constant(ir.VectorType(_INDEX, width), list(range(first, first + width)))
+                    value = builder.shuffle_vector(sums[vector], sums[vector], pick)
+                    few.store(builder.fadd(starts, value), builder.add(c, builder.mul(_number(i), c_row)), mask)
+            return context.get_dummy_value()
+
+        return signature, code
+
+    return typed
+
+
+def _folded(builder: Any, lanes: int, vectors: list[Any]) -> list[Any]:
+    """The sums of the elements of each vector, one after the other, in as few vectors as they fill."""
+    span = lanes
+    while span > 1:
+        half, span = span // 2, span // 2
+        lower = [lane for lane in range(2 * lanes) if lane // half % 2 == 0]
+        picks = [ir.Constant(ir.VectorType(_INDEX, lanes), [lane + at for lane in lower]) for at in (0, half)]
+        pairs = zip(vectors[::2], vectors[1::2] or vectors, strict=True)
+        vectors = [builder.fadd(*(builder.shuffle_vector(*pair, pick) for pick in picks)) for pair in pairs]
+    return vectors
+
+
+dot_tile: Any = intrinsic(_dots(DOT_ROWS, DOT_COLUMNS))
 
 
 def _transposed(
