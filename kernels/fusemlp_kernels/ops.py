@@ -30,8 +30,7 @@ REFUSED = {
     ("", "penalty"): "it runs inside train_resident; elsewhere change the gradients between grad_weight and update",
     ("numpy", "train_fleet"): "its models train one after another, by train_resident",
     **{
-        (backend, op): "it has no networks with members yet; use backend='numpy'"
-        for backend in ("triton", "cupy")
+        ("cupy", op): "it has no networks with members yet; use backend='triton' or 'numpy'"
         for op in (
             "affine_members",
             "grad_affine_members",

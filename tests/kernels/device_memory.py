@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 from memory import base_of, position
 
-COMPUTE_OPERANDS = frozenset({"x", "gathered", "y", "z", "dz", "dz_prev", "dx", "adv", "start", "w_shadow", "shadow"})
+COMPUTE_OPERANDS = frozenset(
+    {"x", "gathered", "y", "z", "dz", "dz_prev", "dx", "dy", "adv", "start", "w_shadow", "shadow"}
+)
 LOOPS = frozenset({"train_resident", "train_fleet"})
-READS_WEIGHTS = frozenset({"linear", "linear_loss_grad", "grad_input"})
+READS_WEIGHTS = frozenset({"linear", "linear_loss_grad", "grad_input", "linear_members", "grad_input_members"})
 
 
 class DeviceMemory:
