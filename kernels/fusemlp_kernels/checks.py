@@ -79,7 +79,7 @@ def members_of(given: SimpleNamespace, outputs: int = 1) -> int:
 
     Raises ShapeError where the rows of these arrays, or those of the batch, are not as many for each.
     """
-    rows = vars(given).get("D", 0)
+    rows: int = vars(given).get("D", 0)
     members, rest = divmod(rows, max(outputs, 1))
     if not members or rest or given.M % members:
         raise ShapeError(

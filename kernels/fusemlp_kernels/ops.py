@@ -29,16 +29,6 @@ Bind = TypeVar("Bind", bound=Callable[..., object])
 REFUSED = {
     ("", "penalty"): "it runs inside train_resident; elsewhere change the gradients between grad_weight and update",
     ("numpy", "train_fleet"): "its models train one after another, by train_resident",
-    **{
-        ("cupy", op): "it has no networks with members yet; use backend='triton' or 'numpy'"
-        for op in (
-            "affine_members",
-            "grad_affine_members",
-            "linear_members",
-            "grad_input_members",
-            "grad_weight_members",
-        )
-    },
     ("cupy", "train_resident"): "its plans are eager and graph",
     ("cupy", "train_fleet"): "its plans are eager and graph, and its models train one after another",
 }
