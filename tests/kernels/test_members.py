@@ -23,7 +23,7 @@ from tolerance import (
 
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import ACTIVATIONS, BATCH_INDEX, COUNTERS, ROW_COUNT, Dropout, LossSpec, UpdateRule
-from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.errors import ArgumentError, ShapeError
 from fusemlp_kernels.ops import refusal
 from fusemlp_kernels.philox import dropout_keep
 from fusemlp_kernels.reference import Batch, MemberLayer
@@ -278,8 +278,20 @@ def test_what_is_dropped_or_padding_may_be_nan(variant):
     np.testing.assert_array_equal(y, np.where(keep, 4.0, 0.0))
 
 
-def test_a_learned_slope_is_refused():
-    numpy = VARIANTS[0].values[0]
-    one = {name: np.ones((1, 1), numpy.real) for name in ("x", "y", "s", "b", "r")}
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_learned_slope_is_refused(variant):
+    one = {
+        name: np.ones((1, 1), variant.compute if name in "xy" else variant.real) for name in ("x", "y", "s", "b", "r")
+    }
     with pytest.raises(ArgumentError, match="activation: members share no learned slope"):
-        numpy.bind("affine_members", activation="prelu", **one)()
+        variant.bind("affine_members", activation="prelu", **one)
+
+
+@pytest.mark.parametrize("variant", [one for one in VARIANTS if not one.values[0].device.on_host])
+def test_members_of_unequal_size_are_refused(variant):
+    x, y = np.ones((5, 3), variant.compute), np.ones((5, 3), variant.compute)
+    own = np.ones((2, 3), variant.real)
+    with pytest.raises(ShapeError, match=r"members: .* got 5 and 2"):
+        variant.bind("affine_members", x=x, y=y, r=own)
+    with pytest.raises(ShapeError, match=r"members: .* got 5 and 0"):
+        variant.bind("affine_members", x=x, y=y)

@@ -1,4 +1,5 @@
-// What members that share weights have of their own: row i of a batch belongs to member i % members.
+// Kernels of members that share weights, for all that each has of its own: row i of a batch belongs to member
+// i % members.
 
 #include "common.cuh"
 #include "counters.cuh"
@@ -6,8 +7,8 @@
 #include "philox.cuh"
 #include "pointwise.cuh"
 
-// The columns of a member that a block sums, the rows that it reads at a time, and the rows that it sums. The last block
-// of these columns adds up the parts of a longer batch, in order.
+// The columns of a member that a block sums, the rows that it reads at a time, and the rows that it sums. The last
+// block of these columns adds up the parts of a longer batch, in order.
 constexpr int COLUMNS = 32;
 constexpr int STRETCHES = THREADS / COLUMNS;
 constexpr int PART_ROWS = 256;
@@ -57,7 +58,8 @@ __device__ __forceinline__ unsigned kept_at(const Own& call, long long row, long
 }
 
 // Eight of a member's numbers; `absent` where it has none.
-__device__ __forceinline__ void load_own(const Matrix<const float>& from, const Place& place, float absent, float* out) {
+__device__ __forceinline__ void load_own(
+    const Matrix<const float>& from, const Place& place, float absent, float* out) {
     for (int i = 0; i < LANES; i++) out[i] = absent;
     if (from.data) load_lanes(from, place, out);
 }
@@ -97,8 +99,8 @@ __device__ __forceinline__ void store_sum(
     *out = call.counters[BATCH_INDEX] % call.accumulate != 0 ? sum + *out : sum;
 }
 
-// Back through `affine`: out, the gradient by x, and the sums ds, db and dr over each member's rows; a block has COLUMNS
-// columns and PART_ROWS rows of a member.
+// Back through `affine`: out, the gradient by x, and the sums ds, db and dr over each member's rows; a block has
+// COLUMNS columns and PART_ROWS rows of a member.
 extern "C" __global__ void __launch_bounds__(THREADS) grad_affine(const Own call) {
     __shared__ float stretches[GRADIENTS][STRETCHES][COLUMNS];
     int lane = threadIdx.x % COLUMNS;
