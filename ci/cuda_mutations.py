@@ -20,6 +20,7 @@ from mutations import (
     NAN_LAYER,
     NOISE,
     OVERFLOW,
+    OWN,
     OWN_WAY,
     PERTURB,
     SCALED,
@@ -267,6 +268,17 @@ CUDA_MUTATIONS = (
         ("overflow taken for an update", "sound = fabs(norm) < largest", "sound = fabs(norm) <= largest", OVERFLOW),
         ("noise not divided", "(g + call.deviation * z) / call.divisor", "g + call.deviation * z", NOISE),
         ("padding of private batches counted", "if (call.batches) leave_out", "if (!call.batches) leave_out", NOISE),
+    ),
+    *_bugs(
+        "members.cu",
+        ("factors of the first member", "mine.row = place.row % call.members", "mine.row = 0", OWN),
+        ("last part of a member's rows not summed", "k < call.parts; k++", "k < call.parts - 1; k++", OWN),
+        (
+            "no barrier before a member's stretches are added",
+            "    __syncthreads();\n    for (int i = 0; i < GRADIENTS",
+            "    for (int i = 0; i < GRADIENTS",
+            OWN,
+        ),
     ),
     *_bugs(
         "noise.cuh",

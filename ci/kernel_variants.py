@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from fusemlp_kernels.errors import unknown_name
 from fusemlp_kernels.pointwise import OPTIMIZERS
-from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, perturb, privacy, resident, update
+from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, members, perturb, privacy, resident, update
 from fusemlp_kernels.triton.configs import Architecture, Tile
 
 TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -39,9 +39,21 @@ KERNELS = {
     "norm": update.norm_kernel,
     "advance": clock.advance_kernel,
     "perturb": perturb.perturb_kernel,
+    "affine_members": members.affine_members_kernel,
+    "grad_affine_members": members.grad_affine_members_kernel,
+    "linear_members": members.linear_members_kernel,
+    "grad_input_members": members.grad_input_members_kernel,
     "resident": resident.resident_kernel,
 }
-PRODUCTS = ("linear", "grad_input", "grad_weight", "linear_loss_grad", "resident")
+PRODUCTS = (
+    "linear",
+    "grad_input",
+    "grad_weight",
+    "linear_loss_grad",
+    "linear_members",
+    "grad_input_members",
+    "resident",
+)
 # train_resident scales no loss
 RESIDENT_PRECISIONS = ("fp32", "tf32", "bf16")
 ELEMENTS = {"fp32": "fp32", "tf32": "fp32", "bf16": "bf16", "fp16": "fp16"}
@@ -52,8 +64,9 @@ HEAVIEST = "adam"
 # The element types of the kernels' pointers, by name; "compute" is that of the matrix products. A number that is not
 # in FLOATS is an integer.
 POINTERS = {
-    **dict.fromkeys(("x", "w", "y", "z", "dz", "dx", "adv", "out", "compute", "shadow", "weights"), "compute"),
+    **dict.fromkeys(("x", "w", "y", "z", "dz", "dx", "dy", "adv", "out", "compute", "shadow", "weights"), "compute"),
     **dict.fromkeys(("b", "slope_param", "dslope", "target", "weight", "class_weight", "settings"), "fp32"),
+    **dict.fromkeys(("s", "r", "ds", "db", "dr", "sums"), "fp32"),
     **dict.fromkeys(("real", "parameters", "grads", "first", "second", "average", "slopes", "shares"), "fp32"),
     **dict.fromkeys(("partials", "hyper", "rates", "rule", "rules", "tensors", "norm", "stats"), "fp64"),
     **dict.fromkeys(("measured", "epoch_stats", "limit", "noise"), "fp64"),
@@ -104,8 +117,10 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
     paths = [(tile, True) for tile in configs.forward_tiles(arch.family, precision)]
     for tile, aligned in [*paths, (configs.general_tile(arch), False)]:
         shared = {"PRODUCT": product, "ALIGNED": aligned, "PARTS": tile.parts}
-        yield Variant("linear", precision, tile, {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, **shared})
-        yield Variant("grad_input", precision, tile, {"BM": tile.rows, "BN": tile.depth, "BK": tile.columns, **shared})
+        for members_too in ("", "_members"):
+            ahead, back = tile.sides("MNK"), tile.sides("MKN")
+            yield Variant(f"linear{members_too}", precision, tile, {**ahead, **shared})
+            yield Variant(f"grad_input{members_too}", precision, tile, {**back, **shared})
     paths = [(tile, True) for tile in configs.weight_tiles(arch.family, precision)]
     for tile, aligned in [*paths, (configs.general_tile(arch), False)]:
         sides = {"BN": tile.rows, "BK": tile.columns, "BM": tile.depth, "PRODUCT": product, "ALIGNED": aligned}
@@ -141,6 +156,11 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
     sides = {"BM": configs.CLIP.rows, "BK": configs.CLIP.columns}
     yield Variant("clip_examples", ELEMENTS[precision], configs.CLIP, sides)
     yield Variant("perturb", ELEMENTS[precision], configs.SWEEP, {"BLOCK": configs.SWEEP.columns})
+    tile = configs.MEMBERS
+    for aligned in (True, False):
+        constants = {"BM": tile.rows, "BK": tile.columns, "ALIGNED": aligned}
+        yield Variant("affine_members", ELEMENTS[precision], tile, constants)
+        yield Variant("grad_affine_members", ELEMENTS[precision], tile, constants)
     if precision in RESIDENT_PRECISIONS:
         for resident_tile in configs.resident_tiles(arch.family, precision):
             constants = configs.resident_constants(resident_tile, product)

@@ -27,6 +27,9 @@ EPOCHS = "test_fleet_epochs.py::test_steps_through_three_epochs_are_the_oracles_
 RACES = "test_train_fleet.py::test_between_two_barriers_nobody_reads_what_another_writes"
 PERTURB = "test_perturb.py::test_a_start_and_a_step_are_those_of_the_definition"
 TINY = "test_perturb.py::test_tiny_gradients_move_as_far_and_nan_stays_in_its_row"
+OWN = "test_members.py::test_affine_members_and_back"
+OWN_ROWS = "test_members.py::test_the_first_factors_take_the_rows_of_a_batch"
+HEADS = "test_members.py::test_heads_and_their_gradients"
 NAN_LAYER = "test_nan.py::test_nan_goes_through_a_layer_and_its_derivative"
 
 
@@ -138,6 +141,24 @@ MUTATIONS = (
         ),
         ("derivative of relu swallows NaN", "tl.where(z <= 0, below, z))", "below)", NAN_LAYER),
         ("far branch of tanh without its sign", "far = tl.where(z < 0, -far, far)", "far = far", LINEAR),
+    ),
+    *_bugs(
+        "members.py",
+        (
+            "rows of the first member",
+            "tl.where(live, place, 0) * members + member",
+            "tl.where(live, place, 0) * members",
+            OWN,
+        ),
+        ("last stretch not summed", "mask=(at < splits)[:, None]", "mask=(at < splits - 1)[:, None]", OWN),
+        ("dropped gradients pass", "tl.where(keep, g * keep_scale, 0.0)", "tl.where(keep, g * keep_scale, g)", OWN),
+        (
+            "members' rows of the first batch of the epoch",
+            "batch_rows(this_batch(rows, counters, gather), at_m",
+            "batch_rows(rows, at_m",
+            OWN_ROWS,
+        ),
+        ("head of the first member", "place = member.to(tl.int64) * N", "place = member.to(tl.int64) * 0", HEADS),
     ),
     *_bugs(
         "perturb.py",

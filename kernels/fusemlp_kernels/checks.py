@@ -74,6 +74,21 @@ def checked(op: str, given: Mapping[str, Any], check: Check, later: Sequence[str
     return _checked(op, "", GROUPS[op], given, given.get("rule"), {}, check, later)
 
 
+def members_of(given: SimpleNamespace, outputs: int = 1) -> int:
+    """Return the members of a checked call, whose arrays have a row, or ``outputs`` rows, of each.
+
+    Raises ShapeError where the rows of these arrays, or those of the batch, are not as many for each.
+    """
+    rows: int = vars(given).get("D", 0)
+    members, rest = divmod(rows, max(outputs, 1))
+    if not members or rest or given.M % members:
+        raise ShapeError(
+            f"members: expected rows of the batch and {outputs} rows of a member's own for each member, got "
+            f"{given.M} and {rows}"
+        )
+    return members
+
+
 def _checked(
     op: str,
     place: str,
@@ -132,6 +147,8 @@ def _check_together(op: str, given: Mapping[str, Any]) -> None:
     activation = given.get("activation", "identity")
     if activation not in ACTIVATIONS:
         raise unknown_name(f"{op}: activation", activation, ACTIVATIONS)
+    if activation == "prelu" and "slope_param" not in given:
+        raise ArgumentError(f"{op}: activation: members share no learned slope; give another activation than prelu")
     if activation == "prelu" and given["slope_param"] is None:
         raise ArgumentError(f"{op}: slope_param: prelu needs its slope, an array of shape (1,); got None")
     if "loss" in given:

@@ -35,17 +35,6 @@ REFUSED = {
         for backend in ("triton", "cupy")
     },
     ("numpy", "train_fleet"): "its models train one after another, by train_resident",
-    **{
-        (backend, op): "it has no networks with members yet; use backend='numpy'"
-        for backend in ("triton", "cupy")
-        for op in (
-            "affine_members",
-            "grad_affine_members",
-            "linear_members",
-            "grad_input_members",
-            "grad_weight_members",
-        )
-    },
     ("cupy", "train_resident"): "its plans are eager and graph",
     ("cupy", "train_fleet"): "its plans are eager and graph, and its models train one after another",
 }

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from devices import CUPY_GPU, GPU, INTERPRETER, STAND_IN, Device, marks_of, usable
 from same_state import assert_same_state
 from scipy.special import expit, log_softmax, softmax
+from tolerance import UNIT
 
 from fusemlp import (
     DPSGD,
@@ -31,6 +33,8 @@ from fusemlp.runtime.members import combined
 from fusemlp.runtime.plans import plan_text
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import LossSpec
+from fusemlp_kernels.errors import BackendUnavailableError
+from fusemlp_kernels.ops import refusal
 from fusemlp_kernels.reference import Batch, MemberLayer
 
 Array = np.ndarray[Any, Any]
@@ -114,6 +118,36 @@ def test_a_batch_of_many_tasks_is_that_of_the_oracle(plan: str) -> None:
     wanted = trained_by_the_oracle(net, before, (X, y, None), "cross_entropy", 0.1, 2, 64)
     for name, value in engine.state_dict().items():
         np.testing.assert_allclose(value, wanted[name], rtol=1e-9, atol=1e-11, err_msg=name)
+
+
+CARDS = pytest.mark.parametrize(
+    "device", [pytest.param(one, id=one.name, marks=marks_of(one)) for one in (INTERPRETER, STAND_IN, GPU, CUPY_GPU)]
+)
+
+
+@CARDS
+def test_other_backends_train_as_numpy_does(device: Device) -> None:
+    if refusal(device.backend, "affine_members"):
+        pytest.skip(f"the {device.backend} backend has no members")
+    X, y = data(rows=24)
+    net = MLP([WIDTH, 9, 7, CLASSES], activation=["silu", "relu"], dropout=0.2, members=MEMBERS)
+    optimizer = SGD(0.1, momentum=0.5, weight_decay=0.01, per_parameter={"2.s": ParameterOptions(trainable=False)})
+    told: dict[str, Any] = {"optimizer": optimizer, "batch_size": 16}
+    wanted = Engine(net, backend="numpy", **told)
+    wanted.fit(X, y, epochs=1, sample_weight=np.linspace(0.5, 2.0, 24))
+    # two updates by up to 0.15 times a gradient of about 1, whose error is that of sums of up to 48 products: 18 u
+    # each, with a factor of ten for the layers that it goes through
+    limit = 64 * UNIT["float32"]
+    with usable(device):
+        for plan in ("eager",) if device is INTERPRETER else ("eager", "graph"):
+            engine = Engine(net, backend=device.backend, plan=plan, **told)
+            engine.fit(X, y, epochs=1, sample_weight=np.linspace(0.5, 2.0, 24))
+            for name, value in wanted.state_dict().items():
+                np.testing.assert_allclose(engine.state_dict()[name], value, rtol=0, atol=limit, err_msg=name)
+            np.testing.assert_allclose(engine.predict_proba(X[:9]), wanted.predict_proba(X[:9]), rtol=0, atol=limit)
+            assert engine.evaluate(X[:9], y[:9]) == pytest.approx(wanted.evaluate(X[:9], y[:9]), abs=limit)
+        with pytest.raises(BackendUnavailableError, match=r"plan: the \w+ backend"):
+            Engine(net, backend=device.backend, plan="resident", **told)
 
 
 def test_steps_epochs_at_once_and_batches_train_alike() -> None:

@@ -38,6 +38,7 @@ def small_tiles(monkeypatch):
     for product in ("forward", "weight"):
         small = {kind: [[32, 32, 32, 1, 1, 2]] for kind in configs.TABLES["interpreter"][product]}
         monkeypatch.setitem(configs.TABLES["interpreter"], product, small)
+    monkeypatch.setattr(configs, "MOST_SPLITS", 2)
 
 
 @pytest.fixture(autouse=True)

@@ -40,8 +40,12 @@ def launches(target: str, precision: str) -> list[kernel_launches.Recorded]:
             engine.step(x, y)
             if batch == 40:
                 engine.step(x, y, weights)
-        engine = Engine(MLP([6, 9, 4]), batch_size=20, backend="triton", precision=precision, plan="eager")
-        engine.fit(rng.standard_normal((40, 6)), labels, epochs=1, adversarial=PGD(0.1))
+        for net, options in (
+            (MLP([6, 9, 4]), {"adversarial": PGD(0.1)}),
+            (MLP([6, 9, 7, 4], dropout=0.2, members=3), {}),
+        ):
+            engine = Engine(net, batch_size=20, backend="triton", precision=precision, plan="eager")
+            engine.fit(rng.standard_normal((40, 6)), labels, epochs=1, **options)
         if precision in kernel_variants.RESIDENT_PRECISIONS:
             for net in (MLP([6, 9, 4], dropout=0.2), MLP([6, 100, 90])):
                 options = {"backend": "triton", "precision": precision, "plan": "resident"}

@@ -7,9 +7,9 @@ import pytest
 from cards import card, variant_of
 from step_bounds import Step
 from test_train_fleet import CASES, Fleet, Oracle, case, varied
-from tolerance import assert_within
+from tolerance import UNIT, assert_within
 
-from fusemlp import MLP, Adam, Callback, CrossEntropy, Engine, PReLU
+from fusemlp import MLP, SGD, Adam, Callback, CrossEntropy, Engine, PReLU
 from fusemlp_kernels.contract import BATCH_INDEX, LAST_LOSS
 from fusemlp_kernels.philox import row_order
 
@@ -90,3 +90,21 @@ def test_the_order_of_warps_and_blocks_changes_no_bit(target, plan):
             engine.fit(X, y, epochs=1)
             found.add(engine.snapshot()["params"].tobytes())
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("target", ["sm_90"])
+def test_members_that_share_weights_train_as_on_numpy(target):
+    net = MLP([9, 10, 6, 3], activation=["silu", "relu"], dropout=[0.2, 0.0], members=3)
+    told = {"optimizer": SGD(0.1), "batch_size": 8, "seed": 5}
+    wanted = Engine(net, backend="numpy", **told)
+    wanted.fit(X[:12, :9], y[:12] % 3, epochs=1)
+    with card(target, "fp32") as emulator:
+        engine = Engine(net, backend="triton", plan="eager", **told)
+        engine.fit(X[:12, :9], y[:12] % 3, epochs=1)
+        found = engine.state_dict()
+    for name, value in wanted.state_dict().items():
+        # see test_other_backends_train_as_numpy_does
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=64 * UNIT["float32"], err_msg=name)
+    launched = {name for name, _ in emulator.launched}
+    names = ("affine_members", "grad_affine_members", "linear_members", "grad_input_members")
+    assert {f"{name}_kernel" for name in names} < launched

@@ -46,6 +46,11 @@ def bind_clip_examples(device: Device, given: SimpleNamespace) -> Run:
 @binds("grad_weight", without=_NO_PARTS)
 def bind_grad_weight(device: Device, given: SimpleNamespace) -> Run:
     """Bind the contract's ``grad_weight``: a product for each weight, and one kernel for all biases and slopes."""
+    return bind_gradients(device, given)
+
+
+def bind_gradients(device: Device, given: SimpleNamespace) -> Run:
+    """Return the run of the checked operands of ``grad_weight``."""
     sums, tensors = Sums(device, given), Tensors(device, given)
     # while gradients accumulate, beta is a number on the card
     scalars = sums.pair(PLAIN) if given.rule.accumulate > 1 else None

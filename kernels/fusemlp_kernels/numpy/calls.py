@@ -84,7 +84,7 @@ def _in_dots(w: Array) -> bool:
     # the same on processors with narrower registers, and so the bits
     lanes = 64 // w.itemsize
     sums = -(-outputs // DOTS) * DOTS
-    return -(-outputs // lanes) * inputs > sums * (-(-inputs // lanes) + TREE)
+    return bool(-(-outputs // lanes) * inputs > sums * (-(-inputs // lanes) + TREE))
 
 
 def _affine(table: Table, x: Array, w: Array, b: Array, z: Array) -> None:

@@ -174,10 +174,12 @@ def _fitting(tiles: tuple[Tile, ...], shapes: Sequence[tuple[int, int]], process
     return next((tile for tile in tiles if sum(tile.count(*shape) for shape in shapes) >= processors), tiles[-1])
 
 
-def forward_tile(arch: Architecture, precision: str, rows: int, columns: int, aligned: bool = True) -> Tile:
-    """Return the tile for a result of rows x columns, in ``linear`` and ``grad_input``."""
+def forward_tile(
+    arch: Architecture, precision: str, rows: int, columns: int, aligned: bool = True, members: int = 1
+) -> Tile:
+    """Return the tile for a result of rows x columns, one of each member, in ``linear`` and ``grad_input``."""
     tiles = forward_tiles(arch.family, precision) if aligned else (general_tile(arch),)
-    return _fitting(tiles, [(rows, columns)], arch.processors)
+    return _fitting(tiles, [(rows, columns)] * members, arch.processors)
 
 
 def weight_tile(arch: Architecture, precision: str, shapes: Sequence[tuple[int, int]], aligned: bool = True) -> Tile:
@@ -225,14 +227,17 @@ def launch_options(family: str, tile: Tile) -> dict[str, Any]:
     return options
 
 
-# Launches without a product: of ``loss_grad`` for rows of any width, the clock, the sweeps over the arenas, and
-# ``clip_examples``.
+# Launches without a product: of ``loss_grad`` for rows of any width, the clock, the sweeps over the arenas,
+# ``clip_examples``, and members' own factors.
 LOSS = Tile(2, 1024, 0, 8, 1)
 SMALL = Tile(1, 1, 0, 1, 1)
 SWEEP = Tile(1, 1024, 0, 4, 1)
 # Noise is of float64, which takes two registers a number.
 NOISY_SWEEP = Tile(1, 256, 0, 4, 1)
 CLIP = Tile(4, 256, 0, 4, 1)
+MEMBERS = Tile(16, 128, 0, 8, 1)
+# The most stretches of a member's rows that are summed by themselves.
+MOST_SPLITS = 32
 
 
 def table_length(tasks: int) -> int:

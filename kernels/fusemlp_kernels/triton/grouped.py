@@ -1,11 +1,12 @@
-"""Binding the calls over all layers at once: ``clip_examples``, ``grad_weight``, ``grad_weight_update``, ``update``."""
+"""Binding the calls over all layers at once: ``clip_examples``, ``grad_weight``, ``grad_weight_update``, ``update``;
+and ``grad_weight_members``, over all members."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
 
-from fusemlp_kernels.checks import binds
+from fusemlp_kernels.checks import binds, members_of
 from fusemlp_kernels.contract import HYPER, RATE_COLUMNS, Noise, TensorRule
 from fusemlp_kernels.philox import seed_key
 from fusemlp_kernels.triton import clock, configs, gradients, privacy, update
@@ -137,6 +138,31 @@ def bind_grad_weight(device: Device, given: SimpleNamespace) -> Run:
     norm = given.norm
     run, programs = _bind_gradients(device, given, updates=False, norm=norm, parts=given.parts, part=given.part)
     return norm.zero_ if programs == 0 and norm is not None else run
+
+
+@binds("grad_weight_members")
+def bind_grad_weight_members(device: Device, given: SimpleNamespace) -> Run:
+    """The contract's ``grad_weight_members``: the layers of the grouped launch are the members, whose rows lie apart.
+
+    Biases have a launch of their own: few of them begin where the fast path of the weights needs it.
+    """
+    runs = []
+    for wanted in ("dw", "db"):
+        if getattr(given, wanted) is None:
+            continue
+        count = members_of(given, given.N)
+        layers = [
+            SimpleNamespace(
+                N=given.N, K=given.K, rows=None, dz=given.dz[member::count], x=given.x[member::count],
+                **{"dw": None, "db": None, wanted: getattr(given, wanted)[member * given.N :][: given.N]},
+            )
+            for member in range(count)
+        ]  # fmt: skip
+        grouped = SimpleNamespace(
+            M=given.M // count, layers=layers, slopes=(), rule=given.rule, counters=given.counters
+        )
+        runs.append(_bind_gradients(device, grouped, updates=False)[0])
+    return in_sequence(runs)
 
 
 @binds("grad_weight_update")

@@ -6,11 +6,11 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
-from fusemlp_kernels.checks import binds
-from fusemlp_kernels.contract import ACTIVATIONS, HYPER, LOSSES, NEEDS_Z, STATS, Dropout, LossSpec
+from fusemlp_kernels.checks import binds, members_of
+from fusemlp_kernels.contract import ACTIVATIONS, COUNTERS, HYPER, LOSSES, NEEDS_Z, STATS, Dropout, LossSpec
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.philox import seed_key, threshold
-from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, perturb
+from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, members, perturb
 from fusemlp_kernels.triton.launch import Device, Run, Tensor, in_sequence, is_aligned, signed
 
 # Operands for backends that gather in memory or store masks, and those of train_resident.
@@ -94,6 +94,80 @@ def bind_grad_input(device: Device, given: SimpleNamespace) -> Run:
     constants = {**tile.sides("MKN"), "PRODUCT": device.product, "ALIGNED": aligned, "PARTS": tile.parts}
     run = device.launch(gradients.grad_input_kernel, programs, arguments, constants, tile)
     return dslope.zero_ if programs == 0 and dslope is not None else run
+
+
+def _own(
+    device: Device, given: SimpleNamespace, spare: Tensor, **matrices: Tensor | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments and constants of ``affine_members`` and of its way back; ``matrices`` are those of one of them."""
+    tile, matrices = configs.MEMBERS, {**matrices, "x": given.x, "s": given.s, "b": given.b, "r": given.r}
+    arguments = {
+        "M": given.M, "K": given.K, "members": members_of(given), **places(spare, **matrices),
+        "rows": device.zeros(1, "int64") if given.rows is None else given.rows, "gather": int(given.rows is not None),
+        "counters": device.zeros(COUNTERS, "int64") if given.counters is None else given.counters,
+        "with_s": int(given.s is not None), "with_r": int(given.r is not None),
+        "activation": ACTIVATIONS.index(given.activation), "slope": float(given.slope),
+        **dropout_numbers(given.dropout),
+    }  # fmt: skip
+    aligned = all(is_aligned(matrix) for matrix in matrices.values() if matrix is not None)
+    return arguments, {"BM": tile.rows, "BK": tile.columns, "ALIGNED": aligned}
+
+
+@binds("affine_members", without=NOT_IN_LOAD)
+def bind_affine_members(device: Device, given: SimpleNamespace) -> Run:
+    """The contract's ``affine_members``."""
+    tile = configs.MEMBERS
+    arguments, constants = _own(device, given, device.zeros(1, "real"), y=given.y)
+    count = arguments["members"]
+    programs = count * tile.count(given.M // count, given.K)
+    return device.launch(members.affine_members_kernel, programs, arguments, constants, tile)
+
+
+@binds("grad_affine_members", without=NOT_IN_LOAD)
+def bind_grad_affine_members(device: Device, given: SimpleNamespace) -> Run:
+    """The contract's ``grad_affine_members``."""
+    tile = configs.MEMBERS
+    written = {name: getattr(given, name) for name in ("dx", "ds", "db", "dr")}
+    arguments, constants = _own(device, given, device.zeros(1, "real"), dy=given.dy, **written)
+    if given.dx is None:
+        # of the type of dx
+        arguments["dx"] = given.dy
+    count, wide = arguments["members"], tile.count(1, given.K)
+    splits = min(configs.MOST_SPLITS, max(1, tile.count(given.M // count, 1)))
+    arguments |= {
+        **{f"store_{name}": int(array is not None) for name, array in written.items()}, "splits": splits,
+        "sums": device.zeros(splits * 3 * count * wide * tile.columns, "real"),
+        "ticket": device.zeros(count * wide, "int32"),
+        "rule": device.numbers(clock.rule_values(given.rule), "float64"),
+    }  # fmt: skip
+    return device.launch(members.grad_affine_members_kernel, count * wide * splits, arguments, constants, tile)
+
+
+def _heads(
+    device: Device, given: SimpleNamespace, kernel: Any, letters: str, bias: dict[str, Any], **matrices: Tensor
+) -> Run:
+    """A product of each member, of one kernel; ``letters``: those of the result's columns and of the reduction."""
+    aligned = all(map(is_aligned, matrices.values()))
+    count, columns = members_of(given, given.N), getattr(given, letters[0])
+    each = given.M // count
+    tile = configs.forward_tile(device.arch, device.precision, each, columns, aligned, count)
+    sizes = {"M": each, "N": given.N, "K": given.K, "members": count}
+    arguments = {**sizes, **places(given.w, **matrices), **bias}
+    constants = {**tile.sides(f"M{letters}"), "PRODUCT": device.product, "ALIGNED": aligned, "PARTS": tile.parts}
+    return device.launch(kernel, count * tile.count(each, columns), arguments, constants, tile)
+
+
+@binds("linear_members")
+def bind_linear_members(device: Device, given: SimpleNamespace) -> Run:
+    """The contract's ``linear_members``."""
+    bias = {"b": given.b, "b_step": given.b.stride(0)}
+    return _heads(device, given, members.linear_members_kernel, "NK", bias, x=given.x, w=given.w, z=given.z)
+
+
+@binds("grad_input_members")
+def bind_grad_input_members(device: Device, given: SimpleNamespace) -> Run:
+    """The contract's ``grad_input_members``."""
+    return _heads(device, given, members.grad_input_members_kernel, "KN", {}, dz=given.dz, w=given.w, out=given.dx)
 
 
 @binds("perturb")
