@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from fusemlp.describe.network import MLP
-from fusemlp.program import adversarial
+from fusemlp.program import adversarial, members
 from fusemlp.program.adversarial import Attack, Intervals
 from fusemlp.program.layout import RATE_ROWS, REMEMBERED, Layout, short_names
 from fusemlp.program.program import Call, Program, Ref, Value
@@ -153,14 +153,14 @@ def lower(step: Step) -> Program:
     elif step.spec is not None:
         build.loss(step.spec)
     elif step.net.members > 1:
-        build.heads("y")
+        members.heads(build, "y")
     elif step.gradient is None or build.top > last:
         build.linear(last, "y", build.activation(last))
     if intervals is not None and step.spec is not None:
         adversarial.worst_case(build, intervals, step.spec)
     if step.net.members > 1:
         if step.rule is not None:
-            build.back_through_members()
+            members.back(build)
     else:
         for layer in range(build.top, build.first, -1):
             build.grad_input(layer)
@@ -272,7 +272,7 @@ class Builder:
         """The hidden layers forward, from ``first`` on."""
         for layer in range(first, self.net.layers - 1):
             if self.members > 1:
-                self.of_members(layer)
+                members.hidden(self, layer)
             else:
                 self.linear(layer, f"h{layer + 1}{self.side}", self.activation(layer))
 
@@ -294,90 +294,6 @@ class Builder:
             keep=self.work(f"keep{layer + 1}", width, "bool") if dropout and self.traits.stores_masks else None,
         )
         return y
-
-    def mixed_members(self, layer: int) -> Any:
-        """The operands of what members do before the product of ``layer``: after that of the layer before it, if any,
-        and without factors r for the heads."""
-        dropout = self.dropout(layer - 1) if layer else None
-        activation = self.activation(layer - 1) if layer else {}
-        return {
-            "x": Ref(f"u{layer}") if layer else self.x,
-            "rows": None if layer else self.rows,
-            "s": Ref(f"s{layer - 1}") if layer else None,
-            "b": Ref(f"b{layer - 1}") if layer else None,
-            "r": Ref(f"r{layer}") if layer < self.net.layers - 1 else None,
-            **{name: activation.get(name) for name in ("activation", "slope")},
-            "dropout": dropout,
-        }
-
-    def mix(self, layer: int) -> Ref:
-        """The inputs of a layer's product, for all members."""
-        given, width = self.mixed_members(layer), self.net.sizes[layer]
-        y, dropout = self.work(f"h{layer}", width), given["dropout"]
-        label = given["activation"] or ""
-        self.call(
-            "affine_members",
-            label if dropout is None else f"{label} dropout {dropout.rate:g}",
-            y=y,
-            **given,
-            counters=self.counters,
-            keep=self.work(f"keep{layer}", width, "bool") if dropout and self.traits.stores_masks else None,
-        )
-        return y
-
-    def of_members(self, layer: int) -> None:
-        """A hidden layer up to its product, which has no bias."""
-        width = self.net.sizes[layer + 1]
-        self.call(
-            "linear",
-            "",
-            [self.product(layer)],
-            x=self.mix(layer),
-            w=self.weight(layer),
-            b=self.add(f"zeros{layer}", (width,), "real", "control"),
-            y=self.work(f"u{layer + 1}", width),
-            activation="identity",
-        )
-
-    def heads(self, output: str) -> Ref:
-        """The output layer of each member."""
-        last = self.net.layers - 1
-        h, z = self.mix(last), self.work(output, self.net.sizes[-1])
-        self.call("linear_members", "", [self.product(last)], x=h, w=self.weight(last), b=Ref(f"b{last}"), z=z)
-        return z
-
-    def back_through_members(self) -> None:
-        """From dz of the heads to the gradients by all that members have of their own, and by the products."""
-        last, rule = self.net.layers - 1, self.step.rule
-        common: dict[str, Any] = {"rule": rule, "counters": self.counters}
-        for layer in range(last, -1, -1):
-            outputs, inputs = self.net.sizes[layer + 1], self.net.sizes[layer]
-            # what is trained below
-            needed = any(int(short[1:]) < layer or short == f"r{layer}" for short in self.rules)
-            if not needed:
-                return
-            dy = self.work(f"dh{layer}", inputs)
-            products = [(self.batch, inputs, outputs)]
-            if layer == last:
-                dz = Ref(f"dz{layer + 1}")
-                self.call("grad_input_members", "", products, dz=dz, w=self.weight(layer), dx=dy)
-            else:
-                h, dz = Ref(f"h{layer}"), Ref(f"du{layer + 1}")
-                given: dict[str, Any] = {"y": h, "dz_prev": dy, "activation": "identity"}
-                self.call("grad_input", "identity", products, dz=dz, w=self.weight(layer), **given)
-            own = self.mixed_members(layer)
-            names: dict[str, str] = {"ds": f"s{layer - 1}", "db": f"b{layer - 1}", "dr": f"r{layer}"}
-            by_own: dict[str, Any] = {name: self.gradient(short) for name, short in names.items()}
-            self.call(
-                "grad_affine_members",
-                own["activation"] or "",
-                dy=dy,
-                **own,
-                dx=self.work(f"du{layer}", inputs) if layer else None,
-                **by_own,
-                keep=Ref(f"keep{layer}") if own["dropout"] and self.traits.stores_masks else None,
-                **common,
-            )
 
     def gradient(self, short: str) -> Ref | None:
         """The gradient by a trained tensor; None if it is not trained."""
@@ -429,7 +345,7 @@ class Builder:
         """The last layer, the loss and its gradient: one call where the backend can, else two."""
         last, operands = self.net.layers - 1, self.loss_operands(spec)
         if self.members > 1:
-            self.call("loss_grad", spec.kind, z=self.heads(f"z{last + 1}"), **operands)
+            self.call("loss_grad", spec.kind, z=members.heads(self, f"z{last + 1}"), **operands)
         elif self.net.sizes[-1] <= self.traits.widest_fused_output:
             layer = {**self.operands(last), **self.picked(last, rows="x_rows")}
             self.call("linear_loss_grad", spec.kind, [self.product(last)], **layer, **operands)
@@ -473,33 +389,30 @@ class Builder:
         penalised = step.ridge is not None and (step.ridge.strength != 0.0 or self.traits.resident is not None)
         clipped = step.scaled or rule.clip_norm is not None
         private = step.privacy
-        shared, sharding = self.members > 1, step.sharding
-        whole = step.keep_gradients or clipped or rule.accumulate > 1 or penalised or sharding is not None
+        sharding = step.sharding
+        changed = step.keep_gradients or penalised or sharding is not None or self.members > 1
+        whole = changed or clipped or rule.accumulate > 1
         parts = 1
-        if not (whole or step.resident or shared):
+        if not (whole or step.resident):
             weights = sum(places[short].size for short in self.rules)
             parts = min(step.most_parts, batch_parts(self.traits, self.batch, weights))
-        fused = rule.kind in self.traits.fused_updates and not (whole or shared) and parts == 1 and private is None
+        fused = rule.kind in self.traits.fused_updates and not whole and parts == 1 and private is None
         for short in self.rules:
             shape = places[short].shape
             if not fused:
                 self.add(f"d{short}", shape, "real", "gradient")
             for index in self.states:
                 self.add(f"{short}.state{index}", shape, "real", "state")
-        last = self.net.layers - 1
+        shared = self.members > 1
         gradients: dict[str, Any] = {
-            "layers": tuple(self.layer_gradient(layer, fused=fused) for layer in self.having("wb"))
-            if not shared
-            else tuple(
-                {"dz": Ref(f"du{layer + 1}"), "x": Ref(f"h{layer}"), "dw": self.gradient(f"w{layer}"), "db": None}
-                for layer in self.having("w")
-                if layer < last
-            ),
+            "layers": members.gradients(self, **clock)
+            if shared
+            else tuple(self.layer_gradient(layer, fused=fused) for layer in self.having("wb")),
             "slopes": tuple(
-                {**self.slope_gradients(layer), **self.tensor("s", layer, fused=fused)} for layer in self.having("s")
-            )
-            if not shared
-            else (),
+                {**self.slope_gradients(layer), **self.tensor("s", layer, fused=fused)}
+                for layer in self.having("s")
+                if not shared
+            ),
             **clock,
         }
         if private is not None:
@@ -519,23 +432,16 @@ class Builder:
             )
         if sharding is not None:
             gradients["rule"] = replace(rule, accumulate=1)
-        sizes = self.net.sizes
-        summed = self.batch * (1 if self.beta is None else 2)
-        products = [(sizes[layer + 1], sizes[layer], summed) for layer in self.having("w")]
+        heads = [self.net.layers - 1] if shared else []
+        products = [self.by_weight(layer) for layer in self.having("w") if layer not in heads]
         if fused:
             self.call("grad_weight_update", rule.kind, products, **gradients, **applied)
             return
         # gradients that are changed before the update have another norm
-        changed = step.keep_gradients or penalised or sharding is not None
-        normed = self.traits.norms_gradients and clipped and not (shared or changed or step.resident)
+        normed = self.traits.norms_gradients and clipped and not (changed or step.resident)
         common: dict[str, Any] = {"norm": self.add("norm", (1,), "float64", "work")} if normed else {}
         if parts > 1:
             common |= {"parts": parts, "part": step.layout.size}
-        if shared and {f"w{last}", f"b{last}"} & self.rules.keys():
-            head = {"dz": Ref(f"dz{last + 1}"), "x": Ref(f"h{last}")}
-            by_head = {"dw": self.gradient(f"w{last}"), "db": self.gradient(f"b{last}")}
-            own = [products.pop()] if f"w{last}" in self.rules else []
-            self.call("grad_weight_members", "", own, **head, **by_head, **clock)
         if not shared or gradients["layers"]:
             self.call("grad_weight", f"in {parts} parts" if parts > 1 else "", products, **gradients, **common)
         if penalised:
@@ -569,6 +475,10 @@ class Builder:
             noise=None if private is None else private.noise,
             rows=None if private is None else self.rows,
         )
+
+    def by_weight(self, layer: int) -> tuple[int, int, int]:
+        """M, N, K of the gradient by a layer's weights."""
+        return self.net.sizes[layer + 1], self.net.sizes[layer], self.batch * (1 if self.beta is None else 2)
 
     def having(self, kinds: str) -> list[int]:
         """The layers with a trained tensor of one of these kinds."""
