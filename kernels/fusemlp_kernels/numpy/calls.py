@@ -80,7 +80,7 @@ def _gathered(table: Table, x: Array, rows: Array | None, gathered: Array | None
 
 def _in_dots(w: Array) -> bool:
     """True where dot products take fewer instructions than panels, whose last vector has few columns then."""
-    outputs, inputs = w.shape
+    outputs, inputs = len(w), int(w.shape[1])
     # the same on processors with narrower registers, and so the bits
     lanes = 64 // w.itemsize
     sums = -(-outputs // DOTS) * DOTS
