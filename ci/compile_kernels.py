@@ -230,7 +230,13 @@ def slower(rows: Iterable[Row], record: Iterable[Row]) -> list[str]:
     found = []
     for before, row in _pairs(rows, record):
         for name, (_, recorded, *copies) in before.get("loops", {}).items():
-            _, stalls, *now = row["loops"].get(name, (0, 0))
+            if name not in row["loops"]:
+                found.append(
+                    f"{row['arch']} {row['kernel']} ({row['variant']}): {name} is recorded and no longer found; "
+                    "--write --accept-slower records the loops anew"
+                )
+                continue
+            _, stalls, *now = row["loops"][name]
             if stalls * math.prod(copies) > (1 + TOLERANCE) * recorded * math.prod(now):
                 found.append(
                     f"{row['arch']} {row['kernel']} ({row['variant']}): {name} takes {stalls} stall cycles a pass, "

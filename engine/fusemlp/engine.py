@@ -80,7 +80,7 @@ class Engine(Session):
     ``distributed=True``, in processes that torchrun has started: they train one model together, on the CPU with the
     NumPy backend. All are given all rows; ``batch_size`` is that of all together. With ``reduce="ordered"`` 1, 2, 4 and
     8 processes give the same bits; "fast" adds in any order, on any number. Rank 0 alone writes files. A process that
-    ends or is silent for ``timeout`` seconds ends the others (DistributedError).
+    ends or is silent for ``timeout`` seconds ends the others (DistributedError). A copy of such an engine trains alone.
 
     Raises ArgumentError or ArgumentTypeError for impossible values, BackendUnavailableError for what this machine
     does not have.

@@ -110,6 +110,8 @@ def check_ranks(options: TrainOptions, models: int) -> None:
     """Raise ArgumentError for what several processes do not train together."""
     if started() and models > 1:
         raise ArgumentError(f"models: several processes train one model together, got {models}; give --models 1")
+    if started() and options.time_limit is not None:
+        raise ArgumentError("time_limit: each process would decide by its own time; leave it out, and give --epochs")
     if started() and options.final_fit:
         raise ArgumentError("final_fit: it is for a training in one process; leave it out")
 

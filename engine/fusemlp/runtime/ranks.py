@@ -81,6 +81,8 @@ class Ranks:
         self.timeout = timeout
         limit = datetime.timedelta(seconds=timeout)
         self._group: Any = None
+        # collectives that have begun: all ranks count alike
+        self._begun = 0
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         try:
             if not dist.is_initialized():
@@ -114,15 +116,18 @@ class Ranks:
         return self._torch.from_numpy(array)
 
     def _collective(self, run: Callable[[], object]) -> None:
+        self._begun += 1
         try:
             run()
         except RuntimeError as error:
+            # later engines make a group of their own
+            _known.pop(self.timeout, None)
             raise DistributedError(f"distributed: {self._absent()} ({str(error).splitlines()[0]})") from error
 
     def _absent(self) -> str:
         """Return a sentence that names the ranks which do not report that a collective has failed."""
-        keys = {rank: f"fusemlp/failed/{rank}" for rank in range(self.world)}
-        missing = [rank for rank in keys if rank != self.rank]
+        keys = {rank: f"fusemlp/failed/{self._begun}/{rank}" for rank in range(self.world)}
+        missing, before = [rank for rank in keys if rank != self.rank], self._store.timeout
         try:
             self._store.set_timeout(datetime.timedelta(seconds=REPORT_SECONDS))
             self._store.set(keys[self.rank], "1")
@@ -132,6 +137,7 @@ class Ranks:
                 silent = [rank for rank in missing if not self._store.check([keys[rank]])]
                 if silent != missing:
                     missing, last = silent, time.monotonic()
+            self._store.set_timeout(before)
         except RuntimeError:
             return "rank 0, which keeps the ranks' common store, ended or does not answer; see what it said itself"
         if not missing:

@@ -320,7 +320,8 @@ def fit_checked(
     elif state.reduce != reduction(engine):
         raise ArgumentError(
             f"reduce: the fit that is resumed has reduce={state.reduce or None!r}, got {reduction(engine) or None!r}; "
-            "give the same to load_checkpoint, with distributed=True under torchrun (one process will do), or None"
+            "go on under torchrun, of which one process will do: torchrun --nproc-per-node 1 -m fusemlp train --resume "
+            "RUN, or load_checkpoint(..., distributed=True, reduce=...); without torchrun if reduce was None"
         )
     elif state.monitor != (monitor or ""):
         raise ArgumentError(
