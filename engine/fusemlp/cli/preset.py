@@ -9,7 +9,6 @@ from fusemlp.cli import recipe
 from fusemlp.cli.defaults import is_a_table
 from fusemlp.cli.options import ModelOptions, TrainOptions
 from fusemlp.describe import presets
-from fusemlp.runtime.backends import trains_members
 from fusemlp.runtime.ranks import started
 
 # Options of other trainings than the recipe's.
@@ -30,7 +29,7 @@ def with_preset(options: ModelOptions, rows: int) -> tuple[ModelOptions, int, li
     usual = TrainOptions()
     given = {name: getattr(options, name) != getattr(usual, name) for name in presets.TABM}
     widths, activations = recipe.hidden_widths(options.hidden), options.activation.split(",")
-    against = presets.obstacles(options, trains=trains_members(options.backend), activations=activations, widths=widths)
+    against = presets.obstacles(options, activations=activations, widths=widths)
     for name, reason in _OTHERS.items():
         if getattr(options, name) is not None:
             against[name] = f"{reason}; leave it out"

@@ -23,11 +23,8 @@ TABM: Mapping[str, Any] = {
 }
 
 
-def obstacles(options: Any, *, trains: bool, activations: Sequence[str], widths: Sequence[int]) -> dict[str, str]:
-    """Return the options that the recipe "tabm" does not go with, and why; ``widths`` are of the hidden layers.
-
-    ``trains``: the backend trains networks with members.
-    """
+def obstacles(options: Any, *, activations: Sequence[str], widths: Sequence[int]) -> dict[str, str]:
+    """Return the options that the recipe "tabm" does not go with, and why; ``widths`` are of the hidden layers."""
     found = {}
     if (options.models or 1) > 1:
         found["models"] = "it is one network whose members share weights; leave it out"
@@ -35,8 +32,6 @@ def obstacles(options: Any, *, trains: bool, activations: Sequence[str], widths:
         found["hidden"] = "members share hidden layers; leave it out"
     if "prelu" in activations:
         found["activation"] = "prelu's slope belongs to a whole layer; use leaky_relu"
-    if not trains:
-        found["backend"] = f"{options.backend!r} has no networks with members here; use numpy"
     return found
 
 

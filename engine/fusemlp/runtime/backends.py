@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 from fusemlp.inputs.arrays import Array
-from fusemlp_kernels.ops import refusal
 from fusemlp_kernels.philox import row_order as shuffled_rows
 from fusemlp_kernels.registry import TRAITS, availability
 from fusemlp_kernels.registry import backend as open_backend
@@ -21,18 +20,12 @@ __all__ = [
     "row_order",
     "thread_limits",
     "torch_backend",
-    "trains_members",
 ]
 
 
 def torch_backend(device_type: str) -> str:
     """Return the name of the backend that computes on torch's tensors of a device, "cpu" or "cuda", in their memory."""
     return "numpy" if device_type == "cpu" else "triton"
-
-
-def trains_members(name: str) -> bool:
-    """Return whether the backend of this name ("auto": the first that works here) trains networks with members."""
-    return refusal(first_available() if name == "auto" else name, "affine_members") is None
 
 
 def cpu_threads() -> int:

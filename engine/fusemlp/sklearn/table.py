@@ -47,7 +47,6 @@ from fusemlp.report.metrics import predicted_codes, predictions
 from fusemlp.report.onnx import to_onnx
 from fusemlp.report.runs import open_run, read_metrics, weights_path
 from fusemlp.report.uncertainty import HeldOut, intervals, judged, sets, spread
-from fusemlp.runtime.backends import trains_members
 from fusemlp.sklearn import saving
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, DataError, unknown_name
@@ -339,7 +338,7 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         given = {name: getattr(self, name) != getattr(usual, name) for name in presets.TABM if name != "hidden"}
         given["hidden"] = widths != usual.hidden
         activations = [one.name for one in MLP((1, *widths, 1), activation=self.activation).activations]
-        against = presets.obstacles(self, trains=trains_members(self.backend), activations=activations, widths=widths)
+        against = presets.obstacles(self, activations=activations, widths=widths)
         name, note = presets.chosen(self.preset, rows, against)
         notes += [note] if note else []
         if name == "plain":
