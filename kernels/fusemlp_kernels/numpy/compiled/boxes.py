@@ -7,9 +7,32 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
+from fusemlp_kernels.numpy.compiled.calls import block, slope_of
 from fusemlp_kernels.numpy.compiled.functions import maximum, minimum
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT
-from fusemlp_kernels.numpy.compiled.tables import BEGUN, KAPPA, LARGEST, RAMP, SPAN, WARMUP
+from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative
+from fusemlp_kernels.numpy.compiled.tables import (
+    ACTIVATION,
+    BEGUN,
+    CENTRE,
+    DZ,
+    IDENTITY,
+    KAPPA,
+    LARGEST,
+    RADIUS,
+    RAMP,
+    SPAN,
+    SUMS,
+    WARMUP,
+    B,
+    K,
+    N,
+    W,
+    X,
+    Y,
+    Z,
+)
+from fusemlp_kernels.numpy.compiled.views import elements
 
 
 @register_jitable(**EXACT)
@@ -139,3 +162,44 @@ def turn(out: Any, w: Any, count: int) -> None:
     """Elements change their sign where w is not above 0."""
     for i in range(np.uintp(count)):
         out[i] = out[i] if w[i] > 0 else -out[i]
+
+
+@register_jitable(**EXACT)
+def ball_rows(call: Any, numbers: Any, like: Any, rows: Any, first: int, count: int, updates: int) -> None:
+    """The boxes of rows of inputs."""
+    columns = call[K]
+    reach, least, most = elements(like, call[W]), elements(like, call[B]), elements(like, call[SUMS])
+    for i in range(first, first + count):
+        centre, radius = block(like, call[CENTRE], i, columns), block(like, call[RADIUS], i, columns)
+        if rows[i] < 0:
+            for j in range(columns):
+                centre[j] = 0
+                radius[j] = 0
+            continue
+        x = block(like, call[X], rows[i], columns)
+        ball(centre, radius, x, reach, least, most, columns, call[B] != 0, numbers, updates)
+
+
+@register_jitable(**EXACT)
+def box_rows(call: Any, numbers: Any, like: Any, forward: bool, first: int, count: int) -> None:
+    """Boxes of outputs from those of pre-activations, or back."""
+    outputs, slope = call[N], slope_of(call, numbers, like)
+    size = count * outputs
+    zc, zr = block(like, call[Z], first, outputs), block(like, call[Y], first, outputs)
+    low, high = block(like, call[X], first, outputs), block(like, call[DZ], first, outputs)
+    centre, radius = block(like, call[CENTRE], first, outputs), block(like, call[RADIUS], first, outputs)
+    if forward:
+        ends(zc, zr, low, high, size)
+    else:
+        by_ends(centre, radius, size)
+    if call[ACTIVATION] != IDENTITY:
+        if forward:
+            activate(call[ACTIVATION], low, zc, size, slope)
+            activate(call[ACTIVATION], high, zr, size, slope)
+        else:
+            multiply_by_derivative(call[ACTIVATION], centre, low, zc, size, slope, 1.0)
+            multiply_by_derivative(call[ACTIVATION], radius, high, zr, size, slope, 1.0)
+    if forward:
+        centred(centre, radius, low, high, size)
+    else:
+        by_centre(centre, radius, size)

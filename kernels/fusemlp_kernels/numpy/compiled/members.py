@@ -7,8 +7,41 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
+from fusemlp_kernels.numpy.compiled.calls import block, slope_of
+from fusemlp_kernels.numpy.compiled.masks import drop
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT
 from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative
+from fusemlp_kernels.numpy.compiled.tables import (
+    ACTIVATION,
+    AT_LANES,
+    AT_PRODUCT,
+    AT_ZEROS,
+    BY_R,
+    BY_S,
+    DZ,
+    KEEP,
+    KEY_HIGH,
+    KEY_LOW,
+    LANES_ROW,
+    MASK_LAYER,
+    MEMBERS,
+    OUT,
+    PANEL,
+    PANELS,
+    RATE,
+    SUM_B,
+    SUM_R,
+    SUM_S,
+    THRESHOLD,
+    B,
+    K,
+    N,
+    W,
+    X,
+    Z,
+)
+from fusemlp_kernels.numpy.compiled.views import call as call_function
+from fusemlp_kernels.numpy.compiled.views import elements, part
 
 
 @register_jitable(**ELEMENTWISE)
@@ -72,3 +105,106 @@ def derive(
     """From the gradient by h = act(z), in dz, to that by x, in its place; the sums by s and b grow."""
     multiply_by_derivative(activation, dz, h, z, count, slope, 1.0)
     _sum_and_scale(dz, x, s, by_s, by_b, count)
+
+
+@register_jitable(**EXACT)
+def affine_rows(
+    call: Any, numbers: Any, integers: Any, like: Any, rows: Any, first: int, count: int, batch_index: int, task: int
+) -> None:  # fmt: skip
+    """Rows of ``y = dropout(act(x * s + b)) * r``; zeros where there is no x."""
+    columns, members, size = call[N], call[MEMBERS], like.itemsize
+    lanes = integers[AT_LANES] + 8 * integers[LANES_ROW] * task
+    z = block(like, call[Z], 2 * task, columns)
+    for i in range(first, first + count):
+        y = block(like, call[OUT], i, columns)
+        if rows[i] < 0:
+            clear(y, columns)
+            continue
+        x, own = call[X] + size * rows[i] * columns, i % members
+        if call[BY_S]:
+            s, b = block(like, call[BY_S], own, columns), block(like, call[B], own, columns)
+            activated(y, z, elements(like, x), s, b, columns, call[ACTIVATION], slope_of(call, numbers, like))
+            if call[KEEP]:
+                drop(
+                    y, elements(np.uint8, call[KEEP] + i * columns), elements(np.uint64, lanes),
+                    elements(np.uint16, lanes), i, 1, columns, 1.0 / (1.0 - numbers[RATE]), call[THRESHOLD],
+                    call[KEY_LOW], call[KEY_HIGH], call[MASK_LAYER], batch_index,
+                )  # fmt: skip
+            if call[BY_R]:
+                scale(y, y, block(like, call[BY_R], own, columns), columns)
+        else:
+            scale(y, elements(like, x), block(like, call[BY_R], own, columns), columns)
+
+
+@register_jitable(**EXACT)
+def backward_rows(
+    call: Any, numbers: Any, like: Any, rows: Any, first: int, count: int, task: int
+) -> None:  # fmt: skip
+    """Rows of the gradient by x, and this task's sums for r, s and b."""
+    columns, members, size = call[N], call[MEMBERS], like.itemsize
+    every = members * columns
+    z, h = block(like, call[Z], 2 * task, columns), block(like, call[Z], 2 * task + 1, columns)
+    by_r, by_s = block(like, call[SUM_R], task, every), block(like, call[SUM_S], task, every)
+    by_b = block(like, call[SUM_B], task, every)
+    if call[BY_R]:
+        clear(by_r, every)
+    if call[BY_S]:
+        clear(by_s, every)
+        clear(by_b, every)
+    for i in range(first, first + count):
+        if rows[i] < 0:
+            continue
+        dy, own = block(like, call[DZ], i, columns), i % members
+        x = elements(like, call[X] + size * rows[i] * columns)
+        if call[BY_S]:
+            s, b = block(like, call[BY_S], own, columns), block(like, call[B], own, columns)
+            slope = slope_of(call, numbers, like)
+            activated(h, z, x, s, b, columns, call[ACTIVATION], slope)
+            dz = block(like, call[OUT], i, columns)
+            if call[KEEP]:
+                # the mask is of h too: without it the sum for r would have what was dropped
+                for j in range(columns):
+                    dz[j] = dy[j]
+                kept(dz, elements(np.uint8, call[KEEP] + i * columns), columns, 1.0 / (1.0 - numbers[RATE]))
+                dy = dz
+            if call[BY_R]:
+                add_products(part(by_r, own * columns), dy, h, columns)
+                scale(dz, dy, block(like, call[BY_R], own, columns), columns)
+            elif not call[KEEP]:
+                for j in range(columns):
+                    dz[j] = dy[j]
+            derive(
+                dz, h, z, x, s, part(by_s, own * columns), part(by_b, own * columns), columns, call[ACTIVATION], slope
+            )  # fmt: skip
+        else:
+            add_products(part(by_r, own * columns), dy, x, columns)
+
+
+@register_jitable(**EXACT)
+def heads(call: Any, integers: Any, like: Any, first: int, count: int) -> None:
+    """The outputs of each member by its own rows of the weights, which lie in panels."""
+    inputs, outputs, members, size = call[K], call[N], call[MEMBERS], like.itemsize
+    for member in range(members):
+        at, end = member * outputs, (member + 1) * outputs
+        while at < end:
+            stop = min(end, (at // PANEL + 1) * PANEL)
+            call_function(
+                integers[AT_PRODUCT], call[X] + size * (first + member) * inputs, members * inputs, 1,
+                call[PANELS] + size * (at // PANEL * PANEL * inputs + at % PANEL), PANEL * inputs, PANEL, inputs,
+                call[B] + size * at, 1, 1.0, 0.0,
+                call[Z] + size * ((first + member) * outputs + at - member * outputs), members * outputs,
+                count // members, stop - at,
+            )  # fmt: skip
+            at = stop
+
+
+@register_jitable(**EXACT)
+def heads_backward(call: Any, integers: Any, like: Any, first: int, count: int) -> None:
+    """The gradient by the inputs of each member's outputs."""
+    inputs, outputs, members, size = call[K], call[N], call[MEMBERS], like.itemsize
+    for member in range(members):
+        call_function(
+            integers[AT_PRODUCT], call[DZ] + size * (first + member) * outputs, members * outputs, 1,
+            call[W] + size * member * outputs * inputs, PANEL, inputs, outputs, integers[AT_ZEROS], 0, 1.0, 0.0,
+            call[OUT] + size * (first + member) * inputs, members * inputs, count // members, inputs,
+        )  # fmt: skip

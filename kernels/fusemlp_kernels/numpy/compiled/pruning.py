@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from fusemlp_kernels.numpy.compiled import losses, members, pointwise_numba, steps, updates
+from fusemlp_kernels.numpy.compiled import boxes, calls, losses, members, pointwise_numba, steps, updates
 from fusemlp_kernels.numpy.compiled.cache import kept_for_calls
 
 # The modules with branches to cut, each before those that import from it.
-_MODULES = (pointwise_numba, losses, members, updates, steps)
+_MODULES = (pointwise_numba, losses, calls, boxes, members, updates, steps)
 
 
 class _Cutter(ast.NodeTransformer):

@@ -13,17 +13,15 @@ from numba.extending import register_jitable
 
 from fusemlp_kernels.contract import BATCH_INDEX, LEARNING_RATE, PENALTIES, ROW_COUNT, ROW_OFFSET, UPDATE_COUNT
 from fusemlp_kernels.numpy.compiled.boxes import (
-    ball,
-    by_centre,
-    by_ends,
-    centred,
-    ends,
+    ball_rows,
+    box_rows,
     from_worst,
     kappa,
     magnitudes,
     turn,
     worst,
 )
+from fusemlp_kernels.numpy.compiled.calls import block, slope_of
 from fusemlp_kernels.numpy.compiled.clock import advance
 from fusemlp_kernels.numpy.compiled.losses import (
     cross_entropy,
@@ -34,7 +32,7 @@ from fusemlp_kernels.numpy.compiled.losses import (
     shares_of,
 )
 from fusemlp_kernels.numpy.compiled.masks import drop, mask
-from fusemlp_kernels.numpy.compiled.members import activated, add_products, clear, derive, kept, scale
+from fusemlp_kernels.numpy.compiled.members import affine_rows, backward_rows, heads, heads_backward
 from fusemlp_kernels.numpy.compiled.noise import WORDS, add_noise, add_squares, shrink
 from fusemlp_kernels.numpy.compiled.options import EXACT
 from fusemlp_kernels.numpy.compiled.perturb import move, moved, start
@@ -74,9 +72,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     BOX,
     BOX_BACK,
     BY_PIECES,
-    BY_R,
     BY_ROWS,
-    BY_S,
     CALL_COLUMNS,
     CALL_FACTORS,
     CALLS,
@@ -101,7 +97,6 @@ from fusemlp_kernels.numpy.compiled.tables import (
     ENTROPY,
     EPOCHS,
     FIRST,
-    FIXED_SLOPE,
     GATHER,
     HEAD_COLUMNS,
     HEAD_FACTORS,
@@ -165,7 +160,6 @@ from fusemlp_kernels.numpy.compiled.tables import (
     SHARES_PART,
     SHRINK,
     SIGNS,
-    SLOPE,
     SLOPE_PART,
     SPREAD,
     SQUARES,
@@ -174,9 +168,6 @@ from fusemlp_kernels.numpy.compiled.tables import (
     STEP,
     STEPS,
     STRENGTH,
-    SUM_B,
-    SUM_R,
-    SUM_S,
     SUMS,
     TARGET,
     TASK_COLUMNS,
@@ -230,19 +221,6 @@ def _gather(call: Any, like: Any, rows: Any, first: int, count: int) -> None:
 
 
 @register_jitable(**EXACT)
-def _slope(call: Any, numbers: Any, like: Any) -> float:
-    if call[SLOPE]:
-        return float(elements(like, call[SLOPE])[0])
-    return numbers[FIXED_SLOPE]
-
-
-@register_jitable(**EXACT)
-def _block(like: Any, address: int, first: int, columns: int) -> Any:
-    """The rows of an array from ``first`` on."""
-    return elements(like, address + like.itemsize * first * columns)
-
-
-@register_jitable(**EXACT)
 def _whole(integers: Any, counters: Any) -> int:
     """The rows of the batch."""
     return integers[BATCH] if integers[BATCH] != COUNTED else counters[ROW_COUNT]
@@ -261,9 +239,9 @@ def _activate(
 ) -> None:  # fmt: skip
     """The output of a layer from its pre-activation; lanes is an address."""
     outputs = call[N]
-    y, z = _block(like, call[Y], first, outputs), _block(like, call[Z], first, outputs)
+    y, z = block(like, call[Y], first, outputs), block(like, call[Z], first, outputs)
     if call[ACTIVATION] != IDENTITY:
-        activate(call[ACTIVATION], y, z, count * outputs, _slope(call, numbers, like))
+        activate(call[ACTIVATION], y, z, count * outputs, slope_of(call, numbers, like))
     if call[KEEP]:
         keep = elements(np.uint8, call[KEEP] + first * outputs)
         drop(
@@ -277,7 +255,7 @@ def _derivative(
     call: Any, numbers: Any, like: Any, partials: Any, y: Any, z: Any, dz: Any, count: int, undo_scale: float
 ) -> None:  # fmt: skip
     if call[ACTIVATION] != IDENTITY:
-        slope = _slope(call, numbers, like)
+        slope = slope_of(call, numbers, like)
         dslope = multiply_by_derivative(call[ACTIVATION], dz, y, z, count, slope, undo_scale)
         if call[DSLOPE]:
             partials[call[SLOPE_PART]] = dslope
@@ -293,10 +271,10 @@ def _backward(call: Any, numbers: Any, integers: Any, like: Any, partials: Any, 
         integers[AT_ZEROS], 0, 1.0 / (1.0 - numbers[RATE]), 0.0, call[OUT] + size * first * inputs, inputs, count,
         inputs,
     )  # fmt: skip
-    out = _block(like, call[OUT], first, inputs)
+    out = block(like, call[OUT], first, inputs)
     if call[KEEP]:
         mask(out, elements(np.uint8, call[KEEP] + first * inputs), count * inputs)
-    y, z = _block(like, call[Y], first, inputs), _block(like, call[Z], first, inputs)
+    y, z = block(like, call[Y], first, inputs), block(like, call[Z], first, inputs)
     _derivative(call, numbers, like, partials, y, z, out, count * inputs, 1.0 - numbers[RATE])
 
 
@@ -307,18 +285,18 @@ def _perturb(
     """Rows of the inputs that an attack moves; lanes is an address."""
     columns, size = call[K], like.itemsize
     for i in range(first, first + count):
-        adv = _block(like, call[OUT], i, columns)
+        adv = block(like, call[OUT], i, columns)
         if rows[i] < 0:
             if not (call[CARRIED] and call[DZ]):
                 for j in range(columns):
                     adv[j] = 0
             continue
-        x = _block(like, call[X], 0 if call[CARRIED] and call[DZ] else rows[i], columns)
+        x = block(like, call[X], 0 if call[CARRIED] and call[DZ] else rows[i], columns)
         if call[CARRIED] and not call[DZ]:
             copy(like, call[OUT] + size * i * columns, call[Y] + size * i * columns, columns)
             moved(adv, x, columns, 1.0, numbers[LOW], numbers[HIGH])
         elif call[DZ]:
-            dx = _block(like, call[DZ], i, columns)
+            dx = block(like, call[DZ], i, columns)
             move(
                 adv, x, dx, columns, call[ROUND], numbers[LENGTH], numbers[LARGEST], numbers[LOW], numbers[HIGH]
             )  # fmt: skip
@@ -329,150 +307,6 @@ def _perturb(
             )  # fmt: skip
         else:
             copy(like, call[OUT] + size * i * columns, call[X] + size * rows[i] * columns, columns)
-
-
-@register_jitable(**EXACT)
-def _members_affine(
-    call: Any, numbers: Any, integers: Any, like: Any, rows: Any, first: int, count: int, batch_index: int, task: int
-) -> None:  # fmt: skip
-    """Rows of ``y = dropout(act(x * s + b)) * r``; zeros where there is no x."""
-    columns, members, size = call[N], call[MEMBERS], like.itemsize
-    lanes = integers[AT_LANES] + 8 * integers[LANES_ROW] * task
-    z = _block(like, call[Z], 2 * task, columns)
-    for i in range(first, first + count):
-        y = _block(like, call[OUT], i, columns)
-        if rows[i] < 0:
-            clear(y, columns)
-            continue
-        x, own = call[X] + size * rows[i] * columns, i % members
-        if call[BY_S]:
-            s, b = _block(like, call[BY_S], own, columns), _block(like, call[B], own, columns)
-            activated(y, z, elements(like, x), s, b, columns, call[ACTIVATION], _slope(call, numbers, like))
-            if call[KEEP]:
-                drop(
-                    y, elements(np.uint8, call[KEEP] + i * columns), elements(np.uint64, lanes),
-                    elements(np.uint16, lanes), i, 1, columns, 1.0 / (1.0 - numbers[RATE]), call[THRESHOLD],
-                    call[KEY_LOW], call[KEY_HIGH], call[MASK_LAYER], batch_index,
-                )  # fmt: skip
-            if call[BY_R]:
-                scale(y, y, _block(like, call[BY_R], own, columns), columns)
-        else:
-            scale(y, elements(like, x), _block(like, call[BY_R], own, columns), columns)
-
-
-@register_jitable(**EXACT)
-def _members_backward(
-    call: Any, numbers: Any, like: Any, rows: Any, first: int, count: int, task: int
-) -> None:  # fmt: skip
-    """Rows of the gradient by x, and this task's sums for r, s and b."""
-    columns, members, size = call[N], call[MEMBERS], like.itemsize
-    every = members * columns
-    z, h = _block(like, call[Z], 2 * task, columns), _block(like, call[Z], 2 * task + 1, columns)
-    by_r, by_s = _block(like, call[SUM_R], task, every), _block(like, call[SUM_S], task, every)
-    by_b = _block(like, call[SUM_B], task, every)
-    if call[BY_R]:
-        clear(by_r, every)
-    if call[BY_S]:
-        clear(by_s, every)
-        clear(by_b, every)
-    for i in range(first, first + count):
-        if rows[i] < 0:
-            continue
-        dy, own = _block(like, call[DZ], i, columns), i % members
-        x = elements(like, call[X] + size * rows[i] * columns)
-        if call[BY_S]:
-            s, b = _block(like, call[BY_S], own, columns), _block(like, call[B], own, columns)
-            slope = _slope(call, numbers, like)
-            activated(h, z, x, s, b, columns, call[ACTIVATION], slope)
-            dz = _block(like, call[OUT], i, columns)
-            if call[KEEP]:
-                # the mask is of h too: without it the sum for r would have what was dropped
-                for j in range(columns):
-                    dz[j] = dy[j]
-                kept(dz, elements(np.uint8, call[KEEP] + i * columns), columns, 1.0 / (1.0 - numbers[RATE]))
-                dy = dz
-            if call[BY_R]:
-                add_products(part(by_r, own * columns), dy, h, columns)
-                scale(dz, dy, _block(like, call[BY_R], own, columns), columns)
-            elif not call[KEEP]:
-                for j in range(columns):
-                    dz[j] = dy[j]
-            derive(
-                dz, h, z, x, s, part(by_s, own * columns), part(by_b, own * columns), columns, call[ACTIVATION], slope
-            )  # fmt: skip
-        else:
-            add_products(part(by_r, own * columns), dy, x, columns)
-
-
-@register_jitable(**EXACT)
-def _heads(call: Any, integers: Any, like: Any, first: int, count: int) -> None:
-    """The outputs of each member by its own rows of the weights, which lie in panels."""
-    inputs, outputs, members, size = call[K], call[N], call[MEMBERS], like.itemsize
-    for member in range(members):
-        at, end = member * outputs, (member + 1) * outputs
-        while at < end:
-            stop = min(end, (at // PANEL + 1) * PANEL)
-            call_function(
-                integers[AT_PRODUCT], call[X] + size * (first + member) * inputs, members * inputs, 1,
-                call[PANELS] + size * (at // PANEL * PANEL * inputs + at % PANEL), PANEL * inputs, PANEL, inputs,
-                call[B] + size * at, 1, 1.0, 0.0,
-                call[Z] + size * ((first + member) * outputs + at - member * outputs), members * outputs,
-                count // members, stop - at,
-            )  # fmt: skip
-            at = stop
-
-
-@register_jitable(**EXACT)
-def _heads_backward(call: Any, integers: Any, like: Any, first: int, count: int) -> None:
-    """The gradient by the inputs of each member's outputs."""
-    inputs, outputs, members, size = call[K], call[N], call[MEMBERS], like.itemsize
-    for member in range(members):
-        call_function(
-            integers[AT_PRODUCT], call[DZ] + size * (first + member) * outputs, members * outputs, 1,
-            call[W] + size * member * outputs * inputs, PANEL, inputs, outputs, integers[AT_ZEROS], 0, 1.0, 0.0,
-            call[OUT] + size * (first + member) * inputs, members * inputs, count // members, inputs,
-        )  # fmt: skip
-
-
-@register_jitable(**EXACT)
-def _ball(call: Any, numbers: Any, like: Any, rows: Any, first: int, count: int, updates: int) -> None:
-    """The boxes of rows of inputs."""
-    columns = call[K]
-    reach, least, most = elements(like, call[W]), elements(like, call[B]), elements(like, call[SUMS])
-    for i in range(first, first + count):
-        centre, radius = _block(like, call[CENTRE], i, columns), _block(like, call[RADIUS], i, columns)
-        if rows[i] < 0:
-            for j in range(columns):
-                centre[j] = 0
-                radius[j] = 0
-            continue
-        x = _block(like, call[X], rows[i], columns)
-        ball(centre, radius, x, reach, least, most, columns, call[B] != 0, numbers, updates)
-
-
-@register_jitable(**EXACT)
-def _box(call: Any, numbers: Any, like: Any, forward: bool, first: int, count: int) -> None:
-    """Boxes of outputs from those of pre-activations, or back."""
-    outputs, slope = call[N], _slope(call, numbers, like)
-    size = count * outputs
-    zc, zr = _block(like, call[Z], first, outputs), _block(like, call[Y], first, outputs)
-    low, high = _block(like, call[X], first, outputs), _block(like, call[DZ], first, outputs)
-    centre, radius = _block(like, call[CENTRE], first, outputs), _block(like, call[RADIUS], first, outputs)
-    if forward:
-        ends(zc, zr, low, high, size)
-    else:
-        by_ends(centre, radius, size)
-    if call[ACTIVATION] != IDENTITY:
-        if forward:
-            activate(call[ACTIVATION], low, zc, size, slope)
-            activate(call[ACTIVATION], high, zr, size, slope)
-        else:
-            multiply_by_derivative(call[ACTIVATION], centre, low, zc, size, slope, 1.0)
-            multiply_by_derivative(call[ACTIVATION], radius, high, zr, size, slope, 1.0)
-    if forward:
-        centred(centre, radius, low, high, size)
-    else:
-        by_centre(centre, radius, size)
 
 
 @register_jitable(**EXACT)
@@ -503,7 +337,7 @@ def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
     elif kind == ENTROPY:
         labels, target = elements(integers, call[TARGET]), elements(like, call[TARGET])
         weight, class_weight = elements(like, call[WEIGHTED]), elements(like, call[CLASS_WEIGHTED])
-        z, dz = _block(like, call[Z], first, call[N]), _block(like, call[DZ], first, call[N])
+        z, dz = block(like, call[Z], first, call[N]), block(like, call[DZ], first, call[N])
         shares = shares_of(labels, weight, class_weight, batch, whole if call[N] else 0, call)
         own_rows = part(rows, first)
         cross_entropy(
@@ -513,40 +347,40 @@ def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
     elif kind == ELEMENTWISE:
         labels = elements(integers, call[TARGET])
         target, weight = elements(like, call[TARGET]), elements(like, call[WEIGHTED])
-        y, z = _block(like, call[Y], first, call[N]), _block(like, call[Z], first, call[N])
-        dz = _block(like, call[DZ], first, call[N])
+        y, z = block(like, call[Y], first, call[N]), block(like, call[Z], first, call[N])
+        dz = block(like, call[DZ], first, call[N])
         shares = shares_of(labels, weight, weight, batch, whole if call[N] else 0, call)
         own_rows = part(rows, first)
         elementwise(y, dz, target, weight, own_rows, count if call[N] else 0, call[N], call, numbers, shares, partials)
         _derivative(call, numbers, like, partials, y, z, dz, count * call[N], 1.0)
     elif kind == DIVERGENCE:
         weight, outputs = elements(like, call[WEIGHTED]), call[N]
-        z, other = _block(like, call[Z], first, outputs), _block(like, call[Y], first, outputs)
-        dz, dother = _block(like, call[X], first, outputs), _block(like, call[DZ], first, outputs)
+        z, other = block(like, call[Z], first, outputs), block(like, call[Y], first, outputs)
+        dz, dother = block(like, call[X], first, outputs), block(like, call[DZ], first, outputs)
         shares = shares_of(rows, weight, weight, rows, whole, call)
         divergence(
-            z, other, dother, dz, _block(like, call[OUT], first, outputs), weight, part(rows, first), count, outputs,
+            z, other, dother, dz, block(like, call[OUT], first, outputs), weight, part(rows, first), count, outputs,
             call, numbers, shares, partials,
         )  # fmt: skip
         partials[SHARES_PART] = shares
     elif kind == BALL:
-        _ball(call, numbers, like, rows, first, count, counters[UPDATE_COUNT])
+        ball_rows(call, numbers, like, rows, first, count, counters[UPDATE_COUNT])
     elif kind in (BOX, BOX_BACK):
-        _box(call, numbers, like, kind == BOX, first, count)
+        box_rows(call, numbers, like, kind == BOX, first, count)
     elif kind in (WORST, WORST_BACK):
         labels, outputs = elements(integers, call[TARGET]), call[N]
         own_rows = part(rows, first)
         if kind == WORST:
-            zc, zr = _block(like, call[Z], first, outputs), _block(like, call[Y], first, outputs)
-            worst(zc, zr, _block(like, call[OUT], first, outputs), labels, own_rows, count, outputs)
+            zc, zr = block(like, call[Z], first, outputs), block(like, call[Y], first, outputs)
+            worst(zc, zr, block(like, call[OUT], first, outputs), labels, own_rows, count, outputs)
         else:
-            dzc, dzr = _block(like, call[CENTRE], first, outputs), _block(like, call[RADIUS], first, outputs)
-            d, dz = _block(like, call[X], first, outputs), _block(like, call[DZ], first, outputs)
+            dzc, dzr = block(like, call[CENTRE], first, outputs), block(like, call[RADIUS], first, outputs)
+            d, dz = block(like, call[X], first, outputs), block(like, call[DZ], first, outputs)
             own = kappa(numbers, counters[UPDATE_COUNT])
             from_worst(d, dzc, dzr, dz, labels, own_rows, count, outputs, own)
     elif kind == PADDING:
         end = min(call[K], first + integers[BLOCK])
-        dz = _block(like, call[DZ], first, call[N])
+        dz = block(like, call[DZ], first, call[N])
         for i in range(count * call[N], (end - first) * call[N]):
             dz[i] = 0
     elif kind == BACKWARD:
@@ -555,19 +389,19 @@ def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
         lanes = integers[AT_LANES] + 8 * integers[LANES_ROW] * task
         _perturb(call, numbers, like, rows, first, count, batch_index, lanes)
     elif kind == MEMBERS_AFFINE:
-        _members_affine(call, numbers, integers, like, rows, first, count, batch_index, task)
+        affine_rows(call, numbers, integers, like, rows, first, count, batch_index, task)
     elif kind == MEMBERS_BACKWARD:
-        _members_backward(call, numbers, like, rows, first, count, task)
+        backward_rows(call, numbers, like, rows, first, count, task)
     elif kind == HEADS:
-        _heads(call, integers, like, first, count)
+        heads(call, integers, like, first, count)
     elif kind == HEADS_BACKWARD:
-        _heads_backward(call, integers, like, first, count)
+        heads_backward(call, integers, like, first, count)
     elif kind == SQUARES:
-        x, dz = _block(like, call[X], first, call[K]), _block(like, call[DZ], first, call[N])
+        x, dz = block(like, call[X], first, call[K]), block(like, call[DZ], first, call[N])
         add_squares(elements(np.float64, call[OUT] + 8 * first), x, dz, count, call[K], call[N], call[B], call[AFRESH])
     elif kind == SHRINK:
         norms = elements(np.float64, call[OUT] + 8 * first)
-        shrink(norms, _block(like, call[DZ], first, call[N]), count, call[N], numbers[LARGEST])
+        shrink(norms, block(like, call[DZ], first, call[N]), count, call[N], numbers[LARGEST])
 
 
 @register_jitable(**EXACT)
