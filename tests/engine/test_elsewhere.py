@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pickle import PicklingError
 from typing import Any
 
 import joblib
@@ -64,6 +65,10 @@ def trained(numbers: Sequence[int], once: Path | None) -> list[Member]:
     return [Member(number, {}, None, None, "trained", "", {}) for number in numbers]  # type: ignore[arg-type]
 
 
+def interrupted(*given: Any) -> None:
+    raise KeyboardInterrupt
+
+
 class TestFleets:
     @pytest.mark.parametrize("options", [{}, {"normalise": True}], ids=str)
     def test_other_processes_train_the_same_models(self, options: dict[str, Any]) -> None:
@@ -105,6 +110,8 @@ class TestFleets:
             fleet().fit(X, Y, epochs=1, workers="lokey")
         with pytest.raises(ArgumentTypeError, match=r"^workers: expected the name of a backend of joblib"):
             fleet().fit(X, Y, epochs=1, workers=4)  # type: ignore[arg-type]
+        with pytest.raises(ArgumentError, match=r"^workers: 'multiprocessing' waits for ever .*'loky'"):
+            fleet().fit(X, Y, epochs=1, workers="multiprocessing")
         with pytest.raises(ArgumentError, match=r"^time_limit: workers do not share one"):
             fleet().fit(X, Y, epochs=1, workers="loky", time_limit=3)
         monkeypatch.setitem(sys.modules, "distributed", None)
@@ -120,6 +127,13 @@ class TestLostWorkers:
     def test_the_models_of_a_killed_process_are_trained_again(self, tmp_path: Path) -> None:
         assert sorted(self.numbers(tmp_path / "killed", "loky")) == list(range(5))
         assert (tmp_path / "killed").exists()
+
+    def test_a_task_that_cannot_be_sent_says_so_at_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        task = partial(trained, once=open)
+        task.keywords["once"] = (number for number in range(3))
+        with pytest.raises((TypeError, PicklingError), match="pickle"):
+            list(trained_elsewhere(5, task, [], workers="loky", jobs=2))
+        assert not caplog.text
 
     def test_a_model_that_always_kills_ends_the_training(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(elsewhere, "LOST", 1)
@@ -175,6 +189,11 @@ class TestSweeps:
         with (tmp_path / "cut" / journal.JOURNAL).open("a") as stream:
             # a line that was cut off
             stream.write('{"index": 5, "sta')
+        with pytest.MonkeyPatch.context() as patch:
+            # cut off again, before a model has ended
+            patch.setattr(journal, "add", interrupted)
+            assert run("sweep", "--resume", tmp_path / "cut", "--quiet") == 0
+        assert len((tmp_path / "cut" / journal.JOURNAL).read_text().splitlines()) == 6
         assert run("sweep", "--resume", tmp_path / "cut", "--quiet") == 0
 
         def told(name: str) -> list[dict[str, str]]:

@@ -22,6 +22,7 @@ from fusemlp import (
     AdamW,
     ArgumentError,
     Callback,
+    CrossEntropy,
     Engine,
     Fleet,
     ParameterOptions,
@@ -359,3 +360,36 @@ def test_what_does_not_take_members_says_so(name: str) -> None:
 def test_impossible_members_are_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ArgumentError, match=said):
         MLP(**{"sizes": [4, 8, 2], "members": 4, **given})
+
+
+def test_a_step_beside_a_fit_that_was_cut_off_reads_its_own_batch() -> None:
+    X, y = data(rows=64)
+
+    class Cut(Callback):
+        def on_batch_end(self, engine: Any, batch: int) -> None:
+            raise KeyboardInterrupt
+
+    told: dict[str, Any] = {"optimizer": SGD(0.1), "batch_size": 16, "backend": "numpy"}
+    one, other = Engine(NET, **told), Engine(NET, **told)
+    one.step(X[:16], y[:16])
+    other.step(X[:16], y[:16])
+    with pytest.raises(KeyboardInterrupt):
+        one.fit(X, y, epochs=1, shuffle=False, callbacks=[Cut()])
+    other.step(X[:16], y[:16])
+    # the rows of a fit lie behind those of the step's batch
+    one.step(X[:16], y[:16])
+    other.step(X[:16], y[:16])
+    for name, value in one.state_dict().items():
+        np.testing.assert_array_equal(value, other.state_dict()[name], err_msg=name)
+
+
+def test_an_average_of_the_weights_is_validated() -> None:
+    X, y = data(rows=48)
+    engine = Engine(NET, optimizer=AdamW(0.01, ema=0.9), batch_size=16, backend="numpy")
+    history = engine.fit(X, y, epochs=2, validation_data=(X, y)).history
+    assert history["val_loss"][-1] == pytest.approx(engine.evaluate(X, y)["loss"], rel=1e-6)
+
+
+def test_a_sum_over_members_is_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"^reduction: the loss of 4 members is the mean of theirs; .*'mean'"):
+        Engine(MLP([4, 8, 2], members=4), CrossEntropy(reduction="sum"), backend="numpy")
