@@ -261,11 +261,12 @@ __device__ __forceinline__ void divergence_of(const Loss& call) {
     call.stats[LOSS_SUM] += total;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) divergence(const Loss call) {
+// Two blocks on a multiprocessor: with the registers of three the assembler spills.
+extern "C" __global__ void __launch_bounds__(THREADS, 2) divergence(const Loss call) {
     divergence_of<WARP>(call);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) divergence_of_long_rows(const Loss call) {
+extern "C" __global__ void __launch_bounds__(THREADS, 2) divergence_of_long_rows(const Loss call) {
     divergence_of<THREADS>(call);
 }
 
