@@ -24,7 +24,19 @@ from triton.compiler import ASTSource
 
 from fusemlp_kernels.errors import unknown_name
 from fusemlp_kernels.pointwise import OPTIMIZERS
-from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, members, perturb, privacy, resident, update
+from fusemlp_kernels.triton import (
+    clock,
+    configs,
+    divergence,
+    gradients,
+    linear,
+    loss,
+    members,
+    perturb,
+    privacy,
+    resident,
+    update,
+)
 from fusemlp_kernels.triton.configs import Architecture, Tile
 
 TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -35,6 +47,7 @@ KERNELS = {
     "grad_weight": gradients.grad_weight_kernel,
     "linear_loss_grad": loss.linear_loss_grad_kernel,
     "loss_grad": loss.loss_grad_kernel,
+    "divergence": divergence.divergence_kernel,
     "update": update.update_kernel,
     "norm": update.norm_kernel,
     "advance": clock.advance_kernel,
@@ -65,6 +78,7 @@ HEAVIEST = "adam"
 # in FLOATS is an integer.
 POINTERS = {
     **dict.fromkeys(("x", "w", "y", "z", "dz", "dx", "dy", "adv", "out", "compute", "shadow", "weights"), "compute"),
+    **dict.fromkeys(("other", "dother"), "compute"),
     **dict.fromkeys(("b", "slope_param", "dslope", "target", "weight", "class_weight", "settings"), "fp32"),
     **dict.fromkeys(("s", "r", "ds", "db", "dr", "sums"), "fp32"),
     **dict.fromkeys(("real", "parameters", "grads", "first", "second", "average", "slopes", "shares"), "fp32"),
@@ -73,7 +87,7 @@ POINTERS = {
     **dict.fromkeys(("rows", "x_rows", "labels", "counters", "table", "layers", "draws", "segments", "live"), "i64"),
     "ticket": "i32",
 }
-FLOATS = ("slope", "keep_scale", "kept_share", "length", "eps", "low", "high")
+FLOATS = ("slope", "keep_scale", "kept_share", "length", "eps", "low", "high", "strength")
 # Pointers whose offsets reach beyond their own memory; see ``Device.far_base``.
 BASES = ("compute", "real")
 
@@ -143,6 +157,9 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
                 yield Variant("linear_loss_grad", precision, tile, {**sides, **shared})
             tile = configs.LOSS
             yield Variant("loss_grad", ELEMENTS[precision], tile, {"BM": tile.rows, "BN": tile.columns, **shared})
+    for aligned in (True, False):
+        constants = {"BM": configs.LOSS.rows, "BN": configs.LOSS.columns, "ALIGNED": aligned}
+        yield Variant("divergence", ELEMENTS[precision], configs.LOSS, constants)
     for rule in RULES:
         for tasks in configs.TABLE_LENGTHS if rule == HEAVIEST else configs.TABLE_LENGTHS[:1]:
             for noisy, tile in ((False, configs.SWEEP), (True, configs.NOISY_SWEEP)):

@@ -162,9 +162,7 @@ def _check_together(op: str, given: Mapping[str, Any]) -> None:
             raise ArgumentError(f"{op}: z: the derivative of {activation} needs the pre-activation; got None")
         if activation == "prelu" and given["dslope"] is None:
             raise ArgumentError(f"{op}: dslope: prelu's gradient needs an array of shape (1,); got None")
-    for name in ("dz2", "dspread"):
-        if any(layer.get(name) is not None for layer in given.get("layers", ())):
-            raise ArgumentError(f"{op}: {name}: this backend takes one batch, and the numpy backend a second one")
+    _check_batches(op, given)
     if op == "perturb" and (given["x"] is None) != (given["carried"] is not None):
         raise ArgumentError(f"{op}: x: it is None with carried, which moves by itself, and an array without")
     if "counters" in given and given["counters"] is None:
@@ -188,6 +186,39 @@ def _check_together(op: str, given: Mapping[str, Any]) -> None:
 def _fuses(rule: UpdateRule) -> bool:
     """Return whether an update needs nothing but the gradient of its own batch and element."""
     return rule.accumulate == 1 and rule.clip_norm is None
+
+
+def _check_batches(op: str, given: Mapping[str, Any]) -> None:
+    """Raise ArgumentError for what is the numpy backend's, and for a second batch of a part of the tensors alone."""
+    layers = given.get("layers", ())
+    if any(layer.get("dspread") is not None for layer in layers):
+        raise ArgumentError(f"{op}: dspread: only the numpy backend takes the gradient through magnitudes")
+    second = [layer.get("dz2") is not None for layer in layers]
+    second += [slope.get("dslope2") is not None for slope in given.get("slopes") or ()]
+    if any(second) and op != "grad_weight":
+        raise ArgumentError(f"{op}: dz2: this backend takes a second batch in grad_weight; use it and update")
+    if len(set(second)) > 1 or any((one.get("dz2") is None) != (one.get("x2") is None) for one in layers):
+        raise ArgumentError(f"{op}: dz2: expected a second batch of all layers and slopes, dz2 with x2, or of none")
+
+
+def second_batch(given: SimpleNamespace, counters: Any) -> SimpleNamespace | None:
+    """Return the checked operands of ``grad_weight`` that add the gradients of the second batch to what is there; None
+    if there is no second batch. ``counters``: those of the device, with BATCH_INDEX 1."""
+    layers = [
+        SimpleNamespace(**vars(layer) | {"dz": layer.dz2, "x": layer.x2, "rows": None, "gathered": None})
+        for layer in given.layers
+        if layer.dz2 is not None
+    ]
+    slopes = [
+        SimpleNamespace(**vars(slope) | {"dslope": slope.dslope2})
+        for slope in given.slopes
+        if slope.dslope2 is not None
+    ]
+    if not (layers or slopes):
+        return None
+    # batch 1 of two is added to batch 0
+    changed = {"layers": layers, "slopes": slopes, "counters": counters, "rule": UpdateRule("sgd", accumulate=2)}
+    return SimpleNamespace(**vars(given) | changed)
 
 
 def _check_parts(op: str, given: Mapping[str, Any]) -> None:

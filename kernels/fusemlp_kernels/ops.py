@@ -31,7 +31,7 @@ REFUSED = {
     ("", "penalty"): "it runs inside train_resident; elsewhere change the gradients between grad_weight and update",
     **{
         (backend, op): "it is bound by the numpy backend alone"
-        for op in ("divergence", "magnitudes", "ball", "box", "box_grad", "worst_loss_grad")
+        for op in ("magnitudes", "ball", "box", "box_grad", "worst_loss_grad")
         for backend in ("triton", "cupy")
     },
     ("numpy", "train_fleet"): "its models train one after another, by train_resident",
@@ -179,8 +179,8 @@ _LAYER = (
     replace(_GATHERED, use=READ),
     Operand("x", "MK", "compute", rows="rows"),
 )
-# Another batch of as many rows, whose gradients are added, and the gradient through the magnitudes of the weights: on
-# the numpy backend.
+# Another batch of as many rows, whose gradients are added: in grad_weight_update on the numpy backend; and the gradient
+# through the magnitudes of the weights, on the numpy backend.
 _SECOND = (
     Operand("dz2", "MN", "compute", optional=True),
     Operand("x2", "MK", "compute", optional=True),
@@ -349,6 +349,9 @@ OPS = {op.name: op for op in (
         Operand("weight", "M", rows="rows", optional=True, note="a weight for each row"),
         _COUNTERS,
         Operand("stats", "S", "float64", UPDATED, kind="control", optional=True, note="its sums, after the loss"),
+        Operand(
+            "hyper", "H", "float64", optional=True, hidden=True, note="the gradients are times hyper[LOSS_SCALE]"
+        ),
     )),
     Op("magnitudes", "out = abs(w)", (
         Operand("w", "NK"),

@@ -8,7 +8,10 @@ import numpy as np
 from memory import base_of, position
 
 COMPUTE_OPERANDS = frozenset(
-    {"x", "gathered", "y", "z", "dz", "dz_prev", "dx", "dy", "adv", "start", "delta", "carried", "w_shadow", "shadow"}
+    {
+        *("x", "gathered", "y", "z", "dz", "dz_prev", "dx", "dy", "adv", "start", "delta", "carried"),
+        *("w_shadow", "shadow", "other", "dother", "dz2", "x2"),
+    }
 )
 LOOPS = frozenset({"train_resident", "train_fleet"})
 READS_WEIGHTS = frozenset({"linear", "linear_loss_grad", "grad_input", "linear_members", "grad_input_members"})

@@ -76,7 +76,8 @@ def trades(build: Builder, attack: Attack, beta: float) -> None:
     rows: dict[str, Any] = {"rows": build.rows, "counters": build.counters}
     logits = build.linear(last, f"z{last + 1}", {"activation": "identity"})
     weight = build.weight_of_rows()
-    common: dict[str, Any] = {"z": logits, "loss": spec, "weight": weight, **rows}
+    scale = Ref("hyper") if build.step.scaled else None
+    common: dict[str, Any] = {"z": logits, "loss": spec, "weight": weight, "hyper": scale, **rows}
     place = build.x, build.picks, build.gathered
     build.x, build.picks, build.gathered = build.work("adv", build.net.sizes[0]), None, None
     build.side = ".adv"

@@ -396,7 +396,8 @@ class Builder:
         if not (whole or step.resident):
             weights = sum(places[short].size for short in self.rules)
             parts = min(step.most_parts, batch_parts(self.traits, self.batch, weights))
-        fused = rule.kind in self.traits.fused_updates and not whole and parts == 1 and private is None
+        one = (self.beta is None or self.traits.on_host) and parts == 1 and private is None
+        fused = rule.kind in self.traits.fused_updates and not whole and one
         for short in self.rules:
             shape = places[short].shape
             if not fused:

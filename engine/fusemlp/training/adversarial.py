@@ -52,10 +52,6 @@ def check_adversarial(engine: Session, against: Any, *, batches: bool = False, s
             )
     if isinstance(against, TRADES):
         against.check(engine.network, engine.loss)
-        if not engine.memory.backend.traits.on_host:
-            raise ArgumentError(
-                f"adversarial: TRADES trains on backend='numpy', this engine has {engine.backend!r}; take it, or PGD"
-            )
     if engine.plan == "resident" and engine.plan_reason == ASKED and not engine.memory.backend.traits.on_host:
         raise ArgumentError("plan: the resident kernel does not attack its batches; use plan='auto'")
 

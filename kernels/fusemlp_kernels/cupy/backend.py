@@ -11,7 +11,7 @@ import numpy as np
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.cupy.device import Array, Device, all_shared, strides_of
 from fusemlp_kernels.cupy.layers import bind_grad_input, bind_linear, bind_perturb
-from fusemlp_kernels.cupy.losses import bind_linear_loss_grad, bind_loss_grad
+from fusemlp_kernels.cupy.losses import bind_divergence, bind_linear_loss_grad, bind_loss_grad
 from fusemlp_kernels.cupy.members import (
     bind_affine_members,
     bind_grad_affine_members,
@@ -34,6 +34,7 @@ BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
     "linear": bind_linear,
     "linear_loss_grad": bind_linear_loss_grad,
     "loss_grad": bind_loss_grad,
+    "divergence": bind_divergence,
     "grad_input": bind_grad_input,
     "affine_members": bind_affine_members,
     "grad_affine_members": bind_grad_affine_members,

@@ -175,6 +175,101 @@ __device__ __forceinline__ void loss_of(const Loss& call) {
     if (is_last(call.ticket)) finish(call, normaliser);
 }
 
+// The largest number of a row of logits, and the sum of all exponentials, divided by that of the largest.
+struct Exponentials {
+    float largest;
+    float total;
+};
+
+template <int SIZE>
+__device__ inline Exponentials exponentials_of(const Loss& call, const Compute* z, long long step) {
+    Best largest = {-infinity(), call.columns};
+    for (long long column = threadIdx.x % SIZE; column < call.columns; column += SIZE) {
+        largest.take(load(z + column * step), column);
+    }
+    largest = team_best<SIZE>(largest);
+    float total = 0.0f;
+    for (long long column = threadIdx.x % SIZE; column < call.columns; column += SIZE) {
+        total += expf(load(z + column * step) - largest.value);
+    }
+    return {largest.value, team_sum<SIZE>(total)};
+}
+
+// The divergence of a row, in every thread of its team, and the gradients; reference.divergence defines them. Without
+// dz and stats the value is not wanted.
+template <int SIZE>
+__device__ inline float divergence_row(const Loss& call, long long at, float factor) {
+    const Compute* z = static_cast<const Compute*>(call.z.data) + at * call.z.row;
+    const Compute* other = call.other.at(at, 0);
+    Compute* dother = call.dother.at(at, 0);
+    Compute* dz = call.dz.data ? call.dz.at(at, 0) : nullptr;
+    Exponentials own = exponentials_of<SIZE>(call, z, call.z.col);
+    Exponentials moved = exponentials_of<SIZE>(call, other, call.other.col);
+    // log(p / q) = (z - its largest) - (other - its largest) - apart
+    float apart = logf(own.total) - logf(moved.total);
+    float value = 0.0f;
+    if (dz || call.stats) {
+        for (long long column = threadIdx.x % SIZE; column < call.columns; column += SIZE) {
+            float by = load(z + column * call.z.col) - own.largest;
+            value += expf(by) / own.total * (by - (load(other + column * call.other.col) - moved.largest) - apart);
+        }
+        value = team_sum<SIZE>(value);
+    }
+    for (long long column = threadIdx.x % SIZE; column < call.columns; column += SIZE) {
+        float by = load(z + column * call.z.col) - own.largest;
+        float to = load(other + column * call.other.col) - moved.largest;
+        float p = expf(by) / own.total;
+        store(dother + column * call.dother.col, factor * (expf(to) / moved.total - p));
+        if (dz) {
+            Compute* there = dz + column * call.dz.col;
+            store(there, load(there) + factor * p * (by - to - apart - value));
+        }
+    }
+    return value;
+}
+
+// The divergence of every row: SIZE threads a row.
+template <int SIZE>
+__device__ __forceinline__ void divergence_of(const Loss& call) {
+    constexpr int TEAMS = THREADS / SIZE;
+    __shared__ double parts[TEAMS];
+    long long valid = valid_rows(call);
+    double normaliser = call.normaliser ? *call.normaliser : normaliser_of(call, valid);
+    int team = threadIdx.x / SIZE;
+    long long at = static_cast<long long>(blockIdx.x) * TEAMS + team;
+    float value = 0.0f;
+    if (at < valid) {
+        float weight = row_of(call, at).weight;
+        float scale = static_cast<float>(call.strength) * gradient_scale(call, normaliser);
+        value = weight * divergence_row<SIZE>(call, at, weight * scale);
+    } else if (at < call.rows) {
+        for (long long i = threadIdx.x % SIZE; i < call.columns; i += SIZE) store(call.dother.at(at, i), 0.0f);
+    }
+    if (!call.stats) return;
+    if (threadIdx.x % SIZE == 0) parts[team] = value;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        double total = 0.0;
+        for (int i = 0; i < TEAMS; i++) total += parts[i];
+        call.partials[blockIdx.x] = total;
+    }
+    if (!is_last(call.ticket)) return;
+    double total = sum_of(call.partials, gridDim.x, 1) * call.strength;
+    if (threadIdx.x != 0) return;
+    if (call.mean && normaliser == 0.0) total = 0.0;
+    call.stats[LAST_LOSS] += call.mean && normaliser != 0.0 ? total / normaliser : total;
+    call.stats[LOSS_SUM] += total;
+}
+
+// Two blocks on a multiprocessor: with the registers of three the assembler spills.
+extern "C" __global__ void __launch_bounds__(THREADS, 2) divergence(const Loss call) {
+    divergence_of<WARP>(call);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) divergence_of_long_rows(const Loss call) {
+    divergence_of<THREADS>(call);
+}
+
 // From a product in float32, to which the bias is added; and from a stored pre-activation. Long rows need more registers
 // than three blocks on a multiprocessor have: two, or the assembler spills.
 extern "C" __global__ void __launch_bounds__(THREADS) product_loss(const Loss call) {

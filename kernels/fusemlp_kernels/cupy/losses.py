@@ -1,4 +1,4 @@
-"""Binding ``loss_grad`` and ``linear_loss_grad``: one kernel reads a row and writes its dz."""
+"""Binding ``loss_grad``, ``linear_loss_grad`` and ``divergence``: one kernel reads a row and writes its gradients."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ def _bind_loss(device: Device, kernel: str, given: SimpleNamespace, z: Array, bi
         # the loss of no rows, or of no outputs, is zero
         zeros = [array for array in (stats[:1], given.dslope) if array is not None]
         return in_sequence([device.clear(array) for array in zeros])
-    blocks = m if n > LONG_ROW else -(-m // ROWS_A_BLOCK)
     entropy = loss.kind == "cross_entropy"
     fields: dict[str, Any] = {
         "z": z, "bias": bias, "dz": given.dz, "indices": given.rows, "counters": given.counters, "stats": stats,
@@ -39,9 +38,15 @@ def _bind_loss(device: Device, kernel: str, given: SimpleNamespace, z: Array, bi
         "soft": loss.soft, "accuracy": loss.accuracy,
         "ignores": loss.ignore_index is not None, "ignored": loss.ignore_index,
         "divisor": 1.0 if entropy else float(n), "smoothing": loss.label_smoothing, "option": loss.option,
-        "partials": device.allocate(4 * blocks, "float64"), "ticket": device.allocate(1, "uint32"),
         **activation_fields(given),
     }  # fmt: skip
+    return _over_rows(device, kernel, m, n, fields)
+
+
+def _over_rows(device: Device, kernel: str, m: int, n: int, fields: dict[str, Any]) -> Run:
+    """Return the kernel over m rows of n columns, and before it the normaliser of a long batch."""
+    blocks = m if n > LONG_ROW else -(-m // ROWS_A_BLOCK)
+    fields |= {"partials": device.allocate(4 * blocks, "float64"), "ticket": device.allocate(1, "uint32")}
     before: list[Run] = []
     if m > SHORT_BATCH:
         fields["normaliser"] = device.allocate(1, "float64")
@@ -54,6 +59,19 @@ def _bind_loss(device: Device, kernel: str, given: SimpleNamespace, z: Array, bi
 def bind_loss_grad(device: Device, given: SimpleNamespace) -> Run:
     """Bind the contract's ``loss_grad``."""
     return _bind_loss(device, "stored_loss", given, given.z)
+
+
+@binds("divergence")
+def bind_divergence(device: Device, given: SimpleNamespace) -> Run:
+    """Bind the contract's ``divergence``."""
+    names = ("z", "other", "dother", "dz", "counters", "stats", "weight", "hyper", "strength")
+    fields = {name: getattr(given, name) for name in names}
+    fields |= {
+        "indices": given.rows, "rows": given.M, "columns": given.N, "mean": given.loss.reduction != "sum",
+        "by_row": given.loss.reduction == "rows", "soft": True, "divisor": 1.0,
+        "kind": LOSSES.index("cross_entropy"),
+    }  # fmt: skip
+    return in_sequence([]) if given.M * given.N == 0 else _over_rows(device, "divergence", given.M, given.N, fields)
 
 
 @binds("linear_loss_grad", without=["ridge", "shares"])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from fusemlp_kernels.checks import binds
+import numpy as np
+
+from fusemlp_kernels.checks import binds, second_batch
+from fusemlp_kernels.contract import COUNTERS
 from fusemlp_kernels.cupy.device import Array, Device, Run, in_sequence
 from fusemlp_kernels.cupy.products import bind_product, transposed
 from fusemlp_kernels.cupy.tables import PLAIN, Sums, Tensors
@@ -45,8 +48,15 @@ def bind_clip_examples(device: Device, given: SimpleNamespace) -> Run:
 
 @binds("grad_weight", without=_NO_PARTS)
 def bind_grad_weight(device: Device, given: SimpleNamespace) -> Run:
-    """Bind the contract's ``grad_weight``: a product for each weight, and one kernel for all biases and slopes."""
-    return bind_gradients(device, given)
+    """Bind the contract's ``grad_weight``: a product for each weight, and one kernel for all biases and slopes.
+
+    A second batch has its own, which add to the first's.
+    """
+    second = second_batch(given, device.upload(np.ones(COUNTERS, np.int64)))
+    if second is None:
+        return bind_gradients(device, given)
+    given.norm = None
+    return in_sequence([bind_gradients(device, given), bind_gradients(device, second)])
 
 
 def bind_gradients(device: Device, given: SimpleNamespace) -> Run:

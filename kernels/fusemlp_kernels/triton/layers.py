@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ from fusemlp_kernels.checks import binds, members_of
 from fusemlp_kernels.contract import ACTIVATIONS, COUNTERS, HYPER, LOSSES, NEEDS_Z, STATS, Dropout, LossSpec
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.philox import seed_key, threshold
-from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, members, perturb
+from fusemlp_kernels.triton import clock, configs, divergence, gradients, linear, loss, members, perturb
 from fusemlp_kernels.triton.launch import Device, Run, Tensor, in_sequence, is_aligned, signed
 
 # Operands for backends that gather in memory or store masks, and those of train_resident.
@@ -189,6 +190,28 @@ def bind_perturb(device: Device, given: SimpleNamespace) -> Run:
         "eps": eps, "low": change.low, "high": change.high,
     }  # fmt: skip
     return device.launch(perturb.perturb_kernel, given.M, arguments, {"BLOCK": configs.SWEEP.columns}, configs.SWEEP)
+
+
+@binds("divergence")
+def bind_divergence(device: Device, given: SimpleNamespace) -> Run:
+    """The contract's ``divergence``."""
+    z, rows, weight, hyper, tile = given.z, given.rows, given.weight, given.hyper, configs.LOSS
+    given.class_weight, dz = None, given.dother if given.dz is None else given.dz
+    programs = -(-given.M // tile.rows)
+    matrices = {"z": z, "other": given.other, "dother": given.dother, "dz": dz}
+    settings = loss_settings(replace(given.loss, soft=True, label_smoothing=0.0, accuracy=False), given)
+    arguments = {
+        "M": given.M, "N": given.N, **places(z, **matrices), "strength": float(given.strength),
+        "rows": device.zeros(1, "int64") if rows is None else rows, "gather": int(rows is not None),
+        "weight": device.zeros(1, "real") if weight is None else weight,
+        "weight_step": 0 if weight is None else weight.stride(0), "settings": device.numbers(settings, "real"),
+        "stats": device.zeros(STATS, "float64") if given.stats is None else given.stats,
+        "hyper": device.zeros(HYPER, "float64") if hyper is None else hyper, "scaled": int(hyper is not None),
+        "counters": given.counters, "adds": int(given.dz is not None), "recorded": int(given.stats is not None),
+        "partials": device.zeros(programs, "float64"), "ticket": device.zeros(1, "int32"), "programs": programs,
+    }  # fmt: skip
+    constants = {"BM": tile.rows, "BN": tile.columns, "ALIGNED": all(map(is_aligned, matrices.values()))}
+    return device.launch(divergence.divergence_kernel, programs, arguments, constants, tile)
 
 
 def target_arguments(device: Device, given: SimpleNamespace) -> dict[str, Any]:
