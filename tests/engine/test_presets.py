@@ -153,6 +153,11 @@ def test_a_command_that_takes_no_members_says_so(
     assert not any(tmp_path.iterdir())
 
 
+def test_an_option_with_two_names_is_called_by_the_long_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "iris", "--adversarial", "free") == 2
+    assert "error: --attack-eps: say how far" in capsys.readouterr().err
+
+
 def test_the_run_of_from_is_called_by_its_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = table(tmp_path / "data.csv")
     plain = ("--preset", "plain", "--models", "1", "--out", tmp_path / "plain")

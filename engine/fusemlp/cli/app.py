@@ -225,7 +225,9 @@ def _options_of_all() -> dict[str, str]:
     found: dict[str, str] = {}
     for parameter in (parameter for command in commands for parameter in command.params):
         for option in (option for option in parameter.opts if option.startswith("--") and option != "--data"):
-            found |= dict.fromkeys((parameter.name, option[2:].replace("-", "_")), option)
+            found[option[2:].replace("-", "_")] = option
+            # --from is from_run in Python, and --attack-eps has a short name beside its own
+            found.setdefault(parameter.name, option)
     return found
 
 
