@@ -43,6 +43,11 @@ def test_a_process_that_torchrun_has_not_started_is_told(monkeypatch: pytest.Mon
         Engine(MLP([3, 2]), backend="numpy", distributed=True)
 
 
+def test_how_to_add_gradients_is_for_several_processes() -> None:
+    with pytest.raises(ArgumentError, match=r"^reduce: 'fast' adds .* trains alone; start it by torchrun"):
+        Engine(MLP([3, 2]), backend="numpy", reduce="fast")
+
+
 def test_a_port_in_use_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with worlds.held_port() as port:
         as_rank(monkeypatch, port)

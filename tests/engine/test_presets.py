@@ -125,6 +125,48 @@ def test_what_the_recipe_does_not_take_is_named(tmp_path: Path, given: dict[str,
         prepared(tmp_path, **given)
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (("evaluate", "RUN", "--attack", "pgd", "--attack-eps", "0.1"), "attack"),
+        (("evaluate", "RUN", "--certify", "0.1"), "certify"),
+        (("export", "RUN", "--onnx", "model.onnx"), "onnx"),
+        (("train", "DATA", "--target", "kind", "--from", "RUN", "--out", "new"), "from"),
+        (("train", "DATA", "--target", "kind", "--from", "RUN", "--out", "new", "--preset", "tabm"), "from"),
+    ],
+)
+def test_a_command_that_takes_no_members_says_so(
+    trained: Path,
+    tmp_path: Path,
+    command: tuple[str, ...],
+    option: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = {"RUN": trained, "DATA": trained.parent / "data.csv"}
+    assert run(*(places.get(word, word) for word in command)) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"error: --{option}: " in said and "this one has 16; make it with members=1, or by train --preset plain" in said
+    )
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_option_with_two_names_is_called_by_the_long_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "iris", "--adversarial", "free") == 2
+    assert "error: --attack-eps: say how far" in capsys.readouterr().err
+
+
+def test_the_run_of_from_is_called_by_its_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = table(tmp_path / "data.csv")
+    plain = ("--preset", "plain", "--models", "1", "--out", tmp_path / "plain")
+    assert run("train", data, "--target", "kind", *QUICK, *plain) == 0
+    told = ("--preset", "tabm", "--from", tmp_path / "plain", "--out", tmp_path / "new")
+    assert run("train", data, "--target", "kind", *told) == 2
+    assert "error: --from: the preset tabm does not take it" in capsys.readouterr().err
+
+
 def test_an_estimator_has_the_model_of_the_command_line(tmp_path: Path) -> None:
     data = table(tmp_path / "data.csv", target="value")
     assert run("train", data, "--target", "value", "--preset", "tabm", *QUICK, "--out", tmp_path / "run") == 0

@@ -215,14 +215,20 @@ def one_line(error: FusemlpError) -> str:
     """
     message = "\n  ".join(" ".join(part.split()) for part in str(error).split("\n  "))
     name, colon, rest = message.partition(": ")
-    option = f"--{name.replace('_', '-')}"
-    return f"{option}{colon}{rest}" if exit_code(error) == 2 and option in _options_of_all() else message
+    option = _options_of_all().get(name) if exit_code(error) == 2 else None
+    return f"{option}{colon}{rest}" if option else message
 
 
-def _options_of_all() -> set[str]:
-    """The options of all commands, but ``--data``: where that is wrong, it is an argument of most."""
+def _options_of_all() -> dict[str, str]:
+    """The options of all commands by name, but ``--data``: where that is wrong, it is an argument of most."""
     commands = getattr(typer.main.get_command(app), "commands", {}).values()
-    return {option for command in commands for parameter in command.params for option in parameter.opts} - {"--data"}
+    found: dict[str, str] = {}
+    for parameter in (parameter for command in commands for parameter in command.params):
+        for option in (option for option in parameter.opts if option.startswith("--") and option != "--data"):
+            found[option[2:].replace("-", "_")] = option
+            # --from is from_run in Python, and --attack-eps has a short name beside its own
+            found.setdefault(parameter.name, option)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -49,6 +49,8 @@ def evaluate(options: EvaluateOptions) -> None:
         )
         seen = _trained_on(options, preprocessor, features, labels, notes)
         X, weight = network_inputs(preprocessor, features, engine.precision), None
+    if options.attack is not None:
+        engine.network.check_single("attack", "an attack")
     how = attacks.chosen(options, preprocessor, X, features)
     report = score(engine, preprocessor, X, labels, weight)
     if isinstance(how, Attack):

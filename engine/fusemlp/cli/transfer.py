@@ -151,6 +151,7 @@ def opened(options: TrainOptions) -> tuple[Source | None, TrainOptions]:
         run, config, Preprocessor.from_config(config["preprocessor"]), _loaded(weights_path(run, "model"), options)
     )
     net, made = source.engine.network, source.preprocessor
+    net.check_single("from", "transfer")
     if options.probe and options.time_limit is not None:
         raise ArgumentError("probe: --time-limit does not count its epochs; give one of the options")
     if options.probe and options.dp_epsilon is not None:

@@ -212,7 +212,7 @@ class MLP(Description):
         if self.members > 1:
             raise ArgumentError(
                 f"{argument}: {what} takes a network without members, and this one has {self.members}; make it with "
-                "members=1"
+                "members=1, or by train --preset plain"
             )
 
     @property

@@ -50,6 +50,7 @@ def certify(
     Raises ArgumentError or ArgumentTypeError unless ``eps``, which errors call ``argument``, is at least 0.
     """
     eps = as_number(argument, eps, low=0.0)
+    engine.network.check_single(argument, "interval bounds")
     low, high = reach(preprocessor, cells, eps, engine.precision)
     found = Propagation(engine)
     if preprocessor.classes is None:

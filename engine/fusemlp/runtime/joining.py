@@ -11,7 +11,7 @@ from fusemlp.describe.checks import as_number, check_choice, check_flag
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer
 from fusemlp.describe.privacy import DPSGD
-from fusemlp.program.sharding import REDUCTIONS, Sharding
+from fusemlp.program.sharding import ORDERED, REDUCTIONS, Sharding
 from fusemlp.runtime.plans import no_ranks
 from fusemlp.runtime.ranks import Ranks, joined
 from fusemlp_kernels.contract import Backend
@@ -46,6 +46,11 @@ class Joining:
         check_choice("reduce", reduce, REDUCTIONS)
         limit = as_number("timeout", timeout, low=0.0, low_open=True)
         if not check_flag("distributed", distributed):
+            if reduce != ORDERED:
+                raise ArgumentError(
+                    f"reduce: {reduce!r} adds the gradients of several processes, and this one trains alone; start it "
+                    "by torchrun, a script with distributed=True, or leave reduce out"
+                )
             return
         if not self._backend.traits.on_host:
             raise no_ranks("distributed", self.backend)

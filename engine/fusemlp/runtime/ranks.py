@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import hashlib
 import json
@@ -41,6 +42,11 @@ def _torch() -> Any:
         raise MissingLibraryError(
             f"distributed: it needs torch, which cannot be imported ({error}); install it with pip install torch"
         ) from error
+
+
+def _leave(dist: Any) -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # those of this process by their time limit, each with the process group that they are part of
@@ -87,6 +93,8 @@ class Ranks:
         try:
             if not dist.is_initialized():
                 dist.init_process_group("gloo", timeout=limit)
+                # at the end of Python its threads now and then abort the process, whose exit code is lost
+                atexit.register(_leave, dist)
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
             # of its own: another engine may have another limit
             self._group = dist.new_group(backend="gloo", timeout=limit)
