@@ -47,7 +47,7 @@ def read(folder: str) -> tuple[Run, dict[str, Any], list[dict[str, Any]]]:
     run = Run(Path(folder))
     if not (run.path / JOURNAL).is_file():
         config = json.loads(run.config.read_text(encoding="utf-8")) if run.config.is_file() else {}
-        reason = "is no folder of a sweep" if "sweep" not in config else "holds a sweep that has ended"
+        reason = "is no folder of a sweep" if "sweep" not in config else "holds a sweep that has ended; start a new one"
         mend = "; a run of train goes on with fusemlp train --resume" if config and "sweep" not in config else ""
         raise CheckpointError(f"resume: {folder!r} {reason}{mend}")
     lines = (run.path / JOURNAL).read_text(encoding="utf-8").splitlines(keepends=True)

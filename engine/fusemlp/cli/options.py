@@ -332,7 +332,7 @@ class TrainOptions(FitOptions):
     )
     preset: str | None = _network(
         None,
-        f"{one_of(PRESETS)}: a recipe for what is not given. tabm: one network of {MEMBERS} members that share "
+        f"{one_of(PRESETS)}: a recipe for what has its default. tabm: one network of {MEMBERS} members that share "
         "weights, --hidden 128,128 --activation silu --optimizer adamw --lr 0.002 --batch-size 256 (less below 4,096 "
         f"rows). auto: tabm for a table of {LEAST_ROWS:,} rows and more, without the test rows. plain unless given.",
         values=PRESETS,
