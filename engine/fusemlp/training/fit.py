@@ -320,8 +320,8 @@ def fit_checked(
     elif state.reduce != reduction(engine):
         raise ArgumentError(
             f"reduce: the fit that is resumed has reduce={state.reduce or None!r}, got {reduction(engine) or None!r}; "
-            "go on with the same: torchrun --nproc-per-node 1 -m fusemlp train --resume RUN, or in a script of torchrun "
-            "load_checkpoint(..., distributed=True, reduce=...); where it was None, without torchrun"
+            "go on with the same: torchrun --nproc-per-node 1 -m fusemlp train --resume RUN, or in a script that "
+            "torchrun starts load_checkpoint(..., distributed=True, reduce=...); where it was None, without torchrun"
         )
     elif state.monitor != (monitor or ""):
         raise ArgumentError(
