@@ -43,7 +43,7 @@ _log = logging.getLogger("fusemlp")
 
 # Arguments of Engine.fit that a fleet has in another place.
 _ELSEWHERE = {
-    **ELSEWHERE,
+    **{name: told for name, told in ELSEWHERE.items() if name != "workers"},
     "validation_split": "give validation_data=(Xv, yv), or each model's validation_rows",
     "batch_size": "it belongs to the fleet: Fleet(net, batch_size=32), or vary={'batch_size': [32, 64]}",
     "class_weight": "it belongs to the loss: Fleet(net, loss=CrossEntropy(class_weight=[1.0, 5.0]))",

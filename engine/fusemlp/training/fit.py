@@ -373,7 +373,10 @@ def fit_checked(
         asked = validation is not None or bool(callbacks) or not resident or engine.ranks is not None
         at_once = epochs_at_once(engine, epochs, count * members, asked=asked)
     if bound is None:
-        now = engine.update_count - state.batch - (state.epoch - first_epoch) * batches
+        now = 0
+        if isinstance(against, IBP):
+            # waits for a device
+            now = engine.update_count - state.batch - (state.epoch - first_epoch) * batches
         inputs = Inputs(len(data.X), indexed=True, weighted=data.weight is not None)
         bound = made = engine.bind_fit(
             inputs,
