@@ -95,6 +95,24 @@ def test_the_outputs_are_what_the_engine_says(case: str, rows: int, tmp_path: Pa
         close(said["probabilities"], engine.predict_proba(X[:rows]))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("case", LOSSES)
+def test_members_give_their_mean_prediction(case: str, precision: str, tmp_path: Path) -> None:
+    outputs, names = LOSSES[case]
+    net = MLP([WIDTH, 8, 5, outputs], activation="silu", members=4)
+    engine = Engine(net, loss=case.partition(",")[0], precision=precision)
+    drawn = np.random.default_rng(4)
+    state = engine.state_dict()
+    engine.load_state_dict({name: value + drawn.normal(size=value.shape) * 0.5 for name, value in state.items()})
+    engine.to_onnx(tmp_path / "net.onnx")
+    said = run(tmp_path / "net.onnx", X)
+    assert list(said) == names
+    close(said[names[0]], engine.outputs(X))
+    close(said["prediction"], engine.predict(X))
+    if "probabilities" in said:
+        close(said["probabilities"], engine.predict_proba(X))
+
+
 def test_no_hidden_layer(tmp_path: Path) -> None:
     engine = Engine(MLP([WIDTH, 2]))
     engine.to_onnx(tmp_path / "net.onnx")

@@ -56,6 +56,12 @@ def test_the_files_of_a_run_predict(trained: Path, tmp_path: Path) -> None:
     assert engine.network.members == presets.MEMBERS and len(rows(answers)) == 400
     assert run("evaluate", trained) == 0
     assert run("explain", trained, "--out", tmp_path / "columns.csv") == 0
+    assert run("export", trained, "--onnx", tmp_path / "model.onnx") == 0
+    again = tmp_path / "again.csv"
+    assert run("predict", trained, "--data", trained.parent / "data.csv", "--spread", "--out", again) == 0
+    spread = pandas.read_csv(again)["spread"]
+    # the deviation of a probability, of members that are not the same
+    assert spread.between(0.0, 0.5).all() and spread.max() > 1e-3
 
 
 def test_a_run_goes_on_with_its_recipe(tmp_path: Path) -> None:
@@ -130,7 +136,6 @@ def test_what_the_recipe_does_not_take_is_named(tmp_path: Path, given: dict[str,
     [
         (("evaluate", "RUN", "--attack", "pgd", "--attack-eps", "0.1"), "attack"),
         (("evaluate", "RUN", "--certify", "0.1"), "certify"),
-        (("export", "RUN", "--onnx", "model.onnx"), "onnx"),
         (("train", "DATA", "--target", "kind", "--from", "RUN", "--out", "new"), "from"),
         (("train", "DATA", "--target", "kind", "--from", "RUN", "--out", "new", "--preset", "tabm"), "from"),
     ],

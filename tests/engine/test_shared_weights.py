@@ -29,6 +29,7 @@ from fusemlp import (
     load,
     load_checkpoint,
 )
+from fusemlp.fleet.merge import members
 from fusemlp.report.temperature import held_out_logits, scale_logits, temperature_of
 from fusemlp.runtime.members import combined
 from fusemlp.runtime.plans import plan_text
@@ -312,6 +313,23 @@ def test_the_temperature_is_that_of_the_mean_probability() -> None:
     assert engine.evaluate(X[60:], y[60:])["loss"] == pytest.approx(found.after)
 
 
+@pytest.mark.parametrize("kind", ["cross_entropy", "mse"])
+def test_the_members_apart_predict_what_they_do_together(kind: str) -> None:
+    X, y = data()
+    X = X * 3.0 + 2.0
+    target = y if kind == "cross_entropy" else np.eye(CLASSES)[y]
+    engine = Engine(NET, kind, AdamW(0.01, ema=0.9), batch_size=16, precision="fp64", normalise=True, backend="numpy")
+    engine.fit(X, target, epochs=3)
+    apart = members(engine)
+    assert [one.network for one in apart] == [MLP(NET.sizes, activation="tanh")] * MEMBERS
+    for place, one in enumerate(apart):
+        np.testing.assert_allclose(one.outputs(X), engine.member_outputs(X)[:, place], rtol=1e-12, atol=1e-13)
+    each = [one.predict_proba(X) if kind == "cross_entropy" else one.predict(X) for one in apart]
+    whole = engine.predict_proba(X) if kind == "cross_entropy" else engine.predict(X)
+    np.testing.assert_allclose(np.mean(each, axis=0), whole, rtol=1e-11, atol=1e-12)
+    assert np.std(each, axis=0).min() > 1e-6
+
+
 def test_a_summary_and_a_plan_name_the_members(capsys: pytest.CaptureFixture[str]) -> None:
     NET.summary()
     assert f"MLP {WIDTH}-6-7-{CLASSES}, {MEMBERS} members" in capsys.readouterr().out
@@ -330,7 +348,6 @@ def refused(engine: Engine) -> dict[str, Any]:
         "bounds": lambda: engine.bounds(X, 0.1),
         "certified": lambda: engine.certified(X, y, 0.1),
         "input_gradient": lambda: engine.input_gradient(X, y),
-        "to_onnx": lambda: engine.to_onnx("model.onnx"),
         "probe": lambda: engine.probe(X, y, epochs=1),
         "from_pretrained": lambda: Engine.from_pretrained(engine, head=2),
         "a network with members": lambda: Engine.from_pretrained(MLP([2, 3]).initial_parameters(0), NET),

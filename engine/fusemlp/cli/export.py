@@ -32,8 +32,6 @@ def export(options: ExportOptions) -> None:
     # Any machine can export: 16-bit precisions have float32 parameters too.
     precision = "fp64" if config["precision"] == "fp64" else "fp32"
     engine = load(weights_path(run, options.weights), backend="numpy", precision=precision)
-    if "onnx" in wanted:
-        engine.network.check_single("onnx", "an ONNX graph")
     about = {"preprocessor": preprocessor.to_json()}
     contents: dict[str, Callable[[], bytes]] = {
         "onnx": lambda: onnx_bytes(engine, None, about) if bare else onnx_bytes(engine, preprocessor),

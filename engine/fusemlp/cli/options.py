@@ -575,8 +575,8 @@ class PredictOptions(ApplyOptions, ForceOption):
     )
     spread: bool = _option(
         False,
-        "Also write the standard deviation of the predictions of an ensemble's models: of numbers in original units, "
-        "of classes of the probability of the predicted class.",
+        "Also write the standard deviation of the predictions of an ensemble's models or a network's members: of "
+        "numbers in original units, of classes of the probability of the predicted class.",
     )
 
 

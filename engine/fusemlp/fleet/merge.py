@@ -69,12 +69,15 @@ def merged(engines: Sequence[Engine]) -> Engine:
 
 
 def members(engine: Engine, argument: str = "engine") -> list[Engine]:
-    """Return the models that ``merged`` made ``engine`` of, to rounding: their blocks of the hidden layers.
+    """Return the models that ``merged`` made ``engine`` of, to rounding: their blocks of the hidden layers; of a
+    network with members, each of these with its factors in weights of its own.
 
     Raises ArgumentError for an engine that was not merged or was trained since, and for one without hidden layers,
     whose weights are means.
     """
     own, net = engine.merged_biases, engine.network
+    if net.members > 1:
+        return [_member(engine, place) for place in range(net.members)]
     if own is None or net.layers == 1:
         reason = "is a single one, or an earlier release merged it" if own is None else "has no hidden layers to part"
         raise ArgumentError(f"{argument}: the model {reason}; train an ensemble with hidden layers (models=5)")
@@ -98,6 +101,21 @@ def members(engine: Engine, argument: str = "engine") -> list[Engine]:
         one.load_state_dict(parameters)
         found.append(one)
     return found
+
+
+def _member(engine: Engine, place: int) -> Engine:
+    """Return one of the members that share weights, as a network without members."""
+    net, shared = engine.network, engine.evaluated_tensors()
+    own = slice(place * net.sizes[-1], (place + 1) * net.sizes[-1])
+    parameters = dict(engine.scale_tensors)
+    for layer in range(net.layers):
+        r, weight, s, bias = (shared.get(f"{2 * layer}.{name}") for name in ("r", "weight", "s", "bias"))
+        last = r is None
+        parameters[f"{2 * layer}.weight"] = weight[own] if last else s[place][:, None] * weight * r[place]
+        parameters[f"{2 * layer}.bias"] = bias[own] if last else bias[place]
+    one = _like(engine, net.sizes, normalise=engine.normalise)
+    one.load_state_dict(parameters)
+    return one
 
 
 def _like(first: Engine, widths: Sequence[int], *, normalise: bool | None) -> Engine:

@@ -3,7 +3,7 @@
 Input ``x`` (rows, K), any number of rows, float32 (double from an engine of precision fp64). Outputs, in this order:
 
 - ``logits`` (rows, N) for the cross-entropies, ``output`` (rows, N) for the other losses: the output layer, after its
-  activation
+  activation; of a network with members, ``engine.outputs``: those of the mean prediction
 - ``prediction``: the result of ``engine.predict``, shapes included
 - ``probabilities``: the result of ``engine.predict_proba``; only for the cross-entropies
 
@@ -89,7 +89,6 @@ def onnx_bytes(
     classes: Sequence[Any] | Array | None = None,
 ) -> bytes:
     """Return the content of the file of ``to_onnx``."""
-    engine.network.check_single("to_onnx", "an ONNX graph")
     labels = _labels(engine, preprocessor, classes)
     own = checked_metadata(metadata, {"fusemlp"} if preprocessor is None else {"fusemlp", "preprocessor"})
     engine.check_measured()
@@ -115,12 +114,44 @@ def onnx_bytes(
     if scale:
         centred = graph.add("Sub", name, graph.constant(scale[MEAN], MEAN))
         name = graph.add("Div", centred, graph.constant(scale[SCALE], SCALE))
-    for layer, activation in enumerate(engine.network.activations):
-        layer_names = f"{2 * layer}.weight", f"{2 * layer}.bias"
-        name = graph.add("Gemm", name, *(graph.constant(parameters[one], one) for one in layer_names), transB=1)
-        name = graph.activation(name, activation, parameters.get(f"{2 * layer + 1}.weight"))
+    if engine.network.members > 1:
+        name = _mean_of_members(graph, name, engine, parameters)
+    else:
+        for layer, activation in enumerate(engine.network.activations):
+            layer_names = f"{2 * layer}.weight", f"{2 * layer}.bias"
+            name = graph.add("Gemm", name, *(graph.constant(parameters[one], one) for one in layer_names), transB=1)
+            name = graph.activation(name, activation, parameters.get(f"{2 * layer + 1}.weight"))
     _add_outputs(graph, name, engine, preprocessor, labels)
     return graph.to_bytes(engine, own)
+
+
+def _mean_of_members(graph: _Graph, name: str, engine: Session, parameters: Mapping[str, Array]) -> str:
+    """Append the layers of a network with members, arrays (members, rows, N), and their mean prediction, which is that
+    of ``runtime.members.combined``; return its name."""
+    net, kind = engine.network, engine.loss.kind
+
+    def factor(tensor: str) -> str:
+        return graph.constant(parameters[tensor].reshape(net.members, 1, -1), tensor)
+
+    for layer, activation in enumerate(net.activations):
+        at = f"{2 * layer}."
+        weight, hidden = parameters[at + "weight"], layer < net.layers - 1
+        if hidden:
+            name, transposed = graph.add("Mul", name, factor(at + "r")), weight.T
+        else:
+            transposed = weight.reshape(net.members, -1, weight.shape[1]).swapaxes(1, 2)
+        name = graph.add("MatMul", name, graph.constant(transposed, at + "weight"))
+        name = graph.add("Mul", name, factor(at + "s")) if hidden else name
+        name = graph.activation(graph.add("Add", name, factor(at + "bias")), activation, None)
+    if kind == "cross_entropy":
+        return graph.log_mean_exp(graph.add("LogSoftmax", name, axis=2), net.members)
+    if kind == "binary_cross_entropy":
+        # the logarithms of the probabilities of 1 and of 0
+        ones, zeros = (graph.add("Neg", graph.add("Softplus", one)) for one in (graph.add("Neg", name), name))
+        return graph.add("Sub", *(graph.log_mean_exp(one, net.members) for one in (ones, zeros)))
+    if kind == "poisson":
+        return graph.log_mean_exp(name, net.members)
+    return graph.add("ReduceMean", name, graph.constant(np.array([0])), keepdims=0)
 
 
 def _labels(engine: Session, preprocessor: Preprocessor | None, classes: Any) -> Array | None:
@@ -261,6 +292,11 @@ class _Graph:
         """Append ``1 / (1 + exp(-z))``: onnxruntime makes ``z * Sigmoid(z)`` an operator that has no double."""
         one = self.constant(1.0)
         return self.add("Div", one, self.add("Add", one, self.add("Exp", self.add("Neg", z))))
+
+    def log_mean_exp(self, name: str, count: int) -> str:
+        """Append the logarithm of the mean of the exponentials over the first of ``count`` parts."""
+        summed = self.add("ReduceLogSumExp", name, self.constant(np.array([0])), keepdims=0)
+        return self.add("Sub", summed, self.constant(math.log(count)))
 
     def to_bytes(self, engine: Session, metadata: Mapping[str, str]) -> bytes:
         helper = self.helper

@@ -695,7 +695,7 @@ class TableRegressor(RegressorMixin, _TableEstimator):
         """Return the values (n,) or (n, targets) of a table's rows, in the units of y.
 
         With return_std return them and, of the same shape, the standard deviation of the predictions of an ensemble's
-        models; ArgumentError for a single model.
+        models or a network's members; ArgumentError for a single model.
         """
         inputs = self._inputs(X)
         values = predictions(self.engine_, self.preprocessor_, inputs)
