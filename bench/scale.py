@@ -40,7 +40,7 @@ LIMIT = 1.5
 # sheet), and one port of InfiniBand NDR (400 Gbit/s, NVIDIA's data sheet of ConnectX-7).
 BASE = 8.4e-6
 LINKS = {"NVLink 4": (3.4e-6, 450e9), "InfiniBand NDR": (14.0e-6, 50e9)}
-# Operations a second of an H100 SXM in TF32, dense (NVIDIA's data sheet); products in fp32 take three of them.
+# Operations a second of an H100 SXM in TF32, dense (NVIDIA's white paper on it); products in fp32 take three.
 CARD_FLOPS = 494.7e12 / 3
 CARDS = (2, 8)
 REPEAT = "To repeat: `python -m bench scale`."
@@ -107,8 +107,8 @@ def text(lines: Sequence[Record]) -> str:
     """Return the tables, the ratio of ordered to fast in words, and the projection."""
     how = (
         f"Medians of {lines[0]['rounds']} rounds; in parentheses the part in collectives, with the wait for slower "
-        "ranks (for DDP its step less that of the bare module). Gain: rows a second over those of one rank. A rank has "
-        'one thread; "alone" is one process on all cores, without ranks.'
+        "ranks (for DDP its step less that of the bare module). Gains: rows a second over those of one rank, "
+        'in the same order. A rank has one thread; "alone" is one process on all cores, without ranks.'
     )
     tables = [scaled(lines, "strong", "one batch for all"), scaled(lines, "weak", "a batch for each")]
     return "\n\n".join([*filter(None, tables), f"{how} {verdict(lines)} {REPEAT}", projection(lines)])
@@ -126,10 +126,10 @@ def scaled(lines: Sequence[Record], scaling: str, title: str) -> str:
         if ALONE in found:
             cells.append([network, ALONE, duration(found[ALONE]["seconds"]["p50"]), *[""] * 4])
             continue
-        times = [
-            f"{duration(found[name]['seconds']['p50'])} ({duration(max(0.0, found[name]['collectives']['p50']))})"
-            for name in CONTENDERS
-        ]
+        times = [duration(found[name]["seconds"]["p50"]) for name in CONTENDERS]
+        if ranks > 1:
+            apart = [duration(max(0.0, found[name]["collectives"]["p50"])) for name in CONTENDERS]
+            times = [f"{whole} ({part})" for whole, part in zip(times, apart, strict=True)]
         gains = ", ".join(f"{found[name]['gain']['p50']:.2f}" for name in CONTENDERS if "gain" in found[name])
         cells.append([network, str(ranks), *times, f"{found[ORDERED]['of_fast']['p50']:.2f}", gains])
     header = [f"a step, {title}", "ranks", *CONTENDERS.values(), "ordered / fast", "gains"]
@@ -167,7 +167,7 @@ def projection(lines: Sequence[Record]) -> str:
         f"{far * 1e6:.0f} us between machines (NCCL's src/graph/tuning.cc, ring, Simple). Rates in one direction: "
         f"{wire / 1e9:.0f} GB/s (NVLink 4 of an H100 SXM) and {port / 1e9:.0f} GB/s (InfiniBand NDR, 400 Gbit/s), by "
         "NVIDIA's data sheets. Products: a card's part of the batch at a third of the dense TF32 peak of an H100 SXM, "
-        "494.7 TFLOP/s, by its data sheet."
+        "494.7 TFLOP/s, by NVIDIA's white paper."
     )
     return f"{table(['on cards, projected', 'gradients', 'cards', 'products', *heads], rows)}\n\n{how}"
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from itertools import chain
@@ -185,6 +188,39 @@ def test_memory_mapped_arrays_are_trained_on_where_they_are(tmp_path: Path) -> N
     finally:
         tracemalloc.stop()
     assert peak < mapped.nbytes / 2
+
+
+RANK = """
+import sys, tracemalloc
+import numpy as np
+from fusemlp import MLP, Blocks, Engine
+
+X = np.load(sys.argv[1], mmap_mode="r")
+y, start = np.arange(len(X)) % 3, 100
+
+def trained(X):
+    engine = Engine(MLP([X.shape[1], 8, 3]), batch_size=96, backend="numpy", normalise=False, distributed=True)
+    engine.fit(X[:start], y[:start], epochs=1)
+    tracemalloc.start()
+    engine.fit(X, y, epochs=2, row_order=Blocks(X, y, block_rows=500, window=2).order)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return engine.state_dict(), peak
+
+(mapped, peak), (whole, _) = trained(X), trained(np.array(X))
+assert all(np.array_equal(mapped[name], whole[name]) for name in whole)
+assert peak < X.nbytes / 2, peak
+"""
+
+
+def test_ranks_train_on_a_memory_mapped_array_in_the_order_of_blocks(tmp_path: Path) -> None:
+    pytest.importorskip("torch.distributed")
+    np.save(tmp_path / "X.npy", RNG.normal(size=(20_000, 64)).astype(np.float32))
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    given = [str(tmp_path / "rank.py"), str(tmp_path / "X.npy")]
+    subprocess.run([*command, *given], env=environment, check=True, timeout=240)
 
 
 def test_a_parquet_file_is_read_a_row_group_at_a_time(tmp_path: Path) -> None:
