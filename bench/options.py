@@ -23,6 +23,7 @@ COMMANDS = {
     "examples": "score privacy, robustness, transfer and explanations on digits",
     "time_to_result": "time from arrays to an accuracy, imports and compilation included",
     "scaling": "time a step over batch, width, depth and number of models",
+    "scale": "time training by several processes beside torch's DistributedDataParallel",
     "roofline": "compare each call of a step with the limits of the hardware",
     "kernels": "compare each kernel with the vendor's product and the unfused sequence",
     "overhead": "measure the cost of a step, an epoch and an import without the work; memory",

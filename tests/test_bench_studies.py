@@ -25,6 +25,7 @@ from bench import (
     memory,
     overhead,
     roofline,
+    scale,
     scaling,
     study,
     table_memory,
@@ -38,7 +39,7 @@ from fusemlp import MLP, Adam, Engine
 from fusemlp.runtime.backends import open_backend
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = ("roofline", "kernels", "scaling", "overhead", "host", "table_memory", "tables", "time_to_result")
+STUDIES = ("roofline", "kernels", "scale", "scaling", "overhead", "host", "table_memory", "tables", "time_to_result")
 CEILINGS = timing.Ceilings(flops=2e9, bytes=1e9, near_bytes=4e9, near_size=1 << 12)
 TINY = study.network("12-8-4@8")
 
@@ -404,6 +405,55 @@ def test_the_examples_are_told_as_means_over_the_seeds() -> None:
     assert "| plain | 75.0% | 37.5% | 0.0% |" in told
     assert told.count("| plain | 75.0% |\n") == 3
     assert "Means over 2 seeds" in told
+
+
+# scale
+
+
+def invented(ranks: int, batch: int, ordered: float, fast: float, ddp: float) -> dict[Any, Any]:
+    return {
+        (ranks, batch, "ordered"): [(ordered, 0.1)] * 3,
+        (ranks, batch, "fast"): [(fast, 0.1)] * 3,
+        (ranks, batch, "ddp"): [(ddp, 0.0)] * 3,
+        (ranks, batch, "bare"): [(ddp / 2, 0.0)] * 3,
+    }
+
+
+def test_the_gains_of_ranks_are_rows_a_second_over_those_of_one() -> None:
+    case = study.network("12-8-4@8")
+    found = {(0, 8, "alone"): [(3.0, 0.0)] * 3}
+    found |= invented(1, 8, 4.0, 4.0, 6.0) | invented(2, 8, 3.2, 2.0, 4.0) | invented(2, 16, 5.0, 4.0, 8.0)
+    lines = scale.lines_of(case, found)
+    gains = {(line["ranks"], line["batch"], line["contender"]): line.get("gain", {}).get("p50") for line in lines}
+    assert gains[2, 8, "fast"] == 2.0 and gains[2, 16, "fast"] == 2.0 and gains[2, 16, "ddp"] == 1.5
+    assert gains[1, 8, "ordered"] == 1.0 and gains[0, 8, "alone"] is None
+    shown = scale.text(lines)
+    assert '"ordered" takes 1.00 to 1.60 times the step of "fast", more than 1.5 for 12-8-4@8 on 2 (1.60).' in shown
+    assert "| 12-8-4@8 | 2 | 3.2 s (100 ms) | 2 s (100 ms) | 4 s (2 s) | 1.60 | 1.25, 2.00, 1.50 |" in shown
+    assert "| 12-8-4@16 | 2 | 5 s (100 ms) | 4 s (100 ms) | 8 s (4 s) | 1.25 | 1.60, 2.00, 1.50 |" in shown
+    assert "A projection on paper" in shown
+    assert "nowhere more than 1.5." in scale.verdict([line for line in lines if line["ranks"] != 2])
+
+
+def test_a_ring_receives_what_the_reductions_need() -> None:
+    """Without latency, by hand: all-gather brings the arrays of all others, all-reduce two parts of each."""
+    times = scale.ring(8000, 4, 0.0, 1e9)
+    assert times["ordered"] - scale.BASE == pytest.approx(3 * 8e-6)
+    assert times["fast"] - scale.BASE == pytest.approx(2 * 3 / 4 * 8e-6)
+
+
+def test_worlds_of_ranks_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch.distributed")
+    out = tmp_path / "scale.jsonl"
+    given = ["--case", "12-8-4@16", "--ranks", "1,2", "--rounds", "1", "--seconds", "0.001", "--out", str(out)]
+    assert scale.main(given) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    runs = {(line["ranks"], line["batch"]) for line in lines}
+    assert runs == {(0, 16), (1, 16), (2, 16), (2, 32)} and len(lines) == 10
+    assert all(line["seconds"]["p50"] > line["collectives"]["p50"] for line in lines)
+    apart = {(line["ranks"], line["contender"]): line["collectives"]["p50"] for line in lines}
+    assert apart[2, "ordered"] > 0 and apart[2, "fast"] > 0 and apart[1, "ordered"] == apart[0, "alone"] == 0
+    assert "| 12-8-4@16 | alone |" in capsys.readouterr().out
 
 
 def test_trust_times_both_sides_and_names_what_is_not_installed(monkeypatch, tmp_path, capsys):

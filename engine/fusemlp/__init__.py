@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from fusemlp.engine import Engine, load, load_checkpoint
     from fusemlp.fleet.fleet import Fleet
     from fusemlp.fleet.results import Ensemble, FleetResults
+    from fusemlp.inputs.blocks import Blocks
     from fusemlp.runtime.normalising import InputScaleWarning
     from fusemlp.training.history import History
     from fusemlp.training.lr_finder import LearningRateSweep, lr_find
@@ -84,6 +85,7 @@ __all__ = [
     "ArgumentTypeError",
     "BackendUnavailableError",
     "BinaryCrossEntropy",
+    "Blocks",
     "CSVLogger",
     "Callback",
     "CheckpointError",
@@ -139,6 +141,7 @@ __all__ = [
 # Each module with its public names; the others of ``__all__`` are errors.
 _NAMES = {
     "fusemlp.datasets.load": "load_data",
+    "fusemlp.inputs.blocks": "Blocks",
     "fusemlp.engine": "Engine load load_checkpoint",
     "fusemlp.fleet.results": "Ensemble FleetResults",
     "fusemlp.fleet.fleet": "Fleet",

@@ -21,6 +21,7 @@ from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.engine import Engine
+from fusemlp.fleet.devices import as_devices, check_not_given, trained_on
 from fusemlp.fleet.elsewhere import check_workers, trained_elsewhere
 from fusemlp.fleet.launches import Group, grouped, train_together
 from fusemlp.fleet.memory import Kept, engine_bytes, room
@@ -29,7 +30,8 @@ from fusemlp.fleet.threads import Stop, Training, run_side_by_side
 from fusemlp.fleet.vary import Candidate, Vary, candidate, combinations
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.inputs.targets import Examples
-from fusemlp.runtime.backends import cpu_threads, one_thread
+from fusemlp.runtime.backends import cpu_threads, one_thread, open_backend
+from fusemlp.runtime.plans import shares_launches
 from fusemlp.training.fit import ELSEWHERE, check_monitor, checked_validation, fit_checked, logged, with_metrics
 from fusemlp.training.history import History
 from fusemlp.training.loop import EpochLoop, epochs_at_once
@@ -72,6 +74,9 @@ class Fleet:
     histories only: ``results.engine(i)`` makes an engine of them, and another ``fit`` of this fleet is refused, since
     the optimizers' state is gone.
 
+    ``devices``: names of cards, such as ["cuda:0", "cuda:1"], in place of ``device``. ``fit`` spreads the models over
+    them, a process a card, and the results keep parameters and histories.
+
     ``initial``: for each model parameters to start with, by the names of ``state_dict``; its seed draws the others.
 
     ``privacy``: a ``DPSGD``, with which each model trains privately, with its own sampling and noise; a seed for tests
@@ -95,6 +100,7 @@ class Fleet:
         vary: Vary,
         backend: str = "auto",
         device: str | None = None,
+        devices: Sequence[str] | None = None,
         precision: str = "fp32",
         plan: str = "auto",
         normalise: Any = None,
@@ -122,6 +128,16 @@ class Fleet:
                 f"initial: expected parameters for each of the {len(self.candidates)} models, got {len(initial)}"
             )
         self._memory = None if memory is None else as_count("memory", memory, minimum=1)
+        self._devices = () if devices is None else as_devices(devices)
+        if self._devices:
+            if device is not None:
+                raise ArgumentError(f"device: devices has the cards already, got {device!r}; give one of the two")
+            if open_backend(backend, None, precision).traits.on_host:
+                raise ArgumentError(
+                    "devices: the backend computes on the CPU, and a fleet uses all of its cores; leave devices out, "
+                    "or choose the backend of a card: backend='triton' or 'cupy'"
+                )
+            device = self._devices[0]
         machine = {"backend": backend, "device": device, "precision": precision, "plan": plan, "normalise": normalise}
         self._begin(machine)
 
@@ -146,7 +162,7 @@ class Fleet:
         fleet = Fleet.__new__(Fleet)
         fleet.candidates = tuple(self.candidates[number] for number in numbers)
         fleet._initial, fleet._memory = [self._initial[number] for number in numbers], self._memory
-        fleet._privacy = self._privacy
+        fleet._privacy, fleet._devices = self._privacy, ()
         fleet._begin(self._machine)
         if self._input_scale is not None:
             fleet._input_scale = fleet._built[0].input_scale = self._input_scale
@@ -237,8 +253,10 @@ class Fleet:
         given_jobs = None if jobs is None else as_count("jobs", jobs, minimum=1)
         if workers is not None:
             check_workers(workers)
-            if time_limit is not None:
-                raise ArgumentError("time_limit: workers do not share one; leave out time_limit or workers")
+        if self._devices:
+            check_not_given(workers=workers, jobs=jobs, time_limit=time_limit)
+        if workers is not None and time_limit is not None:
+            raise ArgumentError("time_limit: workers do not share one; leave out time_limit or workers")
         check_flag("drop_last", drop_last)
         if callback is not None and not callable(callback):
             raise ArgumentTypeError(f"callback: expected a function of a Member, got {callback!r}")
@@ -260,7 +278,7 @@ class Fleet:
         first = self._built[0]
         data = first.examples(X, y, sample_weight)
         count = len(data.X)
-        trained_on = self._rows("rows", rows, count)
+        trained_rows = self._rows("rows", rows, count)
         validation = checked_validation(first, validation_data, common=True)
         validations: list[Validation | None] = [validation] * len(self)
         if validation_rows is not None:
@@ -285,7 +303,7 @@ class Fleet:
             raise ArgumentError(
                 "early_stopping: it watches val_loss, so validation_data=(Xv, yv) or validation_rows is needed too"
             )
-        counts = {index: count if one is None else len(one) for index, one in enumerate(trained_on)}
+        counts = {index: count if one is None else len(one) for index, one in enumerate(trained_rows)}
         for index, one in enumerate(self.candidates):
             # the loss refuses here, before anything has changed
             one.loss.spec(accuracy=False, soft=data.targets.soft)
@@ -306,7 +324,7 @@ class Fleet:
         }
 
         def fit(index: int, **options: Any) -> EpochLoop[FitPolicy]:
-            held_out, own, now = validations[index], trained_on[index], time.monotonic()
+            held_out, own, now = validations[index], trained_rows[index], time.monotonic()
             # those that train at once have their part of the time that is left to all that have not ended
             options["deadline"] = now + (end - now) * peers[index] / (len(self) - len(members))
             return fit_checked(engines[index], data, validation=held_out, rows=own, **common, **options)
@@ -317,7 +335,7 @@ class Fleet:
                 callback(members[index])
 
         first.warn_of_scale("X", data.X, stacklevel=4)
-        if workers is not None:
+        if workers is not None or self._devices:
             given: dict[str, Any] = {
                 "epochs": epochs,
                 "metrics": metrics,
@@ -326,10 +344,18 @@ class Fleet:
                 "drop_last": drop_last,
             }
             own = None if validation_rows is None else validated_on
-            task = partial(_train_part, self.part(range(len(self))), rows=trained_on, validation_rows=own, **given)
+            untrained = self.part(range(len(self)))
+            task = partial(_train_part, untrained, rows=trained_rows, validation_rows=own, **given)
             sent = [*_arrays(first, data), *_arrays(first, None if validation is None else validation.data)]
             self.results = None
-            with closing(trained_elsewhere(len(self), task, sent, workers=workers, jobs=given_jobs)) as trained:
+            if workers is not None:
+                training = trained_elsewhere(len(self), task, sent, workers=workers, jobs=given_jobs)
+            else:
+                # of the process, which sees one
+                untrained._machine["device"] = None
+                together = shares_launches(first.memory.backend.traits)
+                training = trained_on(self._devices, len(self), task, sent, together=together)
+            with closing(training) as trained:
                 for member in trained:
                     members[member.index] = member
                     if callback is not None:
@@ -467,8 +493,10 @@ def _train_part(
     validation_rows: Sequence[Any] | None,
     **options: Any,
 ) -> list[Member]:
-    """Train the models of some numbers on one core."""
-    fleet, every = whole.part(numbers), np.arange(len(X))
+    """Train the models of some numbers on one core, or on the default card; without numbers try the latter."""
+    fleet, every = whole.part(numbers or [0]), np.arange(len(X))
+    if not numbers:
+        return []
     options["rows"] = [every if rows[number] is None else rows[number] for number in numbers]
     if validation_rows is not None:
         options["validation_rows"] = [validation_rows[number] for number in numbers]

@@ -98,7 +98,8 @@ def fit(
     ``normalise=True`` measures the X of its first fit, and trains on a scaled copy. On a GPU the engine keeps program,
     graphs and data there for another fit on arrays of the same shapes; ``engine.release()`` gives them back.
 
-    Without y, X yields batches (x, y) or (x, y, sample_weight): a generator, a list, a torch DataLoader, any iterable.
+    Without y, X yields batches (x, y) or (x, y, sample_weight): a generator, a list, a torch DataLoader, any iterable,
+    or ``fusemlp.Blocks`` of files larger than memory.
     An epoch is ``steps_per_epoch`` batches, by default len(X); an iterable that ends begins again. One update takes
     one batch, of any size; ``engine.batch_size`` does not matter.
 
@@ -158,14 +159,19 @@ def fit(
             monitors=[monitor, *_monitors(given)],
         )
     if engine.ranks is not None and y is None:
-        raise ArgumentError("y: a distributed engine takes arrays X and y, not batches; give both")
+        raise ArgumentError(
+            "y: a distributed engine takes arrays X and y, not batches; give both: they may be memory-mapped, "
+            "numpy.load(path, mmap_mode='r')"
+        )
     if adversarial is not None:
         check_adversarial(engine, adversarial, batches=y is None, stops=early_stopping is not None)
+    state = engine.fit_state
+    first_epoch = state.epoch if resume and state is not None else engine.epochs_trained
     batches = None
     if y is None:
         arrays = {"sample_weight": sample_weight, "validation_split": share or None, "batch_size": batch_size}
         _refuse_with_batches({**arrays, "row_order": row_order, "drop_last": drop_last or None})
-        batches = Batches("X", X, steps_per_epoch, "steps_per_epoch")
+        batches = Batches("X", X, steps_per_epoch, "steps_per_epoch", first_epoch)
         engine.check_measured()
         data = batches.next(engine, keep=True)
     else:
@@ -206,8 +212,6 @@ def fit(
     announce(listeners, names, epochs)
     if drop_last and count < size:
         raise ArgumentError(f"drop_last: {count} rows do not fill one batch of {size}; nothing would be trained")
-    state = engine.fit_state
-    first_epoch = state.epoch if resume and state is not None else engine.epochs_trained
     order = _order(count, shuffle, row_order, first_epoch) if batches is None else lambda epoch: np.arange(0)
     if engine.ranks is not None:
         told: dict[str, Any] = {

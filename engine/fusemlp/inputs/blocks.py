@@ -1,0 +1,284 @@
+"""Data larger than memory: shuffled batches of memory-mapped arrays and Parquet files, a window of blocks at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fusemlp.describe.checks import as_count, check_flag
+from fusemlp.inputs.arrays import Array
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError
+
+
+class _Part(NamedTuple):
+    """An array of a batch: its shape after the rows, and its type."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+class Blocks:
+    """Batches ``(x, y)`` or ``(x, y, sample_weight)`` of rows that need not fit into memory, for ``fit``.
+
+    An epoch takes the blocks in a random order, ``window`` of them at a time, and shuffles the rows of a window. So
+    ``window_bytes`` are in memory. The order is a function of ``seed`` and the engine's epoch; a resumed ``fit`` goes
+    on with the same batches. Many small blocks mix best where neighbouring rows are alike, as if sorted by class.
+
+    ``X`` (n, K), ``y`` and perhaps ``sample_weight`` are arrays with n rows, such as ``numpy.load(path,
+    mmap_mode="r")``, or paths of .npy files, which are opened so. ``block_rows``: the neighbouring rows of a block.
+
+    With ``target``, X is the path of a Parquet file, or paths of several with the same columns. A block is a row group,
+    and one more is in memory while it is read. ``target`` names the column of y (n,), or columns (n, N), ``weight``
+    that of the weights, ``columns`` those of x, by default all others. All hold numbers.
+
+    ``drop_last``: leave out the last batch of an epoch if it is short. ``shuffle=False`` keeps the rows as they are.
+
+    Raises ArgumentError, ArgumentTypeError, ShapeError, DTypeError or DataError for what gives no batches.
+    """
+
+    def __init__(
+        self,
+        X: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        batch_size: int = 32,
+        target: str | Sequence[str] | None = None,
+        columns: Sequence[str] | None = None,
+        weight: str | None = None,
+        block_rows: int = 4096,
+        window: int = 16,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> None:
+        self.batch_size, self.window = as_count("batch_size", batch_size), as_count("window", window)
+        self.seed = as_count("seed", seed, minimum=0)
+        self.shuffle, self.drop_last = check_flag("shuffle", shuffle), check_flag("drop_last", drop_last)
+        self._source: _Arrays | _Parquet
+        if target is None:
+            for name, value in (("columns", columns), ("weight", weight)):
+                if value is not None:
+                    raise ArgumentError(f"{name}: it is of a Parquet file, whose y is target=; give that too")
+            self._source = _Arrays(X, y, sample_weight, as_count("block_rows", block_rows))
+        elif y is not None or sample_weight is not None:
+            raise ArgumentError("target: it names y in a Parquet file, and arrays are given too; give one of the two")
+        else:
+            self._source = _Parquet(X, target, columns, weight)
+        # the row with which each block begins, and the end
+        self._starts = np.concatenate([[0], np.cumsum(self._source.sizes)])
+        self.rows = int(self._starts[-1])
+        if not len(self):
+            raise ArgumentError(
+                f"batch_size: {self.batch_size} is more than the {self.rows} rows, and drop_last leaves out the short "
+                "batch; use a smaller batch_size or drop_last=False"
+            )
+        self._next = 0
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch."""
+        whole, rest = divmod(self.rows, self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    @property
+    def window_bytes(self) -> int:
+        """The bytes of the largest window, and of the rows before it that do not fill a batch."""
+        row = sum(int(np.prod(part.shape)) * part.dtype.itemsize for part in self._source.parts)
+        return self._most_rows * row
+
+    @property
+    def _most_rows(self) -> int:
+        return min(self.rows, sum(sorted(self._source.sizes)[-self.window :]) + self.batch_size - 1)
+
+    def seek(self, batches: int) -> None:
+        """Begin the next pass after this many batches, counted over all epochs; ``fit`` does so itself."""
+        self._next = as_count("batches", batches, minimum=0)
+
+    def order(self, epoch: int) -> Array:
+        """Return the order of the rows (n,) in an epoch, int64: 8 bytes a row in memory.
+
+        ``fit(X, y, row_order=blocks.order)`` trains on memory-mapped arrays with it, in place and without batches.
+        """
+        parts = [np.concatenate([self._rows(one) for one in some])[order] for some, order in self._windows(epoch)]
+        return np.concatenate(parts)
+
+    def _rows(self, block: int) -> Array:
+        return np.arange(self._starts[block], self._starts[block + 1])
+
+    def _windows(self, epoch: int) -> Iterator[tuple[Array, Array]]:
+        """Yield the blocks of each window of an epoch, and the order of their rows."""
+        generator = np.random.default_rng((self.seed, epoch))
+        blocks = np.arange(len(self._source.sizes))
+        if self.shuffle:
+            generator.shuffle(blocks)
+        for at in range(0, len(blocks), self.window):
+            some = blocks[at : at + self.window]
+            count = int(np.diff(self._starts)[some].sum())
+            yield some, generator.permutation(count) if self.shuffle else np.arange(count)
+
+    def __iter__(self) -> Iterator[tuple[Array, ...]]:
+        """Yield the batches of an epoch that are left of it, and go on with the next epoch afterwards."""
+        epoch, first = divmod(self._next, len(self))
+        self._next = (epoch + 1) * len(self)
+        return self._batches(epoch, first)
+
+    def _batches(self, epoch: int, first: int) -> Iterator[tuple[Array, ...]]:
+        source, size = self._source, self.batch_size
+        held = [np.empty((self._most_rows, *part.shape), part.dtype) for part in source.parts]
+        # rows at the front that do not fill a batch; rows that are read; batches that have passed
+        waiting = done = passed = 0
+        for blocks, order in self._windows(epoch):
+            count, at = waiting + len(order), waiting
+            for block in blocks:
+                stop = at + source.sizes[block]
+                source.read(int(block), [array[at:stop] for array in held])
+                at = stop
+            rows = np.concatenate([np.arange(waiting), waiting + order])
+            done += len(order)
+            whole = count if done == self.rows and not self.drop_last else count - count % size
+            for start in range(0, whole, size):
+                passed += 1
+                if passed > first:
+                    yield tuple(array[rows[start : start + size]] for array in held)
+            waiting = count - whole
+            for array in held:
+                array[:waiting] = array[rows[whole:]]
+
+    def __repr__(self) -> str:
+        return (
+            f"Blocks({self.rows} rows in {len(self._source.sizes)} blocks, batch_size={self.batch_size}, "
+            f"window={self.window}, seed={self.seed})"
+        )
+
+
+class _Arrays:
+    """Blocks of neighbouring rows of arrays."""
+
+    def __init__(self, X: Any, y: Any, weight: Any, block_rows: int) -> None:
+        given = {"X": X, "y": y, **({} if weight is None else {"sample_weight": weight})}
+        self._arrays = [_opened(name, array) for name, array in given.items()]
+        rows = len(self._arrays[0])
+        for name, array in zip(given, self._arrays, strict=True):
+            if len(array) != rows:
+                raise ShapeError(f"{name}: expected {rows} rows, as many as X has, got shape {array.shape}")
+        if not rows:
+            raise DataError("X: expected 1 or more rows, got 0")
+        self._block_rows = block_rows
+        self.sizes = [min(block_rows, rows - start) for start in range(0, rows, block_rows)]
+        self.parts = [_Part(array.shape[1:], array.dtype) for array in self._arrays]
+
+    def read(self, block: int, into: Sequence[Array]) -> None:
+        """Copy the rows of a block."""
+        start = block * self._block_rows
+        for array, rows in zip(self._arrays, into, strict=True):
+            rows[:] = array[start : start + len(rows)]
+
+
+def _opened(name: str, given: Any) -> Any:
+    if given is None:
+        raise ArgumentTypeError(f"{name}: it is missing; give X and y, or a Parquet file and target=")
+    if isinstance(given, str | Path):
+        if Path(given).suffix != ".npy":
+            raise ArgumentError(f"{name}: expected a .npy file, got {str(given)!r}; with a Parquet file give target=")
+        try:
+            given = np.load(given, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{name}: {str(given)!r} cannot be read as a .npy file ({error})") from error
+    if not isinstance(given, np.ndarray) or not given.ndim:
+        raise ArgumentTypeError(
+            f"{name}: expected an array such as numpy.load(path, mmap_mode='r'), or the path of a .npy file, got "
+            f"{type(given).__name__}"
+        )
+    return given
+
+
+class _Parquet:
+    """Row groups of Parquet files."""
+
+    def __init__(self, X: Any, target: str | Sequence[str], columns: Sequence[str] | None, weight: str | None) -> None:
+        paths = [X] if isinstance(X, str | Path) else X
+        if not isinstance(paths, list | tuple) or not paths or not all(isinstance(one, str | Path) for one in paths):
+            raise ArgumentTypeError(f"X: expected the path of a Parquet file, or a list of paths, got {X!r}")
+        self._groups: list[tuple[Any, int]] = []
+        self.sizes: list[int] = []
+        types: dict[str, Any] = {}
+        for path in paths:
+            file = _file(path)
+            own = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
+            if types and own != types:
+                raise DataError(f"X: {str(path)!r} has other columns than {str(paths[0])!r}; give files of one kind")
+            types = own
+            self._groups += [(path, group) for group in range(file.num_row_groups)]
+            self.sizes += [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        if not sum(self.sizes):
+            raise DataError(f"X: expected 1 or more rows in {', '.join(map(str, paths))}, got 0")
+        targets = [target] if isinstance(target, str) else list(target)
+        others = [*targets, *([] if weight is None else [weight])]
+        names = {
+            "target": targets,
+            "weight": others[len(targets) :],
+            "columns": [name for name in types if name not in others] if columns is None else list(columns),
+        }
+        for argument, some in names.items():
+            for name in some:
+                _check_number(argument, name, types)
+        for argument in ("target", "columns"):
+            if not names[argument]:
+                raise ArgumentError(f"{argument}: expected the name of 1 column or more of {', '.join(types)}")
+        # by part: its columns
+        self._parts = [names["columns"], targets, *([names["weight"]] if weight is not None else [])]
+        x, y = (_common([types[name] for name in some]) for some in self._parts[:2])
+        if isinstance(target, str) and not _is_float(types[target]):
+            y = np.dtype(np.int64)
+        self.parts = [_Part((len(names["columns"]),), x), _Part(() if isinstance(target, str) else (len(targets),), y)]
+        self.parts += [_Part((), np.dtype(np.float64))] * (weight is not None)
+
+    def read(self, block: int, into: Sequence[Array]) -> None:
+        """Copy the rows of a row group. Raises DataError for a missing value."""
+        path, group = self._groups[block]
+        names = {name for some in self._parts for name in some}
+        table = _file(path).read_row_group(group, columns=sorted(names), use_threads=False)
+        for some, rows in zip(self._parts, into, strict=True):
+            for place, name in enumerate(some):
+                column = table.column(name)
+                if column.null_count:
+                    raise DataError(
+                        f"{name}: row group {group} of {str(path)!r} has {column.null_count} missing values; fill them "
+                        "in, or leave the column out with columns="
+                    )
+                (rows if rows.ndim == 1 else rows[:, place])[:] = column.to_numpy()
+
+
+def _file(path: str | Path) -> Any:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise DataError(f"X: {str(path)!r} cannot be read as a Parquet file ({error})") from error
+
+
+def _check_number(argument: str, name: str, types: dict[str, Any]) -> None:
+    from pyarrow import types as kinds
+
+    if name not in types:
+        raise ArgumentError(f"{argument}: there is no column {name!r}; the file has {', '.join(types)}")
+    kind = types[name]
+    if not (kinds.is_integer(kind) or kinds.is_floating(kind) or kinds.is_boolean(kind)):
+        raise DTypeError(
+            f"{argument}: the column {name!r} holds {kind}, and batches are numbers; encode it, or name the columns to "
+            "use with columns="
+        )
+
+
+def _is_float(kind: Any) -> bool:
+    return bool(np.dtype(kind.to_pandas_dtype()).kind == "f")
+
+
+def _common(kinds: Sequence[Any]) -> np.dtype[Any]:
+    """Return the real type that holds the numbers of all columns, float32 or float64."""
+    return np.result_type(np.float32, *(kind.to_pandas_dtype() for kind in kinds))
