@@ -180,13 +180,13 @@ def compare(plan: Plan, path: Path, deadline: float, *, as_json: bool, plots: bo
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
-    """Draw the pictures if matplotlib is installed."""
+    """Draw the picture if matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        say('no pictures: matplotlib is not installed (pip install "fusemlp[plot]")')
+        say('no picture: matplotlib is not installed (pip install "fusemlp[plot]")')
         return
-    from bench.plots import pictures
+    from bench import plots
 
-    for picture in pictures(lines, path):
+    if picture := plots.draw(lines, path.with_name(f"{path.stem}-models.png")):
         say(f"picture in {picture}")
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.measure import spread
+from bench.measure import PAUSE_SECONDS, spread
 from bench.peers import version_of
 from bench.report import RESULTS, Record, circumstances, where, write
 from bench.study import count
@@ -21,6 +22,19 @@ def parser(door: str, description: str, rounds: int) -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=count, default=rounds, metavar="N", help="turns of each (default: %(default)s)")
     made.add_argument("--out", type=Path, metavar="FILE", help="add the JSON lines to FILE (default: a new file)")
     return made
+
+
+def in_turn(turns: Sequence[Callable[[], Any]], rounds: int) -> tuple[list[list[float]], list[Any]]:
+    """Run every turn once a round, in rotating order; return the seconds of each, and what each returned last."""
+    seconds: list[list[float]] = [[] for _ in turns]
+    results: list[Any] = [None] * len(turns)
+    for number in range(rounds):
+        for place in (*range(number % len(turns), len(turns)), *range(number % len(turns))):
+            time.sleep(PAUSE_SECONDS)
+            start = time.perf_counter()
+            results[place] = turns[place]()
+            seconds[place].append(time.perf_counter() - start)
+    return seconds, results
 
 
 def line(label: str, theirs: Sequence[float], ours: Sequence[float]) -> Record:

@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for seed in range(options.seeds)
         for line in part(train, held, seed)
     ]
-    finish("examples", options, lines, text(lines), None)
+    finish("examples", options, lines, text(lines))
     return 0
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,8 +23,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.neural_network import MLPClassifier as TheirClassifier
 
-from bench.doors import circumstances_of, finish, parser
-from bench.measure import PAUSE_SECONDS, spread
+from bench.doors import circumstances_of, finish, in_turn, parser
+from bench.measure import spread
 from bench.peers import JAX as JAX_SETTINGS
 from bench.report import Record
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier
@@ -130,21 +129,14 @@ def compare(rounds: int) -> list[Record]:
     ours = partial(searched, FleetSearchCV, MLPClassifier(**OPTIONS), X, y)
     theirs = partial(searched, GridSearchCV, TheirClassifier(**OPTIONS), X, y, n_jobs=JOBS)
     turns: dict[str, Callable[[], Array]] = {OURS: ours, THEIRS: theirs, JAX: jax_search(X, y)}
-    means = {OURS: 0.0, THEIRS: 0.0, JAX: 0.0}
     ours(small=True), theirs(small=True), turns[JAX]()
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
-    names = list(turns)
-    for number in range(rounds):
-        for name in names[number % 3 :] + names[: number % 3]:
-            time.sleep(PAUSE_SECONDS)
-            start = time.perf_counter()
-            means[name] = float(turns[name]().mean())
-            seconds[name].append(time.perf_counter() - start)
+    seconds, scores = in_turn([*turns.values()], rounds)
+    means = {name: float(found.mean()) for name, found in zip(turns, scores, strict=True)}
     if max(means.values()) - min(means.values()) > AGREEMENT:
         raise RuntimeError(f"mean scores {means}: these are not the same models")
     return [
-        {"search": name, "score": round(means[name], 6), "every_round": [round(one, 4) for one in seconds[name]]}
-        for name in names
+        {"search": name, "score": round(means[name], 6), "every_round": [round(one, 4) for one in taken]}
+        for name, taken in zip(turns, seconds, strict=True)
     ]
 
 

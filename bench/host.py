@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "seconds": of_calls(begin(), options.rounds, STEPS if begin is estimator_epoch else 1),
             }
         )
-    finish("host", options, lines, text(lines), None)
+    finish("host", options, lines, text(lines))
     return 0
 
 

@@ -11,19 +11,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from bench.measure import spread
 from bench.report import Record
-from bench.study import COLOURS, clocks, count, duration, figure, finish, parse, parser, say, table
+from bench.study import clocks, count, duration, finish, parse, parser, say, table
 from bench.timing import ROUNDS, Ceilings, clock_of, flusher, kind_of, measure_ceilings
 from bench.trials import CLASSES, Trial, trials
 from bench.vendor import Run, Vendor
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # rows, inputs, outputs of a layer
 SHAPES = {
@@ -144,45 +141,6 @@ def _ratio(line: Record | None) -> str:
     return f"{ratio['p50']:.2f}x ({ratio['p20']:.2f} to {ratio['p80']:.2f})"
 
 
-def draw(lines: Sequence[Record]) -> Figure:
-    """Draw, for each shape and op, the time of the others over the kernel's."""
-    shapes = list(dict.fromkeys(tuple(line["shape"]) for line in lines))
-    made, axes = figure(5.2 * len(shapes), 5.6, columns=len(shapes))
-    for one, shape in zip(axes, shapes, strict=True):
-        own = [line for line in lines if tuple(line["shape"]) == shape and line["contestant"] != "kernel"]
-        ops = list(dict.fromkeys(line["op"] for line in own))
-        styles = [("product alone", "warm"), ("unfused", "warm"), ("unfused", "cold")]
-        for number, (contestant, cache) in enumerate(styles):
-            found = [line for line in own if (line["contestant"], line["cache"]) == (contestant, cache)]
-            places = [ops.index(line["op"]) + 0.24 * (number - 1) for line in found]
-            middle = [line["ratio"]["p50"] for line in found]
-            one.hlines(places, [line["ratio"]["p20"] for line in found], [line["ratio"]["p80"] for line in found],
-                       color=COLOURS[number], linewidth=1.6)  # fmt: skip
-            one.plot(middle, places, "osD"[number], color=COLOURS[number], label=f"{contestant}, {cache} cache")
-        unfused = [line["ratio"]["p50"] for line in own if (line["contestant"], line["cache"]) == styles[1]]
-        faster = sum(ratio > 1 for ratio in unfused)
-        one.axvline(1.0, color="#333333", linewidth=1.2)
-        one.set_xscale("log")
-        low, high = one.get_xlim()
-        ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low <= tick <= high]
-        one.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
-        one.minorticks_off()
-        one.set_yticks(range(len(ops)), ops if one is axes[0] else [])
-        one.set_ylim(len(ops) - 0.5, -0.5)
-        one.set_xlabel("time over the kernel's (right of the line the kernel is faster)")
-        m, k, n = shape
-        one.set_title(
-            f"{m} rows, {k} inputs, {n} outputs: {faster} of {len(unfused)} kernels\nbeat the unfused sequence, "
-            f"by {np.exp(np.mean(np.log(unfused))):.2g}x in the mean",
-            fontsize=10,
-            loc="left",
-        )
-    made.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    where = f"{lines[0]['backend']} backend, {lines[0]['precision']}, against {lines[0]['library']}"
-    made.suptitle(where + (": not a GPU measurement" if lines[0]["kind"] == "cpu" else ""), fontsize=11)
-    return made
-
-
 def study(vendor: Vendor, shapes: Sequence[tuple[int, int, int]], rounds: int, most: Ceilings) -> list[Record]:
     """Return the lines of all ops on all shapes."""
     backend, precision = vendor.backend, vendor.precision
@@ -222,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("no GPU is used: its kernels stay unmeasured; these are the ops of the host's backend")
     most = measure_ceilings(vendor, 1 << 20, rounds=min(ROUNDS, options.rounds))
     lines = study(vendor, options.shape or SHAPES[kind], options.rounds, most)
-    finish("kernels", options, lines, text(lines), draw)
+    finish("kernels", options, lines, text(lines))
     return 0
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from bench.cases import Case, make_data
 from bench.report import Record
-from bench.study import COLOURS
 
 if TYPE_CHECKING:
     from fusemlp import Engine
@@ -123,33 +122,3 @@ def least(engine: Engine, *, data_bytes: int) -> dict[str, int]:
         "values of a step": max(alive),
         "data": data_bytes,
     }
-
-
-def bars(axes: Any, lines: Sequence[Record]) -> None:
-    """Draw the peak of a fit over the minimum, and the parts of the minimum."""
-    parts = ("parameters", "state", "values of a step", "data")
-    for place, line in enumerate(lines):
-        total, start = sum(line["least"].values()), 0.0
-        axes.barh(place, line["peak"] / total, color="#D9D9D9", height=0.72,
-                  label="most during fit, counted" if place == 0 else None)  # fmt: skip
-        for number, part in enumerate(parts):
-            share = line["least"][part] / total
-            if share:
-                axes.barh(place, share, left=start, color=COLOURS[number], height=0.36,
-                          label=f"must be held: {part}" if place == 0 else None)  # fmt: skip
-            start += share
-        axes.text(line["peak"] / total + 0.03, place, f"{line['peak'] / 1e6:.3g} MB", va="center", fontsize=8)
-    ratios = [line["peak"] / sum(line["least"].values()) for line in lines]
-    axes.set_yticks(
-        range(len(lines)), [f"{line['case']}\n{line['backend']} {line['plan']}" for line in lines], fontsize=8
-    )
-    axes.set_ylim(len(lines) - 0.5, -0.5)
-    axes.set_xlim(0, 1.25 * max(ratios))
-    axes.grid(False, axis="y")
-    axes.set_xlabel("times what must be held")
-    axes.set_title(
-        f"Training takes {min(ratios):.2g} to {max(ratios):.2g} times the memory that\n"
-        f"it must hold ({lines[0]['optimizer']})",
-        fontsize=10, loc="left",
-    )  # fmt: skip
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=2, frameon=False)

@@ -22,14 +22,12 @@ COMMANDS = {
     "tables": "score fusemlp train with its defaults on real tables, beside scikit-learn's models",
     "examples": "score privacy, robustness, transfer and explanations on digits",
     "time_to_result": "time from arrays to an accuracy, imports and compilation included",
-    "scaling": "time a step over batch, width, depth and number of models",
     "scale": "time training by several processes beside torch's DistributedDataParallel",
     "roofline": "compare each call of a step with the limits of the hardware",
     "kernels": "compare each kernel with the vendor's product and the unfused sequence",
     "overhead": "measure the cost of a step, an epoch and an import without the work; memory",
     "host": "measure the host's work for a GPU, without one",
     "table_memory": "measure the peak memory of fusemlp train on long tables",
-    "launches": "count the launches of a step and of eager PyTorch's",
     "tune": "measure the tiles of the Triton kernels on a card",
 }
 EXAMPLES = f"""\
@@ -53,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench",
         description="Time a training step of fusemlp and of other libraries, in turn, after a check that they\n"
         "compute the same. The tables go to stdout, progress to stderr, the figures with\n"
-        "machine and versions to a file of JSON lines, pictures beside it. What is not installed is\n"
+        "machine and versions to a file of JSON lines, of many models a picture beside it. What is not installed is\n"
         'listed with how to get it: pip install "fusemlp[bench]" brings most.',
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -90,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="(default: the card, if any)")
     made.add_argument("--out", type=Path, metavar="FILE", help="add the JSON lines to FILE (default: a new file)")
     made.add_argument("--json", action="store_true", help="print one JSON object in place of the tables")
-    made.add_argument("--no-plots", dest="plots", action="store_false", help="draw no pictures")
+    made.add_argument("--no-plots", dest="plots", action="store_false", help="draw no picture")
     other = made.add_mutually_exclusive_group()
     other.add_argument("--list", action="store_true", help="measure nothing: list networks and contenders")
     other.add_argument(

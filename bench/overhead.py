@@ -19,17 +19,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from bench.measure import spread
-from bench.memory import bars, memory
+from bench.memory import memory
 from bench.report import Record
-from bench.study import COLOURS, ROOT, count, duration, figure, finish, network, parse, parser, say, table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from bench.study import ROOT, count, duration, finish, network, parse, parser, say, table
 
 TINY = (2, 2, 2)
 EPOCHS, STEPS_AN_EPOCH = (1, 4, 16, 64), (1, 8, 64)
@@ -235,52 +232,6 @@ def verdict(lines: Sequence[Record]) -> str:
     return f"{said}: missed. The longest by themselves: {modules}."
 
 
-def draw(lines: Sequence[Record]) -> Figure:
-    """Draw costs, memory and imports side by side."""
-    made, (costs, held, imports) = figure(17.0, 5.4, columns=3)
-    steps = [line for line in lines if line["row"] == "steps"]
-    names = [*COSTS]
-    for number, line in enumerate(steps):
-        places = np.arange(len(names)) + 0.8 * (number + 0.5) / len(steps) - 0.4
-        values = [max(1e6 * line["costs"][name], 1e-2) for name in names]
-        costs.barh(places, values, height=0.7 / len(steps), color=COLOURS[number],
-                   label=f"{line['backend']} {line['plan']}")  # fmt: skip
-        for place, value in zip(places, values, strict=True):
-            costs.text(1.1 * value, place, f"{float(f'{value:.3g}'):,g}", va="center", fontsize=8)
-    costs.set_xscale("log")
-    costs.set_xlim(right=4 * max(1e6 * max(line["costs"].values()) for line in steps))
-    costs.set_yticks(range(len(names)), [COSTS[name] for name in names])
-    costs.invert_yaxis()
-    costs.grid(False, axis="y")
-    costs.set_xlabel("microseconds")
-    best = min(steps, key=lambda line: line["costs"]["step"])
-    costs.set_title(
-        f"Outside the kernels a step costs {duration(max(best['costs']['step'], 0))}, an epoch\n"
-        f"{duration(max(best['costs']['epoch'], 0))} with plan {best['plan']} ({'-'.join(map(str, TINY))}, batch 1)",
-        fontsize=10, loc="left",
-    )  # fmt: skip
-    costs.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(steps), frameon=False)
-    bars(held, [line for line in lines if line["row"] == "memory"])
-    loaded = [line for line in lines if line["row"] == "import"]
-    values = [1e3 * line["seconds"]["p50"] for line in loaded]
-    imports.barh(range(len(loaded)), values, color=[COLOURS[0] if line["own"] else "#B0B0B0" for line in loaded])
-    for place, value in enumerate(values):
-        imports.text(value + 0.01 * max(values), place, f"{value:.0f}", va="center", fontsize=8)
-    imports.axvline(1e3 * IMPORT_GOAL, color=COLOURS[1], linewidth=1.2)
-    imports.text(1e3 * IMPORT_GOAL, -0.75, " goal for import fusemlp", color=COLOURS[1], fontsize=8, va="center")
-    imports.set_yticks(range(len(loaded)), [_short(line["statement"]) for line in loaded], fontsize=8.5)
-    imports.set_ylim(len(loaded) - 0.4, -1.0)
-    imports.set_xlim(0, 1.12 * max(values))
-    imports.grid(False, axis="y")
-    imports.set_xlabel("milliseconds, fresh interpreter")
-    imports.set_title(f"import fusemlp takes {duration(loaded[0]['seconds']['p50'])}", fontsize=10, loc="left")
-    return made
-
-
-def _short(statement: str) -> str:
-    return statement.replace("from sklearn.neural_network import ", "scikit-learn's ")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study and return its exit code."""
     made = parser("overhead", (__doc__ or "").partition("\n")[0])
@@ -301,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines += [memory(case, plan, chosen | {"optimizer": "adam"}) for plan in plans]
     say("imports in fresh interpreters")
     lines += import_lines(options.rounds)
-    finish("overhead", options, lines, text(lines), draw)
+    finish("overhead", options, lines, text(lines))
     return 0
 
 

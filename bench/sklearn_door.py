@@ -7,9 +7,10 @@ difference of their scores is an error.
 from __future__ import annotations
 
 import sys
-import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import sklearn.neural_network as theirs
@@ -17,8 +18,7 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 
 import fusemlp.sklearn as ours
-from bench.doors import finish, line, parser
-from bench.measure import PAUSE_SECONDS
+from bench.doors import finish, in_turn, line, parser
 from bench.report import Record
 
 # name, class, options
@@ -40,16 +40,12 @@ def compare(name: str, kind: str, options: dict[str, Any], *, rounds: int) -> Re
     """Return a row of the table."""
     X, y = load_digits(return_X_y=True)
     X, y = X / 16.0, y if kind == "MLPClassifier" else y.astype(float)
-    modules, scores = (theirs, ours), [0.0, 0.0]
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for number in range(rounds):
-        for place in (0, 1) if number % 2 else (1, 0):
-            time.sleep(PAUSE_SECONDS)
-            model = getattr(modules[place], kind)(random_state=0, **options)
-            start = time.perf_counter()
-            model.fit(X, y)
-            seconds[place].append(time.perf_counter() - start)
-            scores[place] = model.score(X, y)
+
+    def fit(module: ModuleType) -> Any:
+        return getattr(module, kind)(random_state=0, **options).fit(X, y)
+
+    seconds, models = in_turn([partial(fit, theirs), partial(fit, ours)], rounds)
+    scores = [model.score(X, y) for model in models]
     if abs(scores[0] - scores[1]) > 0.01:
         raise RuntimeError(f"{name}: scores {scores[0]:.4f} and {scores[1]:.4f}: these are not the same model")
     return line(name, *seconds)

@@ -53,11 +53,6 @@ def count(text: str) -> int:
     return int(text)
 
 
-def counts(text: str) -> list[int]:
-    """Parse whole numbers between commas."""
-    return [count(part.strip()) for part in text.split(",")]
-
-
 def network(text: str) -> Case:
     """Parse a case written as widths@batch, such as 784-128-10@64; it has two steps an epoch."""
     widths, _, batch = text.partition("@")
@@ -110,7 +105,7 @@ def finish(
     options: argparse.Namespace,
     lines: Sequence[Record],
     text: str,
-    draw: Callable[[Sequence[Record]], Figure] | None,
+    draw: Callable[[Sequence[Record]], Figure] | None = None,
 ) -> Path:
     """Write the lines, with machine and versions, and the picture; print; return the path of the lines."""
     path: Path = options.out or RESULTS / f"{study}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.jsonl"

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(f"{rows} rows, {path.stat().st_size / 1e6:.0f} MB")
             seconds, peak = train(path, Path(folder, f"run-{rows}"))
             lines.append({"rows": rows, "words": sum(words), "file": path.stat().st_size, "s": seconds, "peak": peak})
-    finish("table_memory", options, lines, text(lines), None)
+    finish("table_memory", options, lines, text(lines))
     return 0
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,8 +20,8 @@ import torch
 from fusemlp.explanations import attributions
 from torch import Tensor, nn
 
-from bench.doors import finish, line, parser
-from bench.measure import AGREEMENT, PAUSE_SECONDS
+from bench.doors import finish, in_turn, line, parser
+from bench.measure import AGREEMENT
 from bench.report import Record
 from fusemlp import DPSGD, MLP, PGD, SGD, Engine
 
@@ -132,18 +131,12 @@ def captum() -> tuple[Turn, Turn]:
 
 def compare(label: str, sides: Sequence[Turn], *, rounds: int, calls: int = 1, agree: bool = False) -> Record:
     """Return a row of the table; a turn of ``sides`` is ``calls`` steps. With ``agree`` their first results do."""
-    seconds: tuple[list[float], list[float]] = ([], [])
     first = [copy.deepcopy(side()) for side in sides]
     worst = float(np.abs(first[0] - first[1]).max())
     if agree and not worst <= AGREEMENT:
         raise RuntimeError(f"{label}: results differ by {worst}: these are not the same computation")
-    for number in range(rounds):
-        for place in (0, 1) if number % 2 else (1, 0):
-            time.sleep(PAUSE_SECONDS)
-            start = time.perf_counter()
-            sides[place]()
-            seconds[place].append((time.perf_counter() - start) / calls)
-    return line(label, *seconds)
+    seconds, _ = in_turn(sides, rounds)
+    return line(label, *([one / calls for one in side] for side in seconds))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,9 +7,10 @@ change results, see ``kernel_machine_code``: a product without the fence it need
 cycles than recorded, by more than ``TOLERANCE``, is an error; ``--write --accept-slower`` records it all the same.
 
 Without ``--all`` a systematic part is compiled: for each kernel and element type, the largest tile and the constants
-with the most registers; and the kernels of ``kernel_launches.GOALS``. ``--check`` compiles for the architectures of
-``SAMPLE`` alone if the record has the installed version of Triton: its rows name the code that they were compiled from.
-Compiled kernels are kept in build/triton, so that a second run only reads them.
+with the most registers; and the kernels of ``kernel_launches.GOALS``. ``--check`` compiles a sample alone if the record
+has the installed version of Triton, as its rows name the code that they were compiled from: each kernel for the
+architectures of ``SAMPLE``, once in fp32 and once in bf16. Compiled kernels are kept in build/triton, so that a second
+run only reads them.
 """
 
 from __future__ import annotations
@@ -129,6 +130,15 @@ def chosen(
         for variant in {(one.kernel, one.name): one for one in part}.values():
             if variant.kernel in kernels:
                 yield variant, arch
+
+
+def sample(work: Iterable[tuple[kernel_variants.Variant, str]]) -> list[tuple[kernel_variants.Variant, str]]:
+    """Return the first variant of each kernel in fp32 and in bf16, for each architecture."""
+    found: dict[tuple[str, str, str], tuple[kernel_variants.Variant, str]] = {}
+    for variant, arch in work:
+        if variant.precision in ("fp32", "bf16"):
+            found.setdefault((arch, variant.kernel, variant.precision), (variant, arch))
+    return list(found.values())
 
 
 def compiled(work: tuple[kernel_variants.Variant, str]) -> Row | str:
@@ -259,7 +269,7 @@ def parser() -> argparse.ArgumentParser:
         "--arch",
         nargs="+",
         choices=kernel_variants.TARGETS,
-        help=f"default: all; with --check {' '.join(SAMPLE)} if the record has this version of Triton",
+        help=f"default: all; with --check a sample for {' '.join(SAMPLE)} if the record has this version of Triton",
     )
     made.add_argument(
         "--kernel",
@@ -284,9 +294,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = parser().parse_args(arguments)
     start = time.monotonic()
-    recorded = options.check and any(row["triton"] == triton.__version__ for row in read_record())
-    archs = options.arch or (SAMPLE if recorded else kernel_variants.TARGETS)
-    work = list(chosen(archs, options.kernel, options.all))
+    sampled = options.check and not options.arch and any(row["triton"] == triton.__version__ for row in read_record())
+    work = list(chosen(options.arch or (SAMPLE if sampled else kernel_variants.TARGETS), options.kernel, options.all))
+    work = sample(work) if sampled else work
     rows, failures = compile_all(work, options.jobs)
     print(table(rows), flush=True)
     print(f"{len(rows)} compilations with Triton {triton.__version__} in {time.monotonic() - start:.0f} s")

@@ -88,7 +88,8 @@ make_environment() {
         return
     fi
     say "installing fusemlp[$extra] (the first time this downloads its dependencies)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extra]" ||
+    # Modules are compiled when they are imported; pip would compile those of all packages, on one core.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[$extra]" ||
         fail "pip install failed, for the reason above"
     printf '%s\n' "$PWD" >"$stamp"
 }

@@ -29,6 +29,9 @@ def interpret_triton_without_a_gpu():
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+        import quick_interpreter
+
+        quick_interpreter.quicken()
 
 
 interpret_triton_without_a_gpu()

@@ -151,24 +151,15 @@ def test_a_busy_run_takes_the_place_of_a_busy_run_only(tmp_path: Path, monkeypat
         assert after.count("| on a GPU |") == 1
 
 
-def test_titles_say_what_the_figures_say(tmp_path: Path) -> None:
+def test_the_title_of_the_picture_says_what_the_figures_say(tmp_path: Path) -> None:
     found = lines(0, noise=0.0)
-    networks = [line for line in found if line["models"] is None]
     fleets = [line for line in found if line["models"] is not None]
-    assert plots.networks_finding(report.by_case(networks)) == (
-        "fusemlp is the fastest on 2 of 2 networks, up to 6.0x ahead of TORCH_EAGER (784-10-10, 32)"
-    )
-    slow = [line for line in lines(0, own=1.5, noise=0.0) if line["models"] is None]
-    assert plots.networks_finding(report.by_case(slow)) == (
-        "fusemlp is the fastest on 0 of 2 networks, up to 4.0x ahead of TORCH_EAGER (784-10-10, 32);\n"
-        "at worst it takes 1.25x the time of JAX_SCAN (784-10-10, 32)"
-    )
-    assert plots.fleets_finding(fleets) == (
+    assert plots.finding(fleets) == (
         "64 models at once take fusemlp 20.0 us a step each,\nSKLEARN_LOOP 14.0x as long, JAX_VMAP 1.4x as long"
     )
-    drawn = plots.pictures(found, tmp_path / "run.jsonl")
-    assert [path.name for path in drawn] == ["run-networks.png", "run-models.png", "run-first-epoch.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    drawn = plots.draw(found, tmp_path / "run.png")
+    assert drawn is not None and drawn.read_bytes().startswith(b"\x89PNG")
+    assert plots.draw(found[: -len(fleets)], tmp_path / "none.png") is None
 
 
 @pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: str(page.relative_to(ROOT)))

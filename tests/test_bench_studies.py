@@ -26,7 +26,6 @@ from bench import (
     overhead,
     roofline,
     scale,
-    scaling,
     study,
     table_memory,
     tables,
@@ -39,7 +38,7 @@ from fusemlp import MLP, Adam, Engine
 from fusemlp.runtime.backends import open_backend
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = ("roofline", "kernels", "scale", "scaling", "overhead", "host", "table_memory", "tables", "time_to_result")
+STUDIES = ("roofline", "kernels", "scale", "overhead", "host", "table_memory", "tables", "time_to_result")
 CEILINGS = timing.Ceilings(flops=2e9, bytes=1e9, near_bytes=4e9, near_size=1 << 12)
 TINY = study.network("12-8-4@8")
 
@@ -173,45 +172,6 @@ def test_every_kernel_has_its_line_and_its_rates(monkeypatch: pytest.MonkeyPatch
     assert "GPU kernels: not yet measured on a GPU" in kernels.text(lines)
 
 
-# scaling
-
-
-def point(axis: str, value: int, seconds: float, noise: float = 0.02, peer: str = "engine") -> dict[str, Any]:
-    return {
-        "axis": axis,
-        "value": value,
-        "contender": peer,
-        "label": {"engine": "fusemlp"}.get(peer, peer),
-        "flops": 1000 * value,
-        "rounds": 5,
-        "seconds": {"p20": seconds * (1 - noise), "p50": seconds, "p80": seconds * (1 + noise)},
-    }
-
-
-def test_a_slope_is_that_of_a_power_law() -> None:
-    work = np.array([1e3, 1e4, 1e6])
-    assert scaling.slope(work, 3e-9 * work**1.25) == pytest.approx(1.25)
-
-
-def test_a_cost_that_grows_faster_than_the_work_is_said_and_noise_is_not() -> None:
-    steep = [point("batch", value, 1e-6 * value**1.5) for value in (8, 64, 512)]
-    flat = [point("width", value, 1e-6 * value**0.9) for value in (8, 64, 512)]
-    # 1.5 in the middle, but its ends leave less than 1 open
-    noisy = [point("depth", value, 1e-6 * value**1.5, noise=0.9) for value in (1, 2, 4)]
-    said = scaling.steep_sentences([*steep, *flat, *noisy])
-    assert len(said) == 1
-    assert "fusemlp, batch" in said[0]
-    assert "to the power 1.50" in said[0]
-    assert "No contender" in scaling.text(flat)
-    assert said[0] in scaling.text(steep)
-
-
-def test_a_point_has_the_work_of_all_models() -> None:
-    assert scaling.work_of(scaling.case_at("models", 16)) == 16 * scaling.case_at("models", 1).flops
-    assert scaling.case_at("depth", 3).sizes == (64, 128, 128, 128, 10)
-    assert scaling.case_at("batch", 32).rows == scaling.case_at("batch", 32).steps * 32
-
-
 # host
 
 
@@ -323,20 +283,8 @@ def test_a_result_is_timed_in_a_process_of_its_own(tmp_path: Path, monkeypatch: 
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_study_draws_its_picture() -> None:
+def test_the_picture_of_a_roofline_states_its_finding() -> None:
     pytest.importorskip("matplotlib")
-    grown = [
-        point(axis, v, 1e-6 * v, peer=p) for axis in ("batch", "depth") for v in (1, 4) for p in ("engine", "jax_scan")
-    ]
-    made = scaling.draw(grown)
-    titles = [axes.get_title(loc="left") for axes in made.axes]
-    assert titles[0] == (
-        "fusemlp's step grows as work to the power 1.00;\n"
-        "the fastest of the others takes jax_scan 1x at 1, jax_scan 1x at 4"
-    )
-    for axes in made.axes:
-        assert axes.get_xlabel()
-        assert axes.get_ylabel()
     lines = roofline.study(TINY, {"backend": "numpy"}, 2, CEILINGS)
     assert "of the fastest step" in roofline.draw(lines).axes[0].get_title(loc="left")
 
@@ -458,10 +406,10 @@ def test_worlds_of_ranks_take_turns(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_trust_times_both_sides_and_names_what_is_not_installed(monkeypatch, tmp_path, capsys):
     pytest.importorskip("torch")
-    from bench import trust
+    from bench import doors, trust
 
     monkeypatch.setattr(trust, "BATCHES", 2)
-    monkeypatch.setattr(trust, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(doors, "PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(trust.importlib.util, "find_spec", lambda name: None)
     assert trust.main(["--rounds", "1", "--out", str(tmp_path / "trust.jsonl")]) == 0
     shown = capsys.readouterr()

@@ -263,6 +263,15 @@ def test_the_systematic_part_is_large_enough(command):
         assert {variant.kernel for variant in part} == set(kernel_variants.KERNELS)
 
 
+def test_the_sample_of_the_check_has_every_kernel(command):
+    found = command.sample(command.chosen(command.SAMPLE, tuple(kernel_variants.KERNELS), everything=False))
+    for arch in command.SAMPLE:
+        own = [variant for variant, target in found if target == arch]
+        assert sorted(one.kernel for one in own if one.precision == "fp32") == sorted(kernel_variants.KERNELS)
+        assert {one.kernel for one in own if one.precision == "bf16"} >= set(kernel_variants.PRODUCTS) - {"resident"}
+    assert len(found) < 2 * len(command.SAMPLE) * len(kernel_variants.KERNELS)
+
+
 def test_a_record_of_other_code_is_noticed(command):
     (arch, kernel, name, source) = min(command.launched(everything=False))
     row = {**GOOD, "arch": arch, "kernel": kernel, "variant": name, "source": source[::-1]}
