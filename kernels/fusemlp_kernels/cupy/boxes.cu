@@ -1,5 +1,6 @@
 // Training with intervals: boxes of a layer's values by centre and radius, the worst case of the loss, and their
-// gradients. reference.box and reference.worst_logits define them.
+// gradients. reference.box and reference.worst_logits define them. Loops over lanes are unrolled: the lanes stay in
+// registers.
 
 #include "common.cuh"
 #include "counters.cuh"
@@ -23,6 +24,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) turn(const Turn call) {
     load_lanes(call.source, place, values);
     load_lanes(call.signs, place, signs);
     // the magnitude of 0 is no -0
+#pragma unroll
     for (int i = 0; i < LANES; i++) values[i] = signs[i] > 0.0f ? values[i] : 0.0f - values[i];
     store_lanes(call.turned, place, values);
 }
@@ -44,6 +46,7 @@ __device__ __forceinline__ long long source_of(const Call& call, long long row) 
 
 // Centres and radii between two numbers, in place of these.
 __device__ __forceinline__ void centred(float* low, float* high) {
+#pragma unroll
     for (int i = 0; i < LANES; i++) {
         float least = low[i];
         low[i] = 0.5f * least + 0.5f * high[i];
@@ -81,7 +84,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) ball(const Ball call) {
     if (from.row >= 0) {
         float size = static_cast<float>(call.eps * reached(call));
         load_lanes(call.x, from, low);
-        for (int i = 0; i < place.count; i++) {
+#pragma unroll
+        for (int i = 0; i < LANES; i++) {
+            if (i >= place.count) continue;
             long long column = place.column + i;
             float x = low[i];
             float spread = size * call.reach[column];
@@ -126,6 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) box(const Box call) {
     float high[LANES];
     load_lanes(call.zc, place, low);
     load_lanes(call.zr, place, high);
+#pragma unroll
     for (int i = 0; i < LANES; i++) {
         float z = low[i];
         low[i] = z - high[i];
@@ -133,6 +139,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) box(const Box call) {
     }
     store_lanes(call.zc, place, low);
     store_lanes(call.zr, place, high);
+#pragma unroll
     for (int i = 0; i < LANES; i++) {
         low[i] = activate(low[i], code, slope);
         high[i] = activate(high[i], code, slope);
@@ -158,6 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) box_grad(const Box call) {
     load_lanes(call.high, place, high);
     load_lanes(call.centre, place, centre);
     load_lanes(call.radius, place, radius);
+#pragma unroll
     for (int i = 0; i < LANES; i++) {
         float by_low = (0.5f * centre[i] - 0.5f * radius[i]) * derivative(low[i], code, slope);
         float by_high = (0.5f * centre[i] + 0.5f * radius[i]) * derivative(high[i], code, slope);
@@ -202,6 +210,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) worst(const Worst call) {
     load_lanes(call.zc, place, centre);
     load_lanes(call.zr, place, radius);
     long long label = label_lane(call, place);
+#pragma unroll
     for (int i = 0; i < LANES; i++) centre[i] = i == label ? centre[i] - radius[i] : centre[i] + radius[i];
     store_lanes(call.dzc, place, centre);
 }
@@ -217,6 +226,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) worst_grad(const Worst cal
     load_lanes(call.dzc, place, by);
     load_lanes(call.dz, place, plain);
     long long label = label_lane(call, place);
+#pragma unroll
     for (int i = 0; i < LANES; i++) {
         // an infinity without a share is no NaN
         by[i] = own < 1.0 ? hard * by[i] : 0.0f;
@@ -224,6 +234,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) worst_grad(const Worst cal
     }
     store_lanes(call.dz, place, plain);
     store_lanes(call.dzc, place, by);
+#pragma unroll
     for (int i = 0; i < LANES; i++) by[i] = i == label ? -by[i] : by[i];
     store_lanes(call.dzr, place, by);
 }
