@@ -38,7 +38,7 @@ class Recorded:
     def variant(self, precision: str) -> kernel_variants.Variant:
         """The kernel as it is compiled ahead."""
         kind = precision if self.name in kernel_variants.PRODUCTS else kernel_variants.ELEMENTS[precision]
-        kind = "fp32" if self.name in ("norm", "advance") else kind
+        kind = "fp32" if self.name in ("norm", "advance", "turn") else kind
         return kernel_variants.Variant(self.name, kind, self.tile, self.constants)
 
 

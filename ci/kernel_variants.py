@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from fusemlp_kernels.errors import unknown_name
 from fusemlp_kernels.pointwise import OPTIMIZERS
 from fusemlp_kernels.triton import (
+    boxes,
     clock,
     configs,
     divergence,
@@ -52,6 +53,10 @@ KERNELS = {
     "norm": update.norm_kernel,
     "advance": clock.advance_kernel,
     "perturb": perturb.perturb_kernel,
+    "ball": boxes.ball_kernel,
+    "box": boxes.box_kernel,
+    "worst": boxes.worst_kernel,
+    "turn": boxes.turn_kernel,
     "affine_members": members.affine_members_kernel,
     "grad_affine_members": members.grad_affine_members_kernel,
     "linear_members": members.linear_members_kernel,
@@ -78,12 +83,13 @@ HEAVIEST = "adam"
 # in FLOATS is an integer.
 POINTERS = {
     **dict.fromkeys(("x", "w", "y", "z", "dz", "dx", "dy", "adv", "out", "compute", "shadow", "weights"), "compute"),
-    **dict.fromkeys(("other", "dother"), "compute"),
+    **dict.fromkeys(("other", "dother", "centre", "radius", "zc", "zr", "dzc", "dzr", "lower", "upper"), "compute"),
+    **dict.fromkeys(("reach", "least", "most", "source", "signs", "turned"), "fp32"),
     **dict.fromkeys(("b", "slope_param", "dslope", "target", "weight", "class_weight", "settings"), "fp32"),
     **dict.fromkeys(("s", "r", "ds", "db", "dr", "sums"), "fp32"),
     **dict.fromkeys(("real", "parameters", "grads", "first", "second", "average", "slopes", "shares"), "fp32"),
     **dict.fromkeys(("partials", "hyper", "rates", "rule", "rules", "tensors", "norm", "stats"), "fp64"),
-    **dict.fromkeys(("measured", "epoch_stats", "limit", "noise"), "fp64"),
+    **dict.fromkeys(("measured", "epoch_stats", "limit", "noise", "ramp"), "fp64"),
     **dict.fromkeys(("rows", "x_rows", "labels", "counters", "table", "layers", "draws", "segments", "live"), "i64"),
     "ticket": "i32",
 }
@@ -106,7 +112,8 @@ class Variant:
         """Return a name that tells it from the kernel's other variants."""
         tile = self.tile
         size = "x".join(str(side) for side in (tile.rows, tile.columns, tile.depth) if side)
-        flags = {"ALIGNED": "aligned", "CROSS_ENTROPY": "cross_entropy", "UPDATES": "updates", "NOISY": "noisy"}
+        flags = {"ALIGNED": "aligned", "CROSS_ENTROPY": "cross_entropy"}
+        flags |= {"UPDATES": "updates", "NOISY": "noisy", "BACK": "back"}
         words = [word for flag, word in flags.items() if self.constants.get(flag)]
         numbers = {"TASKS": "tasks", "OUTPUTS": "outputs"}
         words += [f"parts={tile.parts}"] if "PARTS" in self.constants else []
@@ -172,7 +179,12 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
                 yield Variant("update", ELEMENTS[precision], tile, constants)
     sides = {"BM": configs.CLIP.rows, "BK": configs.CLIP.columns}
     yield Variant("clip_examples", ELEMENTS[precision], configs.CLIP, sides)
-    yield Variant("perturb", ELEMENTS[precision], configs.SWEEP, {"BLOCK": configs.SWEEP.columns})
+    swept = {"BLOCK": configs.SWEEP.columns}
+    for kernel in ("perturb", "ball"):
+        yield Variant(kernel, ELEMENTS[precision], configs.SWEEP, swept)
+    for kernel in ("box", "worst"):
+        for back in (False, True):
+            yield Variant(kernel, ELEMENTS[precision], configs.SWEEP, {"BACK": back, **swept})
     tile = configs.MEMBERS
     for aligned in (True, False):
         constants = {"BM": tile.rows, "BK": tile.columns, "ALIGNED": aligned}
@@ -182,7 +194,8 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
         for resident_tile in configs.resident_tiles(arch.family, precision):
             constants = configs.resident_constants(resident_tile, product)
             yield Variant("resident", precision, resident_tile, constants)
-    yield Variant("norm", "fp32", configs.SWEEP, {"BLOCK": configs.SWEEP.columns})
+    for kernel in ("norm", "turn"):
+        yield Variant(kernel, "fp32", configs.SWEEP, swept)
     yield Variant("advance", "fp32", configs.SMALL, {})
 
 

@@ -29,11 +29,6 @@ Bind = TypeVar("Bind", bound=Callable[..., object])
 REFUSED = {
     ("", "all_reduce"): "it is between processes, and the engine's",
     ("", "penalty"): "it runs inside train_resident; elsewhere change the gradients between grad_weight and update",
-    **{
-        (backend, op): "it is bound by the numpy backend alone"
-        for op in ("magnitudes", "ball", "box", "box_grad", "worst_loss_grad")
-        for backend in ("triton", "cupy")
-    },
     ("numpy", "train_fleet"): "its models train one after another, by train_resident",
     ("cupy", "train_resident"): "its plans are eager and graph",
     ("cupy", "train_fleet"): "its plans are eager and graph, and its models train one after another",
@@ -179,8 +174,8 @@ _LAYER = (
     replace(_GATHERED, use=READ),
     Operand("x", "MK", "compute", rows="rows"),
 )
-# Another batch of as many rows, whose gradients are added: in grad_weight_update on the numpy backend; and the gradient
-# through the magnitudes of the weights, on the numpy backend.
+# Another batch of as many rows, whose gradients are added, and the gradient through the magnitudes of the weights; in
+# grad_weight_update on the numpy backend alone.
 _SECOND = (
     Operand("dz2", "MN", "compute", optional=True),
     Operand("x2", "MK", "compute", optional=True),

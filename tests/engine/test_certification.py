@@ -138,7 +138,6 @@ def test_training_with_bounds_certifies_a_run(tmp_path, capsys):
     assert read(folder / "report.json")["certified"] == shares[1]
     assert "test certified accuracy" in (folder / "report.html").read_text()
     for options, message in (
-        (("--early-stopping", "5"), "--early-stopping: IBP makes the task harder"),
         (("--activation", "gelu"), "--adversarial: IBP takes activations that rise everywhere"),
         (("--attack-steps", "3"), "--attack-steps: ibp takes no steps"),
     ):

@@ -11,6 +11,7 @@ COMPUTE_OPERANDS = frozenset(
     {
         *("x", "gathered", "y", "z", "dz", "dz_prev", "dx", "dy", "adv", "start", "delta", "carried"),
         *("w_shadow", "shadow", "other", "dother", "dz2", "x2"),
+        *("centre", "radius", "zc", "zr", "low", "high", "dc", "dr", "dzc", "dzr", "dspread"),
     }
 )
 LOOPS = frozenset({"train_resident", "train_fleet"})

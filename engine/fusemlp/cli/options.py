@@ -385,8 +385,8 @@ class TrainOptions(FitOptions):
         f"{one_of(ATTACKS)}: train on each batch as this attack changes it, by at most --attack-eps, to resist it. "
         "free: change it by gradients that training computes anyway, with --attack-repeats updates on each batch. "
         "trades: add --attack-beta times the divergence of the probabilities of changed rows to the loss. ibp: train "
-        "for certified accuracy within --attack-eps, without early stopping. For inputs that are numbers; words, dates "
-        "and missing cells are refused. Trains one model.",
+        "for certified accuracy within --attack-eps; early stopping is off, and with --early-stopping counts after the "
+        "ramp. For inputs that are numbers; words, dates and missing cells are refused. Trains one model.",
         "ATTACK",
         values=(*ATTACKS, Free.kind, TRADES.kind, IBP.kind),
     )

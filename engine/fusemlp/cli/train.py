@@ -220,7 +220,7 @@ def new_session(options: TrainOptions) -> Session:
     options = ensemble.described(prepared, options)
     engine = new_engine(options, prepared, epochs)
     if against is not None:
-        check_adversarial(engine, against, stops=bool(options.early_stopping))
+        check_adversarial(engine, against)
     if not leading():
         return Session(Run(folder), options, prepared, engine, epochs, scheduled=epochs)
     if tracker is not None:

@@ -1,6 +1,7 @@
 """Training with interval bounds as a description (Gowal et al., "On the effectiveness of interval bound propagation for
 training verifiably robust models", 2018)."""
 
+import math
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Annotated
@@ -27,7 +28,7 @@ class IBP(Description):
     units, and within ``bounds``, (low, high), if given.
 
     The first share ``warmup`` of the updates is plain training. In the share ``ramp`` after it eps rises from 0, and
-    the share of the plain loss falls from 1 to kappa.
+    the share of the plain loss falls from 1 to kappa. Early stopping and the best weights begin after the ramp.
     """
 
     kind = "ibp"
@@ -44,6 +45,10 @@ class IBP(Description):
         risen = progress - self.warmup
         reached = float(risen >= 0.0) if not self.ramp else min(1.0, max(0.0, risen / self.ramp))
         return self.eps * reached, 1.0 - (1.0 - self.kappa) * reached
+
+    def settled(self, epochs: int) -> int:
+        """Return the first of ``epochs`` that begins after the ramp, from 0; no later one than the last."""
+        return min(epochs - 1, math.ceil((self.warmup + self.ramp) * epochs))
 
     def check(self, net: MLP, loss: Loss, optimizer: Optimizer) -> None:
         """Raise ArgumentError for what it cannot train."""

@@ -210,6 +210,8 @@ class Builder:
         # whether a batch that is picked by row is copied first
         self.copies = inputs.indexed and not self.traits.gathers_in_load
         self.beta = None if step.attack is None else step.attack.beta
+        # those that a gradient by weights is summed over
+        self.batches = 1 + (self.beta is not None) + 2 * (step.intervals is not None)
         attacked = step.attack is not None and self.beta is None
         gathers = self.copies and not attacked and self.members == 1
         self.gathered = self.work("gathered", self.net.sizes[0]) if gathers else None
@@ -393,10 +395,10 @@ class Builder:
         changed = step.keep_gradients or penalised or sharding is not None or self.members > 1
         whole = changed or clipped or rule.accumulate > 1
         parts = 1
-        if not (whole or step.resident):
+        if not (whole or step.resident or step.intervals):
             weights = sum(places[short].size for short in self.rules)
             parts = min(step.most_parts, batch_parts(self.traits, self.batch, weights))
-        one = (self.beta is None or self.traits.on_host) and parts == 1 and private is None
+        one = (self.batches == 1 or self.traits.on_host) and parts == 1 and private is None
         fused = rule.kind in self.traits.fused_updates and not whole and one
         for short in self.rules:
             shape = places[short].shape
@@ -479,7 +481,7 @@ class Builder:
 
     def by_weight(self, layer: int) -> tuple[int, int, int]:
         """M, N, K of the gradient by a layer's weights."""
-        return self.net.sizes[layer + 1], self.net.sizes[layer], self.batch * (1 if self.beta is None else 2)
+        return self.net.sizes[layer + 1], self.net.sizes[layer], self.batch * self.batches
 
     def having(self, kinds: str) -> list[int]:
         """The layers with a trained tensor of one of these kinds."""

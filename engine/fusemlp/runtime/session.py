@@ -267,7 +267,7 @@ class Session(Predicting, Spending, Keeping, Joining):
     def program_against(self, adversarial: Any) -> Program:
         """Return ``program`` for ``fit(adversarial=...)``: the calls of the attack come first."""
         resident = self.plan == "resident" and self._backend.traits.on_host
-        if isinstance(adversarial, IBP) and self._backend.traits.on_host:
+        if isinstance(adversarial, IBP):
             return self._program(None, resident=resident, intervals=lowered_intervals(adversarial, 0, 1))
         if not isinstance(adversarial, Hardening):
             adversarial = as_attack("adversarial", adversarial)
@@ -376,8 +376,8 @@ class Session(Predicting, Spending, Keeping, Joining):
         if self.ranks is not None:
             return ShardedProgram(program, self.memory, self._workspace, arrays, self.ranks)
         plan = self.plan
-        if attack is not None and plan == "resident" and not resident:
-            # the steps of an attack are many launches
+        if (attack is not None or intervals is not None) and plan == "resident" and not resident:
+            # a step against attacks is many launches
             plan = self._backend.traits.plans[-2]
         return BoundProgram(program, self.memory, self._workspace, arrays, plan=plan)
 
@@ -392,7 +392,6 @@ class Session(Predicting, Spending, Keeping, Joining):
         batches: int,
         epochs: int,
         resident: bool,
-        keep_gradients: bool = False,
         attack: Attack | None = None,
         intervals: Intervals | None = None,
     ) -> BoundProgram:
@@ -404,13 +403,12 @@ class Session(Predicting, Spending, Keeping, Joining):
                 *(inputs, spec, rule, batch_size, {**there, "rows": rows}),
                 resident_batches=batches if resident else None,
                 epochs=epochs,
-                keep_gradients=keep_gradients,
                 attack=attack,
                 intervals=intervals,
             )
 
         self._take_rule(rule)
-        told = (inputs, spec, rule, batch_size, batches, epochs, resident, keep_gradients, attack, intervals)
+        told = (inputs, spec, rule, batch_size, batches, epochs, resident, attack, intervals)
         key = (told, self.optimizer, self.seed, self.lowered_privacy())
         return self.bound_again(key, data, bound)
 

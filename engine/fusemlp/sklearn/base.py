@@ -17,6 +17,8 @@ from sklearn.utils import check_array, check_consistent_length, check_random_sta
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from fusemlp.callbacks import announce, checked_callbacks, exits
+from fusemlp.describe.hardening import Free
+from fusemlp.describe.intervals import IBP
 from fusemlp.describe.network import Activation
 from fusemlp.describe.schedules import Schedule
 from fusemlp.report.onnx import to_onnx
@@ -30,6 +32,7 @@ from fusemlp.sklearn.model import Model, Rates
 from fusemlp.sklearn.settings import Objective
 from fusemlp.sklearn.stochastic import SklearnPolicy, ValidationScore, train
 from fusemlp.training.history import FitState, History
+from fusemlp.training.intervals import write_limits
 from fusemlp.training.loop import EpochLoop, epochs_at_once
 
 Array = np.ndarray[Any, Any]
@@ -200,22 +203,28 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         rows = np.require(X.toarray() if hasattr(X, "toarray") else X, model.dtype, ["C", "A"])
         alpha = 0.0 if self.solver == "adamw" else float(self.alpha)
         data = {"x": rows, "target": target}
-        rules = (model, self._objective(self.n_outputs_), data, row_weights, constants, alpha, size)
+        against = settings.step_against(self, model.engine, rows, self.max_iter * -(-n // size))
+        rules = (model, self._objective(self.n_outputs_), data, row_weights, constants, alpha, size, against)
         # a launch of many steps cannot leave out the update of a batch whose weights are all 0
-        together = together and shares_launches(model.engine.memory.backend.traits)
+        traits = model.engine.memory.backend.traits
+        together = together and shares_launches(traits) and not against
         looped = stochastic and not incremental and (row_weights is None or bool(row_weights.all()))
         batches: ResidentBatches | CalledBatches
-        if looped and (model.loops or together):
+        if looped and (together or (model.loops and (traits.on_host or not against))):
             asked = validation is not None or bool(callbacks) or bool(self.verbose) or model.rates.kind == "invscaling"
             epochs = int(min(self.max_iter, self.n_iter_no_change + 1))
             at_once = epochs_at_once(model.engine, epochs, n, asked=asked)
             batches = ResidentBatches(*rules, at_once=at_once, alone=not together)
         else:
             batches = CalledBatches(*rules, keep=incremental)
+        if isinstance(self.adversarial, IBP):
+            write_limits(model.engine, self.adversarial, batches.steps.arrays)
         # as in scikit-learn: a warm start that never scores better than before keeps its last parameters
         best = (self.coefs_, self.intercepts_, getattr(self, "slopes_", [])) if first and stochastic else None
         state = FitState(0, 0, last_epoch, total_updates=0, history=History())
         policy = SklearnPolicy(self, model, batches, state, validation, random_state, best)
+        if isinstance(self.adversarial, IBP):
+            policy.settles = self.adversarial.settled(self.max_iter)
         if stochastic and validation is not None:
             policy.held_loss = self._held_loss(model, validation)
         counts = size, len(batches.starts), batches.at_once
@@ -233,6 +242,17 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
             raise ValueError(
                 f"dropout: lbfgs needs the same loss at each evaluation, got {self.dropout!r}. Use solver='adam'."
             )
+        if not stochastic and self.adversarial is not None:
+            raise ValueError(
+                "adversarial: lbfgs needs the same loss at each evaluation, and attacks change it. Use solver='adam'."
+            )
+        if isinstance(self.adversarial, Free):
+            raise ValueError(
+                "adversarial: Free updates several times on a batch, and scikit-learn's epochs do once. Use PGD or "
+                "TRADES, or Free with fusemlp.Engine."
+            )
+        if incremental and isinstance(self.adversarial, IBP):
+            raise ValueError("adversarial: IBP rises over the epochs of a fit, and partial_fit trains one. Use fit.")
         if not stochastic and self.precision not in ("auto", "fp32", "fp64"):
             raise ValueError(f"precision: lbfgs needs 'fp32' or 'fp64', got {self.precision!r}.")
 

@@ -51,6 +51,8 @@ class Batches(ABC):
     constants: Array | None
     alpha: float
     batch_size: int
+    # the attack or the intervals of a step, as ``Session.bind`` takes them
+    against: dict[str, Any]
     # the most epochs of a launch
     at_once: int = 1
     steps: Any = None
@@ -144,6 +146,7 @@ class ResidentBatches(Batches):
         if alone:
             model, inputs = self.model, Inputs(self.n, indexed=True, weighted=self.weight is not None)
             loop: dict[str, Any] = {"resident_batches": len(self.starts), "epochs": at_once, "ridge": self.ridge}
+            loop |= self.against
             given = model.on_device(self.data)
             self.steps = model.engine.bind(inputs, model.loop_loss, model.rule, self.batch_size, given, **loop)
 
@@ -179,12 +182,12 @@ class CalledBatches(Batches):
     def _bound(self, arrays: dict[str, Array], keep: bool) -> BoundProgram:
         """Return the program of a step, whose gradients can be read before its last call."""
         model, engine = self.model, self.model.engine
-        key = Inputs(self.n, indexed=True, weighted=True), self.batch_size
+        key = Inputs(self.n, indexed=True, weighted=True), self.batch_size, self.against
         if keep and model.staged is not None and model.staged[0] == key:
             bound = model.staged[1]
         else:
             given, spec = {} if keep else model.on_device(arrays), engine.loss.spec(accuracy=False)
-            bound = engine.bind(key[0], spec, model.rule, self.batch_size, given, keep_gradients=True)
+            bound = engine.bind(key[0], spec, model.rule, self.batch_size, given, keep_gradients=True, **self.against)
         if keep:
             model.staged = key, bound
             for name, array in arrays.items():

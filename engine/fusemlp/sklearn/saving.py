@@ -5,13 +5,17 @@ The file is an engine's checkpoint too: ``fusemlp.load`` reads the network witho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fusemlp.describe.description import Description
+from fusemlp.describe.adversarial import FGSM, PGD, Attack
+from fusemlp.describe.description import Description, from_config
+from fusemlp.describe.hardening import TRADES
+from fusemlp.describe.intervals import IBP
 from fusemlp.describe.losses import Loss, loss_from_config
 from fusemlp.describe.network import Activation, activation_from_config
 from fusemlp.describe.optimizers import Optimizer, optimizer_from_config
@@ -21,11 +25,13 @@ from fusemlp.training.checkpoint import read_content, save_checkpoint
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
 
 ENTRY = "estimator"
-DESCRIBED = {
+_AGAINST: dict[str, type[Any]] = {one.kind: one for one in (FGSM, PGD, TRADES, IBP)}
+DESCRIBED: dict[str, tuple[Any, Callable[[Mapping[str, Any]], Any]]] = {
     "activation": (Activation, activation_from_config),
     "loss": (Loss, loss_from_config),
     "optimizer": (Optimizer, optimizer_from_config),
     "schedule": (Schedule, schedule_from_config),
+    "adversarial": (Attack | TRADES | IBP, partial(from_config, "adversarial", _AGAINST)),
 }
 
 

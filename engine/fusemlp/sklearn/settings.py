@@ -13,11 +13,16 @@ import numpy as np
 from sklearn.neural_network import MLPClassifier
 from sklearn.utils._param_validation import Interval, StrOptions
 
+from fusemlp.describe.intervals import IBP
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP, Activation, as_activation
 from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer
 from fusemlp.describe.schedules import Schedule
+from fusemlp.engine import Engine
+from fusemlp.program.adversarial import lowered_attack, lowered_intervals
+from fusemlp.runtime.attacking import check_within
 from fusemlp.runtime.backends import first_available
+from fusemlp.training.adversarial import check_adversarial
 from fusemlp_kernels.contract import ACTIVATIONS
 
 STOCHASTIC = ("sgd", "adam", "adamw")
@@ -38,6 +43,7 @@ CONSTRAINTS: dict[str, Any] = {
     # fp16 keeps its gradients scaled, and the penalty is added to gradients
     "precision": [StrOptions({"auto", "fp32", "fp64", "tf32", "bf16"})],
     "callbacks": "no_validation",
+    "adversarial": "no_validation",
 }
 
 
@@ -56,6 +62,9 @@ class Parameters:
     precision : "auto" (on NumPy the type of X, or fp64 with lbfgs; elsewhere fp32), or one that the backend has.
     callbacks : None, or objects like ``fusemlp.Callback``. Their logs have loss, learning_rate and, with validation
         data, val_loss and val_score. Not with lbfgs.
+    adversarial : None, or FGSM, PGD, TRADES or IBP to train against, as in ``Engine.fit``; eps is in the units of X.
+        TRADES and IBP are for more than two classes. With IBP an epoch counts for convergence, early stopping and the
+        best score from the end of its ramp on. Not with lbfgs.
 
     All other parameters mean what they mean in scikit-learn. With the same ``random_state`` the initial parameters, the
     validation rows and the order of the batches are scikit-learn's, and on NumPy the fitted model is, to within
@@ -95,6 +104,7 @@ class Parameters:
     backend: str = "auto"
     precision: str = "auto"
     callbacks: Any = None
+    adversarial: Any = None
 
 
 @dataclass(frozen=True)
@@ -169,6 +179,22 @@ def optimizer(estimator: Any) -> Optimizer:
     if estimator.solver == "adam":
         return Adam(rate, **options, convention="scikit-learn", clip_norm=clip_norm)
     return AdamW(rate, **options, weight_decay=float(estimator.alpha), decay_biases=False, clip_norm=clip_norm)
+
+
+def step_against(estimator: Any, engine: Engine, rows: Any, updates: int) -> dict[str, Any]:
+    """Return what the program of a step of ``engine`` is told of ``adversarial``, for a fit of this many updates.
+
+    Raises ArgumentError or ArgumentTypeError for what the estimator cannot train against, DataError for rows outside
+    its bounds.
+    """
+    how = estimator.adversarial
+    if how is None:
+        return {}
+    check_adversarial(engine, how)
+    check_within(engine, "X", rows, how)
+    if isinstance(how, IBP):
+        return {"intervals": lowered_intervals(how, 0, updates)}
+    return {"attack": lowered_attack(how)}
 
 
 def rows_of_a_batch(batch_size: Any, n: int) -> int:

@@ -84,6 +84,8 @@ class SklearnPolicy(Policy):
     best: tuple[list[Array], list[Array], list[Any]] | None
     converged: bool = False
     held_loss: HeldLoss | None = None
+    # the epochs that count for nothing: in them the task still changes
+    settles: int = 0
 
     def __post_init__(self) -> None:
         self.schedule = self.model.schedule
@@ -139,7 +141,7 @@ class SklearnPolicy(Policy):
         if validation is not None:
             self._score(validation)
         by_score = validation is not None and validation.decides
-        if not by_score:
+        if not by_score and estimator.n_iter_ > self.settles:
             self._count(loss > estimator.best_loss_ - estimator.tol)
             # in this order a NaN is no improvement
             if loss < estimator.best_loss_:
@@ -168,6 +170,8 @@ class SklearnPolicy(Policy):
         estimator.validation_scores_.append(score)
         if estimator.verbose:
             print(f"Validation score: {score:f}")
+        if estimator.n_iter_ <= self.settles:
+            return
         best = estimator.best_validation_score_
         if validation.decides:
             self._count(score < best + estimator.tol)

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "fp64", "tf32")
 
 
-def check_adversarial(engine: Session, against: Any, *, batches: bool = False, stops: bool = False) -> None:
+def check_adversarial(engine: Session, against: Any, *, batches: bool = False) -> None:
     """Raise ArgumentError or ArgumentTypeError for what ``fit`` cannot do beside a training against attacks.
 
-    ``batches``: it gets them in place of arrays; ``stops``: it stops early.
+    ``batches``: it gets them in place of arrays.
     """
     if not isinstance(against, Attack | Hardening | IBP):
         raise ArgumentTypeError(
@@ -33,8 +33,10 @@ def check_adversarial(engine: Session, against: Any, *, batches: bool = False, s
         raise ArgumentError("adversarial: it trains in one process so far; leave out distributed or adversarial")
     if batches:
         raise ArgumentError("y: adversarial training takes arrays X and y, not batches; give both")
+    if engine.plan == "resident" and engine.plan_reason == ASKED and not engine.memory.backend.traits.on_host:
+        raise ArgumentError("plan: the resident kernel trains on batches as they are; use plan='auto'")
     if isinstance(against, IBP):
-        _check_intervals(engine, against, stops=stops)
+        _check_intervals(engine, against)
         return
     if against.plain.restarts > 1:
         raise ArgumentError("adversarial: restarts are for Engine.attack; training takes one, restarts=1")
@@ -52,18 +54,12 @@ def check_adversarial(engine: Session, against: Any, *, batches: bool = False, s
             )
     if isinstance(against, TRADES):
         against.check(engine.network, engine.loss)
-    if engine.plan == "resident" and engine.plan_reason == ASKED and not engine.memory.backend.traits.on_host:
-        raise ArgumentError("plan: the resident kernel does not attack its batches; use plan='auto'")
 
 
-def _check_intervals(engine: Session, ibp: IBP, *, stops: bool) -> None:
+def _check_intervals(engine: Session, ibp: IBP) -> None:
     ibp.check(engine.network, engine.loss, engine.optimizer)
     if engine.precision not in PRECISIONS:
         raise ArgumentError(
             f"adversarial: IBP trains in {', '.join(PRECISIONS)}, this engine in {engine.precision}; give another "
             "precision"
-        )
-    if stops:
-        raise ArgumentError(
-            "early_stopping: IBP makes the task harder from epoch to epoch, and would keep an early one; leave it out"
         )

@@ -28,7 +28,7 @@ from fusemlp.runtime.backends import row_order as shuffled
 from fusemlp.training.adversarial import check_adversarial
 from fusemlp.training.data import by_class, split
 from fusemlp.training.history import History, fresh_state, resumed_state
-from fusemlp.training.intervals import IntervalSteps, check_labels, limits_of
+from fusemlp.training.intervals import check_labels, write_limits
 from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
 from fusemlp.training.policy import FitPolicy
 from fusemlp.training.private import PoissonRows, check_private
@@ -164,7 +164,7 @@ def fit(
             "numpy.load(path, mmap_mode='r')"
         )
     if adversarial is not None:
-        check_adversarial(engine, adversarial, batches=y is None, stops=early_stopping is not None)
+        check_adversarial(engine, adversarial, batches=y is None)
     state = engine.fit_state
     first_epoch = state.epoch if resume and state is not None else engine.epochs_trained
     batches = None
@@ -315,7 +315,6 @@ def fit_checked(
     if isinstance(against, Free):
         trained = batches * batch_size
         batches, at_once = batches * against.repeats, 1
-    certifies = isinstance(against, IBP)
     lowered = None if against is None or isinstance(against, IBP) else lowered_attack(against)
     state = resumed_state(engine, epochs, batches, count) if resume else fresh_state(engine, epochs, batches)
     told = None if against is None else against.to_config()
@@ -356,6 +355,7 @@ def fit_checked(
         def of_epoch(epoch: int) -> Array:
             return np.repeat(single(epoch), engine.network.members)
 
+    on_host = engine.memory.backend.traits.on_host
     policy = FitPolicy(
         engine,
         data.X,
@@ -367,11 +367,10 @@ def fit_checked(
         patience=patience,
         resumes=resume,
         deadline=deadline,
-        draws_ahead=order is None and not engine.memory.backend.traits.on_host,
+        settles=first_epoch + against.settled(epochs) if isinstance(against, IBP) else 0,
+        draws_ahead=order is None and not on_host,
     )
-    on_host = engine.memory.backend.traits.on_host
-    called = not on_host and against is not None
-    resident = engine.plan == "resident" and not called
+    resident = engine.plan == "resident" and (on_host or against is None)
     members = engine.network.members
     if at_once is None:
         asked = validation is not None or bool(callbacks) or not resident or engine.ranks is not None
@@ -391,20 +390,11 @@ def fit_checked(
             batches=batches,
             epochs=at_once,
             resident=resident,
-            keep_gradients=certifies and not on_host,
             attack=lowered,
-            intervals=lowered_intervals(against, now, state.total_updates)
-            if isinstance(against, IBP) and on_host
-            else None,
+            intervals=lowered_intervals(against, now, state.total_updates) if isinstance(against, IBP) else None,
         )
-        if isinstance(against, IBP) and on_host:
-            for name, values in limits_of(engine, against).items():
-                # there are none where nothing is trained
-                if name in made.arrays:
-                    made.arrays[name][:] = values
-        elif isinstance(against, IBP):
-            spec = engine.loss.spec(accuracy=False, soft=False)
-            bound = IntervalSteps(engine, made, spec, against, batch_size, now, state.total_updates)
+        if isinstance(against, IBP):
+            write_limits(engine, against, made.arrays)
         engine.keep_carried(bound.arrays["delta"] if isinstance(against, Free) else None, resume=resume)
         if isinstance(against, Free):
             bound = Replays(made, against.repeats, trained)

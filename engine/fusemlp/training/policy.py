@@ -47,6 +47,8 @@ class FitPolicy(Policy):
     resumes: bool
     # of ``time.monotonic``
     deadline: float
+    # the first epoch that may be the best: before it the task still changes
+    settles: int = 0
     # whether rows may be asked for before their epoch
     draws_ahead: bool = False
 
@@ -98,7 +100,7 @@ class FitPolicy(Policy):
             self._ahead = {epoch: self.rows(epoch) for epoch in following if epoch < self.last_epoch}
 
     def end_epoch(self, stats: Array, rate: float) -> dict[str, float]:
-        """Validate, keep the best weights, and lower the learning rate on a plateau."""
+        """Validate, and judge the epoch."""
         engine, state = self.engine, self.state
         logs = dict(metrics_of(stats, self.spec))
         if self._validate is not None:
@@ -109,7 +111,14 @@ class FitPolicy(Policy):
         if engine.ranks is not None:
             # what all decide by
             logs = dict(zip(logs, engine.ranks.of_first(list(logs.values())).tolist(), strict=True))
-        watched = self._sign * logs[self._monitor]
+        if state.epoch >= self.settles:
+            self._judge(self._sign * logs[self._monitor])
+        engine.epochs_trained = state.epoch + 1
+        return logs
+
+    def _judge(self, watched: float) -> None:
+        """Keep the best weights, and lower the learning rate on a plateau, by a quantity that is to fall."""
+        engine, state = self.engine, self.state
         if watched < state.best_loss:
             state.best_loss, state.waited = watched, 0
             if self._keeps_best:
@@ -121,8 +130,6 @@ class FitPolicy(Policy):
         if isinstance(self.schedule, ReduceOnPlateau):
             state.plateau = plateau_step(self.schedule, state.plateau, watched)
             engine.rates.rescale(state.plateau[2])
-        engine.epochs_trained = state.epoch + 1
-        return logs
 
     def divergence(self, rate: float) -> DivergenceError:
         """Return an error that names the likely cause."""

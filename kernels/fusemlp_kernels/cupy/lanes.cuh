@@ -55,7 +55,7 @@ __device__ __forceinline__ void load_lanes(const T* at, long long step, int coun
 }
 
 template <typename T>
-__device__ __forceinline__ void load_lanes(const Matrix<const T>& from, const Place& place, float* out) {
+__device__ __forceinline__ void load_lanes(const Matrix<T>& from, const Place& place, float* out) {
     load_lanes(from.at(place.row, place.column), from.col, place.count, out);
 }
 

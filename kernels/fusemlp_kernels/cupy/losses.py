@@ -18,7 +18,7 @@ ROWS_A_BLOCK = 8
 SHORT_BATCH = 1024
 
 
-def _bind_loss(device: Device, kernel: str, given: SimpleNamespace, z: Array, bias: Array | None = None) -> Run:
+def launch_loss(device: Device, kernel: str, given: SimpleNamespace, z: Array, bias: Array | None = None) -> Run:
     """Return the kernel over all rows of z, and before it the normaliser of a long batch.
 
     Targets and weights are gathered as they are loaded.
@@ -58,7 +58,7 @@ def _over_rows(device: Device, kernel: str, m: int, n: int, fields: dict[str, An
 @binds("loss_grad", without=["ridge", "shares"])
 def bind_loss_grad(device: Device, given: SimpleNamespace) -> Run:
     """Bind the contract's ``loss_grad``."""
-    return _bind_loss(device, "stored_loss", given, given.z)
+    return launch_loss(device, "stored_loss", given, given.z)
 
 
 @binds("divergence")
@@ -80,4 +80,4 @@ def bind_linear_loss_grad(device: Device, given: SimpleNamespace) -> Run:
     batch, gather = bind_batch(device, given, given.x_rows)
     product = device.product_room(given.M, given.N) if given.dz is None else product_place(device, given.dz)
     multiply = bind_product(device, product, batch, transposed(given.w))
-    return in_sequence([gather, multiply, _bind_loss(device, "product_loss", given, product, given.b)])
+    return in_sequence([gather, multiply, launch_loss(device, "product_loss", given, product, given.b)])

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from fusemlp_kernels.checks import binds, second_batch
+from fusemlp_kernels.checks import batches_of, binds
 from fusemlp_kernels.contract import COUNTERS
+from fusemlp_kernels.cupy.boxes import bind_turn
 from fusemlp_kernels.cupy.device import Array, Device, Run, in_sequence
 from fusemlp_kernels.cupy.products import bind_product, transposed
 from fusemlp_kernels.cupy.tables import PLAIN, Sums, Tensors
@@ -50,13 +51,13 @@ def bind_clip_examples(device: Device, given: SimpleNamespace) -> Run:
 def bind_grad_weight(device: Device, given: SimpleNamespace) -> Run:
     """Bind the contract's ``grad_weight``: a product for each weight, and one kernel for all biases and slopes.
 
-    A second batch has its own, which add to the first's.
+    Other batches have their own, which add to the first's.
     """
-    second = second_batch(given, device.upload(np.ones(COUNTERS, np.int64)))
-    if second is None:
-        return bind_gradients(device, given)
-    given.norm = None
-    return in_sequence([bind_gradients(device, given), bind_gradients(device, second)])
+    runs: list[Run] = []
+    for batch in batches_of(given, device.upload(np.ones(COUNTERS, np.int64))):
+        turns = [bind_turn(device, layer.dw, layer.signs, layer.dw) for layer in batch.turned]
+        runs += [*turns, bind_gradients(device, batch), *turns]
+    return in_sequence(runs)
 
 
 def bind_gradients(device: Device, given: SimpleNamespace) -> Run:

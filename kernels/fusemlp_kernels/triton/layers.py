@@ -28,7 +28,7 @@ def places(spare: Tensor, **matrices: Tensor | None) -> dict[str, Any]:
     return found
 
 
-def _activation(given: SimpleNamespace, spare: Tensor) -> dict[str, Any]:
+def activation_of(given: SimpleNamespace, spare: Tensor) -> dict[str, Any]:
     """The kernels' arguments for an activation; ``spare`` is any float32 tensor."""
     return {
         "activation": ACTIVATIONS.index(given.activation),
@@ -71,7 +71,7 @@ def bind_linear(device: Device, given: SimpleNamespace) -> Run:
         "M": m, "N": n, "K": given.K, **places(spare, x=x, w=w, y=y, z=z), "b": b, "b_step": b.stride(0),
         "rows": spare if given.rows is None else given.rows, "gather": int(given.rows is not None),
         "counters": spare if given.counters is None else given.counters, "store_z": int(keeps_z),
-        **_activation(given, b), **dropout_numbers(given.dropout),
+        **activation_of(given, b), **dropout_numbers(given.dropout),
     }  # fmt: skip
     constants = {**tile.sides("MNK"), "PRODUCT": device.product, "ALIGNED": aligned, "PARTS": tile.parts}
     return device.launch(linear.linear_kernel, tile.count(m, n), arguments, constants, tile)
@@ -90,7 +90,7 @@ def bind_grad_input(device: Device, given: SimpleNamespace) -> Run:
         "counters": device.zeros(1, "int64") if given.counters is None else given.counters,
         "dslope": spare if dslope is None else dslope, "partials": device.zeros(programs, "float64"),
         "ticket": device.zeros(1, "int32"), "programs": programs, "kept_share": kept_share(given.dropout),
-        **_activation(given, spare), **dropout_numbers(given.dropout),
+        **activation_of(given, spare), **dropout_numbers(given.dropout),
     }  # fmt: skip
     constants = {**tile.sides("MKN"), "PRODUCT": device.product, "ALIGNED": aligned, "PARTS": tile.parts}
     run = device.launch(gradients.grad_input_kernel, programs, arguments, constants, tile)
@@ -265,7 +265,7 @@ def _launch_loss(
         "settings": device.numbers(loss_settings(given.loss, given), "real"),
         "hyper": device.zeros(HYPER, "float64") if hyper is None else hyper, "scaled": int(hyper is not None),
         "partials": device.zeros(4 * programs, "float64"), "ticket": device.zeros(1, "int32"), "programs": programs,
-        **target_arguments(device, given), **_activation(given, spare), **inputs,
+        **target_arguments(device, given), **activation_of(given, spare), **inputs,
     }  # fmt: skip
     if m * n == 0:
         # the loss of no rows, or of no outputs, is zero
@@ -277,12 +277,18 @@ def _launch_loss(
     return device.launch(kernel, programs, arguments, constants, tile)
 
 
+def launch_loss_grad(device: Device, given: SimpleNamespace, z: Tensor, dz: Tensor | None) -> Run:
+    """The loss of pre-activations z (M, N), and its gradient in dz, which may be z."""
+    tile = configs.LOSS
+    constants = {"BM": tile.rows, "BN": tile.columns}
+    given = SimpleNamespace(**vars(given) | {"dz": dz})
+    return _launch_loss(device, given, loss.loss_grad_kernel, tile, {"z": z}, {}, constants)
+
+
 @binds("loss_grad", without=NOT_IN_LOSS)
 def bind_loss_grad(device: Device, given: SimpleNamespace) -> Run:
     """The contract's ``loss_grad``."""
-    tile = configs.LOSS
-    constants = {"BM": tile.rows, "BN": tile.columns}
-    return _launch_loss(device, given, loss.loss_grad_kernel, tile, {"z": given.z}, {}, constants)
+    return launch_loss_grad(device, given, given.z, given.dz)
 
 
 @binds("linear_loss_grad", without=NOT_IN_LOSS)

@@ -1,0 +1,143 @@
+"""Estimators that train against attacks: the engine's own training, and what they refuse."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.model_selection import KFold
+
+from fusemlp import IBP, MLP, PGD, SGD, TRADES, ArgumentError, ArgumentTypeError, DataError, Engine, Free
+from fusemlp.sklearn import FleetSearchCV, MLPClassifier, MLPRegressor
+
+PIXELS, LABELS = load_digits(n_class=4, return_X_y=True)
+X, Y = PIXELS[:120] / 16.0, LABELS[:120]
+OPTIONS = {
+    "hidden_layer_sizes": (12,), "solver": "sgd", "momentum": 0.0, "alpha": 0.0, "learning_rate_init": 0.5,
+    "batch_size": 30, "max_iter": 6, "n_iter_no_change": 100, "shuffle": False, "random_state": 0, "backend": "numpy",
+}  # fmt: skip
+AGAINST = {
+    "pgd": PGD(0.1, steps=2, bounds=(0, 1)),
+    "trades": TRADES(0.1, steps=2, bounds=(0, 1)),
+    "ibp": IBP(0.05, warmup=0.2, ramp=0.5, bounds=(0, 1)),
+}
+
+
+def fitted(how, X=X, y=Y, sample_weight=None, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return MLPClassifier(**{**OPTIONS, **options}, adversarial=how).fit(X, y, sample_weight)
+
+
+def parameters(estimator):
+    return np.concatenate([one.ravel() for one in (*estimator.coefs_, *estimator.intercepts_)])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("how", AGAINST.values(), ids=AGAINST)
+def test_it_is_the_engines_training(how, weighted):
+    # a weight of 0 is in no launch of many steps
+    weight = np.random.RandomState(1).uniform(0.2, 2.0, 120) if weighted else None
+    if weight is not None:
+        weight[3] = 0.0
+    start = fitted(None, max_iter=1, learning_rate_init=1e-30)
+    engine = Engine(
+        MLP([64, 12, 4]), optimizer=SGD(lr=0.5), batch_size=30, backend="numpy", precision="fp64", normalise=False
+    )
+    state = {}
+    for layer, (w, b) in enumerate(zip(start.coefs_, start.intercepts_, strict=True)):
+        state |= {f"{2 * layer}.weight": w.T, f"{2 * layer}.bias": b}
+    engine.load_state_dict(state)
+    engine.fit(X, Y, epochs=6, shuffle=False, adversarial=how, sample_weight=weight)
+    found = fitted(how, sample_weight=weight)
+    for layer, w in enumerate(found.coefs_):
+        np.testing.assert_allclose(w.T, engine.state_dict()[f"{2 * layer}.weight"], rtol=0, atol=1e-10)
+    assert not np.allclose(parameters(found), parameters(fitted(None, sample_weight=weight)), rtol=0, atol=1e-3)
+
+
+def test_one_epoch_after_another_is_a_fit():
+    how, one = AGAINST["pgd"], MLPClassifier(**OPTIONS, adversarial=AGAINST["pgd"])
+    for _ in range(6):
+        one.partial_fit(X, Y, classes=np.arange(4))
+    np.testing.assert_allclose(parameters(one), parameters(fitted(how)), rtol=0, atol=1e-10)
+    others = fitted(how), fitted(how).set_params(adversarial=None)
+    for other in others:
+        other.partial_fit(X, Y)
+    assert not np.array_equal(*map(parameters, others))
+
+
+@pytest.mark.parametrize("how", AGAINST.values(), ids=AGAINST)
+def test_it_is_a_parameter_like_others(how, tmp_path):
+    estimator = fitted(how)
+    assert clone(estimator).adversarial == estimator.get_params()["adversarial"] == how
+    estimator.save(tmp_path / "firm.safetensors")
+    loaded = MLPClassifier.load(tmp_path / "firm.safetensors")
+    assert loaded.adversarial == how and np.array_equal(loaded.predict_proba(X), estimator.predict_proba(X))
+
+
+def test_a_search_tries_attacks():
+    hows, cv = [None, *AGAINST.values()], KFold(2)
+    given = MLPClassifier(**{**OPTIONS, "max_iter": 3})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = FleetSearchCV(given, {"adversarial": hows}, cv=cv).fit(X, Y)
+    train, test = next(cv.split(X))
+    alone = [fitted(how, X[train], Y[train], max_iter=3).score(X[test], Y[test]) for how in hows]
+    assert found.cv_results_["split0_test_score"].tolist() == alone
+    best = fitted(found.best_params_["adversarial"], max_iter=3)
+    assert np.array_equal(parameters(found.best_estimator_), parameters(best))
+
+
+def test_intervals_converge_after_their_ramp():
+    # the loss of the rows falls by less than tol in every epoch
+    options = {"max_iter": 30, "n_iter_no_change": 2, "tol": 10.0}
+    assert fitted(AGAINST["pgd"], **options).n_iter_ < 6
+    ibp = IBP(0.1, warmup=0.0, ramp=0.5)
+    for early_stopping in (False, True):
+        found = fitted(ibp, **options, early_stopping=early_stopping)
+        assert ibp.settled(30) == 15 and 17 <= found.n_iter_ <= 20
+
+
+def test_regressors_resist_attacks_too():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain, firm = (
+            MLPRegressor(**{**OPTIONS, "learning_rate_init": 0.01}, adversarial=how).fit(X, Y)
+            for how in (None, PGD(0.1))
+        )
+    assert np.isfinite(parameters(firm)).all() and not np.array_equal(parameters(plain), parameters(firm))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"adversarial": 0.1}, ArgumentTypeError, r"adversarial: expected an attack such as PGD\(0.1\)"),
+        ({"adversarial": Free(0.1)}, ValueError, "adversarial: Free updates several times on a batch"),
+        ({"adversarial": PGD(0.1), "solver": "lbfgs"}, ValueError, "adversarial: lbfgs needs the same loss"),
+        ({"adversarial": PGD(0.1, bounds=(0.5, 1))}, DataError, "X: values from 0 to 1 are not within the bounds"),
+        (
+            {"adversarial": IBP(0.1), "activation": "gelu"},
+            ArgumentError,
+            "adversarial: IBP takes activations that rise",
+        ),
+        ({"adversarial": IBP(0.1), "dropout": 0.2}, ArgumentError, "adversarial: IBP takes no dropout"),
+    ],
+)
+def test_refusals_change_nothing(options, error, message):
+    estimator = fitted(None, warm_start=True)
+    before = parameters(estimator)
+    with pytest.raises(error, match=message):
+        estimator.set_params(**options).fit(X, Y)
+    assert np.array_equal(parameters(estimator), before)
+
+
+def test_two_classes_and_single_epochs_have_no_intervals():
+    with pytest.raises(ArgumentError, match="adversarial: TRADES needs the loss cross_entropy"):
+        MLPClassifier(adversarial=TRADES(0.1)).fit(X, Y > 1)
+    with pytest.raises(ValueError, match="adversarial: IBP rises over the epochs of a fit"):
+        MLPClassifier(adversarial=IBP(0.1)).partial_fit(X, Y, classes=np.arange(4))
+    with pytest.raises(ArgumentError, match="adversarial: IBP needs the loss cross_entropy"):
+        MLPRegressor(adversarial=IBP(0.1)).fit(X, Y)
