@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,20 @@ def started() -> bool:
 def leading() -> bool:
     """Return whether this process prints and writes files: unless it is another rank than 0."""
     return not started() or os.environ["RANK"] == "0"
+
+
+def restarts() -> tuple[int, int]:
+    """Return how many times torchrun has started these processes again, and how many times it may."""
+    count, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return count, most
+
+
+def report_failure(message: str) -> None:
+    """Let the summary with which torchrun ends show why this process fails."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is not None:
+        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        Path(path).write_text(json.dumps(content), encoding="utf-8")
 
 
 def _torch() -> Any:
@@ -158,6 +173,28 @@ class Ranks:
         parts = [self._tensor(row) for row in into]
         self._collective(lambda: self._dist.all_gather(parts, self._tensor(own), group=self._group))
 
+    def exchange(self, into: Array, own: Array, counts: Sequence[int], into_all: Array, own_all: Array) -> None:
+        """Write what each rank sends to this one into the row ``into`` (world, n) of its number, and likewise
+        ``own_all`` (m,) of each rank into ``into_all`` (world, m). Rank r is sent ``counts[r]`` elements of ``own``,
+        after those of the ranks before it.
+        """
+
+        def run() -> None:
+            dist, group, tensor = self._dist, self._group, self._tensor
+            received, sizes = tensor(into.reshape(-1)), [into.shape[1]] * self.world
+            one = dist.all_to_all_single(received, tensor(own), sizes, list(counts), group=group, async_op=True)
+            rows = [tensor(row) for row in into_all]
+            other = dist.all_gather(rows, tensor(own_all), group=group, async_op=True)
+            one.wait()
+            other.wait()
+
+        self._collective(run)
+
+    def gather(self, into: Array | None, own: Array) -> None:
+        """Write the arrays ``own`` (n,) of all ranks into that ``into`` (world, n) of rank 0; others have none."""
+        parts = None if into is None else [self._tensor(row) for row in into]
+        self._collective(lambda: self._dist.gather(self._tensor(own), parts, dst=0, group=self._group))
+
     def add(self, *arrays: Array) -> None:
         """Replace each array by its sum over the ranks, in any order."""
 
@@ -230,11 +267,11 @@ def _mark(thing: Any) -> str:
     return text if len(text) <= 200 else f"{text[:100]}... of digest {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def tree_sum(arrays: Sequence[Array]) -> Array:
-    """Add a power of two of arrays in pairs, pairs of pairs and so on; they are written to, the first is the sum."""
+def tree_sum(arrays: Sequence[Array] | Array) -> Array:
+    """Add arrays in pairs, pairs of pairs and so on; they are written to, the first is the sum."""
     step = 1
     while step < len(arrays):
-        for at in range(0, len(arrays), 2 * step):
+        for at in range(0, len(arrays) - step, 2 * step):
             arrays[at][:] += arrays[at + step]
         step *= 2
     return arrays[0]
