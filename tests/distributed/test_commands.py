@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,26 +46,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory, alone: None) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def torchrun(*words: str, run: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start two ranks, and go on when the run has some epochs."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    with subprocess.Popen(
-        [*launcher, *words, "--out", str(run)],
-        env={**os.environ, "PYTHONPATH": worlds.PATHS, **worlds.ONE_THREAD},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            began = time.monotonic()
-            metrics = run / "metrics.csv"
-            while not metrics.exists() or metrics.read_text(encoding="utf-8").count("\n") < 9:
-                assert process.poll() is None and time.monotonic() - began < worlds.LIMIT
-                time.sleep(0.01)
-            yield process
-        finally:
-            process.kill()
+def wait_for_epochs(run: Path) -> None:
+    """Return when the run has some epochs."""
+    began, metrics = time.monotonic(), run / "metrics.csv"
+    while not metrics.exists() or metrics.read_text(encoding="utf-8").count("\n") < 9:
+        assert time.monotonic() - began < worlds.LIMIT
+        time.sleep(0.01)
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -79,15 +63,18 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert rows[0] == rows[1] and rows[0].count("\n") == 101
 
 
-def test_torchrun_is_terminated_and_the_run_goes_on_exactly_with_another_number(tmp_path: Path, whole: Path) -> None:
-    cut = tmp_path / "cut"
-    with torchrun("-m", "fusemlp", *TRAIN, "--shard-optimizer", run=cut) as process:
-        process.send_signal(signal.SIGTERM)
-        out, errors = process.communicate(timeout=worlds.LIMIT)
-    assert out.count("interrupted after epoch") == 1, errors
+def test_the_ranks_are_terminated_and_the_run_goes_on_exactly_with_another_number(tmp_path: Path, whole: Path) -> None:
+    cut = tmp_path / "runs" / "cut"
+    ranks = worlds.start(2, tmp_path, main, [*TRAIN, "--shard-optimizer", "--out", str(cut)])
+    wait_for_epochs(cut)
+    for rank in ranks:
+        # as torchrun does
+        rank.process.terminate()
+    (first, text), other = [rank.ended() for rank in ranks]
     # rank 0 alone prints
-    assert errors.count("ordered, 2 ranks") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["cut"]
+    assert first == 0 and other == (0, ""), text
+    assert text.count("interrupted after epoch") == 1 and text.count("ordered, 2 ranks") == 1
+    assert [path.name for path in cut.parent.iterdir()] == ["cut"]
     in_this_process("--resume", str(cut))
     assert_same_run(cut, whole)
 
@@ -102,10 +89,21 @@ def children(process: int) -> list[int]:
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
 def test_torchrun_restarts_and_the_run_goes_on_from_its_last_checkpoint(tmp_path: Path, whole: Path) -> None:
     run = tmp_path / "run"
-    with torchrun("--max-restarts", "1", "-m", "fusemlp", *TRAIN, run=run) as process:
-        begun = (run / "config.json").stat()
-        os.kill(children(process.pid)[-1], signal.SIGKILL)
-        out, errors = process.communicate(timeout=worlds.LIMIT)
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    with subprocess.Popen(
+        [*launcher, "--max-restarts", "1", "-m", "fusemlp", *TRAIN, "--out", str(run)],
+        env={**os.environ, "PYTHONPATH": worlds.PATHS, **worlds.ONE_THREAD},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            wait_for_epochs(run)
+            begun = (run / "config.json").stat()
+            os.kill(children(process.pid)[-1], signal.SIGKILL)
+            out, errors = process.communicate(timeout=worlds.LIMIT)
+        finally:
+            process.kill()
     assert process.returncode == 0 and "exitcode: -9" in errors, errors
     assert out.count("run folder") == 1 and [path.name for path in tmp_path.iterdir()] == ["run"]
     assert_same_run(run, whole)

@@ -44,7 +44,7 @@ class Fault:
     @property
     def resumes_in(self) -> tuple[int, bool]:
         """The size of the world that goes on, another than before, and whether its state is in slices."""
-        return {2: (1, 4), 4: (2, 8)}[self.world][self.seed // 2 % 2], self.seed % 3 == 0
+        return {2: (1, 4), 4: (1, 2)}[self.world][self.seed // 2 % 2], self.seed % 3 == 0
 
 
 def fault(seed: int) -> Fault:
@@ -88,7 +88,7 @@ def digests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
             for rank in [rank for ranks in started for rank in ranks]:
                 rank.process.kill()
     found: dict[str, dict[str, str]] = {}
-    for world in (1, 2, 4, 8):
+    for world in (1, 2, 4):
         runs = {str(one): one.resumes_in[1] for one in FAULTS if one.resumes_in[0] == world}
         worlds.run(world, folder / f"world{world}", go_on, folder, runs)
         found |= json.loads((folder / f"{world}.json").read_text(encoding="utf-8"))
@@ -107,7 +107,8 @@ def test_the_other_ranks_end_and_name_the_victim(digests: dict[str, dict[str, st
         assert code == 0, f"{fault!r}: {text}"
         # rank 0 may have ended before another turned to its store
         said = STORE if fault.victim == 0 else gone if place == 0 else f"{gone}|{STORE}"
-        assert re.match(said, text), f"{fault!r}: {text}"
+        # torch writes warnings of its own before
+        assert re.search(f"^({said})", text, re.MULTILINE), f"{fault!r}: {text}"
     if fault.ending == signal.SIGKILL:
         # long before the time limit of a training, even on a busy machine
         assert fault.seconds < 60, fault

@@ -89,12 +89,14 @@ def _rank(variables: dict[str, str], log: Path, run: Callable[..., object], argu
         for number in (1, 2):
             os.dup2(stream.fileno(), number)
     warnings.simplefilter("error")
-    run(*arguments)
-    # multiprocessing does not call what is registered for the end
-    from torch import distributed
+    try:
+        run(*arguments)
+    finally:
+        from torch import distributed
 
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+        # multiprocessing does not call what is registered for the end
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def run(count: int, folder: Path, function: Callable[..., object], *arguments: object) -> list[str]:

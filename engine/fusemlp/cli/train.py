@@ -50,7 +50,7 @@ from fusemlp.report.runs import (
 )
 from fusemlp.report.temperature import scale_logits
 from fusemlp.report.uncertainty import judged
-from fusemlp.runtime.ranks import TIMEOUT, leading, restarts, started
+from fusemlp.runtime.ranks import TIMEOUT, joined, leading, restarts, started
 from fusemlp.training.adversarial import check_adversarial
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
@@ -104,9 +104,11 @@ def going_on(options: TrainOptions) -> TrainOptions:
             "out: torchrun starts these processes again after a failure (--max-restarts), and they find their run by "
             "its folder; give --out runs/NAME"
         )
-    run = Run(Path(options.out))
-    if not count or not run.config.is_file():
-        if count and leading():
+    run, ranks = Run(Path(options.out)), joined(TIMEOUT)
+    # of several machines one may count the restart alone
+    (again,) = ranks.any(count > 0)
+    if not again or not ranks.of_first([run.config.is_file()])[0]:
+        if again and ranks.leads:
             # the failure came before there was a run
             discard_if_empty(run, itself=False)
         return options

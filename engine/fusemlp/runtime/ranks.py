@@ -64,6 +64,31 @@ def _leave(dist: Any) -> None:
         dist.destroy_process_group()
 
 
+def _agreed(store: Any, rank: int, world: int, timeout: float) -> str:
+    """Return a name that these ranks have in common, and no others.
+
+    torchrun keeps one store over its restarts, and in it what ranks have written that are gone, such as their
+    addresses. So each rank but 0 asks with a number drawn now, and rank 0 answers whatever number it finds until all
+    have said its own.
+    """
+    own = os.urandom(8).hex()
+    if rank:
+        store.set(f"fusemlp/asks/{rank}", own)
+        agreed: str = store.get(f"fusemlp/answer/{own}").decode()
+        store.set(f"fusemlp/{agreed}/{rank}", "")
+        return agreed
+    missing, end = set(range(1, world)), time.monotonic() + timeout
+    while missing:
+        for other in missing:
+            if store.check([f"fusemlp/asks/{other}"]):
+                store.set(f"fusemlp/answer/{store.get(f'fusemlp/asks/{other}').decode()}", own)
+        time.sleep(0.01)
+        missing = {other for other in missing if not store.check([f"fusemlp/{own}/{other}"])}
+        if missing and time.monotonic() > end:
+            raise RuntimeError(f"rank {', '.join(map(str, sorted(missing)))} did not come")
+    return own
+
+
 # those of this process by their time limit, each with the process group that they are part of
 _known: dict[float, tuple[Any, Ranks]] = {}
 
@@ -107,7 +132,9 @@ class Ranks:
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         try:
             if not dist.is_initialized():
-                dist.init_process_group("gloo", timeout=limit)
+                store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+                store = dist.PrefixStore(_agreed(store, rank, world, timeout), store)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
                 # at the end of Python its threads now and then abort the process, whose exit code is lost
                 atexit.register(_leave, dist)
             self.rank, self.world = dist.get_rank(), dist.get_world_size()

@@ -103,12 +103,12 @@ def save_checkpoint(engine: Session, path: str | Path, *, extra: Mapping[str, An
     Raises ArgumentError or ArgumentTypeError for an impossible path or extra, DivergenceError if parameters are no
     longer finite, OSError from the disk; an older checkpoint at ``path`` then stays intact.
     """
-    target = model_file(path)
+    # the folder may be on the machine of rank 0 alone
+    target = model_file(path) if engine.ranks is None or engine.ranks.leads else None
     content = engine_content(engine, _checked_extra(extra), everywhere=False)
     check_finite(_of_kind("parameter", content["tensors"]), CHECKPOINT.name)
-    if engine.ranks is not None and not engine.ranks.leads:
-        return
-    write_atomically(target, to_bytes(CHECKPOINT, content["config"], content["tensors"]))
+    if target is not None:
+        write_atomically(target, to_bytes(CHECKPOINT, content["config"], content["tensors"]))
 
 
 def _checked_extra(extra: Mapping[str, Any] | None) -> dict[str, Any]:
