@@ -56,6 +56,7 @@ _HANDED_ON = (
     "distributed",
     "reduce",
     "timeout",
+    "shard_optimizer",
 )
 
 
@@ -81,6 +82,8 @@ class Engine(Session):
     NumPy backend. All are given all rows; ``batch_size`` is that of all together. With ``reduce="ordered"`` 1, 2, 4 and
     8 processes give the same bits; "fast" adds in any order, on any number. Rank 0 alone writes files. A process that
     ends or is silent for ``timeout`` seconds ends the others (DistributedError). A copy of such an engine trains alone.
+    ``shard_optimizer=True``: each process keeps one slice of the optimizer's state and updates the parameters there,
+    with the same bits; the processes must save checkpoints and copy the engine together.
 
     Raises ArgumentError or ArgumentTypeError for impossible values, BackendUnavailableError for what this machine
     does not have.
@@ -162,10 +165,12 @@ def load_checkpoint(
     distributed: bool = False,
     reduce: str = ORDERED,
     timeout: float = TIMEOUT,
+    shard_optimizer: bool = False,
 ) -> Engine:
     """The engine that was saved, on any backend. With ``network`` the checkpoint must be of such a network.
 
-    ``distributed``, ``reduce`` and ``timeout``: see ``Engine``. The number of processes may be another than before.
+    ``distributed``, ``reduce``, ``timeout`` and ``shard_optimizer``: see ``Engine``. The number of processes may be
+    another than before, and so may the last.
 
     Raises CheckpointError if the file is missing, corrupted or of another network, BackendUnavailableError.
     """
@@ -176,7 +181,7 @@ def load_checkpoint(
     if network is not None and network != found:
         raise CheckpointError(f"path: {str(path)!r} is of another network: expected {network!r}, it holds {found!r}")
     engine = _restored(content, backend, device)
-    engine.join(distributed, reduce, timeout)
+    engine.join(distributed, reduce, timeout, shard_optimizer)
     return engine
 
 

@@ -27,7 +27,7 @@ Bind = TypeVar("Bind", bound=Callable[..., object])
 
 # Ops that a backend ("": each) does not bind, and why.
 REFUSED = {
-    ("", "all_reduce"): "it is between processes, and the engine's",
+    **{("", op): "it is between processes, and the engine's" for op in ("all_reduce", "reduce_scatter", "all_gather")},
     ("", "penalty"): "it runs inside train_resident; elsewhere change the gradients between grad_weight and update",
     ("numpy", "train_fleet"): "its models train one after another, by train_resident",
     ("cupy", "train_resident"): "its plans are eager and graph",
@@ -132,6 +132,12 @@ _PARTS = _optional(
         "norm): the gradient is the sum of as many arenas",
     ),
     Operand("part", default=0, note="elements from one of these arenas to the next"),
+)
+_SUMMED = (
+    Operand("grads", "A", use=UPDATED, kind="gradient"),
+    Operand("stats", "S", "float64", UPDATED, kind="control"),
+    _RULE,
+    _COUNTERS,
 )
 _LOSS = (
     Operand("target", "target", rows="rows"),
@@ -464,14 +470,23 @@ OPS = {op.name: op for op in (
             note="with noise: those of the calls, of all batches. The clock counts the rows of the next batch, without "
             "-1 at its end",
         ),
+        Operand(
+            "own", optional=True,
+            note="(first, end): these elements alone are updated, and the states but an average hold no others; the "
+            "norm is that of all. Without noise",
+        ),
         *_PARTS,
     )),
     Op("advance", "the clock alone, for a network with nothing to train", _CLOCK),
     Op("all_reduce",
         "the sum over all ranks of what each has of the gradients and the statistics of a batch; with rule.accumulate "
-        "k > 1 the gradients are added to what is there, unless counters[BATCH_INDEX] is a multiple of k", (
-        Operand("grads", "A", use=UPDATED, kind="gradient"),
-        Operand("stats", "S", "float64", UPDATED, kind="control"),
+        "k > 1 the gradients are added to what is there, unless counters[BATCH_INDEX] is a multiple of k", _SUMMED),
+    Op("reduce_scatter", "all_reduce, with a slice of the sum for each rank; of the gradients, not the statistics",
+        _SUMMED),
+    Op("all_gather", "arenas whole, of which each rank has its slice; only beside an update", (
+        Operand("params", "A", use=UPDATED, kind="parameter", optional=True, note="after the update"),
+        Operand("average", "A", use=UPDATED, kind="state", optional=True, note="of params, after the update"),
+        Operand("grads", "A", use=UPDATED, kind="gradient", optional=True, note="before the update"),
         _RULE,
         _COUNTERS,
     )),

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import worlds
 
 from fusemlp.runtime.ranks import VARIABLES
-
-# the comparison of engines
-sys.path.append(str(Path(__file__).parents[1] / "engine"))
 
 
 @pytest.fixture(scope="module")

@@ -1,39 +1,47 @@
-"""A rank of a training that is cut off: ``python faults.py FOLDER ENDING VICTIM DELAY``.
+"""A rank of a training that is cut off, and of one that goes on with it.
 
-The victim gets SIGKILL or SIGSTOP ``DELAY`` seconds after its first batch, at whatever it does then. All
-others shall end with an error. Rank 0 writes a checkpoint every third batch.
+The victim gets SIGKILL or SIGSTOP some seconds after its first batch, at whatever it does then. All others shall end
+with an error. Rank 0 writes a checkpoint every third batch.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
-import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fusemlp import MLP, AdamW, Callback, DistributedError, Engine, PReLU
+from fusemlp import MLP, AdamW, Callback, DistributedError, Engine, PReLU, load_checkpoint
+from fusemlp.training.checkpoint import engine_content
+from fusemlp_kernels.contract import ROW_COUNT
 
 # too many to reach the end before the victim does
-EPOCHS, TIMEOUT = 2000, 4.0
-ENDINGS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+EPOCHS, TIMEOUT = 5000, 6.0
+CHECKPOINT = "checkpoint.safetensors"
 
 
-def new_engine() -> Engine:
+def new_engine(**options: Any) -> Engine:
     return Engine(
         MLP([10, 16, 12, 3], activation=PReLU(0.2), dropout=0.2), optimizer=AdamW(0.01, accumulate=2), batch_size=16,
-        seed=3, backend="numpy", distributed=True, timeout=TIMEOUT,
+        seed=3, backend="numpy", **{"distributed": True, "timeout": TIMEOUT, **options},
     )  # fmt: skip
 
 
-def fit(engine: Engine, callbacks: tuple[Callback, ...], *, epochs: int, resume: bool) -> None:
+def data() -> tuple[Any, Any]:
     generator = np.random.default_rng(4)
-    X, y = generator.normal(size=(120, 10)), generator.integers(0, 3, 120)
-    engine.fit(X, y, epochs=epochs, callbacks=callbacks, resume=resume, early_stopping=epochs, monitor="loss")
+    return generator.normal(size=(120, 10)), generator.integers(0, 3, 120)
+
+
+def fit(engine: Engine, callback: Callback, *, resume: bool) -> None:
+    early = {"early_stopping": EPOCHS, "monitor": "loss"}
+    engine.fit(*data(), epochs=EPOCHS, callbacks=[callback], resume=resume, **early)
 
 
 class Saver(Callback):
@@ -50,29 +58,71 @@ class Saver(Callback):
             engine.save_checkpoint(self.path)
 
 
-class Until(Callback):
-    """Ends a fit, whose epochs are those of the one that was cut off, after ``epoch``."""
+class Digests(Callback):
+    """Notes the digest of an engine's whole state after each epoch from ``first`` on, and ends the fit after ``last``.
 
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
+    The epochs of the fit are those of the one that was cut off.
+    """
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+        self.found: dict[int, str] = {}
 
     def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
-        engine.stop_training = epoch >= self.epoch
+        if epoch >= self.first:
+            tensors = engine_content(engine)["tensors"]
+            # written before each step
+            tensors["counters"][ROW_COUNT] = 0
+            assert engine.history is not None
+            digest = hashlib.sha256(json.dumps(engine.history.history).encode())
+            for name in sorted(tensors):
+                digest.update(name.encode() + tensors[name].tobytes())
+            self.found[epoch] = digest.hexdigest()
+        engine.stop_training = epoch >= self.last
 
 
-def cut_off(folder: Path, ending: str, victim: int, delay: float) -> None:
+def cut_off(folder: Path, ending: signal.Signals, victim: int, delay: float, sliced: bool) -> None:
+    """Train until the victim ends after ``delay`` seconds; the others print the error that they get."""
+
     def end() -> None:
         time.sleep(delay)
-        os.kill(os.getpid(), ENDINGS[ending])
+        os.kill(os.getpid(), ending)
 
     begin = threading.Thread(target=end, daemon=True).start if int(os.environ["RANK"]) == victim else None
-    path = folder / "checkpoint.safetensors"
-    engine = new_engine()
     try:
-        fit(engine, (Saver(path, begin),), epochs=EPOCHS, resume=False)
+        fit(new_engine(shard_optimizer=sliced), Saver(folder / CHECKPOINT, begin), resume=False)
     except DistributedError as error:
         print(error)
 
 
-if __name__ == "__main__":
-    cut_off(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
+def go_on(folder: Path, runs: Mapping[str, bool]) -> None:
+    """Resume each run, whose checkpoint lies in the folder of its name, for three epochs; rank 0 notes the digests.
+
+    True: with slices of the optimizer's state.
+    """
+    found = {}
+    for name, sliced in runs.items():
+        path = folder / name / CHECKPOINT
+        if path.exists():
+            options: dict[str, Any] = {"distributed": True, "timeout": TIMEOUT, "shard_optimizer": sliced}
+            engine = load_checkpoint(path, **options)
+        else:
+            # the victim was faster than the first checkpoint
+            engine = new_engine(shard_optimizer=sliced)
+        epoch = 0 if engine.fit_state is None else engine.fit_state.epoch
+        digests = Digests(epoch + 2, epoch + 2)
+        fit(engine, digests, resume=engine.fit_state is not None)
+        found[name] = digests.found
+    write(folder / f"{os.environ['WORLD_SIZE']}.json", found)
+
+
+def without_a_fault(path: Path, epochs: int) -> None:
+    """Train for this many epochs; rank 0 notes the digests of all."""
+    digests = Digests(0, epochs - 1)
+    fit(new_engine(), digests, resume=False)
+    write(path, digests.found)
+
+
+def write(path: Path, content: Mapping[Any, Any]) -> None:
+    if os.environ["RANK"] == "0":
+        path.write_text(json.dumps(content), encoding="utf-8")

@@ -1,9 +1,10 @@
-"""``torchrun -m fusemlp train``: one run folder, written by rank 0; terminated, and resumed by another number."""
+"""``torchrun -m fusemlp train``: one run folder, of rank 0; terminated, resumed by another number, restarted."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,40 +32,98 @@ def last(folder: Path) -> dict[str, np.ndarray]:
     return dict(load_file(folder / "checkpoints" / "last.safetensors"))
 
 
-def test_torchrun_is_terminated_and_the_run_goes_on_exactly_with_another_number(tmp_path: Path, alone: None) -> None:
-    cut, whole = tmp_path / "cut", tmp_path / "whole"
+def in_this_process(*words: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *words, "--quiet"])
+    assert ended.value.code == 0
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, alone: None) -> Path:
+    """The run of one process that nothing cuts off."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    in_this_process(*TRAIN[1:], "--out", str(folder))
+    return folder
+
+
+def wait_for_epochs(run: Path) -> None:
+    """Return when the run has some epochs."""
+    began, metrics = time.monotonic(), run / "metrics.csv"
+    while not metrics.exists() or metrics.read_text(encoding="utf-8").count("\n") < 9:
+        assert time.monotonic() - began < worlds.LIMIT
+        time.sleep(0.01)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    tensors = last(one), last(other)
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, array in tensors[0].items():
+        assert array.tobytes() == tensors[1][name].tobytes(), name
+    rows = [(folder / "metrics.csv").read_text(encoding="utf-8") for folder in (one, other)]
+    assert rows[0] == rows[1] and rows[0].count("\n") == 101
+
+
+def test_the_ranks_are_terminated_and_the_run_goes_on_exactly_with_another_number(tmp_path: Path, whole: Path) -> None:
+    cut = tmp_path / "runs" / "cut"
+    ranks = worlds.start(2, tmp_path, main, [*TRAIN, "--shard-optimizer", "--out", str(cut)])
+    wait_for_epochs(cut)
+    for rank in ranks:
+        # as torchrun does
+        rank.process.terminate()
+    (first, text), other = [rank.ended() for rank in ranks]
+    # rank 0 alone prints
+    assert first == 0 and other == (0, ""), text
+    assert text.count("interrupted after epoch") == 1 and text.count("ordered, 2 ranks") == 1
+    assert [path.name for path in cut.parent.iterdir()] == ["cut"]
+    in_this_process("--resume", str(cut))
+    assert_same_run(cut, whole)
+
+
+def children(process: int) -> list[int]:
+    """Return the ids of the processes that a process has started."""
+    found = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True)
+    pairs = [tuple(map(int, line.split())) for line in found.stdout.splitlines()]
+    return sorted(own for own, parent in pairs if parent == process)
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
+def test_torchrun_restarts_and_the_run_goes_on_from_its_last_checkpoint(tmp_path: Path, whole: Path) -> None:
+    run = tmp_path / "run"
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     with subprocess.Popen(
-        [*launcher, "-m", "fusemlp", *TRAIN, "--out", str(cut)],
-        env={**os.environ, "PYTHONPATH": worlds.PATHS, "OMP_NUM_THREADS": "1"},
+        [*launcher, "--max-restarts", "1", "-m", "fusemlp", *TRAIN, "--out", str(run)],
+        env={**os.environ, "PYTHONPATH": worlds.PATHS, **worlds.ONE_THREAD},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
         try:
-            began = time.monotonic()
-            metrics = cut / "metrics.csv"
-            while not metrics.exists() or metrics.read_text(encoding="utf-8").count("\n") < 3:
-                assert process.poll() is None and time.monotonic() - began < worlds.LIMIT
-                time.sleep(0.01)
-            process.send_signal(signal.SIGTERM)
+            wait_for_epochs(run)
+            begun = (run / "config.json").stat()
+            os.kill(children(process.pid)[-1], signal.SIGKILL)
             out, errors = process.communicate(timeout=worlds.LIMIT)
         finally:
             process.kill()
-    assert out.count("interrupted after epoch") == 1, errors
-    # rank 0 alone prints
-    assert errors.count("ordered, 2 ranks") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["cut"]
-    for words in (("--resume", str(cut)), (*TRAIN[1:], "--out", str(whole))):
-        with pytest.raises(SystemExit) as ended:
-            main(["train", *words, "--quiet"])
-        assert ended.value.code == 0
-    one, other = last(cut), last(whole)
-    assert one.keys() == other.keys()
-    for name, array in one.items():
-        assert array.tobytes() == other[name].tobytes(), name
-    rows = [(folder / "metrics.csv").read_text(encoding="utf-8") for folder in (cut, whole)]
-    assert rows[0] == rows[1] and rows[0].count("\n") == 101
+    assert process.returncode == 0 and "exitcode: -9" in errors, errors
+    assert out.count("run folder") == 1 and [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert_same_run(run, whole)
+    # it did not begin again
+    assert (run / "config.json").stat() == begun
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_failure_before_the_first_epoch_or_after_the_last_is_made_good(
+    ended: bool, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    if ended:
+        shutil.copytree(whole, run)
+    else:
+        (run / "checkpoints").mkdir(parents=True)
+    for name in ("RESTART_COUNT", "MAX_RESTARTS"):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", "1")
+    in_this_process(*TRAIN[1:], "--out", str(run))
+    assert_same_run(run, whole)
 
 
 def test_the_script_of_the_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: None) -> None:
@@ -75,6 +134,11 @@ def test_the_script_of_the_page_trains(tmp_path: Path, monkeypatch: pytest.Monke
     exec(compile(script, "engine/README.md, script", "exec"), names)
     assert names["history"].history["accuracy"][-1] >= 0.95
     assert np.mean(load("model.safetensors").predict(names["data"].X) == names["data"].y) >= 0.95
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: str) -> None:
+    for name, value in zip(VARIABLES, (rank, "2", "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.parametrize(
@@ -95,10 +159,26 @@ def test_what_several_processes_do_not_do_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name, value in zip(VARIABLES, (rank, "2", "127.0.0.1", "1"), strict=True):
-        monkeypatch.setenv(name, value)
+    as_rank(monkeypatch, rank)
     with pytest.raises(SystemExit) as ended:
         main([*words, "--out", str(tmp_path / "run")])
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {'' if rank == '0' else 'rank 1: '}{said}")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_may_be_restarted_needs_a_folder_and_torchruns_summary_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    as_rank(monkeypatch, "1")
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    with pytest.raises(SystemExit) as ended:
+        main([*TRAIN])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: rank 1: --out: torchrun starts these processes again after a failure")
+    assert said in str(ChildFailedError("fusemlp", {1: ProcessFailure(1, 99, 2, str(path))}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import worlds
 
@@ -9,6 +11,7 @@ from fusemlp import (
     DPSGD,
     MLP,
     SGD,
+    Adam,
     ArgumentError,
     BackendUnavailableError,
     DistributedError,
@@ -17,7 +20,9 @@ from fusemlp import (
     ParameterOptions,
 )
 from fusemlp.program.sharding import Sharding
+from fusemlp.program.verifier import ProgramError, verify
 from fusemlp.runtime import ranks
+from fusemlp.runtime.plans import plan_text
 from fusemlp.runtime.ranks import VARIABLES, Ranks
 
 pytest.importorskip("torch")
@@ -37,6 +42,34 @@ def test_ordered_sums_are_for_numbers_of_ranks_that_divide_the_shards() -> None:
     assert Sharding("fast", 3).check().own == 1
 
 
+def test_the_plan_shows_what_a_rank_keeps_and_receives() -> None:
+    net, given = MLP([64, 64, 10]), {"optimizer": Adam(clip_norm=1.0, ema=0.9), "batch_size": 64, "backend": "numpy"}
+    text = plan_text(net, devices=4, shard_optimizer=True, **given)
+    calls = [line.split()[1] for line in text.splitlines()[1:-1]]
+    assert calls[-4:] == ["reduce_scatter", "all_gather", "update", "all_gather"]
+    # 4,810 parameters of 4 bytes; the average is whole
+    assert "receives 14.6kB by reduce_scatter and 43.3kB by all_gather" in text
+    assert "keeps 9.62kB of 38.5kB of the optimizer's state" in text
+    assert "all_reduce ordered, 4 ranks" in plan_text(net, devices=4, **given)
+    with pytest.raises(ArgumentError, match="shard_optimizer: it shards over several processes; say how many"):
+        plan_text(net, shard_optimizer=True, **given)
+
+
+def test_a_program_that_does_not_gather_what_others_update_is_refused() -> None:
+    engine = Engine(MLP([6, 5, 4]), optimizer=Adam(), backend="numpy")
+    engine.sharding = Sharding("ordered", 2, True)
+    program = engine.program
+    verify(program)
+    *before, update, gather = program.calls
+    for calls, said in (
+        ((*before, update), "nothing gathers b0, b1, w0, w1 of all ranks"),
+        ((*before, gather, update), "gathers 'w0' before its update"),
+        ((*before, update, gather, update), "reads .* after call"),
+    ):
+        with pytest.raises(ProgramError, match=said):
+            verify(replace(program, calls=calls))
+
+
 def test_a_process_that_torchrun_has_not_started_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ArgumentError, match=r"torchrun has not started this process \(no RANK"):
@@ -46,6 +79,8 @@ def test_a_process_that_torchrun_has_not_started_is_told(monkeypatch: pytest.Mon
 def test_how_to_add_gradients_is_for_several_processes() -> None:
     with pytest.raises(ArgumentError, match=r"^reduce: 'fast' adds .* trains alone; start it by torchrun"):
         Engine(MLP([3, 2]), backend="numpy", reduce="fast")
+    with pytest.raises(ArgumentError, match=r"^shard_optimizer: it gives .* trains alone; start it by torchrun"):
+        Engine(MLP([3, 2]), backend="numpy", shard_optimizer=True)
 
 
 def test_a_port_in_use_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +105,7 @@ FROZEN = SGD(per_parameter={"*": ParameterOptions(trainable=False)})
     ("given", "error", "said"),
     [
         ({"distributed": 2}, TypeError, "distributed: "),
+        ({"shard_optimizer": 2}, TypeError, "shard_optimizer: "),
         ({"reduce": "tree"}, ArgumentError, "reduce: unknown name 'tree'"),
         ({"timeout": 0}, ArgumentError, "timeout: "),
         ({"plan": "eager"}, ArgumentError, "plan: a distributed step is two launches"),

@@ -1,4 +1,5 @@
-"""Several processes train one model: the same bits on 1, 2 and 4, and those of one process but for rounding."""
+"""Several processes train one model: the same bits on 1, 2, 4 and 8, also with slices of the optimizer's state, and
+those of one process but for rounding."""
 
 from __future__ import annotations
 
@@ -9,23 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import worlds
-from cases import CASES, main, trained
+from cases import CASES, SLICED, SLICED_IN, WHOLE_IN, main, trained
 
 pytest.importorskip("torch")
 EXACT = [name for name in CASES if name.endswith("fp64")]
 
 
 class Worlds:
-    """The results of worlds of 1, 2 and 4 ranks, each of which has run once."""
+    """The results of worlds of several sizes, each of which has run once."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.outputs = folder, {}
-        for count in (1, 2, 4):
-            (folder / str(count)).mkdir()
-        # this process is the first
-        main(folder / "1")
-        for count in (2, 4):
-            self.outputs[count] = worlds.run(count, folder / str(count))
+        self.folder = folder
+        self.outputs = {
+            count: worlds.run(count, folder / str(count), main, folder / str(count)) for count in (1, 2, 3, 4, 8)
+        }
 
     def of(self, count: int, name: str) -> dict[str, Any]:
         with np.load(self.folder / str(count) / f"{name}.npz") as found:
@@ -33,12 +31,14 @@ class Worlds:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, alone: None) -> Worlds:
+def found(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     return Worlds(tmp_path_factory.mktemp("worlds"))
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize(
+    ("count", "name"),
+    [(count, name) for count in (2, 4, 8) for cases in (WHOLE_IN, SLICED_IN) for name in cases[count]],
+)
 def test_the_bits_do_not_depend_on_the_number_of_ranks(found: Worlds, count: int, name: str) -> None:
     one, several = found.of(1, name), found.of(count, name)
     assert one.keys() == several.keys()
@@ -51,6 +51,14 @@ def test_the_bits_do_not_depend_on_the_number_of_ranks(found: Worlds, count: int
 @pytest.mark.parametrize("kind", ["", ", fast"])
 def test_several_processes_train_as_one_does(found: Worlds, name: str, kind: str) -> None:
     alone, together = trained(CASES[name]), found.of(2, f"{name}{kind}")
+    assert alone.keys() == together.keys()
+    for key, array in alone.items():
+        np.testing.assert_allclose(together[key], array, rtol=1e-9, atol=1e-9, err_msg=key)
+
+
+@pytest.mark.parametrize("name", SLICED_IN[3])
+def test_three_processes_train_as_one_does_in_any_order(found: Worlds, name: str) -> None:
+    alone, together = trained(SLICED[name]), found.of(3, name)
     assert alone.keys() == together.keys()
     for key, array in alone.items():
         np.testing.assert_allclose(together[key], array, rtol=1e-9, atol=1e-9, err_msg=key)
@@ -72,6 +80,7 @@ SAID = {
     "seed": "distributed: seed differs: rank 0 has 0, rank 1 has 1; give all ranks the same",
     "loss": "distributed: loss differs: rank 0 has {'kind': 'mae'",
     "reduce": "distributed: reduce differs: rank 0 has ordered, 2 ranks, rank 1 has fast, 2 ranks",
+    "shard_optimizer": "distributed: shard_optimizer differs: rank 0 has True, rank 1 has False; give",
     "data": "distributed: X differs: rank 0 has float32 (123, 9) of digest",
     "epochs": "distributed: epochs differs: rank 0 has 1, rank 1 has 2; give",
     "step": "step: a distributed engine trains in fit",

@@ -1,20 +1,31 @@
-"""Worlds of processes that train together, as torchrun starts them, without its launcher."""
+"""Worlds of processes that train together, as torchrun starts them, without its launcher.
+
+A server, which has imported torch and compiled the loops once, forks the ranks of all worlds.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from fusemlp.runtime.ranks import VARIABLES
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PATHS = os.pathsep.join([str(ROOT / "engine"), str(ROOT / "kernels"), str(HERE)])
 # No world in these tests takes longer; one that hangs is killed then.
 LIMIT = 240
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "FUSEMLP_NUM_THREADS": "1"}
 
 
 @contextlib.contextmanager
@@ -31,45 +42,65 @@ def free_port() -> int:
         return port
 
 
-def start(
-    count: int, *arguments: object, port: int | None = None, script: str = "cases.py"
-) -> list[subprocess.Popen[str]]:
-    """Start the ranks of a world that runs a script beside this file."""
-    common = {
-        **os.environ,
-        "PYTHONPATH": PATHS,
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port or free_port()),
-        "WORLD_SIZE": str(count),
-    }
-    command = [sys.executable, "-W", "error", str(HERE / script), *map(str, arguments)]
-    return [
-        subprocess.Popen(
-            command, env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(count)
-    ]
+@functools.cache
+def _context() -> Any:
+    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+    if sys.platform != "win32":
+        from multiprocessing import forkserver
+
+        context.set_forkserver_preload(["preloaded"])
+        with mock.patch.dict(os.environ, {"PYTHONPATH": PATHS, **ONE_THREAD}):
+            forkserver.ensure_running()
+    return context
 
 
-def ended(ranks: list[subprocess.Popen[str]], limit: float = LIMIT) -> list[tuple[int, str, str]]:
-    """Return the exit code, output and errors of each rank; raises TimeoutExpired, with all of them killed, after
-    ``limit`` seconds."""
+@dataclass(frozen=True)
+class Rank:
+    """A process of a world, and the file with its output."""
+
+    process: Any
+    log: Path
+
+    def ended(self, limit: float = LIMIT) -> tuple[int, str]:
+        """Return the exit code and the output; TimeoutError after ``limit`` seconds, with the process killed."""
+        self.process.join(limit)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(f"after {limit} s: {self.log.read_text(encoding='utf-8')}")
+        return self.process.exitcode, self.log.read_text(encoding="utf-8")
+
+
+def start(count: int, folder: Path, run: Callable[..., object], *arguments: object) -> list[Rank]:
+    """Start the ranks of a world, each of which calls ``run``; their output goes into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port, ranks = free_port(), []
+    for rank in range(count):
+        variables = dict(zip(VARIABLES, (str(rank), str(count), "127.0.0.1", str(port)), strict=True))
+        log = folder / f"rank{rank}.log"
+        process = _context().Process(target=_rank, args=(variables, log, run, arguments), daemon=True)
+        process.start()
+        ranks.append(Rank(process, log))
+    return ranks
+
+
+def _rank(variables: dict[str, str], log: Path, run: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    os.environ.update({**variables, **ONE_THREAD})
+    with log.open("w", encoding="utf-8") as stream:
+        for number in (1, 2):
+            os.dup2(stream.fileno(), number)
+    warnings.simplefilter("error")
     try:
-        found = []
-        for rank in ranks:
-            out, errors = rank.communicate(timeout=limit)
-            found.append((rank.returncode, out, errors))
-        return found
+        run(*arguments)
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+        from torch import distributed
+
+        # multiprocessing does not call what is registered for the end
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
-def run(count: int, *arguments: object) -> list[str]:
+def run(count: int, folder: Path, function: Callable[..., object], *arguments: object) -> list[str]:
     """Return the output of each rank of a world in which nothing goes wrong."""
-    found = ended(start(count, *arguments))
-    assert [code for code, _, _ in found] == [0] * count, "\n".join(errors for _, _, errors in found)
-    return [out for _, out, _ in found]
+    found = [rank.ended() for rank in start(count, folder, function, *arguments)]
+    assert [code for code, _ in found] == [0] * count, "\n".join(text for _, text in found)
+    return [text for _, text in found]

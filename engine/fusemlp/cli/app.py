@@ -27,7 +27,7 @@ from fusemlp._version import __version__
 from fusemlp.callbacks.compiling import compilations_shown
 from fusemlp.cli import options
 from fusemlp.datasets.load import NAMES
-from fusemlp.runtime.ranks import leading, started
+from fusemlp.runtime.ranks import leading, report_failure, started
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, FusemlpError, ShapeError
 
 # Options that take several numbers, joined by commas.
@@ -257,4 +257,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             return
         print(f"error: {message}", file=sys.stderr)
+        report_failure(f"error: {message}")
         sys.exit(code)

@@ -18,7 +18,7 @@ def plan(options: PlanOptions) -> None:
         "precision": options.precision,
     }
     chosen = chosen_plan(net, **told)
-    ranks: dict[str, Any] = {"devices": options.devices, "reduce": options.reduce}
-    print(plan_text(net, loss=options.loss, optimizer=options.optimizer, **ranks, **told))
+    told |= {"devices": options.devices, "reduce": options.reduce, "shard_optimizer": options.shard_optimizer}
+    print(plan_text(net, loss=options.loss, optimizer=options.optimizer, **told))
     if chosen is not None:
         print(f"plan {chosen[0]}: {chosen[1]}")

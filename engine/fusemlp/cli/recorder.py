@@ -11,6 +11,7 @@ from fusemlp.describe.checks import WINDOWS
 from fusemlp.engine import Engine
 from fusemlp.report.runs import Run, append_metrics
 from fusemlp.runtime.files import replace_file
+from fusemlp.runtime.ranks import leading
 from fusemlp.training.history import History
 
 
@@ -19,7 +20,8 @@ class Recorder(Callback):
 
     The checkpoint ``best`` is of the best epoch, also of a resumed run. The row is written before the
     checkpoint, so a killed run has a row for each epoch of its checkpoint; unless on Windows another program, such as
-    Excel, has the file open: its rows then follow when it is closed.
+    Excel, has the file open: its rows then follow when it is closed. On a rank other than 0 it only has its part in the
+    checkpoints.
     """
 
     def __init__(self, run: Run, *, every: int) -> None:
@@ -29,12 +31,14 @@ class Recorder(Callback):
         self._rows: list[dict[str, float]] = []
 
     def on_train_begin(self, engine: Engine) -> None:
-        if not self.run.checkpoint("last").exists():
+        # alike on all ranks
+        if engine.update_count == 0:
             engine.save_checkpoint(self.run.checkpoint("last"))
 
     def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
-        self._rows.append({"epoch": epoch + 1, **logs})
-        self._write_rows()
+        if leading():
+            self._rows.append({"epoch": epoch + 1, **logs})
+            self._write_rows()
         is_last = engine.fit_state is not None and engine.fit_state.last_epoch == epoch + 1
         due = is_last or (epoch + 1) % self.every == 0
         if due:
@@ -63,6 +67,8 @@ class Recorder(Callback):
     def _save_best(self, engine: Engine, *, linked: bool) -> None:
         """Link the checkpoint ``last`` to ``best`` if it was just written, else write ``best``."""
         best, last = self.run.checkpoint("best"), self.run.checkpoint("last")
+        if linked and not leading():
+            return
         if linked:
             temporary = best.with_name(f".{best.name}.tmp")
             # Without hard links, write a second file.

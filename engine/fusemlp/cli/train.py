@@ -42,6 +42,7 @@ from fusemlp.report.runs import (
     append_metrics,
     choose_folder,
     create_run,
+    discard_if_empty,
     keep_metrics,
     open_run,
     write_json,
@@ -49,7 +50,7 @@ from fusemlp.report.runs import (
 )
 from fusemlp.report.temperature import scale_logits
 from fusemlp.report.uncertainty import judged
-from fusemlp.runtime.ranks import TIMEOUT, leading, started
+from fusemlp.runtime.ranks import TIMEOUT, joined, leading, restarts, started
 from fusemlp.training.adversarial import check_adversarial
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
@@ -59,7 +60,7 @@ DEFAULT_EPOCHS = 60
 BEFORE_FINAL_FIT = 0.4
 # The options that --resume accepts; all others keep the values of the run.
 _FREE = frozenset({field.name for field in fields(TrainOptions) if not tracking.counts(field)} - {"out"})
-_FREE |= {"epochs", "backend", "device"}
+_FREE |= {"epochs", "backend", "device", "shard_optimizer"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +83,7 @@ class Session:
 def train(options: TrainOptions) -> None:
     """Train, write the run folder, print the results; raises DivergenceError after everything is written."""
     as_count("checkpoint_every", options.checkpoint_every)
+    options = going_on(options)
     if not leading():
         follow(options)
         return
@@ -90,6 +92,28 @@ def train(options: TrainOptions) -> None:
     show(content, lines, as_json=options.as_json, warnings=content.get("worse_than", ()))
     if failure is not None:
         raise failure
+
+
+def going_on(options: TrainOptions) -> TrainOptions:
+    """Return the options, or for a process that torchrun has started again those that resume the run."""
+    count, most = restarts()
+    if options.resume is not None or not most:
+        return options
+    if options.out is None:
+        raise ArgumentError(
+            "out: torchrun starts these processes again after a failure (--max-restarts), and they find their run by "
+            "its folder; give --out runs/NAME"
+        )
+    run, ranks = Run(Path(options.out)), joined(TIMEOUT)
+    # of several machines one may count the restart alone
+    (again,) = ranks.any(count > 0)
+    if not again or not ranks.of_first([run.config.is_file()])[0]:
+        if again and ranks.leads:
+            # the failure came before there was a run
+            discard_if_empty(run, itself=False)
+        return options
+    free = {name: value for name, value in given_options(options).items() if name in _FREE}
+    return TrainOptions(**free, resume=options.out)
 
 
 def trained(options: TrainOptions, told: Events) -> tuple[dict[str, Any], list[str], DivergenceError | None]:
@@ -103,7 +127,8 @@ def follow(options: TrainOptions) -> None:
     """Train as a rank other than 0, which prints and writes nothing."""
     options = replace(options, quiet=True)
     # rank 0 tells of a divergence and of Ctrl-C: a process that ends with an error would have torchrun end rank 0 too
-    run_session(new_session(options) if options.resume is None else resumed_session(options, options.resume), [])
+    session = new_session(options) if options.resume is None else resumed_session(options, options.resume)
+    run_session(session, [Recorder(session.run, every=session.options.checkpoint_every)])
 
 
 def check_ranks(options: TrainOptions, models: int) -> None:
@@ -246,7 +271,7 @@ def new_engine(options: TrainOptions, prepared: Prepared, epochs: int) -> Engine
         recipe.schedule(options, rows=rows, epochs=epochs),
         recipe.privacy(options, rows=rows, epochs=epochs),
     )
-    engine.join(started(), options.reduce, TIMEOUT)
+    engine.join(started(), options.reduce, TIMEOUT, options.shard_optimizer)
     return engine
 
 
@@ -289,7 +314,8 @@ def resumed_session(options: TrainOptions, folder: str) -> Session:
         )
     source = config["data"]["source"]
     stored = TrainOptions(**{**config["options"], "data": source})
-    options = replace(stored, **{"as_json": options.as_json, "quiet": options.quiet, **given})
+    now = {name: getattr(options, name) for name in ("as_json", "quiet", "shard_optimizer")}
+    options = replace(stored, **{**now, **given})
     epochs = as_count("epochs", given.get("epochs", config["epochs"]))
     if epochs < config["epochs"]:
         raise ArgumentError(f"epochs: the run was to have {config['epochs']}, which can only be raised, got {epochs}")
@@ -322,11 +348,13 @@ def resumed_session(options: TrainOptions, folder: str) -> Session:
             network=prepared.network,
             distributed=started(),
             reduce=options.reduce,
+            shard_optimizer=options.shard_optimizer,
         )
     else:
         # An ensemble has no checkpoint to go on from: it trains anew, with the same result.
         engine = new_engine(options, prepared, scheduled)
-    if run.report.exists():
+    # a rank may have failed at the very end: then the run is ended once more
+    if run.report.exists() and not restarts()[0]:
         report = json.loads(run.report.read_text(encoding="utf-8"))
         done = report["epochs"] if prepared.models > 1 and not report["interrupted"] else engine.epochs_trained
         _check_unfinished(report, done, epochs)
@@ -468,6 +496,8 @@ def run_session(
 ) -> tuple[bool, DivergenceError | None]:
     """Train to the end or the limit, to Ctrl-C (returns True), or to a loss that is not finite (returns the error)."""
     engine, options = session.engine, session.options
+    interrupted = False
+    failure: DivergenceError | None = None
     try:
         if engine.fit_state is None and options.probe:
             judged = watched(options, session.prepared)
@@ -487,12 +517,13 @@ def run_session(
         if engine.history is None or not engine.history.stopped:
             raise
         # Ctrl-C came between two updates: save the position inside the epoch too.
-        if leading():
-            engine.save_checkpoint(session.run.checkpoint("last"))
-        return True, None
+        engine.save_checkpoint(session.run.checkpoint("last"))
+        interrupted = True
     except DivergenceError as error:
-        return False, error
-    return False, None
+        failure = error
+    # rank 0 goes on alone
+    engine.keep_whole_state()
+    return interrupted, failure
 
 
 def final_fit(session: Session) -> tuple[Engine, dict[str, int]]:

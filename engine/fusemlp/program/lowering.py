@@ -79,7 +79,7 @@ class Step(NamedTuple):
     cut the batch (``contract.batch_parts``). ``resident``: the calls run in one loop over many steps; ``ridge``: a
     penalty beside the loss, for such a loop. With ``privacy`` the gradients are sums of clipped ones, with noise. With
     ``attack`` the step trains on the moved batch, with ``intervals`` on the worst case beside the batch. With
-    ``sharding`` the calls before ``all_reduce`` are of one shard, which has ``batch_size`` rows.
+    ``sharding`` the calls before the first collective are of one shard, which has ``batch_size`` rows.
 
     With ``gradient`` 0 a forward pass goes back to dx, the gradient by x: of the loss, or without ``spec`` of the
     outputs weighed by the data ``seed`` (batch_size, N). With ``gradient`` 1 it begins at h1, the first hidden layer's
@@ -458,8 +458,12 @@ class Builder:
                 stats=Ref("stats"),
             )
         if sharding is not None:
-            reduced: dict[str, Any] = {"grads": Ref("grads"), "stats": Ref("stats")}
-            self.call("all_reduce", str(sharding), **reduced, rule=rule, counters=self.counters)
+            reduced: dict[str, Any] = {"grads": Ref("grads"), "stats": Ref("stats"), "rule": rule}
+            op = "reduce_scatter" if sharding.slices else "all_reduce"
+            self.call(op, str(sharding), **reduced, counters=self.counters)
+            if sharding.slices and rule.clip_norm is not None:
+                # the norm is that of all gradients, added in one order
+                self.call("all_gather", "", grads=Ref("grads"), rule=rule, counters=self.counters)
         self.call(
             "update",
             rule.kind,
@@ -478,6 +482,9 @@ class Builder:
             noise=None if private is None else private.noise,
             rows=None if private is None else self.rows,
         )
+        if sharding is not None and sharding.slices:
+            average = None if rule.average is None else Ref(f"state{rule.average}")
+            self.call("all_gather", "", params=Ref("params"), average=average, rule=rule, counters=self.counters)
 
     def by_weight(self, layer: int) -> tuple[int, int, int]:
         """M, N, K of the gradient by a layer's weights."""

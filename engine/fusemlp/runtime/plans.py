@@ -14,7 +14,7 @@ from fusemlp.program.sharding import ORDERED, Sharding
 from fusemlp.runtime.backends import TRAITS, availability
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES
 from fusemlp_kernels.contract import MOST_PARTS, Traits, resident_refusal, step_flops
-from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
+from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError, unknown_name
 from fusemlp_kernels.registry import PLANS
 
 # The reason for a plan that the user named.
@@ -134,14 +134,20 @@ def plan_text(
     precision: str = "fp32",
     devices: int | None = None,
     reduce: str = ORDERED,
+    shard_optimizer: bool = False,
 ) -> str:
     """The step program that ``fit`` runs on a backend that need not be installed, under ``plan="auto"``, as text;
-    with ``devices`` that of one of this many processes which train together.
+    with ``devices`` that of one of this many processes which train together, with ``shard_optimizer`` each with a
+    slice of the optimizer's state.
 
     Raises ArgumentError for impossible values, BackendUnavailableError for ``devices`` of a backend that has one.
     """
     traits = _traits(backend, precision)
-    sharding = None if devices is None else Sharding(reduce, as_count("devices", devices)).check()
+    if shard_optimizer and devices is None:
+        raise ArgumentError(
+            "shard_optimizer: it shards over several processes; say how many by devices, or leave it out"
+        )
+    sharding = None if devices is None else Sharding(reduce, as_count("devices", devices), shard_optimizer).check()
     if sharding is not None and not traits.on_host:
         raise no_ranks("devices", traits.name)
     chosen_loss, chosen_optimizer = as_loss(loss), as_optimizer(optimizer)

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,20 @@ def leading() -> bool:
     return not started() or os.environ["RANK"] == "0"
 
 
+def restarts() -> tuple[int, int]:
+    """Return how many times torchrun has started these processes again, and how many times it may."""
+    count, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return count, most
+
+
+def report_failure(message: str) -> None:
+    """Let the summary with which torchrun ends show why this process fails."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is not None:
+        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        Path(path).write_text(json.dumps(content), encoding="utf-8")
+
+
 def _torch() -> Any:
     try:
         return import_module("torch"), import_module("torch.distributed")
@@ -47,6 +62,31 @@ def _torch() -> Any:
 def _leave(dist: Any) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _agreed(store: Any, rank: int, world: int, timeout: float) -> str:
+    """Return a name that these ranks have in common, and no others.
+
+    torchrun keeps one store over its restarts, and in it what ranks have written that are gone, such as their
+    addresses. So each rank but 0 asks with a number drawn now, and rank 0 answers whatever number it finds until all
+    have said its own.
+    """
+    own = os.urandom(8).hex()
+    if rank:
+        store.set(f"fusemlp/asks/{rank}", own)
+        agreed: str = store.get(f"fusemlp/answer/{own}").decode()
+        store.set(f"fusemlp/{agreed}/{rank}", "")
+        return agreed
+    missing, end = set(range(1, world)), time.monotonic() + timeout
+    while missing:
+        for other in missing:
+            if store.check([f"fusemlp/asks/{other}"]):
+                store.set(f"fusemlp/answer/{store.get(f'fusemlp/asks/{other}').decode()}", own)
+        time.sleep(0.01)
+        missing = {other for other in missing if not store.check([f"fusemlp/{own}/{other}"])}
+        if missing and time.monotonic() > end:
+            raise RuntimeError(f"rank {', '.join(map(str, sorted(missing)))} did not come")
+    return own
 
 
 # those of this process by their time limit, each with the process group that they are part of
@@ -92,7 +132,9 @@ class Ranks:
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         try:
             if not dist.is_initialized():
-                dist.init_process_group("gloo", timeout=limit)
+                store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+                store = dist.PrefixStore(_agreed(store, rank, world, timeout), store)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
                 # at the end of Python its threads now and then abort the process, whose exit code is lost
                 atexit.register(_leave, dist)
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -157,6 +199,28 @@ class Ranks:
         """Write the arrays ``own`` (n,) of all ranks into ``into`` (world, n), by rank."""
         parts = [self._tensor(row) for row in into]
         self._collective(lambda: self._dist.all_gather(parts, self._tensor(own), group=self._group))
+
+    def exchange(self, into: Array, own: Array, counts: Sequence[int], into_all: Array, own_all: Array) -> None:
+        """Write what each rank sends to this one into the row ``into`` (world, n) of its number, and likewise
+        ``own_all`` (m,) of each rank into ``into_all`` (world, m). Rank r is sent ``counts[r]`` elements of ``own``,
+        after those of the ranks before it.
+        """
+
+        def run() -> None:
+            dist, group, tensor = self._dist, self._group, self._tensor
+            received, sizes = tensor(into.reshape(-1)), [into.shape[1]] * self.world
+            one = dist.all_to_all_single(received, tensor(own), sizes, list(counts), group=group, async_op=True)
+            rows = [tensor(row) for row in into_all]
+            other = dist.all_gather(rows, tensor(own_all), group=group, async_op=True)
+            one.wait()
+            other.wait()
+
+        self._collective(run)
+
+    def gather(self, into: Array | None, own: Array) -> None:
+        """Write the arrays ``own`` (n,) of all ranks into that ``into`` (world, n) of rank 0; others have none."""
+        parts = None if into is None else [self._tensor(row) for row in into]
+        self._collective(lambda: self._dist.gather(self._tensor(own), parts, dst=0, group=self._group))
 
     def add(self, *arrays: Array) -> None:
         """Replace each array by its sum over the ranks, in any order."""
@@ -230,11 +294,11 @@ def _mark(thing: Any) -> str:
     return text if len(text) <= 200 else f"{text[:100]}... of digest {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def tree_sum(arrays: Sequence[Array]) -> Array:
-    """Add a power of two of arrays in pairs, pairs of pairs and so on; they are written to, the first is the sum."""
+def tree_sum(arrays: Sequence[Array] | Array) -> Array:
+    """Add arrays in pairs, pairs of pairs and so on; they are written to, the first is the sum."""
     step = 1
     while step < len(arrays):
-        for at in range(0, len(arrays), 2 * step):
+        for at in range(0, len(arrays) - step, 2 * step):
             arrays[at][:] += arrays[at + step]
         step *= 2
     return arrays[0]

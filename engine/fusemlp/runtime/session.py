@@ -93,6 +93,11 @@ ELSEWHERE = {
 EXAMPLES = {"backend": "auto", "precision": "fp32", "plan": "auto"}
 
 
+def arena_of(suffix: str, prefix: str) -> str:
+    """Return the name of the flat array that holds the tensors with these ends of their names."""
+    return suffix.removeprefix(".") or ("grads" if prefix else "params")
+
+
 class Session(Predicting, Spending, Keeping, Joining):
     """A network with its loss and optimizer, bound to memory on a backend: what trains, is saved and predicts.
 
@@ -116,6 +121,7 @@ class Session(Predicting, Spending, Keeping, Joining):
         distributed: bool = False,
         reduce: str = ORDERED,
         timeout: float = TIMEOUT,
+        shard_optimizer: bool = False,
     ) -> None:
         if not isinstance(net, MLP):
             raise ArgumentTypeError(f"net: expected an MLP such as MLP([784, 128, 10]), got {net!r}")
@@ -133,7 +139,7 @@ class Session(Predicting, Spending, Keeping, Joining):
         self.start_spending([])
         self.start(backend, device, plan)
         self.start_normalising(normalise)
-        self.join(distributed, reduce, timeout)
+        self.join(distributed, reduce, timeout, shard_optimizer)
         self.write_tensors(checked_state(net.parameter_shapes(), net.initial_parameters(self.seed), self._real), "")
 
     def description(self) -> dict[str, Any]:
@@ -176,6 +182,8 @@ class Session(Predicting, Spending, Keeping, Joining):
         self.plan, self.plan_reason = self._chosen(plan, self.batch_size)
         self._scaled = self.precision == "fp16"
         self._real = np.dtype(f"f{REAL_BYTES.get(self.precision, 4)}")
+        # until it joins others
+        self.ranks = self.sharding = None
         self._use_memory(None, None, None)
         self.memory.hyper[RATE_SCALE] = 1.0
         self.memory.hyper[LOSS_SCALE] = FIRST_LOSS_SCALE
@@ -186,8 +194,6 @@ class Session(Predicting, Spending, Keeping, Joining):
         self.class_weight: Any | None = None
         if self.loss.class_weight is not None:
             self.class_weight = self._backend.from_host(np.asarray(self.loss.class_weight, self._real))
-        # until it joins others
-        self.ranks = self.sharding = None
         self.history: History | None = None
         self.fit_state: FitState | None = None
         self.best_parameters = None
@@ -214,6 +220,9 @@ class Session(Predicting, Spending, Keeping, Joining):
             gradient_parts=batch_parts(self._backend.traits, rows or self.batch_size, self.network.parameter_count),
             arenas=arenas,
             average=rule.average,
+            rank=(self.ranks.rank, self.ranks.world)
+            if self.ranks is not None and self.sharding is not None and self.sharding.slices
+            else (0, 1),
         )
         # the learning rates of the updates to come, for those who launch steps
         self.rates = self._rate_table(rule)
@@ -567,7 +576,7 @@ class Session(Predicting, Spending, Keeping, Joining):
         size = memory.layout.size * memory.real_bytes
         held = {
             "parameters": size,
-            "optimizer state": size * len(memory.states),
+            "optimizer state": sum(len(state) for state in memory.states) * memory.real_bytes,
             "gradients": size * memory.gradient_parts,
             "copy of the average": size * bool(memory.evaluated),
             "16-bit copy": memory.layout.size * (memory.compute_bytes or 0),
@@ -597,10 +606,15 @@ class Session(Predicting, Spending, Keeping, Joining):
         """Copies of what predictions use: the parameters, or their averages."""
         return self.tensors(self.memory.evaluated)
 
-    def tensors(self, suffix: str, prefix: str = "") -> dict[str, Array]:
-        """Copies of one array per parameter: the parameters (""), or another arena's (".state0"; prefix "d")."""
-        arrays = self.memory.arrays
-        return {name: self._backend.to_host(arrays[f"{prefix}{short}{suffix}"]) for short, name in self._names.items()}
+    def tensors(self, suffix: str, prefix: str = "", *, everywhere: bool = True) -> dict[str, Array]:
+        """Copies of one array per parameter: the parameters (""), or another arena's (".state0"; prefix "d"). Of an
+        arena of which ranks have slices there are none without ``everywhere``, but on rank 0."""
+        arena = arena_of(suffix, prefix)
+        flat = self.whole(arena, everywhere=everywhere)
+        if flat is None:
+            return {}
+        views = self.memory.layout.views(self._backend, flat)
+        return {name: self._backend.to_host(views[short]) for short, name in self._names.items()}
 
     def write_tensors(self, tensors: Mapping[str, Array], suffix: str, prefix: str = "") -> None:
         """The inverse of ``tensors``; the padding around them becomes zero again, whatever a lost step left there.
@@ -609,10 +623,15 @@ class Session(Predicting, Spending, Keeping, Joining):
         """
         if not suffix and not prefix and self.memory.evaluated:
             self.write_tensors(tensors, self.memory.evaluated)
-        arena = suffix.removeprefix(".") or ("grads" if prefix else "params")
-        self.memory.arrays[arena][:] = 0.0
+        arena, memory = arena_of(suffix, prefix), self.memory
+        sliced = arena in memory.sliced
+        flat = self._backend.allocate(memory.layout.size, "real") if sliced else memory.arrays[arena]
+        flat[:] = 0.0
+        views = memory.layout.views(self._backend, flat)
         for short, name in self._names.items():
-            self._backend.copy_into(self.memory.arrays[f"{prefix}{short}{suffix}"], tensors[name])
+            self._backend.copy_into(views[short], tensors[name])
+        if sliced:
+            self.put(arena, flat)
         if not prefix and not suffix:
             self.memory.refresh_shadow()
 

@@ -1,47 +1,56 @@
-"""A training step over several ranks: a rank's shards of the batch, one collective, the update."""
+"""A training step over several ranks: a rank's shards of the batch, a collective, the update of all or of a slice."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fusemlp.inputs.arrays import Array
-from fusemlp.program.program import Program, resolve
+from fusemlp.program.program import Call, Program, resolve
 from fusemlp.program.sharding import ORDERED
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.memory import Memory, Workspace
 from fusemlp.runtime.ranks import Ranks, tree_sum
-from fusemlp_kernels.contract import BATCH_INDEX, LAST_LOSS, LOSS_SUM, STATS, Backend
+from fusemlp_kernels.contract import BATCH_INDEX, LAST_LOSS, LOSS_SUM, STATS
 
 
-class _Message:
-    """The gradients of a shard, or of several, and then their statistics, in one stretch of memory."""
+class _Messages:
+    """Rows of memory, each with gradients of ``size`` elements and then their statistics."""
 
-    def __init__(self, data: Array, size: int, item_bytes: int) -> None:
-        self.data = data
-        self.grads: Array = data[: size * item_bytes].view(f"f{item_bytes}")
-        self.stats: Array = data[size * item_bytes :].view(np.float64)
+    def __init__(self, memory: Memory, count: int, size: int) -> None:
+        length = size * memory.real_bytes + 8 * STATS
+        flat: Array = memory.backend.allocate(count * length, "bool")
+        self.rows = flat.view(np.uint8).reshape(count, length)
+        end = length - 8 * STATS
+        self.grads: list[Array] = [row[:end].view(f"f{memory.real_bytes}") for row in self.rows]
+        self.stats: list[Array] = [row[end:].view(np.float64) for row in self.rows]
+
+    def add(self) -> tuple[Array, Array]:
+        """Return the sums of the gradients and of the statistics, which take the place of the first."""
+        return tree_sum(self.grads), tree_sum(self.stats)
 
 
 class ShardedProgram(BoundProgram):
-    """A step of this rank and the others: the calls before ``all_reduce`` in one launch, the collective, the update.
+    """A step of this rank and the others: the calls before the first collective in one launch, then those after it.
 
-    ``counters`` and ``rows`` are those of whole batches, alike on all ranks, and so is the memory after a step.
+    ``counters`` and ``rows`` are those of whole batches, alike on all ranks. So is the memory after a step, but for the
+    optimizer's state and the gradients where each rank has its slice of them.
     """
 
     def __init__(
         self, program: Program, memory: Memory, workspace: Workspace, given: Mapping[str, Any], ranks: Ranks
     ) -> None:
         assert program.sharding is not None
-        self._ranks, self._sharding = ranks, program.sharding
-        size, item_bytes = memory.layout.size, memory.real_bytes
-        length = size * item_bytes + 8 * STATS
-        self._own = [_Message(_bytes(memory.backend, length), size, item_bytes) for _ in range(self._sharding.own)]
-        # one a rank
-        self._received = _bytes(memory.backend, ranks.world * length).reshape(ranks.world, length)
-        self._parts = [_Message(row, size, item_bytes) for row in self._received]
+        self._ranks, self._sharding, self._memory = ranks, program.sharding, memory
+        self._scatters = program.sharding.slices and ranks.world > 1
+        self._own = _Messages(memory, self._sharding.own, memory.layout.size)
+        # of each rank its sum; with slices the sum of this rank's slice, and then the slices of an arena
+        self._received = _Messages(memory, 0 if self._scatters else ranks.world, memory.slice_size)
+        slices: Array = memory.backend.allocate(ranks.world * memory.slice_size * self._scatters, "real")
+        self._slices, self._stats = slices, np.zeros((ranks.world, STATS))
         super().__init__(program, memory, workspace, given)
         self.chunk = max(1, self.chunk // self._sharding.own)
 
@@ -50,10 +59,9 @@ class ShardedProgram(BoundProgram):
         before = program.before_reduction
         rows = program.values["rows"].shape[0]
         shards = []
-        for message in self._own:
-            views = memory.layout.views(backend, message.grads)
-            own = {"stats": message.stats, **{f"d{name}": view for name, view in views.items()}}
-            arrays = {**self.arrays, **own}
+        for grads, stats in zip(self._own.grads, self._own.stats, strict=True):
+            views = memory.layout.views(backend, grads)
+            arrays = {**self.arrays, "stats": stats, **{f"d{name}": view for name, view in views.items()}}
             shards += [(call.op, resolve(call.operands, arrays.__getitem__)) for call in before]
         gradients = backend.bind(
             "train_resident",
@@ -63,39 +71,57 @@ class ShardedProgram(BoundProgram):
             arenas=memory.arenas,
             shards=self._sharding.firsts(self._ranks.rank, rows),
         )
-        reduction, update = program.calls[len(before) :]
-        self._every = reduction.operands["rule"].accumulate
-        self._memory = memory
-        return gradients, self._reduce, backend.bind(update.op, **resolve(update.operands, self.arrays.__getitem__))
+        after = program.calls[len(before) :]
+        self._every = after[0].operands["rule"].accumulate
+        return gradients, self._reduce, *map(self._bound_after, after[1:])
+
+    def _bound_after(self, call: Call) -> Callable[..., object]:
+        """Return a call after the sum of the gradients."""
+        operands = resolve(call.operands, self.arrays.__getitem__)
+        if call.op == "all_gather":
+            arenas = [operands[name] for name in ("params", "average", "grads") if name in operands]
+            return partial(self._gather, arenas, ahead="grads" in operands)
+        own = self._memory.own
+        part = {"own": (own.start, own.stop)} if self._scatters else {}
+        return self.backend.bind(call.op, **operands, **part)
 
     def _reduce(self) -> None:
-        """Add the gradients and statistics of all shards, and hand them to the update."""
+        """Add the gradients and statistics of all shards, and hand them to the update, or those of the slice."""
         memory, ranks = self._memory, self._ranks
-        tree_sum([message.grads for message in self._own])
-        tree_sum([message.stats for message in self._own])
-        found = self._own[0]
-        if self._sharding.reduce == ORDERED and ranks.world > 1:
-            ranks.all_gather(self._received, found.data)
-            tree_sum([message.grads for message in self._parts])
-            tree_sum([message.stats for message in self._parts])
-            found = self._parts[0]
+        into = memory.grads[memory.own]
+        grads, stats = self._own.add()
+        if self._scatters:
+            slices = self._slices[: ranks.world * len(into)].reshape(ranks.world, -1)
+            ranks.exchange(slices, grads, memory.slice_sizes, self._stats, stats)
+            grads, stats = tree_sum(slices), tree_sum(self._stats)
+        elif self._sharding.reduce == ORDERED and ranks.world > 1:
+            ranks.all_gather(self._received.rows, self._own.rows[0])
+            grads, stats = self._received.add()
         elif ranks.world > 1:
-            ranks.add(found.grads, found.stats)
+            ranks.add(grads, stats)
         if memory.counters[BATCH_INDEX] % self._every == 0:
-            np.copyto(memory.grads, found.grads)
+            np.copyto(into, grads)
         else:
-            memory.grads += found.grads
-        memory.stats[LAST_LOSS] = found.stats[LAST_LOSS]
-        memory.stats[LOSS_SUM:] += found.stats[LOSS_SUM:]
-        for message in self._own:
-            message.stats[:] = 0.0
+            into += grads
+        memory.stats[LAST_LOSS] = stats[LAST_LOSS]
+        memory.stats[LOSS_SUM:] += stats[LOSS_SUM:]
+        for one in self._own.stats:
+            one[:] = 0.0
+
+    def _gather(self, arenas: list[Array], *, ahead: bool) -> None:
+        """Make arenas whole beside an update, which is still to come if it is ``ahead``."""
+        memory, ranks = self._memory, self._ranks
+        if not self._scatters or (memory.counters[BATCH_INDEX] + ahead) % self._every:
+            return
+        size = memory.layout.size
+        for arena in arenas:
+            rows = self._slices.reshape(ranks.world, memory.slice_size)
+            own = rows[ranks.rank]
+            own[: memory.own.stop - memory.own.start] = arena[memory.own]
+            ranks.all_gather(rows, own)
+            arena[:] = self._slices[:size]
 
     def run_many(self, count: int) -> None:
         """``count`` steps one after another."""
         for _ in range(count):
             self._eager()
-
-
-def _bytes(backend: Backend, count: int) -> Array:
-    memory: Array = backend.allocate(count, "bool").view(np.uint8)
-    return memory

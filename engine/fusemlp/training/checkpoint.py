@@ -29,13 +29,16 @@ from fusemlp.training.history import FitState
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
 
-def engine_content(engine: Session, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def engine_content(
+    engine: Session, extra: Mapping[str, Any] | None = None, *, everywhere: bool = True
+) -> dict[str, Any]:
     """Return the content of a checkpoint: "config", JSON-able, and "tensors", NumPy arrays by name.
 
-    Tensors have the parameters' names and no padding of a backend, so that another backend can continue.
+    Tensors have the parameters' names and no padding of a backend, so that another backend can continue. Where ranks
+    have slices of the state all must call this, and without ``everywhere`` rank 0 alone has all tensors.
     """
     memory = engine.memory
-    kinds = {kind: engine.tensors(*place) for kind, place in _kinds(engine).items()}
+    kinds = {kind: engine.tensors(*place, everywhere=everywhere) for kind, place in _kinds(engine).items()}
     kinds["best"] = engine.best_parameters or {}
     kinds["input"] = engine.scale_tensors
     kinds["merged"] = {} if engine.merged_biases is None else {"bias": engine.merged_biases}
@@ -95,17 +98,17 @@ def save_checkpoint(engine: Session, path: str | Path, *, extra: Mapping[str, An
 
     ``extra`` is a JSON-able mapping; ``read_extra`` returns it. Inside a callback of ``fit`` the position in the epoch
     is saved too: ``load_checkpoint(path).fit(..., resume=True)`` continues from there. A symbolic link stays, and its
-    target is replaced. Of several processes that train together, rank 0 writes.
+    target is replaced. Of several processes that train together, rank 0 writes; with ``shard_optimizer`` all must call.
 
     Raises ArgumentError or ArgumentTypeError for an impossible path or extra, DivergenceError if parameters are no
     longer finite, OSError from the disk; an older checkpoint at ``path`` then stays intact.
     """
-    target = model_file(path)
-    content = engine_content(engine, _checked_extra(extra))
+    # the folder may be on the machine of rank 0 alone
+    target = model_file(path) if engine.ranks is None or engine.ranks.leads else None
+    content = engine_content(engine, _checked_extra(extra), everywhere=False)
     check_finite(_of_kind("parameter", content["tensors"]), CHECKPOINT.name)
-    if engine.ranks is not None and not engine.ranks.leads:
-        return
-    write_atomically(target, to_bytes(CHECKPOINT, content["config"], content["tensors"]))
+    if target is not None:
+        write_atomically(target, to_bytes(CHECKPOINT, content["config"], content["tensors"]))
 
 
 def _checked_extra(extra: Mapping[str, Any] | None) -> dict[str, Any]:

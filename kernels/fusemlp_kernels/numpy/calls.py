@@ -6,6 +6,7 @@ Every function enters the operands of an op and returns the number of rows in th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -323,7 +324,7 @@ def _grad_weight_update(
     return _batch(layers)
 
 
-def _updated(rule: UpdateRule, param: Array, states: Sequence[Array]) -> dict[str, Array]:
+def _updated(rule: UpdateRule, param: Array, states: Sequence[Array]) -> dict[str, Any]:
     """The columns of what an update writes."""
     one, two, average = rule.places(states, param)
     return {"PARAM": param, "STATE0": one, "STATE1": two, **({"AVERAGE": average} if rule.ema else {})}
@@ -342,6 +343,7 @@ def _update(
     counters: Array,
     noise: Noise | None = None,
     rows: Array | None = None,
+    own: tuple[int, int] | None = None,
 ) -> int:
     if noise is not None:
         noise.check(rule)
@@ -353,11 +355,25 @@ def _update(
     columns = _updated(rule, params, states)
     at_once = rule.clip_norm is None and rule.accumulate == 1
     if not (at_once and _with_gradients(table, grads, columns, segments, tensors)):
-        first, end = (tensors[0], tensors[-1] + 1) if tensors else (0, 0)
         if rule.clip_norm is not None:
-            table.add("NORM", N=params.size, DZ=grads, FIRST=first, END=end)
-        table.add("UPDATE", N=params.size, DZ=grads, FIRST=first, END=end, **columns)
+            table.add("NORM", N=params.size, DZ=grads, **_range(tensors))
+        if own is not None:
+            tensors = [table.tensor(one.rule, one.offset, one.size) for one in _within(segments, *own)]
+            # the arrays of these states begin with the first element
+            columns |= {name: (columns[name], -own[0]) for name in ("STATE0", "STATE1") if columns[name] is not params}
+        table.add("UPDATE", N=params.size, DZ=grads, **_range(tensors), **columns)
     return _advance(table, rule=rule, hyper=hyper, rates=rates, counters=counters)
+
+
+def _range(tensors: Sequence[int]) -> dict[str, int]:
+    """The columns of tensors that follow one another."""
+    return {"FIRST": tensors[0], "END": tensors[-1] + 1} if tensors else {}
+
+
+def _within(segments: Sequence[Segment], first: int, end: int) -> list[Segment]:
+    """What lies of the segments between two elements of the arena."""
+    cut = [(max(one.offset, first), min(one.offset + one.size, end), one) for one in segments]
+    return [replace(one, offset=start, size=stop - start) for start, stop, one in cut if start < stop]
 
 
 def _with_gradients(
