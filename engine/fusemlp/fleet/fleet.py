@@ -345,6 +345,8 @@ class Fleet:
             }
             own = None if validation_rows is None else validated_on
             untrained = self.part(range(len(self)))
+            # its parts build their own, on the backend that they shall have
+            untrained._built = []
             task = partial(_train_part, untrained, rows=trained_rows, validation_rows=own, **given)
             sent = [*_arrays(first, data), *_arrays(first, None if validation is None else validation.data)]
             self.results = None
