@@ -29,7 +29,7 @@ CACHE = Path(__file__).resolve().parents[3] / "build/cuda_on_cpu"
 # machine. A call of fmaf is fused everywhere.
 FLAGS = (
     "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing",
-    "-fno-exceptions", "-fno-rtti", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror",
+    "-fno-exceptions", "-fno-rtti", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Werror",
 )  # fmt: skip
 # A GPU stops at a misaligned address, but not at indices outside an array or at excessive shifts.
 CHECKS = (
