@@ -1,7 +1,6 @@
 """What all ranks need, for the process that they are forked from: it has no thread and no connection."""
 
-import torch._dynamo  # DistributedDataParallel imports it
-import torch.distributed
+import torch._dynamo  # noqa: F401 - DistributedDataParallel imports it
 from cases import CASES, trained
 
 import fusemlp.cli.train  # noqa: F401
