@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from calls import RATE, RULES, Clock, gathering, state_arrays, update_arena
-from devices import VARIANT_PARAMETERS
+from devices import DEVICE_PARAMETERS, VARIANT_PARAMETERS
 from hypothesis import strategies as st
 from memory import place, poisoned
 from strategies import Values, contract_test, exact, padded_rows, placements, seeds, sizes, variants, walked
@@ -293,3 +293,35 @@ def test_small_gradients_of_many_rows_are_summed_before_they_meet_the_parameter(
     variant.bind("grad_weight_update", layers=[layer], **clock.operands)()
     np.testing.assert_array_equal(w, 1.0 - 2.0**-18)
     np.testing.assert_array_equal(b, 1.0 - 2.0**-18)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_slices_of_the_arena_are_updated_with_the_bits_of_the_whole(name, precision):
+    """Of the NumPy backend, on which several processes train: the states of a slice are arrays of their own."""
+    variant = next(one for one in DEVICE_PARAMETERS[0].values[0].variants if one.precision == precision)
+    rule = UpdateRule(**{**vars(RULES[name]), "clip_norm": 0.5, "ema": 0.9})
+    values, size, step = Values(3, variant), 640, 256 // np.dtype(variant.real).itemsize
+    # one tensor goes over a border, one ends with padding
+    segments = (Segment(0, 3 * step, TensorRule(0.5, 0.01)), Segment(3 * step, 2 * step + 5, TensorRule()))
+    grads = np.zeros(size, variant.real)
+    for one in segments:
+        grads[one.offset : one.offset + one.size] = values.normal(one.size)
+    params, states = values.normal(size), state_arrays(rule, values, size)
+    whole = [params.copy(), *(state.copy() for state in states)]
+
+    def update(params, states, **own):
+        arrays = {"params": params, "grads": grads.copy(), "states": tuple(states), "segments": segments}
+        variant.backend().bind("update", **arrays, **Clock(rule).operands, **own)()
+
+    update(whole[0], whole[1:])
+    for first in range(0, size, 2 * step):
+        end = min(size, first + 2 * step)
+        part, found = slice(first, end), [params.copy(), *(state[first:end].copy() for state in states)]
+        found[-1] = states[-1].copy()
+        update(found[0], found[1:], own=(first, end))
+        for before, array, wanted in zip((params, *states), found, whole, strict=True):
+            if array.size == size:
+                np.testing.assert_array_equal(np.delete(array, part), np.delete(before, part))
+                array = array[part]
+            np.testing.assert_array_equal(array, wanted[part])

@@ -117,8 +117,8 @@ class Joining:
             self._share_out(self.sharding._replace(slices=False), everywhere=False)
 
     def whole(self, name: str, *, everywhere: bool = True) -> Array | None:
-        """Return the flat array ``name`` of the memory. Where ranks have slices of it all must call this, and without
-        ``everywhere`` get None but for rank 0.
+        """Return the flat array ``name`` of the memory. All ranks must call this if they have slices of it; without
+        ``everywhere`` all but rank 0 get None.
         """
         memory, ranks = self.memory, self.ranks
         array: Array = memory.arrays[name]

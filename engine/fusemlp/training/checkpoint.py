@@ -34,8 +34,8 @@ def engine_content(
 ) -> dict[str, Any]:
     """Return the content of a checkpoint: "config", JSON-able, and "tensors", NumPy arrays by name.
 
-    Tensors have the parameters' names and no padding of a backend, so that another backend can continue. Where ranks
-    have slices of the state all must call this, and without ``everywhere`` rank 0 alone has all tensors.
+    Tensors have the parameters' names and no padding of a backend, so that another backend can continue. All
+    ranks must call this if they have slices of the state; without ``everywhere`` rank 0 alone has all tensors.
     """
     memory = engine.memory
     kinds = {kind: engine.tensors(*place, everywhere=everywhere) for kind, place in _kinds(engine).items()}

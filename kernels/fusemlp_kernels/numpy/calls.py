@@ -371,7 +371,7 @@ def _range(tensors: Sequence[int]) -> dict[str, int]:
 
 
 def _within(segments: Sequence[Segment], first: int, end: int) -> list[Segment]:
-    """What lies of the segments between two elements of the arena."""
+    """Return the parts of the segments between two elements of the arena."""
     cut = [(max(one.offset, first), min(one.offset + one.size, end), one) for one in segments]
     return [replace(one, offset=start, size=stop - start) for start, stop, one in cut if start < stop]
 
