@@ -45,11 +45,10 @@ class Rules:
     """The differences of a contender's mathematics from torch's, by its library's own definition.
 
     ``convention``: the place of Adam's eps, see ``reference.update``; scikit-learn also halves the mean squared error,
-    and its gradient is that of a sum over the outputs. ``biases``: False if the network has none.
+    and its gradient is that of a sum over the outputs.
     """
 
     convention: str = "torch"
-    biases: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,6 @@ class Expected:
 def gamma(case: Case) -> float:
     """Return gamma: the relative change of a product's operands that stands for its rounding."""
     return OPERANDS[case.precision] + float(np.sqrt(max(*case.sizes, case.batch_size))) * UNIT
-
-
-def starting(parameters: Parameters, rules: Rules) -> Parameters:
-    """Return the initial parameters of a contender."""
-    return parameters if rules.biases else [(weight, np.zeros_like(bias)) for weight, bias in parameters]
 
 
 def train(
@@ -114,9 +108,6 @@ def train(
         for index, (layer, layer_grads) in enumerate(zip(layers, grads, strict=True)):
             new: list[Any] = []
             for place, (p, g) in enumerate(zip((layer.w, layer.b), layer_grads, strict=True)):
-                if place == 1 and not rules.biases:
-                    new.append(p)
-                    continue
                 p, state[index][place] = reference.update(
                     rule, TensorRule(), p, slope * g, state[index][place], t, case.learning_rate
                 )
@@ -152,7 +143,7 @@ def checks(case: Case) -> list[tuple[Case, int]]:
 
 def expected(case: Case, data: Data, rules: Rules, steps: int = STEPS) -> Expected:
     """Return the oracle's losses of a case, with tolerances; dropout is off."""
-    parameters = starting(data.parameters, rules)
+    parameters = data.parameters
     single = [parameters] if case.models is None else [model_of(parameters, i) for i in range(case.models)]
     exact = np.stack([train(case, data, one, rules, steps=steps) for one in single], axis=1)
     picked = np.unique(np.linspace(0, len(single) - 1, min(len(single), DISTURBED_MODELS)).astype(int))
@@ -176,7 +167,7 @@ def tolerance(case: Case, data: Data, parameters: Parameters, rules: Rules, exac
 
 def masked_losses(case: Case, data: Data, rules: Rules) -> Array:
     """Return (MASKED_RUNS,) mean losses over the STEPS steps with dropout, each run with its own masks."""
-    parameters = starting(data.parameters, rules)
+    parameters = data.parameters
     runs = [
         train(case, data, parameters, rules, masks=np.random.default_rng([7, run]))[:STEPS].mean()
         for run in range(MASKED_RUNS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from bench.oracle import (
     expected,
     loss_of,
     masked_losses,
-    starting,
     tolerance,
 )
 from bench.peers import PEERS, Trainer, prepare
@@ -44,11 +43,6 @@ class Verdict:
     def agrees(self) -> bool:
         """True if the contender may be timed."""
         return self.reason is None
-
-
-def computed_case(name: str, case: Case) -> Case:
-    """Return the case in the contender's precision, if it has only one."""
-    return replace(case, precision=PEERS[name].computes_in or case.precision)
 
 
 def trajectory(trainer: Trainer, case: Case, data: Data, steps: int = STEPS) -> Array:
@@ -135,14 +129,14 @@ class Judge:
 
     def __init__(self, case: Case) -> None:
         self.case, self.data = case, make_data(case)
-        self._expected: dict[tuple[Rules, str, int], Expected] = {}
+        self._expected: dict[tuple[Rules, int], Expected] = {}
         self._masked: dict[Rules, Array] = {}
 
     def expected(self, name: str, check: int = 0) -> Expected:
         """See ``oracle.expected``; ``check`` is the place in ``oracle.checks``."""
-        case, steps = checks(computed_case(name, self.case))[check]
+        case, steps = checks(self.case)[check]
         rules = PEERS[name].rules
-        key = (rules, case.precision, check)
+        key = (rules, check)
         if key not in self._expected:
             self._expected[key] = expected(case, self.data, rules, steps)
         return self._expected[key]
@@ -165,8 +159,8 @@ class Judge:
         return next((one for one in found if not one.agrees), max(found, key=lambda one: one.worst))
 
     def _again(self, name: str, check: int, model: int) -> Array:
-        case, _ = checks(computed_case(name, self.case))[check]
+        case, _ = checks(self.case)[check]
         exact, rules, parameters = self.expected(name, check).losses, PEERS[name].rules, self.data.parameters
         if case.models is not None:
             exact, parameters = exact[:, model], model_of(parameters, model)
-        return tolerance(case, self.data, starting(parameters, rules), rules, exact, SECOND_RUNS)
+        return tolerance(case, self.data, parameters, rules, exact, SECOND_RUNS)

@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.cases import Array, Case, make_data
 from bench.peers import PEERS, import_module, prepare, version_of
-from bench.verification import computed_case, trajectories
+from bench.verification import trajectories
 
 # Settings that change OpenBLAS from its default; NumPy's and SciPy's builds both read them.
 UNSET_PREFIX = "OPENBLAS_"
@@ -49,7 +49,7 @@ class _Served:
 
     def load(self, case: Case) -> Loaded:
         """Make a case's data and the contender's trainer, and train an epoch; most libraries compile in it."""
-        self.case, self.data = computed_case(self.peer, case), make_data(case)
+        self.case, self.data = case, make_data(case)
         import_module(self.peer)
         began = time.perf_counter()
         self.trainer = prepare(self.peer, self.case, self.data)

@@ -22,13 +22,15 @@ os.environ.setdefault("FUSEMLP_WHOLE_LOOP", "1")
 
 
 def interpret_triton_without_a_gpu():
-    """Select Triton's interpreter before its first import, unless there is a card to compile for."""
-    if "TRITON_INTERPRET" in os.environ or not all(map(importlib.util.find_spec, ("torch", "triton"))):
+    """Select Triton's interpreter before its first import, unless there is a card to compile for, and make it quick."""
+    if not all(map(importlib.util.find_spec, ("torch", "triton"))):
         return
-    import torch
+    if "TRITON_INTERPRET" not in os.environ:
+        import torch
 
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"
+        if not torch.cuda.is_available():
+            os.environ["TRITON_INTERPRET"] = "1"
+    if os.environ.get("TRITON_INTERPRET") == "1":
         import quick_interpreter
 
         quick_interpreter.quicken()

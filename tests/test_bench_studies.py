@@ -233,12 +233,10 @@ def test_overhead_is_told_of_steps_memory_and_imports() -> None:
     for name, seconds in overhead.import_seconds({"import fusemlp": "import fusemlp"}, 1).items():
         assert seconds[0] >= 0
         p50 = {"p20": seconds[0], "p50": 0.2, "p80": 0.3}
-        found = [("fusemlp", 0.1)]
-        lines.append({"row": "import", "statement": name, "own": True, "seconds": p50, "rounds": 1, "heaviest": found})
+        lines.append({"row": "import", "statement": name, "own": True, "seconds": p50, "rounds": 1})
     shown = overhead.text(lines)
     assert "making an Engine" in shown
-    assert "takes 200 ms; the goal is below 150 ms: missed. The longest by themselves: fusemlp 100 ms" in shown
-    assert any(name.startswith("fusemlp") for name, _ in overhead.heaviest("import fusemlp", most=1000))
+    assert "takes 200 ms; the goal is below 150 ms: missed" in shown
 
 
 # time to a result

