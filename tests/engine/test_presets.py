@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from commands import read, rows, run
 from fusemlp import MLP, ArgumentError, load_checkpoint
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.prepare import prepare
+from fusemlp.cli.preset import with_preset
 from fusemlp.datasets.preprocessing import split
 from fusemlp.describe import presets
 from fusemlp.sklearn import TableClassifier, TableRegressor
@@ -76,23 +78,69 @@ def test_a_run_goes_on_with_its_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "against", "name", "note"),
+    ("rows", "against", "classify", "name", "note"),
     [
-        (presets.LEAST_ROWS, {}, "tabm", "preset tabm: 16 members share the weights of one network, chosen for"),
-        (presets.LEAST_ROWS - 1, {}, "plain", "preset plain: tabm is for"),
-        (10**6, {"models": "x"}, "plain", "preset plain: tabm does not take what was given for models"),
+        (presets.LEAST_ROWS, {}, True, "tabm", "preset tabm: 16 members share the weights of one network, chosen for"),
+        (presets.LEAST_ROWS - 1, {}, True, "plain", "preset plain: tabm is for 12,000 to 100,000 rows, and these are"),
+        (presets.MOST_ROWS + 1, {}, True, "plain", "preset plain: tabm is for 12,000 to 100,000 rows, and these are"),
+        (presets.LEAST_ROWS, {}, False, "plain", "preset plain: tabm is for classes, and the target holds numbers"),
+        (50_000, {"models": "x"}, True, "plain", "preset plain: tabm does not take what was given for models"),
     ],
 )
-def test_auto_chooses_by_the_rows_and_says_why(rows: int, against: dict[str, str], name: str, note: str) -> None:
-    found, told = presets.chosen("auto", rows, against)
+def test_auto_chooses_by_the_rows_and_says_why(
+    rows: int, against: dict[str, str], classify: bool, name: str, note: str
+) -> None:
+    found, told = presets.chosen("auto", rows, against, classify=classify)
     assert found == name and told.startswith(note)
-    assert presets.chosen(None, rows, against) == presets.chosen("plain", rows, against) == ("plain", "")
+    assert presets.chosen("plain", rows, against, classify=classify) == ("plain", "")
+    assert presets.chosen(None, rows, against, classify=classify, own=True) == ("plain", "")
+    # other tables are told nothing
+    unasked = presets.chosen(None, rows, against, classify=classify)
+    assert unasked == ((found, told) if found == "tabm" else ("plain", ""))
+
+
+@pytest.mark.parametrize(
+    ("given", "members"),
+    [
+        ({}, presets.MEMBERS),
+        ({"epochs": 3, "dropout": 0.1}, presets.MEMBERS),
+        ({"hidden": ["8"]}, 1),
+        ({"lr": 0.01}, 1),
+        ({"models": 1}, 1),
+        ({"time_limit": 60.0}, 1),
+        ({"dp_epsilon": 3.0}, 1),
+        ({"resume": "run"}, 1),
+    ],
+)
+def test_classes_of_a_large_table_have_members_unless_the_network_is_ones_own(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], members: int
+) -> None:
+    monkeypatch.setattr(presets, "LEAST_ROWS", 120)
+    options = TrainOptions(data="data.csv", target="value", **given)
+    changed, found, notes = with_preset(options, 120, classify=True)
+    assert found == members and (changed.preset, len(notes)) == (("tabm", 1) if members > 1 else (None, 0))
+    assert with_preset(options, 119, classify=True) == with_preset(options, 120, classify=False) == (options, 1, [])
+    images = replace(options, data="digits")
+    assert with_preset(images, 120, classify=True) == (images, 1, [])
+
+
+def test_an_estimator_chooses_as_the_command_line_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "LEAST_ROWS", 120)
+    X = np.random.default_rng(0).normal(size=(120, 2))
+    y = (X[:, 0] > 0).astype(int)
+    quick: dict[str, Any] = {"scale": "robust", "epochs": 1, "backend": "numpy"}
+    large = TableClassifier(**quick).fit(X, y)
+    assert large.engine_.network.members == presets.MEMBERS
+    assert any("chosen for classes of 120" in one for one in large.notes_)
+    small = [TableClassifier(**quick).fit(X[1:], y[1:]), TableClassifier(**quick, models=1).fit(X, y)]
+    for one in (*small, TableRegressor(**quick, log_target=False).fit(X, X[:, 0])):
+        assert one.engine_.network.members == 1 and not any("preset" in note for note in one.notes_)
 
 
 def test_auto_leaves_a_small_table_to_the_plain_recipe(tmp_path: Path) -> None:
     made = prepared(tmp_path, preset="auto")
     assert made.network.members == 1 and made.models == 5 and not made.preset
-    assert "preset plain: tabm is for 16,000 rows and more, and these are 120" in made.notes
+    assert "preset plain: tabm is for 12,000 to 100,000 rows, and these are 120" in made.notes
 
 
 def test_batches_grow_with_the_rows() -> None:

@@ -25,7 +25,7 @@ from fusemlp.describe.losses import LOSSES
 from fusemlp.describe.metrics import METRICS
 from fusemlp.describe.network import INITS, SLOPES
 from fusemlp.describe.optimizers import OPTIMIZERS
-from fusemlp.describe.presets import LEAST_ROWS, MEMBERS, PRESETS
+from fusemlp.describe.presets import LEAST_ROWS, MEMBERS, MOST_ROWS, PRESETS
 from fusemlp.describe.schedules import SCHEDULES
 from fusemlp.program.sharding import REDUCTIONS
 from fusemlp.report.explanations import METHODS
@@ -334,7 +334,8 @@ class TrainOptions(FitOptions):
         None,
         f"{one_of(PRESETS)}: a recipe for what has its default. tabm: one network of {MEMBERS} members that share "
         "weights, --hidden 128,128 --activation silu --optimizer adamw --lr 0.002 --batch-size 256 (less below 4,096 "
-        f"rows). auto: tabm for a table of {LEAST_ROWS:,} rows and more, without the test rows. plain unless given.",
+        f"rows). auto: tabm for classes in a table of {LEAST_ROWS:,} to {MOST_ROWS:,} rows, without the test rows. "
+        "Default: auto, or plain if one of these options, --models or --time-limit is given.",
         values=PRESETS,
     )
     from_run: str | None = _network(

@@ -267,7 +267,7 @@ def prepare(
     # small trainings decide for the plain recipe
     plain, members, told = options, 1, list[str]()
     if like is None:
-        options, members, told = with_preset(options, len(training))
+        options, members, told = with_preset(options, len(training), classify=classify)
         plain, options = (replace(one, weight_decay=defaults.weight_decay(one, dataset)) for one in (plain, options))
     models = defaults.models_of(options, dataset, new=like is None)
     parts: tuple[Fold, ...] = ()

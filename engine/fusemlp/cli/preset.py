@@ -19,10 +19,10 @@ _OTHERS = {
 }
 
 
-def with_preset(options: ModelOptions, rows: int) -> tuple[ModelOptions, int, list[str]]:
+def with_preset(options: ModelOptions, rows: int, *, classify: bool) -> tuple[ModelOptions, int, list[str]]:
     """Return the options with those of ``--preset``, the number of members, and a note on the choice.
 
-    ``rows`` are those beside the test rows.
+    ``rows`` are those beside the test rows; ``classify``: the target holds classes.
     """
     if not isinstance(options, TrainOptions):
         return options, 1, []
@@ -37,7 +37,10 @@ def with_preset(options: ModelOptions, rows: int) -> tuple[ModelOptions, int, li
         against["output_activation"] = "members have linear outputs; leave it out"
     if started():
         against["preset"] = "several processes of torchrun train a plain network; leave it out"
-    name, note = presets.chosen(options.preset, rows if is_a_table(options) else 0, against)
+    # a resumed run has its recipe in its options; the members' training is the longer one
+    own = any(given.values()) or any(one is not None for one in (options.models, options.resume, options.time_limit))
+    rows = rows if is_a_table(options) else 0
+    name, note = presets.chosen(options.preset, rows, against, classify=classify, own=own)
     if name == "plain":
         return options, 1, [note] if note else []
     changed = presets.changes(given, rows)

@@ -60,8 +60,9 @@ log = logging.getLogger("fusemlp.sklearn")
 class TableParameters:
     """The parameters of both estimators, with the defaults of ``fusemlp train``.
 
-    preset : "plain" (None too), "tabm" or "auto", a recipe for hidden, activation, optimizer, lr and batch_size where
-        these have their defaults: ``fusemlp.describe.presets``. "tabm" is one network of 16 members that share weights.
+    preset : "plain", "tabm" or "auto", a recipe for hidden, activation, optimizer, lr and batch_size where these have
+        their defaults: ``fusemlp.describe.presets``. "tabm" is one network of 16 members that share weights. None:
+        "auto" if all of these, models and time_limit have their defaults, else "plain".
     hidden : widths of the hidden layers; () for none.
     activation, dropout : one for all hidden layers, or a sequence with one for each.
     loss : a name or an object such as ``Huber(2.0)``; None is cross_entropy for classes, mse for numbers.
@@ -339,7 +340,9 @@ class _TableEstimator(TableParameters, BaseEstimator, ABC):
         given["hidden"] = widths != usual.hidden
         activations = [one.name for one in MLP((1, *widths, 1), activation=self.activation).activations]
         against = presets.obstacles(self, activations=activations, widths=widths)
-        name, note = presets.chosen(self.preset, rows, against)
+        own = any(given.values()) or self.models is not None or self.time_limit is not None
+        classify = self.task == "classification"
+        name, note = presets.chosen(self.preset, rows, against, classify=classify, own=own)
         notes += [note] if note else []
         if name == "plain":
             return self, 1
