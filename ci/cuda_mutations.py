@@ -169,7 +169,7 @@ CUDA_MUTATIONS = (
             "i == label ? centre[i] + radius[i]",
             WORST,
         ),
-        ("a wider label lowers the loss", "i == label ? -by[i] : by[i]", "by[i]", WORST),
+        ("a wider label lowers the loss", "i == label ? -by[i] : by[i]", "i == label ? by[i] : by[i]", WORST),
         ("sign of 0 taken for 1", "signs[i] > 0.0f", "signs[i] >= 0.0f", SPREAD),
     ),
     *_bugs(

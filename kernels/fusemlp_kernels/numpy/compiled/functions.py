@@ -133,8 +133,8 @@ def _series(v: Any) -> Any:
     raise AssertionError("compiled code only")
 
 
-def _logarithm(real: Any, terms: int) -> Any:
-    """``_series`` for one type: 2 atanh(s), s = v / (2 + v) <= 1/3, as a series in s squared.
+def logarithm(real: Any, terms: int) -> Any:
+    """Return log(1 + v) for one type: 2 atanh(s), s = v / (2 + v), as a series in s squared.
 
     The high terms and the low ones are two loops: one of them all is too long for the compiler to unroll.
     """
@@ -157,7 +157,7 @@ def _logarithm(real: Any, terms: int) -> Any:
 
 @overload(_series, jit_options=_OPTIONS)
 def _series_of(v: Any) -> Any:
-    return _logarithm(np.float32, 8) if v == types.float32 else _logarithm(np.float64, 17)
+    return logarithm(np.float32, 8) if v == types.float32 else logarithm(np.float64, 17)
 
 
 @register_jitable(**ELEMENT)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from fusemlp_kernels.numpy.compiled.functions import log1p
+from fusemlp_kernels.numpy.compiled.functions import logarithm
 from fusemlp_kernels.numpy.compiled.masks import draw
 from fusemlp_kernels.numpy.compiled.options import ELEMENT, ELEMENTWISE, EXACT, REDUCTION
 from fusemlp_kernels.numpy.compiled.views import part
@@ -21,6 +21,11 @@ _WORD, _HALF, _MANTISSA = np.uint64(WORD), np.uint64(32), np.uint64(52)
 _ONE, _BEHIND, _WHOLE = np.uint64(1023 << 52), np.uint64((1 << 52) - 1), np.uint64(1075 << 52)
 _TO_MANTISSA, _FIRST, _SECOND = np.uint64(20), np.uint64(1), np.uint64(2)
 _TO_SIGN, _FROM_SECOND = np.uint64(63), np.uint64(62)
+# the bits of the root of 1/2, and those that it lacks to 1
+_ROOT = np.uint64(np.float64(math.sqrt(0.5)).view(np.uint64))
+_TO_ONE = np.uint64(_ONE - _ROOT)
+# log(1 + v) for v from the root of 1/2 to that of 2, less 1: |s| is below 0.172, and the next term below 2**-55 of it
+_log_near_one = register_jitable(**ELEMENT)(logarithm(np.float64, 10))
 
 
 @register_jitable(**REDUCTION)
@@ -59,10 +64,10 @@ def _fraction(word: Any) -> Any:
 
 @register_jitable(**ELEMENT)
 def _log(v: Any) -> Any:
-    """log(v) for a normal number above 0."""
-    bits = np.float64(v).view(np.uint64)
+    """log(v) for a normal number above 0: v is a power of 2 times a number near 1."""
+    bits = np.uint64(np.float64(v).view(np.uint64) + _TO_ONE)
     power = np.uint64((bits >> _MANTISSA) | _WHOLE).view(np.float64) - (2.0**52 + 1023.0)
-    return power * math.log(2.0) + log1p(np.uint64((bits & _BEHIND) | _ONE).view(np.float64) - 1.0)
+    return power * math.log(2.0) + _log_near_one(np.uint64((bits & _BEHIND) + _ROOT).view(np.float64) - 1.0)
 
 
 @register_jitable(**ELEMENT)
