@@ -25,6 +25,8 @@ from fusemlp_kernels.triton import configs, gradients, loss, resident_tables
 from fusemlp_kernels.triton.resident import CHUNK
 
 RECORD = Path(__file__).with_name("kernel_resources.json")
+# The bounds at the commit that first recorded them, in cycles, by the goal's name.
+FIRST = Path(__file__).with_name("kernel_bounds.json")
 PAGE = RECORD.parents[1] / "kernels/README.md"
 MARKED = re.compile(r"(?<=<!-- cycles -->\n).*?(?=<!-- /cycles -->)", re.DOTALL)
 CLOCK = 1.755e9
@@ -160,17 +162,21 @@ def bounds(goal: Goal, record: Sequence[Row]) -> list[tuple[str, float, str]]:
 
 
 def table(record: Sequence[Row]) -> str:
-    """Return the table of all goals, equal launches of a step in one line."""
-    lines = ["| call | cycles bound | us bound | limit |", "|---|---:|---:|---|"]
+    """Return the table of the goals, and that of the launches of their steps, equal ones in one line."""
+    first = json.loads(FIRST.read_text(encoding="utf-8"))
+    steps = [f"| step | us bound at {first['commit']} | us bound now | aim |", "|---|---:|---:|---:|"]
+    lines = ["", "| call | cycles bound | us bound | limit |", "|---|---:|---:|---|"]
     for goal in GOALS:
         calls = bounds(goal, record)
         total = sum(cycles for _, cycles, _ in calls)
-        lines.append(f"| **{goal.name}**, a step (aim: {goal.aim} us) | {total:.0f} | {total / CLOCK * 1e6:.1f} | |")
+        before, now = (f"{cycles / CLOCK * 1e6:.1f}" for cycles in (first["cycles"][goal.name], total))
+        steps.append(f"| {goal.name} | {before} | {now} | {goal.aim} |")
+        lines.append(f"| **{goal.name}**, a step | {total:.0f} | {now} | |")
         for one in dict.fromkeys(calls):
             call, cycles, limit = one
             times = f"{calls.count(one)} x " if calls.count(one) > 1 else ""
             lines.append(f"| {times}{call} | {cycles:.0f} | {cycles / CLOCK * 1e6:.1f} | {limit} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*steps, *lines]) + "\n"
 
 
 def page(text: str, record: Sequence[Row]) -> str:
