@@ -109,10 +109,13 @@ def _member(engine: Engine, place: int) -> Engine:
     own = slice(place * net.sizes[-1], (place + 1) * net.sizes[-1])
     parameters = dict(engine.scale_tensors)
     for layer in range(net.layers):
-        r, weight, s, bias = (shared.get(f"{2 * layer}.{name}") for name in ("r", "weight", "s", "bias"))
-        last = r is None
-        parameters[f"{2 * layer}.weight"] = weight[own] if last else s[place][:, None] * weight * r[place]
-        parameters[f"{2 * layer}.bias"] = bias[own] if last else bias[place]
+        weight, bias = shared[f"{2 * layer}.weight"], shared[f"{2 * layer}.bias"]
+        if layer == net.layers - 1:
+            weight, bias = weight[own], bias[own]
+        else:
+            r, s = shared[f"{2 * layer}.r"][place], shared[f"{2 * layer}.s"][place]
+            weight, bias = s[:, None] * weight * r, bias[place]
+        parameters |= {f"{2 * layer}.weight": weight, f"{2 * layer}.bias": bias}
     one = _like(engine, net.sizes, normalise=engine.normalise)
     one.load_state_dict(parameters)
     return one
