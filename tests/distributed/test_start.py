@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import cast
 
 import pytest
 import worlds
@@ -96,6 +98,32 @@ def test_ranks_that_do_not_come_are_waited_for_up_to_the_limit(monkeypatch: pyte
     as_rank(monkeypatch, worlds.free_port(), world=2)
     with pytest.raises(DistributedError, match=r"the 2 ranks did not meet at .* within 1 s; see that all of them"):
         Ranks(timeout=1.0)
+
+
+class Texts:
+    """The ranks of rank 1 of two; rank 0 tells ``first``."""
+
+    leads = False
+
+    def __init__(self, first: str) -> None:
+        self.first, self.calls = first, 0
+
+    def texts(self, text: str) -> list[str]:
+        self.calls += 1
+        return [self.first, text]
+
+
+def test_every_rank_refuses_a_checkpoint_that_rank_0_cannot_write(tmp_path: Path) -> None:
+    engine = Engine(MLP([6, 5, 4]), backend="numpy")
+    engine.sharding, ranks = Sharding("ordered", 2, True), Texts("path: there is no folder 'far'")
+    engine.ranks = cast(Ranks, ranks)
+    with pytest.raises(ArgumentError, match=r"^path: the file holds safetensors"):
+        engine.save_checkpoint(tmp_path / "x.onnx")
+    # all ranks see this themselves
+    assert ranks.calls == 0
+    with pytest.raises(ArgumentError, match=r"^path: there is no folder 'far'"):
+        engine.save_checkpoint(tmp_path / "far" / "x.safetensors")
+    assert ranks.calls == 1
 
 
 FROZEN = SGD(per_parameter={"*": ParameterOptions(trainable=False)})
