@@ -27,7 +27,7 @@ from fusemlp.runtime import ranks
 from fusemlp.runtime.plans import plan_text
 from fusemlp.runtime.ranks import VARIABLES, Ranks
 
-pytest.importorskip("torch")
+distributed = pytest.importorskip("torch.distributed")
 
 
 def as_rank(monkeypatch: pytest.MonkeyPatch, port: int, world: int = 1) -> None:
@@ -124,6 +124,18 @@ def test_every_rank_refuses_a_checkpoint_that_rank_0_cannot_write(tmp_path: Path
     with pytest.raises(ArgumentError, match=r"^path: there is no folder 'far'"):
         engine.save_checkpoint(tmp_path / "far" / "x.safetensors")
     assert ranks.calls == 1
+
+
+def test_a_collective_that_fails_on_all_ranks_names_the_likely_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("invalid size")
+
+    as_rank(monkeypatch, worlds.free_port())
+    try:
+        with pytest.raises(DistributedError, match="may have called save_checkpoint alone: with shard_opt"):
+            Ranks(timeout=5.0)._collective(fail)
+    finally:
+        distributed.destroy_process_group()
 
 
 FROZEN = SGD(per_parameter={"*": ParameterOptions(trainable=False)})
