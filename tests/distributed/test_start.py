@@ -15,6 +15,7 @@ from fusemlp import (
     SGD,
     Adam,
     ArgumentError,
+    ArgumentTypeError,
     BackendUnavailableError,
     DistributedError,
     Engine,
@@ -55,6 +56,10 @@ def test_the_plan_shows_what_a_rank_keeps_and_receives() -> None:
     assert "all_reduce ordered, 4 ranks" in plan_text(net, devices=4, **given)
     with pytest.raises(ArgumentError, match="shard_optimizer: it shards over several processes; say how many"):
         plan_text(net, shard_optimizer=True, **given)
+    with pytest.raises(ArgumentTypeError, match="shard_optimizer: expected True or False, got 'no'"):
+        plan_text(net, devices=4, shard_optimizer="no", **given)
+    # plain SGD has none
+    assert "keeps" not in plan_text(net, devices=4, shard_optimizer=True, **{**given, "optimizer": SGD()})
 
 
 def test_a_program_that_does_not_gather_what_others_update_is_refused() -> None:
