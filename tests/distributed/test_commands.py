@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 
 from fusemlp import load
 from fusemlp.cli import main
+from fusemlp.report.runs import create_run, discard_begun
 from fusemlp.runtime.ranks import VARIABLES
 
 pytest.importorskip("torch")
@@ -119,11 +120,22 @@ def test_a_failure_before_the_first_epoch_or_after_the_last_is_made_good(
     if ended:
         shutil.copytree(whole, run)
     else:
+        # of a run that begins from another, killed before its config.json
         (run / "checkpoints").mkdir(parents=True)
+        for name in ("start.safetensors", ".start.safetensors.0123.tmp"):
+            (run / "checkpoints" / name).write_bytes(b"")
     for name in ("RESTART_COUNT", "MAX_RESTARTS"):
         monkeypatch.setenv(f"TORCHELASTIC_{name}", "1")
     in_this_process(*TRAIN[1:], "--out", str(run))
     assert_same_run(run, whole)
+
+
+def test_a_folder_with_files_of_others_stays_as_it_is(tmp_path: Path) -> None:
+    run = create_run(tmp_path / "run")
+    for path in (run.checkpoint("start"), run.path / "notes.txt"):
+        path.write_bytes(b"")
+    discard_begun(run)
+    assert run.checkpoint("start").exists()
 
 
 def test_the_script_of_the_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: None) -> None:

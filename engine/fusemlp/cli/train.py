@@ -42,7 +42,7 @@ from fusemlp.report.runs import (
     append_metrics,
     choose_folder,
     create_run,
-    discard_if_empty,
+    discard_begun,
     keep_metrics,
     open_run,
     write_json,
@@ -110,7 +110,7 @@ def going_on(options: TrainOptions) -> TrainOptions:
     if not again or not ranks.of_first([run.config.is_file()])[0]:
         if again and ranks.leads:
             # the failure came before there was a run
-            discard_if_empty(run, itself=False)
+            discard_begun(run)
         return options
     free = {name: value for name, value in given_options(options).items() if name in _FREE}
     return TrainOptions(**free, resume=options.out)
