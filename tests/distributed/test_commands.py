@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -112,22 +113,74 @@ def test_torchrun_restarts_and_the_run_goes_on_from_its_last_checkpoint(tmp_path
     assert (run / "config.json").stat() == begun
 
 
+def restarted(monkeypatch: pytest.MonkeyPatch, job: str) -> None:
+    """Let this process be one that torchrun has started again."""
+    for name, value in (("RESTART_COUNT", "1"), ("MAX_RESTARTS", "1"), ("RUN_ID", job)):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+
+
+def begun(run: Path, whole: Path, job: str, **report: Any) -> None:
+    """Copy the whole run as one that a job of torchrun has made, with these values in its report."""
+    shutil.copytree(whole, run)
+    config, told = (json.loads((run / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "report"))
+    config["job"] = f"{job}: {config['command'].replace(str(whole), str(run))}"
+    for name, content in (("config", config), ("report", told | report)):
+        (run / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("ended", [False, True])
 def test_a_failure_before_the_first_epoch_or_after_the_last_is_made_good(
     ended: bool, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     if ended:
-        shutil.copytree(whole, run)
+        begun(run, whole, "job")
     else:
         # of a run that begins from another, killed before its config.json
         (run / "checkpoints").mkdir(parents=True)
         for name in ("start.safetensors", ".start.safetensors.0123.tmp"):
             (run / "checkpoints" / name).write_bytes(b"")
-    for name in ("RESTART_COUNT", "MAX_RESTARTS"):
-        monkeypatch.setenv(f"TORCHELASTIC_{name}", "1")
+    restarted(monkeypatch, "job")
     in_this_process(*TRAIN[1:], "--out", str(run))
     assert_same_run(run, whole)
+
+
+# "job": an id that is always the same
+@pytest.mark.parametrize(("made_by", "more"), [("another job", ()), ("job", ("--lr", "0.2", "--epochs", "200"))])
+def test_a_restart_takes_over_no_run_that_another_job_has_made(
+    made_by: str,
+    more: tuple[str, ...],
+    tmp_path: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    begun(run, whole, made_by)
+    before = files(run)
+    restarted(monkeypatch, "job")
+    with pytest.raises(SystemExit) as ended:
+        main([*TRAIN, *more, "--out", str(run), "--quiet"])
+    assert ended.value.code == 2 and "is not empty; give a new or empty folder" in capsys.readouterr().err
+    assert files(run) == before
+
+
+def test_the_restart_of_a_resumed_run_that_had_nothing_left_to_do_is_refused_too(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    restarted(monkeypatch, "job")
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--resume", str(run), "--quiet"])
+    assert ended.value.code == 2 and "the run has done its 100 epochs" in capsys.readouterr().err
+    in_this_process("--resume", str(run), "--epochs", "101")
+    # this job made the last epoch, so its restart ends the run once more
+    in_this_process("--resume", str(run), "--epochs", "101")
 
 
 def test_a_folder_with_files_of_others_stays_as_it_is(tmp_path: Path) -> None:

@@ -42,6 +42,11 @@ def restarts() -> tuple[int, int]:
     return count, most
 
 
+def job() -> str:
+    """Return the id of the job of torchrun: drawn for each, but "none" unless given where machines meet by address."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
 def report_failure(message: str) -> None:
     """Let the summary with which torchrun ends show why this process fails."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
