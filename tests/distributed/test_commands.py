@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import worlds
 from safetensors.numpy import load_file
 
 from fusemlp import load
-from fusemlp.cli import main
+from fusemlp.cli import main, train
+from fusemlp.cli.options import TrainOptions
 from fusemlp.report.runs import create_run, discard_begun
 from fusemlp.runtime.ranks import VARIABLES
 
@@ -167,6 +169,44 @@ def test_a_restart_takes_over_no_run_that_another_job_has_made(
         main([*TRAIN, *more, "--out", str(run), "--quiet"])
     assert ended.value.code == 2 and "is not empty; give a new or empty folder" in capsys.readouterr().err
     assert files(run) == before
+
+
+def test_a_run_that_diverged_is_not_trained_to_the_same_divergence_by_a_restart(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    begun(run, whole, "job", diverged=True)
+    before = files(run)
+    restarted(monkeypatch, "job")
+    with pytest.raises(SystemExit) as ended:
+        main([*TRAIN, "--out", str(run), "--quiet"])
+    assert ended.value.code == 2 and "the run diverged, and would again" in capsys.readouterr().err
+    assert files(run) == before
+
+
+class Agreed:
+    """The ranks of a world of two; the other has these flags, and rank 0 these values."""
+
+    leads = False
+
+    def __init__(self, *flags: bool, first: tuple[float, ...] = ()) -> None:
+        self.flags, self.first = flags, iter(first)
+
+    def any(self, *own: bool) -> list[bool]:
+        return [one or other for one, other in zip(own, self.flags, strict=True)]
+
+    def of_first(self, values: Sequence[float]) -> list[float]:
+        return [next(self.first)]
+
+
+def test_a_process_that_counts_no_restart_goes_on_with_one_that_does(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restarted(monkeypatch, "job")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setattr(train, "joined", lambda timeout: Agreed(True, first=(1.0, 1.0)))
+    options = TrainOptions(data="wine", lr=0.2, out=str(whole))
+    assert train.going_on(options) == (TrainOptions(resume=str(whole)), True)
 
 
 def test_the_restart_of_a_resumed_run_that_had_nothing_left_to_do_is_refused_too(

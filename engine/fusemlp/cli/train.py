@@ -381,11 +381,10 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
     else:
         # An ensemble has no checkpoint to go on from: it trains anew, with the same result.
         engine = new_engine(options, prepared, scheduled)
-    # a rank may have failed at the very end: then the run is ended once more
-    if run.report.exists() and not again:
+    if run.report.exists():
         report = json.loads(run.report.read_text(encoding="utf-8"))
         done = report["epochs"] if prepared.models > 1 and not report["interrupted"] else engine.epochs_trained
-        _check_unfinished(report, done, epochs)
+        _check_unfinished(report, done, epochs, again=again)
     if not leading():
         return Session(run, options, prepared, engine, epochs, scheduled=scheduled)
     if tracker is not None:
@@ -398,10 +397,13 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
     return Session(run, options, prepared, engine, epochs, scheduled=scheduled, tracker=tracker)
 
 
-def _check_unfinished(report: dict[str, Any], done: int, epochs: int) -> None:
-    """Refuse to resume a run with nothing left to do."""
+def _check_unfinished(report: dict[str, Any], done: int, epochs: int, *, again: bool) -> None:
+    """Refuse to resume a run with nothing left to do; ``again``: after a restart, only one that diverged."""
     if report["diverged"]:
         raise ArgumentError("resume: the run diverged, and would again; start a new one with a lower --lr")
+    if again:
+        # a rank may have failed at the very end: then the run is ended once more
+        return
     if report["stopped"] and not report["interrupted"]:
         raise ArgumentError(f"resume: the run has ended ({report['stopped']}); start a new one")
     if done >= epochs:
