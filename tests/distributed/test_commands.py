@@ -19,7 +19,7 @@ import pytest
 import worlds
 from safetensors.numpy import load_file
 
-from fusemlp import load
+from fusemlp import ArgumentError, load
 from fusemlp.cli import main, train
 from fusemlp.cli.options import TrainOptions
 from fusemlp.report.runs import create_run, discard_begun
@@ -204,9 +204,19 @@ def test_a_process_that_counts_no_restart_goes_on_with_one_that_does(
 ) -> None:
     restarted(monkeypatch, "job")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    monkeypatch.setattr(train, "joined", lambda timeout: Agreed(True, first=(1.0, 1.0)))
+    monkeypatch.setattr(train, "joined", lambda timeout: Agreed(True, True, False, first=(1.0,)))
     options = TrainOptions(data="wine", lr=0.2, out=str(whole))
     assert train.going_on(options) == (TrainOptions(resume=str(whole)), True)
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_a_run_folder_that_some_machines_do_not_see_is_refused_on_all(
+    here: bool, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restarted(monkeypatch, "job")
+    monkeypatch.setattr(train, "joined", lambda timeout: Agreed(True, not here, here))
+    with pytest.raises(ArgumentError, match=r"^out: some of the processes find .* and others do not"):
+        train.going_on(TrainOptions(data="wine", out=str(whole if here else tmp_path)))
 
 
 def test_the_restart_of_a_resumed_run_that_had_nothing_left_to_do_is_refused_too(

@@ -116,11 +116,17 @@ def going_on(options: TrainOptions) -> tuple[TrainOptions, bool]:
             "its folder; give --out runs/NAME"
         )
     run, ranks = Run(Path(folder)), joined(TIMEOUT)
+    there = run.config.is_file()
     # of several machines one may count the restart alone
-    (again,) = ranks.any(count > 0)
+    again, seen, missed = ranks.any(count > 0, there, not there)
     if not again:
         return options, False
-    if not ranks.of_first([run.config.is_file()])[0]:
+    if seen and missed:
+        raise ArgumentError(
+            f"{'out' if options.resume is None else 'resume'}: some of the processes find {str(run.config)!r} and "
+            "others do not, so they cannot go on together; give a new folder in one that all machines share"
+        )
+    if missed:
         if ranks.leads:
             # the failure came before there was a run
             discard_begun(run)
