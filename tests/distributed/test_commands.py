@@ -241,6 +241,18 @@ def test_a_folder_with_files_of_others_stays_as_it_is(tmp_path: Path) -> None:
     assert run.checkpoint("start").exists()
 
 
+def test_a_restart_with_resume_discards_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = create_run(tmp_path / "run")
+    run.checkpoint("start").write_bytes(b"")
+    restarted(monkeypatch, "job")
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--resume", str(run.path)])
+    assert ended.value.code == 1 and "it has no config.json" in capsys.readouterr().err
+    assert run.checkpoint("start").exists()
+
+
 def test_the_script_of_the_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: None) -> None:
     page = (worlds.ROOT / "engine" / "README.md").read_text(encoding="utf-8")
     (script,) = re.findall(r"^```py\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)

@@ -127,7 +127,7 @@ def going_on(options: TrainOptions) -> tuple[TrainOptions, bool]:
             "others do not, so they cannot go on together; give a new folder in one that all machines share"
         )
     if missed:
-        if ranks.leads:
+        if ranks.leads and options.resume is None:
             # the failure came before there was a run
             discard_begun(run)
         return options, False
