@@ -169,8 +169,8 @@ def load_checkpoint(
 ) -> Engine:
     """The engine that was saved, on any backend. With ``network`` the checkpoint must be of such a network.
 
-    ``distributed``, ``reduce``, ``timeout`` and ``shard_optimizer``: see ``Engine``. The number of processes may be
-    another than before, and so may the last.
+    ``distributed``, ``reduce``, ``timeout`` and ``shard_optimizer``: see ``Engine``. The number of processes and
+    ``shard_optimizer`` may be other than before.
 
     Raises CheckpointError if the file is missing, corrupted or of another network, BackendUnavailableError.
     """

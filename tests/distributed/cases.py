@@ -185,7 +185,7 @@ def refusals(rank: int) -> dict[str, str]:
     """Return the errors of what ranks do not share, or cannot do together."""
     case = CASES["momentum"]
     given = data(case)
-    made = case.engine(distributed=True)
+    made, sliced = case.engine(distributed=True), case.engine(distributed=True, shard_optimizer=True)
     other = {**given, "X": given["X"] + (rank == 1)}
     before = made.memory.params.copy()
     found = {
@@ -203,6 +203,7 @@ def refusals(rank: int) -> dict[str, str]:
         "batches": message(lambda: made.fit([(given["X"], given["y"])], epochs=1), ArgumentError),
         "adversarial": message(lambda: made.fit(**given, adversarial=FGSM(0.1)), ArgumentError),
         "plan": message(lambda: case.engine(distributed=True, plan="eager"), ArgumentError),
+        "folder": message(lambda: sliced.save_checkpoint("missing/x.safetensors"), ArgumentError),
     }
     assert np.array_equal(made.memory.params, before)
     # and an engine that was refused something trains on

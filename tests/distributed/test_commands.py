@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ import pytest
 import worlds
 from safetensors.numpy import load_file
 
-from fusemlp import load
-from fusemlp.cli import main
+from fusemlp import ArgumentError, load
+from fusemlp.cli import main, train
+from fusemlp.cli.options import TrainOptions
+from fusemlp.report.runs import create_run, discard_begun
 from fusemlp.runtime.ranks import VARIABLES
 
 pytest.importorskip("torch")
@@ -111,19 +115,142 @@ def test_torchrun_restarts_and_the_run_goes_on_from_its_last_checkpoint(tmp_path
     assert (run / "config.json").stat() == begun
 
 
+def restarted(monkeypatch: pytest.MonkeyPatch, job: str) -> None:
+    """Let this process be one that torchrun has started again."""
+    for name, value in (("RESTART_COUNT", "1"), ("MAX_RESTARTS", "1"), ("RUN_ID", job)):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+
+
+def begun(run: Path, whole: Path, job: str, **report: Any) -> None:
+    """Copy the whole run as one that a job of torchrun has made, with these values in its report."""
+    shutil.copytree(whole, run)
+    config, told = (json.loads((run / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "report"))
+    config["job"] = f"{job}: {config['command'].replace(str(whole), str(run))}"
+    for name, content in (("config", config), ("report", told | report)):
+        (run / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("ended", [False, True])
 def test_a_failure_before_the_first_epoch_or_after_the_last_is_made_good(
     ended: bool, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     if ended:
-        shutil.copytree(whole, run)
+        begun(run, whole, "job")
     else:
+        # of a run that begins from another, killed before its config.json
         (run / "checkpoints").mkdir(parents=True)
-    for name in ("RESTART_COUNT", "MAX_RESTARTS"):
-        monkeypatch.setenv(f"TORCHELASTIC_{name}", "1")
+        for name in ("start.safetensors", ".start.safetensors.0123.tmp"):
+            (run / "checkpoints" / name).write_bytes(b"")
+    restarted(monkeypatch, "job")
     in_this_process(*TRAIN[1:], "--out", str(run))
     assert_same_run(run, whole)
+
+
+# "job": an id that is always the same
+@pytest.mark.parametrize(("made_by", "more"), [("another job", ()), ("job", ("--lr", "0.2", "--epochs", "200"))])
+def test_a_restart_takes_over_no_run_that_another_job_has_made(
+    made_by: str,
+    more: tuple[str, ...],
+    tmp_path: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    begun(run, whole, made_by)
+    before = files(run)
+    restarted(monkeypatch, "job")
+    with pytest.raises(SystemExit) as ended:
+        main([*TRAIN, *more, "--out", str(run), "--quiet"])
+    assert ended.value.code == 2 and "is not empty; give a new or empty folder" in capsys.readouterr().err
+    assert files(run) == before
+
+
+def test_a_run_that_diverged_is_not_trained_to_the_same_divergence_by_a_restart(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    begun(run, whole, "job", diverged=True)
+    before = files(run)
+    restarted(monkeypatch, "job")
+    with pytest.raises(SystemExit) as ended:
+        main([*TRAIN, "--out", str(run), "--quiet"])
+    assert ended.value.code == 2 and "the run diverged, and would again" in capsys.readouterr().err
+    assert files(run) == before
+
+
+class Agreed:
+    """The ranks of a world of two; the other has these flags, and rank 0 these values."""
+
+    leads = False
+
+    def __init__(self, *flags: bool, first: tuple[float, ...] = ()) -> None:
+        self.flags, self.first = flags, iter(first)
+
+    def any(self, *own: bool) -> list[bool]:
+        return [one or other for one, other in zip(own, self.flags, strict=True)]
+
+    def of_first(self, values: Sequence[float]) -> list[float]:
+        return [next(self.first)]
+
+
+def test_a_process_that_counts_no_restart_goes_on_with_one_that_does(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restarted(monkeypatch, "job")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setattr(train, "joined", lambda timeout: Agreed(True, True, False, first=(1.0,)))
+    options = TrainOptions(data="wine", lr=0.2, out=str(whole))
+    assert train.going_on(options) == (TrainOptions(resume=str(whole)), True)
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_a_run_folder_that_some_machines_do_not_see_is_refused_on_all(
+    here: bool, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restarted(monkeypatch, "job")
+    monkeypatch.setattr(train, "joined", lambda timeout: Agreed(True, not here, here))
+    with pytest.raises(ArgumentError, match=r"^out: some of the processes find .* and others do not"):
+        train.going_on(TrainOptions(data="wine", out=str(whole if here else tmp_path)))
+
+
+def test_the_restart_of_a_resumed_run_that_had_nothing_left_to_do_is_refused_too(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    restarted(monkeypatch, "job")
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--resume", str(run), "--quiet"])
+    assert ended.value.code == 2 and "the run has done its 100 epochs" in capsys.readouterr().err
+    in_this_process("--resume", str(run), "--epochs", "101")
+    # this job made the last epoch, so its restart ends the run once more
+    in_this_process("--resume", str(run), "--epochs", "101")
+
+
+def test_a_folder_with_files_of_others_stays_as_it_is(tmp_path: Path) -> None:
+    run = create_run(tmp_path / "run")
+    for path in (run.checkpoint("start"), run.path / "notes.txt"):
+        path.write_bytes(b"")
+    discard_begun(run)
+    assert run.checkpoint("start").exists()
+
+
+def test_a_restart_with_resume_discards_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = create_run(tmp_path / "run")
+    run.checkpoint("start").write_bytes(b"")
+    restarted(monkeypatch, "job")
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--resume", str(run.path)])
+    assert ended.value.code == 1 and "it has no config.json" in capsys.readouterr().err
+    assert run.checkpoint("start").exists()
 
 
 def test_the_script_of_the_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: None) -> None:

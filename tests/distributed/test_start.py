@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import cast
 
 import pytest
 import worlds
@@ -13,6 +15,7 @@ from fusemlp import (
     SGD,
     Adam,
     ArgumentError,
+    ArgumentTypeError,
     BackendUnavailableError,
     DistributedError,
     Engine,
@@ -25,7 +28,7 @@ from fusemlp.runtime import ranks
 from fusemlp.runtime.plans import plan_text
 from fusemlp.runtime.ranks import VARIABLES, Ranks
 
-pytest.importorskip("torch")
+distributed = pytest.importorskip("torch.distributed")
 
 
 def as_rank(monkeypatch: pytest.MonkeyPatch, port: int, world: int = 1) -> None:
@@ -53,6 +56,10 @@ def test_the_plan_shows_what_a_rank_keeps_and_receives() -> None:
     assert "all_reduce ordered, 4 ranks" in plan_text(net, devices=4, **given)
     with pytest.raises(ArgumentError, match="shard_optimizer: it shards over several processes; say how many"):
         plan_text(net, shard_optimizer=True, **given)
+    with pytest.raises(ArgumentTypeError, match="shard_optimizer: expected True or False, got 'no'"):
+        plan_text(net, devices=4, shard_optimizer="no", **given)
+    # plain SGD has none
+    assert "keeps" not in plan_text(net, devices=4, shard_optimizer=True, **{**given, "optimizer": SGD()})
 
 
 def test_a_program_that_does_not_gather_what_others_update_is_refused() -> None:
@@ -96,6 +103,44 @@ def test_ranks_that_do_not_come_are_waited_for_up_to_the_limit(monkeypatch: pyte
     as_rank(monkeypatch, worlds.free_port(), world=2)
     with pytest.raises(DistributedError, match=r"the 2 ranks did not meet at .* within 1 s; see that all of them"):
         Ranks(timeout=1.0)
+
+
+class Texts:
+    """The ranks of rank 1 of two; rank 0 tells ``first``."""
+
+    leads = False
+
+    def __init__(self, first: str) -> None:
+        self.first, self.calls = first, 0
+
+    def texts(self, text: str) -> list[str]:
+        self.calls += 1
+        return [self.first, text]
+
+
+def test_every_rank_refuses_a_checkpoint_that_rank_0_cannot_write(tmp_path: Path) -> None:
+    engine = Engine(MLP([6, 5, 4]), backend="numpy")
+    engine.sharding, ranks = Sharding("ordered", 2, True), Texts("path: there is no folder 'far'")
+    engine.ranks = cast(Ranks, ranks)
+    with pytest.raises(ArgumentError, match=r"^path: the file holds safetensors"):
+        engine.save_checkpoint(tmp_path / "x.onnx")
+    # all ranks see this themselves
+    assert ranks.calls == 0
+    with pytest.raises(ArgumentError, match=r"^path: there is no folder 'far'"):
+        engine.save_checkpoint(tmp_path / "far" / "x.safetensors")
+    assert ranks.calls == 1
+
+
+def test_a_collective_that_fails_on_all_ranks_names_the_likely_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("invalid size")
+
+    as_rank(monkeypatch, worlds.free_port())
+    try:
+        with pytest.raises(DistributedError, match="may have called save_checkpoint alone: with shard_opt"):
+            Ranks(timeout=5.0)._collective(fail)
+    finally:
+        distributed.destroy_process_group()
 
 
 FROZEN = SGD(per_parameter={"*": ParameterOptions(trainable=False)})

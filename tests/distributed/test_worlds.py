@@ -87,6 +87,7 @@ SAID = {
     "batches": "y: a distributed engine takes arrays X and y",
     "adversarial": "adversarial: it trains in one process so far",
     "plan": "plan: a distributed step is two launches",
+    "folder": "path: there is no folder ",
 }
 
 

@@ -77,6 +77,24 @@ def test_checkpoints_of_a_run_that_are_looked_at(windows, monkeypatch, tmp_path)
     assert fusemlp.load_checkpoint(run.checkpoint("best")).epochs_trained == 2
 
 
+def test_a_file_system_without_hard_links_gets_a_second_file_and_no_further_save(monkeypatch, tmp_path):
+    """Rank 0 alone comes to a link that fails; to save again would need all ranks."""
+
+    def refuse(source, target):
+        raise PermissionError(1, "Operation not permitted", str(target))
+
+    run, saved = create_run(tmp_path / "run"), []
+    engine = fusemlp.Engine(fusemlp.MLP([4, 3]), backend="numpy", batch_size=8)
+    save = engine.save_checkpoint
+    monkeypatch.setattr(engine, "save_checkpoint", lambda path: (saved.append(path.stem), save(path)))
+    monkeypatch.setattr(os, "link", refuse)
+    X, y = np.random.default_rng(0).random((24, 4), np.float32), np.arange(24) % 3
+    engine.fit(X, y, epochs=1, validation_data=(X, y), callbacks=[Recorder(run, every=1)])
+    assert saved == ["last", "last"]
+    assert run.checkpoint("best").read_bytes() == run.checkpoint("last").read_bytes()
+    assert {path.stem for path in run.checkpoint("best").parent.iterdir()} == {"best", "last"}
+
+
 def test_metrics_that_another_program_has_open_follow_later(monkeypatch, tmp_path):
     run, rows, open_in_excel = create_run(tmp_path / "run"), [], [2, 3, 4]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
 
@@ -10,7 +9,7 @@ from fusemlp.callbacks import Callback
 from fusemlp.describe.checks import WINDOWS
 from fusemlp.engine import Engine
 from fusemlp.report.runs import Run, append_metrics
-from fusemlp.runtime.files import replace_file
+from fusemlp.runtime.files import replace_file, write_atomically
 from fusemlp.runtime.ranks import leading
 from fusemlp.training.history import History
 
@@ -71,10 +70,12 @@ class Recorder(Callback):
             return
         if linked:
             temporary = best.with_name(f".{best.name}.tmp")
-            # Without hard links, write a second file.
-            with contextlib.suppress(OSError):
+            try:
                 temporary.unlink(missing_ok=True)
                 os.link(last, temporary)
                 replace_file(temporary, best)
-                return
+            except OSError:
+                # Without hard links, write a second file; to save again would need all ranks.
+                write_atomically(best, last.read_bytes())
+            return
         engine.save_checkpoint(best)

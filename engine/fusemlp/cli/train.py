@@ -42,7 +42,7 @@ from fusemlp.report.runs import (
     append_metrics,
     choose_folder,
     create_run,
-    discard_if_empty,
+    discard_begun,
     keep_metrics,
     open_run,
     write_json,
@@ -50,7 +50,7 @@ from fusemlp.report.runs import (
 )
 from fusemlp.report.temperature import scale_logits
 from fusemlp.report.uncertainty import judged
-from fusemlp.runtime.ranks import TIMEOUT, joined, leading, restarts, started
+from fusemlp.runtime.ranks import TIMEOUT, job, joined, leading, restarts, started
 from fusemlp.training.adversarial import check_adversarial
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
@@ -83,51 +83,83 @@ class Session:
 def train(options: TrainOptions) -> None:
     """Train, write the run folder, print the results; raises DivergenceError after everything is written."""
     as_count("checkpoint_every", options.checkpoint_every)
-    options = going_on(options)
+    options, again = going_on(options)
     if not leading():
-        follow(options)
+        follow(options, again=again)
         return
     with events(as_json=options.as_json, quiet=options.quiet) as told:
-        content, lines, failure = trained(options, told)
+        content, lines, failure = trained(options, told, again=again)
     show(content, lines, as_json=options.as_json, warnings=content.get("worse_than", ()))
     if failure is not None:
         raise failure
 
 
-def going_on(options: TrainOptions) -> TrainOptions:
-    """Return the options, or for a process that torchrun has started again those that resume the run."""
+def own_job(options: TrainOptions) -> dict[str, str]:
+    """Return the mark by which the processes that torchrun starts again know their run; none if it does not."""
+    if not restarts()[1]:
+        return {}
+    # other jobs may have the same id
+    return {"job": f"{job()}: {command_line(['fusemlp', 'train', *arguments(options)])}"}
+
+
+def going_on(options: TrainOptions) -> tuple[TrainOptions, bool]:
+    """Return the options, and False; for processes that torchrun has started again those that resume the run of their
+    job, and True. All processes get the same.
+    """
     count, most = restarts()
-    if options.resume is not None or not most:
-        return options
-    if options.out is None:
+    if not most:
+        return options, False
+    folder = options.out if options.resume is None else options.resume
+    if folder is None:
         raise ArgumentError(
             "out: torchrun starts these processes again after a failure (--max-restarts), and they find their run by "
             "its folder; give --out runs/NAME"
         )
-    run, ranks = Run(Path(options.out)), joined(TIMEOUT)
+    run, ranks = Run(Path(folder)), joined(TIMEOUT)
+    there = run.config.is_file()
     # of several machines one may count the restart alone
-    (again,) = ranks.any(count > 0)
-    if not again or not ranks.of_first([run.config.is_file()])[0]:
-        if again and ranks.leads:
+    again, seen, missed = ranks.any(count > 0, there, not there)
+    if not again:
+        return options, False
+    if seen and missed:
+        raise ArgumentError(
+            f"{'out' if options.resume is None else 'resume'}: some of the processes find {str(run.config)!r} and "
+            "others do not, so they cannot go on together; give a new folder in one that all machines share"
+        )
+    if missed:
+        if ranks.leads and options.resume is None:
             # the failure came before there was a run
-            discard_if_empty(run, itself=False)
-        return options
+            discard_begun(run)
+        return options, False
+    # another's run is refused, as it was before the restart
+    (again,) = map(bool, ranks.of_first([own_job(options).items() <= open_run(folder)[1].items()]))
+    if not again or options.resume is not None:
+        return options, again
     free = {name: value for name, value in given_options(options).items() if name in _FREE}
-    return TrainOptions(**free, resume=options.out)
+    return TrainOptions(**free, resume=folder), True
 
 
-def trained(options: TrainOptions, told: Events) -> tuple[dict[str, Any], list[str], DivergenceError | None]:
+def prepared_session(options: TrainOptions, *, again: bool) -> Session:
+    """Return a new session, or a resumed one; ``again``: after a restart of its job."""
+    if options.resume is None:
+        return new_session(options)
+    return resumed_session(options, options.resume, again=again)
+
+
+def trained(
+    options: TrainOptions, told: Events, *, again: bool
+) -> tuple[dict[str, Any], list[str], DivergenceError | None]:
     """Return the results of a whole training, lines on them, and the error if it diverged."""
-    session = new_session(options) if options.resume is None else resumed_session(options, options.resume)
+    session = prepared_session(options, again=again)
     with tracking.closing(session.tracker):
         return worked(session, told)
 
 
-def follow(options: TrainOptions) -> None:
+def follow(options: TrainOptions, *, again: bool) -> None:
     """Train as a rank other than 0, which prints and writes nothing."""
     options = replace(options, quiet=True)
     # rank 0 tells of a divergence and of Ctrl-C: a process that ends with an error would have torchrun end rank 0 too
-    session = new_session(options) if options.resume is None else resumed_session(options, options.resume)
+    session = prepared_session(options, again=again)
     run_session(session, [Recorder(session.run, every=session.options.checkpoint_every)])
 
 
@@ -256,7 +288,9 @@ def new_session(options: TrainOptions) -> Session:
             # a training that was cut off may have to start anew
             engine.save(run.checkpoint("start"))
         command = command_line(["fusemlp", "train", *arguments(given)])
-        write_json(run.config, {**configuration(options, prepared, engine, epochs), "command": command})
+        write_json(
+            run.config, {**configuration(options, prepared, engine, epochs), "command": command, **own_job(given)}
+        )
         columns.write(prepared, run)
         if tracker is not None:
             tracking.note_id(run, options, tracker)
@@ -298,9 +332,9 @@ def given_options(options: FitOptions) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != getattr(default, name)}
 
 
-def resumed_session(options: TrainOptions, folder: str) -> Session:
+def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Session:
     """Return the run at its last checkpoint; refuse other data and options that would change the run."""
-    given = given_options(options)
+    given, mark = given_options(options), own_job(options)
     for option in fields(options):
         if option.name in given and option.name not in _FREE:
             raise ArgumentError(
@@ -353,26 +387,29 @@ def resumed_session(options: TrainOptions, folder: str) -> Session:
     else:
         # An ensemble has no checkpoint to go on from: it trains anew, with the same result.
         engine = new_engine(options, prepared, scheduled)
-    # a rank may have failed at the very end: then the run is ended once more
-    if run.report.exists() and not restarts()[0]:
+    if run.report.exists():
         report = json.loads(run.report.read_text(encoding="utf-8"))
         done = report["epochs"] if prepared.models > 1 and not report["interrupted"] else engine.epochs_trained
-        _check_unfinished(report, done, epochs)
+        _check_unfinished(report, done, epochs, again=again)
     if not leading():
         return Session(run, options, prepared, engine, epochs, scheduled=scheduled)
     if tracker is not None:
         tracker.open(tracking.parameters(options, engine, epochs))
         tracking.note_id(run, options, tracker)
     keep_metrics(run, engine.epochs_trained)
-    if epochs > config["epochs"]:
-        write_json(run.config, config | {"epochs": epochs})
+    changed = {"epochs": epochs, **({} if again else mark)}
+    if not changed.items() <= config.items():
+        write_json(run.config, config | changed)
     return Session(run, options, prepared, engine, epochs, scheduled=scheduled, tracker=tracker)
 
 
-def _check_unfinished(report: dict[str, Any], done: int, epochs: int) -> None:
-    """Refuse to resume a run with nothing left to do."""
+def _check_unfinished(report: dict[str, Any], done: int, epochs: int, *, again: bool) -> None:
+    """Refuse to resume a run with nothing left to do; ``again``: after a restart, only one that diverged."""
     if report["diverged"]:
         raise ArgumentError("resume: the run diverged, and would again; start a new one with a lower --lr")
+    if again:
+        # a rank may have failed at the very end: then the run is ended once more
+        return
     if report["stopped"] and not report["interrupted"]:
         raise ArgumentError(f"resume: the run has ended ({report['stopped']}); start a new one")
     if done >= epochs:

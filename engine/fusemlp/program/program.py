@@ -259,7 +259,7 @@ class Program:
         told = " and ".join(f"{scaled(count)}B by {op}" for op, count in received.items())
         return (
             f"calls 0 to {len(before) - 1} for each shard of a batch, up to {before[0].products[0][0]} rows; a rank "
-            f"has {sharding.own}, receives {told} from the others{kept if sharding.slices else ''}"
+            f"has {sharding.own}, receives {told} from the others{kept if sharding.slices and states else ''}"
         )
 
     def __str__(self) -> str:

@@ -112,6 +112,18 @@ def discard_if_empty(run: Run, *, itself: bool) -> None:
             run.path.rmdir()
 
 
+def discard_begun(run: Run) -> None:
+    """Remove all that a run has written before its ``config.json``; a folder that holds anything else stays as it is.
+
+    A process that was killed may leave temporary files.
+    """
+    files = [path for path in run.path.rglob("*") if not path.is_dir()]
+    if all(path == run.checkpoint("start") or path.match(".*.tmp") for path in files):
+        for path in files:
+            path.unlink()
+        discard_if_empty(run, itself=False)
+
+
 def open_run(path: str | Path) -> tuple[Run, dict[str, Any]]:
     """Return an existing run folder and its configuration; CheckpointError for any other folder."""
     run = Run(Path(path))

@@ -59,6 +59,12 @@ def target_file(path: str | Path) -> Path:
 
 def model_file(path: str | Path) -> Path:
     """Return the safetensors file to write as ``target_file`` does; ArgumentError for the ending of another format."""
+    check_ending(path)
+    return target_file(path)
+
+
+def check_ending(path: str | Path) -> None:
+    """Raise ArgumentTypeError for what is no path, ArgumentError for the ending of another format."""
     check_path(path)
     if Path(path).suffix.lower() in OTHERS:
         hint = "; to_onnx(path) writes ONNX" if Path(path).suffix.lower() == ".onnx" else ""
@@ -66,7 +72,6 @@ def model_file(path: str | Path) -> Path:
             f"path: the file holds safetensors; expected a name such as "
             f"{Path(path).with_suffix('.safetensors').name!r}, got {str(path)!r}{hint}"
         )
-    return target_file(path)
 
 
 def check_path(path: object) -> None:

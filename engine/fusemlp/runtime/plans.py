@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fusemlp.describe.checks import as_count
+from fusemlp.describe.checks import as_count, check_flag
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
@@ -140,10 +140,11 @@ def plan_text(
     with ``devices`` that of one of this many processes which train together, with ``shard_optimizer`` each with a
     slice of the optimizer's state.
 
-    Raises ArgumentError for impossible values, BackendUnavailableError for ``devices`` of a backend that has one.
+    Raises ArgumentError or ArgumentTypeError for impossible values, BackendUnavailableError for ``devices`` of a
+    backend that has one.
     """
     traits = _traits(backend, precision)
-    if shard_optimizer and devices is None:
+    if check_flag("shard_optimizer", shard_optimizer) and devices is None:
         raise ArgumentError(
             "shard_optimizer: it shards over several processes; say how many by devices, or leave it out"
         )

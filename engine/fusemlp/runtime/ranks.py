@@ -42,6 +42,11 @@ def restarts() -> tuple[int, int]:
     return count, most
 
 
+def job() -> str:
+    """Return the id of the job of torchrun: drawn for each, but "none" unless given where machines meet by address."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
 def report_failure(message: str) -> None:
     """Let the summary with which torchrun ends show why this process fails."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -191,7 +196,10 @@ class Ranks:
         except RuntimeError:
             return "rank 0, which keeps the ranks' common store, ended or does not answer; see what it said itself"
         if not missing:
-            return f"a collective failed on all {self.world} ranks; see their own messages"
+            return (
+                f"a collective failed on all {self.world} ranks; see their own messages; a rank may have called "
+                "save_checkpoint alone: with shard_optimizer all processes must"
+            )
         names = f"rank{'' if len(missing) == 1 else 's'} {', '.join(map(str, missing))}"
         return f"{names} of {self.world} ended or did not answer within {self.timeout:g} s; see what it said itself"
 

@@ -16,10 +16,11 @@ from fusemlp.runtime.files import (
     CHECKPOINT,
     DIGEST,
     MODEL,
+    check_ending,
     check_finite,
     checked_config,
-    model_file,
     read_file,
+    target_file,
     to_bytes,
     write_atomically,
 )
@@ -103,12 +104,32 @@ def save_checkpoint(engine: Session, path: str | Path, *, extra: Mapping[str, An
     Raises ArgumentError or ArgumentTypeError for an impossible path or extra, DivergenceError if parameters are no
     longer finite, OSError from the disk; an older checkpoint at ``path`` then stays intact.
     """
-    # the folder may be on the machine of rank 0 alone
-    target = model_file(path) if engine.ranks is None or engine.ranks.leads else None
-    content = engine_content(engine, _checked_extra(extra), everywhere=False)
+    target, held = _target(engine, path), _checked_extra(extra)
+    content = engine_content(engine, held, everywhere=False)
     check_finite(_of_kind("parameter", content["tensors"]), CHECKPOINT.name)
     if target is not None:
         write_atomically(target, to_bytes(CHECKPOINT, content["config"], content["tensors"]))
+
+
+def _target(engine: Session, path: str | Path) -> Path | None:
+    """Return the file to write, None on a rank that writes none; where all ranks save, all raise what rank 0 does."""
+    check_ending(path)
+    ranks = engine.ranks
+    together = engine.sharding is not None and engine.sharding.slices
+    target, refusal = None, ""
+    # the folder may be on the machine of rank 0 alone
+    if ranks is None or ranks.leads:
+        try:
+            target = target_file(path)
+        except (ArgumentError, OSError) as error:
+            if not together:
+                raise
+            refusal = str(error)
+    if ranks is not None and together:
+        refusal = ranks.texts(refusal)[0]
+    if refusal:
+        raise ArgumentError(refusal)
+    return target
 
 
 def _checked_extra(extra: Mapping[str, Any] | None) -> dict[str, Any]:
