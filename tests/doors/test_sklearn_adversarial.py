@@ -10,7 +10,7 @@ from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.model_selection import KFold
 
-from fusemlp import IBP, MLP, PGD, SGD, TRADES, ArgumentError, ArgumentTypeError, DataError, Engine, Free
+from fusemlp import IBP, MLP, PGD, SGD, TRADES, ArgumentError, ArgumentTypeError, Callback, DataError, Engine, Free
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier, MLPRegressor
 
 PIXELS, LABELS = load_digits(n_class=4, return_X_y=True)
@@ -99,6 +99,16 @@ def test_intervals_converge_after_their_ramp():
     for early_stopping in (False, True):
         found = fitted(ibp, **options, early_stopping=early_stopping)
         assert ibp.settled(30) == 15 and 17 <= found.n_iter_ <= 20
+
+
+def test_a_fit_that_ends_within_the_ramp_keeps_its_last_parameters():
+    class Stop(Callback):
+        def on_epoch_end(self, engine, epoch, logs):
+            engine.stop_training = epoch == 2
+
+    options = {**OPTIONS, "max_iter": 30, "callbacks": [Stop()], "adversarial": IBP(0.1, warmup=0.0)}
+    last, judged = (MLPClassifier(**options, early_stopping=how).fit(X, Y, X_val=X, y_val=Y) for how in (False, True))
+    assert judged.n_iter_ == 3 and np.array_equal(parameters(judged), parameters(last))
 
 
 def test_regressors_resist_attacks_too():
