@@ -10,7 +10,20 @@ from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.model_selection import KFold
 
-from fusemlp import IBP, MLP, PGD, SGD, TRADES, ArgumentError, ArgumentTypeError, Callback, DataError, Engine, Free
+from fusemlp import (
+    IBP,
+    MLP,
+    PGD,
+    SGD,
+    TRADES,
+    ArgumentError,
+    ArgumentTypeError,
+    Callback,
+    DataError,
+    Engine,
+    Free,
+    ReduceOnPlateau,
+)
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier, MLPRegressor
 
 PIXELS, LABELS = load_digits(n_class=4, return_X_y=True)
@@ -99,6 +112,12 @@ def test_intervals_converge_after_their_ramp():
     for early_stopping in (False, True):
         found = fitted(ibp, **options, early_stopping=early_stopping)
         assert ibp.settled(30) == 15 and 17 <= found.n_iter_ <= 20
+
+
+def test_the_rate_falls_on_a_plateau_after_the_ramp():
+    # of the epochs 5 to 8 none is better than the first
+    rate = ReduceOnPlateau(0.5, factor=0.5, patience=1, min_delta=10.0)
+    assert fitted(IBP(0.1, warmup=0.0, ramp=0.5), learning_rate=rate, max_iter=8).learning_rate_ == 0.5 * 0.5**3
 
 
 def test_a_fit_that_ends_within_the_ramp_keeps_its_last_parameters():

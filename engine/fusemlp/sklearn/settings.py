@@ -63,8 +63,8 @@ class Parameters:
     callbacks : None, or objects like ``fusemlp.Callback``. Their logs have loss, learning_rate and, with validation
         data, val_loss and val_score. Not with lbfgs.
     adversarial : None, or FGSM, PGD, TRADES or IBP to train against, as in ``Engine.fit``; eps is in the units of X.
-        TRADES and IBP are for more than two classes. With IBP an epoch counts for convergence, early stopping and the
-        best score from the end of its ramp on. Not with lbfgs.
+        TRADES and IBP are for more than two classes. With IBP an epoch counts for convergence, early stopping, the
+        best score and ReduceOnPlateau from the end of its ramp on. Not with lbfgs.
 
     All other parameters mean what they mean in scikit-learn. With the same ``random_state`` the initial parameters, the
     validation rows and the order of the batches are scikit-learn's, and on NumPy the fitted model is, to within
