@@ -199,6 +199,8 @@ def test_plans_of_a_card_train_the_same_bits(device):
 def test_patience_and_the_best_weights_begin_after_the_ramp():
     assert [IBP(0.1).settled(epochs) for epochs in (1, 60)] == [0, 36]
     assert IBP(0.1, ramp=1.0).settled(5) == 4
+    # 0.1 + 0.2 is a little more than 0.3
+    assert IBP(0.1, warmup=0.1, ramp=0.2).settled(10) == 3
     engine = make("relu", plan="eager")
     kept = {}
 

@@ -48,7 +48,8 @@ class IBP(Description):
 
     def settled(self, epochs: int) -> int:
         """Return the first of ``epochs`` that begins after the ramp, from 0; no later one than the last."""
-        return min(epochs - 1, math.ceil((self.warmup + self.ramp) * epochs))
+        # 0.1 + 0.2 is a little more than 0.3
+        return min(epochs - 1, math.ceil(round((self.warmup + self.ramp) * epochs, 9)))
 
     def check(self, net: MLP, loss: Loss, optimizer: Optimizer) -> None:
         """Raise ArgumentError for what it cannot train."""
