@@ -373,7 +373,8 @@ def fit_checked(
     resident = engine.plan == "resident" and (on_host or against is None)
     members = engine.network.members
     if at_once is None:
-        asked = validation is not None or bool(callbacks) or not resident or engine.ranks is not None
+        decided = validation is not None or patience is not None or bool(callbacks)
+        asked = decided or not resident or engine.ranks is not None
         at_once = epochs_at_once(engine, epochs, count * members, asked=asked)
     if bound is None:
         now = 0
