@@ -220,6 +220,16 @@ def test_patience_and_the_best_weights_begin_after_the_ramp():
     assert all(np.array_equal(value, kept[best][name]) for name, value in engine.state_dict().items())
 
 
+def test_a_resumed_run_of_more_epochs_keeps_its_ramp():
+    engine = make("relu")
+    engine.fit(X, LABELS, epochs=2)
+    # a rate that never falls is best where it first counts, in epoch 5 of the fit
+    ibp, given = IBP(0.1, warmup=0.2, ramp=0.3), {"monitor": "learning_rate", "early_stopping": 8}
+    engine.fit(X, LABELS, epochs=10, adversarial=ibp, **given)
+    history = engine.fit(X, LABELS, epochs=40, adversarial=ibp, resume=True, **given)
+    assert history.best_epoch == 2 + 5 and len(history.epochs) == 5 + 1 + 8
+
+
 def test_a_resumed_run_is_the_same(tmp_path):
     ibp, path = IBP(0.2, bounds=(-3, 3)), tmp_path / "half.ckpt"
 

@@ -46,10 +46,14 @@ class IBP(Description):
         reached = float(risen >= 0.0) if not self.ramp else min(1.0, max(0.0, risen / self.ramp))
         return self.eps * reached, 1.0 - (1.0 - self.kappa) * reached
 
-    def settled(self, epochs: int) -> int:
-        """Return the first of ``epochs`` that begins after the ramp, from 0; no later one than the last."""
+    def settled(self, epochs: int, planned: int | None = None) -> int:
+        """Return the first of ``epochs`` that begins after the ramp, from 0; no later one than the last.
+
+        ``planned``: the epochs of which the ramp is a share, if it is not ``epochs``.
+        """
         # 0.1 + 0.2 is a little more than 0.3
-        return min(epochs - 1, math.ceil(round((self.warmup + self.ramp) * epochs, 9)))
+        ramped = math.ceil(round((self.warmup + self.ramp) * (epochs if planned is None else planned), 9))
+        return min(epochs - 1, ramped)
 
     def check(self, net: MLP, loss: Loss, optimizer: Optimizer) -> None:
         """Raise ArgumentError for what it cannot train."""
