@@ -28,7 +28,9 @@ class IBP(Description):
     units, and within ``bounds``, (low, high), if given.
 
     The first share ``warmup`` of the updates is plain training. In the share ``ramp`` after it eps rises from 0, and
-    the share of the plain loss falls from 1 to kappa. Early stopping and the best weights begin after the ramp.
+    the share of the plain loss falls from 1 to kappa. ``fit(early_stopping=)``, the best epoch and ReduceOnPlateau
+    judge no epoch before the end of the ramp. The callbacks EarlyStopping, ModelCheckpoint and ReduceLROnPlateau judge
+    all epochs; the first has ``start_from_epoch``.
     """
 
     kind = "ibp"
