@@ -255,7 +255,9 @@ def wrong(files: dict[str, Path]) -> list[tuple[Any, type[FusemlpError], str]]:
         (lambda: Blocks("missing.npy", Y), DataError, "X: 'missing.npy' cannot be read"),
         (lambda: Blocks(X, Y, batch_size=0), ArgumentError, "batch_size: expected a whole number"),
         (lambda: Blocks(X, Y, batch_size=104, drop_last=True), ArgumentError, "batch_size: 104 is more than the 103"),
-        (lambda: Blocks(X, Y, columns=["a"]), ArgumentError, "columns: it is of a Parquet file"),
+        (lambda: Blocks(X, Y, columns=["a"]), ArgumentError, "columns: it names columns of a Parquet file; give"),
+        (lambda: Blocks(path, target="y", block_rows=7), ArgumentError, "block_rows: it is for arrays; leave it out"),
+        (lambda: Blocks(X, Y, block_rows=-3), ArgumentError, "block_rows: expected a whole number"),
         (lambda: Blocks(path, Y, target="y"), ArgumentError, "target: it names y in a Parquet file"),
         (lambda: Blocks(path, target="z"), ArgumentError, "target: there is no column 'z'; the file has x0, x1"),
         (lambda: Blocks(path, target="y"), DTypeError, "columns: the column 'word' holds string"),
@@ -265,7 +267,7 @@ def wrong(files: dict[str, Path]) -> list[tuple[Any, type[FusemlpError], str]]:
     ]
 
 
-@pytest.mark.parametrize("number", range(15))
+@pytest.mark.parametrize("number", range(17))
 def test_what_gives_no_batches_is_refused(number: int, files: dict[str, Path]) -> None:
     call, error, message = wrong(files)[number]
     with pytest.raises(error, match=f"^{message}"):

@@ -12,6 +12,9 @@ from fusemlp.describe.checks import as_count, check_flag
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError
 
+# rows of a block of arrays
+BLOCK_ROWS = 4096
+
 
 class _Part(NamedTuple):
     """An array of a batch: its shape after the rows, and its type."""
@@ -28,7 +31,8 @@ class Blocks:
     on with the same batches. Many small blocks mix best where neighbouring rows are alike, as if sorted by class.
 
     ``X`` (n, K), ``y`` and perhaps ``sample_weight`` are arrays with n rows, such as ``numpy.load(path,
-    mmap_mode="r")``, or paths of .npy files, which are opened so. ``block_rows``: the neighbouring rows of a block.
+    mmap_mode="r")``, or paths of .npy files, which are opened so. ``block_rows``: the neighbouring rows of a block, by
+    default 4096.
 
     With ``target``, X is the path of a Parquet file, or paths of several with the same columns. A block is a row group,
     and one more is in memory while it is read. ``target`` names the column of y (n,), or columns (n, N), ``weight``
@@ -49,7 +53,7 @@ class Blocks:
         target: str | Sequence[str] | None = None,
         columns: Sequence[str] | None = None,
         weight: str | None = None,
-        block_rows: int = 4096,
+        block_rows: int | None = None,
         window: int = 16,
         seed: int = 0,
         shuffle: bool = True,
@@ -62,10 +66,13 @@ class Blocks:
         if target is None:
             for name, value in (("columns", columns), ("weight", weight)):
                 if value is not None:
-                    raise ArgumentError(f"{name}: it is of a Parquet file, whose y is target=; give that too")
-            self._source = _Arrays(X, y, sample_weight, as_count("block_rows", block_rows))
+                    raise ArgumentError(f"{name}: it names columns of a Parquet file; give target= too")
+            size = BLOCK_ROWS if block_rows is None else as_count("block_rows", block_rows)
+            self._source = _Arrays(X, y, sample_weight, size)
         elif y is not None or sample_weight is not None:
             raise ArgumentError("target: it names y in a Parquet file, and arrays are given too; give one of the two")
+        elif block_rows is not None:
+            raise ArgumentError("block_rows: it is for arrays; leave it out: blocks of a Parquet file are row groups")
         else:
             self._source = _Parquet(X, target, columns, weight)
         # the row with which each block begins, and the end
