@@ -164,9 +164,11 @@ def test_refusals_change_nothing(options, error, message):
 
 
 def test_two_classes_and_single_epochs_have_no_intervals():
-    with pytest.raises(ArgumentError, match="adversarial: TRADES needs the loss cross_entropy"):
-        MLPClassifier(adversarial=TRADES(0.1)).fit(X, Y > 1)
+    for how in (TRADES(0.1), IBP(0.1)):
+        message = f"adversarial: {type(how).__name__} takes more than two classes; use PGD or FGSM"
+        with pytest.raises(ArgumentError, match=message):
+            MLPClassifier(adversarial=how).fit(X, Y > 1)
+        with pytest.raises(ArgumentError, match=message):
+            MLPRegressor(adversarial=how).fit(X, Y)
     with pytest.raises(ValueError, match="adversarial: IBP rises over the epochs of a fit"):
         MLPClassifier(adversarial=IBP(0.1)).partial_fit(X, Y, classes=np.arange(4))
-    with pytest.raises(ArgumentError, match="adversarial: IBP needs the loss cross_entropy"):
-        MLPRegressor(adversarial=IBP(0.1)).fit(X, Y)
