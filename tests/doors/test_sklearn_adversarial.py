@@ -56,19 +56,29 @@ def test_it_is_the_engines_training(how, weighted):
     weight = np.random.RandomState(1).uniform(0.2, 2.0, 120) if weighted else None
     if weight is not None:
         weight[3] = 0.0
+        # the penalty of a batch is divided by its sum of weights, here 45
+        batches = weight.reshape(4, 30)
+        batches *= 1.5 / batches.mean(axis=1, keepdims=True)
     start = fitted(None, max_iter=1, learning_rate_init=1e-30)
     engine = Engine(
-        MLP([64, 12, 4]), optimizer=SGD(lr=0.5), batch_size=30, backend="numpy", precision="fp64", normalise=False
+        MLP([64, 12, 4]),
+        optimizer=SGD(lr=0.5, weight_decay=3.0 / (45 if weighted else 30), decay_biases=False),
+        batch_size=30,
+        backend="numpy",
+        precision="fp64",
+        normalise=False,
     )
     state = {}
     for layer, (w, b) in enumerate(zip(start.coefs_, start.intercepts_, strict=True)):
         state |= {f"{2 * layer}.weight": w.T, f"{2 * layer}.bias": b}
     engine.load_state_dict(state)
     engine.fit(X, Y, epochs=6, shuffle=False, adversarial=how, sample_weight=weight)
-    found = fitted(how, sample_weight=weight)
+    found = fitted(how, sample_weight=weight, alpha=3.0)
     for layer, w in enumerate(found.coefs_):
         np.testing.assert_allclose(w.T, engine.state_dict()[f"{2 * layer}.weight"], rtol=0, atol=1e-10)
-    assert not np.allclose(parameters(found), parameters(fitted(None, sample_weight=weight)), rtol=0, atol=1e-3)
+    assert not np.allclose(
+        parameters(found), parameters(fitted(None, sample_weight=weight, alpha=3.0)), rtol=0, atol=1e-3
+    )
 
 
 def test_one_epoch_after_another_is_a_fit():

@@ -186,7 +186,11 @@ class SklearnPolicy(Policy):
         schedule = model.engine.optimizer.schedule
         if model.rates.kind == "invscaling":
             self._scale_rate((estimator.t_ + 1) ** -model.rates.power)
-        elif model.rates.kind == "schedule" and isinstance(schedule, ReduceOnPlateau) and estimator.n_iter_ > self.settles:
+        elif (
+            model.rates.kind == "schedule"
+            and isinstance(schedule, ReduceOnPlateau)
+            and estimator.n_iter_ > self.settles
+        ):
             watched = loss if self.validation is None else -estimator.validation_scores_[-1]
             model.plateau = plateau_step(schedule, model.plateau, watched)
             self._scale_rate(model.plateau[2])
