@@ -73,6 +73,13 @@ def test_a_contender_that_compiles_for_long_agrees_with_the_oracle_too(name: str
     assert verdict.agrees, verdict.reason
 
 
+def test_a_worker_that_trains_with_another_learning_rate_is_refused() -> None:
+    with worker.Worker("engine") as process:
+        process.ask("load", replace(SMALL["sgd"], learning_rate=1.02 * SMALL["sgd"].learning_rate))
+        found = judge_of("sgd").verdict("engine", *process.ask("trajectories"))
+    assert not found.agrees and found.step == 2
+
+
 @pytest.mark.gpu
 def test_on_a_card_too_a_contender_agrees_with_the_oracle() -> None:
     names = installed("gpu")

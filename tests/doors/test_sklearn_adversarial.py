@@ -10,7 +10,20 @@ from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.model_selection import KFold
 
-from fusemlp import IBP, MLP, PGD, SGD, TRADES, ArgumentError, ArgumentTypeError, DataError, Engine, Free
+from fusemlp import (
+    IBP,
+    MLP,
+    PGD,
+    SGD,
+    TRADES,
+    ArgumentError,
+    ArgumentTypeError,
+    Callback,
+    DataError,
+    Engine,
+    Free,
+    ReduceOnPlateau,
+)
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier, MLPRegressor
 
 PIXELS, LABELS = load_digits(n_class=4, return_X_y=True)
@@ -43,19 +56,29 @@ def test_it_is_the_engines_training(how, weighted):
     weight = np.random.RandomState(1).uniform(0.2, 2.0, 120) if weighted else None
     if weight is not None:
         weight[3] = 0.0
+        # the penalty of a batch is divided by its sum of weights, here 45
+        batches = weight.reshape(4, 30)
+        batches *= 1.5 / batches.mean(axis=1, keepdims=True)
     start = fitted(None, max_iter=1, learning_rate_init=1e-30)
     engine = Engine(
-        MLP([64, 12, 4]), optimizer=SGD(lr=0.5), batch_size=30, backend="numpy", precision="fp64", normalise=False
+        MLP([64, 12, 4]),
+        optimizer=SGD(lr=0.5, weight_decay=3.0 / (45 if weighted else 30), decay_biases=False),
+        batch_size=30,
+        backend="numpy",
+        precision="fp64",
+        normalise=False,
     )
     state = {}
     for layer, (w, b) in enumerate(zip(start.coefs_, start.intercepts_, strict=True)):
         state |= {f"{2 * layer}.weight": w.T, f"{2 * layer}.bias": b}
     engine.load_state_dict(state)
     engine.fit(X, Y, epochs=6, shuffle=False, adversarial=how, sample_weight=weight)
-    found = fitted(how, sample_weight=weight)
+    found = fitted(how, sample_weight=weight, alpha=3.0)
     for layer, w in enumerate(found.coefs_):
         np.testing.assert_allclose(w.T, engine.state_dict()[f"{2 * layer}.weight"], rtol=0, atol=1e-10)
-    assert not np.allclose(parameters(found), parameters(fitted(None, sample_weight=weight)), rtol=0, atol=1e-3)
+    assert not np.allclose(
+        parameters(found), parameters(fitted(None, sample_weight=weight, alpha=3.0)), rtol=0, atol=1e-3
+    )
 
 
 def test_one_epoch_after_another_is_a_fit():
@@ -101,6 +124,22 @@ def test_intervals_converge_after_their_ramp():
         assert ibp.settled(30) == 15 and 17 <= found.n_iter_ <= 20
 
 
+def test_the_rate_falls_on_a_plateau_after_the_ramp():
+    # of the epochs 5 to 8 none is better than the first
+    rate = ReduceOnPlateau(0.5, factor=0.5, patience=1, min_delta=10.0)
+    assert fitted(IBP(0.1, warmup=0.0, ramp=0.5), learning_rate=rate, max_iter=8).learning_rate_ == 0.5 * 0.5**3
+
+
+def test_a_fit_that_ends_within_the_ramp_keeps_its_last_parameters():
+    class Stop(Callback):
+        def on_epoch_end(self, engine, epoch, logs):
+            engine.stop_training = epoch == 2
+
+    options = {**OPTIONS, "max_iter": 30, "callbacks": [Stop()], "adversarial": IBP(0.1, warmup=0.0)}
+    last, judged = (MLPClassifier(**options, early_stopping=how).fit(X, Y, X_val=X, y_val=Y) for how in (False, True))
+    assert judged.n_iter_ == 3 and np.array_equal(parameters(judged), parameters(last))
+
+
 def test_regressors_resist_attacks_too():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -135,9 +174,11 @@ def test_refusals_change_nothing(options, error, message):
 
 
 def test_two_classes_and_single_epochs_have_no_intervals():
-    with pytest.raises(ArgumentError, match="adversarial: TRADES needs the loss cross_entropy"):
-        MLPClassifier(adversarial=TRADES(0.1)).fit(X, Y > 1)
+    for how in (TRADES(0.1), IBP(0.1)):
+        message = f"adversarial: {type(how).__name__} takes more than two classes; use PGD or FGSM"
+        with pytest.raises(ArgumentError, match=message):
+            MLPClassifier(adversarial=how).fit(X, Y > 1)
+        with pytest.raises(ArgumentError, match=message):
+            MLPRegressor(adversarial=how).fit(X, Y)
     with pytest.raises(ValueError, match="adversarial: IBP rises over the epochs of a fit"):
         MLPClassifier(adversarial=IBP(0.1)).partial_fit(X, Y, classes=np.arange(4))
-    with pytest.raises(ArgumentError, match="adversarial: IBP needs the loss cross_entropy"):
-        MLPRegressor(adversarial=IBP(0.1)).fit(X, Y)

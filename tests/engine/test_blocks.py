@@ -108,7 +108,7 @@ def test_files_give_the_batches_of_arrays(files: dict[str, Path]) -> None:
     assert rows_of(iter(found)) == expected
     x, y, weight = next(iter(found))
     assert (x.dtype, y.dtype, weight.dtype) == (np.float32, np.int64, np.float64)
-    several = Blocks(files["0.parquet"], target=["w", "x1"], columns=["y"], batch_size=4)
+    several = Blocks(files["0.parquet"], target=["w", "x1"], columns="y", batch_size=4)
     assert [array.shape for array in next(iter(several))] == [(4, 1), (4, 2)]
 
 
@@ -255,21 +255,60 @@ def wrong(files: dict[str, Path]) -> list[tuple[Any, type[FusemlpError], str]]:
         (lambda: Blocks("missing.npy", Y), DataError, "X: 'missing.npy' cannot be read"),
         (lambda: Blocks(X, Y, batch_size=0), ArgumentError, "batch_size: expected a whole number"),
         (lambda: Blocks(X, Y, batch_size=104, drop_last=True), ArgumentError, "batch_size: 104 is more than the 103"),
-        (lambda: Blocks(X, Y, columns=["a"]), ArgumentError, "columns: it is of a Parquet file"),
+        (lambda: Blocks(X, Y, columns=["a"]), ArgumentError, "columns: it names columns of a Parquet file; give"),
+        (lambda: Blocks(path, target="y", block_rows=7), ArgumentError, "block_rows: it is for arrays; leave it out"),
+        (lambda: Blocks(X, Y, block_rows=-3), ArgumentError, "block_rows: expected a whole number"),
         (lambda: Blocks(path, Y, target="y"), ArgumentError, "target: it names y in a Parquet file"),
         (lambda: Blocks(path, target="z"), ArgumentError, "target: there is no column 'z'; the file has x0, x1"),
         (lambda: Blocks(path, target="y"), DTypeError, "columns: the column 'word' holds string"),
         (lambda: Blocks(path, target="y", columns=[]), ArgumentError, "columns: expected the name of 1 column or more"),
+        (
+            lambda: Blocks(path, target=5),
+            ArgumentTypeError,
+            "target: expected the name of a column, or a list of names",
+        ),
+        (
+            lambda: Blocks(path, target="y", columns=5),
+            ArgumentTypeError,
+            "columns: expected the name of a column, or a",
+        ),
+        (lambda: Blocks(path, target="y", columns=[5]), ArgumentTypeError, r"columns: expected .*, got \[5\]"),
+        (
+            lambda: Blocks(path, target="y", columns="x0", weight=["w"]),
+            ArgumentTypeError,
+            r"weight: expected the name of a column, got \['w'\]",
+        ),
+        (lambda: Blocks(path, target="y", columns=["x0", "y"]), ArgumentError, "columns: 'y' is the target, which"),
+        (
+            lambda: Blocks(path, target="y", columns=["w"], weight="w"),
+            ArgumentError,
+            "columns: 'w' is the weight, which",
+        ),
         (lambda: Blocks(X, target="y"), ArgumentTypeError, "X: expected the path of a Parquet file"),
         (lambda: Blocks(files["X.npy"], target="y"), DataError, "X: '.*X.npy' cannot be read as a Parquet file"),
     ]
 
 
-@pytest.mark.parametrize("number", range(15))
+@pytest.mark.parametrize("number", range(23))
 def test_what_gives_no_batches_is_refused(number: int, files: dict[str, Path]) -> None:
     call, error, message = wrong(files)[number]
     with pytest.raises(error, match=f"^{message}"):
         call()
+
+
+def test_a_target_beyond_int64_is_refused(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    for most in (2**63 - 1, 2**63):
+        labels = pyarrow.array([1, most], pyarrow.uint64())
+        parquet.write_table(pyarrow.table({"x": [1.0, 2.0], "y": labels}), tmp_path / "large.parquet")
+        blocks = Blocks(tmp_path / "large.parquet", target="y", shuffle=False)
+        if most < 2**63:
+            assert next(iter(blocks))[1].tolist() == [1, most]
+        else:
+            with pytest.raises(DataError, match=r"^y: row group 0 of '.*' has 9223372036854775808, and a target holds"):
+                next(iter(blocks))
 
 
 def test_missing_values_and_other_files_are_refused(tmp_path: Path, files: dict[str, Path]) -> None:

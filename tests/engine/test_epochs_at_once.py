@@ -75,6 +75,15 @@ def test_a_launch_is_no_longer_than_the_rows_that_there_is_room_for(monkeypatch:
     assert_same_state(cut, whole)
 
 
+def test_the_training_loss_stops_after_its_epoch() -> None:
+    stops: dict[str, Any] = {"epochs": 40, "monitor": "loss", "early_stopping": 2}
+    alone, apart = engine(SGD(2.0)), engine(SGD(2.0))
+    history = alone.fit(X, Y, **stops)
+    assert len(history.epochs) == (history.best_epoch or 0) + 3 < 40
+    apart.fit(X, Y, **stops, callbacks=[Listener()])
+    assert_same_state(alone, apart)
+
+
 def test_the_epoch_that_diverged_is_found_and_those_before_it_are_kept() -> None:
     """A rate with which the squares of a linear model grow from epoch to epoch, until they overflow."""
     texts = []

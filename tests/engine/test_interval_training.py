@@ -199,6 +199,8 @@ def test_plans_of_a_card_train_the_same_bits(device):
 def test_patience_and_the_best_weights_begin_after_the_ramp():
     assert [IBP(0.1).settled(epochs) for epochs in (1, 60)] == [0, 36]
     assert IBP(0.1, ramp=1.0).settled(5) == 4
+    # 0.1 + 0.2 is a little more than 0.3
+    assert IBP(0.1, warmup=0.1, ramp=0.2).settled(10) == 3
     engine = make("relu", plan="eager")
     kept = {}
 
@@ -216,6 +218,16 @@ def test_patience_and_the_best_weights_begin_after_the_ramp():
     # rows as they are were easier before
     assert min(losses[:20]) < losses[best]
     assert all(np.array_equal(value, kept[best][name]) for name, value in engine.state_dict().items())
+
+
+def test_a_resumed_run_of_more_epochs_keeps_its_ramp():
+    engine = make("relu")
+    engine.fit(X, LABELS, epochs=2)
+    # a rate that never falls is best where it first counts, in epoch 5 of the fit
+    ibp, given = IBP(0.1, warmup=0.2, ramp=0.3), {"monitor": "learning_rate", "early_stopping": 8}
+    engine.fit(X, LABELS, epochs=10, adversarial=ibp, **given)
+    history = engine.fit(X, LABELS, epochs=40, adversarial=ibp, resume=True, **given)
+    assert history.best_epoch == 2 + 5 and len(history.epochs) == 5 + 1 + 8
 
 
 def test_a_resumed_run_is_the_same(tmp_path):

@@ -148,6 +148,13 @@ def test_a_fleet_is_so_many_engines_trained_alone() -> None:
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
 
 
+def test_early_stopping_without_validation_ends_each_model_after_its_epoch() -> None:
+    fleet = Fleet(NET, batch_size=BATCH, backend="triton", plan="resident", vary={"seed": range(2)})
+    # a rate that stays the same is best in the first epoch
+    results = fleet.fit(X, y, epochs=4, monitor="learning_rate", early_stopping=1)
+    assert [member.history.epochs for member in results.members] == [[0, 1]] * 2
+
+
 def test_members_trained_alone_in_other_batches_leave_the_others_as_they_are() -> None:
     made: dict[str, Any] = {"optimizer": SGD(0.1), "backend": "triton", "plan": "resident"}
     fleet = Fleet(NET, batch_size=BATCH, vary={"seed": range(2)}, **made)

@@ -28,7 +28,9 @@ class IBP(Description):
     units, and within ``bounds``, (low, high), if given.
 
     The first share ``warmup`` of the updates is plain training. In the share ``ramp`` after it eps rises from 0, and
-    the share of the plain loss falls from 1 to kappa. Early stopping and the best weights begin after the ramp.
+    the share of the plain loss falls from 1 to kappa. ``fit(early_stopping=)``, the best epoch and ReduceOnPlateau
+    judge no epoch before the end of the ramp. The callbacks EarlyStopping, ModelCheckpoint and ReduceLROnPlateau judge
+    all epochs; the first has ``start_from_epoch``.
     """
 
     kind = "ibp"
@@ -46,9 +48,14 @@ class IBP(Description):
         reached = float(risen >= 0.0) if not self.ramp else min(1.0, max(0.0, risen / self.ramp))
         return self.eps * reached, 1.0 - (1.0 - self.kappa) * reached
 
-    def settled(self, epochs: int) -> int:
-        """Return the first of ``epochs`` that begins after the ramp, from 0; no later one than the last."""
-        return min(epochs - 1, math.ceil((self.warmup + self.ramp) * epochs))
+    def settled(self, epochs: int, planned: int | None = None) -> int:
+        """Return the first of ``epochs`` that begins after the ramp, from 0; no later one than the last.
+
+        ``planned``: the epochs of which the ramp is a share, if it is not ``epochs``.
+        """
+        # 0.1 + 0.2 is a little more than 0.3
+        ramped = math.ceil(round((self.warmup + self.ramp) * (epochs if planned is None else planned), 9))
+        return min(epochs - 1, ramped)
 
     def check(self, net: MLP, loss: Loss, optimizer: Optimizer) -> None:
         """Raise ArgumentError for what it cannot train."""

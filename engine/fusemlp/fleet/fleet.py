@@ -313,6 +313,7 @@ class Fleet:
                     "would not be trained"
                 )
 
+        stops = patience is not None
         most = room(self._memory, self.candidates, first.precision, device=first.device)
         members: dict[int, Member] = {}
 
@@ -330,7 +331,7 @@ class Fleet:
             return fit_checked(engines[index], data, validation=held_out, rows=own, **common, **options)
 
         def ended(index: int, error: DivergenceError | None) -> None:
-            members[index] = self._member(index, engines[index], error, restores=patience is not None)
+            members[index] = self._member(index, engines[index], error, restores=stops)
             if callback is not None:
                 callback(members[index])
 
@@ -383,7 +384,7 @@ class Fleet:
             peers = {key: len(keys) for _, keys in groups for key in keys}
             if groups:
                 epochs_each = {
-                    index: epochs_at_once(engine, epochs, counts[index], asked=validations[index] is not None)
+                    index: epochs_at_once(engine, epochs, counts[index], asked=stops or validations[index] is not None)
                     for index, engine in engines.items()
                 }
                 arrays = data._replace(X=common["taken_in"]).arrays

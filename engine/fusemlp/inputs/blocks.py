@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,9 @@ import numpy as np
 from fusemlp.describe.checks import as_count, check_flag
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError
+
+# rows of a block of arrays
+BLOCK_ROWS = 4096
 
 
 class _Part(NamedTuple):
@@ -28,7 +31,8 @@ class Blocks:
     on with the same batches. Many small blocks mix best where neighbouring rows are alike, as if sorted by class.
 
     ``X`` (n, K), ``y`` and perhaps ``sample_weight`` are arrays with n rows, such as ``numpy.load(path,
-    mmap_mode="r")``, or paths of .npy files, which are opened so. ``block_rows``: the neighbouring rows of a block.
+    mmap_mode="r")``, or paths of .npy files, which are opened so. ``block_rows``: the neighbouring rows of a block, by
+    default 4096.
 
     With ``target``, X is the path of a Parquet file, or paths of several with the same columns. A block is a row group,
     and one more is in memory while it is read. ``target`` names the column of y (n,), or columns (n, N), ``weight``
@@ -47,9 +51,9 @@ class Blocks:
         *,
         batch_size: int = 32,
         target: str | Sequence[str] | None = None,
-        columns: Sequence[str] | None = None,
+        columns: str | Sequence[str] | None = None,
         weight: str | None = None,
-        block_rows: int = 4096,
+        block_rows: int | None = None,
         window: int = 16,
         seed: int = 0,
         shuffle: bool = True,
@@ -62,10 +66,13 @@ class Blocks:
         if target is None:
             for name, value in (("columns", columns), ("weight", weight)):
                 if value is not None:
-                    raise ArgumentError(f"{name}: it is of a Parquet file, whose y is target=; give that too")
-            self._source = _Arrays(X, y, sample_weight, as_count("block_rows", block_rows))
+                    raise ArgumentError(f"{name}: it names columns of a Parquet file; give target= too")
+            size = BLOCK_ROWS if block_rows is None else as_count("block_rows", block_rows)
+            self._source = _Arrays(X, y, sample_weight, size)
         elif y is not None or sample_weight is not None:
             raise ArgumentError("target: it names y in a Parquet file, and arrays are given too; give one of the two")
+        elif block_rows is not None:
+            raise ArgumentError("block_rows: it is for arrays; leave it out: blocks of a Parquet file are row groups")
         else:
             self._source = _Parquet(X, target, columns, weight)
         # the row with which each block begins, and the end
@@ -198,7 +205,10 @@ def _opened(name: str, given: Any) -> Any:
 class _Parquet:
     """Row groups of Parquet files."""
 
-    def __init__(self, X: Any, target: str | Sequence[str], columns: Sequence[str] | None, weight: str | None) -> None:
+    def __init__(self, X: Any, target: Any, columns: Any, weight: Any) -> None:
+        targets = _names("target", target)
+        others = [*targets, *([] if weight is None else _names("weight", weight, several=False))]
+        chosen = None if columns is None else _names("columns", columns)
         paths = [X] if isinstance(X, str | Path) else X
         if not isinstance(paths, list | tuple) or not paths or not all(isinstance(one, str | Path) for one in paths):
             raise ArgumentTypeError(f"X: expected the path of a Parquet file, or a list of paths, got {X!r}")
@@ -215,12 +225,10 @@ class _Parquet:
             self.sizes += [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         if not sum(self.sizes):
             raise DataError(f"X: expected 1 or more rows in {', '.join(map(str, paths))}, got 0")
-        targets = [target] if isinstance(target, str) else list(target)
-        others = [*targets, *([] if weight is None else [weight])]
         names = {
             "target": targets,
             "weight": others[len(targets) :],
-            "columns": [name for name in types if name not in others] if columns is None else list(columns),
+            "columns": [name for name in types if name not in others] if chosen is None else chosen,
         }
         for argument, some in names.items():
             for name in some:
@@ -228,6 +236,10 @@ class _Parquet:
         for argument in ("target", "columns"):
             if not names[argument]:
                 raise ArgumentError(f"{argument}: expected the name of 1 column or more of {', '.join(types)}")
+        for name in names["columns"]:
+            if name in others:
+                kind = "target" if name in targets else "weight"
+                raise ArgumentError(f"columns: {name!r} is the {kind}, which the network must not read; leave it out")
         # by part: its columns
         self._parts = [names["columns"], targets, *([names["weight"]] if weight is not None else [])]
         x, y = (_common([types[name] for name in some]) for some in self._parts[:2])
@@ -249,7 +261,22 @@ class _Parquet:
                         f"{name}: row group {group} of {str(path)!r} has {column.null_count} missing values; fill them "
                         "in, or leave the column out with columns="
                     )
-                (rows if rows.ndim == 1 else rows[:, place])[:] = column.to_numpy()
+                values = column.to_numpy()
+                if rows.dtype.kind == "i" and (values > np.iinfo(rows.dtype).max).any():
+                    raise DataError(
+                        f"{name}: row group {group} of {str(path)!r} has {values.max()}, and a target holds at most "
+                        f"{np.iinfo(rows.dtype).max}; number the classes from 0"
+                    )
+                (rows if rows.ndim == 1 else rows[:, place])[:] = values
+
+
+def _names(argument: str, given: Any, *, several: bool = True) -> list[str]:
+    """Return names of columns as a list."""
+    names = list(given) if several and isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if not all(isinstance(name, str) for name in names):
+        expected = "the name of a column" + ", or a list of names" * several
+        raise ArgumentTypeError(f"{argument}: expected {expected}, got {given!r}")
+    return names
 
 
 def _file(path: str | Path) -> Any:

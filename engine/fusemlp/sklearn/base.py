@@ -219,8 +219,10 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
             batches = CalledBatches(*rules, keep=incremental)
         if isinstance(self.adversarial, IBP):
             write_limits(model.engine, self.adversarial, batches.steps.arrays)
-        # as in scikit-learn: a warm start that never scores better than before keeps its last parameters
-        best = (self.coefs_, self.intercepts_, getattr(self, "slopes_", [])) if first and stochastic else None
+        # as in scikit-learn: a warm start that never scores better than before keeps its last parameters; so does a fit
+        # that ends within a ramp, where epochs are not judged
+        begins = first and stochastic and not isinstance(self.adversarial, IBP)
+        best = (self.coefs_, self.intercepts_, getattr(self, "slopes_", [])) if begins else None
         state = FitState(0, 0, last_epoch, total_updates=0, history=History())
         policy = SklearnPolicy(self, model, batches, state, validation, random_state, best)
         if isinstance(self.adversarial, IBP):

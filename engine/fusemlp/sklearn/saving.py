@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp.describe.adversarial import FGSM, PGD, Attack
-from fusemlp.describe.description import Description, from_config
+from fusemlp.describe.description import from_config
 from fusemlp.describe.hardening import TRADES
 from fusemlp.describe.intervals import IBP
 from fusemlp.describe.losses import Loss, loss_from_config
@@ -99,9 +99,9 @@ def _encoded(name: str, value: Any) -> Any:
         return {"dict": [[_encoded(name, one) for one in pair] for pair in value.items()]}
     if isinstance(value, np.ndarray):
         return {"array": [value.dtype.str, _encoded(name, value.tolist())]}
-    if isinstance(value, Description):
-        kinds = [kind for kind, (base, _) in DESCRIBED.items() if isinstance(value, base)]
-        return {kinds[0]: value.to_config()}
+    for kind, (base, _) in DESCRIBED.items():
+        if isinstance(value, base):
+            return {kind: value.to_config()}
     raise ArgumentError(f"{name}: a file cannot hold {value!r}; use joblib.dump, which pickles it")
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from sklearn.neural_network import MLPClassifier
 from sklearn.utils._param_validation import Interval, StrOptions
 
+from fusemlp.describe.hardening import TRADES
 from fusemlp.describe.intervals import IBP
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP, Activation, as_activation
@@ -24,6 +25,7 @@ from fusemlp.runtime.attacking import check_within
 from fusemlp.runtime.backends import first_available
 from fusemlp.training.adversarial import check_adversarial
 from fusemlp_kernels.contract import ACTIVATIONS
+from fusemlp_kernels.errors import ArgumentError
 
 STOCHASTIC = ("sgd", "adam", "adamw")
 LOGISTIC = "logistic"
@@ -63,8 +65,8 @@ class Parameters:
     callbacks : None, or objects like ``fusemlp.Callback``. Their logs have loss, learning_rate and, with validation
         data, val_loss and val_score. Not with lbfgs.
     adversarial : None, or FGSM, PGD, TRADES or IBP to train against, as in ``Engine.fit``; eps is in the units of X.
-        TRADES and IBP are for more than two classes. With IBP an epoch counts for convergence, early stopping and the
-        best score from the end of its ramp on. Not with lbfgs.
+        TRADES and IBP are for more than two classes. With IBP an epoch counts for convergence, early stopping, the
+        best score and ReduceOnPlateau from the end of its ramp on. Not with lbfgs.
 
     All other parameters mean what they mean in scikit-learn. With the same ``random_state`` the initial parameters, the
     validation rows and the order of the batches are scikit-learn's, and on NumPy the fitted model is, to within
@@ -190,6 +192,9 @@ def step_against(estimator: Any, engine: Engine, rows: Any, updates: int) -> dic
     how = estimator.adversarial
     if how is None:
         return {}
+    # the loss is no parameter that could be changed
+    if isinstance(how, IBP | TRADES) and engine.loss.kind != "cross_entropy":
+        raise ArgumentError(f"adversarial: {type(how).__name__} takes more than two classes; use PGD or FGSM")
     check_adversarial(engine, how)
     check_within(engine, "X", rows, how)
     if isinstance(how, IBP):

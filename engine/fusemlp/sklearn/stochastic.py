@@ -84,7 +84,7 @@ class SklearnPolicy(Policy):
     best: tuple[list[Array], list[Array], list[Any]] | None
     converged: bool = False
     held_loss: HeldLoss | None = None
-    # the epochs that count for nothing: in them the task still changes
+    # the number of first epochs that are not judged: in them the task still changes
     settles: int = 0
 
     def __post_init__(self) -> None:
@@ -186,7 +186,11 @@ class SklearnPolicy(Policy):
         schedule = model.engine.optimizer.schedule
         if model.rates.kind == "invscaling":
             self._scale_rate((estimator.t_ + 1) ** -model.rates.power)
-        elif model.rates.kind == "schedule" and isinstance(schedule, ReduceOnPlateau):
+        elif (
+            model.rates.kind == "schedule"
+            and isinstance(schedule, ReduceOnPlateau)
+            and estimator.n_iter_ > self.settles
+        ):
             watched = loss if self.validation is None else -estimator.validation_scores_[-1]
             model.plateau = plateau_step(schedule, model.plateau, watched)
             self._scale_rate(model.plateau[2])

@@ -356,6 +356,12 @@ def fit_checked(
             return np.repeat(single(epoch), engine.network.members)
 
     on_host = engine.memory.backend.traits.on_host
+    begun = settles = 0
+    if isinstance(against, IBP):
+        # waits for a device
+        begun = engine.update_count - state.batch - (state.epoch - first_epoch) * batches
+        # a fit resumed with more epochs keeps the ramp of its first call
+        settles = first_epoch + against.settled(epochs, (state.total_updates - begun) // batches)
     policy = FitPolicy(
         engine,
         data.X,
@@ -367,19 +373,16 @@ def fit_checked(
         patience=patience,
         resumes=resume,
         deadline=deadline,
-        settles=first_epoch + against.settled(epochs) if isinstance(against, IBP) else 0,
+        settles=settles,
         draws_ahead=order is None and not on_host,
     )
     resident = engine.plan == "resident" and (on_host or against is None)
     members = engine.network.members
     if at_once is None:
-        asked = validation is not None or bool(callbacks) or not resident or engine.ranks is not None
+        decided = validation is not None or patience is not None or bool(callbacks)
+        asked = decided or not resident or engine.ranks is not None
         at_once = epochs_at_once(engine, epochs, count * members, asked=asked)
     if bound is None:
-        now = 0
-        if isinstance(against, IBP):
-            # waits for a device
-            now = engine.update_count - state.batch - (state.epoch - first_epoch) * batches
         inputs = Inputs(len(data.X), indexed=True, weighted=data.weight is not None)
         bound = made = engine.bind_fit(
             inputs,
@@ -391,7 +394,7 @@ def fit_checked(
             epochs=at_once,
             resident=resident,
             attack=lowered,
-            intervals=lowered_intervals(against, now, state.total_updates) if isinstance(against, IBP) else None,
+            intervals=lowered_intervals(against, begun, state.total_updates) if isinstance(against, IBP) else None,
         )
         if isinstance(against, IBP):
             write_limits(engine, against, made.arrays)

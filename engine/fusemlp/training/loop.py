@@ -97,7 +97,7 @@ PolicyT = TypeVar("PolicyT", bound=Policy)
 def epochs_at_once(engine: Session, epochs: int, rows: int, *, asked: bool) -> int:
     """Return how many epochs of ``rows`` rows one launch takes, ``epochs`` at most; 1 if something runs after each.
 
-    ``asked``: a callback or a validation does.
+    ``asked``: a callback, a validation or early stopping does.
     """
     if asked or isinstance(engine.optimizer.schedule, ReduceOnPlateau):
         return 1
