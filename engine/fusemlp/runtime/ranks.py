@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -65,6 +66,9 @@ def _torch() -> Any:
 
 
 def _leave(dist: Any) -> None:
+    """End the threads of all groups: each ends with the last reference to its group."""
+    for ranks in _all:
+        ranks._group = ranks._store = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -96,6 +100,7 @@ def _agreed(store: Any, rank: int, world: int, timeout: float) -> str:
 
 # those of this process by their time limit, each with the process group that they are part of
 _known: dict[float, tuple[Any, Ranks]] = {}
+_all: weakref.WeakSet[Ranks] = weakref.WeakSet()
 
 
 def joined(timeout: float) -> Ranks:
@@ -132,6 +137,7 @@ class Ranks:
         self.timeout = timeout
         limit = datetime.timedelta(seconds=timeout)
         self._group: Any = None
+        _all.add(self)
         # collectives that have begun: all ranks count alike
         self._begun = 0
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
