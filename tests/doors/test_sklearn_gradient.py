@@ -59,6 +59,7 @@ def bound(estimator, y, weight):
         constants,
         estimator.alpha,
         len(X),
+        {},
     )
     return model, batches
 

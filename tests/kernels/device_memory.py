@@ -11,7 +11,7 @@ COMPUTE_OPERANDS = frozenset(
     {
         *("x", "gathered", "y", "z", "dz", "dz_prev", "dx", "dy", "adv", "start", "delta", "carried"),
         *("w_shadow", "shadow", "other", "dother", "dz2", "x2"),
-        *("centre", "radius", "zc", "zr", "low", "high", "dc", "dr", "dzc", "dzr", "dspread"),
+        *("centre", "radius", "zc", "zr", "low", "high", "dc", "dzc", "dzr", "dspread"),
     }
 )
 LOOPS = frozenset({"train_resident", "train_fleet"})
@@ -44,6 +44,8 @@ class DeviceMemory:
             # what is of that type says so
             return "real" if dtype in (np.float16, np.float32) else str(np.dtype(dtype))
         compute = name in COMPUTE_OPERANDS or (name == "w" and self.op in READS_WEIGHTS)
+        # of members it is a gradient
+        compute = compute or (name == "dr" and self.op == "box_grad")
         if dtype in (np.float16, np.float32):
             return "compute" if compute else "real"
         return str(np.dtype(dtype))
