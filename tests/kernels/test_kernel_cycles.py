@@ -99,9 +99,9 @@ def test_the_trips_of_a_step_are_those_of_its_shapes():
     assert (biases.count, dict(biases.trips)) == (4 * 8, {"column_sums": 64})
     _, resident = launch("784-10-10 b32", "resident")
     (program,) = kernel_cycles.programs_of(resident)
-    # 25 steps of 32 along 784 inputs; 7 tiles of 128 inputs in the first gradient and one in the second
-    assert program.trips["forward.affine_tile"] == 25
-    assert program.trips["gradients_of_layer.weight_sums"] == 7 + 1
+    # 4 steps of 8 parts of 32 along 784 inputs; 4 tiles of 256 inputs in the first gradient and one in the second
+    assert program.trips["forward.affine_tile_of_parts"] == 4
+    assert program.trips["gradients_of_layer.weight_sums"] == 4 + 1
     assert program.trips["backward.input_gradient"] == 1
 
 
