@@ -18,6 +18,8 @@ import kernel_cycles
 import kernel_launches
 import kernel_loops
 
+from fusemlp_kernels.contract import step_flops
+from fusemlp_kernels.registry import TRAITS
 from fusemlp_kernels.triton import clock, configs, linear
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,6 +134,20 @@ def test_programs_that_do_not_fit_wait_for_a_later_wave():
     # 256 programs of 8 warps with 256 registers a thread: one on each of 132 multiprocessors, then 124
     assert kernel_cycles.resident_programs(row, 8) == 1
     assert kernel_cycles.bound(first, row, goal) == (2000000, "stalls")
+
+
+@pytest.mark.parametrize("goal", [goal for goal in kernel_launches.GOALS if goal.precision == "fp32"])
+def test_the_choice_of_the_plan_knows_the_bounds_of_the_record(goal):
+    limits = TRAITS["triton"].resident
+    calls = kernel_cycles.bounds(goal, json.loads(kernel_cycles.RECORD.read_text(encoding="utf-8")))
+    seconds = sum(cycles for _, cycles, _ in calls) / kernel_cycles.CLOCK
+    if goal.plan == "resident":
+        found = limits.resident_seconds(step_flops(goal.sizes, goal.batch_size))
+    else:
+        # from one launch of a graph to the next
+        seconds += 1.3e-6 * len(calls)
+        found = limits.graph_seconds(goal.sizes, goal.batch_size)
+    assert found == pytest.approx(seconds, rel=0.25)
 
 
 def test_the_table_is_that_of_the_record():
