@@ -24,7 +24,7 @@ ASKED = "asked for"
 UNINTERRUPTED = 256
 COMPILED_UNINTERRUPTED = 4096
 UNINTERRUPTED_FLOPS = 2e9
-# How long a launch of many steps may take on a GPU.
+# The longest that a launch of many steps may take on a GPU.
 LAUNCH_SECONDS = 0.05
 
 
