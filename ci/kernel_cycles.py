@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import operator
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -92,21 +93,23 @@ def _resident_trips(launch: Recorded) -> dict[str, int]:
     places = [resident_tables.LAYER_FIELDS.index(name) for name in ("N", "K")]
     sizes = [[row[place] for place in places] for row in launch.arguments["layers"].tolist()]
     down = _over(batch, tile.rows)
-    tiles = [(down * _over(n, tile.columns), _over(k, tile.depth)) for n, k in sizes[:-1]]
+    passes = [_over(k, tile.split * tile.depth) for _, k in sizes[:-1]]
+    tiles = [down * _over(n, tile.columns) for n, _ in sizes[:-1]]
     back = [(down * _over(k, tile.depth), _over(n, tile.columns)) for n, k in sizes[1:]]
     weights = [_over(n, tile.weight_rows) * _over(k, tile.weight_columns) for n, k in sizes]
-    vectors = [_over(n, tile.weight_columns) for n, _ in sizes]
+    vectors = [_over(n, tile.outputs) for n, _ in sizes]
     outputs = _over(batch, tile.output_rows)
     return {
         ONCE: 0, "resident_kernel": 1, "resident_kernel 2": len(tiles), "resident_kernel 3": len(back),
         "resident_kernel 4": len(sizes), "measure.normaliser_of": _over(batch, CHUNK.value),
-        "forward": sum(count for count, _ in tiles),
-        "forward.affine_tile": sum(count * passes for count, passes in tiles),
+        "forward": down * len(tiles), "forward 2": sum(tiles),
+        "forward.affine_tile_of_parts": sum(map(operator.mul, tiles, passes)),
         "output_and_loss": outputs, "output_tile.affine_tile": outputs * _over(sizes[-1][1], tile.depth),
-        "backward": sum(count for count, _ in back),
+        "backward": down * len(back), "backward 2": sum(count for count, _ in back),
         "backward.input_gradient": sum(count * passes for count, passes in back),
-        "gradients_of_layer": sum(weights), "gradients_of_layer.weight_sums": sum(weights) * down,
-        "gradients_of_layer 2": 2 * len(sizes), "gradients_of_layer 3": sum(vectors),
+        "gradients_of_layer": sum(_over(n, tile.weight_rows) for n, _ in sizes), "gradients_of_layer 2": sum(weights),
+        "gradients_of_layer.weight_sums": sum(weights) * down,
+        "gradients_of_layer 3": len(sizes), "gradients_of_layer 4": sum(vectors),
         "gradients_of_layer.column_sums": sum(vectors) * down,
     }  # fmt: skip
 

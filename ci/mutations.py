@@ -73,7 +73,12 @@ MUTATIONS = (
             "(at_n < masked_width(N, True))[None, :]",
             LINEAR,
         ),
-        ("mask of K does not move on", "inside = at_k < width - start", "inside = at_k < width", LINEAR),
+        (
+            "mask of K does not move on",
+            "inside = at_k < width - start\n        x_tile = tl.load(x_at, mask=wanted[:, None]",
+            "inside = at_k < width\n        x_tile = tl.load(x_at, mask=wanted[:, None]",
+            LINEAR,
+        ),
         ("last block of K dropped", "in range(0, width, BK)", "in range(0, width - BK + 1, BK)", LINEAR),
         ("w stepped by x's stride", "w_at += BK * step_w", "w_at += BK * step_x", OWN_WAY),
         (
@@ -83,7 +88,12 @@ MUTATIONS = (
             LINEAR,
         ),
         ("stride of the bias ignored", "tl.load(b + at_n * b_step,", "tl.load(b + at_n,", OWN_WAY),
-        ("row -1 loads row 0", "wanted = source >= 0", "wanted = at_m < M", LINEAR),
+        (
+            "row -1 loads row 0",
+            "wanted = source >= 0\n    named = at_n < N\n    width = masked_width(K, ALIGNED)",
+            "wanted = at_m < M\n    named = at_n < N\n    width = masked_width(K, ALIGNED)",
+            LINEAR,
+        ),
         (
             "padding of y not zeroed",
             "out = tl.where((at_n < N)[None, :], activate(out, activation, slope), 0.0)",
@@ -600,7 +610,7 @@ MUTATIONS = (
             "g = part_of(acc, piece, PARTS, BN, BK)",
             "test_train_fleet.py::test_nan_reaches_its_model_and_no_padding",
         ),
-        ("frozen weights updated", "tiles = tl.where(task >= 0,", "tiles = tl.where(task >= -1,", FLEET),
+        ("frozen weights updated", "tl.where(task >= 0, N, 0)", "tl.where(task >= -1, N, 0)", FLEET),
         (
             "clipped by the norm of the sum of batches",
             "clip_factor(tl.sqrt(squares) * factor, limit)",

@@ -242,11 +242,12 @@ class Ramp:
 
 @dataclass(frozen=True)
 class ResidentLimits:
-    """The largest network that a backend's ``train_resident`` takes, and the largest for which it pays.
+    """The largest network that a backend's ``train_resident`` takes, and what a step takes there and in launches.
 
-    ``width`` is that of the hidden layers, ``batch`` the rows of a batch. A model has one multiprocessor to itself: up
-    to ``flops`` floating-point operations, for each step and each model trained at once, it is taken to be faster than
-    launching the step's calls one after another on the whole card.
+    ``width`` is that of the hidden layers, ``batch`` the rows of a batch. A model has one multiprocessor to itself: its
+    step takes ``step`` seconds, and one for each ``speed`` floating-point operations. In launches on the whole card it
+    takes ``launch`` seconds for each, and ``element`` for each element along the products' reductions, which run one
+    after another.
     """
 
     layers: int
@@ -254,8 +255,20 @@ class ResidentLimits:
     width: int
     outputs: int
     batch: int
-    flops: float
     precisions: tuple[str, ...]
+    step: float
+    speed: float
+    launch: float
+    element: float
+
+    def resident_seconds(self, flops: int) -> float:
+        """Return the time of a step of ``flops`` operations in the resident kernel."""
+        return self.step + flops / self.speed
+
+    def graph_seconds(self, sizes: Sequence[int], batch: int) -> float:
+        """Return the time of a step in launches, for a network of these widths, inputs first."""
+        reductions = sum(sizes[:-1]) + sum(sizes[2:]) + batch
+        return 2 * (len(sizes) - 1) * self.launch + reductions * self.element
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ def test_plan_needs_no_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("plan", "784", "128", "10", "--batch-size", "128", "--backend", "triton") == 0
     shown = capsys.readouterr().out
     assert "128x128x784" in shown
-    assert "4 launches\nplan graph: a step of 52.4 million operations" in shown
+    assert "4 launches\nplan graph: a step is estimated to take " in shown
 
 
 def test_plan_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,8 @@ import kernel_cycles
 import kernel_launches
 import kernel_loops
 
+from fusemlp_kernels.contract import step_flops
+from fusemlp_kernels.registry import TRAITS
 from fusemlp_kernels.triton import clock, configs, linear
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,9 +101,9 @@ def test_the_trips_of_a_step_are_those_of_its_shapes():
     assert (biases.count, dict(biases.trips)) == (4 * 8, {"column_sums": 64})
     _, resident = launch("784-10-10 b32", "resident")
     (program,) = kernel_cycles.programs_of(resident)
-    # 25 steps of 32 along 784 inputs; 7 tiles of 128 inputs in the first gradient and one in the second
-    assert program.trips["forward.affine_tile"] == 25
-    assert program.trips["gradients_of_layer.weight_sums"] == 7 + 1
+    # 4 steps of 8 parts of 32 along 784 inputs; 4 tiles of 256 inputs in the first gradient and one in the second
+    assert program.trips["forward.affine_tile_of_parts"] == 4
+    assert program.trips["gradients_of_layer.weight_sums"] == 4 + 1
     assert program.trips["backward.input_gradient"] == 1
 
 
@@ -132,6 +134,20 @@ def test_programs_that_do_not_fit_wait_for_a_later_wave():
     # 256 programs of 8 warps with 256 registers a thread: one on each of 132 multiprocessors, then 124
     assert kernel_cycles.resident_programs(row, 8) == 1
     assert kernel_cycles.bound(first, row, goal) == (2000000, "stalls")
+
+
+@pytest.mark.parametrize("goal", [goal for goal in kernel_launches.GOALS if goal.precision == "fp32"])
+def test_the_choice_of_the_plan_knows_the_bounds_of_the_record(goal):
+    limits = TRAITS["triton"].resident
+    calls = kernel_cycles.bounds(goal, json.loads(kernel_cycles.RECORD.read_text(encoding="utf-8")))
+    seconds = sum(cycles for _, cycles, _ in calls) / kernel_cycles.CLOCK
+    if goal.plan == "resident":
+        found = limits.resident_seconds(step_flops(goal.sizes, goal.batch_size))
+    else:
+        # from one launch of a graph to the next
+        seconds += 1.3e-6 * len(calls)
+        found = limits.graph_seconds(goal.sizes, goal.batch_size)
+    assert found == pytest.approx(seconds, rel=0.25)
 
 
 def test_the_table_is_that_of_the_record():

@@ -23,14 +23,14 @@ y = (X @ rng.standard_normal((WIDTH, CLASSES))).argmax(axis=1)
 class Bounded(Callback):
     """Compare every update, from the state before it, and every loss with the oracle's."""
 
-    def __init__(self, products):
-        self.products, self.checked = products, 0
+    def __init__(self, products, x=X):
+        self.products, self.x, self.checked = products, x, 0
 
     def on_batch_begin(self, engine, batch):
         self.step = Step(engine, products=self.products)
         epoch, at = divmod(int(engine.memory.counters[BATCH_INDEX]), -(-ROWS // BATCH))
         rows = row_order(ROWS, engine.seed, epoch)[at * BATCH :][:BATCH]
-        self.trace = self.step.trace(X[rows], y[rows])
+        self.trace = self.step.trace(self.x[rows], y[rows])
 
     def on_batch_end(self, engine, batch):
         assert_within(float(engine.memory.stats[LAST_LOSS]), self.trace.loss, self.trace.loss_bound)
@@ -56,6 +56,17 @@ def test_every_step_of_a_fit_is_the_oracles(target, plan):
         if plan == "resident"
         else {"linear_kernel", "linear_loss_grad_kernel", "grad_input_kernel", "grad_weight_kernel"}
     )
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_a_long_reduction_in_parts_is_the_oracles(target):
+    """The tile for many inputs: two steps along them, the second of which not all parts have."""
+    wide = rng.standard_normal((ROWS, 290)).astype(np.float32)
+    with card(target, "fp32") as emulator:
+        check = Bounded(variant_of(target, "fp32").products, wide)
+        engine = Engine(MLP([290, 20, CLASSES]), batch_size=BATCH, seed=5, backend="triton", plan="resident")
+        engine.fit(wide, y, epochs=1, callbacks=[check])
+    assert check.checked == len(emulator.launched) == 3
 
 
 # Compiling the resident kernel takes longer than its steps: bf16 on one card, whose products are mma.sync too.

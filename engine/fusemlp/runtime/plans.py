@@ -24,11 +24,8 @@ ASKED = "asked for"
 UNINTERRUPTED = 256
 COMPILED_UNINTERRUPTED = 4096
 UNINTERRUPTED_FLOPS = 2e9
-# On a GPU: how long a launch of many steps may take; the least that a step takes, and what one multiprocessor computes
-# in a second. The last two are estimates, not yet measured on a GPU.
+# The longest that a launch of many steps may take on a GPU.
 LAUNCH_SECONDS = 0.05
-STEP_SECONDS = 5e-6
-PROCESSOR_FLOPS = 1e11
 
 
 def choose_plan(
@@ -52,7 +49,7 @@ def choose_plan(
         raise unknown_name("plan", plan, ["auto", *PLANS])
     refusal = resident_refusal(traits, sizes, batch, precision, private=private, members=members)
     if plan == "auto":
-        return _quickest(traits, refusal, step_flops(sizes, batch * members), models)
+        return _fastest(traits, refusal, sizes, batch * members, models)
     if plan not in traits.plans:
         raise BackendUnavailableError(
             f"plan: the {traits.name} backend has {', '.join(traits.plans)}, got {plan!r}; use plan='auto'"
@@ -62,7 +59,7 @@ def choose_plan(
     return plan, ASKED
 
 
-def _quickest(traits: Traits, refusal: str | None, flops: int, models: int) -> tuple[str, str]:
+def _fastest(traits: Traits, refusal: str | None, sizes: Sequence[int], rows: int, models: int) -> tuple[str, str]:
     best = traits.plans[-1]
     if best == "eager":
         return best, f"the {traits.name} backend starts its calls one after another"
@@ -72,13 +69,14 @@ def _quickest(traits: Traits, refusal: str | None, flops: int, models: int) -> t
         return best, f"the fastest plan of the {traits.name} backend"
     if refusal is not None:
         return traits.plans[-2], refusal
-    together = "" if models == 1 else f" and {models} models"
-    if flops > traits.resident.flops * models:
-        return traits.plans[-2], (
-            f"a step of {flops / 1e6:.3g} million operations{together} is too much for the resident kernel, which has "
-            f"a multiprocessor a model: estimated to pay up to {traits.resident.flops * models / 1e6:.3g} million"
-        )
-    return best, f"a step of {flops / 1e6:.3g} million operations{together}: fit runs many steps in one launch"
+    # a multiprocessor a model; the launches of one model after those of another
+    one = traits.resident.resident_seconds(step_flops(sizes, rows))
+    other = traits.resident.graph_seconds(sizes, rows) * models
+    said = "a step" if models == 1 else f"a step of {models} models"
+    said += f" is estimated to take {one * 1e6:.3g} us in the resident kernel and {other * 1e6:.3g} us in launches"
+    if one > other:
+        return traits.plans[-2], said
+    return best, f"{said}: fit runs many steps in one launch"
 
 
 def resident_chunk(traits: Traits, flops: int) -> int:
@@ -86,9 +84,9 @@ def resident_chunk(traits: Traits, flops: int) -> int:
 
     A launch takes a tenth of a second or less, so that the display and Ctrl-C need not wait.
     """
-    if traits.name == "numpy":
+    if traits.resident is None:
         return max(1, min(COMPILED_UNINTERRUPTED, int(UNINTERRUPTED_FLOPS / flops)))
-    return max(1, int(LAUNCH_SECONDS / (STEP_SECONDS + flops / PROCESSOR_FLOPS)))
+    return max(1, int(LAUNCH_SECONDS / traits.resident.resident_seconds(flops)))
 
 
 def no_ranks(argument: str, backend: str) -> BackendUnavailableError:

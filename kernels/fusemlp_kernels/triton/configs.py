@@ -18,8 +18,6 @@ from fusemlp_kernels.errors import BackendUnavailableError
 
 # The smallest product of tensor cores is 16 rows high; ``linear_loss_grad`` holds a row of at most this width.
 WIDEST_OUTPUT = 256
-# Networks whose layers are no wider are trained in the smaller tiles of ``train_resident``.
-RESIDENT_NARROW = 64
 # Registers of a thread and of a multiprocessor on NVIDIA.
 MOST_REGISTERS = 255
 FILE_REGISTERS = 1 << 16
@@ -56,12 +54,16 @@ class Tile:
 class ResidentTile(Tile):
     """The tiles of ``train_resident``: ``rows`` x ``columns`` forward and ``rows`` x ``depth`` back, where each is also
     the other's reduction; ``weight_rows`` x ``weight_columns`` of the gradients by weights; ``output_rows`` whole rows
-    of at most ``outputs`` logits."""
+    of at most ``outputs`` logits. Forward the reduction is cut into ``split`` parts. The tiles are for networks of at
+    most ``inputs`` and of layers of at most ``units``."""
 
     weight_rows: int = 16
     weight_columns: int = 16
     output_rows: int = 16
     outputs: int = 16
+    split: int = 1
+    inputs: int = 16
+    units: int = 16
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def table_text(tables: Mapping[str, Any]) -> str:
 
 # By family: "forward" (also for the gradient by the input), "weight", "output" (the output layer with its loss, a tile
 # for each width) and "general" (matrices that are not aligned); then by element type; then tiles, largest first, as the
-# fields of ``Tile``. "resident": those of ``ResidentTile``, narrowest first.
+# fields of ``Tile``. "resident": those of ``ResidentTile``, smallest first.
 TABLES = json.loads(TABLE_FILE.read_text(encoding="utf-8"))
 
 
@@ -194,22 +196,23 @@ def output_tile(arch: Architecture, width: int) -> Tile:
 
 
 def resident_tiles(family: str, precision: str) -> tuple[ResidentTile, ...]:
-    """Return the tiles that ``resident_tile`` chooses from, narrowest first."""
+    """Return the tiles that ``resident_tile`` chooses from, those of the smallest networks first."""
     return tuple(ResidentTile(*row) for row in TABLES[family]["resident"][_kind(precision)])
 
 
-def resident_tile(arch: Architecture, precision: str, widths: tuple[int, ...]) -> ResidentTile:
-    """Return the tiles for layers of these widths, the network's output last."""
+def resident_tile(arch: Architecture, precision: str, sizes: Sequence[int]) -> ResidentTile:
+    """Return the tiles for a network of these widths, inputs first."""
     tiles = resident_tiles(arch.family, precision)
-    fitting = [tile for tile in tiles if tile.outputs >= widths[-1]]
-    return fitting[0] if max(widths) <= RESIDENT_NARROW else fitting[-1]
+    inputs, units, outputs = sizes[0], max(sizes[1:]), sizes[-1]
+    fits = (tile for tile in tiles if tile.inputs >= inputs and tile.units >= units and tile.outputs >= outputs)
+    return next(fits, tiles[-1])
 
 
 def resident_constants(tile: ResidentTile, product: str) -> dict[str, Any]:
     """Return the constants of ``resident_kernel``."""
     return {
         "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "WN": tile.weight_rows, "WK": tile.weight_columns,
-        "BO": tile.output_rows, "OUTPUTS": tile.outputs, "PRODUCT": product, "PARTS": tile.parts,
+        "BO": tile.output_rows, "OUTPUTS": tile.outputs, "SPLIT": tile.split, "PRODUCT": product, "PARTS": tile.parts,
     }  # fmt: skip
 
 

@@ -281,7 +281,7 @@ def _bind(device: Device, op: str, given: SimpleNamespace) -> Callable[[Sequence
     device.check(op, "x", x, (len(output.target), inputs), "compute")
     if epoch_stats is not None:
         device.check(op, "epoch_stats", epoch_stats, (models, None, STATS), "float64", written=True)
-    tile = configs.resident_tile(device.arch, device.precision, tuple(len(one["w"]) for one in first.forward))
+    tile = configs.resident_tile(device.arch, device.precision, (inputs, *(len(one["w"]) for one in first.forward)))
     work = _Workspace(op, device, steps, given.batch)
     # the offset of the data counts from the workspace
     if not is_aligned(x) or (x.data_ptr() - work.base.data_ptr()) % (8 * x.element_size()):

@@ -144,15 +144,16 @@ def whole(offset, ALIGNED: tl.constexpr):
 def weight_sums(
     dz, x, rows, at_n, at_k, begin, end, N, K, dz_row, dz_col, x_row, x_col, gather,
     BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Return the tile (BN, BK) at ``at_n``, ``at_k`` of dz.T @ x[rows], over the batch's rows from ``begin`` to
-    ``end``."""
+    ``end``; STAGES: the loads under way at a time, None for the launch's."""
     at_b = tl.arange(0, BM)
     inside_n = at_n < masked_width(N, ALIGNED)
     inside_k = at_k < masked_width(K, ALIGNED)
     acc = tl.zeros((BN, BK), tl.float32)
     rest = tl.zeros((BN, BK), tl.float32)
-    for start in range(begin, end, BM):
+    for start in tl.range(begin, end, BM, num_stages=STAGES):
         inside_b = start + at_b < end
         source = batch_rows(rows, start + at_b, end, gather)
         x_at = x + tl.where(source >= 0, source, 0)[:, None] * x_row + at_k[None, :] * x_col
@@ -265,7 +266,7 @@ def grad_weight_kernel(
         rows = this_batch(rows, counters, gather)
         acc = weight_sums(
             dz, x, rows, at_n, at_k, begin, end, N, K, dz_row, dz_col, x_row, x_col, gather,
-            BN, BK, BM, PRODUCT, ALIGNED,
+            BN, BK, BM, PRODUCT, ALIGNED, None,
         )  # fmt: skip
         far = at_n.to(tl.int64)[:, None]
         pitch = row_pitch(tl.load(row + P_ROW), ALIGNED)

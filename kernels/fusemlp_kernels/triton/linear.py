@@ -54,6 +54,38 @@ def affine_tile(
 
 
 @triton.jit
+def affine_tile_of_parts(
+    x, w, b, rows, row, col, M, N, K, x_row, w_row, gather,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """``affine_tile`` of aligned matrices, with the reduction cut into SPLIT parts, which take BK elements each at a
+    time; the sums of the parts are added in a fixed order.
+
+    Triton gives each part to warps of its own, so that the reduction has fewer steps one after another.
+    """
+    at_m = row + tl.arange(0, BM)
+    at_n = col + tl.arange(0, BN)
+    at_k = tl.arange(0, SPLIT)[:, None] * BK + tl.arange(0, BK)[None, :]
+    source = batch_rows(rows, at_m, M, gather)
+    wanted = source >= 0
+    named = at_n < N
+    width = masked_width(K, True)
+    x_at = x + (tl.where(wanted, source, 0) * row_pitch(x_row, True))[None, :, None] + at_k[:, None, :]
+    w_at = w + (at_n.to(tl.int64) * row_pitch(w_row, True))[None, None, :] + at_k[:, :, None]
+    z = tl.zeros((SPLIT, BM, BN), tl.float32)
+    rest = tl.zeros((SPLIT, BM, BN), tl.float32)
+    for start in range(0, width, SPLIT * BK):
+        inside = at_k < width - start
+        x_tile = tl.load(x_at, mask=wanted[None, :, None] & inside[:, None, :], other=0.0)
+        w_tile = tl.load(w_at, mask=named[None, None, :] & inside[:, :, None], other=0.0)
+        z, rest = product(x_tile, w_tile, z, rest, PRODUCT)
+        x_at += SPLIT * BK
+        w_at += SPLIT * BK
+    bias = tl.load(b + at_n, mask=named, other=0.0)
+    return tl.sum(whole_sum(z, rest, PRODUCT), axis=0) + bias[None, :]
+
+
+@triton.jit
 def store_outputs(
     acc, y, z, row, col, batch_index, M, N, y_row, y_col, z_row, z_col, activation, slope, store_z,
     layer, key0, key1, threshold, keep_scale,

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fusemlp_kernels.triton.clock import BATCH_INDEX
 from fusemlp_kernels.triton.gradients import input_gradient, whole
-from fusemlp_kernels.triton.linear import affine_tile, store_outputs
+from fusemlp_kernels.triton.linear import affine_tile, affine_tile_of_parts, store_outputs
 from fusemlp_kernels.triton.loss import gradient_scale, ignored_label, loss_of_rows, normaliser_of, record_loss
 from fusemlp_kernels.triton.pointwise_triton import PRELU, needs_z
 from fusemlp_kernels.triton.resident_tables import (
@@ -79,7 +79,8 @@ def slope_of(row, shares, params):
 @triton.jit(noinline=True)
 def forward(
     compute, weights, params, rows, layers, draws, shares, counters, live, M, depth, work_size, size, rows_size, index,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRODUCT: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Compute a hidden layer's outputs."""
     model = model_of(live)
@@ -99,16 +100,15 @@ def forward(
     threshold, keep_scale = number(draw, THRESHOLD), tl.load(share + KEEP_SCALE)
     store_z = needs_z(activation)
     gather = tl.where(index == 0, 1, 0)
-    wide = tl.cdiv(N, BN)
-    for tile in range(tl.cdiv(count, BM) * wide):
-        first, col = tile // wide * BM, tile % wide * BN
-        acc = affine_tile(
-            x, w, b, rows, first, col, count, N, K, x_row, 1, w_row, 1, 1, gather, BM, BN, BK, PRODUCT, True
-        )
-        store_outputs(
-            acc, y, z, first, col, batch_index, count, N, pitch, 1, pitch, 1, activation, slope, store_z,
-            layer, key0, key1, threshold, keep_scale, BM, BN, True, PARTS,
-        )  # fmt: skip
+    for first in range(0, count, BM):
+        for col in range(0, N, BN):
+            acc = affine_tile_of_parts(
+                x, w, b, rows, first, col, count, N, K, x_row, w_row, gather, BM, BN, BK, SPLIT, PRODUCT
+            )
+            store_outputs(
+                acc, y, z, first, col, batch_index, count, N, pitch, 1, pitch, 1, activation, slope, store_z,
+                layer, key0, key1, threshold, keep_scale, BM, BN, True, PARTS,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -241,13 +241,13 @@ def backward(
     threshold, keep_scale = number(draw, THRESHOLD), tl.load(share + KEEP_SCALE)
     kept_share = tl.load(share + KEPT_SHARE)
     below = tl.full((), 0.0, tl.float32)
-    wide = tl.cdiv(K, BK)
-    for tile in range(tl.cdiv(count, BM) * wide):
-        below += input_gradient(
-            dz, w, y, out, tile // wide, tile % wide, batch_index, count, N, K, dz_row, 1, w_row, 1, pitch, 1, pitch, 1,
-            activation, slope, layer, key0, key1, threshold, keep_scale, kept_share,
-            BM, BN, BK, PRODUCT, True, PARTS,
-        )  # fmt: skip
+    for tile_m in range(tl.cdiv(count, BM)):
+        for tile_k in range(tl.cdiv(K, BK)):
+            below += input_gradient(
+                dz, w, y, out, tile_m, tile_k, batch_index, count, N, K, dz_row, 1, w_row, 1, pitch, 1, pitch, 1,
+                activation, slope, layer, key0, key1, threshold, keep_scale, kept_share,
+                BM, BN, BK, PRODUCT, True, PARTS,
+            )  # fmt: skip
     tl.store(slopes + index, below)
 
 
@@ -264,7 +264,7 @@ def resident_kernel(
     live, M, depth, lowest, trained, work_size, size, rows_size, rates_size, label_step, target_row, target_col,
     weight_step, ignored_low, ignored_high, entropy, stored, shadowed,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WN: tl.constexpr, WK: tl.constexpr,
-    BO: tl.constexpr, OUTPUTS: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
+    BO: tl.constexpr, OUTPUTS: tl.constexpr, SPLIT: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The steps that ``live`` names, a program for each of its entries.
 
@@ -282,7 +282,7 @@ def resident_kernel(
         for index in range(depth - 1):
             forward(
                 compute, weights, parameters, rows, layers, draws, shares, counters, live, M, depth, work_size, size,
-                rows_size, index, BM, BN, BK, PRODUCT, PARTS,
+                rows_size, index, BM, BN, BK, SPLIT, PRODUCT, PARTS,
             )  # fmt: skip
             tl.debug_barrier()
         if entropy != 0:
@@ -308,7 +308,7 @@ def resident_kernel(
             gradients_of_layer(
                 compute, weights, parameters, grads, first, second, rows, layers, slopes, counters, hyper, rules,
                 tensors, live, measured, M, depth, trained, work_size, size, rows_size, index, stored, shadowed,
-                WN, WK, BM, PRODUCT, PARTS,
+                WN, WK, BM, OUTPUTS, PRODUCT, PARTS,
             )  # fmt: skip
         tl.debug_barrier()
         if stored != 0:

@@ -96,7 +96,8 @@ def finish_gradient(
 def gradients_of_layer(
     compute, weights, params, grads, first, second, rows, layers, slopes, counters, hyper, rules, tensors, live,
     measured, M, depth, trained, work_size, size, rows_size, index, stored, shadowed,
-    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, VECTOR: tl.constexpr, PRODUCT: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients by a layer's weights, bias and slope; update by them, or store them."""
     model = model_of(live)
@@ -120,36 +121,35 @@ def gradients_of_layer(
     dz = compute + whole(work + tl.load(row + DZ), True)
     gather = tl.where(index == 0, 1, 0)
     task = number(row, W_TASK)
-    wide = tl.cdiv(K, BK)
-    tiles = tl.where(task >= 0, tl.cdiv(N, BN) * wide, 0)
     w = whole(tl.load(row + W), True)
     pull = tl.load(measured + model * MEASURES + PULL)
-    for tile in range(tiles):
-        at_n = tile // wide * BN + tl.arange(0, BN)
-        col = tile % wide * BK
-        acc = weight_sums(
-            dz, x, rows, at_n, col + tl.arange(0, BK), 0, count, N, K, dz_row.to(tl.int64), 1, x_row.to(tl.int64), 1,
-            gather, BN, BK, BM, PRODUCT, True,
-        )  # fmt: skip
-        for piece in tl.static_range(PARTS):
-            near = col + piece * (BK // PARTS) + tl.arange(0, BK // PARTS)[None, :]
-            mask = (at_n < N)[:, None] & (near < masked_width(K, True))
-            # 0 * NaN is NaN, and a NaN in the padding would stay there
-            g = tl.where(near < K, part_of(acc, piece, PARTS, BN, BK), 0.0)
-            finish_gradient(
-                g, w + at_n.to(tl.int64)[:, None] * w_row + near, mask, pull, weights, params, grads, first, second,
-                counters, hyper, rule, tensors, task, code, stored, shadowed,
+    for top in range(0, tl.where(task >= 0, N, 0), BN):
+        at_n = top + tl.arange(0, BN)
+        for col in range(0, K, BK):
+            # one stage: a batch has few tiles of rows, and often one
+            acc = weight_sums(
+                dz, x, rows, at_n, col + tl.arange(0, BK), 0, count, N, K, dz_row.to(tl.int64), 1, x_row.to(tl.int64),
+                1, gather, BN, BK, BM, PRODUCT, True, 1,
             )  # fmt: skip
-    # the bias, then the slope
-    for vector in range(2):
+            for piece in tl.static_range(PARTS):
+                near = col + piece * (BK // PARTS) + tl.arange(0, BK // PARTS)[None, :]
+                mask = (at_n < N)[:, None] & (near < masked_width(K, True))
+                # 0 * NaN is NaN, and a NaN in the padding would stay there
+                g = tl.where(near < K, part_of(acc, piece, PARTS, BN, BK), 0.0)
+                finish_gradient(
+                    g, w + at_n.to(tl.int64)[:, None] * w_row + near, mask, pull, weights, params, grads, first,
+                    second, counters, hyper, rule, tensors, task, code, stored, shadowed,
+                )  # fmt: skip
+    # the bias, then the slope if there is one to train
+    for vector in range(tl.where(number(row, SLOPE_TASK) >= 0, 2, 1)):
         task = tl.where(vector == 0, number(row, B_TASK), number(row, SLOPE_TASK))
         size = tl.where(vector == 0, N, 1)
         start = tl.where(vector == 0, tl.load(row + B), tl.load(row + SLOPE))
-        for tile in range(tl.where(task >= 0, tl.cdiv(size, BK), 0)):
-            at = tile * BK + tl.arange(0, BK)
+        for tile in range(tl.where(task >= 0, tl.cdiv(size, VECTOR), 0)):
+            at = tile * VECTOR + tl.arange(0, VECTOR)
             mask = at < size
             if vector == 0:
-                g = column_sums(dz, at, 0, count, N, dz_row.to(tl.int64), 1, BK, BM)
+                g = column_sums(dz, at, 0, count, N, dz_row.to(tl.int64), 1, VECTOR, BM)
             else:
                 g = tl.load(slopes + index + at, mask=mask, other=0.0)
             finish_gradient(
