@@ -142,7 +142,7 @@ def test_every_step_is_the_oracles(case, device):
 
 
 def test_the_resident_kernel_of_triton_has_no_privacy():
-    of_triton = TRAITS["triton"], [64, 32, 10], 128, "fp32"
+    of_triton = TRAITS["triton"], [64, 32, 10], 32, "fp32"
     assert choose_plan("auto", *of_triton)[0] == "resident"
     assert choose_plan("auto", *of_triton, private=True) == (
         "graph", "the triton backend's resident kernel trains without privacy"

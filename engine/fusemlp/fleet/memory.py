@@ -17,7 +17,7 @@ from fusemlp_kernels.errors import ArgumentError
 
 # Bytes of an engine's Python objects beside its arrays, and of a model's that is kept; measured and rounded up. The
 # history is not included: its length is not known before.
-ENGINE_OBJECTS = 16 << 10
+ENGINE_OBJECTS = 17 << 10
 KEPT_OBJECTS = 6 << 10
 
 
