@@ -144,6 +144,19 @@ def test_the_plans_agree_bit_for_bit(precision):
     assert all(np.array_equal(eager[name], resident[name]) for name in eager)
 
 
+def test_tasks_of_a_phase_read_the_magnitudes_before_other_values_take_their_memory():
+    generator = np.random.default_rng(0)
+    inputs, labels = generator.normal(size=(160, 64)), np.arange(160) % 10
+    net, trained = MLP([64, 64, 64, 10]), []
+    for plan in ("eager", "resident"):
+        engine = Engine(net, optimizer=Adam(0.003), batch_size=32, seed=1, plan=plan, backend="numpy")
+        # several tasks a phase, in two threads or after one another
+        engine.fit(inputs, labels, epochs=3, adversarial=IBP(0.1))
+        trained.append(engine.state_dict())
+    for name, value in trained[0].items():
+        np.testing.assert_array_equal(trained[1][name], value, err_msg=name)
+
+
 def test_a_step_prints_the_worst_case():
     program = make("relu").program_against(IBP(0.1))
     ops = [call.op for call in program.calls]

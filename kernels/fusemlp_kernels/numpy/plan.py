@@ -32,7 +32,7 @@ _CUT = {**dict.fromkeys((*PIECEWISE, "NORM", "UPDATE", "PACK", "MAGNITUDES"), t.
 @dataclass(frozen=True)
 class Row:
     """A row of calls: its kind, N and K, its first tensor and the one after its last; and the arrays that it reads or
-    writes by rows of the batch: address, bytes, bytes of a row."""
+    writes by rows of the batch: address, bytes, bytes of a row, or 0 for one that is read as a whole."""
 
     kind: str
     n: int

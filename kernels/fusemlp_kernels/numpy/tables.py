@@ -206,6 +206,9 @@ class Table:
             array for name in BATCH_ARRAYS if isinstance(array := columns.get(name), np.ndarray) and array.ndim == 2
         ]
         arrays = tuple((_address(array), array.nbytes, array.strides[0]) for array in by_rows)
+        # each task reads all of it, and magnitudes leave their memory to other values
+        if isinstance(whole := columns.get("W"), np.ndarray) and whole.ndim == 2:
+            arrays += ((_address(whole), whole.nbytes, 0),)
         sizes = {name.lower(): columns.get(name, 0) for name in ("N", "K", "FIRST", "END")}
         self.rows.append(Row(kind, arrays=arrays, **sizes))
         if columns.get("DSLOPE") is not None:
