@@ -338,8 +338,11 @@ def test_a_table_for_its_memory(
     (line,) = capsys.readouterr().out.splitlines()
     found = json.loads(line)
     assert (found["rows"], found["words"]) == (300, 35)
-    # An interpreter with NumPy takes more than 20 MB; the table is nothing beside it.
-    assert 2e7 < found["peak"] < 2e9
+    # An interpreter with NumPy takes more than 20 MB; the table is nothing beside it. Linux counts the peak of the
+    # process that starts another as the other's too.
+    resource = pytest.importorskip("resource")
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert 2e7 < found["peak"] < max(2e9, 1.01 * own)
 
 
 def test_the_examples_are_told_as_means_over_the_seeds() -> None:
