@@ -13,11 +13,17 @@ from dataclasses import dataclass
 
 from fusemlp_kernels.numpy.compiled import tables as t
 
-# Multiplications, or work that takes as long, worth a task of its own; and the most tasks of a phase.
-GRAIN = 1 << 19
+# Multiplications, or work that takes as long, worth a task of its own; the most tasks of a phase; and the pieces of a
+# tensor in one, for tasks that take as long as each other.
+GRAIN = 1 << 18
 MOST_TASKS = 64
-# A task has a multiple of this many rows.
+PIECES = 4
+# A block has a multiple of this many rows.
 ROWS = 8
+# Rows of a task where threads have tasks enough: weights that are larger than a core's cache are read once for all of
+# them. And how many tasks are enough for a thread.
+TASK_ROWS = 128
+THREAD_TASKS = 4
 # The cost of an element of work beside products, in multiplications.
 ELEMENT, LOSS, MOVE, UPDATE = 16, 64, 4, 32
 
@@ -44,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """The tables of phases, tasks and pieces; ``block`` rows a task, ``blocks`` tasks by rows, ``most`` in a phase."""
+    """The tables of phases, tasks and pieces; ``blocks`` blocks of ``block`` rows, and the most tasks of a phase."""
 
     phases: list[int]
     tasks: list[int]
@@ -66,7 +72,7 @@ def plan(
 ) -> Plan:
     """Plan ``rows`` of calls for batches of up to ``height`` rows, the table of tensors being ``tensors``.
 
-    A task has as many rows of each of ``members``.
+    A block has as many rows of each of ``members``.
 
     ``packs`` are the last rows of the table: they run before the first step, and where an update does not bring the
     weights into panels itself, after that. With ``shards`` the rows are those of several shards alike, each of which is
@@ -84,15 +90,18 @@ def plan(
         cut = _CUT.get(group[0].kind, t.BY_ROWS)
         start, count = len(tasks) // t.TASK_COLUMNS, 1
         if cut == t.BY_PIECES:
-            found = [(first + i, *piece) for i, row in enumerate(group) for piece in _pieces(row, height, tensors)]
-            grain = max(GRAIN, sum(piece[-1] for piece in found) // MOST_TASKS)
-            begun, cost, at = len(pieces) // t.PIECE_COLUMNS, 0, len(pieces) // t.PIECE_COLUMNS
-            for piece in found:
-                pieces.extend(piece[:-1])
-                at, cost = at + 1, cost + piece[-1]
-                if cost >= grain:
-                    tasks.extend((begun, at))
-                    begun, cost = at, 0
+            total = sum(piece[-1] for row in group for piece in _pieces(row, height, tensors, math.inf))
+            count = _tasks(total)
+            grain = total / min(MOST_TASKS, PIECES * count) if count > 1 else math.inf
+            begun = at = len(pieces) // t.PIECE_COLUMNS
+            cost, ended = 0, 0
+            for i, row in enumerate(group):
+                for *piece, own in _pieces(row, height, tensors, grain):
+                    pieces.extend((first + i, *piece))
+                    at, cost = at + 1, cost + own
+                    if cost * count >= total * (ended + 1):
+                        tasks.extend((begun, at))
+                        begun, ended = at, cost * count // max(total, 1)
             if begun < at:
                 tasks.extend((begun, at))
             count = len(tasks) // t.TASK_COLUMNS - start
@@ -138,7 +147,7 @@ def _disturbs(row: Row, others: Sequence[Row]) -> bool:
 
 
 def _block(rows: Sequence[Row], height: int, unit: int) -> int:
-    """Rows a task, a multiple of ``unit``."""
+    """Rows a block, a multiple of ``unit``."""
     cost = 0
     for row in rows:
         if row.kind in ("AFFINE", "BACKWARD", "HEADS", "HEADS_BACKWARD"):
@@ -149,8 +158,18 @@ def _block(rows: Sequence[Row], height: int, unit: int) -> int:
             cost += MOVE * row.k
         elif row.kind not in _CUT:
             cost += ELEMENT * row.n
-    count = max(1, min(MOST_TASKS, height * cost // GRAIN))
-    return -(-height // (count * unit)) * unit
+    return -(-height // (_tasks(height * cost) * unit)) * unit
+
+
+def together(block: int, blocks: int, threads: int) -> int:
+    """Return how many blocks of rows a task has; the results do not depend on it."""
+    return max(1, min(TASK_ROWS // max(1, block), blocks // (THREAD_TASKS * threads)))
+
+
+def _tasks(cost: int) -> int:
+    """Return how many tasks so much work is worth, an even number: two threads then have as many each."""
+    count = min(MOST_TASKS, cost // GRAIN)
+    return max(1, count - count % 2)
 
 
 def _even(size: int, parts: int, unit: int) -> Iterator[tuple[int, int]]:
@@ -160,20 +179,22 @@ def _even(size: int, parts: int, unit: int) -> Iterator[tuple[int, int]]:
         yield start, min(size, start + step)
 
 
-def _pieces(row: Row, height: int, tensors: Sequence[int]) -> Iterator[tuple[int, int, int, int, int]]:
-    """The pieces of a row, each with its cost: top, bottom, left, right, cost."""
+def _pieces(
+    row: Row, height: int, tensors: Sequence[int], grain: float
+) -> Iterator[tuple[int, int, int, int, int]]:  # fmt: skip
+    """The pieces of a row, each about as much work as ``grain``: top, bottom, left, right, and its work."""
     if row.kind in ("NORM", "UPDATE"):
         for tensor in range(row.first, row.end):
             size = tensors[tensor * t.TENSOR_COLUMNS + t.SIZE]
-            for left, right in _even(size, size * UPDATE // GRAIN, t.PANEL):
+            for left, right in _even(size, int(size * UPDATE // grain), t.PANEL):
                 yield tensor, 0, left, right, (right - left) * UPDATE
     elif row.kind in ("WEIGHT", "PACK", "MAGNITUDES"):
         each = height + UPDATE if row.kind == "WEIGHT" else MOVE
-        parts = max(1, -(-row.n * row.k * each // GRAIN))
+        parts = max(1, math.ceil(row.n * row.k * each / grain))
         strips = min(parts, max(1, row.k // SHORTEST))
         for left, right in _even(row.k, strips, t.PANEL):
             for top, bottom in _even(row.n, -(-parts // max(strips, 1)), t.PANEL // 2):
                 yield top, bottom, left, right, (bottom - top) * (right - left) * each
     else:
-        for left, right in _even(row.n, row.n * height // GRAIN, t.PANEL):
+        for left, right in _even(row.n, int(row.n * height // grain), t.PANEL):
             yield 0, 0, left, right, (right - left) * height

@@ -19,7 +19,8 @@ from fusemlp_kernels import philox
 from fusemlp_kernels.contract import ACTIVATIONS, COUNTERS, LOSSES, Noise, TensorRule, UpdateRule
 from fusemlp_kernels.errors import MissingLibraryError
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.numpy.plan import PIECEWISE, Row, plan
+from fusemlp_kernels.numpy.cores import threads
+from fusemlp_kernels.numpy.plan import PIECEWISE, Row, plan, together
 from fusemlp_kernels.numpy.team import launch
 from fusemlp_kernels.ops import READ, Operand
 from fusemlp_kernels.philox import FEISTEL_ROUNDS, LANES, NORMALS, radix, seed_key
@@ -372,6 +373,7 @@ def _launch(integers: Array, factors: Array, work: Any, real: Any, tasks: int, k
     # ``kept`` holds on to the arrays
     def run(steps: int = 1, _arrays: Any = (kept, factors)) -> None:
         integers[t.STEPS : t.PHASE + 1] = steps, 0, -1
+        integers[t.TOGETHER] = together(int(integers[t.BLOCK]), int(integers[t.BLOCKS]), threads())
         if not integers[t.AT_PRODUCT]:
             functions = _compiled("products").by_address(real)
             integers[t.AT_PRODUCT : t.AT_DOTS + 1] = [function.address for function in functions]

@@ -176,6 +176,7 @@ from fusemlp_kernels.numpy.compiled.tables import (
     TENSOR_COLUMNS,
     TENSOR_FACTORS,
     THRESHOLD,
+    TOGETHER,
     TOP,
     UPDATE,
     WALKS,
@@ -262,15 +263,30 @@ def _derivative(
 
 
 @register_jitable(**EXACT)
-def _backward(call: Any, numbers: Any, integers: Any, like: Any, partials: Any, first: int, count: int) -> None:
-    """dz of the layer before."""
-    inputs, outputs = call[K], call[N]
-    size = like.itemsize
-    call_function(
-        integers[AT_PRODUCT], call[DZ] + size * first * outputs, outputs, 1, call[W], PANEL, inputs, outputs,
-        integers[AT_ZEROS], 0, 1.0 / (1.0 - numbers[RATE]), 0.0, call[OUT] + size * first * inputs, inputs, count,
-        inputs,
-    )  # fmt: skip
+def _product(call: Any, numbers: Any, integers: Any, like: Any, first: int, count: int) -> None:
+    """The product of a layer, or of the gradient by its inputs, for rows of the batch."""
+    inputs, outputs, size = call[K], call[N], like.itemsize
+    if call[KIND_OF_ROW] == BACKWARD:
+        call_function(
+            integers[AT_PRODUCT], call[DZ] + size * first * outputs, outputs, 1, call[W], PANEL, inputs, outputs,
+            integers[AT_ZEROS], 0, 1.0 / (1.0 - numbers[RATE]), 0.0, call[OUT] + size * first * inputs, inputs, count,
+            inputs,
+        )  # fmt: skip
+        return
+    x, z = call[X] + size * first * inputs, call[Z] + size * first * outputs
+    if call[PANELS]:
+        call_function(
+            integers[AT_PRODUCT], x, inputs, 1, call[PANELS], PANEL * inputs, PANEL, inputs, call[B], 1, 1.0, 0.0, z,
+            outputs, count, outputs,
+        )  # fmt: skip
+    else:
+        call_function(integers[AT_DOTS], x, call[W], inputs, call[B], z, count, outputs)
+
+
+@register_jitable(**EXACT)
+def _backward(call: Any, numbers: Any, like: Any, partials: Any, first: int, count: int) -> None:
+    """dz of the layer before, from its product."""
+    inputs = call[K]
     out = block(like, call[OUT], first, inputs)
     if call[KEEP]:
         mask(out, elements(np.uint8, call[KEEP] + first * inputs), count * inputs)
@@ -311,7 +327,7 @@ def _perturb(
 
 @register_jitable(**EXACT)
 def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, task: int) -> None:
-    """A task's rows of a call."""
+    """A block of rows of a call, after its product."""
     kind, batch_index = call[KIND_OF_ROW], counters[BATCH_INDEX]
     whole = _whole(integers, counters)
     first = task * integers[BLOCK]
@@ -321,16 +337,6 @@ def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
     partials = elements(np.float64, integers[AT_PARTIALS] + 8 * integers[PARTIALS] * task)
     if kind == GATHER:
         _gather(call, like, rows, first, count)
-    elif kind == AFFINE:
-        inputs, outputs, size = call[K], call[N], like.itemsize
-        x, z = call[X] + size * first * inputs, call[Z] + size * first * outputs
-        if call[PANELS]:
-            call_function(
-                integers[AT_PRODUCT], x, inputs, 1, call[PANELS], PANEL * inputs, PANEL, inputs, call[B], 1, 1.0, 0.0,
-                z, outputs, count, outputs,
-            )  # fmt: skip
-        else:
-            call_function(integers[AT_DOTS], x, call[W], inputs, call[B], z, count, outputs)
     elif kind == ACTIVATE:
         lanes = integers[AT_LANES] + 8 * integers[LANES_ROW] * task
         _activate(call, numbers, like, first, count, batch_index, lanes)
@@ -384,7 +390,7 @@ def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
         for i in range(count * call[N], (end - first) * call[N]):
             dz[i] = 0
     elif kind == BACKWARD:
-        _backward(call, numbers, integers, like, partials, first, count)
+        _backward(call, numbers, like, partials, first, count)
     elif kind == PERTURB:
         lanes = integers[AT_LANES] + 8 * integers[LANES_ROW] * task
         _perturb(call, numbers, like, rows, first, count, batch_index, lanes)
@@ -671,7 +677,7 @@ def _open(integers: Any, factors: Any, like: Any) -> int:
         if phase[TASKS] == 0:
             continue
         integers[PHASE] = at
-        return phase[TASKS]
+        return -(-phase[TASKS] // integers[TOGETHER]) if phase[CUT] == BY_ROWS else phase[TASKS]
 
 
 def work(job: int, task: int) -> int:
@@ -687,9 +693,15 @@ def work(job: int, task: int) -> int:
     counters = elements(np.int64, integers[AT_COUNTERS])
     phase = part(integers, integers[AT_PHASES] + PHASE_COLUMNS * integers[PHASE])
     if phase[CUT] == BY_ROWS:
+        first, end = task * integers[TOGETHER], min((task + 1) * integers[TOGETHER], integers[BLOCKS])
+        rows = integers[BLOCK] * first
         for at in range(phase[ROW_FIRST], phase[ROW_END]):
             call, numbers = _table_row(integers, factors, at)
-            _by_rows(call, numbers, integers, like, counters, task)
+            if call[KIND_OF_ROW] in (AFFINE, BACKWARD):
+                count = min(integers[BLOCK] * (end - first), _count(call, integers, counters) - rows)
+                _product(call, numbers, integers, like, rows, count)
+            for number in range(first, end):
+                _by_rows(call, numbers, integers, like, counters, number)
         return 0
     hyper = elements(np.float64, integers[AT_HYPER])
     tensors = part(integers, HEAD_COLUMNS + CALL_COLUMNS * integers[CALLS])

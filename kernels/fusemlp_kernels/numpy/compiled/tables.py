@@ -11,11 +11,12 @@ from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 
 # The head: the optimizer; how many rows of calls there are, and rows in the batch (COUNTED: ask the counters); the
 # control arrays, and how many epochs the statistics are of. The factors, and where in the integers phases, tasks and
-# pieces begin. Memory: partial results, PARTIALS numbers a task; sums of pieces; random numbers of a row, LANES_ROW
-# words a task; zeros. The functions of products, panels and dot products. The plan: rows a task, phases, and how many
-# of them come before the first step only. The state of a launch: the steps to do, the step, the phase. NOISY: the
-# address of the row numbers where the gradients get noise; its key. BLOCKS: the tasks of phases that are cut by rows.
-# SHARD_ROWS: the rows of a shard, 0 where calls have the whole batch.
+# pieces begin. Memory: partial results, PARTIALS numbers a block; sums of pieces; random numbers of a row, LANES_ROW
+# words a block or task; zeros. The functions of products, panels and dot products. The plan: rows a block, phases, and
+# how many of them come before the first step only. The state of a launch: the steps to do, the step, the phase. NOISY:
+# the address of the row numbers where the gradients get noise; its key. BLOCKS: those of a phase that is cut by rows;
+# TOGETHER: how many of them a task has in this launch. SHARD_ROWS: the rows of a shard, 0 where calls have the whole
+# batch.
 (
     OPTIMIZER,
     DECOUPLED,
@@ -53,9 +54,10 @@ from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
     NOISE_LOW,
     NOISE_HIGH,
     BLOCKS,
+    TOGETHER,
     SHARD_ROWS,
     HEAD_COLUMNS,
-) = range(38)
+) = range(39)
 # The factors before those of the calls: the hyperparameters in their order, then the largest norm, what gradients are
 # multiplied by in the update, and the deviation and the divisor of noise.
 CLIP_NORM, SCALE, DEVIATION, SHARED_BY, HEAD_FACTORS = (len(HYPERPARAMETERS) + i for i in range(5))
@@ -104,14 +106,14 @@ DEPTH = 512
     HEADS_BACKWARD,
 ) = range(28)
 
-# A phase: how its calls are cut, its rows of calls, its tasks, and the first of them in the table of tasks; that table
-# holds the pieces of a task; a piece its row of calls and a part of a tensor: rows and columns of a weight matrix,
-# elements of a bias, elements of one tensor of an update.
+# A phase: how its calls are cut, its rows of calls, its tasks or blocks, and the first task in the table of tasks; that
+# table holds the pieces of a task; a piece its row of calls and a part of a tensor: rows and columns of a weight
+# matrix, elements of a bias, elements of one tensor of an update.
 BY_ROWS, BY_PIECES, AT_ONCE = range(3)
 CUT, ROW_FIRST, ROW_END, TASKS, TASK_FIRST, PHASE_COLUMNS = range(6)
 PIECE_FIRST, PIECE_END, TASK_COLUMNS = range(3)
 PIECE_ROW, TOP, BOTTOM, LEFT, RIGHT, PIECE_COLUMNS = range(6)
-# Partial results of a task by rows: the loss, hits, scored rows, the sum of the row weights of the whole batch; a
+# Partial results of a block of rows: the loss, hits, scored rows, the sum of the row weights of the whole batch; a
 # divergence; then gradients by slopes.
 LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, DIVERGENCE_PART, SLOPES_PART = range(6)
 
