@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from fusemlp_kernels.contract import BATCH_INDEX, LEARNING_RATE, PENALTIES, ROW_COUNT, ROW_OFFSET, UPDATE_COUNT
+from fusemlp_kernels.contract import (
+    BATCH_INDEX,
+    LEARNING_RATE,
+    PENALTIES,
+    ROW_COUNT,
+    ROW_OFFSET,
+    ROW_STEP,
+    ROW_TOTAL,
+    UPDATE_COUNT,
+)
 from fusemlp_kernels.numpy.compiled.boxes import (
     ball_rows,
     box_rows,
@@ -192,20 +201,27 @@ from fusemlp_kernels.numpy.compiled.tables import (
     Y,
     Z,
 )
-from fusemlp_kernels.numpy.compiled.tiles import copy
+from fusemlp_kernels.numpy.compiled.tiles import copy, prefetch
 from fusemlp_kernels.numpy.compiled.updates import clip_factor, penalise, squares, update_part
 from fusemlp_kernels.numpy.compiled.views import call as call_function
 from fusemlp_kernels.numpy.compiled.views import elements, part
 
 # Rows of at least this many bytes are copied by a loop: memcpy takes a tenth longer for a batch that no cache holds.
 LONG = 2048
+# The rows of the next batch are asked for a step ahead, if a batch has at most this many bytes: a larger one takes the
+# place of what is needed before.
+AHEAD = 1 << 19
+LINE = 64
 # The type of the parameters; another copy of this module has another.
 REAL: Any = np.float32
 
 
 @register_jitable(**EXACT)
-def _gather(call: Any, like: Any, rows: Any, first: int, count: int) -> None:
-    """Rows of ``out = x[rows]``, flat (M, K); zeros where a row is -1."""
+def _gather(
+    call: Any, like: Any, rows: Any, first: int, count: int, following: Any, left: int
+) -> None:  # fmt: skip
+    """Rows of ``out = x[rows]``, flat (M, K); zeros where a row is -1. ``following``: the rows of the next batch, of
+    which the first ``left`` are asked for."""
     columns, size = call[K], like.itemsize
     x, out = call[X], call[OUT]
     for i in range(first, first + count):
@@ -219,6 +235,10 @@ def _gather(call: Any, like: Any, rows: Any, first: int, count: int) -> None:
                 row[j] = source[j]
         else:
             copy(like, out + size * i * columns, x + size * rows[i] * columns, columns)
+        if i < left and following[i] >= 0:
+            at = x + size * following[i] * columns
+            for line in range(0, size * columns, LINE):
+                prefetch(at + line)
 
 
 @register_jitable(**EXACT)
@@ -336,7 +356,11 @@ def _by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
     rows = part(batch, call[SHARD])
     partials = elements(np.float64, integers[AT_PARTIALS] + 8 * integers[PARTIALS] * task)
     if kind == GATHER:
-        _gather(call, like, rows, first, count)
+        step, total, left = counters[ROW_STEP], counters[ROW_TOTAL], 0
+        if call[WALKS] and step * total > 0 and step * call[K] * like.itemsize <= AHEAD:
+            # none beyond the epoch
+            left = total - counters[ROW_OFFSET] % total - step - call[SHARD]
+        _gather(call, like, rows, first, count, part(rows, step), left)
     elif kind == ACTIVATE:
         lanes = integers[AT_LANES] + 8 * integers[LANES_ROW] * task
         _activate(call, numbers, like, first, count, batch_index, lanes)

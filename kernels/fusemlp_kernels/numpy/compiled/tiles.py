@@ -347,3 +347,21 @@ def _copies(typingctx: Any, like: Any, target: Any, source: Any, count: Any) -> 
 
 
 copy: Any = intrinsic(_copies)
+
+
+def _prefetches(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line at an address, which is read later."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        pointer = builder.inttoptr(arguments[0], byte)
+        kind = ir.FunctionType(ir.VoidType(), [byte, _INDEX, _INDEX, _INDEX])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        reads, second_level, data = 0, 2, 1
+        builder.call(function, [pointer, *map(_INDEX, (reads, second_level, data))])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), code
+
+
+prefetch: Any = intrinsic(_prefetches)
