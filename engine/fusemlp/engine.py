@@ -78,10 +78,11 @@ class Engine(Session):
 
     ``privacy``, a ``DPSGD``, trains with differential privacy; ``privacy_spent()`` returns its epsilon.
 
-    ``distributed=True``, in processes that torchrun has started: they train one model together, on the CPU with the
-    NumPy backend. All are given all rows; ``batch_size`` is that of all together. With ``reduce="ordered"`` 1, 2, 4 and
-    8 processes give the same bits; "fast" adds in any order, on any number. Rank 0 alone writes files. A process that
-    ends or is silent for ``timeout`` seconds ends the others (DistributedError). A copy of such an engine trains alone.
+    ``distributed=True``, in processes that torchrun has started: they train one model together, on CPUs with the NumPy
+    backend, or with Triton, each on the card of its ``LOCAL_RANK``. All are given all rows, or the same batches;
+    ``batch_size`` is that of all together. With ``reduce="ordered"`` 1, 2, 4 and 8 processes give the same bits;
+    "fast" adds in any order, on any number. Rank 0 alone writes files. A process that ends or is silent for ``timeout``
+    seconds ends the others (DistributedError). A copy of such an engine trains alone.
     ``shard_optimizer=True``: each process keeps one slice of the optimizer's state and updates the parameters there,
     with the same bits; the processes must save checkpoints and copy the engine together.
 

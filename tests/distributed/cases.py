@@ -200,7 +200,6 @@ def refusals(rank: int) -> dict[str, str]:
         "data": message(lambda: made.fit(**other), DistributedError),
         "epochs": message(lambda: made.fit(**{**given, "epochs": 1 + rank}), DistributedError),
         "step": message(lambda: made.step(given["X"][:8], given["y"][:8]), ArgumentError),
-        "batches": message(lambda: made.fit([(given["X"], given["y"])], epochs=1), ArgumentError),
         "adversarial": message(lambda: made.fit(**given, adversarial=FGSM(0.1)), ArgumentError),
         "plan": message(lambda: case.engine(distributed=True, plan="eager"), ArgumentError),
         "folder": message(lambda: sliced.save_checkpoint("missing/x.safetensors"), ArgumentError),

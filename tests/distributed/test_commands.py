@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,26 @@ def test_a_failure_before_the_first_epoch_or_after_the_last_is_made_good(
     restarted(monkeypatch, "job")
     in_this_process(*TRAIN[1:], "--out", str(run))
     assert_same_run(run, whole)
+
+
+def test_a_job_without_an_id_goes_on_with_the_run_of_its_command(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where all machines are started again by the same commands."""
+    run = tmp_path / "run"
+    begun(run, whole, "none")
+    restarted(monkeypatch, "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    options = TrainOptions(data="wine", out=str(run))
+    config = json.loads((run / "config.json").read_text(encoding="utf-8")) | train.own_job(options)
+    (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert train.going_on(options) == (TrainOptions(resume=str(run)), True)
+    assert f"{run} is the run of this command, which goes on with it" in capsys.readouterr().err
+    # another command, and a job that is another
+    other = replace(options, lr=0.2)
+    assert train.going_on(other) == (other, False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    assert train.going_on(options) == (options, False)
 
 
 # "job": an id that is always the same

@@ -16,7 +16,6 @@ from fusemlp import (
     Adam,
     ArgumentError,
     ArgumentTypeError,
-    BackendUnavailableError,
     DistributedError,
     Engine,
     MissingLibraryError,
@@ -156,11 +155,7 @@ FROZEN = SGD(per_parameter={"*": ParameterOptions(trainable=False)})
         ({"plan": "eager"}, ArgumentError, "plan: a distributed step is two launches"),
         ({"privacy": DPSGD(1.0, 1.0)}, ArgumentError, "privacy: a private engine trains in one process so far"),
         ({"optimizer": FROZEN}, ArgumentError, "distributed: the optimizer trains no parameter"),
-        (
-            {"backend": "triton"},
-            BackendUnavailableError,
-            "distributed: the triton backend trains in one process so far",
-        ),
+        ({"backend": "triton", "plan": "resident"}, ArgumentError, "plan: the resident kernel trains on one card"),
     ],
 )
 def test_what_cannot_be_distributed_is_refused_before_the_processes_meet(

@@ -84,7 +84,6 @@ SAID = {
     "data": "distributed: X differs: rank 0 has float32 (123, 9) of digest",
     "epochs": "distributed: epochs differs: rank 0 has 1, rank 1 has 2; give",
     "step": "step: a distributed engine trains in fit",
-    "batches": "y: a distributed engine takes arrays X and y",
     "adversarial": "adversarial: it trains in one process so far",
     "plan": "plan: a distributed step is two launches",
     "folder": "path: there is no folder ",

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from commands import run
 
 from fusemlp import MLP, ArgumentError, ArgumentTypeError, Fleet, WorkerError
+from fusemlp.fleet import fleet as fleet_module
 from fusemlp.fleet.devices import VARIABLE, trained_on
 from fusemlp.fleet.results import Member
 from fusemlp_kernels import availability
@@ -124,3 +127,35 @@ def test_the_models_are_those_of_one_device() -> None:
         state = other.engine.state_dict()
         for name, value in one.engine.state_dict().items():
             np.testing.assert_array_equal(value, state[name])
+
+
+@pytest.mark.skipif(availability()["triton"] is not None, reason=f"triton: {availability()['triton']}")
+def test_a_sweep_names_the_cards_and_the_rest_of_one_has_them_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from counting_card import counting
+
+    from fusemlp_kernels.triton import launch
+
+    if not launch.is_interpreted():
+        pytest.skip("triton: the counting card needs the interpreter")
+    told: list[tuple[Sequence[str], int]] = []
+
+    def here(devices: Sequence[str], models: int, task: Any, arrays: Any, *, together: bool) -> Iterator[Member]:
+        told.append((devices, models))
+        yield from task(list(range(models)), *arrays)
+
+    monkeypatch.setattr(fleet_module, "trained_on", here)
+    words = ("sweep", "iris", "--vary", "seed=0:3", "--hidden", "4", "--batch-size", "64", "--epochs", "1")
+    words += ("--backend", "triton", "--plan", "eager", "--devices", "cuda:0,cuda:1", "--out", tmp_path / "run")
+    with counting(computes=True):
+        assert run(*words) == 0
+        models = {"vary": {"seed": range(3)}, "backend": "triton", "plan": "eager", "devices": CARDS}
+        Fleet(MLP([3, 4, 2]), **models).part([1, 2]).fit(X, Y, epochs=1)
+    assert told == [(tuple(CARDS), 3), (tuple(CARDS), 2)]
+    capsys.readouterr()
+    assert (
+        run("sweep", "iris", "--vary", "seed=0:2", "--devices", "cuda:0", "--jobs", "2", "--out", tmp_path / "x") == 2
+    )
+    assert "--jobs: a fleet with devices has a process for each of them" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()

@@ -450,6 +450,9 @@ class SweepOptions(FitOptions):
         "of --address. A dead worker's models are trained again.",
         "BACKEND",
     )
+    devices: str | None = _machine(
+        None, "Several cards of this machine, cuda:0,cuda:1: a process trains on each.", "NAMES"
+    )
     address: str | None = _option(
         None, "Where the scheduler of dask (tcp://host:8786) or the head of ray (host:6379) listens.", "ADDRESS"
     )

@@ -16,9 +16,11 @@ def plan(options: PlanOptions) -> None:
         "batch_size": options.batch_size,
         "backend": options.backend,
         "precision": options.precision,
+        "devices": options.devices,
+        "reduce": options.reduce,
+        "shard_optimizer": options.shard_optimizer,
     }
     chosen = chosen_plan(net, **told)
-    told |= {"devices": options.devices, "reduce": options.reduce, "shard_optimizer": options.shard_optimizer}
     print(plan_text(net, loss=options.loss, optimizer=options.optimizer, **told))
     if chosen is not None:
         print(f"plan {chosen[0]}: {chosen[1]}")

@@ -31,6 +31,7 @@ from fusemlp.cli.train import (
 from fusemlp.datasets.load import NAMES
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.metrics import rises
+from fusemlp.fleet.devices import check_not_given
 from fusemlp.fleet.elsewhere import check_address, check_workers, connected
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.memory import Kept
@@ -59,7 +60,7 @@ OPTIONS = {"betas": ("beta1", "beta2")}
 WRITE = 5.0
 SHOWN = 5  # models in the table at the end
 # The options that --resume accepts; all others keep the values of the sweep.
-FREE = frozenset({"resume", "as_json", "quiet", "jobs", "workers", "address", "backend", "device"})
+FREE = frozenset({"resume", "as_json", "quiet", "jobs", "workers", "address", "backend", "device", "devices"})
 # A list of up to this many values is drawn as words side by side.
 MOST_WORDS = 12
 
@@ -227,7 +228,7 @@ def resumed(options: SweepOptions, folder: str) -> tuple[Run, Plan, list[Member]
             )
     run, first, told = journal.read(folder)
     # where it trains is told anew
-    changes: dict[str, Any] = {"workers": None, "address": None, "jobs": None, "quiet": False, **given}
+    changes: dict[str, Any] = {**dict.fromkeys(("workers", "address", "jobs", "devices")), "quiet": False, **given}
     stored = SweepOptions(**first["options"])
     plan = planned(replace(stored, **changes))
     if plan.prepared.summary["fingerprint"] != first["fingerprint"]:
@@ -261,6 +262,9 @@ def planned(options: SweepOptions) -> Plan:
     check_address(options.workers, options.address)
     if options.jobs is not None:
         as_count("jobs", options.jobs, minimum=1)
+    devices = None if options.devices is None else options.devices.split(",")
+    if devices is not None:
+        check_not_given(workers=options.workers, jobs=options.jobs)
     split_seed = options.seed if options.split_seed is None else options.split_seed
     points = grid.points(axes, sample=options.sample, seed=split_seed, whole_seeds=options.seeds is not None)
     trained_by = [_train_options(options, point) for point in points]
@@ -288,6 +292,7 @@ def planned(options: SweepOptions) -> Plan:
             vary=[{**point, "lr": rate} for point, rate in zip(points, rates, strict=True)],
             backend=options.backend,
             device=options.device,
+            devices=devices,
             precision=options.precision,
             plan=options.plan,
             normalise=False,

@@ -119,7 +119,9 @@ def going_on(options: TrainOptions) -> tuple[TrainOptions, bool]:
     there = run.config.is_file()
     # of several machines one may count the restart alone
     again, seen, missed = ranks.any(count > 0, there, not there)
-    if not again:
+    # machines that meet by address have jobs without an id: the same command goes on with what it has begun
+    anew = job() == "none" and options.resume is None and seen and not again
+    if not again and not anew:
         return options, False
     if seen and missed:
         raise ArgumentError(
@@ -135,6 +137,11 @@ def going_on(options: TrainOptions) -> tuple[TrainOptions, bool]:
     (again,) = map(bool, ranks.of_first([own_job(options).items() <= open_run(folder)[1].items()]))
     if not again or options.resume is not None:
         return options, again
+    if anew and ranks.leads and not options.quiet:
+        print(
+            f"{folder} is the run of this command, which goes on with it; give a new --out to begin anew",
+            file=sys.stderr,
+        )
     free = {name: value for name, value in given_options(options).items() if name in _FREE}
     return TrainOptions(**free, resume=folder), True
 

@@ -162,7 +162,7 @@ class Fleet:
         fleet = Fleet.__new__(Fleet)
         fleet.candidates = tuple(self.candidates[number] for number in numbers)
         fleet._initial, fleet._memory = [self._initial[number] for number in numbers], self._memory
-        fleet._privacy, fleet._devices = self._privacy, ()
+        fleet._privacy, fleet._devices = self._privacy, self._devices
         fleet._begin(self._machine)
         if self._input_scale is not None:
             fleet._input_scale = fleet._built[0].input_scale = self._input_scale
@@ -347,7 +347,7 @@ class Fleet:
             own = None if validation_rows is None else validated_on
             untrained = self.part(range(len(self)))
             # its parts build their own, on the backend that they shall have
-            untrained._built = []
+            untrained._built, untrained._devices = [], ()
             task = partial(_train_part, untrained, rows=trained_rows, validation_rows=own, **given)
             sent = [*_arrays(first, data), *_arrays(first, None if validation is None else validation.data)]
             self.results = None

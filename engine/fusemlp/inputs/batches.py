@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusemlp.describe.checks import as_count
-from fusemlp.inputs.blocks import Blocks
+from fusemlp.inputs.arrays import Array
+from fusemlp.inputs.blocks import Blocks, Peers
 from fusemlp.inputs.targets import Examples, Targets
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError
 
@@ -39,12 +40,21 @@ class Batches:
 
     An iterable that can begin again does so after its last batch; Keras's ``on_epoch_end`` of a data set is called
     then. The first batch is read at once, so that a mistake shows before the training. Messages call the iterable
-    ``argument`` and its number of steps ``steps_argument``. ``Blocks`` begin with those of epoch ``first_epoch``.
+    ``argument`` and its number of steps ``steps_argument``. ``Blocks`` begin with those of epoch ``first_epoch``; of
+    several processes each reads its part of them, with ``share``, the arguments of ``Blocks.shared``.
 
     Raises ArgumentTypeError, ArgumentError if the length is not known, DataError if there is no batch.
     """
 
-    def __init__(self, argument: str, given: Any, steps: int | None, steps_argument: str, first_epoch: int = 0) -> None:
+    def __init__(
+        self,
+        argument: str,
+        given: Any,
+        steps: int | None,
+        steps_argument: str,
+        first_epoch: int = 0,
+        share: tuple[Peers, Callable[[Array], Array]] | None = None,
+    ) -> None:
         if isinstance(given, tuple) and given and not isinstance(given[0], tuple | list):
             raise ArgumentTypeError(f"{argument}: got a tuple of {len(given)} arrays; give them one by one: (X, y)")
         if not (are_batches(given) or isinstance(given, tuple | list)):
@@ -57,7 +67,7 @@ class Batches:
         self._iterator: Iterator[Any] | None = None
         # batches read, of this pass and of all
         self._of_pass = self._read = 0
-        self._before = first_epoch * self.steps
+        self._before, self._share = first_epoch * self.steps, share
         self._ahead: tuple[Any, Any, Any] | None = self._pull()
         shape = getattr(self._ahead[0], "shape", None)
         if shape is not None and len(shape) == 1 and hasattr(given, "__getitem__") and not isinstance(given, list):
@@ -84,8 +94,12 @@ class Batches:
                 given = self._given
                 if isinstance(given, Blocks):
                     given.seek(self._before + self._read)
-                once = hasattr(given, "__iter__")
-                self._iterator = iter(given) if once else (given[index] for index in range(len(given)))
+                if isinstance(given, Blocks) and self._share is not None:
+                    self._iterator = given.shared(*self._share)
+                elif hasattr(given, "__iter__"):
+                    self._iterator = iter(given)
+                else:
+                    self._iterator = (given[index] for index in range(len(given)))
                 self._of_pass = 0
             try:
                 batch = next(self._iterator)

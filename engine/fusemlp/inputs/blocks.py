@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,6 +21,16 @@ class _Part(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+
+
+class Peers(Protocol):
+    """The processes that read blocks together, this one being number ``rank`` of ``world``."""
+
+    rank: int
+    world: int
+
+    def swap(self, rows: Sequence[Array], counts: Sequence[int]) -> Array:
+        """Send ``rows[r]`` to process r; return what each has sent to this one, by process, ``counts[r]`` rows."""
 
 
 class Blocks:
@@ -128,9 +138,31 @@ class Blocks:
 
     def __iter__(self) -> Iterator[tuple[Array, ...]]:
         """Yield the batches of an epoch that are left of it, and go on with the next epoch afterwards."""
+        return self._batches(*self._begun())
+
+    def shared(self, peers: Peers, owner: Callable[[Array], Array]) -> Iterator[tuple[Array, ...]]:
+        """Yield the same batches in several processes, with zeros in the rows of x that are not this one's.
+
+        Each process reads its part of the blocks, and they send one another the rows. ``owner`` gives for the place of
+        a row in its batch the number of its process.
+        """
+        return self._shared(*self._begun(), peers, owner)
+
+    def described(self) -> dict[str, Any]:
+        """Return by name what decides which rows are in which batch."""
+        return {
+            "Blocks": self,
+            "the rows of blocks": np.array(self._source.sizes),
+            "the arrays of blocks": [str(part) for part in self._source.parts],
+            "shuffle of blocks": self.shuffle,
+            "drop_last of blocks": self.drop_last,
+        }
+
+    def _begun(self) -> tuple[int, int]:
+        """Return the epoch, and the batches of it that have passed; the next pass is another epoch's."""
         epoch, first = divmod(self._next, len(self))
         self._next = (epoch + 1) * len(self)
-        return self._batches(epoch, first)
+        return epoch, first
 
     def _batches(self, epoch: int, first: int) -> Iterator[tuple[Array, ...]]:
         source, size = self._source, self.batch_size
@@ -153,6 +185,60 @@ class Blocks:
             waiting = count - whole
             for array in held:
                 array[:waiting] = array[rows[whole:]]
+
+    def _shared(
+        self, epoch: int, first: int, peers: Peers, owner: Callable[[Array], Array]
+    ) -> Iterator[tuple[Array, ...]]:
+        source, size, everyone = self._source, self.batch_size, range(peers.world)
+        # this process's rows of x that are left, and the places in the epoch at which they come
+        x = np.empty((0, *source.parts[0].shape), source.parts[0].dtype)
+        places: Array = np.arange(0)
+        # all rows of the other arrays that are left
+        others = [np.empty((0, *part.shape), part.dtype) for part in source.parts[1:]]
+        done = passed = 0
+        for blocks, order in self._windows(epoch):
+            # of the rows as they lie in the blocks: their places, and the process that reads them
+            place = np.empty(len(order), np.int64)
+            place[order] = done + np.arange(len(order))
+            reader = np.repeat(np.arange(len(blocks)) % peers.world, np.diff(self._starts)[blocks])
+            taker = owner(place % size)
+            read, to = self._read(blocks[peers.rank :: peers.world]), taker[reader == peers.rank]
+            sent = [np.flatnonzero((reader == one) & (taker == peers.rank)) for one in everyone]
+            found = peers.swap([read[0][to == one] for one in everyone], [len(rows) for rows in sent])
+            new = place[np.concatenate(sent)]
+            x = np.concatenate([x, found[np.argsort(new)]])
+            places = np.concatenate([places, np.sort(new)])
+            counts = [int(np.count_nonzero(reader == one)) for one in everyone]
+            by_place = np.argsort(place[np.argsort(reader, kind="stable")])
+            for at, array in enumerate(read[1:]):
+                found = peers.swap([array] * peers.world, counts)
+                others[at] = np.concatenate([others[at], found[by_place]])
+            done += len(order)
+            begin = done - len(others[0])
+            whole = len(others[0])
+            if done < self.rows or self.drop_last:
+                whole -= whole % size
+            for start in range(0, whole, size):
+                passed += 1
+                if passed > first:
+                    stop = min(start + size, whole)
+                    own = slice(*np.searchsorted(places, [begin + start, begin + stop]))
+                    batch = np.zeros((stop - start, *x.shape[1:]), x.dtype)
+                    batch[places[own] - begin - start] = x[own]
+                    yield batch, *(array[start:stop] for array in others)
+            left = np.searchsorted(places, begin + whole)
+            x, places, others = x[left:], places[left:], [array[whole:] for array in others]
+
+    def _read(self, blocks: Array) -> list[Array]:
+        """Return the arrays of some blocks, one after another."""
+        count = int(np.diff(self._starts)[blocks].sum())
+        found = [np.empty((count, *part.shape), part.dtype) for part in self._source.parts]
+        at = 0
+        for block in blocks:
+            stop = at + self._source.sizes[block]
+            self._source.read(int(block), [array[at:stop] for array in found])
+            at = stop
+        return found
 
     def __repr__(self) -> str:
         return (

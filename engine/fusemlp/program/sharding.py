@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fusemlp.describe.checks import check_choice
+from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError
 
 ORDERED, FAST = "ordered", "fast"
@@ -56,6 +57,10 @@ class Sharding(NamedTuple):
     def firsts(self, rank: int, rows: int) -> tuple[int, ...]:
         """Return the row of the batch with which each shard of a rank begins, a shard having ``rows``."""
         return tuple(rows * shard for shard in range(rank * self.own, (rank + 1) * self.own))
+
+    def owner(self, places: Array, batch_size: int) -> Array:
+        """Return the rank that has each of these rows of a batch, ``batch_size`` being that of a whole one."""
+        return places // (self.rows(batch_size) * self.own)
 
     def received(self, op: str, arenas: int, stats: int) -> int:
         """Return the bytes that a rank receives by a collective over arenas and statistics; with ``fast`` at least."""

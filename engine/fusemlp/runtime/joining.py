@@ -8,8 +8,6 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
-
 from fusemlp.describe.checks import as_number, check_choice, check_flag
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer
@@ -17,11 +15,12 @@ from fusemlp.describe.privacy import DPSGD
 from fusemlp.inputs.arrays import Array
 from fusemlp.program.sharding import ORDERED, REDUCTIONS, Sharding
 from fusemlp.runtime.memory import Memory
-from fusemlp.runtime.plans import no_ranks
-from fusemlp.runtime.ranks import Ranks, joined
+from fusemlp.runtime.plans import check_ranks, shared_plan
+from fusemlp.runtime.ranks import Ranks, joined, own_card
 from fusemlp.runtime.rates import RateTable
 from fusemlp_kernels.contract import Backend
-from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
+from fusemlp_kernels.registry import backend
 
 # Libraries whose versions the bits of a step depend on.
 LIBRARIES = ("fusemlp", "numpy", "numba", "torch")
@@ -31,6 +30,20 @@ LIBRARIES = ("fusemlp", "numpy", "numba", "torch")
 def _versions() -> dict[str, str]:
     found = {f"the version of {name}": version(name) for name in LIBRARIES}
     return {**found, "the version of Python": platform.python_version()}
+
+
+def open_here(name: str, device: str | None, precision: str) -> Backend:
+    """Return a backend on a device: by default, in a process of torchrun, on the card of its number."""
+    found, card = backend(name, device, precision), own_card()
+    if device is not None or card is None or not found.device.startswith("cuda"):
+        return found
+    try:
+        return backend(found.traits.name, card, precision)
+    except BackendUnavailableError as error:
+        raise BackendUnavailableError(
+            f"device: torchrun has started more processes on this machine than it has cards, and this one's would be "
+            f"{card!r} ({error}); start as many as there are, --nproc-per-node, or give device= or backend='numpy'"
+        ) from error
 
 
 class Joining:
@@ -76,25 +89,22 @@ class Joining:
                     "trains alone; start it by torchrun, a script with distributed=True, or leave shard_optimizer out"
                 )
             return
-        if not self._backend.traits.on_host:
-            raise no_ranks("distributed", self.backend)
-        if self.plan != "resident":
-            raise ArgumentError(
-                f"plan: a distributed step is two launches with a collective between them, got {self.plan!r}; leave "
-                "plan out"
-            )
+        traits = self._backend.traits
+        check_ranks("distributed", traits)
+        # refused before the processes meet
+        shared_plan((self.plan, self.plan_reason), traits, Sharding(reduce, 1, sliced))
         if self.privacy is not None:
             raise ArgumentError("privacy: a private engine trains in one process so far; leave distributed out")
         self.network.check_single("distributed", "training on several processes")
         if not any(self.optimizer.options_for(name)[0] for name in self.network.parameter_shapes()):
             raise ArgumentError("distributed: the optimizer trains no parameter, so there is no gradient to add")
-        ranks = joined(limit)
-        sharding = Sharding(reduce, ranks.world).check()
+        ranks = joined(limit, self._backend.device)
+        sharding = Sharding(reduce, ranks.world, sliced).check()
+        plan = shared_plan((self.plan, self.plan_reason), traits, sharding, ranks.uncaptured())
         self.ranks = ranks
-        between = "collectives" if sliced else "a collective"
-        self.plan_reason = f"two launches a step, and {between} between them ({sharding})"
-        self._share_out(sharding._replace(slices=sliced))
-        told = {"reduce": sharding, "shard_optimizer": sliced, "backend": self.backend}
+        self.plan, self.plan_reason = plan
+        self._share_out(sharding)
+        told = {"reduce": sharding, "shard_optimizer": sliced, "backend": self.backend, "plan": self.plan}
         ranks.check_same({**_versions(), **self.description(), **told})
 
     def _share_out(self, sharding: Sharding, *, everywhere: bool = True) -> None:
@@ -120,15 +130,17 @@ class Joining:
         """Return the flat array ``name`` of the memory. All ranks must call this if they have slices of it; without
         ``everywhere`` all but rank 0 get None.
         """
-        memory, ranks = self.memory, self.ranks
+        memory, ranks, allocate = self.memory, self.ranks, self._backend.allocate
         array: Array = memory.arrays[name]
         in_slices = self.sharding is not None and self.sharding.slices and name == "grads"
         if ranks is None or not (in_slices or name in memory.sliced):
             return array
-        own = np.zeros(memory.slice_size, array.dtype)
+        own: Array = allocate(memory.slice_size, "real")
         part = array[memory.own] if in_slices else array
         own[: len(part)] = part
-        rows = np.empty((ranks.world, len(own)), array.dtype) if everywhere or ranks.leads else None
+        rows: Array | None = None
+        if everywhere or ranks.leads:
+            rows = allocate(ranks.world * len(own), "real").reshape(ranks.world, len(own))
         if everywhere and rows is not None:
             ranks.all_gather(rows, own)
         else:

@@ -14,6 +14,7 @@ from fusemlp.describe.optimizers import Optimizer
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.memory import Memory, on_device
+from fusemlp.runtime.ranks import Ranks, mark_of
 from fusemlp.runtime.rates import RateTable
 from fusemlp_kernels.contract import UPDATE_COUNT, Backend
 from fusemlp_kernels.errors import ShapeError
@@ -24,13 +25,14 @@ CARRIED = "carried"
 
 class Account(NamedTuple):
     """The numbers that the host reads after a launch, at one go: the statistics of epochs (epochs, STATS), the counters
-    and hyper, and whether all parameters are ``finite``.
+    and hyper, whether all parameters are ``finite``, and with other ranks the numbers of ``mark_of``.
     """
 
     stats: Array
     counters: Array
     hyper: Array
     finite: bool
+    mark: list[Array]
 
 
 @dataclass(eq=False)
@@ -53,6 +55,7 @@ class Keeping:
     memory: Memory
     optimizer: Optimizer
     rates: RateTable
+    ranks: Ranks | None
     _backend: Backend
     _names: Mapping[str, str]
     _last_fit: LastFit | None
@@ -70,11 +73,12 @@ class Keeping:
         stats = memory.stats if epoch_stats is None else epoch_stats
         # if one is not finite, neither is the sum; on the host nothing waits
         sums = [memory.params.sum()] if check_finite and not backend.traits.on_host else []
-        found, counters, hyper, *rest = backend.read(stats, memory.counters, memory.hyper, *sums)
+        marks = [] if self.ranks is None else mark_of(memory.params)
+        found, counters, hyper, *rest = backend.read(stats, memory.counters, memory.hyper, *sums, *marks)
         self.rates.note(int(counters[UPDATE_COUNT]))
-        finite = not check_finite or (bool(rest) and math.isfinite(rest[0][0]))
+        finite = not check_finite or (bool(sums) and math.isfinite(rest[0][0]))
         finite = finite or all(map(math.isfinite, backend.extent(memory.params)))
-        return Account(found.reshape(-1, len(memory.stats)), counters, hyper, finite)
+        return Account(found.reshape(-1, len(memory.stats)), counters, hyper, finite, rest[len(sums) :])
 
     def snapshot(self) -> dict[str, Array]:
         """Host copies of all that a step changes, for ``restore``."""

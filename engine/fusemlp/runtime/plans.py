@@ -89,11 +89,44 @@ def resident_chunk(traits: Traits, flops: int) -> int:
     return max(1, int(LAUNCH_SECONDS / traits.resident.resident_seconds(flops)))
 
 
-def no_ranks(argument: str, backend: str) -> BackendUnavailableError:
-    """Return the error for a backend that does not train in several processes."""
-    return BackendUnavailableError(
-        f"{argument}: the {backend} backend trains in one process so far; use backend='numpy'"
-    )
+def check_ranks(argument: str, traits: Traits) -> None:
+    """Raise BackendUnavailableError for a backend that does not train in several processes."""
+    if traits.name == "cupy":
+        raise BackendUnavailableError(
+            f"{argument}: the {traits.name} backend trains in one process so far; use backend='triton' or 'numpy'"
+        )
+
+
+def shared_plan(
+    alone: tuple[str, str], traits: Traits, sharding: Sharding, uncaptured: str | None = None
+) -> tuple[str, str]:
+    """Return the plan of several processes on a backend, whose plan of one is ``alone``, and why. ``uncaptured``: why
+    collectives cannot be part of a graph, if they cannot.
+
+    Raises ArgumentError or BackendUnavailableError for a plan asked for that they do not have.
+    """
+    plan, reason = alone
+    between = f"{'collectives' if sharding.slices else 'a collective'} between them ({sharding})"
+    if traits.on_host:
+        if plan != "resident":
+            raise ArgumentError(
+                f"plan: a distributed step is two launches with a collective between them, got {plan!r}; leave plan out"
+            )
+        return plan, f"two launches a step, and {between}"
+    asked = reason == ASKED
+    if asked and plan == "resident":
+        raise ArgumentError(
+            "plan: the resident kernel trains on one card, without a collective between its steps, got 'resident'; "
+            "leave plan out"
+        )
+    if asked and plan == "graph" and uncaptured is not None:
+        raise BackendUnavailableError(f"plan: there is no graph of a distributed step: {uncaptured}; leave plan out")
+    if asked:
+        return alone
+    if "graph" in traits.plans and uncaptured is None:
+        return "graph", f"the launches of a step, and {between}, in a graph"
+    why = "" if uncaptured is None else f": {uncaptured}"
+    return "eager", f"the launches of a step, and {between}, one after another{why}"
 
 
 def shares_launches(traits: Traits) -> bool:
@@ -112,14 +145,37 @@ def _traits(backend: str, precision: str) -> Traits:
     return traits
 
 
+def _sharding(traits: Traits, devices: int | None, reduce: str, shard_optimizer: bool) -> Sharding | None:
+    if check_flag("shard_optimizer", shard_optimizer) and devices is None:
+        raise ArgumentError(
+            "shard_optimizer: it shards over several processes; say how many by devices, or leave it out"
+        )
+    if devices is None:
+        return None
+    check_ranks("devices", traits)
+    return Sharding(reduce, as_count("devices", devices), shard_optimizer).check()
+
+
 def chosen_plan(
-    net: MLP, *, batch_size: int = 32, backend: str = "auto", precision: str = "fp32"
+    net: MLP,
+    *,
+    batch_size: int = 32,
+    backend: str = "auto",
+    precision: str = "fp32",
+    devices: int | None = None,
+    reduce: str = ORDERED,
+    shard_optimizer: bool = False,
 ) -> tuple[str, str] | None:
-    """Return the plan that ``plan="auto"`` means in ``fit``, and why; None if it does not depend on the network."""
+    """Return the plan that ``plan="auto"`` means in ``fit``, and why; None if it does not depend on the network.
+
+    Raises what ``plan_text`` does for the same arguments.
+    """
     traits = _traits(backend, precision)
+    sharding = _sharding(traits, devices, reduce, shard_optimizer)
     if traits.resident is None:
         return None
-    return choose_plan("auto", traits, net.sizes, batch_size, precision, members=net.members)
+    alone = choose_plan("auto", traits, net.sizes, batch_size, precision, members=net.members)
+    return alone if sharding is None else shared_plan(alone, traits, sharding)
 
 
 def plan_text(
@@ -139,16 +195,10 @@ def plan_text(
     slice of the optimizer's state.
 
     Raises ArgumentError or ArgumentTypeError for impossible values, BackendUnavailableError for ``devices`` of a
-    backend that has one.
+    backend that trains in one process.
     """
     traits = _traits(backend, precision)
-    if check_flag("shard_optimizer", shard_optimizer) and devices is None:
-        raise ArgumentError(
-            "shard_optimizer: it shards over several processes; say how many by devices, or leave it out"
-        )
-    sharding = None if devices is None else Sharding(reduce, as_count("devices", devices), shard_optimizer).check()
-    if sharding is not None and not traits.on_host:
-        raise no_ranks("devices", traits.name)
+    sharding = _sharding(traits, devices, reduce, shard_optimizer)
     chosen_loss, chosen_optimizer = as_loss(loss), as_optimizer(optimizer)
     chosen_loss.check_network(net)
     chosen_optimizer.check_network(net)
@@ -156,6 +206,7 @@ def plan_text(
     batch_size = as_count("batch_size", batch_size, minimum=1)
     if sharding is not None:
         batch_size = sharding.rows(batch_size)
+    alone, _ = choose_plan("auto", traits, net.sizes, batch_size, precision, members=net.members)
     program = lower_training(
         net,
         chosen_loss.spec(accuracy=chosen_loss.is_classification),
@@ -170,7 +221,7 @@ def plan_text(
         compute_bytes=COMPUTE_BYTES.get(precision),
         scaled=precision == "fp16",
         most_parts=MOST_PARTS,
-        resident=choose_plan("auto", traits, net.sizes, batch_size, precision, members=net.members)[0] == "resident",
+        resident=alone == "resident" and (traits.on_host or sharding is None),
         sharding=sharding,
     )
     return str(program)

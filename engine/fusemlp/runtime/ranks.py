@@ -6,7 +6,9 @@ import atexit
 import datetime
 import hashlib
 import json
+import math
 import os
+import platform
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -68,7 +70,7 @@ def _torch() -> Any:
 def _leave(dist: Any) -> None:
     """End the threads of all groups: each ends with the last reference to its group."""
     for ranks in _all:
-        ranks._group = ranks._store = None
+        ranks._group = ranks._cards = ranks._store = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -103,15 +105,35 @@ _known: dict[float, tuple[Any, Ranks]] = {}
 _all: weakref.WeakSet[Ranks] = weakref.WeakSet()
 
 
-def joined(timeout: float) -> Ranks:
-    """Return the ranks of this process: engines with one time limit have them in common."""
-    if timeout in _known:
-        world, ranks = _known[timeout]
-        if world is ranks.default_group:
-            return ranks
-    ranks = Ranks(timeout)
-    _known[timeout] = ranks.default_group, ranks
+def joined(timeout: float, device: str = "cpu") -> Ranks:
+    """Return the ranks of this process: engines with one time limit have them in common.
+
+    ``device``: the card whose arrays they add up, or "cpu". Raises what ``Ranks`` does; MissingLibraryError for a card
+    without NCCL, ArgumentError for a card that two ranks have.
+    """
+    if device != "cpu":
+        _check_nccl()
+    world, ranks = _known.get(timeout, (None, None))
+    if ranks is None or world is not ranks.default_group:
+        ranks = Ranks(timeout)
+        _known[timeout] = ranks.default_group, ranks
+    if device != "cpu":
+        ranks.take_card(device)
     return ranks
+
+
+def own_card() -> str | None:
+    """Return the card of this process, that of its number on its machine; None where torchrun has not started it."""
+    number = os.environ.get("LOCAL_RANK") if started() else None
+    return None if number is None else f"cuda:{number}"
+
+
+def _check_nccl() -> None:
+    if not _torch()[1].is_nccl_available():
+        raise MissingLibraryError(
+            "distributed: several processes add what they have on cards by NCCL, and this build of torch has none; "
+            "install one for the driver (pytorch.org, on Linux), or give backend='numpy'"
+        )
 
 
 class Ranks:
@@ -130,13 +152,17 @@ class Ranks:
             )
         self._torch, self._dist = _torch()
         dist = self._dist
+        # the newer name first
+        self._all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         if not dist.is_available() or not dist.is_gloo_available():
             raise MissingLibraryError(
                 "distributed: this build of torch has no gloo; install another, pip install torch"
             )
         self.timeout = timeout
         limit = datetime.timedelta(seconds=timeout)
+        # of arrays on the host, and of those on cards
         self._group: Any = None
+        self._cards: Any = None
         _all.add(self)
         # collectives that have begun: all ranks count alike
         self._begun = 0
@@ -173,8 +199,35 @@ class Ranks:
         """Return whether this is the rank that prints and writes files."""
         return self.rank == 0
 
-    def _tensor(self, array: Array) -> Any:
-        return self._torch.from_numpy(array)
+    def take_card(self, device: str) -> None:
+        """Get ready for arrays on this card. All ranks must call this; raises ArgumentError if two have one card."""
+        if self._cards is not None:
+            return
+        properties = self._torch.cuda.get_device_properties(device)
+        # the same card may have several numbers
+        taken = self.texts(f"card {properties.uuid} of {platform.node()}")
+        for rank, card in enumerate(taken):
+            if taken.index(card) != rank:
+                raise ArgumentError(
+                    f"device: ranks {taken.index(card)} and {rank} have one card, {card}; leave device out, and each "
+                    "takes the card of its number, and start no more processes than there are cards"
+                )
+        limit = datetime.timedelta(seconds=self.timeout)
+        try:
+            self._cards = self._dist.new_group(backend="nccl", timeout=limit)
+        except RuntimeError as error:
+            raise DistributedError(f"distributed: NCCL does not start on {device} ({error})") from error
+
+    def uncaptured(self) -> str | None:
+        """Return why collectives on cards cannot be part of a graph; None if they can."""
+        # NCCL 2.9.6 is the first that can; torch brings a later one
+        return "RCCL's collectives are started one by one" if self._torch.version.hip else None
+
+    def _tensor(self, array: Any) -> Any:
+        return self._torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+
+    def _group_of(self, array: Any) -> Any:
+        return self._group if self._tensor(array).is_cpu else self._cards
 
     def _collective(self, run: Callable[[], object]) -> None:
         self._begun += 1
@@ -210,9 +263,9 @@ class Ranks:
         return f"{names} of {self.world} ended or did not answer within {self.timeout:g} s; see what it said itself"
 
     def all_gather(self, into: Array, own: Array) -> None:
-        """Write the arrays ``own`` (n,) of all ranks into ``into`` (world, n), by rank."""
-        parts = [self._tensor(row) for row in into]
-        self._collective(lambda: self._dist.all_gather(parts, self._tensor(own), group=self._group))
+        """Write the arrays ``own`` (n,) of all ranks into the contiguous ``into`` (world, n), by rank."""
+        group, flat = self._group_of(own), self._tensor(into.reshape(-1))
+        self._collective(lambda: self._all_gather(flat, self._tensor(own), group=group))
 
     def exchange(self, into: Array, own: Array, counts: Sequence[int], into_all: Array, own_all: Array) -> None:
         """Write what each rank sends to this one into the row ``into`` (world, n) of its number, and likewise
@@ -221,26 +274,37 @@ class Ranks:
         """
 
         def run() -> None:
-            dist, group, tensor = self._dist, self._group, self._tensor
+            dist, group, tensor = self._dist, self._group_of(own), self._tensor
             received, sizes = tensor(into.reshape(-1)), [into.shape[1]] * self.world
             one = dist.all_to_all_single(received, tensor(own), sizes, list(counts), group=group, async_op=True)
-            rows = [tensor(row) for row in into_all]
-            other = dist.all_gather(rows, tensor(own_all), group=group, async_op=True)
+            flat = tensor(into_all.reshape(-1))
+            other = self._all_gather(flat, tensor(own_all), group=group, async_op=True)
             one.wait()
             other.wait()
 
         self._collective(run)
 
+    def swap(self, rows: Sequence[Array], counts: Sequence[int]) -> Array:
+        """Send ``rows[r]`` to rank r; return what each rank has sent to this one, one after another, of rank r
+        ``counts[r]`` rows of one shape."""
+        sent = np.concatenate(rows)
+        found = np.empty((sum(counts), *sent.shape[1:]), sent.dtype)
+        size = math.prod(sent.shape[1:]) * sent.itemsize
+        into, own = (self._tensor(array.reshape(-1).view(np.uint8)) for array in (found, sent))
+        sizes = [size * count for count in counts], [size * len(one) for one in rows]
+        self._collective(lambda: self._dist.all_to_all_single(into, own, *sizes, group=self._group))
+        return found
+
     def gather(self, into: Array | None, own: Array) -> None:
         """Write the arrays ``own`` (n,) of all ranks into that ``into`` (world, n) of rank 0; others have none."""
         parts = None if into is None else [self._tensor(row) for row in into]
-        self._collective(lambda: self._dist.gather(self._tensor(own), parts, dst=0, group=self._group))
+        self._collective(lambda: self._dist.gather(self._tensor(own), parts, dst=0, group=self._group_of(own)))
 
     def add(self, *arrays: Array) -> None:
         """Replace each array by its sum over the ranks, in any order."""
 
         def run() -> None:
-            add, group = self._dist.ReduceOp.SUM, self._group
+            add, group = self._dist.ReduceOp.SUM, self._group_of(arrays[0])
             tensors = [self._tensor(array) for array in arrays]
             for work in [self._dist.all_reduce(one, op=add, group=group, async_op=True) for one in tensors]:
                 work.wait()
@@ -285,10 +349,10 @@ class Ranks:
                         "; give all ranks the same"
                     )
 
-    def check_equal(self, parameters: Array) -> None:
-        """Raise DistributedError on every rank if one has computed other parameters than rank 0."""
-        own = np.frombuffer(hashlib.sha256(parameters.data).digest(), np.uint8).copy()
-        found = np.empty((self.world, len(own)), np.uint8)
+    def check_equal(self, mark: Sequence[Array]) -> None:
+        """Raise DistributedError on every rank if one has computed other parameters than rank 0; see ``mark_of``."""
+        own = np.concatenate(mark)
+        found = np.empty((self.world, len(own)))
         self.all_gather(found, own)
         others = [str(rank) for rank, one in enumerate(found) if not np.array_equal(one, found[0])]
         if others:
@@ -297,6 +361,16 @@ class Ranks:
                 "has changed something on some ranks only, or their processors compute differently; let callbacks do "
                 "the same on all, and use processors of one kind"
             )
+
+
+def mark_of(parameters: Any) -> list[Any]:
+    """Return arrays of whole numbers, where the parameters lie, that others do not have: the bytes of a digest, or on a
+    device the sums of their bits as integers, of all and of every other."""
+    if isinstance(parameters, np.ndarray):
+        return [np.frombuffer(hashlib.sha256(parameters.data).digest(), np.uint8)]
+    bits = parameters.view(import_module("torch").int32)
+    # exact in float64
+    return [some.sum() & ((1 << 52) - 1) for some in (bits, bits[::2])]
 
 
 def _mark(thing: Any) -> str:
@@ -310,9 +384,9 @@ def _mark(thing: Any) -> str:
 
 def tree_sum(arrays: Sequence[Array] | Array) -> Array:
     """Add arrays in pairs, pairs of pairs and so on; they are written to, the first is the sum."""
-    step = 1
+    arrays, step = [arrays[place] for place in range(len(arrays))], 1
     while step < len(arrays):
         for at in range(0, len(arrays) - step, 2 * step):
-            arrays[at][:] += arrays[at + step]
+            arrays[at] += arrays[at + step]
         step *= 2
     return arrays[0]

@@ -30,10 +30,10 @@ from fusemlp.program.program import Program
 from fusemlp.program.sharding import ORDERED
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.inference import MEAN, SCALE, Inference, InputScale, member_rows
-from fusemlp.runtime.joining import Joining
+from fusemlp.runtime.joining import Joining, open_here
 from fusemlp.runtime.keeping import Keeping
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory, Workspace
-from fusemlp.runtime.plans import ASKED, choose_plan
+from fusemlp.runtime.plans import ASKED, choose_plan, shared_plan
 from fusemlp.runtime.predicting import Predicting
 from fusemlp.runtime.ranks import TIMEOUT
 from fusemlp.runtime.rates import RateTable
@@ -64,7 +64,6 @@ from fusemlp_kernels.errors import (
     DivergenceError,
     ShapeError,
 )
-from fusemlp_kernels.registry import backend
 
 if TYPE_CHECKING:
     from fusemlp.training.history import FitState, History
@@ -175,15 +174,15 @@ class Session(Predicting, Spending, Keeping, Joining):
                 raise ArgumentTypeError(f"{argument}: expected a name such as {EXAMPLES[argument]!r}, got {value!r}")
         if device is not None and not isinstance(device, str):
             raise ArgumentTypeError(f"device: expected a name such as 'cpu', or None for the default, got {device!r}")
-        self._backend = backend(name, device, self.precision)
+        # until it joins others
+        self.ranks = self.sharding = None
+        self._backend = open_here(name, device, self.precision)
         traits = self._backend.traits
         self.backend = traits.name
         self.device = self._backend.device
         self.plan, self.plan_reason = self._chosen(plan, self.batch_size)
         self._scaled = self.precision == "fp16"
         self._real = np.dtype(f"f{REAL_BYTES.get(self.precision, 4)}")
-        # until it joins others
-        self.ranks = self.sharding = None
         self._use_memory(None, None, None)
         self.memory.hyper[RATE_SCALE] = 1.0
         self.memory.hyper[LOSS_SCALE] = FIRST_LOSS_SCALE
@@ -259,7 +258,10 @@ class Session(Predicting, Spending, Keeping, Joining):
     def _chosen(self, plan: str, batch_size: int) -> tuple[str, str]:
         """The plan that ``plan`` comes to for batches of this size, and why."""
         traits, private, net = self._backend.traits, self.privacy is not None, self.network
-        return choose_plan(plan, traits, net.sizes, batch_size, self.precision, private=private, members=net.members)
+        chosen = choose_plan(plan, traits, net.sizes, batch_size, self.precision, private=private, members=net.members)
+        if self.ranks is None or self.sharding is None:
+            return chosen
+        return shared_plan(chosen, traits, self.sharding, self.ranks.uncaptured())
 
     def make_room_for(self, rows: int) -> None:
         """Let the gradients of a batch of ``rows`` be summed in as many parts as in an engine made for such batches."""
@@ -383,7 +385,7 @@ class Session(Predicting, Spending, Keeping, Joining):
             intervals=intervals,
         )
         if self.ranks is not None:
-            return ShardedProgram(program, self.memory, self._workspace, arrays, self.ranks)
+            return ShardedProgram(program, self.memory, self._workspace, arrays, self.ranks, plan=self.plan)
         plan = self.plan
         if (attack is not None or intervals is not None) and plan == "resident" and not resident:
             # a step against attacks is many launches
@@ -521,7 +523,7 @@ class Session(Predicting, Spending, Keeping, Joining):
                 copy(arrays[name][:count], array)
                 if short:
                     arrays[name][count:] = 0
-        if self.network.members == 1:
+        if "rows" not in arrays:
             bound.run()
             return
         # rows that a fit walks through: it goes on where it was
@@ -560,9 +562,11 @@ class Session(Predicting, Spending, Keeping, Joining):
         # on a GPU the resident kernel is for many steps
         batches = 1 if self.plan == "resident" and self._backend.traits.on_host else None
         members, given = self.network.members, dict[str, Any]()
-        if members > 1:
+        # a rank picks the rows of its shards
+        picks = members > 1 or self.ranks is not None
+        if picks:
             given["rows"] = member_rows(self._backend, rows, members)
-        inputs = Inputs(rows, indexed=members > 1, weighted=weighted)
+        inputs = Inputs(rows, indexed=picks, weighted=weighted)
         return self.bind(inputs, spec, self.optimizer.rule(), rows, given, resident_batches=batches)
 
     def summary(self, print_fn: Callable[[str], object] = print) -> None:

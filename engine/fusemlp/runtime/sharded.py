@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,23 +11,39 @@ import numpy as np
 
 from fusemlp.inputs.arrays import Array
 from fusemlp.program.program import Call, Program, resolve
-from fusemlp.program.sharding import ORDERED
+from fusemlp.program.sharding import ORDERED, Sharding
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.memory import Memory, Workspace
 from fusemlp.runtime.ranks import Ranks, tree_sum
-from fusemlp_kernels.contract import BATCH_INDEX, LAST_LOSS, LOSS_SUM, STATS
+from fusemlp_kernels.contract import (
+    BATCH_INDEX,
+    COUNTERS,
+    LAST_LOSS,
+    LOSS_SUM,
+    NORM_SUM,
+    ROW_COUNT,
+    ROW_OFFSET,
+    STATS,
+    Backend,
+)
+
+# Float64 numbers of a message before its gradients, and of which its length is a multiple: gradients are aligned.
+HEAD, UNIT = 8, 32
+# More layers than a network has.
+LAYERS = 1 << 12
+# Elements of int64 of which rows in memory have a multiple.
+PITCH = 16
 
 
 class _Messages:
-    """Rows of memory, each with gradients of ``size`` elements and then their statistics."""
+    """Rows (count, length) of float64 memory, each with statistics and then gradients of ``size`` elements."""
 
     def __init__(self, memory: Memory, count: int, size: int) -> None:
-        length = size * memory.real_bytes + 8 * STATS
-        flat: Array = memory.backend.allocate(count * length, "bool")
-        self.rows = flat.view(np.uint8).reshape(count, length)
-        end = length - 8 * STATS
-        self.grads: list[Array] = [row[:end].view(f"f{memory.real_bytes}") for row in self.rows]
-        self.stats: list[Array] = [row[end:].view(np.float64) for row in self.rows]
+        numbers = HEAD + -(-size * memory.real_bytes // 8)
+        length = -(-numbers // UNIT) * UNIT
+        self.rows: Array = memory.backend.allocate(count * length, "float64").reshape(count, length)
+        self.grads: list[Array] = [row[HEAD:].view(memory.params.dtype)[:size] for row in self.rows]
+        self.stats: list[Array] = [row[:STATS] for row in self.rows]
 
     def add(self) -> tuple[Array, Array]:
         """Return the sums of the gradients and of the statistics, which take the place of the first."""
@@ -34,84 +51,164 @@ class _Messages:
 
 
 class ShardedProgram(BoundProgram):
-    """A step of this rank and the others: the calls before the first collective in one launch, then those after it.
+    """A step of this rank and the others: the calls before the first collective for its shards, then those after it.
 
     ``counters`` and ``rows`` are those of whole batches, alike on all ranks. So is the memory after a step, but for the
-    optimizer's state and the gradients where each rank has its slice of them.
+    optimizer's state and the gradients where each rank has its slice of them. On the host the calls of all shards are
+    one launch; on a device each shard has its own.
     """
 
     def __init__(
-        self, program: Program, memory: Memory, workspace: Workspace, given: Mapping[str, Any], ranks: Ranks
+        self,
+        program: Program,
+        memory: Memory,
+        workspace: Workspace,
+        given: Mapping[str, Any],
+        ranks: Ranks,
+        *,
+        plan: str,
     ) -> None:
         assert program.sharding is not None
-        self._ranks, self._sharding, self._memory = ranks, program.sharding, memory
-        self._scatters = program.sharding.slices and ranks.world > 1
-        self._own = _Messages(memory, self._sharding.own, memory.layout.size)
-        # of each rank its sum; with slices the sum of this rank's slice, and then the slices of an arena
-        self._received = _Messages(memory, 0 if self._scatters else ranks.world, memory.slice_size)
-        slices: Array = memory.backend.allocate(ranks.world * memory.slice_size * self._scatters, "real")
-        self._slices, self._stats = slices, np.zeros((ranks.world, STATS))
-        super().__init__(program, memory, workspace, given)
-        self.chunk = max(1, self.chunk // self._sharding.own)
+        self._ranks, self._sharding = ranks, program.sharding
+        super().__init__(program, memory, workspace, given, plan=plan)
+        if self._resident:
+            self.chunk = max(1, self.chunk // self._sharding.own)
 
     def _bound(self, memory: Memory) -> tuple[Callable[..., object], ...]:
         program, backend = self.program, self.backend
         before = program.before_reduction
-        rows = program.values["rows"].shape[0]
-        shards = []
-        for grads, stats in zip(self._own.grads, self._own.stats, strict=True):
-            views = memory.layout.views(backend, grads)
-            arrays = {**self.arrays, "stats": stats, **{f"d{name}": view for name, view in views.items()}}
-            shards += [(call.op, resolve(call.operands, arrays.__getitem__)) for call in before]
-        gradients = backend.bind(
-            "train_resident",
-            calls=shards,
-            rows=self.arrays["rows"],
-            batch=rows,
-            arenas=memory.arenas,
-            shards=self._sharding.firsts(self._ranks.rank, rows),
-        )
-        after = program.calls[len(before) :]
-        self._every = after[0].operands["rule"].accumulate
-        return gradients, self._reduce, *map(self._bound_after, after[1:])
+        size = program.values["rows"].shape[0]
+        firsts = self._sharding.firsts(self._ranks.rank, size)
+        collect, *after = program.calls[len(before) :]
+        # on a device a shard's gradients are those of its own mean
+        means = any("loss" in call.operands and call.operands["loss"].reduction != "sum" for call in before)
+        weighs = means and not backend.traits.on_host
+        sums = _Sums(memory, self._ranks, self._sharding, collect.operands["rule"].accumulate, weighs=weighs)
+        shards = [memory.layout.views(backend, grads) for grads in sums.own.grads]
+        arrays = [
+            {**self.arrays, "stats": stats, **{f"d{name}": view for name, view in views.items()}}
+            for views, stats in zip(shards, sums.own.stats, strict=True)
+        ]
+        gradients: tuple[Callable[..., object], ...]
+        if backend.traits.on_host:
+            gradients = (self._loop(memory, before, arrays, firsts),)
+        else:
+            parts = _Parts(backend, self.arrays["counters"], self.arrays["rows"], firsts, size)
+            gradients = (sums.clear, parts.take, *self._launches(before, arrays, parts))
+        return *gradients, sums.add, *(self._bound_after(call, memory, sums) for call in after)
 
-    def _bound_after(self, call: Call) -> Callable[..., object]:
+    def _loop(
+        self, memory: Memory, calls: tuple[Call, ...], arrays: list[dict[str, Any]], firsts: tuple[int, ...]
+    ) -> Callable[..., object]:
+        """Return the calls of all shards, as one launch."""
+        return self.backend.bind(
+            "train_resident",
+            calls=[(call.op, resolve(call.operands, one.__getitem__)) for one in arrays for call in calls],
+            rows=self.arrays["rows"],
+            batch=self.program.values["rows"].shape[0],
+            arenas=memory.arenas,
+            shards=firsts,
+        )
+
+    def _launches(
+        self, calls: tuple[Call, ...], arrays: list[dict[str, Any]], parts: _Parts
+    ) -> list[Callable[..., object]]:
+        """Return the calls of one shard after another."""
+        runs, first = [], self._ranks.rank * self._sharding.own
+        for place, one in enumerate(arrays):
+            own = {**one, "rows": parts.rows[place], "counters": parts.counters[place]}
+            for call in calls:
+                operands = resolve(call.operands, own.__getitem__)
+                dropout = operands.get("dropout")
+                if dropout is not None:
+                    # kernels count the rows of a mask from 0, so each shard of the batch has another layer's mask
+                    operands["dropout"] = replace(dropout, layer=dropout.layer + LAYERS * (first + place))
+                runs.append(self.backend.bind(call.op, **operands))
+        return runs
+
+    def _bound_after(self, call: Call, memory: Memory, sums: _Sums) -> Callable[..., object]:
         """Return a call after the sum of the gradients."""
         operands = resolve(call.operands, self.arrays.__getitem__)
         if call.op == "all_gather":
             arenas = [operands[name] for name in ("params", "average", "grads") if name in operands]
-            return partial(self._gather, arenas, ahead="grads" in operands)
-        own = self._memory.own
-        part = {"own": (own.start, own.stop)} if self._scatters else {}
+            return partial(sums.gather, arenas, ahead="grads" in operands)
+        part = {"own": (memory.own.start, memory.own.stop)} if sums.scatters else {}
         return self.backend.bind(call.op, **operands, **part)
 
-    def _reduce(self) -> None:
+    def run_many(self, count: int) -> None:
+        """``count`` steps one after another."""
+        if not self._resident:
+            super().run_many(count)
+            return
+        for _ in range(count):
+            self._eager()
+
+
+class _Sums:
+    """The gradients and statistics of a rank's shards, and their way into the memory of all ranks.
+
+    ``every``: the batches of an update. ``weighs``: the gradients of a shard are those of the mean over its own rows,
+    and become those of the mean over all: sum(n_s g_s) / sum(n_s), n being the normaliser of the loss.
+    """
+
+    def __init__(self, memory: Memory, ranks: Ranks, sharding: Sharding, every: int, *, weighs: bool) -> None:
+        self._memory, self._ranks, self._sharding = memory, ranks, sharding
+        self._every, self._weighs, self._on_host = every, weighs, memory.backend.traits.on_host
+        self.scatters = sharding.slices and ranks.world > 1
+        self.own = _Messages(memory, sharding.own, memory.layout.size)
+        # of each rank its sum; or with slices that of this rank's slice, and then the slices of an arena
+        collects = not self.scatters and sharding.reduce == ORDERED and ranks.world > 1
+        self._received = _Messages(memory, ranks.world if collects else 0, memory.layout.size)
+        allocate, rows = memory.backend.allocate, ranks.world if self.scatters else 0
+        self._slices: Array = allocate(rows * memory.slice_size, "real")
+        self._stats: Array = allocate(rows * STATS, "float64").reshape(rows, STATS)
+
+    def clear(self) -> None:
+        """Begin the statistics of the shards anew."""
+        self.own.rows[:, :HEAD] = 0.0
+
+    def add(self) -> None:
         """Add the gradients and statistics of all shards, and hand them to the update, or those of the slice."""
         memory, ranks = self._memory, self._ranks
         into = memory.grads[memory.own]
-        grads, stats = self._own.add()
-        if self._scatters:
-            slices = self._slices[: ranks.world * len(into)].reshape(ranks.world, -1)
+        if self._weighs:
+            for one, counted in zip(self.own.grads, self.own.stats, strict=True):
+                one *= counted[NORM_SUM]
+        grads, stats = self.own.add()
+        if self.scatters:
+            slices = self._slices[: ranks.world * len(into)].reshape(ranks.world, len(into))
             ranks.exchange(slices, grads, memory.slice_sizes, self._stats, stats)
             grads, stats = tree_sum(slices), tree_sum(self._stats)
-        elif self._sharding.reduce == ORDERED and ranks.world > 1:
-            ranks.all_gather(self._received.rows, self._own.rows[0])
+        elif self._received.grads:
+            ranks.all_gather(self._received.rows, self.own.rows[0])
             grads, stats = self._received.add()
         elif ranks.world > 1:
             ranks.add(grads, stats)
-        if memory.counters[BATCH_INDEX] % self._every == 0:
-            np.copyto(into, grads)
+        if self._weighs:
+            # where no row counts, the gradient is 0
+            count = stats[NORM_SUM] + (stats[NORM_SUM] == 0.0)
+            grads /= count
+            stats[LAST_LOSS] = stats[LOSS_SUM] / count
+        if self._on_host and memory.counters[BATCH_INDEX] % self._every != 0:
+            into += grads
+        elif self._on_host or self._every == 1:
+            into[:] = grads
         else:
+            # the host does not know the number of the batch
+            into.masked_fill_(memory.counters[BATCH_INDEX] % self._every == 0, 0.0)
             into += grads
         memory.stats[LAST_LOSS] = stats[LAST_LOSS]
-        memory.stats[LOSS_SUM:] += stats[LOSS_SUM:]
-        for one in self._own.stats:
-            one[:] = 0.0
+        totals = memory.stats[LOSS_SUM:]
+        totals += stats[LOSS_SUM:]
+        if self._on_host:
+            self.clear()
 
-    def _gather(self, arenas: list[Array], *, ahead: bool) -> None:
-        """Make arenas whole beside an update, which is still to come if it is ``ahead``."""
+    def gather(self, arenas: list[Array], *, ahead: bool) -> None:
+        """Make arenas whole beside an update, which is still to come if it is ``ahead``; on a device after each batch,
+        since the host does not know which ends in an update."""
         memory, ranks = self._memory, self._ranks
-        if not self._scatters or (memory.counters[BATCH_INDEX] + ahead) % self._every:
+        waits = self._on_host and (memory.counters[BATCH_INDEX] + ahead) % self._every
+        if not self.scatters or waits:
             return
         size = memory.layout.size
         for arena in arenas:
@@ -120,8 +217,32 @@ class ShardedProgram(BoundProgram):
             own[: memory.own.stop - memory.own.start] = arena[memory.own]
             ranks.all_gather(rows, own)
             arena[:] = self._slices[:size]
+        if not ahead:
+            memory.refresh_shadow()
 
-    def run_many(self, count: int) -> None:
-        """``count`` steps one after another."""
-        for _ in range(count):
-            self._eager()
+
+class _Parts:
+    """The rows of a batch that each of a rank's shards has, on a device: ``rows`` (shards, size) int64, -1 after the
+    last, and ``counters`` (shards, COUNTERS) for its calls. A shard begins with its row of ``firsts`` of the batch.
+    """
+
+    def __init__(self, backend: Backend, counters: Any, rows: Any, firsts: tuple[int, ...], size: int) -> None:
+        self._batch_counters, self._batch_rows, self._size = counters, rows, size
+
+        def table(columns: int) -> Any:
+            pitch = -(-columns // PITCH) * PITCH
+            return backend.view(backend.allocate(len(firsts) * pitch, "int64"), 0, (len(firsts), columns), pitch)
+
+        self.rows, self.counters = table(size), table(COUNTERS)
+        self._starts = backend.from_host(np.array(firsts, np.int64))
+        self._places, places = table(size), np.add.outer(np.array(firsts), np.arange(size))
+        backend.copy_into(self._places, places)
+
+    def take(self) -> None:
+        """Take the batch that begins at counters[ROW_OFFSET]."""
+        counters, rows = self._batch_counters, self._batch_rows
+        count = counters[ROW_COUNT]
+        at = (self._places + counters[ROW_OFFSET]).clamp_(max=len(rows) - 1)
+        self.rows.copy_(rows.take(at).masked_fill_(self._places >= count, -1))
+        self.counters[:, BATCH_INDEX].copy_(counters[BATCH_INDEX])
+        self.counters[:, ROW_COUNT].copy_((count - self._starts).clamp_(0, self._size))

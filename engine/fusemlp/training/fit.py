@@ -21,6 +21,7 @@ from fusemlp.describe.metrics import METRICS, Metric, as_metrics
 from fusemlp.describe.privacy import sampling_rate, steps_of_an_epoch
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.inputs.batches import Batches, are_batches
+from fusemlp.inputs.blocks import Blocks
 from fusemlp.program.adversarial import lowered_attack, lowered_intervals
 from fusemlp.program.lowering import Inputs
 from fusemlp.runtime.attacking import check_within
@@ -158,20 +159,15 @@ def fit(
             stops=early_stopping is not None,
             monitors=[monitor, *_monitors(given)],
         )
-    if engine.ranks is not None and y is None:
-        raise ArgumentError(
-            "y: a distributed engine takes arrays X and y, not batches; give both: they may be memory-mapped, "
-            "numpy.load(path, mmap_mode='r')"
-        )
     if adversarial is not None:
         check_adversarial(engine, adversarial, batches=y is None)
     state = engine.fit_state
     first_epoch = state.epoch if resume and state is not None else engine.epochs_trained
-    batches = None
+    batches, parts = None, _parts_of(engine, X) if y is None else None
     if y is None:
         arrays = {"sample_weight": sample_weight, "validation_split": share or None, "batch_size": batch_size}
         _refuse_with_batches({**arrays, "row_order": row_order, "drop_last": drop_last or None})
-        batches = Batches("X", X, steps_per_epoch, "steps_per_epoch", first_epoch)
+        batches = Batches("X", X, steps_per_epoch, "steps_per_epoch", first_epoch, parts)
         engine.check_measured()
         data = batches.next(engine, keep=True)
     else:
@@ -222,7 +218,12 @@ def fit(
             "resume": resume,
         }
         told["metrics"] = [] if validation is None else [one.name for one in validation.metrics]
-        check_ranks(engine, engine.ranks, data, validation, {**told, "drop_last": drop_last, "shuffle": shuffle})
+        told |= {
+            "drop_last": drop_last,
+            "shuffle": shuffle,
+            "steps_per_epoch": None if batches is None else batches.steps,
+        }
+        check_ranks(engine, engine.ranks, data, validation, told, whole=parts is None)
         if row_order is not None and order is not None:
             order = partial(_same_on, engine.ranks, order)
     engine.take_batches_of(size)
@@ -246,7 +247,8 @@ def fit(
     )
     if batches is None:
         engine.let_go_with((X, y, sample_weight))
-    _warn(engine, data, epochs * loop.batches, streamed=batches is not None)
+    own = data.X if parts is None else data.X[parts[1](np.arange(count)) == parts[0].rank]
+    _warn(engine, data._replace(X=own), epochs * loop.batches, streamed=batches is not None)
     with exits(listeners, engine):
         return loop.run()
 
@@ -404,18 +406,37 @@ def fit_checked(
     return EpochLoop(engine, bound, policy, state, batch_size * members, batches, at_once, callbacks)
 
 
+def _parts_of(engine: Session, X: Any) -> tuple[Ranks, Callable[[Array], Array]] | None:
+    """Return how ranks share the reading of blocks; DistributedError if theirs differ."""
+    ranks, sharding = engine.ranks, engine.sharding
+    if ranks is None or sharding is None or not isinstance(X, Blocks):
+        return None
+    ranks.check_same(X.described())
+    return ranks, partial(sharding.owner, batch_size=min(X.batch_size, X.rows))
+
+
 def check_ranks(
-    engine: Session, ranks: Ranks, data: Examples, validation: Validation | None, told: Mapping[str, Any]
+    engine: Session,
+    ranks: Ranks,
+    data: Examples,
+    validation: Validation | None,
+    told: Mapping[str, Any],
+    *,
+    whole: bool = True,
 ) -> None:
-    """Raise DistributedError if not all ranks have the same data, state and arguments."""
+    """Raise DistributedError if not all ranks have the same data, state and arguments; ``whole``: each has all of X."""
     things = dict(told)
     for kind, rows in (("", data), ("validation ", None if validation is None else validation.data)):
         if rows is not None:
-            things |= {f"{kind}X": rows.X, f"{kind}y": rows.targets.values, f"{kind}sample_weight": rows.weight}
+            found = {
+                f"{kind}{name}": array for name, array in (("y", rows.targets.values), ("sample_weight", rows.weight))
+            }
+            found |= {f"{kind}X": rows.X} if whole or kind else {}
+            things |= {name: None if array is None else engine.on_host(array) for name, array in found.items()}
     state = None if engine.fit_state is None else (engine.fit_state.epoch, engine.fit_state.batch)
     things |= {"the position in the fit": state, "the count of updates": engine.update_count}
-    memory = engine.memory
-    ranks.check_same({**things, "the parameters": memory.params, "the optimizer's schedule": engine.optimizer.schedule})
+    parameters = engine.on_host(engine.memory.params)
+    ranks.check_same({**things, "the parameters": parameters, "the optimizer's schedule": engine.optimizer.schedule})
 
 
 def reduction(engine: Session) -> str:
@@ -540,4 +561,5 @@ def _warn(engine: Session, data: Examples, batches: int, *, streamed: bool) -> N
     for message in found:
         # past fit and its check of names
         warnings.warn(message, stacklevel=4)
-    engine.warn_of_scale("X", data.X, stacklevel=5)
+    if rows:
+        engine.warn_of_scale("X", data.X, stacklevel=5)

@@ -255,7 +255,7 @@ class EpochLoop(Generic[PolicyT]):
         stats = None if own is None or not ran or not epochs else own[:epochs]
         account = engine.account(stats, check_finite=rewinds)
         if engine.ranks is not None:
-            engine.ranks.check_equal(engine.memory.params)
+            engine.ranks.check_equal(account.mark)
         if own is not None:
             # as if each epoch had been given its rows
             offset, total = account.counters[ROW_OFFSET], account.counters[ROW_TOTAL]

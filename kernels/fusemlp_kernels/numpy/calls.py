@@ -6,7 +6,6 @@ Every function enters the operands of an op and returns the number of rows in th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from fusemlp_kernels.contract import (
     Ridge,
     Segment,
     UpdateRule,
+    within,
 )
 from fusemlp_kernels.errors import ArgumentError, unknown_name
 from fusemlp_kernels.numpy.compiled import tables as t
@@ -358,7 +358,7 @@ def _update(
         if rule.clip_norm is not None:
             table.add("NORM", N=params.size, DZ=grads, **_range(tensors))
         if own is not None:
-            tensors = [table.tensor(one.rule, one.offset, one.size) for one in _within(segments, *own)]
+            tensors = [table.tensor(one.rule, one.offset, one.size) for one in within(segments, *own)]
             # the arrays of these states begin with the first element
             columns |= {name: (columns[name], -own[0]) for name in ("STATE0", "STATE1") if columns[name] is not params}
         table.add("UPDATE", N=params.size, DZ=grads, **_range(tensors), **columns)
@@ -368,12 +368,6 @@ def _update(
 def _range(tensors: Sequence[int]) -> dict[str, int]:
     """The columns of tensors that follow one another."""
     return {"FIRST": tensors[0], "END": tensors[-1] + 1} if tensors else {}
-
-
-def _within(segments: Sequence[Segment], first: int, end: int) -> list[Segment]:
-    """Return the parts of the segments between two elements of the arena."""
-    cut = [(max(one.offset, first), min(one.offset + one.size, end), one) for one in segments]
-    return [replace(one, offset=start, size=stop - start) for start, stop, one in cut if start < stop]
 
 
 def _with_gradients(

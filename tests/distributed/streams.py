@@ -1,0 +1,150 @@
+"""Trainings of one rank on batches that come one by one; rank 0 writes the parameters of each as an .npz file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from cases import message
+
+from fusemlp import MLP, SGD, Adam, Blocks, Callback, CrossEntropy, DistributedError, Engine, load_checkpoint
+from fusemlp.inputs import blocks
+
+ROWS, SIZE = 101, 16
+TRAINED = {"optimizer": Adam(lr=0.01), "batch_size": SIZE}
+WEIGHTED = {"optimizer": SGD(0.05, momentum=0.9), "loss": CrossEntropy(class_weight=[1.0, 2.0, 0.5, 1.0])}
+
+
+def engine(**options: Any) -> Engine:
+    net = MLP([7, 12, 4], dropout=0.2)
+    return Engine(net, backend="numpy", seed=5, precision="fp64", normalise=False, **{**TRAINED, **options})
+
+
+def rows() -> tuple[Any, Any, Any]:
+    generator = np.random.default_rng(7)
+    return generator.normal(size=(ROWS, 7)), generator.integers(0, 4, ROWS), generator.uniform(0.5, 2.0, ROWS)
+
+
+def write(folder: Path) -> None:
+    """Write the rows as files of each kind."""
+    import pyarrow
+    from pyarrow import parquet
+
+    for name, array in zip("Xyw", rows(), strict=True):
+        np.save(folder / f"{name}.npy", array)
+    X, y, w = rows()
+    columns = {**{f"x{place}": X[:, place] for place in range(7)}, "y": y, "w": w}
+    parquet.write_table(pyarrow.table(columns), folder / "all.parquet", row_group_size=9)
+
+
+def of_arrays(folder: Path, **options: Any) -> Blocks:
+    paths = [folder / f"{name}.npy" for name in "Xyw"]
+    return Blocks(*paths, **{"batch_size": SIZE, "block_rows": 8, "window": 3, "seed": 2, **options})
+
+
+def of_tables(folder: Path, **options: Any) -> Blocks:
+    return Blocks(
+        folder / "all.parquet", target="y", weight="w", **{"batch_size": SIZE, "window": 4, "seed": 2, **options}
+    )
+
+
+def unequal(folder: Path) -> list[tuple[Any, ...]]:
+    """Batches of several sizes, the largest of which is not the first."""
+    del folder
+    ends = [0, 10, 41, 42, 60, ROWS]
+    return [tuple(array[start:stop] for array in rows()) for start, stop in pairwise(ends)]
+
+
+def generated(folder: Path) -> Any:
+    def batches() -> Iterator[tuple[Any, ...]]:
+        while True:
+            yield from unequal(folder)
+
+    return batches()
+
+
+class Counted:
+    """Counts the blocks that are read, while it is entered."""
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+
+    def __enter__(self) -> Counted:
+        self._patches = []
+        for kind in (blocks._Arrays, blocks._Parquet):
+            self._patches.append(mock.patch.object(kind, "read", self._counting(kind.read)))
+            self._patches[-1].start()
+        return self
+
+    def _counting(self, read: Callable[..., None]) -> Callable[..., None]:
+        def counted(source: Any, block: int, into: Any) -> None:
+            self.read.append(block)
+            read(source, block, into)
+
+        return counted
+
+    def __exit__(self, *_: object) -> None:
+        for patch in self._patches:
+            patch.stop()
+
+
+class Saves(Callback):
+    """Saves a checkpoint after the batch number ``batch`` of the second epoch, and ends the training there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_batch_end(self, engine: Engine, batch: int) -> None:
+        if engine.epochs_trained == 1 and batch == 3:
+            engine.save_checkpoint(self.path)
+            engine.stop_training = True
+
+
+SOURCES: dict[str, Callable[[Path], Any]] = {
+    "arrays": of_arrays,
+    "tables": of_tables,
+    "short batches left out": lambda folder: of_arrays(folder, drop_last=True),
+    "in order": lambda folder: of_arrays(folder, shuffle=False),
+    "one batch": lambda folder: of_arrays(folder, batch_size=200),
+    "a list": unequal,
+}
+ENGINES = {"": {}, ", weighted": WEIGHTED, ", in slices": {"shard_optimizer": True}}
+
+
+def trained(batches: Any, **options: Any) -> dict[str, Any]:
+    made = engine(**options)
+    history = made.fit(batches, epochs=3, steps_per_epoch=None if hasattr(batches, "__len__") else 5)
+    return {"params": made.memory.params, **{f"history {name}": values for name, values in history.history.items()}}
+
+
+def main(files: Path, folder: Path) -> None:
+    """Train on all sources, count what is read, and go on from a checkpoint."""
+    rank = int(os.environ["RANK"])
+    found, read = {}, {}
+    for name, made in SOURCES.items():
+        for ending, options in ENGINES.items():
+            with Counted() as counted:
+                found[f"{name}{ending}"] = trained(made(files), distributed=True, **options)
+            read[f"{name}{ending}"] = counted.read
+    found["a generator"] = trained(generated(files), distributed=True)
+    path = folder / "half.safetensors"
+    engine(distributed=True).fit(of_arrays(files), epochs=3, callbacks=[Saves(path)])
+    again = load_checkpoint(path, backend="numpy", distributed=True)
+    again.fit(of_arrays(files), epochs=3, resume=True)
+    found["resumed"] = {"params": again.memory.params}
+    other = engine(distributed=True)
+    said = {
+        "seed": message(lambda: other.fit(of_arrays(files, seed=rank), epochs=1), DistributedError),
+        "shuffle": message(lambda: other.fit(of_arrays(files, shuffle=rank == 0), epochs=1), DistributedError),
+        "batches": message(lambda: other.fit([(rows()[0] + rank, rows()[1])], epochs=1), DistributedError),
+        "steps": message(lambda: other.fit(generated(files), steps_per_epoch=2 + rank, epochs=1), DistributedError),
+    } if int(os.environ["WORLD_SIZE"]) > 1 else {}  # fmt: skip
+    print({"read": read, "said": said})
+    if rank == 0:
+        for name, arrays in found.items():
+            np.savez(folder / f"{name}.npz", **arrays)

@@ -1,0 +1,76 @@
+"""Several processes train on the Triton backend: under its interpreter, with gloo in place of NCCL."""
+
+from __future__ import annotations
+
+import ast
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import worlds
+from cards import CASES, SLICED, main
+from cases import trained
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("for Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
+
+
+class Worlds:
+    """The results of worlds of one and of two ranks, each of which has run once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.outputs = {count: worlds.run(count, folder / str(count), main, folder / str(count)) for count in (1, 2)}
+
+    def of(self, count: int, name: str) -> dict[str, Any]:
+        with np.load(self.folder / str(count) / f"{name}.npz") as found:
+            return dict(found)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+    return Worlds(tmp_path_factory.mktemp("cards"))
+
+
+@pytest.mark.parametrize("name", [*CASES, *(f"{name} in slices" for name in SLICED), "resumed"])
+def test_one_and_two_ranks_give_the_same_bits(found: Worlds, name: str) -> None:
+    one, two = found.of(1, name), found.of(2, name)
+    assert one.keys() == two.keys()
+    for key, array in one.items():
+        assert array.tobytes() == two[key].tobytes(), key
+    assert np.isfinite(one["params"]).all() and one["params"].any()
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_slices_of_the_state_change_no_bits(found: Worlds, name: str) -> None:
+    whole, sliced = found.of(2, name), found.of(2, f"{name} in slices")
+    assert whole.keys() == sliced.keys()
+    for key, array in whole.items():
+        assert array.tobytes() == sliced[key].tobytes(), key
+
+
+@pytest.mark.parametrize("name", ["weights", "numbers", "weights, fast"])
+def test_two_ranks_train_as_one_process_does(found: Worlds, name: str) -> None:
+    """The bound: 2 updates, each of which adds lr g / (1 - momentum) at most, with an error of gamma_n |g|, n being the
+    additions of a batch, the weighing of its shards and a product of 12; |g| is below 4 for these data."""
+    case = CASES[name.removesuffix(", fast")]
+    alone, together = trained(case), found.of(2, name)
+    assert alone.keys() == together.keys()
+    unit = 2.0**-24
+    bound = 2 * 0.05 / (1 - 0.9) * (20 + 8 + 2 + 12) * unit * 4
+    for key, array in alone.items():
+        np.testing.assert_allclose(together[key], array, rtol=0, atol=bound, err_msg=key)
+
+
+def test_early_stopping_ends_both_ranks_alike(found: Worlds) -> None:
+    lengths = {count: len(found.of(count, "early stopping")["history val_loss"]) for count in (1, 2)}
+    assert lengths[1] == lengths[2] < 5
+
+
+def test_the_plan_says_that_it_is_shared(found: Worlds) -> None:
+    said = ast.literal_eval(found.outputs[2][0])
+    assert said["plan"] == "eager" and said["reason"].startswith("the launches of a step, and a collective between")

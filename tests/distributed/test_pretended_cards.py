@@ -1,0 +1,217 @@
+"""The choice of a card and of the way between cards, and the host's work beside them, on a card that is not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fusemlp_kernels import availability
+
+if availability()["triton"] is not None or os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("for Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
+
+import torch
+from counting_card import Card, OnCard, counting, put
+from torch import distributed
+
+from fusemlp import MLP, Adam, ArgumentError, BackendUnavailableError, Engine, MissingLibraryError
+from fusemlp.program.sharding import Sharding
+from fusemlp.runtime import bound, joining, ranks
+from fusemlp.runtime.bound import STEPS_A_GRAPH
+from fusemlp.runtime.joining import open_here
+from fusemlp.runtime.plans import ASKED, chosen_plan, plan_text, shared_plan
+from fusemlp_kernels.registry import TRAITS
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.standard_normal((43, 3)).astype(np.float32), RNG.integers(0, 2, 43)
+STEPS = 11
+
+
+@pytest.fixture
+def card() -> Iterator[Card]:
+    with counting(computes=False) as found:
+        yield found
+
+
+class Pair:
+    """The ranks of rank 0 of two, the other of which has the same of everything; counts its collectives."""
+
+    rank, world, leads = 0, 2, True
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self.host = 0
+
+    def uncaptured(self) -> None:
+        return None
+
+    def all_gather(self, into: Any, own: Any) -> None:
+        assert isinstance(into, OnCard) and isinstance(own, OnCard)
+        self.card.events.append("collective")
+        for place in range(self.world):
+            into[place].copy_(own)
+
+    def exchange(self, into: Any, own: Any, counts: Sequence[int], into_all: Any, own_all: Any) -> None:
+        self.card.events.append("collective")
+        for place in range(self.world):
+            into[place].copy_(own[: counts[0]])
+            into_all[place].copy_(own_all)
+
+    def any(self, *flags: bool) -> list[bool]:
+        self.host += 1
+        return list(flags)
+
+    def of_first(self, values: Sequence[float]) -> Any:
+        return np.array(values)
+
+    def check_same(self, things: Any) -> None:
+        pass
+
+    def check_equal(self, mark: Any) -> None:
+        assert len(np.concatenate(mark)) == 2
+
+
+def made(card: Card, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Engine:
+    pair = Pair(card)
+    monkeypatch.setattr(joining, "joined", lambda timeout, device: pair)
+    given = {"optimizer": "adam", "batch_size": 4, "backend": "triton", "normalise": False, "distributed": True}
+    return Engine(MLP((3, 4, 2)), **{**given, **options})
+
+
+@pytest.mark.parametrize(("options", "each"), [({}, 1), ({"shard_optimizer": True}, 2)])
+def test_an_epoch_waits_once_and_a_step_has_its_collectives_in_the_graph(
+    card: Card, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], each: int
+) -> None:
+    engine = made(card, monkeypatch, **options)
+    assert engine.plan == "graph" and "in a graph" in engine.plan_reason
+    with card.counted() as first:
+        engine.fit(X, Y, epochs=1)
+    # a step by itself, which makes NCCL ready, and the captures: of several steps, and of one
+    assert first.events.count("captured") == 2
+    assert first.events.count("collective") == each * (1 + STEPS_A_GRAPH + 1)
+    found = []
+    for epochs in (2, 3):
+        with card.counted() as one:
+            engine.fit(X, Y, epochs=epochs)
+        found.append(one)
+    assert found[1].waits - found[0].waits == 1
+    events = found[1].events[len(found[0].events) :]
+    assert events == ["replay"] * sum(divmod(STEPS, STEPS_A_GRAPH)) + ["wait"]
+    assert found[1].bytes_read - found[0].bytes_read <= 1024
+    # all ranks have the rows of the epoch
+    assert found[1].bytes_sent - found[0].bytes_sent == 8 * len(X) + 32
+
+
+def test_batches_that_come_one_by_one_wait_for_nothing(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = made(card, monkeypatch)
+    batches = [(X[at : at + 4], Y[at : at + 4]) for at in range(0, 40, 4)]
+    waits = []
+    for epochs in (1, 3, 4):
+        with card.counted() as found:
+            engine.fit(batches, epochs=epochs)
+        waits.append(found.waits)
+    assert waits[2] - waits[1] == 1
+
+
+@pytest.mark.parametrize("given", [{}, {"accumulate": 2, "clip_norm": 0.1}])
+def test_replayed_steps_have_the_bits_of_eager_ones(monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]) -> None:
+    monkeypatch.setattr(bound, "STEPS_A_GRAPH", 2)
+    found = []
+    for plan in ("eager", "graph"):
+        with counting(computes=True) as card:
+            engine = made(card, monkeypatch, plan=plan, optimizer=Adam(0.05, **given), shard_optimizer=bool(given))
+            # one step, a graph of two, and one of one
+            engine.fit(X[:14], Y[:14], epochs=1)
+            assert ("captured" in card.events) == (plan == "graph")
+            found.append(engine.snapshot())
+    for name, array in found[0].items():
+        assert array.tobytes() == found[1][name].tobytes(), name
+
+
+def a_backend(name: str, device: str | None, precision: str) -> Any:
+    """A machine with two cards."""
+    if device not in (None, "cuda:0", "cuda:1"):
+        raise BackendUnavailableError(f"device: expected 'cuda:0' to 'cuda:1', got {device!r}")
+    default = "cpu" if name == "numpy" else "cuda:0"
+    return SimpleNamespace(traits=TRAITS[name], device=device or default)
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, local: int) -> None:
+    for name, value in zip(ranks.VARIABLES, (str(local), "4", "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+
+
+def test_a_process_takes_the_card_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joining, "backend", a_backend)
+    assert open_here("triton", None, "fp32").device == "cuda:0"
+    as_rank(monkeypatch, 1)
+    assert open_here("triton", None, "fp32").device == "cuda:1"
+    assert open_here("triton", "cuda:0", "fp32").device == "cuda:0"
+    assert open_here("numpy", None, "fp32").device == "cpu"
+    as_rank(monkeypatch, 2)
+    with pytest.raises(
+        BackendUnavailableError, match=r"more processes on this machine than .* 'cuda:2' .*; start as many"
+    ):
+        open_here("triton", None, "fp32")
+
+
+@pytest.mark.usefixtures("alone")
+def test_arrays_on_cards_go_by_nccl_and_others_by_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, new_group = [], distributed.new_group
+
+    def group(backend: str, timeout: Any) -> Any:
+        made.append(backend)
+        return new_group(backend="gloo", timeout=timeout)
+
+    monkeypatch.setattr(distributed, "new_group", group)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"of {device}"))
+    monkeypatch.setattr(distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(MissingLibraryError, match=r"by NCCL, and this build of torch has none; .* backend='numpy'"):
+        ranks.joined(11.0, "cuda:0")
+    assert made == []
+    monkeypatch.setattr(distributed, "is_nccl_available", lambda: True)
+    found = ranks.joined(11.0, "cuda:0")
+    assert made == ["gloo", "nccl"]
+    # once for all engines
+    assert ranks.joined(11.0, "cuda:0") is found and made == ["gloo", "nccl"]
+    assert found._group_of(put(X)) is found._cards is not found._group
+    assert found._group_of(X) is found._group_of(torch.zeros(3)) is found._group
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_card_that_two_ranks_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="7"))
+    found = ranks.Ranks(12.0)
+    monkeypatch.setattr(found, "texts", lambda text: ["another", text, text])
+    with pytest.raises(ArgumentError, match=r"^device: ranks 1 and 2 have one card, card 7 of .*; leave device out"):
+        found.take_card("cuda:1")
+
+
+def test_the_plan_of_several_processes_is_said_or_refused() -> None:
+    triton, sharding = TRAITS["triton"], Sharding("ordered", 2)
+    assert shared_plan(("resident", "fast"), triton, sharding)[0] == "graph"
+    plan, reason = shared_plan(("resident", "fast"), triton, sharding, "no graph here")
+    assert plan == "eager" and reason.endswith("one after another: no graph here")
+    assert shared_plan(("eager", ASKED), triton, sharding) == ("eager", ASKED)
+    with pytest.raises(ArgumentError, match=r"^plan: the resident kernel trains on one card, .*; leave plan out"):
+        shared_plan(("resident", ASKED), triton, sharding)
+    with pytest.raises(BackendUnavailableError, match=r"^plan: there is no graph of a distributed step: no graph here"):
+        shared_plan(("graph", ASKED), triton, sharding, "no graph here")
+
+
+def test_the_plan_of_cards_is_printed_without_one() -> None:
+    net, given = MLP([64, 64, 10]), {"batch_size": 64, "backend": "triton", "devices": 4}
+    text = plan_text(net, optimizer="adam", **given)
+    assert [line.split()[1] for line in text.splitlines()[1:-1]][-3:] == ["grad_weight", "all_reduce", "update"]
+    # 4 calls of each of a rank's 2 shards, and the update
+    assert text.endswith("9 launches")
+    chosen = chosen_plan(net, **given)
+    assert chosen is not None and chosen[0] == "graph" and "ordered, 4 ranks" in chosen[1]
+    with pytest.raises(BackendUnavailableError, match=r"^devices: the cupy backend trains in one process so far; use"):
+        plan_text(net, **{**given, "backend": "cupy"})

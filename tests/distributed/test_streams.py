@@ -1,0 +1,141 @@
+"""Batches that come one by one in several processes: the same bits on any number, and each reads its part."""
+
+from __future__ import annotations
+
+import ast
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import numpy as np
+import pytest
+import streams
+import worlds
+
+from fusemlp.inputs.blocks import Blocks
+from fusemlp.program.sharding import Sharding
+
+pytest.importorskip("torch")
+pytest.importorskip("pyarrow")
+NAMES = [f"{name}{ending}" for name in streams.SOURCES for ending in streams.ENGINES]
+
+
+class Worlds:
+    """The results of worlds of one and two ranks, each of which has run once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = folder
+        streams.write(folder)
+        self.folders = {count: folder / str(count) for count in (1, 2)}
+        self.outputs = {
+            count: worlds.run(count, path, streams.main, folder, path) for count, path in self.folders.items()
+        }
+
+    def of(self, count: int, name: str) -> dict[str, Any]:
+        with np.load(self.folders[count] / f"{name}.npz") as found:
+            return dict(found)
+
+    def told(self, count: int, what: str) -> list[dict[str, Any]]:
+        return [ast.literal_eval(out)[what] for out in self.outputs[count]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
+    return Worlds(tmp_path_factory.mktemp("streams"))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "a generator", "resumed"])
+def test_one_and_two_ranks_give_the_same_bits(found: Worlds, name: str) -> None:
+    one, two = found.of(1, name), found.of(2, name)
+    assert one.keys() == two.keys()
+    for key, array in one.items():
+        assert array.tobytes() == two[key].tobytes(), key
+
+
+@pytest.mark.parametrize("name", ["arrays", "tables", "a list"])
+@pytest.mark.parametrize("ending", ["", ", weighted"])
+def test_two_ranks_train_as_one_process_does(found: Worlds, name: str, ending: str) -> None:
+    alone = streams.trained(streams.SOURCES[name](found.files), **streams.ENGINES[ending])
+    for key, array in found.of(2, f"{name}{ending}").items():
+        np.testing.assert_allclose(array, alone[key], rtol=1e-9, atol=1e-9, err_msg=key)
+
+
+def test_a_resumed_fit_ends_as_one_that_was_not_cut_off(found: Worlds) -> None:
+    np.testing.assert_array_equal(found.of(2, "resumed")["params"], found.of(2, "arrays")["params"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rank_reads_its_part_of_the_blocks(found: Worlds, name: str) -> None:
+    (all_blocks,), both = (([told[name] for told in found.told(count, "read")]) for count in (1, 2))
+    assert sorted(both[0] + both[1]) == sorted(all_blocks)
+    # three epochs of several windows, in each of which the first rank may have one block more
+    if name.startswith(("arrays", "tables", "in order", "short")):
+        windows = 3 * -(-len(set(all_blocks)) // (4 if name.startswith("tables") else 3))
+        assert 0 <= len(both[0]) - len(both[1]) <= windows and both[1]
+
+
+SAID = {
+    "seed": "distributed: Blocks differs: rank 0 has Blocks(101 rows in 13 blocks, batch_size=16, window=3, seed=0)",
+    "shuffle": "distributed: shuffle of blocks differs: rank 0 has True, rank 1 has False; give",
+    "batches": "distributed: X differs: rank 0 has ",
+    "steps": "distributed: steps_per_epoch differs: rank 0 has 2, rank 1 has 3; give",
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_differs_is_named_on_every_rank(found: Worlds, name: str) -> None:
+    first, second = (said[name] for said in found.told(2, "said"))
+    assert first == second and first.startswith(SAID[name])
+
+
+class Thread:
+    """A process of ``world``, which is a thread."""
+
+    def __init__(self, rank: int, queues: dict[tuple[int, int], Queue[Any]], world: int) -> None:
+        self.rank, self.world, self._queues = rank, world, queues
+
+    def swap(self, rows: Sequence[Any], counts: Sequence[int]) -> Any:
+        for other, array in enumerate(rows):
+            self._queues[self.rank, other].put(array.copy())
+        found = [self._queues[other, self.rank].get(timeout=20) for other in range(self.world)]
+        assert [len(array) for array in found] == list(counts)
+        return np.concatenate(found)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("options", [{}, {"drop_last": True}, {"shuffle": False}, {"batch_size": 200}, {"window": 1}])
+def test_the_rows_of_all_ranks_make_the_batches_of_one_process(world: int, options: dict[str, Any]) -> None:
+    X, y, w = streams.rows()
+    given = {"batch_size": streams.SIZE, "block_rows": 8, "window": 5, "seed": 4, **options}
+    sharding = Sharding("fast" if world == 3 else "ordered", world)
+    queues: dict[tuple[int, int], Queue[Any]] = {
+        (one, other): Queue() for one in range(world) for other in range(world)
+    }
+    found: dict[int, list[Any]] = {}
+
+    def owner(places: Any) -> Any:
+        return sharding.owner(places, min(given["batch_size"], len(X)))
+
+    def run(rank: int) -> None:
+        blocks = Blocks(X, y, w, **given)
+        blocks.seek(2 + len(blocks))
+        found[rank] = list(blocks.shared(Thread(rank, queues, world), owner))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    blocks = Blocks(X, y, w, **given)
+    blocks.seek(2 + len(blocks))
+    expected = list(blocks)
+    assert all(len(batches) == len(expected) for batches in found.values()) and len(found) == world
+    for at, (x, *others) in enumerate(expected):
+        have = owner(np.arange(len(x)))
+        for rank, batches in found.items():
+            own, *rest = batches[at]
+            np.testing.assert_array_equal(own, np.where((have == rank)[:, None], x, 0.0))
+            for array, wanted in zip(rest, others, strict=True):
+                np.testing.assert_array_equal(array, wanted)
