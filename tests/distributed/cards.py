@@ -10,7 +10,7 @@ import numpy as np
 import quick_interpreter
 from cases import Case, trained
 
-from fusemlp import MLP, SGD, Adam, AdamW, CrossEntropy, Engine, PReLU, load_checkpoint
+from fusemlp import MLP, SGD, Adam, AdamW, CrossEntropy, Engine, ParameterOptions, PReLU, load_checkpoint
 
 
 def engine(*sizes: int, **options: Any) -> Any:
@@ -57,8 +57,15 @@ def main(folder: Path) -> None:
     sliced = {"distributed": True, "shard_optimizer": world > 1}
     found |= {f"{name} in slices": trained(CASES[name], **sliced) for name in SLICED}
     found["weights, fast"] = trained(CASES["weights"], distributed=True, reduce="fast")
-    saved = CASES["clipping fp16"].engine(**sliced)
+    # the gradients by the first layer's weights, the slice of rank 0, overflow, and those by the others do not
+    frozen = Adam(lr=0.01, per_parameter={"0.bias": ParameterOptions(trainable=False)})
+    hot = engine(9, 12, 4, optimizer=frozen, precision="fp16", batch_size=16)(**sliced)
+    state = hot.state_dict()
+    hot.load_state_dict({**state, "2.weight": 100.0 * state["2.weight"]})
     inputs, labels = np.random.default_rng(3).normal(size=(20, 9)), np.arange(20) % 4
+    hot.fit(inputs, labels, epochs=1)
+    found["overflows"] = {"params": hot.snapshot()["params"], "skipped": np.array(hot.skipped_batches)}
+    saved = CASES["clipping fp16"].engine(**sliced)
     saved.fit(inputs, labels, epochs=1)
     path = folder / f"of {world}.safetensors"
     saved.save_checkpoint(path)

@@ -36,7 +36,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     return Worlds(tmp_path_factory.mktemp("cards"))
 
 
-@pytest.mark.parametrize("name", [*CASES, *(f"{name} in slices" for name in SLICED), "resumed"])
+@pytest.mark.parametrize("name", [*CASES, *(f"{name} in slices" for name in SLICED), "resumed", "overflows"])
 def test_one_and_two_ranks_give_the_same_bits(found: Worlds, name: str) -> None:
     one, two = found.of(1, name), found.of(2, name)
     assert one.keys() == two.keys()
@@ -64,6 +64,10 @@ def test_two_ranks_train_as_one_process_does(found: Worlds, name: str) -> None:
     bound = 2 * 0.05 / (1 - 0.9) * (20 + 8 + 2 + 12) * unit * 4
     for key, array in alone.items():
         np.testing.assert_allclose(together[key], array, rtol=0, atol=bound, err_msg=key)
+
+
+def test_an_overflow_in_one_slice_skips_the_batch_on_all_ranks(found: Worlds) -> None:
+    assert found.of(2, "overflows")["skipped"] >= 1
 
 
 def test_early_stopping_ends_both_ranks_alike(found: Worlds) -> None:

@@ -45,7 +45,8 @@ class Pair:
 
     def __init__(self, card: Card) -> None:
         self.card = card
-        self.host = 0
+        # whether the other says yes when it is asked next
+        self.once = False
 
     def uncaptured(self) -> None:
         return None
@@ -63,8 +64,8 @@ class Pair:
             into_all[place].copy_(own_all)
 
     def any(self, *flags: bool) -> list[bool]:
-        self.host += 1
-        return list(flags)
+        once, self.once = self.once, False
+        return [flag or once for flag in flags]
 
     def of_first(self, values: Sequence[float]) -> Any:
         return np.array(values)
@@ -77,8 +78,7 @@ class Pair:
 
 
 def made(card: Card, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Engine:
-    pair = Pair(card)
-    monkeypatch.setattr(joining, "joined", lambda timeout, device: pair)
+    monkeypatch.setattr(joining, "joined", lambda timeout, device: Pair(card))
     given = {"optimizer": "adam", "batch_size": 4, "backend": "triton", "normalise": False, "distributed": True}
     return Engine(MLP((3, 4, 2)), **{**given, **options})
 
@@ -105,6 +105,19 @@ def test_an_epoch_waits_once_and_a_step_has_its_collectives_in_the_graph(
     assert found[1].bytes_read - found[0].bytes_read <= 1024
     # all ranks have the rows of the epoch
     assert found[1].bytes_sent - found[0].bytes_sent == 8 * len(X) + 32
+
+
+def test_all_ranks_replay_their_graphs_or_none(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = made(card, monkeypatch)
+    engine.fit(X, Y, epochs=1)
+    with card.counted() as found:
+        engine.fit(X, Y, epochs=1)
+    assert "captured" not in found.events
+    # the other has other arrays on its card, say
+    monkeypatch.setattr(engine.ranks, "once", True)
+    with card.counted() as found:
+        engine.fit(X, Y, epochs=1)
+    assert "captured" in found.events
 
 
 def test_batches_that_come_one_by_one_wait_for_nothing(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:

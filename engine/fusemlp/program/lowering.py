@@ -461,8 +461,8 @@ class Builder:
             reduced: dict[str, Any] = {"grads": Ref("grads"), "stats": Ref("stats"), "rule": rule}
             op = "reduce_scatter" if sharding.slices else "all_reduce"
             self.call(op, str(sharding), **reduced, counters=self.counters)
-            if sharding.slices and rule.clip_norm is not None:
-                # the norm is that of all gradients, added in one order
+            if sharding.slices and clipped:
+                # the norm is that of all gradients, added in one order, and tells of an overflow in any
                 self.call("all_gather", "", grads=Ref("grads"), rule=rule, counters=self.counters)
         self.call(
             "update",

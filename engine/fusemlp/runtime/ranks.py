@@ -205,7 +205,7 @@ class Ranks:
             return
         properties = self._torch.cuda.get_device_properties(device)
         # the same card may have several numbers
-        taken = self.texts(f"card {properties.uuid} of {platform.node()}")
+        taken = self.texts(f"card {getattr(properties, 'uuid', device)} of {platform.node()}")
         for rank, card in enumerate(taken):
             if taken.index(card) != rank:
                 raise ArgumentError(
