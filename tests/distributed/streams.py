@@ -122,6 +122,14 @@ def trained(batches: Any, **options: Any) -> dict[str, Any]:
     return {"params": made.memory.params, **{f"history {name}": values for name, values in history.history.items()}}
 
 
+def cut_short(files: Path, **options: Any) -> dict[str, Any]:
+    """Train twice; the second fit begins with the last batch of a pass, which is short."""
+    made = engine(**options)
+    for _ in range(2):
+        made.fit(of_arrays(files), epochs=1, steps_per_epoch=6)
+    return {"params": made.memory.params}
+
+
 def main(files: Path, folder: Path) -> None:
     """Train on all sources, count what is read, and go on from a checkpoint."""
     rank = int(os.environ["RANK"])
@@ -131,6 +139,7 @@ def main(files: Path, folder: Path) -> None:
             with Counted() as counted:
                 found[f"{name}{ending}"] = trained(made(files), distributed=True, **options)
             read[f"{name}{ending}"] = counted.read
+    found["a short batch first"] = cut_short(files, distributed=True)
     found["a generator"] = trained(generated(files), distributed=True)
     path = folder / "half.safetensors"
     engine(distributed=True).fit(of_arrays(files), epochs=3, callbacks=[Saves(path)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +27,9 @@ from fusemlp.runtime import bound, joining, ranks
 from fusemlp.runtime.bound import STEPS_A_GRAPH
 from fusemlp.runtime.joining import open_here
 from fusemlp.runtime.plans import ASKED, chosen_plan, plan_text, shared_plan
+from fusemlp.runtime.sharded import LAYERS
 from fusemlp_kernels.registry import TRAITS
+from fusemlp_kernels.triton.backend import TritonBackend
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.standard_normal((43, 3)).astype(np.float32), RNG.integers(0, 2, 43)
@@ -63,6 +67,12 @@ class Pair:
             into[place].copy_(own[: counts[0]])
             into_all[place].copy_(own_all)
 
+    def add(self, *arrays: Any) -> None:
+        self.card.events.append("collective")
+        for array in arrays:
+            assert isinstance(array, OnCard)
+            array.mul_(2.0)
+
     def any(self, *flags: bool) -> list[bool]:
         once, self.once = self.once, False
         return [flag or once for flag in flags]
@@ -80,10 +90,11 @@ class Pair:
 def made(card: Card, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Engine:
     monkeypatch.setattr(joining, "joined", lambda timeout, device: Pair(card))
     given = {"optimizer": "adam", "batch_size": 4, "backend": "triton", "normalise": False, "distributed": True}
-    return Engine(MLP((3, 4, 2)), **{**given, **options})
+    net = MLP((3, 4, 2), dropout=options.pop("dropout", 0.0))
+    return Engine(net, **{**given, **options})
 
 
-@pytest.mark.parametrize(("options", "each"), [({}, 1), ({"shard_optimizer": True}, 2)])
+@pytest.mark.parametrize(("options", "each"), [({}, 1), ({"reduce": "fast"}, 1), ({"shard_optimizer": True}, 2)])
 def test_an_epoch_waits_once_and_a_step_has_its_collectives_in_the_graph(
     card: Card, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], each: int
 ) -> None:
@@ -107,6 +118,19 @@ def test_an_epoch_waits_once_and_a_step_has_its_collectives_in_the_graph(
     assert found[1].bytes_sent - found[0].bytes_sent == 8 * len(X) + 32
 
 
+def test_the_memory_of_a_program_is_free_when_it_is_given_back(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = made(card, monkeypatch)
+    engine.fit(X, Y, epochs=1)
+    assert engine._last_fit is not None
+    program = weakref.ref(engine._last_fit.bound)
+    gc.disable()
+    try:
+        engine.release()
+        assert program() is None
+    finally:
+        gc.enable()
+
+
 def test_all_ranks_replay_their_graphs_or_none(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = made(card, monkeypatch)
     engine.fit(X, Y, epochs=1)
@@ -118,6 +142,20 @@ def test_all_ranks_replay_their_graphs_or_none(card: Card, monkeypatch: pytest.M
     with card.counted() as found:
         engine.fit(X, Y, epochs=1)
     assert "captured" in found.events
+
+
+def test_each_shard_has_a_mask_of_its_own_forward_and_back(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    bind, masks = TritonBackend.bind, {"linear": list[int](), "grad_input": list[int]()}
+
+    def bound(self: TritonBackend, op: str, **operands: Any) -> Any:
+        if op in masks:
+            masks[op].append(operands["dropout"].layer)
+        return bind(self, op, **operands)
+
+    monkeypatch.setattr(TritonBackend, "bind", bound)
+    made(card, monkeypatch, dropout=0.3).fit(X, Y, epochs=1)
+    # rank 0 of two has the first 4 of 8
+    assert masks["linear"] == masks["grad_input"] == [LAYERS * shard for shard in range(4)]
 
 
 def test_batches_that_come_one_by_one_wait_for_nothing(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,8 @@ class Blocks:
 
     ``drop_last``: leave out the last batch of an epoch if it is short. ``shuffle=False`` keeps the rows as they are.
 
+    Processes that train together get the same batches: each reads its part of the blocks, and sends others their rows.
+
     Raises ArgumentError, ArgumentTypeError, ShapeError, DTypeError or DataError for what gives no batches.
     """
 

@@ -167,7 +167,7 @@ def fit(
     if y is None:
         arrays = {"sample_weight": sample_weight, "validation_split": share or None, "batch_size": batch_size}
         _refuse_with_batches({**arrays, "row_order": row_order, "drop_last": drop_last or None})
-        batches = Batches("X", X, steps_per_epoch, "steps_per_epoch", first_epoch, parts)
+        batches = Batches("X", X, steps_per_epoch, "steps_per_epoch", first_epoch, None if parts is None else parts[:2])
         engine.check_measured()
         data = batches.next(engine, keep=True)
     else:
@@ -237,7 +237,10 @@ def fit(
         drop_last=drop_last,
         # a function of the user's is asked when its epoch comes
         at_once=None if row_order is None and batches is None else 1,
-        bound=None if batches is None else Stream(engine, batches, data, weighted),
+        # a short batch may come first, and ranks share out the rows of whole ones
+        bound=None
+        if batches is None
+        else Stream(engine, batches, data, weighted, count if parts is None else parts[2]),
         batches=None if batches is None else batches.steps,
         callbacks=listeners,
         order=order,
@@ -406,13 +409,14 @@ def fit_checked(
     return EpochLoop(engine, bound, policy, state, batch_size * members, batches, at_once, callbacks)
 
 
-def _parts_of(engine: Session, X: Any) -> tuple[Ranks, Callable[[Array], Array]] | None:
-    """Return how ranks share the reading of blocks; DistributedError if theirs differ."""
+def _parts_of(engine: Session, X: Any) -> tuple[Ranks, Callable[[Array], Array], int] | None:
+    """Return how ranks share the reading of blocks, and the rows of a batch; DistributedError if theirs differ."""
     ranks, sharding = engine.ranks, engine.sharding
     if ranks is None or sharding is None or not isinstance(X, Blocks):
         return None
     ranks.check_same(X.described())
-    return ranks, partial(sharding.owner, batch_size=min(X.batch_size, X.rows))
+    size = min(X.batch_size, X.rows)
+    return ranks, partial(sharding.owner, batch_size=size), size
 
 
 def check_ranks(
