@@ -1,8 +1,8 @@
 """Bounds of a training step on an H100, computed from the record of compiled kernels: ``python ci/kernel_cycles.py``.
 
 A bound is the least number of cycles that a launch can take, and no time: a launch waits for memory and for barriers
-besides. It is the largest of three. One program: the stall cycles of its instructions, times the waves of programs that
-the registers and shared memory of a multiprocessor allow. Issue: a scheduler starts one instruction of a warp a cycle.
+besides. It is the largest of three. One program: the stall cycles of its instructions, or in the loop of its products
+their time if that is longer, times the waves of programs that the registers and shared memory of a multiprocessor allow. Issue: a scheduler starts one instruction of a warp a cycle.
 Product: the tensor cores' rate. ``--write`` writes the table of kernels/README.md.
 """
 
@@ -43,7 +43,8 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Programs:
-    """Programs of a launch that do the same: the trips of their loops, and the operations of their products."""
+    """Programs of a launch that do the same: the trips of their loops, and the operations of their products, which are
+    in the first loop."""
 
     count: int
     trips: Mapping[str, int]
@@ -70,12 +71,11 @@ def programs_of(launch: Recorded) -> list[Programs]:
                 counts[sums] += _over(n, sides["BN"]) * _over(k, sides["BK"]) * given["splits"]
         weights = Programs(counts["weight_sums"], {"weight_sums": length}, area * length)
         return [weights, Programs(counts["column_sums"], {"column_sums": length})]
-    if launch.name == "grad_input":
-        trips = _over(given["N"], sides["BN"])
-        return [Programs(launch.programs, {"input_gradient": trips}, area * trips)]
-    if launch.name == "linear":
-        trips = _over(given["K"], sides["BK"])
-        return [Programs(launch.programs, {"affine_tile": trips}, area * trips)]
+    if launch.name in ("linear", "grad_input"):
+        ahead = launch.name == "linear"
+        trips = _over(given["K" if ahead else "N"], sides["BK" if ahead else "BN"])
+        name = "described_product" if sides["DESCRIBED"] else "affine_tile" if ahead else "input_gradient"
+        return [Programs(launch.programs, {name: trips}, area * trips)]
     measured = {"normaliser_of": _over(rows, loss.CHUNK.value)}
     if launch.name == "linear_loss_grad":
         trips = _over(given["K"], sides["BK"])
@@ -125,11 +125,11 @@ def bound(launch: Recorded, row: Row, goal: Goal) -> tuple[float, str]:
     """Return the least cycles of a launch of a goal's step, and the limit that they come from."""
     warps, slots = launch.tile.warps, GOAL_PROCESSORS * resident_programs(row, launch.tile.warps)
     rate = RATES["half" if goal.precision == "bf16" else launch.constants.get("PRODUCT", "ieee")]
-    limits = {"stalls": 0.0, "issue": 0.0, "product": 0.0}
+    limits = {"product": 0.0, "issue": 0.0, "stalls": 0.0}
     for programs in programs_of(launch):
         count = programs.count * goal.models
         busiest = _over(count, GOAL_PROCESSORS)
-        instructions, stalls = _totals(row["loops"], programs.trips)
+        instructions, stalls = _totals(row["loops"], programs.trips, programs.operations / rate)
         for name, cycles in (
             ("stalls", _over(count, slots) * stalls),
             ("issue", busiest * instructions * warps / SCHEDULERS),
@@ -140,12 +140,14 @@ def bound(launch: Recorded, row: Row, goal: Goal) -> tuple[float, str]:
     return limits[limit], limit
 
 
-def _totals(loops: Mapping[str, Sequence[int]], trips: Mapping[str, int]) -> tuple[int, int]:
-    """Return the instructions and stalls of a program. An unrolled loop makes several trips a pass."""
-    instructions, stalls = 0, 0
+def _totals(loops: Mapping[str, Sequence[int]], trips: Mapping[str, int], product: float) -> tuple[int, float]:
+    """Return the instructions and stalls of a program; ``product`` is the least time of its first loop. An unrolled loop
+    makes several trips a pass."""
+    instructions, stalls, least = 0, 0.0, dict.fromkeys(list(trips)[:1], product)
     for name, times in ({ONCE: 1} | dict(trips)).items():
         passes = times // math.prod(loops[name][2:])
-        instructions, stalls = instructions + passes * loops[name][0], stalls + passes * loops[name][1]
+        instructions += passes * loops[name][0]
+        stalls += max(passes * loops[name][1], least.get(name, 0.0))
     return instructions, stalls
 
 

@@ -72,6 +72,8 @@ PRODUCTS = (
     "grad_input_members",
     "resident",
 )
+# Those of the matrices that can be tensor descriptors.
+BLOCKS = {"linear": linear.BLOCKS, "grad_input": gradients.INPUT_BLOCKS}
 # train_resident scales no loss
 RESIDENT_PRECISIONS = ("fp32", "tf32", "bf16")
 ELEMENTS = {"fp32": "fp32", "tf32": "fp32", "bf16": "bf16", "fp16": "fp16"}
@@ -113,7 +115,7 @@ class Variant:
         tile = self.tile
         size = "x".join(str(side) for side in (tile.rows, tile.columns, tile.depth) if side)
         flags = {"ALIGNED": "aligned", "CROSS_ENTROPY": "cross_entropy"}
-        flags |= {"UPDATES": "updates", "NOISY": "noisy", "BACK": "back"}
+        flags |= {"UPDATES": "updates", "NOISY": "noisy", "BACK": "back", "DESCRIBED": "described"}
         words = [word for flag, word in flags.items() if self.constants.get(flag)]
         numbers = {"TASKS": "tasks", "OUTPUTS": "outputs"}
         words += [f"parts={tile.parts}"] if "PARTS" in self.constants else []
@@ -140,8 +142,12 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
         shared = {"PRODUCT": product, "ALIGNED": aligned, "PARTS": tile.parts}
         for members_too in ("", "_members"):
             ahead, back = tile.sides("MNK"), tile.sides("MKN")
-            yield Variant(f"linear{members_too}", precision, tile, {**ahead, **shared})
-            yield Variant(f"grad_input{members_too}", precision, tile, {**back, **shared})
+            for kernel, sides in (("linear", ahead), ("grad_input", back)):
+                paths_of_loads = [{}] if members_too else [{"DESCRIBED": False}]
+                if not members_too and aligned and configs.takes_descriptors(arch, precision, tile):
+                    paths_of_loads.append({"DESCRIBED": True})
+                for loads in paths_of_loads:
+                    yield Variant(f"{kernel}{members_too}", precision, tile, {**sides, **shared, **loads})
     paths = [(tile, True) for tile in configs.weight_tiles(arch.family, precision)]
     for tile, aligned in [*paths, (configs.general_tile(arch), False)]:
         sides = {"BN": tile.rows, "BK": tile.columns, "BM": tile.depth, "PRODUCT": product, "ALIGNED": aligned}
@@ -240,11 +246,15 @@ def source(variant: Variant, target: str) -> ASTSource:
     AMD every tensor smaller than 2 GiB.
     """
     kernel = KERNELS[variant.kernel]
+    blocks = BLOCKS[variant.kernel] if variant.constants.get("DESCRIBED") else {}
     signature, attributes = {}, {}
     for parameter in kernel.params:
         name = parameter.name
         if parameter.is_constexpr:
             signature[name] = "constexpr"
+        elif name in blocks:
+            sides = [variant.constants[side] for side in blocks[name]]
+            signature[name] = f"tensordesc<{ELEMENTS[variant.precision]}{sides}>"
         elif name in POINTERS:
             kind = POINTERS[name]
             signature[name] = "*" + (ELEMENTS[variant.precision] if kind == "compute" else kind)

@@ -122,7 +122,7 @@ def test_the_trips_of_a_step_are_those_of_its_shapes():
 def test_a_bound_is_the_largest_limit(loops, cycles, limit):
     goal, first = launch("784-128-10 b128 fp32", "linear")
     first = dataclasses.replace(first, tile=configs.Tile(16, 32, 32, 2, 3), programs=32)
-    first = dataclasses.replace(first, constants={"BM": 16, "BN": 32, "BK": 32, "PRODUCT": "split"})
+    first = dataclasses.replace(first, constants={**first.constants, "BM": 16, "BN": 32, "BK": 32})
     row = {"registers": 60, "shared_static": 0, "shared_dynamic": 8 << 10, "loops": loops}
     assert kernel_cycles.bound(first, row, goal) == (pytest.approx(cycles), limit)
 
@@ -131,9 +131,11 @@ def test_programs_that_do_not_fit_wait_for_a_later_wave():
     goal, first = launch("4 x 1024", "linear")
     row = {"registers": 250, "shared_static": 0, "shared_dynamic": 100, "loops": {"once": [0, 1000000]}}
     row["loops"]["affine_tile"] = [0, 0]
-    # 256 programs of 8 warps with 256 registers a thread: one on each of 132 multiprocessors, then 124
+    # 256 programs of 8 warps with 256 registers a thread: one on each of 132 multiprocessors, then 124. The products of
+    # a program come before its end.
+    products = 2 * 128 * 128 * 1024 / 4096
     assert kernel_cycles.resident_programs(row, 8) == 1
-    assert kernel_cycles.bound(first, row, goal) == (2000000, "stalls")
+    assert kernel_cycles.bound(first, row, goal) == (2 * (1000000 + products), "stalls")
 
 
 @pytest.mark.parametrize("goal", [goal for goal in kernel_launches.GOALS if goal.precision == "fp32"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
-from cards import card, variant_of
+from cards import DESCRIBED, card, variant_of
 from step_bounds import Step
 from test_train_fleet import CASES, Fleet, Oracle, case, varied
 from tolerance import UNIT, assert_within
@@ -12,6 +14,7 @@ from tolerance import UNIT, assert_within
 from fusemlp import MLP, SGD, Adam, Callback, CrossEntropy, Engine, PReLU
 from fusemlp_kernels.contract import BATCH_INDEX, LAST_LOSS
 from fusemlp_kernels.philox import row_order
+from fusemlp_kernels.triton import configs
 
 ROWS, WIDTH, CLASSES, BATCH = 45, 21, 5, 20
 NET = MLP([WIDTH, 24, 10, CLASSES], activation=["gelu", PReLU(0.2)], dropout=[0.0, 0.3])
@@ -100,6 +103,22 @@ def test_the_order_of_warps_and_blocks_changes_no_bit(target, plan):
             engine = Engine(NET, batch_size=BATCH, seed=5, backend="triton", precision="bf16", plan=plan)
             engine.fit(X, y, epochs=1)
             found.add(engine.snapshot()["params"].tobytes())
+    assert len(found) == 1
+
+
+def test_tensor_descriptors_change_no_bit_of_a_fit():
+    """The hidden layers' matrices come by descriptors, the gathered rows of the first by pointers."""
+    found = set()
+    for least, described in ((DESCRIBED, {"linear_kernel", "grad_input_kernel"}), (DESCRIBED + 1, set())):
+        with (
+            mock.patch.dict(configs.DESCRIBED, sm_90=least),
+            card("sm_90", "bf16", DESCRIBED, orders=2) as emulator,
+        ):
+            net = MLP([WIDTH, 24, 70, CLASSES], activation="silu", dropout=[0.0, 0.3])
+            engine = Engine(net, batch_size=BATCH, seed=5, backend="triton", precision="bf16", plan="eager")
+            engine.fit(X, y, epochs=1)
+            found.add(engine.snapshot()["params"].tobytes())
+        assert emulator.described == described
     assert len(found) == 1
 
 

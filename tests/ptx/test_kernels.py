@@ -58,6 +58,18 @@ def test_linear(path, precision, aligned):
         layers_of.test_linear.of_case(case, by_row=True, short=2, counted=True, keep_z=True)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_matrices_that_come_by_tensor_descriptors(precision):
+    """They end within a tile, and their reductions within a step; the last column of ``x`` is the last of its memory."""
+    target, rows = PATHS["sm_90 TMA"]
+    with card(target, precision, rows) as emulator:
+        case = layer_case(variant_of(target, precision), True, 150, 290, 41, "gelu", 0.5)
+        layers_of.test_linear.of_case(case, by_row=False, short=0, counted=True, keep_z=True)
+        case = layer_case(variant_of(target, precision), True, 150, 41, 290, "prelu", 0.5)
+        layers_of.test_grad_input.of_case(case)
+    assert emulator.described == {"linear_kernel", "grad_input_kernel"}
+
+
 @pytest.mark.parametrize("path", CLASSES)
 def test_infinity_stays_infinity_in_a_product_of_parts(path):
     target, rows = PATHS[path]

@@ -81,6 +81,17 @@ class Architecture:
         return {"tf32": "tf32", "fp32": "split"}.get(precision, "ieee")
 
 
+# Families whose ``linear`` and ``grad_input`` read 16-bit matrices by tensor descriptors, and the least rows of a tile.
+DESCRIBED = {"sm_90": 128}
+# Tiles that get half of the registers, so that the end of a program runs beside the products of another; by family.
+PAIRED = {"sm_90": (Tile(128, 128, 64, 8, 3, 8),)}
+
+
+def takes_descriptors(arch: Architecture, precision: str, tile: Tile) -> bool:
+    """Return whether ``linear`` and ``grad_input`` read matrices by tensor descriptors where these allow it."""
+    return arch.family in DESCRIBED and _kind(precision) == "half" and tile.rows >= DESCRIBED[arch.family]
+
+
 # Compute capabilities and AMD targets by table.
 FAMILIES = {
     "sm_80": "sm_80",
@@ -226,7 +237,8 @@ def launch_options(family: str, tile: Tile) -> dict[str, Any]:
     options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     if not family.startswith("gfx"):
         # left to itself ptxas spills a few registers to fit one more program on a multiprocessor
-        options["maxnreg"] = min(MOST_REGISTERS, FILE_REGISTERS // (32 * tile.warps))
+        programs = 2 if tile in PAIRED.get(family, ()) else 1
+        options["maxnreg"] = min(MOST_REGISTERS, FILE_REGISTERS // (32 * tile.warps * programs))
     return options
 
 

@@ -74,7 +74,9 @@ def bind_linear(device: Device, given: SimpleNamespace) -> Run:
         **activation_of(given, b), **dropout_numbers(given.dropout),
     }  # fmt: skip
     constants = {**tile.sides("MNK"), "PRODUCT": device.product, "ALIGNED": aligned, "PARTS": tile.parts}
-    return device.launch(linear.linear_kernel, tile.count(m, n), arguments, constants, tile)
+    found = device.described(tile, linear.BLOCKS, constants, x=x, w=w) if given.rows is None else {}
+    constants["DESCRIBED"] = bool(found)
+    return device.launch(linear.linear_kernel, tile.count(m, n), arguments | found, constants, tile)
 
 
 @binds("grad_input", without=NOT_IN_LOAD)
@@ -93,7 +95,9 @@ def bind_grad_input(device: Device, given: SimpleNamespace) -> Run:
         **activation_of(given, spare), **dropout_numbers(given.dropout),
     }  # fmt: skip
     constants = {**tile.sides("MKN"), "PRODUCT": device.product, "ALIGNED": aligned, "PARTS": tile.parts}
-    run = device.launch(gradients.grad_input_kernel, programs, arguments, constants, tile)
+    found = device.described(tile, gradients.INPUT_BLOCKS, constants, dz=dz, w=w)
+    constants["DESCRIBED"] = bool(found)
+    run = device.launch(gradients.grad_input_kernel, programs, arguments | found, constants, tile)
     return dslope.zero_ if programs == 0 and dslope is not None else run
 
 
