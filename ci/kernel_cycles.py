@@ -1,8 +1,9 @@
 """Bounds of a training step on an H100, computed from the record of compiled kernels: ``python ci/kernel_cycles.py``.
 
 A bound is the least number of cycles that a launch can take, and no time: a launch waits for memory and for barriers
-besides. It is the largest of three. One program: the stall cycles of its instructions, or in the loop of its products
-their time if that is longer, times the waves of programs that the registers and shared memory of a multiprocessor allow. Issue: a scheduler starts one instruction of a warp a cycle.
+besides. It is the largest of three. One program: the stall cycles of its instructions, in the loop of its products no
+less than their time, times the waves of programs that the registers and shared memory of a multiprocessor allow.
+Issue: a scheduler starts one instruction of a warp a cycle.
 Product: the tensor cores' rate. ``--write`` writes the table of kernels/README.md.
 """
 
@@ -141,8 +142,8 @@ def bound(launch: Recorded, row: Row, goal: Goal) -> tuple[float, str]:
 
 
 def _totals(loops: Mapping[str, Sequence[int]], trips: Mapping[str, int], product: float) -> tuple[int, float]:
-    """Return the instructions and stalls of a program; ``product`` is the least time of its first loop. An unrolled loop
-    makes several trips a pass."""
+    """Return the instructions and stalls of a program; ``product`` is the least time of its first loop. A pass of an
+    unrolled loop makes several trips."""
     instructions, stalls, least = 0, 0.0, dict.fromkeys(list(trips)[:1], product)
     for name, times in ({ONCE: 1} | dict(trips)).items():
         passes = times // math.prod(loops[name][2:])

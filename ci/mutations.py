@@ -109,8 +109,8 @@ MUTATIONS = (
         ),
         (
             "batch always from the first row of the epoch",
-            "    rows = this_batch(rows, counters, gather)\n    tile_m",
-            "    tile_m",
+            "        rows = this_batch(rows, counters, gather)\n        acc",
+            "        acc",
             LINEAR,
         ),
         (

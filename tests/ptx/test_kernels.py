@@ -60,7 +60,7 @@ def test_linear(path, precision, aligned):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_matrices_that_come_by_tensor_descriptors(precision):
-    """They end within a tile, and their reductions within a step; the last column of ``x`` is the last of its memory."""
+    """They end within a tile, and their reductions within a step."""
     target, rows = PATHS["sm_90 TMA"]
     with card(target, precision, rows) as emulator:
         case = layer_case(variant_of(target, precision), True, 150, 290, 41, "gelu", 0.5)

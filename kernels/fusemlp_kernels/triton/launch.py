@@ -115,8 +115,8 @@ class Device:
     ) -> dict[str, Any]:
         """Matrices as tensor descriptors, or nothing where the kernel reads them by pointers.
 
-        ``blocks`` names the constants with the rows and columns of a matrix's block. CUDA's cuTensorMapEncodeTiled wants
-        rows that start at multiples of 16 bytes and do not overlap.
+        ``blocks`` names the constants with the rows and columns of a matrix's block. CUDA's cuTensorMapEncodeTiled
+        wants rows that start at multiples of 16 bytes and do not overlap.
         """
         fits = constants["ALIGNED"] and takes_descriptors(self.arch, self.precision, tile)
         for matrix in matrices.values():

@@ -94,7 +94,7 @@ BLOCKS = {"x": ("BM", "BK"), "w": ("BN", "BK")}
 def described_tile(
     x, w, b, row, col, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr
 ):  # fmt: skip
-    """``affine_tile`` of tensor descriptors x and w, whose blocks are (BM, BK) and (BN, BK); the rows are those of x."""
+    """``affine_tile`` of tensor descriptors x and w, with blocks of (BM, BK) and (BN, BK); rows are those of x."""
     at_n = col + tl.arange(0, BN)
     bias = tl.load(b + at_n, mask=at_n < N, other=0.0)
     return described_product(x, w, row, col, 0, K, False, True, BM, BN, BK, PRODUCT) + bias[None, :]
@@ -143,7 +143,8 @@ def linear_kernel(
 ):  # fmt: skip
     """y (M, N) = dropout(activation(x[rows] @ w.T + b)), one program for each tile; z (M, N) where ``store_z``.
 
-    ``gather``: the batch is x[rows], else x. ``DESCRIBED``: x and w are tensor descriptors. ``slope`` is the activation's; prelu's is read from ``slope_param``.
+    ``gather``: the batch is x[rows], else x. ``slope`` is the activation's; prelu's is read from ``slope_param``.
+    ``DESCRIBED``: x and w are tensor descriptors.
     ``threshold`` 0: no dropout. Numbers that differ from network to network are run-time values.
     """
     tile_m, tile_n = tile_of(tl.program_id(0), M, N, BM, BN)

@@ -1,8 +1,9 @@
 """mbarriers, and cp.async.bulk.tensor: copies of tiles into shared memory, whose bytes a barrier counts.
 
-A phase of an mbarrier ends when its arrivals and its bytes have come. A card may do a copy at any time between; here it
-is done by the first warp that waits for the phase, so that a read before is found. The bytes are then known to the warps
-that have waited, and to the whole block after the next bar.sync.
+A phase of an mbarrier ends when its arrivals and its bytes have come. A card may do a copy at any time between; here
+the first warp that waits for the phase does it, so that a read before is found. The bytes are then known to the warps
+that have waited, and to the whole block after the next bar.sync. Arrivals order no other accesses: the kernels here use
+barriers of the block for that.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ SPANS = {0: 1 << 20, 1: 32, 2: 64, 3: 128}
 
 @dataclass(frozen=True)
 class TensorMap:
-    """A matrix in global memory as cuTensorMapEncodeTiled describes it: ``shape`` (rows, columns) of elements of ``size``
-    bytes, rows ``pitch`` bytes apart. Tiles have ``box`` (rows, columns)."""
+    """A matrix in global memory as cuTensorMapEncodeTiled describes it: ``shape`` (rows, columns) of elements of
+    ``size`` bytes, rows ``pitch`` bytes apart. Tiles have ``box`` (rows, columns)."""
 
     base: int
     shape: tuple[int, int]
@@ -59,8 +60,8 @@ class TensorMap:
 
 @dataclass
 class Barrier:
-    """A phase ends when ``pending`` arrivals of ``count`` have come, and ``expected`` bytes. ``copies`` bring them: pairs
-    of places and values. ``landed`` are the places of the phase before."""
+    """A phase ends when ``pending`` arrivals of ``count`` have come, and ``expected`` bytes. ``copies`` bring them:
+    pairs of places and values. ``landed`` are the places of the phase before."""
 
     count: int
     pending: int
@@ -144,8 +145,8 @@ def barrier_step(instruction: Instruction) -> Callable[[Active], None]:
 
 
 def _wait(instruction: Instruction) -> Callable[[Active], None]:
-    """mbarrier.try_wait.parity: whether the phase of this parity has ended. Warps that must go on waiting let the others
-    run first."""
+    """mbarrier.try_wait.parity: whether the phase of this parity has ended. Warps that must wait on let the others run
+    first."""
     target, place, parity = instruction.operands
     if "parity" not in instruction.modifiers or not isinstance(target, Register):
         raise NotImplementedError(instruction.name)

@@ -76,7 +76,12 @@ class Emulator:
         return int(self.target.removeprefix("sm_"))
 
     def launch(
-        self, function: Function, programs: int, signature: Sequence[str], arguments: Sequence[Any], boxes: Sequence[Any]
+        self,
+        function: Function,
+        programs: int,
+        signature: Sequence[str],
+        arguments: Sequence[Any],
+        boxes: Sequence[Any],
     ) -> None:
         """Run a kernel over ``programs`` blocks; ``boxes`` is Triton's metadata of its tensor descriptors."""
         values, maps = list[int](), dict[int, TensorMap]()
@@ -121,11 +126,9 @@ def _loaded(text: str) -> Code:
 
 def _tensor_map(given: TensorDescriptor, box: Mapping[str, Any]) -> TensorMap:
     """Return the map that Triton's driver makes of a descriptor."""
-    (rows, columns), (pitch, _), (height, width) = given.shape, given.strides, box["block_size"]
-    size = box["elem_size"]
-    return TensorMap(
-        given.base.data_ptr(), (rows, columns), pitch * size, (height, width), given.base.itemsize, box["swizzle"]
-    )
+    size = given.base.itemsize
+    shape, boxes = ((*sides,) for sides in (given.shape, box["block_size"]))
+    return TensorMap(given.base.data_ptr(), shape, given.strides[0] * size, boxes, size, box["swizzle"])
 
 
 def _bits(kind: str, value: Any) -> int:

@@ -83,8 +83,8 @@ class Code:
 
 
 class Launch:
-    """Runs ``blocks`` of a kernel. ``arguments`` are the values of its parameters, as unsigned integers; that of a tensor
-    map is its number in ``maps``."""
+    """Runs ``blocks`` of a kernel. ``arguments`` are the values of its parameters, as unsigned integers; a tensor map's
+    is its number in ``maps``."""
 
     def __init__(
         self, code: Code, blocks: Sequence[int], arguments: Sequence[int], memory: Global, shared_bytes: int,
