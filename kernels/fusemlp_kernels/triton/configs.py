@@ -41,6 +41,11 @@ class Tile:
     stages: int
     parts: int = 1
 
+    @property
+    def split(self) -> int:
+        """The parts of the reduction."""
+        return 1
+
     def count(self, rows: int, columns: int) -> int:
         """Return the number of tiles that cover a result of rows x columns."""
         return -(-rows // self.rows) * -(-columns // self.columns)
@@ -48,6 +53,13 @@ class Tile:
     def sides(self, names: str) -> dict[str, int]:
         """Return the sizes of the tile as a kernel's constants: B and a letter for rows, columns and depth."""
         return dict(zip((f"B{name}" for name in names), (self.rows, self.columns, self.depth), strict=True))
+
+
+@dataclass(frozen=True)
+class DeepTile(Tile):
+    """A tile for results of few tiles: the reduction is cut into ``split`` parts, one for each warp."""
+
+    split: int = 1
 
 
 @dataclass(frozen=True)
@@ -145,7 +157,7 @@ def table_text(tables: Mapping[str, Any]) -> str:
 
 # By family: "forward" (also for the gradient by the input), "weight", "output" (the output layer with its loss, a tile
 # for each width) and "general" (matrices that are not aligned); then by element type; then tiles, largest first, as the
-# fields of ``Tile``. "resident": those of ``ResidentTile``, smallest first.
+# fields of ``Tile``. "deep": the fields of ``DeepTile``. "resident": those of ``ResidentTile``, smallest first.
 TABLES = json.loads(TABLE_FILE.read_text(encoding="utf-8"))
 
 
@@ -182,6 +194,19 @@ def forward_tile(
     """Return the tile for a result of rows x columns, one of each member, in ``linear`` and ``grad_input``."""
     tiles = forward_tiles(arch.family, precision) if aligned else (general_tile(arch),)
     return _fitting(tiles, [(rows, columns)] * members, arch.processors)
+
+
+def deep_tile(
+    arch: Architecture, precision: str, rows: int, columns: int, reduction: int, aligned: bool = True
+) -> DeepTile | None:
+    """Return the tile for a result of so few tiles that a multiprocessor has one, or two with a long reduction; None
+    for others."""
+    for row in TABLES[arch.family].get("deep", {}).get(_kind(precision), ()):
+        tile = DeepTile(*row)
+        most = 2 if 2 * reduction >= tile.split * tile.depth else 1
+        if aligned and tile.count(rows, columns) <= most * arch.processors:
+            return tile
+    return None
 
 
 def weight_tile(arch: Architecture, precision: str, shapes: Sequence[tuple[int, int]], aligned: bool = True) -> Tile:
@@ -226,7 +251,8 @@ def launch_options(family: str, tile: Tile) -> dict[str, Any]:
     options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     if not family.startswith("gfx"):
         # left to itself ptxas spills a few registers to fit one more program on a multiprocessor
-        options["maxnreg"] = min(MOST_REGISTERS, FILE_REGISTERS // (32 * tile.warps))
+        programs = LOSS_PROGRAMS if tile == LOSS else 1
+        options["maxnreg"] = min(MOST_REGISTERS, FILE_REGISTERS // (32 * tile.warps * programs))
     return options
 
 
@@ -241,6 +267,9 @@ CLIP = Tile(4, 256, 0, 4, 1)
 MEMBERS = Tile(16, 128, 0, 8, 1)
 # The most stretches of a member's rows that are summed by themselves.
 MOST_SPLITS = 32
+# Programs of ``loss_grad`` on a multiprocessor: as many as its registers hold at a time on NVIDIA. Each takes the
+# normaliser, and then several groups of rows.
+LOSS_PROGRAMS = 2
 
 
 def table_length(tasks: int) -> int:

@@ -12,7 +12,7 @@ from fusemlp_kernels.contract import ACTIVATIONS, COUNTERS, HYPER, LOSSES, NEEDS
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.philox import seed_key, threshold
 from fusemlp_kernels.triton import clock, configs, divergence, gradients, linear, loss, members, perturb
-from fusemlp_kernels.triton.launch import Device, Run, Tensor, in_sequence, is_aligned, signed
+from fusemlp_kernels.triton.launch import LARGEST_INDEX, Device, Run, Tensor, in_sequence, is_aligned, signed
 
 # Operands for backends that gather in memory or store masks, and those of train_resident.
 NOT_IN_LOAD = ("gathered", "keep")
@@ -66,14 +66,17 @@ def bind_linear(device: Device, given: SimpleNamespace) -> Run:
     z = given.z if keeps_z else y
     spare = device.zeros(1, "int64")
     aligned = all(map(is_aligned, (x, w, y, z)))
-    tile = configs.forward_tile(device.arch, device.precision, m, n, aligned)
+    tile = configs.deep_tile(device.arch, device.precision, m, n, given.K, aligned) or configs.forward_tile(
+        device.arch, device.precision, m, n, aligned
+    )
     arguments = {
         "M": m, "N": n, "K": given.K, **places(spare, x=x, w=w, y=y, z=z), "b": b, "b_step": b.stride(0),
         "rows": spare if given.rows is None else given.rows, "gather": int(given.rows is not None),
         "counters": spare if given.counters is None else given.counters, "store_z": int(keeps_z),
         **activation_of(given, b), **dropout_numbers(given.dropout),
     }  # fmt: skip
-    constants = {**tile.sides("MNK"), "PRODUCT": device.product, "ALIGNED": aligned, "PARTS": tile.parts}
+    constants = {**tile.sides("MNK"), "PRODUCT": device.product, "ALIGNED": aligned}
+    constants |= {"PARTS": tile.parts, "SPLIT": tile.split}
     return device.launch(linear.linear_kernel, tile.count(m, n), arguments, constants, tile)
 
 
@@ -83,7 +86,9 @@ def bind_grad_input(device: Device, given: SimpleNamespace) -> Run:
     m, k, dz, w, out, dslope = given.M, given.K, given.dz, given.w, given.dz_prev, given.dslope
     y = given.z if given.activation in NEEDS_Z else given.y
     aligned = all(map(is_aligned, (dz, w, y, out)))
-    tile = configs.forward_tile(device.arch, device.precision, m, k, aligned)
+    tile = configs.deep_tile(device.arch, device.precision, m, k, given.N, aligned) or configs.forward_tile(
+        device.arch, device.precision, m, k, aligned
+    )
     programs, spare = tile.count(m, k), device.zeros(1, "real")
     arguments = {
         "M": m, "N": given.N, "K": k, **places(spare, dz=dz, w=w, y=y, out=out),
@@ -92,7 +97,8 @@ def bind_grad_input(device: Device, given: SimpleNamespace) -> Run:
         "ticket": device.zeros(1, "int32"), "programs": programs, "kept_share": kept_share(given.dropout),
         **activation_of(given, spare), **dropout_numbers(given.dropout),
     }  # fmt: skip
-    constants = {**tile.sides("MKN"), "PRODUCT": device.product, "ALIGNED": aligned, "PARTS": tile.parts}
+    constants = {**tile.sides("MKN"), "PRODUCT": device.product, "ALIGNED": aligned}
+    constants |= {"PARTS": tile.parts, "SPLIT": tile.split}
     run = device.launch(gradients.grad_input_kernel, programs, arguments, constants, tile)
     return dslope.zero_ if programs == 0 and dslope is not None else run
 
@@ -252,12 +258,14 @@ def _launch_loss(
     matrices: dict[str, Tensor],
     inputs: dict[str, Any],
     constants: dict[str, Any],
+    most: int = LARGEST_INDEX,
 ) -> Run:
-    """A loss kernel over whole rows of ``matrices``; ``inputs`` and ``constants`` are those of this kernel alone."""
+    """A loss kernel over whole rows of ``matrices``, of at most ``most`` programs; ``inputs`` and ``constants`` are those
+    of this kernel alone."""
     m, n, dz, rows, dslope, hyper = given.M, given.N, given.dz, given.rows, given.dslope, given.hyper
     read = tuple(matrices.values())
     stats = device.zeros(STATS, "float64") if given.stats is None else given.stats
-    programs, spare = -(-m // tile.rows), device.zeros(1, "real")
+    programs, spare = min(-(-m // tile.rows), most), device.zeros(1, "real")
     arguments = {
         "M": m, "N": n, **places(read[0], dz=dz, **matrices), "store_dz": int(dz is not None),
         "rows": device.zeros(1, "int64") if rows is None else rows, "gather": int(rows is not None),
@@ -279,10 +287,10 @@ def _launch_loss(
 
 def launch_loss_grad(device: Device, given: SimpleNamespace, z: Tensor, dz: Tensor | None) -> Run:
     """The loss of pre-activations z (M, N), and its gradient in dz, which may be z."""
-    tile = configs.LOSS
+    tile, most = configs.LOSS, configs.LOSS_PROGRAMS * device.arch.processors
     constants = {"BM": tile.rows, "BN": tile.columns}
     given = SimpleNamespace(**vars(given) | {"dz": dz})
-    return _launch_loss(device, given, loss.loss_grad_kernel, tile, {"z": z}, {}, constants)
+    return _launch_loss(device, given, loss.loss_grad_kernel, tile, {"z": z}, {}, constants, most)
 
 
 @binds("loss_grad", without=NOT_IN_LOSS)
@@ -300,12 +308,14 @@ def bind_linear_loss_grad(device: Device, given: SimpleNamespace) -> Run:
             f"linear_loss_grad: w: {given.N} outputs are more than the {configs.WIDEST_OUTPUT} that fit a tile; "
             "use linear and loss_grad one after the other"
         )
-    tile = configs.output_tile(device.arch, given.N)
+    aligned = all(is_aligned(matrix) for matrix in (given.x, given.w, given.dz) if matrix is not None)
+    deep = configs.deep_tile(device.arch, device.precision, given.M, given.N, given.K, aligned)
+    tile = configs.output_tile(device.arch, given.N) if deep is None or given.N > deep.columns else deep
     inputs = {
         "K": given.K, "b": b, "b_step": b.stride(0), "x_gather": int(rows is not None),
         "x_rows": device.zeros(1, "int64") if rows is None else rows,
     }  # fmt: skip
-    constants = {**tile.sides("MNK"), "PRODUCT": device.product}
+    constants = {**tile.sides("MNK"), "PRODUCT": device.product, "SPLIT": tile.split}
     matrices = {"x": given.x, "w": given.w}
     return _launch_loss(device, given, loss.linear_loss_grad_kernel, tile, matrices, inputs, constants)
 
