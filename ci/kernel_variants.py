@@ -136,8 +136,8 @@ def variants(target: str) -> tuple[Variant, ...]:
 
 def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
     product = arch.product(precision)
-    # any small result has it
-    deep = configs.deep_tile(arch, precision, 1, 1, 1)
+    # small results have them
+    deep, deep_output = (configs.deep_tile(arch, precision, 1, 1, 1, table) for table in ("deep", "deep_output"))
     paths = [(tile, True) for tile in configs.forward_tiles(arch.family, precision)]
     for tile, aligned in [*paths, (configs.general_tile(arch), False), *([(deep, True)] if deep else [])]:
         shared = {"PRODUCT": product, "ALIGNED": aligned, "PARTS": tile.parts}
@@ -164,7 +164,7 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
     for entropy in (False, True):
         for aligned in (True, False):
             shared = {"ALIGNED": aligned, "CROSS_ENTROPY": entropy}
-            for tile in [*configs.output_tiles(arch.family), *([deep] if deep and aligned else [])]:
+            for tile in [*configs.output_tiles(arch.family), *([deep_output] if deep_output and aligned else [])]:
                 sides = {**tile.sides("MNK"), "PRODUCT": product, "SPLIT": tile.split}
                 yield Variant("linear_loss_grad", precision, tile, {**sides, **shared})
             tile = configs.LOSS

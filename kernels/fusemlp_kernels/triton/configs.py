@@ -157,7 +157,9 @@ def table_text(tables: Mapping[str, Any]) -> str:
 
 # By family: "forward" (also for the gradient by the input), "weight", "output" (the output layer with its loss, a tile
 # for each width) and "general" (matrices that are not aligned); then by element type; then tiles, largest first, as the
-# fields of ``Tile``. "deep": the fields of ``DeepTile``. "resident": those of ``ResidentTile``, smallest first.
+# fields of ``Tile``. "resident": those of ``ResidentTile``, smallest first. "deep", "deep_output": those of
+# ``DeepTile``. In an output's tile a thread has two logits of a row at least: of one, the compiler fuses the product
+# of two numbers with the sum over threads, which then differs in its last bit from thread to thread.
 TABLES = json.loads(TABLE_FILE.read_text(encoding="utf-8"))
 
 
@@ -197,14 +199,14 @@ def forward_tile(
 
 
 def deep_tile(
-    arch: Architecture, precision: str, rows: int, columns: int, reduction: int, aligned: bool = True
+    arch: Architecture, precision: str, rows: int, columns: int, reduction: int, table: str = "deep"
 ) -> DeepTile | None:
-    """Return the tile for a result of so few tiles that a multiprocessor has one, or two with a long reduction; None
-    for others."""
-    for row in TABLES[arch.family].get("deep", {}).get(_kind(precision), ()):
+    """Return the tile for an aligned result of so few tiles that a multiprocessor has one, or two with a long
+    reduction; None for others. ``table``: "deep", or "deep_output" for ``linear_loss_grad``."""
+    for row in TABLES[arch.family].get(table, {}).get(_kind(precision), ()):
         tile = DeepTile(*row)
         most = 2 if 2 * reduction >= tile.split * tile.depth else 1
-        if aligned and tile.count(rows, columns) <= most * arch.processors:
+        if tile.count(rows, columns) <= most * arch.processors:
             return tile
     return None
 

@@ -66,9 +66,8 @@ def bind_linear(device: Device, given: SimpleNamespace) -> Run:
     z = given.z if keeps_z else y
     spare = device.zeros(1, "int64")
     aligned = all(map(is_aligned, (x, w, y, z)))
-    tile = configs.deep_tile(device.arch, device.precision, m, n, given.K, aligned) or configs.forward_tile(
-        device.arch, device.precision, m, n, aligned
-    )
+    deep = configs.deep_tile(device.arch, device.precision, m, n, given.K) if aligned else None
+    tile = deep or configs.forward_tile(device.arch, device.precision, m, n, aligned)
     arguments = {
         "M": m, "N": n, "K": given.K, **places(spare, x=x, w=w, y=y, z=z), "b": b, "b_step": b.stride(0),
         "rows": spare if given.rows is None else given.rows, "gather": int(given.rows is not None),
@@ -86,9 +85,8 @@ def bind_grad_input(device: Device, given: SimpleNamespace) -> Run:
     m, k, dz, w, out, dslope = given.M, given.K, given.dz, given.w, given.dz_prev, given.dslope
     y = given.z if given.activation in NEEDS_Z else given.y
     aligned = all(map(is_aligned, (dz, w, y, out)))
-    tile = configs.deep_tile(device.arch, device.precision, m, k, given.N, aligned) or configs.forward_tile(
-        device.arch, device.precision, m, k, aligned
-    )
+    deep = configs.deep_tile(device.arch, device.precision, m, k, given.N) if aligned else None
+    tile = deep or configs.forward_tile(device.arch, device.precision, m, k, aligned)
     programs, spare = tile.count(m, k), device.zeros(1, "real")
     arguments = {
         "M": m, "N": given.N, "K": k, **places(spare, dz=dz, w=w, y=y, out=out),
@@ -250,6 +248,10 @@ def loss_settings(spec: LossSpec, given: SimpleNamespace) -> list[float]:
     return [float(settings[name]) for name in loss.SETTING_FIELDS]
 
 
+def _are_aligned(*matrices: Tensor | None) -> bool:
+    return all(is_aligned(matrix) for matrix in matrices if matrix is not None)
+
+
 def _launch_loss(
     device: Device,
     given: SimpleNamespace,
@@ -279,7 +281,7 @@ def _launch_loss(
         # the loss of no rows, or of no outputs, is zero
         return in_sequence([stats[:1].zero_, arguments["dslope"].zero_])
     constants |= {
-        "ALIGNED": all(is_aligned(matrix) for matrix in (*read, dz) if matrix is not None),
+        "ALIGNED": _are_aligned(*read, dz),
         "CROSS_ENTROPY": given.loss.kind == "cross_entropy",
     }
     return device.launch(kernel, programs, arguments, constants, tile)
@@ -308,9 +310,10 @@ def bind_linear_loss_grad(device: Device, given: SimpleNamespace) -> Run:
             f"linear_loss_grad: w: {given.N} outputs are more than the {configs.WIDEST_OUTPUT} that fit a tile; "
             "use linear and loss_grad one after the other"
         )
-    aligned = all(is_aligned(matrix) for matrix in (given.x, given.w, given.dz) if matrix is not None)
-    deep = configs.deep_tile(device.arch, device.precision, given.M, given.N, given.K, aligned)
-    tile = configs.output_tile(device.arch, given.N) if deep is None or given.N > deep.columns else deep
+    tile = configs.output_tile(device.arch, given.N)
+    deep = configs.deep_tile(device.arch, device.precision, given.M, given.N, given.K, "deep_output")
+    if deep is not None and given.N <= deep.columns and _are_aligned(given.x, given.w, given.dz):
+        tile = deep
     inputs = {
         "K": given.K, "b": b, "b_step": b.stride(0), "x_gather": int(rows is not None),
         "x_rows": device.zeros(1, "int64") if rows is None else rows,
