@@ -170,8 +170,9 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
             tile = configs.LOSS
             yield Variant("loss_grad", ELEMENTS[precision], tile, {"BM": tile.rows, "BN": tile.columns, **shared})
     for aligned in (True, False):
-        constants = {"BM": configs.LOSS.rows, "BN": configs.LOSS.columns, "ALIGNED": aligned}
-        yield Variant("divergence", ELEMENTS[precision], configs.LOSS, constants)
+        tile = configs.DIVERGENCE
+        constants = {"BM": tile.rows, "BN": tile.columns, "ALIGNED": aligned}
+        yield Variant("divergence", ELEMENTS[precision], tile, constants)
     for rule in RULES:
         for tasks in configs.TABLE_LENGTHS if rule == HEAVIEST else configs.TABLE_LENGTHS[:1]:
             for noisy, tile in ((False, configs.SWEEP), (True, configs.NOISY_SWEEP)):

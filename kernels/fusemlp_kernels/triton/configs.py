@@ -46,6 +46,11 @@ class Tile:
         """The parts of the reduction."""
         return 1
 
+    @property
+    def programs(self) -> int:
+        """The least programs that the registers of a multiprocessor hold at a time."""
+        return 1
+
     def count(self, rows: int, columns: int) -> int:
         """Return the number of tiles that cover a result of rows x columns."""
         return -(-rows // self.rows) * -(-columns // self.columns)
@@ -60,6 +65,14 @@ class DeepTile(Tile):
     """A tile for results of few tiles: the reduction is cut into ``split`` parts, one for each warp."""
 
     split: int = 1
+
+
+@dataclass(frozen=True)
+class LossTile(Tile):
+    """The tile of ``loss_grad``, which has ``programs`` on a multiprocessor in all: each takes the normaliser, and then
+    several groups of rows."""
+
+    programs: int = 1
 
 
 @dataclass(frozen=True)
@@ -253,14 +266,14 @@ def launch_options(family: str, tile: Tile) -> dict[str, Any]:
     options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     if not family.startswith("gfx"):
         # left to itself ptxas spills a few registers to fit one more program on a multiprocessor
-        programs = LOSS_PROGRAMS if tile == LOSS else 1
-        options["maxnreg"] = min(MOST_REGISTERS, FILE_REGISTERS // (32 * tile.warps * programs))
+        options["maxnreg"] = min(MOST_REGISTERS, FILE_REGISTERS // (32 * tile.warps * tile.programs))
     return options
 
 
-# Launches without a product: of ``loss_grad`` for rows of any width, the clock, the sweeps over the arenas,
-# ``clip_examples``, and members' own factors.
-LOSS = Tile(2, 1024, 0, 8, 1)
+# Launches without a product: of ``loss_grad`` and ``divergence`` for rows of any width, the clock, the sweeps over the
+# arenas, ``clip_examples``, and members' own factors.
+LOSS = LossTile(2, 1024, 0, 8, 1, programs=2)
+DIVERGENCE = Tile(2, 1024, 0, 8, 1)
 SMALL = Tile(1, 1, 0, 1, 1)
 SWEEP = Tile(1, 1024, 0, 4, 1)
 # Noise is of float64, which takes two registers a number.
@@ -269,9 +282,6 @@ CLIP = Tile(4, 256, 0, 4, 1)
 MEMBERS = Tile(16, 128, 0, 8, 1)
 # The most stretches of a member's rows that are summed by themselves.
 MOST_SPLITS = 32
-# Programs of ``loss_grad`` on a multiprocessor: as many as its registers hold at a time on NVIDIA. Each takes the
-# normaliser, and then several groups of rows.
-LOSS_PROGRAMS = 2
 
 
 def table_length(tasks: int) -> int:

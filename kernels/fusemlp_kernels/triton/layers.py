@@ -199,7 +199,7 @@ def bind_perturb(device: Device, given: SimpleNamespace) -> Run:
 @binds("divergence")
 def bind_divergence(device: Device, given: SimpleNamespace) -> Run:
     """The contract's ``divergence``."""
-    z, rows, weight, hyper, tile = given.z, given.rows, given.weight, given.hyper, configs.LOSS
+    z, rows, weight, hyper, tile = given.z, given.rows, given.weight, given.hyper, configs.DIVERGENCE
     given.class_weight, dz = None, given.dother if given.dz is None else given.dz
     programs = -(-given.M // tile.rows)
     matrices = {"z": z, "other": given.other, "dother": given.dother, "dz": dz}
@@ -262,8 +262,8 @@ def _launch_loss(
     constants: dict[str, Any],
     most: int = LARGEST_INDEX,
 ) -> Run:
-    """A loss kernel over whole rows of ``matrices``, of at most ``most`` programs; ``inputs`` and ``constants`` are those
-    of this kernel alone."""
+    """A loss kernel over whole rows of ``matrices``, of at most ``most`` programs; ``inputs`` and ``constants`` are
+    those of this kernel alone."""
     m, n, dz, rows, dslope, hyper = given.M, given.N, given.dz, given.rows, given.dslope, given.hyper
     read = tuple(matrices.values())
     stats = device.zeros(STATS, "float64") if given.stats is None else given.stats
@@ -289,7 +289,7 @@ def _launch_loss(
 
 def launch_loss_grad(device: Device, given: SimpleNamespace, z: Tensor, dz: Tensor | None) -> Run:
     """The loss of pre-activations z (M, N), and its gradient in dz, which may be z."""
-    tile, most = configs.LOSS, configs.LOSS_PROGRAMS * device.arch.processors
+    tile, most = configs.LOSS, configs.LOSS.programs * device.arch.processors
     constants = {"BM": tile.rows, "BN": tile.columns}
     given = SimpleNamespace(**vars(given) | {"dz": dz})
     return _launch_loss(device, given, loss.loss_grad_kernel, tile, {"z": z}, {}, constants, most)
