@@ -136,8 +136,8 @@ def variants(target: str) -> tuple[Variant, ...]:
 
 def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
     product = arch.product(precision)
-    # small results have them
-    deep, deep_output = (configs.deep_tile(arch, precision, 1, 1, 1, table) for table in ("deep", "deep_output"))
+    # small results with long reductions have them
+    deep, deep_output = (configs.deep_tile(arch, precision, 1, 1, 1 << 10, table) for table in ("deep", "deep_output"))
     paths = [(tile, True) for tile in configs.forward_tiles(arch.family, precision)]
     for tile, aligned in [*paths, (configs.general_tile(arch), False), *([(deep, True)] if deep else [])]:
         shared = {"PRODUCT": product, "ALIGNED": aligned, "PARTS": tile.parts}

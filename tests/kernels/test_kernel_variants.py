@@ -124,7 +124,13 @@ def test_small_results_get_a_tile_whose_reduction_is_cut():
     arch = configs.Architecture("sm_90", 4)
     (deep,) = [configs.DeepTile(*row) for row in configs.TABLES["sm_90"]["deep"]["fp32"]]
     assert (deep.rows, deep.columns, deep.split * deep.depth) == (16, 16, 256)
-    for columns, reduction, found in ((64, 1, deep), (80, 127, None), (128, 128, deep), (144, 9999, None)):
+    for columns, reduction, found in (
+        (64, 32, None),
+        (64, 33, deep),
+        (80, 127, None),
+        (128, 128, deep),
+        (144, 999, None),
+    ):
         assert configs.deep_tile(arch, "fp32", 16, columns, reduction) == found
     assert configs.deep_tile(configs.Architecture("gfx942", 4), "fp32", 16, 16, 256) is None
     logits = configs.deep_tile(arch, "bf16", 16, 16, 256, "deep_output")

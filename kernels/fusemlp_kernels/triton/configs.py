@@ -215,11 +215,12 @@ def deep_tile(
     arch: Architecture, precision: str, rows: int, columns: int, reduction: int, table: str = "deep"
 ) -> DeepTile | None:
     """Return the tile for an aligned result of so few tiles that a multiprocessor has one, or two with a long
-    reduction; None for others. ``table``: "deep", or "deep_output" for ``linear_loss_grad``."""
+    reduction; None for others, and where one part holds the reduction. ``table``: "deep", or "deep_output" for
+    ``linear_loss_grad``."""
     for row in TABLES[arch.family].get(table, {}).get(_kind(precision), ()):
         tile = DeepTile(*row)
         most = 2 if 2 * reduction >= tile.split * tile.depth else 1
-        if tile.count(rows, columns) <= most * arch.processors:
+        if reduction > tile.depth and tile.count(rows, columns) <= most * arch.processors:
             return tile
     return None
 
