@@ -204,8 +204,8 @@ def test_an_unknown_instruction_is_named():
         run("bfind.u32 %r3, %r1;")
 
 
-# A matrix of 3 rows and 20 columns of 16 bits, in rows of 64 bytes; tiles of 4 rows of 32 bytes, swizzled. Warp 0 starts
-# the barrier at 128 and copies the tile from row -1 and column CORNER on; both warps read a word of it each.
+# A matrix of 3 rows and 20 columns of 16 bits, in rows of 64 bytes; tiles of 4 rows of 32 bytes. Thread 0 starts the
+# barrier at 128 and copies the tile from row -1 and column CORNER on; each warp reads it, a word a thread.
 TILE = """
 	setp.eq.u32 	%p1, %r1, 0;
 	mov.b64 	%rd4, 64;
