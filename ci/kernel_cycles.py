@@ -1,8 +1,9 @@
 """Bounds of a training step on an H100, computed from the record of compiled kernels: ``python ci/kernel_cycles.py``.
 
 A bound is the least number of cycles that a launch can take, and no time: a launch waits for memory and for barriers
-besides. It is the largest of three. One program: the stall cycles of its instructions, times the waves of programs that
-the registers and shared memory of a multiprocessor allow. Issue: a scheduler starts one instruction of a warp a cycle.
+besides. It is the largest of three. One program: the stall cycles of its instructions, in the loop of its products no
+less than their time, times the waves of programs that the registers and shared memory of a multiprocessor allow.
+Issue: a scheduler starts one instruction of a warp a cycle.
 Product: the tensor cores' rate. ``--write`` writes the table of kernels/README.md.
 """
 
@@ -43,7 +44,8 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Programs:
-    """Programs of a launch that do the same: the trips of their loops, and the operations of their products."""
+    """Programs of a launch that do the same: the trips of their loops, and the operations of their products, which are
+    in the first loop."""
 
     count: int
     trips: Mapping[str, int]
@@ -57,7 +59,7 @@ def _over(whole: int, part: int) -> int:
 def programs_of(launch: Recorded) -> list[Programs]:
     """Return the programs of a launch, by the shapes of its arguments and the loops of its kernel."""
     given, tile, sides = launch.arguments, launch.tile, launch.constants
-    area = 2 * tile.rows * tile.columns * tile.depth
+    area = 2 * tile.rows * tile.columns * tile.depth * tile.split
     rows = given["M"]
     if launch.name == "resident":
         return [Programs(1, _resident_trips(launch))]
@@ -70,20 +72,32 @@ def programs_of(launch: Recorded) -> list[Programs]:
                 counts[sums] += _over(n, sides["BN"]) * _over(k, sides["BK"]) * given["splits"]
         weights = Programs(counts["weight_sums"], {"weight_sums": length}, area * length)
         return [weights, Programs(counts["column_sums"], {"column_sums": length})]
-    if launch.name == "grad_input":
-        trips = _over(given["N"], sides["BN"])
-        return [Programs(launch.programs, {"input_gradient": trips}, area * trips)]
-    if launch.name == "linear":
-        trips = _over(given["K"], sides["BK"])
-        return [Programs(launch.programs, {"affine_tile": trips}, area * trips)]
-    measured = {"normaliser_of": _over(rows, loss.CHUNK.value)}
+    if launch.name in ("linear", "grad_input"):
+        ahead = launch.name == "linear"
+        trips = _over(given["K" if ahead else "N"], tile.split * tile.depth)
+        pointers, parts = (
+            ("affine_tile", "affine_tile_of_parts") if ahead else ("input_gradient", "input_sums_of_parts")
+        )
+        loop = "described_product" if sides["DESCRIBED"] else parts if tile.split > 1 else pointers
+        return [Programs(launch.programs, {loop: trips}, area * trips)]
+    trips = _over(given["K"], tile.split * tile.depth) if "K" in given else 0
+    product = {"affine_tile" if tile.split == 1 else "affine_tile_of_parts": trips}
     if launch.name == "linear_loss_grad":
-        trips = _over(given["K"], sides["BK"])
-        return [Programs(launch.programs, {"affine_tile": trips, **measured}, area * trips)]
+        product["normaliser_of"] = _weighing(launch, loss.CHUNK.value)
+        return [Programs(launch.programs, product, area * trips)]
     if launch.name == "loss_grad":
-        trips = _over(given["N"], sides["BN"])
-        return [Programs(launch.programs, {"loss_grad_kernel": trips, "loss_grad_kernel 2": trips, **measured})]
+        groups = _over(_over(rows, sides["BM"]), launch.programs)
+        trips = groups * _over(given["N"], sides["BN"])
+        inside = {"normaliser_of": _weighing(launch, loss.LONG_CHUNK.value), "loss_grad_kernel": groups}
+        return [Programs(launch.programs, {**inside, "rows_in_tiles": trips, "rows_in_tiles 2": trips})]
     raise ValueError(f"{launch.name}: the trips of its loops are unknown; add them to programs_of")
+
+
+def _weighing(launch: Recorded, rows: int) -> int:
+    """Return the passes of the loop of ``normaliser_of``, ``rows`` each: none if every row weighs 1."""
+    settings = launch.arguments["settings"].reshape(-1, len(loss.SETTING_FIELDS))[0]
+    weighs = any(settings[loss.SETTING_FIELDS.index(name)] for name in ("ignores", "weighted", "classes"))
+    return _over(launch.arguments["M"], rows) * weighs
 
 
 def _resident_trips(launch: Recorded) -> dict[str, int]:
@@ -101,7 +115,7 @@ def _resident_trips(launch: Recorded) -> dict[str, int]:
     outputs = _over(batch, tile.output_rows)
     return {
         ONCE: 0, "resident_kernel": 1, "resident_kernel 2": len(tiles), "resident_kernel 3": len(back),
-        "resident_kernel 4": len(sizes), "measure.normaliser_of": _over(batch, CHUNK.value),
+        "resident_kernel 4": len(sizes), "measure.normaliser_of": _weighing(launch, CHUNK.value),
         "forward": down * len(tiles), "forward 2": sum(tiles),
         "forward.affine_tile_of_parts": sum(map(operator.mul, tiles, passes)),
         "output_and_loss": outputs, "output_tile.affine_tile": outputs * _over(sizes[-1][1], tile.depth),
@@ -125,11 +139,11 @@ def bound(launch: Recorded, row: Row, goal: Goal) -> tuple[float, str]:
     """Return the least cycles of a launch of a goal's step, and the limit that they come from."""
     warps, slots = launch.tile.warps, GOAL_PROCESSORS * resident_programs(row, launch.tile.warps)
     rate = RATES["half" if goal.precision == "bf16" else launch.constants.get("PRODUCT", "ieee")]
-    limits = {"stalls": 0.0, "issue": 0.0, "product": 0.0}
+    limits = {"product": 0.0, "issue": 0.0, "stalls": 0.0}
     for programs in programs_of(launch):
         count = programs.count * goal.models
         busiest = _over(count, GOAL_PROCESSORS)
-        instructions, stalls = _totals(row["loops"], programs.trips)
+        instructions, stalls = _totals(row["loops"], programs.trips, programs.operations / rate)
         for name, cycles in (
             ("stalls", _over(count, slots) * stalls),
             ("issue", busiest * instructions * warps / SCHEDULERS),
@@ -140,12 +154,14 @@ def bound(launch: Recorded, row: Row, goal: Goal) -> tuple[float, str]:
     return limits[limit], limit
 
 
-def _totals(loops: Mapping[str, Sequence[int]], trips: Mapping[str, int]) -> tuple[int, int]:
-    """Return the instructions and stalls of a program. An unrolled loop makes several trips a pass."""
-    instructions, stalls = 0, 0
+def _totals(loops: Mapping[str, Sequence[int]], trips: Mapping[str, int], product: float) -> tuple[int, float]:
+    """Return the instructions and stalls of a program; ``product`` is the least time of its first loop. A pass of an
+    unrolled loop makes several trips."""
+    instructions, stalls, least = 0, 0.0, dict.fromkeys(list(trips)[:1], product)
     for name, times in ({ONCE: 1} | dict(trips)).items():
         passes = times // math.prod(loops[name][2:])
-        instructions, stalls = instructions + passes * loops[name][0], stalls + passes * loops[name][1]
+        instructions += passes * loops[name][0]
+        stalls += max(passes * loops[name][1], least.get(name, 0.0))
     return instructions, stalls
 
 

@@ -34,6 +34,8 @@ TRITON_NAME = re.compile(r"_\$_(?P<name>\w+?)__[A-Zi]")
 STALLS = 105 - 64, 15
 # An unrolled loop has these as often for each copy of the body.
 REPEATED = ("LDG", "LDGSTS", "LDGDEPBAR", "LDS", "LDSM", "STS", "STG", "BAR", "HMMA", "HGMMA", "UTCHMMA")
+# A loop of these alone waits for a barrier; its passes take no time of their own.
+WAITING = {"SYNCS", "BRA"}
 TABLES = ("BRX", "BRXU")
 LEAVES = ("EXIT", "RET")
 
@@ -171,7 +173,10 @@ class _Flow:
         for head, last in ends.items():
             body = set().union({head}, *(self.reached(end, head, self.before) for end in last))
             found.append(Loop(head, frozenset(last), frozenset(body)))
-        return sorted(found, key=lambda loop: len(loop.body))
+        return sorted((loop for loop in found if not self.waits(loop)), key=lambda loop: len(loop.body))
+
+    def waits(self, loop: Loop) -> bool:
+        return {self.instructions[at].name for block in loop.body for at in self.spans[block]} <= WAITING
 
     def shortest(self, start: int, ends: Iterable[int], weights: dict[int, int]) -> int:
         """Return the least sum of weights on a way from the block ``start`` to the end of one of ``ends``."""

@@ -92,9 +92,14 @@ def launch(name, kernel, precision="fp32"):
 def test_the_trips_of_a_step_are_those_of_its_shapes():
     _, first = launch("784-128-10 b128 fp32", "linear")
     (programs,) = kernel_cycles.programs_of(first)
-    tile = first.tile
-    assert (programs.count, dict(programs.trips)) == (128 // tile.rows * 128 // tile.columns, {"affine_tile": 25})
-    assert programs.operations == 2 * tile.rows * tile.columns * 25 * tile.depth
+    # 784 inputs are 4 steps of 8 parts of 32
+    assert (programs.count, dict(programs.trips)) == (128 // 16 * 128 // 16, {"affine_tile_of_parts": 4})
+    assert programs.operations == 2 * 16 * 16 * 4 * 8 * 32
+    _, loss = launch("4 x 1024", "loss_grad")
+    (programs,) = kernel_cycles.programs_of(loss)
+    # two programs on each of 132 multiprocessors share 2048 groups of two rows; no row has a weight
+    trips = {"normaliser_of": 0, "loss_grad_kernel": 8, "rows_in_tiles": 8, "rows_in_tiles 2": 8}
+    assert (programs.count, dict(programs.trips)) == (264, trips)
     _, grouped = launch("4 x 1024", "grad_weight")
     weights, biases = kernel_cycles.programs_of(grouped)
     assert (weights.count, dict(weights.trips)) == (4 * 8 * 8, {"weight_sums": 64})
@@ -122,7 +127,7 @@ def test_the_trips_of_a_step_are_those_of_its_shapes():
 def test_a_bound_is_the_largest_limit(loops, cycles, limit):
     goal, first = launch("784-128-10 b128 fp32", "linear")
     first = dataclasses.replace(first, tile=configs.Tile(16, 32, 32, 2, 3), programs=32)
-    first = dataclasses.replace(first, constants={"BM": 16, "BN": 32, "BK": 32, "PRODUCT": "split"})
+    first = dataclasses.replace(first, constants={**first.constants, "BM": 16, "BN": 32, "BK": 32})
     row = {"registers": 60, "shared_static": 0, "shared_dynamic": 8 << 10, "loops": loops}
     assert kernel_cycles.bound(first, row, goal) == (pytest.approx(cycles), limit)
 
@@ -131,9 +136,11 @@ def test_programs_that_do_not_fit_wait_for_a_later_wave():
     goal, first = launch("4 x 1024", "linear")
     row = {"registers": 250, "shared_static": 0, "shared_dynamic": 100, "loops": {"once": [0, 1000000]}}
     row["loops"]["affine_tile"] = [0, 0]
-    # 256 programs of 8 warps with 256 registers a thread: one on each of 132 multiprocessors, then 124
+    # 256 programs of 8 warps with 256 registers a thread: one on each of 132 multiprocessors, then 124. The products of
+    # a program come before its end.
+    products = 2 * 128 * 128 * 1024 / 4096
     assert kernel_cycles.resident_programs(row, 8) == 1
-    assert kernel_cycles.bound(first, row, goal) == (2000000, "stalls")
+    assert kernel_cycles.bound(first, row, goal) == (2 * (1000000 + products), "stalls")
 
 
 @pytest.mark.parametrize("goal", [goal for goal in kernel_launches.GOALS if goal.precision == "fp32"])

@@ -13,11 +13,12 @@ from emulator.driver import Emulator, emulated
 from fusemlp_kernels.triton import configs
 
 # Rows of the tiles that compile to each instruction of tensor cores. The larger tiles of sm_100 need tcgen05.
-WARP, WARPGROUP = 16, 64
+WARP, WARPGROUP, DESCRIBED = 16, 64, 128
 PATHS = {
     "sm_80 mma.sync": ("sm_80", WARP),
     "sm_90 mma.sync": ("sm_90", WARP),
     "sm_90 wgmma": ("sm_90", WARPGROUP),
+    "sm_90 TMA": ("sm_90", DESCRIBED),
     "sm_100 mma.sync": ("sm_100", WARP),
 }
 

@@ -58,6 +58,18 @@ def test_linear(path, precision, aligned):
         layers_of.test_linear.of_case(case, by_row=True, short=2, counted=True, keep_z=True)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_matrices_that_come_by_tensor_descriptors(precision):
+    """They end within a tile, and their reductions within a step."""
+    target, rows = PATHS["sm_90 TMA"]
+    with card(target, precision, rows) as emulator:
+        case = layer_case(variant_of(target, precision), True, 150, 290, 41, "gelu", 0.5)
+        layers_of.test_linear.of_case(case, by_row=False, short=0, counted=True, keep_z=True)
+        case = layer_case(variant_of(target, precision), True, 150, 41, 290, "prelu", 0.5)
+        layers_of.test_grad_input.of_case(case)
+    assert emulator.described == {"linear_kernel", "grad_input_kernel"}
+
+
 @pytest.mark.parametrize("path", CLASSES)
 def test_infinity_stays_infinity_in_a_product_of_parts(path):
     target, rows = PATHS[path]
@@ -71,6 +83,20 @@ def test_grad_input(path, precision, aligned):
     with card(target, precision, rows):
         case = layer_case(variant_of(target, precision), aligned, 37, 41, 290, "prelu", 0.5)
         layers_of.test_grad_input.of_case(case)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_small_results_are_reduced_in_parts(target, precision):
+    """Two steps along the reduction, the second of which not all parts have."""
+    variant = variant_of(target, precision)
+    with card(target, precision, processors=9) as emulator:
+        case = layer_case(variant, True, 37, 530, 41, "gelu", 0.5)
+        layers_of.test_linear.of_case(case, by_row=True, short=2, counted=True, keep_z=True)
+        layers_of.test_grad_input.of_case(layer_case(variant, True, 37, 41, 530, "prelu", 0.5))
+        losses_of.test_linear_loss_grad.of_case(loss_case(variant, True, "entropy", 13), 530, by_x_row=True)
+    programs = {("linear_kernel", 9), ("grad_input_kernel", 9), ("linear_loss_grad_kernel", 3)}
+    assert set(emulator.launched) == programs
 
 
 @pytest.mark.parametrize(("path", "precision", "aligned"), WEIGHTS)

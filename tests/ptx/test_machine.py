@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from emulator.faults import Fault
+from emulator.bulk import TensorMap
+from emulator.faults import Fault, Problem
 from emulator.memory import Global
 from emulator.parse import parse
 from emulator.schedule import Code, Launch
@@ -201,3 +202,78 @@ def test_an_atomic_sum_counts_each_thread_once_in_every_block():
 def test_an_unknown_instruction_is_named():
     with pytest.raises(NotImplementedError, match=r"the emulator has no 'bfind.u32 %r3, %r1'"):
         run("bfind.u32 %r3, %r1;")
+
+
+# A matrix of 3 rows and 20 columns of 16 bits, in rows of 64 bytes; tiles of 4 rows of 32 bytes. Thread 0 starts the
+# barrier at 128 and copies the tile from row -1 and column CORNER on; each warp reads it, a word a thread.
+TILE = """
+	setp.eq.u32 	%p1, %r1, 0;
+	mov.b64 	%rd4, 64;
+	mov.b32 	%r5, CORNER;
+	mov.b32 	%r6, -1;
+	@%p1 mbarrier.init.shared::cta.b64 [128], 1;
+	bar.sync 	0;
+	@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [128], 128;
+	@%p1 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [0], [%rd4, {%r5, %r6}], [128];
+	{
+	.reg .pred complete;
+	waitLoop:
+	mbarrier.try_wait.parity.shared::cta.b64 complete, [128], 0;
+	@!complete bra.uni waitLoop;
+	}
+	and.b32 	%r3, %r2, 124;
+	ld.shared.b32 	%r4, [%r3];
+	st.global.b32 	[ %rd2 + 0 ], { %r4 };
+"""
+
+
+def copied(body=TILE, corner=0, **settings):
+    """Run a kernel that copies tiles; return the words it has written."""
+    words = np.arange(3 * 16, dtype=np.uint32) + 1
+    memory = np.zeros(64, np.uint32)
+    regions = [(one.__array_interface__["data"][0], one.nbytes) for one in (memory, words)]
+    maps = {64: TensorMap(regions[1][0], (3, 20), 64, (4, 16), 2, 1)}
+    code = Code(parse(KERNEL.replace("BODY", body.replace("CORNER", str(corner)))))
+    Launch(code, range(1), [regions[0][0]], Global(regions), 256, maps=maps, **settings).run()
+    return memory
+
+
+@pytest.mark.parametrize("corner", [0, 8, 16, -8])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_tile_arrives_with_zeros_outside_its_matrix(corner, seed):
+    words = np.zeros((4, 8), np.uint32)
+    columns = corner // 2 + np.arange(8)
+    inside = (columns >= 0) & (columns < 10)
+    words[1:, inside] = (np.arange(48).reshape(3, 16) + 1)[:, columns[inside]]
+    # the two units of 16 bytes of a row change places every 128 bytes: not within these
+    np.testing.assert_array_equal(copied(corner=corner, seed=seed, orders=2), [*words.ravel()] * 2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("bar.sync \t0;", "", "race: reads shared memory"),
+        ("[128], 128;", "[128], 112;", "mbarrier: copies bring 128 bytes where 112 are expected"),
+        ("[128], 128;", "[128], 144;", "livelock: all warps wait, for an mbarrier whose phase does not end"),
+        ("[128], 1;", "[128], 2;", "livelock: all warps wait"),
+        ("@%p1 mbarrier.arrive", "mbarrier.arrive", "mbarrier: more than 1 arrivals in a phase"),
+        ("[128], 0;", "[128], 1;", "reads shared memory while a copy into it is under way"),
+        ("%rd4, 64", "%rd4, 63", "no tensor map is at 0x3f"),
+        ("bytes [0]", "bytes [64]", "misaligned shared address 0x40, for 128 bytes"),
+        ("bytes [0]", "bytes [1024]", "is outside the 256 bytes"),
+        ("_, [128]", "_, [136]", "no mbarrier was initialised at the shared address 0x88"),
+    ],
+)
+def test_a_broken_rule_of_mbarriers_and_tiles_stops_the_kernel(old, new, problem):
+    assert TILE.count(old) == 1
+    with pytest.raises(Fault) as raised:
+        copied(TILE.replace(old, new))
+    assert problem in raised.value.problem
+
+
+@pytest.mark.parametrize("broken", [{"base": 8}, {"pitch": 40}, {"box": (4, 32)}, {"box": (257, 16)}, {"box": (4, 4)}])
+def test_the_driver_refuses_some_tensor_maps(broken):
+    given = {"base": 64, "shape": (3, 20), "pitch": 64, "box": (4, 16), "size": 2, "swizzle": 1}
+    TensorMap(**given)
+    with pytest.raises(Problem, match="the driver refuses"):
+        TensorMap(**given | broken)

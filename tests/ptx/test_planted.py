@@ -13,12 +13,13 @@ from emulator.faults import Fault
 from test_kernels import layer_case, layers_of
 
 
-def without(pattern, number=0):
-    """Delete an instruction: the one of this number that fits the pattern."""
+def without(pattern, number=0, count=1):
+    """Delete instructions: those that fit the pattern, from this number on."""
 
     def edit(text):
-        found = list(re.finditer(pattern, text))[number]
-        return text[: found.start()] + text[found.end() :]
+        for found in list(re.finditer(pattern, text))[number : number + count][::-1]:
+            text = text[: found.start()] + text[found.end() :]
+        return text
 
     return edit
 
@@ -56,6 +57,26 @@ FAULTS = [
     ("sm_90 wgmma", "bf16", without(BARRIER), "race: reads shared memory"),
     ("sm_90 wgmma", "bf16", without(PRODUCTS), "reads shared memory while a copy"),
 ]
+ARRIVAL = r"@%p\d+ mbarrier\.arrive\.expect_tx\S+ _, \[%r\d+\], (\d+);"
+TMA = r"@%p\d+ cp\.async\.bulk\.tensor\S+ \[%r\d+\], \[%rd\d+, {%r\d+, %r\d+}\], \[%r\d+\];"
+CORNER = r"(cp\.async\.bulk\.tensor\S+ \[%r\d+\], \[%rd\d+, {)(%r\d+), (%r\d+)"
+INIT, UNTIL, WAITING = r"@%p\d+ mbarrier\.init\S+ \[%r\d+\], 1;", r"mbarrier\.try_wait[^;]*;", r"bra\.uni waitLoop"
+TILES = [
+    # the barriers of the block between the start of the mbarriers and the loop, and between its products and copies
+    (without(BARRIER, 0, 9), "race: reads shared memory"),
+    (without(BARRIER, 10, 3), "race: writes shared memory"),
+    (without(INIT), "no mbarrier was initialised"),
+    (instead(INIT, lambda found: found[0].replace("1;", "2;")), "livelock"),
+    (without(ARRIVAL), "livelock"),
+    (without(TMA), "livelock"),
+    (without(TMA, 5), "livelock"),
+    (instead(ARRIVAL, lambda found: found[0].replace(found[1], str(int(found[1]) - 16))), "copies bring"),
+    (instead(ARRIVAL, lambda found: found[0].replace(found[1], str(int(found[1]) + 16))), "livelock"),
+    (instead(UNTIL, "setp.eq.u32 complete, 0, 0;"), "reads shared memory while a copy"),
+    (instead(r"(mbarrier\.try_wait\S+ complete, \[%r\d+\],) %r\d+;", r"\1 1;"), "reads shared memory while a copy"),
+    (instead(r"(cp\.async\.bulk\.tensor\S+) \[(%r\d+)\]", r"\1 [\2+64]"), "misaligned shared address"),
+    (instead(r"(cp\.async\.bulk\.tensor\S+) \[(%r\d+)\]", r"\1 [\2+262144]"), "is outside the"),
+]
 # These leave the rules and change the results: elements are out of the bound.
 WRONG = [
     ("sm_80 mma.sync", "bf16", instead(MULTIPLY, r"\1 \3, \2,")),
@@ -64,6 +85,9 @@ WRONG = [
     # eight rows are 1,024 bytes apart, and swizzled over 128
     ("sm_90 wgmma", "bf16", instead(descriptor(1, 1024), descriptor(1, 512))),
     ("sm_90 wgmma", "bf16", instead(descriptor(1, 1024), descriptor(2, 1024))),
+    ("sm_90 TMA", "bf16", instead(CORNER, r"\1\3, \2")),
+    # the factors are overwritten before the product
+    ("sm_90 TMA", "bf16", without(PRODUCTS)),
 ]
 
 
@@ -79,6 +103,22 @@ def test_a_broken_rule_is_reported_with_its_line(path, precision, edit, problem)
     with pytest.raises(Fault, match=problem) as raised:
         run(path, precision, edit=edit)
     assert re.match(r"linear_kernel at (linear|tiles|standard)\.py:\d+", str(raised.value.place))
+
+
+@pytest.mark.parametrize(("edit", "problem"), TILES)
+def test_a_broken_rule_of_tensor_copies_is_reported(edit, problem):
+    with pytest.raises(Fault, match=problem) as raised:
+        run("sm_90 TMA", "bf16", edit=edit)
+    assert str(raised.value.place).startswith("linear_kernel at ")
+
+
+@pytest.mark.parametrize("number", [3, 7])
+def test_a_barrier_missing_from_the_sum_over_parts_of_a_reduction_is_reported(number):
+    """These two lie between the stores of the parts' sums and the loads of another warp's. The resident kernel has the
+    same sum."""
+    with pytest.raises(Fault, match="race: reads shared memory") as raised:
+        run("sm_90 mma.sync", "fp32", edit=without(BARRIER, number), processors=9)
+    assert str(raised.value.place).startswith("linear_kernel at standard.py:")
 
 
 @pytest.mark.parametrize(("path", "precision", "edit"), WRONG)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusemlp_kernels.errors import ArgumentError, DTypeError, ShapeError
-from fusemlp_kernels.triton.configs import Architecture, Tile, launch_options
+from fusemlp_kernels.triton.configs import Architecture, Tile, launch_options, takes_descriptors
 
 Tensor = torch.Tensor
 Run = Callable[[], object]
@@ -108,6 +109,27 @@ class Device:
     def _start_upload(destination: Tensor, source: Tensor) -> None:
         pinned = torch.empty(source.shape, dtype=destination.dtype, pin_memory=True)
         destination.copy_(pinned.copy_(source), non_blocking=True)
+
+    def described(
+        self, tile: Tile, blocks: Mapping[str, tuple[str, str]], constants: Mapping[str, Any], **matrices: Tensor
+    ) -> dict[str, Any]:
+        """Matrices as tensor descriptors, or nothing where the kernel reads them by pointers.
+
+        ``blocks`` names the constants with the rows and columns of a matrix's block. CUDA's cuTensorMapEncodeTiled
+        wants rows that start at multiples of 16 bytes and do not overlap.
+        """
+        fits = constants["ALIGNED"] and takes_descriptors(self.arch, self.precision, tile)
+        for matrix in matrices.values():
+            (rows, columns), pitch = matrix.shape, matrix.stride(0)
+            fits = fits and rows > 0 and 0 < columns <= pitch and pitch % 8 == 0
+        if not fits:
+            return {}
+        return {
+            name: TensorDescriptor(
+                matrix, [*matrix.shape], [matrix.stride(0), 1], [constants[side] for side in blocks[name]]
+            )
+            for name, matrix in matrices.items()
+        }
 
     def far_base(self, tensor: Tensor) -> Any:
         """``tensor``, as the base of a table's offsets, which lead to other tensors.

@@ -11,6 +11,7 @@ from fusemlp_kernels.triton.pointwise_triton import PRELU, activate
 from fusemlp_kernels.triton.tiles import (
     batch_rows,
     column_step,
+    described_product,
     masked_width,
     part_of,
     product,
@@ -55,7 +56,7 @@ def affine_tile(
 
 @triton.jit
 def affine_tile_of_parts(
-    x, w, b, rows, row, col, M, N, K, x_row, w_row, gather,
+    x, w, b, rows, row, col, M, N, K, x_row, w_row, b_step, gather,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """``affine_tile`` of aligned matrices, with the reduction cut into SPLIT parts, which take BK elements each at a
@@ -81,8 +82,22 @@ def affine_tile_of_parts(
         z, rest = product(x_tile, w_tile, z, rest, PRODUCT)
         x_at += SPLIT * BK
         w_at += SPLIT * BK
-    bias = tl.load(b + at_n, mask=named, other=0.0)
+    bias = tl.load(b + at_n * b_step, mask=named, other=0.0)
     return tl.sum(whole_sum(z, rest, PRODUCT), axis=0) + bias[None, :]
+
+
+# The constants with the rows and columns of a tensor descriptor's blocks, by the matrix.
+BLOCKS = {"x": ("BM", "BK"), "w": ("BN", "BK")}
+
+
+@triton.jit
+def described_tile(
+    x, w, b, row, col, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr
+):  # fmt: skip
+    """``affine_tile`` of tensor descriptors x and w, with blocks of (BM, BK) and (BN, BK); rows are those of x."""
+    at_n = col + tl.arange(0, BN)
+    bias = tl.load(b + at_n, mask=at_n < N, other=0.0)
+    return described_product(x, w, row, col, 0, K, False, True, BM, BN, BK, PRODUCT) + bias[None, :]
 
 
 @triton.jit
@@ -124,19 +139,27 @@ def linear_kernel(
     M, N, K, x_row, x_col, w_row, w_col, b_step, y_row, y_col, z_row, z_col,
     gather, activation, slope, store_z, layer, key0, key1, threshold, keep_scale,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, SPLIT: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """y (M, N) = dropout(activation(x[rows] @ w.T + b)), one program for each tile; z (M, N) where ``store_z``.
 
     ``gather``: the batch is x[rows], else x. ``slope`` is the activation's; prelu's is read from ``slope_param``.
-    ``threshold`` 0: no dropout. Numbers that differ from network to network are run-time values.
+    ``DESCRIBED``: x and w are tensor descriptors. ``threshold`` 0: no dropout. Numbers that differ from network to
+    network are run-time values.
     """
     rows = this_batch(rows, counters, gather)
     tile_m, tile_n = tile_of(tl.program_id(0), M, N, BM, BN)
     row, col = tile_m * BM, tile_n * BN
-    acc = affine_tile(
-        x, w, b, rows, row, col, M, N, K, x_row, x_col, w_row, w_col, b_step, gather, BM, BN, BK, PRODUCT, ALIGNED
-    )
+    if DESCRIBED:
+        acc = described_tile(x, w, b, row, col, N, K, BM, BN, BK, PRODUCT)
+    elif SPLIT > 1:
+        acc = affine_tile_of_parts(
+            x, w, b, rows, row, col, M, N, K, x_row, w_row, b_step, gather, BM, BN, BK, SPLIT, PRODUCT
+        )
+    else:
+        acc = affine_tile(
+            x, w, b, rows, row, col, M, N, K, x_row, x_col, w_row, w_col, b_step, gather, BM, BN, BK, PRODUCT, ALIGNED
+        )
     slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
     batch_index = tl.load(counters + BATCH_INDEX, mask=threshold > 0, other=0)
     store_outputs(

@@ -108,6 +108,31 @@ def whole_sum(acc, rest, PRODUCT: tl.constexpr):
 
 
 @triton.jit
+def described_product(
+    a, b, row, col, begin, end, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """Return the tile (ROWS, COLS) at ``row``, ``col`` of a @ b, float32, over the reduction from ``begin`` to ``end``.
+
+    a and b are tensor descriptors: their blocks come through the tensor memory accelerator of a card that has one, and
+    hold zeros outside the matrices. ``A_TURNED``, ``B_TURNED``: the product is of the transposed matrix.
+    """
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    rest = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(begin, end, DEPTH):
+        if A_TURNED:
+            left = tl.trans(a.load([start, row]))
+        else:
+            left = a.load([row, start])
+        if B_TURNED:
+            right = tl.trans(b.load([col, start]))
+        else:
+            right = b.load([start, col])
+        acc, rest = product(left, right, acc, rest, PRODUCT)
+    return whole_sum(acc, rest, PRODUCT)
+
+
+@triton.jit
 def halves(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Return the left and the right half of a tile (ROWS, COLS)."""
     return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLS // 2)), (0, 2, 1)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -19,10 +19,12 @@ import triton
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusemlp_kernels.triton import backend, configs
 from fusemlp_kernels.triton.launch import Device
 
+from .bulk import TensorMap
 from .memory import Global
 from .parse import parse
 from .schedule import Code, Launch
@@ -57,7 +59,8 @@ class Allocations(TorchDispatchMode):
 
 @dataclass
 class Emulator:
-    """A card: the settings of its launches, and what it has launched. ``edit`` changes the text of a kernel's PTX."""
+    """A card: the settings of its launches, what it has launched, and the kernels with tensor descriptors among it.
+    ``edit`` changes the text of a kernel's PTX."""
 
     target: str
     seed: int = 0
@@ -66,29 +69,46 @@ class Emulator:
     edit: Callable[[str], str] = str
     allocations: Allocations = field(default_factory=Allocations)
     launched: list[tuple[str, int]] = field(default_factory=list)
+    described: set[str] = field(default_factory=set)
 
     @property
     def capability(self) -> int:
         return int(self.target.removeprefix("sm_"))
 
-    def launch(self, function: Function, programs: int, signature: Sequence[str], arguments: Sequence[Any]) -> None:
-        """Run a kernel over ``programs`` blocks."""
-        values = [_bits(kind, value) for kind, value in zip(signature, arguments, strict=True) if kind != "constexpr"]
-        for value in arguments:
-            if isinstance(value, torch.Tensor):
-                self.allocations.add(value)
+    def launch(
+        self,
+        function: Function,
+        programs: int,
+        signature: Sequence[str],
+        arguments: Sequence[Any],
+        boxes: Sequence[Any],
+    ) -> None:
+        """Run a kernel over ``programs`` blocks; ``boxes`` is Triton's metadata of its tensor descriptors."""
+        values, maps = list[int](), dict[int, TensorMap]()
+        for kind, value in zip(signature, arguments, strict=True):
+            if isinstance(value, TensorDescriptor):
+                # a number that is no address of a tensor
+                values += [64 * (len(maps) + 1), *value.shape, *value.strides]
+                maps[64 * (len(maps) + 1)] = _tensor_map(value, boxes[len(maps)])
+            elif kind != "constexpr":
+                values.append(_bits(kind, value))
+            tensor = value.base if isinstance(value, TensorDescriptor) else value
+            if isinstance(tensor, torch.Tensor):
+                self.allocations.add(tensor)
         code = _loaded(self.edit(function.text))
         module = code.module
         memory = Global(self.allocations.regions())
         # pointers to scratch memory, which these kernels do not use
         values += [0] * (len(module.entry.parameters) - len(values))
         self.launched.append((module.name, programs))
+        self.described |= {module.name} if maps else set()
         blocks = np.random.default_rng(self.seed).permutation(programs)
         together = max(MOST_THREADS // module.threads, 1)
         for some in np.split(blocks, range(together, programs, together)):
             Launch(
-                code, some, values, memory, function.shared, seed=self.seed, orders=self.orders, limit=self.limit
-            ).run()
+                code, some, values, memory, function.shared, seed=self.seed, orders=self.orders, limit=self.limit,
+                maps=maps,
+            ).run()  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,6 +122,13 @@ class Function:
 @functools.cache
 def _loaded(text: str) -> Code:
     return Code(parse(text))
+
+
+def _tensor_map(given: TensorDescriptor, box: Mapping[str, Any]) -> TensorMap:
+    """Return the map that Triton's driver makes of a descriptor."""
+    size = given.base.itemsize
+    shape, boxes = ((*sides,) for sides in (given.shape, box["block_size"]))
+    return TensorMap(given.base.data_ptr(), shape, given.strides[0] * size, boxes, size, box["swizzle"])
 
 
 def _bits(kind: str, value: Any) -> int:
@@ -142,7 +169,9 @@ class Driver:
 
         def launch(x: int, y: int, z: int, stream: int, function: Function, *rest: Any) -> None:
             # packed and launch metadata, two hooks, then the arguments
-            triton.runtime.driver.active.emulator.launch(function, x * y * z, signature, rest[4:])
+            triton.runtime.driver.active.emulator.launch(
+                function, x * y * z, signature, rest[4:], metadata.tensordesc_meta or ()
+            )
 
         return launch
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from . import copies, warpgroup
+from . import bulk, copies, warpgroup
 from .faults import Problem
 from .matrix import matrix_addresses, multiply, reduced, shuffle
 from .opcodes import TYPES, arithmetic, packed_comparison
@@ -259,6 +259,8 @@ def _multiply(instruction: Instruction) -> Step:
 
 
 def _copy(instruction: Instruction) -> Step:
+    if "bulk" in instruction.modifiers:
+        return bulk.copy_step(instruction)
     if instruction.name == "cp.async.commit_group":
         return copies.commit
     if instruction.name == "cp.async.wait_group":
@@ -297,4 +299,5 @@ def _ignore(value: Any) -> None:
 SPECIAL: dict[str, Callable[[Instruction], Step]] = {
     "ld": _load, "st": _store, "atom": _atomic, "shfl": _shuffle, "redux": _reduce, "ldmatrix": _load_matrix,
     "stmatrix": _store_matrix, "mma": _multiply, "cp": _copy, "fence": _fence, "wgmma": warpgroup.step_of,
+    "mbarrier": bulk.barrier_step, "elect": bulk.elect_step,
 }  # fmt: skip

@@ -127,7 +127,7 @@ PLAIN: dict[str, Callable[..., Array]] = {
     "lg2.approx": np.log2, "lg2.approx.ftz": lambda a: np.log2(flushed(a)), "tanh.approx": np.tanh,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
     "shl": _shift_left, "shr": _shift_right, "bfe": _extract, "prmt": _permute, "popc": np.bitwise_count,
-    "selp": lambda a, b, p: np.where(p, a, b), "mov": lambda a: a,
+    "selp": lambda a, b, p: np.where(p, a, b), "mov": lambda a: a, "cvta.param": lambda a: a,
 }  # fmt: skip
 # Operands that have a type of their own, by name and place among the sources.
 OTHER_TYPES = {

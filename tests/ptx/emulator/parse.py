@@ -17,10 +17,15 @@ import numpy as np
 from .faults import Place
 
 WIDTHS = {"pred": np.bool_, "8": np.uint8, "16": np.uint16, "32": np.uint32, "64": np.uint64}
+# The registers of inline assembly; see ``_apart``.
+OWN_KINDS = {"%own_pred_": np.bool_, "%own_b32_": np.uint32, "%own_b64_": np.uint64}
 GUARDED = re.compile(r"^@(!?)(%\w+)\s+(.*)$", re.DOTALL)
 REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(%\w+?)<(\d+)>")
 FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.MULTILINE)
 PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\s+[^,)]*?)?([$\w]+)(\[\d+\])?\s*[,)\n]")
+# Inline assembly whose names are its own.
+SCOPE = re.compile(r"^[ \t]*\{[ \t]*\n((?:[^{}]|\{[^{}\n]*\})*?)^[ \t]*\}", re.MULTILINE)
+OWN = re.compile(r"^[ \t]*(?:\.reg\s+\.(\w+)\s+([A-Za-z]\w*);|([A-Za-z]\w*):)", re.MULTILINE)
 FUNCTION = re.compile(
     r"^(?:\.visible\s+)?\.(entry|func)\s+(?:\([^)]*\)\s*)?([$\w.]+)\s*\((.*?)\)([^{;]*)([{;])", re.DOTALL | re.MULTILINE
 )
@@ -137,15 +142,15 @@ def parse(text: str) -> Module:
     if threads is None:
         raise ValueError(f"{entry[2]} does not say how many threads it has")
     module, places = Module(entry[2], int(threads[1])), itertools.count()
-    bodies = {name: _body(text, found.end()) for name, found in headers.items()}
+    bodies = {name: _apart(_body(text, found.end())) for name, found in headers.items()}
     # Functions stand before their callers, so that the threads inside a function run before those that wait outside.
     for name in _callees_first(bodies):
         kinds = {
             prefix: WIDTHS[re.sub(r"^[a-z]+(?=\d)", "", kind)] for kind, prefix, _ in REGISTERS.findall(bodies[name])
-        }
+        } | OWN_KINDS
         function = Function(name, kinds, places)
         function.parameters = [
-            function.register(parameter, WIDTHS[kind[1:]])
+            function.register(parameter, WIDTHS["64" if kind == "b8" else kind[1:]])
             for kind, parameter, _ in PARAMETER.findall(headers[name][3] + ")")
         ]
         kernel = name if name == entry[2] else f"{entry[2]}, {name}"
@@ -161,6 +166,20 @@ def _body(text: str, start: int) -> str:
         if depth == 0:
             return text[start : start + found.start()]
     raise ValueError("a brace is not closed")
+
+
+def _apart(body: str) -> str:
+    """Return the body with names of their own for the registers and labels of each piece of inline assembly."""
+    number = itertools.count()
+
+    def renamed(scope: re.Match[str]) -> str:
+        inside = scope[0]
+        for kind, register, label in OWN.findall(scope[1]):
+            name = f"%own_{kind}_{next(number)}" if register else f"$own_{next(number)}"
+            inside = re.sub(rf"(?<![\w.%$]){register or label}\b", name, inside)
+        return inside
+
+    return SCOPE.sub(renamed, body)
 
 
 def _callees_first(bodies: dict[str, str]) -> list[str]:
@@ -230,6 +249,8 @@ def _operand(text: str, function: Function) -> Operand:
         return None
     if text[0] in "{(":
         return Vector(tuple(_operand(part, function) for part in _split(text[1:-1].strip())))
+    if text[0] == "[" and "," in text:
+        return Vector(tuple(_operand(part, function) for part in _split(text[1:-1].strip())))
     if text[0] == "[":
         base, _, offset = text[1:-1].replace(" ", "").partition("+")
         number = int(offset or 0)
@@ -251,6 +272,5 @@ def _number(text: str, function: Function) -> Operand:
         return int(found[2], 16)
     if re.match(r"^-?(0x[0-9a-fA-F]+|\d+)U?$", text):
         return int(text.rstrip("U"), 0)
-    if text.startswith(("param", "retval")):
-        return function.names.get(text, text)
-    return text
+    # a parameter, or a symbol
+    return function.names.get(text, text)

@@ -7,12 +7,13 @@ after another in an order that the seed decides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from .bulk import TensorMap
 from .faults import Fault, Problem
 from .instructions import Step, step_of
 from .memory import Global
@@ -23,7 +24,7 @@ Array = np.ndarray[Any, Any]
 
 # Places in the code of threads that do not run.
 WAITS, ENDED = 1 << 60, 1 << 61
-PART = 1 << 40
+PART, LATE = 1 << 40, 1 << 50
 ENDS = ("bra", "brx", "ret", "exit", "call", "bar", "barrier")
 
 
@@ -82,21 +83,23 @@ class Code:
 
 
 class Launch:
-    """Runs ``blocks`` of a kernel. ``arguments`` are the values of its parameters, as unsigned integers."""
+    """Runs ``blocks`` of a kernel. ``arguments`` are the values of its parameters, as unsigned integers; a tensor map's
+    is its number in ``maps``."""
 
     def __init__(
         self, code: Code, blocks: Sequence[int], arguments: Sequence[int], memory: Global, shared_bytes: int,
-        *, seed: int = 0, orders: int = 1, limit: int = 5_000_000,
+        *, seed: int = 0, orders: int = 1, limit: int = 5_000_000, maps: Mapping[int, TensorMap] | None = None,
     ) -> None:  # fmt: skip
         self.code, self.module, self.limit, module = code, code.module, limit, code.module
         self.threads = Threads(np.asarray(blocks), module.threads, memory, shared_bytes, seed)
+        self.threads.maps = maps or {}
         self.blocks, self.per_block = len(blocks), module.threads // WARP
         self.random, self.orders = np.random.default_rng(seed), orders
         self.places = np.full(self.threads.count, module.entry.first, np.int64)
         self.parts = np.zeros(self.threads.count, np.int64)
         self.resume = np.zeros(self.threads.count, np.int64)
         self.returns = {name: np.zeros(self.threads.count, np.int64) for name in module.functions}
-        self.done = self.at = 0
+        self.done = self.at = self.refusals = self.progress = 0
         self._deal(np.arange(self.blocks))
         for parameter, value in zip(module.entry.parameters, arguments, strict=True):
             bits = np.array([value & (1 << 64) - 1], np.uint64)
@@ -119,7 +122,7 @@ class Launch:
 
     def _turn(self) -> bool:
         """Run the threads that are furthest behind; return whether any were left."""
-        order = self.places + self.parts
+        order = self.places + self.parts + LATE * self.threads.late
         first = order.min()
         if first >= WAITS:
             if (self.places == WAITS).any():
@@ -134,13 +137,24 @@ class Launch:
         while place + part < before or not len(others):
             block = self._run_block(active, place)
             target = block.last if block.falls else self._leave(active, block.last)
-            if not isinstance(target, int):
+            if isinstance(target, int) and target >= WAITS:
+                self.refusals = 0
+                return True
+            if not isinstance(target, int) or self.threads.refused:
                 self.places[active.index] = target
-                return True
+                return self._waits()
             place = target
-            if place >= WAITS:
-                return True
         self.places[active.index] = place
+        self.refusals = 0
+        return True
+
+    def _waits(self) -> bool:
+        """Note that threads still wait for an mbarrier, if so; every warp may do it once while nothing comes."""
+        before, self.progress = self.progress, self.threads.progress
+        self.refusals = self.refusals + 1 if self.threads.refused and before == self.progress else 0
+        self.threads.refused = False
+        if self.refusals > self.threads.count // WARP:
+            raise Problem("livelock: all warps wait, for an mbarrier whose phase does not end")
         return True
 
     def _run_block(self, active: Active, place: int) -> Block:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -114,6 +114,10 @@ class Threads:
         self.copy_groups = np.zeros(self.count, np.int64)
         self.products: list[Any] = []
         self.product_groups = np.zeros(self.count // WARP, np.int64)
+        # By block and address; and the threads that wait for one, which the others go before (``bulk``).
+        self.barriers: dict[tuple[int, int], Any] = {}
+        self.maps: Mapping[int, Any] = {}
+        self.late, self.refused, self.progress = np.zeros(self.count, np.bool_), False, 0
         self.special = {
             "%tid.x": (self.all % size).astype(np.uint32), "%laneid": (self.all % WARP).astype(np.uint32),
             "%ctaid.x": blocks.astype(np.uint32)[self.block], "%ntid.x": np.array([size], np.uint32),
