@@ -60,6 +60,12 @@ def unequal(folder: Path) -> list[tuple[Any, ...]]:
     return [tuple(array[start:stop] for array in rows()) for start, stop in pairwise(ends)]
 
 
+def unlike(rank: int) -> list[tuple[Any, ...]]:
+    """Batches the second of which has another label on rank 1."""
+    X, y, _ = rows()
+    return [(X[:10], y[:10]), (X[10:20], np.where(np.arange(10) == 3 * rank, 0, y[10:20]))]
+
+
 def generated(folder: Path) -> Any:
     def batches() -> Iterator[tuple[Any, ...]]:
         while True:
@@ -151,6 +157,7 @@ def main(files: Path, folder: Path) -> None:
         "seed": message(lambda: other.fit(of_arrays(files, seed=rank), epochs=1), DistributedError),
         "shuffle": message(lambda: other.fit(of_arrays(files, shuffle=rank == 0), epochs=1), DistributedError),
         "batches": message(lambda: other.fit([(rows()[0] + rank, rows()[1])], epochs=1), DistributedError),
+        "targets": message(lambda: other.fit(unlike(rank), epochs=1), DistributedError),
         "steps": message(lambda: other.fit(generated(files), steps_per_epoch=2 + rank, epochs=1), DistributedError),
     } if int(os.environ["WORLD_SIZE"]) > 1 else {}  # fmt: skip
     print({"read": read, "said": said})

@@ -85,6 +85,7 @@ SAID = {
     "seed": "distributed: Blocks differs: rank 0 has Blocks(101 rows in 13 blocks, batch_size=16, window=3, seed=0)",
     "shuffle": "distributed: shuffle of blocks differs: rank 0 has True, rank 1 has False; give",
     "batches": "distributed: X differs: rank 0 has ",
+    "targets": "distributed: a digest of the targets of an epoch differs: rank 0 has ",
     "steps": "distributed: steps_per_epoch differs: rank 0 has 2, rank 1 has 3; give",
 }
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fusemlp.inputs.arrays import Array
 
 if TYPE_CHECKING:
     from fusemlp.inputs.batches import Batches
     from fusemlp.inputs.targets import Examples
+    from fusemlp.runtime.ranks import Ranks
     from fusemlp.runtime.session import Session
 
 
@@ -31,6 +35,8 @@ class Stream:
         rows: int,
     ) -> None:
         self._engine, self._batches, self._first, self._weighted = engine, batches, first, weighted
+        # of the batches of an epoch so far: their number, and a digest of their targets where ranks compare them
+        self._passed, self._digest = 0, hashlib.sha256()
         # not again for a larger batch: a running loop keeps the memory that it began with
         engine.make_room_for(rows)
         self._make_room(rows)
@@ -44,6 +50,7 @@ class Stream:
     def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
         """Leave out the batches of an epoch that a resumed fit has trained on."""
         self._batches.skip(first_batch)
+        self._passed, self._digest = first_batch, hashlib.sha256()
 
     def run_many(self, count: int) -> None:
         """Train on the next ``count`` batches."""
@@ -54,3 +61,13 @@ class Stream:
                 self._make_room(len(batch.X))
             batch = self._weighted(batch)
             self._engine.run_staged(self._bound, self._engine.normalised(batch.X), batch.targets.values, batch.weight)
+            if self._engine.ranks is not None:
+                self._compare(self._engine.ranks, batch.targets.values)
+
+    def _compare(self, ranks: Ranks, targets: Any) -> None:
+        """Raise DistributedError at the end of an epoch if ranks had batches with other targets."""
+        self._passed += 1
+        if isinstance(targets, np.ndarray):
+            self._digest.update(np.ascontiguousarray(targets).data)
+        if self._passed == self._batches.steps:
+            ranks.check_same({"a digest of the targets of an epoch": self._digest.hexdigest()})
