@@ -46,7 +46,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
     return Worlds(tmp_path_factory.mktemp("streams"))
 
 
-@pytest.mark.parametrize("name", [*NAMES, "a generator", "resumed"])
+@pytest.mark.parametrize("name", [*NAMES, "a generator", "a short batch first", "resumed"])
 def test_one_and_two_ranks_give_the_same_bits(found: Worlds, name: str) -> None:
     one, two = found.of(1, name), found.of(2, name)
     assert one.keys() == two.keys()
@@ -60,6 +60,12 @@ def test_two_ranks_train_as_one_process_does(found: Worlds, name: str, ending: s
     alone = streams.trained(streams.SOURCES[name](found.files), **streams.ENGINES[ending])
     for key, array in found.of(2, f"{name}{ending}").items():
         np.testing.assert_allclose(array, alone[key], rtol=1e-9, atol=1e-9, err_msg=key)
+
+
+def test_the_first_batch_may_be_a_short_one(found: Worlds) -> None:
+    alone = streams.begun_with_a_short_batch(found.files)
+    together = found.of(2, "a short batch first")
+    np.testing.assert_allclose(together["params"], alone["params"], rtol=1e-9, atol=1e-9)
 
 
 def test_a_resumed_fit_ends_as_one_that_was_not_cut_off(found: Worlds) -> None:

@@ -163,7 +163,7 @@ def fit(
         check_adversarial(engine, adversarial, batches=y is None)
     state = engine.fit_state
     first_epoch = state.epoch if resume and state is not None else engine.epochs_trained
-    batches, parts = None, _parts_of(engine, X) if y is None else None
+    batches, parts = None, _parts_of(engine, X, steps_per_epoch, first_epoch) if y is None else None
     if y is None:
         arrays = {"sample_weight": sample_weight, "validation_split": share or None, "batch_size": batch_size}
         _refuse_with_batches({**arrays, "row_order": row_order, "drop_last": drop_last or None})
@@ -237,7 +237,8 @@ def fit(
         drop_last=drop_last,
         # a function of the user's is asked when its epoch comes
         at_once=None if row_order is None and batches is None else 1,
-        bound=None if batches is None else Stream(engine, batches, data, weighted),
+        # ranks have read the rows of their shards of a whole batch, and the first may be short
+        bound=None if batches is None else Stream(engine, batches, data, weighted, 0 if parts is None else X.most),
         batches=None if batches is None else batches.steps,
         callbacks=listeners,
         order=order,
@@ -406,13 +407,15 @@ def fit_checked(
     return EpochLoop(engine, bound, policy, state, batch_size * members, batches, at_once, callbacks)
 
 
-def _parts_of(engine: Session, X: Any) -> tuple[Ranks, Callable[[Array], Array]] | None:
-    """Return how ranks share the reading of blocks; DistributedError if theirs differ."""
+def _parts_of(
+    engine: Session, X: Any, steps: int | None, first_epoch: int
+) -> tuple[Ranks, Callable[[Array], Array]] | None:
+    """Return how ranks share the reading of blocks; DistributedError if theirs differ, or where they begin."""
     ranks, sharding = engine.ranks, engine.sharding
     if ranks is None or sharding is None or not isinstance(X, Blocks):
         return None
-    ranks.check_same(X.described())
-    return ranks, partial(sharding.owner, batch_size=min(X.batch_size, X.rows))
+    ranks.check_same({**X.described(), "steps_per_epoch": steps, "the first epoch": first_epoch})
+    return ranks, partial(sharding.owner, batch_size=X.most)
 
 
 def check_ranks(

@@ -16,19 +16,25 @@ if TYPE_CHECKING:
 class Stream:
     """The steps of a fit on ``batches``, the first of which is ``first``; ``weighted`` gives rows their weights.
 
-    The program has room for the largest batch so far; shorter ones are padded.
+    The program has room for ``rows`` rows or the largest batch so far; shorter ones are padded.
     """
 
     # Ctrl-C waits for one batch
     chunk = 1
 
     def __init__(
-        self, engine: Session, batches: Batches, first: Examples, weighted: Callable[[Examples], Examples]
+        self,
+        engine: Session,
+        batches: Batches,
+        first: Examples,
+        weighted: Callable[[Examples], Examples],
+        rows: int = 0,
     ) -> None:
         self._engine, self._batches, self._first, self._weighted = engine, batches, first, weighted
+        rows = max(rows, len(first.X))
         # not again for a larger batch: a running loop keeps the memory that it began with
-        engine.make_room_for(len(first.X))
-        self._make_room(len(first.X))
+        engine.make_room_for(rows)
+        self._make_room(rows)
 
     def _make_room(self, rows: int) -> None:
         engine, first = self._engine, self._weighted(self._first)
