@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -45,6 +46,7 @@ class Pair:
 
     def __init__(self, card: Card) -> None:
         self.card = card
+        self.programs: WeakSet[Any] = WeakSet()
         # whether the other says yes when it is asked next
         self.once = False
 
@@ -118,6 +120,20 @@ def test_all_ranks_replay_their_graphs_or_none(card: Card, monkeypatch: pytest.M
     with card.counted() as found:
         engine.fit(X, Y, epochs=1)
     assert "captured" in found.events
+
+
+def test_graphs_end_before_nccl_does(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = made(card, monkeypatch)
+    engine.fit(X, Y, epochs=1)
+    last = engine._last_fit
+    assert last is not None and last.bound._graphs
+    left = []
+    pretended = SimpleNamespace(
+        is_initialized=lambda: True, destroy_process_group=lambda: left.append(len(last.bound._graphs))
+    )
+    monkeypatch.setattr(ranks, "_all", [engine.ranks])
+    ranks._leave(pretended)
+    assert left == [0]
 
 
 def test_batches_that_come_one_by_one_wait_for_nothing(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,9 @@ def _torch() -> Any:
 def _leave(dist: Any) -> None:
     """End the threads of all groups: each ends with the last reference to its group."""
     for ranks in _all:
+        # NCCL ends only after all graphs that have its collectives: init.cc, commDestroySync
+        for program in ranks.programs:
+            program.drop_graphs()
         ranks._group = ranks._cards = ranks._store = None
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -164,6 +167,8 @@ class Ranks:
         self._group: Any = None
         self._cards: Any = None
         _all.add(self)
+        # programs that may have collectives in graphs
+        self.programs: weakref.WeakSet[Any] = weakref.WeakSet()
         # collectives that have begun: all ranks count alike
         self._begun = 0
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

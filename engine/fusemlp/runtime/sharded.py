@@ -73,6 +73,7 @@ class ShardedProgram(BoundProgram):
         super().__init__(program, memory, workspace, given, plan=plan)
         if self._resident:
             self.chunk = max(1, self.chunk // self._sharding.own)
+        ranks.programs.add(self)
 
     def _bound(self, memory: Memory) -> tuple[Callable[..., object], ...]:
         program, backend = self.program, self.backend
