@@ -75,12 +75,16 @@ class Pair:
     def check_same(self, things: Any) -> None:
         pass
 
+    def take_card(self, device: str) -> None:
+        pass
+
     def check_equal(self, mark: Any) -> None:
         assert len(np.concatenate(mark)) == 2
 
 
 def made(card: Card, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Engine:
-    monkeypatch.setattr(joining, "joined", lambda timeout, device: Pair(card))
+    monkeypatch.setattr(joining, "joined", lambda timeout: Pair(card))
+    monkeypatch.setattr(joining, "check_nccl", lambda: None)
     given = {"optimizer": "adam", "batch_size": 4, "backend": "triton", "normalise": False, "distributed": True}
     return Engine(MLP((3, 4, 2)), **{**given, **options})
 
@@ -183,11 +187,9 @@ def test_a_process_takes_the_card_of_its_number(monkeypatch: pytest.MonkeyPatch)
     assert open_here("triton", None, "fp32").device == "cuda:1"
     assert open_here("triton", "cuda:0", "fp32").device == "cuda:0"
     assert open_here("numpy", None, "fp32").device == "cpu"
+    # a process that sees fewer cards, its own alone perhaps
     as_rank(monkeypatch, 2)
-    with pytest.raises(
-        BackendUnavailableError, match=r"more processes on this machine than .* 'cuda:2' .*; start as many"
-    ):
-        open_here("triton", None, "fp32")
+    assert open_here("triton", None, "fp32").device == "cuda:0"
 
 
 @pytest.mark.usefixtures("alone")
@@ -202,13 +204,13 @@ def test_arrays_on_cards_go_by_nccl_and_others_by_gloo(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"of {device}"))
     monkeypatch.setattr(distributed, "is_nccl_available", lambda: False)
     with pytest.raises(MissingLibraryError, match=r"by NCCL, and this build of torch has none; .* backend='numpy'"):
-        ranks.joined(11.0, "cuda:0")
-    assert made == []
-    monkeypatch.setattr(distributed, "is_nccl_available", lambda: True)
-    found = ranks.joined(11.0, "cuda:0")
-    assert made == ["gloo", "nccl"]
+        ranks.check_nccl()
+    found = ranks.joined(11.0)
     # once for all engines
-    assert ranks.joined(11.0, "cuda:0") is found and made == ["gloo", "nccl"]
+    for _ in range(2):
+        assert ranks.joined(11.0) is found
+        found.take_card("cuda:0")
+    assert made == ["gloo", "nccl"]
     assert found._group_of(put(X)) is found._cards is not found._group
     assert found._group_of(X) is found._group_of(torch.zeros(3)) is found._group
 
@@ -220,6 +222,15 @@ def test_a_card_that_two_ranks_have_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(found, "texts", lambda text: ["another", text, text])
     with pytest.raises(ArgumentError, match=r"^device: ranks 1 and 2 have one card, card 7 of .*; leave device out"):
         found.take_card("cuda:1")
+
+
+def test_ranks_compare_their_backends_before_they_take_cards(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose backend is another takes none, and would not answer."""
+    done: list[str] = []
+    monkeypatch.setattr(Pair, "check_same", lambda self, things: done.append(things["backend"]))
+    monkeypatch.setattr(Pair, "take_card", lambda self, device: done.append(device))
+    made(card, monkeypatch)
+    assert done == ["triton", "cuda:0"]
 
 
 def test_the_plan_of_several_processes_is_said_or_refused() -> None:

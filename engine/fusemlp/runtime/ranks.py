@@ -108,20 +108,12 @@ _known: dict[float, tuple[Any, Ranks]] = {}
 _all: weakref.WeakSet[Ranks] = weakref.WeakSet()
 
 
-def joined(timeout: float, device: str = "cpu") -> Ranks:
-    """Return the ranks of this process: engines with one time limit have them in common.
-
-    ``device``: the card whose arrays they add up, or "cpu". Raises what ``Ranks`` does; MissingLibraryError for a card
-    without NCCL, ArgumentError for a card that two ranks have.
-    """
-    if device != "cpu":
-        _check_nccl()
+def joined(timeout: float) -> Ranks:
+    """Return the ranks of this process: engines with one time limit have them in common. Raises what ``Ranks`` does."""
     world, ranks = _known.get(timeout, (None, None))
     if ranks is None or world is not ranks.default_group:
         ranks = Ranks(timeout)
         _known[timeout] = ranks.default_group, ranks
-    if device != "cpu":
-        ranks.take_card(device)
     return ranks
 
 
@@ -131,7 +123,8 @@ def own_card() -> str | None:
     return None if number is None else f"cuda:{number}"
 
 
-def _check_nccl() -> None:
+def check_nccl() -> None:
+    """Raise MissingLibraryError without NCCL."""
     if not _torch()[1].is_nccl_available():
         raise MissingLibraryError(
             "distributed: several processes add what they have on cards by NCCL, and this build of torch has none; "
