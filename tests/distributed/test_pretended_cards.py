@@ -27,6 +27,7 @@ from fusemlp.runtime.bound import STEPS_A_GRAPH
 from fusemlp.runtime.joining import open_here
 from fusemlp.runtime.plans import ASKED, chosen_plan, plan_text, shared_plan
 from fusemlp_kernels.registry import TRAITS
+from fusemlp_kernels.triton import grouped
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.standard_normal((43, 3)).astype(np.float32), RNG.integers(0, 2, 43)
@@ -124,6 +125,21 @@ def test_all_ranks_replay_their_graphs_or_none(card: Card, monkeypatch: pytest.M
     with card.counted() as found:
         engine.fit(X, Y, epochs=1)
     assert "captured" in found.events
+
+
+@pytest.mark.usefixtures("alone")
+def test_kernels_know_the_memory_of_the_gradients_of_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a launch with a matrix of 3 columns takes the slow path."""
+    engine = Engine(MLP((3, 4, 2)), batch_size=43, backend="triton", plan="eager", normalise=False, distributed=True)
+    aligned, collect = [], grouped._collect
+
+    def collected(*given: Any) -> Any:
+        aligned.append((found := collect(*given)).aligned)
+        return found
+
+    monkeypatch.setattr(grouped, "_collect", collected)
+    engine.fit(X, Y, epochs=1)
+    assert aligned == [True] * engine.sharding.own
 
 
 def test_graphs_end_before_nccl_does(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
