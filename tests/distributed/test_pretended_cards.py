@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakSet
@@ -20,7 +21,7 @@ import torch
 from counting_card import Card, OnCard, counting, put
 from torch import distributed
 
-from fusemlp import MLP, Adam, ArgumentError, BackendUnavailableError, Engine, MissingLibraryError
+from fusemlp import MLP, Adam, ArgumentError, BackendUnavailableError, DistributedError, Engine, MissingLibraryError
 from fusemlp.program.sharding import Sharding
 from fusemlp.runtime import bound, joining, ranks
 from fusemlp.runtime.bound import STEPS_A_GRAPH
@@ -48,6 +49,7 @@ class Pair:
     def __init__(self, card: Card) -> None:
         self.card = card
         self.programs: WeakSet[Any] = WeakSet()
+        self._failed = False
         # whether the other says yes when it is asked next
         self.once = False
 
@@ -229,6 +231,23 @@ def test_arrays_on_cards_go_by_nccl_and_others_by_gloo(monkeypatch: pytest.Monke
     assert made == ["gloo", "nccl"]
     assert found._group_of(put(X)) is found._cards is not found._group
     assert found._group_of(X) is found._group_of(torch.zeros(3)) is found._group
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("fails", [False, True])
+def test_nccl_is_aborted_where_a_collective_has_failed(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    found, done = ranks.Ranks(13.0), []
+
+    def collective() -> None:
+        if fails:
+            raise RuntimeError("the other is gone")
+
+    with pytest.raises(DistributedError) if fails else nullcontext():
+        found._collective(collective)
+    found._cards = SimpleNamespace(abort=lambda: done.append("aborted"))
+    monkeypatch.setattr(ranks, "_all", [found])
+    ranks._leave(SimpleNamespace(is_initialized=lambda: True, destroy_process_group=lambda: done.append("destroyed")))
+    assert done == ["aborted"] * fails + ["destroyed"]
 
 
 @pytest.mark.usefixtures("alone")

@@ -73,6 +73,9 @@ def _leave(dist: Any) -> None:
         # NCCL ends only after all graphs that have its collectives: init.cc, commDestroySync
         for program in ranks.programs:
             program.drop_graphs()
+        if ranks._failed and ranks._cards is not None:
+            # else NCCL waits for collectives in which a rank is missing, and torchrun for this process
+            ranks._cards.abort()
         ranks._group = ranks._cards = ranks._store = None
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -159,6 +162,7 @@ class Ranks:
         # of arrays on the host, and of those on cards
         self._group: Any = None
         self._cards: Any = None
+        self._failed = False
         _all.add(self)
         # programs that may have collectives in graphs
         self.programs: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -232,6 +236,7 @@ class Ranks:
         try:
             run()
         except RuntimeError as error:
+            self._failed = True
             # later engines make a group of their own
             _known.pop(self.timeout, None)
             raise DistributedError(f"distributed: {self._absent()} ({str(error).splitlines()[0]})") from error
