@@ -101,7 +101,7 @@ class Blocks:
         return whole + (rest > 0 and not self.drop_last)
 
     @property
-    def most(self) -> int:
+    def batch_rows(self) -> int:
         """The rows of a batch that is not short."""
         return min(self.batch_size, self.rows)
 

@@ -238,7 +238,9 @@ def fit(
         # a function of the user's is asked when its epoch comes
         at_once=None if row_order is None and batches is None else 1,
         # ranks have read the rows of their shards of a whole batch, and the first may be short
-        bound=None if batches is None else Stream(engine, batches, data, weighted, 0 if parts is None else X.most),
+        bound=None
+        if batches is None
+        else Stream(engine, batches, data, weighted, 0 if parts is None else X.batch_rows),
         batches=None if batches is None else batches.steps,
         callbacks=listeners,
         order=order,
@@ -415,7 +417,7 @@ def _parts_of(
     if ranks is None or sharding is None or not isinstance(X, Blocks):
         return None
     ranks.check_same({**X.described(), "steps_per_epoch": steps, "the first epoch": first_epoch})
-    return ranks, partial(sharding.owner, batch_size=X.most)
+    return ranks, partial(sharding.owner, batch_size=X.batch_rows)
 
 
 def check_ranks(
