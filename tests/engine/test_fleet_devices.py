@@ -16,6 +16,7 @@ import pytest
 from commands import run
 
 from fusemlp import MLP, ArgumentError, ArgumentTypeError, Fleet, WorkerError
+from fusemlp.cli import journal
 from fusemlp.fleet import fleet as fleet_module
 from fusemlp.fleet.devices import VARIABLE, trained_on
 from fusemlp.fleet.results import Member
@@ -152,7 +153,13 @@ def test_a_sweep_names_the_cards_and_the_rest_of_one_has_them_too(
         assert run(*words) == 0
         models = {"vary": {"seed": range(3)}, "backend": "triton", "plan": "eager", "devices": CARDS}
         Fleet(MLP([3, 4, 2]), **models).part([1, 2]).fit(X, Y, epochs=1)
-    assert told == [(tuple(CARDS), 3), (tuple(CARDS), 2)]
+        assert told == [(tuple(CARDS), 3), (tuple(CARDS), 2)]
+        # a sweep on one card, which is cut off before its last model, goes on with several
+        monkeypatch.setattr(journal, "close", lambda run: None)
+        assert run(*words[: words.index("--devices")], "--device", "cuda:0", "--out", tmp_path / "one") == 0
+        file = tmp_path / "one" / journal.JOURNAL
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+        assert run("sweep", "--resume", tmp_path / "one", "--devices", "cuda:0,cuda:1") == 0
     capsys.readouterr()
     assert (
         run("sweep", "iris", "--vary", "seed=0:2", "--devices", "cuda:0", "--jobs", "2", "--out", tmp_path / "x") == 2

@@ -228,7 +228,8 @@ def resumed(options: SweepOptions, folder: str) -> tuple[Run, Plan, list[Member]
             )
     run, first, told = journal.read(folder)
     # where it trains is told anew
-    changes: dict[str, Any] = {**dict.fromkeys(("workers", "address", "jobs", "devices")), "quiet": False, **given}
+    anew = ("workers", "address", "jobs", "devices", *(("device",) if "devices" in given else ()))
+    changes: dict[str, Any] = {**dict.fromkeys(anew), "quiet": False, **given}
     stored = SweepOptions(**first["options"])
     plan = planned(replace(stored, **changes))
     if plan.prepared.summary["fingerprint"] != first["fingerprint"]:

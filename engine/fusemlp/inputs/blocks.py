@@ -103,6 +103,11 @@ class Blocks:
         return whole + (rest > 0 and not self.drop_last)
 
     @property
+    def batch_rows(self) -> int:
+        """The rows of a batch that is not short."""
+        return min(self.batch_size, self.rows)
+
+    @property
     def window_bytes(self) -> int:
         """The bytes of the largest window, and of the rows before it that do not fill a batch."""
         row = sum(int(np.prod(part.shape)) * part.dtype.itemsize for part in self._source.parts)

@@ -106,6 +106,10 @@ class BoundProgram:
             self._graphs[steps] = self.backend.capture(self._eager, steps)
         return self._graphs[steps]
 
+    def drop_graphs(self) -> None:
+        """Give back the graphs; another step captures them again."""
+        self._graphs.clear()
+
     def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
         """See ``walk_rows``."""
         walk_rows(self.backend, self.arrays, order, first_batch, size, epochs)

@@ -16,7 +16,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.program.sharding import ORDERED, REDUCTIONS, Sharding
 from fusemlp.runtime.memory import Memory
 from fusemlp.runtime.plans import check_ranks, shared_plan
-from fusemlp.runtime.ranks import Ranks, joined, own_card
+from fusemlp.runtime.ranks import Ranks, check_nccl, joined, own_card
 from fusemlp.runtime.rates import RateTable
 from fusemlp_kernels.contract import Backend
 from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
@@ -33,17 +33,15 @@ def _versions() -> dict[str, str]:
 
 
 def open_here(name: str, device: str | None, precision: str) -> Backend:
-    """Return a backend on a device: by default, in a process of torchrun, on the card of its number."""
+    """Return a backend on a device: by default, in a process of torchrun, on the card of its number if it sees that."""
     found, card = backend(name, device, precision), own_card()
     if device is not None or card is None or not found.device.startswith("cuda"):
         return found
     try:
         return backend(found.traits.name, card, precision)
-    except BackendUnavailableError as error:
-        raise BackendUnavailableError(
-            f"device: torchrun has started more processes on this machine than it has cards, and this one's would be "
-            f"{card!r} ({error}); start as many as there are, --nproc-per-node, or give device= or backend='numpy'"
-        ) from error
+    except BackendUnavailableError:
+        # it may see its own card alone; ranks with one card refuse to train together
+        return found
 
 
 class Joining:
@@ -98,7 +96,10 @@ class Joining:
         self.network.check_single("distributed", "training on several processes")
         if not any(self.optimizer.options_for(name)[0] for name in self.network.parameter_shapes()):
             raise ArgumentError("distributed: the optimizer trains no parameter, so there is no gradient to add")
-        ranks = joined(limit, self._backend.device)
+        device = self._backend.device
+        if device != "cpu":
+            check_nccl()
+        ranks = joined(limit)
         sharding = Sharding(reduce, ranks.world, sliced).check()
         plan = shared_plan((self.plan, self.plan_reason), traits, sharding, ranks.uncaptured())
         self.ranks = ranks
@@ -106,6 +107,9 @@ class Joining:
         self._share_out(sharding)
         told = {"reduce": sharding, "shard_optimizer": sliced, "backend": self.backend, "plan": self.plan}
         ranks.check_same({**_versions(), **self.description(), **told})
+        # after that: with another backend a rank has no card
+        if device != "cpu":
+            ranks.take_card(device)
 
     def _share_out(self, sharding: Sharding, *, everywhere: bool = True) -> None:
         """Train on with this sharding; without ``everywhere`` rank 0 alone does."""

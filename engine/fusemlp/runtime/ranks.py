@@ -70,6 +70,12 @@ def _torch() -> Any:
 def _leave(dist: Any) -> None:
     """End the threads of all groups: each ends with the last reference to its group."""
     for ranks in _all:
+        # NCCL ends only after all graphs that have its collectives: init.cc, commDestroySync
+        for program in ranks.programs:
+            program.drop_graphs()
+        if ranks._failed and ranks._cards is not None:
+            # else NCCL waits for collectives in which a rank is missing, and torchrun for this process
+            ranks._cards.abort()
         ranks._group = ranks._cards = ranks._store = None
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -105,20 +111,12 @@ _known: dict[float, tuple[Any, Ranks]] = {}
 _all: weakref.WeakSet[Ranks] = weakref.WeakSet()
 
 
-def joined(timeout: float, device: str = "cpu") -> Ranks:
-    """Return the ranks of this process: engines with one time limit have them in common.
-
-    ``device``: the card whose arrays they add up, or "cpu". Raises what ``Ranks`` does; MissingLibraryError for a card
-    without NCCL, ArgumentError for a card that two ranks have.
-    """
-    if device != "cpu":
-        _check_nccl()
+def joined(timeout: float) -> Ranks:
+    """Return the ranks of this process: engines with one time limit have them in common. Raises what ``Ranks`` does."""
     world, ranks = _known.get(timeout, (None, None))
     if ranks is None or world is not ranks.default_group:
         ranks = Ranks(timeout)
         _known[timeout] = ranks.default_group, ranks
-    if device != "cpu":
-        ranks.take_card(device)
     return ranks
 
 
@@ -128,7 +126,8 @@ def own_card() -> str | None:
     return None if number is None else f"cuda:{number}"
 
 
-def _check_nccl() -> None:
+def check_nccl() -> None:
+    """Raise MissingLibraryError without NCCL."""
     if not _torch()[1].is_nccl_available():
         raise MissingLibraryError(
             "distributed: several processes add what they have on cards by NCCL, and this build of torch has none; "
@@ -163,7 +162,10 @@ class Ranks:
         # of arrays on the host, and of those on cards
         self._group: Any = None
         self._cards: Any = None
+        self._failed = False
         _all.add(self)
+        # programs that may have collectives in graphs
+        self.programs: weakref.WeakSet[Any] = weakref.WeakSet()
         # collectives that have begun: all ranks count alike
         self._begun = 0
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -234,6 +236,7 @@ class Ranks:
         try:
             run()
         except RuntimeError as error:
+            self._failed = True
             # later engines make a group of their own
             _known.pop(self.timeout, None)
             raise DistributedError(f"distributed: {self._absent()} ({str(error).splitlines()[0]})") from error

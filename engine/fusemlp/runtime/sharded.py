@@ -27,8 +27,8 @@ from fusemlp_kernels.contract import (
     Backend,
 )
 
-# Float64 numbers of a message before its gradients, and of which its length is a multiple: gradients are aligned.
-HEAD, UNIT = 8, 32
+# Bytes of a message before its gradients, and of which its length is a multiple: gradients are aligned.
+HEAD, UNIT = 64, 256
 # More layers than a network has.
 LAYERS = 1 << 12
 # Elements of int64 of which rows in memory have a multiple.
@@ -36,14 +36,16 @@ PITCH = 16
 
 
 class _Messages:
-    """Rows (count, length) of float64 memory, each with statistics and then gradients of ``size`` elements."""
+    """Rows (count, length) of memory, each with statistics in float64 and then gradients of ``size`` elements."""
 
     def __init__(self, memory: Memory, count: int, size: int) -> None:
-        numbers = HEAD + -(-size * memory.real_bytes // 8)
-        length = -(-numbers // UNIT) * UNIT
-        self.rows: Array = memory.backend.allocate(count * length, "float64").reshape(count, length)
-        self.grads: list[Array] = [row[HEAD:].view(memory.params.dtype)[:size] for row in self.rows]
-        self.stats: list[Array] = [row[:STATS] for row in self.rows]
+        head, unit = HEAD // memory.real_bytes, UNIT // memory.real_bytes
+        length = -(-(head + size) // unit) * unit
+        # of the type of the gradients: to kernels a view as another type is memory that they do not know
+        self.rows: Array = memory.backend.allocate(count * length, "real").reshape(count, length)
+        self.heads = self.rows[:, :head]
+        self.grads: list[Array] = [row[head : head + size] for row in self.rows]
+        self.stats: list[Array] = [row.view(memory.stats.dtype)[:STATS] for row in self.heads]
 
     def add(self) -> tuple[Array, Array]:
         """Return the sums of the gradients and of the statistics, which take the place of the first."""
@@ -73,6 +75,7 @@ class ShardedProgram(BoundProgram):
         super().__init__(program, memory, workspace, given, plan=plan)
         if self._resident:
             self.chunk = max(1, self.chunk // self._sharding.own)
+        ranks.programs.add(self)
 
     def _bound(self, memory: Memory) -> tuple[Callable[..., object], ...]:
         program, backend = self.program, self.backend
@@ -165,7 +168,7 @@ class _Sums:
 
     def clear(self) -> None:
         """Begin the statistics of the shards anew."""
-        self.own.rows[:, :HEAD] = 0.0
+        self.own.heads[:] = 0.0
 
     def add(self) -> None:
         """Add the gradients and statistics of all shards, and hand them to the update, or those of the slice."""

@@ -163,11 +163,11 @@ def fit(
         check_adversarial(engine, adversarial, batches=y is None)
     state = engine.fit_state
     first_epoch = state.epoch if resume and state is not None else engine.epochs_trained
-    batches, parts = None, _parts_of(engine, X) if y is None else None
+    batches, parts = None, _parts_of(engine, X, steps_per_epoch, first_epoch) if y is None else None
     if y is None:
         arrays = {"sample_weight": sample_weight, "validation_split": share or None, "batch_size": batch_size}
         _refuse_with_batches({**arrays, "row_order": row_order, "drop_last": drop_last or None})
-        batches = Batches("X", X, steps_per_epoch, "steps_per_epoch", first_epoch, None if parts is None else parts[:2])
+        batches = Batches("X", X, steps_per_epoch, "steps_per_epoch", first_epoch, parts)
         engine.check_measured()
         data = batches.next(engine, keep=True)
     else:
@@ -237,10 +237,10 @@ def fit(
         drop_last=drop_last,
         # a function of the user's is asked when its epoch comes
         at_once=None if row_order is None and batches is None else 1,
-        # a short batch may come first, and ranks share out the rows of whole ones
+        # ranks have read the rows of their shards of a whole batch, and the first may be short
         bound=None
         if batches is None
-        else Stream(engine, batches, data, weighted, count if parts is None else parts[2]),
+        else Stream(engine, batches, data, weighted, count if parts is None else X.batch_rows),
         batches=None if batches is None else batches.steps,
         callbacks=listeners,
         order=order,
@@ -409,14 +409,15 @@ def fit_checked(
     return EpochLoop(engine, bound, policy, state, batch_size * members, batches, at_once, callbacks)
 
 
-def _parts_of(engine: Session, X: Any) -> tuple[Ranks, Callable[[Array], Array], int] | None:
-    """Return how ranks share the reading of blocks, and the rows of a batch; DistributedError if theirs differ."""
+def _parts_of(
+    engine: Session, X: Any, steps: int | None, first_epoch: int
+) -> tuple[Ranks, Callable[[Array], Array]] | None:
+    """Return how ranks share the reading of blocks; DistributedError if theirs differ, or where they begin."""
     ranks, sharding = engine.ranks, engine.sharding
     if ranks is None or sharding is None or not isinstance(X, Blocks):
         return None
-    ranks.check_same(X.described())
-    size = min(X.batch_size, X.rows)
-    return ranks, partial(sharding.owner, batch_size=size), size
+    ranks.check_same({**X.described(), "steps_per_epoch": steps, "the first epoch": first_epoch})
+    return ranks, partial(sharding.owner, batch_size=X.batch_rows)
 
 
 def check_ranks(
