@@ -95,11 +95,11 @@ def systematic_part(variants: Sequence[kernel_variants.Variant]) -> list[kernel_
     def size(variant: kernel_variants.Variant) -> tuple[int, int]:
         return variant.tile.rows * variant.tile.columns, variant.tile.columns
 
-    def path(variant: kernel_variants.Variant) -> tuple[str, str, bool, bool]:
-        constants = variant.constants
-        return variant.kernel, variant.precision, constants.get("ALIGNED", True), constants.get("NOISY", False)
+    def path(variant: kernel_variants.Variant) -> tuple[str | bool, ...]:
+        flags = variant.constants.get("ALIGNED", True), variant.constants.get("NOISY", False)
+        return variant.kernel, variant.precision, *flags, isinstance(variant.tile, configs.DeepTile)
 
-    largest: dict[tuple[str, str, bool, bool], tuple[int, int]] = {}
+    largest: dict[tuple[str | bool, ...], tuple[int, int]] = {}
     for variant in variants:
         largest[path(variant)] = max(largest.get(path(variant), (0, 0)), size(variant))
 

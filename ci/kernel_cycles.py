@@ -57,7 +57,7 @@ def _over(whole: int, part: int) -> int:
 def programs_of(launch: Recorded) -> list[Programs]:
     """Return the programs of a launch, by the shapes of its arguments and the loops of its kernel."""
     given, tile, sides = launch.arguments, launch.tile, launch.constants
-    area = 2 * tile.rows * tile.columns * tile.depth
+    area = 2 * tile.rows * tile.columns * tile.depth * tile.split
     rows = given["M"]
     if launch.name == "resident":
         return [Programs(1, _resident_trips(launch))]
@@ -71,19 +71,29 @@ def programs_of(launch: Recorded) -> list[Programs]:
         weights = Programs(counts["weight_sums"], {"weight_sums": length}, area * length)
         return [weights, Programs(counts["column_sums"], {"column_sums": length})]
     if launch.name == "grad_input":
-        trips = _over(given["N"], sides["BN"])
-        return [Programs(launch.programs, {"input_gradient": trips}, area * trips)]
+        trips, loop = _over(given["N"], tile.split * tile.depth), "input_gradient"
+        loop = loop if tile.split == 1 else "input_sums_of_parts"
+        return [Programs(launch.programs, {loop: trips}, area * trips)]
+    trips = _over(given["K"], tile.split * tile.depth) if "K" in given else 0
+    product = {"affine_tile" if tile.split == 1 else "affine_tile_of_parts": trips}
     if launch.name == "linear":
-        trips = _over(given["K"], sides["BK"])
-        return [Programs(launch.programs, {"affine_tile": trips}, area * trips)]
-    measured = {"normaliser_of": _over(rows, loss.CHUNK.value)}
+        return [Programs(launch.programs, product, area * trips)]
     if launch.name == "linear_loss_grad":
-        trips = _over(given["K"], sides["BK"])
-        return [Programs(launch.programs, {"affine_tile": trips, **measured}, area * trips)]
+        product["normaliser_of"] = _weighing(launch, loss.CHUNK.value)
+        return [Programs(launch.programs, product, area * trips)]
     if launch.name == "loss_grad":
-        trips = _over(given["N"], sides["BN"])
-        return [Programs(launch.programs, {"loss_grad_kernel": trips, "loss_grad_kernel 2": trips, **measured})]
+        groups = _over(_over(rows, sides["BM"]), launch.programs)
+        trips = groups * _over(given["N"], sides["BN"])
+        inside = {"normaliser_of": _weighing(launch, loss.LONG_CHUNK.value), "loss_grad_kernel": groups}
+        return [Programs(launch.programs, {**inside, "rows_in_tiles": trips, "rows_in_tiles 2": trips})]
     raise ValueError(f"{launch.name}: the trips of its loops are unknown; add them to programs_of")
+
+
+def _weighing(launch: Recorded, rows: int) -> int:
+    """Return the passes of the loop of ``normaliser_of``, ``rows`` each: none if every row weighs 1."""
+    settings = launch.arguments["settings"].reshape(-1, len(loss.SETTING_FIELDS))[0]
+    weighs = any(settings[loss.SETTING_FIELDS.index(name)] for name in ("ignores", "weighted", "classes"))
+    return _over(launch.arguments["M"], rows) * weighs
 
 
 def _resident_trips(launch: Recorded) -> dict[str, int]:
@@ -101,7 +111,7 @@ def _resident_trips(launch: Recorded) -> dict[str, int]:
     outputs = _over(batch, tile.output_rows)
     return {
         ONCE: 0, "resident_kernel": 1, "resident_kernel 2": len(tiles), "resident_kernel 3": len(back),
-        "resident_kernel 4": len(sizes), "measure.normaliser_of": _over(batch, CHUNK.value),
+        "resident_kernel 4": len(sizes), "measure.normaliser_of": _weighing(launch, CHUNK.value),
         "forward": down * len(tiles), "forward 2": sum(tiles),
         "forward.affine_tile_of_parts": sum(map(operator.mul, tiles, passes)),
         "output_and_loss": outputs, "output_tile.affine_tile": outputs * _over(sizes[-1][1], tile.depth),

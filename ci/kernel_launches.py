@@ -131,8 +131,8 @@ def launches_of(goal: Goal) -> tuple[Recorded, ...]:
 
 
 def _numbers(launch: Recorded) -> dict[str, Any]:
-    """Return the numbers among a launch's arguments, and the tables of its tasks or layers."""
-    tables = ("table", "layers")
+    """Return the numbers among a launch's arguments, and the tables of its tasks, layers or loss."""
+    tables = ("table", "layers", "settings")
     return {name: value for name, value in launch.arguments.items() if name in tables or isinstance(value, int)}
 
 

@@ -121,6 +121,7 @@ class Variant:
             [RULES[self.constants["RULE"]]] if self.constants.get("UPDATES", True) and "RULE" in self.constants else []
         )
         words += [f"{word}={self.constants[name]}" for name, word in numbers.items() if name in self.constants]
+        words += [f"split={tile.split}"] if isinstance(tile, configs.DeepTile) else []
         return " ".join([self.precision, size, f"warps={tile.warps} stages={tile.stages}", *words])
 
 
@@ -135,13 +136,17 @@ def variants(target: str) -> tuple[Variant, ...]:
 
 def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
     product = arch.product(precision)
+    # small results with long reductions have them
+    deep, deep_output = (configs.deep_tile(arch, precision, 1, 1, 1 << 10, table) for table in ("deep", "deep_output"))
     paths = [(tile, True) for tile in configs.forward_tiles(arch.family, precision)]
-    for tile, aligned in [*paths, (configs.general_tile(arch), False)]:
+    for tile, aligned in [*paths, (configs.general_tile(arch), False), *([(deep, True)] if deep else [])]:
         shared = {"PRODUCT": product, "ALIGNED": aligned, "PARTS": tile.parts}
-        for members_too in ("", "_members"):
-            ahead, back = tile.sides("MNK"), tile.sides("MKN")
-            yield Variant(f"linear{members_too}", precision, tile, {**ahead, **shared})
-            yield Variant(f"grad_input{members_too}", precision, tile, {**back, **shared})
+        ahead, back = {**tile.sides("MNK"), **shared}, {**tile.sides("MKN"), **shared}
+        yield Variant("linear", precision, tile, {**ahead, "SPLIT": tile.split})
+        yield Variant("grad_input", precision, tile, {**back, "SPLIT": tile.split})
+        if tile is not deep:
+            yield Variant("linear_members", precision, tile, ahead)
+            yield Variant("grad_input_members", precision, tile, back)
     paths = [(tile, True) for tile in configs.weight_tiles(arch.family, precision)]
     for tile, aligned in [*paths, (configs.general_tile(arch), False)]:
         sides = {"BN": tile.rows, "BK": tile.columns, "BM": tile.depth, "PRODUCT": product, "ALIGNED": aligned}
@@ -159,14 +164,15 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
     for entropy in (False, True):
         for aligned in (True, False):
             shared = {"ALIGNED": aligned, "CROSS_ENTROPY": entropy}
-            for tile in configs.output_tiles(arch.family):
-                sides = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "PRODUCT": product}
+            for tile in [*configs.output_tiles(arch.family), *([deep_output] if deep_output and aligned else [])]:
+                sides = {**tile.sides("MNK"), "PRODUCT": product, "SPLIT": tile.split}
                 yield Variant("linear_loss_grad", precision, tile, {**sides, **shared})
             tile = configs.LOSS
             yield Variant("loss_grad", ELEMENTS[precision], tile, {"BM": tile.rows, "BN": tile.columns, **shared})
     for aligned in (True, False):
-        constants = {"BM": configs.LOSS.rows, "BN": configs.LOSS.columns, "ALIGNED": aligned}
-        yield Variant("divergence", ELEMENTS[precision], configs.LOSS, constants)
+        tile = configs.DIVERGENCE
+        constants = {"BM": tile.rows, "BN": tile.columns, "ALIGNED": aligned}
+        yield Variant("divergence", ELEMENTS[precision], tile, constants)
     for rule in RULES:
         for tasks in configs.TABLE_LENGTHS if rule == HEAVIEST else configs.TABLE_LENGTHS[:1]:
             for noisy, tile in ((False, configs.SWEEP), (True, configs.NOISY_SWEEP)):

@@ -87,7 +87,12 @@ MUTATIONS = (
             "[None, :] * step_w + at_k[:, None] * row_pitch(w_row, ALIGNED)",
             LINEAR,
         ),
-        ("stride of the bias ignored", "tl.load(b + at_n * b_step,", "tl.load(b + at_n,", OWN_WAY),
+        (
+            "stride of the bias ignored",
+            "tl.load(b + at_n * b_step, mask=named, other=0.0)\n    return whole_sum",
+            "tl.load(b + at_n, mask=named, other=0.0)\n    return whole_sum",
+            OWN_WAY,
+        ),
         (
             "row -1 loads row 0",
             "wanted = source >= 0\n    named = at_n < N\n    width = masked_width(K, ALIGNED)",
@@ -119,6 +124,14 @@ MUTATIONS = (
             "y + (at_m * y_row)[:, None], z +",
             "test_addresses.py::test_rows_beyond_32_bits",
         ),
+        (
+            "last part of a reduction not summed",
+            "return tl.sum(whole_sum(z, rest, PRODUCT), axis=0)",
+            "parts = tl.arange(0, SPLIT)[:, None, None]\n"
+            "    return tl.sum(tl.where(parts < SPLIT - 1, whole_sum(z, rest, PRODUCT), 0.0), axis=0)",
+            FLEET,
+        ),
+        ("parts move on by one of them", "x_at += SPLIT * BK", "x_at += BK", FLEET),
     ),
     *_bugs(
         "tiles.py",
@@ -259,14 +272,14 @@ MUTATIONS = (
         ),
         (
             "normaliser without sample weights",
-            "plain = (tl.load(settings + WEIGHTED) == 0.0) & (tl.load(settings + CLASSES) == 0.0)",
-            "plain = tl.load(settings + CLASSES) == 0.0",
+            "if tl.load(settings + WEIGHTED) + tl.load(settings + CLASSES)",
+            "if tl.load(settings + CLASSES)",
             LINEAR_LOSS,
         ),
         (
             "normaliser counts ignored labels",
-            "if (plain == 0) | ((kind == 0.0) & (tl.load(settings + SOFT) == 0.0)):",
-            "if plain == 0:",
+            "tl.load(settings + CLASSES) + tl.load(settings + IGNORES) != 0.0",
+            "tl.load(settings + CLASSES) != 0.0",
             WEIGHTS,
         ),
         ("mean of element-wise losses over the rows alone", "total = total * N", "total = total * 1", LINEAR_LOSS),

@@ -120,7 +120,7 @@ def loss_of_output(
     "mean" divides by the sum of the weights, times N for the element-wise losses. Cross-entropy is torch's: with
     q = target * (1 - eps) + eps / N the loss of a row is -sum_c q_c * class_weight_c * log softmax(y)_c, and with
     integer targets a row's share of the normaliser is its weight times its class's. Rows of ``ignore_index`` weigh
-    nothing, and so do labels outside range(N). A zero normaliser gives loss 0 and gradient 0. At a residual of zero
+    nothing; other labels lie in range(N). A zero normaliser gives loss 0 and gradient 0. At a residual of zero
     mae and quantile take the subgradient 0. "rows": the loss is that of "mean", and row i of dy is the gradient of row
     i's own loss, which for the element-wise losses is the mean over N.
     """

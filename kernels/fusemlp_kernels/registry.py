@@ -42,8 +42,8 @@ TRAITS = {
             precisions=("fp32", "tf32", "bf16"),
             step=8e-6,
             speed=4.7e11,
-            launch=1.94e-6,
-            element=7e-9,
+            launch=2.1e-6,
+            element=3e-9,
         ),
     ),
     "cupy": Traits(

@@ -92,9 +92,14 @@ def launch(name, kernel, precision="fp32"):
 def test_the_trips_of_a_step_are_those_of_its_shapes():
     _, first = launch("784-128-10 b128 fp32", "linear")
     (programs,) = kernel_cycles.programs_of(first)
-    tile = first.tile
-    assert (programs.count, dict(programs.trips)) == (128 // tile.rows * 128 // tile.columns, {"affine_tile": 25})
-    assert programs.operations == 2 * tile.rows * tile.columns * 25 * tile.depth
+    # 784 inputs are 4 steps of 8 parts of 32
+    assert (programs.count, dict(programs.trips)) == (128 // 16 * 128 // 16, {"affine_tile_of_parts": 4})
+    assert programs.operations == 2 * 16 * 16 * 4 * 8 * 32
+    _, loss = launch("4 x 1024", "loss_grad")
+    (programs,) = kernel_cycles.programs_of(loss)
+    # two programs on each of 132 multiprocessors share 2048 groups of two rows; no row has a weight
+    trips = {"normaliser_of": 0, "loss_grad_kernel": 8, "rows_in_tiles": 8, "rows_in_tiles 2": 8}
+    assert (programs.count, dict(programs.trips)) == (264, trips)
     _, grouped = launch("4 x 1024", "grad_weight")
     weights, biases = kernel_cycles.programs_of(grouped)
     assert (weights.count, dict(weights.trips)) == (4 * 8 * 8, {"weight_sums": 64})

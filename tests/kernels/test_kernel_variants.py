@@ -120,6 +120,23 @@ def test_larger_results_get_larger_tiles_down_to_one_program_a_processor():
     assert configs.forward_tile(arch, "bf16", 128, 128) == tiles[-1]
 
 
+def test_small_results_get_a_tile_whose_reduction_is_cut():
+    arch = configs.Architecture("sm_90", 4)
+    (deep,) = [configs.DeepTile(*row) for row in configs.TABLES["sm_90"]["deep"]["fp32"]]
+    assert (deep.rows, deep.columns, deep.split * deep.depth) == (16, 16, 256)
+    for columns, reduction, found in (
+        (64, 32, None),
+        (64, 33, deep),
+        (80, 127, None),
+        (128, 128, deep),
+        (144, 999, None),
+    ):
+        assert configs.deep_tile(arch, "fp32", 16, columns, reduction) == found
+    assert configs.deep_tile(configs.Architecture("gfx942", 4), "fp32", 16, 16, 256) is None
+    logits = configs.deep_tile(arch, "bf16", 16, 16, 256, "deep_output")
+    assert logits is not None and logits.rows * logits.columns >= 2 * 32 * logits.warps
+
+
 def test_the_table_is_written_as_it_is_read():
     text = configs.TABLE_FILE.read_text()
     assert configs.table_text(json.loads(text)) == text

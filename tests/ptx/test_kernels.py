@@ -73,6 +73,20 @@ def test_grad_input(path, precision, aligned):
         layers_of.test_grad_input.of_case(case)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_small_results_are_reduced_in_parts(target, precision):
+    """Two steps along the reduction, the second of which not all parts have."""
+    variant = variant_of(target, precision)
+    with card(target, precision, processors=9) as emulator:
+        case = layer_case(variant, True, 37, 530, 41, "gelu", 0.5)
+        layers_of.test_linear.of_case(case, by_row=True, short=2, counted=True, keep_z=True)
+        layers_of.test_grad_input.of_case(layer_case(variant, True, 37, 41, 530, "prelu", 0.5))
+        losses_of.test_linear_loss_grad.of_case(loss_case(variant, True, "entropy", 13), 530, by_x_row=True)
+    programs = {("linear_kernel", 9), ("grad_input_kernel", 9), ("linear_loss_grad_kernel", 3)}
+    assert set(emulator.launched) == programs
+
+
 @pytest.mark.parametrize(("path", "precision", "aligned"), WEIGHTS)
 def test_grad_weight(path, precision, aligned):
     target, rows = PATHS[path]

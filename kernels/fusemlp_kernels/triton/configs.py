@@ -41,6 +41,16 @@ class Tile:
     stages: int
     parts: int = 1
 
+    @property
+    def split(self) -> int:
+        """The parts of the reduction."""
+        return 1
+
+    @property
+    def programs(self) -> int:
+        """The least programs that the registers of a multiprocessor hold at a time."""
+        return 1
+
     def count(self, rows: int, columns: int) -> int:
         """Return the number of tiles that cover a result of rows x columns."""
         return -(-rows // self.rows) * -(-columns // self.columns)
@@ -48,6 +58,21 @@ class Tile:
     def sides(self, names: str) -> dict[str, int]:
         """Return the sizes of the tile as a kernel's constants: B and a letter for rows, columns and depth."""
         return dict(zip((f"B{name}" for name in names), (self.rows, self.columns, self.depth), strict=True))
+
+
+@dataclass(frozen=True)
+class DeepTile(Tile):
+    """A tile for results of few tiles: the reduction is cut into ``split`` parts, one for each warp."""
+
+    split: int = 1
+
+
+@dataclass(frozen=True)
+class LossTile(Tile):
+    """The tile of ``loss_grad``, which has ``programs`` on a multiprocessor in all: each takes the normaliser, and then
+    several groups of rows."""
+
+    programs: int = 1
 
 
 @dataclass(frozen=True)
@@ -145,7 +170,9 @@ def table_text(tables: Mapping[str, Any]) -> str:
 
 # By family: "forward" (also for the gradient by the input), "weight", "output" (the output layer with its loss, a tile
 # for each width) and "general" (matrices that are not aligned); then by element type; then tiles, largest first, as the
-# fields of ``Tile``. "resident": those of ``ResidentTile``, smallest first.
+# fields of ``Tile``. "resident": those of ``ResidentTile``, smallest first. "deep", "deep_output": those of
+# ``DeepTile``. In an output's tile a thread has two logits of a row at least: of one, the compiler fuses the product
+# of two numbers with the sum over threads, which then differs in its last bit from thread to thread.
 TABLES = json.loads(TABLE_FILE.read_text(encoding="utf-8"))
 
 
@@ -182,6 +209,20 @@ def forward_tile(
     """Return the tile for a result of rows x columns, one of each member, in ``linear`` and ``grad_input``."""
     tiles = forward_tiles(arch.family, precision) if aligned else (general_tile(arch),)
     return _fitting(tiles, [(rows, columns)] * members, arch.processors)
+
+
+def deep_tile(
+    arch: Architecture, precision: str, rows: int, columns: int, reduction: int, table: str = "deep"
+) -> DeepTile | None:
+    """Return the tile for an aligned result of so few tiles that a multiprocessor has one, or two with a long
+    reduction; None for others, and where one part holds the reduction. ``table``: "deep", or "deep_output" for
+    ``linear_loss_grad``."""
+    for row in TABLES[arch.family].get(table, {}).get(_kind(precision), ()):
+        tile = DeepTile(*row)
+        most = 2 if 2 * reduction >= tile.split * tile.depth else 1
+        if reduction > tile.depth and tile.count(rows, columns) <= most * arch.processors:
+            return tile
+    return None
 
 
 def weight_tile(arch: Architecture, precision: str, shapes: Sequence[tuple[int, int]], aligned: bool = True) -> Tile:
@@ -226,13 +267,14 @@ def launch_options(family: str, tile: Tile) -> dict[str, Any]:
     options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     if not family.startswith("gfx"):
         # left to itself ptxas spills a few registers to fit one more program on a multiprocessor
-        options["maxnreg"] = min(MOST_REGISTERS, FILE_REGISTERS // (32 * tile.warps))
+        options["maxnreg"] = min(MOST_REGISTERS, FILE_REGISTERS // (32 * tile.warps * tile.programs))
     return options
 
 
-# Launches without a product: of ``loss_grad`` for rows of any width, the clock, the sweeps over the arenas,
-# ``clip_examples``, and members' own factors.
-LOSS = Tile(2, 1024, 0, 8, 1)
+# Launches without a product: of ``loss_grad`` and ``divergence`` for rows of any width, the clock, the sweeps over the
+# arenas, ``clip_examples``, and members' own factors.
+LOSS = LossTile(2, 1024, 0, 8, 1, programs=2)
+DIVERGENCE = Tile(2, 1024, 0, 8, 1)
 SMALL = Tile(1, 1, 0, 1, 1)
 SWEEP = Tile(1, 1024, 0, 4, 1)
 # Noise is of float64, which takes two registers a number.

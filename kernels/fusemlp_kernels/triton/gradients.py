@@ -27,11 +27,34 @@ GRAD_INPUT_NUMBERS = [
 
 
 @triton.jit
+def input_sums_of_parts(
+    dz, w, at_m, at_k, M, N, K, dz_row, w_row,
+    BN: tl.constexpr, SPLIT: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """Return the tile at ``at_m``, ``at_k`` of dz @ w, aligned matrices, with the reduction in parts; see
+    ``linear.affine_tile_of_parts``."""
+    at_n = tl.arange(0, SPLIT)[:, None] * BN + tl.arange(0, BN)[None, :]
+    width, pitch = masked_width(N, True), row_pitch(w_row, True)
+    inside_m, stored_k = at_m < M, at_k < masked_width(K, True)
+    dz_at = dz + (at_m.to(tl.int64) * row_pitch(dz_row, True))[None, :, None] + at_n[:, None, :]
+    w_at = w + (at_n.to(tl.int64) * pitch)[:, :, None] + at_k[None, None, :]
+    acc = tl.zeros((SPLIT, at_m.shape[0], at_k.shape[0]), tl.float32)
+    rest = tl.zeros((SPLIT, at_m.shape[0], at_k.shape[0]), tl.float32)
+    for start in range(0, N, SPLIT * BN):
+        dz_tile = tl.load(dz_at, mask=inside_m[None, :, None] & (at_n < width - start)[:, None, :], other=0.0)
+        w_tile = tl.load(w_at, mask=(at_n < N - start)[:, :, None] & stored_k[None, None, :], other=0.0)
+        acc, rest = product(dz_tile, w_tile, acc, rest, PRODUCT)
+        dz_at += SPLIT * BN
+        w_at += SPLIT * BN * pitch
+    return tl.sum(whole_sum(acc, rest, PRODUCT), axis=0)
+
+
+@triton.jit
 def input_gradient(
     dz, w, y, out, tile_m, tile_k, batch_index, M, N, K, dz_row, dz_col, w_row, w_col, y_row, y_col, out_row, out_col,
     activation, slope, layer, key0, key1, threshold, keep_scale, kept_share,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """A tile (BM, BK) of ``out``, see ``grad_input_kernel``, of a batch of M rows; BN goes along the reduction. Returns
     the tile's part of prelu's gradient, float32."""
@@ -43,17 +66,20 @@ def input_gradient(
     width, pitch = masked_width(N, ALIGNED), row_pitch(w_row, ALIGNED)
     step = column_step(dz_col, ALIGNED)
     stored_k = at_k < masked_width(K, ALIGNED)
-    dz_at = dz + far[:, None] * row_pitch(dz_row, ALIGNED) + at_n[None, :] * step
-    w_at = w + at_n.to(tl.int64)[:, None] * pitch + at_k[None, :] * column_step(w_col, ALIGNED)
-    acc = tl.zeros((BM, BK), tl.float32)
-    rest = tl.zeros((BM, BK), tl.float32)
-    for start in range(0, N, BN):
-        dz_tile = tl.load(dz_at, mask=inside_m[:, None] & (at_n < width - start)[None, :], other=0.0)
-        w_tile = tl.load(w_at, mask=(at_n < N - start)[:, None] & stored_k[None, :], other=0.0)
-        acc, rest = product(dz_tile, w_tile, acc, rest, PRODUCT)
-        dz_at += BN * step
-        w_at += BN * pitch
-    acc = whole_sum(acc, rest, PRODUCT)
+    if SPLIT > 1:
+        acc = input_sums_of_parts(dz, w, at_m, at_k, M, N, K, dz_row, w_row, BN, SPLIT, PRODUCT)
+    else:
+        dz_at = dz + far[:, None] * row_pitch(dz_row, ALIGNED) + at_n[None, :] * step
+        w_at = w + at_n.to(tl.int64)[:, None] * pitch + at_k[None, :] * column_step(w_col, ALIGNED)
+        acc = tl.zeros((BM, BK), tl.float32)
+        rest = tl.zeros((BM, BK), tl.float32)
+        for start in range(0, N, BN):
+            dz_tile = tl.load(dz_at, mask=inside_m[:, None] & (at_n < width - start)[None, :], other=0.0)
+            w_tile = tl.load(w_at, mask=(at_n < N - start)[:, None] & stored_k[None, :], other=0.0)
+            acc, rest = product(dz_tile, w_tile, acc, rest, PRODUCT)
+            dz_at += BN * step
+            w_at += BN * pitch
+        acc = whole_sum(acc, rest, PRODUCT)
     y_rows, out_rows = y + far[:, None] * row_pitch(y_row, ALIGNED), out + far[:, None] * row_pitch(out_row, ALIGNED)
     y_step, out_step = column_step(y_col, ALIGNED), column_step(out_col, ALIGNED)
     below = tl.full((), 0.0, tl.float32)
@@ -82,7 +108,7 @@ def grad_input_kernel(
     M, N, K, dz_row, dz_col, w_row, w_col, y_row, y_col, out_row, out_col,
     activation, slope, layer, key0, key1, threshold, keep_scale, kept_share, programs,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """out (M, K) = (dz (M, N) @ w (N, K)) * keep / (1 - p) * activation'; dslope (1,) where it is prelu's.
 
@@ -96,7 +122,7 @@ def grad_input_kernel(
     below = input_gradient(
         dz, w, y, out, tile_m, tile_k, batch_index, M, N, K, dz_row, dz_col, w_row, w_col, y_row, y_col,
         out_row, out_col, activation, slope, layer, key0, key1, threshold, keep_scale, kept_share,
-        BM, BN, BK, PRODUCT, ALIGNED, PARTS,
+        BM, BN, BK, PRODUCT, ALIGNED, PARTS, SPLIT,
     )  # fmt: skip
     if activation == PRELU:
         tl.store(partials + program, below.to(tl.float64))

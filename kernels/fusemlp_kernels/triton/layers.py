@@ -12,7 +12,7 @@ from fusemlp_kernels.contract import ACTIVATIONS, COUNTERS, HYPER, LOSSES, NEEDS
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.philox import seed_key, threshold
 from fusemlp_kernels.triton import clock, configs, divergence, gradients, linear, loss, members, perturb
-from fusemlp_kernels.triton.launch import Device, Run, Tensor, in_sequence, is_aligned, signed
+from fusemlp_kernels.triton.launch import LARGEST_INDEX, Device, Run, Tensor, in_sequence, is_aligned, signed
 
 # Operands for backends that gather in memory or store masks, and those of train_resident.
 NOT_IN_LOAD = ("gathered", "keep")
@@ -66,14 +66,16 @@ def bind_linear(device: Device, given: SimpleNamespace) -> Run:
     z = given.z if keeps_z else y
     spare = device.zeros(1, "int64")
     aligned = all(map(is_aligned, (x, w, y, z)))
-    tile = configs.forward_tile(device.arch, device.precision, m, n, aligned)
+    deep = configs.deep_tile(device.arch, device.precision, m, n, given.K) if aligned else None
+    tile = deep or configs.forward_tile(device.arch, device.precision, m, n, aligned)
     arguments = {
         "M": m, "N": n, "K": given.K, **places(spare, x=x, w=w, y=y, z=z), "b": b, "b_step": b.stride(0),
         "rows": spare if given.rows is None else given.rows, "gather": int(given.rows is not None),
         "counters": spare if given.counters is None else given.counters, "store_z": int(keeps_z),
         **activation_of(given, b), **dropout_numbers(given.dropout),
     }  # fmt: skip
-    constants = {**tile.sides("MNK"), "PRODUCT": device.product, "ALIGNED": aligned, "PARTS": tile.parts}
+    constants = {**tile.sides("MNK"), "PRODUCT": device.product, "ALIGNED": aligned}
+    constants |= {"PARTS": tile.parts, "SPLIT": tile.split}
     return device.launch(linear.linear_kernel, tile.count(m, n), arguments, constants, tile)
 
 
@@ -83,7 +85,8 @@ def bind_grad_input(device: Device, given: SimpleNamespace) -> Run:
     m, k, dz, w, out, dslope = given.M, given.K, given.dz, given.w, given.dz_prev, given.dslope
     y = given.z if given.activation in NEEDS_Z else given.y
     aligned = all(map(is_aligned, (dz, w, y, out)))
-    tile = configs.forward_tile(device.arch, device.precision, m, k, aligned)
+    deep = configs.deep_tile(device.arch, device.precision, m, k, given.N) if aligned else None
+    tile = deep or configs.forward_tile(device.arch, device.precision, m, k, aligned)
     programs, spare = tile.count(m, k), device.zeros(1, "real")
     arguments = {
         "M": m, "N": given.N, "K": k, **places(spare, dz=dz, w=w, y=y, out=out),
@@ -92,7 +95,8 @@ def bind_grad_input(device: Device, given: SimpleNamespace) -> Run:
         "ticket": device.zeros(1, "int32"), "programs": programs, "kept_share": kept_share(given.dropout),
         **activation_of(given, spare), **dropout_numbers(given.dropout),
     }  # fmt: skip
-    constants = {**tile.sides("MKN"), "PRODUCT": device.product, "ALIGNED": aligned, "PARTS": tile.parts}
+    constants = {**tile.sides("MKN"), "PRODUCT": device.product, "ALIGNED": aligned}
+    constants |= {"PARTS": tile.parts, "SPLIT": tile.split}
     run = device.launch(gradients.grad_input_kernel, programs, arguments, constants, tile)
     return dslope.zero_ if programs == 0 and dslope is not None else run
 
@@ -195,7 +199,7 @@ def bind_perturb(device: Device, given: SimpleNamespace) -> Run:
 @binds("divergence")
 def bind_divergence(device: Device, given: SimpleNamespace) -> Run:
     """The contract's ``divergence``."""
-    z, rows, weight, hyper, tile = given.z, given.rows, given.weight, given.hyper, configs.LOSS
+    z, rows, weight, hyper, tile = given.z, given.rows, given.weight, given.hyper, configs.DIVERGENCE
     given.class_weight, dz = None, given.dother if given.dz is None else given.dz
     programs = -(-given.M // tile.rows)
     matrices = {"z": z, "other": given.other, "dother": given.dother, "dz": dz}
@@ -244,6 +248,10 @@ def loss_settings(spec: LossSpec, given: SimpleNamespace) -> list[float]:
     return [float(settings[name]) for name in loss.SETTING_FIELDS]
 
 
+def _are_aligned(*matrices: Tensor | None) -> bool:
+    return all(is_aligned(matrix) for matrix in matrices if matrix is not None)
+
+
 def _launch_loss(
     device: Device,
     given: SimpleNamespace,
@@ -252,12 +260,14 @@ def _launch_loss(
     matrices: dict[str, Tensor],
     inputs: dict[str, Any],
     constants: dict[str, Any],
+    most: int = LARGEST_INDEX,
 ) -> Run:
-    """A loss kernel over whole rows of ``matrices``; ``inputs`` and ``constants`` are those of this kernel alone."""
+    """A loss kernel over whole rows of ``matrices``, of at most ``most`` programs; ``inputs`` and ``constants`` are
+    those of this kernel alone."""
     m, n, dz, rows, dslope, hyper = given.M, given.N, given.dz, given.rows, given.dslope, given.hyper
     read = tuple(matrices.values())
     stats = device.zeros(STATS, "float64") if given.stats is None else given.stats
-    programs, spare = -(-m // tile.rows), device.zeros(1, "real")
+    programs, spare = min(-(-m // tile.rows), most), device.zeros(1, "real")
     arguments = {
         "M": m, "N": n, **places(read[0], dz=dz, **matrices), "store_dz": int(dz is not None),
         "rows": device.zeros(1, "int64") if rows is None else rows, "gather": int(rows is not None),
@@ -271,7 +281,7 @@ def _launch_loss(
         # the loss of no rows, or of no outputs, is zero
         return in_sequence([stats[:1].zero_, arguments["dslope"].zero_])
     constants |= {
-        "ALIGNED": all(is_aligned(matrix) for matrix in (*read, dz) if matrix is not None),
+        "ALIGNED": _are_aligned(*read, dz),
         "CROSS_ENTROPY": given.loss.kind == "cross_entropy",
     }
     return device.launch(kernel, programs, arguments, constants, tile)
@@ -279,10 +289,10 @@ def _launch_loss(
 
 def launch_loss_grad(device: Device, given: SimpleNamespace, z: Tensor, dz: Tensor | None) -> Run:
     """The loss of pre-activations z (M, N), and its gradient in dz, which may be z."""
-    tile = configs.LOSS
+    tile, most = configs.LOSS, configs.LOSS.programs * device.arch.processors
     constants = {"BM": tile.rows, "BN": tile.columns}
     given = SimpleNamespace(**vars(given) | {"dz": dz})
-    return _launch_loss(device, given, loss.loss_grad_kernel, tile, {"z": z}, {}, constants)
+    return _launch_loss(device, given, loss.loss_grad_kernel, tile, {"z": z}, {}, constants, most)
 
 
 @binds("loss_grad", without=NOT_IN_LOSS)
@@ -301,11 +311,14 @@ def bind_linear_loss_grad(device: Device, given: SimpleNamespace) -> Run:
             "use linear and loss_grad one after the other"
         )
     tile = configs.output_tile(device.arch, given.N)
+    deep = configs.deep_tile(device.arch, device.precision, given.M, given.N, given.K, "deep_output")
+    if deep is not None and given.N <= deep.columns and _are_aligned(given.x, given.w, given.dz):
+        tile = deep
     inputs = {
         "K": given.K, "b": b, "b_step": b.stride(0), "x_gather": int(rows is not None),
         "x_rows": device.zeros(1, "int64") if rows is None else rows,
     }  # fmt: skip
-    constants = {**tile.sides("MNK"), "PRODUCT": device.product}
+    constants = {**tile.sides("MNK"), "PRODUCT": device.product, "SPLIT": tile.split}
     matrices = {"x": given.x, "w": given.w}
     return _launch_loss(device, given, loss.linear_loss_grad_kernel, tile, matrices, inputs, constants)
 

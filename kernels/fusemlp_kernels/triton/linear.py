@@ -55,7 +55,7 @@ def affine_tile(
 
 @triton.jit
 def affine_tile_of_parts(
-    x, w, b, rows, row, col, M, N, K, x_row, w_row, gather,
+    x, w, b, rows, row, col, M, N, K, x_row, w_row, b_step, gather,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """``affine_tile`` of aligned matrices, with the reduction cut into SPLIT parts, which take BK elements each at a
@@ -81,7 +81,7 @@ def affine_tile_of_parts(
         z, rest = product(x_tile, w_tile, z, rest, PRODUCT)
         x_at += SPLIT * BK
         w_at += SPLIT * BK
-    bias = tl.load(b + at_n, mask=named, other=0.0)
+    bias = tl.load(b + at_n * b_step, mask=named, other=0.0)
     return tl.sum(whole_sum(z, rest, PRODUCT), axis=0) + bias[None, :]
 
 
@@ -124,7 +124,7 @@ def linear_kernel(
     M, N, K, x_row, x_col, w_row, w_col, b_step, y_row, y_col, z_row, z_col,
     gather, activation, slope, store_z, layer, key0, key1, threshold, keep_scale,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """y (M, N) = dropout(activation(x[rows] @ w.T + b)), one program for each tile; z (M, N) where ``store_z``.
 
@@ -134,9 +134,14 @@ def linear_kernel(
     rows = this_batch(rows, counters, gather)
     tile_m, tile_n = tile_of(tl.program_id(0), M, N, BM, BN)
     row, col = tile_m * BM, tile_n * BN
-    acc = affine_tile(
-        x, w, b, rows, row, col, M, N, K, x_row, x_col, w_row, w_col, b_step, gather, BM, BN, BK, PRODUCT, ALIGNED
-    )
+    if SPLIT > 1:
+        acc = affine_tile_of_parts(
+            x, w, b, rows, row, col, M, N, K, x_row, w_row, b_step, gather, BM, BN, BK, SPLIT, PRODUCT
+        )
+    else:
+        acc = affine_tile(
+            x, w, b, rows, row, col, M, N, K, x_row, x_col, w_row, w_col, b_step, gather, BM, BN, BK, PRODUCT, ALIGNED
+        )
     slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
     batch_index = tl.load(counters + BATCH_INDEX, mask=threshold > 0, other=0)
     store_outputs(

@@ -2,7 +2,8 @@
 them.
 
 A program owns whole rows. The last program takes the sums over the batch, in a fixed order. Each program computes the
-normaliser for itself, since every dz needs it before any program has ended.
+normaliser for itself, since every dz needs it before any program has ended; so ``loss_grad_kernel`` has no more
+programs than run at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import triton.language as tl
 
 from fusemlp_kernels import contract
 from fusemlp_kernels.triton.clock import LOSS_SCALE, ROW_COUNT, is_last, sum_of
-from fusemlp_kernels.triton.linear import affine_tile
+from fusemlp_kernels.triton.linear import affine_tile, affine_tile_of_parts
 from fusemlp_kernels.triton.pointwise_triton import (
     BINARY_CROSS_ENTROPY,
     PRELU,
@@ -31,8 +32,9 @@ CORRECT: tl.constexpr = tl.constexpr(contract.CORRECT)
 SCORED: tl.constexpr = tl.constexpr(contract.SCORED)
 # The results of each program for the sums: loss, right answers, answers asked for, prelu's gradient.
 PARTIALS: tl.constexpr = tl.constexpr(4)
-# Rows whose weights are added at a time.
+# Rows whose weights are added at a time; without a product, more.
 CHUNK: tl.constexpr = tl.constexpr(256)
+LONG_CHUNK: tl.constexpr = tl.constexpr(1024)
 
 # The fields of a loss's settings on the device, float32. "mean" is 0 for the reduction "sum", 1 for "mean", and for
 # "rows" minus the divisor of a row's own loss.
@@ -76,11 +78,9 @@ def normaliser_of(
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Return the divisor of "mean", float64: the sum of the shares, times N for the element-wise losses. ``CHUNK`` rows
-    are added at a time."""
-    kind = tl.load(settings + KIND)
-    plain = (tl.load(settings + WEIGHTED) == 0.0) & (tl.load(settings + CLASSES) == 0.0)
+    are added at a time; rows without weights, all of which count, are as many as their shares."""
     total = count.to(tl.float64)
-    if (plain == 0) | ((kind == 0.0) & (tl.load(settings + SOFT) == 0.0)):
+    if tl.load(settings + WEIGHTED) + tl.load(settings + CLASSES) + tl.load(settings + IGNORES) != 0.0:
         sums = tl.zeros((CHUNK,), tl.float32)
         for start in range(0, count, CHUNK):
             at = start + tl.arange(0, CHUNK)
@@ -89,7 +89,7 @@ def normaliser_of(
             )
             sums += shares
         total = tl.sum(sums.to(tl.float64), axis=0)
-    if kind != 0.0:
+    if tl.load(settings + KIND) != 0.0:
         total = total * N
     return total
 
@@ -256,15 +256,20 @@ def linear_loss_grad_kernel(
     M, N, K, x_row, x_col, w_row, w_col, b_step, label_step, target_row, target_col, weight_step, dz_row, dz_col,
     x_gather, gather, activation, slope, ignored_low, ignored_high, store_dz, scaled, programs,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
-    CROSS_ENTROPY: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """z = x @ w.T + b, the loss of its activation, and dz (M, N): the logits stay in registers. BN >= N."""
     program = tl.program_id(0)
     row = program * BM
     x_rows = this_batch(x_rows, counters, x_gather)
-    z = affine_tile(
-        x, w, b, x_rows, row, 0, M, N, K, x_row, x_col, w_row, w_col, b_step, x_gather, BM, BN, BK, PRODUCT, ALIGNED
-    )
+    if SPLIT > 1:
+        z = affine_tile_of_parts(
+            x, w, b, x_rows, row, 0, M, N, K, x_row, w_row, b_step, x_gather, BM, BN, BK, SPLIT, PRODUCT
+        )
+    else:
+        z = affine_tile(
+            x, w, b, x_rows, row, 0, M, N, K, x_row, x_col, w_row, w_col, b_step, x_gather, BM, BN, BK, PRODUCT, ALIGNED
+        )
     at_m, at_n = row + tl.arange(0, BM), tl.arange(0, BN)
     count = tl.minimum(tl.load(counters + ROW_COUNT), M).to(tl.int32)
     ignored = ignored_label(ignored_low, ignored_high)
@@ -294,28 +299,19 @@ def later_best(values, best, best_at, at_n, N):
     return tl.maximum(best, largest), tl.where(largest > best, at, best_at)
 
 
-@triton.jit(do_not_specialize=[*LOSS_NUMBERS, "z_row", "z_col"])
-def loss_grad_kernel(
-    z, dz, rows, labels, target, weight, class_weight, slope_param, dslope, stats, settings, hyper, counters, partials,
-    ticket,
+@triton.jit
+def rows_in_tiles(
+    z, dz, at_m, count, scale, rows, labels, target, weight, class_weight, settings,
     M, N, z_row, z_col, label_step, target_row, target_col, weight_step, dz_row, dz_col,
-    gather, activation, slope, ignored_low, ignored_high, store_dz, scaled, programs,
+    gather, activation, slope, ignored, store_dz,
     BM: tl.constexpr, BN: tl.constexpr, ALIGNED: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """The loss and dz (M, N) from z (M, N) in memory, any N, BN columns at a time; dz may be z.
+    """Compute dz of the batch's rows ``at_m``, BN columns at a time. Return the sum of the losses, the right answers,
+    the answers asked for, and prelu's gradient.
 
     The largest logit and the sum of the exponentials are taken in one pass (Milakov and Gimelshein, "Online normalizer
     calculation for softmax", 2018); a second one, over what is in the cache by then, writes dz.
     """
-    program = tl.program_id(0)
-    at_m = program * BM + tl.arange(0, BM)
-    count = tl.minimum(tl.load(counters + ROW_COUNT), M).to(tl.int32)
-    ignored = ignored_label(ignored_low, ignored_high)
-    rows = this_batch(rows, counters, gather)
-    normaliser = normaliser_of(
-        rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather, CHUNK
-    )
-    scale = stored_scale(hyper, normaliser, settings, scaled)
     weights, label, counts, _ = row_weights(
         at_m, rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather
     )
@@ -324,7 +320,7 @@ def loss_grad_kernel(
     if gather != 0:
         source = tl.load(rows + at_m, mask=valid, other=0)
     soft = (CROSS_ENTROPY == 0) | (tl.load(settings + SOFT) != 0.0)
-    slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
+    counting = tl.load(settings + ACCURACY) != 0.0
     z_rows = z + at_m.to(tl.int64)[:, None] * row_pitch(z_row, ALIGNED)
     dz_rows = dz + at_m.to(tl.int64)[:, None] * row_pitch(dz_row, ALIGNED)
     t_rows = target + source[:, None] * target_row
@@ -338,8 +334,8 @@ def loss_grad_kernel(
     mass = tl.zeros((BM,), tl.float32)
     losses = tl.zeros((BM,), tl.float32)
     hits = tl.zeros((BM,), tl.int32)
-    below = 0.0
-    loss = 0.0
+    below = tl.full((), 0.0, tl.float32)
+    loss = tl.full((), 0.0, tl.float32)
     if CROSS_ENTROPY:
         for start in range(0, N, BN):
             at_n = start + tl.arange(0, BN)
@@ -347,8 +343,12 @@ def loss_grad_kernel(
             t = tl.load(t_rows + at_n.to(tl.int64)[None, :] * target_col, mask=tl.where(soft, inside, False), other=0.0)
             tile = tl.load(z_rows + at_n[None, :] * z_step, mask=inside, other=float("-inf")).to(tl.float32)
             mass += tl.sum(wanted(weights, label, at_n, inside, t, class_weight, N, settings), axis=1)
-            best, best_at = later_best(tile, best, best_at, at_n, N)
-            meant, meant_at = later_best(tl.where(inside, t, float("-inf")), meant, meant_at, at_n, N)
+            largest = tl.max(tile, axis=1)
+            if counting:
+                best_at = tl.where(largest > best, first_of(tile, largest, at_n, N), best_at)
+            if counting & soft:
+                meant, meant_at = later_best(tl.where(inside, t, float("-inf")), meant, meant_at, at_n, N)
+            best = tl.maximum(best, largest)
             shift = tl.where(best == float("-inf"), 0.0, best)
             total = total * tl.exp(highest - shift) + tl.sum(tl.exp(tile - shift[:, None]), axis=1)
             highest = best
@@ -367,9 +367,10 @@ def loss_grad_kernel(
             y, part, result, part_below = elementwise_tile(tile, t, weights, scale, inside, activation, slope, settings)
             loss += part
             below += part_below
-            best, best_at = later_best(tl.where(inside, y, float("-inf")), best, best_at, at_n, N)
-            meant, meant_at = later_best(tl.where(inside, t, float("-inf")), meant, meant_at, at_n, N)
-            hits += tl.sum(tl.where(inside & ((y > 0) == (t > 0.5)), 1, 0), axis=1)
+            if counting:
+                best, best_at = later_best(tl.where(inside, y, float("-inf")), best, best_at, at_n, N)
+                meant, meant_at = later_best(tl.where(inside, t, float("-inf")), meant, meant_at, at_n, N)
+                hits += tl.sum(tl.where(inside & ((y > 0) == (t > 0.5)), 1, 0), axis=1)
         if store_dz != 0:
             stored = (at_m < M)[:, None] & (at_n < masked_width(N, ALIGNED))[None, :]
             tl.store(dz_rows + at_n[None, :] * dz_step, result.to(dz.dtype.element_ty), mask=stored)
@@ -381,7 +382,38 @@ def loss_grad_kernel(
         if tl.load(settings + KIND) == BINARY_CROSS_ENTROPY:
             right = hits
             scored = tl.where(valid, N, 0)
-    finish_loss(
-        loss, tl.sum(right), tl.sum(scored), below, partials, ticket, stats, dslope, settings, normaliser, program,
-        programs,
-    )  # fmt: skip
+    return loss, tl.sum(right), tl.sum(scored), below
+
+
+@triton.jit(do_not_specialize=[*LOSS_NUMBERS, "z_row", "z_col"])
+def loss_grad_kernel(
+    z, dz, rows, labels, target, weight, class_weight, slope_param, dslope, stats, settings, hyper, counters, partials,
+    ticket,
+    M, N, z_row, z_col, label_step, target_row, target_col, weight_step, dz_row, dz_col,
+    gather, activation, slope, ignored_low, ignored_high, store_dz, scaled, programs,
+    BM: tl.constexpr, BN: tl.constexpr, ALIGNED: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """The loss and dz (M, N) from z (M, N) in memory, any N, BN columns at a time; dz may be z. A program takes every
+    ``programs``-th group of BM rows, so that few programs compute the normaliser."""
+    program = tl.program_id(0)
+    count = tl.minimum(tl.load(counters + ROW_COUNT), M).to(tl.int32)
+    ignored = ignored_label(ignored_low, ignored_high)
+    rows = this_batch(rows, counters, gather)
+    normaliser = normaliser_of(
+        rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather, LONG_CHUNK
+    )
+    scale = stored_scale(hyper, normaliser, settings, scaled)
+    slope = tl.load(slope_param, mask=activation == PRELU, other=slope)
+    loss, below = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
+    right, scored = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
+    for group in range(program, tl.cdiv(M, BM), programs):
+        part, hits, asked, part_below = rows_in_tiles(
+            z, dz, group * BM + tl.arange(0, BM), count, scale, rows, labels, target, weight, class_weight, settings,
+            M, N, z_row, z_col, label_step, target_row, target_col, weight_step, dz_row, dz_col,
+            gather, activation, slope, ignored, store_dz, BM, BN, ALIGNED, CROSS_ENTROPY,
+        )  # fmt: skip
+        loss += part.to(tl.float64)
+        below += part_below.to(tl.float64)
+        right += hits
+        scored += asked
+    finish_loss(loss, right, scored, below, partials, ticket, stats, dslope, settings, normaliser, program, programs)

@@ -216,5 +216,5 @@ def grad_input_members_kernel(
     input_gradient(
         dz + member * dz_pitch, w + member.to(tl.int64) * N * row_pitch(w_row, ALIGNED), out, out, tile_m, tile_k, 0,
         M, N, K, dz_pitch * members, dz_col, w_row, w_col, out_pitch * members, out_col, out_pitch * members, out_col,
-        IDENTITY, 0.0, 0, 0, 0, 0, 1.0, 1.0, BM, BN, BK, PRODUCT, ALIGNED, PARTS,
+        IDENTITY, 0.0, 0, 0, 0, 0, 1.0, 1.0, BM, BN, BK, PRODUCT, ALIGNED, PARTS, 1,
     )  # fmt: skip

@@ -103,7 +103,7 @@ def forward(
     for first in range(0, count, BM):
         for col in range(0, N, BN):
             acc = affine_tile_of_parts(
-                x, w, b, rows, first, col, count, N, K, x_row, w_row, gather, BM, BN, BK, SPLIT, PRODUCT
+                x, w, b, rows, first, col, count, N, K, x_row, w_row, 1, gather, BM, BN, BK, SPLIT, PRODUCT
             )
             store_outputs(
                 acc, y, z, first, col, batch_index, count, N, pitch, 1, pitch, 1, activation, slope, store_z,
@@ -246,7 +246,7 @@ def backward(
             below += input_gradient(
                 dz, w, y, out, tile_m, tile_k, batch_index, count, N, K, dz_row, 1, w_row, 1, pitch, 1, pitch, 1,
                 activation, slope, layer, key0, key1, threshold, keep_scale, kept_share,
-                BM, BN, BK, PRODUCT, True, PARTS,
+                BM, BN, BK, PRODUCT, True, PARTS, 1,
             )  # fmt: skip
     tl.store(slopes + index, below)
 
