@@ -80,7 +80,8 @@ CASES = [
     (LossSpec("mse"), "adam", ("elu", "softplus"), {}),
     (LossSpec("mse"), "nesterov", ("softplus", "selu"), {"weighted": True}),
     (LossSpec("huber", delta=0.4), "adamw", ("selu", "mish"), {}),
-    (LossSpec("mae"), "sgd", ("mish", "elu"), {}),
+    # a reduction in two parts, twice along them
+    (LossSpec("mae"), "sgd", ("mish", "elu"), {"sizes": (37, 7, 3)}),
     (LossSpec("quantile", quantile=0.3), "adam", ("silu", "gelu"), {"sizes": (5, 3), "activations": ("gelu",)}),
     (
         ENTROPY, "adamw", (),

@@ -81,6 +81,15 @@ def test_a_broken_rule_is_reported_with_its_line(path, precision, edit, problem)
     assert re.match(r"linear_kernel at (linear|tiles|standard)\.py:\d+", str(raised.value.place))
 
 
+@pytest.mark.parametrize("number", [3, 7])
+def test_a_barrier_missing_from_the_sum_over_parts_of_a_reduction_is_reported(number):
+    """These two lie between the stores of the parts' sums and the loads of another warp's. The resident kernel has the
+    same sum."""
+    with pytest.raises(Fault, match="race: reads shared memory") as raised:
+        run("sm_90 mma.sync", "fp32", edit=without(BARRIER, number), processors=9)
+    assert str(raised.value.place).startswith("linear_kernel at standard.py:")
+
+
 @pytest.mark.parametrize(("path", "precision", "edit"), WRONG)
 def test_a_wrong_layout_is_out_of_bound(path, precision, edit):
     with pytest.raises(AssertionError, match="elements out of bound"):
