@@ -12,6 +12,7 @@ from tolerance import UNIT, assert_within
 from fusemlp import MLP, SGD, Adam, Callback, CrossEntropy, Engine, PReLU
 from fusemlp_kernels.contract import BATCH_INDEX, LAST_LOSS
 from fusemlp_kernels.philox import row_order
+from fusemlp_kernels.triton import configs
 
 ROWS, WIDTH, CLASSES, BATCH = 45, 21, 5, 20
 NET = MLP([WIDTH, 24, 10, CLASSES], activation=["gelu", PReLU(0.2)], dropout=[0.0, 0.3])
@@ -58,13 +59,17 @@ def test_every_step_of_a_fit_is_the_oracles(target, plan):
     )
 
 
+# The tiles after the first: for more outputs, for many inputs, and for wide layers too. The long reduction has two
+# steps, the second of which not all parts have.
+@pytest.mark.parametrize(("number", "sizes"), [(1, [140, 20, 18]), (2, [290, 20, CLASSES]), (3, [290, 70, 18])])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_a_long_reduction_in_parts_is_the_oracles(target):
-    """The tile for many inputs: two steps along them, the second of which not all parts have."""
-    wide = rng.standard_normal((ROWS, 290)).astype(np.float32)
+def test_every_resident_tile_is_the_oracles(target, number, sizes):
+    arch = configs.Architecture(target, 1)
+    assert configs.resident_tile(arch, "fp32", sizes) == configs.resident_tiles(target, "fp32")[number]
+    wide = rng.standard_normal((ROWS, sizes[0])).astype(np.float32)
     with card(target, "fp32") as emulator:
         check = Bounded(variant_of(target, "fp32").products, wide)
-        engine = Engine(MLP([290, 20, CLASSES]), batch_size=BATCH, seed=5, backend="triton", plan="resident")
+        engine = Engine(MLP(sizes), batch_size=BATCH, seed=5, backend="triton", plan="resident")
         engine.fit(wide, y, epochs=1, callbacks=[check])
     assert check.checked == len(emulator.launched) == 3
 
