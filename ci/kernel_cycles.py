@@ -27,7 +27,7 @@ from fusemlp_kernels.triton import configs, gradients, loss, resident_tables
 from fusemlp_kernels.triton.resident import CHUNK
 
 RECORD = Path(__file__).with_name("kernel_resources.json")
-# The bounds at the commit that first recorded them, in cycles, by the goal's name.
+# The bounds at the commit that first recorded them, in cycles and by the formula of today, by the goal's name.
 FIRST = Path(__file__).with_name("kernel_bounds.json")
 PAGE = RECORD.parents[1] / "kernels/README.md"
 MARKED = re.compile(r"(?<=<!-- cycles -->\n).*?(?=<!-- /cycles -->)", re.DOTALL)

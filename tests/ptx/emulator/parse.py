@@ -209,7 +209,12 @@ def _statements(body: str, kernel: str, files: dict[str, str]) -> Iterator[Place
         line = raw.partition("//")[0].strip()
         if not line or line in ("{", "}") or line.startswith((".reg", ".param", ".pragma")):
             continue
-        if line == ".branchtargets" or targets:
+        label, _, rest = line.partition(":")
+        if rest.strip().startswith(".branchtargets"):
+            # Triton 3.6 writes both in a line
+            yield label
+            line = rest.strip()
+        if line.startswith(".branchtargets") or targets:
             targets += " " + line
             if line.endswith(";"):
                 yield re.findall(r"\$\w+", targets)
