@@ -40,6 +40,9 @@ INF, NAN = np.inf, np.nan
         ("popc.b32", ([0xFF00FF],), [16]),
         # of sm_100: a bfloat16 and a float32; pairs of float32
         ("add.rn.f32.bf16", ([0x3F80], [0.5]), [1.5]),
+        ("cvt.f64.bf16", ([0x3F80, 0xC040],), [1.0, -3.0]),
+        # halves do not carry into one another
+        ("add.s16x2", ([0xFFFFFFFF, 0x0001FFFF], [0x00010001, 0x00010001]), [0, 0x00020000]),
         ("mul.f32x2", ([0x40000000_3F800000], [0x40000000_40400000]), [0x40800000_40400000]),
     ],
 )

@@ -19,7 +19,7 @@ TYPES: dict[str, type[np.generic]] = {
     "s64": np.int64, "f16": np.float16, "f32": np.float32, "f64": np.float64,
     # bits, which no NumPy type computes with
     "bf16": np.uint16, "bf16x2": np.uint32, "f16x2": np.uint32, "tf32": np.uint32,
-    "f32x2": np.uint64,
+    "f32x2": np.uint64, "s16x2": np.uint32, "u16x2": np.uint32,
 }  # fmt: skip
 
 
@@ -161,10 +161,13 @@ def conversion(name: str) -> tuple[str, Callable[..., Array]]:
         return source, lambda high, low: pair(half(high), half(low))
     special: dict[tuple[str, str, str], Callable[..., Array]] = {
         ("rn", "bf16", "f32"): bf16_of_f32, ("", "f32", "bf16"): f32_of_bf16, ("rna", "tf32", "f32"): tf32_of_f32,
+        ("", "f64", "bf16"): lambda a: f32_of_bf16(a).astype(np.float64),
     }  # fmt: skip
     if (rounding, to, source) in special:
         return source, special[rounding, to, source]
     target = TYPES[to]
+    if "bf16" in (to, source):
+        raise NotImplementedError(name)
     if rounding == "rzi":
         return source, lambda a: _to_integer(a, target)
     if rounding in ("", "rn"):
@@ -195,8 +198,8 @@ def arithmetic(name: str) -> tuple[tuple[str, ...], Callable[..., Array]]:
     base = base if base in PLAIN else base.removesuffix(".rn")
     if base not in PLAIN or kind not in TYPES:
         raise NotImplementedError(name)
-    if kind == "f32x2":
-        return (kind,), _pairwise(PLAIN[base])
+    if kind in ("f32x2", "s16x2", "u16x2"):
+        return (kind,), _pairwise(PLAIN[base], TYPES[kind.removesuffix("x2")], TYPES[kind])
     sources = [OTHER_TYPES.get((base, place), kind) for place in range(3)]
     if base == "mad.wide":
         sources[2] = kind.replace("32", "64")
@@ -211,12 +214,14 @@ def _mixed(base: str, kind: str) -> tuple[tuple[str, ...], Callable[..., Array]]
     return (kind,) * factors + ("f32",), lambda *given: function(*map(widen, given[:-1]), given[-1])
 
 
-def _pairwise(function: Callable[..., Array]) -> Callable[..., Array]:
-    """Return the function over pairs of float32 in 64 bits."""
+def _pairwise(
+    function: Callable[..., Array], half: type[np.generic], whole: type[np.generic]
+) -> Callable[..., Array]:  # fmt: skip
+    """Return the function over pairs of numbers."""
 
     def both(*given: Array) -> Array:
-        pairs = (np.ascontiguousarray(one).view(np.float32).reshape(-1, 2) for one in given)
-        return np.ascontiguousarray(function(*pairs)).view(np.uint64)[:, 0]
+        pairs = (np.ascontiguousarray(one).view(half).reshape(-1, 2) for one in given)
+        return np.ascontiguousarray(function(*pairs)).view(whole)[:, 0]
 
     return both
 

@@ -24,6 +24,7 @@ REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(%\w+?)<(\d+)>")
 FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.MULTILINE)
 PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\s+[^,)]*?)?([$\w]+)(\[\d+\])?\s*[,)\n]")
 # Inline assembly whose names are its own.
+SCOPE_IN_A_LINE = re.compile(r"^[ \t]*\{ (\.reg [^;]*;) (.*;) \}$", re.MULTILINE)
 SCOPE = re.compile(r"^[ \t]*\{[ \t]*\n((?:[^{}]|\{[^{}\n]*\})*?)^[ \t]*\}", re.MULTILINE)
 OWN = re.compile(r"^[ \t]*(?:\.reg\s+\.(\w+)\s+([A-Za-z]\w*);|([A-Za-z]\w*):)", re.MULTILINE)
 FUNCTION = re.compile(
@@ -179,7 +180,7 @@ def _apart(body: str) -> str:
             inside = re.sub(rf"(?<![\w.%$]){register or label}\b", name, inside)
         return inside
 
-    return SCOPE.sub(renamed, body)
+    return SCOPE.sub(renamed, SCOPE_IN_A_LINE.sub(r"{\n\t\1\n\t\2\n}", body))
 
 
 def _callees_first(bodies: dict[str, str]) -> list[str]:

@@ -1,0 +1,56 @@
+"""The kernels of attacks, intervals, privacy and members on sm_80 and sm_90, as in ``test_kernels``."""
+
+from __future__ import annotations
+
+import pytest
+import test_boxes as boxes_of
+import test_clip_examples as clipping_of
+import test_divergence as divergence_of
+import test_members as members_of
+import test_perturb as perturb_of
+from cards import card, variant_of
+
+from fusemlp_kernels.contract import UpdateRule
+
+
+@pytest.fixture(params=[(target, precision) for target in ("sm_80", "sm_90") for precision in ("fp32", "bf16")])
+def variant(request):
+    target, precision = request.param
+    with card(target, precision):
+        yield variant_of(target, precision)
+
+
+def test_attacks(variant):
+    perturb_of.test_a_start_and_a_step_are_those_of_the_definition(variant, "2", (0.1, 0.9))
+    perturb_of.test_what_is_carried_is_added_and_moves_by_itself(variant, "inf")
+
+
+def test_intervals(variant):
+    boxes_of.test_a_ball_grows_with_the_updates(variant, 40, "owned", 42, 0.5, True)
+    boxes_of.test_boxes_and_their_gradients_are_those_of_the_definition(variant, (9, 33), "owned", "gelu")
+    boxes_of.test_the_worst_loss_is_that_of_the_definition(variant, 20, "stepped", 42, 0.625)
+    boxes_of.test_gradients_through_magnitudes_have_the_signs_of_the_weights(variant, 37, "owned", True)
+
+
+@pytest.mark.parametrize(("shape", "layout"), [((34, 10), "owned"), ((3, 1100), "stepped")])
+def test_divergence(variant, shape, layout):
+    divergence_of.test_it_is_that_of_the_definition(variant, shape, "mean", 30.0, layout)
+
+
+def test_gradients_of_two_batches(variant):
+    divergence_of.test_gradients_of_two_batches_are_added(variant, 37, 40, 2)
+
+
+def test_privacy(variant):
+    layers = [(300, 41, True, True, (("owned",), "owned")), (13, 300, True, False, (("stepped",), "transposed"))]
+    clipping_of.test_clip_examples.of_case(layers, 13, short=2, by_row=True, share=0.5, variant=variant, seed=3)
+    clipping_of.test_update_adds_noise.of_case(
+        [(13, 17), (300,)], UpdateRule("adam"), 0.5, 7.0, updates=6, counts=(5, 0, 3), parts=1, variant=variant, seed=4
+    )
+
+
+def test_members(variant, monkeypatch):
+    monkeypatch.setattr(members_of, "shapes_of", lambda variant: members_of.SHAPES[1:3])
+    members_of.test_affine_members_and_back(variant, "silu")
+    members_of.test_the_first_factors_take_the_rows_of_a_batch(variant)
+    members_of.test_heads_and_their_gradients(variant)
