@@ -98,7 +98,8 @@ class Module:
         self.name, self.threads = name, threads
         self.functions: dict[str, Function] = {}
         self.labels: dict[str, int] = {}
-        self.tables: dict[str, list[int]] = {}
+        # by function and label: Triton 3.6 begins their numbers anew in each function
+        self.tables: dict[tuple[str, str], list[int]] = {}
         self._statements: list[tuple[Place, Function]] = []
         self._read: dict[int, Instruction] = {}
 
@@ -131,7 +132,8 @@ class Module:
                 self.labels[label] = len(self._statements)
             else:
                 tables[label] = statement
-        self.tables |= {name: [self.labels[target] for target in targets] for name, targets in tables.items()}
+        for name, targets in tables.items():
+            self.tables[function.name, name] = [self.labels[target] for target in targets]
 
 
 def parse(text: str) -> Module:

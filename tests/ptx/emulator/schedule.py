@@ -176,7 +176,7 @@ class Launch:
         if instruction.guard is not None:
             raise NotImplementedError(f"the emulator has no {instruction.place.text!r}")
         if kind == "brx":
-            table = np.array(self.module.tables[str(instruction.operands[1])])
+            table = np.array(self.module.tables[self.module.function(place).name, str(instruction.operands[1])])
             chosen = active.pick(reader(instruction.operands[0], "u32")(self.threads))
             if (chosen >= len(table)).any():
                 raise Problem(f"branch to entry {int(chosen.max())} of a table of {len(table)}")
