@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import worlds
-from cards import CASES, SLICED, main
+from card_ranks import CASES, SLICED, main
 from cases import trained
 
 pytest.importorskip("torch")
