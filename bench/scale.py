@@ -162,7 +162,8 @@ def projection(lines: Sequence[Record]) -> str:
     heads = [f"{link}, {name}" for link in LINKS for name in (ORDERED, FAST)]
     (near, wire), (far, port) = LINKS.values()
     how = (
-        'A projection on paper; fusemlp has not run its collectives on a GPU. A ring: one all-gather for "ordered", one '
+        "A projection on paper; fusemlp has not run its collectives on a GPU. "
+        'A ring: one all-gather for "ordered", one '
         f'all-reduce for "fast", each {BASE * 1e6:.1f} us and {near * 1e6:.1f} us a step within a machine or '
         f"{far * 1e6:.0f} us between machines (NCCL's src/graph/tuning.cc, ring, Simple). Rates in one direction: "
         f"{wire / 1e9:.0f} GB/s (NVLink 4 of an H100 SXM) and {port / 1e9:.0f} GB/s (InfiniBand NDR, 400 Gbit/s), by "
