@@ -17,7 +17,7 @@ from fusemlp.describe.checks import as_count, as_deadline, check_flag
 from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.metrics import Metric
-from fusemlp.describe.network import MLP
+from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.engine import Engine
@@ -108,9 +108,7 @@ class Fleet:
         memory: int | None = None,
         initial: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        if not isinstance(net, MLP):
-            raise ArgumentTypeError(f"net: expected an MLP such as MLP([784, 128, 10]), got {net!r}")
-        net.check_single("net", "a fleet")
+        as_network("net", net).check_single("net", "a fleet")
         base = Candidate({}, net, as_loss(loss), as_optimizer(optimizer), batch_size, seed)
         self._privacy = as_privacy(privacy)
         self.candidates = tuple(

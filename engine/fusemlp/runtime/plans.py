@@ -9,8 +9,9 @@ from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.program.layout import parameter_layout
-from fusemlp.program.lowering import Inputs, lower_training
+from fusemlp.program.lowering import lower_training
 from fusemlp.program.sharding import ORDERED, Sharding
+from fusemlp.program.step import Inputs
 from fusemlp.runtime.backends import TRAITS, availability
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES
 from fusemlp_kernels.contract import MOST_PARTS, Traits, resident_refusal, step_flops

@@ -22,8 +22,8 @@ from fusemlp.describe.privacy import sampling_rate, steps_of_an_epoch
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.inputs.batches import Batches, are_batches
 from fusemlp.inputs.blocks import Blocks
-from fusemlp.program.adversarial import lowered_attack, lowered_intervals
-from fusemlp.program.lowering import Inputs
+from fusemlp.program.adversarial import lowered
+from fusemlp.program.step import Inputs
 from fusemlp.runtime.attacking import check_within
 from fusemlp.runtime.backends import row_order as shuffled
 from fusemlp.training.adversarial import check_adversarial
@@ -320,7 +320,6 @@ def fit_checked(
     if isinstance(against, Free):
         trained = batches * batch_size
         batches, at_once = batches * against.repeats, 1
-    lowered = None if against is None or isinstance(against, IBP) else lowered_attack(against)
     state = resumed_state(engine, epochs, batches, count) if resume else fresh_state(engine, epochs, batches)
     told = None if against is None else against.to_config()
     if not resume:
@@ -398,8 +397,7 @@ def fit_checked(
             batches=batches,
             epochs=at_once,
             resident=resident,
-            attack=lowered,
-            intervals=lowered_intervals(against, begun, state.total_updates) if isinstance(against, IBP) else None,
+            against=None if against is None else lowered(against, begun, state.total_updates),
         )
         if isinstance(against, IBP):
             write_limits(engine, against, made.arrays)
