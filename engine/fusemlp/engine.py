@@ -46,17 +46,8 @@ KERAS = {
 
 # Arguments that from_pretrained hands on to the engine.
 _HANDED_ON = (
-    "batch_size",
-    "seed",
-    "backend",
-    "device",
-    "precision",
-    "plan",
-    "normalise",
-    "distributed",
-    "reduce",
-    "timeout",
-    "shard_optimizer",
+    *("batch_size", "seed", "backend", "device", "precision", "plan", "normalise"),
+    *("distributed", "reduce", "timeout", "shard_optimizer"),
 )
 
 

@@ -55,7 +55,11 @@ def lower(
     ridge: Ridge | None = None,
     against: Attack | Intervals | None = None,
 ) -> Program:
-    """The program of a training step, or with ``resident`` of a loop over steps; with the loss's class weights."""
+    """The program of a training step, or with ``resident`` of a loop over steps; with the loss's class weights.
+
+    With ``keep_gradients`` the last of its calls is ``update`` alone, and the one before it leaves the gradients in the
+    engine's memory. ``ridge``: a penalty beside the loss, for a loop.
+    """
     if engine.class_weight is not None:
         inputs = replace(inputs, class_weighted=True)
     sharding = engine.sharding
@@ -90,17 +94,15 @@ def bind(
     batch_size: int,
     given: Mapping[str, Any],
     *,
-    keep_gradients: bool = False,
     resident_batches: int | None = None,
     epochs: int = 1,
-    ridge: Ridge | None = None,
     against: Attack | Intervals | None = None,
+    **options: Any,
 ) -> BoundProgram:
     """A training step bound to the engine's memory and to the arrays in ``given`` (x, target, weight).
 
-    With ``keep_gradients`` the last of its ``calls`` is ``update`` alone, and the one before it leaves the
-    gradients in the engine's memory. With ``resident_batches`` the steps run in one loop, over rows of ``epochs``
-    epochs of this many batches, or over the data as the batch, with ``ridge`` as a penalty beside the loss.
+    With ``resident_batches`` the steps run in one loop, over rows of ``epochs`` epochs of this many batches, or over
+    the data as the batch. ``options`` are those of ``lower``.
 
     Raises ArgumentError for an optimizer with another state than the one that the engine was made with.
     """
@@ -122,13 +124,7 @@ def bind(
         if epochs > 1:
             epoch_stats = allocate(epochs * STATS, "float64")
             arrays["epoch_stats"] = engine._backend.view(epoch_stats, 0, (epochs, STATS), STATS)
-    program = engine.lower(
-        *(inputs, spec, rule, batch_size),
-        keep_gradients=keep_gradients,
-        resident=resident,
-        ridge=ridge,
-        against=against,
-    )
+    program = engine.lower(inputs, spec, rule, batch_size, resident=resident, against=against, **options)
     if engine.ranks is not None:
         return ShardedProgram(program, engine.memory, engine._workspace, arrays, engine.ranks, plan=engine.plan)
     plan = engine.plan

@@ -90,7 +90,7 @@ def resident_chunk(traits: Traits, flops: int) -> int:
     return max(1, int(LAUNCH_SECONDS / traits.resident.resident_seconds(flops)))
 
 
-def check_ranks(argument: str, traits: Traits) -> None:
+def check_collectives(argument: str, traits: Traits) -> None:
     """Raise BackendUnavailableError for a backend that does not train in several processes."""
     if traits.name == "cupy":
         raise BackendUnavailableError(
@@ -153,7 +153,7 @@ def _sharding(traits: Traits, devices: int | None, reduce: str, shard_optimizer:
         )
     if devices is None:
         return None
-    check_ranks("devices", traits)
+    check_collectives("devices", traits)
     return Sharding(reduce, as_count("devices", devices), shard_optimizer).check()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -15,20 +16,20 @@ from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
 from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.describe.schedules import Schedule
+from fusemlp.describe.summary import bytes_text, layer_lines
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.state import checked_state
 from fusemlp.program.layout import short_names
 from fusemlp.program.program import Program
-from fusemlp.program.sharding import ORDERED
-from fusemlp.runtime import binding, describing, parameters, stepping
+from fusemlp.program.sharding import ORDERED, Sharding
+from fusemlp.runtime import binding, joining, parameters, stepping
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.inference import Inference, InputScale
-from fusemlp.runtime.joining import Joining, open_here
 from fusemlp.runtime.keeping import Keeping
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory, Workspace
 from fusemlp.runtime.plans import ASKED, choose_plan, shared_plan
 from fusemlp.runtime.predicting import Predicting
-from fusemlp.runtime.ranks import TIMEOUT
+from fusemlp.runtime.ranks import TIMEOUT, Ranks
 from fusemlp.runtime.rates import RateTable
 from fusemlp.runtime.spending import Spending
 from fusemlp_kernels.contract import (
@@ -68,7 +69,7 @@ ELSEWHERE = {
 EXAMPLES = {"backend": "auto", "precision": "fp32", "plan": "auto"}
 
 
-class Session(Predicting, Spending, Keeping, Joining):
+class Session(Predicting, Spending, Keeping):
     """A network with its loss and optimizer, bound to memory on a backend: what trains, is saved and predicts.
 
     ``Engine`` is its public face and documents the arguments; fitting, checkpoints, fleets and export work on this.
@@ -87,7 +88,10 @@ class Session(Predicting, Spending, Keeping, Joining):
     evaluated_tensors = parameters.evaluated_tensors
     tensors = parameters.tensors
     write_tensors = parameters.write_tensors
-    summary = describing.summary
+    join = joining.join
+    keep_whole_state = joining.keep_whole_state
+    whole = joining.whole
+    put = joining.put
 
     @knows_names(ELSEWHERE, call="Engine(net, loss='mse', optimizer=Adam(lr=0.001), batch_size=32)")
     def __init__(
@@ -125,6 +129,14 @@ class Session(Predicting, Spending, Keeping, Joining):
         self.join(distributed, reduce, timeout, shard_optimizer)
         self.write_tensors(checked_state(net.parameter_shapes(), net.initial_parameters(self.seed), self._real), "")
 
+    def like(self, **changes: Any) -> Self:
+        """Return a new session with the network, loss, optimizer, batch size, seed and machine of this one, but for
+        ``changes``, arguments of the constructor; it trains alone, and its seed draws its parameters."""
+        given = {"net": self.network}
+        given |= {name: getattr(self, name) for name in ("loss", "optimizer", "batch_size", "seed")}
+        given |= {name: getattr(self, name) for name in ("backend", "device", "precision")}
+        return type(self)(**given | changes)
+
     def description(self) -> dict[str, Any]:
         """Return the arguments of the session, JSON-able; ``start_from`` is its inverse."""
         return {
@@ -159,8 +171,9 @@ class Session(Predicting, Spending, Keeping, Joining):
         if device is not None and not isinstance(device, str):
             raise ArgumentTypeError(f"device: expected a name such as 'cpu', or None for the default, got {device!r}")
         # until it joins others
-        self.ranks = self.sharding = None
-        self._backend = open_here(name, device, self.precision)
+        self.ranks: Ranks | None = None
+        self.sharding: Sharding | None = None
+        self._backend = joining.open_here(name, device, self.precision)
         traits = self._backend.traits
         self.backend = traits.name
         self.device = self._backend.device
@@ -186,11 +199,7 @@ class Session(Predicting, Spending, Keeping, Joining):
         self.stop_training = False
 
     def _use_memory(
-        self,
-        arenas: Mapping[str, Any] | None,
-        schedule: Schedule | None,
-        scale: InputScale | None,
-        rows: int = 0,
+        self, arenas: Mapping[str, Any] | None, schedule: Schedule | None, scale: InputScale | None, rows: int = 0
     ) -> None:
         rule = self.optimizer.rule()
         self._states = rule.states
@@ -309,6 +318,31 @@ class Session(Predicting, Spending, Keeping, Joining):
     def skipped_batches(self) -> int:
         """The number of batches that updated nothing, because their gradients overflowed in fp16."""
         return int(self.memory.counters[SKIPPED])
+
+    def summary(self, print_fn: Callable[[str], object] = print) -> None:
+        """Print the network, its training and the memory that it takes; ``print_fn`` gets the text instead."""
+        net, memory = self.network, self.memory
+        options = self.optimizer.options_for
+        frozen = sum(math.prod(shape) for name, shape in net.parameter_shapes().items() if not options(name)[0])
+        size = memory.layout.size * memory.real_bytes
+        held = {
+            "parameters": size,
+            "optimizer state": sum(len(state) for state in memory.states) * memory.real_bytes,
+            "gradients": size * memory.gradient_parts,
+            "copy of the average": size * bool(memory.evaluated),
+            "16-bit copy": memory.layout.size * (memory.compute_bytes or 0),
+        }
+        lines = layer_lines(net)
+        lines[-1] += f", {frozen:,} of them frozen" if frozen else ""
+        lines += [
+            f"loss {self.loss.kind}, optimizer {self.optimizer.kind} with lr {self.optimizer.lr!r}, batch_size "
+            f"{self.batch_size}, seed {self.seed}",
+            f"{self.precision} on {self.backend} ({self.device}), plan {self.plan}: {self.plan_reason}; "
+            f"{len(self.program.calls)} kernel calls a step",
+            f"memory with padding: {', '.join(f'{name} {bytes_text(count)}' for name, count in held.items() if count)} "
+            f"({bytes_text(sum(held.values()))}); {self.epochs_trained} epochs, {self.update_count} updates trained",
+        ]
+        print_fn("\n".join(lines))
 
     def release(self) -> None:
         """Give back the memory that steps and predictions work in, and on a GPU the data of the last fit; the next
