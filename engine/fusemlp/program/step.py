@@ -1,4 +1,4 @@
-"""What a program is lowered from: the data that it is given, and the step or forward pass that it shall be."""
+"""The data that a program is given, and the step or forward pass that it is lowered from."""
 
 from __future__ import annotations
 
