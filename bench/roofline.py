@@ -53,7 +53,7 @@ class CallPlace:
 
 def bound_step(engine: Engine, case: Case) -> BoundProgram:
     """Return the eager step of an engine, bound to the case's data and rows as in ``fit``."""
-    from fusemlp.program.lowering import Inputs
+    from fusemlp.program.step import Inputs
 
     data = make_data(case)
     backend = engine.memory.backend

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fusemlp import MLP, SGD, Adam, Engine
-from fusemlp.program.lowering import Inputs
+from fusemlp.program.step import Inputs
 from fusemlp_kernels.triton import backend, configs
 from fusemlp_kernels.triton.launch import Device
 

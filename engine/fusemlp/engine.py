@@ -9,7 +9,7 @@ from typing import Any
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.elsewhere import knows_names, names_absent
 from fusemlp.describe.losses import Loss
-from fusemlp.describe.network import MLP
+from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.program.sharding import ORDERED
 from fusemlp.report import onnx
@@ -46,17 +46,8 @@ KERAS = {
 
 # Arguments that from_pretrained hands on to the engine.
 _HANDED_ON = (
-    "batch_size",
-    "seed",
-    "backend",
-    "device",
-    "precision",
-    "plan",
-    "normalise",
-    "distributed",
-    "reduce",
-    "timeout",
-    "shard_optimizer",
+    *("batch_size", "seed", "backend", "device", "precision", "plan", "normalise"),
+    *("distributed", "reduce", "timeout", "shard_optimizer"),
 )
 
 
@@ -177,9 +168,7 @@ def load_checkpoint(
     """
     content = checkpoint.read_content(path)
     found = MLP.from_config(content["config"]["network"])
-    if network is not None and not isinstance(network, MLP):
-        raise ArgumentTypeError(f"network: expected an MLP such as MLP([784, 128, 10]), got {network!r}")
-    if network is not None and network != found:
+    if network is not None and as_network("network", network) != found:
         raise CheckpointError(f"path: {str(path)!r} is of another network: expected {network!r}, it holds {found!r}")
     engine = _restored(content, backend, device)
     engine.join(distributed, reduce, timeout, shard_optimizer)

@@ -8,7 +8,8 @@ from fusemlp import MLP, SGD, Adam, AdamW, CrossEntropy, LeakyReLU, ParameterOpt
 from fusemlp.describe.losses import as_loss
 from fusemlp.describe.optimizers import as_optimizer
 from fusemlp.program.layout import parameter_layout, persistent_places, plan_workspace
-from fusemlp.program.lowering import Inputs, Step, lower, lower_training
+from fusemlp.program.lowering import lower, lower_training
+from fusemlp.program.step import Inputs, Step
 from fusemlp_kernels.contract import ACTIVATIONS, Ridge
 from fusemlp_kernels.registry import TRAITS
 

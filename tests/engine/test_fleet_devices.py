@@ -17,7 +17,7 @@ from commands import run
 
 from fusemlp import MLP, ArgumentError, ArgumentTypeError, Fleet, WorkerError
 from fusemlp.cli import journal
-from fusemlp.fleet import fleet as fleet_module
+from fusemlp.fleet import apart
 from fusemlp.fleet.devices import VARIABLE, trained_on
 from fusemlp.fleet.results import Member
 from fusemlp_kernels import availability
@@ -146,13 +146,17 @@ def test_a_sweep_names_the_cards_and_the_rest_of_one_has_them_too(
         told.append((devices, models))
         yield from task(list(range(models)), *arrays)
 
-    monkeypatch.setattr(fleet_module, "trained_on", here)
+    monkeypatch.setattr(apart, "trained_on", here)
     words = ("sweep", "iris", "--vary", "seed=0:3", "--hidden", "4", "--batch-size", "64", "--epochs", "1")
     words += ("--backend", "triton", "--plan", "eager", "--devices", "cuda:0,cuda:1", "--out", tmp_path / "run")
     with counting(computes=True):
         assert run(*words) == 0
         models = {"vary": {"seed": range(3)}, "backend": "triton", "plan": "eager", "devices": CARDS}
-        Fleet(MLP([3, 4, 2]), **models).part([1, 2]).fit(X, Y, epochs=1)
+        fleet = Fleet(MLP([3, 4, 2]), **models)
+        pair = fleet.part([1, 2]).fit(X, Y, epochs=1)
+        # one model needs no process of its own
+        (alone,) = fleet.part([2]).fit(X, Y, epochs=1).members
+        assert (alone.engine.device, alone.scores) == ("cuda:0", pair.members[1].scores)
         assert told == [(tuple(CARDS), 3), (tuple(CARDS), 2)]
         # a sweep on one card, which is cut off before its last model, goes on with several
         monkeypatch.setattr(journal, "close", lambda run: None)

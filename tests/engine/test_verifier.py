@@ -30,7 +30,7 @@ PROGRAMS = {
     "partly frozen": (NET, training_program(NET, optimizer=PARTLY_FROZEN)),
     "all frozen": (NET, training_program(NET, optimizer=SGD(0.1, per_parameter={"*": FROZEN}))),
     "adam": (NET, training_program(NET, optimizer=Adam())),
-    "against an attack": (NET, training_program(NET, optimizer=MOMENTUM, attack=Attack(2, Perturbation(0.1, 0.1)))),
+    "against an attack": (NET, training_program(NET, optimizer=MOMENTUM, against=Attack(2, Perturbation(0.1, 0.1)))),
     "forward": (NET, inference_program(NET)),
     "forward and loss": (NET, inference_program(NET, "cross_entropy")),
 }

@@ -13,7 +13,7 @@ import kernel_variants
 import numpy as np
 
 from fusemlp import DPSGD, IBP, MLP, PGD, SGD, TRADES, Adam, CrossEntropy, Engine
-from fusemlp.program.lowering import Inputs
+from fusemlp.program.step import Inputs
 from fusemlp.training import adversarial
 from fusemlp_kernels.triton import configs
 

@@ -348,3 +348,10 @@ def _draw(
     # U(-b, b) has the variance b**2 / 3.
     bound = math.sqrt(3.0 * variance)
     return generator.uniform(-bound, bound, shape), np.zeros(fan_out)
+
+
+def as_network(argument: str, value: object) -> MLP:
+    """Return a network; errors call it ``argument``."""
+    if not isinstance(value, MLP):
+        raise ArgumentTypeError(f"{argument}: expected an MLP such as MLP([784, 128, 10]), got {value!r}")
+    return value

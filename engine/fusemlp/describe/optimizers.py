@@ -46,6 +46,8 @@ class ParameterOptions(Description):
     weight_decay: NonNegative | None = None
 
 
+# Of a parameter that no pattern matches.
+NO_OPTIONS = ParameterOptions()
 PerParameter = Mapping[str, ParameterOptions] | Iterable[tuple[str, ParameterOptions]]
 
 
@@ -115,16 +117,18 @@ class Optimizer(Description):
         """Return fields of ``UpdateRule`` that have another name or another value here."""
         return {}
 
+    def own_options(self, name: str) -> ParameterOptions:
+        """Return the options that ``per_parameter`` has for the parameter ``name``."""
+        return next((own for pattern, own in _pairs(self.per_parameter) if fnmatchcase(name, pattern)), NO_OPTIONS)
+
     def options_for(self, name: str) -> tuple[bool, TensorRule]:
         """Return whether the parameter ``name`` is trained, and its own part of the rule."""
-        decays = self.decay_biases or not _is_bias_or_slope(name)
-        weight_decay = self.weight_decay if decays else 0.0
-        for pattern, options in _pairs(self.per_parameter):
-            if fnmatchcase(name, pattern):
-                if options.weight_decay is not None:
-                    weight_decay = options.weight_decay
-                return options.trainable, TensorRule(options.lr_factor, weight_decay)
-        return True, TensorRule(1.0, weight_decay)
+        own, weight_decay = self.own_options(name), self.weight_decay
+        if own.weight_decay is not None:
+            weight_decay = own.weight_decay
+        elif not self.decay_biases and _is_bias_or_slope(name):
+            weight_decay = 0.0
+        return own.trainable, TensorRule(own.lr_factor, weight_decay)
 
     def check_network(self, net: MLP) -> None:
         """Refuse a pattern of ``per_parameter`` that no parameter of ``net`` has; raises ArgumentError."""

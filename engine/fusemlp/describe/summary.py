@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -26,10 +27,7 @@ def layer_lines(net: MLP) -> list[str]:
     """Return a table of the layers and the number of parameters."""
     counts = [0] * net.layers
     for name, shape in net.parameter_shapes().items():
-        size = 1
-        for width in shape:
-            size *= width
-        counts[int(name.partition(".")[0]) // 2] += size
+        counts[int(name.partition(".")[0]) // 2] += math.prod(shape)
     rows: list[Sequence[str]] = [HEADER]
     for layer, activation in enumerate(net.activations):
         inputs, outputs = net.sizes[layer : layer + 2]

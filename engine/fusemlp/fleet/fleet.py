@@ -8,36 +8,33 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from operator import itemgetter
 from typing import Any
-
-import numpy as np
 
 from fusemlp.describe.checks import as_count, as_deadline, check_flag
 from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.metrics import Metric
-from fusemlp.describe.network import MLP
+from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.engine import Engine
-from fusemlp.fleet.devices import as_devices, check_not_given, trained_on
-from fusemlp.fleet.elsewhere import check_workers, trained_elsewhere
+from fusemlp.fleet.apart import trained_apart
+from fusemlp.fleet.devices import as_devices, check_not_given
+from fusemlp.fleet.elsewhere import check_workers
 from fusemlp.fleet.launches import Group, grouped, train_together
 from fusemlp.fleet.memory import Kept, engine_bytes, room
 from fusemlp.fleet.results import Ensemble, FleetResults, Member, scores_of, together
+from fusemlp.fleet.rows import as_rows, held_out
 from fusemlp.fleet.threads import Stop, Training, run_side_by_side
 from fusemlp.fleet.vary import Candidate, Vary, candidate, combinations
-from fusemlp.inputs.arrays import Array, to_array
-from fusemlp.inputs.targets import Examples
-from fusemlp.runtime.backends import cpu_threads, one_thread, open_backend
-from fusemlp.runtime.plans import shares_launches
-from fusemlp.training.fit import ELSEWHERE, check_monitor, checked_validation, fit_checked, logged, with_metrics
+from fusemlp.runtime.backends import cpu_threads, open_backend
+from fusemlp.training.assembling import fit_checked
+from fusemlp.training.fit import ELSEWHERE
 from fusemlp.training.history import History
 from fusemlp.training.loop import EpochLoop, epochs_at_once
 from fusemlp.training.policy import FitPolicy
 from fusemlp.training.private import check_private
-from fusemlp.training.validation import Validation
+from fusemlp.training.validation import Validation, as_patience, check_monitor, checked_validation, logged, with_metrics
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
 
 _log = logging.getLogger("fusemlp")
@@ -108,9 +105,7 @@ class Fleet:
         memory: int | None = None,
         initial: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        if not isinstance(net, MLP):
-            raise ArgumentTypeError(f"net: expected an MLP such as MLP([784, 128, 10]), got {net!r}")
-        net.check_single("net", "a fleet")
+        as_network("net", net).check_single("net", "a fleet")
         base = Candidate({}, net, as_loss(loss), as_optimizer(optimizer), batch_size, seed)
         self._privacy = as_privacy(privacy)
         self.candidates = tuple(
@@ -158,11 +153,12 @@ class Fleet:
         return len(self.candidates)
 
     def part(self, numbers: Sequence[int]) -> Fleet:
-        """Return an untrained fleet of the models of these numbers."""
+        """Return an untrained fleet of the models of these numbers; one alone trains in this process, on the first card
+        of ``devices``."""
         fleet = Fleet.__new__(Fleet)
         fleet.candidates = tuple(self.candidates[number] for number in numbers)
         fleet._initial, fleet._memory = [self._initial[number] for number in numbers], self._memory
-        fleet._privacy, fleet._devices = self._privacy, self._devices
+        fleet._privacy, fleet._devices = self._privacy, self._devices[: len(fleet)] if len(fleet) > 1 else ()
         fleet._begin(self._machine)
         if self._input_scale is not None:
             fleet._input_scale = fleet._built[0].input_scale = self._input_scale
@@ -249,7 +245,6 @@ class Fleet:
         """
         end = as_deadline("time_limit", time_limit)
         epochs = as_count("epochs", epochs, minimum=1)
-        patience = None if early_stopping is None else as_count("early_stopping", early_stopping, minimum=1)
         given_jobs = None if jobs is None else as_count("jobs", jobs, minimum=1)
         if workers is not None:
             check_workers(workers)
@@ -272,38 +267,27 @@ class Fleet:
                     {"drop_last": drop_last},
                     None,
                     validates=validation_data is not None or validation_rows is not None,
-                    stops=patience is not None,
+                    stops=early_stopping is not None,
                     monitors=[monitor],
                 )
         first = self._built[0]
         data = first.examples(X, y, sample_weight)
         count = len(data.X)
-        trained_rows = self._rows("rows", rows, count)
+        trained_rows = as_rows("rows", rows, len(self), count)
         validation = checked_validation(first, validation_data, common=True)
-        validations: list[Validation | None] = [validation] * len(self)
-        if validation_rows is not None:
-            if validation is not None:
-                raise ArgumentError("validation_rows: they take the place of validation_data; give one of the two")
-            validated_on = self._rows("validation_rows", validation_rows, count)
-            # rows of a fold are indexed on the host
-            whole = data.map(first.on_host)
-            # models often have a fold in common
-            folds = {one.tobytes(): one for one in validated_on if one is not None}
-            picked = {key: Validation(whole.map(itemgetter(one)), common=True) for key, one in folds.items()}
-            validations = [None if one is None else picked[one.tobytes()] for one in validated_on]
-        if monitor is not None or metrics:
-            each = {id(one): one for one in validations if one is not None}
-            metrics = metrics if isinstance(metrics, str) else tuple(metrics)
-            different = {key: with_metrics(first, one, metrics, [monitor]) for key, one in each.items()}
-            if not different and metrics:
-                raise ArgumentError(f"metrics: they are of validation rows; give validation_data too, got {metrics!r}")
-            validations = [None if one is None else different[id(one)] for one in validations]
-            check_monitor(monitor, logged(first, data.targets, validations[0]))
-        if patience is not None and validations[0] is None and monitor is None:
-            raise ArgumentError(
-                "early_stopping: it watches val_loss, so validation_data=(Xv, yv) or validation_rows is needed too"
-            )
-        counts = {index: count if one is None else len(one) for index, one in enumerate(trained_rows)}
+        validated_on = as_rows("validation_rows", validation_rows, len(self), count)
+        if validation is not None and validated_on is not None:
+            raise ArgumentError("validation_rows: they take the place of validation_data; give one of the two")
+        validations: Sequence[Validation | None] = [validation] * len(self)
+        if validated_on is not None:
+            validations = held_out(first, data, validated_on)
+        metrics = metrics if isinstance(metrics, str) else tuple(metrics or ())
+        each = {id(one): one for one in validations}
+        measured = {key: with_metrics(first, data.targets, one, metrics, [monitor]) for key, one in each.items()}
+        validations = [measured[id(one)] for one in validations]
+        check_monitor(monitor, logged(first, data.targets, validations[0]))
+        patience = as_patience(early_stopping, validations[0] or monitor, "validation_rows")
+        counts = dict(enumerate([count] * len(self) if trained_rows is None else map(len, trained_rows)))
         for index, one in enumerate(self.candidates):
             # the loss refuses here, before anything has changed
             one.loss.spec(accuracy=False, soft=data.targets.soft)
@@ -316,19 +300,14 @@ class Fleet:
         stops = patience is not None
         most = room(self._memory, self.candidates, first.precision, device=first.device)
         members: dict[int, Member] = {}
-
-        common: dict[str, Any] = {
-            "epochs": epochs,
-            "patience": patience,
-            "monitor": monitor,
-            "drop_last": drop_last,
-        }
+        common: dict[str, Any] = {"epochs": epochs, "monitor": monitor, "drop_last": drop_last}
 
         def fit(index: int, **options: Any) -> EpochLoop[FitPolicy]:
-            held_out, own, now = validations[index], trained_rows[index], time.monotonic()
+            own, now = None if trained_rows is None else trained_rows[index], time.monotonic()
             # those that train at once have their part of the time that is left to all that have not ended
             options["deadline"] = now + (end - now) * peers[index] / (len(self) - len(members))
-            return fit_checked(engines[index], data, validation=held_out, rows=own, **common, **options)
+            options |= {"validation": validations[index], "patience": patience, "taken_in": taken_in}
+            return fit_checked(engines[index], data, rows=own, **common, **options)
 
         def ended(index: int, error: DivergenceError | None) -> None:
             members[index] = self._member(index, engines[index], error, restores=stops)
@@ -337,28 +316,11 @@ class Fleet:
 
         first.warn_of_scale("X", data.X, stacklevel=4)
         if workers is not None or self._devices:
-            given: dict[str, Any] = {
-                "epochs": epochs,
-                "metrics": metrics,
-                "early_stopping": patience,
-                "monitor": monitor,
-                "drop_last": drop_last,
-            }
-            own = None if validation_rows is None else validated_on
-            untrained = self.part(range(len(self)))
-            # its parts build their own, on the backend that they shall have
-            untrained._built, untrained._devices = [], ()
-            task = partial(_train_part, untrained, rows=trained_rows, validation_rows=own, **given)
-            sent = [*_arrays(first, data), *_arrays(first, None if validation is None else validation.data)]
+            common |= {"metrics": metrics, "early_stopping": patience}
+            common |= {"rows": trained_rows, "validation_rows": validated_on}
+            held = None if validation is None else validation.data
             self.results = None
-            if workers is not None:
-                training = trained_elsewhere(len(self), task, sent, workers=workers, jobs=given_jobs)
-            else:
-                # of the process, which sees one
-                untrained._machine["device"] = None
-                together = shares_launches(first.memory.backend.traits)
-                training = trained_on(self._devices, len(self), task, sent, together=together)
-            with closing(training) as trained:
+            with closing(trained_apart(self, data, held, workers=workers, jobs=given_jobs, **common)) as trained:
                 for member in trained:
                     members[member.index] = member
                     if callback is not None:
@@ -371,7 +333,7 @@ class Fleet:
         side_by_side = first.memory.backend.traits.on_host and first.plan == "resident"
         at_once = (given_jobs or cpu_threads()) if side_by_side else 1
         # all models train on the same rows
-        common["taken_in"] = first.take_in(data.X)
+        taken_in = first.take_in(data.X)
         if self._input_scale is None:
             self._input_scale = first.input_scale
             for engine in self._built:
@@ -387,7 +349,7 @@ class Fleet:
                     index: epochs_at_once(engine, epochs, counts[index], asked=stops or validations[index] is not None)
                     for index, engine in engines.items()
                 }
-                arrays = data._replace(X=common["taken_in"]).arrays
+                arrays = data._replace(X=taken_in).arrays
                 train_together(groups, fit, arrays, counts=counts, at_once=epochs_each, ended=ended)
             alone = [index for index in engines if index not in members]
             if alone:
@@ -436,41 +398,8 @@ class Fleet:
         status = "diverged" if error is not None else "stopped" if restores and history.stopped else "trained"
         scores = scores_of(history, restored=restores and error is None)
         one = self.candidates[index]
-        held = self._kept(index, engine) if self._in_parts else engine
+        held = Kept.of(engine, one, self._machine) if self._in_parts else engine
         return Member(index, one.parameters, held, history, status, reason, scores)
-
-    def _kept(self, index: int, engine: Engine) -> Kept:
-        history = engine.history if engine.history is not None else History()
-        return Kept(
-            self.candidates[index],
-            self._machine,
-            engine.state_dict(),
-            history,
-            engine.epochs_trained,
-            engine.privacy_config(),
-        )
-
-    def _rows(self, argument: str, given: Sequence[Any] | None, count: int) -> list[Array | None]:
-        if given is None:
-            return [None] * len(self)
-        lists = list(given)
-        if len(lists) != len(self):
-            raise ArgumentError(
-                f"{argument}: expected a list of rows for each of the {len(self)} models, got {len(lists)}"
-            )
-        checked: list[Array | None] = []
-        for index, one in enumerate(lists):
-            array = to_array(f"{argument}[{index}]", one)
-            if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
-                raise ArgumentError(
-                    f"{argument}[{index}]: expected row numbers (m,), got {np.array2string(array, threshold=8)}"
-                )
-            if array.min() < 0 or array.max() >= count:
-                raise ArgumentError(
-                    f"{argument}[{index}]: expected numbers from 0 to {count - 1}, got {array.min()} to {array.max()}"
-                )
-            checked.append(array.astype(np.int64))
-        return checked
 
     def predict(self, X: Any) -> Ensemble:
         """Return the joint prediction for X (n, K) of the models that did not diverge.
@@ -483,42 +412,6 @@ class Fleet:
         if not left:
             raise DivergenceError(f"loss: all {len(self)} models diverged")
         return together((member.engine for member in left), X)
-
-
-def _train_part(
-    whole: Fleet,
-    numbers: Sequence[int],
-    X: Array,
-    y: Array,
-    weight: Array | None,
-    *validation: Array | None,
-    rows: Sequence[Any],
-    validation_rows: Sequence[Any] | None,
-    **options: Any,
-) -> list[Member]:
-    """Train the models of some numbers on one core, or on the default card; without numbers try the latter."""
-    fleet, every = whole.part(numbers or [0]), np.arange(len(X))
-    if not numbers:
-        return []
-    options["rows"] = [every if rows[number] is None else rows[number] for number in numbers]
-    if validation_rows is not None:
-        options["validation_rows"] = [validation_rows[number] for number in numbers]
-    elif validation[0] is not None:
-        options["validation_data"] = validation
-    with one_thread():
-        found = fleet.fit(X, y, sample_weight=weight, jobs=1, **options).members
-    return [
-        replace(one, index=number, held=one.held if isinstance(one.held, Kept) else fleet._kept(place, one.held))
-        for place, (number, one) in enumerate(zip(numbers, found, strict=True))
-    ]
-
-
-def _arrays(engine: Engine, data: Examples | None) -> tuple[Array | None, Array | None, Array | None]:
-    """Return X, y and weight on the host."""
-    if data is None:
-        return None, None, None
-    X, targets, weight = data.map(engine.on_host)
-    return X, targets.values, weight
 
 
 def _of_member(privacy: DPSGD | None, index: int) -> DPSGD | None:

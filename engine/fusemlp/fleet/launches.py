@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from fusemlp.callbacks import deferred_interrupt
 from fusemlp.inputs.arrays import Array
 from fusemlp.program.layout import ALIGNMENT_BYTES, placement
-from fusemlp.program.lowering import Inputs
 from fusemlp.program.program import Program, resolve
+from fusemlp.program.step import Inputs
 from fusemlp.runtime.bound import walk_rows
 from fusemlp.runtime.memory import Memory, new_arenas, on_device
 from fusemlp.runtime.plans import choose_plan, resident_chunk, shares_launches

@@ -33,6 +33,13 @@ class Kept:
     epochs_trained: int
     privacy: dict[str, Any] | None = None
 
+    @classmethod
+    def of(cls, engine: Engine, candidate: Candidate, machine: Mapping[str, Any]) -> Kept:
+        """Return what is kept of an engine."""
+        history = engine.history if engine.history is not None else History()
+        parameters, spent = engine.state_dict(), engine.privacy_config()
+        return cls(candidate, machine, parameters, history, engine.epochs_trained, spent)
+
     def engine(self) -> Engine:
         """Return a new engine with these parameters; its optimizer starts afresh."""
         engine = self.candidate.engine(self.machine)

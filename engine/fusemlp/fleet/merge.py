@@ -123,22 +123,9 @@ def _member(engine: Engine, place: int) -> Engine:
 
 def _like(first: Engine, widths: Sequence[int], *, normalise: bool | None) -> Engine:
     """Return an untrained engine of these widths without dropout, in all else as ``first``."""
-    return Engine(
-        MLP(
-            widths,
-            activation=first.network.activations[:-1],
-            output_activation=first.network.activations[-1],
-            init=first.network.init,
-        ),
-        loss=first.loss,
-        optimizer=first.optimizer,
-        batch_size=first.batch_size,
-        seed=first.seed,
-        backend=first.backend,
-        device=first.device,
-        precision=first.precision,
-        normalise=normalise,
-    )
+    *hidden, output = first.network.activations
+    net = MLP(widths, activation=hidden, output_activation=output, init=first.network.init)
+    return first.like(net=net, normalise=normalise)
 
 
 def _of_raw_inputs(engine: Engine) -> dict[str, Array]:

@@ -14,7 +14,7 @@ from fusemlp.program.program import Ref
 from fusemlp_kernels.contract import LossSpec, Perturbation, Ramp
 
 if TYPE_CHECKING:
-    from fusemlp.program.lowering import Builder
+    from fusemlp.program.builder import Builder
 
 
 class Attack(NamedTuple):
@@ -31,12 +31,6 @@ class Attack(NamedTuple):
     beta: float | None = None
 
 
-def lowered_attack(against: AttackOfInputs | Hardening) -> Attack:
-    """Return what a step is told of an attack, or of a training against one."""
-    beta = against.beta if isinstance(against, TRADES) else None
-    return Attack(against.plain.steps, against.plain.perturbation(), isinstance(against, Free), beta)
-
-
 class Intervals(NamedTuple):
     """Training with intervals of the inputs; ``bounded``: the inputs have a least and a greatest value."""
 
@@ -44,10 +38,13 @@ class Intervals(NamedTuple):
     bounded: bool
 
 
-def lowered_intervals(ibp: IBP, first: int, last: int) -> Intervals:
-    """Return what a step is told of an IBP whose fit began at update ``first`` and ends before ``last``."""
-    ramp = Ramp(ibp.eps, ibp.kappa, ibp.warmup, ibp.ramp, first, max(1, last - first))
-    return Intervals(ramp, ibp.bounds is not None)
+def lowered(against: AttackOfInputs | Hardening | IBP, first: int, last: int) -> Attack | Intervals:
+    """Return what a step is told of a training against attacks that began at update ``first``, ends before ``last``."""
+    if isinstance(against, IBP):
+        ramp = Ramp(against.eps, against.kappa, against.warmup, against.ramp, first, max(1, last - first))
+        return Intervals(ramp, against.bounds is not None)
+    beta = against.beta if isinstance(against, TRADES) else None
+    return Attack(against.plain.steps, against.plain.perturbation(), isinstance(against, Free), beta)
 
 
 def attack(build: Builder, attack: Attack) -> None:

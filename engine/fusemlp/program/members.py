@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fusemlp.program.program import Ref
 
 if TYPE_CHECKING:
-    from fusemlp.program.lowering import Builder
+    from fusemlp.program.builder import Builder
 
 
 def _mixed(build: Builder, layer: int) -> Any:

@@ -10,7 +10,8 @@ import numpy as np
 from fusemlp.describe.network import MLP
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.targets import Examples
-from fusemlp.program.lowering import Inputs, Step, lower
+from fusemlp.program.lowering import lower
+from fusemlp.program.step import Inputs, Step
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.memory import Memory, Workspace, on_device
 from fusemlp_kernels.contract import CORRECT, COUNTERS, LOSS_SUM, NORM_SUM, ROW_COUNT, SCORED, STATS, Backend, LossSpec

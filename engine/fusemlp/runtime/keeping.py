@@ -123,13 +123,17 @@ class Keeping:
             )
         self.memory.arrays[CARRIED] = flat
 
+    def named(self, flat: Any) -> dict[str, Array]:
+        """Copies of the tensors in a flat array like that of the parameters, by name."""
+        views = self.memory.layout.views(self._backend, flat)
+        return {name: self._backend.to_host(views[short]) for short, name in self._names.items()}
+
     @property
     def best_parameters(self) -> dict[str, Array] | None:
         """Copies of the weights of the best epoch, by name, where early stopping keeps them; else None."""
         if self._best is None or isinstance(self._best, dict):
             return self._best
-        views = self.memory.layout.views(self._backend, self._best)
-        return {name: self._backend.to_host(views[short]) for short, name in self._names.items()}
+        return self.named(self._best)
 
     @best_parameters.setter
     def best_parameters(self, tensors: dict[str, Array] | None) -> None:

@@ -9,8 +9,9 @@ from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.program.layout import parameter_layout
-from fusemlp.program.lowering import Inputs, lower_training
+from fusemlp.program.lowering import lower_training
 from fusemlp.program.sharding import ORDERED, Sharding
+from fusemlp.program.step import Inputs
 from fusemlp.runtime.backends import TRAITS, availability
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES
 from fusemlp_kernels.contract import MOST_PARTS, Traits, resident_refusal, step_flops
@@ -89,7 +90,7 @@ def resident_chunk(traits: Traits, flops: int) -> int:
     return max(1, int(LAUNCH_SECONDS / traits.resident.resident_seconds(flops)))
 
 
-def check_ranks(argument: str, traits: Traits) -> None:
+def check_collectives(argument: str, traits: Traits) -> None:
     """Raise BackendUnavailableError for a backend that does not train in several processes."""
     if traits.name == "cupy":
         raise BackendUnavailableError(
@@ -152,7 +153,7 @@ def _sharding(traits: Traits, devices: int | None, reduce: str, shard_optimizer:
         )
     if devices is None:
         return None
-    check_ranks("devices", traits)
+    check_collectives("devices", traits)
     return Sharding(reduce, as_count("devices", devices), shard_optimizer).check()
 
 

@@ -4,73 +4,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from fusemlp._version import __version__
-from fusemlp.describe.adversarial import as_attack
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.elsewhere import knows_names
-from fusemlp.describe.hardening import Hardening
-from fusemlp.describe.intervals import IBP
 from fusemlp.describe.losses import Loss, as_loss, loss_from_config
-from fusemlp.describe.network import MLP
+from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
 from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.describe.schedules import Schedule
 from fusemlp.describe.summary import bytes_text, layer_lines
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.state import checked_state
-from fusemlp.program.adversarial import Attack, Intervals, lowered_attack, lowered_intervals
 from fusemlp.program.layout import short_names
-from fusemlp.program.lowering import Inputs, lower_training
 from fusemlp.program.program import Program
-from fusemlp.program.sharding import ORDERED
+from fusemlp.program.sharding import ORDERED, Sharding
+from fusemlp.runtime import binding, joining, parameters, stepping
 from fusemlp.runtime.bound import BoundProgram
-from fusemlp.runtime.inference import MEAN, SCALE, Inference, InputScale, member_rows
-from fusemlp.runtime.joining import Joining, open_here
+from fusemlp.runtime.inference import Inference, InputScale
 from fusemlp.runtime.keeping import Keeping
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory, Workspace
 from fusemlp.runtime.plans import ASKED, choose_plan, shared_plan
 from fusemlp.runtime.predicting import Predicting
-from fusemlp.runtime.ranks import TIMEOUT
+from fusemlp.runtime.ranks import TIMEOUT, Ranks
 from fusemlp.runtime.rates import RateTable
-from fusemlp.runtime.sharded import ShardedProgram
 from fusemlp.runtime.spending import Spending
 from fusemlp_kernels.contract import (
     FIRST_LOSS_SCALE,
-    LAST_LOSS,
     LEARNING_RATE,
     LOSS_SCALE,
     RATE_SCALE,
-    ROW_COUNT,
-    ROW_OFFSET,
-    ROW_STEP,
     SKIPPED,
-    SKIPPED_IN_A_ROW,
-    SKIPPED_LIMIT,
-    STATS,
     UPDATE_COUNT,
-    LossSpec,
-    Ridge,
     UpdateRule,
     batch_parts,
 )
-from fusemlp_kernels.errors import (
-    ArgumentError,
-    ArgumentTypeError,
-    DivergenceError,
-    ShapeError,
-)
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 if TYPE_CHECKING:
     from fusemlp.training.history import FitState, History
 
 
-# Steps between two checks of the loss scaling in ``step``: a check waits for the device.
-SCALING_CHECKS = 32
 _TO_OPTIMIZER = "it belongs to the optimizer: Engine(net, optimizer=Adam(lr=0.001))"
 _TO_FIT = "it belongs to fit: engine.fit(X, y, epochs=20)"
 # Arguments of the constructor in other libraries.
@@ -92,16 +69,29 @@ ELSEWHERE = {
 EXAMPLES = {"backend": "auto", "precision": "fp32", "plan": "auto"}
 
 
-def arena_of(suffix: str, prefix: str) -> str:
-    """Return the name of the flat array that holds the tensors with these ends of their names."""
-    return suffix.removeprefix(".") or ("grads" if prefix else "params")
-
-
-class Session(Predicting, Spending, Keeping, Joining):
+class Session(Predicting, Spending, Keeping):
     """A network with its loss and optimizer, bound to memory on a backend: what trains, is saved and predicts.
 
     ``Engine`` is its public face and documents the arguments; fitting, checkpoints, fleets and export work on this.
     """
+
+    program_against = binding.program_against
+    lower = binding.lower
+    bind = binding.bind
+    bind_fit = binding.bind_fit
+    bind_staged = binding.bind_staged
+    step = stepping.step
+    run_staged = stepping.run_staged
+    check_scaling = stepping.check_scaling
+    state_dict = parameters.state_dict
+    load_state_dict = parameters.load_state_dict
+    evaluated_tensors = parameters.evaluated_tensors
+    tensors = parameters.tensors
+    write_tensors = parameters.write_tensors
+    join = joining.join
+    keep_whole_state = joining.keep_whole_state
+    whole = joining.whole
+    put = joining.put
 
     @knows_names(ELSEWHERE, call="Engine(net, loss='mse', optimizer=Adam(lr=0.001), batch_size=32)")
     def __init__(
@@ -122,9 +112,7 @@ class Session(Predicting, Spending, Keeping, Joining):
         timeout: float = TIMEOUT,
         shard_optimizer: bool = False,
     ) -> None:
-        if not isinstance(net, MLP):
-            raise ArgumentTypeError(f"net: expected an MLP such as MLP([784, 128, 10]), got {net!r}")
-        self.network = net
+        self.network = as_network("net", net)
         self.loss = as_loss(loss)
         self.optimizer = as_optimizer(optimizer)
         self.batch_size = as_count("batch_size", batch_size, minimum=1)
@@ -140,6 +128,14 @@ class Session(Predicting, Spending, Keeping, Joining):
         self.start_normalising(normalise)
         self.join(distributed, reduce, timeout, shard_optimizer)
         self.write_tensors(checked_state(net.parameter_shapes(), net.initial_parameters(self.seed), self._real), "")
+
+    def like(self, **changes: Any) -> Self:
+        """Return a new session with the network, loss, optimizer, batch size, seed and machine of this one, but for
+        ``changes``, arguments of the constructor; it trains alone, and its seed draws its parameters."""
+        given = {"net": self.network}
+        given |= {name: getattr(self, name) for name in ("loss", "optimizer", "batch_size", "seed")}
+        given |= {name: getattr(self, name) for name in ("backend", "device", "precision")}
+        return type(self)(**given | changes)
 
     def description(self) -> dict[str, Any]:
         """Return the arguments of the session, JSON-able; ``start_from`` is its inverse."""
@@ -175,8 +171,9 @@ class Session(Predicting, Spending, Keeping, Joining):
         if device is not None and not isinstance(device, str):
             raise ArgumentTypeError(f"device: expected a name such as 'cpu', or None for the default, got {device!r}")
         # until it joins others
-        self.ranks = self.sharding = None
-        self._backend = open_here(name, device, self.precision)
+        self.ranks: Ranks | None = None
+        self.sharding: Sharding | None = None
+        self._backend = joining.open_here(name, device, self.precision)
         traits = self._backend.traits
         self.backend = traits.name
         self.device = self._backend.device
@@ -202,11 +199,7 @@ class Session(Predicting, Spending, Keeping, Joining):
         self.stop_training = False
 
     def _use_memory(
-        self,
-        arenas: Mapping[str, Any] | None,
-        schedule: Schedule | None,
-        scale: InputScale | None,
-        rows: int = 0,
+        self, arenas: Mapping[str, Any] | None, schedule: Schedule | None, scale: InputScale | None, rows: int = 0
     ) -> None:
         rule = self.optimizer.rule()
         self._states = rule.states
@@ -273,155 +266,7 @@ class Session(Predicting, Spending, Keeping, Joining):
     @property
     def program(self) -> Program:
         """The kernel calls of a training step in ``fit``, as data; printing it shows a table."""
-        return self._program(None, resident=self.plan == "resident")
-
-    def program_against(self, adversarial: Any) -> Program:
-        """Return ``program`` for ``fit(adversarial=...)``: the calls of the attack come first."""
-        resident = self.plan == "resident" and self._backend.traits.on_host
-        if isinstance(adversarial, IBP):
-            return self._program(None, resident=resident, intervals=lowered_intervals(adversarial, 0, 1))
-        if not isinstance(adversarial, Hardening):
-            adversarial = as_attack("adversarial", adversarial)
-        return self._program(lowered_attack(adversarial), resident=resident)
-
-    def _program(self, attack: Attack | None, *, resident: bool, intervals: Intervals | None = None) -> Program:
-        return self.lower(
-            Inputs(self.batch_size, indexed=True),
-            self.loss.spec(accuracy=self.loss.is_classification),
-            self.optimizer.rule(),
-            self.batch_size,
-            resident=resident,
-            attack=attack,
-            intervals=intervals,
-        )
-
-    def lower(
-        self,
-        inputs: Inputs,
-        spec: LossSpec,
-        rule: UpdateRule,
-        batch_size: int,
-        *,
-        keep_gradients: bool = False,
-        resident: bool = False,
-        ridge: Ridge | None = None,
-        attack: Attack | None = None,
-        intervals: Intervals | None = None,
-    ) -> Program:
-        """The program of a training step, or with ``resident`` of a loop over steps; with the loss's class weights."""
-        if self.class_weight is not None:
-            inputs = replace(inputs, class_weighted=True)
-        sharding = self.sharding
-        return lower_training(
-            self.network,
-            spec,
-            rule,
-            self.optimizer.options_for,
-            batch_size if sharding is None else sharding.rows(batch_size),
-            self._backend.traits,
-            self.memory.layout,
-            inputs,
-            seed=self.seed,
-            real_bytes=self.memory.real_bytes,
-            compute_bytes=self.memory.compute_bytes,
-            scaled=self._scaled,
-            most_parts=self.memory.gradient_parts,
-            keep_gradients=keep_gradients,
-            resident=resident,
-            ridge=ridge,
-            privacy=self.lowered_privacy(),
-            attack=attack,
-            sharding=sharding,
-            intervals=intervals,
-        )
-
-    def bind(
-        self,
-        inputs: Inputs,
-        spec: LossSpec,
-        rule: UpdateRule,
-        batch_size: int,
-        given: Mapping[str, Any],
-        *,
-        keep_gradients: bool = False,
-        resident_batches: int | None = None,
-        epochs: int = 1,
-        ridge: Ridge | None = None,
-        attack: Attack | None = None,
-        intervals: Intervals | None = None,
-    ) -> BoundProgram:
-        """A training step bound to the engine's memory and to the arrays in ``given`` (x, target, weight).
-
-        With ``keep_gradients`` the last of its ``calls`` is ``update`` alone, and the one before it leaves the
-        gradients in the engine's memory. With ``resident_batches`` the steps run in one loop, over rows of ``epochs``
-        epochs of this many batches, or over the data as the batch, with ``ridge`` as a penalty beside the loss.
-
-        Raises ArgumentError for an optimizer with another state than the one that the engine was made with.
-        """
-        if rule.states != self._states:
-            kept = [", ".join(states) or "no state" for states in (rule.states, self._states)]
-            raise ArgumentError(
-                f"optimizer: it keeps {kept[0]}, and the engine was made for one that keeps {kept[1]}; make a new "
-                "engine, and give it the weights by load_state_dict"
-            )
-        self._take_rule(rule)
-        arrays = dict(given)
-        if self.class_weight is not None:
-            arrays["class_weight"] = self.class_weight
-        resident = resident_batches is not None
-        if resident_batches is not None:
-            allocate = self._backend.allocate
-            if inputs.indexed and "rows" not in arrays:
-                arrays["rows"] = allocate(epochs * resident_batches * batch_size * self.network.members, "int64")
-            if epochs > 1:
-                epoch_stats = allocate(epochs * STATS, "float64")
-                arrays["epoch_stats"] = self._backend.view(epoch_stats, 0, (epochs, STATS), STATS)
-        program = self.lower(
-            *(inputs, spec, rule, batch_size),
-            keep_gradients=keep_gradients,
-            resident=resident,
-            ridge=ridge,
-            attack=attack,
-            intervals=intervals,
-        )
-        if self.ranks is not None:
-            return ShardedProgram(program, self.memory, self._workspace, arrays, self.ranks, plan=self.plan)
-        plan = self.plan
-        if (attack is not None or intervals is not None) and plan == "resident" and not resident:
-            # a step against attacks is many launches
-            plan = self._backend.traits.plans[-2]
-        return BoundProgram(program, self.memory, self._workspace, arrays, plan=plan)
-
-    def bind_fit(
-        self,
-        inputs: Inputs,
-        spec: LossSpec,
-        rule: UpdateRule,
-        batch_size: int,
-        data: Mapping[str, Any],
-        *,
-        batches: int,
-        epochs: int,
-        resident: bool,
-        attack: Attack | None = None,
-        intervals: Intervals | None = None,
-    ) -> BoundProgram:
-        """The steps of a fit on ``data``, with room for the rows of ``epochs`` epochs of ``batches`` batches."""
-
-        def bound(there: Mapping[str, Any]) -> BoundProgram:
-            rows = self._backend.allocate(epochs * batches * batch_size * self.network.members, "int64")
-            return self.bind(
-                *(inputs, spec, rule, batch_size, {**there, "rows": rows}),
-                resident_batches=batches if resident else None,
-                epochs=epochs,
-                attack=attack,
-                intervals=intervals,
-            )
-
-        self._take_rule(rule)
-        told = (inputs, spec, rule, batch_size, batches, epochs, resident, attack, intervals)
-        key = (told, self.optimizer, self.seed, self.lowered_privacy())
-        return self.bound_again(key, data, bound)
+        return binding.program_of_fit(self, resident=self.plan == "resident")
 
     def _take_rule(self, rule: UpdateRule) -> None:
         if rule != self.rates.rule:
@@ -469,114 +314,16 @@ class Session(Predicting, Spending, Keeping, Joining):
         """The number of updates applied so far."""
         return int(self.memory.counters[UPDATE_COUNT])
 
-    def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
-        """One update from 1 to ``batch_size`` rows: x (m, K), y as in ``fit``, sample_weight (m,).
-
-        Arrays on the device are read in place; checking their labels waits for it (``fit`` checks them once).
-
-        Returns the loss before the update as a 0-d array of its own (on a GPU a torch tensor); reading it is what
-        waits for the device.
-        Raises ShapeError, DTypeError or DataError, before anything has changed; ArgumentError if the inputs shall be
-        normalised and have not been measured.
-        """
-        if self.privacy is not None:
-            raise ArgumentError("step: a private engine draws the rows of each step at random from all; use fit")
-        if self.ranks is not None:
-            raise ArgumentError("step: a distributed engine trains in fit, which splits the rows; use fit")
-        x = self.features("x", x, check_finite=False)
-        count = len(x)
-        if count > self.batch_size:
-            raise ShapeError(
-                f"x: expected 1 to {self.batch_size} rows (batch_size), got {count}; "
-                "make the engine with a larger batch_size, or use fit"
-            )
-        targets = self.targets("y", y, rows=count)
-        weight = self.weights("sample_weight", sample_weight, rows=count)
-        if self._stepping is None or self._stepping[0] is not self.optimizer:
-            self._stepping = self.optimizer, self.optimizer.schedule.over(None)
-            self._staged.clear()
-        if not self._staged and not self.epochs_trained:
-            self.check_measured()
-            self.warn_of_scale("x", x, stacklevel=3)
-        bound = self._staged_program(targets.soft, weight is not None)
-        try:
-            self.rates.cover(self._stepping[1], 1)
-            self.run_staged(bound, self.normalised(x), targets.values, weight)
-        except BaseException:
-            # Ctrl-C too: only the device knows whether there was an update
-            self.rates.forget()
-            raise
-        if self._scaled:
-            self._unchecked_steps += 1
-            if self._unchecked_steps == SCALING_CHECKS:
-                # waits for the device
-                self.check_scaling(self.memory.counters, self.memory.hyper)
-        return self._backend.scalar(bound.arrays["stats"], LAST_LOSS)
-
-    def run_staged(self, bound: BoundProgram, x: Any, target: Any, weight: Any | None) -> None:
-        """Copy checked rows into a program that has a batch of its own, as many as it holds or fewer, and run it."""
-        copy, arrays, count = self._backend.copy_into, bound.arrays, len(x)
-        short, counters = count < len(arrays["x"]), arrays["counters"]
-        counters[ROW_STEP], counters[ROW_COUNT] = 0, count * self.network.members
-        for name, array in (("x", x), ("target", target), ("weight", weight)):
-            if array is not None:
-                copy(arrays[name][:count], array)
-                if short:
-                    arrays[name][count:] = 0
-        if "rows" not in arrays:
-            bound.run()
-            return
-        # rows that a fit walks through: it goes on where it was
-        before = counters[ROW_OFFSET] + 0
-        counters[ROW_OFFSET] = 0
-        try:
-            bound.run()
-        finally:
-            counters[ROW_OFFSET] = before
-
-    def check_scaling(self, counters: Any, hyper: Any) -> None:
-        """Raise DivergenceError if the gradients overflow at every loss scale, by these counters and hyper."""
-        self._unchecked_steps = 0
-        skipped = int(counters[SKIPPED_IN_A_ROW])
-        if skipped >= SKIPPED_LIMIT:
-            raise DivergenceError(
-                f"loss: the gradients overflowed in {skipped} batches in a row, down to a loss scale of "
-                f"{float(hyper[LOSS_SCALE]):.3g}; lower the learning rate, scale the features, or use "
-                "precision='bf16' or 'fp32'"
-            )
-
     @property
     def skipped_batches(self) -> int:
         """The number of batches that updated nothing, because their gradients overflowed in fp16."""
         return int(self.memory.counters[SKIPPED])
 
-    def _staged_program(self, soft: bool, weighted: bool) -> BoundProgram:
-        key = (soft, weighted)
-        if key not in self._staged:
-            spec = self.loss.spec(accuracy=False, soft=soft)
-            self._staged[key] = self.bind_staged(self.batch_size, spec, weighted=weighted)
-        return self._staged[key]
-
-    def bind_staged(self, rows: int, spec: LossSpec, *, weighted: bool) -> BoundProgram:
-        """Return a training step with a batch of its own, up to ``rows`` rows, for ``run_staged``."""
-        # on a GPU the resident kernel is for many steps
-        batches = 1 if self.plan == "resident" and self._backend.traits.on_host else None
-        members, given = self.network.members, dict[str, Any]()
-        # a rank picks the rows of its shards
-        picks = members > 1 or self.ranks is not None
-        if picks:
-            given["rows"] = member_rows(self._backend, rows, members)
-        inputs = Inputs(rows, indexed=picks, weighted=weighted)
-        return self.bind(inputs, spec, self.optimizer.rule(), rows, given, resident_batches=batches)
-
     def summary(self, print_fn: Callable[[str], object] = print) -> None:
         """Print the network, its training and the memory that it takes; ``print_fn`` gets the text instead."""
         net, memory = self.network, self.memory
-        frozen = sum(
-            math.prod(shape)
-            for name, shape in net.parameter_shapes().items()
-            if not self.optimizer.options_for(name)[0]
-        )
+        options = self.optimizer.options_for
+        frozen = sum(math.prod(shape) for name, shape in net.parameter_shapes().items() if not options(name)[0])
         size = memory.layout.size * memory.real_bytes
         held = {
             "parameters": size,
@@ -596,62 +343,6 @@ class Session(Predicting, Spending, Keeping, Joining):
             f"({bytes_text(sum(held.values()))}); {self.epochs_trained} epochs, {self.update_count} updates trained",
         ]
         print_fn("\n".join(lines))
-
-    def state_dict(self) -> dict[str, Array]:
-        """Copies of the parameters, by the names that torch gives them in the plain ``nn.Sequential``.
-
-        With the optimizer's ``ema`` they are the averages that ``predict`` uses.
-        With normalised inputs there are ``normalise.mean`` and ``normalise.scale`` (K,) too: the first layer takes
-        (x - mean) / scale.
-        """
-        return {**self.evaluated_tensors(), **self.scale_tensors}
-
-    def evaluated_tensors(self) -> dict[str, Array]:
-        """Copies of what predictions use: the parameters, or their averages."""
-        return self.tensors(self.memory.evaluated)
-
-    def tensors(self, suffix: str, prefix: str = "", *, everywhere: bool = True) -> dict[str, Array]:
-        """Copies of one array per parameter: the parameters (""), or another arena's (".state0"; prefix "d"). Of an
-        arena of which ranks have slices there are none without ``everywhere``, but on rank 0."""
-        arena = arena_of(suffix, prefix)
-        flat = self.whole(arena, everywhere=everywhere)
-        if flat is None:
-            return {}
-        views = self.memory.layout.views(self._backend, flat)
-        return {name: self._backend.to_host(views[short]) for short, name in self._names.items()}
-
-    def write_tensors(self, tensors: Mapping[str, Array], suffix: str, prefix: str = "") -> None:
-        """The inverse of ``tensors``; the padding around them becomes zero again, whatever a lost step left there.
-
-        An average of the parameters begins anew with them.
-        """
-        if not suffix and not prefix and self.memory.evaluated:
-            self.write_tensors(tensors, self.memory.evaluated)
-        arena, memory = arena_of(suffix, prefix), self.memory
-        sliced = arena in memory.sliced
-        flat = self._backend.allocate(memory.layout.size, "real") if sliced else memory.arrays[arena]
-        flat[:] = 0.0
-        views = memory.layout.views(self._backend, flat)
-        for short, name in self._names.items():
-            self._backend.copy_into(views[short], tensors[name])
-        if sliced:
-            self.put(arena, flat)
-        if not prefix and not suffix:
-            self.memory.refresh_shadow()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Set the parameters from array-likes with exactly the keys and shapes of ``state_dict``, or change nothing.
-
-        The statistics of normalised inputs are among the keys once they are measured, and may be before.
-
-        Raises ArgumentError for keys, ShapeError, DTypeError or DataError for values.
-        """
-        shapes = self.network.parameter_shapes()
-        if self.normalise and (self.input_scale is not None or (isinstance(state, Mapping) and MEAN in state)):
-            shapes |= dict.fromkeys((MEAN, SCALE), (self.network.sizes[0],))
-        arrays = checked_state(shapes, state, self._real)
-        self.take_scale({name: arrays.pop(name) for name in (MEAN, SCALE) if name in arrays})
-        self.write_tensors(arrays, "")
 
     def release(self) -> None:
         """Give back the memory that steps and predictions work in, and on a GPU the data of the last fit; the next

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from fusemlp.describe.privacy import DPSGD, Accountant, Spent, joined, usual_delta
-from fusemlp.program.lowering import Privacy
+from fusemlp.program.step import Privacy
 from fusemlp_kernels.contract import Noise
 from fusemlp_kernels.errors import ArgumentError
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from fusemlp.fleet.launches import GROUP_ROWS, Group, run_together, signature
 from fusemlp.fleet.threads import LaunchThreads, Training
-from fusemlp.program.lowering import Inputs
+from fusemlp.program.step import Inputs
 from fusemlp.runtime.plans import choose_plan
 from fusemlp.sklearn.batches import ResidentBatches
 from fusemlp.sklearn.settings import STOCHASTIC

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp.inputs.targets import Examples, Targets
-from fusemlp.program.lowering import Inputs
+from fusemlp.program.step import Inputs
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.inference import Evaluation, Inference
 from fusemlp.runtime.memory import Memory

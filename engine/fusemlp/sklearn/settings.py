@@ -20,7 +20,7 @@ from fusemlp.describe.network import MLP, Activation, as_activation
 from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer
 from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
-from fusemlp.program.adversarial import lowered_attack, lowered_intervals
+from fusemlp.program.adversarial import lowered
 from fusemlp.runtime.attacking import check_within
 from fusemlp.runtime.backends import first_available
 from fusemlp.training.adversarial import check_adversarial
@@ -197,9 +197,7 @@ def step_against(estimator: Any, engine: Engine, rows: Any, updates: int) -> dic
         raise ArgumentError(f"adversarial: {type(how).__name__} takes more than two classes; use PGD or FGSM")
     check_adversarial(engine, how)
     check_within(engine, "X", rows, how)
-    if isinstance(how, IBP):
-        return {"intervals": lowered_intervals(how, 0, updates)}
-    return {"attack": lowered_attack(how)}
+    return {"against": lowered(how, 0, updates)}
 
 
 def rows_of_a_batch(batch_size: Any, n: int) -> int:

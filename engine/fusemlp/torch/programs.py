@@ -17,8 +17,9 @@ from torch import Tensor
 from fusemlp.describe.losses import Loss
 from fusemlp.inputs.arrays import as_class_labels
 from fusemlp.program.layout import short_names
-from fusemlp.program.lowering import Inputs, lower_training
+from fusemlp.program.lowering import lower_training
 from fusemlp.program.program import Program, resolve
+from fusemlp.program.step import Inputs
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.memory import Memory, Workspace
 from fusemlp.torch.batches import check_shapes, check_tensors

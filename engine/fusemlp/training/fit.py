@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,34 +11,27 @@ import numpy as np
 
 from fusemlp.callbacks import ProgressBar, announce, checked_callbacks, exits
 from fusemlp.describe.adversarial import Attack
-from fusemlp.describe.checks import as_count, as_deadline, as_number, check_choice, check_flag
+from fusemlp.describe.checks import as_count, as_deadline, as_number, check_flag
 from fusemlp.describe.elsewhere import knows_names
-from fusemlp.describe.hardening import Free, Hardening
+from fusemlp.describe.hardening import Hardening
 from fusemlp.describe.intervals import IBP
-from fusemlp.describe.metrics import METRICS, Metric, as_metrics
-from fusemlp.describe.privacy import sampling_rate, steps_of_an_epoch
-from fusemlp.inputs.arrays import Array, to_array
-from fusemlp.inputs.batches import Batches, are_batches
-from fusemlp.inputs.blocks import Blocks
-from fusemlp.program.adversarial import lowered_attack, lowered_intervals
-from fusemlp.program.lowering import Inputs
+from fusemlp.describe.metrics import Metric
+from fusemlp.inputs.batches import Batches
 from fusemlp.runtime.attacking import check_within
-from fusemlp.runtime.backends import row_order as shuffled
 from fusemlp.training.adversarial import check_adversarial
+from fusemlp.training.agreement import check_alike, parts_of, same_order
+from fusemlp.training.assembling import fit_checked
 from fusemlp.training.data import by_class, split
-from fusemlp.training.history import History, fresh_state, resumed_state
-from fusemlp.training.intervals import check_labels, write_limits
-from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
-from fusemlp.training.policy import FitPolicy
-from fusemlp.training.private import PoissonRows, check_private
-from fusemlp.training.replays import Replays
+from fusemlp.training.history import History
+from fusemlp.training.intervals import check_labels
+from fusemlp.training.orders import checked_order
+from fusemlp.training.private import check_private
 from fusemlp.training.streaming import Stream
-from fusemlp.training.validation import Validation
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
+from fusemlp.training.validation import Validation, as_patience, check_monitor, checked_validation, logged, with_metrics
+from fusemlp_kernels.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from fusemlp.inputs.targets import Examples, Targets
-    from fusemlp.runtime.ranks import Ranks
+    from fusemlp.inputs.targets import Examples
     from fusemlp.runtime.session import Session
 
 _TO_ENGINE = "it belongs to the engine: Engine(net, loss=..., optimizer=Adam(lr=0.001), batch_size=32, seed=0)"
@@ -163,7 +154,7 @@ def fit(
         check_adversarial(engine, adversarial, batches=y is None)
     state = engine.fit_state
     first_epoch = state.epoch if resume and state is not None else engine.epochs_trained
-    batches, parts = None, _parts_of(engine, X, steps_per_epoch, first_epoch) if y is None else None
+    batches, parts = None, parts_of(engine, X, steps_per_epoch, first_epoch) if y is None else None
     if y is None:
         arrays = {"sample_weight": sample_weight, "validation_split": share or None, "batch_size": batch_size}
         _refuse_with_batches({**arrays, "row_order": row_order, "drop_last": drop_last or None})
@@ -190,42 +181,29 @@ def fit(
         data = weighted(data)
     count = len(data.X)
     listeners = [*given, *(checked_callbacks(ProgressBar(lines=verbose == 2)) if verbose else ())]
-    asked = () if metrics is None else metrics
-    if validation is not None:
-        validation = with_metrics(engine, validation, asked, [monitor, *_monitors(listeners)])
-    elif asked and (found := as_metrics("metrics", asked, engine.kind_of(data.targets))):
-        raise ArgumentError(
-            "metrics: they are of validation rows; give validation_data=(Xv, yv) or validation_split=0.2 too, got "
-            f"{[one.name for one in found]}"
-        )
-    patience = None if early_stopping is None else as_count("early_stopping", early_stopping, minimum=1)
-    if patience is not None and validation is None and monitor is None:
-        raise ArgumentError(
-            "early_stopping: it watches val_loss, so validation_data=(Xv, yv) or validation_split=0.2 is needed too"
-        )
+    validation = with_metrics(engine, data.targets, validation, metrics or (), [monitor, *_monitors(listeners)])
+    patience = as_patience(early_stopping, validation or monitor, "validation_split=0.2")
     names = logged(engine, data.targets, validation)
     check_monitor(monitor, names)
     announce(listeners, names, epochs)
     if drop_last and count < size:
         raise ArgumentError(f"drop_last: {count} rows do not fill one batch of {size}; nothing would be trained")
-    order = _order(count, shuffle, row_order, first_epoch) if batches is None else lambda epoch: np.arange(0)
+    order = checked_order(count, shuffle, row_order, first_epoch) if batches is None else lambda epoch: np.arange(0)
     if engine.ranks is not None:
-        told: dict[str, Any] = {
+        told = {
             "epochs": epochs,
             "batch_size": size,
             "early_stopping": patience,
             "monitor": monitor,
             "resume": resume,
-        }
-        told["metrics"] = [] if validation is None else [one.name for one in validation.metrics]
-        told |= {
+            "metrics": [] if validation is None else [one.name for one in validation.metrics],
             "drop_last": drop_last,
             "shuffle": shuffle,
             "steps_per_epoch": None if batches is None else batches.steps,
         }
-        check_ranks(engine, engine.ranks, data, validation, told, whole=parts is None)
+        check_alike(engine, engine.ranks, data, validation, told, whole=parts is None)
         if row_order is not None and order is not None:
-            order = partial(_same_on, engine.ranks, order)
+            order = partial(same_order, engine.ranks, order)
     engine.take_batches_of(size)
     loop = fit_checked(
         engine,
@@ -272,281 +250,6 @@ def _refuse_with_batches(given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if value is not None:
             raise ArgumentError(f"{name}: it is for arrays X and y, and without y X yields batches; {mends[name]}")
-
-
-def logged(engine: Session, targets: Targets, validation: Validation | None) -> list[str]:
-    """Return the names of an epoch's logs, in their order."""
-    names = ["loss", *(["accuracy"] if engine.counts_hits(targets) else [])]
-    names += [] if engine.privacy is None else ["epsilon"]
-    if validation is not None:
-        names += ["val_loss", *(["val_accuracy"] if engine.counts_hits(validation.data.targets) else [])]
-        names += [f"val_{metric.name}" for metric in validation.metrics]
-    return [*names, "learning_rate"]
-
-
-def fit_checked(
-    engine: Session,
-    data: Examples,
-    *,
-    epochs: int,
-    validation: Validation | None,
-    patience: int | None,
-    monitor: str | None = None,
-    rows: Array | None = None,
-    drop_last: bool = False,
-    bound: Steps | None = None,
-    batches: int | None = None,
-    at_once: int | None = None,
-    callbacks: Sequence[Any] = (),
-    order: Callable[[int], Array] | None = None,
-    resume: bool = False,
-    taken_in: Any | None = None,
-    deadline: float = math.inf,
-    against: Attack | Hardening | IBP | None = None,
-) -> EpochLoop[FitPolicy]:
-    """Return the loop of a ``fit`` of checked arrays, on ``rows`` (m,) int64 of them if given.
-
-    ``taken_in``: X as the network takes it, if the caller has it.
-    ``bound`` has room for the rows of ``at_once`` epochs; the caller runs its steps. It may have its own data, in
-    ``batches`` batches an epoch, and ``data`` is the first of them. ``order`` is a function from the
-    epoch to the rows; by default their order depends on the seed.
-    """
-    count = len(data.X) if rows is None else len(rows)
-    batch_size = min(engine.batch_size, count)
-    if engine.privacy is not None:
-        batches = steps_of_an_epoch(count, batch_size)
-    elif batches is None:
-        batches = count // batch_size if drop_last else -(-count // batch_size)
-    if isinstance(against, Free):
-        trained = batches * batch_size
-        batches, at_once = batches * against.repeats, 1
-    lowered = None if against is None or isinstance(against, IBP) else lowered_attack(against)
-    state = resumed_state(engine, epochs, batches, count) if resume else fresh_state(engine, epochs, batches)
-    told = None if against is None else against.to_config()
-    if not resume:
-        state.monitor, state.adversarial, state.reduce = monitor or "", told, reduction(engine)
-    elif state.reduce != reduction(engine):
-        raise ArgumentError(
-            f"reduce: the fit that is resumed has reduce={state.reduce or None!r}, got {reduction(engine) or None!r}; "
-            "go on with the same: torchrun --nproc-per-node 1 -m fusemlp train --resume RUN, or in a script that "
-            "torchrun starts load_checkpoint(..., distributed=True, reduce=...); where it was None, without torchrun"
-        )
-    elif state.monitor != (monitor or ""):
-        raise ArgumentError(
-            f"monitor: the fit that is resumed follows {state.monitor or None!r}, got {monitor!r}; give the same"
-        )
-    elif state.adversarial != told:
-        raise ArgumentError(
-            f"adversarial: the fit that is resumed trains against {state.adversarial}, got {told}; give the same"
-        )
-
-    def by_seed(epoch: int) -> Array:
-        shuffled_rows = shuffled(engine.backend, engine.plan, count, engine.seed, epoch)
-        return shuffled_rows if rows is None else rows[shuffled_rows]
-
-    first_epoch = state.history.epochs[0] if state.history.epochs else state.epoch
-    if engine.privacy is not None:
-        seed = engine.sample_privately(count, sampling_rate(count, batch_size))
-        now = engine.update_count - state.batch - state.epoch * batches
-        updates = {epoch: now + epoch * batches for epoch in range(first_epoch, first_epoch + epochs)}
-        sampled = PoissonRows(count, batch_size, seed, updates)
-        order, batch_size, at_once = sampled.order, sampled.size, 1
-    data = data._replace(X=engine.take_in(data.X) if taken_in is None else taken_in)
-    of_epoch = by_seed if order is None else order
-    if engine.network.members > 1:
-        # members of one data row follow one another
-        single = of_epoch
-
-        def of_epoch(epoch: int) -> Array:
-            return np.repeat(single(epoch), engine.network.members)
-
-    on_host = engine.memory.backend.traits.on_host
-    begun = settles = 0
-    if isinstance(against, IBP):
-        # waits for a device
-        begun = engine.update_count - state.batch - (state.epoch - first_epoch) * batches
-        # a fit resumed with more epochs keeps the ramp of its first call
-        settles = first_epoch + against.settled(epochs, (state.total_updates - begun) // batches)
-    policy = FitPolicy(
-        engine,
-        data.X,
-        state,
-        engine.spec_for(data.targets),
-        of_epoch,
-        last_epoch=first_epoch + epochs,
-        validation=validation,
-        patience=patience,
-        resumes=resume,
-        deadline=deadline,
-        settles=settles,
-        draws_ahead=order is None and not on_host,
-    )
-    resident = engine.plan == "resident" and (on_host or against is None)
-    members = engine.network.members
-    if at_once is None:
-        decided = validation is not None or patience is not None or bool(callbacks)
-        asked = decided or not resident or engine.ranks is not None
-        at_once = epochs_at_once(engine, epochs, count * members, asked=asked)
-    if bound is None:
-        inputs = Inputs(len(data.X), indexed=True, weighted=data.weight is not None)
-        bound = made = engine.bind_fit(
-            inputs,
-            policy.spec,
-            policy.rule,
-            batch_size,
-            data.arrays,
-            batches=batches,
-            epochs=at_once,
-            resident=resident,
-            attack=lowered,
-            intervals=lowered_intervals(against, begun, state.total_updates) if isinstance(against, IBP) else None,
-        )
-        if isinstance(against, IBP):
-            write_limits(engine, against, made.arrays)
-        engine.keep_carried(bound.arrays["delta"] if isinstance(against, Free) else None, resume=resume)
-        if isinstance(against, Free):
-            bound = Replays(made, against.repeats, trained)
-    return EpochLoop(engine, bound, policy, state, batch_size * members, batches, at_once, callbacks)
-
-
-def _parts_of(
-    engine: Session, X: Any, steps: int | None, first_epoch: int
-) -> tuple[Ranks, Callable[[Array], Array]] | None:
-    """Return how ranks share the reading of blocks; DistributedError if theirs differ, or where they begin."""
-    ranks, sharding = engine.ranks, engine.sharding
-    if ranks is None or sharding is None or not isinstance(X, Blocks):
-        return None
-    ranks.check_same({**X.described(), "steps_per_epoch": steps, "the first epoch": first_epoch})
-    return ranks, partial(sharding.owner, batch_size=X.batch_rows)
-
-
-def check_ranks(
-    engine: Session,
-    ranks: Ranks,
-    data: Examples,
-    validation: Validation | None,
-    told: Mapping[str, Any],
-    *,
-    whole: bool = True,
-) -> None:
-    """Raise DistributedError if not all ranks have the same data, state and arguments; ``whole``: each has all of X."""
-    things = dict(told)
-    for kind, rows in (("", data), ("validation ", None if validation is None else validation.data)):
-        if rows is not None:
-            found = {
-                f"{kind}{name}": array for name, array in (("y", rows.targets.values), ("sample_weight", rows.weight))
-            }
-            found |= {f"{kind}X": rows.X} if whole or kind else {}
-            things |= {name: None if array is None else engine.on_host(array) for name, array in found.items()}
-    state = None if engine.fit_state is None else (engine.fit_state.epoch, engine.fit_state.batch)
-    things |= {"the position in the fit": state, "the count of updates": engine.update_count}
-    parameters = engine.on_host(engine.memory.params)
-    ranks.check_same({**things, "the parameters": parameters, "the optimizer's schedule": engine.optimizer.schedule})
-
-
-def reduction(engine: Session) -> str:
-    """Return how the gradients of several processes are added; "" if there is one."""
-    return "" if engine.sharding is None else engine.sharding.reduce
-
-
-def checked_validation(
-    engine: Session, given: Any, *, common: bool = False, steps: int | None = None
-) -> Validation | None:
-    """Check ``validation_data`` as ``fit`` takes it; ``common``: several models share it."""
-    if given is not None and are_batches(given):
-        data = Batches("validation_data", given, steps, "validation_steps").collected(engine)
-        engine.loss.spec(accuracy=False, soft=data.targets.soft)
-        return Validation(data, common)
-    if steps is not None:
-        raise ArgumentError(
-            f"validation_steps: it counts the batches of validation_data, got {steps!r} without such; all rows of "
-            "arrays are validated on"
-        )
-    if given is None:
-        return None
-    if not isinstance(given, tuple | list) or len(given) not in (2, 3):
-        raise ArgumentTypeError(
-            f"validation_data: expected (X, y) or (X, y, sample_weight), or batches of them, got {_described(given)}"
-        )
-    weight = given[2] if len(given) == 3 else None
-    names = ("validation_data[0]", "validation_data[1]", "validation_data[2]")
-    data = engine.examples(given[0], given[1], weight, names)
-    # the loss refuses here, not at the end of the first epoch
-    engine.loss.spec(accuracy=False, soft=data.targets.soft)
-    return Validation(data, common)
-
-
-def check_monitor(monitor: str | None, names: Sequence[str]) -> None:
-    """Raise ArgumentError unless a fit that logs ``names`` can follow ``monitor``."""
-    if isinstance(monitor, str) and monitor.startswith("val_") and "val_loss" not in names:
-        raise ArgumentError(f"monitor: {monitor!r} is of validation rows; give validation_data=(Xv, yv) too")
-    if monitor is not None:
-        check_choice("monitor", monitor, names)
-
-
-def with_metrics(
-    engine: Session, validation: Validation, metrics: Iterable[str | Metric], monitors: Iterable[Any]
-) -> Validation:
-    """Return the validation with these metrics and those that ``monitors``, such as "val_auc", name."""
-    known = {f"val_{name}": name for name in METRICS}
-    named = [known[one] for one in monitors if isinstance(one, str) and one in known]
-    if not named and not metrics:
-        return validation
-    kind = engine.kind_of(validation.data.targets)
-    both = (*as_metrics("metrics", named, kind), *as_metrics("metrics", metrics, kind))
-    found = replace(validation, metrics=tuple({one.name: one for one in both}.values()))
-    unmeasured = engine.normalise and engine.input_scale is None
-    if unmeasured:
-        # for this look alone: predictions of raw inputs might overflow
-        engine.input_scale = engine.measured(found.data.X)
-    try:
-        figures = engine.figures(found.data, found.metrics)
-    finally:
-        if unmeasured:
-            engine.input_scale = None
-    for name, value in figures.items():
-        if math.isnan(value):
-            raise ArgumentError(
-                f"metrics: {name} is not defined on these {len(found.data.X)} validation rows: it needs rows of two "
-                "classes, or two rows of numbers; give more rows, or another metric"
-            )
-    return found
-
-
-def _described(given: Any) -> str:
-    kind = type(given).__name__
-    return f"{len(given)} in a {kind}" if isinstance(given, tuple | list) else kind
-
-
-def _same_on(ranks: Ranks, order: Callable[[int], Array], epoch: int) -> Array:
-    """Return the user's order of an epoch; DistributedError if ranks have others."""
-    found = order(epoch)
-    ranks.check_same({f"row_order({epoch})": found})
-    return found
-
-
-def _order(n: int, shuffle: bool, given: Any, first_epoch: int) -> Callable[[int], Array] | None:
-    if given is None:
-        identity = np.arange(n)
-        return None if shuffle else lambda epoch: identity
-    if not callable(given):
-        raise ArgumentTypeError(
-            f"row_order: expected a function from the epoch to the order of the rows, got {type(given).__name__}; "
-            "for one fixed order give lambda epoch: rows"
-        )
-
-    def checked(epoch: int) -> Array:
-        rows = to_array(f"row_order({epoch})", given(epoch))
-        if rows.shape != (n,) or rows.dtype.kind not in "iu" or not np.array_equal(np.sort(rows), np.arange(n)):
-            raise ArgumentError(
-                f"row_order: expected a permutation of range({n}) for epoch {epoch}, got "
-                f"{np.array2string(rows, threshold=8)}"
-            )
-        return rows
-
-    # the first is checked before anything has changed, and asked for only once
-    ahead = {first_epoch: checked(first_epoch)}
-    return lambda epoch: ahead.pop(epoch) if epoch in ahead else checked(epoch)
 
 
 def _warn(engine: Session, data: Examples, batches: int, *, streamed: bool) -> None:

@@ -142,7 +142,9 @@ class FitState:
         return cls(**{**config, "history": history, "plateau": tuple(config["plateau"])})
 
 
-def fresh_state(engine: Session, epochs: int, batches: int) -> FitState:
+def fresh_state(
+    engine: Session, epochs: int, batches: int, monitor: str, adversarial: dict[str, Any] | None
+) -> FitState:
     """Return the position before a fit of ``epochs`` epochs with this many batches each."""
     updates = epochs * batches // engine.optimizer.accumulate
     return FitState(
@@ -151,6 +153,9 @@ def fresh_state(engine: Session, epochs: int, batches: int) -> FitState:
         last_epoch=engine.epochs_trained + epochs,
         total_updates=engine.update_count + updates,
         history=History(chance_loss=_chance_loss(engine), in_use=_in_use(engine)),
+        monitor=monitor,
+        adversarial=adversarial,
+        reduce=_reduction(engine),
     )
 
 
@@ -166,10 +171,13 @@ def _in_use(engine: Session) -> list[str]:
     return ["dropout"] * dropout + ["scaling"] * scaling + ["clipping"] * (engine.privacy is not None)
 
 
-def resumed_state(engine: Session, epochs: int, batches: int, rows: int) -> FitState:
+def resumed_state(
+    engine: Session, epochs: int, batches: int, monitor: str, adversarial: dict[str, Any] | None, *, rows: int
+) -> FitState:
     """Return the position of the fit that ``engine``'s checkpoint was written in.
 
-    Raises ArgumentError if there was none or it is past ``epochs``, ShapeError if the data has too few batches.
+    Raises ArgumentError if there was none, it is past ``epochs`` or was another one, ShapeError if the data has too few
+    batches.
     """
     state = engine.fit_state
     if state is None:
@@ -188,4 +196,21 @@ def resumed_state(engine: Session, epochs: int, batches: int, rows: int) -> FitS
             f"X: the checkpoint stands at batch {state.batch} of its epoch, and {rows} rows make only {batches}; "
             "resume with the data of the first call"
         )
+    if state.reduce != _reduction(engine):
+        raise ArgumentError(
+            f"reduce: the fit that is resumed has reduce={state.reduce or None!r}, got {_reduction(engine) or None!r}; "
+            "go on with the same: torchrun --nproc-per-node 1 -m fusemlp train --resume RUN, or in a script that "
+            "torchrun starts load_checkpoint(..., distributed=True, reduce=...); where it was None, without torchrun"
+        )
+    for name, before, now, does in (
+        ("monitor", state.monitor or None, monitor or None, "follows"),
+        ("adversarial", state.adversarial, adversarial, "trains against"),
+    ):
+        if before != now:
+            raise ArgumentError(f"{name}: the fit that is resumed {does} {before!r}, got {now!r}; give the same")
     return state
+
+
+def _reduction(engine: Session) -> str:
+    """Return how the gradients of several processes are added; "" if there is one."""
+    return "" if engine.sharding is None else engine.sharding.reduce

@@ -88,15 +88,9 @@ def lr_find(
     scaled = engine.measured(data.X).applied(data.X) if unmeasured else engine.normalised(data.X)
     data = data._replace(X=scaled).map(engine.on_host)
     gamma = (end / start) ** (1.0 / (steps - 1))
-    copy = Session(
-        engine.network,
-        loss=engine.loss,
+    copy = engine.like(
         optimizer=replace(engine.optimizer, lr=Exponential(start, gamma=gamma)),
         batch_size=min(engine.batch_size, len(data.X)),
-        seed=engine.seed,
-        backend=engine.backend,
-        device=engine.device,
-        precision=engine.precision,
         normalise=False,
     )
     copy.load_state_dict(engine.tensors(""))

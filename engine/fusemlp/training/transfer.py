@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.network import MLP
-from fusemlp.describe.optimizers import Optimizer, ParameterOptions
+from fusemlp.describe.optimizers import NO_OPTIONS, Optimizer, ParameterOptions
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.inputs.batches import are_batches
 from fusemlp.runtime.inference import MEAN, SCALE
@@ -55,18 +54,12 @@ def by_layers(optimizer: Optimizer, net: MLP, *, freeze: int = 0, layer_decay: f
             f"freeze: expected 0 to {last}, since the last of the {net.layers} layers is trained, got {freeze}"
         )
     factor = as_number("layer_decay", layer_decay, low=0.0, high=1.0, low_open=True)
-    # the class has checked them, and keeps them as pairs
-    patterns = cast(Iterable[tuple[str, ParameterOptions]], optimizer.per_parameter)
     changed: dict[str, ParameterOptions] = {}
     for name in net.parameter_shapes():
-        given = next((one for pattern, one in patterns if fnmatchcase(name, pattern)), ParameterOptions())
-        layer = layer_of(name)
-        own = replace(
-            given,
-            trainable=given.trainable and layer >= freeze,
-            lr_factor=given.lr_factor * factor ** (last - layer),
-        )
-        if own != ParameterOptions():
+        given, layer = optimizer.own_options(name), layer_of(name)
+        trainable, lr_factor = given.trainable and layer >= freeze, given.lr_factor * factor ** (last - layer)
+        own = replace(given, trainable=trainable, lr_factor=lr_factor)
+        if own != NO_OPTIONS:
             changed[name] = own
     return replace(optimizer, per_parameter=changed)
 
@@ -212,22 +205,16 @@ def probe(
     def later(given: Mapping[str, Any]) -> dict[str, Any]:
         return shifted({name: one for name, one in given.items() if layer_of(name) >= kept}, -kept)
 
-    tail = type(engine)(
-        MLP(
+    tail = engine.like(
+        net=MLP(
             net.sizes[kept:],
             activation=net.activations[kept:-1],
             output_activation=net.activations[-1],
             dropout=net.dropouts[kept:-1],
             init=net.init,
         ),
-        engine.loss,
-        replace(engine.optimizer, per_parameter=later(dict(by_layers(engine.optimizer, net).per_parameter))),
-        engine.batch_size,
-        engine.seed,
-        engine.backend,
-        engine.device,
-        engine.precision,
-        engine.plan if engine.plan_reason == ASKED else "auto",
+        optimizer=replace(engine.optimizer, per_parameter=later(dict(by_layers(engine.optimizer, net).per_parameter))),
+        plan=engine.plan if engine.plan_reason == ASKED else "auto",
         # scaled by the layers before
         normalise=False,
     )

@@ -1,17 +1,21 @@
-"""Validation data, brought to the device once."""
+"""Validation: its rows, brought to the device once, its metrics, and the quantities that training may follow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fusemlp.describe.metrics import Metric
+from fusemlp.describe.checks import as_count, check_choice
+from fusemlp.describe.metrics import METRICS, Metric, as_metrics
+from fusemlp.inputs.batches import Batches, are_batches
 from fusemlp.runtime.inference import Evaluation
 from fusemlp.runtime.members import MeanEvaluation
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 if TYPE_CHECKING:
-    from fusemlp.inputs.targets import Examples
+    from fusemlp.inputs.targets import Examples, Targets
     from fusemlp.runtime.session import Session
 
 # This many kinds of models in a fleet share their validation data; the others keep theirs as long as they train.
@@ -52,3 +56,107 @@ class Validation:
             return metrics
 
         return together
+
+
+def checked_validation(
+    engine: Session, given: Any, *, common: bool = False, steps: int | None = None
+) -> Validation | None:
+    """Check ``validation_data`` as ``fit`` takes it; ``common``: several models share it."""
+    batches = given is not None and are_batches(given)
+    if steps is not None and not batches:
+        raise ArgumentError(
+            f"validation_steps: it counts the batches of validation_data, got {steps!r} without such; all rows of "
+            "arrays are validated on"
+        )
+    if given is None:
+        return None
+    if batches:
+        data = Batches("validation_data", given, steps, "validation_steps").collected(engine)
+    elif isinstance(given, tuple | list) and len(given) in (2, 3):
+        names = ("validation_data[0]", "validation_data[1]", "validation_data[2]")
+        data = engine.examples(given[0], given[1], given[2] if len(given) == 3 else None, names)
+    else:
+        kind = type(given).__name__
+        told = f"{len(given)} in a {kind}" if isinstance(given, tuple | list) else kind
+        raise ArgumentTypeError(
+            f"validation_data: expected (X, y) or (X, y, sample_weight), or batches of them, got {told}"
+        )
+    # the loss refuses here, not at the end of the first epoch
+    engine.loss.spec(accuracy=False, soft=data.targets.soft)
+    return Validation(data, common)
+
+
+def with_metrics(
+    engine: Session,
+    targets: Targets,
+    validation: Validation | None,
+    metrics: Iterable[str | Metric],
+    monitors: Iterable[Any],
+) -> Validation | None:
+    """Return the validation with these metrics and those that ``monitors``, such as "val_auc", name.
+
+    ``targets`` are those of training. Raises ArgumentError for metrics without validation, or not of its rows.
+    """
+    known = {f"val_{name}": name for name in METRICS}
+    named = [known[one] for one in monitors if isinstance(one, str) and one in known and validation is not None]
+    if not named and not metrics:
+        return validation
+    kind = engine.kind_of(targets if validation is None else validation.data.targets)
+    both = (*as_metrics("metrics", named, kind), *as_metrics("metrics", metrics, kind))
+    if validation is None and both:
+        raise ArgumentError(
+            "metrics: they are of validation rows; give validation_data=(Xv, yv) or a part of X too, got "
+            f"{[one.name for one in both]}"
+        )
+    if validation is None:
+        return None
+    found = replace(validation, metrics=tuple({one.name: one for one in both}.values()))
+    unmeasured = engine.normalise and engine.input_scale is None
+    if unmeasured:
+        # for this look alone: predictions of raw inputs might overflow
+        engine.input_scale = engine.measured(found.data.X)
+    try:
+        figures = engine.figures(found.data, found.metrics)
+    finally:
+        if unmeasured:
+            engine.input_scale = None
+    for name, value in figures.items():
+        if math.isnan(value):
+            raise ArgumentError(
+                f"metrics: {name} is not defined on these {len(found.data.X)} validation rows: it needs rows of two "
+                "classes, or two rows of numbers; give more rows, or another metric"
+            )
+    return found
+
+
+def logged(engine: Session, targets: Targets, validation: Validation | None) -> list[str]:
+    """Return the names of an epoch's logs, in their order."""
+    names = ["loss", *(["accuracy"] if engine.counts_hits(targets) else [])]
+    names += [] if engine.privacy is None else ["epsilon"]
+    if validation is not None:
+        names += ["val_loss", *(["val_accuracy"] if engine.counts_hits(validation.data.targets) else [])]
+        names += [f"val_{metric.name}" for metric in validation.metrics]
+    return [*names, "learning_rate"]
+
+
+def check_monitor(monitor: str | None, names: Sequence[str]) -> None:
+    """Raise ArgumentError unless a fit that logs ``names`` can follow ``monitor``."""
+    if isinstance(monitor, str) and monitor.startswith("val_") and "val_loss" not in names:
+        raise ArgumentError(f"monitor: {monitor!r} is of validation rows; give validation_data=(Xv, yv) too")
+    if monitor is not None:
+        check_choice("monitor", monitor, names)
+
+
+def as_patience(early_stopping: Any, watched: Validation | str | None, instead: str) -> int | None:
+    """Return the epochs of ``early_stopping``, None without; ArgumentError if there is nothing to be ``watched``.
+
+    ``instead``: the argument beside ``validation_data`` that gives validation rows.
+    """
+    if early_stopping is None:
+        return None
+    patience = as_count("early_stopping", early_stopping, minimum=1)
+    if watched is None:
+        raise ArgumentError(
+            f"early_stopping: it watches val_loss, so validation_data=(Xv, yv) or {instead} is needed too"
+        )
+    return patience

@@ -1,0 +1,156 @@
+"""The end of a training step: the gradients by the parameters, what changes them, and the update."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from fusemlp.program import members
+from fusemlp.program.program import Ref
+from fusemlp_kernels.contract import Segment, UpdateRule, batch_parts
+
+if TYPE_CHECKING:
+    from fusemlp.program.builder import Builder
+
+
+def update(build: Builder, rule: UpdateRule) -> None:
+    """The gradients by the parameters and the update."""
+    step, places = build.step, build.step.layout.places
+    clock: dict[str, Any] = {"rule": rule, "counters": build.counters}
+    applied: dict[str, Any] = {"hyper": Ref("hyper"), "rates": Ref("rates")}
+    if not build.rules:
+        build.call("advance", "", **clock, **applied)
+        return
+    # models of one launch have the same calls, whatever their numbers
+    penalised = step.ridge is not None and (step.ridge.strength != 0.0 or build.traits.resident is not None)
+    clipped = step.scaled or rule.clip_norm is not None
+    private = step.privacy
+    sharding = step.sharding
+    changed = step.keep_gradients or penalised or sharding is not None or build.members > 1
+    whole = changed or clipped or rule.accumulate > 1
+    parts = 1
+    if not (whole or step.resident or build.intervals):
+        weights = sum(places[short].size for short in build.rules)
+        parts = min(step.most_parts, batch_parts(build.traits, build.batch, weights))
+    one = (build.batches == 1 or build.traits.on_host) and parts == 1 and private is None
+    fused = rule.kind in build.traits.fused_updates and not whole and one
+    for short in build.rules:
+        if not fused:
+            build.gradient(short)
+        for index in build.states:
+            build.add(f"{short}.state{index}", places[short].shape, "real", "state")
+    shared = build.members > 1
+    gradients: dict[str, Any] = {
+        "layers": members.gradients(build, **clock)
+        if shared
+        else tuple(
+            {**_inputs(build, layer), **_tensor(build, "w", layer, fused), **_tensor(build, "b", layer, fused)}
+            for layer in build.having("wb")
+        ),
+        "slopes": tuple(
+            {**_slope_gradients(build, layer), **_tensor(build, "s", layer, fused)}
+            for layer in build.having("s")
+            if not shared
+        ),
+        **clock,
+    }
+    if private is not None:
+        build.call(
+            "clip_examples",
+            f"{private.clip:g}",
+            layers=tuple(
+                {**_inputs(build, layer), **{f"{kind}_trained": f"{kind}{layer}" in build.rules for kind in "wb"}}
+                for layer in build.having("wb")
+            ),
+            clip=private.clip,
+            counters=build.counters,
+        )
+    if sharding is not None:
+        gradients["rule"] = replace(rule, accumulate=1)
+    heads = [build.net.layers - 1] if shared else []
+    products = [build.by_weight(layer) for layer in build.having("w") if layer not in heads]
+    if fused:
+        build.call("grad_weight_update", rule.kind, products, **gradients, **applied)
+        return
+    # gradients that are changed before the update have another norm
+    normed = build.traits.norms_gradients and clipped and not (changed or step.resident)
+    common: dict[str, Any] = {"norm": build.add("norm", (1,), "float64", "work")} if normed else {}
+    if parts > 1:
+        common |= {"parts": parts, "part": step.layout.size}
+    if not shared or gradients["layers"]:
+        build.call("grad_weight", f"in {parts} parts" if parts > 1 else "", products, **gradients, **common)
+    if penalised:
+        build.call(
+            "penalty",
+            "ridge",
+            layers=tuple({"w": Ref(f"w{layer}"), "dw": Ref(f"dw{layer}")} for layer in build.having("w")),
+            ridge=step.ridge,
+            shares=Ref("shares"),
+            counters=build.counters,
+            stats=Ref("stats"),
+        )
+    if sharding is not None:
+        reduced: dict[str, Any] = {"grads": Ref("grads"), "stats": Ref("stats"), "rule": rule}
+        op = "reduce_scatter" if sharding.slices else "all_reduce"
+        build.call(op, str(sharding), **reduced, counters=build.counters)
+        if sharding.slices and clipped:
+            # the norm is that of all gradients, added in one order, and tells of an overflow in any
+            build.call("all_gather", "", grads=Ref("grads"), rule=rule, counters=build.counters)
+    build.call(
+        "update",
+        rule.kind,
+        params=Ref("params"),
+        grads=Ref("grads"),
+        states=tuple(Ref(f"state{index}") for index in build.states),
+        segments=tuple(
+            Segment(place.offset, place.size, changes, place.shape[-1], place.pitch)
+            for short, changes in build.rules.items()
+            for place in (places[short],)
+        ),
+        **applied,
+        **clock,
+        **common,
+        shadow=Ref("shadow") if build.mixed else None,
+        scaled=True if step.scaled else None,
+        noise=None if private is None else private.noise,
+        rows=None if private is None else build.rows,
+    )
+    if sharding is not None and sharding.slices:
+        average = None if rule.average is None else Ref(f"state{rule.average}")
+        build.call("all_gather", "", params=Ref("params"), average=average, rule=rule, counters=build.counters)
+
+
+def _slope_gradients(build: Builder, layer: int) -> dict[str, Any]:
+    """The gradients by a slope, one for each batch."""
+    names = {"dslope": f"dslope{layer}", "dslope2": f"dslope{layer}.adv"}
+    return {operand: Ref(name) for operand, name in names.items() if name in build.values}
+
+
+def _inputs(build: Builder, layer: int) -> dict[str, Any]:
+    """The operands of which the gradients by a layer's weights and biases are made."""
+    given: dict[str, Any] = {"dz": Ref(f"dz{layer + 1}"), "x": Ref(f"h{layer}")}
+    if layer == 0:
+        given["x"] = build.gathered or build.x
+        if build.picks is not None and build.gathered is None:
+            given["rows"] = build.picks
+    if build.beta is not None:
+        given |= {"dz2": Ref(f"dz{layer + 1}.adv"), "x2": Ref(f"h{layer}.adv" if layer else "adv")}
+    if build.intervals is not None:
+        others = {"dz2": "dzc", "dspread": "dzr"}
+        given |= {operand: Ref(f"{name}{layer + 1}") for operand, name in others.items()}
+        given |= {"x2": Ref(f"centre{layer}"), "radius": Ref(f"radius{layer}"), "signs": Ref(f"w{layer}")}
+    return given
+
+
+def _tensor(build: Builder, kind: str, layer: int, fused: bool) -> dict[str, Any]:
+    """The operands of a tensor where its gradient is computed; ``fused``: and applied."""
+    short = f"{kind}{layer}"
+    names = ("grad", "param", "state", "rule") if kind == "s" else (f"d{kind}", kind, f"{kind}_state", f"{kind}_rule")
+    gradient, param, state, rule = names
+    if short not in build.rules:
+        return {param if fused else gradient: None}
+    if not fused:
+        return {gradient: Ref(f"d{short}")}
+    states = tuple(Ref(f"{short}.state{index}") for index in build.states)
+    found = {param: Ref(short), state: states, rule: build.rules[short]}
+    return {**found, "w_shadow": Ref(f"{short}.shadow")} if build.mixed and kind == "w" else found

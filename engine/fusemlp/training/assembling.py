@@ -1,0 +1,121 @@
+"""Assemble the loop of a fit from checked arguments: its position, the order of its rows, its policy and steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fusemlp.describe.hardening import Free, Hardening
+from fusemlp.describe.intervals import IBP
+from fusemlp.describe.privacy import sampling_rate, steps_of_an_epoch
+from fusemlp.program.adversarial import lowered
+from fusemlp.program.step import Inputs
+from fusemlp.training.history import fresh_state, resumed_state
+from fusemlp.training.intervals import write_limits
+from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
+from fusemlp.training.orders import of_epoch
+from fusemlp.training.policy import FitPolicy
+from fusemlp.training.private import PoissonRows
+from fusemlp.training.replays import Replays
+
+if TYPE_CHECKING:
+    from fusemlp.describe.adversarial import Attack
+    from fusemlp.inputs.arrays import Array
+    from fusemlp.inputs.targets import Examples
+    from fusemlp.runtime.session import Session
+    from fusemlp.training.validation import Validation
+
+
+def fit_checked(
+    engine: Session,
+    data: Examples,
+    *,
+    epochs: int,
+    validation: Validation | None,
+    patience: int | None,
+    monitor: str | None = None,
+    rows: Array | None = None,
+    drop_last: bool = False,
+    bound: Steps | None = None,
+    batches: int | None = None,
+    at_once: int | None = None,
+    callbacks: Sequence[Any] = (),
+    order: Callable[[int], Array] | None = None,
+    resume: bool = False,
+    taken_in: Any | None = None,
+    deadline: float = math.inf,
+    against: Attack | Hardening | IBP | None = None,
+) -> EpochLoop[FitPolicy]:
+    """Return the loop of a ``fit`` of checked arrays, on ``rows`` (m,) int64 of them if given.
+
+    ``taken_in``: X as the network takes it, if the caller has it.
+    ``bound`` has room for the rows of ``at_once`` epochs; the caller runs its steps. It may have its own data, in
+    ``batches`` batches an epoch, and ``data`` is the first of them. ``order`` is a function from the
+    epoch to the rows; by default their order depends on the seed.
+    """
+    count = len(data.X) if rows is None else len(rows)
+    batch_size = min(engine.batch_size, count)
+    if engine.privacy is not None:
+        batches = steps_of_an_epoch(count, batch_size)
+    elif batches is None:
+        batches = count // batch_size if drop_last else -(-count // batch_size)
+    if isinstance(against, Free):
+        trained = batches * batch_size
+        batches, at_once = batches * against.repeats, 1
+    told = epochs, batches, monitor or "", None if against is None else against.to_config()
+    state = resumed_state(engine, *told, rows=count) if resume else fresh_state(engine, *told)
+    first_epoch = state.history.epochs[0] if state.history.epochs else state.epoch
+    if engine.privacy is not None:
+        seed = engine.sample_privately(count, sampling_rate(count, batch_size))
+        now = engine.update_count - state.batch - state.epoch * batches
+        updates = {epoch: now + epoch * batches for epoch in range(first_epoch, first_epoch + epochs)}
+        sampled = PoissonRows(count, batch_size, seed, updates)
+        order, batch_size, at_once = sampled.order, sampled.size, 1
+    data = data._replace(X=engine.take_in(data.X) if taken_in is None else taken_in)
+    on_host = engine.memory.backend.traits.on_host
+    begun = settles = 0
+    if isinstance(against, IBP):
+        # waits for a device
+        begun = engine.update_count - state.batch - (state.epoch - first_epoch) * batches
+        # a fit resumed with more epochs keeps the ramp of its first call
+        settles = first_epoch + against.settled(epochs, (state.total_updates - begun) // batches)
+    policy = FitPolicy(
+        engine,
+        data.X,
+        state,
+        engine.spec_for(data.targets),
+        of_epoch(engine, count, rows, order),
+        last_epoch=first_epoch + epochs,
+        validation=validation,
+        patience=patience,
+        resumes=resume,
+        deadline=deadline,
+        settles=settles,
+        draws_ahead=order is None and not on_host,
+    )
+    resident = engine.plan == "resident" and (on_host or against is None)
+    members = engine.network.members
+    if at_once is None:
+        decided = validation is not None or patience is not None or bool(callbacks)
+        asked = decided or not resident or engine.ranks is not None
+        at_once = epochs_at_once(engine, epochs, count * members, asked=asked)
+    if bound is None:
+        inputs = Inputs(len(data.X), indexed=True, weighted=data.weight is not None)
+        bound = made = engine.bind_fit(
+            inputs,
+            policy.spec,
+            policy.rule,
+            batch_size,
+            data.arrays,
+            batches=batches,
+            epochs=at_once,
+            resident=resident,
+            against=None if against is None else lowered(against, begun, state.total_updates),
+        )
+        if isinstance(against, IBP):
+            write_limits(engine, against, made.arrays)
+        engine.keep_carried(bound.arrays["delta"] if isinstance(against, Free) else None, resume=resume)
+        if isinstance(against, Free):
+            bound = Replays(made, against.repeats, trained)
+    return EpochLoop(engine, bound, policy, state, batch_size * members, batches, at_once, callbacks)
