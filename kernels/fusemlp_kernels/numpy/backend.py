@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp_kernels.binders import check_names
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.numpy.binding import ENTRIES, bind_call, bind_train_resident
 from fusemlp_kernels.numpy.cores import threads
 from fusemlp_kernels.numpy.tables import Array, Run
-from fusemlp_kernels.ops import check_names
 
 BINDERS: dict[str, Callable[..., Any]] = {**ENTRIES, "train_resident": bind_train_resident}
 # Arrays start at multiples of this.

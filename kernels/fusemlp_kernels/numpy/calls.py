@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp_kernels.binders import hands_on
 from fusemlp_kernels.contract import (
     ACTIVATIONS,
     LOSSES,
@@ -25,7 +26,6 @@ from fusemlp_kernels.contract import (
 from fusemlp_kernels.errors import ArgumentError, unknown_name
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.tables import Array, Table
-from fusemlp_kernels.ops import hands_on
 from fusemlp_kernels.philox import seed_key, threshold
 
 Operands = Mapping[str, Any]

@@ -22,7 +22,7 @@ from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.cores import threads
 from fusemlp_kernels.numpy.plan import PIECEWISE, Row, plan, together
 from fusemlp_kernels.numpy.team import launch
-from fusemlp_kernels.ops import READ, Operand
+from fusemlp_kernels.operands import READ, Operand
 from fusemlp_kernels.philox import FEISTEL_ROUNDS, LANES, NORMALS, radix, seed_key
 from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import triton
 
+from fusemlp_kernels.binders import check_names
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.errors import BackendUnavailableError
-from fusemlp_kernels.ops import check_names
 from fusemlp_kernels.triton import configs
 from fusemlp_kernels.triton.fleets import bind_train_fleet, bind_train_resident
 from fusemlp_kernels.triton.grouped import (
