@@ -292,15 +292,15 @@ class Traits:
 
     name: str
     row_multiple: int
-    gathers_in_load: bool
-    stores_masks: bool
     widest_fused_output: int
     fused_updates: tuple[str, ...]
-    norms_gradients: bool
-    split_rows: int
-    split_size: int
     precisions: tuple[str, ...]
     plans: tuple[str, ...]
+    gathers_in_load: bool = False
+    stores_masks: bool = False
+    norms_gradients: bool = False
+    split_rows: int = 0
+    split_size: int = 0
     on_host: bool = False
     resident: ResidentLimits | None = None
 
