@@ -381,8 +381,8 @@ class Backend(Protocol):
         An adopted array is copied only if its type or its rows do not suit the kernels.
         """
 
-    def to_host(self, array: Any, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
-        """Return a contiguous NumPy copy, in ``out`` if given."""
+    def to_host(self, array: Any) -> np.ndarray[Any, Any]:
+        """Return a contiguous NumPy copy."""
 
     def read(self, *arrays: Any) -> list[np.ndarray[Any, Any]]:
         """Return float64 host copies of small arrays on the device, perhaps flat, and wait for it once."""

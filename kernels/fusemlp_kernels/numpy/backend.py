@@ -71,12 +71,9 @@ class NumpyBackend:
         """See ``contract.Backend``."""
         return array
 
-    def to_host(self, array: Array, out: Array | None = None) -> Array:
+    def to_host(self, array: Array) -> Array:
         """See ``contract.Backend``."""
-        if out is None:
-            return np.array(array, order="C")
-        np.copyto(out, array)
-        return out
+        return np.array(array, order="C")
 
     def read(self, *arrays: Array) -> list[Array]:
         """See ``contract.Backend``."""
