@@ -27,6 +27,7 @@ COLUMNS = {name: place for name, place in vars(t).items() if isinstance(place, i
 # The columns of arrays that have a row for each row of the batch.
 BATCH_ARRAYS = ("X", "Y", "Z", "DZ", "OUT", "KEEP", "CENTRE", "RADIUS")
 
+
 def _address(array: Array) -> int:
     address: int = array.__array_interface__["data"][0]
     return address
