@@ -54,6 +54,19 @@ def _within(values: Any, least: Any, most: Any, count: int) -> None:
         values[i] = minimum(maximum(values[i], least[i]), most[i])
 
 
+@register_jitable(**EXACT)
+def _ball(
+    centre: Any, radius: Any, x: Any, reach: Any, least: Any, most: Any, count: int, bounded: bool, numbers: Any,
+    updates: int,
+) -> None:  # fmt: skip
+    """The box of the inputs near a row."""
+    _ends(centre, radius, x, reach, count, numbers[t.LARGEST] * _reached(numbers, updates))
+    if bounded:
+        _within(centre, least, most, count)
+        _within(radius, least, most, count)
+    _centred(centre, radius, count)
+
+
 @register_jitable(**ELEMENTWISE)
 def ends(zc: Any, zr: Any, low: Any, high: Any, count: int) -> None:
     """The ends of pre-activations, in place of their centres and radii, and in low and high."""
@@ -143,11 +156,7 @@ def ball_rows(call: Any, numbers: Any, like: Any, rows: Any, first: int, count: 
             clear(radius, columns)
             continue
         x = block(like, call[t.X], rows[i], columns)
-        _ends(centre, radius, x, reach, columns, numbers[t.LARGEST] * _reached(numbers, updates))
-        if call[t.B]:
-            _within(centre, least, most, columns)
-            _within(radius, least, most, columns)
-        _centred(centre, radius, columns)
+        _ball(centre, radius, x, reach, least, most, columns, call[t.B] != 0, numbers, updates)
 
 
 @register_jitable(**EXACT)
