@@ -40,6 +40,7 @@ SHARED = (
     "fusemlp_kernels.compiling",
     "fusemlp_kernels.contract",
     "fusemlp_kernels.errors",
+    "fusemlp_kernels.operands",
     "fusemlp_kernels.ops",
     "fusemlp_kernels.philox",
     "fusemlp_kernels.pointwise",

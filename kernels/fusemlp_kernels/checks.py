@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, NEEDS_Z, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ShapeError, unknown_name
-from fusemlp_kernels.ops import FIXED, OPS, READ, Operand, expected
+from fusemlp_kernels.operands import FIXED, READ, Operand, expected
+from fusemlp_kernels.ops import OPS
 
 # The parameters of states that are not named after them.
 OF_STATES = {"states": "params", "state": "param"}

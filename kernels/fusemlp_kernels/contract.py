@@ -292,15 +292,15 @@ class Traits:
 
     name: str
     row_multiple: int
-    gathers_in_load: bool
-    stores_masks: bool
     widest_fused_output: int
     fused_updates: tuple[str, ...]
-    norms_gradients: bool
-    split_rows: int
-    split_size: int
     precisions: tuple[str, ...]
     plans: tuple[str, ...]
+    gathers_in_load: bool = False
+    stores_masks: bool = False
+    norms_gradients: bool = False
+    split_rows: int = 0
+    split_size: int = 0
     on_host: bool = False
     resident: ResidentLimits | None = None
 
@@ -381,8 +381,8 @@ class Backend(Protocol):
         An adopted array is copied only if its type or its rows do not suit the kernels.
         """
 
-    def to_host(self, array: Any, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
-        """Return a contiguous NumPy copy, in ``out`` if given."""
+    def to_host(self, array: Any) -> np.ndarray[Any, Any]:
+        """Return a contiguous NumPy copy."""
 
     def read(self, *arrays: Any) -> list[np.ndarray[Any, Any]]:
         """Return float64 host copies of small arrays on the device, perhaps flat, and wait for it once."""

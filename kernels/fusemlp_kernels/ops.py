@@ -1,112 +1,27 @@
 """Every op of the kernel contract as data: its operands, their shapes and types, and what it reads and writes.
 
 The engine's program and its verifier, the checks of ``Backend.bind`` and the tests read these records; nothing else
-says what an op's operands are. Notation and conventions: ``contract``.
+says what an op's operands are. Notation and conventions: ``contract``, ``operands``.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, TypeVar
+from dataclasses import replace
 
-from fusemlp_kernels.contract import COUNTERS, HYPER, RATE_COLUMNS, STATS, TensorRule
-from fusemlp_kernels.errors import ArgumentTypeError, BackendUnavailableError, unknown_name
-
-# Letters of a shape that are one size everywhere; M and n are one size in a whole program, K and N in a call.
-FIXED = {"1": 1, "C": COUNTERS, "H": HYPER, "S": STATS, "4": RATE_COLUMNS}
-COMMON = "Mn"
-READ, WRITTEN, UPDATED = "read", "written", "updated"
-
-# The function that binds each op of a backend.
-Binders = Mapping[str, Callable[..., Callable[..., object]]]
-Bind = TypeVar("Bind", bound=Callable[..., object])
-
-# Ops that a backend ("": each) does not bind, and why.
-REFUSED = {
-    **{("", op): "it is between processes, and the engine's" for op in ("all_reduce", "reduce_scatter", "all_gather")},
-    ("", "penalty"): "it runs inside train_resident; elsewhere change the gradients between grad_weight and update",
-    ("numpy", "train_fleet"): "its models train one after another, by train_resident",
-    ("cupy", "train_resident"): "its plans are eager and graph",
-    ("cupy", "train_fleet"): "its plans are eager and graph, and its models train one after another",
-}
-
-
-@dataclass(frozen=True)
-class Operand:
-    """One operand of an op, or one field of an operand that is a sequence of mappings (``fields``).
-
-    ``shape``: a letter a dimension, A for a flat arena, B for all batches, D for what all members have, one after
-    another; None for what is no array. ``dtype`` as in ``Backend.allocate``. A target's depend on the loss: (M,) int64
-    for classes, (M, N) real for others. ``rows``: the operand whose row numbers pick this one's rows; where that is
-    given, the array has n rows in place of M. ``use``: an updated operand is read and written. ``kind``: what a written
-    operand holds, as in ``program.KINDS``. ``default``: what None stands for, where an operand is left out.
-    ``nullable``: it must be named, and may be None. ``hidden``: the printed program leaves it out. ``several``: a tuple
-    of arrays of this shape.
-    """
-
-    name: str
-    shape: str | None = None
-    dtype: str = "real"
-    use: str = READ
-    kind: str = "work"
-    rows: str = ""
-    optional: bool = False
-    default: Any = None
-    nullable: bool = False
-    hidden: bool = False
-    several: bool = False
-    fields: tuple[Operand, ...] = ()
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Op:
-    """An op: what it computes, and its operands in order."""
-
-    name: str
-    computes: str
-    operands: tuple[Operand, ...]
-
-    @cached_property
-    def by_name(self) -> Mapping[str, Operand]:
-        """The operands by name; a field of a sequence of mappings as ``layers.w``."""
-        return dict(_named(self.operands))
-
-    @cached_property
-    def required(self) -> tuple[str, ...]:
-        """The operands that the op cannot do without."""
-        return tuple(operand.name for operand in self.operands if not operand.optional)
-
-    @cached_property
-    def written(self) -> frozenset[str]:
-        """The operands that the op writes or updates."""
-        return frozenset(name for name, operand in self.by_name.items() if operand.use != READ)
-
-    @cached_property
-    def only_written(self) -> frozenset[str]:
-        """The operands that the op writes without reading them."""
-        return frozenset(name for name, operand in self.by_name.items() if operand.use == WRITTEN)
-
-
-def _named(operands: Iterable[Operand], prefix: str = "") -> Iterator[tuple[str, Operand]]:
-    for operand in operands:
-        yield prefix + operand.name, operand
-        yield from _named(operand.fields, f"{prefix}{operand.name}.")
-
-
-def _optional(*operands: Operand) -> tuple[Operand, ...]:
-    return tuple(replace(operand, optional=True) for operand in operands)
-
+from fusemlp_kernels.contract import TensorRule
+from fusemlp_kernels.operands import READ, UPDATED, WRITTEN, Op, Operand
 
 _COUNTERS = Operand("counters", "C", "int64", hidden=True)
 _HYPER = Operand("hyper", "H", "float64", hidden=True)
+_STATS = Operand("stats", "S", "float64", UPDATED, kind="control")
+_PARAMS = Operand("params", "A", use=UPDATED, kind="parameter")
+_GRADS = Operand("grads", "A", use=UPDATED, kind="gradient")
 _RULE = Operand("rule", note="UpdateRule")
 _ROWS = Operand("rows", "M", "int64", optional=True, hidden=True, note="row numbers; -1 is padding and comes last")
+_ROWS_OF_X = replace(_ROWS, note="row numbers; where they are -1, x is zero")
+_WEIGHT = Operand("weight", "M", rows="rows", optional=True, note="a weight for each row")
 _DROPOUT = Operand("dropout", optional=True, note="Dropout; needs counters")
+_KEEP = Operand("keep", "MN", "bool", WRITTEN, optional=True, note="dropout's mask, for backends that store it")
 _SLOPES = (
     Operand("slope", optional=True, default=0.0, note="float: leaky_relu's slope, elu's alpha"),
     Operand("slope_param", "1", optional=True, note="prelu's slope"),
@@ -124,30 +39,21 @@ _CLOCK = (
     Operand("rates", "R4", "float64", hidden=True, note="1 + R rows, see contract"),
     replace(_COUNTERS, use=UPDATED, kind="control"),
 )
-_PARTS = _optional(
+_PARTS = (
     Operand(
-        "parts",
-        default=1,
+        "parts", optional=True, default=1,
         note="with parts > 1 the batch is cut into this many stretches (Traits.split_rows; without accumulation and "
         "norm): the gradient is the sum of as many arenas",
     ),
-    Operand("part", default=0, note="elements from one of these arenas to the next"),
-)
-_SUMMED = (
-    Operand("grads", "A", use=UPDATED, kind="gradient"),
-    Operand("stats", "S", "float64", UPDATED, kind="control"),
-    _RULE,
-    _COUNTERS,
-)
+    Operand("part", optional=True, default=0, note="elements from one of these arenas to the next"),
+)  # fmt: skip
+_SUMMED = (_GRADS, _STATS, _RULE, _COUNTERS)
 _LOSS = (
     Operand("target", "target", rows="rows"),
     _COUNTERS,
-    Operand(
-        "stats", "S", "float64", UPDATED, kind="control", optional=True,
-        note="LAST_LOSS, and the sums after it; left out, the loss is not counted",
-    ),
+    replace(_STATS, optional=True, note="LAST_LOSS, and the sums after it; left out, the loss is not counted"),
     Operand("loss", note="LossSpec"),
-    Operand("weight", "M", rows="rows", optional=True, note="a weight for each row"),
+    _WEIGHT,
     Operand("class_weight", "N", optional=True, hidden=True),
     replace(_ACTIVATION[0], optional=True, default="identity"),
     *_SLOPES,
@@ -157,9 +63,7 @@ _LOSS = (
         note="target[rows] of M rows, for backends that do not gather in the load",
     ),
     Operand("weight_rows", "M", use=WRITTEN, optional=True, note="weight[rows] of M rows, for the same"),
-    Operand(
-        "hyper", "H", "float64", optional=True, hidden=True, note="dz and dslope are multiplied by hyper[LOSS_SCALE]"
-    ),
+    replace(_HYPER, optional=True, note="dz and dslope are multiplied by hyper[LOSS_SCALE]"),
     Operand("ridge", optional=True, note="Ridge: its divisor; in train_resident and train_fleet"),
     Operand(
         "shares", "1", "float64", WRITTEN, optional=True, hidden=True,
@@ -179,6 +83,13 @@ _LAYER = (
     replace(_ROWS, note="of the first layer, where x is picked by row"),
     replace(_GATHERED, use=READ),
     Operand("x", "MK", "compute", rows="rows"),
+)
+_DW = Operand("dw", "NK", use=WRITTEN, kind="gradient", nullable=True, note="None where it is frozen")
+_DB = replace(_DW, name="db", shape="N")
+_STATE = Operand("w_state", "NK", use=UPDATED, kind="state", several=True, optional=True, default=())
+_TENSOR_RULE = Operand("w_rule", optional=True, default=TensorRule(), note="TensorRule")
+_DSLOPES = Operand(
+    "slopes", optional=True, default=(), fields=(Operand("dslope", "1"), Operand("dslope2", "1", optional=True))
 )
 # Another batch of as many rows, whose gradients are added, and the gradient through the magnitudes of the weights; in
 # grad_weight_update on the numpy backend alone.
@@ -220,7 +131,7 @@ OPS = {op.name: op for op in (
         Operand("z", "MN", "compute", WRITTEN, optional=True, note="pre-activation, for NEEDS_Z"),
         _DROPOUT,
         replace(_COUNTERS, optional=True),
-        Operand("keep", "MN", "bool", WRITTEN, optional=True, note="dropout's mask, for backends that store it"),
+        _KEEP,
         _GATHERED,
     )),
     Op("loss_grad",
@@ -261,16 +172,16 @@ OPS = {op.name: op for op in (
     Op("affine_members",
         "y = dropout(act(x * s + b)) * r, row i of the batch with row i % D of s, b and r; those left out change "
         "nothing", (
-        replace(_ROWS, note="row numbers; where they are -1, x is zero"),
+        _ROWS_OF_X,
         Operand("x", "MK", "compute", rows="rows"),
         Operand("y", "MK", "compute", WRITTEN),
         *_MEMBERS,
         replace(_COUNTERS, optional=True),
-        Operand("keep", "MK", "bool", WRITTEN, optional=True, note="dropout's mask, for backends that store it"),
+        replace(_KEEP, shape="MK"),
     )),
     Op("grad_affine_members",
         "back through affine_members: dx, and the sums ds, db and dr over the rows of each member; y is not read", (
-        replace(_ROWS, note="row numbers; where they are -1, x is zero"),
+        _ROWS_OF_X,
         Operand("dy", "MK", "compute"),
         Operand("x", "MK", "compute", rows="rows"),
         Operand("dx", "MK", "compute", WRITTEN, optional=True, note="aliases nothing; with s and b"),
@@ -304,8 +215,8 @@ OPS = {op.name: op for op in (
         "grad_weight", (
         Operand("dz", "MN", "compute"),
         Operand("x", "MK", "compute"),
-        Operand("dw", "DK", use=WRITTEN, kind="gradient", nullable=True, note="None where it is frozen"),
-        Operand("db", "D", use=WRITTEN, kind="gradient", nullable=True, note="None where it is frozen"),
+        replace(_DW, shape="DK"),
+        replace(_DB, shape="D"),
         _RULE,
         _COUNTERS,
     )),
@@ -347,12 +258,10 @@ OPS = {op.name: op for op in (
         Operand("dz", "MN", "compute", UPDATED, optional=True),
         Operand("strength", note="float"),
         Operand("loss", note="LossSpec: its reduction"),
-        Operand("weight", "M", rows="rows", optional=True, note="a weight for each row"),
+        _WEIGHT,
         _COUNTERS,
-        Operand("stats", "S", "float64", UPDATED, kind="control", optional=True, note="its sums, after the loss"),
-        Operand(
-            "hyper", "H", "float64", optional=True, hidden=True, note="the gradients are times hyper[LOSS_SCALE]"
-        ),
+        replace(_STATS, optional=True, note="its sums, after the loss"),
+        replace(_HYPER, optional=True, note="the gradients are times hyper[LOSS_SCALE]"),
     )),
     Op("magnitudes", "out = abs(w)", (
         Operand("w", "NK"),
@@ -406,13 +315,10 @@ OPS = {op.name: op for op in (
         Operand("layers", fields=(
             *_LAYER,
             *_SECOND,
-            Operand("dw", "NK", use=WRITTEN, kind="gradient", nullable=True, note="None where it is frozen"),
-            Operand("db", "N", use=WRITTEN, kind="gradient", nullable=True, note="None where it is frozen"),
+            _DW,
+            _DB,
         )),
-        Operand("slopes", optional=True, default=(), fields=(
-            Operand("dslope", "1"), Operand("dslope2", "1", optional=True),
-            Operand("grad", "1", use=WRITTEN, kind="gradient"),
-        )),
+        replace(_DSLOPES, fields=(*_DSLOPES.fields, Operand("grad", "1", use=WRITTEN, kind="gradient"))),
         _RULE,
         _COUNTERS,
         Operand(
@@ -427,16 +333,16 @@ OPS = {op.name: op for op in (
         Operand("layers", fields=(
             *_LAYER,
             *_SECOND,
-            Operand("w", "NK", use=UPDATED, kind="parameter", nullable=True, note="None where it is frozen"),
-            Operand("b", "N", use=UPDATED, kind="parameter", nullable=True, note="None where it is frozen"),
-            Operand("w_state", "NK", use=UPDATED, kind="state", several=True, optional=True, default=()),
-            Operand("b_state", "N", use=UPDATED, kind="state", several=True, optional=True, default=()),
-            Operand("w_rule", optional=True, default=TensorRule(), note="TensorRule"),
-            Operand("b_rule", optional=True, default=TensorRule(), note="TensorRule"),
+            replace(_DW, name="w", use=UPDATED, kind="parameter"),
+            replace(_DB, name="b", use=UPDATED, kind="parameter"),
+            _STATE,
+            replace(_STATE, name="b_state", shape="N"),
+            _TENSOR_RULE,
+            replace(_TENSOR_RULE, name="b_rule"),
             Operand("w_shadow", "NK", "compute", WRITTEN, kind="shadow", optional=True, note="w, rounded"),
         )),
-        Operand("slopes", optional=True, default=(), fields=(
-            Operand("dslope", "1"), Operand("dslope2", "1", optional=True),
+        replace(_DSLOPES, fields=(
+            *_DSLOPES.fields,
             Operand("param", "1", use=UPDATED, kind="parameter"),
             Operand("state", "1", use=UPDATED, kind="state", several=True),
             Operand("rule", note="TensorRule"),
@@ -446,8 +352,8 @@ OPS = {op.name: op for op in (
     Op("update",
         "the optimizer over the flat arenas, by the mean of the accumulated gradients, where "
         "counters[BATCH_INDEX] + 1 is a multiple of rule.accumulate; clips by the global norm; advances the clock", (
-        Operand("params", "A", use=UPDATED, kind="parameter"),
-        Operand("grads", "A", use=UPDATED, kind="gradient"),
+        _PARAMS,
+        _GRADS,
         Operand("states", "A", use=UPDATED, kind="state", several=True),
         Operand("segments", note="Segments by offset; between them lie zeros (alignment) and frozen tensors"),
         *_CLOCK,
@@ -484,9 +390,9 @@ OPS = {op.name: op for op in (
     Op("reduce_scatter", "all_reduce, with a slice of the sum for each rank; of the gradients, not the statistics",
         _SUMMED),
     Op("all_gather", "arenas whole, of which each rank has its slice; only beside an update", (
-        Operand("params", "A", use=UPDATED, kind="parameter", optional=True, note="after the update"),
+        replace(_PARAMS, optional=True, note="after the update"),
         Operand("average", "A", use=UPDATED, kind="state", optional=True, note="of params, after the update"),
-        Operand("grads", "A", use=UPDATED, kind="gradient", optional=True, note="before the update"),
+        replace(_GRADS, optional=True, note="before the update"),
         _RULE,
         _COUNTERS,
     )),
@@ -497,7 +403,7 @@ OPS = {op.name: op for op in (
         Operand("ridge", note="Ridge"),
         Operand("shares", "1", "float64", hidden=True, note="what the loss has written"),
         _COUNTERS,
-        Operand("stats", "S", "float64", UPDATED, kind="control"),
+        _STATS,
     )),
     Op("train_resident",
         "the calls of a training step, as many times as the bound callable is told; walks rows", (
@@ -535,69 +441,3 @@ OPS = {op.name: op for op in (
     )),
 )}
 # fmt: on
-
-
-def expected(operand: Operand, given: Mapping[str, Any]) -> tuple[str, str]:
-    """The element type and the letters of an operand's shape beside the other operands of the call."""
-    dtype, letters = operand.dtype, operand.shape or ""
-    if letters == "target":
-        loss = given["loss"]
-        classes = loss.kind == "cross_entropy" and not loss.soft
-        dtype, letters = ("int64", "M") if classes else ("real", "MN")
-    if operand.rows and given.get(operand.rows) is not None:
-        letters = letters.replace("M", "n")
-    return dtype, letters
-
-
-def refusal(backend: str, op: str) -> str | None:
-    """Why a backend does not bind an op of the contract; None if it does."""
-    return REFUSED.get(("", op)) or REFUSED.get((backend, op))
-
-
-def check_names(backend: str, binders: Binders, op: str, given: Mapping[str, Any]) -> None:
-    """Raise BackendUnavailableError for an op that the backend does not bind, ArgumentError for an unknown op,
-    ArgumentTypeError for operands that are missing, unknown or not taken."""
-    reason = refusal(backend, op)
-    if reason is not None:
-        raise BackendUnavailableError(f"op: the {backend} backend has no {op!r}: {reason}")
-    if op not in binders:
-        raise unknown_name("op", op, binders)
-    _check_fields(op, OPS[op].operands, given)
-    taken = operands_of(binders[op])
-    for name in given:
-        if name not in taken and given[name] is not None:
-            raise ArgumentTypeError(f"{op}: {name}: the {backend} backend does not take it; leave it out")
-
-
-def _check_fields(place: str, operands: tuple[Operand, ...], given: Mapping[str, Any]) -> None:
-    known = {operand.name: operand for operand in operands}
-    for name in given:
-        if name not in known:
-            raise ArgumentTypeError(f"{place}: {unknown_name('operand', name, known)}")
-    missing = [operand.name for operand in operands if not operand.optional and operand.name not in given]
-    if missing:
-        raise ArgumentTypeError(f"{place}: missing {', '.join(missing)}; fusemlp_kernels/ops.py lists what it takes")
-    for name, value in given.items():
-        for index, fields in enumerate(value if known[name].fields else ()):
-            _check_fields(f"{place}: {name}[{index}]", known[name].fields, fields)
-
-
-def hands_on(to: Callable[..., object]) -> Callable[[Bind], Bind]:
-    """Mark a binder that hands operands which its signature does not name on to another function."""
-
-    def mark(binder: Bind) -> Bind:
-        vars(binder)["hands_on_to"] = to
-        return binder
-
-    return mark
-
-
-@functools.cache
-def operands_of(binder: Callable[..., object]) -> frozenset[str]:
-    """The operands that a binder takes."""
-    if "operands" in vars(binder):
-        return frozenset(vars(binder)["operands"])
-    parameters = inspect.signature(binder).parameters.values()
-    names = frozenset(one.name for one in parameters if one.kind is one.KEYWORD_ONLY)
-    rest = vars(binder).get("hands_on_to")
-    return names if rest is None else names | operands_of(rest)

@@ -26,7 +26,6 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 LANES = 8
 WORD = 0xFFFFFFFF
-_LOW, _HALF = np.array(WORD, np.uint64), np.array(32, np.uint64)
 ROW_ORDER = WORD
 START = 1 << 31
 # The numbers of a tensor's noise that have one second word.
@@ -106,130 +105,6 @@ def dropout_keep(rate: float, layer: int, seed: int, batch_index: int, rows: int
     counter = (np.arange(blocks)[None, :], np.arange(rows)[:, None], layer, batch_index)
     lanes = [half for word in philox(counter, seed_key(seed)) for half in (word & 0xFFFF, word >> 16)]
     return np.asarray(np.stack(lanes, axis=-1).reshape(rows, blocks * LANES)[:, :cols] >= threshold(rate))
-
-
-class _Word:
-    """One of the two counter words that a round multiplies, for ``size`` counters, with its 64-bit products.
-
-    A round reads the halves of this product and of the last one, so there are two. The halves are views (the host is
-    little-endian). Only the low half of ``value`` is ever written, so it stays a 32-bit number.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.value = np.zeros(size, np.uint64)
-        self.value_low = self.value.view(np.uint32)[::2]
-        self.products = (np.empty(size, np.uint64), np.empty(size, np.uint64))
-        self.low = tuple(product.view(np.uint32)[::2] for product in self.products)
-        self.high = tuple(product.view(np.uint32)[1::2] for product in self.products)
-
-
-class DropoutMask:
-    """``dropout_keep`` for one shape and rate, any number of times, without allocating.
-
-    The first three of the ten rounds cost little: numbers that depend on the column or the row alone are computed once
-    a column or row. The others run over a few thousand counters at a time, which stay in cache.
-    """
-
-    PASS = 8192
-
-    def __init__(self, rows: int, cols: int, rate: float) -> None:
-        self.rows, self.cols, self.rate = rows, cols, rate
-        # A rate that rounds to one drops everything, and has no 16-bit threshold.
-        self._keeps_none = threshold(rate) == 1 << 16
-        self._threshold = np.array(0 if self._keeps_none else threshold(rate), np.uint16)
-        blocks = -(-cols // LANES)
-        height = max(1, min(rows, self.PASS // max(blocks, 1)))
-        spans = [(start, min(start + height, rows)) for start in range(0, rows, height)]
-        words = {
-            stop - start: (_Word((stop - start) * blocks), _Word((stop - start) * blocks)) for start, stop in spans
-        }
-        self._passes = [(start, stop, *words[stop - start]) for start, stop in spans]
-        self._lanes = np.empty((height * blocks, 4), np.uint32)
-        self._kept = np.empty((height, LANES * blocks), np.bool_)
-        self._multipliers = tuple(np.array(m, np.uint64) for m in MULTIPLIERS)
-        self._keys = [tuple(np.zeros((), np.uint64) for _ in KEY_STEPS) for _ in range(ROUNDS)]
-        self._seed: int | None = None
-        self._row = np.arange(rows, dtype=np.uint64)
-        self._row_high, self._row_low = np.empty_like(self._row), np.empty_like(self._row)
-        first = np.arange(blocks, dtype=np.uint64) * self._multipliers[0]
-        self._first_high, self._first_low = first >> _HALF, first & _LOW
-        self._col = [np.empty_like(first) for _ in range(4)]
-
-    def fill(self, keep_out: Array, seed: int, layer: int, batch_index: int) -> None:
-        """Write the mask into ``keep_out`` (rows, cols) bool, any strides."""
-        if self._keeps_none:
-            keep_out[...] = False
-            return
-        self._set_seed(seed)
-        self._early_rounds(layer, batch_index)
-        for start, stop, zero, two in self._passes:
-            lanes = self._late_rounds(start, stop, zero, two)
-            kept = self._kept[: stop - start]
-            np.greater_equal(lanes, self._threshold, out=kept)
-            np.copyto(keep_out[start:stop], kept[:, : self.cols])
-
-    def _set_seed(self, seed: int) -> None:
-        if seed != self._seed:
-            for i, keys in enumerate(self._keys):
-                for out, key, step in zip(keys, seed_key(seed), KEY_STEPS, strict=True):
-                    out[...] = (key + i * step) & WORD
-            self._seed = seed
-
-    def _early_rounds(self, layer: int, batch_index: int) -> None:
-        """Compute rounds 0 and 1, and the part of round 2 that depends on the column: see ``philox`` for the round."""
-        (k00, k01), (k10, k11), (k20, k21) = self._keys[:3]
-        m0, m1 = self._multipliers
-        row, high, low = self._row_high, self._row_high, self._row_low
-        outer, zero, one, last = self._col
-        product = (layer & WORD) * MULTIPLIERS[1]
-        np.bitwise_xor(self._row, k00 ^ np.uint64(product >> 32), out=row)
-        np.multiply(row, m0, out=row)
-        np.bitwise_and(row, _LOW, out=low)
-        np.right_shift(row, _HALF, out=high)
-        # word 2 of the columns, and the product that it becomes
-        np.bitwise_xor(self._first_high, k01 ^ np.uint64(batch_index & WORD), out=zero)
-        np.multiply(zero, m1, out=zero)
-        np.bitwise_and(zero, _LOW, out=one)
-        np.bitwise_xor(one, k20, out=one)
-        np.right_shift(zero, _HALF, out=zero)
-        np.bitwise_xor(zero, k10 ^ np.uint64(product & WORD), out=zero)
-        np.bitwise_xor(self._first_low, k11, out=outer)
-        np.multiply(zero, m0, out=zero)
-        np.bitwise_and(zero, _LOW, out=last)
-        np.right_shift(zero, _HALF, out=zero)
-        np.bitwise_xor(zero, k21, out=zero)
-
-    def _late_rounds(self, start: int, stop: int, zero: _Word, two: _Word) -> Array:
-        """Return the lanes of rows ``start`` to ``stop`` after the other rounds, (stop - start, 8 * blocks) uint16."""
-        outer, column, one, last = self._col
-        m0, m1 = self._multipliers
-        shape = (stop - start, -1)
-        # A ufunc that broadcasts takes a buffer from the heap, and copyto does not: spread first, then combine.
-        spare = two.products[1]
-        np.copyto(two.value.reshape(shape), self._row_high[start:stop, None])
-        np.copyto(spare.reshape(shape), outer)
-        np.bitwise_xor(two.value, spare, out=two.value)
-        np.multiply(two.value, m1, out=two.products[0])
-        np.right_shift(two.products[0], _HALF, out=zero.value)
-        np.copyto(spare.reshape(shape), one)
-        np.bitwise_xor(zero.value, spare, out=zero.value)
-        np.copyto(two.value.reshape(shape), self._row_low[start:stop, None])
-        np.copyto(spare.reshape(shape), column)
-        np.bitwise_xor(two.value, spare, out=two.value)
-        np.copyto(zero.products[0].reshape(shape), last)
-        for i in range(3, ROUNDS):
-            now = i % 2
-            key0, key1 = self._keys[i]
-            np.multiply(zero.value, m0, out=zero.products[now])
-            np.multiply(two.value, m1, out=two.products[now])
-            np.bitwise_xor(two.high[now], two.low[1 - now], out=zero.value_low)
-            np.bitwise_xor(zero.value, key0, out=zero.value)
-            np.bitwise_xor(zero.high[now], zero.low[1 - now], out=two.value_low)
-            np.bitwise_xor(two.value, key1, out=two.value)
-        lanes = self._lanes[: zero.value.size]
-        for i, word in enumerate((zero.value_low, two.low[now], two.value_low, zero.low[now])):
-            np.copyto(lanes[:, i], word)
-        return lanes.view(np.uint16).reshape(stop - start, -1)
 
 
 def radix(n: int) -> int:

@@ -109,6 +109,12 @@ def linear(x: Array, w: Array, b: Array, activation: str = "identity", slope: An
     return _ACTIVATIONS[activation][0](x @ w.T + b, slope)
 
 
+def log_softmax(y: Array) -> Array:
+    """The logarithms of each row's probabilities, (M, N); no exponential overflows."""
+    shifted = y - y.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
+
 def loss_of_output(
     spec: LossSpec, y: Array, target: Array, weight: Array | None = None, class_weight: Array | None = None
 ) -> tuple[float, Array]:
@@ -136,10 +142,9 @@ def loss_of_output(
             shares = weights * (wanted @ classes)
         eps = spec.label_smoothing
         q = weights[:, None] * classes * (wanted * (1.0 - eps) + eps / columns)
-        shifted = y - y.max(axis=1, keepdims=True)
-        log_softmax = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-        total = -(q * log_softmax).sum()
-        dy = np.exp(log_softmax) * q.sum(axis=1, keepdims=True) - q
+        log_p = log_softmax(y)
+        total = -(q * log_p).sum()
+        dy = np.exp(log_p) * q.sum(axis=1, keepdims=True) - q
         each, normaliser = 1, shares.sum()
     else:
         loss, slope = _elementwise(spec, y, target)
@@ -159,11 +164,6 @@ def divergence(
     """The mean by ``weight`` (M,), or the sum, of each row's Kullback-Leibler divergence, sum of p log(p / q), p and q
     being the softmax of z and of ``other`` (M, N); its gradients by z and by ``other``.
     """
-
-    def log_softmax(y: Array) -> Array:
-        shifted = y - y.max(axis=1, keepdims=True)
-        return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
-
     log_p, log_q = log_softmax(z), log_softmax(other)
     p, q = np.exp(log_p), np.exp(log_q)
     values = (p * (log_p - log_q)).sum(axis=1, keepdims=True)

@@ -22,7 +22,6 @@ TRAITS = {
         name="triton",
         row_multiple=8,
         gathers_in_load=True,
-        stores_masks=False,
         widest_fused_output=256,
         fused_updates=("sgd", "adam"),
         norms_gradients=True,
@@ -46,35 +45,26 @@ TRAITS = {
             element=3e-9,
         ),
     ),
+    # cuBLAS reads whole matrices, and cuts a long batch itself
     "cupy": Traits(
         name="cupy",
         row_multiple=8,
-        # cuBLAS reads whole matrices
-        gathers_in_load=False,
-        stores_masks=False,
         # the loss reads the product from memory, of any width
         widest_fused_output=1 << 31,
         # plain gradient descent: the product is the update
         fused_updates=("sgd",),
         norms_gradients=True,
-        # cuBLAS itself cuts a long batch
-        split_rows=0,
-        split_size=0,
         precisions=("fp32", "tf32", "fp16"),
         plans=("eager", "graph"),
     ),
     "numpy": Traits(
         name="numpy",
-        # BLAS through SciPy wants matrices without gaps
+        # the compiled loop reads matrices without gaps
         row_multiple=1,
-        gathers_in_load=False,
         stores_masks=True,
         widest_fused_output=1 << 31,
         # Adam is faster in one sweep over the arena than tensor by tensor
         fused_updates=("sgd",),
-        norms_gradients=False,
-        split_rows=0,
-        split_size=0,
         precisions=("fp32", "fp64"),
         plans=("eager", "resident"),
         on_host=True,

@@ -34,9 +34,9 @@ from fusemlp.report.temperature import held_out_logits, scale_logits, temperatur
 from fusemlp.runtime.members import combined
 from fusemlp.runtime.plans import plan_text
 from fusemlp_kernels import reference
+from fusemlp_kernels.binders import refusal
 from fusemlp_kernels.contract import LossSpec
 from fusemlp_kernels.errors import BackendUnavailableError
-from fusemlp_kernels.ops import refusal
 from fusemlp_kernels.reference import Batch, MemberLayer
 
 Array = np.ndarray[Any, Any]

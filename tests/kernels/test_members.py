@@ -22,9 +22,9 @@ from tolerance import (
 )
 
 from fusemlp_kernels import reference
+from fusemlp_kernels.binders import refusal
 from fusemlp_kernels.contract import ACTIVATIONS, BATCH_INDEX, COUNTERS, ROW_COUNT, Dropout, LossSpec, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ShapeError
-from fusemlp_kernels.ops import refusal
 from fusemlp_kernels.philox import dropout_keep
 from fusemlp_kernels.reference import Batch, MemberLayer
 

@@ -52,7 +52,7 @@ def one_thread() -> AbstractContextManager[None]:
 def row_order(backend_name: str, plan: str, n: int, seed: int, epoch: int) -> Array:
     """The order of the rows in an epoch, (n,) int64: the same for all, and compiled where numba compiles the plan."""
     if backend_name == "numpy" and plan == "resident":
-        from fusemlp_kernels.numpy.tables import row_order as compiled
+        from fusemlp_kernels.numpy.loops import row_order as compiled
 
         return compiled(n, seed, epoch)
     return shuffled_rows(n, seed, epoch)

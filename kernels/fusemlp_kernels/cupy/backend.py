@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp_kernels.binders import check_names
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.cupy.boxes import (
     bind_ball,
@@ -33,7 +34,6 @@ from fusemlp_kernels.cupy.updates import (
     bind_grad_weight_update,
     bind_update,
 )
-from fusemlp_kernels.ops import check_names
 
 _log = logging.getLogger("fusemlp.kernels")
 

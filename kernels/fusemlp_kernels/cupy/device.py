@@ -191,15 +191,11 @@ class Device:
         with self._card:
             destination[...] = cupy.asarray(source).reshape(destination.shape)
 
-    def to_host(self, array: Array, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
+    def to_host(self, array: Array) -> np.ndarray[Any, Any]:
         """See ``contract.Backend``. 16-bit numbers come back as float32."""
         with self._card:
             host = cupy.asnumpy(array)
-        host = np.array(host, np.float32 if host.dtype == np.float16 else host.dtype, order="C")
-        if out is None:
-            return host
-        np.copyto(out, host)
-        return out
+        return np.array(host, np.float32 if host.dtype == np.float16 else host.dtype, order="C")
 
     def read(self, *arrays: Array) -> list[np.ndarray[Any, Any]]:
         """See ``contract.Backend``."""

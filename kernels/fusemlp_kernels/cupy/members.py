@@ -42,9 +42,21 @@ def bind_grad_affine_members(device: Device, given: SimpleNamespace) -> Run:
     )  # fmt: skip
 
 
-def _rows_of(array: Array, member: int, members: int) -> Array:
-    """Return the rows of a member, a view."""
-    return array[member::members]
+def _rows_of(array: Array, members: int) -> list[Array]:
+    """Return the rows of the batch of each member, views."""
+    return [array[member::members] for member in range(members)]
+
+
+def _weights_of(array: Array, members: int) -> list[Array]:
+    """Return each member's own rows, which lie together, views."""
+    own = len(array) // members
+    return [array[member * own : (member + 1) * own] for member in range(members)]
+
+
+def _products(device: Device, product: Array, batch: Array, weights: list[Array]) -> list[Run]:
+    """Return the products of each member's rows of the batch with its weights."""
+    places = (_rows_of(array, len(weights)) for array in (product, batch))
+    return [bind_product(device, *arrays) for arrays in zip(*places, weights, strict=True)]
 
 
 def _finished(device: Device, product: Array, out: Array, bias: Array | None, members: int) -> Run:
@@ -61,13 +73,8 @@ def bind_linear_members(device: Device, given: SimpleNamespace) -> Run:
     """Bind the contract's ``linear_members``: a product of each member, and a kernel after them."""
     members, n = members_of(given, given.N), given.N
     product = product_place(device, given.z)
-    runs = [
-        bind_product(
-            device, _rows_of(product, member, members), _rows_of(given.x, member, members),
-            transposed(given.w[member * n : (member + 1) * n]),
-        )
-        for member in range(members)
-    ]  # fmt: skip
+    weights = [transposed(own) for own in _weights_of(given.w, members)]
+    runs = _products(device, product, given.x, weights)
     (step,) = strides_of(given.b)
     bias = device.strided(given.b, 0, (members, n), (n * step, step))
     return in_sequence([*runs, _finished(device, product, given.z, bias, members)])
@@ -76,15 +83,9 @@ def bind_linear_members(device: Device, given: SimpleNamespace) -> Run:
 @binds("grad_input_members")
 def bind_grad_input_members(device: Device, given: SimpleNamespace) -> Run:
     """Bind the contract's ``grad_input_members``: a product of each member; a kernel where dx is float16."""
-    members, n = members_of(given, given.N), given.N
+    members = members_of(given, given.N)
     product = product_place(device, given.dx)
-    runs = [
-        bind_product(
-            device, _rows_of(product, member, members), _rows_of(given.dz, member, members),
-            given.w[member * n : (member + 1) * n],
-        )
-        for member in range(members)
-    ]  # fmt: skip
+    runs = _products(device, product, given.dz, _weights_of(given.w, members))
     if product is not given.dx:
         runs.append(_finished(device, product, given.dx, None, members))
     return in_sequence(runs)
@@ -93,17 +94,12 @@ def bind_grad_input_members(device: Device, given: SimpleNamespace) -> Run:
 @binds("grad_weight_members")
 def bind_grad_weight_members(device: Device, given: SimpleNamespace) -> Run:
     """Bind the contract's ``grad_weight_members`` as ``grad_weight`` of layers, each a member."""
-    members, n = members_of(given, given.N), given.N
+    members = members_of(given, given.N)
+    dw, db = ([None] * members if out is None else _weights_of(out, members) for out in (given.dw, given.db))
+    each = zip(_rows_of(given.dz, members), _rows_of(given.x, members), dw, db, strict=True)
     layers = [
-        SimpleNamespace(
-            M=given.M // members, N=n, K=given.K, rows=None,
-            **{name: _rows_of(getattr(given, name), member, members) for name in ("dz", "x")},
-            **{
-                name: None if getattr(given, name) is None else getattr(given, name)[member * n : (member + 1) * n]
-                for name in ("dw", "db")
-            },
-        )
-        for member in range(members)
-    ]  # fmt: skip
+        SimpleNamespace(M=given.M // members, N=given.N, K=given.K, rows=None, dz=dz, x=x, dw=own_dw, db=own_db)
+        for dz, x, own_dw, own_db in each
+    ]
     own = {"rule": given.rule, "counters": given.counters, "slopes": (), "norm": None}
     return bind_gradients(device, SimpleNamespace(layers=layers, **own))

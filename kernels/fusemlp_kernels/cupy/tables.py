@@ -34,11 +34,6 @@ def rule_table(rule: UpdateRule, *, scaled: bool = False) -> np.ndarray[Any, Any
     return table
 
 
-def rule_on(device: Device, rule: UpdateRule, *, scaled: bool = False) -> Array:
-    """A rule on the card."""
-    return device.upload(rule_table(rule, scaled=scaled))
-
-
 class Table:
     """Entries of a kernel, each for the blocks from its ``first_block`` to the next entry's, in the call ``given``."""
 
@@ -57,7 +52,7 @@ class Table:
     def clock(self, *, scaled: bool = False) -> dict[str, Any]:
         """Return the fields of the rule, and those that an update reads and the clock writes."""
         clock = {name: vars(self.given).get(name) for name in ("hyper", "rates", "counters")}
-        rule = rule_on(self.device, self.given.rule, scaled=scaled)
+        rule = self.device.upload(rule_table(self.given.rule, scaled=scaled))
         return {**clock, "rule": rule, "ticket": self.device.allocate(1, "uint32")}
 
 

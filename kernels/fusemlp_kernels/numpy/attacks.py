@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fusemlp_kernels.binders import hands_on
 from fusemlp_kernels.contract import LossSpec, Perturbation, Ramp
 from fusemlp_kernels.numpy.calls import activation_columns, loss_grad, row_columns
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.tables import Array, Table
-from fusemlp_kernels.ops import hands_on
 from fusemlp_kernels.philox import seed_key
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp_kernels.binders import check_names
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.numpy.binding import ENTRIES, bind_call, bind_train_resident
 from fusemlp_kernels.numpy.cores import threads
 from fusemlp_kernels.numpy.tables import Array, Run
-from fusemlp_kernels.ops import check_names
 
 BINDERS: dict[str, Callable[..., Any]] = {**ENTRIES, "train_resident": bind_train_resident}
 # Arrays start at multiples of this.
@@ -71,12 +71,9 @@ class NumpyBackend:
         """See ``contract.Backend``."""
         return array
 
-    def to_host(self, array: Array, out: Array | None = None) -> Array:
+    def to_host(self, array: Array) -> Array:
         """See ``contract.Backend``."""
-        if out is None:
-            return np.array(array, order="C")
-        np.copyto(out, array)
-        return out
+        return np.array(array, order="C")
 
     def read(self, *arrays: Array) -> list[Array]:
         """See ``contract.Backend``."""

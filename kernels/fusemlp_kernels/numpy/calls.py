@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp_kernels.binders import hands_on
 from fusemlp_kernels.contract import (
     ACTIVATIONS,
     LOSSES,
@@ -25,7 +26,6 @@ from fusemlp_kernels.contract import (
 from fusemlp_kernels.errors import ArgumentError, unknown_name
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.tables import Array, Table
-from fusemlp_kernels.ops import hands_on
 from fusemlp_kernels.philox import seed_key, threshold
 
 Operands = Mapping[str, Any]
@@ -53,9 +53,7 @@ def activation_columns(
     return {"ACTIVATION": code, "SLOPE": slope_param, "DSLOPE": dslope}, {t.FIXED_SLOPE: float(slope)}
 
 
-def dropout_columns(
-    table: Table, dropout: Dropout | None, keep: Array | None
-) -> tuple[dict[str, Any], dict[int, float]]:
+def dropout_columns(dropout: Dropout | None, keep: Array | None) -> tuple[dict[str, Any], dict[int, float]]:
     """The columns and numbers of dropout."""
     if dropout is None:
         return {}, {}
@@ -113,7 +111,7 @@ def _linear(
     keep: Array | None = None,
 ) -> int:
     columns, numbers = activation_columns(table, activation, slope, slope_param, None)
-    dropped, rates = dropout_columns(table, dropout, keep)
+    dropped, rates = dropout_columns(dropout, keep)
     if activation not in NEEDS_Z:
         z = y
     elif z is None:
@@ -222,7 +220,7 @@ def _grad_input(
     keep: Array | None = None,
 ) -> int:
     columns, numbers = activation_columns(table, activation, slope, slope_param, dslope)
-    dropped, rates = dropout_columns(table, dropout, keep)
+    dropped, rates = dropout_columns(dropout, keep)
     table.height = max(table.height, len(dz_prev))
     table.add(
         "BACKWARD", numbers | rates, N=len(w), K=w.shape[1], DZ=dz, W=w, Y=y, Z=y if z is None else z, OUT=dz_prev,

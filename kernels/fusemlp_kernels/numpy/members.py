@@ -26,7 +26,7 @@ def _affine_columns(
     if activation == "prelu":
         raise ArgumentError("activation: members share no learned slope; give another activation than prelu")
     columns, numbers = activation_columns(table, activation, slope, None, None)
-    dropped, rates = dropout_columns(table, dropout, keep)
+    dropped, rates = dropout_columns(dropout, keep)
     return {**columns, **dropped, "Z": (table.scratch(2 * MOST_TASKS, width), 0)}, numbers | rates
 
 

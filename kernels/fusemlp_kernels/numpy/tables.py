@@ -1,123 +1,31 @@
-"""Tables of calls for the compiled loop, and running them; ``compiled.tables`` says what their columns are.
-
-Numba is imported when a table first runs.
-"""
+"""Tables of calls for the compiled loop, and running them; ``compiled.tables`` says what their columns are."""
 
 from __future__ import annotations
 
-import functools
-import os
-import threading
 from array import array
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from fusemlp_kernels import philox
-from fusemlp_kernels.contract import ACTIVATIONS, COUNTERS, LOSSES, Noise, TensorRule, UpdateRule
-from fusemlp_kernels.errors import MissingLibraryError
+from fusemlp_kernels.contract import COUNTERS, Noise, TensorRule, UpdateRule
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.cores import threads
+from fusemlp_kernels.numpy.loops import OPTIMIZER_NAMES, compiled, loop_of
 from fusemlp_kernels.numpy.plan import PIECEWISE, Row, plan, together
 from fusemlp_kernels.numpy.team import launch
-from fusemlp_kernels.ops import READ, Operand
-from fusemlp_kernels.philox import FEISTEL_ROUNDS, LANES, NORMALS, radix, seed_key
-from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
+from fusemlp_kernels.operands import READ, Operand
+from fusemlp_kernels.philox import LANES, NORMALS, seed_key
+from fusemlp_kernels.pointwise import HYPERPARAMETERS
 
 Array = np.ndarray[Any, Any]
 Run = Callable[..., object]
-
-# Names of ``compiled.tables`` and of the printed formulas that a table may do without, so that no code is compiled for
-# them.
-OPTIMIZER_NAMES = tuple(f"RULE_{name.upper()}" for name in OPTIMIZERS)
-NAMES = frozenset(
-    {
-        *("GATHER", "AFFINE", "ACTIVATE", "ENTROPY", "ELEMENTWISE", "PADDING", "BACKWARD"),
-        *("WEIGHT", "BIAS", "SLOPES", "NORM", "UPDATE", "PACK"),
-        *("SQUARES", "SHRINK", "NOISY", "BY_ITSELF", "PERTURB", "DRAWN", "CARRIED", "DIVERGENCE"),
-        *("MEMBERS_AFFINE", "MEMBERS_BACKWARD", "HEADS", "HEADS_BACKWARD", "MEMBERS", "PARTS", "BY_R", "BY_S"),
-        *("MAGNITUDES", "BALL", "BOX", "BOX_BACK", "WORST", "WORST_BACK", "SIGNS"),
-        *("PARAM", "AVERAGE", "PANELS", "PULLS"),
-        *("KEEP", "SOFT", "SMOOTHED", "IGNORES", "WEIGHTED", "CLASS_WEIGHTED", "WIDE"),
-        *("DESCENDS", "SLOPE", "DSLOPE"),
-        *(name.upper() for name in (*ACTIVATIONS, *LOSSES)),
-        *OPTIMIZER_NAMES,
-    }
-)
 
 # The places of a row's columns.
 COLUMNS = {name: place for name, place in vars(t).items() if isinstance(place, int)}
 
 # The columns of arrays that have a row for each row of the batch.
 BATCH_ARRAYS = ("X", "Y", "Z", "DZ", "OUT", "KEEP", "CENTRE", "RADIUS")
-
-# Set, one loop for all tables is compiled, once; unset, each kind of table compiles what it uses, in less time.
-WHOLE_LOOP = "FUSEMLP_WHOLE_LOOP"
-_loading = threading.Lock()
-# The loops of this process by the names that they have code for, and the names of single calls that have not run yet.
-_loops: dict[tuple[str, frozenset[str]], Any] = {}
-_waiting: set[str] = set()
-
-
-def _compiled(module: str) -> Any:
-    """A module of ``compiled``, whose import imports numba."""
-    try:
-        return import_module(f"fusemlp_kernels.numpy.compiled.{module}")
-    except ImportError as error:
-        raise MissingLibraryError(
-            f"backend: training on the numpy backend needs numba, which cannot be imported ({error}); install it again "
-            "with pip install --force-reinstall numba"
-        ) from error
-
-
-# Rows that NumPy orders before numba compiles the order: a short training does without the 0.4 s that this takes.
-_NUMPY_ROWS = 1 << 20
-_ordered = 0
-
-
-def row_order(n: int, seed: int, epoch: int) -> Array:
-    """The same order as ``philox.row_order``; compiled, which is faster, once a process orders many rows."""
-    global _ordered
-    if _ordered < _NUMPY_ROWS:
-        # each order costs NumPy as much as some 4,000 rows
-        _ordered += n + 4000
-        return philox.row_order(n, seed, epoch)
-    return compiled_row_order(n, seed, epoch)
-
-
-def compiled_row_order(n: int, seed: int, epoch: int) -> Array:
-    """The order of the rows in an epoch, (n,) int64, by numba."""
-    with _loading:
-        permute = _compiled("rows").compiled_row_order()
-    order, a = np.empty(n, np.int64), radix(n)
-    low, high = seed_key(seed)
-    permute(order, np.empty((FEISTEL_ROUNDS, a), np.int64), np.empty((2, a), np.int64), low, high, epoch)
-    return order
-
-
-def work_for(names: frozenset[str], real: Any, *, alone: bool) -> Any:
-    """A function that has code for ``names``: one of this process, or a new one, that all threads share.
-
-    Without ``alone`` a new one is for all the single calls that wait for theirs: those of a step are compiled together.
-    """
-    with _loading:
-        found = _loaded(names, real)
-        if found is None:
-            if not alone:
-                names |= _waiting
-                _waiting.clear()
-            if os.environ.get(WHOLE_LOOP):
-                names = NAMES
-            found = _compiled("pruning").compiled_work(NAMES - names, real)
-            _loops[real.char, names] = found
-        return found
-
-
-def _loaded(names: frozenset[str], real: Any) -> Any:
-    found = (work for (char, known), work in tuple(_loops.items()) if char == real.char and names <= known)
-    return next(found, None)
 
 
 def _address(array: Array) -> int:
@@ -344,26 +252,11 @@ class Table:
         head[t.LANES_ROW] = max(dropped, noise, 2 * self.lanes)
         if head[t.LANES_ROW]:
             self.enter(t.AT_LANES, self.scratch(found.most, head[t.LANES_ROW], dtype=np.uint64))
-        names = frozenset(self.names & NAMES)
-        work = work_for(names, self.real, alone=True) if alone else _loaded(names, self.real)
-        work = work or _Later(names, self.real)
+        work = loop_of(self.names, self.real, alone=alone)
         integers = np.frombuffer(array("q", head + self.tensors + found.phases + found.tasks + found.pieces), np.int64)
         factors = np.frombuffer(array("d", self.factors + self.tensor_factors))
         self.bound = integers, factors, work, self.real, found.most
         return copied(_launch(*self.bound, self.kept), self.before, self.after)
-
-
-class _Later:
-    """A function that is chosen when its address is first asked for."""
-
-    def __init__(self, names: frozenset[str], real: Any) -> None:
-        self._names, self._real = names, real
-        _waiting.update(names)
-
-    @functools.cached_property
-    def address(self) -> int:
-        address: int = work_for(self._names, self._real, alone=False).address
-        return address
 
 
 def _launch(integers: Array, factors: Array, work: Any, real: Any, tasks: int, kept: Any) -> Run:
@@ -375,7 +268,7 @@ def _launch(integers: Array, factors: Array, work: Any, real: Any, tasks: int, k
         integers[t.STEPS : t.PHASE + 1] = steps, 0, -1
         integers[t.TOGETHER] = together(int(integers[t.BLOCK]), int(integers[t.BLOCKS]), threads())
         if not integers[t.AT_PRODUCT]:
-            functions = _compiled("products").by_address(real)
+            functions = compiled("products").by_address(real)
             integers[t.AT_PRODUCT : t.AT_DOTS + 1] = [function.address for function in functions]
         if steps:
             launch(work.address, job, tasks)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import triton
 
+from fusemlp_kernels.binders import check_names
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.errors import BackendUnavailableError
-from fusemlp_kernels.ops import check_names
 from fusemlp_kernels.triton import configs
 from fusemlp_kernels.triton.fleets import bind_train_fleet, bind_train_resident
 from fusemlp_kernels.triton.grouped import (
@@ -180,14 +180,10 @@ class TritonBackend:
         self.copy_into(tensor, array)
         return tensor
 
-    def to_host(self, array: Tensor, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
+    def to_host(self, array: Tensor) -> np.ndarray[Any, Any]:
         """See ``contract.Backend``. 16-bit numbers come back as float32."""
         wide = array.to(torch.float32) if array.dtype in (torch.bfloat16, torch.float16) else array
-        host = np.array(wide.cpu().numpy(), order="C")
-        if out is None:
-            return host
-        np.copyto(out, host)
-        return out
+        return np.array(wide.cpu().numpy(), order="C")
 
     def read(self, *arrays: Tensor) -> list[np.ndarray[Any, Any]]:
         """See ``contract.Backend``."""

@@ -7,47 +7,27 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from fusemlp_kernels.numpy.compiled.calls import block, slope_of
+from fusemlp_kernels.numpy.compiled import tables as t
+from fusemlp_kernels.numpy.compiled.calls import block, clear, slope_of
 from fusemlp_kernels.numpy.compiled.functions import maximum, minimum
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT
 from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative
-from fusemlp_kernels.numpy.compiled.tables import (
-    ACTIVATION,
-    BEGUN,
-    CENTRE,
-    DZ,
-    IDENTITY,
-    KAPPA,
-    LARGEST,
-    RADIUS,
-    RAMP,
-    SPAN,
-    SUMS,
-    WARMUP,
-    B,
-    K,
-    N,
-    W,
-    X,
-    Y,
-    Z,
-)
-from fusemlp_kernels.numpy.compiled.views import elements
+from fusemlp_kernels.numpy.compiled.views import elements, part
 
 
 @register_jitable(**EXACT)
-def reached(numbers: Any, updates: int) -> float:
+def _reached(numbers: Any, updates: int) -> float:
     """The share of the radius, and of the weight of the worst case, that is reached after this many updates."""
-    risen = (updates - numbers[BEGUN]) / numbers[SPAN] - numbers[WARMUP]
-    if numbers[RAMP] == 0.0:
+    risen = (updates - numbers[t.BEGUN]) / numbers[t.SPAN] - numbers[t.WARMUP]
+    if numbers[t.RAMP] == 0.0:
         return 1.0 if risen >= 0.0 else 0.0
-    return min(1.0, max(0.0, risen / numbers[RAMP]))
+    return min(1.0, max(0.0, risen / numbers[t.RAMP]))
 
 
 @register_jitable(**EXACT)
-def kappa(numbers: Any, updates: int) -> float:
+def _kappa(numbers: Any, updates: int) -> float:
     """The share of the plain loss."""
-    return 1.0 - (1.0 - numbers[KAPPA]) * reached(numbers, updates)
+    return 1.0 - (1.0 - numbers[t.KAPPA]) * _reached(numbers, updates)
 
 
 @register_jitable(**ELEMENTWISE)
@@ -75,12 +55,12 @@ def _within(values: Any, least: Any, most: Any, count: int) -> None:
 
 
 @register_jitable(**EXACT)
-def ball(
+def _ball(
     centre: Any, radius: Any, x: Any, reach: Any, least: Any, most: Any, count: int, bounded: bool, numbers: Any,
     updates: int,
 ) -> None:  # fmt: skip
     """The box of the inputs near a row."""
-    _ends(centre, radius, x, reach, count, numbers[LARGEST] * reached(numbers, updates))
+    _ends(centre, radius, x, reach, count, numbers[t.LARGEST] * _reached(numbers, updates))
     if bounded:
         _within(centre, least, most, count)
         _within(radius, least, most, count)
@@ -125,7 +105,7 @@ def by_centre(dlow: Any, dhigh: Any, count: int) -> None:
 
 
 @register_jitable(**EXACT)
-def worst(zc: Any, zr: Any, out: Any, labels: Any, rows: Any, count: int, columns: int) -> None:
+def _worst(zc: Any, zr: Any, out: Any, labels: Any, rows: Any, count: int, columns: int) -> None:
     """The logits of each row that are worst for its label, flat (count, columns)."""
     for i in range(count):
         start, label = i * columns, labels[rows[i]]
@@ -135,7 +115,7 @@ def worst(zc: Any, zr: Any, out: Any, labels: Any, rows: Any, count: int, column
 
 
 @register_jitable(**EXACT)
-def from_worst(
+def _from_worst(
     d: Any, dzc: Any, dzr: Any, dz: Any, labels: Any, rows: Any, count: int, columns: int, own: float
 ) -> None:  # fmt: skip
     """The gradients by centres and radii from that by the worst logits; ``own``: the share of the plain loss, whose dz
@@ -166,40 +146,54 @@ def turn(out: Any, w: Any, count: int) -> None:
 
 @register_jitable(**EXACT)
 def ball_rows(call: Any, numbers: Any, like: Any, rows: Any, first: int, count: int, updates: int) -> None:
-    """The boxes of rows of inputs."""
-    columns = call[K]
-    reach, least, most = elements(like, call[W]), elements(like, call[B]), elements(like, call[SUMS])
+    """The boxes of the inputs near rows."""
+    columns = call[t.K]
+    reach, least, most = elements(like, call[t.W]), elements(like, call[t.B]), elements(like, call[t.SUMS])
     for i in range(first, first + count):
-        centre, radius = block(like, call[CENTRE], i, columns), block(like, call[RADIUS], i, columns)
+        centre, radius = block(like, call[t.CENTRE], i, columns), block(like, call[t.RADIUS], i, columns)
         if rows[i] < 0:
-            for j in range(columns):
-                centre[j] = 0
-                radius[j] = 0
+            clear(centre, columns)
+            clear(radius, columns)
             continue
-        x = block(like, call[X], rows[i], columns)
-        ball(centre, radius, x, reach, least, most, columns, call[B] != 0, numbers, updates)
+        x = block(like, call[t.X], rows[i], columns)
+        _ball(centre, radius, x, reach, least, most, columns, call[t.B] != 0, numbers, updates)
 
 
 @register_jitable(**EXACT)
 def box_rows(call: Any, numbers: Any, like: Any, forward: bool, first: int, count: int) -> None:
     """Boxes of outputs from those of pre-activations, or back."""
-    outputs, slope = call[N], slope_of(call, numbers, like)
+    outputs, slope = call[t.N], slope_of(call, numbers, like)
     size = count * outputs
-    zc, zr = block(like, call[Z], first, outputs), block(like, call[Y], first, outputs)
-    low, high = block(like, call[X], first, outputs), block(like, call[DZ], first, outputs)
-    centre, radius = block(like, call[CENTRE], first, outputs), block(like, call[RADIUS], first, outputs)
+    zc, zr = block(like, call[t.Z], first, outputs), block(like, call[t.Y], first, outputs)
+    low, high = block(like, call[t.X], first, outputs), block(like, call[t.DZ], first, outputs)
+    centre, radius = block(like, call[t.CENTRE], first, outputs), block(like, call[t.RADIUS], first, outputs)
     if forward:
         ends(zc, zr, low, high, size)
     else:
         by_ends(centre, radius, size)
-    if call[ACTIVATION] != IDENTITY:
+    if call[t.ACTIVATION] != t.IDENTITY:
         if forward:
-            activate(call[ACTIVATION], low, zc, size, slope)
-            activate(call[ACTIVATION], high, zr, size, slope)
+            activate(call[t.ACTIVATION], low, zc, size, slope)
+            activate(call[t.ACTIVATION], high, zr, size, slope)
         else:
-            multiply_by_derivative(call[ACTIVATION], centre, low, zc, size, slope, 1.0)
-            multiply_by_derivative(call[ACTIVATION], radius, high, zr, size, slope, 1.0)
+            multiply_by_derivative(call[t.ACTIVATION], centre, low, zc, size, slope, 1.0)
+            multiply_by_derivative(call[t.ACTIVATION], radius, high, zr, size, slope, 1.0)
     if forward:
         centred(centre, radius, low, high, size)
     else:
         by_centre(centre, radius, size)
+
+
+@register_jitable(**EXACT)
+def worst_rows(
+    call: Any, numbers: Any, like: Any, labels: Any, rows: Any, forward: bool, first: int, count: int, updates: int
+) -> None:  # fmt: skip
+    """The worst logits of rows, or the gradients through them."""
+    outputs, own_rows = call[t.N], part(rows, first)
+    if forward:
+        zc, zr = block(like, call[t.Z], first, outputs), block(like, call[t.Y], first, outputs)
+        _worst(zc, zr, block(like, call[t.OUT], first, outputs), labels, own_rows, count, outputs)
+    else:
+        dzc, dzr = block(like, call[t.CENTRE], first, outputs), block(like, call[t.RADIUS], first, outputs)
+        d, dz = block(like, call[t.X], first, outputs), block(like, call[t.DZ], first, outputs)
+        _from_worst(d, dzc, dzr, dz, labels, own_rows, count, outputs, _kappa(numbers, updates))

@@ -13,34 +13,10 @@ import numpy as np
 from numba.extending import register_jitable
 
 from fusemlp_kernels.contract import BATCH_LOSSES, CORRECT, LAST_LOSS, LOSS_SUM, NORM_SUM, SCORED
+from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.compiled.functions import exp
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT, REDUCTION
 from fusemlp_kernels.numpy.compiled.pointwise_numba import BINARY_CROSS_ENTROPY, element_losses
-from fusemlp_kernels.numpy.compiled.tables import (
-    ACCURACY,
-    BY_ITSELF,
-    CLASS_WEIGHTED,
-    DIVERGENCE_PART,
-    DIVISOR,
-    HITS_PART,
-    IGNORED,
-    IGNORES,
-    KIND,
-    LOSS_PART,
-    MEAN,
-    OPTION,
-    RECORDED,
-    SCORED_PART,
-    SHARD,
-    SHARES_PART,
-    SMOOTHED,
-    SMOOTHING,
-    SOFT,
-    STRENGTH,
-    WEIGHTED,
-    WIDE,
-    X,
-)
 
 
 @register_jitable(**EXACT)
@@ -122,9 +98,9 @@ def _smoothed(
 @register_jitable(**EXACT)
 def shares_of(labels: Any, weight: Any, class_weight: Any, rows: Any, count: int, call: Any) -> float:
     """The sum of the row weights of a batch; a row that is ignored has none."""
-    weighted, by_class = call[WEIGHTED] != 0, call[CLASS_WEIGHTED] != 0
-    ignores = call[IGNORES] != 0
-    hard = call[SOFT] == 0
+    weighted, by_class = call[t.WEIGHTED] != 0, call[t.CLASS_WEIGHTED] != 0
+    ignores = call[t.IGNORES] != 0
+    hard = call[t.SOFT] == 0
     if not (weighted or ((by_class or ignores) and hard)):
         return float(count)
     total = 0.0
@@ -132,7 +108,7 @@ def shares_of(labels: Any, weight: Any, class_weight: Any, rows: Any, count: int
         share = float(weight[rows[i]]) if weighted else 1.0
         if hard and (by_class or ignores):
             label = labels[rows[i]]
-            if call[IGNORES] and label == call[IGNORED]:
+            if call[t.IGNORES] and label == call[t.IGNORED]:
                 continue
             if by_class:
                 share *= class_weight[label]
@@ -143,8 +119,8 @@ def shares_of(labels: Any, weight: Any, class_weight: Any, rows: Any, count: int
 @register_jitable(**EXACT)
 def _scale(shares: float, call: Any, numbers: Any) -> float:
     """The factor of a sum over the rows."""
-    normaliser = shares * numbers[DIVISOR]
-    if call[MEAN] == 0:
+    normaliser = shares * numbers[t.DIVISOR]
+    if call[t.MEAN] == 0:
         return 1.0
     return 1.0 / normaliser if normaliser != 0.0 else 0.0
 
@@ -152,7 +128,7 @@ def _scale(shares: float, call: Any, numbers: Any) -> float:
 @register_jitable(**EXACT)
 def _row_scale(shares: float, call: Any, numbers: Any) -> float:
     """The factor of a row's gradient."""
-    return 1.0 / numbers[DIVISOR] if call[MEAN] == BY_ITSELF else _scale(shares, call, numbers)
+    return 1.0 / numbers[t.DIVISOR] if call[t.MEAN] == t.BY_ITSELF else _scale(shares, call, numbers)
 
 
 @register_jitable(**EXACT)
@@ -161,14 +137,14 @@ def record(
 ) -> None:  # fmt: skip
     """Note a batch or a shard; ``value`` is the sum over its rows, not yet divided, ``count`` the rows of the batch."""
     scale = _scale(shares, call, numbers)
-    if call[ACCURACY]:
+    if call[t.ACCURACY]:
         stats[CORRECT] += correct
         stats[SCORED] += scored
     # rows without weight may have targets with one
     stats[LOSS_SUM] += value if scale != 0.0 else value * scale
-    if call[MEAN] and call[SHARD] == 0:
+    if call[t.MEAN] and call[t.SHARD] == 0:
         # that of the whole batch
-        stats[NORM_SUM] += shares * numbers[DIVISOR]
+        stats[NORM_SUM] += shares * numbers[t.DIVISOR]
     stats[LAST_LOSS] = value * scale
     stats[BATCH_LOSSES] += value * scale * count
 
@@ -184,9 +160,9 @@ def cross_entropy(
     call has them. d may be z. ``shares``: see ``shares_of``. The statistics of these rows go into partials.
     """
     real = z.dtype.type
-    is_soft, weighted, by_class = call[SOFT] != 0, call[WEIGHTED] != 0, call[CLASS_WEIGHTED] != 0
-    smoothed, wide = call[SMOOTHED] != 0, call[WIDE] != 0
-    smoothing = numbers[SMOOTHING]
+    is_soft, weighted, by_class = call[t.SOFT] != 0, call[t.WEIGHTED] != 0, call[t.CLASS_WEIGHTED] != 0
+    smoothed, wide = call[t.SMOOTHED] != 0, call[t.WIDE] != 0
+    smoothing = numbers[t.SMOOTHING]
     scored, smooth_mass = 0, 0.0
     for j in range(columns):
         smooth_mass += (class_weight[j] if by_class else 1.0) * (smoothing / columns)
@@ -207,11 +183,11 @@ def cross_entropy(
                 q = _smoothed(soft, row, j, is_soft, class_weight, by_class, smoothing, columns)
                 picked += q * d[start + j]
         if is_soft:
-            if call[ACCURACY]:
+            if call[t.ACCURACY]:
                 correct += chosen == _largest(soft, row * columns, columns)
         else:
             label = labels[row]
-            if call[IGNORES] and label == call[IGNORED]:
+            if call[t.IGNORES] and label == call[t.IGNORED]:
                 scored -= 1
                 continue
             correct += chosen == label
@@ -232,7 +208,7 @@ def cross_entropy(
                 mass += _smoothed(soft, row, j, is_soft, class_weight, by_class, smoothing, columns)
         else:
             label = labels[row]
-            if call[IGNORES] and label == call[IGNORED]:
+            if call[t.IGNORES] and label == call[t.IGNORED]:
                 label, share = 0, 0.0
             own = (class_weight[label] if by_class else 1.0) * (1.0 - smoothing)
             mass += own
@@ -247,9 +223,9 @@ def cross_entropy(
                 d[start + j] -= real(weighed * q)
         if not is_soft:
             d[start + label] -= real(weighed * own)
-    if call[RECORDED]:
-        partials[LOSS_PART], partials[HITS_PART], partials[SCORED_PART] = total, correct, scored
-        partials[SHARES_PART] = shares
+    if call[t.RECORDED]:
+        partials[t.LOSS_PART], partials[t.HITS_PART], partials[t.SCORED_PART] = total, correct, scored
+        partials[t.SHARES_PART] = shares
 
 
 @register_jitable(**EXACT)
@@ -262,12 +238,12 @@ def elementwise(
     ``shares``: see ``shares_of``. The statistics of these rows go into partials.
     """
     real = y.dtype.type
-    kind, weighted = call[KIND], call[WEIGHTED] != 0
-    option, scale = real(numbers[OPTION]), _row_scale(shares, call, numbers)
+    kind, weighted = call[t.KIND], call[t.WEIGHTED] != 0
+    option, scale = real(numbers[t.OPTION]), _row_scale(shares, call, numbers)
     total, correct = 0.0, 0
     for i in range(count):
         row, start = rows[i], i * columns
-        if call[ACCURACY]:
+        if call[t.ACCURACY]:
             if kind == BINARY_CROSS_ENTROPY:
                 for j in range(columns):
                     correct += (y[start + j] > 0) == (target[row * columns + j] > 0.5)
@@ -280,9 +256,9 @@ def elementwise(
             total += share * element_losses(kind, y, d, start, start + columns, real(share * scale), option)
     if not weighted:
         total = element_losses(kind, y, d, 0, count * columns, real(scale), option)
-    partials[LOSS_PART], partials[HITS_PART] = total, correct
-    partials[SCORED_PART] = count * columns if kind == BINARY_CROSS_ENTROPY else count
-    partials[SHARES_PART] = shares
+    partials[t.LOSS_PART], partials[t.HITS_PART] = total, correct
+    partials[t.SCORED_PART] = count * columns if kind == BINARY_CROSS_ENTROPY else count
+    partials[t.SHARES_PART] = shares
 
 
 @register_jitable(**EXACT)
@@ -295,8 +271,8 @@ def divergence(
     Its gradient by other goes into d_other, and with call[X] that by z is added to d; p is memory, flat (count,
     columns). ``shares``: the sum of the row weights.
     """
-    real, weighted = z.dtype.type, call[WEIGHTED] != 0
-    scale = numbers[STRENGTH] * _row_scale(shares, call, numbers)
+    real, weighted = z.dtype.type, call[t.WEIGHTED] != 0
+    scale = numbers[t.STRENGTH] * _row_scale(shares, call, numbers)
     for i in range(count):
         start = i * columns
         _subtract(p, z, start, start + columns, z[start + _largest(z, start, columns)])
@@ -311,7 +287,7 @@ def divergence(
         p_sum, q_sum = _sum(p, start, stop), _sum(d_other, start, stop)
         _multiply(p, start, stop, real(1.0) / p_sum)
         _multiply(d_other, start, stop, real(1.0) / q_sum)
-        if call[X]:
+        if call[t.X]:
             # log(p / q) up to the same number in each column
             apart = z[start + _largest(z, start, columns)] - other[start + _largest(other, start, columns)]
             apart = float(apart) + math.log(float(p_sum) / float(q_sum))
@@ -323,13 +299,13 @@ def divergence(
             total += (float(weight[rows[i]]) if weighted else 1.0) * value
         for at in range(start, stop):
             d_other[at] = factor * (d_other[at] - p[at])
-    partials[DIVERGENCE_PART] = total
+    partials[t.DIVERGENCE_PART] = total
 
 
 @register_jitable(**EXACT)
 def record_divergence(stats: Any, value: float, shares: float, call: Any, numbers: Any, count: int) -> None:
     """Add a divergence to the loss of its batch; ``value`` is the sum over its rows, not yet divided."""
-    value *= numbers[STRENGTH]
+    value *= numbers[t.STRENGTH]
     scale = _scale(shares, call, numbers)
     stats[LOSS_SUM] += value if scale != 0.0 else value * scale
     stats[LAST_LOSS] += value * scale

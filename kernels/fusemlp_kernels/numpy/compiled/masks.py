@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
+from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.compiled.options import EXACT
-from fusemlp_kernels.numpy.compiled.views import part
+from fusemlp_kernels.numpy.compiled.views import elements, part
 from fusemlp_kernels.philox import KEY_STEPS, LANES, MULTIPLIERS, ROUNDS, WORD
 
 # Mixed with a signed integer, an unsigned one would become a float.
@@ -40,19 +41,20 @@ def draw(pairs: Any, blocks: int, row: Any, c2: Any, c3: Any, k0: Any, k1: Any) 
 
 @register_jitable(**EXACT)
 def drop(
-    y: Any, keep: Any, pairs: Any, lanes: Any, first: int, rows: int, columns: int, scale: float, threshold: int,
-    low: int, high: int, layer: int, batch_index: int,
+    call: Any, numbers: Any, y: Any, keep: Any, memory: int, first: int, rows: int, batch_index: int
 ) -> None:  # fmt: skip
-    """``y = y * keep * scale``, the mask of this batch written into keep; both flat, (rows, columns), and row
-    ``first`` of the batch the first of them.
+    """``y = y * keep / (1 - rate)``, the mask of this batch written into keep; both flat, (rows, N), and row ``first``
+    of the batch the first of them.
 
-    pairs: memory of any contents, two uint64 for each 8 columns begun; lanes: the same memory as uint16.
+    memory: an address, two uint64 of any contents for each 8 columns begun.
     """
+    columns = call[t.N]
+    pairs, lanes = elements(np.uint64, memory), elements(np.uint16, memory)
     real = y.dtype.type
-    factor, zero = real(scale), real(0.0)
-    least = np.uint32(threshold)
-    k0, k1 = np.uint64(low), np.uint64(high)
-    c2, c3 = np.uint64(layer) & _WORD, np.uint64(batch_index) & _WORD
+    factor, zero = real(1.0 / (1.0 - numbers[t.RATE])), real(0.0)
+    least = np.uint32(call[t.THRESHOLD])
+    k0, k1 = np.uint64(call[t.KEY_LOW]), np.uint64(call[t.KEY_HIGH])
+    c2, c3 = np.uint64(call[t.MASK_LAYER]) & _WORD, np.uint64(batch_index) & _WORD
     # the first lane is in a number's lowest bits, which are the first in memory (all that numba compiles for)
     blocks = (columns + LANES - 1) // LANES
     for i in range(rows):

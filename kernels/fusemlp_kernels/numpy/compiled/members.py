@@ -7,39 +7,11 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from fusemlp_kernels.numpy.compiled.calls import block, slope_of
+from fusemlp_kernels.numpy.compiled import tables as t
+from fusemlp_kernels.numpy.compiled.calls import block, clear, lanes_of, slope_of
 from fusemlp_kernels.numpy.compiled.masks import drop
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT
 from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative
-from fusemlp_kernels.numpy.compiled.tables import (
-    ACTIVATION,
-    AT_LANES,
-    AT_PRODUCT,
-    AT_ZEROS,
-    BY_R,
-    BY_S,
-    DZ,
-    KEEP,
-    KEY_HIGH,
-    KEY_LOW,
-    LANES_ROW,
-    MASK_LAYER,
-    MEMBERS,
-    OUT,
-    PANEL,
-    PANELS,
-    RATE,
-    SUM_B,
-    SUM_R,
-    SUM_S,
-    THRESHOLD,
-    B,
-    K,
-    N,
-    W,
-    X,
-    Z,
-)
 from fusemlp_kernels.numpy.compiled.views import call as call_function
 from fusemlp_kernels.numpy.compiled.views import elements, part
 
@@ -83,13 +55,6 @@ def add_products(sums: Any, a: Any, b: Any, count: int) -> None:
         sums[j] += a[j] * b[j]
 
 
-@register_jitable(**EXACT)
-def clear(values: Any, count: int) -> None:
-    """Zeros."""
-    for j in range(np.uintp(count)):
-        values[j] = 0
-
-
 @register_jitable(**ELEMENTWISE)
 def _sum_and_scale(dz: Any, x: Any, s: Any, by_s: Any, by_b: Any, count: int) -> None:
     for j in range(np.uintp(count)):
@@ -112,28 +77,24 @@ def affine_rows(
     call: Any, numbers: Any, integers: Any, like: Any, rows: Any, first: int, count: int, batch_index: int, task: int
 ) -> None:  # fmt: skip
     """Rows of ``y = dropout(act(x * s + b)) * r``; zeros where there is no x."""
-    columns, members, size = call[N], call[MEMBERS], like.itemsize
-    lanes = integers[AT_LANES] + 8 * integers[LANES_ROW] * task
-    z = block(like, call[Z], 2 * task, columns)
+    columns, members, size = call[t.N], call[t.MEMBERS], like.itemsize
+    lanes = lanes_of(integers, task)
+    z = block(like, call[t.Z], 2 * task, columns)
     for i in range(first, first + count):
-        y = block(like, call[OUT], i, columns)
+        y = block(like, call[t.OUT], i, columns)
         if rows[i] < 0:
             clear(y, columns)
             continue
-        x, own = call[X] + size * rows[i] * columns, i % members
-        if call[BY_S]:
-            s, b = block(like, call[BY_S], own, columns), block(like, call[B], own, columns)
-            activated(y, z, elements(like, x), s, b, columns, call[ACTIVATION], slope_of(call, numbers, like))
-            if call[KEEP]:
-                drop(
-                    y, elements(np.uint8, call[KEEP] + i * columns), elements(np.uint64, lanes),
-                    elements(np.uint16, lanes), i, 1, columns, 1.0 / (1.0 - numbers[RATE]), call[THRESHOLD],
-                    call[KEY_LOW], call[KEY_HIGH], call[MASK_LAYER], batch_index,
-                )  # fmt: skip
-            if call[BY_R]:
-                scale(y, y, block(like, call[BY_R], own, columns), columns)
+        x, own = call[t.X] + size * rows[i] * columns, i % members
+        if call[t.BY_S]:
+            s, b = block(like, call[t.BY_S], own, columns), block(like, call[t.B], own, columns)
+            activated(y, z, elements(like, x), s, b, columns, call[t.ACTIVATION], slope_of(call, numbers, like))
+            if call[t.KEEP]:
+                drop(call, numbers, y, elements(np.uint8, call[t.KEEP] + i * columns), lanes, i, 1, batch_index)
+            if call[t.BY_R]:
+                scale(y, y, block(like, call[t.BY_R], own, columns), columns)
         else:
-            scale(y, elements(like, x), block(like, call[BY_R], own, columns), columns)
+            scale(y, elements(like, x), block(like, call[t.BY_R], own, columns), columns)
 
 
 @register_jitable(**EXACT)
@@ -141,40 +102,40 @@ def backward_rows(
     call: Any, numbers: Any, like: Any, rows: Any, first: int, count: int, task: int
 ) -> None:  # fmt: skip
     """Rows of the gradient by x, and this task's sums for r, s and b."""
-    columns, members, size = call[N], call[MEMBERS], like.itemsize
+    columns, members, size = call[t.N], call[t.MEMBERS], like.itemsize
     every = members * columns
-    z, h = block(like, call[Z], 2 * task, columns), block(like, call[Z], 2 * task + 1, columns)
-    by_r, by_s = block(like, call[SUM_R], task, every), block(like, call[SUM_S], task, every)
-    by_b = block(like, call[SUM_B], task, every)
-    if call[BY_R]:
+    z, h = block(like, call[t.Z], 2 * task, columns), block(like, call[t.Z], 2 * task + 1, columns)
+    by_r, by_s = block(like, call[t.SUM_R], task, every), block(like, call[t.SUM_S], task, every)
+    by_b = block(like, call[t.SUM_B], task, every)
+    if call[t.BY_R]:
         clear(by_r, every)
-    if call[BY_S]:
+    if call[t.BY_S]:
         clear(by_s, every)
         clear(by_b, every)
     for i in range(first, first + count):
         if rows[i] < 0:
             continue
-        dy, own = block(like, call[DZ], i, columns), i % members
-        x = elements(like, call[X] + size * rows[i] * columns)
-        if call[BY_S]:
-            s, b = block(like, call[BY_S], own, columns), block(like, call[B], own, columns)
+        dy, own = block(like, call[t.DZ], i, columns), i % members
+        x = elements(like, call[t.X] + size * rows[i] * columns)
+        if call[t.BY_S]:
+            s, b = block(like, call[t.BY_S], own, columns), block(like, call[t.B], own, columns)
             slope = slope_of(call, numbers, like)
-            activated(h, z, x, s, b, columns, call[ACTIVATION], slope)
-            dz = block(like, call[OUT], i, columns)
-            if call[KEEP]:
+            activated(h, z, x, s, b, columns, call[t.ACTIVATION], slope)
+            dz = block(like, call[t.OUT], i, columns)
+            if call[t.KEEP]:
                 # the mask is of h too: without it the sum for r would have what was dropped
                 for j in range(columns):
                     dz[j] = dy[j]
-                kept(dz, elements(np.uint8, call[KEEP] + i * columns), columns, 1.0 / (1.0 - numbers[RATE]))
+                kept(dz, elements(np.uint8, call[t.KEEP] + i * columns), columns, 1.0 / (1.0 - numbers[t.RATE]))
                 dy = dz
-            if call[BY_R]:
+            if call[t.BY_R]:
                 add_products(part(by_r, own * columns), dy, h, columns)
-                scale(dz, dy, block(like, call[BY_R], own, columns), columns)
-            elif not call[KEEP]:
+                scale(dz, dy, block(like, call[t.BY_R], own, columns), columns)
+            elif not call[t.KEEP]:
                 for j in range(columns):
                     dz[j] = dy[j]
             derive(
-                dz, h, z, x, s, part(by_s, own * columns), part(by_b, own * columns), columns, call[ACTIVATION], slope
+                dz, h, z, x, s, part(by_s, own * columns), part(by_b, own * columns), columns, call[t.ACTIVATION], slope
             )  # fmt: skip
         else:
             add_products(part(by_r, own * columns), dy, x, columns)
@@ -183,16 +144,16 @@ def backward_rows(
 @register_jitable(**EXACT)
 def heads(call: Any, integers: Any, like: Any, first: int, count: int) -> None:
     """The outputs of each member by its own rows of the weights, which lie in panels."""
-    inputs, outputs, members, size = call[K], call[N], call[MEMBERS], like.itemsize
+    inputs, outputs, members, size = call[t.K], call[t.N], call[t.MEMBERS], like.itemsize
     for member in range(members):
         at, end = member * outputs, (member + 1) * outputs
         while at < end:
-            stop = min(end, (at // PANEL + 1) * PANEL)
+            stop = min(end, (at // t.PANEL + 1) * t.PANEL)
             call_function(
-                integers[AT_PRODUCT], call[X] + size * (first + member) * inputs, members * inputs, 1,
-                call[PANELS] + size * (at // PANEL * PANEL * inputs + at % PANEL), PANEL * inputs, PANEL, inputs,
-                call[B] + size * at, 1, 1.0, 0.0,
-                call[Z] + size * ((first + member) * outputs + at - member * outputs), members * outputs,
+                integers[t.AT_PRODUCT], call[t.X] + size * (first + member) * inputs, members * inputs, 1,
+                call[t.PANELS] + size * (at // t.PANEL * t.PANEL * inputs + at % t.PANEL), t.PANEL * inputs, t.PANEL,
+                inputs, call[t.B] + size * at, 1, 1.0, 0.0,
+                call[t.Z] + size * ((first + member) * outputs + at - member * outputs), members * outputs,
                 count // members, stop - at,
             )  # fmt: skip
             at = stop
@@ -201,10 +162,10 @@ def heads(call: Any, integers: Any, like: Any, first: int, count: int) -> None:
 @register_jitable(**EXACT)
 def heads_backward(call: Any, integers: Any, like: Any, first: int, count: int) -> None:
     """The gradient by the inputs of each member's outputs."""
-    inputs, outputs, members, size = call[K], call[N], call[MEMBERS], like.itemsize
+    inputs, outputs, members, size = call[t.K], call[t.N], call[t.MEMBERS], like.itemsize
     for member in range(members):
         call_function(
-            integers[AT_PRODUCT], call[DZ] + size * (first + member) * outputs, members * outputs, 1,
-            call[W] + size * member * outputs * inputs, PANEL, inputs, outputs, integers[AT_ZEROS], 0, 1.0, 0.0,
-            call[OUT] + size * (first + member) * inputs, members * inputs, count // members, inputs,
+            integers[t.AT_PRODUCT], call[t.DZ] + size * (first + member) * outputs, members * outputs, 1,
+            call[t.W] + size * member * outputs * inputs, t.PANEL, inputs, outputs, integers[t.AT_ZEROS], 0, 1.0, 0.0,
+            call[t.OUT] + size * (first + member) * inputs, members * inputs, count // members, inputs,
         )  # fmt: skip

@@ -8,12 +8,16 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
+from fusemlp_kernels.numpy.compiled import tables as t
+from fusemlp_kernels.numpy.compiled.calls import block, clear
 from fusemlp_kernels.numpy.compiled.functions import maximum, minimum, sign
 from fusemlp_kernels.numpy.compiled.masks import draw
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT, REDUCTION
+from fusemlp_kernels.numpy.compiled.tiles import copy
+from fusemlp_kernels.numpy.compiled.views import elements
 from fusemlp_kernels.philox import START, WORD
 
-_WORD, _START, _LOWEST = np.uint64(WORD), np.uint64(START), np.uint32(9)
+_WORD, _RANDOM, _LOWEST = np.uint64(WORD), np.uint64(START), np.uint32(9)
 
 
 @register_jitable(**REDUCTION)
@@ -43,7 +47,7 @@ def _by_gradient(adv: Any, x: Any, dx: Any, count: int, factor: float) -> None:
 
 
 @register_jitable(**ELEMENTWISE)
-def moved(adv: Any, x: Any, count: int, factor: float, low: float, high: float) -> None:
+def _moved(adv: Any, x: Any, count: int, factor: float, low: float, high: float) -> None:
     """``x + factor * adv``, within the bounds."""
     real = x.dtype.type
     scale, lowest, highest = real(factor), real(low), real(high)
@@ -56,15 +60,14 @@ def _within(adv: Any, x: Any, count: int, eps: float, low: float, high: float) -
     """x moved by adv, shortened to the norm eps."""
     length = _norm(adv, count)
     # a NaN stays
-    moved(adv, x, count, 1.0 if length <= eps else eps / length, low, high)
+    _moved(adv, x, count, 1.0 if length <= eps else eps / length, low, high)
 
 
 @register_jitable(**EXACT)
-def move(
-    adv: Any, x: Any, dx: Any, count: int, round: int, length: float, eps: float, low: float, high: float
-) -> None:  # fmt: skip
-    """A step of a row of inputs, projected; ``round``: in the Euclidean norm."""
-    if round:
+def _move(call: Any, numbers: Any, adv: Any, x: Any, dx: Any) -> None:
+    """A step of a row of inputs, projected."""
+    count, length, eps, low, high = call[t.K], numbers[t.LENGTH], numbers[t.LARGEST], numbers[t.LOW], numbers[t.HIGH]
+    if call[t.ROUND]:
         norm = _norm(dx, count)
         _by_gradient(adv, x, dx, count, length / norm if norm != 0.0 else 0.0)
         _within(adv, x, count, eps, low, high)
@@ -81,15 +84,38 @@ def _scattered(adv: Any, lanes: Any, count: int, eps: float) -> None:
 
 
 @register_jitable(**EXACT)
-def start(
-    adv: Any, x: Any, pairs: Any, lanes: Any, count: int, round: int, eps: float, low: float, high: float, row: int,
-    batch_index: int, key_low: int, key_high: int,
-) -> None:  # fmt: skip
-    """The random start of a row of inputs; pairs: memory, two uint64 for each four columns begun, lanes: as uint32."""
-    c3 = np.uint64(batch_index) & _WORD
-    draw(pairs, (count + 3) // 4, np.uint64(row) & _WORD, _START, c3, np.uint64(key_low), np.uint64(key_high))
-    _scattered(adv, lanes, count, eps)
-    if round:
+def _start(call: Any, numbers: Any, adv: Any, x: Any, memory: int, row: int, batch_index: int) -> None:
+    """The random start of a row of inputs; memory: an address, two uint64 of any contents for each four columns
+    begun."""
+    count, eps, low, high = call[t.K], numbers[t.LARGEST], numbers[t.LOW], numbers[t.HIGH]
+    k0, k1, c3 = np.uint64(call[t.KEY_LOW]), np.uint64(call[t.KEY_HIGH]), np.uint64(batch_index) & _WORD
+    draw(elements(np.uint64, memory), (count + 3) // 4, np.uint64(row) & _WORD, _RANDOM, c3, k0, k1)
+    _scattered(adv, elements(np.uint32, memory), count, eps)
+    if call[t.ROUND]:
         _within(adv, x, count, eps, low, high)
     else:
-        moved(adv, x, count, 1.0, low, high)
+        _moved(adv, x, count, 1.0, low, high)
+
+
+@register_jitable(**EXACT)
+def perturb_rows(
+    call: Any, numbers: Any, like: Any, rows: Any, first: int, count: int, batch_index: int, lanes: int
+) -> None:  # fmt: skip
+    """Rows of the inputs that an attack moves; lanes is an address."""
+    columns, size = call[t.K], like.itemsize
+    for i in range(first, first + count):
+        adv = block(like, call[t.OUT], i, columns)
+        if rows[i] < 0:
+            if not (call[t.CARRIED] and call[t.DZ]):
+                clear(adv, columns)
+            continue
+        x = block(like, call[t.X], 0 if call[t.CARRIED] and call[t.DZ] else rows[i], columns)
+        if call[t.CARRIED] and not call[t.DZ]:
+            copy(like, call[t.OUT] + size * i * columns, call[t.Y] + size * i * columns, columns)
+            _moved(adv, x, columns, 1.0, numbers[t.LOW], numbers[t.HIGH])
+        elif call[t.DZ]:
+            _move(call, numbers, adv, x, block(like, call[t.DZ], i, columns))
+        elif call[t.DRAWN]:
+            _start(call, numbers, adv, x, lanes, i, batch_index)
+        else:
+            copy(like, call[t.OUT] + size * i * columns, call[t.X] + size * rows[i] * columns, columns)

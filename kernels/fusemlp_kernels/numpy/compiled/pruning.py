@@ -2,8 +2,8 @@
 
 Numba compiles every branch that it sees, which takes most of the first ``fit`` on a machine. So this module first cuts
 the branches that a program never takes from the source: ``if kind == NAME``, ``if flags[NAME]``, and ``if flag`` after
-``flag = flags[NAME] != 0``, for each NAME of ``tables`` or the printed formulas that the program does not use. Such a
-flag is assigned once. The rest computes the same.
+``flag = flags[NAME] != 0``, for each NAME of the printed formulas, or ``t.NAME`` of ``tables``, that the program does
+not use. Such a flag is assigned once. The rest computes the same.
 """
 
 from __future__ import annotations
@@ -17,11 +17,32 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from fusemlp_kernels.numpy.compiled import boxes, calls, losses, members, pointwise_numba, steps, updates
+from fusemlp_kernels.numpy.compiled import (
+    blocks,
+    boxes,
+    calls,
+    layers,
+    losses,
+    members,
+    perturb,
+    pieces,
+    pointwise_numba,
+    steps,
+    tables,
+    updates,
+)
 from fusemlp_kernels.numpy.compiled.cache import kept_for_calls
 
 # The modules with branches to cut, each before those that import from it.
-_MODULES = (pointwise_numba, losses, calls, boxes, members, updates, steps)
+_MODULES = (pointwise_numba, losses, calls, layers, boxes, members, perturb, updates, pieces, blocks, steps)
+
+
+def _named(place: ast.expr) -> str:
+    """NAME of ``t.NAME``, as a name of ``tables`` stands in the source, or of NAME; nothing for anything else."""
+    match place:
+        case ast.Attribute(value=ast.Name(id="t"), attr=name) | ast.Name(id=name):
+            return name
+    return ""
 
 
 class _Cutter(ast.NodeTransformer):
@@ -35,15 +56,15 @@ class _Cutter(ast.NodeTransformer):
     def _is(self, test: ast.expr) -> bool | None:
         """Return the value of a condition in all programs without these names; None if it is unknown."""
         match test:
-            case ast.Compare(ops=[ast.Eq()], comparators=[ast.Name(id=name)]) if name in self._absent:
+            case ast.Compare(ops=[ast.Eq()], comparators=[name]) if _named(name) in self._absent:
                 return False
             case ast.Compare(ops=[ast.In()], comparators=[ast.Tuple(elts=names)]) if all(
-                isinstance(name, ast.Name) and name.id in self._absent for name in names
+                _named(name) in self._absent for name in names
             ):
                 return False
             case ast.Compare(left=flag, ops=[ast.NotEq()], comparators=[ast.Constant(value=0)]):
                 return self._is(flag)
-            case ast.Subscript(slice=ast.Name(id=name)) if name in self._absent:
+            case ast.Subscript(slice=name) if _named(name) in self._absent:
                 return False
             case ast.Name(id=name) if name in self._false:
                 return False
@@ -52,6 +73,13 @@ class _Cutter(ast.NodeTransformer):
             case ast.BoolOp(op=ast.And(), values=values) if any(self._is(value) is False for value in values):
                 return False
         return None
+
+    def visit_Attribute(self, node: ast.Attribute) -> Any:
+        """A name of ``tables`` becomes its number, which numba would take longer to look up."""
+        match node.value:
+            case ast.Name(id="t"):
+                return ast.copy_location(ast.Constant(getattr(tables, node.attr)), node)
+        return self.generic_visit(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
         self._false = set()

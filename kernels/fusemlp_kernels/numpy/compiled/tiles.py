@@ -103,6 +103,15 @@ def _row(builder: Any, first: Any, stride: Any, i: int, rows: Any) -> Any:
     return builder.add(first, builder.mul(builder.select(inside, _number(i), last), stride))
 
 
+def _joined(to: _Code, one: Any, values: list[Any], other: Any, others: list[Any]) -> list[Any]:
+    """The vectors ``values`` after block ``one``, or ``others`` after block ``other``."""
+    phis = [to.builder.phi(to.vector) for _ in values]
+    for phi, value, else_value in zip(phis, values, others, strict=True):
+        phi.add_incoming(value, one)
+        phi.add_incoming(else_value, other)
+    return phis
+
+
 def _tile(height: int, vectors: int, masked: bool) -> Callable[..., Any]:
     """A tile of this many rows and vectors of columns, ``masked`` where some columns may be missing."""
 
@@ -158,12 +167,7 @@ def _tile(height: int, vectors: int, masked: bool) -> Callable[..., Any]:
             builder.cbranch(builder.icmp_signed("<", following, depth), body, end)
 
             builder.position_at_end(end)
-            results = []
-            for first, then in zip(firsts, added, strict=True):
-                result = builder.phi(to.vector)
-                result.add_incoming(first, entry)
-                result.add_incoming(then, body)
-                results.append(result)
+            results = _joined(to, entry, firsts, body, added)
             one, zero = ir.Constant(to.element, 1.0), ir.Constant(to.element, 0.0)
             plain = builder.and_(builder.fcmp_ordered("==", alpha, one), builder.fcmp_ordered("==", beta, zero))
             with builder.if_else(plain) as (store, combine):
@@ -249,22 +253,14 @@ def _dots(height: int, width: int) -> Callable[..., Any]:
                 phi.add_incoming(then, body)
             builder.cbranch(builder.icmp_signed("<", following, whole), body, rest)
 
-            def joined(one: Any, values: list[Any], other: Any, others: list[Any]) -> list[Any]:
-                """The values after block ``one`` or the others after block ``other``."""
-                phis = [builder.phi(to.vector) for _ in values]
-                for phi, value, else_value in zip(phis, values, others, strict=True):
-                    phi.add_incoming(value, one)
-                    phi.add_incoming(else_value, other)
-                return phis
-
             builder.position_at_end(rest)
-            sums = joined(entry, nothing, body, more)
+            sums = _joined(to, entry, nothing, body, more)
             builder.cbranch(builder.icmp_signed("<", whole, depth), last, end)
             builder.position_at_end(last)
             more = added(builder.mul(whole, _number(size)), sums, to.mask(builder.sub(depth, whole)))
             builder.branch(end)
             builder.position_at_end(end)
-            sums = _folded(builder, to.lanes, joined(rest, sums, last, more))
+            sums = _folded(builder, to.lanes, _joined(to, rest, sums, last, more))
 
             mask = few.mask(columns)
             starts = few.load(start, mask)

@@ -1,0 +1,103 @@
+"""Rows of the batch through a layer and back: the gathered inputs, products, activations and dropout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba.extending import register_jitable
+
+from fusemlp_kernels.numpy.compiled import tables as t
+from fusemlp_kernels.numpy.compiled.calls import block, clear, slope_of
+from fusemlp_kernels.numpy.compiled.masks import drop, mask
+from fusemlp_kernels.numpy.compiled.options import EXACT
+from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative
+from fusemlp_kernels.numpy.compiled.tiles import copy, prefetch
+from fusemlp_kernels.numpy.compiled.views import call as call_function
+from fusemlp_kernels.numpy.compiled.views import elements
+
+# Rows of at least this many bytes are copied by a loop: memcpy takes a tenth longer for a batch that no cache holds.
+LONG = 2048
+LINE = 64
+
+
+@register_jitable(**EXACT)
+def gather(
+    call: Any, like: Any, rows: Any, first: int, count: int, following: Any, left: int
+) -> None:  # fmt: skip
+    """Rows of ``out = x[rows]``, flat (M, K); zeros where a row is -1. ``following``: the rows of the next batch, of
+    which the first ``left`` are asked for."""
+    columns, size = call[t.K], like.itemsize
+    x, out = call[t.X], call[t.OUT]
+    for i in range(first, first + count):
+        row = elements(like, out + size * i * columns)
+        if rows[i] < 0:
+            clear(row, columns)
+        elif size * columns >= LONG:
+            source = elements(like, x + size * rows[i] * columns)
+            for j in range(columns):
+                row[j] = source[j]
+        else:
+            copy(like, out + size * i * columns, x + size * rows[i] * columns, columns)
+        if i < left and following[i] >= 0:
+            at = x + size * following[i] * columns
+            for line in range(0, size * columns, LINE):
+                prefetch(at + line)
+
+
+@register_jitable(**EXACT)
+def product(call: Any, numbers: Any, integers: Any, like: Any, first: int, count: int) -> None:
+    """The product of a layer, or of the gradient by its inputs, for rows of the batch."""
+    inputs, outputs, size = call[t.K], call[t.N], like.itemsize
+    if call[t.KIND_OF_ROW] == t.BACKWARD:
+        call_function(
+            integers[t.AT_PRODUCT], call[t.DZ] + size * first * outputs, outputs, 1, call[t.W], t.PANEL, inputs,
+            outputs, integers[t.AT_ZEROS], 0, 1.0 / (1.0 - numbers[t.RATE]), 0.0, call[t.OUT] + size * first * inputs,
+            inputs, count, inputs,
+        )  # fmt: skip
+        return
+    x, z = call[t.X] + size * first * inputs, call[t.Z] + size * first * outputs
+    if call[t.PANELS]:
+        call_function(
+            integers[t.AT_PRODUCT], x, inputs, 1, call[t.PANELS], t.PANEL * inputs, t.PANEL, inputs, call[t.B], 1, 1.0,
+            0.0, z, outputs, count, outputs,
+        )  # fmt: skip
+    else:
+        call_function(integers[t.AT_DOTS], x, call[t.W], inputs, call[t.B], z, count, outputs)
+
+
+@register_jitable(**EXACT)
+def activate_rows(
+    call: Any, numbers: Any, like: Any, first: int, count: int, batch_index: int, lanes: int
+) -> None:  # fmt: skip
+    """The output of a layer from its pre-activation; lanes is an address."""
+    outputs = call[t.N]
+    y, z = block(like, call[t.Y], first, outputs), block(like, call[t.Z], first, outputs)
+    if call[t.ACTIVATION] != t.IDENTITY:
+        activate(call[t.ACTIVATION], y, z, count * outputs, slope_of(call, numbers, like))
+    if call[t.KEEP]:
+        keep = elements(np.uint8, call[t.KEEP] + first * outputs)
+        drop(call, numbers, y, keep, lanes, call[t.SHARD] + first, count, batch_index)
+
+
+@register_jitable(**EXACT)
+def derive(
+    call: Any, numbers: Any, like: Any, partials: Any, y: Any, z: Any, dz: Any, count: int, undo_scale: float
+) -> None:  # fmt: skip
+    """The gradient by ``count`` pre-activations from that by the outputs, in dz, and that by prelu's slope."""
+    if call[t.ACTIVATION] != t.IDENTITY:
+        slope = slope_of(call, numbers, like)
+        dslope = multiply_by_derivative(call[t.ACTIVATION], dz, y, z, count, slope, undo_scale)
+        if call[t.DSLOPE]:
+            partials[call[t.SLOPE_PART]] = dslope
+
+
+@register_jitable(**EXACT)
+def derive_rows(call: Any, numbers: Any, like: Any, partials: Any, first: int, count: int) -> None:
+    """dz of the layer before, from its product."""
+    inputs = call[t.K]
+    out = block(like, call[t.OUT], first, inputs)
+    if call[t.KEEP]:
+        mask(out, elements(np.uint8, call[t.KEEP] + first * inputs), count * inputs)
+    y, z = block(like, call[t.Y], first, inputs), block(like, call[t.Z], first, inputs)
+    derive(call, numbers, like, partials, y, z, out, count * inputs, 1.0 - numbers[t.RATE])
