@@ -26,7 +26,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 import fusemlp
 from fusemlp import ArgumentError, DataError, Huber, cli
 from fusemlp.cli import defaults
-from fusemlp.cli.options import TrainOptions
+from fusemlp.cli.commands import TrainOptions
 from fusemlp.cli.recipe import DEFAULT_WIDTH
 from fusemlp.sklearn import TableClassifier, TableRegressor
 

@@ -7,7 +7,8 @@ from dataclasses import fields
 
 import numpy as np
 
-from fusemlp.cli.options import EvaluateOptions, TrainOptions, one_of
+from fusemlp.cli.commands import EvaluateOptions, TrainOptions
+from fusemlp.cli.fields import one_of
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.adversarial import FGSM, PGD, Attack
 from fusemlp.describe.checks import check_choice

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp.cli import recipe, transfer
-from fusemlp.cli.options import ModelOptions, TrainOptions
+from fusemlp.cli.commands import TrainOptions
+from fusemlp.cli.options import ModelOptions
 from fusemlp.datasets.load import Dataset
 from fusemlp.datasets.prepare import fit_preprocessor, network_ends
 from fusemlp.datasets.preprocessing import Preprocessor

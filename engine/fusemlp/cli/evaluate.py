@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from fusemlp.cli import attacks
-from fusemlp.cli.options import EvaluateOptions, ExplainOptions, ReportOptions, TrainOptions
+from fusemlp.cli.commands import EvaluateOptions, ExplainOptions, ReportOptions, TrainOptions
 from fusemlp.cli.output import show
 from fusemlp.cli.predict import open_model
 from fusemlp.cli.prepare import Prepared, labelled_hashes, prepare

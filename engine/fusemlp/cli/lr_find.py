@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 
-from fusemlp.cli.options import FindOptions
+from fusemlp.cli.commands import FindOptions
 from fusemlp.cli.output import check_output, show, write_output
 from fusemlp.cli.prepare import prepare
 from fusemlp.describe.checks import as_number

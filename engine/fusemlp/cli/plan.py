@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fusemlp.cli.options import PlanOptions
+from fusemlp.cli.commands import PlanOptions
 from fusemlp.cli.recipe import network
 from fusemlp.runtime.plans import chosen_plan, plan_text
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.cli.options import EvaluateOptions, ExplainOptions, PredictOptions, ReportOptions
+from fusemlp.cli.commands import EvaluateOptions, ExplainOptions, PredictOptions, ReportOptions
 from fusemlp.cli.output import check_output, show, write_output
 from fusemlp.datasets.load import load_features
 from fusemlp.datasets.prepare import network_inputs

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from fusemlp.cli import defaults, ensemble, recipe, transfer
-from fusemlp.cli.options import ModelOptions, TrainOptions
-from fusemlp.cli.preset import changed_by, with_preset
+from fusemlp.cli.commands import TrainOptions
+from fusemlp.cli.fields import given_options
+from fusemlp.cli.options import ModelOptions
+from fusemlp.cli.preset import with_preset
 from fusemlp.datasets.load import MANY_CLASSES, Columns, Dataset, load_data
 from fusemlp.datasets.memory import check_memory
 from fusemlp.datasets.parts import Fold, Hashes, among, folds, hold_out, row_hashes, with_files
@@ -332,7 +334,7 @@ def prepare(
         (*told, *tried),
         start,
         options.weight_decay,
-        changed_by(plain, options),
+        given_options(options, plain),
         began,
     )
     if source is None or start is None or start.about["new_output_layer"]:

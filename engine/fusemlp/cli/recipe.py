@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
+from fusemlp.cli.commands import TrainOptions
 from fusemlp.cli.defaults import is_private
-from fusemlp.cli.options import FitOptions, ModelOptions, StepOptions, TrainOptions, one_of
+from fusemlp.cli.fields import one_of
+from fusemlp.cli.options import FitOptions, ModelOptions, StepOptions
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.losses import LOSSES, Loss, as_loss
 from fusemlp.describe.network import MLP, SLOPES, Activation, as_activation

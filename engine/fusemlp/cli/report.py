@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fusemlp.cli.commands import ReportOptions
 from fusemlp.cli.evaluate import before_final_fit, own_data
-from fusemlp.cli.options import ReportOptions
 from fusemlp.cli.output import finite, show
 from fusemlp.cli.predict import open_model
 from fusemlp.cli.prepare import Prepared

@@ -11,7 +11,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fusemlp.cli.options import RunsOptions, TrainOptions, one_of
+from fusemlp.cli.commands import RunsOptions, TrainOptions
+from fusemlp.cli.fields import one_of
 from fusemlp.cli.output import show
 from fusemlp.cli.tracking import counts
 from fusemlp.describe.metrics import METRICS, rises

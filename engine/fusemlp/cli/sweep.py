@@ -12,9 +12,11 @@ from datetime import datetime
 from typing import Any
 
 from fusemlp.cli import columns, defaults, ensemble, grid, journal, recipe, tracking
+from fusemlp.cli.commands import SweepOptions, TrainOptions
 from fusemlp.cli.events import Events, events
+from fusemlp.cli.fields import given_options, name_of
 from fusemlp.cli.finish import finish
-from fusemlp.cli.options import FitOptions, SweepOptions, TrainOptions, name_of
+from fusemlp.cli.options import FitOptions
 from fusemlp.cli.output import command_line, finite, show
 from fusemlp.cli.prepare import Prepared, prepare
 from fusemlp.cli.standings import Seldom, counts, standings, table
@@ -23,7 +25,6 @@ from fusemlp.cli.train import (
     checked_epochs,
     configuration,
     describe_data,
-    given_options,
     own_files,
     stored_path,
     watched,

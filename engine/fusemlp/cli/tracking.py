@@ -11,7 +11,8 @@ from dataclasses import fields
 from typing import Any
 
 from fusemlp.callbacks.trackers import FAILED, FINISHED, INTERRUPTED, TRACKERS, Tracker, configured
-from fusemlp.cli.options import FitOptions, SweepOptions, TrainOptions
+from fusemlp.cli.commands import SweepOptions, TrainOptions
+from fusemlp.cli.options import FitOptions
 from fusemlp.describe.checks import check_choice
 from fusemlp.engine import Engine
 from fusemlp.fleet.results import Member

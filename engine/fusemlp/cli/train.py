@@ -15,9 +15,11 @@ from fusemlp._version import __version__
 from fusemlp.callbacks import ProgressBar
 from fusemlp.callbacks.trackers import Tracker
 from fusemlp.cli import attacks, columns, defaults, ensemble, recipe, tracking, transfer
+from fusemlp.cli.commands import TrainOptions
 from fusemlp.cli.events import Events, events
+from fusemlp.cli.fields import given_options, name_of
 from fusemlp.cli.finish import finish
-from fusemlp.cli.options import FitOptions, TrainOptions, name_of
+from fusemlp.cli.options import FitOptions
 from fusemlp.cli.output import command_line, show
 from fusemlp.cli.prepare import Prepared, prepare
 from fusemlp.cli.recorder import Recorder
@@ -330,13 +332,6 @@ def watched(options: FitOptions, prepared: Prepared) -> dict[str, Any]:
     """Return the arguments of ``fit`` for ``--metric``."""
     validates = prepared.validation is not None or bool(prepared.folds)
     return watch(options.metric, prepared.preprocessor, prepared.loss, validates=validates)
-
-
-def given_options(options: FitOptions) -> dict[str, Any]:
-    """Return the options that differ from their defaults."""
-    default = type(options)()
-    values = {option.name: getattr(options, option.name) for option in fields(options)}
-    return {name: value for name, value in values.items() if value != getattr(default, name)}
 
 
 def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Session:

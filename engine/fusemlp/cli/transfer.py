@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fusemlp.cli import recipe
+from fusemlp.cli.commands import TrainOptions
 from fusemlp.cli.defaults import is_a_table
-from fusemlp.cli.options import TrainOptions
 from fusemlp.datasets.load import Dataset
 from fusemlp.datasets.prepare import fit_preprocessor, network_ends
 from fusemlp.datasets.preprocessing import Preprocessor
