@@ -23,7 +23,8 @@ from fusemlp.cli import finish
 from fusemlp.cli.commands import TrainOptions
 from fusemlp.cli.prepare import prepare
 from fusemlp.cli.recorder import Recorder
-from fusemlp.cli.train import new_engine, train
+from fusemlp.cli.session import new_engine
+from fusemlp.cli.train import train
 from fusemlp.datasets.prepare import CLASS_DECAY
 from fusemlp.report.runs import Run
 

@@ -35,15 +35,9 @@ def fleet_of(
         prepared.network,
         prepared.loss,
         prepared.optimizer(options, schedule),
-        options.batch_size,
-        options.seed,
         vary={"seed": range(options.seed, options.seed + models)},
-        backend=options.backend,
-        device=options.device,
-        precision=options.precision,
-        plan=options.plan,
-        normalise=False,
         initial=initial,
+        **recipe.engine_options(options),
     )
 
 
@@ -165,13 +159,8 @@ def decided(
             recipe.network((first, *recipe.hidden_widths(options.hidden), last), options, init=options.init),
             loss,
             recipe.optimizer(options),
-            options.batch_size,
             vary={"seed": range(trials.TRIALS)},
-            backend=options.backend,
-            device=options.device,
-            precision=options.precision,
-            plan=options.plan,
-            normalise=False,
+            **recipe.engine_options(options),
         )
 
     classes = dataset.task == "classification"

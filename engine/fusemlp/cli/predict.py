@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.fleet.merge import members
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import class_scores, predicted_codes, predictions
-from fusemlp.report.runs import Run, csv_bytes, open_run, weights_path
+from fusemlp.report.runs import Run, csv_bytes, open_run, read_json, weights_path
 from fusemlp.report.uncertainty import HeldOut, intervals, sets, spread
 from fusemlp_kernels.errors import ArgumentError
 
@@ -66,8 +65,7 @@ def predict(options: PredictOptions) -> None:
 
 def _held_out(options: PredictOptions, coverage: float, config: Mapping[str, Any]) -> HeldOut:
     """Return the errors of held-out rows that the run's report keeps, enough of them for the coverage."""
-    file = Run(options.run).report
-    report = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    report = read_json(Run(options.run).report)
     if "held_out" not in report:
         given = config["options"]
         if not report:

@@ -151,15 +151,8 @@ class Prepared:
             self.network,
             loss=self.loss,
             optimizer=self.optimizer(options, schedule),
-            batch_size=options.batch_size,
-            seed=options.seed,
-            backend=options.backend,
-            device=options.device,
-            precision=options.precision,
-            plan=options.plan,
-            # the preprocessor has scaled them
-            normalise=False,
             privacy=privacy,
+            **recipe.engine_options(options),
         )
         if self.start is not None:
             engine.load_state_dict({**engine.state_dict(), **self.start.parameters})

@@ -66,6 +66,13 @@ def _made(what: str, described: Callable[..., Described], *rate: float | Schedul
         raise ArgumentError(f"{option}: {rest}") from None
 
 
+def engine_options(options: ModelOptions) -> dict[str, Any]:
+    """Return the arguments of an engine or a fleet that say how and where it computes."""
+    names = ("batch_size", "seed", "backend", "device", "precision", "plan")
+    # the preprocessor scales the inputs
+    return {**{name: getattr(options, name) for name in names}, "normalise": False}
+
+
 def hidden_widths(given: Sequence[str] | None) -> tuple[int, ...]:
     """Return the widths of the hidden layers; ``--hidden 128,64`` equals ``--hidden 128 --hidden 64``."""
     if given is None:

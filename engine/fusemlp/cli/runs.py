@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
@@ -17,7 +16,7 @@ from fusemlp.cli.output import show
 from fusemlp.cli.tracking import counts
 from fusemlp.describe.metrics import METRICS, rises
 from fusemlp.report.metrics import aligned, scalars, spelled
-from fusemlp.report.runs import Run, open_run, read_metrics
+from fusemlp.report.runs import Run, open_run, read_json, read_metrics
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
 
 # The test score that stands for a run, the first that it has.
@@ -109,7 +108,7 @@ def read_run(path: Path) -> Listed:
     """Return the summary of a run folder; the error of the first file that is broken."""
     run, config = open_run(path)
     rows = read_metrics(run)
-    report: dict[str, Any] = json.loads(run.report.read_text(encoding="utf-8")) if run.report.exists() else {}
+    report = read_json(run.report)
     monitor = monitored(config["options"].get("metric"), rows)
     best = best_row(rows, monitor)
     quantities = {name: value for name, value in (best or {}).items() if name not in ("epoch", "learning_rate")}
