@@ -14,19 +14,21 @@ from fusemlp.cli.choices import names_or_files, run_folders
 from fusemlp.cli.fields import PANELS, field_of, one_of
 from fusemlp.cli.options import MONITORS
 from fusemlp.datasets.load import NAMES
-from fusemlp.describe.adversarial import FGSM, NORMS, PGD
-from fusemlp.describe.hardening import TRADES, Free
+from fusemlp.describe.adversarial import FGSM, NORMS, PGD, Attack
+from fusemlp.describe.hardening import TRADES, Free, Hardening
 from fusemlp.describe.intervals import IBP
 from fusemlp.describe.losses import LOSSES
 from fusemlp.describe.metrics import METRICS
 from fusemlp.describe.optimizers import OPTIMIZERS
-from fusemlp.describe.presets import LEAST_ROWS, MEMBERS, MOST_ROWS, PRESETS
+from fusemlp.describe.presets import LEAST_ROWS, LEAST_STEPS, MEMBERS, MOST_ROWS, PRESETS, TABM
 from fusemlp.describe.privacy import DPSGD
 from fusemlp.program.sharding import REDUCTIONS
 from fusemlp.report.explanations import METHODS
 
 EXPLAIN_METHODS = ("permutation", *METHODS)
-ATTACKS = (PGD.kind, FGSM.kind)
+# The attacks that test a model, and what a training can be against.
+ATTACKS: dict[str, type[Attack | Hardening | IBP]] = {one.kind: one for one in (PGD, FGSM)}
+HARDENINGS = ATTACKS | {one.kind: one for one in (Free, TRADES, IBP)}
 EPS_UNITS = (
     "in standard deviations of a column after --scale standard, as a share of its range after minmax, in the data's "
     "own units after none (8 is usual for grey levels from 0 to 255), and in units of the scaled input after the others"
@@ -35,6 +37,8 @@ ATTACK_EPS = f"The most by which an input may move: {EPS_UNITS}."
 PIXELS = "After --scale none, pixels stay within the least and the greatest of the rows."
 ATTACK_STEPS = f"For pgd, and for training by trades: its steps ({PGD.steps}), each 2.5 * eps / steps long."
 ATTACK_NORM = "inf moves each input by up to eps (default), 2 each row by up to eps in the Euclidean norm."
+_WORDS = {name: ",".join(map(str, value)) if name == "hidden" else value for name, value in TABM.items()}
+_TABM = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in _WORDS.items())
 SHELLS = ("bash", "zsh", "fish", "powershell")
 
 _option, _data, _text, _network, _loss, _optimizer, _rate, _training, _machine, _output = (
@@ -43,8 +47,7 @@ _option, _data, _text, _network, _loss, _optimizer, _rate, _training, _machine, 
 
 
 def _reduce(use: str) -> Any:
-    text = f"{use}, {one_of(REDUCTIONS)}: ordered gives the same bits on 1, 2, 4 and 8 processes."
-    return _machine("ordered", text, values=REDUCTIONS)
+    return _machine("ordered", use + ", {}: ordered gives the same bits on 1, 2, 4 and 8 processes.", values=REDUCTIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +68,9 @@ class TrainOptions(shared.FitOptions):
     )
     preset: str | None = _network(
         None,
-        f"{one_of(PRESETS)}: a recipe for what has its default. tabm: one network of {MEMBERS} members that share "
-        "weights, --hidden 128,128 --activation silu --optimizer adamw --lr 0.002 --batch-size 256 (less below 4,096 "
-        f"rows). auto: tabm for classes in a table of {LEAST_ROWS:,} to {MOST_ROWS:,} rows, without the test rows. "
+        "{}: a recipe for what has its default. tabm: one network of "
+        f"{MEMBERS} members that share weights, {_TABM} (less below {LEAST_STEPS * TABM['batch_size']:,} rows). auto: "
+        f"tabm for classes in a table of {LEAST_ROWS:,} to {MOST_ROWS:,} rows, without the test rows. "
         "Default: auto, or plain if one of these options, --models or --time-limit is given.",
         values=PRESETS,
     )
@@ -127,7 +130,7 @@ class TrainOptions(shared.FitOptions):
         "for certified accuracy within --attack-eps; early stopping is off, and with --early-stopping counts after the "
         "ramp. For inputs that are numbers; words, dates and missing cells are refused. Trains one model.",
         "ATTACK",
-        values=(*ATTACKS, Free.kind, TRADES.kind, IBP.kind),
+        values=HARDENINGS,
     )
     attack_eps: float | None = _training(None, ATTACK_EPS, "EPS")
     attack_steps: int | None = _training(None, ATTACK_STEPS)
@@ -224,7 +227,7 @@ class EvaluateOptions(shared.ApplyOptions):
     )
     attack: str | None = _option(
         None,
-        f"{one_of(ATTACKS)}: also score the rows as this attack changes them to raise the loss of their labels. For "
+        "{}: also score the rows as this attack changes them to raise the loss of their labels. For "
         f"inputs that are numbers; words, dates and missing cells are refused. {PIXELS}",
         "ATTACK",
         values=ATTACKS,
@@ -256,9 +259,7 @@ class ExplainOptions(shared.ApplyOptions, shared.ForceOption):
         "DATA",
         values=names_or_files(NAMES),
     )
-    method: str | None = _option(
-        None, f"{one_of(EXPLAIN_METHODS)}; permutation unless given, for images integrated.", values=EXPLAIN_METHODS
-    )
+    method: str | None = _option(None, "{}; permutation unless given, for images integrated.", values=EXPLAIN_METHODS)
     rows: int = _option(500, "Explain at most this many rows, drawn at random.")
     of_class: str | None = _option(
         None,
@@ -274,7 +275,7 @@ class ExplainOptions(shared.ApplyOptions, shared.ForceOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportOptions(shared.RunOptions, shared.MachineOptions):
+class ReportOptions(shared.UseOptions):
     """Write report.html into the folder of a run again: its training, and its model on its own test rows.
 
     train and sweep write it at their end; this makes it anew for an old run, or for other weights.
@@ -344,11 +345,9 @@ class PlanOptions(shared.StepOptions):
     """
 
     sizes: list[int] = _option(MISSING, "Widths from the input to the output.", "SIZES...", None)
-    loss: str = _loss("cross_entropy", f"{one_of(LOSSES)}.", values=LOSSES)
-    optimizer: str = _optimizer("sgd", f"{one_of(OPTIMIZERS)}.", values=OPTIMIZERS)
-    backend: str = _machine(
-        "auto", f"{one_of(shared.BACKENDS)}; it need not work on this machine.", values=shared.BACKENDS
-    )
+    loss: str = _loss("cross_entropy", "{}.", values=LOSSES)
+    optimizer: str = _optimizer("sgd", "{}.", values=OPTIMIZERS)
+    backend: str = _machine("auto", "{}; it need not work on this machine.", values=shared.BACKENDS)
     devices: int | None = _machine(None, "Processes that train one model together: the step of one of them.", "COUNT")
     reduce: str = _reduce("With --devices: how they add their gradients")
     shard_optimizer: bool = _machine(False, "With --devices: each keeps a slice of the optimizer's state.")
@@ -387,4 +386,4 @@ class CompletionOptions:
     fish: fusemlp completion fish > ~/.config/fish/completions/fusemlp.fish
     """
 
-    shell: str = _option(MISSING, f"{one_of(SHELLS)}.", "SHELL", None, SHELLS)
+    shell: str = _option(MISSING, "{}.", "SHELL", None, SHELLS)

@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from fusemlp.cli import attacks
-from fusemlp.cli.commands import EvaluateOptions, ExplainOptions, ReportOptions
+from fusemlp.cli.commands import EvaluateOptions
 from fusemlp.cli.configuration import options_of
+from fusemlp.cli.options import UseOptions
 from fusemlp.cli.output import show
 from fusemlp.cli.predict import open_model
 from fusemlp.cli.prepare import Prepared, labelled_hashes, prepare
@@ -28,25 +29,21 @@ from fusemlp_kernels.errors import CheckpointError
 # A terminal is too narrow for the confusion matrix of more classes.
 MOST_PRINTED_CLASSES = 20
 
-Judging = TypeVar("Judging", EvaluateOptions, ExplainOptions, ReportOptions)
+Judging = TypeVar("Judging", bound=UseOptions)
 
 
 def evaluate(options: EvaluateOptions) -> None:
     """Print the scores of a run's model on its own test rows, or on the labelled ``data``."""
     notes: list[str] = []
     seen = None
-    if options.data is None:
-        options = before_final_fit(options, notes)
+    options = before_final_fit(options, notes)
     engine, preprocessor, config = open_model(options)
     if options.data is None:
         prepared = own_data(config, preprocessor)
         test, (cells, _, rows) = prepared.test, prepared.test_rows
         X, labels, weight, features = test.X, test.labels, test.weight, cells[rows]
     else:
-        form = options.form(config["options"])
-        features, labels = load_labelled(
-            options.data, preprocessor, form=form, notes=notes, ignore_unused=options.ignore_unused
-        )
+        features, labels = load_labelled(options.data, preprocessor, **options.reading(config, notes))
         seen = _trained_on(options, preprocessor, features, labels, notes)
         X, weight = network_inputs(preprocessor, features, engine.precision), None
     if options.attack is not None:
@@ -68,11 +65,11 @@ def evaluate(options: EvaluateOptions) -> None:
 
 
 def before_final_fit(options: Judging, notes: list[str]) -> Judging:
-    """Return the options with the weights best in place of a model that ``--final-fit`` trained on the test rows too.
-
-    ``notes`` takes a line on it.
-    """
-    if options.weights != "model" or "final_fit" not in read_json(Run(options.run).report):
+    """Return the options with the weights best in place of a model that ``--final-fit`` trained on the test rows too,
+    unless ``--data`` gives other rows; ``notes`` takes a line on it."""
+    if getattr(options, "data", None) is not None or options.weights != "model":
+        return options
+    if "final_fit" not in read_json(Run(options.run).report):
         return options
     notes.append("the weights best are judged: --final-fit trained the model on the test rows too")
     return replace(options, weights="best")

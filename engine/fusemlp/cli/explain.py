@@ -48,8 +48,7 @@ def explain(options: ExplainOptions) -> None:
         raise MissingLibraryError(f"plot: {HINT}")
     as_count("rows", options.rows, minimum=1)
     notes: list[str] = []
-    if options.data is None:
-        options = before_final_fit(options, notes)
+    options = before_final_fit(options, notes)
     engine, made, config = open_model(options)
     image = image_shape(made)
     method = options.method or ("permutation" if image is None else "integrated")
@@ -144,8 +143,7 @@ def _rows(
         background = prepared.train.X
         ids |= prepared.dataset.ids if prepared.dataset.test is None else {}
     else:
-        read: dict[str, Any] = {"form": options.form(config["options"]), "notes": notes}
-        read["ignore_unused"] = options.ignore_unused
+        read = options.reading(config, notes)
         if labelled:
             cells, labels = load_labelled(options.data, made, **read)
         else:

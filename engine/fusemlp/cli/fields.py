@@ -32,8 +32,10 @@ def field_of(
     """Return the field of an option.
 
     ``metavar`` replaces the usual word for its type, ``names`` the field's name; an argument has None. A shell
-    completes ``values``.
+    completes ``values``, which stand for a {} in ``help``.
     """
+    if "{}" in help and not callable(values):
+        help = help.replace("{}", one_of(values))
     choices = values if callable(values) else among(values)
     about = {"panel": panel, "help": help, "metavar": metavar, "names": names, "choices": choices}
     return field(default=default, metadata=about)

@@ -53,7 +53,7 @@ class ForceOption:
 
 @dataclass(frozen=True, kw_only=True)
 class MachineOptions:
-    backend: str = _machine("auto", f"{one_of(BACKENDS)}; fusemlp doctor says which work here.", values=BACKENDS)
+    backend: str = _machine("auto", "{}; fusemlp doctor says which work here.", values=BACKENDS)
     device: str | None = _machine(None, "Which card, such as cuda:1.")
 
 
@@ -61,9 +61,7 @@ class MachineOptions:
 class StepOptions:
     """The options of a training step, as ``plan`` prints it."""
 
-    activation: str = _network(
-        "relu", f"{one_of(ACTIVATIONS)}; one, or one a hidden layer: relu,tanh.", values=ACTIVATIONS
-    )
+    activation: str = _network("relu", "{}; one, or one a hidden layer: relu,tanh.", values=ACTIVATIONS)
     slope: float | None = _network(None, f"Of {_SLOPES}; prelu's starts there.")
     output_activation: str = _network(
         "identity", "Of the output layer; the cross-entropies and poisson need identity.", values=ACTIVATIONS
@@ -72,7 +70,7 @@ class StepOptions:
         "0", "Probability of dropping a hidden unit in a training step; one, or one a hidden layer (0.2,0.5).", "RATE"
     )
     batch_size: int = _training(32, "Rows a step.")
-    precision: str = _machine("fp32", f"{one_of(PRECISIONS)}.", values=PRECISIONS)
+    precision: str = _machine("fp32", "{}.", values=PRECISIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +109,8 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
     target: str | None = _data(None, "The column of a table to predict.", "COLUMN")
     task: str | None = _data(
         None,
-        f"{one_of(TASKS)}. The default: words and at most {MOST_CLASSES} different whole numbers are classes, "
-        "unless they look like counts.",
+        "{}. The default: words and at most "
+        f"{MOST_CLASSES} different whole numbers are classes, unless they look like counts.",
         values=TASKS,
     )
     drop: list[str] | None = _data(None, "A column of a table to leave out; the option once for each.", "COLUMN")
@@ -158,11 +156,11 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
         "given: one layer of 128.",
         "WIDTHS",
     )
-    init: str = _network("auto", f"Initial weights: {one_of(INITS)}; auto chooses by activation.", values=INITS)
+    init: str = _network("auto", "Initial weights: {}; auto chooses by activation.", values=INITS)
 
     loss: str | None = _loss(
         None,
-        f"{one_of(LOSSES)}. Unless given: cross_entropy for classes, mse for numbers. binary_cross_entropy is for two "
+        "{}. Unless given: cross_entropy for classes, mse for numbers. binary_cross_entropy is for two "
         "classes; mse, mae and huber train classes as one-hot rows.",
         values=LOSSES,
     )
@@ -177,7 +175,7 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
     delta: float | None = _loss(None, f"For huber: errors above this count linearly ({Huber.delta:g}).")
     quantile: float | None = _loss(None, f"For the loss quantile: the quantile to learn ({Quantile.q:g}).")
 
-    optimizer: str = _optimizer("adam", f"{one_of(OPTIMIZERS)}.", values=OPTIMIZERS)
+    optimizer: str = _optimizer("adam", "{}.", values=OPTIMIZERS)
     lr: float | None = _optimizer(
         None, f"Learning rate; {SGD.lr:g} for sgd, {Adam.lr:g} for adam and adamw unless given."
     )
@@ -200,14 +198,14 @@ class ModelOptions(MachineOptions, StepOptions, TableOptions, JsonOption):
     accumulate: int = _optimizer(1, "Batches whose gradients are averaged for one update.")
 
     seed: int = _training(0, "Seed of the split, the initial weights, dropout and row order.")
-    plan: str = _machine("auto", f"{one_of(PLANS)}.", values=PLANS)
+    plan: str = _machine("auto", "{}.", values=PLANS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions(ModelOptions):
     """The further options of ``train`` and ``sweep``: the schedule, the training and its output."""
 
-    schedule: str = _rate("constant", f"{one_of(SCHEDULES)}.", values=SCHEDULES)
+    schedule: str = _rate("constant", "{}.", values=SCHEDULES)
     lr_step: float | None = _rate(None, "For step: epochs between two reductions.")
     lr_gamma: float | None = _rate(
         None,
@@ -248,7 +246,7 @@ class FitOptions(ModelOptions):
     )
     track: str | None = _output(
         None,
-        f"Record the run, of a sweep each model, with {one_of(TRACKERS)}; their own variables, such as "
+        "Record the run, of a sweep each model, with {}; their own variables, such as "
         "MLFLOW_TRACKING_URI or WANDB_MODE, say where.",
         "TRACKER",
         values=TRACKERS,
@@ -268,9 +266,18 @@ class RunOptions(JsonOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ApplyOptions(RunOptions, MachineOptions, TableOptions):
+class UseOptions(RunOptions, MachineOptions):
+    """The options of the commands that compute with the model of a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApplyOptions(UseOptions, TableOptions):
     """The options of the commands that read other data for the model of a run."""
 
     ignore_unused: bool = _option(
         False, "Do not mention columns that the training did not have; they are ignored in any case."
     )
+
+    def reading(self, config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+        """Return the arguments that read other data as a run's were read; ``notes`` takes lines on them."""
+        return {"form": self.form(config["options"]), "notes": notes, "ignore_unused": self.ignore_unused}

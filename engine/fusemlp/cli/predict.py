@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.cli.commands import EvaluateOptions, ExplainOptions, PredictOptions, ReportOptions
+from fusemlp.cli.commands import PredictOptions
+from fusemlp.cli.options import UseOptions
 from fusemlp.cli.output import check_output, show, write_output
 from fusemlp.datasets.load import load_features
 from fusemlp.datasets.prepare import network_inputs
@@ -24,9 +25,7 @@ from fusemlp_kernels.errors import ArgumentError
 OUTPUTS = (".csv", ".npz")
 
 
-def open_model(
-    options: EvaluateOptions | ExplainOptions | PredictOptions | ReportOptions,
-) -> tuple[Engine, Preprocessor, dict[str, Any]]:
+def open_model(options: UseOptions) -> tuple[Engine, Preprocessor, dict[str, Any]]:
     """Return the engine, the preprocessor and the configuration of a run."""
     run, config = open_run(options.run)
     engine = load_checkpoint(weights_path(run, options.weights), backend=options.backend, device=options.device)
@@ -46,9 +45,8 @@ def predict(options: PredictOptions) -> None:
     held = None if options.interval is None else _held_out(options, options.interval, config)
     models = members(engine, "spread") if options.spread else []
     notes: list[str] = []
-    form = options.form(config["options"])
     ids: dict[str, Array] = {}
-    features = load_features(data, preprocessor, form=form, notes=notes, ids=ids, ignore_unused=options.ignore_unused)
+    features = load_features(data, preprocessor, ids=ids, **options.reading(config, notes))
     X = network_inputs(preprocessor, features, engine.precision)
     predicted = predictions(engine, preprocessor, X)
     more = {} if held is None else _ends(engine, preprocessor, X, predicted, held, float(options.interval or 0))

@@ -206,6 +206,13 @@ def schedule(options: FitOptions, *, rows: int, epochs: int) -> Schedule:
     return _made("schedule", described, rate, **given)
 
 
+def check_single(options: TrainOptions, kind: str) -> None:
+    """Raise ArgumentError for what a ``kind`` training, which makes one model of the training rows, cannot do."""
+    for name, given in (("models", (options.models or 1) > 1), ("final_fit", options.final_fit)):
+        if given:
+            raise ArgumentError(f"{name}: {kind} training makes one model of the training rows; leave it out")
+
+
 def privacy(options: TrainOptions, *, rows: int, epochs: int) -> DPSGD | None:
     """Return the privacy that spends ``--dp-epsilon`` on this many training rows and epochs; None without it."""
     if not is_private(options):
@@ -215,9 +222,7 @@ def privacy(options: TrainOptions, *, rows: int, epochs: int) -> DPSGD | None:
                     f"{name}: it is for private training; give --dp-epsilon too, such as --dp-epsilon 3"
                 )
         return None
-    for name, given in (("models", (options.models or 1) > 1), ("final_fit", options.final_fit)):
-        if given:
-            raise ArgumentError(f"{name}: private training makes one model of the training rows; leave it out")
+    check_single(options, "private")
     if options.drop_last:
         raise ArgumentError("drop_last: the batches of private training have no common length; leave it out")
     if options.class_weight == "balanced":

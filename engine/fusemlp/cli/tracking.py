@@ -53,8 +53,8 @@ def counts(field: Any) -> bool:
 
 def last_id(run: Run, options: FitOptions) -> str | None:
     """Return the id that a run has with the tracker of ``--track``, or None."""
-    known: dict[str | None, str] = read_json(run.tracking)
-    return known.get(options.track)
+    known: str | None = read_json(run.tracking).get(str(options.track))
+    return known
 
 
 def note_id(run: Run, options: FitOptions, tracker: Tracker) -> None:
