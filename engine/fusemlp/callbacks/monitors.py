@@ -7,13 +7,16 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusemlp.callbacks.forms import Watching, tell
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag, no_folder
 from fusemlp.describe.metrics import rises
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
+
+if TYPE_CHECKING:
+    from fusemlp.training.history import History
 
 MODES = ("auto", "min", "max")
 SUFFIX = ".safetensors"
@@ -44,6 +47,12 @@ class Monitor(Watching):
                 f"callback before this one adds it to the logs, let that one say so: writes = ({self.monitor!r},)"
             )
 
+    @property
+    def history(self) -> History:
+        """The record of the running fit, which begins it before it calls any callback."""
+        assert self.model.history is not None
+        return self.model.history
+
     def value(self, epoch: int, logs: dict[str, float]) -> float | None:
         """Return the quantity; warn once if an epoch is without it, as its callback may have announced it in vain."""
         if self.monitor not in logs and not self.missed:
@@ -61,8 +70,7 @@ class Monitor(Watching):
 
     def recorded(self) -> list[float]:
         """Return the logs of the epochs before this ``fit`` was resumed."""
-        history = self.model.history
-        return [] if history is None else list(history.history.get(self.monitor, ()))
+        return list(self.history.history.get(self.monitor, ()))
 
 
 class EarlyStopping(Monitor):
@@ -104,10 +112,9 @@ class EarlyStopping(Monitor):
     def on_train_begin(self, logs: Any = None) -> None:
         """Start the count, or continue that of a resumed fit."""
         self._begin()
-        history = self.model.history
         for index, value in enumerate(self.recorded()):
-            if self._improves(index, value) and history is not None:
-                self.best_epoch = history.epochs[index]
+            if self._improves(index, value):
+                self.best_epoch = self.history.epochs[index]
         if self.restore_best_weights and self.best_epoch is not None:
             warnings.warn(
                 f"EarlyStopping: the weights of the best epoch so far ({self.best_epoch + 1}) are not in the "
@@ -117,8 +124,7 @@ class EarlyStopping(Monitor):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Check the quantity, and end the training when patience runs out."""
-        history = self.model.history
-        index = epoch if history is None else history.epochs.index(epoch)
+        index = self.history.epochs.index(epoch)
         current = self.value(epoch, logs)
         if current is None:
             return
@@ -144,9 +150,9 @@ class EarlyStopping(Monitor):
 
     def on_train_end(self, logs: Any = None) -> None:
         """Restore the best weights if wanted, and add a note to the history."""
-        history = self.model.history
-        interrupted = history is not None and history.stopped.startswith("interrupted")
-        if history is not None and "early stopping" not in history.in_use:
+        history = self.history
+        interrupted = history.stopped.startswith("interrupted")
+        if "early stopping" not in history.in_use:
             history.in_use.append("early stopping")
         weights = None if interrupted else self.best_weights
         if weights is not None:
@@ -155,7 +161,7 @@ class EarlyStopping(Monitor):
             reason = f"{self.monitor} has not improved for {self.wait} epochs"
             if weights is not None and self.best_epoch is not None:
                 reason += f"; the weights of epoch {self.best_epoch + 1} were restored"
-            if history is not None and not interrupted:
+            if not interrupted:
                 history.stopped = reason
             tell(self.verbose, "epoch %d: %s", self.stopped_epoch + 1, reason)
 

@@ -201,11 +201,7 @@ def described(one: Listed, score: str, differing: dict[str, Any]) -> dict[str, A
     """Return a run for ``--json``."""
     return {
         "run": str(one.path),
-        "data": one.data,
-        "started": one.started,
-        "status": one.status,
-        "epochs": one.epochs,
-        "best_epoch": one.best_epoch,
+        **{name: getattr(one, name) for name in ("data", "started", "status", "epochs", "best_epoch")},
         "sorted_by": score,
         "score": one.scores.get(score),
         "scores": one.scores,

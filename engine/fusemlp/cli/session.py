@@ -121,12 +121,8 @@ def attack_on(rows: Rows, options: TrainOptions, prepared: Prepared) -> Attack |
 
 def new_engine(options: TrainOptions, prepared: Prepared, epochs: int) -> Engine:
     """Return the engine of a new training, which under torchrun trains with the other processes."""
-    rows = len(prepared.train)
-    engine = prepared.engine(
-        options,
-        recipe.schedule(options, rows=rows, epochs=epochs),
-        recipe.privacy(options, rows=rows, epochs=epochs),
-    )
+    length = {"rows": len(prepared.train), "epochs": epochs}
+    engine = prepared.engine(options, recipe.schedule(options, **length), recipe.privacy(options, **length))
     engine.join(started(), options.reduce, TIMEOUT, options.shard_optimizer)
     return engine
 
