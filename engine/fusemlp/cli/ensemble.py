@@ -13,12 +13,10 @@ from fusemlp.cli import recipe, transfer
 from fusemlp.cli.commands import TrainOptions
 from fusemlp.cli.options import ModelOptions
 from fusemlp.datasets.load import Dataset
-from fusemlp.datasets.prepare import fit_preprocessor, network_ends
-from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.engine import Engine
 from fusemlp.fleet import trials
 from fusemlp.fleet.fleet import Fleet
-from fusemlp.fleet.merge import merged, sound
+from fusemlp.fleet.merge import merged, merged_members
 from fusemlp.fleet.results import Member
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import DivergenceError
@@ -61,13 +59,11 @@ def train_ensemble(
     parts = prepared.folds
     rows = min((len(one) for one, _ in parts), default=len(prepared.train))
     given = prepared.fit_data
-    if parts:
-        given |= {"rows": [one for one, _ in parts], "validation_rows": [one for _, one in parts]}
     initial = transfer.initial(prepared, options, given, watched, prepared.models)
     schedule = recipe.schedule(options, rows=rows, epochs=scheduled)
     fleet = fleet_of(prepared, options, schedule, prepared.models, initial)
 
-    def ended(member: Member) -> None:
+    def tell(member: Member) -> None:
         if not options.quiet:
             print(f"model {member.index + 1} of {prepared.models}: {_told(member)}", file=sys.stderr)
         told(member)
@@ -80,7 +76,7 @@ def train_ensemble(
             epochs=epochs,
             early_stopping=patience,
             drop_last=options.drop_last,
-            callback=ended,
+            callback=tell,
             time_limit=seconds,
         )
     except KeyboardInterrupt:
@@ -99,11 +95,10 @@ def train_ensemble(
         for member in results.members
     ]
     try:
-        engines = sound(results.members)
+        engine, held = merged_members(results.members, parts)
     except DivergenceError as error:
         return results.members[0].engine, records, False, error, []
-    held = [(engine, parts[index][1]) for index, engine in engines.items()] if parts else []
-    return merged([*engines.values()]), records, False, None, held
+    return engine, records, False, None, held
 
 
 def _told(member: Member) -> str:
@@ -140,7 +135,7 @@ def fit_on_all_rows(
     fleet = fleet_of(prepared, options, schedule, prepared.models, initial)
     results = fleet.fit(**data, epochs=epochs, drop_last=options.drop_last, time_limit=seconds)
     try:
-        return merged([*sound(results.members).values()]), len(X)
+        return merged_members(results.members)[0], len(X)
     except DivergenceError as error:
         raise DivergenceError(f"final_fit: {error}; the model of the training rows is kept") from None
 
@@ -150,11 +145,7 @@ def decided(
 ) -> tuple[str, bool, list[str]]:
     """Return the scale, whether targets are learned in logarithms, and notes; small trainings decide what is open."""
 
-    def prepare(*given: Any, **how: Any) -> Preprocessor:
-        return fit_preprocessor(*given, loss=loss, **how)
-
-    def fleet(made: Preprocessor) -> Fleet:
-        first, last = network_ends(made, loss)
+    def fleet(first: int, last: int) -> Fleet:
         return Fleet(
             recipe.network((first, *recipe.hidden_widths(options.hidden), last), options, init=options.init),
             loss,
@@ -168,7 +159,7 @@ def decided(
     log_target = options.log_target if loss == "mse" and not classes else bool(options.log_target)
     limit = options.time_limit if isinstance(options, TrainOptions) else None
     return trials.chosen(
-        dataset, rows, prepare, fleet, scale=options.scale, log_target=log_target, seed=seed, time_limit=limit
+        dataset, rows, fleet, loss=loss, scale=options.scale, log_target=log_target, seed=seed, time_limit=limit
     )
 
 

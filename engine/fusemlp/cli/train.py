@@ -89,11 +89,9 @@ def trained(session: Session, told: Events) -> tuple[dict[str, Any], list[str], 
     else:
         interrupted, failure = run_session(session, recorders(session, told), seconds)
     final = refused = held_out = temperature = None
-    if prepared.validation is not None and failure is None:
-        held = [(session.engine, slice(None))]
-    if held:
-        rows = prepared.validation or prepared.train
-        held_out, temperature = judged(session.engine, held, prepared.preprocessor, rows)
+    if failure is None:
+        made = prepared.preprocessor
+        held_out, temperature = judged(session.engine, made, prepared.train, prepared.validation, held)
     if options.final_fit and not interrupted and failure is None:
         try:
             final = final_fit(session)

@@ -195,7 +195,7 @@ class _Graph:
     ``reserved`` are names that no input may have.
     """
 
-    def __init__(self, real: np.dtype[Any], reserved: Iterable[str] = ()) -> None:
+    def __init__(self, real: np.dtype[Any], reserved: Iterable[str]) -> None:
         from onnx import helper, numpy_helper
 
         self.helper = helper
@@ -237,8 +237,8 @@ class _Graph:
         self.constants.append(self.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
         return name
 
-    def cast(self, name: str, dtype: Any, output: str | None = None) -> str:
-        return self.add("Cast", name, output=output, to=self.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+    def cast(self, name: str, dtype: Any) -> str:
+        return self.add("Cast", name, to=self.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def value(self, name: str, dtype: Any, *shape: int) -> Any:
         """Return the declaration of an input or output of the graph: ``shape`` is that of a row."""

@@ -217,8 +217,7 @@ def read_metrics(run: Run) -> list[dict[str, float]]:
     ]
 
 
-def keep_metrics(run: Run, epochs: int) -> list[dict[str, float]]:
-    """Drop the rows of ``metrics.csv`` after ``epochs``, which a resumed training writes again; return the others."""
+def keep_metrics(run: Run, epochs: int) -> None:
+    """Drop the rows of ``metrics.csv`` after ``epochs``, which a resumed training writes again."""
     kept = [row for row in read_metrics(run) if row["epoch"] <= epochs]
     write_atomically(run.metrics, csv_bytes(_table(kept)))
-    return kept
