@@ -26,14 +26,17 @@ if TYPE_CHECKING:
 
 
 def fleet_of(
-    prepared: Prepared, options: TrainOptions, schedule: Any, models: int, initial: Sequence[Mapping[str, Array]] = ()
+    prepared: Prepared, options: TrainOptions, initial: Sequence[Mapping[str, Array]] = (), *, rows: int, epochs: int
 ) -> Fleet:
-    """Return the untrained models: those of the run's seed and the seeds after it; ``initial`` as of ``Fleet``."""
+    """Return the untrained models: those of the run's seed and the seeds after it; ``initial`` as of ``Fleet``.
+
+    The schedule of the learning rate spans ``epochs`` epochs of ``rows`` rows.
+    """
     return Fleet(
         prepared.network,
         prepared.loss,
-        prepared.optimizer(options, schedule),
-        vary={"seed": range(options.seed, options.seed + models)},
+        prepared.optimizer(options, recipe.schedule(options, rows=rows, epochs=epochs)),
+        vary={"seed": range(options.seed, options.seed + prepared.models)},
         initial=initial,
         **recipe.engine_options(options),
     )
@@ -42,43 +45,28 @@ def fleet_of(
 def train_ensemble(
     prepared: Prepared,
     options: TrainOptions,
-    epochs: int,
+    given: Mapping[str, Any],
     scheduled: int,
-    watched: Mapping[str, Any],
     seconds: float | None,
     told: Callable[[Member], None],
 ) -> tuple[Engine, list[dict[str, Any]], bool, DivergenceError | None, list[tuple[Engine, Array]]]:
     """Train all models; return a merged engine with the mean history, a record a model, how it ended, and models with
     the rows of their folds.
 
-    The schedule of the learning rate spans ``scheduled`` epochs; ``watched`` are the arguments of ``fit`` for
-    ``--metric``; ``seconds`` are a limit; ``told`` is called with each model that has ended. The third is True after
-    Ctrl-C, which keeps the models as they are then. A model that diverged is left out; the error is returned if all
-    did.
+    ``given`` are the arguments of ``fit``; the schedule of the learning rate spans ``scheduled`` epochs; ``seconds``
+    are a limit; ``told`` is called with each model that has ended. The third is True after Ctrl-C, which keeps the
+    models as they are then. A model that diverged is left out; the error is returned if all did.
     """
-    parts = prepared.folds
-    rows = min((len(one) for one, _ in parts), default=len(prepared.train))
-    given = prepared.fit_data
-    initial = transfer.initial(prepared, options, given, watched, prepared.models)
-    schedule = recipe.schedule(options, rows=rows, epochs=scheduled)
-    fleet = fleet_of(prepared, options, schedule, prepared.models, initial)
+    rows = min((len(one) for one, _ in prepared.folds), default=len(prepared.train))
+    fleet = fleet_of(prepared, options, transfer.initial(prepared, options, given), rows=rows, epochs=scheduled)
 
     def tell(member: Member) -> None:
         if not options.quiet:
             print(f"model {member.index + 1} of {prepared.models}: {_told(member)}", file=sys.stderr)
         told(member)
 
-    patience = options.early_stopping or None
     try:
-        results = fleet.fit(
-            **given,
-            **watched,
-            epochs=epochs,
-            early_stopping=patience,
-            drop_last=options.drop_last,
-            callback=tell,
-            time_limit=seconds,
-        )
+        results = fleet.fit(**given, callback=tell, time_limit=seconds)
     except KeyboardInterrupt:
         begun = [engine for engine in fleet.engines if engine.history is not None and engine.history.epochs]
         if not begun:
@@ -95,7 +83,7 @@ def train_ensemble(
         for member in results.members
     ]
     try:
-        engine, held = merged_members(results.members, parts)
+        engine, held = merged_members(results.members, prepared.folds)
     except DivergenceError as error:
         return results.members[0].engine, records, False, error, []
     return engine, records, False, None, held
@@ -111,7 +99,7 @@ def within(prepared: Prepared, options: TrainOptions) -> Prepared:
     seconds = trials.seconds_left(prepared.began, options.time_limit)
     if seconds is None or prepared.models == 1:
         return prepared
-    fleet = fleet_of(prepared, options, recipe.schedule(options, rows=len(prepared.train), epochs=1), prepared.models)
+    fleet = fleet_of(prepared, options, rows=len(prepared.train), epochs=1)
     notes = [*prepared.tried]
     models = trials.models_within(seconds, fleet, prepared.train.X, prepared.train.y, notes)
     return replace(prepared, models=models, folds=prepared.folds[:models], tried=tuple(notes))
@@ -125,15 +113,14 @@ def fit_on_all_rows(
     parts += [prepared.test] if prepared.dataset.test is None else []
     X, y = (np.concatenate([getattr(part, name) for part in parts]) for name in ("X", "y"))
     weights = [part.weight for part in parts if part.weight is not None]
-    data: dict[str, Any] = {"X": X, "y": y, "sample_weight": np.concatenate(weights) if weights else None}
-    initial = transfer.initial(prepared, options, data, {}, prepared.models)
-    schedule = recipe.schedule(options, rows=len(X), epochs=epochs)
+    given: dict[str, Any] = {"X": X, "y": y, "sample_weight": np.concatenate(weights) if weights else None}
+    given |= {"epochs": epochs, "drop_last": options.drop_last, "time_limit": seconds}
     if prepared.network.members > 1:
-        engine = prepared.engine(options, schedule)
-        engine.fit(**data, epochs=epochs, drop_last=options.drop_last, time_limit=seconds)
+        engine = prepared.engine(options, recipe.schedule(options, rows=len(X), epochs=epochs))
+        engine.fit(**given)
         return engine, len(X)
-    fleet = fleet_of(prepared, options, schedule, prepared.models, initial)
-    results = fleet.fit(**data, epochs=epochs, drop_last=options.drop_last, time_limit=seconds)
+    fleet = fleet_of(prepared, options, transfer.initial(prepared, options, given), rows=len(X), epochs=epochs)
+    results = fleet.fit(**given)
     try:
         return merged_members(results.members)[0], len(X)
     except DivergenceError as error:

@@ -15,7 +15,7 @@ from fusemlp.cli.lines import describe, outcome
 from fusemlp.cli.output import show
 from fusemlp.cli.recorder import Recorder
 from fusemlp.cli.resume import going_on, resumed_session
-from fusemlp.cli.session import Session, attack_on, fit_options, new_session, watched
+from fusemlp.cli.session import Session, attack_on, fit_options, new_session
 from fusemlp.describe.checks import as_count
 from fusemlp.engine import Engine
 from fusemlp.fleet.trials import seconds_left
@@ -75,9 +75,8 @@ def trained(session: Session, told: Events) -> tuple[dict[str, Any], list[str], 
         engine, models, interrupted, failure, held = ensemble.train_ensemble(
             prepared,
             options,
-            session.epochs,
+            fit_options(options, prepared, session.epochs),
             session.scheduled,
-            watched(options, prepared),
             seconds,
             lambda member: told.model(member, prepared.models, {"seed": options.seed + member.index}),
         )
@@ -142,19 +141,19 @@ def run_session(
     session: Session, callbacks: list[Any], seconds: float | None = None
 ) -> tuple[bool, DivergenceError | None]:
     """Train to the end or the limit, to Ctrl-C (returns True), or to a loss that is not finite (returns the error)."""
-    engine, options = session.engine, session.options
+    engine, options, prepared = session.engine, session.options, session.prepared
+    given = fit_options(options, prepared, session.epochs)
     interrupted = False
     failure: DivergenceError | None = None
     try:
         if engine.fit_state is None and options.probe:
-            judged = watched(options, session.prepared)
-            engine.load_state_dict(*transfer.initial(session.prepared, options, session.prepared.fit_data, judged, 1))
+            engine.load_state_dict(*transfer.initial(prepared, options, given))
         engine.fit(
-            **fit_options(options, session.prepared, session.epochs),
+            **given,
             callbacks=callbacks,
             resume=engine.fit_state is not None,
             time_limit=seconds,
-            adversarial=attack_on(session.prepared.train, options, session.prepared),
+            adversarial=attack_on(prepared.train, options, prepared),
         )
     except KeyboardInterrupt:
         if engine.history is None or not engine.history.stopped:
