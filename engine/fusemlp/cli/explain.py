@@ -69,7 +69,11 @@ def explain(options: ExplainOptions) -> None:
         columns = list(zip(names, moved.worse.tolist(), moved.deviation.tolist(), strict=True))
         table: list[Sequence[Any]] = [("column", "importance", beside), *columns]
     else:
-        found = _attributed(engine, made, given, method, output, black=image is not None)
+        X = network_inputs(made, given.cells, engine.precision, given.chosen)
+        # from zeros of the inputs, which are black
+        black = np.zeros(made.width) if image is not None and method != "expected" else None
+        from_where: dict[str, Any] = {"background": given.background, "baseline": black}
+        found = column_attributions(engine, made, X, method=method, output=output, **from_where)
         title += "gradient times input" if method == "gradient" else f"{method} gradients"
         title += f" of {_of_output(engine, made, known, output)}"
         unit, beside = "mean absolute attribution", "mean"
@@ -157,16 +161,6 @@ def _rows(
     if len(rows) > options.rows:
         rows = np.sort(np.random.default_rng(0).choice(rows, options.rows, replace=False))
     return _Rows(cells, labels, rows, {name: column[rows] for name, column in ids.items()}, background)
-
-
-def _attributed(
-    engine: Engine, made: Preprocessor, given: _Rows, method: str, output: int | None, *, black: bool
-) -> Attributions:
-    """Return the attributions of the rows; ``black``: from zeros of the inputs."""
-    X = network_inputs(made, given.cells, engine.precision, given.chosen)
-    baseline = np.zeros(made.width) if black and method != "expected" else None
-    options: dict[str, Any] = {"background": given.background, "baseline": baseline, "output": output}
-    return column_attributions(engine, made, X, method=method, **options)
 
 
 def _table(found: Attributions, given: _Rows, explained: Sequence[str]) -> list[Sequence[Any]]:
