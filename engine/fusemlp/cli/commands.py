@@ -37,6 +37,7 @@ ATTACK_EPS = f"The most by which an input may move: {EPS_UNITS}."
 PIXELS = "After --scale none, pixels stay within the least and the greatest of the rows."
 ATTACK_STEPS = f"For pgd, and for training by trades: its steps ({PGD.steps}), each 2.5 * eps / steps long."
 ATTACK_NORM = "inf moves each input by up to eps (default), 2 each row by up to eps in the Euclidean norm."
+# The recipe tabm, as it is written without --preset.
 _WORDS = {name: ",".join(map(str, value)) if name == "hidden" else value for name, value in TABM.items()}
 _TABM = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in _WORDS.items())
 SHELLS = ("bash", "zsh", "fish", "powershell")
