@@ -29,7 +29,7 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import check_choice
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
-from fusemlp.engine import Engine, load_checkpoint
+from fusemlp.engine import load_checkpoint
 from fusemlp.fleet.merge import members
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.certification import certify
@@ -51,11 +51,6 @@ log = logging.getLogger("fusemlp.sklearn")
 
 class TableEstimator(TableParameters, BaseEstimator, ABC):
     """Trains, judges, explains and stores; the classifier and the regressor predict."""
-
-    engine_: Engine
-    preprocessor_: Preprocessor
-    held_out_: HeldOut | None
-    temperature_: float
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
