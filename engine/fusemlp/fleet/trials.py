@@ -31,13 +31,11 @@ SCALES, MANY_ROWS, MOST_INPUTS = ("robust", "piecewise"), 200, 1 << 27
 # the training however long the preparation took.
 SHARE, LEAST_EPOCHS, BATCHES, TIMING, LEAST = 0.2, 10, 100, 0.05, 0.1
 
-Make = Callable[[int, int], Fleet]
-
 
 def chosen(
     dataset: Dataset,
     rows: Array,
-    fleet: Make,
+    fleet: Callable[[int, int], Fleet],
     *,
     loss: str,
     scale: str | None,

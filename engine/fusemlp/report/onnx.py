@@ -35,6 +35,7 @@ import numpy as np
 from fusemlp._version import __version__
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.network import Activation
+from fusemlp.inputs.arrays import Array
 from fusemlp.report.onnx_features import INPUT, network_input
 from fusemlp.runtime.files import check_finite, checked_metadata, target_file, write_atomically
 from fusemlp.runtime.inference import MEAN, SCALE
@@ -42,8 +43,6 @@ from fusemlp.runtime.session import Session
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
 from fusemlp_kernels.pointwise import ACTIVATIONS as ROWS
 from fusemlp_kernels.pointwise import lines
-
-Array = np.ndarray[Any, Any]
 
 HINT = 'pip install "fusemlp[onnx]"'
 OPSET, ML_OPSET, IR_VERSION = 18, 3, 8

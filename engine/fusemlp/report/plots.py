@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusemlp.inputs.arrays import Array
 from fusemlp.report.chart import LOG_SPAN
 from fusemlp.report.diagnosis import Finding
 from fusemlp.runtime.files import target_file, write_atomically
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HINT = 'it needs matplotlib: pip install "fusemlp[plot]"'
-Array = np.ndarray[Any, Any]
 
 # Okabe and Ito's palette for colour-blind readers.
 TRAINING, VALIDATION, GAP, GREY = "#0072B2", "#D55E00", "#E69F00", "#444444"

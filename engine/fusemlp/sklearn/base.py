@@ -19,6 +19,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from fusemlp.callbacks import announce, checked_callbacks, exits
 from fusemlp.describe.intervals import IBP
 from fusemlp.describe.schedules import Schedule
+from fusemlp.inputs.arrays import Array
 from fusemlp.report.onnx import to_onnx
 from fusemlp.runtime.backends import TRAITS
 from fusemlp.runtime.plans import shares_launches
@@ -32,8 +33,6 @@ from fusemlp.sklearn.stochastic import SklearnPolicy, ValidationScore, train
 from fusemlp.training.history import FitState, History
 from fusemlp.training.intervals import write_limits
 from fusemlp.training.loop import EpochLoop, epochs_at_once
-
-Array = np.ndarray[Any, Any]
 
 # attributes that a file holds as tensors, makes anew, or leaves out
 NOT_AS_JSON = ("coefs_", "intercepts_", "slopes_", "_model", "_label_binarizer", "_metadata_request")

@@ -21,14 +21,13 @@ from fusemlp.describe.network import MLP, Activation, as_activation
 from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer
 from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
+from fusemlp.inputs.arrays import Array
 from fusemlp.program.adversarial import lowered_attack, lowered_intervals
 from fusemlp.runtime.attacking import check_within
 from fusemlp.runtime.backends import first_available
 from fusemlp.training.adversarial import check_adversarial
 from fusemlp_kernels.contract import ACTIVATIONS
 from fusemlp_kernels.errors import ArgumentError
-
-Array = np.ndarray[Any, Any]
 
 STOCHASTIC = ("sgd", "adam", "adamw")
 LOGISTIC = "logistic"

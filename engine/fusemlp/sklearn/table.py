@@ -29,8 +29,9 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import check_choice
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
-from fusemlp.engine import Engine, load_checkpoint
+from fusemlp.engine import load_checkpoint
 from fusemlp.fleet.merge import members
+from fusemlp.inputs.arrays import Array
 from fusemlp.report.certification import certify
 from fusemlp.report.evidence import Importance
 from fusemlp.report.explanations import METHODS, Attributions, column_attributions, permutation_importance
@@ -39,7 +40,7 @@ from fusemlp.report.onnx import to_onnx
 from fusemlp.report.runs import open_run, read_metrics, weights_path
 from fusemlp.report.uncertainty import HeldOut, intervals, sets, spread
 from fusemlp.sklearn import saving
-from fusemlp.sklearn.table_rows import Array, as_table
+from fusemlp.sklearn.table_rows import as_table
 from fusemlp.sklearn.table_settings import TableParameters
 from fusemlp.sklearn.table_training import Fitted, fitted
 from fusemlp.training.history import History
@@ -50,11 +51,6 @@ log = logging.getLogger("fusemlp.sklearn")
 
 class TableEstimator(TableParameters, BaseEstimator, ABC):
     """Trains, judges, explains and stores; the classifier and the regressor predict."""
-
-    engine_: Engine
-    preprocessor_: Preprocessor
-    held_out_: HeldOut | None
-    temperature_: float
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

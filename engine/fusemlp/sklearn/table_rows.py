@@ -15,11 +15,10 @@ from fusemlp.datasets.load import load_data
 from fusemlp.datasets.parts import Fold, folds, hold_out
 from fusemlp.datasets.sources import Frame, as_frame
 from fusemlp.describe.checks import as_number
+from fusemlp.inputs.arrays import Array
 from fusemlp.sklearn import table_settings as settings
 from fusemlp.sklearn.table_settings import TableParameters
 from fusemlp_kernels.errors import DataError
-
-Array = np.ndarray[Any, Any]
 
 
 def as_table(estimator: TableParameters, X: Any, *, reset: bool = False) -> Frame:

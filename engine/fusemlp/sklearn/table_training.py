@@ -19,9 +19,10 @@ from fusemlp.engine import Engine
 from fusemlp.fleet import trials
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import check_mergeable, merged_members
+from fusemlp.inputs.arrays import Array
 from fusemlp.report.uncertainty import HeldOut, judged
 from fusemlp.sklearn import table_settings as settings
-from fusemlp.sklearn.table_rows import Array, as_table, held_out, read
+from fusemlp.sklearn.table_rows import as_table, held_out, read
 from fusemlp_kernels.errors import ArgumentError
 
 if TYPE_CHECKING:
