@@ -125,15 +125,8 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
     if leading():
         tracker = tracking.tracker(options, run.path.resolve().name, tracking.last_id(run, options))
     if last.exists() and prepared.models == 1:
-        engine = load_checkpoint(
-            last,
-            backend=options.backend,
-            device=options.device,
-            network=prepared.network,
-            distributed=started(),
-            reduce=options.reduce,
-            shard_optimizer=options.shard_optimizer,
-        )
+        where = {name: getattr(options, name) for name in ("backend", "device", "reduce", "shard_optimizer")}
+        engine = load_checkpoint(last, network=prepared.network, distributed=started(), **where)
     else:
         # An ensemble has no checkpoint to go on from: it trains anew, with the same result.
         engine = new_engine(options, prepared, scheduled)
