@@ -82,7 +82,7 @@ class Counted:
 
     def __enter__(self) -> Counted:
         self._patches = []
-        for kind in (blocks._Arrays, blocks._Parquet):
+        for kind in (blocks.ArrayBlocks, blocks.RowGroups):
             self._patches.append(mock.patch.object(kind, "read", self._counting(kind.read)))
             self._patches[-1].start()
         return self

@@ -26,9 +26,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 import fusemlp
 from fusemlp import ArgumentError, DataError, Huber, cli
 from fusemlp.cli import defaults
-from fusemlp.cli.options import TrainOptions
+from fusemlp.cli.commands import TrainOptions
 from fusemlp.cli.recipe import DEFAULT_WIDTH
-from fusemlp.sklearn import TableClassifier, TableRegressor
+from fusemlp.sklearn import TableClassifier, TableRegressor, table_settings
 
 # The checks that fail, with the reason.
 EXPECTED = {
@@ -266,7 +266,7 @@ def test_defaults_are_those_of_the_command_line() -> None:
     ],
 )
 def test_tables_of_a_middling_size_train_five_models(rows: int, options: dict[str, Any], expected: int) -> None:
-    assert TableClassifier(**options)._models(rows) == expected
+    assert table_settings.models(TableClassifier(**options), rows) == expected
 
 
 @pytest.mark.parametrize("models", [1, 3])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from commands import run
 
-from fusemlp.cli.options import TrainOptions
+from fusemlp.cli.commands import TrainOptions
 from fusemlp.cli.prepare import prepare
 
 

@@ -13,7 +13,7 @@ from commands import read, rows, run
 
 from fusemlp import MLP, Engine, load_checkpoint
 from fusemlp.cli import train as command
-from fusemlp.cli.options import TrainOptions
+from fusemlp.cli.commands import TrainOptions
 from fusemlp.cli.prepare import prepare
 from fusemlp.datasets.load import load_features
 from fusemlp.datasets.parts import folds

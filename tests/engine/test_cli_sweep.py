@@ -19,7 +19,7 @@ import pytest
 from commands import read, rows, run
 from safetensors.numpy import load_file
 
-from fusemlp.cli import standings
+from fusemlp.cli import standings, sweep_plan
 from fusemlp.cli import sweep as command
 from fusemlp.fleet.results import FleetResults, Member
 from fusemlp.training.history import History
@@ -208,13 +208,13 @@ def test_the_metric_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_the_test_rows_have_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--vary", "seed=0:3", "--epochs", "2", "--early-stopping", "1", "--quiet"]
     assert run("sweep", "iris", *options, "--out", tmp_path / "a") == 0
-    prepare = command.prepare
+    prepare = sweep_plan.prepare
 
     def blind(given: Any) -> Any:
         prepared = prepare(given)
         return replace(prepared, test=replace(prepared.test, X=np.full_like(prepared.test.X, np.nan)))
 
-    monkeypatch.setattr(command, "prepare", blind)
+    monkeypatch.setattr(sweep_plan, "prepare", blind)
     report = {"test": {}, "baselines": {}, "worse_than": [], "epochs": 0}
     monkeypatch.setattr(command, "finish", lambda *_, **__: report)
     assert run("sweep", "iris", *options, "--out", tmp_path / "b") == 0

@@ -20,10 +20,11 @@ from safetensors.numpy import load_file
 
 from fusemlp import MLP, Engine, ProgressBar, load_checkpoint
 from fusemlp.cli import finish
-from fusemlp.cli.options import TrainOptions
+from fusemlp.cli.commands import TrainOptions
 from fusemlp.cli.prepare import prepare
 from fusemlp.cli.recorder import Recorder
-from fusemlp.cli.train import new_engine, train
+from fusemlp.cli.session import new_engine
+from fusemlp.cli.train import train
 from fusemlp.datasets.prepare import CLASS_DECAY
 from fusemlp.report.runs import Run
 

@@ -12,7 +12,7 @@ from commands import read, rows, run
 from sklearn.datasets import load_digits
 
 from fusemlp import MLP, load, load_checkpoint
-from fusemlp.cli.options import TrainOptions
+from fusemlp.cli.commands import TrainOptions
 
 FEW = 60
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from commands import run
 
-from fusemlp.cli import app, choices, options
+from fusemlp.cli import app, choices, commands
 from fusemlp.datasets.load import NAMES
 from fusemlp.describe.losses import LOSSES
 
@@ -66,7 +66,7 @@ def test_options_whose_help_lists_values_complete_them() -> None:
                     assert name in field.metadata["help"], f"{described.__name__}.{field.name}: {name}"
 
 
-@pytest.mark.parametrize("shell", options.SHELLS)
+@pytest.mark.parametrize("shell", commands.SHELLS)
 def test_a_script_for_each_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("completion", shell) == 0
     script = capsys.readouterr().out

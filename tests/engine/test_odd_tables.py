@@ -24,7 +24,7 @@ from pyarrow import feather, parquet
 
 from fusemlp.datasets import memory, textfiles
 from fusemlp.datasets.load import Columns, Dataset, load_data, load_features, load_labelled
-from fusemlp.datasets.memory import available_memory, check_memory
+from fusemlp.datasets.memory import check_memory
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.sources import as_frame
 from fusemlp.datasets.tables import read_table
@@ -427,17 +427,3 @@ def test_the_command_names_the_column_that_takes_the_memory(
     assert run("train", path, "--target", "y", "--out", tmp_path / "run") == 1
     assert "50 of 'town'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = write(tmp_path / "meminfo", b"MemTotal: 900 kB\nMemAvailable:     500 kB\n")
-    monkeypatch.setattr(memory, "_MACHINE", machine)
-    monkeypatch.setattr(memory, "_CONTAINER", tmp_path)
-    assert available_memory() == 512_000
-    for name, content in (("max", b"300000"), ("current", b"200000"), ("stat", b"anon 9\ninactive_file 5000\n")):
-        write(tmp_path / f"memory.{name}", content)
-    assert available_memory() == 105_000
-    write(tmp_path / "memory.max", b"max\n")
-    assert available_memory() == 512_000
-    machine.unlink()
-    assert available_memory() is None

@@ -13,7 +13,7 @@ from commands import read, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusemlp.cli.options import SweepOptions, TrainOptions
+from fusemlp.cli.commands import SweepOptions, TrainOptions
 from fusemlp.cli.prepare import Prepared, prepare
 from fusemlp.cli.sweep import planned
 from fusemlp.datasets.load import Columns, Dataset, load_data

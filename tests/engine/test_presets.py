@@ -12,7 +12,7 @@ import pytest
 from commands import read, rows, run
 
 from fusemlp import MLP, ArgumentError, load_checkpoint
-from fusemlp.cli.options import TrainOptions
+from fusemlp.cli.commands import TrainOptions
 from fusemlp.cli.prepare import prepare
 from fusemlp.cli.preset import with_preset
 from fusemlp.datasets.preprocessing import split

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fusemlp.cli import recipe
-from fusemlp.cli.options import ModelOptions, TrainOptions
+from fusemlp.cli.commands import TrainOptions
+from fusemlp.cli.options import ModelOptions
 from fusemlp.describe.losses import CrossEntropy, Huber, Quantile
 from fusemlp.describe.network import LeakyReLU, PReLU
 from fusemlp.describe.optimizers import SGD, Adam, AdamW

@@ -21,9 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusemlp.datasets import prepare
+from fusemlp.datasets.coding import MOST_WORDS
 from fusemlp.datasets.dates import date_parts, orders_of, parse_date
 from fusemlp.datasets.load import Columns, Dataset, load_data, load_features, load_labelled
-from fusemlp.datasets.preprocessing import MOST_WORDS, Preprocessor
+from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.scaling import SCALES
 from fusemlp.datasets.tables import read_table
 from fusemlp.datasets.textfiles import Form, number

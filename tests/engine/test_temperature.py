@@ -13,7 +13,7 @@ from scipy.special import expit, log_softmax, softmax
 
 from fusemlp import MLP, Adam, CrossEntropy, Engine, load_checkpoint
 from fusemlp.cli import defaults, ensemble
-from fusemlp.cli.options import TrainOptions
+from fusemlp.cli.commands import TrainOptions
 from fusemlp.cli.prepare import prepare
 from fusemlp.fleet.merge import members, merged
 from fusemlp.report.temperature import DEVIATION, LEAST_ROWS, held_out_logits, scale_logits, temperature_of

@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusemlp_kernels.errors import ArgumentTypeError
+
+log = logging.getLogger("fusemlp.callbacks")
 
 if TYPE_CHECKING:
     from fusemlp.engine import Engine
@@ -185,6 +188,11 @@ class Watching:
 
     def check_logs(self, names: Sequence[str]) -> None:
         """Raise ArgumentError if the callback cannot work with logs of these ``names``."""
+
+
+def tell(verbose: int, text: str, *figures: Any) -> None:
+    """Log what a callback has done, for a user who wants it ``verbose`` as information."""
+    log.log(logging.INFO if verbose else logging.DEBUG, text, *figures)
 
 
 def _in_own_form(listener: Any) -> Any:

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fusemlp.callbacks.forms import Watching
+from fusemlp.callbacks.forms import Watching, tell
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag, no_folder
 from fusemlp.describe.metrics import rises
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
+if TYPE_CHECKING:
+    from fusemlp.training.history import History
+
 MODES = ("auto", "min", "max")
 SUFFIX = ".safetensors"
-
-log = logging.getLogger("fusemlp.callbacks")
 
 
 class Monitor(Watching):
     """The base of callbacks that watch a quantity of the logs for a new best value."""
 
-    def __init__(self, monitor: str, mode: str, min_delta: float = 0.0) -> None:
+    def __init__(self, monitor: str, mode: str, verbose: int, min_delta: float = 0.0) -> None:
         if not isinstance(monitor, str):
             raise ArgumentTypeError(f"monitor: expected a name such as 'val_loss', got {monitor!r}")
         self.monitor = monitor
         self.mode = check_choice("mode", mode, MODES)
+        self.verbose = as_count("verbose", verbose, minimum=0)
         # Keras takes the absolute value too.
         self.min_delta = abs(as_number("min_delta", min_delta))
         grows = rises(monitor) if self.mode == "auto" else self.mode == "max"
@@ -45,6 +46,12 @@ class Monitor(Watching):
                 f"monitor: {self.monitor!r} is not among what this fit logs ({', '.join(names)}){validation}. If a "
                 f"callback before this one adds it to the logs, let that one say so: writes = ({self.monitor!r},)"
             )
+
+    @property
+    def history(self) -> History:
+        """The record of the running fit, which begins it before it calls any callback."""
+        assert self.model.history is not None
+        return self.model.history
 
     def value(self, epoch: int, logs: dict[str, float]) -> float | None:
         """Return the quantity; warn once if an epoch is without it, as its callback may have announced it in vain."""
@@ -63,8 +70,7 @@ class Monitor(Watching):
 
     def recorded(self) -> list[float]:
         """Return the logs of the epochs before this ``fit`` was resumed."""
-        history = self.model.history
-        return [] if history is None else list(history.history.get(self.monitor, ()))
+        return list(self.history.history.get(self.monitor, ()))
 
 
 class EarlyStopping(Monitor):
@@ -90,9 +96,8 @@ class EarlyStopping(Monitor):
         restore_best_weights: bool = False,
         start_from_epoch: int = 0,
     ) -> None:
-        super().__init__(monitor, mode, min_delta)
+        super().__init__(monitor, mode, verbose, min_delta)
         self.patience = as_count("patience", patience, minimum=0)
-        self.verbose = as_count("verbose", verbose, minimum=0)
         self.baseline = None if baseline is None else as_number("baseline", baseline)
         self.restore_best_weights = check_flag("restore_best_weights", restore_best_weights)
         self.start_from_epoch = as_count("start_from_epoch", start_from_epoch, minimum=0)
@@ -107,10 +112,9 @@ class EarlyStopping(Monitor):
     def on_train_begin(self, logs: Any = None) -> None:
         """Start the count, or continue that of a resumed fit."""
         self._begin()
-        history = self.model.history
         for index, value in enumerate(self.recorded()):
-            if self._improves(index, value) and history is not None:
-                self.best_epoch = history.epochs[index]
+            if self._improves(index, value):
+                self.best_epoch = self.history.epochs[index]
         if self.restore_best_weights and self.best_epoch is not None:
             warnings.warn(
                 f"EarlyStopping: the weights of the best epoch so far ({self.best_epoch + 1}) are not in the "
@@ -120,8 +124,7 @@ class EarlyStopping(Monitor):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Check the quantity, and end the training when patience runs out."""
-        history = self.model.history
-        index = epoch if history is None else history.epochs.index(epoch)
+        index = self.history.epochs.index(epoch)
         current = self.value(epoch, logs)
         if current is None:
             return
@@ -147,9 +150,9 @@ class EarlyStopping(Monitor):
 
     def on_train_end(self, logs: Any = None) -> None:
         """Restore the best weights if wanted, and add a note to the history."""
-        history = self.model.history
-        interrupted = history is not None and history.stopped.startswith("interrupted")
-        if history is not None and "early stopping" not in history.in_use:
+        history = self.history
+        interrupted = history.stopped.startswith("interrupted")
+        if "early stopping" not in history.in_use:
             history.in_use.append("early stopping")
         weights = None if interrupted else self.best_weights
         if weights is not None:
@@ -158,9 +161,9 @@ class EarlyStopping(Monitor):
             reason = f"{self.monitor} has not improved for {self.wait} epochs"
             if weights is not None and self.best_epoch is not None:
                 reason += f"; the weights of epoch {self.best_epoch + 1} were restored"
-            if history is not None and not interrupted:
+            if not interrupted:
                 history.stopped = reason
-            log.log(logging.INFO if self.verbose else logging.DEBUG, "epoch %d: %s", self.stopped_epoch + 1, reason)
+            tell(self.verbose, "epoch %d: %s", self.stopped_epoch + 1, reason)
 
 
 class ModelCheckpoint(Monitor):
@@ -184,7 +187,7 @@ class ModelCheckpoint(Monitor):
         save_freq: str = "epoch",
         initial_value_threshold: float | None = None,
     ) -> None:
-        super().__init__(monitor, mode)
+        super().__init__(monitor, mode, verbose)
         if not isinstance(filepath, str | os.PathLike):
             raise ArgumentTypeError(f"filepath: expected the path of a file, got {filepath!r}")
         self.filepath = os.fspath(filepath)
@@ -192,7 +195,6 @@ class ModelCheckpoint(Monitor):
             raise ArgumentError(f"filepath: expected a name ending in {SUFFIX}, got {self.filepath!r}")
         if save_freq != "epoch":
             raise ArgumentError(f"save_freq: only 'epoch' is supported, got {save_freq!r}")
-        self.verbose = as_count("verbose", verbose, minimum=0)
         self.save_best_only = check_flag("save_best_only", save_best_only)
         self.save_weights_only = check_flag("save_weights_only", save_weights_only)
         threshold = initial_value_threshold
@@ -235,7 +237,7 @@ class ModelCheckpoint(Monitor):
             self.model.save(path)
         else:
             self.model.save_checkpoint(path)
-        log.log(logging.INFO if self.verbose else logging.DEBUG, "epoch %d: saved %s", epoch + 1, path)
+        tell(self.verbose, "epoch %d: saved %s", epoch + 1, path)
 
 
 class ReduceLROnPlateau(Monitor):
@@ -257,10 +259,9 @@ class ReduceLROnPlateau(Monitor):
         cooldown: int = 0,
         min_lr: float = 0.0,
     ) -> None:
-        super().__init__(monitor, mode, min_delta)
+        super().__init__(monitor, mode, verbose, min_delta)
         self.factor = as_number("factor", factor, low=0.0, high=1.0, low_open=True, high_open=True)
         self.patience = as_count("patience", patience, minimum=0)
-        self.verbose = as_count("verbose", verbose, minimum=0)
         self.cooldown = as_count("cooldown", cooldown, minimum=0)
         self.min_lr = as_number("min_lr", min_lr, low=0.0)
         self.wait = self.cooling = 0
@@ -281,8 +282,7 @@ class ReduceLROnPlateau(Monitor):
         lower = max(rate * self.factor, self.min_lr)
         if lower < rate:
             self.model.scale_learning_rate(lower / rate)
-            level = logging.INFO if self.verbose else logging.DEBUG
-            log.log(level, "epoch %d: the learning rate is now %.4g", epoch + 1, lower)
+            tell(self.verbose, "epoch %d: the learning rate is now %.4g", epoch + 1, lower)
 
     def _is_due(self, current: float) -> bool:
         """Count an epoch, and return whether the rate shall fall."""

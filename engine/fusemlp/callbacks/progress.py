@@ -13,11 +13,10 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from fusemlp.callbacks.compiling import compilations_shown
+from fusemlp.callbacks.compiling import REDRAW, compilations_shown
 from fusemlp.callbacks.forms import Watching, first_epoch
 from fusemlp.describe.checks import check_flag
 
-REDRAW = 0.1  # seconds
 BARS = (16, 8, 0)  # characters, the first that fits
 SHORT = {"learning_rate": "lr", "accuracy": "acc", "balanced_accuracy": "bal_acc"}
 

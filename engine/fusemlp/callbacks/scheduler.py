@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
-from fusemlp.callbacks.forms import Watching, takes
+from fusemlp.callbacks.forms import Watching, takes, tell
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp_kernels.errors import ArgumentTypeError
-
-log = logging.getLogger("fusemlp.callbacks")
 
 
 class LearningRateScheduler(Watching):
@@ -33,4 +30,4 @@ class LearningRateScheduler(Watching):
         if rate == now:
             return
         self.model.set_learning_rate(rate)
-        log.log(logging.INFO if self.verbose else logging.DEBUG, "epoch %d: the learning rate is %.4g", epoch + 1, rate)
+        tell(self.verbose, "epoch %d: the learning rate is %.4g", epoch + 1, rate)

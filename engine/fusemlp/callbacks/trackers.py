@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import os
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusemlp.callbacks.forms import Watching
+from fusemlp.callbacks.forms import Watching, log
 from fusemlp.describe.checks import check_flag
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, FusemlpError, MissingLibraryError
 
@@ -25,8 +24,6 @@ FINISHED, INTERRUPTED, FAILED = "finished", "interrupted", "failed"
 WRITE, MOST_METRICS, MOST_PARAMS = 1.0, 1000, 100
 # MLflow refuses a longer value of a parameter.
 LONGEST_PARAM = 500
-
-log = logging.getLogger("fusemlp.callbacks")
 
 
 class Tracker(Watching):

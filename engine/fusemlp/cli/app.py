@@ -6,7 +6,6 @@ imported when it is called: ``fusemlp --help`` loads no engine.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
 import io
@@ -25,7 +24,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from fusemlp._version import __version__
 from fusemlp.callbacks.compiling import compilations_shown
-from fusemlp.cli import options
+from fusemlp.cli import commands
+from fusemlp.cli.fields import PANELS
 from fusemlp.datasets.load import NAMES
 from fusemlp.runtime.ranks import leading, report_failure, started
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, FusemlpError, ShapeError
@@ -34,10 +34,8 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, 
 LISTS = ("hidden", "dropout", "class_weight")
 # A flag takes no value: without this, --help shows the word <bool> after it.
 NO_VALUE = ""
-
-
 # The options of train, and the error for one that another command does not know; typer names it in no public place.
-OF_TRAIN = {field.name for field in dataclasses.fields(options.TrainOptions)}
+OF_TRAIN = {field.name for field in fields(commands.TrainOptions)}
 UsageError: Any = typer.BadParameter.__base__
 
 
@@ -102,19 +100,19 @@ app = typer.Typer(
 
 # The module of a command has its name, and a function of that name.
 COMMANDS = {
-    "train": options.TrainOptions,
-    "sweep": options.SweepOptions,
-    "evaluate": options.EvaluateOptions,
-    "report": options.ReportOptions,
-    "explain": options.ExplainOptions,
-    "predict": options.PredictOptions,
-    "export": options.ExportOptions,
-    "plot": options.PlotOptions,
-    "runs": options.RunsOptions,
-    "plan": options.PlanOptions,
-    "lr_find": options.FindOptions,
-    "doctor": options.DoctorOptions,
-    "completion": options.CompletionOptions,
+    "train": commands.TrainOptions,
+    "sweep": commands.SweepOptions,
+    "evaluate": commands.EvaluateOptions,
+    "report": commands.ReportOptions,
+    "explain": commands.ExplainOptions,
+    "predict": commands.PredictOptions,
+    "export": commands.ExportOptions,
+    "plot": commands.PlotOptions,
+    "runs": commands.RunsOptions,
+    "plan": commands.PlanOptions,
+    "lr_find": commands.FindOptions,
+    "doctor": commands.DoctorOptions,
+    "completion": commands.CompletionOptions,
 }
 PROGRAM = "fusemlp"
 # A shell sets it to ask for completions.
@@ -156,7 +154,7 @@ def _command(name: str, described: type[Any]) -> Callable[..., None]:
         run(described(**given))
 
     hints = get_type_hints(described)
-    ordered = sorted(fields(described), key=lambda field: options.PANELS.index(field.metadata["panel"]))
+    ordered = sorted(fields(described), key=lambda field: PANELS.index(field.metadata["panel"]))
     parameters = [_parameter(field, hints[field.name]) for field in ordered]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__dict__["__signature__"] = inspect.Signature(parameters)
@@ -166,20 +164,15 @@ def _command(name: str, described: type[Any]) -> Callable[..., None]:
 def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
     keys = "panel", "help", "metavar", "names", "choices"
     panel, text, metavar, names, choices = (field.metadata[key] for key in keys)
-
-    def complete(incomplete: str) -> list[str]:
-        found: list[str] = choices(incomplete)
-        return found
-
     info: Any
     if names is None:
-        info = typer.Argument(metavar=metavar, help=text, show_default=False, autocompletion=complete)
+        info = typer.Argument(metavar=metavar, help=text, show_default=False, autocompletion=choices)
     else:
         if field.default is False and not names:
             # A flag that is off needs no --no-flag.
             names = (f"--{field.name.replace('_', '-')}",)
         info = typer.Option(
-            *names, metavar=metavar or METAVARS.get(hint), help=text, rich_help_panel=panel, autocompletion=complete
+            *names, metavar=metavar or METAVARS.get(hint), help=text, rich_help_panel=panel, autocompletion=choices
         )
     default = inspect.Parameter.empty if field.default is MISSING else field.default
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -221,9 +214,9 @@ def one_line(error: FusemlpError) -> str:
 
 def _options_of_all() -> dict[str, str]:
     """The options of all commands by name, but ``--data``: where that is wrong, it is an argument of most."""
-    commands = getattr(typer.main.get_command(app), "commands", {}).values()
+    known = getattr(typer.main.get_command(app), "commands", {}).values()
     found: dict[str, str] = {}
-    for parameter in (parameter for command in commands for parameter in command.params):
+    for parameter in (parameter for command in known for parameter in command.params):
         for option in (option for option in parameter.opts if option.startswith("--") and option != "--data"):
             found[option[2:].replace("-", "_")] = option
             # --from is from_run in Python, and --attack-eps has a short name beside its own

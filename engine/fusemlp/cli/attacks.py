@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 
-from fusemlp.cli.options import EvaluateOptions, TrainOptions, one_of
+from fusemlp.cli.commands import ATTACKS, HARDENINGS, EvaluateOptions, TrainOptions
+from fusemlp.cli.fields import one_of
+from fusemlp.cli.recipe import check_single
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.describe.adversarial import FGSM, PGD, Attack
+from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.checks import check_choice
-from fusemlp.describe.hardening import TRADES, Free, Hardening
+from fusemlp.describe.hardening import Hardening
 from fusemlp.describe.intervals import IBP
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.evidence import image_shape
 from fusemlp_kernels.errors import ArgumentError
 
-Kind = type[FGSM] | type[PGD] | type[Free] | type[TRADES] | type[IBP]
-_ATTACKS: dict[str, Kind] = {one.kind: one for one in (PGD, FGSM)}
-_TRAININGS: dict[str, Kind] = {**_ATTACKS, Free.kind: Free, TRADES.kind: TRADES, IBP.kind: IBP}
 # Fields of attacks and trainings by the options for them.
 _FIELDS = {
     **{"attack_eps": "eps", "attack_steps": "steps", "attack_norm": "norm"},
@@ -45,7 +45,7 @@ def chosen(
     Pixels that are not scaled stay within the least and the greatest of these rows. Raises ArgumentError for
     options that do not go together, and for inputs that no small change of a cell can give.
     """
-    option, kinds = ("adversarial", _TRAININGS) if isinstance(options, TrainOptions) else ("attack", _ATTACKS)
+    option, kinds = ("adversarial", HARDENINGS) if isinstance(options, TrainOptions) else ("attack", ATTACKS)
     kind: str | None = getattr(options, option)
     given = {name: value for name in _FIELDS if (value := getattr(options, name, None)) is not None}
     if kind is None:
@@ -70,7 +70,7 @@ def chosen(
         raise ArgumentError(f"attack_{error}") from None
 
 
-def _has(kind: Kind, name: str) -> bool:
+def _has(kind: type[Any], name: str) -> bool:
     return name in {field.name for field in fields(kind)}
 
 
@@ -100,6 +100,4 @@ def check_trained(options: TrainOptions) -> None:
         return
     if options.dp_epsilon is not None:
         raise ArgumentError("dp_epsilon: adversarial training is not private; leave out --dp-epsilon or --adversarial")
-    for name, given in (("models", (options.models or 1) > 1), ("final_fit", options.final_fit)):
-        if given:
-            raise ArgumentError(f"{name}: adversarial training makes one model of the training rows; leave it out")
+    check_single(options, "adversarial")

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from fusemlp.cli.options import FitOptions, ModelOptions, TrainOptions
+from fusemlp.cli.commands import TrainOptions
+from fusemlp.cli.options import FitOptions, ModelOptions
 from fusemlp.datasets.load import Dataset
 from fusemlp.datasets.prepare import CLASS_DECAY
 from fusemlp.datasets.sources import is_table

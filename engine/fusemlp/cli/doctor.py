@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from fusemlp._version import __version__
-from fusemlp.cli.options import PLANS, PRECISIONS, DoctorOptions
+from fusemlp.cli.commands import DoctorOptions
+from fusemlp.cli.options import PLANS, PRECISIONS
 from fusemlp.cli.output import show
 from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine, availability

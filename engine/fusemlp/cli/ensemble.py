@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp.cli import recipe, transfer
-from fusemlp.cli.options import ModelOptions, TrainOptions
+from fusemlp.cli.commands import TrainOptions
+from fusemlp.cli.options import ModelOptions
 from fusemlp.datasets.load import Dataset
-from fusemlp.datasets.prepare import fit_preprocessor, network_ends
-from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.engine import Engine
 from fusemlp.fleet import trials
 from fusemlp.fleet.fleet import Fleet
-from fusemlp.fleet.merge import merged, sound
+from fusemlp.fleet.merge import merged, merged_members
 from fusemlp.fleet.results import Member
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import DivergenceError
@@ -27,67 +26,47 @@ if TYPE_CHECKING:
 
 
 def fleet_of(
-    prepared: Prepared, options: TrainOptions, schedule: Any, models: int, initial: Sequence[Mapping[str, Array]] = ()
+    prepared: Prepared, options: TrainOptions, initial: Sequence[Mapping[str, Array]] = (), *, rows: int, epochs: int
 ) -> Fleet:
-    """Return the untrained models: those of the run's seed and the seeds after it; ``initial`` as of ``Fleet``."""
+    """Return the untrained models: those of the run's seed and the seeds after it; ``initial`` as of ``Fleet``.
+
+    The schedule of the learning rate spans ``epochs`` epochs of ``rows`` rows.
+    """
     return Fleet(
         prepared.network,
         prepared.loss,
-        prepared.optimizer(options, schedule),
-        options.batch_size,
-        options.seed,
-        vary={"seed": range(options.seed, options.seed + models)},
-        backend=options.backend,
-        device=options.device,
-        precision=options.precision,
-        plan=options.plan,
-        normalise=False,
+        prepared.optimizer(options, recipe.schedule(options, rows=rows, epochs=epochs)),
+        vary={"seed": range(options.seed, options.seed + prepared.models)},
         initial=initial,
+        **recipe.engine_options(options),
     )
 
 
 def train_ensemble(
     prepared: Prepared,
     options: TrainOptions,
-    epochs: int,
+    given: Mapping[str, Any],
     scheduled: int,
-    watched: Mapping[str, Any],
     seconds: float | None,
     told: Callable[[Member], None],
 ) -> tuple[Engine, list[dict[str, Any]], bool, DivergenceError | None, list[tuple[Engine, Array]]]:
     """Train all models; return a merged engine with the mean history, a record a model, how it ended, and models with
     the rows of their folds.
 
-    The schedule of the learning rate spans ``scheduled`` epochs; ``watched`` are the arguments of ``fit`` for
-    ``--metric``; ``seconds`` are a limit; ``told`` is called with each model that has ended. The third is True after
-    Ctrl-C, which keeps the models as they are then. A model that diverged is left out; the error is returned if all
-    did.
+    ``given`` are the arguments of ``fit``; the schedule of the learning rate spans ``scheduled`` epochs; ``seconds``
+    are a limit; ``told`` is called with each model that has ended. The third is True after Ctrl-C, which keeps the
+    models as they are then. A model that diverged is left out; the error is returned if all did.
     """
-    parts = prepared.folds
-    rows = min((len(one) for one, _ in parts), default=len(prepared.train))
-    given = prepared.fit_data
-    if parts:
-        given |= {"rows": [one for one, _ in parts], "validation_rows": [one for _, one in parts]}
-    initial = transfer.initial(prepared, options, given, watched, prepared.models)
-    schedule = recipe.schedule(options, rows=rows, epochs=scheduled)
-    fleet = fleet_of(prepared, options, schedule, prepared.models, initial)
+    rows = min((len(one) for one, _ in prepared.folds), default=len(prepared.train))
+    fleet = fleet_of(prepared, options, transfer.initial(prepared, options, given), rows=rows, epochs=scheduled)
 
-    def ended(member: Member) -> None:
+    def tell(member: Member) -> None:
         if not options.quiet:
             print(f"model {member.index + 1} of {prepared.models}: {_told(member)}", file=sys.stderr)
         told(member)
 
-    patience = options.early_stopping or None
     try:
-        results = fleet.fit(
-            **given,
-            **watched,
-            epochs=epochs,
-            early_stopping=patience,
-            drop_last=options.drop_last,
-            callback=ended,
-            time_limit=seconds,
-        )
+        results = fleet.fit(**given, callback=tell, time_limit=seconds)
     except KeyboardInterrupt:
         begun = [engine for engine in fleet.engines if engine.history is not None and engine.history.epochs]
         if not begun:
@@ -104,11 +83,10 @@ def train_ensemble(
         for member in results.members
     ]
     try:
-        engines = sound(results.members)
+        engine, held = merged_members(results.members, prepared.folds)
     except DivergenceError as error:
         return results.members[0].engine, records, False, error, []
-    held = [(engine, parts[index][1]) for index, engine in engines.items()] if parts else []
-    return merged([*engines.values()]), records, False, None, held
+    return engine, records, False, None, held
 
 
 def _told(member: Member) -> str:
@@ -121,7 +99,7 @@ def within(prepared: Prepared, options: TrainOptions) -> Prepared:
     seconds = trials.seconds_left(prepared.began, options.time_limit)
     if seconds is None or prepared.models == 1:
         return prepared
-    fleet = fleet_of(prepared, options, recipe.schedule(options, rows=len(prepared.train), epochs=1), prepared.models)
+    fleet = fleet_of(prepared, options, rows=len(prepared.train), epochs=1)
     notes = [*prepared.tried]
     models = trials.models_within(seconds, fleet, prepared.train.X, prepared.train.y, notes)
     return replace(prepared, models=models, folds=prepared.folds[:models], tried=tuple(notes))
@@ -135,17 +113,16 @@ def fit_on_all_rows(
     parts += [prepared.test] if prepared.dataset.test is None else []
     X, y = (np.concatenate([getattr(part, name) for part in parts]) for name in ("X", "y"))
     weights = [part.weight for part in parts if part.weight is not None]
-    data: dict[str, Any] = {"X": X, "y": y, "sample_weight": np.concatenate(weights) if weights else None}
-    initial = transfer.initial(prepared, options, data, {}, prepared.models)
-    schedule = recipe.schedule(options, rows=len(X), epochs=epochs)
+    given: dict[str, Any] = {"X": X, "y": y, "sample_weight": np.concatenate(weights) if weights else None}
+    given |= {"epochs": epochs, "drop_last": options.drop_last, "time_limit": seconds}
     if prepared.network.members > 1:
-        engine = prepared.engine(options, schedule)
-        engine.fit(**data, epochs=epochs, drop_last=options.drop_last, time_limit=seconds)
+        engine = prepared.engine(options, recipe.schedule(options, rows=len(X), epochs=epochs))
+        engine.fit(**given)
         return engine, len(X)
-    fleet = fleet_of(prepared, options, schedule, prepared.models, initial)
-    results = fleet.fit(**data, epochs=epochs, drop_last=options.drop_last, time_limit=seconds)
+    fleet = fleet_of(prepared, options, transfer.initial(prepared, options, given), rows=len(X), epochs=epochs)
+    results = fleet.fit(**given)
     try:
-        return merged([*sound(results.members).values()]), len(X)
+        return merged_members(results.members)[0], len(X)
     except DivergenceError as error:
         raise DivergenceError(f"final_fit: {error}; the model of the training rows is kept") from None
 
@@ -155,22 +132,13 @@ def decided(
 ) -> tuple[str, bool, list[str]]:
     """Return the scale, whether targets are learned in logarithms, and notes; small trainings decide what is open."""
 
-    def prepare(*given: Any, **how: Any) -> Preprocessor:
-        return fit_preprocessor(*given, loss=loss, **how)
-
-    def fleet(made: Preprocessor) -> Fleet:
-        first, last = network_ends(made, loss)
+    def fleet(first: int, last: int) -> Fleet:
         return Fleet(
             recipe.network((first, *recipe.hidden_widths(options.hidden), last), options, init=options.init),
             loss,
             recipe.optimizer(options),
-            options.batch_size,
             vary={"seed": range(trials.TRIALS)},
-            backend=options.backend,
-            device=options.device,
-            precision=options.precision,
-            plan=options.plan,
-            normalise=False,
+            **recipe.engine_options(options),
         )
 
     classes = dataset.task == "classification"
@@ -178,7 +146,7 @@ def decided(
     log_target = options.log_target if loss == "mse" and not classes else bool(options.log_target)
     limit = options.time_limit if isinstance(options, TrainOptions) else None
     return trials.chosen(
-        dataset, rows, prepare, fleet, scale=options.scale, log_target=log_target, seed=seed, time_limit=limit
+        dataset, rows, fleet, loss=loss, scale=options.scale, log_target=log_target, seed=seed, time_limit=limit
     )
 
 

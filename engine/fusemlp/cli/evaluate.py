@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from fusemlp.cli import attacks
-from fusemlp.cli.options import EvaluateOptions, ExplainOptions, ReportOptions, TrainOptions
+from fusemlp.cli.commands import EvaluateOptions
+from fusemlp.cli.configuration import options_of
+from fusemlp.cli.options import UseOptions
 from fusemlp.cli.output import show
 from fusemlp.cli.predict import open_model
 from fusemlp.cli.prepare import Prepared, labelled_hashes, prepare
@@ -22,31 +23,27 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.report.certification import certified_lines, certify
 from fusemlp.report.metrics import aligned, class_table, confusion_table, headline, score
 from fusemlp.report.robustness import robust_lines, robust_score
-from fusemlp.report.runs import Run, read_training_rows
+from fusemlp.report.runs import Run, read_json, read_training_rows
 from fusemlp_kernels.errors import CheckpointError
 
 # A terminal is too narrow for the confusion matrix of more classes.
 MOST_PRINTED_CLASSES = 20
 
-Judging = TypeVar("Judging", EvaluateOptions, ExplainOptions, ReportOptions)
+Judging = TypeVar("Judging", bound=UseOptions)
 
 
 def evaluate(options: EvaluateOptions) -> None:
     """Print the scores of a run's model on its own test rows, or on the labelled ``data``."""
     notes: list[str] = []
     seen = None
-    if options.data is None:
-        options = before_final_fit(options, notes)
+    options = before_final_fit(options, notes)
     engine, preprocessor, config = open_model(options)
     if options.data is None:
         prepared = own_data(config, preprocessor)
         test, (cells, _, rows) = prepared.test, prepared.test_rows
         X, labels, weight, features = test.X, test.labels, test.weight, cells[rows]
     else:
-        form = options.form(config["options"])
-        features, labels = load_labelled(
-            options.data, preprocessor, form=form, notes=notes, ignore_unused=options.ignore_unused
-        )
+        features, labels = load_labelled(options.data, preprocessor, **options.reading(config, notes))
         seen = _trained_on(options, preprocessor, features, labels, notes)
         X, weight = network_inputs(preprocessor, features, engine.precision), None
     if options.attack is not None:
@@ -68,14 +65,11 @@ def evaluate(options: EvaluateOptions) -> None:
 
 
 def before_final_fit(options: Judging, notes: list[str]) -> Judging:
-    """Return the options with the weights best in place of a model that ``--final-fit`` trained on the test rows too.
-
-    ``notes`` takes a line on it.
-    """
-    report = Run(options.run).report
-    if options.weights != "model" or not report.exists():
+    """Return the options with the weights best in place of a model that ``--final-fit`` trained on the test rows too,
+    unless ``--data`` gives other rows; ``notes`` takes a line on it."""
+    if getattr(options, "data", None) is not None or options.weights != "model":
         return options
-    if "final_fit" not in json.loads(report.read_text(encoding="utf-8")):
+    if "final_fit" not in read_json(Run(options.run).report):
         return options
     notes.append("the weights best are judged: --final-fit trained the model on the test rows too")
     return replace(options, weights="best")
@@ -97,11 +91,10 @@ def _trained_on(
 
 def own_data(config: dict[str, Any], preprocessor: Preprocessor) -> Prepared:
     """Return the run's rows, computed again from the data and the seed."""
-    source = config["data"]["source"]
-    options = TrainOptions(**{**config["options"], "data": source})
-    prepared = prepare(options, preprocessor, MLP.from_config(config["network"]))
+    prepared = prepare(options_of(config), preprocessor, MLP.from_config(config["network"]))
     if prepared.summary["fingerprint"] != config["data"]["fingerprint"]:
-        files = listed(file for file in (source, *map(config["options"].get, ("validation", "test"))) if file)
+        given = config["data"]["source"], *map(config["options"].get, ("validation", "test"))
+        files = listed(filter(None, given))
         raise CheckpointError(
             f"run: the data {files} have changed since the training, so its test rows are not known any more; "
             "give the rows to judge it on: --data FILE"

@@ -6,7 +6,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 from fusemlp._version import __version__
@@ -20,15 +19,10 @@ class Events(Callback):
     """Print the events of a training to stdout; nothing unless ``--json``, only the end with ``--quiet``."""
 
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
-        self.ends = as_json
         self.wanted = as_json and not quiet
         self.stream = sys.stdout
         self._epochs = 0
         self._began = time.perf_counter()
-
-    def alone(self) -> AbstractContextManager[Any]:
-        """Send what anything else prints to stderr, within a block."""
-        return contextlib.redirect_stdout(sys.stderr) if self.ends else contextlib.nullcontext()
 
     def start(self, kind: str, *, epochs: int, **about: Any) -> None:
         self._epochs, self._began = epochs, time.perf_counter()
@@ -58,5 +52,5 @@ class Events(Callback):
 def events(*, as_json: bool, quiet: bool) -> Iterator[Events]:
     """Yield the events of a training; what else is printed in the block goes to stderr with ``--json``."""
     made = Events(as_json=as_json, quiet=quiet)
-    with made.alone():
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         yield made

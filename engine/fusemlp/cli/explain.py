@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fusemlp.cli.commands import EXPLAIN_METHODS, ExplainOptions
 from fusemlp.cli.evaluate import before_final_fit, own_data
-from fusemlp.cli.options import EXPLAIN_METHODS, ExplainOptions
 from fusemlp.cli.output import check_output, show, write_output
 from fusemlp.cli.predict import open_model
 from fusemlp.datasets.load import load_features, load_labelled
@@ -48,8 +48,7 @@ def explain(options: ExplainOptions) -> None:
         raise MissingLibraryError(f"plot: {HINT}")
     as_count("rows", options.rows, minimum=1)
     notes: list[str] = []
-    if options.data is None:
-        options = before_final_fit(options, notes)
+    options = before_final_fit(options, notes)
     engine, made, config = open_model(options)
     image = image_shape(made)
     method = options.method or ("permutation" if image is None else "integrated")
@@ -70,7 +69,11 @@ def explain(options: ExplainOptions) -> None:
         columns = list(zip(names, moved.worse.tolist(), moved.deviation.tolist(), strict=True))
         table: list[Sequence[Any]] = [("column", "importance", beside), *columns]
     else:
-        found = _attributed(engine, made, given, method, output, black=image is not None)
+        X = network_inputs(made, given.cells, engine.precision, given.chosen)
+        # from zeros of the inputs, which are black
+        black = np.zeros(made.width) if image is not None and method != "expected" else None
+        from_where: dict[str, Any] = {"background": given.background, "baseline": black}
+        found = column_attributions(engine, made, X, method=method, output=output, **from_where)
         title += "gradient times input" if method == "gradient" else f"{method} gradients"
         title += f" of {_of_output(engine, made, known, output)}"
         unit, beside = "mean absolute attribution", "mean"
@@ -144,8 +147,7 @@ def _rows(
         background = prepared.train.X
         ids |= prepared.dataset.ids if prepared.dataset.test is None else {}
     else:
-        read: dict[str, Any] = {"form": options.form(config["options"]), "notes": notes}
-        read["ignore_unused"] = options.ignore_unused
+        read = options.reading(config, notes)
         if labelled:
             cells, labels = load_labelled(options.data, made, **read)
         else:
@@ -159,16 +161,6 @@ def _rows(
     if len(rows) > options.rows:
         rows = np.sort(np.random.default_rng(0).choice(rows, options.rows, replace=False))
     return _Rows(cells, labels, rows, {name: column[rows] for name, column in ids.items()}, background)
-
-
-def _attributed(
-    engine: Engine, made: Preprocessor, given: _Rows, method: str, output: int | None, *, black: bool
-) -> Attributions:
-    """Return the attributions of the rows; ``black``: from zeros of the inputs."""
-    X = network_inputs(made, given.cells, engine.precision, given.chosen)
-    baseline = np.zeros(made.width) if black and method != "expected" else None
-    options: dict[str, Any] = {"background": given.background, "baseline": baseline, "output": output}
-    return column_attributions(engine, made, X, method=method, **options)
 
 
 def _table(found: Attributions, given: _Rows, explained: Sequence[str]) -> list[Sequence[Any]]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fusemlp.cli.options import ExportOptions
+from fusemlp.cli.commands import ExportOptions
 from fusemlp.cli.output import check_output, show, write_output
-from fusemlp.datasets.dates import part_names
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.engine import Engine, load
 from fusemlp.report.onnx import onnx_bytes
@@ -62,8 +61,8 @@ def _inputs(engine: Engine, preprocessor: Preprocessor, *, scaled: bool) -> str:
     answers = "values" if preprocessor.classes is None else "labels"
     if not scaled:
         units = "in original units" if preprocessor.classes is None else "of the data"
-        parts = part_names(name for name, _ in preprocessor.dates)
-        named = ", ".join(repr(name) for name in preprocessor.feature_names if name in parts)
+        features = zip(preprocessor.feature_names, preprocessor.sources, strict=True)
+        named = ", ".join(repr(name) for name, source in features if name != source)
         dates = f", but of dates {named}" if named else ""
         each = ", an input (rows, 1) for each, words as strings" if has_words(preprocessor) else ""
         return f"takes the {width} features as they are in the data{dates}{each}, gives {answers} {units}"

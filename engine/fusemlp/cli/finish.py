@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -20,7 +19,7 @@ from fusemlp.report.diagnosis import diagnose
 from fusemlp.report.metrics import score
 from fusemlp.report.plots import HINT, can_plot, curves_figure, picture
 from fusemlp.report.robustness import robust_score
-from fusemlp.report.runs import Run, write_json
+from fusemlp.report.runs import Run, read_json, write_json
 from fusemlp.report.temperature import Temperature, scale_logits
 from fusemlp.report.uncertainty import COVERAGE, HeldOut, errors_of, summary
 from fusemlp.runtime.files import write_atomically
@@ -30,10 +29,9 @@ from fusemlp_kernels.errors import DivergenceError
 
 def _scale_best(run: Run, engine: Engine, history: History, temperature: float) -> None:
     """Divide the logits of the checkpoint ``best``; those of an epoch before a resumption have been divided once."""
-    if run.report.exists():
-        before = json.loads(run.report.read_text(encoding="utf-8"))
-        if history.best_epoch is not None and history.best_epoch < before["epochs"]:
-            temperature /= before.get("temperature", 1.0)
+    before = read_json(run.report)
+    if before and history.best_epoch is not None and history.best_epoch < before["epochs"]:
+        temperature /= before.get("temperature", 1.0)
     if temperature != 1.0 and run.checkpoint("best").exists():
         best = load_checkpoint(run.checkpoint("best"), backend=engine.backend, device=engine.device)
         scale_logits(best, temperature)
@@ -76,7 +74,7 @@ def finish(
         if prepared.models > 1:
             engine.save_checkpoint(run.checkpoint("last"))
     best = None if history.best_epoch is None else history.best_epoch + 1
-    config = json.loads(run.config.read_text(encoding="utf-8"))
+    config = read_json(run.config)
     dead = engine.dead_units(prepared.train.X)
     found = diagnose(
         history.history,

@@ -14,7 +14,7 @@ from typing import Any
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.memory import Kept
 from fusemlp.fleet.results import Member
-from fusemlp.report.runs import Run
+from fusemlp.report.runs import Run, read_json
 from fusemlp.runtime.files import write_atomically
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import CheckpointError
@@ -46,7 +46,7 @@ def read(folder: str) -> tuple[Run, dict[str, Any], list[dict[str, Any]]]:
     """Return a sweep's folder, its first line, and those of its models; CheckpointError if it cannot go on."""
     run = Run(Path(folder))
     if not (run.path / JOURNAL).is_file():
-        config = json.loads(run.config.read_text(encoding="utf-8")) if run.config.is_file() else {}
+        config = read_json(run.config)
         reason = "is no folder of a sweep" if "sweep" not in config else "holds a sweep that has ended; start a new one"
         mend = "; a run of train goes on with fusemlp train --resume" if config and "sweep" not in config else ""
         raise CheckpointError(f"resume: {folder!r} {reason}{mend}")

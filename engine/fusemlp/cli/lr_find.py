@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 
-from fusemlp.cli.options import FindOptions
+from fusemlp.cli.commands import FindOptions
 from fusemlp.cli.output import check_output, show, write_output
 from fusemlp.cli.prepare import prepare
 from fusemlp.describe.checks import as_number
@@ -43,15 +43,13 @@ def lr_find(options: FindOptions) -> None:
         *prepared.notes,
         aligned([["rate", "loss"], *([f"{found.rates[i]:.2e}", f"{found.losses[i]:.4g}"] for i in shown)]),
         f"suggested learning rate {found.suggestion:.2g}",
+        *([] if plot is None else [f"plot {plot}"]),
     ]
     content = {
         "suggested": found.suggestion,
         "rates": found.rates,
         "losses": found.losses,
-        "plot": None,
+        "plot": None if plot is None else str(plot),
         "notes": list(prepared.notes),
     }
-    if plot is not None:
-        lines.append(f"plot {plot}")
-        content["plot"] = str(plot)
     show(content, lines, as_json=options.as_json)

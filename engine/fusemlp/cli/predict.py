@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from fusemlp.cli.options import EvaluateOptions, ExplainOptions, PredictOptions, ReportOptions
+from fusemlp.cli.commands import PredictOptions
+from fusemlp.cli.options import UseOptions
 from fusemlp.cli.output import check_output, show, write_output
 from fusemlp.datasets.load import load_features
 from fusemlp.datasets.prepare import network_inputs
@@ -18,16 +18,14 @@ from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.fleet.merge import members
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import class_scores, predicted_codes, predictions
-from fusemlp.report.runs import Run, csv_bytes, open_run, weights_path
+from fusemlp.report.runs import Run, csv_bytes, open_run, read_json, weights_path
 from fusemlp.report.uncertainty import HeldOut, intervals, sets, spread
 from fusemlp_kernels.errors import ArgumentError
 
 OUTPUTS = (".csv", ".npz")
 
 
-def open_model(
-    options: EvaluateOptions | ExplainOptions | PredictOptions | ReportOptions,
-) -> tuple[Engine, Preprocessor, dict[str, Any]]:
+def open_model(options: UseOptions) -> tuple[Engine, Preprocessor, dict[str, Any]]:
     """Return the engine, the preprocessor and the configuration of a run."""
     run, config = open_run(options.run)
     engine = load_checkpoint(weights_path(run, options.weights), backend=options.backend, device=options.device)
@@ -47,9 +45,8 @@ def predict(options: PredictOptions) -> None:
     held = None if options.interval is None else _held_out(options, options.interval, config)
     models = members(engine, "spread") if options.spread else []
     notes: list[str] = []
-    form = options.form(config["options"])
     ids: dict[str, Array] = {}
-    features = load_features(data, preprocessor, form=form, notes=notes, ids=ids, ignore_unused=options.ignore_unused)
+    features = load_features(data, preprocessor, ids=ids, **options.reading(config, notes))
     X = network_inputs(preprocessor, features, engine.precision)
     predicted = predictions(engine, preprocessor, X)
     more = {} if held is None else _ends(engine, preprocessor, X, predicted, held, float(options.interval or 0))
@@ -66,8 +63,7 @@ def predict(options: PredictOptions) -> None:
 
 def _held_out(options: PredictOptions, coverage: float, config: Mapping[str, Any]) -> HeldOut:
     """Return the errors of held-out rows that the run's report keeps, enough of them for the coverage."""
-    file = Run(options.run).report
-    report = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    report = read_json(Run(options.run).report)
     if "held_out" not in report:
         given = config["options"]
         if not report:

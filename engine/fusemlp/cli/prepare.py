@@ -6,17 +6,20 @@ import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fusemlp.cli import defaults, ensemble, recipe, transfer
-from fusemlp.cli.options import ModelOptions, TrainOptions
-from fusemlp.cli.preset import changed_by, with_preset
+from fusemlp.cli.commands import TrainOptions
+from fusemlp.cli.fields import given_options
+from fusemlp.cli.options import ModelOptions
+from fusemlp.cli.preset import with_preset
 from fusemlp.datasets.load import MANY_CLASSES, Columns, Dataset, load_data
 from fusemlp.datasets.memory import check_memory
 from fusemlp.datasets.parts import Fold, Hashes, among, folds, hold_out, row_hashes, with_files
-from fusemlp.datasets.prepare import Rows, fit_preprocessor, network_ends, rows_for
+from fusemlp.datasets.prepare import Rows, fit_data, fit_preprocessor, network_ends, rows_for
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.preprocessing import Rows as Indices
 from fusemlp.datasets.scaling import SCALES
@@ -135,13 +138,7 @@ class Prepared:
     @property
     def fit_data(self) -> dict[str, Any]:
         """The arguments of ``fit`` that hold training and validation rows."""
-        train, held_out = self.train, self.validation
-        return {
-            "X": train.X,
-            "y": train.y,
-            "sample_weight": train.weight,
-            "validation_data": None if held_out is None else (held_out.X, held_out.y, held_out.weight),
-        }
+        return fit_data(self.train, self.validation, self.folds)
 
     def engine(self, options: ModelOptions, schedule: Schedule | None = None, privacy: DPSGD | None = None) -> Engine:
         """Return a new engine; ``schedule`` None is the constant rate of the options."""
@@ -149,15 +146,8 @@ class Prepared:
             self.network,
             loss=self.loss,
             optimizer=self.optimizer(options, schedule),
-            batch_size=options.batch_size,
-            seed=options.seed,
-            backend=options.backend,
-            device=options.device,
-            precision=options.precision,
-            plan=options.plan,
-            # the preprocessor has scaled them
-            normalise=False,
             privacy=privacy,
+            **recipe.engine_options(options),
         )
         if self.start is not None:
             engine.load_state_dict({**engine.state_dict(), **self.start.parameters})
@@ -307,13 +297,11 @@ def prepare(
     loss = recipe.loss(options, name, weights)
     loss.check_network(net)
 
-    def rows(chosen: Indices, own: tuple[Array, Array] | None = None) -> Rows:
-        X, labels = own or (dataset.X, dataset.y[chosen])
-        weight = None
-        if weights is not None and name != "cross_entropy":
-            weight = np.array(weights)[preprocessor.class_codes(labels)]
-        at = None if own else chosen
-        return rows_for(preprocessor, X, labels, precision=options.precision, rows=at, weight=weight)
+    by_class = None if weights is None or name == "cross_entropy" else np.array(weights)
+    rows = partial(rows_for, preprocessor, precision=options.precision, by_class=by_class)
+
+    def part(chosen: Indices, own: tuple[Array, Array] | None = None) -> Rows:
+        return rows(*own) if own else rows(dataset.X, dataset.y[chosen], rows=chosen)
 
     validates = dataset.validation is not None or len(validated) > 0
     prepared = Prepared(
@@ -321,9 +309,9 @@ def prepare(
         preprocessor,
         net,
         loss,
-        rows(training),
-        rows(validated, dataset.validation) if validates else None,
-        rows(tested, dataset.test),
+        part(training),
+        part(validated, dataset.validation) if validates else None,
+        part(tested, dataset.test),
         training,
         tested if dataset.test is None else None,
         options.test is not None,
@@ -332,7 +320,7 @@ def prepare(
         (*told, *tried),
         start,
         options.weight_decay,
-        changed_by(plain, options),
+        given_options(options, plain),
         began,
     )
     if source is None or start is None or start.about["new_output_layer"]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import replace
 
 from fusemlp.cli import recipe
+from fusemlp.cli.commands import TrainOptions
 from fusemlp.cli.defaults import is_a_table
-from fusemlp.cli.options import ModelOptions, TrainOptions
+from fusemlp.cli.fields import given_options
+from fusemlp.cli.options import ModelOptions
 from fusemlp.describe import presets
 from fusemlp.runtime.ranks import started
 
@@ -26,8 +27,8 @@ def with_preset(options: ModelOptions, rows: int, *, classify: bool) -> tuple[Mo
     """
     if not isinstance(options, TrainOptions):
         return options, 1, []
-    usual = TrainOptions()
-    given = {name: getattr(options, name) != getattr(usual, name) for name in presets.TABM}
+    changed = given_options(options)
+    given = {name: name in changed for name in presets.TABM}
     widths, activations = recipe.hidden_widths(options.hidden), options.activation.split(",")
     against = presets.obstacles(options, activations=activations, widths=widths)
     for name, reason in _OTHERS.items():
@@ -43,15 +44,9 @@ def with_preset(options: ModelOptions, rows: int, *, classify: bool) -> tuple[Mo
     name, note = presets.chosen(options.preset, rows, against, classify=classify, own=own)
     if name == "plain":
         return options, 1, [note] if note else []
-    changed = presets.changes(given, rows)
-    if "hidden" in changed:
-        changed["hidden"] = [",".join(map(str, changed["hidden"]))]
-    told = ", ".join(f"{name} {value[0] if name == 'hidden' else value}" for name, value in changed.items())
+    changes = presets.changes(given, rows)
+    if "hidden" in changes:
+        changes["hidden"] = [",".join(map(str, changes["hidden"]))]
+    told = ", ".join(f"{name} {value[0] if name == 'hidden' else value}" for name, value in changes.items())
     note += f"; in place of defaults it has {told}" if told else ""
-    return replace(options, preset=name, models=1, **changed), presets.MEMBERS, [note]
-
-
-def changed_by(plain: ModelOptions, options: ModelOptions) -> dict[str, Any]:
-    """Return what ``options`` have in place of those of ``plain``, by name."""
-    values = {one.name: getattr(options, one.name) for one in fields(options)}
-    return {name: value for name, value in values.items() if value != getattr(plain, name)}
+    return replace(options, preset=name, models=1, **changes), presets.MEMBERS, [note]

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
+from fusemlp.cli.commands import TrainOptions
 from fusemlp.cli.defaults import is_private
-from fusemlp.cli.options import FitOptions, ModelOptions, StepOptions, TrainOptions, one_of
+from fusemlp.cli.fields import one_of
+from fusemlp.cli.options import FitOptions, ModelOptions, StepOptions
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.losses import LOSSES, Loss, as_loss
 from fusemlp.describe.network import MLP, SLOPES, Activation, as_activation
@@ -62,6 +64,13 @@ def _made(what: str, described: Callable[..., Described], *rate: float | Schedul
         field, _, rest = str(error).partition(": ")
         option = next((name for name, spellings in _FIELDS[what].items() if field in spellings), field)
         raise ArgumentError(f"{option}: {rest}") from None
+
+
+def engine_options(options: ModelOptions) -> dict[str, Any]:
+    """Return the arguments of an engine or a fleet that say how and where it computes."""
+    names = ("batch_size", "seed", "backend", "device", "precision", "plan")
+    # the preprocessor scales the inputs
+    return {**{name: getattr(options, name) for name in names}, "normalise": False}
 
 
 def hidden_widths(given: Sequence[str] | None) -> tuple[int, ...]:
@@ -197,6 +206,13 @@ def schedule(options: FitOptions, *, rows: int, epochs: int) -> Schedule:
     return _made("schedule", described, rate, **given)
 
 
+def check_single(options: TrainOptions, kind: str) -> None:
+    """Raise ArgumentError for what a ``kind`` training, which makes one model of the training rows, cannot do."""
+    for name, given in (("models", (options.models or 1) > 1), ("final_fit", options.final_fit)):
+        if given:
+            raise ArgumentError(f"{name}: {kind} training makes one model of the training rows; leave it out")
+
+
 def privacy(options: TrainOptions, *, rows: int, epochs: int) -> DPSGD | None:
     """Return the privacy that spends ``--dp-epsilon`` on this many training rows and epochs; None without it."""
     if not is_private(options):
@@ -206,9 +222,7 @@ def privacy(options: TrainOptions, *, rows: int, epochs: int) -> DPSGD | None:
                     f"{name}: it is for private training; give --dp-epsilon too, such as --dp-epsilon 3"
                 )
         return None
-    for name, given in (("models", (options.models or 1) > 1), ("final_fit", options.final_fit)):
-        if given:
-            raise ArgumentError(f"{name}: private training makes one model of the training rows; leave it out")
+    check_single(options, "private")
     if options.drop_last:
         raise ArgumentError("drop_last: the batches of private training have no common length; leave it out")
     if options.class_weight == "balanced":

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fusemlp.cli.commands import ReportOptions
 from fusemlp.cli.evaluate import before_final_fit, own_data
-from fusemlp.cli.options import ReportOptions
 from fusemlp.cli.output import finite, show
 from fusemlp.cli.predict import open_model
 from fusemlp.cli.prepare import Prepared
@@ -16,14 +15,14 @@ from fusemlp.engine import Engine
 from fusemlp.report.evidence import Evidence
 from fusemlp.report.metrics import score
 from fusemlp.report.page import page
-from fusemlp.report.runs import Run, read_metrics
+from fusemlp.report.runs import Run, read_json, read_metrics
 from fusemlp.runtime.files import write_atomically
 
 
 def report(options: ReportOptions) -> None:
     """Write ``report.html`` into the run folder, from the run's weights and its own test rows."""
     run = Run(options.run)
-    found = json.loads(run.report.read_text(encoding="utf-8")) if run.report.exists() else {}
+    found = read_json(run.report)
     notes: list[str] = []
     engine, preprocessor, config = open_model(before_final_fit(options, notes))
     prepared = own_data(config, preprocessor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
@@ -11,12 +10,13 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fusemlp.cli.options import RunsOptions, TrainOptions, one_of
+from fusemlp.cli.commands import RunsOptions, TrainOptions
+from fusemlp.cli.fields import one_of
 from fusemlp.cli.output import show
 from fusemlp.cli.tracking import counts
 from fusemlp.describe.metrics import METRICS, rises
 from fusemlp.report.metrics import aligned, scalars, spelled
-from fusemlp.report.runs import Run, open_run, read_metrics
+from fusemlp.report.runs import Run, open_run, read_json, read_metrics
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
 
 # The test score that stands for a run, the first that it has.
@@ -108,7 +108,7 @@ def read_run(path: Path) -> Listed:
     """Return the summary of a run folder; the error of the first file that is broken."""
     run, config = open_run(path)
     rows = read_metrics(run)
-    report: dict[str, Any] = json.loads(run.report.read_text(encoding="utf-8")) if run.report.exists() else {}
+    report = read_json(run.report)
     monitor = monitored(config["options"].get("metric"), rows)
     best = best_row(rows, monitor)
     quantities = {name: value for name, value in (best or {}).items() if name not in ("epoch", "learning_rate")}
@@ -201,11 +201,7 @@ def described(one: Listed, score: str, differing: dict[str, Any]) -> dict[str, A
     """Return a run for ``--json``."""
     return {
         "run": str(one.path),
-        "data": one.data,
-        "started": one.started,
-        "status": one.status,
-        "epochs": one.epochs,
-        "best_epoch": one.best_epoch,
+        **{name: getattr(one, name) for name in ("data", "started", "status", "epochs", "best_epoch")},
         "sorted_by": score,
         "score": one.scores.get(score),
         "scores": one.scores,

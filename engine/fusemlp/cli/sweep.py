@@ -5,78 +5,38 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from datetime import datetime
 from typing import Any
 
-from fusemlp.cli import columns, defaults, ensemble, grid, journal, recipe, tracking
+from fusemlp.cli import columns, grid, journal, tracking
+from fusemlp.cli.commands import SweepOptions
+from fusemlp.cli.configuration import command, configuration, stored_options
 from fusemlp.cli.events import Events, events
 from fusemlp.cli.finish import finish
-from fusemlp.cli.options import FitOptions, SweepOptions, TrainOptions, name_of
-from fusemlp.cli.output import command_line, finite, show
-from fusemlp.cli.prepare import Prepared, prepare
+from fusemlp.cli.output import finite, show
+from fusemlp.cli.session import data_of
 from fusemlp.cli.standings import Seldom, counts, standings, table
-from fusemlp.cli.train import (
-    arguments,
-    checked_epochs,
-    configuration,
-    describe_data,
-    given_options,
-    own_files,
-    stored_path,
-    watched,
-)
-from fusemlp.datasets.load import NAMES
-from fusemlp.describe.checks import as_count
+from fusemlp.cli.sweep_plan import Plan, describe, planned, resumed
 from fusemlp.describe.metrics import rises
-from fusemlp.fleet.devices import check_not_given
-from fusemlp.fleet.elsewhere import check_address, check_workers, connected
-from fusemlp.fleet.fleet import Fleet
+from fusemlp.fleet.elsewhere import connected
 from fusemlp.fleet.memory import Kept
 from fusemlp.fleet.results import FleetResults, Member
-from fusemlp.fleet.seeds import Combination, Point, averages
+from fusemlp.fleet.seeds import Combination, averages
 from fusemlp.report.baselines import baseline_line
 from fusemlp.report.metrics import aligned, headline
 from fusemlp.report.plots import HINT, Varied, can_plot, picture, scores_figure
-from fusemlp.report.runs import (
-    Run,
-    append_metrics,
-    choose_folder,
-    create_run,
-    csv_bytes,
-    discard_if_empty,
-    write_json,
-)
+from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, csv_bytes, discard_if_empty, write_json
 from fusemlp.runtime.files import write_atomically
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
 # The files of a sweep, beside those of a run.
 RESULTS, PICTURE = "results.csv", "scores.png"
-# The options of ``train`` for each varied parameter.
-OPTIONS = {"betas": ("beta1", "beta2")}
 # Seconds between two writes of the results so far.
 WRITE = 5.0
 SHOWN = 5  # models in the table at the end
-# The options that --resume accepts; all others keep the values of the sweep.
-FREE = frozenset({"resume", "as_json", "quiet", "jobs", "workers", "address", "backend", "device", "devices"})
 # A list of up to this many values is drawn as words side by side.
 MOST_WORDS = 12
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """A prepared sweep: ``points`` and ``trained_by`` have an entry for each model."""
-
-    options: SweepOptions
-    axes: tuple[grid.Axis, ...]
-    points: list[dict[str, Any]]
-    trained_by: list[TrainOptions]
-    prepared: Prepared
-    fleet: Fleet
-    epochs: int
-    metric: str
 
 
 def sweep(options: SweepOptions) -> None:
@@ -93,14 +53,11 @@ def worked(options: SweepOptions, told: Events) -> tuple[dict[str, Any], list[st
         run, plan, members = resumed(options, options.resume)
         was_there = True
     else:
-        if options.data is None:
-            raise ArgumentError(f"DATA: say what to train on: a path, or one of {', '.join(NAMES)}; or --resume RUN")
-        folder = choose_folder(options.out, options.data, started)
+        folder = choose_folder(options.out, data_of(options), started)
         plan, members = planned(options), []
         was_there = folder.exists()
         run = create_run(folder)
-        stored = {**asdict(options), **own_files(options), "data": stored_path(options.data)}
-        journal.begin(run, stored, plan.prepared.summary["fingerprint"])
+        journal.begin(run, stored_options(options), plan.prepared.summary["fingerprint"])
     if not options.quiet:
         print(*columns.lines(columns.records(plan.prepared), run), describe(plan), sep="\n", file=sys.stderr)
     told.start("sweep", epochs=plan.epochs, models=len(plan.points), run=str(run.path), config=described(plan))
@@ -136,7 +93,7 @@ def worked(options: SweepOptions, told: Events) -> tuple[dict[str, Any], list[st
         # Raises the error that names the first of all.
         results.best(plan.metric)
     about = {
-        "command": command_line(["fusemlp", "sweep", *arguments(replace(plan.options, resume=None))]),
+        "command": command(replace(plan.options, resume=None)),
         "metric": plan.metric,
         "models": len(plan.points),
         "ended": len(members),
@@ -214,153 +171,8 @@ def _with_parameters(plan: Plan, member: Member) -> Member:
     """Return a model with its parameters, trained again if an earlier command did so without keeping them."""
     if not isinstance(member.held, Kept) or member.held.parameters:
         return member
-    (again,) = plan.fleet.part([member.index]).fit(**fit_options(plan)).members
+    (again,) = plan.fleet.part([member.index]).fit(**plan.fit_options).members
     return replace(again, index=member.index)
-
-
-def resumed(options: SweepOptions, folder: str) -> tuple[Run, Plan, list[Member]]:
-    """Return the sweep in a folder, and its models that have ended; refuse other data, and options that change it."""
-    given = given_options(options)
-    for option in fields(options):
-        if option.name in given and option.name not in FREE:
-            raise ArgumentError(
-                f"{name_of(option)}: a resumed sweep keeps its own; leave it out, or start a new one without --resume"
-            )
-    run, first, told = journal.read(folder)
-    # where it trains is told anew
-    anew = ("workers", "address", "jobs", "devices", *(("device",) if "devices" in given else ()))
-    changes: dict[str, Any] = {**dict.fromkeys(anew), "quiet": False, **given}
-    stored = SweepOptions(**first["options"])
-    plan = planned(replace(stored, **changes))
-    if plan.prepared.summary["fingerprint"] != first["fingerprint"]:
-        raise CheckpointError(
-            f"resume: the data {stored.data!r} are not those that the sweep was started with; put the old ones back, "
-            "or start a new sweep"
-        )
-    journal.begin(run, first["options"], first["fingerprint"], told)
-    return run, plan, [journal.member(one, plan.fleet) for one in told]
-
-
-def planned(options: SweepOptions) -> Plan:
-    """Check all options, and raise their errors before the folder exists."""
-    if options.seeds == 1:
-        # One seed is no mean: train as without the option.
-        options = replace(options, seeds=None)
-    axes = grid.axes(options.vary or (), seeds=options.seeds, first=options.seed)
-    given = given_options(options)
-    for axis in axes:
-        for option in OPTIONS.get(axis.name, (axis.name,)):
-            if option in given and not (axis.name == "seed" and options.seeds is not None):
-                instead = "; --split-seed decides the rows" if option == "seed" else ""
-                raise ArgumentError(
-                    f"{option}: it is what the models differ in (--vary {axis.name}); give one{instead}"
-                )
-    options = defaults.filled_in(options)
-    epochs = checked_epochs(options)
-    tracking.tracker(options, "sweep")
-    if options.workers is not None:
-        check_workers(options.workers, connected=False)
-    check_address(options.workers, options.address)
-    if options.jobs is not None:
-        as_count("jobs", options.jobs, minimum=1)
-    devices = None if options.devices is None else options.devices.split(",")
-    if devices is not None:
-        check_not_given(workers=options.workers, jobs=options.jobs)
-    split_seed = options.seed if options.split_seed is None else options.split_seed
-    points = grid.points(axes, sample=options.sample, seed=split_seed, whole_seeds=options.seeds is not None)
-    trained_by = [_train_options(options, point) for point in points]
-    with _named_as_varied(axes):
-        prepared = prepare(trained_by[0])
-        # The trials depend on the options that vary: their outcome holds for all.
-        found = ensemble.decisions(prepared)
-        trained_by = [
-            replace(one, **{name: value for name, value in found.items() if getattr(one, name) is None})
-            for one in trained_by
-        ]
-        rows = len(prepared.train)
-        rates = [recipe.schedule(one, rows=rows, epochs=epochs) for one in trained_by]
-        optimizer = recipe.optimizer(trained_by[0], rates[0])
-        most = max(one.batch_size for one in trained_by)
-        if options.drop_last and most > rows:
-            raise ArgumentError(f"drop_last: {rows} rows do not fill one batch of {most}; nothing would be trained")
-        metric = watched(options, prepared).get("monitor") or ("loss" if prepared.validation is None else "val_loss")
-        fleet = Fleet(
-            prepared.network,
-            prepared.loss,
-            optimizer,
-            trained_by[0].batch_size,
-            trained_by[0].seed,
-            vary=[{**point, "lr": rate} for point, rate in zip(points, rates, strict=True)],
-            backend=options.backend,
-            device=options.device,
-            devices=devices,
-            precision=options.precision,
-            plan=options.plan,
-            normalise=False,
-        )
-    return Plan(options, axes, points, trained_by, prepared, fleet, epochs, metric)
-
-
-def _train_options(options: SweepOptions, point: Point) -> TrainOptions:
-    """Return the options of ``train`` for this model."""
-    changes: dict[str, Any] = {"out": None, "as_json": False, "quiet": False, "track": None}
-    if defaults.is_a_table(options):
-        changes["models"] = 1
-    for name, value in point.items():
-        if name == "betas":
-            changes["beta1"], changes["beta2"] = value
-        elif name == "hidden":
-            widths = value if isinstance(value, tuple) else (value,)
-            changes["hidden"] = [",".join(map(str, widths)) or "none"]
-        else:
-            changes[name] = repr(value) if name == "dropout" else value
-    if "seed" in point and options.split_seed is None:
-        # The models share their rows.
-        changes["split_seed"] = options.seed
-    return TrainOptions(**{field.name: getattr(options, field.name) for field in fields(FitOptions)} | changes)
-
-
-@contextmanager
-def _named_as_varied(axes: Sequence[grid.Axis]) -> Iterator[None]:
-    """Rename an error about a varied parameter to ``--vary``."""
-    try:
-        yield
-    except (ArgumentError, ArgumentTypeError) as error:
-        options = {option for axis in axes for option in OPTIONS.get(axis.name, (axis.name,))}
-        name, _, rest = str(error).partition(": ")
-        if name in options:
-            raise type(error)(f"vary: {error}") from None
-        if name.startswith("vary, model "):
-            # The user does not know the models' numbers yet.
-            raise type(error)(f"vary: {rest}") from None
-        raise
-
-
-def describe(plan: Plan) -> str:
-    """Return two lines on the models and the data."""
-    engine = plan.fleet.first
-    if not engine.memory.backend.traits.on_host:
-        # On a GPU the plan depends on all models of a launch. On a CPU memory may not suffice for all engines.
-        engine = plan.fleet.engines[0]
-    total = len(plan.points)
-    product = " x ".join(f"{len(axis)} {axis.name}" for axis in plan.axes)
-    sampled = "a sample of " if plan.options.sample is not None else ""
-    return (
-        f"{describe_data(plan.prepared)}\n"
-        f"{total} model{'' if total == 1 else 's'}, {sampled}{product}; {plan.epochs} epochs; {engine.loss.kind}; "
-        f"{engine.optimizer.kind}; {engine.backend} {engine.precision}, plan {engine.plan}"
-    )
-
-
-def fit_options(plan: Plan) -> dict[str, Any]:
-    """Return the arguments of the fleet's ``fit`` that say how each model is trained."""
-    return {
-        **plan.prepared.fit_data,
-        **watched(plan.options, plan.prepared),
-        "epochs": plan.epochs,
-        "early_stopping": plan.options.early_stopping or None,
-        "drop_last": plan.options.drop_last,
-    }
 
 
 def trained(plan: Plan, run: Run, told: Events, known: Sequence[Member]) -> tuple[list[Member], bool]:
@@ -383,7 +195,12 @@ def trained(plan: Plan, run: Run, told: Events, known: Sequence[Member]) -> tupl
                 tracking.record_model(options, run.path.name, member, plan.trained_by[member.index], plan.epochs)
                 seldom.do(lambda: write_results(plan, run, members.values()))
 
-            fleet.fit(**fit_options(plan), jobs=options.jobs, workers=options.workers, callback=ended)
+            fleet.fit(
+                **plan.fit_options,
+                jobs=options.jobs,
+                workers=options.workers,
+                callback=ended,
+            )
     except KeyboardInterrupt:
         if not members:
             print("interrupted before a model had ended: nothing is kept", file=sys.stderr)

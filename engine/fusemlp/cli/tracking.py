@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,12 +10,13 @@ from dataclasses import fields
 from typing import Any
 
 from fusemlp.callbacks.trackers import FAILED, FINISHED, INTERRUPTED, TRACKERS, Tracker, configured
-from fusemlp.cli.options import FitOptions, SweepOptions, TrainOptions
+from fusemlp.cli.commands import SweepOptions, TrainOptions
+from fusemlp.cli.options import FitOptions
 from fusemlp.describe.checks import check_choice
 from fusemlp.engine import Engine
 from fusemlp.fleet.results import Member
 from fusemlp.report.metrics import scalars
-from fusemlp.report.runs import Run, write_json
+from fusemlp.report.runs import Run, read_json, write_json
 from fusemlp_kernels.errors import FusemlpError
 
 # The experiment or project of the runs, unless one of the variables names another.
@@ -53,24 +53,25 @@ def counts(field: Any) -> bool:
 
 def last_id(run: Run, options: FitOptions) -> str | None:
     """Return the id that a run has with the tracker of ``--track``, or None."""
-    if not run.tracking.exists():
-        return None
-    known: dict[str | None, str] = json.loads(run.tracking.read_text(encoding="utf-8"))
-    return known.get(options.track)
+    known: str | None = read_json(run.tracking).get(str(options.track))
+    return known
 
 
 def note_id(run: Run, options: FitOptions, tracker: Tracker) -> None:
     """Write the id into the run folder, where ``--resume`` finds it."""
-    known = json.loads(run.tracking.read_text(encoding="utf-8")) if run.tracking.exists() else {}
-    write_json(run.tracking, {**known, str(options.track): tracker.run_id})
+    write_json(run.tracking, {**read_json(run.tracking), str(options.track): tracker.run_id})
+
+
+def log_row(tracker: Tracker | None, row: Mapping[str, float]) -> None:
+    """Log a row of ``metrics.csv``."""
+    if tracker is not None:
+        tracker.log({name: value for name, value in row.items() if name != "epoch"}, int(row["epoch"]))
 
 
 def end(
-    tracker: Tracker | None, run: Run, options: TrainOptions, report: Mapping[str, Any], failure: BaseException | None
+    tracker: Tracker, run: Run, options: TrainOptions, report: Mapping[str, Any], failure: BaseException | None
 ) -> None:
     """Log the test scores, with ``--track-model`` the run folder, and close the tracker's run."""
-    if tracker is None:
-        return
     tracker.summary({f"test_{name}": value for name, value in scalars(report.get("test", {})).items()})
     if options.track_model and failure is None:
         tracker.upload(run.path)
@@ -101,5 +102,5 @@ def record_model(options: SweepOptions, sweep: str, member: Member, trained_by: 
         warnings.warn(f"the models from {member.index} on are not tracked: {error}", stacklevel=2)
         return
     for row in member.history.rows():
-        made.log({name: value for name, value in row.items() if name != "epoch"}, int(row["epoch"]))
+        log_row(made, row)
     made.close(FAILED if member.status == "diverged" else FINISHED, member.reason)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fusemlp.cli import recipe
+from fusemlp.cli.commands import TrainOptions
 from fusemlp.cli.defaults import is_a_table
-from fusemlp.cli.options import TrainOptions
 from fusemlp.datasets.load import Dataset
 from fusemlp.datasets.prepare import fit_preprocessor, network_ends
 from fusemlp.datasets.preprocessing import Preprocessor
@@ -177,18 +177,17 @@ def opened(options: TrainOptions) -> tuple[Source | None, TrainOptions]:
     return source, replace(options, **changes)
 
 
-def initial(
-    prepared: Prepared, options: TrainOptions, data: Mapping[str, Any], watched: Mapping[str, Any], models: int
-) -> Sequence[Mapping[str, Array]]:
+def initial(prepared: Prepared, options: TrainOptions, data: Mapping[str, Any]) -> Sequence[Mapping[str, Array]]:
     """Return the parameters that each model starts with, none without ``--from``; with ``--probe`` after the probe.
 
-    ``data`` are the arguments of ``Fleet.fit`` that hold rows, ``watched`` those for ``--metric``.
+    ``data`` are the arguments of ``Fleet.fit``.
     """
     if prepared.start is None or not options.probe:
-        return () if prepared.start is None else [prepared.start.parameters] * models
+        return () if prepared.start is None else [prepared.start.parameters] * prepared.models
     found, losses, whole = [], [], slice(None)
     name = "val_loss" if data.get("validation_data") is not None or "validation_rows" in data else "loss"
-    for index in range(models):
+    watched = {argument: data[argument] for argument in ("monitor", "metrics") if argument in data}
+    for index in range(prepared.models):
         rows = data["rows"][index] if "rows" in data else whole
         validation = data.get("validation_data")
         if "validation_rows" in data:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from fusemlp.datasets.dates import PARTS, date_parts, part_names, parts_of
-from fusemlp.datasets.files import Array
+from fusemlp.datasets.dates import PARTS, date_parts, parts_of, sources_of
 from fusemlp.datasets.sources import Place
 from fusemlp.datasets.textfiles import MISSING
+from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import DataError
 
 Features = npt.NDArray[np.float64]
 Categories = tuple[tuple[str, ...] | None, ...]
 # A column of whole numbers, one a row, is an identifier if it counts the rows or has such a name.
 _IDENTIFIER = re.compile(r"(?i:(?:^|[\W_])(?:id|idx|index|uuid|key|row ?names?|row|nr|no)$)|[a-z](?:Id|ID)$")
+# A column of more words than this gives each of its more frequent words an input; the others share one.
+FEW_WORDS = 20
+MOST_WORDS = 256
 # A table of fewer rows has too few to tell an identifier from a measurement.
 _FEWEST_ROWS = 20
 
@@ -104,14 +107,13 @@ def coded(
     table: dict[str, Array], names: tuple[str, ...], known: Categories | None, notes: list[str]
 ) -> tuple[Features, Categories]:
     """Return the columns as one float64 matrix, words as indices into their categories (``known`` or found)."""
-    sources = part_names(name for name, column in table.items() if column.dtype.kind == "M")
+    sources = sources_of(names, [name for name, column in table.items() if column.dtype.kind == "M"])
     X = np.empty((len(next(iter(table.values()))), len(names)))
     categories: list[tuple[str, ...] | None] = []
     missing: dict[str, int] = {}
     unseen: list[str] = []
     parts: dict[str, Array] = {}
-    for index, name in enumerate(names):
-        source = sources.get(name, name)
+    for index, (name, source) in enumerate(zip(names, sources, strict=True)):
         if source != name and name not in parts:
             parts = parts_of(source, table[source])
         column = parts[name] if source != name else table[name]
@@ -156,3 +158,19 @@ def different(column: Array) -> tuple[list[str], npt.NDArray[np.int32]]:
 
 def _categories(found: list[str]) -> tuple[str, ...]:
     return tuple(sorted({"" if word in MISSING else word for word in found}))
+
+
+def rare_words(codes: Features, words: Sequence[str]) -> tuple[int, ...]:
+    """Return the categories that share an input, by the codes of the training rows.
+
+    They are the words that no training row has, and, in a column of many words, those of a single row and those beyond
+    the ``MOST_WORDS`` most frequent. Missing cells are a category of their own.
+    """
+    counts = np.bincount(codes[~np.isnan(codes)].astype(np.int64), minlength=len(words))
+    ranked = np.argsort(-counts, kind="stable")
+    rare = counts < (2 if len(words) > FEW_WORDS else 1)
+    rare[ranked[MOST_WORDS:]] = True
+    if "" in words:
+        missing = words.index("")
+        rare[missing] = counts[missing] == 0
+    return tuple(np.flatnonzero(rare).tolist())

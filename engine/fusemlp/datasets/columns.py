@@ -1,11 +1,10 @@
-"""The columns of a table as they grow, and the mistakes found in them."""
+"""The columns of a table as they grow."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,9 @@ import pyarrow as pa
 from pyarrow import compute as pc
 
 from fusemlp.datasets.dates import EXAMPLES, ORDERS, orders_of, parse_date
-from fusemlp.datasets.files import Array
+from fusemlp.datasets.problems import Problems
 from fusemlp.datasets.textfiles import MISSING, number, text_array
-from fusemlp_kernels.errors import DataError
+from fusemlp.inputs.arrays import Array
 
 # A column of this share of numbers holds numbers, and its other cells are mistakes; but a column of numbers and words
 # that has this many different values or fewer holds words.
@@ -23,8 +22,6 @@ MOSTLY = 0.9
 _FEW = 20
 # The number of rows with values that tell the kind of a column.
 _TELLING = 4096
-# The number of mistakes in a message.
-_SHOWN = 30
 # A number that is text for a reason.
 _MARKED = re.compile(r"[^\d.+\-eE\s]")
 # The numbers that Arrow reads, with another decimal mark too.
@@ -35,42 +32,6 @@ _EMPTY, _NULL = text_array([""])[0], pa.nulls(1, pa.string())[0]
 _NAN = pc.cast(text_array(["nan"]), pa.float64())[0]
 _NAT = pc.cast(text_array([str(np.iinfo(np.int64).min)]), pa.int64())[0]
 _NO_DATE = MISSING | {"NaT"}
-
-
-class Problems:
-    """The mistakes of a table, for one message: the first few of each column and a count of the others."""
-
-    def __init__(self, source: object) -> None:
-        self.source = source
-        self.found: dict[str, list[tuple[int | None, str]]] = {}
-        self.more: Counter[str] = Counter()
-
-    def add(self, column: str, row: int | None, text: str) -> None:
-        """Enter a mistake of a row, or of the whole column."""
-        several = self.found.setdefault(column, [])
-        if len(several) < 3:
-            several.append((row, text))
-        else:
-            self.more[column] += 1
-
-    def check(self, place: Callable[[int], str]) -> None:
-        """Raise the DataError that names all; ``place`` names a row."""
-        lines = []
-        for column, several in self.found.items():
-            at = [f"column {column!r}"] if column else []
-            lines += [
-                f"{', '.join([*([] if row is None else [place(row) if at else f'line {row}']), *at])}: {text}"
-                for row, text in several
-            ]
-            if self.more[column]:
-                lines[-1] += f" (and {self.more[column]} more{f' in column {column!r}' if column else ''})"
-        total = len(lines) + sum(self.more.values())
-        if total == 1:
-            raise DataError(f"{self.source}, {lines[0]}")
-        if lines:
-            hidden = len(lines) - _SHOWN
-            shown = [*lines[:_SHOWN], *([f"and {hidden} more"] if hidden > 0 else [])]
-            raise DataError(f"{self.source}: {total} mistakes:\n  " + "\n  ".join(shown))
 
 
 class _Growing:

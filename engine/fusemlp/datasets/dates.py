@@ -59,9 +59,10 @@ def orders_of(texts: Iterable[str], share: float) -> list[str]:
     return [order for order in fitting if counts[order] == max(counts.values())]
 
 
-def part_names(columns: Iterable[str]) -> dict[str, str]:
-    """Return the date column of each of its parts' names."""
-    return {f"{column}: {part}": column for column in columns for part in PARTS}
+def sources_of(features: Iterable[str], dates: Iterable[str]) -> tuple[str, ...]:
+    """Return the table's column of each feature: of a part of one of the ``dates`` that date."""
+    date_of = {f"{date}: {part}": date for date in dates for part in PARTS}
+    return tuple(date_of.get(name, name) for name in features)
 
 
 def date_parts(moments: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.float64]]:

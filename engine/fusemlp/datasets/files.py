@@ -11,14 +11,11 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import DataError
-
-Array = npt.NDArray[Any]
 
 # numpy, zipfile and zlib raise these for damaged archives; RuntimeError stands for encryption and unknown versions.
 _UNREADABLE_ARCHIVE = (

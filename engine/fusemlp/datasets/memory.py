@@ -1,31 +1,41 @@
-"""The memory that a table's inputs take, planned before it is taken."""
+"""The memory that is free, and that a table's inputs take, planned before it is taken."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp_kernels.errors import DataError
 
-# Linux's counts of memory: of the machine, and of a container.
-_MACHINE = Path("/proc/meminfo")
-_CONTAINER = Path("/sys/fs/cgroup")
+if TYPE_CHECKING:
+    from fusemlp.datasets.preprocessing import Preprocessor
 
 
-def available_memory() -> int | None:
-    """Return the bytes that can be taken without swapping; None on a system that does not say."""
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Return the bytes that the system and the control group still allow this process; None if unknown."""
+    found = []
     try:
-        lines = _MACHINE.read_text().splitlines()
-        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError, IndexError):
-        return None
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        # not Linux: free pages leave out the caches that the system could give up
+        if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
+            found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    group = root / "sys/fs/cgroup"
     try:
-        limit, used = ((_CONTAINER / f"memory.{name}").read_text() for name in ("max", "current"))
-        stat = dict(line.split() for line in (_CONTAINER / "memory.stat").read_text().splitlines())
-        # The container's cache of files can be dropped.
-        return min(free, int(limit) - int(used) + int(stat.get("inactive_file", 0)))
-    except (OSError, ValueError):
-        return free
+        most, used, stat = (
+            (group / f"memory.{name}").read_text(encoding="ascii") for name in ("max", "current", "stat")
+        )
+    except OSError:
+        # no control groups, or those of version 1
+        return min(found, default=None)
+    if most.strip() != "max":
+        figures = dict(line.split() for line in stat.splitlines())
+        # cached files count as used, and give way when memory is needed
+        files = sum(int(figures.get(name, 0)) for name in ("active_file", "inactive_file"))
+        found.append(max(0, int(most) - int(used) + files))
+    return min(found, default=None)
 
 
 def check_memory(preprocessor: Preprocessor, rows: int, precision: str) -> None:

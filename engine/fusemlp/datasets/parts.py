@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fusemlp.datasets.coding import Features, different
-from fusemlp.datasets.files import Array
-from fusemlp.datasets.load import Dataset, load_labelled
+from fusemlp.datasets.dataset import Dataset
+from fusemlp.datasets.load import load_labelled
 from fusemlp.datasets.preprocessing import Rows, split
 from fusemlp.datasets.tables import listed
 from fusemlp.datasets.textfiles import Form
+from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, DataError
 
 Hashes = npt.NDArray[np.uint64]

@@ -5,14 +5,16 @@ The command line and the estimators of tables share it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fusemlp.datasets.load import Dataset
+from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.memory import check_memory
+from fusemlp.datasets.parts import Fold
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import check_choice
 from fusemlp.describe.losses import Loss
@@ -38,6 +40,16 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.X)
+
+
+def fit_data(train: Rows, validation: Rows | None, folds: Sequence[Fold] = ()) -> dict[str, Any]:
+    """Return the arguments of ``fit`` that hold training and validation rows; with ``folds``, indices of ``train``,
+    those of a fleet's."""
+    held = None if validation is None else (validation.X, validation.y, validation.weight)
+    given: dict[str, Any] = {"X": train.X, "y": train.y, "sample_weight": train.weight, "validation_data": held}
+    if folds:
+        given |= {"rows": [own for own, _ in folds], "validation_rows": [held for _, held in folds]}
+    return given
 
 
 def fit_preprocessor(dataset: Dataset, rows: npt.ArrayLike, *, loss: str, **options: Any) -> Preprocessor:
@@ -89,8 +101,14 @@ def rows_for(
     precision: str,
     rows: Array | None = None,
     weight: Array | None = None,
+    by_class: Array | None = None,
 ) -> Rows:
-    """Return rows of X as ``load_data`` gives them (``rows`` are their indices, None for all) for an engine."""
+    """Return rows of X as ``load_data`` gives them (``rows`` are their indices, None for all) for an engine.
+
+    ``weight`` (n,) are weights of the rows, ``by_class`` (classes,) those of their classes, which multiply these.
+    """
+    if by_class is not None:
+        weight = by_class[preprocessor.class_codes(labels)] * (1.0 if weight is None else weight)
     inputs = network_inputs(preprocessor, X, precision, rows)
     return Rows(inputs, preprocessor.encode_targets(labels), labels, weight)
 

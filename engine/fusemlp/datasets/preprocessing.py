@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fusemlp.datasets.coding import Features
-from fusemlp.datasets.dates import part_names
-from fusemlp.datasets.load import Dataset
+from fusemlp.datasets.coding import Features, rare_words
+from fusemlp.datasets.dataset import Dataset
+from fusemlp.datasets.dates import sources_of
 from fusemlp.datasets.roles import UNUSED
 from fusemlp.datasets.scaling import SCALES, Knots, by_pieces, by_quantiles, clipped, edges, knots, statistics
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.inputs.arrays import Array, as_class_labels, as_features, as_values, to_array
 from fusemlp_kernels.errors import CheckpointError, DataError, ShapeError, unknown_name
 
-# A column of more words than this gives each of its more frequent words an input; the others share one.
-FEW_WORDS = 20
-MOST_WORDS = 256
 Rows = npt.NDArray[np.int64]
 Label = str | int | float | bool
 
@@ -135,15 +131,14 @@ class Preprocessor:
             if words is None:
                 fill[column] = _median(X[:, column])
             else:
-                shared[column] = _rare(X[:, column], words)
+                shared[column] = rare_words(X[:, column], words)
                 other_inputs[column] = bool(np.isin(X[:, column], shared[column]).any())
         if missing.any():
             X = np.where(missing, np.array([0.0 if value is None else value for value in fill]), X)
         shift, factor = statistics(X, scale, dataset.feature_names)
         numbers = np.array([words is None for words in dataset.categories])
         # The parts of a date are missing together: its first part marks it.
-        parts = part_names(name for name, _ in dataset.dates)
-        sources = [parts.get(name, name) for name in dataset.feature_names]
+        sources = sources_of(dataset.feature_names, dict(dataset.dates))
         first = np.array([index == 0 or name != sources[index - 1] for index, name in enumerate(sources)])
         shift, factor = np.where(numbers, shift, 0.0), np.where(numbers, factor, 1.0)
         classes, low = None, 0.0
@@ -203,8 +198,7 @@ class Preprocessor:
     @property
     def sources(self) -> tuple[str, ...]:
         """The table's column of each feature: of the parts of a date the date."""
-        dates = part_names(name for name, _ in self.dates)
-        return tuple(dates.get(name, name) for name in self.feature_names)
+        return sources_of(self.feature_names, dict(self.dates))
 
     def by_column(self, values: Array) -> tuple[tuple[str, ...], Array]:
         """Return the names of the columns, and for each the sum of ``values`` (n, ``width``) of its inputs."""
@@ -403,19 +397,3 @@ def _median(values: Features) -> float:
     """Return the median of the values that are not missing, 0 if all are."""
     present = values[~np.isnan(values)]
     return float(np.median(present)) if len(present) else 0.0
-
-
-def _rare(codes: Features, words: Sequence[str]) -> tuple[int, ...]:
-    """Return the categories that share an input, by the codes of the training rows.
-
-    They are the words that no training row has, and, in a column of many words, those of a single row and those beyond
-    the ``MOST_WORDS`` most frequent. Missing cells are a category of their own.
-    """
-    counts = np.bincount(codes[~np.isnan(codes)].astype(np.int64), minlength=len(words))
-    ranked = np.argsort(-counts, kind="stable")
-    rare = counts < (2 if len(words) > FEW_WORDS else 1)
-    rare[ranked[MOST_WORDS:]] = True
-    if "" in words:
-        missing = words.index("")
-        rare[missing] = counts[missing] == 0
-    return tuple(np.flatnonzero(rare).tolist())

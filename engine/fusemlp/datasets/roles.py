@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fusemlp.datasets.files import Array
 from fusemlp.datasets.sources import Place
 from fusemlp.datasets.tables import listed, meant
 from fusemlp.datasets.textfiles import MISSING
+from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:

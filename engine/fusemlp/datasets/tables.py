@@ -12,17 +12,15 @@ import itertools
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from fusemlp.datasets.files import Array
+from fusemlp.datasets.problems import Problems
 from fusemlp.datasets.sources import Place, open_source
 from fusemlp.datasets.textfiles import MISSING, Form, Source
+from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import DataError
-
-if TYPE_CHECKING:
-    from fusemlp.datasets.columns import Column, Problems, Target
 
 # A piece of a table has at least this many rows, which tell the kinds of its columns.
 _FEWEST = 4096
@@ -49,9 +47,39 @@ def read_table(
     are left out; a missing value's text that is among ``known_labels`` is a label. ``notes`` takes lines on the
     reading.
     """
+    import pyarrow
+
+    from fusemlp.datasets.columns import Column, Target
+
     notes = [] if notes is None else notes
     kinds = {} if kinds is None else kinds
-    table, missing = _read(source, features, target, words, form or Form(), drop, kinds, known_labels, notes)
+    problems = Problems(source)
+    ragged = itertools.count()
+    with open_source(source, form or Form()) as opened:
+        names, with_types = opened.names, opened.records is None
+        notes += filter(None, [opened.said])
+        columns: list[Column | Target] = [
+            Target(name, opened.decimal, problems, MISSING.difference(known_labels))
+            if name == target
+            else Column(name, opened.decimal, problems, kinds.get(name), with_types)
+            for name in choose_columns(source, names, features, target, drop)
+        ]
+        positions = [names.index(column.name) for column in columns]
+        for batch in _pieces(opened.batches(positions, lambda: next(ragged))):
+            for column, values in zip(columns, batch.columns, strict=True):
+                column.add(values)
+        missing = np.zeros(0, bool)
+        table: dict[str, Array] = {}
+        for column in columns:
+            if isinstance(column, Target):
+                table[column.name] = column.finish(words, with_types)
+                missing = column.missing
+            else:
+                table[column.name] = column.finish(notes)
+                kinds[column.name] = column.kind or "number"
+        if next(ragged) or problems.found:
+            _refuse(source, problems, opened)
+    pyarrow.default_memory_pool().release_unused()
     if table and missing.all() and len(missing):
         raise DataError(f"{source}, column {target!r}: the target is missing in all {len(missing)} rows")
     if not table or not len(next(iter(table.values()))):
@@ -87,51 +115,6 @@ def read_names(source: Place, form: Form | None = None) -> list[str]:
     """Return the names of a table's columns, in order."""
     with open_source(source, form or Form()) as opened:
         return opened.names
-
-
-def _read(
-    source: Place,
-    features: Sequence[str] | None,
-    target: str | None,
-    words: bool,
-    form: Form,
-    drop: Collection[str],
-    kinds: dict[str, str],
-    known_labels: Collection[str],
-    notes: list[str],
-) -> tuple[dict[str, Array], Array]:
-    import pyarrow
-
-    from fusemlp.datasets.columns import Column, Problems, Target
-
-    problems = Problems(source)
-    ragged = itertools.count()
-    with open_source(source, form) as opened:
-        names, with_types = opened.names, opened.records is None
-        notes += filter(None, [opened.said])
-        columns: list[Column | Target] = [
-            Target(name, opened.decimal, problems, MISSING.difference(known_labels))
-            if name == target
-            else Column(name, opened.decimal, problems, kinds.get(name), with_types)
-            for name in choose_columns(source, names, features, target, drop)
-        ]
-        positions = [names.index(column.name) for column in columns]
-        for batch in _pieces(opened.batches(positions, lambda: next(ragged))):
-            for column, values in zip(columns, batch.columns, strict=True):
-                column.add(values)
-        missing = np.zeros(0, bool)
-        table: dict[str, Array] = {}
-        for column in columns:
-            if isinstance(column, Target):
-                table[column.name] = column.finish(words, with_types)
-                missing = column.missing
-            else:
-                table[column.name] = column.finish(notes)
-                kinds[column.name] = column.kind or "number"
-        if next(ragged) or problems.found:
-            _refuse(source, problems, opened)
-    pyarrow.default_memory_pool().release_unused()
-    return table, missing
 
 
 def _pieces(batches: Iterable[Any]) -> Iterator[Any]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from fusemlp.datasets.memory import available_memory
 from fusemlp.engine import Engine
 from fusemlp.fleet.vary import Candidate
 from fusemlp.inputs.arrays import Array
@@ -48,32 +47,6 @@ class Kept:
         engine.start_spending_from(self.privacy)
         engine.history, engine.epochs_trained = self.history, self.epochs_trained
         return engine
-
-
-def available_memory(root: Path = Path("/")) -> int | None:
-    """Return the bytes that the system and the control group still allow this process; None if unknown."""
-    found = []
-    try:
-        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
-        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
-    except OSError:
-        # not Linux: free pages leave out the caches that the system could give up
-        if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-            found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    group = root / "sys/fs/cgroup"
-    try:
-        most, used, stat = (
-            (group / f"memory.{name}").read_text(encoding="ascii") for name in ("max", "current", "stat")
-        )
-    except OSError:
-        # no control groups, or those of version 1
-        return min(found, default=None)
-    if most.strip() != "max":
-        figures = dict(line.split() for line in stat.splitlines())
-        # cached files count as used, and give way when memory is needed
-        files = sum(int(figures.get(name, 0)) for name in ("active_file", "inactive_file"))
-        found.append(max(0, int(most) - int(used) + files))
-    return min(found, default=None)
 
 
 def engine_bytes(engine: Engine) -> int:

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from fusemlp.datasets.parts import Fold
 from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine
 from fusemlp.fleet.results import Member
@@ -154,6 +155,14 @@ def sound(members: Sequence[Member]) -> dict[int, Engine]:
         raise DivergenceError(members[0].reason)
     kept = [member for member in found if member.history.epochs] or found
     return {member.index: member.engine for member in kept}
+
+
+def merged_members(members: Sequence[Member], folds: Sequence[Fold] = ()) -> tuple[Engine, list[tuple[Engine, Array]]]:
+    """Return the ``sound`` members as one engine, and each of them with the rows of its fold that it did not train on,
+    if there are ``folds``, one a member."""
+    engines = sound(members)
+    held = [(engine, folds[index][1]) for index, engine in engines.items()] if folds else []
+    return merged([*engines.values()]), held
 
 
 def mean_history(histories: Sequence[History]) -> History:

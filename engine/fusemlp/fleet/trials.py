@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fusemlp.datasets.load import Dataset
+from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.parts import FOLDS, Fold, folds, hold_out
+from fusemlp.datasets.prepare import fit_preprocessor, network_ends
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.inputs.arrays import Array
@@ -30,16 +31,13 @@ SCALES, MANY_ROWS, MOST_INPUTS = ("robust", "piecewise"), 200, 1 << 27
 # the training however long the preparation took.
 SHARE, LEAST_EPOCHS, BATCHES, TIMING, LEAST = 0.2, 10, 100, 0.05, 0.1
 
-Prepare = Callable[..., Preprocessor]
-Make = Callable[[Preprocessor], Fleet]
-
 
 def chosen(
     dataset: Dataset,
     rows: Array,
-    prepare: Prepare,
-    fleet: Make,
+    fleet: Callable[[int, int], Fleet],
     *,
+    loss: str,
     scale: str | None,
     log_target: bool | None,
     seed: int,
@@ -47,9 +45,9 @@ def chosen(
 ) -> tuple[str, bool, list[str]]:
     """Return scale and log_target where they are None, and a note on each that was tried.
 
-    ``prepare(dataset, rows, scale=..., log_targets=...)`` makes a preprocessor of training rows, and ``fleet`` an
-    untrained fleet of ``TRIALS`` seeds for it. The trials take ``SHARE`` of ``time_limit`` seconds. They see at most
-    ``ROWS`` of ``rows``. The targets of a regression are compared in their own units.
+    ``fleet`` makes an untrained fleet of ``TRIALS`` seeds of the widths of its first and last layer, for the kind of
+    ``loss``. The trials take ``SHARE`` of ``time_limit`` seconds. They see at most ``ROWS`` of ``rows``. The targets of
+    a regression are compared in their own units.
     """
     some = np.random.default_rng(seed).permutation(rows)[:ROWS]
     notes: list[str] = []
@@ -58,8 +56,8 @@ def chosen(
     parts = _parts(dataset, some, seed)
 
     def errors(options: Sequence[tuple[str, bool]]) -> list[float]:
-        made = (prepare(dataset, some, scale=one, log_targets=logarithms) for one, logarithms in options)
-        return [_error(dataset, some, parts, one, fleet, limit) for one in made]
+        made = (fit_preprocessor(dataset, some, loss=loss, scale=one, log_targets=log) for one, log in options)
+        return [_error(dataset, some, parts, one, fleet(*network_ends(one, loss)), limit) for one in made]
 
     def tell(found: tuple[float, float], note: str) -> None:
         if math.isnan(sum(found)):
@@ -70,7 +68,7 @@ def chosen(
 
     if scale is None:
         scale = SCALES[0]
-        if parts and len(rows) >= MANY_ROWS and _has_pieces(dataset, some, prepare):
+        if parts and len(rows) >= MANY_ROWS and _has_pieces(dataset, some, loss):
             plain, cut = errors([(one, bool(log_target)) for one in SCALES])
             scale = SCALES[cut < plain]
             of = "loss" if dataset.task == "classification" else "rmse"
@@ -139,8 +137,8 @@ def _parts(dataset: Dataset, rows: Array, seed: int) -> list[Fold]:
     return [(np.flatnonzero(np.isin(rows, kept)), np.flatnonzero(np.isin(rows, held))) for kept, held in cut]
 
 
-def _has_pieces(dataset: Dataset, rows: Array, prepare: Prepare) -> bool:
-    made = prepare(dataset, rows, scale="piecewise", log_targets=False)
+def _has_pieces(dataset: Dataset, rows: Array, loss: str) -> bool:
+    made = fit_preprocessor(dataset, rows, loss=loss, scale="piecewise")
     return any(at is not None for at in made.feature_knots) and made.width * len(dataset.y) <= MOST_INPUTS
 
 
@@ -162,7 +160,7 @@ def _error(
     rows: Array,
     parts: Sequence[Fold],
     made: Preprocessor,
-    fleet: Make,
+    fleet: Fleet,
     time_limit: float | None,
 ) -> float:
     """Return the error of the held-out rows: root mean square, or the loss.
@@ -172,7 +170,7 @@ def _error(
     classify = made.classes is not None
     X, labels = made.transform_features(dataset.X[rows]), dataset.y[rows]
     kept, held_out = ([part[place] for part in parts] for place in (0, 1))
-    results = fleet(made).fit(
+    results = fleet.fit(
         X,
         made.encode_targets(labels),
         epochs=EPOCHS,

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from fusemlp.describe.checks import as_count, check_flag
 from fusemlp.inputs.arrays import Array
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError
+from fusemlp.inputs.block_sources import ArrayBlocks, RowGroups
+from fusemlp_kernels.errors import ArgumentError
 
 # rows of a block of arrays
 BLOCK_ROWS = 4096
-
-
-class _Part(NamedTuple):
-    """An array of a batch: its shape after the rows, and its type."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
 
 
 class Peers(Protocol):
@@ -74,19 +67,19 @@ class Blocks:
         self.batch_size, self.window = as_count("batch_size", batch_size), as_count("window", window)
         self.seed = as_count("seed", seed, minimum=0)
         self.shuffle, self.drop_last = check_flag("shuffle", shuffle), check_flag("drop_last", drop_last)
-        self._source: _Arrays | _Parquet
+        self._source: ArrayBlocks | RowGroups
         if target is None:
             for name, value in (("columns", columns), ("weight", weight)):
                 if value is not None:
                     raise ArgumentError(f"{name}: it names columns of a Parquet file; give target= too")
             size = BLOCK_ROWS if block_rows is None else as_count("block_rows", block_rows)
-            self._source = _Arrays(X, y, sample_weight, size)
+            self._source = ArrayBlocks(X, y, sample_weight, size)
         elif y is not None or sample_weight is not None:
             raise ArgumentError("target: it names y in a Parquet file, and arrays are given too; give one of the two")
         elif block_rows is not None:
             raise ArgumentError("block_rows: it is for arrays; leave it out: blocks of a Parquet file are row groups")
         else:
-            self._source = _Parquet(X, target, columns, weight)
+            self._source = RowGroups(X, target, columns, weight)
         # the row with which each block begins, and the end
         self._starts = np.concatenate([[0], np.cumsum(self._source.sizes)])
         self.rows = int(self._starts[-1])
@@ -172,16 +165,12 @@ class Blocks:
         return epoch, first
 
     def _batches(self, epoch: int, first: int) -> Iterator[tuple[Array, ...]]:
-        source, size = self._source, self.batch_size
-        held = [np.empty((self._most_rows, *part.shape), part.dtype) for part in source.parts]
+        size, held = self.batch_size, self._room(self._most_rows)
         # rows at the front that do not fill a batch; rows that are read; batches that have passed
         waiting = done = passed = 0
         for blocks, order in self._windows(epoch):
-            count, at = waiting + len(order), waiting
-            for block in blocks:
-                stop = at + source.sizes[block]
-                source.read(int(block), [array[at:stop] for array in held])
-                at = stop
+            count = waiting + len(order)
+            self._read(blocks, held, waiting)
             rows = np.concatenate([np.arange(waiting), waiting + order])
             done += len(order)
             whole = count if done == self.rows and not self.drop_last else count - count % size
@@ -196,12 +185,11 @@ class Blocks:
     def _shared(
         self, epoch: int, first: int, peers: Peers, owner: Callable[[Array], Array]
     ) -> Iterator[tuple[Array, ...]]:
-        source, size, everyone = self._source, self.batch_size, range(peers.world)
-        # this process's rows of x that are left, and the places in the epoch at which they come
-        x = np.empty((0, *source.parts[0].shape), source.parts[0].dtype)
+        size, everyone = self.batch_size, range(peers.world)
+        # of what is left this process's rows of x, and all rows of the other arrays
+        x, *others = self._room(0)
+        # the places in the epoch at which these rows of x come
         places: Array = np.arange(0)
-        # all rows of the other arrays that are left
-        others = [np.empty((0, *part.shape), part.dtype) for part in source.parts[1:]]
         done = passed = 0
         for blocks, order in self._windows(epoch):
             # of the rows as they lie in the blocks: their places, and the process that reads them
@@ -209,7 +197,9 @@ class Blocks:
             place[order] = done + np.arange(len(order))
             reader = np.repeat(np.arange(len(blocks)) % peers.world, np.diff(self._starts)[blocks])
             taker = owner(place % size)
-            read, to = self._read(blocks[peers.rank :: peers.world]), taker[reader == peers.rank]
+            to = taker[reader == peers.rank]
+            read = self._room(len(to))
+            self._read(blocks[peers.rank :: peers.world], read)
             sent = [np.flatnonzero((reader == one) & (taker == peers.rank)) for one in everyone]
             found = peers.swap([read[0][to == one] for one in everyone], [len(rows) for rows in sent])
             new = place[np.concatenate(sent)]
@@ -236,169 +226,19 @@ class Blocks:
             left = np.searchsorted(places, begin + whole)
             x, places, others = x[left:], places[left:], [array[whole:] for array in others]
 
-    def _read(self, blocks: Array) -> list[Array]:
-        """Return the arrays of some blocks, one after another."""
-        count = int(np.diff(self._starts)[blocks].sum())
-        found = [np.empty((count, *part.shape), part.dtype) for part in self._source.parts]
-        at = 0
+    def _room(self, rows: int) -> list[Array]:
+        """Return arrays for this many rows."""
+        return [np.empty((rows, *part.shape), part.dtype) for part in self._source.parts]
+
+    def _read(self, blocks: Array, into: Sequence[Array], at: int = 0) -> None:
+        """Copy the arrays of some blocks, one after another, into rows from ``at`` on."""
         for block in blocks:
             stop = at + self._source.sizes[block]
-            self._source.read(int(block), [array[at:stop] for array in found])
+            self._source.read(int(block), [array[at:stop] for array in into])
             at = stop
-        return found
 
     def __repr__(self) -> str:
         return (
             f"Blocks({self.rows} rows in {len(self._source.sizes)} blocks, batch_size={self.batch_size}, "
             f"window={self.window}, seed={self.seed})"
         )
-
-
-class _Arrays:
-    """Blocks of neighbouring rows of arrays."""
-
-    def __init__(self, X: Any, y: Any, weight: Any, block_rows: int) -> None:
-        given = {"X": X, "y": y, **({} if weight is None else {"sample_weight": weight})}
-        self._arrays = [_opened(name, array) for name, array in given.items()]
-        rows = len(self._arrays[0])
-        for name, array in zip(given, self._arrays, strict=True):
-            if len(array) != rows:
-                raise ShapeError(f"{name}: expected {rows} rows, as many as X has, got shape {array.shape}")
-        if not rows:
-            raise DataError("X: expected 1 or more rows, got 0")
-        self._block_rows = block_rows
-        self.sizes = [min(block_rows, rows - start) for start in range(0, rows, block_rows)]
-        self.parts = [_Part(array.shape[1:], array.dtype) for array in self._arrays]
-
-    def read(self, block: int, into: Sequence[Array]) -> None:
-        """Copy the rows of a block."""
-        start = block * self._block_rows
-        for array, rows in zip(self._arrays, into, strict=True):
-            rows[:] = array[start : start + len(rows)]
-
-
-def _opened(name: str, given: Any) -> Any:
-    if given is None:
-        raise ArgumentTypeError(f"{name}: it is missing; give X and y, or a Parquet file and target=")
-    if isinstance(given, str | Path):
-        if Path(given).suffix != ".npy":
-            raise ArgumentError(f"{name}: expected a .npy file, got {str(given)!r}; with a Parquet file give target=")
-        try:
-            given = np.load(given, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{name}: {str(given)!r} cannot be read as a .npy file ({error})") from error
-    if not isinstance(given, np.ndarray) or not given.ndim:
-        raise ArgumentTypeError(
-            f"{name}: expected an array such as numpy.load(path, mmap_mode='r'), or the path of a .npy file, got "
-            f"{type(given).__name__}"
-        )
-    return given
-
-
-class _Parquet:
-    """Row groups of Parquet files."""
-
-    def __init__(self, X: Any, target: Any, columns: Any, weight: Any) -> None:
-        targets = _names("target", target)
-        others = [*targets, *([] if weight is None else _names("weight", weight, several=False))]
-        chosen = None if columns is None else _names("columns", columns)
-        paths = [X] if isinstance(X, str | Path) else X
-        if not isinstance(paths, list | tuple) or not paths or not all(isinstance(one, str | Path) for one in paths):
-            raise ArgumentTypeError(f"X: expected the path of a Parquet file, or a list of paths, got {X!r}")
-        self._groups: list[tuple[Any, int]] = []
-        self.sizes: list[int] = []
-        types: dict[str, Any] = {}
-        for path in paths:
-            file = _file(path)
-            own = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
-            if types and own != types:
-                raise DataError(f"X: {str(path)!r} has other columns than {str(paths[0])!r}; give files of one kind")
-            types = own
-            self._groups += [(path, group) for group in range(file.num_row_groups)]
-            self.sizes += [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        if not sum(self.sizes):
-            raise DataError(f"X: expected 1 or more rows in {', '.join(map(str, paths))}, got 0")
-        names = {
-            "target": targets,
-            "weight": others[len(targets) :],
-            "columns": [name for name in types if name not in others] if chosen is None else chosen,
-        }
-        for argument, some in names.items():
-            for name in some:
-                _check_number(argument, name, types)
-        for argument in ("target", "columns"):
-            if not names[argument]:
-                raise ArgumentError(f"{argument}: expected the name of 1 column or more of {', '.join(types)}")
-        for name in names["columns"]:
-            if name in others:
-                kind = "target" if name in targets else "weight"
-                raise ArgumentError(f"columns: {name!r} is the {kind}, which the network must not read; leave it out")
-        # by part: its columns
-        self._parts = [names["columns"], targets, *([names["weight"]] if weight is not None else [])]
-        x, y = (_common([types[name] for name in some]) for some in self._parts[:2])
-        if isinstance(target, str) and not _is_float(types[target]):
-            y = np.dtype(np.int64)
-        self.parts = [_Part((len(names["columns"]),), x), _Part(() if isinstance(target, str) else (len(targets),), y)]
-        self.parts += [_Part((), np.dtype(np.float64))] * (weight is not None)
-
-    def read(self, block: int, into: Sequence[Array]) -> None:
-        """Copy the rows of a row group. Raises DataError for a missing value."""
-        path, group = self._groups[block]
-        names = {name for some in self._parts for name in some}
-        table = _file(path).read_row_group(group, columns=sorted(names), use_threads=False)
-        for some, rows in zip(self._parts, into, strict=True):
-            for place, name in enumerate(some):
-                column = table.column(name)
-                if column.null_count:
-                    raise DataError(
-                        f"{name}: row group {group} of {str(path)!r} has {column.null_count} missing values; fill them "
-                        "in, or leave the column out with columns="
-                    )
-                values = column.to_numpy()
-                if rows.dtype.kind == "i" and (values > np.iinfo(rows.dtype).max).any():
-                    raise DataError(
-                        f"{name}: row group {group} of {str(path)!r} has {values.max()}, and a target holds at most "
-                        f"{np.iinfo(rows.dtype).max}; number the classes from 0"
-                    )
-                (rows if rows.ndim == 1 else rows[:, place])[:] = values
-
-
-def _names(argument: str, given: Any, *, several: bool = True) -> list[str]:
-    """Return names of columns as a list."""
-    names = list(given) if several and isinstance(given, Iterable) and not isinstance(given, str) else [given]
-    if not all(isinstance(name, str) for name in names):
-        expected = "the name of a column" + ", or a list of names" * several
-        raise ArgumentTypeError(f"{argument}: expected {expected}, got {given!r}")
-    return names
-
-
-def _file(path: str | Path) -> Any:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise DataError(f"X: {str(path)!r} cannot be read as a Parquet file ({error})") from error
-
-
-def _check_number(argument: str, name: str, types: dict[str, Any]) -> None:
-    from pyarrow import types as kinds
-
-    if name not in types:
-        raise ArgumentError(f"{argument}: there is no column {name!r}; the file has {', '.join(types)}")
-    kind = types[name]
-    if not (kinds.is_integer(kind) or kinds.is_floating(kind) or kinds.is_boolean(kind)):
-        raise DTypeError(
-            f"{argument}: the column {name!r} holds {kind}, and batches are numbers; encode it, or name the columns to "
-            "use with columns="
-        )
-
-
-def _is_float(kind: Any) -> bool:
-    return bool(np.dtype(kind.to_pandas_dtype()).kind == "f")
-
-
-def _common(kinds: Sequence[Any]) -> np.dtype[Any]:
-    """Return the real type that holds the numbers of all columns, float32 or float64."""
-    return np.result_type(np.float32, *(kind.to_pandas_dtype() for kind in kinds))

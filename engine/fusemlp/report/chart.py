@@ -11,6 +11,8 @@ from fusemlp.inputs.arrays import Array
 
 WIDTH, HEIGHT = 440, 280
 LEFT, RIGHT, TOP, BOTTOM = 56, 18, 10, 40
+# A loss that spans more than this factor is drawn on a logarithmic axis.
+LOG_SPAN = 50.0
 
 
 class Line(NamedTuple):
@@ -37,7 +39,7 @@ def chart(
     """Return a figure with a legend and a table of its lines' numbers.
 
     ``mark`` names a vertical line, ``diagonal`` the line y = x; ``whole``: x has whole numbers only. ``log``: y
-    has a logarithmic axis if it is positive and spans more than a factor of 50.
+    has a logarithmic axis if it is positive and spans more than a factor of ``LOG_SPAN``.
     """
     pairs_of = (zip(map(float, one.xs), map(float, one.ys), strict=True) for one in lines)
     finite = [[pair for pair in pairs if math.isfinite(sum(pair))] for pairs in pairs_of]
@@ -46,7 +48,7 @@ def chart(
         return ""
     if diagonal:
         xs = ys = [*xs, *ys]
-    log = log and min(ys) > 0 and max(ys) > 50 * min(ys)
+    log = log and min(ys) > 0 and max(ys) > LOG_SPAN * min(ys)
     across, down = _axis(xs, (LEFT, WIDTH - RIGHT), whole=whole), _axis(ys, (HEIGHT - BOTTOM, TOP), log=log)
     parts = []
     for value in across.ticks:

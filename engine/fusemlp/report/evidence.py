@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.describe.metrics import METRICS
+from fusemlp.describe.metrics import METRICS, Judged
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import judge
 
@@ -23,6 +23,8 @@ MOST_ROWS, PERMUTED_ROWS = 50_000, 500
 # Seconds after which no further column is permuted.
 SECONDS, REPEATS = 3.0, 3
 PARTS = 10
+# ROC curves, and most wrong rows.
+CURVES, WORST = 6, 12
 # A line on columns names this many.
 SHOWN = 5
 # A heat map of an image has at most this many squares a side.
@@ -82,18 +84,18 @@ class Evidence:
         if len(self.rows) > MOST_ROWS:
             self.rows = np.sort(np.random.default_rng(0).choice(self.rows, MOST_ROWS, replace=False))
         self.cells = self.X[self.rows]
-        self.judged = judge(self.engine, self.preprocessor, self._inputs(self.cells), self.y[self.rows])
+        self.judged = self._judge(self.cells, self.y[self.rows])
         self.image = image_shape(self.preprocessor)
 
-    def _inputs(self, cells: Array) -> Array:
-        return self.preprocessor.transform_features(cells)
+    def _judge(self, cells: Array, labels: Array) -> Judged:
+        return judge(self.engine, self.preprocessor, self.preprocessor.transform_features(cells), labels)
 
     @property
     def probable(self) -> bool:
         """True if the model gives probabilities of classes."""
         return self.preprocessor.classes is not None and self.engine.loss.is_classification
 
-    def rocs(self, most: int = 6) -> list[tuple[str, Array, Array]]:
+    def rocs(self) -> list[tuple[str, Array, Array]]:
         """Return name and rates of false and true positives of the classes with the least AUC; of two, the second's."""
         from sklearn.metrics import auc, roc_curve
 
@@ -107,7 +109,7 @@ class Evidence:
                 shown = np.unique(np.linspace(0, len(false) - 1, 100).astype(np.int64))
                 found.append((auc(false, true), names[code], false[shown], true[shown]))
         found.sort(key=lambda one: float(one[0]))
-        return [(f"{name} (AUC {area:.4f})", false, true) for area, name, false, true in found[:most]]
+        return [(f"{name} (AUC {area:.4f})", false, true) for area, name, false, true in found[:CURVES]]
 
     def calibration(self) -> tuple[Array, Array]:
         """Return the mean prediction and the observed mean of each tenth of the rows, in the order of the predictions.
@@ -155,7 +157,7 @@ class Evidence:
         metric = METRICS["rmse" if self.preprocessor.classes is None else "log_loss" if self.probable else "auc"]
 
         def scored(changed: Array) -> float:
-            value = metric.of(judge(self.engine, self.preprocessor, self._inputs(changed), labels))
+            value = metric.of(self._judge(changed, labels))
             return -value if metric.rises else value
 
         base, began = scored(cells), time.perf_counter()
@@ -183,12 +185,12 @@ class Evidence:
             return np.asarray(np.abs(judged.truth - judged.predicted).mean(axis=1))
         return np.asarray(judged.scores[np.arange(len(judged.truth)), judged.truth])
 
-    def worst(self, most: int = 12) -> list[int]:
+    def worst(self) -> list[int]:
         """Return the places of the wrong rows whose true class is the least probable, or of the largest errors."""
         if self.judged.scores is None:
-            return [int(at) for at in np.argsort(-self.surprise(), kind="stable")[:most]]
+            return [int(at) for at in np.argsort(-self.surprise(), kind="stable")[:WORST]]
         wrong = np.flatnonzero(self.judged.truth != self.judged.predicted)
-        return [int(at) for at in wrong[np.argsort(self.surprise()[wrong], kind="stable")][:most]]
+        return [int(at) for at in wrong[np.argsort(self.surprise()[wrong], kind="stable")][:WORST]]
 
     def spelled(self, at: int, feature: int) -> str:
         """Return a cell of the row at a place as text; empty if it is missing."""

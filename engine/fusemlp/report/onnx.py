@@ -35,6 +35,7 @@ import numpy as np
 from fusemlp._version import __version__
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.network import Activation
+from fusemlp.inputs.arrays import Array
 from fusemlp.report.onnx_features import INPUT, network_input
 from fusemlp.runtime.files import check_finite, checked_metadata, target_file, write_atomically
 from fusemlp.runtime.inference import MEAN, SCALE
@@ -42,8 +43,6 @@ from fusemlp.runtime.session import Session
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
 from fusemlp_kernels.pointwise import ACTIVATIONS as ROWS
 from fusemlp_kernels.pointwise import lines
-
-Array = np.ndarray[Any, Any]
 
 HINT = 'pip install "fusemlp[onnx]"'
 OPSET, ML_OPSET, IR_VERSION = 18, 3, 8
@@ -195,7 +194,7 @@ class _Graph:
     ``reserved`` are names that no input may have.
     """
 
-    def __init__(self, real: np.dtype[Any], reserved: Iterable[str] = ()) -> None:
+    def __init__(self, real: np.dtype[Any], reserved: Iterable[str]) -> None:
         from onnx import helper, numpy_helper
 
         self.helper = helper
@@ -237,8 +236,8 @@ class _Graph:
         self.constants.append(self.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
         return name
 
-    def cast(self, name: str, dtype: Any, output: str | None = None) -> str:
-        return self.add("Cast", name, output=output, to=self.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+    def cast(self, name: str, dtype: Any) -> str:
+        return self.add("Cast", name, to=self.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def value(self, name: str, dtype: Any, *shape: int) -> Any:
         """Return the declaration of an input or output of the graph: ``shape`` is that of a row."""

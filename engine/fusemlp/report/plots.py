@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusemlp.inputs.arrays import Array
+from fusemlp.report.chart import LOG_SPAN
 from fusemlp.report.diagnosis import Finding
 from fusemlp.runtime.files import target_file, write_atomically
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HINT = 'it needs matplotlib: pip install "fusemlp[plot]"'
-Array = np.ndarray[Any, Any]
 
 # Okabe and Ito's palette for colour-blind readers.
 TRAINING, VALIDATION, GAP, GREY = "#0072B2", "#D55E00", "#E69F00", "#444444"
@@ -40,8 +41,6 @@ PREFIXES = {"training": "", "validation": "val_"}
 MARKERS = (None, "o", "s", "^", "D")
 # The length of a stripe of one colour and the gap after it, in line widths.
 DASHES = {"training": (4.0, 2.0), "validation": (5.0, 0.0)}
-# A loss that spans more than this factor is drawn on a logarithmic axis.
-LOG_SPAN = 50.0
 # The best of many scores matter; a few bad ones would compress them.
 SCORES_LOG_SPAN = 5.0
 

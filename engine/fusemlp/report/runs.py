@@ -161,6 +161,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a file of ``write_json``, empty if there is none."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
 def csv_bytes(rows: Iterable[Iterable[Any]]) -> bytes:
     """Return rows as the content of a CSV file."""
     stream = io.StringIO(newline="")
@@ -211,8 +217,7 @@ def read_metrics(run: Run) -> list[dict[str, float]]:
     ]
 
 
-def keep_metrics(run: Run, epochs: int) -> list[dict[str, float]]:
-    """Drop the rows of ``metrics.csv`` after ``epochs``, which a resumed training writes again; return the others."""
+def keep_metrics(run: Run, epochs: int) -> None:
+    """Drop the rows of ``metrics.csv`` after ``epochs``, which a resumed training writes again."""
     kept = [row for row in read_metrics(run) if row["epoch"] <= epochs]
     write_atomically(run.metrics, csv_bytes(_table(kept)))
-    return kept

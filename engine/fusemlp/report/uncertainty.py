@@ -78,14 +78,23 @@ class HeldOut:
 
 
 def judged(
-    engine: Session, models: Sequence[tuple[Session, Array | slice]], preprocessor: Preprocessor, rows: Rows
-) -> tuple[HeldOut, Temperature | None]:
+    engine: Session,
+    preprocessor: Preprocessor,
+    train: Rows,
+    validation: Rows | None,
+    parts: Sequence[tuple[Session, Array]],
+) -> tuple[HeldOut | None, Temperature | None]:
     """Scale the logits of classifiers by the temperature of held-out rows; return the errors of these rows, and it.
 
-    ``engine`` is the only one of the ``models`` or merged of them. Each model comes with those of the ``rows`` that it
-    was not trained on.
+    They are the ``validation`` rows; without these ``engine`` was merged of ``parts``, each with those of the ``train``
+    rows that it was not trained on. None where there are no such rows.
     """
-    temperature = None
+    models: Sequence[tuple[Session, Array | slice]] = parts
+    rows, temperature = train, None
+    if validation is not None:
+        models, rows = [(engine, slice(None))], validation
+    if not models:
+        return None, None
     if engine.loss.is_classification:
         temperature = temperature_of(
             held_out_logits(model, rows.X[held], rows.y[held], None if rows.weight is None else rows.weight[held])

@@ -23,6 +23,7 @@ import numpy as np
 
 from fusemlp.fleet.launches import GROUP_ROWS, Group, run_together, signature
 from fusemlp.fleet.threads import LaunchThreads, Training
+from fusemlp.inputs.arrays import Array
 from fusemlp.program.step import Inputs
 from fusemlp.runtime.plans import choose_plan
 from fusemlp.sklearn.batches import ResidentBatches
@@ -34,7 +35,6 @@ from fusemlp.training.loop import EpochLoop
 if TYPE_CHECKING:
     from fusemlp.sklearn.base import BaseMLP
 
-Array = np.ndarray[Any, Any]
 # The estimator that is to be fitted, and its fit, perhaps as the last step of a pipeline's.
 Task = Callable[[], tuple[Any, Callable[[], object]]]
 

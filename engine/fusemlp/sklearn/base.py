@@ -17,10 +17,9 @@ from sklearn.utils import check_array, check_consistent_length, check_random_sta
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from fusemlp.callbacks import announce, checked_callbacks, exits
-from fusemlp.describe.hardening import Free
 from fusemlp.describe.intervals import IBP
-from fusemlp.describe.network import Activation
 from fusemlp.describe.schedules import Schedule
+from fusemlp.inputs.arrays import Array
 from fusemlp.report.onnx import to_onnx
 from fusemlp.runtime.backends import TRAITS
 from fusemlp.runtime.plans import shares_launches
@@ -34,8 +33,6 @@ from fusemlp.sklearn.stochastic import SklearnPolicy, ValidationScore, train
 from fusemlp.training.history import FitState, History
 from fusemlp.training.intervals import write_limits
 from fusemlp.training.loop import EpochLoop, epochs_at_once
-
-Array = np.ndarray[Any, Any]
 
 # attributes that a file holds as tensors, makes anew, or leaves out
 NOT_AS_JSON = ("coefs_", "intercepts_", "slopes_", "_model", "_label_binarizer", "_metadata_request")
@@ -165,7 +162,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         """
         stochastic = self.solver in settings.STOCHASTIC
         X_val, y_val = held
-        self._refuse(stochastic, incremental, X_val, y_val)
+        settings.check_together(self, incremental, X_val, y_val)
         callbacks = [] if self.callbacks is None else checked_callbacks(self.callbacks)
         last_epoch = 1 if incremental else self.max_iter
         if stochastic:
@@ -190,7 +187,10 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         self.n_outputs_ = y.shape[1]
         random_state = check_random_state(self.random_state)
         if first:
-            self._initialize(network, random_state, X.dtype)
+            self.n_iter_, self.t_ = 0, 0
+            self.n_layers_ = network.layers + 1
+            self.out_activation_ = self._objective(self.n_outputs_).out_activation
+            self._take(*settings.initial_parameters(network, self.activation, random_state, X.dtype))
         if stochastic:
             self._start_accounts(first, validation is not None)
         if stochastic and self.early_stopping and validation is None:
@@ -199,11 +199,9 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         size = settings.rows_of_a_batch(self.batch_size, n) if stochastic else n
         model = self._model_for(network, incremental, random_state, -(-n // size))
         model.load(self.coefs_, self.intercepts_, getattr(self, "slopes_", None))
-        target, constants = self._targets(y, model.dtype)
-        rows = np.require(X.toarray() if hasattr(X, "toarray") else X, model.dtype, ["C", "A"])
+        data, constants = self._data(X, y, model.dtype)
         alpha = 0.0 if self.solver == "adamw" else float(self.alpha)
-        data = {"x": rows, "target": target}
-        against = settings.step_against(self, model.engine, rows, self.max_iter * -(-n // size))
+        against = settings.step_against(self, model.engine, data["x"], self.max_iter * -(-n // size))
         rules = (model, self._objective(self.n_outputs_), data, row_weights, constants, alpha, size, against)
         # a launch of many steps cannot leave out the update of a batch whose weights are all 0
         traits = model.engine.memory.backend.traits
@@ -228,56 +226,10 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         if isinstance(self.adversarial, IBP):
             policy.settles = self.adversarial.settled(self.max_iter)
         if stochastic and validation is not None:
-            policy.held_loss = self._held_loss(model, validation)
+            held, parts = self._data(validation.X, validation.y, model.dtype)
+            policy.held_loss = HeldLoss(model, batches.objective, held, validation.loss_weight, parts)
         counts = size, len(batches.starts), batches.at_once
         return EpochLoop(model.engine, batches.steps, policy, state, *counts, callbacks)
-
-    def _refuse(self, stochastic: bool, incremental: bool, X_val: Any, y_val: Any) -> None:
-        """Raise ValueError for impossible combinations of arguments."""
-        if incremental and self.early_stopping:
-            raise ValueError("partial_fit does not support early_stopping=True")
-        if (X_val is None) != (y_val is None):
-            missing = "y_val" if y_val is None else "X_val"
-            raise ValueError(f"X_val and y_val belong together, and {missing} is missing.")
-        rates = self.dropout if isinstance(self.dropout, list | tuple) else [self.dropout]
-        if not stochastic and any(rates):
-            raise ValueError(
-                f"dropout: lbfgs needs the same loss at each evaluation, got {self.dropout!r}. Use solver='adam'."
-            )
-        if not stochastic and self.adversarial is not None:
-            raise ValueError(
-                "adversarial: lbfgs needs the same loss at each evaluation, and attacks change it. Use solver='adam'."
-            )
-        if isinstance(self.adversarial, Free):
-            raise ValueError(
-                "adversarial: Free updates several times on a batch, and scikit-learn's epochs do once. Use PGD or "
-                "TRADES, or Free with fusemlp.Engine."
-            )
-        if incremental and isinstance(self.adversarial, IBP):
-            raise ValueError("adversarial: IBP rises over the epochs of a fit, and partial_fit trains one. Use fit.")
-        if not stochastic and self.precision not in ("auto", "fp32", "fp64"):
-            raise ValueError(f"precision: lbfgs needs 'fp32' or 'fp64', got {self.precision!r}.")
-
-    def _initialize(self, network: Any, random_state: np.random.RandomState, dtype: Any) -> None:
-        """Draw weights and biases in scikit-learn's order (Glorot and Bengio, 2010).
-
-        They are uniform in +-sqrt(6 / (K + N)), with a sigmoid in +-sqrt(2 / (K + N)). The output layer's bound is that
-        of the last hidden layer's activation.
-        """
-        hidden = network.activations[:-1]
-        after = [*hidden, hidden[-1] if hidden else network.activations[-1]]
-        if not hidden and not isinstance(self.activation, list | tuple):
-            after = [Activation("sigmoid" if self.activation in ("logistic", "sigmoid") else "identity")]
-        self.n_iter_, self.t_ = 0, 0
-        self.n_layers_ = network.layers + 1
-        self.out_activation_ = self._objective(self.n_outputs_).out_activation
-        coefs, intercepts = [], []
-        for (fan_in, fan_out), activation in zip(pairwise(network.sizes), after, strict=True):
-            bound = np.sqrt((2.0 if activation.name == "sigmoid" else 6.0) / (fan_in + fan_out))
-            coefs.append(random_state.uniform(-bound, bound, (fan_in, fan_out)).astype(dtype, copy=False))
-            intercepts.append(random_state.uniform(-bound, bound, fan_out).astype(dtype, copy=False))
-        slopes = [np.full(1, one.slope, dtype) if one.name == "prelu" else None for one in network.activations]
-        self._take(coefs, intercepts, slopes)
 
     def _take(self, coefs: list[Array], intercepts: list[Array], slopes: list[Any]) -> None:
         """Set the parameters; ``slopes_`` only if a layer has one."""
@@ -333,12 +285,11 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         row_weights = self._held_weights(y_val, y)
         return ValidationScore(X_val, y_val, self._truth(y_val), None, row_weights, bool(self.early_stopping))
 
-    def _held_loss(self, model: Model, validation: ValidationScore) -> HeldLoss:
-        """Return the loss of validation rows, as the model's parameters have it when it is asked for."""
-        X, y, weight = validation.X, validation.y, validation.loss_weight
-        target, constants = self._targets(y, model.dtype)
-        rows = np.require(X.toarray() if hasattr(X, "toarray") else X, model.dtype, ["C", "A"])
-        return HeldLoss(model, self._objective(y.shape[1]), {"x": rows, "target": target}, weight, constants)
+    def _data(self, X: Any, y: Array, dtype: np.dtype[Any]) -> tuple[dict[str, Array], Array | None]:
+        """Return dense rows and their targets by the engine's names, and the constants of ``_targets``."""
+        target, constants = self._targets(y, dtype)
+        rows = np.require(X.toarray() if hasattr(X, "toarray") else X, dtype, ["C", "A"])
+        return {"x": rows, "target": target}, constants
 
     def _model_for(self, network: Any, incremental: bool, random_state: np.random.RandomState, batches: int) -> Model:
         """Return a new model, or the one that ``partial_fit`` goes on with."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.targets import Examples, Targets
 from fusemlp.program.step import Inputs
 from fusemlp.runtime.bound import BoundProgram
@@ -32,8 +33,6 @@ from fusemlp_kernels.contract import (
     ROW_TOTAL,
     Ridge,
 )
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(eq=False)

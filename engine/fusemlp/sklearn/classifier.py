@@ -15,7 +15,8 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import _check_partial_fit_first_call, type_of_target, unique_labels
 
 from fusemlp.describe.losses import BinaryCrossEntropy, CrossEntropy
-from fusemlp.sklearn.base import Array, BaseMLP, has_steps
+from fusemlp.inputs.arrays import Array
+from fusemlp.sklearn.base import BaseMLP, has_steps
 from fusemlp.sklearn.settings import CONSTRAINTS, UNIT, Objective
 
 

@@ -10,10 +10,9 @@ import scipy.optimize
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.optimize import _check_optimize_result
 
+from fusemlp.inputs.arrays import Array
 from fusemlp.sklearn.convergence import fit_ended, search_around
 from fusemlp.sklearn.stochastic import SklearnPolicy
-
-Array = np.ndarray[Any, Any]
 
 
 def minimise(policy: SklearnPolicy) -> None:

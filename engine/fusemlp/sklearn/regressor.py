@@ -13,7 +13,8 @@ from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.metaestimators import available_if
 
 from fusemlp.describe.losses import MAE, MSE, Huber, Loss, Poisson, Quantile
-from fusemlp.sklearn.base import Array, BaseMLP, has_steps
+from fusemlp.inputs.arrays import Array
+from fusemlp.sklearn.base import BaseMLP, has_steps
 from fusemlp.sklearn.settings import CONSTRAINTS, Objective
 
 # losses that scikit-learn does not have, as means over the outputs

@@ -6,6 +6,7 @@ import functools
 import warnings
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
+from itertools import pairwise
 from numbers import Real
 from typing import Any
 
@@ -13,13 +14,14 @@ import numpy as np
 from sklearn.neural_network import MLPClassifier
 from sklearn.utils._param_validation import Interval, StrOptions
 
-from fusemlp.describe.hardening import TRADES
+from fusemlp.describe.hardening import TRADES, Free
 from fusemlp.describe.intervals import IBP
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP, Activation, as_activation
 from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer
 from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
+from fusemlp.inputs.arrays import Array
 from fusemlp.program.adversarial import lowered
 from fusemlp.runtime.attacking import check_within
 from fusemlp.runtime.backends import first_available
@@ -165,6 +167,27 @@ def _for_each_layer(name: str, given: Any, hidden: int) -> list[Any]:
     return several
 
 
+def initial_parameters(
+    network: MLP, activation: Any, random_state: np.random.RandomState, dtype: Any
+) -> tuple[list[Array], list[Array], list[Any]]:
+    """Return coefs, intercepts and slopes of each layer, drawn in scikit-learn's order (Glorot and Bengio, 2010).
+
+    They are uniform in +-sqrt(6 / (K + N)), with a sigmoid in +-sqrt(2 / (K + N)). The output layer's bound is that of
+    the last hidden layer's activation; without hidden layers that of ``activation``.
+    """
+    hidden = network.activations[:-1]
+    after = [*hidden, hidden[-1] if hidden else network.activations[-1]]
+    if not hidden and not isinstance(activation, list | tuple):
+        after = [Activation("sigmoid" if activation in (LOGISTIC, "sigmoid") else "identity")]
+    coefs, intercepts = [], []
+    for (fan_in, fan_out), one in zip(pairwise(network.sizes), after, strict=True):
+        bound = np.sqrt((2.0 if one.name == "sigmoid" else 6.0) / (fan_in + fan_out))
+        coefs.append(random_state.uniform(-bound, bound, (fan_in, fan_out)).astype(dtype, copy=False))
+        intercepts.append(random_state.uniform(-bound, bound, fan_out).astype(dtype, copy=False))
+    slopes = [np.full(1, one.slope, dtype) if one.name == "prelu" else None for one in network.activations]
+    return coefs, intercepts, slopes
+
+
 def optimizer(estimator: Any) -> Optimizer:
     """Return the optimizer of an estimator, with scikit-learn's conventions where it has the same one.
 
@@ -198,6 +221,34 @@ def step_against(estimator: Any, engine: Engine, rows: Any, updates: int) -> dic
     check_adversarial(engine, how)
     check_within(engine, "X", rows, how)
     return {"against": lowered(how, 0, updates)}
+
+
+def check_together(estimator: Any, incremental: bool, X_val: Any, y_val: Any) -> None:
+    """Raise ValueError for impossible combinations of parameters and arguments."""
+    stochastic = estimator.solver in STOCHASTIC
+    if incremental and estimator.early_stopping:
+        raise ValueError("partial_fit does not support early_stopping=True")
+    if (X_val is None) != (y_val is None):
+        missing = "y_val" if y_val is None else "X_val"
+        raise ValueError(f"X_val and y_val belong together, and {missing} is missing.")
+    rates = estimator.dropout if isinstance(estimator.dropout, list | tuple) else [estimator.dropout]
+    if not stochastic and any(rates):
+        raise ValueError(
+            f"dropout: lbfgs needs the same loss at each evaluation, got {estimator.dropout!r}. Use solver='adam'."
+        )
+    if not stochastic and estimator.adversarial is not None:
+        raise ValueError(
+            "adversarial: lbfgs needs the same loss at each evaluation, and attacks change it. Use solver='adam'."
+        )
+    if isinstance(estimator.adversarial, Free):
+        raise ValueError(
+            "adversarial: Free updates several times on a batch, and scikit-learn's epochs do once. Use PGD or "
+            "TRADES, or Free with fusemlp.Engine."
+        )
+    if incremental and isinstance(estimator.adversarial, IBP):
+        raise ValueError("adversarial: IBP rises over the epochs of a fit, and partial_fit trains one. Use fit.")
+    if not stochastic and estimator.precision not in ("auto", "fp32", "fp64"):
+        raise ValueError(f"precision: lbfgs needs 'fp32' or 'fp64', got {estimator.precision!r}.")
 
 
 def rows_of_a_batch(batch_size: Any, n: int) -> int:

@@ -11,13 +11,12 @@ import numpy as np
 
 from fusemlp.callbacks import deferred_interrupt
 from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
+from fusemlp.inputs.arrays import Array
 from fusemlp.sklearn.batches import Batches, HeldLoss
 from fusemlp.sklearn.convergence import fit_ended
 from fusemlp.sklearn.model import Model
 from fusemlp.training.history import FitState
 from fusemlp.training.loop import EpochLoop, Policy
-
-Array = np.ndarray[Any, Any]
 
 # "adaptive" gives up once the rate is no greater than this.
 SMALLEST_RATE = 1e-6

@@ -93,13 +93,8 @@ class _Memory:
         if precision is None:
             raise DTypeError(f"x: expected torch.float32 or torch.float64, got {like.dtype}")
         self.backend = _opened(torch_backend(like.device.type), str(like.device), precision)
-        self._like = like
         self._counters = self.backend.allocate(COUNTERS, "int64")
         self._counters[BATCH_INDEX] = chain.batch_index
-
-    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Return an uninitialised tensor, of the computation's element type by default."""
-        return self._like.new_empty(shape, dtype=dtype)
 
     def see(self, value: Any) -> Any:
         """Return ``value`` with the backend's arrays over the memory of the tensors in it."""
@@ -140,7 +135,7 @@ def _forward(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> Kept:
     """Run the layers over x (m, K), contiguous."""
     memory, kept = _Memory(x, chain), _allocate(chain, x, parameters)
     for index, (weight, bias, slope) in enumerate(chain.grouped(parameters)):
-        b = memory.new(len(weight)).zero_() if bias is None else bias
+        b = x.new_zeros(len(weight)) if bias is None else bias
         y, z, keep = (one[index] for one in kept)
         described = chain.operands(index, slope)
         memory.run("linear", x=kept.outputs[index - 1] if index else x, w=weight, b=b, y=y, z=z, keep=keep, **described)
@@ -164,17 +159,17 @@ def _backward(
     for index in reversed(range(first, count)):
         weight, _, _ = layers[index]
         dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[index][0] else None
-        db = memory.new(len(weight)) if wanted[index][1] else None
+        db = dz.new_empty(len(weight)) if wanted[index][1] else None
         layer = {"dw": dw, "db": db, "dz": dz, "x": inputs[index]}
         memory.run("grad_weight", layers=(layer,), slopes=(), rule=ONE_BATCH)
         gradients[index] = dw, db, slopes[index]
         if index == first and not needs_x:
             break
-        dz_prev = memory.new(*inputs[index].shape)
+        dz_prev = dz.new_empty(inputs[index].shape)
         before: dict[str, Any] = {"activation": "identity"}
         if index:
             slope = layers[index - 1][2]
-            slopes[index - 1] = None if slope is None else memory.new(1)
+            slopes[index - 1] = None if slope is None else dz.new_empty(1)
             before = {
                 **chain.operands(index - 1, slope),
                 "z": pre[index - 1],
@@ -223,9 +218,10 @@ class ChainFunction(torch.autograd.Function):
 
 
 def _as_chain(
-    activations: Sequence[int], slopes: Sequence[float], rates: Sequence[float], biased: Sequence[bool], masks: Any
-) -> Chain:
-    seed, batch_index = (0, 0) if masks is None else masks
+    activations: Sequence[int], slopes: Sequence[float], rates: Sequence[float], biased: Sequence[bool],
+    masks: Tensor | None,
+) -> Chain:  # fmt: skip
+    seed, batch_index = (0, 0) if masks is None else masks.tolist()
     named = [Activation(ACTIVATIONS[code], slope) for code, slope in zip(activations, slopes, strict=True)]
     return Chain(tuple(named), tuple(rates), tuple(biased), seed, batch_index)
 
@@ -241,7 +237,7 @@ def chain_op(
     rates: Sequence[float], biased: Sequence[bool], masks: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     """Return the output, and what the backward pass needs."""
-    chain = _as_chain(activations, slopes, rates, biased, None if masks is None else masks.tolist())
+    chain = _as_chain(activations, slopes, rates, biased, masks)
     return _flat(_forward(chain, x.detach().contiguous(), parameters))
 
 
@@ -258,7 +254,7 @@ def chain_backward_op(
     needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Return the gradients that are needed, of x and the parameters in order."""
-    chain = _as_chain(activations, slopes, rates, biased, None if masks is None else masks.tolist())
+    chain = _as_chain(activations, slopes, rates, biased, masks)
     x = x.contiguous()
     rest = iter(kept)
     outputs = [*islice(rest, len(activations))][::-1]

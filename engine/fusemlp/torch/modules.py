@@ -164,10 +164,8 @@ def read_module(module: nn.Module, *, always_drops: bool = False, may_normalise:
             squeezes = True
         elif kind is nn.LogSoftmax:
             log_softmax = True
-        elif kind is nn.Dropout:
-            _add_dropout(layers[-1], part)
         else:
-            _add_activation(layers[-1], part)
+            _add(layers[-1], "dropout" if kind is nn.Dropout else "activation", part)
     if not layers:
         raise ArgumentError("module: has no Linear; there is nothing to train")
     if layers[-1].dropout is not None:
@@ -205,19 +203,15 @@ def _parts(part: Part) -> Iterator[Part]:
         yield from _parts(one)
 
 
-def _add_dropout(layer: _Layer, part: Part) -> None:
-    if layer.dropout is not None:
-        raise ArgumentError(f"module: {part}: a second dropout on one layer, after {layer.dropout}; keep one")
-    layer.dropout = part
-
-
-def _add_activation(layer: _Layer, part: Part) -> None:
-    if layer.activation is not None:
-        raise ArgumentError(f"module: {part}: a second activation on one layer, after {layer.activation}; keep one")
+def _add(layer: _Layer, what: str, part: Part) -> None:
+    """Note the activation or the dropout of a layer; raises ArgumentError for a second one, and for a wrong order."""
+    before = getattr(layer, what)
+    if before is not None:
+        raise ArgumentError(f"module: {part}: a second {what} on one layer, after {before}; keep one")
     # With f(a z) = a f(z) for a >= 0, dropout before the activation equals dropout after it.
     if layer.dropout is not None and not _ROWS[type(part.module)].homogeneous:
         raise ArgumentError(f"module: {part} after {layer.dropout}: put the Dropout behind the activation")
-    layer.activation = part
+    setattr(layer, what, part)
 
 
 def _network(layers: list[_Layer], always_drops: bool) -> MLP:

