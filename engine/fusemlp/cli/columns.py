@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fusemlp.cli.prepare import Prepared
-from fusemlp.report.metrics import aligned
+from fusemlp.describe.summary import aligned
 from fusemlp.report.runs import Run, csv_bytes, write_training_rows
 from fusemlp.runtime.files import write_atomically
 

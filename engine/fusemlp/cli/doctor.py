@@ -15,8 +15,8 @@ from fusemlp.cli.commands import DoctorOptions
 from fusemlp.cli.options import PLANS, PRECISIONS
 from fusemlp.cli.output import show
 from fusemlp.describe.network import MLP
+from fusemlp.describe.summary import aligned
 from fusemlp.engine import Engine, availability
-from fusemlp.report.metrics import aligned
 from fusemlp.runtime.backends import thread_limits
 from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
 

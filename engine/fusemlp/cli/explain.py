@@ -15,11 +15,12 @@ from fusemlp.datasets.load import load_features, load_labelled
 from fusemlp.datasets.prepare import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import as_count, check_choice
+from fusemlp.describe.summary import aligned
 from fusemlp.engine import Engine
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.evidence import image_shape
 from fusemlp.report.explanations import Attributions, column_attributions, permutation_importance
-from fusemlp.report.metrics import aligned, spelled
+from fusemlp.report.metrics import spelled
 from fusemlp.report.plots import HINT, can_plot, heat_figure, importance_figure, picture
 from fusemlp.report.runs import csv_bytes
 from fusemlp_kernels.errors import ArgumentError, FusemlpError, MissingLibraryError, unknown_name

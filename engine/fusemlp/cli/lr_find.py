@@ -10,7 +10,7 @@ from fusemlp.cli.commands import FindOptions
 from fusemlp.cli.output import check_output, show, write_output
 from fusemlp.cli.prepare import prepare
 from fusemlp.describe.checks import as_number
-from fusemlp.report.metrics import aligned
+from fusemlp.describe.summary import aligned
 from fusemlp.report.plots import HINT, can_plot, picture, sweep_figure
 from fusemlp_kernels.errors import ArgumentError
 

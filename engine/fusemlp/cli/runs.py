@@ -15,7 +15,8 @@ from fusemlp.cli.fields import one_of
 from fusemlp.cli.output import show
 from fusemlp.cli.tracking import counts
 from fusemlp.describe.metrics import METRICS, rises
-from fusemlp.report.metrics import aligned, scalars, spelled
+from fusemlp.describe.summary import aligned
+from fusemlp.report.metrics import scalars, spelled
 from fusemlp.report.runs import Run, open_run, read_json, read_metrics
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
 

@@ -20,12 +20,13 @@ from fusemlp.cli.session import data_of
 from fusemlp.cli.standings import Seldom, counts, standings, table
 from fusemlp.cli.sweep_plan import Plan, describe, planned, resumed
 from fusemlp.describe.metrics import rises
+from fusemlp.describe.summary import aligned
 from fusemlp.fleet.elsewhere import connected
 from fusemlp.fleet.memory import Kept
 from fusemlp.fleet.results import FleetResults, Member
 from fusemlp.fleet.seeds import Combination, averages
 from fusemlp.report.baselines import baseline_line
-from fusemlp.report.metrics import aligned, headline
+from fusemlp.report.metrics import headline
 from fusemlp.report.plots import HINT, Varied, can_plot, picture, scores_figure
 from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, csv_bytes, discard_if_empty, write_json
 from fusemlp.runtime.files import write_atomically

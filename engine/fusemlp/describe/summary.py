@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -44,15 +44,21 @@ def layer_lines(net: MLP) -> list[str]:
             )
         )
     members = f", {net.members} members" if net.members > 1 else ""
-    return [f"MLP {'-'.join(map(str, net.sizes))}{members}", *aligned(rows), f"{net.parameter_count:,} parameters"]
+    title, lines = f"MLP {'-'.join(map(str, net.sizes))}{members}", aligned(rows, left=len(HEADER) - 1).split("\n")
+    return [title, *lines, f"{net.parameter_count:,} parameters"]
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
-    """Yield rows with columns of one width, the last at the right."""
+def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Return rows as aligned text, the first ``left`` columns to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
     for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        yield "  ".join([*cells[:-1], row[-1].rjust(widths[-1])])
+        words = [
+            word.ljust(width) if index < left else word.rjust(width)
+            for index, (word, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(words).rstrip())
+    return "\n".join(lines)
 
 
 def network_text(net: MLP) -> str:

@@ -12,11 +12,11 @@ import numpy as np
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.metrics import rises
 from fusemlp.describe.privacy import OF_TRAINING_ROWS
+from fusemlp.describe.summary import aligned
 from fusemlp.engine import Engine
 from fusemlp.fleet.memory import Kept
 from fusemlp.fleet.seeds import Combination, Point, averages, combinations
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.metrics import aligned
 from fusemlp.runtime.spending import spent_together
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError, unknown_name

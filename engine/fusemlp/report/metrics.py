@@ -129,16 +129,3 @@ def confusion_table(report: Mapping[str, Any]) -> list[list[str]]:
     names = list(report["classes"])
     body = [[name, *map(str, counts)] for name, counts in zip(names, report["confusion_matrix"], strict=True)]
     return [["true \\ predicted", *names], *body]
-
-
-def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Return rows as aligned text, the first ``left`` columns to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        words = [
-            word.ljust(width) if index < left else word.rjust(width)
-            for index, (word, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(words).rstrip())
-    return "\n".join(lines)
