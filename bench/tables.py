@@ -350,10 +350,11 @@ def text(lines: Sequence[Record]) -> str:
             parts.append(table(header, rows))
     seeds = len({line["seed"] for line in lines})
     of = f"Means over {seeds} seeds, each with its own" if seeds > 1 else "One seed, with a"
+    named = f" --models {' '.join(models)}" if PYTABKIT.keys() & set(models) else ""
     caption = (
         f"{of} fifth of the rows as test; in parentheses the seconds of a training, reading the file included. Bold: "
         "the best of a row. The machine was shared, so the seconds are only indicative. To repeat: `python -m bench "
-        "tables`."
+        f"tables --half HALF --seeds {seeds}{named}`, for each HALF."
     )
     return "\n\n".join([*parts, caption])
 

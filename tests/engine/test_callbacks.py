@@ -624,6 +624,16 @@ def test_copies_work_as_scikit_learn_makes_them(copied: Callable[[Any], Any], us
     fit(make(), *copied(callbacks))
 
 
+def test_monitors_in_a_loop_of_the_callers_own() -> None:
+    engine, stopping = make(), EarlyStopping(patience=1)
+    stopping.model = engine
+    stopping.on_train_begin()
+    for epoch, loss in enumerate((1.0, 0.5, 0.7)):
+        stopping.on_epoch_end(epoch, {"val_loss": loss})
+    stopping.on_train_end()
+    assert (stopping.best_epoch, stopping.stopped_epoch, engine.history) == (1, 2, None)
+
+
 def test_the_names_of_the_package() -> None:
     for name in fusemlp.callbacks.__all__:
         if name[0].islower():

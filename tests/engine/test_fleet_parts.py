@@ -177,6 +177,8 @@ def test_what_is_free_is_what_system_and_control_group_leave(tmp_path: Path) -> 
     assert module.available_memory(system(tmp_path / "c", meminfo=MEMINFO, max="700000\n", **USED)) == 250_000
     assert module.available_memory(system(tmp_path / "d", meminfo=MEMINFO, max="9000000\n", **USED)) == 1000 << 10
     assert module.available_memory(system(tmp_path / "e", meminfo=MEMINFO, max="1\n", **USED)) == 0
+    garbled = {**USED, "current": "?\n"}
+    assert module.available_memory(system(tmp_path / "f", meminfo=MEMINFO, max="700000\n", **garbled)) == 1000 << 10
     unknown = module.available_memory(tmp_path)
     assert unknown is None or unknown > 1 << 20
 

@@ -45,6 +45,14 @@ def test_the_engine_stays_as_it_is() -> None:
     assert engine.fit(X, Y, epochs=1).history == other.fit(X, Y, epochs=1).history
 
 
+def test_a_class_with_a_constructor_of_its_own() -> None:
+    class Iris(Engine):
+        def __init__(self, width: int) -> None:
+            super().__init__(MLP([4, width, 3]), seed=1)
+
+    assert Iris(16).lr_find(X, Y, steps=40) == make().lr_find(X, Y, steps=40)
+
+
 def test_curve_and_suggestion() -> None:
     found = lr_find(make(), X, Y, steps=100)
     assert np.allclose(np.diff(np.log(found.rates)), np.log(1e7) / 99)

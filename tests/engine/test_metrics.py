@@ -218,7 +218,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no rows": (
         {"metrics": ["auc"], "validation_data": None},
         ArgumentError,
-        r"^metrics: they are of validation rows; give validation_data",
+        r"^metrics: they are of validation rows; give validation_data=\(Xv, yv\) or validation_(split=0.2|rows) too",
     ),
     "monitor": ({"monitor": "val_los"}, ArgumentError, r"^monitor: unknown name 'val_los'; did you mean 'val_loss'\?"),
     "no rows to monitor": (

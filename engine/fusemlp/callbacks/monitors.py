@@ -48,9 +48,8 @@ class Monitor(Watching):
             )
 
     @property
-    def history(self) -> History:
-        """The record of the running fit, which begins it before it calls any callback."""
-        assert self.model.history is not None
+    def history(self) -> History | None:
+        """The record of the running fit; None in a loop of the caller's own."""
         return self.model.history
 
     def value(self, epoch: int, logs: dict[str, float]) -> float | None:
@@ -70,7 +69,7 @@ class Monitor(Watching):
 
     def recorded(self) -> list[float]:
         """Return the logs of the epochs before this ``fit`` was resumed."""
-        return list(self.history.history.get(self.monitor, ()))
+        return [] if self.history is None else list(self.history.history.get(self.monitor, ()))
 
 
 class EarlyStopping(Monitor):
@@ -113,7 +112,7 @@ class EarlyStopping(Monitor):
         """Start the count, or continue that of a resumed fit."""
         self._begin()
         for index, value in enumerate(self.recorded()):
-            if self._improves(index, value):
+            if self._improves(index, value) and self.history is not None:
                 self.best_epoch = self.history.epochs[index]
         if self.restore_best_weights and self.best_epoch is not None:
             warnings.warn(
@@ -124,7 +123,7 @@ class EarlyStopping(Monitor):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Check the quantity, and end the training when patience runs out."""
-        index = self.history.epochs.index(epoch)
+        index = epoch if self.history is None else self.history.epochs.index(epoch)
         current = self.value(epoch, logs)
         if current is None:
             return
@@ -151,8 +150,8 @@ class EarlyStopping(Monitor):
     def on_train_end(self, logs: Any = None) -> None:
         """Restore the best weights if wanted, and add a note to the history."""
         history = self.history
-        interrupted = history.stopped.startswith("interrupted")
-        if "early stopping" not in history.in_use:
+        interrupted = history is not None and history.stopped.startswith("interrupted")
+        if history is not None and "early stopping" not in history.in_use:
             history.in_use.append("early stopping")
         weights = None if interrupted else self.best_weights
         if weights is not None:
@@ -161,7 +160,7 @@ class EarlyStopping(Monitor):
             reason = f"{self.monitor} has not improved for {self.wait} epochs"
             if weights is not None and self.best_epoch is not None:
                 reason += f"; the weights of epoch {self.best_epoch + 1} were restored"
-            if not interrupted:
+            if history is not None and not interrupted:
                 history.stopped = reason
             tell(self.verbose, "epoch %d: %s", self.stopped_epoch + 1, reason)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,23 +19,21 @@ def available_memory(root: Path = Path("/")) -> int | None:
     try:
         lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
         found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
-    except OSError:
+    except (OSError, ValueError):
         # not Linux: free pages leave out the caches that the system could give up
         if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
             found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     group = root / "sys/fs/cgroup"
-    try:
+    # no control groups, or those of version 1
+    with suppress(OSError, ValueError):
         most, used, stat = (
             (group / f"memory.{name}").read_text(encoding="ascii") for name in ("max", "current", "stat")
         )
-    except OSError:
-        # no control groups, or those of version 1
-        return min(found, default=None)
-    if most.strip() != "max":
-        figures = dict(line.split() for line in stat.splitlines())
-        # cached files count as used, and give way when memory is needed
-        files = sum(int(figures.get(name, 0)) for name in ("active_file", "inactive_file"))
-        found.append(max(0, int(most) - int(used) + files))
+        if most.strip() != "max":
+            figures = dict(line.split() for line in stat.splitlines())
+            # cached files count as used, and give way when memory is needed
+            files = sum(int(figures.get(name, 0)) for name in ("active_file", "inactive_file"))
+            found.append(max(0, int(most) - int(used) + files))
     return min(found, default=None)
 
 

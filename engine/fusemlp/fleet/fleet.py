@@ -282,11 +282,13 @@ class Fleet:
         if validated_on is not None:
             validations = held_out(first, data, validated_on)
         metrics = metrics if isinstance(metrics, str) else tuple(metrics or ())
-        each = {id(one): one for one in validations}
-        measured = {key: with_metrics(first, data.targets, one, metrics, [monitor]) for key, one in each.items()}
+        instead, each = "validation_rows", {id(one): one for one in validations}
+        measured = {
+            key: with_metrics(first, data.targets, one, metrics, [monitor], instead) for key, one in each.items()
+        }
         validations = [measured[id(one)] for one in validations]
         check_monitor(monitor, logged(first, data.targets, validations[0]))
-        patience = as_patience(early_stopping, validations[0] or monitor, "validation_rows")
+        patience = as_patience(early_stopping, validations[0] or monitor, instead)
         counts = dict(enumerate([count] * len(self) if trained_rows is None else map(len, trained_rows)))
         for index, one in enumerate(self.candidates):
             # the loss refuses here, before anything has changed

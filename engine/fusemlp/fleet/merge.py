@@ -126,7 +126,7 @@ def _like(first: Engine, widths: Sequence[int], *, normalise: bool | None) -> En
     """Return an untrained engine of these widths without dropout, in all else as ``first``."""
     *hidden, output = first.network.activations
     net = MLP(widths, activation=hidden, output_activation=output, init=first.network.init)
-    return first.like(net=net, normalise=normalise)
+    return first.like(Engine, net=net, normalise=normalise)
 
 
 def _of_raw_inputs(engine: Engine) -> dict[str, Array]:

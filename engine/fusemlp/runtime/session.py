@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -47,6 +47,7 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 if TYPE_CHECKING:
     from fusemlp.training.history import FitState, History
 
+Made = TypeVar("Made", bound="Session")
 
 _TO_OPTIMIZER = "it belongs to the optimizer: Engine(net, optimizer=Adam(lr=0.001))"
 _TO_FIT = "it belongs to fit: engine.fit(X, y, epochs=20)"
@@ -129,13 +130,15 @@ class Session(Predicting, Spending, Keeping):
         self.join(distributed, reduce, timeout, shard_optimizer)
         self.write_tensors(checked_state(net.parameter_shapes(), net.initial_parameters(self.seed), self._real), "")
 
-    def like(self, **changes: Any) -> Self:
-        """Return a new session with the network, loss, optimizer, batch size, seed and machine of this one, but for
-        ``changes``, arguments of the constructor; it trains alone, and its seed draws its parameters."""
+    def like(self, kind: type[Made], **changes: Any) -> Made:
+        """Return a new ``kind`` of session with the network, loss, optimizer, batch size, seed and machine of this one.
+
+        ``changes`` are arguments of the constructor that differ. It trains alone; its seed draws its parameters.
+        """
         given = {"net": self.network}
         given |= {name: getattr(self, name) for name in ("loss", "optimizer", "batch_size", "seed")}
         given |= {name: getattr(self, name) for name in ("backend", "device", "precision")}
-        return type(self)(**given | changes)
+        return kind(**given | changes)
 
     def description(self) -> dict[str, Any]:
         """Return the arguments of the session, JSON-able; ``start_from`` is its inverse."""

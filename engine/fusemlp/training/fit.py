@@ -181,8 +181,10 @@ def fit(
         data = weighted(data)
     count = len(data.X)
     listeners = [*given, *(checked_callbacks(ProgressBar(lines=verbose == 2)) if verbose else ())]
-    validation = with_metrics(engine, data.targets, validation, metrics or (), [monitor, *_monitors(listeners)])
-    patience = as_patience(early_stopping, validation or monitor, "validation_split=0.2")
+    instead = "validation_split=0.2"
+    monitors = [monitor, *_monitors(listeners)]
+    validation = with_metrics(engine, data.targets, validation, metrics or (), monitors, instead)
+    patience = as_patience(early_stopping, validation or monitor, instead)
     names = logged(engine, data.targets, validation)
     check_monitor(monitor, names)
     announce(listeners, names, epochs)

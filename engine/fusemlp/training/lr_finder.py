@@ -89,6 +89,7 @@ def lr_find(
     data = data._replace(X=scaled).map(engine.on_host)
     gamma = (end / start) ** (1.0 / (steps - 1))
     copy = engine.like(
+        Session,
         optimizer=replace(engine.optimizer, lr=Exponential(start, gamma=gamma)),
         batch_size=min(engine.batch_size, len(data.X)),
         normalise=False,

@@ -206,6 +206,7 @@ def probe(
         return shifted({name: one for name, one in given.items() if layer_of(name) >= kept}, -kept)
 
     tail = engine.like(
+        type(engine),
         net=MLP(
             net.sizes[kept:],
             activation=net.activations[kept:-1],

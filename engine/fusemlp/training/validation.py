@@ -92,10 +92,12 @@ def with_metrics(
     validation: Validation | None,
     metrics: Iterable[str | Metric],
     monitors: Iterable[Any],
+    instead: str,
 ) -> Validation | None:
     """Return the validation with these metrics and those that ``monitors``, such as "val_auc", name.
 
-    ``targets`` are those of training. Raises ArgumentError for metrics without validation, or not of its rows.
+    ``targets`` are those of training; ``instead``: as for ``as_patience``. Raises ArgumentError for metrics without
+    validation, or not of its rows.
     """
     known = {f"val_{name}": name for name in METRICS}
     named = [known[one] for one in monitors if isinstance(one, str) and one in known and validation is not None]
@@ -105,7 +107,7 @@ def with_metrics(
     both = (*as_metrics("metrics", named, kind), *as_metrics("metrics", metrics, kind))
     if validation is None and both:
         raise ArgumentError(
-            "metrics: they are of validation rows; give validation_data=(Xv, yv) or a part of X too, got "
+            f"metrics: they are of validation rows; give validation_data=(Xv, yv) or {instead} too, got "
             f"{[one.name for one in both]}"
         )
     if validation is None:
