@@ -1,0 +1,91 @@
+"""Run folders of earlier releases predict, score, explain and train on as the release that wrote them did."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import read, rows, run
+
+FOLDER = Path(__file__).parents[1] / "fixtures" / "runs_2026_11"
+TABLE = FOLDER / "homes.csv"
+# A plain network, five merged ones, members that share weights, the best model of a sweep.
+NAMES = ("plain", "five", "members", "sweep")
+# The same float32 network on another processor: rounding of its sums, relative to the largest value of a column.
+TOLERANCE = 2e-5
+
+Copy = Callable[[str], Path]
+
+
+@pytest.fixture
+def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Copy:
+    """Return a function that copies a run folder beside its table, and gives the copy's path."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(TABLE, tmp_path)
+
+    def of(name: str) -> Path:
+        return Path(shutil.copytree(FOLDER / name, tmp_path / name))
+
+    return of
+
+
+def same(written: Path, expected: Path) -> None:
+    """Compare two CSV files: words exactly, numbers within the tolerance."""
+    new, old = rows(written), rows(expected)
+    assert [list(row) for row in new] == [list(row) for row in old]
+    for column in old[0]:
+        values, wanted = [row[column] for row in new], [row[column] for row in old]
+        try:
+            numbers = np.array(wanted, np.float64)
+        except ValueError:
+            assert values == wanted, column
+            continue
+        np.testing.assert_allclose(np.array(values, np.float64), numbers, rtol=0, atol=TOLERANCE * abs(numbers).max())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_predicts_the_same(name: str, copy: Copy, tmp_path: Path) -> None:
+    probabilities = ["--proba"] if name in ("five", "members") else []
+    assert run("predict", copy(name), "--data", TABLE, "--out", tmp_path / "new.csv", *probabilities) == 0
+    same(tmp_path / "new.csv", FOLDER / name / "predicted.csv")
+
+
+def test_it_takes_another_spelling_of_a_number_for_an_unseen_word(copy: Copy, tmp_path: Path) -> None:
+    (tmp_path / "respelled.csv").write_text(TABLE.read_text().replace(",10.0,", ",10,"))
+    assert run("predict", copy("plain"), "--data", tmp_path / "respelled.csv", "--out", tmp_path / "new.csv") == 0
+    same(tmp_path / "new.csv", FOLDER / "plain" / "respelled.csv")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_scores_the_same(name: str, copy: Copy, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", copy(name), "--json") == 0
+    scores, expected = json.loads(capsys.readouterr().out), read(FOLDER / name / "report.json")["test"]
+    shared = expected.keys() & scores.keys() & {"rows", "loss", "accuracy", "rmse", "r2"}
+    assert len(shared) >= 3
+    for score in shared:
+        assert scores[score] == pytest.approx(expected[score], rel=1e-4), score
+
+
+@pytest.mark.parametrize("name, options", [("plain", []), ("five", ["--method", "integrated", "--class", "dear"])])
+def test_it_is_explained_the_same(name: str, options: list[str], copy: Copy, tmp_path: Path) -> None:
+    assert run("explain", copy(name), "--data", TABLE, "--out", tmp_path / "new.csv", *options) == 0
+    same(tmp_path / "new.csv", FOLDER / name / "explained.csv")
+
+
+def test_a_training_goes_on(copy: Copy) -> None:
+    folder = copy("plain")
+    assert run("train", "--resume", folder, "--epochs", "32", "--quiet") == 0
+    epochs = rows(folder / "metrics.csv")
+    assert [row["epoch"] for row in epochs] == [str(epoch) for epoch in range(1, 33)]
+    assert epochs[:30] == rows(FOLDER / "plain" / "metrics.csv")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_page_is_written_again(name: str, copy: Copy) -> None:
+    folder = copy(name)
+    assert run("report", folder) == 0
+    assert (folder / "report.html").stat().st_size > 4000
