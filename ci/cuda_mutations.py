@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from mutations import (
     ADVANCE,
-    BALL,
-    BOX,
     CLIP,
     FUSED,
     GRAD_INPUT,
@@ -26,10 +24,8 @@ from mutations import (
     OWN_WAY,
     PERTURB,
     SCALED,
-    SPREAD,
     UPDATE,
     WEIGHTS,
-    WORST,
     Mutation,
 )  # fmt: skip
 
@@ -136,41 +132,6 @@ CUDA_MUTATIONS = (
             "0u, 0x80000000u",
             PERTURB,
         ),
-    ),
-    *_bugs(
-        "boxes.cu",
-        (
-            "ramp from the first update of the engine",
-            "(call.counters[UPDATE_COUNT] - call.first)",
-            "call.counters[UPDATE_COUNT]",
-            BALL,
-        ),
-        (
-            "boxes of the first rows of the epoch",
-            "call.indices[call.counters[ROW_OFFSET] + row]",
-            "call.indices[row]",
-            BALL,
-        ),
-        (
-            "ball beyond its least",
-            "low[i] = maximum(low[i], call.least[column])",
-            "low[i] = minimum(low[i], call.least[column])",
-            BALL,
-        ),
-        (
-            "derivative of the lower end alone",
-            "derivative(high[i], code, slope)",
-            "derivative(low[i], code, slope)",
-            BOX,
-        ),
-        (
-            "the best logit of the label",
-            "i == label ? centre[i] - radius[i]",
-            "i == label ? centre[i] + radius[i]",
-            WORST,
-        ),
-        ("a wider label lowers the loss", "i == label ? -by[i] : by[i]", "i == label ? by[i] : by[i]", WORST),
-        ("sign of 0 taken for 1", "signs[i] > 0.0f", "signs[i] >= 0.0f", SPREAD),
     ),
     *_bugs(
         "philox.cuh",

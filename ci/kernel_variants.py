@@ -25,10 +25,8 @@ from triton.compiler import ASTSource
 from fusemlp_kernels.errors import unknown_name
 from fusemlp_kernels.pointwise import OPTIMIZERS
 from fusemlp_kernels.triton import (
-    boxes,
     clock,
     configs,
-    divergence,
     gradients,
     linear,
     loss,
@@ -48,15 +46,10 @@ KERNELS = {
     "grad_weight": gradients.grad_weight_kernel,
     "linear_loss_grad": loss.linear_loss_grad_kernel,
     "loss_grad": loss.loss_grad_kernel,
-    "divergence": divergence.divergence_kernel,
     "update": update.update_kernel,
     "norm": update.norm_kernel,
     "advance": clock.advance_kernel,
     "perturb": perturb.perturb_kernel,
-    "ball": boxes.ball_kernel,
-    "box": boxes.box_kernel,
-    "worst": boxes.worst_kernel,
-    "turn": boxes.turn_kernel,
     "affine_members": members.affine_members_kernel,
     "grad_affine_members": members.grad_affine_members_kernel,
     "linear_members": members.linear_members_kernel,
@@ -173,10 +166,6 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
                 yield Variant("linear_loss_grad", precision, tile, {**sides, **shared})
             tile = configs.LOSS
             yield Variant("loss_grad", ELEMENTS[precision], tile, {"BM": tile.rows, "BN": tile.columns, **shared})
-    for aligned in (True, False):
-        tile = configs.DIVERGENCE
-        constants = {"BM": tile.rows, "BN": tile.columns, "ALIGNED": aligned}
-        yield Variant("divergence", ELEMENTS[precision], tile, constants)
     for rule in RULES:
         for tasks in configs.TABLE_LENGTHS if rule == HEAVIEST else configs.TABLE_LENGTHS[:1]:
             for noisy, tile in ((False, configs.SWEEP), (True, configs.NOISY_SWEEP)):
@@ -190,11 +179,7 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
     sides = {"BM": configs.CLIP.rows, "BK": configs.CLIP.columns}
     yield Variant("clip_examples", ELEMENTS[precision], configs.CLIP, sides)
     swept = {"BLOCK": configs.SWEEP.columns}
-    for kernel in ("perturb", "ball"):
-        yield Variant(kernel, ELEMENTS[precision], configs.SWEEP, swept)
-    for kernel in ("box", "worst"):
-        for back in (False, True):
-            yield Variant(kernel, ELEMENTS[precision], configs.SWEEP, {"BACK": back, **swept})
+    yield Variant("perturb", ELEMENTS[precision], configs.SWEEP, swept)
     tile = configs.MEMBERS
     for aligned in (True, False):
         constants = {"BM": tile.rows, "BK": tile.columns, "ALIGNED": aligned}
@@ -204,8 +189,7 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
         for resident_tile in configs.resident_tiles(arch.family, precision):
             constants = configs.resident_constants(resident_tile, product)
             yield Variant("resident", precision, resident_tile, constants)
-    for kernel in ("norm", "turn"):
-        yield Variant(kernel, "fp32", configs.SWEEP, swept)
+    yield Variant("norm", "fp32", configs.SWEEP, swept)
     yield Variant("advance", "fp32", configs.SMALL, {})
 
 

@@ -27,15 +27,6 @@ EPOCHS = "test_fleet_epochs.py::test_steps_through_three_epochs_are_the_oracles_
 RACES = "test_train_fleet.py::test_between_two_barriers_nobody_reads_what_another_writes"
 PERTURB = "test_perturb.py::test_a_start_and_a_step_are_those_of_the_definition"
 TINY = "test_perturb.py::test_tiny_gradients_move_as_far_and_nan_stays_in_its_row"
-BALL, BOX, WORST, SPREAD = (
-    f"test_boxes.py::{name}"
-    for name in (
-        "test_a_ball_grows_with_the_updates",
-        "test_boxes_and_their_gradients_are_those_of_the_definition",
-        "test_the_worst_loss_is_that_of_the_definition",
-        "test_gradients_through_magnitudes_have_the_signs_of_the_weights",
-    )
-)
 OWN = "test_members.py::test_affine_members_and_back"
 OWN_ROWS = "test_members.py::test_the_first_factors_take_the_rows_of_a_batch"
 HEADS = "test_members.py::test_heads_and_their_gradients"
@@ -191,46 +182,6 @@ MUTATIONS = (
             OWN_ROWS,
         ),
         ("head of the first member", "place = member.to(tl.int64) * N", "place = member.to(tl.int64) * 0", HEADS),
-    ),
-    *_bugs(
-        "boxes.py",
-        (
-            "ramp from the first update of the engine",
-            "tl.load(counters + UPDATE_COUNT) - tl.load(ramp + FIRST)",
-            "tl.load(counters + UPDATE_COUNT)",
-            BALL,
-        ),
-        (
-            "boxes of the first rows of the epoch",
-            "tl.load(this_batch(rows, counters, gather) + row)",
-            "tl.load(rows + row)",
-            BALL,
-        ),
-        (
-            "ball beyond its least",
-            "maximum(low, end), maximum(high, end)",
-            "minimum(low, end), maximum(high, end)",
-            BALL,
-        ),
-        (
-            "derivative of the lower end alone",
-            "(by_centre + by_radius) * derivative(high",
-            "(by_centre + by_radius) * derivative(low",
-            BOX,
-        ),
-        (
-            "the best logit of the label",
-            "tl.where(at == label, z - spread, z + spread)",
-            "tl.where(at == label, z + spread, z + spread)",
-            WORST,
-        ),
-        (
-            "a wider label lowers the loss",
-            "tl.where(at == label, -by_centre, by_centre)",
-            "tl.where(at == label, by_centre, by_centre)",
-            WORST,
-        ),
-        ("sign of 0 taken for 1", "other=0.0) > 0.0", "other=0.0) >= 0.0", SPREAD),
     ),
     *_bugs(
         "perturb.py",

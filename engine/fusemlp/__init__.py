@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     )
     from fusemlp.datasets.load import load_data
     from fusemlp.describe.adversarial import FGSM, PGD
-    from fusemlp.describe.hardening import TRADES, Free
     from fusemlp.describe.intervals import IBP
     from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
     from fusemlp.describe.network import ELU, MLP, Activation, LeakyReLU, PReLU
@@ -77,7 +76,6 @@ __all__ = [
     "MSE",
     "PGD",
     "SGD",
-    "TRADES",
     "Activation",
     "Adam",
     "AdamW",
@@ -104,7 +102,6 @@ __all__ = [
     "FlatCosine",
     "Fleet",
     "FleetResults",
-    "Free",
     "FusemlpError",
     "History",
     "Huber",
@@ -146,7 +143,6 @@ _NAMES = {
     "fusemlp.fleet.results": "Ensemble FleetResults",
     "fusemlp.fleet.fleet": "Fleet",
     "fusemlp.runtime.normalising": "InputScaleWarning",
-    "fusemlp.describe.hardening": "Free TRADES",
     "fusemlp.describe.intervals": "IBP",
     "fusemlp.describe.losses": "BinaryCrossEntropy CrossEntropy Huber Loss MAE MSE Poisson Quantile",
     "fusemlp.training.lr_finder": "LearningRateSweep lr_find",
@@ -164,8 +160,9 @@ _NAMES = {
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 # Modules that are attributes, as in ``fusemlp.schedules.SCHEDULES``, and the doors to other libraries.
 _SUBMODULES = frozenset({*PATHS, "callbacks", "engine", "fleet", "sklearn", "torch"})
-# Names of Keras and torch, and their equivalents.
+# Names of Keras and torch, and of earlier releases, and their equivalents.
 _ELSEWHERE = {
+    **dict.fromkeys(("Free", "TRADES"), "it is gone; train against fusemlp.PGD(eps)"),
     "load_model": "use fusemlp.load(path)",
     **dict.fromkeys(("Sequential", "Model"), "write Engine(MLP([784, 128, 10], activation='relu'))"),
     **dict.fromkeys(("Dense", "Linear"), "layers are widths: MLP([784, 128, 10], activation='relu')"),

@@ -159,16 +159,11 @@ def _check_together(op: str, given: Mapping[str, Any]) -> None:
             raise unknown_name(f"{op}: loss", kind, LOSSES)
         if kind == "cross_entropy" and activation != "identity":
             raise ArgumentError(f"activation: cross_entropy takes logits, so it must be 'identity', got {activation!r}")
-        if op == "worst_loss_grad" and (kind != "cross_entropy" or given["loss"].soft):
-            raise ArgumentError(f"{op}: loss: the worst logits are those of a label; use cross_entropy of classes")
     if op == "grad_input":
         if activation in NEEDS_Z and given["z"] is None:
             raise ArgumentError(f"{op}: z: the derivative of {activation} needs the pre-activation; got None")
         if activation == "prelu" and given["dslope"] is None:
             raise ArgumentError(f"{op}: dslope: prelu's gradient needs an array of shape (1,); got None")
-    _check_batches(op, given)
-    if op == "perturb" and (given["x"] is None) != (given["carried"] is not None):
-        raise ArgumentError(f"{op}: x: it is None with carried, which moves by itself, and an array without")
     if "counters" in given and given["counters"] is None:
         if given.get("dropout") is not None:
             raise ArgumentError(f"{op}: counters: dropout needs them, since the mask depends on the batch; got None")
@@ -190,57 +185,6 @@ def _check_together(op: str, given: Mapping[str, Any]) -> None:
 def _fuses(rule: UpdateRule) -> bool:
     """Return whether an update needs nothing but the gradient of its own batch and element."""
     return rule.accumulate == 1 and rule.clip_norm is None
-
-
-def _check_batches(op: str, given: Mapping[str, Any]) -> None:
-    """Raise ArgumentError for batches beside the first that this backend does not take, or of a part of the tensors."""
-    layers = given.get("layers", ())
-    second = [layer.get("dz2") is not None for layer in layers]
-    second += [slope.get("dslope2") is not None for slope in given.get("slopes") or ()]
-    spread = [layer.get("dspread") is not None for layer in layers]
-    for name, found in (("dz2", second), ("dspread", spread)):
-        if any(found) and op != "grad_weight":
-            raise ArgumentError(f"{op}: {name}: this backend takes a second batch in grad_weight; use it and update")
-    if len(set(second)) > 1 or any((one.get("dz2") is None) != (one.get("x2") is None) for one in layers):
-        raise ArgumentError(f"{op}: dz2: expected a second batch of all layers and slopes, dz2 with x2, or of none")
-    if any(len({one.get(name) is None for name in ("dspread", "radius", "signs")}) > 1 for one in layers):
-        raise ArgumentError(f"{op}: dspread: expected dspread, radius and signs together, or none of them")
-    if any(spread) and given.get("parts", 1) > 1:
-        raise ArgumentError(f"{op}: parts: the gradient through magnitudes is not cut into parts; use parts=1")
-
-
-def batches_of(given: SimpleNamespace, counters: Any) -> list[SimpleNamespace]:
-    """Return the checked operands of ``grad_weight`` for each batch, each of which adds to what is there.
-
-    ``turned`` are the layers whose dw has the signs of the weights changed while it is added to. The norm is with the
-    last batch. ``counters``: those of the device, with BATCH_INDEX 1.
-    """
-
-    def added(dz: str, x: str, slopes: Sequence[Any], **others: Any) -> SimpleNamespace:
-        layers = [
-            SimpleNamespace(
-                **vars(layer) | {"dz": vars(layer)[dz], "x": vars(layer)[x], "rows": None, "gathered": None} | others
-            )
-            for layer in given.layers
-            if vars(layer)[dz] is not None
-        ]
-        # batch 1 of two is added to batch 0
-        changed = {"layers": layers, "slopes": slopes, "counters": counters, "rule": UpdateRule("sgd", accumulate=2)}
-        return SimpleNamespace(**vars(given) | changed)
-
-    spread = added("dspread", "radius", (), db=None)
-    slopes = [
-        SimpleNamespace(**vars(slope) | {"dslope": slope.dslope2})
-        for slope in given.slopes
-        if slope.dslope2 is not None
-    ]
-    more = (spread, added("dz2", "x2", slopes))
-    found, norm = [given, *(batch for batch in more if batch.layers or batch.slopes)], given.norm
-    for batch in found:
-        batch.norm, batch.turned = None, []
-    found[-1].norm = norm
-    spread.turned = [layer for layer in spread.layers if layer.dw is not None]
-    return found
 
 
 def _check_parts(op: str, given: Mapping[str, Any]) -> None:

@@ -232,21 +232,6 @@ class Perturbation:
 
 
 @dataclass(frozen=True)
-class Ramp:
-    """Training with intervals whose radius rises to ``eps``, while the share of the plain loss falls to ``kappa``.
-
-    Both begin after the share ``warmup`` of the ``updates`` from update ``first`` on, and take the share ``ramp``.
-    """
-
-    eps: float
-    kappa: float
-    warmup: float
-    ramp: float
-    first: float
-    updates: float
-
-
-@dataclass(frozen=True)
 class ResidentLimits:
     """The largest network that a backend's ``train_resident`` takes, and what a step takes there and in launches.
 

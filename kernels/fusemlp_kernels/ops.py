@@ -88,24 +88,7 @@ _DW = Operand("dw", "NK", use=WRITTEN, kind="gradient", nullable=True, note="Non
 _DB = replace(_DW, name="db", shape="N")
 _STATE = Operand("w_state", "NK", use=UPDATED, kind="state", several=True, optional=True, default=())
 _TENSOR_RULE = Operand("w_rule", optional=True, default=TensorRule(), note="TensorRule")
-_DSLOPES = Operand(
-    "slopes", optional=True, default=(), fields=(Operand("dslope", "1"), Operand("dslope2", "1", optional=True))
-)
-# Another batch of as many rows, whose gradients are added, and the gradient through the magnitudes of the weights; in
-# grad_weight_update on the numpy backend alone.
-_SECOND = (
-    Operand("dz2", "MN", "compute", optional=True),
-    Operand("x2", "MK", "compute", optional=True),
-    Operand(
-        "dspread", "MN", "compute", optional=True, note="dw += sign(signs) * (dspread.T @ radius), the sign of 0 -1"
-    ),
-    Operand("radius", "MK", "compute", optional=True),
-    Operand("signs", "NK", optional=True),
-)
-_ENDS = (
-    Operand("low", "MN", "compute", WRITTEN),
-    Operand("high", "MN", "compute", WRITTEN),
-)
+_DSLOPES = Operand("slopes", optional=True, default=(), fields=(Operand("dslope", "1"),))
 
 _HISTORY = Operand(
     "epoch_stats", dtype="float64", use=WRITTEN, kind="control", optional=True, hidden=True,
@@ -233,88 +216,22 @@ OPS = {op.name: op for op in (
         _COUNTERS,
     )),
     Op("perturb",
-        "start = x + d within the bounds, d being 0, random or given; or adv = x + d, d being adv - x and a step in "
-        "the direction of dx, brought back to norm eps; or carried = d, d being carried and such a step. The direction "
-        "is sign(dx) in the norm inf, dx / |dx| in the norm 2 (0 where dx is 0), of each row. Where rows is -1, zeros; "
-        "there carried stays", (
-        _ROWS,
-        Operand("x", "MK", "compute", rows="rows", nullable=True, note="None with carried"),
-        Operand("start", "MK", "compute", WRITTEN, optional=True, note="random as philox.uniform says"),
-        Operand("delta", "MK", "compute", optional=True, note="with start: d"),
-        Operand("dx", "MK", "compute", optional=True, note="with adv or carried: the gradient by the moved inputs"),
-        Operand("adv", "MK", "compute", UPDATED, optional=True, note="in place of start"),
-        Operand("carried", "MK", "compute", UPDATED, "control", optional=True, note="in place of start, without x"),
-        Operand("change", note="Perturbation"),
-        _COUNTERS,
-    )),
-    Op("divergence",
-        "the Kullback-Leibler divergence, sum of p log(p / q), of each row, p = softmax(z), q = softmax(other): "
-        "strength times the gradient by other, and with dz that by z, added; with stats the same of the value. As the "
-        "loss it is a mean, or a sum; padding weighs nothing", (
-        _ROWS,
-        Operand("z", "MN", "compute"),
-        Operand("other", "MN", "compute"),
-        Operand("dother", "MN", "compute", WRITTEN),
-        Operand("dz", "MN", "compute", UPDATED, optional=True),
-        Operand("strength", note="float"),
-        Operand("loss", note="LossSpec: its reduction"),
-        _WEIGHT,
-        _COUNTERS,
-        replace(_STATS, optional=True, note="its sums, after the loss"),
-        replace(_HYPER, optional=True, note="the gradients are times hyper[LOSS_SCALE]"),
-    )),
-    Op("magnitudes", "out = abs(w)", (
-        Operand("w", "NK"),
-        Operand("out", "NK", use=WRITTEN),
-    )),
-    Op("ball",
-        "centre and radius of the box between x - eps * reach and x + eps * reach, within least and most; eps as the "
-        "ramp says after counters[UPDATE_COUNT] updates. Where rows is -1, zeros", (
+        "start = x + d within the bounds, d being 0 or random; or adv = x + d, d being adv - x and a step in the "
+        "direction of dx, brought back to norm eps. The direction is sign(dx) in the norm inf, dx / |dx| in the norm 2 "
+        "(0 where dx is 0), of each row. Where rows is -1, zeros", (
         _ROWS,
         Operand("x", "MK", "compute", rows="rows"),
-        Operand("centre", "MK", "compute", WRITTEN),
-        Operand("radius", "MK", "compute", WRITTEN),
-        Operand("reach", "K"),
-        Operand("least", "K", optional=True),
-        Operand("most", "K", optional=True),
-        Operand("ramp", note="Ramp"),
+        Operand("start", "MK", "compute", WRITTEN, optional=True, note="random as philox.uniform says"),
+        Operand("dx", "MK", "compute", optional=True, note="with adv: the gradient by the moved inputs"),
+        Operand("adv", "MK", "compute", UPDATED, optional=True, note="in place of start"),
+        Operand("change", note="Perturbation"),
         _COUNTERS,
-    )),
-    Op("box",
-        "zc, zr = zc - zr, zc + zr; low, high = act(zc), act(zr), and centre and radius between them", (
-        Operand("zc", "MN", "compute", UPDATED),
-        Operand("zr", "MN", "compute", UPDATED),
-        *_ENDS,
-        Operand("centre", "MN", "compute", WRITTEN),
-        Operand("radius", "MN", "compute", WRITTEN),
-        *_ACTIVATION,
-    )),
-    Op("box_grad", "the gradients by zc and zr as box has read them, in place of those by centre and radius", (
-        Operand("dc", "MN", "compute", UPDATED),
-        Operand("dr", "MN", "compute", UPDATED),
-        Operand("zc", "MN", "compute", note="as box has left them"),
-        Operand("zr", "MN", "compute"),
-        *(replace(one, use=READ) for one in _ENDS),
-        *_ACTIVATION,
-    )),
-    Op("worst_loss_grad",
-        "the cross-entropy of the worst logits, zc - zr of the label and zc + zr of the others: 1 - kappa times the "
-        "gradients by zc and zr; dz becomes kappa times itself, kappa as the ramp says", (
-        _ROWS,
-        Operand("zc", "MN", "compute"),
-        Operand("zr", "MN", "compute"),
-        Operand("dzc", "MN", "compute", WRITTEN),
-        Operand("dzr", "MN", "compute", WRITTEN),
-        Operand("dz", "MN", "compute", UPDATED),
-        Operand("ramp", note="Ramp"),
-        *_LOSS,
     )),
     Op("grad_weight",
         "dw = dz.T @ x, db = sum over rows of dz, for all layers; with rule.accumulate k > 1 added to what is "
         "there, unless counters[BATCH_INDEX] is a multiple of k", (
         Operand("layers", fields=(
             *_LAYER,
-            *_SECOND,
             _DW,
             _DB,
         )),
@@ -332,7 +249,6 @@ OPS = {op.name: op for op in (
         "accumulation", (
         Operand("layers", fields=(
             *_LAYER,
-            *_SECOND,
             replace(_DW, name="w", use=UPDATED, kind="parameter"),
             replace(_DB, name="b", use=UPDATED, kind="parameter"),
             _STATE,

@@ -158,21 +158,6 @@ def loss_of_output(
     return float(total / normaliser), dy / (each if spec.reduction == "rows" else normaliser)
 
 
-def divergence(
-    z: Array, other: Array, weight: Array | None = None, reduction: str = "mean"
-) -> tuple[float, Array, Array]:
-    """The mean by ``weight`` (M,), or the sum, of each row's Kullback-Leibler divergence, sum of p log(p / q), p and q
-    being the softmax of z and of ``other`` (M, N); its gradients by z and by ``other``.
-    """
-    log_p, log_q = log_softmax(z), log_softmax(other)
-    p, q = np.exp(log_p), np.exp(log_q)
-    values = (p * (log_p - log_q)).sum(axis=1, keepdims=True)
-    weights = np.ones((len(z), 1)) if weight is None else np.asarray(weight, np.float64)[:, None]
-    normaliser = 1.0 if reduction == "sum" else weights.sum()
-    shares = weights / normaliser if normaliser else 0.0 * weights
-    return float((shares * values).sum()), shares * p * (log_p - log_q - values), shares * (q - p)
-
-
 def _elementwise(spec: LossSpec, y: Array, t: Array) -> tuple[Array, Array]:
     """The losses that look at one output at a time, and their derivatives by y."""
     r = y - t
@@ -444,25 +429,6 @@ def perturb(x: Array, d: Array, change: Perturbation, dx: Array | None = None) -
     else:
         d = d * (change.eps / np.maximum(norms(d), change.eps))
     return np.asarray(np.clip(x + d, change.low, change.high))
-
-
-def box(name: str, zc: Array, zr: Array, slope: float = 0.0) -> tuple[Array, Array]:
-    """Centre and radius of a rising activation's outputs (M, N) between zc - zr and zc + zr (Gowal et al., 2018)."""
-    low, high = activation(name, zc - zr, slope), activation(name, zc + zr, slope)
-    return (low + high) / 2, (high - low) / 2
-
-
-def box_grad(name: str, zc: Array, zr: Array, dc: Array, dr: Array, slope: float = 0.0) -> tuple[Array, Array]:
-    """The gradients by zc and zr from those by ``box``'s centre and radius."""
-    dlow = (dc - dr) / 2 * activation_grad(name, zc - zr, slope)
-    dhigh = (dc + dr) / 2 * activation_grad(name, zc + zr, slope)
-    return dlow + dhigh, dhigh - dlow
-
-
-def worst_logits(zc: Array, zr: Array, target: Array) -> Array:
-    """The lower bound of the logit of the label, (M,) integers, and the upper bounds of the others (M, N)."""
-    own = target[:, None] == np.arange(zc.shape[1])
-    return np.where(own, zc - zr, zc + zr)
 
 
 def initial_state(rule: UpdateRule, layers: Sequence[Layer]) -> State:

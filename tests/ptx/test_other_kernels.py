@@ -1,11 +1,9 @@
-"""The kernels of attacks, intervals, privacy and members on sm_80 and sm_90, as in ``test_kernels``."""
+"""The kernels of attacks, privacy and members on sm_80 and sm_90, as in ``test_kernels``."""
 
 from __future__ import annotations
 
 import pytest
-import test_boxes as boxes_of
 import test_clip_examples as clipping_of
-import test_divergence as divergence_of
 import test_members as members_of
 import test_perturb as perturb_of
 from cards import card, variant_of
@@ -22,23 +20,6 @@ def variant(request):
 
 def test_attacks(variant):
     perturb_of.test_a_start_and_a_step_are_those_of_the_definition(variant, "2", (0.1, 0.9))
-    perturb_of.test_what_is_carried_is_added_and_moves_by_itself(variant, "inf")
-
-
-def test_intervals(variant):
-    boxes_of.test_a_ball_grows_with_the_updates(variant, 40, "owned", 42, 0.5, True)
-    boxes_of.test_boxes_and_their_gradients_are_those_of_the_definition(variant, (9, 33), "owned", "gelu")
-    boxes_of.test_the_worst_loss_is_that_of_the_definition(variant, 20, "stepped", 42, 0.625)
-    boxes_of.test_gradients_through_magnitudes_have_the_signs_of_the_weights(variant, 37, "owned", True)
-
-
-@pytest.mark.parametrize(("shape", "layout"), [((34, 10), "owned"), ((3, 1100), "stepped")])
-def test_divergence(variant, shape, layout):
-    divergence_of.test_it_is_that_of_the_definition(variant, shape, "mean", 30.0, layout)
-
-
-def test_gradients_of_two_batches(variant):
-    divergence_of.test_gradients_of_two_batches_are_added(variant, 37, 40, 2)
 
 
 def test_privacy(variant):

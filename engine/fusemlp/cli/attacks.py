@@ -14,30 +14,20 @@ from fusemlp.cli.recipe import check_single
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.checks import check_choice
-from fusemlp.describe.hardening import Hardening
 from fusemlp.describe.intervals import IBP
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.evidence import image_shape
 from fusemlp_kernels.errors import ArgumentError
 
 # Fields of attacks and trainings by the options for them.
-_FIELDS = {
-    **{"attack_eps": "eps", "attack_steps": "steps", "attack_norm": "norm"},
-    **{"attack_repeats": "repeats", "attack_beta": "beta"},
-}
+_FIELDS = {"attack_eps": "eps", "attack_steps": "steps", "attack_norm": "norm"}
 # The reason why a kind has no such field.
-_ABSENT = {
-    "fgsm": "is one step in the norm inf",
-    "ibp": "takes no steps, and the norm inf",
-    "free": "takes a step in each update",
-    "pgd": "trains on the attacked rows alone, once on each batch",
-    "trades": "updates once on each batch",
-}
+_ABSENT = {"fgsm": "is one step in the norm inf", "ibp": "takes no steps, and the norm inf"}
+# Trainings of earlier releases.
+_GONE = ("free", "trades")
 
 
-def chosen(
-    options: EvaluateOptions | TrainOptions, made: Preprocessor, X: Array, cells: Array
-) -> Attack | Hardening | IBP | None:
+def chosen(options: EvaluateOptions | TrainOptions, made: Preprocessor, X: Array, cells: Array) -> Attack | IBP | None:
     """Return the attack of the options on rows X, as the network takes them; None if there is none.
 
     ``cells`` are the rows that are scored under it, as in the data.
@@ -52,6 +42,8 @@ def chosen(
         for name in given:
             raise ArgumentError(f"{name}: it is of an attack; give --{option} too, such as --{option} pgd")
         return None
+    if kind in _GONE:
+        raise ArgumentError(f"{option}: {kind} is gone; train against pgd, which takes its place")
     described = kinds[check_choice(option, kind, kinds)]
     if "attack_eps" not in given:
         raise ArgumentError(

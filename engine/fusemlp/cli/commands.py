@@ -15,7 +15,6 @@ from fusemlp.cli.fields import PANELS, field_of, one_of
 from fusemlp.cli.options import MONITORS
 from fusemlp.datasets.load import NAMES
 from fusemlp.describe.adversarial import FGSM, NORMS, PGD, Attack
-from fusemlp.describe.hardening import TRADES, Free, Hardening
 from fusemlp.describe.intervals import IBP
 from fusemlp.describe.losses import LOSSES
 from fusemlp.describe.metrics import METRICS
@@ -27,15 +26,15 @@ from fusemlp.report.explanations import METHODS
 
 EXPLAIN_METHODS = ("permutation", *METHODS)
 # The attacks that test a model, and what a training can be against.
-ATTACKS: dict[str, type[Attack | Hardening | IBP]] = {one.kind: one for one in (PGD, FGSM)}
-HARDENINGS = ATTACKS | {one.kind: one for one in (Free, TRADES, IBP)}
+ATTACKS: dict[str, type[Attack | IBP]] = {one.kind: one for one in (PGD, FGSM)}
+HARDENINGS = ATTACKS | {IBP.kind: IBP}
 EPS_UNITS = (
     "in standard deviations of a column after --scale standard, as a share of its range after minmax, in the data's "
     "own units after none (8 is usual for grey levels from 0 to 255), and in units of the scaled input after the others"
 )
 ATTACK_EPS = f"The most by which an input may move: {EPS_UNITS}."
 PIXELS = "After --scale none, pixels stay within the least and the greatest of the rows."
-ATTACK_STEPS = f"For pgd, and for training by trades: its steps ({PGD.steps}), each 2.5 * eps / steps long."
+ATTACK_STEPS = f"For pgd: its steps ({PGD.steps}), each 2.5 * eps / steps long."
 ATTACK_NORM = "inf moves each input by up to eps (default), 2 each row by up to eps in the Euclidean norm."
 # The recipe tabm, as it is written without --preset.
 _WORDS = {name: ",".join(map(str, value)) if name == "hidden" else value for name, value in TABM.items()}
@@ -126,25 +125,15 @@ class TrainOptions(shared.FitOptions):
     adversarial: str | None = _training(
         None,
         f"{one_of(ATTACKS)}: train on each batch as this attack changes it, by at most --attack-eps, to resist it. "
-        "free: change it by gradients that training computes anyway, with --attack-repeats updates on each batch. "
-        "trades: add --attack-beta times the divergence of the probabilities of changed rows to the loss. ibp: train "
-        "for certified accuracy within --attack-eps; early stopping is off, and with --early-stopping counts after the "
-        "ramp. For inputs that are numbers; words, dates and missing cells are refused. Trains one model.",
+        "ibp: train for certified accuracy within --attack-eps; early stopping is off, and with --early-stopping "
+        "counts after the ramp. For inputs that are numbers; words, dates and missing cells are refused. Trains one "
+        "model.",
         "ATTACK",
         values=HARDENINGS,
     )
     attack_eps: float | None = _training(None, ATTACK_EPS, "EPS")
     attack_steps: int | None = _training(None, ATTACK_STEPS)
     attack_norm: str | None = _training(None, ATTACK_NORM, values=NORMS)
-    attack_repeats: int | None = _training(
-        None,
-        f"With --adversarial free: updates on each batch ({Free.repeats}). An epoch takes that many times as long.",
-    )
-    attack_beta: float | None = _training(
-        None,
-        f"With --adversarial trades: the weight of the divergence ({TRADES.beta:g}); larger for more robustness, less "
-        "accuracy.",
-    )
     final_fit: bool = _training(
         False, "After the scores, train the model on all rows, the test rows too, for the epochs that were best."
     )

@@ -20,6 +20,9 @@ from fusemlp.datasets.load import NAMES
 from fusemlp.engine import Engine
 from fusemlp.report.runs import FORMAT
 
+# Options of earlier releases.
+GONE = ("attack_beta", "attack_repeats")
+
 
 def command(options: FitOptions) -> str:
     """Return the command line with these options."""
@@ -76,5 +79,6 @@ def stored_options(options: FitOptions) -> dict[str, Any]:
 
 
 def options_of(config: Mapping[str, Any]) -> TrainOptions:
-    """Return the options of a run."""
-    return TrainOptions(**{**config["options"], "data": config["data"]["source"]})
+    """Return the options of a run, without those of earlier releases."""
+    stored = {name: value for name, value in config["options"].items() if name not in GONE}
+    return TrainOptions(**{**stored, "data": config["data"]["source"]})

@@ -10,7 +10,6 @@ from fusemlp.cli.output import finite
 from fusemlp.cli.prepare import Prepared
 from fusemlp.cli.report import write_page
 from fusemlp.describe.adversarial import Attack
-from fusemlp.describe.hardening import Hardening
 from fusemlp.describe.intervals import IBP
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.report.baselines import MOST_NUMBERS, baselines, worse_than
@@ -49,7 +48,7 @@ def finish(
     final: tuple[Engine, dict[str, int]] | None = None,
     held_out: HeldOut | None = None,
     temperature: Temperature | None = None,
-    attack: Attack | Hardening | IBP | None = None,
+    attack: Attack | IBP | None = None,
 ) -> dict[str, Any]:
     """Write the final files of a training, and return the report.
 
@@ -109,8 +108,7 @@ def finish(
             cells, labels, rows = prepared.test_rows
             report["certified"] = certify(engine, prepared.preprocessor, cells[rows], labels[rows], attack.eps)
         elif attack is not None:
-            how = attack.attack if isinstance(attack, Hardening) else attack
-            report["robust"] = robust_score(engine, prepared.preprocessor, test.X, test.labels, how, test.weight)
+            report["robust"] = robust_score(engine, prepared.preprocessor, test.X, test.labels, attack, test.weight)
         seen = prepared.seen(MOST_NUMBERS // max(1, len(prepared.preprocessor.classes or ())))
         report["baselines"] = baselines(prepared.preprocessor, *seen, test.X, test.labels)
         report["worse_than"] = list(worse_than(report))

@@ -17,7 +17,6 @@ from fusemlp.datasets.load import NAMES
 from fusemlp.datasets.prepare import Rows, watch
 from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.checks import as_count, as_number
-from fusemlp.describe.hardening import Hardening
 from fusemlp.describe.intervals import IBP
 from fusemlp.engine import Engine
 from fusemlp.report.runs import Run, choose_folder, create_run, write_json
@@ -113,7 +112,7 @@ def check_ranks(options: TrainOptions, models: int) -> None:
         raise ArgumentError("final_fit: it is for a training in one process; leave it out")
 
 
-def attack_on(rows: Rows, options: TrainOptions, prepared: Prepared) -> Attack | Hardening | IBP | None:
+def attack_on(rows: Rows, options: TrainOptions, prepared: Prepared) -> Attack | IBP | None:
     """Return what the training is against, for rows as the network takes them; the test rows are scored under it."""
     cells, _, tested = prepared.test_rows
     return attacks.chosen(options, prepared.preprocessor, rows.X, cells[tested])

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from fusemlp.program import members
-from fusemlp.program.adversarial import Attack, Intervals
 from fusemlp.program.program import Call, Program, Ref, Value
 from fusemlp.program.step import Step
 from fusemlp_kernels.contract import COUNTERS, NEEDS_Z, STATS, Dropout, LossSpec
@@ -52,21 +51,13 @@ class Builder:
         self.rows = self.add("rows", (self.batch,), "int64", "control") if inputs.indexed else None
         # whether a batch that is picked by row is copied first
         self.copies = inputs.indexed and not self.traits.gathers_in_load
-        self.attack = step.against if isinstance(step.against, Attack) else None
-        # where nothing is trained, there is nothing to do for them
-        self.intervals = step.against if isinstance(step.against, Intervals) and self.rules else None
-        self.beta = None if self.attack is None else self.attack.beta
-        # those that a gradient by weights is summed over
-        self.batches = 1 + (self.beta is not None) + 2 * (self.intervals is not None)
-        attacked = self.attack is not None and self.beta is None
+        attacked = step.against is not None
         gathers = self.copies and not attacked and self.members == 1
         self.gathered = self.work("gathered", self.net.sizes[0]) if gathers else None
         # the rows of x, where the first layer picks its batch from it
         self.picks = None if attacked else self.rows
         # whether the calls are those of the attack
         self.attacking = False
-        # the end of the names of what the calls make: of the batch, or of the moved one beside it
-        self.side = ""
 
     def add(self, name: str, shape: tuple[int, ...], dtype: str, kind: str) -> Ref:
         self.values[name] = Value(name, shape, dtype, kind)
@@ -91,7 +82,7 @@ class Builder:
 
     def operands(self, layer: int) -> dict[str, Any]:
         """The matrices that a layer's product reads."""
-        return {"x": Ref(f"h{layer}{self.side}") if layer else self.x, "w": self.weight(layer), "b": Ref(f"b{layer}")}
+        return {"x": Ref(f"h{layer}") if layer else self.x, "w": self.weight(layer), "b": Ref(f"b{layer}")}
 
     def picked(self, layer: int, rows: str = "rows") -> dict[str, Any]:
         """The operands by which the first layer finds its batch."""
@@ -109,7 +100,7 @@ class Builder:
     def slope_gradient(self, layer: int) -> Ref | None:
         """The gradient by the slope of the prelu after a layer."""
         learned = self.net.activations[layer].name == "prelu"
-        return self.add(f"dslope{layer}{self.side}", (1,), "real", "work") if learned else None
+        return self.add(f"dslope{layer}", (1,), "real", "work") if learned else None
 
     def dropout(self, layer: int) -> Dropout | None:
         """The dropout after a layer, in training."""
@@ -122,7 +113,7 @@ class Builder:
             if self.members > 1:
                 members.hidden(self, layer)
             else:
-                self.linear(layer, f"h{layer + 1}{self.side}", self.activation(layer))
+                self.linear(layer, f"h{layer + 1}", self.activation(layer))
 
     def linear(self, layer: int, output: str, activation: dict[str, Any]) -> Ref:
         """A layer forward, with its activation; returns its output."""
@@ -137,7 +128,7 @@ class Builder:
             counters=self.counters,
             **activation,
             **self.picked(layer),
-            z=self.work(f"z{layer + 1}{self.side}", width) if layer >= self.first and name in NEEDS_Z else None,
+            z=self.work(f"z{layer + 1}", width) if layer >= self.first and name in NEEDS_Z else None,
             dropout=dropout,
             keep=self.work(f"keep{layer + 1}", width, "bool") if dropout and self.traits.stores_masks else None,
         )
@@ -213,12 +204,12 @@ class Builder:
             "grad_input",
             name,
             [(self.batch, inputs, outputs)],
-            dz=Ref("seed" if seeded else f"dz{layer + 1}{self.side}"),
+            dz=Ref("seed" if seeded else f"dz{layer + 1}"),
             w=self.weight(layer) if layer < end else Ref("unit"),
-            y=self.x if layer == 0 else Ref(f"h{layer}{self.side}" if layer < end else "y"),
-            dz_prev=self.work(f"dz{layer}{self.side}" if layer else "dx", inputs),
+            y=self.x if layer == 0 else Ref(f"h{layer}" if layer < end else "y"),
+            dz_prev=self.work(f"dz{layer}" if layer else "dx", inputs),
             **activation,
-            z=Ref(f"z{layer}{self.side}") if name in NEEDS_Z else None,
+            z=Ref(f"z{layer}") if name in NEEDS_Z else None,
             dslope=self.slope_gradient(before) if layer else None,
             dropout=dropout,
             counters=self.counters if dropout else None,
@@ -227,7 +218,7 @@ class Builder:
 
     def by_weight(self, layer: int) -> tuple[int, int, int]:
         """M, N, K of the gradient by a layer's weights."""
-        return self.net.sizes[layer + 1], self.net.sizes[layer], self.batch * self.batches
+        return self.net.sizes[layer + 1], self.net.sizes[layer], self.batch
 
     def having(self, kinds: str) -> list[int]:
         """The layers with a trained tensor of one of these kinds."""

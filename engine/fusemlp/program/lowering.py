@@ -3,9 +3,8 @@
 A step of L layers is L forward calls (the last with loss and dz), L - 1 ``grad_input`` and one grouped
 ``grad_weight_update`` at the end, when nothing reads the old weights any more: 2L calls. Clipping and accumulation
 need the gradients of the whole network at once: then ``grad_weight`` and ``update`` stand at the end. Privacy puts
-``clip_examples`` before them. Adversarial training begins with the calls that move the batch; what ``Free`` adds to a
-batch is a value that stays from one step to the next. The members of a network are rows of the batch, one after
-another, and each product stands between what they have of their own.
+``clip_examples`` before them. Adversarial training begins with the calls that move the batch. The members of a network
+are rows of the batch, one after another, and each product stands between what they have of their own.
 """
 
 from __future__ import annotations
@@ -59,30 +58,21 @@ def lower(step: Step) -> Program:
     if step.rule is not None:
         build.add("hyper", (HYPER,), "float64", "control")
         build.add("rates", (1 + RATE_ROWS, RATE_COLUMNS), "float64", "control")
-    attack, intervals = build.attack, build.intervals
-    if intervals is not None:
-        adversarial.magnitudes(build)
-    if attack is not None and build.beta is None:
-        (adversarial.add_carried if attack.carried else adversarial.attack)(build, attack)
+    if step.against is not None:
+        adversarial.attack(build, step.against)
     build.hidden(step.gradient or 0)
-    if attack is not None and build.beta is not None:
-        adversarial.trades(build, attack, build.beta)
-    elif step.spec is not None:
+    if step.spec is not None:
         build.loss(step.spec)
     elif step.net.members > 1:
         members.heads(build, "y")
     elif step.gradient is None or build.top > last:
         build.linear(last, "y", build.activation(last))
-    if intervals is not None and step.spec is not None:
-        adversarial.worst_case(build, intervals, step.spec)
     if step.net.members > 1:
         if step.rule is not None:
             members.back(build)
     else:
         for layer in range(build.top, build.first, -1):
             build.grad_input(layer)
-    if attack is not None and attack.carried:
-        adversarial.move_carried(build, attack)
     if step.rule is not None:
         update(build, step.rule)
     return build.program()

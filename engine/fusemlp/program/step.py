@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fusemlp.describe.network import MLP
-from fusemlp.program.adversarial import Attack, Intervals
+from fusemlp.program.adversarial import Attack
 from fusemlp.program.layout import Layout
 from fusemlp.program.sharding import Sharding
 from fusemlp_kernels.contract import LossSpec, Noise, Ridge, TensorRule, Traits, UpdateRule
@@ -47,7 +47,7 @@ class Step(NamedTuple):
     optimizer: between them the gradients can be read and changed. ``most_parts``: into how many parts the gradients may
     cut the batch (``contract.batch_parts``). ``resident``: the calls run in one loop over many steps; ``ridge``: a
     penalty beside the loss, for such a loop. With ``privacy`` the gradients are sums of clipped ones, with noise. With
-    ``against`` the step trains on the moved batch, or on the worst case in intervals beside the batch. With
+    ``against`` the step trains on the moved batch. With
     ``sharding`` the calls before the first collective are of one shard, which has ``batch_size`` rows.
 
     With ``gradient`` 0 a forward pass goes back to dx, the gradient by x: of the loss, or without ``spec`` of the
@@ -73,5 +73,5 @@ class Step(NamedTuple):
     ridge: Ridge | None = None
     gradient: int | None = None
     privacy: Privacy | None = None
-    against: Attack | Intervals | None = None
+    against: Attack | None = None
     sharding: Sharding | None = None

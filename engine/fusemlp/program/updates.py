@@ -29,10 +29,10 @@ def update(build: Builder, rule: UpdateRule) -> None:
     changed = step.keep_gradients or penalised or sharding is not None or build.members > 1
     whole = changed or clipped or rule.accumulate > 1
     parts = 1
-    if not (whole or step.resident or build.intervals):
+    if not (whole or step.resident):
         weights = sum(places[short].size for short in build.rules)
         parts = min(step.most_parts, batch_parts(build.traits, build.batch, weights))
-    one = (build.batches == 1 or build.traits.on_host) and parts == 1 and private is None
+    one = parts == 1 and private is None
     fused = rule.kind in build.traits.fused_updates and not whole and one
     for short in build.rules:
         if not fused:
@@ -48,7 +48,7 @@ def update(build: Builder, rule: UpdateRule) -> None:
             for layer in build.having("wb")
         ),
         "slopes": tuple(
-            {**_slope_gradients(build, layer), **_tensor(build, "s", layer, fused)}
+            {"dslope": Ref(f"dslope{layer}"), **_tensor(build, "s", layer, fused)}
             for layer in build.having("s")
             if not shared
         ),
@@ -120,12 +120,6 @@ def update(build: Builder, rule: UpdateRule) -> None:
         build.call("all_gather", "", params=Ref("params"), average=average, rule=rule, counters=build.counters)
 
 
-def _slope_gradients(build: Builder, layer: int) -> dict[str, Any]:
-    """The gradients by a slope, one for each batch."""
-    names = {"dslope": f"dslope{layer}", "dslope2": f"dslope{layer}.adv"}
-    return {operand: Ref(name) for operand, name in names.items() if name in build.values}
-
-
 def _inputs(build: Builder, layer: int) -> dict[str, Any]:
     """The operands of which the gradients by a layer's weights and biases are made."""
     given: dict[str, Any] = {"dz": Ref(f"dz{layer + 1}"), "x": Ref(f"h{layer}")}
@@ -133,12 +127,6 @@ def _inputs(build: Builder, layer: int) -> dict[str, Any]:
         given["x"] = build.gathered or build.x
         if build.picks is not None and build.gathered is None:
             given["rows"] = build.picks
-    if build.beta is not None:
-        given |= {"dz2": Ref(f"dz{layer + 1}.adv"), "x2": Ref(f"h{layer}.adv" if layer else "adv")}
-    if build.intervals is not None:
-        others = {"dz2": "dzc", "dspread": "dzr"}
-        given |= {operand: Ref(f"{name}{layer + 1}") for operand, name in others.items()}
-        given |= {"x2": Ref(f"centre{layer}"), "radius": Ref(f"radius{layer}"), "signs": Ref(f"w{layer}")}
     return given
 
 

@@ -14,7 +14,6 @@ from fusemlp_kernels.pointwise import LOSSES, evaluate
 from fusemlp_kernels.registry import backend
 
 if TYPE_CHECKING:
-    from fusemlp.describe.hardening import Hardening
     from fusemlp.describe.intervals import IBP
     from fusemlp.runtime.session import Session
 
@@ -57,7 +56,7 @@ def attack(engine: Session, X: Any, y: Any, how: Attack) -> Array:
     return best
 
 
-def check_within(engine: Session, argument: str, X: Any, how: Attack | Hardening | IBP) -> None:
+def check_within(engine: Session, argument: str, X: Any, how: Attack | IBP) -> None:
     """Raise DataError for checked rows outside the bounds of an attack, or of a training against such."""
     if how.bounds is None:
         return

@@ -7,9 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fusemlp.describe.adversarial import as_attack
-from fusemlp.describe.hardening import Hardening
-from fusemlp.describe.intervals import IBP
-from fusemlp.program.adversarial import Attack, Intervals, lowered
+from fusemlp.program.adversarial import Attack, lowered
 from fusemlp.program.lowering import lower_training
 from fusemlp.program.program import Program
 from fusemlp.program.step import Inputs
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
     from fusemlp.runtime.session import Session
 
 
-def program_of_fit(engine: Session, against: Attack | Intervals | None = None, *, resident: bool) -> Program:
+def program_of_fit(engine: Session, against: Attack | None = None, *, resident: bool) -> Program:
     """Return the program of a training step in ``fit``."""
     return engine.lower(
         Inputs(engine.batch_size, indexed=True),
@@ -37,10 +35,8 @@ def program_of_fit(engine: Session, against: Attack | Intervals | None = None, *
 
 def program_against(engine: Session, adversarial: Any) -> Program:
     """Return ``program`` for ``fit(adversarial=...)``: the calls of the attack come first."""
-    if not isinstance(adversarial, Hardening | IBP):
-        adversarial = as_attack("adversarial", adversarial)
     resident = engine.plan == "resident" and engine._backend.traits.on_host
-    return program_of_fit(engine, lowered(adversarial, 0, 1), resident=resident)
+    return program_of_fit(engine, lowered(as_attack("adversarial", adversarial)), resident=resident)
 
 
 def lower(
@@ -53,7 +49,7 @@ def lower(
     keep_gradients: bool = False,
     resident: bool = False,
     ridge: Ridge | None = None,
-    against: Attack | Intervals | None = None,
+    against: Attack | None = None,
 ) -> Program:
     """The program of a training step, or with ``resident`` of a loop over steps; with the loss's class weights.
 
@@ -96,7 +92,7 @@ def bind(
     *,
     resident_batches: int | None = None,
     epochs: int = 1,
-    against: Attack | Intervals | None = None,
+    against: Attack | None = None,
     **options: Any,
 ) -> BoundProgram:
     """A training step bound to the engine's memory and to the arrays in ``given`` (x, target, weight).
@@ -145,7 +141,8 @@ def bind_fit(
     batches: int,
     epochs: int,
     resident: bool,
-    against: Attack | Intervals | None,
+    against: Attack | None,
+    keep_gradients: bool = False,
 ) -> BoundProgram:
     """The steps of a fit on ``data``, with room for the rows of ``epochs`` epochs of ``batches`` batches."""
 
@@ -156,10 +153,11 @@ def bind_fit(
             resident_batches=batches if resident else None,
             epochs=epochs,
             against=against,
+            keep_gradients=keep_gradients,
         )
 
     engine._take_rule(rule)
-    told = (inputs, spec, rule, batch_size, batches, epochs, resident, against)
+    told = (inputs, spec, rule, batch_size, batches, epochs, resident, against, keep_gradients)
     key = (told, engine.optimizer, engine.seed, engine.lowered_privacy())
     return engine.bound_again(key, data, bound)
 

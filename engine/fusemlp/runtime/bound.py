@@ -76,6 +76,12 @@ class BoundProgram:
             return (backend.bind("train_resident", **loop),)
         return tuple(backend.bind(op, **operands) for op, operands in resolved)
 
+    def before_update(self, call: Callable[[], object]) -> None:
+        """Run ``call`` in each step before its last call, an update that reads the gradients in memory."""
+        *others, update = self.calls
+        self.calls = (*others, call, update)
+        self._eager = _in_order(self.calls, self.backend.traits.on_host)
+
     @property
     def run(self) -> Callable[[], None]:
         """A step. The method is not kept: in a ring with it, the program and its memory would outlive their use."""

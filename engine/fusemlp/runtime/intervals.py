@@ -254,7 +254,7 @@ def _activated(layer: Layer, low: Array, high: Array, how: Arithmetic) -> Box:
     if layer.activation == "identity":
         return low, high
     row, slope = pointwise.ACTIVATIONS[layer.activation], layer.slope
-    functions = _functions()
+    functions = formula_functions()
 
     def value(z: Array) -> Array:
         return np.asarray(pointwise.evaluate(row.value, {"z": z, "slope": slope}, functions))
@@ -269,9 +269,9 @@ def _activated(layer: Layer, low: Array, high: Array, how: Arithmetic) -> Box:
     return _finite(least, most)
 
 
-def _functions() -> dict[str, Callable[..., Any]]:
-    """Return the functions of the formulas in float64."""
+def formula_functions() -> dict[str, Callable[..., Any]]:
+    """Return the functions of the activations' formulas, but ``normal_pdf``, for arrays of float32 or float64."""
     from scipy.special import expit, ndtr
 
     same = {name: getattr(np, name) for name in ("abs", "exp", "log1p", "maximum", "minimum", "tanh")}
-    return {**same, "normal_cdf": ndtr, "sigmoid": expit}
+    return {**same, "normal_cdf": ndtr, "sigmoid": expit, "step": lambda y, below: np.where(y > 0, 1, below)}

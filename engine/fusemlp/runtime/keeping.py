@@ -17,10 +17,6 @@ from fusemlp.runtime.memory import Memory, on_device
 from fusemlp.runtime.ranks import Ranks, mark_of
 from fusemlp.runtime.rates import RateTable
 from fusemlp_kernels.contract import UPDATE_COUNT, Backend
-from fusemlp_kernels.errors import ShapeError
-
-# Of the arrays of an engine, that which a training adds to its inputs.
-CARRIED = "carried"
 
 
 class Account(NamedTuple):
@@ -99,29 +95,7 @@ class Keeping:
         states = [f"state{index}" for index in range(len(self.memory.states))]
         # gradients outlive a step only where they are accumulated
         grads = ["grads"] if self.optimizer.accumulate > 1 else []
-        carried = [CARRIED] if CARRIED in self.memory.arrays else []
-        return ["params", *grads, *states, "counters", "hyper", "stats", *carried]
-
-    def keep_carried(self, array: Any | None, *, resume: bool = False) -> None:
-        """Keep ``array`` (M, K) as that which a training adds to its inputs; ``resume``: with the values of the last.
-
-        None: the training adds nothing. Raises ShapeError for another M * K than the last one's.
-        """
-        before = self.memory.arrays.get(CARRIED) if resume else None
-        if array is None:
-            self.memory.arrays.pop(CARRIED, None)
-            return
-        flat = array.reshape(-1)
-        if before is None:
-            flat[:] = 0.0
-        elif len(before) == len(flat):
-            self._backend.copy_into(flat, before)
-        else:
-            raise ShapeError(
-                f"X: the fit that is resumed has batches of {len(before) // array.shape[1]} rows, and these make "
-                f"batches of {len(array)}; resume with the data of the first call"
-            )
-        self.memory.arrays[CARRIED] = flat
+        return ["params", *grads, *states, "counters", "hyper", "stats"]
 
     def named(self, flat: Any) -> dict[str, Array]:
         """Copies of the tensors in a flat array like that of the parameters, by name."""

@@ -31,7 +31,6 @@ from fusemlp.sklearn.model import Model, Rates
 from fusemlp.sklearn.settings import Objective
 from fusemlp.sklearn.stochastic import SklearnPolicy, ValidationScore, train
 from fusemlp.training.history import FitState, History
-from fusemlp.training.intervals import write_limits
 from fusemlp.training.loop import EpochLoop, epochs_at_once
 
 # attributes that a file holds as tensors, makes anew, or leaves out
@@ -201,12 +200,13 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         model.load(self.coefs_, self.intercepts_, getattr(self, "slopes_", None))
         data, constants = self._data(X, y, model.dtype)
         alpha = 0.0 if self.solver == "adamw" else float(self.alpha)
-        against = settings.step_against(self, model.engine, data["x"], self.max_iter * -(-n // size))
+        against = settings.step_against(self, model.engine, data["x"])
         rules = (model, self._objective(self.n_outputs_), data, row_weights, constants, alpha, size, against)
         # a launch of many steps cannot leave out the update of a batch whose weights are all 0
         traits = model.engine.memory.backend.traits
         together = together and shares_launches(traits) and not against
-        looped = stochastic and not incremental and (row_weights is None or bool(row_weights.all()))
+        weighed = row_weights is None or bool(row_weights.all())
+        looped = stochastic and not incremental and weighed and not isinstance(self.adversarial, IBP)
         batches: ResidentBatches | CalledBatches
         if looped and (together or (model.loops and (traits.on_host or not against))):
             asked = validation is not None or bool(callbacks) or bool(self.verbose) or model.rates.kind == "invscaling"
@@ -216,7 +216,8 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         else:
             batches = CalledBatches(*rules, keep=incremental)
         if isinstance(self.adversarial, IBP):
-            write_limits(model.engine, self.adversarial, batches.steps.arrays)
+            assert isinstance(batches, CalledBatches)
+            batches.train_against(self.adversarial, self.max_iter)
         # as in scikit-learn: a warm start that never scores better than before keeps its last parameters; so does a fit
         # that ends within a ramp, where epochs are not judged
         begins = first and stochastic and not isinstance(self.adversarial, IBP)

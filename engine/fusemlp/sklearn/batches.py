@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp.describe.intervals import IBP
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.targets import Examples, Targets
 from fusemlp.program.step import Inputs
@@ -23,6 +24,7 @@ from fusemlp.runtime.inference import Evaluation, Inference
 from fusemlp.runtime.memory import Memory
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import Objective
+from fusemlp.training.intervals import add_worst_case
 from fusemlp_kernels.contract import (
     BATCH_LOSSES,
     LAST_LOSS,
@@ -192,6 +194,11 @@ class CalledBatches(Batches):
             for name, array in arrays.items():
                 engine.memory.backend.copy_into(bound.arrays[name], array)
         return bound
+
+    def train_against(self, ibp: IBP, epochs: int) -> None:
+        """Train for certified accuracy, in ``epochs`` epochs at most."""
+        add_worst_case(self.model.engine, self.bound, ibp, first=0, updates=epochs * len(self.starts))
+        *self.gradient_calls, self.update = self.bound.calls
 
     def _set_shares(self, order: Array) -> None:
         """Set the factor of each row's loss in its batch when the rows are taken in this order."""

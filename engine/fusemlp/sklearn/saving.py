@@ -6,7 +6,6 @@ The file is an engine's checkpoint too: ``fusemlp.load`` reads the network witho
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import numpy as np
 
 from fusemlp.describe.adversarial import FGSM, PGD, Attack
 from fusemlp.describe.description import from_config
-from fusemlp.describe.hardening import TRADES
 from fusemlp.describe.intervals import IBP
 from fusemlp.describe.losses import Loss, loss_from_config
 from fusemlp.describe.network import Activation, activation_from_config
@@ -25,13 +23,24 @@ from fusemlp.training.checkpoint import read_content, save_checkpoint
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
 
 ENTRY = "estimator"
-_AGAINST: dict[str, type[Any]] = {one.kind: one for one in (FGSM, PGD, TRADES, IBP)}
+_AGAINST: dict[str, type[Any]] = {one.kind: one for one in (FGSM, PGD, IBP)}
+
+
+def _attack_of(config: Mapping[str, Any]) -> Attack | IBP:
+    """Return the attack of a file; that of a training by TRADES, of an earlier release, is its PGD."""
+    if config.get("kind") == "trades":
+        shared = {name: value for name, value in config.items() if name != "beta"}
+        config = PGD(config["eps"]).to_config() | shared | {"kind": PGD.kind}
+    described: Attack | IBP = from_config("adversarial", _AGAINST, config)
+    return described
+
+
 DESCRIBED: dict[str, tuple[Any, Callable[[Mapping[str, Any]], Any]]] = {
     "activation": (Activation, activation_from_config),
     "loss": (Loss, loss_from_config),
     "optimizer": (Optimizer, optimizer_from_config),
     "schedule": (Schedule, schedule_from_config),
-    "adversarial": (Attack | TRADES | IBP, partial(from_config, "adversarial", _AGAINST)),
+    "adversarial": (Attack | IBP, _attack_of),
 }
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from sklearn.neural_network import MLPClassifier
 from sklearn.utils._param_validation import Interval, StrOptions
 
-from fusemlp.describe.hardening import TRADES, Free
 from fusemlp.describe.intervals import IBP
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP, Activation, as_activation
@@ -66,8 +65,8 @@ class Parameters:
     precision : "auto" (on NumPy the type of X, or fp64 with lbfgs; elsewhere fp32), or one that the backend has.
     callbacks : None, or objects like ``fusemlp.Callback``. Their logs have loss, learning_rate and, with validation
         data, val_loss and val_score. Not with lbfgs.
-    adversarial : None, or FGSM, PGD, TRADES or IBP to train against, as in ``Engine.fit``; eps is in the units of X.
-        TRADES and IBP are for more than two classes. With IBP an epoch counts for convergence, early stopping, the
+    adversarial : None, or FGSM, PGD or IBP to train against, as in ``Engine.fit``; eps is in the units of X.
+        IBP is for more than two classes. With IBP an epoch counts for convergence, early stopping, the
         best score and ReduceOnPlateau from the end of its ramp on. Not with lbfgs.
 
     All other parameters mean what they mean in scikit-learn. With the same ``random_state`` the initial parameters, the
@@ -206,8 +205,8 @@ def optimizer(estimator: Any) -> Optimizer:
     return AdamW(rate, **options, weight_decay=float(estimator.alpha), decay_biases=False, clip_norm=clip_norm)
 
 
-def step_against(estimator: Any, engine: Engine, rows: Any, updates: int) -> dict[str, Any]:
-    """Return what the program of a step of ``engine`` is told of ``adversarial``, for a fit of this many updates.
+def step_against(estimator: Any, engine: Engine, rows: Any) -> dict[str, Any]:
+    """Return what the program of a step of ``engine`` is told of ``adversarial``.
 
     Raises ArgumentError or ArgumentTypeError for what the estimator cannot train against, DataError for rows outside
     its bounds.
@@ -216,11 +215,11 @@ def step_against(estimator: Any, engine: Engine, rows: Any, updates: int) -> dic
     if how is None:
         return {}
     # the loss is no parameter that could be changed
-    if isinstance(how, IBP | TRADES) and engine.loss.kind != "cross_entropy":
+    if isinstance(how, IBP) and engine.loss.kind != "cross_entropy":
         raise ArgumentError(f"adversarial: {type(how).__name__} takes more than two classes; use PGD or FGSM")
     check_adversarial(engine, how)
     check_within(engine, "X", rows, how)
-    return {"against": lowered(how, 0, updates)}
+    return {} if isinstance(how, IBP) else {"against": lowered(how)}
 
 
 def check_together(estimator: Any, incremental: bool, X_val: Any, y_val: Any) -> None:
@@ -239,11 +238,6 @@ def check_together(estimator: Any, incremental: bool, X_val: Any, y_val: Any) ->
     if not stochastic and estimator.adversarial is not None:
         raise ValueError(
             "adversarial: lbfgs needs the same loss at each evaluation, and attacks change it. Use solver='adam'."
-        )
-    if isinstance(estimator.adversarial, Free):
-        raise ValueError(
-            "adversarial: Free updates several times on a batch, and scikit-learn's epochs do once. Use PGD or "
-            "TRADES, or Free with fusemlp.Engine."
         )
     if incremental and isinstance(estimator.adversarial, IBP):
         raise ValueError("adversarial: IBP rises over the epochs of a fit, and partial_fit trains one. Use fit.")

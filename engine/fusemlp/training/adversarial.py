@@ -5,16 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fusemlp.describe.adversarial import Attack
-from fusemlp.describe.hardening import TRADES, Free, Hardening
 from fusemlp.describe.intervals import IBP
 from fusemlp.runtime.plans import ASKED
+from fusemlp.training.intervals import check_intervals
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 if TYPE_CHECKING:
     from fusemlp.runtime.session import Session
-
-# IBP changes gradients in float32 or float64.
-PRECISIONS = ("fp32", "fp64", "tf32")
 
 
 def check_adversarial(engine: Session, against: Any, *, batches: bool = False) -> None:
@@ -22,10 +19,8 @@ def check_adversarial(engine: Session, against: Any, *, batches: bool = False) -
 
     ``batches``: it gets them in place of arrays.
     """
-    if not isinstance(against, Attack | Hardening | IBP):
-        raise ArgumentTypeError(
-            f"adversarial: expected an attack such as PGD(0.1), or Free(0.1), TRADES(0.1) or IBP(0.1), got {against!r}"
-        )
+    if not isinstance(against, Attack | IBP):
+        raise ArgumentTypeError(f"adversarial: expected an attack such as PGD(0.1), or IBP(0.1), got {against!r}")
     engine.network.check_single("adversarial", "adversarial training")
     if engine.privacy is not None:
         raise ArgumentError("adversarial: the engine trains privately; leave out privacy or adversarial")
@@ -36,7 +31,7 @@ def check_adversarial(engine: Session, against: Any, *, batches: bool = False) -
     if engine.plan == "resident" and engine.plan_reason == ASKED and not engine.memory.backend.traits.on_host:
         raise ArgumentError("plan: the resident kernel trains on batches as they are; use plan='auto'")
     if isinstance(against, IBP):
-        _check_intervals(engine, against)
+        check_intervals(engine, against)
         return
     if against.plain.restarts > 1:
         raise ArgumentError("adversarial: restarts are for Engine.attack; training takes one, restarts=1")
@@ -44,22 +39,4 @@ def check_adversarial(engine: Session, against: Any, *, batches: bool = False) -
         raise ArgumentError(
             "adversarial: eps would be in the units of the scaled columns, and that of attack is in raw ones; scale X "
             "yourself, and make the engine with normalise=False"
-        )
-    if isinstance(against, Free):
-        against.check(engine.optimizer)
-        if engine.precision == "fp16":
-            raise ArgumentError(
-                "precision: gradients in fp16 overflow now and then, and Free would keep that in the inputs; give fp32 "
-                "or bf16"
-            )
-    if isinstance(against, TRADES):
-        against.check(engine.network, engine.loss)
-
-
-def _check_intervals(engine: Session, ibp: IBP) -> None:
-    ibp.check(engine.network, engine.loss, engine.optimizer)
-    if engine.precision not in PRECISIONS:
-        raise ArgumentError(
-            f"adversarial: IBP trains in {', '.join(PRECISIONS)}, this engine in {engine.precision}; give another "
-            "precision"
         )

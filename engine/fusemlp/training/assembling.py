@@ -6,18 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fusemlp.describe.hardening import Free, Hardening
 from fusemlp.describe.intervals import IBP
 from fusemlp.describe.privacy import sampling_rate, steps_of_an_epoch
 from fusemlp.program.adversarial import lowered
 from fusemlp.program.step import Inputs
 from fusemlp.training.history import fresh_state, resumed_state
-from fusemlp.training.intervals import write_limits
+from fusemlp.training.intervals import add_worst_case
 from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
 from fusemlp.training.orders import of_epoch
 from fusemlp.training.policy import FitPolicy
 from fusemlp.training.private import PoissonRows
-from fusemlp.training.replays import Replays
 
 if TYPE_CHECKING:
     from fusemlp.describe.adversarial import Attack
@@ -45,7 +43,7 @@ def fit_checked(
     resume: bool = False,
     taken_in: Any | None = None,
     deadline: float = math.inf,
-    against: Attack | Hardening | IBP | None = None,
+    against: Attack | IBP | None = None,
 ) -> EpochLoop[FitPolicy]:
     """Return the loop of a ``fit`` of checked arrays, on ``rows`` (m,) int64 of them if given.
 
@@ -60,9 +58,6 @@ def fit_checked(
         batches = steps_of_an_epoch(count, batch_size)
     elif batches is None:
         batches = count // batch_size if drop_last else -(-count // batch_size)
-    if isinstance(against, Free):
-        trained = batches * batch_size
-        batches, at_once = batches * against.repeats, 1
     told = epochs, batches, monitor or "", None if against is None else against.to_config()
     state = resumed_state(engine, *told, rows=count) if resume else fresh_state(engine, *told)
     first_epoch = state.history.epochs[0] if state.history.epochs else state.epoch
@@ -75,11 +70,15 @@ def fit_checked(
     data = data._replace(X=engine.take_in(data.X) if taken_in is None else taken_in)
     on_host = engine.memory.backend.traits.on_host
     begun = settles = 0
+    attack = None
     if isinstance(against, IBP):
         # waits for a device
         begun = engine.update_count - state.batch - (state.epoch - first_epoch) * batches
         # a fit resumed with more epochs keeps the ramp of its first call
         settles = first_epoch + against.settled(epochs, (state.total_updates - begun) // batches)
+        at_once = 1
+    elif against is not None:
+        attack = lowered(against)
     policy = FitPolicy(
         engine,
         data.X,
@@ -94,7 +93,7 @@ def fit_checked(
         settles=settles,
         draws_ahead=order is None and not on_host,
     )
-    resident = engine.plan == "resident" and (on_host or against is None)
+    resident = engine.plan == "resident" and (on_host or against is None) and not isinstance(against, IBP)
     members = engine.network.members
     if at_once is None:
         decided = validation is not None or patience is not None or bool(callbacks)
@@ -102,7 +101,7 @@ def fit_checked(
         at_once = epochs_at_once(engine, epochs, count * members, asked=asked)
     if bound is None:
         inputs = Inputs(len(data.X), indexed=True, weighted=data.weight is not None)
-        bound = made = engine.bind_fit(
+        bound = engine.bind_fit(
             inputs,
             policy.spec,
             policy.rule,
@@ -111,11 +110,9 @@ def fit_checked(
             batches=batches,
             epochs=at_once,
             resident=resident,
-            against=None if against is None else lowered(against, begun, state.total_updates),
+            against=attack,
+            keep_gradients=isinstance(against, IBP),
         )
         if isinstance(against, IBP):
-            write_limits(engine, against, made.arrays)
-        engine.keep_carried(bound.arrays["delta"] if isinstance(against, Free) else None, resume=resume)
-        if isinstance(against, Free):
-            bound = Replays(made, against.repeats, trained)
+            add_worst_case(engine, bound, against, first=begun, updates=state.total_updates - begun)
     return EpochLoop(engine, bound, policy, state, batch_size * members, batches, at_once, callbacks)

@@ -24,7 +24,6 @@ from fusemlp.runtime.files import (
     to_bytes,
     write_atomically,
 )
-from fusemlp.runtime.keeping import CARRIED
 from fusemlp.runtime.session import Session
 from fusemlp.training.history import FitState
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
@@ -44,7 +43,7 @@ def engine_content(
     kinds["input"] = engine.scale_tensors
     kinds["merged"] = {} if engine.merged_biases is None else {"bias": engine.merged_biases}
     tensors = {f"{kind}/{name}": tensor for kind, own in kinds.items() for name, tensor in own.items()}
-    for name in ("counters", "hyper", "stats", *({CARRIED} & memory.arrays.keys())):
+    for name in ("counters", "hyper", "stats"):
         tensors[name] = memory.backend.to_host(memory.arrays[name])
     config = {
         "format": CHECKPOINT.version,
@@ -84,8 +83,6 @@ def restore_engine(engine: Session, content: Mapping[str, Any], *, backend: str,
     for name in ("counters", "hyper", "stats"):
         # Older checkpoints have fewer statistics.
         memory.backend.copy_into(memory.arrays[name][: len(tensors[name])], tensors[name])
-    if CARRIED in tensors:
-        memory.arrays[CARRIED] = memory.backend.from_host(tensors[CARRIED])
     engine.best_parameters = _of_kind("best", tensors) or None
     engine.merged_biases = tensors.get("merged/bias")
     engine.epochs_trained = config["epochs_trained"]

@@ -13,7 +13,6 @@ from fusemlp.callbacks import ProgressBar, announce, checked_callbacks, exits
 from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.checks import as_count, as_deadline, as_number, check_flag
 from fusemlp.describe.elsewhere import knows_names
-from fusemlp.describe.hardening import Hardening
 from fusemlp.describe.intervals import IBP
 from fusemlp.describe.metrics import Metric
 from fusemlp.inputs.batches import Batches
@@ -79,7 +78,7 @@ def fit(
     row_order: Callable[[int], Any] | None = None,
     resume: bool = False,
     time_limit: float | None = None,
-    adversarial: Attack | Hardening | IBP | None = None,
+    adversarial: Attack | IBP | None = None,
 ) -> History:
     """Train ``engine`` on X (n, K) and y for ``epochs`` passes, or on batches.
 
@@ -117,8 +116,6 @@ def fit(
 
     ``adversarial``, ``PGD(eps)`` or ``FGSM(eps)``: train on each batch as this attack changes it, at the parameters of
     the step and without dropout. ``loss`` and ``accuracy`` of the history are of that; validation is of rows unchanged.
-    ``Free(eps, repeats=4)``: change it by the gradients that training computes, with 4 updates on each batch.
-    ``TRADES(eps, beta=6.0)``: add beta times the divergence of the outputs of attacked rows from their own to the loss.
     ``IBP(eps)``: train for certified accuracy; the history is of the rows as they are.
 
     Ctrl-C ends training after the batch and raises KeyboardInterrupt; the parameters and the history are kept. Raises

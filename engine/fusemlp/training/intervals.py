@@ -1,18 +1,34 @@
-"""Training with interval bounds: what it asks of the targets, and the numbers that its program reads."""
+"""Training for certified accuracy: between gradient and update of a step, the gradients of the batch's worst case.
+
+A box of inputs with centre c and radius r gives pre-activations with centre w c + b and radius |w| r, and a rising
+activation maps its ends to the ends of the next box (Gowal et al., "On the effectiveness of interval bound propagation
+for training verifiably robust models", 2018). The worst logits of a row are the lower bound of its label's and the
+upper bounds of the others. The products and the loss are the backend's own calls, so a run gives the same bits on any
+number of threads; what is between them is NumPy's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusemlp.program.layout import Layout
+from fusemlp.runtime.intervals import formula_functions
+from fusemlp_kernels import pointwise
+from fusemlp_kernels.contract import ROW_OFFSET, UPDATE_COUNT, UpdateRule
 from fusemlp_kernels.errors import ArgumentError
 
 if TYPE_CHECKING:
     from fusemlp.describe.intervals import IBP
+    from fusemlp.inputs.arrays import Array
     from fusemlp.inputs.targets import Targets
+    from fusemlp.runtime.bound import BoundProgram
     from fusemlp.runtime.session import Session
+
+Calls = list[Callable[..., object]]
 
 
 def check_labels(targets: Targets) -> None:
@@ -21,14 +37,189 @@ def check_labels(targets: Targets) -> None:
         raise ArgumentError("y: IBP takes class labels (n,), and got probabilities; give y.argmax(axis=1)")
 
 
-def write_limits(engine: Session, ibp: IBP, arrays: Mapping[str, Any]) -> None:
-    """Write each column's reach in units of eps, and its bounds if any, as the network takes inputs."""
-    scale = engine.input_scale
-    found: dict[str, Any] = {"reach": 1.0 if scale is None else 1.0 / scale.scale}
-    for name, end in zip(("least", "most"), ibp.bounds or (), strict=False):
-        found[name] = end if scale is None else (end - scale.mean) / scale.scale
-    width, kind = engine.network.sizes[0], f"f{engine.memory.real_bytes}"
-    for name, values in found.items():
-        # there are none where nothing is trained
-        if name in arrays:
-            engine.memory.backend.copy_into(arrays[name], np.broadcast_to(values, width).astype(kind))
+def check_intervals(engine: Session, ibp: IBP) -> None:
+    """Raise ArgumentError for an engine that does not train with interval bounds."""
+    ibp.check(engine.network, engine.loss, engine.optimizer)
+    if not engine.memory.backend.traits.on_host:
+        raise ArgumentError(
+            f"backend: IBP trains on the backend 'numpy', this engine has {engine.backend!r}; make it with "
+            "backend='numpy', or train against PGD(eps)"
+        )
+
+
+def add_worst_case(engine: Session, bound: BoundProgram, ibp: IBP, *, first: int, updates: int) -> None:
+    """Let each step of ``bound``, which keeps its gradients, train against ``ibp`` from update ``first`` on.
+
+    ``updates``: how many the shares of ``ibp`` are of.
+    """
+    # where nothing is trained, there is nothing to do
+    if bound.program.trainable:
+        bound.before_update(_WorstCase(engine, bound, ibp, first, max(1, updates)).add)
+
+
+class _WorstCase:
+    """The calls for the worst case of a batch, and the memory between them."""
+
+    def __init__(self, engine: Session, bound: BoundProgram, ibp: IBP, first: int, updates: int) -> None:
+        self.ibp, self.first, self.updates = ibp, first, updates
+        self.net, self.bound, self.arrays = engine.network, bound, bound.arrays
+        memory = engine.memory
+        self.real = np.dtype(f"f{memory.real_bytes}")
+        self._take_limits(engine)
+        net, rows = self.net, bound.program.values["rows"].shape[0]
+        shapes: dict[str, tuple[int, ...]] = {}
+        for level, width in enumerate(net.sizes):
+            names = ("centre", "radius") + (("zc", "zr", "dzc", "dzr") if level else ())
+            shapes |= {f"{name}{level}": (rows, width) for name in names}
+        for layer in range(net.layers):
+            shape = net.sizes[layer + 1], net.sizes[layer]
+            shapes |= {f"{name}{layer}": shape for name in ("size", "dw", "dsize")}
+            shapes |= {f"{name}{layer}": shape[:1] for name in ("zero", "db")}
+        backend, multiple = memory.backend, memory.backend.traits.row_multiple
+        layout = Layout.of(shapes, row_multiple=multiple, item_bytes=memory.real_bytes)
+        self.own = layout.views(backend, backend.allocate(layout.size, "real"))
+        self.functions = formula_functions()
+        layers = range(net.layers)
+        self.forward = [self._linear(backend, layer) for layer in layers]
+        self.loss = backend.bind("loss_grad", **self._loss_operands())
+        self.backward = [self._grad_input(backend, layer) for layer in layers[1:]]
+        self.gradients = self._grad_weight(backend)
+
+    def _take_limits(self, engine: Session) -> None:
+        """Set each column's reach in units of eps and its bounds, as the network takes inputs."""
+        scale, bounds = engine.input_scale, self.ibp.bounds or (-np.inf, np.inf)
+        self.reach: Any = self.real.type(1.0) if scale is None else (1.0 / scale.scale).astype(self.real)
+        ends = [np.float64(end) if scale is None else (end - scale.mean) / scale.scale for end in bounds]
+        self.least, self.most = (np.asarray(end, self.real) for end in ends)
+
+    def _linear(self, backend: Any, layer: int) -> Calls:
+        ways = (
+            ("centre", "zc", self.arrays[f"w{layer}"], self.arrays[f"b{layer}"]),
+            ("radius", "zr", self.own[f"size{layer}"], self.own[f"zero{layer}"]),
+        )
+        return [
+            backend.bind(
+                "linear", x=self.own[f"{x}{layer}"], w=w, b=b, y=self.own[f"{y}{layer + 1}"],
+                activation="identity", counters=self.arrays["counters"],
+            )
+            for x, y, w, b in ways
+        ]  # fmt: skip
+
+    def _loss_operands(self) -> dict[str, Any]:
+        """Return the operands of the step's own loss, for the worst logits, which take the place of the centres."""
+        (call,) = (call for call in self.bound.program.calls if "loss" in call.operands)
+        names = ("target", "weight", "class_weight", "rows", "counters")
+        last = self.net.layers
+        return {
+            **{name: self.arrays[name] for name in names if name in self.arrays},
+            "z": self.own[f"zc{last}"],
+            "dz": self.own[f"dzc{last}"],
+            "loss": replace(call.operands["loss"], accuracy=False),
+            "activation": "identity",
+        }
+
+    def _grad_input(self, backend: Any, layer: int) -> Calls:
+        ways = (("dzc", "centre", self.arrays[f"w{layer}"]), ("dzr", "radius", self.own[f"size{layer}"]))
+        return [
+            backend.bind(
+                "grad_input", dz=self.own[f"{dz}{layer + 1}"], w=w, y=self.own[f"{y}{layer}"],
+                dz_prev=self.own[f"{dz}{layer}"], activation="identity",
+            )
+            for dz, y, w in ways
+        ]  # fmt: skip
+
+    def _grad_weight(self, backend: Any) -> Calls:
+        """Return the calls for the gradients by the weights and biases, and by the magnitudes of the weights."""
+        ways = (("dzc", "centre", "dw", "db"), ("dzr", "radius", "dsize", None))
+        common = {"rule": UpdateRule("sgd"), "counters": self.arrays["counters"]}
+        calls: Calls = []
+        for dz, x, dw, db in ways:
+            layers = tuple(
+                {
+                    "dz": self.own[f"{dz}{layer + 1}"],
+                    "x": self.own[f"{x}{layer}"],
+                    "dw": self.own[f"{dw}{layer}"],
+                    "db": None if db is None else self.own[f"{db}{layer}"],
+                }
+                for layer in range(self.net.layers)
+            )
+            calls.append(backend.bind("grad_weight", layers=layers, **common))
+        return calls
+
+    def add(self) -> None:
+        """Shrink the gradients of the step's batch, and add those of its worst case."""
+        counters = self.arrays["counters"]
+        eps, share = self.ibp.at((int(counters[UPDATE_COUNT]) - self.first) / self.updates)
+        if share == 1.0:
+            return
+        rows, start = self.own["centre0"].shape[0], int(counters[ROW_OFFSET])
+        # padding has the row -1, and no weight
+        picks = np.maximum(self.arrays["rows"][start : start + rows], 0)
+        self._bounds(self.arrays["x"][picks], eps)
+        label = np.arange(rows), self.arrays["target"][picks]
+        self._worst_loss(label)
+        for layer in range(self.net.layers - 1, 0, -1):
+            for call in self.backward[layer - 1]:
+                call()
+            self._through_activation(layer)
+        for call in self.gradients:
+            call()
+        self._mix(share)
+
+    def _bounds(self, x: Array, eps: float) -> None:
+        """Carry the box around the inputs forward to the logits."""
+        reach = self.real.type(eps) * self.reach
+        self._set_box(0, np.maximum(x - reach, self.least), np.minimum(x + reach, self.most))
+        for layer, calls in enumerate(self.forward):
+            np.abs(self.arrays[f"w{layer}"], out=self.own[f"size{layer}"])
+            for call in calls:
+                call()
+            if layer < self.net.layers - 1:
+                self._set_box(layer + 1, *(self._formula(layer, "value", z) for z in self._ends(layer + 1)))
+
+    def _set_box(self, level: int, low: Array, high: Array) -> None:
+        self.own[f"centre{level}"][:] = (low + high) / 2
+        self.own[f"radius{level}"][:] = (high - low) / 2
+
+    def _ends(self, level: int) -> tuple[Array, Array]:
+        """Return the least and the greatest pre-activations."""
+        centre, radius = self.own[f"zc{level}"], self.own[f"zr{level}"]
+        return centre - radius, centre + radius
+
+    def _formula(self, layer: int, name: str, z: Array) -> Array:
+        """Return the activation after a layer at z, or its derivative there."""
+        activation = self.net.activations[layer]
+        known = {"z": z, "slope": self.real.type(activation.slope)}
+        row = pointwise.ACTIVATIONS[activation.name]
+        value = np.asarray(pointwise.evaluate(row.value, known, self.functions))
+        if name == "value":
+            return value
+        return np.asarray(pointwise.evaluate(row.derivative, known | {"y": value}, self.functions), self.real)
+
+    def _worst_loss(self, label: tuple[Array, Array]) -> None:
+        """Compute the gradients of the loss of the worst logits, by their centres and radii."""
+        last = self.net.layers
+        logits, radius = self.own[f"zc{last}"], self.own[f"zr{last}"]
+        radius[label] *= -1.0
+        logits += radius
+        self.loss()
+        self.own[f"dzr{last}"][:] = self.own[f"dzc{last}"]
+        self.own[f"dzr{last}"][label] *= -1.0
+
+    def _through_activation(self, layer: int) -> None:
+        """Turn the gradients by a box of outputs into those by centre and radius of its pre-activations."""
+        by_centre, by_radius = self.own[f"dzc{layer}"], self.own[f"dzr{layer}"]
+        low, high = (self._formula(layer - 1, "derivative", z) for z in self._ends(layer))
+        by_low, by_high = (by_centre - by_radius) / 2 * low, (by_centre + by_radius) / 2 * high
+        by_centre[:], by_radius[:] = by_low + by_high, by_high - by_low
+
+    def _mix(self, share: float) -> None:
+        """Leave ``share`` of the batch's gradients and the rest of the worst case's where the update reads them."""
+        plain, worst = self.real.type(share), self.real.type(1.0 - share)
+        for short in self.bound.program.trainable:
+            gradient, layer = self.arrays[f"d{short}"], short[1:]
+            gradient *= plain
+            added = self.own[f"d{short}"]
+            if short.startswith("w"):
+                added += np.sign(self.arrays[short]) * self.own[f"dsize{layer}"]
+            gradient += worst * added

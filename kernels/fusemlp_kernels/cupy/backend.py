@@ -10,16 +10,9 @@ import numpy as np
 
 from fusemlp_kernels.binders import check_names
 from fusemlp_kernels.contract import Traits
-from fusemlp_kernels.cupy.boxes import (
-    bind_ball,
-    bind_box,
-    bind_box_grad,
-    bind_magnitudes,
-    bind_worst_loss_grad,
-)
 from fusemlp_kernels.cupy.device import Array, Device, all_shared, strides_of
 from fusemlp_kernels.cupy.layers import bind_grad_input, bind_linear, bind_perturb
-from fusemlp_kernels.cupy.losses import bind_divergence, bind_linear_loss_grad, bind_loss_grad
+from fusemlp_kernels.cupy.losses import bind_linear_loss_grad, bind_loss_grad
 from fusemlp_kernels.cupy.members import (
     bind_affine_members,
     bind_grad_affine_members,
@@ -41,7 +34,6 @@ BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
     "linear": bind_linear,
     "linear_loss_grad": bind_linear_loss_grad,
     "loss_grad": bind_loss_grad,
-    "divergence": bind_divergence,
     "grad_input": bind_grad_input,
     "affine_members": bind_affine_members,
     "grad_affine_members": bind_grad_affine_members,
@@ -53,11 +45,6 @@ BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
     "grad_weight_update": bind_grad_weight_update,
     "update": bind_update,
     "perturb": bind_perturb,
-    "magnitudes": bind_magnitudes,
-    "ball": bind_ball,
-    "box": bind_box,
-    "box_grad": bind_box_grad,
-    "worst_loss_grad": bind_worst_loss_grad,
     "advance": bind_advance,
 }
 

@@ -121,7 +121,6 @@ struct Attack {
     long long columns;
     long long euclid;  // the norm is 2, else the largest element
     long long drawn;  // the start is random
-    long long carries;  // 1: dx is what the start adds; 2: that is what moves, from zero, and stays where an index is -1
     long long key0;
     long long key1;
     double length;
@@ -155,15 +154,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) perturb(const Attack call)
     long long row = blockIdx.x;
     long long source = call.indices ? call.indices[call.counters[ROW_OFFSET] + row] : row;
     if (source < 0) {
-        if (call.carries != 2)
-            for (long long j = threadIdx.x; j < call.columns; j += THREADS) store(call.adv.at(row, j), 0.0f);
-        return;
-    }
-    if (call.carries == 1) {
-        for (long long j = threadIdx.x; j < call.columns; j += THREADS) {
-            float moved = maximum(load(call.x.at(source, j)) + load(call.dx.at(row, j)), static_cast<float>(call.low));
-            store(call.adv.at(row, j), minimum(moved, static_cast<float>(call.high)));
-        }
+        for (long long j = threadIdx.x; j < call.columns; j += THREADS) store(call.adv.at(row, j), 0.0f);
         return;
     }
     double factor = call.length;

@@ -86,13 +86,11 @@ def bind_grad_input(device: Device, given: SimpleNamespace) -> Run:
 @binds("perturb")
 def bind_perturb(device: Device, given: SimpleNamespace) -> Run:
     """Bind the contract's ``perturb``: a block for each row."""
-    change, added = given.change, given.delta is not None
+    change = given.change
     key0, key1 = seed_key(change.seed or 0)
-    out = next(one for one in (given.start, given.adv, given.carried) if one is not None)
-    x = {"x": given.x} if given.carried is None else {"x": device.allocate(1, "compute"), "x_row": 0, "x_col": 0}
     return device.launch(
-        "layers", "perturb", given.M, **x, dx=given.delta if added else given.dx, adv=out, indices=given.rows,
-        counters=given.counters, columns=given.K, drawn=given.dx is None and not added and change.seed is not None,
-        carries=1 if added else 2 * (given.carried is not None), key0=key0, key1=key1, length=change.step,
+        "layers", "perturb", given.M, x=given.x, dx=given.dx, adv=given.adv if given.start is None else given.start,
+        indices=given.rows, counters=given.counters, columns=given.K,
+        drawn=given.dx is None and change.seed is not None, key0=key0, key1=key1, length=change.step,
         euclid=change.norm == "2", eps=change.eps, low=change.low, high=change.high,
     )  # fmt: skip

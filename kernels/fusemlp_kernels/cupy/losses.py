@@ -1,4 +1,4 @@
-"""Binding ``loss_grad``, ``linear_loss_grad`` and ``divergence``: one kernel reads a row and writes its gradients."""
+"""Binding ``loss_grad`` and ``linear_loss_grad``: one kernel reads a row and writes its gradients."""
 
 from __future__ import annotations
 
@@ -59,19 +59,6 @@ def _over_rows(device: Device, kernel: str, m: int, n: int, fields: dict[str, An
 def bind_loss_grad(device: Device, given: SimpleNamespace) -> Run:
     """Bind the contract's ``loss_grad``."""
     return launch_loss(device, "stored_loss", given, given.z)
-
-
-@binds("divergence")
-def bind_divergence(device: Device, given: SimpleNamespace) -> Run:
-    """Bind the contract's ``divergence``."""
-    names = ("z", "other", "dother", "dz", "counters", "stats", "weight", "hyper", "strength")
-    fields = {name: getattr(given, name) for name in names}
-    fields |= {
-        "indices": given.rows, "rows": given.M, "columns": given.N, "mean": given.loss.reduction != "sum",
-        "by_row": given.loss.reduction == "rows", "soft": True, "divisor": 1.0,
-        "kind": LOSSES.index("cross_entropy"),
-    }  # fmt: skip
-    return in_sequence([]) if given.M * given.N == 0 else _over_rows(device, "divergence", given.M, given.N, fields)
 
 
 @binds("linear_loss_grad", without=["ridge", "shares"])

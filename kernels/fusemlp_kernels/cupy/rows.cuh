@@ -35,9 +35,6 @@ struct Loss {
     double smoothing;
     double option;  // of the element-wise loss, as delta
     double slope;
-    Matrix<const Compute> other;  // of a divergence, as the two that follow
-    Matrix<Compute> dother;
-    double strength;
 };
 
 struct Row {

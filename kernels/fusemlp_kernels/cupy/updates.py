@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import numpy as np
-
-from fusemlp_kernels.checks import batches_of, binds
-from fusemlp_kernels.contract import COUNTERS
-from fusemlp_kernels.cupy.boxes import bind_turn
+from fusemlp_kernels.checks import binds
 from fusemlp_kernels.cupy.device import Array, Device, Run, in_sequence
 from fusemlp_kernels.cupy.products import bind_product, transposed
 from fusemlp_kernels.cupy.tables import PLAIN, Sums, Tensors
@@ -49,19 +45,12 @@ def bind_clip_examples(device: Device, given: SimpleNamespace) -> Run:
 
 @binds("grad_weight", without=_NO_PARTS)
 def bind_grad_weight(device: Device, given: SimpleNamespace) -> Run:
-    """Bind the contract's ``grad_weight``: a product for each weight, and one kernel for all biases and slopes.
-
-    Other batches have their own, which add to the first's.
-    """
-    runs: list[Run] = []
-    for batch in batches_of(given, device.upload(np.ones(COUNTERS, np.int64))):
-        turns = [bind_turn(device, layer.dw, layer.signs, layer.dw) for layer in batch.turned]
-        runs += [*turns, bind_gradients(device, batch), *turns]
-    return in_sequence(runs)
+    """Bind the contract's ``grad_weight``."""
+    return bind_gradients(device, given)
 
 
 def bind_gradients(device: Device, given: SimpleNamespace) -> Run:
-    """Return the run of the checked operands of ``grad_weight``."""
+    """Return the run of checked operands: a product for each weight, and one kernel for all biases and slopes."""
     sums, tensors = Sums(device, given), Tensors(device, given)
     # while gradients accumulate, beta is a number on the card
     scalars = sums.pair(PLAIN) if given.rule.accumulate > 1 else None

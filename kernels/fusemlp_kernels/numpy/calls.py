@@ -255,17 +255,16 @@ def _gradients(
     table: Table, layer: Operands, w: Mapping[str, Any] | None, b: Mapping[str, Any] | None
 ) -> None:  # fmt: skip
     """The gradients by a layer's weights and bias, w and b being what else their rows have; None is left out."""
-    x, dz, dz2 = _input(layer), layer["dz"], layer.get("dz2")
+    x, dz = _input(layer), layer["dz"]
     table.height = max(table.height, len(dz))
     if w is not None:
-        spread = {"RADIUS": layer.get("radius"), "SPREAD": layer.get("dspread"), "SIGNS": layer.get("signs")}
-        table.add("WEIGHT", N=dz.shape[1], K=x.shape[1], X=x, DZ=dz, Y=layer.get("x2"), Z=dz2, **spread, **w)
+        table.add("WEIGHT", N=dz.shape[1], K=x.shape[1], X=x, DZ=dz, **w)
     if b is not None:
-        table.add("BIAS", N=dz.shape[1], DZ=dz, Z=dz2, SUMS=table.scratch(dz.shape[1]), **b)
+        table.add("BIAS", N=dz.shape[1], DZ=dz, SUMS=table.scratch(dz.shape[1]), **b)
 
 
 def _slope(table: Table, slope: Operands, columns: Mapping[str, Any]) -> None:
-    table.add("SLOPES", N=1, DZ=slope["dslope"], Z=slope.get("dslope2"), SUMS=table.scratch(1), **columns)
+    table.add("SLOPES", N=1, DZ=slope["dslope"], SUMS=table.scratch(1), **columns)
 
 
 def _batch(layers: Sequence[Operands]) -> int:
@@ -298,8 +297,6 @@ def _grad_weight_update(
             "rule: clipping and accumulation need the gradients of the whole network: use grad_weight and update"
         )
 
-    second = any("dz2" in layer for layer in layers)
-
     def updated(owner: Operands, name: str, own: str = "") -> dict[str, Any] | None:
         """The columns of a parameter that is updated with its gradient."""
         param = owner[name]
@@ -307,7 +304,7 @@ def _grad_weight_update(
             return None
         columns = {"FIRST": table.tensor(owner[f"{own}rule"], 0, param.size), "W": param}
         columns["PANELS"] = table.panels_of(param)
-        if rule.code == t.SGD and not rule.ema and _batch(layers) <= t.DEPTH and not second:
+        if rule.code == t.SGD and not rule.ema and _batch(layers) <= t.DEPTH:
             # with nothing else to do with the gradient the product lands in the parameter
             return columns | {"OUT": param, "DESCENDS": True}
         return columns | {"OUT": table.scratch(*param.shape), **_updated(rule, param, owner[f"{own}state"])}

@@ -32,7 +32,7 @@ ELEMENT, LOSS, MOVE, UPDATE = 16, 64, 4, 32
 SHORTEST = 512
 
 PIECEWISE = ("WEIGHT", "BIAS", "SLOPES")
-_CUT = {**dict.fromkeys((*PIECEWISE, "NORM", "UPDATE", "PACK", "MAGNITUDES"), t.BY_PIECES), "CLOCK": t.AT_ONCE}
+_CUT = {**dict.fromkeys((*PIECEWISE, "NORM", "UPDATE", "PACK"), t.BY_PIECES), "CLOCK": t.AT_ONCE}
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _block(rows: Sequence[Row], height: int, unit: int) -> int:
     for row in rows:
         if row.kind in ("AFFINE", "BACKWARD", "HEADS", "HEADS_BACKWARD"):
             cost += row.n * row.k
-        elif row.kind in ("ENTROPY", "ELEMENTWISE", "DIVERGENCE"):
+        elif row.kind in ("ENTROPY", "ELEMENTWISE"):
             cost += LOSS * row.n
         elif row.kind == "GATHER":
             cost += MOVE * row.k
@@ -188,7 +188,7 @@ def _pieces(
             size = tensors[tensor * t.TENSOR_COLUMNS + t.SIZE]
             for left, right in _even(size, int(size * UPDATE // grain), t.PANEL):
                 yield tensor, 0, left, right, (right - left) * UPDATE
-    elif row.kind in ("WEIGHT", "PACK", "MAGNITUDES"):
+    elif row.kind in ("WEIGHT", "PACK"):
         each = height + UPDATE if row.kind == "WEIGHT" else MOVE
         parts = max(1, math.ceil(row.n * row.k * each / grain))
         strips = min(parts, max(1, row.k // SHORTEST))

@@ -25,7 +25,7 @@ Run = Callable[..., object]
 COLUMNS = {name: place for name, place in vars(t).items() if isinstance(place, int)}
 
 # The columns of arrays that have a row for each row of the batch.
-BATCH_ARRAYS = ("X", "Y", "Z", "DZ", "OUT", "KEEP", "CENTRE", "RADIUS")
+BATCH_ARRAYS = ("X", "Y", "Z", "DZ", "OUT", "KEEP")
 
 
 def _address(array: Array) -> int:
@@ -115,7 +115,7 @@ class Table:
             array for name in BATCH_ARRAYS if isinstance(array := columns.get(name), np.ndarray) and array.ndim == 2
         ]
         arrays = tuple((_address(array), array.nbytes, array.strides[0]) for array in by_rows)
-        # each task reads all of it, and magnitudes leave their memory to other values
+        # each task reads all of it
         if isinstance(whole := columns.get("W"), np.ndarray) and whole.ndim == 2:
             arrays += ((_address(whole), whole.nbytes, 0),)
         sizes = {name.lower(): columns.get(name, 0) for name in ("N", "K", "FIRST", "END")}

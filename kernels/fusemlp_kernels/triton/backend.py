@@ -26,12 +26,10 @@ from fusemlp_kernels.triton.grouped import (
     bind_grad_weight_update,
     bind_update,
 )
-from fusemlp_kernels.triton.intervals import bind_ball, bind_box, bind_box_grad, bind_magnitudes, bind_worst_loss_grad
 from fusemlp_kernels.triton.launch import Device, Run, Tensor, is_aligned, is_interpreted, mark_owned
 from fusemlp_kernels.triton.layers import (
     bind_advance,
     bind_affine_members,
-    bind_divergence,
     bind_grad_affine_members,
     bind_grad_input,
     bind_grad_input_members,
@@ -60,8 +58,7 @@ BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
         *(bind_linear, bind_linear_loss_grad, bind_loss_grad, bind_grad_input, bind_clip_examples, bind_grad_weight),
         *(bind_grad_weight_update, bind_update, bind_advance, bind_perturb, bind_train_resident, bind_train_fleet),
         *(bind_affine_members, bind_grad_affine_members, bind_linear_members, bind_grad_input_members),
-        *(bind_grad_weight_members, bind_divergence, bind_magnitudes, bind_ball, bind_box, bind_box_grad),
-        bind_worst_loss_grad,
+        bind_grad_weight_members,
     )
 }
 COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -283,10 +283,9 @@ def launch_options(family: str, tile: Tile) -> dict[str, Any]:
     return options
 
 
-# Launches without a product: of ``loss_grad`` and ``divergence`` for rows of any width, the clock, the sweeps over the
+# Launches without a product: of ``loss_grad`` for rows of any width, the clock, the sweeps over the
 # arenas, ``clip_examples``, and members' own factors.
 LOSS = LossTile(2, 1024, 0, 8, 1, programs=2)
-DIVERGENCE = Tile(2, 1024, 0, 8, 1)
 SMALL = Tile(1, 1, 0, 1, 1)
 SWEEP = Tile(1, 1024, 0, 4, 1)
 # Noise is of float64, which takes two registers a number.

@@ -7,11 +7,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-from fusemlp_kernels.checks import batches_of, binds, members_of
-from fusemlp_kernels.contract import COUNTERS, HYPER, RATE_COLUMNS, Noise, Segment, TensorRule, within
+from fusemlp_kernels.checks import binds, members_of
+from fusemlp_kernels.contract import HYPER, RATE_COLUMNS, Noise, Segment, TensorRule, within
 from fusemlp_kernels.philox import seed_key
 from fusemlp_kernels.triton import clock, configs, gradients, privacy, update
-from fusemlp_kernels.triton.intervals import launch_turn
 from fusemlp_kernels.triton.launch import LARGEST_INDEX, Device, Run, Tensor, in_sequence, is_aligned, signed
 from fusemlp_kernels.triton.layers import launch_clock
 
@@ -136,14 +135,9 @@ def _keeping(given: SimpleNamespace, launch: Run, programs: int) -> Run:
 
 @binds("grad_weight")
 def bind_grad_weight(device: Device, given: SimpleNamespace) -> Run:
-    """The contract's ``grad_weight``: a launch for each batch, each of which adds to those before."""
-    runs: list[Run] = []
-    parts = {"parts": given.parts, "part": given.part}
-    for batch in batches_of(given, device.numbers([1] * COUNTERS, "int64")):
-        turns = [launch_turn(device, layer.dw, layer.signs, layer.dw) for layer in batch.turned]
-        run, programs = _bind_gradients(device, batch, updates=False, norm=batch.norm, **parts)
-        runs += [*turns, run, *turns]
-    return batch.norm.zero_ if programs == 0 and batch.norm is not None else in_sequence(runs)
+    """The contract's ``grad_weight``."""
+    run, programs = _bind_gradients(device, given, updates=False, norm=given.norm, parts=given.parts, part=given.part)
+    return given.norm.zero_ if programs == 0 and given.norm is not None else run
 
 
 @binds("grad_weight_members")

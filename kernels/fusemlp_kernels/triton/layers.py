@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +9,7 @@ from fusemlp_kernels.checks import binds, members_of
 from fusemlp_kernels.contract import ACTIVATIONS, COUNTERS, HYPER, LOSSES, NEEDS_Z, STATS, Dropout, LossSpec
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.philox import seed_key, threshold
-from fusemlp_kernels.triton import clock, configs, divergence, gradients, linear, loss, members, perturb
+from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, members, perturb
 from fusemlp_kernels.triton.launch import LARGEST_INDEX, Device, Run, Tensor, in_sequence, is_aligned, signed
 
 # Operands for backends that gather in memory or store masks, and those of train_resident.
@@ -180,44 +178,17 @@ def bind_grad_input_members(device: Device, given: SimpleNamespace) -> Run:
 @binds("perturb")
 def bind_perturb(device: Device, given: SimpleNamespace) -> Run:
     """The contract's ``perturb``."""
-    change, moves, added = given.change, given.start is None, given.delta is not None
-    drawn = not (moves or added) and change.seed is not None
-    x = device.zeros(1, "compute").as_strided((1, given.K), (0, 0)) if given.x is None else given.x
-    out = next(one for one in (given.start, given.adv, given.carried) if one is not None)
-    # what is carried is within eps
-    euclid, eps = (False, math.inf) if added else (change.norm == "2", change.eps)
+    change, moves = given.change, given.start is None
     keys = [signed(word) for word in seed_key(change.seed or 0)]
     arguments = {
-        "K": given.K, **places(x, x=x, dx=given.delta if added else given.dx, adv=out),
+        "K": given.K, **places(given.x, x=given.x, dx=given.dx, adv=given.adv if moves else given.start),
         "counters": given.counters,
         "rows": device.zeros(1, "int64") if given.rows is None else given.rows, "gather": int(given.rows is not None),
-        "moves": int(moves), "euclid": int(euclid), "drawn": int(drawn),
-        "carries": int(added or given.carried is not None), "key0": keys[0], "key1": keys[1], "length": change.step,
-        "eps": eps, "low": change.low, "high": change.high,
+        "moves": int(moves), "euclid": int(change.norm == "2"), "drawn": int(not moves and change.seed is not None),
+        "key0": keys[0], "key1": keys[1], "length": change.step, "eps": change.eps, "low": change.low,
+        "high": change.high,
     }  # fmt: skip
     return device.launch(perturb.perturb_kernel, given.M, arguments, {"BLOCK": configs.SWEEP.columns}, configs.SWEEP)
-
-
-@binds("divergence")
-def bind_divergence(device: Device, given: SimpleNamespace) -> Run:
-    """The contract's ``divergence``."""
-    z, rows, weight, hyper, tile = given.z, given.rows, given.weight, given.hyper, configs.DIVERGENCE
-    given.class_weight, dz = None, given.dother if given.dz is None else given.dz
-    programs = -(-given.M // tile.rows)
-    matrices = {"z": z, "other": given.other, "dother": given.dother, "dz": dz}
-    settings = loss_settings(replace(given.loss, soft=True, label_smoothing=0.0, accuracy=False), given)
-    arguments = {
-        "M": given.M, "N": given.N, **places(z, **matrices), "strength": float(given.strength),
-        "rows": device.zeros(1, "int64") if rows is None else rows, "gather": int(rows is not None),
-        "weight": device.zeros(1, "real") if weight is None else weight,
-        "weight_step": 0 if weight is None else weight.stride(0), "settings": device.numbers(settings, "real"),
-        "stats": device.zeros(STATS, "float64") if given.stats is None else given.stats,
-        "hyper": device.zeros(HYPER, "float64") if hyper is None else hyper, "scaled": int(hyper is not None),
-        "counters": given.counters, "adds": int(given.dz is not None), "recorded": int(given.stats is not None),
-        "partials": device.zeros(programs, "float64"), "ticket": device.zeros(1, "int32"), "programs": programs,
-    }  # fmt: skip
-    constants = {"BM": tile.rows, "BN": tile.columns, "ALIGNED": all(map(is_aligned, matrices.values()))}
-    return device.launch(divergence.divergence_kernel, programs, arguments, constants, tile)
 
 
 def target_arguments(device: Device, given: SimpleNamespace) -> dict[str, Any]:

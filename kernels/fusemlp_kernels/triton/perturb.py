@@ -34,8 +34,8 @@ def uniform(row, first_column, batch_index, key0, key1, COLS: tl.constexpr):
 
 @triton.jit
 def displacement(
-    x, dx, adv, at, inside, x_col, dx_col, adv_col, row, batch_index, factor, eps, moves, euclid, drawn, carries, key0,
-    key1, start, COLS: tl.constexpr,
+    x, dx, adv, at, inside, x_col, dx_col, adv_col, row, batch_index, factor, eps, moves, euclid, drawn, key0, key1,
+    start, COLS: tl.constexpr,
 ):  # fmt: skip
     """Return x and what is added to it, before it is brought back, for columns ``at`` of a row."""
     own = tl.load(x + at * x_col, mask=inside, other=0.0).to(tl.float32)
@@ -47,8 +47,6 @@ def displacement(
             # the factor of a tiny gradient is no float32
             step = (factor * g.to(tl.float64)).to(tl.float32)
         d = tl.load(adv + at * adv_col, mask=inside, other=0.0).to(tl.float32) - own + step
-    if (carries != 0) & (moves == 0):
-        d = tl.load(dx + at * dx_col, mask=inside, other=0.0).to(tl.float32)
     if drawn != 0:
         d = eps * uniform(row, start, batch_index, key0, key1, COLS)
     return own, tl.where(inside, d, 0.0)
@@ -57,16 +55,15 @@ def displacement(
 @triton.jit(
     do_not_specialize=[
         "K", "x_row", "x_col", "dx_row", "dx_col", "adv_row", "adv_col", "gather", "moves", "euclid", "drawn",
-        "carries", "key0", "key1",
+        "key0", "key1",
     ]
 )  # fmt: skip
 def perturb_kernel(
     x, dx, adv, rows, counters, K, x_row, x_col, dx_row, dx_col, adv_row, adv_col, gather, moves, euclid, drawn,
-    carries, key0, key1, length, eps, low, high, BLOCK: tl.constexpr,
+    key0, key1, length, eps, low, high, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The rows of adv (M, K), one a program; with ``moves`` a step along dx, with ``drawn`` a random start. Norms are
-    taken in float64, where no square of a float32 underflows. With ``carries`` a start adds dx, and a step leaves rows
-    of -1 as they are."""
+    taken in float64, where no square of a float32 underflows."""
     row = tl.program_id(0)
     batch_index = tl.load(counters + BATCH_INDEX)
     source = row.to(tl.int64)
@@ -96,21 +93,20 @@ def perturb_kernel(
             at = start + tl.arange(0, BLOCK)
             _, d = displacement(
                 x, dx, adv, at, at < width, x_col, dx_col, adv_col, row, batch_index, factor, eps, moves, euclid,
-                drawn, carries, key0, key1, start, BLOCK,
+                drawn, key0, key1, start, BLOCK,
             )  # fmt: skip
             squares += d.to(tl.float64) * d.to(tl.float64)
         norm = tl.sqrt(tl.sum(squares, axis=0))
         # a NaN stays
         share = tl.where(norm <= eps, 1.0, eps / norm).to(tl.float32)
-    end = tl.where(live | (carries == 0) | (moves == 0), K, 0)
     for start in range(0, K, BLOCK):
         at = start + tl.arange(0, BLOCK)
         own, d = displacement(
             x, dx, adv, at, at < width, x_col, dx_col, adv_col, row, batch_index, factor, eps, moves, euclid,
-            drawn, carries, key0, key1, start, BLOCK,
+            drawn, key0, key1, start, BLOCK,
         )  # fmt: skip
         if euclid == 0:
             d = minimum(maximum(d, -eps), eps)
         moved = minimum(maximum(own + share * d, low), high)
         moved = tl.where(live, moved, 0.0)
-        tl.store(adv + at * adv_col, moved.to(adv.dtype.element_ty), mask=at < end)
+        tl.store(adv + at * adv_col, moved.to(adv.dtype.element_ty), mask=at < K)

@@ -7,19 +7,11 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from fusemlp_kernels.contract import BATCH_INDEX, ROW_OFFSET, ROW_STEP, ROW_TOTAL, UPDATE_COUNT
+from fusemlp_kernels.contract import BATCH_INDEX, ROW_OFFSET, ROW_STEP, ROW_TOTAL
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.numpy.compiled.boxes import ball_rows, box_rows, worst_rows
 from fusemlp_kernels.numpy.compiled.calls import batch_rows, block, lanes_of, shard_rows
 from fusemlp_kernels.numpy.compiled.layers import activate_rows, derive, derive_rows, gather
-from fusemlp_kernels.numpy.compiled.losses import (
-    cross_entropy,
-    divergence,
-    elementwise,
-    record,
-    record_divergence,
-    shares_of,
-)
+from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise, record, shares_of
 from fusemlp_kernels.numpy.compiled.members import affine_rows, backward_rows, heads, heads_backward
 from fusemlp_kernels.numpy.compiled.noise import add_squares, shrink
 from fusemlp_kernels.numpy.compiled.options import EXACT
@@ -64,20 +56,6 @@ def by_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, ta
         elif kind == t.ELEMENTWISE:
             elementwise(y, dz, target, weight, own_rows, scored, outputs, call, numbers, shares, partials)
             derive(call, numbers, like, partials, y, z, dz, count * outputs, 1.0)
-    elif kind == t.DIVERGENCE:
-        weight, own_rows = elements(like, call[t.WEIGHTED]), part(rows, first)
-        z, other = block(like, call[t.Z], first, outputs), block(like, call[t.Y], first, outputs)
-        dz, dother = block(like, call[t.X], first, outputs), block(like, call[t.DZ], first, outputs)
-        p, shares = block(like, call[t.OUT], first, outputs), shares_of(rows, weight, weight, rows, whole, call)
-        divergence(z, other, dother, dz, p, weight, own_rows, count, outputs, call, numbers, shares, partials)
-        partials[t.SHARES_PART] = shares
-    elif kind == t.BALL:
-        ball_rows(call, numbers, like, rows, first, count, counters[UPDATE_COUNT])
-    elif kind in (t.BOX, t.BOX_BACK):
-        box_rows(call, numbers, like, kind == t.BOX, first, count)
-    elif kind in (t.WORST, t.WORST_BACK):
-        labels, updates = elements(integers, call[t.TARGET]), counters[UPDATE_COUNT]
-        worst_rows(call, numbers, like, labels, rows, kind == t.WORST, first, count, updates)
     elif kind == t.PADDING:
         end = min(call[t.K], first + integers[t.BLOCK])
         dz = block(like, call[t.DZ], first, outputs)
@@ -126,6 +104,3 @@ def end_rows(call: Any, numbers: Any, integers: Any, like: Any, counters: Any, t
         hits, scored = _sum(partials, t.HITS_PART, width, tasks), _sum(partials, t.SCORED_PART, width, tasks)
         shares = partials[t.SHARES_PART]
         record(stats, loss, hits, scored, shares, call, numbers, whole if call[t.N] else 0)
-    if kind == t.DIVERGENCE and call[t.RECORDED]:
-        value = _sum(partials, t.DIVERGENCE_PART, width, tasks)
-        record_divergence(stats, value, partials[t.SHARES_PART], call, numbers, whole)

@@ -106,14 +106,10 @@ def perturb_rows(
     for i in range(first, first + count):
         adv = block(like, call[t.OUT], i, columns)
         if rows[i] < 0:
-            if not (call[t.CARRIED] and call[t.DZ]):
-                clear(adv, columns)
+            clear(adv, columns)
             continue
-        x = block(like, call[t.X], 0 if call[t.CARRIED] and call[t.DZ] else rows[i], columns)
-        if call[t.CARRIED] and not call[t.DZ]:
-            copy(like, call[t.OUT] + size * i * columns, call[t.Y] + size * i * columns, columns)
-            _moved(adv, x, columns, 1.0, numbers[t.LOW], numbers[t.HIGH])
-        elif call[t.DZ]:
+        x = block(like, call[t.X], rows[i], columns)
+        if call[t.DZ]:
             _move(call, numbers, adv, x, block(like, call[t.DZ], i, columns))
         elif call[t.DRAWN]:
             _start(call, numbers, adv, x, lanes, i, batch_index)

@@ -9,7 +9,6 @@ from numba.extending import register_jitable
 
 from fusemlp_kernels.contract import BATCH_INDEX, LEARNING_RATE, UPDATE_COUNT
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.numpy.compiled.boxes import magnitudes, turn
 from fusemlp_kernels.numpy.compiled.calls import lanes_of, shard_rows
 from fusemlp_kernels.numpy.compiled.noise import WORDS, add_noise
 from fusemlp_kernels.numpy.compiled.options import EXACT
@@ -34,16 +33,6 @@ def _add_products(
             call[t.OUT] + size * (top * inputs + left), inputs, piece[t.BOTTOM] - top, piece[t.RIGHT] - left,
         )  # fmt: skip
         beta = 1.0
-
-
-@register_jitable(**EXACT)
-def _spread(call: Any, integers: Any, like: Any, count: int, piece: Any) -> None:
-    """The gradient by a piece of the weights through their magnitudes."""
-    _add_products(call, integers, like, call[t.SPREAD], call[t.RADIUS], count, piece, 1.0, 0.0)
-    left = piece[t.LEFT]
-    for row in range(piece[t.TOP], piece[t.BOTTOM]):
-        at = like.itemsize * (row * call[t.K] + left)
-        turn(elements(like, call[t.OUT] + at), elements(like, call[t.SIGNS] + at), piece[t.RIGHT] - left)
 
 
 @register_jitable(**EXACT)
@@ -72,14 +61,7 @@ def _gradient(call: Any, integers: Any, like: Any, counters: Any, tensor_factors
             )  # fmt: skip
             top = stop
     elif call[t.KIND_OF_ROW] == t.WEIGHT:
-        if call[t.SIGNS]:
-            _spread(call, integers, like, count, piece)
-            alpha, beta = 1.0, 1.0
-        # those of a second batch are added
-        for batch in range(2 if call[t.Z] else 1):
-            x, dz = (call[t.Y], call[t.Z]) if batch else (call[t.X], call[t.DZ])
-            _add_products(call, integers, like, dz, x, count, piece, alpha, beta)
-            beta = 1.0
+        _add_products(call, integers, like, call[t.DZ], call[t.X], count, piece, alpha, beta)
     else:
         # a bias, or a slope, whose gradient is one number already
         rows = count if call[t.KIND_OF_ROW] == t.BIAS else 1
@@ -87,13 +69,10 @@ def _gradient(call: Any, integers: Any, like: Any, counters: Any, tensor_factors
             rows = count // call[t.MEMBERS]
         if call[t.PARTS]:
             rows = integers[t.BLOCKS]
-        for batch in range(2 if call[t.Z] else 1):
-            dz = call[t.Z] if batch else call[t.DZ]
-            column_sums(
-                like, call[t.OUT] + size * left, dz + size * left, call[t.SUMS] + size * left, rows, outputs,
-                piece[t.RIGHT] - left, alpha, beta,
-            )  # fmt: skip
-            beta = 1.0
+        column_sums(
+            like, call[t.OUT] + size * left, call[t.DZ] + size * left, call[t.SUMS] + size * left, rows, outputs,
+            piece[t.RIGHT] - left, alpha, beta,
+        )  # fmt: skip
 
 
 @register_jitable(**EXACT)
@@ -178,13 +157,6 @@ def by_piece(
         return 0.0
     if kind == t.PACK:
         _pack(call, call[t.W], integers, piece)
-        return 0.0
-    if kind == t.MAGNITUDES:
-        for row in range(piece[t.TOP], piece[t.BOTTOM]):
-            at = like.itemsize * (row * call[t.K] + piece[t.LEFT])
-            out, width = elements(like, call[t.OUT] + at), piece[t.RIGHT] - piece[t.LEFT]
-            magnitudes(out, elements(like, call[t.W] + at), width)
-        _pack(call, call[t.OUT], integers, piece)
         return 0.0
     _gradient(call, integers, like, counters, tensor_factors, hyper, piece)
     return _after_gradient(call, numbers, integers, factors, like, counters, hyper, tensor_factors, piece, task)

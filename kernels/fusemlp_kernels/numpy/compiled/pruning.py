@@ -19,7 +19,6 @@ from numba import types
 
 from fusemlp_kernels.numpy.compiled import (
     blocks,
-    boxes,
     calls,
     layers,
     losses,
@@ -34,7 +33,7 @@ from fusemlp_kernels.numpy.compiled import (
 from fusemlp_kernels.numpy.compiled.cache import kept_for_calls
 
 # The modules with branches to cut, each before those that import from it.
-_MODULES = (pointwise_numba, losses, calls, layers, boxes, members, perturb, updates, pieces, blocks, steps)
+_MODULES = (pointwise_numba, losses, calls, layers, members, perturb, updates, pieces, blocks, steps)
 
 
 def _named(place: ast.expr) -> str:

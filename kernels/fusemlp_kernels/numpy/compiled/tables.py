@@ -69,12 +69,11 @@ DEPTH = 512
 
 # The kinds of a row of calls; a call of the program is one row or several. By rows of the batch: GATHER: x[rows];
 # AFFINE and ACTIVATE: a layer; ENTROPY and ELEMENTWISE: cross-entropy or another loss; PADDING: zero dz after the last
-# row; BACKWARD; DIVERGENCE: a loss between two outputs; BALL, BOX, WORST: intervals of inputs, of outputs, and the
-# worst logits, with BOX_BACK and WORST_BACK; SQUARES and SHRINK: the norms of the rows' gradients, and clipping them;
+# row; BACKWARD; SQUARES and SHRINK: the norms of the rows' gradients, and clipping them;
 # PERTURB: inputs that raise the loss; MEMBERS_AFFINE and MEMBERS_BACKWARD: what members that share weights have of
 # their own; HEADS and HEADS_BACKWARD: an output layer of each member. By pieces of a tensor: WEIGHT, BIAS, SLOPES: a
 # gradient, with its update where there is a PARAM; NORM: squares of gradients, for clipping; UPDATE; PACK: weights into
-# panels; MAGNITUDES: those of weights, and their panels. CLOCK.
+# panels. CLOCK.
 (
     GATHER,
     AFFINE,
@@ -93,18 +92,11 @@ DEPTH = 512
     SQUARES,
     SHRINK,
     PERTURB,
-    DIVERGENCE,
-    MAGNITUDES,
-    BALL,
-    BOX,
-    BOX_BACK,
-    WORST,
-    WORST_BACK,
     MEMBERS_AFFINE,
     MEMBERS_BACKWARD,
     HEADS,
     HEADS_BACKWARD,
-) = range(28)
+) = range(21)
 
 # A phase: how its calls are cut, its rows of calls, its tasks or blocks, and the first task in the table of tasks; that
 # table holds the pieces of a task; a piece its row of calls and a part of a tensor: rows and columns of a weight
@@ -113,9 +105,9 @@ BY_ROWS, BY_PIECES, AT_ONCE = range(3)
 CUT, ROW_FIRST, ROW_END, TASKS, TASK_FIRST, PHASE_COLUMNS = range(6)
 PIECE_FIRST, PIECE_END, TASK_COLUMNS = range(3)
 PIECE_ROW, TOP, BOTTOM, LEFT, RIGHT, PIECE_COLUMNS = range(6)
-# Partial results of a block of rows: the loss, hits, scored rows, the sum of the row weights of the whole batch; a
-# divergence; then gradients by slopes.
-LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, DIVERGENCE_PART, SLOPES_PART = range(6)
+# Partial results of a block of rows: the loss, hits, scored rows, the sum of the row weights of the whole batch; then
+# gradients by slopes.
+LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
 
 # A row. Arrays, 0 where there is none: row numbers, and 1 if the batch starts at ROW_OFFSET among them; input, weights,
 # the same in panels, bias, output, pre-activation, gradient by it, what else is written; prelu's slope, the gradient by
@@ -126,9 +118,7 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, DIVERGENCE_PART, SLOPES_PART = r
 # (arrays), and its options; MEAN: the place of its reduction in REDUCTIONS; SMOOTHED: every class of a row has a
 # target; WIDE: a row of classes fills the vector registers; RECORDED: the statistics that count the loss (an array).
 # AFRESH: the norms begin with this layer. ROUND: the perturbation's norm is 2; DRAWN: its start is random, by the key
-# of dropout; CARRIED: it is kept by itself, from one step to the next, and X is a row of zeros where it moves. CENTRE,
-# RADIUS: those of a box, or the gradients by them. A gradient by weights takes that by their magnitudes too, from
-# RADIUS and SPREAD, the gradient by it, with the SIGNS of the weights. MEMBERS: row i of the batch is one of member
+# of dropout. MEMBERS: row i of the batch is one of member
 # i % MEMBERS; members' factors before and after a product, BY_R and BY_S, and each task's sums of their gradients and
 # of B's (arrays, a row a task); PARTS: a bias whose rows are such sums. SHARD: the row of the batch with which the
 # call's shard begins.
@@ -179,11 +169,6 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, DIVERGENCE_PART, SLOPES_PART = r
     AFRESH,
     ROUND,
     DRAWN,
-    CARRIED,
-    CENTRE,
-    RADIUS,
-    SPREAD,
-    SIGNS,
     MEMBERS,
     BY_R,
     BY_S,
@@ -193,12 +178,11 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, DIVERGENCE_PART, SLOPES_PART = r
     PARTS,
     SHARD,
     CALL_COLUMNS,
-) = range(60)
+) = range(55)
 REDUCTIONS = ("sum", "mean", "rows")
 BY_ITSELF = REDUCTIONS.index("rows")
 # The slope of leaky_relu, the dropout rate, the strength of a penalty; the loss's numbers, DIVISOR: what a mean divides
 # by beside the row weights; the largest norm of a row's gradient or perturbation; the length of its step, its bounds.
-# Of training with intervals: the share of the plain loss, warm-up and ramp as shares of SPAN updates from BEGUN on.
 (
     FIXED_SLOPE,
     RATE,
@@ -210,13 +194,8 @@ BY_ITSELF = REDUCTIONS.index("rows")
     LENGTH,
     LOW,
     HIGH,
-    KAPPA,
-    WARMUP,
-    RAMP,
-    BEGUN,
-    SPAN,
     CALL_FACTORS,
-) = range(16)
+) = range(11)
 
 # A row a trained tensor
 OFFSET, SIZE, TENSOR_COLUMNS = range(3)
