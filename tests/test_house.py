@@ -10,7 +10,7 @@ from house import calls_of, circles, feature_tests
     "source, count",
     [
         ("if self.privacy is None or net.members > 1: pass", 2),
-        ("isinstance(attack, Free | IBP)", 1),
+        ("isinstance(attack, DPSGD | IBP)", 1),
         ("isinstance(rows, list) or rows is None or members > most or privacy == other", 0),
     ],
 )

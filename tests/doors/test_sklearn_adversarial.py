@@ -15,13 +15,11 @@ from fusemlp import (
     MLP,
     PGD,
     SGD,
-    TRADES,
     ArgumentError,
     ArgumentTypeError,
     Callback,
     DataError,
     Engine,
-    Free,
     ReduceOnPlateau,
 )
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier, MLPRegressor
@@ -34,7 +32,6 @@ OPTIONS = {
 }  # fmt: skip
 AGAINST = {
     "pgd": PGD(0.1, steps=2, bounds=(0, 1)),
-    "trades": TRADES(0.1, steps=2, bounds=(0, 1)),
     "ibp": IBP(0.05, warmup=0.2, ramp=0.5, bounds=(0, 1)),
 }
 
@@ -154,7 +151,6 @@ def test_regressors_resist_attacks_too():
     ("options", "error", "message"),
     [
         ({"adversarial": 0.1}, ArgumentTypeError, r"adversarial: expected an attack such as PGD\(0.1\)"),
-        ({"adversarial": Free(0.1)}, ValueError, "adversarial: Free updates several times on a batch"),
         ({"adversarial": PGD(0.1), "solver": "lbfgs"}, ValueError, "adversarial: lbfgs needs the same loss"),
         ({"adversarial": PGD(0.1, bounds=(0.5, 1))}, DataError, "X: values from 0 to 1 are not within the bounds"),
         (
@@ -174,11 +170,10 @@ def test_refusals_change_nothing(options, error, message):
 
 
 def test_two_classes_and_single_epochs_have_no_intervals():
-    for how in (TRADES(0.1), IBP(0.1)):
-        message = f"adversarial: {type(how).__name__} takes more than two classes; use PGD or FGSM"
-        with pytest.raises(ArgumentError, match=message):
-            MLPClassifier(adversarial=how).fit(X, Y > 1)
-        with pytest.raises(ArgumentError, match=message):
-            MLPRegressor(adversarial=how).fit(X, Y)
+    message = "adversarial: IBP takes more than two classes; use PGD or FGSM"
+    with pytest.raises(ArgumentError, match=message):
+        MLPClassifier(adversarial=IBP(0.1)).fit(X, Y > 1)
+    with pytest.raises(ArgumentError, match=message):
+        MLPRegressor(adversarial=IBP(0.1)).fit(X, Y)
     with pytest.raises(ValueError, match="adversarial: IBP rises over the epochs of a fit"):
         MLPClassifier(adversarial=IBP(0.1)).partial_fit(X, Y, classes=np.arange(4))

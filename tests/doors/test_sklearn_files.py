@@ -15,7 +15,7 @@ from sklearn.datasets import load_iris
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 
 import fusemlp
-from fusemlp import ArgumentError, CheckpointError, Cosine, Free, Huber
+from fusemlp import ArgumentError, CheckpointError, Cosine, Huber
 from fusemlp.sklearn import MLPClassifier, MLPRegressor, TableClassifier, TableRegressor
 
 X, Y = load_iris(return_X_y=True)
@@ -148,10 +148,8 @@ def test_what_cannot_be_saved_or_read_is_refused_before_anything_changes(tmp_pat
     model = fit(MLPClassifier(**SMALL), X, Y)
     with pytest.raises(ArgumentError, match=r"momentum: a file cannot hold .*; use joblib\.dump"):
         model.set_params(momentum=Unheard()).save(path)
-    with pytest.raises(ArgumentError, match=r"adversarial: a file cannot hold Free\("):
-        model.set_params(momentum=0.9, adversarial=Free(0.1)).save(path)
     assert not path.exists()
-    model.set_params(adversarial=None).save(path)
+    model.set_params(momentum=0.9).save(path)
     with pytest.raises(CheckpointError, match=r"holds a MLPClassifier; use MLPClassifier\.load\(path\)"):
         TableClassifier.load(path)
     with pytest.raises(CheckpointError, match="there is no checkpoint"):

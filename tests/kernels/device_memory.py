@@ -9,7 +9,7 @@ from memory import base_of, position
 
 COMPUTE_OPERANDS = frozenset(
     {
-        *("x", "gathered", "y", "z", "dz", "dz_prev", "dx", "dy", "adv", "start", "delta", "carried"),
+        *("x", "gathered", "y", "z", "dz", "dz_prev", "dx", "dy", "adv", "start"),
         *("w_shadow", "shadow", "other", "dother", "dz2", "x2"),
         *("centre", "radius", "zc", "zr", "low", "high", "dc", "dzc", "dzr", "dspread"),
     }

@@ -12,9 +12,8 @@ import kernel_launches
 import kernel_variants
 import numpy as np
 
-from fusemlp import DPSGD, IBP, MLP, PGD, SGD, TRADES, Adam, CrossEntropy, Engine
+from fusemlp import DPSGD, MLP, PGD, SGD, Adam, CrossEntropy, Engine
 from fusemlp.program.step import Inputs
-from fusemlp.training import adversarial
 from fusemlp_kernels.triton import configs
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -43,8 +42,6 @@ def launches(target: str, precision: str) -> list[kernel_launches.Recorded]:
                 engine.step(x, y, weights)
         for net, options in (
             (MLP([6, 9, 4]), {"adversarial": PGD(0.1)}),
-            (MLP([6, 9, 4]), {"adversarial": TRADES(0.1, steps=1)}),
-            *([(MLP([6, 9, 4]), {"adversarial": IBP(0.1)})] if precision in adversarial.PRECISIONS else []),
             (MLP([6, 9, 7, 4], dropout=0.2, members=3), {}),
         ):
             engine = Engine(net, batch_size=20, backend="triton", precision=precision, plan="eager")
