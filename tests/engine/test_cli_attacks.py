@@ -109,7 +109,7 @@ def test_a_run_of_a_training_that_is_gone_predicts_and_names_the_one_in_its_plac
     (folder / "config.json").write_text(json.dumps(config))
     assert run("evaluate", folder) == 0
     capsys.readouterr()
-    assert run("train", "--resume", folder, "--epochs", "2") == 1
+    assert run("train", "--resume", folder, "--epochs", "2") == 2
     assert f"adversarial: {kind} is gone; train against pgd, which takes its place" in capsys.readouterr().err
 
 
