@@ -254,6 +254,18 @@ def test_a_model_that_cannot_be_fitted_harms_no_other(backend):
     assert sum(score == -7.0 for score in scores.values()) == 3
 
 
+def test_a_model_whose_held_out_loss_is_not_finite_has_no_fit(backend, monkeypatch):
+    # one update, which leaves finite parameters
+    stopping = {"early_stopping": True, "validation_fraction": 0.4}
+    model = MLPRegressor(hidden_layer_sizes=4, max_iter=1, solver="sgd", random_state=0, **stopping)
+    launches, grid = Launches(monkeypatch), {"learning_rate_init": [0.01, 1e30]}
+    with pytest.warns(FitFailedWarning, match="DivergenceError: val_loss: it became NaN or infinite in epoch 1"):
+        search, _ = searched(backend, model, grid, (X, Y.astype(np.float32)), error_score=-7.0)
+    assert launches.sizes == [4]
+    sound, diverged = search.cv_results_["mean_test_score"]
+    assert np.isfinite(sound) and diverged == -7.0
+
+
 def test_a_launch_that_fails_is_the_error_of_its_models(backend, monkeypatch):
     def broken(*_):
         raise MemoryError("no room for the fleet")

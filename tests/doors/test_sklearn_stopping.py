@@ -234,6 +234,19 @@ def test_the_loss_of_held_out_rows_without_any_and_over_warm_starts():
     assert same[0].validation_loss_curve_ == same[1].validation_loss_curve_
 
 
+def test_a_loss_of_held_out_rows_that_is_not_finite_is_a_divergence():
+    far, target = X.copy(), X[:, 20]
+    far[3, 20] = 1e200
+    estimator = MLPRegressor(hidden_layer_sizes=4, max_iter=3, warm_start=True, random_state=0)
+    with pytest.raises(fusemlp.DivergenceError, match=r"^val_loss: it became NaN or infinite in epoch 1"):
+        estimator.fit(X, target, X_val=far, y_val=target)
+    assert not hasattr(estimator, "coefs_")
+    predicted = quiet(estimator, X, target).predict(X)
+    with pytest.raises(fusemlp.DivergenceError):
+        estimator.fit(X, target, X_val=far, y_val=target)
+    np.testing.assert_array_equal(estimator.predict(X), predicted)
+
+
 def test_callbacks_can_watch_the_loss_of_held_out_rows():
     stop = EarlyStopping("val_loss", patience=2, restore_best_weights=True)
     options = {"hidden_layer_sizes": 5, "random_state": 1, "learning_rate_init": 0.5, "callbacks": [stop]}

@@ -145,3 +145,12 @@ def test_training_with_bounds_certifies_a_run(tmp_path, capsys):
         assert message in capsys.readouterr().err
         assert not (tmp_path / "none").exists()
     assert run("evaluate", folder, "--attack", "ibp", "--eps", "0.05") == 2
+
+
+def test_a_network_narrower_than_its_classes_is_certified(tmp_path, capsys):
+    folder = tmp_path / "run"
+    options = ["--hidden", "2", "--adversarial", "ibp", "--attack-eps", "0.05", "--epochs", "2"]
+    assert run("train", "iris", *options, "--quiet", "--out", folder) == 0
+    trained = read(folder / "report.json")["certified"]
+    assert run("evaluate", folder, "--certify", "0.05", "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["certified"]["accuracy"] == trained["accuracy"]

@@ -76,13 +76,23 @@ def test_a_sweep_has_a_line_a_model(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert end["best"]["parameters"] == best["parameters"]
 
 
-def test_a_diverged_training_has_its_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--scale", "none", "--optimizer", "sgd", "--lr", "1000", "--models", "1", "--json"]
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        ("loss", ["--lr", "1000"]),
+        # one update, which leaves finite parameters
+        ("val_loss", ["--lr", "1e30", "--batch-size", "317", "--epochs", "1"]),
+    ],
+)
+def test_a_diverged_training_has_its_last_line(
+    loss: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*options, "--scale", "none", "--optimizer", "sgd", "--models", "1", "--json"]
     assert run("train", "diabetes", *options, "--out", tmp_path / "run") == 1
     shown = capsys.readouterr()
     end = json.loads(shown.out.splitlines()[-1])
     assert (end["event"], end["diverged"]) == ("end", True)
-    assert "error: loss: it became NaN" in shown.err
+    assert f"error: {loss}: it became NaN" in shown.err
 
 
 def test_a_wrong_call_prints_no_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from fusemlp import ArgumentError
 from fusemlp.datasets.load import load_data
 from fusemlp.datasets.prepare import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.report import explanations
 from fusemlp.report.evidence import Importance
 from fusemlp.report.explanations import Attributions, attributions
 from fusemlp.sklearn import TableClassifier, TableRegressor
@@ -105,6 +106,22 @@ def test_attributions_of_new_rows_add_up_to_their_predictions(
     assert found["completeness"]["most"] < 0.02 * found["completeness"]["difference"]
     assert run("explain", prices, "--data", new) == 1
     assert "no target column 'price'" in capsys.readouterr().err
+
+
+def test_prints_how_exact_the_sums_are_and_no_columns_of_wrong_ones(
+    prices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for method, printed in (("integrated", True), ("expected", True), ("gradient", False)):
+        assert run("explain", prices, "--method", method) == 0
+        shown = capsys.readouterr().out
+        assert ("completeness: the attributions of a row sum to its output less the baseline's" in shown) is printed
+    # kinks leave an error that is larger than this
+    monkeypatch.setattr(explanations, "INEXACT", 1e-9)
+    out = tmp_path / "out.csv"
+    assert run("explain", prices, "--method", "integrated", "--out", out) == 1
+    shown = capsys.readouterr()
+    assert "X: integrated gradients are not exact enough with 800 steps" in shown.err
+    assert "only" not in shown.out and not out.exists()
 
 
 def test_images_get_a_heat_map_for_each_class(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

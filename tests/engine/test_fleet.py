@@ -145,6 +145,15 @@ def test_a_model_that_diverges_is_marked_and_harms_no_other() -> None:
     assert made.predict(X).votes.sum(axis=1).tolist() == [2] * ROWS
 
 
+def test_a_model_whose_validation_loss_is_not_finite_has_diverged() -> None:
+    # one update, which leaves finite parameters
+    made = fleet([{}, {"lr": 1e30, "batch_size": ROWS}], optimizer=SGD(0.1))
+    results = made.fit(X, y, epochs=1, validation_data=(XV, YV))
+    assert [member.status for member in results.members] == ["trained", "diverged"]
+    assert "val_loss: it became NaN or infinite in epoch 1" in results.members[1].reason
+    assert results.best().index == 0
+
+
 def test_where_all_diverge_there_is_no_best() -> None:
     made = fleet({"lr": [1e30, 1e31]}, optimizer=SGD(momentum=0.9))
     results = made.fit(X, y, epochs=2)

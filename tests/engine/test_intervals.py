@@ -316,6 +316,28 @@ def test_blocks_of_rows_are_bounded_alike(monkeypatch):
     assert np.array_equal(engine.certified(X, y, 0.1), certified)
 
 
+@pytest.mark.parametrize("output", ["identity", "tanh"])
+@pytest.mark.parametrize("sizes", [(4, 10), (4, 3, 10), (4, 10, 3), (4, 8, 2, 7)], ids=str)
+def test_layers_narrower_than_the_classes_are_certified(sizes, output, monkeypatch):
+    rng = np.random.default_rng(21)
+    engine = make(sizes=sizes, output_activation=output, loss="cross_entropy" if output == "identity" else "mse")
+    X, eps = rng.normal(size=(40, 4)), 0.003
+    outputs = engine.outputs(X)
+    y = outputs.argmax(axis=1)
+    box = intervals.ball(engine, X, eps)
+    certified = intervals.Propagation(engine).certified(*box, y)
+    assert certified.mean() > 0.5
+    # no point of a certified box has another class, and no other class is certified
+    moved = X + rng.uniform(-eps, eps, (200, *X.shape))
+    classes = engine.outputs(moved.reshape(-1, 4)).argmax(axis=1).reshape(200, -1)
+    assert (classes == y)[:, certified].all()
+    assert not intervals.Propagation(engine).certified(*box, (y + 1) % sizes[-1]).any()
+    # in blocks of rows
+    monkeypatch.setattr(intervals, "LARGEST", 1)
+    assert intervals.Propagation(engine).rows == 16
+    assert np.array_equal(intervals.Propagation(engine).certified(*box, y), certified)
+
+
 def test_the_possible_inputs_may_be_an_array():
     engine, X, _ = trained()
     ends = X.min(axis=0), X.max(axis=0)

@@ -651,6 +651,27 @@ class TestDivergence:
             np.testing.assert_array_equal(array, recorder.states[-1][name], err_msg=name)
         assert np.isfinite(engine.evaluate(X, target)["loss"])
 
+    def test_a_loss_of_validation_rows_that_is_not_finite_is_a_divergence(self):
+        # one update an epoch: the third leaves parameters that are finite, and outputs that are not
+        schedule = StepDecay(0.01, every=2, gamma=1e30)
+        engine, recorder = make(optimizer=SGD(schedule), loss="mse", batch_size=ROWS), Recorder()
+        given = {"validation_data": (XV, np.eye(CLASSES)[YV]), "early_stopping": 5, "callbacks": [recorder]}
+        with pytest.raises(
+            DivergenceError, match=r"^val_loss: it became NaN or infinite in epoch 3.*far from those of"
+        ):
+            engine.fit(X, np.eye(CLASSES)[y], epochs=6, **given)
+        assert engine.epochs_trained == 2 and len(engine.history.history["val_loss"]) == 2
+        assert engine.history.best_epoch == 1
+        assert engine.history.stopped == "the loss became NaN or infinite in epoch 3 on the validation rows"
+        for name, array in engine.snapshot().items():
+            np.testing.assert_array_equal(array, recorder.states[-1][name], err_msg=name)
+
+    def test_validation_rows_that_overflow_are_named(self):
+        engine, far = make(loss="mse"), XV.copy()
+        far[3, 1] = 1e25
+        with pytest.raises(DivergenceError, match=r"^val_loss: .* features of the validation rows as large as 1e\+25"):
+            engine.fit(X, np.eye(CLASSES)[y], epochs=2, validation_data=(far, np.eye(CLASSES)[YV]))
+
     def test_the_learning_rate_is_named(self):
         engine = make(optimizer=SGD(1e6), loss="mse")
         with pytest.raises(DivergenceError, match=r"a learning rate of 1e\+06 is too high .* try 0\.1, or clip_norm"):

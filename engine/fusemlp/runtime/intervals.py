@@ -174,11 +174,12 @@ class Propagation:
         start = 0
         for box in self._blocks(low, high):
             own = labels[start : start + len(box[0])]
-            low, high = self._through(self.layers[: -1 if plain else None], *box)
+            # of the outputs, or of the last hidden layer, whose width is another
+            least, most = self._through(self.layers[: -1 if plain else None], *box)
             for label in set(np.unique(own).tolist()) & set(range(len(last.b))):
                 at = np.flatnonzero(own == label)
-                apart = low[at, label, None] - high[at]
-                margin = self._margins(last, low[at], high[at], label) if plain else apart
+                part = least[at], most[at]
+                margin = self._margins(last, *part, label) if plain else part[0][:, label, None] - part[1]
                 margin[:, label] = np.inf
                 found[start + at] = (margin > 0.0).all(axis=1)
             start += len(own)

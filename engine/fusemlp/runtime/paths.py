@@ -83,7 +83,7 @@ class _Lines:
             b=start,
             y=whole["h1"],
             activation=activation.name,
-            **({"slope": activation.slope} if activation.name == "leaky_relu" else {}),
+            slope=activation.fixed_slope or 0.0,
             **({"slope_param": memory.arrays["s0"]} if activation.name == "prelu" else {}),
             **({"z": whole["z1"]} if "z1" in whole else {}),
         )

@@ -207,7 +207,11 @@ def _train_together(entries: Sequence[Entry]) -> bool:
     for epochs, model, one, bound in zip(loops, models, batches, places, strict=True):
         epochs.bound = bound
         programs.append(model.engine.lower(inputs, model.loop_loss, model.rule, size, resident=True, ridge=one.ridge))
-    run_together(loops, group.bind(programs, models[0].on_device(data)), lambda: False, lambda index, error: None)
+
+    def ended(index: int, error: Exception | None) -> None:
+        entries[index].error = error
+
+    run_together(loops, group.bind(programs, models[0].on_device(data)), lambda: False, ended)
     return True
 
 

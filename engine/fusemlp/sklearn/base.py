@@ -32,6 +32,7 @@ from fusemlp.sklearn.settings import Objective
 from fusemlp.sklearn.stochastic import SklearnPolicy, ValidationScore, train
 from fusemlp.training.history import FitState, History
 from fusemlp.training.loop import EpochLoop, epochs_at_once
+from fusemlp_kernels.errors import DivergenceError
 
 # attributes that a file holds as tensors, makes anew, or leaves out
 NOT_AS_JSON = ("coefs_", "intercepts_", "slopes_", "_model", "_label_binarizer", "_metadata_request")
@@ -134,8 +135,13 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
             self.__dict__ = before
             raise
         if self.solver in settings.STOCHASTIC:
-            with exits(epochs.callbacks, epochs.engine):
-                train(epochs, incremental=incremental)
+            try:
+                with exits(epochs.callbacks, epochs.engine):
+                    train(epochs, incremental=incremental)
+            except DivergenceError:
+                # otherwise the initial parameters would pass for fitted ones
+                self.__dict__ = before
+                raise
         else:
             minimise(epochs.policy)
         return self._finish(epochs.policy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import deque
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from fusemlp.sklearn.convergence import fit_ended
 from fusemlp.sklearn.model import Model
 from fusemlp.training.history import FitState
 from fusemlp.training.loop import EpochLoop, Policy
+from fusemlp_kernels.errors import DivergenceError
 
 # "adaptive" gives up once the rate is no greater than this.
 SMALLEST_RATE = 1e-6
@@ -162,6 +164,13 @@ class SklearnPolicy(Policy):
         estimator = self.estimator
         assert self.held_loss is not None
         loss, score = self.held_loss()
+        # rows without any weight have no loss
+        if not math.isfinite(loss) and (validation.loss_weight is None or validation.loss_weight.any()):
+            raise DivergenceError(
+                f"val_loss: it became NaN or infinite in epoch {estimator.n_iter_}. Likely causes: values of the "
+                "validation rows that are far from those of training, or a learning rate that is too high: lower "
+                "learning_rate_init, or standardise the features"
+            )
         if score is None or validation.weight is not None:
             predicted = self.model.ask("predict", validation.X)
             score = float(estimator._score_of(predicted, validation.truth, validation.weight))

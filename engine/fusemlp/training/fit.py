@@ -119,9 +119,9 @@ def fit(
     ``IBP(eps)``: train for certified accuracy; the history is of the rows as they are.
 
     Ctrl-C ends training after the batch and raises KeyboardInterrupt; the parameters and the history are kept. Raises
-    ShapeError, DTypeError, DataError, ArgumentError before anything has changed, and DivergenceError when the loss is
-    no longer finite, with the engine back at the last good epoch. Later batches of an iterable are checked when they
-    come. Warns (InputScaleWarning) of X far from unit scale.
+    ShapeError, DTypeError, DataError, ArgumentError before anything has changed, and DivergenceError when the loss, or
+    val_loss, is no longer finite, with the engine back at the last good epoch. Later batches of an iterable are checked
+    when they come. Warns (InputScaleWarning) of X far from unit scale.
     """
     deadline = as_deadline("time_limit", time_limit)
     epochs = as_count("epochs", epochs, minimum=1)

@@ -79,6 +79,10 @@ class Policy:
     def cut_off(self, begun: int) -> None:
         """Learn that a launch ended early, when ``begun`` of its epochs had begun."""
 
+    def validate(self) -> bool:
+        """Return whether the loss of the validation rows is finite; asked after an epoch whose own loss is."""
+        return True
+
     def end_epoch(self, stats: Array, rate: float) -> dict[str, float]:
         """Account for an epoch with these statistics (STATS,), ``rate`` being the next update's; return its logs."""
         raise NotImplementedError
@@ -199,6 +203,7 @@ class EpochLoop(Generic[PolicyT]):
             if ended < epochs:
                 policy.cut_off(ended + (1 if left else 0))
             account = self._account(ended, ran=first_batch < self.batches)
+            seconds = (time.perf_counter() - began) / max(1, ended)
             state.epoch = first_epoch
             if good is not None and ended and not self._is_finite(account):
                 rate = float(account.hyper[LEARNING_RATE])
@@ -210,7 +215,6 @@ class EpochLoop(Generic[PolicyT]):
                 at_once, again = 1, ended
                 continue
             again = max(0, again - 1)
-            seconds = (time.perf_counter() - began) / max(1, ended)
             rates = self._rates(account, ended, left)
             if not left:
                 engine.memory.stats[:] = 0.0
@@ -263,9 +267,11 @@ class EpochLoop(Generic[PolicyT]):
         return account
 
     def _is_finite(self, account: Account) -> bool:
-        """Return whether the losses of these epochs, and the parameters after the last, are finite."""
+        """Return whether the losses of these epochs, and parameters and validation after the last, are finite."""
         self.engine.check_scaling(account.counters, account.hyper)
-        return account.finite and all(map(math.isfinite, account.stats[:, LOSS_SUM].tolist()))
+        return (
+            account.finite and all(map(math.isfinite, account.stats[:, LOSS_SUM].tolist())) and self.policy.validate()
+        )
 
     def _rates(self, account: Account, epochs: int, left: int) -> list[float]:
         """Return the learning rate at the end of each of the last ``epochs`` epochs, ``left`` batches before now."""

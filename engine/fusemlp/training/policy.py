@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +61,9 @@ class FitPolicy(Policy):
         self._monitor = self.state.monitor or ("loss" if self.validation is None else "val_loss")
         self._sign = -1.0 if rises(self._monitor) else 1.0
         self._ahead: dict[int, Array] = {}
+        # of the validation rows after the last epoch, and whether their loss is finite
+        self._held: dict[str, float] = {}
+        self._held_finite = True
 
     def begin(self) -> None:
         """Bind the state of the fit to the engine, and set the learning rate."""
@@ -99,12 +103,19 @@ class FitPolicy(Policy):
         if self.draws_ahead:
             self._ahead = {epoch: self.rows(epoch) for epoch in following if epoch < self.last_epoch}
 
+    def validate(self) -> bool:
+        """Evaluate the validation rows; return whether their loss is finite, on all ranks."""
+        if self._validate is None:
+            return True
+        self._held = {f"val_{name}": value for name, value in self._validate().items()}
+        bad, ranks = not math.isfinite(self._held["val_loss"]), self.engine.ranks
+        self._held_finite = not (bad if ranks is None else ranks.any(bad)[0])
+        return self._held_finite
+
     def end_epoch(self, stats: Array, rate: float) -> dict[str, float]:
-        """Validate, and judge the epoch."""
+        """Judge the epoch."""
         engine, state = self.engine, self.state
-        logs = dict(metrics_of(stats, self.spec))
-        if self._validate is not None:
-            logs |= {f"val_{name}": value for name, value in self._validate().items()}
+        logs = metrics_of(stats, self.spec) | self._held
         if engine.privacy is not None:
             logs["epsilon"] = engine.privacy_spent()["epsilon"]
         logs["learning_rate"] = rate
@@ -133,20 +144,24 @@ class FitPolicy(Policy):
 
     def divergence(self, rate: float) -> DivergenceError:
         """Return an error that names the likely cause."""
-        largest, epoch = self.engine.largest(self.X), self.state.epoch + 1
+        loss, X, of_which, epoch = "loss", self.X, "", self.state.epoch + 1
+        if not self._held_finite and self.validation is not None:
+            loss, X, of_which = "val_loss", self.validation.data.X, " of the validation rows"
+        largest = self.engine.largest(X)
         if largest > LARGE_FEATURE and not self.engine.normalise:
             cause = (
-                f"features as large as {largest:.3g} were not scaled: standardise them (mean 0, variance 1), as an "
-                "engine with normalise=True does"
+                f"features{of_which} as large as {largest:.3g} were not scaled: standardise them (mean 0, variance 1), "
+                "as an engine with normalise=True does"
             )
         else:
             lower = min(rate / 10, 0.1)
             cause = f"a learning rate of {rate:.3g} is too high for this network: try {lower:.3g}"
             cause += "" if self.engine.privacy else ", or clip_norm=1.0"
-        self.state.history.stopped = f"{DIVERGED} in epoch {epoch}"
+            cause += f", or the values{of_which} are far from those of training: compare them" if of_which else ""
+        self.state.history.stopped = f"{DIVERGED} in epoch {epoch}{' on the validation rows' if of_which else ''}"
         return DivergenceError(
-            f"loss: it became NaN or infinite in epoch {epoch}. Likely cause: {cause}. The engine is back at the state "
-            "before that epoch"
+            f"{loss}: it became NaN or infinite in epoch {epoch}. Likely cause: {cause}. The engine is back at the "
+            "state before that epoch"
         )
 
     def finish(self, *, interrupted: bool) -> None:
