@@ -71,6 +71,12 @@ def interval_line(report: dict[str, Any]) -> list[str]:
     return [f"predict --interval {level:g}: {size} on average, which cover {share:.0%} of the test rows"]
 
 
+def missing(report: dict[str, Any]) -> list[str]:
+    """Return a line for the page and one for the picture of a run, each only if it could not be made."""
+    keys = {"report": "no_page", "plot": "no_plot"}
+    return [f"no {name}: {report[key]}" for name, key in keys.items() if key in report]
+
+
 def outcome(report: dict[str, Any]) -> list[str]:
     """Return lines on the end of the training, the scores and the diagnosis."""
     lines = []

@@ -8,13 +8,17 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from fusemlp.describe.checks import WINDOWS
+from fusemlp.report.plots import drawing, picture
 from fusemlp.runtime.files import write_atomically
-from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.errors import ArgumentError, FusemlpError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def show(content: Mapping[str, Any], lines: Iterable[str], *, as_json: bool, warnings: Iterable[str] = ()) -> None:
@@ -62,6 +66,17 @@ def check_output(argument: str, path: Path, suffixes: tuple[str, ...], *, force:
         raise ArgumentError(f"{argument}: {str(path)!r} exists; give another name, or --force to overwrite a file")
     if not path.absolute().parent.is_dir():
         raise ArgumentError(f"{argument}: there is no folder {str(path.parent)!r}; make it first")
+
+
+def write_picture(path: Path, make: Callable[[], Figure], argument: str = "plot") -> FusemlpError | None:
+    """Write the picture of ``make``; return the error if there is none, since the other results do not wait for it."""
+    try:
+        with drawing():
+            content = picture(make(), path.suffix.lower().removeprefix("."))
+        write_output(argument, path, content)
+    except FusemlpError as error:
+        return error
+    return None
 
 
 def write_output(argument: str, path: Path, content: bytes) -> None:

@@ -11,12 +11,14 @@ from fusemlp.cli.evaluate import before_final_fit, own_data
 from fusemlp.cli.output import finite, show
 from fusemlp.cli.predict import open_model
 from fusemlp.cli.prepare import Prepared
+from fusemlp.datasets.files import reason
 from fusemlp.engine import Engine
 from fusemlp.report.evidence import Evidence
 from fusemlp.report.metrics import score
 from fusemlp.report.page import page
 from fusemlp.report.runs import Run, read_json, read_metrics
 from fusemlp.runtime.files import write_atomically
+from fusemlp_kernels.errors import DataError
 
 
 def report(options: ReportOptions) -> None:
@@ -48,7 +50,10 @@ def write_page(
     *,
     command: str,
 ) -> None:
-    """Write ``report.html`` of an engine whose report is ``found``; without a test no model is judged."""
+    """Write ``report.html`` of an engine whose report is ``found``; without a test no model is judged.
+
+    Raises DataError if it cannot be made.
+    """
     about, net, epochs = prepared.summary, engine.network, len(history.get("loss", ()))
     sizes = "-".join(map(str, net.sizes))
     if prepared.models > 1 and not found.get("diverged"):
@@ -63,9 +68,13 @@ def write_page(
         *prepared.notes,
         *([f"temperature {found['temperature']:.4g} divides the logits"] if "temperature" in found else []),
     ]
-    evidence = None
-    if found.get("test"):
-        ids = prepared.dataset.ids if prepared.dataset.test is None else {}
-        evidence = Evidence(engine, prepared.preprocessor, *prepared.test_rows, ids)
-    made = page(f"{about['name']}: {about['task']} of {prepared.dataset.target_name}", lines, found, history, evidence)
-    write_atomically(run.page, made.encode())
+    title, evidence = f"{about['name']}: {about['task']} of {prepared.dataset.target_name}", None
+    try:
+        if found.get("test"):
+            ids = prepared.dataset.ids if prepared.dataset.test is None else {}
+            evidence = Evidence(engine, prepared.preprocessor, *prepared.test_rows, ids)
+        made = page(title, lines, found, history, evidence)
+        write_atomically(run.page, made.encode(errors="backslashreplace"))
+    # a table may hold anything, and the scores do not wait for the page
+    except Exception as error:
+        raise DataError(f"report: {str(run.page)!r} cannot be made ({reason(error)})") from error

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusemlp.datasets.files import reason
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.chart import LOG_SPAN
 from fusemlp.report.diagnosis import Finding
@@ -50,20 +52,45 @@ def can_plot() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def literal(text: str) -> str:
+    """Return a text with names from the data as matplotlib draws it letter by letter, without formulas."""
+    return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Raise MissingLibraryError without matplotlib, and in place of any error of the block."""
+    if not can_plot():
+        raise MissingLibraryError(f"plot: {HINT}")
+    try:
+        yield
+    # settings, fonts and folders of a machine fail in ways of their own, some as early as the import
+    except Exception as error:
+        raise MissingLibraryError(f"plot: matplotlib cannot draw with its settings here ({reason(error)})") from error
+
+
+def check_plots() -> None:
+    """Raise MissingLibraryError unless matplotlib can be imported; call it before the work."""
+    with drawing():
+        importlib.import_module("matplotlib.figure")
+
+
 def draw(make: Callable[[], Figure], path: str | Path | None) -> Figure:
     """Return the figure of ``make``, and write it to ``path`` unless that is None; check ``path`` first.
 
-    Raises MissingLibraryError without matplotlib, ArgumentError or ArgumentTypeError for an impossible path.
+    Raises MissingLibraryError if matplotlib is missing or fails, ArgumentError or ArgumentTypeError for an impossible
+    path.
     """
-    if not can_plot():
-        raise MissingLibraryError(f"plot: {HINT}")
     if path is None:
-        return make()
+        with drawing():
+            return make()
     target, suffix = target_file(path), Path(path).suffix.lower()
     if suffix not in FORMATS:
         raise ArgumentError(f"path: expected a file name ending in {', '.join(FORMATS)}, got {str(path)!r}")
-    figure = make()
-    write_atomically(target, picture(figure, suffix.removeprefix(".")))
+    with drawing():
+        figure = make()
+        content = picture(figure, suffix.removeprefix("."))
+    write_atomically(target, content)
     return figure
 
 
@@ -134,7 +161,7 @@ def comparison_figure(runs: Sequence[Curves], *, title: str) -> Figure:
     for run, look in zip(runs, looks, strict=True):
         label = run.name if len(losses) == 1 else f"{run.name} ({run.loss})"
         label += f": same curves as {same[run.name]}" if run.name in same else ""
-        handles.append(Line2D([], [], linewidth=1.6, label=label, **look))
+        handles.append(Line2D([], [], linewidth=1.6, label=literal(label), **look))
     for part, style in STYLES.items():
         if part == "training" or any("val_loss" in run.history for run in runs):
             handles.append(Line2D([], [], color=GREY, label=part, **style))
@@ -246,7 +273,7 @@ def importance_figure(
     figure = _figure(6.4, 1.2 + 0.28 * len(names), title)
     axes = figure.add_subplot(1, 1, 1)
     axes.barh(range(len(names)), values, xerr=spread if deviations else None, color=TRAINING, ecolor=GREY)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), map(literal, names))
     axes.invert_yaxis()
     axes.set_xlabel(unit)
     axes.grid(axis="x", alpha=0.25)
@@ -265,7 +292,7 @@ def heat_figure(maps: Mapping[str, Array], *, unit: str, title: str) -> Figure:
     most = max(float(np.abs(one).max()) for one in maps.values()) or 1.0
     for axes, (name, one) in zip(panels.flat, maps.items(), strict=False):
         image = axes.imshow(one, cmap="RdBu_r", vmin=-most, vmax=most)
-        axes.set_title(name, fontsize=10)
+        axes.set_title(literal(name), fontsize=10)
     for axes in panels.flat:
         axes.set_axis_off()
     figure.colorbar(image, ax=panels.ravel().tolist(), label=unit, shrink=0.8)

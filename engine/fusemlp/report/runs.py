@@ -171,7 +171,7 @@ def csv_bytes(rows: Iterable[Iterable[Any]]) -> bytes:
     """Return rows as the content of a CSV file."""
     stream = io.StringIO(newline="")
     csv.writer(stream, lineterminator="\n").writerows(rows)
-    return stream.getvalue().encode()
+    return stream.getvalue().encode(errors="backslashreplace")
 
 
 def append_metrics(run: Run, row: Mapping[str, float]) -> None:
