@@ -35,7 +35,7 @@ class BackendUnavailableError(FusemlpError, RuntimeError):
 
 
 class MissingLibraryError(FusemlpError, ImportError):
-    """A library of an optional extra that is not installed, or that fails by its own settings."""
+    """A library of an optional extra that is not installed."""
 
 
 class CheckpointError(FusemlpError, RuntimeError):

@@ -22,9 +22,9 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.report.evidence import image_shape
 from fusemlp.report.explanations import Attributions, column_attributions, permutation_importance
 from fusemlp.report.metrics import spelled
-from fusemlp.report.plots import check_plots, heat_figure, importance_figure, literal
+from fusemlp.report.plots import HINT, can_plot, heat_figure, importance_figure, literal
 from fusemlp.report.runs import csv_bytes
-from fusemlp_kernels.errors import ArgumentError, FusemlpError, unknown_name
+from fusemlp_kernels.errors import ArgumentError, FusemlpError, MissingLibraryError, unknown_name
 
 # Permutations of each column; columns that are printed and drawn; classes that are drawn.
 REPEATS, MOST_COLUMNS, MOST_CLASSES = 10, 20, 30
@@ -46,8 +46,8 @@ def explain(options: ExplainOptions) -> None:
     for name, path, suffix in (("out", options.out, ".csv"), ("plot", options.plot, ".png")):
         if path is not None:
             check_output(name, path, (suffix,), force=options.force)
-    if options.plot is not None:
-        check_plots()
+    if options.plot is not None and not can_plot():
+        raise MissingLibraryError(f"plot: {HINT}")
     as_count("rows", options.rows, minimum=1)
     notes: list[str] = []
     options = before_final_fit(options, notes)
@@ -104,18 +104,16 @@ def explain(options: ExplainOptions) -> None:
         write_output("out", options.out, csv_bytes(table))
         lines.append(f"{'importance' if permuted else 'attributions'} {options.out}")
         content["out"] = str(options.out)
-    failure = None
-    if options.plot is not None:
-        drawn = partial(importance_figure, shown, unit=unit, title=literal(title), deviations=permuted)
-        if maps:
-            drawn = partial(heat_figure, maps, unit="mean attribution", title=literal(title))
-        failure = write_picture(options.plot, drawn)
-        if failure is None:
+    try:
+        if options.plot is not None:
+            drawn = partial(importance_figure, shown, unit=unit, title=literal(title), deviations=permuted)
+            if maps:
+                drawn = partial(heat_figure, maps, unit="mean attribution", title=literal(title))
+            write_picture(options.plot, drawn)
             lines.append(f"plot {options.plot}")
             content["plot"] = str(options.plot)
-    show(content, lines, as_json=options.as_json)
-    if failure is not None:
-        raise failure
+    finally:
+        show(content, lines, as_json=options.as_json)
 
 
 def _output_index(name: str | None, known: Sequence[str], made: Preprocessor, *, permuted: bool) -> int | None:

@@ -24,7 +24,7 @@ from fusemlp.report.runs import Run, read_json, write_json
 from fusemlp.report.temperature import Temperature, scale_logits
 from fusemlp.report.uncertainty import COVERAGE, HeldOut, errors_of, summary
 from fusemlp.training.history import History
-from fusemlp_kernels.errors import DataError, DivergenceError
+from fusemlp_kernels.errors import DivergenceError, FusemlpError
 
 
 def _scale_best(run: Run, engine: Engine, history: History, temperature: float) -> None:
@@ -147,13 +147,14 @@ def finish(
             best_epoch=None if prepared.models > 1 else best,
             overfitting=overfitting,
         )
-        failed = write_picture(run.curves, drawn)
-        if failed is not None:
-            report["no_plot"] = str(failed).removeprefix("plot: ")
+        try:
+            write_picture(run.curves, drawn)
+        except FusemlpError as error:
+            report["no_plot"] = str(error).removeprefix("plot: ")
     # It marks a finished run; only the page, which can be made again, comes after it.
     write_json(run.report, finite(report))
     try:
         write_page(run, engine, prepared, report, history.history, command=config["command"])
-    except DataError as error:
+    except FusemlpError as error:
         report["no_page"] = str(error).removeprefix("report: ")
     return report

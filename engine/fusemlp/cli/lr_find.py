@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -11,8 +12,8 @@ from fusemlp.cli.output import check_output, show, write_picture
 from fusemlp.cli.prepare import prepare
 from fusemlp.describe.checks import as_number
 from fusemlp.describe.summary import aligned
-from fusemlp.report.plots import check_plots, literal, sweep_figure
-from fusemlp_kernels.errors import ArgumentError
+from fusemlp.report.plots import HINT, can_plot, literal, sweep_figure
+from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
 
 TABLE_ROWS = 20
 
@@ -28,15 +29,11 @@ def lr_find(options: FindOptions) -> None:
     plot = options.plot
     if plot is not None:
         check_output("plot", plot, (".png",), force=options.force)
-        check_plots()
+        if not can_plot():
+            raise MissingLibraryError(f"plot: {HINT}")
     prepared = prepare(options)
     rows, engine = prepared.train, prepared.engine(options)
     found = engine.lr_find(rows.X, rows.y, sample_weight=rows.weight, start=start, end=end, steps=options.steps)
-    failure = None
-    if plot is not None:
-        title = f"{prepared.dataset.name}: {'-'.join(map(str, engine.network.sizes))}, {engine.optimizer.kind}"
-        failure = write_picture(plot, lambda: sweep_figure(found.rates, found.losses, found.suggestion, literal(title)))
-    drawn = plot is not None and failure is None
     if not found.complete and not options.as_json:
         print(f"the loss blew up after {len(found.rates)} of {options.steps} updates", file=sys.stderr)
     shown = np.unique(np.linspace(0, len(found.rates) - 1, TABLE_ROWS).round().astype(int))
@@ -44,15 +41,19 @@ def lr_find(options: FindOptions) -> None:
         *prepared.notes,
         aligned([["rate", "loss"], *([f"{found.rates[i]:.2e}", f"{found.losses[i]:.4g}"] for i in shown)]),
         f"suggested learning rate {found.suggestion:.2g}",
-        *([f"plot {plot}"] if drawn else []),
     ]
-    content = {
+    content: dict[str, Any] = {
         "suggested": found.suggestion,
         "rates": found.rates,
         "losses": found.losses,
-        "plot": str(plot) if drawn else None,
+        "plot": None,
         "notes": list(prepared.notes),
     }
-    show(content, lines, as_json=options.as_json)
-    if failure is not None:
-        raise failure
+    try:
+        if plot is not None:
+            title = f"{prepared.dataset.name}: {'-'.join(map(str, engine.network.sizes))}, {engine.optimizer.kind}"
+            write_picture(plot, lambda: sweep_figure(found.rates, found.losses, found.suggestion, literal(title)))
+            lines.append(f"plot {plot}")
+            content["plot"] = str(plot)
+    finally:
+        show(content, lines, as_json=options.as_json)

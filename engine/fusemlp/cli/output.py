@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from fusemlp.datasets.files import reason
 from fusemlp.describe.checks import WINDOWS
-from fusemlp.report.plots import drawing, picture
+from fusemlp.report.plots import HINT, can_plot, picture
 from fusemlp.runtime.files import write_atomically
-from fusemlp_kernels.errors import ArgumentError, FusemlpError
+from fusemlp_kernels.errors import ArgumentError, DataError, MissingLibraryError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,15 +69,21 @@ def check_output(argument: str, path: Path, suffixes: tuple[str, ...], *, force:
         raise ArgumentError(f"{argument}: there is no folder {str(path.parent)!r}; make it first")
 
 
-def write_picture(path: Path, make: Callable[[], Figure], argument: str = "plot") -> FusemlpError | None:
-    """Write the picture of ``make``; return the error if there is none, since the other results do not wait for it."""
+def write_picture(path: Path, make: Callable[[], Figure], argument: str = "plot") -> None:
+    """Write the picture of ``make`` as ``write_made`` does; MissingLibraryError without matplotlib."""
+    if not can_plot():
+        raise MissingLibraryError(f"plot: {HINT}")
+    write_made(argument, path, lambda: picture(make(), path.suffix.lower().removeprefix(".")))
+
+
+def write_made(argument: str, path: Path, make: Callable[[], bytes]) -> None:
+    """Write the picture or page of ``make`` as ``write_output`` does; DataError if it cannot be made."""
     try:
-        with drawing():
-            content = picture(make(), path.suffix.lower().removeprefix("."))
-        write_output(argument, path, content)
-    except FusemlpError as error:
-        return error
-    return None
+        content = make()
+    # names, numbers and the settings of matplotlib may be anything, and so are the errors
+    except Exception as error:
+        raise DataError(f"{argument}: {str(path)!r} cannot be made ({reason(error)})") from error
+    write_output(argument, path, content)
 
 
 def write_output(argument: str, path: Path, content: bytes) -> None:

@@ -21,9 +21,7 @@ def plot(options: PlotOptions) -> None:
     out = _free_name(options.force) if options.out is None else options.out
     check_output("out", out, FORMATS, force=options.force)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    failure = write_picture(out, lambda: comparison_figure(runs, title=literal(title)), "out")
-    if failure is not None:
-        raise failure
+    write_picture(out, lambda: comparison_figure(runs, title=literal(title)), "out")
     same = repeats(runs)
     lines = [*(f"{name} has the same curves as {first}" for name, first in same.items()), f"plot {out}"]
     content = {"runs": [str(path) for path in paths], "plot": str(out), "same": same}

@@ -8,17 +8,14 @@ from typing import Any
 
 from fusemlp.cli.commands import ReportOptions
 from fusemlp.cli.evaluate import before_final_fit, own_data
-from fusemlp.cli.output import finite, show
+from fusemlp.cli.output import finite, show, write_made
 from fusemlp.cli.predict import open_model
 from fusemlp.cli.prepare import Prepared
-from fusemlp.datasets.files import reason
 from fusemlp.engine import Engine
 from fusemlp.report.evidence import Evidence
 from fusemlp.report.metrics import score
 from fusemlp.report.page import page
 from fusemlp.report.runs import Run, read_json, read_metrics
-from fusemlp.runtime.files import write_atomically
-from fusemlp_kernels.errors import DataError
 
 
 def report(options: ReportOptions) -> None:
@@ -50,10 +47,7 @@ def write_page(
     *,
     command: str,
 ) -> None:
-    """Write ``report.html`` of an engine whose report is ``found``; without a test no model is judged.
-
-    Raises DataError if it cannot be made.
-    """
+    """Write ``report.html`` of an engine whose report is ``found``; without a test no model is judged."""
     about, net, epochs = prepared.summary, engine.network, len(history.get("loss", ()))
     sizes = "-".join(map(str, net.sizes))
     if prepared.models > 1 and not found.get("diverged"):
@@ -68,13 +62,13 @@ def write_page(
         *prepared.notes,
         *([f"temperature {found['temperature']:.4g} divides the logits"] if "temperature" in found else []),
     ]
-    title, evidence = f"{about['name']}: {about['task']} of {prepared.dataset.target_name}", None
-    try:
+    title = f"{about['name']}: {about['task']} of {prepared.dataset.target_name}"
+
+    def made() -> bytes:
+        evidence = None
         if found.get("test"):
             ids = prepared.dataset.ids if prepared.dataset.test is None else {}
             evidence = Evidence(engine, prepared.preprocessor, *prepared.test_rows, ids)
-        made = page(title, lines, found, history, evidence)
-        write_atomically(run.page, made.encode(errors="backslashreplace"))
-    # a table may hold anything, and the scores do not wait for the page
-    except Exception as error:
-        raise DataError(f"report: {str(run.page)!r} cannot be made ({reason(error)})") from error
+        return page(title, lines, found, history, evidence).encode(errors="backslashreplace")
+
+    write_made("report", run.page, made)

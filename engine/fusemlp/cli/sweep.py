@@ -16,7 +16,7 @@ from fusemlp.cli.commands import SweepOptions
 from fusemlp.cli.configuration import command, configuration, stored_options
 from fusemlp.cli.events import Events, events
 from fusemlp.cli.finish import finish
-from fusemlp.cli.lines import missing
+from fusemlp.cli.lines import written
 from fusemlp.cli.output import finite, show, write_picture
 from fusemlp.cli.session import data_of
 from fusemlp.cli.standings import Seldom, counts, standings, table
@@ -32,6 +32,7 @@ from fusemlp.report.metrics import headline
 from fusemlp.report.plots import Varied, literal, scores_figure
 from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, csv_bytes, discard_if_empty, write_json
 from fusemlp.runtime.files import write_atomically
+from fusemlp_kernels.errors import FusemlpError
 
 # The files of a sweep, beside those of a run.
 RESULTS, PICTURE = "results.csv", "scores.png"
@@ -164,7 +165,7 @@ def keep(
         f"\nbest: {said}",
         *headline(report["test"]),
         *baseline_line(report),
-        *(line for line in missing(report) if line != no_plot),
+        *(line for line in written(report, run) if line.startswith("no ") and line != no_plot),
         f"run folder {run.path}",
         f"to train it again: {config['command']}",
     ]
@@ -259,5 +260,8 @@ def draw(plan: Plan, run: Run, members: Sequence[Member], first: Member) -> str:
             varied.append(Varied(axis.name, values, axis.scale or "linear", ordered=axis.name != "seed"))
     title = f"{plan.prepared.dataset.name}: {len(members)} models{found}"
     drawn = partial(scores_figure, varied, scores, metric=plan.metric, best=best, title=literal(title))
-    failure = write_picture(run.path / PICTURE, drawn)
-    return "" if failure is None else f"no {failure}"
+    try:
+        write_picture(run.path / PICTURE, drawn)
+    except FusemlpError as error:
+        return f"no {error}"
+    return ""

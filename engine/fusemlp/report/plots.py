@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib.util
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusemlp.datasets.files import reason
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.chart import LOG_SPAN
 from fusemlp.report.diagnosis import Finding
@@ -57,40 +55,20 @@ def literal(text: str) -> str:
     return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
-@contextmanager
-def drawing() -> Iterator[None]:
-    """Raise MissingLibraryError without matplotlib, and in place of any error of the block."""
-    if not can_plot():
-        raise MissingLibraryError(f"plot: {HINT}")
-    try:
-        yield
-    # settings, fonts and folders of a machine fail in ways of their own, some as early as the import
-    except Exception as error:
-        raise MissingLibraryError(f"plot: matplotlib cannot draw with its settings here ({reason(error)})") from error
-
-
-def check_plots() -> None:
-    """Raise MissingLibraryError unless matplotlib can be imported; call it before the work."""
-    with drawing():
-        importlib.import_module("matplotlib.figure")
-
-
 def draw(make: Callable[[], Figure], path: str | Path | None) -> Figure:
     """Return the figure of ``make``, and write it to ``path`` unless that is None; check ``path`` first.
 
-    Raises MissingLibraryError if matplotlib is missing or fails, ArgumentError or ArgumentTypeError for an impossible
-    path.
+    Raises MissingLibraryError without matplotlib, ArgumentError or ArgumentTypeError for an impossible path.
     """
+    if not can_plot():
+        raise MissingLibraryError(f"plot: {HINT}")
     if path is None:
-        with drawing():
-            return make()
+        return make()
     target, suffix = target_file(path), Path(path).suffix.lower()
     if suffix not in FORMATS:
         raise ArgumentError(f"path: expected a file name ending in {', '.join(FORMATS)}, got {str(path)!r}")
-    with drawing():
-        figure = make()
-        content = picture(figure, suffix.removeprefix("."))
-    write_atomically(target, content)
+    figure = make()
+    write_atomically(target, picture(figure, suffix.removeprefix(".")))
     return figure
 
 
