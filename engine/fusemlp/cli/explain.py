@@ -22,9 +22,9 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.report.evidence import image_shape
 from fusemlp.report.explanations import Attributions, column_attributions, permutation_importance
 from fusemlp.report.metrics import spelled
-from fusemlp.report.plots import HINT, can_plot, heat_figure, importance_figure, literal
+from fusemlp.report.plots import check_plots, heat_figure, importance_figure, literal
 from fusemlp.report.runs import csv_bytes
-from fusemlp_kernels.errors import ArgumentError, FusemlpError, MissingLibraryError, unknown_name
+from fusemlp_kernels.errors import ArgumentError, FusemlpError, unknown_name
 
 # Permutations of each column; columns that are printed and drawn; classes that are drawn.
 REPEATS, MOST_COLUMNS, MOST_CLASSES = 10, 20, 30
@@ -46,8 +46,8 @@ def explain(options: ExplainOptions) -> None:
     for name, path, suffix in (("out", options.out, ".csv"), ("plot", options.plot, ".png")):
         if path is not None:
             check_output(name, path, (suffix,), force=options.force)
-    if options.plot is not None and not can_plot():
-        raise MissingLibraryError(f"plot: {HINT}")
+    if options.plot is not None:
+        check_plots()
     as_count("rows", options.rows, minimum=1)
     notes: list[str] = []
     options = before_final_fit(options, notes)
@@ -88,7 +88,7 @@ def explain(options: ExplainOptions) -> None:
     shown = columns[:MOST_COLUMNS]
     most = max((abs(importance) for _, importance, _ in shown), default=0.0)
     rows = [[name, spelled(importance, most), spelled(other, most)] for name, importance, other in shown]
-    lines = [*notes, title, aligned([["column", unit, beside], *rows])]
+    lines = [title, aligned([["column", unit, beside], *rows])]
     lines += [f"{len(columns) - len(shown)} others matter less"] if len(columns) > len(shown) else []
     content["columns"] = [{"column": name, "importance": one, beside: other} for name, one, other in columns]
     if not permuted and method != "gradient":
@@ -101,7 +101,7 @@ def explain(options: ExplainOptions) -> None:
             f"within {mean} on average, {worst} at most"
         )
     if options.out is not None:
-        write_output("out", options.out, csv_bytes(table))
+        write_output("out", options.out, csv_bytes(table, notes))
         lines.append(f"{'importance' if permuted else 'attributions'} {options.out}")
         content["out"] = str(options.out)
     try:
@@ -113,7 +113,7 @@ def explain(options: ExplainOptions) -> None:
             lines.append(f"plot {options.plot}")
             content["plot"] = str(options.plot)
     finally:
-        show(content, lines, as_json=options.as_json)
+        show(content, [*notes, *lines], as_json=options.as_json)
 
 
 def _output_index(name: str | None, known: Sequence[str], made: Preprocessor, *, permuted: bool) -> int | None:

@@ -12,8 +12,8 @@ from fusemlp.cli.output import check_output, show, write_picture
 from fusemlp.cli.prepare import prepare
 from fusemlp.describe.checks import as_number
 from fusemlp.describe.summary import aligned
-from fusemlp.report.plots import HINT, can_plot, literal, sweep_figure
-from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
+from fusemlp.report.plots import check_plots, literal, sweep_figure
+from fusemlp_kernels.errors import ArgumentError
 
 TABLE_ROWS = 20
 
@@ -29,8 +29,7 @@ def lr_find(options: FindOptions) -> None:
     plot = options.plot
     if plot is not None:
         check_output("plot", plot, (".png",), force=options.force)
-        if not can_plot():
-            raise MissingLibraryError(f"plot: {HINT}")
+        check_plots()
     prepared = prepare(options)
     rows, engine = prepared.train, prepared.engine(options)
     found = engine.lr_find(rows.X, rows.y, sample_weight=rows.weight, start=start, end=end, steps=options.steps)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from fusemlp.datasets.files import reason
 from fusemlp.describe.checks import WINDOWS
-from fusemlp.report.plots import HINT, can_plot, picture
+from fusemlp.report.plots import check_plots, picture
 from fusemlp.runtime.files import write_atomically
-from fusemlp_kernels.errors import ArgumentError, DataError, MissingLibraryError
+from fusemlp_kernels.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,8 +71,7 @@ def check_output(argument: str, path: Path, suffixes: tuple[str, ...], *, force:
 
 def write_picture(path: Path, make: Callable[[], Figure], argument: str = "plot") -> None:
     """Write the picture of ``make`` as ``write_made`` does; MissingLibraryError without matplotlib."""
-    if not can_plot():
-        raise MissingLibraryError(f"plot: {HINT}")
+    check_plots()
     write_made(argument, path, lambda: picture(make(), path.suffix.lower().removeprefix(".")))
 
 

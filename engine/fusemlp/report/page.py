@@ -152,8 +152,7 @@ def _numbers(evidence: Evidence) -> Iterator[tuple[str, str]]:
         residuals = judged.truth[:, target] - judged.predicted[:, target]
         # wide enough for bins whose edges differ
         margin = max(0.5 * (np.ptp(residuals) == 0.0), 20 * np.spacing(np.abs(residuals).max()))
-        ends = residuals.min() - margin, residuals.max() + margin
-        counts, edges = np.histogram(residuals, bins=20, range=ends)
+        counts, edges = np.histogram(residuals, 20, (residuals.min() - margin, residuals.max() + margin))
         lines = [Line("test rows", (edges[:-1] + edges[1:]) / 2, counts)]
         charts.append(chart(f"Residuals{name}", lines, x="true minus predicted", y="rows", mark=("no error", 0.0)))
     yield "Predictions", _beside(charts)

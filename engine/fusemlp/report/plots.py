@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-HINT = 'it needs matplotlib: pip install "fusemlp[plot]"'
 
 # Okabe and Ito's palette for colour-blind readers.
 TRAINING, VALIDATION, GAP, GREY = "#0072B2", "#D55E00", "#E69F00", "#444444"
@@ -45,9 +43,10 @@ DASHES = {"training": (4.0, 2.0), "validation": (5.0, 0.0)}
 SCORES_LOG_SPAN = 5.0
 
 
-def can_plot() -> bool:
-    """Return whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
+def check_plots() -> None:
+    """Raise MissingLibraryError unless matplotlib is installed."""
+    if find_spec("matplotlib") is None:
+        raise MissingLibraryError('plot: it needs matplotlib: pip install "fusemlp[plot]"')
 
 
 def literal(text: str) -> str:
@@ -60,8 +59,7 @@ def draw(make: Callable[[], Figure], path: str | Path | None) -> Figure:
 
     Raises MissingLibraryError without matplotlib, ArgumentError or ArgumentTypeError for an impossible path.
     """
-    if not can_plot():
-        raise MissingLibraryError(f"plot: {HINT}")
+    check_plots()
     if path is None:
         return make()
     target, suffix = target_file(path), Path(path).suffix.lower()

@@ -163,10 +163,10 @@ def summary(engine: Session, preprocessor: Preprocessor, held: HeldOut, X: Array
     """Return the share of the test rows' truths that intervals or sets of ``COVERAGE`` hold, and their mean size."""
     if preprocessor.classes is not None:
         chosen = sets(class_scores(engine, X), held, COVERAGE)
-        inside, size = chosen[np.arange(len(X)), preprocessor.class_codes(labels)], {"classes": chosen.sum(axis=1)}
+        figures = chosen[np.arange(len(X)), preprocessor.class_codes(labels)], chosen.sum(axis=1)
     else:
         low, high = intervals(engine, preprocessor, predictions(engine, preprocessor, X), held, COVERAGE)
         truth = np.asarray(labels, np.float64).reshape(low.shape)
-        inside, size = (low <= truth) & (truth <= high), {"width": high - low}
-    figures = {"coverage": inside, **size}
-    return {"level": COVERAGE, **{name: float(values.mean()) for name, values in figures.items()}}
+        figures = (low <= truth) & (truth <= high), high - low
+    inside, size = (float(values.mean()) for values in figures)
+    return {"level": COVERAGE, "coverage": inside, "width" if preprocessor.classes is None else "classes": size}
