@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 from fusemlp.cli import standings, sweep_plan
 from fusemlp.cli import sweep as command
 from fusemlp.fleet.results import FleetResults, Member
+from fusemlp.report import plots
 from fusemlp.training.history import History
 
 
@@ -290,7 +291,7 @@ def test_the_best_so_far_on_a_terminal(
 def test_quiet_and_without_matplotlib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "can_plot", lambda: False)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
     assert run("sweep", "iris", "--vary", "seed=0:2", "--epochs", "1", "--quiet", "--out", tmp_path / "run") == 0
     shown = capsys.readouterr()
     # One epoch is too few, which is no progress to be quiet about.

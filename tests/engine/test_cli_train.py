@@ -19,13 +19,13 @@ from commands import read, rows, run
 from safetensors.numpy import load_file
 
 from fusemlp import MLP, Engine, ProgressBar, load_checkpoint
-from fusemlp.cli import finish
 from fusemlp.cli.commands import TrainOptions
 from fusemlp.cli.prepare import prepare
 from fusemlp.cli.recorder import Recorder
 from fusemlp.cli.session import new_engine
 from fusemlp.cli.train import train
 from fusemlp.datasets.prepare import CLASS_DECAY
+from fusemlp.report import plots
 from fusemlp.report.runs import Run
 
 
@@ -266,7 +266,7 @@ def test_dead_units_are_said_with_the_remedy(tmp_path: Path, capsys: pytest.Capt
 def test_no_plot_without_matplotlib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(finish, "can_plot", lambda: False)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
     assert run("train", "iris", "--epochs", "1", "--quiet", "--out", tmp_path / "run") == 0
     assert 'no plot: it needs matplotlib: pip install "fusemlp[plot]"' in capsys.readouterr().out
     assert not (tmp_path / "run/curves.png").exists()

@@ -150,9 +150,10 @@ def test_pyplot_is_not_touched(tmp_path: Path) -> None:
 
 
 def test_whether_matplotlib_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert plots.can_plot()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not plots.can_plot()
+    plots.check_plots()
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    with pytest.raises(MissingLibraryError, match=r"^plot: it needs matplotlib: pip install"):
+        plots.check_plots()
 
 
 @pytest.mark.parametrize(

@@ -167,3 +167,41 @@ def test_the_command_writes_sets_of_classes(tmp_path: Path) -> None:
     first, second = rows(out)
     assert first["set"] == first["prediction"] and second["prediction"] in second["set"].split("|")
     assert list(first)[:2] == ["prediction", "set"] and len(first) == 5
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers"])
+def test_the_coverage_of_the_report_is_that_of_what_predict_writes(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    X, y = numbers(400, 0)
+    # classes so far apart that 90 % need fewer rows than are right, so that the predicted class alone adds some;
+    # numbers of which some count as the least training row, and lie below every interval of logarithms
+    line = X @ [2.0, -1.0]
+    words = np.where(line > 0, "up", "down") if kind == "classes" else np.exp(np.maximum(y, -3) / 4).astype(str)
+    if kind == "numbers":
+        words[300:][line[300:] < -3] = "-1.0"
+    data, test, out = (tmp_path / f"{name}.csv" for name in ("data", "test", "out"))
+    for path, part in ((data, slice(0, 300)), (test, slice(300, 400))):
+        pandas.DataFrame({"a": X[part, 0], "b": X[part, 1], "y": words[part]}).to_csv(path, index=False)
+    options = [] if kind == "classes" else ["--log-target"]
+    arguments = ("--target", "y", "--test", test, "--hidden", "8", "--models", "1", "--epochs", "60", *options)
+    assert run("train", data, *arguments, "--out", tmp_path / "run") == 0
+    shown, report = capsys.readouterr().out, read(tmp_path / "run" / "report.json")["intervals"]
+    assert run("predict", tmp_path / "run", "--data", test, "--interval", "0.9", "--out", out) == 0
+    table, truths = rows(out), words[300:]
+    if kind == "classes":
+        sets = [row["set"].split("|") for row in table]
+        inside = [truth in labels for truth, labels in zip(truths, sets, strict=True)]
+        size, about = np.mean([len(labels) for labels in sets]), "classes"
+    else:
+        low, high = np.array([[float(row["low"]), float(row["high"])] for row in table]).T
+        inside, size, about = (
+            (low <= truths.astype(float)) & (truths.astype(float) <= high),
+            (high - low).mean(),
+            "width",
+        )
+    assert report["coverage"] == np.mean(inside)
+    assert report[about] == pytest.approx(size)
+    assert f"on average, which cover {np.mean(inside):.0%} of the test rows" in shown
+    tile = f"<dt>their coverage</dt><dd>{np.mean(inside):.4f}</dd>"
+    assert tile in (tmp_path / "run" / "report.html").read_text()

@@ -9,7 +9,7 @@ from typing import Any
 
 from fusemlp.cli.prepare import Prepared
 from fusemlp.describe.summary import aligned
-from fusemlp.report.runs import Run, csv_bytes, write_training_rows
+from fusemlp.report.runs import Run, csv_bytes, guarded, write_training_rows
 from fusemlp.runtime.files import write_atomically
 
 # A wider table is summed up.
@@ -65,6 +65,7 @@ def stored(run: Run) -> list[dict[str, Any]]:
     with run.columns.open(encoding="utf-8", newline="") as stream:
         found: list[dict[str, Any]] = list(csv.DictReader(stream))
     for one in found:
+        one |= {name: cell[1:] if guarded(cell[1:]) == cell else cell for name, cell in one.items()}
         one["inputs"] = int(one["inputs"])
         one["missing"] = float(one["missing"]) if one["missing"] else None
     return found

@@ -280,7 +280,7 @@ class PredictOptions(shared.ApplyOptions, shared.ForceOption):
     """
 
     data: str = _option(MISSING, "Features: a table (.csv, .parquet, .xlsx, ...), .npz with X, IDX folder.", "FILE")
-    out: Path = _option(MISSING, "File for the predictions: .csv or .npz.")
+    out: Path = _option(MISSING, "File for the predictions: .csv (an apostrophe before text like =1+1) or .npz.")
     proba: bool = _option(False, "Also write the probability of each class.")
     interval: float | None = _option(
         None,

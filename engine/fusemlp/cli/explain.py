@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fusemlp.cli.commands import EXPLAIN_METHODS, ExplainOptions
 from fusemlp.cli.evaluate import before_final_fit, own_data
-from fusemlp.cli.output import check_output, show, write_output
+from fusemlp.cli.output import check_output, show, write_output, write_picture
 from fusemlp.cli.predict import open_model
 from fusemlp.datasets.load import load_features, load_labelled
 from fusemlp.datasets.prepare import network_inputs
@@ -21,9 +22,9 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.report.evidence import image_shape
 from fusemlp.report.explanations import Attributions, column_attributions, permutation_importance
 from fusemlp.report.metrics import spelled
-from fusemlp.report.plots import HINT, can_plot, heat_figure, importance_figure, picture
+from fusemlp.report.plots import check_plots, heat_figure, importance_figure, literal
 from fusemlp.report.runs import csv_bytes
-from fusemlp_kernels.errors import ArgumentError, FusemlpError, MissingLibraryError, unknown_name
+from fusemlp_kernels.errors import ArgumentError, FusemlpError, unknown_name
 
 # Permutations of each column; columns that are printed and drawn; classes that are drawn.
 REPEATS, MOST_COLUMNS, MOST_CLASSES = 10, 20, 30
@@ -45,8 +46,8 @@ def explain(options: ExplainOptions) -> None:
     for name, path, suffix in (("out", options.out, ".csv"), ("plot", options.plot, ".png")):
         if path is not None:
             check_output(name, path, (suffix,), force=options.force)
-    if options.plot is not None and not can_plot():
-        raise MissingLibraryError(f"plot: {HINT}")
+    if options.plot is not None:
+        check_plots()
     as_count("rows", options.rows, minimum=1)
     notes: list[str] = []
     options = before_final_fit(options, notes)
@@ -87,7 +88,7 @@ def explain(options: ExplainOptions) -> None:
     shown = columns[:MOST_COLUMNS]
     most = max((abs(importance) for _, importance, _ in shown), default=0.0)
     rows = [[name, spelled(importance, most), spelled(other, most)] for name, importance, other in shown]
-    lines = [*notes, title, aligned([["column", unit, beside], *rows])]
+    lines = [title, aligned([["column", unit, beside], *rows])]
     lines += [f"{len(columns) - len(shown)} others matter less"] if len(columns) > len(shown) else []
     content["columns"] = [{"column": name, "importance": one, beside: other} for name, one, other in columns]
     if not permuted and method != "gradient":
@@ -100,17 +101,19 @@ def explain(options: ExplainOptions) -> None:
             f"within {mean} on average, {worst} at most"
         )
     if options.out is not None:
-        write_output("out", options.out, csv_bytes(table))
+        write_output("out", options.out, csv_bytes(table, notes))
         lines.append(f"{'importance' if permuted else 'attributions'} {options.out}")
         content["out"] = str(options.out)
-    if options.plot is not None:
-        figure = importance_figure(shown, unit=unit, title=title, deviations=permuted)
-        if maps:
-            figure = heat_figure(maps, unit="mean attribution", title=title)
-        write_output("plot", options.plot, picture(figure))
-        lines.append(f"plot {options.plot}")
-        content["plot"] = str(options.plot)
-    show(content, lines, as_json=options.as_json)
+    try:
+        if options.plot is not None:
+            drawn = partial(importance_figure, shown, unit=unit, title=literal(title), deviations=permuted)
+            if maps:
+                drawn = partial(heat_figure, maps, unit="mean attribution", title=literal(title))
+            write_picture(options.plot, drawn)
+            lines.append(f"plot {options.plot}")
+            content["plot"] = str(options.plot)
+    finally:
+        show(content, [*notes, *lines], as_json=options.as_json)
 
 
 def _output_index(name: str | None, known: Sequence[str], made: Preprocessor, *, permuted: bool) -> int | None:

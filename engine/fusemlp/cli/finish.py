@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
-from fusemlp.cli.output import finite
+from fusemlp.cli.output import finite, write_picture
 from fusemlp.cli.prepare import Prepared
 from fusemlp.cli.report import write_page
 from fusemlp.describe.adversarial import Attack
@@ -16,14 +17,13 @@ from fusemlp.report.baselines import MOST_NUMBERS, baselines, worse_than
 from fusemlp.report.certification import certify
 from fusemlp.report.diagnosis import diagnose
 from fusemlp.report.metrics import score
-from fusemlp.report.plots import HINT, can_plot, curves_figure, picture
+from fusemlp.report.plots import curves_figure, literal
 from fusemlp.report.robustness import robust_score
 from fusemlp.report.runs import Run, read_json, write_json
 from fusemlp.report.temperature import Temperature, scale_logits
 from fusemlp.report.uncertainty import COVERAGE, HeldOut, errors_of, summary
-from fusemlp.runtime.files import write_atomically
 from fusemlp.training.history import History
-from fusemlp_kernels.errors import DivergenceError
+from fusemlp_kernels.errors import DivergenceError, FusemlpError
 
 
 def _scale_best(run: Run, engine: Engine, history: History, temperature: float) -> None:
@@ -127,9 +127,7 @@ def finish(
         report["models"] = list(models)
     if final is not None:
         report["final_fit"] = final[1]
-    if not can_plot():
-        report["no_plot"] = HINT
-    elif not history.epochs:
+    if not history.epochs:
         report["no_plot"] = "no epoch was completed"
     else:
         test_figures = report.get("test", {})
@@ -138,16 +136,23 @@ def finish(
         sizes = "-".join(map(str, engine.network.sizes))
         if prepared.models > 1:
             sizes = f"mean of {prepared.models} models of {'-'.join(map(str, prepared.network.sizes))}"
-        drawn = curves_figure(
+        drawn = partial(
+            curves_figure,
             history.history,
             loss=engine.loss.kind,
-            title=f"{prepared.dataset.name}: {sizes}{result}",
+            title=literal(f"{prepared.dataset.name}: {sizes}{result}"),
             # the models of an ensemble have a best epoch each
             best_epoch=None if prepared.models > 1 else best,
             overfitting=overfitting,
         )
-        write_atomically(run.curves, picture(drawn))
+        try:
+            write_picture(run.curves, drawn)
+        except FusemlpError as error:
+            report["no_plot"] = str(error).removeprefix("plot: ")
     # It marks a finished run; only the page, which can be made again, comes after it.
     write_json(run.report, finite(report))
-    write_page(run, engine, prepared, report, history.history, command=config["command"])
+    try:
+        write_page(run, engine, prepared, report, history.history, command=config["command"])
+    except FusemlpError as error:
+        report["no_page"] = str(error).removeprefix("report: ")
     return report

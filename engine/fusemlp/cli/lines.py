@@ -13,6 +13,7 @@ from fusemlp.report.certification import certified_lines
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.metrics import headline, privacy_line, spelled
 from fusemlp.report.robustness import robust_lines
+from fusemlp.report.runs import Run
 
 
 def describe(session: Session) -> str:
@@ -69,6 +70,12 @@ def interval_line(report: dict[str, Any]) -> list[str]:
     size = f"{found['classes']:.2f} classes" if "classes" in found else f"width {spelled(found['width'])}"
     level, share = found["level"], found["coverage"]
     return [f"predict --interval {level:g}: {size} on average, which cover {share:.0%} of the test rows"]
+
+
+def written(report: dict[str, Any], run: Run) -> list[str]:
+    """Return a line for the page and one for the picture of a run, or why there is none."""
+    files = ("report", "no_page", run.page), ("plot", "no_plot", run.curves)
+    return [f"no {name}: {report[key]}" if key in report else f"{name} {path}" for name, key, path in files]
 
 
 def outcome(report: dict[str, Any]) -> list[str]:

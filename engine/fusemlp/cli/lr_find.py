@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import numpy as np
 
 from fusemlp.cli.commands import FindOptions
-from fusemlp.cli.output import check_output, show, write_output
+from fusemlp.cli.output import check_output, show, write_picture
 from fusemlp.cli.prepare import prepare
 from fusemlp.describe.checks import as_number
 from fusemlp.describe.summary import aligned
-from fusemlp.report.plots import HINT, can_plot, picture, sweep_figure
+from fusemlp.report.plots import check_plots, literal, sweep_figure
 from fusemlp_kernels.errors import ArgumentError
 
 TABLE_ROWS = 20
@@ -28,14 +29,10 @@ def lr_find(options: FindOptions) -> None:
     plot = options.plot
     if plot is not None:
         check_output("plot", plot, (".png",), force=options.force)
-        if not can_plot():
-            raise ArgumentError(f"plot: {HINT}")
+        check_plots()
     prepared = prepare(options)
     rows, engine = prepared.train, prepared.engine(options)
     found = engine.lr_find(rows.X, rows.y, sample_weight=rows.weight, start=start, end=end, steps=options.steps)
-    if plot is not None:
-        title = f"{prepared.dataset.name}: {'-'.join(map(str, engine.network.sizes))}, {engine.optimizer.kind}"
-        write_output("plot", plot, picture(sweep_figure(found.rates, found.losses, found.suggestion, title)))
     if not found.complete and not options.as_json:
         print(f"the loss blew up after {len(found.rates)} of {options.steps} updates", file=sys.stderr)
     shown = np.unique(np.linspace(0, len(found.rates) - 1, TABLE_ROWS).round().astype(int))
@@ -43,13 +40,19 @@ def lr_find(options: FindOptions) -> None:
         *prepared.notes,
         aligned([["rate", "loss"], *([f"{found.rates[i]:.2e}", f"{found.losses[i]:.4g}"] for i in shown)]),
         f"suggested learning rate {found.suggestion:.2g}",
-        *([] if plot is None else [f"plot {plot}"]),
     ]
-    content = {
+    content: dict[str, Any] = {
         "suggested": found.suggestion,
         "rates": found.rates,
         "losses": found.losses,
-        "plot": None if plot is None else str(plot),
+        "plot": None,
         "notes": list(prepared.notes),
     }
-    show(content, lines, as_json=options.as_json)
+    try:
+        if plot is not None:
+            title = f"{prepared.dataset.name}: {'-'.join(map(str, engine.network.sizes))}, {engine.optimizer.kind}"
+            write_picture(plot, lambda: sweep_figure(found.rates, found.losses, found.suggestion, literal(title)))
+            lines.append(f"plot {plot}")
+            content["plot"] = str(plot)
+    finally:
+        show(content, lines, as_json=options.as_json)

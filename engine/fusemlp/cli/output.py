@@ -8,13 +8,18 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from fusemlp.datasets.files import reason
 from fusemlp.describe.checks import WINDOWS
+from fusemlp.report.plots import check_plots, picture
 from fusemlp.runtime.files import write_atomically
-from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.errors import ArgumentError, DataError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def show(content: Mapping[str, Any], lines: Iterable[str], *, as_json: bool, warnings: Iterable[str] = ()) -> None:
@@ -62,6 +67,22 @@ def check_output(argument: str, path: Path, suffixes: tuple[str, ...], *, force:
         raise ArgumentError(f"{argument}: {str(path)!r} exists; give another name, or --force to overwrite a file")
     if not path.absolute().parent.is_dir():
         raise ArgumentError(f"{argument}: there is no folder {str(path.parent)!r}; make it first")
+
+
+def write_picture(path: Path, make: Callable[[], Figure], argument: str = "plot") -> None:
+    """Write the picture of ``make`` as ``write_made`` does; MissingLibraryError without matplotlib."""
+    check_plots()
+    write_made(argument, path, lambda: picture(make(), path.suffix.lower().removeprefix(".")))
+
+
+def write_made(argument: str, path: Path, make: Callable[[], bytes]) -> None:
+    """Write the picture or page of ``make`` as ``write_output`` does; DataError if it cannot be made."""
+    try:
+        content = make()
+    # names, numbers and the settings of matplotlib may be anything, and so are the errors
+    except Exception as error:
+        raise DataError(f"{argument}: {str(path)!r} cannot be made ({reason(error)})") from error
+    write_output(argument, path, content)
 
 
 def write_output(argument: str, path: Path, content: bytes) -> None:

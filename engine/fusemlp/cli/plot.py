@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusemlp.cli.commands import PlotOptions
-from fusemlp.cli.output import check_output, show, write_output
-from fusemlp.report.plots import FORMATS, HINT, Curves, can_plot, comparison_figure, picture, repeats
+from fusemlp.cli.output import check_output, show, write_picture
+from fusemlp.report.plots import FORMATS, Curves, comparison_figure, literal, repeats
 from fusemlp.report.runs import open_run, read_metrics
-from fusemlp_kernels.errors import CheckpointError, MissingLibraryError
+from fusemlp_kernels.errors import CheckpointError
 
 DEFAULT = Path("comparison.png")
 
@@ -20,11 +20,8 @@ def plot(options: PlotOptions) -> None:
     runs = [_curves(path, name) for path, name in zip(paths, names(paths), strict=True)]
     out = _free_name(options.force) if options.out is None else options.out
     check_output("out", out, FORMATS, force=options.force)
-    if not can_plot():
-        raise MissingLibraryError(f"plot: {HINT}")
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    figure = comparison_figure(runs, title=title)
-    write_output("out", out, picture(figure, out.suffix.lower().removeprefix(".")))
+    write_picture(out, lambda: comparison_figure(runs, title=literal(title)), "out")
     same = repeats(runs)
     lines = [*(f"{name} has the same curves as {first}" for name, first in same.items()), f"plot {out}"]
     content = {"runs": [str(path) for path in paths], "plot": str(out), "same": same}

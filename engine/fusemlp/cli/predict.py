@@ -54,8 +54,8 @@ def predict(options: PredictOptions) -> None:
         more["spread"] = spread(models, preprocessor, X, predicted_codes(engine, preprocessor, X))
     if options.proba:
         more["probabilities"] = engine.predict_proba(X)
-    content = _npz if out.suffix.lower() == ".npz" else _csv
-    write_output("out", out, content(preprocessor, ids, predicted, more))
+    parts = preprocessor, ids, predicted, more
+    write_output("out", out, _npz(*parts) if out.suffix.lower() == ".npz" else csv_bytes(_csv(*parts), notes))
     about = {"run": str(options.run), "data": data, "weights": options.weights, "rows": len(X), "out": str(out)}
     lines = [*notes, f"predictions of {len(X)} rows {out}"]
     show(about | {"notes": notes}, lines, as_json=options.as_json)
@@ -95,7 +95,7 @@ def _ends(
     return {"in_set": sets(class_scores(engine, X), held, coverage)}
 
 
-def _csv(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: Array, more: Mapping[str, Array]) -> bytes:
+def _csv(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: Array, more: Mapping[str, Array]) -> Any:
     columns = predicted.reshape(len(predicted), -1)
     count, classes = columns.shape[1], preprocessor.classes or ()
     blocks = [(["prediction"] if count == 1 else [f"prediction_{index}" for index in range(count)], columns.tolist())]
@@ -113,7 +113,7 @@ def _csv(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: Array,
         blocks.insert(0, ([*ids], named))
     names = [name for header, _ in blocks for name in header]
     rows = zip(*(part for _, part in blocks), strict=True)
-    return csv_bytes([names, *([cell for cells in row for cell in cells] for row in rows)])
+    return [names, *([cell for cells in row for cell in cells] for row in rows)]
 
 
 def _npz(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: Array, more: Mapping[str, Array]) -> bytes:

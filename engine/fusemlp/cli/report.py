@@ -8,7 +8,7 @@ from typing import Any
 
 from fusemlp.cli.commands import ReportOptions
 from fusemlp.cli.evaluate import before_final_fit, own_data
-from fusemlp.cli.output import finite, show
+from fusemlp.cli.output import finite, show, write_made
 from fusemlp.cli.predict import open_model
 from fusemlp.cli.prepare import Prepared
 from fusemlp.engine import Engine
@@ -16,7 +16,6 @@ from fusemlp.report.evidence import Evidence
 from fusemlp.report.metrics import score
 from fusemlp.report.page import page
 from fusemlp.report.runs import Run, read_json, read_metrics
-from fusemlp.runtime.files import write_atomically
 
 
 def report(options: ReportOptions) -> None:
@@ -63,9 +62,13 @@ def write_page(
         *prepared.notes,
         *([f"temperature {found['temperature']:.4g} divides the logits"] if "temperature" in found else []),
     ]
-    evidence = None
-    if found.get("test"):
-        ids = prepared.dataset.ids if prepared.dataset.test is None else {}
-        evidence = Evidence(engine, prepared.preprocessor, *prepared.test_rows, ids)
-    made = page(f"{about['name']}: {about['task']} of {prepared.dataset.target_name}", lines, found, history, evidence)
-    write_atomically(run.page, made.encode())
+    title = f"{about['name']}: {about['task']} of {prepared.dataset.target_name}"
+
+    def made() -> bytes:
+        evidence = None
+        if found.get("test"):
+            ids = prepared.dataset.ids if prepared.dataset.test is None else {}
+            evidence = Evidence(engine, prepared.preprocessor, *prepared.test_rows, ids)
+        return page(title, lines, found, history, evidence).encode(errors="backslashreplace")
+
+    write_made("report", run.page, made)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from fusemlp.cli import columns, grid, journal, tracking
@@ -15,7 +16,8 @@ from fusemlp.cli.commands import SweepOptions
 from fusemlp.cli.configuration import command, configuration, stored_options
 from fusemlp.cli.events import Events, events
 from fusemlp.cli.finish import finish
-from fusemlp.cli.output import finite, show
+from fusemlp.cli.lines import written
+from fusemlp.cli.output import finite, show, write_picture
 from fusemlp.cli.session import data_of
 from fusemlp.cli.standings import Seldom, counts, standings, table
 from fusemlp.cli.sweep_plan import Plan, describe, planned, resumed
@@ -27,9 +29,10 @@ from fusemlp.fleet.results import FleetResults, Member
 from fusemlp.fleet.seeds import Combination, averages
 from fusemlp.report.baselines import baseline_line
 from fusemlp.report.metrics import headline
-from fusemlp.report.plots import HINT, Varied, can_plot, picture, scores_figure
+from fusemlp.report.plots import Varied, literal, scores_figure
 from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, csv_bytes, discard_if_empty, write_json
 from fusemlp.runtime.files import write_atomically
+from fusemlp_kernels.errors import FusemlpError
 
 # The files of a sweep, beside those of a run.
 RESULTS, PICTURE = "results.csv", "scores.png"
@@ -102,7 +105,7 @@ def worked(options: SweepOptions, told: Events) -> tuple[dict[str, Any], list[st
         "seconds": seconds,
         "best": chosen.sound[0].index,
     }
-    kept = keep(plan, run, chosen, about, started, no_plot=bool(no_plot))
+    kept = keep(plan, run, chosen, about, started, no_plot=no_plot)
     if not interrupted:
         journal.close(run)
     return kept
@@ -115,7 +118,7 @@ def described(plan: Plan) -> dict[str, Any]:
 
 
 def keep(
-    plan: Plan, run: Run, chosen: Combination, about: dict[str, Any], started: datetime, *, no_plot: bool
+    plan: Plan, run: Run, chosen: Combination, about: dict[str, Any], started: datetime, *, no_plot: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Write the best model of the best combination as a run of ``train``; return its results, and lines on it."""
     best = _with_parameters(plan, chosen.sound[0])
@@ -162,6 +165,7 @@ def keep(
         f"\nbest: {said}",
         *headline(report["test"]),
         *baseline_line(report),
+        *(line for line in written(report, run) if line.startswith("no ") and line != no_plot),
         f"run folder {run.path}",
         f"to train it again: {config['command']}",
     ]
@@ -240,9 +244,7 @@ def write_results(plan: Plan, run: Run, members: Iterable[Member]) -> None:
 
 
 def draw(plan: Plan, run: Run, members: Sequence[Member], first: Member) -> str:
-    """Write ``scores.png``; return the reason for its absence, or nothing."""
-    if not can_plot():
-        return f"no plot: {HINT}"
+    """Write ``scores.png``; return a line on its absence, or nothing."""
     nan = float("nan")
     scores = [nan if one.status == "diverged" else one.scores.get(plan.metric, nan) for one in members]
     best, found = None, ""
@@ -257,6 +259,9 @@ def draw(plan: Plan, run: Run, members: Sequence[Member], first: Member) -> str:
         else:
             varied.append(Varied(axis.name, values, axis.scale or "linear", ordered=axis.name != "seed"))
     title = f"{plan.prepared.dataset.name}: {len(members)} models{found}"
-    figure = scores_figure(varied, scores, metric=plan.metric, best=best, title=title)
-    write_atomically(run.path / PICTURE, picture(figure))
+    drawn = partial(scores_figure, varied, scores, metric=plan.metric, best=best, title=literal(title))
+    try:
+        write_picture(run.path / PICTURE, drawn)
+    except FusemlpError as error:
+        return f"no {error}"
     return ""

@@ -11,7 +11,7 @@ from fusemlp.cli import columns, ensemble, tracking, transfer
 from fusemlp.cli.commands import TrainOptions
 from fusemlp.cli.events import Events, events
 from fusemlp.cli.finish import finish
-from fusemlp.cli.lines import describe, outcome
+from fusemlp.cli.lines import describe, outcome, written
 from fusemlp.cli.output import show
 from fusemlp.cli.recorder import Recorder
 from fusemlp.cli.resume import going_on, resumed_session
@@ -116,17 +116,17 @@ def trained(session: Session, told: Events) -> tuple[dict[str, Any], list[str], 
     if session.tracker is not None:
         tracked = {"tracker": options.track, "run_id": session.tracker.run_id}
         tracking.end(session.tracker, run, options, report, failure)
-    plot = str(run.curves) if run.curves.exists() else None
     lines = [
         *outcome(report),
         *([] if temperature is None else [str(temperature)]),
         f"run folder {run.path}",
-        f"report {run.page}",
-        f"plot {plot}" if plot else f"no plot: {report['no_plot']}",
+        *written(report, run),
         *([f"tracked by {options.track}: run {tracked['run_id']}"] if tracked else []),
     ]
     shown = {name: value for name, value in report.items() if name != "held_out"}
-    content = {**shown, "run": str(run.path), "page": str(run.page), "plot": plot, "columns": found}
+    content = {**shown, "run": str(run.path), "columns": found}
+    content |= {"page": None if "no_page" in report else str(run.page)}
+    content |= {"plot": None if "no_plot" in report else str(run.curves)}
     return {"event": "end", **content, "tracked": tracked}, lines, failure
 
 

@@ -119,4 +119,5 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    """Return kind and message of an error in one line."""
+    return ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))

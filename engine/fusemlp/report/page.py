@@ -149,7 +149,10 @@ def _numbers(evidence: Evidence) -> Iterator[tuple[str, str]]:
         if not name:
             lines.append(Line("mean of each tenth", *evidence.calibration(), 1))
         charts.append(chart(f"True values over predictions{name}", lines, x="predicted", y="true", diagonal="equal"))
-        counts, edges = np.histogram(judged.truth[:, target] - judged.predicted[:, target], bins=20)
+        residuals = judged.truth[:, target] - judged.predicted[:, target]
+        # wide enough for bins whose edges differ
+        margin = max(0.5 * (np.ptp(residuals) == 0.0), 20 * np.spacing(np.abs(residuals).max()))
+        counts, edges = np.histogram(residuals, 20, (residuals.min() - margin, residuals.max() + margin))
         lines = [Line("test rows", (edges[:-1] + edges[1:]) / 2, counts)]
         charts.append(chart(f"Residuals{name}", lines, x="true minus predicted", y="rows", mark=("no error", 0.0)))
     yield "Predictions", _beside(charts)

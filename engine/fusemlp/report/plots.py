@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-HINT = 'it needs matplotlib: pip install "fusemlp[plot]"'
 
 # Okabe and Ito's palette for colour-blind readers.
 TRAINING, VALIDATION, GAP, GREY = "#0072B2", "#D55E00", "#E69F00", "#444444"
@@ -45,9 +43,15 @@ DASHES = {"training": (4.0, 2.0), "validation": (5.0, 0.0)}
 SCORES_LOG_SPAN = 5.0
 
 
-def can_plot() -> bool:
-    """Return whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
+def check_plots() -> None:
+    """Raise MissingLibraryError unless matplotlib is installed."""
+    if find_spec("matplotlib") is None:
+        raise MissingLibraryError('plot: it needs matplotlib: pip install "fusemlp[plot]"')
+
+
+def literal(text: str) -> str:
+    """Return a text with names from the data as matplotlib draws it letter by letter, without formulas."""
+    return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
 def draw(make: Callable[[], Figure], path: str | Path | None) -> Figure:
@@ -55,8 +59,7 @@ def draw(make: Callable[[], Figure], path: str | Path | None) -> Figure:
 
     Raises MissingLibraryError without matplotlib, ArgumentError or ArgumentTypeError for an impossible path.
     """
-    if not can_plot():
-        raise MissingLibraryError(f"plot: {HINT}")
+    check_plots()
     if path is None:
         return make()
     target, suffix = target_file(path), Path(path).suffix.lower()
@@ -134,7 +137,7 @@ def comparison_figure(runs: Sequence[Curves], *, title: str) -> Figure:
     for run, look in zip(runs, looks, strict=True):
         label = run.name if len(losses) == 1 else f"{run.name} ({run.loss})"
         label += f": same curves as {same[run.name]}" if run.name in same else ""
-        handles.append(Line2D([], [], linewidth=1.6, label=label, **look))
+        handles.append(Line2D([], [], linewidth=1.6, label=literal(label), **look))
     for part, style in STYLES.items():
         if part == "training" or any("val_loss" in run.history for run in runs):
             handles.append(Line2D([], [], color=GREY, label=part, **style))
@@ -246,7 +249,7 @@ def importance_figure(
     figure = _figure(6.4, 1.2 + 0.28 * len(names), title)
     axes = figure.add_subplot(1, 1, 1)
     axes.barh(range(len(names)), values, xerr=spread if deviations else None, color=TRAINING, ecolor=GREY)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), map(literal, names))
     axes.invert_yaxis()
     axes.set_xlabel(unit)
     axes.grid(axis="x", alpha=0.25)
@@ -265,7 +268,7 @@ def heat_figure(maps: Mapping[str, Array], *, unit: str, title: str) -> Figure:
     most = max(float(np.abs(one).max()) for one in maps.values()) or 1.0
     for axes, (name, one) in zip(panels.flat, maps.items(), strict=False):
         image = axes.imshow(one, cmap="RdBu_r", vmin=-most, vmax=most)
-        axes.set_title(name, fontsize=10)
+        axes.set_title(literal(name), fontsize=10)
     for axes in panels.flat:
         axes.set_axis_off()
     figure.colorbar(image, ax=panels.ravel().tolist(), label=unit, shrink=0.8)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,12 +20,15 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp.datasets.textfiles import number
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.files import write_atomically
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, unknown_name
 
 FORMAT = 1
 WEIGHTS = ("model", "best", "last")
+# The beginnings of formulas, also in the full width of Japanese; of a guarded cell too, so that guarding can be undone.
+FORMULA = re.compile("'*[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]")
 
 
 @dataclass(frozen=True)
@@ -167,11 +171,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def csv_bytes(rows: Iterable[Iterable[Any]]) -> bytes:
-    """Return rows as the content of a CSV file."""
-    stream = io.StringIO(newline="")
-    csv.writer(stream, lineterminator="\n").writerows(rows)
-    return stream.getvalue().encode()
+def guarded(cell: Any) -> Any:
+    """Return a cell, with an apostrophe in front of text but no number that a spreadsheet would run (OWASP)."""
+    runs = isinstance(cell, str) and FORMULA.match(cell) and number(cell) is None and number(cell, ",") is None
+    return f"'{cell}" if runs else cell
+
+
+def csv_bytes(rows: Iterable[Iterable[Any]], notes: list[str] | None = None) -> bytes:
+    """Return rows of ``guarded`` cells as the content of a CSV file; ``notes`` takes a line if any has changed."""
+    stream, changed = io.StringIO(newline=""), False
+    # a carriage return is quoted only where lines end with one; an unquoted one would begin a row
+    writer = csv.writer(stream, lineterminator="\r\n")
+    for row in map(list, rows):
+        cells = [guarded(cell) for cell in row]
+        changed |= cells != row
+        writer.writerow(cells)
+        stream.seek(stream.tell() - len("\r\n"))
+        stream.write("\n")
+    stream.truncate()
+    if notes is not None and changed:
+        notes.append("an apostrophe stands in front of text that a spreadsheet would run as a formula")
+    return stream.getvalue().encode(errors="backslashreplace")
 
 
 def append_metrics(run: Run, row: Mapping[str, float]) -> None:

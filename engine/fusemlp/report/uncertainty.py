@@ -160,11 +160,13 @@ def sets(probabilities: Array, held: HeldOut, coverage: float) -> Array:
 
 
 def summary(engine: Session, preprocessor: Preprocessor, held: HeldOut, X: Array, labels: Array) -> dict[str, Any]:
-    """Return how intervals or sets of ``COVERAGE`` do on test rows: the share that they cover, and their mean size."""
-    bound = held.bound(COVERAGE)
-    inside = errors_of(engine, preprocessor, X, labels).reshape(len(X), -1) <= bound
-    found = {"level": COVERAGE, "coverage": float(np.mean(inside))}
+    """Return the share of the test rows' truths that intervals or sets of ``COVERAGE`` hold, and their mean size."""
     if preprocessor.classes is not None:
-        return found | {"classes": float(sets(class_scores(engine, X), held, COVERAGE).sum(axis=1).mean())}
-    low, high = intervals(engine, preprocessor, predictions(engine, preprocessor, X), held, COVERAGE)
-    return found | {"width": float(np.mean(high - low))}
+        chosen = sets(class_scores(engine, X), held, COVERAGE)
+        figures = chosen[np.arange(len(X)), preprocessor.class_codes(labels)], chosen.sum(axis=1)
+    else:
+        low, high = intervals(engine, preprocessor, predictions(engine, preprocessor, X), held, COVERAGE)
+        truth = np.asarray(labels, np.float64).reshape(low.shape)
+        figures = (low <= truth) & (truth <= high), high - low
+    inside, size = (float(values.mean()) for values in figures)
+    return {"level": COVERAGE, "coverage": inside, "width" if preprocessor.classes is None else "classes": size}
