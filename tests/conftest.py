@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,10 @@ sys.path.append(str(Path(__file__).parents[1] / "ci"))
 
 COUNTED = "line: "
 
+
+# Under nohup and in background jobs Ctrl-C is ignored: by this process, and by those that it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The compiled loop for all programs: the tests have more kinds of programs than are worth a compilation each.
 os.environ.setdefault("FUSEMLP_WHOLE_LOOP", "1")

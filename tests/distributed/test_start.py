@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -98,10 +101,35 @@ def test_a_port_in_use_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
             Ranks(timeout=2.0)
 
 
-def test_ranks_that_do_not_come_are_waited_for_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    as_rank(monkeypatch, worlds.free_port(), world=2)
-    with pytest.raises(DistributedError, match=r"the 2 ranks did not meet at .* within 1 s; see that all of them"):
+def notices() -> list[threading.Timer]:
+    return [one for one in threading.enumerate() if isinstance(one, threading.Timer) and not one.finished.is_set()]
+
+
+def test_a_process_that_waits_for_others_says_so_and_how_to_run_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = worlds.free_port()
+    as_rank(monkeypatch, port, world=2)
+    monkeypatch.setattr(ranks, "SILENT_SECONDS", 0.1)
+    alone = r"to run in one process, unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT, or write env -u WORLD_SIZE"
+    with pytest.raises(
+        DistributedError, match=rf"the 2 ranks did not meet at .* within 1 s; see that all of them .*; {alone}"
+    ):
         Ranks(timeout=1.0)
+    (said,) = caplog.messages
+    expected = rf"distributed: rank 0 waits up to 1 s for 2 ranks at 127.0.0.1:{port}, because WORLD_SIZE is 2; {alone}"
+    assert re.match(expected, said)
+    assert caplog.records[0].levelno == logging.WARNING and not notices()
+
+
+def test_processes_that_meet_say_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    as_rank(monkeypatch, worlds.free_port())
+    monkeypatch.setattr(ranks, "SILENT_SECONDS", 100.0)
+    try:
+        Ranks(timeout=20.0)
+        assert not notices() and not caplog.messages
+    finally:
+        distributed.destroy_process_group()
 
 
 class Texts:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from torch_oracle import CLOSE
@@ -9,14 +11,18 @@ from torch_oracle import CLOSE
 from fusemlp import (
     MLP,
     SGD,
+    Adam,
     ArgumentError,
     BinaryCrossEntropy,
     CrossEntropy,
+    DataError,
+    DTypeError,
     Engine,
     Huber,
     LeakyReLU,
     PReLU,
     Quantile,
+    ShapeError,
 )
 from fusemlp.describe.losses import as_loss
 from fusemlp.runtime import inference as inference_module
@@ -194,7 +200,8 @@ class TestManyBatches:
 
 def test_the_size_of_a_forward_pass_is_bounded():
     engine = make()
-    assert engine._inference._rows_for(3) == 16
+    assert engine._inference._rows_for(1) == 1
+    assert engine._inference._rows_for(3) == 4
     assert engine._inference._rows_for(1000) == 1024
     widest = 7
     assert engine._inference._rows_for(10**9) * widest <= inference_module.LARGEST
@@ -327,3 +334,90 @@ class TestDeadUnits:
         engine = Engine(MLP([INPUTS, 4, 4, 4, OUTPUTS], activation=["tanh", "relu", "prelu"]), backend="numpy")
         assert list(engine.dead_units(X)) == ["layer 2"]
         assert Engine(MLP([INPUTS, OUTPUTS]), backend="numpy").dead_units(X) == {}
+
+
+def python_calls(run):
+    """Return how many Python functions a call of ``run`` calls, itself not counted."""
+    count = -1
+
+    def profile(frame, event, argument):
+        nonlocal count
+        count += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+class TestFewRows:
+    def test_one_row_takes_few_calls_of_python(self):
+        # its arithmetic takes a microsecond or two, as ten calls do
+        row = RNG.standard_normal((1, 64)).astype(np.float32)
+        for layers in (1, 3, 6):
+            engine = Engine(MLP([64] * layers + [4]), backend="numpy")
+            engine.predict(row)
+            assert python_calls(lambda engine=engine: engine.predict(row)) <= 28 + 4 * layers
+
+    @pytest.mark.parametrize("precision", ["fp32", "fp64"])
+    @pytest.mark.parametrize("options", [{}, {"activation": "gelu"}, {"members": 3}], ids=str)
+    def test_a_row_has_the_same_bits_alone_and_among_others(self, options, precision):
+        sizes = [INPUTS, 37, 130, OUTPUTS]
+        engine = Engine(
+            MLP(sizes, **options), optimizer=Adam(ema=0.5), backend="numpy", precision=precision, normalise=True
+        )
+        engine.fit(X, LABELS, epochs=1)
+        for method in (engine.outputs, engine.predict, engine.predict_proba):
+            whole = method(X)
+            for n in (1, 2, 3, 8, 13):
+                assert np.concatenate([method(X[at : at + n]) for at in range(0, 100, n)]).tobytes() == whole.tobytes()
+
+    @pytest.mark.parametrize("ema", [0.0, 0.5])
+    def test_what_changed_since_the_last_prediction_counts(self, ema):
+        net, row = MLP([INPUTS, 7, OUTPUTS], activation="tanh"), X[:1]
+        engine = Engine(net, optimizer=Adam(0.1, ema=ema), backend="numpy", precision="fp64", seed=2)
+        found = [engine.outputs(row)]
+        engine.fit(X, LABELS, epochs=1)
+        found.append(engine.outputs(row))
+        assert_close(found[-1], forward(engine, row))
+        engine.step(X[:32], LABELS[:32])
+        found.append(engine.outputs(row))
+        assert_close(found[-1], forward(engine, row))
+        engine.load_state_dict({name: 2.0 * array for name, array in engine.state_dict().items()})
+        found.append(engine.outputs(row))
+        assert_close(found[-1], forward(engine, row))
+        engine.memory.arrays[engine.memory.evaluated_arena][:] = 0.0
+        found.append(engine.outputs(row))
+        assert not found[-1].any()
+        assert len({one.tobytes() for one in found}) == len(found)
+
+    @pytest.mark.parametrize("rows", [1, 1000])
+    @pytest.mark.parametrize(
+        ("change", "error", "said"),
+        [
+            (lambda X: np.where(np.arange(INPUTS) == 2, np.nan, X), DataError, "finite numbers, got nan at row 0, col"),
+            (lambda X: np.where(np.arange(INPUTS) == 2, np.inf, X), DataError, "finite numbers, got inf at row 0, col"),
+            (lambda X: 1e300 * X, DataError, r"at row 0, column 0.* is beyond the largest float32"),
+            (lambda X: X[:, :3], ShapeError, "expected 5 columns"),
+            (lambda X: X[0], ShapeError, "expected a matrix"),
+            (lambda X: X[:0], DataError, "expected 1 or more rows"),
+            (lambda X: X.astype(str), DTypeError, "expected real numbers"),
+        ],
+        ids=["nan", "inf", "overflow", "width", "vector", "empty", "strings"],
+    )
+    def test_bad_rows_are_refused_after_good_ones(self, change, error, said, rows):
+        engine = Engine(MLP([INPUTS, 7, OUTPUTS]), backend="numpy")
+        good = np.resize(X, (rows, INPUTS)).astype(np.float32)
+        expected = engine.predict_proba(good)
+        for method in (engine.predict, engine.predict_proba, engine.outputs):
+            with pytest.raises(error, match=said):
+                method(change(good.astype(np.float64)))
+        np.testing.assert_array_equal(engine.predict_proba(good), expected)
+
+    @pytest.mark.parametrize("rows", [1, 1000])
+    def test_finite_rows_whose_sum_overflows_are_taken(self, rows):
+        engine = Engine(MLP([INPUTS, OUTPUTS], init="zeros"), backend="numpy")
+        assert not engine.outputs(np.full((rows, INPUTS), 3e38, np.float32)).any()

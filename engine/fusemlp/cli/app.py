@@ -27,7 +27,7 @@ from fusemlp.callbacks.compiling import compilations_shown
 from fusemlp.cli import commands
 from fusemlp.cli.fields import PANELS
 from fusemlp.datasets.load import NAMES
-from fusemlp.runtime.ranks import leading, report_failure, started
+from fusemlp.runtime.ranks import ALONE, leading, report_failure, started
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, FusemlpError, ShapeError
 
 # Options that take several numbers, joined by commas.
@@ -148,7 +148,7 @@ def _command(name: str, described: type[Any]) -> Callable[..., None]:
     def command(**given: Any) -> None:
         if started() and name != "train":
             raise ArgumentError(
-                f"fusemlp {name.replace('_', '-')}: it runs in one process, and torchrun has started several"
+                f"fusemlp {name.replace('_', '-')}: it runs in one process, and torchrun has started several; {ALONE}"
             )
         run = getattr(importlib.import_module(f"fusemlp.cli.{name}"), name)
         run(described(**given))

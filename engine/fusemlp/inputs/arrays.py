@@ -17,6 +17,9 @@ from fusemlp_kernels.errors import ArgumentTypeError, DataError, DTypeError, Sha
 
 Array = npt.NDArray[Any]
 
+# Up to this many elements, checking each takes less time than turning off the warnings of a sum.
+FEW = 1 << 10
+
 
 def as_features(argument: str, value: Any, *, width: int, dtype: npt.DTypeLike, check_finite: bool = True) -> Array:
     """Return the input matrix as a C-contiguous ``(n, width)`` array of ``dtype``.
@@ -206,11 +209,12 @@ def _converted(argument: str, array: Array, dtype: npt.DTypeLike, *, check_finit
 
 def _check_finite(argument: str, given: Array, result: Array) -> None:
     # A sum is fast. Only if it is not finite, by an element or by overflow, check every element.
-    with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(result.sum()):
-            return
+    if result.size > FEW:
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(result.sum()):
+                return
     bad = ~np.isfinite(result)
-    if not bad.any():
+    if 1 not in bad.tobytes():
         return
     index, place = _first(bad)
     value = given[index]

@@ -65,19 +65,21 @@ class Inference:
         self.real = np.dtype(f"f{memory.real_bytes}")
         self.counters = memory.backend.allocate(COUNTERS, "int64")
         self.stats = memory.backend.allocate(STATS, "float64")
+        widest = max(net.sizes) * net.members
+        self._most_rows = max(SMALLEST_ROWS, (1 << (LARGEST // widest).bit_length()) >> 1)
+        # on the host the bits of a row do not depend on the number of rows
+        self._least_rows = 1 if memory.backend.traits.on_host else SMALLEST_ROWS
         self.release()
 
     def release(self) -> None:
         """Release the programs and their memory."""
         # A separate workspace: predictions must not disturb a step or keep the large training buffers alive.
         self.workspace = Workspace(self.memory.backend)
-        self._bound: dict[tuple[MLP, int, LossSpec | None, bool, bool, int | None], BoundProgram] = {}
+        self._bound: dict[tuple[MLP | None, int, LossSpec | None, bool, bool, int | None], BoundProgram] = {}
 
     def _rows_for(self, n: int) -> int:
         """Return the batch size for ``n`` rows: a power of two, so that few programs are needed."""
-        widest = max(self.net.sizes) * self.net.members
-        most = max(SMALLEST_ROWS, (1 << (LARGEST // widest).bit_length()) >> 1)
-        return min(most, max(SMALLEST_ROWS, 1 << (n - 1).bit_length()))
+        return min(self._most_rows, max(self._least_rows, 1 << (n - 1).bit_length()))
 
     def program(
         self,
@@ -93,11 +95,12 @@ class Inference:
 
         ``net`` is the first layers of the network, ``gradient`` as in ``Step``.
         """
-        net = net or self.net
         key = (net, rows, spec, class_weight is not None, weighted, gradient)
-        if key not in self._bound:
-            self._bound[key] = self.bind(net, rows, spec, class_weight, weighted=weighted, gradient=gradient)
-        return self._bound[key]
+        bound = self._bound.get(key)
+        if bound is None:
+            bound = self.bind(net or self.net, rows, spec, class_weight, weighted=weighted, gradient=gradient)
+            self._bound[key] = bound
+        return bound
 
     def bind(
         self,
@@ -180,10 +183,14 @@ class Inference:
         """Return a value of the program for all rows, on the host."""
         self.memory.read_evaluated(self.trained)
         members = self.net.members
-        found = np.empty((len(arrays["x"]) * members, bound.program.values[name].shape[1]), self.real)
+        count, to_host = len(arrays["x"]), self.memory.backend.to_host
+        if count <= rows:
+            self.bring(bound, rows, arrays, 0, count)
+            bound.run()
+            return np.asarray(to_host(bound.arrays[name][: count * members]), self.real)
+        found = np.empty((count * members, bound.program.values[name].shape[1]), self.real)
         for start, stop in self.batches(bound, rows, arrays):
-            part = bound.arrays[name][: (stop - start) * members]
-            found[start * members : stop * members] = self.memory.backend.to_host(part)
+            found[start * members : stop * members] = to_host(bound.arrays[name][: (stop - start) * members])
         return found
 
     def silent(self, X: Any, layer: int) -> float:

@@ -57,6 +57,5 @@ class MeanEvaluation:
         outputs = combined(self._spec.kind, self._inference.outputs(self._X))
         backend.copy_into(self._z, outputs.astype(self._inference.real, copy=False))
         self._stats[:] = 0.0
-        with np.errstate(all="ignore"):
-            self._run()
+        self._run()
         return metrics_of(backend.to_host(self._stats), self._spec)

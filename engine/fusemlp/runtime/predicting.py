@@ -64,8 +64,6 @@ class Predicting(Normalising):
                 f"loss: predict_proba needs cross_entropy or binary_cross_entropy, this engine has {self.loss.kind!r}; "
                 "use predict"
             )
-        from scipy.special import expit
-
         outputs = self.outputs(X)
         if self.loss.kind == "cross_entropy":
             # In place: SciPy's softmax takes longer to identify the kind of array than to compute.
@@ -74,6 +72,8 @@ class Predicting(Normalising):
             np.exp(outputs, out=outputs)
             outputs /= outputs.sum(axis=1, keepdims=True)
             return outputs
+        from scipy.special import expit
+
         if outputs.shape[1] == 1:
             return np.asarray(np.hstack([expit(-outputs), expit(outputs)]))
         return np.asarray(expit(outputs))
@@ -83,15 +83,18 @@ class Predicting(Normalising):
 
         Those of a network with members are of the mean prediction: logits of the mean probability.
         """
-        found = self.member_outputs(X)
-        return combined(self.loss.kind, found) if self.network.members > 1 else found[:, 0]
+        found = self._rows_out(X)
+        return combined(self.loss.kind, found) if self.network.members > 1 else found
 
     def member_outputs(self, X: Any) -> Array:
         """Return the last layer's outputs (n, members, N) for X (n, K)."""
+        found = self._rows_out(X)
+        return found if self.network.members > 1 else found[:, None]
+
+    def _rows_out(self, X: Any) -> Array:
         X = self.features("X", X)
         self.check_measured()
-        found = self._inference.outputs(X)
-        return found if self.network.members > 1 else found[:, None]
+        return self._inference.outputs(X)
 
     @knows_names(OF_PREDICT, call="input_gradient(X, y)")
     def input_gradient(self, X: Any, y: Any = None, *, output: Any = None) -> Array:

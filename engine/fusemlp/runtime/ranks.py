@@ -6,9 +6,11 @@ import atexit
 import datetime
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +23,15 @@ import numpy as np
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, DistributedError, MissingLibraryError
 
-# The variables of the environment that torchrun sets.
+_log = logging.getLogger("fusemlp")
+
+# The variables of the environment that torchrun sets, and how a process trains without the others where they are left.
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ALONE = f"to run in one process, unset {' '.join(VARIABLES)}, or write env -u WORLD_SIZE before the command"
 # Seconds that a collective waits for the others unless told otherwise: the first step compiles its loop.
 TIMEOUT = 120.0
+# A process that waits longer than this for the others says so, in seconds: torchrun starts them together.
+SILENT_SECONDS = 1.0
 # After an error a rank waits for the reports of the others: seconds after the last report, and in all.
 QUIET_SECONDS, REPORT_SECONDS = 2.0, 10.0
 
@@ -169,6 +176,14 @@ class Ranks:
         # collectives that have begun: all ranks count alike
         self._begun = 0
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        text = (
+            f"distributed: rank {self.rank} waits up to {timeout:g} s for {self.world} ranks at {address}, because "
+            f"WORLD_SIZE is {self.world}; {ALONE}"
+        )
+        notice = threading.Timer(SILENT_SECONDS, _log.warning, (text,))
+        notice.daemon = True
+        notice.start()
         try:
             if not dist.is_initialized():
                 store, rank, world = next(dist.rendezvous("env://", timeout=limit))
@@ -181,15 +196,16 @@ class Ranks:
             self._group = dist.new_group(backend="gloo", timeout=limit)
             self._store = dist.distributed_c10d._get_default_store()
         except (RuntimeError, ValueError) as error:
-            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             mend = (
                 "the port is in use; give another one, torchrun --master-port, or --standalone on one machine"
                 if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()
-                else "see that all of them are started, and that they reach this address"
+                else f"see that all of them are started, and that they reach this address; {ALONE}"
             )
             raise DistributedError(
                 f"distributed: the {self.world} ranks did not meet at {address} within {timeout:g} s; {mend} ({error})"
             ) from error
+        finally:
+            notice.cancel()
 
     @property
     def default_group(self) -> Any:

@@ -170,6 +170,8 @@ class _Sums:
         """Begin the statistics of the shards anew."""
         self.own.heads[:] = 0.0
 
+    # NumPy would warn of what overflows
+    @np.errstate(all="ignore")
     def add(self) -> None:
         """Add the gradients and statistics of all shards, and hand them to the update, or those of the slice."""
         memory, ranks = self._memory, self._ranks

@@ -260,14 +260,17 @@ class Table:
 
 
 def _launch(integers: Array, factors: Array, work: Any, real: Any, tasks: int, kept: Any) -> Run:
-    job = integers.ctypes.data
-    integers[t.AT_FACTORS] = factors.ctypes.data
+    # a single element of a memoryview is written faster than one of an array
+    job, numbers = integers.ctypes.data, integers.data
+    numbers[t.AT_FACTORS], numbers[t.TOGETHER] = factors.ctypes.data, 1
+    block, blocks = numbers[t.BLOCK], numbers[t.BLOCKS]
 
     # ``kept`` holds on to the arrays
     def run(steps: int = 1, _arrays: Any = (kept, factors)) -> None:
-        integers[t.STEPS : t.PHASE + 1] = steps, 0, -1
-        integers[t.TOGETHER] = together(int(integers[t.BLOCK]), int(integers[t.BLOCKS]), threads())
-        if not integers[t.AT_PRODUCT]:
+        numbers[t.STEPS], numbers[t.STEP], numbers[t.PHASE] = steps, 0, -1
+        if blocks > 1:
+            numbers[t.TOGETHER] = together(block, blocks, threads())
+        if not numbers[t.AT_PRODUCT]:
             functions = compiled("products").by_address(real)
             integers[t.AT_PRODUCT : t.AT_DOTS + 1] = [function.address for function in functions]
         if steps:
@@ -324,6 +327,8 @@ def copied(run: Run, before: list[tuple[Array, Array]], after: list[tuple[Array,
     if not before and not after:
         return run
 
+    # NumPy would warn of what overflows
+    @np.errstate(all="ignore")
     def run_on_copies(*steps: int) -> None:
         for destination, source in before:
             np.copyto(destination, source)
