@@ -220,6 +220,13 @@ def test_a_piece_that_float32_blurs_is_warned_of(tmp_path: Path) -> None:
         fusemlp.onnx.to_onnx(Engine(MLP([scaling.width, 3])), tmp_path / "net.onnx", preprocessor=scaling)
 
 
+def test_a_scaling_beyond_float32_is_refused(tmp_path: Path) -> None:
+    scaling = preprocessor(feature_fill=(-2e300, *(0.0,) * (WIDTH - 1)))
+    with pytest.raises(ArgumentError, match="values of up to 2e\\+300, too large for the graph's float32"):
+        fusemlp.onnx.to_onnx(Engine(MLP([WIDTH, 3])), tmp_path / "net.onnx", preprocessor=scaling)
+    assert not (tmp_path / "net.onnx").exists()
+
+
 def test_without_onnx_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise ModuleNotFoundError(name)

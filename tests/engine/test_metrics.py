@@ -16,7 +16,7 @@ from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris
 from fusemlp import MLP, Adam, Engine, Fleet, ReduceOnPlateau, load_checkpoint
 from fusemlp.callbacks import EarlyStopping
 from fusemlp.describe.metrics import METRICS, Judged, rises
-from fusemlp.report.metrics import headline, spelled
+from fusemlp.report.metrics import class_scores, headline, spelled
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 RNG = np.random.default_rng(5)
@@ -311,3 +311,8 @@ def test_lines_leave_out_what_repeats_or_is_undefined() -> None:
 )
 def test_scores_have_six_digits_or_four_decimals(given: tuple[float, ...], text: str) -> None:
     assert spelled(*given) == text
+
+
+def test_the_outputs_of_a_single_class_have_a_column() -> None:
+    engine = Engine(MLP([3, 1]), loss="mse")
+    assert class_scores(engine, np.zeros((4, 3))).shape == (4, 1)

@@ -17,7 +17,7 @@ from commands import read, rows, run
 from fusemlp.report import evidence as evidence_module
 from fusemlp.report.chart import Line, chart
 from fusemlp.report.metrics import scalars
-from fusemlp.report.page import page, png
+from fusemlp.report.page import _importance, page, png
 
 CALIBRATED = "a tenth of the rows at each point"
 # Elements without an end.
@@ -235,6 +235,19 @@ def test_time_bounds_the_columns_of_a_wide_table(tmp_path: Path, monkeypatch: py
     # The column that varies most with the predictions comes first.
     assert len(table) == 2 and table[1][0] == "x17"
     assert any("19 columns were not tried" in text for text in found.texts)
+
+
+def test_a_column_of_huge_numbers_stands_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence_module, "SECONDS", -1.0)
+    X = np.random.default_rng(2).normal(size=(200, 5)) * [1.0, 1.0, 1e300, 1.0, 1e-300]
+    np.savez(tmp_path / "huge.npz", X=X, y=(X[:, 2] > 0).astype(np.int64))
+    assert run("train", tmp_path / "huge.npz", "--epochs", "10", "--quiet", "--out", tmp_path / "run") == 0
+    assert parsed(tmp_path / "run").tables["Importance of the columns"][1][0] == "x2"
+
+
+def test_columns_that_only_disturb_have_no_bars() -> None:
+    found = evidence_module.Importance("rmse", ["a"], [np.array([0])], np.array([-1e30]), np.zeros(1), 9, 0)
+    assert "width:0.00rem" in _importance(found, None)[1]
 
 
 def test_charts_of_odd_numbers() -> None:

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 def predicted_codes(engine: Session, preprocessor: Preprocessor, X: Array) -> Array:
     """Return ``engine.predict``; after one-hot training, the class index of the largest output of each row."""
-    outputs = engine.predict(X)
-    codes: Array = outputs.argmax(axis=1) if preprocessor.one_hot_targets else outputs
+    codes: Array = class_scores(engine, X).argmax(axis=1) if preprocessor.one_hot_targets else engine.predict(X)
     return codes
 
 
 def class_scores(engine: Session, X: Array) -> Array:
     """Return the probabilities (n, classes); after one-hot training the outputs."""
-    return engine.predict_proba(X) if engine.loss.is_classification else engine.predict(X)
+    # the outputs of a single class have one axis
+    return engine.predict_proba(X) if engine.loss.is_classification else engine.predict(X).reshape(len(X), -1)
 
 
 def predictions(engine: Session, preprocessor: Preprocessor, X: Array) -> Array:

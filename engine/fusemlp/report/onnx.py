@@ -229,6 +229,12 @@ class _Graph:
         """Append a constant: real numbers in the graph's type, integers and strings unchanged."""
         array = np.asarray(value)
         if array.dtype.kind == "f":
+            largest = np.abs(array, where=np.isfinite(array), out=np.zeros_like(array)).max(initial=0.0)
+            if largest > np.finfo(self.real).max:
+                raise ArgumentError(
+                    f"preprocessor: the scaling has values of up to {largest:.3g}, too large for the graph's "
+                    f"{self.real}; divide such a column by a constant, or export an engine of precision fp64"
+                )
             array = array.astype(self.real)
         elif array.dtype.kind == "U":
             array = array.astype(object)

@@ -188,7 +188,8 @@ def _importance(found: Importance, image: tuple[int, int] | None) -> tuple[str, 
         f"How far {metric} {way} when values are permuted among {found.rows} test rows; mean and deviation of {REPEATS}"
     )
     note += " permutations."
-    shares = np.clip(found.worse / max(float(found.worse.max()), 1e-300), 0.0, 1.0)
+    worse = np.maximum(found.worse, 0.0)
+    shares = worse / max(float(worse.max()), 1e-300)
     if image is not None:
         places = [tuple(map(int, name.split())) for name in found.names]
         squares = "".join(
