@@ -7,14 +7,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from commands import run
 
 import fusemlp
 from fusemlp import cli
 from fusemlp.cli import app
+from fusemlp.cli.synonyms import SYNONYMS
 from fusemlp_kernels.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -32,6 +35,10 @@ COMMANDS = (
     *("train", "sweep", "evaluate", "report", "predict", "export", "plot", "runs", "plan", "lr-find", "doctor"),
     *("completion", "explain"),
 )
+
+
+def commands() -> dict[str, Any]:
+    return dict(getattr(typer.main.get_command(app.app), "commands", {}))
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,6 +120,13 @@ WRONG = {
     "unknown data": (["digit"], 2, "did you mean 'digits'"),
     "no such file": (["nowhere/x.csv"], 1, "there is no file or folder"),
     "unknown option": (["digits", "--learning-rate", "1"], 2, "No such option"),
+    "option of another library": (["digits", "--learning-rate", "1"], 2, "--learning-rate; did you mean --lr?"),
+    "underscores": (["digits", "--learning_rate", "1"], 2, "--learning_rate; did you mean --lr?"),
+    "underscore": (["digits", "--batch_size=9"], 2, "No such option: --batch_size; did you mean --batch-size?"),
+    "misspelt": (["digits", "--bacth-size", "9"], 2, "No such option: --bacth-size; did you mean --batch-size?"),
+    "epochs elsewhere": (["digits", "--n-epochs", "9"], 2, "No such option: --n-epochs; did you mean --epochs?"),
+    "option without a value": (["digits", "--early-stopping"], 2, "Option '--early-stopping' requires an argument"),
+    "flag with a value": (["digits", "--quiet=1"], 2, "Option '--quiet' does not take a value"),
     "target without its name": (["houses.csv", "price"], 2, "argument(s) (price); did you mean --target price?"),
     "widths apart": (["digits", "--hidden", "64", "32"], 2, "(32); did you mean --hidden 64,32?"),
     "widths before": (["--hidden", "64", "32", "digits"], 2, "(digits); did you mean --hidden 64,32?"),
@@ -120,8 +134,9 @@ WRONG = {
     "two data sets": (["digits", "iris"], 2, "argument(s) (iris) │"),
     "columns apart": (["a.csv", "--drop", "b", "c"], 2, "(c); did you mean --drop b --drop c?"),
     "no number": (["digits", "--lr", "fast"], 2, "--lr"),
-    "rate NaN": (["digits", "--lr", "nan"], 2, "--lr: expected a finite number of at least 0, got nan"),
-    "rate negative": (["digits", "--lr=-1"], 2, "--lr: expected a finite number of at least 0"),
+    "rate NaN": (["digits", "--lr", "nan"], 2, "--lr: expected a finite number above 0, got nan"),
+    "rate negative": (["digits", "--lr=-1"], 2, "--lr: expected a finite number above 0"),
+    "rate 0": (["digits", "--lr", "0"], 2, "--lr: expected a finite number above 0, got 0"),
     "momentum 2": (["digits", "--optimizer", "sgd", "--momentum", "2"], 2, "--momentum: expected"),
     "momentum of adam": (["digits", "--momentum", "0.9"], 2, "--momentum: only sgd"),
     "beta of sgd": (["digits", "--optimizer", "sgd", "--beta1", "0.5"], 2, "--beta1: only adam and adamw"),
@@ -183,6 +198,44 @@ def test_a_wrong_call_says_what_is_wrong_and_leaves_nothing(
     assert shown.out == ""
     assert "Traceback" not in shown.err
     assert list(tmp_path.iterdir()) == []
+
+
+ONCE = {
+    "target": ("train iris --target y1 --target y2", "--target: expected once, got it 2 times"),
+    "the same value": ("train iris --lr 0.1 --lr=0.1 --lr 0.1", "--lr: expected once, got it 3 times"),
+    "flag and its opposite": ("train iris --log-target --no-log-target", "--log-target: expected once"),
+    "two names": ("evaluate . --eps 1 --attack-eps 2", "--attack-eps: expected once"),
+    "flag": ("runs --json --json", "--json: expected once"),
+    "short name": ("sweep iris -q --quiet --vary seed=0:2", "--quiet: expected once"),
+    "argument between": ("predict --data a.csv . --out p.csv --data b.csv", "--data: expected once"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), ONCE.values(), ids=ONCE.keys())
+def test_an_option_stands_once(
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*words.split()) == 2
+    assert message in re.sub(r"[\s│]+", " ", capsys.readouterr().err)
+
+
+def test_a_list_option_stands_as_often_as_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "iris", "--hidden", "9", "--hidden", "8", "--drop", "a", "--drop", "b") == 2
+    assert capsys.readouterr().err.startswith("error: --drop: only tables")
+
+
+def test_an_unknown_option_is_one_of_train(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("predict", "x", "--learning_rate", "1") == 2
+    assert "No such option: --learning_rate; fusemlp train has --lr" in re.sub(
+        r"[\s│]+", " ", capsys.readouterr().err
+    )
+
+
+def test_every_hint_is_an_option() -> None:
+    options = {name for command in commands().values() for option in command.params for name in option.opts}
+    assert set(SYNONYMS.values()) <= options
+    assert not options & set(SYNONYMS)
 
 
 def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

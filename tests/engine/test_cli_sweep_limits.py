@@ -67,7 +67,12 @@ def test_layers_larger_than_memory_are_one_line(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.parametrize(
     ("count", "words"),
-    [(4, "error: test rows: 0.2 of 4 rows leaves"), (12, "error: --validation-fraction: 0.1 of 9 rows leaves")],
+    [
+        (1, "error: test rows: no row can be held out, because each is the only one of its class; give more rows"),
+        (2, "error: test rows: no row can be held out, because each is the only one of its class"),
+        (4, "error: test rows: 0.2 of 4 rows leaves"),
+        (12, "error: --validation-fraction: 0.1 of 9 rows leaves"),
+    ],
 )
 def test_tables_of_a_few_rows(count: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [f"{index},{'xy'[index % 2]}" for index in range(count)]
@@ -75,3 +80,46 @@ def test_tables_of_a_few_rows(count: int, words: str, tmp_path: Path, capsys: py
     table.write_text("\n".join(["a,label", *lines]) + "\n")
     assert run("sweep", table, "--target", "label", "--vary", "lr=0.1,0.2", "--out", tmp_path / "run") == 1
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [("train",), ("train", "--models", "1"), ("sweep", "--vary", "seed=0:2")])
+@pytest.mark.parametrize(("value", "shown"), [("5", "5"), ("yes", "'yes'")])
+def test_a_constant_target(
+    value: str, shown: str, command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["a,label", *(f"{index / 7},{value}" for index in range(250))]) + "\n")
+    name, *options = command
+    assert run(name, table, "--target", "label", *options, "--out", tmp_path / "run") == 1
+    assert capsys.readouterr().err == (
+        f"error: target: 'label' is {shown} in all rows, and classes are two or more; choose another column with "
+        "--target\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_data_may_have_one_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, other = tmp_path / "table.csv", tmp_path / "other.csv"
+    table.write_text("\n".join(["a,label", *(f"{index},{'xy'[index % 2]}" for index in range(30))]) + "\n")
+    other.write_text("a,label\n1,x\n2,x\n")
+    training = ("--target", "label", "--models", "1", "--epochs", "1", "--batch-size", "8", "--quiet")
+    assert run("train", table, *training, "--out", tmp_path / "run") == 0
+    assert run("evaluate", tmp_path / "run", "--data", other) == 0
+    # the test rows may, too
+    assert run("train", table, *training, "--test", other, "--out", tmp_path / "tested") == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (("--output-activation", "sigmoid"), "error: --output-activation: cross_entropy takes logits"),
+        (("--batch-size", "0"), "error: --batch-size: expected a whole number of at least 1, got 0"),
+    ],
+)
+def test_what_is_wrong_in_all_models_names_its_option(
+    option: tuple[str, str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["a,label", *(f"{index / 7},{'xy'[index % 2]}" for index in range(250))]) + "\n")
+    assert run("train", table, "--target", "label", *option, "--out", tmp_path / "run") == 2
+    assert capsys.readouterr().err.startswith(words)

@@ -143,7 +143,7 @@ def test_the_same_classes_keep_their_output_layer(tmp_path: Path) -> None:
     data = table(tmp_path / "data.csv", FEW, 1, target="level")
     assert run("train", data, "--target", "level", *quick, "--out", tmp_path / "a") == 0
     more = table(tmp_path / "more.csv", FEW, 2, target="level")
-    assert run("train", more, "--from", tmp_path / "a", "--lr", "0", *quick, "--out", tmp_path / "b") == 0
+    assert run("train", more, "--from", tmp_path / "a", "--lr", "1e-60", *quick, "--out", tmp_path / "b") == 0
     assert read(tmp_path / "b" / "config.json")["from"]["new_output_layer"] is None
     states = [load_checkpoint(tmp_path / one / "checkpoints" / "model.safetensors").state_dict() for one in "ab"]
     assert all(np.array_equal(array, states[1][name]) for name, array in states[0].items())

@@ -41,7 +41,7 @@ HELD_OUT = [np.arange(start, ROWS, 3) for start in range(3)]
 
 
 def fleet(vary: Any, net: MLP = NET, **options: Any) -> Fleet:
-    return Fleet(net, batch_size=BATCH, backend="numpy", vary=vary, **options)
+    return Fleet(net, vary=vary, **{"batch_size": BATCH, "backend": "numpy", **options})
 
 
 @pytest.mark.parametrize("plan", ["resident", "eager"])
@@ -238,6 +238,9 @@ def test_an_ensemble_of_regressors_and_of_labels() -> None:
         ({"hidden": ["8"]}, {}, ArgumentTypeError, r"^vary, model 0: hidden: expected a whole number"),
         ({"batch_size": [0]}, {}, ArgumentError, r"^vary, model 0: batch_size"),
         ({"seed": [-1]}, {}, ArgumentError, r"^vary, model 0: seed"),
+        ({"lr": [0.1]}, {"batch_size": 0}, ArgumentError, r"^batch_size: .*got 0"),
+        ({"seed": [1]}, {"loss": "mse", "batch_size": "8"}, ArgumentTypeError, r"^batch_size"),
+        ({"batch_size": [-1]}, {"batch_size": 0}, ArgumentError, r"^vary, model 0: batch_size: .*got -1"),
         (
             {"hidden": [(4, 4, 4)]},
             {"net": MLP([WIDTH, 8, 8, CLASSES], activation=["relu", "tanh"])},

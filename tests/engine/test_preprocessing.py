@@ -67,6 +67,8 @@ def test_splits_that_cannot_be() -> None:
     ):
         split(y, seed=0, stratify=True)
     assert len(split(y, fraction=0.5, seed=0, stratify=True)[1]) == 10
+    with pytest.raises(DataError, match=r"0.2 of 4 rows \(1 more are alone in their class\) leaves 3 .* at least 2"):
+        split(np.array(list("aabbc")), seed=0, stratify=True)
     with pytest.raises(DataError, match="leaves 0 rows to train on"):
         split(np.zeros(1), seed=0, stratify=False)
     with pytest.raises(DataError, match=r"0 of|leaves 0"):

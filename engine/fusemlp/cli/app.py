@@ -6,6 +6,7 @@ imported when it is called: ``fusemlp --help`` loads no engine.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import io
@@ -25,7 +26,8 @@ from typer.core import TyperCommand, TyperGroup
 from fusemlp._version import __version__
 from fusemlp.callbacks.compiling import compilations_shown
 from fusemlp.cli import commands
-from fusemlp.cli.fields import PANELS
+from fusemlp.cli.fields import PANELS, name_of
+from fusemlp.cli.synonyms import SYNONYMS
 from fusemlp.datasets.load import NAMES
 from fusemlp.runtime.ranks import ALONE, leading, report_failure, started
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, FusemlpError, ShapeError
@@ -35,7 +37,7 @@ LISTS = ("hidden", "dropout", "class_weight")
 # A flag takes no value: without this, --help shows the word <bool> after it.
 NO_VALUE = ""
 # The options of train, and the error for one that another command does not know; typer names it in no public place.
-OF_TRAIN = {field.name for field in fields(commands.TrainOptions)}
+OF_TRAIN = {f"--{name_of(field)}" for field in fields(commands.TrainOptions) if field.metadata["names"] is not None}
 UsageError: Any = typer.BadParameter.__base__
 
 
@@ -50,7 +52,7 @@ class _FlagHelp:
 
 
 class Command(_FlagHelp, TyperCommand):
-    """A command of ``fusemlp``; its error for words too many shows where they belong."""
+    """A command of ``fusemlp``, whose errors for unknown options and words too many show what was meant."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given, allowed = list(args), ctx.allow_extra_args
@@ -58,15 +60,35 @@ class Command(_FlagHelp, TyperCommand):
         try:
             extra = super().parse_args(ctx, args)
         except UsageError as error:
-            unknown = str(getattr(error, "option_name", ""))
-            if unknown.removeprefix("--").replace("-", "_") in OF_TRAIN:
-                ctx.fail(f"No such option: {unknown}; {PROGRAM} train has it")
+            # typer names the class of the error in no public place either
+            if hasattr(error, "possibilities"):
+                ctx.fail(f"No such option: {error.option_name}{self._option_meant(error.option_name)}")
             raise
         ctx.allow_extra_args = allowed
+        if not ctx.resilient_parsing:
+            self._check_once(ctx, given)
         if extra and not allowed and not ctx.resilient_parsing:
             words = " ".join(word if word.isprintable() else repr(word) for word in extra)
             ctx.fail(f"Got unexpected extra argument(s) ({words}){self._meant(given, extra)}")
         return extra
+
+    def _check_once(self, ctx: Any, args: list[str]) -> None:
+        """Refuse an option that is given several times and is no list: typer drops all values but the last."""
+        order = self.make_parser(ctx).parse_args(args=list(args))[2]
+        for option in order:
+            times = order.count(option)
+            if times > 1 and not option.multiple:
+                ctx.fail(f"{option.opts[0]}: expected once, got it {times} times; leave all but one out")
+
+    def _option_meant(self, unknown: str) -> str:
+        """Return a hint at the option that an unknown one was meant for, "" if none is near."""
+        word = unknown.lower().replace("_", "-")
+        option = SYNONYMS.get(word, word)
+        known = [name for parameter in self.params for name in parameter.opts if name.startswith("--")]
+        if option not in known and option in OF_TRAIN:
+            return f"; {PROGRAM} train has {'it' if option == unknown else option}"
+        near = difflib.get_close_matches(option, known, n=1)
+        return f"; did you mean {near[0]}?" if near else ""
 
     def _meant(self, given: Sequence[str], extra: Sequence[str]) -> str:
         """Return the option that words without one were meant for, "" if there is none."""

@@ -23,17 +23,13 @@ if TYPE_CHECKING:
 
 
 def show(content: Mapping[str, Any], lines: Iterable[str], *, as_json: bool, warnings: Iterable[str] = ()) -> None:
-    """Print ``content`` as one JSON object, or ``lines`` and after them the warnings.
-
-    These go to stderr too, unless a terminal shows both.
-    """
-    warned = [f"warning: {warning}" for warning in warnings]
+    """Print ``content`` as one JSON object and the warnings on stderr, or ``lines`` and after them the warnings."""
     if as_json:
         print_json(content, sys.stdout)
     else:
-        print(*lines, *warned, sep="\n", flush=True)
-    if warned and (as_json or not sys.stdout.isatty()):
-        print(*warned, sep="\n", file=sys.stderr)
+        print(*lines, sep="\n", flush=True)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr if as_json else sys.stdout, flush=True)
 
 
 def print_json(content: Mapping[str, Any], stream: TextIO) -> None:

@@ -254,6 +254,11 @@ def prepare(
     tested = validated = training[:0]
     if dataset.test is None:
         training, tested = _split("test rows", dataset, training, fraction=TEST_FRACTION, seed=seed)
+    if classify and len(dataset.classes) < 2:
+        raise DataError(
+            f"target: {dataset.target_name!r} is {dataset.y.tolist()[0]!r} in all rows, and classes are two or more; "
+            "choose another column with --target"
+        )
     # small trainings decide for the plain recipe
     plain, members, told = options, 1, list[str]()
     if like is None:

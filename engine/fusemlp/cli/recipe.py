@@ -173,7 +173,7 @@ def optimizer(options: ModelOptions, schedule: Schedule | None = None) -> Optimi
 def learning_rate(options: ModelOptions) -> float:
     """Return the given rate, or the optimizer's default."""
     if options.lr is not None:
-        return as_number("lr", options.lr, low=0.0)
+        return as_number("lr", options.lr, low=0.0, low_open=True)
     usual: Any = OPTIMIZERS[check_choice("optimizer", options.optimizer, OPTIMIZERS)]()
     return float(usual.lr)
 

@@ -41,11 +41,14 @@ def split(y: Array, *, fraction: float = 0.2, seed: int, stratify: bool) -> tupl
         _, codes, counts = np.unique(y, return_inverse=True, return_counts=True)
         alone = counts[codes] == 1
         rows, kept, labels = rows[~alone], rows[alone], codes[~alone]
+    if len(kept) == len(y) > 0:
+        raise DataError("fraction: no row can be held out, because each is the only one of its class; give more rows")
     tested = int(np.ceil(fraction * len(rows)))
     needed = 1 if labels is None else max(1, len(np.unique(labels)))
     if min(tested, len(rows) - tested) < needed:
+        alone_note = f" ({len(kept)} more are alone in their class)" if len(kept) else ""
         raise DataError(
-            f"fraction: {fraction} of {len(rows)} rows leaves {len(rows) - tested} rows to train on and "
+            f"fraction: {fraction} of {len(rows)} rows{alone_note} leaves {len(rows) - tested} rows to train on and "
             f"{tested} held out; each side needs at least {needed}"
             + (", one for each class" if stratify else "")
             + "; choose another fraction or give more rows"

@@ -121,28 +121,40 @@ def _check_names(argument: str, given: Mapping[str, Any]) -> None:
 
 
 def candidate(base: Candidate, parameters: Mapping[str, Any], where: str) -> Candidate:
-    """Return ``base`` with ``parameters``; error messages start with ``where``.
+    """Return ``base`` with ``parameters``; messages of errors that ``base`` does not have start with ``where``.
 
     Raises ArgumentError or ArgumentTypeError for an impossible value, or for a parameter that the optimizer or the loss
     does not have.
     """
     try:
-        found = Candidate(
-            dict(parameters),
-            _network(base.net, parameters),
-            _described(base.loss, {name: parameters[name] for name in OF_LOSS if name in parameters}),
-            _optimizer(base.optimizer, {name: parameters[name] for name in OF_OPTIMIZER if name in parameters}),
-            as_count("batch_size", parameters.get("batch_size", base.batch_size), minimum=1),
-            as_count("seed", parameters.get("seed", base.seed), minimum=0),
-            base.privacy,
-        )
-        found.loss.check_network(found.net)
-        found.optimizer.check_network(found.net)
-    except ArgumentTypeError as error:
-        raise ArgumentTypeError(f"{where}: {error}") from None
-    except ArgumentError as error:
-        raise ArgumentError(f"{where}: {error}") from None
-    return found
+        return _candidate(base, parameters)
+    except (ArgumentError, ArgumentTypeError) as error:
+        first = "" if str(error) == _fault(base) else f"{where}: "
+        raise type(error)(f"{first}{error}") from None
+
+
+def _candidate(base: Candidate, parameters: Mapping[str, Any]) -> Candidate:
+    described = Candidate(
+        dict(parameters),
+        _network(base.net, parameters),
+        _described(base.loss, {name: parameters[name] for name in OF_LOSS if name in parameters}),
+        _optimizer(base.optimizer, {name: parameters[name] for name in OF_OPTIMIZER if name in parameters}),
+        as_count("batch_size", parameters.get("batch_size", base.batch_size), minimum=1),
+        as_count("seed", parameters.get("seed", base.seed), minimum=0),
+        base.privacy,
+    )
+    described.loss.check_network(described.net)
+    described.optimizer.check_network(described.net)
+    return described
+
+
+def _fault(base: Candidate) -> str:
+    """Return the error of ``base`` itself, "" if it has none."""
+    try:
+        _candidate(base, {})
+    except (ArgumentError, ArgumentTypeError) as error:
+        return str(error)
+    return ""
 
 
 def _network(net: MLP, parameters: Mapping[str, Any]) -> MLP:
