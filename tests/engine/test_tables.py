@@ -60,6 +60,8 @@ READ = {
     "Windows": ("a,b\n1,€ 5 to 6 km\n".encode("cp1252"), {"a": [1], "b": ["€ 5 to 6 km"]}),
     "bytes that no code page has": (b"a,b\n1,\x81\n", {"a": [1], "b": ["\x81"]}),
     "utf-16": ("a,b\n1,ü\n".encode("utf-16"), {"a": [1], "b": ["ü"]}),
+    "utf-32": ("a,b\n1,ü\n".encode("utf-32"), {"a": [1], "b": ["ü"]}),
+    "utf-32 of the other order": ("\ufeffa,b\n1,ü\n".encode("utf-32-be"), {"a": [1], "b": ["ü"]}),
     "carriage returns": ("a,b\r1,x\r2,y\r", {"a": [1, 2], "b": ["x", "y"]}),
     "spaces after the separators": ('a, b, c\n1, "x, y", 2\n3, z, 4\n', {"a": [1, 3], "b": ["x, y", "z"], "c": [2, 4]}),
     "blank lines": ("a,b\n\n1,x\n\n2,y\n\n", {"a": [1, 2], "b": ["x", "y"]}),

@@ -35,6 +35,9 @@ _BYTES = 2**20
 # The bytes of text that Arrow parses at a time, and the rows that the csv module does.
 _BLOCK = 2**22
 _ROWS = 4096
+# The mark of UTF-32 begins with that of UTF-16.
+_MARKS = dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-32")
+_MARKS |= dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "utf-16")
 _ASCII = bytes(range(9, 127))
 _CURRENCY = r"(?:[$\u00a2-\u00a5\u20a0-\u20c0]|EUR|USD|GBP|CHF|JPY)?"
 _SPACES = r" '\u2019\u00a0\u202f"
@@ -259,7 +262,8 @@ def _open(path: Path) -> Iterator[Any]:
 def _inspect(path: Path, given: str | None) -> tuple[str, bytes]:
     """Return the encoding, given or recognised, and those of the bytes of quotes and line breaks that the file has.
 
-    Recognised are UTF-16 by its mark, UTF-8 if all bytes are that, else Western Europe's Windows code page, or latin-1.
+    Recognised are UTF-16 and UTF-32 by their marks, UTF-8 if all bytes are that, else Western Europe's Windows code
+    page, or latin-1.
     """
     candidates = [given] if given else ["utf-8-sig", "cp1252", "latin-1"]
     while True:
@@ -268,8 +272,9 @@ def _inspect(path: Path, given: str | None) -> tuple[str, bytes]:
         try:
             with _open(path) as stream:
                 while chunk := stream.read(_BYTES):
-                    if first and not given and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                        return "utf-16", b""
+                    wide = next((name for mark, name in _MARKS.items() if chunk.startswith(mark)), None)
+                    if first and not given and wide:
+                        return wide, b""
                     first = False
                     decoder.decode(chunk)
                     marks += bytes(mark for mark in b'"\r\n' if mark not in marks and mark in chunk)
