@@ -7,8 +7,10 @@ import datetime
 import gzip
 import io
 import math
+import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,6 +204,15 @@ def test_arrow_and_the_csv_module_read_the_same(tmp_path_factory: pytest.TempPat
     assert second == first or "Error:" in second
 
 
+def test_a_line_too_long_for_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A block has 16 times the longest line of the sample, in 31 bits.
+    assert 16 * textfiles._LONGEST < 2**31
+    monkeypatch.setattr(textfiles, "_LONGEST", 1000)
+    path = write(tmp_path / "a.csv", b"a,b\n1," + b"x" * 995 + b"\n2," + b"y" * 2000)
+    with pytest.raises(DataError, match=r"a\.csv: a line has 1,000 characters or more; a line break may be missing"):
+        read_table(path)
+
+
 def test_a_table_longer_than_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces end within rows, and the row of a mistake is counted over all of them."""
     monkeypatch.setattr(textfiles, "_BLOCK", 2**14)
@@ -389,9 +400,78 @@ def test_excel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read_table(write(tmp_path / "cut.xlsx", path.read_bytes()[:2000]))
     with pytest.raises(DataError, match="found an empty file"):
         read_table(write_excel(tmp_path / "empty.xlsx", []))
+    short = with_part(path, SHEET, lambda xml: re.sub(b'<dimension ref="[^"]*"', b'<dimension ref="A1:B2"', xml))
+    assert list(read_table(write(tmp_path / "short.xlsx", short))) == list(table)
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     with pytest.raises(DataError, match=r"a\.xlsx: Excel files need openpyxl: pip install openpyxl"):
         read_table(path)
+
+
+SHEET = "xl/worksheets/sheet1.xml"
+LAUGHS = b"".join(b'<!ENTITY e%d "%s">' % (i, b"&e%d;" % (i - 1) * 10 if i else b"ha") for i in range(11))
+ROWS = b"<sheetData>"
+# Changes of a part of a workbook, and the message.
+DAMAGED_EXCEL: dict[str, tuple[str, Callable[[bytes], bytes | None], str]] = {
+    "a sheet cut short": (SHEET, lambda xml: xml[: len(xml) // 2], "ParseError|SyntaxError"),
+    "no sheet": (SHEET, lambda xml: None, "no sheet of cells"),
+    "an empty list of sheets": ("xl/workbook.xml", lambda xml: b"", "ParseError|SyntaxError"),
+    "a number that is none": (SHEET, lambda xml: xml.replace(b"<v>3</v>", b"<v>3x</v>"), "ValueError"),
+    "a word that is not in the list": (SHEET, lambda xml: xml.replace(b't="n"', b't="s"'), "IndexError"),
+    "colours": ("xl/styles.xml", lambda xml: xml.replace(b'Id="0"', b'Id="9999999999"'), "OverflowError"),
+    "a billion laughs": (
+        SHEET,
+        lambda xml: b"<!DOCTYPE l [%s]>" % LAUGHS + xml.replace(ROWS, ROWS + b"<row><c><v>&e10;</v></c></row>"),
+        "cannot be read as an xlsx file",
+    ),
+    "a bomb": (SHEET, lambda xml: xml.replace(ROWS, ROWS + b" " * 2**27), "would unpack from"),
+    "a row beyond the last": (SHEET, lambda xml: xml.replace(b'r="2"', b'r="99999999999"'), "no rows below"),
+}
+
+
+def with_part(path: Path, name: str, change: Callable[[bytes], bytes | None]) -> bytes:
+    """Return a zip archive with another content of one of its files; None for none."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for part in old.namelist():
+            content = change(old.read(part)) if part == name else old.read(part)
+            if content is not None:
+                new.writestr(part, content)
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize("case", DAMAGED_EXCEL)
+def test_a_damaged_or_hostile_workbook(case: str, tmp_path: Path) -> None:
+    part, change, message = DAMAGED_EXCEL[case]
+    path = write_excel(tmp_path / "a.xlsx", [["a", "b"], [1, 2], [3, 4]])
+    path.write_bytes(with_part(path, part, change))
+    with pytest.raises(DataError, match=rf"a\.xlsx.*(?:{message})"):
+        read_table(path)
+
+
+# The flags and the method in the headers of an archive's file, and the message.
+LOCKED = {
+    "a password": (1, 8, "password required"),
+    "a strong cipher": (0x41, 8, "strong encryption"),
+    "a compression that Python lacks": (0, 99, "not supported"),
+}
+
+
+@pytest.mark.parametrize("case", LOCKED)
+@pytest.mark.parametrize("name", ["a.csv.zip", "a.xlsx"])
+def test_a_locked_archive(case: str, name: str, tmp_path: Path) -> None:
+    flags, method, message = LOCKED[case]
+    path = tmp_path / name
+    if path.suffix == ".xlsx":
+        write_excel(path, [["a"], [1]])
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.csv", "a\n1\n")
+    content = bytearray(path.read_bytes())
+    # Signature, version (a number more in the directory), flags, method.
+    for header in re.finditer(rb"PK(?:\x03\x04|\x01\x02..)..", bytes(content), re.DOTALL):
+        content[header.end()], content[header.end() + 2] = flags, method
+    with pytest.raises(DataError, match=rf"{re.escape(name)}.*{message}"):
+        read_table(write(path, bytes(content)))
 
 
 # Memory

@@ -9,12 +9,15 @@ import json
 import lzma
 import math
 import zipfile
+from dataclasses import replace
 from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas
+import pyarrow
 import pytest
 from commands import run
 from hypothesis import given, settings
@@ -24,8 +27,10 @@ from fusemlp.datasets import prepare
 from fusemlp.datasets.coding import MOST_WORDS
 from fusemlp.datasets.dates import date_parts, orders_of, parse_date
 from fusemlp.datasets.load import Columns, Dataset, load_data, load_features, load_labelled
+from fusemlp.datasets.parts import with_files
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.scaling import SCALES
+from fusemlp.datasets.sources import as_frame
 from fusemlp.datasets.tables import read_table
 from fusemlp.datasets.textfiles import Form, number
 from fusemlp_kernels.errors import ArgumentError, DataError
@@ -60,6 +65,8 @@ READ = {
     "Windows": ("a,b\n1,€ 5 to 6 km\n".encode("cp1252"), {"a": [1], "b": ["€ 5 to 6 km"]}),
     "bytes that no code page has": (b"a,b\n1,\x81\n", {"a": [1], "b": ["\x81"]}),
     "utf-16": ("a,b\n1,ü\n".encode("utf-16"), {"a": [1], "b": ["ü"]}),
+    "utf-32": ("a,b\n1,ü\n".encode("utf-32"), {"a": [1], "b": ["ü"]}),
+    "utf-32 of the other order": ("\ufeffa,b\n1,ü\n".encode("utf-32-be"), {"a": [1], "b": ["ü"]}),
     "carriage returns": ("a,b\r1,x\r2,y\r", {"a": [1, 2], "b": ["x", "y"]}),
     "spaces after the separators": ('a, b, c\n1, "x, y", 2\n3, z, 4\n', {"a": [1, 3], "b": ["x, y", "z"], "c": [2, 4]}),
     "blank lines": ("a,b\n\n1,x\n\n2,y\n\n", {"a": [1, 2], "b": ["x", "y"]}),
@@ -273,6 +280,107 @@ def test_dates_of_new_data(tmp_path: Path) -> None:
     assert np.isfinite(made.transform_features(new)).all()
     with pytest.raises(DataError, match=r"line 2, column 'when': '2021-02-03' is not a date such as 31.12.2024"):
         load_features(write(tmp_path / "b.csv", "when\n2021-02-03\n"), made)
+
+
+# Numbers among words
+
+ZIPS = "zip,y\n" + "10.0,1\nA,0\n007,1\n2.5,0\n" * 8
+
+
+def test_a_word_that_reads_as_the_same_number_is_one_word(tmp_path: Path) -> None:
+    made = fitted(tmp_path, ZIPS)
+    assert made.categories == (("007", "10.0", "2.5", "A"),)
+    notes: list[str] = []
+    spelled = pandas.DataFrame({"zip": ["10", "+10.00", "1e1", "7", "2.50", "1_0", "10,0", "inf", "8"]})
+    codes = load_features(spelled, Preprocessor.from_json(made.to_json()), notes=notes)[:, 0].tolist()
+    assert codes[:5] == [1, 1, 1, 0, 2] and np.isnan(codes[5:]).all()
+    assert notes == ["words unseen in training, taken as one other category: 4 in 'zip' (such as '1_0')"]
+    # A file with types holds the same words.
+    assert load_features(pandas.DataFrame({"zip": [10.0, 7.0, 2.5]}), made)[:, 0].tolist() == [1, 0, 2]
+
+
+def test_spellings_that_training_tells_apart_stay_apart(tmp_path: Path) -> None:
+    made = fitted(tmp_path, ZIPS + "10,1\n" * 8)
+    codes = load_features(pandas.DataFrame({"zip": ["10", "10.0", "10.00"]}), made)[:, 0]
+    assert codes[:2].tolist() == [1, 2] and np.isnan(codes[2])
+
+
+def test_long_words_of_digits_are_no_floats(tmp_path: Path) -> None:
+    made = fitted(tmp_path, ZIPS.replace("007", "9007199254740993"))
+    codes = load_features(pandas.DataFrame({"zip": ["9007199254740993.0", "9007199254740992"]}), made)[:, 0]
+    assert codes[0] == made.categories[0].index("9007199254740993") and np.isnan(codes[1])
+
+
+def test_a_stored_preprocessor_of_an_earlier_release_tells_spellings_apart(tmp_path: Path) -> None:
+    made = fitted(tmp_path, ZIPS)
+    config = made.to_config()
+    del config["joins_spellings"]
+    old = Preprocessor.from_config(config)
+    assert np.isnan(load_features(pandas.DataFrame({"zip": ["10"]}), old)[0, 0])
+    again = load_data(tmp_path / "a.csv", target="y", columns=Columns(like=old))
+    assert not with_files(again, "a.csv", test=str(write(tmp_path / "b.csv", "zip,y\n10,1\n"))).joins_spellings
+    assert not Preprocessor.fit(again, [0, 1]).joins_spellings
+
+
+def test_labels_in_another_spelling_are_the_same_classes(tmp_path: Path) -> None:
+    text = "x,y\n" + "1.5,1.0\n2,2\n3,b\n" * 8
+    dataset = load_data(write(tmp_path / "a.csv", text), target="y")
+    made = Preprocessor.fit(dataset, np.arange(24))
+    assert made.classes == ("1.0", "2", "b")
+    other = write(tmp_path / "b.csv", "x,y\n1,1\n2,2.0\n3,b\n")
+    assert made.class_codes(load_labelled(other, made)[1]).tolist() == [0, 1, 2]
+    assert made.class_codes(np.array([2.0, 1])).tolist() == [1, 0]
+    tested = with_files(dataset, str(tmp_path / "a.csv"), test=str(other))
+    assert tested.classes.tolist() == ["1.0", "2", "b"]
+
+
+def fitted(folder: Path, text: str) -> Preprocessor:
+    """Return the preprocessor of all rows of a table, of which "zip" holds words."""
+    dataset = load_data(write(folder / "a.csv", text), target="y", columns=Columns(categorical=["zip"]))
+    return Preprocessor.fit(dataset, np.arange(len(dataset.y)))
+
+
+LONG = 2**53 + 1
+
+
+@pytest.mark.parametrize(
+    "values", [[LONG, 5], [LONG, None], [str(LONG), "-5"], [Decimal(LONG), Decimal(5)], [float(LONG), 2.0**60]]
+)
+def test_lost_digits_are_said(values: list[Any], tmp_path: Path) -> None:
+    notes: list[str] = []
+    table = pyarrow.table({"n": values})
+    if isinstance(values[0], str):
+        read_table(write(tmp_path / "a.csv", "n\n" + "\n".join(values)), notes=notes)
+    else:
+        read_table(as_frame(table), notes=notes)
+    said = (
+        "column 'n' holds whole numbers beyond 2**53, such as 9007199254740993, whose last digits are lost; "
+        "--categorical takes the column as words, --id as names of the rows"
+    )
+    assert notes == ([] if isinstance(values[0], float) else [said])
+
+
+def test_names_of_rows_keep_their_digits(tmp_path: Path) -> None:
+    made = fitted(tmp_path, ZIPS)
+    ids: dict[str, Any] = {}
+    table = pyarrow.table({"zip": ["10", "7"], "n": pyarrow.array([LONG, None])})
+    load_features(table, replace(made, ids=("n",)), ids=ids)
+    assert ids["n"].tolist() == [str(LONG), ""]
+
+
+@pytest.mark.parametrize("zone", ["Z", "+02:00", "-0500", ""])
+@pytest.mark.parametrize("form", ["text", "parquet"])
+def test_a_time_zone_is_said(zone: str, form: str, tmp_path: Path) -> None:
+    notes: list[str] = []
+    times = ["2024-01-02 10:00:00", f"2024-03-04T12:30:00{zone}"]
+    if form == "text":
+        read_table(write(tmp_path / "a.csv", "a\n" + "\n".join(times)), kinds={"a": "ymd"}, notes=notes)
+    else:
+        moments = pandas.to_datetime(times[1:], utc=True) if zone else pandas.to_datetime(times[:1])
+        pandas.DataFrame({"a": moments}).to_parquet(tmp_path / "a.parquet")
+        read_table(tmp_path / "a.parquet", kinds={"a": "ymd"}, notes=notes)
+    said = "column 'a' holds times with a time zone: they are taken in UTC, as those without one"
+    assert notes == ([said] if zone else [])
 
 
 # Columns that are left out

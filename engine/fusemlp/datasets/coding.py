@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from decimal import Decimal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,10 @@ from fusemlp.datasets.textfiles import MISSING
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import DataError
 
+if TYPE_CHECKING:
+    from fusemlp.datasets.dataset import Dataset
+    from fusemlp.datasets.preprocessing import Preprocessor
+
 Features = npt.NDArray[np.float64]
 Categories = tuple[tuple[str, ...] | None, ...]
 # A column of whole numbers, one a row, is an identifier if it counts the rows or has such a name.
@@ -22,6 +28,8 @@ _IDENTIFIER = re.compile(r"(?i:(?:^|[\W_])(?:id|idx|index|uuid|key|row ?names?|r
 # A column of more words than this gives each of its more frequent words an input; the others share one.
 FEW_WORDS = 20
 MOST_WORDS = 256
+# A number as every program writes it: marks of thousands and decimal commas mean other numbers elsewhere.
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 # A table of fewer rows has too few to tell an identifier from a measurement.
 _FEWEST_ROWS = 20
 
@@ -103,10 +111,23 @@ def _useless(name: str, column: Array) -> str | None:
     return None
 
 
+def spellings(words: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+    """Return, for each word that is a number in another spelling than the ``known`` word of that number, the latter.
+
+    "10" is "10.0" for a program that reads numbers. Known words that spell one number in several ways stay apart.
+    """
+    numbers: dict[Decimal, list[str]] = {}
+    for word in dict.fromkeys(known):
+        if _NUMBER.fullmatch(word):
+            numbers.setdefault(Decimal(word), []).append(word)
+    same = {word: numbers.get(Decimal(word), []) for word in words if numbers and _NUMBER.fullmatch(word)}
+    return {word: known[0] for word, known in same.items() if len(known) == 1}
+
+
 def coded(
-    table: dict[str, Array], names: tuple[str, ...], known: Categories | None, notes: list[str]
+    table: dict[str, Array], names: tuple[str, ...], like: Preprocessor | Dataset | None, notes: list[str]
 ) -> tuple[Features, Categories]:
-    """Return the columns as one float64 matrix, words as indices into their categories (``known`` or found)."""
+    """Return the columns as one float64 matrix, words as indices into their categories (those of ``like`` or found)."""
     sources = sources_of(names, [name for name, column in table.items() if column.dtype.kind == "M"])
     X = np.empty((len(next(iter(table.values()))), len(names)))
     categories: list[tuple[str, ...] | None] = []
@@ -123,10 +144,12 @@ def coded(
             count = int(np.isnan(column).sum())
         else:
             found, codes = different(column)
-            words = known[index] if known is not None else _categories(found)
+            words = like.categories[index] if like is not None else _categories(found)
             assert words is not None, "a column that held numbers was read as numbers"
             categories.append(words)
             place: dict[str, float] = {word: code for code, word in enumerate(words)}
+            if like is not None and like.joins_spellings:
+                place = {word: place[known] for word, known in spellings(found, words).items()} | place
             absent = place.get("", math.nan)
             X[:, index] = np.array([place.get(word, absent if word in MISSING else math.nan) for word in found], float)[
                 codes

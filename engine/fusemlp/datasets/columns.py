@@ -24,6 +24,10 @@ _FEW = 20
 _TELLING = 4096
 # A number that is text for a reason.
 _MARKED = re.compile(r"[^\d.+\-eE\s]")
+# A time with a zone, and whole numbers of which some have more digits than float64 keeps.
+_ZONED = re.compile(r":\d\d.*(?:Z|[-+]\d\d:?\d\d)$")
+_LONG = r"^[+-]?[0-9]{16,300}$"
+_EXACT = 2**53
 # The numbers that Arrow reads, with another decimal mark too.
 _PLAIN = {mark: rf"^[+-]?[0-9]{{1,200}}(?:[{mark}][0-9]{{0,200}})?$" for mark in ".,"}
 
@@ -137,6 +141,9 @@ class Column:
         # The index of each different word.
         self.codes: dict[str, int] = {}
         self.notes: list[str] = []
+        # Whether a time has a zone, and a number that float64 does not hold.
+        self.zoned = False
+        self.rounded: str | None = None
 
     def add(self, values: Any) -> None:
         """Append a piece of the column, an Arrow array."""
@@ -147,10 +154,13 @@ class Column:
             self._add_text(pc.fill_null(pc.cast(values, pa.string()), _EMPTY))
         elif _is_date(kind) and self.kind in (None, *ORDERS):
             self.kind = self.kind or "ymd"
+            self.zoned = self.zoned or getattr(kind, "tz", None) is not None
             self._append(_to_numpy(pc.cast(values, pa.timestamp("us", getattr(kind, "tz", None)), safe=False)))
         elif _is_number(kind) and self.kind in (None, "number"):
             self.kind = "number"
             numbers = _to_numpy(pc.cast(values, pa.float64(), safe=False))
+            if not pa.types.is_floating(kind):
+                self._watch_digits(pc.cast(values, pa.string()), numbers)
             check_finite(self.name, numbers, self.rows, self.problems)
             self._append(numbers)
         elif _is_number(kind) or (_is_date(kind) and self.kind == "word"):
@@ -162,6 +172,13 @@ class Column:
     def _append(self, piece: Array) -> None:
         self.grown.append(piece)
         self.rows += len(piece)
+
+    def _watch_digits(self, texts: Any, numbers: Array) -> None:
+        """Keep the first of the whole numbers that lost digits when their ``texts`` became ``numbers``."""
+        if self.rounded is None and (np.abs(numbers) >= _EXACT).any():
+            texts = pc.utf8_trim_whitespace(texts)
+            long = pc.unique(texts.filter(pc.match_substring_regex(texts, _LONG))).to_pylist()
+            self.rounded = next((text for text in long if int(text) != float(text)), None)
 
     def _add_text(self, texts: Any) -> None:
         if self.kind is None:
@@ -199,6 +216,7 @@ class Column:
 
     def _numbers(self, texts: Any) -> Array:
         numbers, wrong = numbers_of(texts, self.decimal)
+        self._watch_digits(texts, numbers)
         for row in wrong.tolist():
             text = texts[row].as_py().strip()
             if self.told and text.lower() in ("true", "false"):
@@ -219,6 +237,7 @@ class Column:
         given, codes = different(texts)
         words = [word.strip() for word in given]
         moments = [parse_date(word, order) for word in words]
+        self.zoned = self.zoned or any(map(_ZONED.search, words))
         wrong = np.array([m is None and word not in _NO_DATE for m, word in zip(moments, words, strict=True)], bool)
         for row in np.flatnonzero(wrong[codes]).tolist():
             text = words[codes[row]]
@@ -231,6 +250,16 @@ class Column:
 
     def finish(self, notes: list[str]) -> Array:
         notes += self.notes
+        if self.zoned:
+            notes.append(
+                f"column {self.name!r} holds times with a time zone: they are taken in UTC, as those without one"
+            )
+        if self.rounded is not None:
+            instead = "" if self.told else "; --categorical takes the column as words, --id as names of the rows"
+            notes.append(
+                f"column {self.name!r} holds whole numbers beyond 2**53, such as {self.rounded}, whose last digits are "
+                f"lost{instead}"
+            )
         if self.kind is None or not self.grown.length:
             # No cell of the column has a value.
             return np.full(sum(map(len, self.waiting)), np.nan)

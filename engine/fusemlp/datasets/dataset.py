@@ -25,7 +25,8 @@ class Dataset:
     month and day in their text; X has the parts of each, named as in "sold: month". ``notes`` are lines on the
     reading: the form of the file, columns left out, missing cells. ``roles`` tell what each column of a table became.
     ``ids`` are the columns that name the rows, as text; ``groups`` and ``times`` (n,) are those that decide which rows
-    are held out. ``guess`` says that whole numbers were taken as classes, if nothing had told so.
+    are held out. ``guess`` says that whole numbers were taken as classes, if nothing had told so. ``joins_spellings``
+    is that of ``Preprocessor``.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Dataset:
     times: Array | None = None
     validation: tuple[Features, Array] | None = None
     guess: str = ""
+    joins_spellings: bool = True
 
     def __post_init__(self) -> None:
         if not self.categories:

@@ -107,7 +107,7 @@ def load_features(
             absent = [name for name in preprocessor.ids if name not in wanted]
             if absent:
                 notes.append(f"no columns {listed(absent)}, which named the rows in training")
-        return coded(table, preprocessor.feature_names, preprocessor.categories, notes)[0]
+        return coded(table, preprocessor.feature_names, preprocessor, notes)[0]
     if path.suffix.lower() == ".npz":
         return _matching(path, features_of_npz(path), preprocessor)
     return _matching(path, _read(source).X, preprocessor)
@@ -149,7 +149,7 @@ def load_labelled(
             notes=notes,
         )
         y = table.pop(target)
-        return coded(table, like.feature_names, like.categories, notes)[0], y
+        return coded(table, like.feature_names, like, notes)[0], y
     dataset = _read(source)
     X, y = (dataset.X, dataset.y) if dataset.test is None else dataset.test
     return _matching(path, X, like), y
@@ -277,7 +277,7 @@ def _from_table(path: Place, target: str | None, form: Form, columns: Columns) -
         told = (f"{name!r} (as {EXAMPLES[order]})" for name, order in dates)
         notes.append(f"dates, taken as {', '.join(PARTS)} where these differ: {', '.join(told)}")
     kept = kept_features(inputs) if like is None else like.feature_names
-    X, categories = coded(inputs, kept, None if like is None else like.categories, notes)
+    X, categories = coded(inputs, kept, like, notes)
     if columns.group is not None:
         alone = round(missing_share(aside[columns.group]) * len(y))
         notes += [f"{alone} rows have no {columns.group!r} and count as one group"] if alone else []
@@ -295,6 +295,7 @@ def _from_table(path: Place, target: str | None, form: Form, columns: Columns) -
         ids={name: aside[name] for name in columns.ids},
         groups=None if columns.group is None else aside[columns.group],
         times=None if time is None else times(path, time, aside[time]),
+        joins_spellings=like is None or like.joins_spellings,
     )
 
 

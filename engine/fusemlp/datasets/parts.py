@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fusemlp.datasets.coding import Features, different
+from fusemlp.datasets.coding import Features, different, spellings
 from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.load import load_labelled
 from fusemlp.datasets.preprocessing import Rows, split
@@ -71,6 +71,9 @@ def with_files(
 def _alike(path: str, y: Array, dataset: Dataset) -> Array:
     """Return the labels in the type of the data set's; DataError if they are of another kind."""
     there = dataset.y
+    if y.dtype.kind == there.dtype.kind == "U" and dataset.joins_spellings:
+        same = spellings(np.unique(y).tolist(), np.unique(there).tolist())
+        return np.array([same.get(label, label) for label in y.tolist()])
     if y.dtype.kind == there.dtype.kind or (dataset.task == "regression" and y.dtype.kind in "iuf"):
         return y
     if y.dtype.kind in "iuf" and there.dtype.kind in "iuf" and (y == y.astype(there.dtype)).all():

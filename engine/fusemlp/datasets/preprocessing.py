@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusemlp.datasets.coding import Features, rare_words
+from fusemlp.datasets.coding import Features, rare_words, spellings
 from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.dates import sources_of
 from fusemlp.datasets.roles import UNUSED
@@ -74,7 +74,9 @@ class Preprocessor:
     order of day, month and year in their text. ``classes`` are the labels in sorted order (None for a regression),
     whose targets become (y - target_shift) / target_scale, with ``target_log`` of their logarithms; a target below
     ``target_low``, the least of the training rows, counts as that one there. ``ids`` are the columns that name the rows
-    of a table, ``unused`` its other columns that are no inputs.
+    of a table, ``unused`` its other columns that are no inputs. With ``joins_spellings`` a new word or label that reads
+    as the same number as a single one of the training data, "10" as "10.0", is that one; earlier releases, whose
+    preprocessors lack the entry, took it for an unseen one.
     """
 
     task: str
@@ -99,6 +101,7 @@ class Preprocessor:
     feature_knots: tuple[Knots | None, ...] = ()
     target_log: bool = False
     target_low: float = 0.0
+    joins_spellings: bool = False
 
     @classmethod
     def fit(
@@ -183,6 +186,7 @@ class Preprocessor:
             feature_knots=_knots(X, numbers, scale),
             target_log=log_targets and classes is None,
             target_low=low if log_targets else 0.0,
+            joins_spellings=dataset.joins_spellings,
         )
 
     @property
@@ -315,7 +319,7 @@ class Preprocessor:
         """Return class indices (n,) int64.
 
         A label is looked up by its value, then by its text, because one file may store labels as numbers and another as
-        words. Raises DataError for an unknown label.
+        words, then by ``spellings``. Raises DataError for an unknown label.
         """
         classes = self.classes or ()
         labels = to_array("y", y)
@@ -326,9 +330,10 @@ class Preprocessor:
         different, codes = np.unique(labels, return_inverse=True)
         index = {label: code for code, label in enumerate(classes)}
         by_text = {str(label): code for code, label in enumerate(classes)}
+        same = spellings(different.astype(str), by_text) if self.joins_spellings else {}
         table = np.empty(len(different), np.int64)
         for position, label in enumerate(different.tolist()):
-            code = index.get(label, by_text.get(str(label)))
+            code = index.get(label, by_text.get(same.get(str(label), str(label))))
             if code is None:
                 row = int(np.argmax(codes == position))
                 raise DataError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import itertools
 import lzma
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,12 @@ ARROW = {".parquet": "parquet", ".feather": "feather", ".arrow": "feather"}
 TABLES = (".csv", ".tsv", *ARROW, ".xlsx")
 # The number of rows in a piece of a table with types.
 _ROWS = 2**16
+# The most rows of a sheet. A part of a workbook is a bomb if it unpacks to more bytes than this and to more than this
+# multiple of its packed size; cells, even of one value, stay below.
+_EXCEL_ROWS = 2**20
+_LARGE, _MULTIPLE = 2**26, 200
+# openpyxl raises them for damaged files; a SyntaxError is of XML.
+_DAMAGED = SyntaxError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, struct.error
 # The results of formulas that failed.
 _ERRORS = frozenset({"#N/A", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!", "#REF!", "#VALUE!"})
 
@@ -149,13 +156,18 @@ def _open_excel(path: Path, form: Form) -> Source:
 
     def rows() -> Iterator[tuple[int, list[str]]]:
         book = _open_book(path)
+        sheet = _shown(book)
+        # Some programs write wrong dimensions, by which openpyxl would leave out cells.
+        sheet.reset_dimensions()
         try:
-            for number, cells in enumerate(_shown(book).iter_rows(values_only=True), 1):
+            for number, cells in enumerate(itertools.islice(sheet.iter_rows(values_only=True), _EXCEL_ROWS), 1):
                 texts = [_text(cell) for cell in cells]
                 while texts and not texts[-1]:
                     texts.pop()
                 if texts:
                     yield number, texts
+        except _DAMAGED as error:
+            raise OSError(reason(error)) from error
         finally:
             book.close()
 
@@ -180,8 +192,12 @@ def _open_book(path: Path) -> Any:
             f"{path}: Excel files need openpyxl: pip install openpyxl (or 'fusemlp[excel]'); or save the sheet as .csv"
         ) from error
     try:
+        with zipfile.ZipFile(path) as archive:
+            for part in archive.infolist():
+                if part.file_size > max(_LARGE, _MULTIPLE * part.compress_size):
+                    raise OSError(f"{part.filename} would unpack from {part.compress_size} to {part.file_size} bytes")
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    except (KeyError, ValueError, TypeError, openpyxl.utils.exceptions.InvalidFileException) as error:
+    except (*_DAMAGED, openpyxl.utils.exceptions.InvalidFileException) as error:
         raise OSError(reason(error)) from error
     if not book.worksheets:
         raise OSError("it has no sheet of cells")

@@ -32,9 +32,14 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zip")
 # The number of lines that separator and decimal mark are recognised from.
 _SAMPLE = 1000
 _BYTES = 2**20
+# The characters of a line: a block of 16 times as many bytes is the largest that Arrow takes.
+_LONGEST = 2**27 - 1
 # The bytes of text that Arrow parses at a time, and the rows that the csv module does.
 _BLOCK = 2**22
 _ROWS = 4096
+# The mark of UTF-32 begins with that of UTF-16.
+_MARKS = dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-32")
+_MARKS |= dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "utf-16")
 _ASCII = bytes(range(9, 127))
 _CURRENCY = r"(?:[$\u00a2-\u00a5\u20a0-\u20c0]|EUR|USD|GBP|CHF|JPY)?"
 _SPACES = r" '\u2019\u00a0\u202f"
@@ -106,7 +111,9 @@ def open_text(path: Path, form: Form) -> Source:
     """Return a text file as rows of text."""
     encoding, marks = _inspect(path, form.encoding)
     with _open(path) as raw, io.TextIOWrapper(raw, encoding, newline="") as stream:
-        sample = list(itertools.islice(stream, _SAMPLE))
+        sample = list(itertools.islice(iter(lambda: stream.readline(_LONGEST), ""), _SAMPLE))
+    if any(len(line) == _LONGEST for line in sample):
+        raise DataError(f"{path}: a line has {_LONGEST:,} characters or more; a line break may be missing")
     sep = form.sep or _separator(sample)
     decimal = form.decimal or _decimal(sample, sep)
     first = next(csv.reader(sample, delimiter=sep, skipinitialspace=True, strict=True), [])
@@ -245,12 +252,16 @@ def _open(path: Path) -> Iterator[Any]:
     suffix = path.suffix.lower()
     openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     if suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            members = [member for member in archive.namelist() if not member.endswith("/")]
-            if len(members) != 1:
-                raise DataError(f"{path}: expected one file in the archive, found {len(members)}; unpack it first")
-            with archive.open(members[0]) as stream:
-                yield stream
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = [member for member in archive.namelist() if not member.endswith("/")]
+                if len(members) != 1:
+                    raise DataError(f"{path}: expected one file in the archive, found {len(members)}; unpack it first")
+                with archive.open(members[0]) as stream:
+                    yield stream
+        except RuntimeError as error:
+            # A password, or a version or compression that Python lacks.
+            raise DataError(f"{path}: the archive cannot be read here ({error}); unpack it first") from error
         return
     with openers.get(suffix, open)(path, "rb") as stream:
         yield stream
@@ -259,7 +270,8 @@ def _open(path: Path) -> Iterator[Any]:
 def _inspect(path: Path, given: str | None) -> tuple[str, bytes]:
     """Return the encoding, given or recognised, and those of the bytes of quotes and line breaks that the file has.
 
-    Recognised are UTF-16 by its mark, UTF-8 if all bytes are that, else Western Europe's Windows code page, or latin-1.
+    Recognised are UTF-16 and UTF-32 by their marks, UTF-8 if all bytes are that, else Western Europe's Windows code
+    page, or latin-1.
     """
     candidates = [given] if given else ["utf-8-sig", "cp1252", "latin-1"]
     while True:
@@ -268,8 +280,9 @@ def _inspect(path: Path, given: str | None) -> tuple[str, bytes]:
         try:
             with _open(path) as stream:
                 while chunk := stream.read(_BYTES):
-                    if first and not given and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                        return "utf-16", b""
+                    wide = next((name for mark, name in _MARKS.items() if chunk.startswith(mark)), None)
+                    if first and not given and wide:
+                        return wide, b""
                     first = False
                     decoder.decode(chunk)
                     marks += bytes(mark for mark in b'"\r\n' if mark not in marks and mark in chunk)
