@@ -1,8 +1,9 @@
 """Compile the Triton kernels for every architecture, on a machine without a GPU, and check the machine code.
 
 A kernel is an error if it spills, uses a stack for no recorded reason, lost its tensor-core instructions or exceeds the
-shared memory. None of these changes a kernel's results; they change its speed, or the launch fails. Two faults do
-change results, see ``kernel_machine_code``: a product without the fence it needs, and shared memory held across a call.
+shared memory. None of these changes a kernel's results; they change its speed, or the launch fails. Three faults do
+change results, see ``kernel_machine_code``: a product without the fence it needs, shared memory held across a call, and
+on AMD a ticket taken before all stores have arrived.
 ``ci/kernel_resources.json`` records the resources and the loops, by version of Triton. A loop that takes more stall
 cycles than recorded, by more than ``TOLERANCE``, is an error; ``--write --accept-slower`` records it all the same.
 
@@ -82,6 +83,8 @@ def problems(row: Row) -> list[str]:
         found.append(f"{row['unfenced']} products read copied shared memory without fence.proxy.async")
     if row.get("shared_callers"):
         found.append(f"{row['shared_callers']} functions hold shared memory while they call another")
+    if row.get("undrained"):
+        found.append(f"{row['undrained']} tickets are taken while stores of other waves are on their way")
     return [f"{arch} {row['kernel']} ({row['variant']}): {problem}" for problem in found]
 
 
@@ -193,15 +196,17 @@ def read_record() -> list[Row]:
 def launched(everything: bool, goals: bool = True) -> set[tuple[str, str, str, str]]:
     """Return architecture, kernel, variant and source of every launched kernel, or of the systematic part."""
     work = chosen(kernel_variants.TARGETS, tuple(kernel_variants.KERNELS), everything, goals)
-    return {(arch, variant.kernel, variant.name, kernel_variants.source_hash(variant.kernel)) for variant, arch in work}
+    source = kernel_variants.source_hash
+    return {(arch, variant.kernel, variant.name, source(variant.kernel, arch)) for variant, arch in work}
 
 
 def write_record(rows: Iterable[Row]) -> None:
     """Write the rows into the record, one a line; drop rows of other code and of unused kernels."""
     wanted = {key[:3] for key in launched(everything=True)}
-    sources = {kernel: kernel_variants.source_hash(kernel) for kernel in kernel_variants.KERNELS}
+    source = kernel_variants.source_hash
     merged = {tuple(row[name] for name in KEY): row for row in [*read_record(), *rows]}
-    kept = [row for key, row in sorted(merged.items()) if key[1:] in wanted and row["source"] == sources[row["kernel"]]]
+    current = (row for key, row in sorted(merged.items()) if key[1:] in wanted)
+    kept = [row for row in current if row["source"] == source(row["kernel"], row["arch"])]
     RECORD.write_text("[\n" + ",\n".join(json.dumps(row) for row in kept) + "\n]\n")
 
 

@@ -1,6 +1,6 @@
-"""Read from compiled code, without a GPU, how many registers and how much memory a kernel takes, its loops, and two
-faults: a tensor-core product that reads shared memory too early, and a function that holds shared memory while it calls
-another.
+"""Read from compiled code, without a GPU, how many registers and how much memory a kernel takes, its loops, and three
+faults: a tensor-core product that reads shared memory too early, a function that holds shared memory while it calls
+another, and on AMD a ticket that is taken before the program's stores have arrived.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ PROXIES = re.compile(
     r"(?:wgmma\.mma_async|tcgen05\.mma)\b)"
 )
 FUNCTION = re.compile(r"^\s*tt\.func ", re.MULTILINE)
+# Lines of AMD's assembly: a label, or an instruction with its operands.
+AMD_LINE = re.compile(r"^(?:(?P<label>[.\w]+):|[ \t]*+(?P<name>[a-z]\w+)[ \t]*(?P<operands>[^;\n]*))", re.MULTILINE)
+AMD_STORE = re.compile(r"(?:buffer|global|flat)_store_")
+AMD_ATOMIC = re.compile(r"(?:buffer|global|flat)_atomic_")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Resources:
 
     Faults: ``unfenced`` counts the waits for copies that a product follows without a fence. ``shared_callers`` counts
     the functions that hold shared memory and call others; Triton places that of all functions at one address.
+    ``undrained`` counts AMD's atomics that a wave can reach while stores of other waves are on their way.
 
     ``loops``: see ``kernel_loops``; none on AMD.
     """
@@ -52,16 +57,25 @@ class Resources:
     tensor_core: str
     unfenced: int = 0
     shared_callers: int = 0
+    undrained: int = 0
     loops: kernel_loops.Loops = field(default_factory=dict)
 
 
-FAULTS = ("unfenced", "shared_callers")
+FAULTS = ("unfenced", "shared_callers", "undrained")
 
 
 def of(asm: Mapping[str, Any], shared: int) -> Resources:
     """Return the resources of a compiled kernel; ``shared`` is Triton's own count of the dynamic shared memory."""
-    found = _nvidia(asm["cubin"], shared) if "cubin" in asm else _amd(asm["amdgcn"], shared)
-    return replace(found, unfenced=unfenced(asm.get("ptx", "")), shared_callers=shared_callers(asm["ttgir"]))
+    code = asm.get("amdgcn", "")
+    if code and "tt.atomic_rmw" in asm["ttgir"] and not AMD_ATOMIC.search(code):
+        raise ValueError("the kernel takes a ticket, and no atomic is found in its assembly")
+    found = _nvidia(asm["cubin"], shared) if "cubin" in asm else _amd(code, shared)
+    return replace(
+        found,
+        unfenced=unfenced(asm.get("ptx", "")),
+        shared_callers=shared_callers(asm["ttgir"]),
+        undrained=undrained(code),
+    )
 
 
 def unfenced(ptx: str) -> int:
@@ -77,6 +91,38 @@ def unfenced(ptx: str) -> int:
 def shared_callers(ttgir: str) -> int:
     """Return the number of functions in Triton's GPU code that allocate shared memory and call a function."""
     return sum("ttg.local_alloc" in body and "tt.call @" in body for body in FUNCTION.split(ttgir))
+
+
+def undrained(code: str) -> int:
+    """Return the number of atomics in AMD's assembly that a store may not precede, on some path through the code.
+
+    Memory has the stores of a wave after its ``s_waitcnt vmcnt(0)``, and those of all waves after the next barrier. A
+    wait after the barrier is that of the wave with the atomic, and does not help the others.
+    """
+    lines = list(AMD_LINE.finditer(code))
+    labels = {match["label"]: place for place, match in enumerate(lines) if match["label"]}
+    # For each line, the states of the paths there: some store is on its way, and no drained barrier was after it.
+    states: list[set[tuple[bool, bool]]] = [set() for _ in lines]
+    work = [(place, (False, False)) for label, place in labels.items() if not label.startswith(".L")]
+    while work:
+        place, state = work.pop()
+        if place == len(lines) or state in states[place]:
+            continue
+        states[place].add(state)
+        name, operands = lines[place]["name"] or "", (lines[place]["operands"] or "").strip()
+        on_its_way, unordered = state
+        if AMD_STORE.match(name):
+            on_its_way = unordered = True
+        elif name == "s_waitcnt" and "vmcnt(0)" in operands:
+            on_its_way = False
+        elif name == "s_barrier":
+            unordered = on_its_way
+        if operands in labels:
+            work.append((labels[operands], (on_its_way, unordered)))
+        if name not in ("s_branch", "s_endpgm"):
+            work.append((place + 1, (on_its_way, unordered)))
+    atomics = (place for place, match in enumerate(lines) if AMD_ATOMIC.match(match["name"] or ""))
+    return sum(any(unordered for _, unordered in states[place]) for place in atomics)
 
 
 def disassembly(cubin: bytes) -> tuple[str, str]:

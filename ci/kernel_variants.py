@@ -13,14 +13,16 @@ import functools
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import kernel_machine_code
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.language import target_info
 
 from fusemlp_kernels.errors import unknown_name
 from fusemlp_kernels.pointwise import OPTIMIZERS
@@ -193,19 +195,29 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
     yield Variant("advance", "fp32", configs.SMALL, {})
 
 
+class _Left(ast.NodeTransformer):
+    """Leave out the statements of ``if on_amd():``."""
+
+    def visit_If(self, node: ast.If) -> ast.If | None:
+        """Return None for one of those."""
+        self.generic_visit(node)
+        return None if ast.unparse(node.test) == "on_amd()" and not node.orelse else node
+
+
 @functools.cache
-def source_hash(kernel: str) -> str:
-    """Return a hash of the kernel's code and all that it calls, without comments and docstrings."""
+def source_hash(kernel: str, target: str) -> str:
+    """Return a hash of the kernel's code for a target and all that it calls, without comments and docstrings."""
     texts: dict[str, str] = {}
-    _collect(KERNELS[kernel].fn, texts)
+    _collect(KERNELS[kernel].fn, texts, target.startswith("gfx"))
     return hashlib.sha256("\n".join(texts[name] for name in sorted(texts)).encode()).hexdigest()[:16]
 
 
-def _collect(function: Any, texts: dict[str, str]) -> None:
+def _collect(function: Any, texts: dict[str, str], amd: bool) -> None:
     name = f"{function.__module__}.{function.__name__}"
     if name in texts:
         return
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    tree = tree if amd else _Left().visit(tree)
     texts[name] = "".join(ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.arguments))
     for definition in tree.body:
         if isinstance(definition, ast.FunctionDef):
@@ -217,7 +229,7 @@ def _collect(function: Any, texts: dict[str, str]) -> None:
             texts[f"{function.__module__}.{used}"] = f"{used} = {value.value!r}"
         inner = getattr(value, "fn", None)
         if str(getattr(inner, "__module__", "")).startswith("fusemlp_kernels."):
-            _collect(inner, texts)
+            _collect(inner, texts, amd)
 
 
 def gpu_target(target: str) -> GPUTarget:
@@ -256,15 +268,27 @@ def source(variant: Variant, target: str) -> ASTSource:
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
+def _current_target(target: str) -> Callable[[], GPUTarget]:
+    """Return a function in the place of Triton's own of that name."""
+
+    def current_target() -> GPUTarget:
+        return gpu_target(target)
+
+    current_target.__triton_builtin__ = True  # type: ignore[attr-defined]
+    return current_target
+
+
 def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
     """Compile for ``target``, without a GPU; return the row of the record, see ``kernel_machine_code.Resources``. A row
     has a fault or loops only if its code has them."""
     options = configs.launch_options(configs.family_of(target), variant.tile)
-    compiled = triton.compile(source(variant, target), target=gpu_target(target), options=options)
+    # kernels ask for the target; without a card there is none
+    with mock.patch.object(target_info, "current_target", _current_target(target)):
+        compiled = triton.compile(source(variant, target), target=gpu_target(target), options=options)
     found = dataclasses.asdict(kernel_machine_code.of(compiled.asm, compiled.metadata.shared))
     optional = (*kernel_machine_code.FAULTS, "loops")
     kept = {name: value for name, value in found.items() if value or name not in optional}
     return {
         "kernel": variant.kernel, "variant": variant.name, "triton": triton.__version__, "arch": target,
-        **kept, "source": source_hash(variant.kernel),
+        **kept, "source": source_hash(variant.kernel, target),
     }  # fmt: skip

@@ -11,6 +11,7 @@ import math
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_hip
 
 from fusemlp_kernels import contract
 from fusemlp_kernels.contract import UpdateRule
@@ -54,6 +55,23 @@ def rule_values(rule: UpdateRule, *, scaled: bool = False) -> list[float]:
     ]  # fmt: skip
 
 
+@triton.constexpr_function
+def on_amd():
+    """Return whether the kernel is compiled for an AMD card."""
+    return not triton.knobs.runtime.interpret and is_hip()
+
+
+@triton.jit
+def drain_stores():
+    """Wait until the L2 cache has what this thread's wave stored.
+
+    AMD's barrier does not wait for stores, and the release of an atomic waits for those of its own wave alone.
+    """
+    tl.inline_asm_elementwise(
+        "s_waitcnt vmcnt(0)\nv_mov_b32 $0, 0", "=v,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 @triton.jit
 def is_last(ticket, programs):
     """Return whether this program is the last of the launch to come here; it then sees all that the others stored.
@@ -61,6 +79,8 @@ def is_last(ticket, programs):
     The barrier orders the stores of this program's threads before the ticket. The last program resets the ticket for
     the next launch.
     """
+    if on_amd():
+        drain_stores()
     tl.debug_barrier()
     taken = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
     last = taken == programs - 1
@@ -120,6 +140,8 @@ def advance_clock(counters, hyper, rates, rule, applied, skipped):
 @triton.jit
 def leave_out_padding(counters, rows, BLOCK: tl.constexpr):
     """Take the rows of -1 out of the count of the next batch, in the program that has advanced the clock."""
+    if on_amd():
+        drain_stores()
     tl.debug_barrier()
     rows += tl.load(counters + ROW_OFFSET)
     count = tl.load(counters + ROW_COUNT).to(tl.int32)
