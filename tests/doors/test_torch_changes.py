@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules import module as modules
+from torch.optim import optimizer as optimizers
 from torch_pair import CLOSE, Pair, adam, batch, each_optimizer, eager_step, make, rmsprop, sgd
 
 import fusemlp.torch as door
@@ -244,13 +246,61 @@ def test_attributes_of_a_traced_module_are_noticed():
     pair.steps()
 
 
-def test_hooks_that_come_later_are_refused():
+def noop(*_):
+    pass
+
+
+# Registers a hook for a module, its loss and its optimizer; the words of the error.
+HOOKS = {
+    **{
+        f"{part}, {name}": (
+            lambda objects, part=part, name=name: getattr(objects[part], f"register_{name}")(noop),
+            words,
+        )
+        for name in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
+        for part, words in ((0, "^module: 1: ReLU has hooks"), (1, "^loss_fn: CrossEntropyLoss has hooks"))
+    },
+    **{
+        name: (
+            lambda objects, name=name: getattr(modules, f"register_module_{name}")(noop),
+            "has hooks for all modules",
+        )
+        for name in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
+    },
+    **{
+        name: (lambda objects, name=name: getattr(objects[2], f"register_{name}")(noop), "^optimizer: has step hooks")
+        for name in ("step_pre_hook", "step_post_hook")
+    },
+    **{
+        name: (lambda objects, name=name: getattr(optimizers, f"register_{name}")(noop), "hooks for all optimizers")
+        for name in ("optimizer_step_pre_hook", "optimizer_step_post_hook")
+    },
+    **{
+        name: (lambda objects, name=name: getattr(objects[3], name)(noop), "^module: 0.bias has gradient hooks")
+        for name in ("register_hook", "register_post_accumulate_grad_hook")
+    },
+    "multi_grad_hook": (
+        lambda objects: torch.autograd.graph.register_multi_grad_hook([objects[3]], noop),
+        "^module: 0.bias has gradient hooks",
+    ),
+}
+
+
+@pytest.mark.parametrize("register, words", HOOKS.values(), ids=HOOKS.keys())
+def test_hooks_are_refused_before_fuse_and_after(register, words):
     pair = Pair()
     pair.steps()
-    handle = pair.module[1].register_forward_hook(lambda *_: None)
-    with pytest.raises(ArgumentError, match="1: ReLU has hooks"):
-        pair.step(*batch())
-    handle.remove()
+    loss_fn = pair.step.loss_fn
+    before = copy.deepcopy(pair.module.state_dict())
+    handle = register((pair.module[1], loss_fn, pair.optimizer, pair.module[0].bias))
+    try:
+        with pytest.raises(ArgumentError, match=words):
+            pair.step(*batch())
+        with pytest.raises(ArgumentError, match=words):
+            door.fuse(pair.module, loss_fn, pair.optimizer)
+        torch.testing.assert_close(pair.module.state_dict(), before, rtol=0, atol=0)
+    finally:
+        handle.remove()
     pair.steps()
 
 

@@ -64,18 +64,6 @@ def tied():
     return module
 
 
-def hooked():
-    module = plain()
-    module[1].register_forward_hook(lambda *_: None)
-    return module
-
-
-def parameter_hooked():
-    module = plain()
-    module[0].weight.register_hook(lambda g: g)
-    return module
-
-
 def normed():
     module = plain()
     nn.utils.parametrizations.weight_norm(module[0])
@@ -151,8 +139,6 @@ MODULES = {
     "widths": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(7, 3)), r"1: Linear takes 7 features, it is given 8"),
     "no Linear": (lambda: nn.Sequential(nn.Flatten()), "has no Linear"),
     "tied": (tied, r"2\.weight and 0\.weight are one tensor; tied"),
-    "hooks": (hooked, r"1: ReLU has hooks"),
-    "parameter hooks": (parameter_hooked, r"0\.weight has gradient hooks"),
     "parametrised": (normed, r"0: ParametrizedLinear cannot be fused"),
     "used twice": (lambda: Forward(lambda m, x: m.b(m.a(m.a(x)))), r"a\.weight and a\.weight are one tensor"),
     "residual": (lambda: Forward(residual), line_of(residual, "return m.b(x + h)", "a branch or a second operand")),
@@ -239,12 +225,6 @@ class Own(torch.optim.SGD):
     pass
 
 
-def optimizer_hooked(parameters):
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
-    optimizer.register_step_post_hook(lambda *_: None)
-    return optimizer
-
-
 OPTIMIZERS = {
     "Adagrad": (lambda p: torch.optim.Adagrad(p), "Adagrad cannot be fused; expected .* RMSprop"),
     "RMSprop, momentum": (
@@ -269,7 +249,6 @@ OPTIMIZERS = {
         r"param_groups\[0\]\['params'\]\[4\], of shape \(3,\), is no parameter of the module",
     ),
     "only strangers": (lambda p: torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=0.1), "is no parameter"),
-    "hooks": (optimizer_hooked, "step hooks"),
 }
 
 

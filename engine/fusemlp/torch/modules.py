@@ -125,6 +125,12 @@ def hooks_of(module: nn.Module) -> tuple[Any, ...]:
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
+def refuse_hooks(owner: str, *containers: Any) -> None:
+    """Raise ArgumentError if one of the containers has hooks."""
+    if any(containers):
+        raise ArgumentError(f"{owner}, which a fused step would not run; remove them")
+
+
 def read_module(module: nn.Module, *, always_drops: bool = False, may_normalise: bool = False) -> Reading:
     """Return the network of ``module`` in its present mode: eval mode turns dropout off.
 
@@ -135,8 +141,7 @@ def read_module(module: nn.Module, *, always_drops: bool = False, may_normalise:
     if not isinstance(module, nn.Module):
         raise ArgumentTypeError(f"module: expected a torch.nn.Module such as nn.Sequential(...), got {module!r}")
     for path, one in module.named_modules():
-        if any(hooks_of(one)):
-            raise ArgumentError(f"module: {Part(path, one)} has hooks, which a fused step would not run; remove them")
+        refuse_hooks(f"module: {Part(path, one)} has hooks", *hooks_of(one))
     layers: list[_Layer] = []
     flattens = squeezes = log_softmax = False
     normalise: Normalise | None = None
@@ -267,5 +272,5 @@ def _check_parameter(slot: Slot, first: Slot) -> None:
             f"module: {path} is {parameter.dtype} on {parameter.device}, {first.path} is {first.parameter.dtype} on "
             f"{first.parameter.device}; bring the whole module to one type and device with module.to(...)"
         )
-    if parameter._backward_hooks:
-        raise ArgumentError(f"module: {path} has gradient hooks, which a fused step would not run; remove them")
+    hooks = parameter._backward_hooks, parameter._post_accumulate_grad_hooks
+    refuse_hooks(f"module: {path} has gradient hooks", *hooks)

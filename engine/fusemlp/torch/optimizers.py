@@ -38,7 +38,7 @@ GroupRule = tuple[UpdateRule, float]
 
 
 def optimizer_kind(optimizer: Any) -> str:
-    """Return the key in ``OPTIONS``; raises ArgumentTypeError for other optimizers and ArgumentError for hooks."""
+    """Return the key in ``OPTIONS``; raises ArgumentTypeError for other optimizers."""
     kind = type(optimizer)
     if kind not in KINDS:
         given = f"{kind.__name__} cannot be fused" if isinstance(optimizer, Optimizer) else f"got {optimizer!r}"
@@ -46,8 +46,6 @@ def optimizer_kind(optimizer: Any) -> str:
             f"optimizer: {given}; expected torch.optim.SGD, Adam, AdamW or RMSprop (no subclass). With another "
             "optimizer use FusedMLP in an eager loop"
         )
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-        raise ArgumentError("optimizer: has step hooks, which a fused step would not run; remove them")
     return KINDS[kind]
 
 

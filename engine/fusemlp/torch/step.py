@@ -26,7 +26,7 @@ from fusemlp.torch.modules import Reading
 from fusemlp.torch.optimizers import GroupRule
 from fusemlp.torch.programs import Batch, Programs
 from fusemlp.torch.updates import UNIT_RATE, Clocks, UpdateSet
-from fusemlp.torch.watch import Watch
+from fusemlp.torch.watch import Watch, other_hooks
 from fusemlp_kernels.contract import LAST_LOSS, ROW_COUNT, Backend
 from fusemlp_kernels.errors import ArgumentError, DTypeError
 
@@ -193,6 +193,8 @@ class FusedStep:
     def _read(self, reading: Reading) -> tuple[Loss, dict[str, int], list[GroupRule], list[float]]:
         """Return the loss, the group of each trained parameter by short name, and the groups' rules and rates."""
         loss = losses.read_loss(self.loss_fn, log_softmax=reading.log_softmax)
+        for owner, containers in other_hooks(self.loss_fn, self.optimizer).items():
+            modules.refuse_hooks(owner, *containers)
         loss.check_network(reading.network)
         losses.read_pos_weight(self.loss_fn, reading.network.sizes[-1])
         group_of = optimizers.groups_of(self.optimizer, self.module)

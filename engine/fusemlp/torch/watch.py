@@ -7,12 +7,33 @@ from operator import is_
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as modules
 from torch.optim import Optimizer
+from torch.optim import optimizer as optimizers
 
 from fusemlp.torch.modules import LIMITS, hooks_of
 
 # Closes the sequence of watched objects, so that a longer one differs.
 END = (object(),)
+
+
+def other_hooks(loss_fn: Any, optimizer: Optimizer) -> dict[str, tuple[Any, ...]]:
+    """Return the containers of the hooks outside the module that a fused step would not run, by owner."""
+    of_loss = hooks_of(loss_fn) if isinstance(loss_fn, nn.Module) else ()
+    return {
+        f"loss_fn: {type(loss_fn).__name__} has hooks": of_loss,
+        "optimizer: has step hooks": (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks),
+        "module: torch.nn.modules.module has hooks for all modules": (
+            modules._global_forward_hooks,
+            modules._global_forward_pre_hooks,
+            modules._global_backward_hooks,
+            modules._global_backward_pre_hooks,
+        ),
+        "optimizer: torch.optim.optimizer has step hooks for all optimizers": (
+            optimizers._global_optimizer_pre_hooks,
+            optimizers._global_optimizer_post_hooks,
+        ),
+    }
 
 
 class Watch:
@@ -30,7 +51,8 @@ class Watch:
         held = [mapping for one in inside for mapping in (one._modules, one._parameters, one._buffers) if mapping]
         self._held = [one.values() for one in (optimizer.state, *optimizer.state.values(), *held)]
         self._objects = [*chain.from_iterable(self._held), *map(dict.get, self._owners, self._names), *END]
-        self._hooks = [hooks for one in module.modules() for hooks in hooks_of(one)]
+        of_modules = map(hooks_of, module.modules())
+        self._hooks = [*chain(*of_modules, *other_hooks(loss_fn, optimizer).values())]
         self._parameters = [(one, one.data_ptr(), one.requires_grad) for one in module.parameters()]
         self._weights = [(buffer, buffer._version) for one in losses for buffer in one.buffers()]
         lists = (optimizer.param_groups, *(group["params"] for group in optimizer.param_groups))
@@ -40,6 +62,9 @@ class Watch:
         """Return whether nothing has changed."""
         for parameter, pointer, trains in self._parameters:
             if parameter.data_ptr() != pointer or parameter.requires_grad is not trains:
+                return False
+            # None until the first hook
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 return False
         for one, length in self._lists:
             if len(one) != length:
