@@ -223,6 +223,32 @@ def test_epsilon_is_that_of_dp_accounting():
     assert delta[0] <= 1e-5 <= delta[1]
 
 
+@pytest.mark.parametrize("delta", [5e-324, 1e-100, 1e-16, 1e-5, 0.5, 1 - 2**-53])
+@pytest.mark.parametrize("noise", [1e-30, 1e-6, 1e-3, 0.01, 1.0, 30.0, 1e30])
+def test_epsilon_is_a_bound_for_any_noise_and_delta(noise, delta):
+    from scipy.special import log_ndtr
+
+    steps = 40
+    epsilon = Accountant(noise).epsilon([(1.0, steps)], delta)
+    assert 0.0 <= epsilon < math.inf
+    if 1e-6 <= noise <= 30.0:
+        # without sampling the privacy is known (Balle and Wang, 2018): the delta of this epsilon, in logarithms
+        mu = math.sqrt(steps) / noise
+        less, more = log_ndtr(mu / 2 - epsilon / mu), epsilon + log_ndtr(-mu / 2 - epsilon / mu)
+        assert less + math.log(-math.expm1(more - less)) <= math.log(delta) + 1e-6
+    # sampling makes no loss larger, and little noise has a large one
+    assert Accountant(noise).epsilon([(0.25, steps)], delta) <= epsilon
+    assert epsilon > 0.4 * steps * noise**-2 or noise > 0.01
+
+
+@pytest.mark.parametrize("noise", [1e-3, 1e-8])
+def test_training_with_little_noise_says_how_much_it_spends(noise):
+    engine = Engine(MLP([INPUTS, OUTPUTS]), batch_size=10, privacy=DPSGD(noise, seed=1))
+    history = engine.fit(*problem("cross_entropy"), epochs=2)
+    first, second = history.history["epsilon"]
+    assert noise**-2 < first < second == engine.privacy_spent()["epsilon"] < math.inf
+
+
 def test_an_accountant_goes_on_and_back():
     accountant = Accountant(1.5)
     at_once = {steps: Accountant(1.5).epsilon([(0.1, steps)], 1e-5) for steps in (10, 20, 30)}
@@ -248,6 +274,9 @@ def test_the_noise_is_chosen_for_an_epsilon():
     assert history.history["epsilon"][-1] == spent["epsilon"]
     with pytest.raises(ArgumentError, match=r"epsilon: no noise up to 10000 times clip reaches 1e-06 in 200 steps"):
         DPSGD.for_epsilon(1e-6, **told)
+    tight = DPSGD.for_epsilon(2.0, **told, delta=1e-20)
+    assert 1.98 < Accountant(tight.noise).epsilon([(0.05, 200)], 1e-20) <= 2.0
+    assert DPSGD.for_epsilon(1e300, **told).noise > 0.0
     with pytest.raises(ArgumentError, match=r"delta: expected a finite number above 0 and below 1, got 1\.5"):
         DPSGD.for_epsilon(1.0, **told, delta=1.5)
 
@@ -340,11 +369,19 @@ PRIVATE = DPSGD(1.0, delta=1e-5)
         ({"normalise": True}, "normalise: True measures the private rows"),
         ({"precision": "fp16"}, "precision: fp16 skips batches whose gradients overflow, which privacy does not cover"),
         ({"net": MLP([INPUTS, 3, OUTPUTS], activation="prelu")}, "privacy: prelu's slopes"),
+        (
+            {"privacy": DPSGD(1e40)},
+            r"privacy: in fp32 clip and noise \* clip may be from 1e-30 to 1e\+30, got 1 and 1e",
+        ),
+        ({"privacy": DPSGD(1e-300)}, r"privacy: in fp32 clip and noise \* clip may be from 1e-30"),
+        ({"privacy": DPSGD(1.0, 1e40)}, r"got 1e\+40 and 1e\+40; give a clip near the norm of a row's gradient"),
+        ({"privacy": DPSGD(1.0, 1e-45), "precision": "bf16"}, "privacy: in bf16"),
+        ({"privacy": DPSGD(1e300, 1e300), "precision": "fp64"}, "privacy: in fp64 .* got 1e.300 and inf"),
     ],
 )
 def test_what_cannot_be_private_is_refused(options, said):
     with pytest.raises(ArgumentError, match=said):
-        Engine(**{"net": MLP([INPUTS, 3, OUTPUTS]), **options}, privacy=PRIVATE)
+        Engine(**{"net": MLP([INPUTS, 3, OUTPUTS]), "privacy": PRIVATE, **options})
 
 
 def test_other_objects_are_refused():

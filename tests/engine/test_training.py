@@ -656,9 +656,7 @@ class TestDivergence:
         schedule = StepDecay(0.01, every=2, gamma=1e30)
         engine, recorder = make(optimizer=SGD(schedule), loss="mse", batch_size=ROWS), Recorder()
         given = {"validation_data": (XV, np.eye(CLASSES)[YV]), "early_stopping": 5, "callbacks": [recorder]}
-        with pytest.raises(
-            DivergenceError, match=r"^val_loss: it became NaN or infinite in epoch 3.*far from those of"
-        ):
+        with pytest.raises(DivergenceError, match=r"^val_loss: it became NaN or infinite in epoch 3.*far from those"):
             engine.fit(X, np.eye(CLASSES)[y], epochs=6, **given)
         assert engine.epochs_trained == 2 and len(engine.history.history["val_loss"]) == 2
         assert engine.history.best_epoch == 1
@@ -669,7 +667,7 @@ class TestDivergence:
     def test_validation_rows_that_overflow_are_named(self):
         engine, far = make(loss="mse"), XV.copy()
         far[3, 1] = 1e25
-        with pytest.raises(DivergenceError, match=r"^val_loss: .* features of the validation rows as large as 1e\+25"):
+        with pytest.raises(DivergenceError, match=r"^val_loss: .*; or the validation rows are far from those"):
             engine.fit(X, np.eye(CLASSES)[y], epochs=2, validation_data=(far, np.eye(CLASSES)[YV]))
 
     def test_the_learning_rate_is_named(self):

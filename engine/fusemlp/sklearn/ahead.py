@@ -207,11 +207,8 @@ def _train_together(entries: Sequence[Entry]) -> bool:
     for epochs, model, one, bound in zip(loops, models, batches, places, strict=True):
         epochs.bound = bound
         programs.append(model.engine.lower(inputs, model.loop_loss, model.rule, size, resident=True, ridge=one.ridge))
-
-    def ended(index: int, error: Exception | None) -> None:
-        entries[index].error = error
-
-    run_together(loops, group.bind(programs, models[0].on_device(data)), lambda: False, ended)
+    launch = group.bind(programs, models[0].on_device(data))
+    run_together(loops, launch, lambda: False, lambda index, error: setattr(entries[index], "error", error))
     return True
 
 

@@ -139,7 +139,6 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
                 with exits(epochs.callbacks, epochs.engine):
                     train(epochs, incremental=incremental)
             except DivergenceError:
-                # otherwise the initial parameters would pass for fitted ones
                 self.__dict__ = before
                 raise
         else:

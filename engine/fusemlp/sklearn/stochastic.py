@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import deque
 from dataclasses import dataclass
@@ -165,11 +164,10 @@ class SklearnPolicy(Policy):
         assert self.held_loss is not None
         loss, score = self.held_loss()
         # rows without any weight have no loss
-        if not math.isfinite(loss) and (validation.loss_weight is None or validation.loss_weight.any()):
+        if not np.isfinite(loss) and (validation.loss_weight is None or validation.loss_weight.any()):
             raise DivergenceError(
-                f"val_loss: it became NaN or infinite in epoch {estimator.n_iter_}. Likely causes: values of the "
-                "validation rows that are far from those of training, or a learning rate that is too high: lower "
-                "learning_rate_init, or standardise the features"
+                f"val_loss: it became NaN or infinite in epoch {estimator.n_iter_}. Likely causes: validation rows far "
+                "from those of training, or too high a learning rate; standardise X, or lower learning_rate_init"
             )
         if score is None or validation.weight is not None:
             predicted = self.model.ask("predict", validation.X)

@@ -269,9 +269,8 @@ class EpochLoop(Generic[PolicyT]):
     def _is_finite(self, account: Account) -> bool:
         """Return whether the losses of these epochs, and parameters and validation after the last, are finite."""
         self.engine.check_scaling(account.counters, account.hyper)
-        return (
-            account.finite and all(map(math.isfinite, account.stats[:, LOSS_SUM].tolist())) and self.policy.validate()
-        )
+        losses = account.stats[:, LOSS_SUM].tolist()
+        return account.finite and all(map(math.isfinite, losses)) and self.policy.validate()
 
     def _rates(self, account: Account, epochs: int, left: int) -> list[float]:
         """Return the learning rate at the end of each of the last ``epochs`` epochs, ``left`` batches before now."""

@@ -61,9 +61,8 @@ class FitPolicy(Policy):
         self._monitor = self.state.monitor or ("loss" if self.validation is None else "val_loss")
         self._sign = -1.0 if rises(self._monitor) else 1.0
         self._ahead: dict[int, Array] = {}
-        # of the validation rows after the last epoch, and whether their loss is finite
+        # of the validation rows after the last epoch
         self._held: dict[str, float] = {}
-        self._held_finite = True
 
     def begin(self) -> None:
         """Bind the state of the fit to the engine, and set the learning rate."""
@@ -104,13 +103,15 @@ class FitPolicy(Policy):
             self._ahead = {epoch: self.rows(epoch) for epoch in following if epoch < self.last_epoch}
 
     def validate(self) -> bool:
-        """Evaluate the validation rows; return whether their loss is finite, on all ranks."""
-        if self._validate is None:
-            return True
-        self._held = {f"val_{name}": value for name, value in self._validate().items()}
-        bad, ranks = not math.isfinite(self._held["val_loss"]), self.engine.ranks
-        self._held_finite = not (bad if ranks is None else ranks.any(bad)[0])
-        return self._held_finite
+        """Evaluate the validation rows; return whether their loss is finite."""
+        if self._validate is not None:
+            self._held = self._agreed({f"val_{name}": value for name, value in self._validate().items()})
+        return math.isfinite(self._held.get("val_loss", 0.0))
+
+    def _agreed(self, logs: dict[str, float]) -> dict[str, float]:
+        """Return the quantities by which all ranks decide."""
+        ranks = self.engine.ranks
+        return logs if ranks is None else dict(zip(logs, ranks.of_first(list(logs.values())).tolist(), strict=True))
 
     def end_epoch(self, stats: Array, rate: float) -> dict[str, float]:
         """Judge the epoch."""
@@ -119,9 +120,7 @@ class FitPolicy(Policy):
         if engine.privacy is not None:
             logs["epsilon"] = engine.privacy_spent()["epsilon"]
         logs["learning_rate"] = rate
-        if engine.ranks is not None:
-            # what all decide by
-            logs = dict(zip(logs, engine.ranks.of_first(list(logs.values())).tolist(), strict=True))
+        logs = self._agreed(logs)
         if state.epoch >= self.settles:
             self._judge(self._sign * logs[self._monitor])
         engine.epochs_trained = state.epoch + 1
@@ -144,24 +143,22 @@ class FitPolicy(Policy):
 
     def divergence(self, rate: float) -> DivergenceError:
         """Return an error that names the likely cause."""
-        loss, X, of_which, epoch = "loss", self.X, "", self.state.epoch + 1
-        if not self._held_finite and self.validation is not None:
-            loss, X, of_which = "val_loss", self.validation.data.X, " of the validation rows"
-        largest = self.engine.largest(X)
+        largest, epoch = self.engine.largest(self.X), self.state.epoch + 1
+        held = not math.isfinite(self._held.get("val_loss", 0.0))
         if largest > LARGE_FEATURE and not self.engine.normalise:
             cause = (
-                f"features{of_which} as large as {largest:.3g} were not scaled: standardise them (mean 0, variance 1), "
-                "as an engine with normalise=True does"
+                f"features as large as {largest:.3g} were not scaled: standardise them (mean 0, variance 1), as an "
+                "engine with normalise=True does"
             )
         else:
             lower = min(rate / 10, 0.1)
             cause = f"a learning rate of {rate:.3g} is too high for this network: try {lower:.3g}"
             cause += "" if self.engine.privacy else ", or clip_norm=1.0"
-            cause += f", or the values{of_which} are far from those of training: compare them" if of_which else ""
-        self.state.history.stopped = f"{DIVERGED} in epoch {epoch}{' on the validation rows' if of_which else ''}"
+            cause += "; or the validation rows are far from those of training: compare the two" if held else ""
+        self.state.history.stopped = f"{DIVERGED} in epoch {epoch}{' on the validation rows' if held else ''}"
         return DivergenceError(
-            f"{loss}: it became NaN or infinite in epoch {epoch}. Likely cause: {cause}. The engine is back at the "
-            "state before that epoch"
+            f"{'val_' * held}loss: it became NaN or infinite in epoch {epoch}. Likely cause: {cause}. The engine is "
+            "back at the state before that epoch"
         )
 
     def finish(self, *, interrupted: bool) -> None:
