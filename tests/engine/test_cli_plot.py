@@ -151,7 +151,7 @@ def test_what_cannot_be_drawn(
     ):
         assert run("plot", *arguments) == code
         assert words in capsys.readouterr().err
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
     assert run("plot", good) == 1
     assert 'it needs matplotlib: pip install "fusemlp[plot]"' in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "good", "there.png"]
