@@ -1,7 +1,8 @@
 """Time eager PyTorch and ``fusemlp.torch.fuse``: the same module, batches and optimizer, in one process, in turn.
 
 The first rows are steps over batches that are there already. Those of ``LOOPS`` include the time for a batch from a
-shuffled ``DataLoader``, or from ``fusemlp.torch.Batches``.
+shuffled ``DataLoader``, or from ``fusemlp.torch.Batches``. The last ones are predictions of the class of a few rows, by
+the module and by ``Engine.predict`` of ``fusemlp.torch.from_torch``.
 
 ``python -m bench torch_door`` prints a table. Both run once in each round, in alternating order, with a pause in which
 the threads of the first one's BLAS go to sleep. A turn counts with its median step, which limits the influence of other
@@ -26,9 +27,10 @@ from bench.doors import finish, line, parser
 from bench.measure import AGREEMENT, PAUSE_SECONDS
 from bench.report import Record
 from bench.study import count
-from fusemlp.torch import Batches, fuse
+from fusemlp.torch import Batches, from_torch, fuse
 
 CASES = (((784, 128, 10), 64), ((64, 32, 10), 32))
+PREDICTIONS = (((64, 64, 64, 4), 1), ((64, 64, 64, 4), 16))
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05),
     "SGD, momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
@@ -61,6 +63,13 @@ def batches(width: int, classes: int, rows: int, count: int) -> list[tuple[Tenso
     return [(x, (x @ teacher).argmax(dim=1)) for x in drawn]
 
 
+def module_of(sizes: Sequence[int]) -> nn.Sequential:
+    """Return a network with relu between its layers."""
+    torch.manual_seed(0)
+    layers = [part for i, o in itertools.pairwise(sizes) for part in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
 def source_of(kind: str, data: Sequence[tuple[Tensor, Tensor]]) -> Data:
     """Return the batches of ``data`` themselves (""), or a source that shuffles their rows anew in each epoch."""
     if not kind:
@@ -77,9 +86,7 @@ def compare(
     sizes: tuple[int, ...], rows: int, name: str, *, rounds: int, steps: int, loop: tuple[str, str] = ("", "")
 ) -> Record:
     """Return a row of the table; ``loop``: the sources of the batches of both sides."""
-    torch.manual_seed(0)
-    layers = [part for i, o in itertools.pairwise(sizes) for part in (nn.Linear(i, o), nn.ReLU())]
-    module = nn.Sequential(*layers[:-1])
+    module = module_of(sizes)
     twin = copy.deepcopy(module)
     loss_fn = nn.CrossEntropyLoss()
     contenders: list[Step] = [
@@ -110,6 +117,38 @@ def compare(
     return line(f"{'-'.join(map(str, sizes))}@{rows}, {name}{sides}", *seconds)
 
 
+def predictions(sizes: tuple[int, ...], rows: int, *, rounds: int, steps: int) -> Record:
+    """Return a row of the table: the prediction of the classes of these rows."""
+    module = module_of(sizes)
+    engine = from_torch(module)
+    ((x, _),) = batches(sizes[0], sizes[-1], rows, 1)
+    array = x.numpy()
+
+    def theirs() -> Tensor:
+        with torch.no_grad():
+            return module(x).argmax(dim=1)
+
+    def ours() -> Tensor:
+        return torch.from_numpy(engine.predict(array))
+
+    if not torch.equal(theirs(), ours()):
+        raise RuntimeError(f"{sizes}: torch predicts {theirs()}, and fusemlp {ours()}")
+
+    def median(predict: Callable[[], Tensor]) -> float:
+        times = [time.perf_counter()]
+        for _ in range(steps):
+            predict()
+            times.append(time.perf_counter())
+        return float(np.median(np.diff(times)))
+
+    seconds: list[list[float]] = [[], []]
+    for turn in range(rounds):
+        for which in (0, 1) if turn % 2 else (1, 0):
+            time.sleep(PAUSE_SECONDS)
+            seconds[which].append(median((theirs, ours)[which]))
+    return line(f"{'-'.join(map(str, sizes))}@{rows}, a prediction", *seconds)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write the lines, print the table."""
     made = parser("torch_door", (__doc__ or "").partition("\n")[0], 15)
@@ -118,7 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     turns = {"rounds": options.rounds, "steps": options.steps}
     lines = [compare(sizes, rows, name, **turns) for sizes, rows in CASES for name in OPTIMIZERS]
     lines += [compare(sizes, rows, "Adam", loop=loop, **turns) for sizes, rows in CASES for loop in LOOPS]
-    headers = ["network@batch, optimizer, source of batches", "eager PyTorch", "fused"]
+    lines += [predictions(sizes, rows, **turns) for sizes, rows in PREDICTIONS]
+    headers = ["network@batch, optimizer, source of batches", "eager PyTorch", "fusemlp"]
     finish("torch_door", ("torch",), lines, options.out, headers=headers)
     return 0
 

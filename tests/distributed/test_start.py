@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pytest
 import worlds
 
@@ -20,6 +21,7 @@ from fusemlp import (
     ArgumentError,
     ArgumentTypeError,
     DistributedError,
+    DivergenceError,
     Engine,
     MissingLibraryError,
     ParameterOptions,
@@ -166,6 +168,18 @@ def test_a_collective_that_fails_on_all_ranks_names_the_likely_cause(monkeypatch
     try:
         with pytest.raises(DistributedError, match="may have called save_checkpoint alone: with shard_opt"):
             Ranks(timeout=5.0)._collective(fail)
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_gradients_whose_sum_overflows_are_a_divergence_and_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_rank(monkeypatch, worlds.free_port())
+    # finite in each shard, and not in their sum
+    X, y = np.full((16, 3), 100.0), np.full((16, 3), 1e37)
+    try:
+        engine = Engine(MLP([3, 3]), "mse", SGD(), batch_size=16, backend="numpy", normalise=False, distributed=True)
+        with pytest.raises(DivergenceError):
+            engine.fit(X, y, epochs=1)
     finally:
         distributed.destroy_process_group()
 

@@ -24,6 +24,7 @@ from fusemlp_kernels.contract import (
     UpdateRule,
 )
 from fusemlp_kernels.philox import dropout_keep
+from fusemlp_kernels.registry import backend
 
 RATES = (0.1, 0.5, 0.9)
 # leaky_relu and elu read their derivative off the output, so their slope is not negative; prelu's may be anything
@@ -417,3 +418,12 @@ def test_the_tail_of_softplus_keeps_its_leading_digits(variant):
     variant.bind("grad_input", **operands, activation="softplus")()
     wanted = reference.activation_grad("softplus", exact(x))
     assert_within(dz_prev, wanted, budget * wanted)
+
+
+def test_an_operand_that_overflows_in_its_conversion_is_no_warning():
+    y, one = np.zeros((1, 1), np.float32), np.ones((1, 1), np.float32)
+    run = backend("numpy", None, "fp32").bind(
+        "linear", x=np.full((1, 1), 1e300), w=one, b=one[0], y=y, activation="identity"
+    )
+    run()
+    assert y == np.inf
