@@ -227,9 +227,7 @@ def test_a_list_option_stands_as_often_as_wanted(capsys: pytest.CaptureFixture[s
 
 def test_an_unknown_option_is_one_of_train(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("predict", "x", "--learning_rate", "1") == 2
-    assert "No such option: --learning_rate; fusemlp train has --lr" in re.sub(
-        r"[\s│]+", " ", capsys.readouterr().err
-    )
+    assert "No such option: --learning_rate; fusemlp train has --lr" in re.sub(r"[\s│]+", " ", capsys.readouterr().err)
 
 
 def test_every_hint_is_an_option() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -53,6 +54,7 @@ def test_digits_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         "curves.png",
         "training_rows.npy",
         "checkpoints",
+        ".lock",
     }
     # Progress goes to stderr, a line an epoch without a terminal.
     assert len(re.findall(r"^epoch \d+/\d+  loss ", shown.err, re.MULTILINE)) == len(
@@ -217,6 +219,53 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path: Path) -> None:
         (killed / name).unlink()
     assert run("train", "--resume", killed, "--quiet") == 0
     assert same_tensors(whole / "checkpoints/model.safetensors", killed / "checkpoints/model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["train", "sweep"])
+def test_a_run_that_trains_is_not_resumed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, codes = tmp_path / "run", list[int]()
+    module: Any = importlib.import_module(f"fusemlp.cli.{name}")
+    real = module.finish
+
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def finish(*given: Any, **named: Any) -> Any:
+        before = contents()
+        codes.append(run(name, "--resume", folder))
+        assert contents() == before
+        return real(*given, **named)
+
+    monkeypatch.setattr(module, "finish", finish)
+    options = ("--vary", "seed=0:2") if name == "sweep" else ()
+    assert run(name, "iris", *options, "--epochs", "1", "--quiet", "--out", folder) == 0
+    refusal = f"error: resume: another process trains in {str(folder)!r}; wait for its end, or end it\n"
+    assert codes == [1] and capsys.readouterr().err == refusal
+    if name == "train":
+        assert run("train", "--resume", folder, "--epochs", "2", "--quiet") == 0
+        assert codes == [1, 1] and capsys.readouterr().err == refusal
+
+
+@pytest.mark.parametrize("name", ["train", "sweep"])
+def test_a_default_folder_that_another_process_makes_first(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module: Any = importlib.import_module(f"fusemlp.cli.{'session' if name == 'train' else name}")
+    real, chosen = module.choose_folder, list[Path]()
+
+    def choose_folder(*given: Any) -> Path:
+        chosen.append(real(*given))
+        (chosen[0] / "checkpoints").mkdir(parents=True)
+        return chosen[0]
+
+    monkeypatch.setattr(module, "choose_folder", choose_folder)
+    options = ("--vary", "seed=0:2") if name == "sweep" else ()
+    assert run(name, "iris", *options, "--epochs", "1", "--quiet") == 0
+    assert [path.name for path in chosen[0].iterdir()] == ["checkpoints"]
+    assert (tmp_path / f"{chosen[0]}-2" / "report.json").exists()
 
 
 def test_other_data_cannot_be_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

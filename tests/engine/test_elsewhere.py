@@ -19,7 +19,7 @@ import pytest
 from commands import read, rows, run
 
 from fusemlp import MLP, ArgumentError, ArgumentTypeError, Fleet, FleetResults, WorkerError
-from fusemlp.cli import journal
+from fusemlp.cli import journal, sweep
 from fusemlp.fleet import elsewhere
 from fusemlp.fleet.elsewhere import trained_elsewhere
 from fusemlp.fleet.results import Member
@@ -65,7 +65,7 @@ def trained(numbers: Sequence[int], once: Path | None) -> list[Member]:
     return [Member(number, {}, None, None, "trained", "", {}) for number in numbers]  # type: ignore[arg-type]
 
 
-def interrupted(*given: Any) -> None:
+def interrupted(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
@@ -212,6 +212,17 @@ class TestSweeps:
         assert metrics[0] == metrics[1]
         assert run("sweep", "--resume", tmp_path / "cut") == 1
         assert "holds a sweep that has ended" in capsys.readouterr().err
+
+    def test_ctrl_c_while_the_best_is_scored(self, tmp_path: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sweep, "finish", interrupted)
+            assert run(*self.SWEEP, "--out", tmp_path / "cut") == 130
+        assert not (tmp_path / "cut" / "report.json").exists()
+        assert run("sweep", "--resume", tmp_path / "cut", "--quiet") == 0
+        assert run(*self.SWEEP, "--out", tmp_path / "whole") == 0
+        tests = [read(tmp_path / name / "report.json")["test"] for name in ("cut", "whole")]
+        assert tests[0] == tests[1]
+        assert not (tmp_path / "cut" / journal.JOURNAL).exists()
 
     def test_what_cannot_go_on_is_refused(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         data = tmp_path / "data.csv"

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
+from fusemlp.report import runs as report_runs
 from fusemlp.report.runs import (
     FORMAT,
     Run,
@@ -15,8 +21,10 @@ from fusemlp.report.runs import (
     choose_folder,
     create_run,
     keep_metrics,
+    lock,
     open_run,
     read_metrics,
+    unlock,
     weights_path,
     write_json,
 )
@@ -27,8 +35,9 @@ ROWS = [{"epoch": epoch, "loss": 0.1 / 3**epoch, "val_loss": 1e-17 * epoch} for 
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return create_run(tmp_path / "run")
+def run(tmp_path: Path) -> Iterator[Run]:
+    yield create_run(tmp_path / "run")
+    unlock()
 
 
 def test_the_default_folder_has_the_name_of_the_data_and_the_time(
@@ -37,8 +46,48 @@ def test_the_default_folder_has_the_name_of_the_data_and_the_time(
     monkeypatch.chdir(tmp_path)
     assert choose_folder(None, "digits", NOW) == Path("runs/digits-20260304-050607")
     assert choose_folder(None, "some/where/flowers.csv", NOW) == Path("runs/flowers-20260304-050607")
-    create_run(Path("runs/digits-20260304-050607"))
-    assert choose_folder(None, "digits", NOW) == Path("runs/digits-20260304-050607-2")
+
+
+def test_runs_of_one_second_get_a_folder_each(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "a-2").touch()
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(lambda _: create_run(tmp_path / "runs" / "a", numbered=True), range(8)))
+    assert {run.path.name for run in runs} == {"a", *(f"a-{number}" for number in range(3, 10))}
+    assert all(run.checkpoint("last").parent.is_dir() for run in runs)
+
+
+LOCKING = """
+import sys
+from pathlib import Path
+from fusemlp.report.runs import Run, lock
+lock(Run(Path(sys.argv[1])))
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_process_holds_the_lock_of_a_run(run: Run) -> None:
+    with pytest.raises(CheckpointError, match=r"resume: another process trains in .*/run'; wait for its end"):
+        lock(run)
+    unlock()
+    command = [sys.executable, "-c", LOCKING, str(run.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "locked\n"
+        with pytest.raises(CheckpointError, match="another process trains in"):
+            lock(run)
+        # the system frees the lock of a process that ends in any way
+        other.kill()
+    lock(run)
+
+
+def test_a_file_system_without_locks_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(report_runs, "lock_file", refuse)
+    with pytest.warns(UserWarning, match="no locks in this file system"):
+        lock(run)
 
 
 def test_a_new_or_empty_folder_is_taken(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from fusemlp.cli import commands
 from fusemlp.cli.fields import PANELS, name_of
 from fusemlp.cli.synonyms import SYNONYMS
 from fusemlp.datasets.load import NAMES
+from fusemlp.report.runs import unlock
 from fusemlp.runtime.ranks import ALONE, leading, report_failure, started
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, FusemlpError, ShapeError
 
@@ -65,20 +66,16 @@ class Command(_FlagHelp, TyperCommand):
                 ctx.fail(f"No such option: {error.option_name}{self._option_meant(error.option_name)}")
             raise
         ctx.allow_extra_args = allowed
-        if not ctx.resilient_parsing:
-            self._check_once(ctx, given)
+        order = [] if ctx.resilient_parsing else self.make_parser(ctx).parse_args(args=list(given))[2]
+        for option in order:
+            # typer drops all values but the last
+            if order.count(option) > 1 and not option.multiple:
+                times = f"expected once, got it {order.count(option)} times"
+                ctx.fail(f"{option.opts[0]}: {times}; leave all but one out")
         if extra and not allowed and not ctx.resilient_parsing:
             words = " ".join(word if word.isprintable() else repr(word) for word in extra)
             ctx.fail(f"Got unexpected extra argument(s) ({words}){self._meant(given, extra)}")
         return extra
-
-    def _check_once(self, ctx: Any, args: list[str]) -> None:
-        """Refuse an option that is given several times and is no list: typer drops all values but the last."""
-        order = self.make_parser(ctx).parse_args(args=list(args))[2]
-        for option in order:
-            times = order.count(option)
-            if times > 1 and not option.multiple:
-                ctx.fail(f"{option.opts[0]}: expected once, got it {times} times; leave all but one out")
 
     def _option_meant(self, unknown: str) -> str:
         """Return a hint at the option that an unknown one was meant for, "" if none is near."""
@@ -271,6 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             message, code = f"there is not enough memory: {error}; narrower layers or smaller batches need less", 1
         else:
             return
+        finally:
+            unlock()
         print(f"error: {message}", file=sys.stderr)
         report_failure(f"error: {message}")
         sys.exit(code)

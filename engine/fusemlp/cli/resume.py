@@ -19,7 +19,7 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.network import MLP
 from fusemlp.engine import load_checkpoint
-from fusemlp.report.runs import Run, discard_begun, keep_metrics, open_run, read_json, write_json
+from fusemlp.report.runs import Run, discard_begun, keep_metrics, lock, open_run, read_json, write_json
 from fusemlp.runtime.ranks import TIMEOUT, job, joined, leading, restarts, started
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
 
@@ -95,6 +95,8 @@ def check_data(prepared: Prepared, fingerprint: str, source: str | None, what: s
 def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Session:
     """Return the run at its last checkpoint; refuse other data and options that would change the run."""
     given, mark = check_kept(options, _FREE, "run"), own_job(options)
+    if leading():
+        lock(Run(Path(folder)))
     run, config = open_run(folder)
     if "sweep" in config:
         raise ArgumentError(

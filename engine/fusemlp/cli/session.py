@@ -67,18 +67,16 @@ def new_session(options: TrainOptions) -> Session:
     if against is not None:
         check_adversarial(engine, against)
     session = Session(Run(folder), options, prepared, engine, epochs, epochs, tracker)
-    if leading():
-        _make_folder(session, given)
-    return session
+    return _with_folder(session, given) if leading() else session
 
 
-def _make_folder(session: Session, given: TrainOptions) -> None:
+def _with_folder(session: Session, given: TrainOptions) -> Session:
     """Open the tracker's run, and make the run folder with the configuration; ``given`` are the command's options."""
-    tracker, run, prepared, engine = session.tracker, session.run, session.prepared, session.engine
+    tracker, prepared, engine = session.tracker, session.prepared, session.engine
     if tracker is not None:
         tracker.open(tracking.parameters(session.options, engine, session.epochs))
     with tracking.closing(tracker):
-        create_run(run.path)
+        run = create_run(session.run.path, numbered=given.out is None)
         if prepared.start is not None:
             # a training that was cut off may have to start anew
             engine.save(run.checkpoint("start"))
@@ -87,6 +85,7 @@ def _make_folder(session: Session, given: TrainOptions) -> None:
         columns.write(prepared, run)
         if tracker is not None:
             tracking.note_id(run, session.options, tracker)
+    return replace(session, run=run)
 
 
 def own_job(options: TrainOptions) -> dict[str, str]:

@@ -59,8 +59,8 @@ def worked(options: SweepOptions, told: Events) -> tuple[dict[str, Any], list[st
     else:
         folder = choose_folder(options.out, data_of(options), started)
         plan, members = planned(options), []
-        was_there = folder.exists()
-        run = create_run(folder)
+        was_there = options.out is not None and folder.exists()
+        run = create_run(folder, numbered=options.out is None)
         journal.begin(run, stored_options(options), plan.prepared.summary["fingerprint"])
     if not options.quiet:
         print(*columns.lines(columns.records(plan.prepared), run), describe(plan), sep="\n", file=sys.stderr)
@@ -186,6 +186,8 @@ def trained(plan: Plan, run: Run, told: Events, known: Sequence[Member]) -> tupl
     options = plan.options
     members = {member.index: member for member in known}
     left = [index for index in range(len(plan.points)) if index not in members]
+    if not left:
+        return [members[index] for index in sorted(members)], False
     fleet = plan.fleet if not known else plan.fleet.part(left)
     seldom, interrupted = Seldom(WRITE), False
     try:

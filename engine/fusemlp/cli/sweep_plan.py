@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from fusemlp.cli import defaults, ensemble, grid, journal, recipe, tracking
@@ -21,7 +22,7 @@ from fusemlp.fleet.elsewhere import check_address, check_workers
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.results import Member
 from fusemlp.fleet.seeds import Point
-from fusemlp.report.runs import Run
+from fusemlp.report.runs import Run, lock
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 # The options of ``train`` for each varied parameter.
@@ -138,6 +139,7 @@ def _named_as_varied(axes: Sequence[grid.Axis]) -> Iterator[None]:
 def resumed(options: SweepOptions, folder: str) -> tuple[Run, Plan, list[Member]]:
     """Return the sweep in a folder, and its models that have ended; refuse other data, and options that change it."""
     given = check_kept(options, FREE, "sweep")
+    lock(Run(Path(folder)))
     run, first, told = journal.read(folder)
     # where it trains is told anew
     anew = ("workers", "address", "jobs", "devices", *(("device",) if "devices" in given else ()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 _WORDS = {
-    "accumulate": "accumulate-grad-batches accumulation-steps grad-accum gradient-accumulation-steps",
     "activation": "act activation-function nonlinearity",
     "batch-size": "batch batchsize bs mini-batch-size train-batch-size",
     "clip-norm": "clip clip-grad-norm clipnorm grad-clip gradient-clip gradient-clip-val max-grad-norm",
@@ -17,14 +16,11 @@ _WORDS = {
     "models": "ensemble ensemble-size n-estimators n-models num-models",
     "optimizer": "opt optim optimiser solver",
     "out": "out-dir output output-dir output-file save-dir",
-    "precision": "dtype",
-    "resume": "resume-from resume-from-checkpoint",
     "schedule": "lr-schedule lr-schedule-type lr-scheduler scheduler",
     "seed": "random-seed random-state rng-seed",
     "target": "label label-column outcome response target-column",
     "time-limit": "max-time time-budget timeout",
     "validation-fraction": "val-fraction val-split validation-size validation-split",
-    "warmup": "warmup-epochs",
     "weight-decay": "alpha l2 reg wd",
 }
 # The option for each.

@@ -8,9 +8,12 @@ with ``--track`` its id there in ``tracking.json``.
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,13 +25,18 @@ import numpy as np
 
 from fusemlp.datasets.textfiles import number
 from fusemlp.inputs.arrays import Array
-from fusemlp.runtime.files import write_atomically
+from fusemlp.runtime.files import lock_file, write_atomically
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, unknown_name
 
 FORMAT = 1
 WEIGHTS = ("model", "best", "last")
 # The beginnings of formulas, also in the full width of Japanese; of a guarded cell too, so that guarding can be undone.
 FORMULA = re.compile("'*[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]")
+# The file that is locked while a process trains in the folder, and the errors of a lock that another one has.
+LOCK = ".lock"
+BUSY = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+# The open files that this process has locked.
+_locks: list[int] = []
 
 
 @dataclass(frozen=True)
@@ -80,12 +88,7 @@ def choose_folder(out: str | None, data: str, now: datetime) -> Path:
     Raises ArgumentError if ``out`` is a file or not empty.
     """
     if out is None:
-        stem = f"{Path(data).stem or 'data'}-{now:%Y%m%d-%H%M%S}"
-        path, number = Path("runs", stem), 1
-        while path.exists():
-            number += 1
-            path = Path("runs", f"{stem}-{number}")
-        return path
+        return Path("runs", f"{Path(data).stem or 'data'}-{now:%Y%m%d-%H%M%S}")
     path = Path(out)
     try:
         taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
@@ -98,19 +101,61 @@ def choose_folder(out: str | None, data: str, now: datetime) -> Path:
     return path
 
 
-def create_run(path: Path) -> Run:
-    """Make the folder of a run; ArgumentError if it cannot be written."""
-    run = Run(path)
+def create_run(path: Path, *, numbered: bool = False) -> Run:
+    """Make and lock the folder of a run, ``numbered`` the first of path, path-2, ... that is not there; ArgumentError
+    if it cannot be written."""
+    run, number = Run(path), 1
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while numbered:
+            try:
+                # no other process makes it too
+                run.path.mkdir()
+                break
+            except FileExistsError:
+                number += 1
+                run = Run(path.with_name(f"{path.name}-{number}"))
         run.checkpoint("last").parent.mkdir(parents=True)
     except OSError as error:
         raise ArgumentError(f"out: the folder {str(path)!r} cannot be made ({error.strerror})") from error
+    lock(run)
     return run
+
+
+def lock(run: Run) -> None:
+    """Lock a run folder for this process, until ``unlock`` or its end; the system frees the lock of a killed one.
+
+    Raises CheckpointError if another process trains in the folder, or it cannot be written. A folder that holds no run
+    stays as it is.
+    """
+    if not run.checkpoint("last").parent.is_dir():
+        return
+    try:
+        descriptor = os.open(run.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise CheckpointError(f"{run.path}: the folder cannot be written ({error.strerror})") from error
+    _locks.append(descriptor)
+    try:
+        lock_file(descriptor)
+    except OSError as error:
+        if error.errno in BUSY:
+            message = f"resume: another process trains in {str(run.path)!r}; wait for its end, or end it"
+            raise CheckpointError(message) from None
+        text = f"{run.path}: no locks in this file system ({error.strerror}); let only one process train in the folder"
+        warnings.warn(text, stacklevel=2)
+
+
+def unlock() -> None:
+    """Free the locks of this process."""
+    while _locks:
+        os.close(_locks.pop())
 
 
 def discard_if_empty(run: Run, *, itself: bool) -> None:
     """Remove the empty folders of ``create_run``; ``itself``: the run's own folder too."""
+    unlock()
     with suppress(OSError):
+        (run.path / LOCK).unlink(missing_ok=True)
         run.checkpoint("last").parent.rmdir()
         if itself:
             run.path.rmdir()
@@ -122,7 +167,7 @@ def discard_begun(run: Run) -> None:
     A process that was killed may leave temporary files.
     """
     files = [path for path in run.path.rglob("*") if not path.is_dir()]
-    if all(path == run.checkpoint("start") or path.match(".*.tmp") for path in files):
+    if all(path in (run.checkpoint("start"), run.path / LOCK) or path.match(".*.tmp") for path in files):
         for path in files:
             path.unlink()
         discard_if_empty(run, itself=False)

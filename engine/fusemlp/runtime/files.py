@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import sys
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -117,6 +118,18 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def lock_file(descriptor: int) -> None:
+    """Lock an open file until it is closed; OSError if another process has the lock."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def replace_file(temporary: Path, path: Path) -> None:
