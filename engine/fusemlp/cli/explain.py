@@ -9,7 +9,7 @@ import numpy as np
 
 from fusemlp.cli.commands import EXPLAIN_METHODS, ExplainOptions
 from fusemlp.cli.evaluate import before_final_fit, own_data
-from fusemlp.cli.output import check_output, show, write_output
+from fusemlp.cli.output import check_output, show
 from fusemlp.cli.predict import open_model
 from fusemlp.datasets.load import load_features, load_labelled
 from fusemlp.datasets.prepare import network_inputs
@@ -23,6 +23,7 @@ from fusemlp.report.explanations import Attributions, column_attributions, permu
 from fusemlp.report.metrics import spelled
 from fusemlp.report.plots import HINT, can_plot, heat_figure, importance_figure, picture
 from fusemlp.report.runs import csv_bytes
+from fusemlp.runtime.files import write_atomically
 from fusemlp_kernels.errors import ArgumentError, FusemlpError, MissingLibraryError, unknown_name
 
 # Permutations of each column; columns that are printed and drawn; classes that are drawn.
@@ -100,14 +101,14 @@ def explain(options: ExplainOptions) -> None:
             f"within {mean} on average, {worst} at most"
         )
     if options.out is not None:
-        write_output("out", options.out, csv_bytes(table))
+        write_atomically(options.out, csv_bytes(table))
         lines.append(f"{'importance' if permuted else 'attributions'} {options.out}")
         content["out"] = str(options.out)
     if options.plot is not None:
         figure = importance_figure(shown, unit=unit, title=title, deviations=permuted)
         if maps:
             figure = heat_figure(maps, unit="mean attribution", title=title)
-        write_output("plot", options.plot, picture(figure))
+        write_atomically(options.plot, picture(figure))
         lines.append(f"plot {options.plot}")
         content["plot"] = str(options.plot)
     show(content, lines, as_json=options.as_json)

@@ -7,11 +7,12 @@ import sys
 import numpy as np
 
 from fusemlp.cli.commands import FindOptions
-from fusemlp.cli.output import check_output, show, write_output
+from fusemlp.cli.output import check_output, show
 from fusemlp.cli.prepare import prepare
 from fusemlp.describe.checks import as_number
 from fusemlp.describe.summary import aligned
 from fusemlp.report.plots import HINT, can_plot, picture, sweep_figure
+from fusemlp.runtime.files import write_atomically
 from fusemlp_kernels.errors import ArgumentError
 
 TABLE_ROWS = 20
@@ -35,7 +36,7 @@ def lr_find(options: FindOptions) -> None:
     found = engine.lr_find(rows.X, rows.y, sample_weight=rows.weight, start=start, end=end, steps=options.steps)
     if plot is not None:
         title = f"{prepared.dataset.name}: {'-'.join(map(str, engine.network.sizes))}, {engine.optimizer.kind}"
-        write_output("plot", plot, picture(sweep_figure(found.rates, found.losses, found.suggestion, title)))
+        write_atomically(plot, picture(sweep_figure(found.rates, found.losses, found.suggestion, title)))
     if not found.complete and not options.as_json:
         print(f"the loss blew up after {len(found.rates)} of {options.steps} updates", file=sys.stderr)
     shown = np.unique(np.linspace(0, len(found.rates) - 1, TABLE_ROWS).round().astype(int))

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusemlp.cli.commands import PlotOptions
-from fusemlp.cli.output import check_output, show, write_output
+from fusemlp.cli.output import check_output, show
 from fusemlp.report.plots import FORMATS, HINT, Curves, can_plot, comparison_figure, picture, repeats
 from fusemlp.report.runs import open_run, read_metrics
+from fusemlp.runtime.files import write_atomically
 from fusemlp_kernels.errors import CheckpointError, MissingLibraryError
 
 DEFAULT = Path("comparison.png")
@@ -24,7 +25,7 @@ def plot(options: PlotOptions) -> None:
         raise MissingLibraryError(f"plot: {HINT}")
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     figure = comparison_figure(runs, title=title)
-    write_output("out", out, picture(figure, out.suffix.lower().removeprefix(".")))
+    write_atomically(out, picture(figure, out.suffix.lower().removeprefix(".")))
     same = repeats(runs)
     lines = [*(f"{name} has the same curves as {first}" for name, first in same.items()), f"plot {out}"]
     content = {"runs": [str(path) for path in paths], "plot": str(out), "same": same}

@@ -20,7 +20,7 @@ from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.hardening import Hardening
 from fusemlp.describe.intervals import IBP
 from fusemlp.engine import Engine
-from fusemlp.report.runs import Run, choose_folder, create_run, write_json
+from fusemlp.report.runs import Run, choose_folder, create_run, discard_begun, write_json
 from fusemlp.runtime.ranks import TIMEOUT, job, leading, restarts, started
 from fusemlp.training.adversarial import check_adversarial
 from fusemlp_kernels.errors import ArgumentError
@@ -69,7 +69,13 @@ def new_session(options: TrainOptions) -> Session:
         check_adversarial(engine, against)
     session = Session(Run(folder), options, prepared, engine, epochs, epochs, tracker)
     if leading():
-        _make_folder(session, given)
+        try:
+            _make_folder(session, given)
+        except OSError:
+            # On a full disk: the same command works again.
+            if not session.run.config.exists():
+                discard_begun(session.run)
+            raise
     return session
 
 
@@ -84,8 +90,8 @@ def _make_folder(session: Session, given: TrainOptions) -> None:
             # a training that was cut off may have to start anew
             engine.save(run.checkpoint("start"))
         about = configuration(session.options, prepared, engine, session.epochs)
-        write_json(run.config, {**about, "command": command(given), **own_job(given)})
         columns.write(prepared, run)
+        write_json(run.config, {**about, "command": command(given), **own_job(given)})
         if tracker is not None:
             tracking.note_id(run, session.options, tracker)
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from fusemlp.cli import columns, grid, journal, tracking
@@ -15,7 +16,7 @@ from fusemlp.cli.commands import SweepOptions
 from fusemlp.cli.configuration import command, configuration, stored_options
 from fusemlp.cli.events import Events, events
 from fusemlp.cli.finish import finish
-from fusemlp.cli.output import finite, show
+from fusemlp.cli.output import finite, resumable, show
 from fusemlp.cli.session import data_of
 from fusemlp.cli.standings import Seldom, counts, standings, table
 from fusemlp.cli.sweep_plan import Plan, describe, planned, resumed
@@ -42,13 +43,13 @@ MOST_WORDS = 12
 
 def sweep(options: SweepOptions) -> None:
     """Train all models, write the results and the best; raises DivergenceError if every model diverged."""
-    with events(as_json=options.as_json, quiet=options.quiet) as told:
-        content, lines = worked(options, told)
+    with events(as_json=options.as_json, quiet=options.quiet) as told, resumable("sweep", journal.JOURNAL) as runs:
+        content, lines = worked(options, told, runs)
     show(content, lines, as_json=options.as_json, warnings=content["worse_than"])
 
 
-def worked(options: SweepOptions, told: Events) -> tuple[dict[str, Any], list[str]]:
-    """Return the results of a whole sweep, and lines on the best model."""
+def worked(options: SweepOptions, told: Events, runs: list[Path]) -> tuple[dict[str, Any], list[str]]:
+    """Return the results of a whole sweep, and lines on the best model; append its folder to ``runs``."""
     started = datetime.now()
     if options.resume is not None:
         run, plan, members = resumed(options, options.resume)
@@ -59,6 +60,7 @@ def worked(options: SweepOptions, told: Events) -> tuple[dict[str, Any], list[st
         was_there = folder.exists()
         run = create_run(folder)
         journal.begin(run, stored_options(options), plan.prepared.summary["fingerprint"])
+    runs.append(run.path)
     if not options.quiet:
         print(*columns.lines(columns.records(plan.prepared), run), describe(plan), sep="\n", file=sys.stderr)
     told.start("sweep", epochs=plan.epochs, models=len(plan.points), run=str(run.path), config=described(plan))

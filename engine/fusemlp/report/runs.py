@@ -118,7 +118,8 @@ def discard_begun(run: Run) -> None:
     A process that was killed may leave temporary files.
     """
     files = [path for path in run.path.rglob("*") if not path.is_dir()]
-    if all(path == run.checkpoint("start") or path.match(".*.tmp") for path in files):
+    begun = run.checkpoint("start"), run.columns, run.training_rows
+    if all(path in begun or path.match(".*.tmp") for path in files):
         for path in files:
             path.unlink()
         discard_if_empty(run, itself=False)
