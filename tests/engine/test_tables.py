@@ -354,8 +354,8 @@ def test_lost_digits_are_said(values: list[Any], tmp_path: Path) -> None:
     else:
         read_table(as_frame(table), notes=notes)
     said = (
-        "column 'n' holds whole numbers beyond 2**53, such as 9007199254740993, whose last digits are lost; "
-        "--categorical takes the column as words, --id as names of the rows"
+        "column 'n' loses the last digits of numbers such as 9007199254740993; --categorical takes them as words, "
+        "--id as names of the rows"
     )
     assert notes == ([] if isinstance(values[0], float) else [said])
 
@@ -379,7 +379,7 @@ def test_a_time_zone_is_said(zone: str, form: str, tmp_path: Path) -> None:
         moments = pandas.to_datetime(times[1:], utc=True) if zone else pandas.to_datetime(times[:1])
         pandas.DataFrame({"a": moments}).to_parquet(tmp_path / "a.parquet")
         read_table(tmp_path / "a.parquet", kinds={"a": "ymd"}, notes=notes)
-    said = "column 'a' holds times with a time zone: they are taken in UTC, as those without one"
+    said = "column 'a' holds times with a zone: they are taken in UTC, as those without one"
     assert notes == ([said] if zone else [])
 
 

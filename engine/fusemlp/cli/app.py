@@ -27,6 +27,7 @@ from fusemlp._version import __version__
 from fusemlp.callbacks.compiling import compilations_shown
 from fusemlp.cli import commands
 from fusemlp.cli.fields import PANELS, name_of
+from fusemlp.cli.output import lasting_streams
 from fusemlp.cli.synonyms import SYNONYMS
 from fusemlp.datasets.load import NAMES
 from fusemlp.report.runs import unlock
@@ -249,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # on Windows a redirected output has a code page that lacks most letters of the world
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    with warnings.catch_warnings():
+    with lasting_streams(), warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         if not leading():
             # rank 0 gives them
@@ -266,6 +267,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 message = f"rank {os.environ['RANK']}: {message}"
         except MemoryError as error:
             message, code = f"there is not enough memory: {error}; narrower layers or smaller batches need less", 1
+        except OSError as error:
+            message, code = ": ".join(map(str, filter(None, (error.filename, error.strerror or error)))), 1
         else:
             return
         finally:

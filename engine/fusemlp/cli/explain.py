@@ -10,7 +10,7 @@ import numpy as np
 
 from fusemlp.cli.commands import EXPLAIN_METHODS, ExplainOptions
 from fusemlp.cli.evaluate import before_final_fit, own_data
-from fusemlp.cli.output import check_output, show, write_output, write_picture
+from fusemlp.cli.output import check_output, show, write_picture
 from fusemlp.cli.predict import open_model
 from fusemlp.datasets.load import load_features, load_labelled
 from fusemlp.datasets.prepare import network_inputs
@@ -24,6 +24,7 @@ from fusemlp.report.explanations import Attributions, column_attributions, permu
 from fusemlp.report.metrics import spelled
 from fusemlp.report.plots import check_plots, heat_figure, importance_figure, literal
 from fusemlp.report.runs import csv_bytes
+from fusemlp.runtime.files import write_atomically
 from fusemlp_kernels.errors import ArgumentError, FusemlpError, unknown_name
 
 # Permutations of each column; columns that are printed and drawn; classes that are drawn.
@@ -101,7 +102,7 @@ def explain(options: ExplainOptions) -> None:
             f"within {mean} on average, {worst} at most"
         )
     if options.out is not None:
-        write_output("out", options.out, csv_bytes(table, notes))
+        write_atomically(options.out, csv_bytes(table, notes))
         lines.append(f"{'importance' if permuted else 'attributions'} {options.out}")
         content["out"] = str(options.out)
     try:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fusemlp.cli.commands import ExportOptions
-from fusemlp.cli.output import check_output, show, write_output
+from fusemlp.cli.output import check_output, show
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.engine import Engine, load
 from fusemlp.report.onnx import onnx_bytes
 from fusemlp.report.onnx_features import has_words
 from fusemlp.report.runs import open_run, weights_path
+from fusemlp.runtime.files import write_atomically
 from fusemlp.training.saving import model_bytes
 from fusemlp_kernels.errors import ArgumentError
 
@@ -40,7 +41,7 @@ def export(options: ExportOptions) -> None:
     made = {argument: contents[argument]() for argument in wanted}
     lines = []
     for argument, file in wanted.items():
-        write_output(argument, file, made[argument])
+        write_atomically(file, made[argument])
         lines += [f"{argument} {file}", f"  {_inputs(engine, preprocessor, scaled=bare or argument == 'safetensors')}"]
     shown = {
         "run": str(options.run),

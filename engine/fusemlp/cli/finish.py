@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fusemlp.cli.output import finite, write_picture
@@ -22,19 +23,25 @@ from fusemlp.report.robustness import robust_score
 from fusemlp.report.runs import Run, read_json, write_json
 from fusemlp.report.temperature import Temperature, scale_logits
 from fusemlp.report.uncertainty import COVERAGE, HeldOut, errors_of, summary
+from fusemlp.runtime.files import replace_file
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import DivergenceError, FusemlpError
 
 
-def _scale_best(run: Run, engine: Engine, history: History, temperature: float) -> None:
-    """Divide the logits of the checkpoint ``best``; those of an epoch before a resumption have been divided once."""
+def _scaled_best(run: Run, engine: Engine, history: History, temperature: float) -> Path | None:
+    """Write the checkpoint ``best`` with divided logits beside it; those of an epoch before a resumption have been
+    divided once. Return the file, which takes its place when the report is written: a report that cannot be written
+    has a resumed run come here again."""
     before = read_json(run.report)
     if before and history.best_epoch is not None and history.best_epoch < before["epochs"]:
         temperature /= before.get("temperature", 1.0)
     if temperature != 1.0 and run.checkpoint("best").exists():
         best = load_checkpoint(run.checkpoint("best"), backend=engine.backend, device=engine.device)
         scale_logits(best, temperature)
-        best.save_checkpoint(run.checkpoint("best"))
+        scaled = run.checkpoint("best").with_name(".best.scaled.tmp")
+        best.save_checkpoint(scaled)
+        return scaled
+    return None
 
 
 def finish(
@@ -62,14 +69,14 @@ def finish(
 
     A diverged training has no model and no test. Its engine is back at the last good epoch, in the checkpoint ``last``.
     """
-    history = engine.history or History()
+    history, scaled = engine.history or History(), None
     if failure is None:
         kept = engine if final is None else final[0]
         kept.save_checkpoint(run.checkpoint("model"))
         if prepared.models > 1 or final is not None:
             engine.save_checkpoint(run.checkpoint("best"))
         else:
-            _scale_best(run, engine, history, 1.0 if temperature is None else temperature.value)
+            scaled = _scaled_best(run, engine, history, 1.0 if temperature is None else temperature.value)
         if prepared.models > 1:
             engine.save_checkpoint(run.checkpoint("last"))
     best = None if history.best_epoch is None else history.best_epoch + 1
@@ -151,6 +158,8 @@ def finish(
             report["no_plot"] = str(error).removeprefix("plot: ")
     # It marks a finished run; only the page, which can be made again, comes after it.
     write_json(run.report, finite(report))
+    if scaled is not None:
+        replace_file(scaled, run.checkpoint("best"))
     try:
         write_page(run, engine, prepared, report, history.history, command=config["command"])
     except FusemlpError as error:

@@ -1,14 +1,17 @@
-"""Print the results of a command, and write the files that its options name."""
+"""Print the results of a command, to streams and into files that may fail."""
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -22,6 +25,60 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+class _Stream(io.FileIO):
+    """A standard stream; the program goes on after its ``failure``, as of a full disk or a reader that is gone."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int | None:
+        if self.failure is None:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self.failure = error
+        return len(data)
+
+
+def _lasting(stream: Any) -> Any:
+    """Return a standard stream, None for a closed one, as a stream whose writes do not fail."""
+    buffer = getattr(stream, "buffer", None)
+    if stream is not None and type(getattr(buffer, "raw", buffer)) is not io.FileIO:
+        # A console of Windows, or none of the system's streams.
+        return stream
+    # A later file must not get the number of a closed stream, to which libraries may write.
+    number = os.open(os.devnull, os.O_WRONLY) if stream is None else stream.fileno()
+    writer = io.BufferedWriter(_Stream(number, "w", closefd=False))
+    return io.TextIOWrapper(writer, getattr(stream, "encoding", "utf-8"), "backslashreplace", line_buffering=True)
+
+
+@contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Go on in the body when stdout or stderr fails; exit with 1 at its end if stdout has lost results."""
+    with redirect_stdout(_lasting(sys.stdout)) as out, redirect_stderr(_lasting(sys.stderr)):
+        try:
+            yield
+        finally:
+            out.flush()
+            failure = getattr(getattr(getattr(out, "buffer", None), "raw", None), "failure", None)
+            if failure is not None and failure.errno != errno.EPIPE:
+                print(f"error: stdout: {failure.strerror}, so results are not shown", file=sys.stderr)
+                sys.exit(1)
+
+
+@contextmanager
+def resumable(command: str, mark: str) -> Iterator[list[Path]]:
+    """Let an error of the system, as of a full disk, say how to go on; the body appends its run, which has ``mark``."""
+    runs: list[Path] = []
+    try:
+        yield runs
+    except OSError as error:
+        for run in runs:
+            if (run / mark).exists():
+                going = command_line(["fusemlp", command, "--resume", str(run)])
+                error.strerror = f"{error.strerror or error}; when that is mended, go on: {going}"
+        raise
+
+
 def show(content: Mapping[str, Any], lines: Iterable[str], *, as_json: bool, warnings: Iterable[str] = ()) -> None:
     """Print ``content`` as one JSON object and the warnings on stderr, or ``lines`` and after them the warnings."""
     if as_json:
@@ -33,12 +90,8 @@ def show(content: Mapping[str, Any], lines: Iterable[str], *, as_json: bool, war
 
 
 def print_json(content: Mapping[str, Any], stream: TextIO) -> None:
-    """Print ``content`` as a line; the program goes on if nothing reads the lines any more."""
-    try:
-        print(json.dumps(finite(content)), file=stream, flush=True)
-    except BrokenPipeError:
-        # The flush at the end of the process would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    """Print ``content`` as a line."""
+    print(json.dumps(finite(content)), file=stream, flush=True)
 
 
 def command_line(words: Sequence[str]) -> str:
@@ -72,18 +125,13 @@ def write_picture(path: Path, make: Callable[[], Figure], argument: str = "plot"
 
 
 def write_made(argument: str, path: Path, make: Callable[[], bytes]) -> None:
-    """Write the picture or page of ``make`` as ``write_output`` does; DataError if it cannot be made."""
+    """Write the picture or page of ``make`` atomically; DataError if it cannot be made or written."""
     try:
         content = make()
     # names, numbers and the settings of matplotlib may be anything, and so are the errors
     except Exception as error:
         raise DataError(f"{argument}: {str(path)!r} cannot be made ({reason(error)})") from error
-    write_output(argument, path, content)
-
-
-def write_output(argument: str, path: Path, content: bytes) -> None:
-    """Write a file atomically; ArgumentError if it cannot be written."""
     try:
         write_atomically(path, content)
     except OSError as error:
-        raise ArgumentError(f"{argument}: {str(path)!r} cannot be written ({error.strerror})") from error
+        raise DataError(f"{argument}: {str(path)!r} cannot be written ({error.strerror})") from error

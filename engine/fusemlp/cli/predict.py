@@ -10,7 +10,7 @@ import numpy as np
 
 from fusemlp.cli.commands import PredictOptions
 from fusemlp.cli.options import UseOptions
-from fusemlp.cli.output import check_output, show, write_output
+from fusemlp.cli.output import check_output, show
 from fusemlp.datasets.load import load_features
 from fusemlp.datasets.prepare import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
@@ -20,6 +20,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import class_scores, predicted_codes, predictions
 from fusemlp.report.runs import Run, csv_bytes, open_run, read_json, weights_path
 from fusemlp.report.uncertainty import HeldOut, intervals, sets, spread
+from fusemlp.runtime.files import write_atomically
 from fusemlp_kernels.errors import ArgumentError
 
 OUTPUTS = (".csv", ".npz")
@@ -55,7 +56,7 @@ def predict(options: PredictOptions) -> None:
     if options.proba:
         more["probabilities"] = engine.predict_proba(X)
     parts = preprocessor, ids, predicted, more
-    write_output("out", out, _npz(*parts) if out.suffix.lower() == ".npz" else csv_bytes(_csv(*parts), notes))
+    write_atomically(out, _npz(*parts) if out.suffix.lower() == ".npz" else csv_bytes(_csv(*parts), notes))
     about = {"run": str(options.run), "data": data, "weights": options.weights, "rows": len(X), "out": str(out)}
     lines = [*notes, f"predictions of {len(X)} rows {out}"]
     show(about | {"notes": notes}, lines, as_json=options.as_json)

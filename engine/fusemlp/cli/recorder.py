@@ -40,10 +40,14 @@ class Recorder(Callback):
             self._write_rows()
         is_last = engine.fit_state is not None and engine.fit_state.last_epoch == epoch + 1
         due = is_last or (epoch + 1) % self.every == 0
-        if due:
+        # The best first: a training that ends between the two goes on before this epoch, and has it again.
+        is_best = engine.history is not None and engine.history.best_epoch == epoch
+        if is_best:
+            engine.save_checkpoint(self.run.checkpoint("best"))
+        if due and is_best and leading():
+            self._link_last()
+        elif due and not is_best:
             engine.save_checkpoint(self.run.checkpoint("last"))
-        if engine.history is not None and engine.history.best_epoch == epoch:
-            self._save_best(engine, linked=due)
 
     def on_train_end(self, engine: Engine, history: History) -> None:
         self._write_rows()
@@ -63,19 +67,14 @@ class Recorder(Callback):
                 return
             del self._rows[0]
 
-    def _save_best(self, engine: Engine, *, linked: bool) -> None:
-        """Link the checkpoint ``last`` to ``best`` if it was just written, else write ``best``."""
+    def _link_last(self) -> None:
+        """Make the checkpoint ``last`` a link to ``best``, which was just written."""
         best, last = self.run.checkpoint("best"), self.run.checkpoint("last")
-        if linked and not leading():
-            return
-        if linked:
-            temporary = best.with_name(f".{best.name}.tmp")
-            try:
-                temporary.unlink(missing_ok=True)
-                os.link(last, temporary)
-                replace_file(temporary, best)
-            except OSError:
-                # Without hard links, write a second file; to save again would need all ranks.
-                write_atomically(best, last.read_bytes())
-            return
-        engine.save_checkpoint(best)
+        temporary = last.with_name(f".{last.name}.tmp")
+        try:
+            temporary.unlink(missing_ok=True)
+            os.link(best, temporary)
+            replace_file(temporary, last)
+        except OSError:
+            # Without hard links, write a second file; to save again would need all ranks.
+            write_atomically(last, best.read_bytes())

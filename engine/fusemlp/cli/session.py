@@ -19,7 +19,7 @@ from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.intervals import IBP
 from fusemlp.engine import Engine
-from fusemlp.report.runs import Run, choose_folder, create_run, write_json
+from fusemlp.report.runs import Run, choose_folder, create_run, discard_begun, write_json
 from fusemlp.runtime.ranks import TIMEOUT, job, leading, restarts, started
 from fusemlp.training.adversarial import check_adversarial
 from fusemlp_kernels.errors import ArgumentError
@@ -77,12 +77,18 @@ def _with_folder(session: Session, given: TrainOptions) -> Session:
         tracker.open(tracking.parameters(session.options, engine, session.epochs))
     with tracking.closing(tracker):
         run = create_run(session.run.path, numbered=given.out is None)
-        if prepared.start is not None:
-            # a training that was cut off may have to start anew
-            engine.save(run.checkpoint("start"))
-        about = configuration(session.options, prepared, engine, session.epochs)
-        write_json(run.config, {**about, "command": command(given), **own_job(given)})
-        columns.write(prepared, run)
+        try:
+            if prepared.start is not None:
+                # a training that was cut off may have to start anew
+                engine.save(run.checkpoint("start"))
+            about = configuration(session.options, prepared, engine, session.epochs)
+            columns.write(prepared, run)
+            write_json(run.config, {**about, "command": command(given), **own_job(given)})
+        except OSError:
+            # on a full disk: the same command works again
+            if not run.config.exists():
+                discard_begun(run)
+            raise
         if tracker is not None:
             tracking.note_id(run, session.options, tracker)
     return replace(session, run=run)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fusemlp.cli import columns, grid, journal, tracking
@@ -17,7 +18,7 @@ from fusemlp.cli.configuration import command, configuration, stored_options
 from fusemlp.cli.events import Events, events
 from fusemlp.cli.finish import finish
 from fusemlp.cli.lines import written
-from fusemlp.cli.output import finite, show, write_picture
+from fusemlp.cli.output import finite, resumable, show, write_picture
 from fusemlp.cli.session import data_of
 from fusemlp.cli.standings import Seldom, counts, standings, table
 from fusemlp.cli.sweep_plan import Plan, describe, planned, resumed
@@ -45,13 +46,13 @@ MOST_WORDS = 12
 
 def sweep(options: SweepOptions) -> None:
     """Train all models, write the results and the best; raises DivergenceError if every model diverged."""
-    with events(as_json=options.as_json, quiet=options.quiet) as told:
-        content, lines = worked(options, told)
+    with events(as_json=options.as_json, quiet=options.quiet) as told, resumable("sweep", journal.JOURNAL) as runs:
+        content, lines = worked(options, told, runs)
     show(content, lines, as_json=options.as_json, warnings=content["worse_than"])
 
 
-def worked(options: SweepOptions, told: Events) -> tuple[dict[str, Any], list[str]]:
-    """Return the results of a whole sweep, and lines on the best model."""
+def worked(options: SweepOptions, told: Events, runs: list[Path]) -> tuple[dict[str, Any], list[str]]:
+    """Return the results of a whole sweep, and lines on the best model; append its folder to ``runs``."""
     started = datetime.now()
     if options.resume is not None:
         run, plan, members = resumed(options, options.resume)
@@ -62,6 +63,7 @@ def worked(options: SweepOptions, told: Events) -> tuple[dict[str, Any], list[st
         was_there = options.out is not None and folder.exists()
         run = create_run(folder, numbered=options.out is None)
         journal.begin(run, stored_options(options), plan.prepared.summary["fingerprint"])
+    runs.append(run.path)
     if not options.quiet:
         print(*columns.lines(columns.records(plan.prepared), run), describe(plan), sep="\n", file=sys.stderr)
     told.start("sweep", epochs=plan.epochs, models=len(plan.points), run=str(run.path), config=described(plan))

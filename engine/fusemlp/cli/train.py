@@ -12,7 +12,7 @@ from fusemlp.cli.commands import TrainOptions
 from fusemlp.cli.events import Events, events
 from fusemlp.cli.finish import finish
 from fusemlp.cli.lines import describe, outcome, written
-from fusemlp.cli.output import show
+from fusemlp.cli.output import resumable, show
 from fusemlp.cli.recorder import Recorder
 from fusemlp.cli.resume import going_on, resumed_session
 from fusemlp.cli.session import Session, attack_on, fit_options, new_session
@@ -37,8 +37,9 @@ def train(options: TrainOptions) -> None:
     if not leading():
         follow(options, again=again)
         return
-    with events(as_json=options.as_json, quiet=options.quiet) as told:
+    with events(as_json=options.as_json, quiet=options.quiet) as told, resumable("train", "config.json") as runs:
         session = prepared_session(options, again=again)
+        runs.append(session.run.path)
         with tracking.closing(session.tracker):
             content, lines, failure = trained(session, told)
     show(content, lines, as_json=options.as_json, warnings=content.get("worse_than", ()))

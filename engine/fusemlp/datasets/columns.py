@@ -24,10 +24,9 @@ _FEW = 20
 _TELLING = 4096
 # A number that is text for a reason.
 _MARKED = re.compile(r"[^\d.+\-eE\s]")
-# A time with a zone, and whole numbers of which some have more digits than float64 keeps.
+# A time with a zone, and whole numbers of which some have more digits than float64 holds.
 _ZONED = re.compile(r":\d\d.*(?:Z|[-+]\d\d:?\d\d)$")
 _LONG = r"^[+-]?[0-9]{16,300}$"
-_EXACT = 2**53
 # The numbers that Arrow reads, with another decimal mark too.
 _PLAIN = {mark: rf"^[+-]?[0-9]{{1,200}}(?:[{mark}][0-9]{{0,200}})?$" for mark in ".,"}
 
@@ -175,7 +174,7 @@ class Column:
 
     def _watch_digits(self, texts: Any, numbers: Array) -> None:
         """Keep the first of the whole numbers that lost digits when their ``texts`` became ``numbers``."""
-        if self.rounded is None and (np.abs(numbers) >= _EXACT).any():
+        if self.rounded is None and (np.abs(numbers) >= 2**53).any():
             texts = pc.utf8_trim_whitespace(texts)
             long = pc.unique(texts.filter(pc.match_substring_regex(texts, _LONG))).to_pylist()
             self.rounded = next((text for text in long if int(text) != float(text)), None)
@@ -251,15 +250,10 @@ class Column:
     def finish(self, notes: list[str]) -> Array:
         notes += self.notes
         if self.zoned:
-            notes.append(
-                f"column {self.name!r} holds times with a time zone: they are taken in UTC, as those without one"
-            )
+            notes.append(f"column {self.name!r} holds times with a zone: they are taken in UTC, as those without one")
         if self.rounded is not None:
-            instead = "" if self.told else "; --categorical takes the column as words, --id as names of the rows"
-            notes.append(
-                f"column {self.name!r} holds whole numbers beyond 2**53, such as {self.rounded}, whose last digits are "
-                f"lost{instead}"
-            )
+            instead = "" if self.told else "; --categorical takes them as words, --id as names of the rows"
+            notes.append(f"column {self.name!r} loses the last digits of numbers such as {self.rounded}{instead}")
         if self.kind is None or not self.grown.length:
             # No cell of the column has a value.
             return np.full(sum(map(len, self.waiting)), np.nan)

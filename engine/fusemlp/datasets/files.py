@@ -17,19 +17,10 @@ import numpy as np
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import DataError
 
-# numpy, zipfile and zlib raise these for damaged archives; RuntimeError stands for encryption and unknown versions.
-_UNREADABLE_ARCHIVE = (
-    ValueError,
-    EOFError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+# Readers raise these for damaged archives, and for damaged content, of XML SyntaxError too. RuntimeError stands for
+# encryption and unknown versions.
+ARCHIVE = OSError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error
+CONTENT = ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, SyntaxError
 
 
 def read_npz(path: Path) -> dict[str, Array]:
@@ -45,7 +36,7 @@ def read_npz(path: Path) -> dict[str, Array]:
                 if foreign:
                     raise ValueError(f"{foreign[0]!r} is no array")
                 return arrays
-    except _UNREADABLE_ARCHIVE as error:
+    except (*ARCHIVE, *CONTENT) as error:
         raise DataError(
             f"{path}: expected an npz file with plain arrays X and y, as numpy.savez writes it, but it "
             f"cannot be read ({reason(error)}); it may be damaged or incomplete, or hold Python objects"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import itertools
 import lzma
-import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusemlp.datasets.files import reason
+from fusemlp.datasets.files import ARCHIVE, CONTENT, reason
 from fusemlp.datasets.textfiles import Form, Source, as_batches, headed, is_compressed, open_text
 from fusemlp_kernels.errors import ArgumentTypeError, DataError
 
@@ -25,12 +24,9 @@ ARROW = {".parquet": "parquet", ".feather": "feather", ".arrow": "feather"}
 TABLES = (".csv", ".tsv", *ARROW, ".xlsx")
 # The number of rows in a piece of a table with types.
 _ROWS = 2**16
-# The most rows of a sheet. A part of a workbook is a bomb if it unpacks to more bytes than this and to more than this
-# multiple of its packed size; cells, even of one value, stay below.
-_EXCEL_ROWS = 2**20
-_LARGE, _MULTIPLE = 2**26, 200
-# openpyxl raises them for damaged files; a SyntaxError is of XML.
-_DAMAGED = SyntaxError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, struct.error
+# The most rows of a sheet, and the bytes and the multiple of its packed size beyond which a part of a workbook is a
+# bomb; even cells of one value stay below.
+_EXCEL_ROWS, _LARGE, _MULTIPLE = 2**20, 2**26, 200
 # The results of formulas that failed.
 _ERRORS = frozenset({"#N/A", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!", "#REF!", "#VALUE!"})
 
@@ -166,7 +162,7 @@ def _open_excel(path: Path, form: Form) -> Source:
                     texts.pop()
                 if texts:
                     yield number, texts
-        except _DAMAGED as error:
+        except (*ARCHIVE, *CONTENT) as error:
             raise OSError(reason(error)) from error
         finally:
             book.close()
@@ -197,7 +193,7 @@ def _open_book(path: Path) -> Any:
                 if part.file_size > max(_LARGE, _MULTIPLE * part.compress_size):
                     raise OSError(f"{part.filename} would unpack from {part.compress_size} to {part.file_size} bytes")
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    except (*_DAMAGED, openpyxl.utils.exceptions.InvalidFileException) as error:
+    except (*ARCHIVE, *CONTENT, openpyxl.utils.exceptions.InvalidFileException) as error:
         raise OSError(reason(error)) from error
     if not book.worksheets:
         raise OSError("it has no sheet of cells")

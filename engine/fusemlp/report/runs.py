@@ -167,7 +167,9 @@ def discard_begun(run: Run) -> None:
     A process that was killed may leave temporary files.
     """
     files = [path for path in run.path.rglob("*") if not path.is_dir()]
-    if all(path in (run.checkpoint("start"), run.path / LOCK) or path.match(".*.tmp") for path in files):
+    begun = run.checkpoint("start"), run.columns, run.training_rows, run.path / LOCK
+    if all(path in begun or path.match(".*.tmp") for path in files):
+        unlock()
         for path in files:
             path.unlink()
         discard_if_empty(run, itself=False)
