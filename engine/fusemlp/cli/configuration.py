@@ -17,6 +17,7 @@ from fusemlp.cli.options import FitOptions
 from fusemlp.cli.output import command_line
 from fusemlp.cli.prepare import Prepared
 from fusemlp.datasets.load import NAMES
+from fusemlp.describe.description import reading, stored
 from fusemlp.engine import Engine
 from fusemlp.report.runs import FORMAT
 
@@ -77,4 +78,6 @@ def stored_options(options: FitOptions) -> dict[str, Any]:
 
 def options_of(config: Mapping[str, Any]) -> TrainOptions:
     """Return the options of a run."""
-    return TrainOptions(**{**config["options"], "data": config["data"]["source"]})
+    with reading("run: the options in its config.json", "start a new run"):
+        options: TrainOptions = stored("options", {**config["options"], "data": config["data"]["source"]}, TrainOptions)
+    return options
