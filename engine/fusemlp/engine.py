@@ -167,10 +167,11 @@ def load_checkpoint(
     Raises CheckpointError if the file is missing, corrupted or of another network, BackendUnavailableError.
     """
     content = checkpoint.read_content(path)
-    found = MLP.from_config(content["config"]["network"])
-    if network is not None and as_network("network", network) != found:
-        raise CheckpointError(f"path: {str(path)!r} is of another network: expected {network!r}, it holds {found!r}")
     engine = _restored(content, backend, device)
+    if network is not None and as_network("network", network) != engine.network:
+        raise CheckpointError(
+            f"path: {str(path)!r} is of another network: expected {network!r}, it holds {engine.network!r}"
+        )
     engine.join(distributed, reduce, timeout, shard_optimizer)
     return engine
 
@@ -183,18 +184,10 @@ def load(path: str | Path, *, backend: str = "auto", device: str | None = None, 
 
     Raises CheckpointError if the file is missing, corrupted or another's, BackendUnavailableError.
     """
-    changed: dict[str, Any] = {} if precision is None else {"precision": precision}
     metadata, tensors = files.read_file(path, files.MODEL)
-    if files.MODEL.entry in metadata:
-        config = files.checked_config(path, metadata, tensors, files.MODEL)
-        engine = Engine.__new__(Engine)
-        engine.start_from({**config, **changed}, backend=backend, device=device)
-        engine.load_state_dict(tensors)
-        return engine
-    if files.CHECKPOINT.entry in metadata:
-        content = checkpoint.read_content(path)
-        content["config"] |= changed
-        return _restored(content, backend, device)
+    for kind in (files.MODEL, files.CHECKPOINT):
+        if kind.entry in metadata:
+            return _restored(files.checked_content(path, metadata, tensors, kind), backend, device, precision)
     raise CheckpointError(
         f"path: {str(path)!r} is a safetensors file that does not say which network it is of; make the engine, "
         "Engine(MLP([...])), and then engine.load_state_dict(safetensors.numpy.load_file(path))"
@@ -223,7 +216,7 @@ def _read_source(source: Any, options: Mapping[str, Any]) -> Any:
     return load(path, backend=options.get("backend", "auto"), **machine)
 
 
-def _restored(content: Mapping[str, Any], backend: str, device: str | None) -> Engine:
+def _restored(content: Mapping[str, Any], backend: str, device: str | None, precision: str | None = None) -> Engine:
     engine = Engine.__new__(Engine)
-    checkpoint.restore_engine(engine, content, backend=backend, device=device)
+    checkpoint.restore_engine(engine, content, backend=backend, device=device, precision=precision)
     return engine

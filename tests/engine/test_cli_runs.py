@@ -82,7 +82,7 @@ def test_what_is_no_run_is_named(trained: Path, capsys: pytest.CaptureFixture[st
     reasons = {Path(one["path"]).name: one["reason"] for one in listed(trained, capsys=capsys)["left_out"]}
     words = {
         "broken": "config.json: cannot be read",
-        "strange": "its files are not those of a run (KeyError: 'options')",
+        "strange": "config.json: the configuration does not fit: it has no entry 'command'",
         "newer": "expected a configuration of format 1, found 99",
         "list": "expected a configuration of format 1, found 'list'",
         "torn": "its files are not those of a run (ValueError",

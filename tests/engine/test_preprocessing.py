@@ -366,7 +366,7 @@ def test_stored_forms_that_are_damaged() -> None:
     made = numbers([0, 1], "classification")
     with pytest.raises(CheckpointError, match=r"expected JSON, got .*task"):
         Preprocessor.from_json(made.to_json()[:-5])
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="does not fit"):
         Preprocessor.from_json("[1]")
     incomplete = {name: value for name, value in made.to_config().items() if name != "scale"}
     with pytest.raises(CheckpointError, match="scale"):

@@ -17,6 +17,7 @@ from fusemlp.cli.options import FitOptions
 from fusemlp.cli.output import command_line
 from fusemlp.cli.prepare import Prepared
 from fusemlp.datasets.load import NAMES
+from fusemlp.describe.description import reading, stored
 from fusemlp.engine import Engine
 from fusemlp.report.runs import FORMAT
 
@@ -80,5 +81,7 @@ def stored_options(options: FitOptions) -> dict[str, Any]:
 
 def options_of(config: Mapping[str, Any]) -> TrainOptions:
     """Return the options of a run, without those of earlier releases."""
-    stored = {name: value for name, value in config["options"].items() if name not in GONE}
-    return TrainOptions(**{**stored, "data": config["data"]["source"]})
+    options = {name: value for name, value in config["options"].items() if name not in GONE}
+    with reading("run: the options in its config.json", "start a new run"):
+        known: TrainOptions = stored("options", {**options, "data": config["data"]["source"]}, TrainOptions)
+    return known

@@ -11,6 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fusemlp.cli.commands import SweepOptions
+from fusemlp.describe.checks import as_count
+from fusemlp.describe.description import reading, stored
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.memory import Kept
 from fusemlp.fleet.results import Member
@@ -51,12 +54,16 @@ def read(folder: str) -> tuple[Run, dict[str, Any], list[dict[str, Any]]]:
         mend = "; a run of train goes on with fusemlp train --resume" if config and "sweep" not in config else ""
         raise CheckpointError(f"resume: {folder!r} {reason}{mend}")
     lines = (run.path / JOURNAL).read_text(encoding="utf-8").splitlines(keepends=True)
-    found = []
+    found: list[dict[str, Any]] = []
     for line in lines:
         if not line.endswith("\n"):
             # it was being written
             break
-        found.append(json.loads(line))
+        with reading(f"resume: line {len(found) + 1} of {str(run.path / JOURNAL)!r}", "start the sweep again"):
+            found.append(stored("line", json.loads(line), dict[str, Any]))
+            if len(found) == 1:
+                stored("fingerprint", found[0]["fingerprint"], str)
+                stored("options", found[0]["options"], SweepOptions)
     if not found:
         raise CheckpointError(f"resume: {folder!r} was cut off before its first line; start the sweep again")
     return run, found[0], found[1:]
@@ -64,10 +71,12 @@ def read(folder: str) -> tuple[Run, dict[str, Any], list[dict[str, Any]]]:
 
 def member(told: Mapping[str, Any], fleet: Fleet) -> Member:
     """Return a model of which a line tells, without its parameters."""
-    one, history = fleet.candidates[told["index"]], History(**told["history"])
-    history.in_use = list(history.in_use)
-    held = Kept(one, {}, {}, history, len(history.epochs))
-    return Member(told["index"], one.parameters, held, history, told["status"], told["reason"], told["scores"])
+    with reading(f"resume: a model of {JOURNAL}", "start the sweep again"):
+        index, history = as_count("index", told["index"], minimum=0), stored("history", told["history"], History)
+        candidate, scores = fleet.candidates[index], stored("scores", told["scores"], dict[str, float])
+        ending = stored("status", told["status"], str), stored("reason", told["reason"], str)
+    held = Kept(candidate, {}, {}, history, len(history.epochs))
+    return Member(index, candidate.parameters, held, history, *ending, scores)
 
 
 def close(run: Run) -> None:

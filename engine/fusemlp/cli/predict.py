@@ -14,6 +14,7 @@ from fusemlp.cli.output import check_output, show
 from fusemlp.datasets.load import load_features
 from fusemlp.datasets.prepare import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.description import reading
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.fleet.merge import members
 from fusemlp.inputs.arrays import Array
@@ -21,7 +22,7 @@ from fusemlp.report.metrics import class_scores, predicted_codes, predictions
 from fusemlp.report.runs import Run, csv_bytes, open_run, read_json, weights_path
 from fusemlp.report.uncertainty import HeldOut, intervals, sets, spread
 from fusemlp.runtime.files import write_atomically
-from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.errors import ArgumentError, CheckpointError
 
 OUTPUTS = (".csv", ".npz")
 
@@ -30,7 +31,12 @@ def open_model(options: UseOptions) -> tuple[Engine, Preprocessor, dict[str, Any
     """Return the engine, the preprocessor and the configuration of a run."""
     run, config = open_run(options.run)
     engine = load_checkpoint(weights_path(run, options.weights), backend=options.backend, device=options.device)
-    return engine, Preprocessor.from_config(config["preprocessor"]), config
+    preprocessor = Preprocessor.from_config(config["preprocessor"])
+    if preprocessor.one_hot_targets and engine.loss.is_classification:
+        raise CheckpointError(
+            f"{run.config}: one_hot_targets: expected False with the loss {engine.loss.kind}, got True"
+        )
+    return engine, preprocessor, config
 
 
 def predict(options: PredictOptions) -> None:
@@ -78,7 +84,8 @@ def _held_out(options: PredictOptions, coverage: float, config: Mapping[str, Any
         else:
             reason = "has no errors of held-out rows, because an earlier release wrote it; train again with this one"
         raise ArgumentError(f"interval: the report of {str(options.run)!r} {reason}")
-    held = HeldOut.from_config(report["held_out"])
+    with reading(str(Run(options.run).report), "train again, or leave out --interval"):
+        held = HeldOut.from_config(report["held_out"])
     try:
         held.bound(coverage)
     except ArgumentError as error:

@@ -12,10 +12,11 @@ import numpy.typing as npt
 
 from fusemlp.datasets.coding import Features, rare_words, spellings
 from fusemlp.datasets.dataset import Dataset
-from fusemlp.datasets.dates import sources_of
+from fusemlp.datasets.dates import ORDERS, sources_of
 from fusemlp.datasets.roles import UNUSED
 from fusemlp.datasets.scaling import SCALES, Knots, by_pieces, by_quantiles, clipped, edges, knots, statistics
-from fusemlp.describe.checks import as_count, as_number
+from fusemlp.describe.checks import as_count, as_number, check_choice
+from fusemlp.describe.description import reading, stored
 from fusemlp.inputs.arrays import Array, as_class_labels, as_features, as_values, to_array
 from fusemlp_kernels.errors import CheckpointError, DataError, ShapeError, unknown_name
 
@@ -364,18 +365,16 @@ class Preprocessor:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Preprocessor:
         """Invert ``to_config``, before or after JSON; CheckpointError if the entries do not fit."""
-        try:
-            stored = cls(**{name: _tuples(value) for name, value in config.items()})
-            columns = {len(stored.feature_names), len(stored.categories)}
-            columns |= {len(stored.feature_shift), len(stored.feature_scale)}
-            optional: tuple[tuple[Any, ...], ...] = stored.feature_fill, stored.missing_inputs, stored.feature_knots
-            optional += stored.shared, stored.other_inputs
-            columns |= {len(given) for given in optional if given}
-        except (AttributeError, TypeError) as error:
-            raise CheckpointError(f"preprocessor: its stored form cannot be read ({error})") from error
-        if len(columns) != 1 or len(stored.target_shift) != len(stored.target_scale):
+        with reading("preprocessor: its stored form", "use another file of the run, or train again"):
+            made: Preprocessor = stored("preprocessor", config, cls)
+            for _, order in made.dates:
+                check_choice("dates", order, ORDERS)
+        lists = made.feature_names, made.categories, made.feature_shift, made.feature_scale
+        optional = made.feature_fill, made.missing_inputs, made.feature_knots, made.shared, made.other_inputs
+        columns = {*map(len, lists), *map(len, filter(None, optional))}
+        if len(columns) != 1 or len(made.target_shift) != len(made.target_scale):
             raise CheckpointError(f"preprocessor: the stored lists differ in length ({sorted(columns)} columns)")
-        return stored
+        return made
 
     def to_json(self) -> str:
         """Return ``to_config`` as JSON: floats in their shortest exact decimal form, labels with their types."""
@@ -385,8 +384,9 @@ class Preprocessor:
     def from_json(cls, text: str) -> Preprocessor:
         """Invert ``to_json``; CheckpointError for other text."""
         try:
-            config = json.loads(text)
-        except json.JSONDecodeError as error:
+            # int refuses NaN and Infinity, which to_json does not write
+            config = json.loads(text, parse_constant=int)
+        except ValueError as error:
             raise CheckpointError(f"preprocessor: expected JSON, got {text[:40]!r} ({error})") from error
         return cls.from_config(config)
 
@@ -395,10 +395,6 @@ def _knots(X: Features, numbers: npt.NDArray[np.bool_], scale: str) -> tuple[Kno
     """Return what quantile and piecewise scaling know of each column."""
     of = {"quantile": knots, "piecewise": edges}.get(scale)
     return tuple(of(X[:, column]) if number else None for column, number in enumerate(numbers)) if of else ()
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _median(values: Features) -> float:

@@ -1,11 +1,21 @@
-"""The base of all descriptions: frozen dataclasses with checks in the types of their fields."""
+"""The base of all descriptions: frozen dataclasses with checks in the types of their fields; and those in files."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
-from typing import Annotated, Any, ClassVar, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag, check_keys
+from fusemlp_kernels.errors import ArgumentTypeError, CheckpointError, FusemlpError
+
+# Code that reads a description raises these where an entry is missing, has another type or is out of range.
+MISFITS = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(MemoryError, RecursionError, TypeError, ValueError),
+)
 
 NonNegative = Annotated[float, partial(as_number, low=0.0)]
 Positive = Annotated[float, partial(as_number, low=0.0, low_open=True)]
@@ -52,6 +62,43 @@ def from_config(argument: str, known: Mapping[str, type[Described]], config: Map
     cls = known[check_choice(argument, config.get("kind"), known)]
     check_keys(argument, config, ("kind", *_names(cls)))
     return cls(**{name: value for name, value in config.items() if name != "kind"})
+
+
+@contextlib.contextmanager
+def reading(place: str, mend: str) -> Iterator[None]:
+    """Turn errors of reading a description into a CheckpointError with the ``place``, the reason and a ``mend``."""
+    try:
+        yield
+    except MISFITS as error:
+        what = "" if isinstance(error, FusemlpError) else f"{type(error).__name__}: "
+        reason = f"it has no entry {error}" if isinstance(error, KeyError) else f"{what}{error}"
+        raise CheckpointError(f"{place} does not fit: {reason}; {mend}") from error
+
+
+def stored(name: str, value: Any, kind: Any) -> Any:
+    """Return a value from JSON as its annotation ``kind`` says: lists may be tuples, and mappings dataclasses.
+
+    Raises ArgumentTypeError, which names the place in the value: ``fit.history.epochs[3]``.
+    """
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        for part in parts:
+            with contextlib.suppress(ArgumentTypeError):
+                return stored(name, value, part)
+    elif origin in (list, tuple) and isinstance(value, list | tuple):
+        kinds = parts if origin is tuple and parts[-1] is not ... else parts[:1] * len(value)
+        if len(kinds) == len(value):
+            return origin(stored(f"{name}[{at}]", *pair) for at, pair in enumerate(zip(value, kinds, strict=True)))
+    elif origin is dict and isinstance(value, dict):
+        return {key: stored(f"{name}[{key!r}]", item, parts[1]) for key, item in value.items()}
+    elif isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        hints = get_type_hints(kind)
+        return kind(**{key: stored(f"{name}.{key}", item, hints.get(key, Any)) for key, item in value.items()})
+    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif kind is Any or (not parts and isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
+        return value
+    raise ArgumentTypeError(f"{name}: expected {getattr(kind, '__name__', kind)}, got {reprlib.repr(value)}")
 
 
 def _names(cls: Any) -> list[str]:

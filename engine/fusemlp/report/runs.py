@@ -24,11 +24,23 @@ from typing import Any
 import numpy as np
 
 from fusemlp.datasets.textfiles import number
+from fusemlp.describe.description import reading, stored
+from fusemlp.describe.losses import loss_from_config
+from fusemlp.describe.network import MLP
+from fusemlp.describe.optimizers import optimizer_from_config
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.files import lock_file, write_atomically
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, unknown_name
 
 FORMAT = 1
+# The entries of a configuration that commands read, with their types.
+ENTRIES: dict[str, Any] = {
+    **dict.fromkeys(("command", "started", "backend", "precision", "plan"), str),
+    **dict.fromkeys(("data", "preprocessor", "network", "loss", "optimizer"), dict[str, Any]),
+    "options": dict[str, str | int | float | bool | list[str] | None],
+    "epochs": int,
+}
+DATA_ENTRIES: dict[str, Any] = {"name": str, "source": str, "fingerprint": str, "notes": list[str]}
 WEIGHTS = ("model", "best", "last")
 # The beginnings of formulas, also in the full width of Japanese; of a guarded cell too, so that guarding can be undone.
 FORMULA = re.compile("'*[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]")
@@ -182,12 +194,21 @@ def open_run(path: str | Path) -> tuple[Run, dict[str, Any]]:
         there = "there is no such folder" if not run.path.is_dir() else "it has no config.json"
         raise CheckpointError(f"run: {str(path)!r} is not a run folder ({there}); give one that fusemlp train made")
     try:
-        config = json.loads(run.config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        # int refuses NaN and Infinity, which write_json does not write
+        config = json.loads(run.config.read_text(encoding="utf-8"), parse_constant=int)
+    except (OSError, RecursionError, ValueError) as error:
         raise CheckpointError(f"{run.config}: cannot be read ({error}); the run cannot be used without it") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise CheckpointError(f"{run.config}: expected a configuration of format {FORMAT}, found {found!r}")
+    with reading(f"{run.config}: the configuration", "the run cannot be used without it"):
+        for name, kind in ENTRIES.items():
+            stored(name, config[name], kind)
+        for name, kind in DATA_ENTRIES.items():
+            stored(f"data.{name}", config["data"][name], kind)
+        MLP.from_config(config["network"])
+        loss_from_config(config["loss"])
+        optimizer_from_config(config["optimizer"])
     return run, config
 
 

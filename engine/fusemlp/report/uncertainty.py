@@ -18,6 +18,7 @@ import numpy as np
 from fusemlp.datasets.prepare import Rows
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import as_number
+from fusemlp.describe.description import stored
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import class_scores, predictions
 from fusemlp.report.temperature import Temperature, held_out_logits, scale_logits, temperature_of
@@ -52,7 +53,8 @@ class HeldOut:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> HeldOut:
         """Invert ``to_config``."""
-        return cls(config["rows"], tuple(config["ranks"]), tuple(map(tuple, config["errors"])))
+        held: HeldOut = stored("held_out", config, cls)
+        return held
 
     def to_config(self) -> dict[str, Any]:
         """Return plain numbers and tuples."""

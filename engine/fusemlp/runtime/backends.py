@@ -23,6 +23,10 @@ __all__ = [
 ]
 
 
+# of all backends
+PRECISIONS = {precision for traits in TRAITS.values() for precision in traits.precisions}
+
+
 def torch_backend(device_type: str) -> str:
     """Return the name of the backend that computes on torch's tensors of a device, "cpu" or "cuda", in their memory."""
     return "numpy" if device_type == "cpu" else "triton"

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusemlp.describe.checks import WINDOWS, no_folder
+from fusemlp.describe.description import reading, stored
 from fusemlp.inputs.arrays import Array
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError, DivergenceError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError, DivergenceError, ShapeError
 
 
 class FileKind(NamedTuple):
@@ -182,24 +183,38 @@ def read_file(path: str | Path, kind: FileKind) -> tuple[dict[str, str], dict[st
             return metadata, {name: file.get_tensor(name) for name in names}
     except FileNotFoundError as error:
         raise CheckpointError(f"path: there is no {kind.name} {str(path)!r}; {expected}") from error
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"path: {str(path)!r} is no readable {kind.name} ({error}); {kind.mend}") from error
 
 
-def checked_config(
+def reading_file(path: str | Path | None, kind: FileKind) -> contextlib.AbstractContextManager[None]:
+    """Return ``reading`` for a file of a kind, or for a pickle."""
+    return reading("state: the pickle" if path is None else f"path: {str(path)!r}", kind.mend)
+
+
+def checked_content(
     path: str | Path, metadata: Mapping[str, str], tensors: Mapping[str, Array], kind: FileKind
 ) -> dict[str, Any]:
-    """Return the configuration in ``metadata``; CheckpointError if it or the tensors were altered."""
+    """Return the "config" in ``metadata`` beside the "tensors"; CheckpointError if they were altered."""
     text = metadata[kind.entry]
     if digest_of(text, tensors) != metadata.get(DIGEST):
         raise CheckpointError(f"path: {str(path)!r} is corrupted: its SHA-256 does not match; {kind.mend}")
-    config: dict[str, Any] = json.loads(text)
+    with reading_file(path, kind):
+        config: dict[str, Any] = stored("description", json.loads(text), dict[str, Any])
     if config.get("format") != kind.version:
         raise CheckpointError(
             f"path: {str(path)!r} has format {config.get('format')!r}, written by fusemlp {config.get('version')}; "
             f"this version reads format {kind.version}"
         )
-    return config
+    return {"config": config, "tensors": tensors, "path": path, "kind": kind}
+
+
+def check_tensors(tensors: Mapping[str, Array], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ShapeError unless there are real numbers of these shapes; what an integer's bits would be is no weight."""
+    for name, shape in expected.items():
+        tensor = tensors[name]
+        if tensor.shape != shape or tensor.dtype.kind != "f":
+            raise ShapeError(f"{name}: expected real numbers of shape {shape}, got {tensor.dtype} of {tensor.shape}")
 
 
 def checked_metadata(given: Mapping[str, str] | None, reserved: Collection[str]) -> dict[str, str]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from fusemlp._version import __version__
-from fusemlp.describe.checks import as_count
+from fusemlp.describe.checks import as_count, check_choice
+from fusemlp.describe.description import stored
 from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.losses import Loss, as_loss, loss_from_config
 from fusemlp.describe.network import MLP, as_network
@@ -23,6 +24,7 @@ from fusemlp.program.layout import short_names
 from fusemlp.program.program import Program
 from fusemlp.program.sharding import ORDERED, Sharding
 from fusemlp.runtime import binding, joining, parameters, stepping
+from fusemlp.runtime.backends import PRECISIONS
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.inference import Inference, InputScale
 from fusemlp.runtime.keeping import Keeping
@@ -141,7 +143,7 @@ class Session(Predicting, Spending, Keeping):
         return kind(**given | changes)
 
     def description(self) -> dict[str, Any]:
-        """Return the arguments of the session, JSON-able; ``start_from`` is its inverse."""
+        """Return the arguments of the session, JSON-able; ``describe_from`` is its inverse."""
         return {
             "version": __version__,
             "network": self.network.to_config(),
@@ -154,17 +156,19 @@ class Session(Predicting, Spending, Keeping):
             "privacy": self.privacy_config(),
         }
 
-    def start_from(self, config: Mapping[str, Any], *, backend: str, device: str | None) -> None:
-        """Start a session whose constructor has not run from a ``description``; its parameters are zero."""
+    def describe_from(self, config: Mapping[str, Any]) -> None:
+        """Take a ``description``; what is left to do for a session whose constructor has not run is ``start``."""
         self.network = MLP.from_config(config["network"])
         self.loss = loss_from_config(config["loss"])
         self.optimizer = optimizer_from_config(config["optimizer"])
-        self.batch_size, self.seed = config["batch_size"], config["seed"]
-        self.precision = config["precision"]
+        self.loss.check_network(self.network)
+        self.optimizer.check_network(self.network)
+        self.batch_size = as_count("batch_size", config["batch_size"], minimum=1)
+        self.seed = as_count("seed", config["seed"], minimum=0)
+        self.precision = check_choice("precision", config["precision"], PRECISIONS)
         # older files do not have them
-        self.normalise = config.get("normalise")
+        self.normalise = stored("normalise", config.get("normalise"), bool | None)
         self.start_spending_from(config.get("privacy"))
-        self.start(backend, device, "auto")
 
     def start(self, name: str, device: str | None, plan: str) -> None:
         """Choose the backend and allocate; everything that a pickle does not carry."""

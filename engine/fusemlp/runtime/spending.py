@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fusemlp.describe.description import stored
 from fusemlp.describe.privacy import DPSGD, Accountant, Spent, joined, usual_delta
 from fusemlp.program.step import Privacy
 from fusemlp_kernels.contract import Noise
@@ -49,7 +50,7 @@ class Spending:
     def start_spending_from(self, config: Mapping[str, Any] | None) -> None:
         """Invert ``privacy_config``."""
         given = dict(config or {})
-        spent = [(rate, count) for rate, count in given.pop("spent", ())]
+        spent = stored("privacy.spent", given.pop("spent", []), list[tuple[float, int]])
         self.privacy = DPSGD(**given) if given else None
         self.start_spending(spent)
 

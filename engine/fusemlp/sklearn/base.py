@@ -22,6 +22,7 @@ from fusemlp.describe.schedules import Schedule
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.onnx import to_onnx
 from fusemlp.runtime.backends import TRAITS
+from fusemlp.runtime.files import CHECKPOINT, reading_file
 from fusemlp.runtime.plans import shares_launches
 from fusemlp.sklearn import saving, settings
 from fusemlp.sklearn.ahead import current
@@ -379,7 +380,8 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         On a machine without its backend NumPy takes its place.
         """
         estimator, beside, content = saving.read(cls, path)
-        estimator._restore(content, **beside)
+        with reading_file(path, CHECKPOINT):
+            estimator._restore(content, **beside)
         made: Self = estimator
         return made
 

@@ -18,8 +18,9 @@ from fusemlp.describe.losses import Loss, loss_from_config
 from fusemlp.describe.network import Activation, activation_from_config
 from fusemlp.describe.optimizers import Optimizer, optimizer_from_config
 from fusemlp.describe.schedules import Schedule, schedule_from_config
+from fusemlp.runtime.files import CHECKPOINT, reading_file
 from fusemlp.runtime.session import Session
-from fusemlp.training.checkpoint import read_content, save_checkpoint
+from fusemlp.training.checkpoint import check_content, read_content, save_checkpoint
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
 
 ENTRY = "estimator"
@@ -63,23 +64,25 @@ def read(cls: Any, path: str | Path) -> tuple[Any, dict[str, Any], dict[str, Any
     Raises CheckpointError for a file that holds no estimator of ``cls``.
     """
     content = read_content(path)
-    entry = content["config"]["extra"].get(ENTRY)
-    if not isinstance(entry, Mapping):
-        raise CheckpointError(f"path: {str(path)!r} holds an engine, and no estimator; use fusemlp.load(path)")
-    if entry["class"] != cls.__name__:
-        raise CheckpointError(f"path: {str(path)!r} holds a {entry['class']}; use {entry['class']}.load(path)")
-    estimator = cls()
-    parameters = _decoded_all(entry["parameters"])
-    unknown = sorted(set(parameters) - set(estimator.get_params(deep=False)))
-    if unknown:
-        raise CheckpointError(
-            f"path: {str(path)!r} has the parameter {unknown[0]!r}, which this version of fusemlp does not know; it "
-            f"was written by {content['config']['version']}"
-        )
-    estimator.set_params(**parameters)
-    vars(estimator).update(_decoded_all(entry["fitted"]))
-    beside = {name: value for name, value in entry.items() if name not in ("class", "parameters", "fitted")}
-    return estimator, _decoded_all(beside), content
+    with reading_file(path, CHECKPOINT):
+        check_content(Session.__new__(Session), content)
+        extra, version = content["config"]["extra"], content["config"]["version"]
+        if not isinstance(extra.get(ENTRY), Mapping):
+            raise CheckpointError(f"path: {str(path)!r} holds an engine, and no estimator; use fusemlp.load(path)")
+        entry = dict(extra[ENTRY])
+        name, parameters, fitted = entry.pop("class"), _decoded_all(entry.pop("parameters")), entry.pop("fitted")
+        if name != cls.__name__:
+            raise CheckpointError(f"path: {str(path)!r} holds a {name}; use {name}.load(path)")
+        estimator = cls()
+        unknown = sorted(set(parameters) - set(estimator.get_params(deep=False)))
+        if unknown:
+            raise CheckpointError(
+                f"path: {str(path)!r} has the parameter {unknown[0]!r}, which this version of fusemlp does not know; "
+                f"it was written by {version}"
+            )
+        estimator.set_params(**parameters)
+        vars(estimator).update(_decoded_all(fitted))
+        return estimator, _decoded_all(entry), content
 
 
 def _draws(value: Any) -> bool:

@@ -27,6 +27,7 @@ from fusemlp.datasets.load import load_features
 from fusemlp.datasets.prepare import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import check_choice
+from fusemlp.describe.description import stored
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.engine import load_checkpoint
@@ -39,6 +40,7 @@ from fusemlp.report.metrics import predicted_codes, predictions
 from fusemlp.report.onnx import to_onnx
 from fusemlp.report.runs import open_run, read_metrics, weights_path
 from fusemlp.report.uncertainty import HeldOut, intervals, sets, spread
+from fusemlp.runtime.files import CHECKPOINT, reading_file
 from fusemlp.sklearn import saving
 from fusemlp.sklearn.table_rows import as_table
 from fusemlp.sklearn.table_settings import TableParameters
@@ -243,11 +245,11 @@ class TableEstimator(TableParameters, BaseEstimator, ABC):
         """Return the estimator that ``save`` wrote, on any backend. Raises CheckpointError for any other file."""
         estimator, beside, _ = saving.read(cls, path)
         estimator.engine_ = load_checkpoint(path, backend=backend, device=device)
-        estimator.preprocessor_ = Preprocessor.from_json(beside["preprocessor"])
-        held = beside["held_out"]
-        estimator.held_out_ = None if held is None else HeldOut.from_config(held)
-        if beside["history"] is not None:
-            estimator.engine_.history = History(**beside["history"])
+        with reading_file(path, CHECKPOINT):
+            estimator.preprocessor_ = Preprocessor.from_json(beside["preprocessor"])
+            estimator.held_out_ = stored("held_out", beside["held_out"], HeldOut | None)
+            if beside["history"] is not None:
+                estimator.engine_.history = stored("history", beside["history"], History)
         made: Self = estimator
         return made
 

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from fusemlp.describe.checks import as_count
+from fusemlp.describe.description import stored
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.files import (
     CHECKPOINT,
@@ -18,12 +23,15 @@ from fusemlp.runtime.files import (
     MODEL,
     check_ending,
     check_finite,
-    checked_config,
+    check_tensors,
+    checked_content,
     read_file,
+    reading_file,
     target_file,
     to_bytes,
     write_atomically,
 )
+from fusemlp.runtime.inference import MEAN, SCALE
 from fusemlp.runtime.session import Session
 from fusemlp.training.history import FitState
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
@@ -69,10 +77,46 @@ def _of_kind(kind: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
-def restore_engine(engine: Session, content: Mapping[str, Any], *, backend: str, device: str | None) -> None:
+def check_content(engine: Session, content: Mapping[str, Any]) -> None:
+    """Let ``engine`` be described by ``content``, whose tensors must be those of such an engine."""
+    tensors: Mapping[str, Array] = content["tensors"]
+    engine.describe_from(content["config"])
+    net, shapes = engine.network, engine.network.parameter_shapes()
+    if content.get("kind") == MODEL:
+        check_tensors(tensors, shapes)
+        return
+    kinds = ["parameter", *(f"state{index}" for index in range(engine.optimizer.rule().state_count))]
+    kinds += ["gradient"] if engine.optimizer.accumulate > 1 else []
+    kinds += ["best"] if _of_kind("best", tensors) else []
+    expected = {f"{kind}/{name}": shape for kind in kinds for name, shape in shapes.items()}
+    expected |= {f"input/{name}": (net.sizes[0],) for name in (MEAN, SCALE) if _of_kind("input", tensors)}
+    expected |= {name: (len(tensors[name]), net.sizes[-1]) for name in ("merged/bias",) if name in tensors}
+    expected |= {name: (len(tensors[name]),) for name in ("hyper", "stats")}
+    check_tensors(tensors, expected)
+    counters = tensors["counters"]
+    if counters.dtype != np.int64 or counters.ndim != 1 or (counters < 0).any():
+        raise ArgumentError(f"counters: expected a row of whole numbers of at least 0, got {counters}")
+
+
+def restore_engine(
+    engine: Session, content: Mapping[str, Any], *, backend: str, device: str | None, precision: str | None = None
+) -> None:
     """Restore ``engine``, whose constructor has not run, from ``content``."""
     config, tensors = content["config"], content["tensors"]
-    engine.start_from(config, backend=backend, device=device)
+    misfits = partial(reading_file, content.get("path"), content.get("kind", CHECKPOINT))
+    with misfits():
+        check_content(engine, content)
+    # the caller's arguments have errors of their own
+    engine.precision = engine.precision if precision is None else precision
+    engine.start(backend, device, "auto")
+    with misfits():
+        if content.get("kind") == MODEL:
+            engine.load_state_dict(tensors)
+        else:
+            _restore_training(engine, config, tensors)
+
+
+def _restore_training(engine: Session, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
     if config["backend"] == engine.backend and config["plan"] in engine.memory.backend.traits.plans:
         # The bits of later steps depend on the plan.
         engine.plan, engine.plan_reason = config["plan"], "the plan of the checkpoint"
@@ -85,7 +129,7 @@ def restore_engine(engine: Session, content: Mapping[str, Any], *, backend: str,
         memory.backend.copy_into(memory.arrays[name][: len(tensors[name])], tensors[name])
     engine.best_parameters = _of_kind("best", tensors) or None
     engine.merged_biases = tensors.get("merged/bias")
-    engine.epochs_trained = config["epochs_trained"]
+    engine.epochs_trained = as_count("epochs_trained", config["epochs_trained"], minimum=0)
     if config["fit"] is not None:
         engine.fit_state = FitState.from_config(config["fit"])
         engine.history = engine.fit_state.history
@@ -155,10 +199,12 @@ def read_content(path: str | Path) -> dict[str, Any]:
             f"path: {str(path)!r} is a safetensors file, but no checkpoint of fusemlp; for parameters alone use "
             "load_state_dict(safetensors.numpy.load_file(path))"
         )
-    return {"config": checked_config(path, metadata, tensors, CHECKPOINT), "tensors": tensors}
+    return checked_content(path, metadata, tensors, CHECKPOINT)
 
 
 def read_extra(path: str | Path) -> dict[str, Any]:
     """Return the ``extra`` of a checkpoint. Raises CheckpointError."""
-    extra: dict[str, Any] = read_content(path)["config"]["extra"]
+    content = read_content(path)
+    with reading_file(path, CHECKPOINT):
+        extra: dict[str, Any] = stored("extra", content["config"]["extra"], dict[str, Any])
     return extra

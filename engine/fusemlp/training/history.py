@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusemlp.describe.description import stored
 from fusemlp.describe.schedules import PLATEAU_START, PlateauState
 from fusemlp.report.diagnosis import Finding, diagnose
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError
@@ -138,8 +139,8 @@ class FitState:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> FitState:
         """Return the state of a description from ``to_config``."""
-        history = History(**config["history"])
-        return cls(**{**config, "history": history, "plateau": tuple(config["plateau"])})
+        state: FitState = stored("fit", config, cls)
+        return state
 
 
 def fresh_state(
