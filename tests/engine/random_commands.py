@@ -19,6 +19,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -30,6 +31,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -299,12 +301,14 @@ def _check_run(story: Story, ended: Ended) -> None:
 
 
 def _check_predictions(story: Story, ended: Ended) -> None:
-    out, data = Path(_option(ended, "out")), Path(_option(ended, "data"))
-    table = story.data
-    if ended.code or not table.rows or data != table.path or "=" in _option(ended, "sep") or not table.header:
+    """Check that each row of the data has a prediction, unless the file is read in another form."""
+    out, table = Path(_option(ended, "out")), story.data
+    reformed = (
+        not table.header or "--no-header" in ended.words or any(map(partial(_option, ended), ("sep", "encoding")))
+    )
+    if ended.code or not table.rows or reformed or Path(_option(ended, "data")) != table.path:
         return
-    with_text = out.suffix == ".csv"
-    count = len(_rows(out)) - 1 if with_text else len(np.load(out)["predictions"])
+    count = len(_rows(out)) - 1 if out.suffix == ".csv" else len(np.load(out)["predictions"])
     if count != table.rows:
         raise Fault(f"{count} predictions for {table.rows} rows")
 
@@ -423,6 +427,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if fault:
             faults += 1
             print(f"\n{fault}", flush=True)
+        elif options.only is None:
+            shutil.rmtree(folder / f"round{number}")
         if time.monotonic() - began > SLOW:
             print(f"round {number}: {time.monotonic() - began:.0f} s", flush=True)
     for (command, code), count in sorted(codes.items()):
