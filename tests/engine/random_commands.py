@@ -84,7 +84,7 @@ OF_COLUMNS = ("target", "drop", "keep", "categorical", "id", "group", "time")
 # Options with a file of labelled rows, and those with a file to write.
 OF_ROWS = ("data", "validation", "test")
 ENDINGS = {"plot": ".png", "onnx": ".onnx", "safetensors": ".safetensors"}
-# What an option needs beside it, mostly given with it.
+# The options that an option needs; they are mostly given with it.
 _ATTACK = {"train": ("--adversarial=pgd", "--attack-eps=0.1"), "evaluate": ("--attack=pgd", "--attack-eps=0.1")}
 NEEDS: dict[str, tuple[str, ...] | dict[str, tuple[str, ...]]] = {
     **{"momentum": ("--optimizer=sgd",), "nesterov": ("--optimizer=sgd",)},
