@@ -149,6 +149,7 @@ def test_numpy_numbers_become_plain_ones() -> None:
         (SGD, {"convention": "sklearn"}, ArgumentError, "convention: .*did you mean 'scikit-learn'"),
         (SGD, {"clip_norm": 0.0}, ArgumentError, "clip_norm: .*above 0, got 0.0"),
         (SGD, {"accumulate": 0}, ArgumentError, "accumulate: .*at least 1, got 0"),
+        (SGD, {"accumulate": 2**63}, ArgumentError, "accumulate: .*at most 9223372036854775807, got"),
         (SGD, {"accumulate": 1.5}, ArgumentTypeError, "accumulate: .*got 1.5"),
         (SGD, {"decay_biases": None}, ArgumentTypeError, "decay_biases: .*got None"),
         (

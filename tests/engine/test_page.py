@@ -239,7 +239,7 @@ def test_time_bounds_the_columns_of_a_wide_table(tmp_path: Path, monkeypatch: py
 
 def test_a_column_of_huge_numbers_stands_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evidence_module, "SECONDS", -1.0)
-    X = np.random.default_rng(2).normal(size=(200, 5)) * [1.0, 1.0, 1e300, 1.0, 1e-300]
+    X = np.random.default_rng(2).normal(size=(200, 6)) * [1.0, 1.0, 1e300, 1.0, 1e-300, 0.0]
     np.savez(tmp_path / "huge.npz", X=X, y=(X[:, 2] > 0).astype(np.int64))
     assert run("train", tmp_path / "huge.npz", "--epochs", "10", "--quiet", "--out", tmp_path / "run") == 0
     assert parsed(tmp_path / "run").tables["Importance of the columns"][1][0] == "x2"
@@ -252,7 +252,8 @@ def test_columns_that_only_disturb_have_no_bars() -> None:
 
 def test_charts_of_odd_numbers() -> None:
     assert chart("empty", [Line("a", [1.0], [math.nan])], x="x", y="y") == ""
-    for ys in ([1.0], [0.0, 0.0], [1e-9, 1e9], [-5.0, math.inf, 3.0], [1e-300, 1e300]):
+    odd = ([1.0], [0.0, 0.0], [1e-9, 1e9], [-5.0, math.inf, 3.0])
+    for ys in (*odd, [1e-300, 1e300], [1e9, 1e9 + 2**-22], [5e-324, 1e-310], [5e-324, 1e308]):
         drawn = chart("one", [Line("<a>", range(len(ys)), ys)], x="x", y="y", log=True)
         Parsed(drawn)
         numbers = [float(one) for one in re.findall(r'(?:cx|cy|x1|x2|y1|y2)="([^"]+)"', drawn)]

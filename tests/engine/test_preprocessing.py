@@ -234,6 +234,11 @@ def test_labels_there_and_back(labels: list[Any]) -> None:
     assert made.labels == tuple(str(label) for label in sorted(set(labels)))
 
 
+def test_a_regression_on_named_classes_has_no_labels() -> None:
+    for task, count in (("classification", 3), ("regression", 0)):
+        assert len(Preprocessor.fit(load_data("iris", task=task), np.arange(150)).labels) == count
+
+
 def test_one_hot_targets() -> None:
     made = numbers(["b", "a", "b"], "classification", one_hot_targets=True)
     assert made.encode_targets(["b", "a"]).tolist() == [[0, 1], [1, 0]]

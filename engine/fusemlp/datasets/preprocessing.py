@@ -225,7 +225,7 @@ class Preprocessor:
     @property
     def labels(self) -> tuple[str, ...]:
         """The names of the classes, for reports; empty for a regression."""
-        return self.class_names or tuple(str(label) for label in self.classes or ())
+        return () if self.classes is None else self.class_names or tuple(str(label) for label in self.classes)
 
     def pieces(self, column: int) -> int:
         """Return the number of inputs of a column of numbers, without the one for missing cells."""

@@ -69,8 +69,8 @@ def freeze(description: object, **values: object) -> None:
         object.__setattr__(description, name, value)
 
 
-def as_count(argument: str, value: Any, *, minimum: int = 1) -> int:
-    """Return a whole number of at least ``minimum``; accept NumPy's integers, refuse bool and floats."""
+def as_count(argument: str, value: Any, *, minimum: int = 1, maximum: int | None = None) -> int:
+    """Return a whole number from ``minimum`` to ``maximum``; accept NumPy's integers, refuse bool and floats."""
     try:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError("a truth value is no count")
@@ -82,6 +82,8 @@ def as_count(argument: str, value: Any, *, minimum: int = 1) -> int:
         ) from error
     if count < minimum:
         raise ArgumentError(f"{argument}: expected a whole number of at least {minimum}, got {count}")
+    if maximum is not None and count > maximum:
+        raise ArgumentError(f"{argument}: expected a whole number of at most {maximum}, got {count}")
     return count
 
 

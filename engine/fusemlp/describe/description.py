@@ -23,7 +23,8 @@ Positive = Annotated[float, partial(as_number, low=0.0, low_open=True)]
 Fraction = Annotated[float, partial(as_number, low=0.0, high=1.0, high_open=True)]
 # Without 0 and without 1.
 OpenFraction = Annotated[float, partial(as_number, low=0.0, high=1.0, low_open=True, high_open=True)]
-Count = Annotated[int, as_count]
+# an int64 counts them
+Count = Annotated[int, partial(as_count, maximum=2**63 - 1)]
 Flag = Annotated[bool, check_flag]
 
 

@@ -13,6 +13,8 @@ WIDTH, HEIGHT = 440, 280
 LEFT, RIGHT, TOP, BOTTOM = 56, 18, 10, 40
 # A loss that spans more than this factor is drawn on a logarithmic axis.
 LOG_SPAN = 50.0
+# Values that differ by no more than this share of the greatest, or by this number, are drawn as one.
+LEAST_SPREAD, SMALLEST = 1e-12, 1e-305
 
 
 class Line(NamedTuple):
@@ -48,7 +50,7 @@ def chart(
         return ""
     if diagonal:
         xs = ys = [*xs, *ys]
-    log = log and min(ys) > 0 and max(ys) > LOG_SPAN * min(ys)
+    log = log and min(ys) > SMALLEST and LOG_SPAN * min(ys) < max(ys) < 1 / SMALLEST
     across, down = _axis(xs, (LEFT, WIDTH - RIGHT), whole=whole), _axis(ys, (HEIGHT - BOTTOM, TOP), log=log)
     parts = []
     for value in across.ticks:
@@ -140,8 +142,10 @@ def _axis(values: Sequence[float], ends: tuple[float, float], *, log: bool = Fal
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         low, high = 10.0 ** decades[0], 10.0 ** decades[-1]
         return _Axis(low, high, [10.0**power for power in decades[:: -(-len(decades) // 6)]], ends, log)
-    if high == low:
-        low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
+    size = max(abs(low), abs(high))
+    if high - low <= max(LEAST_SPREAD * size, SMALLEST):
+        size = size if size > SMALLEST else 1.0
+        low, high = low - 0.5 * size, high + 0.5 * size
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.8)

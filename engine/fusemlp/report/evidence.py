@@ -152,8 +152,10 @@ class Evidence:
         rows = rng.permutation(len(self.cells))[:most]
         cells, labels, said = self.cells[rows], self.y[self.rows[rows]], said[rows] - said[rows].mean(axis=0)
         # by their greatest: squares and products of the cells may be beyond all numbers
-        said = said / max(float(np.abs(said).max()), 1e-300)
-        scaled = cells / np.maximum(np.abs(np.nan_to_num(cells)).max(axis=0), 1e-300)
+        said = np.asarray(said, np.float64) / max(float(np.abs(said).max()), 1e-300)
+        scaled = np.asarray(cells, np.float64) / np.maximum(
+            np.abs(np.nan_to_num(cells)).max(axis=0), 1e-300, dtype=np.float64
+        )
         centred = np.nan_to_num(scaled - np.nan_to_num(scaled).mean(axis=0))
         varies = np.abs(centred.T @ said).sum(axis=1) / np.maximum(np.sqrt((centred**2).sum(axis=0)), 1e-300)
         groups = sorted(self._groups().items(), key=lambda group: -float(varies[group[1]].max()))
