@@ -7,6 +7,7 @@ operators of ``torch.library``.
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -211,9 +212,9 @@ def _backward(
     db = [w.new_empty(len(w)) if by_bias else None for w, (_, by_bias, _) in pairs]
     dslopes = [*(None if slope is None else dz.new_empty(1) for slope in slopes[:-1]), dslope]
     chain.bindings.run(chain, _backward_calls, dzs, [dx], [x], *kept, weights, slopes, dw, db, dslopes)
-    gradients = zip(dw, db, dslopes, strict=True)
-    pairs = [pair for layer, own in zip(layers, gradients, strict=True) for pair in zip(layer, own, strict=True)]
-    return [dx, *(gradient for parameter, gradient in pairs if parameter is not None)]
+    gradients = itertools.chain.from_iterable(zip(dw, db, dslopes, strict=True))
+    present = [parameter is not None for layer in layers for parameter in layer]
+    return [dx, *itertools.compress(gradients, present)]
 
 
 def _backward_calls(
@@ -254,15 +255,19 @@ class ChainFunction(torch.autograd.Function):
         return kept.outputs[-1]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        chain: Chain = ctx.chain
-        count = len(chain.activations)
-        x, *rest = ctx.saved_tensors
-        saved = iter(rest)
-        kept = Kept(*([*islice(saved, count)] for _ in range(3)))
-        _, needs_x, *needs = ctx.needs_input_grad
-        return None, *_backward(chain, dy, x, kept, [*saved], needs_x, needs)
+        # The decorator's check costs time in every backward pass, and only create_graph needs it.
+        return (once_differentiable(_gradients) if torch.is_grad_enabled() else _gradients)(ctx, dy)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> Any:
+    chain: Chain = ctx.chain
+    count = len(chain.activations)
+    x, *rest = ctx.saved_tensors
+    saved = iter(rest)
+    kept = Kept(*([*islice(saved, count)] for _ in range(3)))
+    _, needs_x, *needs = ctx.needs_input_grad
+    return None, *_backward(chain, dy, x, kept, [*saved], needs_x, needs)
 
 
 # Of the operators of all compiled programs.
