@@ -1,8 +1,9 @@
 """Time eager PyTorch and ``fusemlp.torch.fuse``: the same module, batches and optimizer, in one process, in turn.
 
 The first rows are steps over batches that are there already. Those of ``LOOPS`` include the time for a batch from a
-shuffled ``DataLoader``, or from ``fusemlp.torch.Batches``. The last ones are predictions of the class of a few rows, by
-the module and by ``Engine.predict`` of ``fusemlp.torch.from_torch``.
+shuffled ``DataLoader``, or from ``fusemlp.torch.Batches``. In those of ``LAYERS`` both sides are the same eager loop,
+one over ``nn.Sequential``, the other over ``fusemlp.torch.FusedMLP``. The last ones are predictions of the class of a
+few rows, by the module and by ``Engine.predict`` of ``fusemlp.torch.from_torch``.
 
 ``python -m bench torch_door`` prints a table. Both run once in each round, in alternating order, with a pause in which
 the threads of the first one's BLAS go to sleep. A turn counts with its median step, which limits the influence of other
@@ -27,9 +28,10 @@ from bench.doors import finish, line, parser
 from bench.measure import AGREEMENT, PAUSE_SECONDS
 from bench.report import Record
 from bench.study import count
-from fusemlp.torch import Batches, from_torch, fuse
+from fusemlp.torch import Batches, FusedMLP, from_torch, fuse
 
 CASES = (((784, 128, 10), 64), ((64, 32, 10), 32))
+LAYERS = (*CASES, ((784, 512, 256, 10), 128))
 PREDICTIONS = (((64, 64, 64, 4), 1), ((64, 64, 64, 4), 16))
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05),
@@ -83,15 +85,26 @@ def source_of(kind: str, data: Sequence[tuple[Tensor, Tensor]]) -> Data:
 
 
 def compare(
-    sizes: tuple[int, ...], rows: int, name: str, *, rounds: int, steps: int, loop: tuple[str, str] = ("", "")
+    sizes: tuple[int, ...],
+    rows: int,
+    name: str,
+    *,
+    rounds: int,
+    steps: int,
+    loop: tuple[str, str] = ("", ""),
+    layers: bool = False,
 ) -> Record:
-    """Return a row of the table; ``loop``: the sources of the batches of both sides."""
-    module = module_of(sizes)
-    twin = copy.deepcopy(module)
+    """Return a row of the table.
+
+    ``loop``: the sources of the batches of both sides. ``layers``: the second side is ``FusedMLP`` in an eager loop.
+    """
+    twin = module_of(sizes)
+    module = FusedMLP(sizes) if layers else copy.deepcopy(twin)
+    module.load_state_dict(twin.state_dict())
     loss_fn = nn.CrossEntropyLoss()
     contenders: list[Step] = [
         eager_step(twin, loss_fn, OPTIMIZERS[name](twin.parameters())),
-        fuse(module, loss_fn, OPTIMIZERS[name](module.parameters())),
+        (eager_step if layers else fuse)(module, loss_fn, OPTIMIZERS[name](module.parameters())),
     ]
     data = batches(sizes[0], sizes[-1], rows, steps)
     sources = [source_of(kind, data) for kind in loop]
@@ -113,7 +126,7 @@ def compare(
                 seconds[which].append(float(np.median(np.diff(times))))
         if turn == 0 and not abs(losses[0] - losses[1]) <= AGREEMENT * abs(losses[0]):
             raise RuntimeError(f"{sizes}, {name}: after {steps} steps the losses are {losses[0]} and {losses[1]}")
-    sides = f", {loop[0]} and {loop[1]}" if any(loop) else ""
+    sides = ", FusedMLP in an eager loop" if layers else f", {loop[0]} and {loop[1]}" if any(loop) else ""
     return line(f"{'-'.join(map(str, sizes))}@{rows}, {name}{sides}", *seconds)
 
 
@@ -157,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     turns = {"rounds": options.rounds, "steps": options.steps}
     lines = [compare(sizes, rows, name, **turns) for sizes, rows in CASES for name in OPTIMIZERS]
     lines += [compare(sizes, rows, "Adam", loop=loop, **turns) for sizes, rows in CASES for loop in LOOPS]
+    lines += [compare(sizes, rows, name, layers=True, **turns) for sizes, rows in LAYERS for name in ("SGD", "Adam")]
     lines += [predictions(sizes, rows, **turns) for sizes, rows in PREDICTIONS]
     headers = ["network@batch, optimizer, source of batches", "eager PyTorch", "fusemlp"]
     finish("torch_door", ("torch",), lines, options.out, headers=headers)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.autograd import gradcheck
+from torch.nn.utils import prune
 
 from fusemlp import ELU, LeakyReLU, PReLU
+from fusemlp.runtime.backends import open_backend
 from fusemlp.torch import FusedLinear, FusedMLP
 from fusemlp.torch.autograd import chain_op
 from fusemlp_kernels.contract import ACTIVATIONS as ACTIVATION_NAMES
@@ -127,6 +131,130 @@ def test_two_calls_wait_for_their_backward_pass():
     for x in alone:
         net(x).sum().backward()
     torch.testing.assert_close([a.grad, b.grad], [x.grad for x in alone], rtol=0, atol=0)
+
+
+CLOSE = {"rtol": 1e-12, "atol": 1e-14}
+
+
+def twins(*sizes, **options):
+    net = FusedMLP(sizes, activation="tanh", dtype=torch.float64, **options)
+    parts = [part for pair in itertools.pairwise(sizes) for part in (nn.Linear(*pair), nn.Tanh())]
+    eager = nn.Sequential(*parts[:-1]).double()
+    eager.load_state_dict(net.state_dict())
+    return net, eager
+
+
+def same_gradients(net, eager, x, times=1):
+    for module in (net, eager):
+        module.zero_grad()
+        loss = sum(module(x).square().sum() for _ in range(times))
+        loss.backward()
+    torch.testing.assert_close([p.grad for p in net.parameters()], [p.grad for p in eager.parameters()], **CLOSE)
+
+
+def test_a_shape_is_bound_once(monkeypatch):
+    backend = type(open_backend("numpy", "cpu", "fp64"))
+    bind, count = backend.bind_calls, itertools.count()
+    monkeypatch.setattr(backend, "bind_calls", lambda *given: (next(count), bind(*given))[1])
+    net, eager = twins(4, 5, 2)
+    for _ in range(3):
+        same_gradients(net, eager, random(3, 4, grad=False))
+    assert next(count) == 2
+    # many shapes: the oldest give way
+    for rows in range(1, 12):
+        same_gradients(net, eager, random(rows, 4, grad=False))
+    assert len(net._chain.bindings._idle) <= 8
+
+
+def test_outputs_and_gradients_of_a_bound_shape_are_not_overwritten():
+    net, eager = twins(4, 5, 2)
+    batches = [random(3, 4) for _ in range(4)]
+    outputs = [net(x) for x in batches]
+    with torch.no_grad():
+        outputs += [net(x) for x in batches]
+    torch.testing.assert_close(outputs, [eager(x) for x in batches * 2], **CLOSE)
+    # backward passes in another order, the first graph twice
+    for index in (2, 0, 0, 3, 1):
+        found = torch.autograd.grad(outputs[index].sum(), [batches[index], *net.parameters()], retain_graph=True)
+        expected = torch.autograd.grad(eager(batches[index]).sum(), [batches[index], *eager.parameters()])
+        torch.testing.assert_close(found, expected, **CLOSE)
+    kept = [one.clone() for one in found]
+    same_gradients(net, eager, batches[0], times=2)
+    torch.testing.assert_close([*found], kept, rtol=0, atol=0)
+
+
+def change_in_place(module):
+    with torch.no_grad():
+        module[0].weight.mul_(2.0)
+
+
+CHANGES = {
+    "changed in place": change_in_place,
+    "data replaced": lambda m: setattr(m[0].weight, "data", m[0].weight.data + 1.0),
+    "parameter replaced": lambda m: setattr(m[2], "bias", nn.Parameter(torch.ones(4, dtype=torch.float64))),
+    "transposed": lambda m: setattr(m[2], "weight", nn.Parameter(m[2].weight.detach().t())),
+    "tied": lambda m: setattr(m[2], "weight", m[0].weight),
+    "frozen": lambda m: m[0].requires_grad_(False),
+    "moved": lambda m: m[0].float().double(),
+    "pruned": lambda m: prune.ln_structured(m[2], "weight", 0.5, n=2, dim=0),
+    "parametrised": lambda m: nn.utils.parametrizations.weight_norm(m[0]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_changes_after_a_shape_was_bound(change):
+    net, eager = twins(4, 4, 4)
+    same_gradients(net, eager, random(3, 4, grad=False))
+    change({index: net.get_submodule(str(index)) for index in (0, 2)})
+    change(eager)
+    x = random(3, 4)
+    for module in (net, eager):
+        module.zero_grad()
+        module(x).square().sum().backward()
+    torch.testing.assert_close(net(x), eager(x), **CLOSE)
+    gradients = [[p.grad for p in module.parameters() if p.requires_grad] for module in (net, eager)]
+    torch.testing.assert_close(*gradients, **CLOSE)
+
+
+def test_parameters_that_do_not_fit_are_refused():
+    net, _ = twins(4, 5, 2)
+    net(random(3, 4))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y = net(random(3, 4))
+        with torch.no_grad():
+            net.get_submodule("0").weight.add_(1.0)
+        y.sum().backward()
+    net.get_submodule("0").bias = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    with pytest.raises(ShapeError, match=r"layer 0: expected weight \(N, 4\) and bias \(N,\), got \(5, 4\) and \(3,\)"):
+        net(random(3, 4))
+    net.get_submodule("0").bias = nn.Parameter(torch.ones(5))
+    with pytest.raises(DTypeError, match="float32"):
+        net(random(3, 4))
+
+
+def test_threads_share_a_module():
+    net, eager = twins(20, 30, 5)
+    batches = [random(8, 20, grad=False) for _ in range(8)]
+    expected = [torch.autograd.grad(eager(x).sum(), [*eager.parameters()]) for x in batches]
+
+    def work(index):
+        return [torch.autograd.grad(net(batches[index]).sum(), [*net.parameters()]) for _ in range(20)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for found, wanted in zip(pool.map(work, range(8)), expected, strict=True):
+            for gradients in found:
+                torch.testing.assert_close(gradients, wanted, **CLOSE)
+
+
+def test_copies_bind_their_own():
+    net, eager = twins(4, 5, 2)
+    same_gradients(net, eager, random(3, 4, grad=False))
+    for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert not copied._chain.bindings._idle
+        with torch.no_grad():
+            copied.get_submodule("0").weight.zero_()
+        same_gradients(net, eager, random(3, 4, grad=False))
+        assert torch.equal(copied(torch.zeros(1, 4).double()), copied(torch.ones(1, 4).double()))
 
 
 def test_no_rows():

@@ -1,34 +1,37 @@
 """Fused layers with autograd, for use inside a larger network: forward and backward are the contract's ops.
 
-Every call binds the ops to the tensors' own memory, so nothing is copied in or out, and any number of calls may wait
-for their backward pass. ``torch.compile`` cannot trace them: in its programs the two passes are operators of
-``torch.library``.
+A pass is bound once for each shape, and runs in the tensors' own memory: nothing is copied in or out, and any number of
+calls may wait for their backward pass. ``torch.compile`` cannot trace them: in its programs the two passes are
+operators of ``torch.library``.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusemlp.describe.network import Activation
 from fusemlp.runtime.backends import TRAITS, open_backend, torch_backend
-from fusemlp_kernels.contract import ACTIVATIONS, BATCH_INDEX, COUNTERS, NEEDS_Z, Backend, Dropout, UpdateRule
-from fusemlp_kernels.errors import DTypeError
+from fusemlp_kernels.contract import ACTIVATIONS, BATCH_INDEX, COUNTERS, NEEDS_Z, Dropout, UpdateRule
+from fusemlp_kernels.errors import DTypeError, ShapeError
 from fusemlp_kernels.pointwise import ACTIVATIONS as ROWS
 from fusemlp_kernels.pointwise import evaluate
 
 PRECISIONS = {torch.float32: "fp32", torch.float64: "fp64"}
 # grad_weight uses only the rule's accumulation.
 ONE_BATCH = UpdateRule("sgd")
+# Shapes and options of a module whose passes stay bound: two for each number of rows in training.
+MOST_KEYS = 8
 # Functions of the kernels' formulas.
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     **{name: getattr(torch, name) for name in ("abs", "exp", "log1p", "sigmoid", "sign", "sqrt", "tanh")},
@@ -51,6 +54,48 @@ ATEN: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 }
 
 
+class Bindings:
+    """The bound passes of a module that no thread is running, by everything that they depend on.
+
+    A copy of the module, or a pickled one, binds its own.
+    """
+
+    def __init__(self) -> None:
+        self._idle: dict[Any, list[Any]] = {}
+        self._adding = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return Bindings, ()
+
+    def run(self, chain: Chain, describe: Callable[..., Any], *columns: Sequence[Tensor | None]) -> None:
+        """Run the calls of ``describe(chain, *columns)``; a column has tensors or None."""
+        tensors = [None if one is None else one.contiguous() for column in columns for one in column]
+        first: Any = tensors[0]
+        backend = _opened(first.device, first.dtype)
+        if not backend.traits.on_host:
+            _bind(backend, chain, describe, columns, [None if one is None else one.detach() for one in tensors])
+            return
+        key = describe, chain, first.dtype, *[None if one is None else one.shape for one in tensors]
+        idle = self._idle.get(key)
+        if idle is None:
+            with self._adding:
+                if len(self._idle) >= MOST_KEYS:
+                    del self._idle[next(iter(self._idle))]
+                idle = self._idle.setdefault(key, [])
+        addresses = [None if one is None else one.data_ptr() for one in tensors]
+        if 0 in addresses and len(first):
+            raise DTypeError(f"x: expected a tensor with memory of its own, got {type(first).__name__}")
+        # The outputs are new tensors in each call, so a bound pass holds nothing between calls.
+        try:
+            run, counters = idle.pop()
+        except IndexError:
+            arrays = [None if one is None else one.new_empty(one.shape).numpy() for one in tensors]
+            run, counters = _bind(backend, chain, describe, columns, arrays)
+        counters[BATCH_INDEX] = chain.batch_index
+        run(addresses)
+        idle.append((run, counters))
+
+
 @dataclass(frozen=True)
 class Chain:
     """A stack of layers: the activation, the dropout rate and the presence of a bias of each."""
@@ -58,8 +103,9 @@ class Chain:
     activations: tuple[Activation, ...]
     rates: tuple[float, ...]
     biased: tuple[bool, ...]
-    seed: int = 0
-    batch_index: int = 0
+    seed: int
+    batch_index: int = field(compare=False)
+    bindings: Bindings = field(compare=False)
 
     def grouped(self, values: Any) -> list[tuple[Any, Any, Any]]:
         """Group flat values as (weight, bias or None, slope or None) for each layer."""
@@ -69,7 +115,7 @@ class Chain:
             for activation, biased in zip(self.activations, self.biased, strict=True)
         ]
 
-    def operands(self, layer: int, slope: Tensor | None) -> dict[str, Any]:
+    def operands(self, layer: int, slope: Any) -> dict[str, Any]:
         """Return the operands that describe a layer's activation and dropout."""
         activation, rate = self.activations[layer], self.rates[layer]
         described: dict[str, Any] = {"activation": activation.name}
@@ -81,34 +127,31 @@ class Chain:
 
 
 @cache
-def _opened(name: str, device: str, precision: str) -> Backend:
-    return open_backend(name, device, precision)
+def _opened(device: torch.device, dtype: torch.dtype) -> Any:
+    precision = PRECISIONS.get(dtype)
+    if precision is None:
+        raise DTypeError(f"x: expected torch.float32 or torch.float64, got {dtype}")
+    return open_backend(torch_backend(device.type), str(device), precision)
 
 
-class _Memory:
-    """Binds a backend's ops to tensors, with a chain's counters, which give each call its own dropout masks."""
+def _bind(
+    backend: Any, chain: Chain, describe: Callable[..., Any], columns: Sequence[Sequence[Any]], arrays: Sequence[Any]
+) -> Any:
+    """Bind the calls of a pass over ``arrays``, those of the columns in order; run them unless arrays can move.
 
-    def __init__(self, like: Tensor, chain: Chain) -> None:
-        precision = PRECISIONS.get(like.dtype)
-        if precision is None:
-            raise DTypeError(f"x: expected torch.float32 or torch.float64, got {like.dtype}")
-        self.backend = _opened(torch_backend(like.device.type), str(like.device), precision)
-        self._counters = self.backend.allocate(COUNTERS, "int64")
-        self._counters[BATCH_INDEX] = chain.batch_index
-
-    def see(self, value: Any) -> Any:
-        """Return ``value`` with the backend's arrays over the memory of the tensors in it."""
-        if isinstance(value, Tensor):
-            return value.detach().numpy() if self.backend.traits.on_host else value.detach()
-        if isinstance(value, dict):
-            return {name: self.see(one) for name, one in value.items()}
-        return tuple(map(self.see, value)) if isinstance(value, tuple) else value
-
-    def run(self, op: str, **operands: Any) -> None:
-        """Bind an op and run it."""
-        call = self.backend.bind(op, counters=self._counters, **self.see(operands))
-        with np.errstate(all="ignore"):
-            call()
+    Return the run of the passes over moved arrays, and its counters.
+    """
+    # give each call its own dropout masks
+    counters = backend.allocate(COUNTERS, "int64")
+    counters[BATCH_INDEX] = chain.batch_index
+    rest = iter(arrays)
+    described = describe(chain, *[[*islice(rest, len(column))] for column in columns])
+    if backend.traits.on_host:
+        calls = [(op, {"counters": counters, **operands}) for op, operands in described]
+        return backend.bind_calls(calls, arrays), counters
+    for op, operands in described:
+        backend.bind(op, counters=counters, **operands)()
+    return None
 
 
 class Kept(NamedTuple):
@@ -121,7 +164,7 @@ class Kept(NamedTuple):
 
 def _allocate(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> Kept:
     """Return uninitialised tensors; x may be one of ``torch.compile``, without values."""
-    stores = TRAITS[torch_backend(x.device.type)].stores_masks
+    stores = any(chain.rates) and TRAITS[torch_backend(x.device.type)].stores_masks
     kept = Kept([], [], [])
     for index, (weight, _, _) in enumerate(chain.grouped(parameters)):
         shape = x.shape[0], weight.shape[0]
@@ -132,59 +175,69 @@ def _allocate(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> Kept:
 
 
 def _forward(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> Kept:
-    """Run the layers over x (m, K), contiguous."""
-    memory, kept = _Memory(x, chain), _allocate(chain, x, parameters)
-    for index, (weight, bias, slope) in enumerate(chain.grouped(parameters)):
-        b = x.new_zeros(len(weight)) if bias is None else bias
-        y, z, keep = (one[index] for one in kept)
-        described = chain.operands(index, slope)
-        memory.run("linear", x=kept.outputs[index - 1] if index else x, w=weight, b=b, y=y, z=z, keep=keep, **described)
+    """Run the layers over x (m, K)."""
+    kept = _allocate(chain, x, parameters)
+    weights, biases, slopes = zip(*chain.grouped(parameters), strict=True)
+    b = [x.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases, strict=True)]
+    chain.bindings.run(chain, _forward_calls, [x], *kept, weights, b, slopes)
     return kept
+
+
+def _forward_calls(
+    chain: Chain, x: Any, outputs: Any, pre: Any, keeps: Any, weights: Any, biases: Any, slopes: Any
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the calls of a forward pass; raises ShapeError if parameters do not fit together."""
+    layers = zip([*x, *outputs], outputs, pre, keeps, weights, biases, slopes, strict=False)
+    for index, (x, y, z, keep, w, b, slope) in enumerate(layers):
+        if (*b.shape, x.shape[1]) != (*w.shape,):
+            raise ShapeError(
+                f"layer {index}: expected weight (N, {x.shape[1]}) and bias (N,), got {(*w.shape,)} and {(*b.shape,)}"
+            )
+        yield "linear", {"x": x, "w": w, "b": b, "y": y, "z": z, "keep": keep, **chain.operands(index, slope)}
 
 
 def _backward(
     chain: Chain, dy: Tensor, x: Tensor, kept: Kept, parameters: Sequence[Tensor], needs_x: bool, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return the gradients by x and the parameters, None where none is needed."""
-    count = len(chain.activations)
-    inputs, pre, keeps = [x, *kept.outputs], kept.pre, kept.keeps
-    layers = chain.grouped(parameters)
-    memory = _Memory(dy, chain)
-    wanted = chain.grouped(needs)
-    slopes: list[Tensor | None] = [None] * count
-    dz, slopes[-1] = _through_activation(chain.activations[-1], dy, inputs[-1], pre[-1], layers[-1][2])
-    gradients: list[tuple[Tensor | None, ...]] = [(None, None, None)] * count
+    layers, wanted = chain.grouped(parameters), chain.grouped(needs)
+    weights, _, slopes = zip(*layers, strict=True)
+    dz, dslope = _through_activation(chain.activations[-1], dy, kept.outputs[-1], kept.pre[-1], slopes[-1])
     # Stop below the first layer that needs a gradient, unless x needs one.
     first = 0 if needs_x else next(index for index, layer in enumerate(wanted) if any(layer))
-    for index in reversed(range(first, count)):
-        weight, _, _ = layers[index]
-        dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted[index][0] else None
-        db = dz.new_empty(len(weight)) if wanted[index][1] else None
-        layer = {"dw": dw, "db": db, "dz": dz, "x": inputs[index]}
-        memory.run("grad_weight", layers=(layer,), slopes=(), rule=ONE_BATCH)
-        gradients[index] = dw, db, slopes[index]
-        if index == first and not needs_x:
+    dzs = [*(dz.new_empty(y.shape) for y in kept.outputs[first:-1]), dz]
+    dx = torch.empty_like(x) if needs_x else None
+    pairs = [*zip(weights, wanted, strict=True)]
+    dw = [w.new_empty(w.shape) if by_weight else None for w, (by_weight, _, _) in pairs]
+    db = [w.new_empty(len(w)) if by_bias else None for w, (_, by_bias, _) in pairs]
+    dslopes = [*(None if slope is None else dz.new_empty(1) for slope in slopes[:-1]), dslope]
+    chain.bindings.run(chain, _backward_calls, dzs, [dx], [x], *kept, weights, slopes, dw, db, dslopes)
+    gradients = itertools.chain.from_iterable(zip(dw, db, dslopes, strict=True))
+    present = [parameter is not None for layer in layers for parameter in layer]
+    return [dx, *itertools.compress(gradients, present)]
+
+
+def _backward_calls(
+    chain: Chain, dzs: Any, dx: Any, x: Any, outputs: Any, pre: Any, keeps: Any, weights: Any, slopes: Any,
+    dw: Any, db: Any, dslopes: Any,
+) -> Iterator[tuple[str, dict[str, Any]]]:  # fmt: skip
+    """Yield the calls of a backward pass; ``dzs`` are those of the last layers."""
+    inputs, befores = [*x, *outputs], [*dx, *dzs]
+    first = len(weights) - len(dzs)
+    layers: list[dict[str, Any]] = []
+    for index in reversed(range(first, len(weights))):
+        dz, dz_prev = befores[index - first + 1], befores[index - first]
+        if dw[index] is not None or db[index] is not None:
+            layers.append({"dw": dw[index], "db": db[index], "dz": dz, "x": inputs[index]})
+        if dz_prev is None:
             break
-        dz_prev = dz.new_empty(inputs[index].shape)
-        before: dict[str, Any] = {"activation": "identity"}
+        below: dict[str, Any] = {"activation": "identity"}
         if index:
-            slope = layers[index - 1][2]
-            slopes[index - 1] = None if slope is None else dz.new_empty(1)
-            before = {
-                **chain.operands(index - 1, slope),
-                "z": pre[index - 1],
-                "keep": keeps[index - 1],
-                "dslope": slopes[index - 1],
-            }
-        memory.run("grad_input", dz=dz, w=weight, y=inputs[index], dz_prev=dz_prev, **before)
-        dz = dz_prev
-    flat = [
-        g
-        for layer, own in zip(layers, gradients, strict=True)
-        for one, g in zip(layer, own, strict=True)
-        if one is not None
-    ]
-    return [dz if needs_x else None, *flat]
+            optional = {"z": pre[index - 1], "keep": keeps[index - 1], "dslope": dslopes[index - 1]}
+            below = {**chain.operands(index - 1, slopes[index - 1]), **optional}
+        yield "grad_input", {"dz": dz, "w": weights[index], "y": inputs[index], "dz_prev": dz_prev, **below}
+    if layers:
+        yield "grad_weight", {"layers": layers, "slopes": (), "rule": ONE_BATCH}
 
 
 class ChainFunction(torch.autograd.Function):
@@ -195,23 +248,30 @@ class ChainFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, chain: Chain, x: Tensor, *parameters: Tensor) -> Tensor:
-        x = x.detach().contiguous()
+        x = x.contiguous()
         kept = _forward(chain, x, parameters)
         ctx.chain = chain
         ctx.save_for_backward(x, *kept.outputs, *kept.pre, *kept.keeps, *parameters)
         return kept.outputs[-1]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        chain: Chain = ctx.chain
-        count = len(chain.activations)
-        x, *rest = ctx.saved_tensors
-        saved = iter(rest)
-        kept = Kept(*([*islice(saved, count)] for _ in range(3)))
-        _, needs_x, *needs = ctx.needs_input_grad
-        return None, *_backward(chain, dy, x, kept, [*saved], needs_x, needs)
+        # The decorator's check costs time in every backward pass, and only create_graph needs it.
+        return (once_differentiable(_gradients) if torch.is_grad_enabled() else _gradients)(ctx, dy)
 
+
+def _gradients(ctx: Any, dy: Tensor) -> Any:
+    chain: Chain = ctx.chain
+    count = len(chain.activations)
+    x, *rest = ctx.saved_tensors
+    saved = iter(rest)
+    kept = Kept(*([*islice(saved, count)] for _ in range(3)))
+    _, needs_x, *needs = ctx.needs_input_grad
+    return None, *_backward(chain, dy, x, kept, [*saved], needs_x, needs)
+
+
+# Of the operators of all compiled programs.
+COMPILED = Bindings()
 
 # The operators' arguments for a chain: the numbers of the activations in the contract and their slopes, the rates, the
 # presence of biases, and seed and batch_index as a tensor, since a compiled program does not change with them.
@@ -223,7 +283,7 @@ def _as_chain(
 ) -> Chain:  # fmt: skip
     seed, batch_index = (0, 0) if masks is None else masks.tolist()
     named = [Activation(ACTIVATIONS[code], slope) for code, slope in zip(activations, slopes, strict=True)]
-    return Chain(tuple(named), tuple(rates), tuple(biased), seed, batch_index)
+    return Chain(tuple(named), tuple(rates), tuple(biased), seed, batch_index, COMPILED)
 
 
 def _flat(kept: Kept) -> list[Tensor]:

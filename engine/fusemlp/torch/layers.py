@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.network import MLP, Activation, as_activation
-from fusemlp.torch.autograd import Chain, apply_chain
+from fusemlp.torch.autograd import Bindings, Chain, apply_chain
 from fusemlp.torch.modules import as_module
 from fusemlp_kernels.errors import DTypeError, ShapeError
 
@@ -20,9 +20,12 @@ def apply(chain: Chain, x: Tensor, parameters: Sequence[Tensor], width: int, mas
     if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[-1] != width:
         given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ShapeError(f"x: expected a tensor of shape (..., {width}), got {given}")
-    first = parameters[0]
-    if x.dtype != first.dtype or x.device != first.device:
-        raise DTypeError(f"x: expected {first.dtype} on {first.device}, like the weights, got {x.dtype} on {x.device}")
+    dtype, device = x.dtype, x.device
+    for one in parameters:
+        if one.dtype != dtype or one.device != device:
+            raise DTypeError(f"x: expected {one.dtype} on {one.device}, like the weights, got {dtype} on {device}")
+    if x.dim() == 2:
+        return apply_chain(chain, x, parameters, masks)
     y = apply_chain(chain, x.reshape(-1, width), parameters, masks)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -53,6 +56,7 @@ class FusedLinear(nn.Linear):
         chosen = as_activation("activation", activation)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.activation = chosen
+        self._bindings = Bindings()
         slope = torch.full((1,), chosen.slope, device=device, dtype=dtype)
         self.register_parameter("slope", nn.Parameter(slope) if chosen.name == "prelu" else None)
 
@@ -66,7 +70,7 @@ class FusedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features)."""
         parameters = [one for one in (self.weight, self.bias, self.slope) if one is not None]
-        chain = Chain((self.activation,), (0.0,), (self.bias is not None,))
+        chain = Chain((self.activation,), (0.0,), (self.bias is not None,), 0, 0, self._bindings)
         return apply(chain, x, parameters, self.in_features)
 
     def extra_repr(self) -> str:
@@ -101,6 +105,10 @@ class FusedMLP(nn.Module):
         self._seed: int | Tensor | None = None if seed is None else as_count("seed", seed, minimum=0)
         # A tensor: a compiled program would be compiled again for another number.
         self._calls = torch.zeros((), dtype=torch.int64, device="cpu")
+        count = self.network.layers
+        # without dropout
+        self._chain = Chain(self.network.activations, (0.0,) * count, (True,) * count, 0, 0, Bindings())
+        self._places = [name.split(".") for name in self.network.parameter_shapes()]
         for layer, (inputs, outputs) in enumerate(zip(self.network.sizes, self.network.sizes[1:], strict=False)):
             self.add_module(str(2 * layer), nn.Linear(inputs, outputs, device=device, dtype=dtype))
             chosen = self.network.activations[layer]
@@ -109,10 +117,9 @@ class FusedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., sizes[0]) to (..., sizes[-1])."""
-        net = self.network
-        rates = net.dropouts if self.training else (0.0,) * net.layers
-        seed, calls, masks = 0, 0, None
-        if any(rates):
+        chain, masks, rates = self._chain, None, self.network.dropouts
+        if self.training and any(rates):
+            seed, calls = 0, 0
             if self._seed is None:
                 self._seed = torch.randint(0, 1 << 62, (), device="cpu")
             self._calls += 1
@@ -120,8 +127,10 @@ class FusedMLP(nn.Module):
                 masks = torch.stack([torch.as_tensor(one, device="cpu") for one in (self._seed, self._calls)])
             else:
                 seed, calls = int(self._seed), int(self._calls)
-        chain = Chain(net.activations, rates, (True,) * net.layers, seed, calls)
-        return apply(chain, x, [self.get_parameter(name) for name in net.parameter_shapes()], net.sizes[0], masks)
+            chain = Chain(chain.activations, rates, chain.biased, seed, calls, chain.bindings)
+        parts = self._modules
+        parameters = [getattr(parts[part], name) for part, name in self._places]
+        return apply(chain, x, parameters, self.network.sizes[0], masks)
 
     def extra_repr(self) -> str:
         """Return the options for the printed module."""

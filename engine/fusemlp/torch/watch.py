@@ -19,20 +19,14 @@ END = (object(),)
 
 def other_hooks(loss_fn: Any, optimizer: Optimizer) -> dict[str, tuple[Any, ...]]:
     """Return the containers of the hooks outside the module that a fused step would not run, by owner."""
-    of_loss = hooks_of(loss_fn) if isinstance(loss_fn, nn.Module) else ()
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    of_all = tuple(getattr(modules, f"_global_{kind}_hooks") for kind in kinds)
+    of_optimizers = optimizers._global_optimizer_pre_hooks, optimizers._global_optimizer_post_hooks
     return {
-        f"loss_fn: {type(loss_fn).__name__} has hooks": of_loss,
+        f"loss_fn: {type(loss_fn).__name__} has hooks": hooks_of(loss_fn) if isinstance(loss_fn, nn.Module) else (),
         "optimizer: has step hooks": (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks),
-        "module: torch.nn.modules.module has hooks for all modules": (
-            modules._global_forward_hooks,
-            modules._global_forward_pre_hooks,
-            modules._global_backward_hooks,
-            modules._global_backward_pre_hooks,
-        ),
-        "optimizer: torch.optim.optimizer has step hooks for all optimizers": (
-            optimizers._global_optimizer_pre_hooks,
-            optimizers._global_optimizer_post_hooks,
-        ),
+        "module: torch.nn.modules.module has hooks for all modules": of_all,
+        "optimizer: torch.optim.optimizer has step hooks for all optimizers": of_optimizers,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from fusemlp_kernels.binders import check_names
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.errors import BackendUnavailableError
-from fusemlp_kernels.numpy.binding import ENTRIES, bind_call, bind_train_resident
+from fusemlp_kernels.numpy.binding import ENTRIES, bind_call, bind_calls, bind_train_resident
 from fusemlp_kernels.numpy.cores import threads
 from fusemlp_kernels.numpy.tables import Array, Run
 
@@ -99,6 +99,15 @@ class NumpyBackend:
         check_names(self.traits.name, BINDERS, op, operands)
         real = self._dtypes["real"]
         return bind_train_resident(real, **operands) if op == "train_resident" else bind_call(real, op, operands)
+
+    def bind_calls(
+        self, calls: Sequence[tuple[str, Mapping[str, Any]]], arrays: Sequence[Array | None]
+    ) -> Callable[[Sequence[int]], None]:
+        """Bind calls on one batch as one launch; ``run(addresses)`` finds ``arrays`` at these addresses.
+
+        The memory there is contiguous, and has the shapes and types of ``arrays``.
+        """
+        return bind_calls(self._dtypes["real"], calls, arrays)
 
     def synchronize(self) -> None:
         """See ``contract.Backend``; every call has ended when it returns."""

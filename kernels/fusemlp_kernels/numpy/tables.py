@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -257,6 +257,23 @@ class Table:
         factors = np.frombuffer(array("d", self.factors + self.tensor_factors))
         self.bound = integers, factors, work, self.real, found.most
         return copied(_launch(*self.bound, self.kept), self.before, self.after)
+
+    def bind_moving(self, batch: int, arrays: Sequence[Array | None]) -> Callable[[Sequence[int]], None]:
+        """``run(addresses)``: the calls with ``arrays``, which the loop can read in place, at these addresses."""
+        self.bind(batch)
+        places = [
+            (place, offset, index)
+            for index, moving in enumerate(arrays)
+            for place, offset in self.kept.pop(id(moving), (moving, 0, []))[2]
+        ]
+        numbers, launch_once = self.bound[0].data, _launch(*self.bound, self.kept)
+
+        def run(addresses: Sequence[int]) -> None:
+            for place, offset, index in places:
+                numbers[place] = addresses[index] + offset
+            launch_once()
+
+        return run
 
 
 def _launch(integers: Array, factors: Array, work: Any, real: Any, tasks: int, kept: Any) -> Run:
