@@ -80,7 +80,7 @@ class BoundProgram:
         """Run ``call`` in each step before its last call, an update that reads the gradients in memory."""
         *others, update = self.calls
         self.calls = (*others, call, update)
-        self._eager = _in_order(self.calls, self.backend.traits.on_host)
+        self._eager = _in_order(self.calls)
 
     @property
     def run(self) -> Callable[[], None]:

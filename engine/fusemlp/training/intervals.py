@@ -146,6 +146,8 @@ class _WorstCase:
             calls.append(backend.bind("grad_weight", layers=layers, **common))
         return calls
 
+    # NumPy would warn of what overflows
+    @np.errstate(all="ignore")
     def add(self) -> None:
         """Shrink the gradients of the step's batch, and add those of its worst case."""
         counters = self.arrays["counters"]
