@@ -24,7 +24,7 @@ class _Stream(io.FileIO):
 
     failure: OSError | None = None
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any) -> int:
         if self.failure is None:
             try:
                 return super().write(data)
