@@ -29,9 +29,11 @@ from fusemlp_kernels.errors import DivergenceError, FusemlpError
 
 
 def _scaled_best(run: Run, engine: Engine, history: History, temperature: float) -> Path | None:
-    """Write the checkpoint ``best`` with divided logits beside it; those of an epoch before a resumption have been
-    divided once. Return the file, which takes its place when the report is written: a report that cannot be written
-    has a resumed run come here again."""
+    """Write the checkpoint ``best`` with divided logits beside it, and return that file; None if nothing divides them.
+
+    Those of an epoch before a resumption have been divided once. The file replaces ``best`` after the report is
+    written: a run that is resumed before that comes here again.
+    """
     before = read_json(run.report)
     if before and history.best_epoch is not None and history.best_epoch < before["epochs"]:
         temperature /= before.get("temperature", 1.0)

@@ -140,7 +140,7 @@ class Column:
         # The index of each different word.
         self.codes: dict[str, int] = {}
         self.notes: list[str] = []
-        # Whether a time has a zone, and a number that float64 does not hold.
+        # True if a time has a zone; a number that float64 does not hold.
         self.zoned = False
         self.rounded: str | None = None
 
