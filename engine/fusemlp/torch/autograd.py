@@ -62,7 +62,7 @@ class Bindings:
 
     def __init__(self) -> None:
         self._idle: dict[Any, list[Any]] = {}
-        self._adding = threading.Lock()
+        self._looking = threading.Lock()
 
     def __reduce__(self) -> Any:
         return Bindings, ()
@@ -76,12 +76,10 @@ class Bindings:
             _bind(backend, chain, describe, columns, [None if one is None else one.detach() for one in tensors])
             return
         key = describe, chain, first.dtype, *[None if one is None else one.shape for one in tensors]
-        idle = self._idle.get(key)
-        if idle is None:
-            with self._adding:
-                if len(self._idle) >= MOST_KEYS:
-                    del self._idle[next(iter(self._idle))]
-                idle = self._idle.setdefault(key, [])
+        with self._looking:
+            idle = self._idle.setdefault(key, [])
+            if len(self._idle) > MOST_KEYS:
+                del self._idle[next(iter(self._idle))]
         addresses = [None if one is None else one.data_ptr() for one in tensors]
         if 0 in addresses and len(first):
             raise DTypeError(f"x: expected a tensor with memory of its own, got {type(first).__name__}")
@@ -137,10 +135,7 @@ def _opened(device: torch.device, dtype: torch.dtype) -> Any:
 def _bind(
     backend: Any, chain: Chain, describe: Callable[..., Any], columns: Sequence[Sequence[Any]], arrays: Sequence[Any]
 ) -> Any:
-    """Bind the calls of a pass over ``arrays``, those of the columns in order; run them unless arrays can move.
-
-    Return the run of the passes over moved arrays, and its counters.
-    """
+    """Return the bound calls over ``arrays``, those of the columns in order, and their counters; a GPU runs them."""
     # give each call its own dropout masks
     counters = backend.allocate(COUNTERS, "int64")
     counters[BATCH_INDEX] = chain.batch_index
@@ -183,11 +178,9 @@ def _forward(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> Kept:
     return kept
 
 
-def _forward_calls(
-    chain: Chain, x: Any, outputs: Any, pre: Any, keeps: Any, weights: Any, biases: Any, slopes: Any
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _forward_calls(chain: Chain, x: Any, outputs: Any, *columns: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the calls of a forward pass; raises ShapeError if parameters do not fit together."""
-    layers = zip([*x, *outputs], outputs, pre, keeps, weights, biases, slopes, strict=False)
+    layers = zip([*x, *outputs], outputs, *columns, strict=False)
     for index, (x, y, z, keep, w, b, slope) in enumerate(layers):
         if (*b.shape, x.shape[1]) != (*w.shape,):
             raise ShapeError(
@@ -217,11 +210,9 @@ def _backward(
     return [dx, *itertools.compress(gradients, present)]
 
 
-def _backward_calls(
-    chain: Chain, dzs: Any, dx: Any, x: Any, outputs: Any, pre: Any, keeps: Any, weights: Any, slopes: Any,
-    dw: Any, db: Any, dslopes: Any,
-) -> Iterator[tuple[str, dict[str, Any]]]:  # fmt: skip
+def _backward_calls(chain: Chain, dzs: Any, dx: Any, *columns: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the calls of a backward pass; ``dzs`` are those of the last layers."""
+    x, outputs, pre, keeps, weights, slopes, dw, db, dslopes = columns
     inputs, befores = [*x, *outputs], [*dx, *dzs]
     first = len(weights) - len(dzs)
     layers: list[dict[str, Any]] = []
@@ -233,8 +224,8 @@ def _backward_calls(
             break
         below: dict[str, Any] = {"activation": "identity"}
         if index:
-            optional = {"z": pre[index - 1], "keep": keeps[index - 1], "dslope": dslopes[index - 1]}
-            below = {**chain.operands(index - 1, slopes[index - 1]), **optional}
+            below = {"z": pre[index - 1], "keep": keeps[index - 1], "dslope": dslopes[index - 1]}
+            below |= chain.operands(index - 1, slopes[index - 1])
         yield "grad_input", {"dz": dz, "w": weights[index], "y": inputs[index], "dz_prev": dz_prev, **below}
     if layers:
         yield "grad_weight", {"layers": layers, "slopes": (), "rule": ONE_BATCH}
@@ -261,13 +252,12 @@ class ChainFunction(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, dy: Tensor) -> Any:
-    chain: Chain = ctx.chain
-    count = len(chain.activations)
+    count = len(ctx.chain.activations)
     x, *rest = ctx.saved_tensors
     saved = iter(rest)
     kept = Kept(*([*islice(saved, count)] for _ in range(3)))
     _, needs_x, *needs = ctx.needs_input_grad
-    return None, *_backward(chain, dy, x, kept, [*saved], needs_x, needs)
+    return None, *_backward(ctx.chain, dy, x, kept, [*saved], needs_x, needs)
 
 
 # Of the operators of all compiled programs.

@@ -20,10 +20,9 @@ def apply(chain: Chain, x: Tensor, parameters: Sequence[Tensor], width: int, mas
     if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[-1] != width:
         given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ShapeError(f"x: expected a tensor of shape (..., {width}), got {given}")
-    dtype, device = x.dtype, x.device
     for one in parameters:
-        if one.dtype != dtype or one.device != device:
-            raise DTypeError(f"x: expected {one.dtype} on {one.device}, like the weights, got {dtype} on {device}")
+        if one.dtype != x.dtype or one.device != x.device:
+            raise DTypeError(f"x: expected {one.dtype} on {one.device}, like the weights, got {x.dtype} on {x.device}")
     if x.dim() == 2:
         return apply_chain(chain, x, parameters, masks)
     y = apply_chain(chain, x.reshape(-1, width), parameters, masks)

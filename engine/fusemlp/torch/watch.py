@@ -19,7 +19,7 @@ END = (object(),)
 
 def other_hooks(loss_fn: Any, optimizer: Optimizer) -> dict[str, tuple[Any, ...]]:
     """Return the containers of the hooks outside the module that a fused step would not run, by owner."""
-    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    kinds = "forward", "forward_pre", "backward", "backward_pre"
     of_all = tuple(getattr(modules, f"_global_{kind}_hooks") for kind in kinds)
     of_optimizers = optimizers._global_optimizer_pre_hooks, optimizers._global_optimizer_post_hooks
     return {

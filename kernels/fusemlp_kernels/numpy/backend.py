@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,13 +100,8 @@ class NumpyBackend:
         real = self._dtypes["real"]
         return bind_train_resident(real, **operands) if op == "train_resident" else bind_call(real, op, operands)
 
-    def bind_calls(
-        self, calls: Sequence[tuple[str, Mapping[str, Any]]], arrays: Sequence[Array | None]
-    ) -> Callable[[Sequence[int]], None]:
-        """Bind calls on one batch as one launch; ``run(addresses)`` finds ``arrays`` at these addresses.
-
-        The memory there is contiguous, and has the shapes and types of ``arrays``.
-        """
+    def bind_calls(self, calls: Sequence[tuple[str, Any]], arrays: Sequence[Array | None]) -> Run:
+        """Bind calls on one batch as one launch: ``run(addresses)`` finds ``arrays``, contiguous, at the addresses."""
         return bind_calls(self._dtypes["real"], calls, arrays)
 
     def synchronize(self) -> None:

@@ -21,9 +21,7 @@ def bind_call(real: Any, op: str, operands: Operands) -> Run:
     return table.bind(ENTRIES[op](table, **table.operands(operands, OPS[op].by_name)))
 
 
-def bind_calls(
-    real: Any, calls: Sequence[tuple[str, Operands]], arrays: Sequence[Array | None]
-) -> Callable[[Sequence[int]], None]:
+def bind_calls(real: Any, calls: Sequence[tuple[str, Operands]], arrays: Sequence[Array | None]) -> Run:
     """Calls on one batch as one launch: ``Table.bind_moving``."""
     table = Table(real)
     counts = [ENTRIES[op](table, **table.operands(operands, OPS[op].by_name)) for op, operands in calls]

@@ -258,7 +258,7 @@ class Table:
         self.bound = integers, factors, work, self.real, found.most
         return copied(_launch(*self.bound, self.kept), self.before, self.after)
 
-    def bind_moving(self, batch: int, arrays: Sequence[Array | None]) -> Callable[[Sequence[int]], None]:
+    def bind_moving(self, batch: int, arrays: Sequence[Array | None]) -> Run:
         """``run(addresses)``: the calls with ``arrays``, which the loop can read in place, at these addresses."""
         self.bind(batch)
         places = [
