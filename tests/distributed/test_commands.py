@@ -173,7 +173,7 @@ def test_a_job_without_an_id_goes_on_with_the_run_of_its_command(
 
 
 # "job": an id that is always the same
-@pytest.mark.parametrize(("made_by", "more"), [("another job", ()), ("job", ("--lr", "0.2", "--epochs", "200"))])
+@pytest.mark.parametrize(("made_by", "more"), [("another job", ()), ("job", ("--lr", "0.2"))])
 def test_a_restart_takes_over_no_run_that_another_job_has_made(
     made_by: str,
     more: tuple[str, ...],
