@@ -122,7 +122,22 @@ def test_sweep_names_the_command_that_has_an_option(option: str, capsys: pytest.
 
 
 def test_pixels_without_a_scale_stay_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("train", "digits", "--scale", "none", *SHORT, "--epochs", "1", "--out", tmp_path / "run") == 0
+    assert (
+        run(
+            "train",
+            "digits",
+            "--scale",
+            "none",
+            "--hidden",
+            "32",
+            "--epochs",
+            "1",
+            "--quiet",
+            "--out",
+            tmp_path / "run",
+        )
+        == 0
+    )
     found = scores(capsys, tmp_path / "run", "--attack", "fgsm", "--eps", "2")
     assert found["robust"]["attack"] == FGSM(2.0, bounds=(0.0, 16.0)).to_config()
 

@@ -154,8 +154,8 @@ def test_a_run_scales_model_and_best_and_goes_on_from_what_is_not_scaled(
     at_best = outputs(folder / "best.safetensors", X) * value
     # a longer run has the same weights as one that was not cut off
     assert run("train", "--resume", tmp_path / "run", "--epochs", "33", "--quiet") == 0
-    longer = ("--epochs", "33")
-    assert run("train", data, *options, *longer, "--out", tmp_path / "whole") == 0
+    at = options.index("--epochs") + 1
+    assert run("train", data, *options[:at], "33", *options[at + 1 :], "--out", tmp_path / "whole") == 0
     whole = tmp_path / "whole" / "checkpoints" / "model.safetensors"
     np.testing.assert_array_equal(outputs(folder / "model.safetensors", X), outputs(whole, X))
     # the best weights, of an epoch before, have the new temperature alone
