@@ -220,3 +220,14 @@ def test_torch_is_needed_for_several_processes_alone(monkeypatch: pytest.MonkeyP
         MissingLibraryError, match=r"distributed: it needs torch, .*; install it with pip install torch"
     ):
         Engine(MLP([3, 2]), backend="numpy", distributed=True)
+
+
+@pytest.mark.parametrize(("rank", "world"), [("abc", "2"), ("0", "two"), ("2", "2"), ("-1", "2"), ("0", "0")])
+def test_numbers_that_torchrun_does_not_set_are_refused_at_once(
+    rank: str, world: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_rank(monkeypatch, 1)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(ArgumentError, match=f"got RANK='{rank}' and WORLD_SIZE='{world}'; start the processes by"):
+        Engine(MLP([3, 2]), backend="numpy", distributed=True)

@@ -52,6 +52,17 @@ def restarts() -> tuple[int, int]:
     return count, most
 
 
+def _place() -> tuple[int, int]:
+    """Return the number of this process, and of how many; ArgumentError for numbers that torchrun does not set."""
+    rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise ArgumentError(
+            f"distributed: expected RANK from 0 to WORLD_SIZE - 1 in the environment, got RANK={rank!r} and "
+            f"WORLD_SIZE={world!r}; start the processes by torchrun; {ALONE}"
+        )
+    return int(rank), int(world)
+
+
 def job() -> str:
     """Return the id of the job of torchrun: drawn for each, but "none" unless given where machines meet by address."""
     return os.environ.get("TORCHELASTIC_RUN_ID", "")
@@ -175,7 +186,7 @@ class Ranks:
         self.programs: weakref.WeakSet[Any] = weakref.WeakSet()
         # collectives that have begun: all ranks count alike
         self._begun = 0
-        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.rank, self.world = _place()
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         text = (
             f"distributed: rank {self.rank} waits up to {timeout:g} s for {self.world} ranks at {address}, because "
