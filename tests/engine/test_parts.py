@@ -17,7 +17,7 @@ from fusemlp.cli.commands import SweepOptions, TrainOptions
 from fusemlp.cli.prepare import Prepared, prepare
 from fusemlp.cli.sweep import planned
 from fusemlp.datasets.load import Columns, Dataset, load_data
-from fusemlp.datasets.parts import among, hold_out, row_hashes, with_files
+from fusemlp.datasets.parts import among, folds, hold_out, row_hashes, with_files
 from fusemlp_kernels.errors import ArgumentError, DataError
 
 
@@ -388,3 +388,11 @@ def test_columns_for_a_split_in_python(tmp_path: Path) -> None:
     assert made.groups is not None
     assert made.groups[:2].tolist() == ["p0", "p1"]
     assert load_data(path, target="y", columns=Columns(time="day")).times is not None
+
+
+def test_folds_keep_the_shares_of_classes_of_any_size() -> None:
+    labels = np.where(np.arange(40) % 4 == 0, 1.7e308, -1.7e308)
+    huge = folds(labels, 5, seed=3, stratify=True)
+    assert [float((labels[held] > 0).mean()) for _, held in huge] == [0.25] * 5
+    for (trained, held), (others, other) in zip(huge, folds(np.sign(labels), 5, seed=3, stratify=True), strict=True):
+        assert np.array_equal(trained, others) and np.array_equal(held, other)

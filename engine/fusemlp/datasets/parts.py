@@ -109,12 +109,14 @@ def folds(labels: Array, models: int, *, seed: int, stratify: bool) -> tuple[Fol
     if len(labels) < count:
         raise DataError(f"models: {models} need {count} folds of the training rows, and these are {len(labels)}")
     common = {"n_splits": count, "shuffle": True, "random_state": seed % 2**32}
-    largest = int(np.unique(labels, return_counts=True)[1].max()) if stratify else 0
-    cut = StratifiedKFold(**common) if largest >= count else KFold(**common)
+    # as codes: scikit-learn takes labels beyond int64 for measurements
+    _, codes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    stratified = stratify and int(sizes.max()) >= count
+    cut = StratifiedKFold(**common) if stratified else KFold(**common)
     with warnings.catch_warnings():
         # A class with fewer rows than folds is missing in some.
         warnings.simplefilter("ignore", UserWarning)
-        return tuple(cut.split(labels, labels if largest >= count else None))[:models]
+        return tuple(cut.split(labels, codes if stratified else None))[:models]
 
 
 def _last(times: Array, fraction: float) -> tuple[Rows, Rows]:
