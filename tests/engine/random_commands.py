@@ -46,7 +46,6 @@ from fusemlp.cli.fields import name_of
 # Values of options whose type or completion does not tell them: usual ones, and odd ones.
 VALUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "activation": (("relu", "elu", "prelu", "tanh,relu", "gelu", "sigmoid"), ("", "relu,", "softmax")),
-    "attack_repeats": (("1", "2"), ("0", "-1")),
     "attack_steps": (("1", "3"), ("0", "-1")),
     # Triton's interpreter and other processes take more time than a round has.
     "backend": (("auto", "numpy"), ("cupy", "torch")),
