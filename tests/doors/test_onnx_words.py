@@ -69,7 +69,7 @@ def test_the_graph_answers_as_predict_for_missing_and_unseen_cells(data: st.Data
     if not made.width:
         return
     engine = Engine(MLP([made.width, 5, 3]), backend="numpy", precision="fp64")
-    inputs = made.transform_features(coded(new, made.feature_names, made.categories, [])[0])
+    inputs = made.transform_features(coded(new, made.feature_names, made, [])[0])
     session = session_of(engine, made)
     assert [(one.name, one.shape) for one in session.get_inputs()] == [(name, ["rows", 1]) for name in training]
     logits, labels = session.run(["logits", "prediction"], fed(new, np.float64))
@@ -92,7 +92,7 @@ def test_names_that_the_graph_has_already_get_an_underscore() -> None:
     names = [one.name for one in session.get_inputs()]
     assert names == ["prediction_", "0.weight_", "mul_0", "concat_0"]
     values = dict(zip(names, fed(table, np.float32).values(), strict=True))
-    inputs = made.transform_features(coded(table, made.feature_names, made.categories, [])[0])
+    inputs = made.transform_features(coded(table, made.feature_names, made, [])[0])
     assert session.run(["prediction"], values)[0].tolist() == engine.predict(inputs).tolist()
 
 

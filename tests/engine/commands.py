@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from fusemlp import cli
+from fusemlp import MLP, SGD, cli
+from fusemlp.describe.losses import as_loss
+from fusemlp.report.runs import FORMAT
 
 
 def run(*arguments: str | Path) -> int:
@@ -28,3 +30,17 @@ def read(path: Path) -> Any:
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as stream:
         return list(csv.DictReader(stream))
+
+
+def configuration(loss: str = "mse") -> dict[str, Any]:
+    """Return a configuration with all entries that a run folder needs."""
+    described = {"network": MLP([2, 1]), "loss": as_loss(loss), "optimizer": SGD(0.1)}
+    return {
+        "format": FORMAT,
+        **dict.fromkeys(("command", "started", "backend", "precision", "plan"), "x"),
+        "options": {"metric": None},
+        "data": {"name": "x", "source": "x", "fingerprint": "x", "notes": []},
+        "preprocessor": {},
+        **{name: description.to_config() for name, description in described.items()},
+        "epochs": 1,
+    }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import run
+from commands import configuration, run
 
 from fusemlp.report import plots
 from fusemlp.report.runs import Run
@@ -16,7 +16,7 @@ from fusemlp.report.runs import Run
 def made(path: Path, metrics: str, loss: str = "cross_entropy") -> Path:
     """Make a run folder with the files that the command reads."""
     path.mkdir(parents=True)
-    Run(path).config.write_text(json.dumps({"format": 1, "loss": {"kind": loss}}))
+    Run(path).config.write_text(json.dumps(configuration(loss)))
     Run(path).metrics.write_text(metrics)
     return path
 

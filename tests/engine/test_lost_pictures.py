@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import read, rows, run
+from commands import configuration, read, rows, run
 
 from fusemlp.cli import report as command
 from fusemlp.report import plots
@@ -79,7 +79,7 @@ def test_a_picture_that_was_asked_for_fails_after_the_results(
 def test_matplotlib_cannot_be_imported(setting: str, tmp_path: Path) -> None:
     folder = Run(tmp_path / "run")
     folder.path.mkdir()
-    folder.config.write_text(json.dumps({"format": 1, "loss": {"kind": "mse"}}))
+    folder.config.write_text(json.dumps(configuration()))
     folder.metrics.write_text("epoch,loss\n1,2.0\n2,1.0\n")
     (tmp_path / "matplotlibrc").write_bytes(b"font.size: \xff\n")
     settings = {"MPLBACKEND": "nonsense"} if setting == "backend" else {"MATPLOTLIBRC": str(tmp_path)}

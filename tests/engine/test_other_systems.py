@@ -90,7 +90,7 @@ def test_a_file_system_without_hard_links_gets_a_second_file_and_no_further_save
     monkeypatch.setattr(os, "link", refuse)
     X, y = np.random.default_rng(0).random((24, 4), np.float32), np.arange(24) % 3
     engine.fit(X, y, epochs=1, validation_data=(X, y), callbacks=[Recorder(run, every=1)])
-    assert saved == ["last", "last"]
+    assert saved == ["last", "best"]
     assert run.checkpoint("best").read_bytes() == run.checkpoint("last").read_bytes()
     assert {path.stem for path in run.checkpoint("best").parent.iterdir()} == {"best", "last"}
 

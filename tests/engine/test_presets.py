@@ -207,7 +207,7 @@ def test_a_command_that_takes_no_members_says_so(
 
 
 def test_an_option_with_two_names_is_called_by_the_long_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("train", "iris", "--adversarial", "free") == 2
+    assert run("train", "iris", "--adversarial", "ibp") == 2
     assert "error: --attack-eps: say how far" in capsys.readouterr().err
 
 

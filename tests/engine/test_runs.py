@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
+from commands import configuration
 
-from fusemlp import MLP, MSE, SGD
 from fusemlp.report import runs as report_runs
 from fusemlp.report.runs import (
     FORMAT,
@@ -141,22 +140,10 @@ def test_rows_behind_the_checkpoint_are_dropped(run: Run) -> None:
     assert read_metrics(run) == ROWS[:1]
 
 
-DESCRIBED: dict[str, Any] = {"network": MLP([2, 1]), "loss": MSE(), "optimizer": SGD(0.1)}
-
-
 def test_a_run_is_known_by_its_configuration(run: Run) -> None:
     with pytest.raises(CheckpointError, match=r"it has no config\.json"):
         open_run(run.path)
-    config = {
-        "format": FORMAT,
-        "seed": 3,
-        **dict.fromkeys(("command", "started", "backend", "precision", "plan"), "x"),
-        "options": {"metric": None},
-        "data": {"name": "x", "source": "x", "fingerprint": "x", "notes": []},
-        "preprocessor": {},
-        **{name: described.to_config() for name, described in DESCRIBED.items()},
-        "epochs": 1,
-    }
+    config = configuration()
     write_json(run.config, config)
     assert open_run(run.path) == (run, config)
     write_json(run.config, {name: value for name, value in config.items() if name != "epochs"})

@@ -18,7 +18,6 @@ import kernel_machine_code
 import kernel_variants
 from recorded import PRECISIONS, launches
 
-from fusemlp.training import adversarial
 from fusemlp_kernels.contract import resident_refusal
 from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
 from fusemlp_kernels.registry import TRAITS
@@ -66,8 +65,6 @@ def test_every_launch_of_a_training_step_is_a_variant(target, precision):
     # loss scale. Under that there is no resident plan, and no privacy.
     alone = {"advance"} if precision == "fp16" else {"advance", "norm"}
     alone |= set() if precision in kernel_variants.RESIDENT_PRECISIONS else {"resident", "clip_examples"}
-    # training with intervals is in IEEE single precision
-    alone |= set() if precision in adversarial.PRECISIONS else {"ball", "box", "worst", "turn"}
     assert {launch.name for launch in found} == set(kernel_variants.KERNELS) - alone
 
 

@@ -26,7 +26,7 @@ def report(options: ReportOptions) -> None:
     engine, preprocessor, config = open_model(before_final_fit(options, notes))
     prepared = own_data(config, preprocessor)
     # what the training tried is not tried again
-    tried = tuple(note for note in config["data"]["notes"] if note not in prepared.notes)
+    tried = tuple(note for note in config["data"].get("notes", []) if note not in prepared.notes)
     prepared = replace(prepared, tried=tried)
     test = prepared.test
     if not found.get("diverged"):

@@ -40,7 +40,7 @@ ENTRIES: dict[str, Any] = {
     "options": dict[str, str | int | float | bool | list[str] | None],
     "epochs": int,
 }
-DATA_ENTRIES: dict[str, Any] = {"name": str, "source": str, "fingerprint": str, "notes": list[str]}
+DATA_ENTRIES: dict[str, Any] = {"name": str, "source": str, "fingerprint": str}
 WEIGHTS = ("model", "best", "last")
 # The beginnings of formulas, also in the full width of Japanese; of a guarded cell too, so that guarding can be undone.
 FORMULA = re.compile("'*[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]")
@@ -206,6 +206,8 @@ def open_run(path: str | Path) -> tuple[Run, dict[str, Any]]:
             stored(name, config[name], kind)
         for name, kind in DATA_ENTRIES.items():
             stored(f"data.{name}", config["data"][name], kind)
+        # earlier releases had none
+        stored("data.notes", config["data"].get("notes", []), list[str])
         MLP.from_config(config["network"])
         loss_from_config(config["loss"])
         optimizer_from_config(config["optimizer"])

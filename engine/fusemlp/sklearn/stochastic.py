@@ -163,8 +163,11 @@ class SklearnPolicy(Policy):
         estimator = self.estimator
         assert self.held_loss is not None
         loss, score = self.held_loss()
+        # as in scikit-learn, training goes on where an earlier epoch will be restored
+        restores = validation.decides and estimator.best_validation_score_ > -np.inf
         # rows without any weight have no loss
-        if not np.isfinite(loss) and (validation.loss_weight is None or validation.loss_weight.any()):
+        weighs = validation.loss_weight is None or validation.loss_weight.any()
+        if not np.isfinite(loss) and weighs and not restores:
             raise DivergenceError(
                 f"val_loss: it became NaN or infinite in epoch {estimator.n_iter_}. Likely causes: validation rows far "
                 "from those of training, or too high a learning rate; standardise X, or lower learning_rate_init"
