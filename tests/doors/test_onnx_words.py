@@ -76,7 +76,10 @@ def test_the_graph_answers_as_predict_for_missing_and_unseen_cells(data: st.Data
     expected = engine.predict_proba(inputs)
     shares = np.exp(logits - logits.max(axis=1, keepdims=True))
     np.testing.assert_allclose(shares / shares.sum(axis=1, keepdims=True), expected, rtol=1e-9, atol=1e-12)
-    assert labels.tolist() == made.decode_predictions(engine.predict(inputs)).tolist()
+    # rounding decides between classes as probable as each other: an input at the median may be all zeros
+    second, first = np.sort(expected, axis=1)[:, -2:].T
+    clear = first - second > 1e-9
+    assert labels[clear].tolist() == made.decode_predictions(engine.predict(inputs))[clear].tolist()
 
 
 def test_names_that_the_graph_has_already_get_an_underscore() -> None:
