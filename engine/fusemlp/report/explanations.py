@@ -121,17 +121,17 @@ def attributions(
     else:
         points, weights = _rule(count) if method == "integrated" else (np.ones(1), np.ones(1))
         values = (rows - start) * engine.path_gradient(rows, start, chosen, points, weights)
-    found = Attributions(values, (seeds * engine.outputs(rows)).sum(axis=1), (seeds * base).sum(axis=1), chosen)
-    while method == "integrated" and steps is None and found.inexact:
+    result = Attributions(values, (seeds * engine.outputs(rows)).sum(axis=1), (seeds * base).sum(axis=1), chosen)
+    while method == "integrated" and steps is None and result.inexact:
         if count == MOST_STEPS:
-            gap, difference = (np.abs(part).mean() for part in (found.error, found.outputs - found.base))
+            gap, difference = (np.abs(part).mean() for part in (result.error, result.outputs - result.base))
             raise DataError(
                 f"X: integrated gradients are not exact enough with {count} steps: their sums miss differences of "
                 f"{difference:.3g} by {gap:.3g} on average; use the method 'expected' or 'permutation'"
             )
         count *= 2
-        found = replace(found, values=(rows - start) * engine.path_gradient(rows, start, chosen, *_rule(count)))
-    return found
+        result = replace(result, values=(rows - start) * engine.path_gradient(rows, start, chosen, *_rule(count)))
+    return result
 
 
 def _checked(engine: Session, argument: str, X: Any) -> Array:

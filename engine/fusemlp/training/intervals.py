@@ -77,7 +77,7 @@ class _WorstCase:
             shapes |= {f"{name}{layer}": shape[:1] for name in ("zero", "db")}
         backend, multiple = memory.backend, memory.backend.traits.row_multiple
         layout = Layout.of(shapes, row_multiple=multiple, item_bytes=memory.real_bytes)
-        self.own = layout.views(backend, backend.allocate(layout.size, "real"))
+        self.buffers = layout.views(backend, backend.allocate(layout.size, "real"))
         self.functions = formula_functions()
         layers = range(net.layers)
         self.forward = [self._linear(backend, layer) for layer in layers]
@@ -95,11 +95,11 @@ class _WorstCase:
     def _linear(self, backend: Any, layer: int) -> Calls:
         ways = (
             ("centre", "zc", self.arrays[f"w{layer}"], self.arrays[f"b{layer}"]),
-            ("radius", "zr", self.own[f"size{layer}"], self.own[f"zero{layer}"]),
+            ("radius", "zr", self.buffers[f"size{layer}"], self.buffers[f"zero{layer}"]),
         )
         return [
             backend.bind(
-                "linear", x=self.own[f"{x}{layer}"], w=w, b=b, y=self.own[f"{y}{layer + 1}"],
+                "linear", x=self.buffers[f"{x}{layer}"], w=w, b=b, y=self.buffers[f"{y}{layer + 1}"],
                 activation="identity", counters=self.arrays["counters"],
             )
             for x, y, w, b in ways
@@ -112,18 +112,18 @@ class _WorstCase:
         last = self.net.layers
         return {
             **{name: self.arrays[name] for name in names if name in self.arrays},
-            "z": self.own[f"zc{last}"],
-            "dz": self.own[f"dzc{last}"],
+            "z": self.buffers[f"zc{last}"],
+            "dz": self.buffers[f"dzc{last}"],
             "loss": replace(call.operands["loss"], accuracy=False),
             "activation": "identity",
         }
 
     def _grad_input(self, backend: Any, layer: int) -> Calls:
-        ways = (("dzc", "centre", self.arrays[f"w{layer}"]), ("dzr", "radius", self.own[f"size{layer}"]))
+        ways = (("dzc", "centre", self.arrays[f"w{layer}"]), ("dzr", "radius", self.buffers[f"size{layer}"]))
         return [
             backend.bind(
-                "grad_input", dz=self.own[f"{dz}{layer + 1}"], w=w, y=self.own[f"{y}{layer}"],
-                dz_prev=self.own[f"{dz}{layer}"], activation="identity",
+                "grad_input", dz=self.buffers[f"{dz}{layer + 1}"], w=w, y=self.buffers[f"{y}{layer}"],
+                dz_prev=self.buffers[f"{dz}{layer}"], activation="identity",
             )
             for dz, y, w in ways
         ]  # fmt: skip
@@ -136,10 +136,10 @@ class _WorstCase:
         for dz, x, dw, db in ways:
             layers = tuple(
                 {
-                    "dz": self.own[f"{dz}{layer + 1}"],
-                    "x": self.own[f"{x}{layer}"],
-                    "dw": self.own[f"{dw}{layer}"],
-                    "db": None if db is None else self.own[f"{db}{layer}"],
+                    "dz": self.buffers[f"{dz}{layer + 1}"],
+                    "x": self.buffers[f"{x}{layer}"],
+                    "dw": self.buffers[f"{dw}{layer}"],
+                    "db": None if db is None else self.buffers[f"{db}{layer}"],
                 }
                 for layer in range(self.net.layers)
             )
@@ -154,7 +154,7 @@ class _WorstCase:
         eps, share = self.ibp.at((int(counters[UPDATE_COUNT]) - self.first) / self.updates)
         if share == 1.0:
             return
-        rows, start = self.own["centre0"].shape[0], int(counters[ROW_OFFSET])
+        rows, start = self.buffers["centre0"].shape[0], int(counters[ROW_OFFSET])
         # padding has the row -1, and no weight
         picks = np.maximum(self.arrays["rows"][start : start + rows], 0)
         self._bounds(self.arrays["x"][picks], eps)
@@ -173,19 +173,19 @@ class _WorstCase:
         reach = self.real.type(eps) * self.reach
         self._set_box(0, np.maximum(x - reach, self.least), np.minimum(x + reach, self.most))
         for layer, calls in enumerate(self.forward):
-            np.abs(self.arrays[f"w{layer}"], out=self.own[f"size{layer}"])
+            np.abs(self.arrays[f"w{layer}"], out=self.buffers[f"size{layer}"])
             for call in calls:
                 call()
             if layer < self.net.layers - 1:
                 self._set_box(layer + 1, *(self._formula(layer, "value", z) for z in self._ends(layer + 1)))
 
     def _set_box(self, level: int, low: Array, high: Array) -> None:
-        self.own[f"centre{level}"][:] = (low + high) / 2
-        self.own[f"radius{level}"][:] = (high - low) / 2
+        self.buffers[f"centre{level}"][:] = (low + high) / 2
+        self.buffers[f"radius{level}"][:] = (high - low) / 2
 
     def _ends(self, level: int) -> tuple[Array, Array]:
         """Return the least and the greatest pre-activations."""
-        centre, radius = self.own[f"zc{level}"], self.own[f"zr{level}"]
+        centre, radius = self.buffers[f"zc{level}"], self.buffers[f"zr{level}"]
         return centre - radius, centre + radius
 
     def _formula(self, layer: int, name: str, z: Array) -> Array:
@@ -201,16 +201,16 @@ class _WorstCase:
     def _worst_loss(self, label: tuple[Array, Array]) -> None:
         """Compute the gradients of the loss of the worst logits, by their centres and radii."""
         last = self.net.layers
-        logits, radius = self.own[f"zc{last}"], self.own[f"zr{last}"]
+        logits, radius = self.buffers[f"zc{last}"], self.buffers[f"zr{last}"]
         radius[label] *= -1.0
         logits += radius
         self.loss()
-        self.own[f"dzr{last}"][:] = self.own[f"dzc{last}"]
-        self.own[f"dzr{last}"][label] *= -1.0
+        self.buffers[f"dzr{last}"][:] = self.buffers[f"dzc{last}"]
+        self.buffers[f"dzr{last}"][label] *= -1.0
 
     def _through_activation(self, layer: int) -> None:
         """Turn the gradients by a box of outputs into those by centre and radius of its pre-activations."""
-        by_centre, by_radius = self.own[f"dzc{layer}"], self.own[f"dzr{layer}"]
+        by_centre, by_radius = self.buffers[f"dzc{layer}"], self.buffers[f"dzr{layer}"]
         low, high = (self._formula(layer - 1, "derivative", z) for z in self._ends(layer))
         by_low, by_high = (by_centre - by_radius) / 2 * low, (by_centre + by_radius) / 2 * high
         by_centre[:], by_radius[:] = by_low + by_high, by_high - by_low
@@ -221,7 +221,7 @@ class _WorstCase:
         for short in self.bound.program.trainable:
             gradient, layer = self.arrays[f"d{short}"], short[1:]
             gradient *= plain
-            added = self.own[f"d{short}"]
+            added = self.buffers[f"d{short}"]
             if short.startswith("w"):
-                added += np.sign(self.arrays[short]) * self.own[f"dsize{layer}"]
+                added += np.sign(self.arrays[short]) * self.buffers[f"dsize{layer}"]
             gradient += worst * added
