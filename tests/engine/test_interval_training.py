@@ -127,6 +127,17 @@ def test_a_run_is_torchs(name):
         assert np.array_equal(value, before[key]) == (key in others.get("frozen", ()))
 
 
+def test_rows_of_an_ignored_class_change_nothing():
+    kept = np.arange(ROWS) % 3 > 0
+    trained = []
+    for labels, weight in ((np.where(kept, LABELS, -100), None), (LABELS, kept.astype(np.float64))):
+        engine = make("relu", loss=CrossEntropy(ignore_index=-100))
+        engine.fit(X, labels, epochs=4, shuffle=False, adversarial=IBP(0.2), sample_weight=weight)
+        trained.append(engine.state_dict())
+    for name, value in trained[0].items():
+        np.testing.assert_allclose(trained[1][name], value, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 def test_the_plans_agree_bit_for_bit(precision):
     rows, labels = np.tile(X, (8, 1)), np.tile(LABELS, 8)

@@ -158,7 +158,8 @@ class _WorstCase:
         # padding has the row -1, and no weight
         picks = np.maximum(self.arrays["rows"][start : start + rows], 0)
         self._bounds(self.arrays["x"][picks], eps)
-        label = np.arange(rows), self.arrays["target"][picks]
+        # an ignored label is no column, and its row has no weight
+        label = np.arange(rows), np.clip(self.arrays["target"][picks], 0, self.net.sizes[-1] - 1)
         self._worst_loss(label)
         for layer in range(self.net.layers - 1, 0, -1):
             for call in self.backward[layer - 1]:
