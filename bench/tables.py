@@ -176,7 +176,7 @@ def fusemlp_scores(one: Table, frame: Any, tested: Any, folder: Path, options: d
     """Train and predict as the command line does; return the seconds of the training and the table of predictions."""
     import pandas
 
-    from fusemlp.cli.commands import PredictOptions, TrainOptions
+    from fusemlp.cli.options import PredictOptions, TrainOptions
     from fusemlp.cli.predict import predict
     from fusemlp.cli.train import train
 

@@ -23,6 +23,7 @@ LAYERS = (
     ("__init__", "__main__"),
     ("cli",),
     ("sklearn", "torch"),
+    ("tables",),
     ("fleet",),
     ("engine",),
     ("training",),

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 
 from fusemlp import ArgumentError, load
 from fusemlp.cli import main, resume, session
-from fusemlp.cli.commands import TrainOptions
+from fusemlp.cli.options import TrainOptions
 from fusemlp.report.runs import create_run, discard_begun, unlock
 from fusemlp.runtime.ranks import VARIABLES
 

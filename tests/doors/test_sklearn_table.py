@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fusemlp
 from fusemlp import ArgumentError, DataError, Huber, cli
-from fusemlp.cli import defaults
-from fusemlp.cli.commands import TrainOptions
-from fusemlp.cli.recipe import DEFAULT_WIDTH
-from fusemlp.sklearn import TableClassifier, TableRegressor, table_settings
+from fusemlp.cli.options import TrainOptions
+from fusemlp.datasets.load import Columns, load_data
+from fusemlp.sklearn import TableClassifier, TableRegressor
+from fusemlp.tables.descriptions import filled_in, models_of
+from fusemlp.tables.recipe import TableRecipe
 
 # The checks that fail, with the reason.
 EXPECTED = {
@@ -246,11 +248,9 @@ def test_a_graph_of_the_estimator(fitted: TableClassifier, tmp_path: Path) -> No
 
 
 def test_defaults_are_those_of_the_command_line() -> None:
-    options, estimator = defaults.filled_in(TrainOptions(data="x.csv")), TableClassifier()
-    names = ("activation", "optimizer", "lr", "batch_size", "epochs", "early_stopping", "metric", "validation_fraction")
-    names += ("scale", "backend", "precision", "models", "log_target")
-    assert {name: getattr(estimator, name) for name in names} == {name: getattr(options, name) for name in names}
-    assert (estimator.hidden, estimator.random_state) == ((DEFAULT_WIDTH,), options.seed)
+    options, recipe = TrainOptions(data="x.csv", dropout=0.0, test_fraction=0.0), TableClassifier()._recipe()
+    options = filled_in(options, table=True, validates=True)
+    assert recipe == TableRecipe(**{field.name: getattr(options, field.name) for field in fields(TableRecipe)})
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,9 @@ def test_defaults_are_those_of_the_command_line() -> None:
     ],
 )
 def test_tables_of_a_middling_size_train_five_models(rows: int, options: dict[str, Any], expected: int) -> None:
-    assert table_settings.models(TableClassifier(**options), rows) == expected
+    values = np.arange(rows)
+    dataset = load_data(pandas.DataFrame({"a": values, "y": values}), target="y", columns=Columns(keep=["a"]))
+    assert models_of(TableRegressor(**options)._recipe(), dataset, new=True) == expected
 
 
 @pytest.mark.parametrize("models", [1, 3])
@@ -352,7 +354,7 @@ def test_weights_of_rows_and_classes() -> None:
     watched = {"X_val": NEW, "y_val": ["yes"] * 20}
     balanced, told = (classifier(class_weight=given).fit(X, Y, **watched) for given in ("balanced", shares))
     assert balanced.history_.history["val_loss"] == told.history_.history["val_loss"]
-    with pytest.raises(DataError, match="the label 'maybe' in row 0 is not one of the 2 classes"):
+    with pytest.raises(DataError, match="y_val: 'maybe' is no label of y"):
         classifier(class_weight="balanced").fit(X, Y, X_val=NEW, y_val=["maybe"] * 20)
     kept = np.arange(len(X)) % 3 > 0
     zeroed = classifier().fit(X, Y, sample_weight=kept.astype(float))
@@ -390,12 +392,12 @@ WRONG: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "binary of three": (
         classifier(loss="binary_cross_entropy"),
         (X, [0, 1, 2] * 40),
-        "loss: 'binary_cross_entropy' is for two classes, and y has 3",
+        "loss: 'binary_cross_entropy' is for two classes, and the target has 3",
     ),
     "scale": (classifier(scale="log"), (X, Y), "scale: unknown name 'log'"),
     "hidden": (classifier(hidden=(0,)), (X, Y), "hidden: expected"),
     "epochs": (classifier(epochs=0), (X, Y), "epochs: expected"),
-    "one class": (classifier(), (X, ["a"] * 120), "y: it has one class, a; a classifier needs two or more"),
+    "one class": (classifier(), (X, ["a"] * 120), "target: 'y' is 'a' in all rows, which is one class"),
     "a missing label": (
         classifier(),
         (X, np.array([None, *Y[1:]], object)),

@@ -259,7 +259,7 @@ def test_warnings_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     code = run("train", "iris", "--epochs", "1", "--batch-size", "9999", "--quiet", "--out", str(tmp_path / "run"))
     shown = capsys.readouterr().err
     assert code == 0
-    assert re.match(r"warning: batch_size: 9999 is more than the \d+ rows of X.*\n", shown)
+    assert re.match(r"warning: batch_size: 9999 is more than the \d+ training rows.*\n", shown)
     assert all(line.startswith("warning: ") for line in shown.splitlines())
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from commands import run
 
-from fusemlp.cli.commands import TrainOptions
-from fusemlp.cli.prepare import prepare
+from fusemlp.cli.options import TrainOptions
+from fusemlp.cli.session import prepared_data
 
 
 def trained(folder: Path, *options: str | Path) -> Path:
@@ -248,8 +248,8 @@ def test_the_test_set_that_comes_with_the_data(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_the_same_rows_are_held_out_whatever_else_is_asked() -> None:
-    plain = prepare(TrainOptions(data="wine"))
-    other = prepare(TrainOptions(data="wine", validation_fraction=0.3, loss="mse", scale="none", hidden=["none"]))
+    plain = prepared_data(TrainOptions(data="wine"))
+    other = prepared_data(TrainOptions(data="wine", validation_fraction=0.3, loss="mse", scale="none", hidden=["none"]))
     assert np.array_equal(plain.test.labels, other.test.labels)
     assert other.network.layers == 1
     assert len(plain.test) == 36

@@ -12,18 +12,17 @@ import pytest
 from commands import read, rows, run
 
 from fusemlp import MLP, Engine, load_checkpoint
-from fusemlp.cli import train as command
-from fusemlp.cli.commands import TrainOptions
-from fusemlp.cli.prepare import prepare
+from fusemlp.cli.options import TrainOptions
+from fusemlp.cli.session import prepared_data
 from fusemlp.datasets.load import load_features
 from fusemlp.datasets.parts import folds
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.fleet import trials
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import mean_history, members, merged
 from fusemlp.report.baselines import worse_than
 from fusemlp.report.plots import curves_figure
 from fusemlp.sklearn import TableRegressor
+from fusemlp.tables import training, trials
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, DivergenceError
 
@@ -172,7 +171,7 @@ def test_a_final_fit_that_diverges_leaves_the_model_before_it(
     def refused(*_: Any) -> Any:
         raise DivergenceError("final_fit: the loss became NaN; the model of the training rows is kept")
 
-    monkeypatch.setattr(command, "final_fit", refused)
+    monkeypatch.setattr(training, "_fit_to_all_rows", refused)
     data, folder = trained.parent / "data.csv", tmp_path / "run"
     assert run("train", data, "--target", "kind", *QUICK, "--epochs", "2", "--final-fit", "--out", folder) == 1
     assert "error: final_fit: the loss became NaN" in capsys.readouterr().err
@@ -316,7 +315,7 @@ def test_an_ensemble_stops_by_a_metric_and_knows_all_rows_of_a_final_fit(trained
 
 
 def test_baselines_learn_from_a_bounded_share_of_the_rows() -> None:
-    made = prepare(TrainOptions(data="iris"))
+    made = prepared_data(TrainOptions(data="iris"))
     X, labels = made.seen(10**9)
     assert X.shape == (120, 4) and len(labels) == 120
     fewer, some = made.seen(100)
@@ -329,7 +328,7 @@ def test_long_tables_keep_one_input_a_number(tmp_path: Path, monkeypatch: pytest
     for most, scale in ((300 * 35, "piecewise"), (300 * 35 - 1, "robust")):
         monkeypatch.setattr(trials, "MOST_INPUTS", most)
         monkeypatch.setattr(trials, "_error", lambda *given: 0.0 if given[3].scale == "piecewise" else 1.0)
-        made = prepare(TrainOptions(data=str(data), target="kind")).preprocessor
+        made = prepared_data(TrainOptions(data=str(data), target="kind")).preprocessor
         assert made.scale == scale
 
 
@@ -378,12 +377,12 @@ def test_trials_hold_out_whole_groups_and_the_last_rows(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text("\n".join(["group,when,x,y", *lines]) + "\n")
     options = TrainOptions(data=str(tmp_path / "data.csv"), target="y", scale="robust")
     rows = np.random.default_rng(1).permutation(300)[:200]
-    grouped = prepare(replace(options, group="group")).dataset
+    grouped = prepared_data(replace(options, group="group")).dataset
     assert grouped.groups is not None
     for kept, held in trials._parts(grouped, rows, 0):
         named = [set(grouped.groups[rows[part]].tolist()) for part in (kept, held)]
         assert not named[0] & named[1] and len(kept) + len(held) == 200
-    timed = prepare(replace(options, time="when")).dataset
+    timed = prepared_data(replace(options, time="when")).dataset
     assert timed.times is not None
     for kept, held in trials._parts(timed, rows, 0):
         assert timed.times[rows[kept]].max() < timed.times[rows[held]].min()

@@ -209,13 +209,13 @@ def test_the_metric_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_the_test_rows_have_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--vary", "seed=0:3", "--epochs", "2", "--early-stopping", "1", "--quiet"]
     assert run("sweep", "iris", *options, "--out", tmp_path / "a") == 0
-    prepare = sweep_plan.prepare
+    prepare = sweep_plan.prepared_data
 
     def blind(given: Any) -> Any:
         prepared = prepare(given)
         return replace(prepared, test=replace(prepared.test, X=np.full_like(prepared.test.X, np.nan)))
 
-    monkeypatch.setattr(sweep_plan, "prepare", blind)
+    monkeypatch.setattr(sweep_plan, "prepared_data", blind)
     report = {"test": {}, "baselines": {}, "worse_than": [], "epochs": 0}
     monkeypatch.setattr(command, "finish", lambda *_, **__: report)
     assert run("sweep", "iris", *options, "--out", tmp_path / "b") == 0

@@ -92,8 +92,8 @@ def test_a_constant_target(
     name, *options = command
     assert run(name, table, "--target", "label", *options, "--out", tmp_path / "run") == 1
     assert capsys.readouterr().err == (
-        f"error: target: 'label' is {shown} in all rows, and classes are two or more; choose another column with "
-        "--target\n"
+        f"error: target: 'label' is {shown} in all rows, which is one class, and classes are two or more; choose "
+        "another target\n"
     )
     assert not (tmp_path / "run").exists()
 

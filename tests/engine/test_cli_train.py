@@ -20,14 +20,14 @@ from commands import read, rows, run
 from safetensors.numpy import load_file
 
 from fusemlp import MLP, Engine, ProgressBar, load_checkpoint
-from fusemlp.cli.commands import TrainOptions
-from fusemlp.cli.prepare import prepare
+from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.recorder import Recorder
-from fusemlp.cli.session import new_engine
+from fusemlp.cli.session import prepared_data
 from fusemlp.cli.train import train
 from fusemlp.datasets.prepare import CLASS_DECAY
 from fusemlp.report import plots
 from fusemlp.report.runs import Run
+from fusemlp.tables.training import fit_arguments, new_engine
 
 
 def same_tensors(first: Path, second: Path) -> bool:
@@ -182,18 +182,16 @@ def _cut_back(folder: Path, *, epochs: int, rows: int) -> None:
         checkpoint.unlink()
     config = read(folder / "config.json")
     options = TrainOptions(**config["options"])
-    prepared = prepare(options)
+    prepared = prepared_data(options)
 
     class Stop(Recorder):
         def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
             super().on_epoch_end(engine, epoch, logs)
             engine.stop_training = epoch + 1 == epochs
 
-    engine = new_engine(options, prepared, config["epochs"])
+    engine = new_engine(prepared)
     engine.fit(
-        **prepared.fit_data,
-        epochs=config["epochs"],
-        drop_last=config["options"]["drop_last"],
+        **fit_arguments(prepared),
         callbacks=[Stop(Run(folder), every=1)],
     )
     (folder / "metrics.csv").write_bytes(b"".join(lines[: rows + 1]) + lines[rows + 1][:7])

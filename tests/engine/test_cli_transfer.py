@@ -12,7 +12,7 @@ from commands import read, rows, run
 from sklearn.datasets import load_digits
 
 from fusemlp import MLP, load, load_checkpoint
-from fusemlp.cli.commands import TrainOptions
+from fusemlp.cli.options import TrainOptions
 
 FEW = 60
 
@@ -253,4 +253,4 @@ def test_a_source_without_hidden_layers_gives_its_output_layer_alone(
 
 def test_defaults_start_nowhere() -> None:
     options = TrainOptions()
-    assert (options.from_run, options.freeze, options.probe, options.layer_decay) == (None, 0, 0, 1.0)
+    assert (options.transfer_from, options.freeze, options.probe, options.layer_decay) == (None, 0, 0, 1.0)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from commands import run
 
-from fusemlp.cli import app, choices, commands
+from fusemlp.cli import app, options
 from fusemlp.datasets.load import NAMES
 from fusemlp.describe.losses import LOSSES
+from fusemlp.tables.fields import run_folders
 
 WORDS = {
     "commands": ("tr", {"train"}),
@@ -66,7 +67,7 @@ def test_options_whose_help_lists_values_complete_them() -> None:
                     assert name in field.metadata["help"], f"{described.__name__}.{field.name}: {name}"
 
 
-@pytest.mark.parametrize("shell", commands.SHELLS)
+@pytest.mark.parametrize("shell", options.SHELLS)
 def test_a_script_for_each_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("completion", shell) == 0
     script = capsys.readouterr().out
@@ -107,6 +108,6 @@ def test_a_shell_runs_its_script(shell: str, tmp_path: Path, capsys: pytest.Capt
 
 def test_folders_that_cannot_be_read_complete_to_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert choices.run_folders("") == []
+    assert run_folders("") == []
     (tmp_path / "runs").touch()
-    assert choices.run_folders("") == []
+    assert run_folders("") == []

@@ -13,11 +13,12 @@ from commands import read, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusemlp.cli.commands import SweepOptions, TrainOptions
-from fusemlp.cli.prepare import Prepared, prepare
+from fusemlp.cli.options import SweepOptions, TrainOptions
+from fusemlp.cli.session import prepared_data
 from fusemlp.cli.sweep import planned
 from fusemlp.datasets.load import Columns, Dataset, load_data
 from fusemlp.datasets.parts import among, folds, hold_out, row_hashes, with_files
+from fusemlp.tables.preparation import Prepared
 from fusemlp_kernels.errors import ArgumentError, DataError
 
 
@@ -43,7 +44,7 @@ def visits(path: Path, count: int = 100, *, seed: int = 0) -> Path:
 
 
 def prepared(path: Path, **options: Any) -> Prepared:
-    return prepare(TrainOptions(**{"data": str(path), "target": "y", **options}))
+    return prepared_data(TrainOptions(**{"data": str(path), "target": "y", **options}))
 
 
 # Groups and times
@@ -238,7 +239,7 @@ def test_own_files_of_numbers(tmp_path: Path) -> None:
     """npz files, and a regression with whole numbers in one file and decimals in the other."""
     for name, count in (("a", 30), ("b", 7)):
         np.savez(tmp_path / f"{name}.npz", X=np.arange(2.0 * count).reshape(count, 2), y=np.arange(count) % 2)
-    made = prepare(TrainOptions(data=str(tmp_path / "a.npz"), test=str(tmp_path / "b.npz")))
+    made = prepared_data(TrainOptions(data=str(tmp_path / "a.npz"), test=str(tmp_path / "b.npz")))
     assert len(made.test) == 7
     train = write(tmp_path / "a.csv", "x,y", [[row, row * 0.5] for row in range(30)])
     test = write(tmp_path / "b.csv", "x,y", [[row, row] for row in range(5)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ import pytest
 from commands import read, rows, run
 
 from fusemlp import MLP, ArgumentError, load_checkpoint
-from fusemlp.cli.commands import TrainOptions
-from fusemlp.cli.prepare import prepare
-from fusemlp.cli.preset import with_preset
+from fusemlp.cli.options import TrainOptions
+from fusemlp.cli.session import prepared_data
 from fusemlp.datasets.preprocessing import split
 from fusemlp.describe import presets
 from fusemlp.sklearn import TableClassifier, TableRegressor
+from fusemlp.tables.descriptions import with_preset
 
 QUICK = ("--scale", "robust", "--epochs", "4", "--quiet", "--backend", "numpy")
 
@@ -120,8 +119,8 @@ def test_classes_of_a_large_table_have_members_unless_the_network_is_ones_own(
     changed, found, notes = with_preset(options, 120, classify=True)
     assert found == members and (changed.preset, len(notes)) == (("tabm", 1) if members > 1 else (None, 0))
     assert with_preset(options, 119, classify=True) == with_preset(options, 120, classify=False) == (options, 1, [])
-    images = replace(options, data="digits")
-    assert with_preset(images, 120, classify=True) == (images, 1, [])
+    # data that are no table
+    assert with_preset(options, 0, classify=True) == (options, 1, [])
 
 
 def test_an_estimator_chooses_as_the_command_line_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +138,7 @@ def test_an_estimator_chooses_as_the_command_line_does(monkeypatch: pytest.Monke
 
 def test_auto_leaves_a_small_table_to_the_plain_recipe(tmp_path: Path) -> None:
     made = prepared(tmp_path, preset="auto")
-    assert made.network.members == 1 and made.models == 5 and not made.preset
+    assert made.network.members == 1 and made.models == 5 and made.recipe.hidden is None
     assert "preset plain: tabm is for 12,000 to 100,000 rows, and these are 120" in made.notes
 
 
@@ -151,7 +150,7 @@ def test_batches_grow_with_the_rows() -> None:
 
 def prepared(folder: Path, **given: Any) -> Any:
     options = {"target": "value", "scale": "robust", "log_target": False, "backend": "numpy", "preset": "tabm"}
-    return prepare(TrainOptions(data=str(table(folder / "data.csv", target="value")), **{**options, **given}))
+    return prepared_data(TrainOptions(data=str(table(folder / "data.csv", target="value")), **{**options, **given}))
 
 
 def test_what_is_given_stays(tmp_path: Path) -> None:
@@ -159,7 +158,7 @@ def test_what_is_given_stays(tmp_path: Path) -> None:
     assert made.network.sizes[1:-1] == (8,) and made.network.members == presets.MEMBERS
     assert {one.name for one in made.network.activations[:-1]} == {"tanh"}
     # the recipe's rate is adamw's
-    assert "optimizer" not in made.preset and "lr" not in made.preset and "batch_size" not in made.preset
+    assert (made.recipe.optimizer, made.recipe.lr, made.recipe.batch_size) == ("sgd", None, 32)
     assert prepared(tmp_path, preset="plain", hidden=["8"]).network.members == 1
 
 

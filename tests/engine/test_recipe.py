@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fusemlp.cli import recipe
-from fusemlp.cli.commands import TrainOptions
-from fusemlp.cli.options import ModelOptions
+from fusemlp.cli.options import FindOptions, TrainOptions
 from fusemlp.describe.losses import CrossEntropy, Huber, Quantile
 from fusemlp.describe.network import LeakyReLU, PReLU
 from fusemlp.describe.optimizers import SGD, Adam, AdamW
@@ -25,6 +23,7 @@ from fusemlp.describe.schedules import (
     Schedule,
     StepDecay,
 )
+from fusemlp.tables import descriptions
 
 PLAIN = TrainOptions(data="digits")
 
@@ -41,12 +40,12 @@ PLAIN = TrainOptions(data="digits")
     ],
 )
 def test_hidden_widths(given: list[str] | None, widths: tuple[int, ...]) -> None:
-    assert recipe.hidden_widths(given) == widths
+    assert descriptions.hidden_widths(given) == widths
 
 
 def test_activations_and_their_slopes() -> None:
     asked = replace(PLAIN, activation="prelu, leaky_relu", output_activation="tanh", dropout="0.1,0", slope=0.3)
-    net = recipe.network([4, 3, 3, 2], asked)
+    net = descriptions.network([4, 3, 3, 2], asked)
     assert net.activations[:2] == (PReLU(0.3), LeakyReLU(0.3))
     assert net.activations[2].name == "tanh"
     assert net.dropouts == (0.1, 0.0, 0.0)
@@ -70,7 +69,7 @@ OPTIMIZERS: list[tuple[dict[str, Any], object]] = [
 
 @pytest.mark.parametrize(("options", "expected"), OPTIMIZERS)
 def test_optimizers(options: dict[str, Any], expected: object) -> None:
-    assert recipe.optimizer(replace(PLAIN, **options)) == expected
+    assert descriptions.optimizer(replace(PLAIN, **options)) == expected
 
 
 # 100 rows in batches of 30: four updates an epoch; ten epochs.
@@ -97,28 +96,30 @@ SCHEDULES: list[tuple[dict[str, Any], Schedule]] = [
 @pytest.mark.parametrize(("options", "expected"), SCHEDULES)
 def test_lengths_in_epochs_become_updates(options: dict[str, Any], expected: Schedule) -> None:
     asked = replace(PLAIN, lr=0.1, batch_size=30, **options)
-    assert recipe.schedule(asked, rows=100, epochs=10) == expected
+    assert descriptions.schedule(asked, rows=100, epochs=10) == expected
 
 
 def test_losses_take_their_options() -> None:
-    asked = ModelOptions(label_smoothing=0.1)
-    assert recipe.loss(asked, "cross_entropy", [1.0, 2.0]) == CrossEntropy(label_smoothing=0.1, class_weight=[1.0, 2.0])
-    assert recipe.loss(ModelOptions(delta=2.0), "huber", None) == Huber(2.0)
-    assert recipe.loss(ModelOptions(quantile=0.9), "quantile", None) == Quantile(0.9)
+    asked = FindOptions(label_smoothing=0.1)
+    assert descriptions.loss(asked, "cross_entropy", [1.0, 2.0]) == CrossEntropy(
+        label_smoothing=0.1, class_weight=[1.0, 2.0]
+    )
+    assert descriptions.loss(FindOptions(delta=2.0), "huber", None) == Huber(2.0)
+    assert descriptions.loss(FindOptions(quantile=0.9), "quantile", None) == Quantile(0.9)
 
 
 def test_the_task_decides_the_loss() -> None:
-    assert recipe.loss_name(ModelOptions(), "classification", 3) == "cross_entropy"
-    assert recipe.loss_name(ModelOptions(), "regression", 0) == "mse"
-    assert recipe.loss_name(ModelOptions(loss="mse"), "classification", 3) == "mse"
+    assert descriptions.loss_name(FindOptions(), "classification", 3) == "cross_entropy"
+    assert descriptions.loss_name(FindOptions(), "regression", 0) == "mse"
+    assert descriptions.loss_name(FindOptions(loss="mse"), "classification", 3) == "mse"
 
 
 def test_balanced_weights_make_classes_count_alike() -> None:
     codes = np.array([0] * 6 + [1] * 3 + [3])
-    weights = recipe.class_weights("balanced", codes, 4)
+    weights = descriptions.class_weights("balanced", codes, range(4))
     assert weights is not None
     # An absent class has no weight.
     assert weights == pytest.approx([10 / 18, 10 / 9, 0.0, 10 / 3])
     assert np.bincount(codes, weights=np.array(weights)[codes])[[0, 1, 3]] == pytest.approx([10 / 3] * 3)
-    assert recipe.class_weights("1,0,2,3", codes, 4) == [1.0, 0.0, 2.0, 3.0]
-    assert recipe.class_weights(None, codes, 4) is None
+    assert descriptions.class_weights("1,0,2,3", codes, range(4)) == [1.0, 0.0, 2.0, 3.0]
+    assert descriptions.class_weights(None, codes, range(4)) is None

@@ -12,12 +12,12 @@ from commands import read, run
 from scipy.special import expit, log_softmax, softmax
 
 from fusemlp import MLP, Adam, CrossEntropy, Engine, load_checkpoint
-from fusemlp.cli import defaults, ensemble
-from fusemlp.cli.commands import TrainOptions
-from fusemlp.cli.prepare import prepare
-from fusemlp.fleet.merge import members, merged
+from fusemlp.cli.options import TrainOptions
+from fusemlp.cli.session import prepared_data
+from fusemlp.fleet.merge import members, merged, merged_members
 from fusemlp.report.temperature import DEVIATION, LEAST_ROWS, held_out_logits, scale_logits, temperature_of
 from fusemlp.sklearn import TableClassifier
+from fusemlp.tables.training import fleet_of
 
 Part = tuple[np.ndarray, np.ndarray, np.ndarray]
 OVERFIT = (
@@ -147,7 +147,7 @@ def test_a_run_scales_model_and_best_and_goes_on_from_what_is_not_scaled(
     atol = 64 * 30 * 2.0**-23
     np.testing.assert_allclose(outputs(folder / "model.safetensors", X), raw.outputs(X) / value, rtol=1e-5, atol=atol)
     # the best weights are those of another epoch
-    prepared = prepare(TrainOptions(**read(tmp_path / "run" / "config.json")["options"]))
+    prepared = prepared_data(TrainOptions(**read(tmp_path / "run" / "config.json")["options"]))
     assert prepared.validation is not None
     best = load_checkpoint(folder / "best.safetensors").evaluate(prepared.validation.X, prepared.validation.y)["loss"]
     assert best != pytest.approx(min(float(row) for row in pandas.read_csv(tmp_path / "run/metrics.csv")["val_loss"]))
@@ -170,8 +170,11 @@ def test_the_final_fit_and_folds_take_the_temperature_too(data: Path, tmp_path: 
     assert run("train", data, *options, "--final-fit", "--out", tmp_path / "run") == 0
     report, folder = read(tmp_path / "run" / "report.json"), tmp_path / "run" / "checkpoints"
     given = TrainOptions(**read(tmp_path / "run" / "config.json")["options"])
-    prepared = prepare(given)
-    engine, _ = ensemble.fit_on_all_rows(prepared, given, report["final_fit"]["epochs"], None)
+    prepared = prepared_data(given)
+    rows = [part for part in (prepared.train, prepared.validation, prepared.test) if part is not None]
+    X, y = (np.concatenate([getattr(part, name) for part in rows]) for name in "Xy")
+    epochs = report["final_fit"]["epochs"]
+    engine = merged_members(fleet_of(prepared, rows=len(X), epochs=epochs).fit(X, y, epochs=epochs).members)[0]
     X = prepared.test.X
     value = report["temperature"]
     np.testing.assert_allclose(
@@ -225,8 +228,6 @@ def test_a_table_classifier_gains_by_it_on_its_held_out_rows(more: dict[str, Any
 
 
 def test_label_smoothing_is_undone_by_a_temperature_below_one(data: Path, tmp_path: Path) -> None:
-    options = defaults.filled_in(TrainOptions(data=str(data), target="kind", label_smoothing=0.6))
-    assert options.label_smoothing == 0.6
     smooth = ("--label-smoothing", "0.6", "--models", "2", "--hidden", "16", "--scale", "robust", "--quiet")
     assert run("train", data, "--target", "kind", *smooth, "--out", tmp_path / "run") == 0
     value = read(tmp_path / "run" / "report.json")["temperature"]

@@ -14,12 +14,12 @@ from commands import read, run
 from fusemlp import MLP, Engine
 from fusemlp.describe import checks
 from fusemlp.fleet import fleet as fleets
-from fusemlp.fleet import trials
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.memory import Kept
 from fusemlp.fleet.merge import mean_history, sound
 from fusemlp.fleet.results import Member
 from fusemlp.sklearn import TableClassifier
+from fusemlp.tables import trials
 from fusemlp.training import policy
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError

@@ -25,13 +25,13 @@ from typer.core import TyperCommand, TyperGroup
 
 from fusemlp._version import __version__
 from fusemlp.callbacks.compiling import compilations_shown
-from fusemlp.cli import commands
-from fusemlp.cli.fields import PANELS, name_of
+from fusemlp.cli import options as commands
 from fusemlp.cli.output import lasting_streams
 from fusemlp.cli.synonyms import SYNONYMS
 from fusemlp.datasets.load import NAMES
 from fusemlp.report.runs import unlock
 from fusemlp.runtime.ranks import ALONE, leading, report_failure, started
+from fusemlp.tables.fields import PANELS, name_of
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, FusemlpError, ShapeError
 
 # Options that take several numbers, joined by commas.
@@ -182,8 +182,9 @@ def _command(name: str, described: type[Any]) -> Callable[..., None]:
 
 
 def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
-    keys = "panel", "help", "metavar", "names", "choices"
-    panel, text, metavar, names, choices = (field.metadata[key] for key in keys)
+    keys = "panel", "help", "metavar", "names", "choices", "kind"
+    panel, text, metavar, names, choices, kind = (field.metadata[key] for key in keys)
+    hint = hint if kind is None else kind
     info: Any
     if names is None:
         info = typer.Argument(metavar=metavar, help=text, show_default=False, autocompletion=choices)
@@ -239,7 +240,7 @@ def _options_of_all() -> dict[str, str]:
     for parameter in (parameter for command in known for parameter in command.params):
         for option in (option for option in parameter.opts if option.startswith("--") and option != "--data"):
             found[option[2:].replace("-", "_")] = option
-            # --from is from_run in Python, and --attack-eps has a short name beside its own
+            # --from is transfer_from in Python, and --attack-eps has a short name beside its own
             found.setdefault(parameter.name, option)
     return found
 

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fusemlp.cli.prepare import Prepared
 from fusemlp.describe.summary import aligned
 from fusemlp.report.runs import Run, csv_bytes, guarded, write_training_rows
 from fusemlp.runtime.files import write_atomically
+from fusemlp.tables.preparation import Prepared
 
 # A wider table is summed up.
 MOST_PRINTED = 24

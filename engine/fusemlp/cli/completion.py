@@ -6,7 +6,7 @@ import typer
 from typer.completion import get_completion_script  # type: ignore[attr-defined]
 
 from fusemlp.cli.app import COMPLETE_VARIABLE, PROGRAM
-from fusemlp.cli.commands import SHELLS, CompletionOptions
+from fusemlp.cli.options import SHELLS, CompletionOptions
 from fusemlp.describe.checks import check_choice
 
 

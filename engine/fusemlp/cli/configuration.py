@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp._version import __version__
-from fusemlp.cli.commands import SweepOptions, TrainOptions
-from fusemlp.cli.fields import given_options, name_of
-from fusemlp.cli.options import FitOptions
+from fusemlp.cli.options import OutputOptions, SweepOptions, TrainOptions
 from fusemlp.cli.output import command_line
-from fusemlp.cli.prepare import Prepared
 from fusemlp.datasets.load import NAMES
 from fusemlp.describe.description import reading, stored
 from fusemlp.engine import Engine
 from fusemlp.report.runs import FORMAT
+from fusemlp.tables.fields import given_options, name_of
+from fusemlp.tables.preparation import Prepared
 
-# Options of earlier releases.
+# Options of earlier releases, and names that they had.
 GONE = ("attack_beta", "attack_repeats")
+RENAMED = {"from_run": "transfer_from"}
 
 
-def command(options: FitOptions) -> str:
+def command(options: OutputOptions) -> str:
     """Return the command line with these options."""
     words = ["fusemlp", "sweep" if isinstance(options, SweepOptions) else "train", options.data or ""]
     given = given_options(options)
@@ -69,19 +69,19 @@ def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epo
     }
 
 
-def stored_options(options: FitOptions) -> dict[str, Any]:
+def stored_options(options: OutputOptions) -> dict[str, Any]:
     """Return the options with absolute paths of the data and of another run: a run may be opened from another folder.
 
     A data set keeps its name.
     """
-    files = {name: getattr(options, name, None) for name in ("data", "validation", "test", "from_run")}
+    files = {name: getattr(options, name, None) for name in ("data", "validation", "test", "transfer_from")}
     absolute = {name: file if file in NAMES else str(Path(file).absolute()) for name, file in files.items() if file}
     return asdict(options) | absolute
 
 
 def options_of(config: Mapping[str, Any]) -> TrainOptions:
     """Return the options of a run, without those of earlier releases."""
-    options = {name: value for name, value in config["options"].items() if name not in GONE}
+    options = {RENAMED.get(name, name): value for name, value in config["options"].items() if name not in GONE}
     with reading("run: the options in its config.json", "start a new run"):
         known: TrainOptions = stored("options", {**options, "data": config["data"]["source"]}, TrainOptions)
     return known

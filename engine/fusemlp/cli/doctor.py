@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from fusemlp._version import __version__
-from fusemlp.cli.commands import DoctorOptions
-from fusemlp.cli.options import PLANS, PRECISIONS
+from fusemlp.cli.options import DoctorOptions
 from fusemlp.cli.output import show
 from fusemlp.describe.network import MLP
 from fusemlp.describe.summary import aligned
 from fusemlp.engine import Engine, availability
 from fusemlp.runtime.backends import thread_limits
+from fusemlp.tables.recipe import PLANS, PRECISIONS
 from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
 
 # The purpose of each library; optional ones name their extra in brackets.

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from fusemlp.cli import attacks
-from fusemlp.cli.commands import EvaluateOptions
 from fusemlp.cli.configuration import options_of
-from fusemlp.cli.options import UseOptions
+from fusemlp.cli.options import EvaluateOptions, UseOptions
 from fusemlp.cli.output import show
 from fusemlp.cli.predict import open_model
-from fusemlp.cli.prepare import Prepared, labelled_hashes, prepare
+from fusemlp.cli.session import prepared_data
 from fusemlp.datasets.load import load_labelled
 from fusemlp.datasets.parts import among
 from fusemlp.datasets.prepare import network_inputs
@@ -25,6 +23,9 @@ from fusemlp.report.certification import certified_lines, certify
 from fusemlp.report.metrics import class_table, confusion_table, headline, score
 from fusemlp.report.robustness import robust_lines, robust_score
 from fusemlp.report.runs import Run, read_json, read_training_rows
+from fusemlp.tables import attacks
+from fusemlp.tables.preparation import Prepared, labelled_hashes
+from fusemlp.tables.recipe import ATTACKS
 from fusemlp_kernels.errors import CheckpointError
 
 # A terminal is too narrow for the confusion matrix of more classes.
@@ -41,7 +42,8 @@ def evaluate(options: EvaluateOptions) -> None:
     engine, preprocessor, config = open_model(options)
     if options.data is None:
         prepared = own_data(config, preprocessor)
-        test, (cells, _, rows) = prepared.test, prepared.test_rows
+        (cells, _, rows), test = prepared.test_rows, prepared.test
+        assert test is not None, "checked by test_rows"
         X, labels, weight, features = test.X, test.labels, test.weight, cells[rows]
     else:
         features, labels = load_labelled(options.data, preprocessor, **options.reading(config, notes))
@@ -49,7 +51,7 @@ def evaluate(options: EvaluateOptions) -> None:
         X, weight = network_inputs(preprocessor, features, engine.precision), None
     if options.attack is not None:
         engine.network.check_single("attack", "an attack")
-    how = attacks.chosen(options, preprocessor, X, features)
+    how = attacks.chosen(options, preprocessor, X, features, option="attack", kinds=ATTACKS)
     report = score(engine, preprocessor, X, labels, weight)
     if isinstance(how, Attack):
         report["robust"] = robust_score(engine, preprocessor, X, labels, how, weight)
@@ -92,7 +94,7 @@ def _trained_on(
 
 def own_data(config: dict[str, Any], preprocessor: Preprocessor) -> Prepared:
     """Return the run's rows, computed again from the data and the seed."""
-    prepared = prepare(options_of(config), preprocessor, MLP.from_config(config["network"]))
+    prepared = prepared_data(options_of(config), preprocessor, MLP.from_config(config["network"]))
     if prepared.summary["fingerprint"] != config["data"]["fingerprint"]:
         given = config["data"]["source"], *map(config["options"].get, ("validation", "test"))
         files = listed(filter(None, given))

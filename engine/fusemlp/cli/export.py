@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fusemlp.cli.commands import ExportOptions
+from fusemlp.cli.options import ExportOptions
 from fusemlp.cli.output import check_output, show
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.engine import Engine, load

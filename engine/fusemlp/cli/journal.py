@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fusemlp.cli.commands import SweepOptions
+from fusemlp.cli.options import SweepOptions
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.description import reading, stored
 from fusemlp.fleet.fleet import Fleet

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from fusemlp.cli import recipe
-from fusemlp.cli.prepare import Prepared
 from fusemlp.cli.session import Session
 from fusemlp.engine import Engine
 from fusemlp.report.baselines import baseline_line
@@ -14,6 +12,8 @@ from fusemlp.report.diagnosis import Finding
 from fusemlp.report.metrics import headline, privacy_line, spelled
 from fusemlp.report.robustness import robust_lines
 from fusemlp.report.runs import Run
+from fusemlp.tables.descriptions import learning_rate
+from fusemlp.tables.preparation import Prepared
 
 
 def describe(session: Session) -> str:
@@ -30,7 +30,7 @@ def describe(session: Session) -> str:
         f"{describe_data(session.prepared)}\n"
         f"{several}{'-'.join(map(str, net.sizes))}, {f'{net.members} members, ' if net.members > 1 else ''}"
         f"{net.parameter_count} parameters; {engine.loss.kind}; "
-        f"{engine.optimizer.kind}, {rate.kind} lr {recipe.learning_rate(session.options):g}; "
+        f"{engine.optimizer.kind}, {rate.kind} lr {learning_rate(session.options):g}; "
         f"batch {engine.batch_size}; {engine.backend} {engine.precision}, plan {engine.plan}"
         f"{'' if engine.sharding is None else f', {engine.sharding}'}"
         f"{note if interpreted else ''}{private_note(engine)}"

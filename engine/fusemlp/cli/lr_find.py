@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.cli.commands import FindOptions
+from fusemlp.cli.options import FindOptions
 from fusemlp.cli.output import check_output, show, write_picture
-from fusemlp.cli.prepare import prepare
+from fusemlp.cli.session import prepared_data
 from fusemlp.describe.checks import as_number
 from fusemlp.describe.summary import aligned
 from fusemlp.report.plots import check_plots, literal, sweep_figure
@@ -30,8 +30,8 @@ def lr_find(options: FindOptions) -> None:
     if plot is not None:
         check_output("plot", plot, (".png",), force=options.force)
         check_plots()
-    prepared = prepare(options)
-    rows, engine = prepared.train, prepared.engine(options)
+    prepared = prepared_data(options)
+    rows, engine = prepared.train, prepared.engine(prepared.recipe)
     found = engine.lr_find(rows.X, rows.y, sample_weight=rows.weight, start=start, end=end, steps=options.steps)
     if not found.complete and not options.as_json:
         print(f"the loss blew up after {len(found.rates)} of {options.steps} updates", file=sys.stderr)

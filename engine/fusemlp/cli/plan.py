@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fusemlp.cli.commands import PlanOptions
-from fusemlp.cli.recipe import network
+from fusemlp.cli.options import PlanOptions
 from fusemlp.runtime.plans import chosen_plan, plan_text
+from fusemlp.tables.descriptions import network
 
 
 def plan(options: PlanOptions) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusemlp.cli.commands import PlotOptions
+from fusemlp.cli.options import PlotOptions
 from fusemlp.cli.output import check_output, show, write_picture
 from fusemlp.report.plots import FORMATS, Curves, comparison_figure, literal, repeats
 from fusemlp.report.runs import open_run, read_metrics

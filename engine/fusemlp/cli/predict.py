@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.cli.commands import PredictOptions
-from fusemlp.cli.options import UseOptions
+from fusemlp.cli.options import PredictOptions, UseOptions
 from fusemlp.cli.output import check_output, show
 from fusemlp.datasets.load import load_features
 from fusemlp.datasets.prepare import network_inputs

@@ -51,6 +51,9 @@ class Recorder(Callback):
 
     def on_train_end(self, engine: Engine, history: History) -> None:
         self._write_rows()
+        if history.stopped.startswith("interrupted"):
+            # Ctrl-C came between two updates: save the position inside the epoch too.
+            engine.save_checkpoint(self.run.checkpoint("last"))
 
     def _write_rows(self) -> None:
         while self._rows:

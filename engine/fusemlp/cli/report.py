@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fusemlp.cli.commands import ReportOptions
 from fusemlp.cli.evaluate import before_final_fit, own_data
+from fusemlp.cli.options import ReportOptions
 from fusemlp.cli.output import finite, show, write_made
 from fusemlp.cli.predict import open_model
-from fusemlp.cli.prepare import Prepared
 from fusemlp.engine import Engine
 from fusemlp.report.evidence import Evidence
 from fusemlp.report.metrics import score
 from fusemlp.report.page import page
 from fusemlp.report.runs import Run, read_json, read_metrics
+from fusemlp.tables.preparation import Prepared
 
 
 def report(options: ReportOptions) -> None:
@@ -29,7 +29,7 @@ def report(options: ReportOptions) -> None:
     tried = tuple(note for note in config["data"].get("notes", []) if note not in prepared.notes)
     prepared = replace(prepared, tried=tried)
     test = prepared.test
-    if not found.get("diverged"):
+    if test is not None and not found.get("diverged"):
         found["test"] = finite(score(engine, preprocessor, test.X, test.labels, test.weight))
     table = read_metrics(run)
     history = {name: [row[name] for row in table] for name in table[0] if name != "epoch"} if table else {}

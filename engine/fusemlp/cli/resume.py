@@ -8,19 +8,20 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from fusemlp.cli import tracking, transfer
-from fusemlp.cli.commands import TrainOptions
+from fusemlp.cli import tracking
 from fusemlp.cli.configuration import options_of
-from fusemlp.cli.fields import given_options, name_of
-from fusemlp.cli.options import FitOptions
-from fusemlp.cli.prepare import Prepared, prepare
-from fusemlp.cli.session import Session, check_ranks, checked_epochs, new_engine, own_job
+from fusemlp.cli.options import OutputOptions, TrainOptions
+from fusemlp.cli.session import Session, check_ranks, filled_in, joined, own_job, prepared_data, trained_by
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.network import MLP
 from fusemlp.engine import load_checkpoint
 from fusemlp.report.runs import Run, discard_begun, keep_metrics, lock, open_run, read_json, write_json
-from fusemlp.runtime.ranks import TIMEOUT, job, joined, leading, restarts, started
+from fusemlp.runtime.ranks import TIMEOUT, job, leading, restarts, started
+from fusemlp.runtime.ranks import joined as joined_ranks
+from fusemlp.tables import training, transfer
+from fusemlp.tables.fields import given_options, name_of
+from fusemlp.tables.preparation import Prepared
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
 
 # The options that --resume accepts; all others keep the values of the run.
@@ -41,7 +42,7 @@ def going_on(options: TrainOptions) -> tuple[TrainOptions, bool]:
             "out: torchrun starts these processes again after a failure (--max-restarts), and they find their run by "
             "its folder; give --out runs/NAME"
         )
-    run, ranks = Run(Path(folder)), joined(TIMEOUT)
+    run, ranks = Run(Path(folder)), joined_ranks(TIMEOUT)
     there = run.config.is_file()
     # of several machines one may count the restart alone
     again, seen, missed = ranks.any(count > 0, there, not there)
@@ -72,7 +73,7 @@ def going_on(options: TrainOptions) -> tuple[TrainOptions, bool]:
     return TrainOptions(**free, resume=folder), True
 
 
-def check_kept(options: FitOptions, free: Collection[str], what: str) -> dict[str, Any]:
+def check_kept(options: OutputOptions, free: Collection[str], what: str) -> dict[str, Any]:
     """Return the options that are given; ArgumentError for one that a resumed ``what``, a run or a sweep, keeps."""
     given = given_options(options)
     for option in fields(options):
@@ -115,14 +116,15 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
             "it out, or start a new run"
         )
     net = MLP.from_config(config["network"])
-    prepared = prepare(options, Preprocessor.from_config(config["preprocessor"]), net)
+    scheduled = filled_in(stored).epochs
+    prepared = prepared_data(replace(options, epochs=epochs), Preprocessor.from_config(config["preprocessor"]), net)
     check_data(prepared, config["data"]["fingerprint"], stored.data, "run")
+    options = trained_by(prepared)
     prepared = replace(prepared, start=transfer.stored(run, config, net, options))
-    check_ranks(options, prepared.models)
+    check_ranks(options)
     last = run.checkpoint("last")
     for left_over in run.path.rglob(".*.tmp") if leading() else ():
         left_over.unlink(missing_ok=True)
-    scheduled = checked_epochs(stored)
     tracker = None
     if leading():
         tracker = tracking.tracker(options, run.path.resolve().name, tracking.last_id(run, options))
@@ -131,12 +133,13 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
         engine = load_checkpoint(last, network=prepared.network, distributed=started(), **where)
     else:
         # An ensemble has no checkpoint to go on from: it trains anew, with the same result.
-        engine = new_engine(options, prepared, scheduled)
+        anew = replace(prepared, recipe=replace(options, epochs=scheduled))
+        engine = joined(training.new_engine(anew), options)
     report = read_json(run.report)
     if report:
         done = report["epochs"] if prepared.models > 1 and not report["interrupted"] else engine.epochs_trained
         _check_unfinished(report, done, epochs, again=again)
-    session = Session(run, options, prepared, engine, epochs, scheduled, tracker)
+    session = Session(run, options, prepared, engine, scheduled, tracker)
     if not leading():
         return session
     if tracker is not None:

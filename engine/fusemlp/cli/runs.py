@@ -10,14 +10,15 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fusemlp.cli.commands import RunsOptions, TrainOptions
-from fusemlp.cli.fields import one_of
+from fusemlp.cli.configuration import RENAMED
+from fusemlp.cli.options import RunsOptions, TrainOptions
 from fusemlp.cli.output import show
 from fusemlp.cli.tracking import counts
 from fusemlp.describe.metrics import METRICS, rises
 from fusemlp.describe.summary import aligned
 from fusemlp.report.metrics import scalars, spelled
 from fusemlp.report.runs import Run, open_run, read_json, read_metrics
+from fusemlp.tables.fields import one_of
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
 
 # The test score that stands for a run, the first that it has.
@@ -157,13 +158,13 @@ def status(config: Mapping[str, Any], report: Mapping[str, Any]) -> str:
 
 def chosen(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that may change a model; a run of an earlier release has the defaults of newer options."""
-    given = config["options"]
+    given = {RENAMED.get(name, name): value for name, value in config["options"].items()}
     found = {
         field.name: given.get(field.name, None if field.default is MISSING else field.default)
         for field in fields(TrainOptions)
         if counts(field) and field.name != "data"
     }
-    found["from"] = found.pop("from_run")
+    found["from"] = found.pop("transfer_from")
     rate = config["optimizer"]["lr"]
     found["lr"] = rate["lr"] if isinstance(rate, Mapping) else rate
     found["hidden"] = list(config["network"]["sizes"][1:-1])

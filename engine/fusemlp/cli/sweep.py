@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp.cli import columns, grid, journal, tracking
-from fusemlp.cli.commands import SweepOptions
 from fusemlp.cli.configuration import command, configuration, stored_options
 from fusemlp.cli.events import Events, events
 from fusemlp.cli.finish import finish
 from fusemlp.cli.lines import written
+from fusemlp.cli.options import SweepOptions
 from fusemlp.cli.output import finite, resumable, show, write_picture
 from fusemlp.cli.session import data_of
 from fusemlp.cli.standings import Seldom, counts, standings, table
@@ -33,6 +33,7 @@ from fusemlp.report.metrics import headline
 from fusemlp.report.plots import Varied, literal, scores_figure
 from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, csv_bytes, discard_if_empty, write_json
 from fusemlp.runtime.files import write_atomically
+from fusemlp.tables.training import Trained
 from fusemlp_kernels.errors import FusemlpError
 
 # The files of a sweep, beside those of a run.
@@ -48,7 +49,7 @@ def sweep(options: SweepOptions) -> None:
     """Train all models, write the results and the best; raises DivergenceError if every model diverged."""
     with events(as_json=options.as_json, quiet=options.quiet) as told, resumable("sweep", journal.JOURNAL) as runs:
         content, lines = worked(options, told, runs)
-    show(content, lines, as_json=options.as_json, warnings=content["worse_than"])
+    show(content, lines, as_json=options.as_json, warnings=content["worse_than"] or ())
 
 
 def worked(options: SweepOptions, told: Events, runs: list[Path]) -> tuple[dict[str, Any], list[str]]:
@@ -132,14 +133,14 @@ def keep(
     run.metrics.unlink(missing_ok=True)
     for row in best.history.rows():
         append_metrics(run, row)
-    report = finish(run, best.engine, plan.prepared, interrupted=False, failure=None)
+    report = finish(run, Trained(plan.prepared, best.engine))
     parameters = plan.points[best.index]
     content: dict[str, Any] = {
         "event": "end",
         **about,
         "best": {"model": best.index, "parameters": parameters, "scores": best.scores, "epochs": report["epochs"]},
         "train": config["command"],
-        **{name: report[name] for name in ("test", "baselines", "worse_than")},
+        **{name: report.get(name) for name in ("test", "baselines", "worse_than")},
         "run": str(run.path),
         "results": str(run.path / RESULTS),
         "plot": None if no_plot else str(run.path / PICTURE),
@@ -165,7 +166,7 @@ def keep(
         )
     lines = [
         f"\nbest: {said}",
-        *headline(report["test"]),
+        *headline(report.get("test", {})),
         *baseline_line(report),
         *(line for line in written(report, run) if line.startswith("no ") and line != no_plot),
         f"run folder {run.path}",

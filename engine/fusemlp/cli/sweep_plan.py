@@ -8,14 +8,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fusemlp.cli import defaults, ensemble, grid, journal, recipe, tracking
-from fusemlp.cli.commands import SweepOptions, TrainOptions
-from fusemlp.cli.fields import given_options
+from fusemlp.cli import grid, journal, tracking
 from fusemlp.cli.lines import describe_data
-from fusemlp.cli.options import FitOptions
-from fusemlp.cli.prepare import Prepared, prepare
+from fusemlp.cli.options import OutputOptions, SweepOptions, TrainOptions
 from fusemlp.cli.resume import check_data, check_kept
-from fusemlp.cli.session import checked_epochs, fit_options
+from fusemlp.cli.session import filled_in, is_a_table, prepared_data
 from fusemlp.describe.checks import as_count
 from fusemlp.fleet.devices import check_not_given
 from fusemlp.fleet.elsewhere import check_address, check_workers
@@ -23,6 +20,11 @@ from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.results import Member
 from fusemlp.fleet.seeds import Point
 from fusemlp.report.runs import Run, lock
+from fusemlp.tables import descriptions
+from fusemlp.tables.fields import given_options
+from fusemlp.tables.preparation import Prepared, decisions
+from fusemlp.tables.recipe import FitRecipe
+from fusemlp.tables.training import fit_arguments
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 # The options of ``train`` for each varied parameter.
@@ -60,8 +62,8 @@ def planned(options: SweepOptions) -> Plan:
                 raise ArgumentError(
                     f"{option}: it is what the models differ in (--vary {axis.name}); give one{instead}"
                 )
-    options = defaults.filled_in(options)
-    epochs = checked_epochs(options)
+    options = filled_in(options)
+    epochs = options.epochs or 0
     tracking.tracker(options, "sweep")
     if options.workers is not None:
         check_workers(options.workers, connected=False)
@@ -75,36 +77,36 @@ def planned(options: SweepOptions) -> Plan:
     points = grid.points(axes, sample=options.sample, seed=split_seed, whole_seeds=options.seeds is not None)
     trained_by = [_train_options(options, point) for point in points]
     with _named_as_varied(axes):
-        prepared = prepare(trained_by[0])
+        prepared = prepared_data(trained_by[0])
         # The trials depend on the options that vary: their outcome holds for all.
-        found = ensemble.decisions(prepared)
+        decided = decisions(prepared)
         trained_by = [
-            replace(one, **{name: value for name, value in found.items() if getattr(one, name) is None})
-            for one in trained_by
+            replace(part, **{name: value for name, value in decided.items() if getattr(part, name) is None})
+            for part in trained_by
         ]
         rows = len(prepared.train)
-        rates = [recipe.schedule(one, rows=rows, epochs=epochs) for one in trained_by]
-        optimizer = recipe.optimizer(trained_by[0], rates[0])
-        most = max(one.batch_size for one in trained_by)
+        rates = [descriptions.schedule(part, rows=rows, epochs=epochs) for part in trained_by]
+        optimizer = descriptions.optimizer(trained_by[0], rates[0])
+        most = max(part.batch_size for part in trained_by)
         if options.drop_last and most > rows:
             raise ArgumentError(f"drop_last: {rows} rows do not fill one batch of {most}; nothing would be trained")
-        how = fit_options(options, prepared, epochs)
-        metric = how.get("monitor") or ("loss" if prepared.validation is None else "val_loss")
+        arguments = fit_arguments(prepared)
+        metric = arguments.get("monitor") or ("loss" if prepared.validation is None else "val_loss")
         fleet = Fleet(
             prepared.network,
             prepared.loss,
             optimizer,
             vary=[{**point, "lr": rate} for point, rate in zip(points, rates, strict=True)],
             devices=devices,
-            **recipe.engine_options(trained_by[0]),
+            **descriptions.engine_options(trained_by[0]),
         )
-    return Plan(options, axes, points, trained_by, prepared, fleet, epochs, how, metric)
+    return Plan(options, axes, points, trained_by, prepared, fleet, epochs, arguments, metric)
 
 
 def _train_options(options: SweepOptions, point: Point) -> TrainOptions:
     """Return the options of ``train`` for this model."""
     changes: dict[str, Any] = {"out": None, "as_json": False, "quiet": False, "track": None}
-    if defaults.is_a_table(options):
+    if is_a_table(options):
         changes["models"] = 1
     for name, value in point.items():
         if name == "betas":
@@ -117,7 +119,10 @@ def _train_options(options: SweepOptions, point: Point) -> TrainOptions:
     if "seed" in point and options.split_seed is None:
         # The models share their rows.
         changes["split_seed"] = options.seed
-    return TrainOptions(**{field.name: getattr(options, field.name) for field in fields(FitOptions)} | changes)
+    return TrainOptions(
+        **{field.name: getattr(options, field.name) for cls in (FitRecipe, OutputOptions) for field in fields(cls)}
+        | changes
+    )
 
 
 @contextmanager

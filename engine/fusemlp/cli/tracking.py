@@ -10,8 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from fusemlp.callbacks.trackers import FAILED, FINISHED, INTERRUPTED, TRACKERS, Tracker, configured
-from fusemlp.cli.commands import SweepOptions, TrainOptions
-from fusemlp.cli.options import FitOptions
+from fusemlp.cli.options import OutputOptions, SweepOptions, TrainOptions
 from fusemlp.describe.checks import check_choice
 from fusemlp.engine import Engine
 from fusemlp.fleet.results import Member
@@ -26,7 +25,7 @@ _refused: set[str] = set()
 VARIABLES = {"mlflow": ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"), "wandb": ("WANDB_PROJECT",)}
 
 
-def tracker(options: FitOptions, name: str, run_id: str | None = None) -> Tracker | None:
+def tracker(options: OutputOptions, name: str, run_id: str | None = None) -> Tracker | None:
     """Return the tracker of ``--track``, not open yet, or None; check the name and that its library is installed.
 
     ``name`` is that of a new run; ``run_id`` continues an old one.
@@ -40,7 +39,7 @@ def tracker(options: FitOptions, name: str, run_id: str | None = None) -> Tracke
     return made
 
 
-def parameters(options: FitOptions, engine: Engine, epochs: int) -> dict[str, Any]:
+def parameters(options: OutputOptions, engine: Engine, epochs: int) -> dict[str, Any]:
     """Return the options of a training, but those on its output, and the configuration of its engine."""
     given = {field.name: getattr(options, field.name) for field in fields(options) if counts(field)}
     return {**given, **configured(engine, epochs)}
@@ -51,13 +50,13 @@ def counts(field: Any) -> bool:
     return bool(field.metadata["panel"] != "Output")
 
 
-def last_id(run: Run, options: FitOptions) -> str | None:
+def last_id(run: Run, options: OutputOptions) -> str | None:
     """Return the id that a run has with the tracker of ``--track``, or None."""
     known: str | None = read_json(run.tracking).get(str(options.track))
     return known
 
 
-def note_id(run: Run, options: FitOptions, tracker: Tracker) -> None:
+def note_id(run: Run, options: OutputOptions, tracker: Tracker) -> None:
     """Write the id into the run folder, where ``--resume`` finds it."""
     write_json(run.tracking, {**read_json(run.tracking), str(options.track): tracker.run_id})
 
@@ -90,7 +89,7 @@ def closing(tracker: Tracker | None) -> Iterator[None]:
         raise
 
 
-def record_model(options: SweepOptions, sweep: str, member: Member, trained_by: FitOptions, epochs: int) -> None:
+def record_model(options: SweepOptions, sweep: str, member: Member, trained_by: OutputOptions, epochs: int) -> None:
     """Record a finished model of a sweep as a run of its own."""
     made = None if sweep in _refused else tracker(options, f"{sweep}-{member.index}")
     if made is None:

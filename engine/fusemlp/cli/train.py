@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from fusemlp.callbacks import ProgressBar
-from fusemlp.cli import columns, ensemble, tracking, transfer
-from fusemlp.cli.commands import TrainOptions
+from fusemlp.cli import columns, tracking
 from fusemlp.cli.events import Events, events
 from fusemlp.cli.finish import finish
 from fusemlp.cli.lines import describe, outcome, written
+from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.output import resumable, show
 from fusemlp.cli.recorder import Recorder
 from fusemlp.cli.resume import going_on, resumed_session
-from fusemlp.cli.session import Session, attack_on, fit_options, new_session
+from fusemlp.cli.session import Session, new_session
 from fusemlp.describe.checks import as_count
 from fusemlp.engine import Engine
-from fusemlp.fleet.trials import seconds_left
+from fusemlp.fleet.results import Member
 from fusemlp.report.runs import append_metrics, read_json, write_training_rows
-from fusemlp.report.temperature import scale_logits
-from fusemlp.report.uncertainty import judged
 from fusemlp.runtime.ranks import leading
+from fusemlp.tables.training import Listeners, train_model
+from fusemlp.tables.training import train as train_prepared
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import DivergenceError
-
-# The share of a time limit for the training before --final-fit, whose rows are more.
-BEFORE_FINAL_FIT = 0.4
 
 
 def train(options: TrainOptions) -> None:
@@ -54,126 +52,67 @@ def prepared_session(options: TrainOptions, *, again: bool) -> Session:
 
 def follow(options: TrainOptions, *, again: bool) -> None:
     """Train as a rank other than 0, which prints and writes nothing."""
-    options = replace(options, quiet=True)
     # rank 0 tells of a divergence and of Ctrl-C: a process that ends with an error would have torchrun end rank 0 too
-    session = prepared_session(options, again=again)
-    run_session(session, [Recorder(session.run, every=session.options.checkpoint_every)])
+    session = prepared_session(replace(options, quiet=True), again=again)
+    recorder = Recorder(session.run, every=session.options.checkpoint_every)
+    train_model(session.prepared, session.engine, Listeners([recorder]))
 
 
 def trained(session: Session, told: Events) -> tuple[dict[str, Any], list[str], DivergenceError | None]:
     """Return the results of a whole training, lines on them, and the error if it diverged."""
-    options, run = session.options, session.run
-    found = columns.stored(run)
+    options, run, prepared = session.options, session.run, session.prepared
+    table = columns.stored(run)
     if not options.quiet:
-        print(*columns.lines(found, run), describe(session), sep="\n", file=sys.stderr)
+        print(*columns.lines(table, run), describe(session), sep="\n", file=sys.stderr)
     about = {"run": str(run.path), "config": read_json(run.config)}
     told.start("train", epochs=session.epochs, epoch=session.engine.epochs_trained, **about)
-    prepared, held = session.prepared, list[tuple[Engine, Any]]()
-    seconds = seconds_left(prepared.began, options.time_limit)
-    if seconds is not None and options.final_fit:
-        seconds *= BEFORE_FINAL_FIT
-    if prepared.models > 1:
-        engine, models, interrupted, failure, held = ensemble.train_ensemble(
-            prepared,
-            options,
-            fit_options(options, prepared, session.epochs),
-            session.scheduled,
-            seconds,
-            lambda member: told.model(member, prepared.models, {"seed": options.seed + member.index}),
-        )
-        session = replace(session, engine=engine, models=models)
-        for row in (engine.history or History()).rows():
-            append_metrics(run, row)
-            told.epoch(row)
-            tracking.log_row(session.tracker, row)
-    else:
-        interrupted, failure = run_session(session, recorders(session, told), seconds)
-    final = refused = held_out = temperature = None
-    if failure is None:
-        made = prepared.preprocessor
-        held_out, temperature = judged(session.engine, made, prepared.train, prepared.validation, held)
-    if options.final_fit and not interrupted and failure is None:
-        try:
-            final = final_fit(session)
-            if temperature is not None:
-                scale_logits(final[0], temperature.value)
-            write_training_rows(run, prepared.hashes(every=True))
-        except DivergenceError as error:
-            refused = error
-    report = finish(
-        run,
-        session.engine,
-        prepared,
-        interrupted=interrupted,
-        failure=failure,
-        models=session.models,
-        final=final,
-        held_out=held_out,
-        temperature=temperature,
-        attack=attack_on(prepared.test, options, prepared),
+    listeners = Listeners(
+        recorders(session, told),
+        lambda member: _tell_model(session, told, member),
+        lambda engine: _record_merged(session, told, engine),
+        (lambda line: None) if options.quiet else (lambda line: print(line, file=sys.stderr)),
     )
-    failure = failure or refused
+    result = train_prepared(prepared, session.engine, listeners=listeners, scheduled=session.scheduled)
+    if result.final is not None:
+        write_training_rows(run, prepared.hashes(every=True))
+    report = finish(run, result)
+    failure = result.failure or result.final_failure
     tracked = None
     if session.tracker is not None:
         tracked = {"tracker": options.track, "run_id": session.tracker.run_id}
         tracking.end(session.tracker, run, options, report, failure)
     lines = [
         *outcome(report),
-        *([] if temperature is None else [str(temperature)]),
+        *([] if result.temperature is None else [str(result.temperature)]),
         f"run folder {run.path}",
         *written(report, run),
         *([f"tracked by {options.track}: run {tracked['run_id']}"] if tracked else []),
     ]
-    shown = {name: value for name, value in report.items() if name != "held_out"}
-    content = {**shown, "run": str(run.path), "columns": found}
-    content |= {"page": None if "no_page" in report else str(run.page)}
+    content = {**{name: value for name, value in report.items() if name != "held_out"}, "run": str(run.path)}
+    content |= {"columns": table, "page": None if "no_page" in report else str(run.page)}
     content |= {"plot": None if "no_plot" in report else str(run.curves)}
     return {"event": "end", **content, "tracked": tracked}, lines, failure
 
 
-def recorders(session: Session, told: Events) -> list[Any]:
+def recorders(session: Session, told: Events) -> Sequence[Any]:
     """Return the callbacks that write and print."""
     callbacks: list[Any] = [Recorder(session.run, every=session.options.checkpoint_every), told]
     callbacks += [] if session.tracker is None else [session.tracker]
     return callbacks + ([] if session.options.quiet else [ProgressBar()])
 
 
-def run_session(
-    session: Session, callbacks: list[Any], seconds: float | None = None
-) -> tuple[bool, DivergenceError | None]:
-    """Train to the end or the limit, to Ctrl-C (returns True), or to a loss that is not finite (returns the error)."""
-    engine, options, prepared = session.engine, session.options, session.prepared
-    given = fit_options(options, prepared, session.epochs)
-    interrupted = False
-    failure: DivergenceError | None = None
-    try:
-        if engine.fit_state is None and options.probe:
-            engine.load_state_dict(*transfer.initial(prepared, options, given))
-        engine.fit(
-            **given,
-            callbacks=callbacks,
-            resume=engine.fit_state is not None,
-            time_limit=seconds,
-            adversarial=attack_on(prepared.train, options, prepared),
-        )
-    except KeyboardInterrupt:
-        if engine.history is None or not engine.history.stopped:
-            raise
-        # Ctrl-C came between two updates: save the position inside the epoch too.
-        engine.save_checkpoint(session.run.checkpoint("last"))
-        interrupted = True
-    except DivergenceError as error:
-        failure = error
-    # rank 0 goes on alone
-    engine.keep_whole_state()
-    return interrupted, failure
+def _tell_model(session: Session, told: Events, member: Member) -> None:
+    models = session.prepared.models
+    if not session.options.quiet:
+        scores = ", ".join(f"{name} {value:.4g}" for name, value in member.scores.items())
+        epochs = f"{member.status} after {len(member.history.epochs)} epochs"
+        print(f"model {member.index + 1} of {models}: {epochs}; {scores}", file=sys.stderr)
+    told.model(member, models, {"seed": session.options.seed + member.index})
 
 
-def final_fit(session: Session) -> tuple[Engine, dict[str, int]]:
-    """Return the model of all rows for ``--final-fit``, and its epochs and rows."""
-    history = session.engine.history
-    best = None if history is None else history.best_epoch
-    epochs = session.epochs if best is None else best + 1
-    seconds = seconds_left(session.prepared.began, session.options.time_limit)
-    engine, rows = ensemble.fit_on_all_rows(session.prepared, session.options, epochs, seconds)
-    return engine, {"epochs": len((engine.history or History()).epochs), "rows": rows}
+def _record_merged(session: Session, told: Events, engine: Engine) -> None:
+    """Write and tell the mean history of several models."""
+    for row in (engine.history or History()).rows():
+        append_metrics(session.run, row)
+        told.epoch(row)
+        tracking.log_row(session.tracker, row)

@@ -19,7 +19,7 @@ class Dataset:
     ``X`` (n, columns) float64, images flattened; ``y`` (n,) labels as they are in the file: int, float, bool or
     str, or (n, k) float64 for a regression with several targets. ``task`` is "classification" or "regression".
     ``class_names`` go with the sorted distinct labels. ``test`` is the test set that came with the data, or X and y of
-    a file of its own, as is ``validation``.
+    a file of its own, as is ``validation``; ``test_source`` says which.
     ``categories`` holds for each column of X the words that its values are indices into, None for numbers. A missing
     number is NaN, a missing word the category "". ``dates`` are the table's columns of dates with the order of year,
     month and day in their text; X has the parts of each, named as in "sold: month". ``notes`` are lines on the
@@ -45,6 +45,7 @@ class Dataset:
     groups: Array | None = None
     times: Array | None = None
     validation: tuple[Features, Array] | None = None
+    test_source: str = "the data's own test set"
     guess: str = ""
     joins_spellings: bool = True
 

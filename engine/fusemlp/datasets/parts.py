@@ -59,7 +59,10 @@ def with_files(
             strange = np.setdiff1d(y, dataset.classes).tolist()
             if strange:
                 notes.append(f"labels that {dataset.name} does not have, so no row trains them: {listed(strange)}")
-        dataset = replace(dataset, validation=(X, y)) if option == "validation" else replace(dataset, test=(X, y))
+        if option == "validation":
+            dataset = replace(dataset, validation=(X, y))
+        else:
+            dataset = replace(dataset, test=(X, y), test_source="a file of its own")
         same = among(row_hashes(X, _numbers(dataset, y)), row_hashes(dataset.X, _numbers(dataset, dataset.y)))
         if same:
             notes.append(f"{same} of {len(y)} rows stand in {dataset.name} too, with the same features and target")

@@ -93,7 +93,9 @@ def stored(name: str, value: Any, kind: Any) -> Any:
     elif origin is dict and isinstance(value, dict):
         return {key: stored(f"{name}[{key!r}]", item, parts[1]) for key, item in value.items()}
     elif isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        hints = get_type_hints(kind)
+        # a field may take more in Python than in files
+        narrower = {field.name: narrow for field in dataclasses.fields(kind) if (narrow := field.metadata.get("kind"))}
+        hints = get_type_hints(kind) | narrower
         return kind(**{key: stored(f"{name}.{key}", item, hints.get(key, Any)) for key, item in value.items()})
     elif kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

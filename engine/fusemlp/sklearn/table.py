@@ -1,34 +1,35 @@
-"""Estimators of whole tables: they read the columns, prepare and train as ``fusemlp train`` does.
+"""Estimators of whole tables: the recipe of ``fusemlp.tables`` as parameters.
 
-The columns are told and turned into numbers by ``fusemlp.datasets``, and an ``Engine`` trains: with the same rows,
-options and seed, an estimator has the model of the command line.
+With the same rows, options and seed, an estimator has the model of the command line.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
+import textwrap
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-from sklearn.utils import check_consistent_length
-from sklearn.utils.class_weight import compute_class_weight
+from sklearn.utils import check_consistent_length, check_random_state
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_y, check_is_fitted
 
-from fusemlp.datasets.dataset import Dataset
+from fusemlp.callbacks import ProgressBar
 from fusemlp.datasets.load import load_features
 from fusemlp.datasets.prepare import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.describe.checks import check_choice
+from fusemlp.describe.checks import as_count, check_choice
 from fusemlp.describe.description import stored
-from fusemlp.describe.losses import Loss, as_loss
+from fusemlp.describe.losses import as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.engine import load_checkpoint
 from fusemlp.fleet.merge import members
@@ -42,22 +43,84 @@ from fusemlp.report.runs import open_run, read_metrics, weights_path
 from fusemlp.report.uncertainty import HeldOut, intervals, sets, spread
 from fusemlp.runtime.files import CHECKPOINT, reading_file
 from fusemlp.sklearn import saving
-from fusemlp.sklearn.table_rows import as_table
-from fusemlp.sklearn.table_settings import TableParameters
-from fusemlp.sklearn.table_training import Fitted, fitted
+from fusemlp.sklearn.table_rows import as_table, read, with_validation
+from fusemlp.tables import transfer
+from fusemlp.tables.descriptions import DEFAULT_WIDTH, EPOCHS, PATIENCE
+from fusemlp.tables.fields import name_of
+from fusemlp.tables.recipe import TableRecipe
+from fusemlp.tables.scores import scores_of
+from fusemlp.tables.training import Listeners, Trained, train_table
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, DataError, unknown_name
 
 log = logging.getLogger("fusemlp.sklearn")
 
+# What the fields of the recipe say otherwise, or the command line lacks.
+_HELP = {
+    "hidden": "Widths of the hidden layers; () for none.",
+    "early_stopping": "Stop after this many epochs without a better metric of the held-out rows, and restore the best "
+    "weights; None holds out no rows.",
+    "epochs": "Passes over the training rows at most.",
+    "test_fraction": "The share of the rows that judge the model at the end, in report_; 0 for none.",
+    "validation_fraction": "The share of the rows that early stopping holds out, unless fit gets X_val and y_val. "
+    "Fewer rows than that needs are all trained on, for all epochs.",
+    "class_weight": "None, 'balanced', a number for each class, or a dict from class to weight.",
+    "random_state": "Seed of held-out rows, initial weights, dropout and the order of the rows.",
+    "callbacks": "Objects like fusemlp.Callback, for one model.",
+    "verbose": "Show a progress bar, or a line a model.",
+}
+_ATTRIBUTES = """Attributes: ``engine_``, ``preprocessor_``, ``history_``, ``n_iter_`` (epochs), ``notes_`` (lines on
+what became of the columns), ``held_out_`` (errors of the rows that validated the training, or None), ``temperature_``
+(the number by which these rows had the logits of classes divided, 1.0 for none), ``report_`` (with ``test_fraction``:
+scores, baselines and diagnosis), ``n_features_in_`` and, if X has names, ``feature_names_in_``."""
 
-class TableEstimator(TableParameters, BaseEstimator, ABC):
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TableParameters(TableRecipe):
+    """The recipe with scikit-learn's names and defaults."""
+
+    hidden: Any = (DEFAULT_WIDTH,)
+    dropout: Any = 0.0
+    drop: Any = ()
+    keep: Any = ()
+    categorical: Any = ()
+    test_fraction: float = 0.0
+    epochs: int = EPOCHS
+    early_stopping: int | None = PATIENCE
+    # random_state takes its place
+    seed: ClassVar[int] = 0  # type: ignore[misc]
+    random_state: Any = 0
+    callbacks: Any = None
+    verbose: bool = False
+
+
+def _described(field: Field[Any]) -> str:
+    """Return a parameter's line of the documentation: the help of the option, with the names of parameters."""
+    options = {option.name: option for option in fields(TableRecipe)}
+    words = _HELP[field.name] if field.name in _HELP else options[field.name].metadata["help"]
+    names = {f"--{name_of(option)}": name for name, option in options.items()} | {
+        "--seed": "random_state",
+        "--validation": "X_val",
+    }
+    text = re.sub(r"--[a-z][a-z-]*", lambda match: names.get(match[0], match[0]), words)
+    return textwrap.fill(f"{field.name} : {text}", 120, subsequent_indent="    ", break_on_hyphens=False)
+
+
+class TableEstimator(BaseEstimator, TableParameters, ABC):
     """Trains, judges, explains and stores; the classifier and the regressor predict."""
+
+    task: ClassVar[str]
+    # parameters and what is fitted are set as usual
+    __setattr__ = object.__setattr__
+    __delattr__ = object.__delattr__
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        parameters = "\n".join(map(_described, fields(cls)))
         # Python's -OO leaves no documentation
-        cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n\n{(TableParameters.__doc__ or '').partition('.')[2].strip()}"
+        cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n\n{parameters}\n\n{_ATTRIBUTES}"
 
     @classmethod
     def _get_param_names(cls) -> list[str]:
@@ -66,14 +129,6 @@ class TableEstimator(TableParameters, BaseEstimator, ABC):
     @abstractmethod
     def _checked_targets(self, y: Any) -> Array:
         """Return labels (n,), or values (n,) or (n, targets)."""
-
-    @abstractmethod
-    def _checked_loss(self) -> Loss:
-        """Return the loss; ArgumentError for one of the other task."""
-
-    def _class_weights(self, labels: Array) -> Array | None:
-        """Return a weight for each class, by the labels of all rows."""
-        return None
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None, *, X_val: Any = None, y_val: Any = None) -> Self:
         """Fit to a table X and its targets y: labels (n,), or values (n,) or (n, targets).
@@ -87,12 +142,61 @@ class TableEstimator(TableParameters, BaseEstimator, ABC):
         """
         before = self.__dict__.copy()
         try:
-            self._take(fitted(self, X, y, sample_weight, X_val, y_val))
+            trained = self._trained(X, y, sample_weight, X_val, y_val)
         except BaseException:
             self.__dict__ = before
             raise
+        if trained.interrupted:
+            warnings.warn("Training interrupted by user.", stacklevel=2)
+        self.report_ = scores_of(trained, early_stopping=bool(self.early_stopping)) if self.test_fraction else {}
+        prepared, temperature = trained.prepared, trained.temperature
+        self.engine_ = trained.engine if trained.final is None else trained.final[0]
+        self.preprocessor_, self.notes_ = prepared.preprocessor, prepared.notes
+        self.held_out_, self.temperature_ = trained.held_out, 1.0 if temperature is None else temperature.value
         _tell(self.notes_)
         return self
+
+    def _trained(self, X: Any, y: Any, sample_weight: Any, X_val: Any, y_val: Any) -> Trained:
+        """Check the arguments, and train by the recipe of the parameters."""
+        if (X_val is None) != (y_val is None):
+            missing = "y_val" if y_val is None else "X_val"
+            raise ArgumentError(f"{missing}: it is missing; X_val and y_val belong together")
+        if y is None:
+            # scikit-learn's words
+            raise ArgumentError(f"y: {type(self).__name__} requires y to be passed, but the target y is None")
+        if self.callbacks and (self.models or 1) > 1:
+            raise ArgumentError(
+                f"callbacks: they see the epochs of one model, and models is {self.models}; leave one out"
+            )
+        recipe = self._recipe()
+        source = transfer.opened(recipe)
+        like = None if source is None else source.preprocessor
+        dataset, weight = read(self, X, self._checked_targets(y), sample_weight, like)
+        self._find_classes(dataset.classes)
+        if X_val is not None:
+            dataset = with_validation(dataset, self, X_val, self._checked_targets(y_val))
+        elif not recipe.early_stopping:
+            recipe = replace(recipe, validation_fraction=0.0)
+        callbacks = [*(self.callbacks or ()), *([ProgressBar()] if self.verbose else [])]
+        listeners = Listeners(callbacks, print if self.verbose else None)
+        return train_table(recipe, dataset, source=source, weight=weight, listeners=listeners, needs_rows=False)
+
+    def _recipe(self) -> TableRecipe:
+        """Return the recipe that the parameters are."""
+        names = {field.name for field in fields(TableRecipe)} - {"seed"}
+        values = {name: getattr(self, name) for name in names}
+        # the recipe's words for the same, which its presets know
+        values |= {name: values[name] or None for name in ("drop", "keep", "categorical")}
+        values["hidden"] = None if values["hidden"] == (DEFAULT_WIDTH,) else values["hidden"]
+        values["early_stopping"] = self.early_stopping or 0
+        values["models"] = 1 if self.callbacks else self.models
+        return TableRecipe(**values, seed=self._seed())
+
+    def _seed(self) -> int:
+        """Return the seed that ``random_state`` is or draws."""
+        if isinstance(self.random_state, int | np.integer):
+            return as_count("random_state", self.random_state, minimum=0)
+        return int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
 
     @classmethod
     def from_run(
@@ -103,18 +207,22 @@ class TableEstimator(TableParameters, BaseEstimator, ABC):
         ``weights``: model (end of training), best (least validation loss) or last. Raises ArgumentError for a run of
         the other task, CheckpointError for what is no run.
         """
-        opened, config = open_run(run)
-        made = Preprocessor.from_config(config["preprocessor"])
-        if made.task != cls.task:
-            raise ArgumentError(f"run: {str(run)!r} is of a {made.task}, and {cls.__name__} is for a {cls.task}")
-        engine = load_checkpoint(weights_path(opened, weights), backend=backend, device=device)
+        folder, config = open_run(run)
+        preprocessor = Preprocessor.from_config(config["preprocessor"])
+        if preprocessor.task != cls.task:
+            raise ArgumentError(
+                f"run: {str(run)!r} is of a {preprocessor.task}, and {cls.__name__} is for a {cls.task}"
+            )
+        engine = load_checkpoint(weights_path(folder, weights), backend=backend, device=device)
         if engine.history is None:
             # A merged model has no record of its own.
             engine.history = History()
-            for row in read_metrics(opened):
+            for row in read_metrics(folder):
                 engine.history.record(int(row.pop("epoch")) - 1, row, 0.0)
         # that of one model, where several were merged
         net, options = MLP.from_config(config["network"]), config["options"]
+        of_rows = ("drop", "keep", "categorical", "group", "time", "validation_fraction")
+        chosen = {name: options[name] for name in (*of_rows, "metric", "time_limit") if name in options}
         estimator = cls(
             preset="tabm" if net.members > 1 else None,
             hidden=net.sizes[1:-1],
@@ -124,32 +232,29 @@ class TableEstimator(TableParameters, BaseEstimator, ABC):
             optimizer=engine.optimizer,
             batch_size=engine.batch_size,
             epochs=config["epochs"],
+            # The command line's 0 is None here.
+            early_stopping=options.get("early_stopping") or None,
             models=options.get("models") or 1,
-            scale=made.scale,
-            log_target=made.target_log,
+            scale=preprocessor.scale,
+            log_target=preprocessor.target_log if preprocessor.classes is None else None,
             random_state=engine.seed,
             backend=backend,
             precision=engine.precision,
+            **chosen,
         )
-        of_rows = ("drop", "keep", "categorical", "group", "time", "validation_fraction")
-        of_training = ("early_stopping", "metric", "time_limit")
-        estimator.set_params(**{name: options[name] for name in (*of_rows, *of_training) if name in options})
-        # The command line's 0 is None here.
-        estimator.early_stopping = estimator.early_stopping or None
-        told = json.loads(opened.report.read_text(encoding="utf-8")) if opened.report.exists() else {}
-        held = HeldOut.from_config(told["held_out"]) if "held_out" in told else None
-        notes = tuple(config["data"]["notes"])
-        estimator._take(Fitted(engine, made, notes, held, told.get("temperature", 1.0)))
-        estimator.feature_names_in_ = np.array(list(dict.fromkeys(made.sources)), object)
+        report = json.loads(folder.report.read_text(encoding="utf-8")) if folder.report.exists() else {}
+        estimator.engine_, estimator.preprocessor_ = engine, preprocessor
+        estimator.notes_, estimator.report_ = tuple(config["data"]["notes"]), report
+        estimator.held_out_ = HeldOut.from_config(report["held_out"]) if "held_out" in report else None
+        estimator.temperature_ = report.get("temperature", 1.0)
+        if preprocessor.classes is not None:
+            estimator._find_classes(np.array(preprocessor.classes))
+        estimator.feature_names_in_ = np.array(list(dict.fromkeys(preprocessor.sources)), object)
         estimator.n_features_in_ = len(estimator.feature_names_in_)
         return estimator
 
-    def _find_classes(self, dataset: Dataset) -> None:
-        """Set the classes of a data set; raise an error for those that the parameters do not go with."""
-
-    def _take(self, found: Fitted) -> None:
-        """Set what is fitted."""
-        self.engine_, self.preprocessor_, self.notes_, self.held_out_, self.temperature_ = found
+    def _find_classes(self, classes: Array) -> None:
+        """Set the classes of a classification."""
 
     def _inputs(self, X: Any) -> Array:
         """Return the network's inputs of a table's rows."""
@@ -274,14 +379,9 @@ def _gives_probabilities(estimator: Any) -> bool:
     return True
 
 
-@dataclass(eq=False, repr=False)
 class TableClassifier(ClassifierMixin, TableEstimator):
-    """A network for the classes of a table's rows, trained as ``fusemlp train`` trains it.
+    """A network for the classes of a table's rows, trained as ``fusemlp train`` trains it."""
 
-    class_weight : None, "balanced" or a dict from class to weight.
-    """
-
-    class_weight: Any = None
     task = "classification"
 
     def _checked_targets(self, y: Any) -> Array:
@@ -292,37 +392,8 @@ class TableClassifier(ClassifierMixin, TableEstimator):
         check_classification_targets(labels)
         return labels
 
-    def _checked_loss(self) -> Loss:
-        if self.log_target:
-            raise ArgumentError(
-                "log_target: only numbers have logarithms, and y holds classes; leave it out, or take TableRegressor"
-            )
-        loss = as_loss(self.loss or "cross_entropy")
-        if not loss.is_classification and loss.kind not in ("mse", "mae", "huber"):
-            raise ArgumentError(
-                f"loss: {loss.kind!r} is for numbers; a classifier takes cross_entropy, binary_cross_entropy, mse, mae "
-                "or huber, and TableRegressor this one"
-            )
-        return loss
-
-    def _find_classes(self, dataset: Dataset) -> None:
-        self.classes_ = dataset.classes
-        if len(self.classes_) < 2:
-            raise DataError(f"y: it has one class, {self.classes_[0]}; a classifier needs two or more")
-        if len(self.classes_) != 2 and as_loss(self.loss or "cross_entropy").kind == "binary_cross_entropy":
-            raise ArgumentError(
-                f"loss: 'binary_cross_entropy' is for two classes, and y has {len(self.classes_)}; use cross_entropy"
-            )
-
-    def _take(self, found: Fitted) -> None:
-        super()._take(found)
-        if not hasattr(self, "classes_"):
-            self.classes_ = np.array(found.preprocessor.classes)
-
-    def _class_weights(self, labels: Array) -> Array | None:
-        if self.class_weight is None:
-            return None
-        return np.asarray(compute_class_weight(self.class_weight, classes=self.classes_, y=labels))
+    def _find_classes(self, classes: Array) -> None:
+        self.classes_ = classes
 
     def predict(self, X: Any) -> Array:
         """Return the classes (n,) of a table's rows."""
@@ -347,7 +418,6 @@ class TableClassifier(ClassifierMixin, TableEstimator):
         return sets(self.predict_proba(X), held, coverage)
 
 
-@dataclass(eq=False, repr=False)
 class TableRegressor(RegressorMixin, TableEstimator):
     """A network for one or several numbers of a table's rows, trained as ``fusemlp train`` trains it."""
 
@@ -356,15 +426,6 @@ class TableRegressor(RegressorMixin, TableEstimator):
     def _checked_targets(self, y: Any) -> Array:
         values: Array = _check_y(y, multi_output=True, y_numeric=True, estimator=self)
         return values.astype(np.float64)
-
-    def _checked_loss(self) -> Loss:
-        loss = as_loss(self.loss or "mse")
-        if loss.is_classification:
-            raise ArgumentError(
-                f"loss: {loss.kind!r} is for classes; a regressor takes mse, mae, huber, quantile or poisson, and "
-                "TableClassifier this one"
-            )
-        return loss
 
     def predict(self, X: Any, return_std: bool = False) -> Any:
         """Return the values (n,) or (n, targets) of a table's rows, in the units of y.

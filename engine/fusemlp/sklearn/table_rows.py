@@ -1,8 +1,7 @@
-"""The rows of a user's table: named columns of Arrow, the rows that count, and those that are held out."""
+"""The rows of a user's table: named columns of Arrow, the rows that count, and those to validate on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,17 +10,15 @@ from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import _check_sample_weight, validate_data
 
 from fusemlp.datasets.dataset import Dataset
-from fusemlp.datasets.load import load_data
-from fusemlp.datasets.parts import Fold, folds, hold_out
+from fusemlp.datasets.load import load_data, load_labelled
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.roles import Columns
 from fusemlp.datasets.sources import Frame, as_frame
-from fusemlp.describe.checks import as_number
 from fusemlp.inputs.arrays import Array
-from fusemlp.sklearn import table_settings as settings
-from fusemlp.sklearn.table_settings import TableParameters
 from fusemlp_kernels.errors import DataError
 
 
-def as_table(estimator: TableParameters, X: Any, *, reset: bool = False) -> Frame:
+def as_table(estimator: Any, X: Any, *, reset: bool = False) -> Frame:
     """Return X as a table with names; scikit-learn's errors for other things."""
     if hasattr(X, "__arrow_c_stream__") or hasattr(X, "to_arrow"):
         # Later columns are taken by name, in any order.
@@ -60,8 +57,10 @@ def _arrow_table(array: Array, names: list[str]) -> Any:
     return pyarrow.table(columns, names=names)
 
 
-def read(estimator: TableParameters, X: Any, labels: Array, sample_weight: Any) -> tuple[Dataset, Array | None]:
-    """Return the data set of all rows with a weight that is not 0, and their weights."""
+def read(
+    estimator: Any, X: Any, labels: Array, sample_weight: Any, like: Preprocessor | None
+) -> tuple[Dataset, Array | None]:
+    """Return the data set of all rows with a weight that is not 0, and their weights; ``like`` has a run's columns."""
     frame = as_table(estimator, X, reset=True)
     check_consistent_length(frame.table, labels)
     table, weight = frame.table, None
@@ -74,27 +73,26 @@ def read(estimator: TableParameters, X: Any, labels: Array, sample_weight: Any) 
     target = "y"
     while target in table.column_names:
         target += "_"
-    # The targets have been checked; the numbers of the rows stand for them while the table is read.
-    whole = Frame("X", table.append_column(target, [np.arange(len(labels))]))
-    dataset = load_data(whole, target=target, task="regression", columns=settings.columns(estimator))
+    names = estimator.drop, estimator.keep, estimator.categorical
+    drop, keep, words = ([part] if isinstance(part, str) else [str(name) for name in part or ()] for part in names)
+    columns = Columns(drop, keep, words, group=estimator.group, time=estimator.time, like=like)
+    dataset = load_data(_numbered(table, target), target=target, task="regression", columns=columns)
     return replace(dataset, y=labels, task=estimator.task), weight
 
 
-def held_out(
-    estimator: TableParameters, dataset: Dataset, models: int, seed: int, notes: list[str]
-) -> tuple[Array, Array, Sequence[Fold]]:
-    """Return the training rows, those that early stopping watches and, in place of these, a fold for each of several
-    models; 0 ``models`` watch none."""
-    rows = np.arange(len(dataset.y))
-    if not models:
-        return rows, rows[:0], ()
-    if models > 1 and estimator.validation_fraction and estimator.group is None and estimator.time is None:
-        parts = folds(dataset.y, models, seed=seed, stratify=estimator.task == "classification")
-        return rows, rows[:0], parts
-    share = as_number("validation_fraction", estimator.validation_fraction, low=0.0, high=1.0, high_open=True)
-    if share:
-        try:
-            return *hold_out(dataset, rows, fraction=share, seed=seed), ()
-        except DataError as error:
-            notes.append(f"no rows held out for early stopping: {str(error).removeprefix('fraction: ')}")
-    return rows, rows[:0], ()
+def with_validation(dataset: Dataset, estimator: Any, X: Any, labels: Array) -> Dataset:
+    """Return the data set with the rows X to validate on."""
+    frame, notes = as_table(estimator, X), list[str]()
+    check_consistent_length(frame.table, labels)
+    table = frame.table.drop_columns([name for name in [dataset.target_name] if name in frame.table.column_names])
+    features, _ = load_labelled(_numbered(table, dataset.target_name), dataset, notes=notes)
+    if dataset.task == "classification":
+        strange = np.setdiff1d(labels, dataset.classes)
+        if len(strange):
+            raise DataError(f"y_val: {strange.tolist()[0]!r} is no label of y; leave its rows out")
+    return replace(dataset, validation=(features, labels), notes=(*dataset.notes, *notes))
+
+
+def _numbered(table: Any, target: str) -> Frame:
+    """Return a table with the numbers of its rows as the target: the targets have been checked."""
+    return Frame("X", table.append_column(target, [np.arange(table.num_rows)]))

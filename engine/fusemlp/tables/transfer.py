@@ -1,33 +1,33 @@
-"""``train --from RUN``: the parts of another run that a training takes over, and the probe before it."""
+"""Transfer: the parts of another run that a training takes over, and the probe before it."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from fusemlp.cli import recipe
-from fusemlp.cli.commands import TrainOptions
-from fusemlp.cli.defaults import is_a_table
-from fusemlp.datasets.load import Dataset
+from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.prepare import fit_preprocessor, network_ends
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.datasets.sources import is_table
 from fusemlp.datasets.tables import listed
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine, load
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.runs import Run, open_run, weights_path
+from fusemlp.tables import descriptions
+from fusemlp.tables.recipe import ModelRecipe, TableRecipe
 from fusemlp.training.transfer import taken_over
 from fusemlp_kernels.errors import ArgumentError, DivergenceError
 
 if TYPE_CHECKING:
-    from fusemlp.cli.prepare import Prepared
+    from fusemlp.tables.preparation import Prepared
+
+Recipe = TypeVar("Recipe", bound=TableRecipe)
 
 # Options that need a run, and options that decide what the run has decided.
 _OWN = ("freeze", "probe", "layer_decay")
@@ -51,21 +51,21 @@ class Start(NamedTuple):
         hidden = ", ".join(f"{width} {activation.name}" for width, activation in units) or "none"
         new = about["new_output_layer"]
         head = f"a new output layer, since {new}" if new else "the output layer, since the target is the same"
-        told = {
+        words = {
             "freeze": f"first {about['freeze']} of {net.layers} layers frozen",
             "probe": f"the output layer alone is trained first, for up to {about['probe']} epochs",
             "layer_decay": f"learning rate of each layer {about['layer_decay']:g} times that of the next",
         }
-        changed = [told[name] for name in _OWN if about[name] != getattr(TrainOptions, name)]
+        changed = [words[name] for name in _OWN if about[name] != getattr(TableRecipe, name)]
         first = f"from {about['run']}: the preparation of the columns; hidden layers: {hidden}; {head}"
         return [first, *(["; ".join(changed)] if changed else [])]
 
 
-def stored(run: Run, config: Mapping[str, Any], net: MLP, options: TrainOptions) -> Start | None:
+def stored(run: Run, config: Mapping[str, Any], net: MLP, recipe: TableRecipe) -> Start | None:
     """Return the start of a run that began with ``--from``: its folder keeps the network."""
     if "from" not in config:
         return None
-    engine = _loaded(run.checkpoint("start"), options)
+    engine = _loaded(run.checkpoint("start"), recipe)
     return Start(taken_over(net, engine.state_dict(), config["from"]["layers"])[0], config["from"])
 
 
@@ -85,35 +85,48 @@ class Source:
         note = f"columns that {self.run.path} did not have, ignored: {listed(strange)}"
         return replace(dataset, notes=(*dataset.notes, note)) if strange else dataset
 
-    def start(self, dataset: Dataset, rows: Array, options: TrainOptions, loss: str) -> tuple[Preprocessor, MLP, Start]:
+    def filled(self, recipe: Recipe, *, same_target: bool) -> Recipe:
+        """Return the recipe with what the run decides where nothing is given: of the same target the loss."""
+        changes: dict[str, Any] = {}
+        if same_target and recipe.loss is None:
+            known = self.config["options"]
+            changes = {name: known[name] for name in _LOSS if getattr(recipe, name) is None}
+        if recipe.models is None and any(part.name == "prelu" for part in self.engine.network.activations):
+            # such networks cannot be merged
+            changes["models"] = 1
+        return replace(recipe, **changes)
+
+    def start(self, dataset: Dataset, rows: Array, recipe: TableRecipe, loss: str) -> tuple[Preprocessor, MLP, Start]:
         """Return preprocessor and network for a data set with these training rows, and the start of the training.
 
         The output layer, with the scale of a regression's targets, is the run's if the target means the same.
         """
         like, known = self.preprocessor, self.engine.network
-        new = self._difference(dataset, loss, options)
+        new = self._difference(dataset, loss, recipe)
         if new and known.layers == 1:
             raise ArgumentError(f"from: {str(self.run.path)!r} has an output layer alone, and it is of no use: {new}")
         fitted = fit_preprocessor(
-            dataset, rows, loss=loss, scale=like.scale, log_targets=bool(new and options.log_target)
+            dataset, rows, loss=loss, scale=like.scale, log_targets=bool(new and recipe.log_target)
         )
         names = (*_OF_DATA, *(_OF_TARGET if new else ()))
         made = replace(like, **{name: getattr(fitted, name) for name in names})
         sizes = (*known.sizes[:-1], network_ends(made, loss)[1])
-        given = known if options.dropout == TrainOptions.dropout else recipe.network(sizes, options)
+        dropouts = (
+            descriptions.network(sizes, recipe).dropouts if descriptions.dropout_rates(recipe) else known.dropouts
+        )
         net = MLP(
             sizes,
             activation=known.activations[:-1],
             output_activation="identity" if new else known.activations[-1],
-            dropout=given.dropouts[:-1],
+            dropout=dropouts[:-1],
             init=known.init,
         )
         parameters, kept = taken_over(net, self.engine.state_dict(), known.layers - 1 if new else known.layers)
         about = {"run": str(self.run.path.absolute()), "layers": kept, "of_layers": known.layers}
-        about |= {"new_output_layer": new or None, **{name: getattr(options, name) for name in _OWN}}
+        about |= {"new_output_layer": new or None, **{name: getattr(recipe, name) for name in _OWN}}
         return made, net, Start(parameters, about)
 
-    def _difference(self, dataset: Dataset, loss: str, options: TrainOptions) -> str:
+    def _difference(self, dataset: Dataset, loss: str, recipe: TableRecipe) -> str:
         """Return the reason for which the target is not that of the run; empty if it means the same."""
         like, kind = self.preprocessor, self.config["loss"]["kind"]
         if dataset.roles and dataset.target_name != like.target_name:
@@ -126,65 +139,49 @@ class Source:
             return f"there are {like.outputs} targets there"
         if loss != kind:
             return f"the loss there is {kind}"
-        if options.log_target not in (None, like.target_log):
+        if recipe.log_target not in (None, like.target_log):
             return f"targets there are learned {'in logarithms' if like.target_log else 'as they are'}"
         return ""
 
 
-def opened(options: TrainOptions) -> tuple[Source | None, TrainOptions]:
-    """Return the run of ``--from``, if given, and the options with what it decides unless they do.
+def opened(recipe: TableRecipe) -> Source | None:
+    """Return the run that the recipe starts from, None without one.
 
-    This is the target, and of the same target the task and the loss. Raises ArgumentError for options that do not go
-    together.
+    Raises ArgumentError for fields that do not go together.
     """
-    for name in _OWN if options.from_run is None else _DECIDED:
-        if getattr(options, name) != getattr(TrainOptions, name):
+    for name in _OWN if recipe.transfer_from is None else _DECIDED:
+        if getattr(recipe, name) != getattr(TableRecipe, name):
             reason = "the run of --from decides it, with its network and the preparation of its columns; leave one out"
-            if options.from_run is None:
+            if recipe.transfer_from is None:
                 reason = "it is for layers that have learned already; say of which run: --from RUN"
             raise ArgumentError(f"{name}: {reason}")
-    if options.from_run is None:
-        return None, options
-    as_count("probe", options.probe, minimum=0)
-    run, config = open_run(options.from_run)
-    source = Source(
-        run, config, Preprocessor.from_config(config["preprocessor"]), _loaded(weights_path(run, "model"), options)
-    )
-    net, made = source.engine.network, source.preprocessor
+    if recipe.transfer_from is None:
+        return None
+    as_count("probe", recipe.probe, minimum=0)
+    run, config = open_run(recipe.transfer_from)
+    preprocessor = Preprocessor.from_config(config["preprocessor"])
+    source = Source(run, config, preprocessor, _loaded(weights_path(run, "model"), recipe))
+    net = source.engine.network
     net.check_single("from", "transfer")
-    if options.probe and options.time_limit is not None:
+    if recipe.probe and recipe.time_limit is not None:
         raise ArgumentError("probe: --time-limit does not count its epochs; give one of the options")
-    if options.probe and options.dp_epsilon is not None:
+    if recipe.probe and recipe.dp_epsilon is not None:
         raise ArgumentError("probe: it trains without noise, and --dp-epsilon needs noise; use --freeze in its place")
-    if options.probe and net.layers == 1:
-        raise ArgumentError(f"probe: {options.from_run!r} has no hidden layer, so the output layer is all there is")
-    changes: dict[str, Any] = {}
-    if is_a_table(options) and is_table(Path(config["data"]["source"])) and options.target in (None, made.target_name):
-        changes = {"target": made.target_name, "task": options.task or made.task}
-        if changes["task"] == made.task and options.loss is None:
-            changes |= {name: config["options"][name] for name in _LOSS if getattr(options, name) is None}
-    if options.models is None and any(one.name == "prelu" for one in net.activations):
-        # such networks cannot be merged
-        changes["models"] = 1
-    for option in ("target", "group", "id"):
-        given = getattr(options, option) or ()
-        both = {*made.sources} & {*([given] if isinstance(given, str) else given)}
-        if both:
-            raise ArgumentError(
-                f"{option}: {listed(both)} is an input of the network of {options.from_run!r}; choose another "
-                "column, or train without --from"
-            )
-    return source, replace(options, **changes)
+    if recipe.probe and net.layers == 1:
+        raise ArgumentError(f"probe: {recipe.transfer_from!r} has no hidden layer, so the output layer is all there is")
+    return source
 
 
-def initial(prepared: Prepared, options: TrainOptions, data: Mapping[str, Any]) -> Sequence[Mapping[str, Array]]:
-    """Return the parameters that each model starts with, none without ``--from``; with ``--probe`` after the probe.
+def initial(
+    prepared: Prepared, recipe: TableRecipe, data: Mapping[str, Any], say: Callable[[str], object]
+) -> Sequence[Mapping[str, Array]]:
+    """Return the parameters that each model starts with, none without a source; with ``probe`` after the probe.
 
-    ``data`` are the arguments of ``Fleet.fit``.
+    ``data`` are the arguments of ``Fleet.fit``; ``say`` gets a line on the probe.
     """
-    if prepared.start is None or not options.probe:
+    if prepared.start is None or not recipe.probe:
         return () if prepared.start is None else [prepared.start.parameters] * prepared.models
-    found, losses, whole = [], [], slice(None)
+    states, losses, whole = [], [], slice(None)
     name = "val_loss" if data.get("validation_data") is not None or "validation_rows" in data else "loss"
     watched = {argument: data[argument] for argument in ("monitor", "metrics") if argument in data}
     for index in range(prepared.models):
@@ -193,32 +190,32 @@ def initial(prepared: Prepared, options: TrainOptions, data: Mapping[str, Any]) 
         if "validation_rows" in data:
             validation = _picked(data, data["validation_rows"][index])
         X, y, weight = _picked(data, rows)
-        schedule = recipe.schedule(options, rows=len(X), epochs=options.probe)
-        engine = prepared.engine(replace(options, seed=options.seed + index), schedule)
+        schedule = descriptions.schedule(recipe, rows=len(X), epochs=recipe.probe)
+        engine = prepared.engine(replace(recipe, seed=recipe.seed + index), schedule)
         try:
             history = engine.probe(
                 X,
                 y,
-                epochs=options.probe,
-                batch_size=min(options.batch_size, len(X)),
+                epochs=recipe.probe,
+                batch_size=min(recipe.batch_size, len(X)),
                 sample_weight=weight,
                 validation_data=validation,
-                early_stopping=options.early_stopping or None if name == "val_loss" else None,
-                drop_last=options.drop_last,
+                early_stopping=recipe.early_stopping or None if name == "val_loss" else None,
+                drop_last=recipe.drop_last,
                 **watched,
             )
             losses.append(min(history.history[name]))
         except DivergenceError as error:
-            print(f"the probe diverged, and the training starts where it was before: {error}", file=sys.stderr)
-        found.append(engine.state_dict())
-    if losses and not options.quiet:
-        print(f"probe: {name} {np.mean(losses):.4g}", file=sys.stderr)
-    return found
+            warnings.warn(f"the probe diverged, and the training starts where it was before: {error}", stacklevel=2)
+        states.append(engine.state_dict())
+    if losses:
+        say(f"probe: {name} {np.mean(losses):.4g}")
+    return states
 
 
 def _picked(data: Mapping[str, Any], rows: Any) -> tuple[Any, ...]:
     return tuple(None if data[name] is None else data[name][rows] for name in ("X", "y", "sample_weight"))
 
 
-def _loaded(path: Path, options: TrainOptions) -> Engine:
-    return load(path, backend=options.backend, device=options.device, precision=options.precision)
+def _loaded(path: Path, recipe: ModelRecipe) -> Engine:
+    return load(path, backend=recipe.backend, device=recipe.device, precision=recipe.precision)

@@ -1,22 +1,22 @@
-"""The options of ``evaluate --attack`` and ``train --adversarial`` as descriptions."""
+"""The attack of a recipe, and of ``evaluate --attack``, on inputs that a small change of a cell can give."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
-from fusemlp.cli.commands import ATTACKS, HARDENINGS, EvaluateOptions, TrainOptions
-from fusemlp.cli.fields import one_of
-from fusemlp.cli.recipe import check_single
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.checks import check_choice
 from fusemlp.describe.intervals import IBP
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.evidence import image_shape
+from fusemlp.tables.descriptions import check_single, is_private
+from fusemlp.tables.fields import one_of
+from fusemlp.tables.recipe import HARDENINGS, TableRecipe
 from fusemlp_kernels.errors import ArgumentError
 
 # Fields of attacks and trainings by the options for them.
@@ -27,7 +27,15 @@ _ABSENT = {"fgsm": "is one step in the norm inf", "ibp": "takes no steps, and th
 _GONE = ("free", "trades")
 
 
-def chosen(options: EvaluateOptions | TrainOptions, made: Preprocessor, X: Array, cells: Array) -> Attack | IBP | None:
+def chosen(
+    options: Any,
+    made: Preprocessor,
+    X: Array,
+    cells: Array,
+    *,
+    option: str = "adversarial",
+    kinds: Mapping[str, type[Any]] = HARDENINGS,
+) -> Attack | IBP | None:
     """Return the attack of the options on rows X, as the network takes them; None if there is none.
 
     ``cells`` are the rows that are scored under it, as in the data.
@@ -35,23 +43,27 @@ def chosen(options: EvaluateOptions | TrainOptions, made: Preprocessor, X: Array
     Pixels that are not scaled stay within the least and the greatest of these rows. Raises ArgumentError for
     options that do not go together, and for inputs that no small change of a cell can give.
     """
-    option, kinds = ("adversarial", HARDENINGS) if isinstance(options, TrainOptions) else ("attack", ATTACKS)
-    kind: str | None = getattr(options, option)
+    kind = getattr(options, option)
     given = {name: value for name in _FIELDS if (value := getattr(options, name, None)) is not None}
-    if kind is None:
+    if kind is None or isinstance(kind, Attack | IBP):
         for name in given:
-            raise ArgumentError(f"{name}: it is of an attack; give --{option} too, such as --{option} pgd")
-        return None
+            mend = f"give --{option} too, such as --{option} pgd" if kind is None else "the object given has it"
+            raise ArgumentError(f"{name}: it is of an attack; {mend}")
+        if kind is None:
+            return None
+        _check_columns(option, made, cells)
+        attack: Attack | IBP = kind
+        return attack
     if kind in _GONE:
         raise ArgumentError(f"{option}: {kind} is gone; train against pgd, which takes its place")
-    described = kinds[check_choice(option, kind, kinds)]
+    described: Callable[..., Attack | IBP] = kinds[check_choice(option, kind, kinds)]
     if "attack_eps" not in given:
         raise ArgumentError(
             "attack_eps: say how far an input may move, in its units after --scale, such as --attack-eps 0.1"
         )
     for name in given:
-        if not _has(described, _FIELDS[name]):
-            having = [one for one, other in kinds.items() if _has(other, _FIELDS[name])]
+        if not _has(kinds[kind], _FIELDS[name]):
+            having = [other for other, cls in kinds.items() if _has(cls, _FIELDS[name])]
             raise ArgumentError(f"{name}: {kind} {_ABSENT[kind]}; leave it out, or take {one_of(having)}")
     _check_columns(option, made, cells)
     within = image_shape(made) is not None and made.scale == "none"
@@ -68,7 +80,7 @@ def _has(kind: type[Any], name: str) -> bool:
 
 def _check_columns(option: str, made: Preprocessor, cells: Array) -> None:
     """Refuse words, dates, missing cells and pieces: their inputs do not move by themselves."""
-    of: dict[str, Iterable[bool]] = {
+    unfit: dict[str, Iterable[bool]] = {
         "words": [words is not None for words in made.categories],
         "dates": [name != source for name, source in zip(made.feature_names, made.sources, strict=True)],
         "missing cells": made.missing_inputs
@@ -76,8 +88,8 @@ def _check_columns(option: str, made: Preprocessor, cells: Array) -> None:
         else [np.isnan(column).any() for column in cells.T],
         "pieces of numbers (--scale piecewise)": [made.pieces(at) > 1 for at in range(len(made.feature_names))],
     }
-    for what, found in of.items():
-        named = [*dict.fromkeys(repr(name) for name, is_one in zip(made.sources, found, strict=False) if is_one)]
+    for what, columns in unfit.items():
+        named = [*dict.fromkeys(repr(name) for name, holds in zip(made.sources, columns, strict=False) if holds)]
         if named:
             raise ArgumentError(
                 f"{option}: a small change of an input means nothing for {what}, which are inputs of "
@@ -86,10 +98,10 @@ def _check_columns(option: str, made: Preprocessor, cells: Array) -> None:
             )
 
 
-def check_trained(options: TrainOptions) -> None:
-    """Raise ArgumentError for what ``train`` cannot do beside ``--adversarial``."""
-    if options.adversarial is None:
+def check_trained(recipe: TableRecipe) -> None:
+    """Raise ArgumentError for what no training does beside ``adversarial``."""
+    if recipe.adversarial is None:
         return
-    if options.dp_epsilon is not None:
+    if is_private(recipe):
         raise ArgumentError("dp_epsilon: adversarial training is not private; leave out --dp-epsilon or --adversarial")
-    check_single(options, "adversarial")
+    check_single(recipe, "adversarial")

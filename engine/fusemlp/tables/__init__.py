@@ -1,0 +1,1 @@
+"""Tables: one recipe for a model, and one way to train it."""

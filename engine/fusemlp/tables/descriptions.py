@@ -1,0 +1,385 @@
+"""Turn a recipe into descriptions of network, loss, optimizer, schedule and privacy, checked against the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+from fusemlp.datasets.dataset import Dataset
+from fusemlp.datasets.prepare import CLASS_DECAY
+from fusemlp.describe import presets
+from fusemlp.describe.checks import as_count, as_number, check_choice
+from fusemlp.describe.losses import LOSSES, Loss, as_loss
+from fusemlp.describe.network import MLP, SLOPES, Activation, as_activation
+from fusemlp.describe.optimizers import OPTIMIZERS, Optimizer
+from fusemlp.describe.privacy import DPSGD, steps_of_an_epoch
+from fusemlp.describe.schedules import SCHEDULES, Schedule
+from fusemlp.fleet.merge import default_models
+from fusemlp.inputs.arrays import Array
+from fusemlp.inputs.class_weights import balanced
+from fusemlp.runtime.ranks import started
+from fusemlp.tables.fields import given_options, one_of
+from fusemlp.tables.recipe import FitRecipe, ModelRecipe, StepRecipe, TableRecipe
+from fusemlp_kernels.errors import ArgumentError
+
+Described = TypeVar("Described")
+Fit = TypeVar("Fit", bound=FitRecipe)
+Model = TypeVar("Model", bound=ModelRecipe)
+
+DEFAULT_WIDTH = 128
+# Epochs at most of a table and of other data, and those without a better validation loss after which training stops.
+EPOCHS, DEFAULT_EPOCHS, PATIENCE = 200, 60, 20
+# The fields of each kind of description, with the names that they and their errors have there.
+_FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "loss": {"label_smoothing": ("label_smoothing",), "delta": ("delta",), "quantile": ("q",)},
+    "optimizer": {
+        **{name: (name,) for name in ("momentum", "nesterov", "weight_decay", "eps")},
+        **{"beta1": ("betas", "betas[0]"), "beta2": ("betas", "betas[1]")},
+    },
+    "schedule": {
+        "lr_step": ("every",),
+        "lr_gamma": ("gamma", "factor"),
+        "lr_final": ("final", "min_lr"),
+        "lr_patience": ("patience",),
+    },
+    "privacy": {"dp_epsilon": ("epsilon",), "dp_delta": ("delta",), "dp_clip": ("clip",)},
+}
+# Fields of other trainings than those of the preset tabm.
+_OTHERS = {
+    "transfer_from": "that run has its own network",
+    "dp_epsilon": "private training takes plain networks",
+    "adversarial": "adversarial training takes plain networks",
+}
+
+
+def filled_in(recipe: Fit, *, table: bool, validates: bool) -> Fit:
+    """Return the recipe with early stopping, and the epochs, where they are not given."""
+    certifies = getattr(recipe, "adversarial", None) == "ibp"
+    epochs, patience = recipe.epochs, recipe.early_stopping
+    if epochs is None:
+        epochs = EPOCHS if table and not (certifies or is_private(recipe)) else DEFAULT_EPOCHS
+    if patience is None and validates and not certifies:
+        patience = PATIENCE
+    as_count("epochs", epochs)
+    if patience is not None and as_count("early_stopping", patience, minimum=0) and not validates:
+        raise ArgumentError("early_stopping: it watches the validation loss, and --validation-fraction is 0")
+    return replace(recipe, epochs=epochs, early_stopping=patience)
+
+
+def is_private(recipe: ModelRecipe) -> bool:
+    """Return whether the recipe trains with differential privacy."""
+    return getattr(recipe, "dp_epsilon", None) is not None
+
+
+def trains_plainly(recipe: ModelRecipe) -> bool:
+    """Return whether small trainings may decide for the recipe: not with privacy, and not against attacks."""
+    return not is_private(recipe) and getattr(recipe, "adversarial", None) is None
+
+
+def models_of(recipe: ModelRecipe, dataset: Dataset, *, new: bool) -> int:
+    """Return the number of models that the recipe trains on a data set; a ``new`` training takes the default."""
+    if not isinstance(recipe, TableRecipe):
+        return 1
+    if recipe.models is not None:
+        return as_count("models", recipe.models)
+    merges = new and dataset.roles and trains_plainly(recipe)
+    return default_models(len(dataset.y), activation_names(recipe)) if merges else 1
+
+
+def with_class_decay(recipe: Model, dataset: Dataset) -> Model:
+    """Return the recipe with the weight decay of Adam for a table's classes where none is given."""
+    takes = dataset.task == "classification" and recipe.optimizer == "adam" and dataset.roles
+    return replace(recipe, weight_decay=CLASS_DECAY) if takes and recipe.weight_decay is None else recipe
+
+
+def with_preset(recipe: Model, rows: int, *, classify: bool) -> tuple[Model, int, list[str]]:
+    """Return the recipe with the fields of its preset, the number of members, and a note on the choice.
+
+    ``rows`` are those of a table beside the test rows, 0 for other data; ``classify``: the target holds classes.
+    """
+    if not isinstance(recipe, TableRecipe):
+        return recipe, 1, []
+    changed = given_options(recipe)
+    given = {name: name in changed for name in presets.TABM}
+    widths = hidden_widths(recipe.hidden)
+    against = presets.obstacles(recipe, activations=activation_names(recipe), widths=widths)
+    for name, reason in _OTHERS.items():
+        if getattr(recipe, name) is not None:
+            against[name] = f"{reason}; leave it out"
+    if recipe.output_activation != "identity":
+        against["output_activation"] = "members have linear outputs; leave it out"
+    if started():
+        against["preset"] = "several processes of torchrun train a plain network; leave it out"
+    # a resumed run has its preset in its options; the members' training is the longer one
+    own = any(given.values()) or any(
+        value is not None for value in (recipe.models, getattr(recipe, "resume", None), recipe.time_limit)
+    )
+    name, note = presets.chosen(recipe.preset, rows, against, classify=classify, own=own)
+    if name == "plain":
+        return recipe, 1, [note] if note else []
+    changes = presets.changes(given, rows)
+    if "hidden" in changes:
+        changes["hidden"] = [",".join(map(str, changes["hidden"]))]
+    words = ", ".join(f"{name} {value[0] if name == 'hidden' else value}" for name, value in changes.items())
+    note += f"; in place of defaults it has {words}" if words else ""
+    return replace(recipe, preset=name, models=1, **changes), presets.MEMBERS, [note]
+
+
+def _chosen(recipe: ModelRecipe, what: str, kind: str, known: Mapping[str, type]) -> dict[str, Any]:
+    """Return the given fields as those of the description ``known[kind]``; refuse one that only others have."""
+    check_choice(what, kind, known)
+    chosen = {}
+    for name, spellings in _FIELDS[what].items():
+        value = getattr(recipe, name)
+        if value is None or value is False:
+            continue
+        owners = {owner: field.name for owner, cls in known.items() for field in fields(cls) if field.name in spellings}
+        if kind not in owners:
+            have = "has" if len(owners) == 1 else "have"
+            raise ArgumentError(f"{name}: only {one_of(owners, 'and')} {have} it, and the {what} is {kind}")
+        chosen[owners[kind]] = value
+    return chosen
+
+
+def _made(what: str, described: Callable[..., Described], *rate: float | Schedule, **given: Any) -> Described:
+    """Return a description; its errors name the recipe's field in place of its own."""
+    try:
+        return described(*rate, **given)
+    except ArgumentError as error:
+        field, _, rest = str(error).partition(": ")
+        option = next((name for name, spellings in _FIELDS[what].items() if field in spellings), field)
+        raise ArgumentError(f"{option}: {rest}") from None
+
+
+def _check_free(recipe: ModelRecipe, what: str) -> None:
+    """Raise ArgumentError for fields beside an object that has them."""
+    for name in _FIELDS[what]:
+        if getattr(recipe, name) not in (None, False):
+            raise ArgumentError(f"{name}: the object given as {what} has it; set it there")
+
+
+def engine_options(recipe: ModelRecipe) -> dict[str, Any]:
+    """Return the arguments of an engine or a fleet that say how and where it computes."""
+    names = ("batch_size", "seed", "backend", "device", "precision", "plan")
+    # the preprocessor scales the inputs
+    return {**{name: getattr(recipe, name) for name in names}, "normalise": False}
+
+
+def hidden_widths(hidden: Any) -> tuple[int, ...]:
+    """Return the widths of the hidden layers: of numbers, or of words such as "128,64", one or several."""
+    if hidden is None:
+        return (DEFAULT_WIDTH,)
+    parts = [hidden] if isinstance(hidden, str) or not isinstance(hidden, Iterable) else list(hidden)
+    if not all(isinstance(part, str) for part in parts):
+        return tuple(as_count("hidden", width) for width in parts)
+    words = [word.strip() for part in parts for word in part.split(",")]
+    if words in (["none"], []):
+        return ()
+    if not all(word.lstrip("+-").isdecimal() for word in words):
+        raise ArgumentError(f"hidden: expected whole numbers such as 128,64, or none, got {','.join(parts)!r}")
+    return tuple(as_count("hidden", int(word)) for word in words)
+
+
+def _numbers(argument: str, text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise ArgumentError(f"{argument}: expected a number, or several as in 0.2,0.5, got {text!r}") from None
+
+
+def dropout_rates(recipe: StepRecipe) -> Any:
+    """Return the rate of dropout, or the list of those of the hidden layers."""
+    if not isinstance(recipe.dropout, str):
+        return recipe.dropout
+    rates = _numbers("dropout", recipe.dropout)
+    return rates if len(rates) > 1 else rates[0]
+
+
+def activation_names(recipe: ModelRecipe) -> list[str]:
+    """Return the names of the hidden layers' activations."""
+    return [activation.name for activation in network((1, *hidden_widths(recipe.hidden), 1), recipe).activations[:-1]]
+
+
+def network(sizes: Sequence[int], recipe: StepRecipe, *, init: str = "auto", members: int = 1) -> MLP:
+    """Return the network of these widths; the recipe's ``slope`` is that of the activations that have one."""
+    activation: Any = recipe.activation
+    if isinstance(activation, str):
+        activation = [as_activation("activation", name.strip()) for name in activation.split(",")]
+        activation = activation if len(activation) > 1 else activation[0]
+    if recipe.slope is not None:
+        several = isinstance(activation, Iterable) and not isinstance(activation, str)
+        activations = [as_activation("activation", part) for part in (activation if several else [activation])]
+        if not any(part.name in SLOPES for part in activations):
+            raise ArgumentError(
+                f"slope: only {one_of(SLOPES, 'and')} have one, and activation is {recipe.activation!r}"
+            )
+        activations = [Activation(part.name, recipe.slope) if part.name in SLOPES else part for part in activations]
+        activation = activations if several else activations[0]
+    return MLP(
+        sizes,
+        activation=activation,
+        output_activation=recipe.output_activation,
+        dropout=dropout_rates(recipe),
+        init=init,
+        members=members,
+    )
+
+
+def loss_name(recipe: ModelRecipe, task: str, classes: int) -> str:
+    """Return the kind of the recipe's loss, or the task's default; an error for a wrong loss names the right ones.
+
+    ``classes`` is 0 for a regression.
+    """
+    classify = task == "classification"
+    name = as_loss(recipe.loss or ("cross_entropy" if classify else "mse")).kind
+    if as_loss(name).is_classification and not classify:
+        raise ArgumentError(
+            f"loss: {name!r} is for classes, and this is a regression; use mse, mae, huber, quantile or poisson, or "
+            "train on classes: --task classification, TableClassifier"
+        )
+    if name in ("poisson", "quantile") and classify:
+        raise ArgumentError(
+            f"loss: {name!r} is for numbers, and the target holds classes; use cross_entropy, binary_cross_entropy, "
+            "mse, mae or huber, or train on numbers: --task regression, TableRegressor"
+        )
+    if name == "binary_cross_entropy" and classes != 2:
+        raise ArgumentError(f"loss: {name!r} is for two classes, and the target has {classes}; use cross_entropy")
+    if recipe.class_weight is not None and not classify:
+        raise ArgumentError("class_weight: only classes have weights, and this is a regression")
+    return name
+
+
+def class_weights(given: Any, codes: Array, labels: Sequence[Any]) -> list[float] | None:
+    """Return a weight for each of the classes ``labels``: as given, or balanced: rows / (present classes * rows of the
+    class). A mapping gives those of some classes, and 1 to the others."""
+    if given is None:
+        return None
+    if isinstance(given, str) and given == "balanced":
+        return balanced(codes, len(labels))
+    if isinstance(given, Mapping):
+        strange = [label for label in given if label not in labels]
+        if strange:
+            raise ArgumentError(
+                f"class_weight: {strange[0]!r} is none of the classes {one_of(map(repr, labels), 'and')}"
+            )
+        return [as_number("class_weight", given.get(label, 1.0), low=0.0) for label in labels]
+    numbers = _numbers("class_weight", given) if isinstance(given, str) else list(given)
+    weights = [as_number("class_weight", number, low=0.0) for number in numbers]
+    if len(weights) != len(labels):
+        raise ArgumentError(
+            f"class_weight: expected balanced, or {len(labels)} numbers, one for each class, got {given!r}"
+        )
+    return weights
+
+
+def loss(recipe: ModelRecipe, name: str, weights: list[float] | None) -> Loss:
+    """Return the loss ``name``; cross_entropy takes class weights, other losses get weights of the rows instead."""
+    if isinstance(recipe.loss, Loss):
+        _check_free(recipe, "loss")
+        if weights is None or name != "cross_entropy":
+            return recipe.loss
+        if recipe.loss.class_weight is not None:
+            raise ArgumentError("class_weight: the object given as loss has it; set it there")
+        changes: Any = {"class_weight": weights}
+        return replace(recipe.loss, **changes)
+    given = _chosen(recipe, "loss", name, LOSSES)
+    if name == "cross_entropy":
+        given["class_weight"] = weights
+    return _made("loss", LOSSES[name], **given)
+
+
+def optimizer(recipe: ModelRecipe, schedule: Schedule | None = None) -> Optimizer:
+    """Return the optimizer with ``schedule`` (None: the rate of the recipe)."""
+    rate = learning_rate(recipe) if schedule is None else schedule
+    names = ("clip_norm", "ema", "accumulate", "decay_biases")
+    if isinstance(recipe.optimizer, Optimizer):
+        _check_free(recipe, "optimizer")
+        changed = given_options(recipe)
+        changes: Any = {"lr": rate, **{name: changed[name] for name in names if name in changed}}
+        return replace(recipe.optimizer, **changes)
+    given = _chosen(recipe, "optimizer", recipe.optimizer, OPTIMIZERS)
+    described = OPTIMIZERS[recipe.optimizer]
+    if "betas" in given:
+        usual: Any = described()
+        betas = zip((recipe.beta1, recipe.beta2), usual.betas, strict=True)
+        given["betas"] = tuple(default if beta is None else beta for beta, default in betas)
+    given |= {name: getattr(recipe, name) for name in names}
+    return _made("optimizer", described, rate, **given)
+
+
+def learning_rate(recipe: ModelRecipe) -> float | Schedule:
+    """Return the given rate or schedule, or the optimizer's."""
+    if isinstance(recipe.lr, Schedule):
+        return recipe.lr
+    if recipe.lr is not None:
+        return as_number("lr", recipe.lr, low=0.0, low_open=True)
+    known: Any = recipe.optimizer
+    if not isinstance(known, Optimizer):
+        known = OPTIMIZERS[check_choice("optimizer", known, OPTIMIZERS)]()
+    rate: float | Schedule = known.lr
+    return rate
+
+
+def schedule(recipe: FitRecipe, *, rows: int, epochs: int) -> Schedule:
+    """Return the schedule, with lengths converted from epochs into updates for ``rows`` training rows.
+
+    It fixes the length of a schedule that has one, so a run keeps its rates when its epochs are raised later.
+    """
+    kind, rate = recipe.schedule, learning_rate(recipe)
+    if isinstance(rate, Schedule):
+        if kind != "constant" or recipe.warmup:
+            raise ArgumentError(f"schedule: lr is a schedule already, {rate}; give one of the two")
+        return rate
+    given = _chosen(recipe, "schedule", kind, SCHEDULES)
+    described = SCHEDULES[kind]
+    batch_size = min(as_count("batch_size", recipe.batch_size), rows)
+    batches = rows // batch_size if recipe.drop_last else -(-rows // batch_size)
+    if is_private(recipe):
+        batches = steps_of_an_epoch(rows, batch_size)
+    each = batches / as_count("accumulate", recipe.accumulate)
+    given["warmup"] = round(as_number("warmup", recipe.warmup, low=0.0) * each)
+    if "steps" in {field.name for field in fields(described)}:
+        given["steps"] = max(1, int(epochs * each) - given["warmup"])
+    if kind == "step":
+        if recipe.lr_step is None:
+            raise ArgumentError("lr_step: the schedule step needs it: --lr-step 10 for a reduction every ten epochs")
+        length = as_number("lr_step", recipe.lr_step, low=0.0, low_open=True)
+        given["every"] = max(1, round(length * each))
+    if kind == "exponential":
+        if recipe.lr_gamma is None:
+            raise ArgumentError("lr_gamma: the schedule exponential needs it: --lr-gamma 0.95 for 5 % less each epoch")
+        given["gamma"] = as_number("lr_gamma", recipe.lr_gamma, low=0.0, low_open=True) ** (1.0 / each)
+    return _made("schedule", described, rate, **given)
+
+
+def check_single(recipe: TableRecipe, kind: str) -> None:
+    """Raise ArgumentError for what a ``kind`` training, which makes one model of the training rows, cannot do."""
+    for name, given in (("models", (recipe.models or 1) > 1), ("final_fit", recipe.final_fit)):
+        if given:
+            raise ArgumentError(f"{name}: {kind} training makes one model of the training rows; leave it out")
+
+
+def privacy(recipe: TableRecipe, *, rows: int, epochs: int, validates: bool) -> DPSGD | None:
+    """Return the privacy that spends ``dp_epsilon`` on this many training rows and epochs; None without it."""
+    if not is_private(recipe):
+        for name in ("dp_delta", "dp_clip"):
+            if getattr(recipe, name) is not None:
+                raise ArgumentError(
+                    f"{name}: it is for private training; give --dp-epsilon too, such as --dp-epsilon 3"
+                )
+        return None
+    check_single(recipe, "private")
+    if recipe.drop_last:
+        raise ArgumentError("drop_last: the batches of private training have no common length; leave it out")
+    if isinstance(recipe.class_weight, str) and recipe.class_weight == "balanced":
+        raise ArgumentError("class_weight: balanced counts the private rows; give a number for each class")
+    if recipe.metric in ("loss", "accuracy") or (recipe.schedule == "reduce_on_plateau" and not validates):
+        raise ArgumentError(
+            f"metric: {recipe.metric or 'loss'} is of the private rows; choose one of validation rows: val_loss"
+        )
+    chosen = {name: getattr(recipe, f"dp_{name}") for name in ("epsilon", "delta", "clip")}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    return _made(
+        "privacy", DPSGD.for_epsilon, rows=rows, batch_size=min(recipe.batch_size, rows), epochs=epochs, **chosen
+    )

@@ -1,0 +1,381 @@
+"""Prepare a data set for the training of a recipe: split the rows, decide what is open, scale, encode."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import warnings
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from fusemlp.datasets.dataset import Dataset
+from fusemlp.datasets.load import MANY_CLASSES
+from fusemlp.datasets.memory import check_memory
+from fusemlp.datasets.parts import Fold, Hashes, among, folds, hold_out, row_hashes
+from fusemlp.datasets.prepare import Rows, fit_preprocessor, network_ends, rows_for
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.preprocessing import Rows as Indices
+from fusemlp.datasets.scaling import SCALES
+from fusemlp.describe.checks import as_count, as_number, check_choice
+from fusemlp.describe.losses import Loss
+from fusemlp.describe.network import MLP
+from fusemlp.describe.optimizers import Optimizer
+from fusemlp.describe.privacy import DPSGD
+from fusemlp.describe.schedules import Schedule
+from fusemlp.engine import Engine
+from fusemlp.fleet.fleet import Fleet
+from fusemlp.fleet.merge import check_mergeable
+from fusemlp.inputs.arrays import Array
+from fusemlp.report.runs import read_training_rows
+from fusemlp.tables import descriptions, transfer, trials
+from fusemlp.tables.recipe import ModelRecipe, TableRecipe
+from fusemlp.training.transfer import by_layers
+from fusemlp_kernels.errors import ArgumentError, DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The parts of a data set that train, validate and test, with network, loss and preprocessor.
+
+    ``training`` are the indices of the training rows in the data set.
+    ``models`` are trained; with ``folds`` each has its own training and validation rows of ``train``.
+    """
+
+    recipe: ModelRecipe
+    dataset: Dataset
+    preprocessor: Preprocessor
+    network: MLP
+    loss: Loss
+    train: Rows
+    validation: Rows | None
+    # None where no rows are held out for the test
+    test: Rows | None
+    training: Indices
+    # the test rows' indices in the data set, unless they are a set of their own
+    tested: Indices | None = None
+    models: int = 1
+    folds: tuple[Fold, ...] = ()
+    tried: tuple[str, ...] = ()
+    # of a new training with --from
+    start: transfer.Start | None = None
+    # when the data had been read, as ``time.monotonic`` tells it
+    began: float = 0.0
+
+    @property
+    def test_rows(self) -> tuple[Array, Array, Array]:
+        """Features and labels as in the data, and which of the rows are for the test; DataError if none are."""
+        if self.test is None:
+            raise DataError("data: no rows were held out for the test (--test-fraction 0); give rows: --data FILE")
+        X, y = self.dataset.test or (self.dataset.X, self.dataset.y)
+        return X, y, np.arange(len(X)) if self.tested is None else self.tested
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The description of the data for ``config.json``."""
+        return {
+            "name": self.dataset.name,
+            "fingerprint": fingerprint(self.dataset),
+            "task": self.dataset.task,
+            "rows": len(self.train) + len(self.validation or ()) + len(self.test or ()),
+            "training_rows": len(self.train),
+            "validation_rows": len(self.validation or ()),
+            "test_rows": len(self.test or ()),
+            "test": self._tested_by(),
+            "notes": list(self.notes),
+        }
+
+    @property
+    def training_rows(self) -> str:
+        """The rows to train and to validate on, as text."""
+        if self.folds:
+            return f"{len(self.train)} training rows, in {len(self.folds)} folds to validate on"
+        return f"{len(self.train)} training, {len(self.validation or ())} validation"
+
+    @property
+    def validates(self) -> bool:
+        """Whether rows are held out to validate on."""
+        return self.validation is not None or bool(self.folds)
+
+    def _tested_by(self) -> str:
+        if self.dataset.test is not None:
+            return self.dataset.test_source
+        share = self.recipe.test_fraction
+        return "held-out fifth" if share == 0.2 else f"held-out share of {share:g}" if share else "none held out"
+
+    def hashes(self, *, every: bool = False) -> Hashes:
+        """Return the hashes of the training rows, sorted, each once, for ``evaluate``.
+
+        ``every``: of all rows that ``--final-fit`` trains on, which leaves out only a test set of its own.
+        """
+        if every:
+            parts = [(self.dataset.X, self.dataset.y), *([self.dataset.validation] if self.dataset.validation else [])]
+            return np.unique(np.concatenate([labelled_hashes(self.preprocessor, *part) for part in parts]))
+        return np.unique(labelled_hashes(self.preprocessor, self.dataset.X, self.train.labels, self.training))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines on the reading of a table: its form, columns left out, missing cells, rare words."""
+        made = self.preprocessor
+        rare = (
+            [
+                f"{len(shared)} of {len(words)} in {name!r}"
+                for name, words, shared in zip(made.feature_names, made.categories, made.shared, strict=True)
+                if words is not None and shared
+            ]
+            if made.shared
+            else []
+        )
+        line = f"words rare in the training rows, taken as one other category: {', '.join(rare)}"
+        return (*self.dataset.notes, *([line] if rare else []), *self.tried)
+
+    def seen(self, most: int) -> tuple[Array, Array]:
+        """Return inputs and labels of all rows but the test rows, or of evenly spaced ones with ``most`` numbers."""
+        parts = [self.train, *([] if self.validation is None else [self.validation])]
+        step = max(1, -(-sum(part.X.size for part in parts) // most))
+        X, labels = ([getattr(part, name)[::step] for part in parts] for name in ("X", "labels"))
+        return np.concatenate(X), np.concatenate(labels)
+
+    def engine(self, recipe: ModelRecipe, schedule: Schedule | None = None, privacy: DPSGD | None = None) -> Engine:
+        """Return a new engine; ``schedule`` None is the rate of the recipe."""
+        engine = Engine(
+            self.network,
+            loss=self.loss,
+            optimizer=self.optimizer(recipe, schedule),
+            privacy=privacy,
+            **descriptions.engine_options(recipe),
+        )
+        if self.start is not None:
+            engine.load_state_dict({**engine.state_dict(), **self.start.parameters})
+        return engine
+
+    def optimizer(self, recipe: ModelRecipe, schedule: Schedule | None) -> Optimizer:
+        """Return the optimizer of the recipe, with the frozen and slower layers of a transfer."""
+        optimizer = descriptions.optimizer(recipe, schedule)
+        if not isinstance(recipe, TableRecipe):
+            return optimizer
+        return by_layers(optimizer, self.network, freeze=recipe.freeze, layer_decay=recipe.layer_decay)
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Return the SHA-256 of a data set's arrays: equal content has equal hashes, from any file."""
+    digest = hashlib.sha256()
+    for array in (dataset.X, dataset.y, *(dataset.validation or ()), *(dataset.test or ())):
+        plain = array.astype(str) if array.dtype.kind == "O" else array
+        digest.update(f"{plain.dtype.str}{plain.shape}".encode())
+        digest.update(np.ascontiguousarray(plain).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def labelled_hashes(preprocessor: Preprocessor, X: Array, labels: Array, rows: Indices | None = None) -> Hashes:
+    """Return the hash of each label and its row in X, as they are in the data; ``rows`` are the indices in X."""
+    return row_hashes(X, labels if preprocessor.classes is None else preprocessor.class_codes(labels), rows)
+
+
+def _split(
+    name: str, recipe: ModelRecipe, dataset: Dataset, rows: Indices, *, fraction: float, seed: int
+) -> tuple[Indices, Indices]:
+    """Call ``hold_out``; its error names the purpose of the rows, and classes that are a guess."""
+    try:
+        return hold_out(dataset, rows, fraction=fraction, seed=seed)
+    except DataError as error:
+        _check_classes(dataset, recipe.test_fraction)
+        guess = f"; {dataset.guess}" if dataset.guess else ""
+        raise DataError(f"{name}: {str(error).removeprefix('fraction: ')}{guess}") from None
+
+
+def _check_classes(dataset: Dataset, test_fraction: float) -> None:
+    """Raise ArgumentError for a target that was called classes, with too few rows of each to split and to learn."""
+    if dataset.task != "classification" or dataset.guess:
+        return
+    count = len(dataset.y)
+    rows = np.unique(dataset.y, return_counts=True)[1]
+    single = int((rows == 1).sum())
+    numbers = dataset.y.dtype.kind in "iuf"
+    drawn = test_fraction > 0 and dataset.test is None and dataset.groups is None and dataset.times is None
+    # The test rows would be fewer than the classes that have rows to share.
+    cannot_split = drawn and int(np.ceil(test_fraction * (count - single))) < max(1, len(rows) - single)
+    if len(rows) <= MANY_CLASSES or not (cannot_split or (numbers and 2 * single > count)):
+        return
+    values, instead = ("numbers", "--task regression takes them as numbers")
+    if not numbers:
+        values, instead = ("labels", "choose another --target, or join rare ones")
+    raise ArgumentError(
+        f"{'task' if numbers else 'target'}: {dataset.target_name!r} holds {len(rows)} different {values} in {count} "
+        f"rows ({single} of them in one row only), too many for classes; {instead}"
+    )
+
+
+def check_rows(recipe: ModelRecipe) -> int:
+    """Check the fields that split and scale the rows, before they are read; return the seed of the split."""
+    seed = as_count("seed", recipe.seed, minimum=0)
+    if recipe.split_seed is not None:
+        seed = as_count("split_seed", recipe.split_seed, minimum=0)
+    for name in ("validation_fraction", "test_fraction"):
+        as_number(name, getattr(recipe, name), low=0.0, high=1.0, high_open=True)
+    if recipe.scale is not None:
+        check_choice("scale", recipe.scale, SCALES)
+    if isinstance(recipe, TableRecipe) and recipe.time_limit is not None:
+        as_number("time_limit", recipe.time_limit, low=0.0, low_open=True)
+    descriptions.hidden_widths(recipe.hidden)
+    return seed
+
+
+def prepare(
+    recipe: ModelRecipe,
+    dataset: Dataset,
+    *,
+    like: Preprocessor | None = None,
+    network: MLP | None = None,
+    source: transfer.Source | None = None,
+    weight: Array | None = None,
+    needs_rows: bool = True,
+) -> Prepared:
+    """Prepare a training on a data set; equal recipes give equal results.
+
+    ``like`` and ``network`` are those of a run, which are used in place of new ones; ``source`` is the run that a
+    transfer starts from; ``weight`` (rows,) are weights of the rows. Fewer rows than validation needs are an error if
+    it ``needs_rows``; else all are trained on, and a note says so. Raises the errors of all fields of data, network and
+    loss.
+    """
+    began, seed = time.monotonic(), check_rows(recipe)
+    if dataset.y.dtype.kind in "iuf":
+        _check_classes(dataset, recipe.test_fraction)
+    classify = dataset.task == "classification"
+    if recipe.log_target is not None and classify:
+        raise ArgumentError("log_target: only numbers have logarithms, and the target holds classes; leave it out")
+    # The held-out rows depend only on the whole data set and this seed.
+    training = np.arange(len(dataset.y), dtype=np.int64)
+    tested = validated = training[:0]
+    if dataset.test is None and recipe.test_fraction:
+        training, tested = _split("test rows", recipe, dataset, training, fraction=recipe.test_fraction, seed=seed)
+    if classify and len(dataset.classes) < 2:
+        raise DataError(
+            f"target: {dataset.target_name!r} is {dataset.y.tolist()[0]!r} in all rows, which is one class, and "
+            "classes are two or more; choose another target"
+        )
+    # small trainings decide for the plain recipe
+    plain, members, notes = recipe, 1, list[str]()
+    if like is None:
+        rows_of_table = len(training) if dataset.roles else 0
+        recipe, members, notes = descriptions.with_preset(recipe, rows_of_table, classify=classify)
+        plain, recipe = (descriptions.with_class_decay(part, dataset) for part in (plain, recipe))
+    models = descriptions.models_of(recipe, dataset, new=like is None)
+    parts: tuple[Fold, ...] = ()
+    shared = dataset.validation is not None or recipe.group is not None or recipe.time is not None
+    if models > 1 and recipe.validation_fraction > 0 and not shared:
+        parts = folds(dataset.y[training], models, seed=seed, stratify=classify)
+    elif dataset.validation is None and recipe.validation_fraction > 0:
+        share = recipe.validation_fraction
+        try:
+            training, validated = _split("--validation-fraction", recipe, dataset, training, fraction=share, seed=seed)
+        except DataError as error:
+            if needs_rows:
+                raise
+            reason = str(error).removeprefix("--validation-fraction: ")
+            notes.append(f"no rows held out for early stopping: {reason}")
+
+    classes = len(dataset.classes) if classify else 0
+    name = descriptions.loss_name(recipe, dataset.task, classes)
+    start = None
+    if source is not None:
+        assert isinstance(recipe, TableRecipe), "no other recipe has transfer_from"
+        preprocessor, net, start = source.start(dataset, training, recipe, name)
+        notes += start.lines(net)
+    else:
+        scale, log_target = recipe.scale or SCALES[0], bool(recipe.log_target)
+        # small trainings would read the private rows, and may choose inputs that no attack can move
+        if like is None and dataset.roles and descriptions.trains_plainly(recipe):
+            scale, log_target, tried = _decided(dataset, training, plain, name, seed=seed)
+            notes += tried
+        preprocessor = like or fit_preprocessor(dataset, training, loss=name, scale=scale, log_targets=log_target)
+        first, last = network_ends(preprocessor, name)
+        widths = descriptions.hidden_widths(recipe.hidden)
+        net = network or descriptions.network((first, *widths, last), recipe, init=recipe.init, members=members)
+    check_memory(preprocessor, len(dataset.y) + (0 if dataset.test is None else len(dataset.test[1])), recipe.precision)
+    check_mergeable(net, models)
+    weights = None
+    if classify:
+        codes = preprocessor.class_codes(dataset.y[training])
+        weights = descriptions.class_weights(recipe.class_weight, codes, preprocessor.classes or ())
+    loss = descriptions.loss(recipe, name, weights)
+    loss.check_network(net)
+
+    by_class = None if weights is None or name == "cross_entropy" else np.array(weights)
+    rows = partial(rows_for, preprocessor, precision=recipe.precision, by_class=by_class)
+
+    def part(chosen: Indices, apart: tuple[Array, Array] | None = None) -> Rows | None:
+        if apart is not None:
+            return rows(*apart)
+        some = None if weight is None else weight[chosen]
+        return rows(dataset.X, dataset.y[chosen], rows=chosen, weight=some) if len(chosen) else None
+
+    train = part(training)
+    assert train is not None, "the split leaves rows to train on"
+    fewest = min((len(kept) for kept, _ in parts), default=len(train))
+    if as_count("batch_size", recipe.batch_size) > fewest and recipe.batch_size != ModelRecipe.batch_size:
+        warnings.warn(
+            f"batch_size: {recipe.batch_size} is more than the {fewest} training rows; batches of {fewest} are used",
+            stacklevel=2,
+        )
+    prepared = Prepared(
+        replace(recipe, batch_size=min(recipe.batch_size, fewest)),
+        dataset,
+        preprocessor,
+        net,
+        loss,
+        train,
+        part(validated, dataset.validation),
+        part(tested, dataset.test),
+        training,
+        tested if dataset.test is None else None,
+        models,
+        parts,
+        tuple(notes),
+        start,
+        began,
+    )
+    if source is None or start is None or start.about["new_output_layer"] or prepared.test is None:
+        return prepared
+    X, labels, at = prepared.test_rows
+    known = read_training_rows(source.run)
+    seen = 0 if known is None else among(labelled_hashes(preprocessor, X, labels[at], at), known)
+    note = f"{seen} of {len(at)} test rows are training rows of {source.run.path}, so the test scores flatter the model"
+    return replace(prepared, tried=(*prepared.tried, note)) if seen else prepared
+
+
+def _decided(
+    dataset: Dataset, rows: Array, recipe: ModelRecipe, loss: str, *, seed: int
+) -> tuple[str, bool, list[str]]:
+    """Return the scale, whether targets are learned in logarithms, and notes; small trainings decide what is open."""
+
+    def fleet(first: int, last: int) -> Fleet:
+        widths = first, *descriptions.hidden_widths(recipe.hidden), last
+        return Fleet(
+            descriptions.network(widths, recipe, init=recipe.init),
+            loss,
+            descriptions.optimizer(recipe),
+            vary={"seed": range(trials.TRIALS)},
+            **descriptions.engine_options(recipe),
+        )
+
+    classes = dataset.task == "classification"
+    # other losses have other units, or a user who knows what the targets are
+    log_target = recipe.log_target if loss == "mse" and not classes else bool(recipe.log_target)
+    limit = recipe.time_limit if isinstance(recipe, TableRecipe) else None
+    return trials.chosen(
+        dataset, rows, fleet, loss=loss, scale=recipe.scale, log_target=log_target, seed=seed, time_limit=limit
+    )
+
+
+def decisions(prepared: Prepared) -> dict[str, Any]:
+    """Return the fields that the data decided, for a run's configuration."""
+    preprocessor = prepared.preprocessor
+    log_target = preprocessor.target_log if preprocessor.classes is None else None
+    return {
+        "scale": preprocessor.scale,
+        "log_target": log_target,
+        "weight_decay": prepared.recipe.weight_decay,
+    }

@@ -1,0 +1,279 @@
+"""The recipe of a table's model: its fields are the options of ``train`` and the parameters of the estimators.
+
+``None`` stands for a default that depends on the data, the optimizer or the schedule. The command line gives words,
+such as "128,64"; Python may give numbers, sequences and objects of ``fusemlp``.
+"""
+
+# ruff: noqa: RUF009 - the defaults are fields of dataclasses, made by `field_of`.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fusemlp.datasets.prepare import CLASS_DECAY
+from fusemlp.datasets.scaling import SCALES
+from fusemlp.describe.adversarial import FGSM, NORMS, PGD, Attack
+from fusemlp.describe.intervals import IBP
+from fusemlp.describe.losses import LOSSES, Huber, Quantile
+from fusemlp.describe.metrics import METRICS
+from fusemlp.describe.network import INITS, SLOPES
+from fusemlp.describe.optimizers import OPTIMIZERS, SGD, Adam, AdamW
+from fusemlp.describe.presets import LEAST_ROWS, LEAST_STEPS, MEMBERS, MOST_ROWS, PRESETS, TABM
+from fusemlp.describe.privacy import DPSGD
+from fusemlp.describe.schedules import SCHEDULES, ReduceOnPlateau, StepDecay
+from fusemlp.tables.fields import PANELS, field_of, one_of, run_folders
+from fusemlp_kernels.contract import ACTIVATIONS
+
+BACKENDS = ("auto", "triton", "cupy", "numpy")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
+PLANS = ("auto", "eager", "graph", "resident")
+# The quantities of each epoch, by which a training may be judged.
+MONITORS = ("val_loss", "val_accuracy", *METRICS, "loss", "accuracy")
+# The attacks that test a model, and what a training can be against.
+ATTACKS: dict[str, type[Attack | IBP]] = {attack.kind: attack for attack in (PGD, FGSM)}
+HARDENINGS = ATTACKS | {IBP.kind: IBP}
+
+EPS_UNITS = (
+    "in standard deviations of a column after --scale standard, as a share of its range after minmax, in the data's "
+    "own units after none (8 is usual for grey levels from 0 to 255), and in units of the scaled input after the others"
+)
+ATTACK_EPS = f"The most by which an input may move: {EPS_UNITS}."
+ATTACK_STEPS = f"For pgd: its steps ({PGD.steps}), each 2.5 * eps / steps long."
+ATTACK_NORM = "inf moves each input by up to eps (default), 2 each row by up to eps in the Euclidean norm."
+_SLOPES = one_of((f"{name} ({slope} unless given)" for name, slope in SLOPES.items()), "and")
+# The recipe tabm, as it is written without --preset.
+_WORDS = {name: ",".join(map(str, value)) if name == "hidden" else value for name, value in TABM.items()}
+_TABM = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in _WORDS.items())
+
+_option, _data, _text, _network, _loss, _optimizer, _rate, _training, _machine, _output = (
+    partial(field_of, panel) for panel in PANELS
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecipe:
+    """The fields of a training step, as ``plan`` prints it."""
+
+    activation: Any = _network("relu", "{}; one, or one a hidden layer: relu,tanh.", values=ACTIVATIONS, kind=str)
+    slope: float | None = _network(None, f"Of {_SLOPES}; prelu's starts there.")
+    output_activation: str = _network(
+        "identity", "Of the output layer; the cross-entropies and poisson need identity.", values=ACTIVATIONS
+    )
+    dropout: Any = _network(
+        "0",
+        "Probability of dropping a hidden unit in a training step; one, or one a hidden layer (0.2,0.5).",
+        "RATE",
+        kind=str,
+    )
+    batch_size: int = _training(32, "Rows a step.")
+    precision: str = _machine("fp32", "{}.", values=PRECISIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe(StepRecipe):
+    """The fields of the rows, the network, the loss and the optimizer, and of the machine."""
+
+    backend: str = _machine("auto", "{}; fusemlp doctor says which work here.", values=BACKENDS)
+    device: str | None = _machine(None, "Which card, such as cuda:1.")
+
+    drop: Any = _data(
+        None, "A column of a table to leave out; the option once for each.", "COLUMN", kind=list[str] | None
+    )
+    keep: Any = _data(
+        None,
+        "A column to keep although it is constant, counts the rows, or holds another word in nearly every row.",
+        "COLUMN",
+        kind=list[str] | None,
+    )
+    categorical: Any = _data(
+        None, "A column to take as words, such as numbers that are zip codes.", "COLUMN", kind=list[str] | None
+    )
+    group: str | None = _data(
+        None, "Hold out whole groups: rows with the same value in this column stay together. It is no input.", "COLUMN"
+    )
+    time: str | None = _data(
+        None, "Hold out the last rows in the order of this column of dates or numbers, not random ones.", "COLUMN"
+    )
+    test_fraction: float = _data(
+        0.2, "The test's share of the rows, which judge the model at the end; 0 for none. Data with a test set keep it."
+    )
+    scale: str | None = _data(
+        None,
+        "Features, by statistics of the training rows: robust (median 0, interquartile range 1, far values smoothly "
+        "clipped), piecewise (each number cut into 16 pieces, 32 from 8,000 rows on, with an input for each), "
+        "quantile (normal scores), "
+        "standard (mean 0, variance 1), minmax (0 to 1) or none. The targets of a regression likewise, for the first "
+        "three by standard. Unless given: robust, or for a table the better of the first two on held-out rows.",
+        values=SCALES,
+    )
+    log_target: bool | None = _data(
+        None,
+        "Learn the logarithm of a positive target. Unless given: for a table whose skewed target held-out rows say it "
+        "helps.",
+    )
+    validation_fraction: float = _data(0.1, "Validation's share of the rows beside the test rows; 0 for none.")
+    split_seed: int | None = _data(None, "Seed of the split into training, validation, test rows; --seed unless given.")
+
+    hidden: Any = _network(
+        None,
+        "Widths of the hidden layers, such as 128,64 (or the option once for each); none for no hidden layer. Unless "
+        "given: one layer of 128.",
+        "WIDTHS",
+        kind=list[str] | None,
+    )
+    init: str = _network("auto", "Initial weights: {}; auto chooses by activation.", values=INITS)
+
+    loss: Any = _loss(
+        None,
+        "{}. Unless given: cross_entropy for classes, mse for numbers. binary_cross_entropy is for two "
+        "classes; mse, mae and huber train classes as one-hot rows.",
+        values=LOSSES,
+        kind=str | None,
+    )
+    label_smoothing: float | None = _loss(None, "For cross_entropy: weight of the uniform distribution in the target.")
+    class_weight: Any = _loss(
+        None,
+        "balanced (inversely to how often each class occurs in the training rows), or a number for each class: "
+        "1,2.5,1.",
+        "WEIGHTS",
+        values=("balanced",),
+        kind=str | None,
+    )
+    delta: float | None = _loss(None, f"For huber: errors above this count linearly ({Huber.delta:g}).")
+    quantile: float | None = _loss(None, f"For the loss quantile: the quantile to learn ({Quantile.q:g}).")
+
+    optimizer: Any = _optimizer("adam", "{}.", values=OPTIMIZERS, kind=str)
+    lr: Any = _optimizer(
+        None, f"Learning rate; {SGD.lr:g} for sgd, {Adam.lr:g} for adam and adamw unless given.", kind=float | None
+    )
+    momentum: float | None = _optimizer(None, f"For sgd, 0 or more and less than 1 ({SGD.momentum:g}).")
+    nesterov: bool = _optimizer(False, "For sgd: Nesterov's momentum.")
+    weight_decay: float | None = _optimizer(
+        None,
+        f"L2 penalty for sgd and adam ({Adam.weight_decay:g}; adam on a table's classes {CLASS_DECAY:g}), decoupled "
+        f"decay for adamw ({AdamW.weight_decay:g}).",
+    )
+    decay_biases: bool = _optimizer(True, "Whether weight decay acts on biases.")
+    beta1: float | None = _optimizer(None, f"For adam and adamw: average of gradients ({Adam.betas[0]:g}).")
+    beta2: float | None = _optimizer(None, f"For adam and adamw: average of their squares ({Adam.betas[1]:g}).")
+    eps: float | None = _optimizer(None, f"For adam and adamw: epsilon ({Adam.eps:g}).")
+    clip_norm: float | None = _optimizer(None, "Scale gradients with a greater global norm down to this norm.")
+    ema: float = _optimizer(
+        0.0,
+        "Predict, validate and save with a moving average of the weights that has this decay, such as 0.99; 0: none.",
+    )
+    accumulate: int = _optimizer(1, "Batches whose gradients are averaged for one update.")
+
+    seed: int = _training(0, "Seed of the split, the initial weights, dropout and row order.")
+    plan: str = _machine("auto", "{}.", values=PLANS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRecipe(ModelRecipe):
+    """The further fields of a fit: the schedule, the epochs and early stopping."""
+
+    schedule: str = _rate("constant", "{}.", values=SCHEDULES)
+    lr_step: float | None = _rate(None, "For step: epochs between two reductions.")
+    lr_gamma: float | None = _rate(
+        None,
+        f"Factor on the rate: at each step ({StepDecay.gamma:g}), each epoch (exponential), on a plateau "
+        f"({ReduceOnPlateau.factor:g}).",
+    )
+    lr_final: float | None = _rate(
+        None, "The final rate of cosine and flat_cosine (0), one_cycle (lr / 250000); minimum of reduce_on_plateau (0)."
+    )
+    lr_patience: int | None = _rate(
+        None,
+        f"For reduce_on_plateau: epochs without a better --metric before a reduction ({ReduceOnPlateau.patience}).",
+    )
+    warmup: float = _rate(0.0, "Epochs (0.5: half of one) in which the rate grows linearly to the schedule's start.")
+
+    epochs: int | None = _training(None, "Passes over the training rows at most; 60 unless given, 200 for a table.")
+    early_stopping: int | None = _training(
+        None,
+        "Stop after this many epochs without a better --metric, and restore the best weights; 0 for no early stopping. "
+        "20 unless given.",
+        "EPOCHS",
+    )
+    metric: str | None = _training(
+        None,
+        "Score of each epoch by which training stops early, lowers the rate on a plateau and keeps the best weights, "
+        f"and a sweep ranks: val_loss (default), val_accuracy, or of the validation rows {one_of(METRICS)}; loss or "
+        "accuracy of the training rows.",
+        values=MONITORS,
+    )
+    drop_last: bool = _training(False, "Leave out the last batch of an epoch if it is short.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRecipe(FitRecipe):
+    """All that decides the model of a table; ``fusemlp.tables.train_table`` trains by it."""
+
+    preset: str | None = _network(
+        None,
+        "{}: a recipe for what has its default. tabm: one network of "
+        f"{MEMBERS} members that share weights, {_TABM} (less below {LEAST_STEPS * TABM['batch_size']:,} rows). auto: "
+        f"tabm for classes in a table of {LEAST_ROWS:,} to {MOST_ROWS:,} rows, without the test rows. "
+        "Default: auto, or plain if one of these options, --models or --time-limit is given.",
+        values=PRESETS,
+    )
+    transfer_from: str | None = _network(
+        None,
+        "Start from this run: its preparation of the columns, its hidden layers and, if the target means the same, its "
+        "output layer.",
+        "RUN",
+        ("--from",),
+        run_folders,
+    )
+    freeze: int = _network(0, "With --from: leave this many of the first layers as they are.", "LAYERS")
+    layer_decay: float = _optimizer(
+        1.0,
+        "With --from: learning rate of each layer as a multiple of that of the next, above 0 and at most 1.",
+        "FACTOR",
+    )
+    probe: int = _training(0, "With --from: first train the output layer alone, for up to this many epochs.", "EPOCHS")
+    models: int | None = _training(
+        None,
+        "Train this many models with seeds from --seed on and merge them into one that gives their mean. Each has its "
+        "own validation rows, a fold of a cross-validation; with --group, --time or --validation all share theirs. "
+        "Unless given: 5 for a table of 40 to 100,000 rows, else 1.",
+        "COUNT",
+    )
+    time_limit: float | None = _training(
+        None,
+        "End training in time and restore the best weights. The seconds count from the end of the reading of DATA: the "
+        "trials that decide --scale and --log-target, all models and --final-fit share nine tenths of them, the last "
+        "is for scores and report. If they are too few for all --models, fewer are trained.",
+        "SECONDS",
+    )
+    dp_epsilon: float | None = _training(
+        None,
+        "Train with differential privacy: clipped gradients and noise, so that --epochs epochs spend at most this "
+        "epsilon. It is of the parameters and the training rows; scaling, scores and the other rows are not covered. "
+        "Trains one model.",
+        "EPSILON",
+    )
+    dp_delta: float | None = _training(
+        None, "With --dp-epsilon: delta; the largest power of ten below 1 / training rows unless given."
+    )
+    dp_clip: float | None = _training(
+        None, f"With --dp-epsilon: the largest norm of a row's gradient ({DPSGD.clip:g})."
+    )
+    adversarial: Any = _training(
+        None,
+        f"{one_of(ATTACKS)}: train on each batch as this attack changes it, by at most --attack-eps, to resist it. "
+        "ibp: train for certified accuracy within --attack-eps; early stopping is off, and with --early-stopping "
+        "counts after the ramp. For inputs that are numbers; words, dates and missing cells are refused. Trains one "
+        "model.",
+        "ATTACK",
+        values=HARDENINGS,
+        kind=str | None,
+    )
+    attack_eps: float | None = _training(None, ATTACK_EPS, "EPS")
+    attack_steps: int | None = _training(None, ATTACK_STEPS)
+    attack_norm: str | None = _training(None, ATTACK_NORM, values=NORMS)
+    final_fit: bool = _training(
+        False, "After the scores, train the model on all rows, the test rows too, for the epochs that were best."
+    )

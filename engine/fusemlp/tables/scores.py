@@ -1,0 +1,89 @@
+"""The record of a training: how it ended, what it looked like, and the scores of its model on the test rows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from fusemlp.describe.intervals import IBP
+from fusemlp.report.baselines import MOST_NUMBERS, baselines, worse_than
+from fusemlp.report.certification import certify
+from fusemlp.report.diagnosis import diagnose
+from fusemlp.report.metrics import score
+from fusemlp.report.robustness import robust_score
+from fusemlp.report.uncertainty import COVERAGE, HeldOut, errors_of, summary
+from fusemlp.tables.training import Trained, attack_on
+from fusemlp.training.history import History
+
+
+def scores_of(trained: Trained, *, early_stopping: bool) -> dict[str, Any]:
+    """Return the report of a training as JSON-able values; a diverged one has no scores.
+
+    ``early_stopping``: whether the training was to stop early.
+    """
+    prepared, engine = trained.prepared, trained.engine
+    history, preprocessor = engine.history or History(), prepared.preprocessor
+    best = None if history.best_epoch is None else history.best_epoch + 1
+    dead = engine.dead_units(prepared.train.X)
+    findings = diagnose(
+        history.history,
+        dead,
+        divergence="" if trained.failure is None else str(trained.failure),
+        restored="restored" in history.stopped,
+        best_epoch=best,
+        early_stopping=early_stopping,
+        chance_loss=history.chance_loss,
+        in_use=history.in_use if preprocessor.scale == "none" else [*history.in_use, "scaling"],
+        python=False,
+    )
+    report: dict[str, Any] = {
+        "task": prepared.dataset.task,
+        "epochs": len(history.epochs),
+        "best_epoch": best,
+        "stopped": history.stopped,
+        "interrupted": trained.interrupted,
+        "diverged": trained.failure is not None,
+        "seconds": sum(history.seconds),
+        "final": {name: values[-1] for name, values in history.history.items()},
+        "dead_units": dead,
+        "diagnosis": [asdict(finding) for finding in findings],
+    }
+    if engine.privacy is not None:
+        report["privacy"] = engine.privacy_spent()
+    if trained.failure is None:
+        report |= _judged(trained)
+    if prepared.start is not None:
+        report["from"] = prepared.start.about
+    if trained.models:
+        report["models"] = list(trained.models)
+    if trained.final is not None:
+        report["final_fit"] = trained.final[1]
+    return report
+
+
+def _judged(trained: Trained) -> dict[str, Any]:
+    """Return the scores of the test rows, if there are some, and the errors of held-out rows."""
+    prepared, engine = trained.prepared, trained.engine
+    preprocessor, test, validation = prepared.preprocessor, prepared.test, prepared.validation
+    report: dict[str, Any] = {}
+    if test is not None:
+        report["test"] = score(engine, preprocessor, test.X, test.labels, test.weight)
+        attack = attack_on(prepared, test.X)
+        if isinstance(attack, IBP):
+            cells, labels, rows = prepared.test_rows
+            report["certified"] = certify(engine, preprocessor, cells[rows], labels[rows], attack.eps)
+        elif attack is not None:
+            report["robust"] = robust_score(engine, preprocessor, test.X, test.labels, attack, test.weight)
+        seen = prepared.seen(MOST_NUMBERS // max(1, len(preprocessor.classes or ())))
+        report["baselines"] = baselines(preprocessor, *seen, test.X, test.labels)
+        report["worse_than"] = list(worse_than(report))
+    if trained.temperature is not None:
+        report["temperature"] = trained.temperature.value
+    held_out = trained.held_out
+    if validation is not None and held_out is None:
+        held_out = HeldOut.of(errors_of(engine, preprocessor, validation.X, validation.labels))
+    if held_out is not None:
+        report["held_out"] = held_out.to_config()
+        if test is not None and held_out.reaches(COVERAGE):
+            report["intervals"] = summary(engine, preprocessor, held_out, test.X, test.labels)
+    return report

@@ -1,0 +1,302 @@
+"""Train a table by a recipe: one model, or several of one kind that are merged, judged by rows that no model saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fusemlp.datasets.dataset import Dataset
+from fusemlp.datasets.prepare import fit_data, watch
+from fusemlp.describe.adversarial import Attack
+from fusemlp.describe.intervals import IBP
+from fusemlp.engine import Engine
+from fusemlp.fleet.fleet import Fleet
+from fusemlp.fleet.merge import merged, merged_members
+from fusemlp.fleet.results import Member
+from fusemlp.inputs.arrays import Array
+from fusemlp.report.temperature import Temperature, scale_logits
+from fusemlp.report.uncertainty import HeldOut, judged
+from fusemlp.tables import attacks, descriptions, transfer, trials
+from fusemlp.tables.preparation import Prepared, decisions, prepare
+from fusemlp.tables.recipe import FitRecipe, TableRecipe
+from fusemlp.training.adversarial import check_adversarial
+from fusemlp.training.history import History
+from fusemlp_kernels.errors import DivergenceError
+
+# The share of a time limit for the training before a final fit, whose rows are more.
+BEFORE_FINAL_FIT = 0.4
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A training that has ended; ``engine`` is the model, of several models the merged one.
+
+    ``models`` has a record for each of several models. ``held_out`` are the errors of rows that no model was trained
+    on, and ``temperature`` divides the logits of ``engine`` and ``final``: None without such rows. ``final`` is the
+    model of all rows, with its epochs and rows. ``failure``: the loss was not finite, and the engine is back at the
+    last good epoch; ``final_failure``: that of the final fit.
+    """
+
+    prepared: Prepared
+    engine: Engine
+    models: Sequence[Mapping[str, Any]] = ()
+    held_out: HeldOut | None = None
+    temperature: Temperature | None = None
+    final: tuple[Engine, dict[str, int]] | None = None
+    interrupted: bool = False
+    failure: DivergenceError | None = None
+    final_failure: DivergenceError | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Listeners:
+    """What hears of a training.
+
+    ``callbacks`` see the epochs of one model. ``model`` gets each of several models that has ended, and ``merged`` the
+    one that was made of them; ``say`` gets lines.
+    """
+
+    callbacks: Sequence[Any] = ()
+    model: Callable[[Member], object] | None = None
+    merged: Callable[[Engine], object] = lambda engine: None
+    say: Callable[[str], object] = lambda line: None
+
+
+def train_table(
+    recipe: TableRecipe,
+    dataset: Dataset,
+    *,
+    source: transfer.Source | None = None,
+    weight: Array | None = None,
+    listeners: Listeners | None = None,
+    needs_rows: bool = True,
+) -> Trained:
+    """Train the recipe's model on a data set; the arguments are those of ``prepare``.
+
+    ``source`` is the run of ``transfer_from``, which the data set has been read by.
+
+    Raises the errors of all fields before anything is trained, and DivergenceError when the loss is no longer finite.
+    """
+    attacks.check_trained(recipe)
+    if source is not None:
+        dataset = source.noted(dataset)
+        recipe = source.filled(recipe, same_target=dataset.task == source.preprocessor.task)
+    validates = dataset.validation is not None or recipe.validation_fraction > 0
+    recipe = descriptions.filled_in(recipe, table=bool(dataset.roles), validates=validates)
+    prepared = prepare(recipe, dataset, source=source, weight=weight, needs_rows=needs_rows)
+    prepared = settled(prepared)
+    trained = train(prepared, new_engine(prepared), listeners=listeners or Listeners())
+    if trained.failure is not None:
+        raise trained.failure
+    return trained
+
+
+def recipe_of(prepared: Prepared) -> TableRecipe:
+    """Return the recipe of what is to be trained by ``train``."""
+    assert isinstance(prepared.recipe, TableRecipe), "prepared by the recipe of a whole training"
+    return prepared.recipe
+
+
+def settled(prepared: Prepared) -> Prepared:
+    """Return what has the models that the time limit is enough for, and a recipe with what the data decided.
+
+    Raises the errors of the fields that are checked with the data.
+    """
+    watched(prepared)
+    attack_on(prepared, prepared.train.X)
+    prepared = _within(prepared)
+    decided = replace(recipe_of(prepared), models=prepared.models, **decisions(prepared))
+    return replace(prepared, recipe=decided)
+
+
+def _within(prepared: Prepared) -> Prepared:
+    """Reduce the number of models to fit the time limit."""
+    recipe = recipe_of(prepared)
+    seconds = trials.seconds_left(prepared.began, recipe.time_limit)
+    if seconds is None or prepared.models == 1:
+        return prepared
+    fleet = fleet_of(prepared, rows=len(prepared.train), epochs=1)
+    notes = [*prepared.tried]
+    models = trials.models_within(seconds, fleet, prepared.train.X, prepared.train.y, notes)
+    return replace(prepared, models=models, folds=prepared.folds[:models], tried=tuple(notes))
+
+
+def watched(prepared: Prepared) -> dict[str, Any]:
+    """Return the arguments of ``fit`` for the recipe's ``metric``."""
+    recipe = prepared.recipe
+    assert isinstance(recipe, FitRecipe), "prepared by the recipe of a fit"
+    return watch(recipe.metric, prepared.preprocessor, prepared.loss, validates=prepared.validates)
+
+
+def fit_arguments(prepared: Prepared) -> dict[str, Any]:
+    """Return the arguments of ``fit``: the rows, and how a model is trained on them."""
+    recipe = prepared.recipe
+    assert isinstance(recipe, FitRecipe), "prepared by the recipe of a fit"
+    return {
+        **fit_data(prepared.train, prepared.validation, prepared.folds),
+        **watched(prepared),
+        "epochs": recipe.epochs,
+        "early_stopping": recipe.early_stopping or None if prepared.validates else None,
+        "drop_last": recipe.drop_last,
+    }
+
+
+def attack_on(prepared: Prepared, X: Array) -> Attack | IBP | None:
+    """Return what the training is against, for rows X as the network takes them; the test rows are scored under it."""
+    recipe = recipe_of(prepared)
+    cells = prepared.dataset.X
+    if prepared.test is not None:
+        test_cells, _, rows = prepared.test_rows
+        cells = test_cells[rows]
+    return attacks.chosen(recipe, prepared.preprocessor, X, cells)
+
+
+def new_engine(prepared: Prepared) -> Engine:
+    """Return the engine of a new training; ArgumentError for an attack that it cannot be trained against."""
+    recipe = recipe_of(prepared)
+    assert recipe.epochs is not None, "filled in"
+    rows, epochs = len(prepared.train), recipe.epochs
+    privacy = descriptions.privacy(recipe, rows=rows, epochs=epochs, validates=prepared.validates)
+    engine = prepared.engine(recipe, descriptions.schedule(recipe, rows=rows, epochs=epochs), privacy)
+    attack = attack_on(prepared, prepared.train.X)
+    if attack is not None:
+        check_adversarial(engine, attack)
+    return engine
+
+
+def fleet_of(prepared: Prepared, initial: Sequence[Mapping[str, Array]] = (), *, rows: int, epochs: int) -> Fleet:
+    """Return the untrained models: those of the recipe's seed and the seeds after it; ``initial`` as of ``Fleet``.
+
+    The schedule of the learning rate spans ``epochs`` epochs of ``rows`` rows.
+    """
+    recipe = recipe_of(prepared)
+    return Fleet(
+        prepared.network,
+        prepared.loss,
+        prepared.optimizer(recipe, descriptions.schedule(recipe, rows=rows, epochs=epochs)),
+        vary={"seed": range(recipe.seed, recipe.seed + prepared.models)},
+        initial=initial,
+        **descriptions.engine_options(recipe),
+    )
+
+
+def train(prepared: Prepared, engine: Engine, *, listeners: Listeners, scheduled: int | None = None) -> Trained:
+    """Train to the end, the time limit, Ctrl-C, or a loss that is not finite; then judge, and fit to all rows.
+
+    ``engine`` is new, or at the checkpoint of a training that goes on; several models are trained anew. The schedule of
+    several spans ``scheduled`` epochs, by default the recipe's.
+    """
+    recipe, arguments, parts = recipe_of(prepared), fit_arguments(prepared), list[tuple[Engine, Array]]()
+    seconds = trials.seconds_left(prepared.began, recipe.time_limit)
+    if seconds is not None and recipe.final_fit:
+        seconds *= BEFORE_FINAL_FIT
+    if prepared.models > 1:
+        arguments |= {"time_limit": seconds}
+        trained, parts = _train_models(prepared, arguments, scheduled or arguments["epochs"], listeners)
+        listeners.merged(trained.engine)
+    else:
+        trained = train_model(prepared, engine, listeners, seconds)
+    if trained.failure is not None:
+        return trained
+    held_out, temperature = judged(trained.engine, prepared.preprocessor, prepared.train, prepared.validation, parts)
+    trained = replace(trained, held_out=held_out, temperature=temperature)
+    if not recipe.final_fit or trained.interrupted:
+        return trained
+    try:
+        final = _fit_to_all_rows(trained, listeners)
+    except DivergenceError as error:
+        return replace(trained, final_failure=error)
+    if temperature is not None:
+        scale_logits(final[0], temperature.value)
+    return replace(trained, final=final)
+
+
+def train_model(prepared: Prepared, engine: Engine, listeners: Listeners, seconds: float | None = None) -> Trained:
+    """Train one model, in ``seconds`` at most."""
+    recipe, arguments, resumes = recipe_of(prepared), fit_arguments(prepared), engine.fit_state is not None
+    interrupted, failure = False, None
+    try:
+        if not resumes and recipe.probe:
+            engine.load_state_dict(*transfer.initial(prepared, recipe, arguments, listeners.say))
+        engine.fit(
+            **arguments,
+            callbacks=listeners.callbacks,
+            resume=resumes,
+            time_limit=seconds,
+            adversarial=attack_on(prepared, prepared.train.X),
+        )
+    except KeyboardInterrupt:
+        if engine.history is None or not engine.history.stopped:
+            raise
+        interrupted = True
+    except DivergenceError as error:
+        failure = error
+    # rank 0 goes on alone
+    engine.keep_whole_state()
+    return Trained(prepared, engine, interrupted=interrupted, failure=failure)
+
+
+def _train_models(
+    prepared: Prepared, arguments: Mapping[str, Any], scheduled: int, listeners: Listeners
+) -> tuple[Trained, list[tuple[Engine, Array]]]:
+    """Train several models; return the merged one with the mean history, and models with the rows of their folds.
+
+    Ctrl-C keeps the models as they are then. A model that diverged is left out; the training failed if all did.
+    """
+    recipe = recipe_of(prepared)
+    rows = min((len(kept) for kept, _ in prepared.folds), default=len(prepared.train))
+    initial = transfer.initial(prepared, recipe, arguments, listeners.say)
+    fleet = fleet_of(prepared, initial, rows=rows, epochs=scheduled)
+    try:
+        results = fleet.fit(**arguments, callback=listeners.model)
+    except KeyboardInterrupt:
+        begun = [engine for engine in fleet.engines if engine.history is not None and engine.history.epochs]
+        if not begun:
+            raise
+        return Trained(prepared, merged(begun), interrupted=True), []
+    records = [
+        {
+            "seed": recipe.seed + member.index,
+            "epochs": len(member.history.epochs),
+            "best_epoch": None if member.history.best_epoch is None else member.history.best_epoch + 1,
+            "status": member.status,
+            **member.scores,
+        }
+        for member in results.members
+    ]
+    try:
+        engine, parts = merged_members(results.members, prepared.folds)
+    except DivergenceError as error:
+        return Trained(prepared, results.members[0].engine, records, failure=error), []
+    return Trained(prepared, engine, records), parts
+
+
+def _fit_to_all_rows(trained: Trained, listeners: Listeners) -> tuple[Engine, dict[str, int]]:
+    """Return the model of all rows, those of a test set of its own excepted, after as many epochs as were best; and its
+    epochs and rows."""
+    prepared, recipe = trained.prepared, recipe_of(trained.prepared)
+    history = trained.engine.history
+    best = None if history is None else history.best_epoch
+    epochs = recipe.epochs if best is None else best + 1
+    assert epochs is not None, "filled in"
+    parts = [prepared.train, prepared.validation, prepared.test if prepared.dataset.test is None else None]
+    rows = [part for part in parts if part is not None]
+    X, y = (np.concatenate([getattr(part, name) for part in rows]) for name in ("X", "y"))
+    weights = [part.weight for part in rows if part.weight is not None]
+    arguments: dict[str, Any] = {"X": X, "y": y, "sample_weight": np.concatenate(weights) if weights else None}
+    seconds = trials.seconds_left(prepared.began, recipe.time_limit)
+    arguments |= {"epochs": epochs, "drop_last": recipe.drop_last, "time_limit": seconds}
+    if prepared.network.members > 1:
+        engine = prepared.engine(recipe, descriptions.schedule(recipe, rows=len(X), epochs=epochs))
+        engine.fit(**arguments)
+    else:
+        initial = transfer.initial(prepared, recipe, arguments, listeners.say)
+        results = fleet_of(prepared, initial, rows=len(X), epochs=epochs).fit(**arguments)
+        try:
+            engine = merged_members(results.members)[0]
+        except DivergenceError as error:
+            raise DivergenceError(f"final_fit: {error}; the model of the training rows is kept") from None
+    return engine, {"epochs": len((engine.history or History()).epochs), "rows": len(X)}

@@ -1,0 +1,150 @@
+"""One recipe behind two doors: each option of train is a parameter of the estimators, and makes the same model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import pytest
+from fusemlp.schedules import Cosine
+
+import fusemlp
+from fusemlp import PGD, Adam, ArgumentError, cli
+from fusemlp.sklearn import TableClassifier, TableRegressor
+from fusemlp.tables.recipe import TableRecipe
+
+GENERATOR = np.random.default_rng(3)
+NUMBERS = pandas.DataFrame(GENERATOR.normal(size=(160, 3)), columns=["a", "b", "c"]).round(4)
+TABLE = NUMBERS.assign(word=GENERATOR.choice([*"xyz"], 160), city=GENERATOR.integers(0, 9, 160))
+KIND = np.where(NUMBERS["a"] + NUMBERS["b"] > 0, "yes", "no")
+PRICE = (np.exp(NUMBERS["a"]) + TABLE["city"]).round(4)
+QUICK: dict[str, Any] = {"epochs": 3, "backend": "numpy", "test_fraction": 0.2}
+
+RECIPES: dict[str, tuple[pandas.DataFrame, dict[str, Any]]] = {
+    "defaults": (TABLE, {}),
+    "optimizer": (TABLE, {"optimizer": "sgd", "momentum": 0.9, "nesterov": True, "ema": 0.9, "clip_norm": 1.0}),
+    "betas": (TABLE, {"models": 2, "beta1": 0.8, "eps": 1e-6, "decay_biases": False, "accumulate": 2}),
+    "schedule": (TABLE, {"models": 1, "schedule": "cosine", "lr": 0.01, "warmup": 0.5, "drop_last": True}),
+    "network": (TABLE, {"models": 1, "activation": "leaky_relu", "slope": 0.3, "init": "he_normal", "hidden": (9, 5)}),
+    "final fit": (TABLE, {"models": 2, "final_fit": True, "split_seed": 4, "test_fraction": 0.3}),
+    "preset": (TABLE, {"preset": "tabm", "scale": "robust"}),
+    "attack": (NUMBERS, {"adversarial": "pgd", "attack_eps": 0.1, "attack_steps": 2, "scale": "standard"}),
+    "certified": (NUMBERS, {"adversarial": "ibp", "attack_eps": 0.05, "scale": "standard"}),
+}
+
+
+def trained(folder: Path, table: pandas.DataFrame, target: Any, given: dict[str, Any]) -> Path:
+    """Return the run folder of ``train`` with the parameters as options."""
+    table.assign(y=target).to_csv(folder / "data.csv", index=False)
+    words = ["train", str(folder / "data.csv"), "--target", "y", "--quiet", "--out", str(folder / "run")]
+    options = {field.name: field for field in fields(TableRecipe)}
+    for name, value in given.items():
+        option = options[name].metadata["names"] or (f"--{name.replace('_', '-')}",)
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
+        else:
+            words += [option[0], ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 0
+    return folder / "run"
+
+
+def same(estimator: Any, run: Path) -> None:
+    """Compare the model, the scores and the held-out errors of an estimator with those of a run."""
+    opened = type(estimator).from_run(run, backend="numpy")
+    state, other = estimator.engine_.state_dict(), opened.engine_.state_dict()
+    assert state.keys() == other.keys()
+    for name, tensor in state.items():
+        np.testing.assert_array_equal(tensor, other[name])
+    assert estimator.preprocessor_.to_config() == opened.preprocessor_.to_config()
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    assert json.loads(json.dumps(estimator.report_)) | {"seconds": 0} == {
+        name: value for name, value in report.items() if name not in ("no_plot", "no_page")
+    } | {"seconds": 0}
+    assert (estimator.held_out_ is None) == (opened.held_out_ is None)
+
+
+@pytest.mark.parametrize(
+    ("case", "task"),
+    # certified training is for classes
+    [
+        *((case, "classification") for case in RECIPES),
+        *((case, "regression") for case in RECIPES if case != "certified"),
+    ],
+)
+def test_both_doors_make_the_same_model(case: str, task: str, tmp_path: Path) -> None:
+    table, given = RECIPES[case]
+    kind, target = (TableClassifier, KIND) if task == "classification" else (TableRegressor, PRICE)
+    given = QUICK | given
+    same(kind(**given).fit(table, target), trained(tmp_path, table, target, given))
+
+
+def test_a_transfer_starts_from_a_run(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    first = trained(tmp_path / "first", TABLE, PRICE, QUICK | {"models": 1})
+    given = QUICK | {"transfer_from": str(first), "freeze": 1, "probe": 1, "layer_decay": 0.5, "models": 2}
+    run = trained(tmp_path, TABLE, PRICE * 2, given)
+    estimator = TableRegressor(**given).fit(TABLE, PRICE * 2)
+    same(estimator, run)
+    assert any("first 1 of 2 layers frozen" in note for note in estimator.notes_)
+
+
+def test_objects_stand_for_the_words_of_the_command_line(tmp_path: Path) -> None:
+    words = {"optimizer": "adam", "beta1": 0.8, "schedule": "cosine", "lr": 0.01, "models": 1, "adversarial": "pgd"}
+    words |= {"attack_eps": 0.1, "scale": "standard", "weight_decay": 0.0}
+    by_words = TableClassifier(**QUICK, **words).fit(NUMBERS, KIND)
+    steps = by_words.engine_.optimizer.lr.steps
+    objects: dict[str, Any] = {"optimizer": Adam(betas=(0.8, 0.999)), "lr": Cosine(0.01, steps=steps), "models": 1}
+    by_objects = TableClassifier(**QUICK, **objects, adversarial=PGD(0.1), scale="standard").fit(NUMBERS, KIND)
+    for name, tensor in by_words.engine_.state_dict().items():
+        np.testing.assert_array_equal(by_objects.engine_.state_dict()[name], tensor)
+    by_objects.save(tmp_path / "model.safetensors")
+    again = TableClassifier.load(tmp_path / "model.safetensors", backend="numpy")
+    assert again.get_params()["adversarial"] == PGD(0.1)
+    np.testing.assert_array_equal(again.predict(NUMBERS), by_objects.predict(NUMBERS))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"optimizer": Adam(), "beta1": 0.5}, "beta1: the object given as optimizer has it"),
+        ({"loss": fusemlp.CrossEntropy(), "label_smoothing": 0.1}, "label_smoothing: the object given as loss has it"),
+        ({"lr": Cosine(0.01, steps=5), "schedule": "step"}, "schedule: lr is a schedule already"),
+        ({"adversarial": PGD(0.1), "attack_eps": 0.1}, "attack_eps: it is of an attack; the object given has it"),
+        ({"attack_eps": 0.1}, "attack_eps: it is of an attack; give --adversarial too"),
+        ({"freeze": 1}, "freeze: it is for layers that have learned already"),
+        ({"dp_clip": 1.0}, "dp_clip: it is for private training"),
+        ({"test_fraction": 1.0}, "test_fraction: expected"),
+        ({"class_weight": {"maybe": 2.0}}, "class_weight: 'maybe' is none of the classes 'no' and 'yes'"),
+    ],
+)
+def test_fields_that_do_not_go_together(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=f"^{message}"):
+        TableClassifier(**{**QUICK, **given}).fit(NUMBERS, KIND)
+
+
+def test_private_training_spends_its_epsilon() -> None:
+    estimator = TableClassifier(**QUICK, dp_epsilon=3.0, scale="standard").fit(NUMBERS, KIND)
+    assert estimator.report_["privacy"]["epsilon"] <= 3.0 and estimator.engine_.privacy is not None
+
+
+def test_the_documentation_names_each_parameter() -> None:
+    for name in TableClassifier().get_params():
+        assert f"\n{name} : " in (TableClassifier.__doc__ or "")
+    assert "--" not in (TableClassifier.__doc__ or "")
+
+
+def test_a_run_without_test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained(tmp_path, TABLE, KIND, QUICK | {"test_fraction": 0, "models": 1})
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    assert "test" not in report and "baselines" not in report and (run / "report.html").exists()
+    for command in ("evaluate", "explain"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([command, str(run)])
+        assert ended.value.code == 1
+        assert "no rows were held out for the test (--test-fraction 0)" in capsys.readouterr().err
