@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -214,13 +215,58 @@ def train(prepared: Prepared, engine: Engine, *, listeners: Listeners, scheduled
     return replace(trained, final=final)
 
 
+def initial_parameters(
+    prepared: Prepared, recipe: TableRecipe, data: Mapping[str, Any], say: Callable[[str], object]
+) -> Sequence[Mapping[str, Array]]:
+    """Return the parameters that each model starts with, none without a source; with ``probe`` after the probe.
+
+    ``data`` are the arguments of ``Fleet.fit``; ``say`` gets a line on the probe.
+    """
+    if prepared.start is None or not recipe.probe:
+        return () if prepared.start is None else [prepared.start.parameters] * prepared.models
+    states, losses, whole = [], [], slice(None)
+    name = "val_loss" if data.get("validation_data") is not None or "validation_rows" in data else "loss"
+    watched = {argument: data[argument] for argument in ("monitor", "metrics") if argument in data}
+    for index in range(prepared.models):
+        rows = data["rows"][index] if "rows" in data else whole
+        validation = data.get("validation_data")
+        if "validation_rows" in data:
+            validation = _picked(data, data["validation_rows"][index])
+        X, y, weight = _picked(data, rows)
+        schedule = descriptions.schedule(recipe, rows=len(X), epochs=recipe.probe)
+        engine = prepared.engine(replace(recipe, seed=recipe.seed + index), schedule)
+        try:
+            history = engine.probe(
+                X,
+                y,
+                epochs=recipe.probe,
+                batch_size=min(recipe.batch_size, len(X)),
+                sample_weight=weight,
+                validation_data=validation,
+                early_stopping=recipe.early_stopping or None if name == "val_loss" else None,
+                drop_last=recipe.drop_last,
+                **watched,
+            )
+            losses.append(min(history.history[name]))
+        except DivergenceError as error:
+            warnings.warn(f"the probe diverged, and the training starts where it was before: {error}", stacklevel=2)
+        states.append(engine.state_dict())
+    if losses:
+        say(f"probe: {name} {np.mean(losses):.4g}")
+    return states
+
+
+def _picked(data: Mapping[str, Any], rows: Any) -> tuple[Any, ...]:
+    return tuple(None if data[name] is None else data[name][rows] for name in ("X", "y", "sample_weight"))
+
+
 def train_model(prepared: Prepared, engine: Engine, listeners: Listeners, seconds: float | None = None) -> Trained:
     """Train one model, in ``seconds`` at most."""
     recipe, arguments, resumes = recipe_of(prepared), fit_arguments(prepared), engine.fit_state is not None
     interrupted, failure = False, None
     try:
         if not resumes and recipe.probe:
-            engine.load_state_dict(*transfer.initial(prepared, recipe, arguments, listeners.say))
+            engine.load_state_dict(*initial_parameters(prepared, recipe, arguments, listeners.say))
         engine.fit(
             **arguments,
             callbacks=listeners.callbacks,
@@ -248,7 +294,7 @@ def _train_models(
     """
     recipe = recipe_of(prepared)
     rows = min((len(kept) for kept, _ in prepared.folds), default=len(prepared.train))
-    initial = transfer.initial(prepared, recipe, arguments, listeners.say)
+    initial = initial_parameters(prepared, recipe, arguments, listeners.say)
     fleet = fleet_of(prepared, initial, rows=rows, epochs=scheduled)
     try:
         results = fleet.fit(**arguments, callback=listeners.model)
@@ -293,7 +339,7 @@ def _fit_to_all_rows(trained: Trained, listeners: Listeners) -> tuple[Engine, di
         engine = prepared.engine(recipe, descriptions.schedule(recipe, rows=len(X), epochs=epochs))
         engine.fit(**arguments)
     else:
-        initial = transfer.initial(prepared, recipe, arguments, listeners.say)
+        initial = initial_parameters(prepared, recipe, arguments, listeners.say)
         results = fleet_of(prepared, initial, rows=len(X), epochs=epochs).fit(**arguments)
         try:
             engine = merged_members(results.members)[0]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
-
-import numpy as np
+from typing import Any, NamedTuple, TypeVar
 
 from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.prepare import fit_preprocessor, network_ends
@@ -22,10 +19,7 @@ from fusemlp.report.runs import Run, open_run, weights_path
 from fusemlp.tables import descriptions
 from fusemlp.tables.recipe import ModelRecipe, TableRecipe
 from fusemlp.training.transfer import taken_over
-from fusemlp_kernels.errors import ArgumentError, DivergenceError
-
-if TYPE_CHECKING:
-    from fusemlp.tables.preparation import Prepared
+from fusemlp_kernels.errors import ArgumentError
 
 Recipe = TypeVar("Recipe", bound=TableRecipe)
 
@@ -170,51 +164,6 @@ def opened(recipe: TableRecipe) -> Source | None:
     if recipe.probe and net.layers == 1:
         raise ArgumentError(f"probe: {recipe.transfer_from!r} has no hidden layer, so the output layer is all there is")
     return source
-
-
-def initial(
-    prepared: Prepared, recipe: TableRecipe, data: Mapping[str, Any], say: Callable[[str], object]
-) -> Sequence[Mapping[str, Array]]:
-    """Return the parameters that each model starts with, none without a source; with ``probe`` after the probe.
-
-    ``data`` are the arguments of ``Fleet.fit``; ``say`` gets a line on the probe.
-    """
-    if prepared.start is None or not recipe.probe:
-        return () if prepared.start is None else [prepared.start.parameters] * prepared.models
-    states, losses, whole = [], [], slice(None)
-    name = "val_loss" if data.get("validation_data") is not None or "validation_rows" in data else "loss"
-    watched = {argument: data[argument] for argument in ("monitor", "metrics") if argument in data}
-    for index in range(prepared.models):
-        rows = data["rows"][index] if "rows" in data else whole
-        validation = data.get("validation_data")
-        if "validation_rows" in data:
-            validation = _picked(data, data["validation_rows"][index])
-        X, y, weight = _picked(data, rows)
-        schedule = descriptions.schedule(recipe, rows=len(X), epochs=recipe.probe)
-        engine = prepared.engine(replace(recipe, seed=recipe.seed + index), schedule)
-        try:
-            history = engine.probe(
-                X,
-                y,
-                epochs=recipe.probe,
-                batch_size=min(recipe.batch_size, len(X)),
-                sample_weight=weight,
-                validation_data=validation,
-                early_stopping=recipe.early_stopping or None if name == "val_loss" else None,
-                drop_last=recipe.drop_last,
-                **watched,
-            )
-            losses.append(min(history.history[name]))
-        except DivergenceError as error:
-            warnings.warn(f"the probe diverged, and the training starts where it was before: {error}", stacklevel=2)
-        states.append(engine.state_dict())
-    if losses:
-        say(f"probe: {name} {np.mean(losses):.4g}")
-    return states
-
-
-def _picked(data: Mapping[str, Any], rows: Any) -> tuple[Any, ...]:
-    return tuple(None if data[name] is None else data[name][rows] for name in ("X", "y", "sample_weight"))
 
 
 def _loaded(path: Path, recipe: ModelRecipe) -> Engine:
