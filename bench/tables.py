@@ -176,8 +176,8 @@ def fusemlp_scores(one: Table, frame: Any, tested: Any, folder: Path, options: d
     """Train and predict as the command line does; return the seconds of the training and the table of predictions."""
     import pandas
 
+    from fusemlp.cli.model import predict
     from fusemlp.cli.options import PredictOptions, TrainOptions
-    from fusemlp.cli.predict import predict
     from fusemlp.cli.train import train
 
     run, rows, answers = folder / "run", folder / "test.csv", folder / "answers.csv"

@@ -21,7 +21,7 @@ import worlds
 from safetensors.numpy import load_file
 
 from fusemlp import ArgumentError, load
-from fusemlp.cli import main, resume, session
+from fusemlp.cli import main, session, train
 from fusemlp.cli.options import TrainOptions
 from fusemlp.report.runs import create_run, discard_begun, unlock
 from fusemlp.runtime.ranks import VARIABLES
@@ -163,13 +163,13 @@ def test_a_job_without_an_id_goes_on_with_the_run_of_its_command(
     options = TrainOptions(data="wine", out=str(run))
     config = json.loads((run / "config.json").read_text(encoding="utf-8")) | session.own_job(options)
     (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert resume.going_on(options) == (TrainOptions(resume=str(run)), True)
+    assert train.going_on(options) == (TrainOptions(resume=str(run)), True)
     assert f"{run} is the run of this command, which goes on with it" in capsys.readouterr().err
     # another command, and a job that is another
     other = replace(options, lr=0.2)
-    assert resume.going_on(other) == (other, False)
+    assert train.going_on(other) == (other, False)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
-    assert resume.going_on(options) == (options, False)
+    assert train.going_on(options) == (options, False)
 
 
 # "job": an id that is always the same
@@ -225,9 +225,9 @@ def test_a_process_that_counts_no_restart_goes_on_with_one_that_does(
 ) -> None:
     restarted(monkeypatch, "job")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    monkeypatch.setattr(resume, "joined", lambda timeout: Agreed(True, True, False, first=(1.0,)))
+    monkeypatch.setattr(train, "joined", lambda timeout: Agreed(True, True, False, first=(1.0,)))
     options = TrainOptions(data="wine", lr=0.2, out=str(whole))
-    assert resume.going_on(options) == (TrainOptions(resume=str(whole)), True)
+    assert train.going_on(options) == (TrainOptions(resume=str(whole)), True)
 
 
 @pytest.mark.parametrize("here", [False, True])
@@ -235,9 +235,9 @@ def test_a_run_folder_that_some_machines_do_not_see_is_refused_on_all(
     here: bool, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     restarted(monkeypatch, "job")
-    monkeypatch.setattr(resume, "joined", lambda timeout: Agreed(True, not here, here))
+    monkeypatch.setattr(train, "joined", lambda timeout: Agreed(True, not here, here))
     with pytest.raises(ArgumentError, match=r"^out: some of the processes find .* and others do not"):
-        resume.going_on(TrainOptions(data="wine", out=str(whole if here else tmp_path)))
+        train.going_on(TrainOptions(data="wine", out=str(whole if here else tmp_path)))
 
 
 def test_the_restart_of_a_resumed_run_that_had_nothing_left_to_do_is_refused_too(

@@ -17,7 +17,7 @@ from commands import run
 import fusemlp
 from fusemlp import cli
 from fusemlp.cli import app
-from fusemlp.cli.synonyms import SYNONYMS
+from fusemlp.cli.app import SYNONYMS
 from fusemlp_kernels.errors import (
     ArgumentError,
     ArgumentTypeError,

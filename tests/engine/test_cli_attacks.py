@@ -11,7 +11,7 @@ import pytest
 from commands import read, run
 
 from fusemlp import FGSM, PGD, load_checkpoint
-from fusemlp.cli.evaluate import own_data
+from fusemlp.cli.model import own_data
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.report.runs import Run
 

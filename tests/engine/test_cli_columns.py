@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from commands import read, rows, run
 
-from fusemlp.cli.columns import MOST_PRINTED
+from fusemlp.cli.session import MOST_PRINTED
 from fusemlp.datasets.load import Columns, Dataset, load_data, load_features
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp_kernels.errors import ArgumentError, DataError

@@ -357,7 +357,7 @@ def test_the_picture_marks_the_best_epoch_of_a_single_model(
         drawn.append(curves_figure(*given, **options))
         return drawn[0]
 
-    monkeypatch.setattr("fusemlp.cli.finish.curves_figure", kept)
+    monkeypatch.setattr("fusemlp.cli.report.curves_figure", kept)
     data = table(tmp_path / "data.csv", target="price")
     options = ("--target", "price", "--models", models, "--epochs", "3", *QUICK)
     assert run("train", data, *options, "--out", tmp_path / "run") == 0

@@ -103,7 +103,7 @@ def test_a_wrong_call_prints_no_line(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_what_others_print_goes_to_stderr(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fusemlp.cli.recorder import Recorder
+    from fusemlp.cli.train import Recorder
 
     begin = Recorder.on_train_begin
 

@@ -16,7 +16,8 @@ import pytest
 from commands import read, run
 from safetensors.numpy import load_file
 
-from fusemlp.cli import journal, recorder
+from fusemlp.cli import sweep as journal
+from fusemlp.cli import train
 from fusemlp.runtime import files
 
 TRAINING = ("train", "digits", "--epochs", "6", "--lr", "0.02", "--quiet", "--out")
@@ -118,7 +119,7 @@ def test_a_full_disk(
 
     with monkeypatch.context() as patch:
         if name == "metrics.csv":
-            full(patch, recorder, "append_metrics", is_it)
+            full(patch, train, "append_metrics", is_it)
         else:
             full(patch, files, "replace_file", is_it)
         assert run(*TRAINING, folder) == 1

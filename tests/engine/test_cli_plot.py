@@ -129,7 +129,7 @@ def test_losses_of_different_kinds_are_named_with_the_runs() -> None:
 
 
 def test_runs_of_the_same_name_go_by_their_paths(tmp_path: Path) -> None:
-    from fusemlp.cli.plot import names
+    from fusemlp.cli.runs import names
 
     assert names([Path("x/run"), Path("y/other")]) == ["run", "other"]
     assert names([Path("x/run"), Path("y/run")]) == [str(Path("x/run")), str(Path("y/run"))]

@@ -19,7 +19,7 @@ import pytest
 from commands import read, rows, run
 from safetensors.numpy import load_file
 
-from fusemlp.cli import standings, sweep_plan
+from fusemlp.cli import standings, vary
 from fusemlp.cli import sweep as command
 from fusemlp.fleet.results import FleetResults, Member
 from fusemlp.report import plots
@@ -209,13 +209,13 @@ def test_the_metric_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_the_test_rows_have_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--vary", "seed=0:3", "--epochs", "2", "--early-stopping", "1", "--quiet"]
     assert run("sweep", "iris", *options, "--out", tmp_path / "a") == 0
-    prepare = sweep_plan.prepared_data
+    prepare = vary.prepared_data
 
     def blind(given: Any) -> Any:
         prepared = prepare(given)
         return replace(prepared, test=replace(prepared.test, X=np.full_like(prepared.test.X, np.nan)))
 
-    monkeypatch.setattr(sweep_plan, "prepared_data", blind)
+    monkeypatch.setattr(vary, "prepared_data", blind)
     report = {"test": {}, "baselines": {}, "worse_than": [], "epochs": 0}
     monkeypatch.setattr(command, "finish", lambda *_, **__: report)
     assert run("sweep", "iris", *options, "--out", tmp_path / "b") == 0

@@ -21,9 +21,8 @@ from safetensors.numpy import load_file
 
 from fusemlp import MLP, Engine, ProgressBar, load_checkpoint
 from fusemlp.cli.options import TrainOptions
-from fusemlp.cli.recorder import Recorder
 from fusemlp.cli.session import prepared_data
-from fusemlp.cli.train import train
+from fusemlp.cli.train import Recorder, train
 from fusemlp.datasets.prepare import CLASS_DECAY
 from fusemlp.report import plots
 from fusemlp.report.runs import Run

@@ -11,7 +11,7 @@ import pandas
 import pytest
 from commands import rows, run
 
-from fusemlp.cli import columns
+from fusemlp.cli import session
 from fusemlp.report.runs import Run, csv_bytes
 
 FORMULAS = (
@@ -52,7 +52,7 @@ def test_the_files_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     options = ("--id", "=id", "--hidden", "4", "--models", "1", "--quiet", "--out", folder)
     assert run("train", data, "--target", "kind", "--epochs", "40", *options) == 0
     assert rows(folder / "columns.csv")[0]["column"] == "'=id"
-    assert [one["column"] for one in columns.stored(Run(folder))] == ["=id", "@a", "b", "kind"]
+    assert [one["column"] for one in session.stored_columns(Run(folder))] == ["=id", "@a", "b", "kind"]
     capsys.readouterr()
     given = ("--data", data, "--out", out)
     assert run("predict", folder, *given, "--proba", "--interval", "0.5") == 0

@@ -19,7 +19,7 @@ import pytest
 from commands import read, rows, run
 
 from fusemlp import MLP, ArgumentError, ArgumentTypeError, Fleet, FleetResults, WorkerError
-from fusemlp.cli import journal, sweep
+from fusemlp.cli import sweep
 from fusemlp.fleet import elsewhere
 from fusemlp.fleet.elsewhere import trained_elsewhere
 from fusemlp.fleet.results import Member
@@ -168,7 +168,7 @@ class TestSweeps:
 
     def cut_off(self, folder: Path, after: int) -> None:
         """Start the sweep in a folder, and cut it off when this number of models has ended."""
-        add, left = journal.add, [after]
+        add, left = sweep.add_to_journal, [after]
 
         def adds(*given: Any) -> None:
             if not left[0]:
@@ -177,7 +177,7 @@ class TestSweeps:
             add(*given)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(journal, "add", adds)
+            patch.setattr(sweep, "add_to_journal", adds)
             assert run(*self.SWEEP, "--out", folder, "--jobs", "1") == 0
 
     def test_a_sweep_goes_on_where_it_was_cut_off(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,14 +186,14 @@ class TestSweeps:
         self.cut_off(tmp_path / "cut", 5)
         assert f"to train the others: fusemlp sweep --resume {tmp_path / 'cut'}" in capsys.readouterr().out
         assert len(rows(tmp_path / "cut" / "results.csv")) == 5
-        with (tmp_path / "cut" / journal.JOURNAL).open("a") as stream:
+        with (tmp_path / "cut" / sweep.JOURNAL).open("a") as stream:
             # a line that was cut off
             stream.write('{"index": 5, "sta')
         with pytest.MonkeyPatch.context() as patch:
             # cut off again, before a model has ended
-            patch.setattr(journal, "add", interrupted)
+            patch.setattr(sweep, "add_to_journal", interrupted)
             assert run("sweep", "--resume", tmp_path / "cut", "--quiet") == 0
-        assert len((tmp_path / "cut" / journal.JOURNAL).read_text().splitlines()) == 6
+        assert len((tmp_path / "cut" / sweep.JOURNAL).read_text().splitlines()) == 6
         assert run("sweep", "--resume", tmp_path / "cut", "--quiet") == 0
 
         def told(name: str) -> list[dict[str, str]]:
@@ -222,14 +222,14 @@ class TestSweeps:
         assert run(*self.SWEEP, "--out", tmp_path / "whole") == 0
         tests = [read(tmp_path / name / "report.json")["test"] for name in ("cut", "whole")]
         assert tests[0] == tests[1]
-        assert not (tmp_path / "cut" / journal.JOURNAL).exists()
+        assert not (tmp_path / "cut" / sweep.JOURNAL).exists()
 
     def test_what_cannot_go_on_is_refused(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         data = tmp_path / "data.csv"
         data.write_text("a,y\n" + "".join(f"{n},{n % 2}\n" for n in range(60)))
         sweep = ("sweep", data, "--target", "y", "--vary", "lr=0.01,0.1", "--epochs", "1", "--out", tmp_path / "cut")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(journal, "close", lambda run: None)
+            patch.setattr(sweep, "close_journal", lambda run: None)
             assert run(*sweep, "--quiet") == 0
         data.write_text(data.read_text() + "1,1\n")
         (tmp_path / "none").mkdir()

@@ -16,7 +16,7 @@ import pytest
 from commands import run
 
 from fusemlp import MLP, ArgumentError, ArgumentTypeError, Fleet, WorkerError
-from fusemlp.cli import journal
+from fusemlp.cli import sweep
 from fusemlp.fleet import apart
 from fusemlp.fleet.devices import VARIABLE, trained_on
 from fusemlp.fleet.results import Member
@@ -159,9 +159,9 @@ def test_a_sweep_names_the_cards_and_the_rest_of_one_has_them_too(
         assert (alone.engine.device, alone.scores) == ("cuda:0", pair.members[1].scores)
         assert told == [(tuple(CARDS), 3), (tuple(CARDS), 2)]
         # a sweep on one card, which is cut off before its last model, goes on with several
-        monkeypatch.setattr(journal, "close", lambda run: None)
+        monkeypatch.setattr(sweep, "close_journal", lambda run: None)
         assert run(*words[: words.index("--devices")], "--device", "cuda:0", "--out", tmp_path / "one") == 0
-        file = tmp_path / "one" / journal.JOURNAL
+        file = tmp_path / "one" / sweep.JOURNAL
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
         assert run("sweep", "--resume", tmp_path / "one", "--devices", "cuda:0,cuda:1") == 0
     capsys.readouterr()

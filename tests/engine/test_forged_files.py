@@ -35,7 +35,7 @@ from fusemlp import (
     load_checkpoint,
 )
 from fusemlp.callbacks import EarlyStopping
-from fusemlp.cli.configuration import options_of
+from fusemlp.cli.session import options_of
 from fusemlp.datasets.load import load_features
 from fusemlp.datasets.prepare import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fusemlp.cli.grid import axes, points, spelled
+from fusemlp.cli.vary import combinations, parsed_axes, spelled_value
 
 
 @pytest.mark.parametrize(
@@ -28,29 +28,29 @@ from fusemlp.cli.grid import axes, points, spelled
     ],
 )
 def test_what_words_stand_for(words: str, name: str, values: tuple[Any, ...], scale: str) -> None:
-    (axis,) = axes([words])
+    (axis,) = parsed_axes([words])
     assert (axis.name, axis.values, axis.scale) == (name, values, scale)
     assert [type(value) for value in axis.values] == [type(value) for value in values]
 
 
 @pytest.mark.parametrize("words", ["hidden=32,64x32,none", "betas=0.9x0.999,0.5x0.9", "lr=1e-07,0.1", "seed=3"])
 def test_what_is_spelled_can_be_read_again(words: str) -> None:
-    (axis,) = axes([words])
-    assert f"{axis.name}={','.join(map(spelled, axis.values))}" == words
+    (axis,) = parsed_axes([words])
+    assert f"{axis.name}={','.join(map(spelled_value, axis.values))}" == words
 
 
 def test_a_product_the_last_quickest() -> None:
-    found = points(axes(["lr=0.1,0.2", "seed=0:3"]), sample=None, seed=0)
+    found = combinations(parsed_axes(["lr=0.1,0.2", "seed=0:3"]), sample=None, seed=0)
     assert found == [{"lr": lr, "seed": seed} for lr in (0.1, 0.2) for seed in range(3)]
-    assert found == points(axes(["lr=0.1,0.2", "seed=0:3"]), sample=100, seed=0)
+    assert found == combinations(parsed_axes(["lr=0.1,0.2", "seed=0:3"]), sample=100, seed=0)
 
 
 def test_a_sample_has_no_model_twice_and_all_are_equally_likely() -> None:
-    among = axes(["lr=0.1:1:lin:4", "seed=0:3"])
-    everything = points(among, sample=None, seed=0)
+    among = parsed_axes(["lr=0.1:1:lin:4", "seed=0:3"])
+    everything = combinations(among, sample=None, seed=0)
     times = np.zeros(12)
     for seed in range(600):
-        found = points(among, sample=5, seed=seed)
+        found = combinations(among, sample=5, seed=seed)
         places = [everything.index(point) for point in found]
         assert places == sorted(set(places)) and len(places) == 5
         times[places] += 1
@@ -59,5 +59,5 @@ def test_a_sample_has_no_model_twice_and_all_are_equally_likely() -> None:
 
 
 def test_a_sample_of_more_than_can_be_listed() -> None:
-    among = axes(["lr=0.1:1:lin:100000", "seed=0:100000", "weight_decay=0:1:lin:100000"])
-    assert len({tuple(point.values()) for point in points(among, sample=1000, seed=1)}) == 1000
+    among = parsed_axes(["lr=0.1:1:lin:100000", "seed=0:100000", "weight_decay=0:1:lin:100000"])
+    assert len({tuple(point.values()) for point in combinations(among, sample=1000, seed=1)}) == 1000

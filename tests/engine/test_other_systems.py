@@ -14,8 +14,8 @@ import pytest
 import fusemlp
 from fusemlp import ArgumentError, CSVLogger
 from fusemlp.callbacks import deferred_interrupt
-from fusemlp.cli import output, recorder
-from fusemlp.cli.recorder import Recorder
+from fusemlp.cli import output, train
+from fusemlp.cli.train import Recorder
 from fusemlp.describe import checks
 from fusemlp.report.runs import create_run
 from fusemlp.runtime import files
@@ -108,13 +108,13 @@ def test_metrics_that_another_program_has_open_follow_later(monkeypatch, tmp_pat
             heard.append(epoch)
 
     heard: list[int] = []
-    monkeypatch.setattr(recorder, "append_metrics", append)
+    monkeypatch.setattr(train, "append_metrics", append)
     engine = fusemlp.Engine(fusemlp.MLP([4, 3]), backend="numpy", batch_size=8)
     X, y = np.random.default_rng(0).random((24, 4), np.float32), np.arange(24) % 3
     given = {"epochs": 7, "callbacks": [Listener(), Recorder(run, every=9)]}
     with pytest.raises(PermissionError):
         engine.fit(X, y, **given)
-    monkeypatch.setattr(recorder, "WINDOWS", True)
+    monkeypatch.setattr(train, "WINDOWS", True)
     rows.clear()
     heard.clear()
     given["callbacks"] = [Listener(), Recorder(run, every=9)]

@@ -12,7 +12,7 @@ import cupy_standin
 import pytest
 
 from fusemlp import MLP, Engine
-from fusemlp.cli.doctor import examine
+from fusemlp.cli.probes import examine
 from fusemlp_kernels import registry
 from fusemlp_kernels.cupy import driver
 from fusemlp_kernels.errors import BackendUnavailableError

@@ -7,32 +7,132 @@ imported when it is called: ``fusemlp --help`` loads no engine.
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import inspect
 import io
 import itertools
 import os
+import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from typer.completion import completion_init  # type: ignore[attr-defined]
+from typer.completion import completion_init, get_completion_script  # type: ignore[attr-defined]
 from typer.core import TyperCommand, TyperGroup
 
 from fusemlp._version import __version__
 from fusemlp.callbacks.compiling import compilations_shown
 from fusemlp.cli import options as commands
-from fusemlp.cli.output import lasting_streams
-from fusemlp.cli.synonyms import SYNONYMS
+from fusemlp.cli.options import SHELLS, CompletionOptions
 from fusemlp.datasets.load import NAMES
+from fusemlp.describe.checks import check_choice
 from fusemlp.report.runs import unlock
 from fusemlp.runtime.ranks import ALONE, leading, report_failure, started
 from fusemlp.tables.fields import PANELS, name_of
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, FusemlpError, ShapeError
+
+
+class _Stream(io.FileIO):
+    """A standard stream; the program goes on after its ``failure``, as of a full disk or a reader that is gone."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.failure is None:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self.failure = error
+        return len(data)
+
+
+def _lasting(stream: Any) -> Any:
+    """Return a standard stream, None for a closed one, as a stream whose writes do not fail."""
+    buffer = getattr(stream, "buffer", None)
+    if stream is not None and type(getattr(buffer, "raw", buffer)) is not io.FileIO:
+        # A console of Windows, or none of the system's streams.
+        return stream
+    # A later file must not get the number of a closed stream, to which libraries may write.
+    number = os.open(os.devnull, os.O_WRONLY) if stream is None else stream.fileno()
+    writer = io.BufferedWriter(_Stream(number, "w", closefd=False))
+    return io.TextIOWrapper(writer, getattr(stream, "encoding", "utf-8"), "backslashreplace", line_buffering=True)
+
+
+@contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Go on in the body when stdout or stderr fails; exit with 1 at its end if stdout has lost results."""
+    with redirect_stdout(_lasting(sys.stdout)) as out, redirect_stderr(_lasting(sys.stderr)):
+        try:
+            yield
+        finally:
+            out.flush()
+            failure = getattr(getattr(getattr(out, "buffer", None), "raw", None), "failure", None)
+            if failure is not None and failure.errno != errno.EPIPE:
+                print(f"error: stdout: {failure.strerror}, so results are not shown", file=sys.stderr)
+                sys.exit(1)
+
+
+_WORDS = {
+    "activation": "act activation-function nonlinearity",
+    "batch-size": "batch batchsize bs mini-batch-size train-batch-size",
+    "clip-norm": "clip clip-grad-norm clipnorm grad-clip gradient-clip gradient-clip-val max-grad-norm",
+    "device": "cuda gpu gpus",
+    "dropout": "drop-rate dropout-prob dropout-rate",
+    "early-stopping": "early-stop early-stopping-patience early-stopping-rounds n-iter-no-change patience",
+    "epochs": "epoch iterations max-epochs max-iter n-epochs nb-epoch nb-epochs num-epochs num-train-epochs",
+    "hidden": "hidden-dim hidden-layer-sizes hidden-layers hidden-size hidden-units layers units",
+    "loss": "criterion loss-fn loss-function objective",
+    "lr": "eta learning-rate learning-rate-init lr-init step-size",
+    "models": "ensemble ensemble-size n-estimators n-models num-models",
+    "optimizer": "opt optim optimiser solver",
+    "out": "out-dir output output-dir output-file save-dir",
+    "schedule": "lr-schedule lr-schedule-type lr-scheduler scheduler",
+    "seed": "random-seed random-state rng-seed",
+    "target": "label label-column outcome response target-column",
+    "time-limit": "max-time time-budget timeout",
+    "validation-fraction": "val-fraction val-split validation-size validation-split",
+    "weight-decay": "alpha l2 reg wd",
+}
+# The option for each.
+SYNONYMS = {f"--{word}": f"--{option}" for option, words in _WORDS.items() for word in words.split()}
+
+
+def completion(options: CompletionOptions) -> None:
+    """Print the script."""
+    shell = check_choice("shell", options.shell, SHELLS)
+    typer.echo(get_completion_script(prog_name=PROGRAM, complete_var=COMPLETE_VARIABLE, shell=shell))
+
+
+NOT_HERE = (
+    "error: the benchmark comes with a checkout of fusemlp, and this is an installed copy ({place}). In a checkout, "
+    'with pip install -e ".[bench]": fusemlp bench --quick'
+)
+
+
+def run_bench(arguments: Sequence[str]) -> int:
+    """Run ``python -m bench`` with these arguments; return its exit code, or 2 outside a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    root = package.parents[1]
+    if not (root / "bench" / "__main__.py").is_file():
+        print(NOT_HERE.format(place=package), file=sys.stderr)
+        return 2
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    # -P ignores a folder "bench" in the working directory.
+    command = [sys.executable, "-P", "-m", "bench", *arguments]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            # Ctrl-C reached the benchmark too; wait for its own end.
+            continue
+
 
 # Options that take several numbers, joined by commas.
 LISTS = ("hidden", "dropout", "class_weight")
@@ -118,7 +218,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# The module of a command has its name, and a function of that name.
+# The module of a command, which has a function of its name, unless that is its name too.
+MODULES = {
+    **dict.fromkeys(("evaluate", "predict", "export"), "model"),
+    **dict.fromkeys(("lr_find", "doctor", "plan"), "probes"),
+    "plot": "runs",
+    "completion": "app",
+}
 COMMANDS = {
     "train": commands.TrainOptions,
     "sweep": commands.SweepOptions,
@@ -170,8 +276,8 @@ def _command(name: str, described: type[Any]) -> Callable[..., None]:
             raise ArgumentError(
                 f"fusemlp {name.replace('_', '-')}: it runs in one process, and torchrun has started several; {ALONE}"
             )
-        run = getattr(importlib.import_module(f"fusemlp.cli.{name}"), name)
-        run(described(**given))
+        module = importlib.import_module(f"fusemlp.cli.{MODULES.get(name, name)}")
+        getattr(module, name)(described(**given))
 
     hints = get_type_hints(described)
     ordered = sorted(fields(described), key=lambda field: PANELS.index(field.metadata["panel"]))
@@ -210,9 +316,7 @@ def bench(context: typer.Context) -> None:
 
     All options are those of python -m bench; see fusemlp bench --help.
     """
-    from fusemlp.cli.bench import bench as run
-
-    raise typer.Exit(run(context.args))
+    raise typer.Exit(run_bench(context.args))
 
 
 def exit_code(error: FusemlpError) -> int:

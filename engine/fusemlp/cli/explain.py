@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusemlp.cli.evaluate import before_final_fit, own_data
+from fusemlp.cli.model import before_final_fit, open_model, own_data
 from fusemlp.cli.options import EXPLAIN_METHODS, ExplainOptions
 from fusemlp.cli.output import check_output, show, write_picture
-from fusemlp.cli.predict import open_model
 from fusemlp.datasets.load import load_features, load_labelled
 from fusemlp.datasets.prepare import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor

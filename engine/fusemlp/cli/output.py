@@ -1,68 +1,38 @@
-"""Print the results of a command, to streams and into files that may fail."""
+"""Print the results of a command, tell its events as JSON lines, and record it with an experiment tracker."""
 
 from __future__ import annotations
 
-import errno
-import io
+import contextlib
 import json
 import math
 import os
 import shlex
 import subprocess
 import sys
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from fusemlp._version import __version__
+from fusemlp.callbacks import Callback
+from fusemlp.callbacks.trackers import FAILED, FINISHED, INTERRUPTED, TRACKERS, Tracker, configured
+from fusemlp.cli.options import OutputOptions, SweepOptions, TrainOptions
 from fusemlp.datasets.files import reason
-from fusemlp.describe.checks import WINDOWS
+from fusemlp.describe.checks import WINDOWS, check_choice
+from fusemlp.engine import Engine
+from fusemlp.fleet.results import Member
+from fusemlp.report.metrics import scalars
 from fusemlp.report.plots import check_plots, picture
+from fusemlp.report.runs import Run, read_json, write_json
 from fusemlp.runtime.files import write_atomically
-from fusemlp_kernels.errors import ArgumentError, DataError
+from fusemlp_kernels.errors import ArgumentError, DataError, FusemlpError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-class _Stream(io.FileIO):
-    """A standard stream; the program goes on after its ``failure``, as of a full disk or a reader that is gone."""
-
-    failure: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        if self.failure is None:
-            try:
-                return super().write(data)
-            except OSError as error:
-                self.failure = error
-        return len(data)
-
-
-def _lasting(stream: Any) -> Any:
-    """Return a standard stream, None for a closed one, as a stream whose writes do not fail."""
-    buffer = getattr(stream, "buffer", None)
-    if stream is not None and type(getattr(buffer, "raw", buffer)) is not io.FileIO:
-        # A console of Windows, or none of the system's streams.
-        return stream
-    # A later file must not get the number of a closed stream, to which libraries may write.
-    number = os.open(os.devnull, os.O_WRONLY) if stream is None else stream.fileno()
-    writer = io.BufferedWriter(_Stream(number, "w", closefd=False))
-    return io.TextIOWrapper(writer, getattr(stream, "encoding", "utf-8"), "backslashreplace", line_buffering=True)
-
-
-@contextmanager
-def lasting_streams() -> Iterator[None]:
-    """Go on in the body when stdout or stderr fails; exit with 1 at its end if stdout has lost results."""
-    with redirect_stdout(_lasting(sys.stdout)) as out, redirect_stderr(_lasting(sys.stderr)):
-        try:
-            yield
-        finally:
-            out.flush()
-            failure = getattr(getattr(getattr(out, "buffer", None), "raw", None), "failure", None)
-            if failure is not None and failure.errno != errno.EPIPE:
-                print(f"error: stdout: {failure.strerror}, so results are not shown", file=sys.stderr)
-                sys.exit(1)
 
 
 @contextmanager
@@ -135,3 +105,131 @@ def write_made(argument: str, path: Path, make: Callable[[], bytes]) -> None:
         write_atomically(path, content)
     except OSError as error:
         raise DataError(f"{argument}: {str(path)!r} cannot be written ({error.strerror})") from error
+
+
+class Events(Callback):
+    """Print the events of a training to stdout; nothing unless ``--json``, only the end with ``--quiet``."""
+
+    def __init__(self, *, as_json: bool, quiet: bool) -> None:
+        self.wanted = as_json and not quiet
+        self.stream = sys.stdout
+        self._epochs = 0
+        self._began = time.perf_counter()
+
+    def start(self, kind: str, *, epochs: int, **about: Any) -> None:
+        self._epochs, self._began = epochs, time.perf_counter()
+        self._print("start", {"kind": kind, "fusemlp": __version__, "epochs": epochs, **about})
+
+    def epoch(self, row: Mapping[str, float]) -> None:
+        """Print a row of ``metrics.csv``."""
+        seconds = round(time.perf_counter() - self._began, 3)
+        self._print("epoch", {"epoch": row["epoch"], "epochs": self._epochs, "seconds": seconds, **row})
+
+    def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
+        self.epoch({"epoch": epoch + 1, **logs})
+
+    def model(self, member: Member, models: int, parameters: Mapping[str, Any]) -> None:
+        """Print a model of several that has ended."""
+        best = member.history.best_epoch
+        about = {"model": member.index, "models": models, "parameters": parameters, "status": member.status}
+        figures = {"epochs": len(member.history.epochs), "best_epoch": None if best is None else best + 1}
+        self._print("model", {**about, **figures, **member.scores})
+
+    def _print(self, event: str, content: Mapping[str, Any]) -> None:
+        if self.wanted:
+            print_json({"event": event, **content}, self.stream)
+
+
+@contextlib.contextmanager
+def events(*, as_json: bool, quiet: bool) -> Iterator[Events]:
+    """Yield the events of a training; what else is printed in the block goes to stderr with ``--json``."""
+    made = Events(as_json=as_json, quiet=quiet)
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        yield made
+
+
+# The experiment or project of the runs, unless one of the variables names another.
+PLACE = "fusemlp"
+# Sweeps whose tracker could not open a run: they go on without it.
+_refused: set[str] = set()
+VARIABLES = {"mlflow": ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"), "wandb": ("WANDB_PROJECT",)}
+
+
+def tracker_of(options: OutputOptions, name: str, run_id: str | None = None) -> Tracker | None:
+    """Return the tracker of ``--track``, not open yet, or None; check the name and that its library is installed.
+
+    ``name`` is that of a new run; ``run_id`` continues an old one.
+    """
+    if options.track is None:
+        return None
+    kind = check_choice("track", options.track, TRACKERS)
+    place = None if any(map(os.environ.get, VARIABLES[kind])) else PLACE
+    made = TRACKERS[kind](place, name, run_id=run_id)
+    made.check_logs(())
+    return made
+
+
+def tracked_parameters(options: OutputOptions, engine: Engine, epochs: int) -> dict[str, Any]:
+    """Return the options of a training, but those on its output, and the configuration of its engine."""
+    given = {field.name: getattr(options, field.name) for field in fields(options) if decides_the_model(field)}
+    return {**given, **configured(engine, epochs)}
+
+
+def decides_the_model(field: Any) -> bool:
+    """Return whether an option may change the model: those of the panel Output do not."""
+    return bool(field.metadata["panel"] != "Output")
+
+
+def last_id(run: Run, options: OutputOptions) -> str | None:
+    """Return the id that a run has with the tracker of ``--track``, or None."""
+    known: str | None = read_json(run.tracking).get(str(options.track))
+    return known
+
+
+def note_id(run: Run, options: OutputOptions, tracker: Tracker) -> None:
+    """Write the id into the run folder, where ``--resume`` finds it."""
+    write_json(run.tracking, {**read_json(run.tracking), str(options.track): tracker.run_id})
+
+
+def log_row(tracker: Tracker | None, row: Mapping[str, float]) -> None:
+    """Log a row of ``metrics.csv``."""
+    if tracker is not None:
+        tracker.log({name: value for name, value in row.items() if name != "epoch"}, int(row["epoch"]))
+
+
+def end_tracking(
+    tracker: Tracker, run: Run, options: TrainOptions, report: Mapping[str, Any], failure: BaseException | None
+) -> None:
+    """Log the test scores, with ``--track-model`` the run folder, and close the tracker's run."""
+    tracker.summary({f"test_{name}": value for name, value in scalars(report.get("test", {})).items()})
+    if options.track_model and failure is None:
+        tracker.upload(run.path)
+    status = FAILED if failure is not None else INTERRUPTED if report["interrupted"] else FINISHED
+    tracker.close(status, report["stopped"] or str(failure or ""))
+
+
+@contextlib.contextmanager
+def closing_tracker(tracker: Tracker | None) -> Iterator[None]:
+    """Close the tracker's run as failed, or interrupted, if an error ends the block."""
+    try:
+        yield
+    except BaseException as error:
+        if tracker is not None:
+            tracker.close(INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED, str(error))
+        raise
+
+
+def record_model(options: SweepOptions, sweep: str, member: Member, trained_by: OutputOptions, epochs: int) -> None:
+    """Record a finished model of a sweep as a run of its own."""
+    made = None if sweep in _refused else tracker_of(options, f"{sweep}-{member.index}")
+    if made is None:
+        return
+    try:
+        made.open({**tracked_parameters(trained_by, member.engine, epochs), "sweep": sweep, "model": member.index})
+    except FusemlpError as error:
+        _refused.add(sweep)
+        warnings.warn(f"the models from {member.index} on are not tracked: {error}", stacklevel=2)
+        return
+    for row in member.history.rows():
+        log_row(made, row)
+    made.close(FAILED if member.status == "diverged" else FINISHED, member.reason)

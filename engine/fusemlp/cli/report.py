@@ -1,21 +1,131 @@
-"""``fusemlp report``: ``report.html`` of a run, made again; ``train`` and ``sweep`` write it at their end."""
+"""The end of a training: checkpoint, ``curves.png``, ``report.json``, ``report.html`` and lines on its scores."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from fusemlp.cli.evaluate import before_final_fit, own_data
+from fusemlp.cli.model import before_final_fit, open_model, own_data
 from fusemlp.cli.options import ReportOptions
-from fusemlp.cli.output import finite, show, write_made
-from fusemlp.cli.predict import open_model
-from fusemlp.engine import Engine
+from fusemlp.cli.output import finite, show, write_made, write_picture
+from fusemlp.cli.session import Session
+from fusemlp.engine import Engine, load_checkpoint
+from fusemlp.report.baselines import baseline_line
+from fusemlp.report.certification import certified_lines
+from fusemlp.report.diagnosis import Finding
 from fusemlp.report.evidence import Evidence
-from fusemlp.report.metrics import score
+from fusemlp.report.metrics import headline, privacy_line, score, spelled
 from fusemlp.report.page import page
-from fusemlp.report.runs import Run, read_json, read_metrics
+from fusemlp.report.plots import curves_figure, literal
+from fusemlp.report.robustness import robust_lines
+from fusemlp.report.runs import Run, read_json, read_metrics, write_json
+from fusemlp.report.temperature import scale_logits
+from fusemlp.runtime.files import replace_file
+from fusemlp.tables.descriptions import learning_rate
 from fusemlp.tables.preparation import Prepared
+from fusemlp.tables.scores import scores_of
+from fusemlp.tables.training import Trained
+from fusemlp.training.history import History
+from fusemlp_kernels.errors import FusemlpError
+
+
+def describe_training(session: Session) -> str:
+    """Return two or three lines on network, optimizer and data."""
+    engine, net = session.engine, session.engine.network
+    rate = engine.optimizer.schedule
+    interpreted = engine.device == "cpu" and not engine.memory.backend.traits.on_host
+    several = ""
+    if session.prepared.models > 1:
+        shared = "" if session.prepared.validation is None else ", which share these validation rows,"
+        several = f"{session.prepared.models} models{shared} of "
+    note = "\nTriton's interpreter runs the kernels on the CPU, slowly: this checks them, it does not time them"
+    return (
+        f"{describe_data(session.prepared)}\n"
+        f"{several}{'-'.join(map(str, net.sizes))}, {f'{net.members} members, ' if net.members > 1 else ''}"
+        f"{net.parameter_count} parameters; {engine.loss.kind}; "
+        f"{engine.optimizer.kind}, {rate.kind} lr {learning_rate(session.options):g}; "
+        f"batch {engine.batch_size}; {engine.backend} {engine.precision}, plan {engine.plan}"
+        f"{'' if engine.sharding is None else f', {engine.sharding}'}"
+        f"{note if interpreted else ''}{private_note(engine)}"
+    )
+
+
+def private_note(engine: Engine) -> str:
+    """Return lines on private training."""
+    if engine.privacy is None:
+        return ""
+    privacy = engine.privacy
+    return (
+        f"\nprivate training: noise {privacy.noise:.4g}, clip {privacy.clip:g}, delta {privacy.delta:g}; it covers the "
+        "parameters and each training row. Not covered: scaling and categories, curves, baselines and scores, and the "
+        "validation rows, which decide when to stop. Share the exported model, not the run folder"
+    )
+
+
+def describe_data(prepared: Prepared) -> str:
+    """Return one line on the rows, after those on the reading of a table."""
+    about, classes = prepared.summary, prepared.preprocessor.classes
+    target = f"{len(classes)} classes" if classes is not None else "1 target"
+    if classes is None and prepared.preprocessor.outputs > 1:
+        target = f"{prepared.preprocessor.outputs} targets"
+    notes = "".join(f"{note}\n" for note in prepared.notes)
+    inputs = prepared.network.sizes[0]
+    return (
+        f"{notes}{about['name']}: {prepared.training_rows}, {about['test_rows']} test rows; {inputs} inputs, {target}"
+    )
+
+
+def interval_line(report: dict[str, Any]) -> list[str]:
+    """Return a line on the intervals or sets of classes of the test rows."""
+    if "intervals" not in report:
+        return []
+    found = report["intervals"]
+    size = f"{found['classes']:.2f} classes" if "classes" in found else f"width {spelled(found['width'])}"
+    level, share = found["level"], found["coverage"]
+    return [f"predict --interval {level:g}: {size} on average, which cover {share:.0%} of the test rows"]
+
+
+def written(report: dict[str, Any], run: Run) -> list[str]:
+    """Return a line for the page and one for the picture of a run, or why there is none."""
+    files = ("report", "no_page", run.page), ("plot", "no_plot", run.curves)
+    return [f"no {name}: {report[key]}" if key in report else f"{name} {path}" for name, key, path in files]
+
+
+def outcome(report: dict[str, Any]) -> list[str]:
+    """Return lines on the end of the training, the scores and the diagnosis."""
+    lines = []
+    if report["interrupted"]:
+        lines.append(f"interrupted after epoch {report['epochs']}")
+    elif report.get("models"):
+        epochs = [one["epochs"] for one in report["models"]]
+        spread = f"{min(epochs)}" if min(epochs) == max(epochs) else f"{min(epochs)} to {max(epochs)}"
+        lines.append(
+            f"{len(epochs)} models after {spread} epochs{': ' if report['stopped'] else ''}{report['stopped']}"
+        )
+    elif report["stopped"]:
+        lines.append(f"stopped after epoch {report['epochs']}: {report['stopped']}")
+    lines += headline(report.get("test", {}))
+    lines += [
+        *baseline_line(report),
+        *interval_line(report),
+        *privacy_line(report),
+        *robust_lines(report),
+        *certified_lines(report),
+    ]
+    if report.get("final_fit"):
+        final = report["final_fit"]
+        lines.append(
+            f"final fit: the model is now that of all {final['rows']} rows after {final['epochs']} epochs; the scores "
+            "are those of the model before"
+        )
+    for finding in report["diagnosis"]:
+        # The error message has a divergence.
+        if finding["name"] != "divergence":
+            lines.append(str(Finding(**finding)))
+    return lines
 
 
 def report(options: ReportOptions) -> None:
@@ -72,3 +182,77 @@ def write_page(
         return page(title, lines, found, history, evidence).encode(errors="backslashreplace")
 
     write_made("report", run.page, made)
+
+
+def _scaled_best(run: Run, engine: Engine, history: History, temperature: float) -> Path | None:
+    """Write the checkpoint ``best`` with divided logits beside it, and return that file; None if nothing divides them.
+
+    Those of an epoch before a resumption have been divided once. The file replaces ``best`` after the report is
+    written: a run that is resumed before that comes here again.
+    """
+    before = read_json(run.report)
+    if before and history.best_epoch is not None and history.best_epoch < before["epochs"]:
+        temperature /= before.get("temperature", 1.0)
+    if temperature != 1.0 and run.checkpoint("best").exists():
+        best = load_checkpoint(run.checkpoint("best"), backend=engine.backend, device=engine.device)
+        scale_logits(best, temperature)
+        scaled = run.checkpoint("best").with_name(".best.scaled.tmp")
+        best.save_checkpoint(scaled)
+        return scaled
+    return None
+
+
+def finish(run: Run, trained: Trained) -> dict[str, Any]:
+    """Write the final files of a training, and return the report.
+
+    The model of all rows is kept in place of the one that was judged, which is the best one then, as is that of several
+    models. The temperature scales the best weights of a single model too. A diverged training has no model and no test:
+    its engine is back at the last good epoch, in the checkpoint ``last``.
+    """
+    prepared, engine, scaled = trained.prepared, trained.engine, None
+    history = engine.history or History()
+    if trained.failure is None:
+        kept = engine if trained.final is None else trained.final[0]
+        kept.save_checkpoint(run.checkpoint("model"))
+        if prepared.models > 1 or trained.final is not None:
+            engine.save_checkpoint(run.checkpoint("best"))
+        else:
+            scaled = _scaled_best(
+                run, engine, history, 1.0 if trained.temperature is None else trained.temperature.value
+            )
+        if prepared.models > 1:
+            engine.save_checkpoint(run.checkpoint("last"))
+    config = read_json(run.config)
+    report = scores_of(trained, early_stopping=bool(config["options"].get("early_stopping")))
+    if not history.epochs:
+        report["no_plot"] = "no epoch was completed"
+    else:
+        scores = report.get("test", {})
+        figure = next((name for name in ("accuracy", "rmse") if name in scores), None)
+        result = f", test {figure} {scores[figure]:.4g}" if figure else ""
+        sizes = "-".join(map(str, engine.network.sizes))
+        if prepared.models > 1:
+            sizes = f"mean of {prepared.models} models of {'-'.join(map(str, prepared.network.sizes))}"
+        overfitting = next((finding for finding in report["diagnosis"] if finding["name"] == "overfitting"), None)
+        drawn = partial(
+            curves_figure,
+            history.history,
+            loss=engine.loss.kind,
+            title=literal(f"{prepared.dataset.name}: {sizes}{result}"),
+            # the models of an ensemble have a best epoch each
+            best_epoch=None if prepared.models > 1 else report["best_epoch"],
+            overfitting=None if overfitting is None else Finding(**overfitting),
+        )
+        try:
+            write_picture(run.curves, drawn)
+        except FusemlpError as error:
+            report["no_plot"] = str(error).removeprefix("plot: ")
+    # It marks a finished run; only the page, which can be made again, comes after it.
+    write_json(run.report, finite(report))
+    if scaled is not None:
+        replace_file(scaled, run.checkpoint("best"))
+    try:
+        write_page(run, engine, prepared, report, history.history, command=config["command"])
+    except FusemlpError as error:
+        report["no_page"] = str(error).removeprefix("report: ")
+    return report

@@ -1,4 +1,4 @@
-"""``fusemlp runs``: the run folders in a folder, with their scores and the options in which they differ."""
+"""``fusemlp runs`` and ``plot``: run folders, their scores, and the options in which they differ."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fusemlp.cli.configuration import RENAMED
-from fusemlp.cli.options import RunsOptions, TrainOptions
-from fusemlp.cli.output import show
-from fusemlp.cli.tracking import counts
+from fusemlp.cli.options import PlotOptions, RunsOptions, TrainOptions
+from fusemlp.cli.output import check_output, decides_the_model, show, write_picture
+from fusemlp.cli.session import RENAMED
 from fusemlp.describe.metrics import METRICS, rises
 from fusemlp.describe.summary import aligned
 from fusemlp.report.metrics import scalars, spelled
+from fusemlp.report.plots import FORMATS, Curves, comparison_figure, literal, repeats
 from fusemlp.report.runs import Run, open_run, read_json, read_metrics
 from fusemlp.tables.fields import one_of
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
@@ -126,7 +126,7 @@ def read_run(path: Path) -> Listed:
         monitor,
         str(config["loss"]["kind"]),
         {**quantities, **tested},
-        chosen(config),
+        model_options(config),
     )
 
 
@@ -156,13 +156,13 @@ def status(config: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     return "stopped early" if report.get("stopped") else "trained"
 
 
-def chosen(config: Mapping[str, Any]) -> dict[str, Any]:
+def model_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that may change a model; a run of an earlier release has the defaults of newer options."""
     given = {RENAMED.get(name, name): value for name, value in config["options"].items()}
     found = {
         field.name: given.get(field.name, None if field.default is MISSING else field.default)
         for field in fields(TrainOptions)
-        if counts(field) and field.name != "data"
+        if decides_the_model(field) and field.name != "data"
     }
     found["from"] = found.pop("transfer_from")
     rate = config["optimizer"]["lr"]
@@ -251,3 +251,52 @@ def _word(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+DEFAULT = Path("comparison.png")
+
+
+def plot(options: PlotOptions) -> None:
+    """Draw loss and accuracy of the runs over their epochs."""
+    paths = options.runs
+    runs = [_curves(path, name) for path, name in zip(paths, names(paths), strict=True)]
+    out = _free_name(options.force) if options.out is None else options.out
+    check_output("out", out, FORMATS, force=options.force)
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    write_picture(out, lambda: comparison_figure(runs, title=literal(title)), "out")
+    same = repeats(runs)
+    lines = [*(f"{name} has the same curves as {first}" for name, first in same.items()), f"plot {out}"]
+    content = {"runs": [str(path) for path in paths], "plot": str(out), "same": same}
+    show(content, lines, as_json=options.as_json)
+
+
+def _free_name(force: bool) -> Path:
+    """Return the name of a picture without ``--out``: with a number if a file has it, unless that is overwritten."""
+    path, number = DEFAULT, 1
+    while path.exists() and not force:
+        number += 1
+        path = DEFAULT.with_stem(f"{DEFAULT.stem}-{number}")
+    return path
+
+
+def names(paths: Sequence[Path]) -> list[str]:
+    """Return labels for the runs: the names of their folders, or whole paths if names repeat.
+
+    A folder that is given twice has a number at its second label.
+    """
+    labels = [path.resolve().name for path in paths]
+    if len(set(labels)) < len(labels):
+        labels = [str(path) for path in paths]
+    before = [labels[:place].count(label) for place, label in enumerate(labels)]
+    return [f"{label} ({count + 1})" if count else label for label, count in zip(labels, before, strict=True)]
+
+
+def _curves(path: Path, name: str) -> Curves:
+    run, config = open_run(path)
+    rows = read_metrics(run)
+    if not rows:
+        raise CheckpointError(
+            f"run: {str(path)!r} has no complete epoch yet, so there is nothing to draw; leave it out"
+        )
+    history = {quantity: [row[quantity] for row in rows] for quantity in rows[0] if quantity != "epoch"}
+    return Curves(name, history, config["loss"]["kind"])

@@ -2,28 +2,183 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import csv
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fusemlp._version import __version__
 from fusemlp.callbacks.trackers import Tracker
-from fusemlp.cli import columns, tracking
-from fusemlp.cli.configuration import command, configuration
-from fusemlp.cli.options import DataOptions, TrainOptions
+from fusemlp.cli import output
+from fusemlp.cli.options import DataOptions, OutputOptions, SweepOptions, TrainOptions
+from fusemlp.cli.output import command_line
 from fusemlp.datasets.load import NAMES, Columns, Dataset, load_data
 from fusemlp.datasets.parts import with_files
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.sources import is_table
 from fusemlp.datasets.tables import listed
+from fusemlp.describe.description import reading, stored
 from fusemlp.describe.network import MLP
+from fusemlp.describe.summary import aligned
 from fusemlp.engine import Engine
-from fusemlp.report.runs import Run, choose_folder, create_run, discard_begun, write_json
+from fusemlp.report.runs import (
+    FORMAT,
+    Run,
+    choose_folder,
+    create_run,
+    csv_bytes,
+    discard_begun,
+    guarded,
+    write_json,
+    write_training_rows,
+)
+from fusemlp.runtime.files import write_atomically
 from fusemlp.runtime.ranks import TIMEOUT, job, leading, restarts, started
 from fusemlp.tables import attacks, descriptions, training, transfer
+from fusemlp.tables.fields import given_options, name_of
 from fusemlp.tables.preparation import Prepared, check_rows, prepare
 from fusemlp.tables.recipe import ModelRecipe
 from fusemlp_kernels.errors import ArgumentError
+
+# Options of earlier releases, and names that they had.
+GONE = ("attack_beta", "attack_repeats")
+RENAMED = {"from_run": "transfer_from"}
+
+
+def command(options: OutputOptions) -> str:
+    """Return the command line with these options."""
+    words = ["fusemlp", "sweep" if isinstance(options, SweepOptions) else "train", options.data or ""]
+    given = given_options(options)
+    for option in fields(options):
+        if option.name == "data" or option.name not in given:
+            continue
+        name, value = name_of(option), given[option.name]
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            for one in value if isinstance(value, list) else [value]:
+                words += [f"--{name}", str(one)]
+    return command_line(words)
+
+
+def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epochs: int) -> dict[str, Any]:
+    """Return everything that is needed to repeat a run."""
+    libraries = ("numpy", "scipy", "scikit-learn", "safetensors")
+    stored = stored_options(options)
+    return {
+        "format": FORMAT,
+        "command": command(options),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        # with the data as given: "data" has the absolute path
+        "options": stored | {"data": options.data},
+        "data": {"source": stored["data"], **prepared.summary},
+        "preprocessor": prepared.preprocessor.to_config(),
+        **{name: getattr(engine, name).to_config() for name in ("network", "loss", "optimizer")},
+        "batch_size": engine.batch_size,
+        "epochs": epochs,
+        **({} if prepared.start is None else {"from": prepared.start.about}),
+        "seed": options.seed,
+        **{name: getattr(engine, name) for name in ("backend", "device", "precision", "plan")},
+        **({} if engine.sharding is None else {"ranks": engine.sharding.world}),
+        "versions": {
+            "fusemlp": __version__,
+            "python": platform.python_version(),
+            **{library: version(library) for library in libraries},
+        },
+        "machine": platform.platform(),
+    }
+
+
+def stored_options(options: OutputOptions) -> dict[str, Any]:
+    """Return the options with absolute paths of the data and of another run: a run may be opened from another folder.
+
+    A data set keeps its name.
+    """
+    files = {name: getattr(options, name, None) for name in ("data", "validation", "test", "transfer_from")}
+    absolute = {name: file if file in NAMES else str(Path(file).absolute()) for name, file in files.items() if file}
+    return asdict(options) | absolute
+
+
+def options_of(config: Mapping[str, Any]) -> TrainOptions:
+    """Return the options of a run, without those of earlier releases."""
+    options = {RENAMED.get(name, name): value for name, value in config["options"].items() if name not in GONE}
+    with reading("run: the options in its config.json", "start a new run"):
+        known: TrainOptions = stored("options", {**options, "data": config["data"]["source"]}, TrainOptions)
+    return known
+
+
+# A wider table is summed up.
+MOST_PRINTED = 24
+
+
+def column_records(prepared: Prepared) -> list[dict[str, Any]]:
+    """Return for each column of a table its name, what it became, its number of inputs, missing share and a note.
+
+    The list is empty for data without named columns.
+    """
+    made = prepared.preprocessor
+    inputs: Counter[str] = Counter()
+    for name, width in zip(made.sources, made.widths, strict=True):
+        inputs[name] += width
+    return [
+        {
+            "column": role.name,
+            "became": role.kind,
+            "inputs": inputs[role.name],
+            "missing": role.missing,
+            "note": role.note,
+        }
+        for role in prepared.dataset.roles
+    ]
+
+
+def column_lines(found: Sequence[Mapping[str, Any]], run: Run) -> list[str]:
+    """Return ``records`` as aligned text; of a wide table the number of columns of each kind, and the file of all."""
+    if not found:
+        return []
+    if len(found) <= MOST_PRINTED:
+        rows = [["column", "became", "inputs", "missing"]]
+        for one in found:
+            became = f"{one['became']} ({one['note']})" if one["note"] else one["became"]
+            missing = f"{one['missing']:.1%}" if one["missing"] else ""
+            rows.append([one["column"], became, str(one["inputs"] or ""), missing])
+        return aligned(rows, left=2).split("\n")
+    counts = Counter(one["became"] for one in found)
+    inputs: Counter[str] = Counter()
+    for one in found:
+        inputs[one["became"]] += one["inputs"]
+    parts = [
+        f"{count} {kind}{f' ({inputs[kind]} inputs)' if inputs[kind] else ''}" for kind, count in counts.most_common()
+    ]
+    return [f"{len(found)} columns: {', '.join(parts)}; each in {run.columns}"]
+
+
+def stored_columns(run: Run) -> list[dict[str, Any]]:
+    """Return the ``records`` in the folder of a run, none if it has no such file."""
+    if not run.columns.exists():
+        return []
+    with run.columns.open(encoding="utf-8", newline="") as stream:
+        found: list[dict[str, Any]] = list(csv.DictReader(stream))
+    for one in found:
+        one |= {name: cell[1:] if guarded(cell[1:]) == cell else cell for name, cell in one.items()}
+        one["inputs"] = int(one["inputs"])
+        one["missing"] = float(one["missing"]) if one["missing"] else None
+    return found
+
+
+def write_columns(prepared: Prepared, run: Run) -> None:
+    """Write ``columns.csv``, for a table, and the hashes of the training rows."""
+    found = column_records(prepared)
+    if found:
+        rows = [["" if value is None else value for value in one.values()] for one in found]
+        write_atomically(run.columns, csv_bytes([list(found[0]), *rows]))
+    write_training_rows(run, prepared.hashes())
+
 
 Options = TypeVar("Options", bound=DataOptions)
 
@@ -55,7 +210,7 @@ def new_session(options: TrainOptions) -> Session:
     source, options = opened(options)
     options = filled_in(options)
     folder = choose_folder(options.out, data, datetime.now()) if leading() else Path()
-    tracker = tracking.tracker(options, folder.name) if leading() else None
+    tracker = output.tracker_of(options, folder.name) if leading() else None
     attacks.check_trained(options)
     prepared = training.settled(prepared_data(options, source=source))
     options = trained_by(prepared)
@@ -156,15 +311,15 @@ def _with_folder(session: Session, given: TrainOptions) -> Session:
     """Open the tracker's run, and make the run folder with the configuration; ``given`` are the command's options."""
     tracker, prepared, engine = session.tracker, session.prepared, session.engine
     if tracker is not None:
-        tracker.open(tracking.parameters(session.options, engine, session.epochs))
-    with tracking.closing(tracker):
+        tracker.open(output.tracked_parameters(session.options, engine, session.epochs))
+    with output.closing_tracker(tracker):
         run = create_run(session.run.path, numbered=given.out is None)
         try:
             if prepared.start is not None:
                 # a training that was cut off may have to start anew
                 engine.save(run.checkpoint("start"))
             about = configuration(session.options, prepared, engine, session.epochs)
-            columns.write(prepared, run)
+            write_columns(prepared, run)
             write_json(run.config, {**about, "command": command(given), **own_job(given)})
         except OSError:
             # on a full disk: the same command works again
@@ -172,7 +327,7 @@ def _with_folder(session: Session, given: TrainOptions) -> Session:
                 discard_begun(run)
             raise
         if tracker is not None:
-            tracking.note_id(run, session.options, tracker)
+            output.note_id(run, session.options, tracker)
     return replace(session, run=run)
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fusemlp.callbacks.compiling import REDRAW
-from fusemlp.cli.grid import spelled
+from fusemlp.cli.vary import spelled_value
 from fusemlp.fleet.results import FleetResults, Member
 from fusemlp.fleet.seeds import Point, averages
 
@@ -66,7 +66,7 @@ def _figure(value: float) -> str:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else spelled(value)
+    return f"{value:.6g}" if isinstance(value, float) else spelled_value(value)
 
 
 def counts(members: Collection[Member], total: int) -> str:

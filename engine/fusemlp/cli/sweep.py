@@ -2,39 +2,117 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fusemlp.cli import columns, grid, journal, tracking
-from fusemlp.cli.configuration import command, configuration, stored_options
-from fusemlp.cli.events import Events, events
-from fusemlp.cli.finish import finish
-from fusemlp.cli.lines import written
+from fusemlp.cli import output, session
+from fusemlp.cli import vary as grid
 from fusemlp.cli.options import SweepOptions
-from fusemlp.cli.output import finite, resumable, show, write_picture
-from fusemlp.cli.session import data_of
+from fusemlp.cli.output import Events, events, finite, resumable, show, write_picture
+from fusemlp.cli.report import finish, written
+from fusemlp.cli.session import command, configuration, data_of, stored_options
 from fusemlp.cli.standings import Seldom, counts, standings, table
-from fusemlp.cli.sweep_plan import Plan, describe, planned, resumed
+from fusemlp.cli.train import check_data, check_kept
+from fusemlp.cli.vary import FREE, Plan, describe_sweep, planned
+from fusemlp.describe.checks import as_count
+from fusemlp.describe.description import reading, stored
 from fusemlp.describe.metrics import rises
 from fusemlp.describe.summary import aligned
 from fusemlp.fleet.elsewhere import connected
+from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.memory import Kept
 from fusemlp.fleet.results import FleetResults, Member
 from fusemlp.fleet.seeds import Combination, averages
 from fusemlp.report.baselines import baseline_line
 from fusemlp.report.metrics import headline
 from fusemlp.report.plots import Varied, literal, scores_figure
-from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, csv_bytes, discard_if_empty, write_json
+from fusemlp.report.runs import (
+    Run,
+    append_metrics,
+    choose_folder,
+    create_run,
+    csv_bytes,
+    discard_if_empty,
+    lock,
+    read_json,
+    write_json,
+)
 from fusemlp.runtime.files import write_atomically
 from fusemlp.tables.training import Trained
-from fusemlp_kernels.errors import FusemlpError
+from fusemlp.training.history import History
+from fusemlp_kernels.errors import CheckpointError, FusemlpError
+
+JOURNAL = "sweep.jsonl"
+
+
+def begin_journal(
+    run: Run, options: Mapping[str, Any], fingerprint: str, told: Iterable[Mapping[str, Any]] = ()
+) -> None:
+    """Write the first line, the options of ``sweep`` and the fingerprint of its data, and those of ended models."""
+    lines = [{"options": dict(options), "fingerprint": fingerprint}, *told]
+    text = "".join(f"{json.dumps(line, default=str)}\n" for line in lines)
+    write_atomically(run.path / JOURNAL, text.encode())
+
+
+def add_to_journal(run: Run, member: Member) -> None:
+    """Write a line for a model that has ended."""
+    told = {
+        "index": member.index,
+        "status": member.status,
+        "reason": member.reason,
+        "scores": member.scores,
+        "history": asdict(member.history),
+    }
+    with (run.path / JOURNAL).open("a", encoding="utf-8") as stream:
+        stream.write(f"{json.dumps(told)}\n")
+
+
+def read_journal(folder: str) -> tuple[Run, dict[str, Any], list[dict[str, Any]]]:
+    """Return a sweep's folder, its first line, and those of its models; CheckpointError if it cannot go on."""
+    run = Run(Path(folder))
+    if not (run.path / JOURNAL).is_file():
+        config = read_json(run.config)
+        reason = "is no folder of a sweep" if "sweep" not in config else "holds a sweep that has ended; start a new one"
+        mend = "; a run of train goes on with fusemlp train --resume" if config and "sweep" not in config else ""
+        raise CheckpointError(f"resume: {folder!r} {reason}{mend}")
+    lines = (run.path / JOURNAL).read_text(encoding="utf-8").splitlines(keepends=True)
+    found: list[dict[str, Any]] = []
+    for line in lines:
+        if not line.endswith("\n"):
+            # it was being written
+            break
+        with reading(f"resume: line {len(found) + 1} of {str(run.path / JOURNAL)!r}", "start the sweep again"):
+            found.append(stored("line", json.loads(line), dict[str, Any]))
+            if len(found) == 1:
+                stored("fingerprint", found[0]["fingerprint"], str)
+                stored("options", found[0]["options"], SweepOptions)
+    if not found:
+        raise CheckpointError(f"resume: {folder!r} was cut off before its first line; start the sweep again")
+    return run, found[0], found[1:]
+
+
+def member_of(told: Mapping[str, Any], fleet: Fleet) -> Member:
+    """Return a model of which a line tells, without its parameters."""
+    with reading(f"resume: a model of {JOURNAL}", "start the sweep again"):
+        index, history = as_count("index", told["index"], minimum=0), stored("history", told["history"], History)
+        candidate, scores = fleet.candidates[index], stored("scores", told["scores"], dict[str, float])
+        ending = stored("status", told["status"], str), stored("reason", told["reason"], str)
+    held = Kept(candidate, {}, {}, history, len(history.epochs))
+    return Member(index, candidate.parameters, held, history, *ending, scores)
+
+
+def close_journal(run: Run) -> None:
+    """Remove the file: there is nothing to go on with."""
+    (run.path / JOURNAL).unlink(missing_ok=True)
+
 
 # The files of a sweep, beside those of a run.
 RESULTS, PICTURE = "results.csv", "scores.png"
@@ -47,7 +125,7 @@ MOST_WORDS = 12
 
 def sweep(options: SweepOptions) -> None:
     """Train all models, write the results and the best; raises DivergenceError if every model diverged."""
-    with events(as_json=options.as_json, quiet=options.quiet) as told, resumable("sweep", journal.JOURNAL) as runs:
+    with events(as_json=options.as_json, quiet=options.quiet) as told, resumable("sweep", JOURNAL) as runs:
         content, lines = worked(options, told, runs)
     show(content, lines, as_json=options.as_json, warnings=content["worse_than"] or ())
 
@@ -56,26 +134,31 @@ def worked(options: SweepOptions, told: Events, runs: list[Path]) -> tuple[dict[
     """Return the results of a whole sweep, and lines on the best model; append its folder to ``runs``."""
     started = datetime.now()
     if options.resume is not None:
-        run, plan, members = resumed(options, options.resume)
+        run, plan, members = resumed_sweep(options, options.resume)
         was_there = True
     else:
         folder = choose_folder(options.out, data_of(options), started)
         plan, members = planned(options), []
         was_there = options.out is not None and folder.exists()
         run = create_run(folder, numbered=options.out is None)
-        journal.begin(run, stored_options(options), plan.prepared.summary["fingerprint"])
+        begin_journal(run, stored_options(options), plan.prepared.summary["fingerprint"])
     runs.append(run.path)
     if not options.quiet:
-        print(*columns.lines(columns.records(plan.prepared), run), describe(plan), sep="\n", file=sys.stderr)
-    told.start("sweep", epochs=plan.epochs, models=len(plan.points), run=str(run.path), config=described(plan))
+        print(
+            *session.column_lines(session.column_records(plan.prepared), run),
+            describe_sweep(plan),
+            sep="\n",
+            file=sys.stderr,
+        )
+    told.start("sweep", epochs=plan.epochs, models=len(plan.points), run=str(run.path), config=described_sweep(plan))
     began = time.perf_counter()
     try:
         with connected(options.workers, options.address):
             members, interrupted = trained(plan, run, told, members)
     except BaseException:
         # Remove the empty folder, so that the same command works again.
-        if options.resume is None and not journal.read(str(run.path))[2]:
-            journal.close(run)
+        if options.resume is None and not read_journal(str(run.path))[2]:
+            close_journal(run)
             discard_if_empty(run, itself=not was_there)
         raise
     seconds = time.perf_counter() - began
@@ -96,7 +179,7 @@ def worked(options: SweepOptions, told: Events, runs: list[Path]) -> tuple[dict[
         print(no_plot or f"plot {run.path / PICTURE}")
     if chosen.sound[0].status == "diverged":
         if not interrupted:
-            journal.close(run)
+            close_journal(run)
         # Raises the error that names the first of all.
         results.best(plan.metric)
     about = {
@@ -110,13 +193,13 @@ def worked(options: SweepOptions, told: Events, runs: list[Path]) -> tuple[dict[
     }
     kept = keep(plan, run, chosen, about, started, no_plot=no_plot)
     if not interrupted:
-        journal.close(run)
+        close_journal(run)
     return kept
 
 
-def described(plan: Plan) -> dict[str, Any]:
+def described_sweep(plan: Plan) -> dict[str, Any]:
     """Return the options of a sweep and the values that vary, for the first line of ``--json``."""
-    vary = {axis.name: [grid.spelled(value) for value in axis.values] for axis in plan.axes}
+    vary = {axis.name: [grid.spelled_value(value) for value in axis.values] for axis in plan.axes}
     return {"options": asdict(plan.options), "vary": vary, "metric": plan.metric, "data": plan.prepared.summary}
 
 
@@ -126,7 +209,7 @@ def keep(
     """Write the best model of the best combination as a run of ``train``; return its results, and lines on it."""
     best = _with_parameters(plan, chosen.sound[0])
     config = configuration(plan.trained_by[best.index], plan.prepared, best.engine, plan.epochs)
-    columns.write(plan.prepared, run)
+    session.write_columns(plan.prepared, run)
     begun = started.astimezone().isoformat(timespec="seconds")
     write_json(run.config, {**config, "started": begun, "sweep": about})
     # those of an earlier best
@@ -144,9 +227,9 @@ def keep(
         "run": str(run.path),
         "results": str(run.path / RESULTS),
         "plot": None if no_plot else str(run.path / PICTURE),
-        "columns": columns.records(plan.prepared),
+        "columns": session.column_records(plan.prepared),
     }
-    spelled = ", ".join(f"{name} {grid.spelled(value)}" for name, value in parameters.items())
+    spelled = ", ".join(f"{name} {grid.spelled_value(value)}" for name, value in parameters.items())
     least = "largest" if rises(plan.metric) else "least"
     said = f"model {best.index}, the {least} {plan.metric}: {spelled}"
     if "seed" in parameters:
@@ -154,7 +237,7 @@ def keep(
         content["best"] |= {"mean": mean, "spread": finite(spread), "seeds": len(chosen.members)}
         deviation = "" if math.isnan(spread) else f", standard deviation {spread:.2g}"
     if averages(plan.points):
-        shared = ", ".join(f"{name} {grid.spelled(value)}" for name, value in chosen.parameters.items())
+        shared = ", ".join(f"{name} {grid.spelled_value(value)}" for name, value in chosen.parameters.items())
         said = (
             f"{shared}: the {least} mean {plan.metric} of its seeds, {mean:.4g} ({len(chosen.members)} seeds"
             f"{deviation})\nkept of them: model {best.index}, seed {parameters['seed']}, {plan.metric} "
@@ -198,11 +281,11 @@ def trained(plan: Plan, run: Run, told: Events, known: Sequence[Member]) -> tupl
 
             def ended(member: Member) -> None:
                 member = replace(member, index=left[member.index])
-                journal.add(run, member)
+                add_to_journal(run, member)
                 members[member.index] = member
                 update(members.values())
                 told.model(member, len(plan.points), plan.points[member.index])
-                tracking.record_model(options, run.path.name, member, plan.trained_by[member.index], plan.epochs)
+                output.record_model(options, run.path.name, member, plan.trained_by[member.index], plan.epochs)
                 seldom.do(lambda: write_results(plan, run, members.values()))
 
             fleet.fit(
@@ -236,7 +319,7 @@ def write_results(plan: Plan, run: Run, members: Iterable[Member]) -> None:
     means = [f"mean_{plan.metric}", f"std_{plan.metric}"] if several else []
     rows: list[list[Any]] = [["model", *names, "status", *scores, *means, "epochs", "best_epoch", "seconds", "reason"]]
     for one, member in ordered:
-        parameters = map(grid.spelled, plan.points[member.index].values())
+        parameters = map(grid.spelled_value, plan.points[member.index].values())
         figures = [repr(member.scores[name]) if name in member.scores else "" for name in scores]
         history = member.history
         best = "" if history.best_epoch is None else history.best_epoch + 1
@@ -259,7 +342,10 @@ def draw(plan: Plan, run: Run, members: Sequence[Member], first: Member) -> str:
     for axis in plan.axes:
         values = [plan.points[member.index][axis.name] for member in members]
         if axis.scale == "" and (len(axis) <= MOST_WORDS or axis.name in grid.JOINED):
-            places, words = [axis.values.index(value) for value in values], [grid.spelled(one) for one in axis.values]
+            places, words = (
+                [axis.values.index(value) for value in values],
+                [grid.spelled_value(one) for one in axis.values],
+            )
             varied.append(Varied(axis.name, places, words=words))
         else:
             varied.append(Varied(axis.name, values, axis.scale or "linear", ordered=axis.name != "seed"))
@@ -270,3 +356,18 @@ def draw(plan: Plan, run: Run, members: Sequence[Member], first: Member) -> str:
     except FusemlpError as error:
         return f"no {error}"
     return ""
+
+
+def resumed_sweep(options: SweepOptions, folder: str) -> tuple[Run, Plan, list[Member]]:
+    """Return the sweep in a folder, and its models that have ended; refuse other data, and options that change it."""
+    given = check_kept(options, FREE, "sweep")
+    lock(Run(Path(folder)))
+    run, first, told = read_journal(folder)
+    # where it trains is told anew
+    anew = ("workers", "address", "jobs", "devices", *(("device",) if "devices" in given else ()))
+    changes: dict[str, Any] = {**dict.fromkeys(anew), "quiet": False, **given}
+    stored = SweepOptions(**first["options"])
+    plan = planned(replace(stored, **changes))
+    check_data(plan.prepared, first["fingerprint"], stored.data, "sweep")
+    begin_journal(run, first["options"], first["fingerprint"], told)
+    return run, plan, [member_of(one, plan.fleet) for one in told]

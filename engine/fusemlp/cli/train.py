@@ -1,31 +1,268 @@
-"""``fusemlp train``: a new run, or a resumed one."""
+"""``fusemlp train``: a new run, or one that goes on, of itself after torchrun has started its processes again."""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+import warnings
+from collections.abc import Collection, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
-from fusemlp.callbacks import ProgressBar
-from fusemlp.cli import columns, tracking
-from fusemlp.cli.events import Events, events
-from fusemlp.cli.finish import finish
-from fusemlp.cli.lines import describe, outcome, written
-from fusemlp.cli.options import TrainOptions
-from fusemlp.cli.output import resumable, show
-from fusemlp.cli.recorder import Recorder
-from fusemlp.cli.resume import going_on, resumed_session
-from fusemlp.cli.session import Session, new_session
-from fusemlp.describe.checks import as_count
-from fusemlp.engine import Engine
+from fusemlp.callbacks import Callback, ProgressBar
+from fusemlp.cli import output
+from fusemlp.cli import session as columns
+from fusemlp.cli.options import OutputOptions, TrainOptions
+from fusemlp.cli.output import Events, events, resumable, show
+from fusemlp.cli.report import describe_training, finish, outcome, written
+from fusemlp.cli.session import (
+    Session,
+    check_ranks,
+    filled_in,
+    joined,
+    new_session,
+    options_of,
+    own_job,
+    prepared_data,
+    trained_by,
+)
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.checks import WINDOWS, as_count
+from fusemlp.describe.network import MLP
+from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.fleet.results import Member
-from fusemlp.report.runs import append_metrics, read_json, write_training_rows
-from fusemlp.runtime.ranks import leading
+from fusemlp.report.runs import (
+    Run,
+    append_metrics,
+    discard_begun,
+    keep_metrics,
+    lock,
+    open_run,
+    read_json,
+    write_json,
+    write_training_rows,
+)
+from fusemlp.runtime.files import replace_file, write_atomically
+from fusemlp.runtime.ranks import TIMEOUT, job, leading, restarts, started
+from fusemlp.runtime.ranks import joined as joined_ranks
+from fusemlp.tables import training, transfer
+from fusemlp.tables.fields import given_options, name_of
+from fusemlp.tables.preparation import Prepared
 from fusemlp.tables.training import Listeners, train_model
 from fusemlp.tables.training import train as train_prepared
 from fusemlp.training.history import History
-from fusemlp_kernels.errors import DivergenceError
+from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
+
+
+class Recorder(Callback):
+    """Write a row of ``metrics.csv`` and, every ``every`` epochs and after the last, the checkpoint ``last``.
+
+    The checkpoint ``best`` is of the best epoch, also of a resumed run. The row is written before the
+    checkpoint, so a killed run has a row for each epoch of its checkpoint; unless on Windows another program, such as
+    Excel, has the file open: its rows then follow when it is closed. On a rank other than 0 it only has its part in the
+    checkpoints.
+    """
+
+    def __init__(self, run: Run, *, every: int) -> None:
+        self.run = run
+        self.every = every
+        # the rows that are still to be written
+        self._rows: list[dict[str, float]] = []
+
+    def on_train_begin(self, engine: Engine) -> None:
+        # alike on all ranks
+        if engine.update_count == 0:
+            engine.save_checkpoint(self.run.checkpoint("last"))
+
+    def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
+        if leading():
+            self._rows.append({"epoch": epoch + 1, **logs})
+            self._write_rows()
+        is_last = engine.fit_state is not None and engine.fit_state.last_epoch == epoch + 1
+        due = is_last or (epoch + 1) % self.every == 0
+        # The best first: a training that ends between the two goes on before this epoch, and has it again.
+        is_best = engine.history is not None and engine.history.best_epoch == epoch
+        if is_best:
+            engine.save_checkpoint(self.run.checkpoint("best"))
+        if due and is_best and leading():
+            self._link_last()
+        elif due and not is_best:
+            engine.save_checkpoint(self.run.checkpoint("last"))
+
+    def on_train_end(self, engine: Engine, history: History) -> None:
+        self._write_rows()
+        if history.stopped.startswith("interrupted"):
+            # Ctrl-C came between two updates: save the position inside the epoch too.
+            engine.save_checkpoint(self.run.checkpoint("last"))
+
+    def _write_rows(self) -> None:
+        while self._rows:
+            try:
+                append_metrics(self.run, self._rows[0])
+            except PermissionError:
+                if not WINDOWS:
+                    raise
+                if len(self._rows) == 1:
+                    warnings.warn(
+                        f"{self.run.metrics}: another program has it open; close it there, its rows follow then",
+                        stacklevel=2,
+                    )
+                return
+            del self._rows[0]
+
+    def _link_last(self) -> None:
+        """Make the checkpoint ``last`` a link to ``best``, which was just written."""
+        best, last = self.run.checkpoint("best"), self.run.checkpoint("last")
+        temporary = last.with_name(f".{last.name}.tmp")
+        try:
+            temporary.unlink(missing_ok=True)
+            os.link(best, temporary)
+            replace_file(temporary, last)
+        except OSError:
+            # Without hard links, write a second file; to save again would need all ranks.
+            write_atomically(last, best.read_bytes())
+
+
+# The options that --resume accepts; all others keep the values of the run.
+_FREE = frozenset({option.name for option in fields(TrainOptions) if not output.decides_the_model(option)} - {"out"})
+_FREE |= {"epochs", "backend", "device", "shard_optimizer"}
+
+
+def going_on(options: TrainOptions) -> tuple[TrainOptions, bool]:
+    """Return the options, and False; for processes that torchrun has started again those that resume the run of their
+    job, and True. All processes get the same.
+    """
+    count, most = restarts()
+    if not most:
+        return options, False
+    folder = options.out if options.resume is None else options.resume
+    if folder is None:
+        raise ArgumentError(
+            "out: torchrun starts these processes again after a failure (--max-restarts), and they find their run by "
+            "its folder; give --out runs/NAME"
+        )
+    run, ranks = Run(Path(folder)), joined_ranks(TIMEOUT)
+    there = run.config.is_file()
+    # of several machines one may count the restart alone
+    again, seen, missed = ranks.any(count > 0, there, not there)
+    # machines that meet by address have jobs without an id: the same command goes on with what it has begun
+    anew = job() == "none" and options.resume is None and seen and not again
+    if not again and not anew:
+        return options, False
+    if seen and missed:
+        raise ArgumentError(
+            f"{'out' if options.resume is None else 'resume'}: some of the processes find {str(run.config)!r} and "
+            "others do not, so they cannot go on together; give a new folder in one that all machines share"
+        )
+    if missed:
+        if ranks.leads and options.resume is None:
+            # the failure came before there was a run
+            discard_begun(run)
+        return options, False
+    # another's run is refused, as it was before the restart
+    (again,) = map(bool, ranks.of_first([own_job(options).items() <= open_run(folder)[1].items()]))
+    if not again or options.resume is not None:
+        return options, again
+    if anew and ranks.leads and not options.quiet:
+        print(
+            f"{folder} is the run of this command, which goes on with it; give a new --out to begin anew",
+            file=sys.stderr,
+        )
+    free = {name: value for name, value in given_options(options).items() if name in _FREE}
+    return TrainOptions(**free, resume=folder), True
+
+
+def check_kept(options: OutputOptions, free: Collection[str], what: str) -> dict[str, Any]:
+    """Return the options that are given; ArgumentError for one that a resumed ``what``, a run or a sweep, keeps."""
+    given = given_options(options)
+    for option in fields(options):
+        if option.name in given and option.name not in free:
+            raise ArgumentError(
+                f"{name_of(option)}: a resumed {what} keeps its own; leave it out, or start a new one without --resume"
+            )
+    return given
+
+
+def check_data(prepared: Prepared, fingerprint: str, source: str | None, what: str) -> None:
+    """Raise CheckpointError unless the data are those that the ``what``, a run or a sweep, was started with."""
+    if prepared.summary["fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"resume: the data {source!r} are not those that the {what} was started with; put the old ones back, or "
+            f"start a new {what}"
+        )
+
+
+def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Session:
+    """Return the run at its last checkpoint; refuse other data and options that would change the run."""
+    given, mark = check_kept(options, _FREE, "run"), own_job(options)
+    if leading():
+        lock(Run(Path(folder)))
+    run, config = open_run(folder)
+    if "sweep" in config:
+        raise ArgumentError(
+            f"resume: {str(run.path)!r} holds the best model of a sweep, which is at its end; to train it anew: "
+            f"{config['command']}"
+        )
+    stored = options_of(config)
+    now = {name: getattr(options, name) for name in ("as_json", "quiet", "shard_optimizer")}
+    options = replace(stored, **{**now, **given})
+    epochs = as_count("epochs", given.get("epochs", config["epochs"]))
+    if epochs < config["epochs"]:
+        raise ArgumentError(f"epochs: the run was to have {config['epochs']}, which can only be raised, got {epochs}")
+    if epochs > config["epochs"] and stored.dp_epsilon is not None:
+        raise ArgumentError(
+            f"epochs: more than {config['epochs']} would spend more than the epsilon of {stored.dp_epsilon:g}; leave "
+            "it out, or start a new run"
+        )
+    net = MLP.from_config(config["network"])
+    scheduled = filled_in(stored).epochs
+    prepared = prepared_data(replace(options, epochs=epochs), Preprocessor.from_config(config["preprocessor"]), net)
+    check_data(prepared, config["data"]["fingerprint"], stored.data, "run")
+    options = trained_by(prepared)
+    prepared = replace(prepared, start=transfer.stored(run, config, net, options))
+    check_ranks(options)
+    last = run.checkpoint("last")
+    for left_over in run.path.rglob(".*.tmp") if leading() else ():
+        left_over.unlink(missing_ok=True)
+    tracker = None
+    if leading():
+        tracker = output.tracker_of(options, run.path.resolve().name, output.last_id(run, options))
+    if last.exists() and prepared.models == 1:
+        where = {name: getattr(options, name) for name in ("backend", "device", "reduce", "shard_optimizer")}
+        engine = load_checkpoint(last, network=prepared.network, distributed=started(), **where)
+    else:
+        # An ensemble has no checkpoint to go on from: it trains anew, with the same result.
+        anew = replace(prepared, recipe=replace(options, epochs=scheduled))
+        engine = joined(training.new_engine(anew), options)
+    report = read_json(run.report)
+    if report:
+        done = report["epochs"] if prepared.models > 1 and not report["interrupted"] else engine.epochs_trained
+        _check_unfinished(report, done, epochs, again=again)
+    session = Session(run, options, prepared, engine, scheduled, tracker)
+    if not leading():
+        return session
+    if tracker is not None:
+        tracker.open(output.tracked_parameters(options, engine, epochs))
+        output.note_id(run, options, tracker)
+    keep_metrics(run, engine.epochs_trained)
+    changed = {"epochs": epochs, **({} if again else mark)}
+    if not changed.items() <= config.items():
+        write_json(run.config, config | changed)
+    return session
+
+
+def _check_unfinished(report: dict[str, Any], done: int, epochs: int, *, again: bool) -> None:
+    """Refuse to resume a run with nothing left to do; ``again``: after a restart, only one that diverged."""
+    if report["diverged"]:
+        raise ArgumentError("resume: the run diverged, and would again; start a new one with a lower --lr")
+    if again:
+        # a rank may have failed at the very end: then the run is ended once more
+        return
+    if report["stopped"] and not report["interrupted"]:
+        raise ArgumentError(f"resume: the run has ended ({report['stopped']}); start a new one")
+    if done >= epochs:
+        raise ArgumentError(f"resume: the run has done its {done} epochs; give it more: --epochs {2 * done}")
 
 
 def train(options: TrainOptions) -> None:
@@ -38,7 +275,7 @@ def train(options: TrainOptions) -> None:
     with events(as_json=options.as_json, quiet=options.quiet) as told, resumable("train", "config.json") as runs:
         session = prepared_session(options, again=again)
         runs.append(session.run.path)
-        with tracking.closing(session.tracker):
+        with output.closing_tracker(session.tracker):
             content, lines, failure = trained(session, told)
     show(content, lines, as_json=options.as_json, warnings=content.get("worse_than", ()))
     if failure is not None:
@@ -61,9 +298,9 @@ def follow(options: TrainOptions, *, again: bool) -> None:
 def trained(session: Session, told: Events) -> tuple[dict[str, Any], list[str], DivergenceError | None]:
     """Return the results of a whole training, lines on them, and the error if it diverged."""
     options, run, prepared = session.options, session.run, session.prepared
-    table = columns.stored(run)
+    table = columns.stored_columns(run)
     if not options.quiet:
-        print(*columns.lines(table, run), describe(session), sep="\n", file=sys.stderr)
+        print(*columns.column_lines(table, run), describe_training(session), sep="\n", file=sys.stderr)
     about = {"run": str(run.path), "config": read_json(run.config)}
     told.start("train", epochs=session.epochs, epoch=session.engine.epochs_trained, **about)
     listeners = Listeners(
@@ -80,7 +317,7 @@ def trained(session: Session, told: Events) -> tuple[dict[str, Any], list[str], 
     tracked = None
     if session.tracker is not None:
         tracked = {"tracker": options.track, "run_id": session.tracker.run_id}
-        tracking.end(session.tracker, run, options, report, failure)
+        output.end_tracking(session.tracker, run, options, report, failure)
     lines = [
         *outcome(report),
         *([] if result.temperature is None else [str(result.temperature)]),
@@ -115,4 +352,4 @@ def _record_merged(session: Session, told: Events, engine: Engine) -> None:
     for row in (engine.history or History()).rows():
         append_metrics(session.run, row)
         told.epoch(row)
-        tracking.log_row(session.tracker, row)
+        output.log_row(session.tracker, row)

@@ -1,0 +1,297 @@
+"""The model of a run: ``fusemlp evaluate``, ``predict`` and ``export``."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fusemlp.cli.options import EvaluateOptions, ExportOptions, PredictOptions, UseOptions
+from fusemlp.cli.output import check_output, show
+from fusemlp.cli.session import options_of, prepared_data
+from fusemlp.datasets.load import load_features, load_labelled
+from fusemlp.datasets.parts import among
+from fusemlp.datasets.prepare import network_inputs
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.tables import listed
+from fusemlp.describe.adversarial import Attack
+from fusemlp.describe.description import reading
+from fusemlp.describe.network import MLP
+from fusemlp.describe.summary import aligned
+from fusemlp.engine import Engine, load, load_checkpoint
+from fusemlp.fleet.merge import members
+from fusemlp.inputs.arrays import Array
+from fusemlp.report.certification import certified_lines, certify
+from fusemlp.report.metrics import (
+    class_scores,
+    class_table,
+    confusion_table,
+    headline,
+    predicted_codes,
+    predictions,
+    score,
+)
+from fusemlp.report.onnx import onnx_bytes
+from fusemlp.report.onnx_features import has_words
+from fusemlp.report.robustness import robust_lines, robust_score
+from fusemlp.report.runs import Run, csv_bytes, open_run, read_json, read_training_rows, weights_path
+from fusemlp.report.uncertainty import HeldOut, intervals, sets, spread
+from fusemlp.runtime.files import write_atomically
+from fusemlp.tables import attacks
+from fusemlp.tables.preparation import Prepared, labelled_hashes
+from fusemlp.tables.recipe import ATTACKS
+from fusemlp.training.saving import model_bytes
+from fusemlp_kernels.errors import ArgumentError, CheckpointError
+
+OUTPUTS = (".csv", ".npz")
+
+
+def open_model(options: UseOptions) -> tuple[Engine, Preprocessor, dict[str, Any]]:
+    """Return the engine, the preprocessor and the configuration of a run."""
+    run, config = open_run(options.run)
+    engine = load_checkpoint(weights_path(run, options.weights), backend=options.backend, device=options.device)
+    preprocessor = Preprocessor.from_config(config["preprocessor"])
+    if preprocessor.one_hot_targets and engine.loss.is_classification:
+        raise CheckpointError(
+            f"{run.config}: one_hot_targets: expected False with the loss {engine.loss.kind}, got True"
+        )
+    return engine, preprocessor, config
+
+
+def predict(options: PredictOptions) -> None:
+    """Write the predictions for the rows of ``data`` to ``out``: labels, or values in original units."""
+    data, out = options.data, options.out
+    check_output("out", out, OUTPUTS, force=options.force)
+    engine, preprocessor, config = open_model(options)
+    if options.proba and not engine.loss.is_classification:
+        raise ArgumentError(
+            f"proba: the run was trained with {engine.loss.kind}, which gives no probabilities; "
+            "train with cross_entropy"
+        )
+    held = None if options.interval is None else _held_out(options, options.interval, config)
+    models = members(engine, "spread") if options.spread else []
+    notes: list[str] = []
+    ids: dict[str, Array] = {}
+    features = load_features(data, preprocessor, ids=ids, **options.reading(config, notes))
+    X = network_inputs(preprocessor, features, engine.precision)
+    predicted = predictions(engine, preprocessor, X)
+    more = {} if held is None else _ends(engine, preprocessor, X, predicted, held, float(options.interval or 0))
+    if models:
+        more["spread"] = spread(models, preprocessor, X, predicted_codes(engine, preprocessor, X))
+    if options.proba:
+        more["probabilities"] = engine.predict_proba(X)
+    parts = preprocessor, ids, predicted, more
+    write_atomically(out, _npz(*parts) if out.suffix.lower() == ".npz" else csv_bytes(_csv_rows(*parts), notes))
+    about = {"run": str(options.run), "data": data, "weights": options.weights, "rows": len(X), "out": str(out)}
+    lines = [*notes, f"predictions of {len(X)} rows {out}"]
+    show(about | {"notes": notes}, lines, as_json=options.as_json)
+
+
+def _held_out(options: PredictOptions, coverage: float, config: Mapping[str, Any]) -> HeldOut:
+    """Return the errors of held-out rows that the run's report keeps, enough of them for the coverage."""
+    report = read_json(Run(options.run).report)
+    if "held_out" not in report:
+        given = config["options"]
+        if not report:
+            reason = "is missing: the training has not come to its end; go on with fusemlp train --resume"
+        elif given.get("validation") is None and given["validation_fraction"] == 0:
+            reason = (
+                "has no errors of held-out rows, because of --validation-fraction 0; train again without that option"
+            )
+        elif report["interrupted"]:
+            reason = "has no errors of held-out rows, because Ctrl-C cut the training off; train to the end"
+        else:
+            reason = "has no errors of held-out rows, because an earlier release wrote it; train again with this one"
+        raise ArgumentError(f"interval: the report of {str(options.run)!r} {reason}")
+    with reading(str(Run(options.run).report), "train again, or leave out --interval"):
+        held = HeldOut.from_config(report["held_out"])
+    try:
+        held.bound(coverage)
+    except ArgumentError as error:
+        raise ArgumentError(f"interval: {str(error).removeprefix('coverage: ')}") from None
+    return held
+
+
+def _ends(
+    engine: Engine, preprocessor: Preprocessor, X: Array, predicted: Array, held: HeldOut, coverage: float
+) -> dict[str, Array]:
+    """Return the ends of intervals, or which classes are in each set."""
+    if preprocessor.classes is None:
+        low, high = intervals(engine, preprocessor, predicted, held, coverage)
+        return {"low": low, "high": high}
+    return {"in_set": sets(class_scores(engine, X), held, coverage)}
+
+
+def _csv_rows(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: Array, more: Mapping[str, Array]) -> Any:
+    columns = predicted.reshape(len(predicted), -1)
+    count, classes = columns.shape[1], preprocessor.classes or ()
+    blocks = [(["prediction"] if count == 1 else [f"prediction_{index}" for index in range(count)], columns.tolist())]
+    for name in ("low", "high", "spread"):
+        if name in more:
+            ends = more[name].reshape(len(predicted), -1)
+            blocks.append(([name] if count == 1 else [f"{name}_{index}" for index in range(count)], ends.tolist()))
+    if "in_set" in more:
+        words = ["|".join(str(label) for label, one in zip(classes, row, strict=True) if one) for row in more["in_set"]]
+        blocks.append((["set"], [[text] for text in words]))
+    if "probabilities" in more:
+        blocks.append(([f"probability_{label}" for label in classes], more["probabilities"].tolist()))
+    if ids:
+        named = [list(row) for row in zip(*(column.tolist() for column in ids.values()), strict=True)]
+        blocks.insert(0, ([*ids], named))
+    names = [name for header, _ in blocks for name in header]
+    rows = zip(*(part for _, part in blocks), strict=True)
+    return [names, *([cell for cells in row for cell in cells] for row in rows)]
+
+
+def _npz(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: Array, more: Mapping[str, Array]) -> bytes:
+    arrays: dict[str, Array] = {"predictions": predicted, **more}
+    if ids:
+        # (rows, columns): the names of columns need not be those of arrays.
+        arrays["ids"] = np.column_stack([column.astype(str) for column in ids.values()])
+        arrays["id_names"] = np.array(list(ids))
+    if preprocessor.classes is not None:
+        arrays["classes"] = np.array(preprocessor.classes)
+    stream = io.BytesIO()
+    np.savez(stream, allow_pickle=False, **arrays)
+    return stream.getvalue()
+
+
+# A terminal is too narrow for the confusion matrix of more classes.
+MOST_PRINTED_CLASSES = 20
+
+Judging = TypeVar("Judging", bound=UseOptions)
+
+
+def evaluate(options: EvaluateOptions) -> None:
+    """Print the scores of a run's model on its own test rows, or on the labelled ``data``."""
+    notes: list[str] = []
+    seen = None
+    options = before_final_fit(options, notes)
+    engine, preprocessor, config = open_model(options)
+    if options.data is None:
+        prepared = own_data(config, preprocessor)
+        (cells, _, rows), test = prepared.test_rows, prepared.test
+        assert test is not None, "checked by test_rows"
+        X, labels, weight, features = test.X, test.labels, test.weight, cells[rows]
+    else:
+        features, labels = load_labelled(options.data, preprocessor, **options.reading(config, notes))
+        seen = _trained_on(options, preprocessor, features, labels, notes)
+        X, weight = network_inputs(preprocessor, features, engine.precision), None
+    if options.attack is not None:
+        engine.network.check_single("attack", "an attack")
+    how = attacks.chosen(options, preprocessor, X, features, option="attack", kinds=ATTACKS)
+    report = score(engine, preprocessor, X, labels, weight)
+    if isinstance(how, Attack):
+        report["robust"] = robust_score(engine, preprocessor, X, labels, how, weight)
+    if options.certify is not None:
+        report["certified"] = certify(engine, preprocessor, features, labels, options.certify, argument="certify")
+    lines = [*notes, *headline(report), *robust_lines(report), *certified_lines(report)]
+    if "classes" in report:
+        lines += ["", aligned(class_table(report))]
+        if len(report["classes"]) <= MOST_PRINTED_CLASSES:
+            lines += ["", aligned(confusion_table(report))]
+    about: dict[str, Any] = {"run": str(options.run), "data": options.data, "weights": options.weights, "notes": notes}
+    about["training_rows"] = seen
+    show(about | report, lines, as_json=options.as_json)
+
+
+def before_final_fit(options: Judging, notes: list[str]) -> Judging:
+    """Return the options with the weights best in place of a model that ``--final-fit`` trained on the test rows too,
+    unless ``--data`` gives other rows; ``notes`` takes a line on it."""
+    if getattr(options, "data", None) is not None or options.weights != "model":
+        return options
+    if "final_fit" not in read_json(Run(options.run).report):
+        return options
+    notes.append("the weights best are judged: --final-fit trained the model on the test rows too")
+    return replace(options, weights="best")
+
+
+def _trained_on(
+    options: EvaluateOptions, preprocessor: Preprocessor, X: Array, labels: Array, notes: list[str]
+) -> int | None:
+    """Return the number of rows that the run was trained on, with a line in ``notes``; None for an old run."""
+    known = read_training_rows(Run(options.run))
+    if known is None:
+        return None
+    count = among(labelled_hashes(preprocessor, X, labels), known)
+    if count:
+        which = "all" if count == len(X) else f"{count} of"
+        notes.append(f"{which} {len(X)} rows are training rows of this run, so these scores flatter it")
+    return count
+
+
+def own_data(config: dict[str, Any], preprocessor: Preprocessor) -> Prepared:
+    """Return the run's rows, computed again from the data and the seed."""
+    prepared = prepared_data(options_of(config), preprocessor, MLP.from_config(config["network"]))
+    if prepared.summary["fingerprint"] != config["data"]["fingerprint"]:
+        given = config["data"]["source"], *map(config["options"].get, ("validation", "test"))
+        files = listed(filter(None, given))
+        raise CheckpointError(
+            f"run: the data {files} have changed since the training, so its test rows are not known any more; "
+            "give the rows to judge it on: --data FILE"
+        )
+    return prepared
+
+
+def export(options: ExportOptions) -> None:
+    """Write the requested files, and print the inputs and outputs of their models."""
+    bare = options.bare
+    files = {"onnx": options.onnx, "safetensors": options.safetensors}
+    wanted = {argument: file for argument, file in files.items() if file is not None}
+    if not wanted:
+        raise ArgumentError("onnx: say what to write: --onnx FILE, --safetensors FILE, or both")
+    if bare and "onnx" not in wanted:
+        raise ArgumentError("bare: it is for --onnx FILE; a safetensors file never holds the scaling of the features")
+    for argument, file in wanted.items():
+        check_output(argument, file, (f".{argument}",), force=options.force)
+    run, config = open_run(options.run)
+    preprocessor = Preprocessor.from_config(config["preprocessor"])
+    # Any machine can export: 16-bit precisions have float32 parameters too.
+    precision = "fp64" if config["precision"] == "fp64" else "fp32"
+    engine = load(weights_path(run, options.weights), backend="numpy", precision=precision)
+    about = {"preprocessor": preprocessor.to_json()}
+    contents: dict[str, Callable[[], bytes]] = {
+        "onnx": lambda: onnx_bytes(engine, None, about) if bare else onnx_bytes(engine, preprocessor),
+        "safetensors": lambda: model_bytes(engine, about),
+    }
+    # Make both before writing either.
+    made = {argument: contents[argument]() for argument in wanted}
+    lines = []
+    for argument, file in wanted.items():
+        write_atomically(file, made[argument])
+        lines += [f"{argument} {file}", f"  {_inputs(engine, preprocessor, scaled=bare or argument == 'safetensors')}"]
+    shown = {
+        "run": str(options.run),
+        "weights": options.weights,
+        **{argument: None if file is None else str(file) for argument, file in files.items()},
+        "onnx_input": None if "onnx" not in wanted else _kind_of_input(preprocessor, bare=bare),
+    }
+    show(shown, lines, as_json=options.as_json)
+
+
+def _kind_of_input(preprocessor: Preprocessor, *, bare: bool) -> str:
+    return "scaled columns" if bare else "one input a feature" if has_words(preprocessor) else "features"
+
+
+def _inputs(engine: Engine, preprocessor: Preprocessor, *, scaled: bool) -> str:
+    """Return one line on the inputs and outputs of the exported model."""
+    width = engine.network.sizes[0] if scaled else len(preprocessor.feature_names)
+    answers = "values" if preprocessor.classes is None else "labels"
+    if not scaled:
+        units = "in original units" if preprocessor.classes is None else "of the data"
+        features = zip(preprocessor.feature_names, preprocessor.sources, strict=True)
+        named = ", ".join(repr(name) for name, source in features if name != source)
+        dates = f", but of dates {named}" if named else ""
+        each = ", an input (rows, 1) for each, words as strings" if has_words(preprocessor) else ""
+        return f"takes the {width} features as they are in the data{dates}{each}, gives {answers} {units}"
+    if preprocessor.classes is None:
+        gives = "values as the run scales them"
+    else:
+        gives = "a value for each class" if preprocessor.one_hot_targets else "class indices"
+    return (
+        f"takes {width} columns as the run scales them ({preprocessor.scale}), gives {gives}; "
+        "its metadata entry 'preprocessor' has the scaling"
+    )
