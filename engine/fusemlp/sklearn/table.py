@@ -57,14 +57,14 @@ log = logging.getLogger("fusemlp.sklearn")
 
 # What the fields of the recipe say otherwise, or the command line lacks.
 _HELP = {
-    "activation": "One for all hidden layers, or a sequence with one for each: names, or objects such as LeakyReLU(0.1).",
+    "activation": "One for all hidden layers, or one for each: names, or objects such as LeakyReLU(0.1).",
     "dropout": "Probability of dropping a hidden unit in a training step; one, or one for each hidden layer.",
     "drop": "Names of columns to leave out; those of an array are x0, x1, ...",
     "loss": "A name, or an object such as Huber(2.0); None is cross_entropy for classes, mse for numbers.",
     "optimizer": "A name, or an object such as AdamW(weight_decay=0.1).",
     "lr": "A number, or a schedule such as Cosine(0.01); None leaves the optimizer's own.",
-    "adversarial": "pgd, fgsm or ibp with attack_eps, or an object such as PGD(0.1): train against this attack, to resist "
-    "it. For inputs that are numbers. Trains one model.",
+    "adversarial": "pgd, fgsm or ibp with attack_eps, or an object such as PGD(0.1): train against this attack. "
+    "For inputs that are numbers. Trains one model.",
     "hidden": "Widths of the hidden layers; () for none.",
     "early_stopping": "Stop after this many epochs without a better metric of the held-out rows, and restore the best "
     "weights; None holds out no rows.",
