@@ -22,6 +22,11 @@ REFUSED = {
     ("numpy", "train_fleet"): "its models train one after another, by train_resident",
     ("cupy", "train_resident"): "its plans are eager and graph",
     ("cupy", "train_fleet"): "its plans are eager and graph, and its models train one after another",
+    **{
+        ("cupy", op): "it has the calls of plain training alone; use triton or numpy"
+        for op in OPS
+        if op.endswith("_members") or op in ("clip_examples", "perturb")
+    },
 }
 
 

@@ -216,7 +216,7 @@ def test_replayed_steps_have_the_bits_of_eager_ones(monkeypatch: pytest.MonkeyPa
         assert array.tobytes() == found[1][name].tobytes(), name
 
 
-def a_backend(name: str, device: str | None, precision: str) -> Any:
+def a_backend(name: str, device: str | None, precision: str, needs: Sequence[str] = ()) -> Any:
     """A machine with two cards."""
     if device not in (None, "cuda:0", "cuda:1"):
         raise BackendUnavailableError(f"device: expected 'cuda:0' to 'cuda:1', got {device!r}")

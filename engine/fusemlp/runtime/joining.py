@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Collection
 from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from fusemlp.describe.checks import as_number, check_choice, check_flag
 from fusemlp.program.sharding import ORDERED, REDUCTIONS, Sharding
-from fusemlp.runtime.plans import check_collectives, shared_plan
+from fusemlp.runtime.plans import shared_plan
 from fusemlp.runtime.ranks import check_nccl, joined, own_card
 from fusemlp_kernels.contract import Backend
 from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
@@ -28,9 +29,12 @@ def _versions() -> dict[str, str]:
     return {**found, "the version of Python": platform.python_version()}
 
 
-def open_here(name: str, device: str | None, precision: str) -> Backend:
-    """Return a backend on a device: by default, in a process of torchrun, on the card of its number if it sees that."""
-    found, card = backend(name, device, precision), own_card()
+def open_here(name: str, device: str | None, precision: str, needs: Collection[str] = ()) -> Backend:
+    """Return a backend on a device: by default, in a process of torchrun, on the card of its number if it sees that.
+
+    ``needs``: what the backend must have, names of ``FEATURES``.
+    """
+    found, card = backend(name, device, precision, needs), own_card()
     if device is not None or card is None or not found.device.startswith("cuda"):
         return found
     try:
@@ -55,7 +59,7 @@ def join(engine: Session, distributed: bool, reduce: str, timeout: float) -> Non
             )
         return
     traits = engine._backend.traits
-    check_collectives("distributed", traits)
+    traits.check_has("distributed")
     # refused before the processes meet
     shared_plan((engine.plan, engine.plan_reason), traits, Sharding(reduce, 1))
     if engine.privacy is not None:

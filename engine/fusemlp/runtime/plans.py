@@ -90,14 +90,6 @@ def resident_chunk(traits: Traits, flops: int) -> int:
     return max(1, int(LAUNCH_SECONDS / traits.resident.resident_seconds(flops)))
 
 
-def check_collectives(argument: str, traits: Traits) -> None:
-    """Raise BackendUnavailableError for a backend that does not train in several processes."""
-    if traits.name == "cupy":
-        raise BackendUnavailableError(
-            f"{argument}: the {traits.name} backend trains in one process so far; use backend='triton' or 'numpy'"
-        )
-
-
 def shared_plan(
     alone: tuple[str, str], traits: Traits, sharding: Sharding, uncaptured: str | None = None
 ) -> tuple[str, str]:
@@ -135,7 +127,7 @@ def shares_launches(traits: Traits) -> bool:
     return traits.resident is not None and "resident" in traits.plans
 
 
-def _traits(backend: str, precision: str) -> Traits:
+def _traits(net: MLP, backend: str, precision: str) -> Traits:
     if backend == "auto":
         backend = next(name for name, reason in availability().items() if reason is None)
     if backend not in TRAITS:
@@ -143,13 +135,15 @@ def _traits(backend: str, precision: str) -> Traits:
     traits: Traits = TRAITS[backend]
     if precision not in traits.precisions:
         raise unknown_name("precision", precision, traits.precisions)
+    if net.members > 1:
+        traits.check_has("members")
     return traits
 
 
 def _sharding(traits: Traits, devices: int | None, reduce: str) -> Sharding | None:
     if devices is None:
         return None
-    check_collectives("devices", traits)
+    traits.check_has("distributed", "devices")
     return Sharding(reduce, as_count("devices", devices)).check()
 
 
@@ -166,7 +160,7 @@ def chosen_plan(
 
     Raises what ``plan_text`` does for the same arguments.
     """
-    traits = _traits(backend, precision)
+    traits = _traits(net, backend, precision)
     sharding = _sharding(traits, devices, reduce)
     if traits.resident is None:
         return None
@@ -191,7 +185,7 @@ def plan_text(
     Raises ArgumentError or ArgumentTypeError for impossible values, BackendUnavailableError for ``devices`` of a
     backend that trains in one process.
     """
-    traits = _traits(backend, precision)
+    traits = _traits(net, backend, precision)
     sharding = _sharding(traits, devices, reduce)
     chosen_loss, chosen_optimizer = as_loss(loss), as_optimizer(optimizer)
     chosen_loss.check_network(net)

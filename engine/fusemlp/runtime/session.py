@@ -178,7 +178,8 @@ class Session(Predicting, Spending, Keeping):
         # until it joins others
         self.ranks: Ranks | None = None
         self.sharding: Sharding | None = None
-        self._backend = joining.open_here(name, device, self.precision)
+        needs = [*["members"] * (self.network.members > 1), *["privacy"] * (self.privacy is not None)]
+        self._backend = joining.open_here(name, device, self.precision, needs)
         traits = self._backend.traits
         self.backend = traits.name
         self.device = self._backend.device
