@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from mutations import (
     ADVANCE,
-    CLIP,
     FUSED,
     GRAD_INPUT,
     GRAD_WEIGHT,
@@ -18,11 +17,8 @@ from mutations import (
     LOSS,
     MANY_CLASSES,
     NAN_LAYER,
-    NOISE,
     OVERFLOW,
-    OWN,
     OWN_WAY,
-    PERTURB,
     SCALED,
     UPDATE,
     WEIGHTS,
@@ -119,19 +115,6 @@ CUDA_MUTATIONS = (
         ),
         ("kept outputs scaled the other way", "y * scale : 0.0f", "y / scale : 0.0f", LINEAR),
         ("dropped gradients kept", "? values[i] * scale : 0.0f", "? values[i] * scale : values[i]", GRAD_INPUT),
-        ("change beyond eps on one side", "d = minimum(maximum(d, -eps), eps);", "d = maximum(d, -eps);", PERTURB),
-        (
-            "gradient's norm of one thread's columns",
-            "sqrt(block_sum(squares));\n            factor",
-            "sqrt(squares);\n            factor",
-            PERTURB,
-        ),
-        (
-            "random start of every row that of the first",
-            "static_cast<unsigned>(row), 0x80000000u",
-            "0u, 0x80000000u",
-            PERTURB,
-        ),
     ),
     *_bugs(
         "philox.cuh",
@@ -252,9 +235,6 @@ CUDA_MUTATIONS = (
             GRAD_WEIGHT,
         ),
         ("decay without the rate", "1.0 - rate * decay", "1.0 - decay", FUSED),
-        ("bias in no row's norm", " + static_cast<double>(layer.biased)", "", CLIP),
-        ("row clipped by its last layer alone", "squares += width *", "squares = width *", CLIP),
-        ("padding clipped", "    if (row >= call.counters[ROW_COUNT]) return;\n", "", CLIP),
     ),
     *_bugs(
         "update.cu",
@@ -266,32 +246,6 @@ CUDA_MUTATIONS = (
         ),
         ("gradients not divided by the loss scale", "            factor /= call.hyper[LOSS_SCALE];\n", "", SCALED),
         ("overflow taken for an update", "sound = fabs(norm) < largest", "sound = fabs(norm) <= largest", OVERFLOW),
-        ("noise not divided", "(g + call.deviation * z) / call.divisor", "g + call.deviation * z", NOISE),
-        ("padding of private batches counted", "if (call.batches) leave_out", "if (!call.batches) leave_out", NOISE),
-    ),
-    *_bugs(
-        "members.cu",
-        ("factors of the first member", "mine.row = place.row % call.members", "mine.row = 0", OWN),
-        ("last part of a member's rows not summed", "k < call.parts; k++", "k < call.parts - 1; k++", OWN),
-        (
-            "no barrier before a member's stretches are added",
-            "    __syncthreads();\n    for (int i = 0; i < GRADIENTS",
-            "    for (int i = 0; i < GRADIENTS",
-            OWN,
-        ),
-    ),
-    *_bugs(
-        "noise.cuh",
-        ("noise of one tensor for all", "0xfffffffeu - static_cast<unsigned>(tensor)", "0xfffffffeu", NOISE),
-        ("second word of an element a word too high", "element / NORMALS)", "element / NORMALS + 1)", NOISE),
-        ("sine where the cosine belongs", "(odd ? sine : cosine)", "(odd ? cosine : sine)", NOISE),
-        (
-            "signs of sine and cosine swapped",
-            "(odd ? angle & 2u : angle & 1u)",
-            "(odd ? angle & 1u : angle & 2u)",
-            NOISE,
-        ),
-        ("padding counted before the clock has written", "    __syncthreads();\n    rows +=", "    rows +=", NOISE),
     ),
     *_bugs(
         "clock.cuh",

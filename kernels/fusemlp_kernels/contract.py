@@ -42,7 +42,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fusemlp_kernels import pointwise
-from fusemlp_kernels.errors import ArgumentError, unknown_name
+from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError, unknown_name
 
 ACTIVATIONS = tuple(pointwise.ACTIVATIONS)
 # The derivatives of the others are computed from the output.
@@ -178,12 +178,6 @@ class Segment:
     pitch: int = 0
 
 
-def within(segments: Sequence[Segment], first: int, end: int) -> list[Segment]:
-    """Return the parts of the segments between two elements of the arena, as stretches without gaps."""
-    cut = [(max(one.offset, first), min(one.offset + one.size, end), one.rule) for one in segments]
-    return [Segment(start, stop - start, rule) for start, stop, rule in cut if start < stop]
-
-
 @dataclass(frozen=True)
 class Ridge:
     """The penalty and the divisor of scikit-learn's MLPs, for ``train_resident`` with the reduction "mean".
@@ -262,6 +256,15 @@ class ResidentLimits:
         return 2 * (len(sizes) - 1) * self.launch + reductions * self.element
 
 
+# Features that a backend may lack, and the rest of the sentence that refuses them.
+FEATURES = {
+    "members": "has no kernels for members that share weights",
+    "privacy": "has no kernels for clipped rows and noise",
+    "adversarial": "has no kernels for attacks inside a training step",
+    "distributed": "trains in one process so far",
+}
+
+
 @dataclass(frozen=True)
 class Traits:
     """The facts about a backend that the lowering reads; plain data, so a plan can be printed without the backend.
@@ -272,7 +275,7 @@ class Traits:
     ``fused_updates``: the optimizers for which ``grad_weight_update`` is the fastest. ``norms_gradients``:
     ``grad_weight`` knows the norm of the gradients. ``split_rows``, ``split_size``: see ``batch_parts``.
     ``plans``: from the slowest to the fastest. ``on_host``: arrays are NumPy's. ``resident``: None if any network may
-    be resident.
+    be resident. ``lacks``: names of ``FEATURES``.
     """
 
     name: str
@@ -288,6 +291,14 @@ class Traits:
     split_size: int = 0
     on_host: bool = False
     resident: ResidentLimits | None = None
+    lacks: tuple[str, ...] = ()
+
+    def check_has(self, feature: str, argument: str | None = None) -> None:
+        """Raise BackendUnavailableError, naming ``argument`` or the feature, for one that the backend lacks."""
+        if feature in self.lacks:
+            raise BackendUnavailableError(
+                f"{argument or feature}: the {self.name} backend {FEATURES[feature]}; use backend='triton' or 'numpy'"
+            )
 
 
 def resident_refusal(

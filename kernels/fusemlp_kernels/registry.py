@@ -6,8 +6,9 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Collection
 
-from fusemlp_kernels.contract import Backend, ResidentLimits, Traits
+from fusemlp_kernels.contract import FEATURES, Backend, ResidentLimits, Traits
 from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
 
 _log = logging.getLogger("fusemlp")
@@ -45,7 +46,7 @@ TRAITS = {
             element=3e-9,
         ),
     ),
-    # cuBLAS reads whole matrices, and cuts a long batch itself
+    # the core of training alone; cuBLAS reads whole matrices, and cuts a long batch itself
     "cupy": Traits(
         name="cupy",
         row_multiple=8,
@@ -56,6 +57,7 @@ TRAITS = {
         norms_gradients=True,
         precisions=("fp32", "tf32", "fp16"),
         plans=("eager", "graph"),
+        lacks=tuple(FEATURES),
     ),
     "numpy": Traits(
         name="numpy",
@@ -118,13 +120,16 @@ def _cupy_reason() -> str | None:
     return reason()
 
 
-def choose() -> str:
-    """Return the first backend of ``TRAITS`` that works here; the log says why others do not.
+def choose(needs: Collection[str] = ()) -> str:
+    """Return the first backend of ``TRAITS`` that works here and has the features ``needs``; the log says why others
+    do not.
 
     Triton's interpreter is never chosen: users ask for it by name.
     """
-    for name in TRAITS:
+    for name, traits in TRAITS.items():
         reason = _reason(name)
+        if reason is None:
+            reason = next((f"it {FEATURES[feature]}" for feature in needs if feature in traits.lacks), None)
         if name == "triton" and reason is None and interprets_triton():
             reason = "TRITON_INTERPRET is set: its kernels run only when they are asked for by name"
         if reason is None:
@@ -133,18 +138,20 @@ def choose() -> str:
     raise AssertionError("the numpy backend is always there")
 
 
-def backend(name: str, device: str | None, precision: str) -> Backend:
+def backend(name: str, device: str | None, precision: str, needs: Collection[str] = ()) -> Backend:
     """Return the backend ``name``, or with "auto" the first that works, on ``device`` (None: its default).
 
-    Raises ArgumentError for an unknown name, BackendUnavailableError for a backend, device or precision that is missing
-    here.
+    ``needs``: names of ``FEATURES``. Raises ArgumentError for an unknown name, BackendUnavailableError for a backend,
+    device or precision that is missing here, or a feature that the backend lacks.
     """
     if name == "auto":
-        name = choose()
+        name = choose(needs)
     if name not in TRAITS:
         raise unknown_name("backend", name, ["auto", *TRAITS])
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
+    for feature in needs:
+        TRAITS[name].check_has(feature)
     reason = _reason(name)
     if reason is not None:
         raise BackendUnavailableError(f"backend: {name!r} is not available: {reason}")

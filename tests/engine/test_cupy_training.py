@@ -13,7 +13,8 @@ import pytest
 from devices import CUPY_GPU, STAND_IN, marks_of, usable, why_not
 from training_cases import CASES, IN_FLOAT16, check_fit, check_steps, check_steps_in_float16
 
-from fusemlp import MLP, SGD, Engine, Fleet
+from fusemlp import DPSGD, FGSM, MLP, SGD, BackendUnavailableError, Engine, Fleet
+from fusemlp.runtime.plans import plan_text
 
 DEVICES = pytest.mark.parametrize(
     "device", [pytest.param(device, id=device.name, marks=marks_of(device)) for device in (STAND_IN, CUPY_GPU)]
@@ -39,6 +40,28 @@ def test_every_step_in_float16_is_within_its_bound(name, device, record_property
 def test_fit_gives_the_losses_of_steps(device, precision):
     with usable(device):
         check_fit(device, precision)
+
+
+@DEVICES
+def test_what_has_no_kernels_is_refused_before_anything_changes(device: Any, caplog: pytest.LogCaptureFixture) -> None:
+    net, members = MLP([3, 4, 2]), MLP([3, 4, 2], members=2)
+    X, y = np.random.default_rng(0).random((8, 3), np.float32), np.arange(8) % 2
+    said = "the cupy backend has no kernels for {}; use backend='triton' or 'numpy'$"
+    with usable(device), caplog.at_level("INFO"):
+        engine, attack = Engine(net, backend="cupy"), FGSM(0.1)
+        before = engine.snapshot()
+        for argument, what, refused in (
+            ("members", "members that share weights", lambda: Engine(members, backend="cupy")),
+            ("members", "members that share weights", lambda: plan_text(members, backend="cupy")),
+            ("privacy", "clipped rows and noise", lambda: Engine(net, privacy=DPSGD(1.0), backend="cupy")),
+            ("adversarial", "attacks inside a training step", lambda: engine.fit(X, y, epochs=1, adversarial=attack)),
+        ):
+            with pytest.raises(BackendUnavailableError, match=f"^{argument}: {said.format(what)}"):
+                refused()
+        assert all(np.array_equal(array, before[name]) for name, array in engine.snapshot().items())
+        # an engine trains with the next one
+        assert "cupy" not in (Engine(members).backend, Engine(net, privacy=DPSGD(1.0)).backend)
+        assert "passes over cupy: it has no kernels for clipped rows and noise" in caplog.text
 
 
 @DEVICES

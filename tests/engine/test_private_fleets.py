@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from devices import CUPY_GPU, GPU, INTERPRETER, STAND_IN, marks_of, usable
+from devices import GPU, INTERPRETER, marks_of, usable
 from same_state import assert_same_state
 
 import fusemlp
@@ -51,9 +51,7 @@ def test_each_model_is_an_engine_trained_alone(plan):
     assert "epsilon" in results.table() and results.best() in results.members
 
 
-@pytest.mark.parametrize(
-    "device", [pytest.param(one, id=one.name, marks=marks_of(one)) for one in (INTERPRETER, STAND_IN, GPU, CUPY_GPU)]
-)
+@pytest.mark.parametrize("device", [pytest.param(one, id=one.name, marks=marks_of(one)) for one in (INTERPRETER, GPU)])
 def test_on_a_card_models_train_one_after_another(device):
     with usable(device):
         many = fleet(VARY[:2], backend=device.backend)

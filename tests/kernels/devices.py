@@ -26,6 +26,7 @@ from tolerance import IEEE, TF32, TF32X3, TINY, TWO_BYTES, Products, rounded
 
 import fusemlp_kernels
 from fusemlp_kernels import registry
+from fusemlp_kernels.binders import refusal
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.ops import OPS
 from fusemlp_kernels.registry import TRAITS
@@ -326,6 +327,13 @@ VARIANT_PARAMETERS = [
     for device in DEVICES
     for variant in device.variants
 ]
+
+
+def variants_with(op: str) -> list[Any]:
+    """Return the parameters of ``VARIANT_PARAMETERS`` whose backend has an op."""
+    return [one for one in VARIANT_PARAMETERS if refusal(one.values[0].device.backend, op) is None]
+
+
 __all__ = [
     "CUPY_GPU",
     "DEVICES",
@@ -339,4 +347,5 @@ __all__ = [
     "Device",
     "Variant",
     "needs_a_card",
+    "variants_with",
 ]

@@ -20,15 +20,15 @@ seeds = st.integers(0, 2**32 - 1)
 ROUND = 10
 
 
-def contract_test(**arguments):
-    """Make a test of random cases on every device.
+def contract_test(devices=DEVICE_PARAMETERS, **arguments):
+    """Make a test of random cases on every device, or on some, as parameters.
 
     Each argument is a strategy, or a function that returns one for a device. The summary of the test run gives the
     number of cases. ``test.of_case`` is the test of one case.
     """
 
     def decorate(test):
-        @pytest.mark.parametrize("device", DEVICE_PARAMETERS)
+        @pytest.mark.parametrize("device", devices)
         def on_device(device, record_property):
             drawn = {k: v if isinstance(v, st.SearchStrategy) else v(device) for k, v in arguments.items()}
             ran = 0

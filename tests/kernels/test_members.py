@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from calls import kept
-from devices import INTERPRETER, VARIANT_PARAMETERS
+from devices import INTERPRETER, variants_with
 from memory import ROW_MULTIPLE, place, poisoned
 from strategies import Values, exact, padded_rows, walked
 from tolerance import (
@@ -22,13 +22,12 @@ from tolerance import (
 )
 
 from fusemlp_kernels import reference
-from fusemlp_kernels.binders import refusal
 from fusemlp_kernels.contract import ACTIVATIONS, BATCH_INDEX, COUNTERS, ROW_COUNT, Dropout, LossSpec, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ShapeError
 from fusemlp_kernels.philox import dropout_keep
 from fusemlp_kernels.reference import Batch, MemberLayer
 
-VARIANTS = [one for one in VARIANT_PARAMETERS if not refusal(one.values[0].device.backend, "affine_members")]
+VARIANTS = variants_with("affine_members")
 SLOPES = {"leaky_relu": 0.1, "elu": 1.3}
 # members, rows of each, columns: one of each, odd ones, several vectors and blocks, more than a task takes
 SHAPES = ((1, 1, 1), (3, 5, 7), (5, 9, 33), (2, 37, 140))

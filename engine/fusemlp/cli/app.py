@@ -101,6 +101,10 @@ _WORDS = {
 }
 # The option for each.
 SYNONYMS = {f"--{word}": f"--{option}" for option, words in _WORDS.items() for word in words.split()}
+# Options of earlier releases, and what took their place.
+REMOVED = {
+    "--shard-optimizer": "each process keeps the whole state of the optimizer now; leave it out",
+}
 
 
 def completion(options: CompletionOptions) -> None:
@@ -181,6 +185,8 @@ class Command(_FlagHelp, TyperCommand):
     def _option_meant(self, unknown: str) -> str:
         """Return a hint at the option that an unknown one was meant for, "" if none is near."""
         word = unknown.lower().replace("_", "-")
+        if word in REMOVED:
+            return f": it is gone: {REMOVED[word]}"
         option = SYNONYMS.get(word, word)
         known = [name for parameter in self.params for name in parameter.opts if name.startswith("--")]
         if option not in known and option in OF_TRAIN:

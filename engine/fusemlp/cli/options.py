@@ -153,9 +153,6 @@ class TrainOptions(TableRecipe, OutputOptions):
     reduce: str = _reduce(
         "Under torchrun --nproc-per-node N -m fusemlp train, how N processes that train one model add their gradients"
     )
-    shard_optimizer: bool = _machine(
-        False, "Under torchrun: each process keeps a slice of the optimizer's state, with the same bits."
-    )
     checkpoint_every: int = _output(1, "Epochs between two checkpoints.", "EPOCHS")
     track_model: bool = _output(False, "With --track: also store the run folder there, with model and report.")
 
@@ -389,7 +386,6 @@ class PlanOptions(StepRecipe):
     backend: str = _machine("auto", "{}; it need not work on this machine.", values=BACKENDS)
     devices: int | None = _machine(None, "Processes that train one model together: the step of one of them.", "COUNT")
     reduce: str = _reduce("With --devices: how they add their gradients")
-    shard_optimizer: bool = _machine(False, "With --devices: each keeps a slice of the optimizer's state.")
 
 
 @dataclass(frozen=True, kw_only=True)

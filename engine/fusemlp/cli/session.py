@@ -46,7 +46,7 @@ from fusemlp.tables.recipe import ModelRecipe
 from fusemlp_kernels.errors import ArgumentError
 
 # Options of earlier releases, and names that they had.
-GONE = ("attack_beta", "attack_repeats")
+GONE = ("attack_beta", "attack_repeats", "shard_optimizer")
 RENAMED = {"from_run": "transfer_from"}
 
 
@@ -303,7 +303,7 @@ def read_data(options: Any, like: Preprocessor | None = None) -> Dataset:
 
 def joined(engine: Engine, options: TrainOptions) -> Engine:
     """Return the engine, which under torchrun trains with the other processes."""
-    engine.join(started(), options.reduce, TIMEOUT, options.shard_optimizer)
+    engine.join(started(), options.reduce, TIMEOUT)
     return engine
 
 

@@ -126,7 +126,7 @@ class Recorder(Callback):
 
 # The options that --resume accepts; all others keep the values of the run.
 _FREE = frozenset({option.name for option in fields(TrainOptions) if not output.decides_the_model(option)} - {"out"})
-_FREE |= {"epochs", "backend", "device", "shard_optimizer"}
+_FREE |= {"epochs", "backend", "device"}
 
 
 def going_on(options: TrainOptions) -> tuple[TrainOptions, bool]:
@@ -205,7 +205,7 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
             f"{config['command']}"
         )
     stored = options_of(config)
-    now = {name: getattr(options, name) for name in ("as_json", "quiet", "shard_optimizer")}
+    now = {name: getattr(options, name) for name in ("as_json", "quiet")}
     options = replace(stored, **{**now, **given})
     epochs = as_count("epochs", given.get("epochs", config["epochs"]))
     if epochs < config["epochs"]:
@@ -229,7 +229,7 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
     if leading():
         tracker = output.tracker_of(options, run.path.resolve().name, output.last_id(run, options))
     if last.exists() and prepared.models == 1:
-        where = {name: getattr(options, name) for name in ("backend", "device", "reduce", "shard_optimizer")}
+        where = {name: getattr(options, name) for name in ("backend", "device", "reduce")}
         engine = load_checkpoint(last, network=prepared.network, distributed=started(), **where)
     else:
         # An ensemble has no checkpoint to go on from: it trains anew, with the same result.

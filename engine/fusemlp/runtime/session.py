@@ -68,6 +68,8 @@ ELSEWHERE = {
     "loss_fn": "it is called loss here: Engine(net, loss='mse')",
     "random_state": "it is called seed here: Engine(net, seed=0)",
     "dtype": "it is called precision here: Engine(net, precision='fp32')",
+    # of earlier releases
+    "shard_optimizer": "it is gone: each process keeps the whole state of the optimizer now; leave it out",
 }
 EXAMPLES = {"backend": "auto", "precision": "fp32", "plan": "auto"}
 
@@ -92,9 +94,6 @@ class Session(Predicting, Spending, Keeping):
     tensors = parameters.tensors
     write_tensors = parameters.write_tensors
     join = joining.join
-    keep_whole_state = joining.keep_whole_state
-    whole = joining.whole
-    put = joining.put
 
     @knows_names(ELSEWHERE, call="Engine(net, loss='mse', optimizer=Adam(lr=0.001), batch_size=32)")
     def __init__(
@@ -113,7 +112,6 @@ class Session(Predicting, Spending, Keeping):
         distributed: bool = False,
         reduce: str = ORDERED,
         timeout: float = TIMEOUT,
-        shard_optimizer: bool = False,
     ) -> None:
         self.network = as_network("net", net)
         self.loss = as_loss(loss)
@@ -129,7 +127,7 @@ class Session(Predicting, Spending, Keeping):
         self.start_spending([])
         self.start(backend, device, plan)
         self.start_normalising(normalise)
-        self.join(distributed, reduce, timeout, shard_optimizer)
+        self.join(distributed, reduce, timeout)
         self.write_tensors(checked_state(net.parameter_shapes(), net.initial_parameters(self.seed), self._real), "")
 
     def like(self, kind: type[Made], **changes: Any) -> Made:
@@ -180,7 +178,8 @@ class Session(Predicting, Spending, Keeping):
         # until it joins others
         self.ranks: Ranks | None = None
         self.sharding: Sharding | None = None
-        self._backend = joining.open_here(name, device, self.precision)
+        needs = [*["members"] * (self.network.members > 1), *["privacy"] * (self.privacy is not None)]
+        self._backend = joining.open_here(name, device, self.precision, needs)
         traits = self._backend.traits
         self.backend = traits.name
         self.device = self._backend.device
@@ -219,9 +218,6 @@ class Session(Predicting, Spending, Keeping):
             gradient_parts=batch_parts(self._backend.traits, rows or self.batch_size, self.network.parameter_count),
             arenas=arenas,
             average=rule.average,
-            rank=(self.ranks.rank, self.ranks.world)
-            if self.ranks is not None and self.sharding is not None and self.sharding.slices
-            else (0, 1),
         )
         # the learning rates of the updates to come, for those who launch steps
         self.rates = self._rate_table(rule)

@@ -280,8 +280,6 @@ def train_model(prepared: Prepared, engine: Engine, listeners: Listeners, second
         interrupted = True
     except DivergenceError as error:
         failure = error
-    # rank 0 goes on alone
-    engine.keep_whole_state()
     return Trained(prepared, engine, interrupted=interrupted, failure=failure)
 
 

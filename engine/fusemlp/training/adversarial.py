@@ -33,6 +33,7 @@ def check_adversarial(engine: Session, against: Any, *, batches: bool = False) -
     if isinstance(against, IBP):
         check_intervals(engine, against)
         return
+    engine.memory.backend.traits.check_has("adversarial")
     if against.plain.restarts > 1:
         raise ArgumentError("adversarial: restarts are for Engine.attack; training takes one, restarts=1")
     if engine.normalise:

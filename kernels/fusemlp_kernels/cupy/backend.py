@@ -11,22 +11,9 @@ import numpy as np
 from fusemlp_kernels.binders import check_names
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.cupy.device import Array, Device, all_shared, strides_of
-from fusemlp_kernels.cupy.layers import bind_grad_input, bind_linear, bind_perturb
+from fusemlp_kernels.cupy.layers import bind_grad_input, bind_linear
 from fusemlp_kernels.cupy.losses import bind_linear_loss_grad, bind_loss_grad
-from fusemlp_kernels.cupy.members import (
-    bind_affine_members,
-    bind_grad_affine_members,
-    bind_grad_input_members,
-    bind_grad_weight_members,
-    bind_linear_members,
-)
-from fusemlp_kernels.cupy.updates import (
-    bind_advance,
-    bind_clip_examples,
-    bind_grad_weight,
-    bind_grad_weight_update,
-    bind_update,
-)
+from fusemlp_kernels.cupy.updates import bind_advance, bind_grad_weight, bind_grad_weight_update, bind_update
 
 _log = logging.getLogger("fusemlp.kernels")
 
@@ -35,16 +22,9 @@ BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
     "linear_loss_grad": bind_linear_loss_grad,
     "loss_grad": bind_loss_grad,
     "grad_input": bind_grad_input,
-    "affine_members": bind_affine_members,
-    "grad_affine_members": bind_grad_affine_members,
-    "linear_members": bind_linear_members,
-    "grad_input_members": bind_grad_input_members,
-    "grad_weight_members": bind_grad_weight_members,
-    "clip_examples": bind_clip_examples,
     "grad_weight": bind_grad_weight,
     "grad_weight_update": bind_grad_weight_update,
     "update": bind_update,
-    "perturb": bind_perturb,
     "advance": bind_advance,
 }
 

@@ -1,5 +1,5 @@
 // The kernels beside the products of grad_weight: the gradients of the biases and of learned slopes, with the factors of
-// the products; a sum of matrices that cuBLAS cannot write in place; and, before the products, clip_examples.
+// the products; and a sum of matrices that cuBLAS cannot write in place.
 
 #include "common.cuh"
 #include "clock.cuh"
@@ -127,51 +127,4 @@ extern "C" __global__ void __launch_bounds__(THREADS) combine(const Combine call
     float value = call.source.data ? alpha * *call.source.at(row, column) : 0.0f;
     float* out = call.out.at(row, column);
     *out = beta == 0.0f ? value : value + beta * *out;
-}
-
-struct Clipped {
-    Matrix<const Compute> x;
-    Matrix<Compute> dz;
-    long long inputs;  // 0: the weights are not trained
-    long long outputs;
-    long long biased;  // the bias is trained
-};
-
-struct Clip {
-    const Clipped* layers;
-    long long count;
-    const long long* counters;
-    double limit;
-};
-
-// The sum of the squares of a row, in every thread.
-template <typename T>
-__device__ inline double square_of_row(const Matrix<T>& values, long long row, long long columns) {
-    double total = 0.0;
-    for (long long column = threadIdx.x; column < columns; column += THREADS) {
-        double value = load(values.at(row, column));
-        total += value * value;
-    }
-    return block_sum(total);
-}
-
-// Scales a row of every dz, one a block, so that the row's gradient has no norm above the limit. A NaN stays.
-extern "C" __global__ void __launch_bounds__(THREADS) clip_examples(const Clip call) {
-    long long row = blockIdx.x;
-    if (row >= call.counters[ROW_COUNT]) return;
-    double squares = 0.0;
-    for (long long i = 0; i < call.count; i++) {
-        const Clipped& layer = call.layers[i];
-        double width = square_of_row(layer.x, row, layer.inputs) + static_cast<double>(layer.biased);
-        squares += width * square_of_row(layer.dz, row, layer.outputs);
-    }
-    if (squares <= call.limit * call.limit) return;
-    float factor = static_cast<float>(call.limit / sqrt(squares));
-    for (long long i = 0; i < call.count; i++) {
-        const Clipped& layer = call.layers[i];
-        for (long long column = threadIdx.x; column < layer.outputs; column += THREADS) {
-            Compute* at = layer.dz.at(row, column);
-            store(at, load(at) * factor);
-        }
-    }
 }

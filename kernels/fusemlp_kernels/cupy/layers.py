@@ -1,4 +1,4 @@
-"""Binding the calls of one layer, ``linear`` and ``grad_input``, and ``perturb``, which moves its inputs."""
+"""Binding the calls of one layer, ``linear`` and ``grad_input``."""
 
 from __future__ import annotations
 
@@ -81,16 +81,3 @@ def bind_grad_input(device: Device, given: SimpleNamespace) -> Run:
         columns=given.K, **activation_fields(given), **dropout_fields(given.dropout),
     )  # fmt: skip
     return in_sequence([multiply, after])
-
-
-@binds("perturb")
-def bind_perturb(device: Device, given: SimpleNamespace) -> Run:
-    """Bind the contract's ``perturb``: a block for each row."""
-    change = given.change
-    key0, key1 = seed_key(change.seed or 0)
-    return device.launch(
-        "layers", "perturb", given.M, x=given.x, dx=given.dx, adv=given.adv if given.start is None else given.start,
-        indices=given.rows, counters=given.counters, columns=given.K,
-        drawn=given.dx is None and change.seed is not None, key0=key0, key1=key1, length=change.step,
-        euclid=change.norm == "2", eps=change.eps, low=change.low, high=change.high,
-    )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 FOLDER = Path(__file__).parent
-MODULES = ("layers", "members", "loss", "gradients", "update")
+MODULES = ("layers", "loss", "gradients", "update")
 # The options of a module, for each type of the factors of the matrix products.
 PRECISIONS = {
     "float": ("-std=c++17", "-DCOMPUTE_IS_HALF=0"),

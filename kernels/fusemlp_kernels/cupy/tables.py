@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp_kernels.contract import GROWTH_INTERVAL, Noise, TensorRule, UpdateRule
+from fusemlp_kernels.contract import GROWTH_INTERVAL, TensorRule, UpdateRule
 from fusemlp_kernels.cupy import sources
 from fusemlp_kernels.cupy.device import THREADS, Array, Device, Run, nothing
-from fusemlp_kernels.philox import seed_key
 
 # Columns and rows of a block of ``column_sums``, and elements of one of ``update``.
 COLUMNS, PART_ROWS, ELEMENTS = 32, 256, 4 * THREADS
@@ -59,9 +58,6 @@ class Table:
 class Tensors(Table):
     """The table of ``update.cu``: parameters with their gradients and states."""
 
-    # tensors so far, those without elements too
-    count = 0
-
     def add(
         self, rule: TensorRule, g: Array, p: Array | None = None, states: Sequence[Array] = (),
         shadow: Array | None = None,
@@ -73,8 +69,7 @@ class Tensors(Table):
         if all(array.flags.c_contiguous for array in arrays.values()):
             arrays = {name: array.reshape(-1) for name, array in arrays.items()}
         rows, columns = (1, *arrays["g"].shape)[-2:]
-        self.enter(rule, -(-g.size // ELEMENTS), rows=rows, columns=columns, number=self.count, **arrays)
-        self.count += 1
+        self.enter(rule, -(-g.size // ELEMENTS), rows=rows, columns=columns, **arrays)
 
     def bind_norm(self, norm: Array) -> Run:
         """Return the run of norm (1,) = the Euclidean norm of all gradients."""
@@ -83,17 +78,11 @@ class Tensors(Table):
         partials = self.device.allocate(self.blocks, "float64")
         return self._launch("gradient_norm", norm=norm, partials=partials, ticket=self.device.allocate(1, "uint32"))
 
-    def bind_update(self, norm: Array | None = None, *, scaled: bool = False, noise: Noise | None = None) -> Run:
+    def bind_update(self, norm: Array | None = None, *, scaled: bool = False) -> Run:
         """Return the run of the optimizer over all tensors, and of the clock."""
         if not self.blocks:
             return self._launch("advance", **self.clock())
-        if noise is None:
-            return self._launch("update", norm=norm, **self.clock(scaled=scaled))
-        key0, key1 = seed_key(noise.seed)
-        return self._launch(
-            "update_with_noise", norm=norm, **self.clock(scaled=scaled), deviation=noise.deviation,
-            divisor=noise.divisor, key0=key0, key1=key1, batches=self.given.rows,
-        )  # fmt: skip
+        return self._launch("update", norm=norm, **self.clock(scaled=scaled))
 
     def _launch(self, kernel: str, **fields: Any) -> Run:
         tensors, kept = self.device.table("update", "Tensor", self.rows)

@@ -3,7 +3,6 @@
 
 #include "common.cuh"
 #include "clock.cuh"
-#include "noise.cuh"
 #include "pointwise.cuh"
 
 // Elements of a tensor that a block updates.
@@ -22,7 +21,6 @@ struct Tensor {
     Matrix<Compute> shadow;  // the parameter rounded; null: not kept
     double factor;
     double decay;
-    long long number;  // among the tensors, for its noise
 };
 
 struct Update {
@@ -35,17 +33,11 @@ struct Update {
     long long* counters;
     const Rule* rule;
     unsigned* ticket;
-    double deviation;  // of the noise
-    double divisor;  // of a gradient with its noise
-    long long key0;
-    long long key1;
-    const long long* batches;  // the rows of all batches, with the padding of each; null: no batch has any
 };
 
 // Updates every tensor to the mean of the accumulated gradients, clipped by their global norm. Under loss scaling a
 // norm that is not finite skips the update: only the counters and the scale change.
-template <bool NOISY>
-__device__ __forceinline__ void update_all(const Update& call) {
+extern "C" __global__ void __launch_bounds__(THREADS) update(const Update call) {
     const Rule& rule = *call.rule;
     bool due = (call.counters[BATCH_INDEX] + 1) % rule.accumulate == 0;
     bool sound = true;
@@ -76,10 +68,6 @@ __device__ __forceinline__ void update_all(const Update& call) {
             long long column = at - row * tensor.columns;
             float* p = tensor.p.at(row, column);
             float g = *tensor.g.at(row, column) * static_cast<float>(factor);
-            if constexpr (NOISY) {
-                double z = normal(at, tensor.number, call.counters[UPDATE_COUNT], call.key0, call.key1);
-                g = static_cast<float>((g + call.deviation * z) / call.divisor);
-            }
             float* s0 = tensor.s0.data ? tensor.s0.at(row, column) : nullptr;
             float* s1 = tensor.s1.data ? tensor.s1.at(row, column) : nullptr;
             float value = updated(*p, g, s0, s1, rule.code, scalars);
@@ -88,20 +76,9 @@ __device__ __forceinline__ void update_all(const Update& call) {
             if (tensor.shadow.data) store(tensor.shadow.at(row, column), value);
         }
     }
-    if (!is_last(call.ticket)) return;
-    if (threadIdx.x == 0) advance_clock(call.counters, call.hyper, call.rates, call.rule, applied, due && !sound);
-    if constexpr (NOISY) {
-        if (call.batches) leave_out_padding(call.counters, call.batches);
+    if (is_last(call.ticket) && threadIdx.x == 0) {
+        advance_clock(call.counters, call.hyper, call.rates, call.rule, applied, due && !sound);
     }
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) update(const Update call) {
-    update_all<false>(call);
-}
-
-// Each gradient becomes (g + deviation * z) / divisor, z being standard normal.
-extern "C" __global__ void __launch_bounds__(THREADS) update_with_noise(const Update call) {
-    update_all<true>(call);
 }
 
 // norm (1,) = the Euclidean norm of all gradients. The square of a float, and a sum of 2**63 of them, fits a double.

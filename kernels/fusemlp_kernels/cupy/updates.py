@@ -1,4 +1,4 @@
-"""Binding the calls over all layers at once: ``clip_examples``, ``grad_weight``, ``grad_weight_update``, ``update``."""
+"""Binding the calls over all layers at once: ``grad_weight``, ``grad_weight_update``, ``update``, ``advance``."""
 
 from __future__ import annotations
 
@@ -26,31 +26,9 @@ def _bind_weight(device: Device, op: str, index: int, layer: SimpleNamespace, ou
     return bind_product(device, out, transposed(layer.dz), _batch(op, index, layer), scalars)
 
 
-@binds("clip_examples")
-def bind_clip_examples(device: Device, given: SimpleNamespace) -> Run:
-    """Bind the contract's ``clip_examples``: one launch."""
-    rows = [
-        {
-            "x": _batch("clip_examples", index, layer), "dz": layer.dz, "inputs": layer.K if layer.w_trained else 0,
-            "outputs": layer.N, "biased": layer.b_trained,
-        }
-        for index, layer in enumerate(given.layers)
-    ]  # fmt: skip
-    layers, kept = device.table("gradients", "Clipped", rows)
-    return device.launch(
-        "gradients", "clip_examples", given.M, kept,
-        layers=layers, count=len(rows), counters=given.counters, limit=given.clip,
-    )  # fmt: skip
-
-
 @binds("grad_weight", without=_NO_PARTS)
 def bind_grad_weight(device: Device, given: SimpleNamespace) -> Run:
-    """Bind the contract's ``grad_weight``."""
-    return bind_gradients(device, given)
-
-
-def bind_gradients(device: Device, given: SimpleNamespace) -> Run:
-    """Return the run of checked operands: a product for each weight, and one kernel for all biases and slopes."""
+    """Bind the contract's ``grad_weight``: a product for each weight, and one kernel for all biases and slopes."""
     sums, tensors = Sums(device, given), Tensors(device, given)
     # while gradients accumulate, beta is a number on the card
     scalars = sums.pair(PLAIN) if given.rule.accumulate > 1 else None
@@ -104,7 +82,7 @@ def bind_grad_weight_update(device: Device, given: SimpleNamespace) -> Run:
     return in_sequence([sums.bind(sgd=plain), *products, *([] if plain else [tensors.bind_update()])])
 
 
-@binds("update", without=_NO_PARTS)
+@binds("update", without=[*_NO_PARTS, "noise", "rows"])
 def bind_update(device: Device, given: SimpleNamespace) -> Run:
     """Bind the contract's ``update``: one launch, and one for the norm if it is needed and not given."""
     before: list[Run] = []
@@ -116,17 +94,13 @@ def bind_update(device: Device, given: SimpleNamespace) -> Run:
         before.append(whole.bind_norm(norm))
     tensors = Tensors(device, given)
     for segment in given.segments:
-        # between the rows there is no noise
-        shape: tuple[int, ...] = (segment.size,)
-        pitch = 1
-        if given.noise is not None and segment.pitch:
-            shape, pitch = (segment.size // segment.pitch, segment.columns), segment.pitch
+        stretch = slice(segment.offset, segment.offset + segment.size)
         grads, params, shadow, *states = (
-            None if arena is None else device.view(arena, segment.offset, shape, pitch)
+            None if arena is None else arena[stretch]
             for arena in (given.grads, given.params, given.shadow, *given.states)
         )
         tensors.add(segment.rule, grads, params, states, shadow)
-    return in_sequence([*before, tensors.bind_update(norm, scaled=given.scaled, noise=given.noise)])
+    return in_sequence([*before, tensors.bind_update(norm, scaled=given.scaled)])
 
 
 @binds("advance")

@@ -170,9 +170,4 @@ inline unsigned short float_to_half(float value) {
     return static_cast<unsigned short>(sign | size);
 }
 
-inline void sincospi(double value, double* sine, double* cosine) {
-    *sine = std::sin(3.141592653589793 * value);
-    *cosine = std::cos(3.141592653589793 * value);
-}
-
 using std::isnan;
