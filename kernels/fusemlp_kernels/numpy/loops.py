@@ -22,18 +22,16 @@ from fusemlp_kernels.pointwise import OPTIMIZERS
 
 Array = np.ndarray[Any, Any]
 
-# Names of ``compiled.tables`` and of the printed formulas that a table may do without, so that no code is compiled for
-# them.
+# Names and fields of ``compiled.tables``, and names of the printed formulas, that a table may do without, so that no
+# code is compiled for them.
 OPTIMIZER_NAMES = tuple(f"RULE_{name.upper()}" for name in OPTIMIZERS)
 NAMES = frozenset(
     {
         *("GATHER", "AFFINE", "ACTIVATE", "ENTROPY", "ELEMENTWISE", "PADDING", "BACKWARD"),
         *("WEIGHT", "BIAS", "SLOPES", "NORM", "UPDATE", "PACK"),
-        *("SQUARES", "SHRINK", "NOISY", "BY_ITSELF", "PERTURB", "DRAWN"),
-        *("MEMBERS_AFFINE", "MEMBERS_BACKWARD", "HEADS", "HEADS_BACKWARD", "MEMBERS", "PARTS", "BY_R", "BY_S"),
-        *("PARAM", "AVERAGE", "PANELS", "PULLS"),
-        *("KEEP", "SOFT", "SMOOTHED", "IGNORES", "WEIGHTED", "CLASS_WEIGHTED", "WIDE"),
-        *("DESCENDS", "SLOPE", "DSLOPE"),
+        *("SQUARES", "SHRINK", "BY_ITSELF", "PERTURB", "MEMBERS_AFFINE", "MEMBERS_BACKWARD", "HEADS", "HEADS_BACKWARD"),
+        *("noisy", "drawn", "members", "parts", "by_r", "by_s", "param", "average", "panels", "pulls"),
+        *("keep", "soft", "smoothed", "ignores", "weighted", "class_weighted", "wide", "descends", "slope", "dslope"),
         *(name.upper() for name in (*ACTIVATIONS, *LOSSES)),
         *OPTIMIZER_NAMES,
     }

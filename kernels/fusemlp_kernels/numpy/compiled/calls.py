@@ -1,4 +1,4 @@
-"""Reading the tables: a row of calls, the rows of the batch that it has, and the memory that it names."""
+"""Reading a row of calls: the rows of the batch that it has, and the memory that it names."""
 
 from __future__ import annotations
 
@@ -10,41 +10,34 @@ from numba.extending import register_jitable
 from fusemlp_kernels.contract import ROW_COUNT
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.compiled.options import EXACT
-from fusemlp_kernels.numpy.compiled.views import elements, part
+from fusemlp_kernels.numpy.compiled.views import elements
 
 
 @register_jitable(**EXACT)
-def row_of(integers: Any, factors: Any, at: int) -> Any:
-    """A row of calls and its factors."""
-    call = part(integers, t.HEAD_COLUMNS + t.CALL_COLUMNS * at)
-    return call, part(factors, t.HEAD_FACTORS + t.CALL_FACTORS * at)
-
-
-@register_jitable(**EXACT)
-def batch_rows(integers: Any, counters: Any) -> int:
+def batch_rows(head: Any, counters: Any) -> int:
     """The number of rows of the batch."""
-    return integers[t.BATCH] if integers[t.BATCH] != t.COUNTED else counters[ROW_COUNT]
+    return head.batch if head.batch != t.COUNTED else counters[ROW_COUNT]
 
 
 @register_jitable(**EXACT)
-def shard_rows(call: Any, integers: Any, counters: Any) -> int:
+def shard_rows(call: Any, head: Any, counters: Any) -> int:
     """The number of rows of the batch that a call has: all, or those of its shard."""
-    whole = batch_rows(integers, counters)
-    return max(0, min(integers[t.SHARD_ROWS], whole - call[t.SHARD])) if integers[t.SHARD_ROWS] else whole
+    whole = batch_rows(head, counters)
+    return max(0, min(head.shard_rows, whole - call.shard)) if head.shard_rows else whole
 
 
 @register_jitable(**EXACT)
-def slope_of(call: Any, numbers: Any, like: Any) -> float:
+def slope_of(call: Any, like: Any) -> float:
     """The slope of a call's activation."""
-    if call[t.SLOPE]:
-        return float(elements(like, call[t.SLOPE])[0])
-    return numbers[t.FIXED_SLOPE]
+    if call.slope:
+        return float(elements(like, call.slope)[0])
+    return call.fixed_slope
 
 
 @register_jitable(**EXACT)
-def lanes_of(integers: Any, task: int) -> int:
+def lanes_of(head: Any, task: int) -> int:
     """The address of a task's memory for random words."""
-    return integers[t.AT_LANES] + 8 * integers[t.LANES_ROW] * task
+    return head.lanes + 8 * head.lanes_row * task
 
 
 @register_jitable(**EXACT)

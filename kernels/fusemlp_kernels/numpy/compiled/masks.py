@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.compiled.options import EXACT
 from fusemlp_kernels.numpy.compiled.views import elements, part
 from fusemlp_kernels.philox import KEY_STEPS, LANES, MULTIPLIERS, ROUNDS, WORD
@@ -41,20 +40,20 @@ def draw(pairs: Any, blocks: int, row: Any, c2: Any, c3: Any, k0: Any, k1: Any) 
 
 @register_jitable(**EXACT)
 def drop(
-    call: Any, numbers: Any, y: Any, keep: Any, memory: int, first: int, rows: int, batch_index: int
+    call: Any, y: Any, keep: Any, memory: int, first: int, rows: int, batch_index: int
 ) -> None:  # fmt: skip
     """``y = y * keep / (1 - rate)``, the mask of this batch written into keep; both flat, (rows, N), and row ``first``
     of the batch the first of them.
 
     memory: an address, two uint64 of any contents for each 8 columns begun.
     """
-    columns = call[t.N]
+    columns = call.n
     pairs, lanes = elements(np.uint64, memory), elements(np.uint16, memory)
     real = y.dtype.type
-    factor, zero = real(1.0 / (1.0 - numbers[t.RATE])), real(0.0)
-    least = np.uint32(call[t.THRESHOLD])
-    k0, k1 = np.uint64(call[t.KEY_LOW]), np.uint64(call[t.KEY_HIGH])
-    c2, c3 = np.uint64(call[t.MASK_LAYER]) & _WORD, np.uint64(batch_index) & _WORD
+    factor, zero = real(1.0 / (1.0 - call.rate)), real(0.0)
+    least = np.uint32(call.threshold)
+    k0, k1 = np.uint64(call.key_low), np.uint64(call.key_high)
+    c2, c3 = np.uint64(call.mask_layer) & _WORD, np.uint64(batch_index) & _WORD
     # the first lane is in a number's lowest bits, which are the first in memory (all that numba compiles for)
     blocks = (columns + LANES - 1) // LANES
     for i in range(rows):

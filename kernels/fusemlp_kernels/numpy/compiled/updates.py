@@ -10,8 +10,7 @@ from numba.extending import register_jitable
 from fusemlp_kernels.contract import LEARNING_RATE
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT, REDUCTION
 from fusemlp_kernels.numpy.compiled.pointwise_numba import update_tensor
-from fusemlp_kernels.numpy.compiled.tables import DECAY, LR_FACTOR, OFFSET, SIZE, TENSOR_COLUMNS, TENSOR_FACTORS
-from fusemlp_kernels.numpy.compiled.views import part
+from fusemlp_kernels.numpy.compiled.views import part, tensor_at
 
 
 @register_jitable(**REDUCTION)
@@ -36,7 +35,7 @@ def penalise(p: Any, g: Any, count: int, strength: float) -> float:
 
 @register_jitable(**EXACT)
 def clip_factor(
-    grads: Any, tensors: Any, first: int, end: int, total: float, scale: float, limit: float
+    grads: Any, tensors: int, first: int, end: int, total: float, scale: float, limit: float
 ) -> float:  # fmt: skip
     """The factor of clipping for the gradients of tensors first to before end, which ``scale`` multiplies already.
 
@@ -46,15 +45,15 @@ def clip_factor(
     if math.isinf(norm):
         # the squares overflowed, perhaps not the norm
         largest = 0.0
-        for t in range(first, end):
-            start = tensors[t * TENSOR_COLUMNS + OFFSET]
-            for i in range(start, start + tensors[t * TENSOR_COLUMNS + SIZE]):
+        for at in range(first, end):
+            tensor = tensor_at(tensors, at)
+            for i in range(tensor.offset, tensor.offset + tensor.size):
                 largest = max(largest, abs(grads[i]))
         if not math.isinf(largest):
             total = 0.0
-            for t in range(first, end):
-                start = tensors[t * TENSOR_COLUMNS + OFFSET]
-                total += squares(part(grads, start), tensors[t * TENSOR_COLUMNS + SIZE], largest)
+            for at in range(first, end):
+                tensor = tensor_at(tensors, at)
+                total += squares(part(grads, tensor.offset), tensor.size, largest)
             norm = largest * math.sqrt(total)
     factor = limit / (norm * scale + 1e-6)
     return 1.0 if factor > 1.0 else factor
@@ -62,13 +61,11 @@ def clip_factor(
 
 @register_jitable(**ELEMENTWISE)
 def update_part(
-    p: Any, g: Any, s0: Any, s1: Any, count: int, tensor_factors: Any, t: int, rule: Any, factors: Any, hyper: Any,
-    scale: float,
+    p: Any, g: Any, s0: Any, s1: Any, count: int, tensor: Any, rule: Any, hyper: Any, scale: float
 ) -> None:  # fmt: skip
-    """Update a part of tensor t from its gradient times ``scale``; g is written to."""
+    """Update a part of a tensor from its gradient times ``scale``; g is written to."""
     if scale != 1.0:
         times = p.dtype.type(scale)
         for i in range(count):
             g[i] *= times
-    rate = hyper[LEARNING_RATE] * tensor_factors[t * TENSOR_FACTORS + LR_FACTOR]
-    update_tensor(p, g, s0, s1, count, rate, tensor_factors[t * TENSOR_FACTORS + DECAY], rule, factors, hyper)
+    update_tensor(p, g, s0, s1, count, hyper[LEARNING_RATE] * tensor.lr_factor, tensor.decay, rule, hyper)
