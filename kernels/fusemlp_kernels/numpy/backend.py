@@ -13,7 +13,7 @@ from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
 from fusemlp_kernels.numpy.calls import ENTRIES
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.cores import threads
-from fusemlp_kernels.numpy.tables import Array, Form, Run, Table
+from fusemlp_kernels.numpy.tables import Array, BoundTable, CallTable, Run
 
 # Arrays start at multiples of this.
 ALIGNMENT_BYTES = 256
@@ -101,12 +101,12 @@ class NumpyBackend:
         real = self._dtypes["real"]
         if op == "train_resident":
             return _bind_train_resident(real, **operands)
-        table = Table(real)
+        table = CallTable(real)
         return table.bind(ENTRIES[op](table, table.operands(op, operands)))
 
     def bind_calls(self, calls: Sequence[tuple[str, Operands]], arrays: Sequence[Array | None]) -> Run:
         """Bind calls on one batch as one launch: ``run(addresses)`` finds ``arrays``, contiguous, at the addresses."""
-        table = Table(self._dtypes["real"])
+        table = CallTable(self._dtypes["real"])
         counts = [ENTRIES[op](table, table.operands(op, operands)) for op, operands in calls]
         return table.bind_moving(counts[-1], arrays)
 
@@ -141,7 +141,7 @@ def _bind_train_resident(
             "train_resident: calls: expected those of a training step, with a loss and last what advances "
             f"the clock, got {', '.join(op for op, _ in calls)}"
         )
-    table = Table(real, shards=len(shards), shard_rows=batch)
+    table = CallTable(real, shards=len(shards), shard_rows=batch)
     for at, (op, operands) in enumerate(calls):
         table.shard = shards[at * len(shards) // len(calls)] if shards else 0
         ENTRIES[op](table, table.operands(op, operands))
@@ -152,7 +152,7 @@ def _bind_train_resident(
     # an array with two names may be two arrays in the next model
     distinct = arrays is not None and len({id(array) for array in arrays.values()}) == len(arrays)
     if memo is not None and arrays is not None and distinct and not table.converts:
-        memo["form"] = Form(table, arrays)
+        memo["form"] = BoundTable(table, arrays)
     return run
 
 

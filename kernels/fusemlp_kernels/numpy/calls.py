@@ -15,11 +15,11 @@ from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, NEEDS_Z, Segment, Tens
 from fusemlp_kernels.errors import ArgumentError, unknown_name
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.plan import MOST_TASKS
-from fusemlp_kernels.numpy.tables import Array, Table
+from fusemlp_kernels.numpy.tables import Array, CallTable
 from fusemlp_kernels.ops import OPS
 from fusemlp_kernels.philox import seed_key, threshold
 
-Enter = Callable[[Table, SimpleNamespace], int]
+Enter = Callable[[CallTable, SimpleNamespace], int]
 ENTRIES: dict[str, Enter] = {}
 Fields = Mapping[str, Any]
 
@@ -54,7 +54,7 @@ def _code(what: str, name: str, known: Sequence[str]) -> int:
     return known.index(name)
 
 
-def activation(table: Table, call: SimpleNamespace) -> dict[str, Any]:
+def activation(table: CallTable, call: SimpleNamespace) -> dict[str, Any]:
     """The fields of an activation."""
     code = _code("activation", call.activation, ACTIVATIONS)
     # the loop passes over the identity without a call
@@ -80,7 +80,7 @@ def row_numbers(rows: Array | None, count: int) -> dict[str, Any]:
     return {"rows": np.arange(count) if rows is None else rows, "walks": rows is not None}
 
 
-def _gathered(table: Table, x: Array, rows: Array | None, gathered: Array | None, count: int) -> Array:
+def _gathered(table: CallTable, x: Array, rows: Array | None, gathered: Array | None, count: int) -> Array:
     """The batch, with the row that gathers it where it is picked by row number."""
     if rows is None:
         return x
@@ -98,7 +98,7 @@ def _in_dots(w: Array) -> bool:
     return bool(-(-outputs // lanes) * inputs > sums * (-(-inputs // lanes) + TREE))
 
 
-def _affine(table: Table, x: Array, w: Array, b: Array, z: Array) -> None:
+def _affine(table: CallTable, x: Array, w: Array, b: Array, z: Array) -> None:
     """The pre-activation of a layer."""
     table.height = max(table.height, len(z))
     weights = {"w": w} if _in_dots(w) else {"panels": table.in_panels(w)}
@@ -106,7 +106,7 @@ def _affine(table: Table, x: Array, w: Array, b: Array, z: Array) -> None:
 
 
 @enters("linear")
-def _linear(table: Table, call: SimpleNamespace) -> int:
+def _linear(table: CallTable, call: SimpleNamespace) -> int:
     y, w = call.y, call.w
     z = y if call.activation not in NEEDS_Z else table.scratch(*y.shape) if call.z is None else call.z
     activated, dropped = activation(table, call), dropout(call)
@@ -119,12 +119,12 @@ def _linear(table: Table, call: SimpleNamespace) -> int:
 
 
 @enters("loss_grad")
-def _loss_grad(table: Table, call: SimpleNamespace) -> int:
+def _loss_grad(table: CallTable, call: SimpleNamespace) -> int:
     return _loss_of(table, call, call.z, fresh=False)
 
 
 @enters("linear_loss_grad")
-def _linear_loss_grad(table: Table, call: SimpleNamespace) -> int:
+def _linear_loss_grad(table: CallTable, call: SimpleNamespace) -> int:
     x, w, gathered = call.x, call.w, call.gathered
     count = len(x) if call.x_rows is None or gathered is None else len(gathered)
     x, z = _gathered(table, x, call.x_rows, gathered, count), table.scratch(count, len(w))
@@ -132,7 +132,7 @@ def _linear_loss_grad(table: Table, call: SimpleNamespace) -> int:
     return _loss_of(table, call, z, fresh=True)
 
 
-def _loss_of(table: Table, call: SimpleNamespace, z: Array, *, fresh: bool) -> int:
+def _loss_of(table: CallTable, call: SimpleNamespace, z: Array, *, fresh: bool) -> int:
     """The loss and dz of pre-activations z; ``fresh``: z is neither dz nor read later.
 
     Targets and weights are read through the rows, and the shares stay in a register.
@@ -176,7 +176,7 @@ def _loss_of(table: Table, call: SimpleNamespace, z: Array, *, fresh: bool) -> i
 
 
 @enters("grad_input")
-def _grad_input(table: Table, call: SimpleNamespace) -> int:
+def _grad_input(table: CallTable, call: SimpleNamespace) -> int:
     out, w, y = call.dz_prev, call.w, call.y
     table.height = max(table.height, len(out))
     table.add(
@@ -194,7 +194,7 @@ def _input(layer: SimpleNamespace) -> Array:
 
 
 @enters("clip_examples")
-def _clip_examples(table: Table, call: SimpleNamespace) -> int:
+def _clip_examples(table: CallTable, call: SimpleNamespace) -> int:
     norms = table.scratch(_batch(call.layers), dtype=np.float64)
     for index, layer in enumerate(call.layers):
         x, dz = _input(layer), layer.dz
@@ -208,7 +208,7 @@ def _clip_examples(table: Table, call: SimpleNamespace) -> int:
 
 
 @enters("perturb")
-def _perturb(table: Table, call: SimpleNamespace) -> int:
+def _perturb(table: CallTable, call: SimpleNamespace) -> int:
     change, out = call.change, call.adv if call.start is None else call.start
     count, columns = out.shape
     table.height = max(table.height, count)
@@ -225,7 +225,7 @@ def _perturb(table: Table, call: SimpleNamespace) -> int:
     return rows
 
 
-def _gradients(table: Table, layer: SimpleNamespace, w: Fields | None, b: Fields | None) -> None:
+def _gradients(table: CallTable, layer: SimpleNamespace, w: Fields | None, b: Fields | None) -> None:
     """The gradients by a layer's weights and bias, w and b being what else their rows have; None is left out."""
     x, dz = _input(layer), layer.dz
     table.height = max(table.height, len(dz))
@@ -235,7 +235,7 @@ def _gradients(table: Table, layer: SimpleNamespace, w: Fields | None, b: Fields
         table.add("BIAS", n=dz.shape[1], dz=dz, sums=table.scratch(dz.shape[1]), **b)
 
 
-def _slope(table: Table, slope: SimpleNamespace, fields: Fields) -> None:
+def _slope(table: CallTable, slope: SimpleNamespace, fields: Fields) -> None:
     table.add("SLOPES", n=1, dz=slope.dslope, sums=table.scratch(1), **fields)
 
 
@@ -244,7 +244,7 @@ def _batch(layers: Sequence[SimpleNamespace]) -> int:
 
 
 @enters("grad_weight")
-def _grad_weight(table: Table, call: SimpleNamespace) -> int:
+def _grad_weight(table: CallTable, call: SimpleNamespace) -> int:
     for layer in call.layers:
         _gradients(table, layer, *(None if out is None else {"out": out} for out in (layer.dw, layer.db)))
     for slope in call.slopes:
@@ -254,7 +254,7 @@ def _grad_weight(table: Table, call: SimpleNamespace) -> int:
 
 
 @enters("grad_weight_update")
-def _grad_weight_update(table: Table, call: SimpleNamespace) -> int:
+def _grad_weight_update(table: CallTable, call: SimpleNamespace) -> int:
     rule = call.rule
     if rule.clip_norm is not None or rule.accumulate != 1:
         raise ArgumentError(
@@ -290,7 +290,7 @@ def _updated(rule: UpdateRule, param: Array, states: Sequence[Array]) -> dict[st
 
 
 @enters("update")
-def _update(table: Table, call: SimpleNamespace) -> int:
+def _update(table: CallTable, call: SimpleNamespace) -> int:
     params, grads, segments, rule = call.params, call.grads, call.segments, call.rule
     if call.noise is not None:
         call.noise.check(rule)
@@ -319,7 +319,7 @@ def _range(tensors: Sequence[int]) -> dict[str, int]:
 
 
 def _with_gradients(
-    table: Table, grads: Array, arenas: Mapping[str, Array], segments: Sequence[Segment], tensors: Sequence[int]
+    table: CallTable, grads: Array, arenas: Mapping[str, Array], segments: Sequence[Segment], tensors: Sequence[int]
 ) -> bool:
     """Update each tensor where its gradient is computed; False if not all gradients are."""
     found = [table.gradient_at(grads, segment.offset, segment.size) for segment in segments]
@@ -334,7 +334,7 @@ def _with_gradients(
 
 
 @enters("penalty")
-def _penalty(table: Table, call: SimpleNamespace) -> int:
+def _penalty(table: CallTable, call: SimpleNamespace) -> int:
     for layer in call.layers:
         # the row of this gradient adds it
         row = table.gradient_at(layer.dw, 0, layer.dw.size)
@@ -344,19 +344,19 @@ def _penalty(table: Table, call: SimpleNamespace) -> int:
 
 
 @enters("advance")
-def _advance(table: Table, call: SimpleNamespace) -> int:
+def _advance(table: CallTable, call: SimpleNamespace) -> int:
     table.clock(call.rule, call.hyper, call.rates, call.counters)
     table.add("CLOCK")
     return 0
 
 
-def _of_members(table: Table, vectors: Array, rows: int, outputs: int = 1) -> int:
+def _of_members(table: CallTable, vectors: Array, rows: int, outputs: int = 1) -> int:
     """The number of members; a task has as many rows of each."""
     table.height, table.members = max(table.height, rows), len(vectors) // outputs
     return table.members
 
 
-def _factors(table: Table, call: SimpleNamespace, rows: int, width: int) -> dict[str, Any]:
+def _factors(table: CallTable, call: SimpleNamespace, rows: int, width: int) -> dict[str, Any]:
     """The fields of what members do between products, with memory for two rows of each task."""
     if call.activation == "prelu":
         raise ArgumentError("activation: members share no learned slope; give another activation than prelu")
@@ -368,7 +368,7 @@ def _factors(table: Table, call: SimpleNamespace, rows: int, width: int) -> dict
 
 
 @enters("affine_members")
-def _affine_members(table: Table, call: SimpleNamespace) -> int:
+def _affine_members(table: CallTable, call: SimpleNamespace) -> int:
     rows, width = call.y.shape
     table.add("MEMBERS_AFFINE", out=call.y, **_factors(table, call, rows, width))
     table.control(call.counters)
@@ -376,7 +376,7 @@ def _affine_members(table: Table, call: SimpleNamespace) -> int:
 
 
 @enters("grad_affine_members")
-def _grad_affine_members(table: Table, call: SimpleNamespace) -> int:
+def _grad_affine_members(table: CallTable, call: SimpleNamespace) -> int:
     rows, width = call.dy.shape
     fields = _factors(table, call, rows, width)
     if call.s is not None:
@@ -394,7 +394,7 @@ def _grad_affine_members(table: Table, call: SimpleNamespace) -> int:
 
 
 @enters("linear_members")
-def _linear_members(table: Table, call: SimpleNamespace) -> int:
+def _linear_members(table: CallTable, call: SimpleNamespace) -> int:
     rows, outputs = call.z.shape
     members = _of_members(table, call.w, rows, outputs)
     panels = table.in_panels(call.w)
@@ -404,7 +404,7 @@ def _linear_members(table: Table, call: SimpleNamespace) -> int:
 
 
 @enters("grad_input_members")
-def _grad_input_members(table: Table, call: SimpleNamespace) -> int:
+def _grad_input_members(table: CallTable, call: SimpleNamespace) -> int:
     rows, outputs = call.dz.shape
     members = _of_members(table, call.w, rows, outputs)
     table.add("HEADS_BACKWARD", n=outputs, k=call.w.shape[1], members=members, dz=call.dz, w=call.w, out=call.dx)
@@ -413,7 +413,7 @@ def _grad_input_members(table: Table, call: SimpleNamespace) -> int:
 
 
 @enters("grad_weight_members")
-def _grad_weight_members(table: Table, call: SimpleNamespace) -> int:
+def _grad_weight_members(table: CallTable, call: SimpleNamespace) -> int:
     rows, outputs = call.dz.shape
     for kind, out, inputs in (("WEIGHT", call.dw, call.x.shape[1]), ("BIAS", call.db, 0)):
         if out is not None:

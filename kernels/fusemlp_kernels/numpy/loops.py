@@ -74,7 +74,7 @@ def row_order(n: int, seed: int, epoch: int) -> Array:
 def compiled_row_order(n: int, seed: int, epoch: int) -> Array:
     """The order of the rows in an epoch, (n,) int64, by numba."""
     with _loading:
-        permute = compiled("rows").compiled_row_order()
+        permute = compiled("philox").compiled_row_order()
     order, a = np.empty(n, np.int64), radix(n)
     low, high = seed_key(seed)
     permute(order, np.empty((FEISTEL_ROUNDS, a), np.int64), np.empty((2, a), np.int64), low, high, epoch)
@@ -87,16 +87,16 @@ def work_for(names: frozenset[str], real: Any, *, alone: bool) -> Any:
     Without ``alone`` a new one is for all the single calls that wait for theirs: those of a step are compiled together.
     """
     with _loading:
-        found = _loaded(names, real)
-        if found is None:
+        work = _loaded(names, real)
+        if work is None:
             if not alone:
                 names |= _waiting
                 _waiting.clear()
             if os.environ.get(WHOLE_LOOP):
                 names = NAMES
-            found = compiled("pruning").compiled_work(NAMES - names, real)
-            _loops[real.char, names] = found
-        return found
+            work = compiled("pruning").compiled_work(NAMES - names, real)
+            _loops[real.char, names] = work
+        return work
 
 
 def _loaded(names: frozenset[str], real: Any) -> Any:

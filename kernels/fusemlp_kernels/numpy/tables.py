@@ -38,7 +38,7 @@ def _address(array: Array) -> int:
     return address
 
 
-class Table:
+class CallTable:
     """Rows of calls, and copies of the arrays that the loop cannot read in place, as ``before`` and ``after`` say."""
 
     def __init__(self, real: Any, *, shards: int = 0, shard_rows: int = 0) -> None:
@@ -92,15 +92,15 @@ class Table:
             values[record.name] = value
         return SimpleNamespace(**values)
 
-    def _array(self, record: Operand, array: Array, given: Mapping[str, Any]) -> Array:
+    def _array(self, record: Operand, array: Array, operands: Mapping[str, Any]) -> Array:
         """The array, or a copy that follows it."""
-        dtype, _ = expected(record, given)
+        dtype, _ = expected(record, operands)
         wanted = self.real if dtype in ("real", "compute") else np.dtype(dtype)
         flags = array.flags
         if array.dtype == wanted and flags.c_contiguous and flags.aligned:
             return array
         self.converts = True
-        if record.rows and given.get(record.rows) is not None:
+        if record.rows and operands.get(record.rows) is not None:
             # data, which does not change
             return np.require(array, wanted, ("C", "A"))
         # operands may be one array
@@ -311,10 +311,10 @@ def _launch(memory: Array, starts: Sequence[int], work: Any, real: Any, tasks: i
     return run
 
 
-class Form:
+class BoundTable:
     """A bound table but for its arrays: those of ``arrays``, by name, are others in each model of a fleet."""
 
-    def __init__(self, table: Table, arrays: Mapping[str, Array]) -> None:
+    def __init__(self, table: CallTable, arrays: Mapping[str, Array]) -> None:
         self._bound = table.bound
         names = {id(array): name for name, array in arrays.items()}
         # (name, type, places), (None, shape and type of scratch, places); what is left is the same for all
@@ -332,7 +332,7 @@ class Form:
                 self._common.append(array)
 
     def bind(self, arrays: Mapping[str, Array], epoch_stats: Array | None) -> Run | None:
-        """The same as ``Table.bind``, for other arrays; None where the loop cannot read them in place."""
+        """The same as ``CallTable.bind``, for other arrays; None where the loop cannot read them in place."""
         entered = []
         for name, dtype, places in self._named:
             array = arrays[name]

@@ -9,8 +9,16 @@ from numba.extending import register_jitable
 
 from fusemlp_kernels.contract import BATCH_INDEX, ROW_OFFSET, ROW_STEP, ROW_TOTAL
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.numpy.compiled.calls import batch_rows, block, lanes_of, shard_rows
-from fusemlp_kernels.numpy.compiled.layers import activate_rows, derive, derive_rows, gather
+from fusemlp_kernels.numpy.compiled.layers import (
+    activate_rows,
+    batch_rows,
+    block,
+    derive,
+    derive_rows,
+    gather,
+    lanes_of,
+    shard_rows,
+)
 from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise, record, shares_of
 from fusemlp_kernels.numpy.compiled.members import affine_rows, backward_rows, heads, heads_backward
 from fusemlp_kernels.numpy.compiled.noise import add_squares, shrink

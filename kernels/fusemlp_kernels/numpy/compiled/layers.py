@@ -1,4 +1,4 @@
-"""Rows of the batch through a layer and back: the gathered inputs, products, activations and dropout."""
+"""Rows of the batch through a layer and back: the memory that a call names, products, activations and dropout."""
 
 from __future__ import annotations
 
@@ -7,14 +7,55 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
+from fusemlp_kernels.contract import ROW_COUNT
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.numpy.compiled.calls import block, clear, slope_of
-from fusemlp_kernels.numpy.compiled.masks import drop, mask
 from fusemlp_kernels.numpy.compiled.options import EXACT
+from fusemlp_kernels.numpy.compiled.philox import drop, mask
 from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative
 from fusemlp_kernels.numpy.compiled.tiles import copy, prefetch
 from fusemlp_kernels.numpy.compiled.views import call as call_function
 from fusemlp_kernels.numpy.compiled.views import elements
+
+
+@register_jitable(**EXACT)
+def batch_rows(head: Any, counters: Any) -> int:
+    """The number of rows of the batch."""
+    return head.batch if head.batch != t.COUNTED else counters[ROW_COUNT]
+
+
+@register_jitable(**EXACT)
+def shard_rows(call: Any, head: Any, counters: Any) -> int:
+    """The number of rows of the batch that a call has: all, or those of its shard."""
+    whole = batch_rows(head, counters)
+    return max(0, min(head.shard_rows, whole - call.shard)) if head.shard_rows else whole
+
+
+@register_jitable(**EXACT)
+def slope_of(call: Any, like: Any) -> float:
+    """The slope of a call's activation."""
+    if call.slope:
+        return float(elements(like, call.slope)[0])
+    return call.fixed_slope
+
+
+@register_jitable(**EXACT)
+def lanes_of(head: Any, task: int) -> int:
+    """The address of a task's memory for random words."""
+    return head.lanes + 8 * head.lanes_row * task
+
+
+@register_jitable(**EXACT)
+def block(like: Any, address: int, first: int, columns: int) -> Any:
+    """The rows of an array from ``first`` on."""
+    return elements(like, address + like.itemsize * first * columns)
+
+
+@register_jitable(**EXACT)
+def clear(values: Any, count: int) -> None:
+    """Zeros."""
+    for j in range(np.uintp(count)):
+        values[j] = 0
+
 
 # Rows of at least this many bytes are copied by a loop: memcpy takes a tenth longer for a batch that no cache holds.
 LONG = 2048

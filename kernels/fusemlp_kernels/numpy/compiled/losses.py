@@ -201,7 +201,7 @@ def cross_entropy(
         if wide:
             _exponentials(d, start, stop)
         share = float(weight[row]) if weighted else 1.0
-        label, own, mass = 0, 0.0, smooth_mass
+        label, label_mass, mass = 0, 0.0, smooth_mass
         if is_soft:
             mass = 0.0
             for j in range(columns):
@@ -210,8 +210,8 @@ def cross_entropy(
             label = labels[row]
             if call.ignores and label == call.ignored:
                 label, share = 0, 0.0
-            own = (class_weight[label] if by_class else 1.0) * (1.0 - smoothing)
-            mass += own
+            label_mass = (class_weight[label] if by_class else 1.0) * (1.0 - smoothing)
+            mass += label_mass
         sums = _sum(d, start, stop)
         total += share * (mass * math.log(sums))
         weighed = share * scale
@@ -222,7 +222,7 @@ def cross_entropy(
                 q = _smoothed(soft, row, j, is_soft, class_weight, by_class, smoothing, columns)
                 d[start + j] -= real(weighed * q)
         if not is_soft:
-            d[start + label] -= real(weighed * own)
+            d[start + label] -= real(weighed * label_mass)
     if call.recorded:
         partials[t.LOSS_PART], partials[t.HITS_PART], partials[t.SCORED_PART] = total, correct, scored
         partials[t.SHARES_PART] = shares

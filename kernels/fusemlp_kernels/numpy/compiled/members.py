@@ -8,9 +8,9 @@ import numpy as np
 from numba.extending import register_jitable
 
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.numpy.compiled.calls import block, clear, lanes_of, slope_of
-from fusemlp_kernels.numpy.compiled.masks import drop
+from fusemlp_kernels.numpy.compiled.layers import block, clear, lanes_of, slope_of
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT
+from fusemlp_kernels.numpy.compiled.philox import drop
 from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative
 from fusemlp_kernels.numpy.compiled.views import call as call_function
 from fusemlp_kernels.numpy.compiled.views import elements, part
@@ -85,16 +85,16 @@ def affine_rows(
         if rows[i] < 0:
             clear(y, columns)
             continue
-        x, own = call.x + size * rows[i] * columns, i % members
+        x, member = call.x + size * rows[i] * columns, i % members
         if call.by_s:
-            s, b = block(like, call.by_s, own, columns), block(like, call.b, own, columns)
+            s, b = block(like, call.by_s, member, columns), block(like, call.b, member, columns)
             activated(y, z, elements(like, x), s, b, columns, call.activation, slope_of(call, like))
             if call.keep:
                 drop(call, y, elements(np.uint8, call.keep + i * columns), lanes, i, 1, batch_index)
             if call.by_r:
-                scale(y, y, block(like, call.by_r, own, columns), columns)
+                scale(y, y, block(like, call.by_r, member, columns), columns)
         else:
-            scale(y, elements(like, x), block(like, call.by_r, own, columns), columns)
+            scale(y, elements(like, x), block(like, call.by_r, member, columns), columns)
 
 
 @register_jitable(**EXACT)
@@ -115,10 +115,10 @@ def backward_rows(
     for i in range(first, first + count):
         if rows[i] < 0:
             continue
-        dy, own = block(like, call.dz, i, columns), i % members
+        dy, member = block(like, call.dz, i, columns), i % members
         x = elements(like, call.x + size * rows[i] * columns)
         if call.by_s:
-            s, b = block(like, call.by_s, own, columns), block(like, call.b, own, columns)
+            s, b = block(like, call.by_s, member, columns), block(like, call.b, member, columns)
             slope = slope_of(call, like)
             activated(h, z, x, s, b, columns, call.activation, slope)
             dz = block(like, call.out, i, columns)
@@ -129,16 +129,15 @@ def backward_rows(
                 kept(dz, elements(np.uint8, call.keep + i * columns), columns, 1.0 / (1.0 - call.rate))
                 dy = dz
             if call.by_r:
-                add_products(part(by_r, own * columns), dy, h, columns)
-                scale(dz, dy, block(like, call.by_r, own, columns), columns)
+                add_products(part(by_r, member * columns), dy, h, columns)
+                scale(dz, dy, block(like, call.by_r, member, columns), columns)
             elif not call.keep:
                 for j in range(columns):
                     dz[j] = dy[j]
-            derive(
-                dz, h, z, x, s, part(by_s, own * columns), part(by_b, own * columns), columns, call.activation, slope
-            )  # fmt: skip
+            sum_s, sum_b = part(by_s, member * columns), part(by_b, member * columns)
+            derive(dz, h, z, x, s, sum_s, sum_b, columns, call.activation, slope)
         else:
-            add_products(part(by_r, own * columns), dy, x, columns)
+            add_products(part(by_r, member * columns), dy, x, columns)
 
 
 @register_jitable(**EXACT)

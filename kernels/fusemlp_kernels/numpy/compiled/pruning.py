@@ -20,7 +20,6 @@ from numba import types
 
 from fusemlp_kernels.numpy.compiled import (
     blocks,
-    calls,
     layers,
     losses,
     members,
@@ -29,12 +28,11 @@ from fusemlp_kernels.numpy.compiled import (
     pointwise_numba,
     steps,
     tables,
-    updates,
 )
 from fusemlp_kernels.numpy.compiled.cache import kept_for_calls
 
 # The modules with branches to cut, each before those that import from it.
-_MODULES = (pointwise_numba, losses, calls, layers, members, perturb, updates, pieces, blocks, steps)
+_MODULES = (pointwise_numba, losses, layers, members, perturb, pieces, blocks, steps)
 
 
 def _named(place: ast.expr) -> str:

@@ -14,12 +14,10 @@ from numba.extending import register_jitable
 from fusemlp_kernels.contract import BATCH_INDEX, PENALTIES, ROW_COUNT, ROW_OFFSET
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.compiled.blocks import by_rows, end_rows
-from fusemlp_kernels.numpy.compiled.calls import batch_rows, shard_rows
 from fusemlp_kernels.numpy.compiled.clock import advance
-from fusemlp_kernels.numpy.compiled.layers import product
+from fusemlp_kernels.numpy.compiled.layers import batch_rows, product, shard_rows
 from fusemlp_kernels.numpy.compiled.options import EXACT
-from fusemlp_kernels.numpy.compiled.pieces import by_piece
-from fusemlp_kernels.numpy.compiled.updates import clip_factor
+from fusemlp_kernels.numpy.compiled.pieces import by_piece, clip_factor
 from fusemlp_kernels.numpy.compiled.views import call_at, elements, head_at, phase_at, piece_at, task_at
 
 # The type of the parameters; another copy of this module has another.
