@@ -161,13 +161,6 @@ def codes(form: str) -> list[str]:
     return [f"{n} = {v}" if short else f"(\n    {n},\n) = {v}  # fmt: skip" for n, v in found]
 
 
-def numbered(form: str, first: int) -> list[str]:
-    """A comment, and the line that gives each hyperparameter its place in a rule, of which the first is given."""
-    numbers = f"range({first}, {first + len(HYPERPARAMETERS)})" if first else f"range({len(HYPERPARAMETERS)})"
-    names = ", ".join(name.upper() for name in HYPERPARAMETERS)
-    return ["# places of the hyperparameters in a rule", f"{names} = {form.format(numbers)}"]
-
-
 def alike(cases: Mapping[str, Sequence[str]]) -> dict[tuple[str, ...], list[str]]:
     """The names of the cases that have the same lines, by their lines."""
     found: dict[tuple[str, ...], list[str]] = {}
@@ -201,7 +194,7 @@ def assigned(found: Iterable[Line], dialect: Dialect) -> list[str]:
 
 def numba_file() -> str:
     """``numpy/compiled/pointwise_numba.py``."""
-    parts: list[str | list[str]] = [[NUMBA_HEAD.strip(), "", *codes("range({})"), *numbered("{}", 0)]]
+    parts: list[str | list[str]] = [[NUMBA_HEAD.strip(), "", *codes("range({})")]]
 
     def function(name: str, arguments: str, body: Sequence[str], told: str = "", options: str = "ELEMENTWISE") -> None:
         if any("real(" in line for line in body):
@@ -238,10 +231,10 @@ def numba_file() -> str:
         body = ["y, t = ys[i], ds[i]", *body, "total += loss", "ds[i] = gradient * factor"]
         body = ["total = 0.0", *loop("np.uintp(start), np.uintp(stop)", body), "return total"]
         function(f"loss_{name}", f"ys, ds, start, stop, factor, {loss.option or 'option'}", body, "", "REDUCTION")
-    flags = {"rate_inside": "rule[SKLEARN] != 0", "decoupled": "rule[DECOUPLED] != 0"}
-    loads = Loads("factors[{1}]", "hyper[{1}]", flags)
+    flags = {"rate_inside": "rule.sklearn != 0", "decoupled": "rule.decoupled != 0"}
+    loads = Loads("rule.{0}", "hyper[{1}]", flags)
     scalars = Dialect(functions={"maximum": "max", "sqrt": "math.sqrt"})
-    decay, given = Update(DECAY), "ps, gs, states0, states1, count, rate, kept, coupled, rule, factors, hyper"
+    decay, given = Update(DECAY), "ps, gs, states0, states1, count, rate, kept, coupled, rule, hyper"
     for name, rule in OPTIMIZERS.items():
         update = Update(rule)
         element = Dialect(wrapped("real({})", decay.real + update.real), number, {"sqrt": "math.sqrt"})
@@ -276,9 +269,9 @@ def numba_file() -> str:
         [*nan("start, stop", "ds[i]"), "return np.nan"],
     )
     cases = {name: [f"update_{name}({given})"] for name in OPTIMIZERS}
-    body = ["code = rule[OPTIMIZER]", *decay.scalar_lines(loads, scalars)]
+    body = ["code = rule.optimizer", *decay.scalar_lines(loads, scalars)]
     body += chain("code", cases, nan("count", "ps[i]"), "RULE_")
-    arguments = "ps, gs, states0, states1, count, rate, decay, rule, factors, hyper"
+    arguments = "ps, gs, states0, states1, count, rate, decay, rule, hyper"
     function("update_tensor", arguments, body, "The parameters and their states, from the gradients.")
     return text(*parts)
 
@@ -299,7 +292,6 @@ from fusemlp_kernels.contract import BIAS_CORRECTION_1, BIAS_CORRECTION_2, SHARE
 from fusemlp_kernels.numpy.compiled.functions import exp, log1p, maximum, minimum, sigmoid, sign, step, tanh
 from fusemlp_kernels.numpy.compiled.normal import normal_cdf, normal_pdf
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, REDUCTION
-from fusemlp_kernels.numpy.compiled.tables import DECOUPLED, OPTIMIZER, SKLEARN
 '''
 
 # Triton: branches on a number that all threads have in common.
@@ -308,7 +300,9 @@ from fusemlp_kernels.numpy.compiled.tables import DECOUPLED, OPTIMIZER, SKLEARN
 def triton_file() -> str:
     """``triton/pointwise_triton.py``."""
     head = [TRITON_HEAD.strip(), "", *codes("(tl.constexpr(code) for code in range({}))")]
-    head += numbered("(tl.constexpr(place) for place in {})", 1)
+    names = ", ".join(name.upper() for name in HYPERPARAMETERS)
+    places = f"(tl.constexpr(place) for place in range(1, {1 + len(HYPERPARAMETERS)}))"
+    head += ["# places of the hyperparameters in a rule", f"{names} = {places}"]
     parts: list[str | list[str]] = [[*head, f"RULES: tl.constexpr = tl.constexpr({len(OPTIMIZERS)})"]]
 
     def function(name: str, arguments: str, told: str, body: Sequence[str]) -> None:

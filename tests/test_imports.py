@@ -38,7 +38,7 @@ LAYERS = (
 # The room of fusemlp that knows the backends; the others see only shared descriptions, definitions and errors.
 BACKEND_USERS = ("runtime",)
 SHARED = (
-    "fusemlp_kernels.compiling",
+    "fusemlp_kernels.compilation",
     "fusemlp_kernels.contract",
     "fusemlp_kernels.errors",
     "fusemlp_kernels.operands",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from fusemlp_kernels.errors import ArgumentTypeError, BackendUnavailableError, unknown_name
 from fusemlp_kernels.operands import Operand
@@ -13,7 +13,6 @@ from fusemlp_kernels.ops import OPS
 
 # The function that binds each op of a backend.
 Binders = Mapping[str, Callable[..., Callable[..., object]]]
-Bind = TypeVar("Bind", bound=Callable[..., object])
 
 # Ops that a backend ("": each) does not bind, and why.
 REFUSED = {
@@ -63,22 +62,10 @@ def _check_fields(place: str, operands: tuple[Operand, ...], given: Mapping[str,
             _check_fields(f"{place}: {name}[{index}]", known[name].fields, fields)
 
 
-def hands_on(to: Callable[..., object]) -> Callable[[Bind], Bind]:
-    """Mark a binder that hands operands which its signature does not name on to another function."""
-
-    def mark(binder: Bind) -> Bind:
-        vars(binder)["hands_on_to"] = to
-        return binder
-
-    return mark
-
-
 @functools.cache
 def operands_of(binder: Callable[..., object]) -> frozenset[str]:
     """The operands that a binder takes."""
     if "operands" in vars(binder):
         return frozenset(vars(binder)["operands"])
     parameters = inspect.signature(binder).parameters.values()
-    names = frozenset(one.name for one in parameters if one.kind is one.KEYWORD_ONLY)
-    rest = vars(binder).get("hands_on_to")
-    return names if rest is None else names | operands_of(rest)
+    return frozenset(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)

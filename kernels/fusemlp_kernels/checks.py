@@ -94,33 +94,33 @@ def _checked(
     op: str,
     place: str,
     group: Group,
-    given: Mapping[str, Any],
+    operands: Mapping[str, Any],
     rule: UpdateRule | None,
     common: dict[str, int],
     check: Check,
     later: Sequence[str],
 ) -> SimpleNamespace:
-    values = group.defaults | {name: value for name, value in given.items() if value is not None}
+    values = group.defaults | {name: value for name, value in operands.items() if value is not None}
     values |= {name: LATER for name in later if name in values}
     _check_together(op, values)
     for name, fields in group.fields.items():
         values[name] = [
-            _checked(op, f"{place}{name}[{index}]: ", fields, one, rule, common, check, later)
-            for index, one in enumerate(values[name])
+            _checked(op, f"{place}{name}[{index}]: ", fields, element, rule, common, check, later)
+            for index, element in enumerate(values[name])
         ]
     # the first array with a letter in its shape says its size
-    sizes, found = FIXED | common, []
+    sizes, arrays = FIXED | common, []
     for operand, picks in group.arrays:
         value = values[operand.name]
         if value is LATER or (value is None and (operand.optional or operand.nullable)):
             continue
         dtype, letters = expected(operand, values)
-        found.append((operand, picks, value, dtype, letters))
+        arrays.append((operand, picks, value, dtype, letters))
         shape = getattr(value, "shape", ())
         if len(shape) == len(letters):
             for letter, size in zip(letters, shape, strict=True):
                 sizes.setdefault(letter, size)
-    for operand, picks, value, dtype, letters in found:
+    for operand, picks, value, dtype, letters in arrays:
         name = place + operand.name
         shape = (None,) if picks else tuple(map(sizes.get, letters))
         written, flat = operand.use != READ, picks or letters in ("A", "B")
@@ -131,7 +131,7 @@ def _checked(
                 raise ArgumentError(
                     f"{op}: {name}: {rule.kind} keeps {rule.state_count} arrays of state, got {len(value)}"
                 )
-            checks = [check(op, name, one, shape, dtype, written=written, flat=flat) for one in value]
+            checks = [check(op, name, element, shape, dtype, written=written, flat=flat) for element in value]
             values[operand.name] = tuple(checks)
         batch = sizes.get("M", 0)
         if picks and (len(value) % batch if batch else len(value)):
@@ -143,42 +143,42 @@ def _checked(
     return SimpleNamespace(**{"M": 0, "N": 0, "K": 0, **sizes, **values})
 
 
-def _check_together(op: str, given: Mapping[str, Any]) -> None:
+def _check_together(op: str, operands: Mapping[str, Any]) -> None:
     """Raise ArgumentError for values that are unknown, or that do not go together."""
-    activation = given.get("activation", "identity")
+    activation = operands.get("activation", "identity")
     if activation not in ACTIVATIONS:
         raise unknown_name(f"{op}: activation", activation, ACTIVATIONS)
-    if activation == "prelu" and "slope_param" not in given:
+    if activation == "prelu" and "slope_param" not in operands:
         raise ArgumentError(f"{op}: activation: members share no learned slope; give another activation than prelu")
-    if activation == "prelu" and given["slope_param"] is None:
+    if activation == "prelu" and operands["slope_param"] is None:
         raise ArgumentError(f"{op}: slope_param: prelu needs its slope, an array of shape (1,); got None")
-    if "loss" in given:
-        kind = given["loss"].kind
+    if "loss" in operands:
+        kind = operands["loss"].kind
         if kind not in LOSSES:
             raise unknown_name(f"{op}: loss", kind, LOSSES)
         if kind == "cross_entropy" and activation != "identity":
             raise ArgumentError(f"activation: cross_entropy takes logits, so it must be 'identity', got {activation!r}")
     if op == "grad_input":
-        if activation in NEEDS_Z and given["z"] is None:
+        if activation in NEEDS_Z and operands["z"] is None:
             raise ArgumentError(f"{op}: z: the derivative of {activation} needs the pre-activation; got None")
-        if activation == "prelu" and given["dslope"] is None:
+        if activation == "prelu" and operands["dslope"] is None:
             raise ArgumentError(f"{op}: dslope: prelu's gradient needs an array of shape (1,); got None")
-    if "counters" in given and given["counters"] is None:
-        if given.get("dropout") is not None:
+    if "counters" in operands and operands["counters"] is None:
+        if operands.get("dropout") is not None:
             raise ArgumentError(f"{op}: counters: dropout needs them, since the mask depends on the batch; got None")
         for name in ("rows", "x_rows"):
-            if given.get(name) is not None:
+            if operands.get(name) is not None:
                 raise ArgumentError(
                     f"{op}: counters: {name} needs them, since they say where the batch begins; got None"
                 )
-    rule = given.get("rule")
-    if given.get("noise") is not None:
-        given["noise"].check(rule)
+    rule = operands.get("rule")
+    if operands.get("noise") is not None:
+        operands["noise"].check(rule)
     if op == "grad_weight_update" and isinstance(rule, UpdateRule) and not _fuses(rule):
         raise ArgumentError(
             f"{op}: rule: clipping and accumulation need the gradients in memory; use grad_weight and update"
         )
-    _check_parts(op, given)
+    _check_parts(op, operands)
 
 
 def _fuses(rule: UpdateRule) -> bool:

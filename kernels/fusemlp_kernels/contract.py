@@ -315,15 +315,15 @@ def resident_refusal(
         return f"the {traits.name} backend's resident kernel trains without privacy"
     if members > 1:
         return f"the {traits.name} backend's resident kernel trains networks without members"
-    for what, given, most in (
+    for what, count, most in (
         ("layers", len(sizes) - 1, limits.layers),
         ("inputs", sizes[0], limits.inputs),
         ("units in a hidden layer", max(sizes[1:-1], default=0), limits.width),
         ("outputs", sizes[-1], limits.outputs),
         ("rows in a batch", batch, limits.batch),
     ):
-        if given > most:
-            return f"{given} {what} are more than the {most} of the {traits.name} backend's resident kernel"
+        if count > most:
+            return f"{count} {what} are more than the {most} of the {traits.name} backend's resident kernel"
     if precision not in limits.precisions:
         return f"the {traits.name} backend's resident kernel is for {', '.join(limits.precisions)}, not for {precision}"
     return None

@@ -248,9 +248,9 @@ def update(
     Adam's eps comes before the bias correction (Kingma and Ba, 2015, the remark at the end of section 2).
     """
     if rule.ema:
-        p, own = update(replace(rule, ema=0.0), tensor, p, g, state[:-1], t, lr)
+        p, others = update(replace(rule, ema=0.0), tensor, p, g, state[:-1], t, lr)
         share = (1.0 - rule.ema) / (1.0 - rule.ema ** (t + 1))
-        return p, (*own, (1.0 - share) * state[-1] + share * p)
+        return p, (*others, (1.0 - share) * state[-1] + share * p)
     lr = lr * tensor.lr_factor
     inside = rule.convention == "scikit-learn"
     if rule.decoupled:
@@ -358,14 +358,14 @@ def member_gradients(
         products.append((inputs[-1] * of_members(layer.r, rows)) @ layer.w.T)
         zs.append(products[-1] * of_members(layer.s, rows) + of_members(layer.b, rows))
         inputs.append(dropout(activation(layer.activation, zs[-1], layer.slope), keep, layer.rate))
-    own = np.arange(rows) % members
-    y = np.einsum("ik,ink->in", inputs[-1], heads[0][own]) + heads[1][own]
+    owners = np.arange(rows) % members
+    y = np.einsum("ik,ink->in", inputs[-1], heads[0][owners]) + heads[1][owners]
     loss, dz = loss_of_output(spec, y, batch.target, batch.weight, batch.class_weight)
     by_heads = np.zeros_like(heads[0]), np.zeros_like(heads[1])
     for member in range(members):
         by_heads[0][member], by_heads[1][member] = grad_weight(dz[member::members], inputs[-1][member::members])
     grads: list[tuple[Array, ...]] = [by_heads]
-    dy = np.einsum("in,ink->ik", dz, heads[0][own])
+    dy = np.einsum("in,ink->ik", dz, heads[0][owners])
     for i in reversed(range(len(layers))):
         layer = layers[i]
         dz = dropout(dy, keeps[i], layer.rate) * activation_grad(layer.activation, zs[i], layer.slope)
@@ -391,11 +391,13 @@ def clipped_gradients(
         weight = None if batch.weight is None else batch.weight[i : i + 1]
         row = Batch(batch.x[i : i + 1], batch.target[i : i + 1], weight, batch.class_weight, keeps)
         _, grads = gradients(layers, replace(spec, reduction="rows"), row)
-        trained = {(k, j): g for k, own in enumerate(grads) for j, g in enumerate(own) if (k, j) not in set(frozen)}
+        trained = {
+            (k, j): g for k, gradients in enumerate(grads) for j, g in enumerate(gradients) if (k, j) not in set(frozen)
+        }
         norm = math.sqrt(sum(float(np.sum(g**2)) for g in trained.values()))
         for (k, j), g in trained.items():
             totals[k][j] += g if norm <= clip else g * (clip / norm)
-    return [tuple(own) for own in totals]
+    return [tuple(gradients) for gradients in totals]
 
 
 def input_gradient(layers: Sequence[Layer], spec: LossSpec, batch: Batch) -> Array:
@@ -457,7 +459,7 @@ def train_step(
     for i, layer in enumerate(layers):
         rules = tensors[i] if tensors else [TensorRule()] * len(layer.parameters)
         parts = zip(rules, layer.parameters, grads[i], state[i], strict=True)
-        done = [update(rule, own, p, factor * g, s, t, lr) for own, p, g, s in parts]
+        done = [update(rule, tensor, p, factor * g, s, t, lr) for tensor, p, g, s in parts]
         values = [p for p, _ in done]
         slope = values[2] if len(values) == 3 else layer.slope
         new_layers.append(replace(layer, w=values[0], b=values[1], slope=slope))

@@ -105,10 +105,10 @@ def _triton_reason() -> str | None:
     # last: this module takes longer to import than all before, and reads a file
     from importlib.metadata import version
 
-    found = version("torch")
-    if found.endswith("+cpu"):
+    build = version("torch")
+    if build.endswith("+cpu"):
         return (
-            f"torch {found} is the build without GPU support; install the one for your driver (pytorch.org), or set "
+            f"torch {build} is the build without GPU support; install the one for your driver (pytorch.org), or set "
             "TRITON_INTERPRET=1 to run the kernels on the CPU, slowly"
         )
     return None
@@ -156,5 +156,5 @@ def backend(name: str, device: str | None, precision: str, needs: Collection[str
     if reason is not None:
         raise BackendUnavailableError(f"backend: {name!r} is not available: {reason}")
     module = importlib.import_module(f"fusemlp_kernels.{name}.backend")
-    found: Backend = getattr(module, f"{name.capitalize()}Backend")(TRAITS[name], device, precision)
-    return found
+    instance: Backend = getattr(module, f"{name.capitalize()}Backend")(TRAITS[name], device, precision)
+    return instance

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from fusemlp.callbacks.compiling import REDRAW, compilations_shown
-from fusemlp_kernels.compiling import told, watchers
+from fusemlp_kernels.compilation import announced, watchers
 
 
 class Terminal(io.StringIO):
@@ -26,11 +26,11 @@ def terminal_of(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 def test_a_compilation_is_shown_with_its_time_and_wiped_out(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = terminal_of(monkeypatch)
     with compilations_shown():
-        with told():
+        with announced():
             time.sleep(5 * REDRAW)
         time.sleep(20 * REDRAW)
         # the seconds of all compilations, without those between them
-        with told():
+        with announced():
             time.sleep(5 * REDRAW)
     shown, begins = terminal.getvalue(), "compiling, once on this machine: "
     first, *_, last = [line for line in shown.split("\r\x1b[K") if line]
@@ -43,7 +43,7 @@ def test_the_line_is_shown_once_and_not_for_short_compilations(monkeypatch: pyte
     terminal = terminal_of(monkeypatch)
     with compilations_shown(), compilations_shown():
         assert len(watchers) == 1
-        with told():
+        with announced():
             pass
     assert terminal.getvalue() == ""
 
@@ -53,14 +53,14 @@ def test_nothing_is_shown_elsewhere_or_when_quiet(quiet: bool, monkeypatch: pyte
     terminal = terminal_of(monkeypatch)
     if not quiet:
         monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with compilations_shown(quiet=quiet), told():
+    with compilations_shown(quiet=quiet), announced():
         time.sleep(2 * REDRAW)
     assert not watchers and terminal.getvalue() == ""
 
 
 def test_an_error_of_the_compiler_ends_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = terminal_of(monkeypatch)
-    with pytest.raises(KeyboardInterrupt), compilations_shown(), told():
+    with pytest.raises(KeyboardInterrupt), compilations_shown(), announced():
         time.sleep(3 * REDRAW)
         raise KeyboardInterrupt
     assert terminal.getvalue().endswith("\r\x1b[K") and not watchers

@@ -118,18 +118,18 @@ def test_numbers_without_a_formula_give_nan_in_the_compiled_loop():
     from fusemlp_kernels.numpy.compiled import tables
 
     @numba.njit
-    def run(kind, y, z, d, e, p, g, rule, factors, hyper):
+    def run(kind, y, z, d, e, p, g, rule, hyper):
         printed.activate(kind, y, z, y.size, 0.5)
         slope = printed.multiply_by_derivative(kind, d, y, z, d.size, 0.5, 1.0)
         loss = printed.element_losses(kind, z, e, 0, e.size, 1.0, 0.5)
-        printed.update_tensor(p, g, g, g, p.size, 0.1, 0.0, rule, factors, hyper)
+        printed.update_tensor(p, g, g, g, p.size, 0.1, 0.0, rule, hyper)
         return slope, loss
 
     for kind in (-1, 97):
         arrays = [np.ones(9) for _ in range(6)]
-        rule = np.zeros(tables.HEAD_COLUMNS, np.int64)
-        rule[tables.OPTIMIZER] = kind
-        sums = run(kind, *arrays, rule, np.ones(tables.HEAD_FACTORS), np.ones(HYPER))
+        rule = np.ones(1, tables.HEAD)[0]
+        rule["optimizer"] = kind
+        sums = run(kind, *arrays, rule, np.ones(HYPER))
         y, _, d, e, p, _ = arrays
         assert all(np.isnan(array).all() for array in (y, d, e, p, *sums))
 

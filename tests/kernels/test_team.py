@@ -315,22 +315,22 @@ def test_a_plan_covers_all_of_each_call_once(shapes: list[tuple[str, int, int]],
     sizes = [outputs * max(inputs, 1) for _, outputs, inputs in shapes]
     rows = [plan.Row(kind, n, k, at, at + 1) for at, (kind, n, k) in enumerate(shapes)]
     packs = [plan.Row("PACK", n, k) for kind, n, k in shapes if kind == "AFFINE"]
-    found = plan.plan(rows, packs, height, [number for size in sizes for number in (0, size)])
+    found = plan.plan(rows, packs, height, sizes)
     assert found.block % plan.ROWS == 0
-    phases = np.reshape(found.phases, (-1, t.PHASE_COLUMNS))
-    tasks = np.reshape(found.tasks, (-1, t.TASK_COLUMNS))
-    pieces = np.reshape(found.pieces, (-1, t.PIECE_COLUMNS))
+    phases = np.array(found.phases, t.PHASE)
     calls = [*rows, *packs]
-    assert list(range(len(rows))) == [at for phase in phases for at in range(phase[1], phase[2]) if at < len(rows)]
-    assert found.most == max(1, phases[:, t.TASKS].max())
+    assert list(range(len(rows))) == [
+        at for phase in phases for at in range(phase["first"], phase["end"]) if at < len(rows)
+    ]
+    assert found.most == max(1, phases["tasks"].max())
     for phase in phases:
-        if phase[t.CUT] == t.BY_ROWS:
-            assert phase[t.TASKS] * found.block >= height
+        if phase["cut"] == t.BY_ROWS:
+            assert phase["tasks"] * found.block >= height
         else:
-            covered = {at: [] for at in range(phase[t.ROW_FIRST], phase[t.ROW_END])}
-            own = tasks[phase[t.TASK_FIRST] : phase[t.TASK_FIRST] + phase[t.TASKS]]
+            covered = {at: [] for at in range(phase["first"], phase["end"])}
+            own = found.tasks[phase["first_task"] : phase["first_task"] + phase["tasks"]]
             for first, end in own:
-                for at, top, bottom, left, right in pieces[first:end]:
+                for at, top, bottom, left, right in found.pieces[first:end]:
                     assert left % t.PANEL == 0
                     assert top % (t.PANEL // 2) == 0 or calls[at].kind in ("NORM", "UPDATE")
                     covered[at].append((right - left) * (bottom - top if calls[at].kind in ("WEIGHT", "PACK") else 1))
@@ -344,6 +344,6 @@ def test_a_plan_covers_all_of_each_call_once(shapes: list[tuple[str, int, int]],
 def test_rows_that_use_the_memory_of_others_are_a_phase_of_their_own() -> None:
     one, two = (1000, 400, 40), (1200, 800, 80)
     rows = [plan.Row("AFFINE", 10, 10, arrays=(one,)), plan.Row("ACTIVATE", 10, 0, arrays=(one,))]
-    assert len(plan.plan(rows, [], 10, []).phases) == t.PHASE_COLUMNS
+    assert len(plan.plan(rows, [], 10, []).phases) == 1
     rows.append(plan.Row("BACKWARD", 10, 10, arrays=(two,)))
-    assert np.reshape(plan.plan(rows, [], 10, []).phases, (-1, t.PHASE_COLUMNS))[:, 1:3].tolist() == [[0, 2], [2, 3]]
+    assert [phase[1:3] for phase in plan.plan(rows, [], 10, []).phases] == [(0, 2), (2, 3)]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from fusemlp_kernels.compiling import watchers
+from fusemlp_kernels.compilation import watchers
 
 REDRAW = 0.1  # seconds
 _CLEAR = "\r\x1b[K"

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from fusemlp_kernels.binders import check_names
+from fusemlp_kernels.binders import check_names, refusal
 from fusemlp_kernels.contract import Traits
-from fusemlp_kernels.errors import BackendUnavailableError
-from fusemlp_kernels.numpy.binding import ENTRIES, bind_call, bind_calls, bind_train_resident
+from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
+from fusemlp_kernels.numpy.calls import ENTRIES
+from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.cores import threads
-from fusemlp_kernels.numpy.tables import Array, Run
+from fusemlp_kernels.numpy.tables import Array, BoundTable, CallTable, Run
 
-BINDERS: dict[str, Callable[..., Any]] = {**ENTRIES, "train_resident": bind_train_resident}
 # Arrays start at multiples of this.
 ALIGNMENT_BYTES = 256
+Operands = Mapping[str, Any]
 REAL = {"fp32": np.float32, "fp64": np.float64}
 
 
@@ -98,11 +99,63 @@ class NumpyBackend:
         """See ``contract.Backend``."""
         check_names(self.traits.name, BINDERS, op, operands)
         real = self._dtypes["real"]
-        return bind_train_resident(real, **operands) if op == "train_resident" else bind_call(real, op, operands)
+        if op == "train_resident":
+            return _bind_train_resident(real, **operands)
+        table = CallTable(real)
+        return table.bind(ENTRIES[op](table, table.operands(op, operands)))
 
-    def bind_calls(self, calls: Sequence[tuple[str, Any]], arrays: Sequence[Array | None]) -> Run:
+    def bind_calls(self, calls: Sequence[tuple[str, Operands]], arrays: Sequence[Array | None]) -> Run:
         """Bind calls on one batch as one launch: ``run(addresses)`` finds ``arrays``, contiguous, at the addresses."""
-        return bind_calls(self._dtypes["real"], calls, arrays)
+        table = CallTable(self._dtypes["real"])
+        counts = [ENTRIES[op](table, table.operands(op, operands)) for op, operands in calls]
+        return table.bind_moving(counts[-1], arrays)
 
     def synchronize(self) -> None:
         """See ``contract.Backend``; every call has ended when it returns."""
+
+
+def _bind_train_resident(
+    real: Any,
+    *,
+    calls: Sequence[tuple[str, Operands]],
+    rows: Array | None,
+    batch: int,
+    arenas: Mapping[str, Array],
+    epoch_stats: Array | None = None,
+    arrays: Mapping[str, Array] | None = None,
+    memo: dict[str, Any] | None = None,
+    shards: Sequence[int] = (),
+) -> Run:
+    """The contract's ``train_resident``; the calls have all that lies in ``arenas``, and ``rows``."""
+    del arenas, rows
+    run: Run | None
+    if memo and arrays is not None:
+        run = memo["form"].bind(arrays, epoch_stats)
+        if run is not None:
+            return run
+    counted = ("linear_loss_grad", "loss_grad")
+    losses = [operands for op, operands in calls if op in counted and operands.get("stats") is not None]
+    output = next(iter(losses), None)
+    if output is None or "rule" not in calls[-1][1]:
+        raise ArgumentError(
+            "train_resident: calls: expected those of a training step, with a loss and last what advances "
+            f"the clock, got {', '.join(op for op, _ in calls)}"
+        )
+    table = CallTable(real, shards=len(shards), shard_rows=batch)
+    for at, (op, operands) in enumerate(calls):
+        table.shard = shards[at * len(shards) // len(calls)] if shards else 0
+        ENTRIES[op](table, table.operands(op, operands))
+    table.control(output["counters"], output["stats"])
+    if epoch_stats is not None:
+        table.enter_head(epoch_stats=epoch_stats, epochs=len(epoch_stats))
+    run = table.bind(t.COUNTED, alone=True)
+    # an array with two names may be two arrays in the next model
+    distinct = arrays is not None and len({id(array) for array in arrays.values()}) == len(arrays)
+    if memo is not None and arrays is not None and distinct and not table.converts:
+        memo["form"] = BoundTable(table, arrays)
+    return run
+
+
+# A penalty is entered beside the gradients that it changes, and not by itself.
+BINDERS: dict[str, Callable[..., Any]] = {op: enter for op, enter in ENTRIES.items() if not refusal("numpy", op)}
+BINDERS["train_resident"] = _bind_train_resident

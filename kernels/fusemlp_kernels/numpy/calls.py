@@ -6,34 +6,46 @@ Every function enters the operands of an op and returns the number of rows in th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from fusemlp_kernels.binders import hands_on
-from fusemlp_kernels.contract import (
-    ACTIVATIONS,
-    LOSSES,
-    NEEDS_Z,
-    Dropout,
-    LossSpec,
-    Noise,
-    Ridge,
-    Segment,
-    UpdateRule,
-)
+from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, NEEDS_Z, Segment, TensorRule, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, unknown_name
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.numpy.tables import Array, Table
+from fusemlp_kernels.numpy.plan import MOST_TASKS
+from fusemlp_kernels.numpy.tables import Array, CallTable
+from fusemlp_kernels.ops import OPS
 from fusemlp_kernels.philox import seed_key, threshold
 
-Operands = Mapping[str, Any]
+Enter = Callable[[CallTable, SimpleNamespace], int]
+ENTRIES: dict[str, Enter] = {}
+Fields = Mapping[str, Any]
 
 # Below this many classes the exponentials of all rows are taken in one go: a row does not fill the vector registers.
 WIDE = 64
 
 # Columns of a tile of dot products, and what adding up the partial sums of one costs beside, in instructions.
 DOTS, TREE = 4, 4
+# Operands that other backends alone have.
+ELSEWHERE = {
+    "loss_grad": ("hyper",),
+    "linear_loss_grad": ("hyper",),
+    "grad_weight": ("norm", "parts", "part"),
+    "update": ("norm", "shadow", "scaled", "parts", "part"),
+}
+
+
+def enters(op: str) -> Callable[[Enter], Enter]:
+    """Decorate the function that enters the operands of ``op``, by their names and checked by none."""
+
+    def decorate(enter: Enter) -> Enter:
+        vars(enter)["operands"] = {operand.name for operand in OPS[op].operands} - {*ELSEWHERE.get(op, ())}
+        ENTRIES[op] = enter
+        return enter
+
+    return decorate
 
 
 def _code(what: str, name: str, known: Sequence[str]) -> int:
@@ -42,37 +54,38 @@ def _code(what: str, name: str, known: Sequence[str]) -> int:
     return known.index(name)
 
 
-def activation_columns(
-    table: Table, activation: str, slope: float, slope_param: Array | None, dslope: Array | None
-) -> tuple[dict[str, Any], dict[int, float]]:
-    """The columns and numbers of an activation."""
-    code = _code("activation", activation, ACTIVATIONS)
+def activation(table: CallTable, call: SimpleNamespace) -> dict[str, Any]:
+    """The fields of an activation."""
+    code = _code("activation", call.activation, ACTIVATIONS)
     # the loop passes over the identity without a call
-    table.names.update({activation.upper()} - {"IDENTITY"})
-    return {"ACTIVATION": code, "SLOPE": slope_param, "DSLOPE": dslope}, {t.FIXED_SLOPE: float(slope)}
+    table.names.update({call.activation.upper()} - {"IDENTITY"})
+    slope_param, dslope = (vars(call).get(name) for name in ("slope_param", "dslope"))
+    return {"activation": code, "fixed_slope": float(call.slope), "slope": slope_param, "dslope": dslope}
 
 
-def dropout_columns(dropout: Dropout | None, keep: Array | None) -> tuple[dict[str, Any], dict[int, float]]:
-    """The columns and numbers of dropout."""
-    if dropout is None:
-        return {}, {}
-    assert keep is not None
-    low, high = seed_key(dropout.seed)
-    columns = {"KEEP": keep, "KEY_LOW": low, "KEY_HIGH": high, "MASK_LAYER": dropout.layer}
-    return columns | {"THRESHOLD": threshold(dropout.rate)}, {t.RATE: dropout.rate}
+def dropout(call: SimpleNamespace) -> dict[str, Any]:
+    """The fields of dropout."""
+    if call.dropout is None:
+        return {}
+    assert call.keep is not None
+    low, high = seed_key(call.dropout.seed)
+    return {
+        "keep": call.keep, "key_low": low, "key_high": high, "mask_layer": call.dropout.layer,
+        "threshold": threshold(call.dropout.rate), "rate": call.dropout.rate,
+    }  # fmt: skip
 
 
-def row_columns(rows: Array | None, count: int) -> dict[str, Any]:
-    """The columns of row numbers: those given, of which the counters know the first, or all in order."""
-    return {"ROWS": np.arange(count) if rows is None else rows, "WALKS": rows is not None}
+def row_numbers(rows: Array | None, count: int) -> dict[str, Any]:
+    """The fields of row numbers: those given, of which the counters know the first, or all in order."""
+    return {"rows": np.arange(count) if rows is None else rows, "walks": rows is not None}
 
 
-def _gathered(table: Table, x: Array, rows: Array | None, gathered: Array | None, count: int) -> Array:
+def _gathered(table: CallTable, x: Array, rows: Array | None, gathered: Array | None, count: int) -> Array:
     """The batch, with the row that gathers it where it is picked by row number."""
     if rows is None:
         return x
     assert gathered is not None
-    table.add("GATHER", X=x, OUT=gathered, K=x.shape[1], **row_columns(rows, count))
+    table.add("GATHER", x=x, out=gathered, k=x.shape[1], **row_numbers(rows, count))
     return gathered
 
 
@@ -85,282 +98,223 @@ def _in_dots(w: Array) -> bool:
     return bool(-(-outputs // lanes) * inputs > sums * (-(-inputs // lanes) + TREE))
 
 
-def _affine(table: Table, x: Array, w: Array, b: Array, z: Array) -> None:
+def _affine(table: CallTable, x: Array, w: Array, b: Array, z: Array) -> None:
     """The pre-activation of a layer."""
     table.height = max(table.height, len(z))
-    weights = {"W": w} if _in_dots(w) else {"PANELS": table.in_panels(w)}
-    table.add("AFFINE", N=len(w), K=w.shape[1], X=x, B=b, Z=z, **weights)
+    weights = {"w": w} if _in_dots(w) else {"panels": table.in_panels(w)}
+    table.add("AFFINE", n=len(w), k=w.shape[1], x=x, b=b, z=z, **weights)
 
 
-def _linear(
-    table: Table,
-    *,
-    x: Array,
-    w: Array,
-    b: Array,
-    y: Array,
-    activation: str,
-    slope: float = 0.0,
-    slope_param: Array | None = None,
-    z: Array | None = None,
-    rows: Array | None = None,
-    gathered: Array | None = None,
-    dropout: Dropout | None = None,
-    counters: Array | None = None,
-    keep: Array | None = None,
-) -> int:
-    columns, numbers = activation_columns(table, activation, slope, slope_param, None)
-    dropped, rates = dropout_columns(dropout, keep)
-    if activation not in NEEDS_Z:
-        z = y
-    elif z is None:
-        z = table.scratch(*y.shape)
-    x = _gathered(table, x, rows, gathered, len(y))
-    _affine(table, x, w, b, z)
-    if activation != "identity" or dropout is not None:
-        table.add("ACTIVATE", numbers | rates, N=len(w), Y=y, Z=z, **columns, **dropped)
-    table.control(counters)
+@enters("linear")
+def _linear(table: CallTable, call: SimpleNamespace) -> int:
+    y, w = call.y, call.w
+    z = y if call.activation not in NEEDS_Z else table.scratch(*y.shape) if call.z is None else call.z
+    activated, dropped = activation(table, call), dropout(call)
+    x = _gathered(table, call.x, call.rows, call.gathered, len(y))
+    _affine(table, x, w, call.b, z)
+    if call.activation != "identity" or dropped:
+        table.add("ACTIVATE", n=len(w), y=y, z=z, **activated, **dropped)
+    table.control(call.counters)
     return len(y)
 
 
-def loss_grad(
-    table: Table,
-    fresh: bool = False,
-    *,
-    z: Array,
-    dz: Array | None,
-    target: Array,
-    counters: Array,
-    loss: LossSpec,
-    stats: Array | None = None,
-    activation: str = "identity",
-    slope: float = 0.0,
-    slope_param: Array | None = None,
-    dslope: Array | None = None,
-    weight: Array | None = None,
-    class_weight: Array | None = None,
-    rows: Array | None = None,
-    target_rows: Array | None = None,
-    weight_rows: Array | None = None,
-    ridge: Ridge | None = None,
-    shares: Array | None = None,
-) -> int:
-    """``fresh``: z is neither dz nor read later."""
-    # targets and weights are read through the rows, and the shares stay in a register
-    del target_rows, weight_rows, shares
-    kind = _code("loss: kind", loss.kind, LOSSES)
-    entropy = loss.kind == "cross_entropy"
-    if entropy and activation != "identity":
-        raise ArgumentError(f"activation: cross_entropy takes logits, so it must be 'identity', got {activation!r}")
-    table.control(counters, stats)
+@enters("loss_grad")
+def _loss_grad(table: CallTable, call: SimpleNamespace) -> int:
+    return _loss_of(table, call, call.z, fresh=False)
+
+
+@enters("linear_loss_grad")
+def _linear_loss_grad(table: CallTable, call: SimpleNamespace) -> int:
+    x, w, gathered = call.x, call.w, call.gathered
+    count = len(x) if call.x_rows is None or gathered is None else len(gathered)
+    x, z = _gathered(table, x, call.x_rows, gathered, count), table.scratch(count, len(w))
+    _affine(table, x, w, call.b, z)
+    return _loss_of(table, call, z, fresh=True)
+
+
+def _loss_of(table: CallTable, call: SimpleNamespace, z: Array, *, fresh: bool) -> int:
+    """The loss and dz of pre-activations z; ``fresh``: z is neither dz nor read later.
+
+    Targets and weights are read through the rows, and the shares stay in a register.
+    """
+    loss, dz = call.loss, call.dz
+    kind, entropy = _code("loss: kind", loss.kind, LOSSES), loss.kind == "cross_entropy"
+    if entropy and call.activation != "identity":
+        raise ArgumentError(
+            f"activation: cross_entropy takes logits, so it must be 'identity', got {call.activation!r}"
+        )
+    table.control(call.counters, call.stats)
     count, outputs = z.shape
     table.height = max(table.height, count)
-    columns, numbers = activation_columns(table, activation, slope, slope_param, dslope)
+    activated = activation(table, call)
     y = z
     if not entropy:
         if not fresh:
             # dz is written before z has been read
-            own = table.scratch(count, outputs)
-            table.add("GATHER", X=z, OUT=own, K=outputs, **row_columns(None, count))
-            y = z = own
-        if activation in NEEDS_Z:
             y = table.scratch(count, outputs)
-        if activation != "identity":
-            table.add("ACTIVATE", numbers, N=outputs, Y=y, Z=z, **columns)
+            table.add("GATHER", x=z, out=y, k=outputs, **row_numbers(None, count))
+            z = y
+        if call.activation in NEEDS_Z:
+            y = table.scratch(count, outputs)
+        if call.activation != "identity":
+            table.add("ACTIVATE", n=outputs, y=y, z=z, **activated)
     table.names.update([loss.kind.upper()], ["BY_ITSELF"] if loss.reduction == "rows" else [])
-    divisor = (1.0 if entropy else float(outputs)) if ridge is None or ridge.divisor is None else ridge.divisor
-    numbers |= {t.SMOOTHING: loss.label_smoothing, t.OPTION: loss.option, t.DIVISOR: divisor}
-    smoothed, ignores = loss.soft or loss.label_smoothing != 0.0, loss.ignore_index is not None
+    divisor = call.ridge.divisor if call.ridge is not None else None
+    if divisor is None:
+        divisor = 1.0 if entropy else float(outputs)
     table.add(
-        "ENTROPY" if entropy else "ELEMENTWISE", numbers, N=outputs, Y=y, Z=z,
-        DZ=table.scratch(count, outputs) if dz is None else dz, KIND=kind, MEAN=t.REDUCTIONS.index(loss.reduction),
-        SOFT=loss.soft, SMOOTHED=smoothed, IGNORES=ignores, IGNORED=loss.ignore_index, ACCURACY=loss.accuracy,
-        WIDE=outputs >= WIDE, RECORDED=stats, TARGET=target, WEIGHTED=weight,
-        CLASS_WEIGHTED=class_weight, **columns, **row_columns(rows, count),
+        "ENTROPY" if entropy else "ELEMENTWISE", n=outputs, y=y, z=z,
+        dz=table.scratch(count, outputs) if dz is None else dz, loss=kind, mean=t.REDUCTIONS.index(loss.reduction),
+        soft=loss.soft, smoothed=loss.soft or loss.label_smoothing != 0.0, smoothing=loss.label_smoothing,
+        option=loss.option, divisor=divisor, ignores=loss.ignore_index is not None, ignored=loss.ignore_index,
+        accuracy=loss.accuracy, wide=outputs >= WIDE, recorded=call.stats, target=call.target, weighted=call.weight,
+        class_weighted=call.class_weight, **activated, **row_numbers(call.rows, count),
     )  # fmt: skip
     if dz is not None:
-        table.add("PADDING", N=outputs, K=count, DZ=dz)
+        table.add("PADDING", n=outputs, k=count, dz=dz)
     return t.COUNTED
 
 
-@hands_on(loss_grad)
-def _linear_loss_grad(
-    table: Table,
-    *,
-    x: Array,
-    w: Array,
-    b: Array,
-    dz: Array | None,
-    x_rows: Array | None = None,
-    gathered: Array | None = None,
-    **loss_operands: Any,
-) -> int:
-    count = len(x) if x_rows is None or gathered is None else len(gathered)
-    x = _gathered(table, x, x_rows, gathered, count)
-    z = table.scratch(count, len(w))
-    _affine(table, x, w, b, z)
-    return loss_grad(table, True, z=z, dz=dz, **loss_operands)
-
-
-def _grad_input(
-    table: Table,
-    *,
-    dz: Array,
-    w: Array,
-    y: Array,
-    dz_prev: Array,
-    activation: str,
-    slope: float = 0.0,
-    slope_param: Array | None = None,
-    z: Array | None = None,
-    dslope: Array | None = None,
-    dropout: Dropout | None = None,
-    counters: Array | None = None,
-    keep: Array | None = None,
-) -> int:
-    columns, numbers = activation_columns(table, activation, slope, slope_param, dslope)
-    dropped, rates = dropout_columns(dropout, keep)
-    table.height = max(table.height, len(dz_prev))
+@enters("grad_input")
+def _grad_input(table: CallTable, call: SimpleNamespace) -> int:
+    out, w, y = call.dz_prev, call.w, call.y
+    table.height = max(table.height, len(out))
     table.add(
-        "BACKWARD", numbers | rates, N=len(w), K=w.shape[1], DZ=dz, W=w, Y=y, Z=y if z is None else z, OUT=dz_prev,
-        **columns, **dropped,
+        "BACKWARD", n=len(w), k=w.shape[1], dz=call.dz, w=w, y=y, z=y if call.z is None else call.z, out=out,
+        **activation(table, call), **dropout(call),
     )  # fmt: skip
-    table.control(counters)
-    return len(dz_prev)
+    table.control(call.counters)
+    return len(out)
 
 
-def _input(layer: Operands) -> Array:
+def _input(layer: SimpleNamespace) -> Array:
     """A layer's input: ``linear`` has gathered what is read by row number."""
-    found: Array = layer["x"] if layer.get("rows") is None else layer["gathered"]
-    return found
+    x: Array = layer.x if layer.rows is None else layer.gathered
+    return x
 
 
-def _clip_examples(table: Table, *, layers: Sequence[Operands], clip: float, counters: Array) -> int:
-    norms = table.scratch(_batch(layers), dtype=np.float64)
-    for index, layer in enumerate(layers):
-        x, dz = _input(layer), layer["dz"]
-        inputs = x.shape[1] if layer["w_trained"] else 0
+@enters("clip_examples")
+def _clip_examples(table: CallTable, call: SimpleNamespace) -> int:
+    norms = table.scratch(_batch(call.layers), dtype=np.float64)
+    for index, layer in enumerate(call.layers):
+        x, dz = _input(layer), layer.dz
+        inputs = x.shape[1] if layer.w_trained else 0
         table.height = max(table.height, len(dz))
-        table.add(
-            "SQUARES", N=dz.shape[1], K=inputs, X=x, DZ=dz, B=layer["b_trained"], OUT=norms, AFRESH=index == 0
-        )  # fmt: skip
-    for layer in layers:
-        table.add("SHRINK", {t.LARGEST: clip}, N=layer["dz"].shape[1], DZ=layer["dz"], OUT=norms)
-    table.control(counters)
+        table.add("SQUARES", n=dz.shape[1], k=inputs, x=x, dz=dz, b=layer.b_trained, out=norms, afresh=index == 0)
+    for layer in call.layers:
+        table.add("SHRINK", n=layer.dz.shape[1], dz=layer.dz, out=norms, largest=call.clip)
+    table.control(call.counters)
     return t.COUNTED
 
 
-def _gradients(
-    table: Table, layer: Operands, w: Mapping[str, Any] | None, b: Mapping[str, Any] | None
-) -> None:  # fmt: skip
+@enters("perturb")
+def _perturb(table: CallTable, call: SimpleNamespace) -> int:
+    change, out = call.change, call.adv if call.start is None else call.start
+    count, columns = out.shape
+    table.height = max(table.height, count)
+    drawn = call.start is not None and change.seed is not None
+    low, high = seed_key(change.seed or 0)
+    table.lanes = max(table.lanes, drawn * -(-columns // 4))
+    table.add(
+        "PERTURB", n=columns, k=columns, x=call.x, dz=call.dx, out=out, round=change.norm == "2", drawn=drawn,
+        key_low=low, key_high=high, largest=change.eps, length=change.step, low=change.low, high=change.high,
+        **row_numbers(call.rows, count),
+    )  # fmt: skip
+    table.control(call.counters)
+    rows: int = count
+    return rows
+
+
+def _gradients(table: CallTable, layer: SimpleNamespace, w: Fields | None, b: Fields | None) -> None:
     """The gradients by a layer's weights and bias, w and b being what else their rows have; None is left out."""
-    x, dz = _input(layer), layer["dz"]
+    x, dz = _input(layer), layer.dz
     table.height = max(table.height, len(dz))
     if w is not None:
-        table.add("WEIGHT", N=dz.shape[1], K=x.shape[1], X=x, DZ=dz, **w)
+        table.add("WEIGHT", n=dz.shape[1], k=x.shape[1], x=x, dz=dz, **w)
     if b is not None:
-        table.add("BIAS", N=dz.shape[1], DZ=dz, SUMS=table.scratch(dz.shape[1]), **b)
+        table.add("BIAS", n=dz.shape[1], dz=dz, sums=table.scratch(dz.shape[1]), **b)
 
 
-def _slope(table: Table, slope: Operands, columns: Mapping[str, Any]) -> None:
-    table.add("SLOPES", N=1, DZ=slope["dslope"], SUMS=table.scratch(1), **columns)
+def _slope(table: CallTable, slope: SimpleNamespace, fields: Fields) -> None:
+    table.add("SLOPES", n=1, dz=slope.dslope, sums=table.scratch(1), **fields)
 
 
-def _batch(layers: Sequence[Operands]) -> int:
-    return max((len(layer["dz"]) for layer in layers), default=0)
+def _batch(layers: Sequence[SimpleNamespace]) -> int:
+    return max((len(layer.dz) for layer in layers), default=0)
 
 
-def _grad_weight(
-    table: Table, *, layers: Sequence[Operands], rule: UpdateRule, counters: Array, slopes: Sequence[Operands] = ()
-) -> int:
-    for layer in layers:
-        _gradients(table, layer, *(None if layer[name] is None else {"OUT": layer[name]} for name in ("dw", "db")))
-    for slope in slopes:
-        _slope(table, slope, {"OUT": slope["grad"]})
-    table.accumulate(rule, counters)
-    return _batch(layers)
+@enters("grad_weight")
+def _grad_weight(table: CallTable, call: SimpleNamespace) -> int:
+    for layer in call.layers:
+        _gradients(table, layer, *(None if out is None else {"out": out} for out in (layer.dw, layer.db)))
+    for slope in call.slopes:
+        _slope(table, slope, {"out": slope.grad})
+    table.accumulate(call.rule, call.counters)
+    return _batch(call.layers)
 
 
-def _grad_weight_update(
-    table: Table,
-    *,
-    layers: Sequence[Operands],
-    rule: UpdateRule,
-    hyper: Array,
-    rates: Array,
-    counters: Array,
-    slopes: Sequence[Operands] = (),
-) -> int:
+@enters("grad_weight_update")
+def _grad_weight_update(table: CallTable, call: SimpleNamespace) -> int:
+    rule = call.rule
     if rule.clip_norm is not None or rule.accumulate != 1:
         raise ArgumentError(
             "rule: clipping and accumulation need the gradients of the whole network: use grad_weight and update"
         )
+    # with nothing else to do with the gradient the product lands in the parameter
+    descends = rule.code == t.SGD and not rule.ema and _batch(call.layers) <= t.DEPTH
 
-    def updated(owner: Operands, name: str, own: str = "") -> dict[str, Any] | None:
-        """The columns of a parameter that is updated with its gradient."""
-        param = owner[name]
+    def updated(param: Array | None, tensor: TensorRule, states: Sequence[Array]) -> Fields | None:
+        """The fields of a parameter that is updated with its gradient."""
         if param is None:
             return None
-        columns = {"FIRST": table.tensor(owner[f"{own}rule"], 0, param.size), "W": param}
-        columns["PANELS"] = table.panels_of(param)
-        if rule.code == t.SGD and not rule.ema and _batch(layers) <= t.DEPTH:
-            # with nothing else to do with the gradient the product lands in the parameter
-            return columns | {"OUT": param, "DESCENDS": True}
-        return columns | {"OUT": table.scratch(*param.shape), **_updated(rule, param, owner[f"{own}state"])}
+        fields = {"first": table.tensor(tensor, 0, param.size), "w": param, "panels": table.panels_of(param)}
+        if descends:
+            return fields | {"out": param, "descends": True}
+        return fields | {"out": table.scratch(*param.shape), **_updated(rule, param, states)}
 
-    for layer in layers:
-        _gradients(table, layer, updated(layer, "w", "w_"), updated(layer, "b", "b_"))
-    for slope in slopes:
-        columns = updated(slope, "param")
-        assert columns is not None
-        _slope(table, slope, columns)
-    _advance(table, rule=rule, hyper=hyper, rates=rates, counters=counters)
-    return _batch(layers)
+    for layer in call.layers:
+        w, b = updated(layer.w, layer.w_rule, layer.w_state), updated(layer.b, layer.b_rule, layer.b_state)
+        _gradients(table, layer, w, b)
+    for slope in call.slopes:
+        fields = updated(slope.param, slope.rule, slope.state)
+        assert fields is not None
+        _slope(table, slope, fields)
+    _advance(table, call)
+    return _batch(call.layers)
 
 
 def _updated(rule: UpdateRule, param: Array, states: Sequence[Array]) -> dict[str, Any]:
-    """The columns of what an update writes."""
-    one, two, average = rule.places(states, param)
-    return {"PARAM": param, "STATE0": one, "STATE1": two, **({"AVERAGE": average} if rule.ema else {})}
+    """The fields of what an update writes."""
+    first, second, average = rule.places(states, param)
+    return {"param": param, "state0": first, "state1": second, **({"average": average} if rule.ema else {})}
 
 
-def _update(
-    table: Table,
-    *,
-    params: Array,
-    grads: Array,
-    states: Sequence[Array],
-    segments: Sequence[Segment],
-    rule: UpdateRule,
-    hyper: Array,
-    rates: Array,
-    counters: Array,
-    noise: Noise | None = None,
-    rows: Array | None = None,
-) -> int:
-    if noise is not None:
-        noise.check(rule)
+@enters("update")
+def _update(table: CallTable, call: SimpleNamespace) -> int:
+    params, grads, segments, rule = call.params, call.grads, call.segments, call.rule
+    if call.noise is not None:
+        call.noise.check(rule)
         if any(segment.columns != segment.pitch for segment in segments):
             raise ArgumentError("segments: the numpy backend adds noise to matrices without gaps between their rows")
-        table.noise(noise, rows)
+        table.noise(call.noise, call.rows)
     table.add_later()
     tensors = [table.tensor(segment.rule, segment.offset, segment.size) for segment in segments]
-    columns = _updated(rule, params, states)
+    fields = _updated(rule, params, call.states)
     at_once = rule.clip_norm is None and rule.accumulate == 1
-    if not (at_once and _with_gradients(table, grads, columns, segments, tensors)):
+    if not (at_once and _with_gradients(table, grads, fields, segments, tensors)):
         if rule.clip_norm is not None:
-            table.add("NORM", N=params.size, DZ=grads, **_range(tensors))
-        table.add("UPDATE", N=params.size, DZ=grads, **_range(tensors), **columns)
-    return _advance(table, rule=rule, hyper=hyper, rates=rates, counters=counters)
+            table.add("NORM", n=params.size, dz=grads, **_range(tensors))
+        table.add("UPDATE", n=params.size, dz=grads, **_range(tensors), **fields)
+    return _advance(table, call)
 
 
 def _range(tensors: Sequence[int]) -> dict[str, int]:
-    """The columns of tensors that follow one another."""
-    return {"FIRST": tensors[0], "END": tensors[-1] + 1} if tensors else {}
+    """The fields of tensors that follow one another."""
+    return {"first": tensors[0], "end": tensors[-1] + 1} if tensors else {}
 
 
 def _with_gradients(
-    table: Table, grads: Array, arenas: Mapping[str, Array], segments: Sequence[Segment], tensors: Sequence[int]
+    table: CallTable, grads: Array, arenas: Mapping[str, Array], segments: Sequence[Segment], tensors: Sequence[int]
 ) -> bool:
     """Update each tensor where its gradient is computed; False if not all gradients are."""
     found = [table.gradient_at(grads, segment.offset, segment.size) for segment in segments]
@@ -369,37 +323,97 @@ def _with_gradients(
         return False
     for row, segment, tensor in zip(rows, segments, tensors, strict=True):
         shifted = {name: (arena, segment.offset) for name, arena in arenas.items()}
-        panels = table.panels_of(arenas["PARAM"], segment.offset)
-        table.amend(row, FIRST=tensor, W=shifted["PARAM"], PANELS=panels, **shifted)
+        panels = table.panels_of(arenas["param"], segment.offset)
+        table.amend(row, first=tensor, w=shifted["param"], panels=panels, **shifted)
     return True
 
 
-def penalty(
-    table: Table, *, layers: Sequence[Operands], ridge: Ridge, shares: Array, counters: Array, stats: Array
-) -> int:
-    del shares, counters, stats
-    for layer in layers:
+@enters("penalty")
+def _penalty(table: CallTable, call: SimpleNamespace) -> int:
+    for layer in call.layers:
         # the row of this gradient adds it
-        row = table.gradient_at(layer["dw"], 0, layer["dw"].size)
+        row = table.gradient_at(layer.dw, 0, layer.dw.size)
         assert row is not None
-        table.amend(row, {t.STRENGTH: ridge.strength}, W=layer["w"], PULLS=True)
+        table.amend(row, strength=call.ridge.strength, w=layer.w, pulls=True)
     return t.COUNTED
 
 
-def _advance(table: Table, *, rule: UpdateRule, hyper: Array, rates: Array, counters: Array) -> int:
-    table.clock(rule, hyper, rates, counters)
+@enters("advance")
+def _advance(table: CallTable, call: SimpleNamespace) -> int:
+    table.clock(call.rule, call.hyper, call.rates, call.counters)
     table.add("CLOCK")
     return 0
 
 
-ENTRIES: dict[str, Callable[..., int]] = {
-    "linear": _linear,
-    "loss_grad": loss_grad,
-    "linear_loss_grad": _linear_loss_grad,
-    "grad_input": _grad_input,
-    "clip_examples": _clip_examples,
-    "grad_weight": _grad_weight,
-    "grad_weight_update": _grad_weight_update,
-    "update": _update,
-    "advance": _advance,
-}
+def _of_members(table: CallTable, vectors: Array, rows: int, outputs: int = 1) -> int:
+    """The number of members; a task has as many rows of each."""
+    table.height, table.members = max(table.height, rows), len(vectors) // outputs
+    return table.members
+
+
+def _factors(table: CallTable, call: SimpleNamespace, rows: int, width: int) -> dict[str, Any]:
+    """The fields of what members do between products, with memory for two rows of each task."""
+    if call.activation == "prelu":
+        raise ArgumentError("activation: members share no learned slope; give another activation than prelu")
+    return {
+        "n": width, "members": _of_members(table, call.r if call.s is None else call.s, rows), "x": call.x,
+        "by_s": call.s, "b": call.b, "by_r": call.r, "z": (table.scratch(2 * MOST_TASKS, width), 0),
+        **activation(table, call), **dropout(call), **row_numbers(call.rows, rows),
+    }  # fmt: skip
+
+
+@enters("affine_members")
+def _affine_members(table: CallTable, call: SimpleNamespace) -> int:
+    rows, width = call.y.shape
+    table.add("MEMBERS_AFFINE", out=call.y, **_factors(table, call, rows, width))
+    table.control(call.counters)
+    return int(rows)
+
+
+@enters("grad_affine_members")
+def _grad_affine_members(table: CallTable, call: SimpleNamespace) -> int:
+    rows, width = call.dy.shape
+    fields = _factors(table, call, rows, width)
+    if call.s is not None:
+        fields["out"] = table.scratch(rows, width) if call.dx is None else call.dx
+    every = table.members * width
+    for name, factor, out in (("sum_s", call.s, call.ds), ("sum_b", call.b, call.db), ("sum_r", call.r, call.dr)):
+        if factor is not None:
+            fields[name] = sums = (table.scratch(MOST_TASKS, every), 0)
+            if out is not None:
+                later = {"dz": sums, "sums": table.scratch(every), "out": (out, 0)}
+                table.later.append({"n": every, "parts": True, **later})
+    table.add("MEMBERS_BACKWARD", dz=call.dy, **fields)
+    table.accumulate(call.rule, call.counters)
+    return int(rows)
+
+
+@enters("linear_members")
+def _linear_members(table: CallTable, call: SimpleNamespace) -> int:
+    rows, outputs = call.z.shape
+    members = _of_members(table, call.w, rows, outputs)
+    panels = table.in_panels(call.w)
+    table.add("HEADS", n=outputs, k=call.w.shape[1], members=members, x=call.x, panels=panels, b=call.b, z=call.z)
+    table.control(None)
+    return int(rows)
+
+
+@enters("grad_input_members")
+def _grad_input_members(table: CallTable, call: SimpleNamespace) -> int:
+    rows, outputs = call.dz.shape
+    members = _of_members(table, call.w, rows, outputs)
+    table.add("HEADS_BACKWARD", n=outputs, k=call.w.shape[1], members=members, dz=call.dz, w=call.w, out=call.dx)
+    table.control(None)
+    return int(rows)
+
+
+@enters("grad_weight_members")
+def _grad_weight_members(table: CallTable, call: SimpleNamespace) -> int:
+    rows, outputs = call.dz.shape
+    for kind, out, inputs in (("WEIGHT", call.dw, call.x.shape[1]), ("BIAS", call.db, 0)):
+        if out is not None:
+            members = _of_members(table, out, rows, outputs)
+            sums = table.scratch(len(out)) if kind == "BIAS" else None
+            table.add(kind, n=len(out), k=inputs, members=members, x=call.x, dz=call.dz, out=out, sums=sums)
+    table.accumulate(call.rule, call.counters)
+    return int(rows)

@@ -69,15 +69,15 @@ def _fixed() -> dict[str, int]:
                 "that this process may use"
             )
         return {VARIABLE: int(asked)}
-    found = {"CPU affinity": _affinity()}
+    counts = {"CPU affinity": _affinity()}
     quota = _quota(Path("/"))
     if quota is not None:
-        found["CPU quota"] = max(1, int(quota + 0.5))
+        counts["CPU quota"] = max(1, int(quota + 0.5))
     # "4,2" has a number for each level of nested teams; OpenMP ignores what is no number
     openmp = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if openmp.isdecimal() and int(openmp) > 0:
-        found["OMP_NUM_THREADS"] = int(openmp)
-    return found
+        counts["OMP_NUM_THREADS"] = int(openmp)
+    return counts
 
 
 def _affinity() -> int:

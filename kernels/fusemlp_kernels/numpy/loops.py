@@ -22,18 +22,16 @@ from fusemlp_kernels.pointwise import OPTIMIZERS
 
 Array = np.ndarray[Any, Any]
 
-# Names of ``compiled.tables`` and of the printed formulas that a table may do without, so that no code is compiled for
-# them.
+# Names and fields of ``compiled.tables``, and names of the printed formulas, that a table may do without, so that no
+# code is compiled for them.
 OPTIMIZER_NAMES = tuple(f"RULE_{name.upper()}" for name in OPTIMIZERS)
 NAMES = frozenset(
     {
         *("GATHER", "AFFINE", "ACTIVATE", "ENTROPY", "ELEMENTWISE", "PADDING", "BACKWARD"),
         *("WEIGHT", "BIAS", "SLOPES", "NORM", "UPDATE", "PACK"),
-        *("SQUARES", "SHRINK", "NOISY", "BY_ITSELF", "PERTURB", "DRAWN"),
-        *("MEMBERS_AFFINE", "MEMBERS_BACKWARD", "HEADS", "HEADS_BACKWARD", "MEMBERS", "PARTS", "BY_R", "BY_S"),
-        *("PARAM", "AVERAGE", "PANELS", "PULLS"),
-        *("KEEP", "SOFT", "SMOOTHED", "IGNORES", "WEIGHTED", "CLASS_WEIGHTED", "WIDE"),
-        *("DESCENDS", "SLOPE", "DSLOPE"),
+        *("SQUARES", "SHRINK", "BY_ITSELF", "PERTURB", "MEMBERS_AFFINE", "MEMBERS_BACKWARD", "HEADS", "HEADS_BACKWARD"),
+        *("noisy", "drawn", "members", "parts", "by_r", "by_s", "param", "average", "panels", "pulls"),
+        *("keep", "soft", "smoothed", "ignores", "weighted", "class_weighted", "wide", "descends", "slope", "dslope"),
         *(name.upper() for name in (*ACTIVATIONS, *LOSSES)),
         *OPTIMIZER_NAMES,
     }
@@ -76,7 +74,7 @@ def row_order(n: int, seed: int, epoch: int) -> Array:
 def compiled_row_order(n: int, seed: int, epoch: int) -> Array:
     """The order of the rows in an epoch, (n,) int64, by numba."""
     with _loading:
-        permute = compiled("rows").compiled_row_order()
+        permute = compiled("philox").compiled_row_order()
     order, a = np.empty(n, np.int64), radix(n)
     low, high = seed_key(seed)
     permute(order, np.empty((FEISTEL_ROUNDS, a), np.int64), np.empty((2, a), np.int64), low, high, epoch)
@@ -89,16 +87,16 @@ def work_for(names: frozenset[str], real: Any, *, alone: bool) -> Any:
     Without ``alone`` a new one is for all the single calls that wait for theirs: those of a step are compiled together.
     """
     with _loading:
-        found = _loaded(names, real)
-        if found is None:
+        work = _loaded(names, real)
+        if work is None:
             if not alone:
                 names |= _waiting
                 _waiting.clear()
             if os.environ.get(WHOLE_LOOP):
                 names = NAMES
-            found = compiled("pruning").compiled_work(NAMES - names, real)
-            _loops[real.char, names] = found
-        return found
+            work = compiled("pruning").compiled_work(NAMES - names, real)
+            _loops[real.char, names] = work
+        return work
 
 
 def _loaded(names: frozenset[str], real: Any) -> Any:

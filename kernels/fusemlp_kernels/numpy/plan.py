@@ -50,11 +50,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """The tables of phases, tasks and pieces; ``blocks`` blocks of ``block`` rows, and the most tasks of a phase."""
+    """The records of phases, tasks and pieces; ``blocks`` blocks of ``block`` rows, and the most tasks of a phase."""
 
-    phases: list[int]
-    tasks: list[int]
-    pieces: list[int]
+    phases: list[tuple[int, ...]]
+    tasks: list[tuple[int, ...]]
+    pieces: list[tuple[int, ...]]
     block: int
     blocks: int
     prologue: int
@@ -65,12 +65,12 @@ def plan(
     rows: Sequence[Row],
     packs: Sequence[Row],
     height: int,
-    tensors: Sequence[int],
+    sizes: Sequence[int],
     *,
     members: int = 1,
     shards: int = 0,
 ) -> Plan:
-    """Plan ``rows`` of calls for batches of up to ``height`` rows, the table of tensors being ``tensors``.
+    """Plan ``rows`` of calls for batches of up to ``height`` rows; the trained tensors have these ``sizes``.
 
     A block has as many rows of each of ``members``.
 
@@ -80,39 +80,38 @@ def plan(
     """
     block = _block(rows[: len(rows) // max(1, shards)], height, math.lcm(ROWS, members))
     by_rows = max(1, -(-height // block)) if block else 1
-    phases: list[int] = []
-    tasks: list[int] = []
-    pieces: list[int] = []
+    phases: list[tuple[int, ...]] = []
+    tasks: list[tuple[int, ...]] = []
+    pieces: list[tuple[int, ...]] = []
     most = 1
 
     def phase(first: int, group: Sequence[Row]) -> None:
         nonlocal most
         cut = _CUT.get(group[0].kind, t.BY_ROWS)
-        start, count = len(tasks) // t.TASK_COLUMNS, 1
+        start, count = len(tasks), 1
         if cut == t.BY_PIECES:
-            total = sum(piece[-1] for row in group for piece in _pieces(row, height, tensors, math.inf))
+            total = sum(piece[-1] for row in group for piece in _pieces(row, height, sizes, math.inf))
             count = _tasks(total)
             grain = total / min(MOST_TASKS, PIECES * count) if count > 1 else math.inf
-            begun = at = len(pieces) // t.PIECE_COLUMNS
-            cost, ended = 0, 0
+            begun, cost, ended = len(pieces), 0, 0
             for i, row in enumerate(group):
-                for *piece, own in _pieces(row, height, tensors, grain):
-                    pieces.extend((first + i, *piece))
-                    at, cost = at + 1, cost + own
+                for *piece, work in _pieces(row, height, sizes, grain):
+                    pieces.append((first + i, *piece))
+                    cost += work
                     if cost * count >= total * (ended + 1):
-                        tasks.extend((begun, at))
-                        begun, ended = at, cost * count // max(total, 1)
-            if begun < at:
-                tasks.extend((begun, at))
-            count = len(tasks) // t.TASK_COLUMNS - start
+                        tasks.append((begun, len(pieces)))
+                        begun, ended = len(pieces), cost * count // max(total, 1)
+            if begun < len(pieces):
+                tasks.append((begun, len(pieces)))
+            count = len(tasks) - start
         elif cut == t.BY_ROWS:
             count = by_rows
-        phases.extend((cut, first, first + len(group), count, start))
+        phases.append((cut, first, first + len(group), count, start))
         most = max(most, count)
 
     if packs:
         phase(len(rows), packs)
-    prologue = len(phases) // t.PHASE_COLUMNS
+    prologue = len(phases)
     for first, group in _groups(rows):
         phase(first, group)
         if packs and group[0].kind == "UPDATE":
@@ -180,12 +179,12 @@ def _even(size: int, parts: int, unit: int) -> Iterator[tuple[int, int]]:
 
 
 def _pieces(
-    row: Row, height: int, tensors: Sequence[int], grain: float
+    row: Row, height: int, sizes: Sequence[int], grain: float
 ) -> Iterator[tuple[int, int, int, int, int]]:  # fmt: skip
     """The pieces of a row, each about as much work as ``grain``: top, bottom, left, right, and its work."""
     if row.kind in ("NORM", "UPDATE"):
         for tensor in range(row.first, row.end):
-            size = tensors[tensor * t.TENSOR_COLUMNS + t.SIZE]
+            size = sizes[tensor]
             for left, right in _even(size, int(size * UPDATE // grain), t.PANEL):
                 yield tensor, 0, left, right, (right - left) * UPDATE
     elif row.kind in ("WEIGHT", "PACK"):

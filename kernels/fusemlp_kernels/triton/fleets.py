@@ -58,9 +58,9 @@ class _Step:
 
     def values(self) -> list[Tensor]:
         """The arrays of the workspace that the kernel writes, in order."""
-        given = [operands.get(name) for operands in self.forward for name in ("y", "z", "dz")]
-        given += [operands["dz_prev"] for operands in self.backward]
-        return [one for one in given if one is not None]
+        values = [operands.get(name) for operands in self.forward for name in ("y", "z", "dz")]
+        values += [operands["dz_prev"] for operands in self.backward]
+        return [value for value in values if value is not None]
 
 
 def _read(op: str, calls: Calls, params: Tensor) -> _Step:
@@ -72,7 +72,7 @@ def _read(op: str, calls: Calls, params: Tensor) -> _Step:
     begin, end = names[: depth + back], names[depth + back :]
     wanted = ["linear"] * (depth - 1) + ["linear_loss_grad"] + ["grad_input"] * back
     goes_back = all(
-        one["w"].data_ptr() == forward[depth - 1 - index]["w"].data_ptr() for index, one in enumerate(backward)
+        layer["w"].data_ptr() == forward[depth - 1 - index]["w"].data_ptr() for index, layer in enumerate(backward)
     )
     if begin != wanted or end not in ENDS or back >= depth or not goes_back:
         raise ArgumentError(
@@ -102,7 +102,7 @@ def _segments(operands: Operands, params: Tensor) -> list[Segment]:
             if layer[name] is not None:
                 found.append((layer[name], layer[f"{name}_rule"]))
     found += [(slope["param"], slope["rule"]) for slope in operands.get("slopes", ())]
-    segments = [Segment(_place(one, params), len(one) * one.stride(0), rule) for one, rule in found]
+    segments = [Segment(_place(tensor, params), len(tensor) * tensor.stride(0), rule) for tensor, rule in found]
     return sorted(segments, key=lambda segment: segment.offset)
 
 
@@ -123,21 +123,21 @@ def _same(op: str, name: str, values: Sequence[Any]) -> None:
 def _check_common(op: str, calls: Sequence[Calls], steps: Sequence[_Step], weights: Tensor, params: Tensor) -> None:
     """Raise ArgumentError for models that cannot train in one launch."""
 
-    def layer(one: Operands, model: int) -> tuple[Any, ...]:
-        slope = one.get("slope_param")
-        places = _place(one["w"], weights[model]), _place(one["b"], params[model])
+    def layer_of(operands: Operands, model: int) -> tuple[Any, ...]:
+        slope = operands.get("slope_param")
+        places = _place(operands["w"], weights[model]), _place(operands["b"], params[model])
         slope_place = None if slope is None else _place(slope, params[model])
-        return tuple(one["w"].shape), places, one.get("activation", "identity"), slope_place
+        return tuple(operands["w"].shape), places, operands.get("activation", "identity"), slope_place
 
-    _same(op, "calls", [[name for name, _ in one] for one in calls])
-    _same(op, "layers", [[layer(one, model) for one in step.forward] for model, step in enumerate(steps)])
-    _same(op, "segments", [[(one.offset, one.size) for one in step.segments] for step in steps])
+    _same(op, "calls", [[name for name, _ in program] for program in calls])
+    _same(op, "layers", [[layer_of(operands, model) for operands in step.forward] for model, step in enumerate(steps)])
+    _same(op, "segments", [[(segment.offset, segment.size) for segment in step.segments] for step in steps])
     _same(op, "rules: states", [step.rule.states for step in steps])
     losses = [step.loss for step in steps]
     _same(op, "losses: kind, soft, ignore_index", [(loss.kind, loss.soft, loss.ignore_index) for loss in losses])
     for name in ("x", "target", "weight", "class_weight"):
         data = [step.forward[0 if name == "x" else -1].get(name) for step in steps]
-        _same(op, name, [None if one is None else one.data_ptr() for one in data])
+        _same(op, name, [None if array is None else array.data_ptr() for array in data])
 
 
 class _Workspace:
@@ -152,8 +152,8 @@ class _Workspace:
         self.stride = apart // self.item
         # values that have no array in the calls
         self._spare: list[Tensor] = []
-        for model, own in enumerate(values):
-            for index, (value, first) in enumerate(zip(own, values[0], strict=True)):
+        for model, numbers in enumerate(values):
+            for index, (value, first) in enumerate(zip(numbers, values[0], strict=True)):
                 name = f"calls[{model}]: value {index}"
                 device.check(op, name, value, tuple(first.shape), "compute", written=True)
                 at, alike = value.data_ptr() - first.data_ptr(), value.stride() == first.stride()
@@ -182,11 +182,11 @@ def _layer_table(step: _Step, work: _Workspace, x: Tensor, weights: Tensor, para
     rows: list[list[int]] = []
     last = len(step.forward) - 1
     source, source_row = work.place(x), x.stride(0) if len(x) > 1 else _round_up(x.shape[1], 8)
-    for index, one in enumerate(step.forward):
-        w, slope = one["w"], one.get("slope_param")
-        name = one.get("activation", "identity")
-        y, z = one.get("y"), one.get("z")
-        dz = one.get("dz") if index == last else None
+    for index, layer in enumerate(step.forward):
+        w, slope = layer["w"], layer.get("slope_param")
+        name = layer.get("activation", "identity")
+        y, z = layer.get("y"), layer.get("z")
+        dz = layer.get("dz") if index == last else None
         if step.lowest <= index < last:
             dz = step.backward[last - 1 - index]["dz_prev"]
         pitch = _round_up(len(w), 8)
@@ -199,8 +199,8 @@ def _layer_table(step: _Step, work: _Workspace, x: Tensor, weights: Tensor, para
         slope_at = -1 if slope is None else _place(slope, params)
         fields = {
             "N": len(w), "K": w.shape[1], "x": source, "x_row": source_row, "w": _place(w, weights),
-            "w_row": _round_up(w.shape[1], 8), "b": _place(one["b"], params),
-            "w_task": task_at.get(_place(w, weights), -1), "b_task": task_at.get(_place(one["b"], params), -1),
+            "w_row": _round_up(w.shape[1], 8), "b": _place(layer["b"], params),
+            "w_task": task_at.get(_place(w, weights), -1), "b_task": task_at.get(_place(layer["b"], params), -1),
             "slope_task": -1 if slope is None else task_at.get(slope_at, -1), "slope": slope_at,
             "activation": ACTIVATIONS.index(name), "y": y_at, "z": z_at, "dz": dz_at, "pitch": pitch,
         }  # fmt: skip
@@ -252,11 +252,11 @@ def _check_arenas(op: str, device: Device, arenas: Mapping[str, Tensor], models:
         device.check(op, name, arenas[name], (models, *shape), kind, written=name != "rates", flat=True)
 
 
-def _bind(device: Device, op: str, given: SimpleNamespace) -> Callable[[Sequence[int]], object]:
-    calls, rows, arenas, epoch_stats = given.calls, given.rows, given.arenas, given.epoch_stats
+def _bind(device: Device, op: str, call: SimpleNamespace) -> Callable[[Sequence[int]], object]:
+    calls, rows, arenas, epoch_stats = call.calls, call.rows, call.arenas, call.epoch_stats
     models, params = len(calls), arenas["params"]
     device.check(op, "rows", rows, (models, None), "int64", flat=True)
-    steps = [_read(op, one, own) for one, own in zip(calls, params, strict=True)]
+    steps = [_read(op, program, arena) for program, arena in zip(calls, params, strict=True)]
     first = steps[0]
     count, loss = first.rule.state_count, first.loss
     _check_arenas(op, device, arenas, models, count)
@@ -271,18 +271,19 @@ def _bind(device: Device, op: str, given: SimpleNamespace) -> Callable[[Sequence
             f"{op}: calls: {outputs} outputs are more than the {widest} that fit a tile; train such a network step by "
             "step"
         )
-    for index, one in enumerate(first.forward):
-        place = _place(one["w"], weights[0])
-        if place % 8 or (len(one["w"]) > 1 and one["w"].stride(0) != _round_up(one["w"].shape[1], 8)):
+    for index, layer in enumerate(first.forward):
+        w = layer["w"]
+        place = _place(w, weights[0])
+        if place % 8 or (len(w) > 1 and w.stride(0) != _round_up(w.shape[1], 8)):
             raise ArgumentError(
                 f"{op}: calls[{index}]: w: expected rows that begin at multiples of 8 elements of the arena, got place "
-                f"{place}, strides {one['w'].stride()}"
+                f"{place}, strides {w.stride()}"
             )
     device.check(op, "x", x, (len(output.target), inputs), "compute")
     if epoch_stats is not None:
         device.check(op, "epoch_stats", epoch_stats, (models, None, STATS), "float64", written=True)
-    tile = configs.resident_tile(device.arch, device.precision, (inputs, *(len(one["w"]) for one in first.forward)))
-    work = _Workspace(op, device, steps, given.batch)
+    tile = configs.resident_tile(device.arch, device.precision, (inputs, *(len(layer["w"]) for layer in first.forward)))
+    work = _Workspace(op, device, steps, call.batch)
     # the offset of the data counts from the workspace
     if not is_aligned(x) or (x.data_ptr() - work.base.data_ptr()) % (8 * x.element_size()):
         raise ArgumentError(
@@ -305,10 +306,10 @@ def _bind(device: Device, op: str, given: SimpleNamespace) -> Callable[[Sequence
         "shares": device.numbers([shares for _, shares in tables], "real"),
         "rules": device.numbers([clock.rule_values(step.rule) for step in steps], "float64"),
         "tensors": device.numbers(factors, "float64"),
-        "segments": device.numbers([(one.offset, one.size) for one in first.segments] or [(0, 0)], "int64"),
+        "segments": device.numbers([(segment.offset, segment.size) for segment in first.segments] or [(0, 0)], "int64"),
         "counters": arenas["counters"], "hyper": arenas["hyper"], "rates": arenas["rates"], "stats": arenas["stats"],
         "epoch_stats": device.zeros(1, "float64") if epoch_stats is None else epoch_stats, "live": live,
-        "M": given.batch, "depth": len(table), "lowest": first.lowest, "trained": len(first.segments),
+        "M": call.batch, "depth": len(table), "lowest": first.lowest, "trained": len(first.segments),
         "work_size": work.stride, "size": params.shape[1],
         "rows_size": rows.shape[1], "rates_size": arenas["rates"].shape[1] * RATE_COLUMNS,
         "entropy": int(loss.kind == "cross_entropy"),
@@ -337,16 +338,16 @@ def _bind(device: Device, op: str, given: SimpleNamespace) -> Callable[[Sequence
 
 
 @binds("train_fleet")
-def bind_train_fleet(device: Device, given: SimpleNamespace) -> Callable[[Sequence[int]], object]:
+def bind_train_fleet(device: Device, call: SimpleNamespace) -> Callable[[Sequence[int]], object]:
     """The contract's ``train_fleet``."""
-    return _bind(device, "train_fleet", given)
+    return _bind(device, "train_fleet", call)
 
 
 @binds("train_resident")
-def bind_train_resident(device: Device, given: SimpleNamespace) -> Callable[[int], object]:
+def bind_train_resident(device: Device, call: SimpleNamespace) -> Callable[[int], object]:
     """The contract's ``train_resident``: a fleet of one."""
-    given.calls, given.rows = [given.calls], given.rows[None]
-    given.arenas = {name: arena[None] for name, arena in given.arenas.items()}
-    given.epoch_stats = None if given.epoch_stats is None else given.epoch_stats[None]
-    run = _bind(device, "train_resident", given)
+    call.calls, call.rows = [call.calls], call.rows[None]
+    call.arenas = {name: arena[None] for name, arena in call.arenas.items()}
+    call.epoch_stats = None if call.epoch_stats is None else call.epoch_stats[None]
+    run = _bind(device, "train_resident", call)
     return lambda steps: run((steps,))

@@ -81,14 +81,14 @@ def _call(op: str, names: Sequence[str], arguments: Mapping[str, Any]) -> tuple[
     """Start ``op`` on the device of the first of the arguments of a function below; returns the outputs ``names``."""
     known, first = OPS[op].by_name, next(iter(arguments))
     device = _device(op, first, arguments[first], arguments.get("tf32", False))
-    given = {name: value for name, value in arguments.items() if name in known}
-    if isinstance(given["slope"], Tensor):
-        given["slope_param"] = given.pop("slope")
-    if isinstance(given.get("loss"), str):
-        given["loss"] = LossSpec(given["loss"])
+    operands = {name: value for name, value in arguments.items() if name in known}
+    if isinstance(operands["slope"], Tensor):
+        operands["slope_param"] = operands.pop("slope")
+    if isinstance(operands.get("loss"), str):
+        operands["loss"] = LossSpec(operands["loss"])
     if "x_rows" in known:
-        given["x_rows"] = given["rows"]
-    call = checked(op, given, device.check, (*names, "counters"))
+        operands["x_rows"] = operands["rows"]
+    call = checked(op, operands, device.check, (*names, "counters"))
     for name in names:
         make = torch.zeros if known[name].use == UPDATED else torch.empty
         shape = [FIXED.get(letter) or getattr(call, letter) for letter in known[name].shape or ""]
@@ -119,8 +119,8 @@ def linear(
     """
     if return_z and activation not in NEEDS_Z:
         raise ArgumentError(f"linear: return_z: is for {', '.join(sorted(NEEDS_Z))}; {activation} has no use for it")
-    made = _call("linear", ("y", "z") if return_z else ("y",), locals())
-    return made if return_z else made[0]
+    outputs = _call("linear", ("y", "z") if return_z else ("y",), locals())
+    return outputs if return_z else outputs[0]
 
 
 def loss_grad(
@@ -183,8 +183,8 @@ def grad_input(
     dz (M, N); w (N, K); y (M, K) the previous layer's output after its dropout, whose activation it is; z (M, K) its
     pre-activation, for gelu, silu and prelu. For prelu, whose slope is a tensor (1,): (dz_prev, dslope (1,)).
     """
-    made = _call("grad_input", ("dz_prev", "dslope") if activation == "prelu" else ("dz_prev",), locals())
-    return made if activation == "prelu" else made[0]
+    outputs = _call("grad_input", ("dz_prev", "dslope") if activation == "prelu" else ("dz_prev",), locals())
+    return outputs if activation == "prelu" else outputs[0]
 
 
 def grad_weight(dz: Tensor, x: Tensor, *, rows: Tensor | None = None, tf32: bool = False) -> tuple[Tensor, Tensor]:
@@ -250,5 +250,5 @@ def update(
     segments = (Segment(0, params.numel(), TensorRule() if tensor is None else tensor),)
     # the batch that ends an accumulation, so that the update is applied
     clock = _clock(device, rule, lr, update_count, batch_index=rule.accumulate - 1)
-    given = {"params": params, "grads": grads, "states": tuple(states), "segments": segments, "rule": rule}
-    BINDERS["update"](device, **given, **clock)()
+    operands = {"params": params, "grads": grads, "states": tuple(states), "segments": segments, "rule": rule}
+    BINDERS["update"](device, **operands, **clock)()

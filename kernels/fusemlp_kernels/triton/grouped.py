@@ -70,10 +70,10 @@ class _Tasks:
         return numbers, self.device.numbers(self.rules or [(0.0, 0.0)], "float64"), first
 
 
-def _collect(device: Device, given: SimpleNamespace, updates: bool) -> _Tasks:
+def _collect(device: Device, call: SimpleNamespace, updates: bool) -> _Tasks:
     """The tasks of all layers and slopes."""
     tasks = _Tasks(device)
-    for layer in given.layers:
+    for layer in call.layers:
         for kind, name in ((WEIGHT, "w"), (BIAS, "b")):
             tensor, states, rule, shadow = getattr(layer, name if updates else f"d{name}"), (), PLAIN, None
             if tensor is None:
@@ -81,25 +81,25 @@ def _collect(device: Device, given: SimpleNamespace, updates: bool) -> _Tasks:
             if updates:
                 states, rule = getattr(layer, f"{name}_state"), getattr(layer, f"{name}_rule")
                 shadow = layer.w_shadow if kind == WEIGHT else None
-            first, second, average = given.rule.places(states, None) if updates else (None, None, None)
+            first, second, average = call.rule.places(states, None) if updates else (None, None, None)
             tasks.add(
                 rule, kind=kind, N=layer.N, K=layer.K if kind == WEIGHT else 1, gather=int(layer.rows is not None),
                 dz=layer.dz, x=layer.x, p=tensor, s0=first, s1=second, average=average,
                 shadow=shadow, shadowed=int(shadow is not None),
             )  # fmt: skip
-    for slope in given.slopes:
-        first, second, average = given.rule.places(slope.state, None) if updates else (None, None, None)
+    for slope in call.slopes:
+        first, second, average = call.rule.places(slope.state, None) if updates else (None, None, None)
         tensor, rule = (slope.param, slope.rule) if updates else (slope.grad, PLAIN)
         tasks.add(rule, kind=SLOPE, N=1, K=1, x=slope.dslope, p=tensor, s0=first, s1=second, average=average)
     return tasks
 
 
 def _bind_gradients(
-    device: Device, given: SimpleNamespace, *, updates: bool, norm: Tensor | None = None, parts: int = 1, part: int = 0
+    device: Device, call: SimpleNamespace, *, updates: bool, norm: Tensor | None = None, parts: int = 1, part: int = 0
 ) -> tuple[Run, int]:
     """The grouped launch and its number of programs."""
-    tasks = _collect(device, given, updates)
-    count, rows = len(tasks.rows), next((layer.rows for layer in given.layers if layer.rows is not None), None)
+    tasks = _collect(device, call, updates)
+    count, rows = len(tasks.rows), next((layer.rows for layer in call.layers if layer.rows is not None), None)
     shapes = [(row["N"], row["K"]) for row in tasks.rows if row["kind"] == WEIGHT]
     tile = configs.weight_tile(device.arch, device.precision, shapes, tasks.aligned)
     table, tensors, tiles = tasks.tables(tile.rows, tile.columns)
@@ -108,103 +108,101 @@ def _bind_gradients(
         "compute": device.far_base(tasks.base("compute" if device.compute != device.dtype("real") else "real")),
         "real": device.far_base(tasks.base("real")),
         "rows": device.zeros(1, "int64") if rows is None else rows, "table": table, "tensors": tensors,
-        "hyper": given.hyper if updates else device.zeros(HYPER, "float64"),
-        "rates": given.rates if updates else device.zeros(RATE_COLUMNS, "float64"),
-        "rule": device.numbers(clock.rule_values(given.rule), "float64"), "counters": given.counters,
+        "hyper": call.hyper if updates else device.zeros(HYPER, "float64"),
+        "rates": call.rates if updates else device.zeros(RATE_COLUMNS, "float64"),
+        "rule": device.numbers(clock.rule_values(call.rule), "float64"), "counters": call.counters,
         "partials": device.zeros(programs, "float64"), "norm": device.zeros(1, "float64") if norm is None else norm,
-        "ticket": device.zeros(1, "int32"), "M": given.M, "tasks": count, "programs": programs,
+        "ticket": device.zeros(1, "int32"), "M": call.M, "tasks": count, "programs": programs,
         "splits": parts, "part": part, "wants_norm": int(norm is not None),
     }  # fmt: skip
     constants = {
         **tile.sides("NKM"), "PRODUCT": device.product, "ALIGNED": tasks.aligned, "PARTS": tile.parts,
-        "UPDATES": updates, "RULE": given.rule.code if updates else 0, "TASKS": configs.table_length(count),
+        "UPDATES": updates, "RULE": call.rule.code if updates else 0, "TASKS": configs.table_length(count),
     }  # fmt: skip
     launch = device.launch(gradients.grad_weight_kernel, programs, arguments, constants, tile)
-    return _keeping(given, launch, programs), programs
+    return _keeping(call, launch, programs), programs
 
 
-def _keeping(given: SimpleNamespace, launch: Run, programs: int) -> Run:
+def _keeping(call: SimpleNamespace, launch: Run, programs: int) -> Run:
     """Return a launch that keeps its operands' memory alive: the kernel has only the distances between them."""
 
-    def run(_kept: Any = given) -> None:
+    def run(_kept: Any = call) -> None:
         launch()
 
     return run if programs else launch
 
 
 @binds("grad_weight")
-def bind_grad_weight(device: Device, given: SimpleNamespace) -> Run:
+def bind_grad_weight(device: Device, call: SimpleNamespace) -> Run:
     """The contract's ``grad_weight``."""
-    run, programs = _bind_gradients(device, given, updates=False, norm=given.norm, parts=given.parts, part=given.part)
-    return given.norm.zero_ if programs == 0 and given.norm is not None else run
+    run, programs = _bind_gradients(device, call, updates=False, norm=call.norm, parts=call.parts, part=call.part)
+    return call.norm.zero_ if programs == 0 and call.norm is not None else run
 
 
 @binds("grad_weight_members")
-def bind_grad_weight_members(device: Device, given: SimpleNamespace) -> Run:
+def bind_grad_weight_members(device: Device, call: SimpleNamespace) -> Run:
     """The contract's ``grad_weight_members``: the layers of the grouped launch are the members, whose rows lie apart.
 
     Biases have a launch of their own: few of them begin where the fast path of the weights needs it.
     """
     runs = []
     for wanted in ("dw", "db"):
-        if getattr(given, wanted) is None:
+        if getattr(call, wanted) is None:
             continue
-        count = members_of(given, given.N)
+        count = members_of(call, call.N)
         layers = [
             SimpleNamespace(
-                N=given.N, K=given.K, rows=None, dz=given.dz[member::count], x=given.x[member::count],
-                **{"dw": None, "db": None, wanted: getattr(given, wanted)[member * given.N :][: given.N]},
+                N=call.N, K=call.K, rows=None, dz=call.dz[member::count], x=call.x[member::count],
+                **{"dw": None, "db": None, wanted: getattr(call, wanted)[member * call.N :][: call.N]},
             )
             for member in range(count)
         ]  # fmt: skip
-        grouped = SimpleNamespace(
-            M=given.M // count, layers=layers, slopes=(), rule=given.rule, counters=given.counters
-        )
+        grouped = SimpleNamespace(M=call.M // count, layers=layers, slopes=(), rule=call.rule, counters=call.counters)
         runs.append(_bind_gradients(device, grouped, updates=False)[0])
     return in_sequence(runs)
 
 
 @binds("grad_weight_update")
-def bind_grad_weight_update(device: Device, given: SimpleNamespace) -> Run:
+def bind_grad_weight_update(device: Device, call: SimpleNamespace) -> Run:
     """The contract's ``grad_weight_update``."""
-    run, programs = _bind_gradients(device, given, updates=True)
+    run, programs = _bind_gradients(device, call, updates=True)
     if programs:
         return run
     # nothing to train, or no elements in it: the clock goes on all the same
-    return launch_clock(device, given)
+    return launch_clock(device, call)
 
 
 @binds("clip_examples")
-def bind_clip_examples(device: Device, given: SimpleNamespace) -> Run:
+def bind_clip_examples(device: Device, call: SimpleNamespace) -> Run:
     """The contract's ``clip_examples``."""
     tasks, tile = _Tasks(device), configs.CLIP
-    for layer in given.layers:
+    for layer in call.layers:
         tasks.add(
             PLAIN, kind=BIAS if layer.b_trained else WEIGHT, N=layer.N, K=layer.K if layer.w_trained else 0,
             gather=int(layer.rows is not None), dz=layer.dz, x=layer.x,
         )  # fmt: skip
-    rows = next((layer.rows for layer in given.layers if layer.rows is not None), None)
+    rows = next((layer.rows for layer in call.layers if layer.rows is not None), None)
     table, _, _ = tasks.tables(1, 1)
     arguments = {
         "compute": device.far_base(tasks.base("compute" if device.compute != device.dtype("real") else "real")),
         "rows": device.zeros(1, "int64") if rows is None else rows, "table": table,
-        "limit": device.numbers([given.clip], "float64"), "counters": given.counters, "M": given.M,
+        "limit": device.numbers([call.clip], "float64"), "counters": call.counters, "M": call.M,
         "tasks": len(tasks.rows),
     }  # fmt: skip
     constants = {"BM": tile.rows, "BK": tile.columns}
-    programs = -(-given.M // tile.rows)
+    programs = -(-call.M // tile.rows)
     launch = device.launch(privacy.clip_examples_kernel, programs, arguments, constants, tile)
-    return _keeping(given, launch, programs)
+    return _keeping(call, launch, programs)
 
 
 @binds("update")
-def bind_update(device: Device, given: SimpleNamespace) -> Run:
+def bind_update(device: Device, call: SimpleNamespace) -> Run:
     """The contract's ``update``."""
-    params, grads, states, rule = given.params, given.grads, given.states, given.rule
-    norm, shadow, noise, segments = given.norm, given.shadow, given.noise, given.segments
+    params, grads, states, rule = call.params, call.grads, call.states, call.rule
+    norm, shadow, noise, segments = call.norm, call.shadow, call.noise, call.segments
     tile = configs.SWEEP if noise is None else configs.NOISY_SWEEP
     before: list[Run] = []
-    if norm is None and (rule.clip_norm is not None or given.scaled):
+    if norm is None and (rule.clip_norm is not None or call.scaled):
         norm = device.zeros(1, "float64")
         before.append(_bind_norm(device, grads, norm))
     tasks = _Tasks(device)
@@ -214,16 +212,16 @@ def bind_update(device: Device, given: SimpleNamespace) -> Run:
         tasks.add(segment.rule, kind=SEGMENT, N=segment.size, K=columns, p=segment.offset, p_row=pitch)
     table, tensors, programs = tasks.tables(tile.columns, LARGEST_INDEX)
     if programs == 0:
-        return launch_clock(device, given, scaled=given.scaled)
+        return launch_clock(device, call, scaled=call.scaled)
     first, second, average = rule.places(states, params)
     arguments: dict[str, Any] = {
         "parameters": params, "grads": grads, "first": first, "second": second, "average": average,
-        "shadow": params if shadow is None else shadow, "norm": given.hyper if norm is None else norm,
-        "table": table, "tensors": tensors, "hyper": given.hyper, "rates": given.rates, "counters": given.counters,
-        "rule": device.numbers(clock.rule_values(rule, scaled=given.scaled), "float64"),
+        "shadow": params if shadow is None else shadow, "norm": call.hyper if norm is None else norm,
+        "table": table, "tensors": tensors, "hyper": call.hyper, "rates": call.rates, "counters": call.counters,
+        "rule": device.numbers(clock.rule_values(rule, scaled=call.scaled), "float64"),
         "ticket": device.zeros(1, "int32"), "tasks": len(tasks.rows), "programs": programs,
-        "parts": given.parts, "part": given.part, "shadowed": int(shadow is not None),
-        **_noise(device, noise, given.rows),
+        "parts": call.parts, "part": call.part, "shadowed": int(shadow is not None),
+        **_noise(device, noise, call.rows),
     }  # fmt: skip
     constants = {
         "BLOCK": tile.columns, "RULE": rule.code, "TASKS": configs.table_length(len(tasks.rows)),

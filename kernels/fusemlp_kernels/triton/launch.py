@@ -201,7 +201,7 @@ class Device:
             return _nothing
         if programs > LARGEST_INDEX:
             raise ShapeError(f"{kernel.fn.__name__}: {programs} programs are more than a launch can have")
-        given = {**arguments, **constants, **launch_options(self.arch.family, tile)}
+        options = {**arguments, **constants, **launch_options(self.arch.family, tile)}
         again: Run | None = None
 
         def run() -> None:
@@ -210,9 +210,9 @@ class Device:
                 if again is not None:
                     again()
                     return
-                compiled = kernel[(programs,)](**given)
+                compiled = kernel[(programs,)](**options)
                 if not self.interpreted:
-                    again = _started_again(kernel, compiled, programs, given)
+                    again = _started_again(kernel, compiled, programs, options)
 
         return run
 

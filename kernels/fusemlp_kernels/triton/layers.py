@@ -26,12 +26,12 @@ def places(spare: Tensor, **matrices: Tensor | None) -> dict[str, Any]:
     return found
 
 
-def activation_of(given: SimpleNamespace, spare: Tensor) -> dict[str, Any]:
+def activation_of(call: SimpleNamespace, spare: Tensor) -> dict[str, Any]:
     """The kernels' arguments for an activation; ``spare`` is any float32 tensor."""
     return {
-        "activation": ACTIVATIONS.index(given.activation),
-        "slope": float(given.slope),
-        "slope_param": given.slope_param if given.activation == "prelu" else spare,
+        "activation": ACTIVATIONS.index(call.activation),
+        "slope": float(call.slope),
+        "slope_param": call.slope_param if call.activation == "prelu" else spare,
     }
 
 
@@ -57,143 +57,143 @@ def kept_share(dropout: Dropout | None) -> float:
 
 
 @binds("linear", without=NOT_IN_LOAD)
-def bind_linear(device: Device, given: SimpleNamespace) -> Run:
+def bind_linear(device: Device, call: SimpleNamespace) -> Run:
     """The contract's ``linear``."""
-    m, n, x, w, b, y = given.M, given.N, given.x, given.w, given.b, given.y
-    keeps_z = given.z is not None and given.activation in NEEDS_Z
-    z = given.z if keeps_z else y
+    m, n, x, w, b, y = call.M, call.N, call.x, call.w, call.b, call.y
+    keeps_z = call.z is not None and call.activation in NEEDS_Z
+    z = call.z if keeps_z else y
     spare = device.zeros(1, "int64")
     aligned = all(map(is_aligned, (x, w, y, z)))
-    deep = configs.deep_tile(device.arch, device.precision, m, n, given.K) if aligned else None
+    deep = configs.deep_tile(device.arch, device.precision, m, n, call.K) if aligned else None
     tile = deep or configs.forward_tile(device.arch, device.precision, m, n, aligned)
     arguments = {
-        "M": m, "N": n, "K": given.K, **places(spare, x=x, w=w, y=y, z=z), "b": b, "b_step": b.stride(0),
-        "rows": spare if given.rows is None else given.rows, "gather": int(given.rows is not None),
-        "counters": spare if given.counters is None else given.counters, "store_z": int(keeps_z),
-        **activation_of(given, b), **dropout_numbers(given.dropout),
+        "M": m, "N": n, "K": call.K, **places(spare, x=x, w=w, y=y, z=z), "b": b, "b_step": b.stride(0),
+        "rows": spare if call.rows is None else call.rows, "gather": int(call.rows is not None),
+        "counters": spare if call.counters is None else call.counters, "store_z": int(keeps_z),
+        **activation_of(call, b), **dropout_numbers(call.dropout),
     }  # fmt: skip
     constants = {**tile.sides("MNK"), "PRODUCT": device.product, "ALIGNED": aligned}
-    found = device.described(tile, linear.BLOCKS, constants, x=x, w=w) if given.rows is None else {}
-    constants |= {"PARTS": tile.parts, "SPLIT": tile.split, "DESCRIBED": bool(found)}
-    return device.launch(linear.linear_kernel, tile.count(m, n), arguments | found, constants, tile)
+    blocks = device.described(tile, linear.BLOCKS, constants, x=x, w=w) if call.rows is None else {}
+    constants |= {"PARTS": tile.parts, "SPLIT": tile.split, "DESCRIBED": bool(blocks)}
+    return device.launch(linear.linear_kernel, tile.count(m, n), arguments | blocks, constants, tile)
 
 
 @binds("grad_input", without=NOT_IN_LOAD)
-def bind_grad_input(device: Device, given: SimpleNamespace) -> Run:
+def bind_grad_input(device: Device, call: SimpleNamespace) -> Run:
     """The contract's ``grad_input``."""
-    m, k, dz, w, out, dslope = given.M, given.K, given.dz, given.w, given.dz_prev, given.dslope
-    y = given.z if given.activation in NEEDS_Z else given.y
+    m, k, dz, w, out, dslope = call.M, call.K, call.dz, call.w, call.dz_prev, call.dslope
+    y = call.z if call.activation in NEEDS_Z else call.y
     aligned = all(map(is_aligned, (dz, w, y, out)))
-    deep = configs.deep_tile(device.arch, device.precision, m, k, given.N) if aligned else None
+    deep = configs.deep_tile(device.arch, device.precision, m, k, call.N) if aligned else None
     tile = deep or configs.forward_tile(device.arch, device.precision, m, k, aligned)
     programs, spare = tile.count(m, k), device.zeros(1, "real")
     arguments = {
-        "M": m, "N": given.N, "K": k, **places(spare, dz=dz, w=w, y=y, out=out),
-        "counters": device.zeros(1, "int64") if given.counters is None else given.counters,
+        "M": m, "N": call.N, "K": k, **places(spare, dz=dz, w=w, y=y, out=out),
+        "counters": device.zeros(1, "int64") if call.counters is None else call.counters,
         "dslope": spare if dslope is None else dslope, "partials": device.zeros(programs, "float64"),
-        "ticket": device.zeros(1, "int32"), "programs": programs, "kept_share": kept_share(given.dropout),
-        **activation_of(given, spare), **dropout_numbers(given.dropout),
+        "ticket": device.zeros(1, "int32"), "programs": programs, "kept_share": kept_share(call.dropout),
+        **activation_of(call, spare), **dropout_numbers(call.dropout),
     }  # fmt: skip
     constants = {**tile.sides("MKN"), "PRODUCT": device.product, "ALIGNED": aligned}
-    found = device.described(tile, gradients.INPUT_BLOCKS, constants, dz=dz, w=w)
-    constants |= {"PARTS": tile.parts, "SPLIT": tile.split, "DESCRIBED": bool(found)}
-    run = device.launch(gradients.grad_input_kernel, programs, arguments | found, constants, tile)
+    blocks = device.described(tile, gradients.INPUT_BLOCKS, constants, dz=dz, w=w)
+    constants |= {"PARTS": tile.parts, "SPLIT": tile.split, "DESCRIBED": bool(blocks)}
+    run = device.launch(gradients.grad_input_kernel, programs, arguments | blocks, constants, tile)
     return dslope.zero_ if programs == 0 and dslope is not None else run
 
 
 def _own(
-    device: Device, given: SimpleNamespace, spare: Tensor, **matrices: Tensor | None
+    device: Device, call: SimpleNamespace, spare: Tensor, **matrices: Tensor | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments and constants of ``affine_members`` and of its way back; ``matrices`` are those of one of them."""
-    tile, matrices = configs.MEMBERS, {**matrices, "x": given.x, "s": given.s, "b": given.b, "r": given.r}
+    tile, matrices = configs.MEMBERS, {**matrices, "x": call.x, "s": call.s, "b": call.b, "r": call.r}
     arguments = {
-        "M": given.M, "K": given.K, "members": members_of(given), **places(spare, **matrices),
-        "rows": device.zeros(1, "int64") if given.rows is None else given.rows, "gather": int(given.rows is not None),
-        "counters": device.zeros(COUNTERS, "int64") if given.counters is None else given.counters,
-        "with_s": int(given.s is not None), "with_r": int(given.r is not None),
-        "activation": ACTIVATIONS.index(given.activation), "slope": float(given.slope),
-        **dropout_numbers(given.dropout),
+        "M": call.M, "K": call.K, "members": members_of(call), **places(spare, **matrices),
+        "rows": device.zeros(1, "int64") if call.rows is None else call.rows, "gather": int(call.rows is not None),
+        "counters": device.zeros(COUNTERS, "int64") if call.counters is None else call.counters,
+        "with_s": int(call.s is not None), "with_r": int(call.r is not None),
+        "activation": ACTIVATIONS.index(call.activation), "slope": float(call.slope),
+        **dropout_numbers(call.dropout),
     }  # fmt: skip
     aligned = all(is_aligned(matrix) for matrix in matrices.values() if matrix is not None)
     return arguments, {"BM": tile.rows, "BK": tile.columns, "ALIGNED": aligned}
 
 
 @binds("affine_members", without=NOT_IN_LOAD)
-def bind_affine_members(device: Device, given: SimpleNamespace) -> Run:
+def bind_affine_members(device: Device, call: SimpleNamespace) -> Run:
     """The contract's ``affine_members``."""
     tile = configs.MEMBERS
-    arguments, constants = _own(device, given, device.zeros(1, "real"), y=given.y)
+    arguments, constants = _own(device, call, device.zeros(1, "real"), y=call.y)
     count = arguments["members"]
-    programs = count * tile.count(given.M // count, given.K)
+    programs = count * tile.count(call.M // count, call.K)
     return device.launch(members.affine_members_kernel, programs, arguments, constants, tile)
 
 
 @binds("grad_affine_members", without=NOT_IN_LOAD)
-def bind_grad_affine_members(device: Device, given: SimpleNamespace) -> Run:
+def bind_grad_affine_members(device: Device, call: SimpleNamespace) -> Run:
     """The contract's ``grad_affine_members``."""
     tile = configs.MEMBERS
-    written = {name: getattr(given, name) for name in ("dx", "ds", "db", "dr")}
-    arguments, constants = _own(device, given, device.zeros(1, "real"), dy=given.dy, **written)
-    if given.dx is None:
+    written = {name: getattr(call, name) for name in ("dx", "ds", "db", "dr")}
+    arguments, constants = _own(device, call, device.zeros(1, "real"), dy=call.dy, **written)
+    if call.dx is None:
         # of the type of dx
-        arguments["dx"] = given.dy
-    count, wide = arguments["members"], tile.count(1, given.K)
-    splits = min(configs.MOST_SPLITS, max(1, tile.count(given.M // count, 1)))
+        arguments["dx"] = call.dy
+    count, wide = arguments["members"], tile.count(1, call.K)
+    splits = min(configs.MOST_SPLITS, max(1, tile.count(call.M // count, 1)))
     arguments |= {
         **{f"store_{name}": int(array is not None) for name, array in written.items()}, "splits": splits,
         "sums": device.zeros(splits * 3 * count * wide * tile.columns, "real"),
         "ticket": device.zeros(count * wide, "int32"),
-        "rule": device.numbers(clock.rule_values(given.rule), "float64"),
+        "rule": device.numbers(clock.rule_values(call.rule), "float64"),
     }  # fmt: skip
     return device.launch(members.grad_affine_members_kernel, count * wide * splits, arguments, constants, tile)
 
 
 def _heads(
-    device: Device, given: SimpleNamespace, kernel: Any, letters: str, bias: dict[str, Any], **matrices: Tensor
+    device: Device, call: SimpleNamespace, kernel: Any, letters: str, bias: dict[str, Any], **matrices: Tensor
 ) -> Run:
     """A product of each member, of one kernel; ``letters``: those of the result's columns and of the reduction."""
     aligned = all(map(is_aligned, matrices.values()))
-    count, columns = members_of(given, given.N), getattr(given, letters[0])
-    each = given.M // count
+    count, columns = members_of(call, call.N), getattr(call, letters[0])
+    each = call.M // count
     tile = configs.forward_tile(device.arch, device.precision, each, columns, aligned, count)
-    sizes = {"M": each, "N": given.N, "K": given.K, "members": count}
-    arguments = {**sizes, **places(given.w, **matrices), **bias}
+    sizes = {"M": each, "N": call.N, "K": call.K, "members": count}
+    arguments = {**sizes, **places(call.w, **matrices), **bias}
     constants = {**tile.sides(f"M{letters}"), "PRODUCT": device.product, "ALIGNED": aligned, "PARTS": tile.parts}
     return device.launch(kernel, count * tile.count(each, columns), arguments, constants, tile)
 
 
 @binds("linear_members")
-def bind_linear_members(device: Device, given: SimpleNamespace) -> Run:
+def bind_linear_members(device: Device, call: SimpleNamespace) -> Run:
     """The contract's ``linear_members``."""
-    bias = {"b": given.b, "b_step": given.b.stride(0)}
-    return _heads(device, given, members.linear_members_kernel, "NK", bias, x=given.x, w=given.w, z=given.z)
+    bias = {"b": call.b, "b_step": call.b.stride(0)}
+    return _heads(device, call, members.linear_members_kernel, "NK", bias, x=call.x, w=call.w, z=call.z)
 
 
 @binds("grad_input_members")
-def bind_grad_input_members(device: Device, given: SimpleNamespace) -> Run:
+def bind_grad_input_members(device: Device, call: SimpleNamespace) -> Run:
     """The contract's ``grad_input_members``."""
-    return _heads(device, given, members.grad_input_members_kernel, "KN", {}, dz=given.dz, w=given.w, out=given.dx)
+    return _heads(device, call, members.grad_input_members_kernel, "KN", {}, dz=call.dz, w=call.w, out=call.dx)
 
 
 @binds("perturb")
-def bind_perturb(device: Device, given: SimpleNamespace) -> Run:
+def bind_perturb(device: Device, call: SimpleNamespace) -> Run:
     """The contract's ``perturb``."""
-    change, moves = given.change, given.start is None
+    change, moves = call.change, call.start is None
     keys = [signed(word) for word in seed_key(change.seed or 0)]
     arguments = {
-        "K": given.K, **places(given.x, x=given.x, dx=given.dx, adv=given.adv if moves else given.start),
-        "counters": given.counters,
-        "rows": device.zeros(1, "int64") if given.rows is None else given.rows, "gather": int(given.rows is not None),
+        "K": call.K, **places(call.x, x=call.x, dx=call.dx, adv=call.adv if moves else call.start),
+        "counters": call.counters,
+        "rows": device.zeros(1, "int64") if call.rows is None else call.rows, "gather": int(call.rows is not None),
         "moves": int(moves), "euclid": int(change.norm == "2"), "drawn": int(not moves and change.seed is not None),
         "key0": keys[0], "key1": keys[1], "length": change.step, "eps": change.eps, "low": change.low,
         "high": change.high,
     }  # fmt: skip
-    return device.launch(perturb.perturb_kernel, given.M, arguments, {"BLOCK": configs.SWEEP.columns}, configs.SWEEP)
+    return device.launch(perturb.perturb_kernel, call.M, arguments, {"BLOCK": configs.SWEEP.columns}, configs.SWEEP)
 
 
-def target_arguments(device: Device, given: SimpleNamespace) -> dict[str, Any]:
+def target_arguments(device: Device, call: SimpleNamespace) -> dict[str, Any]:
     """The kernels' arguments for the targets of a loss and for their weights."""
-    target, weight, class_weight, ignored = given.target, given.weight, given.class_weight, given.loss.ignore_index or 0
+    target, weight, class_weight, ignored = call.target, call.weight, call.class_weight, call.loss.ignore_index or 0
     spare, number, classes = device.zeros(1, "real"), device.zeros(1, "int64"), target.dim() == 1
     return {
         "labels": target if classes else number, "label_step": target.stride(0) if classes else 0,
@@ -210,13 +210,13 @@ def _mean(spec: LossSpec, outputs: int) -> float:
     return {"sum": 0.0, "mean": 1.0, "rows": -float(each)}[spec.reduction]
 
 
-def loss_settings(spec: LossSpec, given: SimpleNamespace) -> list[float]:
+def loss_settings(spec: LossSpec, call: SimpleNamespace) -> list[float]:
     """``loss.SETTING_FIELDS`` of a loss whose weights are ``given``."""
     settings = {
-        "kind": LOSSES.index(spec.kind), "mean": _mean(spec, given.N), "smoothing": spec.label_smoothing,
+        "kind": LOSSES.index(spec.kind), "mean": _mean(spec, call.N), "smoothing": spec.label_smoothing,
         "soft": spec.soft, "option": spec.option, "accuracy": spec.accuracy,
-        "ignores": spec.ignore_index is not None, "weighted": given.weight is not None,
-        "classes": given.class_weight is not None,
+        "ignores": spec.ignore_index is not None, "weighted": call.weight is not None,
+        "classes": call.class_weight is not None,
     }  # fmt: skip
     return [float(settings[name]) for name in loss.SETTING_FIELDS]
 
@@ -227,7 +227,7 @@ def _are_aligned(*matrices: Tensor | None) -> bool:
 
 def _launch_loss(
     device: Device,
-    given: SimpleNamespace,
+    call: SimpleNamespace,
     kernel: Any,
     tile: configs.Tile,
     matrices: dict[str, Tensor],
@@ -237,73 +237,73 @@ def _launch_loss(
 ) -> Run:
     """A loss kernel over whole rows of ``matrices``, of at most ``most`` programs; ``inputs`` and ``constants`` are
     those of this kernel alone."""
-    m, n, dz, rows, dslope, hyper = given.M, given.N, given.dz, given.rows, given.dslope, given.hyper
+    m, n, dz, rows, dslope, hyper = call.M, call.N, call.dz, call.rows, call.dslope, call.hyper
     read = tuple(matrices.values())
-    stats = device.zeros(STATS, "float64") if given.stats is None else given.stats
+    stats = device.zeros(STATS, "float64") if call.stats is None else call.stats
     programs, spare = min(-(-m // tile.rows), most), device.zeros(1, "real")
     arguments = {
         "M": m, "N": n, **places(read[0], dz=dz, **matrices), "store_dz": int(dz is not None),
         "rows": device.zeros(1, "int64") if rows is None else rows, "gather": int(rows is not None),
-        "dslope": spare if dslope is None else dslope, "stats": stats, "counters": given.counters,
-        "settings": device.numbers(loss_settings(given.loss, given), "real"),
+        "dslope": spare if dslope is None else dslope, "stats": stats, "counters": call.counters,
+        "settings": device.numbers(loss_settings(call.loss, call), "real"),
         "hyper": device.zeros(HYPER, "float64") if hyper is None else hyper, "scaled": int(hyper is not None),
         "partials": device.zeros(4 * programs, "float64"), "ticket": device.zeros(1, "int32"), "programs": programs,
-        **target_arguments(device, given), **activation_of(given, spare), **inputs,
+        **target_arguments(device, call), **activation_of(call, spare), **inputs,
     }  # fmt: skip
     if m * n == 0:
         # the loss of no rows, or of no outputs, is zero
         return in_sequence([stats[:1].zero_, arguments["dslope"].zero_])
     constants |= {
         "ALIGNED": _are_aligned(*read, dz),
-        "CROSS_ENTROPY": given.loss.kind == "cross_entropy",
+        "CROSS_ENTROPY": call.loss.kind == "cross_entropy",
     }
     return device.launch(kernel, programs, arguments, constants, tile)
 
 
-def launch_loss_grad(device: Device, given: SimpleNamespace, z: Tensor, dz: Tensor | None) -> Run:
+def launch_loss_grad(device: Device, call: SimpleNamespace, z: Tensor, dz: Tensor | None) -> Run:
     """The loss of pre-activations z (M, N), and its gradient in dz, which may be z."""
     tile, most = configs.LOSS, configs.LOSS.programs * device.arch.processors
     constants = {"BM": tile.rows, "BN": tile.columns}
-    given = SimpleNamespace(**vars(given) | {"dz": dz})
-    return _launch_loss(device, given, loss.loss_grad_kernel, tile, {"z": z}, {}, constants, most)
+    call = SimpleNamespace(**vars(call) | {"dz": dz})
+    return _launch_loss(device, call, loss.loss_grad_kernel, tile, {"z": z}, {}, constants, most)
 
 
 @binds("loss_grad", without=NOT_IN_LOSS)
-def bind_loss_grad(device: Device, given: SimpleNamespace) -> Run:
+def bind_loss_grad(device: Device, call: SimpleNamespace) -> Run:
     """The contract's ``loss_grad``."""
-    return launch_loss_grad(device, given, given.z, given.dz)
+    return launch_loss_grad(device, call, call.z, call.dz)
 
 
 @binds("linear_loss_grad", without=NOT_IN_LOSS)
-def bind_linear_loss_grad(device: Device, given: SimpleNamespace) -> Run:
+def bind_linear_loss_grad(device: Device, call: SimpleNamespace) -> Run:
     """The contract's ``linear_loss_grad``."""
-    b, rows = given.b, given.x_rows
-    if given.N > configs.WIDEST_OUTPUT:
+    b, rows = call.b, call.x_rows
+    if call.N > configs.WIDEST_OUTPUT:
         raise ArgumentError(
-            f"linear_loss_grad: w: {given.N} outputs are more than the {configs.WIDEST_OUTPUT} that fit a tile; "
+            f"linear_loss_grad: w: {call.N} outputs are more than the {configs.WIDEST_OUTPUT} that fit a tile; "
             "use linear and loss_grad one after the other"
         )
-    tile = configs.output_tile(device.arch, given.N)
-    deep = configs.deep_tile(device.arch, device.precision, given.M, given.N, given.K, "deep_output")
-    if deep is not None and given.N <= deep.columns and _are_aligned(given.x, given.w, given.dz):
+    tile = configs.output_tile(device.arch, call.N)
+    deep = configs.deep_tile(device.arch, device.precision, call.M, call.N, call.K, "deep_output")
+    if deep is not None and call.N <= deep.columns and _are_aligned(call.x, call.w, call.dz):
         tile = deep
     inputs = {
-        "K": given.K, "b": b, "b_step": b.stride(0), "x_gather": int(rows is not None),
+        "K": call.K, "b": b, "b_step": b.stride(0), "x_gather": int(rows is not None),
         "x_rows": device.zeros(1, "int64") if rows is None else rows,
     }  # fmt: skip
     constants = {**tile.sides("MNK"), "PRODUCT": device.product, "SPLIT": tile.split}
-    matrices = {"x": given.x, "w": given.w}
-    return _launch_loss(device, given, loss.linear_loss_grad_kernel, tile, matrices, inputs, constants)
+    matrices = {"x": call.x, "w": call.w}
+    return _launch_loss(device, call, loss.linear_loss_grad_kernel, tile, matrices, inputs, constants)
 
 
-def launch_clock(device: Device, given: SimpleNamespace, *, scaled: bool = False) -> Run:
+def launch_clock(device: Device, call: SimpleNamespace, *, scaled: bool = False) -> Run:
     """The clock alone; ``scaled``: the gradients carry the loss scale."""
-    rule = device.numbers(clock.rule_values(given.rule, scaled=scaled), "float64")
-    arguments = {"counters": given.counters, "hyper": given.hyper, "rates": given.rates, "rule": rule}
+    rule = device.numbers(clock.rule_values(call.rule, scaled=scaled), "float64")
+    arguments = {"counters": call.counters, "hyper": call.hyper, "rates": call.rates, "rule": rule}
     return device.launch(clock.advance_kernel, 1, arguments, {}, configs.SMALL)
 
 
 @binds("advance")
-def bind_advance(device: Device, given: SimpleNamespace) -> Run:
+def bind_advance(device: Device, call: SimpleNamespace) -> Run:
     """The contract's ``advance``."""
-    return launch_clock(device, given)
+    return launch_clock(device, call)

@@ -25,7 +25,7 @@ from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLoca
 from numba.core.ccallback import CFunc
 from numba.misc.appdirs import AppDirs
 
-from fusemlp_kernels.compiling import told
+from fusemlp_kernels.compilation import announced
 from fusemlp_kernels.numpy.compiled.options import WHOLE
 
 _log = logging.getLogger("fusemlp.kernels.compile")
@@ -54,18 +54,18 @@ def _places() -> Iterator[Path]:
 def folder() -> Path | None:
     """The folder of this version of numba and of the source; None where nothing can be written."""
     for place in _places():
-        found = place / f"numba-{numba.__version__}-{contents():08x}"
+        path = place / f"numba-{numba.__version__}-{contents():08x}"
         try:
-            new = not found.exists()
-            found.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=found).close()
-            os.utime(found)
+            new = not path.exists()
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+            os.utime(path)
             if new:
                 _delete_unused(place)
         except OSError as error:
-            _log.info("what numba compiles is not kept in %s: %s", found, error)
+            _log.info("what numba compiles is not kept in %s: %s", path, error)
             continue
-        return found
+        return path
     return None
 
 
@@ -136,8 +136,8 @@ def kept_for_calls(function: Callable[..., object], variant: str, kinds: Sequenc
     compiled: Any = CFunc(_named(function, variant), (tuple(kinds), types.intp), {}, WHOLE)
     with ExitStack() as stack:
         if folder():
-            compiled._cache = _Cache(function, lambda: stack.enter_context(told()))
+            compiled._cache = _Cache(function, lambda: stack.enter_context(announced()))
         else:
-            stack.enter_context(told())
+            stack.enter_context(announced())
         compiled.compile()
     return compiled

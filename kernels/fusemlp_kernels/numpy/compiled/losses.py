@@ -98,9 +98,9 @@ def _smoothed(
 @register_jitable(**EXACT)
 def shares_of(labels: Any, weight: Any, class_weight: Any, rows: Any, count: int, call: Any) -> float:
     """The sum of the row weights of a batch; a row that is ignored has none."""
-    weighted, by_class = call[t.WEIGHTED] != 0, call[t.CLASS_WEIGHTED] != 0
-    ignores = call[t.IGNORES] != 0
-    hard = call[t.SOFT] == 0
+    weighted, by_class = call.weighted != 0, call.class_weighted != 0
+    ignores = call.ignores != 0
+    hard = call.soft == 0
     if not (weighted or ((by_class or ignores) and hard)):
         return float(count)
     total = 0.0
@@ -108,7 +108,7 @@ def shares_of(labels: Any, weight: Any, class_weight: Any, rows: Any, count: int
         share = float(weight[rows[i]]) if weighted else 1.0
         if hard and (by_class or ignores):
             label = labels[rows[i]]
-            if call[t.IGNORES] and label == call[t.IGNORED]:
+            if call.ignores and label == call.ignored:
                 continue
             if by_class:
                 share *= class_weight[label]
@@ -117,34 +117,34 @@ def shares_of(labels: Any, weight: Any, class_weight: Any, rows: Any, count: int
 
 
 @register_jitable(**EXACT)
-def _scale(shares: float, call: Any, numbers: Any) -> float:
+def _scale(shares: float, call: Any) -> float:
     """The factor of a sum over the rows."""
-    normaliser = shares * numbers[t.DIVISOR]
-    if call[t.MEAN] == 0:
+    normaliser = shares * call.divisor
+    if call.mean == 0:
         return 1.0
     return 1.0 / normaliser if normaliser != 0.0 else 0.0
 
 
 @register_jitable(**EXACT)
-def _row_scale(shares: float, call: Any, numbers: Any) -> float:
+def _row_scale(shares: float, call: Any) -> float:
     """The factor of a row's gradient."""
-    return 1.0 / numbers[t.DIVISOR] if call[t.MEAN] == t.BY_ITSELF else _scale(shares, call, numbers)
+    return 1.0 / call.divisor if call.mean == t.BY_ITSELF else _scale(shares, call)
 
 
 @register_jitable(**EXACT)
 def record(
-    stats: Any, value: float, correct: float, scored: float, shares: float, call: Any, numbers: Any, count: int
+    stats: Any, value: float, correct: float, scored: float, shares: float, call: Any, count: int
 ) -> None:  # fmt: skip
     """Note a batch or a shard; ``value`` is the sum over its rows, not yet divided, ``count`` the rows of the batch."""
-    scale = _scale(shares, call, numbers)
-    if call[t.ACCURACY]:
+    scale = _scale(shares, call)
+    if call.accuracy:
         stats[CORRECT] += correct
         stats[SCORED] += scored
     # rows without weight may have targets with one
     stats[LOSS_SUM] += value if scale != 0.0 else value * scale
-    if call[t.MEAN] and call[t.SHARD] == 0:
+    if call.mean and call.shard == 0:
         # that of the whole batch
-        stats[NORM_SUM] += shares * numbers[t.DIVISOR]
+        stats[NORM_SUM] += shares * call.divisor
     stats[LAST_LOSS] = value * scale
     stats[BATCH_LOSSES] += value * scale * count
 
@@ -152,7 +152,7 @@ def record(
 @register_jitable(**EXACT)
 def cross_entropy(
     z: Any, d: Any, labels: Any, soft: Any, weight: Any, class_weight: Any, rows: Any, count: int, columns: int,
-    call: Any, numbers: Any, shares: float, partials: Any,
+    call: Any, shares: float, partials: Any,
 ) -> None:  # fmt: skip
     """dz of softmax cross-entropy into d, flat (count, columns) like z; the targets are picked by ``rows``.
 
@@ -160,13 +160,13 @@ def cross_entropy(
     call has them. d may be z. ``shares``: see ``shares_of``. The statistics of these rows go into partials.
     """
     real = z.dtype.type
-    is_soft, weighted, by_class = call[t.SOFT] != 0, call[t.WEIGHTED] != 0, call[t.CLASS_WEIGHTED] != 0
-    smoothed, wide = call[t.SMOOTHED] != 0, call[t.WIDE] != 0
-    smoothing = numbers[t.SMOOTHING]
+    is_soft, weighted, by_class = call.soft != 0, call.weighted != 0, call.class_weighted != 0
+    smoothed, wide = call.smoothed != 0, call.wide != 0
+    smoothing = call.smoothing
     scored, smooth_mass = 0, 0.0
     for j in range(columns):
         smooth_mass += (class_weight[j] if by_class else 1.0) * (smoothing / columns)
-    scale = _row_scale(shares, call, numbers)
+    scale = _row_scale(shares, call)
     total, correct = 0.0, 0
     for i in range(count):
         row, start = rows[i], i * columns
@@ -183,11 +183,11 @@ def cross_entropy(
                 q = _smoothed(soft, row, j, is_soft, class_weight, by_class, smoothing, columns)
                 picked += q * d[start + j]
         if is_soft:
-            if call[t.ACCURACY]:
+            if call.accuracy:
                 correct += chosen == _largest(soft, row * columns, columns)
         else:
             label = labels[row]
-            if call[t.IGNORES] and label == call[t.IGNORED]:
+            if call.ignores and label == call.ignored:
                 scored -= 1
                 continue
             correct += chosen == label
@@ -201,17 +201,17 @@ def cross_entropy(
         if wide:
             _exponentials(d, start, stop)
         share = float(weight[row]) if weighted else 1.0
-        label, own, mass = 0, 0.0, smooth_mass
+        label, label_mass, mass = 0, 0.0, smooth_mass
         if is_soft:
             mass = 0.0
             for j in range(columns):
                 mass += _smoothed(soft, row, j, is_soft, class_weight, by_class, smoothing, columns)
         else:
             label = labels[row]
-            if call[t.IGNORES] and label == call[t.IGNORED]:
+            if call.ignores and label == call.ignored:
                 label, share = 0, 0.0
-            own = (class_weight[label] if by_class else 1.0) * (1.0 - smoothing)
-            mass += own
+            label_mass = (class_weight[label] if by_class else 1.0) * (1.0 - smoothing)
+            mass += label_mass
         sums = _sum(d, start, stop)
         total += share * (mass * math.log(sums))
         weighed = share * scale
@@ -222,15 +222,15 @@ def cross_entropy(
                 q = _smoothed(soft, row, j, is_soft, class_weight, by_class, smoothing, columns)
                 d[start + j] -= real(weighed * q)
         if not is_soft:
-            d[start + label] -= real(weighed * own)
-    if call[t.RECORDED]:
+            d[start + label] -= real(weighed * label_mass)
+    if call.recorded:
         partials[t.LOSS_PART], partials[t.HITS_PART], partials[t.SCORED_PART] = total, correct, scored
         partials[t.SHARES_PART] = shares
 
 
 @register_jitable(**EXACT)
 def elementwise(
-    y: Any, d: Any, target: Any, weight: Any, rows: Any, count: int, columns: int, call: Any, numbers: Any,
+    y: Any, d: Any, target: Any, weight: Any, rows: Any, count: int, columns: int, call: Any,
     shares: float, partials: Any,
 ) -> None:  # fmt: skip
     """The gradient by the outputs y into d, flat (count, columns); target, flat (n, columns), is picked by ``rows``.
@@ -238,12 +238,12 @@ def elementwise(
     ``shares``: see ``shares_of``. The statistics of these rows go into partials.
     """
     real = y.dtype.type
-    kind, weighted = call[t.KIND], call[t.WEIGHTED] != 0
-    option, scale = real(numbers[t.OPTION]), _row_scale(shares, call, numbers)
+    kind, weighted = call.loss, call.weighted != 0
+    option, scale = real(call.option), _row_scale(shares, call)
     total, correct = 0.0, 0
     for i in range(count):
         row, start = rows[i], i * columns
-        if call[t.ACCURACY]:
+        if call.accuracy:
             if kind == BINARY_CROSS_ENTROPY:
                 for j in range(columns):
                     correct += (y[start + j] > 0) == (target[row * columns + j] > 0.5)

@@ -8,9 +8,9 @@ import numpy as np
 from numba.extending import register_jitable
 
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.numpy.compiled.calls import block, clear, lanes_of, slope_of
-from fusemlp_kernels.numpy.compiled.masks import drop
+from fusemlp_kernels.numpy.compiled.layers import block, clear, lanes_of, slope_of
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT
+from fusemlp_kernels.numpy.compiled.philox import drop
 from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative
 from fusemlp_kernels.numpy.compiled.views import call as call_function
 from fusemlp_kernels.numpy.compiled.views import elements, part
@@ -74,98 +74,97 @@ def derive(
 
 @register_jitable(**EXACT)
 def affine_rows(
-    call: Any, numbers: Any, integers: Any, like: Any, rows: Any, first: int, count: int, batch_index: int, task: int
+    call: Any, head: Any, like: Any, rows: Any, first: int, count: int, batch_index: int, task: int
 ) -> None:  # fmt: skip
     """Rows of ``y = dropout(act(x * s + b)) * r``; zeros where there is no x."""
-    columns, members, size = call[t.N], call[t.MEMBERS], like.itemsize
-    lanes = lanes_of(integers, task)
-    z = block(like, call[t.Z], 2 * task, columns)
+    columns, members, size = call.n, call.members, like.itemsize
+    lanes = lanes_of(head, task)
+    z = block(like, call.z, 2 * task, columns)
     for i in range(first, first + count):
-        y = block(like, call[t.OUT], i, columns)
+        y = block(like, call.out, i, columns)
         if rows[i] < 0:
             clear(y, columns)
             continue
-        x, own = call[t.X] + size * rows[i] * columns, i % members
-        if call[t.BY_S]:
-            s, b = block(like, call[t.BY_S], own, columns), block(like, call[t.B], own, columns)
-            activated(y, z, elements(like, x), s, b, columns, call[t.ACTIVATION], slope_of(call, numbers, like))
-            if call[t.KEEP]:
-                drop(call, numbers, y, elements(np.uint8, call[t.KEEP] + i * columns), lanes, i, 1, batch_index)
-            if call[t.BY_R]:
-                scale(y, y, block(like, call[t.BY_R], own, columns), columns)
+        x, member = call.x + size * rows[i] * columns, i % members
+        if call.by_s:
+            s, b = block(like, call.by_s, member, columns), block(like, call.b, member, columns)
+            activated(y, z, elements(like, x), s, b, columns, call.activation, slope_of(call, like))
+            if call.keep:
+                drop(call, y, elements(np.uint8, call.keep + i * columns), lanes, i, 1, batch_index)
+            if call.by_r:
+                scale(y, y, block(like, call.by_r, member, columns), columns)
         else:
-            scale(y, elements(like, x), block(like, call[t.BY_R], own, columns), columns)
+            scale(y, elements(like, x), block(like, call.by_r, member, columns), columns)
 
 
 @register_jitable(**EXACT)
 def backward_rows(
-    call: Any, numbers: Any, like: Any, rows: Any, first: int, count: int, task: int
+    call: Any, like: Any, rows: Any, first: int, count: int, task: int
 ) -> None:  # fmt: skip
     """Rows of the gradient by x, and this task's sums for r, s and b."""
-    columns, members, size = call[t.N], call[t.MEMBERS], like.itemsize
+    columns, members, size = call.n, call.members, like.itemsize
     every = members * columns
-    z, h = block(like, call[t.Z], 2 * task, columns), block(like, call[t.Z], 2 * task + 1, columns)
-    by_r, by_s = block(like, call[t.SUM_R], task, every), block(like, call[t.SUM_S], task, every)
-    by_b = block(like, call[t.SUM_B], task, every)
-    if call[t.BY_R]:
+    z, h = block(like, call.z, 2 * task, columns), block(like, call.z, 2 * task + 1, columns)
+    by_r, by_s = block(like, call.sum_r, task, every), block(like, call.sum_s, task, every)
+    by_b = block(like, call.sum_b, task, every)
+    if call.by_r:
         clear(by_r, every)
-    if call[t.BY_S]:
+    if call.by_s:
         clear(by_s, every)
         clear(by_b, every)
     for i in range(first, first + count):
         if rows[i] < 0:
             continue
-        dy, own = block(like, call[t.DZ], i, columns), i % members
-        x = elements(like, call[t.X] + size * rows[i] * columns)
-        if call[t.BY_S]:
-            s, b = block(like, call[t.BY_S], own, columns), block(like, call[t.B], own, columns)
-            slope = slope_of(call, numbers, like)
-            activated(h, z, x, s, b, columns, call[t.ACTIVATION], slope)
-            dz = block(like, call[t.OUT], i, columns)
-            if call[t.KEEP]:
+        dy, member = block(like, call.dz, i, columns), i % members
+        x = elements(like, call.x + size * rows[i] * columns)
+        if call.by_s:
+            s, b = block(like, call.by_s, member, columns), block(like, call.b, member, columns)
+            slope = slope_of(call, like)
+            activated(h, z, x, s, b, columns, call.activation, slope)
+            dz = block(like, call.out, i, columns)
+            if call.keep:
                 # the mask is of h too: without it the sum for r would have what was dropped
                 for j in range(columns):
                     dz[j] = dy[j]
-                kept(dz, elements(np.uint8, call[t.KEEP] + i * columns), columns, 1.0 / (1.0 - numbers[t.RATE]))
+                kept(dz, elements(np.uint8, call.keep + i * columns), columns, 1.0 / (1.0 - call.rate))
                 dy = dz
-            if call[t.BY_R]:
-                add_products(part(by_r, own * columns), dy, h, columns)
-                scale(dz, dy, block(like, call[t.BY_R], own, columns), columns)
-            elif not call[t.KEEP]:
+            if call.by_r:
+                add_products(part(by_r, member * columns), dy, h, columns)
+                scale(dz, dy, block(like, call.by_r, member, columns), columns)
+            elif not call.keep:
                 for j in range(columns):
                     dz[j] = dy[j]
-            derive(
-                dz, h, z, x, s, part(by_s, own * columns), part(by_b, own * columns), columns, call[t.ACTIVATION], slope
-            )  # fmt: skip
+            sum_s, sum_b = part(by_s, member * columns), part(by_b, member * columns)
+            derive(dz, h, z, x, s, sum_s, sum_b, columns, call.activation, slope)
         else:
-            add_products(part(by_r, own * columns), dy, x, columns)
+            add_products(part(by_r, member * columns), dy, x, columns)
 
 
 @register_jitable(**EXACT)
-def heads(call: Any, integers: Any, like: Any, first: int, count: int) -> None:
+def heads(call: Any, head: Any, like: Any, first: int, count: int) -> None:
     """The outputs of each member by its own rows of the weights, which lie in panels."""
-    inputs, outputs, members, size = call[t.K], call[t.N], call[t.MEMBERS], like.itemsize
+    inputs, outputs, members, size = call.k, call.n, call.members, like.itemsize
     for member in range(members):
         at, end = member * outputs, (member + 1) * outputs
         while at < end:
             stop = min(end, (at // t.PANEL + 1) * t.PANEL)
             call_function(
-                integers[t.AT_PRODUCT], call[t.X] + size * (first + member) * inputs, members * inputs, 1,
-                call[t.PANELS] + size * (at // t.PANEL * t.PANEL * inputs + at % t.PANEL), t.PANEL * inputs, t.PANEL,
-                inputs, call[t.B] + size * at, 1, 1.0, 0.0,
-                call[t.Z] + size * ((first + member) * outputs + at - member * outputs), members * outputs,
+                head.product, call.x + size * (first + member) * inputs, members * inputs, 1,
+                call.panels + size * (at // t.PANEL * t.PANEL * inputs + at % t.PANEL), t.PANEL * inputs, t.PANEL,
+                inputs, call.b + size * at, 1, 1.0, 0.0,
+                call.z + size * ((first + member) * outputs + at - member * outputs), members * outputs,
                 count // members, stop - at,
             )  # fmt: skip
             at = stop
 
 
 @register_jitable(**EXACT)
-def heads_backward(call: Any, integers: Any, like: Any, first: int, count: int) -> None:
+def heads_backward(call: Any, head: Any, like: Any, first: int, count: int) -> None:
     """The gradient by the inputs of each member's outputs."""
-    inputs, outputs, members, size = call[t.K], call[t.N], call[t.MEMBERS], like.itemsize
+    inputs, outputs, members, size = call.k, call.n, call.members, like.itemsize
     for member in range(members):
         call_function(
-            integers[t.AT_PRODUCT], call[t.DZ] + size * (first + member) * outputs, members * outputs, 1,
-            call[t.W] + size * member * outputs * inputs, t.PANEL, inputs, outputs, integers[t.AT_ZEROS], 0, 1.0, 0.0,
-            call[t.OUT] + size * (first + member) * inputs, members * inputs, count // members, inputs,
+            head.product, call.dz + size * (first + member) * outputs, members * outputs, 1,
+            call.w + size * member * outputs * inputs, t.PANEL, inputs, outputs, head.zeros, 0, 1.0, 0.0,
+            call.out + size * (first + member) * inputs, members * inputs, count // members, inputs,
         )  # fmt: skip

@@ -9,8 +9,8 @@ import numpy as np
 from numba.extending import register_jitable
 
 from fusemlp_kernels.numpy.compiled.functions import logarithm
-from fusemlp_kernels.numpy.compiled.masks import draw
 from fusemlp_kernels.numpy.compiled.options import ELEMENT, ELEMENTWISE, EXACT, REDUCTION
+from fusemlp_kernels.numpy.compiled.philox import draw
 from fusemlp_kernels.numpy.compiled.views import part
 from fusemlp_kernels.philox import COSINE, NORMALS, SINE, WORD
 
@@ -78,7 +78,7 @@ def _signed(v: Any, sign: Any) -> Any:
 @register_jitable(**ELEMENTWISE)
 def _normals(words: Any, numbers: Any) -> None:
     """NORMALS numbers from WORDS pairs of words: a turn by a quadrant's half leaves angles up to pi / 4."""
-    two, one = np.uintp(2), np.uintp(1)
+    two, unit = np.uintp(2), np.uintp(1)
     for i in range(np.uintp(WORDS)):
         pair = words[i]
         angle = pair >> _HALF
@@ -91,7 +91,7 @@ def _normals(words: Any, numbers: Any) -> None:
             sine = sine * square + factor
         sine *= t
         numbers[two * i] = _signed(length * (cosine - sine), (angle & _FIRST) << _TO_SIGN)
-        numbers[two * i + one] = _signed(length * (cosine + sine), (angle & _SECOND) << _FROM_SECOND)
+        numbers[two * i + unit] = _signed(length * (cosine + sine), (angle & _SECOND) << _FROM_SECOND)
 
 
 @register_jitable(**ELEMENTWISE)

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.numpy.compiled.calls import block, clear
 from fusemlp_kernels.numpy.compiled.functions import maximum, minimum, sign
-from fusemlp_kernels.numpy.compiled.masks import draw
+from fusemlp_kernels.numpy.compiled.layers import block, clear
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT, REDUCTION
+from fusemlp_kernels.numpy.compiled.philox import draw
 from fusemlp_kernels.numpy.compiled.tiles import copy
 from fusemlp_kernels.numpy.compiled.views import elements
 from fusemlp_kernels.philox import START, WORD
@@ -64,10 +63,10 @@ def _within(adv: Any, x: Any, count: int, eps: float, low: float, high: float) -
 
 
 @register_jitable(**EXACT)
-def _move(call: Any, numbers: Any, adv: Any, x: Any, dx: Any) -> None:
+def _move(call: Any, adv: Any, x: Any, dx: Any) -> None:
     """A step of a row of inputs, projected."""
-    count, length, eps, low, high = call[t.K], numbers[t.LENGTH], numbers[t.LARGEST], numbers[t.LOW], numbers[t.HIGH]
-    if call[t.ROUND]:
+    count, length, eps, low, high = call.k, call.length, call.largest, call.low, call.high
+    if call.round:
         norm = _norm(dx, count)
         _by_gradient(adv, x, dx, count, length / norm if norm != 0.0 else 0.0)
         _within(adv, x, count, eps, low, high)
@@ -84,14 +83,14 @@ def _scattered(adv: Any, lanes: Any, count: int, eps: float) -> None:
 
 
 @register_jitable(**EXACT)
-def _start(call: Any, numbers: Any, adv: Any, x: Any, memory: int, row: int, batch_index: int) -> None:
+def _start(call: Any, adv: Any, x: Any, memory: int, row: int, batch_index: int) -> None:
     """The random start of a row of inputs; memory: an address, two uint64 of any contents for each four columns
     begun."""
-    count, eps, low, high = call[t.K], numbers[t.LARGEST], numbers[t.LOW], numbers[t.HIGH]
-    k0, k1, c3 = np.uint64(call[t.KEY_LOW]), np.uint64(call[t.KEY_HIGH]), np.uint64(batch_index) & _WORD
+    count, eps, low, high = call.k, call.largest, call.low, call.high
+    k0, k1, c3 = np.uint64(call.key_low), np.uint64(call.key_high), np.uint64(batch_index) & _WORD
     draw(elements(np.uint64, memory), (count + 3) // 4, np.uint64(row) & _WORD, _RANDOM, c3, k0, k1)
     _scattered(adv, elements(np.uint32, memory), count, eps)
-    if call[t.ROUND]:
+    if call.round:
         _within(adv, x, count, eps, low, high)
     else:
         _moved(adv, x, count, 1.0, low, high)
@@ -99,19 +98,19 @@ def _start(call: Any, numbers: Any, adv: Any, x: Any, memory: int, row: int, bat
 
 @register_jitable(**EXACT)
 def perturb_rows(
-    call: Any, numbers: Any, like: Any, rows: Any, first: int, count: int, batch_index: int, lanes: int
+    call: Any, like: Any, rows: Any, first: int, count: int, batch_index: int, lanes: int
 ) -> None:  # fmt: skip
     """Rows of the inputs that an attack moves; lanes is an address."""
-    columns, size = call[t.K], like.itemsize
+    columns, size = call.k, like.itemsize
     for i in range(first, first + count):
-        adv = block(like, call[t.OUT], i, columns)
+        adv = block(like, call.out, i, columns)
         if rows[i] < 0:
             clear(adv, columns)
             continue
-        x = block(like, call[t.X], rows[i], columns)
-        if call[t.DZ]:
-            _move(call, numbers, adv, x, block(like, call[t.DZ], i, columns))
-        elif call[t.DRAWN]:
-            _start(call, numbers, adv, x, lanes, i, batch_index)
+        x = block(like, call.x, rows[i], columns)
+        if call.dz:
+            _move(call, adv, x, block(like, call.dz, i, columns))
+        elif call.drawn:
+            _start(call, adv, x, lanes, i, batch_index)
         else:
-            copy(like, call[t.OUT] + size * i * columns, call[t.X] + size * rows[i] * columns, columns)
+            copy(like, call.out + size * i * columns, call.x + size * rows[i] * columns, columns)

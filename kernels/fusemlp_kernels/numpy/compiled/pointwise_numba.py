@@ -13,13 +13,10 @@ from fusemlp_kernels.contract import BIAS_CORRECTION_1, BIAS_CORRECTION_2, SHARE
 from fusemlp_kernels.numpy.compiled.functions import exp, log1p, maximum, minimum, sigmoid, sign, step, tanh
 from fusemlp_kernels.numpy.compiled.normal import normal_cdf, normal_pdf
 from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, REDUCTION
-from fusemlp_kernels.numpy.compiled.tables import DECOUPLED, OPTIMIZER, SKLEARN
 
 IDENTITY, RELU, LEAKY_RELU, PRELU, SIGMOID, TANH, GELU, SILU, ELU, SELU, SOFTPLUS, MISH = range(12)
 CROSS_ENTROPY, BINARY_CROSS_ENTROPY, MSE, MAE, HUBER, POISSON, QUANTILE = range(7)
 RULE_SGD, RULE_MOMENTUM, RULE_ADAM, RULE_NESTEROV = range(4)
-# places of the hyperparameters in a rule
-MOMENTUM, BETA1, BETA2, EPS, EMA = range(5)
 
 
 @register_jitable(**ELEMENTWISE)
@@ -320,7 +317,7 @@ def loss_quantile(ys, ds, start, stop, factor, quantile):
 
 
 @register_jitable(**ELEMENTWISE)
-def update_sgd(ps, gs, states0, states1, count, rate, kept, coupled, rule, factors, hyper):
+def update_sgd(ps, gs, states0, states1, count, rate, kept, coupled, rule, hyper):
     real = ps.dtype.type
     for i in range(count):
         p, g = ps[i], gs[i]
@@ -331,10 +328,10 @@ def update_sgd(ps, gs, states0, states1, count, rate, kept, coupled, rule, facto
 
 
 @register_jitable(**ELEMENTWISE)
-def update_momentum(ps, gs, states0, states1, count, rate, kept, coupled, rule, factors, hyper):
+def update_momentum(ps, gs, states0, states1, count, rate, kept, coupled, rule, hyper):
     real = ps.dtype.type
-    rate_inside = rule[SKLEARN] != 0
-    momentum = factors[MOMENTUM]
+    rate_inside = rule.sklearn != 0
+    momentum = rule.momentum
     inner = -rate if rate_inside else 1.0
     outer = 1.0 if rate_inside else -rate
     for i in range(count):
@@ -347,14 +344,14 @@ def update_momentum(ps, gs, states0, states1, count, rate, kept, coupled, rule, 
 
 
 @register_jitable(**ELEMENTWISE)
-def update_adam(ps, gs, states0, states1, count, rate, kept, coupled, rule, factors, hyper):
+def update_adam(ps, gs, states0, states1, count, rate, kept, coupled, rule, hyper):
     real = ps.dtype.type
     bias_correction_2 = hyper[BIAS_CORRECTION_2]
     bias_correction_1 = hyper[BIAS_CORRECTION_1]
-    rate_inside = rule[SKLEARN] != 0
-    eps = factors[EPS]
-    beta1 = factors[BETA1]
-    beta2 = factors[BETA2]
+    rate_inside = rule.sklearn != 0
+    eps = rule.eps
+    beta1 = rule.beta1
+    beta2 = rule.beta2
     root = math.sqrt(bias_correction_2)
     size = rate * root / bias_correction_1
     least = max(eps if rate_inside else eps * root, 1.1754943508222875e-38)
@@ -371,10 +368,10 @@ def update_adam(ps, gs, states0, states1, count, rate, kept, coupled, rule, fact
 
 
 @register_jitable(**ELEMENTWISE)
-def update_nesterov(ps, gs, states0, states1, count, rate, kept, coupled, rule, factors, hyper):
+def update_nesterov(ps, gs, states0, states1, count, rate, kept, coupled, rule, hyper):
     real = ps.dtype.type
-    rate_inside = rule[SKLEARN] != 0
-    momentum = factors[MOMENTUM]
+    rate_inside = rule.sklearn != 0
+    momentum = rule.momentum
     inner = -rate if rate_inside else 1.0
     outer = 1.0 if rate_inside else -rate
     for i in range(count):
@@ -485,20 +482,20 @@ def element_losses(kind, ys, ds, start, stop, factor, option):
 
 
 @register_jitable(**ELEMENTWISE)
-def update_tensor(ps, gs, states0, states1, count, rate, decay, rule, factors, hyper):
+def update_tensor(ps, gs, states0, states1, count, rate, decay, rule, hyper):
     """The parameters and their states, from the gradients."""
-    code = rule[OPTIMIZER]
-    decoupled = rule[DECOUPLED] != 0
+    code = rule.optimizer
+    decoupled = rule.decoupled != 0
     kept = 1.0 - rate * decay if decoupled else 1.0
     coupled = 0.0 if decoupled else decay
     if code == RULE_SGD:
-        update_sgd(ps, gs, states0, states1, count, rate, kept, coupled, rule, factors, hyper)
+        update_sgd(ps, gs, states0, states1, count, rate, kept, coupled, rule, hyper)
     elif code == RULE_MOMENTUM:
-        update_momentum(ps, gs, states0, states1, count, rate, kept, coupled, rule, factors, hyper)
+        update_momentum(ps, gs, states0, states1, count, rate, kept, coupled, rule, hyper)
     elif code == RULE_ADAM:
-        update_adam(ps, gs, states0, states1, count, rate, kept, coupled, rule, factors, hyper)
+        update_adam(ps, gs, states0, states1, count, rate, kept, coupled, rule, hyper)
     elif code == RULE_NESTEROV:
-        update_nesterov(ps, gs, states0, states1, count, rate, kept, coupled, rule, factors, hyper)
+        update_nesterov(ps, gs, states0, states1, count, rate, kept, coupled, rule, hyper)
     else:
         for i in range(count):
             ps[i] = np.nan

@@ -1,9 +1,10 @@
 """Compile only what a program uses: a copy of the loop without the other branches.
 
 Numba compiles every branch that it sees, which takes most of the first ``fit`` on a machine. So this module first cuts
-the branches that a program never takes from the source: ``if kind == NAME``, ``if flags[NAME]``, and ``if flag`` after
-``flag = flags[NAME] != 0``, for each NAME of the printed formulas, or ``t.NAME`` of ``tables``, that the program does
-not use. Such a flag is assigned once. The rest computes the same.
+the branches that a program never takes from the source: ``if kind == NAME``, for each NAME of the printed formulas or
+``t.NAME`` of ``tables`` that the program does not use, and ``if call.field``, ``if head.field``, and ``if flag`` after
+``flag = call.field != 0``, for each field that it does not fill. Such a flag is assigned once. The rest computes the
+same.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from numba import types
 
 from fusemlp_kernels.numpy.compiled import (
     blocks,
-    calls,
     layers,
     losses,
     members,
@@ -28,12 +28,11 @@ from fusemlp_kernels.numpy.compiled import (
     pointwise_numba,
     steps,
     tables,
-    updates,
 )
 from fusemlp_kernels.numpy.compiled.cache import kept_for_calls
 
 # The modules with branches to cut, each before those that import from it.
-_MODULES = (pointwise_numba, losses, calls, layers, members, perturb, updates, pieces, blocks, steps)
+_MODULES = (pointwise_numba, losses, layers, members, perturb, pieces, blocks, steps)
 
 
 def _named(place: ast.expr) -> str:
@@ -63,7 +62,7 @@ class _Cutter(ast.NodeTransformer):
                 return False
             case ast.Compare(left=flag, ops=[ast.NotEq()], comparators=[ast.Constant(value=0)]):
                 return self._is(flag)
-            case ast.Subscript(slice=name) if _named(name) in self._absent:
+            case ast.Attribute(value=ast.Name(id="call" | "head"), attr=name) if name in self._absent:
                 return False
             case ast.Name(id=name) if name in self._false:
                 return False

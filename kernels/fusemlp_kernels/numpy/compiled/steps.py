@@ -14,114 +14,101 @@ from numba.extending import register_jitable
 from fusemlp_kernels.contract import BATCH_INDEX, PENALTIES, ROW_COUNT, ROW_OFFSET
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.compiled.blocks import by_rows, end_rows
-from fusemlp_kernels.numpy.compiled.calls import batch_rows, row_of, shard_rows
 from fusemlp_kernels.numpy.compiled.clock import advance
-from fusemlp_kernels.numpy.compiled.layers import product
+from fusemlp_kernels.numpy.compiled.layers import batch_rows, product, shard_rows
 from fusemlp_kernels.numpy.compiled.options import EXACT
-from fusemlp_kernels.numpy.compiled.pieces import by_piece
-from fusemlp_kernels.numpy.compiled.updates import clip_factor
-from fusemlp_kernels.numpy.compiled.views import elements, part
+from fusemlp_kernels.numpy.compiled.pieces import by_piece, clip_factor
+from fusemlp_kernels.numpy.compiled.views import call_at, elements, head_at, phase_at, piece_at, task_at
 
 # The type of the parameters; another copy of this module has another.
 REAL: Any = np.float32
 
 
 @register_jitable(**EXACT)
-def _end_phase(integers: Any, factors: Any, like: Any, counters: Any, phase: Any) -> None:
+def _end_phase(head: Any, like: Any, counters: Any, phase: Any) -> None:
     """Do the rest of a phase, in one thread, when all its tasks have ended."""
-    if phase[t.CUT] == t.BY_ROWS:
-        for at in range(phase[t.ROW_FIRST], phase[t.ROW_END]):
-            call, numbers = row_of(integers, factors, at)
-            end_rows(call, numbers, integers, like, counters, phase[t.TASKS])
-    elif phase[t.CUT] == t.BY_PIECES:
+    if phase.cut == t.BY_ROWS:
+        for at in range(phase.first, phase.end):
+            call = call_at(head.calls, at)
+            end_rows(call, head, like, counters, phase.tasks)
+    elif phase.cut == t.BY_PIECES:
         total = 0.0
-        tasks = part(integers, integers[t.AT_TASKS] + t.TASK_COLUMNS * phase[t.TASK_FIRST])
-        first, end = tasks[t.PIECE_FIRST], tasks[t.TASK_COLUMNS * (phase[t.TASKS] - 1) + t.PIECE_END]
-        sums = elements(np.float64, integers[t.AT_SUMS])
+        first = task_at(head.tasks, phase.first_task).first
+        end = task_at(head.tasks, phase.first_task + phase.tasks - 1).end
+        sums = elements(np.float64, head.sums)
         for at in range(first, end):
             total += sums[at]
-        call, _ = row_of(integers, factors, phase[t.ROW_FIRST])
-        if call[t.KIND_OF_ROW] == t.NORM:
-            tensors = part(integers, t.HEAD_COLUMNS + t.CALL_COLUMNS * integers[t.CALLS])
-            grads, scale = elements(like, call[t.DZ]), 1.0 / integers[t.ACCUMULATE]
-            scale *= clip_factor(grads, tensors, call[t.FIRST], call[t.END], total, scale, factors[t.CLIP_NORM])
-            factors[t.SCALE] = scale
+        call = call_at(head.calls, phase.first)
+        if call.kind == t.NORM:
+            grads, scale = elements(like, call.dz), 1.0 / head.accumulate
+            scale *= clip_factor(grads, head.tensors, call.first, call.end, total, scale, head.clip_norm)
+            head.scale = scale
         elif total != 0.0:
             # penalties
-            elements(np.float64, integers[t.AT_STATS])[PENALTIES] += 0.5 * total * batch_rows(integers, counters)
+            elements(np.float64, head.stats)[PENALTIES] += 0.5 * total * batch_rows(head, counters)
 
 
 @register_jitable(**EXACT)
-def _open(integers: Any, factors: Any, like: Any) -> int:
+def _open(head: Any, like: Any) -> int:
     """End the phase under way and open the next that has tasks; their number, or 0 at the end of the last step."""
-    counters = elements(np.int64, integers[t.AT_COUNTERS])
-    at = integers[t.PHASE]
+    counters = elements(np.int64, head.counters)
+    at = head.phase
     if at >= 0:
-        _end_phase(integers, factors, like, counters, part(integers, integers[t.AT_PHASES] + t.PHASE_COLUMNS * at))
+        _end_phase(head, like, counters, phase_at(head.phases, at))
     while True:
         at += 1
-        if at == integers[t.PHASES]:
-            integers[t.STEP] += 1
-            if integers[t.STEP] == integers[t.STEPS]:
+        if at == head.phase_count:
+            head.step += 1
+            if head.step == head.steps:
                 return 0
-            at = integers[t.PROLOGUE]
-        phase = part(integers, integers[t.AT_PHASES] + t.PHASE_COLUMNS * at)
-        updated = (counters[BATCH_INDEX] + 1) % integers[t.ACCUMULATE] == 0
-        if phase[t.CUT] == t.AT_ONCE:
-            hyper, rates = elements(np.float64, integers[t.AT_HYPER]), elements(np.float64, integers[t.AT_RATES])
-            stats = elements(np.float64, integers[t.AT_STATS])
-            epoch_stats = elements(np.float64, integers[t.AT_EPOCH_STATS])
-            advance(counters, hyper, rates, updated, stats, epoch_stats, integers[t.EPOCHS])
-            if integers[t.NOISY]:
-                rows = elements(integers, integers[t.NOISY] + 8 * counters[ROW_OFFSET])
+            at = head.prologue
+        phase = phase_at(head.phases, at)
+        updated = (counters[BATCH_INDEX] + 1) % head.accumulate == 0
+        if phase.cut == t.AT_ONCE:
+            hyper, rates = elements(np.float64, head.hyper), elements(np.float64, head.rates)
+            stats = elements(np.float64, head.stats)
+            epoch_stats = elements(np.float64, head.epoch_stats)
+            advance(counters, hyper, rates, updated, stats, epoch_stats, head.epochs)
+            if head.noisy:
+                rows = elements(np.int64, head.noisy + 8 * counters[ROW_OFFSET])
                 while counters[ROW_COUNT] > 0 and rows[counters[ROW_COUNT] - 1] < 0:
                     counters[ROW_COUNT] -= 1
             continue
-        call, _ = row_of(integers, factors, phase[t.ROW_FIRST])
-        kind = call[t.KIND_OF_ROW]
-        if kind in (t.NORM, t.UPDATE):
+        if call_at(head.calls, phase.first).kind in (t.NORM, t.UPDATE):
             if not updated:
                 continue
-            if not integers[t.CLIPS]:
-                factors[t.SCALE] = 1.0 / integers[t.ACCUMULATE]
-        if phase[t.TASKS] == 0:
+            if not head.clips:
+                head.scale = 1.0 / head.accumulate
+        if phase.tasks == 0:
             continue
-        integers[t.PHASE] = at
-        return -(-phase[t.TASKS] // integers[t.TOGETHER]) if phase[t.CUT] == t.BY_ROWS else phase[t.TASKS]
+        head.phase = at
+        return -(-phase.tasks // head.together) if phase.cut == t.BY_ROWS else phase.tasks
 
 
 def work(job: int, task: int) -> int:
     """Do a task of the phase under way, or, for a negative number, open the next: see ``team``.
 
-    job is the address of a table's integers; ``tables`` says what is in them.
+    job is the address of a table: see ``tables``.
     """
-    integers = elements(np.int64, job)
-    factors = elements(np.float64, integers[t.AT_FACTORS])
+    head = head_at(job, 0)
     like = elements(REAL, job)
     if task < 0:
-        return _open(integers, factors, like)
-    counters = elements(np.int64, integers[t.AT_COUNTERS])
-    phase = part(integers, integers[t.AT_PHASES] + t.PHASE_COLUMNS * integers[t.PHASE])
-    if phase[t.CUT] == t.BY_ROWS:
-        first, end = task * integers[t.TOGETHER], min((task + 1) * integers[t.TOGETHER], integers[t.BLOCKS])
-        rows = integers[t.BLOCK] * first
-        for at in range(phase[t.ROW_FIRST], phase[t.ROW_END]):
-            call, numbers = row_of(integers, factors, at)
-            if call[t.KIND_OF_ROW] in (t.AFFINE, t.BACKWARD):
-                count = min(integers[t.BLOCK] * (end - first), shard_rows(call, integers, counters) - rows)
-                product(call, numbers, integers, like, rows, count)
+        return _open(head, like)
+    counters = elements(np.int64, head.counters)
+    phase = phase_at(head.phases, head.phase)
+    if phase.cut == t.BY_ROWS:
+        first, end = task * head.together, min((task + 1) * head.together, head.blocks)
+        rows = head.block * first
+        for at in range(phase.first, phase.end):
+            call = call_at(head.calls, at)
+            if call.kind in (t.AFFINE, t.BACKWARD):
+                count = min(head.block * (end - first), shard_rows(call, head, counters) - rows)
+                product(call, head, like, rows, count)
             for number in range(first, end):
-                by_rows(call, numbers, integers, like, counters, number)
+                by_rows(call, head, like, counters, number)
         return 0
-    hyper = elements(np.float64, integers[t.AT_HYPER])
-    tensors = part(integers, t.HEAD_COLUMNS + t.CALL_COLUMNS * integers[t.CALLS])
-    tensor_factors = part(factors, t.HEAD_FACTORS + t.CALL_FACTORS * integers[t.CALLS])
-    pieces = part(integers, integers[t.AT_TASKS] + t.TASK_COLUMNS * (phase[t.TASK_FIRST] + task))
-    sums = elements(np.float64, integers[t.AT_SUMS])
-    for at in range(pieces[t.PIECE_FIRST], pieces[t.PIECE_END]):
-        piece = part(integers, integers[t.AT_PIECES] + t.PIECE_COLUMNS * at)
-        call, numbers = row_of(integers, factors, piece[t.PIECE_ROW])
-        sums[at] = by_piece(
-            call, numbers, integers, factors, like, counters, hyper, tensors, tensor_factors, piece, task
-        )  # fmt: skip
+    pieces, sums = task_at(head.tasks, phase.first_task + task), elements(np.float64, head.sums)
+    for at in range(pieces.first, pieces.end):
+        piece = piece_at(head.pieces, at)
+        sums[at] = by_piece(call_at(head.calls, piece.row), head, like, counters, piece, task)
     return 0

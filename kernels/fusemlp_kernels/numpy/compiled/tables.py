@@ -1,66 +1,37 @@
-"""The columns of the tables that describe calls, their loss and their optimizer to the compiled loop."""
+"""The records that describe calls, their loss and their optimizer to the compiled loop.
+
+A table is one block of memory: HEAD, a CALL for each row of calls, a TENSOR for each trained tensor, then the plan: a
+PHASE, TASK and PIECE for each of those. Every field has eight bytes; arrays and records are entered by their address,
+0 where there is none.
+"""
 
 from __future__ import annotations
+
+import numpy as np
 
 from fusemlp_kernels.contract import ACTIVATIONS
 from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 
-# The integers are one int64 array: a head, a row of CALL_COLUMNS for each row of calls, a row of TENSOR_COLUMNS for
-# each trained tensor, then the plan: phases, tasks, pieces. The factors are one float64 array: a head, then rows of the
-# same order. An array is entered by its address.
 
-# The head: the optimizer; how many rows of calls there are, and rows in the batch (COUNTED: ask the counters); the
-# control arrays, and how many epochs the statistics are of. The factors, and where in the integers phases, tasks and
-# pieces begin. Memory: partial results, PARTIALS numbers a block; sums of pieces; random numbers of a row, LANES_ROW
-# words a block or task; zeros. The functions of products, panels and dot products. The plan: rows a block, phases, and
-# how many of them come before the first step only. The state of a launch: the steps to do, the step, the phase. NOISY:
-# the address of the row numbers where the gradients get noise; its key. BLOCKS: those of a phase that is cut by rows;
-# TOGETHER: how many of them a task has in this launch. SHARD_ROWS: the rows of a shard, 0 where calls have the whole
-# batch.
-(
-    OPTIMIZER,
-    DECOUPLED,
-    SKLEARN,
-    ACCUMULATE,
-    CLIPS,
-    CALLS,
-    BATCH,
-    AT_COUNTERS,
-    AT_HYPER,
-    AT_RATES,
-    AT_STATS,
-    AT_EPOCH_STATS,
-    EPOCHS,
-    AT_FACTORS,
-    AT_PHASES,
-    AT_TASKS,
-    AT_PIECES,
-    AT_PARTIALS,
-    PARTIALS,
-    AT_SUMS,
-    AT_LANES,
-    LANES_ROW,
-    AT_ZEROS,
-    AT_PRODUCT,
-    AT_PACK,
-    AT_DOTS,
-    BLOCK,
-    PHASES,
-    PROLOGUE,
-    STEPS,
-    STEP,
-    PHASE,
-    NOISY,
-    NOISE_LOW,
-    NOISE_HIGH,
-    BLOCKS,
-    TOGETHER,
-    SHARD_ROWS,
-    HEAD_COLUMNS,
-) = range(39)
-# The factors before those of the calls: the hyperparameters in their order, then the largest norm, what gradients are
-# multiplied by in the update, and the deviation and the divisor of noise.
-CLIP_NORM, SCALE, DEVIATION, SHARED_BY, HEAD_FACTORS = (len(HYPERPARAMETERS) + i for i in range(5))
+def _record(integers: str, floats: str = "") -> np.dtype[np.void]:
+    """The type of a record of int64 fields, then float64 fields."""
+    return np.dtype([(name, np.int64) for name in integers.split()] + [(name, np.float64) for name in floats.split()])
+
+
+# The optimizer: its code and options, micro-batches to an update, whether it clips. Rows in the batch (COUNTED: ask the
+# counters). The control arrays, and how many epochs epoch_stats is of. The records after the head. Memory: partial
+# results, partial_count numbers a block; sums of pieces; random numbers of a row, lanes_row words a block or task;
+# zeros. The functions of products, panels and dot products. The plan: rows a block, phases, and how many of them come
+# before the first step only. The state of a launch: the steps to do, the step, the phase. noisy: the row numbers where
+# the gradients get noise; its key. blocks: those of a phase that is cut by rows; together: how many of them a task has
+# in this launch. shard_rows: the rows of a shard, 0 where calls have the whole batch. Then the hyperparameters; the
+# largest norm; what gradients are multiplied by in the update; the deviation and the divisor of noise.
+HEAD = _record(
+    "optimizer decoupled sklearn accumulate clips batch counters hyper rates stats epoch_stats epochs "
+    "calls tensors phases tasks pieces partials partial_count sums lanes lanes_row zeros product pack dots "
+    "block phase_count prologue steps step phase noisy noise_low noise_high blocks together shard_rows",
+    f"{' '.join(HYPERPARAMETERS)} clip_norm scale deviation shared_by",
+)
 COUNTED = -1
 # Rows of a weight matrix that lie together for the forward pass, a multiple of the columns of any tile.
 PANEL = 32
@@ -72,7 +43,7 @@ DEPTH = 512
 # row; BACKWARD; SQUARES and SHRINK: the norms of the rows' gradients, and clipping them;
 # PERTURB: inputs that raise the loss; MEMBERS_AFFINE and MEMBERS_BACKWARD: what members that share weights have of
 # their own; HEADS and HEADS_BACKWARD: an output layer of each member. By pieces of a tensor: WEIGHT, BIAS, SLOPES: a
-# gradient, with its update where there is a PARAM; NORM: squares of gradients, for clipping; UPDATE; PACK: weights into
+# gradient, with its update where there is a param; NORM: squares of gradients, for clipping; UPDATE; PACK: weights into
 # panels. CLOCK.
 (
     GATHER,
@@ -98,108 +69,43 @@ DEPTH = 512
     HEADS_BACKWARD,
 ) = range(21)
 
-# A phase: how its calls are cut, its rows of calls, its tasks or blocks, and the first task in the table of tasks; that
-# table holds the pieces of a task; a piece its row of calls and a part of a tensor: rows and columns of a weight
-# matrix, elements of a bias, elements of one tensor of an update.
+# A row of calls: its kind and sizes. Row numbers, and 1 if the batch starts at ROW_OFFSET among them; input, weights,
+# the same in panels, bias, output, pre-activation, gradient by it, what else is written; prelu's slope, the gradient by
+# it and its place among the partial results; dropout's mask, and key, layer and threshold of its random numbers. The
+# tensors from first to before end that an update is of. A gradient may be updated from at once: param, its states and
+# its average, of tensor first; with descends the product lands in the parameter. pulls: a penalty is added to the
+# gradient first. sums: scratch. The loss: targets, row weights, class weights (arrays), its code in LOSSES and its
+# options; mean: the place of its reduction in REDUCTIONS; smoothed: every class of a row has a target; wide: a row of
+# classes fills the vector registers; recorded: the statistics that count the loss (an array). afresh: the norms begin
+# with this layer. round: the perturbation's norm is 2; drawn: its start is random, by the key of dropout. members: row
+# i of the batch is one of member i % members; members' factors before and after a product, by_r and by_s, and each
+# task's sums of their gradients and of b's (arrays, a row a task); parts: a bias whose rows are such sums. shard: the
+# row of the batch with which the call's shard begins. Then the slope of leaky_relu, the dropout rate, the strength of a
+# penalty; the loss's numbers, divisor: what a mean divides by beside the row weights; the largest norm of a row's
+# gradient or perturbation; the length of its step, its bounds.
+CALL = _record(
+    "kind n k rows walks x w panels b y z dz out slope dslope slope_part "
+    "keep activation key_low key_high mask_layer threshold first end param state0 state1 average descends pulls sums "
+    "target weighted class_weighted loss mean soft smoothed ignores ignored accuracy wide recorded "
+    "afresh round drawn members by_r by_s sum_r sum_s sum_b parts shard",
+    "fixed_slope rate strength smoothing option divisor largest length low high",
+)
+REDUCTIONS = ("sum", "mean", "rows")
+BY_ITSELF = REDUCTIONS.index("rows")
+
+# The place of a trained tensor in the arenas, its factor of the learning rate and its weight decay.
+TENSOR = _record("offset size", "lr_factor decay")
+
+# How a phase is cut, its rows of calls, its tasks or blocks, and the first of its tasks; the pieces of a task; the row
+# of calls of a piece and a part of a tensor: rows and columns of a weight matrix, elements of a bias, elements of one
+# tensor of an update.
 BY_ROWS, BY_PIECES, AT_ONCE = range(3)
-CUT, ROW_FIRST, ROW_END, TASKS, TASK_FIRST, PHASE_COLUMNS = range(6)
-PIECE_FIRST, PIECE_END, TASK_COLUMNS = range(3)
-PIECE_ROW, TOP, BOTTOM, LEFT, RIGHT, PIECE_COLUMNS = range(6)
+PHASE = _record("cut first end tasks first_task")
+TASK = _record("first end")
+PIECE = _record("row top bottom left right")
 # Partial results of a block of rows: the loss, hits, scored rows, the sum of the row weights of the whole batch; then
 # gradients by slopes.
 LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
-
-# A row. Arrays, 0 where there is none: row numbers, and 1 if the batch starts at ROW_OFFSET among them; input, weights,
-# the same in panels, bias, output, pre-activation, gradient by it, what else is written; prelu's slope, the gradient by
-# it, dropout's mask. SLOPE_PART: the place of a slope's gradient among the partial results. Dropout: key, layer and
-# threshold of its random numbers. The rows of the table of tensors from FIRST to before END that an update is of. A
-# gradient may be updated from at once: PARAM, its states and its AVERAGE, of tensor FIRST; with DESCENDS the product
-# lands in the parameter. PULLS: a penalty is added to the gradient first. The loss: targets, row weights, class weights
-# (arrays), and its options; MEAN: the place of its reduction in REDUCTIONS; SMOOTHED: every class of a row has a
-# target; WIDE: a row of classes fills the vector registers; RECORDED: the statistics that count the loss (an array).
-# AFRESH: the norms begin with this layer. ROUND: the perturbation's norm is 2; DRAWN: its start is random, by the key
-# of dropout. MEMBERS: row i of the batch is one of member
-# i % MEMBERS; members' factors before and after a product, BY_R and BY_S, and each task's sums of their gradients and
-# of B's (arrays, a row a task); PARTS: a bias whose rows are such sums. SHARD: the row of the batch with which the
-# call's shard begins.
-(
-    KIND_OF_ROW,
-    N,
-    K,
-    ROWS,
-    WALKS,
-    X,
-    W,
-    PANELS,
-    B,
-    Y,
-    Z,
-    DZ,
-    OUT,
-    SLOPE,
-    DSLOPE,
-    SLOPE_PART,
-    KEEP,
-    ACTIVATION,
-    KEY_LOW,
-    KEY_HIGH,
-    MASK_LAYER,
-    THRESHOLD,
-    FIRST,
-    END,
-    PARAM,
-    STATE0,
-    STATE1,
-    AVERAGE,
-    DESCENDS,
-    PULLS,
-    SUMS,
-    TARGET,
-    WEIGHTED,
-    CLASS_WEIGHTED,
-    KIND,
-    MEAN,
-    SOFT,
-    SMOOTHED,
-    IGNORES,
-    IGNORED,
-    ACCURACY,
-    WIDE,
-    RECORDED,
-    AFRESH,
-    ROUND,
-    DRAWN,
-    MEMBERS,
-    BY_R,
-    BY_S,
-    SUM_R,
-    SUM_S,
-    SUM_B,
-    PARTS,
-    SHARD,
-    CALL_COLUMNS,
-) = range(55)
-REDUCTIONS = ("sum", "mean", "rows")
-BY_ITSELF = REDUCTIONS.index("rows")
-# The slope of leaky_relu, the dropout rate, the strength of a penalty; the loss's numbers, DIVISOR: what a mean divides
-# by beside the row weights; the largest norm of a row's gradient or perturbation; the length of its step, its bounds.
-(
-    FIXED_SLOPE,
-    RATE,
-    STRENGTH,
-    SMOOTHING,
-    OPTION,
-    DIVISOR,
-    LARGEST,
-    LENGTH,
-    LOW,
-    HIGH,
-    CALL_FACTORS,
-) = range(11)
-
-# A row a trained tensor
-OFFSET, SIZE, TENSOR_COLUMNS = range(3)
-LR_FACTOR, DECAY, TENSOR_FACTORS = range(3)
 
 SGD = list(OPTIMIZERS).index("sgd")
 IDENTITY = ACTIVATIONS.index("identity")

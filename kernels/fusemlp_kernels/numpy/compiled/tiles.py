@@ -168,8 +168,8 @@ def _tile(height: int, vectors: int, masked: bool) -> Callable[..., Any]:
 
             builder.position_at_end(end)
             results = _joined(to, entry, firsts, body, added)
-            one, zero = ir.Constant(to.element, 1.0), ir.Constant(to.element, 0.0)
-            plain = builder.and_(builder.fcmp_ordered("==", alpha, one), builder.fcmp_ordered("==", beta, zero))
+            unit, zero = ir.Constant(to.element, 1.0), ir.Constant(to.element, 0.0)
+            plain = builder.and_(builder.fcmp_ordered("==", alpha, unit), builder.fcmp_ordered("==", beta, zero))
             with builder.if_else(plain) as (store, combine):
                 with store:
                     _each_row(builder, to, c, c_row, rows, results, masks, lambda value, _: value)

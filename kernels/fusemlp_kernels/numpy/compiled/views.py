@@ -1,4 +1,4 @@
-"""Memory at an address, and calls by address, as intrinsics.
+"""Memory and records at an address, and calls by address, as intrinsics.
 
 An array of numba's is seven numbers with a reference count: passed from function to function it made three quarters of
 the code that LLVM had to read. ``Memory`` is one pointer, of which nothing checks the indices. Numba compiles what a
@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import from_dtype, types
 from numba.core import cgutils
 from numba.core.typing.templates import AttributeTemplate
 from numba.extending import infer_getattr, intrinsic, lower_getattr, models, register_model
+
+from fusemlp_kernels.numpy.compiled import tables as t
 
 
 class Memory(types.CPointer):
@@ -65,6 +68,19 @@ def _of_part(typingctx: Any, memory: Any, start: Any) -> Any:
     return memory(memory, types.intp), code
 
 
+def _records(dtype: np.dtype[np.void]) -> Any:
+    """``at(address, index)``: a record of those of this type that lie side by side from an address on."""
+    kind = from_dtype(dtype)
+
+    def at(typingctx: Any, address: Any, index: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.gep(builder.inttoptr(arguments[0], context.get_value_type(kind)), [arguments[1]])
+
+        return kind(types.intp, types.intp), code
+
+    return intrinsic(at)
+
+
 def _calls(typingctx: Any, address: Any, *given: Any) -> Any:
     """Call a function by its address; the word that it returns."""
     kinds = [types.unliteral(kind) for kind in given]
@@ -81,3 +97,6 @@ def _calls(typingctx: Any, address: Any, *given: Any) -> Any:
 call: Any = intrinsic(_calls)
 elements: Any = intrinsic(_of_address)
 part: Any = intrinsic(_of_part)
+head_at, call_at, tensor_at, phase_at, task_at, piece_at = map(
+    _records, (t.HEAD, t.CALL, t.TENSOR, t.PHASE, t.TASK, t.PIECE)
+)

@@ -10,7 +10,7 @@ watchers: list[Callable[[bool], object]] = []
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def announced() -> Iterator[None]:
     """Tell the watchers of a compilation, the body."""
     for watcher in tuple(watchers):
         watcher(True)
