@@ -24,7 +24,7 @@ from typer.completion import completion_init  # type: ignore[attr-defined]
 from typer.core import TyperCommand, TyperGroup
 
 from fusemlp._version import __version__
-from fusemlp.callbacks.compiling import compilations_shown
+from fusemlp.callbacks.progress import compilations_shown
 from fusemlp.cli import commands
 from fusemlp.cli.fields import PANELS, name_of
 from fusemlp.cli.output import lasting_streams
