@@ -51,6 +51,7 @@ OWNERS = {
     "cupy": ("fusemlp_kernels.cupy",),
     "cupyx": ("fusemlp_kernels.cupy",),
     "dp_accounting": ("fusemlp.describe.privacy",),
+    "jinja2": ("fusemlp.report.page",),
     "llvmlite": ("fusemlp_kernels.numpy.compiled",),
     "mlflow": ("fusemlp.callbacks",),
     "numba": ("fusemlp_kernels.numpy.compiled",),
@@ -63,7 +64,7 @@ OWNERS = {
 
 HEAVY = (
     *("torch", "triton", "cupy", "numba", "scipy", "sklearn", "typer", "rich", "matplotlib", "onnx", "pandas"),
-    *("tensorboard", "mlflow", "wandb", "dp_accounting"),
+    *("tensorboard", "mlflow", "wandb", "dp_accounting", "jinja2"),
 )
 IMPORT_LIMIT = 0.060  # seconds above `import numpy`
 

@@ -13,7 +13,7 @@ import pytest
 import scipy.sparse
 from devices import INTERPRETER, Device, marks_of, usable
 
-import fusemlp.sklearn.ahead as module
+import fusemlp.sklearn.candidates as module
 from fusemlp import Callback
 from fusemlp.fleet.launches import Group
 from fusemlp.runtime.bound import BoundProgram

@@ -18,7 +18,7 @@ from sklearn.preprocessing import FunctionTransformer, MinMaxScaler, StandardSca
 from sklearn.svm import SVC
 
 from fusemlp.sklearn import FleetRandomizedSearchCV, FleetSearchCV, MLPClassifier, MLPRegressor
-from fusemlp.sklearn.sharing import SharedFits
+from fusemlp.sklearn.candidates import SharedFits
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from fusemlp.callbacks.compiling import REDRAW, compilations_shown
+from fusemlp.callbacks.progress import REDRAW, compilations_shown
 from fusemlp_kernels.compilation import announced, watchers
 
 

@@ -1,4 +1,4 @@
-"""Show the progress of a training on stderr: a bar on a terminal, one line an epoch elsewhere.
+"""Show the progress of a training on stderr: a bar on a terminal, one line an epoch elsewhere, and compilations.
 
 The bar is drawn at the end of an epoch, at most ten times a second and without a thread, so its cost is negligible. A
 narrow terminal gets short names, then fewer parts: nothing is cut in the middle.
@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TextIO
 
-from fusemlp.callbacks.compiling import REDRAW, compilations_shown
 from fusemlp.callbacks.forms import Watching, first_epoch
 from fusemlp.describe.checks import check_flag
+from fusemlp_kernels.compilation import watchers
 
+REDRAW = 0.1  # seconds
+CLEAR = "\r\x1b[K"
 BARS = (16, 8, 0)  # characters, the first that fits
 SHORT = {"learning_rate": "lr", "accuracy": "acc", "balanced_accuracy": "bal_acc"}
 
@@ -146,3 +149,50 @@ class ProgressBar(Watching):
         shown = zip((counter, bar, remaining, latest), (True, size, timed, text), strict=True)
         self._bar.columns = tuple(column for column, wanted in shown if wanted)
         return text
+
+
+class _Notice:
+    """A line on a terminal while something is compiled, with the seconds of all compilations so far."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        # seconds of the compilations before this one, and when it began
+        self._before = self._began = 0.0
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __call__(self, begins: bool) -> None:
+        if begins:
+            self._began = time.perf_counter()
+            self._ended.clear()
+            self._thread = threading.Thread(target=self._show, daemon=True)
+            self._thread.start()
+        elif self._thread is not None:
+            self._before += time.perf_counter() - self._began
+            self._ended.set()
+            self._thread.join()
+            self._thread = None
+
+    def _show(self) -> None:
+        shown = False
+        while not self._ended.wait(REDRAW):
+            shown = True
+            seconds = self._before + time.perf_counter() - self._began
+            print(f"{CLEAR}compiling, once on this machine: {seconds:.1f} s", end="", file=self._stream, flush=True)
+        if shown:
+            print(CLEAR, end="", file=self._stream, flush=True)
+
+
+@contextmanager
+def compilations_shown(*, quiet: bool = False) -> Iterator[None]:
+    """Show compilations in the body, if stderr is a terminal and nothing shows them already."""
+    if quiet or not sys.stderr.isatty() or any(isinstance(one, _Notice) for one in watchers):
+        yield
+        return
+    # A bar that is drawn later writes to sys.stderr in its own way.
+    notice = _Notice(sys.stderr)
+    watchers.append(notice)
+    try:
+        yield
+    finally:
+        watchers.remove(notice)

@@ -38,7 +38,20 @@ class Tracker(Watching):
     A tracker that fails during a training gets one warning, and the training goes on without it.
     """
 
-    library = extra = title = ""
+    library: str
+    title: str
+    # the argument that says where runs belong
+    place: str
+    # what each library does
+    _active: Callable[[], Any]
+    _start: Callable[[], Any]
+    _id: Callable[[], str]
+    _log_params: Callable[[Mapping[str, Any]], None]
+    _log_metrics: Callable[[Mapping[str, float], int], None]
+    _log_summary: Callable[[Mapping[str, Any]], None]
+    _upload: Callable[[Path], None]
+    _mark: Callable[[str, str], None]
+    _end: Callable[[str], None]
 
     def __init__(
         self,
@@ -67,9 +80,9 @@ class Tracker(Watching):
     def check_logs(self, names: Sequence[str]) -> None:
         if importlib.util.find_spec(self.library) is None:
             raise MissingLibraryError(
-                f'{type(self).__name__}: it needs the library {self.library}: pip install "fusemlp[{self.extra}]"'
+                f'{type(self).__name__}: it needs the library {self.library}: pip install "fusemlp[{self.library}]"'
             )
-        named = {**self._place(), "run_name": self.run_name, "run_id": self._given_id}
+        named = {self.place: getattr(self, self.place), "run_name": self.run_name, "run_id": self._given_id}
         argument = next((name for name, value in named.items() if value is not None), None)
         if self._run is None and argument is not None and self._active() is not None:
             raise ArgumentError(
@@ -137,8 +150,6 @@ class Tracker(Watching):
 
     def close(self, status: str, reason: str = "") -> None:
         """Mark the run as finished, interrupted or failed, and end it unless it was open before."""
-        if self._run is None:
-            return
         self._try(self._mark, status, reason or status)
         if not self._joined:
             self._try(self._end, status)
@@ -161,38 +172,6 @@ class Tracker(Watching):
             self.model.save(path)
             self._upload(path)
 
-    def _place(self) -> dict[str, str | None]:
-        """Return the argument that says where runs belong, and its value."""
-        raise NotImplementedError
-
-    def _active(self) -> Any:
-        """Return the open run, or None."""
-        raise NotImplementedError
-
-    def _start(self) -> Any:
-        raise NotImplementedError
-
-    def _id(self) -> str:
-        raise NotImplementedError
-
-    def _log_params(self, params: Mapping[str, Any]) -> None:
-        raise NotImplementedError
-
-    def _log_metrics(self, figures: Mapping[str, float], epoch: int) -> None:
-        raise NotImplementedError
-
-    def _log_summary(self, figures: Mapping[str, float]) -> None:
-        raise NotImplementedError
-
-    def _upload(self, path: Path) -> None:
-        raise NotImplementedError
-
-    def _mark(self, status: str, reason: str) -> None:
-        raise NotImplementedError
-
-    def _end(self, status: str) -> None:
-        raise NotImplementedError
-
 
 class MLflow(Tracker):
     """Record a training with MLflow; needs the extra ``mlflow``.
@@ -202,16 +181,13 @@ class MLflow(Tracker):
     the tags ``fusemlp.status`` and ``fusemlp.stopped`` say why.
     """
 
-    library, extra, title = "mlflow", "mlflow", "MLflow"
+    library, title, place = "mlflow", "MLflow", "experiment"
 
     def __init__(self, experiment: str | None = None, run_name: str | None = None, **options: Any) -> None:
         super().__init__(run_name, **options)
         self.experiment = _name("experiment", experiment)
         self._rows: list[tuple[str, float, int, int]] = []
         self._written = 0.0
-
-    def _place(self) -> dict[str, str | None]:
-        return {"experiment": self.experiment}
 
     def _active(self) -> Any:
         return importlib.import_module("mlflow").active_run()
@@ -228,8 +204,8 @@ class MLflow(Tracker):
             return mlflow.start_run(run_id=self._given_id)
         place = None
         if self.experiment is not None:
-            found = mlflow.get_experiment_by_name(self.experiment)
-            place = mlflow.create_experiment(self.experiment) if found is None else found.experiment_id
+            known = mlflow.get_experiment_by_name(self.experiment)
+            place = mlflow.create_experiment(self.experiment) if known is None else known.experiment_id
         return mlflow.start_run(experiment_id=place, run_name=self.run_name)
 
     def _id(self) -> str:
@@ -240,9 +216,7 @@ class MLflow(Tracker):
 
         known = self._client.get_run(self.run_id).data.params
         texts = {name: _short(value) for name, value in params.items()}
-        new = [Param(name, text) for name, text in texts.items() if name not in known]
-        for first in range(0, len(new), MOST_PARAMS):
-            self._client.log_batch(self.run_id, params=new[first : first + MOST_PARAMS])
+        self._batch("params", [Param(name, text) for name, text in texts.items() if name not in known], MOST_PARAMS)
         changed = [name for name, text in texts.items() if known.get(name, text) != text]
         if changed:
             log.warning("MLflow keeps the first value of a parameter; this training changed %s", ", ".join(changed))
@@ -253,17 +227,20 @@ class MLflow(Tracker):
         if now - self._written >= WRITE or now < self._written:
             self._write()
 
+    def _log_summary(self, figures: Mapping[str, float]) -> None:
+        self._log_metrics(figures, 0)
+        self._write()
+
     def _write(self) -> None:
         from mlflow.entities import Metric
 
         rows, self._rows = self._rows, []
-        for first in range(0, len(rows), MOST_METRICS):
-            self._client.log_batch(self.run_id, metrics=[Metric(*row) for row in rows[first : first + MOST_METRICS]])
+        self._batch("metrics", [Metric(*row) for row in rows], MOST_METRICS)
         self._written = time.time()
 
-    def _log_summary(self, figures: Mapping[str, float]) -> None:
-        self._rows += [(name, value, int(1000 * time.time()), 0) for name, value in figures.items()]
-        self._write()
+    def _batch(self, kind: str, entries: Sequence[Any], most: int) -> None:
+        for first in range(0, len(entries), most):
+            self._client.log_batch(self.run_id, **{kind: entries[first : first + most]})
 
     def _upload(self, path: Path) -> None:
         store = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
@@ -275,15 +252,9 @@ class MLflow(Tracker):
         self._client.set_tag(self.run_id, "fusemlp.stopped", reason)
 
     def _end(self, status: str) -> None:
-        import mlflow
-
-        self._write()
-        mlflow.end_run({FINISHED: "FINISHED", INTERRUPTED: "KILLED", FAILED: "FAILED"}[status])
-
-    def close(self, status: str, reason: str = "") -> None:
-        """Mark the run as finished, interrupted or failed, and end it unless it was open before."""
-        self._try(self._write)
-        super().close(status, reason)
+        importlib.import_module("mlflow").end_run(
+            {FINISHED: "FINISHED", INTERRUPTED: "KILLED", FAILED: "FAILED"}[status]
+        )
 
 
 class WandB(Tracker):
@@ -293,23 +264,18 @@ class WandB(Tracker):
     interrupted run has the exit code 130, a failed one 1; ``status`` and ``stopped`` of its summary say why.
     """
 
-    library, extra, title = "wandb", "wandb", "Weights & Biases"
+    library, title, place = "wandb", "Weights & Biases", "project"
 
     def __init__(self, project: str | None = None, run_name: str | None = None, **options: Any) -> None:
         super().__init__(run_name, **options)
         self.project = _name("project", project)
 
-    def _place(self) -> dict[str, str | None]:
-        return {"project": self.project}
-
     def _active(self) -> Any:
         return importlib.import_module("wandb").run
 
     def _start(self) -> Any:
-        import wandb
-
         again: dict[str, Any] = {} if self._given_id is None else {"id": self._given_id, "resume": "allow"}
-        run = wandb.init(project=self.project, name=self.run_name, **again)
+        run = importlib.import_module("wandb").init(project=self.project, name=self.run_name, **again)
         run.define_metric("epoch", hidden=True)
         run.define_metric("*", step_metric="epoch")
         return run
@@ -324,7 +290,7 @@ class WandB(Tracker):
         # A step of its own would clash with the steps of what the user logs into the same run.
         self._run.log({**figures, "epoch": epoch})
 
-    def _log_summary(self, figures: Mapping[str, float]) -> None:
+    def _log_summary(self, figures: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(figures))
 
     def _upload(self, path: Path) -> None:
@@ -336,7 +302,7 @@ class WandB(Tracker):
         self._run.log_artifact(artifact)
 
     def _mark(self, status: str, reason: str) -> None:
-        self._run.summary.update({"status": status, "stopped": reason})
+        self._log_summary({"status": status, "stopped": reason})
 
     def _end(self, status: str) -> None:
         self._run.finish(exit_code={FINISHED: 0, INTERRUPTED: 130, FAILED: 1}[status])

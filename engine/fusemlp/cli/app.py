@@ -27,7 +27,7 @@ from typer.completion import completion_init, get_completion_script  # type: ign
 from typer.core import TyperCommand, TyperGroup
 
 from fusemlp._version import __version__
-from fusemlp.callbacks.compiling import compilations_shown
+from fusemlp.callbacks.progress import compilations_shown
 from fusemlp.cli import options as commands
 from fusemlp.cli.options import SHELLS, CompletionOptions
 from fusemlp.datasets.load import NAMES

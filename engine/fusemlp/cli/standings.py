@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fusemlp.callbacks.compiling import REDRAW
+from fusemlp.callbacks.progress import REDRAW
 from fusemlp.cli.vary import spelled_value
 from fusemlp.fleet.results import FleetResults, Member
 from fusemlp.fleet.seeds import Point, averages

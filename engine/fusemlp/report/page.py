@@ -1,4 +1,8 @@
-"""``report.html``: a training and its model on one page that needs no network, for people and screen readers."""
+"""``report.html``: a training and its model on one page that needs no network, for people and screen readers.
+
+The template ``page.html`` lays it out: its sections have a title and, in this order, tiles, lines, a note, a table, a
+folded table, drawings and a heat map, each if there is one.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,22 @@ import base64
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from html import escape
 from typing import Any
 
 import numpy as np
 
+from fusemlp.datasets.files import reason
 from fusemlp.describe.metrics import rises
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.certification import certified_lines
-from fusemlp.report.chart import Line, chart, table
+from fusemlp.report.chart import COLOURS, Chart, Line
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.evidence import REPEATS, Evidence, Importance
-from fusemlp.report.metrics import class_table, privacy_line, scalars
+from fusemlp.report.metrics import class_table, confusion_table, privacy_line, scalars
 from fusemlp.report.robustness import robust_lines
+from fusemlp_kernels.errors import MissingLibraryError
+
+Section = dict[str, Any]
 
 # Classes of a confusion matrix; columns of the most wrong rows; bars of importance; points and targets of a regression.
 MOST_CLASSES, MOST_CELLS, MOST_BARS, MOST_POINTS, MOST_TARGETS = 30, 12, 30, 800, 4
@@ -26,34 +33,6 @@ NAMES = {
     **{"auc": "AUC", "f1": "F1 (macro)", "balanced_accuracy": "balanced accuracy", "log_loss": "log loss"},
     **{"rmse": "RMSE", "mae": "MAE", "r2": "R²"},
 }
-STYLE = """
-:root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--soft:#59636e;--rule:#d8dee4;--card:#f6f8fa;
---c0:#0072b2;--c1:#d55e00;--c2:#00805f;--c3:#b0588f;--c4:#8a6d00;--c5:#3b3b98}
-@media (prefers-color-scheme:dark){:root{--bg:#14171b;--fg:#e6e9ed;--soft:#a0a8b2;--rule:#363c44;--card:#1d2127;
---c0:#56b4e9;--c1:#ff9d5c;--c2:#35c79f;--c3:#e5a3ca;--c4:#f0e442;--c5:#a7a7f5}}
-*{box-sizing:border-box}body{margin:0 auto;max-width:64rem;padding:1rem;background:var(--bg);color:var(--fg);
-font:1rem/1.5 system-ui,sans-serif}h1{font-size:1.6rem;line-height:1.2;margin:.5rem 0;overflow-wrap:anywhere}
-h2{font-size:1.2rem;margin:2rem 0 .5rem;border-bottom:1px solid var(--rule)}p{margin:.4rem 0;overflow-wrap:anywhere}
-.soft,figcaption,summary,.tiles dt{color:var(--soft)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(8rem,1fr));gap:.6rem;margin:.6rem 0}
-.tiles div{background:var(--card);border-radius:.5rem;padding:.5rem .8rem}.tiles dd{margin:0;font-size:1.4rem}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(22rem,100%),1fr));gap:1rem}
-figure{margin:0;min-width:0}svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font-size:12px}
-.grid{stroke:var(--rule)}.mark{stroke:var(--soft);stroke-dasharray:5 4}polyline{fill:none;stroke-width:2}
-.legend{display:flex;flex-wrap:wrap;gap:.2rem 1rem;list-style:none;margin:.3rem 0;padding:0;font-size:.9rem}
-.legend i{display:inline-block;width:1.4rem;border-top:3px solid;margin-right:.4rem;vertical-align:middle}
-.legend .mark{border-top:2px dashed var(--soft)}
-.wide{overflow-x:auto;margin:.4rem 0}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{padding:.2rem .6rem;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
-th:first-child{text-align:left}thead th{color:var(--soft);font-weight:normal}details .wide{max-height:20rem}
-.share{display:block;margin:-.2rem -.6rem;padding:.2rem .6rem}
-.bar{display:block;height:.7em;background:var(--c0);border-radius:2px}
-td img{width:4.5rem;image-rendering:pixelated;display:block}.heat{max-width:20rem;border:1px solid var(--rule)}
-.heat rect{fill:var(--c0)}
-""" + "".join(
-    f".c{n}{{color:var(--c{n})}}polyline.c{n}{{stroke:var(--c{n})}}circle.c{n}{{fill:var(--c{n})}}" for n in range(6)
-)
-STYLE += "polyline.c1{stroke-dasharray:7 3}circle.c0{fill-opacity:.55}"
 
 
 def page(
@@ -66,81 +45,92 @@ def page(
     """Return the page as HTML: ``about`` are lines on the run, ``report`` is that of ``report.json``.
 
     ``history`` has a list for each quantity, one entry an epoch. Without ``evidence`` the page has no model to judge.
+    A figure that cannot be drawn, as without matplotlib, says why, and shows its numbers.
     """
-    sections = [*_scores(report), *_training(report, history)]
+    from jinja2 import Environment, PackageLoader
+
+    sections = [*_scores(report), _training(report, history)]
     if evidence is not None:
-        sections += _numbers(evidence) if evidence.judged.scores is None else _classes(report["test"], evidence)
+        sections += [_numbers(evidence)] if evidence.judged.scores is None else _classes(report["test"], evidence)
         importance = evidence.importance()
         sections += [] if importance is None else [_importance(importance, evidence.image)]
-        sections += _worst(evidence, importance)
-    body = "".join(f"<section><h2>{escape(name)}</h2>{content}</section>" for name, content in sections)
-    lines = "".join(f"<p>{escape(line)}</p>" for line in about)
-    return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
-        f'<body><header><h1>{escape(title)}</h1><div class="soft">{lines}</div></header>'
-        f"<main>{body}</main></body></html>\n"
-    )
+        sections.append(_worst(evidence, importance))
+    loader = PackageLoader("fusemlp.report", "")
+    template = Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("page.html")
+    return template.render(title=title, about=about, sections=sections, colours=len(COLOURS))
 
 
-def _scores(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _drawings(charts: Iterable[Chart]) -> list[Section]:
+    """Return charts that have points, drawn, or with the reason why they cannot be drawn."""
+    drawings = []
+    for chart in charts:
+        if not any(len(line.finite) for line in chart.lines):
+            continue
+        try:
+            drawings.append({"chart": chart, "svg": chart.svg()})
+        except MissingLibraryError as error:
+            drawings.append({"chart": chart, "reason": str(error).removeprefix("plot: ")})
+        # the settings of matplotlib may be anything, and so are the errors
+        except Exception as error:
+            drawings.append({"chart": chart, "reason": reason(error)})
+    return drawings
+
+
+def _scores(report: Mapping[str, Any]) -> Iterator[Section]:
     """Yield the scores on the test rows, beside those of the baselines."""
     if not report.get("test"):
         return
-    found = scalars(report["test"])
-    shown = {_named(name): value for name, value in found.items()} | _intervals(report.get("intervals", {}))
-    tiles = "".join(f"<div><dt>{name}</dt><dd>{_short(value)}</dd></div>" for name, value in shown.items())
-    content = f'<dl class="tiles">{tiles}</dl>'
-    models = {"this model": found, **report.get("baselines", {})}
+    scores = scalars(report["test"])
+    figures = {_named(name): value for name, value in scores.items()} | _intervals(report.get("intervals", {}))
+    section: Section = {"title": f"Scores on {report['test']['rows']} test rows"}
+    section["tiles"] = {name: _short(value) for name, value in figures.items()}
+    models = {"this model": scores, **report.get("baselines", {})}
     if len(models) > 1:
-        rows = [["", *models]]
-        for name in found:
-            scores = [model.get(name) for model in models.values()]
-            if any(one is not None for one in scores[1:]):
-                rows.append([_named(name), *("" if one is None else _short(one) for one in scores)])
-        content += table(rows)
+        section["rows"] = [["", *models]]
+        for name in scores:
+            values = [model.get(name) for model in models.values()]
+            if any(value is not None for value in values[1:]):
+                section["rows"].append([_named(name), *("" if value is None else _short(value) for value in values)])
     if "classes" in report["test"]:
-        content += f"<details><summary>scores of each class</summary>{table(class_table(report['test']))}</details>"
-    yield f"Scores on {report['test']['rows']} test rows", content
+        section["folded"] = "scores of each class", class_table(report["test"])
+    yield section
 
 
-def _intervals(found: Mapping[str, Any]) -> dict[str, float]:
+def _intervals(report: Mapping[str, Any]) -> dict[str, float]:
     """Return the mean size of the intervals, or sets of classes, of the test rows, and the share that they cover."""
-    if not found:
+    if not report:
         return {}
-    level = f"{found['level']:.0%}"
-    size = {f"width of {level} intervals": found["width"]} if "width" in found else {}
-    size |= {f"classes in {level} sets": found["classes"]} if "classes" in found else {}
-    return {name: one for name, one in {**size, "their coverage": found["coverage"]}.items() if one is not None}
+    names = {"width": f"width of {report['level']:.0%} intervals", "classes": f"classes in {report['level']:.0%} sets"}
+    names["coverage"] = "their coverage"
+    return {name: report[key] for key, name in names.items() if report.get(key) is not None}
 
 
-def _training(report: Mapping[str, Any], history: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, str]]:
-    """Yield the end of the training, its diagnosis, and each quantity over the epochs."""
-    said = [] if report.get("diverged") else [report.get("stopped", "")]
-    said += [str(Finding(**finding)) for finding in report.get("diagnosis", ())]
-    said += [*privacy_line(report), *robust_lines(report), *certified_lines(report)]
+def _training(report: Mapping[str, Any], history: Mapping[str, Sequence[float]]) -> Section:
+    """Return the end of the training, its diagnosis, and each quantity over the epochs."""
+    lines = [] if report.get("diverged") else [report.get("stopped", "")]
+    lines += [str(Finding(**finding)) for finding in report.get("diagnosis", ())]
+    lines += [*privacy_line(report), *robust_lines(report), *certified_lines(report)]
     # the models of an ensemble have a best epoch each
     several = len(report.get("models", ()))
-    said += [f"The curves are the mean of {several} models."] if several else []
+    lines += [f"The curves are the mean of {several} models."] if several else []
     best, charts = None if several else report.get("best_epoch"), []
     mark = None if best is None else (f"best epoch {best}", float(best))
     for name in dict.fromkeys(name.removeprefix("val_") for name in history):
         if name == "learning_rate" and len(set(history[name])) == 1:
             continue
-        series = [("training", name), ("validation", f"val_{name}")]
-        lines = [
+        parts = {"training": name, "validation": f"val_{name}"}
+        curves = [
             Line(part, range(1, len(history[key]) + 1), history[key], colour)
-            for colour, (part, key) in enumerate(series)
+            for colour, (part, key) in enumerate(parts.items())
             if key in history
         ]
-        shown = _named(name)
-        charts.append(chart(f"{shown} by epoch", lines, x="epoch", y=shown, mark=mark, whole=True, log=not rises(name)))
-    yield "Training", "".join(f"<p>{escape(one)}</p>" for one in said if one) + _beside(charts)
+        shown, log = _named(name), not rises(name)
+        charts.append(Chart(f"{shown} by epoch", curves, "epoch", shown, mark=mark, whole=True, log=log))
+    return {"title": "Training", "lines": filter(None, lines), "drawings": _drawings(charts)}
 
 
-def _numbers(evidence: Evidence) -> Iterator[tuple[str, str]]:
-    """Yield the true values over the predicted ones, and the residuals."""
+def _numbers(evidence: Evidence) -> Section:
+    """Return the true values over the predicted ones, and the residuals."""
     judged, charts = evidence.judged, []
     shown = np.random.default_rng(0).permutation(len(judged.truth))[:MOST_POINTS]
     for target in range(min(MOST_TARGETS, judged.truth.shape[1])):
@@ -148,93 +138,90 @@ def _numbers(evidence: Evidence) -> Iterator[tuple[str, str]]:
         lines = [Line("test row", judged.predicted[shown, target], judged.truth[shown, target], points=True)]
         if not name:
             lines.append(Line("mean of each tenth", *evidence.calibration(), 1))
-        charts.append(chart(f"True values over predictions{name}", lines, x="predicted", y="true", diagonal="equal"))
+        charts.append(Chart(f"True values over predictions{name}", lines, "predicted", "true", diagonal="equal"))
         residuals = judged.truth[:, target] - judged.predicted[:, target]
         # wide enough for bins whose edges differ
         margin = max(0.5 * (np.ptp(residuals) == 0.0), 20 * np.spacing(np.abs(residuals).max()))
         counts, edges = np.histogram(residuals, 20, (residuals.min() - margin, residuals.max() + margin))
         lines = [Line("test rows", (edges[:-1] + edges[1:]) / 2, counts)]
-        charts.append(chart(f"Residuals{name}", lines, x="true minus predicted", y="rows", mark=("no error", 0.0)))
-    yield "Predictions", _beside(charts)
+        charts.append(Chart(f"Residuals{name}", lines, "true minus predicted", "rows", mark=("no error", 0.0)))
+    return {"title": "Predictions", "drawings": _drawings(charts)}
 
 
-def _classes(test: Mapping[str, Any], evidence: Evidence) -> Iterator[tuple[str, str]]:
+def _classes(test: Mapping[str, Any], evidence: Evidence) -> Iterator[Section]:
     """Yield confusion matrix, ROC and calibration."""
-    names, charts = list(test["classes"]), []
+    names = list(test["classes"])
     if len(names) <= MOST_CLASSES:
-        rows = [["true \\ predicted", *map(escape, names)]]
-        for name, counts in zip(names, test["confusion_matrix"], strict=True):
-            rows.append([escape(name)])
-            for other, count in zip(names, counts, strict=True):
-                colour, share = 0 if other == name else 1, 70 * count / max(1, sum(counts))
-                shade = f"background:color-mix(in srgb,var(--c{colour}) {share:.0f}%,transparent)"
-                rows[-1].append(f'<span class="share" style="{shade}">{count}</span>')
-        yield "Confusion matrix", table(rows, raw=True)
+        header, *body = confusion_table(test)
+        rows = [[row[0], *_shares(row[1:], true)] for true, row in enumerate(body)]
+        yield {"title": "Confusion matrix", "rows": [header, *rows]}
     lines = [Line(*roc, colour) for colour, roc in enumerate(evidence.rocs())]
     some = f": the {len(lines)} classes with the least AUC" if len(lines) < len(names) > 2 else ""
-    charts.append(chart(f"ROC{some}", lines, x="false positives", y="true positives", diagonal="by chance"))
+    charts = [Chart(f"ROC{some}", lines, "false positives", "true positives", diagonal="by chance")]
     if evidence.probable:
         of = names[1] if len(names) == 2 else "the predicted class"
         lines = [Line("a tenth of the rows at each point", *evidence.calibration())]
-        charts.append(chart("Calibration", lines, x=f"probability of {of}", y="observed share", diagonal="calibrated"))
-    if any(charts):
-        yield "Probabilities", _beside(charts)
+        charts.append(Chart("Calibration", lines, f"probability of {of}", "observed share", diagonal="calibrated"))
+    if drawings := _drawings(charts):
+        yield {"title": "Probabilities", "drawings": drawings}
 
 
-def _importance(found: Importance, image: tuple[int, int] | None) -> tuple[str, str]:
+def _shares(counts: Sequence[str], true: int) -> list[dict[str, Any]]:
+    """Return cells of a confusion matrix, darker with their share of the row."""
+    total = max(1, sum(map(int, counts)))
+    return [
+        {"count": count, "colour": int(code != true), "share": f"{70 * int(count) / total:.0f}"}
+        for code, count in enumerate(counts)
+    ]
+
+
+def _importance(importance: Importance, image: tuple[int, int] | None) -> Section:
     """Return a bar for each column, or for an image a heat map."""
-    metric, way = _named(found.metric), "falls" if rises(found.metric) else "rises"
-    note = (
-        f"How far {metric} {way} when values are permuted among {found.rows} test rows; mean and deviation of {REPEATS}"
-    )
-    note += " permutations."
-    worse = np.maximum(found.worse, 0.0)
+    metric, way = _named(importance.metric), "falls" if rises(importance.metric) else "rises"
+    note = f"How far {metric} {way} when values are permuted among {importance.rows} test rows; "
+    note += f"mean and deviation of {REPEATS} permutations."
+    worse = np.maximum(importance.worse, 0.0)
     shares = worse / max(float(worse.max()), 1e-300)
     if image is not None:
-        places = [tuple(map(int, name.split())) for name in found.names]
-        squares = "".join(
-            f'<rect x="{column}" y="{row}" width="1" height="1" fill-opacity="{share:.3f}"/>'
-            for (row, column), share in zip(places, shares.tolist(), strict=True)
-        )
+        places = [tuple(map(int, name.split())) for name in importance.names]
+        label = "The most important square: row {}, column {}, ".format(*places[0]) + f"{_short(importance.worse[0])}."
         height, width = (1 + max(place[axis] for place in places) for axis in (0, 1))
-        told = "The most important square: row {}, column {}, ".format(*places[0]) + f"{_short(found.worse[0])}."
-        drawn = f'<svg class="heat" viewBox="0 0 {width} {height}" role="img" aria-label="{told}">{squares}</svg>'
-        return "Importance of the pixels", f'<p class="soft">{note} {told}</p>{drawn}'
-    rows = [["column", f"{metric} {way} by", "deviation", ""]]
-    for at in range(len(found.names))[:MOST_BARS]:
-        bar = f'<span class="bar" style="width:{6 * float(shares[at]):.2f}rem"></span>'
-        rows.append([escape(found.names[at]), _short(found.worse[at]), f"± {_short(found.deviation[at])}", bar])
-    note += f" {len(found.names) - len(rows) + 1} others matter less." if len(found.names) >= len(rows) else ""
-    note += f" {found.left_out} columns were not tried, to save time." if found.left_out else ""
-    return "Importance of the columns", f'<p class="soft">{note}</p>{table(rows, raw=True)}'
+        squares = [(*place, f"{share:.3f}") for place, share in zip(places, shares.tolist(), strict=True)]
+        heat = {"width": width, "height": height, "label": label, "squares": squares}
+        return {"title": "Importance of the pixels", "note": f"{note} {label}", "heat": heat}
+    rows: list[list[Any]] = [["column", f"{metric} {way} by", "deviation", ""]]
+    for at in range(len(importance.names))[:MOST_BARS]:
+        bar = {"bar": f"{6 * float(shares[at]):.2f}"}
+        rows.append([importance.names[at], _short(importance.worse[at]), f"± {_short(importance.deviation[at])}", bar])
+    hidden = len(importance.names) - len(rows) + 1
+    note += f" {hidden} others matter less." if hidden else ""
+    note += f" {importance.left_out} columns were not tried, to save time." if importance.left_out else ""
+    return {"title": "Importance of the columns", "note": note, "rows": rows}
 
 
-def _worst(evidence: Evidence, importance: Importance | None) -> Iterator[tuple[str, str]]:
-    """Yield the most wrong rows, with their most important cells or as pictures."""
-    made, judged, surprise = evidence.preprocessor, evidence.judged, evidence.surprise()
+def _worst(evidence: Evidence, importance: Importance | None) -> Section:
+    """Return the most wrong rows, with their most important cells or as pictures."""
+    preprocessor, judged, surprise = evidence.preprocessor, evidence.judged, evidence.surprise()
     ranked = [] if importance is None else np.concatenate(importance.features).tolist()
-    order = list(dict.fromkeys([*ranked, *range(len(made.feature_names))]))
+    order = list(dict.fromkeys([*ranked, *range(len(preprocessor.feature_names))]))
     shown = [] if evidence.image else order[:MOST_CELLS]
-    kind = "error" if made.classes is None else "probability" if evidence.probable else "output"
-    kind += "" if made.classes is None else " of the true class"
-    cells = ["image"] if evidence.image else [escape(made.feature_names[at]) for at in shown]
-    rows = [["row", *map(escape, evidence.ids), "true", "predicted", kind, *cells]]
+    kind = "error" if preprocessor.classes is None else "probability" if evidence.probable else "output"
+    kind += "" if preprocessor.classes is None else " of the true class"
+    columns = ["image"] if evidence.image else [preprocessor.feature_names[at] for at in shown]
+    rows: list[list[Any]] = [["row", *evidence.ids, "true", "predicted", kind, *columns]]
     for at in evidence.worst():
-        said = [_value(values[at], made.labels) for values in (judged.truth, judged.predicted)]
-        cells = [escape(evidence.spelled(at, feature)) for feature in shown]
+        values = [_value(source[at], preprocessor.labels) for source in (judged.truth, judged.predicted)]
+        cells: list[Any] = [evidence.spelled(at, feature) for feature in shown]
         if evidence.image:
-            data = base64.b64encode(png(evidence.cells[at].reshape(evidence.image))).decode()
-            cells = [f'<img alt="{escape(said[0])} taken for {escape(said[1])}" src="data:image/png;base64,{data}">']
-        named = [escape(str(column[evidence.rows[at]])) for column in evidence.ids.values()]
-        rows.append([str(evidence.rows[at]), *named, *map(escape, said), _short(surprise[at]), *cells])
+            image = base64.b64encode(png(evidence.cells[at].reshape(evidence.image))).decode()
+            cells = [{"image": image, "alt": f"{values[0]} taken for {values[1]}"}]
+        ids = [str(column[evidence.rows[at]]) for column in evidence.ids.values()]
+        rows.append([str(evidence.rows[at]), *ids, *values, _short(surprise[at]), *cells])
+    if len(rows) == 1:
+        return {"title": "Most wrong rows", "lines": ["Every row is right."]}
     note = "Rows count from 0 in the data as read."
     note += f" {len(order) - len(shown)} less important columns are left out." if 0 < len(shown) < len(order) else ""
-    content = f'<p class="soft">{note}</p>{table(rows, raw=True)}' if len(rows) > 1 else "<p>Every row is right.</p>"
-    yield "Most wrong rows", content
-
-
-def _beside(charts: Iterable[str]) -> str:
-    return f'<div class="charts">{"".join(charts)}</div>'
+    return {"title": "Most wrong rows", "note": note, "rows": rows}
 
 
 def _short(value: float) -> str:
@@ -247,7 +234,7 @@ def _named(name: str) -> str:
 
 def _value(value: Any, labels: Sequence[str]) -> str:
     """Return a class, or numbers, as text."""
-    return labels[value] if labels else ", ".join(f"{one:.6g}" for one in value)
+    return labels[value] if labels else ", ".join(f"{number:.6g}" for number in value)
 
 
 def png(pixels: Array) -> bytes:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.chart import LOG_SPAN
 from fusemlp.report.diagnosis import Finding
 from fusemlp.runtime.files import target_file, write_atomically
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
@@ -39,7 +38,8 @@ PREFIXES = {"training": "", "validation": "val_"}
 MARKERS = (None, "o", "s", "^", "D")
 # The length of a stripe of one colour and the gap after it, in line widths.
 DASHES = {"training": (4.0, 2.0), "validation": (5.0, 0.0)}
-# The best of many scores matter; a few bad ones would compress them.
+# A loss that spans more than this factor is drawn on a logarithmic axis; of many scores the best matter.
+LOG_SPAN = 50.0
 SCORES_LOG_SPAN = 5.0
 
 
@@ -205,7 +205,7 @@ def _over_epochs(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.grid(alpha=0.25)
         if metric == "loss":
-            _scale_loss(axes, [value for curve in curves for value in curve])
+            scale_loss(axes, [value for curve in curves for value in curve])
         axes.set_xlabel("epoch")
         axes.set_ylabel(labels[metric])
     return figure, panels
@@ -304,7 +304,7 @@ def scores_figure(
     for axes, parameter in zip(panels.flat, parameters, strict=False):
         _scores(axes, parameter, np.asarray(scores, np.float64), best, rising="accuracy" in metric)
         if "loss" in metric:
-            _scale_loss(axes, scores, SCORES_LOG_SPAN)
+            scale_loss(axes, scores, SCORES_LOG_SPAN)
     for axes in panels.flat[len(parameters) :]:
         axes.remove()
     for axes in panels[:, 0]:
@@ -369,7 +369,7 @@ def _scores(axes: Axes, parameter: Varied, scores: Array, best: int | None, *, r
     axes.grid(alpha=0.25)
 
 
-def _scale_loss(axes: Axes, values: Sequence[float], span: float = LOG_SPAN) -> None:
+def scale_loss(axes: Axes, values: Sequence[float], span: float = LOG_SPAN) -> None:
     """Use a logarithmic axis if the losses span a large factor; draw a loss of 0 at its lower edge."""
     finite = [value for value in values if math.isfinite(value)]
     positive = [value for value in finite if value > 0.0]

@@ -25,7 +25,6 @@ from fusemlp.runtime.backends import TRAITS
 from fusemlp.runtime.files import CHECKPOINT, reading_file
 from fusemlp.runtime.plans import shares_launches
 from fusemlp.sklearn import saving, settings
-from fusemlp.sklearn.ahead import current
 from fusemlp.sklearn.batches import CalledBatches, HeldLoss, ResidentBatches
 from fusemlp.sklearn.lbfgs import minimise
 from fusemlp.sklearn.model import Model, Rates
@@ -125,9 +124,6 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         return self._fit(X, y, sample_weight, (X_val, y_val))
 
     def _fit(self, X: Any, y: Any, sample_weight: Any, held: Any = (None, None), *, incremental: bool = False) -> Self:
-        ahead = None if incremental or held[0] is not None else current.get()
-        if ahead is not None and ahead.fits(self, X, y, sample_weight):
-            return self
         before = self.__dict__.copy()
         try:
             epochs = self._set_up(X, y, sample_weight, held, incremental=incremental)

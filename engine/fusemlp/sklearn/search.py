@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -20,10 +20,9 @@ from sklearn.utils.validation import _check_method_params
 
 from fusemlp.datasets.memory import available_memory
 from fusemlp.runtime.backends import cpu_threads, one_thread
-from fusemlp.sklearn.ahead import TrainedAhead
 from fusemlp.sklearn.base import BaseMLP
+from fusemlp.sklearn.candidates import Candidates, SharedFits
 from fusemlp.sklearn.convergence import one_warning
-from fusemlp.sklearn.sharing import SharedFits
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
 # joblib's own backends, in whose place models train side by side.
@@ -48,58 +47,58 @@ class _FleetSearch(BaseSearchCV):
         Raises ArgumentTypeError for an estimator that is not fusemlp's, ArgumentError for a parameter that it does not
         have and for a search without candidates.
         """
-        estimator, cv = self.estimator, self.cv
-        spaces = _checked(self._space, getattr(self, self._space), estimator, self._plain)
-        sharing = None
+        given, cv = self.estimator, self.cv
+        spaces = _checked(self._space, getattr(self, self._space), given, self._plain)
         # the user's workers: scikit-learn sends them a fit each
         elsewhere = type(joblib.parallel.get_active_backend()[0]) not in LOCAL
         here: AbstractContextManager[Any] = nullcontext() if elsewhere else joblib.parallel_config(backend="sequential")
-        if (
-            not elsewhere
-            and isinstance(estimator, Pipeline)
-            and estimator.memory is None
-            and not any("memory" in one for one in spaces)
-        ):
-            sharing = clone(estimator).set_params(memory=SharedFits())
+        template = clone(given)
+        shares = not elsewhere and isinstance(given, Pipeline) and given.memory is None
+        shares = shares and not any("memory" in space for space in spaces)
+        if shares:
+            template.set_params(memory=SharedFits())
         # splits may be given as an iterator, which can be read once
-        self.cv = check_cv(cv, indexable(X, y)[1], classifier=is_classifier(estimator))
-        self._given, self._elsewhere = (X, y, params), elsewhere
+        self.cv = check_cv(cv, indexable(X, y)[1], classifier=is_classifier(given))
+        self.estimator, self._given = template, None
+        if not elsewhere and self.n_jobs != 1:
+            self.estimator, self._given = clone(template), (template, X, y, params)
+            # the clone that scikit-learn makes of it is asked for the fits
+            self.estimator.__sklearn_clone__ = partial(getattr, self, "estimator")
         try:
-            self.estimator = estimator if sharing is None else sharing
             with one_warning(self), here:
                 super().fit(X, y, **params)
         finally:
-            self.estimator, self.cv = estimator, cv
-            del self._given, self._elsewhere
-            if sharing is not None:
+            if shares:
                 # the default scorer keeps the pipeline
-                sharing.memory = None
-        if sharing is not None and self.refit:
+                self.estimator.memory = None
+            self.estimator, self.cv = given, cv
+            del self._given
+        if shares and self.refit:
             self.best_estimator_.memory = None
         return self
 
     def _run_search(self, evaluate_candidates: Any, *, callback_ctx: Any = None) -> None:
         # only newer releases have callbacks, and look for this name
         context = {} if callback_ctx is None else {"callback_ctx": callback_ctx}
-        asked = -1 if self.n_jobs is None else self.n_jobs
-        workers = asked if asked > 0 else max(1, cpu_threads() + 1 + asked)
 
         def evaluate(candidates: Any, **named: Any) -> Any:
             candidates = list(candidates)
-            if asked == 1 or self._elsewhere:
+            if self._given is None:
                 return evaluate_candidates(candidates, **named)
-            X, y = indexable(*self._given[:2])
-            routed = self._get_routed_params_for_fit(_check_method_params(X, params=self._given[2]))
+            template, X, y, params = self._given
+            X, y = indexable(X, y)
+            routed = self._get_routed_params_for_fit(_check_method_params(X, params=params))
             folds = list(self.cv.split(X, y, **routed.splitter.split))
 
-            def task(candidate: Mapping[str, Any], train: Any) -> tuple[Any, Callable[[], object]]:
-                estimator = clone(self.estimator).set_params(**clone(candidate, safe=False))
-                params = _check_method_params(X, params=routed.estimator.fit, indices=train)
-                return _models(estimator, [])[0], partial(estimator.fit, *_safe_split(estimator, X, y, train), **params)
+            def fit(train: Any, estimator: Any) -> None:
+                options = _check_method_params(X, params=routed.estimator.fit, indices=train)
+                estimator.fit(*_safe_split(estimator, X, y, train), **options)
 
             # scikit-learn's fits, in its order
-            tasks = (partial(task, candidate, train) for candidate in candidates for train, _ in folds)
-            with TrainedAhead(tasks, workers, lambda: asked if asked > 0 else _at_once(X)):
+            fits = ((candidate, partial(fit, train)) for candidate in candidates for train, _ in folds)
+            several = -1 if self.n_jobs is None else self.n_jobs
+            workers = several if several > 0 else max(1, cpu_threads() + 1 + several)
+            with Candidates(self.estimator, template, fits, workers, lambda: several if several > 0 else _at_once(X)):
                 return evaluate_candidates(candidates, cv=check_cv(folds), **named)
 
         # the models have a core each; the refit, which comes later, has them all

@@ -21,7 +21,7 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from fusemlp import Callback
 from fusemlp.fleet.launches import Group
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier, MLPRegressor
-from fusemlp.sklearn.ahead import TrainedAhead
+from fusemlp.sklearn.candidates import Candidates
 
 X, Y = load_wine(return_X_y=True)
 # few steps, since one of a model takes the interpreter a tenth of a second
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceW
 @pytest.fixture(params=[pytest.param(one, id=one.name, marks=marks_of(one)) for one in (INTERPRETER, GPU)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     # the interpreter's plan "auto" is not the resident one, which is the slowest there
-    monkeypatch.setattr("fusemlp.sklearn.ahead.choose_plan", lambda *_, **__: ("resident", ""))
+    monkeypatch.setattr("fusemlp.sklearn.candidates.choose_plan", lambda *_, **__: ("resident", ""))
     with usable(request.param):
         yield request.param.backend
 
@@ -64,19 +64,19 @@ class Launches:
 
 
 class Taken:
-    """The fits that came, and how many of them took a trained model over."""
+    """The fits that a search was asked for ahead, and how many of them were set up and trained before."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.fits = self.taken = 0
-        take = TrainedAhead.take
+        for name, method in (("fits", "_clone"), ("taken", "_finish")):
+            monkeypatch.setattr(Candidates, method, self.counting(name, getattr(Candidates, method)))
 
-        def counted(ahead, *given):
-            entry = take(ahead, *given)
-            self.fits += 1
-            self.taken += entry is not None
-            return entry
+    def counting(self, name: str, method: Any) -> Any:
+        def counted(*given: Any, **options: Any) -> Any:
+            setattr(self, name, getattr(self, name) + 1)
+            return method(*given, **options)
 
-        monkeypatch.setattr(TrainedAhead, "take", counted)
+        return counted
 
 
 class Kept:
@@ -155,28 +155,28 @@ def test_steps_and_weights_are_compared_too(monkeypatch):
     assert (counted.fits, counted.taken) == (6, 6)
 
 
-def test_a_fit_of_other_rows_is_not_given_the_model():
-    """A step that gives other rows each time."""
-    random = np.random.default_rng(0)
-    pipeline = Pipeline(
-        [("noise", FunctionTransformer(lambda rows: rows + random.normal(size=rows.shape))), ("mlp", MODEL)]
-    )
-    kept = Kept()
-    search = FleetSearchCV(pipeline, {"mlp__alpha": [0.0]}, cv=2, n_jobs=2, scoring=kept, refit=False).fit(X, Y)
-    assert np.isfinite(search.cv_results_["mean_test_score"]).all() and len(kept.models) == 2
+@pytest.mark.parametrize("taken", [4, 0], ids=["ahead", "when asked for"])
+def test_each_fit_is_set_up_once(taken, monkeypatch):
+    calls = []
+    step = FunctionTransformer(lambda rows: calls.append(len(rows)) or rows)
+    pipeline = Pipeline([("step", step), ("mlp", MODEL)])
+    counted = Taken(monkeypatch)
+    options = {"n_jobs": 2 if taken else 1, "scoring": lambda model, X, y: 1.0, "refit": False}
+    FleetSearchCV(pipeline, {"mlp__alpha": [0.0, 0.1]}, cv=2, **options).fit(X, Y)
+    assert (len(calls), counted.taken) == (4, taken)
 
 
 @pytest.mark.parametrize("n_jobs", [2, 3, None, -1])
 def test_few_models_are_set_up_at_once(n_jobs, monkeypatch):
     """Each holds the rows of its fold."""
-    most, collect = 0, TrainedAhead.collect
+    most, fill = 0, Candidates._fill
 
-    def counted(ahead, *given):
+    def counted(candidates):
         nonlocal most
-        collect(ahead, *given)
-        most = max(most, len(ahead._entries))
+        fill(candidates)
+        most = max(most, len(candidates._next))
 
-    monkeypatch.setattr(TrainedAhead, "collect", counted)
+    monkeypatch.setattr(Candidates, "_fill", counted)
     monkeypatch.setattr("fusemlp.sklearn.search.cpu_threads", lambda: 4)
     FleetSearchCV(MODEL.set_params(backend="numpy"), {"alpha": np.linspace(0, 1, 9)}, cv=3, n_jobs=n_jobs).fit(X, Y)
     assert most == 2 * {None: 4, -1: 4}.get(n_jobs, n_jobs)

@@ -1,0 +1,261 @@
+"""The fits of a search: each is set up once, and trains while scikit-learn scores those before it.
+
+scikit-learn's search fits one candidate on one fold after another, each a clone of the search's estimator. Here that
+clone is the next fit, which was set up in the same thread and trains meanwhile: on NumPy on a thread for each core, on
+Triton in one launch for all of one shape. Scores and failures are those of fits one after another.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import joblib
+import numpy as np
+from sklearn.base import clone
+from sklearn.pipeline import Pipeline
+
+from fusemlp.fleet.launches import GROUP_ROWS, Group, run_together, signature
+from fusemlp.fleet.threads import LaunchThreads, Training
+from fusemlp.inputs.arrays import Array
+from fusemlp.program.step import Inputs
+from fusemlp.runtime.plans import choose_plan
+from fusemlp.sklearn.batches import ResidentBatches
+from fusemlp.sklearn.settings import STOCHASTIC
+from fusemlp.sklearn.stochastic import SklearnPolicy, warn_unconverged
+from fusemlp.training.loop import EpochLoop
+
+# raised for what cannot be pickled
+UNPICKLABLE = (pickle.PicklingError, AttributeError, TypeError)
+# The most bytes of transformed rows; beyond it the least recently used ones are dropped.
+LIMIT = 1 << 30
+
+
+def last_step(estimator: Any) -> Any:
+    """Return the estimator that a pipeline, perhaps of pipelines, ends in."""
+    while isinstance(estimator, Pipeline) and estimator.steps:
+        estimator = estimator.steps[-1][1]
+    return estimator
+
+
+@dataclass(eq=False)
+class Candidate:
+    """An estimator with a candidate's parameters; ``epochs`` trains its last step, a model, on the rows of a fold."""
+
+    estimator: Any
+    epochs: EpochLoop[SklearnPolicy]
+    error: Exception | None = None
+    ended: bool = False
+
+    def training(self) -> Training:
+        """Yield the launches of the model."""
+        with _ending([self]):
+            self.epochs.begin()
+            for steps in self.epochs.training(lambda: False):
+                yield partial(self.epochs.bound.run_many, steps)
+            self.epochs.finish(interrupted=False)
+
+    def signature(self) -> tuple[Any, ...]:
+        """Return what models have in common that can train in one launch."""
+        model, batches = self.epochs.policy.model, self.epochs.policy.batches
+        spec, engine = model.loop_loss, model.engine
+        shapes = tuple((name, array.shape[1:], array.dtype.str) for name, array in sorted(batches.data.items()))
+        return signature(engine), batches.batch_size, spec.kind, spec.soft, spec.ignore_index, engine.precision, shapes
+
+
+@contextmanager
+def _ending(candidates: Sequence[Candidate]) -> Iterator[None]:
+    """Mark models as ended after the block; their fits raise its error."""
+    try:
+        yield
+    except Exception as error:
+        for candidate in candidates:
+            candidate.error = error
+    for candidate in candidates:
+        candidate.ended = True
+
+
+class Candidates:
+    """Sets up and trains fits before scikit-learn asks for them: they are the clones of ``asked``, in order.
+
+    A fit is a clone of ``estimator`` with ``parameters``, which ``fit`` fits to the rows of a fold. ``workers``:
+    threads for models on the host. If models share launches, ``at_once`` returns how many to set up before the first
+    trains.
+    """
+
+    def __init__(
+        self,
+        asked: Any,
+        estimator: Any,
+        fits: Iterator[tuple[Mapping[str, Any], Callable[[Any], object]]],
+        workers: int,
+        at_once: Callable[[], int],
+    ) -> None:
+        self._asked, self._estimator, self._fits, self._at_once = asked, estimator, fits, at_once
+        self._threads = LaunchThreads(workers, lambda number, error: None)
+        self._most, self._together = self._threads.most, False
+        # None for a fit that trains when it is asked for
+        self._next: deque[Candidate | None] = deque()
+
+    def __enter__(self) -> None:
+        self._asked.__sklearn_clone__ = self._clone
+
+    def __exit__(self, *error: object) -> None:
+        del self._asked.__sklearn_clone__
+        self._threads.close()
+
+    def _clone(self) -> Any:
+        """Return the estimator of the next fit, whose ``fit`` waits for the end of its training."""
+        if not self._next or not self._together:
+            self._fill()
+        candidate = self._next.popleft()
+        if candidate is None:
+            return clone(self._estimator)
+        estimator = candidate.estimator
+        estimator.set_params = lambda **parameters: estimator
+        estimator.fit = partial(self._finish, candidate)
+        return estimator
+
+    def _finish(self, candidate: Candidate, *data: Any, **options: Any) -> Any:
+        """Return the fitted estimator; raises what went wrong in the training."""
+        estimator, epochs = candidate.estimator, candidate.epochs
+        del estimator.set_params, estimator.fit
+        while not candidate.ended:
+            self._threads.wait()
+        if candidate.error is not None:
+            raise candidate.error
+        warn_unconverged(epochs)
+        epochs.policy.estimator._finish(epochs.policy)
+        return estimator
+
+    def _fill(self) -> None:
+        """Set up the next fits."""
+        waiting: dict[Any, list[Candidate]] = {}
+        while len(self._next) < self._most and (following := next(self._fits, None)) is not None:
+            candidate = self._set_up(*following)
+            self._next.append(candidate)
+            if candidate is None:
+                continue
+            if candidate.epochs.bound is not None:
+                self._threads.start(0, candidate.training())
+                continue
+            if not self._together:
+                self._most, self._together = self._at_once(), True
+            waiting.setdefault(candidate.signature(), []).append(candidate)
+        for candidates in waiting.values():
+            with _ending(candidates):
+                if not _train_together(candidates):
+                    self._next = deque(None if candidate in candidates else candidate for candidate in self._next)
+
+    def _set_up(self, parameters: Mapping[str, Any], fit: Callable[[Any], object]) -> Candidate | None:
+        """Return a fit that is ready to train, or None for one that fails, warns, prints or calls back."""
+        loops: list[EpochLoop[SklearnPolicy]] = []
+        estimator = clone(self._estimator)
+
+        def collect(*data: Any) -> None:
+            del model._fit
+            if model.solver in STOCHASTIC and not (model.callbacks or model.verbose or model.warm_start):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    loops.append(model._set_up(*data, together=True))
+
+        try:
+            estimator.set_params(**clone(parameters, safe=False))
+            model = last_step(estimator)
+            model._fit = collect
+            fit(estimator)
+        except Exception:
+            # the fit itself fails again
+            return None
+        ready = loops and isinstance(loops[0].policy.batches, ResidentBatches)
+        return Candidate(estimator, loops[0]) if ready else None
+
+
+def _train_together(candidates: Sequence[Candidate]) -> bool:
+    """Train models of one signature in one launch; False where their plan is another."""
+    loops = [candidate.epochs for candidate in candidates]
+    models = [one.policy.model for one in loops]
+    batches: list[Any] = [one.policy.batches for one in loops]
+    first, size = models[0].engine, batches[0].batch_size
+    traits, sizes = first.memory.backend.traits, first.network.sizes
+    if choose_plan("auto", traits, sizes, size, first.precision, models=len(models))[0] != "resident":
+        return False
+    group = Group([model.engine for model in models])
+    data, firsts = _shared_data([one.data for one in batches])
+    for epochs, one in zip(loops, batches, strict=True):
+        epochs.at_once = one.at_once = max(1, min(one.at_once, GROUP_ROWS // (len(models) * one.n)))
+    places = group.places(size, [one.n for one in batches], [one.at_once for one in batches], firsts)
+    inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data)
+    programs = []
+    for epochs, model, one, bound in zip(loops, models, batches, places, strict=True):
+        epochs.bound = bound
+        programs.append(model.engine.lower(inputs, model.loop_loss, model.rule, size, resident=True, ridge=one.ridge))
+    launch = group.bind(programs, models[0].on_device(data))
+    run_together(loops, launch, lambda: False, lambda index, error: setattr(candidates[index], "error", error))
+    return True
+
+
+def _shared_data(data: Sequence[Mapping[str, Array]]) -> tuple[dict[str, Array], list[int]]:
+    """Return the arrays of all models, stored contiguously and each once, and the row where each model's begin."""
+    begins: dict[str, int] = {}
+    parts: list[Mapping[str, Array]] = []
+    places = []
+    for own in data:
+        key = joblib.hash(own)
+        if key not in begins:
+            begins[key] = sum(len(part["x"]) for part in parts)
+            parts.append(own)
+        places.append(begins[key])
+    return {name: np.concatenate([part[name] for part in parts]) for name in data[0]}, places
+
+
+class SharedFits:
+    """Keeps fitted steps and their transformed rows in this process, as a pipeline's ``memory``.
+
+    Two calls are the same if the step, its parameters, the rows and the targets are. They share the fitted step and get
+    rows of their own, which a later step may change in place, as steps with ``copy=False`` do.
+    """
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        self.limit = limit
+        self._results: OrderedDict[str, tuple[Any, Any]] = OrderedDict()
+
+    def cache(self, function: Callable[..., Any], ignore: Iterable[str] = ()) -> Callable[..., Any]:
+        """Return ``function`` called once for the same arguments; those named in ``ignore`` do not count."""
+        ignored = frozenset(ignore)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            counted = {name: value for name, value in named.items() if name not in ignored}
+            try:
+                key = joblib.hash((function.__qualname__, arguments, counted))
+            except UNPICKLABLE:
+                # a step with a lambda, for example, cannot be compared
+                return function(*arguments, **named)
+            # the last entry is the one used last
+            rows, step = self._results.pop(key) if key in self._results else function(*arguments, **named)
+            self._results[key] = copy.deepcopy(rows), step
+            while len(self._results) > 1 and sum(_bytes(kept) for kept, _ in self._results.values()) > self.limit:
+                self._results.popitem(last=False)
+            return rows, step
+
+        return call
+
+    def __deepcopy__(self, memo: Any) -> SharedFits:
+        # clones of the pipeline share the results
+        return self
+
+
+def _bytes(rows: Any) -> int:
+    """Return the size of transformed rows, dense, sparse or a table."""
+    if hasattr(rows, "memory_usage"):
+        return int(rows.memory_usage().sum())
+    # a sparse matrix keeps its numbers in an array
+    stored = rows if hasattr(rows, "nbytes") else getattr(rows, "data", None)
+    return int(getattr(stored, "nbytes", 0))
