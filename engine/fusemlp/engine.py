@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,19 @@ from fusemlp.describe.elsewhere import knows_names, names_absent
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
+from fusemlp.describe.summary import bytes_text, layer_lines
 from fusemlp.program.sharding import ORDERED
 from fusemlp.report import onnx
+from fusemlp.report.diagnosis import Finding
 from fusemlp.report.runs import open_run, weights_path
 from fusemlp.runtime import attacking, files, intervals
 from fusemlp.runtime.backends import availability
 from fusemlp.runtime.inference import MEAN
 from fusemlp.runtime.ranks import TIMEOUT
 from fusemlp.runtime.session import ELSEWHERE, Session
-from fusemlp.training import checkpoint, diagnosing, fit, lr_finder, saving, transfer
+from fusemlp.training import checkpoint, fit, lr_finder, saving, transfer
+from fusemlp.training.history import History
+from fusemlp.training.trainer import Trainer
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
 __all__ = ["Engine", "availability", "load", "load_checkpoint"]
@@ -51,7 +56,7 @@ _HANDED_ON = (
 )
 
 
-class Engine(Session):
+class Engine(Trainer):
     """Trains ``net`` and predicts with it; owns the parameters, on the device.
 
     ``loss`` and ``optimizer`` are names or objects (``fusemlp.losses``, ``fusemlp.optimizers``). ``batch_size`` is the
@@ -88,9 +93,48 @@ class Engine(Session):
     save = saving.save
     to_onnx = onnx.to_onnx
     lr_find = lr_finder.lr_find
-    diagnose = diagnosing.diagnose
     bounds = intervals.bounds
     certified = intervals.certified
+
+    def summary(self, print_fn: Callable[[str], object] = print) -> None:
+        """Print the network, its training and the memory that it takes; ``print_fn`` gets the text instead."""
+        net, memory = self.network, self.memory
+        options = self.optimizer.options_for
+        frozen = sum(math.prod(shape) for name, shape in net.parameter_shapes().items() if not options(name)[0])
+        size = memory.layout.size * memory.real_bytes
+        held = {
+            "parameters": size,
+            "optimizer state": sum(len(state) for state in memory.states) * memory.real_bytes,
+            "gradients": size * memory.gradient_parts,
+            "copy of the average": size * bool(memory.evaluated),
+            "16-bit copy": memory.layout.size * (memory.compute_bytes or 0),
+        }
+        lines = layer_lines(net)
+        lines[-1] += f", {frozen:,} of them frozen" if frozen else ""
+        lines += [
+            f"loss {self.loss.kind}, optimizer {self.optimizer.kind} with lr {self.optimizer.lr!r}, batch_size "
+            f"{self.batch_size}, seed {self.seed}",
+            f"{self.precision} on {self.backend} ({self.device}), plan {self.plan}: {self.plan_reason}; "
+            f"{len(self.program.calls)} kernel calls a step",
+            f"memory with padding: {', '.join(f'{name} {bytes_text(count)}' for name, count in held.items() if count)} "
+            f"({bytes_text(sum(held.values()))}); {self.epochs_trained} epochs, {self.update_count} updates trained",
+        ]
+        print_fn("\n".join(lines))
+
+    def diagnose(self, X: Any = None) -> list[Finding]:
+        """Return what is wrong with the last ``fit``, and with X (n, K), its training rows, the dead relu units.
+
+        Findings: divergence, exploding loss, slow training, no learning, overfitting, dead units. Print one for its
+        evidence and remedies. An empty list means that none of these was found.
+
+        Raises ArgumentError without a training and without X.
+        """
+        if self.history is None and X is None:
+            raise ArgumentError(
+                "diagnose: this engine has no training yet; call fit first, or give X to look at its units"
+            )
+        history = History() if self.history is None else self.history
+        return history.diagnose(None if X is None else self.dead_units(X))
 
     @classmethod
     @knows_names(ELSEWHERE, also=_HANDED_ON)

@@ -1,4 +1,4 @@
-"""An engine's states to go back to, its best weights, and the program of its last fit."""
+"""An engine's states to go back to, and the program of its last fit."""
 
 from __future__ import annotations
 
@@ -55,10 +55,6 @@ class Keeping:
     _backend: Backend
     _names: Mapping[str, str]
     _last_fit: LastFit | None
-    # the best weights: on the device as in the arena that predictions read, or on the host by name
-    _best: Any
-
-    write_tensors: Callable[..., None]
 
     def account(self, epoch_stats: Any | None = None, *, check_finite: bool) -> Account:
         """Return the account of the steps since the statistics were cleared; waits for the device, once.
@@ -101,37 +97,6 @@ class Keeping:
         """Copies of the tensors in a flat array like that of the parameters, by name."""
         views = self.memory.layout.views(self._backend, flat)
         return {name: self._backend.to_host(views[short]) for short, name in self._names.items()}
-
-    @property
-    def best_parameters(self) -> dict[str, Array] | None:
-        """Copies of the weights of the best epoch, by name, where early stopping keeps them; else None."""
-        if self._best is None or isinstance(self._best, dict):
-            return self._best
-        return self.named(self._best)
-
-    @best_parameters.setter
-    def best_parameters(self, tensors: dict[str, Array] | None) -> None:
-        self._best = tensors
-
-    @property
-    def keeps_best(self) -> bool:
-        """Return whether there are such weights."""
-        return self._best is not None
-
-    def keep_best(self) -> None:
-        """Keep what predictions read now as the best weights."""
-        name = self.memory.evaluated_arena
-        into = {name: self._best} if self._best is not None and not isinstance(self._best, dict) else None
-        self._best = self.memory.copies([name], into)[name]
-
-    def go_to_best(self) -> None:
-        """Go back to the best weights; an average of the parameters begins anew with them."""
-        if isinstance(self._best, dict):
-            self.write_tensors(self._best, "")
-            return
-        for name in {"params", self.memory.evaluated_arena}:
-            self._backend.copy_into(self.memory.arrays[name], self._best)
-        self.memory.refresh_shadow()
 
     def bound_again(
         self, key: Any, data: Mapping[str, Any], bind: Callable[[Mapping[str, Any]], BoundProgram]

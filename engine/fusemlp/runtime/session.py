@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,7 +16,6 @@ from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
 from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.describe.schedules import Schedule
-from fusemlp.describe.summary import bytes_text, layer_lines
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.state import checked_state
 from fusemlp.program.layout import short_names
@@ -44,10 +42,7 @@ from fusemlp_kernels.contract import (
     UpdateRule,
     batch_parts,
 )
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
-
-if TYPE_CHECKING:
-    from fusemlp.training.history import FitState, History
+from fusemlp_kernels.errors import ArgumentTypeError
 
 Made = TypeVar("Made", bound="Session")
 
@@ -197,13 +192,8 @@ class Session(Predicting, Spending, Keeping):
         self.class_weight: Any | None = None
         if self.loss.class_weight is not None:
             self.class_weight = self._backend.from_host(np.asarray(self.loss.class_weight, self._real))
-        self.history: History | None = None
-        self.fit_state: FitState | None = None
-        self.best_parameters = None
         # (models, N): how far the last biases of merged models lie from their mean
         self.merged_biases: Array | None = None
-        self.epochs_trained = 0
-        self.stop_training = False
 
     def _use_memory(
         self, arenas: Mapping[str, Any] | None, schedule: Schedule | None, scale: InputScale | None, rows: int = 0
@@ -293,29 +283,6 @@ class Session(Predicting, Spending, Keeping):
             self.rates.follow(self.optimizer.schedule.over(None))
         return float(self.memory.hyper[LEARNING_RATE])
 
-    def scale_learning_rate(self, factor: float) -> None:
-        """Multiply the rates of the running ``fit`` by ``factor`` from the next update on; checkpoints keep it."""
-        self._take_rate_scale(float(self.memory.hyper[RATE_SCALE]) * factor)
-
-    def set_learning_rate(self, rate: float) -> None:
-        """Let the next update have this rate, and those after it the rates of the schedule in the same proportion.
-
-        Raises ArgumentError if the rate of the optimizer's own schedule is 0 now.
-        """
-        base = self.rates.base
-        if not base:
-            raise ArgumentError(
-                f"rate: the optimizer's own rate is 0 now, and {rate!r} no multiple of it; give it one, Adam(lr=0.001)"
-            )
-        self._take_rate_scale(rate / base)
-
-    def _take_rate_scale(self, scale: float) -> None:
-        self.rates.rescale(scale)
-        state = self.fit_state
-        if state is not None:
-            best, waited, _ = state.plateau
-            state.plateau = best, waited, scale
-
     @property
     def update_count(self) -> int:
         """The number of updates applied so far."""
@@ -325,31 +292,6 @@ class Session(Predicting, Spending, Keeping):
     def skipped_batches(self) -> int:
         """The number of batches that updated nothing, because their gradients overflowed in fp16."""
         return int(self.memory.counters[SKIPPED])
-
-    def summary(self, print_fn: Callable[[str], object] = print) -> None:
-        """Print the network, its training and the memory that it takes; ``print_fn`` gets the text instead."""
-        net, memory = self.network, self.memory
-        options = self.optimizer.options_for
-        frozen = sum(math.prod(shape) for name, shape in net.parameter_shapes().items() if not options(name)[0])
-        size = memory.layout.size * memory.real_bytes
-        held = {
-            "parameters": size,
-            "optimizer state": sum(len(state) for state in memory.states) * memory.real_bytes,
-            "gradients": size * memory.gradient_parts,
-            "copy of the average": size * bool(memory.evaluated),
-            "16-bit copy": memory.layout.size * (memory.compute_bytes or 0),
-        }
-        lines = layer_lines(net)
-        lines[-1] += f", {frozen:,} of them frozen" if frozen else ""
-        lines += [
-            f"loss {self.loss.kind}, optimizer {self.optimizer.kind} with lr {self.optimizer.lr!r}, batch_size "
-            f"{self.batch_size}, seed {self.seed}",
-            f"{self.precision} on {self.backend} ({self.device}), plan {self.plan}: {self.plan_reason}; "
-            f"{len(self.program.calls)} kernel calls a step",
-            f"memory with padding: {', '.join(f'{name} {bytes_text(count)}' for name, count in held.items() if count)} "
-            f"({bytes_text(sum(held.values()))}); {self.epochs_trained} epochs, {self.update_count} updates trained",
-        ]
-        print_fn("\n".join(lines))
 
     def release(self) -> None:
         """Give back the memory that steps and predictions work in, and on a GPU the data of the last fit; the next

@@ -49,7 +49,7 @@ def step(engine: Session, x: Any, y: Any, sample_weight: Any = None) -> Any:
     if engine._stepping is None or engine._stepping[0] is not engine.optimizer:
         engine._stepping = engine.optimizer, engine.optimizer.schedule.over(None)
         engine._staged.clear()
-    if not engine._staged and not engine.epochs_trained:
+    if not engine._staged and not engine.update_count:
         engine.check_measured()
         engine.warn_of_scale("x", x, stacklevel=3)
     kind = targets.soft, weight is not None

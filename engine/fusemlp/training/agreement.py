@@ -12,12 +12,12 @@ from fusemlp.inputs.blocks import Blocks
 if TYPE_CHECKING:
     from fusemlp.inputs.targets import Examples
     from fusemlp.runtime.ranks import Ranks
-    from fusemlp.runtime.session import Session
+    from fusemlp.training.trainer import Trainer
     from fusemlp.training.validation import Validation
 
 
 def parts_of(
-    engine: Session, X: Any, steps: int | None, first_epoch: int
+    engine: Trainer, X: Any, steps: int | None, first_epoch: int
 ) -> tuple[Ranks, Callable[[Array], Array]] | None:
     """Return how ranks share the reading of blocks; DistributedError if theirs differ, or where they begin."""
     ranks, sharding = engine.ranks, engine.sharding
@@ -28,7 +28,7 @@ def parts_of(
 
 
 def check_alike(
-    engine: Session,
+    engine: Trainer,
     ranks: Ranks,
     data: Examples,
     validation: Validation | None,

@@ -10,23 +10,23 @@ from fusemlp.describe.intervals import IBP
 from fusemlp.describe.privacy import sampling_rate, steps_of_an_epoch
 from fusemlp.program.adversarial import lowered
 from fusemlp.program.step import Inputs
-from fusemlp.training.history import fresh_state, resumed_state
 from fusemlp.training.intervals import add_worst_case
 from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
 from fusemlp.training.orders import of_epoch
 from fusemlp.training.policy import FitPolicy
 from fusemlp.training.private import PoissonRows
+from fusemlp.training.trainer import fresh_state, resumed_state
 
 if TYPE_CHECKING:
     from fusemlp.describe.adversarial import Attack
     from fusemlp.inputs.arrays import Array
     from fusemlp.inputs.targets import Examples
-    from fusemlp.runtime.session import Session
+    from fusemlp.training.trainer import Trainer
     from fusemlp.training.validation import Validation
 
 
 def fit_checked(
-    engine: Session,
+    engine: Trainer,
     data: Examples,
     *,
     epochs: int,

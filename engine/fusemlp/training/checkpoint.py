@@ -34,11 +34,12 @@ from fusemlp.runtime.files import (
 from fusemlp.runtime.inference import MEAN, SCALE
 from fusemlp.runtime.session import Session
 from fusemlp.training.history import FitState
+from fusemlp.training.trainer import Trainer
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
 
 def engine_content(
-    engine: Session, extra: Mapping[str, Any] | None = None, *, everywhere: bool = True
+    engine: Trainer, extra: Mapping[str, Any] | None = None, *, everywhere: bool = True
 ) -> dict[str, Any]:
     """Return the content of a checkpoint: "config", JSON-able, and "tensors", NumPy arrays by name.
 
@@ -65,8 +66,8 @@ def engine_content(
     return {"config": config, "tensors": tensors}
 
 
-def _kinds(engine: Session) -> dict[str, tuple[str, str]]:
-    """Return the kinds of tensors of the training, each with its arguments of ``Session.tensors``."""
+def _kinds(engine: Trainer) -> dict[str, tuple[str, str]]:
+    """Return the kinds of tensors of the training, each with its arguments of ``Trainer.tensors``."""
     states = {f"state{index}": (f".state{index}", "") for index in range(len(engine.memory.states))}
     gradients = {"gradient": ("", "d")} if engine.optimizer.accumulate > 1 else {}
     return {"parameter": ("", ""), **states, **gradients}
@@ -99,7 +100,7 @@ def check_content(engine: Session, content: Mapping[str, Any]) -> None:
 
 
 def restore_engine(
-    engine: Session, content: Mapping[str, Any], *, backend: str, device: str | None, precision: str | None = None
+    engine: Trainer, content: Mapping[str, Any], *, backend: str, device: str | None, precision: str | None = None
 ) -> None:
     """Restore ``engine``, whose constructor has not run, from ``content``."""
     config, tensors = content["config"], content["tensors"]
@@ -116,7 +117,7 @@ def restore_engine(
             _restore_training(engine, config, tensors)
 
 
-def _restore_training(engine: Session, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
+def _restore_training(engine: Trainer, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
     if config["backend"] == engine.backend and config["plan"] in engine.memory.backend.traits.plans:
         # The bits of later steps depend on the plan.
         engine.plan, engine.plan_reason = config["plan"], "the plan of the checkpoint"
@@ -135,7 +136,7 @@ def _restore_training(engine: Session, config: Mapping[str, Any], tensors: Mappi
         engine.history = engine.fit_state.history
 
 
-def save_checkpoint(engine: Session, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
+def save_checkpoint(engine: Trainer, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
     """Write the engine's state to ``path`` atomically.
 
     ``extra`` is a JSON-able mapping; ``read_extra`` returns it. Inside a callback of ``fit`` the position in the epoch
@@ -152,7 +153,7 @@ def save_checkpoint(engine: Session, path: str | Path, *, extra: Mapping[str, An
         write_atomically(target, to_bytes(CHECKPOINT, content["config"], content["tensors"]))
 
 
-def _target(engine: Session, path: str | Path) -> Path | None:
+def _target(engine: Trainer, path: str | Path) -> Path | None:
     """Return the file to write, None on a rank that writes none; where all ranks save, all raise what rank 0 does."""
     check_ending(path)
     ranks = engine.ranks

@@ -31,7 +31,7 @@ from fusemlp_kernels.errors import ArgumentError
 
 if TYPE_CHECKING:
     from fusemlp.inputs.targets import Examples
-    from fusemlp.runtime.session import Session
+    from fusemlp.training.trainer import Trainer
 
 _TO_ENGINE = "it belongs to the engine: Engine(net, loss=..., optimizer=Adam(lr=0.001), batch_size=32, seed=0)"
 _TO_LOADER = "fit starts no workers; give a torch DataLoader, which has num_workers"
@@ -56,7 +56,7 @@ ELSEWHERE = {
 
 @knows_names(ELSEWHERE, call="fit(X, y, epochs=20)")
 def fit(
-    engine: Session,
+    engine: Trainer,
     X: Any,
     y: Any = None,
     *,
@@ -251,7 +251,7 @@ def _refuse_with_batches(given: Mapping[str, Any]) -> None:
             raise ArgumentError(f"{name}: it is for arrays X and y, and without y X yields batches; {mends[name]}")
 
 
-def _warn(engine: Session, data: Examples, batches: int, *, streamed: bool) -> None:
+def _warn(engine: Trainer, data: Examples, batches: int, *, streamed: bool) -> None:
     rows, accumulate, labels = len(data.X), engine.optimizer.accumulate, data.targets.values
     found = []
     if accumulate > batches:

@@ -31,8 +31,8 @@ from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
     from fusemlp.runtime.keeping import Account
-    from fusemlp.runtime.session import Session
     from fusemlp.training.history import FitState, History
+    from fusemlp.training.trainer import Trainer
 
 
 # Most rows in one launch of the resident plan when nothing runs between epochs.
@@ -98,7 +98,7 @@ class Policy:
 PolicyT = TypeVar("PolicyT", bound=Policy)
 
 
-def epochs_at_once(engine: Session, epochs: int, rows: int, *, asked: bool) -> int:
+def epochs_at_once(engine: Trainer, epochs: int, rows: int, *, asked: bool) -> int:
     """Return how many epochs of ``rows`` rows one launch takes, ``epochs`` at most; 1 if something runs after each.
 
     ``asked``: a callback, a validation or early stopping does.
@@ -116,7 +116,7 @@ class EpochLoop(Generic[PolicyT]):
     stands. A launch takes ``at_once`` epochs at most.
     """
 
-    engine: Session
+    engine: Trainer
     bound: Any
     policy: PolicyT
     state: FitState

@@ -17,8 +17,8 @@ from fusemlp.training.loop import Policy
 from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
-    from fusemlp.runtime.session import Session
     from fusemlp.training.history import FitState
+    from fusemlp.training.trainer import Trainer
     from fusemlp.training.validation import Validation
     from fusemlp_kernels.contract import LossSpec
 
@@ -37,7 +37,7 @@ class FitPolicy(Policy):
 
     rewinds: ClassVar[bool] = True
 
-    engine: Session
+    engine: Trainer
     X: Any
     state: FitState
     spec: LossSpec

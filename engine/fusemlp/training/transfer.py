@@ -19,8 +19,8 @@ from fusemlp.training.fit import fit
 from fusemlp_kernels.errors import ArgumentError, ShapeError
 
 if TYPE_CHECKING:
-    from fusemlp.runtime.session import Session
     from fusemlp.training.history import History
+    from fusemlp.training.trainer import Trainer
 
 _NAME = re.compile(r"(\d+)\.(weight|bias)")
 
@@ -165,7 +165,7 @@ def taken_over(net: MLP, state: Mapping[str, Any], layers: int | None) -> tuple[
 
 
 def probe(
-    engine: Session,
+    engine: Trainer,
     X: Any,
     y: Any,
     *,
