@@ -121,6 +121,14 @@ class Engine(Trainer):
         ]
         print_fn("\n".join(lines))
 
+    def privacy_spent(self) -> dict[str, Any]:
+        """The privacy that training has spent: "epsilon", "delta", "steps", and "noise" and "clip" of ``DPSGD``.
+
+        epsilon is an upper bound for all fits together, of the same rows. Raises ArgumentError if the engine has not
+        trained privately, MissingLibraryError without dp-accounting.
+        """
+        return self.ledger.spent(self.update_count)
+
     def diagnose(self, X: Any = None) -> list[Finding]:
         """Return what is wrong with the last ``fit``, and with X (n, K), its training rows, the dead relu units.
 

@@ -210,5 +210,5 @@ def test_a_checkpoint_goes_on_elsewhere(device, tmp_path):
         again = fusemlp.load_checkpoint(tmp_path / "last.safetensors", backend=device.backend)
         assert again.plan == "resident" if device is NUMPY else again.plan != "resident"
         again.fit(X, y, epochs=1)
-        assert again.steps_spent == [(BATCH / ROWS, 12)]
+        assert again.ledger.steps(again.update_count) == [(BATCH / ROWS, 12)]
         assert again.privacy_spent()["epsilon"] > engine.privacy_spent()["epsilon"]

@@ -76,7 +76,7 @@ def lower(
         keep_gradients=keep_gradients,
         resident=resident,
         ridge=ridge,
-        privacy=engine.lowered_privacy(),
+        privacy=engine.ledger.lowered(engine.precision),
         against=against,
         sharding=sharding,
     )
@@ -158,7 +158,7 @@ def bind_fit(
 
     engine._take_rule(rule)
     told = (inputs, spec, rule, batch_size, batches, epochs, resident, against, keep_gradients)
-    key = (told, engine.optimizer, engine.seed, engine.lowered_privacy())
+    key = (told, engine.optimizer, engine.seed, engine.ledger.lowered(engine.precision))
     return engine.bound_again(key, data, bound)
 
 

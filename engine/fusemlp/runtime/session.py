@@ -26,12 +26,12 @@ from fusemlp.runtime.backends import PRECISIONS
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.inference import Inference, InputScale
 from fusemlp.runtime.keeping import Keeping
+from fusemlp.runtime.ledger import Ledger
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory, Workspace
 from fusemlp.runtime.plans import ASKED, choose_plan, shared_plan
 from fusemlp.runtime.predicting import Predicting
 from fusemlp.runtime.ranks import TIMEOUT, Ranks
 from fusemlp.runtime.rates import RateTable
-from fusemlp.runtime.spending import Spending
 from fusemlp_kernels.contract import (
     FIRST_LOSS_SCALE,
     LEARNING_RATE,
@@ -67,7 +67,7 @@ ELSEWHERE = {
 EXAMPLES = {"backend": "auto", "precision": "fp32", "plan": "auto"}
 
 
-class Session(Predicting, Spending, Keeping):
+class Session(Predicting, Keeping):
     """A network with its loss and optimizer, bound to memory on a backend: what trains, is saved and predicts.
 
     ``Engine`` is its public face and documents the arguments; fitting, checkpoints, fleets and export work on this.
@@ -118,10 +118,9 @@ class Session(Predicting, Spending, Keeping):
         self.loss.check_network(net)
         self.optimizer.check_network(net)
         self.precision = precision
-        self.privacy = as_privacy(privacy)
+        self.ledger = Ledger(as_privacy(privacy), self.batch_size)
         if self.privacy is not None:
             self.privacy.check(net, self.loss, self.optimizer, precision=precision, normalise=normalise)
-        self.start_spending([])
         self.start(backend, device, plan)
         self.start_normalising(normalise)
         self.join(distributed, reduce, timeout, shard_optimizer)
@@ -148,7 +147,7 @@ class Session(Predicting, Spending, Keeping):
             "seed": self.seed,
             "precision": self.precision,
             "normalise": self.normalise,
-            "privacy": self.privacy_config(),
+            "privacy": self.ledger.to_config(self.update_count),
         }
 
     def describe_from(self, config: Mapping[str, Any]) -> None:
@@ -163,7 +162,7 @@ class Session(Predicting, Spending, Keeping):
         self.precision = check_choice("precision", config["precision"], PRECISIONS)
         # older files do not have them
         self.normalise = stored("normalise", config.get("normalise"), bool | None)
-        self.start_spending_from(config.get("privacy"))
+        self.ledger = Ledger.from_config(config.get("privacy"), self.batch_size)
 
     def start(self, name: str, device: str | None, plan: str) -> None:
         """Choose the backend and allocate; everything that a pickle does not carry."""
@@ -282,6 +281,11 @@ class Session(Predicting, Spending, Keeping):
         if self.rates.schedule is None:
             self.rates.follow(self.optimizer.schedule.over(None))
         return float(self.memory.hyper[LEARNING_RATE])
+
+    @property
+    def privacy(self) -> DPSGD | None:
+        """How it trains privately; None if it does not."""
+        return self.ledger.privacy
 
     @property
     def update_count(self) -> int:

@@ -62,10 +62,10 @@ def fit_checked(
     state = resumed_state(engine, *told, rows=count) if resume else fresh_state(engine, *told)
     first_epoch = state.history.epochs[0] if state.history.epochs else state.epoch
     if engine.privacy is not None:
-        seed = engine.sample_privately(count, sampling_rate(count, batch_size))
+        engine.ledger.sample(count, sampling_rate(count, batch_size), batch_size, engine.update_count)
         now = engine.update_count - state.batch - state.epoch * batches
         updates = {epoch: now + epoch * batches for epoch in range(first_epoch, first_epoch + epochs)}
-        sampled = PoissonRows(count, batch_size, seed, updates)
+        sampled = PoissonRows(count, batch_size, engine.ledger.seed, updates)
         order, batch_size, at_once = sampled.order, sampled.size, 1
     data = data._replace(X=engine.take_in(data.X) if taken_in is None else taken_in)
     on_host = engine.memory.backend.traits.on_host

@@ -118,7 +118,7 @@ class FitPolicy(Policy):
         engine, state = self.engine, self.state
         logs = metrics_of(stats, self.spec) | self._held
         if engine.privacy is not None:
-            logs["epsilon"] = engine.privacy_spent()["epsilon"]
+            logs["epsilon"] = engine.ledger.spent(engine.update_count)["epsilon"]
         logs["learning_rate"] = rate
         logs = self._agreed(logs)
         if state.epoch >= self.settles:
