@@ -123,7 +123,10 @@ def launches_of(goal: Goal) -> tuple[Recorded, ...]:
         if goal.plan == "resident":
             engine.fit(x, target, epochs=1)
         else:
-            arrays = {"x": engine._backend.from_host(x, "compute"), "target": engine._backend.from_host(target)}
+            arrays = {
+                "x": engine.memory.backend.from_host(x, "compute"),
+                "target": engine.memory.backend.from_host(target),
+            }
             inputs = Inputs(goal.batch_size, indexed=True)
             engine.bind(inputs, engine.loss.spec(accuracy=False), engine.optimizer.rule(), goal.batch_size, arrays)
     # the operands' memory is not needed

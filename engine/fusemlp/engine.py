@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.elsewhere import knows_names, names_absent
 from fusemlp.describe.losses import Loss
+from fusemlp.describe.metrics import Metric
 from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.describe.summary import bytes_text, layer_lines
+from fusemlp.inputs.arrays import Array
 from fusemlp.program.sharding import ORDERED
 from fusemlp.report import onnx
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.runs import open_run, weights_path
 from fusemlp.runtime import attacking, files, intervals
 from fusemlp.runtime.backends import availability
-from fusemlp.runtime.inference import MEAN
 from fusemlp.runtime.ranks import TIMEOUT
+from fusemlp.runtime.scaling import MEAN, InputScale
 from fusemlp.runtime.session import ELSEWHERE, Session
 from fusemlp.training import checkpoint, fit, lr_finder, saving, transfer
 from fusemlp.training.history import History
@@ -47,6 +49,16 @@ KERAS = {
     "count_params": "it is engine.network.parameter_count",
     "metrics_names": "evaluate and history.history have the names as keys",
     "to_json": "engine.network.to_config() is JSON-able; save writes the whole model",
+}
+
+_BY_ITSELF = "rows go through in blocks whose size is chosen by itself; leave it out"
+# Arguments of Keras's methods.
+OF_PREDICT = {
+    "x": "it is called X here",
+    "batch_size": _BY_ITSELF,
+    "verbose": "it prints nothing; leave it out",
+    "callbacks": "callbacks are for fit; leave it out",
+    "return_dict": "evaluate returns a mapping; leave it out",
 }
 
 # Arguments that from_pretrained hands on to the engine.
@@ -95,6 +107,81 @@ class Engine(Trainer):
     lr_find = lr_finder.lr_find
     bounds = intervals.bounds
     certified = intervals.certified
+
+    @property
+    def input_scale(self) -> InputScale | None:
+        """Mean and scale of the columns of the inputs; None if they are not measured, or not wanted."""
+        return self.scaling.scale
+
+    @knows_names(OF_PREDICT, call="predict(X)")
+    def predict(self, X: Any) -> Array:
+        """Predict the targets of X (n, K).
+
+        cross_entropy: class indices (n,) int64. binary_cross_entropy: 0 or 1, (n,) for one output, else (n, N). Other
+        losses: values (n, N), or (n,) for one output; for poisson the expected counts.
+        """
+        return self.inference.predict(X)
+
+    @knows_names(OF_PREDICT, call="predict_proba(X)")
+    def predict_proba(self, X: Any) -> Array:
+        """Return probabilities (n, N) for X (n, K): of the classes, or of each label; one logit gives (n, 2).
+
+        Raises ArgumentError if the loss is no cross-entropy.
+        """
+        return self.inference.predict_proba(X)
+
+    def outputs(self, X: Any) -> Array:
+        """Return the last layer's outputs (n, N) for X (n, K): logits, if the loss is a cross-entropy.
+
+        Those of a network with members are of the mean prediction: logits of the mean probability.
+        """
+        return self.inference.outputs(X)
+
+    def member_outputs(self, X: Any) -> Array:
+        """Return the last layer's outputs (n, members, N) for X (n, K)."""
+        return self.inference.member_outputs(X)
+
+    @knows_names(OF_PREDICT, call="input_gradient(X, y)")
+    def input_gradient(self, X: Any, y: Any = None, *, output: Any = None) -> Array:
+        """Return gradients by the inputs, (n, K) of the engine's type, for X (n, K); nothing is dropped.
+
+        With y (as in ``fit``): row i is the gradient of the loss of that row alone, ``evaluate(X[i : i + 1], y[i : i +
+        1])["loss"]``, so the number of rows and other rows do not matter; rows of an ignored class have zeros.
+
+        Without y: of one output of each row, before the loss's softmax or sigmoid. ``output`` is the index of a class
+        or target, or (n,) one a row; None stands for the predicted class, or for the only target. One logit has the
+        classes 0 and 1. With normalised inputs the gradients are by the raw ones.
+
+        Raises ArgumentError, ShapeError, DTypeError or DataError, before anything has been computed.
+        """
+        return self.inference.input_gradient(X, y, output=output)
+
+    @knows_names(OF_PREDICT, call="evaluate(X, y)")
+    def evaluate(
+        self,
+        X: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        metrics: Iterable[str | Metric] = (),
+        steps: int | None = None,
+    ) -> dict[str, float]:
+        """Return the loss of X (n, K) and y, without dropout, for classes the accuracy, and ``metrics`` by name.
+
+        Without y, X yields batches as in ``fit``; they are collected, ``steps`` of them (by default len(X)).
+
+        Returns {"loss": ...} or {"loss": ..., "accuracy": ...}. Hits are not weighted. One-hot targets of mse, mae
+        and huber count as classes. metrics: of ``fusemlp.describe.metrics.METRICS``, such as ["auc", "f1"]; they weigh
+        rows by ``sample_weight``.
+        """
+        return self.inference.evaluate(X, y, sample_weight, metrics=metrics, steps=steps)
+
+    def dead_units(self, X: Any) -> dict[str, float]:
+        """Return for each hidden relu layer ("layer 1", ...) the share of units that are zero for every row of X.
+
+        Of a network with members none is looked at.
+        """
+        return self.inference.dead_units(X)
 
     def summary(self, print_fn: Callable[[str], object] = print) -> None:
         """Print the network, its training and the memory that it takes; ``print_fn`` gets the text instead."""

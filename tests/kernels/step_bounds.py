@@ -206,4 +206,4 @@ def _flat(nested):
 
 
 def _host(engine, name):
-    return engine._backend.to_host(engine.memory.arrays[name])
+    return engine.memory.backend.to_host(engine.memory.arrays[name])

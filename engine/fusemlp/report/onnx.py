@@ -38,7 +38,7 @@ from fusemlp.describe.network import Activation
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.onnx_features import INPUT, network_input
 from fusemlp.runtime.files import check_finite, checked_metadata, target_file, write_atomically
-from fusemlp.runtime.inference import MEAN, SCALE
+from fusemlp.runtime.scaling import MEAN, SCALE
 from fusemlp.runtime.session import Session
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
 from fusemlp_kernels.pointwise import ACTIVATIONS as ROWS
@@ -90,12 +90,12 @@ def onnx_bytes(
     """Return the content of the file of ``to_onnx``."""
     labels = _labels(engine, preprocessor, classes)
     own = checked_metadata(metadata, {"fusemlp"} if preprocessor is None else {"fusemlp", "preprocessor"})
-    engine.check_measured()
+    engine.scaling.check_measured()
     try:
         importlib.import_module("onnx")
     except ModuleNotFoundError as error:
         raise MissingLibraryError(f"to_onnx: it needs the library onnx: {HINT}") from error
-    parameters, scale = engine.evaluated_tensors(), engine.scale_tensors
+    parameters, scale = engine.evaluated_tensors(), engine.scaling.tensors
     check_finite(parameters, "ONNX file")
     size = sum(array.nbytes for array in parameters.values())
     if size > MOST_BYTES:

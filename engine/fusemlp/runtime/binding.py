@@ -12,7 +12,7 @@ from fusemlp.program.lowering import lower_training
 from fusemlp.program.program import Program
 from fusemlp.program.step import Inputs
 from fusemlp.runtime.bound import BoundProgram
-from fusemlp.runtime.inference import member_rows
+from fusemlp.runtime.forward import member_rows
 from fusemlp.runtime.sharded import ShardedProgram
 from fusemlp_kernels.contract import STATS, LossSpec, Ridge, UpdateRule
 from fusemlp_kernels.errors import ArgumentError
@@ -35,7 +35,7 @@ def program_of_fit(engine: Session, against: Attack | None = None, *, resident: 
 
 def program_against(engine: Session, adversarial: Any) -> Program:
     """Return ``program`` for ``fit(adversarial=...)``: the calls of the attack come first."""
-    resident = engine.plan == "resident" and engine._backend.traits.on_host
+    resident = engine.plan == "resident" and engine.memory.backend.traits.on_host
     return program_of_fit(engine, lowered(as_attack("adversarial", adversarial)), resident=resident)
 
 
@@ -65,7 +65,7 @@ def lower(
         rule,
         engine.optimizer.options_for,
         batch_size if sharding is None else sharding.rows(batch_size),
-        engine._backend.traits,
+        engine.memory.backend.traits,
         engine.memory.layout,
         inputs,
         seed=engine.seed,
@@ -114,19 +114,19 @@ def bind(
         arrays["class_weight"] = engine.class_weight
     resident = resident_batches is not None
     if resident_batches is not None:
-        allocate = engine._backend.allocate
+        allocate = engine.memory.backend.allocate
         if inputs.indexed and "rows" not in arrays:
             arrays["rows"] = allocate(epochs * resident_batches * batch_size * engine.network.members, "int64")
         if epochs > 1:
             epoch_stats = allocate(epochs * STATS, "float64")
-            arrays["epoch_stats"] = engine._backend.view(epoch_stats, 0, (epochs, STATS), STATS)
+            arrays["epoch_stats"] = engine.memory.backend.view(epoch_stats, 0, (epochs, STATS), STATS)
     program = engine.lower(inputs, spec, rule, batch_size, resident=resident, against=against, **options)
     if engine.ranks is not None:
         return ShardedProgram(program, engine.memory, engine._workspace, arrays, engine.ranks, plan=engine.plan)
     plan = engine.plan
     if against is not None and plan == "resident" and not resident:
         # a step against attacks is many launches
-        plan = engine._backend.traits.plans[-2]
+        plan = engine.memory.backend.traits.plans[-2]
     return BoundProgram(program, engine.memory, engine._workspace, arrays, plan=plan)
 
 
@@ -147,7 +147,7 @@ def bind_fit(
     """The steps of a fit on ``data``, with room for the rows of ``epochs`` epochs of ``batches`` batches."""
 
     def bound(there: Mapping[str, Any]) -> BoundProgram:
-        rows = engine._backend.allocate(epochs * batches * batch_size * engine.network.members, "int64")
+        rows = engine.memory.backend.allocate(epochs * batches * batch_size * engine.network.members, "int64")
         return engine.bind(
             *(inputs, spec, rule, batch_size, {**there, "rows": rows}),
             resident_batches=batches if resident else None,
@@ -165,11 +165,11 @@ def bind_fit(
 def bind_staged(engine: Session, rows: int, spec: LossSpec, *, weighted: bool) -> BoundProgram:
     """Return a training step with a batch of its own, up to ``rows`` rows, for ``run_staged``."""
     # on a GPU the resident kernel is for many steps
-    batches = 1 if engine.plan == "resident" and engine._backend.traits.on_host else None
+    batches = 1 if engine.plan == "resident" and engine.memory.backend.traits.on_host else None
     members, given = engine.network.members, dict[str, Any]()
     # a rank picks the rows of its shards
     picks = members > 1 or engine.ranks is not None
     if picks:
-        given["rows"] = member_rows(engine._backend, rows, members)
+        given["rows"] = member_rows(engine.memory.backend, rows, members)
     inputs = Inputs(rows, indexed=picks, weighted=weighted)
     return engine.bind(inputs, spec, engine.optimizer.rule(), rows, given, resident_batches=batches)

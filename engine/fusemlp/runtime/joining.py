@@ -62,7 +62,7 @@ def join(engine: Session, distributed: bool, reduce: str, timeout: float, shard_
                 "trains alone; start it by torchrun, a script with distributed=True, or leave shard_optimizer out"
             )
         return
-    traits = engine._backend.traits
+    traits = engine.memory.backend.traits
     check_collectives("distributed", traits)
     # refused before the processes meet
     shared_plan((engine.plan, engine.plan_reason), traits, Sharding(reduce, 1, sliced))
@@ -71,7 +71,7 @@ def join(engine: Session, distributed: bool, reduce: str, timeout: float, shard_
     engine.network.check_single("distributed", "training on several processes")
     if not any(engine.optimizer.options_for(name)[0] for name in engine.network.parameter_shapes()):
         raise ArgumentError("distributed: the optimizer trains no parameter, so there is no gradient to add")
-    device = engine._backend.device
+    device = engine.memory.backend.device
     if device != "cpu":
         check_nccl()
     ranks = joined(limit)
@@ -95,7 +95,7 @@ def _share_out(engine: Session, sharding: Sharding, *, everywhere: bool = True) 
     again = sharding.slices or (engine.sharding is not None and engine.sharding.slices)
     engine.sharding = sharding
     if again:
-        engine._use_memory(None, engine.rates.schedule, engine.input_scale)
+        engine._use_memory(None, engine.rates.schedule)
         for name, array in before.items():
             engine.put(name, array)
         engine.memory.refresh_shadow()
@@ -112,7 +112,7 @@ def whole(engine: Session, name: str, *, everywhere: bool = True) -> Array | Non
     """Return the flat array ``name`` of the memory. All ranks must call this if they have slices of it; without
     ``everywhere`` all but rank 0 get None.
     """
-    memory, ranks, allocate = engine.memory, engine.ranks, engine._backend.allocate
+    memory, ranks, allocate = engine.memory, engine.ranks, engine.memory.backend.allocate
     array: Array = memory.arrays[name]
     in_slices = engine.sharding is not None and engine.sharding.slices and name == "grads"
     if ranks is None or not (in_slices or name in memory.sliced):

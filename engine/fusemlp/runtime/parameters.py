@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.state import checked_state
-from fusemlp.runtime.inference import MEAN, SCALE
+from fusemlp.runtime.scaling import MEAN, SCALE
 
 if TYPE_CHECKING:
     from fusemlp.runtime.session import Session
@@ -25,7 +25,7 @@ def state_dict(engine: Session) -> dict[str, Array]:
     With normalised inputs there are ``normalise.mean`` and ``normalise.scale`` (K,) too: the first layer takes
     (x - mean) / scale.
     """
-    return {**engine.evaluated_tensors(), **engine.scale_tensors}
+    return {**engine.evaluated_tensors(), **engine.scaling.tensors}
 
 
 def evaluated_tensors(engine: Session) -> dict[str, Array]:
@@ -49,11 +49,11 @@ def write_tensors(engine: Session, tensors: Mapping[str, Array], suffix: str, pr
         engine.write_tensors(tensors, engine.memory.evaluated)
     arena, memory = _arena_of(suffix, prefix), engine.memory
     sliced = arena in memory.sliced
-    flat = engine._backend.allocate(memory.layout.size, "real") if sliced else memory.arrays[arena]
+    flat = engine.memory.backend.allocate(memory.layout.size, "real") if sliced else memory.arrays[arena]
     flat[:] = 0.0
-    views = memory.layout.views(engine._backend, flat)
+    views = memory.layout.views(engine.memory.backend, flat)
     for short, name in engine._names.items():
-        engine._backend.copy_into(views[short], tensors[name])
+        engine.memory.backend.copy_into(views[short], tensors[name])
     if sliced:
         engine.put(arena, flat)
     if not prefix and not suffix:
@@ -68,8 +68,8 @@ def load_state_dict(engine: Session, state: Mapping[str, Any]) -> None:
     Raises ArgumentError for keys, ShapeError, DTypeError or DataError for values.
     """
     shapes = engine.network.parameter_shapes()
-    if engine.normalise and (engine.input_scale is not None or (isinstance(state, Mapping) and MEAN in state)):
+    if engine.normalise and (engine.scaling.scale is not None or (isinstance(state, Mapping) and MEAN in state)):
         shapes |= dict.fromkeys((MEAN, SCALE), (engine.network.sizes[0],))
-    arrays = checked_state(shapes, state, engine._real)
-    engine.take_scale({name: arrays.pop(name) for name in (MEAN, SCALE) if name in arrays})
+    arrays = checked_state(shapes, state, engine.inputs.real)
+    engine.scaling.take_tensors({name: arrays.pop(name) for name in (MEAN, SCALE) if name in arrays})
     engine.write_tensors(arrays, "")

@@ -17,6 +17,7 @@ from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_
 from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.describe.schedules import Schedule
 from fusemlp.inputs.arrays import Array
+from fusemlp.inputs.device import DeviceInputs
 from fusemlp.inputs.state import checked_state
 from fusemlp.program.layout import short_names
 from fusemlp.program.program import Program
@@ -24,14 +25,14 @@ from fusemlp.program.sharding import ORDERED, Sharding
 from fusemlp.runtime import binding, joining, parameters, stepping
 from fusemlp.runtime.backends import PRECISIONS
 from fusemlp.runtime.bound import BoundProgram
-from fusemlp.runtime.inference import Inference, InputScale
+from fusemlp.runtime.inference import Inference
 from fusemlp.runtime.keeping import Keeping
 from fusemlp.runtime.ledger import Ledger
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory, Workspace
 from fusemlp.runtime.plans import ASKED, choose_plan, shared_plan
-from fusemlp.runtime.predicting import Predicting
 from fusemlp.runtime.ranks import TIMEOUT, Ranks
 from fusemlp.runtime.rates import RateTable
+from fusemlp.runtime.scaling import Scaling, as_normalise
 from fusemlp_kernels.contract import (
     FIRST_LOSS_SCALE,
     LEARNING_RATE,
@@ -67,7 +68,7 @@ ELSEWHERE = {
 EXAMPLES = {"backend": "auto", "precision": "fp32", "plan": "auto"}
 
 
-class Session(Predicting, Keeping):
+class Session(Keeping):
     """A network with its loss and optimizer, bound to memory on a backend: what trains, is saved and predicts.
 
     ``Engine`` is its public face and documents the arguments; fitting, checkpoints, fleets and export work on this.
@@ -121,10 +122,14 @@ class Session(Predicting, Keeping):
         self.ledger = Ledger(as_privacy(privacy), self.batch_size)
         if self.privacy is not None:
             self.privacy.check(net, self.loss, self.optimizer, precision=precision, normalise=normalise)
+        self.normalise = as_normalise(normalise, self.network.sizes[0])
         self.start(backend, device, plan)
-        self.start_normalising(normalise)
+        if normalise is not None and not isinstance(normalise, bool | np.bool_):
+            self.scaling.scale = self.scaling.measured(self.inputs.features("normalise", normalise))
         self.join(distributed, reduce, timeout, shard_optimizer)
-        self.write_tensors(checked_state(net.parameter_shapes(), net.initial_parameters(self.seed), self._real), "")
+        self.write_tensors(
+            checked_state(net.parameter_shapes(), net.initial_parameters(self.seed), self.inputs.real), ""
+        )
 
     def like(self, kind: type[Made], **changes: Any) -> Made:
         """Return a new ``kind`` of session with the network, loss, optimizer, batch size, seed and machine of this one.
@@ -180,30 +185,30 @@ class Session(Predicting, Keeping):
         self.device = self._backend.device
         self.plan, self.plan_reason = self._chosen(plan, self.batch_size)
         self._scaled = self.precision == "fp16"
-        self._real = np.dtype(f"f{REAL_BYTES.get(self.precision, 4)}")
-        self._use_memory(None, None, None)
+        real = np.dtype(f"f{REAL_BYTES.get(self.precision, 4)}")
+        self.inputs = DeviceInputs(self.network, self.loss, self._backend, real)
+        self.scaling = Scaling(self.inputs, self.normalise)
+        # the loss's class weights, on the device
+        self.class_weight: Any | None = None
+        if self.loss.class_weight is not None:
+            self.class_weight = self._backend.from_host(np.asarray(self.loss.class_weight, real))
+        self._use_memory(None, None)
         self.memory.hyper[RATE_SCALE] = 1.0
         self.memory.hyper[LOSS_SCALE] = FIRST_LOSS_SCALE
         self._unchecked_steps = 0
         # the optimizer of ``step``, and its schedule, which knows of no end
         self._stepping: tuple[Optimizer, Schedule] | None = None
-        # the loss's class weights, on the device
-        self.class_weight: Any | None = None
-        if self.loss.class_weight is not None:
-            self.class_weight = self._backend.from_host(np.asarray(self.loss.class_weight, self._real))
         # (models, N): how far the last biases of merged models lie from their mean
         self.merged_biases: Array | None = None
 
-    def _use_memory(
-        self, arenas: Mapping[str, Any] | None, schedule: Schedule | None, scale: InputScale | None, rows: int = 0
-    ) -> None:
+    def _use_memory(self, arenas: Mapping[str, Any] | None, schedule: Schedule | None, rows: int = 0) -> None:
         rule = self.optimizer.rule()
         self._states = rule.states
         self.memory = memory = Memory(
             self.network,
             self._backend,
             rule.state_count,
-            item_bytes=self._real.itemsize,
+            item_bytes=self.inputs.real.itemsize,
             compute_bytes=COMPUTE_BYTES.get(self.precision),
             gradient_parts=batch_parts(self._backend.traits, rows or self.batch_size, self.network.parameter_count),
             arenas=arenas,
@@ -217,7 +222,7 @@ class Session(Predicting, Keeping):
         self.rates.schedule = schedule
         self._names = short_names(self.network)
         self._workspace = Workspace(self._backend)
-        self._inference = Inference(self.network, memory, scale)
+        self.inference = Inference(self.network, self.loss, memory, self.inputs, self.scaling, self.class_weight)
         self._staged: dict[tuple[bool, bool], BoundProgram] = {}
         self._last_fit = None
 
@@ -228,7 +233,7 @@ class Session(Predicting, Keeping):
             # the table of rates is filled again
             if name != "rates":
                 array[:] = before[name]
-        self._use_memory(arenas, self.rates.schedule, self.input_scale)
+        self._use_memory(arenas, self.rates.schedule)
 
     def take_batches_of(self, batch_size: int) -> None:
         """Change ``batch_size``: the engine trains on as one that was made with it.
@@ -256,7 +261,7 @@ class Session(Predicting, Keeping):
         """Let the gradients of a batch of ``rows`` be summed in as many parts as in an engine made for such batches."""
         if batch_parts(self._backend.traits, rows, self.network.parameter_count) > self.memory.gradient_parts:
             before = self.snapshot()
-            self._use_memory(None, self.rates.schedule, self.input_scale, rows)
+            self._use_memory(None, self.rates.schedule, rows)
             self.restore(before)
 
     @property
@@ -303,7 +308,7 @@ class Session(Predicting, Keeping):
         self._workspace = Workspace(self._backend)
         self._staged.clear()
         self._last_fit = None
-        self._inference.release()
+        self.inference.forward.release()
 
     def __repr__(self) -> str:
         return (

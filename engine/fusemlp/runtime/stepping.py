@@ -37,21 +37,21 @@ def step(engine: Session, x: Any, y: Any, sample_weight: Any = None) -> Any:
         raise ArgumentError("step: a private engine draws the rows of each step at random from all; use fit")
     if engine.ranks is not None:
         raise ArgumentError("step: a distributed engine trains in fit, which splits the rows; use fit")
-    x = engine.features("x", x, check_finite=False)
+    x = engine.inputs.features("x", x, check_finite=False)
     count = len(x)
     if count > engine.batch_size:
         raise ShapeError(
             f"x: expected 1 to {engine.batch_size} rows (batch_size), got {count}; "
             "make the engine with a larger batch_size, or use fit"
         )
-    targets = engine.targets("y", y, rows=count)
-    weight = engine.weights("sample_weight", sample_weight, rows=count)
+    targets = engine.inputs.targets("y", y, rows=count)
+    weight = engine.inputs.weights("sample_weight", sample_weight, rows=count)
     if engine._stepping is None or engine._stepping[0] is not engine.optimizer:
         engine._stepping = engine.optimizer, engine.optimizer.schedule.over(None)
         engine._staged.clear()
     if not engine._staged and not engine.update_count:
-        engine.check_measured()
-        engine.warn_of_scale("x", x, stacklevel=3)
+        engine.scaling.check_measured()
+        engine.scaling.warn("x", x)
     kind = targets.soft, weight is not None
     if kind not in engine._staged:
         spec = engine.loss.spec(accuracy=False, soft=targets.soft)
@@ -59,7 +59,7 @@ def step(engine: Session, x: Any, y: Any, sample_weight: Any = None) -> Any:
     bound = engine._staged[kind]
     try:
         engine.rates.cover(engine._stepping[1], 1)
-        engine.run_staged(bound, engine.normalised(x), targets.values, weight)
+        engine.run_staged(bound, engine.scaling.normalised(x), targets.values, weight)
     except BaseException:
         # Ctrl-C too: only the device knows whether there was an update
         engine.rates.forget()
@@ -69,12 +69,12 @@ def step(engine: Session, x: Any, y: Any, sample_weight: Any = None) -> Any:
         if engine._unchecked_steps == SCALING_CHECKS:
             # waits for the device
             engine.check_scaling(engine.memory.counters, engine.memory.hyper)
-    return engine._backend.scalar(bound.arrays["stats"], LAST_LOSS)
+    return engine.memory.backend.scalar(bound.arrays["stats"], LAST_LOSS)
 
 
 def run_staged(engine: Session, bound: BoundProgram, x: Any, target: Any, weight: Any | None) -> None:
     """Copy checked rows into a program that has a batch of its own, as many as it holds or fewer, and run it."""
-    copy, arrays, count = engine._backend.copy_into, bound.arrays, len(x)
+    copy, arrays, count = engine.memory.backend.copy_into, bound.arrays, len(x)
     short, counters = count < len(arrays["x"]), arrays["counters"]
     counters[ROW_STEP], counters[ROW_COUNT] = 0, count * engine.network.members
     for name, array in (("x", x), ("target", target), ("weight", weight)):

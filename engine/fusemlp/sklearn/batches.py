@@ -20,7 +20,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.targets import Examples, Targets
 from fusemlp.program.step import Inputs
 from fusemlp.runtime.bound import BoundProgram
-from fusemlp.runtime.inference import Evaluation, Inference
+from fusemlp.runtime.forward import Evaluation, ForwardPass
 from fusemlp.runtime.memory import Memory
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import Objective
@@ -124,8 +124,8 @@ class HeldLoss:
         memory = self._engine.memory
         if memory is not self._memory:
             # a launch of several models has moved the parameters
-            inference, self._memory = Inference(self._engine.network, memory), memory
-            self._evaluation = Evaluation(inference, self._examples, self._spec, None, repeated=True)
+            forward, self._memory = ForwardPass(self._engine.network, memory), memory
+            self._evaluation = Evaluation(forward, self._examples, self._spec, None, repeated=True)
         with np.errstate(all="ignore"):
             found = self._evaluation.of(memory)
             loss = np.float64(self._scale) * (found["loss"] + self._constant) / self._total

@@ -67,7 +67,7 @@ def fit_checked(
         updates = {epoch: now + epoch * batches for epoch in range(first_epoch, first_epoch + epochs)}
         sampled = PoissonRows(count, batch_size, engine.ledger.seed, updates)
         order, batch_size, at_once = sampled.order, sampled.size, 1
-    data = data._replace(X=engine.take_in(data.X) if taken_in is None else taken_in)
+    data = data._replace(X=engine.scaling.take_in(data.X) if taken_in is None else taken_in)
     on_host = engine.memory.backend.traits.on_host
     begun = settles = 0
     attack = None
@@ -83,7 +83,7 @@ def fit_checked(
         engine,
         data.X,
         state,
-        engine.spec_for(data.targets),
+        engine.inputs.spec_for(data.targets),
         of_epoch(engine, count, rows, order),
         last_epoch=first_epoch + epochs,
         validation=validation,

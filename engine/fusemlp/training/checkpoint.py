@@ -31,7 +31,7 @@ from fusemlp.runtime.files import (
     to_bytes,
     write_atomically,
 )
-from fusemlp.runtime.inference import MEAN, SCALE
+from fusemlp.runtime.scaling import MEAN, SCALE
 from fusemlp.runtime.session import Session
 from fusemlp.training.history import FitState
 from fusemlp.training.trainer import Trainer
@@ -49,7 +49,7 @@ def engine_content(
     memory = engine.memory
     kinds = {kind: engine.tensors(*place, everywhere=everywhere) for kind, place in _kinds(engine).items()}
     kinds["best"] = engine.best_parameters or {}
-    kinds["input"] = engine.scale_tensors
+    kinds["input"] = engine.scaling.tensors
     kinds["merged"] = {} if engine.merged_biases is None else {"bias": engine.merged_biases}
     tensors = {f"{kind}/{name}": tensor for kind, own in kinds.items() for name, tensor in own.items()}
     for name in ("counters", "hyper", "stats"):
@@ -123,7 +123,7 @@ def _restore_training(engine: Trainer, config: Mapping[str, Any], tensors: Mappi
         engine.plan, engine.plan_reason = config["plan"], "the plan of the checkpoint"
     for kind, place in _kinds(engine).items():
         engine.write_tensors(_of_kind(kind, tensors), *place)
-    engine.take_scale(_of_kind("input", tensors))
+    engine.scaling.take_tensors(_of_kind("input", tensors))
     memory = engine.memory
     for name in ("counters", "hyper", "stats"):
         # Older checkpoints have fewer statistics.

@@ -11,7 +11,7 @@ import numpy as np
 
 from fusemlp.callbacks import ProgressBar, announce, checked_callbacks, exits
 from fusemlp.describe.adversarial import Attack
-from fusemlp.describe.checks import as_count, as_deadline, as_number, check_flag
+from fusemlp.describe.checks import as_count, as_deadline, as_number, caller_level, check_flag
 from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.intervals import IBP
 from fusemlp.describe.metrics import Metric
@@ -156,15 +156,15 @@ def fit(
         arrays = {"sample_weight": sample_weight, "validation_split": share or None, "batch_size": batch_size}
         _refuse_with_batches({**arrays, "row_order": row_order, "drop_last": drop_last or None})
         batches = Batches("X", X, steps_per_epoch, "steps_per_epoch", first_epoch, parts)
-        engine.check_measured()
-        data = batches.next(engine, keep=True)
+        engine.scaling.check_measured()
+        data = batches.next(engine.inputs, keep=True)
     else:
         if steps_per_epoch is not None:
             raise ArgumentError(
                 "steps_per_epoch: an epoch goes through all rows of X, in batches of batch_size; it is for batches, "
                 f"fit(batches, steps_per_epoch=...), got {steps_per_epoch!r}"
             )
-        data = engine.examples(X, y, sample_weight)
+        data = engine.inputs.examples(X, y, sample_weight)
         if adversarial is not None:
             check_within(engine, "X", data.X, adversarial)
     validation = checked_validation(engine, validation_data, steps=validation_steps)
@@ -262,11 +262,10 @@ def _warn(engine: Trainer, data: Examples, batches: int, *, streamed: bool) -> N
     if engine.batch_size > rows and not streamed:
         found.append(f"batch_size: {engine.batch_size} is more than the {rows} rows of X; batches of {rows} are used")
     if engine.loss.kind == "cross_entropy" and not data.targets.soft and rows > 1 and not streamed:
-        least, greatest = engine.extent(labels)
+        least, greatest = engine.inputs.extent(labels)
         if least == greatest:
             found.append(f"y: every label is {least:.0f}; a classifier needs examples of two classes")
     for message in found:
-        # past fit and its check of names
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=caller_level())
     if rows:
-        engine.warn_of_scale("X", data.X, stacklevel=5)
+        engine.scaling.warn("X", data.X)

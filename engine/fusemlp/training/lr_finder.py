@@ -82,11 +82,11 @@ def lr_find(
     start = as_number("start", start, low=0.0, low_open=True)
     end = as_number("end", end, low=start, low_open=True)
     steps = as_count("steps", steps, minimum=FEWEST_STEPS)
-    data = engine.examples(X, y, sample_weight)
-    engine.warn_of_scale("X", data.X, stacklevel=3)
-    unmeasured = engine.normalise and engine.input_scale is None
-    scaled = engine.measured(data.X).applied(data.X) if unmeasured else engine.normalised(data.X)
-    data = data._replace(X=scaled).map(engine.on_host)
+    data = engine.inputs.examples(X, y, sample_weight)
+    engine.scaling.warn("X", data.X)
+    unmeasured = engine.normalise and engine.scaling.scale is None
+    scaled = engine.scaling.measured(data.X).applied(data.X) if unmeasured else engine.scaling.normalised(data.X)
+    data = data._replace(X=scaled).map(engine.inputs.on_host)
     gamma = (end / start) ** (1.0 / (steps - 1))
     copy = engine.like(
         Session,

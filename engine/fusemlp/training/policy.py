@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fusemlp.describe.metrics import rises
 from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.inputs.arrays import Array
-from fusemlp.runtime.inference import metrics_of
+from fusemlp.runtime.forward import metrics_of
 from fusemlp.training.history import DIVERGED
 from fusemlp.training.loop import Policy
 from fusemlp_kernels.errors import DivergenceError
@@ -143,7 +143,7 @@ class FitPolicy(Policy):
 
     def divergence(self, rate: float) -> DivergenceError:
         """Return an error that names the likely cause."""
-        largest, epoch = self.engine.largest(self.X), self.state.epoch + 1
+        largest, epoch = self.engine.inputs.largest(self.X), self.state.epoch + 1
         held = not math.isfinite(self._held.get("val_loss", 0.0))
         if largest > LARGE_FEATURE and not self.engine.normalise:
             cause = (

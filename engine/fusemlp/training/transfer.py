@@ -13,8 +13,8 @@ from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import NO_OPTIONS, Optimizer, ParameterOptions
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.inputs.batches import are_batches
-from fusemlp.runtime.inference import MEAN, SCALE
 from fusemlp.runtime.plans import ASKED
+from fusemlp.runtime.scaling import MEAN, SCALE
 from fusemlp.training.fit import fit
 from fusemlp_kernels.errors import ArgumentError, ShapeError
 
@@ -221,20 +221,23 @@ def probe(
     )
     start = engine.tensors("")
     tail.write_tensors(later(start), "")
-    rows = engine.features("X", X)
-    scale = engine.input_scale
-    engine.warn_of_scale("X", rows, stacklevel=3)
+    rows = engine.inputs.features("X", X)
+    scale = engine.scaling.scale
+    engine.scaling.warn("X", rows)
     if engine.normalise and scale is None:
-        engine.input_scale = engine.measured(rows)
+        engine.scaling.scale = engine.scaling.measured(rows)
     try:
         if isinstance(validation_data, tuple | list) and validation_data:
             Xv, *others = validation_data
-            validation_data = (engine.outputs_of(engine.features("validation_data[0]", Xv), kept), *others)
-        given = engine.outputs_of(rows, kept)
+            validation_data = (
+                engine.inference.outputs_of(engine.inputs.features("validation_data[0]", Xv), kept),
+                *others,
+            )
+        given = engine.inference.outputs_of(rows, kept)
         return fit(tail, given, y, epochs=epochs, validation_data=validation_data, **options)
     finally:
         if tail.history is None:
             # an argument was wrong: nothing has changed
-            engine.input_scale = scale
+            engine.scaling.scale = scale
         else:
             engine.write_tensors({**start, **shifted(tail.tensors(""), kept)}, "")
