@@ -15,15 +15,18 @@ from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.describe.summary import bytes_text, layer_lines
 from fusemlp.inputs.arrays import Array
+from fusemlp.program.program import Program
 from fusemlp.program.sharding import ORDERED
 from fusemlp.report import onnx
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.runs import open_run, weights_path
 from fusemlp.runtime import attacking, files, intervals
 from fusemlp.runtime.backends import availability
+from fusemlp.runtime.binding import program_against, program_of_fit
 from fusemlp.runtime.ranks import TIMEOUT
 from fusemlp.runtime.scaling import MEAN, InputScale
 from fusemlp.runtime.session import ELSEWHERE, Session
+from fusemlp.runtime.stepping import step
 from fusemlp.training import checkpoint, fit, lr_finder, saving, transfer
 from fusemlp.training.history import History
 from fusemlp.training.trainer import Trainer
@@ -112,6 +115,33 @@ class Engine(Trainer):
     def input_scale(self) -> InputScale | None:
         """Mean and scale of the columns of the inputs; None if they are not measured, or not wanted."""
         return self.scaling.scale
+
+    @property
+    def program(self) -> Program:
+        """The kernel calls of a training step in ``fit``, as data; printing it shows a table."""
+        return program_of_fit(self, resident=self.plan == "resident")
+
+    def program_against(self, adversarial: Any) -> Program:
+        """Return ``program`` for ``fit(adversarial=...)``: the calls of the attack come first."""
+        return program_against(self, adversarial)
+
+    def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
+        """One update from 1 to ``batch_size`` rows: x (m, K), y as in ``fit``, sample_weight (m,).
+
+        Arrays on the device are read in place; checking their labels waits for it (``fit`` checks them once).
+
+        Returns the loss before the update as a 0-d array of its own (on a GPU a torch tensor); reading it is what
+        waits for the device.
+        Raises ShapeError, DTypeError or DataError, before anything has changed; ArgumentError if the inputs shall be
+        normalised and have not been measured.
+        """
+        return step(self, x, y, sample_weight)
+
+    def release(self) -> None:
+        """Give back the memory that steps and predictions work in, and on a GPU the data of the last fit; the next
+        ones make it anew."""
+        self.programs.release()
+        self.inference.forward.release()
 
     @knows_names(OF_PREDICT, call="predict(X)")
     def predict(self, X: Any) -> Array:

@@ -130,8 +130,8 @@ def test_an_epoch_waits_once_and_a_step_has_its_collectives_in_the_graph(
 def test_the_memory_of_a_program_is_free_when_it_is_given_back(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = made(card, monkeypatch)
     engine.fit(X, Y, epochs=1)
-    assert engine._last_fit is not None
-    program = weakref.ref(engine._last_fit.bound)
+    assert engine.programs.last_fit is not None
+    program = weakref.ref(engine.programs.last_fit.bound)
     gc.disable()
     try:
         engine.release()
@@ -185,7 +185,7 @@ def test_kernels_know_the_memory_of_the_gradients_of_shards(monkeypatch: pytest.
 def test_graphs_end_before_nccl_does(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = made(card, monkeypatch)
     engine.fit(X, Y, epochs=1)
-    last = engine._last_fit
+    last = engine.programs.last_fit
     assert last is not None and last.bound._graphs
     left = []
     pretended = SimpleNamespace(
@@ -217,7 +217,7 @@ def test_replayed_steps_have_the_bits_of_eager_ones(monkeypatch: pytest.MonkeyPa
             # one step, a graph of two, and one of one
             engine.fit(X[:14], Y[:14], epochs=1)
             assert ("captured" in card.events) == (plan == "graph")
-            found.append(engine.snapshot())
+            found.append(engine.memory.snapshot())
     for name, array in found[0].items():
         assert array.tobytes() == found[1][name].tobytes(), name
 

@@ -66,8 +66,8 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
 
 def assert_same_state(found: Engine, expected: Engine) -> None:
     """Assert that everything a step changes has the same bits."""
-    wanted = expected.snapshot()
-    for name, array in found.snapshot().items():
+    wanted = expected.memory.snapshot()
+    for name, array in found.memory.snapshot().items():
         assert array.tobytes() == wanted[name].tobytes(), name
 
 

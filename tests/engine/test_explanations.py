@@ -127,11 +127,11 @@ class TestGradientOfAnOutput:
 
     def test_nothing_is_dropped_and_nothing_disturbed(self) -> None:
         engine, plain = make(dropout=0.5), make()
-        before = engine.snapshot()
+        before = engine.memory.snapshot()
         np.testing.assert_array_equal(engine.input_gradient(X, output=0), plain.input_gradient(X, output=0))
         engine.input_gradient(X, VALUES)
         attributions(engine, X, output=0)
-        for name, array in engine.snapshot().items():
+        for name, array in engine.memory.snapshot().items():
             np.testing.assert_array_equal(array, before[name], err_msg=name)
 
 

@@ -145,12 +145,12 @@ class TestPredict:
     def test_predicting_disturbs_nothing(self):
         engine = make()
         engine.fit(X, LABELS, epochs=1)
-        before = engine.snapshot()
+        before = engine.memory.snapshot()
         engine.predict(X)
         engine.predict_proba(X)
         engine.evaluate(X, LABELS)
         engine.dead_units(X)
-        for name, array in engine.snapshot().items():
+        for name, array in engine.memory.snapshot().items():
             np.testing.assert_array_equal(array, before[name], err_msg=name)
 
 

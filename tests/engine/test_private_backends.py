@@ -182,7 +182,7 @@ def test_a_graph_is_the_eager_steps(device):
     with usable(device):
         eager, graph = (case.engine(backend=device.backend, plan=plan) for plan in ("eager", "graph"))
         histories = [engine.fit(X, y, epochs=3).history for engine in (eager, graph)]
-        wanted, found = eager.snapshot(), graph.snapshot()
+        wanted, found = eager.memory.snapshot(), graph.memory.snapshot()
     assert histories[0] == histories[1]
     assert all(np.array_equal(array, found[name]) for name, array in wanted.items())
 

@@ -61,7 +61,7 @@ def test_on_a_card_models_train_one_after_another(device):
         for index, member in enumerate(results.members):
             engine = alone(index, backend=device.backend)
             engine.fit(X[:30], y[:30], epochs=1)
-            found, wanted = member.engine.snapshot(), engine.snapshot()
+            found, wanted = member.engine.memory.snapshot(), engine.memory.snapshot()
             assert all(np.array_equal(array, wanted[name]) for name, array in found.items())
             assert member.history.history == engine.history.history
             assert member.engine.plan != "resident"

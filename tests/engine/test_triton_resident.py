@@ -41,7 +41,7 @@ NET = MLP([WIDTH, 7, CLASSES])
 
 def same(engine: Engine, other: Engine) -> None:
     """Assert that both have the same bits, and the same history except the seconds."""
-    found, expected = engine.snapshot(), other.snapshot()
+    found, expected = engine.memory.snapshot(), other.memory.snapshot()
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         assert array.tobytes() == found[name].tobytes(), name
@@ -141,10 +141,10 @@ def test_a_fleet_is_so_many_engines_trained_alone() -> None:
     assert len(epochs) > 1
     # The result is an ordinary engine.
     alone = results.engine(1)
-    before = [engine.snapshot()["params"].tobytes() for engine in fleet.engines]
+    before = [engine.memory.snapshot()["params"].tobytes() for engine in fleet.engines]
     alone.fit(X, y, epochs=1)
     alone.step(X[:3], y[:3])
-    after = [engine.snapshot()["params"].tobytes() for engine in fleet.engines]
+    after = [engine.memory.snapshot()["params"].tobytes() for engine in fleet.engines]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
 
 

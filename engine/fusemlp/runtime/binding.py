@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 def program_of_fit(engine: Session, against: Attack | None = None, *, resident: bool) -> Program:
     """Return the program of a training step in ``fit``."""
-    return engine.lower(
+    return lower(
+        engine,
         Inputs(engine.batch_size, indexed=True),
         engine.loss.spec(accuracy=engine.loss.is_classification),
         engine.optimizer.rule(),
@@ -71,7 +72,7 @@ def lower(
         seed=engine.seed,
         real_bytes=engine.memory.real_bytes,
         compute_bytes=engine.memory.compute_bytes,
-        scaled=engine._scaled,
+        scaled=engine.precision == "fp16",
         most_parts=engine.memory.gradient_parts,
         keep_gradients=keep_gradients,
         resident=resident,
@@ -102,13 +103,13 @@ def bind(
 
     Raises ArgumentError for an optimizer with another state than the one that the engine was made with.
     """
-    if rule.states != engine._states:
-        kept = [", ".join(states) or "no state" for states in (rule.states, engine._states)]
+    if rule.states != engine.state_names:
+        kept = [", ".join(states) or "no state" for states in (rule.states, engine.state_names)]
         raise ArgumentError(
             f"optimizer: it keeps {kept[0]}, and the engine was made for one that keeps {kept[1]}; make a new "
             "engine, and give it the weights by load_state_dict"
         )
-    engine._take_rule(rule)
+    engine.take_rule(rule)
     arrays = dict(given)
     if engine.class_weight is not None:
         arrays["class_weight"] = engine.class_weight
@@ -120,14 +121,14 @@ def bind(
         if epochs > 1:
             epoch_stats = allocate(epochs * STATS, "float64")
             arrays["epoch_stats"] = engine.memory.backend.view(epoch_stats, 0, (epochs, STATS), STATS)
-    program = engine.lower(inputs, spec, rule, batch_size, resident=resident, against=against, **options)
+    program = lower(engine, inputs, spec, rule, batch_size, resident=resident, against=against, **options)
     if engine.ranks is not None:
-        return ShardedProgram(program, engine.memory, engine._workspace, arrays, engine.ranks, plan=engine.plan)
+        return ShardedProgram(program, engine.memory, engine.programs.workspace, arrays, engine.ranks, plan=engine.plan)
     plan = engine.plan
     if against is not None and plan == "resident" and not resident:
         # a step against attacks is many launches
         plan = engine.memory.backend.traits.plans[-2]
-    return BoundProgram(program, engine.memory, engine._workspace, arrays, plan=plan)
+    return BoundProgram(program, engine.memory, engine.programs.workspace, arrays, plan=plan)
 
 
 def bind_fit(
@@ -148,7 +149,8 @@ def bind_fit(
 
     def bound(there: Mapping[str, Any]) -> BoundProgram:
         rows = engine.memory.backend.allocate(epochs * batches * batch_size * engine.network.members, "int64")
-        return engine.bind(
+        return bind(
+            engine,
             *(inputs, spec, rule, batch_size, {**there, "rows": rows}),
             resident_batches=batches if resident else None,
             epochs=epochs,
@@ -156,10 +158,10 @@ def bind_fit(
             keep_gradients=keep_gradients,
         )
 
-    engine._take_rule(rule)
+    engine.take_rule(rule)
     told = (inputs, spec, rule, batch_size, batches, epochs, resident, against, keep_gradients)
     key = (told, engine.optimizer, engine.seed, engine.ledger.lowered(engine.precision))
-    return engine.bound_again(key, data, bound)
+    return engine.programs.again(key, data, bound, engine.ranks)
 
 
 def bind_staged(engine: Session, rows: int, spec: LossSpec, *, weighted: bool) -> BoundProgram:
@@ -172,4 +174,4 @@ def bind_staged(engine: Session, rows: int, spec: LossSpec, *, weighted: bool) -
     if picks:
         given["rows"] = member_rows(engine.memory.backend, rows, members)
     inputs = Inputs(rows, indexed=picks, weighted=weighted)
-    return engine.bind(inputs, spec, engine.optimizer.rule(), rows, given, resident_batches=batches)
+    return bind(engine, inputs, spec, engine.optimizer.rule(), rows, given, resident_batches=batches)

@@ -89,7 +89,7 @@ def join(engine: Session, distributed: bool, reduce: str, timeout: float, shard_
 
 def _share_out(engine: Session, sharding: Sharding, *, everywhere: bool = True) -> None:
     """Train on with this sharding; without ``everywhere`` rank 0 alone does."""
-    before = {name: engine.whole(name, everywhere=everywhere) for name in engine._changing()}
+    before = {name: engine.whole(name, everywhere=everywhere) for name in engine.memory.snapshot()}
     if any(array is None for array in before.values()):
         return
     again = sharding.slices or (engine.sharding is not None and engine.sharding.slices)

@@ -37,7 +37,7 @@ def tensors(engine: Session, suffix: str, prefix: str = "", *, everywhere: bool 
     """Copies of one array per parameter: the parameters (""), or another arena's (".state0"; prefix "d"). Of an
     arena of which ranks have slices there are none without ``everywhere``, but on rank 0."""
     flat = engine.whole(_arena_of(suffix, prefix), everywhere=everywhere)
-    return {} if flat is None else engine.named(flat)
+    return {} if flat is None else engine.memory.named(flat)
 
 
 def write_tensors(engine: Session, tensors: Mapping[str, Array], suffix: str, prefix: str = "") -> None:
@@ -52,7 +52,7 @@ def write_tensors(engine: Session, tensors: Mapping[str, Array], suffix: str, pr
     flat = engine.memory.backend.allocate(memory.layout.size, "real") if sliced else memory.arrays[arena]
     flat[:] = 0.0
     views = memory.layout.views(engine.memory.backend, flat)
-    for short, name in engine._names.items():
+    for short, name in memory.names.items():
         engine.memory.backend.copy_into(views[short], tensors[name])
     if sliced:
         engine.put(arena, flat)

@@ -19,16 +19,13 @@ from fusemlp.describe.schedules import Schedule
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.device import DeviceInputs
 from fusemlp.inputs.state import checked_state
-from fusemlp.program.layout import short_names
-from fusemlp.program.program import Program
 from fusemlp.program.sharding import ORDERED, Sharding
-from fusemlp.runtime import binding, joining, parameters, stepping
+from fusemlp.runtime import joining, parameters
 from fusemlp.runtime.backends import PRECISIONS
-from fusemlp.runtime.bound import BoundProgram
+from fusemlp.runtime.bound import KeptPrograms
 from fusemlp.runtime.inference import Inference
-from fusemlp.runtime.keeping import Keeping
 from fusemlp.runtime.ledger import Ledger
-from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory, Workspace
+from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory
 from fusemlp.runtime.plans import ASKED, choose_plan, shared_plan
 from fusemlp.runtime.ranks import TIMEOUT, Ranks
 from fusemlp.runtime.rates import RateTable
@@ -68,20 +65,12 @@ ELSEWHERE = {
 EXAMPLES = {"backend": "auto", "precision": "fp32", "plan": "auto"}
 
 
-class Session(Keeping):
+class Session:
     """A network with its loss and optimizer, bound to memory on a backend: what trains, is saved and predicts.
 
     ``Engine`` is its public face and documents the arguments; fitting, checkpoints, fleets and export work on this.
     """
 
-    program_against = binding.program_against
-    lower = binding.lower
-    bind = binding.bind
-    bind_fit = binding.bind_fit
-    bind_staged = binding.bind_staged
-    step = stepping.step
-    run_staged = stepping.run_staged
-    check_scaling = stepping.check_scaling
     state_dict = parameters.state_dict
     load_state_dict = parameters.load_state_dict
     evaluated_tensors = parameters.evaluated_tensors
@@ -184,7 +173,6 @@ class Session(Keeping):
         self.backend = traits.name
         self.device = self._backend.device
         self.plan, self.plan_reason = self._chosen(plan, self.batch_size)
-        self._scaled = self.precision == "fp16"
         real = np.dtype(f"f{REAL_BYTES.get(self.precision, 4)}")
         self.inputs = DeviceInputs(self.network, self.loss, self._backend, real)
         self.scaling = Scaling(self.inputs, self.normalise)
@@ -195,15 +183,12 @@ class Session(Keeping):
         self._use_memory(None, None)
         self.memory.hyper[RATE_SCALE] = 1.0
         self.memory.hyper[LOSS_SCALE] = FIRST_LOSS_SCALE
-        self._unchecked_steps = 0
-        # the optimizer of ``step``, and its schedule, which knows of no end
-        self._stepping: tuple[Optimizer, Schedule] | None = None
         # (models, N): how far the last biases of merged models lie from their mean
         self.merged_biases: Array | None = None
 
     def _use_memory(self, arenas: Mapping[str, Any] | None, schedule: Schedule | None, rows: int = 0) -> None:
         rule = self.optimizer.rule()
-        self._states = rule.states
+        self.state_names = rule.states
         self.memory = memory = Memory(
             self.network,
             self._backend,
@@ -220,11 +205,8 @@ class Session(Keeping):
         # the learning rates of the updates to come, for those who launch steps
         self.rates = self._rate_table(rule)
         self.rates.schedule = schedule
-        self._names = short_names(self.network)
-        self._workspace = Workspace(self._backend)
         self.inference = Inference(self.network, self.loss, memory, self.inputs, self.scaling, self.class_weight)
-        self._staged: dict[tuple[bool, bool], BoundProgram] = {}
-        self._last_fit = None
+        self.programs = KeptPrograms(self._backend)
 
     def move_into(self, arenas: Mapping[str, Any]) -> None:
         """Keep what the engine keeps in these arrays from now on: flat ones like those of ``new_arenas``."""
@@ -247,7 +229,7 @@ class Session(Keeping):
         self.make_room_for(batch_size)
         self.batch_size = batch_size
         self.plan, self.plan_reason = chosen
-        self._staged.clear()
+        self.programs.staged.clear()
 
     def _chosen(self, plan: str, batch_size: int) -> tuple[str, str]:
         """The plan that ``plan`` comes to for batches of this size, and why."""
@@ -260,22 +242,23 @@ class Session(Keeping):
     def make_room_for(self, rows: int) -> None:
         """Let the gradients of a batch of ``rows`` be summed in as many parts as in an engine made for such batches."""
         if batch_parts(self._backend.traits, rows, self.network.parameter_count) > self.memory.gradient_parts:
-            before = self.snapshot()
+            before = self.memory.snapshot()
             self._use_memory(None, self.rates.schedule, rows)
-            self.restore(before)
+            self.memory.restore(before)
 
-    @property
-    def program(self) -> Program:
-        """The kernel calls of a training step in ``fit``, as data; printing it shows a table."""
-        return binding.program_of_fit(self, resident=self.plan == "resident")
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go back to a snapshot of the memory, or to what it remembered."""
+        self.memory.restore(snapshot)
+        self.rates.forget()
 
-    def _take_rule(self, rule: UpdateRule) -> None:
+    def take_rule(self, rule: UpdateRule) -> None:
+        """Fill the table of rates for the steps of ``rule``: the optimizer may be another than in the last fit."""
         if rule != self.rates.rule:
-            # another optimizer since the last fit
             self.rates = self._rate_table(rule)
 
     def _rate_table(self, rule: UpdateRule) -> RateTable:
         memory = self.memory
+        memory.accumulates = rule.accumulate > 1
         return RateTable(
             self._backend, rule, memory.hyper, memory.rates, memory.counters, skips=self.precision == "fp16"
         )
@@ -301,14 +284,6 @@ class Session(Keeping):
     def skipped_batches(self) -> int:
         """The number of batches that updated nothing, because their gradients overflowed in fp16."""
         return int(self.memory.counters[SKIPPED])
-
-    def release(self) -> None:
-        """Give back the memory that steps and predictions work in, and on a GPU the data of the last fit; the next
-        ones make it anew."""
-        self._workspace = Workspace(self._backend)
-        self._staged.clear()
-        self._last_fit = None
-        self.inference.forward.release()
 
     def __repr__(self) -> str:
         return (

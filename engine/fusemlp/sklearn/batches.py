@@ -19,6 +19,7 @@ from fusemlp.describe.intervals import IBP
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.targets import Examples, Targets
 from fusemlp.program.step import Inputs
+from fusemlp.runtime.binding import bind
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.forward import Evaluation, ForwardPass
 from fusemlp.runtime.memory import Memory
@@ -149,7 +150,7 @@ class ResidentBatches(Batches):
             loop: dict[str, Any] = {"resident_batches": len(self.starts), "epochs": at_once, "ridge": self.ridge}
             loop |= self.against
             given = model.on_device(self.data)
-            self.steps = model.engine.bind(inputs, model.loop_loss, model.rule, self.batch_size, given, **loop)
+            self.steps = bind(model.engine, inputs, model.loop_loss, model.rule, self.batch_size, given, **loop)
 
     def _sums(self, stats: Array) -> tuple[float, float]:
         return stats[BATCH_LOSSES], stats[PENALTIES]
@@ -188,7 +189,7 @@ class CalledBatches(Batches):
             bound = model.staged[1]
         else:
             given, spec = {} if keep else model.on_device(arrays), engine.loss.spec(accuracy=False)
-            bound = engine.bind(key[0], spec, model.rule, self.batch_size, given, keep_gradients=True, **self.against)
+            bound = bind(engine, key[0], spec, model.rule, self.batch_size, given, keep_gradients=True, **self.against)
         if keep:
             model.staged = key, bound
             for name, array in arrays.items():

@@ -10,6 +10,7 @@ from fusemlp.describe.intervals import IBP
 from fusemlp.describe.privacy import sampling_rate, steps_of_an_epoch
 from fusemlp.program.adversarial import lowered
 from fusemlp.program.step import Inputs
+from fusemlp.runtime.binding import bind_fit
 from fusemlp.training.intervals import add_worst_case
 from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
 from fusemlp.training.orders import of_epoch
@@ -101,7 +102,8 @@ def fit_checked(
         at_once = epochs_at_once(engine, epochs, count * members, asked=asked)
     if bound is None:
         inputs = Inputs(len(data.X), indexed=True, weighted=data.weight is not None)
-        bound = engine.bind_fit(
+        bound = bind_fit(
+            engine,
             inputs,
             policy.spec,
             policy.rule,

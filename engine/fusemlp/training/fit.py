@@ -226,7 +226,7 @@ def fit(
         against=adversarial,
     )
     if batches is None:
-        engine.let_go_with((X, y, sample_weight))
+        engine.programs.let_go_with((X, y, sample_weight))
     own = data.X if parts is None else data.X[parts[1](np.arange(count)) == parts[0].rank]
     _warn(engine, data._replace(X=own), epochs * loop.batches, streamed=batches is not None)
     with exits(listeners, engine):

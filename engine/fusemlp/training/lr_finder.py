@@ -18,6 +18,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.targets import Examples
 from fusemlp.report.plots import draw, sweep_figure
 from fusemlp.runtime.session import Session
+from fusemlp.runtime.stepping import step as step_on
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def sweep(engine: Session, data: Examples, *, steps: int) -> tuple[list[float], 
         # An update may take several batches.
         for rows in itertools.islice(batches, accumulate):
             batch = data.map(operator.itemgetter(rows))
-            loss += float(engine.step(batch.X, batch.targets.values, batch.weight)) / accumulate
+            loss += float(step_on(engine, batch.X, batch.targets.values, batch.weight)) / accumulate
         # Correct the average for its start from zero, as in Adam.
         average = SMOOTHING * average + (1.0 - SMOOTHING) * loss
         smoothed = average / (1.0 - SMOOTHING ** (step + 1))

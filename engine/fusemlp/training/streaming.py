@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp.inputs.arrays import Array
+from fusemlp.runtime.binding import bind_staged
+from fusemlp.runtime.stepping import run_staged
 
 if TYPE_CHECKING:
     from fusemlp.inputs.batches import Batches
@@ -44,7 +46,9 @@ class Stream:
     def _make_room(self, rows: int) -> None:
         engine, first = self._engine, self._weighted(self._first)
         self._rows = rows
-        self._bound = engine.bind_staged(rows, engine.inputs.spec_for(first.targets), weighted=first.weight is not None)
+        self._bound = bind_staged(
+            engine, rows, engine.inputs.spec_for(first.targets), weighted=first.weight is not None
+        )
         self.arrays: dict[str, Any] = self._bound.arrays
 
     def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
@@ -60,9 +64,8 @@ class Stream:
             if len(batch.X) > self._rows:
                 self._make_room(len(batch.X))
             batch = self._weighted(batch)
-            self._engine.run_staged(
-                self._bound, self._engine.scaling.normalised(batch.X), batch.targets.values, batch.weight
-            )
+            x = self._engine.scaling.normalised(batch.X)
+            run_staged(self._engine, self._bound, x, batch.targets.values, batch.weight)
             if self._engine.ranks is not None:
                 self._compare(self._engine.ranks, batch.targets.values)
 

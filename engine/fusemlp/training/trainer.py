@@ -34,7 +34,7 @@ class Trainer(Session):
         """Copies of the weights of the best epoch, by name, where early stopping keeps them; else None."""
         if self._best is None or isinstance(self._best, dict):
             return self._best
-        return self.named(self._best)
+        return self.memory.named(self._best)
 
     @best_parameters.setter
     def best_parameters(self, tensors: dict[str, Array] | None) -> None:
