@@ -67,7 +67,7 @@ OF_PREDICT = {
 # Arguments that from_pretrained hands on to the engine.
 _HANDED_ON = (
     *("batch_size", "seed", "backend", "device", "precision", "plan", "normalise"),
-    *("distributed", "reduce", "timeout", "shard_optimizer"),
+    *("distributed", "reduce", "timeout"),
 )
 
 
@@ -94,8 +94,6 @@ class Engine(Trainer):
     ``batch_size`` is that of all together. With ``reduce="ordered"`` 1, 2, 4 and 8 processes give the same bits;
     "fast" adds in any order, on any number. Rank 0 alone writes files. A process that ends or is silent for ``timeout``
     seconds ends the others (DistributedError). A copy of such an engine trains alone.
-    ``shard_optimizer=True``: each process keeps one slice of the optimizer's state and updates the parameters there,
-    with the same bits; the processes must save checkpoints and copy the engine together.
 
     Raises ArgumentError or ArgumentTypeError for impossible values, BackendUnavailableError for what this machine
     does not have.
@@ -317,6 +315,7 @@ class Engine(Trainer):
 names_absent(Engine, KERAS)
 
 
+@knows_names(ELSEWHERE)
 def load_checkpoint(
     path: str | Path,
     *,
@@ -326,12 +325,10 @@ def load_checkpoint(
     distributed: bool = False,
     reduce: str = ORDERED,
     timeout: float = TIMEOUT,
-    shard_optimizer: bool = False,
 ) -> Engine:
     """The engine that was saved, on any backend. With ``network`` the checkpoint must be of such a network.
 
-    ``distributed``, ``reduce``, ``timeout`` and ``shard_optimizer``: see ``Engine``. The number of processes and
-    ``shard_optimizer`` may be other than before.
+    ``distributed``, ``reduce`` and ``timeout``: see ``Engine``. The number of processes may be other than before.
 
     Raises CheckpointError if the file is missing, corrupted or of another network, BackendUnavailableError.
     """
@@ -341,7 +338,7 @@ def load_checkpoint(
         raise CheckpointError(
             f"path: {str(path)!r} is of another network: expected {network!r}, it holds {engine.network!r}"
         )
-    engine.join(distributed, reduce, timeout, shard_optimizer)
+    engine.join(distributed, reduce, timeout)
     return engine
 
 

@@ -66,12 +66,6 @@ class Pair:
         for place in range(self.world):
             into[place].copy_(own)
 
-    def exchange(self, into: Any, own: Any, counts: Sequence[int], into_all: Any, own_all: Any) -> None:
-        self.card.events.append("collective")
-        for place in range(self.world):
-            into[place].copy_(own[: counts[0]])
-            into_all[place].copy_(own_all)
-
     def add(self, *arrays: Any) -> None:
         self.card.events.append("collective")
         for array in arrays:
@@ -103,9 +97,9 @@ def made(card: Card, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Engine:
     return Engine(net, **{**given, **options})
 
 
-@pytest.mark.parametrize(("options", "each"), [({}, 1), ({"reduce": "fast"}, 1), ({"shard_optimizer": True}, 2)])
-def test_an_epoch_waits_once_and_a_step_has_its_collectives_in_the_graph(
-    card: Card, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], each: int
+@pytest.mark.parametrize("options", [{}, {"reduce": "fast"}])
+def test_an_epoch_waits_once_and_a_step_has_its_collective_in_the_graph(
+    card: Card, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     engine = made(card, monkeypatch, **options)
     assert engine.plan == "graph" and "in a graph" in engine.plan_reason
@@ -113,7 +107,7 @@ def test_an_epoch_waits_once_and_a_step_has_its_collectives_in_the_graph(
         engine.fit(X, Y, epochs=1)
     # a step by itself, which makes NCCL ready, and the captures: of several steps, and of one
     assert first.events.count("captured") == 2
-    assert first.events.count("collective") == each * (1 + STEPS_A_GRAPH + 1)
+    assert first.events.count("collective") == 1 + STEPS_A_GRAPH + 1
     found = []
     for epochs in (2, 3):
         with card.counted() as one:
@@ -213,7 +207,7 @@ def test_replayed_steps_have_the_bits_of_eager_ones(monkeypatch: pytest.MonkeyPa
     found = []
     for plan in ("eager", "graph"):
         with counting(computes=True) as card:
-            engine = made(card, monkeypatch, plan=plan, optimizer=Adam(0.05, **given), shard_optimizer=bool(given))
+            engine = made(card, monkeypatch, plan=plan, optimizer=Adam(0.05, **given))
             # one step, a graph of two, and one of one
             engine.fit(X[:14], Y[:14], epochs=1)
             assert ("captured" in card.events) == (plan == "graph")

@@ -1,14 +1,13 @@
-"""Train together with the same engine in other processes, the ranks, and collect what each has a slice of."""
+"""Train together with the same engine in other processes, the ranks."""
 
 from __future__ import annotations
 
 import platform
 from functools import cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fusemlp.describe.checks import as_number, check_choice, check_flag
-from fusemlp.inputs.arrays import Array
 from fusemlp.program.sharding import ORDERED, REDUCTIONS, Sharding
 from fusemlp.runtime.plans import check_collectives, shared_plan
 from fusemlp.runtime.ranks import check_nccl, joined, own_card
@@ -41,31 +40,24 @@ def open_here(name: str, device: str | None, precision: str) -> Backend:
         return found
 
 
-def join(engine: Session, distributed: bool, reduce: str, timeout: float, shard_optimizer: bool) -> None:
-    """With ``distributed`` train together with the other processes that torchrun has started; ``shard_optimizer``:
-    each with its slice of the optimizer's state.
+def join(engine: Session, distributed: bool, reduce: str, timeout: float) -> None:
+    """With ``distributed`` train together with the other processes that torchrun has started.
 
     Raises what ``Ranks`` does, and ArgumentError or BackendUnavailableError for what cannot be trained so.
     """
     check_choice("reduce", reduce, REDUCTIONS)
     limit = as_number("timeout", timeout, low=0.0, low_open=True)
-    sliced = check_flag("shard_optimizer", shard_optimizer)
     if not check_flag("distributed", distributed):
         if reduce != ORDERED:
             raise ArgumentError(
                 f"reduce: {reduce!r} adds the gradients of several processes, and this one trains alone; start it "
                 "by torchrun, a script with distributed=True, or leave reduce out"
             )
-        if sliced:
-            raise ArgumentError(
-                "shard_optimizer: it gives several processes a slice each of the optimizer's state, and this one "
-                "trains alone; start it by torchrun, a script with distributed=True, or leave shard_optimizer out"
-            )
         return
     traits = engine.memory.backend.traits
     check_collectives("distributed", traits)
     # refused before the processes meet
-    shared_plan((engine.plan, engine.plan_reason), traits, Sharding(reduce, 1, sliced))
+    shared_plan((engine.plan, engine.plan_reason), traits, Sharding(reduce, 1))
     if engine.privacy is not None:
         raise ArgumentError("privacy: a private engine trains in one process so far; leave distributed out")
     engine.network.check_single("distributed", "training on several processes")
@@ -75,62 +67,12 @@ def join(engine: Session, distributed: bool, reduce: str, timeout: float, shard_
     if device != "cpu":
         check_nccl()
     ranks = joined(limit)
-    sharding = Sharding(reduce, ranks.world, sliced).check()
+    sharding = Sharding(reduce, ranks.world).check()
     plan = shared_plan((engine.plan, engine.plan_reason), traits, sharding, ranks.uncaptured())
-    engine.ranks = ranks
+    engine.ranks, engine.sharding = ranks, sharding
     engine.plan, engine.plan_reason = plan
-    _share_out(engine, sharding)
-    told = {"reduce": sharding, "shard_optimizer": sliced, "backend": engine.backend, "plan": engine.plan}
+    told = {"reduce": sharding, "backend": engine.backend, "plan": engine.plan}
     ranks.check_same({**_versions(), **engine.description(), **told})
     # after that: with another backend a rank has no card
     if device != "cpu":
         ranks.take_card(device)
-
-
-def _share_out(engine: Session, sharding: Sharding, *, everywhere: bool = True) -> None:
-    """Train on with this sharding; without ``everywhere`` rank 0 alone does."""
-    before = {name: engine.whole(name, everywhere=everywhere) for name in engine.memory.snapshot()}
-    if any(array is None for array in before.values()):
-        return
-    again = sharding.slices or (engine.sharding is not None and engine.sharding.slices)
-    engine.sharding = sharding
-    if again:
-        engine._use_memory(None, engine.rates.schedule)
-        for name, array in before.items():
-            engine.put(name, array)
-        engine.memory.refresh_shadow()
-        engine.rates.forget()
-
-
-def keep_whole_state(engine: Session) -> None:
-    """Let rank 0 keep the whole state of the optimizer, and need the other ranks no more to save it."""
-    if engine.sharding is not None and engine.sharding.slices:
-        _share_out(engine, engine.sharding._replace(slices=False), everywhere=False)
-
-
-def whole(engine: Session, name: str, *, everywhere: bool = True) -> Array | None:
-    """Return the flat array ``name`` of the memory. All ranks must call this if they have slices of it; without
-    ``everywhere`` all but rank 0 get None.
-    """
-    memory, ranks, allocate = engine.memory, engine.ranks, engine.memory.backend.allocate
-    array: Array = memory.arrays[name]
-    in_slices = engine.sharding is not None and engine.sharding.slices and name == "grads"
-    if ranks is None or not (in_slices or name in memory.sliced):
-        return array
-    own: Array = allocate(memory.slice_size, "real")
-    part = array[memory.own] if in_slices else array
-    own[: len(part)] = part
-    rows: Array | None = None
-    if everywhere or ranks.leads:
-        rows = allocate(ranks.world * len(own), "real").reshape(ranks.world, len(own))
-    if everywhere and rows is not None:
-        ranks.all_gather(rows, own)
-    else:
-        ranks.gather(rows, own)
-    return None if rows is None else rows.reshape(-1)[: memory.layout.size]
-
-
-def put(engine: Session, name: str, whole: Any) -> None:
-    """Write the flat array ``name`` of the memory, or this rank's slice of it."""
-    memory = engine.memory
-    memory.backend.copy_into(memory.arrays[name], whole[memory.own] if name in memory.sliced else whole)

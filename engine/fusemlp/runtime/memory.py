@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 from fusemlp.describe.network import MLP
@@ -28,13 +27,11 @@ def new_arenas(
     mixed: bool = False,
     gradient_parts: int = 1,
     models: int = 1,
-    slices: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Flat zeroed arrays for what ``models`` models keep between steps, one model's behind the other's; ``size`` is
-    that of a model's parameters in elements. ``slices``: the sizes of arrays that are a slice."""
+    that of a model's parameters in elements."""
     sizes = {"params": (size, "real"), "grads": (size * gradient_parts, "real")}
     sizes |= {f"state{index}": (size, "real") for index in range(state_count)}
-    sizes |= {name: (count, "real") for name, count in (slices or {}).items()}
     sizes |= {"counters": (COUNTERS, DTYPES["counters"]), "hyper": (HYPER, DTYPES["hyper"])}
     sizes["stats"] = STATS, DTYPES["stats"]
     sizes["rates"] = (1 + layout.RATE_ROWS) * RATE_COLUMNS, "float64"
@@ -67,8 +64,7 @@ class Memory:
 
     ``average`` is the number of the state that predictions read in place of the parameters, or None.
     ``item_bytes``: bytes of a parameter; ``compute_bytes``: of what the matrix products read, where that is another
-    type. ``arenas``: its arrays, those of ``new_arenas`` by default. ``rank``, its number and that of all: it keeps a
-    slice of the optimizer's state, the elements ``own``.
+    type. ``arenas``: its arrays, those of ``new_arenas`` by default.
     """
 
     def __init__(
@@ -82,7 +78,6 @@ class Memory:
         gradient_parts: int = 1,
         arenas: Mapping[str, Any] | None = None,
         average: int | None = None,
-        rank: tuple[int, int] = (0, 1),
     ) -> None:
         self.backend = backend
         # the suffix of what predictions read: of the parameters, or of their average
@@ -97,16 +92,8 @@ class Memory:
         # the parts of a batch have their gradients behind one another
         self.gradient_parts = gradient_parts
         size, rounded = self.layout.size, ["shadow"] if mixed else []
-        # the elements of a slice, of that of each rank, and which this rank has
-        self.slice_size = layout.slice_size(size, rank[1], item_bytes)
-        ends = [min(size, number * self.slice_size) for number in range(rank[1] + 1)]
-        self.slice_sizes = [end - start for start, end in pairwise(ends)]
-        self.own = slice(*ends[rank[0] : rank[0] + 2])
-        # the states of which there is a slice: predictions read all of an average
-        self.sliced = tuple(f"state{index}" for index in range(state_count) if rank[1] > 1 and index != average)
         if arenas is None:
-            slices = dict.fromkeys(self.sliced, self.slice_sizes[rank[0]])
-            arenas = new_arenas(backend, size, state_count, mixed=mixed, gradient_parts=gradient_parts, slices=slices)
+            arenas = new_arenas(backend, size, state_count, mixed=mixed, gradient_parts=gradient_parts)
         rates = arenas["rates"].reshape(-1, RATE_COLUMNS)
         # the flat arrays by name
         self.arenas: dict[str, Any] = {**arenas, "grads": arenas["grads"][:size], "rates": rates}
@@ -118,7 +105,7 @@ class Memory:
         views = self.layout.views
         self.arrays: dict[str, Any] = {**self.arenas, **views(backend, self.params)}
         self.arrays |= {f"d{name}": view for name, view in views(backend, self.grads).items()}
-        for arena in (*[name for name in states if name not in self.sliced], *rounded):
+        for arena in (*states, *rounded):
             self.arrays |= {f"{name}.{arena}": view for name, view in views(backend, arenas[arena]).items()}
 
     @property

@@ -33,11 +33,9 @@ def evaluated_tensors(engine: Session) -> dict[str, Array]:
     return engine.tensors(engine.memory.evaluated)
 
 
-def tensors(engine: Session, suffix: str, prefix: str = "", *, everywhere: bool = True) -> dict[str, Array]:
-    """Copies of one array per parameter: the parameters (""), or another arena's (".state0"; prefix "d"). Of an
-    arena of which ranks have slices there are none without ``everywhere``, but on rank 0."""
-    flat = engine.whole(_arena_of(suffix, prefix), everywhere=everywhere)
-    return {} if flat is None else engine.memory.named(flat)
+def tensors(engine: Session, suffix: str, prefix: str = "") -> dict[str, Array]:
+    """Copies of one array per parameter: the parameters (""), or another arena's (".state0"; prefix "d")."""
+    return engine.memory.named(engine.memory.arrays[_arena_of(suffix, prefix)])
 
 
 def write_tensors(engine: Session, tensors: Mapping[str, Array], suffix: str, prefix: str = "") -> None:
@@ -47,15 +45,12 @@ def write_tensors(engine: Session, tensors: Mapping[str, Array], suffix: str, pr
     """
     if not suffix and not prefix and engine.memory.evaluated:
         engine.write_tensors(tensors, engine.memory.evaluated)
-    arena, memory = _arena_of(suffix, prefix), engine.memory
-    sliced = arena in memory.sliced
-    flat = engine.memory.backend.allocate(memory.layout.size, "real") if sliced else memory.arrays[arena]
+    memory = engine.memory
+    flat = memory.arrays[_arena_of(suffix, prefix)]
     flat[:] = 0.0
-    views = memory.layout.views(engine.memory.backend, flat)
+    views = memory.layout.views(memory.backend, flat)
     for short, name in memory.names.items():
-        engine.memory.backend.copy_into(views[short], tensors[name])
-    if sliced:
-        engine.put(arena, flat)
+        memory.backend.copy_into(views[short], tensors[name])
     if not prefix and not suffix:
         engine.memory.refresh_shadow()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fusemlp.describe.checks import as_count, check_flag
+from fusemlp.describe.checks import as_count
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
@@ -107,7 +107,7 @@ def shared_plan(
     Raises ArgumentError or BackendUnavailableError for a plan asked for that they do not have.
     """
     plan, reason = alone
-    between = f"{'collectives' if sharding.slices else 'a collective'} between them ({sharding})"
+    between = f"a collective between them ({sharding})"
     if traits.on_host:
         if plan != "resident":
             raise ArgumentError(
@@ -146,15 +146,11 @@ def _traits(backend: str, precision: str) -> Traits:
     return traits
 
 
-def _sharding(traits: Traits, devices: int | None, reduce: str, shard_optimizer: bool) -> Sharding | None:
-    if check_flag("shard_optimizer", shard_optimizer) and devices is None:
-        raise ArgumentError(
-            "shard_optimizer: it shards over several processes; say how many by devices, or leave it out"
-        )
+def _sharding(traits: Traits, devices: int | None, reduce: str) -> Sharding | None:
     if devices is None:
         return None
     check_collectives("devices", traits)
-    return Sharding(reduce, as_count("devices", devices), shard_optimizer).check()
+    return Sharding(reduce, as_count("devices", devices)).check()
 
 
 def chosen_plan(
@@ -165,14 +161,13 @@ def chosen_plan(
     precision: str = "fp32",
     devices: int | None = None,
     reduce: str = ORDERED,
-    shard_optimizer: bool = False,
 ) -> tuple[str, str] | None:
     """Return the plan that ``plan="auto"`` means in ``fit``, and why; None if it does not depend on the network.
 
     Raises what ``plan_text`` does for the same arguments.
     """
     traits = _traits(backend, precision)
-    sharding = _sharding(traits, devices, reduce, shard_optimizer)
+    sharding = _sharding(traits, devices, reduce)
     if traits.resident is None:
         return None
     alone = choose_plan("auto", traits, net.sizes, batch_size, precision, members=net.members)
@@ -189,17 +184,15 @@ def plan_text(
     precision: str = "fp32",
     devices: int | None = None,
     reduce: str = ORDERED,
-    shard_optimizer: bool = False,
 ) -> str:
     """The step program that ``fit`` runs on a backend that need not be installed, under ``plan="auto"``, as text;
-    with ``devices`` that of one of this many processes which train together, with ``shard_optimizer`` each with a
-    slice of the optimizer's state.
+    with ``devices`` that of one of this many processes which train together.
 
     Raises ArgumentError or ArgumentTypeError for impossible values, BackendUnavailableError for ``devices`` of a
     backend that trains in one process.
     """
     traits = _traits(backend, precision)
-    sharding = _sharding(traits, devices, reduce, shard_optimizer)
+    sharding = _sharding(traits, devices, reduce)
     chosen_loss, chosen_optimizer = as_loss(loss), as_optimizer(optimizer)
     chosen_loss.check_network(net)
     chosen_optimizer.check_network(net)

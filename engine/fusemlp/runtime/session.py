@@ -61,6 +61,8 @@ ELSEWHERE = {
     "loss_fn": "it is called loss here: Engine(net, loss='mse')",
     "random_state": "it is called seed here: Engine(net, seed=0)",
     "dtype": "it is called precision here: Engine(net, precision='fp32')",
+    # of earlier releases
+    "shard_optimizer": "it is gone: each process keeps the whole state of the optimizer now; leave it out",
 }
 EXAMPLES = {"backend": "auto", "precision": "fp32", "plan": "auto"}
 
@@ -77,9 +79,6 @@ class Session:
     tensors = parameters.tensors
     write_tensors = parameters.write_tensors
     join = joining.join
-    keep_whole_state = joining.keep_whole_state
-    whole = joining.whole
-    put = joining.put
 
     @knows_names(ELSEWHERE, call="Engine(net, loss='mse', optimizer=Adam(lr=0.001), batch_size=32)")
     def __init__(
@@ -98,7 +97,6 @@ class Session:
         distributed: bool = False,
         reduce: str = ORDERED,
         timeout: float = TIMEOUT,
-        shard_optimizer: bool = False,
     ) -> None:
         self.network = as_network("net", net)
         self.loss = as_loss(loss)
@@ -115,10 +113,9 @@ class Session:
         self.start(backend, device, plan)
         if normalise is not None and not isinstance(normalise, bool | np.bool_):
             self.scaling.scale = self.scaling.measured(self.inputs.features("normalise", normalise))
-        self.join(distributed, reduce, timeout, shard_optimizer)
-        self.write_tensors(
-            checked_state(net.parameter_shapes(), net.initial_parameters(self.seed), self.inputs.real), ""
-        )
+        self.join(distributed, reduce, timeout)
+        drawn = net.initial_parameters(self.seed)
+        self.write_tensors(checked_state(net.parameter_shapes(), drawn, self.inputs.real), "")
 
     def like(self, kind: type[Made], **changes: Any) -> Made:
         """Return a new ``kind`` of session with the network, loss, optimizer, batch size, seed and machine of this one.
@@ -198,9 +195,6 @@ class Session:
             gradient_parts=batch_parts(self._backend.traits, rows or self.batch_size, self.network.parameter_count),
             arenas=arenas,
             average=rule.average,
-            rank=(self.ranks.rank, self.ranks.world)
-            if self.ranks is not None and self.sharding is not None and self.sharding.slices
-            else (0, 1),
         )
         # the learning rates of the updates to come, for those who launch steps
         self.rates = self._rate_table(rule)

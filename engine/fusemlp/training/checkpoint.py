@@ -38,16 +38,13 @@ from fusemlp.training.trainer import Trainer
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
 
-def engine_content(
-    engine: Trainer, extra: Mapping[str, Any] | None = None, *, everywhere: bool = True
-) -> dict[str, Any]:
+def engine_content(engine: Trainer, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the content of a checkpoint: "config", JSON-able, and "tensors", NumPy arrays by name.
 
-    Tensors have the parameters' names and no padding of a backend, so that another backend can continue. All
-    ranks must call this if they have slices of the state; without ``everywhere`` rank 0 alone has all tensors.
+    Tensors have the parameters' names and no padding of a backend, so that another backend can continue.
     """
     memory = engine.memory
-    kinds = {kind: engine.tensors(*place, everywhere=everywhere) for kind, place in _kinds(engine).items()}
+    kinds = {kind: engine.tensors(*place) for kind, place in _kinds(engine).items()}
     kinds["best"] = engine.best_parameters or {}
     kinds["input"] = engine.scaling.tensors
     kinds["merged"] = {} if engine.merged_biases is None else {"bias": engine.merged_biases}
@@ -141,37 +138,18 @@ def save_checkpoint(engine: Trainer, path: str | Path, *, extra: Mapping[str, An
 
     ``extra`` is a JSON-able mapping; ``read_extra`` returns it. Inside a callback of ``fit`` the position in the epoch
     is saved too: ``load_checkpoint(path).fit(..., resume=True)`` continues from there. A symbolic link stays, and its
-    target is replaced. Of several processes that train together, rank 0 writes; with ``shard_optimizer`` all must call.
+    target is replaced. Of several processes that train together, rank 0 writes.
 
     Raises ArgumentError or ArgumentTypeError for an impossible path or extra, DivergenceError if parameters are no
     longer finite, OSError from the disk; an older checkpoint at ``path`` then stays intact.
     """
-    target, held = _target(engine, path), _checked_extra(extra)
-    content = engine_content(engine, held, everywhere=False)
+    check_ending(path)
+    # the folder may be on the machine of rank 0 alone
+    target = target_file(path) if engine.ranks is None or engine.ranks.leads else None
+    content = engine_content(engine, _checked_extra(extra))
     check_finite(_of_kind("parameter", content["tensors"]), CHECKPOINT.name)
     if target is not None:
         write_atomically(target, to_bytes(CHECKPOINT, content["config"], content["tensors"]))
-
-
-def _target(engine: Trainer, path: str | Path) -> Path | None:
-    """Return the file to write, None on a rank that writes none; where all ranks save, all raise what rank 0 does."""
-    check_ending(path)
-    ranks = engine.ranks
-    together = engine.sharding is not None and engine.sharding.slices
-    target, refusal = None, ""
-    # the folder may be on the machine of rank 0 alone
-    if ranks is None or ranks.leads:
-        try:
-            target = target_file(path)
-        except (ArgumentError, OSError) as error:
-            if not together:
-                raise
-            refusal = str(error)
-    if ranks is not None and together:
-        refusal = ranks.texts(refusal)[0]
-    if refusal:
-        raise ArgumentError(refusal)
-    return target
 
 
 def _checked_extra(extra: Mapping[str, Any] | None) -> dict[str, Any]:
