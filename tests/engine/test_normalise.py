@@ -187,7 +187,7 @@ class TestTraining:
     def test_dead_units_are_those_of_scaled_rows(self) -> None:
         engine = fitted()
         other = plain(engine)
-        other.load_state_dict(engine.tensors(""))
+        other.load_state_dict(engine.memory.tensors())
         assert engine.dead_units(X) == other.dead_units(scaled(engine, X))
 
     def test_raw_digits_are_learned(self) -> None:

@@ -109,11 +109,11 @@ class EachStep(fusemlp.Callback):
         self.remember(engine)
 
     def remember(self, engine):
-        def exact(suffix):
-            return {name: array.astype(np.float64) for name, array in engine.tensors(suffix).items()}
+        def exact(arena):
+            return {name: array.astype(np.float64) for name, array in engine.memory.tensors(arena).items()}
 
-        self.before = exact("")
-        self.states = [exact(f".state{index}") for index in range(engine.optimizer.rule().state_count)]
+        self.before = exact("params")
+        self.states = [exact(f"state{index}") for index in range(engine.optimizer.rule().state_count)]
 
     def on_batch_end(self, engine, batch):
         rows = self.batches[self.steps]

@@ -44,7 +44,7 @@ def merged(engines: Sequence[Engine]) -> Engine:
         one.keys() == scales[0].keys() and all(np.array_equal(one[name], scales[0][name]) for name in one)
         for one in scales
     )
-    states = [engine.evaluated_tensors() if alike else _of_raw_inputs(engine) for engine in engines]
+    states = [engine.memory.evaluated_tensors() if alike else _of_raw_inputs(engine) for engine in engines]
     check_mergeable(first.network, count)
     inputs, *hidden, outputs = first.network.sizes
     parameters: dict[str, Array] = {}
@@ -106,7 +106,7 @@ def members(engine: Engine, argument: str = "engine") -> list[Engine]:
 
 def _member(engine: Engine, place: int) -> Engine:
     """Return one of the members that share weights, as a network without members."""
-    net, shared = engine.network, engine.evaluated_tensors()
+    net, shared = engine.network, engine.memory.evaluated_tensors()
     own = slice(place * net.sizes[-1], (place + 1) * net.sizes[-1])
     parameters = dict(engine.scaling.tensors)
     for layer in range(net.layers):
@@ -131,7 +131,7 @@ def _like(first: Engine, widths: Sequence[int], *, normalise: bool | None) -> En
 
 def _of_raw_inputs(engine: Engine) -> dict[str, Array]:
     """Return parameters of the same network for inputs that are not normalised."""
-    state = engine.evaluated_tensors()
+    state = engine.memory.evaluated_tensors()
     if engine.scaling.scale is not None:
         mean, scale = (np.asarray(one, np.float64) for one in (engine.scaling.scale.mean, engine.scaling.scale.scale))
         weight = state["0.weight"] / scale

@@ -95,7 +95,7 @@ def onnx_bytes(
         importlib.import_module("onnx")
     except ModuleNotFoundError as error:
         raise MissingLibraryError(f"to_onnx: it needs the library onnx: {HINT}") from error
-    parameters, scale = engine.evaluated_tensors(), engine.scaling.tensors
+    parameters, scale = engine.memory.evaluated_tensors(), engine.scaling.tensors
     check_finite(parameters, "ONNX file")
     size = sum(array.nbytes for array in parameters.values())
     if size > MOST_BYTES:

@@ -149,7 +149,7 @@ class Propagation:
     """The bounds of an engine's network, as its parameters are now."""
 
     def __init__(self, engine: Session) -> None:
-        net, state = engine.network, engine.evaluated_tensors()
+        net, state = engine.network, engine.memory.evaluated_tensors()
         on_host = engine.memory.backend.traits.on_host
         self.arithmetic = (ON_HOST if on_host else ARITHMETIC)[engine.precision]
         self.scale = engine.scaling.scale

@@ -157,6 +157,30 @@ class Memory:
         finite = finite or all(map(math.isfinite, backend.extent(self.params)))
         return Account(found.reshape(-1, len(self.stats)), counters, hyper, finite, rest[len(sums) :])
 
+    def tensors(self, arena: str = "params") -> dict[str, Array]:
+        """Return copies of one array per parameter, by name: the parameters, or what another flat array has for them,
+        "state0" or "grads"."""
+        return self.named(self.arrays[arena])
+
+    def evaluated_tensors(self) -> dict[str, Array]:
+        """Return copies of what predictions use: the parameters, or their averages."""
+        return self.tensors(self.evaluated_arena)
+
+    def write(self, tensors: Mapping[str, Any], arena: str = "params") -> None:
+        """Invert ``tensors``; the padding around them becomes zero again, whatever a lost step left there.
+
+        An average of the parameters begins anew with them.
+        """
+        if arena == "params" and self.evaluated:
+            self.write(tensors, self.evaluated_arena)
+        flat = self.arrays[arena]
+        flat[:] = 0.0
+        views = self.layout.views(self.backend, flat)
+        for short, name in self.names.items():
+            self.backend.copy_into(views[short], tensors[name])
+        if arena == "params":
+            self.refresh_shadow()
+
     def named(self, flat: Any) -> dict[str, Array]:
         """Return copies of the tensors in a flat array like that of the parameters, by name."""
         views = self.layout.views(self.backend, flat)

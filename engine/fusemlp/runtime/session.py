@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fusemlp._version import __version__
-from fusemlp.describe.checks import as_count, check_choice
+from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag
 from fusemlp.describe.description import stored
 from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.losses import Loss, as_loss, loss_from_config
@@ -19,17 +19,16 @@ from fusemlp.describe.schedules import Schedule
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.device import DeviceInputs
 from fusemlp.inputs.state import checked_state
-from fusemlp.program.sharding import ORDERED, Sharding
-from fusemlp.runtime import joining, parameters
-from fusemlp.runtime.backends import PRECISIONS
+from fusemlp.program.sharding import ORDERED, REDUCTIONS, Sharding
+from fusemlp.runtime.backends import PRECISIONS, open_here
 from fusemlp.runtime.bound import KeptPrograms
 from fusemlp.runtime.inference import Inference
 from fusemlp.runtime.ledger import Ledger
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory
-from fusemlp.runtime.plans import ASKED, choose_plan, shared_plan
-from fusemlp.runtime.ranks import TIMEOUT, Ranks
+from fusemlp.runtime.plans import ASKED, check_collectives, choose_plan, shared_plan
+from fusemlp.runtime.ranks import TIMEOUT, Ranks, check_nccl, joined, versions
 from fusemlp.runtime.rates import RateTable
-from fusemlp.runtime.scaling import Scaling, as_normalise
+from fusemlp.runtime.scaling import MEAN, SCALE, Scaling, as_normalise
 from fusemlp_kernels.contract import (
     FIRST_LOSS_SCALE,
     LEARNING_RATE,
@@ -40,7 +39,7 @@ from fusemlp_kernels.contract import (
     UpdateRule,
     batch_parts,
 )
-from fusemlp_kernels.errors import ArgumentTypeError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 Made = TypeVar("Made", bound="Session")
 
@@ -72,13 +71,6 @@ class Session:
 
     ``Engine`` is its public face and documents the arguments; fitting, checkpoints, fleets and export work on this.
     """
-
-    state_dict = parameters.state_dict
-    load_state_dict = parameters.load_state_dict
-    evaluated_tensors = parameters.evaluated_tensors
-    tensors = parameters.tensors
-    write_tensors = parameters.write_tensors
-    join = joining.join
 
     @knows_names(ELSEWHERE, call="Engine(net, loss='mse', optimizer=Adam(lr=0.001), batch_size=32)")
     def __init__(
@@ -115,7 +107,7 @@ class Session:
             self.scaling.scale = self.scaling.measured(self.inputs.features("normalise", normalise))
         self.join(distributed, reduce, timeout)
         drawn = net.initial_parameters(self.seed)
-        self.write_tensors(checked_state(net.parameter_shapes(), drawn, self.inputs.real), "")
+        self.memory.write(checked_state(net.parameter_shapes(), drawn, self.inputs.real))
 
     def like(self, kind: type[Made], **changes: Any) -> Made:
         """Return a new ``kind`` of session with the network, loss, optimizer, batch size, seed and machine of this one.
@@ -165,34 +157,68 @@ class Session:
         # until it joins others
         self.ranks: Ranks | None = None
         self.sharding: Sharding | None = None
-        self._backend = joining.open_here(name, device, self.precision)
-        traits = self._backend.traits
-        self.backend = traits.name
-        self.device = self._backend.device
+        backend, real = open_here(name, device, self.precision), np.dtype(f"f{REAL_BYTES.get(self.precision, 4)}")
+        self.backend, self.device = backend.traits.name, backend.device
+        self.inputs = DeviceInputs(self.network, self.loss, backend, real)
         self.plan, self.plan_reason = self._chosen(plan, self.batch_size)
-        real = np.dtype(f"f{REAL_BYTES.get(self.precision, 4)}")
-        self.inputs = DeviceInputs(self.network, self.loss, self._backend, real)
         self.scaling = Scaling(self.inputs, self.normalise)
         # the loss's class weights, on the device
         self.class_weight: Any | None = None
         if self.loss.class_weight is not None:
-            self.class_weight = self._backend.from_host(np.asarray(self.loss.class_weight, real))
+            self.class_weight = backend.from_host(np.asarray(self.loss.class_weight, real))
         self._use_memory(None, None)
         self.memory.hyper[RATE_SCALE] = 1.0
         self.memory.hyper[LOSS_SCALE] = FIRST_LOSS_SCALE
         # (models, N): how far the last biases of merged models lie from their mean
         self.merged_biases: Array | None = None
 
+    def join(self, distributed: bool, reduce: str, timeout: float) -> None:
+        """With ``distributed`` train together with the other processes that torchrun has started.
+
+        Raises what ``Ranks`` does, and ArgumentError or BackendUnavailableError for what cannot be trained so.
+        """
+        check_choice("reduce", reduce, REDUCTIONS)
+        limit = as_number("timeout", timeout, low=0.0, low_open=True)
+        if not check_flag("distributed", distributed):
+            if reduce != ORDERED:
+                raise ArgumentError(
+                    f"reduce: {reduce!r} adds the gradients of several processes, and this one trains alone; start it "
+                    "by torchrun, a script with distributed=True, or leave reduce out"
+                )
+            return
+        traits = self.memory.backend.traits
+        check_collectives("distributed", traits)
+        # refused before the processes meet
+        shared_plan((self.plan, self.plan_reason), traits, Sharding(reduce, 1))
+        if self.privacy is not None:
+            raise ArgumentError("privacy: a private self trains in one process so far; leave distributed out")
+        self.network.check_single("distributed", "training on several processes")
+        if not any(self.optimizer.options_for(name)[0] for name in self.network.parameter_shapes()):
+            raise ArgumentError("distributed: the optimizer trains no parameter, so there is no gradient to add")
+        device = self.memory.backend.device
+        if device != "cpu":
+            check_nccl()
+        ranks = joined(limit)
+        sharding = Sharding(reduce, ranks.world).check()
+        plan = shared_plan((self.plan, self.plan_reason), traits, sharding, ranks.uncaptured())
+        self.ranks, self.sharding = ranks, sharding
+        self.plan, self.plan_reason = plan
+        told = {"reduce": sharding, "backend": self.backend, "plan": self.plan}
+        ranks.check_same({**versions(), **self.description(), **told})
+        # after that: with another backend a rank has no card
+        if device != "cpu":
+            ranks.take_card(device)
+
     def _use_memory(self, arenas: Mapping[str, Any] | None, schedule: Schedule | None, rows: int = 0) -> None:
-        rule = self.optimizer.rule()
+        rule, backend = self.optimizer.rule(), self.inputs.backend
         self.state_names = rule.states
         self.memory = memory = Memory(
             self.network,
-            self._backend,
+            backend,
             rule.state_count,
             item_bytes=self.inputs.real.itemsize,
             compute_bytes=COMPUTE_BYTES.get(self.precision),
-            gradient_parts=batch_parts(self._backend.traits, rows or self.batch_size, self.network.parameter_count),
+            gradient_parts=batch_parts(backend.traits, rows or self.batch_size, self.network.parameter_count),
             arenas=arenas,
             average=rule.average,
         )
@@ -200,7 +226,7 @@ class Session:
         self.rates = self._rate_table(rule)
         self.rates.schedule = schedule
         self.inference = Inference(self.network, self.loss, memory, self.inputs, self.scaling, self.class_weight)
-        self.programs = KeptPrograms(self._backend)
+        self.programs = KeptPrograms(backend)
 
     def move_into(self, arenas: Mapping[str, Any]) -> None:
         """Keep what the engine keeps in these arrays from now on: flat ones like those of ``new_arenas``."""
@@ -227,7 +253,7 @@ class Session:
 
     def _chosen(self, plan: str, batch_size: int) -> tuple[str, str]:
         """The plan that ``plan`` comes to for batches of this size, and why."""
-        traits, private, net = self._backend.traits, self.privacy is not None, self.network
+        traits, private, net = self.inputs.backend.traits, self.privacy is not None, self.network
         chosen = choose_plan(plan, traits, net.sizes, batch_size, self.precision, private=private, members=net.members)
         if self.ranks is None or self.sharding is None:
             return chosen
@@ -235,7 +261,7 @@ class Session:
 
     def make_room_for(self, rows: int) -> None:
         """Let the gradients of a batch of ``rows`` be summed in as many parts as in an engine made for such batches."""
-        if batch_parts(self._backend.traits, rows, self.network.parameter_count) > self.memory.gradient_parts:
+        if batch_parts(self.inputs.backend.traits, rows, self.network.parameter_count) > self.memory.gradient_parts:
             before = self.memory.snapshot()
             self._use_memory(None, self.rates.schedule, rows)
             self.memory.restore(before)
@@ -244,6 +270,29 @@ class Session:
         """Go back to a snapshot of the memory, or to what it remembered."""
         self.memory.restore(snapshot)
         self.rates.forget()
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of the parameters, by the names that torch gives them in the plain ``nn.Sequential``.
+
+        With the optimizer's ``ema`` they are the averages that ``predict`` uses.
+        With normalised inputs there are ``normalise.mean`` and ``normalise.scale`` (K,) too: the first layer takes
+        (x - mean) / scale.
+        """
+        return {**self.memory.evaluated_tensors(), **self.scaling.tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Set the parameters from array-likes with exactly the keys and shapes of ``state_dict``, or change nothing.
+
+        The statistics of normalised inputs are among the keys once they are measured, and may be before.
+
+        Raises ArgumentError for keys, ShapeError, DTypeError or DataError for values.
+        """
+        shapes = self.network.parameter_shapes()
+        if self.normalise and (self.scaling.scale is not None or (isinstance(state, Mapping) and MEAN in state)):
+            shapes |= dict.fromkeys((MEAN, SCALE), (self.network.sizes[0],))
+        arrays = checked_state(shapes, state, self.inputs.real)
+        self.scaling.take_tensors({name: arrays.pop(name) for name in (MEAN, SCALE) if name in arrays})
+        self.memory.write(arrays)
 
     def take_rule(self, rule: UpdateRule) -> None:
         """Fill the table of rates for the steps of ``rule``: the optimizer may be another than in the last fit."""
@@ -254,7 +303,7 @@ class Session:
         memory = self.memory
         memory.accumulates = rule.accumulate > 1
         return RateTable(
-            self._backend, rule, memory.hyper, memory.rates, memory.counters, skips=self.precision == "fp16"
+            memory.backend, rule, memory.hyper, memory.rates, memory.counters, skips=self.precision == "fp16"
         )
 
     @property

@@ -127,12 +127,12 @@ def _copy_moments(engine: Engine, optimizer: torch.optim.Optimizer, trained: Map
     kind = optimizers.optimizer_kind(optimizer)
     states = {name: optimizer.state.get(parameter, {}) for name, parameter in trained.items()}
     for index in range(len(engine.memory.states)):
-        tensors = engine.tensors(f".state{index}")
+        tensors = engine.memory.tensors(f"state{index}")
         for name, state in states.items():
             found = state.get(str(optimizers.MOMENTS[kind][index]))
             if found is not None:
                 tensors[name] = found.detach().cpu().numpy()
-        engine.write_tensors(tensors, f".state{index}")
+        engine.memory.write(tensors, f"state{index}")
     counts = {int(state.get("step", 0)) for state in states.values()} if kind == "adam" else {0}
     if len(counts) > 1:
         raise ArgumentError(

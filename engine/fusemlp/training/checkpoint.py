@@ -44,7 +44,7 @@ def engine_content(engine: Trainer, extra: Mapping[str, Any] | None = None) -> d
     Tensors have the parameters' names and no padding of a backend, so that another backend can continue.
     """
     memory = engine.memory
-    kinds = {kind: engine.tensors(*place) for kind, place in _kinds(engine).items()}
+    kinds = {kind: memory.tensors(arena) for kind, arena in _kinds(engine).items()}
     kinds["best"] = engine.best_parameters or {}
     kinds["input"] = engine.scaling.tensors
     kinds["merged"] = {} if engine.merged_biases is None else {"bias": engine.merged_biases}
@@ -63,11 +63,11 @@ def engine_content(engine: Trainer, extra: Mapping[str, Any] | None = None) -> d
     return {"config": config, "tensors": tensors}
 
 
-def _kinds(engine: Trainer) -> dict[str, tuple[str, str]]:
-    """Return the kinds of tensors of the training, each with its arguments of ``Trainer.tensors``."""
-    states = {f"state{index}": (f".state{index}", "") for index in range(len(engine.memory.states))}
-    gradients = {"gradient": ("", "d")} if engine.optimizer.accumulate > 1 else {}
-    return {"parameter": ("", ""), **states, **gradients}
+def _kinds(engine: Trainer) -> dict[str, str]:
+    """Return the kinds of tensors of the training, each with its flat array in memory."""
+    states = [f"state{index}" for index in range(len(engine.memory.states))]
+    gradients = {"gradient": "grads"} if engine.optimizer.accumulate > 1 else {}
+    return {"parameter": "params", **dict(zip(states, states, strict=True)), **gradients}
 
 
 def _of_kind(kind: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
@@ -118,8 +118,8 @@ def _restore_training(engine: Trainer, config: Mapping[str, Any], tensors: Mappi
     if config["backend"] == engine.backend and config["plan"] in engine.memory.backend.traits.plans:
         # The bits of later steps depend on the plan.
         engine.plan, engine.plan_reason = config["plan"], "the plan of the checkpoint"
-    for kind, place in _kinds(engine).items():
-        engine.write_tensors(_of_kind(kind, tensors), *place)
+    for kind, arena in _kinds(engine).items():
+        engine.memory.write(_of_kind(kind, tensors), arena)
     engine.scaling.take_tensors(_of_kind("input", tensors))
     memory = engine.memory
     for name in ("counters", "hyper", "stats"):

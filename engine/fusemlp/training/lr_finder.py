@@ -95,7 +95,7 @@ def lr_find(
         batch_size=min(engine.batch_size, len(data.X)),
         normalise=False,
     )
-    copy.load_state_dict(engine.tensors(""))
+    copy.load_state_dict(engine.memory.tensors())
     rates, losses = sweep(copy, data, steps=steps)
     return LearningRateSweep(tuple(rates), tuple(losses), steepest(rates, losses), len(rates) == steps)
 

@@ -54,7 +54,7 @@ class Trainer(Session):
     def go_to_best(self) -> None:
         """Go back to the best weights; an average of the parameters begins anew with them."""
         if isinstance(self._best, dict):
-            self.write_tensors(self._best, "")
+            self.memory.write(self._best)
             return
         for name in {"params", self.memory.evaluated_arena}:
             self.memory.backend.copy_into(self.memory.arrays[name], self._best)

@@ -219,8 +219,8 @@ def probe(
         # scaled by the layers before
         normalise=False,
     )
-    start = engine.tensors("")
-    tail.write_tensors(later(start), "")
+    start = engine.memory.tensors()
+    tail.memory.write(later(start))
     rows = engine.inputs.features("X", X)
     scale = engine.scaling.scale
     engine.scaling.warn("X", rows)
@@ -240,4 +240,4 @@ def probe(
             # an argument was wrong: nothing has changed
             engine.scaling.scale = scale
         else:
-            engine.write_tensors({**start, **shifted(tail.tensors(""), kept)}, "")
+            engine.memory.write({**start, **shifted(tail.memory.tensors(), kept)})
