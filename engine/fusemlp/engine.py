@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.elsewhere import knows_names, names_absent
+from fusemlp.describe.intervals import IBP
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.metrics import Metric
 from fusemlp.describe.network import MLP, as_network
@@ -17,18 +20,24 @@ from fusemlp.describe.summary import bytes_text, layer_lines
 from fusemlp.inputs.arrays import Array
 from fusemlp.program.program import Program
 from fusemlp.program.sharding import ORDERED
-from fusemlp.report import onnx
 from fusemlp.report.diagnosis import Finding
+from fusemlp.report.onnx import to_onnx
 from fusemlp.report.runs import open_run, weights_path
-from fusemlp.runtime import attacking, files, intervals
+from fusemlp.runtime import files, intervals
+from fusemlp.runtime.attacking import attack
 from fusemlp.runtime.backends import availability
 from fusemlp.runtime.binding import program_against, program_of_fit
 from fusemlp.runtime.ranks import TIMEOUT
 from fusemlp.runtime.scaling import MEAN, InputScale
 from fusemlp.runtime.session import ELSEWHERE, Session
 from fusemlp.runtime.stepping import step
-from fusemlp.training import checkpoint, fit, lr_finder, saving, transfer
+from fusemlp.training import checkpoint, transfer
+from fusemlp.training.checkpoint import save_checkpoint
+from fusemlp.training.fit import ELSEWHERE as OF_FIT
+from fusemlp.training.fit import fit
 from fusemlp.training.history import History
+from fusemlp.training.lr_finder import LearningRateSweep, lr_find
+from fusemlp.training.saving import save
 from fusemlp.training.trainer import Trainer
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
@@ -99,20 +108,86 @@ class Engine(Trainer):
     does not have.
     """
 
-    fit = fit.fit
-    attack = attacking.attack
-    probe = transfer.probe
-    save_checkpoint = checkpoint.save_checkpoint
-    save = saving.save
-    to_onnx = onnx.to_onnx
-    lr_find = lr_finder.lr_find
-    bounds = intervals.bounds
-    certified = intervals.certified
-
     @property
     def input_scale(self) -> InputScale | None:
         """Mean and scale of the columns of the inputs; None if they are not measured, or not wanted."""
         return self.scaling.scale
+
+    @knows_names(OF_FIT, call="fit(X, y, epochs=20)")
+    def fit(
+        self,
+        X: Any,
+        y: Any = None,
+        *,
+        epochs: int,
+        batch_size: int | None = None,
+        sample_weight: Any = None,
+        class_weight: Any = None,
+        validation_data: Any = None,
+        validation_split: float = 0.0,
+        validation_steps: int | None = None,
+        steps_per_epoch: int | None = None,
+        metrics: Iterable[str | Metric] | None = (),
+        early_stopping: int | None = None,
+        monitor: str | None = None,
+        callbacks: Iterable[Any] | None = (),
+        verbose: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        row_order: Callable[[int], Any] | None = None,
+        resume: bool = False,
+        time_limit: float | None = None,
+        adversarial: Attack | IBP | None = None,
+    ) -> History:
+        """Train on X (n, K) and y for ``epochs`` passes, or on batches.
+
+        y: (n,) class indices or (n, N) probabilities for cross_entropy, (n, N) from 0 to 1 for binary_cross_entropy,
+        (n, N) values for the others; (n,) stands for (n, 1). sample_weight: (n,), at least 0. Arrays may be in host
+        memory or on the engine's device (torch tensors, CuPy arrays, all with ``__dlpack__`` or
+        ``__cuda_array_interface__``). The kernels read device arrays in place, or copy them once if their type or
+        strides do not suit. An engine with ``normalise=True`` measures the X of its first fit, and trains on a scaled
+        copy. On a GPU the engine keeps program, graphs and data there for another fit on arrays of the same shapes;
+        ``engine.release()`` gives them back.
+
+        Without y, X yields batches (x, y) or (x, y, sample_weight): a generator, a list, a torch DataLoader, any
+        iterable, or ``fusemlp.Blocks`` of files larger than memory.
+        An epoch is ``steps_per_epoch`` batches, by default len(X); an iterable that ends begins again. One update takes
+        one batch, of any size; ``engine.batch_size`` does not matter.
+
+        batch_size: the rows of an update, from now on (``engine.batch_size`` changes); None: as before.
+        class_weight: a mapping from classes to weights (1 for others), one weight for each class, or "balanced". It
+        multiplies the weights of the training rows; validation is without it.
+
+        validation_data: (Xv, yv) or (Xv, yv, weights), or batches, of which ``validation_steps`` are collected once;
+        evaluated after each epoch, also by ``metrics``: of classes "auc", "f1", "balanced_accuracy", "log_loss", of
+        numbers "mae", "rmse", "r2", "pinball"; the history has them as "val_auc". Accuracy is always logged for
+        classes.
+        validation_split: the share of the rows, the last ones, to validate on in place of validation_data.
+        early_stopping: after this many epochs without a better ``monitor`` (val_loss), stop and restore the best
+        weights.
+        monitor: the quantity of the history that early stopping, best epoch and ReduceOnPlateau follow, such as
+        "val_auc".
+        callbacks: objects like ``Callback``, or like Keras's (``fusemlp.callbacks``); metrics that they or ``monitor``
+        name need not be in ``metrics``. verbose: 1 shows a bar on stderr, 2 a line an epoch, 0 nothing.
+
+        The order of the rows is a function of seed and epoch. ``shuffle=False`` keeps the rows as they are;
+        ``row_order`` is a function from the epoch to a permutation of range(n). A last short batch is trained on unless
+        ``drop_last``. A private engine draws the rows of each step, and logs epsilon; ``fusemlp.DPSGD`` says how.
+        ``resume=True`` goes on with the call that a checkpoint was written in, given the same data; ``epochs`` counts
+        from the beginning of that call. ``time_limit``: end training, as early stopping does, when this call has taken
+        this many seconds; the launch that runs, the first at least, is finished.
+
+        ``adversarial``, ``PGD(eps)`` or ``FGSM(eps)``: train on each batch as this attack changes it, at the parameters
+        of the step and without dropout. ``loss`` and ``accuracy`` of the history are of that; validation is of rows
+        unchanged. ``IBP(eps)``: train for certified accuracy; the history is of the rows as they are.
+
+        Ctrl-C ends training after the batch and raises KeyboardInterrupt; the parameters and the history are kept.
+        Raises ShapeError, DTypeError, DataError, ArgumentError before anything has changed, and DivergenceError when
+        the loss, or val_loss, is no longer finite, with the engine back at the last good epoch. Later batches of an
+        iterable are checked when they come. Warns (InputScaleWarning) of X far from unit scale.
+        """
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        return fit(self, **arguments)
 
     @property
     def program(self) -> Program:
@@ -134,6 +209,51 @@ class Engine(Trainer):
         normalised and have not been measured.
         """
         return step(self, x, y, sample_weight)
+
+    def probe(
+        self,
+        X: Any,
+        y: Any,
+        *,
+        epochs: int,
+        layers: int | None = None,
+        validation_data: Any = None,
+        **options: Any,
+    ) -> History:
+        """Train the layers after the first ``layers`` (None: the output layer) alone for ``epochs`` passes.
+
+        The first layers do not change, and their outputs for X (n, K), as in predictions, without dropout, are computed
+        once. A fit that follows then starts from a head that suits the features, and distorts them less (LP-FT: Kumar
+        et al., Fine-tuning can distort pretrained features and underperform out-of-distribution, 2022). The probe has
+        an optimizer of its own, like the engine's, which stays as it is, as do the engine's history and its count of
+        epochs.
+
+        ``validation_data`` and ``options`` are those of ``fit``, for arrays; callbacks see an engine of the trained
+        layers. Returns the history. Ctrl-C and a divergence leave the engine with the parameters reached, as in
+        ``fit``. Raises the errors of ``fit``, and ArgumentError for impossible layers.
+        """
+        with transfer.probing(self, X, y, layers, validation_data, options.get("adversarial")) as (
+            tail,
+            features,
+            held,
+        ):
+            return tail.fit(features, y, epochs=epochs, validation_data=held, **options)
+
+    def lr_find(
+        self,
+        X: Any,
+        y: Any,
+        *,
+        sample_weight: Any = None,
+        start: float = 1e-6,
+        end: float = 10.0,
+        steps: int = 200,
+    ) -> LearningRateSweep:
+        """Raise the learning rate from ``start`` to ``end`` over ``steps`` updates and watch the loss.
+
+        As ``fusemlp.lr_find``: the sweep trains a copy, and the engine does not change.
+        """
+        return lr_find(self, X, y, sample_weight=sample_weight, start=start, end=end, steps=steps)
 
     def release(self) -> None:
         """Give back the memory that steps and predictions work in, and on a GPU the data of the last fit; the next
@@ -210,6 +330,82 @@ class Engine(Trainer):
         Of a network with members none is looked at.
         """
         return self.inference.dead_units(X)
+
+    def attack(self, X: Any, y: Any, how: Attack) -> Array:
+        """Return rows (n, K) near X (n, K), of the engine's type, whose loss with the labels y is larger.
+
+        ``how``: ``PGD(eps)`` or ``FGSM(eps)``; eps and bounds are in the units of X. y as in ``fit``. Nothing is
+        dropped, and the parameters stay. Robust accuracy: ``engine.evaluate(engine.attack(X, y, how), y)["accuracy"]``.
+
+        Raises ArgumentTypeError for what is no attack, ShapeError, DTypeError or DataError for rows and labels, also
+        for rows outside the bounds, before anything has been computed.
+        """
+        return attack(self, X, y, how)
+
+    def bounds(self, X: Any, eps: Any, *, bounds: Any = None) -> tuple[Array, Array]:
+        """Return the least and the greatest outputs, two arrays (n, N) float64, for inputs within ``eps`` of X (n, K).
+
+        Every input x with |x - X| <= eps in each column has ``engine.outputs(x)`` between the two, and so has the
+        network in exact arithmetic. The bounds are valid, not the tightest. ``eps`` is a number, or (K,) with one for
+        each column: 0 for a column that does not move. It counts in the units of X, also with normalised inputs.
+        ``bounds``: (low, high) of the inputs that are possible, numbers or (K,) each, such as (0, 1) for pixels.
+
+        Raises ArgumentError, ArgumentTypeError, ShapeError, DTypeError or DataError, before anything has been computed.
+        """
+        return intervals.bounds(self, X, eps, bounds=bounds)
+
+    def certified(self, X: Any, y: Any, eps: Any, *, bounds: Any = None) -> Array:
+        """Return whether ``predict`` gives y for every input within ``eps`` of X (n, K): bool (n,), of labels (n, N).
+
+        False says that this is not shown. The mean is the certified accuracy. y, ``eps`` and ``bounds`` as in
+        ``evaluate`` and ``bounds``; rows of an ignored class are False.
+
+        Raises ArgumentError for targets that are no classes, and the errors of ``bounds``.
+        """
+        return intervals.certified(self, X, y, eps, bounds=bounds)
+
+    def save_checkpoint(self, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
+        """Write the engine's state to ``path`` atomically.
+
+        ``extra`` is a JSON-able mapping; ``read_extra`` returns it. Inside a callback of ``fit`` the position in the
+        epoch is saved too: ``load_checkpoint(path).fit(..., resume=True)`` continues from there. A symbolic link stays,
+        and its target is replaced. Of several processes that train together, rank 0 writes.
+
+        Raises ArgumentError or ArgumentTypeError for an impossible path or extra, DivergenceError if parameters are no
+        longer finite, OSError from the disk; an older checkpoint at ``path`` then stays intact.
+        """
+        save_checkpoint(self, path, extra=extra)
+
+    def save(self, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
+        """Write parameters and description to ``path`` atomically; of several processes that train together, rank 0
+        does.
+
+        ``metadata`` are entries of your own, from str to str, for ``safetensors.safe_open(path).metadata()``.
+
+        Raises ArgumentError or ArgumentTypeError for an impossible path or metadata, DivergenceError where parameters
+        are no longer finite, OSError from the disk; an older file at ``path`` then stays intact.
+        """
+        save(self, path, metadata=metadata)
+
+    def to_onnx(
+        self,
+        path: str | Path,
+        *,
+        preprocessor: Preprocessor | None = None,
+        classes: Sequence[Any] | Array | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write the graph of ``engine`` to ``path`` atomically.
+
+        ``classes`` are the labels in ``prediction`` in place of the indices of the classes; a preprocessor has its own.
+        ``metadata`` are entries of your own beside those of the file.
+
+        Raises ArgumentError or ArgumentTypeError for an impossible path, for a network of more than 2 GiB and for an
+        engine that shall normalise its inputs and has not measured any,
+        DivergenceError where parameters are no longer finite, MissingLibraryError without the library
+        onnx, OSError from the disk.
+        """
+        to_onnx(self, path, preprocessor=preprocessor, classes=classes, metadata=metadata)
 
     def summary(self, print_fn: Callable[[str], object] = print) -> None:
         """Print the network, its training and the memory that it takes; ``print_fn`` gets the text instead."""

@@ -25,9 +25,9 @@ from torch import distributed
 
 from fusemlp import MLP, Adam, ArgumentError, BackendUnavailableError, DistributedError, Engine, MissingLibraryError
 from fusemlp.program.sharding import Sharding
-from fusemlp.runtime import bound, joining, ranks
+from fusemlp.runtime import backends, bound, ranks, session
+from fusemlp.runtime.backends import open_here
 from fusemlp.runtime.bound import STEPS_A_GRAPH
-from fusemlp.runtime.joining import open_here
 from fusemlp.runtime.plans import ASKED, chosen_plan, plan_text, shared_plan
 from fusemlp.runtime.sharded import LAYERS
 from fusemlp_kernels.registry import TRAITS
@@ -90,8 +90,8 @@ class Pair:
 
 
 def made(card: Card, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Engine:
-    monkeypatch.setattr(joining, "joined", lambda timeout: Pair(card))
-    monkeypatch.setattr(joining, "check_nccl", lambda: None)
+    monkeypatch.setattr(session, "joined", lambda timeout: Pair(card))
+    monkeypatch.setattr(session, "check_nccl", lambda: None)
     given = {"optimizer": "adam", "batch_size": 4, "backend": "triton", "normalise": False, "distributed": True}
     net = MLP((3, 4, 2), dropout=options.pop("dropout", 0.0))
     return Engine(net, **{**given, **options})
@@ -231,7 +231,7 @@ def as_rank(monkeypatch: pytest.MonkeyPatch, local: int) -> None:
 
 
 def test_a_process_takes_the_card_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joining, "backend", a_backend)
+    monkeypatch.setattr(backends, "open_backend", a_backend)
     assert open_here("triton", None, "fp32").device == "cuda:0"
     as_rank(monkeypatch, 1)
     assert open_here("triton", None, "fp32").device == "cuda:1"

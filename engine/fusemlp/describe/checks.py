@@ -124,6 +124,7 @@ def as_deadline(argument: str, seconds: Any) -> float:
 def caller_level() -> int:
     """Return the ``stacklevel`` with which the calling function warns the first caller outside this package."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "fusemlp":
+    # blocks of a ``with`` are entered by contextlib
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("fusemlp", "contextlib"):
         frame, level = frame.f_back, level + 1
     return level

@@ -34,6 +34,7 @@ import numpy as np
 
 from fusemlp._version import __version__
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.checks import caller_level
 from fusemlp.describe.network import Activation
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.onnx_features import INPUT, network_input
@@ -67,16 +68,7 @@ def to_onnx(
     classes: Sequence[Any] | Array | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the graph of ``engine`` to ``path`` atomically.
-
-    ``classes`` are the labels in ``prediction`` in place of the indices of the classes; a preprocessor has its own.
-    ``metadata`` are entries of your own beside those of the file.
-
-    Raises ArgumentError or ArgumentTypeError for an impossible path, for a network of more than 2 GiB and for an
-    engine that shall normalise its inputs and has not measured any,
-    DivergenceError where parameters are no longer finite, MissingLibraryError without the library
-    onnx, OSError from the disk.
-    """
+    """Write the graph of ``engine`` to ``path`` atomically; see ``Engine.to_onnx``."""
     write_atomically(target_file(path), onnx_bytes(engine, preprocessor, metadata, classes=classes))
 
 
@@ -184,7 +176,7 @@ def _warn_of_blurred(preprocessor: Preprocessor, real: np.dtype[Any]) -> None:
             f"preprocessor: the feature {preprocessor.feature_names[column]!r} lies {ratios[column]:.2g} times its "
             f"scale from zero, which costs the graph's float32 input {ratios[column] * 2**-24:.1g} of that scale; "
             "subtract a constant from it in the data, or export an engine of precision fp64",
-            stacklevel=3,
+            stacklevel=caller_level(),
         )
 
 

@@ -19,14 +19,7 @@ if TYPE_CHECKING:
 
 
 def attack(engine: Session, X: Any, y: Any, how: Attack) -> Array:
-    """Return rows (n, K) near X (n, K), of the engine's type, whose loss with the labels y is larger.
-
-    ``how``: ``PGD(eps)`` or ``FGSM(eps)``; eps and bounds are in the units of X. y as in ``fit``. Nothing is dropped,
-    and the parameters stay. Robust accuracy: ``engine.evaluate(engine.attack(X, y, how), y)["accuracy"]``.
-
-    Raises ArgumentTypeError for what is no attack, ShapeError, DTypeError or DataError for rows and labels, also for
-    rows outside the bounds, before anything has been computed.
-    """
+    """Return rows near X whose loss with the labels y is larger; see ``Engine.attack``."""
     how = as_attack("how", how)
     engine.network.check_single("how", "an attack")
     data = engine.inputs.examples(X, y, None)

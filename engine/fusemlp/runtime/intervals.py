@@ -68,27 +68,13 @@ class Layer(NamedTuple):
 
 
 def bounds(engine: Session, X: Any, eps: Any, *, bounds: Any = None) -> Box:
-    """Return the least and the greatest outputs, two arrays (n, N) float64, for inputs within ``eps`` of X (n, K).
-
-    Every input x with |x - X| <= eps in each column has ``engine.outputs(x)`` between the two, and so has the network
-    in exact arithmetic. The bounds are valid, not the tightest. ``eps`` is a number, or (K,) with one for each column:
-    0 for a column that does not move. It counts in the units of X, also with normalised inputs. ``bounds``: (low, high)
-    of the inputs that are possible, numbers or (K,) each, such as (0, 1) for pixels.
-
-    Raises ArgumentError, ArgumentTypeError, ShapeError, DTypeError or DataError, before anything has been computed.
-    """
+    """Return the least and the greatest outputs for inputs within ``eps`` of X; see ``Engine.bounds``."""
     low, high = ball(engine, X, eps, bounds)
     return Propagation(engine).outputs(low, high)
 
 
 def certified(engine: Session, X: Any, y: Any, eps: Any, *, bounds: Any = None) -> Array:
-    """Return whether ``predict`` gives y for every input within ``eps`` of X (n, K): bool (n,), of labels (n, N).
-
-    False says that this is not shown. The mean is the certified accuracy. y, ``eps`` and ``bounds`` as in ``evaluate``
-    and ``bounds``; rows of an ignored class are False.
-
-    Raises ArgumentError for targets that are no classes, and the errors of ``bounds``.
-    """
+    """Return whether ``predict`` gives y for every input within ``eps`` of X; see ``Engine.certified``."""
     low, high = ball(engine, X, eps, bounds)
     targets = engine.inputs.targets("y", y, rows=len(low))
     values, kind = np.asarray(engine.inputs.on_host(targets.values)), engine.inputs.kind_of(targets)

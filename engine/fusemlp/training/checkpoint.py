@@ -134,15 +134,7 @@ def _restore_training(engine: Trainer, config: Mapping[str, Any], tensors: Mappi
 
 
 def save_checkpoint(engine: Trainer, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
-    """Write the engine's state to ``path`` atomically.
-
-    ``extra`` is a JSON-able mapping; ``read_extra`` returns it. Inside a callback of ``fit`` the position in the epoch
-    is saved too: ``load_checkpoint(path).fit(..., resume=True)`` continues from there. A symbolic link stays, and its
-    target is replaced. Of several processes that train together, rank 0 writes.
-
-    Raises ArgumentError or ArgumentTypeError for an impossible path or extra, DivergenceError if parameters are no
-    longer finite, OSError from the disk; an older checkpoint at ``path`` then stays intact.
-    """
+    """Write the engine's state to ``path`` atomically; see ``Engine.save_checkpoint``."""
     check_ending(path)
     # the folder may be on the machine of rank 0 alone
     target = target_file(path) if engine.ranks is None or engine.ranks.leads else None
