@@ -23,6 +23,7 @@ from fusemlp import (
     Fleet,
     PReLU,
 )
+from fusemlp.runtime.memory import Memory
 from fusemlp.runtime.plans import choose_plan, resident_chunk
 from fusemlp_kernels.contract import BATCH_INDEX, LAST_LOSS
 from fusemlp_kernels.philox import row_order
@@ -190,16 +191,16 @@ def test_ctrl_c_ends_all_models_after_a_launch(monkeypatch: pytest.MonkeyPatch) 
     import signal
 
     fleet = Fleet(NET, batch_size=BATCH, backend="triton", plan="resident", vary={"seed": range(2)})
-    original = type(fleet.engines[0]).remember
+    original = Memory.remember
     asked = []
 
-    def remember(engine: Engine, *arguments: Any) -> Any:
-        asked.append(engine)
+    def remember(memory: Memory, *arguments: Any) -> Any:
+        asked.append(memory)
         if len(asked) == 3:
             signal.raise_signal(signal.SIGINT)
-        return original(engine, *arguments)
+        return original(memory, *arguments)
 
-    monkeypatch.setattr(Engine, "remember", remember)
+    monkeypatch.setattr(Memory, "remember", remember)
     with pytest.raises(KeyboardInterrupt):
         # with rows to validate on, each epoch is a launch
         fleet.fit(X, y, epochs=50, validation_data=(X[:4], y[:4]))
