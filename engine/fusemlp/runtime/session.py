@@ -114,10 +114,8 @@ class Session:
 
         ``changes`` are arguments of the constructor that differ. It trains alone; its seed draws its parameters.
         """
-        given = {"net": self.network}
-        given |= {name: getattr(self, name) for name in ("loss", "optimizer", "batch_size", "seed")}
-        given |= {name: getattr(self, name) for name in ("backend", "device", "precision")}
-        return kind(**given | changes)
+        names = ("loss", "optimizer", "batch_size", "seed", "backend", "device", "precision")
+        return kind(**{"net": self.network, **{name: getattr(self, name) for name in names}, **changes})
 
     def description(self) -> dict[str, Any]:
         """Return the arguments of the session, JSON-able; ``describe_from`` is its inverse."""
@@ -191,7 +189,7 @@ class Session:
         # refused before the processes meet
         shared_plan((self.plan, self.plan_reason), traits, Sharding(reduce, 1))
         if self.privacy is not None:
-            raise ArgumentError("privacy: a private self trains in one process so far; leave distributed out")
+            raise ArgumentError("privacy: a private engine trains in one process so far; leave distributed out")
         self.network.check_single("distributed", "training on several processes")
         if not any(self.optimizer.options_for(name)[0] for name in self.network.parameter_shapes()):
             raise ArgumentError("distributed: the optimizer trains no parameter, so there is no gradient to add")
@@ -203,8 +201,8 @@ class Session:
         plan = shared_plan((self.plan, self.plan_reason), traits, sharding, ranks.uncaptured())
         self.ranks, self.sharding = ranks, sharding
         self.plan, self.plan_reason = plan
-        told = {"reduce": sharding, "backend": self.backend, "plan": self.plan}
-        ranks.check_same({**versions(), **self.description(), **told})
+        machine = {"reduce": sharding, "backend": self.backend, "plan": self.plan}
+        ranks.check_same({**versions(), **self.description(), **machine})
         # after that: with another backend a rank has no card
         if device != "cpu":
             ranks.take_card(device)
