@@ -60,7 +60,7 @@ def main(folder: Path) -> None:
     hot.load_state_dict({**state, "2.weight": 100.0 * state["2.weight"]})
     inputs, labels = np.random.default_rng(3).normal(size=(20, 9)), np.arange(20) % 4
     hot.fit(inputs, labels, epochs=1)
-    found["overflows"] = {"params": hot.snapshot()["params"], "skipped": np.array(hot.skipped_batches)}
+    found["overflows"] = {"params": hot.memory.snapshot()["params"], "skipped": np.array(hot.skipped_batches)}
     saved = CASES["clipping fp16"].engine(distributed=True)
     saved.fit(inputs, labels, epochs=1)
     path = folder / f"of {world}.safetensors"
@@ -68,7 +68,7 @@ def main(folder: Path) -> None:
     saved.ranks.any(True)
     again = load_checkpoint(path, backend="triton", distributed=True)
     again.fit(inputs, labels, epochs=1)
-    found["resumed"] = {name: again.snapshot()[name] for name in ("params", "state0", "state2")}
+    found["resumed"] = {name: again.memory.snapshot()[name] for name in ("params", "state0", "state2")}
     if rank == 0:
         print({"plan": again.plan, "reason": again.plan_reason})
         for name, arrays in found.items():

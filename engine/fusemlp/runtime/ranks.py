@@ -14,7 +14,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,19 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ALONE = f"to run in one process, unset {' '.join(VARIABLES)}, or write env -u WORLD_SIZE before the command"
 # Seconds that a collective waits for the others unless told otherwise: the first step compiles its loop.
 TIMEOUT = 120.0
+# Libraries whose versions the bits of a step depend on.
+LIBRARIES = ("fusemlp", "numpy", "numba", "torch")
 # A process that waits longer than this for the others says so, in seconds: torchrun starts them together.
 SILENT_SECONDS = 1.0
 # After an error a rank waits for the reports of the others: seconds after the last report, and in all.
 QUIET_SECONDS, REPORT_SECONDS = 2.0, 10.0
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the versions that the bits of a step depend on, by what they are of."""
+    found = {f"the version of {name}": version(name) for name in LIBRARIES}
+    return {**found, "the version of Python": platform.python_version()}
 
 
 def started() -> bool:

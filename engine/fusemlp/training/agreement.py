@@ -12,12 +12,12 @@ from fusemlp.inputs.blocks import Blocks
 if TYPE_CHECKING:
     from fusemlp.inputs.targets import Examples
     from fusemlp.runtime.ranks import Ranks
-    from fusemlp.runtime.session import Session
+    from fusemlp.training.trainer import Trainer
     from fusemlp.training.validation import Validation
 
 
 def parts_of(
-    engine: Session, X: Any, steps: int | None, first_epoch: int
+    engine: Trainer, X: Any, steps: int | None, first_epoch: int
 ) -> tuple[Ranks, Callable[[Array], Array]] | None:
     """Return how ranks share the reading of blocks; DistributedError if theirs differ, or where they begin."""
     ranks, sharding = engine.ranks, engine.sharding
@@ -28,7 +28,7 @@ def parts_of(
 
 
 def check_alike(
-    engine: Session,
+    engine: Trainer,
     ranks: Ranks,
     data: Examples,
     validation: Validation | None,
@@ -44,10 +44,10 @@ def check_alike(
                 f"{kind}{name}": array for name, array in (("y", rows.targets.values), ("sample_weight", rows.weight))
             }
             found |= {f"{kind}X": rows.X} if whole or kind else {}
-            things |= {name: None if array is None else engine.on_host(array) for name, array in found.items()}
+            things |= {name: None if array is None else engine.inputs.on_host(array) for name, array in found.items()}
     state = None if engine.fit_state is None else (engine.fit_state.epoch, engine.fit_state.batch)
     things |= {"the position in the fit": state, "the count of updates": engine.update_count}
-    parameters = engine.on_host(engine.memory.params)
+    parameters = engine.inputs.on_host(engine.memory.params)
     ranks.check_same({**things, "the parameters": parameters, "the optimizer's schedule": engine.optimizer.schedule})
 
 

@@ -10,23 +10,24 @@ from fusemlp.describe.intervals import IBP
 from fusemlp.describe.privacy import sampling_rate, steps_of_an_epoch
 from fusemlp.program.adversarial import lowered
 from fusemlp.program.step import Inputs
-from fusemlp.training.history import fresh_state, resumed_state
+from fusemlp.runtime.binding import bind_fit
 from fusemlp.training.intervals import add_worst_case
 from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
 from fusemlp.training.orders import of_epoch
 from fusemlp.training.policy import FitPolicy
 from fusemlp.training.private import PoissonRows
+from fusemlp.training.trainer import fresh_state, resumed_state
 
 if TYPE_CHECKING:
     from fusemlp.describe.adversarial import Attack
     from fusemlp.inputs.arrays import Array
     from fusemlp.inputs.targets import Examples
-    from fusemlp.runtime.session import Session
+    from fusemlp.training.trainer import Trainer
     from fusemlp.training.validation import Validation
 
 
 def fit_checked(
-    engine: Session,
+    engine: Trainer,
     data: Examples,
     *,
     epochs: int,
@@ -62,12 +63,12 @@ def fit_checked(
     state = resumed_state(engine, *told, rows=count) if resume else fresh_state(engine, *told)
     first_epoch = state.history.epochs[0] if state.history.epochs else state.epoch
     if engine.privacy is not None:
-        seed = engine.sample_privately(count, sampling_rate(count, batch_size))
+        engine.ledger.sample(count, sampling_rate(count, batch_size), batch_size, engine.update_count)
         now = engine.update_count - state.batch - state.epoch * batches
         updates = {epoch: now + epoch * batches for epoch in range(first_epoch, first_epoch + epochs)}
-        sampled = PoissonRows(count, batch_size, seed, updates)
+        sampled = PoissonRows(count, batch_size, engine.ledger.seed, updates)
         order, batch_size, at_once = sampled.order, sampled.size, 1
-    data = data._replace(X=engine.take_in(data.X) if taken_in is None else taken_in)
+    data = data._replace(X=engine.scaling.take_in(data.X) if taken_in is None else taken_in)
     on_host = engine.memory.backend.traits.on_host
     begun = settles = 0
     attack = None
@@ -83,7 +84,7 @@ def fit_checked(
         engine,
         data.X,
         state,
-        engine.spec_for(data.targets),
+        engine.inputs.spec_for(data.targets),
         of_epoch(engine, count, rows, order),
         last_epoch=first_epoch + epochs,
         validation=validation,
@@ -101,7 +102,8 @@ def fit_checked(
         at_once = epochs_at_once(engine, epochs, count * members, asked=asked)
     if bound is None:
         inputs = Inputs(len(data.X), indexed=True, weighted=data.weight is not None)
-        bound = engine.bind_fit(
+        bound = bind_fit(
+            engine,
             inputs,
             policy.spec,
             policy.rule,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusemlp.describe.checks import caller_level
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.class_weights import as_class_weights, balanced
 from fusemlp.inputs.targets import Examples, Targets
@@ -33,7 +34,7 @@ def split(engine: Session, data: Examples, share: float) -> tuple[Examples, Exam
         )
     parts = data.map(lambda array: array[:kept]), data.map(lambda array: array[kept:])
     for name, part in zip(("first", "last"), parts, strict=True):
-        if part.weight is not None and not engine.largest(part.weight):
+        if part.weight is not None and not engine.inputs.largest(part.weight):
             raise DataError(
                 f"validation_split: all weights of the {name} {len(part.X)} rows are zero; shuffle the rows before fit"
             )
@@ -42,7 +43,7 @@ def split(engine: Session, data: Examples, share: float) -> tuple[Examples, Exam
         warnings.warn(
             f"validation_split: it takes the last rows as they are, and only these have the classes "
             f"{', '.join(map(str, unseen[:5]))}{', ...' if unseen.size > 5 else ''}; shuffle the rows before fit",
-            stacklevel=4,
+            stacklevel=caller_level(),
         )
     return parts
 
@@ -80,7 +81,7 @@ def by_class(engine: Session, given: Any, data: Examples, *, whole: bool) -> Cal
         valid = (codes >= 0) & (codes < classes)
         factors = np.where(valid, weights[np.where(valid, codes, 0)], 1.0)
         if rows.weight is not None:
-            factors = factors * engine.on_host(rows.weight)
+            factors = factors * engine.inputs.on_host(rows.weight)
         if whole and not factors.any():
             raise DataError("class_weight: it leaves no training row a weight above 0; give its class a weight")
         return rows._replace(weight=factors.astype(f"f{engine.memory.real_bytes}"))
@@ -90,10 +91,10 @@ def by_class(engine: Session, given: Any, data: Examples, *, whole: bool) -> Cal
 
 def _codes(engine: Session, targets: Targets) -> Array | None:
     """Return the class of each row, an ignored index as it is; None if the targets are no classes."""
-    values = engine.on_host(targets.values)
+    values = engine.inputs.on_host(targets.values)
     if targets.soft:
         return np.asarray(values.argmax(axis=1))
-    kind = engine.kind_of(targets)
+    kind = engine.inputs.kind_of(targets)
     if kind == "one-hot rows":
         return np.asarray(values.argmax(axis=1))
     return np.asarray(values).reshape(-1).astype(np.int64) if kind == "classes" else None

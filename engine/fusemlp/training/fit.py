@@ -11,8 +11,7 @@ import numpy as np
 
 from fusemlp.callbacks import ProgressBar, announce, checked_callbacks, exits
 from fusemlp.describe.adversarial import Attack
-from fusemlp.describe.checks import as_count, as_deadline, as_number, check_flag
-from fusemlp.describe.elsewhere import knows_names
+from fusemlp.describe.checks import as_count, as_deadline, as_number, caller_level, check_flag
 from fusemlp.describe.intervals import IBP
 from fusemlp.describe.metrics import Metric
 from fusemlp.inputs.batches import Batches
@@ -31,7 +30,7 @@ from fusemlp_kernels.errors import ArgumentError
 
 if TYPE_CHECKING:
     from fusemlp.inputs.targets import Examples
-    from fusemlp.runtime.session import Session
+    from fusemlp.training.trainer import Trainer
 
 _TO_ENGINE = "it belongs to the engine: Engine(net, loss=..., optimizer=Adam(lr=0.001), batch_size=32, seed=0)"
 _TO_LOADER = "fit starts no workers; give a torch DataLoader, which has num_workers"
@@ -54,75 +53,32 @@ ELSEWHERE = {
 }
 
 
-@knows_names(ELSEWHERE, call="fit(X, y, epochs=20)")
 def fit(
-    engine: Session,
+    engine: Trainer,
     X: Any,
-    y: Any = None,
+    y: Any,
     *,
     epochs: int,
-    batch_size: int | None = None,
-    sample_weight: Any = None,
-    class_weight: Any = None,
-    validation_data: Any = None,
-    validation_split: float = 0.0,
-    validation_steps: int | None = None,
-    steps_per_epoch: int | None = None,
-    metrics: Iterable[str | Metric] | None = (),
-    early_stopping: int | None = None,
-    monitor: str | None = None,
-    callbacks: Iterable[Any] | None = (),
-    verbose: int = 0,
-    shuffle: bool = True,
-    drop_last: bool = False,
-    row_order: Callable[[int], Any] | None = None,
-    resume: bool = False,
-    time_limit: float | None = None,
-    adversarial: Attack | IBP | None = None,
+    batch_size: int | None,
+    sample_weight: Any,
+    class_weight: Any,
+    validation_data: Any,
+    validation_split: float,
+    validation_steps: int | None,
+    steps_per_epoch: int | None,
+    metrics: Iterable[str | Metric] | None,
+    early_stopping: int | None,
+    monitor: str | None,
+    callbacks: Iterable[Any] | None,
+    verbose: int,
+    shuffle: bool,
+    drop_last: bool,
+    row_order: Callable[[int], Any] | None,
+    resume: bool,
+    time_limit: float | None,
+    adversarial: Attack | IBP | None,
 ) -> History:
-    """Train ``engine`` on X (n, K) and y for ``epochs`` passes, or on batches.
-
-    y: (n,) class indices or (n, N) probabilities for cross_entropy, (n, N) from 0 to 1 for binary_cross_entropy,
-    (n, N) values for the others; (n,) stands for (n, 1). sample_weight: (n,), at least 0. Arrays may be in host memory
-    or on the engine's device (torch tensors, CuPy arrays, all with ``__dlpack__`` or ``__cuda_array_interface__``).
-    The kernels read device arrays in place, or copy them once if their type or strides do not suit. An engine with
-    ``normalise=True`` measures the X of its first fit, and trains on a scaled copy. On a GPU the engine keeps program,
-    graphs and data there for another fit on arrays of the same shapes; ``engine.release()`` gives them back.
-
-    Without y, X yields batches (x, y) or (x, y, sample_weight): a generator, a list, a torch DataLoader, any iterable,
-    or ``fusemlp.Blocks`` of files larger than memory.
-    An epoch is ``steps_per_epoch`` batches, by default len(X); an iterable that ends begins again. One update takes
-    one batch, of any size; ``engine.batch_size`` does not matter.
-
-    batch_size: the rows of an update, from now on (``engine.batch_size`` changes); None: as before.
-    class_weight: a mapping from classes to weights (1 for others), one weight for each class, or "balanced". It
-    multiplies the weights of the training rows; validation is without it.
-
-    validation_data: (Xv, yv) or (Xv, yv, weights), or batches, of which ``validation_steps`` are collected once;
-    evaluated after each epoch, also by ``metrics``: of classes "auc", "f1", "balanced_accuracy", "log_loss", of numbers
-    "mae", "rmse", "r2", "pinball"; the history has them as "val_auc". Accuracy is always logged for classes.
-    validation_split: the share of the rows, the last ones, to validate on in place of validation_data.
-    early_stopping: after this many epochs without a better ``monitor`` (val_loss), stop and restore the best weights.
-    monitor: the quantity of the history that early stopping, best epoch and ReduceOnPlateau follow, such as "val_auc".
-    callbacks: objects like ``Callback``, or like Keras's (``fusemlp.callbacks``); metrics that they or ``monitor``
-    name need not be in ``metrics``. verbose: 1 shows a bar on stderr, 2 a line an epoch, 0 nothing.
-
-    The order of the rows is a function of seed and epoch. ``shuffle=False`` keeps the rows as they are; ``row_order``
-    is a function from the epoch to a permutation of range(n). A last short batch is trained on unless ``drop_last``.
-    A private engine draws the rows of each step, and logs epsilon; ``fusemlp.DPSGD`` says how.
-    ``resume=True`` goes on with the call that a checkpoint was written in, given the same data; ``epochs`` counts from
-    the beginning of that call. ``time_limit``: end training, as early stopping does, when this call has taken this many
-    seconds; the launch that runs, the first at least, is finished.
-
-    ``adversarial``, ``PGD(eps)`` or ``FGSM(eps)``: train on each batch as this attack changes it, at the parameters of
-    the step and without dropout. ``loss`` and ``accuracy`` of the history are of that; validation is of rows unchanged.
-    ``IBP(eps)``: train for certified accuracy; the history is of the rows as they are.
-
-    Ctrl-C ends training after the batch and raises KeyboardInterrupt; the parameters and the history are kept. Raises
-    ShapeError, DTypeError, DataError, ArgumentError before anything has changed, and DivergenceError when the loss, or
-    val_loss, is no longer finite, with the engine back at the last good epoch. Later batches of an iterable are checked
-    when they come. Warns (InputScaleWarning) of X far from unit scale.
-    """
+    """Train on checked arguments; see ``Engine.fit``."""
     deadline = as_deadline("time_limit", time_limit)
     epochs = as_count("epochs", epochs, minimum=1)
     for argument, flag in (("shuffle", shuffle), ("drop_last", drop_last), ("resume", resume)):
@@ -156,15 +112,15 @@ def fit(
         arrays = {"sample_weight": sample_weight, "validation_split": share or None, "batch_size": batch_size}
         _refuse_with_batches({**arrays, "row_order": row_order, "drop_last": drop_last or None})
         batches = Batches("X", X, steps_per_epoch, "steps_per_epoch", first_epoch, parts)
-        engine.check_measured()
-        data = batches.next(engine, keep=True)
+        engine.scaling.check_measured()
+        data = batches.next(engine.inputs, keep=True)
     else:
         if steps_per_epoch is not None:
             raise ArgumentError(
                 "steps_per_epoch: an epoch goes through all rows of X, in batches of batch_size; it is for batches, "
                 f"fit(batches, steps_per_epoch=...), got {steps_per_epoch!r}"
             )
-        data = engine.examples(X, y, sample_weight)
+        data = engine.inputs.examples(X, y, sample_weight)
         if adversarial is not None:
             check_within(engine, "X", data.X, adversarial)
     validation = checked_validation(engine, validation_data, steps=validation_steps)
@@ -226,7 +182,7 @@ def fit(
         against=adversarial,
     )
     if batches is None:
-        engine.let_go_with((X, y, sample_weight))
+        engine.programs.let_go_with((X, y, sample_weight))
     own = data.X if parts is None else data.X[parts[1](np.arange(count)) == parts[0].rank]
     _warn(engine, data._replace(X=own), epochs * loop.batches, streamed=batches is not None)
     with exits(listeners, engine):
@@ -251,7 +207,7 @@ def _refuse_with_batches(given: Mapping[str, Any]) -> None:
             raise ArgumentError(f"{name}: it is for arrays X and y, and without y X yields batches; {mends[name]}")
 
 
-def _warn(engine: Session, data: Examples, batches: int, *, streamed: bool) -> None:
+def _warn(engine: Trainer, data: Examples, batches: int, *, streamed: bool) -> None:
     rows, accumulate, labels = len(data.X), engine.optimizer.accumulate, data.targets.values
     found = []
     if accumulate > batches:
@@ -262,11 +218,10 @@ def _warn(engine: Session, data: Examples, batches: int, *, streamed: bool) -> N
     if engine.batch_size > rows and not streamed:
         found.append(f"batch_size: {engine.batch_size} is more than the {rows} rows of X; batches of {rows} are used")
     if engine.loss.kind == "cross_entropy" and not data.targets.soft and rows > 1 and not streamed:
-        least, greatest = engine.extent(labels)
+        least, greatest = engine.inputs.extent(labels)
         if least == greatest:
             found.append(f"y: every label is {least:.0f}; a classifier needs examples of two classes")
     for message in found:
-        # past fit and its check of names
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=caller_level())
     if rows:
-        engine.warn_of_scale("X", data.X, stacklevel=5)
+        engine.scaling.warn("X", data.X)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp.inputs.arrays import Array
+from fusemlp.runtime.binding import bind_staged
+from fusemlp.runtime.stepping import run_staged
 
 if TYPE_CHECKING:
     from fusemlp.inputs.batches import Batches
@@ -44,7 +46,9 @@ class Stream:
     def _make_room(self, rows: int) -> None:
         engine, first = self._engine, self._weighted(self._first)
         self._rows = rows
-        self._bound = engine.bind_staged(rows, engine.spec_for(first.targets), weighted=first.weight is not None)
+        self._bound = bind_staged(
+            engine, rows, engine.inputs.spec_for(first.targets), weighted=first.weight is not None
+        )
         self.arrays: dict[str, Any] = self._bound.arrays
 
     def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
@@ -55,12 +59,13 @@ class Stream:
     def run_many(self, count: int) -> None:
         """Train on the next ``count`` batches."""
         for _ in range(count):
-            batch = self._batches.next(self._engine)
+            batch = self._batches.next(self._engine.inputs)
             self._batches.check_alike(self._first, batch)
             if len(batch.X) > self._rows:
                 self._make_room(len(batch.X))
             batch = self._weighted(batch)
-            self._engine.run_staged(self._bound, self._engine.normalised(batch.X), batch.targets.values, batch.weight)
+            x = self._engine.scaling.normalised(batch.X)
+            run_staged(self._engine, self._bound, x, batch.targets.values, batch.weight)
             if self._engine.ranks is not None:
                 self._compare(self._engine.ranks, batch.targets.values)
 
