@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bench.vendor import Run, Vendor, in_order
+from fusemlp_kernels.binders import refusal
 from fusemlp_kernels.clock import rate_table
 from fusemlp_kernels.contract import (
     COUNTERS,
@@ -139,29 +140,34 @@ def _updates(vendor: Vendor, x: Any, dz: Any, k: int, n: int, counters: Any) -> 
             flops,
             reads + real * (size + n),
         ),
-        Trial(
-            "grad_weight_update, SGD",
-            bind("grad_weight_update", layers=[layer | {"w_state": (), "b_state": ()}], slopes=(), rule=sgd, **clock),
-            product,
-            in_order(gradients, vendor.sgd(w, their_dw, RATE), vendor.sgd(b, their_db, RATE)),
-            flops,
-            reads + 2 * real * (size + n),
-        ),
-        Trial(
-            "grad_weight_update, Adam",
-            bind(
-                "grad_weight_update",
-                layers=[layer | {"w_state": moments, "b_state": small}],
-                slopes=(),
-                rule=adam,
-                **clock,
-            ),
-            product,
-            in_order(gradients, vendor.adam(w, their_dw, *moments, RATE), vendor.adam(b, their_db, *small, RATE)),
-            flops,
-            reads + 6 * real * (size + n),
-        ),
     ]
+    if refusal(vendor.backend.traits.name, "grad_weight_update") is None:
+        found += [
+            Trial(
+                "grad_weight_update, SGD",
+                bind(
+                    "grad_weight_update", layers=[layer | {"w_state": (), "b_state": ()}], slopes=(), rule=sgd, **clock
+                ),
+                product,
+                in_order(gradients, vendor.sgd(w, their_dw, RATE), vendor.sgd(b, their_db, RATE)),
+                flops,
+                reads + 2 * real * (size + n),
+            ),
+            Trial(
+                "grad_weight_update, Adam",
+                bind(
+                    "grad_weight_update",
+                    layers=[layer | {"w_state": moments, "b_state": small}],
+                    slopes=(),
+                    rule=adam,
+                    **clock,
+                ),
+                product,
+                in_order(gradients, vendor.adam(w, their_dw, *moments, RATE), vendor.adam(b, their_db, *small, RATE)),
+                flops,
+                reads + 6 * real * (size + n),
+            ),
+        ]
     params, grads = vendor.vector(size), vendor.vector(size, seed=1)
     states = tuple(vendor.vector(size, fill=0.0) for _ in range(2))
     segments = (Segment(0, size, TensorRule()),)

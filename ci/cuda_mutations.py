@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from mutations import (
     ADVANCE,
-    FUSED,
     GRAD_INPUT,
     GRAD_WEIGHT,
     GROWTH,
@@ -230,11 +229,10 @@ CUDA_MUTATIONS = (
         ),
         (
             "first batch of an accumulation added to what was there",
-            "% call.rule->accumulate != 0 ? 1.0f",
-            "% call.rule->accumulate == 0 ? 1.0f",
+            "% call.accumulate != 0 ? 1.0f",
+            "% call.accumulate == 0 ? 1.0f",
             GRAD_WEIGHT,
         ),
-        ("decay without the rate", "1.0 - rate * decay", "1.0 - decay", FUSED),
     ),
     *_bugs(
         "update.cu",

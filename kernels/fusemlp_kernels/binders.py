@@ -21,6 +21,7 @@ REFUSED = {
     ("numpy", "train_fleet"): "its models train one after another, by train_resident",
     ("cupy", "train_resident"): "its plans are eager and graph",
     ("cupy", "train_fleet"): "its plans are eager and graph, and its models train one after another",
+    ("cupy", "grad_weight_update"): "its updates follow grad_weight, by update",
     **{
         ("cupy", op): "it has the calls of plain training alone; use triton or numpy"
         for op in OPS

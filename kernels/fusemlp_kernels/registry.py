@@ -52,8 +52,7 @@ TRAITS = {
         row_multiple=8,
         # the loss reads the product from memory, of any width
         widest_fused_output=1 << 31,
-        # plain gradient descent: the product is the update
-        fused_updates=("sgd",),
+        fused_updates=(),
         norms_gradients=True,
         precisions=("fp32", "tf32", "fp16"),
         plans=("eager", "graph"),

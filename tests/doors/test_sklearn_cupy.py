@@ -10,7 +10,6 @@ import pytest
 from devices import CUPY_GPU, STAND_IN, marks_of, usable
 from sklearn.datasets import load_digits
 
-from fusemlp import PGD
 from fusemlp import sklearn as door
 
 PLACES = [pytest.param(where, id=where.name, marks=marks_of(where)) for where in (STAND_IN, CUPY_GPU)]
@@ -22,7 +21,6 @@ CASES = {
     "prelu, dropout": ("MLPClassifier", {"activation": "prelu", "dropout": 0.3, "solver": "adamw"}, False, False),
     "poisson": ("MLPRegressor", {"loss": "poisson"}, True, False),
     "lbfgs": ("MLPClassifier", {"solver": "lbfgs", "precision": "fp32"}, True, False),
-    "an attack": ("MLPClassifier", {"adversarial": PGD(0.1, steps=2)}, True, True),
 }
 
 

@@ -84,11 +84,11 @@ def test_flops_of_a_step_are_three_products_a_layer_but_one():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sizes", [[4, 3], [6, 5, 4], [6, 5, 4, 3], [3, 3, 3, 3, 3]], ids=str)
 class TestLaunches:
-    """A network of L layers trains in 2L calls; in one more where the whole gradient is needed first."""
+    """A network of L layers trains in 2L calls; in one more where the whole gradient is needed first, as on CuPy."""
 
     def test_plain(self, sizes, backend):
         program = training_program(MLP(sizes), "cross_entropy", SGD(0.1), 8, backend)
-        assert program.launches == 2 * (len(sizes) - 1)
+        assert program.launches == 2 * (len(sizes) - 1) + (backend == "cupy")
         assert str(program).endswith(f"\n{program.launches} launches")
 
     @pytest.mark.parametrize("optimizer", [SGD(0.1, clip_norm=1.0), Adam(clip_norm=1.0), AdamW(accumulate=2)], ids=repr)
@@ -122,11 +122,11 @@ def test_the_norm_of_kept_gradients_is_taken_by_the_update(backend):
     assert not [call.op for call in program.calls if "norm" in call.operands]
 
 
-@pytest.mark.parametrize("backend, launches", [("triton", 5), ("cupy", 4), ("numpy", 4)])
+@pytest.mark.parametrize("backend, launches", [("triton", 5), ("cupy", 5), ("numpy", 4)])
 def test_an_output_wider_than_a_tile_takes_a_call_of_its_own(backend, launches):
     program = training_program(MLP([6, 5, 1000]), backend=backend)
     assert program.launches == launches
-    assert ("loss_grad" in [call.op for call in program.calls]) == (launches == 5)
+    assert ("loss_grad" in [call.op for call in program.calls]) == (backend == "triton")
 
 
 def test_below_the_first_trained_layer_no_gradient_is_computed():
@@ -154,7 +154,8 @@ def test_a_plan_needs_no_backend(backend, monkeypatch):
         monkeypatch.setitem(sys.modules, library, None)
     text = plan_text(TUTORIAL, loss="cross_entropy", optimizer="sgd", batch_size=128, backend=backend)
     resident = backend == "numpy"
-    assert text.endswith("\n4 calls, run as one loop over the steps: 1 launch" if resident else "\n4 launches")
+    ends = {"numpy": "4 calls, run as one loop over the steps: 1 launch", "triton": "4 launches", "cupy": "5 launches"}
+    assert text.endswith(f"\n{ends[backend]}")
     expected = training_program(TUTORIAL, "cross_entropy", "sgd", 128, backend, rows=128, resident=resident)
     assert text == str(expected)
 

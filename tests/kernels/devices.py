@@ -329,6 +329,11 @@ VARIANT_PARAMETERS = [
 ]
 
 
+def devices_with(op: str) -> list[Any]:
+    """Return the parameters of ``DEVICE_PARAMETERS`` whose backend has an op."""
+    return [one for one in DEVICE_PARAMETERS if refusal(one.values[0].backend, op) is None]
+
+
 def variants_with(op: str) -> list[Any]:
     """Return the parameters of ``VARIANT_PARAMETERS`` whose backend has an op."""
     return [one for one in VARIANT_PARAMETERS if refusal(one.values[0].device.backend, op) is None]
@@ -346,6 +351,7 @@ __all__ = [
     "WITHOUT_A_CARD",
     "Device",
     "Variant",
+    "devices_with",
     "needs_a_card",
     "variants_with",
 ]

@@ -21,6 +21,7 @@ from strategies import Values, exact
 from tolerance import assert_within, bound
 
 from fusemlp import MLP, SGD, AdamW, Engine, OneCycle
+from fusemlp_kernels.binders import refusal
 from fusemlp_kernels.clock import hyper_at, rate_table
 from fusemlp_kernels.contract import (
     COUNTERS,
@@ -179,7 +180,8 @@ def bound_ops(variant):
         "update": {**flat, "segments": (Segment(0, size, TensorRule()),), **clock, "rule": clipped},
     }  # fmt: skip
     for op, operands in calls.items():
-        yield op, variant.bind(op, **operands), _arrays(operands)
+        if refusal(variant.device.backend, op) is None:
+            yield op, variant.bind(op, **operands), _arrays(operands)
 
 
 def _arrays(value):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from calls import RATE, RULES, Clock, gathering, state_arrays
-from devices import DEVICE_PARAMETERS, NUMPY, Variant, variants_with
+from devices import NUMPY, Variant, devices_with, variants_with
 from hypothesis import strategies as st
 from memory import ROW_MULTIPLE, place
 from strategies import Values, contract_test, exact, padded_rows, placements, seeds, sizes, variants, walked
@@ -31,7 +31,7 @@ from fusemlp_kernels.errors import ArgumentError
 
 SEED = (5 << 40) + 3
 VARIANTS = variants_with("clip_examples")
-DEVICES = [one for one in DEVICE_PARAMETERS if "privacy" not in one.values[0].traits.lacks]
+DEVICES = devices_with("clip_examples")
 
 
 def test_the_noise_is_standard_normal():

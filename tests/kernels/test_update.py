@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from calls import RATE, RULES, Clock, gathering, state_arrays, update_arena
-from devices import DEVICE_PARAMETERS, VARIANT_PARAMETERS
+from devices import DEVICE_PARAMETERS, VARIANT_PARAMETERS, devices_with, variants_with
 from hypothesis import strategies as st
 from memory import place, poisoned
 from strategies import Values, contract_test, exact, padded_rows, placements, seeds, sizes, variants, walked
@@ -25,6 +25,7 @@ from fusemlp_kernels.contract import (
 from fusemlp_kernels.errors import ArgumentError
 
 ALIGNMENT_BYTES = 256
+FUSED = "grad_weight_update"
 
 
 @st.composite
@@ -157,6 +158,7 @@ def trained_layers(draw, device):
 
 
 @contract_test(
+    devices_with(FUSED),
     layers=lambda device: st.lists(trained_layers(device), min_size=1, max_size=3),
     m=sizes,
     slope_count=st.integers(0, 2),
@@ -219,7 +221,7 @@ def test_grad_weight_update(layers, m, slope_count, by_row, rule, updates, rates
 
 
 @pytest.mark.parametrize("change", [{"clip_norm": 1.0}, {"accumulate": 2}])
-@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
+@pytest.mark.parametrize("variant", variants_with(FUSED))
 def test_a_fused_update_neither_clips_nor_accumulates(variant, change):
     rule = UpdateRule("sgd", **change)
     with pytest.raises(ArgumentError, match="use grad_weight and update"):
@@ -282,7 +284,7 @@ def test_a_long_arena_is_updated_to_its_last_element(variant):
     assert math.isclose(params[-1], -0.5 * (size - 1))
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANT_PARAMETERS if v.values[0].real is np.float32])
+@pytest.mark.parametrize("variant", [v for v in variants_with(FUSED) if v.values[0].real is np.float32])
 def test_small_gradients_of_many_rows_are_summed_before_they_meet_the_parameter(variant):
     """A row alone would be lost in the rounding of the parameter; 512 of them are not."""
     dz, x = np.full((512, 3), 2.0**-17, variant.compute), np.ones((512, 2), variant.compute)

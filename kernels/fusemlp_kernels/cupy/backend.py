@@ -13,7 +13,7 @@ from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.cupy.device import Array, Device, all_shared, strides_of
 from fusemlp_kernels.cupy.layers import bind_grad_input, bind_linear
 from fusemlp_kernels.cupy.losses import bind_linear_loss_grad, bind_loss_grad
-from fusemlp_kernels.cupy.updates import bind_advance, bind_grad_weight, bind_grad_weight_update, bind_update
+from fusemlp_kernels.cupy.updates import bind_advance, bind_grad_weight, bind_update
 
 _log = logging.getLogger("fusemlp.kernels")
 
@@ -23,7 +23,6 @@ BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
     "loss_grad": bind_loss_grad,
     "grad_input": bind_grad_input,
     "grad_weight": bind_grad_weight,
-    "grad_weight_update": bind_grad_weight_update,
     "update": bind_update,
     "advance": bind_advance,
 }

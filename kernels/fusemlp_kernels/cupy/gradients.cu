@@ -2,7 +2,7 @@
 // the products; and a sum of matrices that cuBLAS cannot write in place.
 
 #include "common.cuh"
-#include "clock.cuh"
+#include "counters.cuh"
 
 // The columns of dz that a block sums, the rows that it reads at a time, and the rows that it sums. The last block of
 // these columns adds up the parts of a longer batch, in order.
@@ -10,7 +10,7 @@ constexpr int COLUMNS = 32;
 constexpr int STRETCHES = THREADS / COLUMNS;
 constexpr int PART_ROWS = 256;
 
-// A vector `out` = alpha * (sums of dz's columns) + beta * out.
+// A vector `out` = sums of dz's columns + beta * out.
 struct Bias {
     long long first_block;
     Matrix<const Compute> dz;  // null: `given` is the sum
@@ -20,51 +20,25 @@ struct Bias {
     long long parts;
     float* sums;  // (blocks, COLUMNS)
     unsigned* tickets;  // one for each COLUMNS columns
-    double factor;
-    double decay;
-};
-
-struct Pair {
-    float* factors;  // alpha, beta of a product of weights
-    double factor;
-    double decay;
 };
 
 struct Sums {
     const Bias* vectors;
     long long count;
-    const Pair* pairs;
-    long long pair_count;
-    double* hyper;
-    const double* rates;
-    long long* counters;
-    const Rule* rule;
-    unsigned* ticket;
+    float* factors;  // alpha and beta of the products of weights; null: these are constant
+    const long long* counters;
+    long long accumulate;  // batches of an update
     long long rows;
-    long long sgd;  // the launch is an update by plain gradient descent, and advances the clock
 };
 
-// The factors of g and p in p - rate * (g + decay * p), or those that store or accumulate a gradient.
-__device__ inline void factors_of(const Sums& call, double factor, double decay, float* alpha, float* beta) {
-    if (call.sgd) {
-        double rate = call.hyper[LEARNING_RATE] * factor;
-        *alpha = static_cast<float>(-rate);
-        *beta = static_cast<float>(1.0 - rate * decay);
-        return;
-    }
-    *alpha = 1.0f;
-    *beta = call.counters[BATCH_INDEX] % call.rule->accumulate != 0 ? 1.0f : 0.0f;
-}
-
-// All vectors in one launch, COLUMNS of one and PART_ROWS rows a block. If the launch is the update, its last block
-// advances the clock.
+// All vectors in one launch, COLUMNS of one and PART_ROWS rows a block.
 extern "C" __global__ void __launch_bounds__(THREADS) column_sums(const Sums call) {
     __shared__ float stretches[STRETCHES][COLUMNS];
-    if (blockIdx.x == 0) {
-        for (long long i = threadIdx.x; i < call.pair_count; i += THREADS) {
-            Pair pair = call.pairs[i];
-            factors_of(call, pair.factor, pair.decay, pair.factors, pair.factors + 1);
-        }
+    // the first batch of an update stores its gradient, the others add theirs
+    float beta = call.counters[BATCH_INDEX] % call.accumulate != 0 ? 1.0f : 0.0f;
+    if (call.factors && blockIdx.x == 0 && threadIdx.x == 0) {
+        call.factors[0] = 1.0f;
+        call.factors[1] = beta;
     }
     if (call.count > 0) {
         const Bias* vector = &entry_of_block(call.vectors, call.count);
@@ -96,15 +70,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) column_sums(const Sums cal
         }
         if (writes && stretch == 0 && column < vector->columns) {
             if (!vector->dz.data) sum = vector->given[column];
-            float alpha, beta;
-            factors_of(call, vector->factor, vector->decay, &alpha, &beta);
             float& out = vector->out[column];
-            out = beta == 0.0f ? alpha * sum : alpha * sum + beta * out;
+            out = beta == 0.0f ? sum : sum + beta * out;
         }
-    }
-    if (!call.sgd) return;
-    if (is_last(call.ticket) && threadIdx.x == 0) {
-        advance_clock(call.counters, call.hyper, call.rates, call.rule, true, false);
     }
 }
 

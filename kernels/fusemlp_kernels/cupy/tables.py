@@ -41,18 +41,11 @@ class Table:
         self.rows: list[dict[str, Any]] = []
         self.blocks = 0
 
-    def enter(self, rule: TensorRule, blocks: int, **fields: Any) -> None:
+    def enter(self, blocks: int, **fields: Any) -> None:
         """Add an entry."""
         if blocks:
-            own = {"first_block": self.blocks, "factor": rule.lr_factor, "decay": rule.weight_decay}
-            self.rows.append(own | fields)
+            self.rows.append({"first_block": self.blocks, **fields})
             self.blocks += blocks
-
-    def clock(self, *, scaled: bool = False) -> dict[str, Any]:
-        """Return the fields of the rule, and those that an update reads and the clock writes."""
-        clock = {name: vars(self.given).get(name) for name in ("hyper", "rates", "counters")}
-        rule = self.device.upload(rule_table(self.given.rule, scaled=scaled))
-        return {**clock, "rule": rule, "ticket": self.device.allocate(1, "uint32")}
 
 
 class Tensors(Table):
@@ -69,7 +62,8 @@ class Tensors(Table):
         if all(array.flags.c_contiguous for array in arrays.values()):
             arrays = {name: array.reshape(-1) for name, array in arrays.items()}
         rows, columns = (1, *arrays["g"].shape)[-2:]
-        self.enter(rule, -(-g.size // ELEMENTS), rows=rows, columns=columns, **arrays)
+        numbers = {"rows": rows, "columns": columns, "factor": rule.lr_factor, "decay": rule.weight_decay}
+        self.enter(-(-g.size // ELEMENTS), **numbers, **arrays)
 
     def bind_norm(self, norm: Array) -> Run:
         """Return the run of norm (1,) = the Euclidean norm of all gradients."""
@@ -81,8 +75,14 @@ class Tensors(Table):
     def bind_update(self, norm: Array | None = None, *, scaled: bool = False) -> Run:
         """Return the run of the optimizer over all tensors, and of the clock."""
         if not self.blocks:
-            return self._launch("advance", **self.clock())
-        return self._launch("update", norm=norm, **self.clock(scaled=scaled))
+            return self._launch("advance", **self._clock(scaled=False))
+        return self._launch("update", norm=norm, **self._clock(scaled=scaled))
+
+    def _clock(self, *, scaled: bool) -> dict[str, Any]:
+        """Return the fields of the rule, and those that an update reads and the clock writes."""
+        clock = {name: getattr(self.given, name) for name in ("hyper", "rates", "counters")}
+        rule = self.device.upload(rule_table(self.given.rule, scaled=scaled))
+        return {**clock, "rule": rule, "ticket": self.device.allocate(1, "uint32")}
 
     def _launch(self, kernel: str, **fields: Any) -> Run:
         tensors, kept = self.device.table("update", "Tensor", self.rows)
@@ -91,13 +91,9 @@ class Tensors(Table):
 
 
 class Sums(Table):
-    """The table of ``column_sums``: biases and learned slopes, and the factors of the products."""
+    """The table of ``column_sums``: biases and learned slopes."""
 
-    def __init__(self, device: Device, given: SimpleNamespace) -> None:
-        super().__init__(device, given)
-        self.pairs: list[dict[str, Any]] = []
-
-    def add(self, rule: TensorRule, out: Array, dz: Array | None = None, given: Array | None = None) -> None:
+    def add(self, out: Array, dz: Array | None = None, given: Array | None = None) -> None:
         """Add one vector: out (n,) gets the sums of the columns of dz (M, n), or a copy of ``given`` (n,)."""
         groups = -(-out.size // COLUMNS)
         parts = 1 if dz is None else max(1, -(-len(dz) // PART_ROWS))
@@ -105,22 +101,16 @@ class Sums(Table):
         if groups and parts > 1:
             sums = self.device.allocate(groups * parts * COLUMNS, "real")
             room = {"sums": sums, "tickets": self.device.allocate(groups, "uint32")}
-        self.enter(rule, groups * parts, dz=dz, given=given, out=out, columns=out.size, parts=parts, **room)
+        self.enter(groups * parts, dz=dz, given=given, out=out, columns=out.size, parts=parts, **room)
 
-    def pair(self, rule: TensorRule) -> Array:
-        """Return the factors (2,) of a product, which this launch writes."""
-        factors = self.device.allocate(2, "real")
-        self.pairs.append({"factors": factors, "factor": rule.lr_factor, "decay": rule.weight_decay})
-        return factors
-
-    def bind(self, *, sgd: bool) -> Run:
-        """Return the launch; with ``sgd`` it is the update of the vectors, and advances the clock."""
-        if not self.blocks and not self.pairs and not sgd:
+    def bind(self, factors: Array | None) -> Run:
+        """Return the launch, which also writes the ``factors`` (2,) of the products."""
+        if not self.blocks and factors is None:
             return nothing
         vectors, kept = self.device.table("gradients", "Bias", self.rows)
-        pairs, factors = self.device.table("gradients", "Pair", self.pairs)
         layers = self.given.layers
         return self.device.launch(
-            "gradients", "column_sums", max(self.blocks, 1), kept + factors, vectors=vectors, count=len(self.rows),
-            pairs=pairs, pair_count=len(self.pairs), **self.clock(), rows=layers[0].M if layers else 0, sgd=sgd,
+            "gradients", "column_sums", max(self.blocks, 1), kept, vectors=vectors, count=len(self.rows),
+            factors=factors, counters=self.given.counters, accumulate=self.given.rule.accumulate,
+            rows=layers[0].M if layers else 0,
         )  # fmt: skip
