@@ -6,8 +6,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ pytest.importorskip("triton")
 
 import kernel_machine_code
 import kernel_variants
-from recorded import PRECISIONS, launches
+from recorded import PRECISIONS, in_process, launches
 
 from fusemlp_kernels.contract import resident_refusal
 from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
@@ -70,13 +68,7 @@ def test_every_launch_of_a_training_step_is_a_variant(target, precision):
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_triton_finds_the_types_that_are_compiled_ahead(target):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "ci"), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", Path(__file__).with_name("recorded.py"), target],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert in_process("-W", "error", Path(__file__).with_name("recorded.py"), target) == (0, "", "")
 
 
 @pytest.mark.parametrize("target", kernel_variants.TARGETS)
@@ -231,13 +223,7 @@ print(kernel_machine_code.of(plain.asm, plain.metadata.shared).undrained)
 
 
 def test_a_kernel_for_amd_waits_for_its_stores_before_its_ticket(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "ci"), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE_NORM], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["None", "1"], "")
+    assert in_process("-c", COMPILE_NORM, TRITON_CACHE_DIR=str(tmp_path)) == (0, "None\n1\n", "")
 
 
 def test_shared_memory_held_across_a_call_is_found():
