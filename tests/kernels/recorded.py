@@ -6,10 +6,7 @@ arguments, with those that ``kernel_variants`` compiles for, and prints the diff
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import kernel_launches
 import kernel_variants
@@ -20,19 +17,6 @@ from fusemlp.program.step import Inputs
 from fusemlp_kernels.triton import configs
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-
-
-def in_process(*arguments: object, **variables: str) -> tuple[int, str, str]:
-    """Run Python without Triton's interpreter, with ci/ to import from: its return code, output and errors."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = Path(__file__).resolve().parents[2]
-    paths = [root, *(root / folder for folder in ("ci", "engine", "kernels")), os.environ.get("PYTHONPATH")]
-    environment["PYTHONPATH"] = os.pathsep.join(str(path) for path in paths if path)
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(
-        command, env=environment | variables, capture_output=True, text=True, timeout=300, check=False
-    )
-    return done.returncode, done.stdout, done.stderr
 
 
 def launches(target: str, precision: str) -> list[kernel_launches.Recorded]:

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import kernel_cycles
 import kernel_launches
 import kernel_loops
-from recorded import in_process
+from processes import INTERPRETED, python
 
 from fusemlp_kernels.contract import step_flops
 from fusemlp_kernels.registry import TRAITS
@@ -168,9 +168,9 @@ def test_a_fresh_compile_has_the_recorded_loops(tmp_path):
         (variant,) = [one for one in kernel_variants.variants("sm_90") if one.kernel == "norm"]
         print(json.dumps(kernel_variants.compile_variant(variant, "sm_90")))
     """
-    failed, output, errors = in_process("-c", textwrap.dedent(code), TRITON_CACHE_DIR=str(tmp_path))
-    assert not failed, errors
-    row = json.loads(output)
+    done = python("-c", textwrap.dedent(code), without=INTERPRETED, TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
     key = ("kernel", "variant", "triton", "arch", "source")
     record = json.loads(kernel_cycles.RECORD.read_text(encoding="utf-8"))
     recorded = [one for one in record if [one[name] for name in key] == [row[name] for name in key]]

@@ -14,14 +14,14 @@ pytest.importorskip("triton")
 
 import kernel_machine_code
 import kernel_variants
-from recorded import PRECISIONS, in_process, launches
+from processes import INTERPRETED, ROOT, python
+from recorded import PRECISIONS, launches
 
 from fusemlp_kernels.contract import resident_refusal
 from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
 from fusemlp_kernels.registry import TRAITS
 from fusemlp_kernels.triton import configs
 
-ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = sorted({configs.family_of(target) for target in kernel_variants.TARGETS})
 GOOD = {
     "kernel": "linear", "variant": "fp32 64x64x32", "triton": "3.9.0", "arch": "sm_90", "registers": 128, "stack": 0,
@@ -68,7 +68,8 @@ def test_every_launch_of_a_training_step_is_a_variant(target, precision):
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_triton_finds_the_types_that_are_compiled_ahead(target):
-    assert in_process("-W", "error", Path(__file__).with_name("recorded.py"), target) == (0, "", "")
+    done = python("-W", "error", Path(__file__).with_name("recorded.py"), target, without=INTERPRETED)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("target", kernel_variants.TARGETS)
@@ -223,7 +224,8 @@ print(kernel_machine_code.of(plain.asm, plain.metadata.shared).undrained)
 
 
 def test_a_kernel_for_amd_waits_for_its_stores_before_its_ticket(tmp_path):
-    assert in_process("-c", COMPILE_NORM, TRITON_CACHE_DIR=str(tmp_path)) == (0, "None\n1\n", "")
+    done = python("-c", COMPILE_NORM, without=INTERPRETED, TRITON_CACHE_DIR=str(tmp_path))
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["None", "1"], "")
 
 
 def test_shared_memory_held_across_a_call_is_found():

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from recorded import in_process
+from processes import INTERPRETED, python
 
 SCRIPT = """
 from bench.host import Driver, pretend
@@ -40,5 +40,5 @@ for again in later:
 
 def test_later_launches_repeat_the_first_without_tritons_search() -> None:
     """The first goes through Triton's own launcher; what it hands to the driver is what the others hand to it."""
-    failed, _, errors = in_process("-c", SCRIPT)
-    assert not failed, errors
+    done = python("-c", SCRIPT, without=INTERPRETED)
+    assert done.returncode == 0, done.stderr
