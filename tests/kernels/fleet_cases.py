@@ -113,7 +113,8 @@ class Fleet:
                     self.stretch(arena[index], name)[...] = 0.0
         loss = models[0].loss
         x = variant.rounded(rng.normal(size=(shape.data, shape.sizes[0])))
-        self.x = place(x, "owned", variant.compute)
+        # a host reads contiguous rows in place
+        self.x = place(x, "plain" if variant.device.on_host else "owned", variant.compute)
         outputs = shape.sizes[-1]
         if loss.kind == "cross_entropy" and not loss.soft:
             self.target = rng.integers(0, outputs, shape.data)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from calls import SLOPED
 from step_bounds import TwoBytes, traced
-from tolerance import U32, assert_within, update_bound
+from tolerance import U32, assert_updated, assert_within
 
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import (
@@ -146,13 +146,9 @@ class Oracle:
                 continue
             g = factor * grads[name] / every
             error = (factor * errors[name] / every + np.abs(g) * (relative + 3.0 * U32)) * (1.0 + relative)
-            args = rule, fleet.tensor_rule(self.model, name), self.before[name], g
-            own = tuple(state[name] for state in self.states)
-            new, new_states = reference.update(*args, own, updates, rate)
-            limit, state_limits = update_bound(*args, own, updates, rate, error)
-            assert_within(now, new, limit)
-            for arena, wanted, allowed in zip(fleet.states, new_states, state_limits, strict=True):
-                assert_within(fleet.tensor(arena[self.index], name), wanted, allowed)
+            before = self.before[name], g, tuple(state[name] for state in self.states)
+            states = [fleet.tensor(arena[self.index], name) for arena in fleet.states]
+            assert_updated(now, states, rule, fleet.tensor_rule(self.model, name), before, updates, rate, error)
         following = self.model.rate_at(int(fleet.counters[self.index, UPDATE_COUNT]))
         assert fleet.hyper[self.index, LEARNING_RATE] == following
 

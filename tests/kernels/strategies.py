@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from calls import gathering
 from devices import DEVICE_PARAMETERS, WITHOUT_A_CARD
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
+from memory import place
 
 from fusemlp_kernels.contract import ROW_OFFSET
 
@@ -106,6 +108,17 @@ def walked(values, rows, counters):
     counters[ROW_OFFSET] = offset = int(values.rng.integers(0, 2 * len(rows) + 1))
     operand[offset : offset + len(rows)] = rows
     return operand, operand[offset : offset + len(rows)]
+
+
+def picked_input(values, rows, count, k, layout, counters):
+    """Return x (count, k), from which ``rows`` (M,) pick, as operands; and the batch, zeros where a row is -1.
+
+    The batch is what ``linear`` leaves on backends that do not gather in the load.
+    """
+    x = place(values.factors(count, k), layout)
+    batch = np.where(rows[:, None] >= 0, x[np.maximum(rows, 0)], 0).astype(x.dtype)
+    operand, _ = walked(values, rows, counters)
+    return {"x": x} | gathering(values.variant, operand, gathered=batch), batch
 
 
 def padded_rows(rng, count, size, n):

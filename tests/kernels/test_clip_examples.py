@@ -7,12 +7,22 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
-from calls import RATE, RULES, Clock, gathering, state_arrays
+from calls import RATE, RULES, Clock, state_arrays
 from devices import NUMPY, Variant, devices_with, variants_with
 from hypothesis import strategies as st
 from memory import ROW_MULTIPLE, place
-from strategies import Values, contract_test, exact, padded_rows, placements, seeds, sizes, variants, walked
-from tolerance import assert_within, update_bound
+from strategies import (
+    Values,
+    contract_test,
+    exact,
+    padded_rows,
+    picked_input,
+    placements,
+    seeds,
+    sizes,
+    variants,
+)
+from tolerance import assert_updated, assert_within
 
 from fusemlp_kernels import philox, reference
 from fusemlp_kernels.contract import (
@@ -129,11 +139,9 @@ def test_update_adds_noise(tensors, rule, deviation, divisor, updates, counts, p
             g, limit = noisy(given.sum(axis=0), noise, number, updates + batch)
             # the sum of the parts is rounded
             limit = limit + u * (np.abs(g) + (parts > 1) * parts * np.abs(given).sum(axis=0) / divisor)
-            args = rule, segment.rule, p, g, tuple(own), updates + batch, RATE
-            wanted, limits = reference.update(*args), update_bound(*args, limit, u)
-            assert_within(matrix(params, segment, shape), wanted[0], limits[0])
-            for state, expected, most in zip(states, wanted[1], limits[1], strict=True):
-                assert_within(matrix(state, segment, shape), expected, most)
+            now, *states_now = (matrix(array, segment, shape) for array in (params, *states))
+            before_it = p, g, tuple(own)
+            assert_updated(now, states_now, rule, segment.rule, before_it, updates + batch, RATE, limit, u)
         # nothing gets between the rows
         assert not params[~valid].any() and not any(state[~valid].any() for state in states)
         if shadow:
@@ -167,10 +175,8 @@ def test_clip_examples(layers, m, short, by_row, share, variant, seed):
         layer = {"dz": dz, "x": x, "w_trained": w_trained, "b_trained": b_trained}
         if by_row and index == 0:
             rows = padded_rows(values.rng, count, m, max(m, 1))
-            source = place(values.factors(max(m, 1), k), layouts[0])
-            x = np.where(rows[:, None] >= 0, source[np.maximum(rows, 0)], 0).astype(source.dtype)
-            operand, _ = walked(values, rows, counters)
-            layer |= {"x": source} | gathering(variant, operand, gathered=x)
+            picked, x = picked_input(values, rows, max(m, 1), k, layouts[0], counters)
+            layer |= picked
         operands.append(layer)
         # the squares of the whole gradients, element by element
         parts = [np.einsum("mn,mk->mnk", exact(dz), exact(x))] * w_trained + [exact(dz)] * b_trained

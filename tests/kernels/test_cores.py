@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from processes import python
 
 from fusemlp_kernels.numpy import cores
 
@@ -18,17 +17,8 @@ PRINTED = "import json; from fusemlp_kernels.numpy import cores; print(json.dump
 LIMITING = {cores.VARIABLE, "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "GOTO_NUM_THREADS"}
 
 
-def process(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with these variables and no others that limit threads."""
-    path = os.pathsep.join([*(entry for entry in sys.path if entry), os.environ.get("PYTHONPATH", "")])
-    kept = {name: value for name, value in os.environ.items() if name not in LIMITING}
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**kept, "PYTHONPATH": path, **variables}, capture_output=True, text=True
-    )
-
-
 def found(code: str, **variables: str) -> tuple[int, dict[str, int]]:
-    run = process(code, **variables)
+    run = python("-c", code, without=LIMITING, **variables)
     assert run.returncode == 0, run.stderr
     number, limits = json.loads(run.stdout)
     return number, limits
@@ -56,7 +46,8 @@ def test_the_own_variable_overrides_all_limits() -> None:
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "two", "4,2"])
 def test_an_impossible_number_is_refused_when_a_network_is_built(value: str) -> None:
-    run = process("from fusemlp import MLP, Engine; Engine(MLP([2, 2]), backend='numpy')", FUSEMLP_NUM_THREADS=value)
+    code = "from fusemlp import MLP, Engine; Engine(MLP([2, 2]), backend='numpy')"
+    run = python("-c", code, without=LIMITING, FUSEMLP_NUM_THREADS=value)
     assert run.returncode != 0
     assert f"ArgumentError: FUSEMLP_NUM_THREADS: expected a positive whole number of threads, got {value!r}; unset" in (
         run.stderr

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from fleet_cases import GAP_VALUE, Fleet, Oracle, varied
-from test_train_fleet import CASES, EVERY, FIRST, RULES, TOGETHER, case
+from test_train_fleet import CASES, EVERY, FIRST, RULES, case
 
 from fusemlp_kernels.contract import (
     BATCH_INDEX,
@@ -138,7 +138,7 @@ def test_a_batch_that_weighs_nothing_has_no_penalty(variant, number):
     assert fleet.stats[0, PENALTIES] > 0.0 and fleet.counters[0, BATCH_INDEX] == 2
 
 
-@pytest.mark.parametrize("variant", TOGETHER)
+@pytest.mark.parametrize("variant", FIRST)
 @pytest.mark.parametrize("number", [1, 5])
 def test_a_weight_that_is_nan_reaches_its_model_and_no_padding(variant, number):
     shape, model = case(number)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -17,12 +14,12 @@ pytest.importorskip("triton")
 import kernel_cycles
 import kernel_launches
 import kernel_loops
+from processes import INTERPRETED, python
 
 from fusemlp_kernels.contract import step_flops
 from fusemlp_kernels.registry import TRAITS
 from fusemlp_kernels.triton import clock, configs, linear
 
-ROOT = Path(__file__).resolve().parents[2]
 FILES = {"linear": linear.__file__, "clock": clock.__file__}
 
 
@@ -171,13 +168,8 @@ def test_a_fresh_compile_has_the_recorded_loops(tmp_path):
         (variant,) = [one for one in kernel_variants.variants("sm_90") if one.kernel == "norm"]
         print(json.dumps(kernel_variants.compile_variant(variant, "sm_90")))
     """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "ci"), os.environ.get("PYTHONPATH")]))
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=environment, capture_output=True, text=True, timeout=300, check=True,
-    )  # fmt: skip
+    done = python("-c", textwrap.dedent(code), without=INTERPRETED, TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout)
     key = ("kernel", "variant", "triton", "arch", "source")
     record = json.loads(kernel_cycles.RECORD.read_text(encoding="utf-8"))

@@ -6,8 +6,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ pytest.importorskip("triton")
 
 import kernel_machine_code
 import kernel_variants
+from processes import INTERPRETED, ROOT, python
 from recorded import PRECISIONS, launches
 
 from fusemlp_kernels.contract import resident_refusal
@@ -23,7 +22,6 @@ from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
 from fusemlp_kernels.registry import TRAITS
 from fusemlp_kernels.triton import configs
 
-ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = sorted({configs.family_of(target) for target in kernel_variants.TARGETS})
 GOOD = {
     "kernel": "linear", "variant": "fp32 64x64x32", "triton": "3.9.0", "arch": "sm_90", "registers": 128, "stack": 0,
@@ -70,12 +68,7 @@ def test_every_launch_of_a_training_step_is_a_variant(target, precision):
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_triton_finds_the_types_that_are_compiled_ahead(target):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "ci"), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", Path(__file__).with_name("recorded.py"), target],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    done = python("-W", "error", Path(__file__).with_name("recorded.py"), target, without=INTERPRETED)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -231,12 +224,7 @@ print(kernel_machine_code.of(plain.asm, plain.metadata.shared).undrained)
 
 
 def test_a_kernel_for_amd_waits_for_its_stores_before_its_ticket(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "ci"), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE_NORM], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = python("-c", COMPILE_NORM, without=INTERPRETED, TRITON_CACHE_DIR=str(tmp_path))
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["None", "1"], "")
 
 

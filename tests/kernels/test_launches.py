@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parents[2]
+from processes import INTERPRETED, python
+
 SCRIPT = """
 from bench.host import Driver, pretend
 
@@ -44,7 +40,5 @@ for again in later:
 
 def test_later_launches_repeat_the_first_without_tritons_search() -> None:
     """The first goes through Triton's own launcher; what it hands to the driver is what the others hand to it."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "engine", ROOT / "kernels")))
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False)
+    done = python("-c", SCRIPT, without=INTERPRETED)
     assert done.returncode == 0, done.stderr

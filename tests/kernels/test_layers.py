@@ -10,7 +10,18 @@ from calls import SLOPED, gathering, kept, slope_operands
 from devices import STRIDED, VARIANT_PARAMETERS, Variant
 from hypothesis import strategies as st
 from memory import ROW_MULTIPLE, place, poisoned
-from strategies import Values, contract_test, exact, padded_rows, placements, seeds, sizes, variants, walked
+from strategies import (
+    Values,
+    contract_test,
+    exact,
+    padded_rows,
+    picked_input,
+    placements,
+    seeds,
+    sizes,
+    variants,
+    walked,
+)
 from tolerance import assert_within, bound, grad_input_bound, grad_slope_bound, growth, linear_bound
 
 from fusemlp_kernels import reference
@@ -241,11 +252,8 @@ def layer_operands(values, layer, m, rows, counters):
     if rows is None:
         x = place(values.factors(m, layer.k), layer.layouts[1])
         return {"dz": dz, "x": x}, exact(dz), exact(x)
-    x = place(values.factors(23, layer.k), layer.layouts[1])
-    # what ``linear`` has left: the batch, zeros in the padding
-    gathered = np.where(rows[:, None] >= 0, x[np.maximum(rows, 0)], 0).astype(x.dtype)
-    operand, _ = walked(values, rows, counters)
-    return {"dz": dz, "x": x} | gathering(values.variant, operand, gathered=gathered), exact(dz), exact(gathered)
+    operands, batch = picked_input(values, rows, 23, layer.k, layer.layouts[1], counters)
+    return {"dz": dz} | operands, exact(dz), exact(batch)
 
 
 @contract_test(

@@ -8,7 +8,7 @@ from calls import RULES, Clock
 from devices import VARIANT_PARAMETERS
 from memory import poisoned
 from strategies import Values, exact
-from tolerance import assert_within, update_bound
+from tolerance import assert_updated
 
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import (
@@ -71,12 +71,9 @@ def test_scaled_gradients_give_the_update_of_the_unscaled(variant, rule, accumul
     arena.run()
     gradient = reference.clip_factor([mean], clip_norm) * mean
     tensor, rate = TensorRule(0.5, 0.01), arena.clock.rate
-    expected = reference.update(rule, tensor, before[0], gradient, before[1], 4, rate)
     # the factors 1 / accumulate, 1 / scale and the clipping's are rounded into one, and the product with it
-    limits = update_bound(rule, tensor, before[0], gradient, before[1], 4, rate, 4.0 * variant.unit * np.abs(gradient))
-    assert_within(arena.params, expected[0], limits[0])
-    for state, wanted, limit in zip(arena.states, expected[1], limits[1], strict=True):
-        assert_within(state, wanted, limit)
+    given, limit = (before[0], gradient, before[1]), 4.0 * variant.unit * np.abs(gradient)
+    assert_updated(arena.params, arena.states, rule, tensor, given, 4, rate, limit)
     np.testing.assert_array_equal(arena.shadow, variant.rounded(arena.params))
     assert arena.clock.hyper[LOSS_SCALE] == scale and arena.clock.hyper[GOOD_UPDATES] == 1.0
 

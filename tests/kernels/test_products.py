@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from processes import python
 
 from fusemlp_kernels.numpy.compiled import products
 from fusemlp_kernels.numpy.compiled.tables import PANEL
@@ -113,10 +111,8 @@ def test_the_bits_do_not_depend_on_the_width_of_the_registers(tmp_path: Path) ->
     """A processor with wide registers computes with its narrower ones too."""
     found = {}
     for features in ((), ("avx2",), ("none",)):
-        given = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "FUSEMLP_WHOLE_LOOP": ""}
-        given["NUMBA_CACHE_DIR"] = str(tmp_path / "_".join(features))
-        ran = subprocess.run(
-            [sys.executable, "-c", TRAINED, *features], env=given, check=True, capture_output=True, text=True
-        )
+        cache = str(tmp_path / "_".join(features))
+        ran = python("-c", TRAINED, *features, FUSEMLP_WHOLE_LOOP="", NUMBA_CACHE_DIR=cache)
+        assert ran.returncode == 0, ran.stderr
         found[ran.stderr] = ran.stdout
     assert len(set(found.values())) == 1, found

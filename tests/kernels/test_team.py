@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
 import sys
 import threading
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import python
 
 from fusemlp import MLP, SGD, Adam, CrossEntropy, Engine, PReLU
 from fusemlp_kernels.numpy import cores, plan, team
@@ -164,21 +164,10 @@ print("ok")
 """
 
 
-def run(code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([*(entry for entry in sys.path if entry), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env={**os.environ, "PYTHONPATH": path, **variables},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 @pytest.mark.parametrize("sleepy", [False, True])
 def test_ten_thousand_phases_are_each_done_once_and_in_order(sleepy: bool) -> None:
     """A team of four on any number of cores; with sleeps, threads are away in the middle of a task."""
-    ran = run(SLOW, *(["sleepy"] if sleepy else []))
+    ran = python("-c", SLOW, *(["sleepy"] if sleepy else []))
     assert ran.stdout == "ok\n", ran.stderr
 
 
@@ -220,7 +209,7 @@ print(bits[0] == bits[1])
 
 def test_ten_thousand_steps_with_sleeps_end_with_the_bits_of_one_thread() -> None:
     """A team of four on any number of cores, whose members are away in the middle of tasks."""
-    ran = run(LONG, OMP_NUM_THREADS="1")
+    ran = python("-c", LONG, OMP_NUM_THREADS="1")
     assert ran.stdout == "True\n", ran.stderr
 
 
@@ -264,7 +253,7 @@ print(codes)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore")
 def test_a_process_that_is_forked_in_the_middle_of_a_launch_trains() -> None:
-    ran = run(FORK, FUSEMLP_NUM_THREADS="2")
+    ran = python("-c", FORK, FUSEMLP_NUM_THREADS="2")
     assert ran.stdout == "[0, 0, 0, 0, 0]\n", ran.stderr
 
 
@@ -284,7 +273,7 @@ print(bits(after) == bits(alone), [one.name for one in threading.enumerate() if 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there SIGINT is for a whole console")
 def test_ctrl_c_in_the_middle_of_a_launch_leaves_no_lock_behind() -> None:
-    ran = run(INTERRUPTED, FUSEMLP_NUM_THREADS="2")
+    ran = python("-c", INTERRUPTED, FUSEMLP_NUM_THREADS="2")
     assert ran.stdout == "True ['MainThread']\n", ran.stderr
 
 
@@ -300,7 +289,7 @@ print([bits(one) == bits(alone) for one in made])
 
 
 def test_launches_from_many_threads_end_with_the_same_bits() -> None:
-    assert run(TOGETHER, FUSEMLP_NUM_THREADS="2").stdout == "[True, True, True, True]\n"
+    assert python("-c", TOGETHER, FUSEMLP_NUM_THREADS="2").stdout == "[True, True, True, True]\n"
 
 
 KINDS = ["GATHER", "AFFINE", "ACTIVATE", "BACKWARD", "ENTROPY", "WEIGHT", "BIAS", "SLOPES", "UPDATE", "NORM"]

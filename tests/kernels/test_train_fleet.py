@@ -125,6 +125,17 @@ def test_steps_of_each_model_are_the_oracles(variant, number):
     fleet.check_gaps()
 
 
+@pytest.mark.parametrize("frozen", ["w0 b0 w1", "w0 b0 w1 b1"])
+@pytest.mark.parametrize("variant", [parameter for parameter in EVERY if parameter.values[0].device is NUMPY])
+def test_what_is_frozen_stays_and_the_rest_makes_the_oracles_steps(variant, frozen):
+    shape, model = case(1, frozen=frozenset(frozen.split()))
+    fleet = Fleet(variant, shape, [model], "train_resident")
+    for _ in range(4):
+        step = Oracle(fleet, 0)
+        fleet.run(1)
+        step.check()
+
+
 @pytest.mark.parametrize("variant", FIRST)
 def test_seventeen_models_with_numbers_of_their_own(variant):
     shape, model = case(1)
@@ -191,7 +202,7 @@ def test_a_model_that_has_stopped_does_not_move(variant):
     assert fleet.counters[:, BATCH_INDEX].tolist() == [3, 1, 2]
 
 
-@pytest.mark.parametrize("variant", TOGETHER)
+@pytest.mark.parametrize("variant", FIRST)
 def test_nan_reaches_its_model_and_no_padding(variant):
     shape, model = case(2)
     fleet = Fleet(variant, shape, varied(model, 2))

@@ -6,12 +6,22 @@ import math
 
 import numpy as np
 import pytest
-from calls import RATE, RULES, Clock, gathering, state_arrays, update_arena
-from devices import DEVICE_PARAMETERS, VARIANT_PARAMETERS, devices_with, variants_with
+from calls import RATE, RULES, Clock, state_arrays, update_arena
+from devices import VARIANT_PARAMETERS, devices_with, variants_with
 from hypothesis import strategies as st
 from memory import place, poisoned
-from strategies import Values, contract_test, exact, padded_rows, placements, seeds, sizes, variants, walked
-from tolerance import assert_within, bound, growth, update_bound
+from strategies import (
+    Values,
+    contract_test,
+    exact,
+    padded_rows,
+    picked_input,
+    placements,
+    seeds,
+    sizes,
+    variants,
+)
+from tolerance import assert_updated, assert_within, bound, growth, update_bound
 
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import (
@@ -141,11 +151,8 @@ def test_update(tensors, rule, clip_norm, accumulate, updates, rates, rate_scale
         for segment in segments:
             at = slice(segment.offset, segment.offset + segment.size)
             args = before[0][at], factor * mean[at], tuple(state[at] for state in before[2])
-            expected = reference.update(rule, segment.rule, *args, t, rate)
-            limits = update_bound(rule, segment.rule, *args, t, rate, relative * np.abs(args[1]), u)
-            assert_within(params[at], expected[0], limits[0])
-            for state, wanted, limit in zip(states, expected[1], limits[1], strict=True):
-                assert_within(state[at], wanted, limit)
+            now = params[at], [state[at] for state in states]
+            assert_updated(*now, rule, segment.rule, args, t, rate, relative * np.abs(args[1]), u)
         # what is frozen or padding stays as it is
         np.testing.assert_array_equal(params[~trained], before[0][~trained])
 
@@ -180,10 +187,8 @@ def test_grad_weight_update(layers, m, slope_count, by_row, rule, updates, rates
         layer = {"dz": dz, "x": x}
         if by_row and index == 0:
             rows = padded_rows(values.rng, max(m - 1, 0), m, max(m, 1))
-            source = place(values.factors(max(m, 1), k), layouts[1])
-            x = np.where(rows[:, None] >= 0, source[np.maximum(rows, 0)], 0).astype(source.dtype)
-            operand, rows = walked(values, rows, clock.counters)
-            layer |= {"x": source} | gathering(variant, operand, gathered=x)
+            picked, x = picked_input(values, rows, max(m, 1), k, layouts[1], clock.counters)
+            layer |= picked
         gradients = reference.grad_weight(exact(dz), exact(x))
         magnitudes = reference.grad_weight(np.abs(exact(dz)), np.abs(exact(x)))
         for name, tensor_rule, gradient, magnitude in zip("wb", (w_rule, b_rule), gradients, magnitudes, strict=True):
@@ -213,11 +218,7 @@ def test_grad_weight_update(layers, m, slope_count, by_row, rule, updates, rates
         for shadow, parameter in shadows:
             np.testing.assert_array_equal(shadow, variant.rounded(parameter))
         for (parameter, states, tensor_rule, gradient, g_bound), (p, s) in zip(tensors, before, strict=True):
-            expected = reference.update(rule, tensor_rule, p, gradient, s, t, rate)
-            limits = update_bound(rule, tensor_rule, p, gradient, s, t, rate, g_bound, u)
-            assert_within(parameter, expected[0], limits[0])
-            for state, wanted, limit in zip(states, expected[1], limits[1], strict=True):
-                assert_within(state, wanted, limit)
+            assert_updated(parameter, states, rule, tensor_rule, (p, gradient, s), t, rate, g_bound, u)
 
 
 @pytest.mark.parametrize("change", [{"clip_norm": 1.0}, {"accumulate": 2}])
@@ -245,11 +246,7 @@ def test_update_sums_the_parts_of_a_gradient(variant, rule, parts):
     )  # fmt: skip
     run()
     limit = bound(parts, np.abs(exact(arena[:, :size])).sum(axis=0), u)
-    expected = reference.update(rule, tensor, *given, 3, clock.rate)
-    limits = update_bound(rule, tensor, *given, 3, clock.rate, limit, u)
-    assert_within(params, expected[0], limits[0])
-    for state, wanted, state_limit in zip(states, expected[1], limits[1], strict=True):
-        assert_within(state, wanted, state_limit)
+    assert_updated(params, states, rule, tensor, given, 3, clock.rate, limit, u)
 
 
 @pytest.mark.parametrize("convention", ["torch", "scikit-learn"])
@@ -295,35 +292,3 @@ def test_small_gradients_of_many_rows_are_summed_before_they_meet_the_parameter(
     variant.bind("grad_weight_update", layers=[layer], **clock.operands)()
     np.testing.assert_array_equal(w, 1.0 - 2.0**-18)
     np.testing.assert_array_equal(b, 1.0 - 2.0**-18)
-
-
-@pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("precision", ["fp32", "fp64"])
-def test_slices_of_the_arena_are_updated_with_the_bits_of_the_whole(name, precision):
-    """Of the NumPy backend, on which several processes train: the states of a slice are arrays of their own."""
-    variant = next(one for one in DEVICE_PARAMETERS[0].values[0].variants if one.precision == precision)
-    rule = UpdateRule(**{**vars(RULES[name]), "clip_norm": 0.5, "ema": 0.9})
-    values, size, step = Values(3, variant), 640, 256 // np.dtype(variant.real).itemsize
-    # one tensor goes over a border, one ends with padding
-    segments = (Segment(0, 3 * step, TensorRule(0.5, 0.01)), Segment(3 * step, 2 * step + 5, TensorRule()))
-    grads = np.zeros(size, variant.real)
-    for one in segments:
-        grads[one.offset : one.offset + one.size] = values.normal(one.size)
-    params, states = values.normal(size), state_arrays(rule, values, size)
-    whole = [params.copy(), *(state.copy() for state in states)]
-
-    def update(params, states, **own):
-        arrays = {"params": params, "grads": grads.copy(), "states": tuple(states), "segments": segments}
-        variant.backend().bind("update", **arrays, **Clock(rule).operands, **own)()
-
-    update(whole[0], whole[1:])
-    for first in range(0, size, 2 * step):
-        end = min(size, first + 2 * step)
-        part, found = slice(first, end), [params.copy(), *(state[first:end].copy() for state in states)]
-        found[-1] = states[-1].copy()
-        update(found[0], found[1:], own=(first, end))
-        for before, array, wanted in zip((params, *states), found, whole, strict=True):
-            if array.size == size:
-                np.testing.assert_array_equal(np.delete(array, part), np.delete(before, part))
-                array = array[part]
-            np.testing.assert_array_equal(array, wanted[part])

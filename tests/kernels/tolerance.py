@@ -264,6 +264,15 @@ def update_bound(rule, tensor, p, g, state, t, lr, g_bound=0.0, u=U32):
     return lr / bc1 * quotient + rounding, (m_error, v_error)
 
 
+def assert_updated(param, states, rule, tensor, before, t, lr, g_bound=0.0, u=U32):
+    """``assert_within`` for a parameter and its states; ``before``: the parameter, the gradient and the states."""
+    new, new_states = reference.update(rule, tensor, *before, t, lr)
+    limit, limits = update_bound(rule, tensor, *before, t, lr, g_bound, u)
+    assert_within(param, new, limit)
+    for state, wanted, most in zip(states, new_states, limits, strict=True):
+        assert_within(state, wanted, most)
+
+
 def assert_within(actual, expected, bound):
     """Assert that every element of ``actual`` is within ``bound`` of ``expected``, and NaN only where expected."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
