@@ -16,7 +16,7 @@ from fusemlp.cli import defaults, ensemble
 from fusemlp.cli.commands import TrainOptions
 from fusemlp.cli.prepare import prepare
 from fusemlp.fleet.merge import members, merged
-from fusemlp.report.temperature import DEVIATION, LEAST_ROWS, held_out_logits, scale_logits, temperature_of
+from fusemlp.report.uncertainty import DEVIATION, LEAST_ROWS, held_out_logits, scale_logits, temperature_of
 from fusemlp.sklearn import TableClassifier
 
 Part = tuple[np.ndarray, np.ndarray, np.ndarray]

@@ -21,9 +21,8 @@ from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.network import MLP
 from fusemlp.describe.summary import aligned
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.certification import certified_lines, certify
 from fusemlp.report.metrics import class_table, confusion_table, headline, score
-from fusemlp.report.robustness import robust_lines, robust_score
+from fusemlp.report.robustness import certified_lines, certify, robust_lines, robust_score
 from fusemlp.report.runs import Run, read_json, read_training_rows
 from fusemlp_kernels.errors import CheckpointError
 

@@ -14,15 +14,12 @@ from fusemlp.cli.report import write_page
 from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.intervals import IBP
 from fusemlp.engine import Engine, load_checkpoint
-from fusemlp.report.baselines import MOST_NUMBERS, baselines, worse_than
-from fusemlp.report.certification import certify
 from fusemlp.report.diagnosis import diagnose
-from fusemlp.report.metrics import score
+from fusemlp.report.metrics import MOST_NUMBERS, baselines, score, worse_than
 from fusemlp.report.plots import curves_figure, literal
-from fusemlp.report.robustness import robust_score
+from fusemlp.report.robustness import certify, robust_score
 from fusemlp.report.runs import Run, read_json, write_json
-from fusemlp.report.temperature import Temperature, scale_logits
-from fusemlp.report.uncertainty import COVERAGE, HeldOut, errors_of, summary
+from fusemlp.report.uncertainty import COVERAGE, HeldOut, Temperature, errors_of, scale_logits, summary
 from fusemlp.runtime.files import replace_file
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import DivergenceError, FusemlpError

@@ -8,11 +8,9 @@ from fusemlp.cli import recipe
 from fusemlp.cli.prepare import Prepared
 from fusemlp.cli.session import Session
 from fusemlp.engine import Engine
-from fusemlp.report.baselines import baseline_line
-from fusemlp.report.certification import certified_lines
 from fusemlp.report.diagnosis import Finding
-from fusemlp.report.metrics import headline, privacy_line, spelled
-from fusemlp.report.robustness import robust_lines
+from fusemlp.report.metrics import baseline_line, headline, privacy_line, spelled
+from fusemlp.report.robustness import certified_lines, robust_lines
 from fusemlp.report.runs import Run
 
 

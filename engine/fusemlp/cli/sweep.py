@@ -28,8 +28,7 @@ from fusemlp.fleet.elsewhere import connected
 from fusemlp.fleet.memory import Kept
 from fusemlp.fleet.results import FleetResults, Member
 from fusemlp.fleet.seeds import Combination, averages
-from fusemlp.report.baselines import baseline_line
-from fusemlp.report.metrics import headline
+from fusemlp.report.metrics import baseline_line, headline
 from fusemlp.report.plots import Varied, literal, scores_figure
 from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, csv_bytes, discard_if_empty, write_json
 from fusemlp.runtime.files import write_atomically

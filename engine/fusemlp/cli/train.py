@@ -20,8 +20,7 @@ from fusemlp.describe.checks import as_count
 from fusemlp.engine import Engine
 from fusemlp.fleet.trials import seconds_left
 from fusemlp.report.runs import append_metrics, read_json, write_training_rows
-from fusemlp.report.temperature import scale_logits
-from fusemlp.report.uncertainty import judged
+from fusemlp.report.uncertainty import judged, scale_logits
 from fusemlp.runtime.ranks import leading
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import DivergenceError
