@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from devices import GPU, INTERPRETER, marks_of, usable
+from sklearn.base import clone
 from sklearn.datasets import load_wine
 from sklearn.exceptions import FitFailedWarning
 from sklearn.feature_selection import SelectFromModel
+from sklearn.model_selection import check_cv
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
@@ -22,6 +24,7 @@ from fusemlp import Callback
 from fusemlp.fleet.launches import Group
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier, MLPRegressor
 from fusemlp.sklearn.candidates import Candidates
+from fusemlp.sklearn.model import Model
 
 X, Y = load_wine(return_X_y=True)
 # few steps, since one of a model takes the interpreter a tenth of a second
@@ -164,6 +167,33 @@ def test_each_fit_is_set_up_once(taken, monkeypatch):
     options = {"n_jobs": 2 if taken else 1, "scoring": lambda model, X, y: 1.0, "refit": False}
     FleetSearchCV(pipeline, {"mlp__alpha": [0.0, 0.1]}, cv=2, **options).fit(X, Y)
     assert (len(calls), counted.taken) == (4, taken)
+
+
+def test_memory_of_forgotten_fits_is_used_again(monkeypatch):
+    made, start = [], Model.__init__
+    monkeypatch.setattr(Model, "__init__", lambda model, *given, **named: made.append(start(model, *given, **named)))
+    grid = {"alpha": np.linspace(0.0, 0.1, 5), "learning_rate_init": [0.01, 0.02]}
+    FleetSearchCV(MODEL.set_params(backend="numpy"), grid, cv=3, n_jobs=2, refit=False).fit(X, Y)
+    # four train, and one is scored
+    assert len(made) <= 6
+
+
+def test_a_fit_that_is_kept_goes_on_by_itself():
+    kept = []
+    model = MODEL.set_params(backend="numpy")
+    grid = {"alpha": [0.0, 0.1, 0.2], "learning_rate_init": [0.01, 0.02]}
+
+    def scoring(fitted, *rows):
+        kept.append(fitted)
+        return 0.0
+
+    search = FleetSearchCV(model, grid, cv=3, n_jobs=2, scoring=scoring, refit=False).fit(X, Y)
+    folds = [train for train, _ in check_cv(3, Y, classifier=True).split(X, Y)]
+    tries = [(parameters, rows) for parameters in search.cv_results_["params"] for rows in folds]
+    for fitted, (parameters, rows) in zip(kept, tries, strict=True):
+        alone = clone(model).set_params(**parameters).fit(X[rows], Y[rows])
+        for mine, its in zip(fitted.partial_fit(X, Y).coefs_, alone.partial_fit(X, Y).coefs_, strict=True):
+            assert np.array_equal(mine, its)
 
 
 @pytest.mark.parametrize("n_jobs", [2, 3, None, -1])

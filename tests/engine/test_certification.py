@@ -13,8 +13,8 @@ from fusemlp import MLP, Engine, load_data
 from fusemlp.datasets.prepare import fit_preprocessor, network_ends, network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.scaling import SCALES
-from fusemlp.report.certification import certify, reach
 from fusemlp.report.metrics import predictions
+from fusemlp.report.robustness import certify, reach
 
 
 @pytest.fixture(scope="module")

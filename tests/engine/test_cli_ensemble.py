@@ -19,7 +19,7 @@ from fusemlp.datasets.parts import folds
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import mean_history, members, merged
-from fusemlp.report.baselines import worse_than
+from fusemlp.report.metrics import worse_than
 from fusemlp.report.plots import curves_figure
 from fusemlp.sklearn import TableRegressor
 from fusemlp.tables import training, trials

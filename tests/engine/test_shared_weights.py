@@ -30,7 +30,7 @@ from fusemlp import (
     load_checkpoint,
 )
 from fusemlp.fleet.merge import members
-from fusemlp.report.temperature import held_out_logits, scale_logits, temperature_of
+from fusemlp.report.uncertainty import held_out_logits, scale_logits, temperature_of
 from fusemlp.runtime.members import combined
 from fusemlp.runtime.plans import plan_text
 from fusemlp_kernels import reference

@@ -15,7 +15,7 @@ from fusemlp import MLP, Adam, CrossEntropy, Engine, load_checkpoint
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.session import prepared_data
 from fusemlp.fleet.merge import members, merged, merged_members
-from fusemlp.report.temperature import DEVIATION, LEAST_ROWS, held_out_logits, scale_logits, temperature_of
+from fusemlp.report.uncertainty import DEVIATION, LEAST_ROWS, held_out_logits, scale_logits, temperature_of
 from fusemlp.sklearn import TableClassifier
 from fusemlp.tables.training import fleet_of
 

@@ -24,7 +24,6 @@ from fusemlp.describe.summary import aligned
 from fusemlp.engine import Engine, load, load_checkpoint
 from fusemlp.fleet.merge import members
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.certification import certified_lines, certify
 from fusemlp.report.metrics import (
     class_scores,
     class_table,
@@ -36,7 +35,7 @@ from fusemlp.report.metrics import (
 )
 from fusemlp.report.onnx import onnx_bytes
 from fusemlp.report.onnx_features import has_words
-from fusemlp.report.robustness import robust_lines, robust_score
+from fusemlp.report.robustness import certified_lines, certify, robust_lines, robust_score
 from fusemlp.report.runs import Run, csv_bytes, open_run, read_json, read_training_rows, weights_path
 from fusemlp.report.uncertainty import HeldOut, intervals, sets, spread
 from fusemlp.runtime.files import write_atomically

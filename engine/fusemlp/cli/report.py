@@ -13,16 +13,14 @@ from fusemlp.cli.options import ReportOptions
 from fusemlp.cli.output import finite, show, write_made, write_picture
 from fusemlp.cli.session import Session
 from fusemlp.engine import Engine, load_checkpoint
-from fusemlp.report.baselines import baseline_line
-from fusemlp.report.certification import certified_lines
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.evidence import Evidence
-from fusemlp.report.metrics import headline, privacy_line, score, spelled
+from fusemlp.report.metrics import baseline_line, headline, privacy_line, score, spelled
 from fusemlp.report.page import page
 from fusemlp.report.plots import curves_figure, literal
-from fusemlp.report.robustness import robust_lines
+from fusemlp.report.robustness import certified_lines, robust_lines
 from fusemlp.report.runs import Run, read_json, read_metrics, write_json
-from fusemlp.report.temperature import scale_logits
+from fusemlp.report.uncertainty import scale_logits
 from fusemlp.runtime.files import replace_file
 from fusemlp.tables.descriptions import learning_rate
 from fusemlp.tables.preparation import Prepared

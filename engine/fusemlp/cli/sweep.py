@@ -31,8 +31,7 @@ from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.memory import Kept
 from fusemlp.fleet.results import FleetResults, Member
 from fusemlp.fleet.seeds import Combination, averages
-from fusemlp.report.baselines import baseline_line
-from fusemlp.report.metrics import headline
+from fusemlp.report.metrics import baseline_line, headline
 from fusemlp.report.plots import Varied, literal, scores_figure
 from fusemlp.report.runs import (
     Run,

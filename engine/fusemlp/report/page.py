@@ -17,12 +17,11 @@ import numpy as np
 from fusemlp.datasets.files import reason
 from fusemlp.describe.metrics import rises
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.certification import certified_lines
 from fusemlp.report.chart import COLOURS, Chart, Line
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.evidence import REPEATS, Evidence, Importance
 from fusemlp.report.metrics import class_table, confusion_table, privacy_line, scalars
-from fusemlp.report.robustness import robust_lines
+from fusemlp.report.robustness import certified_lines, robust_lines
 from fusemlp_kernels.errors import MissingLibraryError
 
 Section = dict[str, Any]

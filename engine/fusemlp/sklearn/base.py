@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -155,11 +155,19 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         return self
 
     def _set_up(
-        self, X: Any, y: Any, sample_weight: Any, held: Any, *, incremental: bool = False, together: bool = False
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any,
+        held: Any,
+        *,
+        incremental: bool = False,
+        together: bool = False,
+        make: Callable[..., Model] = Model,
     ) -> EpochLoop[SklearnPolicy]:
         """Check all arguments, draw the initial parameters, set rows aside, and bind the data to a model.
 
-        ``held``: X_val and y_val. ``together``: a launch of several models may train it.
+        ``held``: X_val and y_val. ``together``: a launch of several models may train it. ``make`` returns a new model.
         """
         stochastic = self.solver in settings.STOCHASTIC
         X_val, y_val = held
@@ -198,7 +206,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
             X, y, row_weights, validation = self._split(X, y, row_weights, weight, random_state)
         n = X.shape[0]
         size = settings.rows_of_a_batch(self.batch_size, n) if stochastic else n
-        model = self._model_for(network, incremental, random_state, -(-n // size))
+        model = self._model_for(network, incremental, random_state, -(-n // size), make)
         model.load(self.coefs_, self.intercepts_, getattr(self, "slopes_", None))
         data, constants = self._data(X, y, model.dtype)
         alpha = 0.0 if self.solver == "adamw" else float(self.alpha)
@@ -294,7 +302,14 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         rows = np.require(X.toarray() if hasattr(X, "toarray") else X, dtype, ["C", "A"])
         return {"x": rows, "target": target}, constants
 
-    def _model_for(self, network: Any, incremental: bool, random_state: np.random.RandomState, batches: int) -> Model:
+    def _model_for(
+        self,
+        network: Any,
+        incremental: bool,
+        random_state: np.random.RandomState,
+        batches: int,
+        make: Callable[..., Model] = Model,
+    ) -> Model:
         """Return a new model, or the one that ``partial_fit`` goes on with."""
         backend, precision = settings.backend_of(self), self.precision
         if precision == "auto":
@@ -314,7 +329,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         seed = int(random_state.randint(2**31)) if any(network.dropouts) else 0
         rates = Rates(kind, float(self.learning_rate_init), float(self.power_t))
         schedule = optimizer.schedule.over(None if incremental else self.max_iter * batches)
-        return Model(network, loss, optimizer, schedule, rates, seed=seed, backend=backend, precision=precision)
+        return make(network, loss, optimizer, schedule, rates, seed=seed, backend=backend, precision=precision)
 
     def _ask(self, question: str, X: Any) -> Array:
         """Return the model's answer."""

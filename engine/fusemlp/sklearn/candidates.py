@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typing import Any
 
 import joblib
 import numpy as np
+from sklearn import config_context, get_config
 from sklearn.base import clone
 from sklearn.pipeline import Pipeline
 
@@ -29,6 +31,7 @@ from fusemlp.program.step import Inputs
 from fusemlp.runtime.binding import lower
 from fusemlp.runtime.plans import choose_plan
 from fusemlp.sklearn.batches import ResidentBatches
+from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import STOCHASTIC
 from fusemlp.sklearn.stochastic import SklearnPolicy, warn_unconverged
 from fusemlp.training.loop import EpochLoop
@@ -83,6 +86,31 @@ def _ending(candidates: Sequence[Candidate]) -> Iterator[None]:
         candidate.ended = True
 
 
+class Machines:
+    """The models of estimators on the host, to be used again when scikit-learn has scored and forgotten these.
+
+    Memory and the programs of predictions stay; what a fit draws, loads or counts begins anew.
+    """
+
+    def __init__(self) -> None:
+        self._lent: list[tuple[Any, Model, Mapping[str, Array], weakref.ref[Any]]] = []
+
+    def lend(self, estimator: Any, network: Any, loss: Any, optimizer: Any, *rest: Any, **options: Any) -> Model:
+        """Return a model with the arguments of ``Model``, until the estimator is gone."""
+        seed, machine = options["seed"], (options["backend"], options["precision"])
+        key = (network, loss, optimizer.rule(), machine)
+        for place, (other, model, state, holder) in enumerate(self._lent):
+            if holder() is None and other == key:
+                model.start_again(state, optimizer, *rest, seed=seed)
+                self._lent[place] = (key, model, state, weakref.ref(estimator))
+                return model
+        self._lent = [entry for entry in self._lent if entry[3]() is not None]
+        model = Model(network, loss, optimizer, *rest, **options)
+        if model.engine.memory.backend.traits.on_host:
+            self._lent.append((key, model, model.engine.memory.snapshot(), weakref.ref(estimator)))
+        return model
+
+
 class Candidates:
     """Sets up and trains fits before scikit-learn asks for them: they are the clones of ``asked``, in order.
 
@@ -102,6 +130,8 @@ class Candidates:
         self._asked, self._estimator, self._fits, self._at_once = asked, estimator, fits, at_once
         self._threads = LaunchThreads(workers, lambda number, error: None)
         self._most, self._together = self._threads.most, False
+        self._machines = Machines()
+        self._checked: Any = None
         # None for a fit that trains when it is asked for
         self._next: deque[Candidate | None] = deque()
 
@@ -165,13 +195,18 @@ class Candidates:
             if model.solver in STOCHASTIC and not (model.callbacks or model.verbose or model.warm_start):
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
-                    loops.append(model._set_up(*data, together=True))
+                    make = Model if model.adversarial is not None else partial(self._machines.lend, model)
+                    loops.append(model._set_up(*data, together=True, make=make))
 
         try:
             estimator.set_params(**clone(parameters, safe=False))
             model = last_step(estimator)
             model._fit = collect
-            fit(estimator)
+            # a candidate's parameters are checked on its first fold
+            checked = parameters is self._checked or get_config()["skip_parameter_validation"]
+            with config_context(skip_parameter_validation=checked):
+                fit(estimator)
+            self._checked = parameters
         except Exception:
             # the fit itself fails again
             return None

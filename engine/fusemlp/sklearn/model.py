@@ -63,6 +63,17 @@ class Model:
         # held between loading parameters and predicting with them: threads share the memory
         self.lock = threading.Lock()
 
+    def start_again(
+        self, state: Mapping[str, Array], optimizer: Optimizer, schedule: Schedule, rates: Rates, *, seed: int
+    ) -> None:
+        """Become as a new model with an optimizer of the same rule; ``state`` is a snapshot of the engine when new."""
+        self.arguments = (*self.arguments[:2], optimizer)
+        self.schedule, self.rates, self.plateau = schedule, rates, PLATEAU_START
+        self.options["seed"] = seed
+        self.engine.optimizer, self.engine.seed = optimizer, seed
+        self.engine.restore(state)
+        self.engine.rates.follow(schedule, 1.0)
+
     @classmethod
     def restored(
         cls, content: Mapping[str, Any], schedule: Schedule, rates: Sequence[Any], plateau: PlateauState

@@ -92,7 +92,9 @@ class _FleetSearch(BaseSearchCV):
 
             def fit(train: Any, estimator: Any) -> None:
                 options = _check_method_params(X, params=routed.estimator.fit, indices=train)
-                estimator.fit(*_safe_split(estimator, X, y, train), **options)
+                plain = type(X) is type(y) is np.ndarray and len(X) == len(y)
+                rows = (X[train], y[train]) if plain else _safe_split(estimator, X, y, train)
+                estimator.fit(*rows, **options)
 
             # scikit-learn's fits, in its order
             fits = ((candidate, partial(fit, train)) for candidate in candidates for train, _ in folds)

@@ -6,11 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from fusemlp.describe.intervals import IBP
-from fusemlp.report.baselines import MOST_NUMBERS, baselines, worse_than
-from fusemlp.report.certification import certify
 from fusemlp.report.diagnosis import diagnose
-from fusemlp.report.metrics import score
-from fusemlp.report.robustness import robust_score
+from fusemlp.report.metrics import MOST_NUMBERS, baselines, score, worse_than
+from fusemlp.report.robustness import certify, robust_score
 from fusemlp.report.uncertainty import COVERAGE, HeldOut, errors_of, summary
 from fusemlp.tables.training import Trained, attack_on
 from fusemlp.training.history import History

@@ -18,8 +18,7 @@ from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import merged, merged_members
 from fusemlp.fleet.results import Member
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.temperature import Temperature, scale_logits
-from fusemlp.report.uncertainty import HeldOut, judged
+from fusemlp.report.uncertainty import HeldOut, Temperature, judged, scale_logits
 from fusemlp.tables import attacks, descriptions, transfer, trials
 from fusemlp.tables.preparation import Prepared, decisions, prepare
 from fusemlp.tables.recipe import FitRecipe, TableRecipe
