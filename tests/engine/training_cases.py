@@ -126,7 +126,7 @@ def follow(follower, leader):
     for index in range(len(leader.memory.states)):
         follower.memory.write(leader.memory.tensors(f"state{index}"), f"state{index}")
     for name in ("counters", "hyper"):
-        follower._backend.copy_into(follower.memory.arrays[name], _host(leader, name))
+        follower.memory.backend.copy_into(follower.memory.arrays[name], _host(leader, name))
 
 
 def check_steps(case, device, record_property):
