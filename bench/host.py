@@ -88,14 +88,14 @@ def pretend() -> None:
 
     from fusemlp_kernels import registry
     from fusemlp_kernels.triton import backend, configs
-    from fusemlp_kernels.triton.launch import Device
+    from fusemlp_kernels.triton.launch import TritonDevice
 
     driver.set_active(Driver())
     torch.set_num_threads(1)
     here: Any = torch.cuda
     here.device = lambda _: contextlib.nullcontext()
     here.synchronize = here.current_stream = lambda *_: None
-    placed = Device(torch.device("cpu"), configs.Architecture("sm_90", 132), "fp32", torch.float32, False)
+    placed = TritonDevice(torch.device("cpu"), configs.Architecture("sm_90", 132), "fp32", torch.float32, False)
     made: Any = backend
     made.open_device = lambda name, precision: dataclasses.replace(placed, precision=precision)
     made.TritonBackend.capture = lambda self, run, times: gaps.replayed

@@ -18,7 +18,7 @@ from fusemlp import MLP, SGD, Adam, Engine
 from fusemlp.program.step import Inputs
 from fusemlp.runtime.binding import bind
 from fusemlp_kernels.triton import backend, configs
-from fusemlp_kernels.triton.launch import Device
+from fusemlp_kernels.triton.launch import TritonDevice
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Recorded:
         return kernel_variants.Variant(self.name, kind, self.tile, self.constants)
 
 
-class Recorder(Device):
+class Recorder(TritonDevice):
     """A CPU device that poses as another, and records launches."""
 
     launches: list[Recorded]

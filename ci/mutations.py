@@ -239,7 +239,7 @@ MUTATIONS = (
             "last loss kept where the normaliser is zero",
             "    total = tl.where(mean & (normaliser == 0.0), 0.0, total)\n",
             "",
-            "test_loss.py::test_labels_without_weight_give_zero_though_others_have_some",
+            "test_loss.py::test_a_batch_that_weighs_nothing_gives_zero",
         ),
         ("loss scale not in dz", "scale = scale * tl.load(hyper + LOSS_SCALE)", "scale = scale * 1.0", LINEAR_LOSS),
         (

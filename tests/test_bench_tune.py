@@ -19,7 +19,7 @@ from bench import tune
 from bench.report import write
 from fusemlp_kernels.registry import TRAITS
 from fusemlp_kernels.triton import backend, configs
-from fusemlp_kernels.triton.launch import Device
+from fusemlp_kernels.triton.launch import TritonDevice
 
 ROOT = Path(__file__).resolve().parents[1]
 TILES = [
@@ -65,7 +65,7 @@ def test_candidates_are_of_the_size_of_the_present_tile(place):
 def test_calls_are_bound_with_the_candidate(product, kind, precision, monkeypatch):
     seen = []
 
-    class Noted(Device):
+    class Noted(TritonDevice):
         def launch(self, kernel, programs, arguments, constants, tile):
             seen.append((kernel.fn.__name__, tile))
             return lambda: None

@@ -112,7 +112,7 @@ def test_a_planted_wait_is_counted(card: Card, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_planted_copy_from_pageable_memory_is_counted(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.Device, "upload", lambda self, destination, source: destination.copy_(source))
+    monkeypatch.setattr(launch.TritonDevice, "upload", lambda self, destination, source: destination.copy_(source))
     _, epoch = of_an_epoch(card, made())
     assert epoch.waits == 3
 

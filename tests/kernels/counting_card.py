@@ -198,12 +198,12 @@ def _launch(self: Any, kernel: Any, programs: int, arguments: Any, constants: An
 def counting(*, computes: bool) -> Iterator[Card]:
     """Let the Triton backend run on the counting card, whose kernels compute nothing unless it ``computes``."""
     open_device, empty = backend.open_device, torch.empty
-    allocate, zeros, numbers = backend.TritonBackend.allocate, launch.Device.zeros, launch.Device.numbers
+    allocate, zeros, numbers = backend.TritonBackend.allocate, launch.TritonDevice.zeros, launch.TritonDevice.numbers
     made = backend.TritonBackend.__init__
 
     launches = _launch if computes else _no_launch
 
-    def opened(name: str | None, precision: str) -> launch.Device:
+    def opened(name: str | None, precision: str) -> launch.TritonDevice:
         return dataclasses.replace(open_device(None, precision), interpreted=False)
 
     def start(self: Any, traits: Any, device: Any, precision: str) -> None:
@@ -239,7 +239,7 @@ def counting(*, computes: bool) -> Iterator[Card]:
                 {"__init__": start, "allocate": lambda *given: _on_card(allocate(*given))},
             ),
             (
-                launch.Device,
+                launch.TritonDevice,
                 {
                     "launch": launches,
                     "numbers": sent,

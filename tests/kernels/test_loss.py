@@ -341,31 +341,28 @@ def test_the_first_of_equal_logits_is_the_answer(variant, classes):
     assert stats[CORRECT] == 2.0 and stats[SCORED] == 3.0
 
 
+LABELS = np.array([0, 1, 2, 1])
+ENTROPY = LossSpec("cross_entropy", label_smoothing=0.1)
+IGNORING = LossSpec("cross_entropy", ignore_index=1, accuracy=True)
+# Label smoothing gives every class a share; the normaliser is the weight of the labels alone.
+WEIGHTLESS = {
+    "labels without weight": (ENTROPY, 3, np.full(4, 2), {"class_weight": np.array([1.0, 2.0, 0.0])}),
+    "ignored labels": (IGNORING, 3, np.full(4, 1), {}),
+    "ignored labels of many classes": (IGNORING, 600, np.full(4, 1), {}),
+    **{
+        kind: (LossSpec(kind), 3, LABELS if kind == "cross_entropy" else np.ones((4, 3)), {"weight": np.zeros(4)})
+        for kind in LOSSES
+    },
+}
+
+
+@pytest.mark.parametrize(("spec", "classes", "target", "weights"), WEIGHTLESS.values(), ids=WEIGHTLESS)
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
-def test_labels_without_weight_give_zero_though_others_have_some(variant):
-    """Label smoothing gives every class a share; the normaliser is the weight of the labels alone."""
-    z = np.random.default_rng(15).standard_normal((4, 3))
-    spec = LossSpec("cross_entropy", label_smoothing=0.1)
-    loss, dz, stats = run_loss(variant, spec, z, np.full(4, 2), class_weight=np.array([1.0, 2.0, 0.0]))
-    assert loss == 0.0 and not dz.any() and stats[LOSS_SUM] == stats[NORM_SUM] == 0.0
-
-
-@pytest.mark.parametrize("kind", LOSSES)
-@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
-def test_weights_that_are_all_zero_give_zero(variant, kind):
-    z = np.random.default_rng(4).standard_normal((5, 3))
-    target = np.array([0, 1, 2, 1, 0]) if kind == "cross_entropy" else np.ones_like(z)
-    loss, dz, stats = run_loss(variant, LossSpec(kind), z, target, weight=np.zeros(5))
-    assert loss == 0.0 and not dz.any() and stats[LOSS_SUM] == stats[NORM_SUM] == 0.0
-
-
-@pytest.mark.parametrize("classes", [3, 600])
-@pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
-def test_a_batch_of_ignored_labels_gives_zero(variant, classes):
+def test_a_batch_that_weighs_nothing_gives_zero(variant, spec, classes, target, weights):
     z = np.random.default_rng(5).standard_normal((4, classes))
-    spec = LossSpec("cross_entropy", ignore_index=1, accuracy=True)
-    loss, dz, stats = run_loss(variant, spec, z, np.full(4, 1))
-    assert loss == 0.0 and not dz.any() and not stats.any()
+    loss, dz, stats = run_loss(variant, spec, z, target, **weights)
+    assert loss == 0.0 and not dz.any() and stats[LOSS_SUM] == stats[NORM_SUM] == 0.0
+    assert spec is not IGNORING or not stats.any()
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "accuracy": True}, {"soft": True}])

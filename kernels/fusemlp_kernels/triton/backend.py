@@ -26,7 +26,7 @@ from fusemlp_kernels.triton.grouped import (
     bind_grad_weight_update,
     bind_update,
 )
-from fusemlp_kernels.triton.launch import Device, Run, Tensor, is_aligned, is_interpreted, mark_owned
+from fusemlp_kernels.triton.launch import Run, Tensor, TritonDevice, is_aligned, is_interpreted, mark_owned
 from fusemlp_kernels.triton.layers import (
     bind_advance,
     bind_affine_members,
@@ -65,7 +65,7 @@ COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16,
 
 
 @functools.cache
-def open_device(name: str | None, precision: str) -> Device:
+def open_device(name: str | None, precision: str) -> TritonDevice:
     """The device ``name`` ("cuda", "cuda:1"; None: the current one), for kernels of that precision.
 
     Raises BackendUnavailableError for a device that is missing or has no kernels.
@@ -84,7 +84,7 @@ def open_device(name: str | None, precision: str) -> Device:
                 "precision: Triton's interpreter computes bf16 wrongly; use fp16 there, or a GPU for bf16"
             )
         arch = configs.Architecture("interpreter", 1)
-        return Device(torch.device("cpu"), arch, precision, COMPUTE[precision], True)
+        return TritonDevice(torch.device("cpu"), arch, precision, COMPUTE[precision], True)
     if not torch.cuda.is_available():
         raise BackendUnavailableError(
             f"backend: torch {torch.__version__} finds no GPU; check the driver with `fusemlp doctor`, or set "
@@ -104,7 +104,7 @@ def open_device(name: str | None, precision: str) -> Device:
     target = properties.gcnArchName if torch.version.hip else f"sm_{properties.major}{properties.minor}"
     arch = configs.Architecture(configs.family_of(target), properties.multi_processor_count)
     configs.check_compiler(arch.family, triton.__version__)
-    return Device(device, arch, precision, COMPUTE[precision], False)
+    return TritonDevice(device, arch, precision, COMPUTE[precision], False)
 
 
 class TritonBackend:

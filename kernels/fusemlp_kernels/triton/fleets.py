@@ -29,7 +29,7 @@ from fusemlp_kernels.contract import (
 )
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.triton import clock, configs, resident, resident_tables
-from fusemlp_kernels.triton.launch import Device, Run, Tensor, is_aligned
+from fusemlp_kernels.triton.launch import Run, Tensor, TritonDevice, is_aligned
 from fusemlp_kernels.triton.layers import dropout_numbers, kept_share, loss_settings, target_arguments
 
 Operands = Mapping[str, Any]
@@ -143,7 +143,7 @@ def _check_common(op: str, calls: Sequence[Calls], steps: Sequence[_Step], weigh
 class _Workspace:
     """The places of the values of the models' steps, in elements from ``base``; ``stride`` from model to model."""
 
-    def __init__(self, op: str, device: Device, steps: Sequence[_Step], batch: int) -> None:
+    def __init__(self, op: str, device: TritonDevice, steps: Sequence[_Step], batch: int) -> None:
         self.device, self.batch, self.models = device, batch, len(steps)
         values = [step.values() for step in steps]
         self.item = device.compute.itemsize
@@ -235,7 +235,7 @@ def _is_stored(rule: UpdateRule, ridge: Ridge) -> bool:
     return rule.accumulate > 1 or rule.clip_norm is not None or bool(rule.ema) or penalised
 
 
-def _check_arenas(op: str, device: Device, arenas: Mapping[str, Tensor], models: int, count: int) -> None:
+def _check_arenas(op: str, device: TritonDevice, arenas: Mapping[str, Tensor], models: int, count: int) -> None:
     """The arenas are contiguous, with a row a model."""
     size = device.check(op, "params", arenas["params"], (models, None), "real").shape[1]
     if size % 8:
@@ -252,7 +252,7 @@ def _check_arenas(op: str, device: Device, arenas: Mapping[str, Tensor], models:
         device.check(op, name, arenas[name], (models, *shape), kind, written=name != "rates", flat=True)
 
 
-def _bind(device: Device, op: str, call: SimpleNamespace) -> Callable[[Sequence[int]], object]:
+def _bind(device: TritonDevice, op: str, call: SimpleNamespace) -> Callable[[Sequence[int]], object]:
     calls, rows, arenas, epoch_stats = call.calls, call.rows, call.arenas, call.epoch_stats
     models, params = len(calls), arenas["params"]
     device.check(op, "rows", rows, (models, None), "int64", flat=True)
@@ -338,13 +338,13 @@ def _bind(device: Device, op: str, call: SimpleNamespace) -> Callable[[Sequence[
 
 
 @binds("train_fleet")
-def bind_train_fleet(device: Device, call: SimpleNamespace) -> Callable[[Sequence[int]], object]:
+def bind_train_fleet(device: TritonDevice, call: SimpleNamespace) -> Callable[[Sequence[int]], object]:
     """The contract's ``train_fleet``."""
     return _bind(device, "train_fleet", call)
 
 
 @binds("train_resident")
-def bind_train_resident(device: Device, call: SimpleNamespace) -> Callable[[int], object]:
+def bind_train_resident(device: TritonDevice, call: SimpleNamespace) -> Callable[[int], object]:
     """The contract's ``train_resident``: a fleet of one."""
     call.calls, call.rows = [call.calls], call.rows[None]
     call.arenas = {name: arena[None] for name, arena in call.arenas.items()}

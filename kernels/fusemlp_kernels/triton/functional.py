@@ -40,12 +40,12 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DTypeError
 from fusemlp_kernels.operands import FIXED, UPDATED
 from fusemlp_kernels.ops import OPS
 from fusemlp_kernels.triton.backend import BINDERS, open_device
-from fusemlp_kernels.triton.launch import Device, Tensor, is_interpreted
+from fusemlp_kernels.triton.launch import Tensor, TritonDevice, is_interpreted
 
 PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def _device(op: str, name: str, tensor: Any, tf32: bool = False) -> Device:
+def _device(op: str, name: str, tensor: Any, tf32: bool = False) -> TritonDevice:
     """The device of a tensor, with the kernels for its type."""
     if not isinstance(tensor, Tensor):
         raise ArgumentTypeError(f"{op}: {name}: expected a torch tensor, got {type(tensor).__name__}")
@@ -64,13 +64,15 @@ def _device(op: str, name: str, tensor: Any, tf32: bool = False) -> Device:
     return open_device(str(tensor.device), "tf32" if tf32 else precision)
 
 
-def _counters(device: Device, batch_index: int = 0, row_count: int = 0, update_count: int = 0) -> Tensor:
+def _counters(device: TritonDevice, batch_index: int = 0, row_count: int = 0, update_count: int = 0) -> Tensor:
     counters = torch.zeros(COUNTERS, dtype=torch.int64)
     counters[BATCH_INDEX], counters[ROW_COUNT], counters[UPDATE_COUNT] = batch_index, row_count, update_count
     return counters.to(device.device)
 
 
-def _clock(device: Device, rule: UpdateRule, lr: float, update_count: int, batch_index: int = 0) -> dict[str, Any]:
+def _clock(
+    device: TritonDevice, rule: UpdateRule, lr: float, update_count: int, batch_index: int = 0
+) -> dict[str, Any]:
     """hyper, rates and counters of one update at the learning rate ``lr`` after ``update_count`` others."""
     host = {"hyper": hyper_at(rule, lr, update_count), "rates": rate_table(rule, [lr], update_count)}
     counters = _counters(device, batch_index=batch_index, update_count=update_count)

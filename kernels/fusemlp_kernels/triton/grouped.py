@@ -10,7 +10,7 @@ from fusemlp_kernels.checks import binds, members_of
 from fusemlp_kernels.contract import HYPER, RATE_COLUMNS, Noise, TensorRule
 from fusemlp_kernels.philox import seed_key
 from fusemlp_kernels.triton import clock, configs, gradients, privacy, update
-from fusemlp_kernels.triton.launch import LARGEST_INDEX, Device, Run, Tensor, in_sequence, is_aligned, signed
+from fusemlp_kernels.triton.launch import LARGEST_INDEX, Run, Tensor, TritonDevice, in_sequence, is_aligned, signed
 from fusemlp_kernels.triton.layers import launch_clock
 
 WEIGHT, BIAS, SLOPE, SEGMENT = range(4)
@@ -20,7 +20,7 @@ PLAIN = TensorRule()
 class _Tasks:
     """The table of the kernels over all layers: a row for each trained tensor."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: TritonDevice) -> None:
         self.device = device
         self.rows: list[dict[str, int]] = []
         self.rules: list[tuple[float, float]] = []
@@ -70,7 +70,7 @@ class _Tasks:
         return numbers, self.device.numbers(self.rules or [(0.0, 0.0)], "float64"), first
 
 
-def _collect(device: Device, call: SimpleNamespace, updates: bool) -> _Tasks:
+def _collect(device: TritonDevice, call: SimpleNamespace, updates: bool) -> _Tasks:
     """The tasks of all layers and slopes."""
     tasks = _Tasks(device)
     for layer in call.layers:
@@ -95,7 +95,13 @@ def _collect(device: Device, call: SimpleNamespace, updates: bool) -> _Tasks:
 
 
 def _bind_gradients(
-    device: Device, call: SimpleNamespace, *, updates: bool, norm: Tensor | None = None, parts: int = 1, part: int = 0
+    device: TritonDevice,
+    call: SimpleNamespace,
+    *,
+    updates: bool,
+    norm: Tensor | None = None,
+    parts: int = 1,
+    part: int = 0,
 ) -> tuple[Run, int]:
     """The grouped launch and its number of programs."""
     tasks = _collect(device, call, updates)
@@ -133,14 +139,14 @@ def _keeping(call: SimpleNamespace, launch: Run, programs: int) -> Run:
 
 
 @binds("grad_weight")
-def bind_grad_weight(device: Device, call: SimpleNamespace) -> Run:
+def bind_grad_weight(device: TritonDevice, call: SimpleNamespace) -> Run:
     """The contract's ``grad_weight``."""
     run, programs = _bind_gradients(device, call, updates=False, norm=call.norm, parts=call.parts, part=call.part)
     return call.norm.zero_ if programs == 0 and call.norm is not None else run
 
 
 @binds("grad_weight_members")
-def bind_grad_weight_members(device: Device, call: SimpleNamespace) -> Run:
+def bind_grad_weight_members(device: TritonDevice, call: SimpleNamespace) -> Run:
     """The contract's ``grad_weight_members``: the layers of the grouped launch are the members, whose rows lie apart.
 
     Biases have a launch of their own: few of them begin where the fast path of the weights needs it.
@@ -163,7 +169,7 @@ def bind_grad_weight_members(device: Device, call: SimpleNamespace) -> Run:
 
 
 @binds("grad_weight_update")
-def bind_grad_weight_update(device: Device, call: SimpleNamespace) -> Run:
+def bind_grad_weight_update(device: TritonDevice, call: SimpleNamespace) -> Run:
     """The contract's ``grad_weight_update``."""
     run, programs = _bind_gradients(device, call, updates=True)
     if programs:
@@ -173,7 +179,7 @@ def bind_grad_weight_update(device: Device, call: SimpleNamespace) -> Run:
 
 
 @binds("clip_examples")
-def bind_clip_examples(device: Device, call: SimpleNamespace) -> Run:
+def bind_clip_examples(device: TritonDevice, call: SimpleNamespace) -> Run:
     """The contract's ``clip_examples``."""
     tasks, tile = _Tasks(device), configs.CLIP
     for layer in call.layers:
@@ -196,7 +202,7 @@ def bind_clip_examples(device: Device, call: SimpleNamespace) -> Run:
 
 
 @binds("update")
-def bind_update(device: Device, call: SimpleNamespace) -> Run:
+def bind_update(device: TritonDevice, call: SimpleNamespace) -> Run:
     """The contract's ``update``."""
     params, grads, states, rule = call.params, call.grads, call.states, call.rule
     norm, shadow, noise, segments = call.norm, call.shadow, call.noise, call.segments
@@ -230,7 +236,7 @@ def bind_update(device: Device, call: SimpleNamespace) -> Run:
     return in_sequence([*before, device.launch(update.update_kernel, programs, arguments, constants, tile)])
 
 
-def _noise(device: Device, noise: Noise | None, rows: Tensor | None) -> dict[str, Any]:
+def _noise(device: TritonDevice, noise: Noise | None, rows: Tensor | None) -> dict[str, Any]:
     """The arguments of noise; ``rows``: those of the batches."""
     chosen = Noise(0.0, 1.0, 0) if noise is None else noise
     low, high = seed_key(chosen.seed)
@@ -242,7 +248,7 @@ def _noise(device: Device, noise: Noise | None, rows: Tensor | None) -> dict[str
     }  # fmt: skip
 
 
-def _bind_norm(device: Device, grads: Tensor, norm: Tensor) -> Run:
+def _bind_norm(device: TritonDevice, grads: Tensor, norm: Tensor) -> Run:
     tile = configs.SWEEP
     programs = tile.count(1, grads.numel())
     arguments = {

@@ -62,7 +62,7 @@ def signed(word: int) -> int:
 
 
 @dataclass(frozen=True)
-class Device:
+class TritonDevice:
     """The place where the kernels run and the types they run in: everything that binding a call needs."""
 
     device: torch.device

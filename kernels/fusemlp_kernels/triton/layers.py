@@ -10,7 +10,7 @@ from fusemlp_kernels.contract import ACTIVATIONS, COUNTERS, HYPER, LOSSES, NEEDS
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.philox import seed_key, threshold
 from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, members, perturb
-from fusemlp_kernels.triton.launch import LARGEST_INDEX, Device, Run, Tensor, in_sequence, is_aligned, signed
+from fusemlp_kernels.triton.launch import LARGEST_INDEX, Run, Tensor, TritonDevice, in_sequence, is_aligned, signed
 
 # Operands for backends that gather in memory or store masks, and those of train_resident.
 NOT_IN_LOAD = ("gathered", "keep")
@@ -57,7 +57,7 @@ def kept_share(dropout: Dropout | None) -> float:
 
 
 @binds("linear", without=NOT_IN_LOAD)
-def bind_linear(device: Device, call: SimpleNamespace) -> Run:
+def bind_linear(device: TritonDevice, call: SimpleNamespace) -> Run:
     """The contract's ``linear``."""
     m, n, x, w, b, y = call.M, call.N, call.x, call.w, call.b, call.y
     keeps_z = call.z is not None and call.activation in NEEDS_Z
@@ -79,7 +79,7 @@ def bind_linear(device: Device, call: SimpleNamespace) -> Run:
 
 
 @binds("grad_input", without=NOT_IN_LOAD)
-def bind_grad_input(device: Device, call: SimpleNamespace) -> Run:
+def bind_grad_input(device: TritonDevice, call: SimpleNamespace) -> Run:
     """The contract's ``grad_input``."""
     m, k, dz, w, out, dslope = call.M, call.K, call.dz, call.w, call.dz_prev, call.dslope
     y = call.z if call.activation in NEEDS_Z else call.y
@@ -102,7 +102,7 @@ def bind_grad_input(device: Device, call: SimpleNamespace) -> Run:
 
 
 def _own(
-    device: Device, call: SimpleNamespace, spare: Tensor, **matrices: Tensor | None
+    device: TritonDevice, call: SimpleNamespace, spare: Tensor, **matrices: Tensor | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments and constants of ``affine_members`` and of its way back; ``matrices`` are those of one of them."""
     tile, matrices = configs.MEMBERS, {**matrices, "x": call.x, "s": call.s, "b": call.b, "r": call.r}
@@ -119,7 +119,7 @@ def _own(
 
 
 @binds("affine_members", without=NOT_IN_LOAD)
-def bind_affine_members(device: Device, call: SimpleNamespace) -> Run:
+def bind_affine_members(device: TritonDevice, call: SimpleNamespace) -> Run:
     """The contract's ``affine_members``."""
     tile = configs.MEMBERS
     arguments, constants = _own(device, call, device.zeros(1, "real"), y=call.y)
@@ -129,7 +129,7 @@ def bind_affine_members(device: Device, call: SimpleNamespace) -> Run:
 
 
 @binds("grad_affine_members", without=NOT_IN_LOAD)
-def bind_grad_affine_members(device: Device, call: SimpleNamespace) -> Run:
+def bind_grad_affine_members(device: TritonDevice, call: SimpleNamespace) -> Run:
     """The contract's ``grad_affine_members``."""
     tile = configs.MEMBERS
     written = {name: getattr(call, name) for name in ("dx", "ds", "db", "dr")}
@@ -149,7 +149,7 @@ def bind_grad_affine_members(device: Device, call: SimpleNamespace) -> Run:
 
 
 def _heads(
-    device: Device, call: SimpleNamespace, kernel: Any, letters: str, bias: dict[str, Any], **matrices: Tensor
+    device: TritonDevice, call: SimpleNamespace, kernel: Any, letters: str, bias: dict[str, Any], **matrices: Tensor
 ) -> Run:
     """A product of each member, of one kernel; ``letters``: those of the result's columns and of the reduction."""
     aligned = all(map(is_aligned, matrices.values()))
@@ -163,20 +163,20 @@ def _heads(
 
 
 @binds("linear_members")
-def bind_linear_members(device: Device, call: SimpleNamespace) -> Run:
+def bind_linear_members(device: TritonDevice, call: SimpleNamespace) -> Run:
     """The contract's ``linear_members``."""
     bias = {"b": call.b, "b_step": call.b.stride(0)}
     return _heads(device, call, members.linear_members_kernel, "NK", bias, x=call.x, w=call.w, z=call.z)
 
 
 @binds("grad_input_members")
-def bind_grad_input_members(device: Device, call: SimpleNamespace) -> Run:
+def bind_grad_input_members(device: TritonDevice, call: SimpleNamespace) -> Run:
     """The contract's ``grad_input_members``."""
     return _heads(device, call, members.grad_input_members_kernel, "KN", {}, dz=call.dz, w=call.w, out=call.dx)
 
 
 @binds("perturb")
-def bind_perturb(device: Device, call: SimpleNamespace) -> Run:
+def bind_perturb(device: TritonDevice, call: SimpleNamespace) -> Run:
     """The contract's ``perturb``."""
     change, moves = call.change, call.start is None
     keys = [signed(word) for word in seed_key(change.seed or 0)]
@@ -191,7 +191,7 @@ def bind_perturb(device: Device, call: SimpleNamespace) -> Run:
     return device.launch(perturb.perturb_kernel, call.M, arguments, {"BLOCK": configs.SWEEP.columns}, configs.SWEEP)
 
 
-def target_arguments(device: Device, call: SimpleNamespace) -> dict[str, Any]:
+def target_arguments(device: TritonDevice, call: SimpleNamespace) -> dict[str, Any]:
     """The kernels' arguments for the targets of a loss and for their weights."""
     target, weight, class_weight, ignored = call.target, call.weight, call.class_weight, call.loss.ignore_index or 0
     spare, number, classes = device.zeros(1, "real"), device.zeros(1, "int64"), target.dim() == 1
@@ -226,7 +226,7 @@ def _are_aligned(*matrices: Tensor | None) -> bool:
 
 
 def _launch_loss(
-    device: Device,
+    device: TritonDevice,
     call: SimpleNamespace,
     kernel: Any,
     tile: configs.Tile,
@@ -260,7 +260,7 @@ def _launch_loss(
     return device.launch(kernel, programs, arguments, constants, tile)
 
 
-def launch_loss_grad(device: Device, call: SimpleNamespace, z: Tensor, dz: Tensor | None) -> Run:
+def launch_loss_grad(device: TritonDevice, call: SimpleNamespace, z: Tensor, dz: Tensor | None) -> Run:
     """The loss of pre-activations z (M, N), and its gradient in dz, which may be z."""
     tile, most = configs.LOSS, configs.LOSS.programs * device.arch.processors
     constants = {"BM": tile.rows, "BN": tile.columns}
@@ -269,13 +269,13 @@ def launch_loss_grad(device: Device, call: SimpleNamespace, z: Tensor, dz: Tenso
 
 
 @binds("loss_grad", without=NOT_IN_LOSS)
-def bind_loss_grad(device: Device, call: SimpleNamespace) -> Run:
+def bind_loss_grad(device: TritonDevice, call: SimpleNamespace) -> Run:
     """The contract's ``loss_grad``."""
     return launch_loss_grad(device, call, call.z, call.dz)
 
 
 @binds("linear_loss_grad", without=NOT_IN_LOSS)
-def bind_linear_loss_grad(device: Device, call: SimpleNamespace) -> Run:
+def bind_linear_loss_grad(device: TritonDevice, call: SimpleNamespace) -> Run:
     """The contract's ``linear_loss_grad``."""
     b, rows = call.b, call.x_rows
     if call.N > configs.WIDEST_OUTPUT:
@@ -296,7 +296,7 @@ def bind_linear_loss_grad(device: Device, call: SimpleNamespace) -> Run:
     return _launch_loss(device, call, loss.linear_loss_grad_kernel, tile, matrices, inputs, constants)
 
 
-def launch_clock(device: Device, call: SimpleNamespace, *, scaled: bool = False) -> Run:
+def launch_clock(device: TritonDevice, call: SimpleNamespace, *, scaled: bool = False) -> Run:
     """The clock alone; ``scaled``: the gradients carry the loss scale."""
     rule = device.numbers(clock.rule_values(call.rule, scaled=scaled), "float64")
     arguments = {"counters": call.counters, "hyper": call.hyper, "rates": call.rates, "rule": rule}
@@ -304,6 +304,6 @@ def launch_clock(device: Device, call: SimpleNamespace, *, scaled: bool = False)
 
 
 @binds("advance")
-def bind_advance(device: Device, call: SimpleNamespace) -> Run:
+def bind_advance(device: TritonDevice, call: SimpleNamespace) -> Run:
     """The contract's ``advance``."""
     return launch_clock(device, call)

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusemlp_kernels.triton import backend, configs
-from fusemlp_kernels.triton.launch import Device
+from fusemlp_kernels.triton.launch import TritonDevice
 
 from .bulk import TensorMap
 from .memory import Global
@@ -192,7 +192,7 @@ def emulated(target: str, precision: str = "fp32", processors: int = 4, **settin
     emulator = Emulator(target, **settings)
     arch = configs.Architecture(configs.family_of(target), processors)
     # As under the interpreter, memory is the host's, and there is nothing to wait for.
-    device = Device(torch.device("cpu"), arch, precision, backend.COMPUTE[precision], True)
+    device = TritonDevice(torch.device("cpu"), arch, precision, backend.COMPUTE[precision], True)
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(Driver(emulator))
     try:
