@@ -20,11 +20,10 @@ from sklearn.model_selection import check_cv
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from fusemlp import Callback
+from fusemlp import Callback, Engine
 from fusemlp.fleet.launches import Group
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier, MLPRegressor
 from fusemlp.sklearn.candidates import Candidates
-from fusemlp.sklearn.model import Model
 
 X, Y = load_wine(return_X_y=True)
 # few steps, since one of a model takes the interpreter a tenth of a second
@@ -157,8 +156,8 @@ def test_each_fit_is_set_up_once(taken, monkeypatch):
 
 
 def test_memory_of_forgotten_fits_is_used_again(monkeypatch):
-    made, start = [], Model.__init__
-    monkeypatch.setattr(Model, "__init__", lambda model, *given, **named: made.append(start(model, *given, **named)))
+    made, start = [], Engine.__init__
+    monkeypatch.setattr(Engine, "__init__", lambda engine, *given, **named: made.append(start(engine, *given, **named)))
     grid = {"alpha": np.linspace(0.0, 0.1, 5), "learning_rate_init": [0.01, 0.02]}
     FleetSearchCV(MODEL.set_params(backend="numpy"), grid, cv=3, n_jobs=2, refit=False).fit(X, Y)
     # four train, and one is scored
