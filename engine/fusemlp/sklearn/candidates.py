@@ -24,6 +24,7 @@ from sklearn import config_context, get_config
 from sklearn.base import clone
 from sklearn.pipeline import Pipeline
 
+from fusemlp.engine import Engine
 from fusemlp.fleet.launches import GROUP_ROWS, Group, run_together, signature
 from fusemlp.fleet.threads import LaunchThreads, Training
 from fusemlp.inputs.arrays import Array
@@ -86,28 +87,32 @@ def _ending(candidates: Sequence[Candidate]) -> Iterator[None]:
         candidate.ended = True
 
 
-class Machines:
-    """The models of estimators on the host, to be used again when scikit-learn has scored and forgotten these.
+class Engines:
+    """The engines of models on the host, to be used again when scikit-learn has scored and forgotten a fit.
 
     Memory and the programs of predictions stay; what a fit draws, loads or counts begins anew.
     """
 
     def __init__(self) -> None:
-        self._lent: list[tuple[Any, Model, Mapping[str, Array], weakref.ref[Any]]] = []
+        self._lent: list[tuple[Any, Engine, dict[str, Array], weakref.ref[Model]]] = []
 
-    def lend(self, estimator: Any, network: Any, loss: Any, optimizer: Any, *rest: Any, **options: Any) -> Model:
-        """Return a model with the arguments of ``Model``, until the estimator is gone."""
-        seed, machine = options["seed"], (options["backend"], options["precision"])
-        key = (network, loss, optimizer.rule(), machine)
-        for place, (other, model, state, holder) in enumerate(self._lent):
-            if holder() is None and other == key:
-                model.start_again(state, optimizer, *rest, seed=seed)
-                self._lent[place] = (key, model, state, weakref.ref(estimator))
-                return model
-        self._lent = [entry for entry in self._lent if entry[3]() is not None]
-        model = Model(network, loss, optimizer, *rest, **options)
-        if model.engine.memory.backend.traits.on_host:
-            self._lent.append((key, model, model.engine.memory.snapshot(), weakref.ref(estimator)))
+    def model(self, network: Any, loss: Any, optimizer: Any, *rest: Any, **options: Any) -> Model:
+        """Return a model with the arguments of ``Model``, to which an engine is lent."""
+        key = network, loss, optimizer.rule(), options["backend"], options["precision"]
+        free = (place for place, lent in enumerate(self._lent) if lent[0] == key and lent[3]() is None)
+        place = next(free, None)
+        if place is None:
+            # an engine of another shape is not kept for fits that may not come
+            self._lent = [lent for lent in self._lent if lent[3]() is not None]
+            model = Model(network, loss, optimizer, *rest, **options)
+            engine, state = model.engine, model.engine.memory.snapshot()
+        else:
+            _, engine, state, _ = self._lent.pop(place)
+            engine.optimizer, engine.seed = optimizer, options["seed"]
+            engine.restore(state)
+            model = Model(network, loss, optimizer, *rest, engine=engine, **options)
+        if engine.memory.backend.traits.on_host:
+            self._lent.append((key, engine, state, weakref.ref(model)))
         return model
 
 
@@ -130,7 +135,7 @@ class Candidates:
         self._asked, self._estimator, self._fits, self._at_once = asked, estimator, fits, at_once
         self._threads = LaunchThreads(workers, lambda number, error: None)
         self._most, self._together = self._threads.most, False
-        self._machines = Machines()
+        self._engines = Engines()
         self._checked: Any = None
         # None for a fit that trains when it is asked for
         self._next: deque[Candidate | None] = deque()
@@ -195,7 +200,7 @@ class Candidates:
             if model.solver in STOCHASTIC and not (model.callbacks or model.verbose or model.warm_start):
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
-                    make = Model if model.adversarial is not None else partial(self._machines.lend, model)
+                    make = Model if model.adversarial is not None else self._engines.model
                     loops.append(model._set_up(*data, together=True, make=make))
 
         try:

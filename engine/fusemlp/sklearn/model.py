@@ -37,22 +37,30 @@ class Rates:
 class Model:
     """``network`` with ``loss`` and ``optimizer`` on a backend; its learning rates follow ``schedule``.
 
-    A pickle holds the optimizer's state; the parameters are the estimator's ``coefs_`` and come back with ``load``. If
-    the backend is missing then, NumPy takes its place.
+    ``engine`` is one with the same arguments, as it was when new. A pickle holds the optimizer's state; the parameters
+    are the estimator's ``coefs_`` and come back with ``load``. If the backend is missing then, NumPy takes its place.
     """
 
     def __init__(
-        self, network: MLP, loss: Loss, optimizer: Optimizer, schedule: Schedule, rates: Rates, **options: Any
+        self,
+        network: MLP,
+        loss: Loss,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        rates: Rates,
+        *,
+        engine: Engine | None = None,
+        **options: Any,
     ) -> None:
         self.arguments = (network, loss, optimizer)
         self.schedule, self.rates, self.options = schedule, rates, options
         self.plateau: PlateauState = PLATEAU_START
-        self._start()
+        self._start(engine)
 
-    def _start(self) -> None:
+    def _start(self, engine: Engine | None = None) -> None:
         network, loss, optimizer = self.arguments
         self.rule = optimizer.rule()
-        self.engine = Engine(network, loss, optimizer, **self.options)
+        self.engine = Engine(network, loss, optimizer, **self.options) if engine is None else engine
         self.engine.rates.follow(self.schedule, 1.0)
         # the type of the parameters on the host
         self.dtype = np.dtype(np.float64 if self.engine.precision == "fp64" else np.float32)
@@ -62,17 +70,6 @@ class Model:
         self.staged: tuple[Any, BoundProgram] | None = None
         # held between loading parameters and predicting with them: threads share the memory
         self.lock = threading.Lock()
-
-    def start_again(
-        self, state: Mapping[str, Array], optimizer: Optimizer, schedule: Schedule, rates: Rates, *, seed: int
-    ) -> None:
-        """Become as a new model with an optimizer of the same rule; ``state`` is a snapshot of the engine when new."""
-        self.arguments = (*self.arguments[:2], optimizer)
-        self.schedule, self.rates, self.plateau = schedule, rates, PLATEAU_START
-        self.options["seed"] = seed
-        self.engine.optimizer, self.engine.seed = optimizer, seed
-        self.engine.restore(state)
-        self.engine.rates.follow(schedule, 1.0)
 
     @classmethod
     def restored(
