@@ -315,7 +315,7 @@ class Session:
 
     @property
     def privacy(self) -> DPSGD | None:
-        """How it trains privately; None if it does not."""
+        """The differential privacy that it trains with; None without."""
         return self.ledger.privacy
 
     @property

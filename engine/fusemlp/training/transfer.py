@@ -169,7 +169,7 @@ def probing(
 ) -> Iterator[tuple[Probed, Array, Any]]:
     """Yield an engine of the layers after the first ``layers``, its rows and its validation data; see ``Engine.probe``.
 
-    What it has learned is the engine's at the end.
+    The engine takes over what that one has learned at the end.
     """
     net = engine.network
     net.check_single("layers", "a probe")
