@@ -17,11 +17,11 @@ from fusemlp.datasets.load import NAMES
 from fusemlp.datasets.prepare import Rows, watch
 from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.checks import as_count, as_number
+from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.intervals import IBP
 from fusemlp.engine import Engine
 from fusemlp.report.runs import Run, choose_folder, create_run, discard_begun, write_json
 from fusemlp.runtime.ranks import TIMEOUT, job, leading, restarts, started
-from fusemlp.training.adversarial import check_adversarial
 from fusemlp_kernels.errors import ArgumentError
 
 DEFAULT_EPOCHS = 60
@@ -65,7 +65,7 @@ def new_session(options: TrainOptions) -> Session:
     options = ensemble.described(prepared, options)
     engine = new_engine(options, prepared, epochs)
     if against is not None:
-        check_adversarial(engine, against)
+        check_together({**engine.uses, **against.uses})
     session = Session(Run(folder), options, prepared, engine, epochs, epochs, tracker)
     return _with_folder(session, given) if leading() else session
 

@@ -8,9 +8,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from fusemlp.describe.checks import as_number, check_choice, check_flag
+from fusemlp.describe.conflicts import check_together
 from fusemlp.inputs.arrays import Array
 from fusemlp.program.sharding import ORDERED, REDUCTIONS, Sharding
-from fusemlp.runtime.plans import check_collectives, shared_plan
+from fusemlp.runtime.plans import shared_plan
 from fusemlp.runtime.ranks import check_nccl, joined, own_card
 from fusemlp_kernels.contract import Backend
 from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
@@ -62,13 +63,8 @@ def join(engine: Session, distributed: bool, reduce: str, timeout: float, shard_
                 "trains alone; start it by torchrun, a script with distributed=True, or leave shard_optimizer out"
             )
         return
-    traits = engine._backend.traits
-    check_collectives("distributed", traits)
     # refused before the processes meet
-    shared_plan((engine.plan, engine.plan_reason), traits, Sharding(reduce, 1, sliced))
-    if engine.privacy is not None:
-        raise ArgumentError("privacy: a private engine trains in one process so far; leave distributed out")
-    engine.network.check_single("distributed", "training on several processes")
+    check_together({**engine.uses, "ranks": "distributed"})
     if not any(engine.optimizer.options_for(name)[0] for name in engine.network.parameter_shapes()):
         raise ArgumentError("distributed: the optimizer trains no parameter, so there is no gradient to add")
     device = engine._backend.device
@@ -76,7 +72,8 @@ def join(engine: Session, distributed: bool, reduce: str, timeout: float, shard_
         check_nccl()
     ranks = joined(limit)
     sharding = Sharding(reduce, ranks.world, sliced).check()
-    plan = shared_plan((engine.plan, engine.plan_reason), traits, sharding, ranks.uncaptured())
+    alone, traits = (engine.plan, engine.plan_reason), engine._backend.traits
+    plan = shared_plan(alone, traits, sharding, ranks.uncaptured())
     engine.ranks = ranks
     engine.plan, engine.plan_reason = plan
     _share_out(engine, sharding)

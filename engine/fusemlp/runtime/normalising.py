@@ -33,7 +33,7 @@ class Normalising(DeviceInputs):
     ``normalise`` is True, False or, if the user said neither, None.
     """
 
-    normalise: bool | None
+    normalise: bool | None = None
     _inference: Inference
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusemlp.describe.checks import as_count, check_flag
+from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
@@ -90,36 +91,19 @@ def resident_chunk(traits: Traits, flops: int) -> int:
     return max(1, int(LAUNCH_SECONDS / traits.resident.resident_seconds(flops)))
 
 
-def check_collectives(argument: str, traits: Traits) -> None:
-    """Raise BackendUnavailableError for a backend that does not train in several processes."""
-    if traits.name == "cupy":
-        raise BackendUnavailableError(
-            f"{argument}: the {traits.name} backend trains in one process so far; use backend='triton' or 'numpy'"
-        )
-
-
 def shared_plan(
     alone: tuple[str, str], traits: Traits, sharding: Sharding, uncaptured: str | None = None
 ) -> tuple[str, str]:
     """Return the plan of several processes on a backend, whose plan of one is ``alone``, and why. ``uncaptured``: why
     collectives cannot be part of a graph, if they cannot.
 
-    Raises ArgumentError or BackendUnavailableError for a plan asked for that they do not have.
+    Raises BackendUnavailableError for a graph asked for that they do not have; ``conflicts`` has other refusals.
     """
     plan, reason = alone
     between = f"{'collectives' if sharding.slices else 'a collective'} between them ({sharding})"
     if traits.on_host:
-        if plan != "resident":
-            raise ArgumentError(
-                f"plan: a distributed step is two launches with a collective between them, got {plan!r}; leave plan out"
-            )
         return plan, f"two launches a step, and {between}"
     asked = reason == ASKED
-    if asked and plan == "resident":
-        raise ArgumentError(
-            "plan: the resident kernel trains on one card, without a collective between its steps, got 'resident'; "
-            "leave plan out"
-        )
     if asked and plan == "graph" and uncaptured is not None:
         raise BackendUnavailableError(f"plan: there is no graph of a distributed step: {uncaptured}; leave plan out")
     if asked:
@@ -146,14 +130,14 @@ def _traits(backend: str, precision: str) -> Traits:
     return traits
 
 
-def _sharding(traits: Traits, devices: int | None, reduce: str, shard_optimizer: bool) -> Sharding | None:
+def _sharding(net: MLP, traits: Traits, devices: int | None, reduce: str, shard_optimizer: bool) -> Sharding | None:
     if check_flag("shard_optimizer", shard_optimizer) and devices is None:
         raise ArgumentError(
             "shard_optimizer: it shards over several processes; say how many by devices, or leave it out"
         )
     if devices is None:
         return None
-    check_collectives("devices", traits)
+    check_together({**net.uses, "ranks": "devices", traits.name: True})
     return Sharding(reduce, as_count("devices", devices), shard_optimizer).check()
 
 
@@ -172,7 +156,7 @@ def chosen_plan(
     Raises what ``plan_text`` does for the same arguments.
     """
     traits = _traits(backend, precision)
-    sharding = _sharding(traits, devices, reduce, shard_optimizer)
+    sharding = _sharding(net, traits, devices, reduce, shard_optimizer)
     if traits.resident is None:
         return None
     alone = choose_plan("auto", traits, net.sizes, batch_size, precision, members=net.members)
@@ -199,7 +183,7 @@ def plan_text(
     backend that trains in one process.
     """
     traits = _traits(backend, precision)
-    sharding = _sharding(traits, devices, reduce, shard_optimizer)
+    sharding = _sharding(net, traits, devices, reduce, shard_optimizer)
     chosen_loss, chosen_optimizer = as_loss(loss), as_optimizer(optimizer)
     chosen_loss.check_network(net)
     chosen_optimizer.check_network(net)

@@ -10,9 +10,11 @@ import numpy as np
 
 from fusemlp._version import __version__
 from fusemlp.describe.checks import as_count, check_choice
+from fusemlp.describe.conflicts import Features, check_together, in_use
 from fusemlp.describe.description import stored
 from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.losses import Loss, as_loss, loss_from_config
+from fusemlp.describe.machine import Machine
 from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
 from fusemlp.describe.privacy import DPSGD, as_privacy
@@ -24,7 +26,7 @@ from fusemlp.program.layout import short_names
 from fusemlp.program.program import Program
 from fusemlp.program.sharding import ORDERED, Sharding
 from fusemlp.runtime import binding, joining, parameters, stepping
-from fusemlp.runtime.backends import PRECISIONS
+from fusemlp.runtime.backends import PRECISIONS, first_available
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.inference import Inference, InputScale
 from fusemlp.runtime.keeping import Keeping
@@ -44,7 +46,7 @@ from fusemlp_kernels.contract import (
     UpdateRule,
     batch_parts,
 )
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
+from fusemlp_kernels.errors import ArgumentError
 
 if TYPE_CHECKING:
     from fusemlp.training.history import FitState, History
@@ -69,7 +71,6 @@ ELSEWHERE = {
     "random_state": "it is called seed here: Engine(net, seed=0)",
     "dtype": "it is called precision here: Engine(net, precision='fp32')",
 }
-EXAMPLES = {"backend": "auto", "precision": "fp32", "plan": "auto"}
 
 
 class Session(Predicting, Spending, Keeping):
@@ -122,12 +123,10 @@ class Session(Predicting, Spending, Keeping):
         self.seed = as_count("seed", seed, minimum=0)
         self.loss.check_network(net)
         self.optimizer.check_network(net)
-        self.precision = precision
         self.privacy = as_privacy(privacy)
-        if self.privacy is not None:
-            self.privacy.check(net, self.loss, self.optimizer, precision=precision, normalise=normalise)
+        check_together(in_use(privacy=self.privacy, **{"measured rows": normalise is True}))
         self.start_spending([])
-        self.start(backend, device, plan)
+        self.start(Machine(backend, device, precision, plan))
         self.start_normalising(normalise)
         self.join(distributed, reduce, timeout, shard_optimizer)
         self.write_tensors(checked_state(net.parameter_shapes(), net.initial_parameters(self.seed), self._real), "")
@@ -137,10 +136,9 @@ class Session(Predicting, Spending, Keeping):
 
         ``changes`` are arguments of the constructor that differ. It trains alone; its seed draws its parameters.
         """
-        given = {"net": self.network}
-        given |= {name: getattr(self, name) for name in ("loss", "optimizer", "batch_size", "seed")}
-        given |= {name: getattr(self, name) for name in ("backend", "device", "precision")}
-        return kind(**given | changes)
+        given = {name: getattr(self, name) for name in ("loss", "optimizer", "batch_size", "seed")}
+        machine = {name: getattr(self, name) for name in ("backend", "device", "precision")}
+        return kind(**{"net": self.network, **given, **machine, **changes})
 
     def description(self) -> dict[str, Any]:
         """Return the arguments of the session, JSON-able; ``describe_from`` is its inverse."""
@@ -170,21 +168,20 @@ class Session(Predicting, Spending, Keeping):
         self.normalise = stored("normalise", config.get("normalise"), bool | None)
         self.start_spending_from(config.get("privacy"))
 
-    def start(self, name: str, device: str | None, plan: str) -> None:
+    def start(self, machine: Machine) -> None:
         """Choose the backend and allocate; everything that a pickle does not carry."""
-        for argument, value in (("backend", name), ("precision", self.precision), ("plan", plan)):
-            if not isinstance(value, str):
-                raise ArgumentTypeError(f"{argument}: expected a name such as {EXAMPLES[argument]!r}, got {value!r}")
-        if device is not None and not isinstance(device, str):
-            raise ArgumentTypeError(f"device: expected a name such as 'cpu', or None for the default, got {device!r}")
+        self.precision = machine.precision
         # until it joins others
         self.ranks: Ranks | None = None
         self.sharding: Sharding | None = None
-        self._backend = joining.open_here(name, device, self.precision)
-        traits = self._backend.traits
-        self.backend = traits.name
+        self.backend = first_available() if machine.backend == "auto" else machine.backend
+        self.plan, self.plan_reason = machine.plan, "" if machine.plan == "auto" else ASKED
+        check_together(self.uses)
+        if self.privacy is not None:
+            self.privacy.check_size(self.precision)
+        self._backend = joining.open_here(self.backend, machine.device, self.precision)
         self.device = self._backend.device
-        self.plan, self.plan_reason = self._chosen(plan, self.batch_size)
+        self.plan, self.plan_reason = self._chosen(machine.plan, self.batch_size)
         self._scaled = self.precision == "fp16"
         self._real = np.dtype(f"f{REAL_BYTES.get(self.precision, 4)}")
         self._use_memory(None, None, None)
@@ -269,6 +266,23 @@ class Session(Predicting, Spending, Keeping):
             before = self.snapshot()
             self._use_memory(None, self.rates.schedule, self.input_scale, rows)
             self.restore(before)
+
+    @property
+    def uses(self) -> Features:
+        """The features that it uses, for ``conflicts``."""
+        on_host, asked = self.backend == "numpy", self.plan_reason == ASKED
+        own = in_use(
+            privacy=self.privacy,
+            ranks=None if self.ranks is None else "distributed",
+            normalise=self.normalise,
+            **{
+                self.precision: True,
+                self.backend: True,
+                "eager host": on_host and self.plan == "eager",
+                "resident kernel": asked and not on_host and self.plan == "resident",
+            },
+        )
+        return {**self.network.uses, **self.loss.uses, **self.optimizer.uses, **own}
 
     @property
     def program(self) -> Program:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from fusemlp.describe.description import stored
-from fusemlp.describe.privacy import DPSGD, Accountant, Spent, joined, usual_delta
+from fusemlp.describe.privacy import DPSGD, Accountant, Spent, check_accountant, joined, usual_delta
 from fusemlp.program.step import Privacy
 from fusemlp_kernels.contract import Noise
 from fusemlp_kernels.errors import ArgumentError
@@ -42,6 +42,11 @@ class Spending:
         if self.privacy is not None:
             self._accountant = Accountant(self.privacy.noise)
             self._private_seed = secrets.randbits(64) if self.privacy.seed is None else self.privacy.seed
+
+    def check_accounting(self) -> None:
+        """Raise MissingLibraryError if it trains privately, and dp-accounting is not there."""
+        if self.privacy is not None:
+            check_accountant()
 
     def privacy_config(self) -> dict[str, Any] | None:
         """Return privacy and steps, JSON-able, without the seed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fusemlp.describe.conflicts import check_together
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp_kernels.contract import (
     LAST_LOSS,
@@ -14,7 +15,7 @@ from fusemlp_kernels.contract import (
     SKIPPED_IN_A_ROW,
     SKIPPED_LIMIT,
 )
-from fusemlp_kernels.errors import ArgumentError, DivergenceError, ShapeError
+from fusemlp_kernels.errors import DivergenceError, ShapeError
 
 if TYPE_CHECKING:
     from fusemlp.runtime.session import Session
@@ -33,10 +34,8 @@ def step(engine: Session, x: Any, y: Any, sample_weight: Any = None) -> Any:
     Raises ShapeError, DTypeError or DataError, before anything has changed; ArgumentError if the inputs shall be
     normalised and have not been measured.
     """
-    if engine.privacy is not None:
-        raise ArgumentError("step: a private engine draws the rows of each step at random from all; use fit")
-    if engine.ranks is not None:
-        raise ArgumentError("step: a distributed engine trains in fit, which splits the rows; use fit")
+    if not engine._staged:
+        check_together({**engine.uses, "step": True})
     x = engine.features("x", x, check_finite=False)
     count = len(x)
     if count > engine.batch_size:

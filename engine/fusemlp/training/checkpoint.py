@@ -16,6 +16,7 @@ import numpy as np
 
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.description import stored
+from fusemlp.describe.machine import Machine
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.files import (
     CHECKPOINT,
@@ -107,8 +108,7 @@ def restore_engine(
     with misfits():
         check_content(engine, content)
     # the caller's arguments have errors of their own
-    engine.precision = engine.precision if precision is None else precision
-    engine.start(backend, device, "auto")
+    engine.start(Machine(backend, device, engine.precision if precision is None else precision))
     with misfits():
         if content.get("kind") == MODEL:
             engine.load_state_dict(tensors)

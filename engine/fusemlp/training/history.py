@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fusemlp.runtime.session import Session
+    from fusemlp.training.plan import FitPlan
 
 
 # The beginning of ``History.stopped`` after a divergence.
@@ -132,6 +133,15 @@ class FitState:
     adversarial: dict[str, Any] | None = None
     reduce: str = ""
 
+    @property
+    def first_epoch(self) -> int:
+        """The first epoch of the call."""
+        return self.history.epochs[0] if self.history.epochs else self.epoch
+
+    def begun(self, update_count: int, batches: int) -> int:
+        """Return the updates before the call, of epochs with one update a batch, when there were ``update_count``."""
+        return update_count - self.batch - (self.epoch - self.first_epoch) * batches
+
     def to_config(self) -> dict[str, Any]:
         """Return a description, JSON-able but for infinities; ``FitState.from_config`` inverts it."""
         return asdict(self)
@@ -143,19 +153,17 @@ class FitState:
         return state
 
 
-def fresh_state(
-    engine: Session, epochs: int, batches: int, monitor: str, adversarial: dict[str, Any] | None
-) -> FitState:
-    """Return the position before a fit of ``epochs`` epochs with this many batches each."""
-    updates = epochs * batches // engine.optimizer.accumulate
+def fresh_state(engine: Session, plan: FitPlan, batches: int) -> FitState:
+    """Return the position before a fit with this many batches an epoch."""
+    updates = plan.epochs * batches // engine.optimizer.accumulate
     return FitState(
         epoch=engine.epochs_trained,
         batch=0,
-        last_epoch=engine.epochs_trained + epochs,
+        last_epoch=engine.epochs_trained + plan.epochs,
         total_updates=engine.update_count + updates,
         history=History(chance_loss=_chance_loss(engine), in_use=_in_use(engine)),
-        monitor=monitor,
-        adversarial=adversarial,
+        monitor=plan.monitor or "",
+        adversarial=_opponent(plan),
         reduce=_reduction(engine),
     )
 
@@ -172,25 +180,26 @@ def _in_use(engine: Session) -> list[str]:
     return ["dropout"] * dropout + ["scaling"] * scaling + ["clipping"] * (engine.privacy is not None)
 
 
-def resumed_state(
-    engine: Session, epochs: int, batches: int, monitor: str, adversarial: dict[str, Any] | None, *, rows: int
-) -> FitState:
+def _opponent(plan: FitPlan) -> dict[str, Any] | None:
+    return None if plan.adversarial is None else plan.adversarial.to_config()
+
+
+def resumed_state(engine: Session, plan: FitPlan, batches: int, *, rows: int) -> FitState:
     """Return the position of the fit that ``engine``'s checkpoint was written in.
 
-    Raises ArgumentError if there was none, it is past ``epochs`` or was another one, ShapeError if the data has too few
-    batches.
+    Raises ArgumentError if there was none, it is past the plan's epochs or was another one, ShapeError if the data has
+    too few batches.
     """
     state = engine.fit_state
     if state is None:
         raise ArgumentError(
             "resume: this engine has no fit to go on with; load a checkpoint that was written during one"
         )
-    first = state.history.epochs[0] if state.history.epochs else state.epoch
-    begun = state.epoch - first + (1 if state.batch else 0)
-    if epochs < begun:
+    begun = state.epoch - state.first_epoch + (1 if state.batch else 0)
+    if plan.epochs < begun:
         raise ArgumentError(
-            f"epochs: the fit that is resumed has begun {begun} epochs, which count, got {epochs}; give {begun} or "
-            "more, or resume=False"
+            f"epochs: the fit that is resumed has begun {begun} epochs, which count, got {plan.epochs}; give {begun} "
+            "or more, or resume=False"
         )
     if state.batch > batches:
         raise ShapeError(
@@ -204,8 +213,8 @@ def resumed_state(
             "torchrun starts load_checkpoint(..., distributed=True, reduce=...); where it was None, without torchrun"
         )
     for name, before, now, does in (
-        ("monitor", state.monitor or None, monitor or None, "follows"),
-        ("adversarial", state.adversarial, adversarial, "trains against"),
+        ("monitor", state.monitor or None, plan.monitor or None, "follows"),
+        ("adversarial", state.adversarial, _opponent(plan), "trains against"),
     ):
         if before != now:
             raise ArgumentError(f"{name}: the fit that is resumed {does} {before!r}, got {now!r}; give the same")
