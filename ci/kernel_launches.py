@@ -16,6 +16,7 @@ import torch
 
 from fusemlp import MLP, SGD, Adam, Engine
 from fusemlp.program.step import Inputs
+from fusemlp.runtime.binding import bind
 from fusemlp_kernels.triton import backend, configs
 from fusemlp_kernels.triton.launch import Device
 
@@ -123,9 +124,12 @@ def launches_of(goal: Goal) -> tuple[Recorded, ...]:
         if goal.plan == "resident":
             engine.fit(x, target, epochs=1)
         else:
-            arrays = {"x": engine._backend.from_host(x, "compute"), "target": engine._backend.from_host(target)}
+            arrays = {
+                "x": engine.memory.backend.from_host(x, "compute"),
+                "target": engine.memory.backend.from_host(target),
+            }
             inputs = Inputs(goal.batch_size, indexed=True)
-            engine.bind(inputs, engine.loss.spec(accuracy=False), engine.optimizer.rule(), goal.batch_size, arrays)
+            bind(engine, inputs, engine.loss.spec(accuracy=False), engine.optimizer.rule(), goal.batch_size, arrays)
     # the operands' memory is not needed
     return tuple(dataclasses.replace(one, arguments=_numbers(one)) for one in found)
 

@@ -142,7 +142,7 @@ def test_an_engine_that_leaves_biases_alone_is_caught() -> None:
     frozen = SGD(case.learning_rate, per_parameter={"*.bias": ParameterOptions(trainable=False)})
     trainer.engine = Engine(MLP(case.sizes), optimizer=frozen, batch_size=case.batch_size, backend="numpy")
     trainer.engine.load_state_dict(state_of(data.parameters))
-    trainer.initial = trainer.engine.remember()
+    trainer.initial = trainer.engine.memory.remember()
     assert verification.judge(verification.trajectory(trainer, case, data), expected).step == 2
 
 

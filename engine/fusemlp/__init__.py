@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from fusemlp.fleet.fleet import Fleet
     from fusemlp.fleet.results import Ensemble, FleetResults
     from fusemlp.inputs.blocks import Blocks
-    from fusemlp.runtime.normalising import InputScaleWarning
+    from fusemlp.runtime.scaling import InputScaleWarning
     from fusemlp.training.history import History
     from fusemlp.training.lr_finder import LearningRateSweep, lr_find
     from fusemlp_kernels.errors import (
@@ -142,7 +142,7 @@ _NAMES = {
     "fusemlp.engine": "Engine load load_checkpoint",
     "fusemlp.fleet.results": "Ensemble FleetResults",
     "fusemlp.fleet.fleet": "Fleet",
-    "fusemlp.runtime.normalising": "InputScaleWarning",
+    "fusemlp.runtime.scaling": "InputScaleWarning",
     "fusemlp.describe.intervals": "IBP",
     "fusemlp.describe.losses": "BinaryCrossEntropy CrossEntropy Huber Loss MAE MSE Poisson Quantile",
     "fusemlp.training.lr_finder": "LearningRateSweep lr_find",

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.elsewhere import knows_names, names_absent
+from fusemlp.describe.intervals import IBP
 from fusemlp.describe.losses import Loss
+from fusemlp.describe.metrics import Metric
 from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
+from fusemlp.describe.summary import bytes_text, layer_lines
+from fusemlp.inputs.arrays import Array
+from fusemlp.program.program import Program
 from fusemlp.program.sharding import ORDERED
-from fusemlp.report import onnx
+from fusemlp.report.diagnosis import Finding
+from fusemlp.report.onnx import to_onnx
 from fusemlp.report.runs import open_run, weights_path
-from fusemlp.runtime import attacking, files, intervals
+from fusemlp.runtime import files, intervals
+from fusemlp.runtime.attacking import attack
 from fusemlp.runtime.backends import availability
-from fusemlp.runtime.inference import MEAN
+from fusemlp.runtime.binding import program_against, program_of_fit
 from fusemlp.runtime.ranks import TIMEOUT
+from fusemlp.runtime.scaling import MEAN, InputScale
 from fusemlp.runtime.session import ELSEWHERE, Session
-from fusemlp.training import checkpoint, diagnosing, fit, lr_finder, saving, transfer
+from fusemlp.runtime.stepping import step
+from fusemlp.training import checkpoint, transfer
+from fusemlp.training.checkpoint import save_checkpoint
+from fusemlp.training.fit import ELSEWHERE as OF_FIT
+from fusemlp.training.fit import fit
+from fusemlp.training.history import History
+from fusemlp.training.lr_finder import LearningRateSweep, lr_find
+from fusemlp.training.plan import FitPlan
+from fusemlp.training.saving import save
+from fusemlp.training.trainer import Trainer
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
 __all__ = ["Engine", "availability", "load", "load_checkpoint"]
@@ -44,14 +64,24 @@ KERAS = {
     "to_json": "engine.network.to_config() is JSON-able; save writes the whole model",
 }
 
+_BY_ITSELF = "rows go through in blocks whose size is chosen by itself; leave it out"
+# Arguments of Keras's methods.
+OF_PREDICT = {
+    "x": "it is called X here",
+    "batch_size": _BY_ITSELF,
+    "verbose": "it prints nothing; leave it out",
+    "callbacks": "callbacks are for fit; leave it out",
+    "return_dict": "evaluate returns a mapping; leave it out",
+}
+
 # Arguments that from_pretrained hands on to the engine.
 _HANDED_ON = (
     *("batch_size", "seed", "backend", "device", "precision", "plan", "normalise"),
-    *("distributed", "reduce", "timeout", "shard_optimizer"),
+    *("distributed", "reduce", "timeout"),
 )
 
 
-class Engine(Session):
+class Engine(Trainer):
     """Trains ``net`` and predicts with it; owns the parameters, on the device.
 
     ``loss`` and ``optimizer`` are names or objects (``fusemlp.losses``, ``fusemlp.optimizers``). ``batch_size`` is the
@@ -74,23 +104,356 @@ class Engine(Session):
     ``batch_size`` is that of all together. With ``reduce="ordered"`` 1, 2, 4 and 8 processes give the same bits;
     "fast" adds in any order, on any number. Rank 0 alone writes files. A process that ends or is silent for ``timeout``
     seconds ends the others (DistributedError). A copy of such an engine trains alone.
-    ``shard_optimizer=True``: each process keeps one slice of the optimizer's state and updates the parameters there,
-    with the same bits; the processes must save checkpoints and copy the engine together.
 
     Raises ArgumentError or ArgumentTypeError for impossible values, BackendUnavailableError for what this machine
     does not have.
     """
 
-    fit = fit.fit
-    attack = attacking.attack
-    probe = transfer.probe
-    save_checkpoint = checkpoint.save_checkpoint
-    save = saving.save
-    to_onnx = onnx.to_onnx
-    lr_find = lr_finder.lr_find
-    diagnose = diagnosing.diagnose
-    bounds = intervals.bounds
-    certified = intervals.certified
+    @property
+    def input_scale(self) -> InputScale | None:
+        """Mean and scale of the columns of the inputs; None if they are not measured, or not wanted."""
+        return self.scaling.scale
+
+    @knows_names(OF_FIT, call="fit(X, y, epochs=20)")
+    def fit(
+        self,
+        X: Any,
+        y: Any = None,
+        *,
+        epochs: int,
+        batch_size: int | None = None,
+        sample_weight: Any = None,
+        class_weight: Any = None,
+        validation_data: Any = None,
+        validation_split: float = 0.0,
+        validation_steps: int | None = None,
+        steps_per_epoch: int | None = None,
+        metrics: Iterable[str | Metric] | None = (),
+        early_stopping: int | None = None,
+        monitor: str | None = None,
+        callbacks: Iterable[Any] | None = (),
+        verbose: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        row_order: Callable[[int], Any] | None = None,
+        resume: bool = False,
+        time_limit: float | None = None,
+        adversarial: Attack | IBP | None = None,
+    ) -> History:
+        """Train on X (n, K) and y for ``epochs`` passes, or on batches.
+
+        y: (n,) class indices or (n, N) probabilities for cross_entropy, (n, N) from 0 to 1 for binary_cross_entropy,
+        (n, N) values for the others; (n,) stands for (n, 1). sample_weight: (n,), at least 0. Arrays may be in host
+        memory or on the engine's device (torch tensors, CuPy arrays, all with ``__dlpack__`` or
+        ``__cuda_array_interface__``). The kernels read device arrays in place, or copy them once if their type or
+        strides do not suit. An engine with ``normalise=True`` measures the X of its first fit, and trains on a scaled
+        copy. On a GPU the engine keeps program, graphs and data there for another fit on arrays of the same shapes;
+        ``engine.release()`` gives them back.
+
+        Without y, X yields batches (x, y) or (x, y, sample_weight): a generator, a list, a torch DataLoader, any
+        iterable, or ``fusemlp.Blocks`` of files larger than memory.
+        An epoch is ``steps_per_epoch`` batches, by default len(X); an iterable that ends begins again. One update takes
+        one batch, of any size; ``engine.batch_size`` does not matter.
+
+        batch_size: the rows of an update, from now on (``engine.batch_size`` changes); None: as before.
+        class_weight: a mapping from classes to weights (1 for others), one weight for each class, or "balanced". It
+        multiplies the weights of the training rows; validation is without it.
+
+        validation_data: (Xv, yv) or (Xv, yv, weights), or batches, of which ``validation_steps`` are collected once;
+        evaluated after each epoch, also by ``metrics``: of classes "auc", "f1", "balanced_accuracy", "log_loss", of
+        numbers "mae", "rmse", "r2", "pinball"; the history has them as "val_auc". Accuracy is always logged for
+        classes.
+        validation_split: the share of the rows, the last ones, to validate on in place of validation_data.
+        early_stopping: after this many epochs without a better ``monitor`` (val_loss), stop and restore the best
+        weights.
+        monitor: the quantity of the history that early stopping, best epoch and ReduceOnPlateau follow, such as
+        "val_auc".
+        callbacks: objects like ``Callback``, or like Keras's (``fusemlp.callbacks``); metrics that they or ``monitor``
+        name need not be in ``metrics``. verbose: 1 shows a bar on stderr, 2 a line an epoch, 0 nothing.
+
+        The order of the rows is a function of seed and epoch. ``shuffle=False`` keeps the rows as they are;
+        ``row_order`` is a function from the epoch to a permutation of range(n). A last short batch is trained on unless
+        ``drop_last``. A private engine draws the rows of each step, and logs epsilon; ``fusemlp.DPSGD`` says how.
+        ``resume=True`` goes on with the call that a checkpoint was written in, given the same data; ``epochs`` counts
+        from the beginning of that call. ``time_limit``: end training, as early stopping does, when this call has taken
+        this many seconds; the launch that runs, the first at least, is finished.
+
+        ``adversarial``, ``PGD(eps)`` or ``FGSM(eps)``: train on each batch as this attack changes it, at the parameters
+        of the step and without dropout. ``loss`` and ``accuracy`` of the history are of that; validation is of rows
+        unchanged. ``IBP(eps)``: train for certified accuracy; the history is of the rows as they are.
+
+        Ctrl-C ends training after the batch and raises KeyboardInterrupt; the parameters and the history are kept.
+        Raises ShapeError, DTypeError, DataError, ArgumentError before anything has changed, and DivergenceError when
+        the loss, or val_loss, is no longer finite, with the engine back at the last good epoch. Later batches of an
+        iterable are checked when they come. Warns (InputScaleWarning) of X far from unit scale.
+        """
+        return fit(self, FitPlan.of(locals()), X, y, sample_weight, validation_data)
+
+    @property
+    def program(self) -> Program:
+        """The kernel calls of a training step in ``fit``, as data; printing it shows a table."""
+        return program_of_fit(self, resident=self.plan == "resident")
+
+    def program_against(self, adversarial: Any) -> Program:
+        """Return ``program`` for ``fit(adversarial=...)``: the calls of the attack come first."""
+        return program_against(self, adversarial)
+
+    def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
+        """One update from 1 to ``batch_size`` rows: x (m, K), y as in ``fit``, sample_weight (m,).
+
+        Arrays on the device are read in place; checking their labels waits for it (``fit`` checks them once).
+
+        Returns the loss before the update as a 0-d array of its own (on a GPU a torch tensor); reading it is what
+        waits for the device.
+        Raises ShapeError, DTypeError or DataError, before anything has changed; ArgumentError if the inputs shall be
+        normalised and have not been measured.
+        """
+        return step(self, x, y, sample_weight)
+
+    def probe(
+        self,
+        X: Any,
+        y: Any,
+        *,
+        epochs: int,
+        layers: int | None = None,
+        validation_data: Any = None,
+        **options: Any,
+    ) -> History:
+        """Train the layers after the first ``layers`` (None: the output layer) alone for ``epochs`` passes.
+
+        The first layers do not change, and their outputs for X (n, K), as in predictions, without dropout, are computed
+        once. A fit that follows then starts from a head that suits the features, and distorts them less (LP-FT: Kumar
+        et al., Fine-tuning can distort pretrained features and underperform out-of-distribution, 2022). The probe has
+        an optimizer of its own, like the engine's, which stays as it is, as do the engine's history and its count of
+        epochs.
+
+        ``validation_data`` and ``options`` are those of ``fit``, for arrays; callbacks see an engine of the trained
+        layers. Returns the history. Ctrl-C and a divergence leave the engine with the parameters reached, as in
+        ``fit``. Raises the errors of ``fit``, and ArgumentError for impossible layers.
+        """
+        with transfer.probing(self, X, y, layers, validation_data, options.get("adversarial")) as (
+            tail,
+            features,
+            held,
+        ):
+            return tail.fit(features, y, epochs=epochs, validation_data=held, **options)
+
+    def lr_find(
+        self,
+        X: Any,
+        y: Any,
+        *,
+        sample_weight: Any = None,
+        start: float = 1e-6,
+        end: float = 10.0,
+        steps: int = 200,
+    ) -> LearningRateSweep:
+        """Raise the learning rate from ``start`` to ``end`` over ``steps`` updates and watch the loss.
+
+        As ``fusemlp.lr_find``: the sweep trains a copy, and the engine does not change.
+        """
+        return lr_find(self, X, y, sample_weight=sample_weight, start=start, end=end, steps=steps)
+
+    def release(self) -> None:
+        """Give back the memory that steps and predictions work in, and on a GPU the data of the last fit; the next
+        ones make it anew."""
+        self.programs.release()
+        self.inference.forward.release()
+
+    @knows_names(OF_PREDICT, call="predict(X)")
+    def predict(self, X: Any) -> Array:
+        """Predict the targets of X (n, K).
+
+        cross_entropy: class indices (n,) int64. binary_cross_entropy: 0 or 1, (n,) for one output, else (n, N). Other
+        losses: values (n, N), or (n,) for one output; for poisson the expected counts.
+        """
+        return self.inference.predict(X)
+
+    @knows_names(OF_PREDICT, call="predict_proba(X)")
+    def predict_proba(self, X: Any) -> Array:
+        """Return probabilities (n, N) for X (n, K): of the classes, or of each label; one logit gives (n, 2).
+
+        Raises ArgumentError if the loss is no cross-entropy.
+        """
+        return self.inference.predict_proba(X)
+
+    def outputs(self, X: Any) -> Array:
+        """Return the last layer's outputs (n, N) for X (n, K): logits, if the loss is a cross-entropy.
+
+        Those of a network with members are of the mean prediction: logits of the mean probability.
+        """
+        return self.inference.outputs(X)
+
+    def member_outputs(self, X: Any) -> Array:
+        """Return the last layer's outputs (n, members, N) for X (n, K)."""
+        return self.inference.member_outputs(X)
+
+    @knows_names(OF_PREDICT, call="input_gradient(X, y)")
+    def input_gradient(self, X: Any, y: Any = None, *, output: Any = None) -> Array:
+        """Return gradients by the inputs, (n, K) of the engine's type, for X (n, K); nothing is dropped.
+
+        With y (as in ``fit``): row i is the gradient of the loss of that row alone, ``evaluate(X[i : i + 1], y[i : i +
+        1])["loss"]``, so the number of rows and other rows do not matter; rows of an ignored class have zeros.
+
+        Without y: of one output of each row, before the loss's softmax or sigmoid. ``output`` is the index of a class
+        or target, or (n,) one a row; None stands for the predicted class, or for the only target. One logit has the
+        classes 0 and 1. With normalised inputs the gradients are by the raw ones.
+
+        Raises ArgumentError, ShapeError, DTypeError or DataError, before anything has been computed.
+        """
+        return self.inference.input_gradient(X, y, output=output)
+
+    @knows_names(OF_PREDICT, call="evaluate(X, y)")
+    def evaluate(
+        self,
+        X: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        metrics: Iterable[str | Metric] = (),
+        steps: int | None = None,
+    ) -> dict[str, float]:
+        """Return the loss of X (n, K) and y, without dropout, for classes the accuracy, and ``metrics`` by name.
+
+        Without y, X yields batches as in ``fit``; they are collected, ``steps`` of them (by default len(X)).
+
+        Returns {"loss": ...} or {"loss": ..., "accuracy": ...}. Hits are not weighted. One-hot targets of mse, mae
+        and huber count as classes. metrics: of ``fusemlp.describe.metrics.METRICS``, such as ["auc", "f1"]; they weigh
+        rows by ``sample_weight``.
+        """
+        return self.inference.evaluate(X, y, sample_weight, metrics=metrics, steps=steps)
+
+    def dead_units(self, X: Any) -> dict[str, float]:
+        """Return for each hidden relu layer ("layer 1", ...) the share of units that are zero for every row of X.
+
+        Of a network with members none is looked at.
+        """
+        return self.inference.dead_units(X)
+
+    def attack(self, X: Any, y: Any, how: Attack) -> Array:
+        """Return rows (n, K) near X (n, K), of the engine's type, whose loss with the labels y is larger.
+
+        ``how``: ``PGD(eps)`` or ``FGSM(eps)``; eps and bounds are in the units of X. y as in ``fit``. Nothing is
+        dropped, and the parameters stay. Robust accuracy: ``engine.evaluate(engine.attack(X, y, how), y)["accuracy"]``.
+
+        Raises ArgumentTypeError for what is no attack, ShapeError, DTypeError or DataError for rows and labels, also
+        for rows outside the bounds, before anything has been computed.
+        """
+        return attack(self, X, y, how)
+
+    def bounds(self, X: Any, eps: Any, *, bounds: Any = None) -> tuple[Array, Array]:
+        """Return the least and the greatest outputs, two arrays (n, N) float64, for inputs within ``eps`` of X (n, K).
+
+        Every input x with |x - X| <= eps in each column has ``engine.outputs(x)`` between the two, and so has the
+        network in exact arithmetic. The bounds are valid, not the tightest. ``eps`` is a number, or (K,) with one for
+        each column: 0 for a column that does not move. It counts in the units of X, also with normalised inputs.
+        ``bounds``: (low, high) of the inputs that are possible, numbers or (K,) each, such as (0, 1) for pixels.
+
+        Raises ArgumentError, ArgumentTypeError, ShapeError, DTypeError or DataError, before anything has been computed.
+        """
+        return intervals.bounds(self, X, eps, bounds=bounds)
+
+    def certified(self, X: Any, y: Any, eps: Any, *, bounds: Any = None) -> Array:
+        """Return whether ``predict`` gives y for every input within ``eps`` of X (n, K): bool (n,), of labels (n, N).
+
+        False says that this is not shown. The mean is the certified accuracy. y, ``eps`` and ``bounds`` as in
+        ``evaluate`` and ``bounds``; rows of an ignored class are False.
+
+        Raises ArgumentError for targets that are no classes, and the errors of ``bounds``.
+        """
+        return intervals.certified(self, X, y, eps, bounds=bounds)
+
+    def save_checkpoint(self, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
+        """Write the engine's state to ``path`` atomically.
+
+        ``extra`` is a JSON-able mapping; ``read_extra`` returns it. Inside a callback of ``fit`` the position in the
+        epoch is saved too: ``load_checkpoint(path).fit(..., resume=True)`` continues from there. A symbolic link stays,
+        and its target is replaced. Of several processes that train together, rank 0 writes.
+
+        Raises ArgumentError or ArgumentTypeError for an impossible path or extra, DivergenceError if parameters are no
+        longer finite, OSError from the disk; an older checkpoint at ``path`` then stays intact.
+        """
+        save_checkpoint(self, path, extra=extra)
+
+    def save(self, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
+        """Write parameters and description to ``path`` atomically; of several processes that train together, rank 0
+        does.
+
+        ``metadata`` are entries of your own, from str to str, for ``safetensors.safe_open(path).metadata()``.
+
+        Raises ArgumentError or ArgumentTypeError for an impossible path or metadata, DivergenceError where parameters
+        are no longer finite, OSError from the disk; an older file at ``path`` then stays intact.
+        """
+        save(self, path, metadata=metadata)
+
+    def to_onnx(
+        self,
+        path: str | Path,
+        *,
+        preprocessor: Preprocessor | None = None,
+        classes: Sequence[Any] | Array | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write the graph of ``engine`` to ``path`` atomically.
+
+        ``classes`` are the labels in ``prediction`` in place of the indices of the classes; a preprocessor has its own.
+        ``metadata`` are entries of your own beside those of the file.
+
+        Raises ArgumentError or ArgumentTypeError for an impossible path, for a network of more than 2 GiB and for an
+        engine that shall normalise its inputs and has not measured any,
+        DivergenceError where parameters are no longer finite, MissingLibraryError without the library
+        onnx, OSError from the disk.
+        """
+        to_onnx(self, path, preprocessor=preprocessor, classes=classes, metadata=metadata)
+
+    def summary(self, print_fn: Callable[[str], object] = print) -> None:
+        """Print the network, its training and the memory that it takes; ``print_fn`` gets the text instead."""
+        net, memory = self.network, self.memory
+        options = self.optimizer.options_for
+        frozen = sum(math.prod(shape) for name, shape in net.parameter_shapes().items() if not options(name)[0])
+        size = memory.layout.size * memory.real_bytes
+        held = {
+            "parameters": size,
+            "optimizer state": sum(len(state) for state in memory.states) * memory.real_bytes,
+            "gradients": size * memory.gradient_parts,
+            "copy of the average": size * bool(memory.evaluated),
+            "16-bit copy": memory.layout.size * (memory.compute_bytes or 0),
+        }
+        lines = layer_lines(net)
+        lines[-1] += f", {frozen:,} of them frozen" if frozen else ""
+        lines += [
+            f"loss {self.loss.kind}, optimizer {self.optimizer.kind} with lr {self.optimizer.lr!r}, batch_size "
+            f"{self.batch_size}, seed {self.seed}",
+            f"{self.precision} on {self.backend} ({self.device}), plan {self.plan}: {self.plan_reason}; "
+            f"{len(self.program.calls)} kernel calls a step",
+            f"memory with padding: {', '.join(f'{name} {bytes_text(count)}' for name, count in held.items() if count)} "
+            f"({bytes_text(sum(held.values()))}); {self.epochs_trained} epochs, {self.update_count} updates trained",
+        ]
+        print_fn("\n".join(lines))
+
+    def privacy_spent(self) -> dict[str, Any]:
+        """The privacy that training has spent: "epsilon", "delta", "steps", and "noise" and "clip" of ``DPSGD``.
+
+        epsilon is an upper bound for all fits together, of the same rows. Raises ArgumentError if the engine has not
+        trained privately, MissingLibraryError without dp-accounting.
+        """
+        return self.ledger.spent(self.update_count)
+
+    def diagnose(self, X: Any = None) -> list[Finding]:
+        """Return what is wrong with the last ``fit``, and with X (n, K), its training rows, the dead relu units.
+
+        Findings: divergence, exploding loss, slow training, no learning, overfitting, dead units. Print one for its
+        evidence and remedies. An empty list means that none of these was found.
+
+        Raises ArgumentError without a training and without X.
+        """
+        if self.history is None and X is None:
+            raise ArgumentError(
+                "diagnose: this engine has no training yet; call fit first, or give X to look at its units"
+            )
+        history = History() if self.history is None else self.history
+        return history.diagnose(None if X is None else self.dead_units(X))
 
     @classmethod
     @knows_names(ELSEWHERE, also=_HANDED_ON)
@@ -148,6 +511,7 @@ class Engine(Session):
 names_absent(Engine, KERAS)
 
 
+@knows_names(ELSEWHERE)
 def load_checkpoint(
     path: str | Path,
     *,
@@ -157,12 +521,10 @@ def load_checkpoint(
     distributed: bool = False,
     reduce: str = ORDERED,
     timeout: float = TIMEOUT,
-    shard_optimizer: bool = False,
 ) -> Engine:
     """The engine that was saved, on any backend. With ``network`` the checkpoint must be of such a network.
 
-    ``distributed``, ``reduce``, ``timeout`` and ``shard_optimizer``: see ``Engine``. The number of processes and
-    ``shard_optimizer`` may be other than before.
+    ``distributed``, ``reduce`` and ``timeout``: see ``Engine``. The number of processes may be other than before.
 
     Raises CheckpointError if the file is missing, corrupted or of another network, BackendUnavailableError.
     """
@@ -172,7 +534,7 @@ def load_checkpoint(
         raise CheckpointError(
             f"path: {str(path)!r} is of another network: expected {network!r}, it holds {engine.network!r}"
         )
-    engine.join(distributed, reduce, timeout, shard_optimizer)
+    engine.join(distributed, reduce, timeout)
     return engine
 
 

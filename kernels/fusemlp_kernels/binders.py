@@ -17,7 +17,7 @@ Bind = TypeVar("Bind", bound=Callable[..., object])
 
 # Ops that a backend ("": each) does not bind, and why.
 REFUSED = {
-    **{("", op): "it is between processes, and the engine's" for op in ("all_reduce", "reduce_scatter", "all_gather")},
+    ("", "all_reduce"): "it is between processes, and the engine's",
     ("", "penalty"): "it runs inside train_resident; elsewhere change the gradients between grad_weight and update",
     ("numpy", "train_fleet"): "its models train one after another, by train_resident",
     ("cupy", "train_resident"): "its plans are eager and graph",

@@ -131,8 +131,7 @@ def _checked(
                 raise ArgumentError(
                     f"{op}: {name}: {rule.kind} keeps {rule.state_count} arrays of state, got {len(value)}"
                 )
-            size = (None,) if values.get("own") is not None else shape
-            checks = [check(op, name, one, size, dtype, written=written, flat=flat) for one in value]
+            checks = [check(op, name, one, shape, dtype, written=written, flat=flat) for one in value]
             values[operand.name] = tuple(checks)
         batch = sizes.get("M", 0)
         if picks and (len(value) % batch if batch else len(value)):

@@ -178,12 +178,6 @@ class Segment:
     pitch: int = 0
 
 
-def within(segments: Sequence[Segment], first: int, end: int) -> list[Segment]:
-    """Return the parts of the segments between two elements of the arena, as stretches without gaps."""
-    cut = [(max(one.offset, first), min(one.offset + one.size, end), one.rule) for one in segments]
-    return [Segment(start, stop - start, rule) for start, stop, rule in cut if start < stop]
-
-
 @dataclass(frozen=True)
 class Ridge:
     """The penalty and the divisor of scikit-learn's MLPs, for ``train_resident`` with the reduction "mean".

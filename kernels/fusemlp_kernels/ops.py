@@ -14,7 +14,6 @@ from fusemlp_kernels.operands import READ, UPDATED, WRITTEN, Op, Operand
 _COUNTERS = Operand("counters", "C", "int64", hidden=True)
 _HYPER = Operand("hyper", "H", "float64", hidden=True)
 _STATS = Operand("stats", "S", "float64", UPDATED, kind="control")
-_PARAMS = Operand("params", "A", use=UPDATED, kind="parameter")
 _GRADS = Operand("grads", "A", use=UPDATED, kind="gradient")
 _RULE = Operand("rule", note="UpdateRule")
 _ROWS = Operand("rows", "M", "int64", optional=True, hidden=True, note="row numbers; -1 is padding and comes last")
@@ -47,7 +46,6 @@ _PARTS = (
     ),
     Operand("part", optional=True, default=0, note="elements from one of these arenas to the next"),
 )  # fmt: skip
-_SUMMED = (_GRADS, _STATS, _RULE, _COUNTERS)
 _LOSS = (
     Operand("target", "target", rows="rows"),
     _COUNTERS,
@@ -268,7 +266,7 @@ OPS = {op.name: op for op in (
     Op("update",
         "the optimizer over the flat arenas, by the mean of the accumulated gradients, where "
         "counters[BATCH_INDEX] + 1 is a multiple of rule.accumulate; clips by the global norm; advances the clock", (
-        _PARAMS,
+        Operand("params", "A", use=UPDATED, kind="parameter"),
         _GRADS,
         Operand("states", "A", use=UPDATED, kind="state", several=True),
         Operand("segments", note="Segments by offset; between them lie zeros (alignment) and frozen tensors"),
@@ -292,25 +290,13 @@ OPS = {op.name: op for op in (
             note="with noise: those of the calls, of all batches. The clock counts the rows of the next batch, without "
             "-1 at its end",
         ),
-        Operand(
-            "own", optional=True,
-            note="(first, end): these elements alone are updated, and the states but an average hold no others; the "
-            "norm is that of all. Without noise",
-        ),
         *_PARTS,
     )),
     Op("advance", "the clock alone, for a network with nothing to train", _CLOCK),
     Op("all_reduce",
         "the sum over all ranks of what each has of the gradients and the statistics of a batch; with rule.accumulate "
-        "k > 1 the gradients are added to what is there, unless counters[BATCH_INDEX] is a multiple of k", _SUMMED),
-    Op("reduce_scatter", "all_reduce, with a slice of the sum for each rank; of the gradients, not the statistics",
-        _SUMMED),
-    Op("all_gather", "arenas whole, of which each rank has its slice; only beside an update", (
-        replace(_PARAMS, optional=True, note="after the update"),
-        Operand("average", "A", use=UPDATED, kind="state", optional=True, note="of params, after the update"),
-        replace(_GRADS, optional=True, note="before the update"),
-        _RULE,
-        _COUNTERS,
+        "k > 1 the gradients are added to what is there, unless counters[BATCH_INDEX] is a multiple of k", (
+        _GRADS, _STATS, _RULE, _COUNTERS,
     )),
     Op("penalty",
         "dw += ridge.strength / shares * w for all layers, before dw is clipped; its loss is added to "

@@ -45,34 +45,30 @@ CASES = {
         engine(9, 4, optimizer=Adam(lr=0.5)), rows=20, fit={"early_stopping": 1, "epochs": 4}, validates=True
     ),
 }
-SLICED = ("dropout", "clipping fp16")
 
 
 def main(folder: Path) -> None:
-    """Train all cases, some again in slices, and one from a checkpoint."""
+    """Train all cases, and one from a checkpoint."""
     quick_interpreter.quicken()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     found = {name: trained(case, distributed=True) for name, case in CASES.items()}
-    # one rank has all of the state
-    sliced = {"distributed": True, "shard_optimizer": world > 1}
-    found |= {f"{name} in slices": trained(CASES[name], **sliced) for name in SLICED}
     found["weights, fast"] = trained(CASES["weights"], distributed=True, reduce="fast")
-    # the gradients by the first layer's weights, the slice of rank 0, overflow, and those by the others do not
+    # the gradients by the first layer's weights overflow, and those by the others do not
     frozen = Adam(lr=0.01, per_parameter={"0.bias": ParameterOptions(trainable=False)})
-    hot = engine(9, 12, 4, optimizer=frozen, precision="fp16", batch_size=16)(**sliced)
+    hot = engine(9, 12, 4, optimizer=frozen, precision="fp16", batch_size=16)(distributed=True)
     state = hot.state_dict()
     hot.load_state_dict({**state, "2.weight": 100.0 * state["2.weight"]})
     inputs, labels = np.random.default_rng(3).normal(size=(20, 9)), np.arange(20) % 4
     hot.fit(inputs, labels, epochs=1)
-    found["overflows"] = {"params": hot.snapshot()["params"], "skipped": np.array(hot.skipped_batches)}
-    saved = CASES["clipping fp16"].engine(**sliced)
+    found["overflows"] = {"params": hot.memory.snapshot()["params"], "skipped": np.array(hot.skipped_batches)}
+    saved = CASES["clipping fp16"].engine(distributed=True)
     saved.fit(inputs, labels, epochs=1)
     path = folder / f"of {world}.safetensors"
     saved.save_checkpoint(path)
     saved.ranks.any(True)
     again = load_checkpoint(path, backend="triton", distributed=True)
     again.fit(inputs, labels, epochs=1)
-    found["resumed"] = {name: again.snapshot()[name] for name in ("params", "state0", "state2")}
+    found["resumed"] = {name: again.memory.snapshot()[name] for name in ("params", "state0", "state2")}
     if rank == 0:
         print({"plan": again.plan, "reason": again.plan_reason})
         for name, arrays in found.items():

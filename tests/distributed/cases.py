@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +21,6 @@ from fusemlp import (
     CrossEntropy,
     DistributedError,
     Engine,
-    Optimizer,
     PReLU,
 )
 
@@ -92,32 +90,9 @@ CASES = {
     ),
 }  # fmt: skip
 
-# Optimizers whose state is in slices, each with whole gradients and without.
-OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
-    "sgd": (SGD, {}),
-    "momentum": (SGD, {"momentum": 0.9}),
-    "nesterov": (SGD, {"momentum": 0.9, "nesterov": True}),
-    "adam": (Adam, {"weight_decay": 0.01}),
-    "adamw": (AdamW, {"ema": 0.9}),
-}
-SLICED = {
-    f"{name} in slices, {precision}{', clipped' if whole else ''}": Case(
-        engine(
-            9, 24, 4, optimizer=kind(lr=0.02, **given, **({"clip_norm": 0.1, "accumulate": 3} if whole else {})),
-            batch_size=32, precision=precision,
-        ),
-        steps=12,
-    )
-    for (name, (kind, given)), precision, whole in itertools.product(
-        OPTIMIZERS.items(), ("fp32", "fp64"), (False, True)
-    )
-} | {f"{name} again": CASES[name] for name in ("batch of 5", "wide fp64", "early stopping")}  # fmt: skip
-
 # The cases of a world of each size: all of one and two, fewer of larger ones, which take longer.
 FEWER = ("momentum", "batch of 5", "accumulation", "dropout fp64", "weights fp64", "wide fp64", "early stopping")
 WHOLE_IN = {1: CASES, 2: CASES, 4: {name: CASES[name] for name in FEWER}, 8: {"adam": CASES["adam"]}}
-_LARGE = {name: case for name, case in SLICED.items() if name.endswith(("fp64", "fp32, clipped"))}
-SLICED_IN = {2: SLICED, 3: {name: case for name, case in SLICED.items() if "fp64" in name}, 4: _LARGE, 8: _LARGE}
 
 
 def data(case: Case) -> dict[str, Any]:
@@ -143,23 +118,8 @@ def trained(case: Case, **others: Any) -> dict[str, Any]:
     made = case.engine(**others)
     history = made.fit(**data(case))
     states = [f"state{index}" for index in range(len(made.memory.states))]
-    if others.get("shard_optimizer"):
-        check_slices(made)
-    arrays = {name: made.whole(name) for name in ("params", "counters", *states)}
+    arrays = {name: made.memory.arrays[name] for name in ("params", "counters", *states)}
     return arrays | {f"history {name}": np.array(values) for name, values in history.history.items()}
-
-
-def check_slices(made: Engine) -> None:
-    """Assert that this rank keeps its slice of each state and no more, and that the slices make the whole."""
-    memory, ranks = made.memory, made.ranks
-    assert ranks is not None
-    average = made.optimizer.rule().average
-    for index, state in enumerate(memory.states):
-        assert len(state) <= memory.layout.size / ranks.world + 64 or index == average
-        total = np.array([len(state)])
-        ranks.add(total)
-        assert total == memory.layout.size * (ranks.world if index == average else 1)
-        assert not any(name.endswith(f".state{index}") for name in memory.arrays) or index == average
 
 
 class StopsOnRank(Callback):
@@ -185,7 +145,7 @@ def refusals(rank: int) -> dict[str, str]:
     """Return the errors of what ranks do not share, or cannot do together."""
     case = CASES["momentum"]
     given = data(case)
-    made, sliced = case.engine(distributed=True), case.engine(distributed=True, shard_optimizer=True)
+    made = case.engine(distributed=True)
     other = {**given, "X": given["X"] + (rank == 1)}
     before = made.memory.params.copy()
     found = {
@@ -196,13 +156,11 @@ def refusals(rank: int) -> dict[str, str]:
         "reduce": message(
             lambda: case.engine(distributed=True, reduce="fast" if rank else "ordered"), DistributedError
         ),
-        "shard_optimizer": message(lambda: case.engine(distributed=True, shard_optimizer=rank == 0), DistributedError),
         "data": message(lambda: made.fit(**other), DistributedError),
         "epochs": message(lambda: made.fit(**{**given, "epochs": 1 + rank}), DistributedError),
         "step": message(lambda: made.step(given["X"][:8], given["y"][:8]), ArgumentError),
         "adversarial": message(lambda: made.fit(**given, adversarial=FGSM(0.1)), ArgumentError),
         "plan": message(lambda: case.engine(distributed=True, plan="eager"), ArgumentError),
-        "folder": message(lambda: sliced.save_checkpoint("missing/x.safetensors"), ArgumentError),
     }
     assert np.array_equal(made.memory.params, before)
     # and an engine that was refused something trains on
@@ -242,14 +200,10 @@ def main(folder: Path) -> None:
     """Train the cases that a world of this size has."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     found = {name: trained(case, distributed=True) for name, case in WHOLE_IN.get(world, {}).items()}
-    if world == 1:
-        found |= {name: trained(case, distributed=True) for name, case in SLICED.items()}
-    options: dict[str, Any] = {"distributed": True, "shard_optimizer": True}
-    options |= {"reduce": "fast"} if world == 3 else {}
-    found |= {name: trained(case, **options) for name, case in SLICED_IN.get(world, {}).items()}
-    if world == 2:
+    if world in (2, 3):
         exact = {name: case for name, case in CASES.items() if name.endswith("fp64")}
         found |= {f"{name}, fast": trained(case, distributed=True, reduce="fast") for name, case in exact.items()}
+    if world == 2:
         found["torch"] = {"params": in_torch(CASES["momentum fp64"], rank)}
         print(refusals(rank))
     if rank == 0:

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ EPOCHS, TIMEOUT = 5000, 6.0
 CHECKPOINT = "checkpoint.safetensors"
 
 
-def new_engine(**options: Any) -> Engine:
+def new_engine() -> Engine:
     return Engine(
         MLP([10, 16, 12, 3], activation=PReLU(0.2), dropout=0.2), optimizer=AdamW(0.01, accumulate=2), batch_size=16,
-        seed=3, backend="numpy", **{"distributed": True, "timeout": TIMEOUT, **options},
+        seed=3, backend="numpy", distributed=True, timeout=TIMEOUT,
     )  # fmt: skip
 
 
@@ -81,7 +81,7 @@ class Digests(Callback):
         engine.stop_training = epoch >= self.last
 
 
-def cut_off(folder: Path, ending: signal.Signals, victim: int, delay: float, sliced: bool) -> None:
+def cut_off(folder: Path, ending: signal.Signals, victim: int, delay: float) -> None:
     """Train until the victim ends after ``delay`` seconds; the others print the error that they get."""
 
     def end() -> None:
@@ -90,25 +90,18 @@ def cut_off(folder: Path, ending: signal.Signals, victim: int, delay: float, sli
 
     begin = threading.Thread(target=end, daemon=True).start if int(os.environ["RANK"]) == victim else None
     try:
-        fit(new_engine(shard_optimizer=sliced), Saver(folder / CHECKPOINT, begin), resume=False)
+        fit(new_engine(), Saver(folder / CHECKPOINT, begin), resume=False)
     except DistributedError as error:
         print(error)
 
 
-def go_on(folder: Path, runs: Mapping[str, bool]) -> None:
-    """Resume each run, whose checkpoint lies in the folder of its name, for three epochs; rank 0 notes the digests.
-
-    True: with slices of the optimizer's state.
-    """
+def go_on(folder: Path, runs: Sequence[str]) -> None:
+    """Resume each run, whose checkpoint lies in the folder of its name, for three epochs; rank 0 notes the digests."""
     found = {}
-    for name, sliced in runs.items():
+    for name in runs:
         path = folder / name / CHECKPOINT
-        if path.exists():
-            options: dict[str, Any] = {"distributed": True, "timeout": TIMEOUT, "shard_optimizer": sliced}
-            engine = load_checkpoint(path, **options)
-        else:
-            # the victim was faster than the first checkpoint
-            engine = new_engine(shard_optimizer=sliced)
+        # the victim may have been faster than the first checkpoint
+        engine = load_checkpoint(path, distributed=True, timeout=TIMEOUT) if path.exists() else new_engine()
         epoch = 0 if engine.fit_state is None else engine.fit_state.epoch
         digests = Digests(epoch + 2, epoch + 2)
         fit(engine, digests, resume=engine.fit_state is not None)

@@ -119,7 +119,7 @@ SOURCES: dict[str, Callable[[Path], Any]] = {
     "one batch": lambda folder: of_arrays(folder, batch_size=200),
     "a list": unequal,
 }
-ENGINES = {"": {}, ", weighted": WEIGHTED, ", in slices": {"shard_optimizer": True}}
+ENGINES = {"": {}, ", weighted": WEIGHTED}
 
 
 def trained(batches: Any, **options: Any) -> dict[str, Any]:

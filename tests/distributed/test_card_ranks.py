@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import worlds
-from card_ranks import CASES, SLICED, main
+from card_ranks import CASES, main
 from cases import trained
 
 pytest.importorskip("torch")
@@ -36,21 +36,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     return Worlds(tmp_path_factory.mktemp("cards"))
 
 
-@pytest.mark.parametrize("name", [*CASES, *(f"{name} in slices" for name in SLICED), "resumed", "overflows"])
+@pytest.mark.parametrize("name", [*CASES, "resumed", "overflows"])
 def test_one_and_two_ranks_give_the_same_bits(found: Worlds, name: str) -> None:
     one, two = found.of(1, name), found.of(2, name)
     assert one.keys() == two.keys()
     for key, array in one.items():
         assert array.tobytes() == two[key].tobytes(), key
     assert np.isfinite(one["params"]).all() and one["params"].any()
-
-
-@pytest.mark.parametrize("name", SLICED)
-def test_slices_of_the_state_change_no_bits(found: Worlds, name: str) -> None:
-    whole, sliced = found.of(2, name), found.of(2, f"{name} in slices")
-    assert whole.keys() == sliced.keys()
-    for key, array in whole.items():
-        assert array.tobytes() == sliced[key].tobytes(), key
 
 
 @pytest.mark.parametrize("name", ["weights", "numbers", "weights, fast"])
@@ -66,7 +58,7 @@ def test_two_ranks_train_as_one_process_does(found: Worlds, name: str) -> None:
         np.testing.assert_allclose(together[key], array, rtol=0, atol=bound, err_msg=key)
 
 
-def test_an_overflow_in_one_slice_skips_the_batch_on_all_ranks(found: Worlds) -> None:
+def test_an_overflow_skips_the_batch_on_all_ranks(found: Worlds) -> None:
     assert found.of(2, "overflows")["skipped"] >= 1
 
 

@@ -34,7 +34,6 @@ class Fault:
     world: int
     victim: int
     delay: float
-    sliced: bool
     exits: list[tuple[int, str]] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -42,9 +41,9 @@ class Fault:
         return f"seed{self.seed}"
 
     @property
-    def resumes_in(self) -> tuple[int, bool]:
-        """The size of the world that goes on, another than before, and whether its state is in slices."""
-        return {2: (1, 4), 4: (1, 2)}[self.world][self.seed // 2 % 2], self.seed % 3 == 0
+    def resumes_in(self) -> int:
+        """The size of the world that goes on, another than before."""
+        return {2: (1, 4), 4: (1, 2)}[self.world][self.seed // 2 % 2]
 
 
 def fault(seed: int) -> Fault:
@@ -52,7 +51,7 @@ def fault(seed: int) -> Fault:
     drawn = random.Random(seed)
     world = drawn.choice((2, 2, 4))
     ending = signal.SIGKILL if seed < KILLS else signal.SIGSTOP
-    return Fault(seed, ending, world, drawn.randrange(world), drawn.uniform(0.0, 0.6), bool(seed % 2))
+    return Fault(seed, ending, world, drawn.randrange(world), drawn.uniform(0.0, 0.6))
 
 
 FAULTS = [fault(seed) for seed in range(KILLS + STOPS)]
@@ -79,7 +78,7 @@ def digests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
         started = []
         for one in together:
             own = folder / str(one)
-            given = own, one.ending, one.victim, one.delay, one.sliced
+            given = own, one.ending, one.victim, one.delay
             started.append(worlds.start(one.world, own, cut_off, *given))
         try:
             for one, ranks in zip(together, started, strict=True):
@@ -89,7 +88,7 @@ def digests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
                 rank.process.kill()
     found: dict[str, dict[str, str]] = {}
     for world in (1, 2, 4):
-        runs = {str(one): one.resumes_in[1] for one in FAULTS if one.resumes_in[0] == world}
+        runs = [str(one) for one in FAULTS if one.resumes_in == world]
         worlds.run(world, folder / f"world{world}", go_on, folder, runs)
         found |= json.loads((folder / f"{world}.json").read_text(encoding="utf-8"))
     epochs = 1 + max(int(epoch) for one in found.values() for epoch in one)

@@ -25,9 +25,9 @@ from torch import distributed
 
 from fusemlp import MLP, Adam, ArgumentError, BackendUnavailableError, DistributedError, Engine, MissingLibraryError
 from fusemlp.program.sharding import Sharding
-from fusemlp.runtime import bound, joining, ranks
+from fusemlp.runtime import backends, bound, ranks, session
+from fusemlp.runtime.backends import open_here
 from fusemlp.runtime.bound import STEPS_A_GRAPH
-from fusemlp.runtime.joining import open_here
 from fusemlp.runtime.plans import ASKED, chosen_plan, plan_text, shared_plan
 from fusemlp.runtime.sharded import LAYERS
 from fusemlp_kernels.registry import TRAITS
@@ -66,12 +66,6 @@ class Pair:
         for place in range(self.world):
             into[place].copy_(own)
 
-    def exchange(self, into: Any, own: Any, counts: Sequence[int], into_all: Any, own_all: Any) -> None:
-        self.card.events.append("collective")
-        for place in range(self.world):
-            into[place].copy_(own[: counts[0]])
-            into_all[place].copy_(own_all)
-
     def add(self, *arrays: Any) -> None:
         self.card.events.append("collective")
         for array in arrays:
@@ -96,16 +90,16 @@ class Pair:
 
 
 def made(card: Card, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Engine:
-    monkeypatch.setattr(joining, "joined", lambda timeout: Pair(card))
-    monkeypatch.setattr(joining, "check_nccl", lambda: None)
+    monkeypatch.setattr(session, "joined", lambda timeout: Pair(card))
+    monkeypatch.setattr(session, "check_nccl", lambda: None)
     given = {"optimizer": "adam", "batch_size": 4, "backend": "triton", "normalise": False, "distributed": True}
     net = MLP((3, 4, 2), dropout=options.pop("dropout", 0.0))
     return Engine(net, **{**given, **options})
 
 
-@pytest.mark.parametrize(("options", "each"), [({}, 1), ({"reduce": "fast"}, 1), ({"shard_optimizer": True}, 2)])
-def test_an_epoch_waits_once_and_a_step_has_its_collectives_in_the_graph(
-    card: Card, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], each: int
+@pytest.mark.parametrize("options", [{}, {"reduce": "fast"}])
+def test_an_epoch_waits_once_and_a_step_has_its_collective_in_the_graph(
+    card: Card, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     engine = made(card, monkeypatch, **options)
     assert engine.plan == "graph" and "in a graph" in engine.plan_reason
@@ -113,7 +107,7 @@ def test_an_epoch_waits_once_and_a_step_has_its_collectives_in_the_graph(
         engine.fit(X, Y, epochs=1)
     # a step by itself, which makes NCCL ready, and the captures: of several steps, and of one
     assert first.events.count("captured") == 2
-    assert first.events.count("collective") == each * (1 + STEPS_A_GRAPH + 1)
+    assert first.events.count("collective") == 1 + STEPS_A_GRAPH + 1
     found = []
     for epochs in (2, 3):
         with card.counted() as one:
@@ -130,8 +124,8 @@ def test_an_epoch_waits_once_and_a_step_has_its_collectives_in_the_graph(
 def test_the_memory_of_a_program_is_free_when_it_is_given_back(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = made(card, monkeypatch)
     engine.fit(X, Y, epochs=1)
-    assert engine._last_fit is not None
-    program = weakref.ref(engine._last_fit.bound)
+    assert engine.programs.last_fit is not None
+    program = weakref.ref(engine.programs.last_fit.bound)
     gc.disable()
     try:
         engine.release()
@@ -185,7 +179,7 @@ def test_kernels_know_the_memory_of_the_gradients_of_shards(monkeypatch: pytest.
 def test_graphs_end_before_nccl_does(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = made(card, monkeypatch)
     engine.fit(X, Y, epochs=1)
-    last = engine._last_fit
+    last = engine.programs.last_fit
     assert last is not None and last.bound._graphs
     left = []
     pretended = SimpleNamespace(
@@ -213,11 +207,11 @@ def test_replayed_steps_have_the_bits_of_eager_ones(monkeypatch: pytest.MonkeyPa
     found = []
     for plan in ("eager", "graph"):
         with counting(computes=True) as card:
-            engine = made(card, monkeypatch, plan=plan, optimizer=Adam(0.05, **given), shard_optimizer=bool(given))
+            engine = made(card, monkeypatch, plan=plan, optimizer=Adam(0.05, **given))
             # one step, a graph of two, and one of one
             engine.fit(X[:14], Y[:14], epochs=1)
             assert ("captured" in card.events) == (plan == "graph")
-            found.append(engine.snapshot())
+            found.append(engine.memory.snapshot())
     for name, array in found[0].items():
         assert array.tobytes() == found[1][name].tobytes(), name
 
@@ -237,7 +231,7 @@ def as_rank(monkeypatch: pytest.MonkeyPatch, local: int) -> None:
 
 
 def test_a_process_takes_the_card_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joining, "backend", a_backend)
+    monkeypatch.setattr(backends, "open_backend", a_backend)
     assert open_here("triton", None, "fp32").device == "cuda:0"
     as_rank(monkeypatch, 1)
     assert open_here("triton", None, "fp32").device == "cuda:1"

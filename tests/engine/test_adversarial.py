@@ -240,8 +240,8 @@ def test_attacks_stay_within_eps_and_bounds_and_raise_the_loss(how, restarts, lo
 def test_restarts_keep_the_largest_loss_of_each_row(loss):
     X, y = problem(loss)
     engine = Engine(MLP([INPUTS, 8, OUTPUTS], activation="relu"), loss, precision="fp64")
-    data = engine.examples(X, y, None)
-    spec, target = engine.spec_for(data.targets), data.targets.values
+    data = engine.inputs.examples(X, y, None)
+    spec, target = engine.inputs.spec_for(data.targets), data.targets.values
     own = np.array([engine.evaluate(X[i : i + 1], y[i : i + 1])["loss"] for i in range(ROWS)])
     columns = 1 if loss == "cross_entropy" else OUTPUTS
     np.testing.assert_allclose(row_losses(spec, engine.outputs(X), target), own * columns, rtol=1e-12)
@@ -256,7 +256,7 @@ def test_restarts_weigh_the_classes_of_probabilities():
     engine = Engine(
         MLP([INPUTS, 8, OUTPUTS]), CrossEntropy(class_weight=list(weights), label_smoothing=0.3), precision="fp64"
     )
-    spec = engine.spec_for(engine.examples(X, y, None).targets)
+    spec = engine.inputs.spec_for(engine.inputs.examples(X, y, None).targets)
 
     def losses(adv):
         own = np.array([engine.evaluate(adv[i : i + 1], y[i : i + 1])["loss"] for i in range(ROWS)])

@@ -40,7 +40,7 @@ class Trained(Callback):
 
     def on_batch_end(self, engine: Engine, batch: int) -> None:
         if engine.update_count > len(self.seen):
-            self.seen.append(engine.tensors(""))
+            self.seen.append(engine.memory.tensors())
 
 
 def engine_of(optimizer: Optimizer, net: MLP = NET, **options: Any) -> Engine:
@@ -81,7 +81,7 @@ def test_two_hundred_updates_are_torchs(optimizer: Optimizer) -> None:
     plain.fit(X, Y, epochs=25 * optimizer.accumulate)
     assert all(np.abs(found[name] - array).max() > 1e-6 for name, array in plain.state_dict().items())
     for name, array in plain.state_dict().items():
-        np.testing.assert_allclose(engine.tensors("")[name], array, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(engine.memory.tensors()[name], array, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -95,7 +95,7 @@ def test_every_backend_averages_and_reads_the_average(device: Any, precision: st
     with nullcontext() if device is NUMPY else usable(device):
         engine = engine_of(optimizer, backend=device.backend, precision=precision)
         before = engine.state_dict()
-        assert all(bits(array) == bits(engine.tensors("")[name]) for name, array in before.items())
+        assert all(bits(array) == bits(engine.memory.tensors()[name]) for name, array in before.items())
         engine.fit(X[:30], Y[:30], epochs=optimizer.accumulate, callbacks=[trained])
         found, expected = engine.state_dict(), torch_average(trained.seen, optimizer.ema)
         for key, wanted in expected.items():
@@ -116,7 +116,7 @@ def test_the_best_average_is_restored_and_training_goes_on_from_it() -> None:
     best = history.best_epoch
     assert best is not None and best < len(history.epochs) - 1
     for name, array in engine.state_dict().items():
-        assert bits(array) == bits(seen[best][name]) == bits(engine.tensors("")[name])
+        assert bits(array) == bits(seen[best][name]) == bits(engine.memory.tensors()[name])
     assert_reads_the_average(engine)
 
 
@@ -135,7 +135,7 @@ def test_files_fleets_and_merged_models_have_the_average(tmp_path: Path) -> None
     for same in (members[0], load(tmp_path / "model"), load_checkpoint(tmp_path / "checkpoint")):
         assert bits(same.predict_proba(XV)) == bits(engine.predict_proba(XV))
     # a model file has no training to go on with
-    assert bits(load(tmp_path / "model").tensors("")["0.weight"]) == bits(engine.state_dict()["0.weight"])
+    assert bits(load(tmp_path / "model").memory.tensors()["0.weight"]) == bits(engine.state_dict()["0.weight"])
 
 
 def test_frozen_parameters_are_their_average() -> None:

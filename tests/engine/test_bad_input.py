@@ -82,7 +82,7 @@ def state_of(engine: Engine) -> dict[str, Any]:
     fit = engine.fit_state
     return {
         "learning_rate": engine.learning_rate,
-        "arrays": {name: array.tobytes() for name, array in engine.snapshot().items()},
+        "arrays": {name: array.tobytes() for name, array in engine.memory.snapshot().items()},
         "best": {name: array.tobytes() for name, array in (engine.best_parameters or {}).items()},
         "epochs_trained": engine.epochs_trained,
         "update_count": engine.update_count,

@@ -94,7 +94,7 @@ FEATURES = {
     "fleet": Feature(door="fleet"),
 }
 
-# What a state, or the limits of a kernel, refuses.
+# Refused by a state, or by the limits of a kernel.
 KERNEL = "plan: the triton backend's resident kernel"
 ELSEWHERE = {
     **{frozenset({"measured rows", name}): "normalise: no rows were measured yet" for name in ("step", "batches")},

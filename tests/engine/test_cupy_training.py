@@ -55,9 +55,9 @@ def test_a_fleet_trains_one_model_after_another(device: Any) -> None:
             rate, seed = vary[index].get("lr", SGD().lr), vary[index].get("seed", 0)
             engine = Engine(net, optimizer=SGD(rate), seed=seed, **options)
             engine.fit(X, y, **data)
-            found, wanted = results.engine(index), engine.snapshot()
+            found, wanted = results.engine(index), engine.memory.snapshot()
             assert found.history.history == engine.history.history
-            assert all(np.array_equal(array, wanted[name]) for name, array in found.snapshot().items())
+            assert all(np.array_equal(array, wanted[name]) for name, array in found.memory.snapshot().items())
 
 
 def test_an_epoch_on_graphs_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,8 +66,8 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
 
 def assert_same_state(found: Engine, expected: Engine) -> None:
     """Assert that everything a step changes has the same bits."""
-    wanted = expected.snapshot()
-    for name, array in found.snapshot().items():
+    wanted = expected.memory.snapshot()
+    for name, array in found.memory.snapshot().items():
         assert array.tobytes() == wanted[name].tobytes(), name
 
 
@@ -148,7 +148,7 @@ def test_the_features_are_not_copied_where_their_rows_suit_the_kernels(
 ) -> None:
     given = place.put(X)
     backend = place.net.memory.backend
-    adopted = place.net.features("X", given)
+    adopted = place.net.inputs.features("X", given)
     with caplog.at_level("INFO", "fusemlp.kernels"):
         assert address(backend.from_host(adopted, "compute")) == address(given)
         assert not caplog.records
@@ -178,10 +178,10 @@ FORMS: dict[str, Array] = {
 def test_strides_types_and_offsets_are_read_right(place: Place, form: str) -> None:
     backend = place.net.memory.backend
     given = place.put(FORMS[form])
-    bound = backend.from_host(place.net.features("X", given), "compute")
+    bound = backend.from_host(place.net.inputs.features("X", given), "compute")
     np.testing.assert_array_equal(backend.to_host(bound), X)
     staged = backend.view(backend.allocate(ROWS * INPUTS, "compute"), 0, X.shape, INPUTS)
-    backend.copy_into(staged, place.net.features("x", given, check_finite=False))
+    backend.copy_into(staged, place.net.inputs.features("x", given, check_finite=False))
     np.testing.assert_array_equal(backend.to_host(staged), X)
     np.testing.assert_array_equal(backend.to_host(given), FORMS[form])
 

@@ -28,7 +28,7 @@ from fusemlp import (
 )
 from fusemlp.report.evidence import Importance
 from fusemlp.report.explanations import Attributions, attributions
-from fusemlp.runtime import inference as inference_module
+from fusemlp.runtime import forward as forward_module
 from fusemlp_kernels.contract import ACTIVATIONS
 
 Array = np.ndarray[Any, Any]
@@ -77,7 +77,7 @@ def torch_gradient(engine: Engine, rows: Array, output: Any) -> Array:
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass takes 16 rows at a time, and a path one row."""
-    monkeypatch.setattr(inference_module, "LARGEST", 1)
+    monkeypatch.setattr(forward_module, "LARGEST", 1)
 
 
 class TestGradientOfAnOutput:
@@ -127,11 +127,11 @@ class TestGradientOfAnOutput:
 
     def test_nothing_is_dropped_and_nothing_disturbed(self) -> None:
         engine, plain = make(dropout=0.5), make()
-        before = engine.snapshot()
+        before = engine.memory.snapshot()
         np.testing.assert_array_equal(engine.input_gradient(X, output=0), plain.input_gradient(X, output=0))
         engine.input_gradient(X, VALUES)
         attributions(engine, X, output=0)
-        for name, array in engine.snapshot().items():
+        for name, array in engine.memory.snapshot().items():
             np.testing.assert_array_equal(array, before[name], err_msg=name)
 
 
@@ -158,7 +158,7 @@ class TestGradientOfTheLoss:
     @pytest.mark.parametrize(("loss", "y"), LOSSES.values(), ids=LOSSES)
     def test_is_autograds_of_each_row_alone(self, loss: Any, y: Array) -> None:
         engine = make(loss)
-        spec = engine.spec_for(engine.targets("y", y, rows=len(y)))
+        spec = engine.inputs.spec_for(engine.inputs.targets("y", y, rows=len(y)))
         weights = None if engine.class_weight is None else np.asarray(engine.class_weight)
         wanted = np.zeros_like(X)
         for row in range(len(X)):
@@ -251,7 +251,7 @@ def not_complete(found: Attributions) -> bool:
 )
 def test_a_program_has_no_more_calls_than_it_needs(gradient: int, output: str, calls: list[str]) -> None:
     engine = make(output_activation=output)
-    program = engine._inference.bind(engine.network, 16, gradient=gradient).program
+    program = engine.inference.forward.bind(engine.network, 16, gradient=gradient).program
     assert [call.op for call in program.calls] == calls
 
 

@@ -61,8 +61,8 @@ def trained(plan, epochs=2, callbacks=()):
 
 
 def assert_same(first, second):
-    for name, array in first.snapshot().items():
-        np.testing.assert_array_equal(array, second.snapshot()[name], err_msg=name)
+    for name, array in first.memory.snapshot().items():
+        np.testing.assert_array_equal(array, second.memory.snapshot()[name], err_msg=name)
 
 
 def test_the_first_step_loads_the_kernels_and_the_others_are_replayed_several_at_a_time(events):

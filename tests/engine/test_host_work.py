@@ -69,8 +69,8 @@ def made(plan: str = "graph", optimizer: Any = "adam", sizes: Any = (3, 4, 2)) -
 
 
 def assert_same(found: Engine, expected: Engine) -> None:
-    wanted = expected.snapshot()
-    for name, array in found.snapshot().items():
+    wanted = expected.memory.snapshot()
+    for name, array in found.memory.snapshot().items():
         assert array.tobytes() == wanted[name].tobytes(), name
 
 
@@ -164,11 +164,11 @@ def test_the_results_are_those_of_eager_steps() -> None:
 def test_a_divergence_goes_back_to_the_state_before_the_epoch(computing: Card) -> None:
     engine = made(optimizer=SGD(0.1))
     engine.fit(X[:8], Y[:8], epochs=1)
-    before = engine.snapshot()
+    before = engine.memory.snapshot()
     with pytest.raises(DivergenceError):
         engine.fit(np.full_like(X[:8], 1e30), Y[:8], epochs=2)
     assert "captured" in computing.events
-    for name, array in engine.snapshot().items():
+    for name, array in engine.memory.snapshot().items():
         # hyper and counters are part of it
         np.testing.assert_array_equal(array, before[name], err_msg=name)
 
@@ -227,10 +227,10 @@ def test_private_fits_of_another_batch_size_are_bound_again(computing: Card) -> 
         net, options = MLP((3, 4, 2)), {"backend": "triton", "plan": "graph", "normalise": False}
         engine = Engine(net, optimizer=SGD(0.1), batch_size=7, privacy=privacy, **options)
         engine.fit(X[:12], Y[:12], epochs=1)
-        sizes.append(engine._last_fit.key[0][0][3])
+        sizes.append(engine.programs.last_fit.key[0][0][3])
         between(engine)
         engine.fit(X[:12], Y[:12], epochs=1, batch_size=8)
-        sizes.append(engine._last_fit.key[0][0][3])
+        sizes.append(engine.programs.last_fit.key[0][0][3])
         return engine
 
     sizes: list[int] = []
@@ -263,10 +263,10 @@ def test_the_engine_lets_go_of_arrays_with_their_owner(card: Card, streams: bool
     engine.fit(data, labels, epochs=1)
     if streams:
         engine.fit([(np.ones((4, 8), np.float32), Y[:4])], epochs=1)
-    assert engine._last_fit is not None
+    assert engine.programs.last_fit is not None
     del data
     gc.collect()
-    assert engine._last_fit is None
+    assert engine.programs.last_fit is None
 
 
 def test_probabilities_on_the_card_are_not_copied_back(card: Card) -> None:
@@ -385,7 +385,7 @@ def test_an_interrupted_step_is_no_update() -> None:
     engine, eager = made(optimizer=Adam(0.05)), made("eager", Adam(0.05))
     for at in range(9):
         if at in (2, 3):
-            stopped(engine._staged[False, False], "run_many", engine.step, X[:4], Y[:4])
+            stopped(engine.programs.staged[False, False], "run_many", engine.step, X[:4], Y[:4])
         assert float(engine.step(X[:4], Y[:4])) == float(eager.step(X[:4], Y[:4]))
 
 

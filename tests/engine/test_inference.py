@@ -25,7 +25,7 @@ from fusemlp import (
     ShapeError,
 )
 from fusemlp.describe.losses import as_loss
-from fusemlp.runtime import inference as inference_module
+from fusemlp.runtime import forward as forward_module
 from fusemlp_kernels import reference
 
 INPUTS, OUTPUTS = 5, 4
@@ -62,7 +62,7 @@ def assert_close(actual, expected):
 @pytest.fixture
 def small_batches(monkeypatch):
     """A forward pass takes 16 rows at a time."""
-    monkeypatch.setattr(inference_module, "LARGEST", 1)
+    monkeypatch.setattr(forward_module, "LARGEST", 1)
 
 
 class TestPredict:
@@ -145,12 +145,12 @@ class TestPredict:
     def test_predicting_disturbs_nothing(self):
         engine = make()
         engine.fit(X, LABELS, epochs=1)
-        before = engine.snapshot()
+        before = engine.memory.snapshot()
         engine.predict(X)
         engine.predict_proba(X)
         engine.evaluate(X, LABELS)
         engine.dead_units(X)
-        for name, array in engine.snapshot().items():
+        for name, array in engine.memory.snapshot().items():
             np.testing.assert_array_equal(array, before[name], err_msg=name)
 
 
@@ -200,11 +200,11 @@ class TestManyBatches:
 
 def test_the_size_of_a_forward_pass_is_bounded():
     engine = make()
-    assert engine._inference._rows_for(1) == 1
-    assert engine._inference._rows_for(3) == 4
-    assert engine._inference._rows_for(1000) == 1024
+    assert engine.inference.forward.rows_for(1) == 1
+    assert engine.inference.forward.rows_for(3) == 4
+    assert engine.inference.forward.rows_for(1000) == 1024
     widest = 7
-    assert engine._inference._rows_for(10**9) * widest <= inference_module.LARGEST
+    assert engine.inference.forward.rows_for(10**9) * widest <= forward_module.LARGEST
 
 
 TARGETS = {

@@ -119,10 +119,10 @@ def test_a_run_is_torchs(name):
     activation, options, ibp, optimizer, others = CASES[name]
     engine = make(activation, **options)
     expected = torch_fit(engine, ibp, optimizer, **others)
-    before = engine.tensors("")
+    before = engine.memory.tensors()
     given = {key: value for key, value in others.items() if key != "frozen"}
     engine.fit(X, LABELS, epochs=EPOCHS, shuffle=False, adversarial=ibp, **given)
-    for key, value in engine.tensors("").items():
+    for key, value in engine.memory.tensors().items():
         np.testing.assert_allclose(value, expected[key], rtol=0, atol=1e-9)
         assert np.array_equal(value, before[key]) == (key in others.get("frozen", ()))
 

@@ -186,8 +186,8 @@ def test_the_average_of_the_parameters_and_the_scale_of_the_inputs_are_those_of_
         outputs = engine.outputs(points(rng, x - eps, x + eps))
         assert ((low <= outputs) & (outputs <= high)).all()
         assert (high - low).max() < 0.05
-    raw = engine.tensors("")
-    assert max(np.abs(raw[name] - array).max() for name, array in engine.evaluated_tensors().items()) > 0.05
+    raw = engine.memory.tensors()
+    assert max(np.abs(raw[name] - array).max() for name, array in engine.memory.evaluated_tensors().items()) > 0.05
 
 
 def trained(seed: int = 0, **options: Any) -> tuple[Engine, Array, Array]:

@@ -90,7 +90,7 @@ def test_a_vector_would_show():
 def test_the_program_of_a_step_allocates_no_array(options, optimizer, loss, target):
     engine = make(options, optimizer, loss)
     engine.step(*a_batch(target, weighted=True))
-    (bound,) = engine._staged.values()
+    (bound,) = engine.programs.staged.values()
     grown = []
     with Peak() as peak:
         for _ in range(3):

@@ -91,9 +91,9 @@ class TestTraining:
         # Two algorithms: sums of 60 numbers, each rounded by 2**-53.
         np.testing.assert_allclose(engine.input_scale.mean, expected.mean_, rtol=120 * 2**-53)
         np.testing.assert_allclose(engine.input_scale.scale, expected.scale_, rtol=120 * 2**-53)
-        before = engine.scale_tensors
+        before = engine.scaling.tensors
         engine.fit(X * 3 + 1, Y, epochs=1)
-        for name, values in engine.scale_tensors.items():
+        for name, values in engine.scaling.tensors.items():
             np.testing.assert_array_equal(values, before[name])
 
     @pytest.mark.parametrize("kind", [np.uint8, np.int64, np.float16, np.float64, torch.uint8, torch.float64])
@@ -187,7 +187,7 @@ class TestTraining:
     def test_dead_units_are_those_of_scaled_rows(self) -> None:
         engine = fitted()
         other = plain(engine)
-        other.load_state_dict(engine.tensors(""))
+        other.load_state_dict(engine.memory.tensors())
         assert engine.dead_units(X) == other.dead_units(scaled(engine, X))
 
     def test_raw_digits_are_learned(self) -> None:

@@ -288,13 +288,13 @@ def test_epsilon_goes_on_in_a_second_fit_and_after_files(tmp_path):
         engine.privacy_spent()
     engine.fit(X, y, epochs=2)
     engine.fit(X[:20], y[:20], epochs=3)
-    assert engine.steps_spent == [(0.25, 8), (0.5, 6)]
+    assert engine.ledger.steps(engine.update_count) == [(0.25, 8), (0.5, 6)]
     engine.save(tmp_path / "model.safetensors")
     engine.save_checkpoint(tmp_path / "last.safetensors")
     for again in (fusemlp.load(tmp_path / "model.safetensors"), fusemlp.load_checkpoint(tmp_path / "last.safetensors")):
         assert again.privacy_spent() == pytest.approx(engine.privacy_spent(), rel=1e-9) and again.privacy.delta == 1e-2
         again.fit(X, y, epochs=1)
-        assert again.steps_spent == [(0.25, 12), (0.5, 6)]
+        assert again.ledger.steps(again.update_count) == [(0.25, 12), (0.5, 6)]
 
 
 def test_a_resumed_fit_counts_each_step_once(tmp_path):
@@ -312,12 +312,12 @@ def test_a_resumed_fit_counts_each_step_once(tmp_path):
     whole = engine()
     history = whole.fit(X, y, epochs=3, callbacks=[Keep()])
     resumed = fusemlp.load_checkpoint(place)
-    assert resumed.steps_spent == [(1 / 6, 8)] and resumed.privacy.seed is None
+    assert resumed.ledger.steps(resumed.update_count) == [(1 / 6, 8)] and resumed.privacy.seed is None
     # with the seed, which no file holds, it is the same training
-    resumed.privacy, resumed._private_seed = replace(resumed.privacy, seed=SEED), SEED
+    resumed.ledger.privacy, resumed.ledger.seed = replace(resumed.privacy, seed=SEED), SEED
     continued = resumed.fit(X, y, epochs=3, resume=True)
     assert all(np.array_equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
-    assert resumed.steps_spent == whole.steps_spent == [(1 / 6, 18)]
+    assert resumed.ledger.steps(resumed.update_count) == whole.ledger.steps(whole.update_count) == [(1 / 6, 18)]
     np.testing.assert_allclose(continued.history["epsilon"], history.history["epsilon"], rtol=1e-3)
 
 
@@ -339,7 +339,7 @@ def test_an_epoch_that_is_begun_anew_has_other_batches(monkeypatch):
     engine = Engine(MLP([INPUTS, OUTPUTS]), batch_size=10, privacy=DPSGD(1.0, seed=SEED))
     engine.fit(X, y, epochs=1, callbacks=[Stop()])
     engine.fit(X, y, epochs=1)
-    assert engine.steps_spent == [(1 / 6, 7)] and engine.epochs_trained == 1
+    assert engine.ledger.steps(engine.update_count) == [(1 / 6, 7)] and engine.epochs_trained == 1
     first, second = (set(map(tuple, order.reshape(6, -1)[:, :8])) for order in drawn)
     assert not first & second
 
@@ -347,7 +347,7 @@ def test_an_epoch_that_is_begun_anew_has_other_batches(monkeypatch):
 def test_seeds_are_secret_unless_given(tmp_path):
     X, y = problem("cross_entropy")
     first, second = (Engine(MLP([INPUTS, OUTPUTS]), batch_size=10, privacy=DPSGD(1.0), seed=0) for _ in range(2))
-    assert first._private_seed != second._private_seed
+    assert first.ledger.seed != second.ledger.seed
     for engine in (first, second):
         engine.fit(X, y, epochs=1)
     assert not np.array_equal(first.state_dict()["0.weight"], second.state_dict()["0.weight"])

@@ -109,11 +109,11 @@ class EachStep(fusemlp.Callback):
         self.remember(engine)
 
     def remember(self, engine):
-        def exact(suffix):
-            return {name: array.astype(np.float64) for name, array in engine.tensors(suffix).items()}
+        def exact(arena):
+            return {name: array.astype(np.float64) for name, array in engine.memory.tensors(arena).items()}
 
-        self.before = exact("")
-        self.states = [exact(f".state{index}") for index in range(engine.optimizer.rule().state_count)]
+        self.before = exact("params")
+        self.states = [exact(f"state{index}") for index in range(engine.optimizer.rule().state_count)]
 
     def on_batch_end(self, engine, batch):
         rows = self.batches[self.steps]
@@ -182,7 +182,7 @@ def test_a_graph_is_the_eager_steps(device):
     with usable(device):
         eager, graph = (case.engine(backend=device.backend, plan=plan) for plan in ("eager", "graph"))
         histories = [engine.fit(X, y, epochs=3).history for engine in (eager, graph)]
-        wanted, found = eager.snapshot(), graph.snapshot()
+        wanted, found = eager.memory.snapshot(), graph.memory.snapshot()
     assert histories[0] == histories[1]
     assert all(np.array_equal(array, found[name]) for name, array in wanted.items())
 
@@ -210,5 +210,5 @@ def test_a_checkpoint_goes_on_elsewhere(device, tmp_path):
         again = fusemlp.load_checkpoint(tmp_path / "last.safetensors", backend=device.backend)
         assert again.plan == "resident" if device is NUMPY else again.plan != "resident"
         again.fit(X, y, epochs=1)
-        assert again.steps_spent == [(BATCH / ROWS, 12)]
+        assert again.ledger.steps(again.update_count) == [(BATCH / ROWS, 12)]
         assert again.privacy_spent()["epsilon"] > engine.privacy_spent()["epsilon"]

@@ -61,7 +61,7 @@ def test_on_a_card_models_train_one_after_another(device):
         for index, member in enumerate(results.members):
             engine = alone(index, backend=device.backend)
             engine.fit(X[:30], y[:30], epochs=1)
-            found, wanted = member.engine.snapshot(), engine.snapshot()
+            found, wanted = member.engine.memory.snapshot(), engine.memory.snapshot()
             assert all(np.array_equal(array, wanted[name]) for name, array in found.items())
             assert member.history.history == engine.history.history
             assert member.engine.plan != "resident"
@@ -69,7 +69,7 @@ def test_on_a_card_models_train_one_after_another(device):
 
 def test_seeds_of_the_system_differ():
     engines = fleet([{}, {}], privacy=DPSGD(1.5)).engines
-    assert engines[0]._private_seed != engines[1]._private_seed
+    assert engines[0].ledger.seed != engines[1].ledger.seed
 
 
 def test_all_models_spend_more_than_each(tmp_path):
@@ -85,7 +85,7 @@ def test_all_models_spend_more_than_each(tmp_path):
     results.engine(1).save_checkpoint(tmp_path / "model.safetensors")
     again = fusemlp.load_checkpoint(tmp_path / "model.safetensors")
     again.fit(X, y, epochs=1)
-    assert again.steps_spent == [(0.5, 6)]
+    assert again.ledger.steps(again.update_count) == [(0.5, 6)]
 
 
 def test_models_of_a_fleet_in_parts_keep_their_account():
@@ -95,7 +95,7 @@ def test_models_of_a_fleet_in_parts_keep_their_account():
     assert isinstance(results.members[0].held, module.Kept)
     assert results.privacy_spent() == whole.privacy_spent()
     engine = results.engine(1)
-    assert engine.steps_spent == [(0.5, 4)] and engine.privacy.seed is None
+    assert engine.ledger.steps(engine.update_count) == [(0.5, 4)] and engine.privacy.seed is None
     np.testing.assert_array_equal(engine.state_dict()["0.weight"], whole.engine(1).state_dict()["0.weight"])
 
 

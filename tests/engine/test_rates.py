@@ -90,7 +90,7 @@ def made(optimizer: Optimizer, backend: str = "numpy", plan: str = "eager", prec
 
 
 def same(engine: Engine, other: Engine) -> None:
-    found, expected = engine.snapshot(), other.snapshot()
+    found, expected = engine.memory.snapshot(), other.memory.snapshot()
     for name, array in expected.items():
         assert array.tobytes() == found[name].tobytes(), name
     assert engine.history is not None and other.history is not None
@@ -250,10 +250,10 @@ def test_a_checkpoint_goes_on_with_a_schedule_of_ones_own(tmp_path: Any, monkeyp
     for engine in (whole, loaded):
         engine.fit(X, Y, epochs=1)
     whole.fit(X, Y, epochs=1)
-    for name, array in whole.snapshot().items():
-        assert array.tobytes() == loaded.snapshot()[name].tobytes(), name
-    assert len(loaded.snapshot()["hyper"]) == HYPER
-    assert loaded.snapshot()["hyper"][LEARNING_RATE] == Zigzag(0.02).at(12)
+    for name, array in whole.memory.snapshot().items():
+        assert array.tobytes() == loaded.memory.snapshot()[name].tobytes(), name
+    assert len(loaded.memory.snapshot()["hyper"]) == HYPER
+    assert loaded.memory.snapshot()["hyper"][LEARNING_RATE] == Zigzag(0.02).at(12)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999])

@@ -410,7 +410,7 @@ def test_a_step_in_single_precision_is_within_the_bound(net, optimizer):
         y = rng.integers(0, OUTPUTS, 50)
         before = {name: array.astype(np.float64) for name, array in engine.state_dict().items()}
         states = [
-            {name: array.astype(np.float64) for name, array in engine.tensors(f".state{index}").items()}
+            {name: array.astype(np.float64) for name, array in engine.memory.tensors(f"state{index}").items()}
             for index in range(rule.state_count)
         ]
         batch_index = int(engine.memory.counters[BATCH_INDEX])
@@ -441,4 +441,4 @@ def test_a_step_in_single_precision_is_within_the_bound(net, optimizer):
             error, state_errors = update_bound(rule, tensor, before[name], g, state, t, lr, g_error)
             assert_within(after[name], expected, error)
             for index, (own, allowed) in enumerate(zip(new_state, state_errors, strict=True)):
-                assert_within(engine.tensors(f".state{index}")[name], own, allowed)
+                assert_within(engine.memory.tensors(f"state{index}")[name], own, allowed)

@@ -91,7 +91,7 @@ class Recorder(Callback):
 
     def on_epoch_end(self, engine, epoch, logs):
         self.stages.append(f"epoch {epoch} end")
-        self.states.append(engine.snapshot())
+        self.states.append(engine.memory.snapshot())
 
     def on_train_end(self, engine, history):
         self.stages.append("train end")
@@ -647,7 +647,7 @@ class TestDivergence:
         assert engine.history.epochs == [0, 1]
         assert engine.history.stopped == "the loss became NaN or infinite in epoch 3"
         assert engine.update_count == 2 * BATCHES
-        for name, array in engine.snapshot().items():
+        for name, array in engine.memory.snapshot().items():
             np.testing.assert_array_equal(array, recorder.states[-1][name], err_msg=name)
         assert np.isfinite(engine.evaluate(X, target)["loss"])
 
@@ -661,7 +661,7 @@ class TestDivergence:
         assert engine.epochs_trained == 2 and len(engine.history.history["val_loss"]) == 2
         assert engine.history.best_epoch == 1
         assert engine.history.stopped == "the loss became NaN or infinite in epoch 3 on the validation rows"
-        for name, array in engine.snapshot().items():
+        for name, array in engine.memory.snapshot().items():
             np.testing.assert_array_equal(array, recorder.states[-1][name], err_msg=name)
 
     def test_validation_rows_that_overflow_are_named(self):

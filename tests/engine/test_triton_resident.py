@@ -23,6 +23,7 @@ from fusemlp import (
     Fleet,
     PReLU,
 )
+from fusemlp.runtime.memory import Memory
 from fusemlp.runtime.plans import choose_plan, resident_chunk
 from fusemlp_kernels.contract import BATCH_INDEX, LAST_LOSS
 from fusemlp_kernels.philox import row_order
@@ -41,7 +42,7 @@ NET = MLP([WIDTH, 7, CLASSES])
 
 def same(engine: Engine, other: Engine) -> None:
     """Assert that both have the same bits, and the same history except the seconds."""
-    found, expected = engine.snapshot(), other.snapshot()
+    found, expected = engine.memory.snapshot(), other.memory.snapshot()
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         assert array.tobytes() == found[name].tobytes(), name
@@ -141,10 +142,10 @@ def test_a_fleet_is_so_many_engines_trained_alone() -> None:
     assert len(epochs) > 1
     # The result is an ordinary engine.
     alone = results.engine(1)
-    before = [engine.snapshot()["params"].tobytes() for engine in fleet.engines]
+    before = [engine.memory.snapshot()["params"].tobytes() for engine in fleet.engines]
     alone.fit(X, y, epochs=1)
     alone.step(X[:3], y[:3])
-    after = [engine.snapshot()["params"].tobytes() for engine in fleet.engines]
+    after = [engine.memory.snapshot()["params"].tobytes() for engine in fleet.engines]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
 
 
@@ -190,16 +191,16 @@ def test_ctrl_c_ends_all_models_after_a_launch(monkeypatch: pytest.MonkeyPatch) 
     import signal
 
     fleet = Fleet(NET, batch_size=BATCH, backend="triton", plan="resident", vary={"seed": range(2)})
-    original = type(fleet.engines[0]).remember
+    original = Memory.remember
     asked = []
 
-    def remember(engine: Engine, *arguments: Any) -> Any:
-        asked.append(engine)
+    def remember(memory: Memory, *arguments: Any) -> Any:
+        asked.append(memory)
         if len(asked) == 3:
             signal.raise_signal(signal.SIGINT)
-        return original(engine, *arguments)
+        return original(memory, *arguments)
 
-    monkeypatch.setattr(Engine, "remember", remember)
+    monkeypatch.setattr(Memory, "remember", remember)
     with pytest.raises(KeyboardInterrupt):
         # with rows to validate on, each epoch is a launch
         fleet.fit(X, y, epochs=50, validation_data=(X[:4], y[:4]))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fusemlp import MLP, Engine, Fleet
-from fusemlp.runtime import inference as inference_module
+from fusemlp.runtime import forward as forward_module
 from fusemlp.training import validation as module
 
 RNG = np.random.default_rng(9)
@@ -46,7 +46,7 @@ class Asking:
 def batches(request, monkeypatch):
     if request.param == "several batches":
         # a forward pass takes 16 rows at a time
-        monkeypatch.setattr(inference_module, "LARGEST", 1)
+        monkeypatch.setattr(forward_module, "LARGEST", 1)
 
 
 @pytest.mark.usefixtures("batches")
@@ -71,13 +71,13 @@ def test_a_fit_says_what_evaluate_says(loss, weighted):
 def made(monkeypatch):
     """Record the evaluations."""
     found = []
-    begin = inference_module.Evaluation.__init__
+    begin = forward_module.Evaluation.__init__
 
     def counted(self, *arguments, **options):
         found.append(arguments[0].net)
         begin(self, *arguments, **options)
 
-    monkeypatch.setattr(inference_module.Evaluation, "__init__", counted)
+    monkeypatch.setattr(forward_module.Evaluation, "__init__", counted)
     return found
 
 
@@ -125,7 +125,7 @@ def test_models_with_a_fold_in_common(made):
 
 def test_what_is_in_common_holds_on_to_no_engine():
     first, second = make(seed=0), make(seed=1)
-    evaluation = first.evaluation(first.examples(X, LABELS, None), apart=True)
+    evaluation = first.inference.evaluation(first.inputs.examples(X, LABELS, None), apart=True)
     assert evaluation.of(first.memory) == first.evaluate(X, LABELS)
     assert evaluation.of(second.memory) == second.evaluate(X, LABELS)
     memory = weakref.ref(first.memory)

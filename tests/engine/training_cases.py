@@ -122,9 +122,9 @@ def exact_batch(X, y, weight):
 
 def follow(follower, leader):
     """Copy another engine's state, between backends with different layouts of arenas."""
-    follower.write_tensors(leader.tensors(""), "")
+    follower.memory.write(leader.memory.tensors())
     for index in range(len(leader.memory.states)):
-        follower.write_tensors(leader.tensors(f".state{index}"), f".state{index}")
+        follower.memory.write(leader.memory.tensors(f"state{index}"), f"state{index}")
     for name in ("counters", "hyper"):
         follower._backend.copy_into(follower.memory.arrays[name], _host(leader, name))
 

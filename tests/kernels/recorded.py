@@ -54,7 +54,7 @@ def launches(target: str, precision: str) -> list[kernel_launches.Recorded]:
             engine = Engine(MLP([6, 9, 4]), batch_size=20, **options | {"plan": "eager", "privacy": DPSGD(1.0)})
             data = {"x": rng.standard_normal((20, 6)), "target": labels[:20]}
             arrays = {
-                name: engine._backend.from_host(array, {"x": "compute"}.get(name)) for name, array in data.items()
+                name: engine.memory.backend.from_host(array, {"x": "compute"}.get(name)) for name, array in data.items()
             }
             inputs = Inputs(20, indexed=True)
             engine.bind(inputs, engine.loss.spec(accuracy=True), engine.optimizer.rule(), 20, arrays).run()

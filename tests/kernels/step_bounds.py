@@ -119,14 +119,14 @@ class Step:
     def __init__(self, engine, short=None, products=IEEE):
         self.engine, self.short, self.products = engine, short, products
         self.rule = engine.optimizer.rule()
-        self.before = self._exact("")
-        self.states = [self._exact(f".state{index}") for index in range(self.rule.state_count)]
+        self.before = self._exact("params")
+        self.states = [self._exact(f"state{index}") for index in range(self.rule.state_count)]
         self.batch_index = int(_host(engine, "counters")[BATCH_INDEX])
         self.updates = int(_host(engine, "counters")[UPDATE_COUNT])
         self.traces = []
 
-    def _exact(self, suffix):
-        return {name: array.astype(np.float64) for name, array in self.engine.tensors(suffix).items()}
+    def _exact(self, arena):
+        return {name: array.astype(np.float64) for name, array in self.engine.memory.tensors(arena).items()}
 
     def trace(self, X, y, weight=None):
         """Forward and backward of the next batch; parameters as the matrix products read them."""
@@ -189,7 +189,7 @@ class Step:
     def check(self):
         """Compares the engine's parameters and states with the oracle's; returns the bounds by name."""
         after, limits = self.engine.state_dict(), {}
-        states = [self.engine.tensors(f".state{index}") for index in range(self.rule.state_count)]
+        states = [self.engine.memory.tensors(f"state{index}") for index in range(self.rule.state_count)]
         for name, new, limit, new_states, state_limits in self.expected():
             limits[name] = limit
             if new is None:
@@ -206,4 +206,4 @@ def _flat(nested):
 
 
 def _host(engine, name):
-    return engine._backend.to_host(engine.memory.arrays[name])
+    return engine.memory.backend.to_host(engine.memory.arrays[name])

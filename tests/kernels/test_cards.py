@@ -54,7 +54,7 @@ def data(rows=ROWS):
 
 def everything(engine):
     """All that a training has left behind, on the host."""
-    arrays = engine.snapshot() | {name: np.asarray(losses) for name, losses in vars(engine.history).items()}
+    arrays = engine.memory.snapshot() | {name: np.asarray(losses) for name, losses in vars(engine.history).items()}
     return {name: array for name, array in arrays.items() if getattr(array, "dtype", np.dtype(object)).kind in "fi"}
 
 

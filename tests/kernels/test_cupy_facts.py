@@ -311,7 +311,7 @@ def test_a_graph_is_the_eager_plan_bitwise(device, precision):
             )  # fmt: skip
         engine.fit(x, y, epochs=3)
         assert engine.update_count == 15
-        snapshots.append(engine.snapshot())
+        snapshots.append(engine.memory.snapshot())
     for name, array in snapshots[0].items():
         np.testing.assert_array_equal(array, snapshots[1][name], err_msg=name)
 
@@ -321,7 +321,7 @@ def test_a_step_allocates_nothing(device, monkeypatch):
     with usable(device):
         engine = Engine(MLP([6, 9, 3], dropout=0.2), optimizer=Adam(0.05), batch_size=16, backend="cupy", plan="eager")
     engine.step(np.ones((16, 6), np.float32), np.arange(16) % 3)
-    step = next(iter(engine._staged.values()))
+    step = next(iter(engine.programs.staged.values()))
     from fusemlp_kernels.cupy import device as module
 
     def refused(*arguments, **options):

@@ -31,7 +31,7 @@ def warm(request):
     for _ in range(3):
         engine.step(X, y)
     engine.memory.backend.synchronize()
-    return next(iter(engine._staged.values()))
+    return next(iter(engine.programs.staged.values()))
 
 
 @needs_a_card

@@ -50,7 +50,7 @@ def test_every_step_of_a_fit_is_the_oracles(target, plan):
             loss = CrossEntropy(label_smoothing=0.1, class_weight=[0.5, 2, 1, 1, 1])
             engine = Engine(NET, loss, Adam(0.02, weight_decay=0.01), BATCH, 5, backend="triton", plan=plan)
             engine.fit(X, y, epochs=1, callbacks=callbacks)
-            fitted.append(engine.snapshot()["params"].tobytes())
+            fitted.append(engine.memory.snapshot()["params"].tobytes())
             assert not callbacks or callbacks[0].checked == 3
     assert fitted[0] == fitted[1]
     names = {name for name, _ in emulator.launched}
@@ -106,7 +106,7 @@ def test_the_order_of_warps_and_blocks_changes_no_bit(target, plan):
         with card(target, "bf16", seed=seed, orders=2):
             engine = Engine(NET, batch_size=BATCH, seed=5, backend="triton", precision="bf16", plan=plan)
             engine.fit(X, y, epochs=1)
-            found.add(engine.snapshot()["params"].tobytes())
+            found.add(engine.memory.snapshot()["params"].tobytes())
     assert len(found) == 1
 
 
@@ -121,7 +121,7 @@ def test_tensor_descriptors_change_no_bit_of_a_fit():
             net = MLP([WIDTH, 24, 70, CLASSES], activation="silu", dropout=[0.0, 0.3])
             engine = Engine(net, batch_size=BATCH, seed=5, backend="triton", precision="bf16", plan="eager")
             engine.fit(X, y, epochs=1)
-            found.add(engine.snapshot()["params"].tobytes())
+            found.add(engine.memory.snapshot()["params"].tobytes())
         assert emulator.described == described
     assert len(found) == 1
 

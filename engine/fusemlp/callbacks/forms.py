@@ -15,16 +15,11 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from fusemlp_kernels.errors import ArgumentTypeError
 
 log = logging.getLogger("fusemlp.callbacks")
-
-if TYPE_CHECKING:
-    from fusemlp.engine import Engine
-    from fusemlp.runtime.session import Session
-    from fusemlp.training.history import History
 
 
 class Callback:
@@ -36,25 +31,25 @@ class Callback:
 
     writes: ClassVar[str | Sequence[str]] = ()
 
-    def on_train_begin(self, engine: Engine) -> None:
+    def on_train_begin(self, engine: Any) -> None:
         """Called before the first epoch."""
 
-    def on_epoch_begin(self, engine: Engine, epoch: int) -> None:
+    def on_epoch_begin(self, engine: Any, epoch: int) -> None:
         """Called before an epoch's first batch."""
 
-    def on_batch_begin(self, engine: Engine, batch: int) -> None:
+    def on_batch_begin(self, engine: Any, batch: int) -> None:
         """Called before each batch of an epoch."""
 
-    def on_batch_end(self, engine: Engine, batch: int) -> None:
+    def on_batch_end(self, engine: Any, batch: int) -> None:
         """Called after each batch of an epoch."""
 
-    def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
+    def on_epoch_end(self, engine: Any, epoch: int, logs: dict[str, float]) -> None:
         """Called after an epoch; all in ``logs``, also numbers that you add, goes into the history and on."""
 
-    def on_train_end(self, engine: Engine, history: History) -> None:
+    def on_train_end(self, engine: Any, history: Any) -> None:
         """Called after the last epoch, also if training was interrupted."""
 
-    def on_exit(self, engine: Engine) -> None:
+    def on_exit(self, engine: Any) -> None:
         """Called at the very end of ``fit``, also after an error: the place to close files."""
 
 
@@ -88,7 +83,7 @@ class KerasForm:
         if stage not in OWN:
             raise AttributeError(stage)
 
-        def call(engine: Engine, *given: Any) -> None:
+        def call(engine: Any, *given: Any) -> None:
             if stage == "on_train_begin":
                 self._begin(engine)
             if stage == "on_train_end":
@@ -101,7 +96,7 @@ class KerasForm:
 
         return call
 
-    def _begin(self, engine: Engine) -> None:
+    def _begin(self, engine: Any) -> None:
         if hasattr(self.listener, "set_params"):
             self.listener.set_params({"epochs": self.epochs, "steps": None, "verbose": 0})
         if hasattr(self.listener, "set_model"):
@@ -112,12 +107,12 @@ class KerasForm:
                 self.listener.model = engine
 
 
-def first_epoch(engine: Session) -> int:
+def first_epoch(engine: Any) -> int:
     """Return the first epoch of the running ``fit``; a resumed ``fit`` counts from its original start."""
     state = engine.fit_state
     if state is None:
-        return engine.epochs_trained
-    return state.history.epochs[0] if state.history.epochs else state.epoch
+        return int(engine.epochs_trained)
+    return int(state.history.epochs[0] if state.history.epochs else state.epoch)
 
 
 def _method(listener: Any, stage: str) -> Any:
@@ -168,7 +163,7 @@ def name_of(callback: Any) -> str:
 
 
 @contextlib.contextmanager
-def exits(callbacks: Sequence[Any], engine: Session) -> Iterator[None]:
+def exits(callbacks: Sequence[Any], engine: Any) -> Iterator[None]:
     """Call ``on_exit`` at the end of the block, also after an error."""
     with contextlib.ExitStack() as stack:
         for callback in reversed(callbacks):
@@ -180,9 +175,9 @@ def exits(callbacks: Sequence[Any], engine: Session) -> Iterator[None]:
 class Watching:
     """The base of the library's callbacks in Keras's form: the engine, and a check before the training."""
 
-    model: Engine
+    model: Any
 
-    def set_model(self, model: Engine) -> None:
+    def set_model(self, model: Any) -> None:
         """The engine in training."""
         self.model = model
 

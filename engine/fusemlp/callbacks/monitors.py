@@ -7,16 +7,13 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fusemlp.callbacks.forms import Watching, tell
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag, no_folder
 from fusemlp.describe.metrics import rises
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
-
-if TYPE_CHECKING:
-    from fusemlp.training.history import History
 
 MODES = ("auto", "min", "max")
 SUFFIX = ".safetensors"
@@ -48,7 +45,7 @@ class Monitor(Watching):
             )
 
     @property
-    def history(self) -> History | None:
+    def history(self) -> Any:
         """The record of the running fit; None in a loop of the caller's own."""
         return self.model.history
 

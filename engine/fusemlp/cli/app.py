@@ -28,7 +28,7 @@ from fusemlp.callbacks.compiling import compilations_shown
 from fusemlp.cli import commands
 from fusemlp.cli.fields import PANELS, name_of
 from fusemlp.cli.output import lasting_streams
-from fusemlp.cli.synonyms import SYNONYMS
+from fusemlp.cli.synonyms import REMOVED, SYNONYMS
 from fusemlp.datasets.load import NAMES
 from fusemlp.report.runs import unlock
 from fusemlp.runtime.ranks import ALONE, leading, report_failure, started
@@ -81,6 +81,8 @@ class Command(_FlagHelp, TyperCommand):
     def _option_meant(self, unknown: str) -> str:
         """Return a hint at the option that an unknown one was meant for, "" if none is near."""
         word = unknown.lower().replace("_", "-")
+        if word in REMOVED:
+            return f": it is gone: {REMOVED[word]}"
         option = SYNONYMS.get(word, word)
         known = [name for parameter in self.params for name in parameter.opts if name.startswith("--")]
         if option not in known and option in OF_TRAIN:

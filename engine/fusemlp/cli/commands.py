@@ -119,9 +119,6 @@ class TrainOptions(shared.FitOptions):
     reduce: str = _reduce(
         "Under torchrun --nproc-per-node N -m fusemlp train, how N processes that train one model add their gradients"
     )
-    shard_optimizer: bool = _machine(
-        False, "Under torchrun: each process keeps a slice of the optimizer's state, with the same bits."
-    )
     adversarial: str | None = _training(
         None,
         f"{one_of(ATTACKS)}: train on each batch as this attack changes it, by at most --attack-eps, to resist it. "
@@ -340,7 +337,6 @@ class PlanOptions(shared.StepOptions):
     backend: str = _machine("auto", "{}; it need not work on this machine.", values=shared.BACKENDS)
     devices: int | None = _machine(None, "Processes that train one model together: the step of one of them.", "COUNT")
     reduce: str = _reduce("With --devices: how they add their gradients")
-    shard_optimizer: bool = _machine(False, "With --devices: each keeps a slice of the optimizer's state.")
 
 
 @dataclass(frozen=True, kw_only=True)

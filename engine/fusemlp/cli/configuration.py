@@ -22,7 +22,7 @@ from fusemlp.engine import Engine
 from fusemlp.report.runs import FORMAT
 
 # Options of earlier releases.
-GONE = ("attack_beta", "attack_repeats")
+GONE = ("attack_beta", "attack_repeats", "shard_optimizer")
 
 
 def command(options: FitOptions) -> str:

@@ -12,7 +12,7 @@ from fusemlp.runtime.plans import chosen_plan, plan_text
 def plan(options: PlanOptions) -> None:
     """Print the program; this needs no device and no library of the backend."""
     net = network(options.sizes, options)
-    names = ("batch_size", "backend", "precision", "devices", "reduce", "shard_optimizer")
+    names = ("batch_size", "backend", "precision", "devices", "reduce")
     told: dict[str, Any] = {name: getattr(options, name) for name in names}
     chosen = chosen_plan(net, **told)
     print(plan_text(net, loss=options.loss, optimizer=options.optimizer, **told))

@@ -25,7 +25,7 @@ from fusemlp_kernels.errors import ArgumentError, CheckpointError
 
 # The options that --resume accepts; all others keep the values of the run.
 _FREE = frozenset({option.name for option in fields(TrainOptions) if not tracking.counts(option)} - {"out"})
-_FREE |= {"epochs", "backend", "device", "shard_optimizer"}
+_FREE |= {"epochs", "backend", "device"}
 
 
 def going_on(options: TrainOptions) -> tuple[TrainOptions, bool]:
@@ -104,7 +104,7 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
             f"{config['command']}"
         )
     stored = options_of(config)
-    now = {name: getattr(options, name) for name in ("as_json", "quiet", "shard_optimizer")}
+    now = {name: getattr(options, name) for name in ("as_json", "quiet")}
     options = replace(stored, **{**now, **given})
     epochs = as_count("epochs", given.get("epochs", config["epochs"]))
     if epochs < config["epochs"]:
@@ -127,7 +127,7 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
     if leading():
         tracker = tracking.tracker(options, run.path.resolve().name, tracking.last_id(run, options))
     if last.exists() and prepared.models == 1:
-        where = {name: getattr(options, name) for name in ("backend", "device", "reduce", "shard_optimizer")}
+        where = {name: getattr(options, name) for name in ("backend", "device", "reduce")}
         engine = load_checkpoint(last, network=prepared.network, distributed=started(), **where)
     else:
         # An ensemble has no checkpoint to go on from: it trains anew, with the same result.

@@ -127,7 +127,7 @@ def new_engine(options: TrainOptions, prepared: Prepared, epochs: int) -> Engine
     """Return the engine of a new training, which under torchrun trains with the other processes."""
     length = {"rows": len(prepared.train), "epochs": epochs}
     engine = prepared.engine(options, recipe.schedule(options, **length), recipe.privacy(options, **length))
-    engine.join(started(), options.reduce, TIMEOUT, options.shard_optimizer)
+    engine.join(started(), options.reduce, TIMEOUT)
     return engine
 
 

@@ -23,5 +23,9 @@ _WORDS = {
     "validation-fraction": "val-fraction val-split validation-size validation-split",
     "weight-decay": "alpha l2 reg wd",
 }
+# Options of earlier releases, and what took their place.
+REMOVED = {
+    "--shard-optimizer": "each process keeps the whole state of the optimizer now; leave it out",
+}
 # The option for each.
 SYNONYMS = {f"--{word}": f"--{option}" for option, words in _WORDS.items() for word in words.split()}

@@ -164,8 +164,6 @@ def run_session(
         interrupted = True
     except DivergenceError as error:
         failure = error
-    # rank 0 goes on alone
-    engine.keep_whole_state()
     return interrupted, failure
 
 

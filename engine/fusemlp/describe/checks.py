@@ -6,6 +6,7 @@ import math
 import numbers
 import operator
 import os
+import sys
 import time
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -118,3 +119,12 @@ def as_deadline(argument: str, seconds: Any) -> float:
     if seconds is None:
         return math.inf
     return time.monotonic() + as_number(argument, seconds, low=0.0, low_open=True)
+
+
+def caller_level() -> int:
+    """Return the ``stacklevel`` with which the calling function warns the first caller outside this package."""
+    frame, level = sys._getframe(1), 1
+    # blocks of a ``with`` are entered by contextlib
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("fusemlp", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    return level

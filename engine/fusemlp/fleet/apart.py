@@ -85,5 +85,5 @@ def _arrays(engine: Engine, data: Examples | None) -> tuple[Array | None, Array 
     """Return X, y and weight on the host."""
     if data is None:
         return None, None, None
-    X, targets, weight = data.map(engine.on_host)
+    X, targets, weight = data.map(engine.inputs.on_host)
     return X, targets.values, weight

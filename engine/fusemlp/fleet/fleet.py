@@ -154,7 +154,7 @@ class Fleet:
         self._built = [self._started(0, self._machine)]
         first = self._built[0]
         # rows to measure were measured by the first
-        self._machine["normalise"], self._input_scale = first.normalise, first.input_scale
+        self._machine["normalise"], self._input_scale = first.normalise, first.scaling.scale
         self._found = {**self._machine, "backend": first.backend, "device": first.device}
         self._in_parts = False
         self.results: FleetResults | None = None
@@ -172,7 +172,7 @@ class Fleet:
         fleet._privacy, fleet._devices = self._privacy, self._devices[: len(fleet)] if len(fleet) > 1 else ()
         fleet._begin(self._machine)
         if self._input_scale is not None:
-            fleet._input_scale = fleet._built[0].input_scale = self._input_scale
+            fleet._input_scale = fleet._built[0].scaling.scale = self._input_scale
         return fleet
 
     @property
@@ -183,7 +183,7 @@ class Fleet:
     def _engine(self, index: int) -> Engine:
         """Return a new engine of a model."""
         engine = self._started(index, self._found)
-        engine.input_scale = self._input_scale
+        engine.scaling.scale = self._input_scale
         return engine
 
     def _started(self, index: int, machine: Mapping[str, Any]) -> Engine:
@@ -280,8 +280,8 @@ class Fleet:
         validated = validation_rows if validation_data is None else validation_data
         for schedule in {one.optimizer.schedule for one in self.candidates}:
             check_together({**first.uses, **plan.uses(schedule, validation_data=validated)})
-        first.check_accounting()
-        data = first.examples(X, y, sample_weight)
+        first.ledger.check_accounting()
+        data = first.inputs.examples(X, y, sample_weight)
         count = len(data.X)
         trained_rows = as_rows("rows", rows, len(self), count)
         validation = checked_validation(first, validation_data, common=True)
@@ -322,7 +322,7 @@ class Fleet:
             if callback is not None:
                 callback(members[index])
 
-        first.warn_of_scale("X", data.X, stacklevel=4)
+        first.scaling.warn("X", data.X)
         if workers is not None or self._devices:
             held = None if validation is None else validation.data
             self.results = None
@@ -345,11 +345,11 @@ class Fleet:
         side_by_side = first.memory.backend.traits.on_host and first.plan == "resident"
         at_once = (given_jobs or cpu_threads()) if side_by_side else 1
         # all models train on the same rows
-        taken_in = first.take_in(data.X)
+        taken_in = first.scaling.take_in(data.X)
         if self._input_scale is None:
-            self._input_scale = first.input_scale
+            self._input_scale = first.scaling.scale
             for engine in self._built:
-                engine.input_scale = self._input_scale
+                engine.scaling.scale = self._input_scale
         # earlier results are no longer true, even if this training is cut off
         self.results = None
         while len(members) < len(self):

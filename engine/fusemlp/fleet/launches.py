@@ -10,6 +10,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.program.layout import ALIGNMENT_BYTES, placement
 from fusemlp.program.program import Program, resolve
 from fusemlp.program.step import Inputs
+from fusemlp.runtime.binding import lower
 from fusemlp.runtime.bound import walk_rows
 from fusemlp.runtime.memory import Memory, new_arenas, on_device
 from fusemlp.runtime.plans import choose_plan, resident_chunk, shares_launches
@@ -219,7 +220,7 @@ def train_together(
             fits = [fit(key, bound=bound, at_once=own) for key, bound, own in zip(keys, places, epochs, strict=True)]
             inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data)
             programs = [
-                one.engine.lower(inputs, one.policy.spec, one.policy.rule, first.batch_size, resident=True)
+                lower(one.engine, inputs, one.policy.spec, one.policy.rule, first.batch_size, resident=True)
                 for one in fits
             ]
 

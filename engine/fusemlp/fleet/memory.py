@@ -10,6 +10,7 @@ from fusemlp.datasets.memory import available_memory
 from fusemlp.engine import Engine
 from fusemlp.fleet.vary import Candidate
 from fusemlp.inputs.arrays import Array
+from fusemlp.runtime.ledger import Ledger
 from fusemlp.runtime.memory import REAL_BYTES
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError
@@ -36,7 +37,7 @@ class Kept:
     def of(cls, engine: Engine, candidate: Candidate, machine: Mapping[str, Any]) -> Kept:
         """Return what is kept of an engine."""
         history = engine.history if engine.history is not None else History()
-        parameters, spent = engine.state_dict(), engine.privacy_config()
+        parameters, spent = engine.state_dict(), engine.ledger.to_config(engine.update_count)
         return cls(candidate, machine, parameters, history, engine.epochs_trained, spent)
 
     def engine(self) -> Engine:
@@ -44,7 +45,7 @@ class Kept:
         engine = self.candidate.engine(self.machine)
         engine.load_state_dict(self.parameters)
         # with a new seed: its updates are counted afresh
-        engine.start_spending_from(self.privacy)
+        engine.ledger = Ledger.from_config(self.privacy, engine.batch_size)
         engine.history, engine.epochs_trained = self.history, self.epochs_trained
         return engine
 

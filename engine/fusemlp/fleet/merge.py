@@ -39,12 +39,12 @@ def merged(engines: Sequence[Engine]) -> Engine:
     if len(engines) == 1:
         return first
     count, layers = len(engines), first.network.layers
-    scales = [engine.scale_tensors for engine in engines]
+    scales = [engine.scaling.tensors for engine in engines]
     alike = all(
         one.keys() == scales[0].keys() and all(np.array_equal(one[name], scales[0][name]) for name in one)
         for one in scales
     )
-    states = [engine.evaluated_tensors() if alike else _of_raw_inputs(engine) for engine in engines]
+    states = [engine.memory.evaluated_tensors() if alike else _of_raw_inputs(engine) for engine in engines]
     check_mergeable(first.network, count)
     inputs, *hidden, outputs = first.network.sizes
     parameters: dict[str, Array] = {}
@@ -92,7 +92,7 @@ def members(engine: Engine, argument: str = "engine") -> list[Engine]:
     found = []
     for place, bias in enumerate(own):
         blocks = [slice(None), *(slice(place * width, (place + 1) * width) for width in widths[1:-1]), slice(None)]
-        parameters = dict(engine.scale_tensors)
+        parameters = dict(engine.scaling.tensors)
         for layer, (columns, rows) in enumerate(pairwise(blocks)):
             parameters[f"{2 * layer}.weight"] = state[f"{2 * layer}.weight"][rows, columns]
             parameters[f"{2 * layer}.bias"] = state[f"{2 * layer}.bias"][rows]
@@ -106,9 +106,9 @@ def members(engine: Engine, argument: str = "engine") -> list[Engine]:
 
 def _member(engine: Engine, place: int) -> Engine:
     """Return one of the members that share weights, as a network without members."""
-    net, shared = engine.network, engine.evaluated_tensors()
+    net, shared = engine.network, engine.memory.evaluated_tensors()
     own = slice(place * net.sizes[-1], (place + 1) * net.sizes[-1])
-    parameters = dict(engine.scale_tensors)
+    parameters = dict(engine.scaling.tensors)
     for layer in range(net.layers):
         weight, bias = shared[f"{2 * layer}.weight"], shared[f"{2 * layer}.bias"]
         if layer == net.layers - 1:
@@ -131,9 +131,9 @@ def _like(first: Engine, widths: Sequence[int], *, normalise: bool | None) -> En
 
 def _of_raw_inputs(engine: Engine) -> dict[str, Array]:
     """Return parameters of the same network for inputs that are not normalised."""
-    state = engine.evaluated_tensors()
-    if engine.input_scale is not None:
-        mean, scale = (np.asarray(one, np.float64) for one in (engine.input_scale.mean, engine.input_scale.scale))
+    state = engine.memory.evaluated_tensors()
+    if engine.scaling.scale is not None:
+        mean, scale = (np.asarray(one, np.float64) for one in (engine.scaling.scale.mean, engine.scaling.scale.scale))
         weight = state["0.weight"] / scale
         state |= {"0.weight": weight, "0.bias": state["0.bias"] - weight @ mean}
     return state

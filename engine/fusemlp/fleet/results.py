@@ -17,7 +17,7 @@ from fusemlp.engine import Engine
 from fusemlp.fleet.memory import Kept
 from fusemlp.fleet.seeds import Combination, Point, averages, combinations
 from fusemlp.inputs.arrays import Array
-from fusemlp.runtime.spending import spent_together
+from fusemlp.runtime.ledger import spent_together
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError, unknown_name
 
@@ -81,11 +81,11 @@ class FleetResults:
         Publishing several models, or the best of them, reveals as much. Raises ArgumentError if the models have not
         trained privately, MissingLibraryError without dp-accounting.
         """
-        found = [
-            member.held.privacy if isinstance(member.held, Kept) else member.held.privacy_config()
-            for member in self.members
+        helds = [member.held for member in self.members]
+        configs = [
+            held.privacy if isinstance(held, Kept) else held.ledger.to_config(held.update_count) for held in helds
         ]
-        return spent_together([one for one in found if one is not None])
+        return spent_together([config for config in configs if config is not None])
 
     def engine(self, index: int) -> Engine:
         """Return the engine of a model; if the fleet was trained in parts a new one, whose optimizer starts afresh."""

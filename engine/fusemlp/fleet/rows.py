@@ -45,7 +45,7 @@ def as_rows(argument: str, given: Sequence[Any] | None, models: int, count: int)
 def held_out(engine: Engine, data: Examples, rows: Sequence[Array]) -> list[Validation]:
     """Return the validation of each model, on its ``rows`` of ``data``; models that have a fold in common share it."""
     # rows of a fold are indexed on the host
-    whole = data.map(engine.on_host)
+    whole = data.map(engine.inputs.on_host)
     folds = {one.tobytes(): one for one in rows}
     picked = {key: Validation(whole.map(itemgetter(one)), common=True) for key, one in folds.items()}
     return [picked[one.tobytes()] for one in rows]

@@ -142,11 +142,6 @@ def plan_workspace(program: Program, *, row_multiple: int) -> Placement:
     return placed
 
 
-def slice_size(size: int, count: int, item_bytes: int) -> int:
-    """Return the elements of each of ``count`` slices of an arena but the last, aligned as its tensors are."""
-    return _round_up(-(-size // count), ALIGNMENT_BYTES // item_bytes)
-
-
 def _lowest_gap(taken: Iterable[tuple[int, int]], size: int) -> int:
     offset = 0
     for start, stop in taken:

@@ -22,8 +22,8 @@ from fusemlp_kernels.ops import OPS
 KINDS = ("parameter", "gradient", "state", "shadow", "data", "control", "work")
 ITEM_BYTES = {"float64": 8, "int64": 8, "bool": 1}
 
-# Calls between the ranks: the first ends the calls of a shard.
-COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")
+# The call between the ranks, which ends the calls of a shard.
+COLLECTIVE = "all_reduce"
 
 _RECORDS = [operand for op in OPS.values() for operand in op.by_name.values()]
 # The step reads x and the targets through the rows of the batch; the printed program says so.
@@ -174,7 +174,7 @@ class Program:
     ``arenas`` names the flat arrays that hold several values at once, with the values in them ("params": w0, b0, ...).
     ``real_bytes`` is the size of an element of type "real", ``compute_bytes`` of one of type "compute", where the
     precision is mixed. ``resident``: the calls run inside ``train_resident``, in one loop over many steps. With
-    ``sharding`` those before the first of ``COLLECTIVES`` are of one shard of the batch. The calls with the optimizer
+    ``sharding`` those before ``COLLECTIVE`` are of one shard of the batch. The calls with the optimizer
     are those of all ranks together, each of which may have its slice.
     """
 
@@ -213,7 +213,6 @@ class Program:
         """Bytes that the call reads and writes, each value once in each direction.
 
         Of x, targets and weights that are read through ``rows``, the rows of a batch count; of the table of rates, two.
-        Of a slice that each rank has, one.
         """
         batch = self.values["rows"].shape[0] if "rows" in self.values else None
         total = 0
@@ -226,10 +225,6 @@ class Program:
                 size = size // self.values[name].shape[0] * 2
             total += size
         total += sum(self.bytes_of(name) for name in call.writes)
-        if self.sharding is not None and self.sharding.slices and call.op in ("update", *COLLECTIVES):
-            # a collective reads all and writes a slice, or the other way about
-            parts = 2 if call.op == "update" else 1 + self.sharding.world
-            return total * parts // (2 * self.sharding.world)
         return total
 
     @cached_property
@@ -241,32 +236,22 @@ class Program:
     def launches(self) -> int:
         """The number of kernels that a step starts; calls in a loop are one, up to a collective."""
         if self.sharding is not None:
-            before = self.before_reduction
-            update = [call for call in self.calls[len(before) :] if call.op not in COLLECTIVES]
-            return 2 if self.resident else len(before) * self.sharding.own + len(update)
+            # after the collective comes the update alone
+            return 2 if self.resident else len(self.before_reduction) * self.sharding.own + 1
         return 1 if self.resident else len(self.calls)
 
     @property
     def before_reduction(self) -> tuple[Call, ...]:
-        """The calls of a shard: those before the first collective."""
-        return tuple(takewhile(lambda call: call.op not in COLLECTIVES, self.calls))
+        """The calls of a shard: those before the collective."""
+        return tuple(takewhile(lambda call: call.op != COLLECTIVE, self.calls))
 
     def _shared(self, sharding: Sharding) -> str:
-        """Return a sentence on what a rank does of a step, and what it receives and keeps."""
-        before, after = self.before_reduction, [call for call in self.calls if call.op in COLLECTIVES]
-        received = {call.op: 0 for call in after}
-        whole = set[str]()
-        for call in after:
-            arenas = [name for name in call.writes if name in self.arenas]
-            stats = sum(self.bytes_of(name) for name in call.writes if name not in self.arenas)
-            received[call.op] += sharding.received(call.op, sum(map(self.bytes_of, arenas)), stats)
-            whole.update(arenas)
-        states = sum(self.bytes_of(name) for name in {*self.arenas} - whole if name.startswith("state"))
-        kept = f", and keeps {scaled(states / sharding.world)}B of {scaled(states)}B of the optimizer's state"
-        told = " and ".join(f"{scaled(count)}B by {op}" for op, count in received.items())
+        """Return a sentence on what a rank does of a step, and what it receives."""
+        before = self.before_reduction
+        received = sharding.received(sum(map(self.bytes_of, self.calls[len(before)].writes)))
         return (
             f"calls 0 to {len(before) - 1} for each shard of a batch, up to {before[0].products[0][0]} rows; a rank "
-            f"has {sharding.own}, receives {told} from the others{kept if sharding.slices and states else ''}"
+            f"has {sharding.own}, receives {scaled(received)}B by {COLLECTIVE} from the others"
         )
 
     def __str__(self) -> str:

@@ -4,9 +4,6 @@ With ``ordered`` a batch has 8 shards on any number of ranks, and their gradient
 ((0+1)+(2+3)) + ((4+5)+(6+7)). A rank has 1, 2, 4 or 8 neighbours of the 8, so the lower part of the tree is its own,
 and it sends one sum. A shard is computed alike wherever it is. So the bits do not depend on the number of ranks.
 With ``fast`` each rank has one shard, and the collective adds in the order that it likes.
-
-The optimizer's state may be cut too (ZeRO-1: Rajbhandari et al., 2020): a rank is sent the sum of the gradients for its
-slice of the arenas alone, updates this slice, the only one of which it keeps the state, and sends the parameters.
 """
 
 from __future__ import annotations
@@ -24,11 +21,10 @@ SHARDS = 8
 
 
 class Sharding(NamedTuple):
-    """A batch over ``world`` ranks; ``reduce`` is a name of REDUCTIONS. ``slices``: a rank has one of the state."""
+    """A batch over ``world`` ranks; ``reduce`` is a name of REDUCTIONS."""
 
     reduce: str
     world: int
-    slices: bool = False
 
     def check(self) -> Sharding:
         """Return this; raises ArgumentError for an unknown name, or a number of ranks that has no ordered sum."""
@@ -62,12 +58,10 @@ class Sharding(NamedTuple):
         """Return the rank that has each of these rows of a batch, ``batch_size`` being that of a whole one."""
         return places // (self.rows(batch_size) * self.own)
 
-    def received(self, op: str, arenas: int, stats: int) -> int:
-        """Return the bytes that a rank receives by a collective over arenas and statistics; with ``fast`` at least."""
+    def received(self, size: int) -> int:
+        """Return the bytes that a rank receives by a sum of ``size`` bytes over all; with ``fast`` at least."""
         others = self.world - 1
-        if op != "all_reduce":
-            return others * (arenas // self.world + stats)
-        return (arenas + stats) * others if self.reduce == ORDERED else 2 * (arenas + stats) * others // self.world
+        return size * others if self.reduce == ORDERED else 2 * size * others // self.world
 
     def __str__(self) -> str:
         return f"{self.reduce}, {self.world} rank{'' if self.world == 1 else 's'}"

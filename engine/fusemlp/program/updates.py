@@ -91,11 +91,7 @@ def update(build: Builder, rule: UpdateRule) -> None:
         )
     if sharding is not None:
         reduced: dict[str, Any] = {"grads": Ref("grads"), "stats": Ref("stats"), "rule": rule}
-        op = "reduce_scatter" if sharding.slices else "all_reduce"
-        build.call(op, str(sharding), **reduced, counters=build.counters)
-        if sharding.slices and clipped:
-            # the norm is that of all gradients, added in one order, and tells of an overflow in any
-            build.call("all_gather", "", grads=Ref("grads"), rule=rule, counters=build.counters)
+        build.call("all_reduce", str(sharding), **reduced, counters=build.counters)
     build.call(
         "update",
         rule.kind,
@@ -115,9 +111,6 @@ def update(build: Builder, rule: UpdateRule) -> None:
         noise=None if private is None else private.noise,
         rows=None if private is None else build.rows,
     )
-    if sharding is not None and sharding.slices:
-        average = None if rule.average is None else Ref(f"state{rule.average}")
-        build.call("all_gather", "", params=Ref("params"), average=average, rule=rule, counters=build.counters)
 
 
 def _inputs(build: Builder, layer: int) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def attributions(
         unused = "baseline" if expected else "background"
         raise ArgumentError(f"{unused}: the method {method!r} has none; leave it out")
     rows = _checked(engine, "X", X)
-    engine.check_measured()
+    engine.scaling.check_measured()
     if expected:
         start = _checked(engine, "background", background)
     elif baseline is not None:
@@ -109,19 +109,20 @@ def attributions(
         if len(start) not in (1, len(rows)):
             raise ShapeError(f"baseline: expected one row, or {len(rows)}, one for each row of X, got {len(start)}")
     else:
-        start = np.zeros_like(rows[:1]) if engine.input_scale is None else engine.input_scale.mean[None]
-    chosen = engine.chosen(rows, output)
-    seeds, base = engine.seeds(chosen), engine.outputs(start)
+        start = np.zeros_like(rows[:1]) if engine.scaling.scale is None else engine.scaling.scale.mean[None]
+    inference = engine.inference
+    chosen = inference.chosen(rows, output)
+    seeds, base = inference.seeds(chosen), inference.outputs(start)
     if expected:
         base, random, values = base.mean(axis=0), np.random.default_rng(drawn), np.zeros_like(rows)
         for _ in range(count):
             line = rows - start[random.integers(0, len(start), len(rows))]
             point = rows - line * random.uniform(size=(len(rows), 1)).astype(rows.dtype)
-            values += line * engine.input_gradient(point, output=chosen) / count
+            values += line * inference.input_gradient(point, output=chosen) / count
     else:
         points, weights = _rule(count) if method == "integrated" else (np.ones(1), np.ones(1))
-        values = (rows - start) * engine.path_gradient(rows, start, chosen, points, weights)
-    result = Attributions(values, (seeds * engine.outputs(rows)).sum(axis=1), (seeds * base).sum(axis=1), chosen)
+        values = (rows - start) * inference.path_gradient(rows, start, chosen, points, weights)
+    result = Attributions(values, (seeds * inference.outputs(rows)).sum(axis=1), (seeds * base).sum(axis=1), chosen)
     while method == "integrated" and steps is None and result.inexact:
         if count == MOST_STEPS:
             gap, difference = (np.abs(part).mean() for part in (result.error, result.outputs - result.base))
@@ -130,13 +131,13 @@ def attributions(
                 f"{difference:.3g} by {gap:.3g} on average; use the method 'expected' or 'permutation'"
             )
         count *= 2
-        result = replace(result, values=(rows - start) * engine.path_gradient(rows, start, chosen, *_rule(count)))
+        result = replace(result, values=(rows - start) * inference.path_gradient(rows, start, chosen, *_rule(count)))
     return result
 
 
 def _checked(engine: Session, argument: str, X: Any) -> Array:
     """Return checked rows on the host, in the type of the outputs."""
-    rows = engine.on_host(engine.features(argument, X))
+    rows = engine.inputs.on_host(engine.inputs.features(argument, X))
     return rows.astype(np.float64 if engine.precision == "fp64" else np.float32, copy=False)
 
 

@@ -18,14 +18,20 @@ if TYPE_CHECKING:
 
 def predicted_codes(engine: Session, preprocessor: Preprocessor, X: Array) -> Array:
     """Return ``engine.predict``; after one-hot training, the class index of the largest output of each row."""
-    codes: Array = class_scores(engine, X).argmax(axis=1) if preprocessor.one_hot_targets else engine.predict(X)
+    codes: Array = (
+        class_scores(engine, X).argmax(axis=1) if preprocessor.one_hot_targets else engine.inference.predict(X)
+    )
     return codes
 
 
 def class_scores(engine: Session, X: Array) -> Array:
     """Return the probabilities (n, classes); after one-hot training the outputs."""
     # the outputs of a single class have one axis
-    return engine.predict_proba(X) if engine.loss.is_classification else engine.predict(X).reshape(len(X), -1)
+    return (
+        engine.inference.predict_proba(X)
+        if engine.loss.is_classification
+        else engine.inference.predict(X).reshape(len(X), -1)
+    )
 
 
 def predictions(engine: Session, preprocessor: Preprocessor, X: Array) -> Array:
@@ -46,7 +52,7 @@ def judge(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array) 
 def score(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array, weight: Any = None) -> dict[str, Any]:
     """Return loss and scores of the model on rows: X is the network's input, labels are those of the data."""
     y, judged = preprocessor.encode_targets(labels), judge(engine, preprocessor, X, labels)
-    report: dict[str, Any] = {"rows": len(X), "loss": engine.evaluate(X, y, weight)["loss"]}
+    report: dict[str, Any] = {"rows": len(X), "loss": engine.inference.evaluate(X, y, weight)["loss"]}
     report |= figures(judged, probable=engine.loss.is_classification)
     if preprocessor.classes is not None:
         report |= class_figures(judged.truth, judged.predicted, preprocessor.labels)

@@ -34,11 +34,12 @@ import numpy as np
 
 from fusemlp._version import __version__
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.checks import caller_level
 from fusemlp.describe.network import Activation
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.onnx_features import INPUT, network_input
 from fusemlp.runtime.files import check_finite, checked_metadata, target_file, write_atomically
-from fusemlp.runtime.inference import MEAN, SCALE
+from fusemlp.runtime.scaling import MEAN, SCALE
 from fusemlp.runtime.session import Session
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
 from fusemlp_kernels.pointwise import ACTIVATIONS as ROWS
@@ -67,16 +68,7 @@ def to_onnx(
     classes: Sequence[Any] | Array | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the graph of ``engine`` to ``path`` atomically.
-
-    ``classes`` are the labels in ``prediction`` in place of the indices of the classes; a preprocessor has its own.
-    ``metadata`` are entries of your own beside those of the file.
-
-    Raises ArgumentError or ArgumentTypeError for an impossible path, for a network of more than 2 GiB and for an
-    engine that shall normalise its inputs and has not measured any,
-    DivergenceError where parameters are no longer finite, MissingLibraryError without the library
-    onnx, OSError from the disk.
-    """
+    """Write the graph of ``engine`` to ``path`` atomically; see ``Engine.to_onnx``."""
     write_atomically(target_file(path), onnx_bytes(engine, preprocessor, metadata, classes=classes))
 
 
@@ -90,12 +82,12 @@ def onnx_bytes(
     """Return the content of the file of ``to_onnx``."""
     labels = _labels(engine, preprocessor, classes)
     own = checked_metadata(metadata, {"fusemlp"} if preprocessor is None else {"fusemlp", "preprocessor"})
-    engine.check_measured()
+    engine.scaling.check_measured()
     try:
         importlib.import_module("onnx")
     except ModuleNotFoundError as error:
         raise MissingLibraryError(f"to_onnx: it needs the library onnx: {HINT}") from error
-    parameters, scale = engine.evaluated_tensors(), engine.scale_tensors
+    parameters, scale = engine.memory.evaluated_tensors(), engine.scaling.tensors
     check_finite(parameters, "ONNX file")
     size = sum(array.nbytes for array in parameters.values())
     if size > MOST_BYTES:
@@ -184,7 +176,7 @@ def _warn_of_blurred(preprocessor: Preprocessor, real: np.dtype[Any]) -> None:
             f"preprocessor: the feature {preprocessor.feature_names[column]!r} lies {ratios[column]:.2g} times its "
             f"scale from zero, which costs the graph's float32 input {ratios[column] * 2**-24:.1g} of that scale; "
             "subtract a constant from it in the data, or export an engine of precision fp64",
-            stacklevel=3,
+            stacklevel=caller_level(),
         )
 
 

@@ -43,7 +43,7 @@ def held_out_logits(engine: Session, X: Array, y: Array, weight: Array | None) -
 
     The weights are those of the loss of validation: of the rows, times those of the classes.
     """
-    logits, codes = engine.member_outputs(X).astype(np.float64), np.asarray(y).reshape(-1).astype(np.int64)
+    logits, codes = engine.inference.member_outputs(X).astype(np.float64), np.asarray(y).reshape(-1).astype(np.int64)
     if logits.shape[2] == 1:
         logits = np.concatenate([np.zeros_like(logits), logits], axis=2)
     weights = np.ones(len(codes)) if weight is None else weight.astype(np.float64)

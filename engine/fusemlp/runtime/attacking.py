@@ -18,23 +18,16 @@ if TYPE_CHECKING:
 
 
 def attack(engine: Session, X: Any, y: Any, how: Attack) -> Array:
-    """Return rows (n, K) near X (n, K), of the engine's type, whose loss with the labels y is larger.
-
-    ``how``: ``PGD(eps)`` or ``FGSM(eps)``; eps and bounds are in the units of X. y as in ``fit``. Nothing is dropped,
-    and the parameters stay. Robust accuracy: ``engine.evaluate(engine.attack(X, y, how), y)["accuracy"]``.
-
-    Raises ArgumentTypeError for what is no attack, ShapeError, DTypeError or DataError for rows and labels, also for
-    rows outside the bounds, before anything has been computed.
-    """
+    """Return rows near X whose loss with the labels y is larger; see ``Engine.attack``."""
     how = as_attack("how", how)
     engine.network.check_single("how", "an attack")
-    data = engine.examples(X, y, None)
-    engine.check_measured()
+    data = engine.inputs.examples(X, y, None)
+    engine.scaling.check_measured()
     check_within(engine, "X", data.X, how)
     own, change = how.plain, how.perturbation()
-    x = np.array(engine.on_host(data.X), np.float64 if engine.precision == "fp64" else np.float32)
-    target, spec = engine.on_host(data.targets.values), engine.spec_for(data.targets)
-    class_weight = None if engine.class_weight is None else engine.on_host(engine.class_weight)
+    x = np.array(engine.inputs.on_host(data.X), np.float64 if engine.precision == "fp64" else np.float32)
+    target, spec = engine.inputs.on_host(data.targets.values), engine.inputs.spec_for(data.targets)
+    class_weight = None if engine.class_weight is None else engine.inputs.on_host(engine.class_weight)
     steps = backend("numpy", None, "fp64" if engine.precision == "fp64" else "fp32")
     adv, dx, counters = np.empty_like(x), np.empty_like(x), np.zeros(COUNTERS, np.int64)
     operands: dict[str, Any] = {"x": x, "change": change, "counters": counters}
@@ -44,10 +37,10 @@ def attack(engine: Session, X: Any, y: Any, how: Attack) -> Array:
         counters[BATCH_INDEX] = restart
         start()
         for _ in range(own.steps):
-            dx[:] = engine.input_gradient(adv, y)
+            dx[:] = engine.inference.input_gradient(adv, y)
             move()
         if own.restarts > 1:
-            found = row_losses(spec, engine.outputs(adv), target, class_weight)
+            found = row_losses(spec, engine.inference.outputs(adv), target, class_weight)
             # a NaN is as bad as it gets
             worse = ~(found <= losses)
             losses[worse] = found[worse]
@@ -59,7 +52,7 @@ def check_within(engine: Session, argument: str, X: Any, how: Adversary) -> None
     """Raise DataError for checked rows outside the bounds of an attack, or of a training against such."""
     if how.bounds is None:
         return
-    rows = engine.on_host(X)
+    rows = engine.inputs.on_host(X)
     low, high = float(rows.min()), float(rows.max())
     if low < how.bounds[0] or high > how.bounds[1]:
         raise DataError(

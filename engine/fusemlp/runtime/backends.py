@@ -5,6 +5,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 from fusemlp.inputs.arrays import Array
+from fusemlp.runtime.ranks import own_card
+from fusemlp_kernels.contract import Backend
+from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.philox import row_order as shuffled_rows
 from fusemlp_kernels.registry import TRAITS, availability
 from fusemlp_kernels.registry import backend as open_backend
@@ -17,6 +20,7 @@ __all__ = [
     "first_available",
     "one_thread",
     "open_backend",
+    "open_here",
     "row_order",
     "thread_limits",
     "torch_backend",
@@ -25,6 +29,18 @@ __all__ = [
 
 # of all backends
 PRECISIONS = {precision for traits in TRAITS.values() for precision in traits.precisions}
+
+
+def open_here(name: str, device: str | None, precision: str) -> Backend:
+    """Return a backend on a device: by default, in a process of torchrun, on the card of its number if it sees that."""
+    found, card = open_backend(name, device, precision), own_card()
+    if device is not None or card is None or not found.device.startswith("cuda"):
+        return found
+    try:
+        return open_backend(found.traits.name, card, precision)
+    except BackendUnavailableError:
+        # it may see its own card alone; ranks with one card refuse to train together
+        return found
 
 
 def torch_backend(device_type: str) -> str:

@@ -12,7 +12,7 @@ from fusemlp.program.lowering import lower_training
 from fusemlp.program.program import Program
 from fusemlp.program.step import Inputs
 from fusemlp.runtime.bound import BoundProgram
-from fusemlp.runtime.inference import member_rows
+from fusemlp.runtime.forward import member_rows
 from fusemlp.runtime.sharded import ShardedProgram
 from fusemlp_kernels.contract import STATS, LossSpec, Ridge, UpdateRule
 from fusemlp_kernels.errors import ArgumentError
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 def program_of_fit(engine: Session, against: Attack | None = None, *, resident: bool) -> Program:
     """Return the program of a training step in ``fit``."""
-    return engine.lower(
+    return lower(
+        engine,
         Inputs(engine.batch_size, indexed=True),
         engine.loss.spec(accuracy=engine.loss.is_classification),
         engine.optimizer.rule(),
@@ -35,7 +36,7 @@ def program_of_fit(engine: Session, against: Attack | None = None, *, resident: 
 
 def program_against(engine: Session, adversarial: Any) -> Program:
     """Return ``program`` for ``fit(adversarial=...)``: the calls of the attack come first."""
-    resident = engine.plan == "resident" and engine._backend.traits.on_host
+    resident = engine.plan == "resident" and engine.memory.backend.traits.on_host
     return program_of_fit(engine, lowered(as_attack("adversarial", adversarial)), resident=resident)
 
 
@@ -65,18 +66,18 @@ def lower(
         rule,
         engine.optimizer.options_for,
         batch_size if sharding is None else sharding.rows(batch_size),
-        engine._backend.traits,
+        engine.memory.backend.traits,
         engine.memory.layout,
         inputs,
         seed=engine.seed,
         real_bytes=engine.memory.real_bytes,
         compute_bytes=engine.memory.compute_bytes,
-        scaled=engine._scaled,
+        scaled=engine.precision == "fp16",
         most_parts=engine.memory.gradient_parts,
         keep_gradients=keep_gradients,
         resident=resident,
         ridge=ridge,
-        privacy=engine.lowered_privacy(),
+        privacy=engine.ledger.lowered(engine.precision),
         against=against,
         sharding=sharding,
     )
@@ -102,32 +103,32 @@ def bind(
 
     Raises ArgumentError for an optimizer with another state than the one that the engine was made with.
     """
-    if rule.states != engine._states:
-        kept = [", ".join(states) or "no state" for states in (rule.states, engine._states)]
+    if rule.states != engine.state_names:
+        kept = [", ".join(states) or "no state" for states in (rule.states, engine.state_names)]
         raise ArgumentError(
             f"optimizer: it keeps {kept[0]}, and the engine was made for one that keeps {kept[1]}; make a new "
             "engine, and give it the weights by load_state_dict"
         )
-    engine._take_rule(rule)
+    engine.take_rule(rule)
     arrays = dict(given)
     if engine.class_weight is not None:
         arrays["class_weight"] = engine.class_weight
     resident = resident_batches is not None
     if resident_batches is not None:
-        allocate = engine._backend.allocate
+        allocate = engine.memory.backend.allocate
         if inputs.indexed and "rows" not in arrays:
             arrays["rows"] = allocate(epochs * resident_batches * batch_size * engine.network.members, "int64")
         if epochs > 1:
             epoch_stats = allocate(epochs * STATS, "float64")
-            arrays["epoch_stats"] = engine._backend.view(epoch_stats, 0, (epochs, STATS), STATS)
-    program = engine.lower(inputs, spec, rule, batch_size, resident=resident, against=against, **options)
+            arrays["epoch_stats"] = engine.memory.backend.view(epoch_stats, 0, (epochs, STATS), STATS)
+    program = lower(engine, inputs, spec, rule, batch_size, resident=resident, against=against, **options)
     if engine.ranks is not None:
-        return ShardedProgram(program, engine.memory, engine._workspace, arrays, engine.ranks, plan=engine.plan)
+        return ShardedProgram(program, engine.memory, engine.programs.workspace, arrays, engine.ranks, plan=engine.plan)
     plan = engine.plan
     if against is not None and plan == "resident" and not resident:
         # a step against attacks is many launches
-        plan = engine._backend.traits.plans[-2]
-    return BoundProgram(program, engine.memory, engine._workspace, arrays, plan=plan)
+        plan = engine.memory.backend.traits.plans[-2]
+    return BoundProgram(program, engine.memory, engine.programs.workspace, arrays, plan=plan)
 
 
 def bind_fit(
@@ -147,8 +148,9 @@ def bind_fit(
     """The steps of a fit on ``data``, with room for the rows of ``epochs`` epochs of ``batches`` batches."""
 
     def bound(there: Mapping[str, Any]) -> BoundProgram:
-        rows = engine._backend.allocate(epochs * batches * batch_size * engine.network.members, "int64")
-        return engine.bind(
+        rows = engine.memory.backend.allocate(epochs * batches * batch_size * engine.network.members, "int64")
+        return bind(
+            engine,
             *(inputs, spec, rule, batch_size, {**there, "rows": rows}),
             resident_batches=batches if resident else None,
             epochs=epochs,
@@ -156,20 +158,20 @@ def bind_fit(
             keep_gradients=keep_gradients,
         )
 
-    engine._take_rule(rule)
+    engine.take_rule(rule)
     told = (inputs, spec, rule, batch_size, batches, epochs, resident, against, keep_gradients)
-    key = (told, engine.optimizer, engine.seed, engine.lowered_privacy())
-    return engine.bound_again(key, data, bound)
+    key = (told, engine.optimizer, engine.seed, engine.ledger.lowered(engine.precision))
+    return engine.programs.again(key, data, bound, engine.ranks)
 
 
 def bind_staged(engine: Session, rows: int, spec: LossSpec, *, weighted: bool) -> BoundProgram:
     """Return a training step with a batch of its own, up to ``rows`` rows, for ``run_staged``."""
     # on a GPU the resident kernel is for many steps
-    batches = 1 if engine.plan == "resident" and engine._backend.traits.on_host else None
+    batches = 1 if engine.plan == "resident" and engine.memory.backend.traits.on_host else None
     members, given = engine.network.members, dict[str, Any]()
     # a rank picks the rows of its shards
     picks = members > 1 or engine.ranks is not None
     if picks:
-        given["rows"] = member_rows(engine._backend, rows, members)
+        given["rows"] = member_rows(engine.memory.backend, rows, members)
     inputs = Inputs(rows, indexed=picks, weighted=weighted)
-    return engine.bind(inputs, spec, engine.optimizer.rule(), rows, given, resident_batches=batches)
+    return bind(engine, inputs, spec, engine.optimizer.rule(), rows, given, resident_batches=batches)

@@ -1,19 +1,23 @@
-"""Programs that run: verified, their values in memory, their calls bound."""
+"""Programs that run: verified, their values in memory, their calls bound; and those that an engine keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from fusemlp.describe.optimizers import Optimizer
+from fusemlp.describe.schedules import Schedule
+from fusemlp.inputs.arrays import Array
 from fusemlp.program.layout import allocate, placement
 from fusemlp.program.program import Program, resolve
-from fusemlp.runtime.memory import Memory, Workspace
+from fusemlp.runtime.memory import Memory, Workspace, on_device
 from fusemlp.runtime.plans import UNINTERRUPTED, resident_chunk
+from fusemlp.runtime.ranks import Ranks
 from fusemlp_kernels.contract import ROW_COUNT, ROW_STEP, Backend
-
-Array = np.ndarray[Any, Any]
 
 # Steps that are unrolled in one graph.
 STEPS_A_GRAPH = 8
@@ -149,3 +153,87 @@ def _in_order(steps: tuple[Callable[..., object], ...]) -> Callable[[], None]:
             step()
 
     return run
+
+
+@dataclass(eq=False)
+class LastFit:
+    """The program of the last fit on a device, with its data there.
+
+    ``key`` is all that the program depends on beside its arrays. ``places`` are those of the arrays that it reads where
+    the user has them, and None for those that are the engine's; ``owners`` are the user's objects that hold the former.
+    """
+
+    key: Any
+    bound: BoundProgram
+    places: Mapping[str, Any]
+    owners: list[weakref.ref[Any]] = field(default_factory=list)
+
+
+class KeptPrograms:
+    """Programs that the next steps and fits of an engine run again, and the scratch memory that they share."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        # the optimizer of ``step``, and its schedule, which knows of no end
+        self.stepping: tuple[Optimizer, Schedule] | None = None
+        # steps since the loss scaling was checked
+        self.unchecked_steps = 0
+        self.release()
+
+    def release(self) -> None:
+        """Give back the programs and their memory; the next steps make them anew."""
+        self.workspace = Workspace(self.backend)
+        # those of ``step``: for soft targets or classes, with weights or without
+        self.staged: dict[tuple[bool, bool], BoundProgram] = {}
+        self.last_fit: LastFit | None = None
+
+    def again(
+        self,
+        key: Any,
+        data: Mapping[str, Any],
+        bind: Callable[[Mapping[str, Any]], BoundProgram],
+        ranks: Ranks | None,
+    ) -> BoundProgram:
+        """Return the program that ``bind`` makes from data on the device, or the last one with this ``key``.
+
+        That one has its graphs already. New data is copied into the engine's own arrays; arrays that the program reads
+        where the user has them must be the same. On the host every fit binds its own.
+        """
+        backend = self.backend
+        shapes = {name: tuple(array.shape) for name, array in data.items()}
+        key, last = (key, shapes), self.last_fit
+        usable = last is not None and last.key == key and all(self._reads(last, name, data[name]) for name in shapes)
+        if ranks is not None and not backend.traits.on_host:
+            # all ranks replay their graphs, or none: NCCL wants it so
+            usable = not ranks.any(not usable)[0]
+        if last is not None and usable:
+            for name, array in data.items():
+                if last.places[name] is None:
+                    backend.copy_into(last.bound.arrays[name], array)
+            return last.bound
+        # before the next takes memory
+        self.last_fit = last = None
+        there = on_device(backend, data)
+        bound = bind(there)
+        if not backend.traits.on_host:
+            places = {name: backend.place(array) if array is data[name] else None for name, array in there.items()}
+            self.last_fit = LastFit(key, bound, places)
+        return bound
+
+    def _reads(self, last: LastFit, name: str, array: Any) -> bool:
+        place = last.places[name]
+        return place is None or (not isinstance(array, np.ndarray) and self.backend.place(array) == place)
+
+    def let_go_with(self, owners: Iterable[Any]) -> None:
+        """Give up the program of the last fit when one of these objects is gone, if it reads their memory."""
+        last = self.last_fit
+        if last is None or all(place is None for place in last.places.values()):
+            return
+        programs = weakref.ref(self)
+
+        def let_go(_: Any) -> None:
+            kept = programs()
+            if kept is not None and kept.last_fit is last:
+                kept.last_fit = None
+
+        last.owners = [weakref.ref(one, let_go) for one in owners if self.backend.adopt(one) is not None]

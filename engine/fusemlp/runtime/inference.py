@@ -1,256 +1,229 @@
-"""The forward pass over any number of rows: predictions, and the loss of labelled data."""
+"""Predictions, losses and accuracies of an engine's network on data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from fusemlp.describe.losses import Loss
+from fusemlp.describe.metrics import Judged, Metric, as_metrics
 from fusemlp.describe.network import MLP
 from fusemlp.inputs.arrays import Array
+from fusemlp.inputs.batches import Batches
+from fusemlp.inputs.device import DeviceInputs
 from fusemlp.inputs.targets import Examples
-from fusemlp.program.lowering import lower
-from fusemlp.program.step import Inputs, Step
-from fusemlp.runtime.bound import BoundProgram
-from fusemlp.runtime.memory import Memory, Workspace, on_device
-from fusemlp_kernels.contract import CORRECT, COUNTERS, LOSS_SUM, NORM_SUM, ROW_COUNT, SCORED, STATS, Backend, LossSpec
-
-# The largest batch of a forward pass, in elements of its widest activation: 16 MiB in float32.
-LARGEST = 1 << 22
-SMALLEST_ROWS = 16
-# The names of the statistics of inputs beside the parameters in ``state_dict``.
-MEAN, SCALE = "normalise.mean", "normalise.scale"
-
-
-def member_rows(backend: Backend, rows: int, members: int) -> Any:
-    """Return the row numbers of a batch that is all of ``rows`` rows of data, each once for each member."""
-    found = backend.allocate(rows * members, "int64")
-    backend.copy_into(found, np.repeat(np.arange(rows), members))
-    return found
-
-
-class InputScale:
-    """The inputs x (n, K) of a network as (x - mean) / scale; ``mean`` and ``scale`` (K,) are host arrays."""
-
-    def __init__(self, mean: Array, scale: Array, backend: Backend) -> None:
-        self.mean, self.scale = mean, scale
-        # On a device a bool or integer array takes a sum, and not all take a difference.
-        self._shift, self._divisor = backend.from_host(-mean), backend.from_host(scale)
-
-    def applied(self, X: Any) -> Any:
-        """Return checked rows, on the host or on the device, as the network takes them."""
-        if isinstance(X, np.ndarray):
-            scaled = X - self.mean
-            scaled /= self.scale
-            return scaled
-        return (X + self._shift) / self._divisor
-
-    @property
-    def tensors(self) -> dict[str, Array]:
-        """Copies of the statistics by their names in ``state_dict``."""
-        return {MEAN: self.mean.copy(), SCALE: self.scale.copy()}
+from fusemlp.runtime.forward import Evaluation, ForwardPass
+from fusemlp.runtime.members import MeanEvaluation, combined
+from fusemlp.runtime.memory import Memory
+from fusemlp.runtime.paths import path_gradient
+from fusemlp.runtime.scaling import Scaling
+from fusemlp_kernels.contract import LossSpec
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 
 class Inference:
-    """Forward programs of one network, in a few sizes, each made on first use; ``input_scale`` scales its inputs."""
+    """Predictions of a network, its losses and metrics on data; ``Engine`` documents them. It changes no parameter.
 
-    def __init__(self, net: MLP, memory: Memory, input_scale: InputScale | None = None) -> None:
-        self.net, self.input_scale = net, input_scale
-        # what is trained, and what the programs read
-        self.trained = self.memory = memory
-        if memory.evaluated:
-            real, compute = memory.real_bytes, memory.compute_bytes
-            self.memory = Memory(net, memory.backend, 0, item_bytes=real, compute_bytes=compute)
-        self.real = np.dtype(f"f{memory.real_bytes}")
-        self.counters = memory.backend.allocate(COUNTERS, "int64")
-        self.stats = memory.backend.allocate(STATS, "float64")
-        widest = max(net.sizes) * net.members
-        self._most_rows = max(SMALLEST_ROWS, (1 << (LARGEST // widest).bit_length()) >> 1)
-        # on the host the bits of a row do not depend on the number of rows
-        self._least_rows = 1 if memory.backend.traits.on_host else SMALLEST_ROWS
-        self.release()
-
-    def release(self) -> None:
-        """Release the programs and their memory."""
-        # A separate workspace: predictions must not disturb a step or keep the large training buffers alive.
-        self.workspace = Workspace(self.memory.backend)
-        self._bound: dict[tuple[MLP | None, int, LossSpec | None, bool, bool, int | None], BoundProgram] = {}
-
-    def _rows_for(self, n: int) -> int:
-        """Return the batch size for ``n`` rows: a power of two, so that few programs are needed."""
-        return min(self._most_rows, max(self._least_rows, 1 << (n - 1).bit_length()))
-
-    def program(
-        self,
-        rows: int,
-        spec: LossSpec | None = None,
-        class_weight: Any | None = None,
-        *,
-        weighted: bool = False,
-        net: MLP | None = None,
-        gradient: int | None = None,
-    ) -> BoundProgram:
-        """Return the pass over ``rows`` rows up to the outputs, or with ``spec`` up to the loss.
-
-        ``net`` is the first layers of the network, ``gradient`` as in ``Step``.
-        """
-        key = (net, rows, spec, class_weight is not None, weighted, gradient)
-        bound = self._bound.get(key)
-        if bound is None:
-            bound = self.bind(net or self.net, rows, spec, class_weight, weighted=weighted, gradient=gradient)
-            self._bound[key] = bound
-        return bound
-
-    def bind(
-        self,
-        net: MLP,
-        rows: int,
-        spec: LossSpec | None = None,
-        class_weight: Any | None = None,
-        *,
-        weighted: bool = False,
-        gradient: int | None = None,
-        own: Mapping[str, Any] | None = None,
-        workspace: Workspace | None = None,
-    ) -> BoundProgram:
-        """Return a new program as ``program`` describes it; ``own`` are arrays for its data."""
-        memory = self.memory
-        shared = net.members > 1
-        inputs = Inputs(rows, indexed=shared, weighted=weighted, class_weighted=class_weight is not None)
-        traits, sizes = memory.backend.traits, (memory.real_bytes, memory.compute_bytes)
-        given = {"counters": self.counters, "stats": self.stats, **(own or {})}
-        if class_weight is not None:
-            given["class_weight"] = class_weight
-        if shared:
-            given["rows"] = member_rows(memory.backend, rows, net.members)
-        program = lower(Step(net, rows, traits, memory.layout, inputs, spec, *sizes, gradient=gradient))
-        bound = BoundProgram(program, memory, workspace or self.workspace, given)
-        if "unit" in program.values:
-            memory.backend.copy_into(bound.arrays["unit"], np.eye(net.sizes[-1], dtype=self.real))
-        return bound
-
-    def batches(self, bound: BoundProgram, rows: int, arrays: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
-        """Copy each batch of ``arrays`` in, run it, and yield its first row and the row after its last."""
-        count = len(arrays["x"])
-        for start in range(0, count, rows):
-            stop = min(start + rows, count)
-            self.bring(bound, rows, arrays, start, stop)
-            bound.run()
-            yield start, stop
-
-    def bring(self, bound: BoundProgram, rows: int, arrays: Mapping[str, Any], start: int, stop: int) -> None:
-        """Copy the rows from ``start`` to ``stop`` into a program for batches of ``rows``."""
-        copy, count = self.memory.backend.copy_into, stop - start
-        self.counters[ROW_COUNT] = count * self.net.members
-        for name, array in arrays.items():
-            part = array[start:stop]
-            if name == "x" and self.input_scale is not None:
-                part = self.input_scale.applied(part)
-            copy(bound.arrays[name][:count], part)
-            if count < rows and len(arrays) > 1:
-                # Rows left from an earlier batch must not reach the sums, if there are any.
-                bound.arrays[name][count:] = 0
-
-    def outputs(self, X: Any, net: MLP | None = None) -> Array:
-        """Return the outputs (n, N) for X (n, K) of the network, or of ``net``, its first layers; with members (n,
-        members, N)."""
-        rows = self._rows_for(len(X))
-        bound = self.program(rows, net=net)
-        found = self._collected("y", bound, rows, {"x": X})
-        return found if self.net.members == 1 else found.reshape(len(X), self.net.members, -1)
-
-    def input_gradient(
-        self,
-        X: Any,
-        arrays: Mapping[str, Any],
-        spec: LossSpec | None = None,
-        class_weight: Any | None = None,
-        net: MLP | None = None,
-    ) -> Array:
-        """Return the gradient by X (n, K) of the loss ``spec``, a sum over rows, or of outputs weighed by ``seed``.
-
-        ``arrays`` holds ``target``, or ``seed`` (n, N) for the network or its first layers ``net``.
-        """
-        rows = self._rows_for(len(X))
-        bound = self.program(rows, spec, class_weight, net=net, gradient=0)
-        found = self._collected("dx", bound, rows, {"x": X, **arrays})
-        if self.input_scale is not None:
-            found /= self.input_scale.scale
-        return found
-
-    def _collected(self, name: str, bound: BoundProgram, rows: int, arrays: Mapping[str, Any]) -> Array:
-        """Return a value of the program for all rows, on the host."""
-        self.memory.read_evaluated(self.trained)
-        members = self.net.members
-        count, to_host = len(arrays["x"]), self.memory.backend.to_host
-        if count <= rows:
-            self.bring(bound, rows, arrays, 0, count)
-            bound.run()
-            return np.asarray(to_host(bound.arrays[name][: count * members]), self.real)
-        found = np.empty((count * members, bound.program.values[name].shape[1]), self.real)
-        for start, stop in self.batches(bound, rows, arrays):
-            found[start * members : stop * members] = to_host(bound.arrays[name][: (stop - start) * members])
-        return found
-
-    def silent(self, X: Any, layer: int) -> float:
-        """Return the share of a hidden layer's units whose output is zero for every row of X."""
-        rows = self._rows_for(len(X))
-        bound = self.bind(self.first(layer + 1), rows)
-        silent = np.ones(self.net.sizes[layer + 1], np.bool_)
-        self.memory.read_evaluated(self.trained)
-        for start, stop in self.batches(bound, rows, {"x": X}):
-            silent &= ~np.any(self.memory.backend.to_host(bound.arrays["y"][: stop - start]) != 0.0, axis=0)
-        return float(silent.mean())
-
-    def first(self, layers: int) -> MLP:
-        """Return the network's first ``layers`` layers."""
-        sizes, activations = self.net.sizes[: layers + 1], self.net.activations
-        return MLP(sizes, activation=activations[: layers - 1], output_activation=activations[layers - 1])
-
-
-class Evaluation:
-    """The loss of ``data`` by ``spec``, to evaluate once or repeatedly.
-
-    Rows that fit one batch go into the program once, and the others to the device once, or with ``repeated`` False
-    batch by batch. ``inference`` must not be shared between two uses.
+    ``class_weight`` are the loss's, on the device.
     """
 
     def __init__(
-        self, inference: Inference, data: Examples, spec: LossSpec, class_weight: Any | None, repeated: bool
+        self, network: MLP, loss: Loss, memory: Memory, inputs: DeviceInputs, scaling: Scaling, class_weight: Any | None
     ) -> None:
-        self._inference, self._spec = inference, spec
-        rows = len(data.X)
-        self._size = inference._rows_for(rows)
-        self._bound = inference.program(self._size, spec, class_weight, weighted=data.weight is not None)
-        # The arrays that every evaluation copies into the program, batch by batch.
-        self._left: Mapping[str, Any] = {}
-        if rows <= self._size:
-            inference.bring(self._bound, self._size, data.arrays, 0, rows)
-        else:
-            self._left = on_device(inference.memory.backend, data.arrays) if repeated else data.arrays
+        self.network, self.loss, self.inputs, self.scaling = network, loss, inputs, scaling
+        self.class_weight, self.forward = class_weight, ForwardPass(network, memory, scaling)
 
-    def of(self, memory: Memory) -> dict[str, float]:
-        """Return the metrics of what predictions read of ``memory``: see ``metrics_of``."""
-        inference, bound = self._inference, self._bound
-        own = inference.memory
-        own.read_evaluated(memory)
-        inference.stats[:] = 0.0
-        if self._left:
-            for _ in inference.batches(bound, self._size, self._left):
-                pass
-        else:
-            bound.run()
-        return metrics_of(own.backend.to_host(inference.stats), self._spec)
+    def predict(self, X: Any) -> Array:
+        """Return the predicted targets of X (n, K)."""
+        outputs = self.outputs(X)
+        if self.loss.kind == "cross_entropy":
+            return np.asarray(outputs.argmax(axis=1))
+        if self.loss.kind == "binary_cross_entropy":
+            outputs = (outputs > 0.0).astype(np.int64)
+        elif self.loss.kind == "poisson":
+            outputs = np.exp(outputs)
+        return outputs[:, 0] if outputs.shape[1] == 1 else outputs
 
+    def predict_proba(self, X: Any) -> Array:
+        """Return probabilities (n, N) for X (n, K); one logit gives (n, 2)."""
+        if not self.loss.is_classification:
+            raise ArgumentError(
+                f"loss: predict_proba needs cross_entropy or binary_cross_entropy, this engine has {self.loss.kind!r}; "
+                "use predict"
+            )
+        outputs = self.outputs(X)
+        if self.loss.kind == "cross_entropy":
+            # In place: SciPy's softmax takes longer to identify the kind of array than to compute.
+            with np.errstate(invalid="ignore"):
+                outputs -= outputs.max(axis=1, keepdims=True)
+            np.exp(outputs, out=outputs)
+            outputs /= outputs.sum(axis=1, keepdims=True)
+            return outputs
+        from scipy.special import expit
 
-def metrics_of(stats: Array, spec: LossSpec) -> dict[str, float]:
-    """Return the mean loss (its sum for the reduction "sum") and, if ``spec`` counts hits, the accuracy."""
-    if spec.reduction == "sum":
-        loss = float(stats[LOSS_SUM])
-    else:
-        loss = float(stats[LOSS_SUM] / stats[NORM_SUM]) if stats[NORM_SUM] else 0.0
-    metrics = {"loss": loss}
-    if spec.accuracy:
-        metrics["accuracy"] = float(stats[CORRECT] / stats[SCORED]) if stats[SCORED] else 0.0
-    return metrics
+        if outputs.shape[1] == 1:
+            return np.asarray(np.hstack([expit(-outputs), expit(outputs)]))
+        return np.asarray(expit(outputs))
+
+    def outputs(self, X: Any) -> Array:
+        """Return the last layer's outputs (n, N) for X (n, K); with members those of the mean prediction."""
+        found = self._rows_out(X)
+        return combined(self.loss.kind, found) if self.network.members > 1 else found
+
+    def member_outputs(self, X: Any) -> Array:
+        """Return the last layer's outputs (n, members, N) for X (n, K)."""
+        found = self._rows_out(X)
+        return found if self.network.members > 1 else found[:, None]
+
+    def _rows_out(self, X: Any) -> Array:
+        X = self.inputs.features("X", X)
+        self.scaling.check_measured()
+        return self.forward.outputs(X)
+
+    def input_gradient(self, X: Any, y: Any = None, *, output: Any = None) -> Array:
+        """Return the gradient (n, K) of the loss of each row, or without y of its ``output``."""
+        self.network.check_single("X", "the gradient by the inputs")
+        if y is None:
+            X = self.inputs.features("X", X)
+            self.scaling.check_measured()
+            return self.forward.input_gradient(X, {"seed": self.seeds(self.chosen(X, output))})
+        if output is not None:
+            raise ArgumentError("output: the loss of y reads all outputs; leave output or y out")
+        data = self.inputs.examples(X, y, None)
+        self.scaling.check_measured()
+        spec, values = self.inputs.spec_for(data.targets), data.targets.values
+        summed = replace(spec, reduction="sum")
+        found = self.forward.input_gradient(data.X, {"target": values}, summed, self.class_weight)
+        if spec.reduction == "mean" and spec.kind != "cross_entropy":
+            found /= self.network.sizes[-1]
+        elif spec.reduction == "mean" and self.class_weight is not None and not spec.soft:
+            labels = self.inputs.on_host(values)
+            counted = labels != spec.ignore_index
+            own = self.inputs.on_host(self.class_weight)[np.where(counted, labels, 0)]
+            found *= np.divide(counted, own, out=np.zeros_like(own), where=own > 0)[:, None]
+        return found
+
+    def path_gradient(self, X: Array, baseline: Array, output: Array, points: Array, weights: Array) -> Array:
+        """Return ``paths.path_gradient`` of one output of each of the checked rows X, ``output`` (n,)."""
+        self.network.check_single("X", "the gradient by the inputs")
+        return path_gradient(self.forward, X, baseline, self.seeds(output), points, weights)
+
+    def chosen(self, X: Any, output: Any = None) -> Array:
+        """Return (n,) int64: the index of the output that is explained of each of the checked rows X.
+
+        ``output`` is the index of a class or target, or (n,) one for each row; None stands for the predicted class, or
+        for the only target. One logit has the classes 0 and 1. Raises ArgumentError, ArgumentTypeError or ShapeError.
+        """
+        outputs, single = self.network.sizes[-1], self._has_one_logit
+        if output is None:
+            if single or self.loss.kind == "cross_entropy":
+                return np.asarray(self.predict(X))
+            if outputs > 1:
+                raise ArgumentError(f"output: the network has {outputs} outputs; give the index of one, output=0")
+            output = 0
+        given, last = np.asarray(output), max(outputs, 1 + single) - 1
+        if given.dtype.kind not in "iu":
+            raise ArgumentTypeError(f"output: expected the index of an output, or one a row, got {output!r}")
+        if given.shape not in ((), (len(X),)):
+            raise ShapeError(f"output: expected one index, or {len(X)}, one a row, got shape {given.shape}")
+        if given.min() < 0 or given.max() > last:
+            raise ArgumentError(f"output: expected an index from 0 to {last}, got {output!r}")
+        return np.broadcast_to(given.astype(np.int64), len(X))
+
+    def seeds(self, output: Array) -> Array:
+        """Return (n, N): the weights of a row's outputs in the explained one, whose index is ``output`` (n,).
+
+        It is what the loss takes: the logit of a class, the logarithm of a count. Of one logit class 0 has its minus.
+        """
+        if self._has_one_logit:
+            return np.asarray(np.where(output == 1, 1, -1)[:, None], self.inputs.real)
+        return np.asarray(output[:, None] == np.arange(self.network.sizes[-1]), self.inputs.real)
+
+    @property
+    def _has_one_logit(self) -> bool:
+        return self.loss.kind == "binary_cross_entropy" and self.network.sizes[-1] == 1
+
+    def outputs_of(self, X: Any, layers: int) -> Array:
+        """Return the outputs (n, N) of the first ``layers`` layers for checked rows X (n, K)."""
+        self.network.check_single("layers", "the output of hidden layers")
+        return self.forward.outputs(X, self.forward.first(layers))
+
+    def evaluate(
+        self,
+        X: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        metrics: Iterable[str | Metric] = (),
+        steps: int | None = None,
+    ) -> dict[str, float]:
+        """Return the loss of rows or batches, for classes the accuracy, and ``metrics`` by name."""
+        data = self._rows_of(X, y, sample_weight, steps)
+        self.scaling.check_measured()
+        asked = as_metrics("metrics", metrics, self.inputs.kind_of(data.targets)) if metrics else ()
+        spec = self.inputs.spec_for(data.targets)
+        evaluation = self._evaluation(self.forward, data, spec, repeated=False)
+        return {**evaluation.of(self.forward.trained), **self.figures(data, asked)}
+
+    def _evaluation(
+        self, forward: ForwardPass, data: Examples, spec: LossSpec, *, repeated: bool
+    ) -> Evaluation | MeanEvaluation:
+        if self.network.members > 1:
+            return MeanEvaluation(forward, data, spec, self.class_weight)
+        return Evaluation(forward, data, spec, self.class_weight, repeated)
+
+    def _rows_of(self, X: Any, y: Any, weight: Any, steps: int | None) -> Examples:
+        if y is not None and steps is None:
+            return self.inputs.examples(X, y, weight)
+        if y is not None:
+            raise ArgumentError(f"steps: it counts batches, and X and y are arrays; leave it out, got {steps!r}")
+        if weight is not None:
+            raise ArgumentError("sample_weight: the batches bring their own; let them be (x, y, sample_weight)")
+        return Batches("X", X, steps, "steps").collected(self.inputs)
+
+    def figures(self, data: Examples, metrics: Sequence[Metric]) -> dict[str, float]:
+        """Return these metrics of checked rows, by name."""
+        if not metrics:
+            return {}
+        judged = self.judged(data)
+        return {metric.name: metric.of(judged) for metric in metrics}
+
+    def judged(self, data: Examples) -> Judged:
+        """Return the truth of checked rows beside predictions and scores; rows of an ignored class are left out."""
+        kind, truth = self.inputs.kind_of(data.targets), np.asarray(self.inputs.on_host(data.targets.values))
+        weight = None if data.weight is None else np.asarray(self.inputs.on_host(data.weight))
+        if kind == "numbers":
+            predicted = self.predict(data.X).reshape(truth.shape)
+            return Judged(truth, predicted, None, weight, getattr(self.loss, "q", 0.5))
+        scores = self.predict_proba(data.X) if self.loss.is_classification else self.predict(data.X)
+        if kind == "labels":
+            return Judged(truth.astype(np.int64), (scores > 0.5).astype(np.int64), scores, weight)
+        if truth.ndim == 2:
+            truth = truth[:, 0].astype(np.int64) if truth.shape[1] == 1 else truth.argmax(axis=1)
+        kept = truth != getattr(self.loss, "ignore_index", None)
+        if not kept.all():
+            truth, scores, weight = truth[kept], scores[kept], None if weight is None else weight[kept]
+        return Judged(truth, scores.argmax(axis=1), scores, weight)
+
+    def evaluation(self, data: Examples, *, apart: bool) -> Evaluation | MeanEvaluation:
+        """Return a repeatable ``evaluate`` of the same arrays. With ``apart`` the parameters are copied first:
+        the result serves all engines with these layers and this loss, and keeps no reference to this one."""
+        memory = self.forward.memory
+        if apart:
+            real, compute = memory.real_bytes, memory.compute_bytes
+            memory = Memory(self.network, self.inputs.backend, 0, item_bytes=real, compute_bytes=compute)
+        forward, data = ForwardPass(self.network, memory), data._replace(X=self.scaling.normalised(data.X))
+        return self._evaluation(forward, data, self.inputs.spec_for(data.targets), repeated=True)
+
+    def dead_units(self, X: Any) -> dict[str, float]:
+        """Return for each hidden relu layer the share of units that are zero for every row of X."""
+        if self.network.members > 1:
+            return {}
+        features = self.inputs.features("X", X)
+        self.scaling.check_measured()
+        hidden = enumerate(self.network.activations[:-1])
+        relu = [layer for layer, activation in hidden if activation.name == "relu"]
+        return {f"layer {layer + 1}": self.forward.silent(features, layer) for layer in relu}

@@ -21,7 +21,7 @@ import numpy as np
 
 from fusemlp.describe.checks import as_number
 from fusemlp.inputs.arrays import Array, to_array
-from fusemlp.runtime.inference import LARGEST
+from fusemlp.runtime.forward import LARGEST
 from fusemlp_kernels import pointwise
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, ShapeError
 
@@ -68,30 +68,16 @@ class Layer(NamedTuple):
 
 
 def bounds(engine: Session, X: Any, eps: Any, *, bounds: Any = None) -> Box:
-    """Return the least and the greatest outputs, two arrays (n, N) float64, for inputs within ``eps`` of X (n, K).
-
-    Every input x with |x - X| <= eps in each column has ``engine.outputs(x)`` between the two, and so has the network
-    in exact arithmetic. The bounds are valid, not the tightest. ``eps`` is a number, or (K,) with one for each column:
-    0 for a column that does not move. It counts in the units of X, also with normalised inputs. ``bounds``: (low, high)
-    of the inputs that are possible, numbers or (K,) each, such as (0, 1) for pixels.
-
-    Raises ArgumentError, ArgumentTypeError, ShapeError, DTypeError or DataError, before anything has been computed.
-    """
+    """Return the least and the greatest outputs for inputs within ``eps`` of X; see ``Engine.bounds``."""
     low, high = ball(engine, X, eps, bounds)
     return Propagation(engine).outputs(low, high)
 
 
 def certified(engine: Session, X: Any, y: Any, eps: Any, *, bounds: Any = None) -> Array:
-    """Return whether ``predict`` gives y for every input within ``eps`` of X (n, K): bool (n,), of labels (n, N).
-
-    False says that this is not shown. The mean is the certified accuracy. y, ``eps`` and ``bounds`` as in ``evaluate``
-    and ``bounds``; rows of an ignored class are False.
-
-    Raises ArgumentError for targets that are no classes, and the errors of ``bounds``.
-    """
+    """Return whether ``predict`` gives y for every input within ``eps`` of X; see ``Engine.certified``."""
     low, high = ball(engine, X, eps, bounds)
-    targets = engine.targets("y", y, rows=len(low))
-    values, kind = np.asarray(engine.on_host(targets.values)), engine.kind_of(targets)
+    targets = engine.inputs.targets("y", y, rows=len(low))
+    values, kind = np.asarray(engine.inputs.on_host(targets.values)), engine.inputs.kind_of(targets)
     if kind in (None, "numbers"):
         raise ArgumentError(
             f"y: certified predictions are those of classes, and y holds {kind or 'probabilities'}; use bounds(X, eps)"
@@ -108,11 +94,11 @@ def certified(engine: Session, X: Any, y: Any, eps: Any, *, bounds: Any = None) 
 def ball(engine: Session, X: Any, eps: Any, limits: Any = None) -> Box:
     """Return the ends of the box of inputs around X that the arguments of ``bounds`` describe, checked."""
     engine.network.check_single("eps", "interval bounds")
-    rows = engine.on_host(engine.features("X", X)).astype(np.float64)
-    engine.check_measured()
+    rows = engine.inputs.on_host(engine.inputs.features("X", X)).astype(np.float64)
+    engine.scaling.check_measured()
     width = engine.network.sizes[0]
     # the rows given may have been rounded
-    rounding = np.finfo(engine._real).eps * np.abs(rows)
+    rounding = np.finfo(engine.inputs.real).eps * np.abs(rows)
     radius = _columns("eps", eps, width, low=0.0) + rounding
     low, high = rows - radius, rows + radius
     if limits is not None:
@@ -149,10 +135,10 @@ class Propagation:
     """The bounds of an engine's network, as its parameters are now."""
 
     def __init__(self, engine: Session) -> None:
-        net, state = engine.network, engine.evaluated_tensors()
-        on_host = engine._backend.traits.on_host
+        net, state = engine.network, engine.memory.evaluated_tensors()
+        on_host = engine.memory.backend.traits.on_host
         self.arithmetic = (ON_HOST if on_host else ARITHMETIC)[engine.precision]
-        self.scale = engine.input_scale
+        self.scale = engine.scaling.scale
         self.layers: list[Layer] = []
         for at, activation in enumerate(net.activations):
             w, b = (state[f"{2 * at}.{name}"].astype(np.float64) for name in ("weight", "bias"))

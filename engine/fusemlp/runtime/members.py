@@ -8,7 +8,7 @@ import numpy as np
 
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.targets import Examples
-from fusemlp.runtime.inference import Inference, metrics_of
+from fusemlp.runtime.forward import ForwardPass, metrics_of
 from fusemlp.runtime.memory import Memory, on_device
 from fusemlp_kernels.contract import COUNTERS, ROW_COUNT, STATS, LossSpec
 
@@ -36,9 +36,9 @@ def _log_mean_exp(values: Array) -> Array:
 class MeanEvaluation:
     """The loss of the mean prediction on ``data`` by ``spec``, to evaluate once or repeatedly."""
 
-    def __init__(self, inference: Inference, data: Examples, spec: LossSpec, class_weight: Any | None) -> None:
-        self._inference, self._spec, self._X = inference, spec, data.X
-        backend, rows, outputs = inference.memory.backend, len(data.X), inference.net.sizes[-1]
+    def __init__(self, forward: ForwardPass, data: Examples, spec: LossSpec, class_weight: Any | None) -> None:
+        self._forward, self._spec, self._X = forward, spec, data.X
+        backend, rows, outputs = forward.memory.backend, len(data.X), forward.net.sizes[-1]
         pitch = -(-outputs // backend.traits.row_multiple) * backend.traits.row_multiple
         self._z = backend.view(backend.allocate(rows * pitch, "compute"), 0, (rows, outputs), pitch)
         self._stats, counters = backend.allocate(STATS, "float64"), backend.allocate(COUNTERS, "int64")
@@ -52,10 +52,10 @@ class MeanEvaluation:
 
     def of(self, memory: Memory) -> dict[str, float]:
         """Return the metrics of what predictions read: see ``metrics_of``."""
-        self._inference.trained = memory
-        backend = self._inference.memory.backend
-        outputs = combined(self._spec.kind, self._inference.outputs(self._X))
-        backend.copy_into(self._z, outputs.astype(self._inference.real, copy=False))
+        self._forward.trained = memory
+        backend = self._forward.memory.backend
+        outputs = combined(self._spec.kind, self._forward.outputs(self._X))
+        backend.copy_into(self._z, outputs.astype(self._forward.real, copy=False))
         self._stats[:] = 0.0
         self._run()
         return metrics_of(backend.to_host(self._stats), self._spec)

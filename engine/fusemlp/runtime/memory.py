@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from itertools import pairwise
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from fusemlp.describe.network import MLP
+from fusemlp.inputs.arrays import Array
 from fusemlp.program import layout
 from fusemlp_kernels.contract import COUNTERS, HYPER, RATE_COLUMNS, STATS, Backend
 
@@ -26,13 +27,11 @@ def new_arenas(
     mixed: bool = False,
     gradient_parts: int = 1,
     models: int = 1,
-    slices: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Flat zeroed arrays for what ``models`` models keep between steps, one model's behind the other's; ``size`` is
-    that of a model's parameters in elements. ``slices``: the sizes of arrays that are a slice."""
+    that of a model's parameters in elements."""
     sizes = {"params": (size, "real"), "grads": (size * gradient_parts, "real")}
     sizes |= {f"state{index}": (size, "real") for index in range(state_count)}
-    sizes |= {name: (count, "real") for name, count in (slices or {}).items()}
     sizes |= {"counters": (COUNTERS, DTYPES["counters"]), "hyper": (HYPER, DTYPES["hyper"])}
     sizes["stats"] = STATS, DTYPES["stats"]
     sizes["rates"] = (1 + layout.RATE_ROWS) * RATE_COLUMNS, "float64"
@@ -48,13 +47,24 @@ def new_arenas(
         ) from error
 
 
+class Account(NamedTuple):
+    """The numbers that the host reads after a launch, at one go: the statistics of epochs (epochs, STATS), the counters
+    and hyper, whether all parameters are ``finite``, and the other arrays that were asked for.
+    """
+
+    stats: Array
+    counters: Array
+    hyper: Array
+    finite: bool
+    beside: list[Array]
+
+
 class Memory:
     """The memory between steps: parameters, gradients, optimizer state, counters, all on the device.
 
     ``average`` is the number of the state that predictions read in place of the parameters, or None.
     ``item_bytes``: bytes of a parameter; ``compute_bytes``: of what the matrix products read, where that is another
-    type. ``arenas``: its arrays, those of ``new_arenas`` by default. ``rank``, its number and that of all: it keeps a
-    slice of the optimizer's state, the elements ``own``.
+    type. ``arenas``: its arrays, those of ``new_arenas`` by default.
     """
 
     def __init__(
@@ -68,27 +78,22 @@ class Memory:
         gradient_parts: int = 1,
         arenas: Mapping[str, Any] | None = None,
         average: int | None = None,
-        rank: tuple[int, int] = (0, 1),
     ) -> None:
         self.backend = backend
         # the suffix of what predictions read: of the parameters, or of their average
         self.evaluated = "" if average is None else f".state{average}"
         self.real_bytes, self.compute_bytes = item_bytes, compute_bytes
+        # the parameters' names, by their short ones
+        self.names = layout.short_names(net)
+        # whether gradients outlive a step
+        self.accumulates = False
         mixed = compute_bytes is not None
         self.layout = layout.parameter_layout(net, row_multiple=backend.traits.row_multiple, item_bytes=item_bytes)
         # the parts of a batch have their gradients behind one another
         self.gradient_parts = gradient_parts
         size, rounded = self.layout.size, ["shadow"] if mixed else []
-        # the elements of a slice, of that of each rank, and which this rank has
-        self.slice_size = layout.slice_size(size, rank[1], item_bytes)
-        ends = [min(size, number * self.slice_size) for number in range(rank[1] + 1)]
-        self.slice_sizes = [end - start for start, end in pairwise(ends)]
-        self.own = slice(*ends[rank[0] : rank[0] + 2])
-        # the states of which there is a slice: predictions read all of an average
-        self.sliced = tuple(f"state{index}" for index in range(state_count) if rank[1] > 1 and index != average)
         if arenas is None:
-            slices = dict.fromkeys(self.sliced, self.slice_sizes[rank[0]])
-            arenas = new_arenas(backend, size, state_count, mixed=mixed, gradient_parts=gradient_parts, slices=slices)
+            arenas = new_arenas(backend, size, state_count, mixed=mixed, gradient_parts=gradient_parts)
         rates = arenas["rates"].reshape(-1, RATE_COLUMNS)
         # the flat arrays by name
         self.arenas: dict[str, Any] = {**arenas, "grads": arenas["grads"][:size], "rates": rates}
@@ -100,7 +105,7 @@ class Memory:
         views = self.layout.views
         self.arrays: dict[str, Any] = {**self.arenas, **views(backend, self.params)}
         self.arrays |= {f"d{name}": view for name, view in views(backend, self.grads).items()}
-        for arena in (*[name for name in states if name not in self.sliced], *rounded):
+        for arena in (*states, *rounded):
             self.arrays |= {f"{name}.{arena}": view for name, view in views(backend, arenas[arena]).items()}
 
     @property
@@ -116,6 +121,70 @@ class Memory:
         for name, copy in into.items():
             backend.copy_into(copy, arrays[name])
         return into
+
+    @property
+    def _changing(self) -> list[str]:
+        """The names of the flat arrays that a step changes."""
+        states = [f"state{index}" for index in range(len(self.states))]
+        # gradients outlive a step only where they are accumulated
+        return ["params", *(["grads"] if self.accumulates else []), *states, "counters", "hyper", "stats"]
+
+    def snapshot(self) -> dict[str, Array]:
+        """Return host copies of all that a step changes, for ``restore``."""
+        return {name: self.backend.to_host(self.arrays[name]) for name in self._changing}
+
+    def remember(self, into: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return copies of the same on the device, for ``restore``; ``into`` is one that may be overwritten."""
+        return self.copies(self._changing, into)
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go back to a ``snapshot``, or to what was remembered."""
+        for name in self._changing:
+            self.backend.copy_into(self.arrays[name], snapshot[name])
+        self.refresh_shadow()
+
+    def account(self, epoch_stats: Any | None = None, *, check_finite: bool, beside: Sequence[Any] = ()) -> Account:
+        """Return the account of the steps since the statistics were cleared; waits for the device, once.
+
+        ``epoch_stats`` (epochs, STATS): the statistics of several epochs, in place of its own. ``beside`` are arrays to
+        read at the same go.
+        """
+        backend, stats = self.backend, self.stats if epoch_stats is None else epoch_stats
+        # if one is not finite, neither is the sum; on the host nothing waits
+        sums = [self.params.sum()] if check_finite and not backend.traits.on_host else []
+        found, counters, hyper, *rest = backend.read(stats, self.counters, self.hyper, *sums, *beside)
+        finite = not check_finite or (bool(sums) and math.isfinite(rest[0][0]))
+        finite = finite or all(map(math.isfinite, backend.extent(self.params)))
+        return Account(found.reshape(-1, len(self.stats)), counters, hyper, finite, rest[len(sums) :])
+
+    def tensors(self, arena: str = "params") -> dict[str, Array]:
+        """Return copies of one array per parameter, by name: the parameters, or what another flat array has for them,
+        "state0" or "grads"."""
+        return self.named(self.arrays[arena])
+
+    def evaluated_tensors(self) -> dict[str, Array]:
+        """Return copies of what predictions use: the parameters, or their averages."""
+        return self.tensors(self.evaluated_arena)
+
+    def write(self, tensors: Mapping[str, Any], arena: str = "params") -> None:
+        """Invert ``tensors``; the padding around them becomes zero again, whatever a lost step left there.
+
+        An average of the parameters begins anew with them.
+        """
+        if arena == "params" and self.evaluated:
+            self.write(tensors, self.evaluated_arena)
+        flat = self.arrays[arena]
+        flat[:] = 0.0
+        views = self.layout.views(self.backend, flat)
+        for short, name in self.names.items():
+            self.backend.copy_into(views[short], tensors[name])
+        if arena == "params":
+            self.refresh_shadow()
+
+    def named(self, flat: Any) -> dict[str, Array]:
+        """Return copies of the tensors in a flat array like that of the parameters, by name."""
+        views = self.layout.views(self.backend, flat)
+        return {name: self.backend.to_host(views[short]) for short, name in self.names.items()}
 
     def read_evaluated(self, memory: Memory) -> None:
         """Take over what predictions read of ``memory``."""

@@ -14,8 +14,8 @@ import numpy as np
 from fusemlp.describe.network import MLP
 from fusemlp.inputs.arrays import Array
 from fusemlp.program.layout import placement
-from fusemlp.runtime import inference as forward
-from fusemlp.runtime.inference import Inference
+from fusemlp.runtime import forward
+from fusemlp.runtime.forward import ForwardPass
 from fusemlp.runtime.memory import Workspace
 from fusemlp_kernels.contract import NEEDS_Z, UpdateRule
 
@@ -23,28 +23,28 @@ from fusemlp_kernels.contract import NEEDS_Z, UpdateRule
 IN_CACHE = 1 << 17
 
 
-def path_gradient(inference: Inference, X: Any, baseline: Any, seed: Array, points: Array, weights: Array) -> Array:
+def path_gradient(passes: ForwardPass, X: Any, baseline: Any, seed: Array, points: Array, weights: Array) -> Array:
     """Return the sum over p of weights[p] times the gradient at baseline + points[p] * (X - baseline), (n, K).
 
     ``X`` and ``baseline`` are checked rows (n, K), the latter perhaps one row; ``seed`` (n, N) weighs the outputs.
     """
-    net = inference.net
+    net = passes.net
     if net.layers == 1:
-        found = np.zeros(X.shape, inference.real)
+        found = np.zeros(X.shape, passes.real)
         for point, weight in zip(points.tolist(), weights.tolist(), strict=True):
-            found += weight * inference.input_gradient(baseline + point * (X - baseline), {"seed": seed})
+            found += weight * passes.input_gradient(baseline + point * (X - baseline), {"seed": seed})
         return found
     head = MLP(net.sizes[:2], output_activation="identity")
-    start = inference.outputs(baseline, head)
-    step = inference.outputs(X, head) - start
+    start = passes.outputs(baseline, head)
+    step = passes.outputs(X, head) - start
     start = np.broadcast_to(start, step.shape)
-    most = min(forward.LARGEST, IN_CACHE) if inference.memory.backend.traits.on_host else forward.LARGEST
+    most = min(forward.LARGEST, IN_CACHE) if passes.memory.backend.traits.on_host else forward.LARGEST
     rows = max(1, min(len(step), most // (max(net.sizes[1:]) * len(points))))
-    lines, mean = _Lines(inference, rows, points, weights), np.empty_like(step)
+    lines, mean = _Lines(passes, rows, points, weights), np.empty_like(step)
     for first in range(0, len(step), rows):
         part = slice(first, first + rows)
         mean[part] = lines.mean(start[part], step[part], seed[part])
-    return inference.input_gradient(X, {"seed": mean}, net=head)
+    return passes.input_gradient(X, {"seed": mean}, net=head)
 
 
 class _Lines:
@@ -54,8 +54,8 @@ class _Lines:
     with one input, the place on the lines, gives h1, and ``grad_weight``'s sum over a batch of points is the average.
     """
 
-    def __init__(self, inference: Inference, rows: int, points: Array, weights: Array) -> None:
-        memory, net = inference.memory, inference.net
+    def __init__(self, passes: ForwardPass, rows: int, points: Array, weights: Array) -> None:
+        memory, net = passes.memory, passes.net
         self.backend, self.rows, self.weights = memory.backend, rows, weights
         backend, count, width = self.backend, len(points), net.sizes[1]
         multiple = backend.traits.row_multiple
@@ -71,7 +71,7 @@ class _Lines:
         self.step, step = room("compute", width, pitch, rows)
         self.sums, sums = room("real", width, pitch, rows)
         place, _ = room("compute", 1, multiple, count)
-        backend.copy_into(place, points.astype(inference.real)[:, None])
+        backend.copy_into(place, points.astype(passes.real)[:, None])
         activation = net.activations[0]
         names = ["h1", *(["z1"] if activation.name in NEEDS_Z else [])]
         made = {name: room("compute", width, pitch, count * rows) for name in names}
@@ -88,14 +88,14 @@ class _Lines:
             **({"z": whole["z1"]} if "z1" in whole else {}),
         )
         workspace, own = Workspace(backend), {name: view for name, (view, _) in made.items()}
-        self._inner = inference.bind(net, count * rows, gradient=1, own=own, workspace=workspace)
+        self._inner = passes.bind(net, count * rows, gradient=1, own=own, workspace=workspace)
         dtype, dz = placement(self._inner.program, memory.layout, row_multiple=multiple).places["dz1"]
         gradients = backend.view(workspace.arena(dtype, 0), dz.offset, (count, long), long)
         self._sum = backend.bind(
             "grad_weight",
             layers=({"dz": gradients, "x": place, "dw": None, "db": sums},),
             rule=UpdateRule("sgd"),
-            counters=inference.counters,
+            counters=passes.counters,
         )
 
     def mean(self, start: Array, step: Array, seed: Array) -> Array:

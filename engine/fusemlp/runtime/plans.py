@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fusemlp.describe.checks import as_count, check_flag
+from fusemlp.describe.checks import as_count
 from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
@@ -16,7 +16,7 @@ from fusemlp.program.step import Inputs
 from fusemlp.runtime.backends import TRAITS, availability
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES
 from fusemlp_kernels.contract import MOST_PARTS, Traits, resident_refusal, step_flops
-from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError, unknown_name
+from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
 from fusemlp_kernels.registry import PLANS
 
 # The reason for a plan that the user named.
@@ -100,7 +100,7 @@ def shared_plan(
     Raises BackendUnavailableError for a graph asked for that they do not have; ``conflicts`` has other refusals.
     """
     plan, reason = alone
-    between = f"{'collectives' if sharding.slices else 'a collective'} between them ({sharding})"
+    between = f"a collective between them ({sharding})"
     if traits.on_host:
         return plan, f"two launches a step, and {between}"
     asked = reason == ASKED
@@ -130,15 +130,11 @@ def _traits(backend: str, precision: str) -> Traits:
     return traits
 
 
-def _sharding(net: MLP, traits: Traits, devices: int | None, reduce: str, shard_optimizer: bool) -> Sharding | None:
-    if check_flag("shard_optimizer", shard_optimizer) and devices is None:
-        raise ArgumentError(
-            "shard_optimizer: it shards over several processes; say how many by devices, or leave it out"
-        )
+def _sharding(net: MLP, traits: Traits, devices: int | None, reduce: str) -> Sharding | None:
     if devices is None:
         return None
     check_together({**net.uses, "ranks": "devices", traits.name: True})
-    return Sharding(reduce, as_count("devices", devices), shard_optimizer).check()
+    return Sharding(reduce, as_count("devices", devices)).check()
 
 
 def chosen_plan(
@@ -149,14 +145,13 @@ def chosen_plan(
     precision: str = "fp32",
     devices: int | None = None,
     reduce: str = ORDERED,
-    shard_optimizer: bool = False,
 ) -> tuple[str, str] | None:
     """Return the plan that ``plan="auto"`` means in ``fit``, and why; None if it does not depend on the network.
 
     Raises what ``plan_text`` does for the same arguments.
     """
     traits = _traits(backend, precision)
-    sharding = _sharding(net, traits, devices, reduce, shard_optimizer)
+    sharding = _sharding(net, traits, devices, reduce)
     if traits.resident is None:
         return None
     alone = choose_plan("auto", traits, net.sizes, batch_size, precision, members=net.members)
@@ -173,17 +168,15 @@ def plan_text(
     precision: str = "fp32",
     devices: int | None = None,
     reduce: str = ORDERED,
-    shard_optimizer: bool = False,
 ) -> str:
     """The step program that ``fit`` runs on a backend that need not be installed, under ``plan="auto"``, as text;
-    with ``devices`` that of one of this many processes which train together, with ``shard_optimizer`` each with a
-    slice of the optimizer's state.
+    with ``devices`` that of one of this many processes which train together.
 
     Raises ArgumentError or ArgumentTypeError for impossible values, BackendUnavailableError for ``devices`` of a
     backend that trains in one process.
     """
     traits = _traits(backend, precision)
-    sharding = _sharding(net, traits, devices, reduce, shard_optimizer)
+    sharding = _sharding(net, traits, devices, reduce)
     chosen_loss, chosen_optimizer = as_loss(loss), as_optimizer(optimizer)
     chosen_loss.check_network(net)
     chosen_optimizer.check_network(net)

@@ -14,7 +14,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,19 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ALONE = f"to run in one process, unset {' '.join(VARIABLES)}, or write env -u WORLD_SIZE before the command"
 # Seconds that a collective waits for the others unless told otherwise: the first step compiles its loop.
 TIMEOUT = 120.0
+# Libraries whose versions the bits of a step depend on.
+LIBRARIES = ("fusemlp", "numpy", "numba", "torch")
 # A process that waits longer than this for the others says so, in seconds: torchrun starts them together.
 SILENT_SECONDS = 1.0
 # After an error a rank waits for the reports of the others: seconds after the last report, and in all.
 QUIET_SECONDS, REPORT_SECONDS = 2.0, 10.0
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the versions that the bits of a step depend on, by what they are of."""
+    found = {f"the version of {name}": version(name) for name in LIBRARIES}
+    return {**found, "the version of Python": platform.python_version()}
 
 
 def started() -> bool:
@@ -285,10 +296,7 @@ class Ranks:
         except RuntimeError:
             return "rank 0, which keeps the ranks' common store, ended or does not answer; see what it said itself"
         if not missing:
-            return (
-                f"a collective failed on all {self.world} ranks; see their own messages; a rank may have called "
-                "save_checkpoint alone: with shard_optimizer all processes must"
-            )
+            return f"a collective failed on all {self.world} ranks; see their own messages"
         names = f"rank{'' if len(missing) == 1 else 's'} {', '.join(map(str, missing))}"
         return f"{names} of {self.world} ended or did not answer within {self.timeout:g} s; see what it said itself"
 
@@ -296,23 +304,6 @@ class Ranks:
         """Write the arrays ``own`` (n,) of all ranks into the contiguous ``into`` (world, n), by rank."""
         group, flat = self._group_of(own), self._tensor(into.reshape(-1))
         self._collective(lambda: self._all_gather(flat, self._tensor(own), group=group))
-
-    def exchange(self, into: Array, own: Array, counts: Sequence[int], into_all: Array, own_all: Array) -> None:
-        """Write what each rank sends to this one into the row ``into`` (world, n) of its number, and likewise
-        ``own_all`` (m,) of each rank into ``into_all`` (world, m). Rank r is sent ``counts[r]`` elements of ``own``,
-        after those of the ranks before it.
-        """
-
-        def run() -> None:
-            dist, group, tensor = self._dist, self._group_of(own), self._tensor
-            received, sizes = tensor(into.reshape(-1)), [into.shape[1]] * self.world
-            one = dist.all_to_all_single(received, tensor(own), sizes, list(counts), group=group, async_op=True)
-            flat = tensor(into_all.reshape(-1))
-            other = self._all_gather(flat, tensor(own_all), group=group, async_op=True)
-            one.wait()
-            other.wait()
-
-        self._collective(run)
 
     def swap(self, rows: Sequence[Array], counts: Sequence[int]) -> Array:
         """Send ``rows[r]`` to rank r; return what each rank has sent to this one, one after another, of rank r
@@ -324,11 +315,6 @@ class Ranks:
         sizes = [size * count for count in counts], [size * len(one) for one in rows]
         self._collective(lambda: self._dist.all_to_all_single(into, own, *sizes, group=self._group))
         return found
-
-    def gather(self, into: Array | None, own: Array) -> None:
-        """Write the arrays ``own`` (n,) of all ranks into that ``into`` (world, n) of rank 0; others have none."""
-        parts = None if into is None else [self._tensor(row) for row in into]
-        self._collective(lambda: self._dist.gather(self._tensor(own), parts, dst=0, group=self._group_of(own)))
 
     def add(self, *arrays: Array) -> None:
         """Replace each array by its sum over the ranks, in any order."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fusemlp._version import __version__
-from fusemlp.describe.checks import as_count, check_choice
+from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag
 from fusemlp.describe.conflicts import Features, check_together, in_use
 from fusemlp.describe.description import stored
 from fusemlp.describe.elsewhere import knows_names
@@ -19,23 +18,19 @@ from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
 from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.describe.schedules import Schedule
-from fusemlp.describe.summary import bytes_text, layer_lines
 from fusemlp.inputs.arrays import Array
+from fusemlp.inputs.device import DeviceInputs
 from fusemlp.inputs.state import checked_state
-from fusemlp.program.layout import short_names
-from fusemlp.program.program import Program
-from fusemlp.program.sharding import ORDERED, Sharding
-from fusemlp.runtime import binding, joining, parameters, stepping
-from fusemlp.runtime.backends import PRECISIONS, first_available
-from fusemlp.runtime.bound import BoundProgram
-from fusemlp.runtime.inference import Inference, InputScale
-from fusemlp.runtime.keeping import Keeping
-from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory, Workspace
+from fusemlp.program.sharding import ORDERED, REDUCTIONS, Sharding
+from fusemlp.runtime.backends import PRECISIONS, first_available, open_here
+from fusemlp.runtime.bound import KeptPrograms
+from fusemlp.runtime.inference import Inference
+from fusemlp.runtime.ledger import Ledger
+from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory
 from fusemlp.runtime.plans import ASKED, choose_plan, shared_plan
-from fusemlp.runtime.predicting import Predicting
-from fusemlp.runtime.ranks import TIMEOUT, Ranks
+from fusemlp.runtime.ranks import TIMEOUT, Ranks, check_nccl, joined, versions
 from fusemlp.runtime.rates import RateTable
-from fusemlp.runtime.spending import Spending
+from fusemlp.runtime.scaling import MEAN, SCALE, Scaling, as_normalise
 from fusemlp_kernels.contract import (
     FIRST_LOSS_SCALE,
     LEARNING_RATE,
@@ -47,9 +42,6 @@ from fusemlp_kernels.contract import (
     batch_parts,
 )
 from fusemlp_kernels.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from fusemlp.training.history import FitState, History
 
 Made = TypeVar("Made", bound="Session")
 
@@ -70,32 +62,16 @@ ELSEWHERE = {
     "loss_fn": "it is called loss here: Engine(net, loss='mse')",
     "random_state": "it is called seed here: Engine(net, seed=0)",
     "dtype": "it is called precision here: Engine(net, precision='fp32')",
+    # of earlier releases
+    "shard_optimizer": "it is gone: each process keeps the whole state of the optimizer now; leave it out",
 }
 
 
-class Session(Predicting, Spending, Keeping):
+class Session:
     """A network with its loss and optimizer, bound to memory on a backend: what trains, is saved and predicts.
 
     ``Engine`` is its public face and documents the arguments; fitting, checkpoints, fleets and export work on this.
     """
-
-    program_against = binding.program_against
-    lower = binding.lower
-    bind = binding.bind
-    bind_fit = binding.bind_fit
-    bind_staged = binding.bind_staged
-    step = stepping.step
-    run_staged = stepping.run_staged
-    check_scaling = stepping.check_scaling
-    state_dict = parameters.state_dict
-    load_state_dict = parameters.load_state_dict
-    evaluated_tensors = parameters.evaluated_tensors
-    tensors = parameters.tensors
-    write_tensors = parameters.write_tensors
-    join = joining.join
-    keep_whole_state = joining.keep_whole_state
-    whole = joining.whole
-    put = joining.put
 
     @knows_names(ELSEWHERE, call="Engine(net, loss='mse', optimizer=Adam(lr=0.001), batch_size=32)")
     def __init__(
@@ -114,7 +90,6 @@ class Session(Predicting, Spending, Keeping):
         distributed: bool = False,
         reduce: str = ORDERED,
         timeout: float = TIMEOUT,
-        shard_optimizer: bool = False,
     ) -> None:
         self.network = as_network("net", net)
         self.loss = as_loss(loss)
@@ -123,13 +98,15 @@ class Session(Predicting, Spending, Keeping):
         self.seed = as_count("seed", seed, minimum=0)
         self.loss.check_network(net)
         self.optimizer.check_network(net)
-        self.privacy = as_privacy(privacy)
+        self.ledger = Ledger(as_privacy(privacy), self.batch_size)
+        self.normalise = as_normalise(normalise, self.network.sizes[0])
         check_together(in_use(privacy=self.privacy, **{"measured rows": normalise is True}))
-        self.start_spending([])
         self.start(Machine(backend, device, precision, plan))
-        self.start_normalising(normalise)
-        self.join(distributed, reduce, timeout, shard_optimizer)
-        self.write_tensors(checked_state(net.parameter_shapes(), net.initial_parameters(self.seed), self._real), "")
+        if normalise is not None and not isinstance(normalise, bool | np.bool_):
+            self.scaling.scale = self.scaling.measured(self.inputs.features("normalise", normalise))
+        self.join(distributed, reduce, timeout)
+        drawn = net.initial_parameters(self.seed)
+        self.memory.write(checked_state(net.parameter_shapes(), drawn, self.inputs.real))
 
     def like(self, kind: type[Made], **changes: Any) -> Made:
         """Return a new ``kind`` of session with the network, loss, optimizer, batch size, seed and machine of this one.
@@ -151,7 +128,7 @@ class Session(Predicting, Spending, Keeping):
             "seed": self.seed,
             "precision": self.precision,
             "normalise": self.normalise,
-            "privacy": self.privacy_config(),
+            "privacy": self.ledger.to_config(self.update_count),
         }
 
     def describe_from(self, config: Mapping[str, Any]) -> None:
@@ -166,7 +143,7 @@ class Session(Predicting, Spending, Keeping):
         self.precision = check_choice("precision", config["precision"], PRECISIONS)
         # older files do not have them
         self.normalise = stored("normalise", config.get("normalise"), bool | None)
-        self.start_spending_from(config.get("privacy"))
+        self.ledger = Ledger.from_config(config.get("privacy"), self.batch_size)
 
     def start(self, machine: Machine) -> None:
         """Choose the backend and allocate; everything that a pickle does not carry."""
@@ -179,55 +156,73 @@ class Session(Predicting, Spending, Keeping):
         check_together(self.uses)
         if self.privacy is not None:
             self.privacy.check_size(self.precision)
-        self._backend = joining.open_here(self.backend, machine.device, self.precision)
-        self.device = self._backend.device
+        backend = open_here(self.backend, machine.device, self.precision)
+        real = np.dtype(f"f{REAL_BYTES.get(self.precision, 4)}")
+        self.device = backend.device
+        self.inputs = DeviceInputs(self.network, self.loss, backend, real)
         self.plan, self.plan_reason = self._chosen(machine.plan, self.batch_size)
-        self._scaled = self.precision == "fp16"
-        self._real = np.dtype(f"f{REAL_BYTES.get(self.precision, 4)}")
-        self._use_memory(None, None, None)
-        self.memory.hyper[RATE_SCALE] = 1.0
-        self.memory.hyper[LOSS_SCALE] = FIRST_LOSS_SCALE
-        self._unchecked_steps = 0
-        # the optimizer of ``step``, and its schedule, which knows of no end
-        self._stepping: tuple[Optimizer, Schedule] | None = None
+        self.scaling = Scaling(self.inputs, self.normalise)
         # the loss's class weights, on the device
         self.class_weight: Any | None = None
         if self.loss.class_weight is not None:
-            self.class_weight = self._backend.from_host(np.asarray(self.loss.class_weight, self._real))
-        self.history: History | None = None
-        self.fit_state: FitState | None = None
-        self.best_parameters = None
+            self.class_weight = backend.from_host(np.asarray(self.loss.class_weight, real))
+        self._use_memory(None, None)
+        self.memory.hyper[RATE_SCALE] = 1.0
+        self.memory.hyper[LOSS_SCALE] = FIRST_LOSS_SCALE
         # (models, N): how far the last biases of merged models lie from their mean
         self.merged_biases: Array | None = None
-        self.epochs_trained = 0
-        self.stop_training = False
 
-    def _use_memory(
-        self, arenas: Mapping[str, Any] | None, schedule: Schedule | None, scale: InputScale | None, rows: int = 0
-    ) -> None:
-        rule = self.optimizer.rule()
-        self._states = rule.states
+    def join(self, distributed: bool, reduce: str, timeout: float) -> None:
+        """With ``distributed`` train together with the other processes that torchrun has started.
+
+        Raises what ``Ranks`` does, and ArgumentError or BackendUnavailableError for what cannot be trained so.
+        """
+        check_choice("reduce", reduce, REDUCTIONS)
+        limit = as_number("timeout", timeout, low=0.0, low_open=True)
+        if not check_flag("distributed", distributed):
+            if reduce != ORDERED:
+                raise ArgumentError(
+                    f"reduce: {reduce!r} adds the gradients of several processes, and this one trains alone; start it "
+                    "by torchrun, a script with distributed=True, or leave reduce out"
+                )
+            return
+        # refused before the processes meet
+        check_together({**self.uses, "ranks": "distributed"})
+        if not any(self.optimizer.options_for(name)[0] for name in self.network.parameter_shapes()):
+            raise ArgumentError("distributed: the optimizer trains no parameter, so there is no gradient to add")
+        device = self.memory.backend.device
+        if device != "cpu":
+            check_nccl()
+        ranks = joined(limit)
+        sharding = Sharding(reduce, ranks.world).check()
+        traits = self.memory.backend.traits
+        plan = shared_plan((self.plan, self.plan_reason), traits, sharding, ranks.uncaptured())
+        self.ranks, self.sharding = ranks, sharding
+        self.plan, self.plan_reason = plan
+        told = {"reduce": sharding, "backend": self.backend, "plan": self.plan}
+        ranks.check_same({**versions(), **self.description(), **told})
+        # after that: with another backend a rank has no card
+        if device != "cpu":
+            ranks.take_card(device)
+
+    def _use_memory(self, arenas: Mapping[str, Any] | None, schedule: Schedule | None, rows: int = 0) -> None:
+        rule, backend = self.optimizer.rule(), self.inputs.backend
+        self.state_names = rule.states
         self.memory = memory = Memory(
             self.network,
-            self._backend,
+            backend,
             rule.state_count,
-            item_bytes=self._real.itemsize,
+            item_bytes=self.inputs.real.itemsize,
             compute_bytes=COMPUTE_BYTES.get(self.precision),
-            gradient_parts=batch_parts(self._backend.traits, rows or self.batch_size, self.network.parameter_count),
+            gradient_parts=batch_parts(backend.traits, rows or self.batch_size, self.network.parameter_count),
             arenas=arenas,
             average=rule.average,
-            rank=(self.ranks.rank, self.ranks.world)
-            if self.ranks is not None and self.sharding is not None and self.sharding.slices
-            else (0, 1),
         )
         # the learning rates of the updates to come, for those who launch steps
         self.rates = self._rate_table(rule)
         self.rates.schedule = schedule
-        self._names = short_names(self.network)
-        self._workspace = Workspace(self._backend)
-        self._inference = Inference(self.network, memory, scale)
-        self._staged: dict[tuple[bool, bool], BoundProgram] = {}
-        self._last_fit = None
+        self.inference = Inference(self.network, self.loss, memory, self.inputs, self.scaling, self.class_weight)
+        self.programs = KeptPrograms(backend)
 
     def move_into(self, arenas: Mapping[str, Any]) -> None:
         """Keep what the engine keeps in these arrays from now on: flat ones like those of ``new_arenas``."""
@@ -236,7 +231,7 @@ class Session(Predicting, Spending, Keeping):
             # the table of rates is filled again
             if name != "rates":
                 array[:] = before[name]
-        self._use_memory(arenas, self.rates.schedule, self.input_scale)
+        self._use_memory(arenas, self.rates.schedule)
 
     def take_batches_of(self, batch_size: int) -> None:
         """Change ``batch_size``: the engine trains on as one that was made with it.
@@ -250,11 +245,11 @@ class Session(Predicting, Spending, Keeping):
         self.make_room_for(batch_size)
         self.batch_size = batch_size
         self.plan, self.plan_reason = chosen
-        self._staged.clear()
+        self.programs.staged.clear()
 
     def _chosen(self, plan: str, batch_size: int) -> tuple[str, str]:
         """The plan that ``plan`` comes to for batches of this size, and why."""
-        traits, private, net = self._backend.traits, self.privacy is not None, self.network
+        traits, private, net = self.inputs.backend.traits, self.privacy is not None, self.network
         chosen = choose_plan(plan, traits, net.sizes, batch_size, self.precision, private=private, members=net.members)
         if self.ranks is None or self.sharding is None:
             return chosen
@@ -262,10 +257,10 @@ class Session(Predicting, Spending, Keeping):
 
     def make_room_for(self, rows: int) -> None:
         """Let the gradients of a batch of ``rows`` be summed in as many parts as in an engine made for such batches."""
-        if batch_parts(self._backend.traits, rows, self.network.parameter_count) > self.memory.gradient_parts:
-            before = self.snapshot()
-            self._use_memory(None, self.rates.schedule, self.input_scale, rows)
-            self.restore(before)
+        if batch_parts(self.inputs.backend.traits, rows, self.network.parameter_count) > self.memory.gradient_parts:
+            before = self.memory.snapshot()
+            self._use_memory(None, self.rates.schedule, rows)
+            self.memory.restore(before)
 
     @property
     def uses(self) -> Features:
@@ -284,20 +279,44 @@ class Session(Predicting, Spending, Keeping):
         )
         return {**self.network.uses, **self.loss.uses, **self.optimizer.uses, **own}
 
-    @property
-    def program(self) -> Program:
-        """The kernel calls of a training step in ``fit``, as data; printing it shows a table."""
-        return binding.program_of_fit(self, resident=self.plan == "resident")
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go back to a snapshot of the memory, or to what it remembered."""
+        self.memory.restore(snapshot)
+        self.rates.forget()
 
-    def _take_rule(self, rule: UpdateRule) -> None:
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of the parameters, by the names that torch gives them in the plain ``nn.Sequential``.
+
+        With the optimizer's ``ema`` they are the averages that ``predict`` uses.
+        With normalised inputs there are ``normalise.mean`` and ``normalise.scale`` (K,) too: the first layer takes
+        (x - mean) / scale.
+        """
+        return {**self.memory.evaluated_tensors(), **self.scaling.tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Set the parameters from array-likes with exactly the keys and shapes of ``state_dict``, or change nothing.
+
+        The statistics of normalised inputs are among the keys once they are measured, and may be before.
+
+        Raises ArgumentError for keys, ShapeError, DTypeError or DataError for values.
+        """
+        shapes = self.network.parameter_shapes()
+        if self.normalise and (self.scaling.scale is not None or (isinstance(state, Mapping) and MEAN in state)):
+            shapes |= dict.fromkeys((MEAN, SCALE), (self.network.sizes[0],))
+        arrays = checked_state(shapes, state, self.inputs.real)
+        self.scaling.take_tensors({name: arrays.pop(name) for name in (MEAN, SCALE) if name in arrays})
+        self.memory.write(arrays)
+
+    def take_rule(self, rule: UpdateRule) -> None:
+        """Fill the table of rates for the steps of ``rule``: the optimizer may be another than in the last fit."""
         if rule != self.rates.rule:
-            # another optimizer since the last fit
             self.rates = self._rate_table(rule)
 
     def _rate_table(self, rule: UpdateRule) -> RateTable:
         memory = self.memory
+        memory.accumulates = rule.accumulate > 1
         return RateTable(
-            self._backend, rule, memory.hyper, memory.rates, memory.counters, skips=self.precision == "fp16"
+            memory.backend, rule, memory.hyper, memory.rates, memory.counters, skips=self.precision == "fp16"
         )
 
     @property
@@ -307,28 +326,10 @@ class Session(Predicting, Spending, Keeping):
             self.rates.follow(self.optimizer.schedule.over(None))
         return float(self.memory.hyper[LEARNING_RATE])
 
-    def scale_learning_rate(self, factor: float) -> None:
-        """Multiply the rates of the running ``fit`` by ``factor`` from the next update on; checkpoints keep it."""
-        self._take_rate_scale(float(self.memory.hyper[RATE_SCALE]) * factor)
-
-    def set_learning_rate(self, rate: float) -> None:
-        """Let the next update have this rate, and those after it the rates of the schedule in the same proportion.
-
-        Raises ArgumentError if the rate of the optimizer's own schedule is 0 now.
-        """
-        base = self.rates.base
-        if not base:
-            raise ArgumentError(
-                f"rate: the optimizer's own rate is 0 now, and {rate!r} no multiple of it; give it one, Adam(lr=0.001)"
-            )
-        self._take_rate_scale(rate / base)
-
-    def _take_rate_scale(self, scale: float) -> None:
-        self.rates.rescale(scale)
-        state = self.fit_state
-        if state is not None:
-            best, waited, _ = state.plateau
-            state.plateau = best, waited, scale
+    @property
+    def privacy(self) -> DPSGD | None:
+        """How it trains privately; None if it does not."""
+        return self.ledger.privacy
 
     @property
     def update_count(self) -> int:
@@ -339,39 +340,6 @@ class Session(Predicting, Spending, Keeping):
     def skipped_batches(self) -> int:
         """The number of batches that updated nothing, because their gradients overflowed in fp16."""
         return int(self.memory.counters[SKIPPED])
-
-    def summary(self, print_fn: Callable[[str], object] = print) -> None:
-        """Print the network, its training and the memory that it takes; ``print_fn`` gets the text instead."""
-        net, memory = self.network, self.memory
-        options = self.optimizer.options_for
-        frozen = sum(math.prod(shape) for name, shape in net.parameter_shapes().items() if not options(name)[0])
-        size = memory.layout.size * memory.real_bytes
-        held = {
-            "parameters": size,
-            "optimizer state": sum(len(state) for state in memory.states) * memory.real_bytes,
-            "gradients": size * memory.gradient_parts,
-            "copy of the average": size * bool(memory.evaluated),
-            "16-bit copy": memory.layout.size * (memory.compute_bytes or 0),
-        }
-        lines = layer_lines(net)
-        lines[-1] += f", {frozen:,} of them frozen" if frozen else ""
-        lines += [
-            f"loss {self.loss.kind}, optimizer {self.optimizer.kind} with lr {self.optimizer.lr!r}, batch_size "
-            f"{self.batch_size}, seed {self.seed}",
-            f"{self.precision} on {self.backend} ({self.device}), plan {self.plan}: {self.plan_reason}; "
-            f"{len(self.program.calls)} kernel calls a step",
-            f"memory with padding: {', '.join(f'{name} {bytes_text(count)}' for name, count in held.items() if count)} "
-            f"({bytes_text(sum(held.values()))}); {self.epochs_trained} epochs, {self.update_count} updates trained",
-        ]
-        print_fn("\n".join(lines))
-
-    def release(self) -> None:
-        """Give back the memory that steps and predictions work in, and on a GPU the data of the last fit; the next
-        ones make it anew."""
-        self._workspace = Workspace(self._backend)
-        self._staged.clear()
-        self._last_fit = None
-        self._inference.release()
 
     def __repr__(self) -> str:
         return (

@@ -1,10 +1,9 @@
-"""A training step over several ranks: a rank's shards of the batch, a collective, the update of all or of a slice."""
+"""A training step over several ranks: a rank's shards of the batch, a collective, the update."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,11 +52,10 @@ class _Messages:
 
 
 class ShardedProgram(BoundProgram):
-    """A step of this rank and the others: the calls before the first collective for its shards, then those after it.
+    """A step of this rank and the others: the calls before the collective for its shards, then the update.
 
-    ``counters`` and ``rows`` are those of whole batches, alike on all ranks. So is the memory after a step, but for the
-    optimizer's state and the gradients where each rank has its slice of them. On the host the calls of all shards are
-    one launch; on a device each shard has its own.
+    ``counters`` and ``rows`` are those of whole batches, alike on all ranks. So is the memory after a step. On the host
+    the calls of all shards are one launch; on a device each shard has its own.
     """
 
     def __init__(
@@ -82,7 +80,7 @@ class ShardedProgram(BoundProgram):
         before = program.before_reduction
         size = program.values["rows"].shape[0]
         firsts = self._sharding.firsts(self._ranks.rank, size)
-        collect, *after = program.calls[len(before) :]
+        collect, update = program.calls[len(before) :]
         # on a device a shard's gradients are those of its own mean
         means = any("loss" in call.operands and call.operands["loss"].reduction != "sum" for call in before)
         weighs = means and not backend.traits.on_host
@@ -98,7 +96,7 @@ class ShardedProgram(BoundProgram):
         else:
             parts = _Parts(backend, self.arrays["counters"], self.arrays["rows"], firsts, size)
             gradients = (sums.clear, parts.take, *self._launches(before, arrays, parts))
-        return *gradients, sums.add, *(self._bound_after(call, memory, sums) for call in after)
+        return *gradients, sums.add, backend.bind(update.op, **resolve(update.operands, self.arrays.__getitem__))
 
     def _loop(
         self, memory: Memory, calls: tuple[Call, ...], arrays: list[dict[str, Any]], firsts: tuple[int, ...]
@@ -129,15 +127,6 @@ class ShardedProgram(BoundProgram):
                 runs.append(self.backend.bind(call.op, **operands))
         return runs
 
-    def _bound_after(self, call: Call, memory: Memory, sums: _Sums) -> Callable[..., object]:
-        """Return a call after the sum of the gradients."""
-        operands = resolve(call.operands, self.arrays.__getitem__)
-        if call.op == "all_gather":
-            arenas = [operands[name] for name in ("params", "average", "grads") if name in operands]
-            return partial(sums.gather, arenas, ahead="grads" in operands)
-        part = {"own": (memory.own.start, memory.own.stop)} if sums.scatters else {}
-        return self.backend.bind(call.op, **operands, **part)
-
     def run_many(self, count: int) -> None:
         """``count`` steps one after another."""
         if not self._resident:
@@ -155,16 +144,12 @@ class _Sums:
     """
 
     def __init__(self, memory: Memory, ranks: Ranks, sharding: Sharding, every: int, *, weighs: bool) -> None:
-        self._memory, self._ranks, self._sharding = memory, ranks, sharding
+        self._memory, self._ranks = memory, ranks
         self._every, self._weighs, self._on_host = every, weighs, memory.backend.traits.on_host
-        self.scatters = sharding.slices and ranks.world > 1
         self.own = _Messages(memory, sharding.own, memory.layout.size)
-        # of each rank its sum; or with slices that of this rank's slice, and then the slices of an arena
-        collects = not self.scatters and sharding.reduce == ORDERED and ranks.world > 1
+        # of each rank its sum
+        collects = sharding.reduce == ORDERED and ranks.world > 1
         self._received = _Messages(memory, ranks.world if collects else 0, memory.layout.size)
-        allocate, rows = memory.backend.allocate, ranks.world if self.scatters else 0
-        self._slices: Array = allocate(rows * memory.slice_size, "real")
-        self._stats: Array = allocate(rows * STATS, "float64").reshape(rows, STATS)
 
     def clear(self) -> None:
         """Begin the statistics of the shards anew."""
@@ -173,18 +158,13 @@ class _Sums:
     # NumPy would warn of what overflows
     @np.errstate(all="ignore")
     def add(self) -> None:
-        """Add the gradients and statistics of all shards, and hand them to the update, or those of the slice."""
-        memory, ranks = self._memory, self._ranks
-        into = memory.grads[memory.own]
+        """Add the gradients and statistics of all shards, and hand them to the update."""
+        memory, ranks, into = self._memory, self._ranks, self._memory.grads
         if self._weighs:
             for one, counted in zip(self.own.grads, self.own.stats, strict=True):
                 one *= counted[NORM_SUM]
         grads, stats = self.own.add()
-        if self.scatters:
-            slices = self._slices[: ranks.world * len(into)].reshape(ranks.world, len(into))
-            ranks.exchange(slices, grads, memory.slice_sizes, self._stats, stats)
-            grads, stats = tree_sum(slices), tree_sum(self._stats)
-        elif self._received.grads:
+        if self._received.grads:
             ranks.all_gather(self._received.rows, self.own.rows[0])
             grads, stats = self._received.add()
         elif ranks.world > 1:
@@ -207,23 +187,6 @@ class _Sums:
         totals += stats[LOSS_SUM:]
         if self._on_host:
             self.clear()
-
-    def gather(self, arenas: list[Array], *, ahead: bool) -> None:
-        """Make arenas whole beside an update, which is still to come if it is ``ahead``; on a device after each batch,
-        since the host does not know which ends in an update."""
-        memory, ranks = self._memory, self._ranks
-        waits = self._on_host and (memory.counters[BATCH_INDEX] + ahead) % self._every
-        if not self.scatters or waits:
-            return
-        size = memory.layout.size
-        for arena in arenas:
-            rows = self._slices.reshape(ranks.world, memory.slice_size)
-            own = rows[ranks.rank]
-            own[: memory.own.stop - memory.own.start] = arena[memory.own]
-            ranks.all_gather(rows, own)
-            arena[:] = self._slices[:size]
-        if not ahead:
-            memory.refresh_shadow()
 
 
 class _Parts:

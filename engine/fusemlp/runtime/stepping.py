@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fusemlp.describe.conflicts import check_together
+from fusemlp.runtime.binding import bind_staged
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp_kernels.contract import (
     LAST_LOSS,
@@ -25,55 +26,47 @@ SCALING_CHECKS = 32
 
 
 def step(engine: Session, x: Any, y: Any, sample_weight: Any = None) -> Any:
-    """One update from 1 to ``batch_size`` rows: x (m, K), y as in ``fit``, sample_weight (m,).
-
-    Arrays on the device are read in place; checking their labels waits for it (``fit`` checks them once).
-
-    Returns the loss before the update as a 0-d array of its own (on a GPU a torch tensor); reading it is what
-    waits for the device.
-    Raises ShapeError, DTypeError or DataError, before anything has changed; ArgumentError if the inputs shall be
-    normalised and have not been measured.
-    """
-    if not engine._staged:
+    """Make one update from 1 to ``batch_size`` rows; see ``Engine.step``."""
+    if not engine.programs.staged:
         check_together({**engine.uses, "step": True})
-    x = engine.features("x", x, check_finite=False)
+    x = engine.inputs.features("x", x, check_finite=False)
     count = len(x)
     if count > engine.batch_size:
         raise ShapeError(
             f"x: expected 1 to {engine.batch_size} rows (batch_size), got {count}; "
             "make the engine with a larger batch_size, or use fit"
         )
-    targets = engine.targets("y", y, rows=count)
-    weight = engine.weights("sample_weight", sample_weight, rows=count)
-    if engine._stepping is None or engine._stepping[0] is not engine.optimizer:
-        engine._stepping = engine.optimizer, engine.optimizer.schedule.over(None)
-        engine._staged.clear()
-    if not engine._staged and not engine.epochs_trained:
-        engine.check_measured()
-        engine.warn_of_scale("x", x, stacklevel=3)
+    targets = engine.inputs.targets("y", y, rows=count)
+    weight = engine.inputs.weights("sample_weight", sample_weight, rows=count)
+    if engine.programs.stepping is None or engine.programs.stepping[0] is not engine.optimizer:
+        engine.programs.stepping = engine.optimizer, engine.optimizer.schedule.over(None)
+        engine.programs.staged.clear()
+    if not engine.programs.staged and not engine.update_count:
+        engine.scaling.check_measured()
+        engine.scaling.warn("x", x)
     kind = targets.soft, weight is not None
-    if kind not in engine._staged:
+    if kind not in engine.programs.staged:
         spec = engine.loss.spec(accuracy=False, soft=targets.soft)
-        engine._staged[kind] = engine.bind_staged(engine.batch_size, spec, weighted=weight is not None)
-    bound = engine._staged[kind]
+        engine.programs.staged[kind] = bind_staged(engine, engine.batch_size, spec, weighted=weight is not None)
+    bound = engine.programs.staged[kind]
     try:
-        engine.rates.cover(engine._stepping[1], 1)
-        engine.run_staged(bound, engine.normalised(x), targets.values, weight)
+        engine.rates.cover(engine.programs.stepping[1], 1)
+        run_staged(engine, bound, engine.scaling.normalised(x), targets.values, weight)
     except BaseException:
         # Ctrl-C too: only the device knows whether there was an update
         engine.rates.forget()
         raise
-    if engine._scaled:
-        engine._unchecked_steps += 1
-        if engine._unchecked_steps == SCALING_CHECKS:
+    if engine.precision == "fp16":
+        engine.programs.unchecked_steps += 1
+        if engine.programs.unchecked_steps == SCALING_CHECKS:
             # waits for the device
-            engine.check_scaling(engine.memory.counters, engine.memory.hyper)
-    return engine._backend.scalar(bound.arrays["stats"], LAST_LOSS)
+            check_scaling(engine, engine.memory.counters, engine.memory.hyper)
+    return engine.memory.backend.scalar(bound.arrays["stats"], LAST_LOSS)
 
 
 def run_staged(engine: Session, bound: BoundProgram, x: Any, target: Any, weight: Any | None) -> None:
     """Copy checked rows into a program that has a batch of its own, as many as it holds or fewer, and run it."""
-    copy, arrays, count = engine._backend.copy_into, bound.arrays, len(x)
+    copy, arrays, count = engine.memory.backend.copy_into, bound.arrays, len(x)
     short, counters = count < len(arrays["x"]), arrays["counters"]
     counters[ROW_STEP], counters[ROW_COUNT] = 0, count * engine.network.members
     for name, array in (("x", x), ("target", target), ("weight", weight)):
@@ -95,7 +88,7 @@ def run_staged(engine: Session, bound: BoundProgram, x: Any, target: Any, weight
 
 def check_scaling(engine: Session, counters: Any, hyper: Any) -> None:
     """Raise DivergenceError if the gradients overflow at every loss scale, by these counters and hyper."""
-    engine._unchecked_steps = 0
+    engine.programs.unchecked_steps = 0
     skipped = int(counters[SKIPPED_IN_A_ROW])
     if skipped >= SKIPPED_LIMIT:
         raise DivergenceError(

@@ -25,6 +25,7 @@ from fusemlp.fleet.launches import GROUP_ROWS, Group, run_together, signature
 from fusemlp.fleet.threads import LaunchThreads, Training
 from fusemlp.inputs.arrays import Array
 from fusemlp.program.step import Inputs
+from fusemlp.runtime.binding import lower
 from fusemlp.runtime.plans import choose_plan
 from fusemlp.sklearn.batches import ResidentBatches
 from fusemlp.sklearn.settings import STOCHASTIC
@@ -206,7 +207,7 @@ def _train_together(entries: Sequence[Entry]) -> bool:
     programs = []
     for epochs, model, one, bound in zip(loops, models, batches, places, strict=True):
         epochs.bound = bound
-        programs.append(model.engine.lower(inputs, model.loop_loss, model.rule, size, resident=True, ridge=one.ridge))
+        programs.append(lower(model.engine, inputs, model.loop_loss, model.rule, size, resident=True, ridge=one.ridge))
     launch = group.bind(programs, models[0].on_device(data))
     run_together(loops, launch, lambda: False, lambda index, error: setattr(entries[index], "error", error))
     return True

@@ -19,8 +19,9 @@ from fusemlp.describe.adversarial import Adversary
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.targets import Examples, Targets
 from fusemlp.program.step import Inputs
+from fusemlp.runtime.binding import bind
 from fusemlp.runtime.bound import BoundProgram
-from fusemlp.runtime.inference import Evaluation, Inference
+from fusemlp.runtime.forward import Evaluation, ForwardPass
 from fusemlp.runtime.memory import Memory
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import Objective
@@ -124,8 +125,8 @@ class HeldLoss:
         memory = self._engine.memory
         if memory is not self._memory:
             # a launch of several models has moved the parameters
-            inference, self._memory = Inference(self._engine.network, memory), memory
-            self._evaluation = Evaluation(inference, self._examples, self._spec, None, repeated=True)
+            forward, self._memory = ForwardPass(self._engine.network, memory), memory
+            self._evaluation = Evaluation(forward, self._examples, self._spec, None, repeated=True)
         with np.errstate(all="ignore"):
             found = self._evaluation.of(memory)
             loss = np.float64(self._scale) * (found["loss"] + self._constant) / self._total
@@ -149,7 +150,7 @@ class ResidentBatches(Batches):
             loop: dict[str, Any] = {"resident_batches": len(self.starts), "epochs": at_once, "ridge": self.ridge}
             loop |= self.against
             given = model.on_device(self.data)
-            self.steps = model.engine.bind(inputs, model.loop_loss, model.rule, self.batch_size, given, **loop)
+            self.steps = bind(model.engine, inputs, model.loop_loss, model.rule, self.batch_size, given, **loop)
 
     def _sums(self, stats: Array) -> tuple[float, float]:
         return stats[BATCH_LOSSES], stats[PENALTIES]
@@ -188,7 +189,7 @@ class CalledBatches(Batches):
             bound = model.staged[1]
         else:
             given, spec = {} if keep else model.on_device(arrays), engine.loss.spec(accuracy=False)
-            bound = engine.bind(key[0], spec, model.rule, self.batch_size, given, keep_gradients=True, **self.against)
+            bound = bind(engine, key[0], spec, model.rule, self.batch_size, given, keep_gradients=True, **self.against)
         if keep:
             model.staged = key, bound
             for name, array in arrays.items():

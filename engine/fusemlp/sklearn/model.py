@@ -84,7 +84,7 @@ class Model:
                 "hyper": tensors["hyper"],
             }
         )
-        model.engine.write_tensors(_named("parameter/", tensors), "")
+        model.engine.memory.write(_named("parameter/", tensors))
         return model
 
     def serves(self, network: MLP, loss: Loss, backend: str, precision: str) -> bool:
@@ -100,7 +100,7 @@ class Model:
             tensors[f"{2 * layer}.bias"] = np.asarray(bias, self.dtype)
             if slopes is not None and slopes[layer] is not None:
                 tensors[f"{2 * layer + 1}.weight"] = np.asarray(slopes[layer], self.dtype)
-        self.engine.write_tensors(tensors, "")
+        self.engine.memory.write(tensors)
 
     def parameters(self) -> tuple[list[Array], list[Array], list[Array | None]]:
         """Copies of coefs, intercepts and slopes, the inverse of ``load``."""
@@ -135,7 +135,7 @@ class Model:
         memory = self.engine.memory
         names = ("arguments", "schedule", "rates", "plateau", "options")
         return {name: getattr(self, name) for name in names} | {
-            "states": [self.engine.tensors(f".state{index}") for index in range(len(memory.states))],
+            "states": [self.engine.memory.tensors(f"state{index}") for index in range(len(memory.states))],
             "counters": memory.backend.to_host(memory.counters),
             "hyper": memory.backend.to_host(memory.hyper),
         }
@@ -156,7 +156,7 @@ class Model:
         self._start()
         memory = self.engine.memory
         for index, tensors in enumerate(state["states"]):
-            self.engine.write_tensors(tensors, f".state{index}")
+            self.engine.memory.write(tensors, f"state{index}")
         memory.backend.copy_into(memory.counters, state["counters"])
         # older pickles lack the last number
         memory.backend.copy_into(memory.hyper[: len(state["hyper"])], state["hyper"])

@@ -21,6 +21,7 @@ from fusemlp.describe.schedules import Schedule, schedule_from_config
 from fusemlp.runtime.files import CHECKPOINT, reading_file
 from fusemlp.runtime.session import Session
 from fusemlp.training.checkpoint import check_content, read_content, save_checkpoint
+from fusemlp.training.trainer import Trainer
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
 
 ENTRY = "estimator"
@@ -45,7 +46,7 @@ DESCRIBED: dict[str, tuple[Any, Callable[[Mapping[str, Any]], Any]]] = {
 }
 
 
-def save(estimator: Any, engine: Session, path: str | Path, *, without: tuple[str, ...], **more: Any) -> None:
+def save(estimator: Any, engine: Trainer, path: str | Path, *, without: tuple[str, ...], **more: Any) -> None:
     """Write a fitted estimator; ``without``: attributes that the file has in another form, ``more`` what it has beside.
 
     ``callbacks`` and a RandomState are left out. Raises ArgumentError for a parameter that no file can hold, before

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
 from fusemlp.engine import Engine
 from fusemlp.program.layout import short_names
-from fusemlp.runtime.inference import MEAN, SCALE
+from fusemlp.runtime.scaling import MEAN, SCALE
 from fusemlp.torch import losses, modules, optimizers
 from fusemlp_kernels.contract import UPDATE_COUNT
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
@@ -27,14 +27,14 @@ def to_torch(engine: Engine) -> nn.Sequential:
     """
     if not isinstance(engine, Engine):
         raise ArgumentTypeError(f"engine: expected a fusemlp.Engine, got {engine!r}")
-    engine.check_measured()
+    engine.scaling.check_measured()
     net = engine.network
     net.check_single("engine", "to_torch")
     state = {name: torch.from_numpy(array) for name, array in engine.state_dict().items()}
     dtype = next(iter(state.values())).dtype
     module = nn.Sequential()
-    if engine.input_scale is not None:
-        module.add_module("normalise", modules.Normalise(engine.input_scale.mean, engine.input_scale.scale))
+    if engine.scaling.scale is not None:
+        module.add_module("normalise", modules.Normalise(engine.scaling.scale.mean, engine.scaling.scale.scale))
     for layer, (inputs, outputs) in enumerate(zip(net.sizes, net.sizes[1:], strict=False)):
         module.add_module(str(2 * layer), nn.Linear(inputs, outputs, dtype=dtype))
         chosen, name = net.activations[layer], str(2 * layer + 1)
@@ -127,12 +127,12 @@ def _copy_moments(engine: Engine, optimizer: torch.optim.Optimizer, trained: Map
     kind = optimizers.optimizer_kind(optimizer)
     states = {name: optimizer.state.get(parameter, {}) for name, parameter in trained.items()}
     for index in range(len(engine.memory.states)):
-        tensors = engine.tensors(f".state{index}")
+        tensors = engine.memory.tensors(f"state{index}")
         for name, state in states.items():
             found = state.get(str(optimizers.MOMENTS[kind][index]))
             if found is not None:
                 tensors[name] = found.detach().cpu().numpy()
-        engine.write_tensors(tensors, f".state{index}")
+        engine.memory.write(tensors, f"state{index}")
     counts = {int(state.get("step", 0)) for state in states.values()} if kind == "adam" else {0}
     if len(counts) > 1:
         raise ArgumentError(

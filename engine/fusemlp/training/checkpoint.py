@@ -32,24 +32,22 @@ from fusemlp.runtime.files import (
     to_bytes,
     write_atomically,
 )
-from fusemlp.runtime.inference import MEAN, SCALE
+from fusemlp.runtime.scaling import MEAN, SCALE
 from fusemlp.runtime.session import Session
 from fusemlp.training.history import FitState
+from fusemlp.training.trainer import Trainer
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
 
-def engine_content(
-    engine: Session, extra: Mapping[str, Any] | None = None, *, everywhere: bool = True
-) -> dict[str, Any]:
+def engine_content(engine: Trainer, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the content of a checkpoint: "config", JSON-able, and "tensors", NumPy arrays by name.
 
-    Tensors have the parameters' names and no padding of a backend, so that another backend can continue. All
-    ranks must call this if they have slices of the state; without ``everywhere`` rank 0 alone has all tensors.
+    Tensors have the parameters' names and no padding of a backend, so that another backend can continue.
     """
     memory = engine.memory
-    kinds = {kind: engine.tensors(*place, everywhere=everywhere) for kind, place in _kinds(engine).items()}
+    kinds = {kind: memory.tensors(arena) for kind, arena in _kinds(engine).items()}
     kinds["best"] = engine.best_parameters or {}
-    kinds["input"] = engine.scale_tensors
+    kinds["input"] = engine.scaling.tensors
     kinds["merged"] = {} if engine.merged_biases is None else {"bias": engine.merged_biases}
     tensors = {f"{kind}/{name}": tensor for kind, own in kinds.items() for name, tensor in own.items()}
     for name in ("counters", "hyper", "stats"):
@@ -66,11 +64,11 @@ def engine_content(
     return {"config": config, "tensors": tensors}
 
 
-def _kinds(engine: Session) -> dict[str, tuple[str, str]]:
-    """Return the kinds of tensors of the training, each with its arguments of ``Session.tensors``."""
-    states = {f"state{index}": (f".state{index}", "") for index in range(len(engine.memory.states))}
-    gradients = {"gradient": ("", "d")} if engine.optimizer.accumulate > 1 else {}
-    return {"parameter": ("", ""), **states, **gradients}
+def _kinds(engine: Trainer) -> dict[str, str]:
+    """Return the kinds of tensors of the training, each with its flat array in memory."""
+    states = [f"state{index}" for index in range(len(engine.memory.states))]
+    gradients = {"gradient": "grads"} if engine.optimizer.accumulate > 1 else {}
+    return {"parameter": "params", **dict(zip(states, states, strict=True)), **gradients}
 
 
 def _of_kind(kind: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
@@ -100,7 +98,7 @@ def check_content(engine: Session, content: Mapping[str, Any]) -> None:
 
 
 def restore_engine(
-    engine: Session, content: Mapping[str, Any], *, backend: str, device: str | None, precision: str | None = None
+    engine: Trainer, content: Mapping[str, Any], *, backend: str, device: str | None, precision: str | None = None
 ) -> None:
     """Restore ``engine``, whose constructor has not run, from ``content``."""
     config, tensors = content["config"], content["tensors"]
@@ -116,13 +114,13 @@ def restore_engine(
             _restore_training(engine, config, tensors)
 
 
-def _restore_training(engine: Session, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
+def _restore_training(engine: Trainer, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
     if config["backend"] == engine.backend and config["plan"] in engine.memory.backend.traits.plans:
         # The bits of later steps depend on the plan.
         engine.plan, engine.plan_reason = config["plan"], "the plan of the checkpoint"
-    for kind, place in _kinds(engine).items():
-        engine.write_tensors(_of_kind(kind, tensors), *place)
-    engine.take_scale(_of_kind("input", tensors))
+    for kind, arena in _kinds(engine).items():
+        engine.memory.write(_of_kind(kind, tensors), arena)
+    engine.scaling.take_tensors(_of_kind("input", tensors))
     memory = engine.memory
     for name in ("counters", "hyper", "stats"):
         # Older checkpoints have fewer statistics.
@@ -135,42 +133,15 @@ def _restore_training(engine: Session, config: Mapping[str, Any], tensors: Mappi
         engine.history = engine.fit_state.history
 
 
-def save_checkpoint(engine: Session, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
-    """Write the engine's state to ``path`` atomically.
-
-    ``extra`` is a JSON-able mapping; ``read_extra`` returns it. Inside a callback of ``fit`` the position in the epoch
-    is saved too: ``load_checkpoint(path).fit(..., resume=True)`` continues from there. A symbolic link stays, and its
-    target is replaced. Of several processes that train together, rank 0 writes; with ``shard_optimizer`` all must call.
-
-    Raises ArgumentError or ArgumentTypeError for an impossible path or extra, DivergenceError if parameters are no
-    longer finite, OSError from the disk; an older checkpoint at ``path`` then stays intact.
-    """
-    target, held = _target(engine, path), _checked_extra(extra)
-    content = engine_content(engine, held, everywhere=False)
+def save_checkpoint(engine: Trainer, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
+    """Write the engine's state to ``path`` atomically; see ``Engine.save_checkpoint``."""
+    check_ending(path)
+    # the folder may be on the machine of rank 0 alone
+    target = target_file(path) if engine.ranks is None or engine.ranks.leads else None
+    content = engine_content(engine, _checked_extra(extra))
     check_finite(_of_kind("parameter", content["tensors"]), CHECKPOINT.name)
     if target is not None:
         write_atomically(target, to_bytes(CHECKPOINT, content["config"], content["tensors"]))
-
-
-def _target(engine: Session, path: str | Path) -> Path | None:
-    """Return the file to write, None on a rank that writes none; where all ranks save, all raise what rank 0 does."""
-    check_ending(path)
-    ranks = engine.ranks
-    together = engine.sharding is not None and engine.sharding.slices
-    target, refusal = None, ""
-    # the folder may be on the machine of rank 0 alone
-    if ranks is None or ranks.leads:
-        try:
-            target = target_file(path)
-        except (ArgumentError, OSError) as error:
-            if not together:
-                raise
-            refusal = str(error)
-    if ranks is not None and together:
-        refusal = ranks.texts(refusal)[0]
-    if refusal:
-        raise ArgumentError(refusal)
-    return target
 
 
 def _checked_extra(extra: Mapping[str, Any] | None) -> dict[str, Any]:

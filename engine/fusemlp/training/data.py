@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp.callbacks import announce
+from fusemlp.describe.checks import caller_level
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.batches import Batches
 from fusemlp.inputs.blocks import Blocks
 from fusemlp.inputs.class_weights import as_class_weights, balanced
 from fusemlp.inputs.targets import Examples, Targets
 from fusemlp.runtime.attacking import check_within
+from fusemlp.runtime.binding import bind_staged
+from fusemlp.runtime.stepping import run_staged
 from fusemlp.training.intervals import check_labels
 from fusemlp.training.rows import Order, asked_order
 from fusemlp.training.validation import (
@@ -33,8 +36,8 @@ from fusemlp_kernels.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
     from fusemlp.runtime.ranks import Ranks
-    from fusemlp.runtime.session import Session
     from fusemlp.training.plan import FitPlan
+    from fusemlp.training.trainer import Trainer
 
 # The argument of ``fit`` beside validation_data that gives validation rows.
 SPLIT = "validation_split=0.2"
@@ -77,7 +80,7 @@ class FitData:
         return self.train._replace(X=X[owner(np.arange(len(X))) == ranks.rank])
 
 
-def fit_data(engine: Session, plan: FitPlan, X: Any, y: Any, sample_weight: Any, validation_data: Any) -> FitData:
+def fit_data(engine: Trainer, plan: FitPlan, X: Any, y: Any, sample_weight: Any, validation_data: Any) -> FitData:
     """Return the checked arrays of a fit, or without y its first batch; nothing changes, but callbacks hear of logs.
 
     Raises ShapeError, DTypeError, DataError, ArgumentError or ArgumentTypeError, and DistributedError if ranks differ.
@@ -88,10 +91,10 @@ def fit_data(engine: Session, plan: FitPlan, X: Any, y: Any, sample_weight: Any,
     if y is None:
         share = _share(engine, X, plan, first_epoch)
         batches = Batches("X", X, plan.steps_per_epoch, "steps_per_epoch", first_epoch, share)
-        engine.check_measured()
-        train = batches.next(engine, keep=True)
+        engine.scaling.check_measured()
+        train = batches.next(engine.inputs, keep=True)
     else:
-        train = engine.examples(X, y, sample_weight)
+        train = engine.inputs.examples(X, y, sample_weight)
     check_within(engine, "X", train.X, plan.adversary)
     validation = checked_validation(engine, validation_data, steps=plan.validation_steps)
     if plan.validation_split:
@@ -119,7 +122,7 @@ def fit_data(engine: Session, plan: FitPlan, X: Any, y: Any, sample_weight: Any,
     return data
 
 
-def split(engine: Session, data: Examples, share: float) -> tuple[Examples, Examples]:
+def split(engine: Trainer, data: Examples, share: float) -> tuple[Examples, Examples]:
     """Return the first rows, to train on, and the last ``share`` of them, to validate on, as Keras does.
 
     Raises ArgumentError if a part has no row, DataError if all its weights are zero. Warns of classes that only the
@@ -134,7 +137,7 @@ def split(engine: Session, data: Examples, share: float) -> tuple[Examples, Exam
         )
     parts = data.map(lambda array: array[:kept]), data.map(lambda array: array[kept:])
     for name, part in zip(("first", "last"), parts, strict=True):
-        if part.weight is not None and not engine.largest(part.weight):
+        if part.weight is not None and not engine.inputs.largest(part.weight):
             raise DataError(
                 f"validation_split: all weights of the {name} {len(part.X)} rows are zero; shuffle the rows before fit"
             )
@@ -143,12 +146,12 @@ def split(engine: Session, data: Examples, share: float) -> tuple[Examples, Exam
         warnings.warn(
             f"validation_split: it takes the last rows as they are, and only these have the classes "
             f"{', '.join(map(str, unseen[:5]))}{', ...' if unseen.size > 5 else ''}; shuffle the rows before fit",
-            stacklevel=5,
+            stacklevel=caller_level(),
         )
     return parts
 
 
-def by_class(engine: Session, asked: Any, data: Examples, *, whole: bool) -> Callable[[Examples], Examples]:
+def by_class(engine: Trainer, asked: Any, data: Examples, *, whole: bool) -> Callable[[Examples], Examples]:
     """Return a function that multiplies the weights of rows by those of their classes.
 
     ``asked``: class_weight of ``fit``; "balanced" weighs the classes of ``data``, the ``whole`` of the training rows.
@@ -176,7 +179,7 @@ def by_class(engine: Session, asked: Any, data: Examples, *, whole: bool) -> Cal
         valid = (codes >= 0) & (codes < classes)
         factors = np.where(valid, weights[np.where(valid, codes, 0)], 1.0)
         if rows.weight is not None:
-            factors = factors * engine.on_host(rows.weight)
+            factors = factors * engine.inputs.on_host(rows.weight)
         if whole and not factors.any():
             raise DataError("class_weight: it leaves no training row a weight above 0; give its class a weight")
         return rows._replace(weight=factors.astype(f"f{engine.memory.real_bytes}"))
@@ -184,18 +187,18 @@ def by_class(engine: Session, asked: Any, data: Examples, *, whole: bool) -> Cal
     return weighted
 
 
-def _codes(engine: Session, targets: Targets) -> Array | None:
+def _codes(engine: Trainer, targets: Targets) -> Array | None:
     """Return the class of each row, an ignored index as it is; None if the targets are no classes."""
-    values = engine.on_host(targets.values)
+    values = engine.inputs.on_host(targets.values)
     if targets.soft:
         return np.asarray(values.argmax(axis=1))
-    kind = engine.kind_of(targets)
+    kind = engine.inputs.kind_of(targets)
     if kind == "one-hot rows":
         return np.asarray(values.argmax(axis=1))
     return np.asarray(values).reshape(-1).astype(np.int64) if kind == "classes" else None
 
 
-def _share(engine: Session, X: Any, plan: FitPlan, first_epoch: int) -> Share | None:
+def _share(engine: Trainer, X: Any, plan: FitPlan, first_epoch: int) -> Share | None:
     """Return how ranks share the reading of blocks; DistributedError if theirs differ, or where they begin."""
     ranks, sharding = engine.ranks, engine.sharding
     if ranks is None or sharding is None or not isinstance(X, Blocks):
@@ -204,7 +207,7 @@ def _share(engine: Session, X: Any, plan: FitPlan, first_epoch: int) -> Share | 
     return ranks, partial(sharding.owner, batch_size=X.batch_rows)
 
 
-def _check_alike(engine: Session, ranks: Ranks, plan: FitPlan, data: FitData) -> None:
+def _check_alike(engine: Trainer, ranks: Ranks, plan: FitPlan, data: FitData) -> None:
     """Raise DistributedError if not all ranks have the same data, state and arguments."""
     state, validation = engine.fit_state, data.validation
     names = ("epochs", "early_stopping", "monitor", "resume", "drop_last", "shuffle")
@@ -215,7 +218,7 @@ def _check_alike(engine: Session, ranks: Ranks, plan: FitPlan, data: FitData) ->
         "steps_per_epoch": None if data.batches is None else data.batches.steps,
         "the position in the fit": None if state is None else (state.epoch, state.batch),
         "the count of updates": engine.update_count,
-        "the parameters": engine.on_host(engine.memory.params),
+        "the parameters": engine.inputs.on_host(engine.memory.params),
         "the optimizer's schedule": engine.optimizer.schedule,
     }
     for kind, rows in (("", data.train), ("validation ", None if validation is None else validation.data)):
@@ -224,7 +227,7 @@ def _check_alike(engine: Session, ranks: Ranks, plan: FitPlan, data: FitData) ->
             # blocks are read by parts
             arrays |= {"X": rows.X} if kind or data.share is None else {}
             named = {f"{kind}{name}": array for name, array in arrays.items()}
-            things |= {name: None if array is None else engine.on_host(array) for name, array in named.items()}
+            things |= {name: None if array is None else engine.inputs.on_host(array) for name, array in named.items()}
     ranks.check_same(things)
 
 
@@ -237,7 +240,7 @@ class Stream:
     # Ctrl-C waits for one batch
     chunk = 1
 
-    def __init__(self, engine: Session, data: FitData, batches: Batches) -> None:
+    def __init__(self, engine: Trainer, data: FitData, batches: Batches) -> None:
         self._engine, self._batches, self._first, self._weighted = engine, batches, data.train, data.weighted
         # of the batches of an epoch so far: their number, and a digest of their targets where ranks compare them
         self._passed, self._digest = 0, hashlib.sha256()
@@ -248,7 +251,8 @@ class Stream:
     def _make_room(self, rows: int) -> None:
         engine, first = self._engine, self._weighted(self._first)
         self._rows = rows
-        self._bound = engine.bind_staged(rows, engine.spec_for(first.targets), weighted=first.weight is not None)
+        spec = engine.inputs.spec_for(first.targets)
+        self._bound = bind_staged(engine, rows, spec, weighted=first.weight is not None)
         self.arrays: dict[str, Any] = self._bound.arrays
 
     def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
@@ -259,12 +263,13 @@ class Stream:
     def run_many(self, count: int) -> None:
         """Train on the next ``count`` batches."""
         for _ in range(count):
-            batch = self._batches.next(self._engine)
+            batch = self._batches.next(self._engine.inputs)
             self._batches.check_alike(self._first, batch)
             if len(batch.X) > self._rows:
                 self._make_room(len(batch.X))
             batch = self._weighted(batch)
-            self._engine.run_staged(self._bound, self._engine.normalised(batch.X), batch.targets.values, batch.weight)
+            x = self._engine.scaling.normalised(batch.X)
+            run_staged(self._engine, self._bound, x, batch.targets.values, batch.weight)
             if self._engine.ranks is not None:
                 self._compare(self._engine.ranks, batch.targets.values)
 

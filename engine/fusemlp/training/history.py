@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from fusemlp.describe.description import stored
 from fusemlp.describe.schedules import PLATEAU_START, PlateauState
-from fusemlp.report.diagnosis import Finding, diagnose
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from fusemlp.runtime.session import Session
-    from fusemlp.training.plan import FitPlan
+    from fusemlp.report.diagnosis import Finding
 
 
 # The beginning of ``History.stopped`` after a divergence.
@@ -75,6 +73,8 @@ class History:
         ``dead``: the result of ``engine.dead_units(X)``; ``engine.diagnose(X)`` does both. Print a finding for its
         evidence and remedies.
         """
+        from fusemlp.report.diagnosis import diagnose
+
         stopped = self.stopped
         return diagnose(
             self.history,
@@ -151,76 +151,3 @@ class FitState:
         """Return the state of a description from ``to_config``."""
         state: FitState = stored("fit", config, cls)
         return state
-
-
-def fresh_state(engine: Session, plan: FitPlan, batches: int) -> FitState:
-    """Return the position before a fit with this many batches an epoch."""
-    updates = plan.epochs * batches // engine.optimizer.accumulate
-    return FitState(
-        epoch=engine.epochs_trained,
-        batch=0,
-        last_epoch=engine.epochs_trained + plan.epochs,
-        total_updates=engine.update_count + updates,
-        history=History(chance_loss=_chance_loss(engine), in_use=_in_use(engine)),
-        monitor=plan.monitor or "",
-        adversarial=_opponent(plan),
-        reduce=_reduction(engine),
-    )
-
-
-def _chance_loss(engine: Session) -> float | None:
-    loss = engine.loss
-    if not loss.is_classification or loss.reduction != "mean":
-        return None
-    return math.log(engine.network.sizes[-1] if loss.kind == "cross_entropy" else 2)
-
-
-def _in_use(engine: Session) -> list[str]:
-    dropout, scaling = any(engine.network.dropouts), bool(engine.normalise)
-    return ["dropout"] * dropout + ["scaling"] * scaling + ["clipping"] * (engine.privacy is not None)
-
-
-def _opponent(plan: FitPlan) -> dict[str, Any] | None:
-    return None if plan.adversarial is None else plan.adversarial.to_config()
-
-
-def resumed_state(engine: Session, plan: FitPlan, batches: int, *, rows: int) -> FitState:
-    """Return the position of the fit that ``engine``'s checkpoint was written in.
-
-    Raises ArgumentError if there was none, it is past the plan's epochs or was another one, ShapeError if the data has
-    too few batches.
-    """
-    state = engine.fit_state
-    if state is None:
-        raise ArgumentError(
-            "resume: this engine has no fit to go on with; load a checkpoint that was written during one"
-        )
-    begun = state.epoch - state.first_epoch + (1 if state.batch else 0)
-    if plan.epochs < begun:
-        raise ArgumentError(
-            f"epochs: the fit that is resumed has begun {begun} epochs, which count, got {plan.epochs}; give {begun} "
-            "or more, or resume=False"
-        )
-    if state.batch > batches:
-        raise ShapeError(
-            f"X: the checkpoint stands at batch {state.batch} of its epoch, and {rows} rows make only {batches}; "
-            "resume with the data of the first call"
-        )
-    if state.reduce != _reduction(engine):
-        raise ArgumentError(
-            f"reduce: the fit that is resumed has reduce={state.reduce or None!r}, got {_reduction(engine) or None!r}; "
-            "go on with the same: torchrun --nproc-per-node 1 -m fusemlp train --resume RUN, or in a script that "
-            "torchrun starts load_checkpoint(..., distributed=True, reduce=...); where it was None, without torchrun"
-        )
-    for name, before, now, does in (
-        ("monitor", state.monitor or None, plan.monitor or None, "follows"),
-        ("adversarial", state.adversarial, _opponent(plan), "trains against"),
-    ):
-        if before != now:
-            raise ArgumentError(f"{name}: the fit that is resumed {does} {before!r}, got {now!r}; give the same")
-    return state
-
-
-def _reduction(engine: Session) -> str:
-    """Return how the gradients of several processes are added; "" if there is one."""
-    return "" if engine.sharding is None else engine.sharding.reduce

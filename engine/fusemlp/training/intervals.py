@@ -78,7 +78,7 @@ class _WorstCase:
 
     def _take_limits(self, engine: Session) -> None:
         """Set each column's reach in units of eps and its bounds, as the network takes inputs."""
-        scale, bounds = engine.input_scale, self.ibp.bounds or (-np.inf, np.inf)
+        scale, bounds = engine.scaling.scale, self.ibp.bounds or (-np.inf, np.inf)
         self.reach: Any = self.real.type(1.0) if scale is None else (1.0 / scale.scale).astype(self.real)
         ends = [np.float64(end) if scale is None else (end - scale.mean) / scale.scale for end in bounds]
         self.least, self.most = (np.asarray(end, self.real) for end in ends)

@@ -18,6 +18,8 @@ import numpy as np
 from fusemlp.callbacks import deferred_interrupt, name_of, overrides
 from fusemlp.describe.schedules import ReduceOnPlateau, Schedule
 from fusemlp.inputs.arrays import Array
+from fusemlp.runtime.ranks import mark_of
+from fusemlp.runtime.stepping import check_scaling
 from fusemlp_kernels.contract import (
     BATCH_INDEX,
     LEARNING_RATE,
@@ -30,9 +32,9 @@ from fusemlp_kernels.contract import (
 from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
-    from fusemlp.runtime.keeping import Account
-    from fusemlp.runtime.session import Session
+    from fusemlp.runtime.memory import Account
     from fusemlp.training.history import FitState, History
+    from fusemlp.training.trainer import Trainer
 
 
 # Most rows in one launch of the resident plan when nothing runs between epochs.
@@ -98,7 +100,7 @@ class Policy:
 PolicyT = TypeVar("PolicyT", bound=Policy)
 
 
-def epochs_at_once(engine: Session, epochs: int, rows: int, *, asked: bool) -> int:
+def epochs_at_once(engine: Trainer, epochs: int, rows: int, *, asked: bool) -> int:
     """Return how many epochs of ``rows`` rows one launch takes, ``epochs`` at most; 1 if something runs after each.
 
     ``asked``: a callback, a validation or early stopping does.
@@ -116,7 +118,7 @@ class EpochLoop(Generic[PolicyT]):
     stands. A launch takes ``at_once`` epochs at most.
     """
 
-    engine: Session
+    engine: Trainer
     bound: Any
     policy: PolicyT
     state: FitState
@@ -191,7 +193,7 @@ class EpochLoop(Generic[PolicyT]):
             # a fit that is resumed ends its epoch first
             epochs = 1 if first_batch else min(at_once, wanted)
             if policy.rewinds:
-                good = engine.remember(good)
+                good = engine.memory.remember(good)
             began = time.perf_counter()
             if first_batch == 0:
                 self._call("on_epoch_begin", first_epoch)
@@ -257,9 +259,11 @@ class EpochLoop(Generic[PolicyT]):
         engine, rewinds, own = self.engine, self.policy.rewinds, self._epoch_stats
         # a checkpoint may have been written after the last batch, before the epoch was closed
         stats = None if own is None or not ran or not epochs else own[:epochs]
-        account = engine.account(stats, check_finite=rewinds)
+        marks = [] if engine.ranks is None else mark_of(engine.memory.params)
+        account = engine.memory.account(stats, check_finite=rewinds, beside=marks)
+        engine.rates.note(int(account.counters[UPDATE_COUNT]))
         if engine.ranks is not None:
-            engine.ranks.check_equal(account.mark)
+            engine.ranks.check_equal(account.beside)
         if own is not None:
             # as if each epoch had been given its rows
             offset, total = account.counters[ROW_OFFSET], account.counters[ROW_TOTAL]
@@ -268,7 +272,7 @@ class EpochLoop(Generic[PolicyT]):
 
     def _is_finite(self, account: Account) -> bool:
         """Return whether the losses of these epochs, and parameters and validation after the last, are finite."""
-        self.engine.check_scaling(account.counters, account.hyper)
+        check_scaling(self.engine, account.counters, account.hyper)
         losses = account.stats[:, LOSS_SUM].tolist()
         return account.finite and all(map(math.isfinite, losses)) and self.policy.validate()
 

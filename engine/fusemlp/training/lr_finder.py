@@ -19,6 +19,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.targets import Examples
 from fusemlp.report.plots import draw, sweep_figure
 from fusemlp.runtime.session import Session
+from fusemlp.runtime.stepping import step as step_on
 from fusemlp_kernels.errors import ArgumentTypeError, DivergenceError
 
 if TYPE_CHECKING:
@@ -79,11 +80,11 @@ def lr_find(
     start = as_number("start", start, low=0.0, low_open=True)
     end = as_number("end", end, low=start, low_open=True)
     steps = as_count("steps", steps, minimum=FEWEST_STEPS)
-    data = engine.examples(X, y, sample_weight)
-    engine.warn_of_scale("X", data.X, stacklevel=3)
-    unmeasured = engine.normalise and engine.input_scale is None
-    scaled = engine.measured(data.X).applied(data.X) if unmeasured else engine.normalised(data.X)
-    data = data._replace(X=scaled).map(engine.on_host)
+    data = engine.inputs.examples(X, y, sample_weight)
+    engine.scaling.warn("X", data.X)
+    unmeasured = engine.normalise and engine.scaling.scale is None
+    scaled = engine.scaling.measured(data.X).applied(data.X) if unmeasured else engine.scaling.normalised(data.X)
+    data = data._replace(X=scaled).map(engine.inputs.on_host)
     gamma = (end / start) ** (1.0 / (steps - 1))
     copy = engine.like(
         Session,
@@ -91,7 +92,7 @@ def lr_find(
         batch_size=min(engine.batch_size, len(data.X)),
         normalise=False,
     )
-    copy.load_state_dict(engine.tensors(""))
+    copy.load_state_dict(engine.memory.tensors())
     rates, losses = sweep(copy, data, steps=steps)
     return LearningRateSweep(tuple(rates), tuple(losses), steepest(rates, losses), len(rates) == steps)
 
@@ -112,7 +113,7 @@ def sweep(engine: Session, data: Examples, *, steps: int) -> tuple[list[float], 
         # An update may take several batches.
         for rows in itertools.islice(batches, accumulate):
             batch = data.map(operator.itemgetter(rows))
-            loss += float(engine.step(batch.X, batch.targets.values, batch.weight)) / accumulate
+            loss += float(step_on(engine, batch.X, batch.targets.values, batch.weight)) / accumulate
         # Correct the average for its start from zero, as in Adam.
         average = SMOOTHING * average + (1.0 - SMOOTHING) * loss
         smoothed = average / (1.0 - SMOOTHING ** (step + 1))

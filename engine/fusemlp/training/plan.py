@@ -1,7 +1,7 @@
 """The plan of a fit: its arguments but for the arrays, checked once."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Annotated, Any
 
 from fusemlp.callbacks import ProgressBar, checked_callbacks
@@ -73,6 +73,11 @@ class FitPlan(Description):
         super().__post_init__()
         bar = checked_callbacks(ProgressBar(lines=self.verbose == 2)) if self.verbose else []
         freeze(self, deadline=deadline, callbacks=[*self.callbacks, *bar])
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "FitPlan":
+        """Return the plan of a call, of whose arguments it takes its own."""
+        return cls(**{own.name: arguments[own.name] for own in fields(cls) if own.init})
 
     @property
     def monitors(self) -> list[Any]:

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fusemlp.describe.metrics import rises
 from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.inputs.arrays import Array
-from fusemlp.runtime.inference import metrics_of
+from fusemlp.runtime.forward import metrics_of
 from fusemlp.training.history import DIVERGED
 from fusemlp.training.loop import Policy
 from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
-    from fusemlp.runtime.session import Session
     from fusemlp.training.history import FitState
     from fusemlp.training.plan import FitPlan
+    from fusemlp.training.trainer import Trainer
     from fusemlp.training.validation import Validation
     from fusemlp_kernels.contract import LossSpec
 
@@ -37,7 +37,7 @@ class FitPolicy(Policy):
 
     rewinds: ClassVar[bool] = True
 
-    engine: Session
+    engine: Trainer
     plan: FitPlan
     X: Any
     state: FitState
@@ -118,7 +118,7 @@ class FitPolicy(Policy):
         engine, state = self.engine, self.state
         logs = metrics_of(stats, self.spec) | self._held
         if engine.privacy is not None:
-            logs["epsilon"] = engine.privacy_spent()["epsilon"]
+            logs["epsilon"] = engine.ledger.spent(engine.update_count)["epsilon"]
         logs["learning_rate"] = rate
         logs = self._agreed(logs)
         if state.epoch >= self.settles:
@@ -143,7 +143,7 @@ class FitPolicy(Policy):
 
     def divergence(self, rate: float) -> DivergenceError:
         """Return an error that names the likely cause."""
-        largest, epoch = self.engine.largest(self.X), self.state.epoch + 1
+        largest, epoch = self.engine.inputs.largest(self.X), self.state.epoch + 1
         held = not math.isfinite(self._held.get("val_loss", 0.0))
         if largest > LARGE_FEATURE and not self.engine.normalise:
             cause = (

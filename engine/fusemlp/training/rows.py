@@ -82,10 +82,10 @@ def sampled_rows(engine: Session, state: FitState, count: int, batches: int, las
     if engine.privacy is None:
         return None
     size = min(engine.batch_size, count)
-    seed = engine.sample_privately(count, sampling_rate(count, size))
+    engine.ledger.sample(count, sampling_rate(count, size), size, engine.update_count)
     begun, first = state.begun(engine.update_count, batches), state.first_epoch
     updates = {epoch: begun + (epoch - first) * batches for epoch in range(first, last_epoch)}
-    return PoissonRows(count, size, seed, updates)
+    return PoissonRows(count, size, engine.ledger.seed, updates)
 
 
 class PoissonRows:

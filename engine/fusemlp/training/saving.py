@@ -28,13 +28,7 @@ RESERVED = {MODEL.entry, DIGEST, CHECKPOINT.entry, "format"}
 
 
 def save(engine: Session, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write parameters and description to ``path`` atomically; of several processes that train together, rank 0 does.
-
-    ``metadata`` are entries of your own, from str to str, for ``safetensors.safe_open(path).metadata()``.
-
-    Raises ArgumentError or ArgumentTypeError for an impossible path or metadata, DivergenceError where parameters are
-    no longer finite, OSError from the disk; an older file at ``path`` then stays intact.
-    """
+    """Write parameters and description to ``path`` atomically; see ``Engine.save``."""
     target = model_file(path)
     content = model_bytes(engine, metadata)
     if engine.ranks is None or engine.ranks.leads:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.conflicts import check_together, in_use
@@ -14,14 +15,12 @@ from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import NO_OPTIONS, Optimizer, ParameterOptions
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.inputs.batches import are_batches
-from fusemlp.runtime.inference import MEAN, SCALE
 from fusemlp.runtime.plans import ASKED
-from fusemlp.training.fit import fit
+from fusemlp.runtime.scaling import MEAN, SCALE
+from fusemlp.training.trainer import Trainer
 from fusemlp_kernels.errors import ArgumentError, ShapeError
 
-if TYPE_CHECKING:
-    from fusemlp.runtime.session import Session
-    from fusemlp.training.history import History
+Probed = TypeVar("Probed", bound=Trainer)
 
 _NAME = re.compile(r"(\d+)\.(weight|bias)")
 
@@ -165,32 +164,17 @@ def taken_over(net: MLP, state: Mapping[str, Any], layers: int | None) -> tuple[
     return {name: state[name] for name in (*wanted, MEAN, SCALE) if name in state}, layers
 
 
-def probe(
-    engine: Session,
-    X: Any,
-    y: Any,
-    *,
-    epochs: int,
-    layers: int | None = None,
-    validation_data: Any = None,
-    **options: Any,
-) -> History:
-    """Train the layers after the first ``layers`` (None: the output layer) alone for ``epochs`` passes.
+@contextmanager
+def probing(
+    engine: Probed, X: Any, y: Any, layers: int | None, validation_data: Any, adversarial: Any
+) -> Iterator[tuple[Probed, Array, Any]]:
+    """Yield an engine of the layers after the first ``layers``, its rows and its validation data; see ``Engine.probe``.
 
-    The first layers do not change, and their outputs for X (n, K), as in predictions, without dropout, are computed
-    once. A fit that follows then starts from a head that suits the features, and distorts them less (LP-FT: Kumar et
-    al., Fine-tuning can distort pretrained features and underperform out-of-distribution, 2022). The probe has an
-    optimizer of its own, like the engine's, which stays as it is, as do the engine's history and its count of epochs.
-
-    ``validation_data`` and ``options`` are those of ``fit``, for arrays; callbacks see an engine of the trained layers.
-    Returns the history. Ctrl-C and a divergence leave the engine with the parameters reached, as in ``fit``. Raises
-    the errors of ``fit``, and ArgumentError for impossible layers.
+    What it has learned is the engine's at the end.
     """
     net = engine.network
     batches = y is None or are_batches(X) or (validation_data is not None and are_batches(validation_data))
-    check_together(
-        {**engine.uses, **in_use(probe=True, adversarial=options.get("adversarial"), batches=batches or None)}
-    )
+    check_together({**engine.uses, **in_use(probe=True, adversarial=adversarial, batches=batches or None)})
     kept = net.layers - 1 if layers is None else as_count("layers", layers)
     if not 1 <= kept < net.layers:
         raise ArgumentError(
@@ -215,22 +199,22 @@ def probe(
         # scaled by the layers before
         normalise=False,
     )
-    start = engine.tensors("")
-    tail.write_tensors(later(start), "")
-    rows = engine.features("X", X)
-    scale = engine.input_scale
-    engine.warn_of_scale("X", rows, stacklevel=3)
+    start = engine.memory.tensors()
+    tail.memory.write(later(start))
+    rows = engine.inputs.features("X", X)
+    scale = engine.scaling.scale
+    engine.scaling.warn("X", rows)
     if engine.normalise and scale is None:
-        engine.input_scale = engine.measured(rows)
+        engine.scaling.scale = engine.scaling.measured(rows)
     try:
         if isinstance(validation_data, tuple | list) and validation_data:
             Xv, *others = validation_data
-            validation_data = (engine.outputs_of(engine.features("validation_data[0]", Xv), kept), *others)
-        given = engine.outputs_of(rows, kept)
-        return fit(tail, given, y, epochs=epochs, validation_data=validation_data, **options)
+            held = engine.inputs.features("validation_data[0]", Xv)
+            validation_data = (engine.inference.outputs_of(held, kept), *others)
+        yield tail, engine.inference.outputs_of(rows, kept), validation_data
     finally:
         if tail.history is None:
             # an argument was wrong: nothing has changed
-            engine.input_scale = scale
+            engine.scaling.scale = scale
         else:
-            engine.write_tensors({**start, **shifted(tail.tensors(""), kept)}, "")
+            engine.memory.write({**start, **shifted(tail.memory.tensors(), kept)})

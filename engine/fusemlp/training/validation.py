@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fusemlp.describe.checks import check_choice
 from fusemlp.describe.metrics import METRICS, Metric, as_metrics
 from fusemlp.inputs.batches import Batches, are_batches
-from fusemlp.runtime.inference import Evaluation
+from fusemlp.runtime.forward import Evaluation
 from fusemlp.runtime.members import MeanEvaluation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
@@ -36,13 +36,13 @@ class Validation:
     def of(self, engine: Session) -> Callable[[], dict[str, float]]:
         """Return a function that evaluates ``engine`` on the rows, for the end of each epoch."""
         loss = self._loss_of(engine)
-        return loss if not self.metrics else lambda: {**loss(), **engine.figures(self.data, self.metrics)}
+        return loss if not self.metrics else lambda: {**loss(), **engine.inference.figures(self.data, self.metrics)}
 
     def _loss_of(self, engine: Session) -> Callable[[], dict[str, float]]:
         net = engine.network
         kind = (net.sizes, net.activations, engine.loss)
         if not self.common or (kind not in self._idle and len(self._idle) >= KINDS):
-            alone = engine.evaluation(self.data, apart=False)
+            alone = engine.inference.evaluation(self.data, apart=False)
             return lambda: alone.of(engine.memory)
         idle = self._idle.setdefault(kind, [])
 
@@ -51,7 +51,7 @@ class Validation:
             try:
                 evaluation = idle.pop()
             except IndexError:
-                evaluation = engine.evaluation(self.data, apart=True)
+                evaluation = engine.inference.evaluation(self.data, apart=True)
             metrics = evaluation.of(engine.memory)
             idle.append(evaluation)
             return metrics
@@ -72,10 +72,10 @@ def checked_validation(
     if given is None:
         return None
     if batches:
-        data = Batches("validation_data", given, steps, "validation_steps").collected(engine)
+        data = Batches("validation_data", given, steps, "validation_steps").collected(engine.inputs)
     elif isinstance(given, tuple | list) and len(given) in (2, 3):
         names = ("validation_data[0]", "validation_data[1]", "validation_data[2]")
-        data = engine.examples(given[0], given[1], given[2] if len(given) == 3 else None, names)
+        data = engine.inputs.examples(given[0], given[1], given[2] if len(given) == 3 else None, names)
     else:
         kind = type(given).__name__
         told = f"{len(given)} in a {kind}" if isinstance(given, tuple | list) else kind
@@ -99,7 +99,7 @@ def with_metrics(
     named = [known[one] for one in plan.monitors if isinstance(one, str) and one in known and validation is not None]
     if not named and not plan.metrics:
         return validation
-    kind = engine.kind_of(targets if validation is None else validation.data.targets)
+    kind = engine.inputs.kind_of(targets if validation is None else validation.data.targets)
     both = (*as_metrics("metrics", named, kind), *as_metrics("metrics", plan.metrics, kind))
     if validation is None and both:
         raise ArgumentError(
@@ -109,15 +109,15 @@ def with_metrics(
     if validation is None:
         return None
     found = replace(validation, metrics=tuple({one.name: one for one in both}.values()))
-    unmeasured = engine.normalise and engine.input_scale is None
+    unmeasured = engine.normalise and engine.scaling.scale is None
     if unmeasured:
         # for this look alone: predictions of raw inputs might overflow
-        engine.input_scale = engine.measured(found.data.X)
+        engine.scaling.scale = engine.scaling.measured(found.data.X)
     try:
-        figures = engine.figures(found.data, found.metrics)
+        figures = engine.inference.figures(found.data, found.metrics)
     finally:
         if unmeasured:
-            engine.input_scale = None
+            engine.scaling.scale = None
     for name, value in figures.items():
         if math.isnan(value):
             raise ArgumentError(
@@ -129,10 +129,10 @@ def with_metrics(
 
 def logged(engine: Session, targets: Targets, validation: Validation | None) -> list[str]:
     """Return the names of an epoch's logs, in their order."""
-    names = ["loss", *(["accuracy"] if engine.counts_hits(targets) else [])]
+    names = ["loss", *(["accuracy"] if engine.inputs.counts_hits(targets) else [])]
     names += [] if engine.privacy is None else ["epsilon"]
     if validation is not None:
-        names += ["val_loss", *(["val_accuracy"] if engine.counts_hits(validation.data.targets) else [])]
+        names += ["val_loss", *(["val_accuracy"] if engine.inputs.counts_hits(validation.data.targets) else [])]
         names += [f"val_{metric.name}" for metric in validation.metrics]
     return [*names, "learning_rate"]
 

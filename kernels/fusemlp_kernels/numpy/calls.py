@@ -21,7 +21,6 @@ from fusemlp_kernels.contract import (
     Ridge,
     Segment,
     UpdateRule,
-    within,
 )
 from fusemlp_kernels.errors import ArgumentError, unknown_name
 from fusemlp_kernels.numpy.compiled import tables as t
@@ -338,7 +337,6 @@ def _update(
     counters: Array,
     noise: Noise | None = None,
     rows: Array | None = None,
-    own: tuple[int, int] | None = None,
 ) -> int:
     if noise is not None:
         noise.check(rule)
@@ -352,10 +350,6 @@ def _update(
     if not (at_once and _with_gradients(table, grads, columns, segments, tensors)):
         if rule.clip_norm is not None:
             table.add("NORM", N=params.size, DZ=grads, **_range(tensors))
-        if own is not None:
-            tensors = [table.tensor(one.rule, one.offset, one.size) for one in within(segments, *own)]
-            # the arrays of these states begin with the first element
-            columns |= {name: (columns[name], -own[0]) for name in ("STATE0", "STATE1") if columns[name] is not params}
         table.add("UPDATE", N=params.size, DZ=grads, **_range(tensors), **columns)
     return _advance(table, rule=rule, hyper=hyper, rates=rates, counters=counters)
 

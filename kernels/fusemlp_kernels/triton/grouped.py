@@ -3,12 +3,11 @@ and ``grad_weight_members``, over all members."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 from fusemlp_kernels.checks import binds, members_of
-from fusemlp_kernels.contract import HYPER, RATE_COLUMNS, Noise, Segment, TensorRule, within
+from fusemlp_kernels.contract import HYPER, RATE_COLUMNS, Noise, TensorRule
 from fusemlp_kernels.philox import seed_key
 from fusemlp_kernels.triton import clock, configs, gradients, privacy, update
 from fusemlp_kernels.triton.launch import LARGEST_INDEX, Device, Run, Tensor, in_sequence, is_aligned, signed
@@ -208,22 +207,12 @@ def bind_update(device: Device, given: SimpleNamespace) -> Run:
     if norm is None and (rule.clip_norm is not None or given.scaled):
         norm = device.zeros(1, "float64")
         before.append(_bind_norm(device, grads, norm))
-    if given.own is not None:
-        first, end = given.own
-        segments = [replace(one, offset=one.offset - first) for one in within(segments, first, end)]
-        # a slice without trained elements too tells by the norm whether the batch is skipped
-        segments = segments or [Segment(0, 0, PLAIN)]
-        params, grads = params[first:end], grads[first:end]
-        shadow = None if shadow is None else shadow[first:end]
-        # an average is whole
-        states = [one[first:end] if place == rule.average else one for place, one in enumerate(states)]
     tasks = _Tasks(device)
     for segment in segments:
         # without gaps any width will do
         columns, pitch = segment.columns or tile.columns, segment.pitch or tile.columns
         tasks.add(segment.rule, kind=SEGMENT, N=segment.size, K=columns, p=segment.offset, p_row=pitch)
     table, tensors, programs = tasks.tables(tile.columns, LARGEST_INDEX)
-    programs = max(programs, int(given.own is not None))
     if programs == 0:
         return launch_clock(device, given, scaled=given.scaled)
     first, second, average = rule.places(states, params)

@@ -1,0 +1,233 @@
+"""The forward pass over any number of rows: predictions, and the loss of labelled data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from fusemlp.describe.network import MLP
+from fusemlp.inputs.arrays import Array
+from fusemlp.inputs.targets import Examples
+from fusemlp.program.lowering import lower
+from fusemlp.program.step import Inputs, Step
+from fusemlp.runtime.bound import BoundProgram
+from fusemlp.runtime.memory import Memory, Workspace, on_device
+from fusemlp.runtime.scaling import Scaling
+from fusemlp_kernels.contract import CORRECT, COUNTERS, LOSS_SUM, NORM_SUM, ROW_COUNT, SCORED, STATS, Backend, LossSpec
+
+# The largest batch of a forward pass, in elements of its widest activation: 16 MiB in float32.
+LARGEST = 1 << 22
+SMALLEST_ROWS = 16
+
+
+def member_rows(backend: Backend, rows: int, members: int) -> Any:
+    """Return the row numbers of a batch that is all of ``rows`` rows of data, each once for each member."""
+    found = backend.allocate(rows * members, "int64")
+    backend.copy_into(found, np.repeat(np.arange(rows), members))
+    return found
+
+
+class ForwardPass:
+    """Forward programs of one network, in a few sizes, each made on first use; ``scaling`` scales its inputs."""
+
+    def __init__(self, net: MLP, memory: Memory, scaling: Scaling | None = None) -> None:
+        self.net, self.scaling = net, scaling
+        # what is trained, and what the programs read
+        self.trained = self.memory = memory
+        if memory.evaluated:
+            real, compute = memory.real_bytes, memory.compute_bytes
+            self.memory = Memory(net, memory.backend, 0, item_bytes=real, compute_bytes=compute)
+        self.real = np.dtype(f"f{memory.real_bytes}")
+        self.counters = memory.backend.allocate(COUNTERS, "int64")
+        self.stats = memory.backend.allocate(STATS, "float64")
+        widest = max(net.sizes) * net.members
+        self._most_rows = max(SMALLEST_ROWS, (1 << (LARGEST // widest).bit_length()) >> 1)
+        # on the host the bits of a row do not depend on the number of rows
+        self._least_rows = 1 if memory.backend.traits.on_host else SMALLEST_ROWS
+        self.release()
+
+    def release(self) -> None:
+        """Release the programs and their memory."""
+        # A separate workspace: predictions must not disturb a step or keep the large training buffers alive.
+        self.workspace = Workspace(self.memory.backend)
+        self._bound: dict[tuple[MLP | None, int, LossSpec | None, bool, bool, int | None], BoundProgram] = {}
+
+    def rows_for(self, n: int) -> int:
+        """Return the batch size for ``n`` rows: a power of two, so that few programs are needed."""
+        return min(self._most_rows, max(self._least_rows, 1 << (n - 1).bit_length()))
+
+    def program(
+        self,
+        rows: int,
+        spec: LossSpec | None = None,
+        class_weight: Any | None = None,
+        *,
+        weighted: bool = False,
+        net: MLP | None = None,
+        gradient: int | None = None,
+    ) -> BoundProgram:
+        """Return the pass over ``rows`` rows up to the outputs, or with ``spec`` up to the loss.
+
+        ``net`` is the first layers of the network, ``gradient`` as in ``Step``.
+        """
+        key = (net, rows, spec, class_weight is not None, weighted, gradient)
+        bound = self._bound.get(key)
+        if bound is None:
+            bound = self.bind(net or self.net, rows, spec, class_weight, weighted=weighted, gradient=gradient)
+            self._bound[key] = bound
+        return bound
+
+    def bind(
+        self,
+        net: MLP,
+        rows: int,
+        spec: LossSpec | None = None,
+        class_weight: Any | None = None,
+        *,
+        weighted: bool = False,
+        gradient: int | None = None,
+        own: Mapping[str, Any] | None = None,
+        workspace: Workspace | None = None,
+    ) -> BoundProgram:
+        """Return a new program as ``program`` describes it; ``own`` are arrays for its data."""
+        memory = self.memory
+        shared = net.members > 1
+        inputs = Inputs(rows, indexed=shared, weighted=weighted, class_weighted=class_weight is not None)
+        traits, sizes = memory.backend.traits, (memory.real_bytes, memory.compute_bytes)
+        given = {"counters": self.counters, "stats": self.stats, **(own or {})}
+        if class_weight is not None:
+            given["class_weight"] = class_weight
+        if shared:
+            given["rows"] = member_rows(memory.backend, rows, net.members)
+        program = lower(Step(net, rows, traits, memory.layout, inputs, spec, *sizes, gradient=gradient))
+        bound = BoundProgram(program, memory, workspace or self.workspace, given)
+        if "unit" in program.values:
+            memory.backend.copy_into(bound.arrays["unit"], np.eye(net.sizes[-1], dtype=self.real))
+        return bound
+
+    def batches(self, bound: BoundProgram, rows: int, arrays: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+        """Copy each batch of ``arrays`` in, run it, and yield its first row and the row after its last."""
+        count = len(arrays["x"])
+        for start in range(0, count, rows):
+            stop = min(start + rows, count)
+            self.bring(bound, rows, arrays, start, stop)
+            bound.run()
+            yield start, stop
+
+    def bring(self, bound: BoundProgram, rows: int, arrays: Mapping[str, Any], start: int, stop: int) -> None:
+        """Copy the rows from ``start`` to ``stop`` into a program for batches of ``rows``."""
+        copy, count = self.memory.backend.copy_into, stop - start
+        self.counters[ROW_COUNT] = count * self.net.members
+        for name, array in arrays.items():
+            part = array[start:stop]
+            if name == "x" and self.scaling is not None:
+                part = self.scaling.normalised(part)
+            copy(bound.arrays[name][:count], part)
+            if count < rows and len(arrays) > 1:
+                # Rows left from an earlier batch must not reach the sums, if there are any.
+                bound.arrays[name][count:] = 0
+
+    def outputs(self, X: Any, net: MLP | None = None) -> Array:
+        """Return the outputs (n, N) for X (n, K) of the network, or of ``net``, its first layers; with members (n,
+        members, N)."""
+        rows = self.rows_for(len(X))
+        bound = self.program(rows, net=net)
+        found = self._collected("y", bound, rows, {"x": X})
+        return found if self.net.members == 1 else found.reshape(len(X), self.net.members, -1)
+
+    def input_gradient(
+        self,
+        X: Any,
+        arrays: Mapping[str, Any],
+        spec: LossSpec | None = None,
+        class_weight: Any | None = None,
+        net: MLP | None = None,
+    ) -> Array:
+        """Return the gradient by X (n, K) of the loss ``spec``, a sum over rows, or of outputs weighed by ``seed``.
+
+        ``arrays`` holds ``target``, or ``seed`` (n, N) for the network or its first layers ``net``.
+        """
+        rows = self.rows_for(len(X))
+        bound = self.program(rows, spec, class_weight, net=net, gradient=0)
+        found = self._collected("dx", bound, rows, {"x": X, **arrays})
+        if self.scaling is not None and self.scaling.scale is not None:
+            found /= self.scaling.scale.scale
+        return found
+
+    def _collected(self, name: str, bound: BoundProgram, rows: int, arrays: Mapping[str, Any]) -> Array:
+        """Return a value of the program for all rows, on the host."""
+        self.memory.read_evaluated(self.trained)
+        members = self.net.members
+        count, to_host = len(arrays["x"]), self.memory.backend.to_host
+        if count <= rows:
+            self.bring(bound, rows, arrays, 0, count)
+            bound.run()
+            return np.asarray(to_host(bound.arrays[name][: count * members]), self.real)
+        found = np.empty((count * members, bound.program.values[name].shape[1]), self.real)
+        for start, stop in self.batches(bound, rows, arrays):
+            found[start * members : stop * members] = to_host(bound.arrays[name][: (stop - start) * members])
+        return found
+
+    def silent(self, X: Any, layer: int) -> float:
+        """Return the share of a hidden layer's units whose output is zero for every row of X."""
+        rows = self.rows_for(len(X))
+        bound = self.bind(self.first(layer + 1), rows)
+        silent = np.ones(self.net.sizes[layer + 1], np.bool_)
+        self.memory.read_evaluated(self.trained)
+        for start, stop in self.batches(bound, rows, {"x": X}):
+            silent &= ~np.any(self.memory.backend.to_host(bound.arrays["y"][: stop - start]) != 0.0, axis=0)
+        return float(silent.mean())
+
+    def first(self, layers: int) -> MLP:
+        """Return the network's first ``layers`` layers."""
+        sizes, activations = self.net.sizes[: layers + 1], self.net.activations
+        return MLP(sizes, activation=activations[: layers - 1], output_activation=activations[layers - 1])
+
+
+class Evaluation:
+    """The loss of ``data`` by ``spec``, to evaluate once or repeatedly.
+
+    Rows that fit one batch go into the program once, and the others to the device once, or with ``repeated`` False
+    batch by batch. ``forward`` must not be shared between two uses.
+    """
+
+    def __init__(
+        self, forward: ForwardPass, data: Examples, spec: LossSpec, class_weight: Any | None, repeated: bool
+    ) -> None:
+        self._forward, self._spec = forward, spec
+        rows = len(data.X)
+        self._size = forward.rows_for(rows)
+        self._bound = forward.program(self._size, spec, class_weight, weighted=data.weight is not None)
+        # The arrays that every evaluation copies into the program, batch by batch.
+        self._left: Mapping[str, Any] = {}
+        if rows <= self._size:
+            forward.bring(self._bound, self._size, data.arrays, 0, rows)
+        else:
+            self._left = on_device(forward.memory.backend, data.arrays) if repeated else data.arrays
+
+    def of(self, memory: Memory) -> dict[str, float]:
+        """Return the metrics of what predictions read of ``memory``: see ``metrics_of``."""
+        forward, bound = self._forward, self._bound
+        own = forward.memory
+        own.read_evaluated(memory)
+        forward.stats[:] = 0.0
+        if self._left:
+            for _ in forward.batches(bound, self._size, self._left):
+                pass
+        else:
+            bound.run()
+        return metrics_of(own.backend.to_host(forward.stats), self._spec)
+
+
+def metrics_of(stats: Array, spec: LossSpec) -> dict[str, float]:
+    """Return the mean loss (its sum for the reduction "sum") and, if ``spec`` counts hits, the accuracy."""
+    if spec.reduction == "sum":
+        loss = float(stats[LOSS_SUM])
+    else:
+        loss = float(stats[LOSS_SUM] / stats[NORM_SUM]) if stats[NORM_SUM] else 0.0
+    metrics = {"loss": loss}
+    if spec.accuracy:
+        metrics["accuracy"] = float(stats[CORRECT] / stats[SCORED]) if stats[SCORED] else 0.0
+    return metrics

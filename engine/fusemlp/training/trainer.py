@@ -1,0 +1,161 @@
+"""The session that fits: what a training adds to one, its record, its position and its best weights."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from fusemlp.describe.machine import Machine
+from fusemlp.inputs.arrays import Array
+from fusemlp.runtime.session import Session
+from fusemlp.training.history import FitState, History
+from fusemlp_kernels.contract import RATE_SCALE
+from fusemlp_kernels.errors import ArgumentError, ShapeError
+
+if TYPE_CHECKING:
+    from fusemlp.training.plan import FitPlan
+
+
+class Trainer(Session):
+    """A session that ``fit`` trains; ``Engine`` is its public face.
+
+    ``history`` is the record of the last ``fit`` and ``fit_state`` its position, None before the first.
+    ``stop_training`` ends the running fit after the batch.
+    """
+
+    def start(self, machine: Machine) -> None:
+        """Choose the backend and allocate, with no training yet."""
+        super().start(machine)
+        self.history: History | None = None
+        self.fit_state: FitState | None = None
+        self.epochs_trained = 0
+        self.stop_training = False
+        # the best weights: on the device as in the arena that predictions read, or on the host by name
+        self._best: Any = None
+
+    @property
+    def best_parameters(self) -> dict[str, Array] | None:
+        """Copies of the weights of the best epoch, by name, where early stopping keeps them; else None."""
+        if self._best is None or isinstance(self._best, dict):
+            return self._best
+        return self.memory.named(self._best)
+
+    @best_parameters.setter
+    def best_parameters(self, tensors: dict[str, Array] | None) -> None:
+        self._best = tensors
+
+    @property
+    def keeps_best(self) -> bool:
+        """Return whether there are such weights."""
+        return self._best is not None
+
+    def keep_best(self) -> None:
+        """Keep what predictions read now as the best weights."""
+        name = self.memory.evaluated_arena
+        into = {name: self._best} if self._best is not None and not isinstance(self._best, dict) else None
+        self._best = self.memory.copies([name], into)[name]
+
+    def go_to_best(self) -> None:
+        """Go back to the best weights; an average of the parameters begins anew with them."""
+        if isinstance(self._best, dict):
+            self.memory.write(self._best)
+            return
+        for name in {"params", self.memory.evaluated_arena}:
+            self.memory.backend.copy_into(self.memory.arrays[name], self._best)
+        self.memory.refresh_shadow()
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Multiply the rates of the running ``fit`` by ``factor`` from the next update on; checkpoints keep it."""
+        self._take_rate_scale(float(self.memory.hyper[RATE_SCALE]) * factor)
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Let the next update have this rate, and those after it the rates of the schedule in the same proportion.
+
+        Raises ArgumentError if the rate of the optimizer's own schedule is 0 now.
+        """
+        base = self.rates.base
+        if not base:
+            raise ArgumentError(
+                f"rate: the optimizer's own rate is 0 now, and {rate!r} no multiple of it; give it one, Adam(lr=0.001)"
+            )
+        self._take_rate_scale(rate / base)
+
+    def _take_rate_scale(self, scale: float) -> None:
+        self.rates.rescale(scale)
+        state = self.fit_state
+        if state is not None:
+            best, waited, _ = state.plateau
+            state.plateau = best, waited, scale
+
+
+def fresh_state(engine: Trainer, plan: FitPlan, batches: int) -> FitState:
+    """Return the position before a fit with this many batches an epoch."""
+    updates = plan.epochs * batches // engine.optimizer.accumulate
+    return FitState(
+        epoch=engine.epochs_trained,
+        batch=0,
+        last_epoch=engine.epochs_trained + plan.epochs,
+        total_updates=engine.update_count + updates,
+        history=History(chance_loss=_chance_loss(engine), in_use=_in_use(engine)),
+        monitor=plan.monitor or "",
+        adversarial=_opponent(plan),
+        reduce=_reduction(engine),
+    )
+
+
+def _chance_loss(engine: Trainer) -> float | None:
+    loss = engine.loss
+    if not loss.is_classification or loss.reduction != "mean":
+        return None
+    return math.log(engine.network.sizes[-1] if loss.kind == "cross_entropy" else 2)
+
+
+def _in_use(engine: Trainer) -> list[str]:
+    dropout, scaling = any(engine.network.dropouts), bool(engine.normalise)
+    return ["dropout"] * dropout + ["scaling"] * scaling + ["clipping"] * (engine.privacy is not None)
+
+
+def _opponent(plan: FitPlan) -> dict[str, Any] | None:
+    return None if plan.adversarial is None else plan.adversarial.to_config()
+
+
+def resumed_state(engine: Trainer, plan: FitPlan, batches: int, *, rows: int) -> FitState:
+    """Return the position of the fit that ``engine``'s checkpoint was written in.
+
+    Raises ArgumentError if there was none, it is past the plan's epochs or was another one, ShapeError if the data has
+    too few batches.
+    """
+    state = engine.fit_state
+    if state is None:
+        raise ArgumentError(
+            "resume: this engine has no fit to go on with; load a checkpoint that was written during one"
+        )
+    begun = state.epoch - state.first_epoch + (1 if state.batch else 0)
+    if plan.epochs < begun:
+        raise ArgumentError(
+            f"epochs: the fit that is resumed has begun {begun} epochs, which count, got {plan.epochs}; give {begun} "
+            "or more, or resume=False"
+        )
+    if state.batch > batches:
+        raise ShapeError(
+            f"X: the checkpoint stands at batch {state.batch} of its epoch, and {rows} rows make only {batches}; "
+            "resume with the data of the first call"
+        )
+    if state.reduce != _reduction(engine):
+        raise ArgumentError(
+            f"reduce: the fit that is resumed has reduce={state.reduce or None!r}, got {_reduction(engine) or None!r}; "
+            "go on with the same: torchrun --nproc-per-node 1 -m fusemlp train --resume RUN, or in a script that "
+            "torchrun starts load_checkpoint(..., distributed=True, reduce=...); where it was None, without torchrun"
+        )
+    for name, before, now, does in (
+        ("monitor", state.monitor or None, plan.monitor or None, "follows"),
+        ("adversarial", state.adversarial, _opponent(plan), "trains against"),
+    ):
+        if before != now:
+            raise ArgumentError(f"{name}: the fit that is resumed {does} {before!r}, got {now!r}; give the same")
+    return state
+
+
+def _reduction(engine: Trainer) -> str:
+    """Return how the gradients of several processes are added; "" if there is one."""
+    return "" if engine.sharding is None else engine.sharding.reduce
