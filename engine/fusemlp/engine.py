@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.describe.adversarial import Attack
+from fusemlp.describe.adversarial import Attack, as_attack
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.elsewhere import knows_names, names_absent
 from fusemlp.describe.intervals import IBP
@@ -18,6 +18,7 @@ from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.describe.summary import bytes_text, layer_lines
 from fusemlp.inputs.arrays import Array
+from fusemlp.program.adversarial import lowered
 from fusemlp.program.program import Program
 from fusemlp.program.sharding import ORDERED
 from fusemlp.report.diagnosis import Finding
@@ -26,7 +27,7 @@ from fusemlp.report.runs import open_run, weights_path
 from fusemlp.runtime import files, intervals
 from fusemlp.runtime.attacking import attack
 from fusemlp.runtime.backends import availability
-from fusemlp.runtime.binding import program_against, program_of_fit
+from fusemlp.runtime.binding import program_of_fit
 from fusemlp.runtime.ranks import TIMEOUT
 from fusemlp.runtime.scaling import MEAN, InputScale
 from fusemlp.runtime.session import ELSEWHERE, Session
@@ -196,7 +197,8 @@ class Engine(Trainer):
 
     def program_against(self, adversarial: Any) -> Program:
         """Return ``program`` for ``fit(adversarial=...)``: the calls of the attack come first."""
-        return program_against(self, adversarial)
+        resident = self.plan == "resident" and self.memory.backend.traits.on_host
+        return program_of_fit(self, lowered(as_attack("adversarial", adversarial)), resident=resident)
 
     def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
         """One update from 1 to ``batch_size`` rows: x (m, K), y as in ``fit``, sample_weight (m,).
@@ -352,7 +354,7 @@ class Engine(Trainer):
 
         Raises ArgumentError, ArgumentTypeError, ShapeError, DTypeError or DataError, before anything has been computed.
         """
-        return intervals.bounds(self, X, eps, bounds=bounds)
+        return intervals.Propagation(self).outputs(*intervals.ball(self, X, eps, bounds))
 
     def certified(self, X: Any, y: Any, eps: Any, *, bounds: Any = None) -> Array:
         """Return whether ``predict`` gives y for every input within ``eps`` of X (n, K): bool (n,), of labels (n, N).

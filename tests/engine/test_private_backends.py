@@ -191,12 +191,12 @@ def test_a_graph_is_the_eager_steps(device):
 def test_rounded_rows_are_clipped_to_less(precision):
     """So that no row's gradient is larger than the clip, after it has been rounded."""
     engine = Engine(MLP([4, 3]), privacy=DPSGD(2.0, 0.5), backend="numpy")
-    assert engine.lowered_privacy().clip == 0.5
+    assert engine.ledger.lowered(engine.precision).clip == 0.5
     engine.precision = precision
     unit = {"bf16": 2.0**-8, "tf32": 2.0**-11}[precision]
-    clip = engine.lowered_privacy().clip
+    clip = engine.ledger.lowered(engine.precision).clip
     assert clip > 0.498 and clip * (1.0 + unit) ** (2 if precision == "tf32" else 1) <= 0.5
-    assert engine.lowered_privacy().noise.deviation == 1.0
+    assert engine.ledger.lowered(engine.precision).noise.deviation == 1.0
 
 
 @DEVICES

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fusemlp.describe.adversarial import as_attack
-from fusemlp.program.adversarial import Attack, lowered
+from fusemlp.program.adversarial import Attack
 from fusemlp.program.lowering import lower_training
 from fusemlp.program.program import Program
 from fusemlp.program.step import Inputs
@@ -32,12 +31,6 @@ def program_of_fit(engine: Session, against: Attack | None = None, *, resident: 
         resident=resident,
         against=against,
     )
-
-
-def program_against(engine: Session, adversarial: Any) -> Program:
-    """Return ``program`` for ``fit(adversarial=...)``: the calls of the attack come first."""
-    resident = engine.plan == "resident" and engine.memory.backend.traits.on_host
-    return program_of_fit(engine, lowered(as_attack("adversarial", adversarial)), resident=resident)
 
 
 def lower(

@@ -96,15 +96,15 @@ class Inference:
         self.scaling.check_measured()
         spec, values = self.inputs.spec_for(data.targets), data.targets.values
         summed = replace(spec, reduction="sum")
-        found = self.forward.input_gradient(data.X, {"target": values}, summed, self.class_weight)
+        gradient = self.forward.input_gradient(data.X, {"target": values}, summed, self.class_weight)
         if spec.reduction == "mean" and spec.kind != "cross_entropy":
-            found /= self.network.sizes[-1]
+            gradient /= self.network.sizes[-1]
         elif spec.reduction == "mean" and self.class_weight is not None and not spec.soft:
             labels = self.inputs.on_host(values)
             counted = labels != spec.ignore_index
             own = self.inputs.on_host(self.class_weight)[np.where(counted, labels, 0)]
-            found *= np.divide(counted, own, out=np.zeros_like(own), where=own > 0)[:, None]
-        return found
+            gradient *= np.divide(counted, own, out=np.zeros_like(own), where=own > 0)[:, None]
+        return gradient
 
     def path_gradient(self, X: Array, baseline: Array, output: Array, points: Array, weights: Array) -> Array:
         """Return ``paths.path_gradient`` of one output of each of the checked rows X, ``output`` (n,)."""
@@ -124,14 +124,14 @@ class Inference:
             if outputs > 1:
                 raise ArgumentError(f"output: the network has {outputs} outputs; give the index of one, output=0")
             output = 0
-        given, last = np.asarray(output), max(outputs, 1 + single) - 1
-        if given.dtype.kind not in "iu":
+        indices, last = np.asarray(output), max(outputs, 1 + single) - 1
+        if indices.dtype.kind not in "iu":
             raise ArgumentTypeError(f"output: expected the index of an output, or one a row, got {output!r}")
-        if given.shape not in ((), (len(X),)):
-            raise ShapeError(f"output: expected one index, or {len(X)}, one a row, got shape {given.shape}")
-        if given.min() < 0 or given.max() > last:
+        if indices.shape not in ((), (len(X),)):
+            raise ShapeError(f"output: expected one index, or {len(X)}, one a row, got shape {indices.shape}")
+        if indices.min() < 0 or indices.max() > last:
             raise ArgumentError(f"output: expected an index from 0 to {last}, got {output!r}")
-        return np.broadcast_to(given.astype(np.int64), len(X))
+        return np.broadcast_to(indices.astype(np.int64), len(X))
 
     def seeds(self, output: Array) -> Array:
         """Return (n, N): the weights of a row's outputs in the explained one, whose index is ``output`` (n,).

@@ -67,12 +67,6 @@ class Layer(NamedTuple):
     slope: float
 
 
-def bounds(engine: Session, X: Any, eps: Any, *, bounds: Any = None) -> Box:
-    """Return the least and the greatest outputs for inputs within ``eps`` of X; see ``Engine.bounds``."""
-    low, high = ball(engine, X, eps, bounds)
-    return Propagation(engine).outputs(low, high)
-
-
 def certified(engine: Session, X: Any, y: Any, eps: Any, *, bounds: Any = None) -> Array:
     """Return whether ``predict`` gives y for every input within ``eps`` of X; see ``Engine.certified``."""
     low, high = ball(engine, X, eps, bounds)

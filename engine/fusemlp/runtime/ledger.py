@@ -25,7 +25,7 @@ class Ledger:
     """The account of private training: ``privacy``, None without, and the steps of all fits.
 
     ``rows`` are the expected rows of a step; ``spent``: pairs of a sampling rate and the number of steps with it in
-    earlier fits. What counts steps takes ``updates``, the number of updates applied so far.
+    earlier fits. Methods that count steps take ``updates``, the number of updates applied so far.
     """
 
     def __init__(self, privacy: DPSGD | None, rows: int, spent: Spent = ()) -> None:

@@ -139,8 +139,8 @@ class Memory:
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Go back to a ``snapshot``, or to what was remembered."""
-        for name in self._changing:
-            self.backend.copy_into(self.arrays[name], snapshot[name])
+        for name, array in snapshot.items():
+            self.backend.copy_into(self.arrays[name], array)
         self.refresh_shadow()
 
     def account(self, epoch_stats: Any | None = None, *, check_finite: bool, beside: Sequence[Any] = ()) -> Account:
@@ -152,10 +152,10 @@ class Memory:
         backend, stats = self.backend, self.stats if epoch_stats is None else epoch_stats
         # if one is not finite, neither is the sum; on the host nothing waits
         sums = [self.params.sum()] if check_finite and not backend.traits.on_host else []
-        found, counters, hyper, *rest = backend.read(stats, self.counters, self.hyper, *sums, *beside)
+        statistics, counters, hyper, *rest = backend.read(stats, self.counters, self.hyper, *sums, *beside)
         finite = not check_finite or (bool(sums) and math.isfinite(rest[0][0]))
         finite = finite or all(map(math.isfinite, backend.extent(self.params)))
-        return Account(found.reshape(-1, len(self.stats)), counters, hyper, finite, rest[len(sums) :])
+        return Account(statistics.reshape(-1, len(self.stats)), counters, hyper, finite, rest[len(sums) :])
 
     def tensors(self, arena: str = "params") -> dict[str, Array]:
         """Return copies of one array per parameter, by name: the parameters, or what another flat array has for them,

@@ -113,9 +113,8 @@ class Session:
 
         ``changes`` are arguments of the constructor that differ. It trains alone; its seed draws its parameters.
         """
-        given = {name: getattr(self, name) for name in ("loss", "optimizer", "batch_size", "seed")}
-        machine = {name: getattr(self, name) for name in ("backend", "device", "precision")}
-        return kind(**{"net": self.network, **given, **machine, **changes})
+        names = ("loss", "optimizer", "batch_size", "seed", "backend", "device", "precision")
+        return kind(**{"net": self.network, **{name: getattr(self, name) for name in names}, **changes})
 
     def description(self) -> dict[str, Any]:
         """Return the arguments of the session, JSON-able; ``describe_from`` is its inverse."""
@@ -199,8 +198,8 @@ class Session:
         plan = shared_plan((self.plan, self.plan_reason), traits, sharding, ranks.uncaptured())
         self.ranks, self.sharding = ranks, sharding
         self.plan, self.plan_reason = plan
-        told = {"reduce": sharding, "backend": self.backend, "plan": self.plan}
-        ranks.check_same({**versions(), **self.description(), **told})
+        machine = {"reduce": sharding, "backend": self.backend, "plan": self.plan}
+        ranks.check_same({**versions(), **self.description(), **machine})
         # after that: with another backend a rank has no card
         if device != "cpu":
             ranks.take_card(device)
@@ -328,7 +327,7 @@ class Session:
 
     @property
     def privacy(self) -> DPSGD | None:
-        """How it trains privately; None if it does not."""
+        """The privacy that it trains with, or None."""
         return self.ledger.privacy
 
     @property

@@ -27,7 +27,8 @@ SCALING_CHECKS = 32
 
 def step(engine: Session, x: Any, y: Any, sample_weight: Any = None) -> Any:
     """Make one update from 1 to ``batch_size`` rows; see ``Engine.step``."""
-    if not engine.programs.staged:
+    programs = engine.programs
+    if not programs.staged:
         check_together({**engine.uses, "step": True})
     x = engine.inputs.features("x", x, check_finite=False)
     count = len(x)
@@ -38,27 +39,27 @@ def step(engine: Session, x: Any, y: Any, sample_weight: Any = None) -> Any:
         )
     targets = engine.inputs.targets("y", y, rows=count)
     weight = engine.inputs.weights("sample_weight", sample_weight, rows=count)
-    if engine.programs.stepping is None or engine.programs.stepping[0] is not engine.optimizer:
-        engine.programs.stepping = engine.optimizer, engine.optimizer.schedule.over(None)
-        engine.programs.staged.clear()
-    if not engine.programs.staged and not engine.update_count:
+    if programs.stepping is None or programs.stepping[0] is not engine.optimizer:
+        programs.stepping = engine.optimizer, engine.optimizer.schedule.over(None)
+        programs.staged.clear()
+    if not programs.staged and not engine.update_count:
         engine.scaling.check_measured()
         engine.scaling.warn("x", x)
     kind = targets.soft, weight is not None
-    if kind not in engine.programs.staged:
+    if kind not in programs.staged:
         spec = engine.loss.spec(accuracy=False, soft=targets.soft)
-        engine.programs.staged[kind] = bind_staged(engine, engine.batch_size, spec, weighted=weight is not None)
-    bound = engine.programs.staged[kind]
+        programs.staged[kind] = bind_staged(engine, engine.batch_size, spec, weighted=weight is not None)
+    bound = programs.staged[kind]
     try:
-        engine.rates.cover(engine.programs.stepping[1], 1)
+        engine.rates.cover(programs.stepping[1], 1)
         run_staged(engine, bound, engine.scaling.normalised(x), targets.values, weight)
     except BaseException:
         # Ctrl-C too: only the device knows whether there was an update
         engine.rates.forget()
         raise
     if engine.precision == "fp16":
-        engine.programs.unchecked_steps += 1
-        if engine.programs.unchecked_steps == SCALING_CHECKS:
+        programs.unchecked_steps += 1
+        if programs.unchecked_steps == SCALING_CHECKS:
             # waits for the device
             check_scaling(engine, engine.memory.counters, engine.memory.hyper)
     return engine.memory.backend.scalar(bound.arrays["stats"], LAST_LOSS)

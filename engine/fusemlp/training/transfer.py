@@ -170,7 +170,7 @@ def probing(
 ) -> Iterator[tuple[Probed, Array, Any]]:
     """Yield an engine of the layers after the first ``layers``, its rows and its validation data; see ``Engine.probe``.
 
-    What it has learned is the engine's at the end.
+    All that this has learned is the engine's at the end.
     """
     net = engine.network
     batches = y is None or are_batches(X) or (validation_data is not None and are_batches(validation_data))
