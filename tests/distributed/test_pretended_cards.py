@@ -29,6 +29,7 @@ from fusemlp.runtime import backends, bound, ranks, session
 from fusemlp.runtime.backends import open_here
 from fusemlp.runtime.bound import STEPS_A_GRAPH
 from fusemlp.runtime.plans import ASKED, chosen_plan, plan_text, shared_plan
+from fusemlp.runtime.ranks import Ranks
 from fusemlp.runtime.sharded import LAYERS
 from fusemlp_kernels.registry import TRAITS
 from fusemlp_kernels.triton import grouped
@@ -45,7 +46,7 @@ def card() -> Iterator[Card]:
         yield found
 
 
-class Pair:
+class Pair(Ranks):
     """The ranks of rank 0 of two, the other of which has the same of everything; counts its collectives."""
 
     rank, world, leads = 0, 2, True

@@ -162,7 +162,7 @@ def lower(case: Feature, backend: str) -> None:
     asked = SimpleNamespace(
         network=net, loss=model["loss"], optimizer=model["optimizer"], backend=backend, precision=precision,
         plan=machine["plan"], plan_reason="" if machine["plan"] == "auto" else ASKED, privacy=privacy,
-        ranks=ranks, normalise=machine["normalise"] is not None,
+        ranks=SimpleNamespace(together=bool(ranks)), normalise=machine["normalise"] is not None,
     )  # fmt: skip
     fit = {name: value for name, value in case.fit.items() if name not in ("y", "sample_weight", "validation_data")}
     plan = FitPlan(epochs=1, **fit)

@@ -49,6 +49,11 @@ class Ledger:
         if self.privacy is not None:
             check_accountant()
 
+    def check_size(self, precision: str) -> None:
+        """Raise ArgumentError unless this precision holds the noise."""
+        if self.privacy is not None:
+            self.privacy.check_size(precision)
+
     def to_config(self, updates: int) -> dict[str, Any] | None:
         """Return privacy and steps, JSON-able, without the seed."""
         return None if self.privacy is None else {**self.privacy.to_config(), "spent": self.steps(updates)}

@@ -28,7 +28,7 @@ from fusemlp.runtime.inference import Inference
 from fusemlp.runtime.ledger import Ledger
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory
 from fusemlp.runtime.plans import ASKED, choose_plan, shared_plan
-from fusemlp.runtime.ranks import TIMEOUT, Ranks, check_nccl, joined, versions
+from fusemlp.runtime.ranks import TIMEOUT, Single, check_nccl, joined, versions
 from fusemlp.runtime.rates import RateTable
 from fusemlp.runtime.scaling import MEAN, SCALE, Scaling, as_normalise
 from fusemlp_kernels.contract import (
@@ -148,13 +148,12 @@ class Session:
         """Choose the backend and allocate; everything that a pickle does not carry."""
         self.precision = machine.precision
         # until it joins others
-        self.ranks: Ranks | None = None
+        self.ranks = Single()
         self.sharding: Sharding | None = None
         self.backend = first_available() if machine.backend == "auto" else machine.backend
         self.plan, self.plan_reason = machine.plan, "" if machine.plan == "auto" else ASKED
         check_together(self.uses)
-        if self.privacy is not None:
-            self.privacy.check_size(self.precision)
+        self.ledger.check_size(self.precision)
         backend = open_here(self.backend, machine.device, self.precision)
         real = np.dtype(f"f{REAL_BYTES.get(self.precision, 4)}")
         self.device = backend.device
@@ -250,7 +249,7 @@ class Session:
         """The plan that ``plan`` comes to for batches of this size, and why."""
         traits, private, net = self.inputs.backend.traits, self.privacy is not None, self.network
         chosen = choose_plan(plan, traits, net.sizes, batch_size, self.precision, private=private, members=net.members)
-        if self.ranks is None or self.sharding is None:
+        if self.sharding is None:
             return chosen
         return shared_plan(chosen, traits, self.sharding, self.ranks.uncaptured())
 
@@ -267,7 +266,7 @@ class Session:
         on_host, asked = self.backend == "numpy", self.plan_reason == ASKED
         own = in_use(
             privacy=self.privacy,
-            ranks=None if self.ranks is None else "distributed",
+            ranks="distributed" if self.ranks.together else None,
             normalise=self.normalise,
             **{
                 self.precision: True,

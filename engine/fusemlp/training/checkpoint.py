@@ -137,7 +137,7 @@ def save_checkpoint(engine: Trainer, path: str | Path, *, extra: Mapping[str, An
     """Write the engine's state to ``path`` atomically; see ``Engine.save_checkpoint``."""
     check_ending(path)
     # the folder may be on the machine of rank 0 alone
-    target = target_file(path) if engine.ranks is None or engine.ranks.leads else None
+    target = target_file(path) if engine.ranks.leads else None
     content = engine_content(engine, _checked_extra(extra))
     check_finite(_of_kind("parameter", content["tensors"]), CHECKPOINT.name)
     if target is not None:

@@ -21,6 +21,7 @@ from fusemlp.inputs.class_weights import as_class_weights, balanced
 from fusemlp.inputs.targets import Examples, Targets
 from fusemlp.runtime.attacking import check_within
 from fusemlp.runtime.binding import bind_staged
+from fusemlp.runtime.ranks import Ranks
 from fusemlp.runtime.stepping import run_staged
 from fusemlp.training.intervals import check_labels
 from fusemlp.training.rows import Order, asked_order
@@ -35,7 +36,6 @@ from fusemlp.training.validation import (
 from fusemlp_kernels.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
-    from fusemlp.runtime.ranks import Ranks
     from fusemlp.training.plan import FitPlan
     from fusemlp.training.trainer import Trainer
 
@@ -117,8 +117,8 @@ def fit_data(engine: Trainer, plan: FitPlan, X: Any, y: Any, sample_weight: Any,
     # ranks have read the rows of their shards of a whole batch, and the first may be short
     room = count if share is None else X.batch_rows
     data = FitData(train, validation, order=order, batches=batches, room=room, weighted=weighted, share=share)
-    if engine.ranks is not None:
-        _check_alike(engine, engine.ranks, plan, data)
+    if engine.ranks.world > 1:
+        _check_alike(engine, plan, data)
     return data
 
 
@@ -201,13 +201,13 @@ def _codes(engine: Trainer, targets: Targets) -> Array | None:
 def _share(engine: Trainer, X: Any, plan: FitPlan, first_epoch: int) -> Share | None:
     """Return how ranks share the reading of blocks; DistributedError if theirs differ, or where they begin."""
     ranks, sharding = engine.ranks, engine.sharding
-    if ranks is None or sharding is None or not isinstance(X, Blocks):
+    if not isinstance(ranks, Ranks) or sharding is None or not isinstance(X, Blocks):
         return None
     ranks.check_same({**X.described(), "steps_per_epoch": plan.steps_per_epoch, "the first epoch": first_epoch})
     return ranks, partial(sharding.owner, batch_size=X.batch_rows)
 
 
-def _check_alike(engine: Trainer, ranks: Ranks, plan: FitPlan, data: FitData) -> None:
+def _check_alike(engine: Trainer, plan: FitPlan, data: FitData) -> None:
     """Raise DistributedError if not all ranks have the same data, state and arguments."""
     state, validation = engine.fit_state, data.validation
     names = ("epochs", "early_stopping", "monitor", "resume", "drop_last", "shuffle")
@@ -228,7 +228,7 @@ def _check_alike(engine: Trainer, ranks: Ranks, plan: FitPlan, data: FitData) ->
             arrays |= {"X": rows.X} if kind or data.share is None else {}
             named = {f"{kind}{name}": array for name, array in arrays.items()}
             things |= {name: None if array is None else engine.inputs.on_host(array) for name, array in named.items()}
-    ranks.check_same(things)
+    engine.ranks.check_same(things)
 
 
 class Stream:
@@ -270,13 +270,13 @@ class Stream:
             batch = self._weighted(batch)
             x = self._engine.scaling.normalised(batch.X)
             run_staged(self._engine, self._bound, x, batch.targets.values, batch.weight)
-            if self._engine.ranks is not None:
-                self._compare(self._engine.ranks, batch.targets.values)
+            if self._engine.ranks.world > 1:
+                self._compare(batch.targets.values)
 
-    def _compare(self, ranks: Ranks, targets: Any) -> None:
+    def _compare(self, targets: Any) -> None:
         """Raise DistributedError at the end of an epoch if ranks had batches with other targets."""
         self._passed += 1
         if isinstance(targets, np.ndarray):
             self._digest.update(np.ascontiguousarray(targets).data)
         if self._passed == self._batches.steps:
-            ranks.check_same({"a digest of the targets of an epoch": self._digest.hexdigest()})
+            self._engine.ranks.check_same({"a digest of the targets of an epoch": self._digest.hexdigest()})

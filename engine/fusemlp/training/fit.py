@@ -115,7 +115,7 @@ def fit_loop(
         at_once = 1
     elif at_once is None:
         decided = data.validation is not None or policy.patience is not None or bool(plan.callbacks)
-        asked = decided or not resident or engine.ranks is not None
+        asked = decided or not resident or engine.ranks.together
         at_once = epochs_at_once(engine, plan.epochs, count * members, asked=asked)
     if data.batches is not None:
         bound = Stream(engine, data, data.batches)

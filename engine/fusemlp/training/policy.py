@@ -110,8 +110,7 @@ class FitPolicy(Policy):
 
     def _agreed(self, logs: dict[str, float]) -> dict[str, float]:
         """Return the quantities by which all ranks decide."""
-        ranks = self.engine.ranks
-        return logs if ranks is None else dict(zip(logs, ranks.of_first(list(logs.values())).tolist(), strict=True))
+        return dict(zip(logs, self.engine.ranks.of_first(list(logs.values())).tolist(), strict=True))
 
     def end_epoch(self, stats: Array, rate: float) -> dict[str, float]:
         """Judge the epoch."""

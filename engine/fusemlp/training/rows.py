@@ -70,8 +70,7 @@ def asked_order(engine: Session, plan: FitPlan, count: int, first_epoch: int) ->
 
     def order(epoch: int) -> Array:
         rows = ahead.pop(epoch) if epoch in ahead else checked(epoch)
-        if engine.ranks is not None:
-            engine.ranks.check_same({f"row_order({epoch})": rows})
+        engine.ranks.check_same({f"row_order({epoch})": rows})
         return rows
 
     return order

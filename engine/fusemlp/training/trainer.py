@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from fusemlp.training.plan import FitPlan
 
 
+# Features that are remedies, by the words of a diagnosis.
+REMEDIES = {"dropout": "dropout", "normalise": "scaling", "privacy": "clipping"}
+
+
 class Trainer(Session):
     """A session that ``fit`` trains; ``Engine`` is its public face.
 
@@ -111,8 +115,7 @@ def _chance_loss(engine: Trainer) -> float | None:
 
 
 def _in_use(engine: Trainer) -> list[str]:
-    dropout, scaling = any(engine.network.dropouts), bool(engine.normalise)
-    return ["dropout"] * dropout + ["scaling"] * scaling + ["clipping"] * (engine.privacy is not None)
+    return [word for feature, word in REMEDIES.items() if feature in engine.uses]
 
 
 def _opponent(plan: FitPlan) -> dict[str, Any] | None:
