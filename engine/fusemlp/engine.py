@@ -38,6 +38,7 @@ from fusemlp.training.fit import ELSEWHERE as OF_FIT
 from fusemlp.training.fit import fit
 from fusemlp.training.history import History
 from fusemlp.training.lr_finder import LearningRateSweep, lr_find
+from fusemlp.training.plan import FitPlan
 from fusemlp.training.saving import save
 from fusemlp.training.trainer import Trainer
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
@@ -187,8 +188,7 @@ class Engine(Trainer):
         the loss, or val_loss, is no longer finite, with the engine back at the last good epoch. Later batches of an
         iterable are checked when they come. Warns (InputScaleWarning) of X far from unit scale.
         """
-        arguments = {name: value for name, value in locals().items() if name != "self"}
-        return fit(self, **arguments)
+        return fit(self, FitPlan.of(locals()), X, y, sample_weight, validation_data)
 
     @property
     def program(self) -> Program:

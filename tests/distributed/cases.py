@@ -129,7 +129,7 @@ class StopsOnRank(Callback):
         self.rank = rank
 
     def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
-        if epoch == 1 and engine.ranks is not None and engine.ranks.rank == self.rank:
+        if epoch == 1 and engine.ranks.together and engine.ranks.rank == self.rank:
             engine.stop_training = True
 
 

@@ -16,7 +16,7 @@ import fusemlp
 from fusemlp import DPSGD, MLP, SGD, Adam, Engine, ParameterOptions
 from fusemlp.program.layout import short_names
 from fusemlp.runtime.plans import choose_plan
-from fusemlp.training.private import PoissonRows
+from fusemlp.training.rows import PoissonRows
 from fusemlp_kernels import philox, reference
 from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.registry import TRAITS

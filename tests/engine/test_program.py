@@ -199,8 +199,8 @@ def test_a_call_reads_what_it_updates_and_writes():
 
 
 def test_resolve_replaces_references_at_any_depth():
-    given = {"a": Ref("x"), "b": ({"c": Ref("y"), "d": 1.5}, [Ref("x")]), "e": None}
-    assert resolve(given, {"x": 10, "y": 20}.__getitem__) == {"a": 10, "b": ({"c": 20, "d": 1.5}, (10,)), "e": None}
+    given = {"a": Ref("x"), "b": ({"c": Ref("y"), "d": 1.5}, Ref("x")), "e": None}
+    assert resolve(given, {"x": 10, "y": 20}.__getitem__) == {"a": 10, "b": ({"c": 20, "d": 1.5}, 10), "e": None}
 
 
 def test_names_of_arenas_stand_for_their_values():

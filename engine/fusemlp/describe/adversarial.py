@@ -3,9 +3,10 @@
 from collections.abc import Hashable, Iterable
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 from fusemlp.describe.checks import as_count, as_number, check_choice
+from fusemlp.describe.conflicts import Features
 from fusemlp.describe.description import Count, Description, Flag, Positive
 from fusemlp.describe.elsewhere import knows_names_of
 from fusemlp_kernels.contract import Perturbation
@@ -23,7 +24,10 @@ def _as_norm(argument: str, value: object) -> str:
 Norm = Annotated[str, _as_norm]
 
 
-def as_bounds(argument: str, value: Any) -> tuple[float, float]:
+Bounds: TypeAlias = tuple[float, float]
+
+
+def as_bounds(argument: str, value: Any) -> Bounds:
     """Return a pair of numbers, the lower one first."""
     if isinstance(value, str) or not isinstance(value, Iterable) or len(pair := tuple(value)) != 2:
         raise ArgumentTypeError(f"{argument}: expected (low, high) such as (0.0, 1.0), or None, got {value!r}")
@@ -34,7 +38,34 @@ def as_bounds(argument: str, value: Any) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Attack(Description):
+class Adversary(Description):
+    """The base of all that a training can be against; one of this class itself changes nothing."""
+
+    # whether its strength rises over the updates, so that something runs between gradients and update
+    ramps: ClassVar[bool] = False
+
+    @property
+    def bounds(self) -> Bounds | None:
+        """The least and the greatest value of an input, if they are limited."""
+        return None
+
+    @property
+    def uses(self) -> Features:
+        """The features that a training against it uses, for ``conflicts``."""
+        return {}
+
+    @property
+    def plain(self) -> "PGD | None":
+        """The projected gradient steps that change the inputs, if such do."""
+        return None
+
+    def settled(self, epochs: int, planned: int | None = None) -> int:
+        """Return the first of ``epochs``, from 0, that may be judged: the task no longer changes."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Attack(Adversary):
     """Changes inputs by at most ``eps``, in their own units, to raise the loss of their labels.
 
     The changed inputs stay within ``bounds``, (low, high), if given.
@@ -42,7 +73,11 @@ class Attack(Description):
 
     eps: Positive
     _: KW_ONLY
-    bounds: Annotated[tuple[float, float], as_bounds] | None = None
+    bounds: Annotated[Bounds, as_bounds] | None = None
+
+    @property
+    def uses(self) -> Features:
+        return {"adversarial": self, "attack": self}
 
     @property
     def plain(self) -> "PGD":
@@ -119,4 +154,13 @@ def as_attack(argument: str, value: object) -> Attack:
     """Return ``value`` if it is an attack; raises ArgumentTypeError."""
     if not isinstance(value, Attack):
         raise ArgumentTypeError(f"{argument}: expected an attack such as PGD(0.1) or FGSM(0.1), got {value!r}")
+    return value
+
+
+def as_adversary(argument: str, value: object) -> Adversary:
+    """Return what a training is against; raises ArgumentError or ArgumentTypeError for what it cannot be."""
+    if not isinstance(value, Adversary) or not value.uses:
+        raise ArgumentTypeError(f"{argument}: expected an attack such as PGD(0.1), or IBP(0.1), got {value!r}")
+    if value.plain is not None and value.plain.restarts > 1:
+        raise ArgumentError(f"{argument}: restarts are for Engine.attack; training takes one, restarts=1")
     return value

@@ -6,21 +6,17 @@ from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Annotated
 
-from fusemlp.describe.adversarial import as_bounds
+from fusemlp.describe.adversarial import Adversary, Bounds, as_bounds
 from fusemlp.describe.checks import as_number
-from fusemlp.describe.description import Description, Fraction, Positive
+from fusemlp.describe.conflicts import Features
+from fusemlp.describe.description import Fraction, Positive
 from fusemlp.describe.elsewhere import knows_names_of
-from fusemlp.describe.losses import Loss
-from fusemlp.describe.network import MLP
-from fusemlp.describe.optimizers import Optimizer
-from fusemlp_kernels import pointwise
-from fusemlp_kernels.errors import ArgumentError
 
 Share = Annotated[float, partial(as_number, low=0.0, high=1.0)]
 
 
 @dataclass(frozen=True)
-class IBP(Description):
+class IBP(Adversary):
     """Training for certified accuracy: ``fit(..., adversarial=IBP(0.1, bounds=(0, 1)))``.
 
     The loss is ``kappa`` times that of the rows plus 1 - kappa times the cross-entropy of their worst case: the lower
@@ -34,13 +30,18 @@ class IBP(Description):
     """
 
     kind = "ibp"
+    ramps = True
 
     eps: Positive
     kappa: Share = 0.5
     _: KW_ONLY
     warmup: Fraction = 0.1
     ramp: Share = 0.5
-    bounds: Annotated[tuple[float, float], as_bounds] | None = None
+    bounds: Annotated[Bounds, as_bounds] | None = None
+
+    @property
+    def uses(self) -> Features:
+        return {"adversarial": self, "IBP": self}
 
     def at(self, progress: float) -> tuple[float, float]:
         """Return eps and the share of the plain loss after a share of the updates."""
@@ -56,25 +57,6 @@ class IBP(Description):
         # 0.1 + 0.2 is a little more than 0.3
         ramped = math.ceil(round((self.warmup + self.ramp) * (epochs if planned is None else planned), 9))
         return min(epochs - 1, ramped)
-
-    def check(self, net: MLP, loss: Loss, optimizer: Optimizer) -> None:
-        """Raise ArgumentError for what it cannot train."""
-        for one in net.activations:
-            row = pointwise.ACTIVATIONS[one.name]
-            if row.learned or row.turn > float("-inf"):
-                reason = "has a slope that may turn negative" if row.learned else "falls before it rises"
-                raise ArgumentError(
-                    f"adversarial: IBP takes activations that rise everywhere, and {one.name} {reason}; use relu, "
-                    "leaky_relu, elu or softplus"
-                )
-        if any(net.dropouts):
-            raise ArgumentError(f"adversarial: IBP takes no dropout, and the network has {net.dropouts}; leave it out")
-        if loss.kind != "cross_entropy":
-            raise ArgumentError(f"adversarial: IBP needs the loss cross_entropy, this engine has {loss.kind!r}")
-        if optimizer.accumulate > 1:
-            raise ArgumentError(
-                f"accumulate: IBP takes one batch an update, got {optimizer.accumulate}; use a larger batch_size"
-            )
 
 
 # Arguments of other implementations.

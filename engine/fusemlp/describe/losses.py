@@ -7,10 +7,11 @@
 import numbers
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Annotated, Any, ClassVar
 
 from fusemlp.describe.checks import as_number, check_choice
+from fusemlp.describe.conflicts import Features, check_together, in_use
 from fusemlp.describe.description import Description, OpenFraction, Positive, from_config
 from fusemlp.describe.network import MLP
 from fusemlp_kernels.contract import LossSpec
@@ -54,6 +55,14 @@ class Loss(Description):
         """A weight for each class; only cross_entropy has them."""
         return None
 
+    @cached_property
+    def uses(self) -> Features:
+        """The features that it uses, for ``conflicts``."""
+        classes = self.kind == "cross_entropy"
+        return in_use(
+            sum=self.reduction if self.reduction != "mean" else None, **{"no classes": None if classes else self.kind}
+        )
+
     def spec(self, *, accuracy: bool, soft: bool = False) -> LossSpec:
         """Return the loss for the kernels: ``accuracy`` counts hits, ``soft`` is for rows of probabilities."""
         if soft and self.kind != "cross_entropy":
@@ -63,11 +72,7 @@ class Loss(Description):
     def check_network(self, net: MLP) -> None:
         """Refuse a network whose outputs this loss cannot take; raises ArgumentError or ShapeError."""
         given = net.activations[-1].name
-        if net.members > 1 and self.reduction != "mean":
-            raise ArgumentError(
-                f"reduction: the loss of {net.members} members is the mean of theirs; expected 'mean', got "
-                f"{self.reduction!r}"
-            )
+        check_together({**net.uses, **self.uses})
         if self.takes_logits and given != "identity":
             raise ArgumentError(
                 f"output_activation: {self.kind} takes {self.takes_logits}; expected 'identity', got {given!r}"

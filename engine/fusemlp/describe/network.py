@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_keys, freeze
+from fusemlp.describe.conflicts import SINGLE, Features, check_together, in_use
 from fusemlp.describe.description import Description
 from fusemlp.describe.elsewhere import knows_names, names_absent
 from fusemlp.describe.summary import network_text
@@ -200,8 +201,7 @@ class MLP(Description):
             raise ArgumentError(
                 f"members: they share hidden layers, and sizes has none, {given}; add one: MLP([8, 64, 2])"
             )
-        if any(one.name == "prelu" for one in self.activations):
-            raise ArgumentError(f"members: prelu's slope belongs to a whole layer, {given}; use leaky_relu")
+        check_together(self.uses)
         if self.activations[-1].name != "identity":
             raise ArgumentError(
                 f"output_activation: with members it must be 'identity', got {self.activations[-1].name!r}"
@@ -209,11 +209,20 @@ class MLP(Description):
 
     def check_single(self, argument: str, what: str) -> None:
         """Raise ArgumentError for a network with members, for which ``what`` is not there."""
-        if self.members > 1:
-            raise ArgumentError(
-                f"{argument}: {what} takes a network without members, and this one has {self.members}; make it with "
-                "members=1, or by train --preset plain"
-            )
+        if "members" in self.uses:
+            raise ArgumentError(f"{argument}: {what}{SINGLE.format_map(self.uses)}")
+
+    @cached_property
+    def uses(self) -> Features:
+        """The features that it uses, for ``conflicts``."""
+        names = [one.name for one in self.activations]
+        falling = next(filter(None, map(_fall, names)), None)
+        return in_use(
+            members=self.members if self.members > 1 else None,
+            prelu="prelu" in names,
+            dropout=self.dropouts if any(self.dropouts) else None,
+            **{"falling activation": falling},
+        )
 
     @property
     def layers(self) -> int:
@@ -317,6 +326,14 @@ names_absent(
         "count_params": "it is net.parameter_count",
     },
 )
+
+
+def _fall(activation: str) -> str | None:
+    """Return how an activation does not rise everywhere; None if it does."""
+    row = pointwise.ACTIVATIONS[activation]
+    if row.learned:
+        return f"{activation} has a slope that may turn negative"
+    return f"{activation} falls before it rises" if row.turn > -math.inf else None
 
 
 def _compact(values: Iterable[object]) -> str:

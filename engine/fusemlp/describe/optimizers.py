@@ -23,6 +23,7 @@ from functools import cached_property, partial
 from typing import Annotated, Any
 
 from fusemlp.describe.checks import as_number, check_choice
+from fusemlp.describe.conflicts import Features, in_use
 from fusemlp.describe.description import Count, Description, Flag, Fraction, NonNegative, Positive, from_config
 from fusemlp.describe.elsewhere import knows_names_of
 from fusemlp.describe.network import MLP
@@ -108,6 +109,12 @@ class Optimizer(Description):
     def schedule(self) -> Schedule:
         """The learning rate as a schedule."""
         return as_schedule("lr", self.lr)
+
+    @cached_property
+    def uses(self) -> Features:
+        """The features that it uses, for ``conflicts``."""
+        accumulate = self.accumulate if self.accumulate > 1 else None
+        return in_use(clip_norm=self.clip_norm, accumulate=accumulate)
 
     def rule(self) -> UpdateRule:
         """Return the optimizer for the kernels."""

@@ -15,9 +15,6 @@ from typing import Annotated, Any, TypeAlias
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.description import Description, OpenFraction, Positive
 from fusemlp.describe.elsewhere import knows_names_of
-from fusemlp.describe.losses import Loss
-from fusemlp.describe.network import MLP
-from fusemlp.describe.optimizers import Optimizer
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibraryError
 
 # Steps, and the probability with which each took each row.
@@ -100,37 +97,13 @@ class DPSGD(Description):
         """Return a JSON-able description, without the seed: a file that held it would undo the privacy."""
         return {name: value for name, value in super().to_config().items() if name != "seed"}
 
-    def check(self, net: MLP, loss: Loss, optimizer: Optimizer, *, precision: str, normalise: object) -> None:
-        """Raise ArgumentError for what cannot be trained privately."""
-        net.check_single("privacy", "private training")
-        if precision == "fp16":
-            raise ArgumentError(
-                "precision: fp16 skips batches whose gradients overflow, which privacy does not cover; use fp32 or bf16"
-            )
-        # so that sums of draws are finite, and no draw is rounded to zero
+    def check_size(self, precision: str) -> None:
+        """Raise ArgumentError unless sums of draws are finite in this precision, and no draw is rounded to zero."""
         high, deviation = 1e120 if precision == "fp64" else 1e30, self.noise * self.clip
         if not all(1.0 / high <= size <= high for size in (self.clip, deviation)):
             raise ArgumentError(
                 f"privacy: in {precision} clip and noise * clip may be from {1.0 / high:g} to {high:g}, got "
                 f"{self.clip:g} and {deviation:g}; give a clip near the norm of a row's gradient, and a noise near 1"
-            )
-        if any(one.name == "prelu" for one in net.activations):
-            raise ArgumentError("privacy: prelu's slopes have no gradient for each row here; use leaky_relu")
-        if loss.reduction != "mean":
-            raise ArgumentError(
-                f"privacy: it divides the gradients by batch_size, so the reduction must be 'mean', got "
-                f"{loss.reduction!r}"
-            )
-        for name, usual in (("clip_norm", None), ("accumulate", 1)):
-            if getattr(optimizer, name) != usual:
-                raise ArgumentError(
-                    f"{name}: privacy clips the gradient of each row and takes one batch a step; leave it out, got "
-                    f"{getattr(optimizer, name)!r}"
-                )
-        if normalise is True:
-            raise ArgumentError(
-                "normalise: True measures the private rows, which privacy does not cover; give rows that are public, "
-                "normalise=X_public, or scale by bounds that are known"
             )
 
 

@@ -20,19 +20,28 @@ if TYPE_CHECKING:
     from fusemlp.engine import Engine
     from fusemlp.fleet.fleet import Fleet
     from fusemlp.inputs.targets import Examples
+    from fusemlp.training.plan import FitPlan
 
 
 def trained_apart(
-    fleet: Fleet, data: Examples, held: Examples | None, *, workers: str | None, jobs: int | None, **options: Any
+    fleet: Fleet,
+    plan: FitPlan,
+    data: Examples,
+    held: Examples | None,
+    *,
+    workers: str | None,
+    jobs: int | None,
+    **rows: Any,
 ) -> Generator[Member, None, None]:
     """Yield each model of a fleet when it has ended, in any order, trained on ``data`` and validated on ``held``.
 
-    ``workers`` train it, ``jobs`` tasks at once, or without these the fleet's cards. ``options`` are those of ``fit``.
+    ``workers`` train it, ``jobs`` tasks at once, or without these the fleet's cards. ``rows``: those of each model.
     """
     first, untrained = fleet.first, copy(fleet)
     # its parts build their own, on the backend that they shall have
     untrained._built, untrained._groups, untrained._devices = [], None, ()
-    task = partial(_train_part, untrained, **options)
+    options = {name: getattr(plan, name) for name in ("epochs", "metrics", "early_stopping", "monitor", "drop_last")}
+    task = partial(_train_part, untrained, **options, **rows)
     sent = [*_arrays(first, data), *_arrays(first, held)]
     if workers is not None:
         return trained_elsewhere(len(fleet), task, sent, workers=workers, jobs=jobs)

@@ -10,7 +10,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from fusemlp.describe.checks import as_count, as_deadline, check_flag
+from fusemlp.describe.checks import as_count
+from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.metrics import Metric
@@ -28,16 +29,26 @@ from fusemlp.fleet.rows import as_rows, held_out
 from fusemlp.fleet.threads import Stop, Training, run_side_by_side
 from fusemlp.fleet.vary import Candidate, Vary, candidate, combinations
 from fusemlp.runtime.backends import cpu_threads, open_backend
-from fusemlp.training.assembling import fit_checked
-from fusemlp.training.fit import ELSEWHERE
+from fusemlp.training.data import FitData
+from fusemlp.training.fit import ELSEWHERE, fit_loop
 from fusemlp.training.history import History
 from fusemlp.training.loop import EpochLoop, epochs_at_once
+from fusemlp.training.plan import FitPlan
 from fusemlp.training.policy import FitPolicy
-from fusemlp.training.private import check_private
-from fusemlp.training.validation import Validation, as_patience, check_monitor, checked_validation, logged, with_metrics
+from fusemlp.training.validation import (
+    Validation,
+    check_monitor,
+    check_watched,
+    checked_validation,
+    logged,
+    with_metrics,
+)
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
 
 _log = logging.getLogger("fusemlp")
+
+# The argument of ``fit`` beside validation_data that gives validation rows.
+OF_ROWS = "validation_rows"
 
 
 # Arguments of Engine.fit that a fleet has in another place.
@@ -105,7 +116,7 @@ class Fleet:
         memory: int | None = None,
         initial: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        as_network("net", net).check_single("net", "a fleet")
+        check_together({**as_network("net", net).uses, "fleet": True})
         base = Candidate({}, net, as_loss(loss), as_optimizer(optimizer), batch_size, seed)
         self._privacy = as_privacy(privacy)
         self.candidates = tuple(
@@ -243,8 +254,14 @@ class Fleet:
         Raises ShapeError, DTypeError, DataError or ArgumentError before anything has changed, WorkerError if workers
         die again and again.
         """
-        end = as_deadline("time_limit", time_limit)
-        epochs = as_count("epochs", epochs, minimum=1)
+        plan = FitPlan(
+            epochs=epochs,
+            metrics=metrics,
+            early_stopping=early_stopping,
+            monitor=monitor,
+            drop_last=drop_last,
+            time_limit=time_limit,
+        )
         given_jobs = None if jobs is None else as_count("jobs", jobs, minimum=1)
         if workers is not None:
             check_workers(workers)
@@ -252,7 +269,6 @@ class Fleet:
             check_not_given(workers=workers, jobs=jobs, time_limit=time_limit)
         if workers is not None and time_limit is not None:
             raise ArgumentError("time_limit: workers do not share one; leave out time_limit or workers")
-        check_flag("drop_last", drop_last)
         if callback is not None and not callable(callback):
             raise ArgumentTypeError(f"callback: expected a function of a Member, got {callback!r}")
         if self._in_parts:
@@ -260,17 +276,11 @@ class Fleet:
                 "fit: the models were trained in parts, and their optimizers' state is gone; make a new Fleet, or one "
                 "with more memory="
             )
-        if self._privacy is not None:
-            for schedule in {one.optimizer.schedule for one in self.candidates}:
-                check_private(
-                    schedule,
-                    {"drop_last": drop_last},
-                    None,
-                    validates=validation_data is not None or validation_rows is not None,
-                    stops=early_stopping is not None,
-                    monitors=[monitor],
-                )
         first = self._built[0]
+        validated = validation_rows if validation_data is None else validation_data
+        for schedule in {one.optimizer.schedule for one in self.candidates}:
+            check_together({**first.uses, **plan.uses(schedule, validation_data=validated)})
+        first.ledger.check_accounting()
         data = first.inputs.examples(X, y, sample_weight)
         count = len(data.X)
         trained_rows = as_rows("rows", rows, len(self), count)
@@ -281,14 +291,11 @@ class Fleet:
         validations: Sequence[Validation | None] = [validation] * len(self)
         if validated_on is not None:
             validations = held_out(first, data, validated_on)
-        metrics = metrics if isinstance(metrics, str) else tuple(metrics or ())
-        instead, each = "validation_rows", {id(one): one for one in validations}
-        measured = {
-            key: with_metrics(first, data.targets, one, metrics, [monitor], instead) for key, one in each.items()
-        }
+        each = {id(one): one for one in validations}
+        measured = {key: with_metrics(first, plan, data.targets, one, OF_ROWS) for key, one in each.items()}
         validations = [measured[id(one)] for one in validations]
-        check_monitor(monitor, logged(first, data.targets, validations[0]))
-        patience = as_patience(early_stopping, validations[0] or monitor, instead)
+        check_watched(plan, validations[0], OF_ROWS)
+        check_monitor(plan.monitor, logged(first, data.targets, validations[0]))
         counts = dict(enumerate([count] * len(self) if trained_rows is None else map(len, trained_rows)))
         for index, one in enumerate(self.candidates):
             # the loss refuses here, before anything has changed
@@ -299,17 +306,16 @@ class Fleet:
                     "would not be trained"
                 )
 
-        stops = patience is not None
+        stops = plan.early_stopping is not None
         most = room(self._memory, self.candidates, first.precision, device=first.device)
         members: dict[int, Member] = {}
-        common: dict[str, Any] = {"epochs": epochs, "monitor": monitor, "drop_last": drop_last}
 
         def fit(index: int, **options: Any) -> EpochLoop[FitPolicy]:
             own, now = None if trained_rows is None else trained_rows[index], time.monotonic()
             # those that train at once have their part of the time that is left to all that have not ended
-            options["deadline"] = now + (end - now) * peers[index] / (len(self) - len(members))
-            options |= {"validation": validations[index], "patience": patience, "taken_in": taken_in}
-            return fit_checked(engines[index], data, rows=own, **common, **options)
+            share = (plan.deadline - now) * peers[index] / (len(self) - len(members))
+            rows_of_model = FitData(data, validations[index], own, taken_in=taken_in)
+            return fit_loop(engines[index], plan, rows_of_model, deadline=now + share, **options)
 
         def ended(index: int, error: DivergenceError | None) -> None:
             members[index] = self._member(index, engines[index], error, restores=stops)
@@ -318,11 +324,15 @@ class Fleet:
 
         first.scaling.warn("X", data.X)
         if workers is not None or self._devices:
-            common |= {"metrics": metrics, "early_stopping": patience}
-            common |= {"rows": trained_rows, "validation_rows": validated_on}
             held = None if validation is None else validation.data
             self.results = None
-            with closing(trained_apart(self, data, held, workers=workers, jobs=given_jobs, **common)) as trained:
+            tasks: dict[str, Any] = {
+                "workers": workers,
+                "jobs": given_jobs,
+                "rows": trained_rows,
+                "validation_rows": validated_on,
+            }
+            with closing(trained_apart(self, plan, data, held, **tasks)) as trained:
                 for member in trained:
                     members[member.index] = member
                     if callback is not None:
@@ -348,7 +358,9 @@ class Fleet:
             peers = {key: len(keys) for _, keys in groups for key in keys}
             if groups:
                 epochs_each = {
-                    index: epochs_at_once(engine, epochs, counts[index], asked=stops or validations[index] is not None)
+                    index: epochs_at_once(
+                        engine, plan.epochs, counts[index], asked=stops or validations[index] is not None
+                    )
                     for index, engine in engines.items()
                 }
                 arrays = data._replace(X=taken_in).arrays

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fusemlp.describe.adversarial import Attack as AttackOfInputs
+from fusemlp.describe.adversarial import Adversary
 from fusemlp.program.program import Ref
 from fusemlp_kernels.contract import Perturbation
 
@@ -20,9 +20,9 @@ class Attack(NamedTuple):
     change: Perturbation
 
 
-def lowered(against: AttackOfInputs) -> Attack:
-    """Return what a step is told of a training against an attack."""
-    return Attack(against.plain.steps, against.plain.perturbation())
+def lowered(against: Adversary) -> Attack | None:
+    """Return what a step is told of a training against an attack; None if it changes no inputs."""
+    return None if against.plain is None else Attack(against.plain.steps, against.plain.perturbation())
 
 
 def attack(build: Builder, attack: Attack) -> None:

@@ -89,7 +89,7 @@ class Call:
         written = OPS[self.op].written if self.op in OPS else frozenset()
         return tuple(dict.fromkeys(name for operand, name in self.references if operand in written))
 
-    @property
+    @cached_property
     def flops(self) -> int:
         """Floating-point operations of the matrix products, a multiplication and an addition being two."""
         return sum(2 * m * n * k for m, n, k in self.products)
@@ -106,15 +106,22 @@ def _references(operand: str, given: Any) -> Iterator[tuple[str, str]]:
             yield from _references(f"{operand}.{key}", inner)
 
 
-def resolve(given: Any, lookup: Callable[[str], Any]) -> Any:
-    """``given`` with every ``Ref`` replaced by what ``lookup`` has for its name."""
-    if isinstance(given, Ref):
-        return lookup(given.name)
-    if isinstance(given, Mapping):
-        return {key: resolve(inner, lookup) for key, inner in given.items()}
-    if isinstance(given, tuple | list):
-        return tuple(resolve(inner, lookup) for inner in given)
-    return given
+def resolve(operands: Mapping[str, Any], lookup: Callable[[str], Any]) -> dict[str, Any]:
+    """Return the operands of a call with every ``Ref`` replaced by what ``lookup`` has for its name."""
+    resolved = dict(operands)
+    for name, value in operands.items():
+        if isinstance(value, Ref):
+            resolved[name] = lookup(value.name)
+        elif isinstance(value, tuple | list):
+            resolved[name] = tuple([_resolved(part, lookup) for part in value])
+    return resolved
+
+
+def _resolved(part: Any, lookup: Callable[[str], Any]) -> Any:
+    """Return a part of a sequence of operands, resolved."""
+    if isinstance(part, Ref):
+        return lookup(part.name)
+    return resolve(part, lookup) if isinstance(part, Mapping) else part
 
 
 class Structure:

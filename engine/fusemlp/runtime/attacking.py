@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusemlp.describe.adversarial import Attack, as_attack
+from fusemlp.describe.adversarial import Adversary, Attack, as_attack
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.contract import BATCH_INDEX, COUNTERS, LossSpec
 from fusemlp_kernels.errors import DataError
@@ -14,7 +14,6 @@ from fusemlp_kernels.pointwise import LOSSES, evaluate
 from fusemlp_kernels.registry import backend
 
 if TYPE_CHECKING:
-    from fusemlp.describe.intervals import IBP
     from fusemlp.runtime.session import Session
 
 
@@ -49,7 +48,7 @@ def attack(engine: Session, X: Any, y: Any, how: Attack) -> Array:
     return best
 
 
-def check_within(engine: Session, argument: str, X: Any, how: Attack | IBP) -> None:
+def check_within(engine: Session, argument: str, X: Any, how: Adversary) -> None:
     """Raise DataError for checked rows outside the bounds of an attack, or of a training against such."""
     if how.bounds is None:
         return

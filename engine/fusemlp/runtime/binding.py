@@ -12,6 +12,7 @@ from fusemlp.program.program import Program
 from fusemlp.program.step import Inputs
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.forward import member_rows
+from fusemlp.runtime.ranks import Ranks
 from fusemlp.runtime.sharded import ShardedProgram
 from fusemlp_kernels.contract import STATS, LossSpec, Ridge, UpdateRule
 from fusemlp_kernels.errors import ArgumentError
@@ -115,7 +116,7 @@ def bind(
             epoch_stats = allocate(epochs * STATS, "float64")
             arrays["epoch_stats"] = engine.memory.backend.view(epoch_stats, 0, (epochs, STATS), STATS)
     program = lower(engine, inputs, spec, rule, batch_size, resident=resident, against=against, **options)
-    if engine.ranks is not None:
+    if isinstance(engine.ranks, Ranks):
         return ShardedProgram(program, engine.memory, engine.programs.workspace, arrays, engine.ranks, plan=engine.plan)
     plan = engine.plan
     if against is not None and plan == "resident" and not resident:
@@ -163,7 +164,7 @@ def bind_staged(engine: Session, rows: int, spec: LossSpec, *, weighted: bool) -
     batches = 1 if engine.plan == "resident" and engine.memory.backend.traits.on_host else None
     members, given = engine.network.members, dict[str, Any]()
     # a rank picks the rows of its shards
-    picks = members > 1 or engine.ranks is not None
+    picks = members > 1 or engine.ranks.together
     if picks:
         given["rows"] = member_rows(engine.memory.backend, rows, members)
     inputs = Inputs(rows, indexed=picks, weighted=weighted)

@@ -16,7 +16,7 @@ from fusemlp.program.layout import allocate, placement
 from fusemlp.program.program import Program, resolve
 from fusemlp.runtime.memory import Memory, Workspace, on_device
 from fusemlp.runtime.plans import UNINTERRUPTED, resident_chunk
-from fusemlp.runtime.ranks import Ranks
+from fusemlp.runtime.ranks import Single
 from fusemlp_kernels.contract import ROW_COUNT, ROW_STEP, Backend
 
 # Steps that are unrolled in one graph.
@@ -192,7 +192,7 @@ class KeptPrograms:
         key: Any,
         data: Mapping[str, Any],
         bind: Callable[[Mapping[str, Any]], BoundProgram],
-        ranks: Ranks | None,
+        ranks: Single,
     ) -> BoundProgram:
         """Return the program that ``bind`` makes from data on the device, or the last one with this ``key``.
 
@@ -203,7 +203,7 @@ class KeptPrograms:
         shapes = {name: tuple(array.shape) for name, array in data.items()}
         key, last = (key, shapes), self.last_fit
         usable = last is not None and last.key == key and all(self._reads(last, name, data[name]) for name in shapes)
-        if ranks is not None and not backend.traits.on_host:
+        if not backend.traits.on_host:
             # all ranks replay their graphs, or none: NCCL wants it so
             usable = not ranks.any(not usable)[0]
         if last is not None and usable:

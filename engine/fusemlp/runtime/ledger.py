@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from fusemlp.describe.description import stored
-from fusemlp.describe.privacy import DPSGD, Accountant, Spent, joined, usual_delta
+from fusemlp.describe.privacy import DPSGD, Accountant, Spent, check_accountant, joined, usual_delta
 from fusemlp.program.step import Privacy
 from fusemlp_kernels.contract import Noise
 from fusemlp_kernels.errors import ArgumentError
@@ -43,6 +43,16 @@ class Ledger:
         fields = dict(config or {})
         spent = stored("privacy.spent", fields.pop("spent", []), list[tuple[float, int]])
         return cls(DPSGD(**fields) if fields else None, rows, spent)
+
+    def check_accounting(self) -> None:
+        """Raise MissingLibraryError if it trains privately, and dp-accounting is not there."""
+        if self.privacy is not None:
+            check_accountant()
+
+    def check_size(self, precision: str) -> None:
+        """Raise ArgumentError unless this precision holds the noise."""
+        if self.privacy is not None:
+            self.privacy.check_size(precision)
 
     def to_config(self, updates: int) -> dict[str, Any] | None:
         """Return privacy and steps, JSON-able, without the seed."""

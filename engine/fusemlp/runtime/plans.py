@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusemlp.describe.checks import as_count
+from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
@@ -15,7 +16,7 @@ from fusemlp.program.step import Inputs
 from fusemlp.runtime.backends import TRAITS, availability
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES
 from fusemlp_kernels.contract import MOST_PARTS, Traits, resident_refusal, step_flops
-from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError, unknown_name
+from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
 from fusemlp_kernels.registry import PLANS
 
 # The reason for a plan that the user named.
@@ -96,22 +97,13 @@ def shared_plan(
     """Return the plan of several processes on a backend, whose plan of one is ``alone``, and why. ``uncaptured``: why
     collectives cannot be part of a graph, if they cannot.
 
-    Raises ArgumentError or BackendUnavailableError for a plan asked for that they do not have.
+    Raises BackendUnavailableError for a graph asked for that they do not have; ``conflicts`` has other refusals.
     """
     plan, reason = alone
     between = f"a collective between them ({sharding})"
     if traits.on_host:
-        if plan != "resident":
-            raise ArgumentError(
-                f"plan: a distributed step is two launches with a collective between them, got {plan!r}; leave plan out"
-            )
         return plan, f"two launches a step, and {between}"
     asked = reason == ASKED
-    if asked and plan == "resident":
-        raise ArgumentError(
-            "plan: the resident kernel trains on one card, without a collective between its steps, got 'resident'; "
-            "leave plan out"
-        )
     if asked and plan == "graph" and uncaptured is not None:
         raise BackendUnavailableError(f"plan: there is no graph of a distributed step: {uncaptured}; leave plan out")
     if asked:
@@ -140,10 +132,10 @@ def _traits(net: MLP, backend: str, precision: str) -> Traits:
     return traits
 
 
-def _sharding(traits: Traits, devices: int | None, reduce: str) -> Sharding | None:
+def _sharding(net: MLP, traits: Traits, devices: int | None, reduce: str) -> Sharding | None:
     if devices is None:
         return None
-    traits.check_has("distributed", "devices")
+    check_together({**net.uses, "ranks": "devices", traits.name: True})
     return Sharding(reduce, as_count("devices", devices)).check()
 
 
@@ -161,7 +153,7 @@ def chosen_plan(
     Raises what ``plan_text`` does for the same arguments.
     """
     traits = _traits(net, backend, precision)
-    sharding = _sharding(traits, devices, reduce)
+    sharding = _sharding(net, traits, devices, reduce)
     if traits.resident is None:
         return None
     alone = choose_plan("auto", traits, net.sizes, batch_size, precision, members=net.members)
@@ -186,7 +178,7 @@ def plan_text(
     backend that trains in one process.
     """
     traits = _traits(net, backend, precision)
-    sharding = _sharding(traits, devices, reduce)
+    sharding = _sharding(net, traits, devices, reduce)
     chosen_loss, chosen_optimizer = as_loss(loss), as_optimizer(optimizer)
     chosen_loss.check_network(net)
     chosen_optimizer.check_network(net)

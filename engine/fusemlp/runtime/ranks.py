@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import platform
+import signal
 import threading
 import time
 import weakref
@@ -164,12 +165,48 @@ def check_nccl() -> None:
         )
 
 
-class Ranks:
+class Single:
+    """This process alone: a rank without others to ask."""
+
+    rank, world, leads = 0, 1, True
+    # whether several processes train, as Ranks does also of one
+    together = False
+    # signals by which its starter ends it, beside Ctrl-C
+    signals: tuple[signal.Signals, ...] = ()
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether it is set on a rank."""
+        return [*flags]
+
+    def of_first(self, values: Sequence[float]) -> Array:
+        """Return the values that rank 0 has, float64."""
+        return np.array(values, np.float64)
+
+    def check_same(self, things: Mapping[str, Any]) -> None:
+        """Raise DistributedError on every rank unless these things are alike on all; names are for the message."""
+
+    def marks(self, parameters: Any) -> list[Any]:
+        """Return arrays for ``check_equal``, where the parameters lie."""
+        return []
+
+    def check_equal(self, mark: Sequence[Array]) -> None:
+        """Raise DistributedError on every rank if one has computed other parameters than rank 0; see ``marks``."""
+
+    def uncaptured(self) -> str | None:
+        """Return why collectives on cards cannot be part of a graph; None if they can."""
+        return None
+
+
+class Ranks(Single):
     """This process, number ``rank`` of ``world``, and its collectives; each raises DistributedError after ``timeout``
     seconds, or when a process is gone.
 
     Raises ArgumentError if torchrun has not started this process, MissingLibraryError without torch.
     """
+
+    together = True
+    # of torchrun
+    signals = (signal.SIGTERM,)
 
     def __init__(self, timeout: float = TIMEOUT) -> None:
         if not started():
@@ -214,6 +251,7 @@ class Ranks:
                 # at the end of Python its threads now and then abort the process, whose exit code is lost
                 atexit.register(_leave, dist)
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
+            self.leads = self.rank == 0
             # of its own: another engine may have another limit
             self._group = dist.new_group(backend="gloo", timeout=limit)
             self._store = dist.distributed_c10d._get_default_store()
@@ -233,11 +271,6 @@ class Ranks:
     def default_group(self) -> Any:
         """The group of all processes that torch knows now."""
         return self._dist.group.WORLD
-
-    @property
-    def leads(self) -> bool:
-        """Return whether this is the rank that prints and writes files."""
-        return self.rank == 0
 
     def take_card(self, device: str) -> None:
         """Get ready for arrays on this card. All ranks must call this; raises ArgumentError if two have one card."""
@@ -365,6 +398,15 @@ class Ranks:
                         "; give all ranks the same"
                     )
 
+    def marks(self, parameters: Any) -> list[Any]:
+        """Return whole numbers that other parameters do not have: the bytes of a digest, or on a device the sums of
+        their bits as integers, of all and of every other."""
+        if isinstance(parameters, np.ndarray):
+            return [np.frombuffer(hashlib.sha256(parameters.data).digest(), np.uint8)]
+        bits = parameters.view(import_module("torch").int32)
+        # exact in float64
+        return [some.sum() & ((1 << 52) - 1) for some in (bits, bits[::2])]
+
     def check_equal(self, mark: Sequence[Array]) -> None:
         """Raise DistributedError on every rank if one has computed other parameters than rank 0; see ``mark_of``."""
         own = np.concatenate(mark)
@@ -377,16 +419,6 @@ class Ranks:
                 "has changed something on some ranks only, or their processors compute differently; let callbacks do "
                 "the same on all, and use processors of one kind"
             )
-
-
-def mark_of(parameters: Any) -> list[Any]:
-    """Return arrays of whole numbers, where the parameters lie, that others do not have: the bytes of a digest, or on a
-    device the sums of their bits as integers, of all and of every other."""
-    if isinstance(parameters, np.ndarray):
-        return [np.frombuffer(hashlib.sha256(parameters.data).digest(), np.uint8)]
-    bits = parameters.view(import_module("torch").int32)
-    # exact in float64
-    return [some.sum() & ((1 << 52) - 1) for some in (bits, bits[::2])]
 
 
 def _mark(thing: Any) -> str:

@@ -9,9 +9,11 @@ import numpy as np
 
 from fusemlp._version import __version__
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag
+from fusemlp.describe.conflicts import Features, check_together, in_use
 from fusemlp.describe.description import stored
 from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.losses import Loss, as_loss, loss_from_config
+from fusemlp.describe.machine import Machine
 from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
 from fusemlp.describe.privacy import DPSGD, as_privacy
@@ -20,13 +22,13 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.device import DeviceInputs
 from fusemlp.inputs.state import checked_state
 from fusemlp.program.sharding import ORDERED, REDUCTIONS, Sharding
-from fusemlp.runtime.backends import PRECISIONS, open_here
+from fusemlp.runtime.backends import PRECISIONS, first_available, open_here
 from fusemlp.runtime.bound import KeptPrograms
 from fusemlp.runtime.inference import Inference
 from fusemlp.runtime.ledger import Ledger
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory
 from fusemlp.runtime.plans import ASKED, choose_plan, shared_plan
-from fusemlp.runtime.ranks import TIMEOUT, Ranks, check_nccl, joined, versions
+from fusemlp.runtime.ranks import TIMEOUT, Single, check_nccl, joined, versions
 from fusemlp.runtime.rates import RateTable
 from fusemlp.runtime.scaling import MEAN, SCALE, Scaling, as_normalise
 from fusemlp_kernels.contract import (
@@ -39,7 +41,7 @@ from fusemlp_kernels.contract import (
     UpdateRule,
     batch_parts,
 )
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
+from fusemlp_kernels.errors import ArgumentError
 
 Made = TypeVar("Made", bound="Session")
 
@@ -63,7 +65,6 @@ ELSEWHERE = {
     # of earlier releases
     "shard_optimizer": "it is gone: each process keeps the whole state of the optimizer now; leave it out",
 }
-EXAMPLES = {"backend": "auto", "precision": "fp32", "plan": "auto"}
 
 
 class Session:
@@ -97,12 +98,10 @@ class Session:
         self.seed = as_count("seed", seed, minimum=0)
         self.loss.check_network(net)
         self.optimizer.check_network(net)
-        self.precision = precision
         self.ledger = Ledger(as_privacy(privacy), self.batch_size)
-        if self.privacy is not None:
-            self.privacy.check(net, self.loss, self.optimizer, precision=precision, normalise=normalise)
         self.normalise = as_normalise(normalise, self.network.sizes[0])
-        self.start(backend, device, plan)
+        check_together(in_use(privacy=self.privacy, **{"measured rows": normalise is True}))
+        self.start(Machine(backend, device, precision, plan))
         if normalise is not None and not isinstance(normalise, bool | np.bool_):
             self.scaling.scale = self.scaling.measured(self.inputs.features("normalise", normalise))
         self.join(distributed, reduce, timeout)
@@ -145,22 +144,22 @@ class Session:
         self.normalise = stored("normalise", config.get("normalise"), bool | None)
         self.ledger = Ledger.from_config(config.get("privacy"), self.batch_size)
 
-    def start(self, name: str, device: str | None, plan: str) -> None:
+    def start(self, machine: Machine) -> None:
         """Choose the backend and allocate; everything that a pickle does not carry."""
-        for argument, value in (("backend", name), ("precision", self.precision), ("plan", plan)):
-            if not isinstance(value, str):
-                raise ArgumentTypeError(f"{argument}: expected a name such as {EXAMPLES[argument]!r}, got {value!r}")
-        if device is not None and not isinstance(device, str):
-            raise ArgumentTypeError(f"device: expected a name such as 'cpu', or None for the default, got {device!r}")
+        self.precision = machine.precision
         # until it joins others
-        self.ranks: Ranks | None = None
+        self.ranks = Single()
         self.sharding: Sharding | None = None
         needs = [*["members"] * (self.network.members > 1), *["privacy"] * (self.privacy is not None)]
-        backend = open_here(name, device, self.precision, needs)
+        self.backend = first_available(needs) if machine.backend == "auto" else machine.backend
+        self.plan, self.plan_reason = machine.plan, "" if machine.plan == "auto" else ASKED
+        check_together(self.uses)
+        self.ledger.check_size(self.precision)
+        backend = open_here(self.backend, machine.device, self.precision, needs)
         real = np.dtype(f"f{REAL_BYTES.get(self.precision, 4)}")
-        self.backend, self.device = backend.traits.name, backend.device
+        self.device = backend.device
         self.inputs = DeviceInputs(self.network, self.loss, backend, real)
-        self.plan, self.plan_reason = self._chosen(plan, self.batch_size)
+        self.plan, self.plan_reason = self._chosen(machine.plan, self.batch_size)
         self.scaling = Scaling(self.inputs, self.normalise)
         # the loss's class weights, on the device
         self.class_weight: Any | None = None
@@ -186,13 +185,8 @@ class Session:
                     "by torchrun, a script with distributed=True, or leave reduce out"
                 )
             return
-        traits = self.memory.backend.traits
-        traits.check_has("distributed")
         # refused before the processes meet
-        shared_plan((self.plan, self.plan_reason), traits, Sharding(reduce, 1))
-        if self.privacy is not None:
-            raise ArgumentError("privacy: a private engine trains in one process so far; leave distributed out")
-        self.network.check_single("distributed", "training on several processes")
+        check_together({**self.uses, "ranks": "distributed"})
         if not any(self.optimizer.options_for(name)[0] for name in self.network.parameter_shapes()):
             raise ArgumentError("distributed: the optimizer trains no parameter, so there is no gradient to add")
         device = self.memory.backend.device
@@ -200,6 +194,7 @@ class Session:
             check_nccl()
         ranks = joined(limit)
         sharding = Sharding(reduce, ranks.world).check()
+        traits = self.memory.backend.traits
         plan = shared_plan((self.plan, self.plan_reason), traits, sharding, ranks.uncaptured())
         self.ranks, self.sharding = ranks, sharding
         self.plan, self.plan_reason = plan
@@ -255,7 +250,7 @@ class Session:
         """The plan that ``plan`` comes to for batches of this size, and why."""
         traits, private, net = self.inputs.backend.traits, self.privacy is not None, self.network
         chosen = choose_plan(plan, traits, net.sizes, batch_size, self.precision, private=private, members=net.members)
-        if self.ranks is None or self.sharding is None:
+        if self.sharding is None:
             return chosen
         return shared_plan(chosen, traits, self.sharding, self.ranks.uncaptured())
 
@@ -265,6 +260,23 @@ class Session:
             before = self.memory.snapshot()
             self._use_memory(None, self.rates.schedule, rows)
             self.memory.restore(before)
+
+    @property
+    def uses(self) -> Features:
+        """The features that it uses, for ``conflicts``."""
+        on_host, asked = self.backend == "numpy", self.plan_reason == ASKED
+        own = in_use(
+            privacy=self.privacy,
+            ranks="distributed" if self.ranks.together else None,
+            normalise=self.normalise,
+            **{
+                self.precision: True,
+                self.backend: True,
+                "eager host": on_host and self.plan == "eager",
+                "resident kernel": asked and not on_host and self.plan == "resident",
+            },
+        )
+        return {**self.network.uses, **self.loss.uses, **self.optimizer.uses, **own}
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Go back to a snapshot of the memory, or to what it remembered."""

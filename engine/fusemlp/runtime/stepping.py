@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fusemlp.describe.conflicts import check_together
 from fusemlp.runtime.binding import bind_staged
 from fusemlp.runtime.bound import BoundProgram
 from fusemlp_kernels.contract import (
@@ -15,7 +16,7 @@ from fusemlp_kernels.contract import (
     SKIPPED_IN_A_ROW,
     SKIPPED_LIMIT,
 )
-from fusemlp_kernels.errors import ArgumentError, DivergenceError, ShapeError
+from fusemlp_kernels.errors import DivergenceError, ShapeError
 
 if TYPE_CHECKING:
     from fusemlp.runtime.session import Session
@@ -26,11 +27,9 @@ SCALING_CHECKS = 32
 
 def step(engine: Session, x: Any, y: Any, sample_weight: Any = None) -> Any:
     """Make one update from 1 to ``batch_size`` rows; see ``Engine.step``."""
-    if engine.privacy is not None:
-        raise ArgumentError("step: a private engine draws the rows of each step at random from all; use fit")
-    if engine.ranks is not None:
-        raise ArgumentError("step: a distributed engine trains in fit, which splits the rows; use fit")
     programs = engine.programs
+    if not programs.staged:
+        check_together({**engine.uses, "step": True})
     x = engine.inputs.features("x", x, check_finite=False)
     count = len(x)
     if count > engine.batch_size:

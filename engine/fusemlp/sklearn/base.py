@@ -17,7 +17,6 @@ from sklearn.utils import check_array, check_consistent_length, check_random_sta
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from fusemlp.callbacks import announce, checked_callbacks, exits
-from fusemlp.describe.intervals import IBP
 from fusemlp.describe.schedules import Schedule
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.onnx import to_onnx
@@ -171,7 +170,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         """
         stochastic = self.solver in settings.STOCHASTIC
         X_val, y_val = held
-        settings.check_together(self, incremental, X_val, y_val)
+        settings.check_parameters(self, incremental, X_val, y_val)
         callbacks = [] if self.callbacks is None else checked_callbacks(self.callbacks)
         last_epoch = 1 if incremental else self.max_iter
         if stochastic:
@@ -216,7 +215,8 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         traits = model.engine.memory.backend.traits
         together = together and shares_launches(traits) and not against
         weighed = row_weights is None or bool(row_weights.all())
-        looped = stochastic and not incremental and weighed and not isinstance(self.adversarial, IBP)
+        ramps = settings.ramps(self)
+        looped = stochastic and not incremental and weighed and not ramps
         batches: ResidentBatches | CalledBatches
         if looped and (together or (model.loops and (traits.on_host or not against))):
             asked = validation is not None or bool(callbacks) or bool(self.verbose) or model.rates.kind == "invscaling"
@@ -225,16 +225,16 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
             batches = ResidentBatches(*rules, at_once=at_once, alone=not together)
         else:
             batches = CalledBatches(*rules, keep=incremental)
-        if isinstance(self.adversarial, IBP):
+        if ramps:
             assert isinstance(batches, CalledBatches)
             batches.train_against(self.adversarial, self.max_iter)
         # as in scikit-learn: a warm start that never scores better than before keeps its last parameters; so does a fit
         # that ends within a ramp, where epochs are not judged
-        begins = first and stochastic and not isinstance(self.adversarial, IBP)
+        begins = first and stochastic and not ramps
         best = (self.coefs_, self.intercepts_, getattr(self, "slopes_", [])) if begins else None
         state = FitState(0, 0, last_epoch, total_updates=0, history=History())
         policy = SklearnPolicy(self, model, batches, state, validation, random_state, best)
-        if isinstance(self.adversarial, IBP):
+        if ramps:
             policy.settles = self.adversarial.settled(self.max_iter)
         if stochastic and validation is not None:
             held, parts = self._data(validation.X, validation.y, model.dtype)

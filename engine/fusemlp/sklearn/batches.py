@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.describe.intervals import IBP
+from fusemlp.describe.adversarial import Adversary
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.targets import Examples, Targets
 from fusemlp.program.step import Inputs
@@ -196,7 +196,7 @@ class CalledBatches(Batches):
                 engine.memory.backend.copy_into(bound.arrays[name], array)
         return bound
 
-    def train_against(self, ibp: IBP, epochs: int) -> None:
+    def train_against(self, ibp: Adversary, epochs: int) -> None:
         """Train for certified accuracy, in ``epochs`` epochs at most."""
         add_worst_case(self.model.engine, self.bound, ibp, first=0, updates=epochs * len(self.starts))
         *self.gradient_calls, self.update = self.bound.calls

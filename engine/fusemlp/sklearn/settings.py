@@ -14,7 +14,8 @@ import numpy as np
 from sklearn.neural_network import MLPClassifier
 from sklearn.utils._param_validation import Interval, StrOptions
 
-from fusemlp.describe.intervals import IBP
+from fusemlp.describe.adversarial import as_adversary
+from fusemlp.describe.conflicts import check_together, in_use
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP, Activation, as_activation
 from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer
@@ -24,9 +25,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.program.adversarial import lowered
 from fusemlp.runtime.attacking import check_within
 from fusemlp.runtime.backends import first_available
-from fusemlp.training.adversarial import check_adversarial
 from fusemlp_kernels.contract import ACTIVATIONS
-from fusemlp_kernels.errors import ArgumentError
 
 STOCHASTIC = ("sgd", "adam", "adamw")
 LOGISTIC = "logistic"
@@ -211,38 +210,37 @@ def step_against(estimator: Any, engine: Engine, rows: Any) -> dict[str, Any]:
     Raises ArgumentError or ArgumentTypeError for what the estimator cannot train against, DataError for rows outside
     its bounds.
     """
-    how = estimator.adversarial
-    if how is None:
+    if estimator.adversarial is None:
         return {}
+    how = as_adversary("adversarial", estimator.adversarial)
     # the loss is no parameter that could be changed
-    if isinstance(how, IBP) and engine.loss.kind != "cross_entropy":
-        raise ArgumentError(f"adversarial: {type(how).__name__} takes more than two classes; use PGD or FGSM")
-    check_adversarial(engine, how)
+    labels = in_use(**{"one label": engine.loss.kind != "cross_entropy"})
+    check_together({**engine.uses, **how.uses, **labels})
     check_within(engine, "X", rows, how)
-    return {} if isinstance(how, IBP) else {"against": lowered(how)}
+    return in_use(against=lowered(how))
 
 
-def check_together(estimator: Any, incremental: bool, X_val: Any, y_val: Any) -> None:
+def ramps(estimator: Any) -> bool:
+    """Return whether the strength of what it trains against rises over the updates."""
+    return estimator.adversarial is not None and estimator.adversarial.ramps
+
+
+def check_parameters(estimator: Any, incremental: bool, X_val: Any, y_val: Any) -> None:
     """Raise ValueError for impossible combinations of parameters and arguments."""
-    stochastic = estimator.solver in STOCHASTIC
-    if incremental and estimator.early_stopping:
-        raise ValueError("partial_fit does not support early_stopping=True")
+    precise = estimator.precision in ("auto", "fp32", "fp64")
+    rates = estimator.dropout if isinstance(estimator.dropout, list | tuple) else [estimator.dropout]
+    own = in_use(
+        lbfgs=estimator.solver not in STOCHASTIC,
+        partial_fit=incremental,
+        early_stopping=estimator.early_stopping,
+        dropout=estimator.dropout if any(rates) else None,
+        adversarial=estimator.adversarial,
+        **{"fast products": None if precise else estimator.precision},
+    )
+    check_together({**own, **getattr(estimator.adversarial, "uses", {})})
     if (X_val is None) != (y_val is None):
         missing = "y_val" if y_val is None else "X_val"
         raise ValueError(f"X_val and y_val belong together, and {missing} is missing.")
-    rates = estimator.dropout if isinstance(estimator.dropout, list | tuple) else [estimator.dropout]
-    if not stochastic and any(rates):
-        raise ValueError(
-            f"dropout: lbfgs needs the same loss at each evaluation, got {estimator.dropout!r}. Use solver='adam'."
-        )
-    if not stochastic and estimator.adversarial is not None:
-        raise ValueError(
-            "adversarial: lbfgs needs the same loss at each evaluation, and attacks change it. Use solver='adam'."
-        )
-    if incremental and isinstance(estimator.adversarial, IBP):
-        raise ValueError("adversarial: IBP rises over the epochs of a fit, and partial_fit trains one. Use fit.")
-    if not stochastic and estimator.precision not in ("auto", "fp32", "fp64"):
-        raise ValueError(f"precision: lbfgs needs 'fp32' or 'fp64', got {estimator.precision!r}.")
 
 
 def rows_of_a_batch(batch_size: Any, n: int) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.prepare import fit_data, watch
 from fusemlp.describe.adversarial import Attack
+from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.intervals import IBP
 from fusemlp.engine import Engine
 from fusemlp.fleet.fleet import Fleet
@@ -22,7 +23,6 @@ from fusemlp.report.uncertainty import HeldOut, Temperature, judged, scale_logit
 from fusemlp.tables import attacks, descriptions, transfer, trials
 from fusemlp.tables.preparation import Prepared, decisions, prepare
 from fusemlp.tables.recipe import FitRecipe, TableRecipe
-from fusemlp.training.adversarial import check_adversarial
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import DivergenceError
 
@@ -163,7 +163,7 @@ def new_engine(prepared: Prepared) -> Engine:
     engine = prepared.engine(recipe, descriptions.schedule(recipe, rows=rows, epochs=epochs), privacy)
     attack = attack_on(prepared, prepared.train.X)
     if attack is not None:
-        check_adversarial(engine, attack)
+        check_together({**engine.uses, **attack.uses})
     return engine
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.description import stored
+from fusemlp.describe.machine import Machine
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.files import (
     CHECKPOINT,
@@ -105,8 +106,7 @@ def restore_engine(
     with misfits():
         check_content(engine, content)
     # the caller's arguments have errors of their own
-    engine.precision = engine.precision if precision is None else precision
-    engine.start(backend, device, "auto")
+    engine.start(Machine(backend, device, engine.precision if precision is None else precision))
     with misfits():
         if content.get("kind") == MODEL:
             engine.load_state_dict(tensors)
@@ -137,7 +137,7 @@ def save_checkpoint(engine: Trainer, path: str | Path, *, extra: Mapping[str, An
     """Write the engine's state to ``path`` atomically; see ``Engine.save_checkpoint``."""
     check_ending(path)
     # the folder may be on the machine of rank 0 alone
-    target = target_file(path) if engine.ranks is None or engine.ranks.leads else None
+    target = target_file(path) if engine.ranks.leads else None
     content = engine_content(engine, _checked_extra(extra))
     check_finite(_of_kind("parameter", content["tensors"]), CHECKPOINT.name)
     if target is not None:

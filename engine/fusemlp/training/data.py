@@ -1,25 +1,128 @@
-"""Checked rows on their way into ``fit``: the share that is held out for validation, and weights by class."""
+"""The rows of a fit: arrays, or batches that come one by one; the share that is held out; weights by class."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusemlp.callbacks import announce
 from fusemlp.describe.checks import caller_level
 from fusemlp.inputs.arrays import Array
+from fusemlp.inputs.batches import Batches
+from fusemlp.inputs.blocks import Blocks
 from fusemlp.inputs.class_weights import as_class_weights, balanced
 from fusemlp.inputs.targets import Examples, Targets
+from fusemlp.runtime.attacking import check_within
+from fusemlp.runtime.binding import bind_staged
+from fusemlp.runtime.ranks import Ranks
+from fusemlp.runtime.stepping import run_staged
+from fusemlp.training.intervals import check_labels
+from fusemlp.training.rows import Order, asked_order
+from fusemlp.training.validation import (
+    Validation,
+    check_monitor,
+    check_watched,
+    checked_validation,
+    logged,
+    with_metrics,
+)
 from fusemlp_kernels.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
-    from fusemlp.runtime.session import Session
+    from fusemlp.training.plan import FitPlan
+    from fusemlp.training.trainer import Trainer
+
+# The argument of ``fit`` beside validation_data that gives validation rows.
+SPLIT = "validation_split=0.2"
+# The ranks, and the function that returns which of them has each of some rows of a batch.
+Share = tuple["Ranks", Callable[[Array], Array]]
 
 
-def split(engine: Session, data: Examples, share: float) -> tuple[Examples, Examples]:
+@dataclass(frozen=True, eq=False)
+class FitData:
+    """Checked rows for a fit.
+
+    Of ``train`` it takes ``rows`` (m,) int64, by default all, in the ``order`` of the user, by default in that of the
+    seed. ``taken_in``: X as the network takes it, if the caller has it. With ``batches`` ``train`` is the first of
+    them, the others have up to ``room`` rows at first, ``weighted`` gives each its weights, and ``share`` is how ranks
+    share the reading.
+    """
+
+    train: Examples
+    validation: Validation | None = None
+    rows: Array | None = None
+    order: Order | None = None
+    taken_in: Any | None = None
+    batches: Batches | None = None
+    room: int = 0
+    weighted: Callable[[Examples], Examples] = lambda rows: rows
+    share: Share | None = None
+
+    @property
+    def count(self) -> int:
+        """The number of rows of an epoch, or of the first batch."""
+        return len(self.train.X) if self.rows is None else len(self.rows)
+
+    @property
+    def of_rank(self) -> Examples:
+        """The training rows that this rank has read."""
+        X = self.train.X
+        if self.share is None:
+            return self.train
+        ranks, owner = self.share
+        return self.train._replace(X=X[owner(np.arange(len(X))) == ranks.rank])
+
+
+def fit_data(engine: Trainer, plan: FitPlan, X: Any, y: Any, sample_weight: Any, validation_data: Any) -> FitData:
+    """Return the checked arrays of a fit, or without y its first batch; nothing changes, but callbacks hear of logs.
+
+    Raises ShapeError, DTypeError, DataError, ArgumentError or ArgumentTypeError, and DistributedError if ranks differ.
+    """
+    state = engine.fit_state
+    first_epoch = state.epoch if plan.resume and state is not None else engine.epochs_trained
+    batches = share = None
+    if y is None:
+        share = _share(engine, X, plan, first_epoch)
+        batches = Batches("X", X, plan.steps_per_epoch, "steps_per_epoch", first_epoch, share)
+        engine.scaling.check_measured()
+        train = batches.next(engine.inputs, keep=True)
+    else:
+        train = engine.inputs.examples(X, y, sample_weight)
+    check_within(engine, "X", train.X, plan.adversary)
+    validation = checked_validation(engine, validation_data, steps=plan.validation_steps)
+    if plan.validation_split:
+        train, held = split(engine, train, plan.validation_split)
+        validation = Validation(held)
+    if plan.adversary.ramps:
+        check_labels(train.targets)
+    weighted = by_class(engine, plan.class_weight, train, whole=batches is None)
+    if batches is None:
+        train = weighted(train)
+    validation = with_metrics(engine, plan, train.targets, validation, SPLIT)
+    check_watched(plan, validation, SPLIT)
+    names = logged(engine, train.targets, validation)
+    check_monitor(plan.monitor, names)
+    announce(plan.callbacks, names, plan.epochs)
+    count, size = len(train.X), plan.batch_size or engine.batch_size
+    if plan.drop_last and count < size:
+        raise ArgumentError(f"drop_last: {count} rows do not fill one batch of {size}; nothing would be trained")
+    order = asked_order(engine, plan, count, first_epoch) if batches is None else lambda epoch: np.arange(0)
+    # ranks have read the rows of their shards of a whole batch, and the first may be short
+    room = count if share is None else X.batch_rows
+    data = FitData(train, validation, order=order, batches=batches, room=room, weighted=weighted, share=share)
+    if engine.ranks.world > 1:
+        _check_alike(engine, plan, data)
+    return data
+
+
+def split(engine: Trainer, data: Examples, share: float) -> tuple[Examples, Examples]:
     """Return the first rows, to train on, and the last ``share`` of them, to validate on, as Keras does.
 
     Raises ArgumentError if a part has no row, DataError if all its weights are zero. Warns of classes that only the
@@ -48,13 +151,13 @@ def split(engine: Session, data: Examples, share: float) -> tuple[Examples, Exam
     return parts
 
 
-def by_class(engine: Session, given: Any, data: Examples, *, whole: bool) -> Callable[[Examples], Examples]:
+def by_class(engine: Trainer, asked: Any, data: Examples, *, whole: bool) -> Callable[[Examples], Examples]:
     """Return a function that multiplies the weights of rows by those of their classes.
 
-    ``given``: see ``fit``; "balanced" weighs the classes of ``data``, the ``whole`` of the training rows. Raises
-    ArgumentError or ArgumentTypeError if the weights are impossible or the targets are no classes.
+    ``asked``: class_weight of ``fit``; "balanced" weighs the classes of ``data``, the ``whole`` of the training rows.
+    Raises ArgumentError or ArgumentTypeError if the weights are impossible or the targets are no classes.
     """
-    if given is None:
+    if asked is None:
         return lambda rows: rows
     codes = _codes(engine, data.targets)
     if codes is None:
@@ -63,16 +166,11 @@ def by_class(engine: Session, given: Any, data: Examples, *, whole: bool) -> Cal
             "give the weight of each row: sample_weight"
         )
     classes = max(2, engine.network.sizes[-1])
-    if isinstance(given, str) and given == "balanced":
-        if not whole:
-            raise ArgumentError(
-                "class_weight: 'balanced' needs all training rows at once, and batches come one by one; give the "
-                "weight of each class"
-            )
+    if isinstance(asked, str) and asked == "balanced":
         valid = codes[(codes >= 0) & (codes < classes)]
         weights = np.asarray(balanced(valid, classes))
     else:
-        weights = as_class_weights("class_weight", given, classes)
+        weights = as_class_weights("class_weight", asked, classes)
 
     def weighted(rows: Examples) -> Examples:
         codes = _codes(engine, rows.targets)
@@ -89,7 +187,7 @@ def by_class(engine: Session, given: Any, data: Examples, *, whole: bool) -> Cal
     return weighted
 
 
-def _codes(engine: Session, targets: Targets) -> Array | None:
+def _codes(engine: Trainer, targets: Targets) -> Array | None:
     """Return the class of each row, an ignored index as it is; None if the targets are no classes."""
     values = engine.inputs.on_host(targets.values)
     if targets.soft:
@@ -98,3 +196,87 @@ def _codes(engine: Session, targets: Targets) -> Array | None:
     if kind == "one-hot rows":
         return np.asarray(values.argmax(axis=1))
     return np.asarray(values).reshape(-1).astype(np.int64) if kind == "classes" else None
+
+
+def _share(engine: Trainer, X: Any, plan: FitPlan, first_epoch: int) -> Share | None:
+    """Return how ranks share the reading of blocks; DistributedError if theirs differ, or where they begin."""
+    ranks, sharding = engine.ranks, engine.sharding
+    if not isinstance(ranks, Ranks) or sharding is None or not isinstance(X, Blocks):
+        return None
+    ranks.check_same({**X.described(), "steps_per_epoch": plan.steps_per_epoch, "the first epoch": first_epoch})
+    return ranks, partial(sharding.owner, batch_size=X.batch_rows)
+
+
+def _check_alike(engine: Trainer, plan: FitPlan, data: FitData) -> None:
+    """Raise DistributedError if not all ranks have the same data, state and arguments."""
+    state, validation = engine.fit_state, data.validation
+    names = ("epochs", "early_stopping", "monitor", "resume", "drop_last", "shuffle")
+    things: dict[str, Any] = {name: getattr(plan, name) for name in names}
+    things |= {
+        "batch_size": plan.batch_size or engine.batch_size,
+        "metrics": [] if validation is None else [metric.name for metric in validation.metrics],
+        "steps_per_epoch": None if data.batches is None else data.batches.steps,
+        "the position in the fit": None if state is None else (state.epoch, state.batch),
+        "the count of updates": engine.update_count,
+        "the parameters": engine.inputs.on_host(engine.memory.params),
+        "the optimizer's schedule": engine.optimizer.schedule,
+    }
+    for kind, rows in (("", data.train), ("validation ", None if validation is None else validation.data)):
+        if rows is not None:
+            arrays = {"y": rows.targets.values, "sample_weight": rows.weight}
+            # blocks are read by parts
+            arrays |= {"X": rows.X} if kind or data.share is None else {}
+            named = {f"{kind}{name}": array for name, array in arrays.items()}
+            things |= {name: None if array is None else engine.inputs.on_host(array) for name, array in named.items()}
+    engine.ranks.check_same(things)
+
+
+class Stream:
+    """The steps of a fit on batches that come one by one; each is checked and copied when its turn comes.
+
+    The program has room for the largest batch so far; shorter ones are padded.
+    """
+
+    # Ctrl-C waits for one batch
+    chunk = 1
+
+    def __init__(self, engine: Trainer, data: FitData, batches: Batches) -> None:
+        self._engine, self._batches, self._first, self._weighted = engine, batches, data.train, data.weighted
+        # of the batches of an epoch so far: their number, and a digest of their targets where ranks compare them
+        self._passed, self._digest = 0, hashlib.sha256()
+        # not again for a larger batch: a running loop keeps the memory that it began with
+        engine.make_room_for(data.room)
+        self._make_room(data.room)
+
+    def _make_room(self, rows: int) -> None:
+        engine, first = self._engine, self._weighted(self._first)
+        self._rows = rows
+        spec = engine.inputs.spec_for(first.targets)
+        self._bound = bind_staged(engine, rows, spec, weighted=first.weight is not None)
+        self.arrays: dict[str, Any] = self._bound.arrays
+
+    def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
+        """Leave out the batches of an epoch that a resumed fit has trained on."""
+        self._batches.skip(first_batch)
+        self._passed, self._digest = first_batch, hashlib.sha256()
+
+    def run_many(self, count: int) -> None:
+        """Train on the next ``count`` batches."""
+        for _ in range(count):
+            batch = self._batches.next(self._engine.inputs)
+            self._batches.check_alike(self._first, batch)
+            if len(batch.X) > self._rows:
+                self._make_room(len(batch.X))
+            batch = self._weighted(batch)
+            x = self._engine.scaling.normalised(batch.X)
+            run_staged(self._engine, self._bound, x, batch.targets.values, batch.weight)
+            if self._engine.ranks.world > 1:
+                self._compare(batch.targets.values)
+
+    def _compare(self, targets: Any) -> None:
+        """Raise DistributedError at the end of an epoch if ranks had batches with other targets."""
+        self._passed += 1
+        if isinstance(targets, np.ndarray):
+            self._digest.update(np.ascontiguousarray(targets).data)
+        if self._passed == self._batches.steps:
+            self._engine.ranks.check_same({"a digest of the targets of an epoch": self._digest.hexdigest()})

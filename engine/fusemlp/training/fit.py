@@ -1,31 +1,24 @@
-"""``fit``: checks its arguments, binds them to the engine and makes the epoch loop."""
+"""``fit``: makes the plan, binds the rows, makes the epoch loop and runs it."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from fusemlp.callbacks import ProgressBar, announce, checked_callbacks, exits
-from fusemlp.describe.adversarial import Attack
-from fusemlp.describe.checks import as_count, as_deadline, as_number, caller_level, check_flag
-from fusemlp.describe.intervals import IBP
-from fusemlp.describe.metrics import Metric
-from fusemlp.inputs.batches import Batches
-from fusemlp.runtime.attacking import check_within
-from fusemlp.training.adversarial import check_adversarial
-from fusemlp.training.agreement import check_alike, parts_of, same_order
-from fusemlp.training.assembling import fit_checked
-from fusemlp.training.data import by_class, split
+from fusemlp.callbacks import exits
+from fusemlp.describe.checks import caller_level
+from fusemlp.describe.conflicts import check_together
+from fusemlp.program.adversarial import lowered
+from fusemlp.program.step import Inputs
+from fusemlp.runtime.binding import bind_fit
+from fusemlp.training.data import FitData, Stream, fit_data
 from fusemlp.training.history import History
-from fusemlp.training.intervals import check_labels
-from fusemlp.training.orders import checked_order
-from fusemlp.training.private import check_private
-from fusemlp.training.streaming import Stream
-from fusemlp.training.validation import Validation, as_patience, check_monitor, checked_validation, logged, with_metrics
+from fusemlp.training.intervals import add_worst_case
+from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
+from fusemlp.training.plan import FitPlan
+from fusemlp.training.policy import FitPolicy
+from fusemlp.training.rows import batches_of, order_of, sampled_rows
+from fusemlp.training.trainer import fresh_state, resumed_state
 from fusemlp_kernels.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -53,158 +46,96 @@ ELSEWHERE = {
 }
 
 
-def fit(
-    engine: Trainer,
-    X: Any,
-    y: Any,
-    *,
-    epochs: int,
-    batch_size: int | None,
-    sample_weight: Any,
-    class_weight: Any,
-    validation_data: Any,
-    validation_split: float,
-    validation_steps: int | None,
-    steps_per_epoch: int | None,
-    metrics: Iterable[str | Metric] | None,
-    early_stopping: int | None,
-    monitor: str | None,
-    callbacks: Iterable[Any] | None,
-    verbose: int,
-    shuffle: bool,
-    drop_last: bool,
-    row_order: Callable[[int], Any] | None,
-    resume: bool,
-    time_limit: float | None,
-    adversarial: Attack | IBP | None,
-) -> History:
-    """Train on checked arguments; see ``Engine.fit``."""
-    deadline = as_deadline("time_limit", time_limit)
-    epochs = as_count("epochs", epochs, minimum=1)
-    for argument, flag in (("shuffle", shuffle), ("drop_last", drop_last), ("resume", resume)):
-        check_flag(argument, flag)
-    size = engine.batch_size if batch_size is None else as_count("batch_size", batch_size)
-    if resume and size != engine.batch_size:
+def fit(engine: Trainer, plan: FitPlan, X: Any, y: Any, sample_weight: Any, validation_data: Any) -> History:
+    """Train on arrays, or on batches, by a plan; see ``Engine.fit``."""
+    beside = {"sample_weight": sample_weight, "validation_data": validation_data}
+    check_together({**engine.uses, **plan.uses(engine.optimizer.schedule, batches=y is None, **beside)})
+    engine.ledger.check_accounting()
+    if plan.resume and plan.batch_size not in (None, engine.batch_size):
         raise ArgumentError(
-            f"batch_size: the fit that is resumed has batches of {engine.batch_size} rows, got {size}; leave it out"
+            f"batch_size: the fit that is resumed has batches of {engine.batch_size} rows, got {plan.batch_size}; "
+            "leave it out"
         )
-    share = as_number("validation_split", validation_split, low=0.0, high=1.0, high_open=True)
-    if share and validation_data is not None:
-        raise ArgumentError("validation_split: validation_data has the validation rows already; give one of the two")
-    if verbose not in (0, 1, 2):
-        raise ArgumentError(f"verbose: expected 0 (silent), 1 (a bar) or 2 (a line an epoch), got {verbose!r}")
-    given = checked_callbacks(() if callbacks is None else callbacks)
-    if engine.privacy is not None:
-        check_private(
-            engine.optimizer.schedule,
-            {"y": y is None, "shuffle": not shuffle, "row_order": row_order, "drop_last": drop_last},
-            class_weight,
-            validates=bool(share) or validation_data is not None,
-            stops=early_stopping is not None,
-            monitors=[monitor, *_monitors(given)],
-        )
-    if adversarial is not None:
-        check_adversarial(engine, adversarial, batches=y is None)
-    state = engine.fit_state
-    first_epoch = state.epoch if resume and state is not None else engine.epochs_trained
-    batches, parts = None, parts_of(engine, X, steps_per_epoch, first_epoch) if y is None else None
-    if y is None:
-        arrays = {"sample_weight": sample_weight, "validation_split": share or None, "batch_size": batch_size}
-        _refuse_with_batches({**arrays, "row_order": row_order, "drop_last": drop_last or None})
-        batches = Batches("X", X, steps_per_epoch, "steps_per_epoch", first_epoch, parts)
-        engine.scaling.check_measured()
-        data = batches.next(engine.inputs, keep=True)
-    else:
-        if steps_per_epoch is not None:
-            raise ArgumentError(
-                "steps_per_epoch: an epoch goes through all rows of X, in batches of batch_size; it is for batches, "
-                f"fit(batches, steps_per_epoch=...), got {steps_per_epoch!r}"
-            )
-        data = engine.inputs.examples(X, y, sample_weight)
-        if adversarial is not None:
-            check_within(engine, "X", data.X, adversarial)
-    validation = checked_validation(engine, validation_data, steps=validation_steps)
-    if share:
-        data, held = split(engine, data, share)
-        validation = Validation(held)
-    if isinstance(adversarial, IBP):
-        check_labels(data.targets)
-    weighted = by_class(engine, class_weight, data, whole=batches is None)
-    if batches is None:
-        data = weighted(data)
-    count = len(data.X)
-    listeners = [*given, *(checked_callbacks(ProgressBar(lines=verbose == 2)) if verbose else ())]
-    instead = "validation_split=0.2"
-    monitors = [monitor, *_monitors(listeners)]
-    validation = with_metrics(engine, data.targets, validation, metrics or (), monitors, instead)
-    patience = as_patience(early_stopping, validation or monitor, instead)
-    names = logged(engine, data.targets, validation)
-    check_monitor(monitor, names)
-    announce(listeners, names, epochs)
-    if drop_last and count < size:
-        raise ArgumentError(f"drop_last: {count} rows do not fill one batch of {size}; nothing would be trained")
-    order = checked_order(count, shuffle, row_order, first_epoch) if batches is None else lambda epoch: np.arange(0)
-    if engine.ranks is not None:
-        told = {
-            "epochs": epochs,
-            "batch_size": size,
-            "early_stopping": patience,
-            "monitor": monitor,
-            "resume": resume,
-            "metrics": [] if validation is None else [one.name for one in validation.metrics],
-            "drop_last": drop_last,
-            "shuffle": shuffle,
-            "steps_per_epoch": None if batches is None else batches.steps,
-        }
-        check_alike(engine, engine.ranks, data, validation, told, whole=parts is None)
-        if row_order is not None and order is not None:
-            order = partial(same_order, engine.ranks, order)
-    engine.take_batches_of(size)
-    loop = fit_checked(
-        engine,
-        data,
-        epochs=epochs,
-        validation=validation,
-        patience=patience,
-        monitor=monitor,
-        drop_last=drop_last,
-        # a function of the user's is asked when its epoch comes
-        at_once=None if row_order is None and batches is None else 1,
-        # ranks have read the rows of their shards of a whole batch, and the first may be short
-        bound=None
-        if batches is None
-        else Stream(engine, batches, data, weighted, count if parts is None else X.batch_rows),
-        batches=None if batches is None else batches.steps,
-        callbacks=listeners,
-        order=order,
-        resume=resume,
-        deadline=deadline,
-        against=adversarial,
-    )
-    if batches is None:
+    data = fit_data(engine, plan, X, y, sample_weight, validation_data)
+    engine.take_batches_of(plan.batch_size or engine.batch_size)
+    loop = fit_loop(engine, plan, data)
+    if data.batches is None:
         engine.programs.let_go_with((X, y, sample_weight))
-    own = data.X if parts is None else data.X[parts[1](np.arange(count)) == parts[0].rank]
-    _warn(engine, data._replace(X=own), epochs * loop.batches, streamed=batches is not None)
-    with exits(listeners, engine):
+    _warn(engine, data.of_rank, plan.epochs * loop.batches, streamed=data.batches is not None)
+    with exits(plan.callbacks, engine):
         return loop.run()
 
 
-def _monitors(callbacks: Iterable[Any]) -> list[Any]:
-    """Return the quantities that callbacks follow; None for one that follows none."""
-    return [getattr(getattr(one, "listener", None), "monitor", None) for one in callbacks]
+def fit_loop(
+    engine: Trainer,
+    plan: FitPlan,
+    data: FitData,
+    *,
+    bound: Steps | None = None,
+    at_once: int | None = None,
+    deadline: float | None = None,
+) -> EpochLoop[FitPolicy]:
+    """Return the loop of a fit on checked rows.
 
-
-def _refuse_with_batches(given: Mapping[str, Any]) -> None:
-    mends = {
-        "sample_weight": "let them be (x, y, sample_weight)",
-        "validation_split": "give validation_data",
-        "batch_size": "it is that of the batches; set it where they are made",
-        "row_order": "they come in their own order",
-        "drop_last": "leave the last one out where they are made",
-    }
-    for name, value in given.items():
-        if value is not None:
-            raise ArgumentError(f"{name}: it is for arrays X and y, and without y X yields batches; {mends[name]}")
+    ``bound`` has room for the rows of ``at_once`` epochs; the caller runs its steps. ``deadline``: of this fit, where
+    several share the plan's.
+    """
+    count, adversary, memory = data.count, plan.adversary, engine.memory
+    size, on_host = min(engine.batch_size, count), memory.backend.traits.on_host
+    batches = batches_of(engine, count, size, drop_last=plan.drop_last) if data.batches is None else data.batches.steps
+    state = resumed_state(engine, plan, batches, rows=count) if plan.resume else fresh_state(engine, plan, batches)
+    last_epoch = state.first_epoch + plan.epochs
+    order, sampled = data.order, sampled_rows(engine, state, count, batches, last_epoch)
+    if sampled is not None:
+        order, size = sampled.order, sampled.size
+    begun = settles = 0
+    if adversary.ramps:
+        begun = state.begun(engine.update_count, batches)
+        # a fit resumed with more epochs keeps the ramp of its first call
+        settles = state.first_epoch + adversary.settled(plan.epochs, (state.total_updates - begun) // batches)
+    train = data.train._replace(X=engine.scaling.take_in(data.train.X) if data.taken_in is None else data.taken_in)
+    policy = FitPolicy(
+        engine,
+        plan,
+        train.X,
+        state,
+        engine.inputs.spec_for(train.targets),
+        order_of(engine, count, data.rows, order),
+        last_epoch=last_epoch,
+        validation=data.validation,
+        deadline=plan.deadline if deadline is None else deadline,
+        settles=settles,
+        draws_ahead=order is None and not on_host,
+    )
+    against = lowered(adversary)
+    resident = engine.plan == "resident" and (on_host or against is None) and not adversary.ramps
+    members = engine.network.members
+    if sampled is not None or adversary.ramps or plan.row_order is not None or data.batches is not None:
+        # rows are drawn, and a function of the user's is asked, when their epoch comes
+        at_once = 1
+    elif at_once is None:
+        decided = data.validation is not None or policy.patience is not None or bool(plan.callbacks)
+        asked = decided or not resident or engine.ranks.together
+        at_once = epochs_at_once(engine, plan.epochs, count * members, asked=asked)
+    if data.batches is not None:
+        bound = Stream(engine, data, data.batches)
+    elif bound is None:
+        program = bind_fit(
+            engine,
+            Inputs(len(train.X), indexed=True, weighted=train.weight is not None),
+            policy.spec,
+            policy.rule,
+            size,
+            train.arrays,
+            batches=batches,
+            epochs=at_once,
+            resident=resident,
+            against=against,
+            keep_gradients=adversary.ramps,
+        )
+        add_worst_case(engine, program, adversary, first=begun, updates=state.total_updates - begun)
+        bound = program
+    return EpochLoop(engine, bound, policy, state, size * members, batches, at_once, plan.callbacks)
 
 
 def _warn(engine: Trainer, data: Examples, batches: int, *, streamed: bool) -> None:

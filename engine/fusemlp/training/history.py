@@ -133,6 +133,15 @@ class FitState:
     adversarial: dict[str, Any] | None = None
     reduce: str = ""
 
+    @property
+    def first_epoch(self) -> int:
+        """The first epoch of the call."""
+        return self.history.epochs[0] if self.history.epochs else self.epoch
+
+    def begun(self, update_count: int, batches: int) -> int:
+        """Return the updates before the call, of epochs with one update a batch, when there were ``update_count``."""
+        return update_count - self.batch - (self.epoch - self.first_epoch) * batches
+
     def to_config(self) -> dict[str, Any]:
         """Return a description, JSON-able but for infinities; ``FitState.from_config`` inverts it."""
         return asdict(self)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusemlp.describe.adversarial import Adversary
+from fusemlp.describe.intervals import IBP
 from fusemlp.program.layout import Layout
 from fusemlp.runtime.intervals import formula_functions
 from fusemlp_kernels import pointwise
@@ -22,7 +24,6 @@ from fusemlp_kernels.contract import ROW_OFFSET, UPDATE_COUNT, UpdateRule
 from fusemlp_kernels.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from fusemlp.describe.intervals import IBP
     from fusemlp.inputs.arrays import Array
     from fusemlp.inputs.targets import Targets
     from fusemlp.runtime.bound import BoundProgram
@@ -37,24 +38,14 @@ def check_labels(targets: Targets) -> None:
         raise ArgumentError("y: IBP takes class labels (n,), and got probabilities; give y.argmax(axis=1)")
 
 
-def check_intervals(engine: Session, ibp: IBP) -> None:
-    """Raise ArgumentError for an engine that does not train with interval bounds."""
-    ibp.check(engine.network, engine.loss, engine.optimizer)
-    if not engine.memory.backend.traits.on_host:
-        raise ArgumentError(
-            f"backend: IBP trains on the backend 'numpy', this engine has {engine.backend!r}; make it with "
-            "backend='numpy', or train against PGD(eps)"
-        )
+def add_worst_case(engine: Session, bound: BoundProgram, adversary: Adversary, *, first: int, updates: int) -> None:
+    """Let each step of ``bound``, which keeps its gradients, train against an IBP from update ``first`` on.
 
-
-def add_worst_case(engine: Session, bound: BoundProgram, ibp: IBP, *, first: int, updates: int) -> None:
-    """Let each step of ``bound``, which keeps its gradients, train against ``ibp`` from update ``first`` on.
-
-    ``updates``: how many the shares of ``ibp`` are of.
+    ``updates``: how many the shares of the IBP are of.
     """
     # where nothing is trained, there is nothing to do
-    if bound.program.trainable:
-        bound.before_update(_WorstCase(engine, bound, ibp, first, max(1, updates)).add)
+    if isinstance(adversary, IBP) and bound.program.trainable:
+        bound.before_update(_WorstCase(engine, bound, adversary, first, max(1, updates)).add)
 
 
 class _WorstCase:

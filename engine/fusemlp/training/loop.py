@@ -7,7 +7,6 @@ differs: the order of the rows, the account of an epoch's loss, the end of train
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ import numpy as np
 from fusemlp.callbacks import deferred_interrupt, name_of, overrides
 from fusemlp.describe.schedules import ReduceOnPlateau, Schedule
 from fusemlp.inputs.arrays import Array
-from fusemlp.runtime.ranks import mark_of
 from fusemlp.runtime.stepping import check_scaling
 from fusemlp_kernels.contract import (
     BATCH_INDEX,
@@ -138,12 +136,9 @@ class EpochLoop(Generic[PolicyT]):
         """Train; the engine's ``history`` follows. Raises KeyboardInterrupt at the end after Ctrl-C."""
         self.begin()
         ranks = self.engine.ranks
-        # torchrun ends its processes by SIGTERM
-        with deferred_interrupt(*([] if ranks is None else [signal.SIGTERM])) as interrupted:
+        with deferred_interrupt(*ranks.signals) as interrupted:
             self.drive(interrupted)
-        came = interrupted()
-        if ranks is not None:
-            (came,) = ranks.any(came)
+        (came,) = ranks.any(interrupted())
         self.finish(interrupted=came)
         if came:
             raise KeyboardInterrupt
@@ -156,9 +151,8 @@ class EpochLoop(Generic[PolicyT]):
         engine.stop_training = False
         self.policy.begin()
         self._one_by_one = bool(self._overriding("on_batch_begin") or self._overriding("on_batch_end"))
-        if engine.ranks is not None:
-            # perhaps a callback on one rank alone
-            (self._one_by_one,) = engine.ranks.any(self._one_by_one)
+        # perhaps a callback on one rank alone
+        (self._one_by_one,) = engine.ranks.any(self._one_by_one)
         if state.batch == 0:
             engine.memory.stats[:] = 0.0
         self._call("on_train_begin")
@@ -180,8 +174,6 @@ class EpochLoop(Generic[PolicyT]):
         at_once, again, begun = self.at_once, 0, False
 
         def ends() -> bool:
-            if engine.ranks is None:
-                return not again and (engine.stop_training or interrupted() or (begun and policy.late()))
             # all ranks go on, or none
             reasons = engine.ranks.any(engine.stop_training, interrupted(), begun and policy.late())
             engine.stop_training = reasons[0]
@@ -259,11 +251,10 @@ class EpochLoop(Generic[PolicyT]):
         engine, rewinds, own = self.engine, self.policy.rewinds, self._epoch_stats
         # a checkpoint may have been written after the last batch, before the epoch was closed
         stats = None if own is None or not ran or not epochs else own[:epochs]
-        marks = [] if engine.ranks is None else mark_of(engine.memory.params)
+        marks = engine.ranks.marks(engine.memory.params)
         account = engine.memory.account(stats, check_finite=rewinds, beside=marks)
         engine.rates.note(int(account.counters[UPDATE_COUNT]))
-        if engine.ranks is not None:
-            engine.ranks.check_equal(account.beside)
+        engine.ranks.check_equal(account.beside)
         if own is not None:
             # as if each epoch had been given its rows
             offset, total = account.counters[ROW_OFFSET], account.counters[ROW_TOTAL]

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp.describe.checks import as_count, as_number
+from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.schedules import Exponential
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.targets import Examples
 from fusemlp.report.plots import draw, sweep_figure
 from fusemlp.runtime.session import Session
 from fusemlp.runtime.stepping import step as step_on
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
+from fusemlp_kernels.errors import ArgumentTypeError, DivergenceError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,11 +76,7 @@ def lr_find(
     """
     if not isinstance(engine, Session):
         raise ArgumentTypeError(f"engine: expected an Engine, got {type(engine).__name__}")
-    if engine.privacy is not None:
-        raise ArgumentError(
-            "engine: the sweep's losses are of the private rows, which privacy does not cover; sweep rows that need no "
-            "protection with an engine without privacy"
-        )
+    check_together({**engine.uses, "lr_find": True})
     start = as_number("start", start, low=0.0, low_open=True)
     end = as_number("end", end, low=start, low_open=True)
     steps = as_count("steps", steps, minimum=FEWEST_STEPS)

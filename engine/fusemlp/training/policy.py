@@ -18,6 +18,7 @@ from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
     from fusemlp.training.history import FitState
+    from fusemlp.training.plan import FitPlan
     from fusemlp.training.trainer import Trainer
     from fusemlp.training.validation import Validation
     from fusemlp_kernels.contract import LossSpec
@@ -29,23 +30,21 @@ LARGE_FEATURE = 100.0
 
 @dataclass(eq=False)
 class FitPolicy(Policy):
-    """Decides as ``fit`` documents it for ``engine``, which trains on X (n, K) up to epoch ``last_epoch``.
+    """Decides as ``fit`` documents it for ``engine``, which trains by ``plan`` on X (n, K) up to epoch ``last_epoch``.
 
-    X is as the network takes it. ``rows`` is a function from the epoch to its rows. With ``resumes`` the engine's best
-    parameters are this fit's.
+    X is as the network takes it. ``rows`` is a function from the epoch to its rows.
     """
 
     rewinds: ClassVar[bool] = True
 
     engine: Trainer
+    plan: FitPlan
     X: Any
     state: FitState
     spec: LossSpec
     rows: Callable[[int], Array]
     last_epoch: int
     validation: Validation | None
-    patience: int | None
-    resumes: bool
     # of ``time.monotonic``
     deadline: float
     # the first epoch that may be the best: before it the task still changes
@@ -54,6 +53,7 @@ class FitPolicy(Policy):
     draws_ahead: bool = False
 
     def __post_init__(self) -> None:
+        self.patience = self.plan.early_stopping
         self.rule = self.engine.optimizer.rule()
         self.schedule = self.engine.optimizer.schedule.over(self.state.total_updates)
         self._validate = None if self.validation is None else self.validation.of(self.engine)
@@ -72,7 +72,7 @@ class FitPolicy(Policy):
         if self.patience is not None and "early stopping" not in state.history.in_use:
             state.history.in_use.append("early stopping")
         engine.fit_state = state
-        if not self.resumes:
+        if not self.plan.resume:
             engine.best_parameters = None
         engine.rates.follow(self.schedule, state.plateau[2])
 
@@ -110,8 +110,7 @@ class FitPolicy(Policy):
 
     def _agreed(self, logs: dict[str, float]) -> dict[str, float]:
         """Return the quantities by which all ranks decide."""
-        ranks = self.engine.ranks
-        return logs if ranks is None else dict(zip(logs, ranks.of_first(list(logs.values())).tolist(), strict=True))
+        return dict(zip(logs, self.engine.ranks.of_first(list(logs.values())).tolist(), strict=True))
 
     def end_epoch(self, stats: Array, rate: float) -> dict[str, float]:
         """Judge the epoch."""

@@ -31,7 +31,7 @@ def save(engine: Session, path: str | Path, *, metadata: Mapping[str, str] | Non
     """Write parameters and description to ``path`` atomically; see ``Engine.save``."""
     target = model_file(path)
     content = model_bytes(engine, metadata)
-    if engine.ranks is None or engine.ranks.leads:
+    if engine.ranks.leads:
         write_atomically(target, content)
 
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fusemlp.describe.machine import Machine
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.session import Session
 from fusemlp.training.history import FitState, History
 from fusemlp_kernels.contract import RATE_SCALE
 from fusemlp_kernels.errors import ArgumentError, ShapeError
+
+if TYPE_CHECKING:
+    from fusemlp.training.plan import FitPlan
+
+
+# Features that are remedies, by the words of a diagnosis.
+REMEDIES = {"dropout": "dropout", "normalise": "scaling", "privacy": "clipping"}
 
 
 class Trainer(Session):
@@ -19,9 +27,9 @@ class Trainer(Session):
     ``stop_training`` ends the running fit after the batch.
     """
 
-    def start(self, name: str, device: str | None, plan: str) -> None:
+    def start(self, machine: Machine) -> None:
         """Choose the backend and allocate, with no training yet."""
-        super().start(name, device, plan)
+        super().start(machine)
         self.history: History | None = None
         self.fit_state: FitState | None = None
         self.epochs_trained = 0
@@ -84,19 +92,17 @@ class Trainer(Session):
             state.plateau = best, waited, scale
 
 
-def fresh_state(
-    engine: Trainer, epochs: int, batches: int, monitor: str, adversarial: dict[str, Any] | None
-) -> FitState:
-    """Return the position before a fit of ``epochs`` epochs with this many batches each."""
-    updates = epochs * batches // engine.optimizer.accumulate
+def fresh_state(engine: Trainer, plan: FitPlan, batches: int) -> FitState:
+    """Return the position before a fit with this many batches an epoch."""
+    updates = plan.epochs * batches // engine.optimizer.accumulate
     return FitState(
         epoch=engine.epochs_trained,
         batch=0,
-        last_epoch=engine.epochs_trained + epochs,
+        last_epoch=engine.epochs_trained + plan.epochs,
         total_updates=engine.update_count + updates,
         history=History(chance_loss=_chance_loss(engine), in_use=_in_use(engine)),
-        monitor=monitor,
-        adversarial=adversarial,
+        monitor=plan.monitor or "",
+        adversarial=_opponent(plan),
         reduce=_reduction(engine),
     )
 
@@ -109,29 +115,29 @@ def _chance_loss(engine: Trainer) -> float | None:
 
 
 def _in_use(engine: Trainer) -> list[str]:
-    dropout, scaling = any(engine.network.dropouts), bool(engine.normalise)
-    return ["dropout"] * dropout + ["scaling"] * scaling + ["clipping"] * (engine.privacy is not None)
+    return [word for feature, word in REMEDIES.items() if feature in engine.uses]
 
 
-def resumed_state(
-    engine: Trainer, epochs: int, batches: int, monitor: str, adversarial: dict[str, Any] | None, *, rows: int
-) -> FitState:
+def _opponent(plan: FitPlan) -> dict[str, Any] | None:
+    return None if plan.adversarial is None else plan.adversarial.to_config()
+
+
+def resumed_state(engine: Trainer, plan: FitPlan, batches: int, *, rows: int) -> FitState:
     """Return the position of the fit that ``engine``'s checkpoint was written in.
 
-    Raises ArgumentError if there was none, it is past ``epochs`` or was another one, ShapeError if the data has too few
-    batches.
+    Raises ArgumentError if there was none, it is past the plan's epochs or was another one, ShapeError if the data has
+    too few batches.
     """
     state = engine.fit_state
     if state is None:
         raise ArgumentError(
             "resume: this engine has no fit to go on with; load a checkpoint that was written during one"
         )
-    first = state.history.epochs[0] if state.history.epochs else state.epoch
-    begun = state.epoch - first + (1 if state.batch else 0)
-    if epochs < begun:
+    begun = state.epoch - state.first_epoch + (1 if state.batch else 0)
+    if plan.epochs < begun:
         raise ArgumentError(
-            f"epochs: the fit that is resumed has begun {begun} epochs, which count, got {epochs}; give {begun} or "
-            "more, or resume=False"
+            f"epochs: the fit that is resumed has begun {begun} epochs, which count, got {plan.epochs}; give {begun} "
+            "or more, or resume=False"
         )
     if state.batch > batches:
         raise ShapeError(
@@ -145,8 +151,8 @@ def resumed_state(
             "torchrun starts load_checkpoint(..., distributed=True, reduce=...); where it was None, without torchrun"
         )
     for name, before, now, does in (
-        ("monitor", state.monitor or None, monitor or None, "follows"),
-        ("adversarial", state.adversarial, adversarial, "trains against"),
+        ("monitor", state.monitor or None, plan.monitor or None, "follows"),
+        ("adversarial", state.adversarial, _opponent(plan), "trains against"),
     ):
         if before != now:
             raise ArgumentError(f"{name}: the fit that is resumed {does} {before!r}, got {now!r}; give the same")

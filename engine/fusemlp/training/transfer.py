@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from fusemlp.describe.checks import as_count, as_number
+from fusemlp.describe.conflicts import check_together, in_use
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import NO_OPTIONS, Optimizer, ParameterOptions
 from fusemlp.inputs.arrays import Array, to_array
@@ -172,21 +173,14 @@ def probing(
     The engine takes over what that one has learned at the end.
     """
     net = engine.network
-    net.check_single("layers", "a probe")
+    batches = y is None or are_batches(X) or (validation_data is not None and are_batches(validation_data))
+    check_together({**engine.uses, **in_use(probe=True, adversarial=adversarial, batches=batches or None)})
     kept = net.layers - 1 if layers is None else as_count("layers", layers)
     if not 1 <= kept < net.layers:
         raise ArgumentError(
             f"layers: expected 1 to {net.layers - 1}, so that some of the {net.layers} layers stay and some are "
             f"trained, got {kept}"
         )
-    if engine.privacy is not None:
-        raise ArgumentError("privacy: a probe trains without noise; freeze the first layers in its place (by_layers)")
-    if adversarial is not None:
-        raise ArgumentError(
-            "adversarial: a probe sees features, and attacks change inputs; give it to the fit after it"
-        )
-    if y is None or are_batches(X) or (validation_data is not None and are_batches(validation_data)):
-        raise ArgumentError("X: a probe computes the outputs of all rows once; give arrays X and y, not batches")
 
     def later(given: Mapping[str, Any]) -> dict[str, Any]:
         return shifted({name: one for name, one in given.items() if layer_of(name) >= kept}, -kept)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from fusemlp.describe.checks import as_count, check_choice
+from fusemlp.describe.checks import check_choice
 from fusemlp.describe.metrics import METRICS, Metric, as_metrics
 from fusemlp.inputs.batches import Batches, are_batches
 from fusemlp.runtime.forward import Evaluation
@@ -17,6 +17,7 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 if TYPE_CHECKING:
     from fusemlp.inputs.targets import Examples, Targets
     from fusemlp.runtime.session import Session
+    from fusemlp.training.plan import FitPlan
 
 # This many kinds of models in a fleet share their validation data; the others keep theirs as long as they train.
 KINDS = 8
@@ -87,24 +88,19 @@ def checked_validation(
 
 
 def with_metrics(
-    engine: Session,
-    targets: Targets,
-    validation: Validation | None,
-    metrics: Iterable[str | Metric],
-    monitors: Iterable[Any],
-    instead: str,
+    engine: Session, plan: FitPlan, targets: Targets, validation: Validation | None, instead: str
 ) -> Validation | None:
-    """Return the validation with these metrics and those that ``monitors``, such as "val_auc", name.
+    """Return the validation with the plan's metrics and those that its monitors, such as "val_auc", name.
 
-    ``targets`` are those of training; ``instead``: as for ``as_patience``. Raises ArgumentError for metrics without
+    ``targets`` are those of training; ``instead``: as for ``check_watched``. Raises ArgumentError for metrics without
     validation, or not of its rows.
     """
     known = {f"val_{name}": name for name in METRICS}
-    named = [known[one] for one in monitors if isinstance(one, str) and one in known and validation is not None]
-    if not named and not metrics:
+    named = [known[one] for one in plan.monitors if isinstance(one, str) and one in known and validation is not None]
+    if not named and not plan.metrics:
         return validation
     kind = engine.inputs.kind_of(targets if validation is None else validation.data.targets)
-    both = (*as_metrics("metrics", named, kind), *as_metrics("metrics", metrics, kind))
+    both = (*as_metrics("metrics", named, kind), *as_metrics("metrics", plan.metrics, kind))
     if validation is None and both:
         raise ArgumentError(
             f"metrics: they are of validation rows; give validation_data=(Xv, yv) or {instead} too, got "
@@ -149,16 +145,12 @@ def check_monitor(monitor: str | None, names: Sequence[str]) -> None:
         check_choice("monitor", monitor, names)
 
 
-def as_patience(early_stopping: Any, watched: Validation | str | None, instead: str) -> int | None:
-    """Return the epochs of ``early_stopping``, None without; ArgumentError if there is nothing to be ``watched``.
+def check_watched(plan: FitPlan, validation: Validation | None, instead: str) -> None:
+    """Raise ArgumentError for early stopping without a quantity to be watched.
 
     ``instead``: the argument beside ``validation_data`` that gives validation rows.
     """
-    if early_stopping is None:
-        return None
-    patience = as_count("early_stopping", early_stopping, minimum=1)
-    if watched is None:
+    if plan.early_stopping is not None and validation is None and plan.monitor is None:
         raise ArgumentError(
             f"early_stopping: it watches val_loss, so validation_data=(Xv, yv) or {instead} is needed too"
         )
-    return patience

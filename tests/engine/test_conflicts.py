@@ -1,0 +1,261 @@
+"""Every pair of features trains, or is lowered, or is refused with the words of its row in the table of conflicts."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+from collections.abc import Mapping
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from fusemlp import DPSGD, FGSM, IBP, MLP, MSE, SGD, CrossEntropy, Engine, Fleet, ParameterOptions
+from fusemlp.describe.adversarial import Adversary
+from fusemlp.describe.conflicts import CONFLICTS, UNAVAILABLE, check_together
+from fusemlp.program.adversarial import lowered
+from fusemlp.program.layout import parameter_layout
+from fusemlp.program.lowering import lower_training
+from fusemlp.program.sharding import Sharding
+from fusemlp.program.step import Inputs, Privacy
+from fusemlp.program.verifier import verify
+from fusemlp.runtime.memory import COMPUTE_BYTES
+from fusemlp.runtime.plans import ASKED, choose_plan
+from fusemlp.runtime.session import Session
+from fusemlp.sklearn import MLPClassifier
+from fusemlp.training.plan import FitPlan
+from fusemlp_kernels.contract import MOST_PARTS, Noise
+from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
+from fusemlp_kernels.registry import TRAITS
+
+pytest.importorskip("dp_accounting")
+
+ROWS, BATCH = 24, 8
+X = np.random.default_rng(0).normal(size=(ROWS, 4)).astype(np.float32)
+LABELS = np.arange(ROWS) % 3
+
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Feature(NamedTuple):
+    """The arguments that bring a feature in: of the network, the loss, the optimizer, the engine, and of ``fit``.
+
+    ``door``: what is called in place of ``Engine.fit``. ``implies``: other features that are in use then.
+    """
+
+    net: Mapping[str, Any] = NOTHING
+    loss: Mapping[str, Any] = NOTHING
+    optimizer: Mapping[str, Any] = NOTHING
+    engine: Mapping[str, Any] = NOTHING
+    fit: Mapping[str, Any] = NOTHING
+    door: str = ""
+    implies: tuple[str, ...] = ()
+    backends: tuple[str, ...] = tuple(TRAITS)
+
+
+FEATURES = {
+    "members": Feature(net={"members": 2}),
+    "prelu": Feature(net={"activation": "prelu"}, implies=("falling activation",)),
+    "falling activation": Feature(net={"activation": "gelu"}),
+    "dropout": Feature(net={"dropout": 0.2}),
+    "sum": Feature(loss={"reduction": "sum"}),
+    "no classes": Feature(loss={"kind": MSE}),
+    "class weights": Feature(loss={"kind": CrossEntropy, "class_weight": (1.0, 2.0, 3.0)}),
+    "clip_norm": Feature(optimizer={"clip_norm": 1.0}),
+    "accumulate": Feature(optimizer={"accumulate": 2}),
+    "ema": Feature(optimizer={"ema": 0.9}),
+    "per_parameter": Feature(optimizer={"per_parameter": {"0.*": ParameterOptions(trainable=False)}}),
+    "fp16": Feature(engine={"precision": "fp16"}, backends=("triton", "cupy")),
+    "privacy": Feature(engine={"privacy": DPSGD(1.0)}),
+    "measured rows": Feature(engine={"normalise": True}, implies=("normalise",)),
+    "normalise": Feature(engine={"normalise": X}),
+    "ranks": Feature(engine={"distributed": True}),
+    "eager host": Feature(engine={"plan": "eager"}, backends=("numpy",)),
+    "resident kernel": Feature(engine={"plan": "resident"}, backends=("triton",)),
+    "attack": Feature(fit={"adversarial": FGSM(0.1)}, implies=("adversarial",)),
+    "IBP": Feature(fit={"adversarial": IBP(0.1)}, implies=("adversarial",)),
+    "batches": Feature(fit={"y": None}),
+    "balanced": Feature(fit={"class_weight": "balanced"}),
+    "sample_weight": Feature(fit={"sample_weight": np.ones(ROWS)}),
+    "validation_data": Feature(fit={"validation_data": (X, LABELS)}),
+    "validation_split": Feature(fit={"validation_split": 0.5}),
+    "batch_size": Feature(fit={"batch_size": 6}),
+    "row_order": Feature(fit={"row_order": lambda epoch: np.arange(ROWS)}),
+    "rows in turn": Feature(fit={"shuffle": False}),
+    "drop_last": Feature(fit={"drop_last": True}),
+    "steps_per_epoch": Feature(fit={"steps_per_epoch": 3}),
+    "followed rows": Feature(fit={"early_stopping": 1, "monitor": "loss"}),
+    "probe": Feature(door="probe"),
+    "lr_find": Feature(door="lr_find"),
+    "step": Feature(door="step"),
+    "fleet": Feature(door="fleet"),
+}
+
+# Refused by a state, or by the limits of a kernel.
+KERNEL = "plan: the triton backend's resident kernel"
+ELSEWHERE = {
+    **{frozenset({"measured rows", name}): "normalise: no rows were measured yet" for name in ("step", "batches")},
+    **{frozenset({"resident kernel", name}): KERNEL for name in ("privacy", "members", "fp16")},
+}
+
+
+def together(first: Feature, second: Feature) -> Feature | None:
+    """Return the arguments of both; None where they set one argument, or the door of one has none of the other's."""
+    sections = list(zip(first[:5], second[:5], strict=True))
+    doors = {first.door, second.door} - {""}
+    if any(one.keys() & other.keys() for one, other in sections) or len(doors) > 1:
+        return None
+    both = Feature(*({**one, **other} for one, other in sections), "".join(doors), first.implies + second.implies)
+    door = {"fleet": inspect.signature(Fleet.fit).parameters.keys() - {"y"}, "step": (), "lr_find": ()}
+    return both if both.fit.keys() <= set(door.get(both.door, both.fit)) else None
+
+
+def row_of(names: set[str]) -> tuple[str, str] | None:
+    """Return the first row that is hit."""
+    return next((pair for pair in CONFLICTS if set(pair) <= names), None)
+
+
+def as_pattern(words: str) -> str:
+    return "^" + ".*".join(map(re.escape, re.split(r"\{.*?\}", words)))
+
+
+def described(case: Feature) -> dict[str, Any]:
+    loss = {"kind": CrossEntropy, **case.loss}
+    return {
+        "net": MLP([4, 6, 6, 3], **case.net),
+        "loss": loss.pop("kind")(**loss),
+        "optimizer": SGD(0.1, **case.optimizer),
+    }
+
+
+def train(case: Feature) -> None:
+    """Train for an epoch on NumPy, by the door of the case."""
+    model = {"batch_size": BATCH, "backend": "numpy", **case.engine, **described(case)}
+    y: Any = np.eye(3, dtype=np.float32)[LABELS] if case.loss.get("kind") is MSE else LABELS
+    if case.door == "fleet":
+        Fleet(**model, vary={"seed": [0, 1]}).fit(X, y, epochs=1, **case.fit)
+        return
+    engine, fit = Engine(**model), dict(case.fit)
+    if "validation_data" in fit:
+        fit["validation_data"] = X, y
+    if "row_order" in fit:
+        fit["row_order"] = lambda epoch: np.arange(ROWS // 2 if "validation_split" in fit else ROWS)
+    if case.door == "step":
+        engine.step(X[:BATCH], y[:BATCH])
+    elif case.door == "lr_find":
+        engine.lr_find(X, y, steps=20)
+    elif "y" in fit:
+        batches = [(X[start : start + BATCH], y[start : start + BATCH]) for start in range(0, ROWS, BATCH)]
+        (engine.probe if case.door else engine.fit)(batches, epochs=1, **fit)
+    else:
+        (engine.probe if case.door else engine.fit)(X, y, epochs=1, **fit)
+
+
+def lower(case: Feature, backend: str) -> None:
+    """Lower the step of a training on a backend that need not be there, after the checks of engine and fit."""
+    machine = {"plan": "auto", "precision": "fp32", "privacy": None, "normalise": None, **case.engine}
+    model, precision, privacy = described(case), machine["precision"], machine["privacy"]
+    net, ranks = model["net"], machine.get("distributed")
+    asked = SimpleNamespace(
+        network=net, loss=model["loss"], optimizer=model["optimizer"], backend=backend, precision=precision,
+        plan=machine["plan"], plan_reason="" if machine["plan"] == "auto" else ASKED, privacy=privacy,
+        ranks=SimpleNamespace(together=bool(ranks)), normalise=machine["normalise"] is not None,
+    )  # fmt: skip
+    fit = {name: value for name, value in case.fit.items() if name not in ("y", "sample_weight", "validation_data")}
+    plan = FitPlan(epochs=1, **fit)
+    beside = {name: case.fit.get(name) for name in ("sample_weight", "validation_data")}
+    fits = plan.uses(model["optimizer"].schedule, batches="y" in case.fit, **beside)
+    measured = {"measured rows": True} if machine["normalise"] is True else {}
+    check_together({**Session.uses.fget(asked), **fits, **measured, **({case.door: True} if case.door else {})})
+    traits, against = TRAITS[backend], lowered(plan.adversary)
+    chosen = choose_plan(
+        machine["plan"], traits, net.sizes, BATCH, precision, private=privacy is not None, members=net.members
+    )
+    program = lower_training(
+        net,
+        model["loss"].spec(accuracy=False),
+        model["optimizer"].rule(),
+        model["optimizer"].options_for,
+        BATCH,
+        traits,
+        parameter_layout(net, row_multiple=traits.row_multiple, item_bytes=4),
+        Inputs(BATCH, indexed=True, weighted="sample_weight" in case.fit),
+        seed=0,
+        real_bytes=4,
+        compute_bytes=COMPUTE_BYTES.get(precision),
+        scaled=precision == "fp16",
+        most_parts=MOST_PARTS,
+        resident=chosen[0] == "resident" and not ranks and (traits.on_host or against is None),
+        privacy=None if privacy is None else Privacy(1.0, Noise(1.0, float(BATCH), 0)),
+        against=against,
+        sharding=Sharding("ordered", 2) if ranks else None,
+    )
+    verify(program)
+    assert str(program)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", TRAITS)
+@pytest.mark.parametrize("first", FEATURES)
+def test_every_pair_trains_or_is_refused_by_its_row(first: str, backend: str) -> None:
+    for second in list(FEATURES)[list(FEATURES).index(first) + 1 :]:
+        features = FEATURES[first], FEATURES[second]
+        case = together(*features)
+        if case is None or any(backend not in feature.backends for feature in features):
+            continue
+        names = {first, second, *case.implies, backend, "batches" if "y" in case.fit else "arrays"}
+        elsewhere = ELSEWHERE.get(frozenset({first, second}))
+        row, run = row_of(names), train if backend == "numpy" and "ranks" not in names else lower
+        arguments = (case,) if run is train else (case, backend)
+        if row is None and (elsewhere is None or (run is lower and elsewhere != KERNEL)):
+            run(*arguments)
+            continue
+        words = CONFLICTS[row] if row else elsewhere
+        unavailable = row in UNAVAILABLE or words == KERNEL
+        with pytest.raises(BackendUnavailableError if unavailable else ArgumentError, match=as_pattern(words)):
+            run(*arguments)
+
+
+ESTIMATORS = {
+    "lbfgs": {"solver": "lbfgs"},
+    "partial_fit": {},
+    "early_stopping": {"early_stopping": True, "validation_fraction": 0.5},
+    "dropout": {"dropout": 0.2},
+    "fast products": {"precision": "tf32", "backend": "triton"},
+    "attack": {"adversarial": FGSM(0.1)},
+    "IBP": {"adversarial": IBP(0.1)},
+    "one label": {},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("first, second", [*itertools.combinations(ESTIMATORS, 2)])
+def test_every_pair_of_an_estimator(first: str, second: str) -> None:
+    options = {"backend": "numpy", **ESTIMATORS[first], **ESTIMATORS[second]}
+    names = {first, second} | ({"adversarial"} if "adversarial" in options else set())
+    row, y = row_of(names), LABELS > 0 if "one label" in names else LABELS
+    if row is None and "fast products" in names:
+        # of a card
+        return
+    estimator = MLPClassifier((6,), max_iter=1, **options)
+
+    def fit() -> None:
+        estimator.partial_fit(X, y, classes=np.unique(y)) if "partial_fit" in names else estimator.fit(X, y)
+
+    if row is None and {"lbfgs", "partial_fit"} <= names:
+        with pytest.raises(AttributeError, match="has no attribute 'partial_fit'"):
+            fit()
+    elif row is None:
+        fit()
+    else:
+        with pytest.raises(ArgumentError, match=as_pattern(CONFLICTS[row])):
+            fit()
+
+
+def test_the_tables_features_are_walked() -> None:
+    walked = {*FEATURES, *ESTIMATORS, *TRAITS, "arrays", *(name for one in FEATURES.values() for name in one.implies)}
+    assert {name for pair in CONFLICTS for name in pair} <= walked
+    assert not Adversary().uses
