@@ -49,7 +49,7 @@ def test_what_has_no_kernels_is_refused_before_anything_changes(device: Any, cap
     said = "the cupy backend has no kernels for {}; use backend='triton' or 'numpy'$"
     with usable(device), caplog.at_level("INFO"):
         engine, attack = Engine(net, backend="cupy"), FGSM(0.1)
-        before = engine.snapshot()
+        before = engine.memory.snapshot()
         for argument, what, refused in (
             ("members", "members that share weights", lambda: Engine(members, backend="cupy")),
             ("members", "members that share weights", lambda: plan_text(members, backend="cupy")),

@@ -37,7 +37,7 @@ LIBRARIES = {
     "cupy-cuda12x": "cupy backend [cupy-cuda12x]",
     "cupy-cuda13x": "cupy backend [cupy-cuda13x]",
     "numba": "training and predictions on a CPU",
-    "matplotlib": "plots [plot]",
+    "matplotlib": "plots",
     "pyarrow": "tables",
     "openpyxl": "Excel files [excel]",
     "dp-accounting": "private training [privacy]",

@@ -18,6 +18,7 @@ from fusemlp.describe.schedules import SCHEDULES, Schedule
 from fusemlp.fleet.merge import default_models
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.class_weights import balanced
+from fusemlp.runtime.backends import TRAITS
 from fusemlp.runtime.ranks import started
 from fusemlp.tables.fields import given_options, one_of
 from fusemlp.tables.recipe import FitRecipe, ModelRecipe, StepRecipe, TableRecipe
@@ -109,6 +110,9 @@ def with_preset(recipe: Model, rows: int, *, classify: bool) -> tuple[Model, int
             against[name] = f"{reason}; leave it out"
     if recipe.output_activation != "identity":
         against["output_activation"] = "members have linear outputs; leave it out"
+    traits = TRAITS.get(recipe.backend)
+    if traits is not None and "members" in traits.lacks:
+        against["backend"] = f"{recipe.backend} has no kernels for members; use triton or numpy"
     if started():
         against["preset"] = "several processes of torchrun train a plain network; leave it out"
     # a resumed run has its preset in its options; the members' training is the longer one
