@@ -182,7 +182,7 @@ def compare(plan: Plan, path: Path, deadline: float, *, as_json: bool, plots: bo
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
     """Draw the picture if matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        say('no picture: matplotlib is not installed (pip install matplotlib)')
+        say("no picture: matplotlib is not installed (pip install matplotlib)")
         return
     from bench import plots
 

@@ -60,9 +60,9 @@ class Rank:
     def __init__(self) -> None:
         import torch.distributed as dist
 
-        from fusemlp.runtime.bound import BoundProgram
+        from fusemlp.runtime.programs import BoundProgram
         from fusemlp.runtime.ranks import Ranks
-        from fusemlp.runtime.sharded import ShardedProgram
+        from fusemlp.runtime.shards import ShardedProgram
 
         dist.init_process_group("gloo")
         self.dist, self.seconds = dist, Seconds()

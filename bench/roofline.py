@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fusemlp import Engine
-    from fusemlp.runtime.bound import BoundProgram
+    from fusemlp.runtime.programs import BoundProgram
 
 NETWORKS = {
     "cpu": ("64-32-10@32", "784-128-10@128", "784-512-256-10@128", "1024-1024-1024-1024@512"),
@@ -54,7 +54,7 @@ class CallPlace:
 def bound_step(engine: Engine, case: Case) -> BoundProgram:
     """Return the eager step of an engine, bound to the case's data and rows as in ``fit``."""
     from fusemlp.program.step import Inputs
-    from fusemlp.runtime.binding import bind
+    from fusemlp.runtime.steps import bind
 
     data = make_data(case)
     backend = engine.memory.backend

@@ -16,7 +16,7 @@ import torch
 
 from fusemlp import MLP, SGD, Adam, Engine
 from fusemlp.program.step import Inputs
-from fusemlp.runtime.binding import bind
+from fusemlp.runtime.steps import bind
 from fusemlp_kernels.triton import backend, configs
 from fusemlp_kernels.triton.launch import TritonDevice
 

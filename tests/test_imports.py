@@ -211,7 +211,7 @@ BROKEN = {
         "never import the engine",
     ),
     "torch outside its doors": ({"fusemlp_kernels.numpy.plan": "import torch.nn"}, "fusemlp.torch may"),
-    "triton in the engine": ({"fusemlp.runtime.bound": "from triton import jit"}, "only fusemlp_kernels.triton may"),
+    "triton in the engine": ({"fusemlp.runtime.programs": "from triton import jit"}, "only fusemlp_kernels.triton may"),
     "triton in the torch door": ({"fusemlp.torch": "import triton"}, "only fusemlp_kernels.triton may"),
     "cupy in the triton backend": (
         {"fusemlp_kernels.triton.launch": "import cupy"},

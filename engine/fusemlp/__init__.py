@@ -27,8 +27,7 @@ if TYPE_CHECKING:
         WandB,
     )
     from fusemlp.datasets.load import load_data
-    from fusemlp.describe.adversarial import FGSM, PGD
-    from fusemlp.describe.intervals import IBP
+    from fusemlp.describe.adversarial import FGSM, IBP, PGD
     from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
     from fusemlp.describe.network import ELU, MLP, Activation, LeakyReLU, PReLU
     from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
@@ -143,12 +142,11 @@ _NAMES = {
     "fusemlp.fleet.results": "Ensemble FleetResults",
     "fusemlp.fleet.fleet": "Fleet",
     "fusemlp.runtime.scaling": "InputScaleWarning",
-    "fusemlp.describe.intervals": "IBP",
+    "fusemlp.describe.adversarial": "FGSM IBP PGD",
     "fusemlp.describe.losses": "BinaryCrossEntropy CrossEntropy Huber Loss MAE MSE Poisson Quantile",
     "fusemlp.training.lr_finder": "LearningRateSweep lr_find",
     "fusemlp.describe.network": "Activation ELU LeakyReLU MLP PReLU",
     "fusemlp.describe.optimizers": "Adam AdamW Optimizer ParameterOptions SGD",
-    "fusemlp.describe.adversarial": "FGSM PGD",
     "fusemlp.describe.privacy": "DPSGD",
     "fusemlp.describe.schedules": (
         "Constant CosLog4 Cosine Exponential FlatCosine OneCycle ReduceOnPlateau Schedule StepDecay"

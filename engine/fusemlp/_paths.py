@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 PATHS = {
-    "candidates": "fleet.vary",
+    "candidates": "fleet.candidates",
     "checkpoint": "training.checkpoint",
     "data": "datasets.load",
     "ensemble": "fleet.results",
@@ -25,7 +25,7 @@ PATHS = {
     "onnx": "report.onnx",
     "optimizers": "describe.optimizers",
     "preprocessing": "datasets.preprocessing",
-    "saving": "training.saving",
+    "saving": "training.checkpoint",
     "schedules": "describe.schedules",
     "transfer": "training.transfer",
 }

@@ -8,38 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.describe.adversarial import Attack, as_attack
-from fusemlp.describe.checks import as_count
-from fusemlp.describe.elsewhere import knows_names, names_absent
-from fusemlp.describe.intervals import IBP
+from fusemlp.describe.adversarial import IBP, Attack, as_attack
+from fusemlp.describe.checks import as_count, knows_names, names_absent
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.metrics import Metric
-from fusemlp.describe.network import MLP, as_network
+from fusemlp.describe.network import MLP, as_network, layer_lines
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
-from fusemlp.describe.summary import bytes_text, layer_lines
+from fusemlp.describe.text import bytes_text
 from fusemlp.inputs.arrays import Array
-from fusemlp.program.adversarial import lowered
-from fusemlp.program.program import Program
-from fusemlp.program.sharding import ORDERED
+from fusemlp.program.program import ORDERED, Program
+from fusemlp.program.step import as_batch_attack
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.onnx import to_onnx
 from fusemlp.report.runs import open_run, weights_path
 from fusemlp.runtime import files, intervals
-from fusemlp.runtime.attacking import attack
+from fusemlp.runtime.attacks import attack
 from fusemlp.runtime.backends import availability
-from fusemlp.runtime.binding import program_of_fit
 from fusemlp.runtime.ranks import TIMEOUT
 from fusemlp.runtime.scaling import MEAN, InputScale
 from fusemlp.runtime.session import ELSEWHERE, Session
-from fusemlp.runtime.stepping import step
+from fusemlp.runtime.steps import program_of_fit, step
 from fusemlp.training import checkpoint, transfer
-from fusemlp.training.checkpoint import save_checkpoint
+from fusemlp.training.checkpoint import save, save_checkpoint
 from fusemlp.training.fit import ELSEWHERE as OF_FIT
 from fusemlp.training.fit import fit
 from fusemlp.training.history import History
 from fusemlp.training.lr_finder import LearningRateSweep, lr_find
 from fusemlp.training.plan import FitPlan
-from fusemlp.training.saving import save
 from fusemlp.training.trainer import Trainer
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
@@ -198,7 +193,7 @@ class Engine(Trainer):
     def program_against(self, adversarial: Any) -> Program:
         """Return ``program`` for ``fit(adversarial=...)``: the calls of the attack come first."""
         resident = self.plan == "resident" and self.memory.backend.traits.on_host
-        return program_of_fit(self, lowered(as_attack("adversarial", adversarial)), resident=resident)
+        return program_of_fit(self, as_batch_attack(as_attack("adversarial", adversarial)), resident=resident)
 
     def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
         """One update from 1 to ``batch_size`` rows: x (m, K), y as in ``fit``, sample_weight (m,).

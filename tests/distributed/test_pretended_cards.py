@@ -24,13 +24,13 @@ from counting_card import Card, OnCard, counting, put
 from torch import distributed
 
 from fusemlp import MLP, Adam, ArgumentError, BackendUnavailableError, DistributedError, Engine, MissingLibraryError
-from fusemlp.program.sharding import Sharding
-from fusemlp.runtime import backends, bound, ranks, session
+from fusemlp.program.program import Sharding
+from fusemlp.runtime import backends, programs, ranks, session
 from fusemlp.runtime.backends import open_here
-from fusemlp.runtime.bound import STEPS_A_GRAPH
 from fusemlp.runtime.plans import ASKED, chosen_plan, plan_text, shared_plan
+from fusemlp.runtime.programs import STEPS_A_GRAPH
 from fusemlp.runtime.ranks import Ranks
-from fusemlp.runtime.sharded import LAYERS
+from fusemlp.runtime.shards import LAYERS
 from fusemlp_kernels.registry import TRAITS
 from fusemlp_kernels.triton import grouped
 from fusemlp_kernels.triton.backend import TritonBackend
@@ -204,7 +204,7 @@ def test_batches_that_come_one_by_one_wait_for_nothing(card: Card, monkeypatch: 
 
 @pytest.mark.parametrize("given", [{}, {"accumulate": 2, "clip_norm": 0.1}])
 def test_replayed_steps_have_the_bits_of_eager_ones(monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]) -> None:
-    monkeypatch.setattr(bound, "STEPS_A_GRAPH", 2)
+    monkeypatch.setattr(programs, "STEPS_A_GRAPH", 2)
     found = []
     for plan in ("eager", "graph"):
         with counting(computes=True) as card:

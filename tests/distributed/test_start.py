@@ -24,7 +24,7 @@ from fusemlp import (
     ParameterOptions,
     load_checkpoint,
 )
-from fusemlp.program.sharding import Sharding
+from fusemlp.program.program import Sharding
 from fusemlp.runtime import ranks
 from fusemlp.runtime.plans import plan_text
 from fusemlp.runtime.ranks import VARIABLES, Ranks

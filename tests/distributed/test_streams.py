@@ -15,7 +15,7 @@ import streams
 import worlds
 
 from fusemlp.inputs.blocks import Blocks
-from fusemlp.program.sharding import Sharding
+from fusemlp.program.program import Sharding
 
 pytest.importorskip("torch")
 pytest.importorskip("pyarrow")

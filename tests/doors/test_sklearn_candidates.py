@@ -21,7 +21,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from fusemlp import Callback, Engine
-from fusemlp.fleet.launches import Group
+from fusemlp.fleet.launches import LaunchGroup
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier, MLPRegressor
 from fusemlp.sklearn.candidates import Candidates
 
@@ -50,7 +50,7 @@ class Launches:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sizes: list[int] = []
         self.steps: list[list[int]] = []
-        bind = Group.bind
+        bind = LaunchGroup.bind
 
         def seen(group, *rest):
             self.sizes.append(len(group.engines))
@@ -62,7 +62,7 @@ class Launches:
 
             return counted
 
-        monkeypatch.setattr(Group, "bind", seen)
+        monkeypatch.setattr(LaunchGroup, "bind", seen)
 
 
 class Taken:
@@ -286,14 +286,14 @@ def test_a_launch_that_fails_is_the_error_of_its_models(backend, monkeypatch):
     def broken(*_):
         raise MemoryError("no room for the fleet")
 
-    monkeypatch.setattr(Group, "bind", broken)
+    monkeypatch.setattr(LaunchGroup, "bind", broken)
     with pytest.raises(MemoryError, match="no room for the fleet"):
         searched(backend, MODEL, {"alpha": [0.0, 0.1]}, error_score="raise")
 
 
 @pytest.mark.filterwarnings("ignore:One or more of the test scores")
 def test_a_launch_on_a_thread_that_fails_is_the_error_of_its_model(monkeypatch):
-    from fusemlp.runtime.bound import BoundProgram
+    from fusemlp.runtime.programs import BoundProgram
 
     run, count = BoundProgram.run_many, 0
 
@@ -346,7 +346,7 @@ def test_calls_that_follow_a_loop_have_rows_of_their_own(device, last, monkeypat
 
 def test_no_thread_is_left_and_none_computes_in_python(monkeypatch):
     """Epochs, scores and set-ups are the main thread's."""
-    from fusemlp.sklearn.stochastic import SklearnPolicy
+    from fusemlp.sklearn.solvers import SklearnPolicy
 
     before, seen, end = set(threading.enumerate()), set(), SklearnPolicy.end_epoch
 

@@ -16,7 +16,7 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 
 import fusemlp
 from fusemlp import ArgumentError, CheckpointError, Cosine, Huber
-from fusemlp.sklearn import MLPClassifier, MLPRegressor, TableClassifier, TableRegressor, saving
+from fusemlp.sklearn import MLPClassifier, MLPRegressor, TableClassifier, TableRegressor, files
 
 X, Y = load_iris(return_X_y=True)
 WORDS = np.array(["setosa", "versicolor", "virginica"])[Y]
@@ -141,7 +141,7 @@ class Unheard:
 
 def test_the_attack_of_a_training_that_is_gone_becomes_its_own_steps():
     stored = {"kind": "trades", "eps": 0.1, "bounds": [0.0, 1.0], "steps": 4, "step_size": None, "beta": 6.0}
-    attack = saving._decoded({"adversarial": stored | {"norm": "inf", "seed": 3}})
+    attack = files._decoded({"adversarial": stored | {"norm": "inf", "seed": 3}})
     assert attack == fusemlp.PGD(0.1, steps=4, seed=3, bounds=(0.0, 1.0))
 
 

@@ -11,7 +11,7 @@ from sklearn.datasets import load_diabetes, load_digits
 import fusemlp
 from fusemlp import Callback
 from fusemlp.describe.schedules import Cosine, ReduceOnPlateau
-from fusemlp.runtime.bound import BoundProgram
+from fusemlp.runtime.programs import BoundProgram
 from fusemlp.sklearn import MLPClassifier, MLPRegressor
 from fusemlp.sklearn.batches import ResidentBatches
 from fusemlp.sklearn.model import Model
@@ -159,7 +159,7 @@ def test_ctrl_c_leaves_the_random_state_where_the_last_epoch_took_it(launch, mon
     begun = -(-12 * launch // 8)
     with monkeypatch.context() as patch:
         patch.setattr(BoundProgram, "run_many", pressing)
-        patch.setattr("fusemlp.runtime.bound.resident_chunk", lambda *_: 12)
+        patch.setattr("fusemlp.runtime.programs.resident_chunk", lambda *_: 12)
         with pytest.warns(UserWarning, match="interrupted by user"):
             model, drawn = fitted(max_iter=9)
     assert launches == [12] * launch and model.n_iter_ == 12 * launch // 8

@@ -15,8 +15,8 @@ from devices import INTERPRETER, Device, marks_of, usable
 
 import fusemlp.sklearn.candidates as module
 from fusemlp import Callback
-from fusemlp.fleet.launches import Group
-from fusemlp.runtime.bound import BoundProgram
+from fusemlp.fleet.launches import LaunchGroup
+from fusemlp.runtime.programs import BoundProgram
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier
 from fusemlp.sklearn.search import _at_once
 
@@ -61,7 +61,7 @@ def test_ctrl_c_while_models_train(launch: int, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("device", PLACES)
 def test_ctrl_c_in_a_launch_of_several_models(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    bind = Group.bind
+    bind = LaunchGroup.bind
 
     def pressing(*given):
         run = bind(*given)
@@ -72,7 +72,7 @@ def test_ctrl_c_in_a_launch_of_several_models(device: Device, monkeypatch: pytes
 
         return pressed
 
-    monkeypatch.setattr(Group, "bind", pressing)
+    monkeypatch.setattr(LaunchGroup, "bind", pressing)
     monkeypatch.setattr(module, "choose_plan", lambda *_, **__: ("resident", ""))
     with usable(device), pytest.raises(KeyboardInterrupt):
         search(device.backend).fit(X, Y)
@@ -81,7 +81,7 @@ def test_ctrl_c_in_a_launch_of_several_models(device: Device, monkeypatch: pytes
 @pytest.mark.parametrize("device", PLACES)
 def test_the_data_outlives_the_launches(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that is told where they lie finds others there when their memory is given back."""
-    bind, alive = Group.bind, []
+    bind, alive = LaunchGroup.bind, []
 
     def watched(group, programs, data):
         run, arrays = bind(group, programs, data), [weakref.ref(array) for array in data.values()]
@@ -92,7 +92,7 @@ def test_the_data_outlives_the_launches(device: Device, monkeypatch: pytest.Monk
 
         return launch
 
-    monkeypatch.setattr(Group, "bind", watched)
+    monkeypatch.setattr(LaunchGroup, "bind", watched)
     monkeypatch.setattr(module, "choose_plan", lambda *_, **__: ("resident", ""))
     with usable(device):
         search(device.backend, max_iter=1).fit(X[:24], Y[:24])

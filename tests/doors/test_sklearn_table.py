@@ -27,7 +27,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 import fusemlp
 from fusemlp import ArgumentError, DataError, Huber, cli
 from fusemlp.cli.options import TrainOptions
-from fusemlp.datasets.load import Columns, load_data
+from fusemlp.datasets.load import ColumnChoices, load_data
 from fusemlp.sklearn import TableClassifier, TableRegressor
 from fusemlp.tables.descriptions import filled_in, models_of
 from fusemlp.tables.recipe import TableRecipe
@@ -267,7 +267,7 @@ def test_defaults_are_those_of_the_command_line() -> None:
 )
 def test_tables_of_a_middling_size_train_five_models(rows: int, options: dict[str, Any], expected: int) -> None:
     values = np.arange(rows)
-    dataset = load_data(pandas.DataFrame({"a": values, "y": values}), target="y", columns=Columns(keep=["a"]))
+    dataset = load_data(pandas.DataFrame({"a": values, "y": values}), target="y", columns=ColumnChoices(keep=["a"]))
     assert models_of(TableRegressor(**options)._recipe(), dataset, new=True) == expected
 
 

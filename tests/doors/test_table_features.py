@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fusemlp.datasets.dates import parts_of
 from fusemlp.datasets.load import load_features
-from fusemlp.datasets.prepare import network_inputs
+from fusemlp.datasets.preparation import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.report.onnx import onnx_bytes
 from fusemlp.sklearn import TableClassifier

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fusemlp
 from fusemlp import DPSGD, FGSM, MLP, PGD, SGD, Adam, CrossEntropy, Engine, Fleet
-from fusemlp.runtime.attacking import row_losses
+from fusemlp.runtime.attacks import row_losses
 from fusemlp_kernels import philox, reference
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError
 

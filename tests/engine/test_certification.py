@@ -10,7 +10,7 @@ import pytest
 from commands import read, run
 
 from fusemlp import MLP, Engine, load_data
-from fusemlp.datasets.prepare import fit_preprocessor, network_ends, network_inputs
+from fusemlp.datasets.preparation import fit_preprocessor, network_ends, network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.scaling import SCALES
 from fusemlp.report.metrics import predictions

@@ -12,7 +12,7 @@ import pytest
 from commands import read, rows, run
 
 from fusemlp.cli.session import MOST_PRINTED
-from fusemlp.datasets.load import Columns, Dataset, load_data, load_features
+from fusemlp.datasets.load import ColumnChoices, Dataset, load_data, load_features
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp_kernels.errors import ArgumentError, DataError
 
@@ -161,7 +161,7 @@ def test_unknown_columns_are_named_once_and_ignored(
 
 def test_ids_in_python(tmp_path: Path) -> None:
     path = people(tmp_path / "people.csv")
-    dataset = load_data(path, target="buys", columns=Columns(ids=["number"], drop=["name", "note"]))
+    dataset = load_data(path, target="buys", columns=ColumnChoices(ids=["number"], drop=["name", "note"]))
     assert dataset.ids["number"][:2].tolist() == ["00000", "00001"]
     assert {role.name: role.kind for role in dataset.roles}["number"] == "id"
     made = Preprocessor.fit(dataset, np.arange(40))
@@ -173,7 +173,7 @@ def test_ids_in_python(tmp_path: Path) -> None:
 
 
 def loaded(path: Path, **columns: Any) -> Dataset:
-    return load_data(path, target="y", columns=Columns(**columns))
+    return load_data(path, target="y", columns=ColumnChoices(**columns))
 
 
 def test_columns_with_the_same_values_are_left_out(tmp_path: Path) -> None:

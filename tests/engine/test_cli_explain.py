@@ -14,7 +14,7 @@ from commands import rows, run
 
 from fusemlp import ArgumentError
 from fusemlp.datasets.load import load_data
-from fusemlp.datasets.prepare import network_inputs
+from fusemlp.datasets.preparation import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.report import explanations
 from fusemlp.report.evidence import Importance

@@ -299,7 +299,7 @@ def test_quiet_and_without_matplotlib(
     assert last.startswith("warning: the model is worse than the linear one: test accuracy ")
     assert shown.err == ""
     assert "baselines accuracy: constant " in shown.out
-    assert 'no plot: it needs matplotlib: pip install "fusemlp[plot]"' in shown.out
+    assert "no plot: it needs matplotlib: pip install matplotlib" in shown.out
 
 
 def test_what_is_shown_and_written_takes_a_twentieth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from commands import rows, run
 from fusemlp import Engine
 from fusemlp.cli import standings
 from fusemlp.fleet import memory as module
-from fusemlp.fleet.vary import Candidate
+from fusemlp.fleet.candidates import Candidate
 
 
 def test_a_narrow_terminal_has_fewer_columns_and_whole_words(

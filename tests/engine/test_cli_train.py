@@ -23,7 +23,7 @@ from fusemlp import MLP, Engine, ProgressBar, load_checkpoint
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.session import prepared_data
 from fusemlp.cli.train import Recorder, train
-from fusemlp.datasets.prepare import CLASS_DECAY
+from fusemlp.datasets.preparation import CLASS_DECAY
 from fusemlp.report import plots
 from fusemlp.report.runs import Run
 from fusemlp.tables.training import fit_arguments, new_engine
@@ -314,7 +314,7 @@ def test_no_plot_without_matplotlib(
 ) -> None:
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     assert run("train", "iris", "--epochs", "1", "--quiet", "--out", tmp_path / "run") == 0
-    assert 'no plot: it needs matplotlib: pip install "fusemlp[plot]"' in capsys.readouterr().out
+    assert "no plot: it needs matplotlib: pip install matplotlib" in capsys.readouterr().out
     assert not (tmp_path / "run/curves.png").exists()
 
 

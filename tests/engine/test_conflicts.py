@@ -15,11 +15,10 @@ import pytest
 from fusemlp import DPSGD, FGSM, IBP, MLP, MSE, SGD, CrossEntropy, Engine, Fleet, ParameterOptions
 from fusemlp.describe.adversarial import Adversary
 from fusemlp.describe.conflicts import CONFLICTS, UNAVAILABLE, check_together
-from fusemlp.program.adversarial import lowered
 from fusemlp.program.layout import parameter_layout
 from fusemlp.program.lowering import lower_training
-from fusemlp.program.sharding import Sharding
-from fusemlp.program.step import Inputs, Privacy
+from fusemlp.program.program import Sharding
+from fusemlp.program.step import Inputs, Privacy, as_batch_attack
 from fusemlp.program.verifier import verify
 from fusemlp.runtime.memory import COMPUTE_BYTES
 from fusemlp.runtime.plans import ASKED, choose_plan
@@ -170,7 +169,7 @@ def lower(case: Feature, backend: str) -> None:
     fits = plan.uses(model["optimizer"].schedule, batches="y" in case.fit, **beside)
     measured = {"measured rows": True} if machine["normalise"] is True else {}
     check_together({**Session.uses.fget(asked), **fits, **measured, **({case.door: True} if case.door else {})})
-    traits, against = TRAITS[backend], lowered(plan.adversary)
+    traits, against = TRAITS[backend], as_batch_attack(plan.adversary)
     chosen = choose_plan(
         machine["plan"], traits, net.sizes, BATCH, precision, private=privacy is not None, members=net.members
     )

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusemlp.datasets.files import read_idx, read_idx_pair, read_npz
+from fusemlp.datasets.arrays import read_idx, read_idx_pair, read_npz
 from fusemlp.datasets.tables import read_names, read_table
 from fusemlp_kernels.errors import DataError
 

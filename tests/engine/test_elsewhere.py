@@ -20,9 +20,9 @@ from commands import read, rows, run
 
 from fusemlp import MLP, ArgumentError, ArgumentTypeError, Fleet, FleetResults, WorkerError
 from fusemlp.cli import sweep
-from fusemlp.fleet import elsewhere
-from fusemlp.fleet.elsewhere import trained_elsewhere
+from fusemlp.fleet import workers as elsewhere
 from fusemlp.fleet.results import Member
+from fusemlp.fleet.workers import trained_elsewhere
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier
 
 GENERATOR = np.random.default_rng(0)

@@ -10,7 +10,7 @@ import pytest
 from same_state import assert_same_state
 
 from fusemlp import MLP, SGD, Adam, Callback, Cosine, DivergenceError, Engine, StepDecay, load_checkpoint
-from fusemlp.runtime.bound import BoundProgram
+from fusemlp.runtime.programs import BoundProgram
 from fusemlp.training.loop import EpochLoop
 
 ROWS, EPOCHS = 45, 7
@@ -186,7 +186,7 @@ def test_what_is_raised_in_a_launch_leaves_the_accounts_of_the_epochs_before_it(
 
     with monkeypatch.context() as patch:
         patch.setattr(BoundProgram, "run_many", pressed)
-        patch.setattr("fusemlp.runtime.bound.resident_chunk", lambda *_: 13)
+        patch.setattr("fusemlp.runtime.programs.resident_chunk", lambda *_: 13)
         with pytest.raises(KeyboardInterrupt):
             stopped.fit(X, Y, epochs=EPOCHS)
     state = stopped.fit_state

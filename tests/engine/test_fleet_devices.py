@@ -17,9 +17,9 @@ from commands import run
 
 from fusemlp import MLP, ArgumentError, ArgumentTypeError, Fleet, WorkerError
 from fusemlp.cli import sweep
-from fusemlp.fleet import apart
-from fusemlp.fleet.devices import VARIABLE, trained_on
+from fusemlp.fleet import workers
 from fusemlp.fleet.results import Member
+from fusemlp.fleet.workers import VARIABLE, trained_on
 from fusemlp_kernels import availability
 
 CARDS = ["cuda:0", "cuda:1"]
@@ -146,7 +146,7 @@ def test_a_sweep_names_the_cards_and_the_rest_of_one_has_them_too(
         told.append((devices, models))
         yield from task(list(range(models)), *arrays)
 
-    monkeypatch.setattr(apart, "trained_on", here)
+    monkeypatch.setattr(workers, "trained_on", here)
     words = ("sweep", "iris", "--vary", "seed=0:3", "--hidden", "4", "--batch-size", "64", "--epochs", "1")
     words += ("--backend", "triton", "--plan", "eager", "--devices", "cuda:0,cuda:1", "--out", tmp_path / "run")
     with counting(computes=True):

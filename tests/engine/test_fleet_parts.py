@@ -15,8 +15,8 @@ from same_state import assert_same_state
 
 from fusemlp import MLP, SGD, ArgumentError, Engine, Fleet
 from fusemlp.fleet import memory as module
+from fusemlp.fleet.candidates import Candidate
 from fusemlp.fleet.results import Member
-from fusemlp.fleet.vary import Candidate
 
 random = np.random.default_rng(1)
 X = random.standard_normal((60, 6))

@@ -37,7 +37,7 @@ from fusemlp import (
 from fusemlp.callbacks import EarlyStopping
 from fusemlp.cli.session import options_of
 from fusemlp.datasets.load import load_features
-from fusemlp.datasets.prepare import network_inputs
+from fusemlp.datasets.preparation import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.report.metrics import predictions
 from fusemlp.report.runs import open_run

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fusemlp import MLP, SGD, Callback, Engine
-from fusemlp.runtime.bound import STEPS_A_GRAPH
+from fusemlp.runtime.programs import STEPS_A_GRAPH
 from fusemlp_kernels import availability
 
 if availability()["triton"] is not None:

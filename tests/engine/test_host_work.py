@@ -14,7 +14,7 @@ import pytest
 
 from fusemlp import DPSGD, MLP, SGD, Adam, Cosine, DataError, DivergenceError, Engine
 from fusemlp.program import layout, lowering
-from fusemlp.runtime.bound import STEPS_A_GRAPH, BoundProgram
+from fusemlp.runtime.programs import STEPS_A_GRAPH, BoundProgram
 from fusemlp_kernels import availability
 from fusemlp_kernels.errors import BackendUnavailableError
 

@@ -29,9 +29,9 @@ from fusemlp import (
     FusemlpError,
     ParameterOptions,
 )
-from fusemlp.describe.summary import bytes_text
+from fusemlp.describe.text import bytes_text
 from fusemlp.engine import KERAS
-from fusemlp.inputs.class_weights import as_class_weights
+from fusemlp.inputs.arrays import as_class_weights
 from fusemlp.runtime.session import Session
 
 RNG = np.random.default_rng(0)

@@ -24,12 +24,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import feather, parquet
 
-from fusemlp.datasets import memory, textfiles
-from fusemlp.datasets.load import Columns, Dataset, load_data, load_features, load_labelled
-from fusemlp.datasets.memory import check_memory
+from fusemlp.datasets import preparation, textfiles
+from fusemlp.datasets.load import ColumnChoices, Dataset, load_data, load_features, load_labelled
+from fusemlp.datasets.preparation import check_memory
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.datasets.sources import as_frame
-from fusemlp.datasets.tables import read_table
+from fusemlp.datasets.tables import as_frame, read_table
 from fusemlp.datasets.textfiles import Form
 from fusemlp_kernels.errors import ArgumentTypeError, DataError
 
@@ -323,14 +322,14 @@ def test_text_with_the_marks_of_numbers_is_numbers_in_a_frame_too() -> None:
     }
     np.testing.assert_array_equal(data.X[:4, 0], [1498.0, 900.0, np.nan, 2000.0])
     np.testing.assert_allclose(data.X[:4, 1], [0.12, 0.05, 0.005, 0.4], rtol=2**-52)
-    words = load_data(frame, target="y", columns=Columns(categorical=["share"]))
+    words = load_data(frame, target="y", columns=ColumnChoices(categorical=["share"]))
     assert {role.name: role.kind for role in words.roles}["share"] == "words"
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_table_means_the_same_in_every_form(form: str, tmp_path: Path) -> None:
     FRAME.to_csv(tmp_path / "a.csv", index=False)
-    columns = Columns(keep=list(FRAME.columns))
+    columns = ColumnChoices(keep=list(FRAME.columns))
     expected = load_data(tmp_path / "a.csv", target="kind", columns=columns)
     dataset = load_data(FORMS[form](tmp_path), target="kind", columns=columns)
     assert dataset.feature_names == expected.feature_names
@@ -488,13 +487,13 @@ def many_words(rows: int = 3000) -> Dataset:
 def test_memory_is_planned_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Preprocessor.fit(many_words(), np.arange(3000))
     assert made.width == 1 + 257 + 30
-    monkeypatch.setattr(memory, "available_memory", lambda: 4 * made.width * 1000)
+    monkeypatch.setattr(preparation, "available_memory", lambda: 4 * made.width * 1000)
     check_memory(made, 1000, "fp32")
     with pytest.raises(DataError, match=r"1001 rows have 288 inputs, 257 of 'town', 30 of 'shop', 1 of 'size'.*--drop"):
         check_memory(made, 1001, "fp32")
     with pytest.raises(DataError, match="of memory are free"):
         check_memory(made, 1000, "fp64")
-    monkeypatch.setattr(memory, "available_memory", lambda: None)
+    monkeypatch.setattr(preparation, "available_memory", lambda: None)
     check_memory(made, 10**12, "fp64")
 
 
@@ -503,7 +502,7 @@ def test_the_command_names_the_column_that_takes_the_memory(
 ) -> None:
     lines = [f"{i % 9},w{i % 50},{i % 2}" for i in range(1000)]
     path = write(tmp_path / "a.csv", "\n".join(["a,town,y", *lines]).encode())
-    monkeypatch.setattr(memory, "available_memory", lambda: 10_000)
+    monkeypatch.setattr(preparation, "available_memory", lambda: 10_000)
     assert run("train", path, "--target", "y", "--out", tmp_path / "run") == 1
     assert "50 of 'town'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

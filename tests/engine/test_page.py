@@ -266,6 +266,6 @@ def test_without_matplotlib_the_page_says_so_and_shows_numbers(broken: bool, mon
         monkeypatch.setattr("fusemlp.report.plots.find_spec", lambda _: None)
     text = page("t", [], {}, {"loss": [1.0, 0.5], "val_loss": [1.5, 0.75]}, None)
     found = Parsed(text)
-    because = "ZeroDivisionError: division by zero" if broken else 'it needs matplotlib: pip install "fusemlp[plot]"'
+    because = "ZeroDivisionError: division by zero" if broken else "it needs matplotlib: pip install matplotlib"
     assert f"no figure: {because}" in found.texts and "<details open>" in text
     assert found.tables["Training"] == [["epoch", "training", "validation"], ["1", "1", "1.5"], ["2", "0.5", "0.75"]]

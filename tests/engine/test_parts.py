@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fusemlp.cli.options import SweepOptions, TrainOptions
 from fusemlp.cli.session import prepared_data
 from fusemlp.cli.sweep import planned
-from fusemlp.datasets.load import Columns, Dataset, load_data
+from fusemlp.datasets.load import ColumnChoices, Dataset, load_data
 from fusemlp.datasets.parts import among, folds, hold_out, row_hashes, with_files
 from fusemlp.tables.preparation import Prepared
 from fusemlp_kernels.errors import ArgumentError, DataError
@@ -385,10 +385,10 @@ def test_evaluate_recognises_the_rows_of_a_regression(tmp_path: Path, capsys: py
 
 def test_columns_for_a_split_in_python(tmp_path: Path) -> None:
     path = visits(tmp_path / "a.csv")
-    made = load_data(path, target="y", columns=Columns(group="patient"))
+    made = load_data(path, target="y", columns=ColumnChoices(group="patient"))
     assert made.groups is not None
     assert made.groups[:2].tolist() == ["p0", "p1"]
-    assert load_data(path, target="y", columns=Columns(time="day")).times is not None
+    assert load_data(path, target="y", columns=ColumnChoices(time="day")).times is not None
 
 
 def test_folds_keep_the_shares_of_classes_of_any_size() -> None:

@@ -31,7 +31,7 @@ from fusemlp import (
 )
 from fusemlp.fleet.merge import members
 from fusemlp.report.uncertainty import held_out_logits, scale_logits, temperature_of
-from fusemlp.runtime.members import combined
+from fusemlp.runtime.forward import combined
 from fusemlp.runtime.plans import plan_text
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import LossSpec

@@ -23,15 +23,14 @@ from commands import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusemlp.datasets import prepare
-from fusemlp.datasets.coding import MOST_WORDS
+from fusemlp.datasets import preparation
+from fusemlp.datasets.dataset import MOST_WORDS
 from fusemlp.datasets.dates import date_parts, orders_of, parse_date
-from fusemlp.datasets.load import Columns, Dataset, load_data, load_features, load_labelled
+from fusemlp.datasets.load import ColumnChoices, Dataset, load_data, load_features, load_labelled
 from fusemlp.datasets.parts import with_files
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.scaling import SCALES
-from fusemlp.datasets.sources import as_frame
-from fusemlp.datasets.tables import read_table
+from fusemlp.datasets.tables import as_frame, read_table
 from fusemlp.datasets.textfiles import Form, number
 from fusemlp_kernels.errors import ArgumentError, DataError
 
@@ -317,7 +316,7 @@ def test_a_stored_preprocessor_of_an_earlier_release_tells_spellings_apart(tmp_p
     del config["joins_spellings"]
     old = Preprocessor.from_config(config)
     assert np.isnan(load_features(pandas.DataFrame({"zip": ["10"]}), old)[0, 0])
-    again = load_data(tmp_path / "a.csv", target="y", columns=Columns(like=old))
+    again = load_data(tmp_path / "a.csv", target="y", columns=ColumnChoices(like=old))
     assert not with_files(again, "a.csv", test=str(write(tmp_path / "b.csv", "zip,y\n10,1\n"))).joins_spellings
     assert not Preprocessor.fit(again, [0, 1]).joins_spellings
 
@@ -336,7 +335,7 @@ def test_labels_in_another_spelling_are_the_same_classes(tmp_path: Path) -> None
 
 def fitted(folder: Path, text: str) -> Preprocessor:
     """Return the preprocessor of all rows of a table, of which "zip" holds words."""
-    dataset = load_data(write(folder / "a.csv", text), target="y", columns=Columns(categorical=["zip"]))
+    dataset = load_data(write(folder / "a.csv", text), target="y", columns=ColumnChoices(categorical=["zip"]))
     return Preprocessor.fit(dataset, np.arange(len(dataset.y)))
 
 
@@ -398,12 +397,12 @@ def test_useless_columns_are_left_out_and_named(tmp_path: Path) -> None:
     (line,) = dataset.notes
     for name in ("column_1", "customerId", "ID", "name", "one", "same", "empty"):
         assert f"'{name}' (" in line
-    kept = load_data(path, target="y", columns=Columns(drop=["x"], keep=["customerId"], categorical=["name"]))
+    kept = load_data(path, target="y", columns=ColumnChoices(drop=["x"], keep=["customerId"], categorical=["name"]))
     assert kept.feature_names == ("customerId", "name")
     with pytest.raises(DataError, match=r"no columns 'z' to drop; the columns are 'column_1'"):
-        load_data(path, target="y", columns=Columns(drop=["z"]))
+        load_data(path, target="y", columns=ColumnChoices(drop=["z"]))
     with pytest.raises(ArgumentError, match="drop: 'y' is the target"):
-        load_data(path, target="y", columns=Columns(drop=["y"]))
+        load_data(path, target="y", columns=ColumnChoices(drop=["y"]))
 
 
 def test_the_only_feature_is_kept(tmp_path: Path) -> None:
@@ -460,19 +459,19 @@ def test_many_words_have_bounded_inputs() -> None:
 
 
 def test_inputs_are_made_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "_PIECE", 3)
+    monkeypatch.setattr(preparation, "_PIECE", 3)
     data = table_of({"a": [1.0, NAN, 2.0, 9.0, NAN, 1e300, 7.0], "b": list("uvuvuvw")})
     made = Preprocessor.fit(data, [0, 1, 2, 3])
     whole = made.transform_features(data.X)
-    np.testing.assert_array_equal(prepare.network_inputs(made, data.X, "fp64"), whole)
+    np.testing.assert_array_equal(preparation.network_inputs(made, data.X, "fp64"), whole)
     # The engine refuses what float32 cannot hold.
-    np.testing.assert_array_equal(prepare.network_inputs(made, data.X, "fp32"), whole)
-    fewer = prepare.network_inputs(made, data.X[:5], "bf16")
+    np.testing.assert_array_equal(preparation.network_inputs(made, data.X, "fp32"), whole)
+    fewer = preparation.network_inputs(made, data.X[:5], "bf16")
     assert fewer.dtype == np.float32
     np.testing.assert_array_equal(fewer, whole[:5].astype(np.float32))
     data.X[6, 1] = 9
     with pytest.raises(DataError, match="at row 6, column 1"):
-        prepare.network_inputs(made, data.X, "fp32")
+        preparation.network_inputs(made, data.X, "fp32")
 
 
 def test_an_earlier_release_knows_no_missing_cells() -> None:
@@ -537,7 +536,7 @@ def test_training_and_new_data_have_the_same_features(tmp_path_factory: pytest.T
         csv.writer(stream, delimiter=data.draw(st.sampled_from(",;\t|"))).writerows(
             [[names[k] for k in order], *([row[k] for k in order] for row in rows)]
         )
-    dataset = load_data(folder / "train.csv", target="y", columns=Columns(keep=names))
+    dataset = load_data(folder / "train.csv", target="y", columns=ColumnChoices(keep=names))
     chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1))
     scale = data.draw(st.sampled_from(SCALES))
     made = Preprocessor.fit(dataset, chosen, scale=scale)

@@ -20,7 +20,7 @@ from fusemlp.fleet.merge import mean_history, sound
 from fusemlp.fleet.results import Member
 from fusemlp.sklearn import TableClassifier
 from fusemlp.tables import trials
-from fusemlp.training import policy
+from fusemlp.training import validation
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError
 
@@ -37,7 +37,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
         told[0] += 1.0
         return told[0]
 
-    monkeypatch.setattr(policy, "time", SimpleNamespace(monotonic=later))
+    monkeypatch.setattr(validation, "time", SimpleNamespace(monotonic=later))
     for module in (checks, fleets):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: told[0]))
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from lowered import FROZEN, cases, inference_program, planned, training_program
 
 from fusemlp import MLP, SGD, Adam
-from fusemlp.program.adversarial import Attack
 from fusemlp.program.program import Call, Ref, Value
+from fusemlp.program.step import BatchAttack
 from fusemlp.program.verifier import ProgramError, lifetimes, verify
 from fusemlp_kernels.contract import Perturbation, Ridge, Segment, TensorRule
 
@@ -30,7 +30,10 @@ PROGRAMS = {
     "partly frozen": (NET, training_program(NET, optimizer=PARTLY_FROZEN)),
     "all frozen": (NET, training_program(NET, optimizer=SGD(0.1, per_parameter={"*": FROZEN}))),
     "adam": (NET, training_program(NET, optimizer=Adam())),
-    "against an attack": (NET, training_program(NET, optimizer=MOMENTUM, against=Attack(2, Perturbation(0.1, 0.1)))),
+    "against an attack": (
+        NET,
+        training_program(NET, optimizer=MOMENTUM, against=BatchAttack(2, Perturbation(0.1, 0.1))),
+    ),
     "forward": (NET, inference_program(NET)),
     "forward and loss": (NET, inference_program(NET, "cross_entropy")),
 }

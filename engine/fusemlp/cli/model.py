@@ -14,13 +14,12 @@ from fusemlp.cli.output import check_output, show
 from fusemlp.cli.session import options_of, prepared_data
 from fusemlp.datasets.load import load_features, load_labelled
 from fusemlp.datasets.parts import among
-from fusemlp.datasets.prepare import network_inputs
+from fusemlp.datasets.preparation import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.datasets.tables import listed
 from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.description import reading
 from fusemlp.describe.network import MLP
-from fusemlp.describe.summary import aligned
+from fusemlp.describe.text import aligned, listed
 from fusemlp.engine import Engine, load, load_checkpoint
 from fusemlp.fleet.merge import members
 from fusemlp.inputs.arrays import Array
@@ -42,7 +41,7 @@ from fusemlp.runtime.files import write_atomically
 from fusemlp.tables import attacks
 from fusemlp.tables.preparation import Prepared, labelled_hashes
 from fusemlp.tables.recipe import ATTACKS
-from fusemlp.training.saving import model_bytes
+from fusemlp.training.checkpoint import model_bytes
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
 
 OUTPUTS = (".csv", ".npz")

@@ -20,7 +20,7 @@ from fusemlp.describe.adversarial import NORMS
 from fusemlp.describe.losses import LOSSES
 from fusemlp.describe.metrics import METRICS
 from fusemlp.describe.optimizers import OPTIMIZERS
-from fusemlp.program.sharding import REDUCTIONS
+from fusemlp.program.program import REDUCTIONS
 from fusemlp.report.explanations import METHODS
 from fusemlp.report.runs import WEIGHTS
 from fusemlp.tables.fields import PANELS, field_of, names_or_files, run_folders

@@ -21,7 +21,7 @@ from fusemlp._version import __version__
 from fusemlp.callbacks import Callback
 from fusemlp.callbacks.trackers import FAILED, FINISHED, INTERRUPTED, TRACKERS, Tracker, configured
 from fusemlp.cli.options import OutputOptions, SweepOptions, TrainOptions
-from fusemlp.datasets.files import reason
+from fusemlp.datasets.tables import reason
 from fusemlp.describe.checks import WINDOWS, check_choice
 from fusemlp.engine import Engine
 from fusemlp.fleet.results import Member

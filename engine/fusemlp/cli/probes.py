@@ -17,7 +17,7 @@ from fusemlp.cli.output import check_output, show, write_picture
 from fusemlp.cli.session import prepared_data
 from fusemlp.describe.checks import as_number
 from fusemlp.describe.network import MLP
-from fusemlp.describe.summary import aligned
+from fusemlp.describe.text import aligned
 from fusemlp.engine import Engine, availability
 from fusemlp.report.plots import check_plots, literal, sweep_figure
 from fusemlp.runtime.backends import thread_limits

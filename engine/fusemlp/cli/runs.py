@@ -14,7 +14,7 @@ from fusemlp.cli.options import PlotOptions, RunsOptions, TrainOptions
 from fusemlp.cli.output import check_output, decides_the_model, show, write_picture
 from fusemlp.cli.session import RENAMED
 from fusemlp.describe.metrics import METRICS, rises
-from fusemlp.describe.summary import aligned
+from fusemlp.describe.text import aligned
 from fusemlp.report.metrics import scalars, spelled
 from fusemlp.report.plots import FORMATS, Curves, comparison_figure, literal, repeats
 from fusemlp.report.runs import Run, open_run, read_json, read_metrics

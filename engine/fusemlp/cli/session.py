@@ -17,14 +17,13 @@ from fusemlp.callbacks.trackers import Tracker
 from fusemlp.cli import output
 from fusemlp.cli.options import DataOptions, OutputOptions, SweepOptions, TrainOptions
 from fusemlp.cli.output import command_line
-from fusemlp.datasets.load import NAMES, Columns, Dataset, load_data
+from fusemlp.datasets.load import NAMES, ColumnChoices, Dataset, load_data
 from fusemlp.datasets.parts import with_files
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.datasets.sources import is_table
-from fusemlp.datasets.tables import listed
+from fusemlp.datasets.tables import is_table
 from fusemlp.describe.description import reading, stored
 from fusemlp.describe.network import MLP
-from fusemlp.describe.summary import aligned
+from fusemlp.describe.text import aligned, listed
 from fusemlp.engine import Engine
 from fusemlp.report.runs import (
     FORMAT,
@@ -287,7 +286,7 @@ def read_data(options: Any, like: Preprocessor | None = None) -> Dataset:
         share = f"{part}_fraction"
         if getattr(options, part) is not None and getattr(options, share) != getattr(ModelRecipe, share):
             raise ArgumentError(f"{share}: --{part} has the {part} rows; give one of the options")
-    columns = Columns(
+    columns = ColumnChoices(
         options.drop or (),
         options.keep or (),
         options.categorical or (),

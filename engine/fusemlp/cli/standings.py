@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusemlp.callbacks.progress import REDRAW
 from fusemlp.cli.vary import spelled_value
-from fusemlp.fleet.results import FleetResults, Member
-from fusemlp.fleet.seeds import Point, averages
+from fusemlp.fleet.results import FleetResults, Member, Point, averages
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -25,12 +25,11 @@ from fusemlp.cli.vary import FREE, Plan, describe_sweep, planned
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.description import reading, stored
 from fusemlp.describe.metrics import rises
-from fusemlp.describe.summary import aligned
-from fusemlp.fleet.elsewhere import connected
+from fusemlp.describe.text import aligned
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.memory import Kept
-from fusemlp.fleet.results import FleetResults, Member
-from fusemlp.fleet.seeds import Combination, averages
+from fusemlp.fleet.results import Combination, FleetResults, Member, averages
+from fusemlp.fleet.workers import connected
 from fusemlp.report.metrics import baseline_line, headline
 from fusemlp.report.plots import Varied, literal, scores_figure
 from fusemlp.report.runs import (

@@ -15,11 +15,10 @@ from fusemlp.cli.options import OutputOptions, SweepOptions, TrainOptions
 from fusemlp.cli.report import describe_data
 from fusemlp.cli.session import filled_in, is_a_table, prepared_data
 from fusemlp.describe.checks import as_count
-from fusemlp.fleet.devices import check_not_given
-from fusemlp.fleet.elsewhere import check_address, check_workers
+from fusemlp.fleet.candidates import MOST_MODELS, check_name
 from fusemlp.fleet.fleet import Fleet
-from fusemlp.fleet.seeds import Point
-from fusemlp.fleet.vary import MOST_MODELS, check_name
+from fusemlp.fleet.results import Point
+from fusemlp.fleet.workers import check_address, check_not_given, check_workers
 from fusemlp.tables import descriptions
 from fusemlp.tables.fields import given_options
 from fusemlp.tables.preparation import Prepared, decisions

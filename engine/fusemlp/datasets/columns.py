@@ -12,8 +12,8 @@ import pyarrow as pa
 from pyarrow import compute as pc
 
 from fusemlp.datasets.dates import EXAMPLES, ORDERS, orders_of, parse_date
-from fusemlp.datasets.problems import Problems
 from fusemlp.datasets.textfiles import MISSING, number, text_array
+from fusemlp.describe.text import Problems
 from fusemlp.inputs.arrays import Array
 
 # A column of this share of numbers holds numbers, and its other cells are mistakes; but a column of numbers and words

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp.datasets.arrays import features_of_npz, from_path, named
-from fusemlp.datasets.coding import Features, coded, kept_features, without_useless
 from fusemlp.datasets.dataset import Dataset as Dataset
+from fusemlp.datasets.dataset import Features, kept_features, without_useless
 from fusemlp.datasets.dates import EXAMPLES, ORDERS, PARTS, sources_of
-from fusemlp.datasets.roles import Columns as Columns
-from fusemlp.datasets.roles import missing_share, roles, times
-from fusemlp.datasets.sources import TABLES, Frame, Place, as_frame, is_table
-from fusemlp.datasets.tables import listed, meant, read_names, read_table
+from fusemlp.datasets.roles import ColumnChoices as ColumnChoices
+from fusemlp.datasets.roles import coded, missing_share, roles, times
+from fusemlp.datasets.tables import TABLES, Frame, Place, as_frame, is_table, read_names, read_table
 from fusemlp.datasets.textfiles import Form
+from fusemlp.describe.text import listed, meant
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, DataError, unknown_name
 
@@ -42,7 +42,7 @@ def load_data(
     target: str | None = None,
     task: str | None = None,
     form: Form | None = None,
-    columns: Columns | None = None,
+    columns: ColumnChoices | None = None,
 ) -> Dataset:
     """Load a data set by name (``NAMES``) or path, or take a table.
 
@@ -66,9 +66,9 @@ def load_data(
         raise unknown_name("task", task, TASKS)
     place = _existing(source)
     if isinstance(place, Frame) or is_table(place):
-        return _with_task(_from_table(place, target, form or Form(), columns or Columns()), task)
+        return _with_task(_from_table(place, target, form or Form(), columns or ColumnChoices()), task)
     if source in NAMES or place.is_dir() or place.suffix.lower() == ".npz":
-        options = {"target": target, **(columns or Columns()).options()}
+        options = {"target": target, **(columns or ColumnChoices()).options()}
         for option in (option for option, value in options.items() if value):
             what = "one" if option == "target" else "columns with names"
             raise ArgumentError(f"{option}: only tables ({', '.join(TABLES)}) have {what}, not {str(source)!r}")
@@ -239,7 +239,7 @@ def _existing(source: Any) -> Place:
     )
 
 
-def _from_table(path: Place, target: str | None, form: Form, columns: Columns) -> Dataset:
+def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoices) -> Dataset:
     names = read_names(path, form)
     if target is None:
         raise DataError(f"{path}: say which column is the target; the columns are {listed(names)}")

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fusemlp.datasets.coding import Features, different, spellings
-from fusemlp.datasets.dataset import Dataset
+from fusemlp.datasets.dataset import Dataset, Features, different, spellings
 from fusemlp.datasets.load import load_labelled
 from fusemlp.datasets.preprocessing import Rows, split
-from fusemlp.datasets.tables import listed
 from fusemlp.datasets.textfiles import Form
+from fusemlp.describe.text import listed
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, DataError
 

@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusemlp.datasets.coding import Features, rare_words, spellings
-from fusemlp.datasets.dataset import Dataset
+from fusemlp.datasets.dataset import UNUSED, Dataset, Features, rare_words, spellings
 from fusemlp.datasets.dates import ORDERS, sources_of
-from fusemlp.datasets.roles import UNUSED
 from fusemlp.datasets.scaling import SCALES, Knots, by_pieces, by_quantiles, clipped, edges, knots, statistics
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.description import reading, stored

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fusemlp.datasets.sources import Place
-from fusemlp.datasets.tables import listed, meant
+from fusemlp.datasets.dataset import Categories, Dataset, Features, Role, different, spellings
+from fusemlp.datasets.dates import parts_of, sources_of
+from fusemlp.datasets.tables import Place
 from fusemlp.datasets.textfiles import MISSING
+from fusemlp.describe.text import listed, meant
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, DataError
 
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Columns:
+class ColumnChoices:
     """Choices for the columns of a table: to ``drop``, to ``keep`` in any case, and to take as ``categorical``.
 
     ``ids`` name the rows: they are no inputs, and stand beside predictions. Rows of one ``group`` stay together when
@@ -77,28 +80,10 @@ class Columns:
             raise ArgumentError("group: rows are held out by group or in the order of time; give one of the options")
 
 
-@dataclass(frozen=True)
-class Role:
-    """A column's ``kind``: number, boolean, words, date, target, id, group, time, dropped or left out.
-
-    ``missing`` is its share of missing cells, None for a column that was not read; ``note`` is the reason to leave it
-    out. Kinds that are no input are those of ``UNUSED`` and the target.
-    """
-
-    name: str
-    kind: str
-    missing: float | None = None
-    note: str = ""
-
-
-# The kinds of columns that are no inputs and not the target, beside ids.
-UNUSED = ("group", "time", "dropped", "left out")
-
-
 def roles(
     names: Collection[str],
     target: str,
-    columns: Columns,
+    columns: ColumnChoices,
     table: Mapping[str, Array],
     inputs: Collection[str],
     reasons: Mapping[str, str],
@@ -152,3 +137,56 @@ def times(path: Place, name: str, column: Array) -> Array:
             f"{len(column)} rows; fill them in or delete the rows"
         )
     return column.astype(np.int64) if column.dtype.kind == "M" else column
+
+
+def coded(
+    table: dict[str, Array], names: tuple[str, ...], like: Preprocessor | Dataset | None, notes: list[str]
+) -> tuple[Features, Categories]:
+    """Return the columns as one float64 matrix, words as indices into their categories (those of ``like`` or found)."""
+    sources = sources_of(names, [name for name, column in table.items() if column.dtype.kind == "M"])
+    X = np.empty((len(next(iter(table.values()))), len(names)))
+    categories: list[tuple[str, ...] | None] = []
+    missing: dict[str, int] = {}
+    unseen: list[str] = []
+    parts: dict[str, Array] = {}
+    for index, (name, source) in enumerate(zip(names, sources, strict=True)):
+        if source != name and name not in parts:
+            parts = parts_of(source, table[source])
+        column = parts[name] if source != name else table[name]
+        if column.dtype.kind in "biuf":
+            categories.append(None)
+            X[:, index] = column
+            count = int(np.isnan(column).sum())
+        else:
+            found, codes = different(column)
+            words = like.categories[index] if like is not None else _categories(found)
+            assert words is not None, "a column that held numbers was read as numbers"
+            categories.append(words)
+            place: dict[str, float] = {word: code for code, word in enumerate(words)}
+            if like is not None and like.joins_spellings:
+                place = {word: place[known] for word, known in spellings(found, words).items()} | place
+            absent = place.get("", math.nan)
+            X[:, index] = np.array([place.get(word, absent if word in MISSING else math.nan) for word in found], float)[
+                codes
+            ]
+            cells = np.bincount(codes, minlength=len(found)).tolist()
+            counts = dict(zip(found, cells, strict=True))
+            count = sum(cells for word, cells in counts.items() if word in MISSING and (not word or word not in place))
+            strange = {word: cells for word, cells in counts.items() if word not in place and word not in MISSING}
+            if strange:
+                unseen.append(f"{sum(strange.values())} in {name!r} (such as {next(iter(strange))!r})")
+        if count:
+            missing[source] = count
+    if missing:
+        notes.append(f"missing cells, filled in: {_some([f'{count} in {name!r}' for name, count in missing.items()])}")
+    if unseen:
+        notes.append(f"words unseen in training, taken as one other category: {_some(unseen)}")
+    return X, tuple(categories)
+
+
+def _some(parts: list[str]) -> str:
+    return ", ".join(parts[:20]) + (f" and in {len(parts) - 20} more columns" if len(parts) > 20 else "")
+
+
+def _categories(found: list[str]) -> tuple[str, ...]:
+    return tuple(sorted({"" if word in MISSING else word for word in found}))

@@ -9,7 +9,7 @@ import numpy as np
 
 from fusemlp_kernels.errors import DataError
 
-Columns = np.ndarray[Any, np.dtype[np.float64]]
+Matrix = np.ndarray[Any, np.dtype[np.float64]]
 Knots = tuple[tuple[float, ...], tuple[float, ...]]
 
 SCALES = ("robust", "piecewise", "quantile", "standard", "minmax", "none")
@@ -26,7 +26,7 @@ PIECES, MANY_VALUES, BEYOND = 16, 10, 2.0
 FINE_PIECES, FINE_VALUES, MANY_ROWS = 32, 64, 8_000
 
 
-def statistics(values: Columns, scale: str, names: Sequence[str]) -> tuple[Columns, Columns]:
+def statistics(values: Matrix, scale: str, names: Sequence[str]) -> tuple[Matrix, Matrix]:
     """Return shift and factor of each column: it becomes (x - shift) / factor."""
     count = values.shape[1]
     if scale in ("none", "quantile"):
@@ -56,7 +56,7 @@ def statistics(values: Columns, scale: str, names: Sequence[str]) -> tuple[Colum
     return shift, factor
 
 
-def _moments(values: np.ndarray[Any, Any]) -> tuple[Columns, Columns]:
+def _moments(values: np.ndarray[Any, Any]) -> tuple[Matrix, Matrix]:
     """Return mean and standard deviation of each column; of a constant one 1 for the latter, as scikit-learn has it.
 
     The corrected two-pass algorithm (Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983), in
@@ -80,7 +80,7 @@ def _blocks(values: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
     return (values[start : start + rows] for start in range(0, len(values), rows))
 
 
-def clipped(scaled: Columns) -> Columns:
+def clipped(scaled: Matrix) -> Matrix:
     """Return y / sqrt(1 + (y / CLIP)^2) of y = KNEE asinh(x / KNEE): x near zero, never beyond +-CLIP.
 
     The clip is that of Holzmueller et al., "Better by default: strong pre-tuned MLPs and boosted trees on tabular
@@ -90,7 +90,7 @@ def clipped(scaled: Columns) -> Columns:
     return tails / np.hypot(1.0, tails / CLIP)
 
 
-def knots(values: Columns) -> Knots:
+def knots(values: Matrix) -> Knots:
     """Return points of a column's quantile function: values in rising order, and the normal scores that replace them.
 
     A value that is several quantiles has the mean of their scores.
@@ -104,12 +104,12 @@ def knots(values: Columns) -> Knots:
     return tuple(points.tolist()), tuple(scores.tolist())
 
 
-def by_quantiles(values: Columns, at: Knots) -> Columns:
+def by_quantiles(values: Matrix, at: Knots) -> Matrix:
     """Return the scores of a column: straight lines between the knots, constant outside them."""
     return np.interp(values, *at)
 
 
-def edges(values: Columns) -> Knots | None:
+def edges(values: Matrix) -> Knots | None:
     """Return the edges of a column's pieces, without scores; None for a column of few values, which has none."""
     found = np.unique(values)
     if len(found) < MANY_VALUES:
@@ -120,19 +120,19 @@ def edges(values: Columns) -> Knots | None:
     return (tuple(found.tolist()), ()) if len(found) > 3 else None
 
 
-def limits(pieces: int) -> tuple[Columns, Columns]:
+def limits(pieces: int) -> tuple[Matrix, Matrix]:
     """Return the least and the greatest input of each piece."""
     low, high = np.zeros(pieces), np.ones(pieces)
     low[0], high[-1] = -BEYOND, 1.0 + BEYOND
     return low, high
 
 
-def by_pieces(values: Columns, at: Knots) -> Columns:
+def by_pieces(values: Matrix, at: Knots) -> Matrix:
     """Return an input for each piece of a column (n, pieces): 0 below it, 1 above it, a straight line within.
 
     The encoding of Gorishniy et al., "On embeddings for numerical features in tabular deep learning", 2022.
     """
     points = np.array(at[0])
     with np.errstate(over="ignore"):
-        inside: Columns = (values[:, None] - points[:-1]) / np.diff(points)
+        inside: Matrix = (values[:, None] - points[:-1]) / np.diff(points)
     return np.clip(inside, *limits(len(points) - 1))

@@ -59,7 +59,7 @@ _PATTERNS = {decimal: _pattern(decimal) for decimal in ".,"}
 
 
 @dataclass(frozen=True)
-class Source:
+class OpenTable:
     """An open table.
 
     ``batches`` takes the positions of columns and returns their rows as Arrow's record batches; it leaves out the rows
@@ -107,7 +107,7 @@ class Form:
                 ) from None
 
 
-def open_text(path: Path, form: Form) -> Source:
+def open_text(path: Path, form: Form) -> OpenTable:
     """Return a text file as rows of text."""
     encoding, marks = _inspect(path, form.encoding)
     with _open(path) as raw, io.TextIOWrapper(raw, encoding, newline="") as stream:
@@ -133,7 +133,7 @@ def open_text(path: Path, form: Form) -> Source:
         return as_batches(records(), len(names), columns, ragged)
 
     said = _said(path, sep, decimal, encoding, header=header or form.header is False)
-    return Source(names, batches, decimal, records, sep, said)
+    return OpenTable(names, batches, decimal, records, sep, said)
 
 
 def headed(path: Path, first: list[str], decimal: str, form: Form) -> tuple[list[str], bool]:

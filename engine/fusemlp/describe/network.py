@@ -9,18 +9,17 @@ their factors too, ``{2l}.r`` and ``{2l}.s``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from fusemlp.describe.checks import as_count, as_number, check_choice, check_keys, freeze
+from fusemlp.describe.checks import as_count, as_number, check_choice, check_keys, freeze, knows_names, names_absent
 from fusemlp.describe.conflicts import SINGLE, Features, check_together, in_use
 from fusemlp.describe.description import Description
-from fusemlp.describe.elsewhere import knows_names, names_absent
-from fusemlp.describe.summary import network_text
+from fusemlp.describe.text import aligned, bytes_text
 from fusemlp_kernels import pointwise
 from fusemlp_kernels.contract import ACTIVATIONS
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
@@ -372,3 +371,42 @@ def as_network(argument: str, value: object) -> MLP:
     if not isinstance(value, MLP):
         raise ArgumentTypeError(f"{argument}: expected an MLP such as MLP([784, 128, 10]), got {value!r}")
     return value
+
+
+HEADER = ("layer", "shape", "activation", "dropout", "initial weights", "parameters")
+# Arrays of the size of the parameters that an optimizer keeps beside them.
+STATES = {"SGD": 0, "SGD with momentum": 1, "Adam": 2}
+
+
+def layer_lines(net: MLP) -> list[str]:
+    """Return a table of the layers and the number of parameters."""
+    counts = [0] * net.layers
+    for name, shape in net.parameter_shapes().items():
+        counts[int(name.partition(".")[0]) // 2] += math.prod(shape)
+    rows: list[Sequence[str]] = [HEADER]
+    for layer, activation in enumerate(net.activations):
+        inputs, outputs = net.sizes[layer : layer + 2]
+        slope = f" {activation.slope:g}" if activation.slope else ""
+        dropout = f"{net.dropouts[layer]:g}" if net.dropouts[layer] else "-"
+        rows.append(
+            (
+                str(layer + 1),
+                f"{inputs} -> {outputs}",
+                f"{activation.name}{slope}",
+                dropout,
+                net.init_of(layer),
+                f"{counts[layer]:,}",
+            )
+        )
+    members = f", {net.members} members" if net.members > 1 else ""
+    title, lines = f"MLP {'-'.join(map(str, net.sizes))}{members}", aligned(rows, left=len(HEADER) - 1).split("\n")
+    return [title, *lines, f"{net.parameter_count:,} parameters"]
+
+
+def network_text(net: MLP) -> str:
+    """Return the layers, and the memory of the parameters with each optimizer's state."""
+    size = 4 * net.parameter_count
+    states = ", ".join(f"{bytes_text(size * (1 + count))} ({name})" for name, count in STATES.items())
+    return "\n".join(
+        [*layer_lines(net), f"memory in fp32: {bytes_text(size)}; with the state of the optimizer: {states}"]
+    )

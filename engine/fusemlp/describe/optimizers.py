@@ -22,10 +22,9 @@ from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from typing import Annotated, Any
 
-from fusemlp.describe.checks import as_number, check_choice
+from fusemlp.describe.checks import as_number, check_choice, knows_names_of
 from fusemlp.describe.conflicts import Features, in_use
 from fusemlp.describe.description import Count, Description, Flag, Fraction, NonNegative, Positive, from_config
-from fusemlp.describe.elsewhere import knows_names_of
 from fusemlp.describe.network import MLP
 from fusemlp.describe.schedules import Schedule, as_schedule, schedule_from_config
 from fusemlp_kernels.contract import TensorRule, UpdateRule

@@ -12,9 +12,8 @@ from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache, partial
 from typing import Annotated, Any, TypeAlias
 
-from fusemlp.describe.checks import as_count, as_number
+from fusemlp.describe.checks import as_count, as_number, knows_names_of
 from fusemlp.describe.description import Description, OpenFraction, Positive
-from fusemlp.describe.elsewhere import knows_names_of
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibraryError
 
 # Steps, and the probability with which each took each row.

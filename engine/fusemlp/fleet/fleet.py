@@ -10,32 +10,27 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from fusemlp.describe.checks import as_count
+from fusemlp.describe.checks import as_count, knows_names
 from fusemlp.describe.conflicts import check_together
-from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.metrics import Metric
 from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.engine import Engine
-from fusemlp.fleet.apart import trained_apart
-from fusemlp.fleet.devices import as_devices, check_not_given
-from fusemlp.fleet.elsewhere import check_workers
-from fusemlp.fleet.launches import Group, grouped, train_together
+from fusemlp.fleet.candidates import Candidate, Vary, as_rows, candidate, combinations, held_out
+from fusemlp.fleet.launches import LaunchGroup, Stop, Training, grouped, run_side_by_side, train_together
 from fusemlp.fleet.memory import Kept, engine_bytes, room
 from fusemlp.fleet.results import Ensemble, FleetResults, Member, scores_of, together
-from fusemlp.fleet.rows import as_rows, held_out
-from fusemlp.fleet.threads import Stop, Training, run_side_by_side
-from fusemlp.fleet.vary import Candidate, Vary, candidate, combinations
+from fusemlp.fleet.workers import as_devices, check_not_given, check_workers, trained_apart
 from fusemlp.runtime.backends import cpu_threads, open_backend
 from fusemlp.training.data import FitData
 from fusemlp.training.fit import ELSEWHERE, fit_loop
 from fusemlp.training.history import History
 from fusemlp.training.loop import EpochLoop, epochs_at_once
 from fusemlp.training.plan import FitPlan
-from fusemlp.training.policy import FitPolicy
 from fusemlp.training.validation import (
+    FitPolicy,
     Validation,
     check_monitor,
     check_watched,
@@ -158,7 +153,7 @@ class Fleet:
         self._found = {**self._machine, "backend": first.backend, "device": first.device}
         self._in_parts = False
         self.results: FleetResults | None = None
-        self._groups: list[tuple[Group, list[int]]] | None = None
+        self._groups: list[tuple[LaunchGroup, list[int]]] | None = None
 
     def __len__(self) -> int:
         return len(self.candidates)
@@ -202,7 +197,7 @@ class Fleet:
         self._grouped(dict(enumerate(self._built)))
         return tuple(self._built)
 
-    def _grouped(self, engines: Mapping[int, Engine]) -> list[tuple[Group, list[int]]]:
+    def _grouped(self, engines: Mapping[int, Engine]) -> list[tuple[LaunchGroup, list[int]]]:
         """Return the groups of ``engines`` that train in one launch; found once unless the fleet trains in parts."""
         if self._in_parts:
             # they would keep the engines of this part while those of the next are built

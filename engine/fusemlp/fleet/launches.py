@@ -1,8 +1,16 @@
-"""Models that train in one launch: their memory, their rows and their steps."""
+"""Launches that train many models: of one shape in one launch, or side by side on threads, one a core.
+
+On threads all work in Python stays in the calling thread.
+Threads that worked in Python too would hand its lock to one another at each of NumPy's calls.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from fusemlp.callbacks import deferred_interrupt
@@ -10,19 +18,21 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.program.layout import ALIGNMENT_BYTES, placement
 from fusemlp.program.program import Program, resolve
 from fusemlp.program.step import Inputs
-from fusemlp.runtime.binding import lower
-from fusemlp.runtime.bound import walk_rows
+from fusemlp.runtime.backends import one_thread
 from fusemlp.runtime.memory import Memory, new_arenas, on_device
 from fusemlp.runtime.plans import choose_plan, resident_chunk, shares_launches
+from fusemlp.runtime.programs import walk_rows
+from fusemlp.runtime.steps import lower
 from fusemlp.training.loop import EpochLoop
-from fusemlp.training.policy import FitPolicy
+from fusemlp.training.validation import FitPolicy
 from fusemlp_kernels.contract import RATE_COLUMNS, STATS, step_flops
 from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
     from fusemlp.engine import Engine
 
-Launch = Callable[[Sequence[int]], object]
+
+GroupLaunch = Callable[[Sequence[int]], object]
 
 # Most rows of all the models of one launch: 128 MiB.
 GROUP_ROWS = 1 << 24
@@ -37,7 +47,7 @@ def signature(engine: Engine) -> tuple[Any, ...]:
     return net.sizes, activations, trained, states, engine.batch_size
 
 
-def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[Group, list[int]]]:
+def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[LaunchGroup, list[int]]]:
     """Set the plans of ``engines``, and return the groups that train in one launch, each with its keys in ``engines``.
 
     There are none on a backend that does not train several models in one launch.
@@ -64,7 +74,7 @@ def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[Group, list[
         for engine in together:
             engine.plan, engine.plan_reason = chosen
         if chosen[0] == "resident":
-            groups.append((Group(together), places))
+            groups.append((LaunchGroup(together), places))
     return groups
 
 
@@ -83,7 +93,7 @@ class Places:
         walk_rows(self.backend, self.arrays, order + self.first, first_batch, size, epochs)
 
 
-class Group:
+class LaunchGroup:
     """Engines of one ``signature``, their arenas stored contiguously, model by model."""
 
     def __init__(self, engines: Sequence[Engine]) -> None:
@@ -130,7 +140,7 @@ class Group:
             for index, engine in enumerate(self.engines)
         ]
 
-    def bind(self, programs: Sequence[Program], data: Mapping[str, Any]) -> Launch:
+    def bind(self, programs: Sequence[Program], data: Mapping[str, Any]) -> GroupLaunch:
         """Return the launch, which takes each model's number of steps, from the models' resident programs.
 
         ``data`` has x, target and perhaps weight on the device.
@@ -163,7 +173,7 @@ class Group:
 
 def run_together(
     fits: Sequence[EpochLoop[Any]],
-    launch: Launch,
+    launch: GroupLaunch,
     interrupted: Callable[[], bool],
     ended: Callable[[int, DivergenceError | None], None],
 ) -> None:
@@ -193,7 +203,7 @@ def run_together(
 
 
 def train_together(
-    groups: Sequence[tuple[Group, Sequence[int]]],
+    groups: Sequence[tuple[LaunchGroup, Sequence[int]]],
     fit: Callable[..., EpochLoop[FitPolicy]],
     data: Mapping[str, Any],
     *,
@@ -228,5 +238,129 @@ def train_together(
                 ended(keys[index], error)
 
             run_together(fits, group.bind(programs, given), interrupted, told)
+        if interrupted():
+            raise KeyboardInterrupt
+
+
+# A training yields its launches, and goes on when one has run.
+Launch = Callable[[], object]
+Training = Generator[Launch, None, None]
+Stop = Callable[[], bool]
+
+
+class LaunchThreads:
+    """Runs the launches of trainings on ``workers`` threads, each of them alone.
+
+    One worker is the calling thread.
+
+    ``ended`` is told the number of a training that has ended and how it diverged, or None.
+    """
+
+    def __init__(self, workers: int, ended: Callable[[int, DivergenceError | None], None]) -> None:
+        # one launch runs in the calling thread while it waits: a thread more than cores would keep its Python waiting
+        self._pool = ThreadPoolExecutor(workers - 1, thread_name_prefix="fusemlp") if workers > 1 else None
+        self._ready: deque[tuple[int, Training, Launch]] = deque()
+        self._ended = ended
+        self._done: SimpleQueue[tuple[int, Training, BaseException | None]] = SimpleQueue()
+        # trainings to have under way: one launch waits for each thread while another is prepared
+        self.most = 2 * workers if workers > 1 else 1
+        self.active = 0
+
+    def start(self, number: int, training: Training) -> None:
+        """Begin a training."""
+        self._advance(number, training, None)
+
+    def wait(self) -> None:
+        """Wait until a launch has run, and go on with its training. Raises what went wrong in the launch."""
+        if self._done.empty():
+            self._run_next()
+        number, training, error = self._done.get()
+        self.active -= 1
+        self._advance(number, training, error)
+
+    def close(self) -> None:
+        """Wait for the launches that run, and drop all others."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _advance(self, number: int, training: Training, error: BaseException | None) -> None:
+        launch: Launch | None
+        outcome: DivergenceError | None = None
+        try:
+            launch = next(training) if error is None else training.throw(error)
+        except StopIteration:
+            launch = None
+        except DivergenceError as divergence:
+            launch, outcome = None, divergence
+        if launch is None:
+            self._ended(number, outcome)
+            return
+        self.active += 1
+        self._ready.append((number, training, launch))
+        if self._pool is not None:
+            self._pool.submit(self._run_next)
+
+    def _run_next(self) -> None:
+        """Run the launch that has waited longest, if any has."""
+        try:
+            number, training, launch = self._ready.popleft()
+        except IndexError:
+            return
+        outcome: BaseException | None = None
+        try:
+            with one_thread():
+                launch()
+        except BaseException as error:
+            outcome = error
+        self._done.put((number, training, outcome))
+        # an error leads to this frame, and the frame must not lead back
+        del outcome
+
+
+def run_side_by_side(
+    trainings: Iterable[tuple[int, Callable[[Stop], Training]]],
+    workers: int,
+    ended: Callable[[int, DivergenceError | None], None],
+    most: int | None = None,
+) -> None:
+    """Run numbered trainings to their end; each is told how to find out whether it shall stop.
+
+    ``most``: begin this many at once, which take turns; by default with one worker they run one after another. After
+    Ctrl-C, or an error, the trainings that have begun stop after their launches, no other begins, and KeyboardInterrupt
+    or the error is raised.
+    """
+    waiting = iter(trainings)
+    failed = False
+
+    with deferred_interrupt() as interrupted:
+
+        def stop() -> bool:
+            return failed or interrupted()
+
+        def told(number: int, error: DivergenceError | None) -> None:
+            # a training that was stopped has not come to its end
+            if not stop():
+                ended(number, error)
+
+        threads = LaunchThreads(workers, told)
+        threads.most = most or threads.most
+        try:
+            while True:
+                while threads.active < threads.most and not stop():
+                    following = next(waiting, None)
+                    if following is None:
+                        break
+                    threads.start(following[0], following[1](stop))
+                if not threads.active:
+                    break
+                threads.wait()
+        except BaseException:
+            failed = True
+            while threads.active:
+                with suppress(Exception):
+                    threads.wait()
+            raise
+        finally:
+            threads.close()
         if interrupted():
             raise KeyboardInterrupt

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fusemlp.datasets.memory import available_memory
+from fusemlp.datasets.preparation import available_memory
 from fusemlp.engine import Engine
-from fusemlp.fleet.vary import Candidate
+from fusemlp.fleet.candidates import Candidate
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.ledger import Ledger
 from fusemlp.runtime.memory import REAL_BYTES

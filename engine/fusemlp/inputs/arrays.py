@@ -8,12 +8,14 @@ return an array of the wanted dtype in C order without a copy.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fusemlp_kernels.errors import ArgumentTypeError, DataError, DTypeError, ShapeError
+from fusemlp.describe.checks import as_number
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError
 
 Array = npt.NDArray[Any]
 
@@ -291,3 +293,61 @@ def _label_mend(argument: str, array: Array, classes: int) -> str:
 
 def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def balanced(codes: Array, classes: int) -> list[float]:
+    """Return for each class: rows / (present classes * rows of the class); 0 for a class without rows."""
+    counts = np.bincount(codes, minlength=classes)
+    present = int(np.count_nonzero(counts))
+    return [len(codes) / (present * int(count)) if count else 0.0 for count in counts]
+
+
+def as_class_weights(argument: str, given: Any, classes: int) -> Array:
+    """Return one weight for each class (classes,): from a sequence, or a mapping, whose missing classes weigh 1.
+
+    Raises ArgumentTypeError, and ArgumentError for other classes, another number of weights, or all zero.
+    """
+    expected = f"{argument}: expected a mapping such as {{0: 1.0, 1: 5.0}}, {classes} numbers or 'balanced', got"
+    if isinstance(given, Mapping):
+        strange = [key for key in given if isinstance(key, bool) or key not in range(classes)]
+        if strange:
+            raise ArgumentError(f"{argument}: {strange[0]!r} is not one of the classes 0 to {classes - 1}")
+        numbers = [given.get(code, 1.0) for code in range(classes)]
+    elif isinstance(given, str) or not isinstance(given, Iterable):
+        raise ArgumentTypeError(f"{expected} {given!r}")
+    else:
+        numbers = list(given)
+        if len(numbers) != classes:
+            raise ArgumentError(f"{expected} {len(numbers)} numbers")
+    weights = np.array([as_number(f"{argument}[{code}]", one, low=0.0) for code, one in enumerate(numbers)])
+    if not weights.any():
+        raise ArgumentError(f"{argument}: expected at least one weight above 0, got {numbers!r}")
+    return weights
+
+
+def checked_state(
+    shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Any], real: np.dtype[Any]
+) -> dict[str, Array]:
+    """Return ``state`` as arrays of the engine's type; it must have exactly these keys and ``shapes``."""
+    if not isinstance(state, Mapping):
+        raise ArgumentTypeError(f"state: expected a mapping of names to arrays, got {type(state).__name__}")
+    missing = [name for name in shapes if name not in state]
+    unknown = [str(name) for name in state if name not in shapes]
+    if missing or unknown:
+        raise ArgumentError(
+            f"state: missing keys: {', '.join(missing) or 'none'}; unknown keys: {', '.join(unknown) or 'none'}. "
+            f"This network has: {', '.join(shapes)}"
+            + ("; a state with normalise.mean goes into an engine with normalise=True" * ("normalise.mean" in unknown))
+        )
+    arrays = {}
+    for name, shape in shapes.items():
+        array = to_array(f"state[{name!r}]", state[name])
+        if array.shape != shape:
+            raise ShapeError(f"state[{name!r}]: expected shape {shape}, got {array.shape}")
+        if array.dtype.kind not in "fiub":
+            raise DTypeError(f"state[{name!r}]: expected real numbers, got dtype {array.dtype}")
+        with np.errstate(all="ignore"):
+            arrays[name] = array.astype(real)
+        if not np.isfinite(arrays[name]).all():
+            raise DataError(f"state[{name!r}]: holds NaN or infinite values (in {real}); parameters must be finite")
+    return arrays

@@ -5,11 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from fusemlp.describe.adversarial import Adversary
 from fusemlp.describe.network import MLP
-from fusemlp.program.adversarial import Attack
 from fusemlp.program.layout import Layout
-from fusemlp.program.sharding import Sharding
-from fusemlp_kernels.contract import LossSpec, Noise, Ridge, TensorRule, Traits, UpdateRule
+from fusemlp.program.program import Sharding
+from fusemlp_kernels.contract import LossSpec, Noise, Perturbation, Ridge, TensorRule, Traits, UpdateRule
+
+
+class BatchAttack(NamedTuple):
+    """Steps that move the batch to where its loss is larger, before it is trained on; nothing is dropped in them."""
+
+    steps: int
+    change: Perturbation
+
+
+def as_batch_attack(against: Adversary) -> BatchAttack | None:
+    """Return what a step is told of a training against an attack; None if it changes no inputs."""
+    return None if against.plain is None else BatchAttack(against.plain.steps, against.plain.perturbation())
 
 
 @dataclass(frozen=True)
@@ -73,5 +85,5 @@ class Step(NamedTuple):
     ridge: Ridge | None = None
     gradient: int | None = None
     privacy: Privacy | None = None
-    against: Attack | None = None
+    against: BatchAttack | None = None
     sharding: Sharding | None = None

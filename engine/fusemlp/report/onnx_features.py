@@ -1,6 +1,6 @@
 """The part of an ONNX graph that turns features, as they are in the data, into the network's inputs.
 
-Its nodes are those of ``Preprocessor.transform_features``, and of ``datasets.coding`` for words.
+Its nodes are those of ``Preprocessor.transform_features``, and of ``datasets.dataset`` for words.
 """
 
 from __future__ import annotations

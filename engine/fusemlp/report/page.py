@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.datasets.files import reason
+from fusemlp.datasets.tables import reason
 from fusemlp.describe.metrics import rises
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.chart import COLOURS, Chart, Line

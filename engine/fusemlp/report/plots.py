@@ -46,7 +46,7 @@ SCORES_LOG_SPAN = 5.0
 def check_plots() -> None:
     """Raise MissingLibraryError unless matplotlib is installed."""
     if find_spec("matplotlib") is None:
-        raise MissingLibraryError('plot: it needs matplotlib: pip install matplotlib')
+        raise MissingLibraryError("plot: it needs matplotlib: pip install matplotlib")
 
 
 def literal(text: str) -> str:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusemlp.datasets.prepare import network_inputs
+from fusemlp.datasets.preparation import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.checks import as_number
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.evidence import image_shape
 from fusemlp.report.metrics import headline, score, spelled
-from fusemlp.runtime.attacking import attack
+from fusemlp.runtime.attacks import attack
 from fusemlp.runtime.intervals import Propagation
 
 if TYPE_CHECKING:

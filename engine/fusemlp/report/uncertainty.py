@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.datasets.prepare import Rows
+from fusemlp.datasets.preparation import Rows
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import as_number
 from fusemlp.describe.description import stored

@@ -12,11 +12,8 @@ from fusemlp.describe.losses import Loss
 from fusemlp.describe.metrics import Judged, Metric, as_metrics
 from fusemlp.describe.network import MLP
 from fusemlp.inputs.arrays import Array
-from fusemlp.inputs.batches import Batches
-from fusemlp.inputs.device import DeviceInputs
-from fusemlp.inputs.targets import Examples
-from fusemlp.runtime.forward import Evaluation, ForwardPass
-from fusemlp.runtime.members import MeanEvaluation, combined
+from fusemlp.inputs.examples import DeviceInputs, Examples, UserBatches
+from fusemlp.runtime.forward import Evaluation, ForwardPass, MeanEvaluation, combined
 from fusemlp.runtime.memory import Memory
 from fusemlp.runtime.paths import path_gradient
 from fusemlp.runtime.scaling import Scaling
@@ -182,7 +179,7 @@ class Inference:
             raise ArgumentError(f"steps: it counts batches, and X and y are arrays; leave it out, got {steps!r}")
         if weight is not None:
             raise ArgumentError("sample_weight: the batches bring their own; let them be (x, y, sample_weight)")
-        return Batches("X", X, steps, "steps").collected(self.inputs)
+        return UserBatches("X", X, steps, "steps").collected(self.inputs)
 
     def figures(self, data: Examples, metrics: Sequence[Metric]) -> dict[str, float]:
         """Return these metrics of checked rows, by name."""

@@ -28,6 +28,7 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, 
 if TYPE_CHECKING:
     from fusemlp.runtime.session import Session
 
+
 Box = tuple[Array, Array]
 
 # The relative error of an operation in float64, with room for the second order.
@@ -58,7 +59,7 @@ ARITHMETIC = {
 ON_HOST = {**ARITHMETIC, "fp32": Arithmetic(2.0**-24, 0.0, 2.0**-126, float(np.finfo(np.float32).max))}
 
 
-class Layer(NamedTuple):
+class LayerValues(NamedTuple):
     """Weights (N, K), biases (N,), and the activation with its slope; float64."""
 
     w: Array
@@ -133,12 +134,12 @@ class Propagation:
         on_host = engine.memory.backend.traits.on_host
         self.arithmetic = (ON_HOST if on_host else ARITHMETIC)[engine.precision]
         self.scale = engine.scaling.scale
-        self.layers: list[Layer] = []
+        self.layers: list[LayerValues] = []
         for at, activation in enumerate(net.activations):
             w, b = (state[f"{2 * at}.{name}"].astype(np.float64) for name in ("weight", "bias"))
             learned = state.get(f"{2 * at + 1}.weight")
             slope = activation.slope if learned is None else float(learned[0])
-            self.layers.append(Layer(w, b, activation.name, slope))
+            self.layers.append(LayerValues(w, b, activation.name, slope))
         self.rows = max(16, LARGEST // max(net.sizes))
 
     def outputs(self, low: Array, high: Array) -> Box:
@@ -181,7 +182,7 @@ class Propagation:
             yield _widened(least, most, 4.0 * (how.unit + OWN), how.tiny)
 
     @np.errstate(all="ignore")
-    def _through(self, layers: list[Layer], low: Array, high: Array) -> Box:
+    def _through(self, layers: list[LayerValues], low: Array, high: Array) -> Box:
         """Return the box behind some layers."""
         for layer in layers:
             centre, radius = _middle(low, high)
@@ -192,7 +193,7 @@ class Propagation:
         return low, high
 
     @np.errstate(all="ignore")
-    def _margins(self, last: Layer, low: Array, high: Array, label: int) -> Array:
+    def _margins(self, last: LayerValues, low: Array, high: Array, label: int) -> Array:
         """Return the least differences (n, N) of an output and each output of the last layer, from the box before."""
         centre, radius = _middle(low, high)
         size = (np.abs(centre) + radius) @ np.abs(last.w).T + np.abs(last.b)
@@ -201,7 +202,7 @@ class Propagation:
         least = centre @ w.T + b - radius @ np.abs(w).T - errors - errors[:, label, None]
         return np.where(np.isfinite(least), least, -np.inf)
 
-    def _error(self, layer: Layer, centre: Array, radius: Array, size: Array) -> Array:
+    def _error(self, layer: LayerValues, centre: Array, radius: Array, size: Array) -> Array:
         """Return the rounding errors (n, N) of a layer's sums, whose terms have the magnitudes ``size``.
 
         The engine makes K + 2 operations on each term and reads three rounded numbers: both factors, and in 16 bits the
@@ -230,7 +231,7 @@ def _widened(low: Array, high: Array, relative: float, tiny: float) -> Box:
     return low - (relative * np.abs(low) + tiny), high + (relative * np.abs(high) + tiny)
 
 
-def _activated(layer: Layer, low: Array, high: Array, how: Arithmetic) -> Box:
+def _activated(layer: LayerValues, low: Array, high: Array, how: Arithmetic) -> Box:
     """Return the bounds of an activation between ``low`` and ``high``."""
     if layer.activation == "identity":
         return low, high

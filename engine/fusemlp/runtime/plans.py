@@ -11,7 +11,7 @@ from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.program.layout import parameter_layout
 from fusemlp.program.lowering import lower_training
-from fusemlp.program.sharding import ORDERED, Sharding
+from fusemlp.program.program import ORDERED, Sharding
 from fusemlp.program.step import Inputs
 from fusemlp.runtime.backends import TRAITS, availability
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES

@@ -12,7 +12,7 @@ import numpy as np
 from fusemlp.datasets.scaling import statistics
 from fusemlp.describe.checks import caller_level, check_flag
 from fusemlp.inputs.arrays import Array
-from fusemlp.inputs.device import DeviceInputs
+from fusemlp.inputs.examples import DeviceInputs
 from fusemlp_kernels.contract import Backend
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError
 

@@ -8,26 +8,24 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fusemlp._version import __version__
-from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag
+from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag, knows_names
 from fusemlp.describe.conflicts import Features, check_together, in_use
 from fusemlp.describe.description import stored
-from fusemlp.describe.elsewhere import knows_names
 from fusemlp.describe.losses import Loss, as_loss, loss_from_config
 from fusemlp.describe.machine import Machine
 from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
 from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.describe.schedules import Schedule
-from fusemlp.inputs.arrays import Array
-from fusemlp.inputs.device import DeviceInputs
-from fusemlp.inputs.state import checked_state
-from fusemlp.program.sharding import ORDERED, REDUCTIONS, Sharding
+from fusemlp.inputs.arrays import Array, checked_state
+from fusemlp.inputs.examples import DeviceInputs
+from fusemlp.program.program import ORDERED, REDUCTIONS, Sharding
 from fusemlp.runtime.backends import PRECISIONS, first_available, open_here
-from fusemlp.runtime.bound import KeptPrograms
 from fusemlp.runtime.inference import Inference
 from fusemlp.runtime.ledger import Ledger
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory
 from fusemlp.runtime.plans import ASKED, choose_plan, shared_plan
+from fusemlp.runtime.programs import KeptPrograms
 from fusemlp.runtime.ranks import TIMEOUT, Single, check_nccl, joined, versions
 from fusemlp.runtime.rates import RateTable
 from fusemlp.runtime.scaling import MEAN, SCALE, Scaling, as_normalise

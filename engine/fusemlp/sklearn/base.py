@@ -23,12 +23,11 @@ from fusemlp.report.onnx import to_onnx
 from fusemlp.runtime.backends import TRAITS
 from fusemlp.runtime.files import CHECKPOINT, reading_file
 from fusemlp.runtime.plans import shares_launches
-from fusemlp.sklearn import saving, settings
+from fusemlp.sklearn import files, settings
 from fusemlp.sklearn.batches import CalledBatches, HeldLoss, ResidentBatches
-from fusemlp.sklearn.lbfgs import minimise
 from fusemlp.sklearn.model import Model, Rates
 from fusemlp.sklearn.settings import Objective
-from fusemlp.sklearn.stochastic import SklearnPolicy, ValidationScore, train
+from fusemlp.sklearn.solvers import SklearnPolicy, ValidationScore, minimise, train
 from fusemlp.training.history import FitState, History
 from fusemlp.training.loop import EpochLoop, epochs_at_once
 from fusemlp_kernels.errors import DivergenceError
@@ -378,7 +377,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
             rates = model.rates
             state = {"schedule": model.schedule, "rates": (rates.kind, rates.initial, rates.power)}
             more = {**state, "plateau": model.plateau, **self._saved_beside()}
-            saving.save(self, model.engine, path, without=NOT_AS_JSON, **more)
+            files.save(self, model.engine, path, without=NOT_AS_JSON, **more)
 
     def _saved_beside(self) -> dict[str, Any]:
         """Return what ``_restore`` needs from a file."""
@@ -390,7 +389,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
 
         On a machine without its backend NumPy takes its place.
         """
-        estimator, beside, content = saving.read(cls, path)
+        estimator, beside, content = files.read(cls, path)
         with reading_file(path, CHECKPOINT):
             estimator._restore(content, **beside)
         made: Self = estimator

@@ -17,12 +17,12 @@ import numpy as np
 
 from fusemlp.describe.adversarial import Adversary
 from fusemlp.inputs.arrays import Array
-from fusemlp.inputs.targets import Examples, Targets
+from fusemlp.inputs.examples import Examples, Targets
 from fusemlp.program.step import Inputs
-from fusemlp.runtime.binding import bind
-from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.forward import Evaluation, ForwardPass
 from fusemlp.runtime.memory import Memory
+from fusemlp.runtime.programs import BoundProgram
+from fusemlp.runtime.steps import bind
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import Objective
 from fusemlp.training.intervals import add_worst_case
@@ -39,7 +39,7 @@ from fusemlp_kernels.contract import (
 
 
 @dataclass(eq=False)
-class Batches(ABC):
+class EstimatorBatches(ABC):
     """Data bound to a model; ``steps`` trains on them in the epoch loop.
 
     ``data`` are x (n, K) and target. ``constants`` (n,) are parts of the rows' losses that do not depend on the
@@ -133,7 +133,7 @@ class HeldLoss:
         return float(loss), found.get("accuracy")
 
 
-class ResidentBatches(Batches):
+class ResidentBatches(EstimatorBatches):
     """Batches of a model that has a resident plan: up to ``at_once`` epochs in a launch. No weight is 0.
 
     Without ``alone`` a launch of several models trains them, which sets ``steps``.
@@ -156,7 +156,7 @@ class ResidentBatches(Batches):
         return stats[BATCH_LOSSES], stats[PENALTIES]
 
 
-class CalledBatches(Batches):
+class CalledBatches(EstimatorBatches):
     """Batches of a model whose step is called from Python; a batch whose weights are all 0 updates nothing.
 
     ``keep`` is for ``partial_fit``: memory stays for the next call.

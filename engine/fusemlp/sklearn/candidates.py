@@ -25,16 +25,15 @@ from sklearn.base import clone
 from sklearn.pipeline import Pipeline
 
 from fusemlp.engine import Engine
-from fusemlp.fleet.launches import GROUP_ROWS, Group, run_together, signature
-from fusemlp.fleet.threads import LaunchThreads, Training
+from fusemlp.fleet.launches import GROUP_ROWS, LaunchGroup, LaunchThreads, Training, run_together, signature
 from fusemlp.inputs.arrays import Array
 from fusemlp.program.step import Inputs
-from fusemlp.runtime.binding import lower
 from fusemlp.runtime.plans import choose_plan
+from fusemlp.runtime.steps import lower
 from fusemlp.sklearn.batches import ResidentBatches
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import STOCHASTIC
-from fusemlp.sklearn.stochastic import SklearnPolicy, warn_unconverged
+from fusemlp.sklearn.solvers import SklearnPolicy, warn_unconverged
 from fusemlp.training.loop import EpochLoop
 
 # raised for what cannot be pickled
@@ -228,7 +227,7 @@ def _train_together(candidates: Sequence[Candidate]) -> bool:
     traits, sizes = first.memory.backend.traits, first.network.sizes
     if choose_plan("auto", traits, sizes, size, first.precision, models=len(models))[0] != "resident":
         return False
-    group = Group([model.engine for model in models])
+    group = LaunchGroup([model.engine for model in models])
     data, firsts = _shared_data([one.data for one in batches])
     for epochs, one in zip(loops, batches, strict=True):
         epochs.at_once = one.at_once = max(1, min(one.at_once, GROUP_ROWS // (len(models) * one.n)))

@@ -15,7 +15,7 @@ from fusemlp.describe.optimizers import Optimizer, optimizer_from_config
 from fusemlp.describe.schedules import PLATEAU_START, PlateauState, Schedule
 from fusemlp.engine import Engine, availability
 from fusemlp.inputs.arrays import Array
-from fusemlp.runtime.bound import BoundProgram
+from fusemlp.runtime.programs import BoundProgram
 
 # Most elements of sparse rows that a prediction makes dense at once: 32 MiB in float64.
 DENSE_ELEMENTS = 1 << 22

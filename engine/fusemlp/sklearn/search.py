@@ -18,11 +18,11 @@ from sklearn.utils import indexable
 from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params
 
-from fusemlp.datasets.memory import available_memory
+from fusemlp.datasets.preparation import available_memory
 from fusemlp.runtime.backends import cpu_threads, one_thread
 from fusemlp.sklearn.base import BaseMLP
 from fusemlp.sklearn.candidates import Candidates, SharedFits
-from fusemlp.sklearn.convergence import one_warning
+from fusemlp.sklearn.solvers import one_warning
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
 # joblib's own backends, in whose place models train side by side.

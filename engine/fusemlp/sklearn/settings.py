@@ -22,8 +22,8 @@ from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer
 from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
 from fusemlp.inputs.arrays import Array
-from fusemlp.program.adversarial import lowered
-from fusemlp.runtime.attacking import check_within
+from fusemlp.program.step import as_batch_attack
+from fusemlp.runtime.attacks import check_within
 from fusemlp.runtime.backends import first_available
 from fusemlp_kernels.contract import ACTIVATIONS
 
@@ -217,7 +217,7 @@ def step_against(estimator: Any, engine: Engine, rows: Any) -> dict[str, Any]:
     labels = in_use(**{"one label": engine.loss.kind != "cross_entropy"})
     check_together({**engine.uses, **how.uses, **labels})
     check_within(engine, "X", rows, how)
-    return in_use(against=lowered(how))
+    return in_use(against=as_batch_attack(how))
 
 
 def ramps(estimator: Any) -> bool:

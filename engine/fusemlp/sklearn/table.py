@@ -25,7 +25,7 @@ from sklearn.utils.validation import _check_y, check_is_fitted
 
 from fusemlp.callbacks import ProgressBar
 from fusemlp.datasets.load import load_features
-from fusemlp.datasets.prepare import network_inputs
+from fusemlp.datasets.preparation import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import as_count, check_choice
 from fusemlp.describe.description import stored
@@ -42,7 +42,7 @@ from fusemlp.report.robustness import certify
 from fusemlp.report.runs import open_run, read_metrics, weights_path
 from fusemlp.report.uncertainty import HeldOut, intervals, sets, spread
 from fusemlp.runtime.files import CHECKPOINT, reading_file
-from fusemlp.sklearn import saving
+from fusemlp.sklearn import files
 from fusemlp.sklearn.table_rows import as_table, read, with_validation
 from fusemlp.tables import transfer
 from fusemlp.tables.descriptions import DEFAULT_WIDTH, EPOCHS, PATIENCE
@@ -351,12 +351,12 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         held = None if self.held_out_ is None else self.held_out_.to_config()
         more = {"preprocessor": self.preprocessor_.to_json(), "history": record, "held_out": held}
         without = ("engine_", "preprocessor_", "held_out_", "_metadata_request")
-        saving.save(self, self.engine_, path, without=without, **more)
+        files.save(self, self.engine_, path, without=without, **more)
 
     @classmethod
     def load(cls, path: str | Path, *, backend: str = "auto", device: str | None = None) -> Self:
         """Return the estimator that ``save`` wrote, on any backend. Raises CheckpointError for any other file."""
-        estimator, beside, _ = saving.read(cls, path)
+        estimator, beside, _ = files.read(cls, path)
         estimator.engine_ = load_checkpoint(path, backend=backend, device=device)
         with reading_file(path, CHECKPOINT):
             estimator.preprocessor_ = Preprocessor.from_json(beside["preprocessor"])

@@ -12,8 +12,8 @@ from sklearn.utils.validation import _check_sample_weight, validate_data
 from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.load import load_data, load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.datasets.roles import Columns
-from fusemlp.datasets.sources import Frame, as_frame
+from fusemlp.datasets.roles import ColumnChoices
+from fusemlp.datasets.tables import Frame, as_frame
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import DataError
 
@@ -75,7 +75,7 @@ def read(
         target += "_"
     names = estimator.drop, estimator.keep, estimator.categorical
     drop, keep, words = ([part] if isinstance(part, str) else [str(name) for name in part or ()] for part in names)
-    columns = Columns(drop, keep, words, group=estimator.group, time=estimator.time, like=like)
+    columns = ColumnChoices(drop, keep, words, group=estimator.group, time=estimator.time, like=like)
     dataset = load_data(_numbered(table, target), target=target, task="regression", columns=columns)
     return replace(dataset, y=labels, task=estimator.task), weight
 

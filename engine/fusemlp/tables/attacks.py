@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.describe.adversarial import Attack
+from fusemlp.describe.adversarial import IBP, Attack
 from fusemlp.describe.checks import check_choice
-from fusemlp.describe.intervals import IBP
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.evidence import image_shape
 from fusemlp.tables.descriptions import check_single, is_private

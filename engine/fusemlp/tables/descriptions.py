@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from fusemlp.datasets.dataset import Dataset
-from fusemlp.datasets.prepare import CLASS_DECAY
+from fusemlp.datasets.preparation import CLASS_DECAY
 from fusemlp.describe import presets
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.losses import LOSSES, Loss, as_loss
@@ -16,8 +16,7 @@ from fusemlp.describe.optimizers import OPTIMIZERS, Optimizer
 from fusemlp.describe.privacy import DPSGD, steps_of_an_epoch
 from fusemlp.describe.schedules import SCHEDULES, Schedule
 from fusemlp.fleet.merge import default_models
-from fusemlp.inputs.arrays import Array
-from fusemlp.inputs.class_weights import balanced
+from fusemlp.inputs.arrays import Array, balanced
 from fusemlp.runtime.backends import TRAITS
 from fusemlp.runtime.ranks import started
 from fusemlp.tables.fields import given_options, one_of

@@ -13,9 +13,8 @@ import numpy as np
 
 from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.load import MANY_CLASSES
-from fusemlp.datasets.memory import check_memory
 from fusemlp.datasets.parts import Fold, Hashes, among, folds, hold_out, row_hashes
-from fusemlp.datasets.prepare import Rows, fit_preprocessor, network_ends, rows_for
+from fusemlp.datasets.preparation import Rows, check_memory, fit_preprocessor, network_ends, rows_for
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.preprocessing import Rows as Indices
 from fusemlp.datasets.scaling import SCALES

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fusemlp.datasets.prepare import CLASS_DECAY
+from fusemlp.datasets.preparation import CLASS_DECAY
 from fusemlp.datasets.scaling import SCALES
-from fusemlp.describe.adversarial import FGSM, NORMS, PGD, Attack
-from fusemlp.describe.intervals import IBP
+from fusemlp.describe.adversarial import FGSM, IBP, NORMS, PGD, Attack
 from fusemlp.describe.losses import LOSSES, Huber, Quantile
 from fusemlp.describe.metrics import METRICS
 from fusemlp.describe.network import INITS, SLOPES

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from fusemlp.describe.intervals import IBP
+from fusemlp.describe.adversarial import IBP
 from fusemlp.report.diagnosis import diagnose
 from fusemlp.report.metrics import MOST_NUMBERS, baselines, score, worse_than
 from fusemlp.report.robustness import certify, robust_score

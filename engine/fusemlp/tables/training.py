@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from fusemlp.datasets.dataset import Dataset
-from fusemlp.datasets.prepare import fit_data, watch
-from fusemlp.describe.adversarial import Attack
+from fusemlp.datasets.preparation import fit_data, watch
+from fusemlp.describe.adversarial import IBP, Attack
 from fusemlp.describe.conflicts import check_together
-from fusemlp.describe.intervals import IBP
 from fusemlp.engine import Engine
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import merged, merged_members

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from fusemlp.datasets.dataset import Dataset
-from fusemlp.datasets.prepare import fit_preprocessor, network_ends
+from fusemlp.datasets.preparation import fit_preprocessor, network_ends
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.datasets.tables import listed
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.network import MLP
+from fusemlp.describe.text import listed
 from fusemlp.engine import Engine, load
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.runs import Run, open_run, weights_path

@@ -11,7 +11,7 @@ import numpy as np
 
 from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.parts import FOLDS, Fold, folds, hold_out
-from fusemlp.datasets.prepare import fit_preprocessor, network_ends
+from fusemlp.datasets.preparation import fit_preprocessor, network_ends
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.inputs.arrays import Array

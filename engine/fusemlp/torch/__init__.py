@@ -7,9 +7,9 @@ import importlib.util
 if importlib.util.find_spec("torch") is None:
     raise ImportError("fusemlp.torch needs PyTorch, which is not installed: pip install torch")
 
-from fusemlp.torch.convert import from_torch, to_torch
 from fusemlp.torch.layers import FusedLinear, FusedMLP
 from fusemlp.torch.loader import Batches
+from fusemlp.torch.parameters import from_torch, to_torch
 from fusemlp.torch.step import FusedStep, fuse
 
 __all__ = ["Batches", "FusedLinear", "FusedMLP", "FusedStep", "from_torch", "fuse", "to_torch"]

@@ -149,7 +149,7 @@ def _bind(
     return None
 
 
-class Kept(NamedTuple):
+class Intermediates(NamedTuple):
     """The results of a forward pass: each layer's output, and what its backward pass needs beside that."""
 
     outputs: list[Tensor]
@@ -157,10 +157,10 @@ class Kept(NamedTuple):
     keeps: list[Tensor | None]
 
 
-def _allocate(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> Kept:
+def _allocate(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> Intermediates:
     """Return uninitialised tensors; x may be one of ``torch.compile``, without values."""
     stores = any(chain.rates) and TRAITS[torch_backend(x.device.type)].stores_masks
-    kept = Kept([], [], [])
+    kept = Intermediates([], [], [])
     for index, (weight, _, _) in enumerate(chain.grouped(parameters)):
         shape = x.shape[0], weight.shape[0]
         kept.outputs.append(x.new_empty(shape))
@@ -169,7 +169,7 @@ def _allocate(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> Kept:
     return kept
 
 
-def _forward(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> Kept:
+def _forward(chain: Chain, x: Tensor, parameters: Sequence[Tensor]) -> Intermediates:
     """Run the layers over x (m, K)."""
     kept = _allocate(chain, x, parameters)
     weights, biases, slopes = zip(*chain.grouped(parameters), strict=True)
@@ -190,7 +190,13 @@ def _forward_calls(chain: Chain, x: Any, outputs: Any, *columns: Any) -> Iterato
 
 
 def _backward(
-    chain: Chain, dy: Tensor, x: Tensor, kept: Kept, parameters: Sequence[Tensor], needs_x: bool, needs: Sequence[bool]
+    chain: Chain,
+    dy: Tensor,
+    x: Tensor,
+    kept: Intermediates,
+    parameters: Sequence[Tensor],
+    needs_x: bool,
+    needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Return the gradients by x and the parameters, None where none is needed."""
     layers, wanted = chain.grouped(parameters), chain.grouped(needs)
@@ -255,7 +261,7 @@ def _gradients(ctx: Any, dy: Tensor) -> Any:
     count = len(ctx.chain.activations)
     x, *rest = ctx.saved_tensors
     saved = iter(rest)
-    kept = Kept(*([*islice(saved, count)] for _ in range(3)))
+    kept = Intermediates(*([*islice(saved, count)] for _ in range(3)))
     _, needs_x, *needs = ctx.needs_input_grad
     return None, *_backward(ctx.chain, dy, x, kept, [*saved], needs_x, needs)
 
@@ -276,7 +282,7 @@ def _as_chain(
     return Chain(tuple(named), tuple(rates), tuple(biased), seed, batch_index, COMPILED)
 
 
-def _flat(kept: Kept) -> list[Tensor]:
+def _flat(kept: Intermediates) -> list[Tensor]:
     """Return the tensors of a forward pass, the last output first."""
     return [*reversed(kept.outputs), *(one for part in kept[1:] for one in part if one is not None)]
 
@@ -311,7 +317,7 @@ def chain_backward_op(
     # which of the optional tensors there are
     shapes = _allocate(chain, x[:0], parameters)
     pre, keeps = ([None if one is None else next(rest) for one in part] for part in shapes[1:])
-    found = _backward(chain, dy, x, Kept(outputs, pre, keeps), parameters, needs[0], needs[1:])
+    found = _backward(chain, dy, x, Intermediates(outputs, pre, keeps), parameters, needs[0], needs[1:])
     return [one for one, needed in zip(found, needs, strict=True) if needed and one is not None]
 
 

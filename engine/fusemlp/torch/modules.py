@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fusemlp.describe.network import MLP, Activation
 from fusemlp.inputs.arrays import Array
-from fusemlp.torch.tracing import Part, inner_path, trace_parts
+from fusemlp.torch.trace import Part, inner_path, trace_parts
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DTypeError
 from fusemlp_kernels.pointwise import ACTIVATIONS
 

@@ -20,14 +20,64 @@ from fusemlp.program.layout import short_names
 from fusemlp.program.lowering import lower_training
 from fusemlp.program.program import Program, resolve
 from fusemlp.program.step import Inputs
-from fusemlp.runtime.bound import BoundProgram
 from fusemlp.runtime.memory import Memory, Workspace
-from fusemlp.torch.batches import check_shapes, check_tensors
-from fusemlp.torch.epilogue import Running, bind_clipping, bind_output, bind_weighted_loss
+from fusemlp.runtime.programs import BoundProgram
+from fusemlp.torch.epilogue import Running, UpdateSet, bind_clipping, bind_output, bind_updates, bind_weighted_loss
 from fusemlp.torch.modules import Reading
-from fusemlp.torch.updates import UpdateSet, bind_updates
 from fusemlp_kernels.contract import Backend, TensorRule
-from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DTypeError, ShapeError
+
+
+def check_tensors(x: Any, y: Any, device: torch.device) -> None:
+    """Check that x and y are tensors on the module's device; raises ArgumentTypeError or ArgumentError."""
+    for name, value in (("x", x), ("y", y)):
+        if not isinstance(value, Tensor):
+            raise ArgumentTypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}; use torch.as_tensor")
+        if value.device != device:
+            raise ArgumentError(f"{name}: is on {value.device}, the module on {device}; use {name}.to({str(device)!r})")
+        if value.layout != torch.strided:
+            raise ArgumentTypeError(f"{name}: expected a dense tensor, got {value.layout}; use {name}.to_dense()")
+        if value.requires_grad:
+            raise ArgumentError(
+                f"{name}: requires grad, and a fused step gives none to its inputs; pass {name}.detach(), or use "
+                "FusedMLP in an eager loop"
+            )
+
+
+def check_shapes(x: Tensor, y: Tensor, reading: Reading, loss: Loss) -> str:
+    """Return the kind of the targets: "labels", "soft" or "values". Raises ShapeError or DTypeError.
+
+    x (m, K), or after a leading Flatten any (m, ...) with K elements a row. y (m,) int64 or (m, N) for cross-entropy,
+    else the output's shape.
+    """
+    width, outputs = reading.network.sizes[0], reading.network.sizes[-1]
+    shape, dtype = tuple(x.shape), reading.dtype
+    if x.dim() < 2 or (x.dim() > 2 and not reading.flattens) or x.shape[1:].numel() != width:
+        wanted = f"(rows, ...) of {width} elements a row" if reading.flattens else f"(rows, {width})"
+        raise ShapeError(f"x: expected shape {wanted}, got {shape}; the first Linear has in_features={width}")
+    if shape[0] == 0:
+        raise ShapeError(f"x: expected at least one row, got shape {shape}")
+    if x.dtype != dtype:
+        raise DTypeError(f"x: expected {dtype}, the module's type, got {x.dtype}; use x.to({dtype})")
+    rows = shape[0]
+    target = tuple(y.shape)
+    soft = not reading.log_softmax and target == (rows, outputs) and y.dtype.is_floating_point
+    if loss.kind == "cross_entropy" and not soft:
+        if target != (rows,):
+            other = "" if reading.log_softmax else f" or ({rows}, {outputs}) for probabilities"
+            raise ShapeError(f"y: expected shape ({rows},) for class indices{other}, got {target}")
+        if y.dtype != torch.int64:
+            raise DTypeError(f"y: expected class indices in torch.int64, got {y.dtype}; use y.long()")
+        return "labels"
+    output = (rows,) if reading.squeezes else (rows, outputs)
+    if target != output:
+        raise ShapeError(
+            f"y: expected shape {output}, the shape of the module's output, got {target}; torch would broadcast them"
+        )
+    if y.dtype != dtype:
+        raise DTypeError(f"y: expected {dtype}, the module's type, got {y.dtype}; use y.to({dtype})")
+    return "soft" if loss.kind == "cross_entropy" else "values"
+
 
 # This many batch sizes get programs of exactly their size; other batches are padded to a power of two.
 EXACT_SIZES = 8
@@ -78,7 +128,7 @@ def _replayed(backend: Backend, calls: Callable[[], object]) -> Callable[[], Non
     return run
 
 
-class Batch:
+class BatchCopy:
     """Copies batches of one shape, with ``rows`` rows, into the arrays that the program reads.
 
     ``returns``: the program notes the output.
@@ -172,7 +222,7 @@ class Programs:
         """The usual kind of targets of the loss."""
         return self.labels if self.loss.kind == "cross_entropy" else "values"
 
-    def batch(self, x: Any, y: Any, returns: bool) -> Batch:
+    def batch(self, x: Any, y: Any, returns: bool) -> BatchCopy:
         """Check a batch of a new shape, and return the object that copies it."""
         check_tensors(x, y, self.reading.device)
         kind = check_shapes(x, y, self.reading, self.loss)
@@ -184,7 +234,7 @@ class Programs:
         exact = rows in self._sizes or len(self._sizes) < EXACT_SIZES
         if exact:
             self._sizes.add(rows)
-        return Batch(self, rows, rows if exact else 1 << (rows - 1).bit_length(), kind, returns)
+        return BatchCopy(self, rows, rows if exact else 1 << (rows - 1).bit_length(), kind, returns)
 
     def build(self, rows: int) -> None:
         """Make the program for batches of ``rows`` rows."""

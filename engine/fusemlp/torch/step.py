@@ -18,15 +18,13 @@ from fusemlp.describe.losses import Loss
 from fusemlp.program.program import Program
 from fusemlp.runtime.backends import TRAITS, open_backend, torch_backend
 from fusemlp.runtime.memory import Memory
-from fusemlp.torch import losses, modules, optimizers
-from fusemlp.torch.arena import Tie
-from fusemlp.torch.batches import check_tensors
-from fusemlp.torch.guards import warn_of_autocast, watch_clipping
+from fusemlp.torch import modules, objective
+from fusemlp.torch.epilogue import UNIT_RATE, Clocks, UpdateSet
 from fusemlp.torch.modules import Reading
-from fusemlp.torch.optimizers import GroupRule
-from fusemlp.torch.programs import Batch, Programs
-from fusemlp.torch.updates import UNIT_RATE, Clocks, UpdateSet
-from fusemlp.torch.watch import Watch, other_hooks
+from fusemlp.torch.objective import GroupRule
+from fusemlp.torch.parameters import Tie
+from fusemlp.torch.programs import BatchCopy, Programs, check_tensors
+from fusemlp.torch.watch import Watch, other_hooks, warn_of_autocast, watch_clipping
 from fusemlp_kernels.contract import LAST_LOSS, ROW_COUNT, Backend
 from fusemlp_kernels.errors import ArgumentError, DTypeError
 
@@ -71,7 +69,7 @@ class FusedStep:
         self.loss_fn = loss_fn
         self.optimizer = optimizer
         reading = modules.read_module(module)
-        self._kind = optimizers.optimizer_kind(optimizer)
+        self._kind = objective.optimizer_kind(optimizer)
         self._most_states: float = math.inf
         if clip_grad_norm is not None:
             clip_grad_norm = as_number("clip_grad_norm", clip_grad_norm, low=0.0, low_open=True)
@@ -94,7 +92,7 @@ class FusedStep:
         self._row_count = 0
         self._sets: list[UpdateSet] = []
         self._key: tuple[Any, ...] = ()
-        self._batches: dict[Any, Batch] = {}
+        self._batches: dict[Any, BatchCopy] = {}
         self._warned = False
 
         self._tie.move_parameters()
@@ -157,7 +155,7 @@ class FusedStep:
         assert output is not None
         return loss, output
 
-    def _after_step(self, batch: Batch) -> Tensor:
+    def _after_step(self, batch: BatchCopy) -> Tensor:
         """Report the update to torch, and return the loss."""
         if self._kind != "sgd":
             steps = self._tie.steps
@@ -192,12 +190,12 @@ class FusedStep:
 
     def _read(self, reading: Reading) -> tuple[Loss, dict[str, int], list[GroupRule], list[float]]:
         """Return the loss, the group of each trained parameter by short name, and the groups' rules and rates."""
-        loss = losses.read_loss(self.loss_fn, log_softmax=reading.log_softmax)
+        loss = objective.read_loss(self.loss_fn, log_softmax=reading.log_softmax)
         for owner, containers in other_hooks(self.loss_fn, self.optimizer).items():
             modules.refuse_hooks(owner, *containers)
         loss.check_network(reading.network)
-        losses.read_pos_weight(self.loss_fn, reading.network.sizes[-1])
-        group_of = optimizers.groups_of(self.optimizer, self.module)
+        objective.read_pos_weight(self.loss_fn, reading.network.sizes[-1])
+        group_of = objective.groups_of(self.optimizer, self.module)
         trained = {
             short: group_of[parameter]
             for short, (_, parameter) in reading.slots.items()
@@ -211,14 +209,14 @@ class FusedStep:
 
     def _read_groups(self, groups: Sequence[dict[str, Any]]) -> tuple[list[GroupRule], list[float]]:
         """Return rule and learning rate of each parameter group."""
-        rules = [optimizers.read_group(self._kind, group, index) for index, group in enumerate(groups)]
+        rules = [objective.read_group(self._kind, group, index) for index, group in enumerate(groups)]
         for index, (rule, _) in enumerate(rules):
             if rule.state_count > self._most_states:
                 raise ArgumentError(
                     f"optimizer.param_groups[{index}]['momentum']: is {rule.momentum}, and was 0 in all groups when "
                     "the step was fused; call fuse again"
                 )
-        return rules, [optimizers.read_rate(group["lr"], index) for index, group in enumerate(groups)]
+        return rules, [objective.read_rate(group["lr"], index) for index, group in enumerate(groups)]
 
     def _refresh(self) -> None:
         """Read module, loss and optimizer again and follow their changes, or raise and change nothing."""
@@ -247,7 +245,7 @@ class FusedStep:
     def _partition(self, rules: list[GroupRule], rates: list[float]) -> None:
         """Group the parameters into sets with equal rules, rates and numbers of updates."""
         self._rules, self._rates = rules, rates
-        options = optimizers.OPTIONS[self._kind]
+        options = objective.OPTIONS[self._kind]
         self._values = [options(group) for group in self.optimizer.param_groups]
         positions = {short: position for position, short in enumerate(self._reading.slots)}
         members: dict[Any, dict[str, float]] = {}
@@ -269,7 +267,7 @@ class FusedStep:
             self._sets = sets
         # SGD counts no updates.
         self._counted = [(one, positions[next(iter(one.decays))]) for one in sets if one.rule.kind == "adam"]
-        pos_weight = losses.read_pos_weight(self.loss_fn, self._reading.network.sizes[-1])
+        pos_weight = objective.read_pos_weight(self.loss_fn, self._reading.network.sizes[-1])
         network, flattens, squeezes = self._reading.network, self._reading.flattens, self._reading.squeezes
         states = max(one.rule.state_count for one in sets)
         loss = self._loss, pos_weight
@@ -292,10 +290,10 @@ class FusedStep:
         """Follow changes in ``param_groups`` and updates by the optimizer's own ``step``."""
         groups = self.optimizer.param_groups
         rates = [rate if (rate := group["lr"]).__class__ is float else float(rate) for group in groups]
-        if [*map(optimizers.OPTIONS[self._kind], groups)] != self._values:
+        if [*map(objective.OPTIONS[self._kind], groups)] != self._values:
             self._partition(*self._read_groups(groups))
         elif rates != self._rates:
-            rates = [optimizers.read_rate(rate, index) for index, rate in enumerate(rates)]
+            rates = [objective.read_rate(rate, index) for index, rate in enumerate(rates)]
             if len(rates) == 1:
                 for one in self._sets:
                     one.set_rate(rates[0])

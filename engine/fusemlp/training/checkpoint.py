@@ -2,6 +2,13 @@
 
 The file is written beside its final name, synchronised to the disk and renamed. So the name always holds a whole
 checkpoint, the old or the new one. A SHA-256 protects its content.
+
+Save a model as one safetensors file: the parameters by torch's names, and the architecture as JSON.
+
+Any reader of safetensors gets the parameters of the same ``nn.Sequential`` of Linear layers and activations:
+``0.weight`` (out, in), ``0.bias``, ``2.weight``, ..., and ``1.weight`` (1,) for the slope of a PReLU. The metadata
+entry ``fusemlp_model`` describes network, loss and optimizer, for ``load``. The state of the training (moments,
+counters, history) is in a checkpoint only.
 """
 
 from __future__ import annotations
@@ -26,6 +33,8 @@ from fusemlp.runtime.files import (
     check_finite,
     check_tensors,
     checked_content,
+    checked_metadata,
+    model_file,
     read_file,
     reading_file,
     target_file,
@@ -179,3 +188,23 @@ def read_extra(path: str | Path) -> dict[str, Any]:
     with reading_file(path, CHECKPOINT):
         extra: dict[str, Any] = stored("extra", content["config"]["extra"], dict[str, Any])
     return extra
+
+
+# "format" tells other readers that names and layouts are torch's.
+RESERVED = {MODEL.entry, DIGEST, CHECKPOINT.entry, "format"}
+
+
+def save(engine: Session, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write parameters and description to ``path`` atomically; see ``Engine.save``."""
+    target = model_file(path)
+    content = model_bytes(engine, metadata)
+    if engine.ranks.leads:
+        write_atomically(target, content)
+
+
+def model_bytes(engine: Session, metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return the content of the file of ``save``."""
+    own = checked_metadata(metadata, RESERVED)
+    tensors = engine.state_dict()
+    check_finite(tensors, MODEL.name)
+    return to_bytes(MODEL, engine.description(), tensors, **{"format": "pt", **own})

@@ -14,15 +14,12 @@ import numpy as np
 
 from fusemlp.callbacks import announce
 from fusemlp.describe.checks import caller_level
-from fusemlp.inputs.arrays import Array
-from fusemlp.inputs.batches import Batches
+from fusemlp.inputs.arrays import Array, as_class_weights, balanced
 from fusemlp.inputs.blocks import Blocks
-from fusemlp.inputs.class_weights import as_class_weights, balanced
-from fusemlp.inputs.targets import Examples, Targets
-from fusemlp.runtime.attacking import check_within
-from fusemlp.runtime.binding import bind_staged
+from fusemlp.inputs.examples import Examples, Targets, UserBatches
+from fusemlp.runtime.attacks import check_within
 from fusemlp.runtime.ranks import Ranks
-from fusemlp.runtime.stepping import run_staged
+from fusemlp.runtime.steps import bind_staged, run_staged
 from fusemlp.training.intervals import check_labels
 from fusemlp.training.rows import Order, asked_order
 from fusemlp.training.validation import (
@@ -60,7 +57,7 @@ class FitData:
     rows: Array | None = None
     order: Order | None = None
     taken_in: Any | None = None
-    batches: Batches | None = None
+    batches: UserBatches | None = None
     room: int = 0
     weighted: Callable[[Examples], Examples] = lambda rows: rows
     share: Share | None = None
@@ -90,7 +87,7 @@ def fit_data(engine: Trainer, plan: FitPlan, X: Any, y: Any, sample_weight: Any,
     batches = share = None
     if y is None:
         share = _share(engine, X, plan, first_epoch)
-        batches = Batches("X", X, plan.steps_per_epoch, "steps_per_epoch", first_epoch, share)
+        batches = UserBatches("X", X, plan.steps_per_epoch, "steps_per_epoch", first_epoch, share)
         engine.scaling.check_measured()
         train = batches.next(engine.inputs, keep=True)
     else:
@@ -240,7 +237,7 @@ class Stream:
     # Ctrl-C waits for one batch
     chunk = 1
 
-    def __init__(self, engine: Trainer, data: FitData, batches: Batches) -> None:
+    def __init__(self, engine: Trainer, data: FitData, batches: UserBatches) -> None:
         self._engine, self._batches, self._first, self._weighted = engine, batches, data.train, data.weighted
         # of the batches of an epoch so far: their number, and a digest of their targets where ranks compare them
         self._passed, self._digest = 0, hashlib.sha256()

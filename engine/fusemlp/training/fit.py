@@ -8,21 +8,20 @@ from typing import TYPE_CHECKING, Any
 from fusemlp.callbacks import exits
 from fusemlp.describe.checks import caller_level
 from fusemlp.describe.conflicts import check_together
-from fusemlp.program.adversarial import lowered
-from fusemlp.program.step import Inputs
-from fusemlp.runtime.binding import bind_fit
+from fusemlp.program.step import Inputs, as_batch_attack
+from fusemlp.runtime.steps import bind_fit
 from fusemlp.training.data import FitData, Stream, fit_data
 from fusemlp.training.history import History
 from fusemlp.training.intervals import add_worst_case
 from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
 from fusemlp.training.plan import FitPlan
-from fusemlp.training.policy import FitPolicy
 from fusemlp.training.rows import batches_of, order_of, sampled_rows
 from fusemlp.training.trainer import fresh_state, resumed_state
+from fusemlp.training.validation import FitPolicy
 from fusemlp_kernels.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from fusemlp.inputs.targets import Examples
+    from fusemlp.inputs.examples import Examples
     from fusemlp.training.trainer import Trainer
 
 _TO_ENGINE = "it belongs to the engine: Engine(net, loss=..., optimizer=Adam(lr=0.001), batch_size=32, seed=0)"
@@ -107,7 +106,7 @@ def fit_loop(
         settles=settles,
         draws_ahead=order is None and not on_host,
     )
-    against = lowered(adversary)
+    against = as_batch_attack(adversary)
     resident = engine.plan == "resident" and (on_host or against is None) and not adversary.ramps
     members = engine.network.members
     if sampled is not None or adversary.ramps or plan.row_order is not None or data.batches is not None:

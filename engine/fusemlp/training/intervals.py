@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusemlp.describe.adversarial import Adversary
-from fusemlp.describe.intervals import IBP
+from fusemlp.describe.adversarial import IBP, Adversary
 from fusemlp.program.layout import Layout
 from fusemlp.runtime.intervals import formula_functions
 from fusemlp_kernels import pointwise
@@ -25,8 +24,8 @@ from fusemlp_kernels.errors import ArgumentError
 
 if TYPE_CHECKING:
     from fusemlp.inputs.arrays import Array
-    from fusemlp.inputs.targets import Targets
-    from fusemlp.runtime.bound import BoundProgram
+    from fusemlp.inputs.examples import Targets
+    from fusemlp.runtime.programs import BoundProgram
     from fusemlp.runtime.session import Session
 
 Calls = list[Callable[..., object]]

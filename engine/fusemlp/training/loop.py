@@ -17,7 +17,7 @@ import numpy as np
 from fusemlp.callbacks import deferred_interrupt, name_of, overrides
 from fusemlp.describe.schedules import ReduceOnPlateau, Schedule
 from fusemlp.inputs.arrays import Array
-from fusemlp.runtime.stepping import check_scaling
+from fusemlp.runtime.steps import check_scaling
 from fusemlp_kernels.contract import (
     BATCH_INDEX,
     LEARNING_RATE,

@@ -16,10 +16,10 @@ from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.schedules import Exponential
 from fusemlp.inputs.arrays import Array
-from fusemlp.inputs.targets import Examples
+from fusemlp.inputs.examples import Examples
 from fusemlp.report.plots import draw, sweep_figure
 from fusemlp.runtime.session import Session
-from fusemlp.runtime.stepping import step as step_on
+from fusemlp.runtime.steps import step as step_on
 from fusemlp_kernels.errors import ArgumentTypeError, DivergenceError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from fusemlp.describe.conflicts import check_together, in_use
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import NO_OPTIONS, Optimizer, ParameterOptions
 from fusemlp.inputs.arrays import Array, to_array
-from fusemlp.inputs.batches import are_batches
+from fusemlp.inputs.examples import are_batches
 from fusemlp.runtime.plans import ASKED
 from fusemlp.runtime.scaling import MEAN, SCALE
 from fusemlp.training.trainer import Trainer

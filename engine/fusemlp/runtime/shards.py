@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from fusemlp.inputs.arrays import Array
-from fusemlp.program.program import Call, Program, resolve
-from fusemlp.program.sharding import ORDERED, Sharding
-from fusemlp.runtime.bound import BoundProgram
+from fusemlp.program.program import ORDERED, Call, Program, Sharding, resolve
 from fusemlp.runtime.memory import Memory, Workspace
+from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.ranks import Ranks, tree_sum
 from fusemlp_kernels.contract import (
     BATCH_INDEX,

@@ -1,8 +1,11 @@
-"""Convert torch modules to engines and back, by copying the values."""
+"""The parameters of a torch module and of an engine: copied from one to the other, or tied.
+
+Tied, the torch tensors are views of the engine's arenas.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,10 +15,13 @@ from torch import Tensor, nn
 from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
 from fusemlp.engine import Engine
 from fusemlp.program.layout import short_names
+from fusemlp.runtime.memory import Memory
 from fusemlp.runtime.scaling import MEAN, SCALE
-from fusemlp.torch import losses, modules, optimizers
+from fusemlp.torch import modules, objective
+from fusemlp.torch.modules import Reading
+from fusemlp.torch.objective import MOMENTS
 from fusemlp_kernels.contract import UPDATE_COUNT
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 
 def to_torch(engine: Engine) -> nn.Sequential:
@@ -66,14 +72,14 @@ def from_torch(
     trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     group_of: dict[Tensor, int] = {}
     if optimizer is not None:
-        group_of = optimizers.groups_of(optimizer, module)
+        group_of = objective.groups_of(optimizer, module)
         trained = {name: parameter for name, parameter in trained.items() if parameter in group_of}
     frozen = {name: ParameterOptions(trainable=False) for name in names.values() if name not in trained}
     described: Optimizer = Adam(per_parameter=frozen)
     if optimizer is not None:
         described = _optimizer(optimizer, {name: group_of[one] for name, one in trained.items()}, frozen)
-    loss = "cross_entropy" if loss_fn is None else losses.read_loss(loss_fn, log_softmax=reading.log_softmax)
-    if losses.read_pos_weight(loss_fn, net.sizes[-1]) is not None:
+    loss = "cross_entropy" if loss_fn is None else objective.read_loss(loss_fn, log_softmax=reading.log_softmax)
+    if objective.read_pos_weight(loss_fn, net.sizes[-1]) is not None:
         raise ArgumentError(
             "loss_fn: an engine has no pos_weight; leave it out and give fit a sample_weight, or train with fuse"
         )
@@ -95,11 +101,11 @@ def _optimizer(
     optimizer: torch.optim.Optimizer, groups: Mapping[str, int], frozen: Mapping[str, ParameterOptions]
 ) -> Optimizer:
     """Return the description of a torch optimizer; ``groups`` maps each trained parameter's name here to its group."""
-    kind = optimizers.optimizer_kind(optimizer)
+    kind = objective.optimizer_kind(optimizer)
     if kind == "rmsprop":
         raise ArgumentError("optimizer: an engine has no RMSprop; use SGD, Adam or AdamW, or train with fuse")
-    rules = [optimizers.read_group(kind, group, index) for index, group in enumerate(optimizer.param_groups)]
-    rates = [optimizers.read_rate(group["lr"], index) for index, group in enumerate(optimizer.param_groups)]
+    rules = [objective.read_group(kind, group, index) for index, group in enumerate(optimizer.param_groups)]
+    rates = [objective.read_rate(group["lr"], index) for index, group in enumerate(optimizer.param_groups)]
     used = sorted(set(groups.values()))
     if not used:
         raise ArgumentError("optimizer: no group has a parameter of the module that requires grad")
@@ -124,12 +130,12 @@ def _optimizer(
 
 def _copy_moments(engine: Engine, optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor]) -> None:
     """Copy the optimizer's moments of the trained parameters, and the number of its updates."""
-    kind = optimizers.optimizer_kind(optimizer)
+    kind = objective.optimizer_kind(optimizer)
     states = {name: optimizer.state.get(parameter, {}) for name, parameter in trained.items()}
     for index in range(len(engine.memory.states)):
         tensors = engine.memory.tensors(f"state{index}")
         for name, state in states.items():
-            found = state.get(str(optimizers.MOMENTS[kind][index]))
+            found = state.get(str(objective.MOMENTS[kind][index]))
             if found is not None:
                 tensors[name] = found.detach().cpu().numpy()
         engine.memory.write(tensors, f"state{index}")
@@ -139,3 +145,76 @@ def _copy_moments(engine: Engine, optimizer: torch.optim.Optimizer, trained: Map
             f"optimizer.state: parameters were updated {sorted(counts)} times; an engine counts one number for all"
         )
     engine.memory.counters[UPDATE_COUNT] = counts.pop()
+
+
+class Tie:
+    """The parameters of a module and the moments of its optimizer, as views of ``memory``.
+
+    ``slots`` and the collections of ``shorts`` are by the program's short names. The optimizer never gets moments of
+    frozen or absent tensors.
+    """
+
+    def __init__(self, reading: Reading, optimizer: torch.optim.Optimizer, kind: str, memory: Memory) -> None:
+        self.optimizer = optimizer
+        self.slots = reading.slots
+        double = torch.get_default_dtype() == torch.float64
+        # The count of updates in torch's own type, one element a parameter; SGD has none.
+        self.steps = np.zeros(len(self.slots), np.float64 if double else np.float32)
+        self._arrays = memory.arrays
+        self._pointers: dict[str, int] = {}
+        # The optimizer's state of each parameter: a view by torch's name.
+        self._state: dict[str, dict[str, Tensor]] = {}
+        for index, short in enumerate(self.slots):
+            views = [torch.as_tensor(memory.arrays[f"{short}.state{i}"]) for i in range(len(memory.states))]
+            named = zip(MOMENTS[kind], views, strict=False)
+            self._state[short] = {name: view for name, view in named if name is not None}
+            if kind != "sgd":
+                self._state[short]["step"] = torch.from_numpy(self.steps[index : index + 1])[0]
+
+    def move_parameters(self) -> None:
+        """Copy the parameters into the arena and make them views of it."""
+        for short, (_, parameter) in self.slots.items():
+            view = torch.as_tensor(self._arrays[short])
+            view.copy_(parameter.detach())
+            parameter.data = view
+            parameter.grad = None
+            self._pointers[short] = parameter.data_ptr()
+
+    def holds(self) -> bool:
+        """Return whether every parameter is still the view from ``move_parameters``."""
+        return all(self.slots[short].parameter.data_ptr() == pointer for short, pointer in self._pointers.items())
+
+    def check_parameters(self, reading: Reading) -> None:
+        """Raise ArgumentError, with the parameter's name, unless all are the fused ones in their place in the arena."""
+        for short, (path, parameter) in reading.slots.items():
+            if short not in self.slots or parameter is not self.slots[short].parameter:
+                raise ArgumentError(f"module: {path} is not the parameter that was fused; call fuse again")
+            if parameter.data_ptr() != self._pointers.get(short, parameter.data_ptr()):
+                raise ArgumentError(
+                    f"module: the memory of {path} was replaced after fuse (module.to(...), param.data = ..., or "
+                    "another fuse); call fuse again, or copy values in place with param.data.copy_(...)"
+                )
+        if len(reading.slots) != len(self.slots):
+            raise ArgumentError("module: has lost parameters since it was fused; call fuse again")
+
+    def check_state(self, shorts: Collection[str]) -> None:
+        """Raise ShapeError for a moment in ``optimizer.state`` with a wrong shape."""
+        for short in shorts:
+            path, parameter = self.slots[short]
+            state = self.optimizer.state.get(parameter, {})
+            for name, view in self._state[short].items():
+                found = getattr(state.get(name), "shape", view.shape)
+                if found != view.shape:
+                    raise ShapeError(
+                        f"optimizer.state: {name} of {path} has shape {tuple(found)}, expected {tuple(view.shape)}"
+                    )
+
+    def adopt_state(self, shorts: Collection[str]) -> None:
+        """Copy the optimizer's state of these parameters into the arenas and replace it with views."""
+        for short in shorts:
+            for name, view in self._state[short].items():
+                state = self.optimizer.state[self.slots[short].parameter]
+                found = state.get(name)
+                if found is not view:
+                    view.copy_(torch.as_tensor(0.0 if found is None else found))
+                    state[name] = view

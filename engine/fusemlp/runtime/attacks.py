@@ -1,4 +1,4 @@
-"""Inputs that an attack has changed, on any backend: gradients from the engine, projected steps on the host."""
+"""Attacks on inputs, on any backend: gradients from the engine, projected steps on the host."""
 
 from __future__ import annotations
 

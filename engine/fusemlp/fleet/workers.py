@@ -1,20 +1,191 @@
-"""Models of a fleet trained by other processes or machines, through the backends of joblib."""
+"""Models of a fleet that other processes train: one a card, or those of joblib's backends."""
 
 from __future__ import annotations
 
 import logging
+import os
+import re
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack, closing, contextmanager
+from copy import copy
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pickle import PicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import joblib
+from joblib.externals.loky import ProcessPoolExecutor
 
+from fusemlp.fleet.memory import Kept
 from fusemlp.fleet.results import Member
 from fusemlp.inputs.arrays import Array
+from fusemlp.runtime.backends import one_thread
+from fusemlp.runtime.plans import shares_launches
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibraryError, WorkerError, unknown_name
+
+if TYPE_CHECKING:
+    from fusemlp.engine import Engine
+    from fusemlp.inputs.examples import Examples
+    from fusemlp.training.plan import FitPlan
+
+
+def trained_apart(
+    fleet: Any,
+    plan: FitPlan,
+    data: Examples,
+    held: Examples | None,
+    *,
+    workers: str | None,
+    jobs: int | None,
+    **rows: Any,
+) -> Generator[Member, None, None]:
+    """Yield each model of a fleet when it has ended, in any order, trained on ``data`` and validated on ``held``.
+
+    ``workers`` train it, ``jobs`` tasks at once, or without these the fleet's cards. ``rows``: those of each model.
+    """
+    first, untrained = fleet.first, copy(fleet)
+    # its parts build their own, on the backend that they shall have
+    untrained._built, untrained._groups, untrained._devices = [], None, ()
+    options = {name: getattr(plan, name) for name in ("epochs", "metrics", "early_stopping", "monitor", "drop_last")}
+    task = partial(_train_part, untrained, **options, **rows)
+    sent = [*_arrays(first, data), *_arrays(first, held)]
+    if workers is not None:
+        return trained_elsewhere(len(fleet), task, sent, workers=workers, jobs=jobs)
+    # of the process, which sees one
+    untrained._machine = {**fleet._machine, "device": None}
+    together = shares_launches(first.memory.backend.traits)
+    return trained_on(fleet._devices, len(fleet), task, sent, together=together)
+
+
+def _train_part(
+    whole: Any,
+    numbers: Sequence[int],
+    X: Array,
+    y: Array,
+    weight: Array | None,
+    *validation: Array | None,
+    rows: Sequence[Array] | None,
+    validation_rows: Sequence[Array] | None,
+    **options: Any,
+) -> list[Member]:
+    """Train the models of some numbers on one core, or on the default card; without numbers try the latter."""
+    fleet = whole.part(numbers or [0])
+    if not numbers:
+        return []
+    if rows is not None:
+        options["rows"] = [rows[number] for number in numbers]
+    if validation_rows is not None:
+        options["validation_rows"] = [validation_rows[number] for number in numbers]
+    elif validation[0] is not None:
+        options["validation_data"] = validation
+    with one_thread():
+        found = fleet.fit(X, y, sample_weight=weight, jobs=1, **options).members
+    kept = (
+        one.held if isinstance(one.held, Kept) else Kept.of(one.held, candidate, fleet._machine)
+        for one, candidate in zip(found, fleet.candidates, strict=True)
+    )
+    return [replace(one, index=number, held=held) for one, number, held in zip(found, numbers, kept, strict=True)]
+
+
+def _arrays(engine: Engine, data: Examples | None) -> tuple[Array | None, Array | None, Array | None]:
+    """Return X, y and weight on the host."""
+    if data is None:
+        return None, None, None
+    X, targets, weight = data.map(engine.inputs.on_host)
+    return X, targets.values, weight
+
+
+# The cards that a process sees; the libraries of NVIDIA and of AMD read it when they start.
+VARIABLE = "CUDA_VISIBLE_DEVICES"
+NAMES = re.compile(r"cuda:(\d+)")
+
+
+def as_devices(devices: Any) -> tuple[str, ...]:
+    """Return the names of distinct cards. Raises ArgumentTypeError or ArgumentError."""
+    if not isinstance(devices, list | tuple) or not all(isinstance(one, str) for one in devices):
+        raise ArgumentTypeError(f"devices: expected names of cards such as ['cuda:0', 'cuda:1'], got {devices!r}")
+    if not devices or len(set(devices)) < len(devices) or not all(map(NAMES.fullmatch, devices)):
+        raise ArgumentError(f"devices: expected different cards such as ['cuda:0', 'cuda:1'], got {list(devices)}")
+    return tuple(devices)
+
+
+def check_not_given(**options: Any) -> None:
+    """Raise ArgumentError for an option of ``Fleet.fit`` that a fleet with devices does not take."""
+    for name, value in options.items():
+        if value is not None:
+            raise ArgumentError(
+                f"{name}: a fleet with devices has a process for each of them; leave out {name} or devices"
+            )
+
+
+def visible(device: str) -> str:
+    """Return the value of VARIABLE that leaves a process this card alone."""
+    number = device.partition(":")[2]
+    seen = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
+    if seen and int(number) >= len(seen):
+        raise ArgumentError(
+            f"devices: there is no {device!r} among the {len(seen)} cards of {VARIABLE}={os.environ[VARIABLE]}; "
+            "set it to more cards, or name others"
+        )
+    return seen[int(number)] if seen else number
+
+
+def trained_on(
+    devices: Sequence[str], models: int, task: Task, arrays: Sequence[Any], *, together: bool
+) -> Generator[Member, None, None]:
+    """Yield each of the ``models`` when it has ended, in any order.
+
+    ``task(numbers, *arrays)`` returns those of some numbers, on the only card of its process; with no numbers it tries
+    the card. ``together``: models train in one launch, so that a card takes as many as there are. All cards are tried
+    before one trains. Raises WorkerError, which names the card, for an error on one.
+    """
+    with ExitStack() as stack:
+        cards = {}
+        for device in devices:
+            given = {"env": {VARIABLE: visible(device)}, "initializer": _take, "initargs": (task, arrays)}
+            cards[device] = ProcessPoolExecutor(1, **given)
+            stack.callback(cards[device].shutdown, kill_workers=True)
+        for device, trial in [(device, card.submit(_train, [])) for device, card in cards.items()]:
+            _outcome(device, trial)
+        parts = max(-(-models // MOST_AT_ONCE), len(cards) * (1 if together else TASKS))
+        # every part has some of each shape
+        left = [part for start in range(parts) if (part := list(range(models))[start::parts])]
+        running: dict[Future[list[Member]], str] = {}
+        free = list(cards)
+        while left or running:
+            while left and free:
+                device = free.pop(0)
+                running[cards[device].submit(_train, left.pop(0))] = device
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                free.append(running.pop(done))
+                yield from _outcome(free[-1], done)
+
+
+def _outcome(device: str, future: Future[list[Member]]) -> list[Member]:
+    try:
+        return future.result()
+    except Exception as error:
+        raise WorkerError(
+            f"devices: on {device!r} there was {type(error).__name__}: {error}; mend this, or leave the card out"
+        ) from error
+
+
+# in a card's process: its task, and the arrays of that
+_taken: tuple[Task, Sequence[Any]]
+
+
+def _take(task: Task, arrays: Sequence[Any]) -> None:
+    global _taken
+    _taken = task, arrays
+
+
+def _train(numbers: list[int]) -> list[Member]:
+    task, arrays = _taken
+    return task(numbers, *arrays)
+
 
 _log = logging.getLogger("fusemlp")
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.describe.adversarial import FGSM, PGD, Attack
+from fusemlp.describe.adversarial import FGSM, IBP, PGD, Attack
 from fusemlp.describe.description import from_config
-from fusemlp.describe.intervals import IBP
 from fusemlp.describe.losses import Loss, loss_from_config
 from fusemlp.describe.network import Activation, activation_from_config
 from fusemlp.describe.optimizers import Optimizer, optimizer_from_config

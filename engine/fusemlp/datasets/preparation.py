@@ -1,19 +1,21 @@
-"""Prepare rows of a data set for a training: fit the preprocessing, encode the labels, make the network's inputs.
+"""The preparation of rows for a training: preprocessing, encoded labels, the network's inputs and their memory.
 
 The command line and the estimators of tables share it.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fusemlp.datasets.dataset import Dataset
-from fusemlp.datasets.memory import check_memory
 from fusemlp.datasets.parts import Fold
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import check_choice
@@ -134,3 +136,41 @@ def network_inputs(preprocessor: Preprocessor, X: Array, precision: str, rows: A
         finite = False
     # The engine's error names a value that float32 cannot hold.
     return inputs if finite else preprocessor.transform_features(X if rows is None else X[rows])
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Return the bytes that the system and the control group still allow this process; None if unknown."""
+    found = []
+    try:
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    except (OSError, ValueError):
+        # not Linux: free pages leave out the caches that the system could give up
+        if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
+            found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    group = root / "sys/fs/cgroup"
+    # no control groups, or those of version 1
+    with suppress(OSError, ValueError):
+        most, used, stat = (
+            (group / f"memory.{name}").read_text(encoding="ascii") for name in ("max", "current", "stat")
+        )
+        if most.strip() != "max":
+            figures = dict(line.split() for line in stat.splitlines())
+            # cached files count as used, and give way when memory is needed
+            files = sum(int(figures.get(name, 0)) for name in ("active_file", "inactive_file"))
+            found.append(max(0, int(most) - int(used) + files))
+    return min(found, default=None)
+
+
+def check_memory(preprocessor: Preprocessor, rows: int, precision: str) -> None:
+    """Raise DataError if the inputs of this many rows do not fit into memory; it names the columns that take most."""
+    free, width = available_memory(), preprocessor.width
+    need = rows * width * (8 if precision == "fp64" else 4)
+    if free is None or need <= free:
+        return
+    widest = sorted(zip(preprocessor.widths, preprocessor.feature_names, strict=True), reverse=True)[:3]
+    told = ", ".join(f"{count} of {name!r}" for count, name in widest)
+    raise DataError(
+        f"the inputs of the network take {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free: {rows} rows "
+        f"have {width} inputs, {told} among them; --drop a column of many words, or give fewer rows"
+    )

@@ -1,4 +1,4 @@
-"""The models of a fleet: a description of each, made from one description and the parameters that vary."""
+"""The models of a fleet: a description of each, made from one and the parameters that vary, and the rows of each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.losses import Loss
@@ -15,7 +18,13 @@ from fusemlp.describe.optimizers import Optimizer
 from fusemlp.describe.privacy import DPSGD
 from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
+from fusemlp.inputs.arrays import Array, to_array
+from fusemlp.training.validation import Validation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
+
+if TYPE_CHECKING:
+    from fusemlp.inputs.examples import Examples
+
 
 # The parameters that may vary, by the description that has them.
 OF_OPTIMIZER = ("lr", "momentum", "betas", "weight_decay")
@@ -204,3 +213,37 @@ def _optimizer(optimizer: Optimizer, changes: dict[str, Any]) -> Optimizer:
         changes["lr"] = _described(optimizer.lr, {name: changes["lr"]})
     changed: Optimizer = _described(optimizer, changes)
     return changed
+
+
+def as_rows(argument: str, given: Sequence[Any] | None, models: int, count: int) -> list[Array] | None:
+    """Return the row numbers (m,) int64 of each model, of ``count`` rows; None for all rows.
+
+    Raises ArgumentError for a number of lists other than ``models``, or for what are no row numbers.
+    """
+    if given is None:
+        return None
+    lists = list(given)
+    if len(lists) != models:
+        raise ArgumentError(f"{argument}: expected a list of rows for each of the {models} models, got {len(lists)}")
+    checked = []
+    for index, one in enumerate(lists):
+        array = to_array(f"{argument}[{index}]", one)
+        if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
+            raise ArgumentError(
+                f"{argument}[{index}]: expected row numbers (m,), got {np.array2string(array, threshold=8)}"
+            )
+        if array.min() < 0 or array.max() >= count:
+            raise ArgumentError(
+                f"{argument}[{index}]: expected numbers from 0 to {count - 1}, got {array.min()} to {array.max()}"
+            )
+        checked.append(array.astype(np.int64))
+    return checked
+
+
+def held_out(engine: Engine, data: Examples, rows: Sequence[Array]) -> list[Validation]:
+    """Return the validation of each model, on its ``rows`` of ``data``; models that have a fold in common share it."""
+    # rows of a fold are indexed on the host
+    whole = data.map(engine.inputs.on_host)
+    folds = {one.tobytes(): one for one in rows}
+    picked = {key: Validation(whole.map(itemgetter(one)), common=True) for key, one in folds.items()}
+    return [picked[one.tobytes()] for one in rows]

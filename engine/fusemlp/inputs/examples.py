@@ -1,0 +1,355 @@
+"""The user's inputs, targets and weights as examples for the kernels: whole arrays, or batches that come one by one.
+
+Arrays on the engine's device are used there without a copy.
+A valid array returns as the backend's own array over the same memory. An invalid one, or one that needs a check of
+every row, is copied to the host once and passed to the checks of ``arrays``. They raise the same errors as for host
+arrays, or return the converted host array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fusemlp.describe.checks import as_count
+from fusemlp.describe.losses import CrossEntropy, Loss
+from fusemlp.describe.network import MLP
+from fusemlp.inputs.arrays import (
+    Array,
+    as_binary_targets,
+    as_class_labels,
+    as_counts,
+    as_features,
+    as_probability_rows,
+    as_values,
+    as_weights,
+    to_array,
+)
+from fusemlp.inputs.blocks import Blocks, Peers
+from fusemlp_kernels.contract import Backend, LossSpec
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, FusemlpError
+
+
+class Targets(NamedTuple):
+    """``values``: (n,) classes or (n, N) reals, on host or device; ``soft``: True for rows of probabilities."""
+
+    values: Any
+    soft: bool
+
+
+class Examples(NamedTuple):
+    """Checked rows: X (n, K), their targets and perhaps weights (n,), on host or device."""
+
+    X: Any
+    targets: Targets
+    weight: Any | None
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """The arrays by the names that they have in a program."""
+        found = {"x": self.X, "target": self.targets.values}
+        return found if self.weight is None else {**found, "weight": self.weight}
+
+    def map(self, change: Callable[[Any], Any]) -> Examples:
+        """Return the examples with each array changed."""
+        weight = None if self.weight is None else change(self.weight)
+        return Examples(change(self.X), self.targets._replace(values=change(self.targets.values)), weight)
+
+
+def as_targets(argument: str, y: Any, loss: Loss, *, outputs: int, rows: int | None, dtype: Any) -> Targets:
+    """Check ``y`` for a loss and a network with ``outputs`` outputs; ``rows``: the number of rows it must have.
+
+    cross_entropy takes (n,) integers, or (n, N) probabilities; binary_cross_entropy (n, N) values from 0 to 1; poisson
+    counts; the others (n, N) reals. (n,) stands for (n, 1). Raises ShapeError, DTypeError or DataError.
+    """
+    if isinstance(loss, CrossEntropy):
+        array = y if isinstance(y, np.ndarray) else to_array(argument, y)
+        if array.ndim == 2 and array.shape[1] == outputs:
+            return Targets(as_probability_rows(argument, array, classes=outputs, rows=rows, dtype=dtype), True)
+        labels = as_class_labels(argument, array, classes=outputs, rows=rows, ignore_index=loss.ignore_index)
+        return Targets(labels, False)
+    check = {"binary_cross_entropy": as_binary_targets, "poisson": as_counts}.get(loss.kind, as_values)
+    return Targets(check(argument, y, width=outputs, rows=rows, dtype=dtype), False)
+
+
+def are_one_hot(values: Array) -> bool:
+    """Return whether every row is one-hot: one 1 and zeros elsewhere, in at least two columns."""
+    if values.ndim != 2 or values.shape[1] < 2 or not len(values):
+        return False
+    return bool(np.all((values == 0.0) | (values == 1.0)) and np.all(values.sum(axis=1) == 1.0))
+
+
+MADE = "a generator, a list or a DataLoader of batches (x, y) or (x, y, sample_weight)"
+
+
+def are_batches(given: Any) -> bool:
+    """Return whether ``given`` can only be batches: no array, no tuple or list of arrays."""
+    if isinstance(given, tuple | list):
+        return isinstance(given, list) and bool(given) and all(isinstance(one, tuple) for one in given)
+    if isinstance(given, str | bytes | dict) or hasattr(given, "__array__") or hasattr(given, "__dlpack__"):
+        return False
+    return hasattr(given, "__iter__") or (hasattr(given, "__getitem__") and hasattr(given, "__len__"))
+
+
+def holds_batches(refused: Any) -> bool:
+    """Return whether what was refused as an array is batches, rather than rows or a matrix that is no array."""
+    if isinstance(refused, list):
+        return bool(refused) and all(isinstance(one, tuple) and one and np.ndim(one[0]) > 0 for one in refused)
+    return are_batches(refused) and not hasattr(refused, "shape")
+
+
+class UserBatches:
+    """Batches of an iterable, ``steps`` an epoch: by default its length.
+
+    An iterable that can begin again does so after its last batch; Keras's ``on_epoch_end`` of a data set is called
+    then. The first batch is read at once, so that a mistake shows before the training. Messages call the iterable
+    ``argument`` and its number of steps ``steps_argument``. ``Blocks`` begin with those of epoch ``first_epoch``; of
+    several processes each reads its part of them, with ``share``, the arguments of ``Blocks.shared``.
+
+    Raises ArgumentTypeError, ArgumentError if the length is not known, DataError if there is no batch.
+    """
+
+    def __init__(
+        self,
+        argument: str,
+        given: Any,
+        steps: int | None,
+        steps_argument: str,
+        first_epoch: int = 0,
+        share: tuple[Peers, Callable[[Array], Array]] | None = None,
+    ) -> None:
+        if isinstance(given, tuple) and given and not isinstance(given[0], tuple | list):
+            raise ArgumentTypeError(f"{argument}: got a tuple of {len(given)} arrays; give them one by one: (X, y)")
+        if not (are_batches(given) or isinstance(given, tuple | list)):
+            raise ArgumentTypeError(
+                f"y: it is missing; give {argument} and y, or without y {MADE}, got {type(given).__name__}"
+            )
+        self.argument, self._given = argument, given
+        self._kind = type(given).__name__
+        self.steps = self._length(steps_argument) if steps is None else as_count(steps_argument, steps)
+        self._iterator: Iterator[Any] | None = None
+        # batches read, of this pass and of all
+        self._of_pass = self._read = 0
+        self._before, self._share = first_epoch * self.steps, share
+        self._ahead: tuple[Any, Any, Any] | None = self._pull()
+        shape = getattr(self._ahead[0], "shape", None)
+        if shape is not None and len(shape) == 1 and hasattr(given, "__getitem__") and not isinstance(given, list):
+            raise ArgumentTypeError(
+                f"{argument}: {self._kind} yields single rows, of shape {tuple(shape)}; give batches of them: "
+                "torch.utils.data.DataLoader(dataset, batch_size=32)"
+            )
+
+    def _length(self, steps_argument: str) -> int:
+        try:
+            steps = len(self._given)
+        except TypeError as error:
+            raise ArgumentError(
+                f"{steps_argument}: a {self._kind} has no length; give the number of batches of an epoch, "
+                f"{steps_argument}=100"
+            ) from error
+        if not steps:
+            raise DataError(f"{self.argument}: this {self._kind} holds no batch; give at least one")
+        return steps
+
+    def _pull(self) -> tuple[Any, Any, Any]:
+        while True:
+            if self._iterator is None:
+                given = self._given
+                if isinstance(given, Blocks):
+                    given.seek(self._before + self._read)
+                if isinstance(given, Blocks) and self._share is not None:
+                    self._iterator = given.shared(*self._share)
+                elif hasattr(given, "__iter__"):
+                    self._iterator = iter(given)
+                else:
+                    self._iterator = (given[index] for index in range(len(given)))
+                self._of_pass = 0
+            try:
+                batch = next(self._iterator)
+            except StopIteration:
+                self._end_pass()
+                continue
+            self._of_pass += 1
+            self._read += 1
+            if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+                several = isinstance(batch, tuple | list)
+                described = f"{len(batch)} in a {type(batch).__name__}" if several else type(batch).__name__
+                raise ArgumentTypeError(
+                    f"{self.argument}: expected batches (x, y) or (x, y, sample_weight), batch {self._read} is "
+                    f"{described}"
+                )
+            return batch[0], batch[1], batch[2] if len(batch) == 3 else None
+
+    def _end_pass(self) -> None:
+        """Get ready to begin again, or raise DataError."""
+        if self._iterator is self._given or not self._of_pass:
+            raise DataError(
+                f"{self.argument}: this {self._kind} ended after {self._read} batches, and {self.steps} an epoch are "
+                "needed; let it go on (while True), or give an object that can be iterated over again, such as a list"
+            )
+        self._iterator = None
+        ended = getattr(self._given, "on_epoch_end", None)
+        if callable(ended):
+            ended()
+
+    def skip(self, count: int) -> None:
+        """Leave out the next ``count`` batches."""
+        for _ in range(count):
+            if self._ahead is None:
+                self._pull()
+            self._ahead = None
+
+    def next(self, inputs: DeviceInputs, *, keep: bool = False) -> Examples:
+        """Return the next batch, checked for a network and its loss; with ``keep`` it is the next one again."""
+        x, y, weight = self._ahead if self._ahead is not None else self._pull()
+        self._ahead = (x, y, weight) if keep else None
+        of = f"of batch {self._read}"
+        return inputs.examples(x, y, weight, (f"x {of}", f"y {of}", f"sample_weight {of}"))
+
+    def check_alike(self, first: Examples, other: Examples) -> None:
+        """Raise DataError unless both have weights or none, and the same kind of targets."""
+        if first.targets.soft != other.targets.soft or (first.weight is None) != (other.weight is None):
+            raise DataError(
+                f"{self.argument}: batch {self._read} has other parts than batch 1; give all batches classes or all "
+                "of them rows of probabilities, and weights to all or to none"
+            )
+
+    def collected(self, inputs: DeviceInputs) -> Examples:
+        """Return copies of the rows of an epoch, in one batch on the host."""
+        found: list[Examples] = []
+        for _ in range(self.steps):
+            # a generator may write into the arrays that it has given away
+            found.append(self.next(inputs).map(lambda array: np.array(inputs.on_host(array))))
+            self.check_alike(found[0], found[-1])
+        weight = None if found[0].weight is None else np.concatenate([one.weight for one in found])
+        targets = Targets(np.concatenate([one.targets.values for one in found]), found[0].targets.soft)
+        return Examples(np.concatenate([one.X for one in found]), targets, weight)
+
+
+class DeviceInputs:
+    """Checks the user's arrays, on the host or on the device, for a network and its loss.
+
+    Arrays of numbers become those of the type ``real``, the parameters'.
+    """
+
+    def __init__(self, network: MLP, loss: Loss, backend: Backend, real: np.dtype[Any]) -> None:
+        self.network, self.loss, self.backend, self.real = network, loss, backend, real
+
+    def features(self, argument: str, X: Any, *, check_finite: bool = True) -> Any:
+        """Return X as a checked (n, K) array of the engine's type; on the device, of the device's array type."""
+        width, native = self.network.sizes[0], self.backend.adopt(X)
+        if native is not None:
+            if _shape(native)[1:] == (width,) and len(native) and (not check_finite or self._fits(native)):
+                return native
+            X = self.backend.to_host(native)
+        return as_features(argument, X, width=width, dtype=self.real, check_finite=check_finite)
+
+    def targets(self, argument: str, y: Any, *, rows: int) -> Targets:
+        """Return y as checked targets. Rows of probabilities and labels with an ignored index go to the host, because
+        their checks read every row."""
+        backend, loss, outputs, native = self.backend, self.loss, self.network.sizes[-1], self.backend.adopt(y)
+        if native is not None:
+            if loss.kind == "cross_entropy":
+                labels = _column(native)
+                if labels is not None and len(labels) == rows and backend.is_integer(labels):
+                    low, high = backend.extent(labels)
+                    if low >= 0 and high < outputs:
+                        return Targets(labels, False)
+            else:
+                values = native.reshape(-1, 1) if len(_shape(native)) == 1 and outputs == 1 else native
+                bounds = {"binary_cross_entropy": (0.0, 1.0), "poisson": (0.0, np.inf)}.get(loss.kind, ())
+                matches = _shape(values) == (rows, outputs) and not backend.is_integer(values)
+                if matches and self._fits(values, *bounds):
+                    return Targets(values, False)
+            y = backend.to_host(native)
+        found = as_targets(argument, y, loss, outputs=outputs, rows=rows, dtype=self.real)
+        # checked on the host and not converted: those on the device will do
+        return found if native is None or found.values is not y else Targets(native, found.soft)
+
+    def weights(self, argument: str, weight: Any, *, rows: int) -> Any | None:
+        """Return sample weights (n,), or None."""
+        if weight is None:
+            return None
+        backend, native = self.backend, self.backend.adopt(weight)
+        if native is not None:
+            column = _column(native)
+            if column is not None and len(column) == rows and not backend.is_integer(column):
+                low, high = backend.extent(column)
+                # The bound keeps the sum of the rows finite.
+                if low >= 0.0 and 0.0 < high <= np.finfo(self.real).max / rows:
+                    return column
+            weight = backend.to_host(native)
+        return as_weights(argument, weight, rows=rows, dtype=self.real)
+
+    def examples(
+        self, X: Any, y: Any, weight: Any, names: tuple[str, str, str] = ("X", "y", "sample_weight")
+    ) -> Examples:
+        """Return all of these checked; error messages call them by ``names``."""
+        try:
+            features = self.features(names[0], X)
+        except FusemlpError as error:
+            if holds_batches(X):
+                raise ArgumentError(
+                    f"{names[1]}: leave it out: {names[0]} holds batches, which bring theirs"
+                ) from error
+            raise
+        rows = len(features)
+        return Examples(features, self.targets(names[1], y, rows=rows), self.weights(names[2], weight, rows=rows))
+
+    def on_host(self, array: Any) -> Array:
+        """Return a checked array in host memory, without a copy if it is there."""
+        return array if isinstance(array, np.ndarray) else self.backend.to_host(array)
+
+    def largest(self, array: Any) -> float:
+        """Return the greatest absolute value in a checked array."""
+        return max(map(abs, self.extent(array)))
+
+    def extent(self, array: Any) -> tuple[float, float]:
+        """Return the least and the greatest value in a checked array."""
+        if isinstance(array, np.ndarray):
+            return float(array.min()), float(array.max())
+        return self.backend.extent(array)
+
+    def counts_hits(self, targets: Targets) -> bool:
+        """Return whether these targets have an accuracy."""
+        if self.loss.is_classification:
+            return True
+        if self.loss.kind not in ("mse", "mae", "huber"):
+            return False
+        # most other targets on a device stay there
+        values = targets.values
+        return (isinstance(values, np.ndarray) or self.extent(values) == (0, 1)) and are_one_hot(self.on_host(values))
+
+    def kind_of(self, targets: Targets) -> str | None:
+        """Return which of ``fusemlp.describe.metrics.KINDS`` these targets are; None for probabilities."""
+        if not self.loss.is_classification:
+            return "one-hot rows" if self.counts_hits(targets) else "numbers"
+        if self.loss.kind == "cross_entropy":
+            return None if targets.soft else "classes"
+        values = self.on_host(targets.values)
+        if not ((values == 0.0) | (values == 1.0)).all():
+            return None
+        return "classes" if values.shape[1] == 1 else "labels"
+
+    def spec_for(self, targets: Targets) -> LossSpec:
+        """Return the loss of these targets. Raises ArgumentError if it does not take them."""
+        return self.loss.spec(accuracy=self.counts_hits(targets), soft=targets.soft)
+
+    def _fits(self, native: Any, lowest: float = -np.inf, highest: float = np.inf) -> bool:
+        """Return whether all elements are from ``lowest`` to ``highest`` and finite in the engine's type."""
+        low, high = self.backend.extent(native)
+        most = float(np.finfo(self.real).max)
+        return max(lowest, -most) <= low and high <= min(highest, most)
+
+
+def _shape(native: Any) -> tuple[int, ...]:
+    return tuple(int(size) for size in native.shape)
+
+
+def _column(native: Any) -> Any | None:
+    shape = _shape(native)
+    if len(shape) == 1:
+        return native
+    return native.reshape(-1) if len(shape) == 2 and shape[1] == 1 else None
