@@ -196,16 +196,16 @@ def read_idx_pair(folder: Path, prefix: str) -> tuple[Array, Array] | None:
     "idx", plain or with ``.gz``.
     """
     names = f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
-    found = []
+    paths = []
     for name in names:
         spellings = (name, name.replace("-idx", ".idx"))
         candidates = (folder / (spelling + end) for spelling in spellings for end in ("", ".gz"))
-        found.append(next((path for path in candidates if path.is_file()), None))
-    images_path, labels_path = found
+        paths.append(next((path for path in candidates if path.is_file()), None))
+    images_path, labels_path = paths
     if images_path is None and labels_path is None:
         return None
     if images_path is None or labels_path is None:
-        lacking = names[found.index(None)]
+        lacking = names[paths.index(None)]
         raise DataError(f"{folder}: there is no {lacking}[.gz] beside {images_path or labels_path}")
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.ndim < 2 or labels.ndim != 1 or len(images) != len(labels):

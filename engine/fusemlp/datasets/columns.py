@@ -115,9 +115,9 @@ def numbers_of(texts: Any, decimal: str, missing: Collection[str] = MISSING) -> 
     odd = pc.invert(pc.or_(plain, _among(texts, missing)))
     rows = np.flatnonzero(_to_numpy(odd))
     words, codes = different(texts.filter(odd))
-    found = [number(word, decimal) for word in words]
+    values = [number(word, decimal) for word in words]
     # An infinity stands for text that is no number: both are mistakes.
-    numbers[rows] = np.array([math.inf if value is None else value for value in found])[codes] if words else ()
+    numbers[rows] = np.array([math.inf if value is None else value for value in values])[codes] if words else ()
     wrong = rows[np.isinf(numbers[rows])]
     numbers[wrong] = np.nan
     return numbers, wrong
@@ -191,8 +191,8 @@ class Column:
             self._append(self._numbers(texts))
         elif self.kind == "word":
             words, codes = different(texts)
-            own = [self.codes.setdefault(word.strip(), len(self.codes)) for word in words]
-            self._append(np.array(own, np.int32)[codes])
+            indices = [self.codes.setdefault(word.strip(), len(self.codes)) for word in words]
+            self._append(np.array(indices, np.int32)[codes])
         else:
             self._append(self._dates(texts))
 
@@ -233,8 +233,8 @@ class Column:
                 return _to_numpy(pc.cast(present, pa.timestamp("us")))
             except pa.ArrowInvalid:
                 pass
-        given, codes = different(texts)
-        words = [word.strip() for word in given]
+        cells, codes = different(texts)
+        words = [word.strip() for word in cells]
         moments = [parse_date(word, order) for word in words]
         self.zoned = self.zoned or any(map(_ZONED.search, words))
         wrong = np.array([m is None and word not in _NO_DATE for m, word in zip(moments, words, strict=True)], bool)
@@ -271,9 +271,9 @@ class Column:
             numbers = {text for text in values if number(text, self.decimal) is not None}
             if numbers and len(numbers) < len(values):
                 word = next(value for value in values if value not in numbers)
-                one = next(value for value in values if value in numbers)
+                cell = next(value for value in values if value in numbers)
                 notes.append(
-                    f"column {self.name!r} holds words, such as {word!r}, and numbers, such as {one!r}: all are taken "
+                    f"column {self.name!r} holds words, such as {word!r}, and numbers, such as {cell!r}: all are taken "
                     "as words"
                 )
         column: Array = np.array(texts, dtype=object)[whole]

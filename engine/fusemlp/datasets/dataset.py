@@ -115,7 +115,7 @@ def kept_features(table: dict[str, Array]) -> tuple[str, ...]:
 def without_useless(path: Place, table: dict[str, Array], keep: Collection[str], notes: list[str]) -> dict[str, str]:
     """Return the columns that a network cannot learn from with the reasons, and note them; none if all are such."""
     reasons = {name: None if name in keep else _useless(name, column) for name, column in table.items()}
-    useless = {name: found for name, found in reasons.items() if found is not None}
+    useless = {name: reason for name, reason in reasons.items() if reason is not None}
     rest = {name: column for name, column in table.items() if name not in useless}
     useless |= {name: f"the same as {other!r}" for name, other in _twins(rest).items() if name not in keep}
     if not useless:
@@ -124,11 +124,11 @@ def without_useless(path: Place, table: dict[str, Array], keep: Collection[str],
         numbers = {name: table[name] for name in useless if table[name].dtype.kind in "fM"}
         numbers = {name: column for name, column in numbers.items() if useless[name] != "no values"}
         if not numbers:
-            found = "; ".join(f"column {name!r}: {found}" for name, found in useless.items())
-            raise DataError(f"{path}: no feature is left to learn from: {found}; drop or --keep these columns")
-        return {name: found for name, found in useless.items() if name not in numbers}
-    told = ", ".join(f"{name!r} ({found})" for name, found in useless.items())
-    notes.append(f"left out, unless you --keep them: {told}")
+            faults = "; ".join(f"column {name!r}: {reason}" for name, reason in useless.items())
+            raise DataError(f"{path}: no feature is left to learn from: {faults}; drop or --keep these columns")
+        return {name: reason for name, reason in useless.items() if name not in numbers}
+    listing = ", ".join(f"{name!r} ({reason})" for name, reason in useless.items())
+    notes.append(f"left out, unless you --keep them: {listing}")
     return {name: useless[name] for name in table if name in useless}
 
 

@@ -25,22 +25,22 @@ _YEAR_LAST = re.compile(r"(?P<a>\d{1,2})(?P<mark>[-/.])(?P<b>\d{1,2})(?P=mark)(?
 
 def parse_date(text: str, order: str) -> datetime | None:
     """Return the date, with its time in UTC if it names a zone; None for other text."""
-    found = (_YEAR_FIRST if order == "ymd" else _YEAR_LAST).fullmatch(text)
-    if found is None or (order == "mdy" and found["mark"] == "."):
+    match = (_YEAR_FIRST if order == "ymd" else _YEAR_LAST).fullmatch(text)
+    if match is None or (order == "mdy" and match["mark"] == "."):
         return None
-    values = {letter: int(found[group]) for letter, group in zip(order, "abc", strict=True)}
-    hour = int(found["hour"] or 0)
-    if found["half"]:
+    values = {letter: int(match[group]) for letter, group in zip(order, "abc", strict=True)}
+    hour = int(match["hour"] or 0)
+    if match["half"]:
         if not 1 <= hour <= 12:
             return None
-        hour = hour % 12 + (12 if found["half"].lower() == "pm" else 0)
-    micro = int((found["part"] or "0")[:6].ljust(6, "0"))
+        hour = hour % 12 + (12 if match["half"].lower() == "pm" else 0)
+    micro = int((match["part"] or "0")[:6].ljust(6, "0"))
     try:
         moment = datetime(
-            values["y"], values["m"], values["d"], hour, int(found["minute"] or 0), int(found["second"] or 0), micro
+            values["y"], values["m"], values["d"], hour, int(match["minute"] or 0), int(match["second"] or 0), micro
         )
-        if found["zone"] and found["zone"] != "Z":
-            sign, digits = found["zone"][0], found["zone"][1:].replace(":", "")
+        if match["zone"] and match["zone"] != "Z":
+            sign, digits = match["zone"][0], match["zone"][1:].replace(":", "")
             offset = timedelta(hours=int(digits[:2]), minutes=int(digits[2:]))
             moment = moment - offset if sign == "+" else moment + offset
     except (ValueError, OverflowError):

@@ -226,10 +226,10 @@ def _existing(source: Any) -> Place:
         return as_frame(source)
     path = Path(source)
     try:
-        found = source in NAMES or path.exists()
+        known = source in NAMES or path.exists()
     except OSError as error:
         raise DataError(f"data: {str(source)!r} cannot be read ({error})") from error
-    if found:
+    if known:
         return path
     if not path.suffix and path.name == str(source):
         raise unknown_name("data", source, NAMES)
@@ -269,13 +269,13 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
         raise DataError(f"{path}: there is no feature column besides the target {target!r}{besides}")
     reasons = {} if like is not None else without_useless(path, inputs, {*columns.keep, *columns.categorical}, notes)
     inputs = {name: column for name, column in inputs.items() if name not in reasons}
-    found = roles(names, target, columns, table, inputs, reasons)
+    column_roles = roles(names, target, columns, table, inputs, reasons)
     # The columns that are left out take no memory any longer.
     del table
     dates = tuple((name, kinds[name]) for name in inputs if kinds[name] in ORDERS)
     if dates:
-        told = (f"{name!r} (as {EXAMPLES[order]})" for name, order in dates)
-        notes.append(f"dates, taken as {', '.join(PARTS)} where these differ: {', '.join(told)}")
+        formats = (f"{name!r} (as {EXAMPLES[order]})" for name, order in dates)
+        notes.append(f"dates, taken as {', '.join(PARTS)} where these differ: {', '.join(formats)}")
     kept = kept_features(inputs) if like is None else like.feature_names
     X, categories = coded(inputs, kept, like, notes)
     if columns.group is not None:
@@ -291,7 +291,7 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
         categories=categories,
         notes=tuple(notes),
         dates=dates,
-        roles=found,
+        roles=column_roles,
         ids={name: aside[name] for name in columns.ids},
         groups=None if columns.group is None else aside[columns.group],
         times=None if time is None else times(path, time, aside[time]),

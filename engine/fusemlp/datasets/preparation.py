@@ -84,15 +84,15 @@ def watch(metric: str | None, preprocessor: Preprocessor, loss: Loss, *, validat
         )
     short = f"val_{metric}" if metric in metrics else metric
     monitor = check_choice("metric", short, [*dict.fromkeys([*named, *of_training])])
-    found = metrics.get(monitor.removeprefix("val_"))
-    if found is None or not numbers:
+    score = metrics.get(monitor.removeprefix("val_"))
+    if score is None or not numbers:
         return {"monitor": monitor}
-    decode, of = preprocessor.decode_predictions, found.of
+    decode, of = preprocessor.decode_predictions, score.of
 
     def in_units(rows: Judged) -> float:
         return of(replace(rows, truth=decode(rows.truth), predicted=decode(rows.predicted)))
 
-    return {"monitor": monitor, "metrics": [replace(found, of=in_units)]}
+    return {"monitor": monitor, "metrics": [replace(score, of=in_units)]}
 
 
 def rows_for(
@@ -128,8 +128,8 @@ def network_inputs(preprocessor: Preprocessor, X: Array, precision: str, rows: A
         with np.errstate(over="ignore"):
             for start in range(0, count, _PIECE):
                 piece = inputs[start : start + _PIECE]
-                given = slice(start, start + _PIECE) if rows is None else rows[start : start + _PIECE]
-                piece[:] = preprocessor.transform_features(X[given])
+                selection = slice(start, start + _PIECE) if rows is None else rows[start : start + _PIECE]
+                piece[:] = preprocessor.transform_features(X[selection])
                 finite = finite and bool(np.isfinite(piece).all())
     except DataError:
         # Its message has the row in the piece.
@@ -140,14 +140,14 @@ def network_inputs(preprocessor: Preprocessor, X: Array, precision: str, rows: A
 
 def available_memory(root: Path = Path("/")) -> int | None:
     """Return the bytes that the system and the control group still allow this process; None if unknown."""
-    found = []
+    limits = []
     try:
         lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
-        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+        limits += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
     except (OSError, ValueError):
         # not Linux: free pages leave out the caches that the system could give up
         if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-            found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+            limits.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     group = root / "sys/fs/cgroup"
     # no control groups, or those of version 1
     with suppress(OSError, ValueError):
@@ -158,8 +158,8 @@ def available_memory(root: Path = Path("/")) -> int | None:
             figures = dict(line.split() for line in stat.splitlines())
             # cached files count as used, and give way when memory is needed
             files = sum(int(figures.get(name, 0)) for name in ("active_file", "inactive_file"))
-            found.append(max(0, int(most) - int(used) + files))
-    return min(found, default=None)
+            limits.append(max(0, int(most) - int(used) + files))
+    return min(limits, default=None)
 
 
 def check_memory(preprocessor: Preprocessor, rows: int, precision: str) -> None:

@@ -248,11 +248,11 @@ class Preprocessor:
     def transform_features(self, X: Any) -> Features:
         """Transform rows from ``load_data`` or ``load_features`` into (n, ``width``) float64."""
         names = self.feature_names
-        given = as_features("X", X, width=len(names), dtype=np.float64, check_finite=False)
-        missing = np.isnan(given)
+        features = as_features("X", X, width=len(names), dtype=np.float64, check_finite=False)
+        missing = np.isnan(features)
         has_missing = bool(missing.any())
-        if np.isinf(given).any():
-            as_features("X", np.where(missing, 0.0, given), width=len(names), dtype=np.float64)
+        if np.isinf(features).any():
+            as_features("X", np.where(missing, 0.0, features), width=len(names), dtype=np.float64)
         numbers = np.array([words is None for words in self.categories])
         if has_missing and (missing & numbers).any():
             fill = self.feature_fill or (None,) * len(names)
@@ -263,37 +263,41 @@ class Preprocessor:
                         f"X: the value of {names[column]!r} is missing at row {row}, and the stored preprocessor, of "
                         "an earlier release, has no median to fill in; fill it in or train again"
                     )
-            given = np.where(missing & numbers, np.array([0.0 if value is None else value for value in fill]), given)
-        scaled: Features = given - np.array(self.feature_shift)
+            features = np.where(
+                missing & numbers, np.array([0.0 if value is None else value for value in fill]), features
+            )
+        scaled: Features = features - np.array(self.feature_shift)
         scaled /= np.array(self.feature_scale)
         if self.scale in ("robust", "piecewise"):
             scaled = clipped(scaled)
         if self.scale == "quantile":
             for column, at in enumerate(self.feature_knots):
                 if at is not None:
-                    scaled[:, column] = by_quantiles(given[:, column], at)
+                    scaled[:, column] = by_quantiles(features[:, column], at)
         if numbers.all() and self.width == len(names):
             return scaled
-        result: Features = np.zeros((len(given), self.width))
+        result: Features = np.zeros((len(features), self.width))
         start = 0
         for column, words in enumerate(self.categories):
             if words is None:
                 pieces = self.pieces(column)
                 at = self.feature_knots[column] if pieces > 1 else None
                 result[:, start : start + pieces] = (
-                    scaled[:, column : column + 1] if at is None else by_pieces(given[:, column], at)
+                    scaled[:, column : column + 1] if at is None else by_pieces(features[:, column], at)
                 )
                 start += pieces
                 if self._is_marked(column):
                     result[:, start] = missing[:, column]
                     start += 1
                 continue
-            codes = np.where(missing[:, column], len(words), given[:, column])
-            wrong = (codes < 0) | (codes > len(words)) | (codes != np.floor(codes)) | (given[:, column] == len(words))
+            codes = np.where(missing[:, column], len(words), features[:, column])
+            wrong = (
+                (codes < 0) | (codes > len(words)) | (codes != np.floor(codes)) | (features[:, column] == len(words))
+            )
             if wrong.any():
                 row = int(np.argmax(wrong))
                 raise DataError(
-                    f"X: {given[row, column]} at row {row}, column {column} is not the index of one of the "
+                    f"X: {features[row, column]} at row {row}, column {column} is not the index of one of the "
                     f"{len(words)} categories of {names[column]!r}; read the data with load_features"
                 )
             inputs = self.word_inputs(column)

@@ -89,19 +89,21 @@ def roles(
     reasons: Mapping[str, str],
 ) -> tuple[Role, ...]:
     """Return the role of each column; ``table`` holds those that were read, ``reasons`` those to leave some out."""
-    found = []
+    parts = []
     for name in names:
         missing = missing_share(table[name]) if name in table else None
         if name in inputs:
-            found.append(Role(name, _kind(table[name]), missing, "orders the rows" if name == columns.time else ""))
+            parts.append(Role(name, _kind(table[name]), missing, "orders the rows" if name == columns.time else ""))
         elif name == target:
-            found.append(Role(name, "target", 0.0))
+            parts.append(Role(name, "target", 0.0))
         elif name in reasons:
-            found.append(Role(name, "left out", missing, reasons[name]))
+            parts.append(Role(name, "left out", missing, reasons[name]))
         else:
             kinds = {"id": columns.ids, "group": (columns.group,), "time": (columns.time,)}
-            found.append(Role(name, next((kind for kind, own in kinds.items() if name in own), "dropped"), missing))
-    return tuple(found)
+            parts.append(
+                Role(name, next((kind for kind, entries in kinds.items() if name in entries), "dropped"), missing)
+            )
+    return tuple(parts)
 
 
 def _kind(column: Array) -> str:
@@ -158,19 +160,19 @@ def coded(
             X[:, index] = column
             count = int(np.isnan(column).sum())
         else:
-            found, codes = different(column)
-            words = like.categories[index] if like is not None else _categories(found)
+            entries, codes = different(column)
+            words = like.categories[index] if like is not None else _categories(entries)
             assert words is not None, "a column that held numbers was read as numbers"
             categories.append(words)
             place: dict[str, float] = {word: code for code, word in enumerate(words)}
             if like is not None and like.joins_spellings:
-                place = {word: place[known] for word, known in spellings(found, words).items()} | place
+                place = {word: place[known] for word, known in spellings(entries, words).items()} | place
             absent = place.get("", math.nan)
-            X[:, index] = np.array([place.get(word, absent if word in MISSING else math.nan) for word in found], float)[
-                codes
-            ]
-            cells = np.bincount(codes, minlength=len(found)).tolist()
-            counts = dict(zip(found, cells, strict=True))
+            X[:, index] = np.array(
+                [place.get(word, absent if word in MISSING else math.nan) for word in entries], float
+            )[codes]
+            cells = np.bincount(codes, minlength=len(entries)).tolist()
+            counts = dict(zip(entries, cells, strict=True))
             count = sum(cells for word, cells in counts.items() if word in MISSING and (not word or word not in place))
             strange = {word: cells for word, cells in counts.items() if word not in place and word not in MISSING}
             if strange:

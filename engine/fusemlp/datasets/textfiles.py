@@ -234,13 +234,13 @@ def number(text: str, decimal: str = ".") -> float | None:
             return float(text)
         except ValueError:
             pass
-    found = _PATTERNS[decimal].fullmatch(text.strip())
-    if found is None or not (found["whole"] or found["part"]) or (found["sign"] and found["minus"]):
+    match = _PATTERNS[decimal].fullmatch(text.strip())
+    if match is None or not (match["whole"] or match["part"]) or (match["sign"] and match["minus"]):
         return None
-    digits = re.sub(r"\D", "", found["whole"] or "0")
-    value = float(f"{digits}.{found['part'] or '0'}{found['power'] or ''}")
-    value = value / 100 if found["percent"] else value
-    return -value if {found["sign"], found["minus"]} & {"-", "\u2212"} else value
+    digits = re.sub(r"\D", "", match["whole"] or "0")
+    value = float(f"{digits}.{match['part'] or '0'}{match['power'] or ''}")
+    value = value / 100 if match["percent"] else value
+    return -value if {match["sign"], match["minus"]} & {"-", "\u2212"} else value
 
 
 def is_compressed(path: Path) -> bool:
@@ -267,13 +267,13 @@ def _open(path: Path) -> Iterator[Any]:
         yield stream
 
 
-def _inspect(path: Path, given: str | None) -> tuple[str, bytes]:
+def _inspect(path: Path, charset: str | None) -> tuple[str, bytes]:
     """Return the encoding, given or recognised, and those of the bytes of quotes and line breaks that the file has.
 
     Recognised are UTF-16 and UTF-32 by their marks, UTF-8 if all bytes are that, else Western Europe's Windows code
     page, or latin-1.
     """
-    candidates = [given] if given else ["utf-8-sig", "cp1252", "latin-1"]
+    candidates = [charset] if charset else ["utf-8-sig", "cp1252", "latin-1"]
     while True:
         encoding = candidates.pop(0)
         decoder, marks, first = codecs.getincrementaldecoder(encoding)(), b"", True
@@ -281,7 +281,7 @@ def _inspect(path: Path, given: str | None) -> tuple[str, bytes]:
             with _open(path) as stream:
                 while chunk := stream.read(_BYTES):
                     wide = next((name for mark, name in _MARKS.items() if chunk.startswith(mark)), None)
-                    if first and not given and wide:
+                    if first and not charset and wide:
                         return wide, b""
                     first = False
                     decoder.decode(chunk)
@@ -314,9 +314,9 @@ def _is_plain(path: Path, sep: str, encoding: str, marks: bytes) -> bool:
             end = max(rest.rfind(b"\n"), rest.rfind(b"\r"))
             # A piece begins and ends with a line break.
             piece, rest = rest[: end + 1], rest[end:] if end > 0 else rest
-            found = piece.count(b'"')
-            quotes += found
-            if b' "' in piece or (found != sum(map(piece.count, beside)) and inner.search(piece)):
+            count = piece.count(b'"')
+            quotes += count
+            if b' "' in piece or (count != sum(map(piece.count, beside)) and inner.search(piece)):
                 return False
     return (quotes + rest.count(b'"')) % 2 == 0 and not inner.search(rest) and b' "' not in rest
 
@@ -353,15 +353,15 @@ def _decimal(sample: list[str], sep: str) -> str:
     counts = {"sure,": 0, "sure.": 0, "maybe,": 0, "maybe.": 0}
     for row in _cells(sample, sep):
         for cell in row:
-            found = re.fullmatch(
+            match = re.fullmatch(
                 r"(\d*)((?:[.,]\d{3})*)([.,])(\d+)(?:[eE][+-]?\d+)?", cell.strip(" +-$%\u00a3\u00a5\u20ac")
             )
-            if found and found[3] in found[2]:
+            if match and match[3] in match[2]:
                 # Several equal marks are thousands.
-                counts["sure," if found[3] == "." else "sure."] += 1
-            elif found:
-                sure = found[2] or len(found[4]) != 3 or len(found[1]) > 3 or found[1] in ("", "0")
-                counts[("sure" if sure else "maybe") + found[3]] += 1
+                counts["sure," if match[3] == "." else "sure."] += 1
+            elif match:
+                sure = match[2] or len(match[4]) != 3 or len(match[1]) > 3 or match[1] in ("", "0")
+                counts[("sure" if sure else "maybe") + match[3]] += 1
     if counts["sure,"] or counts["sure."]:
         return "," if counts["sure,"] > counts["sure."] else "."
     return "," if sep == ";" and counts["maybe,"] and not counts["maybe."] else "."

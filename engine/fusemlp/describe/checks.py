@@ -151,20 +151,20 @@ def knows_names(
 
     def decorate(function: Function) -> Function:
         parameters = inspect.signature(function).parameters.values()
-        names = {*also, *(one.name for one in parameters if one.kind not in _WITHOUT_NAME)}
-        most = sum(one.kind in _POSITIONAL for one in parameters)
-        shown = [one for one in names if one not in ("self", "cls", "engine")]
+        names = {*also, *(parameter.name for parameter in parameters if parameter.kind not in _WITHOUT_NAME)}
+        most = sum(parameter.kind in _POSITIONAL for parameter in parameters)
+        shown = [name for name in names if name not in ("self", "cls", "engine")]
 
         @functools.wraps(function)
-        def checked(*given: Any, **named: Any) -> Any:
-            if not named and len(given) <= most:
-                return function(*given)
+        def checked(*arguments: Any, **named: Any) -> Any:
+            if not named and len(arguments) <= most:
+                return function(*arguments)
             for name in named:
                 if name not in names:
                     raise ArgumentTypeError(_refusal(name, elsewhere, shown))
-            if len(given) > most and call:
+            if len(arguments) > most and call:
                 raise ArgumentTypeError(f"{call.partition('(')[0]}: too many arguments without names; write {call}")
-            return function(*given, **named)
+            return function(*arguments, **named)
 
         return cast("Function", checked)
 

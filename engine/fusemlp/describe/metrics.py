@@ -120,29 +120,29 @@ def rises(name: str) -> bool:
     return name.endswith(("accuracy", "score")) if metric is None else metric.rises
 
 
-def as_metrics(argument: str, given: Iterable[str | Metric], kind: str | None) -> tuple[Metric, ...]:
+def as_metrics(argument: str, choices: Iterable[str | Metric], kind: str | None) -> tuple[Metric, ...]:
     """Check metrics, names or objects, for targets of ``kind``; None: targets that no metric is for.
 
     "accuracy" is left out: it is always there, but for numbers.
     """
-    if isinstance(given, str | Metric) or not isinstance(given, Iterable):
-        raise ArgumentTypeError(f"{argument}: expected a list of names such as ['auc'], got {given!r}")
-    found = {}
-    for one in given:
-        if one == "accuracy" and kind != "numbers":
+    if isinstance(choices, str | Metric) or not isinstance(choices, Iterable):
+        raise ArgumentTypeError(f"{argument}: expected a list of names such as ['auc'], got {choices!r}")
+    metrics = {}
+    for choice in choices:
+        if choice == "accuracy" and kind != "numbers":
             continue
-        metric = one if isinstance(one, Metric) else METRICS.get(one) if isinstance(one, str) else None
-        if metric is None and not isinstance(one, str):
+        metric = choice if isinstance(choice, Metric) else METRICS.get(choice) if isinstance(choice, str) else None
+        if metric is None and not isinstance(choice, str):
             raise ArgumentTypeError(
                 f"{argument}: expected names such as 'auc', or Metric(name, rises, kinds, of) of "
-                f"fusemlp.describe.metrics for a function of your own, got {one!r}"
+                f"fusemlp.describe.metrics for a function of your own, got {choice!r}"
             )
-        if metric is None and one in _NAMES_ELSEWHERE:
-            raise ArgumentError(f"{argument}: unknown name {one!r}; it is called {_NAMES_ELSEWHERE[one]} here")
+        if metric is None and choice in _NAMES_ELSEWHERE:
+            raise ArgumentError(f"{argument}: unknown name {choice!r}; it is called {_NAMES_ELSEWHERE[choice]} here")
         if metric is None:
-            raise unknown_name(argument, one, ["accuracy", *METRICS] if kind != "numbers" else METRICS)
+            raise unknown_name(argument, choice, ["accuracy", *METRICS] if kind != "numbers" else METRICS)
         if kind not in metric.kinds:
             there = f"for {kind} there are {', '.join(metrics_for(kind))}" if kind else "these targets have none"
             raise ArgumentError(f"{argument}: {metric.name} is for {' and '.join(metric.kinds)}; {there}")
-        found[metric.name] = metric
-    return tuple(found.values())
+        metrics[metric.name] = metric
+    return tuple(metrics.values())

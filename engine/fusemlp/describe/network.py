@@ -174,11 +174,11 @@ class MLP(Description):
     ) -> None:
         if isinstance(sizes, str) or not isinstance(sizes, Iterable):
             raise ArgumentTypeError(f"sizes: expected a sequence of widths such as [784, 128, 10], got {sizes!r}")
-        given = list(sizes)
-        widths = tuple(as_count(f"sizes[{i}]", width, minimum=1) for i, width in enumerate(given))
+        entries = list(sizes)
+        widths = tuple(as_count(f"sizes[{i}]", width, minimum=1) for i, width in enumerate(entries))
         if len(widths) < 2:
             raise ArgumentError(
-                f"sizes: expected at least 2 widths (inputs and outputs, such as [784, 10]), got {given!r}"
+                f"sizes: expected at least 2 widths (inputs and outputs, such as [784, 10]), got {entries!r}"
             )
         check_dropout = partial(as_number, low=0.0, high=1.0, high_open=True)
         activations = _one_per_hidden_layer("activation", activation, len(widths) - 2, as_activation)

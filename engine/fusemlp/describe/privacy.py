@@ -174,13 +174,13 @@ class Accountant:
         self._parts += tuple((rate, more) for rate, more in added if more)
         self._done = steps
         key = self.noise, self._parts, delta
-        found = _KNOWN.get(key)
-        if found is None:
-            found = self._computed(delta)
+        epsilon = _KNOWN.get(key)
+        if epsilon is None:
+            epsilon = self._computed(delta)
             if len(_KNOWN) >= REMEMBERED:
                 _KNOWN.clear()
-            _KNOWN[key] = found
-        return found
+            _KNOWN[key] = epsilon
+        return epsilon
 
     def _computed(self, delta: float) -> float:
         # half the square of what a row changes, in deviations of the noise: sampling makes no loss larger

@@ -125,13 +125,13 @@ def as_probability_rows(argument: str, value: Any, *, classes: int, rows: int | 
     (classes - 1) u, and each quotient and its storage round once more: its sum lies within (classes + 1) u of
     1. The bound here is (classes + 2) eps, of the coarser of the given and the wanted type, about twice that.
     """
-    given = to_array(argument, value)
-    array = as_values(argument, given, width=classes, rows=rows, dtype=dtype)
+    source = to_array(argument, value)
+    array = as_values(argument, source, width=classes, rows=rows, dtype=dtype)
     mend = f"divide each row by its sum, or for logits give their softmax ({classes} classes)"
     _check_range(argument, array, 0.0, math.inf, "class probabilities are at least 0", mend)
     eps = float(np.finfo(array.dtype).eps)
-    if given.dtype.kind == "f":
-        eps = max(eps, float(np.finfo(given.dtype).eps))
+    if source.dtype.kind == "f":
+        eps = max(eps, float(np.finfo(source.dtype).eps))
     sums = array.sum(axis=1, dtype=np.float64)
     wrong = ~(np.abs(sums - 1.0) <= (classes + 2) * eps)
     if wrong.any():
@@ -209,7 +209,7 @@ def _converted(argument: str, array: Array, dtype: npt.DTypeLike, *, check_finit
     return result
 
 
-def _check_finite(argument: str, given: Array, result: Array) -> None:
+def _check_finite(argument: str, source: Array, result: Array) -> None:
     # A sum is fast. Only if it is not finite, by an element or by overflow, check every element.
     if result.size > FEW:
         with np.errstate(over="ignore", invalid="ignore"):
@@ -219,7 +219,7 @@ def _check_finite(argument: str, given: Array, result: Array) -> None:
     if 1 not in bad.tobytes():
         return
     index, place = _first(bad)
-    value = given[index]
+    value = source[index]
     if np.isfinite(value):
         raise DataError(
             f"{argument}: {value} at {place} is beyond the largest {result.dtype}, "
@@ -302,24 +302,24 @@ def balanced(codes: Array, classes: int) -> list[float]:
     return [len(codes) / (present * int(count)) if count else 0.0 for count in counts]
 
 
-def as_class_weights(argument: str, given: Any, classes: int) -> Array:
+def as_class_weights(argument: str, choice: Any, classes: int) -> Array:
     """Return one weight for each class (classes,): from a sequence, or a mapping, whose missing classes weigh 1.
 
     Raises ArgumentTypeError, and ArgumentError for other classes, another number of weights, or all zero.
     """
     expected = f"{argument}: expected a mapping such as {{0: 1.0, 1: 5.0}}, {classes} numbers or 'balanced', got"
-    if isinstance(given, Mapping):
-        strange = [key for key in given if isinstance(key, bool) or key not in range(classes)]
+    if isinstance(choice, Mapping):
+        strange = [key for key in choice if isinstance(key, bool) or key not in range(classes)]
         if strange:
             raise ArgumentError(f"{argument}: {strange[0]!r} is not one of the classes 0 to {classes - 1}")
-        numbers = [given.get(code, 1.0) for code in range(classes)]
-    elif isinstance(given, str) or not isinstance(given, Iterable):
-        raise ArgumentTypeError(f"{expected} {given!r}")
+        numbers = [choice.get(code, 1.0) for code in range(classes)]
+    elif isinstance(choice, str) or not isinstance(choice, Iterable):
+        raise ArgumentTypeError(f"{expected} {choice!r}")
     else:
-        numbers = list(given)
+        numbers = list(choice)
         if len(numbers) != classes:
             raise ArgumentError(f"{expected} {len(numbers)} numbers")
-    weights = np.array([as_number(f"{argument}[{code}]", one, low=0.0) for code, one in enumerate(numbers)])
+    weights = np.array([as_number(f"{argument}[{code}]", weight, low=0.0) for code, weight in enumerate(numbers)])
     if not weights.any():
         raise ArgumentError(f"{argument}: expected at least one weight above 0, got {numbers!r}")
     return weights

@@ -43,22 +43,22 @@ class ArrayBlocks:
             rows[:] = array[start : start + len(rows)]
 
 
-def _opened(name: str, given: Any) -> Any:
-    if given is None:
+def _opened(name: str, source: Any) -> Any:
+    if source is None:
         raise ArgumentTypeError(f"{name}: it is missing; give X and y, or a Parquet file and target=")
-    if isinstance(given, str | Path):
-        if Path(given).suffix != ".npy":
-            raise ArgumentError(f"{name}: expected a .npy file, got {str(given)!r}; with a Parquet file give target=")
+    if isinstance(source, str | Path):
+        if Path(source).suffix != ".npy":
+            raise ArgumentError(f"{name}: expected a .npy file, got {str(source)!r}; with a Parquet file give target=")
         try:
-            given = np.load(given, mmap_mode="r", allow_pickle=False)
+            source = np.load(source, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise DataError(f"{name}: {str(given)!r} cannot be read as a .npy file ({error})") from error
-    if not isinstance(given, np.ndarray) or not given.ndim:
+            raise DataError(f"{name}: {str(source)!r} cannot be read as a .npy file ({error})") from error
+    if not isinstance(source, np.ndarray) or not source.ndim:
         raise ArgumentTypeError(
             f"{name}: expected an array such as numpy.load(path, mmap_mode='r'), or the path of a .npy file, got "
-            f"{type(given).__name__}"
+            f"{type(source).__name__}"
         )
-    return given
+    return source
 
 
 class RowGroups:
@@ -69,17 +69,17 @@ class RowGroups:
         others = [*targets, *([] if weight is None else _names("weight", weight, several=False))]
         chosen = None if columns is None else _names("columns", columns)
         paths = [X] if isinstance(X, str | Path) else X
-        if not isinstance(paths, list | tuple) or not paths or not all(isinstance(one, str | Path) for one in paths):
+        if not isinstance(paths, list | tuple) or not paths or not all(isinstance(path, str | Path) for path in paths):
             raise ArgumentTypeError(f"X: expected the path of a Parquet file, or a list of paths, got {X!r}")
         self._groups: list[tuple[Any, int]] = []
         self.sizes: list[int] = []
         types: dict[str, Any] = {}
         for path in paths:
             file = _file(path)
-            own = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
-            if types and own != types:
+            schema = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
+            if types and schema != types:
                 raise DataError(f"X: {str(path)!r} has other columns than {str(paths[0])!r}; give files of one kind")
-            types = own
+            types = schema
             self._groups += [(path, group) for group in range(file.num_row_groups)]
             self.sizes += [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         if not sum(self.sizes):
@@ -361,16 +361,16 @@ class Blocks:
             to = taker[reader == peers.rank]
             read = self._room(len(to))
             self._read(blocks[peers.rank :: peers.world], read)
-            sent = [np.flatnonzero((reader == one) & (taker == peers.rank)) for one in everyone]
-            found = peers.swap([read[0][to == one] for one in everyone], [len(rows) for rows in sent])
+            sent = [np.flatnonzero((reader == rank) & (taker == peers.rank)) for rank in everyone]
+            incoming = peers.swap([read[0][to == rank] for rank in everyone], [len(rows) for rows in sent])
             new = place[np.concatenate(sent)]
-            x = np.concatenate([x, found[np.argsort(new)]])
+            x = np.concatenate([x, incoming[np.argsort(new)]])
             places = np.concatenate([places, np.sort(new)])
-            counts = [int(np.count_nonzero(reader == one)) for one in everyone]
+            counts = [int(np.count_nonzero(reader == rank)) for rank in everyone]
             by_place = np.argsort(place[np.argsort(reader, kind="stable")])
             for at, array in enumerate(read[1:]):
-                found = peers.swap([array] * peers.world, counts)
-                others[at] = np.concatenate([others[at], found[by_place]])
+                incoming = peers.swap([array] * peers.world, counts)
+                others[at] = np.concatenate([others[at], incoming[by_place]])
             done += len(order)
             begin = done - len(others[0])
             whole = len(others[0])
@@ -380,9 +380,9 @@ class Blocks:
                 passed += 1
                 if passed > first:
                     stop = min(start + size, whole)
-                    own = slice(*np.searchsorted(places, [begin + start, begin + stop]))
+                    span = slice(*np.searchsorted(places, [begin + start, begin + stop]))
                     batch = np.zeros((stop - start, *x.shape[1:]), x.dtype)
-                    batch[places[own] - begin - start] = x[own]
+                    batch[places[span] - begin - start] = x[span]
                     yield batch, *(array[start:stop] for array in others)
             left = np.searchsorted(places, begin + whole)
             x, places, others = x[left:], places[left:], [array[whole:] for array in others]

@@ -114,20 +114,20 @@ class UserBatches:
     def __init__(
         self,
         argument: str,
-        given: Any,
+        source: Any,
         steps: int | None,
         steps_argument: str,
         first_epoch: int = 0,
         share: tuple[Peers, Callable[[Array], Array]] | None = None,
     ) -> None:
-        if isinstance(given, tuple) and given and not isinstance(given[0], tuple | list):
-            raise ArgumentTypeError(f"{argument}: got a tuple of {len(given)} arrays; give them one by one: (X, y)")
-        if not (are_batches(given) or isinstance(given, tuple | list)):
+        if isinstance(source, tuple) and source and not isinstance(source[0], tuple | list):
+            raise ArgumentTypeError(f"{argument}: got a tuple of {len(source)} arrays; give them one by one: (X, y)")
+        if not (are_batches(source) or isinstance(source, tuple | list)):
             raise ArgumentTypeError(
-                f"y: it is missing; give {argument} and y, or without y {MADE}, got {type(given).__name__}"
+                f"y: it is missing; give {argument} and y, or without y {MADE}, got {type(source).__name__}"
             )
-        self.argument, self._given = argument, given
-        self._kind = type(given).__name__
+        self.argument, self._given = argument, source
+        self._kind = type(source).__name__
         self.steps = self._length(steps_argument) if steps is None else as_count(steps_argument, steps)
         self._iterator: Iterator[Any] | None = None
         # batches read, of this pass and of all
@@ -135,7 +135,7 @@ class UserBatches:
         self._before, self._share = first_epoch * self.steps, share
         self._ahead: tuple[Any, Any, Any] | None = self._pull()
         shape = getattr(self._ahead[0], "shape", None)
-        if shape is not None and len(shape) == 1 and hasattr(given, "__getitem__") and not isinstance(given, list):
+        if shape is not None and len(shape) == 1 and hasattr(source, "__getitem__") and not isinstance(source, list):
             raise ArgumentTypeError(
                 f"{argument}: {self._kind} yields single rows, of shape {tuple(shape)}; give batches of them: "
                 "torch.utils.data.DataLoader(dataset, batch_size=32)"
@@ -156,15 +156,15 @@ class UserBatches:
     def _pull(self) -> tuple[Any, Any, Any]:
         while True:
             if self._iterator is None:
-                given = self._given
-                if isinstance(given, Blocks):
-                    given.seek(self._before + self._read)
-                if isinstance(given, Blocks) and self._share is not None:
-                    self._iterator = given.shared(*self._share)
-                elif hasattr(given, "__iter__"):
-                    self._iterator = iter(given)
+                source = self._given
+                if isinstance(source, Blocks):
+                    source.seek(self._before + self._read)
+                if isinstance(source, Blocks) and self._share is not None:
+                    self._iterator = source.shared(*self._share)
+                elif hasattr(source, "__iter__"):
+                    self._iterator = iter(source)
                 else:
-                    self._iterator = (given[index] for index in range(len(given)))
+                    self._iterator = (source[index] for index in range(len(source)))
                 self._of_pass = 0
             try:
                 batch = next(self._iterator)
@@ -264,9 +264,9 @@ class DeviceInputs:
                 if matches and self._fits(values, *bounds):
                     return Targets(values, False)
             y = backend.to_host(native)
-        found = as_targets(argument, y, loss, outputs=outputs, rows=rows, dtype=self.real)
+        targets = as_targets(argument, y, loss, outputs=outputs, rows=rows, dtype=self.real)
         # checked on the host and not converted: those on the device will do
-        return found if native is None or found.values is not y else Targets(native, found.soft)
+        return targets if native is None or targets.values is not y else Targets(native, targets.soft)
 
     def weights(self, argument: str, weight: Any, *, rows: int) -> Any | None:
         """Return sample weights (n,), or None."""

@@ -42,10 +42,10 @@ class Builder:
                 self.add(f"{name}.shadow", place.shape, "compute", "shadow")
         inputs = step.inputs
         self.x, start = Ref("x"), step.gradient or 0
-        given = [("h1" if start else "x", start)]
-        given += [("z1", 1)] if start and self.net.activations[0].name in NEEDS_Z else []
-        given += [("seed", -1)] if step.gradient is not None and step.spec is None else []
-        for name, level in given:
+        entries = [("h1" if start else "x", start)]
+        entries += [("z1", 1)] if start and self.net.activations[0].name in NEEDS_Z else []
+        entries += [("seed", -1)] if step.gradient is not None and step.spec is None else []
+        for name, level in entries:
             self.add(name, (inputs.rows, self.net.sizes[level]), self.matrix, "data")
         if self.top == self.net.layers:
             self.add("unit", (self.net.sizes[-1],) * 2, self.matrix, "data")
@@ -321,19 +321,19 @@ def back_through_members(build: Builder) -> None:
             build.call("grad_input_members", "", products, dz=dz, w=build.weight(layer), dx=dy)
         else:
             h, dz = Ref(f"h{layer}"), Ref(f"du{layer + 1}")
-            given: dict[str, Any] = {"y": h, "dz_prev": dy, "activation": "identity"}
-            build.call("grad_input", "identity", products, dz=dz, w=build.weight(layer), **given)
-        own = _mixed(build, layer)
+            ends: dict[str, Any] = {"y": h, "dz_prev": dy, "activation": "identity"}
+            build.call("grad_input", "identity", products, dz=dz, w=build.weight(layer), **ends)
+        mixing = _mixed(build, layer)
         names: dict[str, str] = {"ds": f"s{layer - 1}", "db": f"b{layer - 1}", "dr": f"r{layer}"}
         by_own: dict[str, Any] = {name: build.gradient(short) for name, short in names.items()}
         build.call(
             "grad_affine_members",
-            own["activation"] or "",
+            mixing["activation"] or "",
             dy=dy,
-            **own,
+            **mixing,
             dx=build.work(f"du{layer}", inputs) if layer else None,
             **by_own,
-            keep=Ref(f"keep{layer}") if own["dropout"] and build.traits.stores_masks else None,
+            keep=Ref(f"keep{layer}") if mixing["dropout"] and build.traits.stores_masks else None,
             **common,
         )
 

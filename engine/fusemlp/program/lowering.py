@@ -47,8 +47,8 @@ def lower_training(
             trained.append((short, changes))
     # without dropout no call has the seed, and models that differ in it alone have one program
     seed = seed if any(net.dropouts) else 0
-    given = {"rule": rule, "trained": tuple(trained), "seed": seed, **others}
-    return lower(Step(net, batch_size, traits, layout, inputs, spec, **given))
+    options = {"rule": rule, "trained": tuple(trained), "seed": seed, **others}
+    return lower(Step(net, batch_size, traits, layout, inputs, spec, **options))
 
 
 @lru_cache(maxsize=REMEMBERED)
@@ -116,8 +116,8 @@ def update(build: Builder, rule: UpdateRule) -> None:
     if not (whole or step.resident):
         weights = sum(places[short].size for short in build.rules)
         parts = min(step.most_parts, batch_parts(build.traits, build.batch, weights))
-    one = parts == 1 and private is None
-    fused = rule.kind in build.traits.fused_updates and not whole and one
+    single = parts == 1 and private is None
+    fused = rule.kind in build.traits.fused_updates and not whole and single
     for short in build.rules:
         if not fused:
             build.gradient(short)

@@ -46,8 +46,8 @@ def verify(program: Program, places: Places | None = None) -> None:
         records = OPS[call.op].operands
         _compare(program, call.operands, records, where, common)
         for record in records:
-            for given in call.operands.get(record.name, ()) if record.fields else ():
-                _compare(program, given, record.fields, where, common)
+            for entry in call.operands.get(record.name, ()) if record.fields else ():
+                _compare(program, entry, record.fields, where, common)
     _check_order(program)
     _check_updates(program)
     if places is not None:
@@ -74,7 +74,7 @@ def _check_order(program: Program) -> None:
 
     def stale(name: str) -> str | None:
         """Return a value that has been written again since ``name`` was made from it."""
-        return next((one for one, writer in sources.get(name, {}).items() if writers.get(one) != writer), None)
+        return next((source for source, writer in sources.get(name, {}).items() if writers.get(source) != writer), None)
 
     for index, call in enumerate(program.calls):
         where, op = _where(index, call), OPS[call.op]
@@ -88,7 +88,7 @@ def _check_order(program: Program) -> None:
         if "stats" in writers and "stats" not in call.writes and program.calls[writers["stats"]].op == call.op:
             raise ProgramError(f"{where}: call {writers['stats']} has counted the loss already")
         before = {name: writers.get(name) for name in reads}
-        own: set[str] = set()
+        outputs: set[str] = set()
         written = [pair for pair in call.references if pair[0] in op.written]
         for operand, name in ((operand, member) for operand, arena in written for member in program.members(arena)):
             kind, wanted = program.values[name].kind, op.by_name[operand].kind
@@ -96,19 +96,21 @@ def _check_order(program: Program) -> None:
                 raise ProgramError(f"{where}: writes {name!r}, which belongs to the caller")
             if kind != wanted:
                 raise ProgramError(f"{where}: {operand} {name!r} is of kind {kind!r}, expected {wanted!r}")
-            if name in own:
+            if name in outputs:
                 raise ProgramError(f"{where}: writes {name!r} twice")
             again = name in writers and program.calls[writers[name]].op == call.op
             kept = not (again and stale(name) is not None)
             if name in writers and (again if operand == "stats" else kept and operand in op.only_written):
                 raise ProgramError(f"{where}: writes {name!r}, which call {writers[name]} has written")
-            own.add(name)
+            outputs.add(name)
         # parameters are those of the whole step: see _check_updates
-        made_from = {name: at for name, at in before.items() if program.values[name].kind == "work" and name not in own}
-        for name in own:
+        made_from = {
+            name: at for name, at in before.items() if program.values[name].kind == "work" and name not in outputs
+        }
+        for name in outputs:
             writers[name] = index
             sources[name] = {} if name in before else made_from
-        defined |= own
+        defined |= outputs
     ridges = [call.operands["ridge"] for call in program.calls if call.operands.get("ridge")]
     if program.trainable and any(ridge.strength for ridge in ridges) and "shares" not in read:
         raise ProgramError("no call adds the penalty of the loss's ridge")
@@ -217,15 +219,15 @@ def _compare(
     """Each letter has one size in all shapes that are given."""
     sizes = {**FIXED, **common}
     for record in records:
-        given = operands.get(record.name)
-        for one in given if isinstance(given, tuple | list) else (given,):
-            if not isinstance(one, Ref) or record.shape in (None, "A", "B"):
+        argument = operands.get(record.name)
+        for reference in argument if isinstance(argument, tuple | list) else (argument,):
+            if not isinstance(reference, Ref) or record.shape in (None, "A", "B"):
                 continue
             dtype, letters = expected(record, operands)
             if dtype == "compute" and program.compute_bytes is None:
                 dtype = "real"
-            value = program.values[one.name]
-            named = f"{where}: {record.name} {one.name!r}"
+            value = program.values[reference.name]
+            named = f"{where}: {record.name} {reference.name!r}"
             if value.dtype != dtype:
                 raise ProgramError(f"{named} is {value.dtype}, expected {dtype}")
             if len(value.shape) == len(letters):

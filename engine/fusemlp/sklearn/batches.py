@@ -114,8 +114,8 @@ class HeldLoss:
         self._constant = 0.0 if constants is None else float(weights @ constants)
         if weight is not None:
             data = {**data, "weight": weight.astype(model.dtype)}
-        given = model.on_device(data)
-        self._examples = Examples(given["x"], Targets(given["target"], False), given.get("weight"))
+        arrays = model.on_device(data)
+        self._examples = Examples(arrays["x"], Targets(arrays["target"], False), arrays.get("weight"))
         one_class = self._engine.loss.is_classification and data["target"].reshape(n, -1).shape[1] == 1
         self._spec = replace(model.loop_loss, reduction="sum", accuracy=one_class and weight is None)
         self._memory: Memory | None = None

@@ -221,22 +221,24 @@ class Candidates:
 def _train_together(candidates: Sequence[Candidate]) -> bool:
     """Train models of one signature in one launch; False where their plan is another."""
     loops = [candidate.epochs for candidate in candidates]
-    models = [one.policy.model for one in loops]
-    batches: list[Any] = [one.policy.batches for one in loops]
+    models = [loop.policy.model for loop in loops]
+    batches: list[Any] = [loop.policy.batches for loop in loops]
     first, size = models[0].engine, batches[0].batch_size
     traits, sizes = first.memory.backend.traits, first.network.sizes
     if choose_plan("auto", traits, sizes, size, first.precision, models=len(models))[0] != "resident":
         return False
     group = LaunchGroup([model.engine for model in models])
-    data, firsts = _shared_data([one.data for one in batches])
-    for epochs, one in zip(loops, batches, strict=True):
-        epochs.at_once = one.at_once = max(1, min(one.at_once, GROUP_ROWS // (len(models) * one.n)))
-    places = group.places(size, [one.n for one in batches], [one.at_once for one in batches], firsts)
+    data, firsts = _shared_data([source.data for source in batches])
+    for epochs, source in zip(loops, batches, strict=True):
+        epochs.at_once = source.at_once = max(1, min(source.at_once, GROUP_ROWS // (len(models) * source.n)))
+    places = group.places(size, [source.n for source in batches], [source.at_once for source in batches], firsts)
     inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data)
     programs = []
-    for epochs, model, one, bound in zip(loops, models, batches, places, strict=True):
+    for epochs, model, source, bound in zip(loops, models, batches, places, strict=True):
         epochs.bound = bound
-        programs.append(lower(model.engine, inputs, model.loop_loss, model.rule, size, resident=True, ridge=one.ridge))
+        programs.append(
+            lower(model.engine, inputs, model.loop_loss, model.rule, size, resident=True, ridge=source.ridge)
+        )
     launch = group.bind(programs, models[0].on_device(data))
     run_together(loops, launch, lambda: False, lambda index, error: setattr(candidates[index], "error", error))
     return True

@@ -104,11 +104,11 @@ def _encoded(name: str, value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list):
-        return [_encoded(name, one) for one in value]
+        return [_encoded(name, item) for item in value]
     if isinstance(value, tuple | range):
-        return {"tuple": [_encoded(name, one) for one in value]}
+        return {"tuple": [_encoded(name, item) for item in value]}
     if isinstance(value, Mapping):
-        return {"dict": [[_encoded(name, one) for one in pair] for pair in value.items()]}
+        return {"dict": [[_encoded(name, item) for item in pair] for pair in value.items()]}
     if isinstance(value, np.ndarray):
         return {"array": [value.dtype.str, _encoded(name, value.tolist())]}
     for kind, (base, _) in DESCRIBED.items():

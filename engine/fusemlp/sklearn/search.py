@@ -47,18 +47,18 @@ class _FleetSearch(BaseSearchCV):
         Raises ArgumentTypeError for an estimator that is not fusemlp's, ArgumentError for a parameter that it does not
         have and for a search without candidates.
         """
-        given, cv = self.estimator, self.cv
-        spaces = _checked(self._space, getattr(self, self._space), given, self._plain)
+        estimator, cv = self.estimator, self.cv
+        spaces = _checked(self._space, getattr(self, self._space), estimator, self._plain)
         # the user's workers: scikit-learn sends them a fit each
         elsewhere = type(joblib.parallel.get_active_backend()[0]) not in LOCAL
         here: AbstractContextManager[Any] = nullcontext() if elsewhere else joblib.parallel_config(backend="sequential")
-        template = clone(given)
-        shares = not elsewhere and isinstance(given, Pipeline) and given.memory is None
+        template = clone(estimator)
+        shares = not elsewhere and isinstance(estimator, Pipeline) and estimator.memory is None
         shares = shares and not any("memory" in space for space in spaces)
         if shares:
             template.set_params(memory=SharedFits())
         # splits may be given as an iterator, which can be read once
-        self.cv = check_cv(cv, indexable(X, y)[1], classifier=is_classifier(given))
+        self.cv = check_cv(cv, indexable(X, y)[1], classifier=is_classifier(estimator))
         self.estimator, self._given = template, None
         if not elsewhere and self.n_jobs != 1:
             self.estimator, self._given = clone(template), (template, X, y, params)
@@ -71,7 +71,7 @@ class _FleetSearch(BaseSearchCV):
             if shares:
                 # the default scorer keeps the pipeline
                 self.estimator.memory = None
-            self.estimator, self.cv = given, cv
+            self.estimator, self.cv = estimator, cv
             del self._given
         if shares and self.refit:
             self.best_estimator_.memory = None
@@ -159,22 +159,22 @@ def _models(estimator: Any, spaces: list[Mapping[str, Any]], prefix: str = "") -
     return found
 
 
-def _checked(space: str, given: Any, estimator: Any, plain: str) -> list[Mapping[str, Any]]:
+def _checked(space: str, choices: Any, estimator: Any, plain: str) -> list[Mapping[str, Any]]:
     """Return the mappings of a space. Refuses estimators and names that cannot be trained, before any fit.
 
     ``plain`` is scikit-learn's own search, which refuses a space that is no mapping or list of mappings.
     """
-    several = [given] if isinstance(given, Mapping) else given
-    spaces = [one for one in several if isinstance(one, Mapping)] if isinstance(several, list | tuple) else []
+    several = [choices] if isinstance(choices, Mapping) else choices
+    spaces = [choice for choice in several if isinstance(choice, Mapping)] if isinstance(several, list | tuple) else []
     for model in _models(estimator, spaces):
         if not isinstance(model, BaseMLP):
             raise ArgumentTypeError(
                 "estimator: expected an MLPClassifier or MLPRegressor of fusemlp.sklearn, alone or as the last step of "
                 f"a Pipeline, got {model!r}; for other estimators use sklearn.model_selection.{plain}"
             )
-    if isinstance(given, list | tuple) and not given:
+    if isinstance(choices, list | tuple) and not choices:
         raise ArgumentError(
-            f"{space}: there is nothing to try in {given!r}; give values, such as {{'alpha': [1e-4, 1e-3]}}, or {{}} "
+            f"{space}: there is nothing to try in {choices!r}; give values, such as {{'alpha': [1e-4, 1e-3]}}, or {{}} "
             "for the estimator as it is"
         )
     known = estimator.get_params()

@@ -178,11 +178,14 @@ def initial_parameters(
     if not hidden and not isinstance(activation, list | tuple):
         after = [Activation("sigmoid" if activation in (LOGISTIC, "sigmoid") else "identity")]
     coefs, intercepts = [], []
-    for (fan_in, fan_out), one in zip(pairwise(network.sizes), after, strict=True):
-        bound = np.sqrt((2.0 if one.name == "sigmoid" else 6.0) / (fan_in + fan_out))
+    for (fan_in, fan_out), nonlinearity in zip(pairwise(network.sizes), after, strict=True):
+        bound = np.sqrt((2.0 if nonlinearity.name == "sigmoid" else 6.0) / (fan_in + fan_out))
         coefs.append(random_state.uniform(-bound, bound, (fan_in, fan_out)).astype(dtype, copy=False))
         intercepts.append(random_state.uniform(-bound, bound, fan_out).astype(dtype, copy=False))
-    slopes = [np.full(1, one.slope, dtype) if one.name == "prelu" else None for one in network.activations]
+    slopes = [
+        np.full(1, nonlinearity.slope, dtype) if nonlinearity.name == "prelu" else None
+        for nonlinearity in network.activations
+    ]
     return coefs, intercepts, slopes
 
 
@@ -229,7 +232,7 @@ def check_parameters(estimator: Any, incremental: bool, X_val: Any, y_val: Any) 
     """Raise ValueError for impossible combinations of parameters and arguments."""
     precise = estimator.precision in ("auto", "fp32", "fp64")
     rates = estimator.dropout if isinstance(estimator.dropout, list | tuple) else [estimator.dropout]
-    own = in_use(
+    features = in_use(
         lbfgs=estimator.solver not in STOCHASTIC,
         partial_fit=incremental,
         early_stopping=estimator.early_stopping,
@@ -237,7 +240,7 @@ def check_parameters(estimator: Any, incremental: bool, X_val: Any, y_val: Any) 
         adversarial=estimator.adversarial,
         **{"fast products": None if precise else estimator.precision},
     )
-    check_together({**own, **getattr(estimator.adversarial, "uses", {})})
+    check_together({**features, **getattr(estimator.adversarial, "uses", {})})
     if (X_val is None) != (y_val is None):
         missing = "y_val" if y_val is None else "X_val"
         raise ValueError(f"X_val and y_val belong together, and {missing} is missing.")

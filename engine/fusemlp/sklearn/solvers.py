@@ -269,10 +269,10 @@ def minimise(policy: SklearnPolicy) -> None:
     if search_around() is None:
         estimator.n_iter_ = _check_optimize_result("lbfgs", result, estimator.max_iter)
         return
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter("always", ConvergenceWarning)
         estimator.n_iter_ = _check_optimize_result("lbfgs", result, estimator.max_iter)
-    fit_ended(str(told[0].message) if told else None, stacklevel=1)
+    fit_ended(str(messages[0].message) if messages else None, stacklevel=1)
 
 
 @dataclass

@@ -69,25 +69,27 @@ class Bindings:
 
     def run(self, chain: Chain, describe: Callable[..., Any], *columns: Sequence[Tensor | None]) -> None:
         """Run the calls of ``describe(chain, *columns)``; a column has tensors or None."""
-        tensors = [None if one is None else one.contiguous() for column in columns for one in column]
+        tensors = [None if tensor is None else tensor.contiguous() for column in columns for tensor in column]
         first: Any = tensors[0]
         backend = _opened(first.device, first.dtype)
         if not backend.traits.on_host:
-            _bind(backend, chain, describe, columns, [None if one is None else one.detach() for one in tensors])
+            _bind(
+                backend, chain, describe, columns, [None if tensor is None else tensor.detach() for tensor in tensors]
+            )
             return
-        key = describe, chain, first.dtype, *[None if one is None else one.shape for one in tensors]
+        key = describe, chain, first.dtype, *[None if tensor is None else tensor.shape for tensor in tensors]
         with self._looking:
             idle = self._idle.setdefault(key, [])
             if len(self._idle) > MOST_KEYS:
                 del self._idle[next(iter(self._idle))]
-        addresses = [None if one is None else one.data_ptr() for one in tensors]
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         if 0 in addresses and len(first):
             raise DTypeError(f"x: expected a tensor with memory of its own, got {type(first).__name__}")
         # The outputs are new tensors in each call, so a bound pass holds nothing between calls.
         try:
             run, counters = idle.pop()
         except IndexError:
-            arrays = [None if one is None else one.new_empty(one.shape).numpy() for one in tensors]
+            arrays = [None if tensor is None else tensor.new_empty(tensor.shape).numpy() for tensor in tensors]
             run, counters = _bind(backend, chain, describe, columns, arrays)
         counters[BATCH_INDEX] = chain.batch_index
         run(addresses)

@@ -168,23 +168,28 @@ def bind_updates(bound: BoundProgram, sets: list[UpdateSet], layout: Layout) -> 
     """Return the calls that replace the last call of ``bound``, for the current rules of ``sets``."""
     last, arrays = bound.program.calls[-1], bound.arrays
     runs = []
-    for one in sets:
+    for update_set in sets:
         if last.op == "update":
             operands = {
                 "params": arrays["params"],
                 "grads": arrays["grads"],
-                "states": tuple(arrays[f"state{index}"] for index in range(one.rule.state_count)),
+                "states": tuple(arrays[f"state{index}"] for index in range(update_set.rule.state_count)),
                 "segments": tuple(
-                    Segment(place.offset, place.size, _own_rule(one, short))
+                    Segment(place.offset, place.size, _own_rule(update_set, short))
                     for short, place in layout.places.items()
-                    if short in one.decays
+                    if short in update_set.decays
                 ),
             }
             if "norm" in last.operands:
                 operands["norm"] = arrays["norm"]
         else:
-            operands = resolve({**last.operands, **_with_rules(last.operands, one)}, arrays.__getitem__)
-        clock = {"hyper": one.table.hyper, "rates": one.table.rates, "counters": one.table.counters, "rule": one.rule}
+            operands = resolve({**last.operands, **_with_rules(last.operands, update_set)}, arrays.__getitem__)
+        clock = {
+            "hyper": update_set.table.hyper,
+            "rates": update_set.table.rates,
+            "counters": update_set.table.counters,
+            "rule": update_set.rule,
+        }
         runs.append(bound.backend.bind(last.op, **{**operands, **clock}))
     return runs
 

@@ -123,7 +123,7 @@ class FusedMLP(nn.Module):
                 self._seed = torch.randint(0, 1 << 62, (), device="cpu")
             self._calls += 1
             if torch.compiler.is_compiling():
-                masks = torch.stack([torch.as_tensor(one, device="cpu") for one in (self._seed, self._calls)])
+                masks = torch.stack([torch.as_tensor(counter, device="cpu") for counter in (self._seed, self._calls)])
             else:
                 seed, calls = int(self._seed), int(self._calls)
             chain = Chain(chain.activations, rates, chain.biased, seed, calls, chain.bindings)

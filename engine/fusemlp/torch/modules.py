@@ -140,8 +140,8 @@ def read_module(module: nn.Module, *, always_drops: bool = False, may_normalise:
     """
     if not isinstance(module, nn.Module):
         raise ArgumentTypeError(f"module: expected a torch.nn.Module such as nn.Sequential(...), got {module!r}")
-    for path, one in module.named_modules():
-        refuse_hooks(f"module: {Part(path, one)} has hooks", *hooks_of(one))
+    for path, child in module.named_modules():
+        refuse_hooks(f"module: {Part(path, child)} has hooks", *hooks_of(child))
     layers: list[_Layer] = []
     flattens = squeezes = log_softmax = False
     normalise: Normalise | None = None
@@ -204,8 +204,8 @@ def _parts(part: Part) -> Iterator[Part]:
         raise ArgumentError(f"module: {line}{part} cannot be fused; {advice}. What can be fused: {SUPPORTED}")
     else:
         inner = trace_parts(part)
-    for one in inner:
-        yield from _parts(one)
+    for child in inner:
+        yield from _parts(child)
 
 
 def _add(layer: _Layer, what: str, part: Part) -> None:

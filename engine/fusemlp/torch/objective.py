@@ -72,10 +72,10 @@ def read_loss(loss_fn: Any, *, log_softmax: bool = False) -> Loss:
             else "loss_fn: NLLLoss takes log-probabilities, and the module does not end with LogSoftmax; add "
             "nn.LogSoftmax(dim=1), or use CrossEntropyLoss, which takes logits"
         )
-    found = {field.name: options[field.name] for field in fields(described) if field.name in options}
+    settings = {field.name: options[field.name] for field in fields(described) if field.name in options}
     if described is CrossEntropy and loss_fn.weight is not None:
-        found["class_weight"] = loss_fn.weight.detach().cpu().double().tolist()
-    return described(**found)
+        settings["class_weight"] = loss_fn.weight.detach().cpu().double().tolist()
+    return described(**settings)
 
 
 def read_pos_weight(loss_fn: Any, outputs: int) -> tuple[float, ...] | None:
@@ -83,16 +83,16 @@ def read_pos_weight(loss_fn: Any, outputs: int) -> tuple[float, ...] | None:
 
     Raises ShapeError unless it has one number, or one for each output.
     """
-    given: Tensor | None = loss_fn.pos_weight if type(loss_fn) is nn.BCEWithLogitsLoss else None
-    if given is None:
+    weight: Tensor | None = loss_fn.pos_weight if type(loss_fn) is nn.BCEWithLogitsLoss else None
+    if weight is None:
         return None
-    count = given.numel()
-    if count not in (1, outputs) or given.shape[-1:] not in ((), (count,)):
+    count = weight.numel()
+    if count not in (1, outputs) or weight.shape[-1:] not in ((), (count,)):
         raise ShapeError(
-            f"loss_fn: pos_weight has shape {tuple(given.shape)}, expected one number or ({outputs},), one for each "
+            f"loss_fn: pos_weight has shape {tuple(weight.shape)}, expected one number or ({outputs},), one for each "
             "output"
         )
-    values = given.detach().cpu().double().flatten().tolist()
+    values = weight.detach().cpu().double().flatten().tolist()
     return tuple(values * (outputs // count))
 
 

@@ -77,21 +77,21 @@ def from_torch(
     frozen = {name: ParameterOptions(trainable=False) for name in names.values() if name not in trained}
     described: Optimizer = Adam(per_parameter=frozen)
     if optimizer is not None:
-        described = _optimizer(optimizer, {name: group_of[one] for name, one in trained.items()}, frozen)
+        described = _optimizer(optimizer, {name: group_of[tensor] for name, tensor in trained.items()}, frozen)
     loss = "cross_entropy" if loss_fn is None else objective.read_loss(loss_fn, log_softmax=reading.log_softmax)
     if objective.read_pos_weight(loss_fn, net.sizes[-1]) is not None:
         raise ArgumentError(
             "loss_fn: an engine has no pos_weight; leave it out and give fit a sample_weight, or train with fuse"
         )
     precision = options.pop("precision", "fp64" if reading.dtype == torch.float64 else "fp32")
-    given = {name: one.detach() for name, one in parameters.items()}
+    state = {name: tensor.detach() for name, tensor in parameters.items()}
     if reading.normalise is not None:
         options["normalise"] = True
-        given |= {MEAN: reading.normalise.mean, SCALE: reading.normalise.scale}
+        state |= {MEAN: reading.normalise.mean, SCALE: reading.normalise.scale}
     engine = Engine(net, loss, described, precision=precision, **options)
     # A missing bias is a frozen one of zeros.
     zeros = {name: np.zeros(shape) for name, shape in net.parameter_shapes().items()}
-    engine.load_state_dict({**zeros, **{name: one.cpu().numpy() for name, one in given.items()}})
+    engine.load_state_dict({**zeros, **{name: tensor.cpu().numpy() for name, tensor in state.items()}})
     if optimizer is not None:
         _copy_moments(engine, optimizer, trained)
     return engine
@@ -119,9 +119,9 @@ def _optimizer(
             )
     per_parameter = dict(frozen)
     for name, index in groups.items():
-        factor, own = rates[index] / rate if rate else 1.0, rules[index][1]
-        if factor != 1.0 or own != decay:
-            per_parameter[name] = ParameterOptions(lr_factor=factor, weight_decay=own)
+        factor, weight_decay = rates[index] / rate if rate else 1.0, rules[index][1]
+        if factor != 1.0 or weight_decay != decay:
+            per_parameter[name] = ParameterOptions(lr_factor=factor, weight_decay=weight_decay)
     common: dict[str, Any] = {"weight_decay": decay, "per_parameter": per_parameter}
     if kind == "sgd":
         return SGD(rate, momentum=rule.momentum, nesterov=rule.nesterov, **common)
@@ -135,9 +135,9 @@ def _copy_moments(engine: Engine, optimizer: torch.optim.Optimizer, trained: Map
     for index in range(len(engine.memory.states)):
         tensors = engine.memory.tensors(f"state{index}")
         for name, state in states.items():
-            found = state.get(str(objective.MOMENTS[kind][index]))
-            if found is not None:
-                tensors[name] = found.detach().cpu().numpy()
+            moment = state.get(str(objective.MOMENTS[kind][index]))
+            if moment is not None:
+                tensors[name] = moment.detach().cpu().numpy()
         engine.memory.write(tensors, f"state{index}")
     counts = {int(state.get("step", 0)) for state in states.values()} if kind == "adam" else {0}
     if len(counts) > 1:

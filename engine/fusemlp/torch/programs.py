@@ -291,7 +291,7 @@ class Programs:
         traits = self._memory.backend.traits
         if returns or self._pos_weight is not None:
             traits = replace(traits, widest_fused_output=0)
-        decays = {short: decay for one in self.sets for short, decay in one.decays.items()}
+        decays = {short: decay for update_set in self.sets for short, decay in update_set.decays.items()}
         options = {
             name: (short in decays, TensorRule(1.0, decays.get(short, 0.0)))
             for short, name in short_names(self.reading.network).items()
@@ -300,7 +300,7 @@ class Programs:
         return lower_training(
             self.reading.network,
             replace(spec, ignore_index=spec.ignore_index if kind == "ignored" else None, soft=kind == "soft"),
-            max((one.rule for one in self.sets), key=lambda rule: rule.state_count),
+            max((update_set.rule for update_set in self.sets), key=lambda rule: rule.state_count),
             options.__getitem__,
             capacity,
             traits,

@@ -139,13 +139,13 @@ class FusedStep:
             if parameter.grad is not None:
                 parameter.grad = None
         try:
-            for one in self._sets:
-                one.table.cover(UNIT_RATE, 1)
+            for update_set in self._sets:
+                update_set.table.cover(UNIT_RATE, 1)
             runnable.run()
         except BaseException:
             # Ctrl-C too: only the device knows whether there was an update
-            for one in self._sets:
-                one.table.forget()
+            for update_set in self._sets:
+                update_set.table.forget()
             raise
         loss = self._after_step(batch)
         if not return_output:
@@ -160,8 +160,8 @@ class FusedStep:
         if self._kind != "sgd":
             steps = self._tie.steps
             np.add(steps, self._increments, steps)
-            for one in self._sets:
-                one.count += 1
+            for update_set in self._sets:
+                update_set.count += 1
         # As torch's own step: schedulers check that they are called after it.
         self.optimizer.__dict__["_opt_called"] = True
         # As torch's own step: a graph over the old parameters can no longer be differentiated.
@@ -260,16 +260,22 @@ class FusedStep:
                 rule = replace(rule, clip_norm=self._clip_norm)
             sets.append(UpdateSet(rule, decays, count, self._clocks.get(index, rule)))
             sets[-1].start(rate)
-        if [(one.rule, one.decays) for one in sets] == [(one.rule, one.decays) for one in self._sets]:
+        if [(update_set.rule, update_set.decays) for update_set in sets] == [
+            (update_set.rule, update_set.decays) for update_set in self._sets
+        ]:
             # The bound updates stay valid.
             self._sets[:] = sets
         else:
             self._sets = sets
         # SGD counts no updates.
-        self._counted = [(one, positions[next(iter(one.decays))]) for one in sets if one.rule.kind == "adam"]
+        self._counted = [
+            (update_set, positions[next(iter(update_set.decays))])
+            for update_set in sets
+            if update_set.rule.kind == "adam"
+        ]
         pos_weight = objective.read_pos_weight(self.loss_fn, self._reading.network.sizes[-1])
         network, flattens, squeezes = self._reading.network, self._reading.flattens, self._reading.squeezes
-        states = max(one.rule.state_count for one in sets)
+        states = max(update_set.rule.state_count for update_set in sets)
         loss = self._loss, pos_weight
         program_key = (network, flattens, squeezes, loss, frozenset(self._trained), states, len(sets) > 1)
         if program_key != self._key:
@@ -295,14 +301,14 @@ class FusedStep:
         elif rates != self._rates:
             rates = [objective.read_rate(rate, index) for index, rate in enumerate(rates)]
             if len(rates) == 1:
-                for one in self._sets:
-                    one.set_rate(rates[0])
+                for update_set in self._sets:
+                    update_set.set_rate(rates[0])
                 self._rates = rates
             else:
                 self._partition(self._rules, rates)
         steps = self._tie.steps
-        for one, position in self._counted:
-            if one.count != steps[position]:
+        for update_set, position in self._counted:
+            if update_set.count != steps[position]:
                 self._partition(self._rules, self._rates)
                 return
 

@@ -57,18 +57,18 @@ def trace_parts(part: Part) -> Iterator[Part]:
 
     Raises ArgumentError, with the operation's name, if it is no chain or cannot be fused.
     """
-    modes = [(one, one.training) for one in part.module.modules()]
+    modes = [(child, child.training) for child in part.module.modules()]
     try:
         part.module.train()
         graph = _graph(part)
         part.module.eval()
         other = _graph(part)
     finally:
-        for one, mode in modes:
-            one.training = mode
+        for child, mode in modes:
+            child.training = mode
     if str(graph) != str(other):
         pairs = zip(graph.nodes, other.nodes, strict=False)
-        place = next((_line(one) for one, two in pairs if one.format_node() != two.format_node()), "")
+        place = next((_line(left) for left, right in pairs if left.format_node() != right.format_node()), "")
         raise ArgumentError(
             f"module: {part}: {place}forward does different things in train and eval mode; use nn.Dropout for dropout "
             "(functional.dropout cannot be fused), and nothing else that depends on the mode"
@@ -141,7 +141,7 @@ def _chain(graph: fx.Graph, part: Part) -> Iterator[Part]:
             return
         if _is_shape(node):
             continue
-        inputs = [one for one in node.all_input_nodes if not _is_shape(one)]
+        inputs = [source for source in node.all_input_nodes if not _is_shape(source)]
         if node.op == "get_attr" or inputs != [current]:
             raise ArgumentError(
                 f"module: {part}: {_line(node)}a branch or a second operand, such as a residual connection; only a "
@@ -173,19 +173,19 @@ def _operation(node: fx.Node, part: Part) -> Part:
     called: Any = node.target
     name = called if isinstance(called, str) else getattr(called, "__name__", str(called))
     label, line = f"{part}: {name}", _line(node)
-    own = isinstance(called, str) or called in (getattr(torch, name, None), getattr(functional, name, None))
+    of_torch = isinstance(called, str) or called in (getattr(torch, name, None), getattr(functional, name, None))
     unused = ("input", "_stacklevel") if node.kwargs.get("dtype") else ("input", "_stacklevel", "dtype")
     rest, options = node.args[1:], {key: value for key, value in node.kwargs.items() if key not in unused}
-    if own and name in ("contiguous", "clone"):
+    if of_torch and name in ("contiguous", "clone"):
         return Part(label, nn.Identity())
-    if own and name in ("view", "reshape") and _keeps_rows(rest):
+    if of_torch and name in ("view", "reshape") and _keeps_rows(rest):
         return Part(label, nn.Flatten())
-    if own and name == "squeeze" and (rest in ((1,), (-1,)) or options.get("dim") in (1, -1)):
+    if of_torch and name == "squeeze" and (rest in ((1,), (-1,)) or options.get("dim") in (1, -1)):
         return Part(label, nn.Flatten(0))
     if name == "flatten" and not rest:
         # The module's default is 1, the function's 0.
         options = {"start_dim": 0, **options}
-    if own and name.removesuffix("_") in FUNCTIONS:
+    if of_torch and name.removesuffix("_") in FUNCTIONS:
         try:
             return Part(label, FUNCTIONS[name.removesuffix("_")](*rest, **options), line)
         except TypeError as error:

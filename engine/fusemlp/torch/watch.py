@@ -45,20 +45,24 @@ class Watch:
         losses = [loss_fn] if isinstance(loss_fn, nn.Module) else []
         inside = [*module.modules(), *losses]
         options = [(vars(optimizer), name) for name in ("param_groups", "state")]
-        for one in inside:
+        for inner in inside:
             # A traced forward may depend on its module's attributes.
-            if one in losses or type(one) in LIMITS or not type(one).__module__.startswith("torch."):
-                options += [(vars(one), name) for name in vars(one) if not name.startswith("_")]
+            if inner in losses or type(inner) in LIMITS or not type(inner).__module__.startswith("torch."):
+                options += [(vars(inner), name) for name in vars(inner) if not name.startswith("_")]
         self._owners, self._names = zip(*options, strict=True)
-        held = [mapping for one in inside for mapping in (one._modules, one._parameters, one._buffers) if mapping]
-        self._held = [one.values() for one in (optimizer.state, *optimizer.state.values(), *held)]
+        held = [
+            mapping for inner in inside for mapping in (inner._modules, inner._parameters, inner._buffers) if mapping
+        ]
+        self._held = [mapping.values() for mapping in (optimizer.state, *optimizer.state.values(), *held)]
         self._objects = [*chain.from_iterable(self._held), *map(dict.get, self._owners, self._names), *END]
         of_modules = map(hooks_of, module.modules())
         self._hooks = [*chain(*of_modules, *other_hooks(loss_fn, optimizer).values())]
-        self._parameters = [(one, one.data_ptr(), one.requires_grad) for one in module.parameters()]
-        self._weights = [(buffer, buffer._version) for one in losses for buffer in one.buffers()]
+        self._parameters = [
+            (parameter, parameter.data_ptr(), parameter.requires_grad) for parameter in module.parameters()
+        ]
+        self._weights = [(buffer, buffer._version) for loss in losses for buffer in loss.buffers()]
         lists = (optimizer.param_groups, *(group["params"] for group in optimizer.param_groups))
-        self._lists = [(one, len(one)) for one in lists]
+        self._lists = [(entries, len(entries)) for entries in lists]
 
     def unchanged(self) -> bool:
         """Return whether nothing has changed."""
@@ -68,8 +72,8 @@ class Watch:
             # None until the first hook
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 return False
-        for one, length in self._lists:
-            if len(one) != length:
+        for entries, length in self._lists:
+            if len(entries) != length:
                 return False
         for buffer, version in self._weights:
             if buffer._version != version:
