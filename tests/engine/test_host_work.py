@@ -174,15 +174,15 @@ def test_a_divergence_goes_back_to_the_state_before_the_epoch(computing: Card) -
 
 
 def test_the_rows_of_the_next_epoch_are_drawn_before_the_wait(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusemlp.training import orders
+    from fusemlp.training import rows
 
-    drawn = orders.shuffled
+    drawn = rows.shuffled
 
     def draw(backend: str, plan: str, n: int, seed: int, epoch: int) -> Any:
         card.events.append(("drawn", epoch))
         return drawn(backend, plan, n, seed, epoch)
 
-    monkeypatch.setattr(orders, "shuffled", draw)
+    monkeypatch.setattr(rows, "shuffled", draw)
     engine = made()
     engine.fit(X, Y, epochs=1)
     with card.counted() as found:
