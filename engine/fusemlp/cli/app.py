@@ -161,7 +161,7 @@ class Command(_FlagHelp, TyperCommand):
     """A command of ``fusemlp``, whose errors for unknown options and words too many show what was meant."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given, allowed = list(args), ctx.allow_extra_args
+        words_given, allowed = list(args), ctx.allow_extra_args
         ctx.allow_extra_args = True
         try:
             extra = super().parse_args(ctx, args)
@@ -171,7 +171,7 @@ class Command(_FlagHelp, TyperCommand):
                 ctx.fail(f"No such option: {error.option_name}{self._option_meant(error.option_name)}")
             raise
         ctx.allow_extra_args = allowed
-        order = [] if ctx.resilient_parsing else self.make_parser(ctx).parse_args(args=list(given))[2]
+        order = [] if ctx.resilient_parsing else self.make_parser(ctx).parse_args(args=list(words_given))[2]
         for option in order:
             # typer drops all values but the last
             if order.count(option) > 1 and not option.multiple:
@@ -179,7 +179,7 @@ class Command(_FlagHelp, TyperCommand):
                 ctx.fail(f"{option.opts[0]}: {times}; leave all but one out")
         if extra and not allowed and not ctx.resilient_parsing:
             words = " ".join(word if word.isprintable() else repr(word) for word in extra)
-            ctx.fail(f"Got unexpected extra argument(s) ({words}){self._meant(given, extra)}")
+            ctx.fail(f"Got unexpected extra argument(s) ({words}){self._meant(words_given, extra)}")
         return extra
 
     def _option_meant(self, unknown: str) -> str:
@@ -277,13 +277,13 @@ def about(
 def _command(name: str, described: type[Any]) -> Callable[..., None]:
     """Return a function for typer whose parameters are the fields of ``described``, by the panels of --help."""
 
-    def command(**given: Any) -> None:
+    def command(**values: Any) -> None:
         if started() and name != "train":
             raise ArgumentError(
                 f"fusemlp {name.replace('_', '-')}: it runs in one process, and torchrun has started several; {ALONE}"
             )
         module = importlib.import_module(f"fusemlp.cli.{MODULES.get(name, name)}")
-        getattr(module, name)(described(**given))
+        getattr(module, name)(described(**values))
 
     hints = get_type_hints(described)
     ordered = sorted(fields(described), key=lambda field: PANELS.index(field.metadata["panel"]))

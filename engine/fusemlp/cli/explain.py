@@ -51,49 +51,61 @@ def explain(options: ExplainOptions) -> None:
     as_count("rows", options.rows, minimum=1)
     notes: list[str] = []
     options = before_final_fit(options, notes)
-    engine, made, config = open_model(options)
-    image = image_shape(made)
+    engine, preprocessor, config = open_model(options)
+    image = image_shape(preprocessor)
     method = options.method or ("permutation" if image is None else "integrated")
     permuted = check_choice("method", method, EXPLAIN_METHODS) == "permutation"
-    known = made.labels or tuple(map(str, range(made.outputs)))
-    output = _output_index(options.of_class, known, made, permuted=permuted)
-    given = _rows(options, made, config, notes, labelled=permuted)
+    known = preprocessor.labels or tuple(map(str, range(preprocessor.outputs)))
+    output = _output_index(options.of_class, known, preprocessor, permuted=permuted)
+    explained_rows = _rows(options, preprocessor, config, notes, labelled=permuted)
     content: dict[str, Any] = {"run": str(options.run), "data": options.data, "weights": options.weights}
-    content |= {"notes": notes, "method": method, "rows": len(given.chosen)}
-    title = f"{len(given.chosen)} {'test ' if options.data is None else ''}rows, "
+    content |= {"notes": notes, "method": method, "rows": len(explained_rows.chosen)}
+    title = f"{len(explained_rows.chosen)} {'test ' if options.data is None else ''}rows, "
     maps: dict[str, Array] = {}
     if permuted:
-        chosen = given.chosen
-        moved = permutation_importance(engine, made, given.cells[chosen], given.labels[chosen], repeats=REPEATS)
+        chosen = explained_rows.chosen
+        moved = permutation_importance(
+            engine, preprocessor, explained_rows.cells[chosen], explained_rows.labels[chosen], repeats=REPEATS
+        )
         title += f"each column permuted {REPEATS} times"
         unit, beside = f"{moved.metric.replace('_', ' ')} worse by", "deviation"
         names = moved.names if image is None else [f"square {name}" for name in moved.names]
         columns = list(zip(names, moved.worse.tolist(), moved.deviation.tolist(), strict=True))
         table: list[Sequence[Any]] = [("column", "importance", beside), *columns]
     else:
-        X = network_inputs(made, given.cells, engine.precision, given.chosen)
+        X = network_inputs(preprocessor, explained_rows.cells, engine.precision, explained_rows.chosen)
         # from zeros of the inputs, which are black
-        black = np.zeros(made.width) if image is not None and method != "expected" else None
-        from_where: dict[str, Any] = {"background": given.background, "baseline": black}
-        found = column_attributions(engine, made, X, method=method, output=output, **from_where)
+        black = np.zeros(preprocessor.width) if image is not None and method != "expected" else None
+        from_where: dict[str, Any] = {"background": explained_rows.background, "baseline": black}
+        attributions = column_attributions(engine, preprocessor, X, method=method, output=output, **from_where)
         title += "gradient times input" if method == "gradient" else f"{method} gradients"
-        title += f" of {_of_output(engine, made, known, output)}"
+        title += f" of {_of_output(engine, preprocessor, known, output)}"
         unit, beside = "mean absolute attribution", "mean"
-        figures = found.importance.tolist(), found.values.mean(axis=0).tolist()
-        columns = sorted(zip(found.names, *figures, strict=True), key=lambda column: -column[1])
-        explained = [known[at] for at in found.chosen] if len(known) > 1 else [made.target_name] * len(given.chosen)
-        table = _table(found, given, explained)
-        for at in np.unique(found.chosen)[:MOST_CLASSES].tolist() if image is not None else ():
-            maps[known[at]] = found.values[found.chosen == at].mean(axis=0).reshape(image)
+        figures = attributions.importance.tolist(), attributions.values.mean(axis=0).tolist()
+        columns = sorted(zip(attributions.names, *figures, strict=True), key=lambda column: -column[1])
+        explained = (
+            [known[at] for at in attributions.chosen]
+            if len(known) > 1
+            else [preprocessor.target_name] * len(explained_rows.chosen)
+        )
+        table = _table(attributions, explained_rows, explained)
+        for at in np.unique(attributions.chosen)[:MOST_CLASSES].tolist() if image is not None else ():
+            maps[known[at]] = attributions.values[attributions.chosen == at].mean(axis=0).reshape(image)
     shown = columns[:MOST_COLUMNS]
     most = max((abs(importance) for _, importance, _ in shown), default=0.0)
     rows = [[name, spelled(importance, most), spelled(other, most)] for name, importance, other in shown]
     lines = [title, aligned([["column", unit, beside], *rows])]
     lines += [f"{len(columns) - len(shown)} others matter less"] if len(columns) > len(shown) else []
-    content["columns"] = [{"column": name, "importance": one, beside: other} for name, one, other in columns]
+    content["columns"] = [
+        {"column": name, "importance": importance_of, beside: other} for name, importance_of, other in columns
+    ]
     if not permuted and method != "gradient":
-        error = np.abs(found.error)
-        summed = {"mean": error.mean(), "most": error.max(), "difference": np.abs(found.outputs - found.base).mean()}
+        error = np.abs(attributions.error)
+        summed = {
+            "mean": error.mean(),
+            "most": error.max(),
+            "difference": np.abs(attributions.outputs - attributions.base).mean(),
+        }
         content["completeness"] = {name: float(value) for name, value in summed.items()}
         mean, worst, difference = map(spelled, content["completeness"].values())
         lines.append(
@@ -140,24 +152,24 @@ def _of_output(engine: Engine, made: Preprocessor, known: Sequence[str], output:
 
 
 def _rows(
-    options: ExplainOptions, made: Preprocessor, config: dict[str, Any], notes: list[str], *, labelled: bool
+    options: ExplainOptions, preprocessor: Preprocessor, config: dict[str, Any], notes: list[str], *, labelled: bool
 ) -> _Rows:
     """Return the run's test rows or those of ``--data``, at most ``--rows`` of them drawn at random."""
     ids: dict[str, Array] = {}
     labels, background = None, None
     if options.data is None:
-        prepared = own_data(config, made)
+        prepared = own_data(config, preprocessor)
         cells, labels, rows = prepared.test_rows
         background = prepared.train.X
         ids |= prepared.dataset.ids if prepared.dataset.test is None else {}
     else:
         read = options.reading(config, notes)
         if labelled:
-            cells, labels = load_labelled(options.data, made, **read)
+            cells, labels = load_labelled(options.data, preprocessor, **read)
         else:
-            cells = load_features(options.data, made, ids=ids, **read)
+            cells = load_features(options.data, preprocessor, ids=ids, **read)
             try:
-                background = own_data(config, made).train.X
+                background = own_data(config, preprocessor).train.X
             except FusemlpError as error:
                 # several rows are baselines of each other
                 notes.append(f"baselines are these rows, since the training rows are not to be had: {error}")

@@ -92,10 +92,10 @@ def _held_out(options: PredictOptions, coverage: float, config: Mapping[str, Any
     """Return the errors of held-out rows that the run's report keeps, enough of them for the coverage."""
     report = read_json(Run(options.run).report)
     if "held_out" not in report:
-        given = config["options"]
+        trained_with = config["options"]
         if not report:
             reason = "is missing: the training has not come to its end; go on with fusemlp train --resume"
-        elif given.get("validation") is None and given["validation_fraction"] == 0:
+        elif trained_with.get("validation") is None and trained_with["validation_fraction"] == 0:
             reason = (
                 "has no errors of held-out rows, because of --validation-fraction 0; train again without that option"
             )
@@ -132,7 +132,9 @@ def _csv_rows(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: A
             ends = more[name].reshape(len(predicted), -1)
             blocks.append(([name] if count == 1 else [f"{name}_{index}" for index in range(count)], ends.tolist()))
     if "in_set" in more:
-        words = ["|".join(str(label) for label, one in zip(classes, row, strict=True) if one) for row in more["in_set"]]
+        words = [
+            "|".join(str(label) for label, inside in zip(classes, row, strict=True) if inside) for row in more["in_set"]
+        ]
         blocks.append((["set"], [[text] for text in words]))
     if "probabilities" in more:
         blocks.append(([f"probability_{label}" for label in classes], more["probabilities"].tolist()))
@@ -256,10 +258,10 @@ def export(options: ExportOptions) -> None:
         "safetensors": lambda: model_bytes(engine, about),
     }
     # Make both before writing either.
-    made = {argument: contents[argument]() for argument in wanted}
+    written = {argument: contents[argument]() for argument in wanted}
     lines = []
     for argument, file in wanted.items():
-        write_atomically(file, made[argument])
+        write_atomically(file, written[argument])
         lines += [f"{argument} {file}", f"  {_inputs(engine, preprocessor, scaled=bare or argument == 'safetensors')}"]
     shown = {
         "run": str(options.run),

@@ -146,26 +146,26 @@ def lr_find(options: FindOptions) -> None:
         check_plots()
     prepared = prepared_data(options)
     rows, engine = prepared.train, prepared.engine(prepared.recipe)
-    found = engine.lr_find(rows.X, rows.y, sample_weight=rows.weight, start=start, end=end, steps=options.steps)
-    if not found.complete and not options.as_json:
-        print(f"the loss blew up after {len(found.rates)} of {options.steps} updates", file=sys.stderr)
-    shown = np.unique(np.linspace(0, len(found.rates) - 1, TABLE_ROWS).round().astype(int))
+    search = engine.lr_find(rows.X, rows.y, sample_weight=rows.weight, start=start, end=end, steps=options.steps)
+    if not search.complete and not options.as_json:
+        print(f"the loss blew up after {len(search.rates)} of {options.steps} updates", file=sys.stderr)
+    shown = np.unique(np.linspace(0, len(search.rates) - 1, TABLE_ROWS).round().astype(int))
     lines = [
         *prepared.notes,
-        aligned([["rate", "loss"], *([f"{found.rates[i]:.2e}", f"{found.losses[i]:.4g}"] for i in shown)]),
-        f"suggested learning rate {found.suggestion:.2g}",
+        aligned([["rate", "loss"], *([f"{search.rates[i]:.2e}", f"{search.losses[i]:.4g}"] for i in shown)]),
+        f"suggested learning rate {search.suggestion:.2g}",
     ]
     content: dict[str, Any] = {
-        "suggested": found.suggestion,
-        "rates": found.rates,
-        "losses": found.losses,
+        "suggested": search.suggestion,
+        "rates": search.rates,
+        "losses": search.losses,
         "plot": None,
         "notes": list(prepared.notes),
     }
     try:
         if plot is not None:
             title = f"{prepared.dataset.name}: {'-'.join(map(str, engine.network.sizes))}, {engine.optimizer.kind}"
-            write_picture(plot, lambda: sweep_figure(found.rates, found.losses, found.suggestion, literal(title)))
+            write_picture(plot, lambda: sweep_figure(search.rates, search.losses, search.suggestion, literal(title)))
             lines.append(f"plot {plot}")
             content["plot"] = str(plot)
     finally:

@@ -98,7 +98,7 @@ def outcome(report: dict[str, Any]) -> list[str]:
     if report["interrupted"]:
         lines.append(f"interrupted after epoch {report['epochs']}")
     elif report.get("models"):
-        epochs = [one["epochs"] for one in report["models"]]
+        epochs = [model["epochs"] for model in report["models"]]
         spread = f"{min(epochs)}" if min(epochs) == max(epochs) else f"{min(epochs)} to {max(epochs)}"
         lines.append(
             f"{len(epochs)} models after {spread} epochs{': ' if report['stopped'] else ''}{report['stopped']}"
@@ -129,7 +129,7 @@ def outcome(report: dict[str, Any]) -> list[str]:
 def report(options: ReportOptions) -> None:
     """Write ``report.html`` into the run folder, from the run's weights and its own test rows."""
     run = Run(options.run)
-    found = read_json(run.report)
+    scores = read_json(run.report)
     notes: list[str] = []
     engine, preprocessor, config = open_model(before_final_fit(options, notes))
     prepared = own_data(config, preprocessor)
@@ -137,11 +137,11 @@ def report(options: ReportOptions) -> None:
     tried = tuple(note for note in config["data"].get("notes", []) if note not in prepared.notes)
     prepared = replace(prepared, tried=tried)
     test = prepared.test
-    if test is not None and not found.get("diverged"):
-        found["test"] = finite(score(engine, preprocessor, test.X, test.labels, test.weight))
+    if test is not None and not scores.get("diverged"):
+        scores["test"] = finite(score(engine, preprocessor, test.X, test.labels, test.weight))
     table = read_metrics(run)
     history = {name: [row[name] for row in table] for name in table[0] if name != "epoch"} if table else {}
-    write_page(run, engine, prepared, found, history, command=config["command"])
+    write_page(run, engine, prepared, scores, history, command=config["command"])
     content = {"run": str(run.path), "report": str(run.page), "notes": notes}
     show(content, [*notes, f"report {run.page}"], as_json=options.as_json)
 
@@ -150,36 +150,36 @@ def write_page(
     run: Run,
     engine: Engine,
     prepared: Prepared,
-    found: Mapping[str, Any],
+    report: Mapping[str, Any],
     history: Mapping[str, Sequence[float]],
     *,
     command: str,
 ) -> None:
-    """Write ``report.html`` of an engine whose report is ``found``; without a test no model is judged."""
+    """Write ``report.html`` of an engine with its report; without a test no model is judged."""
     about, net, epochs = prepared.summary, engine.network, len(history.get("loss", ()))
     sizes = "-".join(map(str, net.sizes))
-    if prepared.models > 1 and not found.get("diverged"):
+    if prepared.models > 1 and not report.get("diverged"):
         sizes = f"{prepared.models} models of {'-'.join(map(str, prepared.network.sizes))}, merged"
     lines = [
         f"{prepared.training_rows}, {about['test_rows']} test rows ({about['test']}); "
         f"target {prepared.dataset.target_name}",
         f"{sizes}, {net.parameter_count} parameters; {engine.loss.kind}; "
         f"{engine.optimizer.kind}, batch {engine.batch_size}; {epochs} epochs"
-        + (f" in {found['seconds']:.1f} s" if "seconds" in found else ""),
+        + (f" in {report['seconds']:.1f} s" if "seconds" in report else ""),
         command,
         *prepared.notes,
-        *([f"temperature {found['temperature']:.4g} divides the logits"] if "temperature" in found else []),
+        *([f"temperature {report['temperature']:.4g} divides the logits"] if "temperature" in report else []),
     ]
     title = f"{about['name']}: {about['task']} of {prepared.dataset.target_name}"
 
-    def made() -> bytes:
+    def content() -> bytes:
         evidence = None
-        if found.get("test"):
+        if report.get("test"):
             ids = prepared.dataset.ids if prepared.dataset.test is None else {}
             evidence = Evidence(engine, prepared.preprocessor, *prepared.test_rows, ids)
-        return page(title, lines, found, history, evidence).encode(errors="backslashreplace")
+        return page(title, lines, report, history, evidence).encode(errors="backslashreplace")
 
-    write_made("report", run.page, made)
+    write_made("report", run.page, content)
 
 
 def _scaled_best(run: Run, engine: Engine, history: History, temperature: float) -> Path | None:

@@ -93,17 +93,17 @@ def read_all(folder: Path) -> tuple[list[Listed], list[tuple[Path, str]]]:
             candidates = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         except OSError as error:
             raise ArgumentError(f"FOLDER: {str(folder)!r} cannot be read ({error.strerror})") from error
-    found: list[Listed] = []
+    listed: list[Listed] = []
     skipped: list[tuple[Path, str]] = []
     for path in candidates:
         try:
-            found.append(read_run(path))
+            listed.append(read_run(path))
         except CheckpointError as error:
             missing = not Run(path).config.exists()
             skipped.append((path, "no run folder, it has no config.json" if missing else str(error)))
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             skipped.append((path, f"its files are not those of a run ({type(error).__name__}: {error})"))
-    return found, skipped
+    return listed, skipped
 
 
 def read_run(path: Path) -> Listed:

@@ -120,9 +120,9 @@ def column_records(prepared: Prepared) -> list[dict[str, Any]]:
 
     The list is empty for data without named columns.
     """
-    made = prepared.preprocessor
+    preprocessor = prepared.preprocessor
     inputs: Counter[str] = Counter()
-    for name, width in zip(made.sources, made.widths, strict=True):
+    for name, width in zip(preprocessor.sources, preprocessor.widths, strict=True):
         inputs[name] += width
     return [
         {
@@ -136,25 +136,25 @@ def column_records(prepared: Prepared) -> list[dict[str, Any]]:
     ]
 
 
-def column_lines(found: Sequence[Mapping[str, Any]], run: Run) -> list[str]:
+def column_lines(records: Sequence[Mapping[str, Any]], run: Run) -> list[str]:
     """Return ``records`` as aligned text; of a wide table the number of columns of each kind, and the file of all."""
-    if not found:
+    if not records:
         return []
-    if len(found) <= MOST_PRINTED:
+    if len(records) <= MOST_PRINTED:
         rows = [["column", "became", "inputs", "missing"]]
-        for one in found:
-            became = f"{one['became']} ({one['note']})" if one["note"] else one["became"]
-            missing = f"{one['missing']:.1%}" if one["missing"] else ""
-            rows.append([one["column"], became, str(one["inputs"] or ""), missing])
+        for record in records:
+            became = f"{record['became']} ({record['note']})" if record["note"] else record["became"]
+            missing = f"{record['missing']:.1%}" if record["missing"] else ""
+            rows.append([record["column"], became, str(record["inputs"] or ""), missing])
         return aligned(rows, left=2).split("\n")
-    counts = Counter(one["became"] for one in found)
+    counts = Counter(record["became"] for record in records)
     inputs: Counter[str] = Counter()
-    for one in found:
-        inputs[one["became"]] += one["inputs"]
+    for record in records:
+        inputs[record["became"]] += record["inputs"]
     parts = [
         f"{count} {kind}{f' ({inputs[kind]} inputs)' if inputs[kind] else ''}" for kind, count in counts.most_common()
     ]
-    return [f"{len(found)} columns: {', '.join(parts)}; each in {run.columns}"]
+    return [f"{len(records)} columns: {', '.join(parts)}; each in {run.columns}"]
 
 
 def stored_columns(run: Run) -> list[dict[str, Any]]:
@@ -203,7 +203,7 @@ class Session:
 
 def new_session(options: TrainOptions) -> Session:
     """Check everything, then make the run folder."""
-    data, given = data_of(options), options
+    data, asked = data_of(options), options
     if started() and options.models is None:
         options = replace(options, models=1)
     source, options = opened(options)
@@ -216,7 +216,7 @@ def new_session(options: TrainOptions) -> Session:
     check_ranks(options)
     engine = joined(training.new_engine(prepared), options)
     session = Session(Run(folder), options, prepared, engine, options.epochs or 0, tracker)
-    return _with_folder(session, given) if leading() else session
+    return _with_folder(session, asked) if leading() else session
 
 
 def filled_in(options: Any) -> Any:
@@ -306,20 +306,20 @@ def joined(engine: Engine, options: TrainOptions) -> Engine:
     return engine
 
 
-def _with_folder(session: Session, given: TrainOptions) -> Session:
-    """Open the tracker's run, and make the run folder with the configuration; ``given`` are the command's options."""
+def _with_folder(session: Session, asked: TrainOptions) -> Session:
+    """Open the tracker's run, and make the run folder with the configuration; ``asked`` are the command's options."""
     tracker, prepared, engine = session.tracker, session.prepared, session.engine
     if tracker is not None:
         tracker.open(output.tracked_parameters(session.options, engine, session.epochs))
     with output.closing_tracker(tracker):
-        run = create_run(session.run.path, numbered=given.out is None)
+        run = create_run(session.run.path, numbered=asked.out is None)
         try:
             if prepared.start is not None:
                 # a training that was cut off may have to start anew
                 engine.save(run.checkpoint("start"))
             about = configuration(session.options, prepared, engine, session.epochs)
             write_columns(prepared, run)
-            write_json(run.config, {**about, "command": command(given), **own_job(given)})
+            write_json(run.config, {**about, "command": command(asked), **own_job(asked)})
         except OSError:
             # on a full disk: the same command works again
             if not run.config.exists():

@@ -82,19 +82,19 @@ def read_journal(folder: str) -> tuple[Run, dict[str, Any], list[dict[str, Any]]
         mend = "; a run of train goes on with fusemlp train --resume" if config and "sweep" not in config else ""
         raise CheckpointError(f"resume: {folder!r} {reason}{mend}")
     lines = (run.path / JOURNAL).read_text(encoding="utf-8").splitlines(keepends=True)
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for line in lines:
         if not line.endswith("\n"):
             # it was being written
             break
-        with reading(f"resume: line {len(found) + 1} of {str(run.path / JOURNAL)!r}", "start the sweep again"):
-            found.append(stored("line", json.loads(line), dict[str, Any]))
-            if len(found) == 1:
-                stored("fingerprint", found[0]["fingerprint"], str)
-                stored("options", found[0]["options"], SweepOptions)
-    if not found:
+        with reading(f"resume: line {len(entries) + 1} of {str(run.path / JOURNAL)!r}", "start the sweep again"):
+            entries.append(stored("line", json.loads(line), dict[str, Any]))
+            if len(entries) == 1:
+                stored("fingerprint", entries[0]["fingerprint"], str)
+                stored("options", entries[0]["options"], SweepOptions)
+    if not entries:
         raise CheckpointError(f"resume: {folder!r} was cut off before its first line; start the sweep again")
-    return run, found[0], found[1:]
+    return run, entries[0], entries[1:]
 
 
 def member_of(told: Mapping[str, Any], fleet: Fleet) -> Member:
@@ -128,7 +128,7 @@ def sweep(options: SweepOptions) -> None:
     show(content, lines, as_json=options.as_json, warnings=content["worse_than"] or ())
 
 
-def worked(options: SweepOptions, told: Events, runs: list[Path]) -> tuple[dict[str, Any], list[str]]:
+def worked(options: SweepOptions, listener: Events, runs: list[Path]) -> tuple[dict[str, Any], list[str]]:
     """Return the results of a whole sweep, and lines on the best model; append its folder to ``runs``."""
     started = datetime.now()
     if options.resume is not None:
@@ -148,11 +148,13 @@ def worked(options: SweepOptions, told: Events, runs: list[Path]) -> tuple[dict[
             sep="\n",
             file=sys.stderr,
         )
-    told.start("sweep", epochs=plan.epochs, models=len(plan.points), run=str(run.path), config=described_sweep(plan))
+    listener.start(
+        "sweep", epochs=plan.epochs, models=len(plan.points), run=str(run.path), config=described_sweep(plan)
+    )
     began = time.perf_counter()
     try:
         with connected(options.workers, options.address):
-            members, interrupted = trained(plan, run, told, members)
+            members, interrupted = trained(plan, run, listener, members)
     except BaseException:
         # Remove the empty folder, so that the same command works again.
         if options.resume is None and not read_journal(str(run.path))[2]:
@@ -264,7 +266,7 @@ def _with_parameters(plan: Plan, member: Member) -> Member:
     return replace(again, index=member.index)
 
 
-def trained(plan: Plan, run: Run, told: Events, known: Sequence[Member]) -> tuple[list[Member], bool]:
+def trained(plan: Plan, run: Run, listener: Events, known: Sequence[Member]) -> tuple[list[Member], bool]:
     """Train the models that are not ``known``; return all that have ended in the order of the points, and True if
     Ctrl-C came before the end."""
     options = plan.options
@@ -282,7 +284,7 @@ def trained(plan: Plan, run: Run, told: Events, known: Sequence[Member]) -> tupl
                 add_to_journal(run, member)
                 members[member.index] = member
                 update(members.values())
-                told.model(member, len(plan.points), plan.points[member.index])
+                listener.model(member, len(plan.points), plan.points[member.index])
                 output.record_model(options, run.path.name, member, plan.trained_by[member.index], plan.epochs)
                 seldom.do(lambda: write_results(plan, run, members.values()))
 

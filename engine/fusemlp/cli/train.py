@@ -195,7 +195,7 @@ def check_data(prepared: Prepared, fingerprint: str, source: str | None, what: s
 
 def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Session:
     """Return the run at its last checkpoint; refuse other data and options that would change the run."""
-    given, mark = check_kept(options, _FREE, "run"), own_job(options)
+    changes, mark = check_kept(options, _FREE, "run"), own_job(options)
     if leading():
         lock(Run(Path(folder)))
     run, config = open_run(folder)
@@ -206,8 +206,8 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
         )
     stored = options_of(config)
     now = {name: getattr(options, name) for name in ("as_json", "quiet")}
-    options = replace(stored, **{**now, **given})
-    epochs = as_count("epochs", given.get("epochs", config["epochs"]))
+    options = replace(stored, **{**now, **changes})
+    epochs = as_count("epochs", changes.get("epochs", config["epochs"]))
     if epochs < config["epochs"]:
         raise ArgumentError(f"epochs: the run was to have {config['epochs']}, which can only be raised, got {epochs}")
     if epochs > config["epochs"] and stored.dp_epsilon is not None:
@@ -295,18 +295,18 @@ def follow(options: TrainOptions, *, again: bool) -> None:
     train_model(session.prepared, session.engine, Listeners([recorder]))
 
 
-def trained(session: Session, told: Events) -> tuple[dict[str, Any], list[str], DivergenceError | None]:
+def trained(session: Session, listener: Events) -> tuple[dict[str, Any], list[str], DivergenceError | None]:
     """Return the results of a whole training, lines on them, and the error if it diverged."""
     options, run, prepared = session.options, session.run, session.prepared
     table = columns.stored_columns(run)
     if not options.quiet:
         print(*columns.column_lines(table, run), describe_training(session), sep="\n", file=sys.stderr)
     about = {"run": str(run.path), "config": read_json(run.config)}
-    told.start("train", epochs=session.epochs, epoch=session.engine.epochs_trained, **about)
+    listener.start("train", epochs=session.epochs, epoch=session.engine.epochs_trained, **about)
     listeners = Listeners(
-        recorders(session, told),
-        lambda member: _tell_model(session, told, member),
-        lambda engine: _record_merged(session, told, engine),
+        recorders(session, listener),
+        lambda member: _tell_model(session, listener, member),
+        lambda engine: _record_merged(session, listener, engine),
         (lambda line: None) if options.quiet else (lambda line: print(line, file=sys.stderr)),
     )
     result = train_prepared(prepared, session.engine, listeners=listeners, scheduled=session.scheduled)

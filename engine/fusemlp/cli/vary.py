@@ -57,27 +57,27 @@ def spelled_value(value: Any) -> str:
     return repr(value)
 
 
-def parsed_axes(given: Sequence[str], *, seeds: int | None = None, first: int = 0) -> tuple[Axis, ...]:
+def parsed_axes(words_of: Sequence[str], *, seeds: int | None = None, first: int = 0) -> tuple[Axis, ...]:
     """Parse each ``--vary``; ``seeds`` adds as many seeds, from ``first`` on, as the last parameter.
 
     Raises ArgumentError for bad syntax, unknown names and names given twice.
     """
-    if not given and seeds is None:
+    if not words_of and seeds is None:
         raise ArgumentError(f"vary: say what the models differ in: --vary {FORMS}")
-    found: dict[str, Axis] = {}
-    for words in given:
+    by_name: dict[str, Axis] = {}
+    for words in words_of:
         axis = _axis(words)
-        if axis.name in found:
+        if axis.name in by_name:
             raise ArgumentError(f"vary: {axis.name} is there twice; give all its values in one: --vary {axis.name}=...")
-        found[axis.name] = axis
+        by_name[axis.name] = axis
     if seeds is not None:
         count = as_count("seeds", seeds, minimum=1)
-        if "seed" in found:
+        if "seed" in by_name:
             raise ArgumentError("seeds: --vary seed=... has the seeds; give one of the options")
         if count > MOST_VALUES:
             raise ArgumentError(f"seeds: expected at most {MOST_VALUES}, got {count}")
-        found["seed"] = Axis("seed", tuple(range(first, first + count)), "linear")
-    return tuple(found.values())
+        by_name["seed"] = Axis("seed", tuple(range(first, first + count)), "linear")
+    return tuple(by_name.values())
 
 
 def combinations(
@@ -239,10 +239,10 @@ def planned(options: SweepOptions) -> Plan:
         # One seed is no mean: train as without the option.
         options = replace(options, seeds=None)
     axes = parsed_axes(options.vary or (), seeds=options.seeds, first=options.seed)
-    given = given_options(options)
+    asked = given_options(options)
     for axis in axes:
         for option in OPTIONS.get(axis.name, (axis.name,)):
-            if option in given and not (axis.name == "seed" and options.seeds is not None):
+            if option in asked and not (axis.name == "seed" and options.seeds is not None):
                 instead = "; --split-seed decides the rows" if option == "seed" else ""
                 raise ArgumentError(
                     f"{option}: it is what the models differ in (--vary {axis.name}); give one{instead}"

@@ -28,7 +28,7 @@ _GONE = ("free", "trades")
 
 def chosen(
     options: Any,
-    made: Preprocessor,
+    preprocessor: Preprocessor,
     X: Array,
     cells: Array,
     *,
@@ -43,32 +43,32 @@ def chosen(
     options that do not go together, and for inputs that no small change of a cell can give.
     """
     kind = getattr(options, option)
-    given = {name: value for name in _FIELDS if (value := getattr(options, name, None)) is not None}
+    values = {name: value for name in _FIELDS if (value := getattr(options, name, None)) is not None}
     if kind is None or isinstance(kind, Attack | IBP):
-        for name in given:
+        for name in values:
             mend = f"give --{option} too, such as --{option} pgd" if kind is None else "the object given has it"
             raise ArgumentError(f"{name}: it is of an attack; {mend}")
         if kind is None:
             return None
-        _check_columns(option, made, cells)
+        _check_columns(option, preprocessor, cells)
         attack: Attack | IBP = kind
         return attack
     if kind in _GONE:
         raise ArgumentError(f"{option}: {kind} is gone; train against pgd, which takes its place")
     described: Callable[..., Attack | IBP] = kinds[check_choice(option, kind, kinds)]
-    if "attack_eps" not in given:
+    if "attack_eps" not in values:
         raise ArgumentError(
             "attack_eps: say how far an input may move, in its units after --scale, such as --attack-eps 0.1"
         )
-    for name in given:
+    for name in values:
         if not _has(kinds[kind], _FIELDS[name]):
             having = [other for other, cls in kinds.items() if _has(cls, _FIELDS[name])]
             raise ArgumentError(f"{name}: {kind} {_ABSENT[kind]}; leave it out, or take {one_of(having)}")
-    _check_columns(option, made, cells)
-    within = image_shape(made) is not None and made.scale == "none"
+    _check_columns(option, preprocessor, cells)
+    within = image_shape(preprocessor) is not None and preprocessor.scale == "none"
     bounds = (float(X.min()), float(X.max())) if within and X.min() < X.max() else None
     try:
-        return described(**{_FIELDS[name]: value for name, value in given.items()}, bounds=bounds)
+        return described(**{_FIELDS[name]: value for name, value in values.items()}, bounds=bounds)
     except ArgumentError as error:
         raise ArgumentError(f"attack_{error}") from None
 
@@ -77,18 +77,24 @@ def _has(kind: type[Any], name: str) -> bool:
     return name in {field.name for field in fields(kind)}
 
 
-def _check_columns(option: str, made: Preprocessor, cells: Array) -> None:
+def _check_columns(option: str, preprocessor: Preprocessor, cells: Array) -> None:
     """Refuse words, dates, missing cells and pieces: their inputs do not move by themselves."""
     unfit: dict[str, Iterable[bool]] = {
-        "words": [words is not None for words in made.categories],
-        "dates": [name != source for name, source in zip(made.feature_names, made.sources, strict=True)],
-        "missing cells": made.missing_inputs
-        if any(made.missing_inputs)
+        "words": [words is not None for words in preprocessor.categories],
+        "dates": [
+            name != source for name, source in zip(preprocessor.feature_names, preprocessor.sources, strict=True)
+        ],
+        "missing cells": preprocessor.missing_inputs
+        if any(preprocessor.missing_inputs)
         else [np.isnan(column).any() for column in cells.T],
-        "pieces of numbers (--scale piecewise)": [made.pieces(at) > 1 for at in range(len(made.feature_names))],
+        "pieces of numbers (--scale piecewise)": [
+            preprocessor.pieces(at) > 1 for at in range(len(preprocessor.feature_names))
+        ],
     }
     for what, columns in unfit.items():
-        named = [*dict.fromkeys(repr(name) for name, holds in zip(made.sources, columns, strict=False) if holds)]
+        named = [
+            *dict.fromkeys(repr(name) for name, holds in zip(preprocessor.sources, columns, strict=False) if holds)
+        ]
         if named:
             raise ArgumentError(
                 f"{option}: a small change of an input means nothing for {what}, which are inputs of "

@@ -101,7 +101,7 @@ def with_preset(recipe: Model, rows: int, *, classify: bool) -> tuple[Model, int
     if not isinstance(recipe, TableRecipe):
         return recipe, 1, []
     changed = given_options(recipe)
-    given = {name: name in changed for name in presets.TABM}
+    asked = {name: name in changed for name in presets.TABM}
     widths = hidden_widths(recipe.hidden)
     against = presets.obstacles(recipe, activations=activation_names(recipe), widths=widths)
     for name, reason in _OTHERS.items():
@@ -115,13 +115,13 @@ def with_preset(recipe: Model, rows: int, *, classify: bool) -> tuple[Model, int
     if started():
         against["preset"] = "several processes of torchrun train a plain network; leave it out"
     # a resumed run has its preset in its options; the members' training is the longer one
-    own = any(given.values()) or any(
+    designed = any(asked.values()) or any(
         value is not None for value in (recipe.models, getattr(recipe, "resume", None), recipe.time_limit)
     )
-    name, note = presets.chosen(recipe.preset, rows, against, classify=classify, own=own)
+    name, note = presets.chosen(recipe.preset, rows, against, classify=classify, own=designed)
     if name == "plain":
         return recipe, 1, [note] if note else []
-    changes = presets.changes(given, rows)
+    changes = presets.changes(asked, rows)
     if "hidden" in changes:
         changes["hidden"] = [",".join(map(str, changes["hidden"]))]
     words = ", ".join(f"{name} {value[0] if name == 'hidden' else value}" for name, value in changes.items())
@@ -253,25 +253,25 @@ def loss_name(recipe: ModelRecipe, task: str, classes: int) -> str:
     return name
 
 
-def class_weights(given: Any, codes: Array, labels: Sequence[Any]) -> list[float] | None:
+def class_weights(asked: Any, codes: Array, labels: Sequence[Any]) -> list[float] | None:
     """Return a weight for each of the classes ``labels``: as given, or balanced: rows / (present classes * rows of the
     class). A mapping gives those of some classes, and 1 to the others."""
-    if given is None:
+    if asked is None:
         return None
-    if isinstance(given, str) and given == "balanced":
+    if isinstance(asked, str) and asked == "balanced":
         return balanced(codes, len(labels))
-    if isinstance(given, Mapping):
-        strange = [label for label in given if label not in labels]
+    if isinstance(asked, Mapping):
+        strange = [label for label in asked if label not in labels]
         if strange:
             raise ArgumentError(
                 f"class_weight: {strange[0]!r} is none of the classes {one_of(map(repr, labels), 'and')}"
             )
-        return [as_number("class_weight", given.get(label, 1.0), low=0.0) for label in labels]
-    numbers = _numbers("class_weight", given) if isinstance(given, str) else list(given)
+        return [as_number("class_weight", asked.get(label, 1.0), low=0.0) for label in labels]
+    numbers = _numbers("class_weight", asked) if isinstance(asked, str) else list(asked)
     weights = [as_number("class_weight", number, low=0.0) for number in numbers]
     if len(weights) != len(labels):
         raise ArgumentError(
-            f"class_weight: expected balanced, or {len(labels)} numbers, one for each class, got {given!r}"
+            f"class_weight: expected balanced, or {len(labels)} numbers, one for each class, got {asked!r}"
         )
     return weights
 
@@ -301,14 +301,14 @@ def optimizer(recipe: ModelRecipe, schedule: Schedule | None = None) -> Optimize
         changed = given_options(recipe)
         changes: Any = {"lr": rate, **{name: changed[name] for name in names if name in changed}}
         return replace(recipe.optimizer, **changes)
-    given = _chosen(recipe, "optimizer", recipe.optimizer, OPTIMIZERS)
+    arguments = _chosen(recipe, "optimizer", recipe.optimizer, OPTIMIZERS)
     described = OPTIMIZERS[recipe.optimizer]
-    if "betas" in given:
+    if "betas" in arguments:
         usual: Any = described()
         betas = zip((recipe.beta1, recipe.beta2), usual.betas, strict=True)
-        given["betas"] = tuple(default if beta is None else beta for beta, default in betas)
-    given |= {name: getattr(recipe, name) for name in names}
-    return _made("optimizer", described, rate, **given)
+        arguments["betas"] = tuple(default if beta is None else beta for beta, default in betas)
+    arguments |= {name: getattr(recipe, name) for name in names}
+    return _made("optimizer", described, rate, **arguments)
 
 
 def learning_rate(recipe: ModelRecipe) -> float | Schedule:
@@ -334,26 +334,26 @@ def schedule(recipe: FitRecipe, *, rows: int, epochs: int) -> Schedule:
         if kind != "constant" or recipe.warmup:
             raise ArgumentError(f"schedule: lr is a schedule already, {rate}; give one of the two")
         return rate
-    given = _chosen(recipe, "schedule", kind, SCHEDULES)
+    arguments = _chosen(recipe, "schedule", kind, SCHEDULES)
     described = SCHEDULES[kind]
     batch_size = min(as_count("batch_size", recipe.batch_size), rows)
     batches = rows // batch_size if recipe.drop_last else -(-rows // batch_size)
     if is_private(recipe):
         batches = steps_of_an_epoch(rows, batch_size)
     each = batches / as_count("accumulate", recipe.accumulate)
-    given["warmup"] = round(as_number("warmup", recipe.warmup, low=0.0) * each)
+    arguments["warmup"] = round(as_number("warmup", recipe.warmup, low=0.0) * each)
     if "steps" in {field.name for field in fields(described)}:
-        given["steps"] = max(1, int(epochs * each) - given["warmup"])
+        arguments["steps"] = max(1, int(epochs * each) - arguments["warmup"])
     if kind == "step":
         if recipe.lr_step is None:
             raise ArgumentError("lr_step: the schedule step needs it: --lr-step 10 for a reduction every ten epochs")
         length = as_number("lr_step", recipe.lr_step, low=0.0, low_open=True)
-        given["every"] = max(1, round(length * each))
+        arguments["every"] = max(1, round(length * each))
     if kind == "exponential":
         if recipe.lr_gamma is None:
             raise ArgumentError("lr_gamma: the schedule exponential needs it: --lr-gamma 0.95 for 5 % less each epoch")
-        given["gamma"] = as_number("lr_gamma", recipe.lr_gamma, low=0.0, low_open=True) ** (1.0 / each)
-    return _made("schedule", described, rate, **given)
+        arguments["gamma"] = as_number("lr_gamma", recipe.lr_gamma, low=0.0, low_open=True) ** (1.0 / each)
+    return _made("schedule", described, rate, **arguments)
 
 
 def check_single(recipe: TableRecipe, kind: str) -> None:

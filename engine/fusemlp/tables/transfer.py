@@ -103,8 +103,8 @@ class Source:
             dataset, rows, loss=loss, scale=like.scale, log_targets=bool(new and recipe.log_target)
         )
         names = (*_OF_DATA, *(_OF_TARGET if new else ()))
-        made = replace(like, **{name: getattr(fitted, name) for name in names})
-        sizes = (*known.sizes[:-1], network_ends(made, loss)[1])
+        preprocessor = replace(like, **{name: getattr(fitted, name) for name in names})
+        sizes = (*known.sizes[:-1], network_ends(preprocessor, loss)[1])
         dropouts = (
             descriptions.network(sizes, recipe).dropouts if descriptions.dropout_rates(recipe) else known.dropouts
         )
@@ -118,7 +118,7 @@ class Source:
         parameters, kept = taken_over(net, self.engine.state_dict(), known.layers - 1 if new else known.layers)
         about = {"run": str(self.run.path.absolute()), "layers": kept, "of_layers": known.layers}
         about |= {"new_output_layer": new or None, **{name: getattr(recipe, name) for name in _OWN}}
-        return made, net, Start(parameters, about)
+        return preprocessor, net, Start(parameters, about)
 
     def _difference(self, dataset: Dataset, loss: str, recipe: TableRecipe) -> str:
         """Return the reason for which the target is not that of the run; empty if it means the same."""

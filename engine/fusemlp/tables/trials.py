@@ -56,8 +56,8 @@ def chosen(
     parts = _parts(dataset, some, seed)
 
     def errors(options: Sequence[tuple[str, bool]]) -> list[float]:
-        made = (fit_preprocessor(dataset, some, loss=loss, scale=one, log_targets=log) for one, log in options)
-        return [_error(dataset, some, parts, one, fleet(*network_ends(one, loss)), limit) for one in made]
+        preprocessor = (fit_preprocessor(dataset, some, loss=loss, scale=one, log_targets=log) for one, log in options)
+        return [_error(dataset, some, parts, one, fleet(*network_ends(one, loss)), limit) for one in preprocessor]
 
     def tell(found: tuple[float, float], note: str) -> None:
         if math.isnan(sum(found)):
@@ -159,7 +159,7 @@ def _error(
     dataset: Dataset,
     rows: Array,
     parts: Sequence[Fold],
-    made: Preprocessor,
+    preprocessor: Preprocessor,
     fleet: Fleet,
     time_limit: float | None,
 ) -> float:
@@ -167,12 +167,12 @@ def _error(
 
     Infinite if a model diverged, NaN if the time was too short for more than ``PATIENCE`` epochs.
     """
-    classify = made.classes is not None
-    X, labels = made.transform_features(dataset.X[rows]), dataset.y[rows]
+    classify = preprocessor.classes is not None
+    X, labels = preprocessor.transform_features(dataset.X[rows]), dataset.y[rows]
     kept, held_out = ([part[place] for part in parts] for place in (0, 1))
     results = fleet.fit(
         X,
-        made.encode_targets(labels),
+        preprocessor.encode_targets(labels),
         epochs=EPOCHS,
         early_stopping=PATIENCE,
         rows=kept,
@@ -188,7 +188,7 @@ def _error(
         if classify:
             total += member.scores["val_loss"] * len(held)
         else:
-            found = made.decode_predictions(member.engine.predict(X[held]))
-            total += float(np.sum((found - labels[held]) ** 2)) / found[0].size
+            predicted = preprocessor.decode_predictions(member.engine.predict(X[held]))
+            total += float(np.sum((predicted - labels[held]) ** 2)) / predicted[0].size
     mean = total / sum(map(len, held_out))
     return mean if classify else float(np.sqrt(mean))
