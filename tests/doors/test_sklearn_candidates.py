@@ -66,7 +66,7 @@ class Launches:
 
 
 class Taken:
-    """How many fits were set up and trained before scikit-learn asked for them."""
+    """The number of fits that were set up and trained before scikit-learn asked for them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.taken, finish = 0, Candidates._finish

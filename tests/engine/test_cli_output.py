@@ -157,7 +157,7 @@ def test_a_full_disk_in_a_sweep(
 ) -> None:
     sweep = ("sweep", "iris", "--vary", "seed=0,1,2", "--epochs", "1", "--quiet", "--out", tmp_path / "run")
     with monkeypatch.context() as patch:
-        full(patch, journal, "add", lambda run, member: member.index == 1)
+        full(patch, journal, "add_to_journal", lambda run, member: member.index == 1)
         assert run(*sweep) == 1
     error = capsys.readouterr().err
     assert error.endswith(

@@ -227,10 +227,10 @@ class TestSweeps:
     def test_what_cannot_go_on_is_refused(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         data = tmp_path / "data.csv"
         data.write_text("a,y\n" + "".join(f"{n},{n % 2}\n" for n in range(60)))
-        sweep = ("sweep", data, "--target", "y", "--vary", "lr=0.01,0.1", "--epochs", "1", "--out", tmp_path / "cut")
+        words = ("sweep", data, "--target", "y", "--vary", "lr=0.01,0.1", "--epochs", "1", "--out", tmp_path / "cut")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sweep, "close_journal", lambda run: None)
-            assert run(*sweep, "--quiet") == 0
+            assert run(*words, "--quiet") == 0
         data.write_text(data.read_text() + "1,1\n")
         (tmp_path / "none").mkdir()
         wrong: list[tuple[Sequence[Any], int, str]] = [

@@ -14,6 +14,7 @@ import numpy as np
 
 from fusemlp import DPSGD, MLP, PGD, SGD, Adam, CrossEntropy, Engine
 from fusemlp.program.step import Inputs
+from fusemlp.runtime.steps import bind
 from fusemlp_kernels.triton import configs
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -57,7 +58,7 @@ def launches(target: str, precision: str) -> list[kernel_launches.Recorded]:
                 name: engine.memory.backend.from_host(array, {"x": "compute"}.get(name)) for name, array in data.items()
             }
             inputs = Inputs(20, indexed=True)
-            engine.bind(inputs, engine.loss.spec(accuracy=True), engine.optimizer.rule(), 20, arrays).run()
+            bind(engine, inputs, engine.loss.spec(accuracy=True), engine.optimizer.rule(), 20, arrays).run()
     return found
 
 

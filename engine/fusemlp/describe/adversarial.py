@@ -1,4 +1,4 @@
-"""What a network trains against, as descriptions: attacks on its inputs, and interval bounds of its outputs.
+"""Attacks on the inputs of a network, and interval bounds of its outputs, as descriptions of what it trains against.
 
 Attacks serve ``Engine.attack`` and adversarial training; interval bounds are those of Gowal et al., "On the
 effectiveness of interval bound propagation for training verifiably robust models", 2018.

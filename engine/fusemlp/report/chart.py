@@ -63,7 +63,7 @@ class Chart:
 
     @property
     def summary(self) -> str:
-        """What the chart shows, in words."""
+        """The chart in words."""
         ends = [(line.name, *line.finite[[0, -1], 1]) for line in self.lines if len(line.finite)]
         return f"{self.title}: " + "; ".join(f"{name} from {first:.4g} to {last:.4g}" for name, first, last in ends)
 

@@ -141,6 +141,7 @@ class Session:
         # older files do not have them
         self.normalise = stored("normalise", config.get("normalise"), bool | None)
         self.ledger = Ledger.from_config(config.get("privacy"), self.batch_size)
+        check_together(self.described)
 
     def start(self, machine: Machine) -> None:
         """Choose the backend and allocate; everything that a pickle does not carry."""
@@ -260,21 +261,22 @@ class Session:
             self.memory.restore(before)
 
     @property
+    def described(self) -> Features:
+        """The features of its description, for ``conflicts``."""
+        features = in_use(privacy=self.privacy, normalise=self.normalise, **{self.precision: True})
+        return {**self.network.uses, **self.loss.uses, **self.optimizer.uses, **features}
+
+    @property
     def uses(self) -> Features:
-        """The features that it uses, for ``conflicts``."""
+        """The features that it uses where it trains, for ``conflicts``."""
         on_host, asked = self.backend == "numpy", self.plan_reason == ASKED
-        own = in_use(
-            privacy=self.privacy,
-            ranks="distributed" if self.ranks.together else None,
-            normalise=self.normalise,
-            **{
-                self.precision: True,
-                self.backend: True,
-                "eager host": on_host and self.plan == "eager",
-                "resident kernel": asked and not on_host and self.plan == "resident",
-            },
-        )
-        return {**self.network.uses, **self.loss.uses, **self.optimizer.uses, **own}
+        features = {
+            "ranks": "distributed" if self.ranks.together else None,
+            self.backend: True,
+            "eager host": on_host and self.plan == "eager",
+            "resident kernel": asked and not on_host and self.plan == "resident",
+        }
+        return {**self.described, **in_use(**features)}
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Go back to a snapshot of the memory, or to what it remembered."""

@@ -55,7 +55,7 @@ from fusemlp_kernels.errors import ArgumentError, DataError, unknown_name
 
 log = logging.getLogger("fusemlp.sklearn")
 
-# What the fields of the recipe say otherwise, or the command line lacks.
+# Help for parameters that the command line lacks or words otherwise.
 _HELP = {
     "activation": "One for all hidden layers, or one for each: names, or objects such as LeakyReLU(0.1).",
     "dropout": "Probability of dropping a hidden unit in a training step; one, or one for each hidden layer.",

@@ -95,7 +95,7 @@ class Prepared:
 
     @property
     def validates(self) -> bool:
-        """Whether rows are held out to validate on."""
+        """True if rows are held out to validate on."""
         return self.validation is not None or bool(self.folds)
 
     def _tested_by(self) -> str:

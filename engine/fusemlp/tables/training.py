@@ -52,7 +52,7 @@ class Trained:
 
 @dataclass(frozen=True, eq=False)
 class Listeners:
-    """What hears of a training.
+    """The listeners of a training.
 
     ``callbacks`` see the epochs of one model. ``model`` gets each of several models that has ended, and ``merged`` the
     one that was made of them; ``say`` gets lines.

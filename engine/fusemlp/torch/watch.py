@@ -1,4 +1,4 @@
-"""What a fused step must notice: changes of the module, its loss or its optimizer, in about two microseconds, and
+"""Notice before a fused step: changes of the module, its loss or its optimizer, in about two microseconds, and
 calls of PyTorch that do nothing beside it."""
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ BY_ITSELF = REDUCTIONS.index("rows")
 # The place of a trained tensor in the arenas, its factor of the learning rate and its weight decay.
 TENSOR = _record("offset size", "lr_factor decay")
 
-# How a phase is cut, its rows of calls, its tasks or blocks, and the first of its tasks; the pieces of a task; the row
+# The cut of a phase, its rows of calls, its tasks or blocks, and the first of its tasks; the pieces of a task; the row
 # of calls of a piece and a part of a tensor: rows and columns of a weight matrix, elements of a bias, elements of one
 # tensor of an update.
 BY_ROWS, BY_PIECES, AT_ONCE = range(3)
