@@ -163,6 +163,7 @@ def lower(case: Feature, backend: str) -> None:
         plan=machine["plan"], plan_reason="" if machine["plan"] == "auto" else ASKED, privacy=privacy,
         ranks=SimpleNamespace(together=bool(ranks)), normalise=machine["normalise"] is not None,
     )  # fmt: skip
+    asked.described = Session.described.fget(asked)
     fit = {name: value for name, value in case.fit.items() if name not in ("y", "sample_weight", "validation_data")}
     plan = FitPlan(epochs=1, **fit)
     beside = {name: case.fit.get(name) for name in ("sample_weight", "validation_data")}
