@@ -115,7 +115,8 @@ def _chance_loss(engine: Trainer) -> float | None:
 
 
 def _in_use(engine: Trainer) -> list[str]:
-    return [word for feature, word in REMEDIES.items() if feature in engine.uses]
+    features = engine.uses
+    return [word for feature, word in REMEDIES.items() if feature in features]
 
 
 def _opponent(plan: FitPlan) -> dict[str, Any] | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate, chain, starmap
+from itertools import accumulate, chain
+from operator import mul
 from struct import pack
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,12 @@ Run = Callable[..., object]
 
 # The places of the fields of records, in words of eight bytes.
 HEAD, CALL = ({name: place for place, name in enumerate(record.names or ())} for record in (t.HEAD, t.CALL))
+
+# The parts of a table: the format of their records, as ``struct`` has it, and the bytes of one.
+PARTS = t.HEAD, t.CALL, t.TENSOR, t.PHASE, t.TASK, t.PIECE
+_KINDS = [[field[0].kind for field in (record.fields or {}).values()] for record in PARTS]
+FORMATS = [f"{kinds.count('i')}q{kinds.count('f')}d" for kinds in _KINDS]
+SIZES = [record.itemsize for record in PARTS]
 
 STEPS, STEP, AT_PHASE, TOGETHER, PRODUCT = (HEAD[name] for name in ("steps", "step", "phase", "together", "product"))
 
@@ -94,7 +101,7 @@ class CallTable:
 
     def _array(self, record: Operand, array: Array, operands: Mapping[str, Any]) -> Array:
         """The array, or a copy that follows it."""
-        dtype, _ = expected(record, operands)
+        dtype = expected(record, operands)[0] if record.shape == "target" else record.dtype
         wanted = self.real if dtype in ("real", "compute") else np.dtype(dtype)
         flags = array.flags
         if array.dtype == wanted and flags.c_contiguous and flags.aligned:
@@ -252,11 +259,11 @@ class CallTable:
             lanes=self.scratch(cut.most, lanes_row, dtype=np.uint64) if lanes_row else None,
         )  # fmt: skip
         work = loop_of(self.names, self.real, alone=alone)
-        parts = (t.TENSOR, self.tensors), (t.PHASE, cut.phases), (t.TASK, cut.tasks), (t.PIECE, cut.pieces)
-        counts = [(t.HEAD, 1), (t.CALL, len(self.rows)), *((record, len(entries)) for record, entries in parts)]
-        words = chain(self.words, *(chain.from_iterable(entries) for _, entries in parts))
-        memory = np.frombuffer(bytearray(pack("=" + "".join(starmap(_format, counts)), *words)), np.int64)
-        starts = list(accumulate(record.itemsize * count for record, count in counts))
+        parts: list[Sequence[Sequence[float]]] = [self.tensors, cut.phases, cut.tasks, cut.pieces]
+        counts = [1, len(self.rows), *map(len, parts)]
+        words = chain(self.words, *chain.from_iterable(parts))
+        memory = np.frombuffer(bytearray(pack("=" + "".join(map(mul, FORMATS, counts)), *words)), np.int64)
+        starts = list(accumulate(map(mul, SIZES, counts)))
         self.bound = memory, starts, work, self.real, cut.most
         return copied(_launch(*self.bound, self.kept), self.before, self.after)
 
@@ -281,12 +288,6 @@ class CallTable:
 def _start(row: int) -> int:
     """The word with which a row of calls begins."""
     return len(HEAD) + row * len(CALL)
-
-
-def _format(record: np.dtype[np.void], count: int) -> str:
-    """The format of some records side by side, as ``struct`` has it."""
-    kinds = [field[0].kind for field in (record.fields or {}).values()]
-    return f"{kinds.count('i')}q{kinds.count('f')}d" * count
 
 
 def _launch(memory: Array, starts: Sequence[int], work: Any, real: Any, tasks: int, kept: Any) -> Run:
