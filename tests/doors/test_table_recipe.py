@@ -119,6 +119,7 @@ def test_objects_stand_for_the_words_of_the_command_line(tmp_path: Path) -> None
         ({"attack_eps": 0.1}, "attack_eps: it is of an attack; give --adversarial too"),
         ({"freeze": 1}, "freeze: it is for layers that have learned already"),
         ({"dp_clip": 1.0}, "dp_clip: it is for private training"),
+        ({"dp_epsilon": 3.0, "models": 2}, "models: private training makes one model"),
         ({"test_fraction": 1.0}, "test_fraction: expected"),
         ({"class_weight": {"maybe": 2.0}}, "class_weight: 'maybe' is none of the classes 'no' and 'yes'"),
     ],

@@ -87,8 +87,7 @@ def train_table(
     recipe = descriptions.filled_in(recipe, table=bool(dataset.roles), validates=validates)
     prepared = prepare(recipe, dataset, source=source, weight=weight, needs_rows=needs_rows)
     prepared = settled(prepared)
-    engine = new_engine(prepared) if prepared.models == 1 else None
-    trained = train(prepared, engine, listeners=listeners or Listeners())
+    trained = train(prepared, new_engine(prepared), listeners=listeners or Listeners())
     if trained.failure is not None:
         raise trained.failure
     return trained
@@ -183,10 +182,10 @@ def fleet_of(prepared: Prepared, initial: Sequence[Mapping[str, Array]] = (), *,
     )
 
 
-def train(prepared: Prepared, engine: Engine | None, *, listeners: Listeners, scheduled: int | None = None) -> Trained:
+def train(prepared: Prepared, engine: Engine, *, listeners: Listeners, scheduled: int | None = None) -> Trained:
     """Train to the end, the time limit, Ctrl-C, or a loss that is not finite; then judge, and fit to all rows.
 
-    ``engine`` is new, or at the checkpoint of a training that goes on; several models need none. The schedule of
+    ``engine`` is new, or at the checkpoint of a training that goes on; several models are trained anew. The schedule of
     several spans ``scheduled`` epochs, by default the recipe's.
     """
     recipe, arguments, parts = recipe_of(prepared), fit_arguments(prepared), list[tuple[Engine, Array]]()
@@ -198,7 +197,6 @@ def train(prepared: Prepared, engine: Engine | None, *, listeners: Listeners, sc
         trained, parts = _train_models(prepared, arguments, scheduled or arguments["epochs"], listeners)
         listeners.merged(trained.engine)
     else:
-        assert engine is not None, "a single model has one"
         trained = train_model(prepared, engine, listeners, seconds)
     if trained.failure is not None:
         return trained
