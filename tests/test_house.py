@@ -19,7 +19,7 @@ BUDGETS = {
     "engine/fusemlp/report": 2_810,
     "engine/fusemlp/runtime": 3_620,
     "engine/fusemlp/sklearn": 3_020,
-    "engine/fusemlp/tables": 2_050,
+    "engine/fusemlp/tables": 2_060,
     "engine/fusemlp/torch": 2_550,
     "engine/fusemlp/training": 2_420,
     "engine/tutorial": 160,

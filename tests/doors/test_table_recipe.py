@@ -16,6 +16,7 @@ import fusemlp
 from fusemlp import PGD, Adam, ArgumentError, cli
 from fusemlp.sklearn import TableClassifier, TableRegressor
 from fusemlp.tables.recipe import TableRecipe
+from fusemlp.tables.training import train_table
 
 GENERATOR = np.random.default_rng(3)
 NUMBERS = pandas.DataFrame(GENERATOR.normal(size=(160, 3)), columns=["a", "b", "c"]).round(4)
@@ -92,6 +93,12 @@ def test_a_transfer_starts_from_a_run(tmp_path: Path) -> None:
     estimator = TableRegressor(**given).fit(TABLE, PRICE * 2)
     same(estimator, run)
     assert any("first 1 of 2 layers frozen" in note for note in estimator.notes_)
+
+
+def test_a_table_that_the_run_has_not_read_is_no_start() -> None:
+    dataset = fusemlp.load_data(NUMBERS.assign(y=PRICE), target="y")
+    with pytest.raises(ArgumentError, match=r"^source: the data set is to be read by the run 'runs/first'"):
+        train_table(TableRecipe(transfer_from="runs/first"), dataset)
 
 
 def test_objects_stand_for_the_words_of_the_command_line(tmp_path: Path) -> None:

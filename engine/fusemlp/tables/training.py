@@ -23,7 +23,7 @@ from fusemlp.tables import attacks, descriptions, transfer, trials
 from fusemlp.tables.preparation import Prepared, decisions, prepare
 from fusemlp.tables.recipe import FitRecipe, TableRecipe
 from fusemlp.training.history import History
-from fusemlp_kernels.errors import DivergenceError
+from fusemlp_kernels.errors import ArgumentError, DivergenceError
 
 # The share of a time limit for the training before a final fit, whose rows are more.
 BEFORE_FINAL_FIT = 0.4
@@ -80,6 +80,11 @@ def train_table(
     Raises the errors of all fields before anything is trained, and DivergenceError when the loss is no longer finite.
     """
     attacks.check_trained(recipe)
+    if source is None and recipe.transfer_from is not None:
+        raise ArgumentError(
+            f"source: the data set is to be read by the run {recipe.transfer_from!r}; give its columns as like, and "
+            "source=opened(recipe) of fusemlp.tables.transfer"
+        )
     if source is not None:
         dataset = source.noted(dataset)
         recipe = source.filled(recipe, same_target=dataset.task == source.preprocessor.task)
