@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from same_state import assert_same_state
 
 from fusemlp import MLP, AdamW, Callback, Engine, PReLU, ReduceOnPlateau, load_checkpoint
+from make import assert_same_state
 
 EPOCHS, BATCH, ROWS = 12, 16, 120
 BATCHES = -(-ROWS // BATCH)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from devices import INTERPRETER, NUMPY, STAND_IN, usable
-from same_state import bits
 
 from fusemlp import MLP, SGD, Adam, AdamW, Callback, Engine, Fleet, ParameterOptions, load, load_checkpoint
 from fusemlp.describe.optimizers import Optimizer
@@ -18,6 +17,7 @@ from fusemlp.fleet.merge import merged
 from fusemlp_kernels import clock
 from fusemlp_kernels.contract import SHARE
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
+from make import bits
 
 RANDOM = np.random.default_rng(3)
 X = RANDOM.standard_normal((60, 5)).astype(np.float32)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import read, run
 
 from fusemlp import MLP, Engine, load_data
 from fusemlp.datasets.preparation import fit_preprocessor, network_ends, network_inputs
@@ -15,6 +14,7 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.scaling import SCALES
 from fusemlp.report.metrics import predictions
 from fusemlp.report.robustness import certify, reach
+from make import read, run
 
 
 @pytest.fixture(scope="module")

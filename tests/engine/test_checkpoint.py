@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from same_state import assert_same_state, bits, state_of
 
 from fusemlp import (
     MAE,
@@ -47,6 +46,7 @@ from fusemlp import (
 from fusemlp.runtime import files as module
 from fusemlp.runtime.files import write_atomically
 from fusemlp.training.checkpoint import read_content, read_extra
+from make import assert_same_state, bits, state_of
 
 Array = np.ndarray[Any, Any]
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
-from commands import run
 
 import fusemlp
 from fusemlp import cli
@@ -30,6 +29,7 @@ from fusemlp_kernels.errors import (
     MissingLibraryError,
     ShapeError,
 )
+from make import run
 
 COMMANDS = (
     *("train", "sweep", "evaluate", "report", "predict", "export", "plot", "runs", "plan", "lr-find", "doctor"),

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import run
 
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.session import prepared_data
+from make import run
 
 
 def trained(folder: Path, *options: str | Path) -> Path:

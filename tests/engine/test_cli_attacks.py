@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import read, run
 
 from fusemlp import FGSM, PGD, load_checkpoint
 from fusemlp.cli.model import own_data
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.report.runs import Run
+from make import read, run
 
 SHORT = ("--hidden", "32", "--epochs", "12", "--quiet")
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import read, rows, run
 
 from fusemlp.cli.session import MOST_PRINTED
 from fusemlp.datasets.load import ColumnChoices, Dataset, load_data, load_features
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp_kernels.errors import ArgumentError, DataError
+from make import read, rows, run
 
 # The columns of `people`, what they become, and their inputs with a split of seed 0.
 PEOPLE = {

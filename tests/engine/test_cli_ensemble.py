@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas
 import pytest
-from commands import read, rows, run
 
 from fusemlp import MLP, Engine, load_checkpoint
 from fusemlp.cli.options import TrainOptions
@@ -25,6 +24,7 @@ from fusemlp.sklearn import TableRegressor
 from fusemlp.tables import training, trials
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, DivergenceError
+from make import read, rows, run
 
 QUICK = ("--hidden", "8", "--lr", "0.02", "--quiet")
 

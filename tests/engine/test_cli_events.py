@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import read, rows, run
+
+from make import read, rows, run
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:

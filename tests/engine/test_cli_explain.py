@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from commands import rows, run
 
 from fusemlp import ArgumentError
 from fusemlp.datasets.load import load_data
@@ -20,6 +19,7 @@ from fusemlp.report import explanations
 from fusemlp.report.evidence import Importance
 from fusemlp.report.explanations import Attributions, attributions
 from fusemlp.sklearn import TableClassifier, TableRegressor
+from make import rows, run
 
 COLUMNS = ["noise", "only", "word", "when"]
 

@@ -13,12 +13,12 @@ from typing import Any, TextIO
 
 import numpy as np
 import pytest
-from commands import read, run
 from safetensors.numpy import load_file
 
 from fusemlp.cli import sweep as journal
 from fusemlp.cli import train
 from fusemlp.runtime import files
+from make import read, run
 
 TRAINING = ("train", "digits", "--epochs", "6", "--lr", "0.02", "--quiet", "--out")
 

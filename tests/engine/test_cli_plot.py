@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import configuration, run
 
 from fusemlp.report import plots
 from fusemlp.report.runs import Run
+from make import configuration, run
 
 
 def made(path: Path, metrics: str, loss: str = "cross_entropy") -> Path:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import read, rows, run
 
 from fusemlp.cli import runs
+from make import read, rows, run
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import read, rows, run
 from safetensors.numpy import load_file
 
 from fusemlp.cli import standings, vary
@@ -24,6 +23,7 @@ from fusemlp.cli import sweep as command
 from fusemlp.fleet.results import FleetResults, Member
 from fusemlp.report import plots
 from fusemlp.training.history import History
+from make import read, rows, run
 
 
 def test_a_sweep_and_what_comes_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import rows, run
 
 from fusemlp import Engine
 from fusemlp.cli import standings
 from fusemlp.fleet import memory as module
 from fusemlp.fleet.candidates import Candidate
+from make import rows, run
 
 
 def test_a_narrow_terminal_has_fewer_columns_and_whole_words(

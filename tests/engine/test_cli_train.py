@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import read, rows, run
 from safetensors.numpy import load_file
 
 from fusemlp import MLP, Engine, ProgressBar, load_checkpoint
@@ -27,6 +26,7 @@ from fusemlp.datasets.preparation import CLASS_DECAY
 from fusemlp.report import plots
 from fusemlp.report.runs import Run
 from fusemlp.tables.training import fit_arguments, new_engine
+from make import read, rows, run
 
 
 def same_tensors(first: Path, second: Path) -> bool:

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import read, rows, run
 from sklearn.datasets import load_digits
 
 from fusemlp import MLP, load, load_checkpoint
 from fusemlp.cli.options import TrainOptions
+from make import read, rows, run
 
 FEW = 60
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from commands import run
 
 from fusemlp_kernels import availability
+from make import run
 
 if availability()["triton"] is not None:
     pytest.skip(f"triton: {availability()['triton']}", allow_module_level=True)

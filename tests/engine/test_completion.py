@@ -9,12 +9,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from commands import run
 
 from fusemlp.cli import app, options
 from fusemlp.datasets.load import NAMES
 from fusemlp.describe.losses import LOSSES
 from fusemlp.tables.fields import run_folders
+from make import run
 
 WORDS = {
     "commands": ("tr", {"train"}),

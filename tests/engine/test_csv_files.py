@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
-from commands import rows, run
 
 from fusemlp.cli import session
 from fusemlp.report.runs import Run, csv_bytes
+from make import rows, run
 
 FORMULAS = (
     "=1+1",

@@ -16,7 +16,6 @@ from typing import Any
 import joblib
 import numpy as np
 import pytest
-from commands import read, rows, run
 
 from fusemlp import MLP, ArgumentError, ArgumentTypeError, Fleet, FleetResults, WorkerError
 from fusemlp.cli import sweep
@@ -24,6 +23,7 @@ from fusemlp.fleet import workers as elsewhere
 from fusemlp.fleet.results import Member
 from fusemlp.fleet.workers import trained_elsewhere
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier
+from make import read, rows, run
 
 GENERATOR = np.random.default_rng(0)
 X = GENERATOR.normal(size=(300, 6)).astype(np.float32)

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from same_state import assert_same_state
 
 from fusemlp import MLP, SGD, Adam, Callback, Cosine, DivergenceError, Engine, StepDecay, load_checkpoint
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.training.loop import EpochLoop
+from make import assert_same_state
 
 ROWS, EPOCHS = 45, 7
 random = np.random.default_rng(0)

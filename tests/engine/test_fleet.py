@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from same_state import assert_same_state
 
 from fusemlp import (
     MLP,
@@ -27,6 +26,7 @@ from fusemlp import (
     OneCycle,
     PReLU,
 )
+from make import assert_same_state
 
 Array = np.ndarray[Any, Any]
 ROWS, WIDTH, CLASSES, BATCH, EPOCHS = 90, 6, 3, 16, 6

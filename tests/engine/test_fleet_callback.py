@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from same_state import assert_same_state
 
 from fusemlp import MLP, SGD, ArgumentError, ArgumentTypeError, Engine, Fleet
 from fusemlp.fleet.results import Member
+from make import assert_same_state
 
 X = np.random.default_rng(1).standard_normal((50, 4))
 y = (X[:, 0] > 0).astype(int)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import run
 
 from fusemlp import MLP, ArgumentError, ArgumentTypeError, Fleet, WorkerError
 from fusemlp.cli import sweep
@@ -21,6 +20,7 @@ from fusemlp.fleet import workers
 from fusemlp.fleet.results import Member
 from fusemlp.fleet.workers import VARIABLE, trained_on
 from fusemlp_kernels import availability
+from make import run
 
 CARDS = ["cuda:0", "cuda:1"]
 GENERATOR = np.random.default_rng(0)

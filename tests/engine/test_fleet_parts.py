@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from same_state import assert_same_state
 
 from fusemlp import MLP, SGD, ArgumentError, Engine, Fleet
 from fusemlp.fleet import memory as module
 from fusemlp.fleet.candidates import Candidate
 from fusemlp.fleet.results import Member
+from make import assert_same_state
 
 random = np.random.default_rng(1)
 X = random.standard_normal((60, 6))

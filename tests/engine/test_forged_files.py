@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import run
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -44,6 +43,7 @@ from fusemlp.report.runs import open_run
 from fusemlp.runtime.files import CHECKPOINT, DIGEST, MODEL, digest_of
 from fusemlp.sklearn import MLPClassifier, TableClassifier
 from fusemlp.training.checkpoint import read_extra
+from make import run
 
 Array = np.ndarray[Any, Any]
 

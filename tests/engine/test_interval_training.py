@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from devices import INTERPRETER, STAND_IN, usable
-from same_state import assert_same_state
 from torch_oracle import TORCH_ACTIVATIONS, tensor
 
 from fusemlp import (
@@ -27,6 +26,7 @@ from fusemlp import (
     ParameterOptions,
     load_checkpoint,
 )
+from make import assert_same_state
 
 Array = np.ndarray[Any, Any]
 ROWS, BATCH, EPOCHS = 70, 16, 8

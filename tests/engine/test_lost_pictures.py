@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import configuration, read, rows, run
 
 from fusemlp.cli import report as command
 from fusemlp.report import plots
 from fusemlp.report.runs import Run
+from make import configuration, read, rows, run
 
 # a file name of bytes that are no UTF-8, as Python reads it, and letters that begin a formula of matplotlib
 ODD = "d\udcff$a_{$"

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from same_state import assert_same_state
 from sklearn.datasets import load_iris
 
 import fusemlp
@@ -27,6 +26,7 @@ from fusemlp import (
     lr_find,
 )
 from fusemlp.training.lr_finder import steepest
+from make import assert_same_state
 
 X, Y = load_iris(return_X_y=True)
 X = (X - X.mean(axis=0)) / X.std(axis=0)

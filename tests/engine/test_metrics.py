@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import read, rows, run
 from sklearn import metrics as sk
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris
 
@@ -18,6 +17,7 @@ from fusemlp.callbacks import EarlyStopping
 from fusemlp.describe.metrics import METRICS, Judged, rises
 from fusemlp.report.metrics import class_scores, headline, spelled
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
+from make import read, rows, run
 
 RNG = np.random.default_rng(5)
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from same_state import assert_same_state
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import StandardScaler
@@ -34,6 +33,7 @@ from fusemlp.cli.app import main
 from fusemlp.fleet.merge import merged
 from fusemlp.sklearn import MLPClassifier, TableClassifier
 from fusemlp.torch import from_torch, fuse, to_torch
+from make import assert_same_state
 
 Array = np.ndarray[Any, Any]
 

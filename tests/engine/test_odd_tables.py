@@ -19,7 +19,6 @@ import numpy as np
 import pandas
 import pyarrow
 import pytest
-from commands import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import feather, parquet
@@ -31,6 +30,7 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.tables import as_frame, read_table
 from fusemlp.datasets.textfiles import Form
 from fusemlp_kernels.errors import ArgumentTypeError, DataError
+from make import run
 
 WIDE = ",".join(f"c{i}" for i in range(3000))
 LONG = "x" * 100_000

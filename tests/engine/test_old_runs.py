@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import read, rows, run
+
+from make import read, rows, run
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "runs_2026_11"
 TABLE = FOLDER / "homes.csv"

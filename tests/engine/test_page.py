@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import read, rows, run
 
 from fusemlp.report import evidence as evidence_module
 from fusemlp.report.chart import Chart, Line
 from fusemlp.report.metrics import scalars
 from fusemlp.report.page import _drawings, _importance, page, png
+from make import read, rows, run
 
 CALIBRATED = "a tenth of the rows at each point"
 # Elements without an end.

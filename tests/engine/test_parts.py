@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import read, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from fusemlp.datasets.load import ColumnChoices, Dataset, load_data
 from fusemlp.datasets.parts import among, folds, hold_out, row_hashes, with_files
 from fusemlp.tables.preparation import Prepared
 from fusemlp_kernels.errors import ArgumentError, DataError
+from make import read, run
 
 
 def write(path: Path, header: str, rows: list[list[Any]]) -> Path:

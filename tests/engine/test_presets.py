@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas
 import pytest
-from commands import read, rows, run
 
 from fusemlp import MLP, ArgumentError, load_checkpoint
 from fusemlp.cli.options import TrainOptions
@@ -17,6 +16,7 @@ from fusemlp.datasets.preprocessing import split
 from fusemlp.describe import presets
 from fusemlp.sklearn import TableClassifier, TableRegressor
 from fusemlp.tables.descriptions import with_preset
+from make import read, rows, run
 
 QUICK = ("--scale", "robust", "--epochs", "4", "--quiet", "--backend", "numpy")
 

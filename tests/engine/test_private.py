@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from commands import read, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from fusemlp.describe.privacy import Accountant, sampling_rate, steps_of_an_epoc
 from fusemlp.training.rows import PoissonRows
 from fusemlp_kernels import philox, reference
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibraryError
+from make import read, run
 
 pytest.importorskip("dp_accounting")
 

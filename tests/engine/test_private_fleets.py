@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from devices import GPU, INTERPRETER, marks_of, usable
-from same_state import assert_same_state
 
 import fusemlp
 from fusemlp import DPSGD, MLP, SGD, ArgumentError, Engine, Fleet, MissingLibraryError, ReduceOnPlateau
 from fusemlp.describe.privacy import Accountant
 from fusemlp.fleet import memory as module
+from make import assert_same_state
 
 pytest.importorskip("dp_accounting")
 

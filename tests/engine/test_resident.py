@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from same_state import assert_same_state
 from step_bounds import Step
 from tolerance import assert_within
 
@@ -42,6 +41,7 @@ from fusemlp import (
 )
 from fusemlp_kernels.contract import ACTIVATIONS, BATCH_INDEX, LAST_LOSS
 from fusemlp_kernels.philox import row_order
+from make import assert_same_state
 
 Array = np.ndarray[Any, Any]
 ROWS, WIDTH, OUTPUTS, BATCH, EPOCHS = 45, 12, 5, 8, 10

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from same_state import assert_same_state
 
 from fusemlp import (
     MLP,
@@ -31,6 +30,7 @@ from fusemlp import (
     StepDecay,
     load_checkpoint,
 )
+from make import assert_same_state
 
 Array = np.ndarray[Any, Any]
 Fit = Callable[..., Any]

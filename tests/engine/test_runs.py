@@ -12,7 +12,6 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from commands import configuration
 
 from fusemlp.report import runs as report_runs
 from fusemlp.report.runs import (
@@ -30,6 +29,7 @@ from fusemlp.report.runs import (
     write_json,
 )
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
+from make import configuration
 
 NOW = datetime(2026, 3, 4, 5, 6, 7)
 ROWS = [{"epoch": epoch, "loss": 0.1 / 3**epoch, "val_loss": 1e-17 * epoch} for epoch in (1, 2, 3)]

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from devices import GPU, INTERPRETER, Device, marks_of, usable
-from same_state import assert_same_state
 from scipy.special import expit, log_softmax, softmax
 from tolerance import UNIT
 
@@ -37,6 +36,7 @@ from fusemlp_kernels import reference
 from fusemlp_kernels.contract import LossSpec
 from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.reference import Batch, MemberLayer
+from make import assert_same_state
 
 Array = np.ndarray[Any, Any]
 ROWS, WIDTH, CLASSES, MEMBERS = 70, 5, 3, 3

@@ -19,7 +19,6 @@ import numpy as np
 import pandas
 import pyarrow
 import pytest
-from commands import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,6 +32,7 @@ from fusemlp.datasets.scaling import SCALES
 from fusemlp.datasets.tables import as_frame, read_table
 from fusemlp.datasets.textfiles import Form, number
 from fusemlp_kernels.errors import ArgumentError, DataError
+from make import run
 
 NAN = math.nan
 

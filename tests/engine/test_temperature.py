@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas
 import pytest
-from commands import read, run
 from scipy.special import expit, log_softmax, softmax
 
 from fusemlp import MLP, Adam, CrossEntropy, Engine, load_checkpoint
@@ -18,6 +17,7 @@ from fusemlp.fleet.merge import members, merged, merged_members
 from fusemlp.report.uncertainty import DEVIATION, LEAST_ROWS, held_out_logits, scale_logits, temperature_of
 from fusemlp.sklearn import TableClassifier
 from fusemlp.tables.training import fleet_of
+from make import read, run
 
 Part = tuple[np.ndarray, np.ndarray, np.ndarray]
 OVERFIT = (

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import read, run
 
 from fusemlp import MLP, Engine
 from fusemlp.describe import checks
@@ -23,6 +22,7 @@ from fusemlp.tables import trials
 from fusemlp.training import validation
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError
+from make import read, run
 
 # more than any test has time for
 ENDLESS = ("--epochs", "1000000", "--early-stopping", "1000000", "--hidden", "8", "--quiet")

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import read, rows, run
 
 import fusemlp
 from fusemlp import (
@@ -38,6 +37,7 @@ from fusemlp import (
     WandB,
 )
 from fusemlp.callbacks.trackers import configured, flat
+from make import read, rows, run
 
 RNG = np.random.default_rng(0)
 X, XV = RNG.normal(size=(40, 5)), RNG.normal(size=(20, 5))

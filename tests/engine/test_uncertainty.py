@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
-from commands import read, rows, run
 from scipy.stats import binom
 
 from fusemlp.report.uncertainty import KEPT, HeldOut
 from fusemlp.sklearn import TableClassifier, TableRegressor
 from fusemlp_kernels.errors import ArgumentError
+from make import read, rows, run
 
 
 def numbers(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
