@@ -16,8 +16,8 @@ from fusemlp.describe.network import MLP, as_network, layer_lines
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.describe.text import bytes_text
 from fusemlp.inputs.arrays import Array
+from fusemlp.program.passes.attack import passes_against
 from fusemlp.program.program import ORDERED, Program
-from fusemlp.program.step import as_batch_attack
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.onnx import to_onnx
 from fusemlp.report.runs import open_run, weights_path
@@ -193,7 +193,7 @@ class Engine(Trainer):
     def program_against(self, adversarial: Any) -> Program:
         """Return ``program`` for ``fit(adversarial=...)``: the calls of the attack come first."""
         resident = self.plan == "resident" and self.memory.backend.traits.on_host
-        return program_of_fit(self, as_batch_attack(as_attack("adversarial", adversarial)), resident=resident)
+        return program_of_fit(self, passes_against(as_attack("adversarial", adversarial)), resident=resident)
 
     def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
         """One update from 1 to ``batch_size`` rows: x (m, K), y as in ``fit``, sample_weight (m,).

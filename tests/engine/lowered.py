@@ -9,6 +9,7 @@ from fusemlp.describe.losses import as_loss
 from fusemlp.describe.optimizers import as_optimizer
 from fusemlp.program.layout import parameter_layout, persistent_places, plan_workspace
 from fusemlp.program.lowering import lower, lower_training
+from fusemlp.program.passes.penalty import Penalty
 from fusemlp.program.step import Inputs, Step
 from fusemlp_kernels.contract import ACTIVATIONS, Ridge
 from fusemlp_kernels.registry import TRAITS
@@ -103,7 +104,10 @@ def cases(draw):
     optimizers = [SGD(0.1, **options), SGD(0.1, momentum=0.9, **options), Adam(**options), AdamW(**options)]
     resident = {}
     if draw(st.booleans()):
-        resident = {"resident": True, "ridge": draw(st.sampled_from([None, Ridge(), Ridge(0.1, 2.0)]))}
+        resident = {
+            "resident": True,
+            "passes": draw(st.sampled_from([(), (Penalty(Ridge()),), (Penalty(Ridge(0.1, 2.0)),)])),
+        }
     program = training_program(
         net,
         loss,

@@ -17,8 +17,11 @@ from fusemlp.describe.adversarial import Adversary
 from fusemlp.describe.conflicts import CONFLICTS, UNAVAILABLE, check_together
 from fusemlp.program.layout import parameter_layout
 from fusemlp.program.lowering import lower_training
+from fusemlp.program.passes.attack import passes_against
+from fusemlp.program.passes.privacy import ClipAndNoise
+from fusemlp.program.passes.ranks import SumOverRanks
 from fusemlp.program.program import Sharding
-from fusemlp.program.step import Inputs, Privacy, as_batch_attack
+from fusemlp.program.step import Inputs
 from fusemlp.program.verifier import verify
 from fusemlp.runtime.memory import COMPUTE_BYTES
 from fusemlp.runtime.plans import ASKED, choose_plan
@@ -170,7 +173,9 @@ def lower(case: Feature, backend: str) -> None:
     fits = plan.uses(model["optimizer"].schedule, batches="y" in case.fit, **beside)
     measured = {"measured rows": True} if machine["normalise"] is True else {}
     check_together({**Session.uses.fget(asked), **fits, **measured, **({case.door: True} if case.door else {})})
-    traits, against = TRAITS[backend], as_batch_attack(plan.adversary)
+    traits, attacks = TRAITS[backend], passes_against(plan.adversary)
+    clips = () if privacy is None else (ClipAndNoise(1.0, Noise(1.0, float(BATCH), 0)),)
+    sums = (SumOverRanks(Sharding("ordered", 2)),) if ranks else ()
     chosen = choose_plan(
         machine["plan"], traits, net.sizes, BATCH, precision, private=privacy is not None, members=net.members
     )
@@ -188,10 +193,8 @@ def lower(case: Feature, backend: str) -> None:
         compute_bytes=COMPUTE_BYTES.get(precision),
         scaled=precision == "fp16",
         most_parts=MOST_PARTS,
-        resident=chosen[0] == "resident" and not ranks and (traits.on_host or against is None),
-        privacy=None if privacy is None else Privacy(1.0, Noise(1.0, float(BATCH), 0)),
-        against=against,
-        sharding=Sharding("ordered", 2) if ranks else None,
+        resident=chosen[0] == "resident" and not ranks and (traits.on_host or not attacks),
+        passes=(*attacks, *clips, *sums),
     )
     verify(program)
     assert str(program)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fusemlp import DPSGD, MLP, SGD, Adam, Cosine, DataError, DivergenceError, Engine
-from fusemlp.program import layout, lowering
+from fusemlp.program import builder, layout, lowering
 from fusemlp.runtime.programs import STEPS_A_GRAPH, BoundProgram
 from fusemlp_kernels import availability
 from fusemlp_kernels.errors import BackendUnavailableError
@@ -56,7 +56,7 @@ def computing() -> Iterator[Card]:
 @pytest.fixture
 def short_tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make tables of rates for four updates, fewer than an epoch has."""
-    for module in (layout, lowering):
+    for module in (layout, builder):
         monkeypatch.setattr(module, "RATE_ROWS", 4)
     lowering.lower.cache_clear()
     yield
@@ -174,15 +174,15 @@ def test_a_divergence_goes_back_to_the_state_before_the_epoch(computing: Card) -
 
 
 def test_the_rows_of_the_next_epoch_are_drawn_before_the_wait(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusemlp.training import rows
+    from fusemlp.training import data
 
-    drawn = rows.shuffled
+    drawn = data.shuffled
 
     def draw(backend: str, plan: str, n: int, seed: int, epoch: int) -> Any:
         card.events.append(("drawn", epoch))
         return drawn(backend, plan, n, seed, epoch)
 
-    monkeypatch.setattr(rows, "shuffled", draw)
+    monkeypatch.setattr(data, "shuffled", draw)
     engine = made()
     engine.fit(X, Y, epochs=1)
     with card.counted() as found:

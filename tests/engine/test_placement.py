@@ -10,6 +10,7 @@ from lowered import FROZEN, layout_of, training_program
 
 from fusemlp import MLP, SGD, Adam, AdamW, CrossEntropy, LeakyReLU
 from fusemlp.program.layout import REMEMBERED, placement, placement_of, plan_workspace
+from fusemlp.program.passes.penalty import Penalty
 from fusemlp.program.program import Ref, Structure, Value
 from fusemlp.program.verifier import ProgramError
 from fusemlp_kernels.contract import Ridge, Segment, TensorRule
@@ -44,7 +45,7 @@ RESIDENT = {
     "weighted": {"weighted": True},
     "precision": {"real_bytes": 8},
     "mixed": {"compute_bytes": 2},
-    "penalised": {"ridge": Ridge(0.5)},
+    "penalised": {"passes": (Penalty(Ridge(0.5)),)},
 }
 # Each differs from the base in numbers alone.
 NUMBERS = {
@@ -52,7 +53,7 @@ NUMBERS = {
     "weight decay": {"optimizer": AdamW(weight_decay=0.3)},
     "dropout": {"net": MLP([6, 5, 4, 3], activation=["relu", "tanh"], dropout=[0.0, 0.25])},
     "seed": {"seed": 4},
-    "ridge": {"ridge": Ridge(0.3, 2.0)},
+    "ridge": {"passes": (Penalty(Ridge(0.3, 2.0)),)},
     "smoothing": {"loss": CrossEntropy(label_smoothing=0.1)},
 }
 STEPS = {
@@ -84,7 +85,7 @@ def test_the_learning_rate_is_no_part_of_the_program() -> None:
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_are_no_part_of_the_structure(name: str) -> None:
-    base = resident(ridge=Ridge(0.5)) if name == "ridge" else resident()
+    base = resident(passes=(Penalty(Ridge(0.5)),)) if name == "ridge" else resident()
     other = resident(**NUMBERS[name])
     assert base.calls != other.calls
     assert Structure(base) == Structure(other)

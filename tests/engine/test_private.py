@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import fusemlp
 from fusemlp import DPSGD, MLP, SGD, Adam, CrossEntropy, Engine, ParameterOptions, ReduceOnPlateau
 from fusemlp.describe.privacy import Accountant, sampling_rate, steps_of_an_epoch, usual_delta
-from fusemlp.training.rows import PoissonRows
+from fusemlp.runtime.ledger import PoissonRows
 from fusemlp_kernels import philox, reference
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibraryError
 from make import read, run

@@ -15,8 +15,8 @@ from tolerance import TINY, U32, assert_within, growth, update_bound
 import fusemlp
 from fusemlp import DPSGD, MLP, SGD, Adam, Engine, ParameterOptions
 from fusemlp.program.layout import short_names
+from fusemlp.runtime.ledger import PoissonRows
 from fusemlp.runtime.plans import choose_plan
-from fusemlp.training.rows import PoissonRows
 from fusemlp_kernels import philox, reference
 from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.registry import TRAITS
@@ -184,12 +184,12 @@ def test_a_graph_is_the_eager_steps(device):
 def test_rounded_rows_are_clipped_to_less(precision):
     """So that no row's gradient is larger than the clip, after it has been rounded."""
     engine = Engine(MLP([4, 3]), privacy=DPSGD(2.0, 0.5), backend="numpy")
-    assert engine.ledger.lowered(engine.precision).clip == 0.5
+    assert engine.passes[0].clip == 0.5
     engine.precision = precision
     unit = {"bf16": 2.0**-8, "tf32": 2.0**-11}[precision]
-    clip = engine.ledger.lowered(engine.precision).clip
+    clip = engine.passes[0].clip
     assert clip > 0.498 and clip * (1.0 + unit) ** (2 if precision == "tf32" else 1) <= 0.5
-    assert engine.ledger.lowered(engine.precision).noise.deviation == 1.0
+    assert engine.passes[0].noise.deviation == 1.0
 
 
 @DEVICES

@@ -10,6 +10,7 @@ import pytest
 from lowered import BACKENDS, FROZEN, inference_program, training_program
 
 from fusemlp import MLP, SGD, Adam, AdamW, ArgumentError, Engine
+from fusemlp.program.passes.penalty import Penalty
 from fusemlp.program.program import Call, Program, Ref, Value, resolve, scaled
 from fusemlp.program.verifier import verify
 from fusemlp.runtime.plans import plan_text
@@ -175,17 +176,20 @@ def test_the_engine_prints_the_program_of_its_backend():
 
 def test_a_penalty_is_a_call_between_the_gradients_and_the_update():
     given = {"optimizer": SGD(0.1), "resident": True}
-    program = training_program(MLP([6, 5, 4]), ridge=Ridge(0.1), **given)
+    program = training_program(MLP([6, 5, 4]), passes=(Penalty(Ridge(0.1)),), **given)
     verify(program)
     assert [call.op for call in program.calls[-3:]] == ["grad_weight", "penalty", "update"]
     assert "penalty ridge" in str(program)
     assert program.calls[-2].writes == ("dw0", "dw1", "stats")
     # a divisor alone changes the loss
-    program = training_program(MLP([6, 5, 4]), ridge=Ridge(0.0, 2.0), **given)
+    program = training_program(MLP([6, 5, 4]), passes=(Penalty(Ridge(0.0, 2.0)),), **given)
     assert [call.op for call in program.calls[-2:]] == ["grad_input", "grad_weight_update"]
     assert program.calls[1].operands["ridge"] == Ridge(0.0, 2.0)
     # models that may share a launch have the same calls, whatever their numbers
-    shared = [training_program(MLP([6, 5, 4]), backend="triton", ridge=Ridge(number), **given) for number in (0.0, 0.1)]
+    shared = [
+        training_program(MLP([6, 5, 4]), backend="triton", passes=(Penalty(Ridge(number)),), **given)
+        for number in (0.0, 0.1)
+    ]
     assert shared[0].structure == shared[1].structure
 
 

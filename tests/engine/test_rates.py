@@ -13,7 +13,7 @@ import pytest
 from fusemlp import MLP, SGD, Adam, Callback, Cosine, Engine, Fleet, OneCycle, load_checkpoint
 from fusemlp.describe.optimizers import Optimizer
 from fusemlp.describe.schedules import SCHEDULES, Constant, Schedule
-from fusemlp.program import layout, lowering
+from fusemlp.program import builder, layout, lowering
 from fusemlp.runtime.backends import open_backend
 from fusemlp.runtime.rates import RateTable
 from fusemlp_kernels import reference
@@ -76,7 +76,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Set the rows of the tables of new engines."""
 
     def rows(count: int) -> None:
-        for module in (layout, lowering):
+        for module in (layout, builder):
             monkeypatch.setattr(module, "RATE_ROWS", count)
         # programs that are remembered have tables of another size
         lowering.lower.cache_clear()

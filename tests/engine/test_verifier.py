@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from lowered import FROZEN, cases, inference_program, planned, training_program
 
 from fusemlp import MLP, SGD, Adam
+from fusemlp.program.passes.attack import BatchAttack
+from fusemlp.program.passes.penalty import Penalty
 from fusemlp.program.program import Call, Ref, Value
-from fusemlp.program.step import BatchAttack
 from fusemlp.program.verifier import ProgramError, lifetimes, verify
 from fusemlp_kernels.contract import Perturbation, Ridge, Segment, TensorRule
 
@@ -32,7 +33,7 @@ PROGRAMS = {
     "adam": (NET, training_program(NET, optimizer=Adam())),
     "against an attack": (
         NET,
-        training_program(NET, optimizer=MOMENTUM, against=BatchAttack(2, Perturbation(0.1, 0.1))),
+        training_program(NET, optimizer=MOMENTUM, passes=(BatchAttack(2, Perturbation(0.1, 0.1)),)),
     ),
     "forward": (NET, inference_program(NET)),
     "forward and loss": (NET, inference_program(NET, "cross_entropy")),
@@ -96,7 +97,9 @@ def test_a_random_program_with_two_calls_swapped_or_one_dropped_fails(case, data
 
 def test_a_penalty_may_not_be_left_out():
     net = MLP([1, 2], output_activation="identity")
-    program = training_program(net, "binary_cross_entropy", backend="triton", resident=True, ridge=Ridge(0.1))
+    program = training_program(
+        net, "binary_cross_entropy", backend="triton", resident=True, passes=(Penalty(Ridge(0.1)),)
+    )
     calls = [call for call in program.calls if call.op != "penalty"]
     assert len(calls) == len(program.calls) - 1
     with pytest.raises(ProgramError, match="no call adds the penalty"):

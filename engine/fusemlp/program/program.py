@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -79,6 +79,13 @@ class Call:
     operands: Mapping[str, Any]
     label: str = ""
     products: tuple[tuple[int, int, int], ...] = ()
+
+    def but(self, **operands: Any) -> Call:
+        """Return the call with these operands in place of its own; those that are None are left out."""
+        changed = {**self.operands, **operands}
+        return replace(
+            self, operands={name: value for name, value in changed.items() if name not in operands or value is not None}
+        )
 
     @cached_property
     def references(self) -> tuple[tuple[str, str], ...]:

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-from fusemlp.describe.adversarial import Adversary
 from fusemlp.describe.network import MLP
 from fusemlp.program.layout import Layout
-from fusemlp.program.program import Sharding
-from fusemlp_kernels.contract import LossSpec, Noise, Perturbation, Ridge, TensorRule, Traits, UpdateRule
+from fusemlp.program.program import Program
+from fusemlp_kernels.contract import LossSpec, TensorRule, Traits, UpdateRule
 
-
-class BatchAttack(NamedTuple):
-    """Steps that move the batch to where its loss is larger, before it is trained on; nothing is dropped in them."""
-
-    steps: int
-    change: Perturbation
-
-
-def as_batch_attack(against: Adversary) -> BatchAttack | None:
-    """Return what a step is told of a training against an attack; None if it changes no inputs."""
-    return None if against.plain is None else BatchAttack(against.plain.steps, against.plain.perturbation())
+# Changes the program of a step; compared by value, as programs are remembered by their steps.
+Pass: TypeAlias = "Callable[[Program, Step], Program]"
 
 
 @dataclass(frozen=True)
@@ -39,13 +30,6 @@ class Inputs:
     class_weighted: bool = False
 
 
-class Privacy(NamedTuple):
-    """The largest norm of a row's gradient, and the noise of their sum."""
-
-    clip: float
-    noise: Noise
-
-
 class Step(NamedTuple):
     """A training step over batches of ``batch_size`` rows, of each member if the network has some; without ``rule`` a
     forward pass, without ``spec`` up to y.
@@ -57,10 +41,8 @@ class Step(NamedTuple):
 
     With ``keep_gradients`` the last two calls are ``grad_weight`` and ``update``, on every backend and for every
     optimizer: between them the gradients can be read and changed. ``most_parts``: into how many parts the gradients may
-    cut the batch (``contract.batch_parts``). ``resident``: the calls run in one loop over many steps; ``ridge``: a
-    penalty beside the loss, for such a loop. With ``privacy`` the gradients are sums of clipped ones, with noise. With
-    ``against`` the step trains on the moved batch. With
-    ``sharding`` the calls before the first collective are of one shard, which has ``batch_size`` rows.
+    cut the batch (``contract.batch_parts``). ``resident``: the calls run in one loop over many steps. ``passes`` change
+    the program of the plain step, one after another.
 
     With ``gradient`` 0 a forward pass goes back to dx, the gradient by x: of the loss, or without ``spec`` of the
     outputs weighed by the data ``seed`` (batch_size, N). With ``gradient`` 1 it begins at h1, the first hidden layer's
@@ -82,8 +64,5 @@ class Step(NamedTuple):
     keep_gradients: bool = False
     most_parts: int = 1
     resident: bool = False
-    ridge: Ridge | None = None
     gradient: int | None = None
-    privacy: Privacy | None = None
-    against: BatchAttack | None = None
-    sharding: Sharding | None = None
+    passes: tuple[Pass, ...] = ()

@@ -11,6 +11,7 @@ from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.program.layout import parameter_layout
 from fusemlp.program.lowering import lower_training
+from fusemlp.program.passes.ranks import SumOverRanks
 from fusemlp.program.program import ORDERED, Sharding
 from fusemlp.program.step import Inputs
 from fusemlp.runtime.backends import TRAITS, availability
@@ -202,6 +203,6 @@ def plan_text(
         scaled=precision == "fp16",
         most_parts=MOST_PARTS,
         resident=alone == "resident" and (traits.on_host or sharding is None),
-        sharding=sharding,
+        passes=() if sharding is None else (SumOverRanks(sharding),),
     )
     return str(program)

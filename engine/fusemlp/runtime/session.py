@@ -19,7 +19,9 @@ from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.describe.schedules import Schedule
 from fusemlp.inputs.arrays import Array, checked_state
 from fusemlp.inputs.examples import DeviceInputs
+from fusemlp.program.passes.ranks import SumOverRanks
 from fusemlp.program.program import ORDERED, REDUCTIONS, Sharding
+from fusemlp.program.step import Pass
 from fusemlp.runtime.backends import PRECISIONS, first_available, open_here
 from fusemlp.runtime.inference import Inference
 from fusemlp.runtime.ledger import Ledger
@@ -96,7 +98,7 @@ class Session:
         self.seed = as_count("seed", seed, minimum=0)
         self.loss.check_network(net)
         self.optimizer.check_network(net)
-        self.ledger = Ledger(as_privacy(privacy), self.batch_size)
+        self.ledger = Ledger.of(as_privacy(privacy), self.batch_size)
         self.normalise = as_normalise(normalise, self.network.sizes[0])
         check_together(in_use(privacy=self.privacy, **{"measured rows": normalise is True}))
         self.start(Machine(backend, device, precision, plan))
@@ -153,7 +155,7 @@ class Session:
         self.backend = first_available(needs) if machine.backend == "auto" else machine.backend
         self.plan, self.plan_reason = machine.plan, "" if machine.plan == "auto" else ASKED
         check_together(self.uses)
-        self.ledger.check_size(self.precision)
+        self.ledger.check(self.precision)
         backend = open_here(self.backend, machine.device, self.precision, needs)
         real = np.dtype(f"f{REAL_BYTES.get(self.precision, 4)}")
         self.device = backend.device
@@ -259,6 +261,12 @@ class Session:
             before = self.memory.snapshot()
             self._use_memory(None, self.rates.schedule, rows)
             self.memory.restore(before)
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """The passes that the program of each of its steps has."""
+        shared = () if self.sharding is None else (SumOverRanks(self.sharding),)
+        return (*self.ledger.passes(self.precision), *shared)
 
     @property
     def described(self) -> Features:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fusemlp.describe.conflicts import check_together
 from fusemlp.program.lowering import lower_training
 from fusemlp.program.program import Program
-from fusemlp.program.step import BatchAttack, Inputs
+from fusemlp.program.step import Inputs, Pass
 from fusemlp.runtime.forward import member_rows
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.ranks import Ranks
@@ -24,7 +24,6 @@ from fusemlp_kernels.contract import (
     SKIPPED_LIMIT,
     STATS,
     LossSpec,
-    Ridge,
     UpdateRule,
 )
 from fusemlp_kernels.errors import ArgumentError, DivergenceError, ShapeError
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from fusemlp.runtime.session import Session
 
 
-def program_of_fit(engine: Session, against: BatchAttack | None = None, *, resident: bool) -> Program:
+def program_of_fit(engine: Session, passes: tuple[Pass, ...] = (), *, resident: bool) -> Program:
     """Return the program of a training step in ``fit``."""
     return lower(
         engine,
@@ -42,7 +41,7 @@ def program_of_fit(engine: Session, against: BatchAttack | None = None, *, resid
         engine.optimizer.rule(),
         engine.batch_size,
         resident=resident,
-        against=against,
+        passes=passes,
     )
 
 
@@ -55,13 +54,12 @@ def lower(
     *,
     keep_gradients: bool = False,
     resident: bool = False,
-    ridge: Ridge | None = None,
-    against: BatchAttack | None = None,
+    passes: tuple[Pass, ...] = (),
 ) -> Program:
     """The program of a training step, or with ``resident`` of a loop over steps; with the loss's class weights.
 
     With ``keep_gradients`` the last of its calls is ``update`` alone, and the one before it leaves the gradients in the
-    engine's memory. ``ridge``: a penalty beside the loss, for a loop.
+    engine's memory. ``passes`` change the program before those of the engine.
     """
     if engine.class_weight is not None:
         inputs = replace(inputs, class_weighted=True)
@@ -82,10 +80,7 @@ def lower(
         most_parts=engine.memory.gradient_parts,
         keep_gradients=keep_gradients,
         resident=resident,
-        ridge=ridge,
-        privacy=engine.ledger.lowered(engine.precision),
-        against=against,
-        sharding=sharding,
+        passes=(*passes, *engine.passes),
     )
 
 
@@ -99,7 +94,7 @@ def bind(
     *,
     resident_batches: int | None = None,
     epochs: int = 1,
-    against: BatchAttack | None = None,
+    passes: tuple[Pass, ...] = (),
     **options: Any,
 ) -> BoundProgram:
     """A training step bound to the engine's memory and to the arrays in ``given`` (x, target, weight).
@@ -127,11 +122,11 @@ def bind(
         if epochs > 1:
             epoch_stats = allocate(epochs * STATS, "float64")
             arrays["epoch_stats"] = engine.memory.backend.view(epoch_stats, 0, (epochs, STATS), STATS)
-    program = lower(engine, inputs, spec, rule, batch_size, resident=resident, against=against, **options)
+    program = lower(engine, inputs, spec, rule, batch_size, resident=resident, passes=passes, **options)
     if isinstance(engine.ranks, Ranks):
         return ShardedProgram(program, engine.memory, engine.programs.workspace, arrays, engine.ranks, plan=engine.plan)
     plan = engine.plan
-    if against is not None and plan == "resident" and not resident:
+    if passes and plan == "resident" and not resident:
         # a step against attacks is many launches
         plan = engine.memory.backend.traits.plans[-2]
     return BoundProgram(program, engine.memory, engine.programs.workspace, arrays, plan=plan)
@@ -148,7 +143,7 @@ def bind_fit(
     batches: int,
     epochs: int,
     resident: bool,
-    against: BatchAttack | None,
+    passes: tuple[Pass, ...],
     keep_gradients: bool = False,
 ) -> BoundProgram:
     """The steps of a fit on ``data``, with room for the rows of ``epochs`` epochs of ``batches`` batches."""
@@ -160,13 +155,13 @@ def bind_fit(
             *(inputs, spec, rule, batch_size, {**there, "rows": rows}),
             resident_batches=batches if resident else None,
             epochs=epochs,
-            against=against,
+            passes=passes,
             keep_gradients=keep_gradients,
         )
 
     engine.take_rule(rule)
-    told = (inputs, spec, rule, batch_size, batches, epochs, resident, against, keep_gradients)
-    key = (told, engine.optimizer, engine.seed, engine.ledger.lowered(engine.precision))
+    arguments = (inputs, spec, rule, batch_size, batches, epochs, resident, passes, keep_gradients)
+    key = (arguments, engine.optimizer, engine.seed, engine.passes)
     return engine.programs.again(key, data, bound, engine.ranks)
 
 

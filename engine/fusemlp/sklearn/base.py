@@ -208,16 +208,16 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         model.load(self.coefs_, self.intercepts_, getattr(self, "slopes_", None))
         data, constants = self._data(X, y, model.dtype)
         alpha = 0.0 if self.solver == "adamw" else float(self.alpha)
-        against = settings.step_against(self, model.engine, data["x"])
-        rules = (model, self._objective(self.n_outputs_), data, row_weights, constants, alpha, size, against)
+        passes = settings.step_passes(self, model.engine, data["x"])
+        rules = (model, self._objective(self.n_outputs_), data, row_weights, constants, alpha, size, passes)
         # a launch of many steps cannot leave out the update of a batch whose weights are all 0
         traits = model.engine.memory.backend.traits
-        together = together and shares_launches(traits) and not against
+        together = together and shares_launches(traits) and not passes
         weighed = row_weights is None or bool(row_weights.all())
         ramps = settings.ramps(self)
         looped = stochastic and not incremental and weighed and not ramps
         batches: ResidentBatches | CalledBatches
-        if looped and (together or (model.loops and (traits.on_host or not against))):
+        if looped and (together or (model.loops and (traits.on_host or not passes))):
             asked = validation is not None or bool(callbacks) or bool(self.verbose) or model.rates.kind == "invscaling"
             epochs = int(min(self.max_iter, self.n_iter_no_change + 1))
             at_once = epochs_at_once(model.engine, epochs, n, asked=asked)

@@ -18,7 +18,8 @@ import numpy as np
 from fusemlp.describe.adversarial import Adversary
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.examples import Examples, Targets
-from fusemlp.program.step import Inputs
+from fusemlp.program.passes.penalty import Penalty
+from fusemlp.program.step import Inputs, Pass
 from fusemlp.runtime.forward import Evaluation, ForwardPass
 from fusemlp.runtime.memory import Memory
 from fusemlp.runtime.programs import BoundProgram
@@ -54,7 +55,7 @@ class EstimatorBatches(ABC):
     alpha: float
     batch_size: int
     # the attack or the intervals of a step, as ``Session.bind`` takes them
-    against: dict[str, Any]
+    passes: tuple[Pass, ...]
     # the most epochs of a launch
     at_once: int = 1
     steps: Any = None
@@ -147,8 +148,8 @@ class ResidentBatches(EstimatorBatches):
         self.ridge = Ridge(self.alpha, 1.0 / self.objective.factor)
         if alone:
             model, inputs = self.model, Inputs(self.n, indexed=True, weighted=self.weight is not None)
-            loop: dict[str, Any] = {"resident_batches": len(self.starts), "epochs": at_once, "ridge": self.ridge}
-            loop |= self.against
+            loop: dict[str, Any] = {"resident_batches": len(self.starts), "epochs": at_once}
+            loop["passes"] = (*self.passes, Penalty(self.ridge))
             given = model.on_device(self.data)
             self.steps = bind(model.engine, inputs, model.loop_loss, model.rule, self.batch_size, given, **loop)
 
@@ -184,12 +185,14 @@ class CalledBatches(EstimatorBatches):
     def _bound(self, arrays: dict[str, Array], keep: bool) -> BoundProgram:
         """Return the program of a step, whose gradients can be read before its last call."""
         model, engine = self.model, self.model.engine
-        key = Inputs(self.n, indexed=True, weighted=True), self.batch_size, self.against
+        key = Inputs(self.n, indexed=True, weighted=True), self.batch_size, self.passes
         if keep and model.staged is not None and model.staged[0] == key:
             bound = model.staged[1]
         else:
             given, spec = {} if keep else model.on_device(arrays), engine.loss.spec(accuracy=False)
-            bound = bind(engine, key[0], spec, model.rule, self.batch_size, given, keep_gradients=True, **self.against)
+            bound = bind(
+                engine, key[0], spec, model.rule, self.batch_size, given, keep_gradients=True, passes=self.passes
+            )
         if keep:
             model.staged = key, bound
             for name, array in arrays.items():

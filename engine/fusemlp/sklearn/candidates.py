@@ -27,6 +27,7 @@ from sklearn.pipeline import Pipeline
 from fusemlp.engine import Engine
 from fusemlp.fleet.launches import GROUP_ROWS, LaunchGroup, LaunchThreads, Training, run_together, signature
 from fusemlp.inputs.arrays import Array
+from fusemlp.program.passes.penalty import Penalty
 from fusemlp.program.step import Inputs
 from fusemlp.runtime.plans import choose_plan
 from fusemlp.runtime.steps import lower
@@ -237,7 +238,9 @@ def _train_together(candidates: Sequence[Candidate]) -> bool:
     for epochs, model, source, bound in zip(loops, models, batches, places, strict=True):
         epochs.bound = bound
         programs.append(
-            lower(model.engine, inputs, model.loop_loss, model.rule, size, resident=True, ridge=source.ridge)
+            lower(
+                model.engine, inputs, model.loop_loss, model.rule, size, resident=True, passes=(Penalty(source.ridge),)
+            )
         )
     launch = group.bind(programs, models[0].on_device(data))
     run_together(loops, launch, lambda: False, lambda index, error: setattr(candidates[index], "error", error))

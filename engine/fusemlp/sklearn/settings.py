@@ -22,7 +22,8 @@ from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer
 from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
 from fusemlp.inputs.arrays import Array
-from fusemlp.program.step import as_batch_attack
+from fusemlp.program.passes.attack import passes_against
+from fusemlp.program.step import Pass
 from fusemlp.runtime.attacks import check_within
 from fusemlp.runtime.backends import first_available
 from fusemlp_kernels.contract import ACTIVATIONS
@@ -207,20 +208,20 @@ def optimizer(estimator: Any) -> Optimizer:
     return AdamW(rate, **options, weight_decay=float(estimator.alpha), decay_biases=False, clip_norm=clip_norm)
 
 
-def step_against(estimator: Any, engine: Engine, rows: Any) -> dict[str, Any]:
-    """Return what the program of a step of ``engine`` is told of ``adversarial``.
+def step_passes(estimator: Any, engine: Engine, rows: Any) -> tuple[Pass, ...]:
+    """Return the passes of a step of ``engine`` against ``adversarial``.
 
     Raises ArgumentError or ArgumentTypeError for what the estimator cannot train against, DataError for rows outside
     its bounds.
     """
     if estimator.adversarial is None:
-        return {}
+        return ()
     how = as_adversary("adversarial", estimator.adversarial)
     # the loss is no parameter that could be changed
     labels = in_use(**{"one label": engine.loss.kind != "cross_entropy"})
     check_together({**engine.uses, **how.uses, **labels})
     check_within(engine, "X", rows, how)
-    return in_use(against=as_batch_attack(how))
+    return passes_against(how)
 
 
 def ramps(estimator: Any) -> bool:

@@ -14,14 +14,14 @@ import numpy as np
 
 from fusemlp.callbacks import announce
 from fusemlp.describe.checks import caller_level
-from fusemlp.inputs.arrays import Array, as_class_weights, balanced
+from fusemlp.inputs.arrays import Array, as_class_weights, balanced, to_array
 from fusemlp.inputs.blocks import Blocks
 from fusemlp.inputs.examples import Examples, Targets, UserBatches
 from fusemlp.runtime.attacks import check_within
+from fusemlp.runtime.backends import row_order as shuffled
 from fusemlp.runtime.ranks import Ranks
 from fusemlp.runtime.steps import bind_staged, run_staged
 from fusemlp.training.intervals import check_labels
-from fusemlp.training.rows import Order, asked_order
 from fusemlp.training.validation import (
     Validation,
     check_monitor,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 SPLIT = "validation_split=0.2"
 # The ranks, and the function that returns which of them has each of some rows of a batch.
 Share = tuple["Ranks", Callable[[Array], Array]]
+Order = Callable[[int], Array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +118,51 @@ def fit_data(engine: Trainer, plan: FitPlan, X: Any, y: Any, sample_weight: Any,
     if engine.ranks.world > 1:
         _check_alike(engine, plan, data)
     return data
+
+
+def order_of(engine: Trainer, count: int, rows: Array | None, order: Order | None) -> Order:
+    """Return the function from the epoch to its rows: by ``order``, or ``count`` rows in the order of the seed.
+
+    The latter are those of ``rows`` (count,) if given. Members of one data row follow one another.
+    """
+
+    def by_seed(epoch: int) -> Array:
+        places = shuffled(engine.backend, engine.plan, count, engine.seed, epoch)
+        return places if rows is None else rows[places]
+
+    single, members = by_seed if order is None else order, engine.network.members
+    return single if members == 1 else lambda epoch: np.repeat(single(epoch), members)
+
+
+def asked_order(engine: Trainer, plan: FitPlan, count: int, first_epoch: int) -> Order | None:
+    """Return the function from the epoch to the order of the ``count`` rows that a fit is asked for; None for the
+    seed's.
+
+    Raises ArgumentError for what is no permutation in the first epoch, and DistributedError if ranks have others.
+    """
+    if plan.row_order is None:
+        identity = np.arange(count)
+        return None if plan.shuffle else lambda epoch: identity
+    of_user = plan.row_order
+
+    def checked(epoch: int) -> Array:
+        rows = to_array(f"row_order({epoch})", of_user(epoch))
+        if rows.shape != (count,) or rows.dtype.kind not in "iu" or not np.array_equal(np.sort(rows), np.arange(count)):
+            raise ArgumentError(
+                f"row_order: expected a permutation of range({count}) for epoch {epoch}, got "
+                f"{np.array2string(rows, threshold=8)}"
+            )
+        return rows
+
+    # the first is checked before anything has changed, and asked for only once
+    ahead = {first_epoch: checked(first_epoch)}
+
+    def order(epoch: int) -> Array:
+        rows = ahead.pop(epoch) if epoch in ahead else checked(epoch)
+        engine.ranks.check_same({f"row_order({epoch})": rows})
+        return rows
+
+    return order
 
 
 def split(engine: Trainer, data: Examples, share: float) -> tuple[Examples, Examples]:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from fusemlp.callbacks import exits
 from fusemlp.describe.checks import caller_level
 from fusemlp.describe.conflicts import check_together
-from fusemlp.program.step import Inputs, as_batch_attack
+from fusemlp.program.passes.attack import passes_against
+from fusemlp.program.step import Inputs
 from fusemlp.runtime.steps import bind_fit
-from fusemlp.training.data import FitData, Stream, fit_data
+from fusemlp.training.data import FitData, Stream, fit_data, order_of
 from fusemlp.training.history import History
 from fusemlp.training.intervals import add_worst_case
 from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
 from fusemlp.training.plan import FitPlan
-from fusemlp.training.rows import batches_of, order_of, sampled_rows
 from fusemlp.training.trainer import fresh_state, resumed_state
 from fusemlp.training.validation import FitPolicy
 from fusemlp_kernels.errors import ArgumentError
@@ -81,12 +81,14 @@ def fit_loop(
     """
     count, adversary, memory = data.count, plan.adversary, engine.memory
     size, on_host = min(engine.batch_size, count), memory.backend.traits.on_host
-    batches = batches_of(engine, count, size, drop_last=plan.drop_last) if data.batches is None else data.batches.steps
+    batches = engine.ledger.batches(count, size, drop_last=plan.drop_last)
+    batches = batches if data.batches is None else data.batches.steps
     state = resumed_state(engine, plan, batches, rows=count) if plan.resume else fresh_state(engine, plan, batches)
     last_epoch = state.first_epoch + plan.epochs
-    order, sampled = data.order, sampled_rows(engine, state, count, batches, last_epoch)
-    if sampled is not None:
-        order, size = sampled.order, sampled.size
+    order, epochs = data.order, range(state.first_epoch, last_epoch)
+    drawn = engine.ledger.draw(count, size, lambda: engine.update_count, epochs, state.begun(0, batches))
+    if drawn is not None:
+        order, size = drawn.order, drawn.size
     begun = settles = 0
     if adversary.ramps:
         begun = state.begun(engine.update_count, batches)
@@ -106,10 +108,10 @@ def fit_loop(
         settles=settles,
         draws_ahead=order is None and not on_host,
     )
-    against = as_batch_attack(adversary)
-    resident = engine.plan == "resident" and (on_host or against is None) and not adversary.ramps
+    passes = passes_against(adversary)
+    resident = engine.plan == "resident" and (on_host or not passes) and not adversary.ramps
     members = engine.network.members
-    if sampled is not None or adversary.ramps or plan.row_order is not None or data.batches is not None:
+    if drawn is not None or adversary.ramps or plan.row_order is not None or data.batches is not None:
         # rows are drawn, and a function of the user's is asked, when their epoch comes
         at_once = 1
     elif at_once is None:
@@ -129,7 +131,7 @@ def fit_loop(
             batches=batches,
             epochs=at_once,
             resident=resident,
-            against=against,
+            passes=passes,
             keep_gradients=adversary.ramps,
         )
         add_worst_case(engine, program, adversary, first=begun, updates=state.total_updates - begun)

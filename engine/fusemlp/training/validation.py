@@ -136,7 +136,7 @@ def with_metrics(
 def logged(engine: Session, targets: Targets, validation: Validation | None) -> list[str]:
     """Return the names of an epoch's logs, in their order."""
     names = ["loss", *(["accuracy"] if engine.inputs.counts_hits(targets) else [])]
-    names += [] if engine.privacy is None else ["epsilon"]
+    names += engine.ledger.logs
     if validation is not None:
         names += ["val_loss", *(["val_accuracy"] if engine.inputs.counts_hits(validation.data.targets) else [])]
         names += [f"val_{metric.name}" for metric in validation.metrics]
@@ -254,9 +254,7 @@ class FitPolicy(Policy):
         """Judge the epoch."""
         engine, state = self.engine, self.state
         logs = metrics_of(stats, self.spec) | self._held
-        if engine.privacy is not None:
-            logs["epsilon"] = engine.ledger.spent(engine.update_count)["epsilon"]
-        logs["learning_rate"] = rate
+        logs |= {**engine.ledger.figures(lambda: engine.update_count), "learning_rate": rate}
         logs = self._agreed(logs)
         if state.epoch >= self.settles:
             self._judge(self._sign * logs[self._monitor])

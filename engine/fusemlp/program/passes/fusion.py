@@ -1,0 +1,68 @@
+"""The gradients and the update of a step as one call, where nothing else reads or changes the gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from fusemlp.program.program import Call, Program, Ref, Value
+from fusemlp.program.step import Step
+from fusemlp_kernels.contract import batch_parts
+
+
+def fuse(program: Program, step: Step) -> Program:
+    """Return the program with ``grad_weight_update`` for its last two calls, or with their common work cut.
+
+    The latter is the norm of the gradients, which ``grad_weight`` computes for clipping, or the stretches of a large
+    batch. Gradients that another call changes, or the caller, have another norm: their program stays as it is.
+    """
+    rule, written = step.rule, {name for call in program.calls[:-2] for name in call.writes}
+    tail = tuple(call.op for call in program.calls[-2:])
+    if rule is None or step.keep_gradients or tail != ("grad_weight", "update"):
+        return program
+    if any(program.values[name].kind == "gradient" for name in written):
+        return program
+    *others, gradients, update = program.calls
+    if step.scaled or rule.clip_norm is not None or rule.accumulate > 1:
+        if (rule.clip_norm is None and not step.scaled) or step.resident or not step.traits.norms_gradients:
+            return program
+        norm = {"norm": Value("norm", (1,), "float64", "work")}
+        calls = [call.but(norm=Ref("norm")) for call in (gradients, update)]
+        return replace(program, values={**program.values, **norm}, calls=(*others, *calls))
+    weights = sum(step.layout.places[short].size for short in program.trainable)
+    batch = step.batch_size * step.net.members
+    parts = 1 if step.resident else min(step.most_parts, batch_parts(step.traits, batch, weights))
+    if parts > 1:
+        cut = {"parts": parts, "part": step.layout.size}
+        gradients = replace(gradients.but(**cut), label=f"in {parts} parts")
+        return replace(program, calls=(*others, gradients, update.but(**cut)))
+    if rule.kind not in step.traits.fused_updates or "noise" in update.operands:
+        return program
+    values = {name: value for name, value in program.values.items() if value.kind != "gradient"}
+    return replace(program, values=values, calls=(*others, _fused(gradients, update, step)))
+
+
+def _fused(gradients: Call, update: Call, step: Step) -> Call:
+    """Return the call that updates each tensor where its gradient is computed."""
+    rules, states = dict(step.trained), len(update.operands["states"])
+
+    def tensor(gradient: Ref | None, prefix: str, param: str) -> dict[str, Any]:
+        if gradient is None:
+            return {param: None}
+        short = gradient.name.removeprefix("d")
+        state = tuple(Ref(f"{short}.state{index}") for index in range(states))
+        return {param: Ref(short), f"{prefix}state": state, f"{prefix}rule": rules[short]}
+
+    layers = []
+    for layer in gradients.operands["layers"]:
+        inputs = {name: value for name, value in layer.items() if name not in ("dw", "db")}
+        fused = {**inputs, **tensor(layer["dw"], "w_", "w"), **tensor(layer["db"], "b_", "b")}
+        if "shadow" in update.operands and layer["dw"] is not None:
+            fused["w_shadow"] = Ref(f"{fused['w'].name}.shadow")
+        layers.append(fused)
+    slopes = tuple(
+        {"dslope": slope["dslope"], **tensor(slope["grad"], "", "param")} for slope in gradients.operands["slopes"]
+    )
+    clock = {name: update.operands[name] for name in ("rule", "counters", "hyper", "rates")}
+    operands = {"layers": tuple(layers), "slopes": slopes, **clock}
+    return Call("grad_weight_update", operands, update.label, gradients.products)
