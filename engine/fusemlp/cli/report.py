@@ -46,7 +46,7 @@ def describe_training(session: Session) -> str:
         f"{net.parameter_count} parameters; {engine.loss.kind}; "
         f"{engine.optimizer.kind}, {rate.kind} lr {learning_rate(session.options):g}; "
         f"batch {engine.batch_size}; {engine.backend} {engine.precision}, plan {engine.plan}"
-        f"{'' if engine.sharding is None else f', {engine.sharding}'}"
+        f"{f', {engine.sharding}' if engine.sharding else ''}"
         f"{note if interpreted else ''}{private_note(engine)}"
     )
 

@@ -83,7 +83,7 @@ def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epo
         **({} if prepared.start is None else {"from": prepared.start.about}),
         "seed": options.seed,
         **{name: getattr(engine, name) for name in ("backend", "device", "precision", "plan")},
-        **({} if engine.sharding is None else {"ranks": engine.sharding.world}),
+        **({"ranks": engine.sharding.world} if engine.sharding else {}),
         "versions": {
             "fusemlp": __version__,
             "python": platform.python_version(),

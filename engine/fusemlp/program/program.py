@@ -182,6 +182,68 @@ def _form(given: Any) -> Hashable:
     return type(given), given
 
 
+ORDERED, FAST = "ordered", "fast"
+REDUCTIONS = (ORDERED, FAST)
+# The shards of an ordered sum.
+SHARDS = 8
+
+
+class Sharding(NamedTuple):
+    """A batch over ``world`` ranks; ``reduce`` is a name of REDUCTIONS.
+
+    One that is alone has no ``reduce``, and counts as false.
+    """
+
+    reduce: str
+    world: int
+
+    def check(self) -> Sharding:
+        """Return this; raises ArgumentError for an unknown name, or a number of ranks that has no ordered sum."""
+        check_choice("reduce", self.reduce, REDUCTIONS)
+        if self.reduce == ORDERED and SHARDS % self.world:
+            raise ArgumentError(
+                f"reduce: 'ordered' adds {SHARDS} shards of the batch in one tree, on 1, 2, 4 or 8 ranks, and there "
+                f"are {self.world}; start another number of processes, or give reduce='fast'"
+            )
+        return self
+
+    @property
+    def shards(self) -> int:
+        """The shards of a batch."""
+        return SHARDS if self.reduce == ORDERED else self.world
+
+    def __bool__(self) -> bool:
+        return bool(self.reduce)
+
+    @property
+    def own(self) -> int:
+        """The shards of a rank."""
+        return self.shards // self.world
+
+    def rows(self, batch_size: int) -> int:
+        """Return the rows of a shard; the last shards of a batch may have fewer, or none."""
+        return -(-batch_size // self.shards)
+
+    def firsts(self, rank: int, rows: int) -> tuple[int, ...]:
+        """Return the row of the batch with which each shard of a rank begins, a shard having ``rows``."""
+        return tuple(rows * shard for shard in range(rank * self.own, (rank + 1) * self.own))
+
+    def owner(self, places: Array, batch_size: int) -> Array:
+        """Return the rank that has each of these rows of a batch, ``batch_size`` being that of a whole one."""
+        return places // (self.rows(batch_size) * self.own)
+
+    def received(self, size: int) -> int:
+        """Return the bytes that a rank receives by a sum of ``size`` bytes over all; with ``fast`` at least."""
+        others = self.world - 1
+        return size * others if self.reduce == ORDERED else 2 * size * others // self.world
+
+    def __str__(self) -> str:
+        return f"{self.reduce}, {self.world} rank{'' if self.world == 1 else 's'}"
+
+
+ALONE = Sharding("", 1)
+
+
 @dataclass(frozen=True)
 class Program:
     """Kernel calls in order, over ``values``.
@@ -200,7 +262,7 @@ class Program:
     real_bytes: int = 4
     compute_bytes: int | None = None
     resident: bool = False
-    sharding: Sharding | None = None
+    sharding: Sharding = ALONE
 
     @cached_property
     def memo(self) -> dict[str, Any]:
@@ -250,7 +312,7 @@ class Program:
     @property
     def launches(self) -> int:
         """The number of kernels that a step starts; calls in a loop are one, up to a collective."""
-        if self.sharding is not None:
+        if self.sharding:
             # after the collective comes the update alone
             return 2 if self.resident else len(self.before_reduction) * self.sharding.own + 1
         return 1 if self.resident else len(self.calls)
@@ -288,7 +350,7 @@ class Program:
         layout = "  ".join(f"{{:{'>' if column in (0, 5, 6) else '<'}{width}}}" for column, width in enumerate(widths))
         lines = [layout.format(*row).rstrip() for row in rows]
         last = f"{self.launches} launch{'' if self.launches == 1 else 'es'}"
-        if self.sharding is not None:
+        if self.sharding:
             last = f"{self._shared(self.sharding)}: {last}"
         elif self.resident:
             last = f"{len(self.calls)} calls, run as one loop over the steps: {last}"
@@ -310,56 +372,3 @@ def scaled(number: float) -> str:
             return f"{number:.3g}{prefix}"
         number /= 1000.0
     raise AssertionError("unreachable")
-
-
-ORDERED, FAST = "ordered", "fast"
-REDUCTIONS = (ORDERED, FAST)
-# The shards of an ordered sum.
-SHARDS = 8
-
-
-class Sharding(NamedTuple):
-    """A batch over ``world`` ranks; ``reduce`` is a name of REDUCTIONS."""
-
-    reduce: str
-    world: int
-
-    def check(self) -> Sharding:
-        """Return this; raises ArgumentError for an unknown name, or a number of ranks that has no ordered sum."""
-        check_choice("reduce", self.reduce, REDUCTIONS)
-        if self.reduce == ORDERED and SHARDS % self.world:
-            raise ArgumentError(
-                f"reduce: 'ordered' adds {SHARDS} shards of the batch in one tree, on 1, 2, 4 or 8 ranks, and there "
-                f"are {self.world}; start another number of processes, or give reduce='fast'"
-            )
-        return self
-
-    @property
-    def shards(self) -> int:
-        """The shards of a batch."""
-        return SHARDS if self.reduce == ORDERED else self.world
-
-    @property
-    def own(self) -> int:
-        """The shards of a rank."""
-        return self.shards // self.world
-
-    def rows(self, batch_size: int) -> int:
-        """Return the rows of a shard; the last shards of a batch may have fewer, or none."""
-        return -(-batch_size // self.shards)
-
-    def firsts(self, rank: int, rows: int) -> tuple[int, ...]:
-        """Return the row of the batch with which each shard of a rank begins, a shard having ``rows``."""
-        return tuple(rows * shard for shard in range(rank * self.own, (rank + 1) * self.own))
-
-    def owner(self, places: Array, batch_size: int) -> Array:
-        """Return the rank that has each of these rows of a batch, ``batch_size`` being that of a whole one."""
-        return places // (self.rows(batch_size) * self.own)
-
-    def received(self, size: int) -> int:
-        """Return the bytes that a rank receives by a sum of ``size`` bytes over all; with ``fast`` at least."""
-        others = self.world - 1
-        return size * others if self.reduce == ORDERED else 2 * size * others // self.world
-
-    def __str__(self) -> str:
-        return f"{self.reduce}, {self.world} rank{'' if self.world == 1 else 's'}"

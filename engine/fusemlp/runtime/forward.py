@@ -130,12 +130,10 @@ class ForwardPass:
                 bound.arrays[name][count:] = 0
 
     def outputs(self, X: Any, net: MLP | None = None) -> Array:
-        """Return the outputs (n, N) for X (n, K) of the network, or of ``net``, its first layers; with members (n,
-        members, N)."""
+        """Return the outputs (n, members, N) for X (n, K) of the network, or of ``net``, its first layers."""
         rows = self.rows_for(len(X))
         bound = self.program(rows, net=net)
-        found = self._collected("y", bound, rows, {"x": X})
-        return found if self.net.members == 1 else found.reshape(len(X), self.net.members, -1)
+        return self._collected("y", bound, rows, {"x": X}).reshape(len(X), self.net.members, -1)
 
     def input_gradient(
         self,
@@ -239,6 +237,8 @@ def combined(kind: str, outputs: Array) -> Array:
     Of a cross-entropy they are the logits of the mean probability, of poisson the logarithm of the mean count, of the
     other losses the mean.
     """
+    if outputs.shape[1] == 1:
+        return outputs[:, 0]
     if kind == "cross_entropy":
         top = outputs.max(axis=2, keepdims=True)
         return _log_mean_exp(outputs - top - np.log(np.exp(outputs - top).sum(axis=2, keepdims=True)))

@@ -67,15 +67,10 @@ class Inference:
 
     def outputs(self, X: Any) -> Array:
         """Return the last layer's outputs (n, N) for X (n, K); with members those of the mean prediction."""
-        found = self._rows_out(X)
-        return combined(self.loss.kind, found) if self.network.members > 1 else found
+        return combined(self.loss.kind, self.member_outputs(X))
 
     def member_outputs(self, X: Any) -> Array:
         """Return the last layer's outputs (n, members, N) for X (n, K)."""
-        found = self._rows_out(X)
-        return found if self.network.members > 1 else found[:, None]
-
-    def _rows_out(self, X: Any) -> Array:
         X = self.inputs.features("X", X)
         self.scaling.check_measured()
         return self.forward.outputs(X)
@@ -146,7 +141,7 @@ class Inference:
     def outputs_of(self, X: Any, layers: int) -> Array:
         """Return the outputs (n, N) of the first ``layers`` layers for checked rows X (n, K)."""
         self.network.check_single("layers", "the output of hidden layers")
-        return self.forward.outputs(X, self.forward.first(layers))
+        return self.forward.outputs(X, self.forward.first(layers))[:, 0]
 
     def evaluate(
         self,

@@ -35,8 +35,8 @@ def path_gradient(passes: ForwardPass, X: Any, baseline: Any, seed: Array, point
             found += weight * passes.input_gradient(baseline + point * (X - baseline), {"seed": seed})
         return found
     head = MLP(net.sizes[:2], output_activation="identity")
-    start = passes.outputs(baseline, head)
-    step = passes.outputs(X, head) - start
+    start = passes.outputs(baseline, head)[:, 0]
+    step = passes.outputs(X, head)[:, 0] - start
     start = np.broadcast_to(start, step.shape)
     most = min(forward.LARGEST, IN_CACHE) if passes.memory.backend.traits.on_host else forward.LARGEST
     rows = max(1, min(len(step), most // (max(net.sizes[1:]) * len(points))))

@@ -11,8 +11,8 @@ from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.program.layout import parameter_layout
 from fusemlp.program.lowering import lower_training
-from fusemlp.program.passes.ranks import SumOverRanks
-from fusemlp.program.program import ORDERED, Sharding
+from fusemlp.program.passes.ranks import sums_over
+from fusemlp.program.program import ALONE, ORDERED, Sharding
 from fusemlp.program.step import Inputs
 from fusemlp.runtime.backends import TRAITS, availability
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES
@@ -133,9 +133,9 @@ def _traits(net: MLP, backend: str, precision: str) -> Traits:
     return traits
 
 
-def _sharding(net: MLP, traits: Traits, devices: int | None, reduce: str) -> Sharding | None:
+def _sharding(net: MLP, traits: Traits, devices: int | None, reduce: str) -> Sharding:
     if devices is None:
-        return None
+        return ALONE
     check_together({**net.uses, "ranks": "devices", traits.name: True})
     return Sharding(reduce, as_count("devices", devices)).check()
 
@@ -158,7 +158,7 @@ def chosen_plan(
     if traits.resident is None:
         return None
     alone = choose_plan("auto", traits, net.sizes, batch_size, precision, members=net.members)
-    return alone if sharding is None else shared_plan(alone, traits, sharding)
+    return shared_plan(alone, traits, sharding) if sharding else alone
 
 
 def plan_text(
@@ -184,9 +184,7 @@ def plan_text(
     chosen_loss.check_network(net)
     chosen_optimizer.check_network(net)
     real_bytes = REAL_BYTES.get(precision, 4)
-    batch_size = as_count("batch_size", batch_size, minimum=1)
-    if sharding is not None:
-        batch_size = sharding.rows(batch_size)
+    batch_size = sharding.rows(as_count("batch_size", batch_size, minimum=1))
     alone, _ = choose_plan("auto", traits, net.sizes, batch_size, precision, members=net.members)
     program = lower_training(
         net,
@@ -202,7 +200,7 @@ def plan_text(
         compute_bytes=COMPUTE_BYTES.get(precision),
         scaled=precision == "fp16",
         most_parts=MOST_PARTS,
-        resident=alone == "resident" and (traits.on_host or sharding is None),
-        passes=() if sharding is None else (SumOverRanks(sharding),),
+        resident=alone == "resident" and (traits.on_host or not sharding),
+        passes=sums_over(sharding),
     )
     return str(program)

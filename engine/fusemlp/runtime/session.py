@@ -19,8 +19,8 @@ from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.describe.schedules import Schedule
 from fusemlp.inputs.arrays import Array, checked_state
 from fusemlp.inputs.examples import DeviceInputs
-from fusemlp.program.passes.ranks import SumOverRanks
-from fusemlp.program.program import ORDERED, REDUCTIONS, Sharding
+from fusemlp.program.passes.ranks import sums_over
+from fusemlp.program.program import ALONE, ORDERED, REDUCTIONS, Sharding
 from fusemlp.program.step import Pass
 from fusemlp.runtime.backends import PRECISIONS, first_available, open_here
 from fusemlp.runtime.inference import Inference
@@ -150,7 +150,7 @@ class Session:
         self.precision = machine.precision
         # until it joins others
         self.ranks = Single()
-        self.sharding: Sharding | None = None
+        self.sharding = ALONE
         needs = [*["members"] * (self.network.members > 1), *["privacy"] * (self.privacy is not None)]
         self.backend = first_available(needs) if machine.backend == "auto" else machine.backend
         self.plan, self.plan_reason = machine.plan, "" if machine.plan == "auto" else ASKED
@@ -251,9 +251,7 @@ class Session:
         """The plan that ``plan`` comes to for batches of this size, and why."""
         traits, private, net = self.inputs.backend.traits, self.privacy is not None, self.network
         chosen = choose_plan(plan, traits, net.sizes, batch_size, self.precision, private=private, members=net.members)
-        if self.sharding is None:
-            return chosen
-        return shared_plan(chosen, traits, self.sharding, self.ranks.uncaptured())
+        return shared_plan(chosen, traits, self.sharding, self.ranks.uncaptured()) if self.sharding else chosen
 
     def make_room_for(self, rows: int) -> None:
         """Let the gradients of a batch of ``rows`` be summed in as many parts as in an engine made for such batches."""
@@ -265,8 +263,7 @@ class Session:
     @property
     def passes(self) -> tuple[Pass, ...]:
         """The passes that the program of each of its steps has."""
-        shared = () if self.sharding is None else (SumOverRanks(self.sharding),)
-        return (*self.ledger.passes(self.precision), *shared)
+        return (*self.ledger.passes(self.precision), *sums_over(self.sharding))
 
     @property
     def described(self) -> Features:

@@ -67,7 +67,6 @@ class ShardedProgram(BoundProgram):
         *,
         plan: str,
     ) -> None:
-        assert program.sharding is not None
         self._ranks, self._sharding = ranks, program.sharding
         super().__init__(program, memory, workspace, given, plan=plan)
         if self._resident:

@@ -63,13 +63,12 @@ def lower(
     """
     if engine.class_weight is not None:
         inputs = replace(inputs, class_weighted=True)
-    sharding = engine.sharding
     return lower_training(
         engine.network,
         spec,
         rule,
         engine.optimizer.options_for,
-        batch_size if sharding is None else sharding.rows(batch_size),
+        engine.sharding.rows(batch_size),
         engine.memory.backend.traits,
         engine.memory.layout,
         inputs,

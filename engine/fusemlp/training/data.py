@@ -243,11 +243,11 @@ def _codes(engine: Trainer, targets: Targets) -> Array | None:
 
 def _share(engine: Trainer, X: Any, plan: FitPlan, first_epoch: int) -> Share | None:
     """Return how ranks share the reading of blocks; DistributedError if theirs differ, or where they begin."""
-    ranks, sharding = engine.ranks, engine.sharding
-    if not isinstance(ranks, Ranks) or sharding is None or not isinstance(X, Blocks):
+    ranks = engine.ranks
+    if not isinstance(ranks, Ranks) or not isinstance(X, Blocks):
         return None
     ranks.check_same({**X.described(), "steps_per_epoch": plan.steps_per_epoch, "the first epoch": first_epoch})
-    return ranks, partial(sharding.owner, batch_size=X.batch_rows)
+    return ranks, partial(engine.sharding.owner, batch_size=X.batch_rows)
 
 
 def _check_alike(engine: Trainer, plan: FitPlan, data: FitData) -> None:

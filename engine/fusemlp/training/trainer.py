@@ -103,7 +103,7 @@ def fresh_state(engine: Trainer, plan: FitPlan, batches: int) -> FitState:
         history=History(chance_loss=_chance_loss(engine), in_use=_in_use(engine)),
         monitor=plan.monitor or "",
         adversarial=_opponent(plan),
-        reduce=_reduction(engine),
+        reduce=engine.sharding.reduce,
     )
 
 
@@ -145,9 +145,10 @@ def resumed_state(engine: Trainer, plan: FitPlan, batches: int, *, rows: int) ->
             f"X: the checkpoint stands at batch {state.batch} of its epoch, and {rows} rows make only {batches}; "
             "resume with the data of the first call"
         )
-    if state.reduce != _reduction(engine):
+    reduce = engine.sharding.reduce
+    if state.reduce != reduce:
         raise ArgumentError(
-            f"reduce: the fit that is resumed has reduce={state.reduce or None!r}, got {_reduction(engine) or None!r}; "
+            f"reduce: the fit that is resumed has reduce={state.reduce or None!r}, got {reduce or None!r}; "
             "go on with the same: torchrun --nproc-per-node 1 -m fusemlp train --resume RUN, or in a script that "
             "torchrun starts load_checkpoint(..., distributed=True, reduce=...); where it was None, without torchrun"
         )
@@ -158,8 +159,3 @@ def resumed_state(engine: Trainer, plan: FitPlan, batches: int, *, rows: int) ->
         if before != now:
             raise ArgumentError(f"{name}: the fit that is resumed {does} {before!r}, got {now!r}; give the same")
     return state
-
-
-def _reduction(engine: Trainer) -> str:
-    """Return how the gradients of several processes are added; "" if there is one."""
-    return "" if engine.sharding is None else engine.sharding.reduce

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fusemlp.program.program import COLLECTIVE, Call, Program, Ref, Sharding
-from fusemlp.program.step import Step
+from fusemlp.program.step import Pass, Step
+
+
+def sums_over(sharding: Sharding) -> tuple[Pass, ...]:
+    """Return the passes of a training over these shards; none where one process trains alone."""
+    return (SumOverRanks(sharding),) if sharding else ()
 
 
 @dataclass(frozen=True)
