@@ -24,7 +24,7 @@ def attack(engine: Session, X: Any, y: Any, how: Attack) -> Array:
     data = engine.inputs.examples(X, y, None)
     engine.scaling.check_measured()
     check_within(engine, "X", data.X, how)
-    own, change = how.plain, how.perturbation()
+    pgd, change = how.plain, how.perturbation()
     x = np.array(engine.inputs.on_host(data.X), np.float64 if engine.precision == "fp64" else np.float32)
     target, spec = engine.inputs.on_host(data.targets.values), engine.inputs.spec_for(data.targets)
     class_weight = None if engine.class_weight is None else engine.inputs.on_host(engine.class_weight)
@@ -33,17 +33,17 @@ def attack(engine: Session, X: Any, y: Any, how: Attack) -> Array:
     operands: dict[str, Any] = {"x": x, "change": change, "counters": counters}
     start, move = steps.bind("perturb", start=adv, **operands), steps.bind("perturb", dx=dx, adv=adv, **operands)
     best, losses = adv, np.full(len(x), -np.inf)
-    for restart in range(own.restarts):
+    for restart in range(pgd.restarts):
         counters[BATCH_INDEX] = restart
         start()
-        for _ in range(own.steps):
+        for _ in range(pgd.steps):
             dx[:] = engine.inference.input_gradient(adv, y)
             move()
-        if own.restarts > 1:
-            found = row_losses(spec, engine.inference.outputs(adv), target, class_weight)
+        if pgd.restarts > 1:
+            row_loss = row_losses(spec, engine.inference.outputs(adv), target, class_weight)
             # a NaN is as bad as it gets
-            worse = ~(found <= losses)
-            losses[worse] = found[worse]
+            worse = ~(row_loss <= losses)
+            losses[worse] = row_loss[worse]
             best = np.where(worse[:, None], adv, best)
     return best
 

@@ -88,21 +88,21 @@ class ForwardPass:
         *,
         weighted: bool = False,
         gradient: int | None = None,
-        own: Mapping[str, Any] | None = None,
+        arrays: Mapping[str, Any] | None = None,
         workspace: Workspace | None = None,
     ) -> BoundProgram:
-        """Return a new program as ``program`` describes it; ``own`` are arrays for its data."""
+        """Return a new program as ``program`` describes it; ``arrays`` are those of its data."""
         memory = self.memory
         shared = net.members > 1
         inputs = Inputs(rows, indexed=shared, weighted=weighted, class_weighted=class_weight is not None)
         traits, sizes = memory.backend.traits, (memory.real_bytes, memory.compute_bytes)
-        given = {"counters": self.counters, "stats": self.stats, **(own or {})}
+        bound_arrays = {"counters": self.counters, "stats": self.stats, **(arrays or {})}
         if class_weight is not None:
-            given["class_weight"] = class_weight
+            bound_arrays["class_weight"] = class_weight
         if shared:
-            given["rows"] = member_rows(memory.backend, rows, net.members)
+            bound_arrays["rows"] = member_rows(memory.backend, rows, net.members)
         program = lower(Step(net, rows, traits, memory.layout, inputs, spec, *sizes, gradient=gradient))
-        bound = BoundProgram(program, memory, workspace or self.workspace, given)
+        bound = BoundProgram(program, memory, workspace or self.workspace, bound_arrays)
         if "unit" in program.values:
             memory.backend.copy_into(bound.arrays["unit"], np.eye(net.sizes[-1], dtype=self.real))
         return bound
@@ -149,10 +149,10 @@ class ForwardPass:
         """
         rows = self.rows_for(len(X))
         bound = self.program(rows, spec, class_weight, net=net, gradient=0)
-        found = self._collected("dx", bound, rows, {"x": X, **arrays})
+        gradient_rows = self._collected("dx", bound, rows, {"x": X, **arrays})
         if self.scaling is not None and self.scaling.scale is not None:
-            found /= self.scaling.scale.scale
-        return found
+            gradient_rows /= self.scaling.scale.scale
+        return gradient_rows
 
     def _collected(self, name: str, bound: BoundProgram, rows: int, arrays: Mapping[str, Any]) -> Array:
         """Return a value of the program for all rows, on the host."""

@@ -94,8 +94,8 @@ class Inference:
         elif spec.reduction == "mean" and self.class_weight is not None and not spec.soft:
             labels = self.inputs.on_host(values)
             counted = labels != spec.ignore_index
-            own = self.inputs.on_host(self.class_weight)[np.where(counted, labels, 0)]
-            gradient *= np.divide(counted, own, out=np.zeros_like(own), where=own > 0)[:, None]
+            factors = self.inputs.on_host(self.class_weight)[np.where(counted, labels, 0)]
+            gradient *= np.divide(counted, factors, out=np.zeros_like(factors), where=factors > 0)[:, None]
         return gradient
 
     def path_gradient(self, X: Array, baseline: Array, output: Array, points: Array, weights: Array) -> Array:

@@ -77,12 +77,12 @@ def certified(engine: Session, X: Any, y: Any, eps: Any, *, bounds: Any = None) 
         raise ArgumentError(
             f"y: certified predictions are those of classes, and y holds {kind or 'probabilities'}; use bounds(X, eps)"
         )
-    found = Propagation(engine)
+    propagation = Propagation(engine)
     if kind == "classes" and values.ndim == 1:
-        return found.certified(low, high, values)
+        return propagation.certified(low, high, values)
     if kind == "one-hot rows":
-        return found.certified(low, high, values.argmax(axis=1))
-    right = found.certified_labels(low, high, values > 0.5)
+        return propagation.certified(low, high, values.argmax(axis=1))
+    right = propagation.certified_labels(low, high, values > 0.5)
     return right[:, 0] if kind == "classes" else right
 
 
@@ -100,7 +100,7 @@ def ball(engine: Session, X: Any, eps: Any, limits: Any = None) -> Box:
         pair = tuple(limits) if isinstance(limits, Iterable) and not isinstance(limits, str) else ()
         if len(pair) != 2:
             raise ArgumentTypeError(f"bounds: expected the least and the greatest input, (0, 1), got {limits!r}")
-        least, most = (_columns(f"bounds[{at}]", one, width) for at, one in enumerate(pair))
+        least, most = (_columns(f"bounds[{at}]", limit, width) for at, limit in enumerate(pair))
         if (least > most).any():
             raise ArgumentError(f"bounds: the least input is above the greatest one, got {limits!r}")
         outside = (rows + rounding < least) | (rows - rounding > most)
@@ -150,21 +150,21 @@ class Propagation:
 
     def certified(self, low: Array, high: Array, labels: Array) -> Array:
         """Return whether the output of its label (n,) is the largest of each row in all of its box: bool (n,)."""
-        last, found = self.layers[-1], np.zeros(len(labels), np.bool_)
+        last, shown = self.layers[-1], np.zeros(len(labels), np.bool_)
         plain = last.activation == "identity"
         start = 0
         for box in self._blocks(low, high):
-            own = labels[start : start + len(box[0])]
+            part_labels = labels[start : start + len(box[0])]
             # of the outputs, or of the last hidden layer, whose width is another
             least, most = self._through(self.layers[: -1 if plain else None], *box)
-            for label in set(np.unique(own).tolist()) & set(range(len(last.b))):
-                at = np.flatnonzero(own == label)
+            for label in set(np.unique(part_labels).tolist()) & set(range(len(last.b))):
+                at = np.flatnonzero(part_labels == label)
                 part = least[at], most[at]
                 margin = self._margins(last, *part, label) if plain else part[0][:, label, None] - part[1]
                 margin[:, label] = np.inf
-                found[start + at] = (margin > 0.0).all(axis=1)
-            start += len(own)
-        return found
+                shown[start + at] = (margin > 0.0).all(axis=1)
+            start += len(part_labels)
+        return shown
 
     def certified_labels(self, low: Array, high: Array, truth: Array) -> Array:
         """Return whether each output, positive for "yes", has the right sign in all of its box: bool (n, N)."""

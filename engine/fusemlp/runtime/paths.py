@@ -30,10 +30,10 @@ def path_gradient(passes: ForwardPass, X: Any, baseline: Any, seed: Array, point
     """
     net = passes.net
     if net.layers == 1:
-        found = np.zeros(X.shape, passes.real)
+        total = np.zeros(X.shape, passes.real)
         for point, weight in zip(points.tolist(), weights.tolist(), strict=True):
-            found += weight * passes.input_gradient(baseline + point * (X - baseline), {"seed": seed})
-        return found
+            total += weight * passes.input_gradient(baseline + point * (X - baseline), {"seed": seed})
+        return total
     head = MLP(net.sizes[:2], output_activation="identity")
     start = passes.outputs(baseline, head)[:, 0]
     step = passes.outputs(X, head)[:, 0] - start
@@ -74,8 +74,8 @@ class _Lines:
         backend.copy_into(place, points.astype(passes.real)[:, None])
         activation = net.activations[0]
         names = ["h1", *(["z1"] if activation.name in NEEDS_Z else [])]
-        made = {name: room("compute", width, pitch, count * rows) for name in names}
-        whole = {name: backend.view(flat, 0, (count, long), long) for name, (_, flat) in made.items()}
+        hidden = {name: room("compute", width, pitch, count * rows) for name in names}
+        whole = {name: backend.view(flat, 0, (count, long), long) for name, (_, flat) in hidden.items()}
         self._spread = backend.bind(
             "linear",
             x=place,
@@ -87,8 +87,8 @@ class _Lines:
             **({"slope_param": memory.arrays["s0"]} if activation.name == "prelu" else {}),
             **({"z": whole["z1"]} if "z1" in whole else {}),
         )
-        workspace, own = Workspace(backend), {name: view for name, (view, _) in made.items()}
-        self._inner = passes.bind(net, count * rows, gradient=1, own=own, workspace=workspace)
+        workspace, arrays = Workspace(backend), {name: view for name, (view, _) in hidden.items()}
+        self._inner = passes.bind(net, count * rows, gradient=1, arrays=arrays, workspace=workspace)
         dtype, dz = placement(self._inner.program, memory.layout, row_multiple=multiple).places["dz1"]
         gradients = backend.view(workspace.arena(dtype, 0), dz.offset, (count, long), long)
         self._sum = backend.bind(

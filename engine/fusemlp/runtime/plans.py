@@ -73,11 +73,11 @@ def _fastest(traits: Traits, refusal: str | None, sizes: Sequence[int], rows: in
     if refusal is not None:
         return traits.plans[-2], refusal
     # a multiprocessor a model; the launches of one model after those of another
-    one = traits.resident.resident_seconds(step_flops(sizes, rows))
+    resident = traits.resident.resident_seconds(step_flops(sizes, rows))
     other = traits.resident.graph_seconds(sizes, rows) * models
     said = "a step" if models == 1 else f"a step of {models} models"
-    said += f" is estimated to take {one * 1e6:.3g} us in the resident kernel and {other * 1e6:.3g} us in launches"
-    if one > other:
+    said += f" is estimated to take {resident * 1e6:.3g} us in the resident kernel and {other * 1e6:.3g} us in launches"
+    if resident > other:
         return traits.plans[-2], said
     return best, f"{said}: fit runs many steps in one launch"
 

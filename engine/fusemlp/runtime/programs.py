@@ -135,11 +135,11 @@ def walk_rows(
     """Write the rows of ``epochs`` epochs of one length into the arrays ``rows`` and ``counters``, where they are
     walked, from batch ``first_batch`` of ``size`` rows of the first on."""
     rows, counters = arrays["rows"], arrays["counters"]
-    given = min(len(order), len(rows))
-    count = given // epochs
-    backend.copy_into(rows[:given], np.asarray(order[:given], np.int64))
-    if given < len(rows):
-        rows[given:] = -1
+    length = min(len(order), len(rows))
+    count = length // epochs
+    backend.copy_into(rows[:length], np.asarray(order[:length], np.int64))
+    if length < len(rows):
+        rows[length:] = -1
     # behind the last batch the clock has gone back to the first
     offset = first_batch * size if first_batch * size < count else 0
     # private batches have padding each

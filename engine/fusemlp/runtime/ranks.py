@@ -118,22 +118,22 @@ def _agreed(store: Any, rank: int, world: int, timeout: float) -> str:
     addresses. So each rank but 0 asks with a number drawn now, and rank 0 answers whatever number it finds until all
     have said its own.
     """
-    own = os.urandom(8).hex()
+    name = os.urandom(8).hex()
     if rank:
-        store.set(f"fusemlp/asks/{rank}", own)
-        agreed: str = store.get(f"fusemlp/answer/{own}").decode()
+        store.set(f"fusemlp/asks/{rank}", name)
+        agreed: str = store.get(f"fusemlp/answer/{name}").decode()
         store.set(f"fusemlp/{agreed}/{rank}", "")
         return agreed
     missing, end = set(range(1, world)), time.monotonic() + timeout
     while missing:
         for other in missing:
             if store.check([f"fusemlp/asks/{other}"]):
-                store.set(f"fusemlp/answer/{store.get(f'fusemlp/asks/{other}').decode()}", own)
+                store.set(f"fusemlp/answer/{store.get(f'fusemlp/asks/{other}').decode()}", name)
         time.sleep(0.01)
-        missing = {other for other in missing if not store.check([f"fusemlp/{own}/{other}"])}
+        missing = {other for other in missing if not store.check([f"fusemlp/{name}/{other}"])}
         if missing and time.monotonic() > end:
             raise RuntimeError(f"rank {', '.join(map(str, sorted(missing)))} did not come")
-    return own
+    return name
 
 
 # those of this process by their time limit, each with the process group that they are part of

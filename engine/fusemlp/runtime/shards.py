@@ -159,8 +159,8 @@ class _Sums:
         """Add the gradients and statistics of all shards, and hand them to the update."""
         memory, ranks, into = self._memory, self._ranks, self._memory.grads
         if self._weighs:
-            for one, counted in zip(self.own.grads, self.own.stats, strict=True):
-                one *= counted[NORM_SUM]
+            for gradients, counted in zip(self.own.grads, self.own.stats, strict=True):
+                gradients *= counted[NORM_SUM]
         grads, stats = self.own.add()
         if self._received.grads:
             ranks.all_gather(self._received.rows, self.own.rows[0])

@@ -58,7 +58,7 @@ def engine_content(engine: Trainer, extra: Mapping[str, Any] | None = None) -> d
     kinds["best"] = engine.best_parameters or {}
     kinds["input"] = engine.scaling.tensors
     kinds["merged"] = {} if engine.merged_biases is None else {"bias": engine.merged_biases}
-    tensors = {f"{kind}/{name}": tensor for kind, own in kinds.items() for name, tensor in own.items()}
+    tensors = {f"{kind}/{name}": tensor for kind, named in kinds.items() for name, tensor in named.items()}
     for name in ("counters", "hyper", "stats"):
         tensors[name] = memory.backend.to_host(memory.arrays[name])
     config = {

@@ -141,19 +141,19 @@ def fit_loop(
 
 def _warn(engine: Trainer, data: Examples, batches: int, *, streamed: bool) -> None:
     rows, accumulate, labels = len(data.X), engine.optimizer.accumulate, data.targets.values
-    found = []
+    warned = []
     if accumulate > batches:
-        found.append(
+        warned.append(
             f"accumulate: an update takes {accumulate} batches and this fit has only {batches}: it may end without "
             "one; train for more epochs or lower accumulate"
         )
     if engine.batch_size > rows and not streamed:
-        found.append(f"batch_size: {engine.batch_size} is more than the {rows} rows of X; batches of {rows} are used")
+        warned.append(f"batch_size: {engine.batch_size} is more than the {rows} rows of X; batches of {rows} are used")
     if engine.loss.kind == "cross_entropy" and not data.targets.soft and rows > 1 and not streamed:
         least, greatest = engine.inputs.extent(labels)
         if least == greatest:
-            found.append(f"y: every label is {least:.0f}; a classifier needs examples of two classes")
-    for message in found:
+            warned.append(f"y: every label is {least:.0f}; a classifier needs examples of two classes")
+    for message in warned:
         warnings.warn(message, stacklevel=caller_level())
     if rows:
         engine.scaling.warn("X", data.X)

@@ -99,7 +99,7 @@ class FitPlan(Description):
         first, *others = self.monitors
         if first is None and (self.early_stopping is not None or isinstance(schedule, ReduceOnPlateau)):
             first = "loss" if validation_data is None and not self.validation_split else "val_loss"
-        own = in_use(
+        features = in_use(
             batches=batches,
             arrays=not batches,
             sample_weight=sample_weight,
@@ -112,5 +112,5 @@ class FitPlan(Description):
             balanced=isinstance(self.class_weight, str) and self.class_weight == "balanced",
         )
         followed = next((name for name in (first, *others) if name in OF_TRAINING_ROWS), None)
-        own |= in_use(**{"rows in turn": not self.shuffle, "followed rows": followed})
-        return {**own, **self.adversary.uses}
+        features |= in_use(**{"rows in turn": not self.shuffle, "followed rows": followed})
+        return {**features, **self.adversary.uses}

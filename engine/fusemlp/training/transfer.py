@@ -56,11 +56,11 @@ def by_layers(optimizer: Optimizer, net: MLP, *, freeze: int = 0, layer_decay: f
     factor = as_number("layer_decay", layer_decay, low=0.0, high=1.0, low_open=True)
     changed: dict[str, ParameterOptions] = {}
     for name in net.parameter_shapes():
-        given, layer = optimizer.own_options(name), layer_of(name)
-        trainable, lr_factor = given.trainable and layer >= freeze, given.lr_factor * factor ** (last - layer)
-        own = replace(given, trainable=trainable, lr_factor=lr_factor)
-        if own != NO_OPTIONS:
-            changed[name] = own
+        before, layer = optimizer.own_options(name), layer_of(name)
+        trainable, lr_factor = before.trainable and layer >= freeze, before.lr_factor * factor ** (last - layer)
+        options = replace(before, trainable=trainable, lr_factor=lr_factor)
+        if options != NO_OPTIONS:
+            changed[name] = options
     return replace(optimizer, per_parameter=changed)
 
 
@@ -75,9 +75,9 @@ def network_from(known: MLP | None, net: Any, layers: int | None, head: Any) -> 
             f"net: parameters alone need their network, net=MLP([784, 128, 10], activation='relu'), and no head; other "
             f"sources have one, and take head=10 for a new output layer; got net={net!r}, head={head!r}"
         )
-    for one in (known, net):
-        if one is not None:
-            one.check_single("source" if one is known else "net", "transfer")
+    for network in (known, net):
+        if network is not None:
+            network.check_single("source" if network is known else "net", "transfer")
     count = None if layers is None else as_count("layers", layers, minimum=1)
     if known is None:
         return net, count
@@ -90,14 +90,14 @@ def network_from(known: MLP | None, net: Any, layers: int | None, head: Any) -> 
             f"head: expected the width of at least an output layer, and a source with layers before it, got {head!r} "
             f"for {known!r}"
         )
-    made = MLP(
+    built = MLP(
         [*known.sizes[: kept + 1], *widths],
         activation=[*known.activations[:kept], *known.activations[kept - 1 : kept] * (len(widths) - 1)],
         output_activation=known.activations[-1],
         dropout=[*known.dropouts[:kept], *[0.0] * (len(widths) - 1)],
         init=known.init,
     )
-    return made, kept if count is None else count
+    return built, kept if count is None else count
 
 
 def in_sequence(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,16 +112,16 @@ def in_sequence(state: Mapping[str, Any]) -> dict[str, Any]:
     matrices = sorted(
         int(match[1]) for name, match in matched.items() if match and match[2] == "weight" and arrays[name].ndim == 2
     )
-    found: dict[str, Any] = {}
+    parameters: dict[str, Any] = {}
     strange = []
     for name, match in matched.items():
         number, kind = (int(match[1]), match[2]) if match else (-1, "")
         # the last matrix up to this number
         layer = bisect_right(matrices, number) - 1
         if layer >= 0 and matrices[layer] == number:
-            found[f"{2 * layer}.{kind}"] = arrays[name]
+            parameters[f"{2 * layer}.{kind}"] = arrays[name]
         elif layer >= 0 and kind == "weight" and arrays[name].shape == (1,):
-            found[f"{2 * layer + 1}.weight"] = arrays[name]
+            parameters[f"{2 * layer + 1}.weight"] = arrays[name]
         else:
             strange.append(name)
     if strange or not matrices:
@@ -129,7 +129,7 @@ def in_sequence(state: Mapping[str, Any]) -> dict[str, Any]:
             "source: expected the parameters of an nn.Sequential of Linear layers, 0.weight, 0.bias, 2.weight, ..., "
             f"got {', '.join(strange or map(str, state)) or 'none'}; rename them, or leave them out"
         )
-    return {**found, **scale}
+    return {**parameters, **scale}
 
 
 def taken_over(net: MLP, state: Mapping[str, Any], layers: int | None) -> tuple[dict[str, Array], int]:
@@ -139,28 +139,33 @@ def taken_over(net: MLP, state: Mapping[str, Any], layers: int | None) -> tuple[
     number of layers is returned too. Raises ArgumentError or ShapeError, which names them, for parameters that are
     missing or of another shape.
     """
-    own = {name: one for name, one in state.items() if name not in (MEAN, SCALE)}
-    shapes, count = net.parameter_shapes(), 1 + max(map(layer_of, own))
+    parameters = {name: array for name, array in state.items() if name not in (MEAN, SCALE)}
+    shapes, count = net.parameter_shapes(), 1 + max(map(layer_of, parameters))
     if layers is None:
         last = f"{2 * count - 2}.weight"
-        layers = count if count == net.layers and own[last].shape == shapes[last] else count - 1
+        layers = count if count == net.layers and parameters[last].shape == shapes[last] else count - 1
     most = min(count, net.layers)
     if not 1 <= layers <= most:
         raise ArgumentError(f"layers: expected 1 to {most}, which source and network have, got {layers}")
     wanted = {name: shape for name, shape in shapes.items() if layer_of(name) < layers}
-    differ = {name for name in own if layer_of(name) < layers} ^ set(wanted)
+    differ = {name for name in parameters if layer_of(name) < layers} ^ set(wanted)
     if differ:
         raise ArgumentError(
             f"source: source or network lacks {', '.join(sorted(differ))}; give zeros for a missing bias, and the "
             "network the activation PReLU() for a slope (1,)"
         )
-    other = {name: tuple(own[name].shape) for name, shape in wanted.items() if tuple(own[name].shape) != shape}
+    other = {
+        name: tuple(parameters[name].shape) for name, shape in wanted.items() if tuple(parameters[name].shape) != shape
+    }
     if other:
-        told = ", ".join(f"{name} is {shape} and in net {wanted[name]}" for name, shape in other.items())
+        differences = ", ".join(f"{name} is {shape} and in net {wanted[name]}" for name, shape in other.items())
         first = min(map(layer_of, other))
-        widths = [own["0.weight"].shape[1], *(own[f"{2 * layer}.weight"].shape[0] for layer in range(layers))]
+        widths = [
+            parameters["0.weight"].shape[1],
+            *(parameters[f"{2 * layer}.weight"].shape[0] for layer in range(layers)),
+        ]
         mend = f"; or keep the layers before them alone, layers={first}" if first else ""
-        raise ShapeError(f"source: {told}; let the widths of net begin with {widths}{mend}")
+        raise ShapeError(f"source: {differences}; let the widths of net begin with {widths}{mend}")
     return {name: state[name] for name in (*wanted, MEAN, SCALE) if name in state}, layers
 
 
@@ -182,8 +187,8 @@ def probing(
             f"trained, got {kept}"
         )
 
-    def later(given: Mapping[str, Any]) -> dict[str, Any]:
-        return shifted({name: one for name, one in given.items() if layer_of(name) >= kept}, -kept)
+    def later(named: Mapping[str, Any]) -> dict[str, Any]:
+        return shifted({name: value for name, value in named.items() if layer_of(name) >= kept}, -kept)
 
     tail = engine.like(
         type(engine),

@@ -12,12 +12,12 @@ from fusemlp_kernels.cupy.products import bind_copy, bind_product, lane_blocks, 
 from fusemlp_kernels.philox import seed_key, threshold
 
 
-def activation_fields(given: SimpleNamespace) -> dict[str, Any]:
+def activation_fields(call: SimpleNamespace) -> dict[str, Any]:
     """Return the kernels' fields for an activation."""
-    learned = given.activation == "prelu"
+    learned = call.activation == "prelu"
     return {
-        "activation": ACTIVATIONS.index(given.activation), "slope": given.slope,
-        "slope_param": given.slope_param if learned else None,
+        "activation": ACTIVATIONS.index(call.activation), "slope": call.slope,
+        "slope_param": call.slope_param if learned else None,
     }  # fmt: skip
 
 
@@ -35,12 +35,12 @@ def dropout_fields(dropout: Dropout | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def bind_batch(device: Device, given: SimpleNamespace, rows: Array | None) -> tuple[Array, Run]:
+def bind_batch(device: Device, call: SimpleNamespace, rows: Array | None) -> tuple[Array, Run]:
     """Return the batch (M, K) as an array, and the run that copies x[rows] there."""
     if rows is None:
-        return given.x, nothing
-    gathered = device.matrix((given.M, given.K), "compute") if given.gathered is None else given.gathered
-    return gathered, bind_copy(device, given.x, gathered, rows, given.counters)
+        return call.x, nothing
+    gathered = device.matrix((call.M, call.K), "compute") if call.gathered is None else call.gathered
+    return gathered, bind_copy(device, call.x, gathered, rows, call.counters)
 
 
 def product_place(device: Device, wanted: Array) -> Array:
@@ -49,35 +49,35 @@ def product_place(device: Device, wanted: Array) -> Array:
 
 
 @binds("linear", without=["keep"])
-def bind_linear(device: Device, given: SimpleNamespace) -> Run:
+def bind_linear(device: Device, call: SimpleNamespace) -> Run:
     """Bind the contract's ``linear``: a product, and a kernel after it."""
-    batch, gather = bind_batch(device, given, given.rows)
-    product = product_place(device, given.y)
+    batch, gather = bind_batch(device, call, call.rows)
+    product = product_place(device, call.y)
     after = device.launch(
-        "layers", "forward", lane_blocks(given.M, given.N), product=product if given.K else None, bias=given.b,
-        z=given.z if given.activation in NEEDS_Z else None, out=given.y, counters=given.counters, rows=given.M,
-        columns=given.N, **activation_fields(given), **dropout_fields(given.dropout),
+        "layers", "forward", lane_blocks(call.M, call.N), product=product if call.K else None, bias=call.b,
+        z=call.z if call.activation in NEEDS_Z else None, out=call.y, counters=call.counters, rows=call.M,
+        columns=call.N, **activation_fields(call), **dropout_fields(call.dropout),
     )  # fmt: skip
-    return in_sequence([gather, bind_product(device, product, batch, transposed(given.w)), after])
+    return in_sequence([gather, bind_product(device, product, batch, transposed(call.w)), after])
 
 
 @binds("grad_input", without=["keep"])
-def bind_grad_input(device: Device, given: SimpleNamespace) -> Run:
+def bind_grad_input(device: Device, call: SimpleNamespace) -> Run:
     """Bind the contract's ``grad_input``: a product, and a kernel after it."""
-    out, blocks = given.dz_prev, lane_blocks(given.M, given.K)
+    out, blocks = call.dz_prev, lane_blocks(call.M, call.K)
     learned: dict[str, Any] = {}
-    if given.activation == "prelu":
+    if call.activation == "prelu":
         if blocks == 0:
-            return device.clear(given.dslope)
+            return device.clear(call.dslope)
         partials = device.allocate(blocks, "float64")
-        learned = {"dslope": given.dslope, "partials": partials, "ticket": device.allocate(1, "uint32")}
+        learned = {"dslope": call.dslope, "partials": partials, "ticket": device.allocate(1, "uint32")}
     product = product_place(device, out)
-    multiply = bind_product(device, product, given.dz, given.w)
-    if given.activation == "identity" and given.dropout is None and product is out:
+    multiply = bind_product(device, product, call.dz, call.w)
+    if call.activation == "identity" and call.dropout is None and product is out:
         return multiply
     after = device.launch(
-        "layers", "backward", blocks, product=product if given.N else None, out=out,
-        source=given.z if given.activation in NEEDS_Z else given.y, **learned, counters=given.counters, rows=given.M,
-        columns=given.K, **activation_fields(given), **dropout_fields(given.dropout),
+        "layers", "backward", blocks, product=product if call.N else None, out=out,
+        source=call.z if call.activation in NEEDS_Z else call.y, **learned, counters=call.counters, rows=call.M,
+        columns=call.K, **activation_fields(call), **dropout_fields(call.dropout),
     )  # fmt: skip
     return in_sequence([multiply, after])

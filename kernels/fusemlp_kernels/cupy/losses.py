@@ -18,27 +18,27 @@ ROWS_A_BLOCK = 8
 SHORT_BATCH = 1024
 
 
-def launch_loss(device: Device, kernel: str, given: SimpleNamespace, z: Array, bias: Array | None = None) -> Run:
+def launch_loss(device: Device, kernel: str, call: SimpleNamespace, z: Array, bias: Array | None = None) -> Run:
     """Return the kernel over all rows of z, and before it the normaliser of a long batch.
 
     Targets and weights are gathered as they are loaded.
     """
-    m, n, loss = given.M, given.N, given.loss
-    stats = device.allocate(STATS, "float64") if given.stats is None else given.stats
+    m, n, loss = call.M, call.N, call.loss
+    stats = device.allocate(STATS, "float64") if call.stats is None else call.stats
     if m * n == 0:
         # the loss of no rows, or of no outputs, is zero
-        zeros = [array for array in (stats[:1], given.dslope) if array is not None]
+        zeros = [array for array in (stats[:1], call.dslope) if array is not None]
         return in_sequence([device.clear(array) for array in zeros])
     entropy = loss.kind == "cross_entropy"
     fields: dict[str, Any] = {
-        "z": z, "bias": bias, "dz": given.dz, "indices": given.rows, "counters": given.counters, "stats": stats,
-        "labels" if entropy and not loss.soft else "target": given.target, "weight": given.weight,
-        "class_weight": given.class_weight, "dslope": given.dslope, "hyper": given.hyper, "rows": m, "columns": n,
+        "z": z, "bias": bias, "dz": call.dz, "indices": call.rows, "counters": call.counters, "stats": stats,
+        "labels" if entropy and not loss.soft else "target": call.target, "weight": call.weight,
+        "class_weight": call.class_weight, "dslope": call.dslope, "hyper": call.hyper, "rows": m, "columns": n,
         "kind": LOSSES.index(loss.kind), "mean": loss.reduction != "sum", "by_row": loss.reduction == "rows",
         "soft": loss.soft, "accuracy": loss.accuracy,
         "ignores": loss.ignore_index is not None, "ignored": loss.ignore_index,
         "divisor": 1.0 if entropy else float(n), "smoothing": loss.label_smoothing, "option": loss.option,
-        **activation_fields(given),
+        **activation_fields(call),
     }  # fmt: skip
     return _over_rows(device, kernel, m, n, fields)
 
@@ -56,15 +56,15 @@ def _over_rows(device: Device, kernel: str, m: int, n: int, fields: dict[str, An
 
 
 @binds("loss_grad", without=["ridge", "shares"])
-def bind_loss_grad(device: Device, given: SimpleNamespace) -> Run:
+def bind_loss_grad(device: Device, call: SimpleNamespace) -> Run:
     """Bind the contract's ``loss_grad``."""
-    return launch_loss(device, "stored_loss", given, given.z)
+    return launch_loss(device, "stored_loss", call, call.z)
 
 
 @binds("linear_loss_grad", without=["ridge", "shares"])
-def bind_linear_loss_grad(device: Device, given: SimpleNamespace) -> Run:
+def bind_linear_loss_grad(device: Device, call: SimpleNamespace) -> Run:
     """Bind the contract's ``linear_loss_grad``: a product, and its loss."""
-    batch, gather = bind_batch(device, given, given.x_rows)
-    product = device.product_room(given.M, given.N) if given.dz is None else product_place(device, given.dz)
-    multiply = bind_product(device, product, batch, transposed(given.w))
-    return in_sequence([gather, multiply, launch_loss(device, "product_loss", given, product, given.b)])
+    batch, gather = bind_batch(device, call, call.x_rows)
+    product = device.product_room(call.M, call.N) if call.dz is None else product_place(device, call.dz)
+    multiply = bind_product(device, product, batch, transposed(call.w))
+    return in_sequence([gather, multiply, launch_loss(device, "product_loss", call, product, call.b)])
