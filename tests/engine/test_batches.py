@@ -1,28 +1,11 @@
 """``fit`` and ``evaluate`` take batches: generators, lists, DataLoaders, objects with a length."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 
-from fusemlp import (
-    MLP,
-    MSE,
-    SGD,
-    ArgumentError,
-    ArgumentTypeError,
-    Callback,
-    DataError,
-    DivergenceError,
-    Engine,
-    FusemlpError,
-    ShapeError,
-    load_checkpoint,
-)
+import fusemlp
+from fusemlp import MLP, ArgumentError, ArgumentTypeError, Callback, DataError, DivergenceError, ShapeError
+from make import assert_same, engine
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(44, 5)).astype(np.float32), RNG.integers(0, 3, 44)
@@ -30,26 +13,21 @@ W = RNG.random(44).astype(np.float32) + 0.1
 SIZE = 16
 
 
-def make(**options: Any) -> Engine:
-    return Engine(MLP([5, 8, 3], dropout=0.2), **{"batch_size": SIZE, "seed": 1, "backend": "numpy", **options})
+def make(**options):
+    return engine(net=MLP([5, 8, 3], dropout=0.2), **options)
 
 
-def cut(*arrays: Any, size: int = SIZE) -> list[tuple[Any, ...]]:
+def cut(*arrays, size=SIZE):
     return [tuple(array[at : at + size] for array in arrays) for at in range(0, len(arrays[0]), size)]
 
 
-def same(one: Engine, other: Engine) -> bool:
-    ours, theirs = one.state_dict(), other.state_dict()
-    return all(np.array_equal(ours[name], theirs[name]) for name in ours)
-
-
 class Endless:
-    """Count the passes; each yields what is in ``batches``, and forgets nothing of them."""
+    """Count the passes; each yields what is in ``batches``."""
 
-    def __init__(self, batches: list[Any]) -> None:
+    def __init__(self, batches):
         self.batches, self.passes = batches, 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self):
         self.passes += 1
         return iter(self.batches)
 
@@ -57,20 +35,20 @@ class Endless:
 class Sequence:
     """Keras's form of a data set: a length and an index, no end of its own."""
 
-    def __init__(self, batches: list[Any]) -> None:
+    def __init__(self, batches):
         self.batches, self.ended = batches, 0
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index):
         return self.batches[index]
 
-    def on_epoch_end(self) -> None:
+    def on_epoch_end(self):
         self.ended += 1
 
 
-def generator(batches: list[Any]) -> Iterator[Any]:
+def generator(batches):
     while True:
         yield from batches
 
@@ -87,18 +65,18 @@ FORMS = {
 @pytest.mark.parametrize("plan", ["resident", "eager"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("weights", [(), (W,)], ids=["plain", "weighted"])
-def test_batches_train_as_the_same_rows_in_arrays(form: str, plan: str, weights: tuple[Any, ...]) -> None:
+def test_batches_train_as_the_same_rows_in_arrays(form, plan, weights):
     """The last batch has 12 rows of 16; dropout depends on the row in the batch, so all bits agree."""
     arrays, streamed = make(plan=plan), make(plan=plan)
     expected = arrays.fit(X, Y, epochs=3, shuffle=False, sample_weight=weights[0] if weights else None)
     batches, options = FORMS[form](cut(X, Y, *weights))
     history = streamed.fit(batches, epochs=3, **options)
-    assert same(arrays, streamed)
+    assert_same(arrays, streamed)
     assert history.history == expected.history
     assert streamed.update_count == 9
 
 
-def test_a_loader_of_torch(tmp_path: Path) -> None:
+def test_loaders_of_torch_and_batches_beside_y():
     torch = pytest.importorskip("torch")
     from torch.utils.data import DataLoader, TensorDataset
 
@@ -106,34 +84,22 @@ def test_a_loader_of_torch(tmp_path: Path) -> None:
     arrays, streamed = make(), make()
     arrays.fit(X, Y, epochs=2, shuffle=False, validation_data=(X, Y))
     streamed.fit(DataLoader(data, batch_size=SIZE), epochs=2, validation_data=DataLoader(data, batch_size=20))
-    assert same(arrays, streamed)
-    assert arrays.history is not None and streamed.history is not None
+    assert_same(arrays, streamed)
     assert arrays.history.history == streamed.history.history
     with pytest.raises(ArgumentTypeError, match=r"X: TensorDataset yields single rows, of shape \(5,\).*DataLoader"):
-        make().fit(data, epochs=1)
-
-
-@pytest.mark.parametrize("kind", ["list", "generator", "loader"])
-def test_batches_beside_y_are_refused(kind: str) -> None:
-    torch = pytest.importorskip("torch")
-    from torch.utils.data import DataLoader, TensorDataset
-
-    given = {
-        "list": lambda: cut(X, Y),
-        "generator": lambda: iter(cut(X, Y)),
-        "loader": lambda: DataLoader(TensorDataset(torch.from_numpy(X), torch.from_numpy(Y)), batch_size=SIZE),
-    }[kind]
-    engine = make()
-    for call in (lambda: engine.fit(given(), Y, epochs=1), lambda: engine.evaluate(given(), Y)):
+        arrays.fit(data, epochs=1)
+    for batches in (lambda: cut(X, Y), lambda: iter(cut(X, Y)), lambda: DataLoader(data, batch_size=SIZE)):
         with pytest.raises(ArgumentError, match=r"^y: leave it out: X holds batches"):
-            call()
+            arrays.fit(batches(), Y, epochs=1)
+        with pytest.raises(ArgumentError, match=r"^y: leave it out: X holds batches"):
+            arrays.evaluate(batches(), Y)
     # rows in tuples are rows
-    engine.fit([tuple(row) for row in X.tolist()], Y, epochs=1)
+    arrays.fit([tuple(row) for row in X.tolist()], Y, epochs=1)
     with pytest.raises(ShapeError, match="X: the rows of this list differ in length"):
-        engine.fit([(1.0, 2.0), (1.0,)], Y[:2], epochs=1)
+        arrays.fit([(1.0, 2.0), (1.0,)], Y[:2], epochs=1)
 
 
-def test_an_iterable_begins_again_when_it_ends_and_not_before() -> None:
+def test_an_iterable_begins_again_when_it_ends_and_not_before():
     endless, sequence = Endless(cut(X, Y)), Sequence(cut(X, Y))
     make().fit(endless, epochs=3, steps_per_epoch=2)
     assert endless.passes == 2  # six batches, three a pass
@@ -142,7 +108,7 @@ def test_an_iterable_begins_again_when_it_ends_and_not_before() -> None:
 
 
 @pytest.mark.parametrize("parts", [False, True])
-def test_batches_have_any_size(parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_have_any_size(parts, monkeypatch):
     if parts:
         # as on a GPU, where the memory of the gradients depends on the rows
         monkeypatch.setattr("fusemlp.runtime.session.batch_parts", lambda traits, rows, weights: max(1, rows // 4))
@@ -151,7 +117,8 @@ def test_batches_have_any_size(parts: bool, monkeypatch: pytest.MonkeyPatch) -> 
     for _ in range(2):
         twin.step(X[:10], Y[:10])
         twin.step(X[10:], Y[10:])
-    assert engine.batch_size == 4 and same(engine, twin)
+    assert engine.batch_size == 4
+    assert_same(engine, twin)
     # warnings are errors: a batch smaller than the engine's size is none
     make(batch_size=64).fit(cut(X, Y), epochs=1)
     # and arrays are trained on in batches of the engine's size again
@@ -159,8 +126,8 @@ def test_batches_have_any_size(parts: bool, monkeypatch: pytest.MonkeyPatch) -> 
     assert engine.update_count == 4 + 11
 
 
-def test_a_generator_may_write_into_the_arrays_that_it_has_given() -> None:
-    def reused(batches: list[Any]) -> Iterator[Any]:
+def test_a_generator_may_write_into_the_arrays_that_it_has_given():
+    def reused(batches):
         x, y = np.empty_like(batches[0][0]), np.empty_like(batches[0][1])
         for new_x, new_y in batches:
             x[:], y[:] = new_x, new_y
@@ -171,10 +138,10 @@ def test_a_generator_may_write_into_the_arrays_that_it_has_given() -> None:
     engine, twin = make(), make()
     engine.fit(reused(batches), epochs=1, steps_per_epoch=2)
     twin.fit(batches, epochs=1)
-    assert same(engine, twin)
+    assert_same(engine, twin)
 
 
-def test_validation_and_evaluation_collect_batches() -> None:
+def test_validation_and_evaluation_collect_batches():
     engine = make()
     engine.fit(X, Y, epochs=2)
     expected = engine.evaluate(X, Y, W, metrics=["f1"])
@@ -186,94 +153,83 @@ def test_validation_and_evaluation_collect_batches() -> None:
     assert other.fit(X, Y, epochs=2, validation_data=loader, validation_steps=3, metrics=["f1"]).history == ours
 
 
-def test_class_weights_of_batches() -> None:
+def test_class_weights_of_batches():
     arrays, streamed = make(), make()
     arrays.fit(X, Y, epochs=2, shuffle=False, sample_weight=W, class_weight={1: 3.0})
     streamed.fit(cut(X, Y, W), epochs=2, class_weight={1: 3.0})
-    assert same(arrays, streamed)
+    assert_same(arrays, streamed)
 
 
-def test_a_resumed_fit_leaves_out_the_batches_of_its_epoch(tmp_path: Path) -> None:
+def test_a_resumed_fit_leaves_out_the_batches_of_its_epoch(tmp_path):
     class Stop(Callback):
-        def on_batch_end(self, engine: Engine, batch: int) -> None:
+        def on_batch_end(self, engine, batch):
             if engine.update_count == 4:
                 engine.save_checkpoint(tmp_path / "c.safetensors")
 
     whole = make()
     expected = whole.fit(cut(X, Y), epochs=3, callbacks=Stop())
-    resumed = load_checkpoint(tmp_path / "c.safetensors", backend="numpy")
+    resumed = fusemlp.load_checkpoint(tmp_path / "c.safetensors", backend="numpy")
     history = resumed.fit(cut(X, Y), epochs=3, resume=True)
-    assert same(whole, resumed)
+    assert_same(whole, resumed)
     assert history.history == expected.history
 
 
-def test_divergence_returns_to_the_last_good_epoch() -> None:
-    engine = Engine(MLP([5, 3]), loss=MSE(), optimizer=SGD(0.01), batch_size=SIZE, backend="numpy", normalise=False)
+def test_divergence_returns_to_the_last_good_epoch():
+    linear = engine((5, 3), "mse", fusemlp.SGD(0.01), normalise=False)
     targets = np.zeros((44, 3), np.float32)
-    engine.fit(cut(X, targets), epochs=1)
-    before = engine.state_dict()
+    linear.fit(cut(X, targets), epochs=1)
+    before = linear.state_dict()
     with pytest.raises(DivergenceError, match="epoch 2"):
-        engine.fit(cut(X * np.float32(1e18), targets), epochs=2)
-    assert all(np.array_equal(before[name], value) for name, value in engine.state_dict().items())
+        linear.fit(cut(X * np.float32(1e18), targets), epochs=2)
+    assert_same(linear.state_dict(), before)
 
 
-REFUSED: dict[str, tuple[Any, dict[str, Any], type[FusemlpError], str]] = {
-    "no length": (lambda: generator(cut(X, Y)), {}, ArgumentError, "steps_per_epoch: a generator has no length"),
-    "arrays without y": (lambda: X, {}, ArgumentTypeError, "y: it is missing; give X and y.*got ndarray"),
-    "a number": (lambda: 3, {}, ArgumentTypeError, "y: it is missing.*got int"),
-    "a tuple": (lambda: (X, Y), {}, ArgumentTypeError, "X: got a tuple of 2 arrays; give them one by one"),
-    "empty": (lambda: [], {}, DataError, "X: this list holds no batch"),
-    "ends at once": (lambda: iter(()), {"steps_per_epoch": 1}, DataError, "X: this .* ended after 0 batches"),
-    "no pairs": (lambda: [X, X], {}, ArgumentTypeError, "X: expected batches .*, batch 1 is ndarray"),
-    "four parts": (lambda: [(X, Y, W, W)], {}, ArgumentTypeError, "batch 1 is 4 in a tuple"),
-    "wrong width": (lambda: cut(X[:, :4], Y), {}, ShapeError, "x of batch 1: expected 5 columns"),
-    "wrong labels": (lambda: cut(X, Y + 1), {}, DataError, "y of batch 1: label 3"),
-    "weights": (lambda: cut(X, Y), {"sample_weight": W}, ArgumentError, r"sample_weight: .*let them be \(x, y, sample"),
-    "split": (lambda: cut(X, Y), {"validation_split": 0.2}, ArgumentError, "validation_split: .*give validation_data"),
-    "batch_size": (lambda: cut(X, Y), {"batch_size": 8}, ArgumentError, "batch_size: .*that of the batches"),
-    "row_order": (lambda: cut(X, Y), {"row_order": lambda epoch: range(44)}, ArgumentError, "row_order: .*own order"),
-    "drop_last": (lambda: cut(X, Y), {"drop_last": True}, ArgumentError, "drop_last: .*leave the last one out"),
-    "no steps": (lambda: cut(X, Y), {"steps_per_epoch": 0}, ArgumentError, "steps_per_epoch: expected a whole number"),
-    "balanced": (lambda: cut(X, Y), {"class_weight": "balanced"}, ArgumentError, "class_weight: 'balanced' needs all"),
-    "validation": (
-        lambda: cut(X, Y),
-        {"validation_data": generator(cut(X, Y))},
+BATCHES = cut(X, Y)
+REFUSED = [
+    (lambda: generator(BATCHES), {}, ArgumentError, "steps_per_epoch: a generator has no length"),
+    (lambda: X, {}, ArgumentTypeError, "y: it is missing; give X and y.*got ndarray"),
+    (lambda: 3, {}, ArgumentTypeError, "y: it is missing.*got int"),
+    (lambda: (X, Y), {}, ArgumentTypeError, "X: got a tuple of 2 arrays; give them one by one"),
+    (lambda: [], {}, DataError, "X: this list holds no batch"),
+    (lambda: iter(()), {"steps_per_epoch": 1}, DataError, "X: this .* ended after 0 batches"),
+    (lambda: [X, X], {}, ArgumentTypeError, "X: expected batches .*, batch 1 is ndarray"),
+    (lambda: [(X, Y, W, W)], {}, ArgumentTypeError, "batch 1 is 4 in a tuple"),
+    (lambda: cut(X[:, :4], Y), {}, ShapeError, "x of batch 1: expected 5 columns"),
+    (lambda: cut(X, Y + 1), {}, DataError, "y of batch 1: label 3"),
+    (lambda: BATCHES, {"sample_weight": W}, ArgumentError, r"sample_weight: .*let them be \(x, y, sample"),
+    (lambda: BATCHES, {"validation_split": 0.2}, ArgumentError, "validation_split: .*give validation_data"),
+    (lambda: BATCHES, {"batch_size": 8}, ArgumentError, "batch_size: .*that of the batches"),
+    (lambda: BATCHES, {"row_order": lambda epoch: range(44)}, ArgumentError, "row_order: .*own order"),
+    (lambda: BATCHES, {"drop_last": True}, ArgumentError, "drop_last: .*leave the last one out"),
+    (lambda: BATCHES, {"steps_per_epoch": 0}, ArgumentError, "steps_per_epoch: expected a whole number"),
+    (lambda: BATCHES, {"class_weight": "balanced"}, ArgumentError, "class_weight: 'balanced' needs all"),
+    (
+        lambda: BATCHES,
+        {"validation_data": generator(BATCHES)},
         ArgumentError,
-        "validation_steps: a generator has no length",
+        "validation_steps: a generator has no",
     ),
-    "mixed validation": (
-        lambda: cut(X, Y),
-        {"validation_data": [(X, Y), (X, Y, W)]},
-        DataError,
-        "validation_data: batch 2 has other parts than batch 1",
-    ),
-}
+    (lambda: BATCHES, {"validation_data": [(X, Y), (X, Y, W)]}, DataError, "validation_data: batch 2 has other parts"),
+]
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refusals_come_before_the_training(case: str) -> None:
-    given, options, kind, message = REFUSED[case]
-    engine, twin = make(batch_size=7), make(batch_size=7)
-    with pytest.raises(kind, match=message):
-        engine.fit(given(), epochs=2, **options)
-    assert engine.batch_size == 7 and engine.update_count == 0 and same(engine, twin)
+@pytest.mark.parametrize(("batches", "options", "error", "message"), REFUSED, ids=[row[-1] for row in REFUSED])
+def test_refusals_come_before_the_training(batches, options, error, message):
+    engine = make(batch_size=7)
+    with pytest.raises(error, match=message):
+        engine.fit(batches(), epochs=2, **options)
+    assert engine.batch_size == 7 and engine.update_count == 0
+    assert_same(engine, make(batch_size=7))
 
 
-@pytest.mark.parametrize(
-    ("batches", "message"),
-    [
-        ([*cut(X, Y)[:1], (X, Y, W)], "X: batch 2 has other parts than batch 1"),
-        ([*cut(X, Y)[:1], (X * np.nan, Y)], "x of batch 2: expected finite numbers"),
-    ],
-    ids=["parts", "nan"],
-)
-def test_later_batches_are_checked_when_they_come(batches: list[Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        make().fit(batches, epochs=1)
-
-
-def test_a_generator_that_ends_too_early_says_how_many_it_had() -> None:
+def test_later_batches_are_checked_when_they_come():
+    for second, message in (
+        ((X, Y, W), "X: batch 2 has other parts than batch 1"),
+        ((X * np.nan, Y), "x of batch 2: expected finite numbers"),
+    ):
+        with pytest.raises(DataError, match=message):
+            make().fit([BATCHES[0], second], epochs=1)
     engine = make()
     with pytest.raises(DataError, match=r"X: this .* ended after 3 batches, and 2 an epoch are needed"):
-        engine.fit(iter(cut(X, Y)), epochs=2, steps_per_epoch=2)
+        engine.fit(iter(BATCHES), epochs=2, steps_per_epoch=2)
     assert engine.epochs_trained == 1

@@ -1,62 +1,46 @@
 """``Blocks``: shuffled batches of memory-mapped arrays and Parquet files, in a bounded part of the memory."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from fusemlp import (
-    MLP,
-    ArgumentError,
-    ArgumentTypeError,
-    Blocks,
-    Callback,
-    DataError,
-    DTypeError,
-    Engine,
-    FusemlpError,
-    ShapeError,
-    load_checkpoint,
-)
+import fusemlp
+from fusemlp import MLP, Blocks
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError
+from make import assert_same, engine
 
 RNG = np.random.default_rng(0)
 ROWS = 103
 X = np.concatenate([np.arange(ROWS)[:, None], RNG.normal(size=(ROWS, 3))], axis=1).astype(np.float32)
 Y, W = RNG.integers(0, 3, ROWS), RNG.random(ROWS).astype(np.float32) + 0.1
-SMALL: dict[str, Any] = {"batch_size": 10, "block_rows": 7, "window": 3}
+SMALL = {"batch_size": 10, "block_rows": 7, "window": 3}
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> dict[str, Path]:
+def files(tmp_path):
     """The rows in .npy files, and in two Parquet files of row groups of 7."""
-    parquet = pytest.importorskip("pyarrow.parquet")
-    import pyarrow
-
     for name, array in (("X", X), ("y", Y), ("w", W)):
         np.save(tmp_path / f"{name}.npy", array)
     columns = {f"x{place}": X[:, place] for place in range(4)} | {"y": Y, "w": W, "word": ["a"] * ROWS}
-    table = pyarrow.table(columns)
-    for number, rows in enumerate((slice(0, 63), slice(63, ROWS))):
-        part = table.slice(rows.start, rows.stop - rows.start)
-        parquet.write_table(part, tmp_path / f"{number}.parquet", row_group_size=7)
+    for number, part in enumerate((slice(0, 63), slice(63, ROWS))):
+        table = pyarrow.table({name: column[part] for name, column in columns.items()})
+        parquet.write_table(table, tmp_path / f"{number}.parquet", row_group_size=7)
     return {path.name: path for path in tmp_path.iterdir()}
 
 
-def parquet_blocks(files: dict[str, Path], **options: Any) -> Blocks:
+def parquet_blocks(files, **options):
     given = {"columns": ["x0", "x1", "x2", "x3"], "weight": "w", "batch_size": 10, "window": 3, **options}
     return Blocks([files["0.parquet"], files["1.parquet"]], target="y", **given)
 
 
-def rows_of(batches: Iterator[tuple[Any, ...]]) -> list[list[int]]:
+def rows_of(batches):
     """Return the numbers of the rows in each batch; all parts of a row must be together."""
     found = []
     for x, y, *weights in batches:
@@ -68,7 +52,7 @@ def rows_of(batches: Iterator[tuple[Any, ...]]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_each_row_comes_once_in_an_epoch_and_in_another_order_in_the_next(weighted: bool) -> None:
+def test_each_row_comes_once_in_an_epoch_and_in_another_order_in_the_next(weighted):
     blocks = Blocks(X, Y, W if weighted else None, seed=3, **SMALL)
     epochs = [rows_of(iter(blocks)) for _ in range(2)]
     for epoch in epochs:
@@ -80,7 +64,7 @@ def test_each_row_comes_once_in_an_epoch_and_in_another_order_in_the_next(weight
     assert rows_of(iter(Blocks(X, Y, seed=4, **SMALL))) != epochs[0]
 
 
-def test_the_rows_are_those_of_a_window_of_blocks() -> None:
+def test_the_rows_are_those_of_a_window_of_blocks():
     numbers = np.arange(105)
     rows = Blocks(numbers, numbers, **SMALL).order(0)
     for window in rows.reshape(5, 21):
@@ -91,7 +75,7 @@ def test_the_rows_are_those_of_a_window_of_blocks() -> None:
 @pytest.mark.parametrize("epoch", [0, 2])
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_batches_are_cut_from_the_order(epoch: int, drop_last: bool, shuffle: bool) -> None:
+def test_batches_are_cut_from_the_order(epoch, drop_last, shuffle):
     blocks = Blocks(X, Y, shuffle=shuffle, drop_last=drop_last, **SMALL)
     blocks.seek(epoch * len(blocks) + 4)
     expected = blocks.order(epoch)[40 : 100 if drop_last else ROWS]
@@ -99,7 +83,7 @@ def test_batches_are_cut_from_the_order(epoch: int, drop_last: bool, shuffle: bo
     assert shuffle or np.array_equal(blocks.order(epoch), np.arange(ROWS))
 
 
-def test_files_give_the_batches_of_arrays(files: dict[str, Path]) -> None:
+def test_files_give_the_batches_of_arrays(files):
     expected = rows_of(iter(Blocks(X, Y, W, seed=1, **SMALL)))
     mapped = Blocks(files["X.npy"], str(files["y.npy"]), files["w.npy"], seed=1, **SMALL)
     assert rows_of(iter(mapped)) == expected
@@ -112,51 +96,50 @@ def test_files_give_the_batches_of_arrays(files: dict[str, Path]) -> None:
     assert [array.shape for array in next(iter(several))] == [(4, 1), (4, 2)]
 
 
-def engine(**options: Any) -> Engine:
-    return Engine(MLP([4, 8, 3], dropout=0.2), batch_size=10, seed=1, backend="numpy", normalise=False, **options)
+def make():
+    return engine(net=MLP([4, 8, 3], dropout=0.2), batch_size=10, normalise=False)
 
 
-def same(one: Engine, other: Engine) -> bool:
-    ours, theirs = one.state_dict(), other.state_dict()
-    return all(np.array_equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_a_fit_on_blocks_is_that_on_arrays_in_their_order() -> None:
+def test_a_fit_on_blocks_is_that_on_arrays_in_their_order():
     """A second fit goes on with the epochs of the first; dropout depends on the row in the batch."""
-    streamed, arrays = engine(), engine()
+    streamed, arrays = make(), make()
     blocks = Blocks(X, Y, W, **SMALL)
     for epochs in (2, 1):
         # validation reads the same rows meanwhile
         streamed.fit(blocks, epochs=epochs, validation_data=blocks)
         arrays.fit(X, Y, sample_weight=W, epochs=epochs, row_order=blocks.order)
-    assert same(streamed, arrays)
-
-
-class Stops(Callback):
-    """Writes a checkpoint after some batches, and ends training there."""
-
-    def __init__(self, path: Path, batch: int) -> None:
-        self.path, self.left = path, batch
-
-    def on_batch_end(self, engine: Any, batch: int) -> None:
-        self.left -= 1
-        if not self.left:
-            engine.save_checkpoint(self.path)
-            raise KeyboardInterrupt
+    assert_same(streamed, arrays)
 
 
 @pytest.mark.parametrize("steps", [None, 6])
-def test_a_resumed_fit_reads_the_same_batches(steps: int | None, tmp_path: Path, files: dict[str, Path]) -> None:
-    whole, path = engine(), tmp_path / "cut.safetensors"
-    whole.fit(parquet_blocks(files), epochs=3, steps_per_epoch=steps)
+def test_a_resumed_fit_reads_the_same_batches(steps, tmp_path, files):
+    class Stop(fusemlp.Callback):
+        def on_batch_end(self, engine, batch):
+            if engine.update_count == 14:
+                engine.save_checkpoint(tmp_path / "cut.safetensors")
+                raise KeyboardInterrupt
+
+    whole, fit = make(), {"epochs": 3, "steps_per_epoch": steps}
+    whole.fit(parquet_blocks(files), **fit)
     with pytest.raises(KeyboardInterrupt):
-        engine().fit(parquet_blocks(files), epochs=3, steps_per_epoch=steps, callbacks=[Stops(path, 14)])
-    resumed = load_checkpoint(path, backend="numpy")
-    resumed.fit(parquet_blocks(files), epochs=3, steps_per_epoch=steps, resume=True)
-    assert resumed.update_count == whole.update_count and same(resumed, whole)
+        make().fit(parquet_blocks(files), **fit, callbacks=Stop())
+    resumed = fusemlp.load_checkpoint(tmp_path / "cut.safetensors", backend="numpy")
+    resumed.fit(parquet_blocks(files), **fit, resume=True)
+    assert resumed.update_count == whole.update_count
+    assert_same(resumed, whole)
 
 
-def test_no_more_than_a_window_is_in_memory(tmp_path: Path) -> None:
+def peak_of(work):
+    """Return the most bytes that Python has allocated during some work."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_no_more_than_a_window_is_in_memory(tmp_path):
     """Memory-mapped pages are the system's; the allocator counts the windows and batches."""
     rows, width = 20_000, 64
     np.save(tmp_path / "X.npy", np.zeros((rows, width), np.float32))
@@ -164,30 +147,19 @@ def test_no_more_than_a_window_is_in_memory(tmp_path: Path) -> None:
     blocks = Blocks(tmp_path / "X.npy", tmp_path / "y.npy", batch_size=100, block_rows=200, window=4)
     assert blocks.window_bytes == (800 + 99) * (4 * width + 8)
     batch, order = 100 * (4 * width + 8), 3 * 8 * 900
-    tracemalloc.start()
-    try:
-        for _ in blocks:
-            pass
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    peak = peak_of(lambda: all(True for _ in blocks))
     # the batch that is yielded while the one before is alive; lists of blocks and objects of Python
     assert blocks.window_bytes < peak < blocks.window_bytes + 2 * batch + order + (32 << 10) < rows * width * 4 / 10
 
 
-def test_memory_mapped_arrays_are_trained_on_where_they_are(tmp_path: Path) -> None:
+def test_memory_mapped_arrays_are_trained_on_where_they_are(tmp_path):
     rows, width = 20_000, 64
     np.save(tmp_path / "X.npy", np.ones((rows, width), np.float32))
     mapped, labels = np.load(tmp_path / "X.npy", mmap_mode="r"), np.arange(rows) % 3
-    trained = Engine(MLP([width, 8, 3]), batch_size=100, backend="numpy", normalise=False)
+    trained = engine((width, 8, 3), batch_size=100, normalise=False)
     trained.fit(mapped[:200], labels[:200], epochs=1)
-    tracemalloc.start()
-    try:
-        trained.fit(mapped, labels, epochs=1, row_order=Blocks(mapped, labels).order)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < mapped.nbytes / 2
+    order = Blocks(mapped, labels).order
+    assert peak_of(lambda: trained.fit(mapped, labels, epochs=1, row_order=order)) < mapped.nbytes / 2
 
 
 RANK = """
@@ -214,20 +186,16 @@ assert peak < X.nbytes / 2, peak
 """
 
 
-def test_ranks_train_on_a_memory_mapped_array_in_the_order_of_blocks(tmp_path: Path) -> None:
+def test_ranks_train_on_a_memory_mapped_array_in_the_order_of_blocks(tmp_path):
     pytest.importorskip("torch.distributed")
     np.save(tmp_path / "X.npy", RNG.normal(size=(20_000, 64)).astype(np.float32))
     (tmp_path / "rank.py").write_text(RANK)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    given = [str(tmp_path / "rank.py"), str(tmp_path / "X.npy")]
-    subprocess.run([*command, *given], env=environment, check=True, timeout=240)
+    subprocess.run([*command, tmp_path / "rank.py", tmp_path / "X.npy"], env=environment, check=True, timeout=240)
 
 
-def test_a_parquet_file_is_read_a_row_group_at_a_time(tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
-    import pyarrow
-
+def test_a_parquet_file_is_read_a_row_group_at_a_time(tmp_path):
     rows = 64_000
     noise = np.random.default_rng(0).normal(size=(rows, 4)).astype(np.float32)
     table = pyarrow.table({f"x{place}": noise[:, place] for place in range(4)} | {"y": np.arange(rows) % 2})
@@ -241,66 +209,45 @@ def test_a_parquet_file_is_read_a_row_group_at_a_time(tmp_path: Path) -> None:
     assert blocks.window_bytes == (2000 + 99) * (16 + 8) and most < 64 * 1000 * 24 / 4
 
 
-def wrong(files: dict[str, Path]) -> list[tuple[Any, type[FusemlpError], str]]:
-    path = files["0.parquet"]
-    return [
-        (lambda: Blocks(X), ArgumentTypeError, "y: it is missing; give X and y"),
-        (lambda: Blocks(X.tolist(), Y), ArgumentTypeError, "X: expected an array such as numpy.load"),
-        (lambda: Blocks(X, Y[:-1]), ShapeError, r"y: expected 103 rows, as many as X has, got shape \(102,\)"),
-        (lambda: Blocks(X[:0], Y[:0]), DataError, "X: expected 1 or more rows, got 0"),
-        (
-            lambda: Blocks(path, Y),
-            ArgumentError,
-            "X: expected a .npy file, got '.*0.parquet'; with a Parquet file give",
-        ),
-        (lambda: Blocks("missing.npy", Y), DataError, "X: 'missing.npy' cannot be read"),
-        (lambda: Blocks(X, Y, batch_size=0), ArgumentError, "batch_size: expected a whole number"),
-        (lambda: Blocks(X, Y, batch_size=104, drop_last=True), ArgumentError, "batch_size: 104 is more than the 103"),
-        (lambda: Blocks(X, Y, columns=["a"]), ArgumentError, "columns: it names columns of a Parquet file; give"),
-        (lambda: Blocks(path, target="y", block_rows=7), ArgumentError, "block_rows: it is for arrays; leave it out"),
-        (lambda: Blocks(X, Y, block_rows=-3), ArgumentError, "block_rows: expected a whole number"),
-        (lambda: Blocks(path, Y, target="y"), ArgumentError, "target: it names y in a Parquet file"),
-        (lambda: Blocks(path, target="z"), ArgumentError, "target: there is no column 'z'; the file has x0, x1"),
-        (lambda: Blocks(path, target="y"), DTypeError, "columns: the column 'word' holds string"),
-        (lambda: Blocks(path, target="y", columns=[]), ArgumentError, "columns: expected the name of 1 column or more"),
-        (
-            lambda: Blocks(path, target=5),
-            ArgumentTypeError,
-            "target: expected the name of a column, or a list of names",
-        ),
-        (
-            lambda: Blocks(path, target="y", columns=5),
-            ArgumentTypeError,
-            "columns: expected the name of a column, or a",
-        ),
-        (lambda: Blocks(path, target="y", columns=[5]), ArgumentTypeError, r"columns: expected .*, got \[5\]"),
-        (
-            lambda: Blocks(path, target="y", columns="x0", weight=["w"]),
-            ArgumentTypeError,
-            r"weight: expected the name of a column, got \['w'\]",
-        ),
-        (lambda: Blocks(path, target="y", columns=["x0", "y"]), ArgumentError, "columns: 'y' is the target, which"),
-        (
-            lambda: Blocks(path, target="y", columns=["w"], weight="w"),
-            ArgumentError,
-            "columns: 'w' is the weight, which",
-        ),
-        (lambda: Blocks(X, target="y"), ArgumentTypeError, "X: expected the path of a Parquet file"),
-        (lambda: Blocks(files["X.npy"], target="y"), DataError, "X: '.*X.npy' cannot be read as a Parquet file"),
-    ]
+def of_file(target="y", **options):
+    return lambda: Blocks("0.parquet", target=target, **options)
 
 
-@pytest.mark.parametrize("number", range(23))
-def test_what_gives_no_batches_is_refused(number: int, files: dict[str, Path]) -> None:
-    call, error, message = wrong(files)[number]
+WRONG = [
+    (lambda: Blocks(X), ArgumentTypeError, "y: it is missing; give X and y"),
+    (lambda: Blocks(X.tolist(), Y), ArgumentTypeError, "X: expected an array such as numpy.load"),
+    (lambda: Blocks(X, Y[:-1]), ShapeError, r"y: expected 103 rows, as many as X has, got shape \(102,\)"),
+    (lambda: Blocks(X[:0], Y[:0]), DataError, "X: expected 1 or more rows, got 0"),
+    (lambda: Blocks("0.parquet", Y), ArgumentError, "X: expected a .npy file, got '.*0.parquet'; with a Parquet"),
+    (lambda: Blocks("missing.npy", Y), DataError, "X: 'missing.npy' cannot be read"),
+    (lambda: Blocks(X, Y, batch_size=0), ArgumentError, "batch_size: expected a whole number"),
+    (lambda: Blocks(X, Y, batch_size=104, drop_last=True), ArgumentError, "batch_size: 104 is more than the 103"),
+    (lambda: Blocks(X, Y, columns=["a"]), ArgumentError, "columns: it names columns of a Parquet file; give"),
+    (of_file(block_rows=7), ArgumentError, "block_rows: it is for arrays; leave it out"),
+    (lambda: Blocks(X, Y, block_rows=-3), ArgumentError, "block_rows: expected a whole number"),
+    (lambda: Blocks("0.parquet", Y, target="y"), ArgumentError, "target: it names y in a Parquet file"),
+    (of_file(target="z"), ArgumentError, "target: there is no column 'z'; the file has x0, x1"),
+    (of_file(), DTypeError, "columns: the column 'word' holds string"),
+    (of_file(columns=[]), ArgumentError, "columns: expected the name of 1 column or more"),
+    (of_file(target=5), ArgumentTypeError, "target: expected the name of a column, or a list of names"),
+    (of_file(columns=5), ArgumentTypeError, "columns: expected the name of a column, or a"),
+    (of_file(columns=[5]), ArgumentTypeError, r"columns: expected .*, got \[5\]"),
+    (of_file(columns="x0", weight=["w"]), ArgumentTypeError, r"weight: expected the name of a column, got \['w'\]"),
+    (of_file(columns=["x0", "y"]), ArgumentError, "columns: 'y' is the target, which"),
+    (of_file(columns=["w"], weight="w"), ArgumentError, "columns: 'w' is the weight, which"),
+    (lambda: Blocks(X, target="y"), ArgumentTypeError, "X: expected the path of a Parquet file"),
+    (lambda: Blocks("X.npy", target="y"), DataError, "X: '.*X.npy' cannot be read as a Parquet file"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), WRONG, ids=[row[-1] for row in WRONG])
+def test_what_gives_no_batches_is_refused(call, error, message, tmp_path, files, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=f"^{message}"):
         call()
 
 
-def test_a_target_beyond_int64_is_refused(tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
-    import pyarrow
-
+def test_a_target_beyond_int64_is_refused(tmp_path):
     for most in (2**63 - 1, 2**63):
         labels = pyarrow.array([1, most], pyarrow.uint64())
         parquet.write_table(pyarrow.table({"x": [1.0, 2.0], "y": labels}), tmp_path / "large.parquet")
@@ -312,13 +259,10 @@ def test_a_target_beyond_int64_is_refused(tmp_path: Path) -> None:
                 next(iter(blocks))
 
 
-def test_missing_values_and_other_files_are_refused(tmp_path: Path, files: dict[str, Path]) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
-    import pyarrow
-
+def test_missing_values_and_other_files_are_refused(tmp_path, files):
     path = tmp_path / "holes.parquet"
     parquet.write_table(pyarrow.table({"x": [1.0, None], "y": [0, 1]}), path)
     with pytest.raises(DataError, match=r"^x: row group 0 of '.*holes.parquet' has 1 missing values"):
-        engine().fit(Blocks(path, target="y"), epochs=1)
+        make().fit(Blocks(path, target="y"), epochs=1)
     with pytest.raises(DataError, match=r"^X: '.*holes.parquet' has other columns than '.*0.parquet'"):
         Blocks([files["0.parquet"], path], target="y", columns=["x0"])

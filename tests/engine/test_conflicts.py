@@ -1,27 +1,24 @@
 """Every pair of features trains, or is lowered, or is refused with the words of its row in the table of conflicts."""
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from lowered import training_program
 
 from fusemlp import DPSGD, FGSM, IBP, MLP, MSE, SGD, CrossEntropy, Engine, Fleet, ParameterOptions
 from fusemlp.describe.adversarial import Adversary
 from fusemlp.describe.conflicts import CONFLICTS, UNAVAILABLE, check_together
-from fusemlp.program.layout import parameter_layout
-from fusemlp.program.lowering import lower_training
 from fusemlp.program.passes.attack import passes_against
 from fusemlp.program.passes.privacy import ClipAndNoise
 from fusemlp.program.passes.ranks import SumOverRanks
 from fusemlp.program.program import Sharding
-from fusemlp.program.step import Inputs
 from fusemlp.program.verifier import verify
 from fusemlp.runtime.memory import COMPUTE_BYTES
 from fusemlp.runtime.plans import ASKED, choose_plan
@@ -37,9 +34,7 @@ pytest.importorskip("dp_accounting")
 ROWS, BATCH = 24, 8
 X = np.random.default_rng(0).normal(size=(ROWS, 4)).astype(np.float32)
 LABELS = np.arange(ROWS) % 3
-
-
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+NOTHING = MappingProxyType({})
 
 
 class Feature(NamedTuple):
@@ -104,7 +99,7 @@ ELSEWHERE = {
 }
 
 
-def together(first: Feature, second: Feature) -> Feature | None:
+def together(first, second):
     """Return the arguments of both; None where they set one argument, or the door of one has none of the other's."""
     sections = list(zip(first[:5], second[:5], strict=True))
     doors = {first.door, second.door} - {""}
@@ -115,16 +110,16 @@ def together(first: Feature, second: Feature) -> Feature | None:
     return both if both.fit.keys() <= set(door.get(both.door, both.fit)) else None
 
 
-def row_of(names: set[str]) -> tuple[str, str] | None:
+def row_of(names):
     """Return the first row that is hit."""
     return next((pair for pair in CONFLICTS if set(pair) <= names), None)
 
 
-def as_pattern(words: str) -> str:
+def as_pattern(words):
     return "^" + ".*".join(map(re.escape, re.split(r"\{.*?\}", words)))
 
 
-def described(case: Feature) -> dict[str, Any]:
+def described(case):
     loss = {"kind": CrossEntropy, **case.loss}
     return {
         "net": MLP([4, 6, 6, 3], **case.net),
@@ -133,10 +128,10 @@ def described(case: Feature) -> dict[str, Any]:
     }
 
 
-def train(case: Feature) -> None:
+def train(case):
     """Train for an epoch on NumPy, by the door of the case."""
     model = {"batch_size": BATCH, "backend": "numpy", **case.engine, **described(case)}
-    y: Any = np.eye(3, dtype=np.float32)[LABELS] if case.loss.get("kind") is MSE else LABELS
+    y = np.eye(3, dtype=np.float32)[LABELS] if case.loss.get("kind") is MSE else LABELS
     if case.door == "fleet":
         Fleet(**model, vary={"seed": [0, 1]}).fit(X, y, epochs=1, **case.fit)
         return
@@ -156,7 +151,7 @@ def train(case: Feature) -> None:
         (engine.probe if case.door else engine.fit)(X, y, epochs=1, **fit)
 
 
-def lower(case: Feature, backend: str) -> None:
+def lower(case, backend):
     """Lower the step of a training on a backend that need not be there, after the checks of engine and fit."""
     machine = {"plan": "auto", "precision": "fp32", "privacy": None, "normalise": None, **case.engine}
     model, precision, privacy = described(case), machine["precision"], machine["privacy"]
@@ -179,17 +174,15 @@ def lower(case: Feature, backend: str) -> None:
     chosen = choose_plan(
         machine["plan"], traits, net.sizes, BATCH, precision, private=privacy is not None, members=net.members
     )
-    program = lower_training(
+    program = training_program(
         net,
-        model["loss"].spec(accuracy=False),
-        model["optimizer"].rule(),
-        model["optimizer"].options_for,
+        model["loss"],
+        model["optimizer"],
         BATCH,
-        traits,
-        parameter_layout(net, row_multiple=traits.row_multiple, item_bytes=4),
-        Inputs(BATCH, indexed=True, weighted="sample_weight" in case.fit),
-        seed=0,
-        real_bytes=4,
+        backend,
+        rows=BATCH,
+        weighted="sample_weight" in case.fit,
+        accuracy=False,
         compute_bytes=COMPUTE_BYTES.get(precision),
         scaled=precision == "fp16",
         most_parts=MOST_PARTS,
@@ -203,7 +196,7 @@ def lower(case: Feature, backend: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", TRAITS)
 @pytest.mark.parametrize("first", FEATURES)
-def test_every_pair_trains_or_is_refused_by_its_row(first: str, backend: str) -> None:
+def test_every_pair_trains_or_is_refused_by_its_row(first, backend):
     for second in list(FEATURES)[list(FEATURES).index(first) + 1 :]:
         features = FEATURES[first], FEATURES[second]
         case = together(*features)
@@ -236,7 +229,7 @@ ESTIMATORS = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("first, second", [*itertools.combinations(ESTIMATORS, 2)])
-def test_every_pair_of_an_estimator(first: str, second: str) -> None:
+def test_every_pair_of_an_estimator(first, second):
     options = {"backend": "numpy", **ESTIMATORS[first], **ESTIMATORS[second]}
     names = {first, second} | ({"adversarial"} if "adversarial" in options else set())
     row, y = row_of(names), LABELS > 0 if "one label" in names else LABELS
@@ -245,20 +238,16 @@ def test_every_pair_of_an_estimator(first: str, second: str) -> None:
         return
     estimator = MLPClassifier((6,), max_iter=1, **options)
 
-    def fit() -> None:
+    refusal = nullcontext()
+    if row is not None:
+        refusal = pytest.raises(ArgumentError, match=as_pattern(CONFLICTS[row]))
+    elif {"lbfgs", "partial_fit"} <= names:
+        refusal = pytest.raises(AttributeError, match="has no attribute 'partial_fit'")
+    with refusal:
         estimator.partial_fit(X, y, classes=np.unique(y)) if "partial_fit" in names else estimator.fit(X, y)
 
-    if row is None and {"lbfgs", "partial_fit"} <= names:
-        with pytest.raises(AttributeError, match="has no attribute 'partial_fit'"):
-            fit()
-    elif row is None:
-        fit()
-    else:
-        with pytest.raises(ArgumentError, match=as_pattern(CONFLICTS[row])):
-            fit()
 
-
-def test_the_tables_features_are_walked() -> None:
+def test_the_tables_features_are_walked():
     walked = {*FEATURES, *ESTIMATORS, *TRAITS, "arrays", *(name for one in FEATURES.values() for name in one.implies)}
     assert {name for pair in CONFLICTS for name in pair} <= walked
     assert not Adversary().uses

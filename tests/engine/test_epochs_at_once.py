@@ -1,10 +1,5 @@
 """Several epochs in one launch leave the same state as epochs that a callback hears of one by one."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -19,30 +14,29 @@ X = random.standard_normal((ROWS, 12)).astype(np.float32)
 Y = random.integers(0, 5, ROWS)
 
 
-def engine(optimizer: Any = None, **options: Any) -> Engine:
+def engine(optimizer=None, **options):
     net = MLP([12, 9, 5], dropout=0.25)
     return Engine(net, "cross_entropy", optimizer or Adam(0.01), 8, 3, backend="numpy", **options)
 
 
 class Listener(Callback):
-    def __init__(self) -> None:
-        self.heard: list[int] = []
+    def __init__(self):
+        self.heard = []
 
-    def on_epoch_end(self, engine: Engine, epoch: int, logs: Any) -> None:
+    def on_epoch_end(self, engine, epoch, logs):
         self.heard.append(epoch)
 
 
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def launches(monkeypatch):
     """The steps of each launch from now on."""
-    found: list[int] = []
-    run = BoundProgram.run_many
+    steps, run = [], BoundProgram.run_many
 
-    def counted(self: BoundProgram, count: int) -> None:
-        found.append(count)
+    def counted(self, count):
+        steps.append(count)
         run(self, count)
 
     monkeypatch.setattr(BoundProgram, "run_many", counted)
-    return found
+    return steps
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
@@ -51,7 +45,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     [Adam(Cosine(0.02)), SGD(StepDecay(0.1, every=9, gamma=0.5), momentum=0.9, accumulate=4), SGD(0.1)],
     ids=["cosine", "accumulated", "constant"],
 )
-def test_nobody_can_tell(optimizer: Any, drop_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_can_tell(optimizer, drop_last, monkeypatch):
     together, apart, listener = engine(optimizer), engine(optimizer), Listener()
     steps = launches(monkeypatch)
     together.fit(X, Y, epochs=EPOCHS, drop_last=drop_last)
@@ -65,7 +59,7 @@ def test_nobody_can_tell(optimizer: Any, drop_last: bool, monkeypatch: pytest.Mo
     assert_same_state(together, apart)
 
 
-def test_a_launch_is_no_longer_than_the_rows_that_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_is_no_longer_than_the_rows_that_there_is_room_for(monkeypatch):
     monkeypatch.setattr("fusemlp.training.loop.ROWS_AT_ONCE", 3 * ROWS + 1)
     steps, whole, cut = launches(monkeypatch), engine(), engine()
     cut.fit(X, Y, epochs=EPOCHS)
@@ -75,8 +69,8 @@ def test_a_launch_is_no_longer_than_the_rows_that_there_is_room_for(monkeypatch:
     assert_same_state(cut, whole)
 
 
-def test_the_training_loss_stops_after_its_epoch() -> None:
-    stops: dict[str, Any] = {"epochs": 40, "monitor": "loss", "early_stopping": 2}
+def test_the_training_loss_stops_after_its_epoch():
+    stops = {"epochs": 40, "monitor": "loss", "early_stopping": 2}
     alone, apart = engine(SGD(2.0)), engine(SGD(2.0))
     history = alone.fit(X, Y, **stops)
     assert len(history.epochs) == (history.best_epoch or 0) + 3 < 40
@@ -84,77 +78,55 @@ def test_the_training_loss_stops_after_its_epoch() -> None:
     assert_same_state(alone, apart)
 
 
-def test_the_epoch_that_diverged_is_found_and_those_before_it_are_kept() -> None:
-    """A rate with which the squares of a linear model grow from epoch to epoch, until they overflow."""
-    texts = []
-    together, apart = (Engine(MLP([12, 1]), "mse", SGD(0.5), 8, 3, backend="numpy", precision="fp32") for _ in range(2))
-    for one, callbacks in ((together, []), (apart, [Listener()])):
-        with pytest.raises(DivergenceError) as caught:
-            one.fit(X, X[:, :1] * 2.0, epochs=2000, callbacks=callbacks)
-        texts.append(str(caught.value))
-    assert texts[0] == texts[1]
+def diverged(callbacks=()):
+    """Return an engine, and the error with which its squares overflow: the rate makes them grow with each epoch."""
+    linear = Engine(MLP([12, 1]), "mse", SGD(0.5), 8, 3, backend="numpy", precision="fp32")
+    with pytest.raises(DivergenceError) as caught:
+        linear.fit(X, X[:, :1] * 2.0, epochs=2000, callbacks=callbacks)
+    return linear, str(caught.value)
+
+
+def test_the_epoch_that_diverged_is_found_and_those_before_it_are_kept():
+    (together, words), (apart, expected) = diverged(), diverged([Listener()])
+    assert words == expected
     assert 2 < together.epochs_trained == apart.epochs_trained < 2000
     assert_same_state(together, apart)
 
 
-class Key:
-    """Ctrl-C after this many launches."""
-
-    def __init__(self, launches: int) -> None:
-        self.left = launches
-
-    def __call__(self) -> bool:
-        return self.left <= 0
-
-
 @pytest.mark.parametrize("key", ["Ctrl-C", "stop_training"])
 @pytest.mark.parametrize("steps", [600, 601, 6 * 700 - 1])
-def test_an_epoch_that_diverged_is_found_where_the_training_is_ended_after_it(
-    key: str, steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_epoch_that_diverged_is_found_where_the_training_is_ended_after_it(key, steps, monkeypatch):
     """Behind the last batch of an epoch, or in one: the launch went on for long after the loss was infinite."""
-    together, apart = (Engine(MLP([12, 1]), "mse", SGD(0.5), 8, 3, backend="numpy", precision="fp32") for _ in range(2))
-    ends, run = Key(1), BoundProgram.run_many
 
-    def pressed(self: BoundProgram, count: int) -> None:
-        run(self, count)
-        ends.left -= 1
-        together.stop_training = key == "stop_training"
-
-    def trained(self: EpochLoop[Any]) -> Any:
-        self.bound.chunk = steps
+    def run(self):
+        self.bound.chunk, launched = steps, []
         self.begin()
-        for count in self.training(ends if key == "Ctrl-C" else lambda: False):
+        for count in self.training(lambda: key == "Ctrl-C" and bool(launched)):
             self.bound.run_many(count)
+            launched.append(count)
+            self.engine.stop_training = key == "stop_training"
         return self.state.history
 
-    texts = []
     with monkeypatch.context() as patch:
-        patch.setattr(BoundProgram, "run_many", pressed)
-        patch.setattr(EpochLoop, "run", trained)
-        with pytest.raises(DivergenceError) as caught:
-            together.fit(X, X[:, :1] * 2.0, epochs=2000)
-        texts.append(str(caught.value))
-    with pytest.raises(DivergenceError) as caught:
-        apart.fit(X, X[:, :1] * 2.0, epochs=2000, callbacks=[Listener()])
-    assert texts == [str(caught.value)] and 2 < apart.epochs_trained < 100
+        patch.setattr(EpochLoop, "run", run)
+        together, words = diverged()
+    apart, expected = diverged([Listener()])
+    assert words == expected and 2 < apart.epochs_trained < 100
     assert_same_state(together, apart)
 
 
 @pytest.mark.parametrize("steps", [7, 12, 13])
-def test_what_was_trained_before_ctrl_c_is_kept_and_goes_on(
-    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_trained_before_ctrl_c_is_kept_and_goes_on(steps, tmp_path, monkeypatch):
     whole, stopped = engine(), engine()
     whole.fit(X, Y, epochs=EPOCHS)
 
-    def run(self: EpochLoop[Any]) -> Any:
+    def run(self):
         # a launch of ``steps``, behind which the key was pressed
-        self.bound.chunk, key = steps, Key(1)
+        self.bound.chunk, launched = steps, []
         self.begin()
-        for count in self.training(key):
+        for count in self.training(lambda: bool(launched)):
             self.bound.run_many(count)
-            key.left -= 1
+            launched.append(count)
         self.finish(interrupted=True)
         return self.state.history
 
@@ -171,14 +143,12 @@ def test_what_was_trained_before_ctrl_c_is_kept_and_goes_on(
     assert_same_state(resumed, whole)
 
 
-def test_what_is_raised_in_a_launch_leaves_the_accounts_of_the_epochs_before_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_is_raised_in_a_launch_leaves_the_accounts_of_the_epochs_before_it(monkeypatch):
     """Such as a second Ctrl-C: no epoch is counted of which there is no record."""
     stopped, run = engine(), BoundProgram.run_many
     stopped.fit(X, Y, epochs=2)
 
-    def pressed(self: BoundProgram, count: int) -> None:
+    def pressed(self, count):
         run(self, count)
         if self.chunk == 9:
             raise KeyboardInterrupt
@@ -190,5 +160,5 @@ def test_what_is_raised_in_a_launch_leaves_the_accounts_of_the_epochs_before_it(
         with pytest.raises(KeyboardInterrupt):
             stopped.fit(X, Y, epochs=EPOCHS)
     state = stopped.fit_state
-    assert state is not None and (state.epoch, state.batch, stopped.epochs_trained) == (2, 0, 2)
+    assert (state.epoch, state.batch, stopped.epochs_trained) == (2, 0, 2)
     assert stopped.fit(X, Y, epochs=EPOCHS, resume=True).epochs == list(range(2, 2 + EPOCHS))
