@@ -1,104 +1,89 @@
 """A fleet with too many engines for memory trains in parts, with the same results."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import pickle
+import tracemalloc
 import weakref
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from fusemlp import MLP, SGD, ArgumentError, Engine, Fleet
+from fusemlp import MLP, SGD, ArgumentError, Fleet
 from fusemlp.fleet import memory as module
 from fusemlp.fleet.candidates import Candidate
-from fusemlp.fleet.results import Member
-from make import assert_same_state
+from make import assert_same, assert_same_state, data, engine
 
-random = np.random.default_rng(1)
-X = random.standard_normal((60, 6))
-y = (X @ random.standard_normal((6, 3))).argmax(axis=1)
+X, y = data(60, 6, seed=1)
 DATA = {"validation_data": (X[40:], y[40:]), "early_stopping": 2}
 
 
-def fleet(vary: Any, **options: Any) -> Fleet:
+def fleet(vary, **options):
     return Fleet(MLP([6, 8, 3]), batch_size=16, backend="numpy", vary=vary, **options)
 
 
-def memory_for(models: int, kept: int) -> int:
+def memory_for(models, kept):
     """Return an argument ``memory`` with room for ``models`` engines while ``kept`` models are kept."""
     one = fleet([{}])
     return models * module.engine_bytes(one.engines[0]) + module.kept_bytes(one.candidates * kept, "fp32")
 
 
 @pytest.mark.parametrize("room", [1, 4, 10])
-def test_parts_change_nothing_but_what_is_kept(room: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_parts_change_nothing_but_what_is_kept(room, caplog):
     vary = [{"seed": seed} for seed in range(6)] + [{"lr": 1e30}, {"dropout": 0.5}, {"hidden": [5, 4]}, {}]
-    whole = fleet(vary, optimizer=SGD(0.1, momentum=0.9))
+    whole, handed = fleet(vary, optimizer=SGD(0.1, momentum=0.9)), []
     expected = whole.fit(X, y, epochs=5, **DATA)
     assert not caplog.records
-    most = memory_for(room, len(vary))
-    parts = fleet(vary, optimizer=SGD(0.1, momentum=0.9), memory=most + (1 << 14) if room == 10 else most)
-    handed: list[Member] = []
+    most = memory_for(room, len(vary)) + (1 << 14) * (room == 10)
+    parts = fleet(vary, optimizer=SGD(0.1, momentum=0.9), memory=most)
     found = parts.fit(X, y, epochs=5, callback=handed.append, **DATA)
-    said = [record for record in caplog.records if record.name == "fusemlp"]
-    assert len(said) == (room < 10)
-    if said:
-        assert said[0].levelno == logging.WARNING
-        assert said[0].getMessage().startswith(f"fleet: there is room for the engines of {room} of 10 models")
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == len([record for record in caplog.records if record.name == "fusemlp"]) == (room < 10)
+    assert all(words.startswith(f"fleet: there is room for the engines of {room} of 10 models") for words in warnings)
     assert sorted(member.index for member in handed) == list(range(10))
     for one, other in zip(found.members, expected.members, strict=True):
-        assert (one.status, one.reason, one.scores, one.history.history) == (
-            (other.status, other.reason, other.scores, other.history.history)
-        )
-        tensors, others = one.engine.state_dict(), other.engine.state_dict()
-        assert all(np.array_equal(tensors[name], others[name]) for name in others)
+        for name in ("status", "reason", "scores"):
+            assert getattr(one, name) == getattr(other, name)
+        assert one.history.history == other.history.history
+        assert_same(one.engine.state_dict(), other.engine.state_dict())
     assert found.table() == expected.table()
-    said_together, both = parts.predict(X), whole.predict(X)
-    assert np.array_equal(said_together.mean, both.mean) and np.array_equal(said_together.votes, both.votes)
+    assert_same(parts.predict(X), whole.predict(X))
 
 
-def test_an_engine_that_is_made_again_can_do_what_the_first_could(tmp_path: Path) -> None:
+def test_an_engine_that_is_made_again_can_do_what_the_first_could(tmp_path):
     results = fleet({"seed": range(5)}, memory=memory_for(2, 5)).fit(X, y, epochs=3)
-    engine = results.engine(4)
-    assert engine is not results.engine(4)
-    assert engine.history is results.members[4].history and engine.epochs_trained == 3
-    alone = Engine(MLP([6, 8, 3]), batch_size=16, seed=4, backend="numpy")
+    again, alone = results.engine(4), engine((6, 8, 3), seed=4)
+    assert again is not results.engine(4)
+    assert again.history is results.members[4].history and again.epochs_trained == 3
     alone.fit(X, y, epochs=3)
-    assert np.array_equal(engine.predict_proba(X), alone.predict_proba(X))
-    engine.save_checkpoint(tmp_path / "model.safetensors")
-    engine.fit(X, y, epochs=1)
-    assert engine.epochs_trained == 4
+    assert np.array_equal(again.predict_proba(X), alone.predict_proba(X))
+    again.save_checkpoint(tmp_path / "model.safetensors")
+    again.fit(X, y, epochs=1)
+    assert again.epochs_trained == 4
     again = pickle.loads(pickle.dumps(results))
     assert np.array_equal(again.engine(4).predict_proba(X), alone.predict_proba(X))
 
 
-def test_engines_of_a_part_are_gone_when_the_next_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    alive: list[weakref.ref[Engine]] = []
-    most = 0
+def test_engines_of_a_part_are_gone_when_the_next_is_built(monkeypatch):
+    built, counts, alive = Candidate.engine, [], weakref.WeakSet()
 
-    def built(self: Candidate, machine: Any) -> Engine:
-        nonlocal most
-        engine = made(self, machine)
-        alive.append(weakref.ref(engine))
-        most = max(most, sum(reference() is not None for reference in alive))
-        return engine
+    def counted(self, machine):
+        new = built(self, machine)
+        alive.add(new)
+        counts.append(len(alive))
+        return new
 
-    made = Candidate.engine
-    monkeypatch.setattr(Candidate, "engine", built)
+    monkeypatch.setattr(Candidate, "engine", counted)
     gc.disable()
     try:
         fleet({"seed": range(20)}, memory=memory_for(4, 20)).fit(X, y, epochs=1)
     finally:
         gc.enable()
     # four, the one that found no room, and the first of all, which checks the data
-    assert most <= 6
+    assert max(counts) <= 6
 
 
-def test_a_fleet_in_parts_keeps_no_engines_and_is_not_trained_on() -> None:
+def test_a_fleet_in_parts_keeps_no_engines_and_is_not_trained_on():
     made = fleet({"seed": range(5)}, memory=memory_for(2, 5))
     made.fit(X, y, epochs=1)
     with pytest.raises(ArgumentError, match=r"^engines: the models were trained in parts; results.engine\(i\)"):
@@ -107,40 +92,36 @@ def test_a_fleet_in_parts_keeps_no_engines_and_is_not_trained_on() -> None:
         made.fit(X, y, epochs=1)
 
 
-def test_what_never_finds_room_is_said_before_anything_is_trained() -> None:
+def test_what_never_finds_room_is_said_before_anything_is_trained():
     made = fleet({"seed": range(50)}, memory=50_000)
-    with pytest.raises(
-        ArgumentError, match=r"^memory: 50 models leave .* MiB of parameters, and there are 0.04768 MiB allowed"
-    ):
+    words = r"^memory: 50 models leave .* MiB of parameters, and there are 0.04768 MiB allowed"
+    with pytest.raises(ArgumentError, match=words):
         made.fit(X, y, epochs=1)
     assert all(engine.update_count == 0 for engine in made.engines)
     with pytest.raises(ArgumentError, match=r"^memory: expected a whole number of at least 1, got 0"):
         fleet([{}], memory=0)
 
 
-def test_all_is_checked_before_the_first_part() -> None:
+def test_all_is_checked_before_the_first_part():
     made = fleet({"batch_size": [8, 8, 8, 8, 64]}, memory=memory_for(2, 5))
     with pytest.raises(ArgumentError, match=r"^drop_last: 60 rows do not fill one batch of 64, and model 4"):
         made.fit(X, y, epochs=1, drop_last=True)
     assert made.fit(X, y, epochs=1).members[4].status == "trained"
 
 
-def test_a_second_fit_of_a_fleet_that_finds_room_goes_on() -> None:
-    made, alone = fleet({"seed": [0, 1]}), Engine(MLP([6, 8, 3]), batch_size=16, seed=1, backend="numpy")
+def test_a_second_fit_of_a_fleet_that_finds_room_goes_on():
+    made, alone = fleet({"seed": [0, 1]}), engine((6, 8, 3))
     for _ in range(2):
         made.fit(X, y, epochs=2, **DATA)
         alone.fit(X, y, epochs=2, **DATA)
     assert_same_state(made.engines[1], alone)
 
 
-def test_the_estimate_of_an_engine_is_about_what_it_takes() -> None:
-    import tracemalloc
-
-    net = MLP([64, 32, 10])
+def test_the_estimate_of_an_engine_is_about_what_it_takes():
     rows, labels = np.zeros((300, 64)) + np.arange(64) / 64, np.arange(300) % 10
-    made = Fleet(net, vary={"seed": range(40)}, backend="numpy")
-    made.fit(rows, labels, epochs=1)
-    made = Fleet(net, vary={"seed": range(40)}, backend="numpy")
+    warm, made = (Fleet(MLP([64, 32, 10]), vary={"seed": range(40)}, backend="numpy") for _ in range(2))
+    warm.fit(rows, labels, epochs=1)
+    del warm
     gc.collect()
     tracemalloc.start()
     try:
@@ -153,61 +134,60 @@ def test_the_estimate_of_an_engine_is_about_what_it_takes() -> None:
     assert 0.7 * estimated < taken <= estimated
 
 
-def system(root: Path, **files: str) -> Path:
-    """Make a root folder with the kernel's memory files."""
-    places = {
-        "meminfo": "proc/meminfo",
-        **{name: f"sys/fs/cgroup/memory.{name}" for name in ("max", "current", "stat")},
-    }
+USED = {"memory.current": "500000\n", "memory.stat": "anon 100000\nactive_file 30000\ninactive_file 20000\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, 1000 << 10),
+        ({**USED, "memory.max": "max\n"}, 1000 << 10),
+        # Cached files can be freed.
+        ({**USED, "memory.max": "700000\n"}, 250_000),
+        ({**USED, "memory.max": "9000000\n"}, 1000 << 10),
+        ({**USED, "memory.max": "1\n"}, 0),
+        ({**USED, "memory.max": "700000\n", "memory.current": "?\n"}, 1000 << 10),
+    ],
+)
+def test_memory_that_system_and_control_group_leave_is_free(files, free, tmp_path):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  2000 kB\nMemFree:  10 kB\nMemAvailable:  1000 kB\n")
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     for name, text in files.items():
-        path = root / places[name]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
+        (tmp_path / "sys/fs/cgroup" / name).write_text(text)
+    assert module.available_memory(tmp_path) == free
 
 
-MEMINFO = "MemTotal:  2000 kB\nMemFree:  10 kB\nMemAvailable:  1000 kB\n"
-USED = {"current": "500000\n", "stat": "anon 100000\nactive_file 30000\ninactive_file 20000\n"}
-
-
-def test_what_is_free_is_what_system_and_control_group_leave(tmp_path: Path) -> None:
-    assert module.available_memory(system(tmp_path / "a", meminfo=MEMINFO)) == 1000 << 10
-    assert module.available_memory(system(tmp_path / "b", meminfo=MEMINFO, max="max\n", **USED)) == 1000 << 10
-    # Cached files can be freed.
-    assert module.available_memory(system(tmp_path / "c", meminfo=MEMINFO, max="700000\n", **USED)) == 250_000
-    assert module.available_memory(system(tmp_path / "d", meminfo=MEMINFO, max="9000000\n", **USED)) == 1000 << 10
-    assert module.available_memory(system(tmp_path / "e", meminfo=MEMINFO, max="1\n", **USED)) == 0
-    garbled = {**USED, "current": "?\n"}
-    assert module.available_memory(system(tmp_path / "f", meminfo=MEMINFO, max="700000\n", **garbled)) == 1000 << 10
+def test_without_the_files_of_the_system_memory_is_unknown_or_asked_for(tmp_path):
     unknown = module.available_memory(tmp_path)
     assert unknown is None or unknown > 1 << 20
 
 
-def test_half_of_what_is_free_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_of_what_is_free_is_taken(monkeypatch):
     candidates = fleet({"seed": range(10)}).candidates
     kept = module.kept_bytes(candidates, "fp32")
-    monkeypatch.setattr(module, "available_memory", lambda: 4 * kept)
-    assert module.room(None, candidates, "fp32", device="cpu") == kept
-    assert module.room(3 * kept, candidates, "fp32", device="cpu") == 2 * kept
-    # A guess too small for more than one engine is no reason to refuse.
-    monkeypatch.setattr(module, "available_memory", lambda: kept + 1)
-    assert module.room(None, candidates, "fp32", device="cpu") == 0
+    for free, memory, device, room in (
+        (4 * kept, None, "cpu", kept),
+        (4 * kept, 3 * kept, "cpu", 2 * kept),
+        # A guess too small for more than one engine is no reason to refuse.
+        (kept + 1, None, "cpu", 0),
+        (None, None, "cpu", None),
+        (None, None, "cuda:0", None),
+        (None, 5, "cuda:0", 5),
+    ):
+        monkeypatch.setattr(module, "available_memory", lambda free=free: free)
+        assert module.room(memory, candidates, "fp32", device=device) == room
     monkeypatch.setattr(module, "available_memory", lambda: kept)
     with pytest.raises(ArgumentError, match=r"^memory: 10 models leave .* MiB free; train fewer models at once"):
         module.room(None, candidates, "fp32", device="cpu")
-    monkeypatch.setattr(module, "available_memory", lambda: None)
-    assert module.room(None, candidates, "fp32", device="cpu") is None
-    assert module.room(None, candidates, "fp32", device="cuda:0") is None
-    assert module.room(5, candidates, "fp32", device="cuda:0") == 5
 
 
-def test_engines_give_back_what_they_worked_in() -> None:
-    engine = Engine(MLP([6, 8, 3]), batch_size=16, backend="numpy", plan="eager")
-    before, loss = engine.predict_proba(X), float(engine.step(X[:16], y[:16]))
-    engine.release()
-    again = Engine(MLP([6, 8, 3]), batch_size=16, backend="numpy", plan="eager")
+def test_engines_give_back_what_they_worked_in():
+    released, again = (engine((6, 8, 3), plan="eager") for _ in range(2))
+    before, loss = released.predict_proba(X), float(released.step(X[:16], y[:16]))
+    released.release()
     assert np.array_equal(again.predict_proba(X), before)
     assert float(again.step(X[:16], y[:16])) == loss
     again.step(X[:16], y[:16])
-    engine.step(X[:16], y[:16])
-    assert_same_state(engine, again)
+    released.step(X[:16], y[:16])
+    assert_same_state(released, again)

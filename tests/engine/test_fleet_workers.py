@@ -1,0 +1,364 @@
+"""Fleets and sweeps whose models train in other processes, and go on where they were cut off.
+
+There is no card here: the processes for cards run Triton's interpreter, and the calling one a card that counts.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from pickle import PicklingError
+
+import joblib
+import numpy as np
+import pytest
+
+from fusemlp import MLP, ArgumentError, ArgumentTypeError, Fleet, WorkerError
+from fusemlp.cli import sweep
+from fusemlp.fleet import workers
+from fusemlp.fleet.results import Member
+from fusemlp.fleet.workers import VARIABLE, trained_elsewhere, trained_on
+from fusemlp.sklearn import FleetSearchCV, MLPClassifier
+from fusemlp_kernels import availability
+from make import assert_same, read, rows, run
+
+GENERATOR = np.random.default_rng(0)
+X = GENERATOR.normal(size=(300, 6)).astype(np.float32)
+Y = (X[:, 0] + X[:, 1] > 0).astype(np.int64)
+FIT = {"epochs": 3, "validation_data": (X[:50], Y[:50]), "metrics": ["auc"], "early_stopping": 2}
+CARDS = ["cuda:0", "cuda:1"]
+
+
+def fleet(**options):
+    return Fleet(MLP([6, 8, 2]), vary={"lr": [0.001, 0.01], "hidden": [4, 8], "seed": range(2)}, **options)
+
+
+def assert_same_models(found, expected):
+    assert [one.index for one in found.members] == list(range(len(expected.members)))
+    for one, other in zip(found.members, expected.members, strict=True):
+        for name in ("parameters", "scores", "status", "reason"):
+            assert getattr(one, name) == getattr(other, name)
+        assert_same(one.engine.state_dict(), other.engine.state_dict())
+
+
+def members(numbers, reason=""):
+    return [Member(number, {}, None, None, "trained", reason, {}) for number in numbers]
+
+
+# Stand-ins for a training, by name, as processes need them.
+
+
+def killed_at_2(numbers, once):
+    """Kill the process that trains model 2, with ``once`` only where that file is missing."""
+    if 2 in numbers and (once is None or not once.exists()):
+        if once is not None:
+            once.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return members(numbers)
+
+
+def seen(numbers, *arrays):
+    """Each model says which card its process sees, and what it was given."""
+    return members(numbers, f"{os.environ[VARIABLE]} {os.getpid()} {len(numbers)} {[one.tolist() for one in arrays]}")
+
+
+def fails_on_the_second(numbers):
+    if os.environ[VARIABLE] == "1":
+        raise MemoryError("no room")
+    return seen(numbers)
+
+
+def dies(numbers):
+    if numbers:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return []
+
+
+class TestFleets:
+    @pytest.mark.parametrize("options", [{}, {"normalise": True}], ids=str)
+    def test_other_processes_train_the_same_models(self, options):
+        expected, seen = fleet(**options).fit(X, Y, **FIT), []
+        other = fleet(**options)
+        found = other.fit(X, Y, **FIT, workers="loky", jobs=2, callback=lambda one: seen.append(one.index))
+        assert_same_models(found, expected)
+        assert sorted(seen) == list(range(8))
+        assert other.predict(X).mean.shape == (300, 2)
+        with pytest.raises(ArgumentError, match=r"^fit: the models were trained in parts"):
+            other.fit(X, Y, epochs=1)
+
+    def test_each_model_has_its_rows_and_its_start(self):
+        own = [np.arange(start, 300, 2) for start in (0, 1)] * 4
+        fit = {"epochs": 2, "rows": own, "validation_rows": own[::-1]}
+        start = [{"0.bias": np.full(width, 0.1)} for width in (4, 4, 8, 8, 4, 4, 8, 8)]
+        expected = fleet(initial=start).fit(X, Y, **fit)
+        assert_same_models(fleet(initial=start).fit(X, Y, **fit, workers="loky", jobs=2), expected)
+
+    @pytest.mark.parametrize("workers", ["threading", "loky"])
+    def test_an_error_of_a_callback_ends_the_training(self, workers):
+        def fails(one):
+            raise RuntimeError("mine")
+
+        whole = fleet()
+        with pytest.raises(RuntimeError, match=r"^mine$"):
+            whole.fit(X, Y, epochs=1, workers=workers, jobs=2, callback=fails)
+        assert whole.results is None
+
+    def test_a_fleet_of_a_part_has_its_models(self):
+        whole, part = fleet().fit(X, Y, epochs=1), fleet().part([6, 1]).fit(X, Y, epochs=1)
+        for one, number in zip(part.members, (6, 1), strict=True):
+            assert_same(one.engine.predict_proba(X), whole.engine(number).predict_proba(X))
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"workers": "lokey"}, ArgumentError, "workers: unknown name 'lokey'; did you mean 'loky'"),
+            ({"workers": 4}, ArgumentTypeError, "workers: expected the name of a backend of joblib"),
+            ({"workers": "multiprocessing"}, ArgumentError, "workers: 'multiprocessing' waits for ever .*'loky'"),
+            ({"workers": "loky", "time_limit": 3}, ArgumentError, "time_limit: workers do not share one"),
+            ({"workers": "dask"}, ImportError, "workers: 'dask' needs the library distributed; install it with"),
+        ],
+    )
+    def test_wrong_workers_are_refused(self, options, error, message, monkeypatch):
+        monkeypatch.setitem(sys.modules, "distributed", None)
+        with pytest.raises(error, match=f"^{message}"):
+            fleet().fit(X, Y, epochs=1, **options)
+
+
+class TestLostWorkers:
+    def numbers(self, once, workers):
+        task = partial(killed_at_2, once=once)
+        return [one.index for one in trained_elsewhere(5, task, [], workers=workers, jobs=2)]
+
+    def test_the_models_of_a_killed_process_are_trained_again(self, tmp_path):
+        assert sorted(self.numbers(tmp_path / "killed", "loky")) == list(range(5))
+        assert (tmp_path / "killed").exists()
+
+    def test_a_task_that_cannot_be_sent_says_so_at_once(self, caplog):
+        with pytest.raises((TypeError, PicklingError), match="pickle"):
+            self.numbers((number for number in range(3)), "loky")
+        assert not caplog.text
+
+    def test_a_model_that_always_kills_ends_the_training(self, monkeypatch):
+        monkeypatch.setattr(workers, "LOST", 1)
+        with pytest.raises(WorkerError, match=r"^workers: workers of 'loky' were lost 2 times, with \d models left"):
+            self.numbers(None, "loky")
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_dask(self, tmp_path):
+        distributed = pytest.importorskip("distributed")
+        with distributed.Client(n_workers=2, threads_per_worker=1, dashboard_address=None):
+            assert sorted(self.numbers(tmp_path / "killed", "dask")) == list(range(5))
+            assert_same_models(fleet().fit(X, Y, **FIT, workers="dask"), fleet().fit(X, Y, **FIT))
+            grid = {"alpha": [1e-4, 1e-2], "hidden_layer_sizes": [(4,), (8,)]}
+            search = FleetSearchCV(MLPClassifier(max_iter=5, random_state=0), grid, cv=2)
+            expected = search.fit(X, Y).cv_results_["mean_test_score"]
+            with joblib.parallel_config(backend="dask"):
+                np.testing.assert_array_equal(search.fit(X, Y).cv_results_["mean_test_score"], expected)
+
+    def test_ray(self):
+        pytest.importorskip("ray")
+        code = (
+            "import ray, test_fleet_workers as t\n"
+            "ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)\n"
+            "t.assert_same_models(t.fleet().fit(t.X, t.Y, **t.FIT, workers='ray'), t.fleet().fit(t.X, t.Y, **t.FIT))\n"
+        )
+        paths = [str(Path(__file__).parent), *sys.path]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "RAY_AUTH_MODE": "disabled"}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
+
+    def test_the_libraries_are_those_of_joblib(self):
+        assert set(workers.LIBRARIES) == {"dask", "ray"}
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+class TestSweeps:
+    SWEEP = ("sweep", "iris", "--vary", "lr=0.001:0.1:log:3", "--vary", "hidden=4,8", "--epochs", "3", "--quiet")
+
+    def cut_off(self, folder, after):
+        """Start the sweep in a folder, and cut it off when this number of models has ended."""
+        add, left = sweep.add_to_journal, [after]
+
+        def adds(*arguments):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            add(*arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sweep, "add_to_journal", adds)
+            assert run(*self.SWEEP, "--out", folder, "--jobs", "1") == 0
+
+    def test_a_sweep_goes_on_where_it_was_cut_off(self, tmp_path, capsys):
+        whole, cut = tmp_path / "whole", tmp_path / "cut"
+        assert run(*self.SWEEP, "--out", whole, "--workers", "loky") == 0
+        # all but one have ended, the best among them
+        self.cut_off(cut, 5)
+        assert f"to train the others: fusemlp sweep --resume {cut}" in capsys.readouterr().out
+        assert len(rows(cut / "results.csv")) == 5
+        with (cut / sweep.JOURNAL).open("a") as stream:
+            # a line that was cut off
+            stream.write('{"index": 5, "sta')
+        with pytest.MonkeyPatch.context() as patch:
+            # cut off again, before a model has ended
+            patch.setattr(sweep, "add_to_journal", interrupted)
+            assert run("sweep", "--resume", cut, "--quiet") == 0
+        assert len((cut / sweep.JOURNAL).read_text().splitlines()) == 6
+        assert run("sweep", "--resume", cut, "--quiet") == 0
+        for name in ("results.csv", "metrics.csv"):
+            tables = [[{**row, "seconds": ""} for row in rows(folder / name)] for folder in (cut, whole)]
+            assert tables[0] == tables[1]
+        for name in ("checkpoints/last.safetensors", "checkpoints/best.safetensors"):
+            assert (cut / name).exists() == (whole / name).exists()
+        reports = [read(folder / "report.json") for folder in (cut, whole)]
+        assert reports[0]["test"] == reports[1]["test"] and reports[0]["epochs"] == reports[1]["epochs"]
+        assert run("sweep", "--resume", cut) == 1
+        assert "holds a sweep that has ended" in capsys.readouterr().err
+
+    def test_ctrl_c_while_the_best_is_scored(self, tmp_path):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sweep, "finish", interrupted)
+            assert run(*self.SWEEP, "--out", tmp_path / "cut") == 130
+        assert not (tmp_path / "cut" / "report.json").exists()
+        assert run("sweep", "--resume", tmp_path / "cut", "--quiet") == 0
+        assert run(*self.SWEEP, "--out", tmp_path / "whole") == 0
+        tests = [read(tmp_path / name / "report.json")["test"] for name in ("cut", "whole")]
+        assert tests[0] == tests[1]
+        assert not (tmp_path / "cut" / sweep.JOURNAL).exists()
+
+    def test_what_cannot_go_on_is_refused(self, tmp_path, capsys):
+        data = tmp_path / "data.csv"
+        data.write_text("a,y\n" + "".join(f"{n},{n % 2}\n" for n in range(60)))
+        words = ("sweep", data, "--target", "y", "--vary", "lr=0.01,0.1", "--epochs", "1", "--out", tmp_path / "cut")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sweep, "close_journal", lambda run: None)
+            assert run(*words, "--quiet") == 0
+        data.write_text(data.read_text() + "1,1\n")
+        (tmp_path / "none").mkdir()
+        for options, code, message in (
+            (("--resume", tmp_path / "cut"), 1, "resume: the data"),
+            (("--resume", tmp_path / "cut", "--epochs", "3"), 2, "epochs: a resumed sweep keeps its own"),
+            (("--resume", tmp_path / "none"), 1, "is no folder of a sweep"),
+            (("iris", "--vary", "lr=0.1", "--address", "host:1"), 2, "address: only dask and ray have one"),
+            (("iris", "--vary", "lr=0.1", "--workers", "spark"), 2, "workers: unknown name 'spark'"),
+        ):
+            assert run("sweep", *options) == code
+            assert message in capsys.readouterr().err
+
+    def test_an_address_where_no_scheduler_is(self, tmp_path, capsys):
+        pytest.importorskip("distributed")
+        import dask
+
+        with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
+            address = ("--workers", "dask", "--address", "tcp://127.0.0.1:1", "--out", tmp_path / "run")
+            assert run("sweep", "iris", "--vary", "lr=0.1", "--epochs", "1", *address) == 2
+        assert "address: no scheduler of dask answers at 'tcp://127.0.0.1:1'" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def counting():
+    """Return a card that counts, for a fleet that stays in this process."""
+    if availability()["triton"] is not None:
+        pytest.skip(f"triton: {availability()['triton']}")
+    from counting_card import counting
+
+    from fusemlp_kernels.triton import launch
+
+    if not launch.is_interpreted():
+        pytest.skip("triton: the counting card needs the interpreter")
+    return counting
+
+
+class TestCards:
+    @pytest.mark.parametrize(
+        ("visible", "cards", "together", "sizes"),
+        # those of one launch go to a card at once, others a few at a time
+        [(None, {"0", "1"}, True, {"5", "4"}), ("3, 5,7", {"3", "5"}, False, {"1", "2"})],
+    )
+    def test_each_process_sees_its_card_alone(self, visible, cards, together, sizes, monkeypatch):
+        monkeypatch.delenv(VARIABLE, raising=False)
+        if visible is not None:
+            monkeypatch.setenv(VARIABLE, visible)
+        found = list(trained_on(CARDS, 9, seen, [np.arange(2)], together=together))
+        assert sorted(one.index for one in found) == list(range(9))
+        reports = [one.reason.split(maxsplit=3) for one in found]
+        assert {arrays for *_, arrays in reports} == {"[[0, 1]]"}
+        assert {card for card, *_ in reports} == cards
+        # a process a card
+        assert len({(card, process) for card, process, *_ in reports}) == len(cards)
+        assert {size for _, _, size, _ in reports} == sizes
+
+    def test_errors_name_the_card(self, monkeypatch):
+        with pytest.raises(WorkerError, match=r"^devices: on 'cuda:1' there was MemoryError: no room; mend this"):
+            list(trained_on(CARDS, 4, fails_on_the_second, [], together=True))
+        with pytest.raises(WorkerError, match=r"^devices: on 'cuda:0' there was TerminatedWorkerError"):
+            list(trained_on(CARDS[:1], 4, dies, [], together=True))
+        monkeypatch.setenv(VARIABLE, "2")
+        words = r"^devices: there is no 'cuda:1' among the 1 cards of CUDA_VISIBLE_DEVICES=2"
+        with pytest.raises(ArgumentError, match=words):
+            list(trained_on(CARDS, 4, seen, [], together=True))
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"devices": "cuda:0"}, ArgumentTypeError, "devices: expected names of cards such as"),
+            ({"devices": [0, 1]}, ArgumentTypeError, "devices: expected names of cards such as"),
+            ({"devices": []}, ArgumentError, "devices: expected different cards such as"),
+            ({"devices": ["cuda:0", "cuda:0"]}, ArgumentError, "devices: expected different cards such as"),
+            ({"devices": ["cuda"]}, ArgumentError, "devices: expected different cards such as"),
+            ({"devices": CARDS, "device": "cuda:0"}, ArgumentError, "device: devices has the cards already"),
+            ({"devices": CARDS, "backend": "numpy"}, ArgumentError, "devices: the backend computes on the CPU"),
+        ],
+    )
+    def test_wrong_devices_are_refused(self, options, error, message):
+        with pytest.raises(error, match=f"^{message}"):
+            fleet(**options)
+
+    def test_the_models_are_those_of_one_device(self, counting):
+        x, y = X[:40, :3], Y[:40]
+        model = {"batch_size": 16, "backend": "triton", "vary": {"lr": [0.01, 0.1], "hidden": [4, 5]}}
+        fit, ended = {"epochs": 2, "validation_data": (x[:10], y[:10]), "early_stopping": 2}, []
+        expected = Fleet(MLP([3, 4, 2]), **model).fit(x, y, **fit)
+        with counting(computes=True):
+            several = Fleet(MLP([3, 4, 2]), **model, devices=CARDS)
+            for name, value in (("workers", "loky"), ("jobs", 2), ("time_limit", 3)):
+                with pytest.raises(ArgumentError, match=f"^{name}: a fleet with devices has a process for each"):
+                    several.fit(x, y, epochs=1, **{name: value})
+            found = several.fit(x, y, **fit, callback=lambda one: ended.append(one.index))
+        assert sorted(ended) == list(range(4))
+        assert_same_models(found, expected)
+
+    def test_a_sweep_names_the_cards_and_the_rest_of_one_has_them_too(self, counting, tmp_path, monkeypatch, capsys):
+        calls, x, y = [], X[:40, :3], Y[:40]
+
+        def here(devices, models, task, arrays, *, together):
+            calls.append((devices, models))
+            yield from task(list(range(models)), *arrays)
+
+        monkeypatch.setattr(workers, "trained_on", here)
+        words = ("sweep", "iris", "--vary", "seed=0:3", "--hidden", "4", "--batch-size", "64", "--epochs", "1")
+        words += ("--backend", "triton", "--plan", "eager")
+        cards = ("--devices", "cuda:0,cuda:1")
+        with counting(computes=True):
+            assert run(*words, *cards, "--out", tmp_path / "run") == 0
+            three = Fleet(MLP([3, 4, 2]), vary={"seed": range(3)}, backend="triton", plan="eager", devices=CARDS)
+            pair = three.part([1, 2]).fit(x, y, epochs=1)
+            # one model needs no process of its own
+            (alone,) = three.part([2]).fit(x, y, epochs=1).members
+            assert (alone.engine.device, alone.scores) == ("cuda:0", pair.members[1].scores)
+            assert calls == [(tuple(CARDS), 3), (tuple(CARDS), 2)]
+            # a sweep on one card, which is cut off before its last model, goes on with several
+            monkeypatch.setattr(sweep, "close_journal", lambda run: None)
+            assert run(*words, "--device", "cuda:0", "--out", tmp_path / "one") == 0
+            file = tmp_path / "one" / sweep.JOURNAL
+            file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+            assert run("sweep", "--resume", tmp_path / "one", *cards) == 0
+        capsys.readouterr()
+        assert run("sweep", "iris", "--vary", "seed=0:2", *cards, "--jobs", "2", "--out", tmp_path / "x") == 2
+        assert "--jobs: a fleet with devices has a process for each of them" in capsys.readouterr().err
+        assert not (tmp_path / "x").exists()
