@@ -1,9 +1,6 @@
 """Every kind of array gives the same NumPy results as plain arrays, and the input does not change."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
+from functools import cache
 
 import numpy as np
 import pandas
@@ -11,8 +8,7 @@ import pytest
 import torch
 
 from fusemlp import MLP, SGD, Engine
-
-Array = np.ndarray[Any, Any]
+from make import assert_same
 
 ROWS = 13
 # Small whole numbers: every type below, down to bool's neighbour uint8, holds them exactly.
@@ -23,39 +19,37 @@ WEIGHT = (1.0 + np.arange(ROWS) % 4).astype(np.float32)
 
 
 class WithArray:
-    """An object with ``__array__``."""
-
-    def __init__(self, array: Array) -> None:
+    def __init__(self, array):
         self.array = array
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+    def __array__(self, dtype=None, copy=None):
         return np.array(self.array, dtype=dtype, copy=copy)
 
 
 class WithDLPack:
     """An object with ``__dlpack__`` and no other array protocol."""
 
-    def __init__(self, array: Array) -> None:
+    def __init__(self, array):
         self.array = array
 
-    def __dlpack__(self, **options: Any) -> Any:
+    def __dlpack__(self, **options):
         return self.array.__dlpack__(**options)
 
-    def __dlpack_device__(self) -> tuple[int, int]:
+    def __dlpack_device__(self):
         return self.array.__dlpack_device__()
 
 
-class Subclass(np.ndarray[Any, Any]):
-    """A subclass of ndarray."""
+class Subclass(np.ndarray):
+    pass
 
 
-def read_only(array: Array) -> Array:
+def read_only(array):
     frozen = array.copy()
     frozen.flags.writeable = False
     return frozen
 
 
-def stepped(array: Array) -> Array:
+def stepped(array):
     """Return every second row and column of a larger array, which has NaN elsewhere if its type has NaN."""
     wide = np.full([2 * size for size in array.shape], np.nan if array.dtype.kind == "f" else -7, array.dtype)
     view = wide[tuple(slice(1, None, 2) for _ in array.shape)]
@@ -63,19 +57,13 @@ def stepped(array: Array) -> Array:
     return view
 
 
-def reversed_rows(array: Array) -> Array:
-    """Return an array with negative strides."""
-    return array[::-1].copy()[::-1]
-
-
-def offset(array: Array) -> Array:
-    """Return an array with an offset into its memory."""
+def offset(array):
     memory = np.zeros(array.size + 3, array.dtype)
     memory[3:] = array.ravel()
     return memory[3:].reshape(array.shape)
 
 
-def misaligned(array: Array) -> Array:
+def misaligned(array):
     """Return an array at an address that is no multiple of the element's size."""
     memory = np.zeros(array.nbytes + 1, np.uint8)[1:]
     view = memory.view(array.dtype).reshape(array.shape)
@@ -84,32 +72,22 @@ def misaligned(array: Array) -> Array:
     return view
 
 
-def broadcast(array: Array) -> Array:
-    """Return the same values, read-only, with an odd stride."""
-    return np.broadcast_to(array, (2, *array.shape))[1]
+def of_types(*names):
+    return {name: (lambda array, name=name: array.astype(name)) for name in names}
 
 
-def big_endian(array: Array) -> Array:
-    return array.astype(array.dtype.newbyteorder(">"))
-
-
-def masked(array: Array) -> Array:
-    """Return a masked array without masked values."""
-    return np.ma.masked_array(array, mask=np.zeros(array.shape, bool))
-
-
-LAYOUTS: dict[str, Callable[[Array], Any]] = {
+LAYOUTS = {
     "list": lambda array: array.tolist(),
     "tuple of arrays": tuple,
     "read-only": read_only,
     "Fortran order": np.asfortranarray,
     "stepped": stepped,
-    "reversed": reversed_rows,
+    "reversed": lambda array: array[::-1].copy()[::-1],
     "offset": offset,
     "misaligned": misaligned,
-    "broadcast": broadcast,
-    "big-endian": big_endian,
-    "masked, nothing masked": masked,
+    "broadcast": lambda array: np.broadcast_to(array, (2, *array.shape))[1],
+    "big-endian": lambda array: array.astype(array.dtype.newbyteorder(">")),
+    "masked, nothing masked": lambda array: np.ma.masked_array(array, mask=np.zeros(array.shape, bool)),
     "subclass": lambda array: array.view(Subclass),
     "__array__": WithArray,
     "__dlpack__": WithDLPack,
@@ -117,10 +95,9 @@ LAYOUTS: dict[str, Callable[[Array], Any]] = {
     "torch, stepped": lambda array: torch.from_numpy(np.repeat(array, 2, axis=0))[::2],
     "memoryview": lambda array: memoryview(np.ascontiguousarray(array)),
 }
-FEATURES: dict[str, Callable[[Array], Any]] = {
+FEATURES = {
     **LAYOUTS,
-    **{name: (lambda array, name=name: array.astype(name)) for name in ("float64", "float16", "longdouble")},
-    **{name: (lambda array, name=name: array.astype(name)) for name in ("int8", "int64", "uint8", "uint64")},
+    **of_types("float64", "float16", "longdouble", "int8", "int64", "uint8", "uint64"),
     "DataFrame": lambda array: pandas.DataFrame(array, columns=list("abcd")[: array.shape[1]]),
     "DataFrame of many types": lambda array: pandas.DataFrame(
         {f"c{i}": column.astype(("int8", "float64", "uint8", "float32")[i]) for i, column in enumerate(array.T)}
@@ -131,93 +108,70 @@ FEATURES: dict[str, Callable[[Array], Any]] = {
     "torch, int": lambda array: torch.from_numpy(array.astype(np.int64)),
     "list of tensors": lambda array: [torch.from_numpy(one) for one in array.copy()],
 }
-VECTORS: dict[str, Callable[[Array], Any]] = {
+VECTORS = {
     "Series": pandas.Series,
     "Series with an index": lambda array: pandas.Series(array, index=range(100, 100 - len(array), -1)),
     "one column": lambda array: array[:, None],
     "column of a DataFrame": lambda array: pandas.DataFrame({"y": array}),
 }
-LABELS: dict[str, Callable[[Array], Any]] = {
+LABELS = {
     **LAYOUTS,
     **VECTORS,
-    **{name: (lambda array, name=name: array.astype(name)) for name in ("int8", "int32", "uint8", "uint64")},
-    **{name: (lambda array, name=name: array.astype(name)) for name in ("float16", "float32", "float64")},
-    "range": lambda array: array.tolist(),
+    **of_types("int8", "int32", "uint8", "uint64", "float16", "float32", "float64"),
     "nullable integers": lambda array: pandas.Series(array, dtype="Int64"),
     "torch, float": lambda array: torch.from_numpy(array.astype(np.float32)),
 }
 
 
-def classifier(outputs: int = 3) -> Engine:
+def classifier(outputs=3):
     return Engine(MLP([4, 5, outputs]), optimizer=SGD(0.1, momentum=0.9), batch_size=ROWS, seed=5)
 
 
-def regressor() -> Engine:
-    return Engine(MLP([4, 5, 2]), loss="mse", optimizer=SGD(0.01), batch_size=ROWS, seed=5)
+def regressor(outputs=2):
+    return Engine(MLP([4, 5, outputs]), loss="mse", optimizer=SGD(0.01), batch_size=ROWS, seed=5)
 
 
-def results(engine: Engine, x: Any, y: Any, weight: Any = None) -> dict[str, Any]:
+def results(engine, x, y, weight=None):
     """Return the results of every public call on the same data."""
-    found: dict[str, Any] = {"step": engine.step(x, y, weight)}
-    history = engine.fit(x, y, epochs=2, sample_weight=weight, validation_data=(x, y, weight))
-    found |= {"history": history.history, "evaluate": engine.evaluate(x, y, weight), "predict": engine.predict(x)}
+    step = engine.step(x, y, weight)
+    history = engine.fit(x, y, epochs=2, sample_weight=weight, validation_data=(x, y, weight)).history
+    found = {"step": step, "history": history, "evaluate": engine.evaluate(x, y, weight), "predict": engine.predict(x)}
     if engine.loss.is_classification:
         found["predict_proba"] = engine.predict_proba(x)
     return {**found, "dead_units": engine.dead_units(x), **engine.state_dict()}
 
 
-def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        if isinstance(value, np.ndarray):
-            assert type(found[name]) is np.ndarray, name
-            assert found[name].dtype == value.dtype, name
-            assert found[name].shape == value.shape, name
-            assert found[name].tobytes() == value.tobytes(), name
-        else:
-            assert found[name] == value, name
+PROBABILITIES = np.eye(3, dtype=np.float32)[Y]
+ROLES = {
+    "features": (FEATURES, X, lambda given: results(classifier(), given, Y)),
+    "labels": (LABELS, Y, lambda given: results(classifier(), X, given)),
+    "weights": ({**LAYOUTS, **VECTORS}, WEIGHT, lambda given: results(classifier(), X, Y, given)),
+    # the columns of a DataFrame of many types are those of the features
+    "values": (
+        {name: kind for name, kind in FEATURES.items() if "many types" not in name},
+        VALUES,
+        lambda given: results(regressor(), X, given),
+    ),
+    "one column of values": (VECTORS, VALUES[:, 0].copy(), lambda given: results(regressor(1), X, given)),
+    "probabilities": (FEATURES, PROBABILITIES, lambda given: results(classifier(), X, given)),
+}
 
 
-PLAIN = results(classifier(), X, Y)
+@cache
+def expected(role):
+    _, array, results_with = ROLES[role]
+    return results_with(array)
 
 
-@pytest.mark.parametrize("kind", FEATURES)
-def test_features(kind: str) -> None:
-    given = FEATURES[kind](X)
-    assert_same(results(classifier(), given, Y), PLAIN)
-    assert_unchanged(given, X)
+@pytest.mark.parametrize(("role", "kind"), [(role, kind) for role, (kinds, *_) in ROLES.items() for kind in kinds])
+def test_every_kind_of_array(role, kind):
+    kinds, array, results_with = ROLES[role]
+    given = kinds[kind](array)
+    assert_same(results_with(given), expected(role))
+    assert_unchanged(given, array)
 
 
-@pytest.mark.parametrize("kind", LABELS)
-def test_labels(kind: str) -> None:
-    given = LABELS[kind](Y)
-    assert_same(results(classifier(), X, given), PLAIN)
-    assert_unchanged(given, Y)
-
-
-@pytest.mark.parametrize("kind", [*LAYOUTS, *VECTORS])
-def test_weights(kind: str) -> None:
-    given = {**LAYOUTS, **VECTORS}[kind](WEIGHT)
-    assert_same(results(classifier(), X, Y, given), results(classifier(), X, Y, WEIGHT))
-    assert_unchanged(given, WEIGHT)
-
-
-@pytest.mark.parametrize("kind", [name for name in FEATURES if "many types" not in name])
-def test_real_targets(kind: str) -> None:
-    given = FEATURES[kind](VALUES)
-    assert_same(results(regressor(), X, given), results(regressor(), X, VALUES))
-    assert_unchanged(given, VALUES)
-
-
-@pytest.mark.parametrize("kind", FEATURES)
-def test_probabilities(kind: str) -> None:
-    rows = np.eye(3, dtype=np.float32)[Y]
-    given = FEATURES[kind](rows)
-    assert_same(results(classifier(), X, given), results(classifier(), X, rows))
-    assert_unchanged(given, rows)
-
-
-def test_bool_features_and_labels() -> None:
+def test_bool_features_and_labels():
     x, y = X > 1, Y > 0
     for given in (x, x.tolist(), torch.from_numpy(x), pandas.DataFrame(x)):
         assert_same(results(classifier(2), given, y.astype(int)), results(classifier(2), x.astype(np.float32), y))
@@ -225,19 +179,8 @@ def test_bool_features_and_labels() -> None:
         assert_same(results(classifier(2), X, labels), results(classifier(2), X, y.astype(int)))
 
 
-@pytest.mark.parametrize("kind", ["Series", "one column", "column of a DataFrame"])
-def test_a_vector_stands_for_one_column_of_targets(kind: str) -> None:
-    def engine() -> Engine:
-        return Engine(MLP([4, 5, 1]), loss="mse", optimizer=SGD(0.01), batch_size=ROWS, seed=5)
-
-    target = VALUES[:, 0].copy()
-    expected = results(engine(), X, target)
-    assert expected["predict"].shape == (ROWS,)
-    assert_same(results(engine(), X, VECTORS[kind](target)), expected)
-
-
 @pytest.mark.parametrize("kind", [name for name in FEATURES if "DataFrame of" not in name])
-def test_parameters(kind: str) -> None:
+def test_parameters(kind):
     state = {name: np.round(8 * array) for name, array in classifier().state_dict().items()}
     if kind.startswith(("u", "list of tensors")):
         state = {name: np.abs(array) for name, array in state.items()}
@@ -252,7 +195,7 @@ def test_parameters(kind: str) -> None:
             assert_unchanged(given[name], array)
 
 
-def test_parameters_of_a_torch_module_go_in_and_out() -> None:
+def test_parameters_of_a_torch_module_go_in_and_out():
     module = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
     engine = classifier()
     for state in (module.state_dict(), dict(module.named_parameters())):
@@ -266,12 +209,10 @@ def test_parameters_of_a_torch_module_go_in_and_out() -> None:
     assert np.abs(outputs - engine.predict_proba(X)).max() <= 2 * 171 * 2.0**-24
 
 
-def test_data_of_fit_are_not_kept_and_results_are_copies() -> None:
-    x, y = X.copy(), Y.copy()
-    engine, twin = classifier(), classifier()
-    loss = engine.step(x, y)
+def test_data_of_fit_are_not_kept_and_results_are_copies():
+    x, y, engine, twin = X.copy(), Y.copy(), classifier(), classifier()
+    loss, state = engine.step(x, y), engine.state_dict()
     first = loss.copy()
-    state = engine.state_dict()
     engine.fit(x, y, epochs=1)
     x[:], y[:] = 99, 0
     for array in state.values():
@@ -282,7 +223,7 @@ def test_data_of_fit_are_not_kept_and_results_are_copies() -> None:
     assert_same(results(engine, X, Y), results(twin, X, Y))
 
 
-def assert_unchanged(given: Any, original: Array) -> None:
+def assert_unchanged(given, original):
     """Assert that an argument still holds its original values."""
     if isinstance(given, WithArray | WithDLPack):
         given = given.array

@@ -1,7 +1,5 @@
 """The line that tells that the training is being compiled."""
 
-from __future__ import annotations
-
 import io
 import sys
 import time
@@ -13,17 +11,16 @@ from fusemlp_kernels.compilation import announced, watchers
 
 
 class Terminal(io.StringIO):
-    def isatty(self) -> bool:
+    def isatty(self):
         return True
 
 
-def terminal_of(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    stream = Terminal()
-    monkeypatch.setattr(sys, "stderr", stream)
-    return stream
+def terminal_of(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    return sys.stderr
 
 
-def test_a_compilation_is_shown_with_its_time_and_wiped_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compilation_is_shown_with_its_time_and_wiped_out(monkeypatch):
     terminal = terminal_of(monkeypatch)
     with compilations_shown():
         with announced():
@@ -39,7 +36,7 @@ def test_a_compilation_is_shown_with_its_time_and_wiped_out(monkeypatch: pytest.
     assert not watchers
 
 
-def test_the_line_is_shown_once_and_not_for_short_compilations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_line_is_shown_once_and_not_for_short_compilations(monkeypatch):
     terminal = terminal_of(monkeypatch)
     with compilations_shown(), compilations_shown():
         assert len(watchers) == 1
@@ -49,7 +46,7 @@ def test_the_line_is_shown_once_and_not_for_short_compilations(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("quiet", [False, True])
-def test_nothing_is_shown_elsewhere_or_when_quiet(quiet: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_shown_elsewhere_or_when_quiet(quiet, monkeypatch):
     terminal = terminal_of(monkeypatch)
     if not quiet:
         monkeypatch.setattr(sys, "stderr", io.StringIO())
@@ -58,7 +55,7 @@ def test_nothing_is_shown_elsewhere_or_when_quiet(quiet: bool, monkeypatch: pyte
     assert not watchers and terminal.getvalue() == ""
 
 
-def test_an_error_of_the_compiler_ends_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_compiler_ends_the_line(monkeypatch):
     terminal = terminal_of(monkeypatch)
     with pytest.raises(KeyboardInterrupt), compilations_shown(), announced():
         time.sleep(3 * REDRAW)
