@@ -240,8 +240,8 @@ def test_fit_goes_on_in_the_same_process_after_ctrl_c() -> None:
 
 
 def in_a_process(code: str, *arguments: str) -> str:
-    """Return the output of a new Python process that finds this folder's modules."""
-    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    """Return the output of a new Python process that finds the modules of the tests."""
+    path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
