@@ -8,8 +8,6 @@ No command may end with a traceback, and none may leave files that a later one f
 have the rules. A fault is printed with the commands of its round; ``--only ROUND`` repeats it alone.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import csv
@@ -23,17 +21,12 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 import traceback
 import types
 import typing
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
-from functools import partial
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +37,7 @@ from fusemlp.cli.app import COMMANDS
 from fusemlp.tables.fields import name_of
 
 # Values of options whose type or completion does not tell them: usual ones, and odd ones.
-VALUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+VALUES = {
     "activation": (("relu", "elu", "prelu", "tanh,relu", "gelu", "sigmoid"), ("", "relu,", "softmax")),
     "attack_steps": (("1", "3"), ("0", "-1")),
     # Triton's interpreter and other processes take more time than a round has.
@@ -85,15 +78,13 @@ OF_ROWS = ("data", "validation", "test")
 ENDINGS = {"plot": ".png", "onnx": ".onnx", "safetensors": ".safetensors"}
 # The options that an option needs; they are mostly given with it.
 _ATTACK = {"train": ("--adversarial=pgd", "--attack-eps=0.1"), "evaluate": ("--attack=pgd", "--attack-eps=0.1")}
-NEEDS: dict[str, tuple[str, ...] | dict[str, tuple[str, ...]]] = {
+NEEDS = {
     **{"momentum": ("--optimizer=sgd",), "nesterov": ("--optimizer=sgd",)},
     **{"lr_step": ("--schedule=step",), "lr_gamma": ("--schedule=exponential",)},
     **{"lr_final": ("--schedule=cosine",), "lr_patience": ("--schedule=reduce_on_plateau",)},
     **{"delta": ("--loss=huber",), "quantile": ("--loss=quantile",), "log_target": ("--task=regression",)},
     **dict.fromkeys(("adversarial", "attack"), ("--attack-eps=0.1",)),
     **dict.fromkeys(("attack_eps", "attack_steps", "attack_norm"), _ATTACK),
-    "attack_repeats": ("--adversarial=free", "--attack-eps=0.1"),
-    "attack_beta": ("--adversarial=trades", "--attack-eps=0.1"),
     **{"dp_delta": ("--dp-epsilon=3",), "dp_clip": ("--dp-epsilon=3",)},
     "of_class": ("--method=integrated",),
 }
@@ -104,7 +95,6 @@ NUMBERS = (("0.1", "0.5", "0.9", "0.01", "1", "0"), ("-1", "2", "1e-300", "1e30"
 # The share of the values that are usual.
 USUAL = 0.9
 TRIES = 8
-SLOW = 20.0  # seconds
 
 
 class Fault(AssertionError):
@@ -127,11 +117,11 @@ class Story:
 
     draw: random.Random
     data: Table
-    used: Counter[str] = field(default_factory=Counter)
+    used: set[str] = field(default_factory=set)
     commands: list[Ended] = field(default_factory=list)
     runs: int = 0
 
-    def run(self, words: Sequence[str], *, interrupt: int = 0) -> Ended:
+    def run(self, words, *, interrupt=0):
         """Run a command; Fault unless it ends as commands may.
 
         ``interrupt``: Ctrl-C comes before this replacement of a file.
@@ -158,7 +148,7 @@ class Story:
         CHECKS.get(words[0], lambda *_: None)(self, ended)
         return ended
 
-    def tried(self, command: str, fixed: Callable[[], Sequence[str]], most: int, *, interrupt: int = 0) -> Ended:
+    def tried(self, command, fixed, most, *, interrupt=0):
         """Run a command with up to ``most`` drawn options; leave out one that is refused, and try again.
 
         ``fixed`` returns the command's other words anew for each try.
@@ -174,10 +164,10 @@ class Story:
             blamed = [name for name in options if re.search(rf"--{name}\b", ended.err)]
             del options[blamed[0] if blamed else self.draw.choice(list(options))]
         if ended.code == 0:
-            self.used.update(f"{command} --{name}" for name in options)
+            self.used |= {f"{command} --{name}" for name in options}
         return ended
 
-    def options(self, command: str, count: int) -> dict[str, list[str]]:
+    def options(self, command, count):
         """Return words for ``count`` of a command's options."""
         known = [option for option in fields(COMMANDS[command.replace("-", "_")]) if option.name not in GIVEN]
         known = [option for option in known if option.metadata["names"] is not None and option.default is not MISSING]
@@ -190,7 +180,7 @@ class Story:
                 chosen.setdefault(word.partition("=")[0].removeprefix("--"), [word])
         return chosen
 
-    def words(self, command: str, option: Field[Any]) -> list[str]:
+    def words(self, command, option):
         """Return the words of an option with a value."""
         hint = typing.get_type_hints(COMMANDS[command.replace("-", "_")])[option.name]
         kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -202,7 +192,7 @@ class Story:
         count = self.draw.choice((1, 1, 2)) if several else 1
         return [f"{flag}={self.value(option, kinds)}" for _ in range(count)]
 
-    def value(self, option: Field[Any], kinds: Sequence[Any]) -> str:
+    def value(self, option, kinds):
         """Return a value of an option: usual for the most part."""
         if option.name in OF_COLUMNS:
             return self.draw.choice([*self.data.names, *self.data.names, "absent"])
@@ -217,7 +207,7 @@ class Story:
         usual, odd = VALUES.get(option.name, by_type)
         return self.draw.choice(usual if usual and self.draw.random() < USUAL else odd)
 
-    def file(self) -> str:
+    def file(self):
         """Return a file with rows like the data: themselves, changed ones, or none."""
         chance = self.draw.random()
         if chance < 0.05:
@@ -227,12 +217,12 @@ class Story:
         path = Path(f"new{len(os.listdir())}{''.join(self.data.path.suffixes)}")
         return str(changed(self.data, path, self.draw).path)
 
-    def training(self, command: str, most: int, *, interrupt: int = 0, start: Sequence[str] = ()) -> Path | None:
+    def training(self, command, most, *, interrupt=0, start=()):
         """Train with random options; return the run folder if there is one."""
         small = self.draw.choice(VALUES["hidden"][0])
         epochs = self.draw.choice(VALUES["epochs"][0])
 
-        def fixed() -> list[str]:
+        def fixed():
             self.runs += 1
             target = [f"--target={self.data.target}"] if self.data.columns else []
             given = [f"--out=run{self.runs}", f"--epochs={epochs}", *start]
@@ -242,7 +232,7 @@ class Story:
         return folder if (folder / "config.json").exists() else None
 
 
-def _check_ending(ended: Ended, *, interruptible: bool) -> None:
+def _check_ending(ended, *, interruptible):
     """Raise Fault unless a command has ended as it may: with its results, or with one message."""
     if ended.code not in (0, 1, 2, *((130,) if interruptible else ())):
         raise Fault(f"exit code {ended.code}")
@@ -263,8 +253,8 @@ def _check_ending(ended: Ended, *, interruptible: bool) -> None:
             raise Fault("several messages")
 
 
-def _parsed(text: str) -> Any:
-    def refused(name: str) -> None:
+def _parsed(text):
+    def refused(name):
         raise Fault(f"{name} in JSON")
 
     try:
@@ -273,16 +263,17 @@ def _parsed(text: str) -> Any:
         raise Fault(f"no JSON: {error}: {text}") from None
 
 
-def _rows(path: Path) -> list[list[str]]:
+def _rows(path):
+    """Return the number of rows of a CSV file, without its header."""
     with path.open(newline="") as stream:
-        return list(csv.reader(stream))
+        return len(list(csv.reader(stream))) - 1
 
 
-def _option(ended: Ended, name: str) -> str:
+def _option(ended, name):
     return next((word.partition("=")[2] for word in reversed(ended.words) if word.startswith(f"--{name}=")), "")
 
 
-def _check_run(story: Story, ended: Ended) -> None:
+def _check_run(story, ended):
     """Check the folder of ``train`` or ``sweep``."""
     folder = Path(_option(ended, "out") or _option(ended, "resume"))
     if ended.code == 2 and _option(ended, "out") and folder.exists() and not any(folder.iterdir()):
@@ -292,39 +283,31 @@ def _check_run(story: Story, ended: Ended) -> None:
     if ended.code == 0:
         if len(content) < 2 or not (folder / "checkpoints/model.safetensors").exists():
             raise Fault(f"the run is not whole: {sorted(os.listdir(folder))}")
-        if (
-            ended.words[0] == "sweep"
-            and len(_rows(folder / "results.csv")) != 1 + content["config.json"]["sweep"]["ended"]
-        ):
+        sweep = content["config.json"].get("sweep")
+        if ended.words[0] == "sweep" and _rows(folder / "results.csv") != sweep["ended"]:
             raise Fault("results.csv has not a row for each model")
 
 
-def _check_predictions(story: Story, ended: Ended) -> None:
+def _check_predictions(story, ended):
     """Check that each row of the data has a prediction, unless the file is read in another form."""
     out, table = Path(_option(ended, "out")), story.data
-    reformed = (
-        not table.header or "--no-header" in ended.words or any(map(partial(_option, ended), ("sep", "encoding")))
-    )
+    reformed = not table.header or "--no-header" in ended.words or _option(ended, "sep") or _option(ended, "encoding")
     if ended.code or not table.rows or reformed or Path(_option(ended, "data")) != table.path:
         return
-    count = len(_rows(out)) - 1 if out.suffix == ".csv" else len(np.load(out)["predictions"])
+    count = _rows(out) if out.suffix == ".csv" else len(np.load(out)["predictions"])
     if count != table.rows:
         raise Fault(f"{count} predictions for {table.rows} rows")
 
 
-CHECKS: dict[str, Callable[[Story, Ended], None]] = {
-    "train": _check_run,
-    "sweep": _check_run,
-    "predict": _check_predictions,
-}
+CHECKS = {"train": _check_run, "sweep": _check_run, "predict": _check_predictions}
 
 
 @contextlib.contextmanager
-def interrupted(count: int) -> Iterator[None]:
+def interrupted(count):
     """Send Ctrl-C in the body before its ``count``-th replacement of a file; never for 0."""
     replace, done = os.replace, 0
 
-    def counting(*given: Any, **more: Any) -> None:
+    def counting(*given, **more):
         nonlocal done
         done += 1
         if done == count:
@@ -337,7 +320,7 @@ def interrupted(count: int) -> Iterator[None]:
         yield
 
 
-def use(story: Story, run: Path) -> None:
+def use(story, run):
     """Run one of the commands that use a run."""
     draw = story.draw
     which = draw.choice(("evaluate", "explain", "predict", "predict", "export", "report", "plot", "resume", "from"))
@@ -361,7 +344,7 @@ def use(story: Story, run: Path) -> None:
         story.tried(which, lambda: [place], 4)
 
 
-def tell(story: Story) -> None:
+def tell(story):
     """Play a round."""
     draw = story.draw
     kind = draw.random()
@@ -380,7 +363,6 @@ def tell(story: Story) -> None:
     else:
         run = story.training("train", 8, interrupt=interrupt)
     for _ in range(draw.randint(1, 3) if run else 0):
-        assert run is not None
         use(story, run)
     folders = [path.parent for path in Path().glob("*/config.json")]
     listed = story.tried("runs", lambda: ["."], 1)
@@ -388,7 +370,7 @@ def tell(story: Story) -> None:
         raise Fault("runs lists nothing")
 
 
-def play(seed: int, number: int, folder: Path) -> tuple[Story, str]:
+def play(seed, number, folder):
     """Play a round in a folder; return its commands, and the fault or ""."""
     draw = random.Random(f"{seed} {number}")
     folder.mkdir()
@@ -398,46 +380,35 @@ def play(seed: int, number: int, folder: Path) -> tuple[Story, str]:
             tell(story)
         except Fault as fault:
             last = story.commands[-1]
-            lines = [shlex.join(["fusemlp", *one.words]) + f"  # {one.code}" for one in story.commands]
-            lines += [
-                str(fault),
-                *(f"{name}: {text}" for name, text in (("stdout", last.out), ("stderr", last.err)) if text),
-            ]
-            return story, "\n".join((f"round {number} of seed {seed}:", *lines))
+            lines = [f"round {number} of seed {seed}:"]
+            lines += [shlex.join(["fusemlp", *one.words]) + f"  # {one.code}" for one in story.commands]
+            outputs = [f"{name}: {text}" for name, text in (("stdout", last.out), ("stderr", last.err)) if text]
+            return story, "\n".join([*lines, str(fault), *outputs])
     return story, ""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--seed", type=int, help="drawn and printed unless given")
     parser.add_argument("--only", type=int, metavar="ROUND", help="play this round alone, and keep its files")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     seed = random.randrange(10**6) if options.seed is None else options.seed
     rounds = range(options.rounds) if options.only is None else [options.only]
     folder = Path(tempfile.mkdtemp())
     print(f"seed {seed}, in {folder}", flush=True)
-    codes, used, faults = Counter[tuple[str, int]](), Counter[str](), 0
+    used, faults = set(), 0
     for number in rounds:
-        began = time.monotonic()
         story, fault = play(seed, number, folder / f"round{number}")
-        codes.update((ended.words[0], ended.code) for ended in story.commands)
-        used.update(story.used)
+        used |= story.used
         if fault:
             faults += 1
             print(f"\n{fault}", flush=True)
         elif options.only is None:
             shutil.rmtree(folder / f"round{number}")
-        if time.monotonic() - began > SLOW:
-            print(f"round {number}: {time.monotonic() - began:.0f} s", flush=True)
-    for (command, code), count in sorted(codes.items()):
-        print(f"{command}: exit code {code} {count} times")
-    known = {
-        f"{name.replace('_', '-')} --{name_of(one)}"
-        for name, described in COMMANDS.items()
-        for one in fields(described)
-    }
-    print(f"options never in a command that worked: {', '.join(sorted(known - used.keys()))}")
+    commands = ((name.replace("_", "-"), fields(described)) for name, described in COMMANDS.items())
+    known = {f"{command} --{name_of(one)}" for command, described in commands for one in described}
+    print(f"options never in a command that worked: {', '.join(sorted(known - used))}")
     print(f"{len(rounds)} rounds, seed {seed}: {faults} faults")
     return min(faults, 1)
 

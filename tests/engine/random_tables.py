@@ -1,17 +1,12 @@
 """Small random data files with the oddities of real ones, for ``random_commands``."""
 
-from __future__ import annotations
-
 import bz2
 import csv
 import datetime
 import gzip
 import io
-import random
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import openpyxl
@@ -29,8 +24,7 @@ ROWS = (1, 2, 3, 12, 30, *[60] * 10, *[120] * 5)
 DAY = datetime.datetime(2024, 1, 1)
 
 # The cell of row i of each kind of column.
-Cell = Callable[[random.Random, int], str]
-NUMBERS: dict[str, Cell] = {
+NUMBERS = {
     "normal": lambda draw, i: f"{draw.gauss(0, 1):.4g}",
     "whole": lambda draw, i: f"{draw.randint(0, 9)}",
     "large": lambda draw, i: f"{1e30 * draw.gauss(0, 1):.6g}",
@@ -45,11 +39,10 @@ NUMBERS: dict[str, Cell] = {
     "zeros": lambda draw, i: "0",
     "constant": lambda draw, i: "7",
 }
-WORDS: dict[str, Cell] = {
+ODD_WORDS = ("red", "green", "blue", "=1+1", "größe", "a,b", "two\nlines", "|", "10.0", "10")
+WORDS = {
     "two": lambda draw, i: draw.choice(("no", "yes")),
-    "words": lambda draw, i: draw.choice(
-        ("red", "green", "blue", "=1+1", "größe", "a,b", "two\nlines", "|", "10.0", "10")
-    ),
+    "words": lambda draw, i: draw.choice(ODD_WORDS),
     "truth": lambda draw, i: draw.choice(("TRUE", "false")),
     "names": lambda draw, i: f"name {i}",
     "one word": lambda draw, i: "same",
@@ -57,7 +50,7 @@ WORDS: dict[str, Cell] = {
     "mixed": lambda draw, i: draw.choice(("1", "2.5", "many")),
     "zip": lambda draw, i: f"{draw.randint(0, 99):05}",
 }
-OTHERS: dict[str, Cell] = {
+OTHERS = {
     "dates": lambda draw, i: f"{DAY + datetime.timedelta(draw.randint(0, 999)):%Y-%m-%d}",
     "times": lambda draw, i: f"{DAY + datetime.timedelta(hours=draw.randint(0, 9999)):%Y-%m-%d %H:%M:%S}",
     "zone": lambda draw, i: f"{DAY + datetime.timedelta(draw.randint(0, 999)):%Y-%m-%dT%H:%M:%S+02:00}",
@@ -93,11 +86,11 @@ class Table:
     header: bool = True
 
     @property
-    def names(self) -> list[str]:
+    def names(self):
         return [name for name, _ in self.columns]
 
 
-def new_data(folder: Path, draw: random.Random) -> Table:
+def new_data(folder, draw):
     """Return a data set: mostly a table in a file, now and then a file of arrays or one by name."""
     kind = draw.random()
     if kind < 0.1:
@@ -105,7 +98,7 @@ def new_data(folder: Path, draw: random.Random) -> Table:
     return _arrays(folder / "data.npz", draw) if kind < 0.25 else new_table(folder, draw)
 
 
-def new_table(folder: Path, draw: random.Random) -> Table:
+def new_table(folder, draw):
     names = draw.sample(COLUMNS, draw.randint(2, 6))
     if draw.random() < 0.1:
         names[-1] = draw.choice((*ODD, names[0]))
@@ -132,7 +125,7 @@ def new_table(folder: Path, draw: random.Random) -> Table:
     return table
 
 
-def changed(table: Table, path: Path, draw: random.Random) -> Table:
+def changed(table, path, draw):
     """Return a file with new cells in the columns of ``table``, in another order, some of them left out or added."""
     columns = [column for column in table.columns if draw.random() < 0.95]
     if draw.random() < 0.2:
@@ -146,7 +139,7 @@ def changed(table: Table, path: Path, draw: random.Random) -> Table:
     return other
 
 
-def write(table: Table, draw: random.Random) -> None:
+def write(table, draw):
     """Write random cells of the kinds of the columns into the file of a table."""
     cells = [[_cell(table, name, kind, draw, i) for name, kind in table.columns] for i in range(table.rows)]
     suffix = table.path.suffix
@@ -169,21 +162,21 @@ def write(table: Table, draw: random.Random) -> None:
         table.path.write_bytes(packed(content))
 
 
-def _cell(table: Table, name: str, kind: str, draw: random.Random, i: int) -> str:
+def _cell(table, name, kind, draw, i):
     cell = KINDS[kind](draw, i)
     if name in table.missing and draw.random() < 0.3:
         return draw.choice(("", "", "NA"))
     return cell.replace(".", table.decimal) if kind in NUMBERS else cell
 
 
-def _number(cell: str) -> Any:
+def _number(cell):
     try:
         return float(cell)
     except ValueError:
         return cell or None
 
 
-def _typed(column: list[Any]) -> list[Any]:
+def _typed(column):
     """Return a column of one type: numbers if all of its cells are."""
     try:
         return [None if cell is None else float(cell) for cell in column]
@@ -191,38 +184,16 @@ def _typed(column: list[Any]) -> list[Any]:
         return column
 
 
-def _arrays(path: Path, draw: random.Random) -> Table:
+def _arrays(path, draw):
     """Return a file of arrays X and y, some with a test set of their own."""
     generator = np.random.default_rng(draw.randrange(2**32))
     rows, width = draw.choice(ROWS), draw.choice((1, 2, 5))
-    shape = (rows, 8, 8) if draw.random() < 0.2 else (rows, width)
+    shape = (8, 8) if draw.random() < 0.2 else (width,)
+    inputs, targets = draw.choice((*["normal"] * 3, *INPUTS)), draw.choice(("classes", *TARGETS))
 
-    def pair(count: int) -> tuple[Any, Any]:
-        X = {
-            "normal": lambda: generator.normal(size=(count, *shape[1:])),
-            "single": lambda: generator.normal(size=(count, *shape[1:])).astype(np.float32),
-            "pixels": lambda: generator.integers(0, 256, (count, *shape[1:])).astype(np.uint8),
-            "huge": lambda: 1e300 * generator.normal(size=(count, *shape[1:])),
-            "constant": lambda: np.ones((count, *shape[1:])),
-            "missing": lambda: np.where(generator.random((count, *shape[1:])) < 0.1, np.nan, 1.0),
-        }[inputs]()
-        y = {
-            "classes": lambda: generator.integers(0, 3, count),
-            "words": lambda: generator.choice(["p", "q"], count),
-            "truth": lambda: generator.random(count) < 0.5,
-            "numbers": lambda: generator.normal(size=count),
-            "counts": lambda: generator.poisson(3.0, count),
-            "several": lambda: generator.normal(size=(count, 2)),
-            "labels": lambda: generator.integers(0, 2, (count, 3)),
-            "constant": lambda: np.zeros(count),
-            "negative": lambda: generator.integers(-3, 0, count),
-        }[targets]()
-        return X, y
+    def pair(count):
+        return INPUTS[inputs](generator, (count, *shape)), TARGETS[targets](generator, count)
 
-    inputs = draw.choice((*["normal"] * 4, "single", "pixels", "huge", "constant", "missing"))
-    targets = draw.choice(
-        ("classes", "classes", "words", "truth", "numbers", "counts", "several", "labels", "constant", "negative")
-    )
     X, y = pair(rows)
     if draw.random() < 0.2:
         X_test, y_test = pair(draw.choice(ROWS))
@@ -230,3 +201,24 @@ def _arrays(path: Path, draw: random.Random) -> Table:
     else:
         np.savez(path, X=X, y=y)
     return Table(path, rows)
+
+
+INPUTS = {
+    "normal": lambda generator, shape: generator.normal(size=shape),
+    "single": lambda generator, shape: generator.normal(size=shape).astype(np.float32),
+    "pixels": lambda generator, shape: generator.integers(0, 256, shape).astype(np.uint8),
+    "huge": lambda generator, shape: 1e300 * generator.normal(size=shape),
+    "constant": lambda generator, shape: np.ones(shape),
+    "missing": lambda generator, shape: np.where(generator.random(shape) < 0.1, np.nan, 1.0),
+}
+TARGETS = {
+    "classes": lambda generator, count: generator.integers(0, 3, count),
+    "words": lambda generator, count: generator.choice(["p", "q"], count),
+    "truth": lambda generator, count: generator.random(count) < 0.5,
+    "numbers": lambda generator, count: generator.normal(size=count),
+    "counts": lambda generator, count: generator.poisson(3.0, count),
+    "several": lambda generator, count: generator.normal(size=(count, 2)),
+    "labels": lambda generator, count: generator.integers(0, 2, (count, 3)),
+    "constant": lambda generator, count: np.zeros(count),
+    "negative": lambda generator, count: generator.integers(-3, 0, count),
+}

@@ -1,7 +1,5 @@
 """Attacks, and training on attacked batches: against the oracle, against torch, within eps and bounds, and refused."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fusemlp
-from fusemlp import DPSGD, FGSM, MLP, PGD, SGD, Adam, CrossEntropy, Engine, Fleet
+from fusemlp import FGSM, MLP, PGD, SGD, Adam, CrossEntropy, Engine, Fleet
 from fusemlp.runtime.attacks import row_losses
 from fusemlp_kernels import philox, reference
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError
+from make import assert_same
 
 ROWS, INPUTS, OUTPUTS = 23, 5, 3
 LOSSES = ("cross_entropy", "binary_cross_entropy", "mse", "mae", "huber", "poisson", "quantile")
@@ -55,10 +54,9 @@ def moved(layers, spec, batch, how, batch_index):
 
 
 def adversarial_steps(engine, X, y, weight, how):
-    """The oracle's parameters after an epoch, and the batches' losses."""
+    """The oracle's parameters after an epoch."""
     layers, rule = layers_of(engine), engine.optimizer.rule()
     state, spec = reference.initial_state(rule, layers), engine.loss.spec(accuracy=False, soft=False)
-    losses = []
     order = philox.row_order(len(X), engine.seed, 0)
     for t, first in enumerate(range(0, len(X), engine.batch_size)):
         rows = order[first : first + engine.batch_size]
@@ -68,9 +66,8 @@ def adversarial_steps(engine, X, y, weight, how):
             for i, layer in enumerate(layers)
         ]
         batch = replace(batch, x=moved(layers, spec, batch, how, t), keeps=keeps)
-        loss, layers, state = reference.train_step(layers, state, spec, rule, t, engine.optimizer.lr, batch)
-        losses.append(loss)
-    return layers, losses
+        _, layers, state = reference.train_step(layers, state, spec, rule, t, engine.optimizer.lr, batch)
+    return layers
 
 
 ATTACKS = st.builds(
@@ -104,7 +101,7 @@ def test_steps_are_those_of_the_oracle(loss, hidden, activation, dropout, optimi
     )  # fmt: skip
     X, y = problem(loss)
     weight = np.random.default_rng(1).uniform(0.2, 2.0, ROWS) if weighted else None
-    wanted, _ = adversarial_steps(engine, X, y, weight, how)
+    wanted = adversarial_steps(engine, X, y, weight, how)
     engine.fit(X, y, epochs=1, sample_weight=weight, adversarial=how)
     for layer, expected in zip(layers_of(engine), wanted, strict=True):
         np.testing.assert_allclose(layer.w, expected.w, rtol=1e-6, atol=1e-9)
@@ -121,7 +118,7 @@ def test_the_plans_agree_bit_for_bit(precision):
     (eager, first), (resident, second) = trained("eager"), trained("resident")
     # losses are added task by task, and a plan cuts its own tasks
     assert first == {name: pytest.approx(values, rel=1e-12) for name, values in second.items()}
-    assert all(np.array_equal(eager[name], resident[name]) for name in eager)
+    assert_same(eager, resident)
 
 
 # of one layer, and with more outputs than fit a tile, the last is in two calls
@@ -132,10 +129,8 @@ def test_other_backends_train_alike(device, norm, widths):
     X = X.astype(np.float32)
 
     def trained(backend, plan):
-        engine = Engine(
-            MLP([INPUTS, *widths], activation="tanh", dropout=0.3 if widths[1:] else 0.0), optimizer=SGD(lr=0.1),
-            batch_size=8, backend=backend, plan=plan,
-        )  # fmt: skip
+        net = MLP([INPUTS, *widths], activation="tanh", dropout=0.3 if widths[1:] else 0.0)
+        engine = Engine(net, optimizer=SGD(lr=0.1), batch_size=8, backend=backend, plan=plan)
         history = engine.fit(X, y, epochs=1, adversarial=PGD(0.2, steps=2, norm=norm, bounds=(0, 1), seed=3))
         return engine.state_dict(), history.history["loss"][0], engine.attack(X, y, FGSM(0.2))
 
@@ -198,7 +193,9 @@ def test_attack_and_training_are_those_of_a_torch_loop(kind, how):
     np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=1e-12)
 
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
-    engine.fit(X, y, epochs=3, adversarial=how)
+    history = engine.fit(X, y, epochs=3, adversarial=how, validation_data=(X, y)).history
+    # training is on what the attack made, validation on the rows as they are
+    assert history["val_loss"][-1] == pytest.approx(engine.evaluate(X, y)["loss"], rel=1e-12)
     for t, rows in enumerate(np.concatenate([philox.row_order(40, 0, e) for e in range(3)]).reshape(-1, 8)):
         x, target = xs[rows], ts[rows]
         adv = torch_attack(torch, lambda adv, target=target: function(module(adv), target), x, started(x, t), how)
@@ -230,61 +227,30 @@ def test_attacks_stay_within_eps_and_bounds_and_raise_the_loss(how, restarts, lo
     if how.bounds is not None:
         assert how.bounds[0] <= adv.min() and adv.max() <= how.bounds[1]
     assert engine.evaluate(adv, y)["loss"] > engine.evaluate(X, y)["loss"] or not how.plain.random_start
-    assert all(np.array_equal(array, before[name]) for name, array in engine.state_dict().items())
+    assert_same(engine.state_dict(), before)
     assert np.array_equal(engine.attack(X, y, how), adv)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+WEIGHED = CrossEntropy(class_weight=[0.01, 1.0, 100.0], label_smoothing=0.3)
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, WEIGHED], ids=str)
 def test_restarts_keep_the_largest_loss_of_each_row(loss):
-    X, y = problem(loss)
+    X, y = problem("cross_entropy" if loss is WEIGHED else loss)
+    if loss is WEIGHED:
+        y = np.random.default_rng(1).dirichlet(np.ones(OUTPUTS), ROWS)
     engine = Engine(MLP([INPUTS, 8, OUTPUTS], activation="relu"), loss, precision="fp64")
     data = engine.inputs.examples(X, y, None)
-    spec, target = engine.inputs.spec_for(data.targets), data.targets.values
-    own = np.array([engine.evaluate(X[i : i + 1], y[i : i + 1])["loss"] for i in range(ROWS)])
-    columns = 1 if loss == "cross_entropy" else OUTPUTS
-    np.testing.assert_allclose(row_losses(spec, engine.outputs(X), target), own * columns, rtol=1e-12)
-    best = row_losses(spec, engine.outputs(engine.attack(X, y, PGD(0.5, steps=1, restarts=4))), target)
-    first = row_losses(spec, engine.outputs(engine.attack(X, y, PGD(0.5, steps=1))), target)
-    assert (best >= first).all() and (best > first).any()
-
-
-def test_restarts_weigh_the_classes_of_probabilities():
-    X, weights = problem("cross_entropy")[0], np.geomspace(0.01, 100.0, OUTPUTS)
-    y = np.random.default_rng(1).dirichlet(np.ones(OUTPUTS), ROWS)
-    engine = Engine(
-        MLP([INPUTS, 8, OUTPUTS]), CrossEntropy(class_weight=list(weights), label_smoothing=0.3), precision="fp64"
-    )
-    spec = engine.inputs.spec_for(engine.inputs.examples(X, y, None).targets)
+    spec, weights = engine.inputs.spec_for(data.targets), WEIGHED.class_weight if loss is WEIGHED else None
 
     def losses(adv):
+        found = row_losses(spec, engine.outputs(adv), data.targets.values, weights and np.array(weights))
         own = np.array([engine.evaluate(adv[i : i + 1], y[i : i + 1])["loss"] for i in range(ROWS)])
-        np.testing.assert_allclose(row_losses(spec, engine.outputs(adv), y, weights), own, rtol=1e-12)
-        return own
+        np.testing.assert_allclose(found, own * (1 if spec.kind == "cross_entropy" else OUTPUTS), rtol=1e-12)
+        return found
 
-    one, several = (losses(engine.attack(X, y, PGD(0.5, steps=1, restarts=count))) for count in (1, 4))
-    assert (several >= one).all() and (several > one).any()
-
-
-def digits():
-    from sklearn.datasets import load_digits
-
-    X, y = load_digits(return_X_y=True)
-    return (X[:1200] / 16, y[:1200]), (X[1200:] / 16, y[1200:])
-
-
-def test_training_on_attacks_makes_the_digits_robust():
-    rows, test = digits()
-    robust = {}
-    for adversarial in (None, FGSM(0.1, bounds=(0, 1)), PGD(0.1, bounds=(0, 1))):
-        engine = Engine(MLP([64, 64, 10]), batch_size=50)
-        history = engine.fit(*rows, epochs=20, adversarial=adversarial, validation_data=test).history
-        adv = engine.attack(*test, PGD(0.1, steps=20, bounds=(0, 1)))
-        robust[adversarial] = engine.evaluate(adv, test[1])["accuracy"]
-        assert engine.evaluate(*test)["accuracy"] > 0.85
-        # training is on what the attack made, validation on the rows as they are
-        assert (history["accuracy"][-1] < history["val_accuracy"][-1]) == (adversarial is not None)
-    plain, fgsm, pgd = robust.values()
-    assert plain < 0.55 < 0.62 < min(fgsm, pgd)
+    first, best = (losses(engine.attack(X, y, PGD(0.5, steps=1, restarts=count))) for count in (1, 4))
+    assert (best >= first).all() and (best > first).any()
 
 
 def test_a_resumed_fit_continues_bit_for_bit(tmp_path):
@@ -303,7 +269,7 @@ def test_a_resumed_fit_continues_bit_for_bit(tmp_path):
             fusemlp.load_checkpoint(place).fit(X, y, epochs=3, adversarial=wrong, resume=True)
     again = fusemlp.load_checkpoint(place)
     again.fit(X, y, epochs=3, adversarial=how, resume=True)
-    assert all(np.array_equal(array, whole.state_dict()[name]) for name, array in again.state_dict().items())
+    assert_same(again, whole)
 
 
 def test_a_step_prints_the_attack():
@@ -325,24 +291,13 @@ def test_normalised_inputs_are_attacked_in_their_own_units():
     assert 2.9 < moved <= 3.0 + 1e-4
 
 
-WRONG = (
-    ({"X": np.full((2, INPUTS), 2.0)}, DataError, r"X: values from 2 to 2 are not within the bounds \(0\.0, 1\.0\)"),
-    ({"y": [0, 7]}, DataError, "y: .*7"),
-    ({"y": [0]}, fusemlp.ShapeError, "y: "),
-    ({"how": "pgd"}, ArgumentTypeError, r"how: expected an attack such as PGD\(0\.1\)"),
-)
-
-
-@pytest.mark.parametrize(("given", "kind", "message"), WRONG)
-def test_wrong_attacks_are_refused(given, kind, message):
-    engine = Engine(MLP([INPUTS, OUTPUTS]))
-    arguments = {"X": np.zeros((2, INPUTS)), "y": [0, 1], "how": PGD(0.1, bounds=(0, 1)), **given}
-    with pytest.raises(kind, match=message):
-        engine.attack(*arguments.values())
+def attack(**changes):
+    arguments = {"X": np.zeros((2, INPUTS)), "y": [0, 1], "how": PGD(0.1, bounds=(0, 1)), **changes}
+    Engine(MLP([INPUTS, OUTPUTS])).attack(**arguments)
 
 
 @pytest.mark.parametrize(
-    ("made", "kind", "message"),
+    ("call", "error", "message"),
     [
         (lambda: PGD(0.0), ArgumentError, "eps: expected a finite number above 0"),
         (lambda: PGD(0.1, steps=0), ArgumentError, "steps: expected a whole number of at least 1"),
@@ -353,37 +308,32 @@ def test_wrong_attacks_are_refused(given, kind, message):
         (lambda: PGD(0.1, restarts=3, random_start=False), ArgumentError, "restarts: without a random start all 3"),
         (lambda: PGD(0.1, alpha=0.1), ArgumentTypeError, "alpha: it is called step_size here"),
         (lambda: FGSM(epsilon=0.1), ArgumentTypeError, "epsilon: it is called eps here"),
+        (lambda: attack(X=np.full((2, INPUTS), 2.0)), DataError, r"X: values from 2 to 2 .* the bounds \(0\.0, 1\.0\)"),
+        (lambda: attack(y=[0, 7]), DataError, "y: .*7"),
+        (lambda: attack(y=[0]), fusemlp.ShapeError, "y: "),
+        (lambda: attack(how="pgd"), ArgumentTypeError, r"how: expected an attack such as PGD\(0\.1\)"),
     ],
 )
-def test_impossible_attacks_are_refused(made, kind, message):
-    with pytest.raises(kind, match=message):
-        made()
+def test_wrong_attacks_are_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
 
 
+# pairs of features stand in the table of conflicts
 @pytest.mark.parametrize(
-    ("engine", "given", "kind", "message"),
+    ("adversarial", "error", "message"),
     [
-        ({}, {"adversarial": 0.1}, ArgumentTypeError, "adversarial: expected an attack"),
-        ({}, {"adversarial": PGD(0.1, restarts=2)}, ArgumentError, "adversarial: restarts are for Engine.attack"),
-        ({}, {"adversarial": PGD(0.1, bounds=(0, 0.5))}, DataError, "X: values from .* are not within the bounds"),
-        ({}, {"y": None}, ArgumentError, "y: adversarial training takes arrays X and y"),
-        ({"normalise": True}, {}, ArgumentError, "adversarial: eps would be in the units of the scaled columns"),
-        ({"privacy": DPSGD(1.0)}, {}, ArgumentError, "adversarial: the engine trains privately"),
+        (0.1, ArgumentTypeError, "adversarial: expected an attack"),
+        (PGD(0.1, restarts=2), ArgumentError, "adversarial: restarts are for Engine.attack"),
+        (PGD(0.1, bounds=(0, 0.5)), DataError, "X: values from .* are not within the bounds"),
     ],
 )
-def test_what_it_cannot_be_combined_with_is_refused(engine, given, kind, message):
-    made = Engine(MLP([INPUTS, OUTPUTS]), **engine)
-    X, y = problem("cross_entropy")
-    before = made.state_dict()
-    with pytest.raises(kind, match=message):
-        made.fit(**{"X": X, "y": y, "epochs": 1, "adversarial": PGD(0.1), **given})
-    assert made.update_count == 0 and all(np.array_equal(a, before[n]) for n, a in made.state_dict().items())
-
-
-def test_fleets_and_probes_refuse_it():
-    X, y = problem("cross_entropy")
-    net = MLP([INPUTS, 4, OUTPUTS])
+def test_attacks_that_fit_does_not_take_are_refused(adversarial, error, message):
+    engine, twin = (Engine(MLP([INPUTS, OUTPUTS])) for _ in range(2))
+    with pytest.raises(error, match=message):
+        engine.fit(*problem("cross_entropy"), epochs=1, adversarial=adversarial)
+    assert engine.update_count == 0
+    assert_same(engine, twin)
+    fleet = Fleet(MLP([INPUTS, OUTPUTS]), vary={"seed": [0, 1]})
     with pytest.raises(ArgumentTypeError, match="adversarial: fleets do not train against attacks; use"):
-        Fleet(net, vary={"seed": [0, 1]}).fit(X, y, epochs=1, adversarial=PGD(0.1))
-    with pytest.raises(ArgumentError, match="adversarial: a probe sees features, and attacks change inputs"):
-        Engine(net).probe(X, y, epochs=1, adversarial=PGD(0.1))
+        fleet.fit(*problem("cross_entropy"), epochs=1, adversarial=adversarial)

@@ -1,12 +1,9 @@
 """``fusemlp completion``: the scripts, and what they complete."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
@@ -14,7 +11,7 @@ from fusemlp.cli import app, options
 from fusemlp.datasets.load import NAMES
 from fusemlp.describe.losses import LOSSES
 from fusemlp.tables.fields import run_folders
-from make import run
+from make import refusal, run
 
 WORDS = {
     "commands": ("tr", {"train"}),
@@ -34,7 +31,7 @@ WORDS = {
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch):
     """A folder with two runs and two files."""
     for name in ("iris-1", "iris-2"):
         (tmp_path / "runs" / name).mkdir(parents=True)
@@ -47,9 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("case", WORDS)
-def test_what_is_completed(
-    case: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_completed(case, folder, monkeypatch, capsys):
     typed, expected = WORDS[case]
     monkeypatch.setenv(app.COMPLETE_VARIABLE, "complete_bash")
     monkeypatch.setenv("COMP_WORDS", f"fusemlp {typed}")
@@ -58,7 +53,7 @@ def test_what_is_completed(
     assert set(capsys.readouterr().out.split()) == expected
 
 
-def test_options_whose_help_lists_values_complete_them() -> None:
+def test_options_whose_help_lists_values_complete_them():
     """The names in an option's help and those that a shell completes come from one list."""
     for described in app.COMMANDS.values():
         for field in fields(described):
@@ -68,16 +63,11 @@ def test_options_whose_help_lists_values_complete_them() -> None:
 
 
 @pytest.mark.parametrize("shell", options.SHELLS)
-def test_a_script_for_each_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_script_for_each_shell(shell, capsys):
     assert run("completion", shell) == 0
     script = capsys.readouterr().out
-    assert app.COMPLETE_VARIABLE in script
-    assert f"complete_{shell}" in script
-
-
-def test_another_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("completion", "zhs") == 2
-    assert "did you mean 'zsh'" in capsys.readouterr().err
+    assert app.COMPLETE_VARIABLE in script and f"complete_{shell}" in script
+    assert "did you mean 'zsh'" in refusal(capsys, "completion", "zhs")
 
 
 # In each shell: complete "fusemlp train dig", and print what comes of it.
@@ -89,7 +79,7 @@ IN_SHELLS = {
 
 
 @pytest.mark.parametrize("shell", IN_SHELLS)
-def test_a_shell_runs_its_script(shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shell_runs_its_script(shell, tmp_path, capsys):
     program = shutil.which(shell)
     if program is None:
         pytest.skip(f"{shell} is not installed")
@@ -100,13 +90,12 @@ def test_a_shell_runs_its_script(shell: str, tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "fusemlp").chmod(0o755)
     before = {"zsh": "compdef() { }\n", "fish": f"set -x PATH {tmp_path} $PATH\n"}.get(shell, "")
     path = {"fish": ""}.get(shell, f'PATH="{tmp_path}:$PATH"\n')
-    done = subprocess.run(
-        [program, "-c", f"{path}{before}{script}\n{IN_SHELLS[shell]}"], capture_output=True, text=True
-    )
+    command = [program, "-c", f"{path}{before}{script}\n{IN_SHELLS[shell]}"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert "digits" in done.stdout, done.stderr
 
 
-def test_folders_that_cannot_be_read_complete_to_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_cannot_be_read_complete_to_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_folders("") == []
     (tmp_path / "runs").touch()
