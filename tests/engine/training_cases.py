@@ -2,8 +2,6 @@
 for the backends on a device.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,25 +9,8 @@ from devices import Variant
 from step_bounds import Step, TwoBytes, _host
 from tolerance import assert_within
 
-from fusemlp import (
-    MAE,
-    MLP,
-    MSE,
-    SGD,
-    Adam,
-    AdamW,
-    BinaryCrossEntropy,
-    Cosine,
-    CrossEntropy,
-    Engine,
-    Huber,
-    LeakyReLU,
-    OneCycle,
-    ParameterOptions,
-    Poisson,
-    PReLU,
-    Quantile,
-)
+import fusemlp
+from fusemlp import MLP, MSE, SGD, Adam, AdamW, BinaryCrossEntropy, CrossEntropy, Engine, ParameterOptions, PReLU
 from fusemlp_kernels.contract import BATCH_INDEX, LAST_LOSS, LOSS_SCALE, SKIPPED
 from fusemlp_kernels.philox import row_order
 
@@ -58,8 +39,8 @@ OPTIMIZERS = {
     "adamw": AdamW(0.02, weight_decay=0.1),
     "scikit-learn's sgd": SGD(0.05, momentum=0.9, nesterov=True, convention="scikit-learn"),
     "scikit-learn's adam": Adam(0.02, convention="scikit-learn"),
-    "a schedule": SGD(Cosine(0.1, steps=15, warmup=3), momentum=0.9),
-    "another schedule": AdamW(OneCycle(0.05, steps=STEPS)),
+    "a schedule": SGD(fusemlp.Cosine(0.1, steps=15, warmup=3), momentum=0.9),
+    "another schedule": AdamW(fusemlp.OneCycle(0.05, steps=STEPS)),
 }
 OPTIONS = {
     "clipped": SGD(0.1, momentum=0.9, clip_norm=0.3),
@@ -77,16 +58,16 @@ LOSSES = {
     "cross_entropy, sum": Case(SGD(0.01), CrossEntropy(reduction="sum")),
     "binary_cross_entropy": Case(loss=BinaryCrossEntropy(), data="binary", weighted=True),
     "mse": Case(loss=MSE(), data="values", weighted=True),
-    "mae": Case(loss=MAE(), data="values"),
-    "huber": Case(loss=Huber(delta=0.2), data="values"),
-    "poisson": Case(loss=Poisson(), data="counts"),
-    "quantile": Case(loss=Quantile(q=0.8), data="values"),
+    "mae": Case(loss=fusemlp.MAE(), data="values"),
+    "huber": Case(loss=fusemlp.Huber(delta=0.2), data="values"),
+    "poisson": Case(loss=fusemlp.Poisson(), data="counts"),
+    "quantile": Case(loss=fusemlp.Quantile(q=0.8), data="values"),
     "mse behind prelu": Case(loss=MSE(), data="values", net=MLP(SIZES, output_activation=PReLU(0.3))),
 }
 NETWORKS = {
     "relu, dropout": MLP(SIZES, activation="relu", dropout=[0.2, 0.5]),
     "gelu and prelu, dropout": MLP(SIZES, activation=["gelu", PReLU(0.2)], dropout=[0.0, 0.3]),
-    "leaky_relu and sigmoid": MLP(SIZES, activation=[LeakyReLU(0.1), "sigmoid"]),
+    "leaky_relu and sigmoid": MLP(SIZES, activation=[fusemlp.LeakyReLU(0.1), "sigmoid"]),
     "silu, dropout": MLP(SIZES, activation="silu", dropout=0.3),
     "identity": MLP(SIZES, activation="identity"),
     "no hidden layer": MLP([6, 4]),
