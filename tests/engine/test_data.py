@@ -22,7 +22,7 @@ SHAPES = {
 
 
 def idx_folder(folder, counts, end=""):
-    """Write MNIST's files with images of 2 x 3 pixels: so many for each part, train or t10k."""
+    """Write MNIST's files with images of 2 x 3 pixels; ``counts``: those of each part, train or t10k."""
     folder.mkdir(exist_ok=True)
     for prefix, count in counts.items():
         images, labels = np.arange(count * 6, dtype=np.uint8), np.arange(count, dtype=np.uint8) % 3

@@ -151,7 +151,7 @@ def members(path):
     Engine(MLP([3, 4, 2], members=2), precision="fp64", backend="numpy").save_checkpoint(path, extra={"label": ["x"]})
 
 
-# How to make a file and to open it, and whether to forge its extra entry alone.
+# The maker of a file, its reader, and whether the extra entry alone is forged.
 FILES = {
     "model": (model, load, False),
     "checkpoint": (checkpoint, load_checkpoint, False),
