@@ -3,7 +3,6 @@
 import inspect
 import itertools
 import re
-from collections.abc import Mapping
 from contextlib import nullcontext
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -43,11 +42,11 @@ class Feature(NamedTuple):
     ``door``: what is called in place of ``Engine.fit``. ``implies``: other features that are in use then.
     """
 
-    net: Mapping[str, Any] = NOTHING
-    loss: Mapping[str, Any] = NOTHING
-    optimizer: Mapping[str, Any] = NOTHING
-    engine: Mapping[str, Any] = NOTHING
-    fit: Mapping[str, Any] = NOTHING
+    net: Any = NOTHING
+    loss: Any = NOTHING
+    optimizer: Any = NOTHING
+    engine: Any = NOTHING
+    fit: Any = NOTHING
     door: str = ""
     implies: tuple[str, ...] = ()
     backends: tuple[str, ...] = tuple(TRAITS)

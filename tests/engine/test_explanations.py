@@ -13,12 +13,13 @@ from fusemlp.report.evidence import Importance
 from fusemlp.report.explanations import Attributions, attributions
 from fusemlp.runtime import forward as forward_module
 from fusemlp_kernels.contract import ACTIVATIONS
+from make import assert_same
 
 RNG = np.random.default_rng(7)
 X = RNG.standard_normal((21, 5))
 LABELS = RNG.integers(0, 3, 21)
 VALUES = RNG.standard_normal((21, 3))
-BINARY = RNG.random((21, 3)) < 0.5
+BINARY = (RNG.random((21, 3)) < 0.5).astype(np.float64)
 # every activation, and each slope that is not the default
 HIDDEN = [*ACTIVATIONS, fusemlp.LeakyReLU(0.2), PReLU(0.3), ELU(0.4)]
 
@@ -114,8 +115,7 @@ class TestGradientOfAnOutput:
         np.testing.assert_array_equal(engine.input_gradient(X, output=0), plain.input_gradient(X, output=0))
         engine.input_gradient(X, VALUES)
         attributions(engine, X, output=0)
-        for name, array in engine.memory.snapshot().items():
-            np.testing.assert_array_equal(array, before[name], err_msg=name)
+        assert_same(engine.memory.snapshot(), before)
 
 
 WEIGHTS = [0.5, 2.0, 0.0]
@@ -128,7 +128,7 @@ LOSSES = {
     "ignored": (CrossEntropy(ignore_index=-100, class_weight=WEIGHTS), IGNORED),
     "soft": (CrossEntropy(class_weight=WEIGHTS), SOFT),
     "sum": (CrossEntropy(reduction="sum", class_weight=WEIGHTS), LABELS),
-    "binary": ("binary_cross_entropy", BINARY.astype(np.float64)),
+    "binary": ("binary_cross_entropy", BINARY),
     "mse": ("mse", VALUES),
     "mae": ("mae", VALUES),
     "huber": (fusemlp.Huber(0.5), VALUES),
