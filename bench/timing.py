@@ -17,7 +17,7 @@ import numpy as np
 
 from bench.measure import spread
 from bench.vendor import Run, Vendor
-from fusemlp_kernels.numpy.cores import threads
+from fusemlp_kernels.numpy.launches import threads
 
 # Bytes of a copy that no cache holds, on the host and on a card; the side of a square product that fills all units.
 LARGE_BYTES = {"cpu": 1 << 28, "gpu": 1 << 30}

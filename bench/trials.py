@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bench.vendor import Run, Vendor, in_order
-from fusemlp_kernels.binders import refusal
+from fusemlp_kernels.checks import refusal
 from fusemlp_kernels.clock import rate_table
 from fusemlp_kernels.contract import (
     COUNTERS,

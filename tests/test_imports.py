@@ -41,7 +41,7 @@ SHARED = (
     "fusemlp_kernels.compilation",
     "fusemlp_kernels.contract",
     "fusemlp_kernels.errors",
-    "fusemlp_kernels.operands",
+    "fusemlp_kernels.ops",
     "fusemlp_kernels.ops",
     "fusemlp_kernels.philox",
     "fusemlp_kernels.pointwise",

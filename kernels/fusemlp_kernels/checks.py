@@ -1,16 +1,78 @@
-"""The checks of an op's operands that follow from its record, for backends that check what they bind."""
+"""The checks of an op's operands: their names, for each backend; and what follows from the record, for those that check
+what they bind."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
 
 from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, NEEDS_Z, UpdateRule
-from fusemlp_kernels.errors import ArgumentError, ShapeError, unknown_name
-from fusemlp_kernels.operands import FIXED, READ, Operand, expected
-from fusemlp_kernels.ops import OPS
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError, ShapeError, unknown_name
+from fusemlp_kernels.ops import FIXED, OPS, READ, Operand, expected
+
+# The function that binds each op of a backend.
+Binders = Mapping[str, Callable[..., Callable[..., object]]]
+
+# Ops that a backend ("": each) does not bind, and why.
+REFUSED = {
+    ("", "all_reduce"): "it is between processes, and the engine's",
+    ("", "penalty"): "it runs inside train_resident; elsewhere change the gradients between grad_weight and update",
+    ("numpy", "train_fleet"): "its models train one after another, by train_resident",
+    ("cupy", "train_resident"): "its plans are eager and graph",
+    ("cupy", "train_fleet"): "its plans are eager and graph, and its models train one after another",
+    ("cupy", "grad_weight_update"): "its updates follow grad_weight, by update",
+    **{
+        ("cupy", op): "it has the calls of plain training alone; use triton or numpy"
+        for op in OPS
+        if op.endswith("_members") or op in ("clip_examples", "perturb")
+    },
+}
+
+
+def refusal(backend: str, op: str) -> str | None:
+    """Why a backend does not bind an op of the contract; None if it does."""
+    return REFUSED.get(("", op)) or REFUSED.get((backend, op))
+
+
+def check_names(backend: str, binders: Binders, op: str, given: Mapping[str, Any]) -> None:
+    """Raise BackendUnavailableError for an op that the backend does not bind, ArgumentError for an unknown op,
+    ArgumentTypeError for operands that are missing, unknown or not taken."""
+    reason = refusal(backend, op)
+    if reason is not None:
+        raise BackendUnavailableError(f"op: the {backend} backend has no {op!r}: {reason}")
+    if op not in binders:
+        raise unknown_name("op", op, binders)
+    _check_fields(op, OPS[op].operands, given)
+    taken = operands_of(binders[op])
+    for name in given:
+        if name not in taken and given[name] is not None:
+            raise ArgumentTypeError(f"{op}: {name}: the {backend} backend does not take it; leave it out")
+
+
+def _check_fields(place: str, operands: tuple[Operand, ...], given: Mapping[str, Any]) -> None:
+    known = {operand.name: operand for operand in operands}
+    for name in given:
+        if name not in known:
+            raise ArgumentTypeError(f"{place}: {unknown_name('operand', name, known)}")
+    missing = [operand.name for operand in operands if not operand.optional and operand.name not in given]
+    if missing:
+        raise ArgumentTypeError(f"{place}: missing {', '.join(missing)}; fusemlp_kernels/ops.py lists what it takes")
+    for name, value in given.items():
+        for index, fields in enumerate(value if known[name].fields else ()):
+            _check_fields(f"{place}: {name}[{index}]", known[name].fields, fields)
+
+
+@functools.cache
+def operands_of(binder: Callable[..., object]) -> frozenset[str]:
+    """The operands that a binder takes."""
+    if "operands" in vars(binder):
+        return frozenset(vars(binder)["operands"])
+    parameters = inspect.signature(binder).parameters.values()
+    return frozenset(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+
 
 # The parameters of states that are not named after them.
 OF_STATES = {"states": "params", "state": "param"}

@@ -393,7 +393,11 @@ class Backend(Protocol):
         """
 
     def bind(self, op: str, **operands: Any) -> Callable[..., object]:
-        """Return the call, to be run any number of times; ``train_resident`` and ``train_fleet`` take the steps."""
+        """Return the call, to be run any number of times; ``train_resident`` and ``train_fleet`` take the steps.
+
+        On the host it also takes ``arrays``, those of the program by name, and ``memo``, a dict that stays with calls
+        which differ in nothing but their arrays: what is kept in it makes binding them again cheap.
+        """
 
     def scalar(self, array: Any, index: int) -> Any:
         """Return a copy of one element of a "float64" array as a 0-d "real" array; does not wait for the device."""

@@ -45,7 +45,7 @@ def seed_key(seed: int) -> tuple[int, int]:
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Array, Array, Array, Array]:
     """Return four random uint32 words for each counter; its words are integers or arrays that broadcast."""
-    c0, c1, c2, c3 = (np.asarray(c).astype(np.uint64) & np.uint64(WORD) for c in counter)
+    c0, c1, c2, c3 = [np.asarray(c).astype(np.uint64) & np.uint64(WORD) for c in counter]
     k0, k1 = key
     for _ in range(ROUNDS):
         product0, product1 = c0 * np.uint64(MULTIPLIERS[0]), c2 * np.uint64(MULTIPLIERS[1])
@@ -53,7 +53,7 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Ar
         high0, high1 = product0 >> np.uint64(32), product1 >> np.uint64(32)
         c0, c1, c2, c3 = high1 ^ c1 ^ np.uint64(k0 & WORD), low1, high0 ^ c3 ^ np.uint64(k1 & WORD), low0
         k0, k1 = k0 + KEY_STEPS[0], k1 + KEY_STEPS[1]
-    w0, w1, w2, w3 = (c.astype(np.uint32) for c in np.broadcast_arrays(c0, c1, c2, c3))
+    w0, w1, w2, w3 = [c.astype(np.uint32) for c in np.broadcast_arrays(c0, c1, c2, c3)]
     return w0, w1, w2, w3
 
 

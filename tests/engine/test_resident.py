@@ -320,35 +320,35 @@ def test_a_loop_of_what_a_program_uses_computes_the_same_bits(
 ) -> None:
     """The tests run the loop for all programs, which is compiled once; users that of their program."""
     from fusemlp.program import lowering
-    from fusemlp_kernels.numpy import loops
+    from fusemlp_kernels.numpy import launches
 
     options = {"net": net, "optimizer": optimizer, "loss": loss, "targets": targets, "precision": "fp32"}
     whole = trained("resident", **options)
-    monkeypatch.delenv(loops.WHOLE_LOOP)
+    monkeypatch.delenv(launches.WHOLE_LOOP)
     made: list[frozenset[str]] = []
-    work = loops.work_for
+    work = launches.work_for
 
     def watched(names: frozenset[str], real: Any, *, alone: bool) -> Any:
         made.append(names)
         return work(names, real, alone=alone)
 
-    monkeypatch.setattr(loops, "work_for", watched)
+    monkeypatch.setattr(launches, "work_for", watched)
     # a program remembers its loop, and the one for all programs would serve
     lowering.lower.cache_clear()
-    monkeypatch.setattr(loops, "_loops", {})
+    monkeypatch.setattr(launches, "_loops", {})
     engine = trained("resident", **options)
     assert_same_state(engine, whole)
     # it has code for all that comes after the training
     engine.evaluate(X, targets)
     engine.step(X[:BATCH], targets[:BATCH])
-    assert len(loops._loops) == 1
+    assert len(launches._loops) == 1
     assert {"GATHER", "AFFINE"} < made[0] and not {"MAE", "POISSON", "SIGMOID"} & made[0]
-    assert loops.OPTIMIZER_NAMES[optimizer.rule().code] in made[0]
+    assert launches.OPTIMIZER_NAMES[optimizer.rule().code] in made[0]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 63, 64, 65, 1437, 10000])
 def test_the_order_of_the_rows_is_that_of_every_plan(n: int) -> None:
-    from fusemlp_kernels.numpy.loops import compiled_row_order as compiled
+    from fusemlp_kernels.numpy.launches import compiled_row_order as compiled
 
     for seed, epoch in ((0, 0), (5, 7), (2**40 + 3, 2**32 - 1)):
         assert np.array_equal(compiled(n, seed, epoch), row_order(n, seed, epoch))

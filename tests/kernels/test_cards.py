@@ -21,7 +21,7 @@ from strategies import Values, exact
 from tolerance import assert_within, bound
 
 from fusemlp import MLP, SGD, AdamW, Engine, OneCycle
-from fusemlp_kernels.binders import refusal
+from fusemlp_kernels.checks import refusal
 from fusemlp_kernels.clock import hyper_at, rate_table
 from fusemlp_kernels.contract import (
     COUNTERS,

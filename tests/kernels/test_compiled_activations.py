@@ -12,9 +12,9 @@ from tolerance import TINY, U32, ULPS, UNIT, activation_bound, activation_grad_b
 
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import ACTIVATIONS, NEEDS_Z
-from fusemlp_kernels.numpy.compiled import functions, normal
+from fusemlp_kernels.numpy.compiled import functions
+from fusemlp_kernels.numpy.compiled.compiler import elements
 from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative
-from fusemlp_kernels.numpy.compiled.views import elements
 
 SLOPE = 0.25
 TYPES = (np.float32, np.float64)
@@ -155,7 +155,7 @@ def test_exponentials_of_the_whole_range(real):
 @pytest.mark.parametrize("real", TYPES)
 @pytest.mark.parametrize(
     "function",
-    [functions.exp, functions.tanh, functions.sigmoid, normal.normal_cdf, normal.normal_pdf],
+    [functions.exp, functions.tanh, functions.sigmoid, functions.normal_cdf, functions.normal_pdf],
     ids=lambda f: f.__name__,
 )
 def test_code_is_of_vectors_and_calls_no_library(function, real):

@@ -13,7 +13,7 @@ import numba
 import pytest
 
 import fusemlp_kernels
-from fusemlp_kernels.numpy.compiled import cache
+from fusemlp_kernels.numpy.compiled import compiler
 
 TRAIN = """
 import logging
@@ -88,12 +88,12 @@ def test_without_a_folder_to_write_to_each_process_compiles(tmp_path: Path) -> N
 
 def test_the_folder_is_the_users_and_old_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numba.config, "CACHE_DIR", "")
-    monkeypatch.setattr(cache, "AppDirs", lambda *_, **__: type("Dirs", (), {"user_cache_dir": str(tmp_path)}))
+    monkeypatch.setattr(compiler, "AppDirs", lambda *_, **__: type("Dirs", (), {"user_cache_dir": str(tmp_path)}))
     old, new, foreign = (tmp_path / name for name in ("numba-0.1-00000000", "numba-0.2-00000000", "else"))
     for made in (old, new, foreign):
         made.mkdir()
     for made in (old, foreign):
-        os.utime(made, (0.0, time.time() - cache.UNUSED - 60.0))
-    found = cache.folder.__wrapped__()
+        os.utime(made, (0.0, time.time() - compiler.UNUSED - 60.0))
+    found = compiler.folder.__wrapped__()
     assert found is not None and found.parent == tmp_path and numba.__version__ in found.name
     assert {path for path in tmp_path.iterdir() if path != found} == {new, foreign}

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from processes import python
 
-from fusemlp_kernels.numpy import cores
+from fusemlp_kernels.numpy import launches
 
-PRINTED = "import json; from fusemlp_kernels.numpy import cores; print(json.dumps([cores.threads(), cores.limits()]))"
-LIMITING = {cores.VARIABLE, "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "GOTO_NUM_THREADS"}
+PRINTED = "import json; from fusemlp_kernels.numpy import launches as o; print(json.dumps([o.threads(), o.limits()]))"
+LIMITING = {launches.VARIABLE, "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "GOTO_NUM_THREADS"}
 
 
 def found(code: str, **variables: str) -> tuple[int, dict[str, int]]:
@@ -27,7 +27,7 @@ def found(code: str, **variables: str) -> tuple[int, dict[str, int]]:
 def test_the_least_limit_holds() -> None:
     number, limits = found(PRINTED)
     assert number == min(limits.values()) >= 1
-    assert "OMP_NUM_THREADS" not in limits and cores.VARIABLE not in limits
+    assert "OMP_NUM_THREADS" not in limits and launches.VARIABLE not in limits
     assert limits["CPU affinity"] >= 1
 
 
@@ -40,8 +40,8 @@ def test_openmps_variable_is_a_limit(value: str, openmp: int | None) -> None:
 
 def test_the_own_variable_overrides_all_limits() -> None:
     """A process with one core can ask for a team of 7."""
-    assert found(PRINTED, FUSEMLP_NUM_THREADS="7", OMP_NUM_THREADS="1") == (7, {cores.VARIABLE: 7})
-    assert cores.VARIABLE not in found(PRINTED, FUSEMLP_NUM_THREADS="")[1]
+    assert found(PRINTED, FUSEMLP_NUM_THREADS="7", OMP_NUM_THREADS="1") == (7, {launches.VARIABLE: 7})
+    assert launches.VARIABLE not in found(PRINTED, FUSEMLP_NUM_THREADS="")[1]
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "two", "4,2"])
@@ -64,11 +64,11 @@ def test_the_cores_of_the_process_are_a_limit() -> None:
 LIMITED = """
 import json
 from threadpoolctl import threadpool_limits
-from fusemlp_kernels.numpy import cores
-before = cores.threads()
+from fusemlp_kernels.numpy import launches
+before = launches.threads()
 with threadpool_limits(1, user_api="blas"):
-    within, limits = cores.threads(), cores.limits()
-assert cores.threads() == before
+    within, limits = launches.threads(), launches.limits()
+assert launches.threads() == before
 print(json.dumps([within, limits]))
 """
 
@@ -82,13 +82,13 @@ def test_a_limit_on_blas_threads_holds_while_it_lasts() -> None:
 
 FORKED = f"""
 import os, sys
-from fusemlp_kernels.numpy import cores
-assert cores.threads() == 3
-os.environ["{cores.VARIABLE}"] = "5"
-assert cores.threads() == 3
+from fusemlp_kernels.numpy import launches
+assert launches.threads() == 3
+os.environ["{launches.VARIABLE}"] = "5"
+assert launches.threads() == 3
 child = os.fork()
 if not child:
-    os._exit(cores.threads())
+    os._exit(launches.threads())
 print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), {{}}])
 """
 
@@ -112,17 +112,17 @@ print(json.dumps(Parallel(n_jobs=max(2, os.cpu_count()))([delayed(work)()] * 2)[
 
 def test_a_launch_beside_others_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """The calling thread's launches have one, whatever the variable says; those of another thread have all."""
-    monkeypatch.setattr(cores, "_fixed", lambda: {cores.VARIABLE: 4})
-    monkeypatch.setattr(cores, "_openblas", list)
+    monkeypatch.setattr(launches, "_fixed", lambda: {launches.VARIABLE: 4})
+    monkeypatch.setattr(launches, "_openblas", list)
     beside: list[int] = []
-    with cores.one_thread():
-        other = threading.Thread(target=lambda: beside.append(cores.threads()))
+    with launches.one_thread():
+        other = threading.Thread(target=lambda: beside.append(launches.threads()))
         other.start()
         other.join()
-        with cores.one_thread():
+        with launches.one_thread():
             pass
-        assert cores.threads() == 1
-    assert (beside, cores.threads()) == ([4], 4)
+        assert launches.threads() == 1
+    assert (beside, launches.threads()) == ([4], 4)
 
 
 V1 = {"cpu.cfs_quota_us": "150000\n", "cpu.cfs_period_us": "100000\n"}
@@ -169,15 +169,15 @@ def group(root: Path, membership: str, files: Mapping[str, Mapping[str, str]]) -
 def test_quotas_of_control_groups(
     tmp_path: Path, membership: str, files: dict[str, dict[str, str]], quota: float | None
 ) -> None:
-    assert cores._quota(group(tmp_path, membership, files)) == quota
+    assert launches._quota(group(tmp_path, membership, files)) == quota
 
 
 def test_without_control_groups_there_is_no_quota(tmp_path: Path) -> None:
-    assert cores._quota(tmp_path) is None
+    assert launches._quota(tmp_path) is None
 
 
 @pytest.mark.parametrize("quota, limit", [(0.1, 1), (0.5, 1), (1.2, 1), (1.5, 2), (2.0, 2), (2.4, 2)])
 def test_a_quota_is_rounded_and_leaves_a_core(monkeypatch: pytest.MonkeyPatch, quota: float, limit: int) -> None:
-    monkeypatch.delenv(cores.VARIABLE, raising=False)
-    monkeypatch.setattr(cores, "_quota", lambda root: quota)
-    assert cores._fixed.__wrapped__()["CPU quota"] == limit
+    monkeypatch.delenv(launches.VARIABLE, raising=False)
+    monkeypatch.setattr(launches, "_quota", lambda root: quota)
+    assert launches._fixed.__wrapped__()["CPU quota"] == limit

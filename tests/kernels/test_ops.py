@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 from devices import DEVICE_PARAMETERS, usable
 
-from fusemlp_kernels.binders import operands_of, refusal
-from fusemlp_kernels.checks import checked
+from fusemlp_kernels.checks import checked, operands_of, refusal
 from fusemlp_kernels.contract import COUNTERS, Dropout, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
-from fusemlp_kernels.operands import FIXED, UPDATED
-from fusemlp_kernels.ops import OPS
+from fusemlp_kernels.ops import FIXED, OPS, UPDATED
 from fusemlp_kernels.registry import TRAITS
 
 

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from processes import python
 
 from fusemlp import MLP, SGD, Adam, CrossEntropy, Engine, PReLU
-from fusemlp_kernels.numpy import cores, plan, team
+from fusemlp_kernels.numpy import launches, plan
 from fusemlp_kernels.numpy.compiled import tables as t
 
 RNG = np.random.default_rng(0)
 
 
 def with_threads(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    monkeypatch.setattr(cores, "_fixed", lambda: {cores.VARIABLE: number})
-    monkeypatch.setattr(cores, "_openblas", list)
+    monkeypatch.setattr(launches, "_fixed", lambda: {launches.VARIABLE: number})
+    monkeypatch.setattr(launches, "_openblas", list)
 
 
 def digest(engine: Engine, X: Any, y: Any) -> str:
@@ -64,13 +64,13 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(
     net, loss, optimizer, targets = PROGRAMS[program]
     X, weight = RNG.standard_normal((700, 200)), RNG.uniform(0.5, 2.0, 700)
     led: list[int] = []
-    lead = team._Team.lead
+    lead = launches._Team.lead
 
     def watched(self: Any, members: int, work: int, job: int) -> None:
         led.append(members)
         lead(self, members, work, job)
 
-    monkeypatch.setattr(team._Team, "lead", watched)
+    monkeypatch.setattr(launches._Team, "lead", watched)
     found = set()
     for number in (1, 2, 3, 4):
         with_threads(monkeypatch, number)
@@ -87,12 +87,12 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(
 def test_a_launch_by_itself_and_one_that_finds_the_team_busy_do_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with_threads(monkeypatch, 2)
     led: list[int] = []
-    monkeypatch.setattr(team._Team, "lead", lambda self, members, work, job: led.append(members))
+    monkeypatch.setattr(launches._Team, "lead", lambda self, members, work, job: led.append(members))
     X, y = RNG.standard_normal((256, 200)), RNG.integers(0, 10, 256)
     engine = Engine(MLP([200, 300, 10]), batch_size=128)
-    with cores.one_thread():
+    with launches.one_thread():
         engine.fit(X, y, epochs=1)
-    with team._the_team(2).free:
+    with launches._the_team(2).free:
         engine.fit(X, y, epochs=1)
     assert led == []
 
@@ -114,7 +114,7 @@ def test_where_no_thread_can_be_started_the_launch_runs_all_the_same(
     found = []
     for number in (1, 3):
         with_threads(monkeypatch, number)
-        monkeypatch.setattr(team, "_team", None)
+        monkeypatch.setattr(launches, "_team", None)
         monkeypatch.setattr(threading.Thread, "start", refuse)
         engine = Engine(MLP([200, 300, 10]), batch_size=128)
         with caplog.at_level("INFO", logger="fusemlp.kernels"):
@@ -127,7 +127,7 @@ def test_where_no_thread_can_be_started_the_launch_runs_all_the_same(
 SLOW = """
 import ctypes, random, sys, time
 import numpy as np
-from fusemlp_kernels.numpy import team
+from fusemlp_kernels.numpy import launches
 from numba import cfunc, types
 
 sys.setswitchinterval(1e-4)
@@ -156,7 +156,7 @@ def work(job, task):
     return TASKS if at[0] < STEPS else 0
 
 at[1] = -1
-one = team._the_team(4)
+one = launches._the_team(4)
 one.lead(4, ctypes.cast(work, ctypes.c_void_p).value, 0)
 assert at[2] == 0, at
 assert (done == STEPS).all(), done
@@ -175,12 +175,12 @@ LONG = """
 import ctypes, random, sys, time
 import numpy as np
 from fusemlp import MLP, Adam, Engine
-from fusemlp_kernels.numpy import cores, plan, team
+from fusemlp_kernels.numpy import launches, plan
 plan.GRAIN = 1 << 10  # several tasks even of a small network
 WORD = ctypes.c_int64
 rng, steps, sleeps = random.Random(0), 10_000, [0]
 X, y = np.random.default_rng(0).standard_normal((320, 20)).astype(np.float32), np.arange(320) % 3
-lead, led = team._Team.lead, []
+lead, led = launches._Team.lead, []
 
 def with_sleeps(self, members, work, job):
     own = ctypes.CFUNCTYPE(WORD, WORD, WORD)(work)
@@ -195,10 +195,10 @@ def with_sleeps(self, members, work, job):
     led.append(members)
     lead(self, members, ctypes.cast(slow, ctypes.c_void_p).value, job)
 
-team._Team.lead = with_sleeps
+launches._Team.lead = with_sleeps
 bits = []
 for number in (1, 4):
-    cores._fixed = lambda: {cores.VARIABLE: number}
+    launches._fixed = lambda: {launches.VARIABLE: number}
     engine = Engine(MLP([20, 24, 3]), optimizer=Adam(0.01), batch_size=32, seed=1)
     engine.fit(X, y, epochs=steps // 10)
     bits.append(b"".join(value.tobytes() for value in engine.state_dict().values()))

@@ -265,8 +265,8 @@ class Program:
     sharding: Sharding = ALONE
 
     @cached_property
-    def memo(self) -> dict[str, Any]:
-        """Notes of a backend, with which it binds the program faster to the arrays of another model."""
+    def memo(self) -> dict[int, dict[str, Any]]:
+        """Notes of a backend for each call, with which it binds the program faster to the arrays of another model."""
         return {}
 
     def item_bytes(self, dtype: str) -> int:

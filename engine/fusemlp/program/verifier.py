@@ -11,8 +11,7 @@ from typing import Any
 
 from fusemlp.program.program import ITEM_BYTES, KINDS, Call, Program, Ref
 from fusemlp_kernels.errors import FusemlpError
-from fusemlp_kernels.operands import COMMON, FIXED, Operand, expected
-from fusemlp_kernels.ops import OPS
+from fusemlp_kernels.ops import COMMON, FIXED, OPS, Operand, expected
 
 
 class ProgramError(FusemlpError, RuntimeError):

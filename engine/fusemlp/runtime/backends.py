@@ -53,22 +53,22 @@ def torch_backend(device_type: str) -> str:
 
 
 def cpu_threads() -> int:
-    """Return how many threads the calling thread may use on the CPU now: ``fusemlp_kernels.numpy.cores``."""
-    from fusemlp_kernels.numpy.cores import threads
+    """Return how many threads the calling thread may use on the CPU now: ``fusemlp_kernels.numpy.launches``."""
+    from fusemlp_kernels.numpy.launches import threads
 
     return threads()
 
 
 def thread_limits() -> dict[str, int]:
     """Return the limits by name whose least is ``cpu_threads()``."""
-    from fusemlp_kernels.numpy.cores import limits
+    from fusemlp_kernels.numpy.launches import limits
 
     return limits()
 
 
 def one_thread() -> AbstractContextManager[None]:
     """While it lasts, launches of the calling thread on the numpy backend have no other threads."""
-    from fusemlp_kernels.numpy.cores import one_thread as only
+    from fusemlp_kernels.numpy.launches import one_thread as only
 
     return only()
 
@@ -76,7 +76,7 @@ def one_thread() -> AbstractContextManager[None]:
 def row_order(backend_name: str, plan: str, n: int, seed: int, epoch: int) -> Array:
     """The order of the rows in an epoch, (n,) int64: the same for all, and compiled where numba compiles the plan."""
     if backend_name == "numpy" and plan == "resident":
-        from fusemlp_kernels.numpy.loops import row_order as compiled
+        from fusemlp_kernels.numpy.launches import row_order as compiled
 
         return compiled(n, seed, epoch)
     return shuffled_rows(n, seed, epoch)

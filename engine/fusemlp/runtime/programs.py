@@ -65,6 +65,12 @@ class BoundProgram:
 
     def _bound(self, memory: Memory) -> tuple[Callable[..., object], ...]:
         backend, program = self.backend, self.program
+
+        def bind(at: int, op: str, operands: Mapping[str, Any]) -> Callable[..., object]:
+            if not backend.traits.on_host:
+                return backend.bind(op, **operands)
+            return backend.bind(op, **operands, arrays=self.arrays, memo=program.memo.setdefault(at, {}))
+
         resolved = [(call.op, resolve(call.operands, self.arrays.__getitem__)) for call in program.calls]
         if self._resident:
             loop = {
@@ -75,10 +81,8 @@ class BoundProgram:
                 "arenas": memory.arenas,
                 "epoch_stats": self.arrays.get("epoch_stats"),
             }
-            if backend.traits.on_host:
-                loop |= {"arrays": self.arrays, "memo": program.memo}
-            return (backend.bind("train_resident", **loop),)
-        return tuple(backend.bind(op, **operands) for op, operands in resolved)
+            return (bind(0, "train_resident", loop),)
+        return tuple(bind(at, *call) for at, call in enumerate(resolved))
 
     def before_update(self, call: Callable[[], object]) -> None:
         """Run ``call`` in each step before its last call, an update that reads the gradients in memory."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp_kernels.binders import check_names
+from fusemlp_kernels.checks import check_names
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.cupy.device import Array, Device, all_shared, strides_of
 from fusemlp_kernels.cupy.layers import bind_grad_input, bind_linear

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp_kernels.binders import check_names, refusal
+from fusemlp_kernels.checks import check_names, refusal
 from fusemlp_kernels.contract import Traits
-from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
+from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.numpy.calls import ENTRIES
-from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.numpy.cores import threads
+from fusemlp_kernels.numpy.launches import threads
 from fusemlp_kernels.numpy.tables import Array, BoundTable, CallTable, Run
 
 # Arrays start at multiples of this.
@@ -95,14 +94,21 @@ class NumpyBackend:
         """See ``contract.Backend``."""
         raise BackendUnavailableError("plan: the numpy backend has no graphs; use plan='eager'")
 
-    def bind(self, op: str, **operands: Any) -> Callable[..., object]:
+    def bind(
+        self, op: str, arrays: Mapping[str, Array] | None = None, memo: dict[str, Any] | None = None, **operands: Any
+    ) -> Run:
         """See ``contract.Backend``."""
+        loops, epoch_stats = op == "train_resident", operands.get("epoch_stats")
+        run: Run | None = memo["table"].bind(arrays, epoch_stats) if memo else None
+        if run is not None:
+            return run
         check_names(self.traits.name, BINDERS, op, operands)
-        real = self._dtypes["real"]
-        if op == "train_resident":
-            return _bind_train_resident(real, **operands)
-        table = CallTable(real)
-        return table.bind(ENTRIES[op](table, table.operands(op, operands)))
+        table = CallTable(self._dtypes["real"])
+        run = table.bind(ENTRIES[op](table, table.operands(op, operands)), epoch_stats, alone=loops)
+        # an array with two names may be two arrays in the next model
+        if memo is not None and arrays and len({*map(id, arrays.values())}) == len(arrays) and not table.converts:
+            memo["table"] = BoundTable(table, arrays)
+        return run
 
     def bind_calls(self, calls: Sequence[tuple[str, Operands]], arrays: Sequence[Array | None]) -> Run:
         """Bind calls on one batch as one launch: ``run(addresses)`` finds ``arrays``, contiguous, at the addresses."""
@@ -114,48 +120,5 @@ class NumpyBackend:
         """See ``contract.Backend``; every call has ended when it returns."""
 
 
-def _bind_train_resident(
-    real: Any,
-    *,
-    calls: Sequence[tuple[str, Operands]],
-    rows: Array | None,
-    batch: int,
-    arenas: Mapping[str, Array],
-    epoch_stats: Array | None = None,
-    arrays: Mapping[str, Array] | None = None,
-    memo: dict[str, Any] | None = None,
-    shards: Sequence[int] = (),
-) -> Run:
-    """The contract's ``train_resident``; the calls have all that lies in ``arenas``, and ``rows``."""
-    del arenas, rows
-    run: Run | None
-    if memo and arrays is not None:
-        run = memo["form"].bind(arrays, epoch_stats)
-        if run is not None:
-            return run
-    counted = ("linear_loss_grad", "loss_grad")
-    losses = [operands for op, operands in calls if op in counted and operands.get("stats") is not None]
-    output = next(iter(losses), None)
-    if output is None or "rule" not in calls[-1][1]:
-        raise ArgumentError(
-            "train_resident: calls: expected those of a training step, with a loss and last what advances "
-            f"the clock, got {', '.join(op for op, _ in calls)}"
-        )
-    table = CallTable(real, shards=len(shards), shard_rows=batch)
-    for at, (op, operands) in enumerate(calls):
-        table.shard = shards[at * len(shards) // len(calls)] if shards else 0
-        ENTRIES[op](table, table.operands(op, operands))
-    table.control(output["counters"], output["stats"])
-    if epoch_stats is not None:
-        table.enter_head(epoch_stats=epoch_stats, epochs=len(epoch_stats))
-    run = table.bind(t.COUNTED, alone=True)
-    # an array with two names may be two arrays in the next model
-    distinct = arrays is not None and len({id(array) for array in arrays.values()}) == len(arrays)
-    if memo is not None and arrays is not None and distinct and not table.converts:
-        memo["form"] = BoundTable(table, arrays)
-    return run
-
-
 # A penalty is entered beside the gradients that it changes, and not by itself.
 BINDERS: dict[str, Callable[..., Any]] = {op: enter for op, enter in ENTRIES.items() if not refusal("numpy", op)}
-BINDERS["train_resident"] = _bind_train_resident

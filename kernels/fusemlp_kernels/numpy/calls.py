@@ -296,7 +296,11 @@ def _update(table: CallTable, call: SimpleNamespace) -> int:
         call.noise.check(rule)
         if any(segment.columns != segment.pitch for segment in segments):
             raise ArgumentError("segments: the numpy backend adds noise to matrices without gaps between their rows")
-        table.noise(call.noise, call.rows)
+        low, high = seed_key(call.noise.seed)
+        # without rows the batch is a whole one, whatever its length
+        noisy = np.zeros(1, np.int64) if call.rows is None else call.rows
+        deviation, divisor = call.noise.deviation, call.noise.divisor
+        table.fill(noisy=noisy, noise_low=low, noise_high=high, deviation=deviation, shared_by=divisor)
     table.add_later()
     tensors = [table.tensor(segment.rule, segment.offset, segment.size) for segment in segments]
     fields = _updated(rule, params, call.states)
@@ -324,7 +328,7 @@ def _with_gradients(
     for row, segment, tensor in zip(rows, segments, tensors, strict=True):
         shifted = {name: (arena, segment.offset) for name, arena in arenas.items()}
         panels = table.panels_of(arenas["param"], segment.offset)
-        table.amend(row, first=tensor, w=shifted["param"], panels=panels, **shifted)
+        table.fill(row, first=tensor, w=shifted["param"], panels=panels, **shifted)
     return True
 
 
@@ -334,7 +338,7 @@ def _penalty(table: CallTable, call: SimpleNamespace) -> int:
         # the row of this gradient adds it
         row = table.gradient_at(layer.dw, 0, layer.dw.size)
         assert row is not None
-        table.amend(row, strength=call.ridge.strength, w=layer.w, pulls=True)
+        table.fill(row, strength=call.ridge.strength, w=layer.w, pulls=True)
     return t.COUNTED
 
 
@@ -417,3 +421,22 @@ def _grad_weight_members(table: CallTable, call: SimpleNamespace) -> int:
             table.add(kind, n=len(out), k=inputs, members=members, x=call.x, dz=call.dz, out=out, sums=sums)
     table.accumulate(call.rule, call.counters)
     return int(rows)
+
+
+@enters("train_resident")
+def _train_resident(table: CallTable, step: SimpleNamespace) -> int:
+    calls, shards = step.calls, step.shards
+    counted = ("linear_loss_grad", "loss_grad")
+    losses = [operands for op, operands in calls if op in counted and operands.get("stats") is not None]
+    if not losses or "rule" not in calls[-1][1]:
+        raise ArgumentError(
+            "train_resident: calls: expected those of a training step, with a loss and last what advances "
+            f"the clock, got {', '.join(op for op, _ in calls)}"
+        )
+    table.shards = len(shards)
+    table.fill(shard_rows=step.batch if shards else 0)
+    for at, (op, operands) in enumerate(calls):
+        table.shard = shards[at * len(shards) // len(calls)] if shards else 0
+        ENTRIES[op](table, table.operands(op, operands))
+    table.control(losses[0]["counters"], losses[0]["stats"])
+    return t.COUNTED

@@ -11,15 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp_kernels.contract import COUNTERS, Noise, TensorRule, UpdateRule
+from fusemlp_kernels.contract import COUNTERS, TensorRule, UpdateRule
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.numpy.cores import threads
-from fusemlp_kernels.numpy.loops import OPTIMIZER_NAMES, compiled, loop_of
+from fusemlp_kernels.numpy.launches import OPTIMIZER_NAMES, compiled, launch, loop_of, threads
 from fusemlp_kernels.numpy.plan import PIECEWISE, Row, plan, together
-from fusemlp_kernels.numpy.team import launch
-from fusemlp_kernels.operands import READ, Operand, expected
-from fusemlp_kernels.ops import OPS
-from fusemlp_kernels.philox import LANES, NORMALS, seed_key
+from fusemlp_kernels.ops import OPS, READ, Operand, expected
+from fusemlp_kernels.philox import LANES, NORMALS
 from fusemlp_kernels.pointwise import HYPERPARAMETERS
 
 Array = np.ndarray[Any, Any]
@@ -34,7 +31,9 @@ _KINDS = [[field[0].kind for field in (record.fields or {}).values()] for record
 FORMATS = [f"{kinds.count('i')}q{kinds.count('f')}d" for kinds in _KINDS]
 SIZES = [record.itemsize for record in PARTS]
 
-STEPS, STEP, AT_PHASE, TOGETHER, PRODUCT = (HEAD[name] for name in ("steps", "step", "phase", "together", "product"))
+STEPS, STEP, AT_PHASE, TOGETHER, PRODUCT, EPOCHS, EPOCH_STATS = map(
+    HEAD.__getitem__, ("steps", "step", "phase", "together", "product", "epochs", "epoch_stats")
+)
 
 # The fields of arrays that have a row for each row of the batch.
 BATCH_ARRAYS = ("x", "y", "z", "dz", "out", "keep")
@@ -48,7 +47,7 @@ def _address(array: Array) -> int:
 class CallTable:
     """Rows of calls, and copies of the arrays that the loop cannot read in place, as ``before`` and ``after`` say."""
 
-    def __init__(self, real: Any, *, shards: int = 0, shard_rows: int = 0) -> None:
+    def __init__(self, real: Any) -> None:
         self.real = np.dtype(real)
         # the kinds and fields that the rows have
         self.names: set[str] = set()
@@ -57,10 +56,10 @@ class CallTable:
         self.kept: dict[int, tuple[Array, int, list[tuple[int, int]]]] = {}
         self.zeros: dict[int, Array] = {}
         # of how many shards the calls are, and the first row of the shard whose calls are entered now
-        self.shards, self.shard = shards, 0
+        self.shards, self.shard = 0, 0
         # the head, then the rows of calls, and what the plan needs to know of them
         self.words: list[float] = [0] * len(HEAD)
-        self.enter_head(accumulate=1, shard_rows=shard_rows if shards else 0)
+        self.fill(accumulate=1)
         self.rows: list[Row] = []
         # the most rows of a batch; gradients by slopes
         self.height, self.slopes = 0, 0
@@ -137,7 +136,7 @@ class CallTable:
             fields["slope_part"] = t.SLOPES_PART + self.slopes
             self.slopes += 1
         self.widest = max(self.widest, sizes["n"])
-        self.amend(len(self.rows) - 1, kind=getattr(t, kind), shard=self.shard, **fields)
+        self.fill(len(self.rows) - 1, kind=getattr(t, kind), shard=self.shard, **fields)
 
     def add_later(self) -> None:
         """The rows of ``later``."""
@@ -145,15 +144,9 @@ class CallTable:
             self.add("BIAS", **fields)
         self.later.clear()
 
-    def amend(self, row: int, **fields: Any) -> None:
-        """Fill fields of a row: numbers, arrays, or an array and the place of an element in it."""
-        self._fill(_start(row), CALL, fields)
-
-    def enter_head(self, **fields: Any) -> None:
-        """Fill fields of the head, as ``amend`` those of a row."""
-        self._fill(0, HEAD, fields)
-
-    def _fill(self, start: int, places: Mapping[str, int], fields: Mapping[str, Any]) -> None:
+    def fill(self, row: int | None = None, **fields: Any) -> None:
+        """Fill fields of a row, or of the head: numbers, arrays, or an array and the place of an element in it."""
+        start, places = (0, HEAD) if row is None else (_start(row), CALL)
         for name, value in fields.items():
             if isinstance(value, np.ndarray):
                 self._enter(start + places[name], value)
@@ -210,11 +203,11 @@ class CallTable:
         """Enter the control arrays of a call."""
         if counters is None and not self.words[HEAD["counters"]]:
             counters = np.zeros(COUNTERS, np.int64)
-        self.enter_head(counters=counters, stats=stats)
+        self.fill(counters=counters, stats=stats)
 
     def accumulate(self, rule: UpdateRule, counters: Array) -> None:
         """Enter how many batches the gradients are summed over."""
-        self.enter_head(accumulate=rule.accumulate)
+        self.fill(accumulate=rule.accumulate)
         self.control(counters)
 
     def clock(self, rule: UpdateRule, hyper: Array, rates: Array, counters: Array) -> None:
@@ -222,21 +215,13 @@ class CallTable:
         code = rule.code
         self.accumulate(rule, counters)
         self.names.update(OPTIMIZER_NAMES[code : code + 1])
-        self.enter_head(
+        self.fill(
             optimizer=code, decoupled=rule.decoupled, sklearn=rule.convention == "scikit-learn", hyper=hyper,
             rates=rates, clips=rule.clip_norm is not None, clip_norm=rule.clip_norm,
             **{name: getattr(rule, name) for name in HYPERPARAMETERS},
         )  # fmt: skip
 
-    def noise(self, noise: Noise, rows: Array | None) -> None:
-        """Enter the noise of the update; ``rows``: those of the batches."""
-        low, high = seed_key(noise.seed)
-        # without rows the batch is a whole one, whatever its length
-        noisy = np.zeros(1, np.int64) if rows is None else rows
-        deviation, divisor = noise.deviation, noise.divisor
-        self.enter_head(noisy=noisy, noise_low=low, noise_high=high, deviation=deviation, shared_by=divisor)
-
-    def bind(self, batch: int, *, alone: bool = False) -> Run:
+    def bind(self, batch: int, epoch_stats: Array | None = None, *, alone: bool = False) -> Run:
         """``run(steps=1)`` for batches of this many rows; COUNTED: as many as the counters say.
 
         The loop is chosen now with ``alone``, else at the first run.
@@ -252,7 +237,7 @@ class CallTable:
         drops, noisy = "keep" in self.names, "noisy" in self.names
         dropped, noise = drops * 2 * (-(-self.widest // LANES)), noisy * (NORMALS // 2 + NORMALS)
         lanes_row = max(dropped, noise, 2 * self.lanes)
-        self.enter_head(
+        self.fill(
             batch=batch, block=cut.block, blocks=cut.blocks, prologue=cut.prologue, phase_count=len(cut.phases),
             partials=self.scratch(cut.most, width, dtype=np.float64), partial_count=width,
             sums=self.scratch(len(cut.pieces), dtype=np.float64), zeros=self.scratch(t.PANEL), lanes_row=lanes_row,
@@ -265,7 +250,7 @@ class CallTable:
         memory = np.frombuffer(bytearray(pack("=" + "".join(map(mul, FORMATS, counts)), *words)), np.int64)
         starts = list(accumulate(map(mul, SIZES, counts)))
         self.bound = memory, starts, work, self.real, cut.most
-        return copied(_launch(*self.bound, self.kept), self.before, self.after)
+        return copied(_launch(*self.bound, self.kept, epoch_stats), self.before, self.after)
 
     def bind_moving(self, batch: int, arrays: Sequence[Array | None]) -> Run:
         """``run(addresses)``: the calls with ``arrays``, which the loop can read in place, at these addresses."""
@@ -290,16 +275,21 @@ def _start(row: int) -> int:
     return len(HEAD) + row * len(CALL)
 
 
-def _launch(memory: Array, starts: Sequence[int], work: Any, real: Any, tasks: int, kept: Any) -> Run:
+def _launch(
+    memory: Array, starts: Sequence[int], work: Any, real: Any, tasks: int, kept: Any, epoch_stats: Array | None = None
+) -> Run:
     # a single element of a memoryview is written faster than one of an array
     job, words = memory.ctypes.data, memory.data
+    words[EPOCHS] = 0
+    if epoch_stats is not None:
+        words[EPOCHS], words[EPOCH_STATS] = len(epoch_stats), _address(epoch_stats)
     for name, start in zip(("calls", "tensors", "phases", "tasks", "pieces"), starts, strict=False):
         words[HEAD[name]] = job + start
     words[TOGETHER] = 1
     block, blocks = words[HEAD["block"]], words[HEAD["blocks"]]
 
-    # ``kept`` holds on to the arrays
-    def run(steps: int = 1, _arrays: Any = (kept, memory)) -> None:
+    # the default holds on to the arrays
+    def run(steps: int = 1, _arrays: Any = (kept, memory, epoch_stats)) -> None:
         words[STEPS], words[STEP], words[AT_PHASE] = steps, 0, -1
         if blocks > 1:
             words[TOGETHER] = together(block, blocks, threads())
@@ -323,8 +313,6 @@ class BoundTable:
         self._scratch: list[tuple[Any, list[tuple[int, int]]]] = []
         self._common: list[Array] = []
         for key, (array, _, places) in table.kept.items():
-            if (HEAD["epoch_stats"], 0) in places:
-                continue
             if key in names:
                 self._named.append((names[key], array.dtype, places))
             elif key in table.zeros:
@@ -343,15 +331,11 @@ class BoundTable:
         entered += [(np.zeros(*form), places) for form, places in self._scratch]
         memory = self._bound[0].copy()
         words = memory.data
-        words[HEAD["epochs"]] = 0
-        if epoch_stats is not None:
-            words[HEAD["epochs"]] = len(epoch_stats)
-            entered.append((epoch_stats, [(HEAD["epoch_stats"], 0)]))
         for array, places in entered:
-            address = _address(array)
+            address: int = array.__array_interface__["data"][0]
             for place, offset in places:
                 words[place] = address + offset
-        return _launch(memory, *self._bound[1:], (entered, self._common))
+        return _launch(memory, *self._bound[1:], (entered, self._common), epoch_stats)
 
 
 def copied(run: Run, before: list[tuple[Array, Array]], after: list[tuple[Array, Array]]) -> Run:

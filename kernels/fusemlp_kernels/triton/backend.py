@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import triton
 
-from fusemlp_kernels.binders import check_names
+from fusemlp_kernels.checks import check_names
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.triton import configs

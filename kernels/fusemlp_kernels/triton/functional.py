@@ -37,8 +37,7 @@ from fusemlp_kernels.contract import (
     UpdateRule,
 )
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DTypeError
-from fusemlp_kernels.operands import FIXED, UPDATED
-from fusemlp_kernels.ops import OPS
+from fusemlp_kernels.ops import FIXED, OPS, UPDATED
 from fusemlp_kernels.triton.backend import BINDERS, open_device
 from fusemlp_kernels.triton.launch import Tensor, TritonDevice, is_interpreted
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from fusemlp_kernels.contract import BATCH_LOSSES, CORRECT, LAST_LOSS, LOSS_SUM, NORM_SUM, SCORED
+from fusemlp_kernels import contract as c
 from fusemlp_kernels.numpy.compiled import tables as t
+from fusemlp_kernels.numpy.compiled.compiler import ELEMENTWISE, EXACT, REDUCTION
 from fusemlp_kernels.numpy.compiled.functions import exp
-from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT, REDUCTION
 from fusemlp_kernels.numpy.compiled.pointwise_numba import BINARY_CROSS_ENTROPY, element_losses
 
 
@@ -138,15 +138,15 @@ def record(
     """Note a batch or a shard; ``value`` is the sum over its rows, not yet divided, ``count`` the rows of the batch."""
     scale = _scale(shares, call)
     if call.accuracy:
-        stats[CORRECT] += correct
-        stats[SCORED] += scored
+        stats[c.CORRECT] += correct
+        stats[c.SCORED] += scored
     # rows without weight may have targets with one
-    stats[LOSS_SUM] += value if scale != 0.0 else value * scale
+    stats[c.LOSS_SUM] += value if scale != 0.0 else value * scale
     if call.mean and call.shard == 0:
         # that of the whole batch
-        stats[NORM_SUM] += shares * call.divisor
-    stats[LAST_LOSS] = value * scale
-    stats[BATCH_LOSSES] += value * scale * count
+        stats[c.NORM_SUM] += shares * call.divisor
+    stats[c.LAST_LOSS] = value * scale
+    stats[c.BATCH_LOSSES] += value * scale * count
 
 
 @register_jitable(**EXACT)

@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
+from fusemlp_kernels.numpy.compiled.compiler import ELEMENTWISE, EXACT, REDUCTION, block, clear, elements
 from fusemlp_kernels.numpy.compiled.functions import maximum, minimum, sign
-from fusemlp_kernels.numpy.compiled.layers import block, clear
-from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT, REDUCTION
-from fusemlp_kernels.numpy.compiled.philox import draw
+from fusemlp_kernels.numpy.compiled.random import draw
 from fusemlp_kernels.numpy.compiled.tiles import copy
-from fusemlp_kernels.numpy.compiled.views import elements
 from fusemlp_kernels.philox import START, WORD
 
 _WORD, _RANDOM, _LOWEST = np.uint64(WORD), np.uint64(START), np.uint32(9)

@@ -8,15 +8,20 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from fusemlp_kernels.contract import BATCH_INDEX, LEARNING_RATE, UPDATE_COUNT
+from fusemlp_kernels import contract as c
 from fusemlp_kernels.numpy.compiled import tables as t
+from fusemlp_kernels.numpy.compiled.compiler import (
+    ELEMENTWISE,
+    EXACT,
+    REDUCTION,
+    call_function,
+    elements,
+    part,
+    tensor_at,
+)
 from fusemlp_kernels.numpy.compiled.layers import lanes_of, shard_rows
-from fusemlp_kernels.numpy.compiled.noise import WORDS, add_noise
-from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, EXACT, REDUCTION
 from fusemlp_kernels.numpy.compiled.pointwise_numba import update_average, update_tensor
-from fusemlp_kernels.numpy.compiled.products import column_sums
-from fusemlp_kernels.numpy.compiled.views import call as call_function
-from fusemlp_kernels.numpy.compiled.views import elements, part, tensor_at
+from fusemlp_kernels.numpy.compiled.random import WORDS, add_noise
 
 
 @register_jitable(**REDUCTION)
@@ -74,7 +79,7 @@ def update_part(
         times = p.dtype.type(scale)
         for i in range(count):
             g[i] *= times
-    update_tensor(p, g, s0, s1, count, hyper[LEARNING_RATE] * tensor.lr_factor, tensor.decay, rule, hyper)
+    update_tensor(p, g, s0, s1, count, hyper[c.LEARNING_RATE] * tensor.lr_factor, tensor.decay, rule, hyper)
 
 
 @register_jitable(**EXACT)
@@ -94,14 +99,35 @@ def _add_products(
 
 
 @register_jitable(**EXACT)
+def _column_sums(
+    like: Any, out: int, values: int, sums: int, rows: int, pitch: int, columns: int, alpha: float, beta: float
+) -> None:
+    """``out = alpha * values.sum(axis=0) + beta * out``: values (rows, columns) with rows ``pitch`` apart.
+
+    out, values and sums are addresses; sums is scratch (columns,).
+    """
+    real, size = like.dtype.type, like.itemsize
+    a, b = real(alpha), real(beta)
+    result, total = elements(like, out), elements(like, sums)
+    for j in range(columns):
+        total[j] = 0
+    for i in range(rows):
+        row = elements(like, values + size * i * pitch)
+        for j in range(columns):
+            total[j] += row[j]
+    for j in range(columns):
+        result[j] = a * total[j] if beta == 0.0 else a * total[j] + b * result[j]
+
+
+@register_jitable(**EXACT)
 def _gradient(call: Any, head: Any, like: Any, counters: Any, piece: Any) -> None:
     """A piece of the gradient by a weight matrix, a bias or a slope; with DESCENDS straight into the parameter."""
     size, outputs = like.itemsize, call.n
     count = shard_rows(call, head, counters)
-    alpha, beta = 1.0, 0.0 if counters[BATCH_INDEX] % head.accumulate == 0 else 1.0
+    alpha, beta = 1.0, 0.0 if counters[c.BATCH_INDEX] % head.accumulate == 0 else 1.0
     if call.descends:
         tensor = tensor_at(head.tensors, call.first)
-        alpha = -elements(np.float64, head.hyper)[LEARNING_RATE] * tensor.lr_factor
+        alpha = -elements(np.float64, head.hyper)[c.LEARNING_RATE] * tensor.lr_factor
         beta = 1.0 + alpha * tensor.decay
     top, left = piece.top, piece.left
     if call.kind == t.WEIGHT and call.members:
@@ -127,7 +153,7 @@ def _gradient(call: Any, head: Any, like: Any, counters: Any, piece: Any) -> Non
             rows = count // call.members
         if call.parts:
             rows = head.blocks
-        column_sums(
+        _column_sums(
             like, call.out + size * left, call.dz + size * left, call.sums + size * left, rows, outputs,
             piece.right - left, alpha, beta,
         )  # fmt: skip
@@ -149,7 +175,7 @@ def _update(
         lanes = lanes_of(head, task)
         add_noise(
             grads, elements(np.uint64, lanes), elements(np.float64, lanes + 8 * WORDS), first, width, tensor,
-            counters[UPDATE_COUNT], head.noise_low, head.noise_high, head.deviation, head.shared_by,
+            counters[c.UPDATE_COUNT], head.noise_low, head.noise_high, head.deviation, head.shared_by,
         )  # fmt: skip
     params, hyper = elements(like, call.param + at), elements(np.float64, head.hyper)
     update_part(

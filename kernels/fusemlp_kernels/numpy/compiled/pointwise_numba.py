@@ -1,6 +1,6 @@
 # Printed from pointwise.py by `python ci/print_formulas.py`; do not edit.
 # mypy: disallow-untyped-defs=False
-"""The formulas as loops over memory: of arrays that lie flat, or of ``views.Memory``."""
+"""The formulas as loops over memory: of arrays that lie flat, or of ``compiler.Memory``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,19 @@ import numpy as np
 from numba.extending import register_jitable
 
 from fusemlp_kernels.contract import BIAS_CORRECTION_1, BIAS_CORRECTION_2, SHARE
-from fusemlp_kernels.numpy.compiled.functions import exp, log1p, maximum, minimum, sigmoid, sign, step, tanh
-from fusemlp_kernels.numpy.compiled.normal import normal_cdf, normal_pdf
-from fusemlp_kernels.numpy.compiled.options import ELEMENTWISE, REDUCTION
+from fusemlp_kernels.numpy.compiled.compiler import ELEMENTWISE, REDUCTION
+from fusemlp_kernels.numpy.compiled.functions import (
+    exp,
+    log1p,
+    maximum,
+    minimum,
+    normal_cdf,
+    normal_pdf,
+    sigmoid,
+    sign,
+    step,
+    tanh,
+)
 
 IDENTITY, RELU, LEAKY_RELU, PRELU, SIGMOID, TANH, GELU, SILU, ELU, SELU, SOFTPLUS, MISH = range(12)
 CROSS_ENTROPY, BINARY_CROSS_ENTROPY, MSE, MAE, HUBER, POISSON, QUANTILE = range(7)

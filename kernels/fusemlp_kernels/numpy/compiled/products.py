@@ -12,10 +12,8 @@ from typing import Any
 
 import numpy as np
 from numba import float64, intp
-from numba.extending import register_jitable
 
-from fusemlp_kernels.numpy.compiled.cache import kept_for_calls
-from fusemlp_kernels.numpy.compiled.options import EXACT
+from fusemlp_kernels.numpy.compiled.compiler import elements, kept_for_calls
 from fusemlp_kernels.numpy.compiled.tables import PANEL
 from fusemlp_kernels.numpy.compiled.tiles import (
     DOT_COLUMNS,
@@ -30,7 +28,6 @@ from fusemlp_kernels.numpy.compiled.tiles import (
     whole_tile,
     wide_tile,
 )
-from fusemlp_kernels.numpy.compiled.views import elements
 
 # The type of the elements; each type has a copy of these functions.
 REAL: Any = np.float32
@@ -59,22 +56,15 @@ def _product(
         for i in range(0, rows, TILE_ROWS):
             below = min(TILE_ROWS, rows - i)
             a_at, to = a + size * i * a_row, c_at + size * i * c_row
+            tile = a_at, a_row, a_step, b_at, b_step, depth, first, scale, keep, to, c_row, below, left
             if left >= width and 2 * below <= TILE_ROWS:
-                short_tile(
-                    like, a_at, a_row, a_step, b_at, b_step, depth, first, scale, keep, to, c_row, below, width
-                )  # fmt: skip
+                short_tile(like, *tile)
             elif left >= width:
-                whole_tile(
-                    like, a_at, a_row, a_step, b_at, b_step, depth, first, scale, keep, to, c_row, below, width
-                )  # fmt: skip
+                whole_tile(like, *tile)
             elif left > lanes:
-                wide_tile(
-                    like, a_at, a_row, a_step, b_at, b_step, depth, first, scale, keep, to, c_row, below, left
-                )  # fmt: skip
+                wide_tile(like, *tile)
             else:
-                narrow_tile(
-                    like, a_at, a_row, a_step, b_at, b_step, depth, first, scale, keep, to, c_row, below, left
-                )  # fmt: skip
+                narrow_tile(like, *tile)
     return 0
 
 
@@ -107,34 +97,10 @@ def _pack(w: int, inputs: int, panels: int, rows_from: int, rows_to: int, first:
             transpose_square(like, source + size * k, inputs, rows, target + size * k * PANEL, PANEL)
             k += lanes
         for i in range(rows):
-            row, panel = (
-                elements(like, source + size * i * inputs),
-                elements(like, target + size * i),
-            )
+            row, panel = elements(like, source + size * i * inputs), elements(like, target + size * i)
             for column in range(k, last):
                 panel[column * PANEL] = row[column]
     return 0
-
-
-@register_jitable(**EXACT)
-def column_sums(
-    like: Any, out: int, values: int, sums: int, rows: int, pitch: int, columns: int, alpha: float, beta: float
-) -> None:
-    """``out = alpha * values.sum(axis=0) + beta * out``: values (rows, columns) with rows ``pitch`` apart.
-
-    out, values and sums are addresses; sums is scratch (columns,).
-    """
-    real, size = like.dtype.type, like.itemsize
-    a, b = real(alpha), real(beta)
-    result, total = elements(like, out), elements(like, sums)
-    for j in range(columns):
-        total[j] = 0
-    for i in range(rows):
-        row = elements(like, values + size * i * pitch)
-        for j in range(columns):
-            total[j] += row[j]
-    for j in range(columns):
-        result[j] = a * total[j] if beta == 0.0 else a * total[j] + b * result[j]
 
 
 @functools.cache

@@ -18,21 +18,13 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from fusemlp_kernels.numpy.compiled import (
-    blocks,
-    layers,
-    losses,
-    members,
-    perturb,
-    pieces,
-    pointwise_numba,
-    steps,
-    tables,
-)
-from fusemlp_kernels.numpy.compiled.cache import kept_for_calls
+from fusemlp_kernels import contract
+from fusemlp_kernels.numpy.compiled import layers, losses, perturb, pieces, pointwise_numba, steps, tables
+from fusemlp_kernels.numpy.compiled.compiler import kept_for_calls
 
-# The modules with branches to cut, each before those that import from it.
-_MODULES = (pointwise_numba, losses, layers, members, perturb, pieces, blocks, steps)
+# The modules with branches to cut, each before those that import from it; and those whose names become numbers.
+_MODULES = (pointwise_numba, losses, layers, perturb, pieces, steps)
+_NUMBERS = {"t": tables, "c": contract}
 
 
 def _named(place: ast.expr) -> str:
@@ -73,10 +65,10 @@ class _Cutter(ast.NodeTransformer):
         return None
 
     def visit_Attribute(self, node: ast.Attribute) -> Any:
-        """A name of ``tables`` becomes its number, which numba would take longer to look up."""
+        """A name of ``_NUMBERS`` becomes its number, which numba would take longer to look up."""
         match node.value:
-            case ast.Name(id="t"):
-                return ast.copy_location(ast.Constant(getattr(tables, node.attr)), node)
+            case ast.Name(id=module) if module in _NUMBERS:
+                return ast.copy_location(ast.Constant(getattr(_NUMBERS[module], node.attr)), node)
         return self.generic_visit(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:

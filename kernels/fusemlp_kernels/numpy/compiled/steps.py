@@ -1,7 +1,9 @@
-"""The work of a training step: the calls of its program, phase by phase and task by task.
+"""The work of a training step: the calls of its program, phase by phase and task by task, and the clock.
 
 The order of backpropagation is the table's, which ``calls`` fills from the program; ``plan`` cuts it into phases. A
-call by itself is a table of its own rows, run once.
+task is blocks of rows of the batch, which go through one call after another, or pieces of tensors. A call by itself is
+a table of its own rows, run once. The clock is compiled without any relaxation, so that the rates are the very numbers
+of the other plans.
 """
 
 from __future__ import annotations
@@ -11,17 +13,162 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from fusemlp_kernels.contract import BATCH_INDEX, PENALTIES, ROW_COUNT, ROW_OFFSET
+from fusemlp_kernels import contract as c
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.numpy.compiled.blocks import by_rows, end_rows
-from fusemlp_kernels.numpy.compiled.clock import advance
-from fusemlp_kernels.numpy.compiled.layers import batch_rows, product, shard_rows
-from fusemlp_kernels.numpy.compiled.options import EXACT
+from fusemlp_kernels.numpy.compiled.compiler import (
+    EXACT,
+    block,
+    call_at,
+    elements,
+    head_at,
+    part,
+    phase_at,
+    piece_at,
+    task_at,
+)
+from fusemlp_kernels.numpy.compiled.layers import (
+    activate_rows,
+    affine_rows,
+    backward_rows,
+    batch_rows,
+    derive,
+    derive_rows,
+    gather,
+    heads,
+    heads_backward,
+    lanes_of,
+    product,
+    shard_rows,
+)
+from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise, record, shares_of
+from fusemlp_kernels.numpy.compiled.perturb import perturb_rows
 from fusemlp_kernels.numpy.compiled.pieces import by_piece, clip_factor
-from fusemlp_kernels.numpy.compiled.views import call_at, elements, head_at, phase_at, piece_at, task_at
+from fusemlp_kernels.numpy.compiled.random import add_squares, shrink
 
 # The type of the parameters; another copy of this module has another.
 REAL: Any = np.float32
+# The rows of the next batch are asked for a step ahead, if a batch has at most this many bytes: a larger one takes the
+# place of what is needed before.
+AHEAD = 1 << 19
+
+
+@register_jitable(**EXACT)
+def _by_rows(call: Any, head: Any, like: Any, counters: Any, task: int) -> None:
+    """A block of rows of a call, after its product."""
+    kind, outputs, batch_index = call.kind, call.n, counters[c.BATCH_INDEX]
+    whole = batch_rows(head, counters)
+    first = task * head.block
+    count = max(0, min(head.block, shard_rows(call, head, counters) - first))
+    batch = elements(np.int64, call.rows + 8 * call.walks * counters[c.ROW_OFFSET])
+    rows = part(batch, call.shard)
+    partials = elements(np.float64, head.partials + 8 * head.partial_count * task)
+    if kind == t.GATHER:
+        step, total, left = counters[c.ROW_STEP], counters[c.ROW_TOTAL], 0
+        if call.walks and step * total > 0 and step * call.k * like.itemsize <= AHEAD:
+            # none beyond the epoch
+            left = total - counters[c.ROW_OFFSET] % total - step - call.shard
+        gather(call, like, rows, first, count, part(rows, step), left)
+    elif kind == t.ACTIVATE:
+        activate_rows(call, like, first, count, batch_index, lanes_of(head, task))
+    elif kind in (t.ENTROPY, t.ELEMENTWISE):
+        labels, target = elements(np.int64, call.target), elements(like, call.target)
+        weight, class_weight = elements(like, call.weighted), elements(like, call.class_weighted)
+        y, z = block(like, call.y, first, outputs), block(like, call.z, first, outputs)
+        dz, own_rows = block(like, call.dz, first, outputs), part(rows, first)
+        shares = shares_of(labels, weight, class_weight, batch, whole if outputs else 0, call)
+        scored = count if outputs else 0
+        if kind == t.ENTROPY:
+            cross_entropy(
+                z, dz, labels, target, weight, class_weight, own_rows, scored, outputs, call, shares, partials
+            )
+        # no else: its code would stay where it is not used
+        elif kind == t.ELEMENTWISE:
+            elementwise(y, dz, target, weight, own_rows, scored, outputs, call, shares, partials)
+            derive(call, like, partials, y, z, dz, count * outputs, 1.0)
+    elif kind == t.PADDING:
+        end = min(call.k, first + head.block)
+        dz = block(like, call.dz, first, outputs)
+        for i in range(count * outputs, (end - first) * outputs):
+            dz[i] = 0
+    elif kind == t.BACKWARD:
+        derive_rows(call, like, partials, first, count)
+    elif kind == t.PERTURB:
+        perturb_rows(call, like, rows, first, count, batch_index, lanes_of(head, task))
+    elif kind == t.MEMBERS_AFFINE:
+        affine_rows(call, head, like, rows, first, count, batch_index, task)
+    elif kind == t.MEMBERS_BACKWARD:
+        backward_rows(call, like, rows, first, count, task)
+    elif kind == t.HEADS:
+        heads(call, head, like, first, count)
+    elif kind == t.HEADS_BACKWARD:
+        heads_backward(call, head, like, first, count)
+    elif kind == t.SQUARES:
+        x, dz = block(like, call.x, first, call.k), block(like, call.dz, first, outputs)
+        norms = elements(np.float64, call.out + 8 * first)
+        add_squares(norms, x, dz, count, call.k, outputs, call.b, call.afresh)
+    elif kind == t.SHRINK:
+        norms = elements(np.float64, call.out + 8 * first)
+        shrink(norms, block(like, call.dz, first, outputs), count, outputs, call.largest)
+
+
+@register_jitable(**EXACT)
+def _sum(partials: Any, place: int, width: int, tasks: int) -> float:
+    """The sum of one of the partial results of all tasks, in their order."""
+    total = 0.0
+    for task in range(tasks):
+        total += partials[width * task + place]
+    return total
+
+
+@register_jitable(**EXACT)
+def _end_rows(call: Any, head: Any, like: Any, counters: Any, tasks: int) -> None:
+    """Add up the partial results of a call by rows."""
+    kind, width = call.kind, head.partial_count
+    partials = elements(np.float64, head.partials)
+    stats, whole = elements(np.float64, call.recorded), batch_rows(head, counters)
+    if call.dslope:
+        elements(like, call.dslope)[0] = _sum(partials, call.slope_part, width, tasks)
+    if kind in (t.ENTROPY, t.ELEMENTWISE) and call.recorded:
+        loss = _sum(partials, t.LOSS_PART, width, tasks)
+        hits, scored = _sum(partials, t.HITS_PART, width, tasks), _sum(partials, t.SCORED_PART, width, tasks)
+        shares = partials[t.SHARES_PART]
+        record(stats, loss, hits, scored, shares, call, whole if call.n else 0)
+
+
+@register_jitable(**EXACT)
+def _advance(head: Any, counters: Any, updated: bool) -> None:
+    """Go on to the next batch, and after an update to the next row of ``rates``.
+
+    The statistics of an epoch go into ``epoch_stats`` after its last batch.
+    """
+    hyper, rates = elements(np.float64, head.hyper), elements(np.float64, head.rates)
+    stats, epoch_stats = elements(np.float64, head.stats), elements(np.float64, head.epoch_stats)
+    counters[c.BATCH_INDEX] += 1
+    step, total = counters[c.ROW_STEP], counters[c.ROW_TOTAL]
+    if step != 0:
+        epoch = counters[c.ROW_OFFSET] // total if total > 0 else 0
+        inside = counters[c.ROW_OFFSET] - epoch * total + step
+        if inside >= total:
+            if epoch < head.epochs:
+                # element by element: what numba compiles for a slice takes seconds to compile
+                for i in range(c.STATS):
+                    epoch_stats[epoch * c.STATS + i] = stats[i]
+                    if i >= c.LOSS_SUM:
+                        stats[i] = 0.0
+            epoch = epoch + 1 if epoch + 1 < head.epochs else 0
+            inside = 0
+        counters[c.ROW_OFFSET] = epoch * total + inside
+        counters[c.ROW_COUNT] = step if step < total - inside else total - inside
+    if not updated:
+        return
+    counters[c.UPDATE_COUNT] += 1
+    # the first row for updates before the table's, the last for those after it
+    at, last = counters[c.UPDATE_COUNT] - int(rates[c.FIRST_UPDATE]), int(rates[c.ROWS_FILLED]) - 1
+    start = c.RATE_COLUMNS * (1 + (0 if at < 0 else (at if at < last else last)))
+    hyper[c.LEARNING_RATE] = rates[start + c.LEARNING_RATE] * hyper[c.RATE_SCALE]
+    hyper[c.BIAS_CORRECTION_1] = rates[start + c.BIAS_CORRECTION_1]
+    hyper[c.BIAS_CORRECTION_2] = rates[start + c.BIAS_CORRECTION_2]
+    hyper[c.SHARE] = rates[start + c.RATE_SHARE]
 
 
 @register_jitable(**EXACT)
@@ -29,8 +176,7 @@ def _end_phase(head: Any, like: Any, counters: Any, phase: Any) -> None:
     """Do the rest of a phase, in one thread, when all its tasks have ended."""
     if phase.cut == t.BY_ROWS:
         for at in range(phase.first, phase.end):
-            call = call_at(head.calls, at)
-            end_rows(call, head, like, counters, phase.tasks)
+            _end_rows(call_at(head.calls, at), head, like, counters, phase.tasks)
     elif phase.cut == t.BY_PIECES:
         total = 0.0
         first = task_at(head.tasks, phase.first_task).first
@@ -45,7 +191,7 @@ def _end_phase(head: Any, like: Any, counters: Any, phase: Any) -> None:
             head.scale = scale
         elif total != 0.0:
             # penalties
-            elements(np.float64, head.stats)[PENALTIES] += 0.5 * total * batch_rows(head, counters)
+            elements(np.float64, head.stats)[c.PENALTIES] += 0.5 * total * batch_rows(head, counters)
 
 
 @register_jitable(**EXACT)
@@ -63,16 +209,13 @@ def _open(head: Any, like: Any) -> int:
                 return 0
             at = head.prologue
         phase = phase_at(head.phases, at)
-        updated = (counters[BATCH_INDEX] + 1) % head.accumulate == 0
+        updated = (counters[c.BATCH_INDEX] + 1) % head.accumulate == 0
         if phase.cut == t.AT_ONCE:
-            hyper, rates = elements(np.float64, head.hyper), elements(np.float64, head.rates)
-            stats = elements(np.float64, head.stats)
-            epoch_stats = elements(np.float64, head.epoch_stats)
-            advance(counters, hyper, rates, updated, stats, epoch_stats, head.epochs)
+            _advance(head, counters, updated)
             if head.noisy:
-                rows = elements(np.int64, head.noisy + 8 * counters[ROW_OFFSET])
-                while counters[ROW_COUNT] > 0 and rows[counters[ROW_COUNT] - 1] < 0:
-                    counters[ROW_COUNT] -= 1
+                rows = elements(np.int64, head.noisy + 8 * counters[c.ROW_OFFSET])
+                while counters[c.ROW_COUNT] > 0 and rows[counters[c.ROW_COUNT] - 1] < 0:
+                    counters[c.ROW_COUNT] -= 1
             continue
         if call_at(head.calls, phase.first).kind in (t.NORM, t.UPDATE):
             if not updated:
@@ -105,7 +248,7 @@ def work(job: int, task: int) -> int:
                 count = min(head.block * (end - first), shard_rows(call, head, counters) - rows)
                 product(call, head, like, rows, count)
             for number in range(first, end):
-                by_rows(call, head, like, counters, number)
+                _by_rows(call, head, like, counters, number)
         return 0
     pieces, sums = task_at(head.tasks, phase.first_task + task), elements(np.float64, head.sums)
     for at in range(pieces.first, pieces.end):

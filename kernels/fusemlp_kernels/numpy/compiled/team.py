@@ -5,23 +5,139 @@ thread. So the results have the same bits for any number of threads. A thread th
 the others up for the one task that it has begun.
 
 A task is claimed from the ticket: the number of the phase, and how many of its tasks are left. The thread that ends the
-last task of a phase opens the next. A thread that finds no task waits for a moment, then sleeps.
+last task of a phase opens the next. A thread that finds no task waits for a moment, then sleeps. Every atomic operation
+is sequentially consistent. The locks are those of the interpreter (``PyThread_acquire_lock``), which exist on every
+platform and may be taken and released without holding its global lock.
 
 ``words`` is the address of an int64 array, in which each word that is written often has a cache line to itself.
-``team.py`` beside this package makes the array and the threads.
+``launches.py`` beside this package makes the array and the threads.
+
+Numbers below the smallest normal one count as zero while the loop runs. An optimizer shrinks some values step by step,
+such as the weight of a feature that is always zero. They end as denormal numbers, with which x86 processors compute
+many times more slowly. The loss is below 1e-37 in float32. The control register of a thread's vector unit (MXCSR) has a
+bit for results that become zero and one for operands that count as zero (Intel 64 and IA-32 Architectures Software
+Developer's Manual, volume 1, section 10.2.3); a BLAS with one thread computes in the same thread. Other processors keep
+their denormal numbers.
 """
 
 from __future__ import annotations
 
 import ctypes
+import platform
 from typing import Any
 
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
 from numba.extending import register_jitable
 
-from fusemlp_kernels.numpy.compiled.atomics import add, load, pause, sleep, store, swap_if, wake
-from fusemlp_kernels.numpy.compiled.denormals import AS_ZERO, read_control, write_control
-from fusemlp_kernels.numpy.compiled.options import EXACT
-from fusemlp_kernels.numpy.compiled.views import call
+from fusemlp_kernels.numpy.compiled.compiler import EXACT, X86, call_function, instruction, intrinsic, kept
+
+_WORD, _CONTROL, _ORDER, _BYTES = ir.IntType(64), ir.IntType(32), "seq_cst", 8
+_ARM = platform.machine().lower() in ("arm64", "aarch64")
+# The bits of the control register for: flush to zero, denormals are zero
+AS_ZERO = (1 << 15) | (1 << 6)
+
+
+def _at(builder: Any, address: Any) -> Any:
+    return builder.inttoptr(address, _WORD.as_pointer())
+
+
+@intrinsic
+def load(typingctx: Any, address: Any) -> Any:
+    """The word at an address."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load_atomic(_at(builder, arguments[0]), _ORDER, _BYTES)
+
+    return types.intp(types.intp), code
+
+
+@intrinsic
+def store(typingctx: Any, address: Any, value: Any) -> Any:
+    """Write a word."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.store_atomic(arguments[1], _at(builder, arguments[0]), _ORDER, _BYTES)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), code
+
+
+@intrinsic
+def add(typingctx: Any, address: Any, value: Any) -> Any:
+    """Add to a word; its value before."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.atomic_rmw("add", _at(builder, arguments[0]), arguments[1], _ORDER)
+
+    return types.intp(types.intp, types.intp), code
+
+
+@intrinsic
+def swap_if(typingctx: Any, address: Any, expected: Any, value: Any) -> Any:
+    """Write a word if it is still the expected one; whether it was."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        found = builder.cmpxchg(_at(builder, arguments[0]), arguments[1], arguments[2], _ORDER, _ORDER)
+        return builder.extract_value(found, 1)
+
+    return types.boolean(types.intp, types.intp, types.intp), code
+
+
+@intrinsic
+def pause(typingctx: Any) -> Any:
+    """Tell the processor that the thread waits."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if X86:
+            instruction(builder, "x86.sse2.pause", ir.VoidType())
+        elif _ARM:
+            instruction(builder, "aarch64.hint", ir.VoidType(), ir.IntType(32)(1))
+        return context.get_dummy_value()
+
+    return types.void(), code
+
+
+for _name in ("PyThread_acquire_lock", "PyThread_release_lock"):
+    _routine = ctypes.cast(getattr(ctypes.pythonapi, _name), ctypes.c_void_p).value
+    llvmlite.binding.add_symbol(f"fusemlp_{_name}", _routine)
+# sleep(lock, 1) until wake(lock)
+sleep: Any = types.ExternalFunction("fusemlp_PyThread_acquire_lock", types.intc(types.intp, types.intc))
+wake: Any = types.ExternalFunction("fusemlp_PyThread_release_lock", types.void(types.intp))
+
+
+def _of_register(builder: Any, name: str, slot: Any) -> None:
+    """Store the control register to memory, or load it."""
+    instruction(builder, f"x86.sse.{name}", ir.VoidType(), builder.bitcast(slot, ir.IntType(8).as_pointer()))
+
+
+@intrinsic
+def read_control(typingctx: Any) -> Any:
+    """The control register; 0 where there is none."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if not X86:
+            return _CONTROL(0)
+        slot = cgutils.alloca_once(builder, _CONTROL)
+        _of_register(builder, "stmxcsr", slot)
+        return builder.load(slot)
+
+    return types.uint32(), code
+
+
+@intrinsic
+def write_control(typingctx: Any, value: Any) -> Any:
+    """Set the control register."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if X86:
+            _of_register(builder, "ldmxcsr", cgutils.alloca_once_value(builder, arguments[0]))
+        return context.get_dummy_value()
+
+    return types.void(types.uint32), code
+
 
 # Offsets in bytes. The ticket; tasks that have ended; how many threads sleep; those of the launch: its function and
 # argument, the tasks of this phase, how many members take part, whether it runs, and how long a thread spins. Then for
@@ -37,15 +153,16 @@ LEFT = (1 << TASK_BITS) - 1
 OPEN = -1
 
 
+@kept
 def alone(work: int, job: int) -> None:
     """Do all tasks of a launch in this thread."""
     before = read_control()
     write_control(before | AS_ZERO)
-    tasks = call(work, job, OPEN)
+    tasks = call_function(work, job, OPEN)
     while tasks:
         for task in range(tasks):
-            call(work, job, task)
-        tasks = call(work, job, OPEN)
+            call_function(work, job, task)
+        tasks = call_function(work, job, OPEN)
     write_control(before)
 
 
@@ -67,7 +184,7 @@ def _rouse(words: int, most: int) -> None:
 @register_jitable(**EXACT)
 def _open(words: int) -> None:
     """Open the next phase, or end the launch. No other thread writes the ticket now: no task is left or under way."""
-    tasks = call(load(words + WORK), load(words + JOB), OPEN)
+    tasks = call_function(load(words + WORK), load(words + JOB), OPEN)
     phase = (load(words + TICKET) >> TASK_BITS) + 1
     store(words + DONE, 0)
     store(words + TASKS, tasks)
@@ -104,6 +221,7 @@ def _wait(words: int, me: int, ticket: int) -> None:
     sleep(load(at + LOCK), 1)
 
 
+@kept
 def serve(words: int, me: int, work: int, job: int, members: int) -> None:
     """As member 0 lead a launch of ``members`` threads to its end; as another one help with all launches, for ever."""
     before = read_control()
@@ -121,17 +239,10 @@ def serve(words: int, me: int, work: int, job: int, members: int) -> None:
             _wait(words, me, ticket)
         elif swap_if(words + TICKET, ticket, ticket - 1):
             tasks = load(words + TASKS)
-            call(load(words + WORK), load(words + JOB), tasks - left)
+            call_function(load(words + WORK), load(words + JOB), tasks - left)
             if add(words + DONE, 1) + 1 == tasks:
                 _open(words)
     write_control(before)
-
-
-def functions() -> Any:
-    """``alone`` and ``serve``, compiled or read from the disk."""
-    from fusemlp_kernels.numpy.compiled.cache import kept
-
-    return kept(alone), kept(serve)
 
 
 def new_lock() -> int:

@@ -7,7 +7,6 @@ registers of any width. a is read number by number and may have any strides; a r
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -15,15 +14,15 @@ import llvmlite.binding
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+
+from fusemlp_kernels.numpy.compiled.compiler import X86, instruction, intrinsic
 
 _WORD, _INDEX = ir.IntType(64), ir.IntType(32)
-_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 def _register_bytes() -> int:
     """The width of a vector register."""
-    if not _X86:
+    if not X86:
         return 16
     features = llvmlite.binding.get_host_cpu_features()
     return 64 if features.get("avx512f") else 32 if features.get("avx2") else 16
@@ -32,7 +31,7 @@ def _register_bytes() -> int:
 REGISTER_BYTES = _register_bytes()
 # Rows of a tile, and vectors in one: its sums, a vector of b for each of these and a number of a fill the registers, of
 # which there are 32, on x86 before AVX-512 16.
-TILE_ROWS, TILE_VECTORS = (6, 2) if _X86 and REGISTER_BYTES < 64 else (8, 2)
+TILE_ROWS, TILE_VECTORS = (6, 2) if X86 and REGISTER_BYTES < 64 else (8, 2)
 
 # Partial sums of a dot product, and the tile of those: as many as the registers hold.
 DOT_BYTES = 64
@@ -54,10 +53,8 @@ class _Code:
         self.vector = ir.VectorType(self.element, self.lanes)
         self._name = f"v{self.lanes}f{8 * self.size}"
 
-    def call(self, name: str, result: Any, *arguments: Any) -> Any:
-        kind = ir.FunctionType(result, [argument.type for argument in arguments])
-        function = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.{name}.{self._name}")
-        return self.builder.call(function, arguments)
+    def sum_of_product(self, a: Any, b: Any, c: Any) -> Any:
+        return instruction(self.builder, f"fmuladd.{self._name}", self.vector, a, b, c)
 
     def at(self, address: Any, kind: Any) -> Any:
         return self.builder.inttoptr(address, kind.as_pointer())
@@ -75,13 +72,11 @@ class _Code:
         return self.builder.icmp_signed("<", lanes, self.everywhere(self.builder.trunc(columns, _INDEX)))
 
     def load(self, address: Any, mask: Any = None) -> Any:
+        pointer = self.at(address, self.vector)
         if mask is not None:
-            pointer, align = self.at(address, self.vector), _INDEX(self.size)
-            kind = ir.FunctionType(self.vector, [pointer.type, _INDEX, mask.type, self.vector])
-            name = f"llvm.masked.load.{self._name}.p0"
-            function = cgutils.get_or_insert_function(self.builder.module, kind, name)
-            return self.builder.call(function, [pointer, align, mask, ir.Constant(self.vector, None)])
-        value = self.builder.load(self.at(address, self.vector))
+            name, nothing = f"masked.load.{self._name}.p0", ir.Constant(self.vector, None)
+            return instruction(self.builder, name, self.vector, pointer, _INDEX(self.size), mask, nothing)
+        value = self.builder.load(pointer)
         value.align = self.size
         return value
 
@@ -89,11 +84,9 @@ class _Code:
         pointer = self.at(address, self.vector)
         if mask is None:
             self.builder.store(value, pointer).align = self.size
-            return
-        kind = ir.FunctionType(ir.VoidType(), [self.vector, pointer.type, _INDEX, mask.type])
-        name = f"llvm.masked.store.{self._name}.p0"
-        function = cgutils.get_or_insert_function(self.builder.module, kind, name)
-        self.builder.call(function, [value, pointer, _INDEX(self.size), mask])
+        else:
+            name = f"masked.store.{self._name}.p0"
+            instruction(self.builder, name, ir.VoidType(), value, pointer, _INDEX(self.size), mask)
 
 
 def _row(builder: Any, first: Any, stride: Any, i: int, rows: Any) -> Any:
@@ -103,13 +96,21 @@ def _row(builder: Any, first: Any, stride: Any, i: int, rows: Any) -> Any:
     return builder.add(first, builder.mul(builder.select(inside, _number(i), last), stride))
 
 
-def _joined(to: _Code, one: Any, values: list[Any], other: Any, others: list[Any]) -> list[Any]:
-    """The vectors ``values`` after block ``one``, or ``others`` after block ``other``."""
-    phis = [to.builder.phi(to.vector) for _ in values]
-    for phi, value, else_value in zip(phis, values, others, strict=True):
-        phi.add_incoming(value, one)
-        phi.add_incoming(else_value, other)
-    return phis
+def _looped(builder: Any, end: Any, step: int, values: list[Any], of: Callable[..., list[Any]]) -> list[Any]:
+    """The values after ``values = of(k, values)`` for k from 0 in steps to before ``end``; they stay in registers."""
+    before, body, after = builder.block, builder.append_basic_block("k"), builder.append_basic_block("end")
+    firsts = [_number(0), *values]
+    builder.cbranch(builder.icmp_signed(">", end, firsts[0]), body, after)
+    builder.position_at_end(body)
+    phis = [builder.phi(value.type) for value in firsts]
+    following = [builder.add(phis[0], _number(step)), *of(phis[0], phis[1:])]
+    builder.cbranch(builder.icmp_signed("<", following[0], end), body, after)
+    builder.position_at_end(after)
+    results = [builder.phi(value.type) for value in firsts]
+    for phi, first, then in zip(phis + results, firsts * 2, following * 2, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(then, body)
+    return results[1:]
 
 
 def _tile(height: int, vectors: int, masked: bool) -> Callable[..., Any]:
@@ -133,41 +134,27 @@ def _tile(height: int, vectors: int, masked: bool) -> Callable[..., Any]:
             in_bytes = [builder.mul(stride, _number(to.size)) for stride in (a_row, a_step, b_step, c_row)]
             a_row, a_step, b_step, c_row = in_bytes
             width = to.lanes
-            masks = [
-                to.mask(builder.sub(columns, _number(v * width))) if masked else None for v in range(vectors)
-            ]  # fmt: skip
+            firsts = [_number(v * width) for v in range(vectors)]
+            masks = [to.mask(builder.sub(columns, first)) if masked else None for first in firsts]
 
             def across(address: Any) -> list[Any]:
                 return [to.load(builder.add(address, _number(v * width * to.size)), masks[v]) for v in range(vectors)]
 
-            firsts = across(start) * height
+            starts = across(start) * height
             a_rows = [_row(builder, a, a_row, i, rows) for i in range(height)]
-            entry, body, end = builder.block, builder.append_basic_block("k"), builder.append_basic_block("end")
-            builder.cbranch(builder.icmp_signed(">", depth, _number(0)), body, end)
 
-            builder.position_at_end(body)
-            k, a_at, b_at = (builder.phi(_WORD) for _ in range(3))
-            sums = [builder.phi(to.vector) for _ in firsts]
-            bs, added = across(b_at), []
-            for i in range(height):
-                number = builder.load(to.at(builder.add(a_rows[i], a_at), to.element))
-                number.align = to.size
-                same = to.everywhere(number)
-                for v in range(vectors):
-                    added.append(to.call("fmuladd", to.vector, same, bs[v], sums[i * vectors + v]))
-            following = builder.add(k, _number(1))
-            for phi, first, then in (
-                (k, _number(0), following),
-                (a_at, _number(0), builder.add(a_at, a_step)),
-                (b_at, b, builder.add(b_at, b_step)),
-                *zip(sums, firsts, added, strict=True),
-            ):
-                phi.add_incoming(first, entry)
-                phi.add_incoming(then, body)
-            builder.cbranch(builder.icmp_signed("<", following, depth), body, end)
+            def added(_: Any, values: list[Any]) -> list[Any]:
+                a_at, b_at, *sums = values
+                bs = across(b_at)
+                for i in range(height):
+                    number = builder.load(to.at(builder.add(a_rows[i], a_at), to.element))
+                    number.align = to.size
+                    same = to.everywhere(number)
+                    for v, at in enumerate(range(i * vectors, (i + 1) * vectors)):
+                        sums[at] = to.sum_of_product(same, bs[v], sums[at])
+                return [builder.add(a_at, a_step), builder.add(b_at, b_step), *sums]
 
-            builder.position_at_end(end)
-            results = _joined(to, entry, firsts, body, added)
+            _, _, *results = _looped(builder, depth, 1, [_number(0), b, *starts], added)
             unit, zero = ir.Constant(to.element, 1.0), ir.Constant(to.element, 0.0)
             plain = builder.and_(builder.fcmp_ordered("==", alpha, unit), builder.fcmp_ordered("==", beta, zero))
             with builder.if_else(plain) as (store, combine):
@@ -180,7 +167,7 @@ def _tile(height: int, vectors: int, masked: bool) -> Callable[..., Any]:
                     def combined(value: Any, before: Callable[[], Any]) -> Any:
                         # what is there may be NaN
                         held = builder.select(forgets, nothing, builder.fmul(betas, before()))
-                        return to.call("fmuladd", to.vector, alphas, value, held)
+                        return to.sum_of_product(alphas, value, held)
 
                     _each_row(builder, to, c, c_row, rows, results, masks, combined)
             return context.get_dummy_value()
@@ -236,32 +223,16 @@ def _dots(height: int, width: int) -> Callable[..., Any]:
             def added(at: Any, sums: list[Any], mask: Any = None) -> list[Any]:
                 xs, ys = ([to.load(builder.add(row, at), mask) for row in of] for of in (tops, sides))
                 pairs = [(x, y) for x in xs for y in ys]
-                return [to.call("fmuladd", to.vector, *pair, held) for pair, held in zip(pairs, sums, strict=True)]
+                return [to.sum_of_product(*pair, held) for pair, held in zip(pairs, sums, strict=True)]
 
             nothing = [ir.Constant(to.vector, None)] * (height * width)
-            whole = builder.and_(depth, _number(-to.lanes))
-            entry, body, rest = builder.block, builder.append_basic_block("k"), builder.append_basic_block("rest")
-            last, end = builder.append_basic_block("last"), builder.append_basic_block("end")
-            builder.cbranch(builder.icmp_signed(">", whole, _number(0)), body, rest)
-
-            builder.position_at_end(body)
-            k, sums = builder.phi(_WORD), [builder.phi(to.vector) for _ in nothing]
-            more = added(builder.mul(k, _number(size)), sums)
-            following = builder.add(k, _number(to.lanes))
-            for phi, first, then in ((k, _number(0), following), *zip(sums, nothing, more, strict=True)):
-                phi.add_incoming(first, entry)
-                phi.add_incoming(then, body)
-            builder.cbranch(builder.icmp_signed("<", following, whole), body, rest)
-
-            builder.position_at_end(rest)
-            sums = _joined(to, entry, nothing, body, more)
-            builder.cbranch(builder.icmp_signed("<", whole, depth), last, end)
-            builder.position_at_end(last)
-            more = added(builder.mul(whole, _number(size)), sums, to.mask(builder.sub(depth, whole)))
-            builder.branch(end)
-            builder.position_at_end(end)
-            sums = _folded(builder, to.lanes, _joined(to, rest, sums, last, more))
-
+            whole, rest = (builder.and_(depth, _number(bits)) for bits in (-to.lanes, to.lanes - 1))
+            sums = _looped(
+                builder, whole, to.lanes, nothing, lambda k, sums: added(builder.mul(k, _number(size)), sums)
+            )
+            after, inside = builder.mul(whole, _number(size)), to.mask(rest)
+            sums = _looped(builder, rest, to.lanes, sums, lambda _, sums: added(after, sums, inside))
+            sums = _folded(builder, to.lanes, sums)
             mask = few.mask(columns)
             starts = few.load(start, mask)
             for i in range(height):
@@ -292,7 +263,8 @@ def _folded(builder: Any, lanes: int, vectors: list[Any]) -> list[Any]:
 dot_tile: Any = intrinsic(_dots(DOT_ROWS, DOT_COLUMNS))
 
 
-def _transposed(
+@intrinsic
+def transpose_square(
     typingctx: Any, like: Any, source: Any, source_row: Any, rows: Any, target: Any, target_row: Any
 ) -> Any:  # fmt: skip
     """Write the transpose of a square, as wide as a register, to ``target``; addresses, and strides in elements.
@@ -325,10 +297,8 @@ def _transposed(
     return types.void(like, *[types.intp] * 5), code
 
 
-transpose_square: Any = intrinsic(_transposed)
-
-
-def _copies(typingctx: Any, like: Any, target: Any, source: Any, count: Any) -> Any:
+@intrinsic
+def copy(typingctx: Any, like: Any, target: Any, source: Any, count: Any) -> Any:
     """Copy ``count`` elements from one address to another."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -342,22 +312,14 @@ def _copies(typingctx: Any, like: Any, target: Any, source: Any, count: Any) -> 
     return types.void(like, *[types.intp] * 3), code
 
 
-copy: Any = intrinsic(_copies)
-
-
-def _prefetches(typingctx: Any, address: Any) -> Any:
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
     """Ask for the cache line at an address, which is read later."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        byte = ir.IntType(8).as_pointer()
-        pointer = builder.inttoptr(arguments[0], byte)
-        kind = ir.FunctionType(ir.VoidType(), [byte, _INDEX, _INDEX, _INDEX])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        reads, second_level, data = 0, 2, 1
-        builder.call(function, [pointer, *map(_INDEX, (reads, second_level, data))])
+        pointer = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+        reads, second_level, data = map(_INDEX, (0, 2, 1))
+        instruction(builder, "prefetch.p0", ir.VoidType(), pointer, reads, second_level, data)
         return context.get_dummy_value()
 
     return types.void(types.intp), code
-
-
-prefetch: Any = intrinsic(_prefetches)
