@@ -1,4 +1,4 @@
-"""How numba compiles here: its options, what is kept on disk, and the memory that compiled functions read and write.
+"""Options of numba, its cache on disk, and the memory and calls by address that compiled functions use.
 
 Numba optimises every function that it meets and makes machine code of it, with copies of all that the function calls.
 For a function that no Python code calls this is done for nothing: LLVM optimises the whole once more. It takes most of
