@@ -215,20 +215,23 @@ def numba_file() -> str:
         return loop(indices, [f"{place} = np.nan"])
 
     real = Dialect(wrapped("real({})", ["slope", "undo"]), number)
-    for name, row in ACTIVATIONS.items():
+    # callers pass over the identity
+    activations = {name: row for name, row in ACTIVATIONS.items() if name != "identity"}
+    for name, row in activations.items():
         body = loop("count", [f"z = {'zs' if row.needs_z else 'ys'}[i]", *assigned(lines(row.value, "ys[i]"), real)])
-        function(f"activate_{name}", "ys, zs, count, slope", body if row.value != "z" else [])
+        function(f"activate_{name}", "ys, zs, count, slope", body)
         *before, (_, value) = derivative_lines(row)
         body, result = ["z = zs[i]" if row.needs_z else "y = ys[i]", *assigned(before, real)], "0.0"
         if row.by_slope is not None:
             body.append(f"by_slope += ds[i] * {real(lines(row.by_slope, 'by_slope')[-1][1])}")
             result = "by_slope"
-        body = loop("count", [*body, f"ds[i] *= {real(value)}"]) if row.derivative != "1" else []
+        body = loop("count", [*body, f"ds[i] *= {real(value)}"])
         start = ["by_slope = 0.0"] if row.by_slope is not None else []
         function(f"derive_{name}", "ds, ys, zs, count, slope, undo", [*start, *body, f"return {result}"])
     for name, loss in LOSSES.items():
-        body = assigned(loss_lines(name), Dialect(number=number))
-        body = ["y, t = ys[i], ds[i]", *body, "total += loss", "ds[i] = gradient * factor"]
+        *before, (_, value), (_, gradient) = loss_lines(name)
+        scaled, spell = ast.BinOp(gradient, ast.Mult(), ast.Name("factor")), Dialect(number=number)
+        body = ["y, t = ys[i], ds[i]", *assigned(before, spell), f"total += {spell(value)}", f"ds[i] = {spell(scaled)}"]
         body = ["total = 0.0", *loop("np.uintp(start), np.uintp(stop)", body), "return total"]
         function(f"loss_{name}", f"ys, ds, start, stop, factor, {loss.option or 'option'}", body, "", "REDUCTION")
     flags = {"rate_inside": "rule.sklearn != 0", "decoupled": "rule.decoupled != 0"}
@@ -249,12 +252,12 @@ def numba_file() -> str:
     body = [*average.scalar_lines(loads, scalars), *loop("count", body)]
     function("update_average", "ps, averages, count, hyper", body, "The average of the parameters, after an update.")
     told = "``y = act(z)``; ys holds z where the derivative is had from y, else zs is other memory (``NEEDS_Z``)."
-    choice("activate", "activate", ACTIVATIONS, "ys, zs, count, slope", told, nan("count", "ys[i]"))
+    choice("activate", "activate", activations, "ys, zs, count, slope", told, nan("count", "ys[i]"))
     told = "``d *= act'``; ``undo`` is the inverse of dropout's scale on y. Returns the gradient by a learned slope."
     choice(
         "multiply_by_derivative",
         "derive",
-        ACTIVATIONS,
+        activations,
         "ds, ys, zs, count, slope, undo",
         told,
         [*nan("count", "ds[i]"), "return np.nan"],

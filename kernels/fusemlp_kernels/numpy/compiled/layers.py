@@ -49,9 +49,7 @@ LINE = 64
 
 
 @register_jitable(**EXACT)
-def gather(
-    call: Any, like: Any, rows: Any, first: int, count: int, following: Any, left: int
-) -> None:  # fmt: skip
+def gather(call: Any, like: Any, rows: Any, first: int, count: int, following: Any, left: int) -> None:
     """Rows of ``out = x[rows]``, flat (M, K); zeros where a row is -1. ``following``: the rows of the next batch, of
     which the first ``left`` are asked for."""
     columns, size = call.k, like.itemsize
@@ -94,9 +92,7 @@ def product(call: Any, head: Any, like: Any, first: int, count: int) -> None:
 
 
 @register_jitable(**EXACT)
-def activate_rows(
-    call: Any, like: Any, first: int, count: int, batch_index: int, lanes: int
-) -> None:  # fmt: skip
+def activate_rows(call: Any, like: Any, first: int, count: int, batch_index: int, lanes: int) -> None:
     """The output of a layer from its pre-activation; lanes is an address."""
     outputs = call.n
     y, z = block(like, call.y, first, outputs), block(like, call.z, first, outputs)
@@ -108,9 +104,7 @@ def activate_rows(
 
 
 @register_jitable(**EXACT)
-def derive(
-    call: Any, like: Any, partials: Any, y: Any, z: Any, dz: Any, count: int, undo_scale: float
-) -> None:  # fmt: skip
+def derive(call: Any, like: Any, partials: Any, y: Any, z: Any, dz: Any, count: int, undo_scale: float) -> None:
     """The gradient by ``count`` pre-activations from that by the outputs, in dz, and that by prelu's slope."""
     if call.activation != t.IDENTITY:
         slope = slope_of(call, like)
@@ -150,7 +144,8 @@ def _scale(y: Any, x: Any, r: Any, count: int) -> None:
 def _activated(y: Any, z: Any, x: Any, s: Any, b: Any, count: int, activation: int, slope: float) -> None:
     """``y = act(z)`` with ``z = x * s + b``."""
     _affine(y, z, x, s, b, count)
-    activate(activation, y, z, count, slope)
+    if activation != t.IDENTITY:
+        activate(activation, y, z, count, slope)
 
 
 @register_jitable(**ELEMENTWISE)
@@ -180,16 +175,17 @@ def _sum_and_scale(dz: Any, x: Any, s: Any, by_s: Any, by_b: Any, count: int) ->
 @register_jitable(**EXACT)
 def _derive_affine(
     dz: Any, h: Any, z: Any, x: Any, s: Any, by_s: Any, by_b: Any, count: int, activation: int, slope: float
-) -> None:  # fmt: skip
+) -> None:
     """From the gradient by h = act(z), in dz, to that by x, in its place; the sums by s and b grow."""
-    multiply_by_derivative(activation, dz, h, z, count, slope, 1.0)
+    if activation != t.IDENTITY:
+        multiply_by_derivative(activation, dz, h, z, count, slope, 1.0)
     _sum_and_scale(dz, x, s, by_s, by_b, count)
 
 
 @register_jitable(**EXACT)
 def affine_rows(
     call: Any, head: Any, like: Any, rows: Any, first: int, count: int, batch_index: int, task: int
-) -> None:  # fmt: skip
+) -> None:
     """Rows of ``y = dropout(act(x * s + b)) * r``; zeros where there is no x."""
     columns, members, size = call.n, call.members, like.itemsize
     lanes = lanes_of(head, task)
@@ -212,9 +208,7 @@ def affine_rows(
 
 
 @register_jitable(**EXACT)
-def backward_rows(
-    call: Any, like: Any, rows: Any, first: int, count: int, task: int
-) -> None:  # fmt: skip
+def backward_rows(call: Any, like: Any, rows: Any, first: int, count: int, task: int) -> None:
     """Rows of the gradient by x, and this task's sums for r, s and b."""
     columns, members, size = call.n, call.members, like.itemsize
     every = members * columns

@@ -30,16 +30,6 @@ RULE_SGD, RULE_MOMENTUM, RULE_ADAM, RULE_NESTEROV = range(4)
 
 
 @register_jitable(**ELEMENTWISE)
-def activate_identity(ys, zs, count, slope):
-    pass
-
-
-@register_jitable(**ELEMENTWISE)
-def derive_identity(ds, ys, zs, count, slope, undo):
-    return 0.0
-
-
-@register_jitable(**ELEMENTWISE)
 def activate_relu(ys, zs, count, slope):
     real = ys.dtype.type
     for i in range(count):
@@ -248,10 +238,8 @@ def loss_binary_cross_entropy(ys, ds, start, stop, factor, option):
     for i in range(np.uintp(start), np.uintp(stop)):
         y, t = ys[i], ds[i]
         e = exp(-abs(y))
-        loss = maximum(y, real(0.0)) + log1p(e) - t * y
-        gradient = sigmoid(y) - t
-        total += loss
-        ds[i] = gradient * factor
+        total += maximum(y, real(0.0)) + log1p(e) - t * y
+        ds[i] = (sigmoid(y) - t) * factor
     return total
 
 
@@ -262,10 +250,8 @@ def loss_mse(ys, ds, start, stop, factor, option):
     for i in range(np.uintp(start), np.uintp(stop)):
         y, t = ys[i], ds[i]
         r = y - t
-        loss = r * r
-        gradient = real(2.0) * r
-        total += loss
-        ds[i] = gradient * factor
+        total += r * r
+        ds[i] = real(2.0) * r * factor
     return total
 
 
@@ -275,10 +261,8 @@ def loss_mae(ys, ds, start, stop, factor, option):
     for i in range(np.uintp(start), np.uintp(stop)):
         y, t = ys[i], ds[i]
         r = y - t
-        loss = abs(r)
-        gradient = sign(r)
-        total += loss
-        ds[i] = gradient * factor
+        total += abs(r)
+        ds[i] = sign(r) * factor
     return total
 
 
@@ -290,10 +274,8 @@ def loss_huber(ys, ds, start, stop, factor, delta):
         y, t = ys[i], ds[i]
         r = y - t
         c = minimum(maximum(r, -delta), delta)
-        loss = c * (r - real(0.5) * c)
-        gradient = c
-        total += loss
-        ds[i] = gradient * factor
+        total += c * (r - real(0.5) * c)
+        ds[i] = c * factor
     return total
 
 
@@ -303,10 +285,8 @@ def loss_poisson(ys, ds, start, stop, factor, option):
     for i in range(np.uintp(start), np.uintp(stop)):
         y, t = ys[i], ds[i]
         e = exp(y)
-        loss = e - t * y
-        gradient = e - t
-        total += loss
-        ds[i] = gradient * factor
+        total += e - t * y
+        ds[i] = (e - t) * factor
     return total
 
 
@@ -319,10 +299,8 @@ def loss_quantile(ys, ds, start, stop, factor, quantile):
         r = y - t
         s = sign(r)
         slope = maximum((real(1.0) - quantile) * s, -quantile * s)
-        loss = slope * abs(r)
-        gradient = slope * s
-        total += loss
-        ds[i] = gradient * factor
+        total += slope * abs(r)
+        ds[i] = slope * s * factor
     return total
 
 
@@ -408,9 +386,7 @@ def update_average(ps, averages, count, hyper):
 @register_jitable(**ELEMENTWISE)
 def activate(kind, ys, zs, count, slope):
     """``y = act(z)``; ys holds z where the derivative is had from y, else zs is other memory (``NEEDS_Z``)."""
-    if kind == IDENTITY:
-        return activate_identity(ys, zs, count, slope)
-    elif kind == RELU:
+    if kind == RELU:
         return activate_relu(ys, zs, count, slope)
     elif kind == LEAKY_RELU:
         return activate_leaky_relu(ys, zs, count, slope)
@@ -440,9 +416,7 @@ def activate(kind, ys, zs, count, slope):
 @register_jitable(**ELEMENTWISE)
 def multiply_by_derivative(kind, ds, ys, zs, count, slope, undo):
     """``d *= act'``; ``undo`` is the inverse of dropout's scale on y. Returns the gradient by a learned slope."""
-    if kind == IDENTITY:
-        return derive_identity(ds, ys, zs, count, slope, undo)
-    elif kind == RELU:
+    if kind == RELU:
         return derive_relu(ds, ys, zs, count, slope, undo)
     elif kind == LEAKY_RELU:
         return derive_leaky_relu(ds, ys, zs, count, slope, undo)
