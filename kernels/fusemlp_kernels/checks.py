@@ -4,7 +4,6 @@ what they bind."""
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -65,13 +64,10 @@ def _check_fields(place: str, operands: tuple[Operand, ...], given: Mapping[str,
             _check_fields(f"{place}: {name}[{index}]", known[name].fields, fields)
 
 
-@functools.cache
-def operands_of(binder: Callable[..., object]) -> frozenset[str]:
-    """The operands that a binder takes."""
-    if "operands" in vars(binder):
-        return frozenset(vars(binder)["operands"])
-    parameters = inspect.signature(binder).parameters.values()
-    return frozenset(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+def operands_of(binder: Callable[..., object]) -> set[str]:
+    """The operands that a binder takes, as ``binds`` notes them."""
+    operands: set[str] = vars(binder)["operands"]
+    return operands
 
 
 # The parameters of states that are not named after them.
@@ -236,23 +232,18 @@ def _check_together(op: str, operands: Mapping[str, Any]) -> None:
     rule = operands.get("rule")
     if operands.get("noise") is not None:
         operands["noise"].check(rule)
-    if op == "grad_weight_update" and isinstance(rule, UpdateRule) and not _fuses(rule):
+    if op == "grad_weight_update" and isinstance(rule, UpdateRule) and not rule.fuses:
         raise ArgumentError(
             f"{op}: rule: clipping and accumulation need the gradients in memory; use grad_weight and update"
         )
     _check_parts(op, operands)
 
 
-def _fuses(rule: UpdateRule) -> bool:
-    """Return whether an update needs nothing but the gradient of its own batch and element."""
-    return rule.accumulate == 1 and rule.clip_norm is None
-
-
 def _check_parts(op: str, given: Mapping[str, Any]) -> None:
     parts, part = given.get("parts", 1), given.get("part", 0)
     if parts < 1 or (parts > 1 and part % 8):
         raise ArgumentError(f"{op}: parts, part: expected parts >= 1, part a multiple of 8; got {parts} and {part}")
-    if parts > 1 and not (_fuses(given["rule"]) and given["norm"] is None):
+    if parts > 1 and not (given["rule"].fuses and given["norm"] is None):
         raise ArgumentError(
             f"{op}: parts: a batch in {parts} parts has no gradient to accumulate, and no norm; use parts=1"
         )

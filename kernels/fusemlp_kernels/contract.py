@@ -136,6 +136,11 @@ class UpdateRule(pointwise.Hyperparameters):
         return list(pointwise.OPTIMIZERS).index(self.name)
 
     @property
+    def fuses(self) -> bool:
+        """True if an update needs nothing but the gradient of its own batch and element."""
+        return self.accumulate == 1 and self.clip_norm is None
+
+    @property
     def states(self) -> tuple[str, ...]:
         """The names of the arrays, shaped like the parameters, that the optimizer keeps; an average comes last."""
         return list(pointwise.OPTIMIZERS.values())[self.code].states + (pointwise.AVERAGE.states if self.ema else ())
@@ -206,7 +211,7 @@ class Noise:
 
     def check(self, rule: UpdateRule) -> None:
         """Raise ArgumentError for an optimizer that does not take one batch's gradients as they are."""
-        if rule.clip_norm is not None or rule.accumulate != 1:
+        if not rule.fuses:
             raise ArgumentError("noise: it is for one batch's clipped gradients; leave out clip_norm and accumulate")
 
 

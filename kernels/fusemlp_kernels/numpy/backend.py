@@ -21,7 +21,7 @@ REAL = {"fp32": np.float32, "fp64": np.float64}
 
 
 class NumpyBackend:
-    """Implements ``contract.Backend`` with NumPy arrays."""
+    """Implements ``contract.Backend``, which says what its functions do, with NumPy arrays."""
 
     def __init__(self, traits: Traits, device: str | None, precision: str) -> None:
         if device not in (None, "cpu"):
@@ -42,14 +42,12 @@ class NumpyBackend:
         }
 
     def allocate(self, size: int, dtype: str) -> Array:
-        """See ``contract.Backend``."""
         kind = np.dtype(self._dtypes[dtype])
         memory = np.zeros(size * kind.itemsize + ALIGNMENT_BYTES, np.uint8)
         start = -memory.ctypes.data % ALIGNMENT_BYTES
         return memory[start : start + size * kind.itemsize].view(kind)
 
     def view(self, flat: Array, offset: int, shape: tuple[int, ...], pitch: int) -> Array:
-        """See ``contract.Backend``."""
         if len(shape) == 1:
             return flat[offset : offset + shape[0]]
         rows, columns = shape
@@ -60,51 +58,43 @@ class NumpyBackend:
         return None
 
     def extent(self, array: Array) -> tuple[float, float]:
-        """See ``contract.Backend``."""
         return float(array.min()), float(array.max())
 
     def is_integer(self, array: Array) -> bool:
-        """See ``contract.Backend``."""
         return array.dtype.kind in "biu"
 
     def from_host(self, array: Array, dtype: str | None = None) -> Array:
-        """See ``contract.Backend``."""
         return array
 
     def to_host(self, array: Array) -> Array:
-        """See ``contract.Backend``."""
         return np.array(array, order="C")
 
     def read(self, *arrays: Array) -> list[Array]:
-        """See ``contract.Backend``."""
         return [np.array(array, np.float64, ndmin=1) for array in arrays]
 
     def place(self, array: Array) -> None:
         """See ``contract.Backend``; no array is adopted."""
 
     def copy_into(self, destination: Array, source: Array) -> None:
-        """See ``contract.Backend``."""
         np.copyto(destination, source, casting="same_kind")
 
     def scalar(self, array: Array, index: int) -> Array:
-        """See ``contract.Backend``."""
         return np.array(array[index], self._dtypes["real"])
 
     def capture(self, run: Run, times: int) -> Run:
-        """See ``contract.Backend``."""
         raise BackendUnavailableError("plan: the numpy backend has no graphs; use plan='eager'")
 
     def bind(
         self, op: str, arrays: Mapping[str, Array] | None = None, memo: dict[str, Any] | None = None, **operands: Any
     ) -> Run:
-        """See ``contract.Backend``."""
-        loops, epoch_stats = op == "train_resident", operands.get("epoch_stats")
+        epoch_stats = operands.get("epoch_stats")
         run: Run | None = memo["table"].bind(arrays, epoch_stats) if memo else None
         if run is not None:
             return run
         check_names(self.traits.name, BINDERS, op, operands)
         table = CallTable(self._dtypes["real"])
-        run = table.bind(ENTRIES[op](table, table.operands(op, operands)), epoch_stats, alone=loops)
+        ENTRIES[op](table, table.operands(op, operands))
+        run = table.bind(epoch_stats, alone=op == "train_resident")
         # an array with two names may be two arrays in the next model
         if memo is not None and arrays and len({*map(id, arrays.values())}) == len(arrays) and not table.converts:
             memo["table"] = BoundTable(table, arrays)
@@ -113,8 +103,9 @@ class NumpyBackend:
     def bind_calls(self, calls: Sequence[tuple[str, Operands]], arrays: Sequence[Array | None]) -> Run:
         """Bind calls on one batch as one launch: ``run(addresses)`` finds ``arrays``, contiguous, at the addresses."""
         table = CallTable(self._dtypes["real"])
-        counts = [ENTRIES[op](table, table.operands(op, operands)) for op, operands in calls]
-        return table.bind_moving(counts[-1], arrays)
+        for op, operands in calls:
+            ENTRIES[op](table, table.operands(op, operands))
+        return table.bind_moving(arrays)
 
     def synchronize(self) -> None:
         """See ``contract.Backend``; every call has ended when it returns."""

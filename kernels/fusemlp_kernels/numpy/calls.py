@@ -1,6 +1,6 @@
 """The calls of the contract as rows of a table for the compiled loop: one call by itself, or those of a training step.
 
-Every function enters the operands of an op and returns the number of rows in the batch, COUNTED where counters has it.
+Every function enters the operands of an op.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import numpy as np
 from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, NEEDS_Z, Segment, TensorRule, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, unknown_name
 from fusemlp_kernels.numpy.compiled import tables as t
+from fusemlp_kernels.numpy.launches import OPTIMIZER_NAMES
 from fusemlp_kernels.numpy.plan import MOST_TASKS
 from fusemlp_kernels.numpy.tables import Array, CallTable
 from fusemlp_kernels.ops import OPS
 from fusemlp_kernels.philox import seed_key, threshold
+from fusemlp_kernels.pointwise import HYPERPARAMETERS
 
-Enter = Callable[[CallTable, SimpleNamespace], int]
+Enter = Callable[[CallTable, SimpleNamespace], None]
 ENTRIES: dict[str, Enter] = {}
 Fields = Mapping[str, Any]
 
@@ -106,7 +108,7 @@ def _affine(table: CallTable, x: Array, w: Array, b: Array, z: Array) -> None:
 
 
 @enters("linear")
-def _linear(table: CallTable, call: SimpleNamespace) -> int:
+def _linear(table: CallTable, call: SimpleNamespace) -> None:
     y, w = call.y, call.w
     z = y if call.activation not in NEEDS_Z else table.scratch(*y.shape) if call.z is None else call.z
     activated, dropped = activation(table, call), dropout(call)
@@ -115,24 +117,23 @@ def _linear(table: CallTable, call: SimpleNamespace) -> int:
     if call.activation != "identity" or dropped:
         table.add("ACTIVATE", n=len(w), y=y, z=z, **activated, **dropped)
     table.control(call.counters)
-    return len(y)
 
 
 @enters("loss_grad")
-def _loss_grad(table: CallTable, call: SimpleNamespace) -> int:
-    return _loss_of(table, call, call.z, fresh=False)
+def _loss_grad(table: CallTable, call: SimpleNamespace) -> None:
+    _loss_of(table, call, call.z, fresh=False)
 
 
 @enters("linear_loss_grad")
-def _linear_loss_grad(table: CallTable, call: SimpleNamespace) -> int:
+def _linear_loss_grad(table: CallTable, call: SimpleNamespace) -> None:
     x, w, gathered = call.x, call.w, call.gathered
     count = len(x) if call.x_rows is None or gathered is None else len(gathered)
     x, z = _gathered(table, x, call.x_rows, gathered, count), table.scratch(count, len(w))
     _affine(table, x, w, call.b, z)
-    return _loss_of(table, call, z, fresh=True)
+    _loss_of(table, call, z, fresh=True)
 
 
-def _loss_of(table: CallTable, call: SimpleNamespace, z: Array, *, fresh: bool) -> int:
+def _loss_of(table: CallTable, call: SimpleNamespace, z: Array, *, fresh: bool) -> None:
     """The loss and dz of pre-activations z; ``fresh``: z is neither dz nor read later.
 
     Targets and weights are read through the rows, and the shares stay in a register.
@@ -172,11 +173,10 @@ def _loss_of(table: CallTable, call: SimpleNamespace, z: Array, *, fresh: bool) 
     )  # fmt: skip
     if dz is not None:
         table.add("PADDING", n=outputs, k=count, dz=dz)
-    return t.COUNTED
 
 
 @enters("grad_input")
-def _grad_input(table: CallTable, call: SimpleNamespace) -> int:
+def _grad_input(table: CallTable, call: SimpleNamespace) -> None:
     out, w, y = call.dz_prev, call.w, call.y
     table.height = max(table.height, len(out))
     table.add(
@@ -184,7 +184,6 @@ def _grad_input(table: CallTable, call: SimpleNamespace) -> int:
         **activation(table, call), **dropout(call),
     )  # fmt: skip
     table.control(call.counters)
-    return len(out)
 
 
 def _input(layer: SimpleNamespace) -> Array:
@@ -194,7 +193,7 @@ def _input(layer: SimpleNamespace) -> Array:
 
 
 @enters("clip_examples")
-def _clip_examples(table: CallTable, call: SimpleNamespace) -> int:
+def _clip_examples(table: CallTable, call: SimpleNamespace) -> None:
     norms = table.scratch(_batch(call.layers), dtype=np.float64)
     for index, layer in enumerate(call.layers):
         x, dz = _input(layer), layer.dz
@@ -204,11 +203,10 @@ def _clip_examples(table: CallTable, call: SimpleNamespace) -> int:
     for layer in call.layers:
         table.add("SHRINK", n=layer.dz.shape[1], dz=layer.dz, out=norms, largest=call.clip)
     table.control(call.counters)
-    return t.COUNTED
 
 
 @enters("perturb")
-def _perturb(table: CallTable, call: SimpleNamespace) -> int:
+def _perturb(table: CallTable, call: SimpleNamespace) -> None:
     change, out = call.change, call.adv if call.start is None else call.start
     count, columns = out.shape
     table.height = max(table.height, count)
@@ -221,8 +219,6 @@ def _perturb(table: CallTable, call: SimpleNamespace) -> int:
         **row_numbers(call.rows, count),
     )  # fmt: skip
     table.control(call.counters)
-    rows: int = count
-    return rows
 
 
 def _gradients(table: CallTable, layer: SimpleNamespace, w: Fields | None, b: Fields | None) -> None:
@@ -244,19 +240,18 @@ def _batch(layers: Sequence[SimpleNamespace]) -> int:
 
 
 @enters("grad_weight")
-def _grad_weight(table: CallTable, call: SimpleNamespace) -> int:
+def _grad_weight(table: CallTable, call: SimpleNamespace) -> None:
     for layer in call.layers:
         _gradients(table, layer, *(None if out is None else {"out": out} for out in (layer.dw, layer.db)))
     for slope in call.slopes:
         _slope(table, slope, {"out": slope.grad})
     table.accumulate(call.rule, call.counters)
-    return _batch(call.layers)
 
 
 @enters("grad_weight_update")
-def _grad_weight_update(table: CallTable, call: SimpleNamespace) -> int:
+def _grad_weight_update(table: CallTable, call: SimpleNamespace) -> None:
     rule = call.rule
-    if rule.clip_norm is not None or rule.accumulate != 1:
+    if not rule.fuses:
         raise ArgumentError(
             "rule: clipping and accumulation need the gradients of the whole network: use grad_weight and update"
         )
@@ -280,7 +275,6 @@ def _grad_weight_update(table: CallTable, call: SimpleNamespace) -> int:
         assert fields is not None
         _slope(table, slope, fields)
     _advance(table, call)
-    return _batch(call.layers)
 
 
 def _updated(rule: UpdateRule, param: Array, states: Sequence[Array]) -> dict[str, Any]:
@@ -290,7 +284,7 @@ def _updated(rule: UpdateRule, param: Array, states: Sequence[Array]) -> dict[st
 
 
 @enters("update")
-def _update(table: CallTable, call: SimpleNamespace) -> int:
+def _update(table: CallTable, call: SimpleNamespace) -> None:
     params, grads, segments, rule = call.params, call.grads, call.segments, call.rule
     if call.noise is not None:
         call.noise.check(rule)
@@ -304,12 +298,11 @@ def _update(table: CallTable, call: SimpleNamespace) -> int:
     table.add_later()
     tensors = [table.tensor(segment.rule, segment.offset, segment.size) for segment in segments]
     fields = _updated(rule, params, call.states)
-    at_once = rule.clip_norm is None and rule.accumulate == 1
-    if not (at_once and _with_gradients(table, grads, fields, segments, tensors)):
+    if not (rule.fuses and _with_gradients(table, grads, fields, segments, tensors)):
         if rule.clip_norm is not None:
             table.add("NORM", n=params.size, dz=grads, **_range(tensors))
         table.add("UPDATE", n=params.size, dz=grads, **_range(tensors), **fields)
-    return _advance(table, call)
+    _advance(table, call)
 
 
 def _range(tensors: Sequence[int]) -> dict[str, int]:
@@ -333,20 +326,25 @@ def _with_gradients(
 
 
 @enters("penalty")
-def _penalty(table: CallTable, call: SimpleNamespace) -> int:
+def _penalty(table: CallTable, call: SimpleNamespace) -> None:
     for layer in call.layers:
         # the row of this gradient adds it
         row = table.gradient_at(layer.dw, 0, layer.dw.size)
         assert row is not None
         table.fill(row, strength=call.ridge.strength, w=layer.w, pulls=True)
-    return t.COUNTED
 
 
 @enters("advance")
-def _advance(table: CallTable, call: SimpleNamespace) -> int:
-    table.clock(call.rule, call.hyper, call.rates, call.counters)
+def _advance(table: CallTable, call: SimpleNamespace) -> None:
+    rule, code = call.rule, call.rule.code
+    table.accumulate(rule, call.counters)
+    table.names.update(OPTIMIZER_NAMES[code : code + 1])
+    table.fill(
+        optimizer=code, decoupled=rule.decoupled, sklearn=rule.convention == "scikit-learn", hyper=call.hyper,
+        rates=call.rates, clips=rule.clip_norm is not None, clip_norm=rule.clip_norm,
+        **{name: getattr(rule, name) for name in HYPERPARAMETERS},
+    )  # fmt: skip
     table.add("CLOCK")
-    return 0
 
 
 def _of_members(table: CallTable, vectors: Array, rows: int, outputs: int = 1) -> int:
@@ -367,15 +365,14 @@ def _factors(table: CallTable, call: SimpleNamespace, rows: int, width: int) -> 
 
 
 @enters("affine_members")
-def _affine_members(table: CallTable, call: SimpleNamespace) -> int:
+def _affine_members(table: CallTable, call: SimpleNamespace) -> None:
     rows, width = call.y.shape
     table.add("MEMBERS_AFFINE", out=call.y, **_factors(table, call, rows, width))
     table.control(call.counters)
-    return int(rows)
 
 
 @enters("grad_affine_members")
-def _grad_affine_members(table: CallTable, call: SimpleNamespace) -> int:
+def _grad_affine_members(table: CallTable, call: SimpleNamespace) -> None:
     rows, width = call.dy.shape
     fields = _factors(table, call, rows, width)
     if call.s is not None:
@@ -389,30 +386,27 @@ def _grad_affine_members(table: CallTable, call: SimpleNamespace) -> int:
                 table.later.append({"n": every, "parts": True, **later})
     table.add("MEMBERS_BACKWARD", dz=call.dy, **fields)
     table.accumulate(call.rule, call.counters)
-    return int(rows)
 
 
 @enters("linear_members")
-def _linear_members(table: CallTable, call: SimpleNamespace) -> int:
+def _linear_members(table: CallTable, call: SimpleNamespace) -> None:
     rows, outputs = call.z.shape
     members = _of_members(table, call.w, rows, outputs)
     panels = table.in_panels(call.w)
     table.add("HEADS", n=outputs, k=call.w.shape[1], members=members, x=call.x, panels=panels, b=call.b, z=call.z)
     table.control(None)
-    return int(rows)
 
 
 @enters("grad_input_members")
-def _grad_input_members(table: CallTable, call: SimpleNamespace) -> int:
+def _grad_input_members(table: CallTable, call: SimpleNamespace) -> None:
     rows, outputs = call.dz.shape
     members = _of_members(table, call.w, rows, outputs)
     table.add("HEADS_BACKWARD", n=outputs, k=call.w.shape[1], members=members, dz=call.dz, w=call.w, out=call.dx)
     table.control(None)
-    return int(rows)
 
 
 @enters("grad_weight_members")
-def _grad_weight_members(table: CallTable, call: SimpleNamespace) -> int:
+def _grad_weight_members(table: CallTable, call: SimpleNamespace) -> None:
     rows, outputs = call.dz.shape
     for kind, out, inputs in (("WEIGHT", call.dw, call.x.shape[1]), ("BIAS", call.db, 0)):
         if out is not None:
@@ -420,11 +414,10 @@ def _grad_weight_members(table: CallTable, call: SimpleNamespace) -> int:
             sums = table.scratch(len(out)) if kind == "BIAS" else None
             table.add(kind, n=len(out), k=inputs, members=members, x=call.x, dz=call.dz, out=out, sums=sums)
     table.accumulate(call.rule, call.counters)
-    return int(rows)
 
 
 @enters("train_resident")
-def _train_resident(table: CallTable, step: SimpleNamespace) -> int:
+def _train_resident(table: CallTable, step: SimpleNamespace) -> None:
     calls, shards = step.calls, step.shards
     counted = ("linear_loss_grad", "loss_grad")
     losses = [operands for op, operands in calls if op in counted and operands.get("stats") is not None]
@@ -439,4 +432,3 @@ def _train_resident(table: CallTable, step: SimpleNamespace) -> int:
         table.shard = shards[at * len(shards) // len(calls)] if shards else 0
         ENTRIES[op](table, table.operands(op, operands))
     table.control(losses[0]["counters"], losses[0]["stats"])
-    return t.COUNTED

@@ -62,13 +62,7 @@ class Plan:
 
 
 def plan(
-    rows: Sequence[Row],
-    packs: Sequence[Row],
-    height: int,
-    sizes: Sequence[int],
-    *,
-    members: int = 1,
-    shards: int = 0,
+    rows: Sequence[Row], packs: Sequence[Row], height: int, sizes: Sequence[int], members: int = 1, shards: int = 0
 ) -> Plan:
     """Plan ``rows`` of calls for batches of up to ``height`` rows; the trained tensors have these ``sizes``.
 
@@ -178,9 +172,7 @@ def _even(size: int, parts: int, unit: int) -> Iterator[tuple[int, int]]:
         yield start, min(size, start + step)
 
 
-def _pieces(
-    row: Row, height: int, sizes: Sequence[int], grain: float
-) -> Iterator[tuple[int, int, int, int, int]]:  # fmt: skip
+def _pieces(row: Row, height: int, sizes: Sequence[int], grain: float) -> Iterator[tuple[int, int, int, int, int]]:
     """The pieces of a row, each about as much work as ``grain``: top, bottom, left, right, and its work."""
     if row.kind in ("NORM", "UPDATE"):
         for tensor in range(row.first, row.end):

@@ -13,11 +13,10 @@ import numpy as np
 
 from fusemlp_kernels.contract import COUNTERS, TensorRule, UpdateRule
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.numpy.launches import OPTIMIZER_NAMES, compiled, launch, loop_of, threads
+from fusemlp_kernels.numpy.launches import compiled, launch, loop_of, threads
 from fusemlp_kernels.numpy.plan import PIECEWISE, Row, plan, together
 from fusemlp_kernels.ops import OPS, READ, Operand, expected
 from fusemlp_kernels.philox import LANES, NORMALS
-from fusemlp_kernels.pointwise import HYPERPARAMETERS
 
 Array = np.ndarray[Any, Any]
 Run = Callable[..., object]
@@ -35,8 +34,10 @@ STEPS, STEP, AT_PHASE, TOGETHER, PRODUCT, EPOCHS, EPOCH_STATS = map(
     HEAD.__getitem__, ("steps", "step", "phase", "together", "product", "epochs", "epoch_stats")
 )
 
-# The fields of arrays that have a row for each row of the batch.
-BATCH_ARRAYS = ("x", "y", "z", "dz", "out", "keep")
+# Kinds of calls on as many rows as the counters say.
+COUNTED = {"ENTROPY", "ELEMENTWISE", "SQUARES"}
+# The fields of arrays that have a row for each row of the batch; and w, all of which each task reads.
+MATRICES = ("x", "y", "z", "dz", "out", "keep", "w")
 
 
 def _address(array: Array) -> int:
@@ -123,13 +124,8 @@ class CallTable:
         """A row of calls; arrays among its fields are entered by their address."""
         self.words += [0] * len(CALL)
         self.names.add(kind)
-        by_rows = [
-            array for name in BATCH_ARRAYS if isinstance(array := fields.get(name), np.ndarray) and array.ndim == 2
-        ]
-        arrays = tuple((_address(array), array.nbytes, array.strides[0]) for array in by_rows)
-        # each task reads all of it
-        if isinstance(whole := fields.get("w"), np.ndarray) and whole.ndim == 2:
-            arrays += ((_address(whole), whole.nbytes, 0),)
+        matrices = [(name, array) for name in MATRICES if isinstance(array := fields.get(name), np.ndarray)]
+        arrays = tuple((_address(a), a.nbytes, a.strides[0] * (name != "w")) for name, a in matrices if a.ndim == 2)
         sizes = {name: fields.get(name, 0) for name in ("n", "k", "first", "end")}
         self.rows.append(Row(kind, arrays=arrays, **sizes))
         if fields.get("dslope") is not None:
@@ -139,10 +135,9 @@ class CallTable:
         self.fill(len(self.rows) - 1, kind=getattr(t, kind), shard=self.shard, **fields)
 
     def add_later(self) -> None:
-        """The rows of ``later``."""
-        for fields in self.later:
-            self.add("BIAS", **fields)
-        self.later.clear()
+        """Add the rows of ``later``."""
+        while self.later:
+            self.add("BIAS", **self.later.pop(0))
 
     def fill(self, row: int | None = None, **fields: Any) -> None:
         """Fill fields of a row, or of the head: numbers, arrays, or an array and the place of an element in it."""
@@ -160,10 +155,8 @@ class CallTable:
 
     def _enter(self, place: int, array: Array, element: int = 0) -> None:
         """Enter the address of a contiguous array, or of an element; it is kept from now on."""
-        key, offset = id(array), element * array.itemsize
-        if key not in self.kept:
-            self.kept[key] = array, _address(array), []
-        _, address, places = self.kept[key]
+        offset = element * array.itemsize
+        _, address, places = self.kept.setdefault(id(array), (array, _address(array), []))
         self.words[place] = address + offset
         places.append((place, offset))
 
@@ -178,10 +171,9 @@ class CallTable:
 
     def in_panels(self, w: Array) -> Array:
         """Memory for the panels of w, which are filled before the first step."""
-        key = _address(w)
-        if key not in self.panels:
-            self.panels[key] = w, self.scratch(w.shape[1], -(-len(w) // t.PANEL) * t.PANEL)
-        return self.panels[key][1]
+        if _address(w) not in self.panels:
+            self.panels[_address(w)] = w, self.scratch(w.shape[1], -(-len(w) // t.PANEL) * t.PANEL)
+        return self.panels[_address(w)][1]
 
     def panels_of(self, params: Array, element: int = 0) -> Array | None:
         """The panels of the weights that begin at an element of an array; None where they are not read."""
@@ -210,28 +202,15 @@ class CallTable:
         self.fill(accumulate=rule.accumulate)
         self.control(counters)
 
-    def clock(self, rule: UpdateRule, hyper: Array, rates: Array, counters: Array) -> None:
-        """Enter an optimizer and the clock."""
-        code = rule.code
-        self.accumulate(rule, counters)
-        self.names.update(OPTIMIZER_NAMES[code : code + 1])
-        self.fill(
-            optimizer=code, decoupled=rule.decoupled, sklearn=rule.convention == "scikit-learn", hyper=hyper,
-            rates=rates, clips=rule.clip_norm is not None, clip_norm=rule.clip_norm,
-            **{name: getattr(rule, name) for name in HYPERPARAMETERS},
-        )  # fmt: skip
-
-    def bind(self, batch: int, epoch_stats: Array | None = None, *, alone: bool = False) -> Run:
-        """``run(steps=1)`` for batches of this many rows; COUNTED: as many as the counters say.
-
-        The loop is chosen now with ``alone``, else at the first run.
-        """
+    def bind(self, epoch_stats: Array | None = None, *, alone: bool = False) -> Run:
+        """``run(steps=1)``; the loop is chosen now with ``alone``, else at the first run."""
         self.add_later()
         rows = tuple(self.rows)
         for w, panels in self.panels.values():
             self.add("PACK", n=len(w), k=w.shape[1], w=w, panels=panels)
+        batch = t.COUNTED if self.names & COUNTED else self.height
         sizes = [size for _, size, _, _ in self.tensors]
-        cut = plan(rows, self.rows[len(rows) :], self.height, sizes, members=self.members, shards=self.shards)
+        cut = plan(rows, self.rows[len(rows) :], self.height, sizes, self.members, self.shards)
         width = t.SLOPES_PART + self.slopes
         # what philox draws for a row, eight columns to two words; for noise, its numbers too
         drops, noisy = "keep" in self.names, "noisy" in self.names
@@ -252,9 +231,9 @@ class CallTable:
         self.bound = memory, starts, work, self.real, cut.most
         return copied(_launch(*self.bound, self.kept, epoch_stats), self.before, self.after)
 
-    def bind_moving(self, batch: int, arrays: Sequence[Array | None]) -> Run:
+    def bind_moving(self, arrays: Sequence[Array | None]) -> Run:
         """``run(addresses)``: the calls with ``arrays``, which the loop can read in place, at these addresses."""
-        self.bind(batch)
+        self.bind()
         places = [
             (place, offset, index)
             for index, moving in enumerate(arrays)

@@ -132,9 +132,7 @@ def _row_scale(shares: float, call: Any) -> float:
 
 
 @register_jitable(**EXACT)
-def record(
-    stats: Any, value: float, correct: float, scored: float, shares: float, call: Any, count: int
-) -> None:  # fmt: skip
+def record(stats: Any, value: float, correct: float, scored: float, shares: float, call: Any, count: int) -> None:
     """Note a batch or a shard; ``value`` is the sum over its rows, not yet divided, ``count`` the rows of the batch."""
     scale = _scale(shares, call)
     if call.accuracy:

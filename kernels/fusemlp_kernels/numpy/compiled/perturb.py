@@ -95,9 +95,7 @@ def _start(call: Any, adv: Any, x: Any, memory: int, row: int, batch_index: int)
 
 
 @register_jitable(**EXACT)
-def perturb_rows(
-    call: Any, like: Any, rows: Any, first: int, count: int, batch_index: int, lanes: int
-) -> None:  # fmt: skip
+def perturb_rows(call: Any, like: Any, rows: Any, first: int, count: int, batch_index: int, lanes: int) -> None:
     """Rows of the inputs that an attack moves; lanes is an address."""
     columns, size = call.k, like.itemsize
     for i in range(first, first + count):

@@ -45,9 +45,7 @@ def penalise(p: Any, g: Any, count: int, strength: float) -> float:
 
 
 @register_jitable(**EXACT)
-def clip_factor(
-    grads: Any, tensors: int, first: int, end: int, total: float, scale: float, limit: float
-) -> float:  # fmt: skip
+def clip_factor(grads: Any, tensors: int, first: int, end: int, total: float, scale: float, limit: float) -> float:
     """The factor of clipping for the gradients of tensors first to before end, which ``scale`` multiplies already.
 
     ``total`` is the sum of their squares. The factor is NaN where a gradient is NaN.
@@ -71,9 +69,7 @@ def clip_factor(
 
 
 @register_jitable(**ELEMENTWISE)
-def update_part(
-    p: Any, g: Any, s0: Any, s1: Any, count: int, tensor: Any, rule: Any, hyper: Any, scale: float
-) -> None:  # fmt: skip
+def update_part(p: Any, g: Any, s0: Any, s1: Any, count: int, tensor: Any, rule: Any, hyper: Any, scale: float) -> None:
     """Update a part of a tensor from its gradient times ``scale``; g is written to."""
     if scale != 1.0:
         times = p.dtype.type(scale)
@@ -85,7 +81,7 @@ def update_part(
 @register_jitable(**EXACT)
 def _add_products(
     call: Any, head: Any, like: Any, dz: int, x: int, count: int, piece: Any, alpha: float, beta: float
-) -> None:  # fmt: skip
+) -> None:
     """A piece of ``out = alpha * dz.T @ x + beta * out``, DEPTH rows of the batch at a time; dz and x are addresses."""
     size, outputs, inputs, top, left = like.itemsize, call.n, call.k, piece.top, piece.left
     for first in range(0, max(count, 1), t.DEPTH):

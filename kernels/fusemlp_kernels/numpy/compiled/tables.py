@@ -46,28 +46,9 @@ DEPTH = 512
 # gradient, with its update where there is a param; NORM: squares of gradients, for clipping; UPDATE; PACK: weights into
 # panels. CLOCK.
 (
-    GATHER,
-    AFFINE,
-    ACTIVATE,
-    ENTROPY,
-    ELEMENTWISE,
-    PADDING,
-    BACKWARD,
-    WEIGHT,
-    BIAS,
-    SLOPES,
-    NORM,
-    UPDATE,
-    PACK,
-    CLOCK,
-    SQUARES,
-    SHRINK,
-    PERTURB,
-    MEMBERS_AFFINE,
-    MEMBERS_BACKWARD,
-    HEADS,
-    HEADS_BACKWARD,
-) = range(21)
+    GATHER, AFFINE, ACTIVATE, ENTROPY, ELEMENTWISE, PADDING, BACKWARD, WEIGHT, BIAS, SLOPES, NORM, UPDATE, PACK, CLOCK,
+    SQUARES, SHRINK, PERTURB, MEMBERS_AFFINE, MEMBERS_BACKWARD, HEADS, HEADS_BACKWARD,
+) = range(21)  # fmt: skip
 
 # A row of calls: its kind and sizes. Row numbers, and 1 if the batch starts at ROW_OFFSET among them; input, weights,
 # the same in panels, bias, output, pre-activation, gradient by it, what else is written; prelu's slope, the gradient by

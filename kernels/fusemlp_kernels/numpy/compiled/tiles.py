@@ -179,7 +179,7 @@ def _tile(height: int, vectors: int, masked: bool) -> Callable[..., Any]:
 
 def _each_row(
     builder: Any, to: _Code, c: Any, c_row: Any, rows: Any, results: list[Any], masks: list[Any], of: Callable[..., Any]
-) -> None:  # fmt: skip
+) -> None:
     """Store what ``of`` makes of each result."""
     vectors = len(masks)
     for i in range(len(results) // vectors):
@@ -266,7 +266,7 @@ dot_tile: Any = intrinsic(_dots(DOT_ROWS, DOT_COLUMNS))
 @intrinsic
 def transpose_square(
     typingctx: Any, like: Any, source: Any, source_row: Any, rows: Any, target: Any, target_row: Any
-) -> Any:  # fmt: skip
+) -> Any:
     """Write the transpose of a square, as wide as a register, to ``target``; addresses, and strides in elements.
 
     Of the source ``rows`` are read; columns beyond are written with any numbers.
