@@ -90,7 +90,7 @@ import llvmlite.binding, numba
 features = llvmlite.binding.get_host_cpu_features
 if len(sys.argv) > 1:
     llvmlite.binding.get_host_cpu_features = lambda: dict.fromkeys(sys.argv[1:], True)
-from fusemlp_kernels.numpy.compiled import tiles
+from fusemlp_kernels.numpy.compiled import products
 llvmlite.binding.get_host_cpu_features = features
 import numpy as np
 from fusemlp import MLP, Adam, Engine
@@ -103,7 +103,7 @@ for precision in ("fp32", "fp64"):
     engine.fit(X, y, epochs=2)
     values = [*engine.state_dict().values(), engine.predict_proba(X)]
     print(hashlib.sha256(b"".join(np.ascontiguousarray(value).tobytes() for value in values)).hexdigest())
-print(tiles.REGISTER_BYTES, file=sys.stderr)
+print(products.REGISTER_BYTES, file=sys.stderr)
 """
 
 

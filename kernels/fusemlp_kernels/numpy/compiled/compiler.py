@@ -309,6 +309,34 @@ head_at, call_at, tensor_at, phase_at, task_at, piece_at = map(
 )
 
 
+@intrinsic
+def copy(typingctx: Any, like: Any, target: Any, source: Any, count: Any) -> Any:
+    """Copy ``count`` elements from one address to another."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, target, source, count = arguments
+        size = context.get_abi_sizeof(context.get_value_type(like.dtype))
+        byte = ir.IntType(8).as_pointer()
+        to, of = (builder.inttoptr(address, byte) for address in (target, source))
+        cgutils.raw_memcpy(builder, to, of, count, size)
+        return context.get_dummy_value()
+
+    return types.void(like, *[types.intp] * 3), code
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line at an address, which is read later."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+        reads, second_level, data = map(ir.IntType(32), (0, 2, 1))
+        instruction(builder, "prefetch.p0", ir.VoidType(), pointer, reads, second_level, data)
+        return context.get_dummy_value()
+
+    return types.void(types.intp), code
+
+
 @register_jitable(**EXACT)
 def block(like: Any, address: int, first: int, columns: int) -> Any:
     """The rows of an array from ``first`` on."""

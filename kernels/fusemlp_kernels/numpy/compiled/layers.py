@@ -10,10 +10,19 @@ from numba.extending import register_jitable
 
 from fusemlp_kernels import contract as c
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.numpy.compiled.compiler import ELEMENTWISE, EXACT, block, call_function, clear, elements, part
+from fusemlp_kernels.numpy.compiled.compiler import (
+    ELEMENTWISE,
+    EXACT,
+    block,
+    call_function,
+    clear,
+    copy,
+    elements,
+    part,
+    prefetch,
+)
 from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative
 from fusemlp_kernels.numpy.compiled.random import drop, mask
-from fusemlp_kernels.numpy.compiled.tiles import copy, prefetch
 
 
 @register_jitable(**EXACT)

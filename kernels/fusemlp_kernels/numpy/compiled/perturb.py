@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from fusemlp_kernels.numpy.compiled.compiler import ELEMENTWISE, EXACT, REDUCTION, block, clear, elements
+from fusemlp_kernels.numpy.compiled.compiler import ELEMENTWISE, EXACT, REDUCTION, block, clear, copy, elements
 from fusemlp_kernels.numpy.compiled.functions import maximum, minimum, sign
 from fusemlp_kernels.numpy.compiled.random import draw
-from fusemlp_kernels.numpy.compiled.tiles import copy
 from fusemlp_kernels.philox import START, WORD
 
 _WORD, _RANDOM, _LOWEST = np.uint64(WORD), np.uint64(START), np.uint32(9)

@@ -1,4 +1,9 @@
-"""Matrix products, cut into tiles; and weights in panels, as the forward pass of layers with many outputs reads them.
+"""Matrix products, cut into tiles that stay in vector registers; and weights in panels, as the forward pass of layers
+with many outputs reads them.
+
+Element (i, j) of a tile is the sum over k of ``a[i, k] * b[k, j]``, taken in the order of k, with one rounding a step
+where the processor multiplies and adds at once. So a product has the same bits however it is cut into tiles, and in
+registers of any width. a is read number by number and may have any strides; a row of b lies together.
 
 A panel holds PANEL rows of a weight matrix (N, K), transposed: (K, PANEL), any numbers where there is no row.
 """
@@ -6,28 +11,297 @@ A panel holds PANEL rows of a weight matrix (N, K), transposed: (K, PANEL), any 
 from __future__ import annotations
 
 import functools
-import types
-from collections.abc import Sequence
+import types as python
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import llvmlite.binding
 import numpy as np
-from numba import float64, intp
+from llvmlite import ir
+from numba import float64, intp, types
 
-from fusemlp_kernels.numpy.compiled.compiler import elements, kept_for_calls
+from fusemlp_kernels.numpy.compiled.compiler import X86, elements, instruction, intrinsic, kept_for_calls
 from fusemlp_kernels.numpy.compiled.tables import PANEL
-from fusemlp_kernels.numpy.compiled.tiles import (
-    DOT_COLUMNS,
-    DOT_ROWS,
-    REGISTER_BYTES,
-    TILE_ROWS,
-    TILE_VECTORS,
-    dot_tile,
-    narrow_tile,
-    short_tile,
-    transpose_square,
-    whole_tile,
-    wide_tile,
-)
+
+_WORD, _INDEX = ir.IntType(64), ir.IntType(32)
+
+
+def _register_bytes() -> int:
+    """The width of a vector register."""
+    if not X86:
+        return 16
+    features = llvmlite.binding.get_host_cpu_features()
+    return 64 if features.get("avx512f") else 32 if features.get("avx2") else 16
+
+
+REGISTER_BYTES = _register_bytes()
+# Rows of a tile, and vectors in one: its sums, a vector of b for each of these and a number of a fill the registers, of
+# which there are 32, on x86 before AVX-512 16.
+TILE_ROWS, TILE_VECTORS = (6, 2) if X86 and REGISTER_BYTES < 64 else (8, 2)
+
+# Partial sums of a dot product, and the tile of those: as many as the registers hold.
+DOT_BYTES = 64
+DOT_ROWS, DOT_COLUMNS = (4, 4) if REGISTER_BYTES == DOT_BYTES else (2, 2)
+
+
+def _number(value: int) -> Any:
+    return ir.Constant(_WORD, value)
+
+
+class _Code:
+    """Writes vector code for one type of elements; a vector fills a register, or has ``lanes`` elements."""
+
+    def __init__(self, context: Any, builder: Any, real: Any, lanes: int = 0) -> None:
+        self.builder = builder
+        self.element = context.get_value_type(real)
+        self.size = context.get_abi_sizeof(self.element)
+        self.lanes = lanes or REGISTER_BYTES // self.size
+        self.vector = ir.VectorType(self.element, self.lanes)
+        self._name = f"v{self.lanes}f{8 * self.size}"
+
+    def sum_of_product(self, a: Any, b: Any, c: Any) -> Any:
+        return instruction(self.builder, f"fmuladd.{self._name}", self.vector, a, b, c)
+
+    def at(self, address: Any, kind: Any) -> Any:
+        return self.builder.inttoptr(address, kind.as_pointer())
+
+    def everywhere(self, value: Any) -> Any:
+        """A vector of one number."""
+        kind = ir.VectorType(value.type, self.lanes)
+        nothing = ir.Constant(kind, ir.Undefined)
+        first = self.builder.insert_element(nothing, value, _INDEX(0))
+        return self.builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(_INDEX, self.lanes), None))
+
+    def mask(self, columns: Any) -> Any:
+        """The lanes that are among the first columns."""
+        lanes = ir.Constant(ir.VectorType(_INDEX, self.lanes), list(range(self.lanes)))
+        return self.builder.icmp_signed("<", lanes, self.everywhere(self.builder.trunc(columns, _INDEX)))
+
+    def load(self, address: Any, mask: Any = None) -> Any:
+        pointer = self.at(address, self.vector)
+        if mask is not None:
+            name, nothing = f"masked.load.{self._name}.p0", ir.Constant(self.vector, None)
+            return instruction(self.builder, name, self.vector, pointer, _INDEX(self.size), mask, nothing)
+        value = self.builder.load(pointer)
+        value.align = self.size
+        return value
+
+    def store(self, value: Any, address: Any, mask: Any = None) -> None:
+        pointer = self.at(address, self.vector)
+        if mask is None:
+            self.builder.store(value, pointer).align = self.size
+        else:
+            name = f"masked.store.{self._name}.p0"
+            instruction(self.builder, name, ir.VoidType(), value, pointer, _INDEX(self.size), mask)
+
+
+def _row(builder: Any, first: Any, stride: Any, i: int, rows: Any) -> Any:
+    """The address of row i; beyond the last one that of the last, so that nothing else is read."""
+    inside = builder.icmp_signed("<", _number(i), rows)
+    last = builder.sub(rows, _number(1))
+    return builder.add(first, builder.mul(builder.select(inside, _number(i), last), stride))
+
+
+def _looped(builder: Any, end: Any, step: int, values: list[Any], of: Callable[..., list[Any]]) -> list[Any]:
+    """The values after ``values = of(k, values)`` for k from 0 in steps to before ``end``; they stay in registers."""
+    before, body, after = builder.block, builder.append_basic_block("k"), builder.append_basic_block("end")
+    firsts = [_number(0), *values]
+    builder.cbranch(builder.icmp_signed(">", end, firsts[0]), body, after)
+    builder.position_at_end(body)
+    phis = [builder.phi(value.type) for value in firsts]
+    following = [builder.add(phis[0], _number(step)), *of(phis[0], phis[1:])]
+    builder.cbranch(builder.icmp_signed("<", following[0], end), body, after)
+    builder.position_at_end(after)
+    results = [builder.phi(value.type) for value in firsts]
+    for phi, first, then in zip(phis + results, firsts * 2, following * 2, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(then, body)
+    return results[1:]
+
+
+def _tile(height: int, vectors: int, masked: bool) -> Callable[..., Any]:
+    """A tile of this many rows and vectors of columns, ``masked`` where some columns may be missing."""
+
+    def typed(
+        typingctx: Any, like: Any, a: Any, a_row: Any, a_step: Any, b: Any, b_step: Any, depth: Any, start: Any,
+        alpha: Any, beta: Any, c: Any, c_row: Any, rows: Any, columns: Any,
+    ) -> Any:  # fmt: skip
+        """``c = alpha * (start + a @ b) + beta * c``; addresses, and strides in elements; start is a row.
+
+        Of c only ``rows`` by ``columns`` are written, and of a, b and start no others are read. With beta 0 c
+        may be anything.
+        """
+        real, word = like.dtype, types.intp
+        signature = types.void(like, *[word] * 7, real, real, *[word] * 4)
+
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _, a, a_row, a_step, b, b_step, depth, start, alpha, beta, c, c_row, rows, columns = arguments
+            to = _Code(context, builder, real)
+            in_bytes = [builder.mul(stride, _number(to.size)) for stride in (a_row, a_step, b_step, c_row)]
+            a_row, a_step, b_step, c_row = in_bytes
+            width = to.lanes
+            firsts = [_number(v * width) for v in range(vectors)]
+            masks = [to.mask(builder.sub(columns, first)) if masked else None for first in firsts]
+
+            def across(address: Any) -> list[Any]:
+                return [to.load(builder.add(address, _number(v * width * to.size)), masks[v]) for v in range(vectors)]
+
+            starts = across(start) * height
+            a_rows = [_row(builder, a, a_row, i, rows) for i in range(height)]
+
+            def added(_: Any, values: list[Any]) -> list[Any]:
+                a_at, b_at, *sums = values
+                bs = across(b_at)
+                for i in range(height):
+                    number = builder.load(to.at(builder.add(a_rows[i], a_at), to.element))
+                    number.align = to.size
+                    same = to.everywhere(number)
+                    for v, at in enumerate(range(i * vectors, (i + 1) * vectors)):
+                        sums[at] = to.sum_of_product(same, bs[v], sums[at])
+                return [builder.add(a_at, a_step), builder.add(b_at, b_step), *sums]
+
+            _, _, *results = _looped(builder, depth, 1, [_number(0), b, *starts], added)
+            unit, zero = ir.Constant(to.element, 1.0), ir.Constant(to.element, 0.0)
+            plain = builder.and_(builder.fcmp_ordered("==", alpha, unit), builder.fcmp_ordered("==", beta, zero))
+            with builder.if_else(plain) as (store, combine):
+                with store:
+                    _each_row(builder, to, c, c_row, rows, results, masks, lambda value, _: value)
+                with combine:
+                    alphas, betas = to.everywhere(alpha), to.everywhere(beta)
+                    forgets, nothing = builder.fcmp_ordered("==", beta, zero), ir.Constant(to.vector, None)
+
+                    def combined(value: Any, before: Callable[[], Any]) -> Any:
+                        # what is there may be NaN
+                        held = builder.select(forgets, nothing, builder.fmul(betas, before()))
+                        return to.sum_of_product(alphas, value, held)
+
+                    _each_row(builder, to, c, c_row, rows, results, masks, combined)
+            return context.get_dummy_value()
+
+        return signature, code
+
+    return typed
+
+
+def _each_row(
+    builder: Any, to: _Code, c: Any, c_row: Any, rows: Any, results: list[Any], masks: list[Any], of: Callable[..., Any]
+) -> None:
+    """Store what ``of`` makes of each result."""
+    vectors = len(masks)
+    for i in range(len(results) // vectors):
+        with builder.if_then(builder.icmp_signed("<", _number(i), rows)):
+            first = builder.add(c, builder.mul(_number(i), c_row))
+            for v, mask in enumerate(masks):
+                at = builder.add(first, _number(v * to.lanes * to.size))
+                value = of(results[i * vectors + v], lambda at=at, mask=mask: to.load(at, mask))
+                to.store(value, at, mask)
+
+
+whole_tile: Any = intrinsic(_tile(TILE_ROWS, TILE_VECTORS, masked=False))
+short_tile: Any = intrinsic(_tile(TILE_ROWS // 2, TILE_VECTORS, masked=False))
+wide_tile: Any = intrinsic(_tile(TILE_ROWS, TILE_VECTORS, masked=True))
+narrow_tile: Any = intrinsic(_tile(TILE_ROWS, 1, masked=True))
+
+
+def _dot_tile(height: int, width: int) -> Callable[..., Any]:
+    """A tile whose rows and columns are those of two matrices that both have their numbers side by side.
+
+    An element is the sum of DOT_BYTES of partial sums: of every 16th product in float32, say. In the end the upper half
+    of them is added to the lower one, again and again. So the bits do not depend on the registers here either.
+    """
+
+    def typed(
+        typingctx: Any, like: Any, a: Any, a_row: Any, b: Any, b_row: Any, depth: Any, start: Any, c: Any, c_row: Any,
+        rows: Any, columns: Any,
+    ) -> Any:  # fmt: skip
+        """``c = start + a @ b.T``: see ``_tile``."""
+        real, word = like.dtype, types.intp
+        signature = types.void(like, *[word] * 10)
+
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _, a, a_row, b, b_row, depth, start, c, c_row, rows, columns = arguments
+            size = context.get_abi_sizeof(context.get_value_type(real))
+            to, few = (_Code(context, builder, real, lanes) for lanes in (DOT_BYTES // size, width))
+            a_row, b_row, c_row = (builder.mul(stride, _number(size)) for stride in (a_row, b_row, c_row))
+            tops = [_row(builder, a, a_row, i, rows) for i in range(height)]
+            sides = [_row(builder, b, b_row, j, columns) for j in range(width)]
+
+            def added(at: Any, sums: list[Any], mask: Any = None) -> list[Any]:
+                xs, ys = ([to.load(builder.add(row, at), mask) for row in of] for of in (tops, sides))
+                pairs = [(x, y) for x in xs for y in ys]
+                return [to.sum_of_product(*pair, held) for pair, held in zip(pairs, sums, strict=True)]
+
+            nothing = [ir.Constant(to.vector, None)] * (height * width)
+            whole, rest = (builder.and_(depth, _number(bits)) for bits in (-to.lanes, to.lanes - 1))
+            sums = _looped(
+                builder, whole, to.lanes, nothing, lambda k, sums: added(builder.mul(k, _number(size)), sums)
+            )
+            after, inside = builder.mul(whole, _number(size)), to.mask(rest)
+            sums = _looped(builder, rest, to.lanes, sums, lambda _, sums: added(after, sums, inside))
+            sums = _folded(builder, to.lanes, sums)
+            mask = few.mask(columns)
+            starts = few.load(start, mask)
+            for i in range(height):
+                with builder.if_then(builder.icmp_signed("<", _number(i), rows)):
+                    vector, first = divmod(i * width, to.lanes)
+                    pick = ir.Constant(ir.VectorType(_INDEX, width), list(range(first, first + width)))
+                    value = builder.shuffle_vector(sums[vector], sums[vector], pick)
+                    few.store(builder.fadd(starts, value), builder.add(c, builder.mul(_number(i), c_row)), mask)
+            return context.get_dummy_value()
+
+        return signature, code
+
+    return typed
+
+
+def _folded(builder: Any, lanes: int, vectors: list[Any]) -> list[Any]:
+    """The sums of the elements of each vector, one after the other, in as few vectors as they fill."""
+    span = lanes
+    while span > 1:
+        half, span = span // 2, span // 2
+        lower = [lane for lane in range(2 * lanes) if lane // half % 2 == 0]
+        picks = [ir.Constant(ir.VectorType(_INDEX, lanes), [lane + at for lane in lower]) for at in (0, half)]
+        pairs = zip(vectors[::2], vectors[1::2] or vectors, strict=True)
+        vectors = [builder.fadd(*(builder.shuffle_vector(*pair, pick) for pick in picks)) for pair in pairs]
+    return vectors
+
+
+dot_tile: Any = intrinsic(_dot_tile(DOT_ROWS, DOT_COLUMNS))
+
+
+@intrinsic
+def transpose_square(
+    typingctx: Any, like: Any, source: Any, source_row: Any, rows: Any, target: Any, target_row: Any
+) -> Any:
+    """Write the transpose of a square, as wide as a register, to ``target``; addresses, and strides in elements.
+
+    Of the source ``rows`` are read; columns beyond are written with any numbers.
+    """
+    real = like.dtype
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, source, source_row, rows, target, target_row = arguments
+        to = _Code(context, builder, real)
+        n = to.lanes
+        source_row, target_row = (builder.mul(stride, _number(to.size)) for stride in (source_row, target_row))
+        lines = [to.load(_row(builder, source, source_row, i, rows)) for i in range(n)]
+        half = n // 2
+        while half:
+            # squares of 2 * half: the upper right quarter changes places with the lower left one
+            upper = [lane if not lane & half else n + lane - half for lane in range(n)]
+            lower = [lane + half if not lane & half else n + lane for lane in range(n)]
+            picks = [ir.Constant(ir.VectorType(_INDEX, n), order) for order in (upper, lower)]
+            for i in range(n):
+                if not i & half:
+                    pair = lines[i], lines[i + half]
+                    lines[i], lines[i + half] = (builder.shuffle_vector(*pair, pick) for pick in picks)
+            half //= 2
+        for i, values in enumerate(lines):
+            to.store(values, builder.add(target, builder.mul(_number(i), target_row)))
+        return context.get_dummy_value()
+
+    return types.void(like, *[types.intp] * 5), code
+
 
 # The type of the elements; each type has a copy of these functions.
 REAL: Any = np.float32
@@ -110,7 +384,7 @@ def by_address(real: Any) -> tuple[Any, Any, Any]:
     names = globals() | {"REAL": np.dtype(real).type}
 
     def copy_of(function: Any, floats: Sequence[int]) -> Any:
-        own = types.FunctionType(function.__code__, names, function.__name__)
+        own = python.FunctionType(function.__code__, names, function.__name__)
         kinds = [float64 if at in floats else intp for at in range(function.__code__.co_argcount)]
         return kept_for_calls(own, np.dtype(real).name, kinds)
 

@@ -10,7 +10,7 @@ same.
 from __future__ import annotations
 
 import ast
-import functools
+import inspect
 import zlib
 from types import ModuleType
 from typing import Any
@@ -88,26 +88,14 @@ class _Cutter(ast.NodeTransformer):
                 self._false.add(target.id)
         return self.generic_visit(node)
 
-    def visit_If(self, node: ast.If) -> Any:
+    def visit_If(self, node: ast.If | ast.IfExp) -> Any:
         taken = self._is(node.test)
         self.generic_visit(node)
         if taken is None:
             return node
         return (node.body if taken else node.orelse) or ast.copy_location(ast.Pass(), node)
 
-    def visit_IfExp(self, node: ast.IfExp) -> Any:
-        taken = self._is(node.test)
-        self.generic_visit(node)
-        if taken is None:
-            return node
-        return node.body if taken else node.orelse
-
-
-@functools.cache
-def _tree(module: ModuleType) -> str:
-    assert module.__file__ is not None
-    with open(module.__file__, encoding="utf-8") as file:
-        return file.read()
+    visit_IfExp = visit_If
 
 
 def _cut(module: ModuleType, absent: frozenset[str], others: dict[str, dict[str, Any]], variant: str) -> dict[str, Any]:
@@ -116,7 +104,7 @@ def _cut(module: ModuleType, absent: frozenset[str], others: dict[str, dict[str,
     Numba calls machine code by the name of its function and a number that counts in each process. Loops from the disk,
     which several processes compiled, would run each other's functions: so the names of functions tell the variant too.
     """
-    tree = _Cutter(absent).visit(ast.parse(_tree(module)))
+    tree = _Cutter(absent).visit(ast.parse(inspect.getsource(module)))
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.decorator_list:
             node.decorator_list.append(ast.Name("_renamed", ast.Load()))
