@@ -160,7 +160,7 @@ def _checked(
 ) -> SimpleNamespace:
     values = group.defaults | {name: value for name, value in operands.items() if value is not None}
     values |= {name: LATER for name in later if name in values}
-    _check_together(op, values)
+    check_together(op, values)
     for name, fields in group.fields.items():
         values[name] = [
             _checked(op, f"{place}{name}[{index}]: ", fields, element, rule, common, check, later)
@@ -201,7 +201,7 @@ def _checked(
     return SimpleNamespace(**{"M": 0, "N": 0, "K": 0, **sizes, **values})
 
 
-def _check_together(op: str, operands: Mapping[str, Any]) -> None:
+def check_together(op: str, operands: Mapping[str, Any]) -> None:
     """Raise ArgumentError for values that are unknown, or that do not go together."""
     activation = operands.get("activation", "identity")
     if activation not in ACTIVATIONS:

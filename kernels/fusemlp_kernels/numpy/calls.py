@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, NEEDS_Z, Segment, TensorRule, UpdateRule
-from fusemlp_kernels.errors import ArgumentError, unknown_name
+from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.launches import OPTIMIZER_NAMES
 from fusemlp_kernels.numpy.plan import MOST_TASKS
@@ -50,18 +50,12 @@ def enters(op: str) -> Callable[[Enter], Enter]:
     return decorate
 
 
-def _code(what: str, name: str, known: Sequence[str]) -> int:
-    if name not in known:
-        raise unknown_name(what, name, known)
-    return known.index(name)
-
-
 def activation(table: CallTable, call: SimpleNamespace) -> dict[str, Any]:
     """The fields of an activation."""
-    code = _code("activation", call.activation, ACTIVATIONS)
     # the loop passes over the identity without a call
     table.names.update({call.activation.upper()} - {"IDENTITY"})
     slope_param, dslope = (vars(call).get(name) for name in ("slope_param", "dslope"))
+    code = ACTIVATIONS.index(call.activation)
     return {"activation": code, "fixed_slope": float(call.slope), "slope": slope_param, "dslope": dslope}
 
 
@@ -138,12 +132,7 @@ def _loss_of(table: CallTable, call: SimpleNamespace, z: Array, *, fresh: bool) 
 
     Targets and weights are read through the rows, and the shares stay in a register.
     """
-    loss, dz = call.loss, call.dz
-    kind, entropy = _code("loss: kind", loss.kind, LOSSES), loss.kind == "cross_entropy"
-    if entropy and call.activation != "identity":
-        raise ArgumentError(
-            f"activation: cross_entropy takes logits, so it must be 'identity', got {call.activation!r}"
-        )
+    loss, dz, entropy = call.loss, call.dz, call.loss.kind == "cross_entropy"
     table.control(call.counters, call.stats)
     count, outputs = z.shape
     table.height = max(table.height, count)
@@ -165,8 +154,9 @@ def _loss_of(table: CallTable, call: SimpleNamespace, z: Array, *, fresh: bool) 
         divisor = 1.0 if entropy else float(outputs)
     table.add(
         "ENTROPY" if entropy else "ELEMENTWISE", n=outputs, y=y, z=z,
-        dz=table.scratch(count, outputs) if dz is None else dz, loss=kind, mean=t.REDUCTIONS.index(loss.reduction),
-        soft=loss.soft, smoothed=loss.soft or loss.label_smoothing != 0.0, smoothing=loss.label_smoothing,
+        dz=table.scratch(count, outputs) if dz is None else dz, loss=LOSSES.index(loss.kind),
+        mean=t.REDUCTIONS.index(loss.reduction), soft=loss.soft, smoothed=loss.soft or loss.label_smoothing != 0.0,
+        smoothing=loss.label_smoothing,
         option=loss.option, divisor=divisor, ignores=loss.ignore_index is not None, ignored=loss.ignore_index,
         accuracy=loss.accuracy, wide=outputs >= WIDE, recorded=call.stats, target=call.target, weighted=call.weight,
         class_weighted=call.class_weight, **activated, **row_numbers(call.rows, count),
@@ -251,10 +241,6 @@ def _grad_weight(table: CallTable, call: SimpleNamespace) -> None:
 @enters("grad_weight_update")
 def _grad_weight_update(table: CallTable, call: SimpleNamespace) -> None:
     rule = call.rule
-    if not rule.fuses:
-        raise ArgumentError(
-            "rule: clipping and accumulation need the gradients of the whole network: use grad_weight and update"
-        )
     # with nothing else to do with the gradient the product lands in the parameter
     descends = rule.code == t.SGD and not rule.ema and _batch(call.layers) <= t.DEPTH
 
@@ -287,7 +273,6 @@ def _updated(rule: UpdateRule, param: Array, states: Sequence[Array]) -> dict[st
 def _update(table: CallTable, call: SimpleNamespace) -> None:
     params, grads, segments, rule = call.params, call.grads, call.segments, call.rule
     if call.noise is not None:
-        call.noise.check(rule)
         if any(segment.columns != segment.pitch for segment in segments):
             raise ArgumentError("segments: the numpy backend adds noise to matrices without gaps between their rows")
         low, high = seed_key(call.noise.seed)
@@ -355,8 +340,6 @@ def _of_members(table: CallTable, vectors: Array, rows: int, outputs: int = 1) -
 
 def _factors(table: CallTable, call: SimpleNamespace, rows: int, width: int) -> dict[str, Any]:
     """The fields of what members do between products, with memory for two rows of each task."""
-    if call.activation == "prelu":
-        raise ArgumentError("activation: members share no learned slope; give another activation than prelu")
     return {
         "n": width, "members": _of_members(table, call.r if call.s is None else call.s, rows), "x": call.x,
         "by_s": call.s, "b": call.b, "by_r": call.r, "z": (table.scratch(2 * MOST_TASKS, width), 0),

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp_kernels.checks import check_together
 from fusemlp_kernels.contract import COUNTERS, TensorRule, UpdateRule
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.launches import compiled, launch, loop_of, threads
@@ -82,7 +83,9 @@ class CallTable:
 
     def operands(self, op: str, given: Mapping[str, Any]) -> SimpleNamespace:
         """The operands of a call as attributes, with defaults; arrays are contiguous and of their record's type."""
-        return self._operands(OPS[op].operands, given)
+        call = self._operands(OPS[op].operands, given)
+        check_together(op, vars(call))
+        return call
 
     def _operands(self, records: Sequence[Operand], given: Mapping[str, Any]) -> SimpleNamespace:
         values: dict[str, Any] = {}
