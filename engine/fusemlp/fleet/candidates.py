@@ -6,8 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,12 +18,7 @@ from fusemlp.describe.privacy import DPSGD
 from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
 from fusemlp.inputs.arrays import Array, to_array
-from fusemlp.training.validation import Validation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
-
-if TYPE_CHECKING:
-    from fusemlp.inputs.examples import Examples
-
 
 # The parameters that may vary, by the description that has them.
 OF_OPTIMIZER = ("lr", "momentum", "betas", "weight_decay")
@@ -238,12 +232,3 @@ def as_rows(argument: str, given: Sequence[Any] | None, models: int, count: int)
             )
         checked.append(array.astype(np.int64))
     return checked
-
-
-def held_out(engine: Engine, data: Examples, rows: Sequence[Array]) -> list[Validation]:
-    """Return the validation of each model, on its ``rows`` of ``data``; models that have a fold in common share it."""
-    # rows of a fold are indexed on the host
-    whole = data.map(engine.inputs.on_host)
-    folds = {one.tobytes(): one for one in rows}
-    picked = {key: Validation(whole.map(itemgetter(one)), common=True) for key, one in folds.items()}
-    return [picked[one.tobytes()] for one in rows]

@@ -6,8 +6,10 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from copy import copy
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from fusemlp.describe.checks import as_count, knows_names
@@ -18,7 +20,7 @@ from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.engine import Engine
-from fusemlp.fleet.candidates import Candidate, Vary, as_rows, candidate, combinations, held_out
+from fusemlp.fleet.candidates import Candidate, Vary, as_rows, candidate, combinations
 from fusemlp.fleet.launches import LaunchGroup, Stop, Training, grouped, run_side_by_side, train_together
 from fusemlp.fleet.memory import Kept, engine_bytes, room
 from fusemlp.fleet.results import Ensemble, FleetResults, Member, scores_of, together
@@ -27,7 +29,7 @@ from fusemlp.runtime.backends import cpu_threads, open_backend
 from fusemlp.training.data import FitData
 from fusemlp.training.fit import ELSEWHERE, fit_loop
 from fusemlp.training.history import History
-from fusemlp.training.loop import EpochLoop, epochs_at_once
+from fusemlp.training.loop import EpochLoop
 from fusemlp.training.plan import FitPlan
 from fusemlp.training.validation import (
     FitPolicy,
@@ -113,21 +115,20 @@ class Fleet:
     ) -> None:
         check_together({**as_network("net", net).uses, "fleet": True})
         base = Candidate({}, net, as_loss(loss), as_optimizer(optimizer), batch_size, seed)
-        self._privacy = as_privacy(privacy)
+        checked = as_privacy(privacy)
         self.candidates = tuple(
-            replace(candidate(base, parameters, f"vary, model {index}"), privacy=_of_member(self._privacy, index))
+            replace(candidate(base, parameters, f"vary, model {index}"), privacy=_of_member(checked, index))
             for index, parameters in enumerate(combinations(vary))
         )
-        self._initial = initial or [{}] * len(self.candidates)
+        expected = f"initial: expected parameters for each of the {len(self)} models, got"
         if isinstance(initial, Mapping | Engine):
             raise ArgumentTypeError(
-                f"initial: expected parameters for each of the {len(self.candidates)} models, got one "
-                f"{type(initial).__name__}; for one start of all give [engine.state_dict()] * {len(self.candidates)}"
+                f"{expected} one {type(initial).__name__}; for one start of all give [engine.state_dict()] * "
+                f"{len(self)}"
             )
-        if len(self._initial) != len(self.candidates):
-            raise ArgumentError(
-                f"initial: expected parameters for each of the {len(self.candidates)} models, got {len(initial)}"
-            )
+        self._initial = initial or [{}] * len(self)
+        if len(self._initial) != len(self):
+            raise ArgumentError(f"{expected} {len(initial)}")
         self._memory = None if memory is None else as_count("memory", memory, minimum=1)
         self._devices = () if devices is None else as_devices(devices)
         if self._devices:
@@ -139,19 +140,18 @@ class Fleet:
                     "or choose the backend of a card: backend='triton' or 'cupy'"
                 )
             device = self._devices[0]
-        machine = {"backend": backend, "device": device, "precision": precision, "plan": plan, "normalise": normalise}
-        self._begin(machine)
+        # the arguments of engines that are no part of a model
+        self._machine = {"backend": backend, "device": device, "precision": precision, "plan": plan}
+        self._machine["normalise"] = normalise
+        self._begin()
 
-    def _begin(self, machine: Mapping[str, Any]) -> None:
-        """Build the first engine."""
-        self._plan, self._machine = machine["plan"], dict(machine)
-        # the first engine checks the machine and resolves "auto" for all
-        self._built = [self._started(0, self._machine)]
-        first = self._built[0]
+    def _begin(self) -> None:
+        """Build the first engine, which checks the machine and resolves "auto" for all."""
+        first = self._started(0, self._machine)
+        self._built, self._in_parts = [first], False
         # rows to measure were measured by the first
-        self._machine["normalise"], self._input_scale = first.normalise, first.scaling.scale
-        self._found = {**self._machine, "backend": first.backend, "device": first.device}
-        self._in_parts = False
+        self._machine, self._input_scale = {**self._machine, "normalise": first.normalise}, first.scaling.scale
+        self._resolved = {**self._machine, "backend": first.backend, "device": first.device}
         self.results: FleetResults | None = None
         self._groups: list[tuple[LaunchGroup, list[int]]] | None = None
 
@@ -161,13 +161,13 @@ class Fleet:
     def part(self, numbers: Sequence[int]) -> Fleet:
         """Return an untrained fleet of the models of these numbers; one alone trains in this process, on the first card
         of ``devices``."""
-        fleet = Fleet.__new__(Fleet)
+        fleet = copy(self)
         fleet.candidates = tuple(self.candidates[number] for number in numbers)
-        fleet._initial, fleet._memory = [self._initial[number] for number in numbers], self._memory
-        fleet._privacy, fleet._devices = self._privacy, self._devices[: len(fleet)] if len(fleet) > 1 else ()
-        fleet._begin(self._machine)
+        fleet._initial = [self._initial[number] for number in numbers]
+        fleet._devices = self._devices[: len(fleet)] if len(fleet) > 1 else ()
+        fleet._begin()
         if self._input_scale is not None:
-            fleet._input_scale = fleet._built[0].scaling.scale = self._input_scale
+            fleet._input_scale = fleet.first.scaling.scale = self._input_scale
         return fleet
 
     @property
@@ -177,7 +177,7 @@ class Fleet:
 
     def _engine(self, index: int) -> Engine:
         """Return a new engine of a model."""
-        engine = self._started(index, self._found)
+        engine = self._started(index, self._resolved)
         engine.scaling.scale = self._input_scale
         return engine
 
@@ -200,11 +200,10 @@ class Fleet:
     def _grouped(self, engines: Mapping[int, Engine]) -> list[tuple[LaunchGroup, list[int]]]:
         """Return the groups of ``engines`` that train in one launch; found once unless the fleet trains in parts."""
         if self._in_parts:
-            # they would keep the engines of this part while those of the next are built
-            self._groups = None
-            return grouped(engines, self._plan)
+            # kept, they would keep the engines of this part while those of the next are built
+            return grouped(engines, self._machine["plan"])
         if self._groups is None or not all(group.whole for group, _ in self._groups):
-            self._groups = grouped(engines, self._plan)
+            self._groups = grouped(engines, self._machine["plan"])
         return self._groups
 
     @knows_names(_ELSEWHERE, call="fit(X, y, epochs=20)")
@@ -257,7 +256,7 @@ class Fleet:
             drop_last=drop_last,
             time_limit=time_limit,
         )
-        given_jobs = None if jobs is None else as_count("jobs", jobs, minimum=1)
+        jobs = None if jobs is None else as_count("jobs", jobs, minimum=1)
         if workers is not None:
             check_workers(workers)
         if self._devices:
@@ -283,89 +282,78 @@ class Fleet:
         validated_on = as_rows("validation_rows", validation_rows, len(self), count)
         if validation is not None and validated_on is not None:
             raise ArgumentError("validation_rows: they take the place of validation_data; give one of the two")
-        validations: Sequence[Validation | None] = [validation] * len(self)
-        if validated_on is not None:
-            validations = held_out(first, data, validated_on)
-        each = {id(one): one for one in validations}
-        measured = {key: with_metrics(first, plan, data.targets, one, OF_ROWS) for key, one in each.items()}
-        validations = [measured[id(one)] for one in validations]
+        measured = partial(with_metrics, first, plan, data.targets, instead=OF_ROWS)
+        if validated_on is None:
+            validations = [measured(validation)] * len(self)
+        else:
+            # rows of a fold are indexed on the host; models that have one in common share its validation
+            whole = data.map(first.inputs.on_host)
+            folds = {part.tobytes(): part for part in validated_on}
+            of_fold = {
+                key: measured(Validation(whole.map(itemgetter(part)), common=True)) for key, part in folds.items()
+            }
+            validations = [of_fold[part.tobytes()] for part in validated_on]
         check_watched(plan, validations[0], OF_ROWS)
         check_monitor(plan.monitor, logged(first, data.targets, validations[0]))
-        counts = dict(enumerate([count] * len(self) if trained_rows is None else map(len, trained_rows)))
-        for index, one in enumerate(self.candidates):
+        for index, described in enumerate(self.candidates):
             # the loss refuses here, before anything has changed
-            one.loss.spec(accuracy=False, soft=data.targets.soft)
-            if drop_last and counts[index] < one.batch_size:
+            described.loss.spec(accuracy=False, soft=data.targets.soft)
+            own_count = count if trained_rows is None else len(trained_rows[index])
+            if drop_last and own_count < described.batch_size:
                 raise ArgumentError(
-                    f"drop_last: {counts[index]} rows do not fill one batch of {one.batch_size}, and model {index} "
+                    f"drop_last: {own_count} rows do not fill one batch of {described.batch_size}, and model {index} "
                     "would not be trained"
                 )
-
-        stops = plan.early_stopping is not None
         most = room(self._memory, self.candidates, first.precision, device=first.device)
         members: dict[int, Member] = {}
 
-        def fit(index: int, **options: Any) -> EpochLoop[FitPolicy]:
+        def fit(index: int, *, together: bool = False) -> EpochLoop[FitPolicy]:
             own, now = None if trained_rows is None else trained_rows[index], time.monotonic()
             # those that train at once have their part of the time that is left to all that have not ended
             share = (plan.deadline - now) * peers[index] / (len(self) - len(members))
             rows_of_model = FitData(data, validations[index], own, taken_in=taken_in)
-            return fit_loop(engines[index], plan, rows_of_model, deadline=now + share, **options)
+            return fit_loop(engines[index], plan, rows_of_model, together=together, deadline=now + share)
+
+        def keep(member: Member) -> None:
+            members[member.index] = member
+            if callback is not None:
+                callback(member)
 
         def ended(index: int, error: DivergenceError | None) -> None:
-            members[index] = self._member(index, engines[index], error, restores=stops)
-            if callback is not None:
-                callback(members[index])
+            keep(self._member(index, engines[index], error, restores=plan.early_stopping is not None))
 
         first.scaling.warn("X", data.X)
-        if workers is not None or self._devices:
-            held = None if validation is None else validation.data
-            self.results = None
-            tasks: dict[str, Any] = {
-                "workers": workers,
-                "jobs": given_jobs,
-                "rows": trained_rows,
-                "validation_rows": validated_on,
-            }
-            with closing(trained_apart(self, plan, data, held, **tasks)) as trained:
-                for member in trained:
-                    members[member.index] = member
-                    if callback is not None:
-                        callback(member)
-            # the engines here are as they were
-            self._in_parts, self._built = True, []
-            self.results = FleetResults(tuple(members[index] for index in range(len(self))))
-            return self.results
-        # one model at a time on a GPU; and the eager plan's calls hold Python's lock
-        side_by_side = first.memory.backend.traits.on_host and first.plan == "resident"
-        at_once = (given_jobs or cpu_threads()) if side_by_side else 1
-        # all models train on the same rows
-        taken_in = first.scaling.take_in(data.X)
-        if self._input_scale is None:
-            self._input_scale = first.scaling.scale
-            for engine in self._built:
-                engine.scaling.scale = self._input_scale
         # earlier results are no longer true, even if this training is cut off
         self.results = None
+        if workers is not None or self._devices:
+            held = None if validation is None else validation.data
+            tasks: dict[str, Any] = {"rows": trained_rows, "validation_rows": validated_on}
+            with closing(trained_apart(self, plan, data, held, workers=workers, jobs=jobs, **tasks)) as trained:
+                for member in trained:
+                    keep(member)
+            # the engines here are as they were
+            self._in_parts, self._built = True, []
+        else:
+            # all models train on the same rows
+            taken_in = first.scaling.take_in(data.X)
+            if self._input_scale is None:
+                self._input_scale = first.scaling.scale
+                for engine in self._built:
+                    engine.scaling.scale = self._input_scale
         while len(members) < len(self):
             engines = self._next_part(len(members), most)
             groups = self._grouped(engines)
             peers = {key: len(keys) for _, keys in groups for key in keys}
             if groups:
-                epochs_each = {
-                    index: epochs_at_once(
-                        engine, plan.epochs, counts[index], asked=stops or validations[index] is not None
-                    )
-                    for index, engine in engines.items()
-                }
-                arrays = data._replace(X=taken_in).arrays
-                train_together(groups, fit, arrays, counts=counts, at_once=epochs_each, ended=ended)
+                train_together(groups, partial(fit, together=True), data._replace(X=taken_in).arrays, ended)
             alone = [index for index in engines if index not in members]
             if alone:
                 peers |= dict.fromkeys(alone, len(alone))
                 trainings = ((index, partial(_launches, fit, index)) for index in alone)
-                turns = None if time_limit is None else len(alone)
-                run_side_by_side(trainings, min(at_once, len(alone)), ended, turns)
+                # one model at a time on a GPU; and the eager plan's calls hold Python's lock
+                side_by_side = first.memory.backend.traits.on_host and first.plan == "resident"
+                at_once = min((jobs or cpu_threads()) if side_by_side else 1, len(alone))
+                run_side_by_side(trainings, at_once, ended, None if time_limit is None else len(alone))
                 del trainings
             # gone before the next are built
             del groups
@@ -379,8 +367,7 @@ class Fleet:
         engines: list[Engine] = []
         taken = 0
         for index in range(start, len(self)):
-            ready = index < len(self._built)
-            engine = self._built[index] if ready else self._engine(index)
+            engine = self._built[index] if index < len(self._built) else self._engine(index)
             taken += engine_bytes(engine)
             if engines and most is not None and taken > most:
                 break
@@ -406,9 +393,9 @@ class Fleet:
         reason = str(error) if error is not None else history.stopped
         status = "diverged" if error is not None else "stopped" if restores and history.stopped else "trained"
         scores = scores_of(history, restored=restores and error is None)
-        one = self.candidates[index]
-        held = Kept.of(engine, one, self._machine) if self._in_parts else engine
-        return Member(index, one.parameters, held, history, status, reason, scores)
+        described = self.candidates[index]
+        held = Kept.of(engine, described, self._machine) if self._in_parts else engine
+        return Member(index, described.parameters, held, history, status, reason, scores)
 
     def predict(self, X: Any) -> Ensemble:
         """Return the joint prediction for X (n, K) of the models that did not diverge.
@@ -429,9 +416,5 @@ def _of_member(privacy: DPSGD | None, index: int) -> DPSGD | None:
 
 
 def _launches(fit: Callable[[int], EpochLoop[FitPolicy]], index: int, stop: Stop) -> Training:
-    """Yield the launches of a fit, which goes on when one has run."""
-    loop = fit(index)
-    loop.begin()
-    for steps in loop.training(stop):
-        yield partial(loop.bound.run_many, steps)
-    loop.finish(interrupted=stop())
+    """Yield the launches of a fit, which is bound when its turn comes."""
+    yield from fit(index).launches(stop)

@@ -116,29 +116,27 @@ class LaunchGroup:
         kept = all(engine.memory is own for engine, own in zip(self.engines, self._own, strict=True))
         return kept and len(set(map(signature, self.engines))) == 1
 
-    def places(
-        self, batch: int, counts: Sequence[int], at_once: Sequence[int], firsts: Sequence[int] | None = None
-    ) -> list[Places]:
-        """Allocate the rows of a launch, for each model ``counts`` rows in each of ``at_once`` epochs.
+    def take_rows(self, loops: Sequence[EpochLoop[Any]], firsts: Sequence[int] | None = None) -> None:
+        """Allocate the rows of a launch, and bind each model's loop to its own; ``firsts``: see ``Places``.
 
-        Returns where each model finds its rows, and the statistics of its epochs; ``firsts``: see ``Places``.
+        The loops may get fewer epochs at once.
         """
-        models, epochs = len(self.engines), max(at_once)
-        # whole batches, of all rows if there are fewer than a batch
-        sizes = [min(batch, count) for count in counts]
-        longest = max(-(-count // size) * size * own for count, size, own in zip(counts, sizes, at_once, strict=True))
-        allocate = self._backend.allocate
+        allocate, models = self._backend.allocate, len(loops)
+        # whole batches
+        lengths = [loop.batches * loop.batch_size for loop in loops]
+        for loop, length in zip(loops, lengths, strict=True):
+            loop.at_once = max(1, min(loop.at_once, GROUP_ROWS // (models * length)))
+        epochs = max(loop.at_once for loop in loops)
+        longest = max(loop.at_once * length for loop, length in zip(loops, lengths, strict=True))
         self._rows = self._backend.view(allocate(models * longest, "int64"), 0, (models, longest), longest)
         self._epoch_stats = None
         if epochs > 1:
             self._epoch_stats = allocate(models * epochs * STATS, "float64").reshape(models, epochs, STATS)
-        chunk = resident_chunk(self._backend.traits, step_flops(self.engines[0].network.sizes, batch))
-        stats = [None] * models if self._epoch_stats is None else self._epoch_stats
-        firsts = [0] * models if firsts is None else firsts
-        return [
-            Places(engine.memory, self._rows[index], stats[index], chunk, firsts[index])
-            for index, engine in enumerate(self.engines)
-        ]
+        chunk = resident_chunk(self._backend.traits, step_flops(self.engines[0].network.sizes, loops[0].batch_size))
+        for index, loop in enumerate(loops):
+            stats = None if self._epoch_stats is None else self._epoch_stats[index]
+            first = 0 if firsts is None else firsts[index]
+            loop.bound = Places(self.engines[index].memory, self._rows[index], stats, chunk, first)
 
     def bind(self, programs: Sequence[Program], data: Mapping[str, Any]) -> GroupLaunch:
         """Return the launch, which takes each model's number of steps, from the models' resident programs.
@@ -172,78 +170,67 @@ class LaunchGroup:
 
 
 def run_together(
-    fits: Sequence[EpochLoop[Any]],
+    loops: Mapping[int, EpochLoop[Any]],
     launch: GroupLaunch,
     interrupted: Callable[[], bool],
     ended: Callable[[int, DivergenceError | None], None],
 ) -> None:
     """Train all epochs of all models of a group, in one launch for the steps that the models ask for.
 
-    A model that has ended, for any reason, asks for no more steps and leaves the launch; ``ended`` is told its index
-    and how it diverged, or None.
+    A model that has ended, for any reason, asks for no more steps and leaves the launch; ``ended`` is told its key in
+    ``loops`` and how it diverged, or None.
     """
-    for fit in fits:
-        fit.begin()
-    asking = {index: fit.training(interrupted) for index, fit in enumerate(fits)}
+    for loop in loops.values():
+        loop.begin()
+    asking = {key: loop.training(interrupted) for key, loop in loops.items()}
     while asking:
-        wanted = [0] * len(fits)
-        for index, training in list(asking.items()):
+        wanted = dict.fromkeys(loops, 0)
+        for key, training in list(asking.items()):
             outcome: DivergenceError | None = None
             try:
-                wanted[index] = next(training, 0)
+                wanted[key] = next(training, 0)
             except DivergenceError as error:
                 outcome = error
-            if not wanted[index]:
-                del asking[index]
+            if not wanted[key]:
+                del asking[key]
                 if outcome is None:
-                    fits[index].finish(interrupted=interrupted())
-                ended(index, outcome)
+                    loops[key].finish(interrupted=interrupted())
+                ended(key, outcome)
         if asking:
-            launch(wanted)
+            launch(list(wanted.values()))
 
 
 def train_together(
     groups: Sequence[tuple[LaunchGroup, Sequence[int]]],
-    fit: Callable[..., EpochLoop[FitPolicy]],
+    fit: Callable[[int], EpochLoop[FitPolicy]],
     data: Mapping[str, Any],
-    *,
-    counts: Mapping[int, int],
-    at_once: Mapping[int, int],
     ended: Callable[[int, DivergenceError | None], None],
 ) -> None:
     """Train groups one after another, each given with its models' keys.
 
-    ``fit`` makes the loop of the model with a key, ``bound`` to its places; ``data`` has x, target and perhaps weight;
-    ``counts`` are the rows of each model, and ``at_once`` the most epochs of a launch. When a model has ended,
-    ``ended`` is told its key and how it diverged, or None; what it raises ends training.
+    ``fit`` makes the loop of the model with a key, which is bound here; ``data`` has x, target and perhaps weight. When
+    a model has ended, ``ended`` is told its key and how it diverged, or None; what it raises ends training.
 
     Ctrl-C ends the training of all models after their launch and raises KeyboardInterrupt.
     """
-    backend = groups[0][0].engines[0].memory.backend
     # the data set is on the device once
-    given = on_device(backend, data)
+    arrays = on_device(groups[0][0].engines[0].memory.backend, data)
+    inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data)
     with deferred_interrupt() as interrupted:
         for group, keys in groups:
-            first, most = group.engines[0], GROUP_ROWS // len(keys)
-            epochs = [max(1, min(at_once[key], most // counts[key])) for key in keys]
-            places = group.places(first.batch_size, [counts[key] for key in keys], epochs)
-            fits = [fit(key, bound=bound, at_once=own) for key, bound, own in zip(keys, places, epochs, strict=True)]
-            inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data)
+            loops = {key: fit(key) for key in keys}
+            group.take_rows(list(loops.values()))
             programs = [
-                lower(one.engine, inputs, one.policy.spec, one.policy.rule, first.batch_size, resident=True)
-                for one in fits
+                lower(engine, inputs, loop.policy.spec, loop.policy.rule, engine.batch_size, resident=True)
+                for engine, loop in zip(group.engines, loops.values(), strict=True)
             ]
-
-            def told(index: int, error: DivergenceError | None, keys: Sequence[int] = keys) -> None:
-                ended(keys[index], error)
-
-            run_together(fits, group.bind(programs, given), interrupted, told)
+            run_together(loops, group.bind(programs, arrays), interrupted, ended)
         if interrupted():
             raise KeyboardInterrupt
 
 
-# A training yields its launches, and goes on when one has run.
 Launch = Callable[[], object]
+# A training yields its launches, and goes on when one has run.
 Training = Generator[Launch, None, None]
 Stop = Callable[[], bool]
 

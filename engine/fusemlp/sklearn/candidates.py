@@ -25,7 +25,7 @@ from sklearn.base import clone
 from sklearn.pipeline import Pipeline
 
 from fusemlp.engine import Engine
-from fusemlp.fleet.launches import GROUP_ROWS, LaunchGroup, LaunchThreads, Training, run_together, signature
+from fusemlp.fleet.launches import LaunchGroup, LaunchThreads, Training, run_together, signature
 from fusemlp.inputs.arrays import Array
 from fusemlp.program.passes.penalty import Penalty
 from fusemlp.program.step import Inputs
@@ -62,10 +62,7 @@ class Candidate:
     def training(self) -> Training:
         """Yield the launches of the model."""
         with _ending([self]):
-            self.epochs.begin()
-            for steps in self.epochs.training(lambda: False):
-                yield partial(self.epochs.bound.run_many, steps)
-            self.epochs.finish(interrupted=False)
+            yield from self.epochs.launches(lambda: False)
 
     def signature(self) -> tuple[Any, ...]:
         """Return what models have in common that can train in one launch."""
@@ -230,20 +227,18 @@ def _train_together(candidates: Sequence[Candidate]) -> bool:
         return False
     group = LaunchGroup([model.engine for model in models])
     data, firsts = _shared_data([source.data for source in batches])
-    for epochs, source in zip(loops, batches, strict=True):
-        epochs.at_once = source.at_once = max(1, min(source.at_once, GROUP_ROWS // (len(models) * source.n)))
-    places = group.places(size, [source.n for source in batches], [source.at_once for source in batches], firsts)
+    group.take_rows(loops, firsts)
     inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data)
     programs = []
-    for epochs, model, source, bound in zip(loops, models, batches, places, strict=True):
-        epochs.bound = bound
+    for epochs, model, source in zip(loops, models, batches, strict=True):
+        source.at_once = epochs.at_once
         programs.append(
             lower(
                 model.engine, inputs, model.loop_loss, model.rule, size, resident=True, passes=(Penalty(source.ridge),)
             )
         )
-    launch = group.bind(programs, models[0].on_device(data))
-    run_together(loops, launch, lambda: False, lambda index, error: setattr(candidates[index], "error", error))
+    launch, fits = group.bind(programs, models[0].on_device(data)), dict(enumerate(loops))
+    run_together(fits, launch, lambda: False, lambda index, error: setattr(candidates[index], "error", error))
     return True
 
 

@@ -14,7 +14,7 @@ from fusemlp.runtime.steps import bind_fit
 from fusemlp.training.data import FitData, Stream, fit_data, order_of
 from fusemlp.training.history import History
 from fusemlp.training.intervals import add_worst_case
-from fusemlp.training.loop import EpochLoop, Steps, epochs_at_once
+from fusemlp.training.loop import EpochLoop, epochs_at_once
 from fusemlp.training.plan import FitPlan
 from fusemlp.training.trainer import fresh_state, resumed_state
 from fusemlp.training.validation import FitPolicy
@@ -22,6 +22,7 @@ from fusemlp_kernels.errors import ArgumentError
 
 if TYPE_CHECKING:
     from fusemlp.inputs.examples import Examples
+    from fusemlp.runtime.programs import BoundProgram
     from fusemlp.training.trainer import Trainer
 
 _TO_ENGINE = "it belongs to the engine: Engine(net, loss=..., optimizer=Adam(lr=0.001), batch_size=32, seed=0)"
@@ -70,14 +71,13 @@ def fit_loop(
     plan: FitPlan,
     data: FitData,
     *,
-    bound: Steps | None = None,
-    at_once: int | None = None,
+    together: bool = False,
     deadline: float | None = None,
 ) -> EpochLoop[FitPolicy]:
     """Return the loop of a fit on checked rows.
 
-    ``bound`` has room for the rows of ``at_once`` epochs; the caller runs its steps. ``deadline``: of this fit, where
-    several share the plan's.
+    ``together``: a launch of several models runs the steps, to whose places the caller binds the loop. ``deadline``: of
+    this fit, where several share the plan's.
     """
     count, adversary, memory = data.count, plan.adversary, engine.memory
     size, on_host = min(engine.batch_size, count), memory.backend.traits.on_host
@@ -114,14 +114,15 @@ def fit_loop(
     if drawn is not None or adversary.ramps or plan.row_order is not None or data.batches is not None:
         # rows are drawn, and a function of the user's is asked, when their epoch comes
         at_once = 1
-    elif at_once is None:
+    else:
         decided = data.validation is not None or policy.patience is not None or bool(plan.callbacks)
         asked = decided or not resident or engine.ranks.together
         at_once = epochs_at_once(engine, plan.epochs, count * members, asked=asked)
+    bound: Stream | BoundProgram | None = None
     if data.batches is not None:
         bound = Stream(engine, data, data.batches)
-    elif bound is None:
-        program = bind_fit(
+    elif not together:
+        bound = bind_fit(
             engine,
             Inputs(len(train.X), indexed=True, weighted=train.weight is not None),
             policy.spec,
@@ -134,8 +135,7 @@ def fit_loop(
             passes=passes,
             keep_gradients=adversary.ramps,
         )
-        add_worst_case(engine, program, adversary, first=begun, updates=state.total_updates - begun)
-        bound = program
+        add_worst_case(engine, bound, adversary, first=begun, updates=state.total_updates - begun)
     return EpochLoop(engine, bound, policy, state, size * members, batches, at_once, plan.callbacks)
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
@@ -37,17 +38,6 @@ if TYPE_CHECKING:
 
 # Most rows in one launch of the resident plan when nothing runs between epochs.
 ROWS_AT_ONCE = 1 << 17
-
-
-class Steps(Protocol):
-    """Knows the rows of the next steps: a bound program, or something with the same methods."""
-
-    # the most steps in one call
-    chunk: int
-    arrays: dict[str, Any]
-
-    def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
-        """Take the rows of ``epochs`` epochs, stored contiguously, from batch ``first_batch`` of the first on."""
 
 
 class Policy:
@@ -112,8 +102,9 @@ def epochs_at_once(engine: Trainer, epochs: int, rows: int, *, asked: bool) -> i
 class EpochLoop(Generic[PolicyT]):
     """Trains ``engine`` epoch by epoch, ``batches`` of ``batch_size`` rows each, as ``policy`` decides.
 
-    ``bound`` runs the steps; where another launch runs them, ``training`` says how many. ``state`` is where training
-    stands. A launch takes ``at_once`` epochs at most.
+    ``bound``, a bound program or something with its ``chunk``, ``arrays`` and ``set_rows``, runs the steps; where
+    another launch runs them, ``training`` says how many. ``state`` is where training stands. A launch takes ``at_once``
+    epochs at most.
     """
 
     engine: Trainer
@@ -156,6 +147,13 @@ class EpochLoop(Generic[PolicyT]):
         if state.batch == 0:
             engine.memory.stats[:] = 0.0
         self._call("on_train_begin")
+
+    def launches(self, interrupted: Callable[[], bool]) -> Generator[Callable[[], object], None, None]:
+        """Yield the launches from the first step to the last; the caller runs one before it asks for the next."""
+        self.begin()
+        for steps in self.training(interrupted):
+            yield partial(self.bound.run_many, steps)
+        self.finish(interrupted=interrupted())
 
     def drive(self, interrupted: Callable[[], bool]) -> None:
         """Run the steps that ``training`` asks for."""
