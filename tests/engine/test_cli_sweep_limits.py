@@ -12,7 +12,7 @@ import pytest
 
 from fusemlp import Engine
 from fusemlp.cli import standings
-from fusemlp.fleet import memory as module
+from fusemlp.fleet import candidates as module
 from fusemlp.fleet.candidates import Candidate
 from make import rows, run
 

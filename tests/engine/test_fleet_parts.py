@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fusemlp import MLP, SGD, ArgumentError, Fleet
-from fusemlp.fleet import memory as module
+from fusemlp.fleet import candidates as module
 from fusemlp.fleet.candidates import Candidate
 from make import assert_same, assert_same_state, data, engine
 

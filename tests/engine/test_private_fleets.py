@@ -9,7 +9,8 @@ from devices import GPU, INTERPRETER, marks_of, usable
 import fusemlp
 from fusemlp import DPSGD, MLP, SGD, ArgumentError, Engine, Fleet, MissingLibraryError, ReduceOnPlateau
 from fusemlp.describe.privacy import Accountant
-from fusemlp.fleet import memory as module
+from fusemlp.fleet import candidates as module
+from fusemlp.fleet.results import Kept
 from make import assert_same_state
 
 pytest.importorskip("dp_accounting")
@@ -90,7 +91,7 @@ def test_models_of_a_fleet_in_parts_keep_their_account():
     one = fleet([{}])
     most = 2 * module.engine_bytes(one.engines[0]) + module.kept_bytes(one.candidates * 3, "fp32")
     results, whole = fleet(memory=most).fit(X, y, epochs=2), fleet().fit(X, y, epochs=2)
-    assert isinstance(results.members[0].held, module.Kept)
+    assert isinstance(results.members[0].held, Kept)
     assert results.privacy_spent() == whole.privacy_spent()
     engine = results.engine(1)
     assert engine.ledger.steps(engine.update_count) == [(0.5, 4)] and engine.privacy.seed is None

@@ -14,9 +14,8 @@ from fusemlp import MLP, Engine
 from fusemlp.describe import checks
 from fusemlp.fleet import fleet as fleets
 from fusemlp.fleet.fleet import Fleet
-from fusemlp.fleet.memory import Kept
 from fusemlp.fleet.merge import mean_history, sound
-from fusemlp.fleet.results import Member
+from fusemlp.fleet.results import Kept, Member
 from fusemlp.sklearn import TableClassifier
 from fusemlp.tables import trials
 from fusemlp.training import validation

@@ -27,8 +27,7 @@ from fusemlp.describe.description import reading, stored
 from fusemlp.describe.metrics import rises
 from fusemlp.describe.text import aligned
 from fusemlp.fleet.fleet import Fleet
-from fusemlp.fleet.memory import Kept
-from fusemlp.fleet.results import Combination, FleetResults, Member, averages
+from fusemlp.fleet.results import Combination, FleetResults, Kept, Member, averages
 from fusemlp.fleet.workers import connected
 from fusemlp.report.metrics import baseline_line, headline
 from fusemlp.report.plots import Varied, literal, scores_figure

@@ -1,15 +1,17 @@
-"""The models of a fleet: a description of each, made from one and the parameters that vary, and the rows of each."""
+"""The models of a fleet: a description of each, made from one and the parameters that vary; their rows and memory."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
+from fusemlp.datasets.preparation import available_memory
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
@@ -18,6 +20,7 @@ from fusemlp.describe.privacy import DPSGD
 from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
 from fusemlp.inputs.arrays import Array, to_array
+from fusemlp.runtime.memory import REAL_BYTES
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
 # The parameters that may vary, by the description that has them.
@@ -70,9 +73,9 @@ def combinations(vary: Vary) -> list[dict[str, Any]]:
     Raises ArgumentError for an unknown name or where there is no model, ArgumentTypeError for anything else.
     """
     if isinstance(vary, Mapping):
-        _check_names("vary", vary)
         columns = []
         for name, values in vary.items():
+            check_name("vary", name)
             # a 0-d array claims to be iterable
             if isinstance(values, str) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
                 raise ArgumentTypeError(
@@ -88,39 +91,32 @@ def combinations(vary: Vary) -> list[dict[str, Any]]:
                 f"vary: {product} are {total} models, and at most {MOST_MODELS} are trained; give fewer values, or a "
                 "list with some of the combinations"
             )
-        found = [dict(zip(vary, values, strict=True)) for values in itertools.product(*columns)]
         if not vary:
             raise ArgumentError("vary: it is empty; name what the models differ in, such as {'seed': range(20)}")
-        return found
+        return [dict(zip(vary, values, strict=True)) for values in itertools.product(*columns)]
     if isinstance(vary, str) or not isinstance(vary, Iterable):
         raise ArgumentTypeError(
             f"vary: expected a mapping of names to values, or a list of mappings, one a model, got {vary!r}"
         )
-    found = []
-    for index, one in enumerate(vary):
-        if not isinstance(one, Mapping):
-            raise ArgumentTypeError(f"vary[{index}]: expected a mapping such as {{'lr': 0.01}}, got {one!r}")
-        _check_names(f"vary[{index}]", one)
-        found.append(dict(one))
-    if not found:
+    points = list(vary)
+    for index, point in enumerate(points):
+        if not isinstance(point, Mapping):
+            raise ArgumentTypeError(f"vary[{index}]: expected a mapping such as {{'lr': 0.01}}, got {point!r}")
+        for name in point:
+            check_name(f"vary[{index}]", name)
+    if not points:
         raise ArgumentError("vary: it is empty; give a mapping for each model, {} for one as it is described")
-    return found
+    return [dict(point) for point in points]
 
 
 def check_name(argument: str, name: str) -> None:
     """Raise ArgumentError for a name that cannot vary; the message suggests the right one."""
-    if name in NAMES:
-        return
     if name in ELSEWHERE:
         raise ArgumentError(
             f"{argument}: unknown name {name!r}; did you mean {ELSEWHERE[name]!r}? Expected one of: {', '.join(NAMES)}"
         )
-    raise unknown_name(argument, name, NAMES)
-
-
-def _check_names(argument: str, given: Mapping[str, Any]) -> None:
-    for name in given:
-        check_name(argument, name)
+    if name not in NAMES:
+        raise unknown_name(argument, name, NAMES)
 
 
 def candidate(base: Candidate, parameters: Mapping[str, Any], where: str) -> Candidate:
@@ -193,17 +189,17 @@ def _described(given: Any, changes: Mapping[str, Any]) -> Any:
     """Return ``given`` with some fields changed."""
     if not changes:
         return given
-    own = {field.name for field in fields(given)}
+    settings = sorted(field.name for field in fields(given))
     for name in changes:
-        if name not in own:
-            raise ArgumentError(f"{name}: {type(given).__name__} has no such setting; it has {', '.join(sorted(own))}")
+        if name not in settings:
+            raise ArgumentError(f"{name}: {type(given).__name__} has no such setting; it has {', '.join(settings)}")
     return replace(given, **changes)
 
 
 def _optimizer(optimizer: Optimizer, changes: dict[str, Any]) -> Optimizer:
     if "lr" in changes and isinstance(optimizer.lr, Schedule) and not isinstance(changes["lr"], Schedule):
         # a number is the rate that the schedule starts from or rises to
-        name = "peak" if any(field.name == "peak" for field in fields(optimizer.lr)) else "lr"
+        name = "peak" if hasattr(optimizer.lr, "peak") else "lr"
         changes["lr"] = _described(optimizer.lr, {name: changes["lr"]})
     changed: Optimizer = _described(optimizer, changes)
     return changed
@@ -232,3 +228,48 @@ def as_rows(argument: str, given: Sequence[Any] | None, models: int, count: int)
             )
         checked.append(array.astype(np.int64))
     return checked
+
+
+# Bytes of an engine's Python objects beside its arrays, and of a model's that is kept; measured and rounded up. The
+# history is not included: its length is not known before.
+ENGINE_OBJECTS = 17 << 10
+KEPT_OBJECTS = 6 << 10
+MIB = 1 << 20
+
+
+def engine_bytes(engine: Engine) -> int:
+    """Estimate the bytes of an engine: arenas, table of rates, the best weights of early stopping, its objects."""
+    memory = engine.memory
+    arenas = memory.gradient_parts + 2 + len(memory.states) + bool(memory.evaluated)
+    shadow = 0 if memory.shadow is None else memory.shadow.nbytes
+    return int(arenas * memory.params.nbytes + shadow + memory.rates.nbytes + ENGINE_OBJECTS)
+
+
+def kept_bytes(candidates: Sequence[Candidate], precision: str) -> int:
+    """Estimate the bytes that stay of all models when they have ended."""
+    networks = Counter(described.net for described in candidates)
+    parameters = sum(net.parameter_count * models for net, models in networks.items())
+    return parameters * REAL_BYTES.get(precision, 4) + len(candidates) * KEPT_OBJECTS
+
+
+def room(given: int | None, candidates: Sequence[Candidate], precision: str, *, device: str) -> int | None:
+    """Return the bytes that engines may take at once; None is no limit.
+
+    ``given`` is the user's limit; on the host it includes what stays of ended models. By default the limit is half of
+    the available memory on the host, and there is none on a card.
+
+    Raises ArgumentError if not even the parameters of all models fit.
+    """
+    if device != "cpu":
+        return given
+    available = available_memory() if given is None else given
+    if available is None:
+        return None
+    kept = kept_bytes(candidates, precision)
+    if kept >= available:
+        raise ArgumentError(
+            f"memory: {len(candidates)} models leave {kept / MIB:.4g} MiB of parameters, and there are "
+            f"{available / MIB:.4g} MiB {'free' if given is None else 'allowed'}; train fewer models at once, or give "
+            "more with memory="
+        )
+    return max(0, (available // 2 if given is None else available) - kept)

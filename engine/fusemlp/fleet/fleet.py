@@ -20,33 +20,21 @@ from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.engine import Engine
-from fusemlp.fleet.candidates import Candidate, Vary, as_rows, candidate, combinations
-from fusemlp.fleet.launches import LaunchGroup, Stop, Training, grouped, run_side_by_side, train_together
-from fusemlp.fleet.memory import Kept, engine_bytes, room
-from fusemlp.fleet.results import Ensemble, FleetResults, Member, scores_of, together
+from fusemlp.fleet.candidates import Candidate, Vary, as_rows, candidate, combinations, engine_bytes, room
+from fusemlp.fleet.launches import LaunchGroup, grouped, run_side_by_side, train_together
+from fusemlp.fleet.results import Ensemble, FleetResults, Kept, Member, scores_of, together
 from fusemlp.fleet.workers import as_devices, check_not_given, check_workers, trained_apart
 from fusemlp.runtime.backends import cpu_threads, open_backend
+from fusemlp.runtime.scaling import InputScale
 from fusemlp.training.data import FitData
 from fusemlp.training.fit import ELSEWHERE, fit_loop
 from fusemlp.training.history import History
 from fusemlp.training.loop import EpochLoop
 from fusemlp.training.plan import FitPlan
-from fusemlp.training.validation import (
-    FitPolicy,
-    Validation,
-    check_monitor,
-    check_watched,
-    checked_validation,
-    logged,
-    with_metrics,
-)
+from fusemlp.training.validation import FitPolicy, Validation, checked_validation, measured
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
 
 _log = logging.getLogger("fusemlp")
-
-# The argument of ``fit`` beside validation_data that gives validation rows.
-OF_ROWS = "validation_rows"
-
 
 # Arguments of Engine.fit that a fleet has in another place.
 _ELSEWHERE = {
@@ -141,13 +129,15 @@ class Fleet:
                 )
             device = self._devices[0]
         # the arguments of engines that are no part of a model
-        self._machine = {"backend": backend, "device": device, "precision": precision, "plan": plan}
+        self._machine: dict[str, Any] = {"backend": backend, "device": device, "precision": precision, "plan": plan}
         self._machine["normalise"] = normalise
+        self._input_scale: InputScale | None = None
         self._begin()
 
     def _begin(self) -> None:
         """Build the first engine, which checks the machine and resolves "auto" for all."""
-        first = self._started(0, self._machine)
+        self._resolved = self._machine
+        first = self._engine(0)
         self._built, self._in_parts = [first], False
         # rows to measure were measured by the first
         self._machine, self._input_scale = {**self._machine, "normalise": first.normalise}, first.scaling.scale
@@ -166,8 +156,6 @@ class Fleet:
         fleet._initial = [self._initial[number] for number in numbers]
         fleet._devices = self._devices[: len(fleet)] if len(fleet) > 1 else ()
         fleet._begin()
-        if self._input_scale is not None:
-            fleet._input_scale = fleet.first.scaling.scale = self._input_scale
         return fleet
 
     @property
@@ -176,16 +164,12 @@ class Fleet:
         return self._built[0] if self._built else self._engine(0)
 
     def _engine(self, index: int) -> Engine:
-        """Return a new engine of a model."""
-        engine = self._started(index, self._resolved)
-        engine.scaling.scale = self._input_scale
-        return engine
-
-    def _started(self, index: int, machine: Mapping[str, Any]) -> Engine:
-        """Return a new engine of a model with the initial parameters that were given for it."""
-        engine = self.candidates[index].engine(machine)
+        """Return a new engine of a model, with its initial parameters and the scale of the inputs."""
+        engine = self.candidates[index].engine(self._resolved)
         if self._initial[index]:
             engine.load_state_dict({**engine.state_dict(), **self._initial[index]})
+        if self._input_scale is not None:
+            engine.scaling.scale = self._input_scale
         return engine
 
     @property
@@ -200,7 +184,8 @@ class Fleet:
     def _grouped(self, engines: Mapping[int, Engine]) -> list[tuple[LaunchGroup, list[int]]]:
         """Return the groups of ``engines`` that train in one launch; found once unless the fleet trains in parts."""
         if self._in_parts:
-            # kept, they would keep the engines of this part while those of the next are built
+            # they would keep the engines of this part while those of the next are built
+            self._groups = None
             return grouped(engines, self._machine["plan"])
         if self._groups is None or not all(group.whole for group, _ in self._groups):
             self._groups = grouped(engines, self._machine["plan"])
@@ -282,19 +267,17 @@ class Fleet:
         validated_on = as_rows("validation_rows", validation_rows, len(self), count)
         if validation is not None and validated_on is not None:
             raise ArgumentError("validation_rows: they take the place of validation_data; give one of the two")
-        measured = partial(with_metrics, first, plan, data.targets, instead=OF_ROWS)
         if validated_on is None:
-            validations = [measured(validation)] * len(self)
+            validations = [measured(first, plan, data.targets, validation, "validation_rows")[0]] * len(self)
         else:
             # rows of a fold are indexed on the host; models that have one in common share its validation
             whole = data.map(first.inputs.on_host)
-            folds = {part.tobytes(): part for part in validated_on}
-            of_fold = {
-                key: measured(Validation(whole.map(itemgetter(part)), common=True)) for key, part in folds.items()
-            }
-            validations = [of_fold[part.tobytes()] for part in validated_on]
-        check_watched(plan, validations[0], OF_ROWS)
-        check_monitor(plan.monitor, logged(first, data.targets, validations[0]))
+            folds: dict[bytes, Validation | None] = {}
+            for part in validated_on:
+                if part.tobytes() not in folds:
+                    fold = Validation(whole.map(itemgetter(part)), common=True)
+                    folds[part.tobytes()] = measured(first, plan, data.targets, fold, "")[0]
+            validations = [folds[part.tobytes()] for part in validated_on]
         for index, described in enumerate(self.candidates):
             # the loss refuses here, before anything has changed
             described.loss.spec(accuracy=False, soft=data.targets.soft)
@@ -349,12 +332,11 @@ class Fleet:
             alone = [index for index in engines if index not in members]
             if alone:
                 peers |= dict.fromkeys(alone, len(alone))
-                trainings = ((index, partial(_launches, fit, index)) for index in alone)
                 # one model at a time on a GPU; and the eager plan's calls hold Python's lock
                 side_by_side = first.memory.backend.traits.on_host and first.plan == "resident"
                 at_once = min((jobs or cpu_threads()) if side_by_side else 1, len(alone))
-                run_side_by_side(trainings, at_once, ended, None if time_limit is None else len(alone))
-                del trainings
+                turns = None if time_limit is None else len(alone)
+                run_side_by_side(alone, lambda index, stop: fit(index).launches(stop), at_once, ended, turns)
             # gone before the next are built
             del groups
             engines = {}
@@ -389,7 +371,7 @@ class Fleet:
         """Return the outcome of a model; ``restores``: it went back to its best weights."""
         # a small network's workspace is far larger than its parameters, and thousands may be kept
         engine.release()
-        history = engine.history if engine.history is not None else History()
+        history = engine.history or History()
         reason = str(error) if error is not None else history.stopped
         status = "diverged" if error is not None else "stopped" if restores and history.stopped else "trained"
         scores = scores_of(history, restored=restores and error is None)
@@ -413,8 +395,3 @@ class Fleet:
 def _of_member(privacy: DPSGD | None, index: int) -> DPSGD | None:
     """Return the privacy of a model: each has a seed of its own."""
     return privacy if privacy is None or privacy.seed is None else replace(privacy, seed=privacy.seed + index)
-
-
-def _launches(fit: Callable[[int], EpochLoop[FitPolicy]], index: int, stop: Stop) -> Training:
-    """Yield the launches of a fit, which is bound when its turn comes."""
-    yield from fit(index).launches(stop)

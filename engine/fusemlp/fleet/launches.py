@@ -305,18 +305,19 @@ class LaunchThreads:
 
 
 def run_side_by_side(
-    trainings: Iterable[tuple[int, Callable[[Stop], Training]]],
+    numbers: Iterable[int],
+    begin: Callable[[int, Stop], Training],
     workers: int,
     ended: Callable[[int, DivergenceError | None], None],
     most: int | None = None,
 ) -> None:
-    """Run numbered trainings to their end; each is told how to find out whether it shall stop.
+    """Run numbered trainings to their end; ``begin`` makes each, which asks the function it is given when to stop.
 
     ``most``: begin this many at once, which take turns; by default with one worker they run one after another. After
     Ctrl-C, or an error, the trainings that have begun stop after their launches, no other begins, and KeyboardInterrupt
     or the error is raised.
     """
-    waiting = iter(trainings)
+    waiting = deque(numbers)
     failed = False
 
     with deferred_interrupt() as interrupted:
@@ -332,15 +333,12 @@ def run_side_by_side(
         threads = LaunchThreads(workers, told)
         threads.most = most or threads.most
         try:
-            while True:
-                while threads.active < threads.most and not stop():
-                    following = next(waiting, None)
-                    if following is None:
-                        break
-                    threads.start(following[0], following[1](stop))
-                if not threads.active:
-                    break
-                threads.wait()
+            while (begins := bool(waiting) and not stop()) or threads.active:
+                if begins and threads.active < threads.most:
+                    number = waiting.popleft()
+                    threads.start(number, begin(number, stop))
+                else:
+                    threads.wait()
         except BaseException:
             failed = True
             while threads.active:

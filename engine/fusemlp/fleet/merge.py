@@ -195,8 +195,7 @@ def _at(history: History, name: str, epoch: int) -> float:
 
 def _diagonal(blocks: Sequence[Array]) -> Array:
     """Return a matrix with the blocks, all of one shape, on its diagonal."""
-    rows, columns = blocks[0].shape
-    matrix = np.zeros((rows * len(blocks), columns * len(blocks)), blocks[0].dtype)
-    for place, block in enumerate(blocks):
-        matrix[place * rows : (place + 1) * rows, place * columns : (place + 1) * columns] = block
-    return matrix
+    count, (rows, columns) = len(blocks), blocks[0].shape
+    matrix = np.zeros((count, rows, count, columns), blocks[0].dtype)
+    matrix[range(count), :, range(count)] = blocks
+    return matrix.reshape(count * rows, count * columns)

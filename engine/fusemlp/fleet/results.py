@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,40 @@ from fusemlp.describe.metrics import rises
 from fusemlp.describe.privacy import OF_TRAINING_ROWS
 from fusemlp.describe.text import aligned
 from fusemlp.engine import Engine
-from fusemlp.fleet.memory import Kept
+from fusemlp.fleet.candidates import Candidate
 from fusemlp.inputs.arrays import Array
-from fusemlp.runtime.ledger import spent_together
+from fusemlp.runtime.ledger import Ledger, spent_together
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError, unknown_name
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A model without its engine: its parameters, by the names of ``state_dict``, its history, and the privacy that it
+    has spent."""
+
+    candidate: Candidate
+    machine: Mapping[str, Any]
+    parameters: dict[str, Array]
+    history: History
+    epochs_trained: int
+    privacy: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, engine: Engine, candidate: Candidate, machine: Mapping[str, Any]) -> Kept:
+        """Return what is kept of an engine."""
+        spent = engine.ledger.to_config(engine.update_count)
+        history = engine.history or History()
+        return cls(candidate, machine, engine.state_dict(), history, engine.epochs_trained, spent)
+
+    def engine(self) -> Engine:
+        """Return a new engine with these parameters; its optimizer starts afresh."""
+        engine = self.candidate.engine(self.machine)
+        engine.load_state_dict(self.parameters)
+        # with a new seed: its updates are counted afresh
+        engine.ledger = Ledger.from_config(self.privacy, engine.batch_size)
+        engine.history, engine.epochs_trained = self.history, self.epochs_trained
+        return engine
 
 
 @dataclass(frozen=True)
@@ -113,14 +142,11 @@ class FleetResults:
         known = {name: None for member in self.members for name in member.scores}
         if known and chosen not in known:
             raise unknown_name("metric", chosen, known)
-        sign = -1.0 if rises(chosen) else 1.0
-
         second = self.metric
 
         def place(member: Member) -> tuple[bool, float, float]:
-            scores = sign * member.scores.get(chosen, math.inf), member.scores.get(second, math.inf)
-            first, other = (score if math.isfinite(score) else math.inf for score in scores)
-            return member.status == "diverged" or not math.isfinite(first), first, other
+            first, other = _order(chosen, second, lambda name: member.scores.get(name, math.inf))
+            return member.status == "diverged" or math.isinf(first), first, other
 
         return sorted(self.members, key=place)
 
@@ -128,14 +154,31 @@ class FleetResults:
         """Return the models in groups that differ in their seed alone, the best mean of a score first.
 
         A group has ``parameters``, ``members``, ``mean(name)`` and ``spread(name)``, the standard deviation over its
-        seeds. If the models differ in nothing but the seed, or have no seeds, each is a group.
+        seeds. Groups of which a larger share diverged come later, then those of which a smaller share has ended. If the
+        models differ in nothing but the seed, or have no seeds, each is a group, in the order of ``ranked``.
 
         ``points``: the parameters of all models of the fleet, if some have not ended.
         """
-        known: dict[int, Point] = dict(enumerate(points or ()))
-        if points is None:
-            known = {member.index: member.parameters for member in self.members}
-        return combinations(self.ranked(metric), known, metric or self.metric, self.metric)
+        ranked, chosen, second = self.ranked(metric), metric or self.metric, self.metric
+        known: dict[int, Point] = {member.index: member.parameters for member in self.members}
+        if points is not None:
+            known = dict(enumerate(points))
+        if not averages(list(known.values())):
+            return [Combination(known[member.index], (member,), 1) for member in ranked]
+        shared = {index: {k: v for k, v in point.items() if k != "seed"} for index, point in known.items()}
+        # a value may be a list, which has no hash
+        keys = {index: repr(sorted(point.items())) for index, point in shared.items()}
+        groups: dict[str, list[Member]] = {}
+        for member in ranked:
+            groups.setdefault(keys[member.index], []).append(member)
+        models = Counter(keys.values())
+        several = [Combination(shared[group[0].index], tuple(group), models[key]) for key, group in groups.items()]
+
+        def place(group: Combination) -> tuple[float, float, float, float, int]:
+            ended, first = len(group.members), min(member.index for member in group.members)
+            return group.diverged / ended, 1 - ended / group.models, *_order(chosen, second, group.mean), first
+
+        return sorted(several, key=place)
 
     def best(self, metric: str | None = None) -> Member:
         """Return the best model by a score; if seeds vary too, of the combination with the best mean over its seeds.
@@ -180,7 +223,7 @@ class FleetResults:
         records = self.records(metric)
         further: list[str] = []
         if means and averages([member.parameters for member in self.members]):
-            records = [self._mean(one, metric or self.metric, scores) for one in self.combinations(metric)]
+            records = [_means(group, metric or self.metric, scores) for group in self.combinations(metric)]
             further = ["spread", "seeds"]
             del parameters["seed"]
         columns = ["model", *parameters, *scores, *further, "epochs", "status"]
@@ -188,16 +231,17 @@ class FleetResults:
         left_out = "" if limit is None or limit >= len(records) else f"\n... and {len(records) - limit} more"
         return aligned(rows, left=0) + left_out
 
-    def _mean(self, one: Combination, metric: str, scores: Iterable[str]) -> dict[str, Any]:
-        figures = {name: one.mean(name) for name in scores} | {"spread": one.spread(metric)}
-        return {
-            "model": one.members[0].index,
-            **one.parameters,
-            **{name: None if math.isnan(value) else value for name, value in figures.items()},
-            "seeds": len(one.members) - one.diverged,
-            "epochs": round(one.epochs),
-            "status": one.status,
-        }
+
+def _means(group: Combination, metric: str, scores: Iterable[str]) -> dict[str, Any]:
+    figures = {name: group.mean(name) for name in scores} | {"spread": group.spread(metric)}
+    return {
+        "model": group.members[0].index,
+        **group.parameters,
+        **{name: None if math.isnan(value) else value for name, value in figures.items()},
+        "seeds": len(group.members) - group.diverged,
+        "epochs": round(group.epochs),
+        "status": group.status,
+    }
 
 
 def _shown(value: Any) -> str:
@@ -225,26 +269,20 @@ class Ensemble:
 def together(engines: Iterable[Engine], X: Any) -> Ensemble:
     """Return the ensemble of engines with one loss; they predict one after another, so that memory does not grow."""
     classifies = labels = False
-    count, mean, squares, votes = 0, np.zeros(0), np.zeros(0), None
-    for engine in engines:
-        if not count:
-            classifies = engine.loss.is_classification
-            labels = engine.loss.kind == "binary_cross_entropy" and engine.network.sizes[-1] > 1
-        one = np.asarray(engine.predict_proba(X) if classifies else engine.predict(X), np.float64)
-        count += 1
-        if count == 1:
-            mean, squares = np.zeros_like(one), np.zeros_like(one)
-            votes = np.zeros(one.shape, np.int64) if classifies else None
+    count, mean, squares, votes = 0, np.zeros(()), np.zeros(()), np.zeros((), np.int64)
+    for count, engine in enumerate(engines, 1):
+        classifies = engine.loss.is_classification
+        labels = engine.loss.kind == "binary_cross_entropy" and engine.network.sizes[-1] > 1
+        predicted = np.asarray(engine.predict_proba(X) if classifies else engine.predict(X), np.float64)
         # B. Welford, "Note on a method for calculating corrected sums of squares and products", 1962
-        difference = one - mean
-        mean += difference / count
-        squares += difference * (one - mean)
-        if votes is not None and labels:
-            votes += one > 0.5
-        elif votes is not None:
-            votes[np.arange(len(one)), one.argmax(axis=1)] += 1
+        difference = predicted - mean
+        mean = mean + difference / count
+        squares = squares + difference * (predicted - mean)
+        if classifies:
+            classes = np.arange(predicted.shape[1])
+            votes = votes + (predicted > 0.5 if labels else predicted.argmax(axis=1)[:, None] == classes)
     prediction = mean if not classifies else (mean > 0.5).astype(np.int64) if labels else mean.argmax(axis=1)
-    return Ensemble(prediction, mean, np.sqrt(squares / count), votes)
+    return Ensemble(prediction, mean, np.sqrt(squares / count), votes if classifies else None)
 
 
 Point = Mapping[str, Any]
@@ -302,34 +340,7 @@ def averages(points: Sequence[Point]) -> bool:
     return all("seed" in point for point in points) and any(len(point) > 1 for point in points)
 
 
-def combinations(ranked: Sequence[Member], points: Mapping[int, Point], metric: str, second: str) -> list[Combination]:
-    """Return the combinations of ``ranked``, the ended models from best to worst, the best mean of ``metric`` first.
-
-    ``points`` has the parameters of all models by index. Combinations of which a larger share diverged come later,
-    then those of which a smaller share has ended; means of ``second`` break ties. Without several seeds a combination
-    is one model, in the order of ``ranked``.
-    """
-    if not averages(list(points.values())):
-        return [Combination(points[one.index], (one,), 1) for one in ranked]
-    found: dict[str, list[Member]] = {}
-    for member in ranked:
-        found.setdefault(_key(points[member.index]), []).append(member)
-    models = Counter(map(_key, points.values()))
-    made = [
-        Combination({k: v for k, v in points[own[0].index].items() if k != "seed"}, tuple(own), models[key])
-        for key, own in found.items()
-    ]
-    sign = -1.0 if rises(metric) else 1.0
-
-    def place(one: Combination) -> tuple[float, float, float, float, int]:
-        means = sign * one.mean(metric), one.mean(second)
-        first, other = (value if math.isfinite(value) else math.inf for value in means)
-        lacking = 1 - len(one.members) / one.models
-        return one.diverged / len(one.members), lacking, first, other, min(member.index for member in one.members)
-
-    return sorted(made, key=place)
-
-
-def _key(point: Point) -> str:
-    # A value may be a list, which has no hash.
-    return repr(sorted((name, value) for name, value in point.items() if name != "seed"))
+def _order(metric: str, second: str, score: Callable[[str], float]) -> tuple[float, float]:
+    """Return the key of an order by ``metric``, the best first, then by ``second``; infinity for what is not finite."""
+    first, other = -score(metric) if rises(metric) else score(metric), score(second)
+    return first if math.isfinite(first) else math.inf, other if math.isfinite(other) else math.inf

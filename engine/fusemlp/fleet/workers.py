@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack, closing, contextmanager
 from copy import copy
@@ -19,93 +19,35 @@ from typing import TYPE_CHECKING, Any
 import joblib
 from joblib.externals.loky import ProcessPoolExecutor
 
-from fusemlp.fleet.memory import Kept
-from fusemlp.fleet.results import Member
+from fusemlp.fleet.results import Kept, Member
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.backends import one_thread
 from fusemlp.runtime.plans import shares_launches
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibraryError, WorkerError, unknown_name
 
 if TYPE_CHECKING:
-    from fusemlp.engine import Engine
     from fusemlp.inputs.examples import Examples
     from fusemlp.training.plan import FitPlan
 
-
-def trained_apart(
-    fleet: Any,
-    plan: FitPlan,
-    data: Examples,
-    held: Examples | None,
-    *,
-    workers: str | None,
-    jobs: int | None,
-    **rows: Any,
-) -> Generator[Member, None, None]:
-    """Yield each model of a fleet when it has ended, in any order, trained on ``data`` and validated on ``held``.
-
-    ``workers`` train it, ``jobs`` tasks at once, or without these the fleet's cards. ``rows``: those of each model.
-    """
-    first, untrained = fleet.first, copy(fleet)
-    # its parts build their own, on the backend that they shall have
-    untrained._built, untrained._groups, untrained._devices = [], None, ()
-    options = {name: getattr(plan, name) for name in ("epochs", "metrics", "early_stopping", "monitor", "drop_last")}
-    task = partial(_train_part, untrained, **options, **rows)
-    sent = [*_arrays(first, data), *_arrays(first, held)]
-    if workers is not None:
-        return trained_elsewhere(len(fleet), task, sent, workers=workers, jobs=jobs)
-    # of the process, which sees one
-    untrained._machine = {**fleet._machine, "device": None}
-    together = shares_launches(first.memory.backend.traits)
-    return trained_on(fleet._devices, len(fleet), task, sent, together=together)
-
-
-def _train_part(
-    whole: Any,
-    numbers: Sequence[int],
-    X: Array,
-    y: Array,
-    weight: Array | None,
-    *validation: Array | None,
-    rows: Sequence[Array] | None,
-    validation_rows: Sequence[Array] | None,
-    **options: Any,
-) -> list[Member]:
-    """Train the models of some numbers on one core, or on the default card; without numbers try the latter."""
-    fleet = whole.part(numbers or [0])
-    if not numbers:
-        return []
-    if rows is not None:
-        options["rows"] = [rows[number] for number in numbers]
-    if validation_rows is not None:
-        options["validation_rows"] = [validation_rows[number] for number in numbers]
-    elif validation[0] is not None:
-        options["validation_data"] = validation
-    with one_thread():
-        found = fleet.fit(X, y, sample_weight=weight, jobs=1, **options).members
-    kept = (
-        one.held if isinstance(one.held, Kept) else Kept.of(one.held, candidate, fleet._machine)
-        for one, candidate in zip(found, fleet.candidates, strict=True)
-    )
-    return [replace(one, index=number, held=held) for one, number, held in zip(found, numbers, kept, strict=True)]
-
-
-def _arrays(engine: Engine, data: Examples | None) -> tuple[Array | None, Array | None, Array | None]:
-    """Return X, y and weight on the host."""
-    if data is None:
-        return None, None, None
-    X, targets, weight = data.map(engine.inputs.on_host)
-    return X, targets.values, weight
-
+_log = logging.getLogger("fusemlp")
 
 # The cards that a process sees; the libraries of NVIDIA and of AMD read it when they start.
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 NAMES = re.compile(r"cuda:(\d+)")
+# The libraries whose backends joblib does not know before it is told, and what tells it.
+LIBRARIES = {"dask": "distributed", "ray": "ray"}
+# Tasks for each worker, so that a fast one takes more of them. A task has no more models than a launch.
+TASKS, MOST_AT_ONCE = 4, 256
+# More losses of workers in a row, without a model that ends between them, end the training.
+LOST = 3
+
+# Trains the models of some numbers on the arrays.
+Task = Callable[..., list[Member]]
 
 
 def as_devices(devices: Any) -> tuple[str, ...]:
     """Return the names of distinct cards. Raises ArgumentTypeError or ArgumentError."""
-    if not isinstance(devices, list | tuple) or not all(isinstance(one, str) for one in devices):
+    if not isinstance(devices, list | tuple) or not all(isinstance(name, str) for name in devices):
         raise ArgumentTypeError(f"devices: expected names of cards such as ['cuda:0', 'cuda:1'], got {devices!r}")
     if not devices or len(set(devices)) < len(devices) or not all(map(NAMES.fullmatch, devices)):
         raise ArgumentError(f"devices: expected different cards such as ['cuda:0', 'cuda:1'], got {list(devices)}")
@@ -131,73 +73,6 @@ def visible(device: str) -> str:
             "set it to more cards, or name others"
         )
     return seen[int(number)] if seen else number
-
-
-def trained_on(
-    devices: Sequence[str], models: int, task: Task, arrays: Sequence[Any], *, together: bool
-) -> Generator[Member, None, None]:
-    """Yield each of the ``models`` when it has ended, in any order.
-
-    ``task(numbers, *arrays)`` returns those of some numbers, on the only card of its process; with no numbers it tries
-    the card. ``together``: models train in one launch, so that a card takes as many as there are. All cards are tried
-    before one trains. Raises WorkerError, which names the card, for an error on one.
-    """
-    with ExitStack() as stack:
-        cards = {}
-        for device in devices:
-            given = {"env": {VARIABLE: visible(device)}, "initializer": _take, "initargs": (task, arrays)}
-            cards[device] = ProcessPoolExecutor(1, **given)
-            stack.callback(cards[device].shutdown, kill_workers=True)
-        for device, trial in [(device, card.submit(_train, [])) for device, card in cards.items()]:
-            _outcome(device, trial)
-        parts = max(-(-models // MOST_AT_ONCE), len(cards) * (1 if together else TASKS))
-        # every part has some of each shape
-        left = [part for start in range(parts) if (part := list(range(models))[start::parts])]
-        running: dict[Future[list[Member]], str] = {}
-        free = list(cards)
-        while left or running:
-            while left and free:
-                device = free.pop(0)
-                running[cards[device].submit(_train, left.pop(0))] = device
-            for done in wait(running, return_when=FIRST_COMPLETED).done:
-                free.append(running.pop(done))
-                yield from _outcome(free[-1], done)
-
-
-def _outcome(device: str, future: Future[list[Member]]) -> list[Member]:
-    try:
-        return future.result()
-    except Exception as error:
-        raise WorkerError(
-            f"devices: on {device!r} there was {type(error).__name__}: {error}; mend this, or leave the card out"
-        ) from error
-
-
-# in a card's process: its task, and the arrays of that
-_taken: tuple[Task, Sequence[Any]]
-
-
-def _take(task: Task, arrays: Sequence[Any]) -> None:
-    global _taken
-    _taken = task, arrays
-
-
-def _train(numbers: list[int]) -> list[Member]:
-    task, arrays = _taken
-    return task(numbers, *arrays)
-
-
-_log = logging.getLogger("fusemlp")
-
-# The libraries whose backends joblib does not know before it is told, and what tells it.
-LIBRARIES = {"dask": "distributed", "ray": "ray"}
-# Tasks for each worker, so that a fast one takes more of them. A task has no more models than a launch.
-TASKS, MOST_AT_ONCE = 4, 256
-# More losses of workers in a row, without a model that ends between them, end the training.
-LOST = 3
-
-# Trains the models of some numbers on the arrays.
-Task = Callable[..., list[Member]]
 
 
 def check_workers(workers: object, *, connected: bool = True) -> None:
@@ -269,6 +144,117 @@ def connected(workers: str | None, address: str | None) -> Iterator[None]:
         yield
 
 
+def trained_apart(
+    fleet: Any,
+    plan: FitPlan,
+    data: Examples,
+    held: Examples | None,
+    *,
+    workers: str | None,
+    jobs: int | None,
+    **rows: Sequence[Array] | None,
+) -> Generator[Member, None, None]:
+    """Yield each model of a fleet when it has ended, in any order, trained on ``data`` and validated on ``held``.
+
+    ``workers`` train it, ``jobs`` tasks at once, or without these the fleet's cards. ``rows``: those of each model.
+    """
+    first, untrained = fleet.first, copy(fleet)
+    # its parts build their own, on the backend that they shall have
+    untrained._built, untrained._groups, untrained._devices = [], None, ()
+    names = ("epochs", "metrics", "early_stopping", "monitor", "drop_last")
+    task = partial(_train_part, untrained, {name: getattr(plan, name) for name in names}, rows)
+    arrays: list[Array | None] = []
+    for examples in (data, held):
+        X, targets, weight = (None, None, None) if examples is None else examples.map(first.inputs.on_host)
+        arrays += [X, None if targets is None else targets.values, weight]
+    if workers is not None:
+        return trained_elsewhere(len(fleet), task, arrays, workers=workers, jobs=jobs)
+    # of the process, which sees one
+    untrained._machine = {**fleet._machine, "device": None}
+    together = shares_launches(first.memory.backend.traits)
+    return trained_on(fleet._devices, len(fleet), task, arrays, together=together)
+
+
+def _train_part(
+    whole: Any,
+    options: Mapping[str, Any],
+    rows: Mapping[str, Sequence[Array] | None],
+    numbers: Sequence[int],
+    X: Array,
+    y: Array,
+    weight: Array | None,
+    *validation: Array | None,
+) -> list[Member]:
+    """Train the models of some numbers on one core, or on the default card; without numbers try the latter."""
+    fleet = whole.part(numbers or [0])
+    if not numbers:
+        return []
+    own = {name: lists and [lists[number] for number in numbers] for name, lists in rows.items()}
+    held = None if validation[0] is None else validation
+    with one_thread():
+        trained = fleet.fit(X, y, sample_weight=weight, validation_data=held, jobs=1, **options, **own).members
+    kept = (
+        member.held if isinstance(member.held, Kept) else Kept.of(member.held, candidate, fleet._machine)
+        for member, candidate in zip(trained, fleet.candidates, strict=True)
+    )
+    return [
+        replace(member, index=number, held=held) for member, number, held in zip(trained, numbers, kept, strict=True)
+    ]
+
+
+def trained_on(
+    devices: Sequence[str], models: int, task: Task, arrays: Sequence[Any], *, together: bool
+) -> Generator[Member, None, None]:
+    """Yield each of the ``models`` when it has ended, in any order.
+
+    ``task(numbers, *arrays)`` returns those of some numbers, on the only card of its process; with no numbers it tries
+    the card. ``together``: models train in one launch, so that a card takes as many as there are. All cards are tried
+    before one trains. Raises WorkerError, which names the card, for an error on one.
+    """
+    parts = max(-(-models // MOST_AT_ONCE), len(devices) * (1 if together else TASKS))
+    # every part has some of each shape
+    left = [part for start in range(parts) if (part := list(range(models))[start::parts])]
+    with ExitStack() as stack:
+        cards = {}
+        for device in devices:
+            options = {"env": {VARIABLE: visible(device)}, "initializer": _take, "initargs": (task, arrays)}
+            cards[device] = ProcessPoolExecutor(1, **options)
+            stack.callback(cards[device].shutdown, kill_workers=True)
+        running = {card.submit(_train, []): device for device, card in cards.items()}
+        wait(running)
+        while running:
+            wait(running, return_when=FIRST_COMPLETED)
+            ended = {future: _outcome(device, future) for future, device in running.items() if future.done()}
+            for future, members in ended.items():
+                device = running.pop(future)
+                if left:
+                    running[cards[device].submit(_train, left.pop(0))] = device
+                yield from members
+
+
+def _outcome(device: str, future: Future[list[Member]]) -> list[Member]:
+    try:
+        return future.result()
+    except Exception as error:
+        raise WorkerError(
+            f"devices: on {device!r} there was {type(error).__name__}: {error}; mend this, or leave the card out"
+        ) from error
+
+
+# in a card's process: its task, and the arrays of that
+_taken: tuple[Task, Sequence[Any]]
+
+
+def _take(task: Task, arrays: Sequence[Any]) -> None:
+    global _taken
+    _taken = task, arrays
+
+
+def _train(numbers: list[int]) -> list[Member]:
+    task, arrays = _taken
+    return task(numbers, *arrays)
+
+
 def trained_elsewhere(
     models: int, task: Task, arrays: Sequence[Any], *, workers: str, jobs: int | None
 ) -> Generator[Member, None, None]:
@@ -279,23 +265,22 @@ def trained_elsewhere(
     run again; WorkerError is raised when this happens more than ``LOST`` times without a model that has ended between.
     An error that ``task`` raises is raised here.
     """
-    left, lost = set(range(models)), 0
+    left, lost, failure = set(range(models)), 0, None
     with joblib.parallel_config(backend=workers):
         at_once = joblib.effective_n_jobs(-1 if jobs is None else jobs)
         if workers == "ray":
-            arrays = [None if one is None else _Stored(one) for one in arrays]
+            arrays = [None if array is None else _Stored(array) for array in arrays]
         size = max(1, min(MOST_AT_ONCE, -(-models // (TASKS * at_once))))
-        while left:
+        while left and failure is None:
             before = len(left)
             try:
                 with closing(_outcomes(task, arrays, _cut(sorted(left), size), at_once)) as outcomes:
-                    for found in outcomes:
-                        if isinstance(found, Exception):
-                            raise _Raised(found)
-                        left -= {member.index for member in found}
-                        yield from found
-            except _Raised as error:
-                raise error.args[0] from None
+                    for outcome in outcomes:
+                        if isinstance(outcome, Exception):
+                            failure = outcome
+                            break
+                        left -= {member.index for member in outcome}
+                        yield from outcome
             except (ImportError, PicklingError, TypeError):
                 # what cannot be sent, or not be read there
                 raise
@@ -308,10 +293,8 @@ def trained_elsewhere(
                         f"last by {reason}; look at their memory and their logs, or give fewer jobs"
                     ) from error
                 _log.warning("fleet: a worker was lost (%s); its models are trained again", reason)
-
-
-class _Raised(BaseException):
-    """Carries what a task has raised past the errors of lost workers."""
+    if failure is not None:
+        raise failure
 
 
 class _Stored:
@@ -334,10 +317,10 @@ def _outcomes(
     if not joblib.parallel.get_active_backend()[0].supports_return_generator:
         # the outcomes arrive with the last of a round
         for some in _cut(tasks, at_once):
-            yield from joblib.Parallel(at_once)(joblib.delayed(_caught)(task, one, *arrays) for one in some)
+            yield from joblib.Parallel(at_once)(joblib.delayed(_caught)(task, part, *arrays) for part in some)
         return
     parallel = joblib.Parallel(at_once, return_as="generator_unordered", pre_dispatch=2 * at_once)
-    running = parallel(joblib.delayed(_caught)(task, one, *arrays) for one in tasks)
+    running = parallel(joblib.delayed(_caught)(task, part, *arrays) for part in tasks)
     try:
         # not yield from, which would close it first
         for outcome in running:  # noqa: UP028
@@ -355,6 +338,6 @@ def _cut(values: Sequence[Any], size: int) -> list[list[Any]]:
 
 def _caught(task: Task, numbers: list[int], *arrays: Any) -> list[Member] | Exception:
     try:
-        return task(numbers, *(one.get() if isinstance(one, _Stored) else one for one in arrays))
+        return task(numbers, *(array.get() if isinstance(array, _Stored) else array for array in arrays))
     except Exception as error:
         return error

@@ -22,14 +22,7 @@ from fusemlp.runtime.backends import row_order as shuffled
 from fusemlp.runtime.ranks import Ranks
 from fusemlp.runtime.steps import bind_staged, run_staged
 from fusemlp.training.intervals import check_labels
-from fusemlp.training.validation import (
-    Validation,
-    check_monitor,
-    check_watched,
-    checked_validation,
-    logged,
-    with_metrics,
-)
+from fusemlp.training.validation import Validation, checked_validation, measured
 from fusemlp_kernels.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
@@ -103,10 +96,7 @@ def fit_data(engine: Trainer, plan: FitPlan, X: Any, y: Any, sample_weight: Any,
     weighted = by_class(engine, plan.class_weight, train, whole=batches is None)
     if batches is None:
         train = weighted(train)
-    validation = with_metrics(engine, plan, train.targets, validation, SPLIT)
-    check_watched(plan, validation, SPLIT)
-    names = logged(engine, train.targets, validation)
-    check_monitor(plan.monitor, names)
+    validation, names = measured(engine, plan, train.targets, validation, SPLIT)
     announce(plan.callbacks, names, plan.epochs)
     count, size = len(train.X), plan.batch_size or engine.batch_size
     if plan.drop_last and count < size:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -93,14 +93,31 @@ def checked_validation(
     return Validation(data, common)
 
 
-def with_metrics(
+def measured(
+    engine: Session, plan: FitPlan, targets: Targets, validation: Validation | None, instead: str
+) -> tuple[Validation | None, list[str]]:
+    """Return the validation with the plan's metrics and those that its monitors, such as "val_auc", name; and the logs.
+
+    ``targets`` are those of training; ``instead``: the argument beside ``validation_data`` that gives validation rows.
+    Raises ArgumentError for metrics without validation, or not of its rows, for a monitor that is not logged, and for
+    early stopping without a quantity to be watched.
+    """
+    validation = _with_metrics(engine, plan, targets, validation, instead)
+    monitor, names = plan.monitor, logged(engine, targets, validation)
+    if plan.early_stopping is not None and validation is None and monitor is None:
+        raise ArgumentError(
+            f"early_stopping: it watches val_loss, so validation_data=(Xv, yv) or {instead} is needed too"
+        )
+    if isinstance(monitor, str) and monitor.startswith("val_") and validation is None:
+        raise ArgumentError(f"monitor: {monitor!r} is of validation rows; give validation_data=(Xv, yv) too")
+    if monitor is not None:
+        check_choice("monitor", monitor, names)
+    return validation, names
+
+
+def _with_metrics(
     engine: Session, plan: FitPlan, targets: Targets, validation: Validation | None, instead: str
 ) -> Validation | None:
-    """Return the validation with the plan's metrics and those that its monitors, such as "val_auc", name.
-
-    ``targets`` are those of training; ``instead``: as for ``check_watched``. Raises ArgumentError for metrics without
-    validation, or not of its rows.
-    """
     known = {f"val_{name}": name for name in METRICS}
     named = [known[one] for one in plan.monitors if isinstance(one, str) and one in known and validation is not None]
     if not named and not plan.metrics:
@@ -141,25 +158,6 @@ def logged(engine: Session, targets: Targets, validation: Validation | None) -> 
         names += ["val_loss", *(["val_accuracy"] if engine.inputs.counts_hits(validation.data.targets) else [])]
         names += [f"val_{metric.name}" for metric in validation.metrics]
     return [*names, "learning_rate"]
-
-
-def check_monitor(monitor: str | None, names: Sequence[str]) -> None:
-    """Raise ArgumentError unless a fit that logs ``names`` can follow ``monitor``."""
-    if isinstance(monitor, str) and monitor.startswith("val_") and "val_loss" not in names:
-        raise ArgumentError(f"monitor: {monitor!r} is of validation rows; give validation_data=(Xv, yv) too")
-    if monitor is not None:
-        check_choice("monitor", monitor, names)
-
-
-def check_watched(plan: FitPlan, validation: Validation | None, instead: str) -> None:
-    """Raise ArgumentError for early stopping without a quantity to be watched.
-
-    ``instead``: the argument beside ``validation_data`` that gives validation rows.
-    """
-    if plan.early_stopping is not None and validation is None and plan.monitor is None:
-        raise ArgumentError(
-            f"early_stopping: it watches val_loss, so validation_data=(Xv, yv) or {instead} is needed too"
-        )
 
 
 # Larger features are not standardised, and then the loss of most networks overflows.
