@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_ as imported_before
 from torch_pair import adam, batch, eager_step, make, sgd
 
 import fusemlp.torch as door
-from fusemlp.torch import watch
+from fusemlp.torch import loop
 from fusemlp_kernels.errors import ArgumentError
 
 
@@ -65,7 +65,7 @@ def test_clipping_works_elsewhere():
 def test_clipping_functions_without_a_wrapper(monkeypatch):
     for name in ("clip_grad_norm_", "clip_grad_value_"):
         monkeypatch.setattr(nn.utils, name, lambda parameters, limit: limit)
-    watch._watch_torch.__wrapped__()
+    loop._watch_torch.__wrapped__()
     module = make()
     assert nn.utils.clip_grad_norm_(module.parameters(), 3.0) == 3.0
     step = door.fuse(module, nn.CrossEntropyLoss(), sgd(module))

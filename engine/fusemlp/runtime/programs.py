@@ -56,12 +56,10 @@ class BoundProgram:
         self.chunk = UNINTERRUPTED
         if self._resident or backend.traits.on_host:
             self.chunk = resident_chunk(backend.traits, sum(call.flops for call in program.calls))
-        self.calls = self._bound(memory)
-        self._eager = _in_order(self.calls)
         self._captures = plan == "graph"
         # graphs by the number of steps in them; none before the first step has loaded the kernels
         self._graphs: dict[int, Callable[[], object]] = {}
-        self._warm = False
+        self.use(self._bound(memory))
 
     def _bound(self, memory: Memory) -> tuple[Callable[..., object], ...]:
         backend, program = self.backend, self.program
@@ -84,11 +82,10 @@ class BoundProgram:
             return (bind(0, "train_resident", loop),)
         return tuple(bind(at, *call) for at, call in enumerate(resolved))
 
-    def before_update(self, call: Callable[[], object]) -> None:
-        """Run ``call`` in each step before its last call, an update that reads the gradients in memory."""
-        *others, update = self.calls
-        self.calls = (*others, call, update)
-        self._eager = _in_order(self.calls)
+    def use(self, calls: tuple[Callable[..., object], ...]) -> None:
+        """Let a step be these calls from now on."""
+        self.calls, self._eager, self._warm = calls, _in_order(calls), False
+        self.drop_graphs()
 
     @property
     def run(self) -> Callable[[], None]:

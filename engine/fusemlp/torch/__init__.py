@@ -7,8 +7,8 @@ import importlib.util
 if importlib.util.find_spec("torch") is None:
     raise ImportError("fusemlp.torch needs PyTorch, which is not installed: pip install torch")
 
+from fusemlp.torch.batches import Batches
 from fusemlp.torch.layers import FusedLinear, FusedMLP
-from fusemlp.torch.loader import Batches
 from fusemlp.torch.parameters import from_torch, to_torch
 from fusemlp.torch.step import FusedStep, fuse
 

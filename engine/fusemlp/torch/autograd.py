@@ -74,7 +74,7 @@ class Bindings:
         backend = _opened(first.device, first.dtype)
         if not backend.traits.on_host:
             _bind(
-                backend, chain, describe, columns, [None if tensor is None else tensor.detach() for tensor in tensors]
+                backend, chain, describe, columns, [tensor if tensor is None else tensor.detach() for tensor in tensors]
             )
             return
         key = describe, chain, first.dtype, *[None if tensor is None else tensor.shape for tensor in tensors]

@@ -17,9 +17,8 @@ from fusemlp.engine import Engine
 from fusemlp.program.layout import short_names
 from fusemlp.runtime.memory import Memory
 from fusemlp.runtime.scaling import MEAN, SCALE
-from fusemlp.torch import modules, objective
+from fusemlp.torch import loop, modules
 from fusemlp.torch.modules import Reading
-from fusemlp.torch.objective import MOMENTS
 from fusemlp_kernels.contract import UPDATE_COUNT
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError
 
@@ -69,17 +68,14 @@ def from_torch(
     net = reading.network
     names = short_names(net)
     parameters = {names[short]: slot.parameter for short, slot in reading.slots.items()}
-    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    group_of: dict[Tensor, int] = {}
-    if optimizer is not None:
-        group_of = objective.groups_of(optimizer, module)
-        trained = {name: parameter for name, parameter in trained.items() if parameter in group_of}
+    group_of = dict.fromkeys(parameters.values(), 0) if optimizer is None else loop.groups_of(optimizer, module)
+    trained = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad and tensor in group_of}
     frozen = {name: ParameterOptions(trainable=False) for name in names.values() if name not in trained}
     described: Optimizer = Adam(per_parameter=frozen)
     if optimizer is not None:
         described = _optimizer(optimizer, {name: group_of[tensor] for name, tensor in trained.items()}, frozen)
-    loss = "cross_entropy" if loss_fn is None else objective.read_loss(loss_fn, log_softmax=reading.log_softmax)
-    if objective.read_pos_weight(loss_fn, net.sizes[-1]) is not None:
+    loss = "cross_entropy" if loss_fn is None else loop.read_loss(loss_fn, log_softmax=reading.log_softmax)
+    if loop.read_pos_weight(loss_fn, net.sizes[-1]) is not None:
         raise ArgumentError(
             "loss_fn: an engine has no pos_weight; leave it out and give fit a sample_weight, or train with fuse"
         )
@@ -101,11 +97,11 @@ def _optimizer(
     optimizer: torch.optim.Optimizer, groups: Mapping[str, int], frozen: Mapping[str, ParameterOptions]
 ) -> Optimizer:
     """Return the description of a torch optimizer; ``groups`` maps each trained parameter's name here to its group."""
-    kind = objective.optimizer_kind(optimizer)
+    kind = loop.optimizer_kind(optimizer)
     if kind == "rmsprop":
         raise ArgumentError("optimizer: an engine has no RMSprop; use SGD, Adam or AdamW, or train with fuse")
-    rules = [objective.read_group(kind, group, index) for index, group in enumerate(optimizer.param_groups)]
-    rates = [objective.read_rate(group["lr"], index) for index, group in enumerate(optimizer.param_groups)]
+    rules = [loop.read_group(kind, group, index) for index, group in enumerate(optimizer.param_groups)]
+    rates = [loop.read_rate(group["lr"], index) for index, group in enumerate(optimizer.param_groups)]
     used = sorted(set(groups.values()))
     if not used:
         raise ArgumentError("optimizer: no group has a parameter of the module that requires grad")
@@ -130,12 +126,12 @@ def _optimizer(
 
 def _copy_moments(engine: Engine, optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor]) -> None:
     """Copy the optimizer's moments of the trained parameters, and the number of its updates."""
-    kind = objective.optimizer_kind(optimizer)
+    kind = loop.optimizer_kind(optimizer)
     states = {name: optimizer.state.get(parameter, {}) for name, parameter in trained.items()}
     for index in range(len(engine.memory.states)):
         tensors = engine.memory.tensors(f"state{index}")
         for name, state in states.items():
-            moment = state.get(str(objective.MOMENTS[kind][index]))
+            moment = state.get(str(loop.MOMENTS[kind][index]))
             if moment is not None:
                 tensors[name] = moment.detach().cpu().numpy()
         engine.memory.write(tensors, f"state{index}")
@@ -166,7 +162,7 @@ class Tie:
         self._state: dict[str, dict[str, Tensor]] = {}
         for index, short in enumerate(self.slots):
             views = [torch.as_tensor(memory.arrays[f"{short}.state{i}"]) for i in range(len(memory.states))]
-            named = zip(MOMENTS[kind], views, strict=False)
+            named = zip(loop.MOMENTS[kind], views, strict=False)
             self._state[short] = {name: view for name, view in named if name is not None}
             if kind != "sgd":
                 self._state[short]["step"] = torch.from_numpy(self.steps[index : index + 1])[0]

@@ -1,221 +1,249 @@
-"""The bound programs of a fused step, one for each batch size and kind of target, and the arrays they read.
+"""The programs of a fused step, one for each batch size and kind of target, and how they end.
 
-The kinds are those of ``batches.check_shapes`` ("labels", "soft", "values"), and "ignored" for labels some of which may
-be the ignored index.
+Torch's calls on the kernels' memory follow the output layer's ``linear`` or stand before the updates. A single set of
+parameters uses the update that the lowering chose. Several sets use one ``update`` each, over the same arenas, with
+their own segments, hyper and counters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fusemlp.describe.losses import Loss
-from fusemlp.inputs.arrays import as_class_labels
-from fusemlp.program.layout import short_names
+from fusemlp.describe.schedules import Constant
+from fusemlp.program.layout import Layout, short_names
 from fusemlp.program.lowering import lower_training
 from fusemlp.program.program import Program, resolve
 from fusemlp.program.step import Inputs
 from fusemlp.runtime.memory import Memory, Workspace
 from fusemlp.runtime.programs import BoundProgram
-from fusemlp.torch.epilogue import Running, UpdateSet, bind_clipping, bind_output, bind_updates, bind_weighted_loss
-from fusemlp.torch.modules import Reading
-from fusemlp_kernels.contract import Backend, TensorRule
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DTypeError, ShapeError
+from fusemlp.runtime.rates import RateTable
+from fusemlp.torch.batches import BatchCopy, check_shapes, check_tensors
+from fusemlp.torch.modules import Reading, as_module
+from fusemlp_kernels.contract import (
+    COUNTERS,
+    HYPER,
+    LAST_LOSS,
+    LEARNING_RATE,
+    RATE_COLUMNS,
+    RATE_SCALE,
+    UPDATE_COUNT,
+    Segment,
+    TensorRule,
+    UpdateRule,
+)
+from fusemlp_kernels.errors import ArgumentError
+
+Run = Callable[[], object]
 
 
-def check_tensors(x: Any, y: Any, device: torch.device) -> None:
-    """Check that x and y are tensors on the module's device; raises ArgumentTypeError or ArgumentError."""
-    for name, value in (("x", x), ("y", y)):
-        if not isinstance(value, Tensor):
-            raise ArgumentTypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}; use torch.as_tensor")
-        if value.device != device:
-            raise ArgumentError(f"{name}: is on {value.device}, the module on {device}; use {name}.to({str(device)!r})")
-        if value.layout != torch.strided:
-            raise ArgumentTypeError(f"{name}: expected a dense tensor, got {value.layout}; use {name}.to_dense()")
-        if value.requires_grad:
-            raise ArgumentError(
-                f"{name}: requires grad, and a fused step gives none to its inputs; pass {name}.detach(), or use "
-                "FusedMLP in an eager loop"
-            )
+@dataclass
+class Running:
+    """The number of rows in the batch that runs, and the module's output for them where the program notes it."""
+
+    rows: int = 0
+    output: Tensor | None = None
 
 
-def check_shapes(x: Tensor, y: Tensor, reading: Reading, loss: Loss) -> str:
-    """Return the kind of the targets: "labels", "soft" or "values". Raises ShapeError or DTypeError.
+def bind_output(running: Running, reading: Reading, z: Any, slope: Any) -> Run:
+    """Return the call that notes the module's output, from z (capacity, N) of the last Linear.
 
-    x (m, K), or after a leading Flatten any (m, ...) with K elements a row. y (m,) int64 or (m, N) for cross-entropy,
-    else the output's shape.
+    ``slope``: the parameter of a PReLU at the end, else None.
     """
-    width, outputs = reading.network.sizes[0], reading.network.sizes[-1]
-    shape, dtype = tuple(x.shape), reading.dtype
-    if x.dim() < 2 or (x.dim() > 2 and not reading.flattens) or x.shape[1:].numel() != width:
-        wanted = f"(rows, ...) of {width} elements a row" if reading.flattens else f"(rows, {width})"
-        raise ShapeError(f"x: expected shape {wanted}, got {shape}; the first Linear has in_features={width}")
-    if shape[0] == 0:
-        raise ShapeError(f"x: expected at least one row, got shape {shape}")
-    if x.dtype != dtype:
-        raise DTypeError(f"x: expected {dtype}, the module's type, got {x.dtype}; use x.to({dtype})")
-    rows = shape[0]
-    target = tuple(y.shape)
-    soft = not reading.log_softmax and target == (rows, outputs) and y.dtype.is_floating_point
-    if loss.kind == "cross_entropy" and not soft:
-        if target != (rows,):
-            other = "" if reading.log_softmax else f" or ({rows}, {outputs}) for probabilities"
-            raise ShapeError(f"y: expected shape ({rows},) for class indices{other}, got {target}")
-        if y.dtype != torch.int64:
-            raise DTypeError(f"y: expected class indices in torch.int64, got {y.dtype}; use y.long()")
-        return "labels"
-    output = (rows,) if reading.squeezes else (rows, outputs)
-    if target != output:
-        raise ShapeError(
-            f"y: expected shape {output}, the shape of the module's output, got {target}; torch would broadcast them"
+    z, activation = torch.as_tensor(z), as_module(reading.network.activations[-1])
+    if slope is not None:
+        slope = torch.as_tensor(slope)
+
+    def run() -> None:
+        y: Tensor = z[: running.rows].clone()
+        y = activation(y) if slope is None else functional.prelu(y, slope)
+        if reading.log_softmax:
+            y = y.log_softmax(1)
+        running.output = y.squeeze(1) if reading.squeezes else y
+
+    return torch.no_grad()(run)
+
+
+def bind_weighted_loss(running: Running, operands: dict[str, Any], pos_weight: Sequence[float]) -> Run:
+    """Return a ``loss_grad`` for BCEWithLogitsLoss(pos_weight): with p for a pos_weight, s(z) for the sigmoid, the loss
+    of z and its target t has the gradient (1 + (p - 1) t) s(z) - p t."""
+    z, dz, target, stats = (torch.as_tensor(operands[name]) for name in ("z", "dz", "target", "stats"))
+    weight = torch.tensor(pos_weight, dtype=z.dtype, device=z.device)
+    less, reduction, (_, outputs) = weight - 1.0, operands["loss"].reduction, z.shape
+    # the kernels read a row up to its pitch
+    pitch = dz.stride(0)
+    whole = dz if pitch == outputs else dz.as_strided((len(dz), pitch), (pitch, 1))
+
+    def run() -> None:
+        rows = running.rows
+        t = target[:rows]
+        stats[LAST_LOSS] = functional.binary_cross_entropy_with_logits(
+            z[:rows], t, pos_weight=weight, reduction=reduction
         )
-    if y.dtype != dtype:
-        raise DTypeError(f"y: expected {dtype}, the module's type, got {y.dtype}; use y.to({dtype})")
-    return "soft" if loss.kind == "cross_entropy" else "values"
+        gradient = torch.sigmoid(z[:rows]).mul_(torch.addcmul(torch.ones_like(t), less, t)).sub_(weight * t)
+        if reduction == "mean":
+            gradient.div_(rows * outputs)
+        if rows < len(dz) or pitch > outputs:
+            whole.zero_()
+        dz[:rows] = gradient
+
+    return torch.no_grad()(run)
+
+
+def bind_clipping(gradients: Sequence[Any], most: float) -> Run:
+    """Return the call that clips the common norm of all gradients, for optimizers with several updates in a step."""
+    views = [torch.as_tensor(one) for one in gradients]
+    # torch clips the grad of its parameters
+    for view in views:
+        view.grad = view.detach()
+
+    def run() -> None:
+        clip_grads_with_norm_(views, most, get_total_norm(views))
+
+    return run
+
+
+# A group's own learning rate is the factor that the clock applies to this one.
+UNIT_RATE = Constant(1.0)
+
+
+@dataclass
+class UpdateSet:
+    """Parameters with a common update: ``rules`` are those of each by short name, ``count`` the updates so far."""
+
+    rule: UpdateRule
+    rules: Mapping[str, TensorRule]
+    count: int
+    table: RateTable
+
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate from the next update on: the clock multiplies the table's, which is 1, by it."""
+        self.table.hyper[RATE_SCALE] = rate
+        self.table.hyper[LEARNING_RATE] = rate
+
+
+class Clocks:
+    """Tables of rates, with hyper and counters, for any number of sets; the arrays of the first are the engine's.
+
+    ``corrected``: the rule's bias corrections apply; else they are 1.
+    """
+
+    def __init__(self, memory: Memory, *, corrected: bool) -> None:
+        self._backend = memory.backend
+        self._corrected = corrected
+        self._arrays = [(memory.hyper, memory.rates, memory.counters)]
+        self._tables: dict[int, tuple[UpdateRule, RateTable]] = {}
+
+    def started(self, index: int, rule: UpdateRule, rate: float, count: int) -> RateTable:
+        """Return the table of set ``index`` under ``rule``, from update ``count`` on at a learning rate."""
+        if index == len(self._arrays):
+            allocate, rows = self._backend.allocate, len(self._arrays[0][1])
+            rates = allocate(rows * RATE_COLUMNS, "float64").reshape(rows, RATE_COLUMNS)
+            self._arrays.append((allocate(HYPER, "float64"), rates, allocate(COUNTERS, "int64")))
+        if index not in self._tables or self._tables[index][0] != rule:
+            counted = rule if self._corrected else replace(rule, kind="sgd")
+            self._tables[index] = rule, RateTable(self._backend, counted, *self._arrays[index])
+        table = self._tables[index][1]
+        table.counters[UPDATE_COUNT] = count
+        table.follow(UNIT_RATE, rate, count=count)
+        return table
+
+
+def bind_updates(bound: BoundProgram, sets: list[UpdateSet], layout: Layout) -> list[Run]:
+    """Return the calls that replace the last call of ``bound``, for the current rules of ``sets``."""
+    last, arrays = bound.program.calls[-1], bound.arrays
+    runs = []
+    for update_set in sets:
+        if last.op == "update":
+            operands = {
+                "params": arrays["params"],
+                "grads": arrays["grads"],
+                "states": tuple(arrays[f"state{index}"] for index in range(update_set.rule.state_count)),
+                "segments": tuple(
+                    Segment(place.offset, place.size, update_set.rules[short])
+                    for short, place in layout.places.items()
+                    if short in update_set.rules
+                ),
+            }
+            if "norm" in last.operands:
+                operands["norm"] = arrays["norm"]
+        else:
+            operands = resolve({**last.operands, **_with_rules(last.operands, update_set.rules)}, arrays.__getitem__)
+        clock = {
+            "hyper": update_set.table.hyper,
+            "rates": update_set.table.rates,
+            "counters": update_set.table.counters,
+            "rule": update_set.rule,
+        }
+        runs.append(bound.backend.bind(last.op, **{**operands, **clock}))
+    return runs
+
+
+def _with_rules(operands: Mapping[str, Any], rules: Mapping[str, TensorRule]) -> dict[str, Any]:
+    """Return the layers and slopes of a ``grad_weight_update`` with the tensors' rules."""
+    layers = []
+    for layer in operands["layers"]:
+        trained = {kind: ref for kind in ("w", "b") if (ref := layer[kind]) is not None}
+        layers.append({**layer, **{f"{kind}_rule": rules[ref.name] for kind, ref in trained.items()}})
+    slopes = tuple({**slope, "rule": rules[slope["param"].name]} for slope in operands["slopes"])
+    return {"layers": tuple(layers), "slopes": slopes}
 
 
 # This many batch sizes get programs of exactly their size; other batches are padded to a power of two.
 EXACT_SIZES = 8
 
 
+@dataclass(eq=False)
 class Runnable:
-    """A bound program: ``before`` are its calls up to the updates of ``sets``, its last ones.
+    """A bound program: ``before`` are its calls up to the updates of ``sets``, its last ones."""
 
-    With ``captures`` the first run loads the kernels, the second captures a graph, and this and the others replay it.
-    """
+    bound: BoundProgram
+    before: tuple[Run, ...]
+    sets: list[UpdateSet] = field(default_factory=list)
+    run: Run = field(init=False)
 
-    def __init__(self, bound: BoundProgram, before: tuple[Callable[[], object], ...], *, captures: bool) -> None:
-        self.bound = bound
-        self.sets: list[UpdateSet] = []
-        self._before, self._captures = before, captures
-        self.run: Callable[[], object]
-
-    def use(self, sets: list[UpdateSet], memory: Memory) -> None:
+    def use(self, sets: list[UpdateSet], layout: Layout) -> None:
         """Bind the updates again, for the rules of ``sets``."""
-        calls = (*self._before, *bind_updates(self.bound, sets, memory.layout))
-
-        def run_calls() -> None:
-            for call in calls:
-                call()
-
-        self.run = _replayed(self.bound.backend, run_calls) if self._captures else run_calls
-        self.sets = sets
+        self.bound.use((*self.before, *bind_updates(self.bound, sets, layout)))
+        self.run, self.sets = self.bound.run, sets
 
 
-def _replayed(backend: Backend, calls: Callable[[], object]) -> Callable[[], None]:
-    """Return the run of these calls that loads their kernels at first, then captures a graph, and replays it.
-
-    The ``Runnable`` is no part of it: in a ring the program and its memory would outlive their use.
-    """
-    warm, replay = False, None
-
-    def run() -> None:
-        nonlocal warm, replay
-        if replay is not None:
-            replay()
-        elif warm:
-            replay = backend.capture(calls, 1)
-            replay()
-        else:
-            calls()
-            warm = True
-
-    return run
-
-
-class BatchCopy:
-    """Copies batches of one shape, with ``rows`` rows, into the arrays that the program reads.
-
-    ``returns``: the program notes the output.
-    """
-
-    def __init__(self, programs: Programs, rows: int, capacity: int, kind: str, returns: bool) -> None:
-        self.rows = rows
-        self.nothing_scored = False
-        self._programs, self._running = programs, programs.running
-        self._capacity = capacity
-        self._returns = returns
-        self._x, self._y = programs.input(capacity, "x"), programs.input(capacity, kind)
-        self._rows_of_x, self._rows_of_y = self._x[:rows], self._y[:rows]
-        self._host = isinstance(self._x, np.ndarray)
-        self._plain = programs.runnable(capacity, programs.labels if kind == "labels" else kind, returns)
-        self._columns, self._classes = programs.reading.network.sizes[0], programs.reading.network.sizes[-1]
-        self._squeezes = programs.reading.squeezes
-        # Labels on a GPU are checked by the kernels, without a synchronisation.
-        labels = kind == "labels" and programs.device == "cpu"
-        self._labels = torch.as_tensor(self._rows_of_y).numpy() if labels else None
-        # As an unsigned number, a negative label is too large as well. None where any label may be the ignored index.
-        self._unsigned: Any = None
-        if self._labels is not None and programs.labels == "labels":
-            self._unsigned = self._labels.view(np.uint64)
-
-    def stage(self, x: Tensor, y: Tensor) -> Runnable:
-        """Copy the batch and return its program; raises DataError for a label that is no class."""
-        self._running.rows = self.rows
-        if x.dim() != 2:
-            x = x.reshape(self.rows, self._columns)
-        if self._squeezes:
-            y = y.unsqueeze(1)
-        if self._host:
-            np.copyto(self._rows_of_x, x.numpy())
-            np.copyto(self._rows_of_y, y.numpy())
-        else:
-            self._rows_of_x.copy_(x)
-            self._rows_of_y.copy_(y)
-        if self.rows < self._capacity:
-            self._x[self.rows :] = 0
-            self._y[self.rows :] = 0
-        if self._labels is None:
-            return self._plain
-        if self._unsigned is not None and np.maximum.reduce(self._unsigned) < self._classes:
-            self.nothing_scored = False
-            return self._plain
-        ignore_index = self._programs.ignore_index
-        as_class_labels("y", self._labels, classes=self._classes, rows=None, ignore_index=ignore_index)
-        self.nothing_scored = bool((self._labels == ignore_index).all())
-        return self._programs.runnable(self._capacity, "ignored", self._returns)
-
-
+@dataclass(eq=False)
 class Programs:
     """Makes the programs of one network, loss and partition of its parameters, each on first use."""
 
-    def __init__(
-        self,
-        memory: Memory,
-        reading: Reading,
-        loss: Loss,
-        sets: list[UpdateSet],
-        seed: int,
-        *,
-        pos_weight: Sequence[float] | None = None,
-        clip_norm: float | None = None,
-    ) -> None:
-        self.reading = reading
-        self.loss = loss
-        self.sets = sets
+    memory: Memory
+    reading: Reading
+    loss: Loss
+    sets: list[UpdateSet]
+    seed: int
+    pos_weight: Sequence[float] | None
+    clip_norm: float | None
+
+    def __post_init__(self) -> None:
+        backend, spec = self.memory.backend, self.loss.spec(accuracy=False)
+        self.device = backend.device
         self.running = Running()
-        self._pos_weight, self._clip_norm = pos_weight, clip_norm
-        self.device = memory.backend.device
-        self._memory = memory
-        self._seed = seed
-        self._workspace = Workspace(memory.backend)
+        self._workspace = Workspace(backend)
         self._runnables: dict[tuple[int, str, bool], Runnable] = {}
         self._inputs: dict[tuple[int, str], Any] = {}
         self._sizes: set[int] = set()
-        ignored = loss.spec(accuracy=False).ignore_index
-        self.ignore_index = -100 if ignored is None else ignored
+        self.ignore_index = -100 if spec.ignore_index is None else spec.ignore_index
         # Labels on a GPU are not read back, so any of them may be the ignored index.
-        read = isinstance(memory.params, np.ndarray) and not 0 <= self.ignore_index < reading.network.sizes[-1]
+        read = backend.traits.on_host and not 0 <= self.ignore_index < self.reading.network.sizes[-1]
         self.labels = "labels" if read else "ignored"
         self._class_weight: Any = None
-        if loss.class_weight is not None:
-            weights = np.asarray(loss.class_weight, f"f{reading.dtype.itemsize}")
-            self._class_weight = memory.backend.from_host(weights)
+        if self.loss.class_weight is not None:
+            weights = np.asarray(self.loss.class_weight, f"f{self.reading.dtype.itemsize}")
+            self._class_weight = backend.from_host(weights)
 
     @property
     def usual(self) -> str:
@@ -250,13 +278,14 @@ class Programs:
             if self._class_weight is not None:
                 given["class_weight"] = self._class_weight
             program = self.lower(capacity, kind, returns)
-            bound = BoundProgram(program, self._memory, self._workspace, given)
             # torch's calls between the kernels' depend on the number of rows, or return memory
-            captures = "graph" in bound.backend.traits.plans and not returns and self._pos_weight is None
-            self._runnables[key] = Runnable(bound, tuple(self._before_updates(bound, returns)), captures=captures)
+            captures = "graph" in self.memory.backend.traits.plans and not returns and self.pos_weight is None
+            plan = "graph" if captures else "eager"
+            bound = BoundProgram(program, self.memory, self._workspace, given, plan=plan)
+            self._runnables[key] = Runnable(bound, tuple(self._before_updates(bound, returns)))
         return self._runnables[key]
 
-    def _before_updates(self, bound: BoundProgram, returns: bool) -> Iterator[Callable[[], object]]:
+    def _before_updates(self, bound: BoundProgram, returns: bool) -> Iterator[Run]:
         """Yield the calls before the updates: the program's, and torch's between them."""
         arrays = bound.arrays
         for call, run in zip(bound.program.calls[:-1], bound.calls, strict=False):
@@ -264,19 +293,19 @@ class Programs:
                 operands = resolve(call.operands, arrays.__getitem__)
                 if returns:
                     yield bind_output(self.running, self.reading, operands["z"], operands.get("slope_param"))
-                if self._pos_weight is not None:
-                    yield bind_weighted_loss(self.running, operands, self._pos_weight)
+                if self.pos_weight is not None:
+                    yield bind_weighted_loss(self.running, operands, self.pos_weight)
                     continue
             yield run
-        if self._clip_norm is not None and len(self.sets) > 1:
-            trained = [short for one in self.sets for short in one.decays]
-            yield bind_clipping([arrays[f"d{short}"] for short in trained], self._clip_norm)
+        if self.clip_norm is not None and len(self.sets) > 1:
+            trained = [short for update_set in self.sets for short in update_set.rules]
+            yield bind_clipping([arrays[f"d{short}"] for short in trained], self.clip_norm)
 
     def input(self, capacity: int, kind: str) -> Any:
         """Return the array that programs of ``capacity`` rows read as x ("x"), or as targets of a kind."""
         key = (capacity, kind)
         if key not in self._inputs:
-            backend, sizes = self._memory.backend, self.reading.network.sizes
+            backend, sizes = self.memory.backend, self.reading.network.sizes
             if kind == "labels":
                 self._inputs[key] = backend.allocate(capacity, "int64")
             else:
@@ -288,12 +317,12 @@ class Programs:
 
     def lower(self, capacity: int, kind: str, returns: bool = False) -> Program:
         """Return the step as data; ``returns``: the output passes through memory."""
-        traits = self._memory.backend.traits
-        if returns or self._pos_weight is not None:
+        traits = self.memory.backend.traits
+        if returns or self.pos_weight is not None:
             traits = replace(traits, widest_fused_output=0)
-        decays = {short: decay for update_set in self.sets for short, decay in update_set.decays.items()}
+        rules = {short: rule for update_set in self.sets for short, rule in update_set.rules.items()}
         options = {
-            name: (short in decays, TensorRule(1.0, decays.get(short, 0.0)))
+            name: (short in rules, rules.get(short, TensorRule()))
             for short, name in short_names(self.reading.network).items()
         }
         spec = self.loss.spec(accuracy=False)
@@ -304,9 +333,9 @@ class Programs:
             options.__getitem__,
             capacity,
             traits,
-            self._memory.layout,
+            self.memory.layout,
             Inputs(capacity, class_weighted=self._class_weight is not None),
-            seed=self._seed,
+            seed=self.seed,
             real_bytes=self.reading.dtype.itemsize,
             keep_gradients=len(self.sets) > 1,
         )

@@ -18,14 +18,13 @@ from fusemlp.describe.losses import Loss
 from fusemlp.program.program import Program
 from fusemlp.runtime.backends import TRAITS, open_backend, torch_backend
 from fusemlp.runtime.memory import Memory
-from fusemlp.torch import modules, objective
-from fusemlp.torch.epilogue import UNIT_RATE, Clocks, UpdateSet
+from fusemlp.torch import loop, modules
+from fusemlp.torch.batches import BatchCopy, check_tensors
+from fusemlp.torch.loop import GroupRule, Watch, other_hooks, warn_of_autocast, watch_clipping
 from fusemlp.torch.modules import Reading
-from fusemlp.torch.objective import GroupRule
 from fusemlp.torch.parameters import Tie
-from fusemlp.torch.programs import BatchCopy, Programs, check_tensors
-from fusemlp.torch.watch import Watch, other_hooks, warn_of_autocast, watch_clipping
-from fusemlp_kernels.contract import LAST_LOSS, ROW_COUNT, Backend
+from fusemlp.torch.programs import UNIT_RATE, Clocks, Programs, UpdateSet
+from fusemlp_kernels.contract import LAST_LOSS, ROW_COUNT, Backend, TensorRule
 from fusemlp_kernels.errors import ArgumentError, DTypeError
 
 
@@ -69,7 +68,7 @@ class FusedStep:
         self.loss_fn = loss_fn
         self.optimizer = optimizer
         reading = modules.read_module(module)
-        self._kind = objective.optimizer_kind(optimizer)
+        self._kind = loop.optimizer_kind(optimizer)
         self._most_states: float = math.inf
         if clip_grad_norm is not None:
             clip_grad_norm = as_number("clip_grad_norm", clip_grad_norm, low=0.0, low_open=True)
@@ -132,7 +131,7 @@ class FusedStep:
             batch = self._batches[key] = self._programs.batch(x, y, return_output)
         runnable = batch.stage(x, y)
         if runnable.sets is not self._sets:
-            runnable.use(self._sets, self._memory)
+            runnable.use(self._sets, self._memory.layout)
         if batch.rows != self._row_count:
             self._counters[ROW_COUNT] = self._row_count = batch.rows
         for parameter in self._parameters:
@@ -190,12 +189,12 @@ class FusedStep:
 
     def _read(self, reading: Reading) -> tuple[Loss, dict[str, int], list[GroupRule], list[float]]:
         """Return the loss, the group of each trained parameter by short name, and the groups' rules and rates."""
-        loss = objective.read_loss(self.loss_fn, log_softmax=reading.log_softmax)
+        loss = loop.read_loss(self.loss_fn, log_softmax=reading.log_softmax)
         for owner, containers in other_hooks(self.loss_fn, self.optimizer).items():
             modules.refuse_hooks(owner, *containers)
         loss.check_network(reading.network)
-        objective.read_pos_weight(self.loss_fn, reading.network.sizes[-1])
-        group_of = objective.groups_of(self.optimizer, self.module)
+        loop.read_pos_weight(self.loss_fn, reading.network.sizes[-1])
+        group_of = loop.groups_of(self.optimizer, self.module)
         trained = {
             short: group_of[parameter]
             for short, (_, parameter) in reading.slots.items()
@@ -209,14 +208,14 @@ class FusedStep:
 
     def _read_groups(self, groups: Sequence[dict[str, Any]]) -> tuple[list[GroupRule], list[float]]:
         """Return rule and learning rate of each parameter group."""
-        rules = [objective.read_group(self._kind, group, index) for index, group in enumerate(groups)]
+        rules = [loop.read_group(self._kind, group, index) for index, group in enumerate(groups)]
         for index, (rule, _) in enumerate(rules):
             if rule.state_count > self._most_states:
                 raise ArgumentError(
                     f"optimizer.param_groups[{index}]['momentum']: is {rule.momentum}, and was 0 in all groups when "
                     "the step was fused; call fuse again"
                 )
-        return rules, [objective.read_rate(group["lr"], index) for index, group in enumerate(groups)]
+        return rules, [loop.read_rate(group["lr"], index) for index, group in enumerate(groups)]
 
     def _refresh(self) -> None:
         """Read module, loss and optimizer again and follow their changes, or raise and change nothing."""
@@ -245,35 +244,32 @@ class FusedStep:
     def _partition(self, rules: list[GroupRule], rates: list[float]) -> None:
         """Group the parameters into sets with equal rules, rates and numbers of updates."""
         self._rules, self._rates = rules, rates
-        options = objective.OPTIONS[self._kind]
+        options = loop.OPTIONS[self._kind]
         self._values = [options(group) for group in self.optimizer.param_groups]
         positions = {short: position for position, short in enumerate(self._reading.slots)}
-        members: dict[Any, dict[str, float]] = {}
+        members: dict[Any, dict[str, TensorRule]] = {}
         for short, group in self._trained.items():
             rule, decay = rules[group]
             key = (rule, rates[group], int(self._tie.steps[positions[short]]))
-            members.setdefault(key, {})[short] = decay
+            members.setdefault(key, {})[short] = TensorRule(1.0, decay)
         sets = []
-        for index, ((rule, rate, count), decays) in enumerate(members.items()):
+        for index, ((rule, rate, count), tensors) in enumerate(members.items()):
             if len(members) == 1:
                 # one update knows the norm of all gradients
                 rule = replace(rule, clip_norm=self._clip_norm)
-            sets.append(UpdateSet(rule, decays, count, self._clocks.get(index, rule)))
-            sets[-1].start(rate)
-        if [(update_set.rule, update_set.decays) for update_set in sets] == [
-            (update_set.rule, update_set.decays) for update_set in self._sets
-        ]:
+            sets.append(UpdateSet(rule, tensors, count, self._clocks.started(index, rule, rate, count)))
+        if [(new.rule, new.rules) for new in sets] == [(old.rule, old.rules) for old in self._sets]:
             # The bound updates stay valid.
             self._sets[:] = sets
         else:
             self._sets = sets
         # SGD counts no updates.
         self._counted = [
-            (update_set, positions[next(iter(update_set.decays))])
+            (update_set, positions[next(iter(update_set.rules))])
             for update_set in sets
             if update_set.rule.kind == "adam"
         ]
-        pos_weight = objective.read_pos_weight(self.loss_fn, self._reading.network.sizes[-1])
+        pos_weight = loop.read_pos_weight(self.loss_fn, self._reading.network.sizes[-1])
         network, flattens, squeezes = self._reading.network, self._reading.flattens, self._reading.squeezes
         states = max(update_set.rule.state_count for update_set in sets)
         loss = self._loss, pos_weight
@@ -281,25 +277,18 @@ class FusedStep:
         if program_key != self._key:
             self._key = program_key
             self._batches.clear()
-            self._programs = Programs(
-                self._memory,
-                self._reading,
-                self._loss,
-                self._sets,
-                self._seed or 0,
-                pos_weight=pos_weight,
-                clip_norm=self._clip_norm,
-            )
+            arguments = self._sets, self._seed or 0, pos_weight, self._clip_norm
+            self._programs = Programs(self._memory, self._reading, self._loss, *arguments)
         self._programs.sets = self._sets
 
     def _follow_groups(self) -> None:
         """Follow changes in ``param_groups`` and updates by the optimizer's own ``step``."""
         groups = self.optimizer.param_groups
         rates = [rate if (rate := group["lr"]).__class__ is float else float(rate) for group in groups]
-        if [*map(objective.OPTIONS[self._kind], groups)] != self._values:
+        if [*map(loop.OPTIONS[self._kind], groups)] != self._values:
             self._partition(*self._read_groups(groups))
         elif rates != self._rates:
-            rates = [objective.read_rate(rate, index) for index, rate in enumerate(rates)]
+            rates = [loop.read_rate(rate, index) for index, rate in enumerate(rates)]
             if len(rates) == 1:
                 for update_set in self._sets:
                     update_set.set_rate(rates[0])
@@ -323,14 +312,12 @@ def _open(reading: Reading, name: str, precision: str) -> Backend:
     dtype, device = reading.dtype, reading.device
     if device.type not in ("cpu", "cuda"):
         raise ArgumentError(f"module: is on {device}, expected 'cpu' or 'cuda'; use module.to('cpu')")
-    if name == "auto":
-        name = torch_backend(device.type)
+    name = torch_backend(device.type) if name == "auto" else name
     traits = TRAITS.get(name)
     if traits is not None and traits.on_host and device.type != "cpu":
         raise ArgumentError(f"backend: {name!r} runs on the CPU, the module is on {device}; use module.to('cpu')")
     fitting = ("fp64",) if dtype == torch.float64 else ("fp32", "tf32")
-    if precision == "auto":
-        precision = fitting[0]
+    precision = fitting[0] if precision == "auto" else precision
     if precision not in fitting:
         raise ArgumentError(f"precision: a module in {dtype} can have {' or '.join(fitting)}, got {precision!r}")
     if precision == "fp64" and traits is not None and precision not in traits.precisions:

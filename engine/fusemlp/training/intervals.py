@@ -44,7 +44,8 @@ def add_worst_case(engine: Session, bound: BoundProgram, adversary: Adversary, *
     """
     # where nothing is trained, there is nothing to do
     if isinstance(adversary, IBP) and bound.program.trainable:
-        bound.before_update(_WorstCase(engine, bound, adversary, first, max(1, updates)).add)
+        *others, update = bound.calls
+        bound.use((*others, _WorstCase(engine, bound, adversary, first, max(1, updates)).add, update))
 
 
 class _WorstCase:
