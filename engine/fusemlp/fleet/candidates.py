@@ -205,19 +205,19 @@ def _optimizer(optimizer: Optimizer, changes: dict[str, Any]) -> Optimizer:
     return changed
 
 
-def as_rows(argument: str, given: Sequence[Any] | None, models: int, count: int) -> list[Array] | None:
+def as_rows(argument: str, rows: Sequence[Any] | None, models: int, count: int) -> list[Array] | None:
     """Return the row numbers (m,) int64 of each model, of ``count`` rows; None for all rows.
 
     Raises ArgumentError for a number of lists other than ``models``, or for what are no row numbers.
     """
-    if given is None:
+    if rows is None:
         return None
-    lists = list(given)
+    lists = list(rows)
     if len(lists) != models:
         raise ArgumentError(f"{argument}: expected a list of rows for each of the {models} models, got {len(lists)}")
     checked = []
-    for index, one in enumerate(lists):
-        array = to_array(f"{argument}[{index}]", one)
+    for index, numbers in enumerate(lists):
+        array = to_array(f"{argument}[{index}]", numbers)
         if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
             raise ArgumentError(
                 f"{argument}[{index}]: expected row numbers (m,), got {np.array2string(array, threshold=8)}"
@@ -252,24 +252,24 @@ def kept_bytes(candidates: Sequence[Candidate], precision: str) -> int:
     return parameters * REAL_BYTES.get(precision, 4) + len(candidates) * KEPT_OBJECTS
 
 
-def room(given: int | None, candidates: Sequence[Candidate], precision: str, *, device: str) -> int | None:
+def room(limit: int | None, candidates: Sequence[Candidate], precision: str, *, device: str) -> int | None:
     """Return the bytes that engines may take at once; None is no limit.
 
-    ``given`` is the user's limit; on the host it includes what stays of ended models. By default the limit is half of
-    the available memory on the host, and there is none on a card.
+    ``limit`` is the user's; on the host it includes what stays of ended models. By default it is half of the available
+    memory on the host, and there is none on a card.
 
     Raises ArgumentError if not even the parameters of all models fit.
     """
     if device != "cpu":
-        return given
-    available = available_memory() if given is None else given
+        return limit
+    available = available_memory() if limit is None else limit
     if available is None:
         return None
     kept = kept_bytes(candidates, precision)
     if kept >= available:
         raise ArgumentError(
             f"memory: {len(candidates)} models leave {kept / MIB:.4g} MiB of parameters, and there are "
-            f"{available / MIB:.4g} MiB {'free' if given is None else 'allowed'}; train fewer models at once, or give "
+            f"{available / MIB:.4g} MiB {'free' if limit is None else 'allowed'}; train fewer models at once, or give "
             "more with memory="
         )
-    return max(0, (available // 2 if given is None else available) - kept)
+    return max(0, (available // 2 if limit is None else available) - kept)

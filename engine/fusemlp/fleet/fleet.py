@@ -257,7 +257,7 @@ class Fleet:
             )
         first = self._built[0]
         validated = validation_rows if validation_data is None else validation_data
-        for schedule in {one.optimizer.schedule for one in self.candidates}:
+        for schedule in {described.optimizer.schedule for described in self.candidates}:
             check_together({**first.uses, **plan.uses(schedule, validation_data=validated)})
         first.ledger.check_accounting()
         data = first.inputs.examples(X, y, sample_weight)
@@ -291,11 +291,11 @@ class Fleet:
         members: dict[int, Member] = {}
 
         def fit(index: int, *, together: bool = False) -> EpochLoop[FitPolicy]:
-            own, now = None if trained_rows is None else trained_rows[index], time.monotonic()
+            rows_of_model, now = None if trained_rows is None else trained_rows[index], time.monotonic()
             # those that train at once have their part of the time that is left to all that have not ended
             share = (plan.deadline - now) * peers[index] / (len(self) - len(members))
-            rows_of_model = FitData(data, validations[index], own, taken_in=taken_in)
-            return fit_loop(engines[index], plan, rows_of_model, together=together, deadline=now + share)
+            own_data = FitData(data, validations[index], rows_of_model, taken_in=taken_in)
+            return fit_loop(engines[index], plan, own_data, together=together, deadline=now + share)
 
         def keep(member: Member) -> None:
             members[member.index] = member

@@ -160,8 +160,8 @@ class LaunchGroup:
             calls.append([(call.op, resolve(call.operands, arrays.__getitem__)) for call in program.calls])
         arenas = {}
         for name, arena in self.arenas.items():
-            own = len(arena) // models
-            arenas[name] = backend.view(arena, 0, (models, own), own)
+            length = len(arena) // models
+            arenas[name] = backend.view(arena, 0, (models, length), length)
         arenas["rates"] = self.arenas["rates"].reshape(models, -1, RATE_COLUMNS)
         batch = programs[0].values["rows"].shape[0]
         return backend.bind(

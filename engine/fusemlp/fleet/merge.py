@@ -41,8 +41,8 @@ def merged(engines: Sequence[Engine]) -> Engine:
     count, layers = len(engines), first.network.layers
     scales = [engine.scaling.tensors for engine in engines]
     alike = all(
-        one.keys() == scales[0].keys() and all(np.array_equal(one[name], scales[0][name]) for name in one)
-        for one in scales
+        scale.keys() == scales[0].keys() and all(np.array_equal(scale[name], scales[0][name]) for name in scale)
+        for scale in scales
     )
     states = [engine.memory.evaluated_tensors() if alike else _of_raw_inputs(engine) for engine in engines]
     check_mergeable(first.network, count)
@@ -61,12 +61,12 @@ def merged(engines: Sequence[Engine]) -> Engine:
             weight, bias = np.concatenate(weights, axis=1) / count, np.mean(biases, axis=0)
         parameters |= {f"{2 * layer}.weight": weight, f"{2 * layer}.bias": bias}
     widths = inputs, *(count * width for width in hidden), outputs
-    engine = _like(first, widths, normalise=first.normalise if alike else False)
-    engine.load_state_dict({**parameters, **(scales[0] if alike else {})})
-    engine.merged_biases = np.array(biases) - bias
-    histories = [one.history for one in engines if one.history is not None]
-    engine.history = mean_history(histories) if histories else None
-    return engine
+    parameters |= scales[0] if alike else {}
+    together = _like(first, widths, parameters, normalise=first.normalise if alike else False)
+    together.merged_biases = np.array(biases) - bias
+    histories = [engine.history for engine in engines if engine.history is not None]
+    together.history = mean_history(histories) if histories else None
+    return together
 
 
 def members(engine: Engine, argument: str = "engine") -> list[Engine]:
@@ -76,21 +76,23 @@ def members(engine: Engine, argument: str = "engine") -> list[Engine]:
     Raises ArgumentError for an engine that was not merged or was trained since, and for one without hidden layers,
     whose weights are means.
     """
-    own, net = engine.merged_biases, engine.network
+    biases, net = engine.merged_biases, engine.network
     if net.members > 1:
         return [_member(engine, place) for place in range(net.members)]
-    if own is None or net.layers == 1:
-        reason = "is a single one, or an earlier release merged it" if own is None else "has no hidden layers to part"
+    if biases is None or net.layers == 1:
+        reason = (
+            "has no hidden layers to part" if biases is not None else "is a single one, or an earlier release merged it"
+        )
         raise ArgumentError(f"{argument}: the model {reason}; train an ensemble with hidden layers (models=5)")
-    count, state, last = len(own), engine.state_dict(), 2 * (net.layers - 1)
+    count, state, last = len(biases), engine.state_dict(), 2 * (net.layers - 1)
     inputs, *hidden, outputs = net.sizes
     widths = inputs, *(width // count for width in hidden), outputs
     for layer in range(1, net.layers - 1):
         grid = state[f"{2 * layer}.weight"].reshape(count, widths[layer + 1], count, widths[layer]).swapaxes(1, 2)
         if grid[~np.eye(count, dtype=np.bool_)].any():
             raise ArgumentError(f"{argument}: the model was trained after its parts were merged; part it before that")
-    found = []
-    for place, bias in enumerate(own):
+    parts = []
+    for place, bias in enumerate(biases):
         blocks = [slice(None), *(slice(place * width, (place + 1) * width) for width in widths[1:-1]), slice(None)]
         parameters = dict(engine.scaling.tensors)
         for layer, (columns, rows) in enumerate(pairwise(blocks)):
@@ -98,35 +100,33 @@ def members(engine: Engine, argument: str = "engine") -> list[Engine]:
             parameters[f"{2 * layer}.bias"] = state[f"{2 * layer}.bias"][rows]
         parameters[f"{last}.weight"] = parameters[f"{last}.weight"] * count
         parameters[f"{last}.bias"] = parameters[f"{last}.bias"] + bias
-        one = _like(engine, widths, normalise=engine.normalise)
-        one.load_state_dict(parameters)
-        found.append(one)
-    return found
+        parts.append(_like(engine, widths, parameters, normalise=engine.normalise))
+    return parts
 
 
 def _member(engine: Engine, place: int) -> Engine:
     """Return one of the members that share weights, as a network without members."""
     net, shared = engine.network, engine.memory.evaluated_tensors()
-    own = slice(place * net.sizes[-1], (place + 1) * net.sizes[-1])
+    outputs = slice(place * net.sizes[-1], (place + 1) * net.sizes[-1])
     parameters = dict(engine.scaling.tensors)
     for layer in range(net.layers):
         weight, bias = shared[f"{2 * layer}.weight"], shared[f"{2 * layer}.bias"]
         if layer == net.layers - 1:
-            weight, bias = weight[own], bias[own]
+            weight, bias = weight[outputs], bias[outputs]
         else:
             r, s = shared[f"{2 * layer}.r"][place], shared[f"{2 * layer}.s"][place]
             weight, bias = s[:, None] * weight * r, bias[place]
         parameters |= {f"{2 * layer}.weight": weight, f"{2 * layer}.bias": bias}
-    one = _like(engine, net.sizes, normalise=engine.normalise)
-    one.load_state_dict(parameters)
-    return one
+    return _like(engine, net.sizes, parameters, normalise=engine.normalise)
 
 
-def _like(first: Engine, widths: Sequence[int], *, normalise: bool | None) -> Engine:
-    """Return an untrained engine of these widths without dropout, in all else as ``first``."""
+def _like(first: Engine, widths: Sequence[int], parameters: dict[str, Array], *, normalise: bool | None) -> Engine:
+    """Return an engine of these widths and parameters without dropout, in all else as ``first``."""
     *hidden, output = first.network.activations
     net = MLP(widths, activation=hidden, output_activation=output, init=first.network.init)
-    return first.like(Engine, net=net, normalise=normalise)
+    engine = first.like(Engine, net=net, normalise=normalise)
+    engine.load_state_dict(parameters)
+    return engine
 
 
 def _of_raw_inputs(engine: Engine) -> dict[str, Array]:
@@ -170,19 +170,19 @@ def mean_history(histories: Sequence[History]) -> History:
 
     One without a whole epoch counts only if all are.
     """
-    histories = [one for one in histories if one.epochs] or histories
+    histories = [history for history in histories if history.epochs] or histories
     first = histories[0]
     mean = History(chance_loss=first.chance_loss, in_use=list(first.in_use))
-    bests = [one.best_epoch for one in histories if one.best_epoch is not None]
-    for epoch in range(max(len(one.epochs) for one in histories)):
-        logs = {name: float(np.mean([_at(one, name, epoch) for one in histories])) for name in first.history}
-        mean.record(epoch, logs, sum(one.seconds[epoch] for one in histories if epoch < len(one.seconds)))
+    bests = [history.best_epoch for history in histories if history.best_epoch is not None]
+    for epoch in range(max(len(history.epochs) for history in histories)):
+        logs = {name: float(np.mean([_at(history, name, epoch) for history in histories])) for name in first.history}
+        mean.record(epoch, logs, sum(history.seconds[epoch] for history in histories if epoch < len(history.seconds)))
     mean.best_epoch = round(float(np.mean(bests))) if bests else None
-    late = [one for one in histories if "time limit" in one.stopped]
+    late = [history for history in histories if "time limit" in history.stopped]
     if late:
         mean.stopped = f"the time limit was reached by {len(late)} of {len(histories)} models"
         mean.stopped += "; the best weights of each were restored" if "restored" in late[0].stopped else ""
-    elif all("restored" in one.stopped for one in histories):
+    elif all("restored" in history.stopped for history in histories):
         mean.stopped = "no model improved any more on its validation rows; the best weights of each were restored"
     return mean
 

@@ -189,10 +189,10 @@ def _train_part(
     fleet = whole.part(numbers or [0])
     if not numbers:
         return []
-    own = {name: lists and [lists[number] for number in numbers] for name, lists in rows.items()}
+    of_part = {name: lists and [lists[number] for number in numbers] for name, lists in rows.items()}
     held = None if validation[0] is None else validation
     with one_thread():
-        trained = fleet.fit(X, y, sample_weight=weight, validation_data=held, jobs=1, **options, **own).members
+        trained = fleet.fit(X, y, sample_weight=weight, validation_data=held, jobs=1, **options, **of_part).members
     kept = (
         member.held if isinstance(member.held, Kept) else Kept.of(member.held, candidate, fleet._machine)
         for member, candidate in zip(trained, fleet.candidates, strict=True)
