@@ -358,16 +358,30 @@ def _differentiate(ctx: Any, gradients: Any) -> Any:
 chain_op.register_autograd(_differentiate, setup_context=_save)
 
 
-def apply_chain(chain: Chain, x: Tensor, parameters: Sequence[Tensor], masks: Tensor | None) -> Tensor:
-    """Apply the chain to x (m, K); ``masks`` are its seed and batch_index, in a program that is being compiled."""
-    if not torch.compiler.is_compiling():
-        call: Any = ChainFunction.apply
-        y: Tensor = call(chain, x, *parameters)
-        return y
-    codes = [ACTIVATIONS.index(one.name) for one in chain.activations]
-    slopes = [one.slope for one in chain.activations]
-    output: list[Tensor] = chain_op(x, [*parameters], codes, slopes, [*chain.rates], [*chain.biased], masks)
-    return output[0]
+def apply_chain(
+    chain: Chain, x: Tensor, parameters: Sequence[Tensor], width: int, masks: Tensor | None = None
+) -> Tensor:
+    """Apply the chain to x (..., K), any number of rows.
+
+    ``masks`` are its seed and batch_index, in a program that is being compiled.
+    """
+    if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[-1] != width:
+        kind = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ShapeError(f"x: expected a tensor of shape (..., {width}), got {kind}")
+    for weight in parameters:
+        if weight.dtype != x.dtype or weight.device != x.device:
+            raise DTypeError(
+                f"x: expected {weight.dtype} on {weight.device}, like the weights, got {x.dtype} on {x.device}"
+            )
+    rows = x if x.dim() == 2 else x.reshape(-1, width)
+    if torch.compiler.is_compiling():
+        codes = [ACTIVATIONS.index(activation.name) for activation in chain.activations]
+        slopes = [activation.slope for activation in chain.activations]
+        y: Tensor = chain_op(rows, [*parameters], codes, slopes, [*chain.rates], [*chain.biased], masks)[0]
+    else:
+        run: Any = ChainFunction.apply
+        y = run(chain, rows, *parameters)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _through_activation(

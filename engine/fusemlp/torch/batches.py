@@ -44,7 +44,7 @@ class Batches:
         seed: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        self.tensors = _check_tensors(tensors)
+        self.tensors = _checked(tensors)
         self.batch_size = as_count("batch_size", batch_size, minimum=1)
         self.shuffle = bool(shuffle)
         self.drop_last = bool(drop_last)
@@ -93,7 +93,7 @@ class Batches:
         return f"Batches({shapes}, batch_size={self.batch_size}, shuffle={self.shuffle}, drop_last={self.drop_last})"
 
 
-def _check_tensors(tensors: tuple[Any, ...]) -> tuple[Tensor, ...]:
+def _checked(tensors: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Return the tensors; raises ArgumentTypeError, ShapeError or ArgumentError."""
     if not tensors:
         raise ArgumentTypeError("tensors: expected at least one, as in Batches(X, Y, batch_size=64)")

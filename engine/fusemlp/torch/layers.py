@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,21 +11,6 @@ from fusemlp.describe.checks import as_count
 from fusemlp.describe.network import MLP, Activation, as_activation
 from fusemlp.torch.autograd import Bindings, Chain, apply_chain
 from fusemlp.torch.modules import as_module
-from fusemlp_kernels.errors import DTypeError, ShapeError
-
-
-def apply(chain: Chain, x: Tensor, parameters: Sequence[Tensor], width: int, masks: Tensor | None = None) -> Tensor:
-    """Apply the chain to x (..., K), any number of rows."""
-    if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[-1] != width:
-        given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ShapeError(f"x: expected a tensor of shape (..., {width}), got {given}")
-    for one in parameters:
-        if one.dtype != x.dtype or one.device != x.device:
-            raise DTypeError(f"x: expected {one.dtype} on {one.device}, like the weights, got {x.dtype} on {x.device}")
-    if x.dim() == 2:
-        return apply_chain(chain, x, parameters, masks)
-    y = apply_chain(chain, x.reshape(-1, width), parameters, masks)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 class FusedLinear(nn.Linear):
@@ -70,7 +54,7 @@ class FusedLinear(nn.Linear):
         """Map x (..., in_features) to (..., out_features)."""
         parameters = [one for one in (self.weight, self.bias, self.slope) if one is not None]
         chain = Chain((self.activation,), (0.0,), (self.bias is not None,), 0, 0, self._bindings)
-        return apply(chain, x, parameters, self.in_features)
+        return apply_chain(chain, x, parameters, self.in_features)
 
     def extra_repr(self) -> str:
         """Return the options for the printed module."""
@@ -129,7 +113,7 @@ class FusedMLP(nn.Module):
             chain = Chain(chain.activations, rates, chain.biased, seed, calls, chain.bindings)
         parts = self._modules
         parameters = [getattr(parts[part], name) for part, name in self._places]
-        return apply(chain, x, parameters, self.network.sizes[0], masks)
+        return apply_chain(chain, x, parameters, self.network.sizes[0], masks)
 
     def extra_repr(self) -> str:
         """Return the options for the printed module."""

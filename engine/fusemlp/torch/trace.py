@@ -7,12 +7,11 @@ graphs, one a mode, and they must be equal.
 from __future__ import annotations
 
 import inspect
-import linecache
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
+from traceback import extract_tb
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +84,7 @@ def _graph(part: Part) -> fx.Graph:
         # not the inner workings of torch.fx, in which most such errors are
         reason = "it branches or loops on a value" if isinstance(error, fx.proxy.TraceError) else str(error)
         raise ArgumentError(
-            f"module: {part}: {_line_of_error(error.__traceback__)}torch.fx cannot trace its forward: {reason}; write "
+            f"module: {part}: {_line_of_error(error)}torch.fx cannot trace its forward: {reason}; write "
             "it as nn.Sequential, or without control flow that depends on values"
         ) from error
 
@@ -96,29 +95,25 @@ _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 def _line(node: fx.Node) -> str:
     """Return the line of the user's code that made a node, as ``file.py:12 (x = x + y): ``; empty if unknown."""
-    frames = re.findall(r'File "(.*)", line (\d+), in .*(?:\n    (.*))?', node.stack_trace or "")
-    return next((_place(*frame) for frame in reversed(frames) if not frame[0].startswith(_LIBRARIES)), "")
+    return _last(re.findall(r'File "(.*)", line (\d+), in .*(?:\n    (.*))?', node.stack_trace or ""))
 
 
-def _line_of_error(traceback: TracebackType | None) -> str:
+def _line_of_error(error: Exception) -> str:
     """Return the last line of the user's code in a traceback, as ``_line``."""
-    found = ""
-    while traceback is not None:
-        file = traceback.tb_frame.f_code.co_filename
-        if not file.startswith(_LIBRARIES):
-            found = _place(file, traceback.tb_lineno, linecache.getline(file, traceback.tb_lineno).strip())
-        traceback = traceback.tb_next
-    return found
+    return _last([(frame.filename, frame.lineno, frame.line) for frame in extract_tb(error.__traceback__)])
 
 
 def _line_of_forward(part: Part) -> str:
     """Return the line on which a module's forward begins, as ``_line``."""
     code = inspect.unwrap(type(part.module).forward).__code__
-    return _place(code.co_filename, code.co_firstlineno, "")
+    return _last([(code.co_filename, code.co_firstlineno, "")])
 
 
-def _place(file: str, line: str | int, code: str) -> str:
-    return f"{file}:{line}{f' ({code})' if code else ''}: "
+def _last(places: Sequence[tuple[str, Any, str | None]]) -> str:
+    for file, line, code in reversed(places):
+        if not file.startswith(_LIBRARIES):
+            return f"{file}:{line}{f' ({code})' if code else ''}: "
+    return ""
 
 
 def _chain(graph: fx.Graph, part: Part) -> Iterator[Part]:
