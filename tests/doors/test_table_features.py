@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusemlp.datasets.dates import parts_of
+from fusemlp.datasets.codes import parts_of
 from fusemlp.datasets.load import load_features
-from fusemlp.datasets.preparation import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.rows import network_inputs
 from fusemlp.report.onnx import onnx_bytes
 from fusemlp.sklearn import TableClassifier
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fusemlp import load_data
-from fusemlp.datasets.preparation import fit_preprocessor, network_ends, network_inputs
+from fusemlp.datasets.rows import fit_preprocessor, network_ends, network_inputs
 from fusemlp.datasets.scaling import SCALES
 from fusemlp.report.metrics import predictions
 from fusemlp.report.robustness import certify, reach

@@ -13,8 +13,8 @@ import pytest
 
 from fusemlp import ArgumentError
 from fusemlp.datasets.load import load_data
-from fusemlp.datasets.preparation import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.rows import network_inputs
 from fusemlp.report import explanations
 from fusemlp.report.evidence import Importance
 from fusemlp.report.explanations import Attributions, attributions

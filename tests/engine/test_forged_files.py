@@ -16,8 +16,8 @@ from fusemlp import MLP, Adam, ArgumentError, ArgumentTypeError, CheckpointError
 from fusemlp.callbacks import EarlyStopping
 from fusemlp.cli.session import options_of
 from fusemlp.datasets.load import load_features
-from fusemlp.datasets.preparation import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.rows import network_inputs
 from fusemlp.report.metrics import predictions
 from fusemlp.report.runs import open_run
 from fusemlp.runtime.files import CHECKPOINT, DIGEST, MODEL, digest_of

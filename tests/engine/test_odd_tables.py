@@ -23,10 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import feather, parquet
 
-from fusemlp.datasets import preparation, textfiles
+from fusemlp.datasets import rows as rows_module
+from fusemlp.datasets import textfiles
 from fusemlp.datasets.load import ColumnChoices, Dataset, load_data, load_features, load_labelled
-from fusemlp.datasets.preparation import check_memory
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.rows import check_memory
 from fusemlp.datasets.tables import as_frame, read_table
 from fusemlp.datasets.textfiles import Form
 from fusemlp_kernels.errors import ArgumentTypeError, DataError
@@ -487,13 +488,13 @@ def many_words(rows: int = 3000) -> Dataset:
 def test_memory_is_planned_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Preprocessor.fit(many_words(), np.arange(3000))
     assert made.width == 1 + 257 + 30
-    monkeypatch.setattr(preparation, "available_memory", lambda: 4 * made.width * 1000)
+    monkeypatch.setattr(rows_module, "available_memory", lambda: 4 * made.width * 1000)
     check_memory(made, 1000, "fp32")
     with pytest.raises(DataError, match=r"1001 rows have 288 inputs, 257 of 'town', 30 of 'shop', 1 of 'size'.*--drop"):
         check_memory(made, 1001, "fp32")
     with pytest.raises(DataError, match="of memory are free"):
         check_memory(made, 1000, "fp64")
-    monkeypatch.setattr(preparation, "available_memory", lambda: None)
+    monkeypatch.setattr(rows_module, "available_memory", lambda: None)
     check_memory(made, 10**12, "fp64")
 
 
@@ -502,7 +503,7 @@ def test_the_command_names_the_column_that_takes_the_memory(
 ) -> None:
     lines = [f"{i % 9},w{i % 50},{i % 2}" for i in range(1000)]
     path = write(tmp_path / "a.csv", "\n".join(["a,town,y", *lines]).encode())
-    monkeypatch.setattr(preparation, "available_memory", lambda: 10_000)
+    monkeypatch.setattr(rows_module, "available_memory", lambda: 10_000)
     assert run("train", path, "--target", "y", "--out", tmp_path / "run") == 1
     assert "50 of 'town'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -22,12 +22,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusemlp.datasets import preparation
-from fusemlp.datasets.dataset import MOST_WORDS
-from fusemlp.datasets.dates import date_parts, orders_of, parse_date
+from fusemlp.datasets import rows as rows_module
+from fusemlp.datasets.codes import MOST_WORDS, date_parts, orders_of, parse_date
 from fusemlp.datasets.load import ColumnChoices, Dataset, load_data, load_features, load_labelled
-from fusemlp.datasets.parts import with_files
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.rows import with_files
 from fusemlp.datasets.scaling import SCALES
 from fusemlp.datasets.tables import as_frame, read_table
 from fusemlp.datasets.textfiles import Form, number
@@ -459,19 +458,19 @@ def test_many_words_have_bounded_inputs() -> None:
 
 
 def test_inputs_are_made_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "_PIECE", 3)
+    monkeypatch.setattr(rows_module, "_PIECE", 3)
     data = table_of({"a": [1.0, NAN, 2.0, 9.0, NAN, 1e300, 7.0], "b": list("uvuvuvw")})
     made = Preprocessor.fit(data, [0, 1, 2, 3])
     whole = made.transform_features(data.X)
-    np.testing.assert_array_equal(preparation.network_inputs(made, data.X, "fp64"), whole)
+    np.testing.assert_array_equal(rows_module.network_inputs(made, data.X, "fp64"), whole)
     # The engine refuses what float32 cannot hold.
-    np.testing.assert_array_equal(preparation.network_inputs(made, data.X, "fp32"), whole)
-    fewer = preparation.network_inputs(made, data.X[:5], "bf16")
+    np.testing.assert_array_equal(rows_module.network_inputs(made, data.X, "fp32"), whole)
+    fewer = rows_module.network_inputs(made, data.X[:5], "bf16")
     assert fewer.dtype == np.float32
     np.testing.assert_array_equal(fewer, whole[:5].astype(np.float32))
     data.X[6, 1] = 9
     with pytest.raises(DataError, match="at row 6, column 1"):
-        preparation.network_inputs(made, data.X, "fp32")
+        rows_module.network_inputs(made, data.X, "fp32")
 
 
 def test_an_earlier_release_knows_no_missing_cells() -> None:

@@ -12,8 +12,8 @@ from fusemlp.cli.model import before_final_fit, open_model, own_data
 from fusemlp.cli.options import EXPLAIN_METHODS, ExplainOptions
 from fusemlp.cli.output import check_output, show, write_picture
 from fusemlp.datasets.load import load_features, load_labelled
-from fusemlp.datasets.preparation import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.rows import network_inputs
 from fusemlp.describe.checks import as_count, check_choice
 from fusemlp.describe.text import aligned
 from fusemlp.engine import Engine

@@ -13,9 +13,8 @@ from fusemlp.cli.options import EvaluateOptions, ExportOptions, PredictOptions, 
 from fusemlp.cli.output import check_output, show
 from fusemlp.cli.session import options_of, prepared_data
 from fusemlp.datasets.load import load_features, load_labelled
-from fusemlp.datasets.parts import among
-from fusemlp.datasets.preparation import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.rows import among, network_inputs
 from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.description import reading
 from fusemlp.describe.network import MLP

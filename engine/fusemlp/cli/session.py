@@ -18,8 +18,8 @@ from fusemlp.cli import output
 from fusemlp.cli.options import DataOptions, OutputOptions, SweepOptions, TrainOptions
 from fusemlp.cli.output import command_line
 from fusemlp.datasets.load import NAMES, ColumnChoices, Dataset, load_data
-from fusemlp.datasets.parts import with_files
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.rows import with_files
 from fusemlp.datasets.tables import is_table
 from fusemlp.describe.description import reading, stored
 from fusemlp.describe.network import MLP

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fusemlp.datasets.dataset import Dataset, Features
+from fusemlp.datasets.codes import Features
+from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.tables import ARCHIVE, CONTENT, TABLES, reason
 from fusemlp.datasets.textfiles import COMPRESSED
 from fusemlp.describe.text import listed
@@ -30,16 +31,11 @@ def named(name: str) -> Dataset:
     from sklearn import datasets
 
     bunch = getattr(datasets, f"load_{name}")()
-    classes = None if name == "diabetes" else tuple(str(label) for label in bunch.target_names)
-    return Dataset(
-        name,
-        np.ascontiguousarray(bunch.data, np.float64),
-        bunch.target if classes is None else bunch.target.astype(np.int64),
-        "regression" if classes is None else "classification",
-        tuple(str(feature) for feature in bunch.feature_names),
-        "target",
-        classes,
-    )
+    X, features = np.ascontiguousarray(bunch.data, np.float64), tuple(map(str, bunch.feature_names))
+    if name == "diabetes":
+        return Dataset(name, X, bunch.target, "regression", features, "target")
+    classes = tuple(map(str, bunch.target_names))
+    return Dataset(name, X, bunch.target.astype(np.int64), "classification", features, "target", classes)
 
 
 def from_path(path: Path) -> Dataset:
@@ -60,7 +56,7 @@ def from_path(path: Path) -> Dataset:
 def features_of_npz(path: Path) -> Features:
     """Return the array X of an npz file, a row an example."""
     arrays = read_npz(path)
-    name = _by_lower_name(arrays).get("x")
+    name = {name.lower(): name for name in arrays}.get("x")
     if name is None:
         raise DataError(f"{path}: expected an array X; the arrays are {listed(arrays)}")
     return _flat(path, name, arrays[name])
@@ -68,7 +64,7 @@ def features_of_npz(path: Path) -> Features:
 
 def _from_npz(path: Path) -> Dataset:
     arrays = read_npz(path)
-    names = _by_lower_name(arrays)
+    names = {name.lower(): name for name in arrays}
     x_name, y_name = ("x", "y") if "x" in names or "y" in names else ("x_train", "y_train")
     if x_name not in names or y_name not in names:
         raise DataError(
@@ -127,10 +123,6 @@ def _labels(path: Path, name: str, array: Array) -> Array:
     if np.isin(array, (0, 1)).all() and (array.sum(axis=1) == 1).all():
         raise DataError(f"{path}: {name} is one-hot; store the classes instead: {name}.argmax(axis=1)")
     return array.astype(np.float64)
-
-
-def _by_lower_name(arrays: dict[str, Array]) -> dict[str, str]:
-    return {name.lower(): name for name in arrays}
 
 
 def _pixels(height: int, width: int) -> tuple[str, ...]:
@@ -200,7 +192,7 @@ def read_idx_pair(folder: Path, prefix: str) -> tuple[Array, Array] | None:
     for name in names:
         spellings = (name, name.replace("-idx", ".idx"))
         candidates = (folder / (spelling + end) for spelling in spellings for end in ("", ".gz"))
-        paths.append(next((path for path in candidates if path.is_file()), None))
+        paths.append(next(filter(Path.is_file, candidates), None))
     images_path, labels_path = paths
     if images_path is None and labels_path is None:
         return None

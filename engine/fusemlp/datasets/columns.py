@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
-from fusemlp.datasets.dates import EXAMPLES, ORDERS, orders_of, parse_date
+from fusemlp.datasets.codes import EXAMPLES, ORDERS, orders_of, parse_date
 from fusemlp.datasets.textfiles import MISSING, number, text_array
 from fusemlp.describe.text import Problems
 from fusemlp.inputs.arrays import Array
@@ -35,27 +35,6 @@ _EMPTY, _NULL = text_array([""])[0], pa.nulls(1, pa.string())[0]
 _NAN = pc.cast(text_array(["nan"]), pa.float64())[0]
 _NAT = pc.cast(text_array([str(np.iinfo(np.int64).min)]), pa.int64())[0]
 _NO_DATE = MISSING | {"NaT"}
-
-
-class _Growing:
-    """An array that grows by pieces, in memory that is touched only where it holds values."""
-
-    def __init__(self) -> None:
-        self.room: Array = np.empty(0)
-        self.length = 0
-
-    def append(self, piece: Array) -> None:
-        end = self.length + len(piece)
-        if end > len(self.room):
-            larger = np.empty(2 * end, piece.dtype)
-            larger[: self.length] = self.values
-            self.room = larger
-        self.room[self.length : end] = piece
-        self.length = end
-
-    @property
-    def values(self) -> Array:
-        return self.room[: self.length]
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -136,7 +115,7 @@ class Column:
         self.with_types = with_types
         self.rows = 0
         self.waiting: list[Any] = []
-        self.grown = _Growing()
+        self.pieces: list[Array] = []
         # The index of each different word.
         self.codes: dict[str, int] = {}
         self.notes: list[str] = []
@@ -169,7 +148,7 @@ class Column:
             self.rows += len(values)
 
     def _append(self, piece: Array) -> None:
-        self.grown.append(piece)
+        self.pieces.append(piece)
         self.rows += len(piece)
 
     def _watch_digits(self, texts: Any, numbers: Array) -> None:
@@ -221,7 +200,7 @@ class Column:
             if self.told and text.lower() in ("true", "false"):
                 numbers[row] = text.lower() == "true"
             else:
-                self._wrong(row, _not_numeric(text, number(text, self.decimal), self.told))
+                self._wrong(row, _not_numeric(text, self.decimal, self.told))
         return numbers
 
     def _dates(self, texts: Any) -> Array:
@@ -241,7 +220,7 @@ class Column:
         for row in np.flatnonzero(wrong[codes]).tolist():
             text = words[codes[row]]
             self._wrong(row, f"{text!r} is not a date such as {EXAMPLES[order]}; correct or delete it")
-        table: Array = np.array([np.datetime64("NaT", "us") if m is None else m for m in moments], "datetime64[us]")
+        table: Array = np.array([m or "NaT" for m in moments], "datetime64[us]")
         return table[codes]
 
     def _wrong(self, row: int, text: str) -> None:
@@ -254,29 +233,28 @@ class Column:
         if self.rounded is not None:
             instead = "" if self.told else "; --categorical takes them as words, --id as names of the rows"
             notes.append(f"column {self.name!r} loses the last digits of numbers such as {self.rounded}{instead}")
-        if self.kind is None or not self.grown.length:
+        if self.kind is None or not self.pieces:
             # No cell of the column has a value.
             return np.full(sum(map(len, self.waiting)), np.nan)
-        whole, self.grown = self.grown.values, _Growing()
+        whole: Array = np.concatenate(self.pieces)
+        self.pieces.clear()
         if self.kind != "word":
             return whole
-        texts = list(self.codes)
+        texts: Array = np.array([*self.codes], dtype=object)
         if not (self.told or self.with_types):
             values = [text for text in texts if text not in MISSING]
             if {value.lower() for value in values} == {"true", "false"}:
                 self.kind = "number"
-                table = [np.nan if text in MISSING else float(text.lower() == "true") for text in texts]
-                truth: Array = np.array(table)[whole]
-                return truth
+                texts = np.array([np.nan if text in MISSING else float(text.lower() == "true") for text in texts])
             numbers = {text for text in values if number(text, self.decimal) is not None}
-            if numbers and len(numbers) < len(values):
+            if 0 < len(numbers) < len(values):
                 word = next(value for value in values if value not in numbers)
                 cell = next(value for value in values if value in numbers)
                 notes.append(
                     f"column {self.name!r} holds words, such as {word!r}, and numbers, such as {cell!r}: all are taken "
                     "as words"
                 )
-        column: Array = np.array(texts, dtype=object)[whole]
+        column: Array = texts[whole]
         return column
 
 
@@ -347,7 +325,7 @@ class Target:
             rows = np.flatnonzero(~self.missing)
             for row in wrong.tolist():
                 text = present[row].as_py()
-                self.problems.add(self.name, int(rows[row]), _not_numeric(text, number(text, self.decimal), None))
+                self.problems.add(self.name, int(rows[row]), _not_numeric(text, self.decimal, None))
         return None
 
 
@@ -375,11 +353,11 @@ def refuse_type(column: str, values: Any, problems: Problems) -> None:
         problems.add(column, None, text)
 
 
-def _not_numeric(text: str, found: float | None, told: bool | None) -> str:
+def _not_numeric(text: str, decimal: str, told: bool | None) -> str:
     """Return the mistake; ``told`` is whether the kind of the column was given, None for the target."""
-    if found is None and told:
+    if number(text, decimal) is not None:
+        return f"{text!r} is not a finite number; correct it or delete the row"
+    if told:
         return f"{text!r} is not a number, but the column held numbers in the training data; correct or delete it"
-    if found is None:
-        words = ", or take the column as words with --categorical" if told is False else ""
-        return f"{text!r} is not a number, but other values of the column are; correct or delete it{words}"
-    return f"{text!r} is not a finite number; correct it or delete the row"
+    words = ", or take the column as words with --categorical" if told is False else ""
+    return f"{text!r} is not a number, but other values of the column are; correct or delete it{words}"

@@ -1,20 +1,30 @@
-"""A data set as it is in its source: features, labels, and notes on the columns."""
+"""A data set as it is in its source, and the part that each column plays: an input, the target, or none."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from fusemlp.datasets.dates import PARTS, date_parts
+from fusemlp.datasets.codes import Categories, Features
 from fusemlp.datasets.tables import Place
 from fusemlp.datasets.textfiles import MISSING
+from fusemlp.describe.text import listed, meant
 from fusemlp.inputs.arrays import Array
-from fusemlp_kernels.errors import DataError
+from fusemlp_kernels.errors import ArgumentError, DataError
+
+if TYPE_CHECKING:
+    from fusemlp.datasets.preprocessing import Preprocessor
+
+# The kinds of columns that are no inputs and not the target, beside ids.
+UNUSED = ("group", "time", "dropped", "left out")
+# A column of whole numbers, one a row, is an identifier if it counts the rows or has such a name.
+_IDENTIFIER = re.compile(r"(?i:(?:^|[\W_])(?:id|idx|index|uuid|key|row ?names?|row|nr|no)$)|[a-z](?:Id|ID)$")
+# A table of fewer rows has too few to tell an identifier from a measurement.
+_FEWEST_ROWS = 20
 
 
 @dataclass(frozen=True)
@@ -29,10 +39,6 @@ class Role:
     kind: str
     missing: float | None = None
     note: str = ""
-
-
-# The kinds of columns that are no inputs and not the target, beside ids.
-UNUSED = ("group", "time", "dropped", "left out")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,50 +92,140 @@ class Dataset:
         return f"Dataset({self.name!r}, X {self.X.shape}, y {self.y.shape} {self.y.dtype}, {self.task})"
 
 
-Features = npt.NDArray[np.float64]
-Categories = tuple[tuple[str, ...] | None, ...]
-# A column of whole numbers, one a row, is an identifier if it counts the rows or has such a name.
-_IDENTIFIER = re.compile(r"(?i:(?:^|[\W_])(?:id|idx|index|uuid|key|row ?names?|row|nr|no)$)|[a-z](?:Id|ID)$")
-# A column of more words than this gives each of its more frequent words an input; the others share one.
-FEW_WORDS = 20
-MOST_WORDS = 256
-# A number as every program writes it: marks of thousands and decimal commas mean other numbers elsewhere.
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
-# A table of fewer rows has too few to tell an identifier from a measurement.
-_FEWEST_ROWS = 20
+@dataclass(frozen=True)
+class ColumnChoices:
+    """Choices for the columns of a table: to ``drop``, to ``keep`` in any case, and to take as ``categorical``.
+
+    ``ids`` name the rows: they are no inputs, and stand beside predictions. Rows of one ``group`` stay together when
+    rows are held out; the column is no input. ``time`` orders the rows, so that the last ones are held out; the column
+    is an input unless it is dropped. ``like`` is the preprocessor of an earlier reading, whose columns and categories
+    are taken as they are.
+    """
+
+    drop: Collection[str] = ()
+    keep: Collection[str] = ()
+    categorical: Collection[str] = ()
+    ids: Collection[str] = ()
+    group: str | None = None
+    time: str | None = None
+    like: Preprocessor | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The columns that are no inputs but are read, as text."""
+        return (*dict.fromkeys([*self.ids, *([] if self.group is None else [self.group])]),)
+
+    def options(self) -> dict[str, Collection[str]]:
+        """Return the named columns of each option of the command line."""
+        single = {"group": self.group, "time": self.time}
+        return {
+            "drop": self.drop,
+            "keep": self.keep,
+            "categorical": self.categorical,
+            "id": self.ids,
+            **{name: () if column is None else (column,) for name, column in single.items()},
+        }
+
+    def check(self, path: Place, names: Collection[str], target: str) -> None:
+        """Raise unless the table has the named columns, and no column has two parts that exclude each other."""
+        options = self.options()
+        for option, chosen in options.items():
+            if target in chosen and option not in ("keep", "categorical"):
+                raise ArgumentError(f"{option}: {target!r} is the target")
+            absent = [name for name in chosen if name not in names]
+            if absent:
+                purpose = {"id": "name the rows by", "group": "group the rows by", "time": "order the rows by"}
+                raise DataError(
+                    f"{path}: no columns {listed(absent)} to {purpose.get(option, option)}; the columns are "
+                    f"{listed(names)}{meant(absent, names)}"
+                )
+        for option in ("drop", "keep", "categorical"):
+            both = [name for name in options[option] if name in self.texts]
+            if both:
+                name = next(name for name in ("id", "group") if both[0] in options[name])
+                raise ArgumentError(f"{option}: {both[0]!r} is no input anyway: --{name} names it; give one of them")
+        both = [name for name in self.drop if name in (*self.keep, *self.categorical)]
+        if both:
+            raise ArgumentError(f"drop: {both[0]!r} is to be an input too, by --keep or --categorical; give one")
+        if self.group is not None and self.time is not None:
+            raise ArgumentError("group: rows are held out by group or in the order of time; give one of the options")
 
 
-def kept_features(table: dict[str, Array]) -> tuple[str, ...]:
-    """Return the names of the features, of a date only its parts that differ between rows, and the elapsed days."""
-    names: list[str] = []
-    for name, column in table.items():
-        if column.dtype.kind != "M":
-            names.append(name)
-            continue
-        for part, values in date_parts(np.unique(column)).items():
-            if part == PARTS[-1] or len(np.unique(values[~np.isnan(values)])) > 1:
-                names.append(f"{name}: {part}")
-    return tuple(names)
+def roles(
+    names: Collection[str],
+    target: str,
+    columns: ColumnChoices,
+    table: Mapping[str, Array],
+    inputs: Collection[str],
+    reasons: Mapping[str, str],
+) -> tuple[Role, ...]:
+    """Return the role of each column; ``table`` holds those that were read, ``reasons`` those to leave some out."""
+    aside: dict[str | None, str] = {columns.time: "time", columns.group: "group"}
+    aside |= dict.fromkeys(columns.ids, "id")
+    parts = []
+    for name in names:
+        kind, note = aside.get(name, "dropped"), ""
+        missing = missing_share(table[name]) if name in table else None
+        if name in inputs:
+            kind, note = _kind(table[name]), "orders the rows" if name == columns.time else ""
+        elif name == target:
+            kind, missing = "target", 0.0
+        elif name in reasons:
+            kind, note = "left out", reasons[name]
+        parts.append(Role(name, kind, missing, note))
+    return tuple(parts)
+
+
+def _kind(column: Array) -> str:
+    if column.dtype.kind == "M":
+        return "date"
+    if column.dtype.kind not in "biuf":
+        return "words"
+    values = column[~np.isnan(column)]
+    return "boolean" if len(values) and np.isin(values, (0, 1)).all() else "number"
+
+
+def missing_share(column: Array) -> float:
+    """Return the share of a column's cells that are missing."""
+    if column.dtype.kind in "biufM":
+        return float(np.isnan(column).mean())
+    return sum(map(MISSING.__contains__, column)) / len(column)
+
+
+def times(path: Place, name: str, column: Array) -> Array:
+    """Return the column ``name`` as numbers that order the rows; DataError if some have no time."""
+    if column.dtype.kind not in "biufM":
+        example = next((word for word in column if word not in MISSING), "")
+        raise DataError(
+            f"{path}, column {name!r}: it is to order the rows (--time), which takes numbers or dates such as "
+            f"2024-12-31, but holds words such as {example!r}"
+        )
+    missing = int(np.isnan(column).sum())
+    if missing:
+        raise DataError(
+            f"{path}, column {name!r}: it is to order the rows (--time), but has no value in {missing} of "
+            f"{len(column)} rows; fill them in or delete the rows"
+        )
+    return column.astype(np.int64) if column.dtype.kind == "M" else column
 
 
 def without_useless(path: Place, table: dict[str, Array], keep: Collection[str], notes: list[str]) -> dict[str, str]:
     """Return the columns that a network cannot learn from with the reasons, and note them; none if all are such."""
-    reasons = {name: None if name in keep else _useless(name, column) for name, column in table.items()}
-    useless = {name: reason for name, reason in reasons.items() if reason is not None}
-    rest = {name: column for name, column in table.items() if name not in useless}
-    useless |= {name: f"the same as {other!r}" for name, other in _twins(rest).items() if name not in keep}
+    reasons = {name: "" if name in keep else _useless(name, column) for name, column in table.items()}
+    twins = _twins({name: column for name, column in table.items() if not reasons[name]})
+    reasons |= {name: f"the same as {other!r}" for name, other in twins.items() if name not in keep}
+    useless = {name: reason for name, reason in reasons.items() if reason}
     if not useless:
         return {}
     if len(useless) == len(table):
-        numbers = {name: table[name] for name in useless if table[name].dtype.kind in "fM"}
-        numbers = {name: column for name, column in numbers.items() if useless[name] != "no values"}
+        numbers = [name for name in useless if table[name].dtype.kind in "fM" and useless[name] != "no values"]
         if not numbers:
             faults = "; ".join(f"column {name!r}: {reason}" for name, reason in useless.items())
             raise DataError(f"{path}: no feature is left to learn from: {faults}; drop or --keep these columns")
         return {name: reason for name, reason in useless.items() if name not in numbers}
     listing = ", ".join(f"{name!r} ({reason})" for name, reason in useless.items())
     notes.append(f"left out, unless you --keep them: {listing}")
-    return {name: useless[name] for name in table if name in useless}
+    return useless
 
 
 def _twins(table: dict[str, Array]) -> dict[str, str]:
@@ -150,62 +246,27 @@ def _twins(table: dict[str, Array]) -> dict[str, str]:
     return twins
 
 
-def _useless(name: str, column: Array) -> str | None:
-    """Return the reason to leave a feature column out, None to keep it."""
+def _useless(name: str, column: Array) -> str:
+    """Return the reason to leave a feature column out, "" to keep it."""
+    if column.dtype.kind == "M":
+        return "constant" if len(np.unique(column)) == 1 and len(column) > 1 else ""
     if column.dtype.kind != "f":
-        if column.dtype.kind == "M":
-            return "constant" if len(np.unique(column)) == 1 and len(column) > 1 else None
-        words = set(column) - MISSING
-        if len(words) > 20 and 2 * len(words) > len(column):
-            return f"{len(words)} different words in {len(column)} rows look like names"
-        return "constant" if len(set(column)) == 1 and len(column) > 1 else None
+        words = set(column)
+        count = len(words - MISSING)
+        if count > 20 and 2 * count > len(column):
+            return f"{count} different words in {len(column)} rows look like names"
+        return "constant" if len(words) == 1 and len(column) > 1 else ""
     missing = np.isnan(column)
     if missing.all():
         return "no values"
     if len(column) < _FEWEST_ROWS or missing.any():
-        return None
-    if (column == column[0]).all():
+        return ""
+    steps = np.diff(column)
+    if not steps.any():
         return "constant"
-    if (np.diff(column) == 1).all():
+    if (steps == 1).all():
         return "counts the rows"
-    whole = (column == np.floor(column)).all()
     # The first column without a name is an index from which rows may have been taken.
-    named = _IDENTIFIER.search(name) or (name == "column_1" and (np.diff(column) > 0).all())
-    if whole and named and len(np.unique(column)) == len(column):
-        return "a number for each row, named as an identifier"
-    return None
-
-
-def spellings(words: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Return, for each word that is a number in another spelling than the ``known`` word of that number, the latter.
-
-    "10" is "10.0" for a program that reads numbers. Known words that spell one number in several ways stay apart.
-    """
-    numbers: dict[Decimal, list[str]] = {}
-    for word in dict.fromkeys(known):
-        if _NUMBER.fullmatch(word):
-            numbers.setdefault(Decimal(word), []).append(word)
-    same = {word: numbers.get(Decimal(word), []) for word in words if numbers and _NUMBER.fullmatch(word)}
-    return {word: known[0] for word, known in same.items() if len(known) == 1}
-
-
-def different(column: Array) -> tuple[list[str], npt.NDArray[np.int32]]:
-    """Return the different words of a column in the order of their first rows, and the index of each row's word."""
-    places = {word: place for place, word in enumerate(dict.fromkeys(column))}
-    return list(places), np.fromiter(map(places.__getitem__, column), np.int32, len(column))
-
-
-def rare_words(codes: Features, words: Sequence[str]) -> tuple[int, ...]:
-    """Return the categories that share an input, by the codes of the training rows.
-
-    They are the words that no training row has, and, in a column of many words, those of a single row and those beyond
-    the ``MOST_WORDS`` most frequent. Missing cells are a category of their own.
-    """
-    counts = np.bincount(codes[~np.isnan(codes)].astype(np.int64), minlength=len(words))
-    ranked = np.argsort(-counts, kind="stable")
-    rare = counts < (2 if len(words) > FEW_WORDS else 1)
-    rare[ranked[MOST_WORDS:]] = True
-    if "" in words:
-        missing = words.index("")
-        rare[missing] = counts[missing] == 0
-    return tuple(np.flatnonzero(rare).tolist())
+    named = _IDENTIFIER.search(name) or (name == "column_1" and (steps > 0).all())
+    whole = named and (column == np.floor(column)).all()
+    return "a number for each row, named as an identifier" if whole and len(np.unique(column)) == len(column) else ""

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp.datasets.arrays import features_of_npz, from_path, named
+from fusemlp.datasets.codes import EXAMPLES, ORDERS, PARTS, Features, coded, kept_features, sources_of
+from fusemlp.datasets.dataset import ColumnChoices as ColumnChoices
 from fusemlp.datasets.dataset import Dataset as Dataset
-from fusemlp.datasets.dataset import Features, kept_features, without_useless
-from fusemlp.datasets.dates import EXAMPLES, ORDERS, PARTS, sources_of
-from fusemlp.datasets.roles import ColumnChoices as ColumnChoices
-from fusemlp.datasets.roles import coded, missing_share, roles, times
+from fusemlp.datasets.dataset import missing_share, roles, times, without_useless
 from fusemlp.datasets.tables import TABLES, Frame, Place, as_frame, is_table, read_names, read_table
 from fusemlp.datasets.textfiles import Form
 from fusemlp.describe.text import listed, meant
@@ -69,7 +68,8 @@ def load_data(
         return _with_task(_from_table(place, target, form or Form(), columns or ColumnChoices()), task)
     if source in NAMES or place.is_dir() or place.suffix.lower() == ".npz":
         options = {"target": target, **(columns or ColumnChoices()).options()}
-        for option in (option for option, value in options.items() if value):
+        option = next((option for option, value in options.items() if value), None)
+        if option is not None:
             what = "one" if option == "target" else "columns with names"
             raise ArgumentError(f"{option}: only tables ({', '.join(TABLES)}) have {what}, not {str(source)!r}")
     dataset = _read(source)
@@ -97,20 +97,9 @@ def load_features(
     path = _existing(source)
     notes = [] if notes is None else notes
     if isinstance(path, Frame) or is_table(path):
-        kinds = _kinds(preprocessor)
-        form, present = _seen(path, preprocessor, form, notes, ignore_unused)
-        wanted = [name for name in preprocessor.ids if name in present and ids is not None]
-        kinds |= dict.fromkeys(wanted, "word")
-        table = read_table(path, features=tuple(kinds), form=form, kinds=kinds, notes=notes)
-        if ids is not None:
-            ids |= {name: table.pop(name) for name in wanted}
-            absent = [name for name in preprocessor.ids if name not in wanted]
-            if absent:
-                notes.append(f"no columns {listed(absent)}, which named the rows in training")
-        return coded(table, preprocessor.feature_names, preprocessor, notes)[0]
-    if path.suffix.lower() == ".npz":
-        return _matching(path, features_of_npz(path), preprocessor)
-    return _matching(path, _read(source).X, preprocessor)
+        return _read_like(path, preprocessor, form or Form(), notes, ignore_unused, ids=ids)[0]
+    is_npz = path.suffix.lower() == ".npz"
+    return _matching(path, features_of_npz(path) if is_npz else _read(source).X, preprocessor)
 
 
 def load_labelled(
@@ -129,49 +118,63 @@ def load_labelled(
     path = _existing(source)
     notes = [] if notes is None else notes
     if isinstance(path, Frame) or is_table(path):
-        kinds, target = _kinds(like), like.target_name
-        form, present = _seen(path, like, form, notes, ignore_unused)
-        if target not in present:
-            raise DataError(
-                f"{path}: there is no target column {target!r}, and rows are judged by it; the columns are "
-                f"{listed(present)}{meant([target], present)}; without a target there are "
-                "fusemlp predict and explain --method integrated"
-            )
-        label_words = _label_words(like)
-        table = read_table(
-            path,
-            features=tuple(kinds),
-            target=target,
-            words=bool(label_words),
-            form=form,
-            kinds=kinds,
-            known_labels=label_words,
-            notes=notes,
-        )
-        y = table.pop(target)
-        return coded(table, like.feature_names, like, notes)[0], y
+        X, table = _read_like(path, like, form or Form(), notes, ignore_unused, target=like.target_name)
+        return X, table[like.target_name]
     dataset = _read(source)
     X, y = (dataset.X, dataset.y) if dataset.test is None else dataset.test
     return _matching(path, X, like), y
 
 
-def _seen(
-    path: Place, like: Preprocessor | Dataset, form: Form | None, notes: list[str], ignore_unused: bool
-) -> tuple[Form, list[str]]:
-    """Return the form and the names of a table's columns; ``notes`` takes a line on those that the training did not
-    have. If the columns of the training had no names, the file has no header."""
-    form, known = form or Form(), like.feature_names
-    if form.header is None and known and all(re.match(r"column_\d+\b", name) for name in known):
+def _read_like(
+    path: Place,
+    like: Preprocessor | Dataset,
+    form: Form,
+    notes: list[str],
+    ignore_unused: bool,
+    *,
+    target: str | None = None,
+    ids: dict[str, Array] | None = None,
+) -> tuple[Features, dict[str, Array]]:
+    """Return the features of a table that has the columns of the training, and its columns.
+
+    If the columns of the training had no names, the file has no header.
+    """
+    names = like.feature_names
+    if form.header is None and names and all(re.match(r"column_\d+\b", name) for name in names):
         form = replace(form, header=False)
-    names = read_names(path, form)
+    present, kinds = read_names(path, form), _kinds(like)
     if isinstance(like, Dataset):
         columns = {role.name for role in like.roles}
     else:
-        columns = {*_kinds(like), *like.ids, *like.unused, like.target_name}
-    strange = [name for name in names if name not in columns]
+        columns = {*kinds, *like.ids, *like.unused, like.target_name}
+    strange = [name for name in present if name not in columns]
     if strange and not ignore_unused:
         notes.append(f"columns that the training did not have, ignored: {listed(strange)}")
-    return form, names
+    if target is not None and target not in present:
+        raise DataError(
+            f"{path}: there is no target column {target!r}, and rows are judged by it; the columns are "
+            f"{listed(present)}{meant([target], present)}; without a target there are "
+            "fusemlp predict and explain --method integrated"
+        )
+    wanted = [] if ids is None else [name for name in like.ids if name in present]
+    kinds |= dict.fromkeys(wanted, "word")
+    words = () if target is None else _label_words(like)
+    table = read_table(
+        path,
+        features=tuple(kinds),
+        target=target,
+        words=bool(words),
+        form=form,
+        kinds=kinds,
+        known_labels=words,
+        notes=notes,
+    )
+    if ids is not None:
+        ids |= {name: table[name] for name in wanted}
+        absent = [name for name in like.ids if name not in wanted]
+        if absent:
+            notes.append(f"no columns {listed(absent)}, which named the rows in training")
+    return coded(table, names, like, notes)[0], table
 
 
 def infer_task(y: Array) -> str:
@@ -207,13 +210,13 @@ def _with_task(dataset: Dataset, task: str | None) -> Dataset:
         )
     if task or dataset.task or chosen == "regression" or y.dtype.kind not in "iuf":
         return replace(dataset, task=chosen)
-    different = len(np.unique(y))
+    count = len(np.unique(y))
     guess = (
-        f"{dataset.target_name!r}: {different} different whole numbers, taken as classes (--task regression takes them "
-        "as numbers)"
+        f"{dataset.target_name!r}: {count} different whole numbers, taken as classes (--task regression takes them as "
+        "numbers)"
     )
-    noted = [guess] if different > MANY_CLASSES else []
-    return replace(dataset, task=chosen, guess=guess, notes=(*dataset.notes, *noted))
+    note = (guess,) if count > MANY_CLASSES else ()
+    return replace(dataset, task=chosen, guess=guess, notes=dataset.notes + note)
 
 
 def _read(source: str | Path) -> Dataset:
@@ -245,14 +248,14 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
         raise DataError(f"{path}: say which column is the target; the columns are {listed(names)}")
     columns.check(path, names, target)
     notes: list[str] = []
-    like = columns.like
+    like, time, group = columns.like, columns.time, columns.group
     kinds = dict.fromkeys(columns.categorical, "word") if like is None else _kinds(like)
-    wanted = tuple(kinds)
+    wanted = {*kinds}
     kinds |= dict.fromkeys(columns.texts, "word")
-    time = columns.time
+    aside = (*columns.texts, *([] if time is None else [time]))
     table = read_table(
         path,
-        features=None if like is None else (*dict.fromkeys([*kinds, *([] if time is None else [time])]),),
+        features=None if like is None else (*dict.fromkeys([*kinds, *aside]),),
         target=target,
         form=form,
         drop={*columns.drop} - {time},
@@ -261,26 +264,25 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
         notes=notes,
     )
     y = table.pop(target)
-    aside = {name: table[name] for name in (*columns.texts, *([] if time is None else [time]))}
-    no_inputs = {*columns.texts, *(columns.drop if like is None else set(table) - set(wanted))}
+    no_inputs = {*columns.texts, *(columns.drop if like is None else set(table) - wanted)}
     inputs = {name: column for name, column in table.items() if name not in no_inputs}
     if not inputs:
-        besides = "" if not no_inputs else " and the columns that are no inputs"
+        besides = " and the columns that are no inputs" if no_inputs else ""
         raise DataError(f"{path}: there is no feature column besides the target {target!r}{besides}")
     reasons = {} if like is not None else without_useless(path, inputs, {*columns.keep, *columns.categorical}, notes)
     inputs = {name: column for name, column in inputs.items() if name not in reasons}
     column_roles = roles(names, target, columns, table, inputs, reasons)
     # The columns that are left out take no memory any longer.
-    del table
+    table = {name: table[name] for name in aside}
     dates = tuple((name, kinds[name]) for name in inputs if kinds[name] in ORDERS)
     if dates:
         formats = (f"{name!r} (as {EXAMPLES[order]})" for name, order in dates)
         notes.append(f"dates, taken as {', '.join(PARTS)} where these differ: {', '.join(formats)}")
     kept = kept_features(inputs) if like is None else like.feature_names
     X, categories = coded(inputs, kept, like, notes)
-    if columns.group is not None:
-        alone = round(missing_share(aside[columns.group]) * len(y))
-        notes += [f"{alone} rows have no {columns.group!r} and count as one group"] if alone else []
+    alone = 0 if group is None else round(missing_share(table[group]) * len(y))
+    if alone:
+        notes.append(f"{alone} rows have no {group!r} and count as one group")
     return Dataset(
         path.name,
         X,
@@ -292,9 +294,9 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
         notes=tuple(notes),
         dates=dates,
         roles=column_roles,
-        ids={name: aside[name] for name in columns.ids},
-        groups=None if columns.group is None else aside[columns.group],
-        times=None if time is None else times(path, time, aside[time]),
+        ids={name: table[name] for name in columns.ids},
+        groups=None if group is None else table[group],
+        times=None if time is None else times(path, time, table[time]),
         joins_spellings=like is None or like.joins_spellings,
     )
 
@@ -302,15 +304,12 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
 def _kinds(like: Preprocessor | Dataset) -> dict[str, str]:
     """Return the columns of the table that the features come from, and what each holds."""
     dates = dict(like.dates)
-    kinds: dict[str, str] = {}
-    for source, words in zip(sources_of(like.feature_names, dates), like.categories, strict=True):
-        kinds[source] = dates.get(source) or ("number" if words is None else "word")
-    return kinds
+    sources = zip(sources_of(like.feature_names, dates), like.categories, strict=True)
+    return {source: dates.get(source) or ("number" if words is None else "word") for source, words in sources}
 
 
 def _label_words(like: Preprocessor | Dataset) -> tuple[str, ...]:
-    classes = () if like.classes is None else tuple(like.classes)
-    return tuple(str(label) for label in classes if isinstance(label, str))
+    return tuple(str(label) for label in (() if like.classes is None else like.classes) if isinstance(label, str))
 
 
 def _matching(path: Path, X: Features, like: Preprocessor | Dataset) -> Features:

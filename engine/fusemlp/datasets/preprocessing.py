@@ -3,60 +3,22 @@
 from __future__ import annotations
 
 import json
-import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fusemlp.datasets.dataset import UNUSED, Dataset, Features, rare_words, spellings
-from fusemlp.datasets.dates import ORDERS, sources_of
+from fusemlp.datasets.codes import ORDERS, Categories, Features, Indices, rare_words, sources_of, spellings
+from fusemlp.datasets.dataset import UNUSED, Dataset
 from fusemlp.datasets.scaling import SCALES, Knots, by_pieces, by_quantiles, clipped, edges, knots, statistics
-from fusemlp.describe.checks import as_count, as_number, check_choice
+from fusemlp.describe.checks import check_choice
 from fusemlp.describe.description import reading, stored
 from fusemlp.inputs.arrays import Array, as_class_labels, as_features, as_values, to_array
 from fusemlp_kernels.errors import CheckpointError, DataError, ShapeError, unknown_name
 
-Rows = npt.NDArray[np.int64]
 Label = str | int | float | bool
-
-
-def split(y: Array, *, fraction: float = 0.2, seed: int, stratify: bool) -> tuple[Rows, Rows]:
-    """Return the indices of the training rows and of the held-out rows; the same for the same ``seed``.
-
-    A shuffled ``fraction`` of all rows, rounded up, is held out. ``stratify`` keeps the shares of the classes;
-    a class with a single row stays in the training rows, with a warning. Raises DataError if a side would be
-    empty or, stratified, have fewer rows than there are classes.
-    """
-    from sklearn.model_selection import train_test_split
-
-    as_number("fraction", fraction, low=0, high=1, low_open=True, high_open=True)
-    as_count("seed", seed, minimum=0)
-    rows = np.arange(len(y), dtype=np.int64)
-    kept = np.empty(0, np.int64)
-    labels = None
-    if stratify:
-        _, codes, counts = np.unique(y, return_inverse=True, return_counts=True)
-        alone = counts[codes] == 1
-        rows, kept, labels = rows[~alone], rows[alone], codes[~alone]
-    if len(kept) == len(y) > 0:
-        raise DataError("fraction: no row can be held out, because each is the only one of its class; give more rows")
-    tested = int(np.ceil(fraction * len(rows)))
-    needed = 1 if labels is None else max(1, len(np.unique(labels)))
-    if min(tested, len(rows) - tested) < needed:
-        alone_note = f" ({len(kept)} more are alone in their class)" if len(kept) else ""
-        raise DataError(
-            f"fraction: {fraction} of {len(rows)} rows{alone_note} leaves {len(rows) - tested} rows to train on and "
-            f"{tested} held out; each side needs at least {needed}"
-            + (", one for each class" if stratify else "")
-            + "; choose another fraction or give more rows"
-        )
-    if len(kept):
-        names = ", ".join(repr(label) for label in np.unique(y[kept]).tolist()[:10])
-        warnings.warn(f"classes with a single row, which is not held out: {names}", stacklevel=2)
-    train, test = train_test_split(rows, test_size=tested, random_state=seed % 2**32, stratify=labels)
-    return np.concatenate([train, kept]), test
 
 
 @dataclass(frozen=True)
@@ -81,7 +43,7 @@ class Preprocessor:
     task: str
     scale: str
     feature_names: tuple[str, ...]
-    categories: tuple[tuple[str, ...] | None, ...]
+    categories: Categories
     feature_shift: tuple[float, ...]
     feature_scale: tuple[float, ...]
     target_name: str
@@ -127,48 +89,38 @@ class Preprocessor:
         chosen = np.asarray(rows)
         if not chosen.size:
             raise DataError(f"rows: got no training rows of {dataset.name}; give at least one")
-        X = dataset.X[chosen]
-        missing = np.isnan(X)
-        fill: list[float | None] = [None] * X.shape[1]
-        shared: list[tuple[int, ...]] = [()] * X.shape[1]
-        other_inputs = [False] * X.shape[1]
-        for column, words in enumerate(dataset.categories):
-            if words is None:
-                fill[column] = _median(X[:, column])
-            else:
-                shared[column] = rare_words(X[:, column], words)
-                other_inputs[column] = bool(np.isin(X[:, column], shared[column]).any())
+        X, words = dataset.X[chosen], dataset.categories
+        missing, numbers = np.isnan(X), np.array([entries is None for entries in words])
+        fill = [_median(column) if number else None for column, number in zip(X.T, numbers, strict=True)]
+        shared = [rare_words(column, entries) if entries else () for column, entries in zip(X.T, words, strict=True)]
+        other_inputs = [bool(len(rare) and np.isin(X[:, at], rare).any()) for at, rare in enumerate(shared)]
         if missing.any():
-            X = np.where(missing, np.array([0.0 if value is None else value for value in fill]), X)
+            X = np.where(missing, _numbers(fill), X)
         shift, factor = statistics(X, scale, dataset.feature_names)
-        numbers = np.array([words is None for words in dataset.categories])
         # The parts of a date are missing together: its first part marks it.
         sources = sources_of(dataset.feature_names, dict(dataset.dates))
         first = np.array([index == 0 or name != sources[index - 1] for index, name in enumerate(sources)])
-        shift, factor = np.where(numbers, shift, 0.0), np.where(numbers, factor, 1.0)
-        classes, low = None, 0.0
-        target_shift, target_factor = np.empty(0), np.empty(0)
-        if dataset.task == "classification":
-            classes = tuple(dataset.classes.tolist())
-        else:
+        classes, low = tuple(dataset.classes.tolist()) if dataset.task == "classification" else None, 0.0
+        target_shift = target_factor = np.empty(0)
+        if classes is None:
             targets = dataset.y.astype(np.float64).reshape(len(dataset.y), -1)[chosen]
-            names = (dataset.target_name,) * targets.shape[1]
-            low = float(targets.min())
             if log_targets:
+                low = float(targets.min())
                 if low <= 0:
                     raise DataError(
                         f"log_targets: the target {dataset.target_name!r} holds {low:g}, and has no logarithm"
                     )
                 targets = np.log(targets)
             how = "standard" if scale in ("robust", "piecewise", "quantile") else scale
+            names = (dataset.target_name,) * targets.shape[1]
             target_shift, target_factor = statistics(targets, how if scale_targets else "none", names)
         return cls(
             task=dataset.task,
             scale=scale,
             feature_names=dataset.feature_names,
-            categories=dataset.categories,
-            feature_shift=tuple(shift.tolist()),
-            feature_scale=tuple(factor.tolist()),
+            categories=words,
+            feature_shift=tuple(np.where(numbers, shift, 0.0).tolist()),
+            feature_scale=tuple(np.where(numbers, factor, 1.0).tolist()),
             target_name=dataset.target_name,
             classes=classes,
             class_names=dataset.class_names,
@@ -184,7 +136,7 @@ class Preprocessor:
             unused=tuple(role.name for role in dataset.roles if role.kind in UNUSED),
             feature_knots=_knots(X, numbers, scale),
             target_log=log_targets and classes is None,
-            target_low=low if log_targets else 0.0,
+            target_low=low,
             joins_spellings=dataset.joins_spellings,
         )
 
@@ -197,7 +149,9 @@ class Preprocessor:
     def widths(self) -> tuple[int, ...]:
         """The number of columns that ``transform_features`` returns for each feature."""
         return tuple(
-            self.pieces(column) + self._is_marked(column) if words is None else 1 + int(self.word_inputs(column).max())
+            1 + int(self.word_inputs(column).max())
+            if words is not None
+            else self.pieces(column) + bool(self.missing_inputs and self.missing_inputs[column])
             for column, words in enumerate(self.categories)
         )
 
@@ -230,19 +184,15 @@ class Preprocessor:
         at = self.feature_knots[column] if self.scale == "piecewise" else None
         return 1 if at is None else len(at[0]) - 1
 
-    def _is_marked(self, column: int) -> bool:
-        """Return whether the column of numbers has an input that marks its missing cells."""
-        return bool(self.missing_inputs) and self.missing_inputs[column]
-
-    def word_inputs(self, column: int) -> Rows:
+    def word_inputs(self, column: int) -> Indices:
         """Return the input of each category of a column of words, then that of an unseen word; -1 for none."""
         count = len(self.categories[column] or ())
         shared = list(self.shared[column]) if self.shared else []
         inputs = np.full(count + 1, -1, np.int64)
-        own = np.setdiff1d(np.arange(count), shared)
-        inputs[own] = np.arange(len(own))
+        frequent = np.setdiff1d(np.arange(count), shared)
+        inputs[frequent] = np.arange(len(frequent))
         if self.other_inputs and self.other_inputs[column]:
-            inputs[[*shared, count]] = len(own)
+            inputs[[*shared, count]] = len(frequent)
         return inputs
 
     def transform_features(self, X: Any) -> Features:
@@ -250,61 +200,50 @@ class Preprocessor:
         names = self.feature_names
         features = as_features("X", X, width=len(names), dtype=np.float64, check_finite=False)
         missing = np.isnan(features)
-        has_missing = bool(missing.any())
         if np.isinf(features).any():
             as_features("X", np.where(missing, 0.0, features), width=len(names), dtype=np.float64)
         numbers = np.array([words is None for words in self.categories])
-        if has_missing and (missing & numbers).any():
+        if missing.any() and (gaps := missing & numbers).any():
             fill = self.feature_fill or (None,) * len(names)
-            for column in np.flatnonzero((missing & numbers).any(axis=0)).tolist():
+            for column in np.flatnonzero(gaps.any(axis=0)).tolist():
                 if fill[column] is None:
                     row = int(np.argmax(missing[:, column]))
                     raise DataError(
                         f"X: the value of {names[column]!r} is missing at row {row}, and the stored preprocessor, of "
                         "an earlier release, has no median to fill in; fill it in or train again"
                     )
-            features = np.where(
-                missing & numbers, np.array([0.0 if value is None else value for value in fill]), features
-            )
+            features = np.where(gaps, _numbers(fill), features)
         scaled: Features = features - np.array(self.feature_shift)
         scaled /= np.array(self.feature_scale)
         if self.scale in ("robust", "piecewise"):
             scaled = clipped(scaled)
-        if self.scale == "quantile":
-            for column, at in enumerate(self.feature_knots):
-                if at is not None:
-                    scaled[:, column] = by_quantiles(features[:, column], at)
+        for column, at in enumerate(self.feature_knots if self.scale == "quantile" else ()):
+            if at is not None:
+                scaled[:, column] = by_quantiles(features[:, column], at)
         if numbers.all() and self.width == len(names):
             return scaled
-        result: Features = np.zeros((len(features), self.width))
-        start = 0
-        for column, words in enumerate(self.categories):
+        widths = self.widths
+        result: Features = np.zeros((len(features), sum(widths)))
+        for column, (words, end) in enumerate(zip(self.categories, np.cumsum(widths).tolist(), strict=True)):
+            inputs = result[:, end - widths[column] : end]
             if words is None:
                 pieces = self.pieces(column)
                 at = self.feature_knots[column] if pieces > 1 else None
-                result[:, start : start + pieces] = (
-                    scaled[:, column : column + 1] if at is None else by_pieces(features[:, column], at)
-                )
-                start += pieces
-                if self._is_marked(column):
-                    result[:, start] = missing[:, column]
-                    start += 1
+                cells = slice(column, column + 1)
+                inputs[:, :pieces] = scaled[:, cells] if at is None else by_pieces(features[:, column], at)
+                inputs[:, pieces:] = missing[:, cells]
                 continue
-            codes = np.where(missing[:, column], len(words), features[:, column])
-            wrong = (
-                (codes < 0) | (codes > len(words)) | (codes != np.floor(codes)) | (features[:, column] == len(words))
-            )
+            codes = np.where(missing[:, column], -1, features[:, column])
+            wrong = (codes < -1) | (codes >= len(words)) | (codes != np.floor(codes)) | (features[:, column] == -1)
             if wrong.any():
                 row = int(np.argmax(wrong))
                 raise DataError(
                     f"X: {features[row, column]} at row {row}, column {column} is not the index of one of the "
                     f"{len(words)} categories of {names[column]!r}; read the data with load_features"
                 )
-            inputs = self.word_inputs(column)
-            chosen = inputs[codes.astype(np.int64)]
-            rows = np.flatnonzero(chosen >= 0)
-            result[rows, start + chosen[rows]] = 1.0
-            start += 1 + int(inputs.max())
+            places = self.word_inputs(column)[codes.astype(np.int64)]
+            rows = np.flatnonzero(places >= 0)
+            inputs[rows, places[rows]] = 1.0
         return result
 
     def encode_targets(self, y: Any) -> Array:
@@ -331,20 +270,17 @@ class Preprocessor:
         if labels.dtype.kind == "O":
             labels = labels.astype(str)
         different, codes = np.unique(labels, return_inverse=True)
-        index = {label: code for code, label in enumerate(classes)}
+        index: dict[Any, int] = {label: code for code, label in enumerate(classes)}
         by_text = {str(label): code for code, label in enumerate(classes)}
         same = spellings(different.astype(str), by_text) if self.joins_spellings else {}
-        table = np.empty(len(different), np.int64)
-        for position, label in enumerate(different.tolist()):
-            code = index.get(label, by_text.get(same.get(str(label), str(label))))
-            if code is None:
-                row = int(np.argmax(codes == position))
-                raise DataError(
-                    f"y: the label {label!r} in row {row} is not one of the {len(classes)} classes of "
-                    f"the training data: {', '.join(map(repr, classes[:20]))}; correct it or train again"
-                )
-            table[position] = code
-        encoded: Array = table[codes]
+        known = [index.get(label, by_text.get(same.get(str(label), str(label)))) for label in different.tolist()]
+        if None in known:
+            row = int(np.argmax(codes == known.index(None)))
+            raise DataError(
+                f"y: the label {labels[row].item()!r} in row {row} is not one of the {len(classes)} classes of "
+                f"the training data: {', '.join(map(repr, classes[:20]))}; correct it or train again"
+            )
+        encoded: Array = np.array(known, np.int64)[codes]
         return encoded
 
     def decode_predictions(self, predictions: Any) -> Array:
@@ -353,12 +289,13 @@ class Preprocessor:
             codes = as_class_labels("predictions", predictions, classes=len(self.classes), rows=None)
             labels: Array = np.array(self.classes)[codes]
             return labels
-        given = to_array("predictions", predictions)
-        values: Array = given.reshape(len(given), -1) * np.array(self.target_scale)
+        values = to_array("predictions", predictions)
+        values = values.reshape(len(values), -1) * np.array(self.target_scale)
         values += np.array(self.target_shift)
         if self.target_log:
             values = np.exp(values)
-        return values[:, 0] if self.outputs == 1 else values
+        result: Array = values[:, 0] if self.outputs == 1 else values
+        return result
 
     def to_config(self) -> dict[str, Any]:
         """Return plain numbers, strings and tuples; ``from_config`` gives an equal Preprocessor."""
@@ -368,15 +305,15 @@ class Preprocessor:
     def from_config(cls, config: dict[str, Any]) -> Preprocessor:
         """Invert ``to_config``, before or after JSON; CheckpointError if the entries do not fit."""
         with reading("preprocessor: its stored form", "use another file of the run, or train again"):
-            made: Preprocessor = stored("preprocessor", config, cls)
-            for _, order in made.dates:
+            result: Preprocessor = stored("preprocessor", config, cls)
+            for _, order in result.dates:
                 check_choice("dates", order, ORDERS)
-        lists = made.feature_names, made.categories, made.feature_shift, made.feature_scale
-        optional = made.feature_fill, made.missing_inputs, made.feature_knots, made.shared, made.other_inputs
+        lists = result.feature_names, result.categories, result.feature_shift, result.feature_scale
+        optional = result.feature_fill, result.missing_inputs, result.feature_knots, result.shared, result.other_inputs
         columns = {*map(len, lists), *map(len, filter(None, optional))}
-        if len(columns) != 1 or len(made.target_shift) != len(made.target_scale):
+        if len(columns) != 1 or len(result.target_shift) != len(result.target_scale):
             raise CheckpointError(f"preprocessor: the stored lists differ in length ({sorted(columns)} columns)")
-        return made
+        return result
 
     def to_json(self) -> str:
         """Return ``to_config`` as JSON: floats in their shortest exact decimal form, labels with their types."""
@@ -397,6 +334,11 @@ def _knots(X: Features, numbers: npt.NDArray[np.bool_], scale: str) -> tuple[Kno
     """Return what quantile and piecewise scaling know of each column."""
     of = {"quantile": knots, "piecewise": edges}.get(scale)
     return tuple(of(X[:, column]) if number else None for column, number in enumerate(numbers)) if of else ()
+
+
+def _numbers(fill: Sequence[float | None]) -> Features:
+    """Return the medians of columns of numbers, 0 for the other columns."""
+    return np.array([0.0 if value is None else value for value in fill])
 
 
 def _median(values: Features) -> float:

@@ -111,13 +111,13 @@ def by_quantiles(values: Matrix, at: Knots) -> Matrix:
 
 def edges(values: Matrix) -> Knots | None:
     """Return the edges of a column's pieces, without scores; None for a column of few values, which has none."""
-    found = np.unique(values)
-    if len(found) < MANY_VALUES:
+    points = np.unique(values)
+    if len(points) < MANY_VALUES:
         return None
     fine = len(values) >= MANY_ROWS
-    if not fine or len(found) > FINE_VALUES:
-        found = np.unique(np.quantile(values, np.linspace(0.0, 1.0, (FINE_PIECES if fine else PIECES) + 1)))
-    return (tuple(found.tolist()), ()) if len(found) > 3 else None
+    if not fine or len(points) > FINE_VALUES:
+        points = np.unique(np.quantile(values, np.linspace(0.0, 1.0, (FINE_PIECES if fine else PIECES) + 1)))
+    return (tuple(points.tolist()), ()) if len(points) > 3 else None
 
 
 def limits(pieces: int) -> tuple[Matrix, Matrix]:

@@ -121,16 +121,13 @@ def open_source(source: Place, form: Form) -> Iterator[OpenTable]:
             yield open_text(source, form)
     except (*failures, ArrowException) as error:
         if suffix in ARROW or suffix == ".xlsx":
-            raise DataError(f"{source}: it cannot be read as {_article(suffix[1:])} file ({reason(error)})") from error
+            kind = f"a{'n' if suffix[1] in 'ax' else ''} {suffix[1:]}"
+            raise DataError(f"{source}: it cannot be read as {kind} file ({reason(error)})") from error
         why = reason(error)
         if "straddling" in why:
             why = "a row is longer than 4 MiB; a quote may have no end"
         encoded = f" in {form.encoding or 'its encoding'}" if isinstance(error, UnicodeError) else ""
         raise DataError(f"{source}: expected a csv file{encoded} with a header ({why})") from error
-
-
-def _article(name: str) -> str:
-    return f"an {name}" if name[0] in "ax" else f"a {name}"
 
 
 def _typed(schema: Any, read: Callable[[list[str]], Any]) -> OpenTable:

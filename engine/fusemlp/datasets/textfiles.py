@@ -16,7 +16,7 @@ import lzma
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,12 +150,15 @@ def headed(path: Path, first: list[str], decimal: str, form: Form) -> tuple[list
 
 def _said(path: Path, sep: str, decimal: str, encoding: str, *, header: bool) -> str | None:
     """Return a line on the form of the file; None for a plain one in UTF-8 with commas and decimal points."""
-    found = [] if sep == "," else [f"separated by {SEPARATORS.get(sep, repr(sep))}"]
-    found += [] if decimal == "." else [f"decimal mark {decimal!r}"]
-    found += [] if encoding == "utf-8-sig" else [f"encoding {encoding}"]
-    found += [path.suffix.lower()[1:]] if is_compressed(path) else []
-    found += [] if header else ["no header: the columns are column_1, column_2, ..."]
-    return f"{path.name}: {', '.join(found)}" if found else None
+    parts = {
+        f"separated by {SEPARATORS.get(sep, repr(sep))}": sep != ",",
+        f"decimal mark {decimal!r}": decimal != ".",
+        f"encoding {encoding}": encoding != "utf-8-sig",
+        path.suffix.lower()[1:]: is_compressed(path),
+        "no header: the columns are column_1, column_2, ...": not header,
+    }
+    odd = [part for part, applies in parts.items() if applies]
+    return f"{path.name}: {', '.join(odd)}" if odd else None
 
 
 def as_batches(
@@ -323,13 +326,11 @@ def _is_plain(path: Path, sep: str, encoding: str, marks: bytes) -> bool:
 
 def _cells(sample: list[str], sep: str) -> list[list[str]]:
     """Return the rows of the sample's whole lines."""
-    rows = []
-    try:
-        for row in csv.reader(sample, delimiter=sep, skipinitialspace=True):
-            rows.append(row)
-    except csv.Error:
-        pass
-    return [row for row in rows if row]
+    rows: list[list[str]] = []
+    # the rows before one that is none are kept
+    with suppress(csv.Error):
+        rows.extend(filter(None, csv.reader(sample, delimiter=sep, skipinitialspace=True)))
+    return rows
 
 
 def _separator(sample: list[str]) -> str:
@@ -369,9 +370,9 @@ def _decimal(sample: list[str], sep: str) -> str:
 
 def _is_data(first: list[str], decimal: str) -> bool:
     """Return True if a first row holds numbers as no header does."""
-    values = [number(name.strip(), decimal) for name in first]
-    found = [value for value in values if value is not None]
+    names = [name.strip() for name in first]
+    numbers = [value for value in (number(name, decimal) for name in names) if value is not None]
     # pandas numbers the columns of an unnamed frame from 0; whole numbers may be years.
-    numbered = [name.strip() for name in first] == [str(index) for index in range(len(first))]
-    fractions = any(value != value // 1 for value in found)
-    return bool(first) and not numbered and (len(found) == len(first) or fractions)
+    numbered = names == [str(index) for index in range(len(names))]
+    fractions = any(value != value // 1 for value in numbers)
+    return bool(names) and not numbered and (len(numbers) == len(names) or fractions)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.datasets.preparation import available_memory
+from fusemlp.datasets.rows import available_memory
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from fusemlp.datasets.parts import Fold
+from fusemlp.datasets.rows import Fold
 from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine
 from fusemlp.fleet.results import Member

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusemlp.datasets.preparation import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.rows import network_inputs
 from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.checks import as_number
 from fusemlp.inputs.arrays import Array

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.datasets.preparation import Rows
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.rows import Rows
 from fusemlp.describe.checks import as_number
 from fusemlp.describe.description import stored
 from fusemlp.inputs.arrays import Array

@@ -25,8 +25,8 @@ from sklearn.utils.validation import _check_y, check_is_fitted
 
 from fusemlp.callbacks import ProgressBar
 from fusemlp.datasets.load import load_features
-from fusemlp.datasets.preparation import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.rows import network_inputs
 from fusemlp.describe.checks import as_count, check_choice
 from fusemlp.describe.description import stored
 from fusemlp.describe.losses import as_loss

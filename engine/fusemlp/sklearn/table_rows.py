@@ -9,10 +9,9 @@ import numpy as np
 from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import _check_sample_weight, validate_data
 
-from fusemlp.datasets.dataset import Dataset
+from fusemlp.datasets.dataset import ColumnChoices, Dataset
 from fusemlp.datasets.load import load_data, load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.datasets.roles import ColumnChoices
 from fusemlp.datasets.tables import Frame, as_frame
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import DataError

@@ -7,7 +7,6 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from fusemlp.datasets.dataset import Dataset
-from fusemlp.datasets.preparation import CLASS_DECAY
 from fusemlp.describe import presets
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.losses import LOSSES, Loss, as_loss
@@ -20,7 +19,7 @@ from fusemlp.inputs.arrays import Array, balanced
 from fusemlp.runtime.backends import TRAITS
 from fusemlp.runtime.ranks import started
 from fusemlp.tables.fields import given_options, one_of
-from fusemlp.tables.recipe import FitRecipe, ModelRecipe, StepRecipe, TableRecipe
+from fusemlp.tables.recipe import CLASS_DECAY, FitRecipe, ModelRecipe, StepRecipe, TableRecipe
 from fusemlp_kernels.errors import ArgumentError
 
 Described = TypeVar("Described")

@@ -11,12 +11,23 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp.datasets.codes import Indices
 from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.load import MANY_CLASSES
-from fusemlp.datasets.parts import Fold, Hashes, among, folds, hold_out, row_hashes
-from fusemlp.datasets.preparation import Rows, check_memory, fit_preprocessor, network_ends, rows_for
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.datasets.preprocessing import Rows as Indices
+from fusemlp.datasets.rows import (
+    Fold,
+    Hashes,
+    Rows,
+    among,
+    check_memory,
+    fit_preprocessor,
+    folds,
+    hold_out,
+    network_ends,
+    row_hashes,
+    rows_for,
+)
 from fusemlp.datasets.scaling import SCALES
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.losses import Loss

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fusemlp.datasets.preparation import CLASS_DECAY
 from fusemlp.datasets.scaling import SCALES
 from fusemlp.describe.adversarial import FGSM, IBP, NORMS, PGD, Attack
 from fusemlp.describe.losses import LOSSES, Huber, Quantile
@@ -25,6 +24,8 @@ from fusemlp.describe.schedules import SCHEDULES, ReduceOnPlateau, StepDecay
 from fusemlp.tables.fields import PANELS, field_of, one_of, run_folders
 from fusemlp_kernels.contract import ACTIVATIONS
 
+# Adam's weight decay where a table's classes are learned and none is given; numbers do without.
+CLASS_DECAY = 3e-4
 BACKENDS = ("auto", "triton", "cupy", "numpy")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
 PLANS = ("auto", "eager", "graph", "resident")

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from fusemlp.datasets.dataset import Dataset
-from fusemlp.datasets.preparation import fit_data, watch
 from fusemlp.describe.adversarial import IBP, Attack
+from fusemlp.describe.checks import check_choice
 from fusemlp.describe.conflicts import check_together
+from fusemlp.describe.metrics import METRICS, Judged, metrics_for
 from fusemlp.engine import Engine
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import merged, merged_members
@@ -129,23 +130,56 @@ def _within(prepared: Prepared) -> Prepared:
 
 
 def watched(prepared: Prepared) -> dict[str, Any]:
-    """Return the arguments of ``fit`` for the recipe's ``metric``."""
-    recipe = prepared.recipe
+    """Return the arguments of ``fit`` for the recipe's ``metric``; a score of numbers is in their original units."""
+    recipe, preprocessor, loss, validates = prepared.recipe, prepared.preprocessor, prepared.loss, prepared.validates
     assert isinstance(recipe, FitRecipe), "prepared by the recipe of a fit"
-    return watch(recipe.metric, prepared.preprocessor, prepared.loss, validates=prepared.validates)
+    metric = recipe.metric
+    if metric is None:
+        return {}
+    numbers = preprocessor.classes is None
+    of_training = ["loss"] if numbers else ["loss", "accuracy"]
+    kind = "numbers" if numbers else "classes" if loss.is_classification else "one-hot rows"
+    metrics = metrics_for(kind) if validates else {}
+    names = [f"val_{name}" for name in (*of_training, *metrics)] if validates else of_training
+    if metric.startswith("val_") and not validates:
+        raise ArgumentError(f"metric: {metric!r} is of validation rows, and there are none")
+    bare = metric.removeprefix("val_")
+    if (bare == "accuracy" and numbers) or (bare in METRICS and ("numbers" in METRICS[bare].kinds) != numbers):
+        judged, holds = ("classes", "numbers") if numbers else ("numbers", "classes")
+        raise ArgumentError(
+            f"metric: {metric!r} is a score of {judged}, and the target holds {holds}; expected one of: "
+            f"{', '.join(dict.fromkeys([*metrics, *names]))}"
+        )
+    short = f"val_{metric}" if metric in metrics else metric
+    monitor = check_choice("metric", short, [*dict.fromkeys([*names, *of_training])])
+    score = metrics.get(monitor.removeprefix("val_"))
+    if score is None or not numbers:
+        return {"monitor": monitor}
+    decode, of = preprocessor.decode_predictions, score.of
+
+    def in_units(rows: Judged) -> float:
+        return of(replace(rows, truth=decode(rows.truth), predicted=decode(rows.predicted)))
+
+    return {"monitor": monitor, "metrics": [replace(score, of=in_units)]}
 
 
 def fit_arguments(prepared: Prepared) -> dict[str, Any]:
-    """Return the arguments of ``fit``: the rows, and how a model is trained on them."""
-    recipe = prepared.recipe
+    """Return the arguments of ``fit``, with folds those of a fleet's: the rows, and how a model is trained on them."""
+    recipe, train, validation = prepared.recipe, prepared.train, prepared.validation
     assert isinstance(recipe, FitRecipe), "prepared by the recipe of a fit"
-    return {
-        **fit_data(prepared.train, prepared.validation, prepared.folds),
+    arguments = {
+        "X": train.X,
+        "y": train.y,
+        "sample_weight": train.weight,
+        "validation_data": None if validation is None else (validation.X, validation.y, validation.weight),
         **watched(prepared),
         "epochs": recipe.epochs,
         "early_stopping": recipe.early_stopping or None if prepared.validates else None,
         "drop_last": recipe.drop_last,
     }
+    if prepared.folds:
+        arguments["rows"], arguments["validation_rows"] = map(list, zip(*prepared.folds, strict=True))
+    return arguments
 
 
 def attack_on(prepared: Prepared, X: Array) -> Attack | IBP | None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from fusemlp.datasets.dataset import Dataset
-from fusemlp.datasets.preparation import fit_preprocessor, network_ends
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.rows import fit_preprocessor, network_ends
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.network import MLP
 from fusemlp.describe.text import listed

@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fusemlp.datasets.dataset import Dataset
-from fusemlp.datasets.parts import FOLDS, Fold, folds, hold_out
-from fusemlp.datasets.preparation import fit_preprocessor, network_ends
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.rows import FOLDS, Fold, fit_preprocessor, folds, hold_out, network_ends
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.backends import cpu_threads

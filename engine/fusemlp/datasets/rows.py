@@ -1,31 +1,40 @@
-"""The rows that train, validate and test: files of their own, whole groups, the order of time, hashes of rows."""
+"""The rows that train, validate and test, and the network's inputs of them.
+
+Rows are files of their own, whole groups, the last ones in the order of time, or drawn; a hash knows each again.
+"""
 
 from __future__ import annotations
 
+import os
 import warnings
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fusemlp.datasets.dataset import Dataset, Features, different, spellings
+from fusemlp.datasets.codes import Features, Indices, different, spellings
+from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.load import load_labelled
-from fusemlp.datasets.preprocessing import Rows, split
+from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.textfiles import Form
+from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.text import listed
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, DataError
 
 Hashes = npt.NDArray[np.uint64]
+Fold = tuple[Array, Array]
 # Random orders of the groups, of which the one with the closest shares of the classes is taken.
 _DRAWS = 10
-# Numbers hashed at a time: they stay in a core's cache.
+# Numbers hashed, and rows transformed, at a time: they stay in a core's cache.
 _PIECE = 2**15
 # The rows are cut into this many folds, or one a model if there are more models.
 FOLDS = 5
-
-Fold = tuple[Array, Array]
+# Losses that train classes as one-hot rows.
+ONE_HOT = frozenset({"mse", "mae", "huber"})
 
 
 def with_files(
@@ -86,21 +95,55 @@ def _alike(path: str, y: Array, dataset: Dataset) -> Array:
     )
 
 
-def hold_out(dataset: Dataset, rows: Rows, *, fraction: float, seed: int) -> tuple[Rows, Rows]:
+def hold_out(dataset: Dataset, rows: Indices, *, fraction: float, seed: int) -> tuple[Indices, Indices]:
     """Return those of the ``rows`` to keep, and about a ``fraction`` of them to hold out.
 
     The last rows are held out if the data set has times, whole groups if it has groups; otherwise rows are drawn by
     ``seed``, for a classification with the shares of the classes kept.
     """
+    classify = dataset.task == "classification"
     if dataset.times is not None:
         kept, held = _last(dataset.times[rows], fraction)
     elif dataset.groups is not None:
-        y = dataset.y[rows] if dataset.task == "classification" else np.zeros(len(rows))
+        y = dataset.y[rows] if classify else np.zeros(len(rows))
         kept, held = _groups(dataset.groups[rows], y, fraction, seed)
     else:
-        y = dataset.y[rows]
-        kept, held = split(y, fraction=fraction, seed=seed, stratify=dataset.task == "classification")
+        kept, held = split(dataset.y[rows], fraction=fraction, seed=seed, stratify=classify)
     return rows[kept], rows[held]
+
+
+def split(y: Array, *, fraction: float = 0.2, seed: int, stratify: bool) -> tuple[Indices, Indices]:
+    """Return the indices of the training rows and of the held-out rows; the same for the same ``seed``.
+
+    A shuffled ``fraction`` of all rows, rounded up, is held out. ``stratify`` keeps the shares of the classes;
+    a class with a single row stays in the training rows, with a warning. Raises DataError if a side would be
+    empty or, stratified, have fewer rows than there are classes.
+    """
+    from sklearn.model_selection import train_test_split
+
+    as_number("fraction", fraction, low=0, high=1, low_open=True, high_open=True)
+    as_count("seed", seed, minimum=0)
+    rows, kept, labels, needed = np.arange(len(y), dtype=np.int64), np.empty(0, np.int64), None, 1
+    if stratify:
+        _, codes, counts = np.unique(y, return_inverse=True, return_counts=True)
+        alone = counts[codes] == 1
+        rows, kept, labels = rows[~alone], rows[alone], codes[~alone]
+        needed = max(1, int((counts > 1).sum()))
+    if len(kept) == len(y) > 0:
+        raise DataError("fraction: no row can be held out, because each is the only one of its class; give more rows")
+    tested = int(np.ceil(fraction * len(rows)))
+    if min(tested, len(rows) - tested) < needed:
+        alone_note = f" ({len(kept)} more are alone in their class)" if len(kept) else ""
+        raise DataError(
+            f"fraction: {fraction} of {len(rows)} rows{alone_note} leaves {len(rows) - tested} rows to train on and "
+            f"{tested} held out; each side needs at least {needed}{', one for each class' if stratify else ''}; choose "
+            "another fraction or give more rows"
+        )
+    if len(kept):
+        names = ", ".join(repr(label) for label in np.unique(y[kept]).tolist()[:10])
+        warnings.warn(f"classes with a single row, which is not held out: {names}", stacklevel=2)
+    train, test = train_test_split(rows, test_size=tested, random_state=seed % 2**32, stratify=labels)
+    return np.concatenate([train, kept]), test
 
 
 def folds(labels: Array, models: int, *, seed: int, stratify: bool) -> tuple[Fold, ...]:
@@ -121,7 +164,7 @@ def folds(labels: Array, models: int, *, seed: int, stratify: bool) -> tuple[Fol
         return tuple(cut.split(labels, codes if stratified else None))[:models]
 
 
-def _last(times: Array, fraction: float) -> tuple[Rows, Rows]:
+def _last(times: Array, fraction: float) -> tuple[Indices, Indices]:
     """Hold out the rows with the last times; rows of one time stay together."""
     ordered = np.sort(times)
     start = len(ordered) - int(np.ceil(fraction * len(ordered)))
@@ -138,7 +181,7 @@ def _last(times: Array, fraction: float) -> tuple[Rows, Rows]:
     return np.flatnonzero(times < border), np.flatnonzero(times >= border)
 
 
-def _groups(groups: Array, y: Array, fraction: float, seed: int) -> tuple[Rows, Rows]:
+def _groups(groups: Array, y: Array, fraction: float, seed: int) -> tuple[Indices, Indices]:
     """Hold out whole groups: of some random orders, the first groups that come closest to ``fraction`` of each class.
 
     Rows without a group are one group.
@@ -165,7 +208,7 @@ def _groups(groups: Array, y: Array, fraction: float, seed: int) -> tuple[Rows, 
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def row_hashes(X: Features, targets: Array, rows: Rows | None = None) -> Hashes:
+def row_hashes(X: Features, targets: Array, rows: Indices | None = None) -> Hashes:
     """Return a 64-bit hash of each row: X (n, columns), targets (n,) or (n, k); equal numbers have equal hashes.
 
     ``rows`` are the indices in X of the rows of ``targets``; None for all.
@@ -203,3 +246,107 @@ def among(rows: Hashes, known: Hashes) -> int:
 def _numbers(dataset: Dataset, y: Array) -> Array:
     """Return labels as numbers: the places of classes, or the values of a regression."""
     return y if dataset.task == "regression" else np.searchsorted(dataset.classes, y)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows for the engine: X (n, inputs), y for the loss, and ``labels`` as in the data."""
+
+    X: Array
+    y: Array
+    labels: Array
+    weight: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.X)
+
+
+def fit_preprocessor(dataset: Dataset, rows: npt.ArrayLike, *, loss: str, **options: Any) -> Preprocessor:
+    """Return a Preprocessor of the training ``rows`` with targets as ``loss`` takes them."""
+    return Preprocessor.fit(dataset, rows, one_hot_targets=loss in ONE_HOT, scale_targets=loss != "poisson", **options)
+
+
+def network_ends(preprocessor: Preprocessor, loss: str) -> tuple[int, int]:
+    """Return the widths of the network's first and last layer."""
+    return preprocessor.width, 1 if loss == "binary_cross_entropy" else preprocessor.outputs
+
+
+def rows_for(
+    preprocessor: Preprocessor,
+    X: Array,
+    labels: Array,
+    *,
+    precision: str,
+    rows: Array | None = None,
+    weight: Array | None = None,
+    by_class: Array | None = None,
+) -> Rows:
+    """Return rows of X as ``load_data`` gives them (``rows`` are their indices, None for all) for an engine.
+
+    ``weight`` (n,) are weights of the rows, ``by_class`` (classes,) those of their classes, which multiply these.
+    """
+    if by_class is not None:
+        weight = by_class[preprocessor.class_codes(labels)] * (1.0 if weight is None else weight)
+    inputs = network_inputs(preprocessor, X, precision, rows)
+    return Rows(inputs, preprocessor.encode_targets(labels), labels, weight)
+
+
+def network_inputs(preprocessor: Preprocessor, X: Array, precision: str, rows: Array | None = None) -> Array:
+    """Return the inputs of rows (None: all) in the network's type, a piece at a time: float64 takes twice the memory.
+
+    Raises DataError, before it takes the memory, if there is not enough.
+    """
+    count = len(X) if rows is None else len(rows)
+    check_memory(preprocessor, count, precision)
+    inputs = np.empty((count, preprocessor.width), np.float64 if precision == "fp64" else np.float32)
+    finite = True
+    try:
+        with np.errstate(over="ignore"):
+            for start in range(0, count, _PIECE):
+                piece = inputs[start : start + _PIECE]
+                selection = slice(start, start + _PIECE) if rows is None else rows[start : start + _PIECE]
+                piece[:] = preprocessor.transform_features(X[selection])
+                finite = finite and bool(np.isfinite(piece).all())
+    except DataError:
+        # Its message has the row in the piece.
+        finite = False
+    # The engine's error names a value that float32 cannot hold.
+    return inputs if finite else preprocessor.transform_features(X if rows is None else X[rows])
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Return the bytes that the system and the control group still allow this process; None if unknown."""
+    limits = []
+    try:
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+        limits += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    except (OSError, ValueError):
+        # not Linux: free pages leave out the caches that the system could give up
+        if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
+            limits.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    group = root / "sys/fs/cgroup"
+    # no control groups, or those of version 1
+    with suppress(OSError, ValueError):
+        most, used, stat = (
+            (group / f"memory.{name}").read_text(encoding="ascii") for name in ("max", "current", "stat")
+        )
+        if most.strip() != "max":
+            figures = dict(line.split() for line in stat.splitlines())
+            # cached files count as used, and give way when memory is needed
+            files = sum(int(figures.get(name, 0)) for name in ("active_file", "inactive_file"))
+            limits.append(max(0, int(most) - int(used) + files))
+    return min(limits, default=None)
+
+
+def check_memory(preprocessor: Preprocessor, rows: int, precision: str) -> None:
+    """Raise DataError if the inputs of this many rows do not fit into memory; it names the columns that take most."""
+    free, width = available_memory(), preprocessor.width
+    need = rows * width * (8 if precision == "fp64" else 4)
+    if free is None or need <= free:
+        return
+    widest = sorted(zip(preprocessor.widths, preprocessor.feature_names, strict=True), reverse=True)[:3]
+    examples = ", ".join(f"{count} of {name!r}" for count, name in widest)
+    raise DataError(
+        f"the inputs of the network take {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free: {rows} rows "
+        f"have {width} inputs, {examples} among them; --drop a column of many words, or give fewer rows"
+    )
