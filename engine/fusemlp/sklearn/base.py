@@ -33,7 +33,7 @@ from fusemlp.training.loop import EpochLoop, epochs_at_once
 from fusemlp_kernels.errors import DivergenceError
 
 # attributes that a file holds as tensors, makes anew, or leaves out
-NOT_AS_JSON = ("coefs_", "intercepts_", "slopes_", "_model", "_label_binarizer", "_metadata_request")
+NOT_AS_JSON = ("coefs_", "intercepts_", "slopes_", "_model", "_metadata_request")
 
 
 def has_steps(estimator: Any) -> bool:
@@ -43,6 +43,18 @@ def has_steps(estimator: Any) -> bool:
             f"partial_fit is only available for stochastic optimizers. {estimator.solver} is not stochastic."
         )
     return True
+
+
+def _passes(X: Any, y: Any = None) -> bool:
+    """Return whether scikit-learn's checks would return both as they are; they take longer than a small fit does."""
+    arrays = [X] if y is None else [X, y]
+    if any(type(array) is not np.ndarray or array.dtype.kind not in "biuf" for array in arrays):
+        return False
+    if X.ndim != 2 or not X.size or X.dtype not in (np.float64, np.float32) or (y is not None and y.shape != (len(X),)):
+        return False
+    with np.errstate(all="ignore"):
+        # a sum of finite numbers may be infinite, and then the checks decide
+        return all(np.isfinite(array.sum()) for array in arrays)
 
 
 class BaseMLP(settings.Parameters, BaseEstimator, ABC):
@@ -93,6 +105,9 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
 
     def _validate_input(self, X: Any, y: Any, incremental: bool, reset: bool) -> tuple[Any, Array]:
         """Return X and the targets, checked and as numbers."""
+        if reset and y is not None and not hasattr(self, "feature_names_in_") and _passes(X, y):
+            self.n_features_in_ = X.shape[1]
+            return X, self._encode(y, not incremental)
         X, y = validate_data(
             self,
             X,
@@ -333,7 +348,8 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
     def _ask(self, question: str, X: Any) -> Array:
         """Return the model's answer."""
         check_is_fitted(self)
-        X = validate_data(self, X, accept_sparse=["csr", "csc"], reset=False)
+        if hasattr(self, "feature_names_in_") or not _passes(X) or X.shape[1] != self.n_features_in_:
+            X = validate_data(self, X, accept_sparse=["csr", "csc"], reset=False)
         with self._own_model() as model:
             return model.ask(question, X)
 
@@ -376,12 +392,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         with self._own_model() as model:
             rates = model.rates
             state = {"schedule": model.schedule, "rates": (rates.kind, rates.initial, rates.power)}
-            more = {**state, "plateau": model.plateau, **self._saved_beside()}
-            files.save(self, model.engine, path, without=NOT_AS_JSON, **more)
-
-    def _saved_beside(self) -> dict[str, Any]:
-        """Return what ``_restore`` needs from a file."""
-        return {}
+            files.save(self, model.engine, path, without=NOT_AS_JSON, **state, plateau=model.plateau)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

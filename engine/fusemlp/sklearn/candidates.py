@@ -84,35 +84,6 @@ def _ending(candidates: Sequence[Candidate]) -> Iterator[None]:
         candidate.ended = True
 
 
-class Engines:
-    """The engines of models on the host, to be used again when scikit-learn has scored and forgotten a fit.
-
-    Memory and the programs of predictions stay; what a fit draws, loads or counts begins anew.
-    """
-
-    def __init__(self) -> None:
-        self._lent: list[tuple[Any, Engine, dict[str, Array], weakref.ref[Model]]] = []
-
-    def model(self, network: Any, loss: Any, optimizer: Any, *rest: Any, **options: Any) -> Model:
-        """Return a model with the arguments of ``Model``, to which an engine is lent."""
-        key = network, loss, optimizer.rule(), options["backend"], options["precision"]
-        free = (place for place, lent in enumerate(self._lent) if lent[0] == key and lent[3]() is None)
-        place = next(free, None)
-        if place is None:
-            # an engine of another shape is not kept for fits that may not come
-            self._lent = [lent for lent in self._lent if lent[3]() is not None]
-            model = Model(network, loss, optimizer, *rest, **options)
-            engine, state = model.engine, model.engine.memory.snapshot()
-        else:
-            _, engine, state, _ = self._lent.pop(place)
-            engine.optimizer, engine.seed = optimizer, options["seed"]
-            engine.restore(state)
-            model = Model(network, loss, optimizer, *rest, engine=engine, **options)
-        if engine.memory.backend.traits.on_host:
-            self._lent.append((key, engine, state, weakref.ref(model)))
-        return model
-
-
 class Candidates:
     """Sets up and trains fits before scikit-learn asks for them: they are the clones of ``asked``, in order.
 
@@ -132,7 +103,8 @@ class Candidates:
         self._asked, self._estimator, self._fits, self._at_once = asked, estimator, fits, at_once
         self._threads = LaunchThreads(workers, lambda number, error: None)
         self._most, self._together = self._threads.most, False
-        self._engines = Engines()
+        # engines on the host, as they were when new, and their models
+        self._lent: list[tuple[Any, Engine, dict[str, Array], weakref.ref[Model]]] = []
         self._checked: Any = None
         # None for a fit that trains when it is asked for
         self._next: deque[Candidate | None] = deque()
@@ -197,7 +169,7 @@ class Candidates:
             if model.solver in STOCHASTIC and not (model.callbacks or model.verbose or model.warm_start):
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
-                    make = Model if model.adversarial is not None else self._engines.model
+                    make = Model if model.adversarial is not None else self._model
                     loops.append(model._set_up(*data, together=True, make=make))
 
         try:
@@ -214,6 +186,28 @@ class Candidates:
             return None
         ready = loops and isinstance(loops[0].policy.batches, ResidentBatches)
         return Candidate(estimator, loops[0]) if ready else None
+
+    def _model(self, network: Any, loss: Any, optimizer: Any, *rest: Any, **options: Any) -> Model:
+        """Return a model with the engine of a fit that scikit-learn has scored and forgotten, if one is alike.
+
+        Memory and the programs of predictions stay; what a fit draws, loads or counts begins anew.
+        """
+        key = network, loss, optimizer.rule(), options["backend"], options["precision"]
+        free = (place for place, lent in enumerate(self._lent) if lent[0] == key and lent[3]() is None)
+        place = next(free, None)
+        if place is None:
+            # an engine of another shape is not kept for fits that may not come
+            self._lent = [lent for lent in self._lent if lent[3]() is not None]
+            engine = Engine(network, loss, optimizer, **options)
+            state = engine.memory.snapshot()
+        else:
+            _, engine, state, _ = self._lent.pop(place)
+            engine.optimizer, engine.seed = optimizer, options["seed"]
+            engine.restore(state)
+        model = Model(network, loss, optimizer, *rest, engine=engine, **options)
+        if engine.memory.backend.traits.on_host:
+            self._lent.append((key, engine, state, weakref.ref(model)))
+        return model
 
 
 def _train_together(candidates: Sequence[Candidate]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -20,23 +19,15 @@ from fusemlp.sklearn.base import BaseMLP, has_steps
 from fusemlp.sklearn.settings import CONSTRAINTS, UNIT, Objective
 
 
-def _fitted_binarizer(y: Array) -> LabelBinarizer:
-    """Return a ``LabelBinarizer`` fitted to y; models of a search that have the same integers share one.
-
-    It is not changed any more.
-    """
+def _classes_of(y: Array) -> tuple[Array, bool]:
+    """Return the classes of y, and whether its rows have several labels, as ``LabelBinarizer`` finds them."""
     if y.ndim == 1 and y.dtype.kind in "iub":
-        classes = np.unique(y)
+        classes = np.unique(y).astype(y.dtype.newbyteorder("="))
         # scikit-learn warns of few rows for more classes
         if 2 * len(classes) <= len(y):
-            return _binarizer_of(classes.dtype, classes.tobytes())
-    return LabelBinarizer().fit(y)
-
-
-@functools.lru_cache(maxsize=64)
-def _binarizer_of(dtype: np.dtype[Any], classes: bytes) -> LabelBinarizer:
-    # three rows a class, or scikit-learn would warn
-    return LabelBinarizer().fit(np.repeat(np.frombuffer(classes, dtype), 3))
+            return classes, False
+    binarizer = LabelBinarizer().fit(y)
+    return binarizer.classes_, binarizer.y_type_.startswith("multilabel")
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -62,8 +53,7 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
     def _encode(self, y: Array, fresh: bool) -> Array:
         # fit finds the classes; partial_fit keeps those it was given, and a warm start needs the same ones
         if fresh:
-            self._label_binarizer = _fitted_binarizer(y)
-            self.classes_ = self._label_binarizer.classes_.copy()
+            self.classes_, self._several_labels = _classes_of(y)
             return self._encoded(y)
         if self.warm_start and set(unique_labels(y)) != set(self.classes_):
             raise ValueError(
@@ -83,16 +73,23 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
     def _encoded(self, y: Any) -> Array:
         """Return for each row and class, or label, whether it applies; two classes make one column."""
         if y.ndim == 2:
-            encoded = self._label_binarizer.transform(y)
-            return np.asarray(encoded.toarray() if hasattr(encoded, "toarray") else encoded).astype(bool)
-        # LabelBinarizer's result for a vector, in a tenth of its time: two classes make one column
+            if not self._several_labels:
+                raise ValueError("The object was not fitted with multilabel input.")
+            return np.asarray(y.toarray() if hasattr(y, "toarray") else y).astype(bool)
         position = np.searchsorted(self.classes_, y).reshape(-1, 1)
         return np.asarray(position == np.arange(len(self.classes_)) if len(self.classes_) > 2 else position == 1)
 
     @property
     def _picks_one(self) -> bool:
         """True if a row has one of more than two classes."""
-        return bool(self._label_binarizer.y_type_ == "multiclass")
+        return not self._several_labels and len(self.classes_) > 2
+
+    def _labels(self, codes: Array) -> Any:
+        """Return the classes with these indices; of several labels a row, whether each applies."""
+        if self._several_labels:
+            return codes.astype(int)
+        # a single class is predicted by either sign of the logit
+        return self.classes_[np.minimum(codes.ravel(), len(self.classes_) - 1)]
 
     def _row_weights(self, y: Array, weight: Array | None, incremental: bool) -> Array | None:
         if self.class_weight is None:
@@ -102,23 +99,22 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
                 "class_weight 'balanced' is not supported for partial_fit, which does not see all of the data. Use "
                 "compute_class_weight('balanced', classes=classes, y=y) for a dict of weights to pass as class_weight."
             )
-        by_class = compute_sample_weight(self.class_weight, self._label_binarizer.inverse_transform(y))
+        by_class = compute_sample_weight(self.class_weight, self._labels(self._truth(y)))
         return np.asarray(by_class if weight is None else by_class * weight)
 
     def _held_weights(self, y_val: Array, y: Array) -> Array | None:
         if self.class_weight is None:
             return None
-        labels, given = self._label_binarizer.inverse_transform(y), self.class_weight
-        if isinstance(given, str):
+        labels, weights = self._labels(self._truth(y)), self.class_weight
+        if isinstance(weights, str):
             # balanced are the training rows
-            columns = labels.reshape(len(labels), -1).T
-            found = [(np.unique(one), one) for one in columns]
-            by_column = [
-                dict(zip(classes.tolist(), compute_class_weight(given, classes=classes, y=one), strict=True))
-                for classes, one in found
-            ]
-            given = by_column if labels.ndim == 2 else by_column[0]
-        return np.asarray(compute_sample_weight(given, self._label_binarizer.inverse_transform(y_val)))
+            by_column = []
+            for column in labels.reshape(len(labels), -1).T:
+                classes = np.unique(column)
+                balanced = compute_class_weight(weights, classes=classes, y=column)
+                by_column.append(dict(zip(classes.tolist(), balanced, strict=True)))
+            weights = by_column if labels.ndim == 2 else by_column[0]
+        return np.asarray(compute_sample_weight(weights, self._labels(self._truth(y_val))))
 
     def _objective(self, outputs: int) -> Objective:
         if not self._picks_one:
@@ -146,16 +142,12 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None, classes: Any = None) -> Self:
         """Train for one more epoch. ``classes``: all classes that will ever occur; the first call needs them."""
         if _check_partial_fit_first_call(self, classes):
-            labels = y if type_of_target(y).startswith("multilabel") else classes
-            self._label_binarizer = LabelBinarizer().fit(labels)
+            self._several_labels = type_of_target(y).startswith("multilabel")
         return self._fit(X, y, sample_weight, incremental=True)
 
     def predict(self, X: Any) -> Any:
         """Return the classes (n,), or the labels (n, N), of X (n, K)."""
-        predicted = self._ask("predict", X)
-        if self._picks_one:
-            return self.classes_[predicted]
-        return self._label_binarizer.inverse_transform(predicted)
+        return self._labels(self._ask("predict", X))
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Return the accuracy on X (n, K): the share of rows whose labels are all right."""
@@ -179,21 +171,23 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
 
     def _onnx_classes(self) -> Any:
         # labels of several a row are 0 and 1
-        if self._label_binarizer.y_type_.startswith("multilabel"):
+        if self._several_labels:
             return None
         # a single class is predicted by either sign of the logit
         return np.repeat(self.classes_, 2) if len(self.classes_) == 1 else self.classes_
 
-    def _saved_beside(self) -> dict[str, Any]:
-        return {"several_labels": self._label_binarizer.y_type_.startswith("multilabel")}
-
-    def _restore(self, content: Any, *, several_labels: bool = False, **state: Any) -> None:
+    def _restore(self, content: Any, *, several_labels: bool | None = None, **state: Any) -> None:
         super()._restore(content, **state)
-        if several_labels:
-            self._label_binarizer = LabelBinarizer().fit(np.eye(self.n_outputs_, dtype=np.int64))
-        else:
-            # three rows a class, or scikit-learn would warn
-            self._label_binarizer = LabelBinarizer().fit(np.repeat(self.classes_, 3))
+        # files of earlier releases have it apart
+        if several_labels is not None:
+            self._several_labels = several_labels
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # pickles of earlier releases have a fitted LabelBinarizer
+        binarizer = state.pop("_label_binarizer", None)
+        if binarizer is not None:
+            state["_several_labels"] = binarizer.y_type_.startswith("multilabel")
+        super().__setstate__(state)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

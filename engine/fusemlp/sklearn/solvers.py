@@ -10,11 +10,11 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -266,7 +266,7 @@ def minimise(policy: SklearnPolicy) -> None:
     )
     backend.copy_into(memory.params, result.x.astype(model.dtype, copy=False))
     estimator.loss_ = result.fun
-    if search_around() is None:
+    if _search_around() is None:
         estimator.n_iter_ = _check_optimize_result("lbfgs", result, estimator.max_iter)
         return
     with warnings.catch_warnings(record=True) as messages:
@@ -275,77 +275,51 @@ def minimise(policy: SklearnPolicy) -> None:
     fit_ended(str(messages[0].message) if messages else None, stacklevel=1)
 
 
-@dataclass
-class Count:
-    """The fits of a search; ``first``: the warning of the first that did not converge."""
-
-    fits: int = 0
-    unconverged: int = 0
-    first: str = ""
-    # A fleet's search gives the warning itself.
-    kept: bool = False
-
-    def add(self, message: str | None) -> None:
-        """Count a fit, and its warning if it has one."""
-        self.fits += 1
-        if message is not None:
-            self.unconverged += 1
-            self.first = self.first or message
-
-
-class Around(NamedTuple):
-    """The search that called a fit; ``call`` is an object that lives as long as this call of its ``fit``."""
-
-    search: Any
-    call: Any
-    in_fold: bool
-
-
-# By the object of the call, or by a fleet's search.
-_counts: WeakKeyDictionary[Any, Count] = WeakKeyDictionary()
+# The messages of a search's fits, None of those that converged: by an object that lives as long as a call of its
+# ``fit``, or by a fleet's search.
+_ends: WeakKeyDictionary[Any, list[str | None]] = WeakKeyDictionary()
 
 
 def fit_ended(message: str | None, *, stacklevel: int) -> None:
-    """Warn with ``message``, or None of a fit that converged; in a search count it."""
-    around = search_around()
+    """Warn with ``message``, or None of a fit that converged; in a search note it."""
+    around = _search_around()
     if around is None:
         if message is not None:
             warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel + 1)
         return
-    search = around.search
-    count = _counts[search] if search in _counts else _counts.setdefault(around.call, Count())
-    count.add(message)
-    if count.kept:
+    search, call, in_fold = around
+    if search in _ends:
+        # a fleet's search gives the warning itself
+        _ends[search].append(message)
         return
-    if not search.refit:
-        if message is not None and count.unconverged == 1:
-            _warn(f"{message} Other fits of this {type(search).__name__} that end so give no warning.")
-    elif not around.in_fold:
-        _counts.pop(around.call)
-        _tell(search, count)
+    ends = _ends.setdefault(call, [])
+    ends.append(message)
+    if search.refit and not in_fold:
+        _tell(search, _ends.pop(call))
+    elif not search.refit and message is not None and len(ends) - ends.count(None) == 1:
+        _warn(f"{message} Other fits of this {type(search).__name__} that end so give no warning.")
 
 
 @contextmanager
 def one_warning(search: Any) -> Iterator[None]:
-    """Count the fits of a search in the block, and warn after it."""
-    _counts[search] = count = Count(kept=True)
+    """Note how the fits of a search in the block end, and warn after it."""
+    _ends[search] = ends = list[str | None]()
     try:
         yield
     finally:
-        _counts.pop(search, None)
-    _tell(search, count)
+        _ends.pop(search, None)
+    _tell(search, ends)
 
 
-def search_around() -> Around | None:
-    """Return the search that called the calling fit, or None."""
+def _search_around() -> tuple[Any, Any, bool] | None:
+    """Return the search that called the calling fit, its clone of the estimator, and whether the fit is in a fold."""
     in_fold = False
     for frame in _callers():
         name = frame.f_code.co_name
-        if name == "_fit_and_score":
-            in_fold = True
-        elif name == "fit" and isinstance(search := frame.f_locals.get("self"), BaseSearchCV):
+        if name == "fit" and isinstance(search := frame.f_locals.get("self"), BaseSearchCV):
             # scikit-learn clones the estimator at each call
-            return Around(search, frame.f_locals.get("base_estimator", search), in_fold)
+            return search, frame.f_locals["base_estimator"], in_fold
+        in_fold = in_fold or name == "_fit_and_score"
     return None
 
 
@@ -356,11 +330,12 @@ def _callers() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _tell(search: Any, count: Count) -> None:
-    if count.unconverged:
-        fits = f"{count.unconverged} of the {count.fits} fits of this {type(search).__name__}"
+def _tell(search: Any, ends: Sequence[str | None]) -> None:
+    messages = [message for message in ends if message is not None]
+    if messages:
+        fits = f"{len(messages)} of the {len(ends)} fits of this {type(search).__name__}"
         # one alone if the folds were fitted in other processes
-        _warn(count.first if count.fits == 1 else f"{count.first} {fits} ended so: raise max_iter.")
+        _warn(messages[0] if len(ends) == 1 else f"{messages[0]} {fits} ended so: raise max_iter.")
 
 
 def _warn(message: str) -> None:

@@ -46,8 +46,7 @@ from fusemlp.sklearn import files
 from fusemlp.sklearn.table_rows import as_table, read, with_validation
 from fusemlp.tables import transfer
 from fusemlp.tables.descriptions import DEFAULT_WIDTH, EPOCHS, PATIENCE
-from fusemlp.tables.fields import name_of
-from fusemlp.tables.recipe import TableRecipe
+from fusemlp.tables.recipe import TableRecipe, name_of
 from fusemlp.tables.scores import scores_of
 from fusemlp.tables.training import Listeners, Trained, train_table
 from fusemlp.training.history import History
