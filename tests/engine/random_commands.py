@@ -34,7 +34,7 @@ from random_tables import Table, changed, new_data
 
 from fusemlp import cli
 from fusemlp.cli.app import COMMANDS
-from fusemlp.tables.fields import name_of
+from fusemlp.tables.recipe import name_of
 
 # Values of options whose type or completion does not tell them: usual ones, and odd ones.
 VALUES = {

@@ -10,7 +10,7 @@ import pytest
 from fusemlp.cli import app, options
 from fusemlp.datasets.load import NAMES
 from fusemlp.describe.losses import LOSSES
-from fusemlp.tables.fields import run_folders
+from fusemlp.tables.recipe import run_folders
 from make import refusal, run
 
 WORDS = {

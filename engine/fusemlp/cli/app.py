@@ -34,7 +34,7 @@ from fusemlp.datasets.load import NAMES
 from fusemlp.describe.checks import check_choice
 from fusemlp.report.runs import unlock
 from fusemlp.runtime.ranks import ALONE, leading, report_failure, started
-from fusemlp.tables.fields import PANELS, name_of
+from fusemlp.tables.recipe import PANELS, name_of
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, FusemlpError, ShapeError
 
 

@@ -23,7 +23,6 @@ from fusemlp.describe.optimizers import OPTIMIZERS
 from fusemlp.program.program import REDUCTIONS
 from fusemlp.report.explanations import METHODS
 from fusemlp.report.runs import WEIGHTS
-from fusemlp.tables.fields import PANELS, field_of, names_or_files, run_folders
 from fusemlp.tables.recipe import (
     ATTACK_EPS,
     ATTACK_NORM,
@@ -32,10 +31,14 @@ from fusemlp.tables.recipe import (
     BACKENDS,
     EPS_UNITS,
     MONITORS,
+    PANELS,
     FitRecipe,
     ModelRecipe,
     StepRecipe,
     TableRecipe,
+    field_of,
+    names_or_files,
+    run_folders,
 )
 
 EXPLAIN_METHODS = ("permutation", *METHODS)

@@ -18,7 +18,7 @@ from fusemlp.describe.text import aligned
 from fusemlp.report.metrics import scalars, spelled
 from fusemlp.report.plots import FORMATS, Curves, comparison_figure, literal, repeats
 from fusemlp.report.runs import Run, open_run, read_json, read_metrics
-from fusemlp.tables.fields import one_of
+from fusemlp.tables.recipe import one_of
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
 
 # The test score that stands for a run, the first that it has.

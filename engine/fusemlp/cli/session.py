@@ -39,9 +39,8 @@ from fusemlp.report.runs import (
 from fusemlp.runtime.files import write_atomically
 from fusemlp.runtime.ranks import TIMEOUT, job, leading, restarts, started
 from fusemlp.tables import attacks, descriptions, training, transfer
-from fusemlp.tables.fields import given_options, name_of
 from fusemlp.tables.preparation import Prepared, check_rows, prepare
-from fusemlp.tables.recipe import ModelRecipe
+from fusemlp.tables.recipe import ModelRecipe, given_options, name_of
 from fusemlp_kernels.errors import ArgumentError
 
 # Options of earlier releases, and names that they had.

@@ -47,8 +47,8 @@ from fusemlp.runtime.files import replace_file, write_atomically
 from fusemlp.runtime.ranks import TIMEOUT, job, leading, restarts, started
 from fusemlp.runtime.ranks import joined as joined_ranks
 from fusemlp.tables import training, transfer
-from fusemlp.tables.fields import given_options, name_of
 from fusemlp.tables.preparation import Prepared
+from fusemlp.tables.recipe import given_options, name_of
 from fusemlp.tables.training import Listeners, train_model
 from fusemlp.tables.training import train as train_prepared
 from fusemlp.training.history import History

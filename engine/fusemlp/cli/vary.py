@@ -20,9 +20,8 @@ from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.results import Point
 from fusemlp.fleet.workers import check_address, check_not_given, check_workers
 from fusemlp.tables import descriptions
-from fusemlp.tables.fields import given_options
 from fusemlp.tables.preparation import Prepared, decisions
-from fusemlp.tables.recipe import FitRecipe
+from fusemlp.tables.recipe import FitRecipe, given_options
 from fusemlp.tables.training import fit_arguments
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 

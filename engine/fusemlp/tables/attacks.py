@@ -14,8 +14,7 @@ from fusemlp.describe.checks import check_choice
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.evidence import image_shape
 from fusemlp.tables.descriptions import check_single, is_private
-from fusemlp.tables.fields import one_of
-from fusemlp.tables.recipe import HARDENINGS, TableRecipe
+from fusemlp.tables.recipe import HARDENINGS, TableRecipe, one_of
 from fusemlp_kernels.errors import ArgumentError
 
 # Fields of attacks and trainings by the options for them.

@@ -18,8 +18,7 @@ from fusemlp.fleet.merge import default_models
 from fusemlp.inputs.arrays import Array, balanced
 from fusemlp.runtime.backends import TRAITS
 from fusemlp.runtime.ranks import started
-from fusemlp.tables.fields import given_options, one_of
-from fusemlp.tables.recipe import CLASS_DECAY, FitRecipe, ModelRecipe, StepRecipe, TableRecipe
+from fusemlp.tables.recipe import CLASS_DECAY, FitRecipe, ModelRecipe, StepRecipe, TableRecipe, given_options, one_of
 from fusemlp_kernels.errors import ArgumentError
 
 Described = TypeVar("Described")

@@ -36,7 +36,6 @@ from fusemlp.describe.optimizers import Optimizer
 from fusemlp.describe.privacy import DPSGD
 from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
-from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import check_mergeable
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.runs import read_training_rows
@@ -85,15 +84,17 @@ class Prepared:
     @property
     def summary(self) -> dict[str, Any]:
         """The description of the data for ``config.json``."""
+        parts = {"training": self.train, "validation": self.validation, "test": self.test}
+        counts = {f"{name}_rows": len(rows or ()) for name, rows in parts.items()}
+        share = self.recipe.test_fraction
+        held = "held-out fifth" if share == 0.2 else f"held-out share of {share:g}" if share else "none held out"
         return {
             "name": self.dataset.name,
             "fingerprint": fingerprint(self.dataset),
             "task": self.dataset.task,
-            "rows": len(self.train) + len(self.validation or ()) + len(self.test or ()),
-            "training_rows": len(self.train),
-            "validation_rows": len(self.validation or ()),
-            "test_rows": len(self.test or ()),
-            "test": self._tested_by(),
+            "rows": sum(counts.values()),
+            **counts,
+            "test": held if self.dataset.test is None else self.dataset.test_source,
             "notes": list(self.notes),
         }
 
@@ -109,54 +110,37 @@ class Prepared:
         """True if rows are held out to validate on."""
         return self.validation is not None or bool(self.folds)
 
-    def _tested_by(self) -> str:
-        if self.dataset.test is not None:
-            return self.dataset.test_source
-        share = self.recipe.test_fraction
-        return "held-out fifth" if share == 0.2 else f"held-out share of {share:g}" if share else "none held out"
-
     def hashes(self, *, every: bool = False) -> Hashes:
         """Return the hashes of the training rows, sorted, each once, for ``evaluate``.
 
         ``every``: of all rows that ``--final-fit`` trains on, which leaves out only a test set of its own.
         """
-        if every:
-            parts = [(self.dataset.X, self.dataset.y), *([self.dataset.validation] if self.dataset.validation else [])]
-            return np.unique(np.concatenate([labelled_hashes(self.preprocessor, *part) for part in parts]))
-        return np.unique(labelled_hashes(self.preprocessor, self.dataset.X, self.train.labels, self.training))
+        if not every:
+            return np.unique(labelled_hashes(self.preprocessor, self.dataset.X, self.train.labels, self.training))
+        parts = filter(None, [(self.dataset.X, self.dataset.y), self.dataset.validation])
+        return np.unique(np.concatenate([labelled_hashes(self.preprocessor, *part) for part in parts]))
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Lines on the reading of a table: its form, columns left out, missing cells, rare words."""
-        made = self.preprocessor
-        rare = (
-            [
-                f"{len(shared)} of {len(words)} in {name!r}"
-                for name, words, shared in zip(made.feature_names, made.categories, made.shared, strict=True)
-                if words is not None and shared
-            ]
-            if made.shared
-            else []
-        )
+        like = self.preprocessor
+        # a preprocessor of an earlier release has no rare words
+        columns = zip(like.feature_names, like.categories, like.shared, strict=bool(like.shared))
+        rare = [f"{len(shared)} of {len(words or ())} in {name!r}" for name, words, shared in columns if shared]
         line = f"words rare in the training rows, taken as one other category: {', '.join(rare)}"
         return (*self.dataset.notes, *([line] if rare else []), *self.tried)
 
     def seen(self, most: int) -> tuple[Array, Array]:
         """Return inputs and labels of all rows but the test rows, or of evenly spaced ones with ``most`` numbers."""
-        parts = [self.train, *([] if self.validation is None else [self.validation])]
+        parts = [part for part in (self.train, self.validation) if part is not None]
         step = max(1, -(-sum(part.X.size for part in parts) // most))
         X, labels = ([getattr(part, name)[::step] for part in parts] for name in ("X", "labels"))
         return np.concatenate(X), np.concatenate(labels)
 
     def engine(self, recipe: ModelRecipe, schedule: Schedule | None = None, privacy: DPSGD | None = None) -> Engine:
         """Return a new engine; ``schedule`` None is the rate of the recipe."""
-        engine = Engine(
-            self.network,
-            loss=self.loss,
-            optimizer=self.optimizer(recipe, schedule),
-            privacy=privacy,
-            **descriptions.engine_options(recipe),
-        )
+        optimizer, options = self.optimizer(recipe, schedule), descriptions.engine_options(recipe)
+        engine = Engine(self.network, loss=self.loss, optimizer=optimizer, privacy=privacy, **options)
         if self.start is not None:
             engine.load_state_dict({**engine.state_dict(), **self.start.parameters})
         return engine
@@ -209,12 +193,12 @@ def _check_classes(dataset: Dataset, test_fraction: float) -> None:
     cannot_split = drawn and int(np.ceil(test_fraction * (count - single))) < max(1, len(rows) - single)
     if len(rows) <= MANY_CLASSES or not (cannot_split or (numbers and 2 * single > count)):
         return
-    values, instead = ("numbers", "--task regression takes them as numbers")
-    if not numbers:
-        values, instead = ("labels", "choose another --target, or join rare ones")
+    name, values, instead = "target", "labels", "choose another --target, or join rare ones"
+    if numbers:
+        name, values, instead = "task", "numbers", "--task regression takes them as numbers"
     raise ArgumentError(
-        f"{'task' if numbers else 'target'}: {dataset.target_name!r} holds {len(rows)} different {values} in {count} "
-        f"rows ({single} of them in one row only), too many for classes; {instead}"
+        f"{name}: {dataset.target_name!r} holds {len(rows)} different {values} in {count} rows ({single} of them in "
+        f"one row only), too many for classes; {instead}"
     )
 
 
@@ -298,7 +282,7 @@ def prepare(
         scale, log_target = recipe.scale or SCALES[0], bool(recipe.log_target)
         # small trainings would read the private rows, and may choose inputs that no attack can move
         if like is None and dataset.roles and descriptions.trains_plainly(recipe):
-            scale, log_target, tried = _decided(dataset, training, plain, name, seed=seed)
+            scale, log_target, tried = trials.decide(plain, dataset, training, name, seed=seed)
             notes += tried
         preprocessor = like or fit_preprocessor(dataset, training, loss=name, scale=scale, log_targets=log_target)
         first, last = network_ends(preprocessor, name)
@@ -356,36 +340,8 @@ def prepare(
     return replace(prepared, tried=(*prepared.tried, note)) if seen else prepared
 
 
-def _decided(
-    dataset: Dataset, rows: Array, recipe: ModelRecipe, loss: str, *, seed: int
-) -> tuple[str, bool, list[str]]:
-    """Return the scale, whether targets are learned in logarithms, and notes; small trainings decide what is open."""
-
-    def fleet(first: int, last: int) -> Fleet:
-        widths = first, *descriptions.hidden_widths(recipe.hidden), last
-        return Fleet(
-            descriptions.network(widths, recipe, init=recipe.init),
-            loss,
-            descriptions.optimizer(recipe),
-            vary={"seed": range(trials.TRIALS)},
-            **descriptions.engine_options(recipe),
-        )
-
-    classes = dataset.task == "classification"
-    # other losses have other units, or a user who knows what the targets are
-    log_target = recipe.log_target if loss == "mse" and not classes else bool(recipe.log_target)
-    limit = recipe.time_limit if isinstance(recipe, TableRecipe) else None
-    return trials.chosen(
-        dataset, rows, fleet, loss=loss, scale=recipe.scale, log_target=log_target, seed=seed, time_limit=limit
-    )
-
-
 def decisions(prepared: Prepared) -> dict[str, Any]:
     """Return the fields that the data decided, for a run's configuration."""
     preprocessor = prepared.preprocessor
     log_target = preprocessor.target_log if preprocessor.classes is None else None
-    return {
-        "scale": preprocessor.scale,
-        "log_target": log_target,
-        "weight_decay": prepared.recipe.weight_decay,
-    }
+    return {"scale": preprocessor.scale, "log_target": log_target, "weight_decay": prepared.recipe.weight_decay}

@@ -99,15 +99,13 @@ class Source:
         new = self._difference(dataset, loss, recipe)
         if new and known.layers == 1:
             raise ArgumentError(f"from: {str(self.run.path)!r} has an output layer alone, and it is of no use: {new}")
-        fitted = fit_preprocessor(
-            dataset, rows, loss=loss, scale=like.scale, log_targets=bool(new and recipe.log_target)
-        )
+        log_targets = bool(new and recipe.log_target)
+        fitted = fit_preprocessor(dataset, rows, loss=loss, scale=like.scale, log_targets=log_targets)
         names = (*_OF_DATA, *(_OF_TARGET if new else ()))
         preprocessor = replace(like, **{name: getattr(fitted, name) for name in names})
-        sizes = (*known.sizes[:-1], network_ends(preprocessor, loss)[1])
-        dropouts = (
-            descriptions.network(sizes, recipe).dropouts if descriptions.dropout_rates(recipe) else known.dropouts
-        )
+        sizes, dropouts = (*known.sizes[:-1], network_ends(preprocessor, loss)[1]), known.dropouts
+        if descriptions.dropout_rates(recipe):
+            dropouts = descriptions.network(sizes, recipe).dropouts
         net = MLP(
             sizes,
             activation=known.activations[:-1],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from fusemlp.datasets.rows import FOLDS, Fold, fit_preprocessor, folds, hold_out
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.backends import cpu_threads
+from fusemlp.tables import descriptions
+from fusemlp.tables.recipe import ModelRecipe, TableRecipe
 from fusemlp_kernels.errors import DataError
 
 # Rows and folds of the trainings; epochs at most, and those without a better loss of held-out rows.
@@ -31,62 +33,59 @@ SCALES, MANY_ROWS, MOST_INPUTS = ("robust", "piecewise"), 200, 1 << 27
 SHARE, LEAST_EPOCHS, BATCHES, TIMING, LEAST = 0.2, 10, 100, 0.05, 0.1
 
 
-def chosen(
-    dataset: Dataset,
-    rows: Array,
-    fleet: Callable[[int, int], Fleet],
-    *,
-    loss: str,
-    scale: str | None,
-    log_target: bool | None,
-    seed: int,
-    time_limit: float | None = None,
-) -> tuple[str, bool, list[str]]:
-    """Return scale and log_target where they are None, and a note on each that was tried.
+def decide(recipe: ModelRecipe, dataset: Dataset, rows: Array, loss: str, *, seed: int) -> tuple[str, bool, list[str]]:
+    """Return the recipe's scale and log_target, decided where they are None, and a note on each that was tried.
 
-    ``fleet`` makes an untrained fleet of ``TRIALS`` seeds of the widths of its first and last layer, for the kind of
-    ``loss``. The trials take ``SHARE`` of ``time_limit`` seconds. They see at most ``ROWS`` of ``rows``. The targets of
-    a regression are compared in their own units.
+    ``loss`` is the kind. The trials take ``SHARE`` of the recipe's time limit, and see at most ``ROWS`` of ``rows``.
+    The targets of a regression are compared in their own units.
     """
-    some = np.random.default_rng(seed).permutation(rows)[:ROWS]
-    notes: list[str] = []
+    some, notes = np.random.default_rng(seed).permutation(rows)[:ROWS], list[str]()
+    regression = dataset.task == "regression"
+    # other losses have other units, or a user who knows what the targets are
+    scale, log_target = recipe.scale, recipe.log_target if loss == "mse" and regression else bool(recipe.log_target)
+    time_limit = recipe.time_limit if isinstance(recipe, TableRecipe) else None
     # two choices, two trainings each
     limit = None if time_limit is None else time_limit * SHARE / 4
     parts = _parts(dataset, some, seed)
 
-    def errors(options: Sequence[tuple[str, bool]]) -> list[float]:
-        preprocessor = (fit_preprocessor(dataset, some, loss=loss, scale=one, log_targets=log) for one, log in options)
-        return [_error(dataset, some, parts, one, fleet(*network_ends(one, loss)), limit) for one in preprocessor]
-
-    def tell(found: tuple[float, float], note: str) -> None:
-        if math.isnan(sum(found)):
+    def helps(options: Sequence[tuple[str, bool]], states: Sequence[str], how: str, others: Sequence[str]) -> bool:
+        """Return whether the second option has the smaller error, and note its state and the way to the other."""
+        errors = []
+        for option, logarithms in options:
+            preprocessor = fit_preprocessor(dataset, some, loss=loss, scale=option, log_targets=logarithms)
+            first, last = network_ends(preprocessor, loss)
+            widths = first, *descriptions.hidden_widths(recipe.hidden), last
+            network = descriptions.network(widths, recipe, init=recipe.init)
+            optimizer, machine = descriptions.optimizer(recipe), descriptions.engine_options(recipe)
+            fleet = Fleet(network, loss, optimizer, vary={"seed": range(TRIALS)}, **machine)
+            errors.append(_error(dataset, some, parts, preprocessor, fleet, limit))
+        plain, changed = errors
+        better = changed < plain
+        if math.isnan(plain + changed):
             notes.append("time limit: too short for the trials that decide --scale and --log-target")
         # where both diverge, nothing was learned
-        elif math.isfinite(min(found)):
-            notes.append(note)
+        elif math.isfinite(min(errors)):
+            notes.append(
+                f"{states[better]}: {'rmse' if regression else 'loss'} of held-out rows {changed:.4g} in {how}, "
+                f"{plain:.4g} without ({others[better]} decides otherwise)"
+            )
+        return better
 
     if scale is None:
-        scale = SCALES[0]
-        if parts and len(rows) >= MANY_ROWS and _has_pieces(dataset, some, loss):
-            plain, cut = errors([(one, bool(log_target)) for one in SCALES])
-            scale = SCALES[cut < plain]
-            of = "loss" if dataset.task == "classification" else "rmse"
-            tell(
-                (plain, cut),
-                f"numbers {'cut into pieces' if cut < plain else 'scaled as they are'}: {of} of held-out rows "
-                f"{cut:.4g} in pieces, {plain:.4g} without (--scale {SCALES[cut >= plain]} decides otherwise)",
-            )
+        tries = parts and len(rows) >= MANY_ROWS and _has_pieces(dataset, some, loss)
+        states, others = (
+            ("numbers scaled as they are", "numbers cut into pieces"),
+            [f"--scale {name}" for name in SCALES],
+        )
+        choices = [(name, bool(log_target)) for name in SCALES]
+        scale = SCALES[bool(tries) and helps(choices, states, "pieces", others[::-1])]
     if log_target is None:
-        log_target = False
-        if parts and _may_be_logarithms(dataset, rows):
-            plain, logarithms = errors([(scale, False), (scale, True)])
-            log_target = logarithms < plain
-            tell(
-                (plain, logarithms),
-                f"target learned {'in logarithms' if log_target else 'as it is'}: rmse of held-out rows "
-                f"{logarithms:.4g} in logarithms, {plain:.4g} without "
-                f"({'--no-log-target' if log_target else '--log-target'} decides otherwise)",
-            )
+        tries = parts and _may_be_logarithms(dataset, rows)
+        states, others = (
+            ("target learned as it is", "target learned in logarithms"),
+            ["--log-target", "--no-log-target"],
+        )
+        log_target = bool(tries) and helps([(scale, False), (scale, True)], states, "logarithms", others)
     return scale, log_target, notes
 
 
@@ -137,21 +136,19 @@ def _parts(dataset: Dataset, rows: Array, seed: int) -> list[Fold]:
 
 
 def _has_pieces(dataset: Dataset, rows: Array, loss: str) -> bool:
-    made = fit_preprocessor(dataset, rows, loss=loss, scale="piecewise")
-    return any(at is not None for at in made.feature_knots) and made.width * len(dataset.y) <= MOST_INPUTS
+    preprocessor = fit_preprocessor(dataset, rows, loss=loss, scale="piecewise")
+    cut = any(at is not None for at in preprocessor.feature_knots)
+    return cut and preprocessor.width * len(dataset.y) <= MOST_INPUTS
 
 
 def _may_be_logarithms(dataset: Dataset, rows: Array) -> bool:
-    if dataset.task == "classification":
-        return False
+    """Return whether the targets of a regression are positive and skewed."""
     targets = dataset.y[rows].astype(np.float64)
-    return targets.ndim == 1 and bool(targets.min() > 0) and _skewness(targets) >= SKEWED
-
-
-def _skewness(values: Array) -> float:
-    centred = values - values.mean()
+    if targets.ndim > 1 or targets.min() <= 0:
+        return False
+    centred = targets - targets.mean()
     deviation = float(np.sqrt(np.mean(centred**2)))
-    return float(np.mean(centred**3)) / deviation**3 if deviation > 0 else 0.0
+    return deviation > 0 and float(np.mean(centred**3)) / deviation**3 >= SKEWED
 
 
 def _error(
