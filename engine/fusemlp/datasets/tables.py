@@ -77,8 +77,6 @@ def as_frame(data: Any) -> Frame:
         if hasattr(data, "iloc") and hasattr(data, "columns"):
             columns = [_from_pandas(data.iloc[:, index]) for index in range(data.shape[1])]
             data = pyarrow.table(columns, names=[str(column) for column in data.columns])
-        elif isinstance(data, pyarrow.RecordBatch):
-            data = pyarrow.Table.from_batches([data])
         elif hasattr(data, "to_arrow"):
             data = data.to_arrow()
         elif not isinstance(data, pyarrow.Table) and hasattr(data, "__arrow_c_stream__"):

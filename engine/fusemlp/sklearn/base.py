@@ -175,12 +175,11 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         held: Any,
         *,
         incremental: bool = False,
-        together: bool = False,
-        make: Callable[..., Model] = Model,
+        make: Callable[..., Model] | None = None,
     ) -> EpochLoop[SklearnPolicy]:
         """Check all arguments, draw the initial parameters, set rows aside, and bind the data to a model.
 
-        ``held``: X_val and y_val. ``together``: a launch of several models may train it. ``make`` returns a new model.
+        ``held``: X_val and y_val. ``make`` returns a new model, which a launch of several models may train.
         """
         stochastic = self.solver in settings.STOCHASTIC
         X_val, y_val = held
@@ -219,7 +218,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
             X, y, row_weights, validation = self._split(X, y, row_weights, weight, random_state)
         n = X.shape[0]
         size = settings.rows_of_a_batch(self.batch_size, n) if stochastic else n
-        model = self._model_for(network, incremental, random_state, -(-n // size), make)
+        model = self._model_for(network, incremental, random_state, -(-n // size), make or Model)
         model.load(self.coefs_, self.intercepts_, getattr(self, "slopes_", None))
         data, constants = self._data(X, y, model.dtype)
         alpha = 0.0 if self.solver == "adamw" else float(self.alpha)
@@ -227,12 +226,13 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         rules = (model, self._objective(self.n_outputs_), data, row_weights, constants, alpha, size, passes)
         # a launch of many steps cannot leave out the update of a batch whose weights are all 0
         traits = model.engine.memory.backend.traits
-        together = together and shares_launches(traits) and not passes
+        together = make is not None and shares_launches(traits) and not passes
         weighed = row_weights is None or bool(row_weights.all())
-        ramps = settings.ramps(self)
+        # IBP trains against more from update to update
+        ramps = getattr(self.adversarial, "ramps", False)
         looped = stochastic and not incremental and weighed and not ramps
         batches: ResidentBatches | CalledBatches
-        if looped and (together or (model.loops and (traits.on_host or not passes))):
+        if looped and (together or (model.engine.plan == "resident" and (traits.on_host or not passes))):
             asked = validation is not None or bool(callbacks) or bool(self.verbose) or model.rates.kind == "invscaling"
             epochs = int(min(self.max_iter, self.n_iter_no_change + 1))
             at_once = epochs_at_once(model.engine, epochs, n, asked=asked)

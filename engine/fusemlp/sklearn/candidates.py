@@ -170,7 +170,7 @@ class Candidates:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
                     make = Model if model.adversarial is not None else self._model
-                    loops.append(model._set_up(*data, together=True, make=make))
+                    loops.append(model._set_up(*data, make=make))
 
         try:
             estimator.set_params(**clone(parameters, safe=False))

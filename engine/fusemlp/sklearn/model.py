@@ -120,11 +120,6 @@ class Model:
             [tensors.get(f"{2 * layer + 1}.weight") for layer in layers],
         )
 
-    @property
-    def loops(self) -> bool:
-        """True if a launch may take whole epochs."""
-        return self.engine.plan == "resident"
-
     def on_device(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
         """Return the arrays (x, target, perhaps weight) on the backend's device."""
         from_host = self.engine.memory.backend.from_host

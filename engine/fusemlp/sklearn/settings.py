@@ -224,11 +224,6 @@ def step_passes(estimator: Any, engine: Engine, rows: Any) -> tuple[Pass, ...]:
     return passes_against(how)
 
 
-def ramps(estimator: Any) -> bool:
-    """Return whether the strength of what it trains against rises over the updates."""
-    return estimator.adversarial is not None and estimator.adversarial.ramps
-
-
 def check_parameters(estimator: Any, incremental: bool, X_val: Any, y_val: Any) -> None:
     """Raise ValueError for impossible combinations of parameters and arguments."""
     precise = estimator.precision in ("auto", "fp32", "fp64")

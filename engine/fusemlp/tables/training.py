@@ -261,15 +261,13 @@ def initial_parameters(
     """
     if prepared.start is None or not recipe.probe:
         return () if prepared.start is None else [prepared.start.parameters] * prepared.models
-    states, losses, whole = [], [], slice(None)
+    states, losses = [], []
     name = "val_loss" if data.get("validation_data") is not None or "validation_rows" in data else "loss"
     watched = {argument: data[argument] for argument in ("monitor", "metrics") if argument in data}
     for index in range(prepared.models):
-        rows = data["rows"][index] if "rows" in data else whole
-        validation = data.get("validation_data")
-        if "validation_rows" in data:
-            validation = _picked(data, data["validation_rows"][index])
-        X, y, weight = _picked(data, rows)
+        kept, held = prepared.folds[index] if "rows" in data else (slice(None), None)
+        X, y, weight = _picked(data, kept)
+        validation = data.get("validation_data") if held is None else _picked(data, held)
         schedule = descriptions.schedule(recipe, rows=len(X), epochs=recipe.probe)
         engine = prepared.engine(replace(recipe, seed=recipe.seed + index), schedule)
         try:
