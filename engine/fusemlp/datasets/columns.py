@@ -111,7 +111,7 @@ class Column:
 
     def __init__(self, name: str, decimal: str, problems: Problems, kind: str | None, with_types: bool = False) -> None:
         self.name, self.decimal, self.problems, self.kind = name, decimal, problems, kind
-        self.told = kind is not None
+        self.fixed = kind is not None
         self.with_types = with_types
         self.rows = 0
         self.waiting: list[Any] = []
@@ -197,10 +197,10 @@ class Column:
         self._watch_digits(texts, numbers)
         for row in wrong.tolist():
             text = texts[row].as_py().strip()
-            if self.told and text.lower() in ("true", "false"):
+            if self.fixed and text.lower() in ("true", "false"):
                 numbers[row] = text.lower() == "true"
             else:
-                self._wrong(row, _not_numeric(text, self.decimal, self.told))
+                self._wrong(row, _not_numeric(text, self.decimal, self.fixed))
         return numbers
 
     def _dates(self, texts: Any) -> Array:
@@ -231,7 +231,7 @@ class Column:
         if self.zoned:
             notes.append(f"column {self.name!r} holds times with a zone: they are taken in UTC, as those without one")
         if self.rounded is not None:
-            instead = "" if self.told else "; --categorical takes them as words, --id as names of the rows"
+            instead = "" if self.fixed else "; --categorical takes them as words, --id as names of the rows"
             notes.append(f"column {self.name!r} loses the last digits of numbers such as {self.rounded}{instead}")
         if self.kind is None or not self.pieces:
             # No cell of the column has a value.
@@ -241,7 +241,7 @@ class Column:
         if self.kind != "word":
             return whole
         texts: Array = np.array([*self.codes], dtype=object)
-        if not (self.told or self.with_types):
+        if not (self.fixed or self.with_types):
             values = [text for text in texts if text not in MISSING]
             if {value.lower() for value in values} == {"true", "false"}:
                 self.kind = "number"
@@ -353,11 +353,11 @@ def refuse_type(column: str, values: Any, problems: Problems) -> None:
         problems.add(column, None, text)
 
 
-def _not_numeric(text: str, decimal: str, told: bool | None) -> str:
-    """Return the mistake; ``told`` is whether the kind of the column was given, None for the target."""
+def _not_numeric(text: str, decimal: str, fixed: bool | None) -> str:
+    """Return the mistake; ``fixed`` is whether the kind of the column was given, None for the target."""
     if number(text, decimal) is not None:
         return f"{text!r} is not a finite number; correct it or delete the row"
-    if told:
+    if fixed:
         return f"{text!r} is not a number, but the column held numbers in the training data; correct or delete it"
-    words = ", or take the column as words with --categorical" if told is False else ""
+    words = ", or take the column as words with --categorical" if fixed is False else ""
     return f"{text!r} is not a number, but other values of the column are; correct or delete it{words}"

@@ -129,9 +129,9 @@ class HeldLoss:
             forward, self._memory = ForwardPass(self._engine.network, memory), memory
             self._evaluation = Evaluation(forward, self._examples, self._spec, None, repeated=True)
         with np.errstate(all="ignore"):
-            found = self._evaluation.of(memory)
-            loss = np.float64(self._scale) * (found["loss"] + self._constant) / self._total
-        return float(loss), found.get("accuracy")
+            losses = self._evaluation.of(memory)
+            loss = np.float64(self._scale) * (losses["loss"] + self._constant) / self._total
+        return float(loss), losses.get("accuracy")
 
 
 class ResidentBatches(EstimatorBatches):
@@ -150,8 +150,8 @@ class ResidentBatches(EstimatorBatches):
             model, inputs = self.model, Inputs(self.n, indexed=True, weighted=self.weight is not None)
             loop: dict[str, Any] = {"resident_batches": len(self.starts), "epochs": at_once}
             loop["passes"] = (*self.passes, Penalty(self.ridge))
-            given = model.on_device(self.data)
-            self.steps = bind(model.engine, inputs, model.loop_loss, model.rule, self.batch_size, given, **loop)
+            operands = model.on_device(self.data)
+            self.steps = bind(model.engine, inputs, model.loop_loss, model.rule, self.batch_size, operands, **loop)
 
     def _sums(self, stats: Array) -> tuple[float, float]:
         return stats[BATCH_LOSSES], stats[PENALTIES]
@@ -189,9 +189,9 @@ class CalledBatches(EstimatorBatches):
         if keep and model.staged is not None and model.staged[0] == key:
             bound = model.staged[1]
         else:
-            given, spec = {} if keep else model.on_device(arrays), engine.loss.spec(accuracy=False)
+            operands, spec = {} if keep else model.on_device(arrays), engine.loss.spec(accuracy=False)
             bound = bind(
-                engine, key[0], spec, model.rule, self.batch_size, given, keep_gradients=True, passes=self.passes
+                engine, key[0], spec, model.rule, self.batch_size, operands, keep_gradients=True, passes=self.passes
             )
         if keep:
             model.staged = key, bound

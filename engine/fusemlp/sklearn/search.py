@@ -151,12 +151,12 @@ def _models(estimator: Any, spaces: list[Mapping[str, Any]], prefix: str = "") -
     if not isinstance(estimator, Pipeline) or not estimator.steps:
         return [estimator]
     name, last = estimator.steps[-1]
-    found = _models(last, spaces, f"{prefix}{name}__")
+    models = _models(last, spaces, f"{prefix}{name}__")
     for replaced in _values(f"{prefix}{name}", spaces):
-        found += _models(replaced, [])
+        models += _models(replaced, [])
     for steps in _values(f"{prefix}steps", spaces):
-        found += _models(Pipeline(steps), [])
-    return found
+        models += _models(Pipeline(steps), [])
+    return models
 
 
 def _checked(space: str, choices: Any, estimator: Any, plain: str) -> list[Mapping[str, Any]]:

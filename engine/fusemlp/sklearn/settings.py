@@ -159,10 +159,10 @@ def network(sizes: list[int], activation: Any, dropout: Any) -> MLP:
     )
 
 
-def _for_each_layer(name: str, given: Any, hidden: int) -> list[Any]:
-    several = list(given) if isinstance(given, list | tuple) else [given] * hidden
+def _for_each_layer(name: str, value: Any, hidden: int) -> list[Any]:
+    several = list(value) if isinstance(value, list | tuple) else [value] * hidden
     if len(several) != hidden:
-        raise ValueError(f"{name} must have one entry for each of the {hidden} hidden layers, got {given!r}.")
+        raise ValueError(f"{name} must have one entry for each of the {hidden} hidden layers, got {value!r}.")
     return several
 
 

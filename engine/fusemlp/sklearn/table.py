@@ -293,15 +293,15 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
             raise ArgumentError("y: permutation needs the targets, explain(X, y); or choose method='integrated'")
         if method != "permutation" and y is not None:
             raise ArgumentError(f"y: the method {method!r} reads no targets; leave it out")
-        made = self.preprocessor_
         if y is not None:
-            return permutation_importance(self.engine_, made, *self._labelled(X, y), **options)
-        rows = None if background is None else self._inputs(background)
-        if isinstance(output := options.get("output"), str) and made.labels:
-            if output not in made.labels:
-                raise unknown_name("output", output, made.labels)
-            options["output"] = made.labels.index(output)
-        return column_attributions(self.engine_, made, self._inputs(X), method=method, background=rows, **options)
+            return permutation_importance(self.engine_, self.preprocessor_, *self._labelled(X, y), **options)
+        rows, labels = None if background is None else self._inputs(background), self.preprocessor_.labels
+        if isinstance(output := options.get("output"), str) and labels:
+            if output not in labels:
+                raise unknown_name("output", output, labels)
+            options["output"] = labels.index(output)
+        options |= {"method": method, "background": rows}
+        return column_attributions(self.engine_, self.preprocessor_, self._inputs(X), **options)
 
     def certify(self, X: Any, y: Any, eps: float) -> dict[str, float]:
         """Return the share of rows that are predicted right however their numbers move by ``eps`` at most.
