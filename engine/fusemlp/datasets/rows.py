@@ -168,16 +168,14 @@ def _last(times: Array, fraction: float) -> tuple[Indices, Indices]:
     """Hold out the rows with the last times; rows of one time stay together."""
     ordered = np.sort(times)
     start = len(ordered) - int(np.ceil(fraction * len(ordered)))
-    border = ordered[max(start, 1)] if len(ordered) > 1 else ordered[0]
-    if border == ordered[0]:
-        # The first time has more rows than are to be kept.
-        later = ordered[ordered > border]
-        if not len(later):
-            raise DataError(
-                f"fraction: none of {len(times)} rows can be held out, because all have the same time ({border}); "
-                "choose another column of times"
-            )
-        border = later[0]
+    later = ordered[ordered > ordered[0]]
+    if not len(later):
+        raise DataError(
+            f"fraction: none of {len(times)} rows can be held out, because all have the same time ({ordered[0]}); "
+            "choose another column of times"
+        )
+    # The first time may have more rows than are to be kept.
+    border = max(ordered[max(start, 1)], later[0])
     return np.flatnonzero(times < border), np.flatnonzero(times >= border)
 
 

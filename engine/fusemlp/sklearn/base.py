@@ -17,6 +17,8 @@ from sklearn.utils import check_array, check_consistent_length, check_random_sta
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from fusemlp.callbacks import announce, checked_callbacks, exits
+from fusemlp.describe.losses import Loss
+from fusemlp.describe.network import MLP
 from fusemlp.describe.schedules import Schedule
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.onnx import to_onnx
@@ -206,11 +208,12 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         validation = None if X_val is None else self._given_validation(X_val, y_val, y)
 
         self.n_outputs_ = y.shape[1]
+        objective = self._objective(self.n_outputs_)
         random_state = check_random_state(self.random_state)
         if first:
             self.n_iter_, self.t_ = 0, 0
             self.n_layers_ = network.layers + 1
-            self.out_activation_ = self._objective(self.n_outputs_).out_activation
+            self.out_activation_ = objective.out_activation
             self._take(*settings.initial_parameters(network, self.activation, random_state, X.dtype))
         if stochastic:
             self._start_accounts(first, validation is not None)
@@ -218,12 +221,12 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
             X, y, row_weights, validation = self._split(X, y, row_weights, weight, random_state)
         n = X.shape[0]
         size = settings.rows_of_a_batch(self.batch_size, n) if stochastic else n
-        model = self._model_for(network, incremental, random_state, -(-n // size), make or Model)
+        model = self._model_for(network, objective.loss, incremental, random_state, -(-n // size), make or Model)
         model.load(self.coefs_, self.intercepts_, getattr(self, "slopes_", None))
         data, constants = self._data(X, y, model.dtype)
         alpha = 0.0 if self.solver == "adamw" else float(self.alpha)
         passes = settings.step_passes(self, model.engine, data["x"])
-        rules = (model, self._objective(self.n_outputs_), data, row_weights, constants, alpha, size, passes)
+        rules = (model, objective, data, row_weights, constants, alpha, size, passes)
         # a launch of many steps cannot leave out the update of a batch whose weights are all 0
         traits = model.engine.memory.backend.traits
         together = make is not None and shares_launches(traits) and not passes
@@ -318,7 +321,8 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
 
     def _model_for(
         self,
-        network: Any,
+        network: MLP,
+        loss: Loss,
         incremental: bool,
         random_state: np.random.RandomState,
         batches: int,
@@ -329,7 +333,6 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         if precision == "auto":
             exact = self.solver == "lbfgs" or self.coefs_[0].dtype == np.float64
             precision = "fp64" if exact and "fp64" in TRAITS[backend].precisions else "fp32"
-        loss = self._objective(self.n_outputs_).loss
         model: Model | None = getattr(self, "_model", None)
         if incremental and model is not None and model.serves(network, loss, backend, precision):
             return model
@@ -360,7 +363,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         if model is None:
             sizes = [len(self.coefs_[0]), *(len(bias) for bias in self.intercepts_)]
             network = settings.network(sizes, self.activation, 0.0)
-            model = self._model_for(network, False, np.random.RandomState(0), 1)
+            model = self._model_for(network, self._objective(self.n_outputs_).loss, False, np.random.RandomState(0), 1)
         with model.lock:
             model.load(self.coefs_, self.intercepts_, getattr(self, "slopes_", None))
             yield model
