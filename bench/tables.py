@@ -253,7 +253,7 @@ def measure(one: Table, seed: int, models: Sequence[str], options: dict[str, Any
     """Return a line for each model on one table and one seed."""
     import pandas
 
-    from fusemlp.datasets.rows import split
+    from fusemlp.datasets.preprocessing import split
 
     frame = one.frame()
     y = frame[one.target]

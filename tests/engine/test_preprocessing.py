@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusemlp.datasets.load import Dataset, load_data
-from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.datasets.rows import split
+from fusemlp.datasets.preprocessing import Preprocessor, split
 from fusemlp.datasets.scaling import CLIP, SCALES
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError, DataError, ShapeError
 

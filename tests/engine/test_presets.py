@@ -12,7 +12,7 @@ import pytest
 from fusemlp import MLP, ArgumentError, load_checkpoint
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.session import prepared_data
-from fusemlp.datasets.rows import split
+from fusemlp.datasets.preprocessing import split
 from fusemlp.describe import presets
 from fusemlp.sklearn import TableClassifier, TableRegressor
 from fusemlp.tables.descriptions import with_preset

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,12 +14,46 @@ import numpy.typing as npt
 from fusemlp.datasets.codes import ORDERS, Categories, Features, Indices, rare_words, sources_of, spellings
 from fusemlp.datasets.dataset import UNUSED, Dataset
 from fusemlp.datasets.scaling import SCALES, Knots, by_pieces, by_quantiles, clipped, edges, knots, statistics
-from fusemlp.describe.checks import check_choice
+from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.description import reading, stored
 from fusemlp.inputs.arrays import Array, as_class_labels, as_features, as_values, to_array
 from fusemlp_kernels.errors import CheckpointError, DataError, ShapeError, unknown_name
 
 Label = str | int | float | bool
+
+
+def split(y: Array, *, fraction: float = 0.2, seed: int, stratify: bool) -> tuple[Indices, Indices]:
+    """Return the indices of the training rows and of the held-out rows; the same for the same ``seed``.
+
+    A shuffled ``fraction`` of all rows, rounded up, is held out. ``stratify`` keeps the shares of the classes;
+    a class with a single row stays in the training rows, with a warning. Raises DataError if a side would be
+    empty or, stratified, have fewer rows than there are classes.
+    """
+    from sklearn.model_selection import train_test_split
+
+    as_number("fraction", fraction, low=0, high=1, low_open=True, high_open=True)
+    as_count("seed", seed, minimum=0)
+    rows, kept, labels, needed = np.arange(len(y), dtype=np.int64), np.empty(0, np.int64), None, 1
+    if stratify:
+        _, codes, counts = np.unique(y, return_inverse=True, return_counts=True)
+        alone = counts[codes] == 1
+        rows, kept, labels = rows[~alone], rows[alone], codes[~alone]
+        needed = max(1, int((counts > 1).sum()))
+    if len(kept) == len(y) > 0:
+        raise DataError("fraction: no row can be held out, because each is the only one of its class; give more rows")
+    tested = int(np.ceil(fraction * len(rows)))
+    if min(tested, len(rows) - tested) < needed:
+        alone_note = f" ({len(kept)} more are alone in their class)" if len(kept) else ""
+        raise DataError(
+            f"fraction: {fraction} of {len(rows)} rows{alone_note} leaves {len(rows) - tested} rows to train on and "
+            f"{tested} held out; each side needs at least {needed}{', one for each class' if stratify else ''}; choose "
+            "another fraction or give more rows"
+        )
+    if len(kept):
+        names = ", ".join(repr(label) for label in np.unique(y[kept]).tolist()[:10])
+        warnings.warn(f"classes with a single row, which is not held out: {names}", stacklevel=2)
+    train, test = train_test_split(rows, test_size=tested, random_state=seed % 2**32, stratify=labels)
+    return np.concatenate([train, kept]), test
 
 
 @dataclass(frozen=True)
