@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 import fusemlp
 from fusemlp import MLP, Engine
-from fusemlp.datasets.codes import coded
-from fusemlp.datasets.load import Dataset
+from fusemlp.datasets.load import Dataset, coded
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.scaling import SCALES
 from fusemlp.report.onnx import onnx_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +15,6 @@ from fusemlp.datasets.textfiles import MISSING
 from fusemlp.describe.text import listed, meant
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, DataError
-
-if TYPE_CHECKING:
-    from fusemlp.datasets.preprocessing import Preprocessor
 
 # The kinds of columns that are no inputs and not the target, beside ids.
 UNUSED = ("group", "time", "dropped", "left out")
@@ -108,7 +105,7 @@ class ColumnChoices:
     ids: Collection[str] = ()
     group: str | None = None
     time: str | None = None
-    like: Preprocessor | None = None
+    like: Any = None
 
     @property
     def texts(self) -> tuple[str, ...]:

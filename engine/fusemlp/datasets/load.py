@@ -6,6 +6,7 @@ A categorical column of a table becomes indices into its sorted categories, a mi
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp.datasets.arrays import features_of_npz, from_path, named
-from fusemlp.datasets.codes import EXAMPLES, ORDERS, PARTS, Features, coded, kept_features, sources_of
+from fusemlp.datasets.codes import (
+    EXAMPLES,
+    ORDERS,
+    PARTS,
+    Categories,
+    Features,
+    different,
+    kept_features,
+    parts_of,
+    sources_of,
+    spellings,
+)
 from fusemlp.datasets.dataset import ColumnChoices as ColumnChoices
 from fusemlp.datasets.dataset import Dataset as Dataset
 from fusemlp.datasets.dataset import missing_share, roles, times, without_useless
 from fusemlp.datasets.tables import TABLES, Frame, Place, as_frame, is_table, read_names, read_table
-from fusemlp.datasets.textfiles import Form
+from fusemlp.datasets.textfiles import MISSING, Form
 from fusemlp.describe.text import listed, meant
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, DataError, unknown_name
@@ -322,3 +334,50 @@ def _matching(path: Path, X: Features, like: Preprocessor | Dataset) -> Features
     if any(words is not None for words in like.categories):
         raise DataError(f"{path}: the network was trained on words too; give a table ({', '.join(TABLES)})")
     return X
+
+
+def coded(
+    table: dict[str, Array], names: tuple[str, ...], like: Preprocessor | Dataset | None, notes: list[str]
+) -> tuple[Features, Categories]:
+    """Return the columns as one float64 matrix, words as indices into their categories: those of ``like``, or all."""
+    sources = sources_of(names, [name for name, column in table.items() if column.dtype.kind == "M"])
+    X = np.empty((len(next(iter(table.values()))), len(names)))
+    categories: list[tuple[str, ...] | None] = []
+    missing: dict[str, int] = {}
+    unseen: list[str] = []
+    parts: dict[str, Array] = {}
+    for index, (name, source) in enumerate(zip(names, sources, strict=True)):
+        if source != name and name not in parts:
+            parts = parts_of(source, table[source])
+        column = parts[name] if source != name else table[name]
+        if column.dtype.kind in "biuf":
+            categories.append(None)
+            X[:, index] = column
+            absent = int(np.isnan(column).sum())
+        else:
+            entries, codes = different(column)
+            known = None if like is None else like.categories[index]
+            words = tuple(sorted({"" if word in MISSING else word for word in entries})) if known is None else known
+            categories.append(words)
+            place: dict[str, float] = {word: code for code, word in enumerate(words)}
+            if like is not None and like.joins_spellings:
+                place = {word: place[same] for word, same in spellings(entries, words).items()} | place
+            # a missing word is the category "" where there is one
+            lost = {word: place.get("", math.nan) for word in MISSING}
+            X[:, index] = np.array([place.get(word, lost.get(word, math.nan)) for word in entries], float)[codes]
+            counts = dict(zip(entries, np.bincount(codes, minlength=len(entries)).tolist(), strict=True))
+            absent = sum(counts.get(word, 0) for word in MISSING if not word or word not in place)
+            strange = [word for word in entries if word not in place and word not in MISSING]
+            if strange:
+                unseen.append(f"{sum(map(counts.__getitem__, strange))} in {name!r} (such as {strange[0]!r})")
+        if absent:
+            missing[source] = absent
+    if missing:
+        notes.append(f"missing cells, filled in: {_some([f'{count} in {name!r}' for name, count in missing.items()])}")
+    if unseen:
+        notes.append(f"words unseen in training, taken as one other category: {_some(unseen)}")
+    return X, tuple(categories)
+
+
+def _some(parts: list[str]) -> str:
+    return ", ".join(parts[:20]) + (f" and in {len(parts) - 20} more columns" if len(parts) > 20 else "")
