@@ -55,7 +55,7 @@ OWNERS = {
     "llvmlite": ("fusemlp_kernels.numpy.compiled",),
     "mlflow": ("fusemlp.callbacks",),
     "numba": ("fusemlp_kernels.numpy.compiled",),
-    "onnx": ("fusemlp.report.onnx",),
+    "onnx": ("fusemlp.report.onnx_graph",),
     "tensorboard": ("fusemlp.callbacks",),
     "torch": ("fusemlp_kernels.triton", "fusemlp.runtime.ranks", "fusemlp.torch"),
     "triton": ("fusemlp_kernels.triton",),
@@ -217,7 +217,7 @@ BROKEN = {
         {"fusemlp_kernels.triton.launch": "import cupy"},
         "fusemlp_kernels.cupy may",
     ),
-    "onnx outside its door": ({"fusemlp.cli": "import onnx"}, "only fusemlp.report.onnx may"),
+    "onnx outside its door": ({"fusemlp.cli": "import onnx"}, "only fusemlp.report.onnx_graph may"),
     "in a function": ({"fusemlp.describe.losses": "def f():\n    import torch"}, "losses:2 imports torch"),
     "by name": (
         {"fusemlp.describe.losses": "import importlib\nimportlib.import_module('torch')"},

@@ -8,8 +8,8 @@ import pytest
 from fusemlp import load_data
 from fusemlp.datasets.rows import fit_preprocessor, network_ends, network_inputs
 from fusemlp.datasets.scaling import SCALES
+from fusemlp.report.evidence import certify, reach
 from fusemlp.report.metrics import predictions
-from fusemlp.report.robustness import certify, reach
 from make import engine, frame, read, run
 
 

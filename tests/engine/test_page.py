@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from fusemlp.report import evidence as evidence_module
-from fusemlp.report.chart import Chart, Line
 from fusemlp.report.metrics import scalars
-from fusemlp.report.page import _drawings, _importance, page, png
+from fusemlp.report.page import Chart, Line, _drawings, _importance, page, png
 from make import read, rows, run
 
 CALIBRATED = "a tenth of the rows at each point"

@@ -22,6 +22,7 @@ from fusemlp.describe.text import aligned, listed
 from fusemlp.engine import Engine, load, load_checkpoint
 from fusemlp.fleet.merge import members
 from fusemlp.inputs.arrays import Array
+from fusemlp.report.evidence import certify, guarantee_lines, robust_score
 from fusemlp.report.metrics import (
     class_scores,
     class_table,
@@ -32,8 +33,7 @@ from fusemlp.report.metrics import (
     score,
 )
 from fusemlp.report.onnx import onnx_bytes
-from fusemlp.report.onnx_features import has_words
-from fusemlp.report.robustness import certified_lines, certify, robust_lines, robust_score
+from fusemlp.report.onnx_graph import has_words
 from fusemlp.report.runs import Run, csv_bytes, open_run, read_json, read_training_rows, weights_path
 from fusemlp.report.uncertainty import HeldOut, intervals, sets, spread
 from fusemlp.runtime.files import write_atomically
@@ -187,7 +187,7 @@ def evaluate(options: EvaluateOptions) -> None:
         report["robust"] = robust_score(engine, preprocessor, X, labels, how, weight)
     if options.certify is not None:
         report["certified"] = certify(engine, preprocessor, features, labels, options.certify, argument="certify")
-    lines = [*notes, *headline(report), *robust_lines(report), *certified_lines(report)]
+    lines = [*notes, *headline(report), *guarantee_lines(report)]
     if "classes" in report:
         lines += ["", aligned(class_table(report))]
         if len(report["classes"]) <= MOST_PRINTED_CLASSES:

@@ -14,11 +14,10 @@ from fusemlp.cli.output import finite, show, write_made, write_picture
 from fusemlp.cli.session import Session
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.report.diagnosis import Finding
-from fusemlp.report.evidence import Evidence
-from fusemlp.report.metrics import baseline_line, headline, privacy_line, score, spelled
+from fusemlp.report.evidence import Evidence, guarantee_lines
+from fusemlp.report.metrics import baseline_line, headline, score, spelled
 from fusemlp.report.page import page
 from fusemlp.report.plots import curves_figure, literal
-from fusemlp.report.robustness import certified_lines, robust_lines
 from fusemlp.report.runs import Run, read_json, read_metrics, write_json
 from fusemlp.report.uncertainty import scale_logits
 from fusemlp.runtime.files import replace_file
@@ -106,13 +105,7 @@ def outcome(report: dict[str, Any]) -> list[str]:
     elif report["stopped"]:
         lines.append(f"stopped after epoch {report['epochs']}: {report['stopped']}")
     lines += headline(report.get("test", {}))
-    lines += [
-        *baseline_line(report),
-        *interval_line(report),
-        *privacy_line(report),
-        *robust_lines(report),
-        *certified_lines(report),
-    ]
+    lines += [*baseline_line(report), *interval_line(report), *guarantee_lines(report)]
     if report.get("final_fit"):
         final = report["final_fit"]
         lines.append(

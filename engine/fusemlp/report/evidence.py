@@ -1,19 +1,28 @@
-"""Evidence on a model from its test rows: ROC, calibration, the importance of each column, the most wrong rows."""
+"""Evidence on a model from test rows: ROC, calibration, importance of the columns, most wrong rows, robustness.
+
+Robust scores are of rows that an attack has changed. Certified ones hold whatever happens to the numbers of a row,
+within a distance.
+"""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fusemlp.datasets.rows import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.adversarial import Attack
+from fusemlp.describe.checks import as_number
 from fusemlp.describe.metrics import METRICS, Judged
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.metrics import judge
+from fusemlp.report.metrics import headline, judge, score, spelled
+from fusemlp.runtime.attacks import attack
+from fusemlp.runtime.intervals import Propagation
 
 if TYPE_CHECKING:
     from fusemlp.runtime.session import Session
@@ -30,6 +39,8 @@ SHOWN = 5
 # A heat map of an image has at most this many squares a side.
 SIDE = 8
 _PIXEL = re.compile(r"pixel_(\d+)_(\d+)")
+# The scores under an attack.
+FIGURES = ("loss", "accuracy", "rmse")
 
 
 class Importance(NamedTuple):
@@ -99,7 +110,7 @@ class Evidence:
         """Return name and rates of false and true positives of the classes with the least AUC; of two, the second's."""
         from sklearn.metrics import auc, roc_curve
 
-        found = []
+        curves = []
         names, scores = self.preprocessor.labels, self.judged.scores
         assert scores is not None
         for code in range(int(len(names) == 2), len(names)):
@@ -107,9 +118,9 @@ class Evidence:
             if of_class.any() and not of_class.all():
                 false, true, _ = roc_curve(of_class, scores[:, code])
                 shown = np.unique(np.linspace(0, len(false) - 1, 100).astype(np.int64))
-                found.append((auc(false, true), names[code], false[shown], true[shown]))
-        found.sort(key=lambda one: float(one[0]))
-        return [(f"{name} (AUC {area:.4f})", false, true) for area, name, false, true in found[:CURVES]]
+                curves.append((auc(false, true), names[code], false[shown], true[shown]))
+        curves.sort(key=lambda curve: float(curve[0]))
+        return [(f"{name} (AUC {area:.4f})", false, true) for area, name, false, true in curves[:CURVES]]
 
     def calibration(self) -> tuple[Array, Array]:
         """Return the mean prediction and the observed mean of each tenth of the rows, in the order of the predictions.
@@ -145,17 +156,14 @@ class Evidence:
         Columns that vary with the predictions come first; after ``seconds``, ``SECONDS`` unless given, no further one
         is tried. Return None if the score is not defined on the rows.
         """
-        rng, said = (
-            np.random.default_rng(seed),
-            self.judged.predicted if self.judged.scores is None else self.judged.scores,
-        )
+        rng, judged = np.random.default_rng(seed), self.judged
+        said = judged.predicted if judged.scores is None else judged.scores
         rows = rng.permutation(len(self.cells))[:most]
         cells, labels, said = self.cells[rows], self.y[self.rows[rows]], said[rows] - said[rows].mean(axis=0)
         # by their greatest: squares and products of the cells may be beyond all numbers
         said = np.asarray(said, np.float64) / max(float(np.abs(said).max()), 1e-300)
-        scaled = np.asarray(cells, np.float64) / np.maximum(
-            np.abs(np.nan_to_num(cells)).max(axis=0), 1e-300, dtype=np.float64
-        )
+        greatest = np.abs(np.nan_to_num(cells)).max(axis=0)
+        scaled = np.asarray(cells, np.float64) / np.maximum(greatest, 1e-300, dtype=np.float64)
         centred = np.nan_to_num(scaled - np.nan_to_num(scaled).mean(axis=0))
         varies = np.abs(centred.T @ said).sum(axis=1) / np.maximum(np.sqrt((centred**2).sum(axis=0)), 1e-300)
         groups = sorted(self._groups().items(), key=lambda group: -float(varies[group[1]].max()))
@@ -203,3 +211,82 @@ class Evidence:
         if value != value:
             return ""
         return f"{value:.6g}" if words is None else words[int(value)]
+
+
+def robust_score(
+    engine: Any, preprocessor: Preprocessor, X: Array, labels: Array, how: Attack, weight: Any = None
+) -> dict[str, Any]:
+    """Return the attack, and loss and accuracy (of numbers the rmse) under it; arguments as of ``metrics.score``."""
+    changed = attack(engine, X, preprocessor.encode_targets(labels), how)
+    scores = score(engine, preprocessor, changed, labels, weight)
+    return {"attack": how.to_config(), **{name: scores[name] for name in FIGURES if name in scores}}
+
+
+def reach(preprocessor: Preprocessor, cells: Array, eps: float, precision: str) -> tuple[Array, Array]:
+    """Return the least and the greatest inputs of the network (n, width) when numbers move by ``eps`` at most.
+
+    The input of a number moves by eps after scaling. A column of pieces moves by eps interquartile ranges, and its
+    inputs with it. Words, dates and missing cells do not move. Pixels that are not scaled stay within the least and the
+    greatest of these rows.
+    """
+    # the parts of a date have another source
+    columns = zip(preprocessor.feature_names, preprocessor.sources, preprocessor.categories, strict=True)
+    moves = np.array([words is None and name == source for name, source, words in columns])
+    cut = np.array([preprocessor.pieces(column) > 1 for column in range(len(moves))])
+    shift = eps * np.where(moves & cut, preprocessor.feature_scale, 0.0)
+    low, high = (network_inputs(preprocessor, end, precision) for end in (cells - shift, cells + shift))
+    alone = np.flatnonzero(moves & ~cut)
+    first = (np.cumsum(preprocessor.widths) - preprocessor.widths)[alone]
+    radius = np.zeros(low.shape)
+    radius[:, first] = np.where(np.isnan(cells[:, alone]), 0.0, eps)
+    least, most = low - radius, high + radius
+    if image_shape(preprocessor) is not None and preprocessor.scale == "none":
+        least, most = np.maximum(least, low.min()), np.minimum(most, high.max())
+    return least, most
+
+
+def certify(
+    engine: Session, preprocessor: Preprocessor, cells: Array, labels: Array, eps: Any, *, argument: str = "eps"
+) -> dict[str, float]:
+    """Return the certified accuracy of rows as in the data, or of numbers the mean width of the bounds.
+
+    Raises ArgumentError or ArgumentTypeError unless ``eps``, which errors call ``argument``, is at least 0.
+    """
+    eps = as_number(argument, eps, low=0.0)
+    engine.network.check_single(argument, "interval bounds")
+    low, high = reach(preprocessor, cells, eps, engine.precision)
+    bounds = Propagation(engine)
+    if preprocessor.classes is None:
+        ends = bounds.outputs(low, high)
+        with np.errstate(all="ignore"):
+            if engine.loss.kind == "poisson":
+                ends = np.exp(ends[0]), np.exp(ends[1])
+            least, most = map(preprocessor.decode_predictions, ends)
+            return {"eps": eps, "width": float(np.mean(most - least))}
+    codes = preprocessor.class_codes(labels)
+    if engine.loss.kind == "binary_cross_entropy":
+        certified = bounds.certified_labels(low, high, codes[:, None] == 1)
+    else:
+        certified = bounds.certified(low, high, codes)
+    return {"eps": eps, "accuracy": float(certified.mean())}
+
+
+def guarantee_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield lines on the privacy that a training spent, the scores under an attack, and the certified scores."""
+    if "privacy" in report:
+        spent = report["privacy"]
+        yield (
+            f"privacy: epsilon {spent['epsilon']:.3g} at delta {spent['delta']:g}, for adding or removing a training "
+            f"row (noise {spent['noise']:.4g}, clip {spent['clip']:g}, {spent['steps']} steps)"
+        )
+    if "robust" in report:
+        robust, how = report["robust"], report["robust"]["attack"]
+        steps = f", norm {how['norm']}, {how['steps']} steps" if "steps" in how else ""
+        yield f"under attack by {how['kind']}, eps {how['eps']:g}{steps}:"
+        yield from headline({name: robust[name] for name in FIGURES if name in robust}, "robust")
+    if "certified" in report:
+        certified, within = report["certified"], f"within eps {report['certified']['eps']:g}"
+        if "accuracy" in certified:
+            yield f"test certified accuracy {spelled(certified['accuracy'])} {within}"
+        else:
+            yield f"test certified width {spelled(certified['width'])}, of the bounds of predictions {within}"

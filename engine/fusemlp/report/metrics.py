@@ -23,20 +23,16 @@ ITERATIONS = 200
 
 def predicted_codes(engine: Session, preprocessor: Preprocessor, X: Array) -> Array:
     """Return ``engine.predict``; after one-hot training, the class index of the largest output of each row."""
-    codes: Array = (
-        class_scores(engine, X).argmax(axis=1) if preprocessor.one_hot_targets else engine.inference.predict(X)
-    )
-    return codes
+    one_hot = preprocessor.one_hot_targets
+    return np.asarray(class_scores(engine, X).argmax(axis=1) if one_hot else engine.inference.predict(X))
 
 
 def class_scores(engine: Session, X: Array) -> Array:
     """Return the probabilities (n, classes); after one-hot training the outputs."""
+    if engine.loss.is_classification:
+        return engine.inference.predict_proba(X)
     # the outputs of a single class have one axis
-    return (
-        engine.inference.predict_proba(X)
-        if engine.loss.is_classification
-        else engine.inference.predict(X).reshape(len(X), -1)
-    )
+    return engine.inference.predict(X).reshape(len(X), -1)
 
 
 def predictions(engine: Session, preprocessor: Preprocessor, X: Array) -> Array:
@@ -68,9 +64,9 @@ def figures(judged: Judged, *, probable: bool) -> dict[str, float]:
     """Return the scores of classes or numbers; ``probable``: the scores of classes are probabilities."""
     if judged.scores is None:
         return {name: metric.of(judged) for name, metric in metrics_for("numbers").items()}
-    found = metrics_for("classes" if probable else "one-hot rows")
+    metrics = metrics_for("classes" if probable else "one-hot rows")
     accuracy = float(np.mean(judged.truth == judged.predicted))
-    return {"accuracy": accuracy, **{name: metric.of(judged) for name, metric in found.items()}}
+    return {"accuracy": accuracy, **{name: metric.of(judged) for name, metric in metrics.items()}}
 
 
 def class_figures(codes: Array, predicted: Array, names: Sequence[str]) -> dict[str, Any]:
@@ -97,17 +93,6 @@ def headline(report: Mapping[str, Any], name: str = "test") -> Iterator[str]:
         yield f"{name} {figure} {spelled(value)}"
 
 
-def privacy_line(report: Mapping[str, Any]) -> list[str]:
-    """Return a line on the privacy that the training spent."""
-    if "privacy" not in report:
-        return []
-    found = report["privacy"]
-    return [
-        f"privacy: epsilon {found['epsilon']:.3g} at delta {found['delta']:g}, for adding or removing a training row "
-        f"(noise {found['noise']:.4g}, clip {found['clip']:g}, {found['steps']} steps)"
-    ]
-
-
 def spelled(value: float, beside: float | None = None) -> str:
     """Return a score as text, with six digits from 100 on; ``beside``: with the decimals of this larger score."""
     size = abs(value if beside is None else beside)
@@ -118,12 +103,11 @@ def spelled(value: float, beside: float | None = None) -> str:
 
 def scalars(report: Mapping[str, Any]) -> dict[str, float]:
     """Return the scalar scores that are defined and say more than the others: no median pinball, no second loss."""
-    found = {name: report[name] for name in ("loss", "accuracy", *METRICS) if report.get(name) is not None}
-    repeats = [("log_loss", "loss", 1.0), ("pinball", "mae", 0.5)]
-    again = {
-        one for one, of, share in repeats if one in found and math.isclose(found[one], share * found[of], rel_tol=1e-4)
-    }
-    return {name: value for name, value in found.items() if math.isfinite(value) and name not in again}
+    scores = {name: report[name] for name in ("loss", "accuracy", *METRICS) if report.get(name) is not None}
+    for name, other, share in (("log_loss", "loss", 1.0), ("pinball", "mae", 0.5)):
+        if name in scores and math.isclose(scores[name], share * scores[other], rel_tol=1e-4):
+            del scores[name]
+    return {name: value for name, value in scores.items() if math.isfinite(value)}
 
 
 def class_table(report: Mapping[str, Any]) -> list[list[str]]:
@@ -149,34 +133,29 @@ def baselines(
 
     "constant" is the shares of the classes or the mean, "linear" a logistic regression or a ridge regression.
     """
-    if preprocessor.classes is None:
-        from sklearn.linear_model import Ridge
+    from sklearn.dummy import DummyClassifier, DummyRegressor
+    from sklearn.linear_model import LogisticRegression, Ridge
 
+    if preprocessor.classes is None:
         values = np.asarray(labels, np.float64).reshape(len(X), -1)
         truth = np.asarray(test_labels, np.float64).reshape(len(test_X), -1)
-        constant = np.broadcast_to(values.mean(axis=0), truth.shape)
-        linear = Ridge().fit(X, values).predict(test_X).reshape(truth.shape)
         return {
-            name: figures(Judged(truth, predicted), probable=False)
-            for name, predicted in (("constant", constant), ("linear", linear))
+            name: figures(Judged(truth, model.fit(X, values).predict(test_X).reshape(truth.shape)), probable=False)
+            for name, model in (("constant", DummyRegressor()), ("linear", Ridge()))
         }
-    from sklearn.linear_model import LogisticRegression
-
     codes, right = preprocessor.class_codes(labels), preprocessor.class_codes(test_labels)
-    shares = np.bincount(codes, minlength=preprocessor.outputs) / len(codes)
-    constant = np.broadcast_to(shares, (len(right), preprocessor.outputs))
-    linear = constant
-    if len(np.unique(codes)) > 1:
+    constant = DummyClassifier(strategy="prior")
+    linear = LogisticRegression(max_iter=ITERATIONS) if len(np.unique(codes)) > 1 else constant
+    scores = {}
+    for name, model in (("constant", constant), ("linear", linear)):
+        # a class without training rows has probability 0
+        shares = np.zeros((len(right), preprocessor.outputs))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = LogisticRegression(max_iter=ITERATIONS).fit(X, codes)
-        # A class without training rows has probability 0.
-        linear = np.zeros(constant.shape)
-        linear[:, model.classes_] = model.predict_proba(test_X)
-    return {
-        name: figures(Judged(right, scores.argmax(axis=1), scores), probable=True)
-        for name, scores in (("constant", constant), ("linear", linear))
-    }
+            model.fit(X, codes)
+        shares[:, model.classes_] = model.predict_proba(test_X)
+        scores[name] = figures(Judged(right, shares.argmax(axis=1), shares), probable=True)
+    return scores
 
 
 def worse_than(report: Mapping[str, Any]) -> Iterator[str]:

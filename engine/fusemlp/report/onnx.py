@@ -21,43 +21,27 @@ in the graph. A feature that is called as an output or a parameter has an input 
 
 from __future__ import annotations
 
-import ast
-import importlib
-import json
-import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fusemlp._version import __version__
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import caller_level
-from fusemlp.describe.network import Activation
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.onnx_features import INPUT, network_input
+from fusemlp.report.onnx_graph import INPUT, Graph, network_input
 from fusemlp.runtime.files import check_finite, checked_metadata, target_file, write_atomically
 from fusemlp.runtime.scaling import MEAN, SCALE
 from fusemlp.runtime.session import Session
-from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
-from fusemlp_kernels.pointwise import ACTIVATIONS as ROWS
-from fusemlp_kernels.pointwise import lines
+from fusemlp_kernels.errors import ArgumentError
 
-HINT = 'pip install "fusemlp[onnx]"'
-OPSET, ML_OPSET, IR_VERSION = 18, 3, 8
 OUTPUTS = ("logits", "output", "prediction", "probabilities")
 # The limit of a protobuf message, less room for the graph.
 MOST_BYTES = 2**31 - 2**20
 # Features are scaled in float32: a mean of this many standard deviations costs 2**-24 of it, 6e-4.
 FARTHEST = 1e4
-# Operators for the arithmetic and the functions of the kernels' formulas.
-ARITHMETIC: dict[type[ast.operator], str] = {ast.Add: "Add", ast.Sub: "Sub", ast.Mult: "Mul", ast.Div: "Div"}
-FUNCTIONS = {
-    "abs": "Abs", "exp": "Exp", "maximum": "Max", "minimum": "Min", "sigmoid": "Sigmoid", "sign": "Sign",
-    "sqrt": "Sqrt", "tanh": "Tanh",
-}  # fmt: skip
 
 
 def to_onnx(
@@ -83,10 +67,6 @@ def onnx_bytes(
     labels = _labels(engine, preprocessor, classes)
     own = checked_metadata(metadata, {"fusemlp"} if preprocessor is None else {"fusemlp", "preprocessor"})
     engine.scaling.check_measured()
-    try:
-        importlib.import_module("onnx")
-    except ModuleNotFoundError as error:
-        raise MissingLibraryError(f"to_onnx: it needs the library onnx: {HINT}") from error
     parameters, scale = engine.memory.evaluated_tensors(), engine.scaling.tensors
     check_finite(parameters, "ONNX file")
     size = sum(array.nbytes for array in parameters.values())
@@ -96,7 +76,7 @@ def onnx_bytes(
         )
     if preprocessor is not None:
         _warn_of_blurred(preprocessor, parameters["0.weight"].dtype)
-    graph = _Graph(next(iter(parameters.values())).dtype, {*parameters, *scale, *OUTPUTS})
+    graph = Graph(next(iter(parameters.values())).dtype, {*parameters, *scale, *OUTPUTS})
     if preprocessor is None:
         name = graph.given(INPUT, graph.real, engine.network.sizes[0])
     else:
@@ -116,7 +96,7 @@ def onnx_bytes(
     return graph.to_bytes(engine, own)
 
 
-def _mean_of_members(graph: _Graph, name: str, engine: Session, parameters: Mapping[str, Array]) -> str:
+def _mean_of_members(graph: Graph, name: str, engine: Session, parameters: Mapping[str, Array]) -> str:
     """Append the layers of a network with members, arrays (members, rows, N), and their mean prediction, which is that
     of ``runtime.forward.combined``; return its name."""
     net, kind = engine.network, engine.loss.kind
@@ -180,140 +160,8 @@ def _warn_of_blurred(preprocessor: Preprocessor, real: np.dtype[Any]) -> None:
         )
 
 
-class _Graph:
-    """The nodes, constants, inputs and outputs of a graph of one element type.
-
-    ``reserved`` are names that no input may have.
-    """
-
-    def __init__(self, real: np.dtype[Any], reserved: Iterable[str]) -> None:
-        from onnx import helper, numpy_helper
-
-        self.helper = helper
-        self.from_array = numpy_helper.from_array
-        self.real = real
-        self.nodes: list[Any] = []
-        self.constants: list[Any] = []
-        self.inputs: list[Any] = []
-        self.outputs: list[Any] = []
-        self.taken = set(reserved)
-
-    def add(self, operator: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
-        """Append a node and return the name of its output."""
-        name = output or self._free(f"{operator.lower()}_{len(self.nodes)}")
-        self.nodes.append(self.helper.make_node(operator, list(inputs), [name], name=name, **attributes))
-        return name
-
-    def _free(self, name: str) -> str:
-        """Return the name, with underscores after it if it is taken, and take it."""
-        while name in self.taken:
-            name += "_"
-        self.taken.add(name)
-        return name
-
-    def given(self, name: str, dtype: Any, width: int) -> str:
-        """Append an input (rows, width) of the graph and return its name."""
-        self.inputs.append(self.value(self._free(name), dtype, width))
-        found: str = self.inputs[-1].name
-        return found
-
-    def constant(self, value: Any, name: str | None = None) -> str:
-        """Append a constant: real numbers in the graph's type, integers and strings unchanged."""
-        array = np.asarray(value)
-        if array.dtype.kind == "f":
-            largest = np.abs(array, where=np.isfinite(array), out=np.zeros_like(array)).max(initial=0.0)
-            if largest > np.finfo(self.real).max:
-                raise ArgumentError(
-                    f"preprocessor: the scaling has values of up to {largest:.3g}, too large for the graph's "
-                    f"{self.real}; divide such a column by a constant, or export an engine of precision fp64"
-                )
-            array = array.astype(self.real)
-        elif array.dtype.kind == "U":
-            array = array.astype(object)
-        name = name or self._free(f"constant_{len(self.constants)}")
-        self.constants.append(self.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
-        return name
-
-    def cast(self, name: str, dtype: Any) -> str:
-        return self.add("Cast", name, to=self.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
-
-    def value(self, name: str, dtype: Any, *shape: int) -> Any:
-        """Return the declaration of an input or output of the graph: ``shape`` is that of a row."""
-        kind = np.dtype(object if np.dtype(dtype).kind == "U" else dtype)
-        return self.helper.make_tensor_value_info(name, self.helper.np_dtype_to_tensor_dtype(kind), ["rows", *shape])
-
-    def activation(self, z: str, activation: Activation, slope: Array | None) -> str:
-        row, fixed = ROWS[activation.name], activation.fixed_slope
-        if row.onnx:
-            learned = [self.constant(slope)] if row.learned else []
-            options: dict[str, Any] = {} if fixed is None else {"alpha": fixed}
-            return self.add(row.onnx, z, *learned, **options)
-        known = {"z": z}
-        for name, value in lines(row.value, "y"):
-            known[name] = self._expression(value, known)
-        return known["y"]
-
-    def _expression(self, node: ast.expr, known: Mapping[str, str]) -> str:
-        """Append the operators of a formula's expression over ``known`` outputs; returns the name of its output."""
-        match node:
-            case ast.Name(id=name):
-                return known[name]
-            case ast.Constant(value=float() | int() as value):
-                return self.constant(float(value))
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return self.add("Neg", self._expression(operand, known))
-            case ast.BinOp(left=left, op=op, right=right):
-                return self.add(ARITHMETIC[type(op)], self._expression(left, known), self._expression(right, known))
-            case ast.Call(func=ast.Name(id=name), args=arguments):
-                inputs = [self._expression(argument, known) for argument in arguments]
-                if name == "normal_cdf":
-                    return self._normal_cdf(*inputs)
-                if name == "sigmoid" and self.real == np.float64:
-                    return self._exact_sigmoid(*inputs)
-                if name == "log1p":
-                    return self.add("Log", self.add("Add", *inputs, self.constant(1.0)))
-                if name in FUNCTIONS:
-                    return self.add(FUNCTIONS[name], *inputs)
-        raise ArgumentError(f"engine: ONNX has no operator for {ast.unparse(node)!r} in the formula of its activation")
-
-    def _normal_cdf(self, z: str) -> str:
-        """Append ``(1 + erf(z / sqrt(2))) / 2``, with Erf in float32, because onnxruntime has no double Erf."""
-        scaled = self.add("Mul", z, self.constant(math.sqrt(0.5)))
-        if self.real == np.float64:
-            erf = self.cast(self.add("Erf", self.cast(scaled, np.float32)), np.float64)
-        else:
-            erf = self.add("Erf", scaled)
-        return self.add("Mul", self.add("Add", erf, self.constant(1.0)), self.constant(0.5))
-
-    def _exact_sigmoid(self, z: str) -> str:
-        """Append ``1 / (1 + exp(-z))``: onnxruntime makes ``z * Sigmoid(z)`` an operator that has no double."""
-        one = self.constant(1.0)
-        return self.add("Div", one, self.add("Add", one, self.add("Exp", self.add("Neg", z))))
-
-    def log_mean_exp(self, name: str, count: int) -> str:
-        """Append the logarithm of the mean of the exponentials over the first of ``count`` parts."""
-        summed = self.add("ReduceLogSumExp", name, self.constant(np.array([0])), keepdims=0)
-        return self.add("Sub", summed, self.constant(math.log(count)))
-
-    def to_bytes(self, engine: Session, metadata: Mapping[str, str]) -> bytes:
-        helper = self.helper
-        domains = {"": OPSET, **{node.domain: ML_OPSET for node in self.nodes if node.domain}}
-        model = helper.make_model(
-            helper.make_graph(self.nodes, "fusemlp", self.inputs, self.outputs, self.constants),
-            producer_name="fusemlp",
-            producer_version=__version__,
-            opset_imports=[helper.make_opsetid(domain, opset) for domain, opset in domains.items()],
-            ir_version=IR_VERSION,
-        )
-        about = engine.description()
-        own = json.dumps({name: about[name] for name in ("version", "network", "loss")})
-        helper.set_model_props(model, {"fusemlp": own, **metadata})
-        content: bytes = model.SerializeToString()
-        return content
-
-
 def _add_outputs(
-    graph: _Graph, name: str, engine: Session, preprocessor: Preprocessor | None, labels: Array | None
+    graph: Graph, name: str, engine: Session, preprocessor: Preprocessor | None, labels: Array | None
 ) -> None:
     """Append the outputs of the module's docstring; ``name`` is the output of the last layer."""
     width, loss = engine.network.sizes[-1], engine.loss

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 
 from fusemlp.datasets.textfiles import number
+from fusemlp.describe.checks import check_choice
 from fusemlp.describe.description import reading, stored
 from fusemlp.describe.losses import loss_from_config
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import optimizer_from_config
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.files import lock_file, write_atomically
-from fusemlp_kernels.errors import ArgumentError, CheckpointError, unknown_name
+from fusemlp_kernels.errors import ArgumentError, CheckpointError
 
 FORMAT = 1
 # The entries of a configuration that commands read, with their types.
@@ -51,43 +52,24 @@ BUSY = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 _locks: list[int] = []
 
 
+class _File:
+    """The path of a file in a run folder."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: Run, owner: type[Run]) -> Path:
+        return run.path / self.name
+
+
 @dataclass(frozen=True)
 class Run:
     """The paths in a run folder."""
 
     path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.csv"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.json"
-
-    @property
-    def page(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def curves(self) -> Path:
-        return self.path / "curves.png"
-
-    @property
-    def columns(self) -> Path:
-        return self.path / "columns.csv"
-
-    @property
-    def training_rows(self) -> Path:
-        return self.path / "training_rows.npy"
-
-    @property
-    def tracking(self) -> Path:
-        return self.path / "tracking.json"
+    config, report, tracking = _File("config.json"), _File("report.json"), _File("tracking.json")
+    page, curves = _File("report.html"), _File("curves.png")
+    metrics, columns, training_rows = _File("metrics.csv"), _File("columns.csv"), _File("training_rows.npy")
 
     def checkpoint(self, name: str) -> Path:
         """Return the path of one of ``WEIGHTS``; the file need not exist."""
@@ -199,8 +181,8 @@ def open_run(path: str | Path) -> tuple[Run, dict[str, Any]]:
     except (OSError, RecursionError, ValueError) as error:
         raise CheckpointError(f"{run.config}: cannot be read ({error}); the run cannot be used without it") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise CheckpointError(f"{run.config}: expected a configuration of format {FORMAT}, found {found!r}")
+        format = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise CheckpointError(f"{run.config}: expected a configuration of format {FORMAT}, found {format!r}")
     with reading(f"{run.config}: the configuration", "the run cannot be used without it"):
         for name, kind in ENTRIES.items():
             stored(name, config[name], kind)
@@ -219,9 +201,7 @@ def weights_path(run: Run, name: str) -> Path:
 
     Raises ArgumentError for an unknown name, CheckpointError if the run has no such checkpoint.
     """
-    if name not in WEIGHTS:
-        raise unknown_name("weights", name, WEIGHTS)
-    path = run.checkpoint(name)
+    path = run.checkpoint(check_choice("weights", name, WEIGHTS))
     if name == "model" and not path.exists():
         path = run.checkpoint("last")
     if not path.exists():
@@ -237,8 +217,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the content of a file of ``write_json``, empty if there is none."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return content
 
 
 def guarded(cell: Any) -> Any:
@@ -266,9 +246,8 @@ def csv_bytes(rows: Iterable[Iterable[Any]], notes: list[str] | None = None) -> 
 
 def append_metrics(run: Run, row: Mapping[str, float]) -> None:
     """Append a row to ``metrics.csv``, after a header if it is the first; floats in their shortest exact form."""
-    header, values = _table([row])
     with run.metrics.open("ab") as stream:
-        stream.write(csv_bytes([values] if stream.tell() else [header, values]))
+        stream.write(csv_bytes([*([] if stream.tell() else [row]), map(repr, row.values())]))
 
 
 def write_training_rows(run: Run, hashes: Array) -> None:
@@ -291,10 +270,6 @@ def read_training_rows(run: Run) -> Array | None:
     return hashes
 
 
-def _table(rows: Sequence[Mapping[str, float]]) -> list[list[str]]:
-    return [list(rows[0]), *([repr(value) for value in row.values()] for row in rows)] if rows else []
-
-
 def read_metrics(run: Run) -> list[dict[str, float]]:
     """Return the rows of ``metrics.csv`` without one that was cut off during its write."""
     if not run.metrics.exists():
@@ -310,4 +285,4 @@ def read_metrics(run: Run) -> list[dict[str, float]]:
 def keep_metrics(run: Run, epochs: int) -> None:
     """Drop the rows of ``metrics.csv`` after ``epochs``, which a resumed training writes again."""
     kept = [row for row in read_metrics(run) if row["epoch"] <= epochs]
-    write_atomically(run.metrics, csv_bytes(_table(kept)))
+    write_atomically(run.metrics, csv_bytes([*kept[:1], *(map(repr, row.values()) for row in kept)]))

@@ -34,11 +34,10 @@ from fusemlp.describe.network import MLP
 from fusemlp.engine import load_checkpoint
 from fusemlp.fleet.merge import members
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.evidence import Importance
+from fusemlp.report.evidence import Importance, certify
 from fusemlp.report.explanations import METHODS, Attributions, column_attributions, permutation_importance
 from fusemlp.report.metrics import predicted_codes, predictions
 from fusemlp.report.onnx import to_onnx
-from fusemlp.report.robustness import certify
 from fusemlp.report.runs import open_run, read_metrics, weights_path
 from fusemlp.report.uncertainty import HeldOut, intervals, sets, spread
 from fusemlp.runtime.files import CHECKPOINT, reading_file

@@ -7,8 +7,8 @@ from typing import Any
 
 from fusemlp.describe.adversarial import IBP
 from fusemlp.report.diagnosis import diagnose
+from fusemlp.report.evidence import certify, robust_score
 from fusemlp.report.metrics import MOST_NUMBERS, baselines, score, worse_than
-from fusemlp.report.robustness import certify, robust_score
 from fusemlp.report.uncertainty import COVERAGE, HeldOut, errors_of, summary
 from fusemlp.tables.training import Trained, attack_on
 from fusemlp.training.history import History
