@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fusemlp.cli import standings, vary
 from fusemlp.cli import sweep as command
+from fusemlp.cli import vary
 from fusemlp.fleet.results import FleetResults, Member
 from fusemlp.report import plots
 from fusemlp.training.history import History
@@ -304,7 +304,7 @@ def test_quiet_and_without_matplotlib(
 
 def test_what_is_shown_and_written_takes_a_twentieth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(standings, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: now))
     done: list[float] = []
 
     def action() -> None:
@@ -312,7 +312,7 @@ def test_what_is_shown_and_written_takes_a_twentieth_of_the_time(monkeypatch: py
         done.append(now)
         now += 2.0
 
-    seldom = standings.Seldom(5.0)
+    seldom = command.Seldom(5.0)
     for _ in range(1000):
         seldom.do(action)
         now += 0.1

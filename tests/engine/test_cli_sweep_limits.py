@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fusemlp import Engine
-from fusemlp.cli import standings
+from fusemlp.cli import sweep
 from fusemlp.fleet import candidates as module
 from fusemlp.fleet.candidates import Candidate
 from make import rows, run
@@ -21,8 +21,8 @@ def test_a_narrow_terminal_has_fewer_columns_and_whole_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "60")
-    monkeypatch.setattr(standings.Seldom, "do", lambda self, action: action())
+    monkeypatch.setenv("COLUMNS", "54")
+    monkeypatch.setattr(sweep.Seldom, "do", lambda self, action: action())
     options = ["--vary", "lr=0.0123456:0.1:log:2", "--vary", "hidden=8,8x8x8", "--vary", "seed=19,20"]
     assert run("sweep", "iris", *options, "--epochs", "2", "--jobs", "1", "--out", tmp_path / "run") == 0
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)

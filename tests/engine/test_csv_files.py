@@ -6,8 +6,7 @@ import io
 import numpy as np
 import pandas
 
-from fusemlp.cli import session
-from fusemlp.report.runs import Run, csv_bytes
+from fusemlp.report.runs import Run, csv_bytes, read_columns
 from make import rows, run
 
 FORMULAS = ("=1+1", "+3-cmd|' /C calc'!A0", "-2+3", "-word", "-", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "\uff1d1")
@@ -36,7 +35,7 @@ def test_the_files_of_a_run(tmp_path, capsys):
     options = ("--id", "=id", "--hidden", "4", "--models", "1", "--quiet", "--out", folder)
     assert run("train", data, "--target", "kind", "--epochs", "40", *options) == 0
     assert rows(folder / "columns.csv")[0]["column"] == "'=id"
-    assert [one["column"] for one in session.stored_columns(Run(folder))] == ["=id", "@a", "b", "kind"]
+    assert [one["column"] for one in read_columns(Run(folder))] == ["=id", "@a", "b", "kind"]
     capsys.readouterr()
     given = ("--data", data, "--out", out)
     assert run("predict", folder, *given, "--proba", "--interval", "0.5") == 0

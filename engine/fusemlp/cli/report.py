@@ -18,7 +18,7 @@ from fusemlp.report.evidence import Evidence, guarantee_lines
 from fusemlp.report.metrics import baseline_line, headline, score, spelled
 from fusemlp.report.page import page
 from fusemlp.report.plots import curves_figure, literal
-from fusemlp.report.runs import Run, read_json, read_metrics, write_json
+from fusemlp.report.runs import Run, read_json, read_metrics, write_json, write_training_rows
 from fusemlp.report.uncertainty import scale_logits
 from fusemlp.runtime.files import replace_file
 from fusemlp.tables.descriptions import learning_rate
@@ -202,6 +202,8 @@ def finish(run: Run, trained: Trained) -> dict[str, Any]:
     """
     prepared, engine, scaled = trained.prepared, trained.engine, None
     history = engine.history or History()
+    if trained.final is not None:
+        write_training_rows(run, prepared.hashes(every=True))
     if trained.failure is None:
         kept = engine if trained.final is None else trained.final[0]
         kept.save_checkpoint(run.checkpoint("model"))

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp.cli.options import PlotOptions, RunsOptions, TrainOptions
-from fusemlp.cli.output import check_output, decides_the_model, show, write_picture
+from fusemlp.cli.output import check_output, decides_the_model, fitted, show, write_picture
 from fusemlp.cli.session import RENAMED
 from fusemlp.describe.metrics import METRICS, rises
-from fusemlp.describe.text import aligned
 from fusemlp.report.metrics import scalars, spelled
 from fusemlp.report.plots import FORMATS, Curves, comparison_figure, literal, repeats
 from fusemlp.report.runs import Run, open_run, read_json, read_metrics
@@ -52,36 +51,32 @@ def runs(options: RunsOptions) -> None:
             f"FOLDER: there is no folder {str(folder)!r}; give one with run folders in it, or make the first run: "
             "fusemlp train digits"
         )
-    found, skipped = read_all(folder)
-    sets: dict[tuple[str, str], list[Listed]] = {}
-    for one in found:
-        sets.setdefault((one.data, one.rows), []).append(one)
-    content: list[dict[str, Any]] = []
-    lines: list[str] = []
-    if options.sort is not None and not any(options.sort in one.scores for one in found):
-        known = sorted({name for one in found for name in one.scores})
+    listed, skipped = read_all(folder)
+    if options.sort is not None and not any(options.sort in run.scores for run in listed):
+        known = sorted({name for run in listed for name in run.scores})
         raise ArgumentError(f"sort: no run has {options.sort!r}; expected {one_of(known) if known else 'some run'}")
-    for (data, rows), group in sets.items():
+    groups: dict[tuple[str, str], list[Listed]] = {}
+    for run in listed:
+        groups.setdefault((run.data, run.rows), []).append(run)
+    content: list[dict[str, Any]] = []
+    blocks = [] if listed else [f"no run in {folder}"]
+    for (data, rows), group in groups.items():
         score = options.sort or common_score(group)
-        group.sort(key=lambda one: ranked(one, score))
+        group.sort(key=lambda run: ranked(run, score))
         differing = differences(group)
-        for one in group:
-            content.append(described(one, score, {name: one.options[name] for name in differing}))
-        alike = sum(name == data for name, _ in sets)
-        title = f"{data} (rows {rows[:6]})" if alike > 1 else data
+        content += [described(run, score, {name: run.options[name] for name in differing}) for run in group]
+        title = f"{data} (rows {rows[:6]})" if sum(name == data for name, _ in groups) > 1 else data
         count = f"{len(group)} run{'' if len(group) == 1 else 's'}"
-        lines += [f"{title}: {count}, by {score}, the {'largest' if larger(score) else 'least'} first"]
-        lines += [*table(group, score, differing), ""]
-    if not found:
-        lines += [f"no run in {folder}", ""]
-    for path, reason in skipped[:MOST_NAMED]:
-        lines.append(f"left out: {path.name}: {reason}")
-    if len(skipped) > MOST_NAMED:
-        lines.append(f"left out: {len(skipped) - MOST_NAMED} more; --json names them")
-    while lines and not lines[-1]:
-        lines.pop()
+        title = f"{title}: {count}, by {score}, the {'largest' if larger(score) else 'least'} first"
+        blocks.append("\n".join([title, *table(group, score, differing)]))
+    if skipped:
+        lines = [f"left out: {path.name}: {reason}" for path, reason in skipped[:MOST_NAMED]]
+        if len(skipped) > MOST_NAMED:
+            lines.append(f"left out: {len(skipped) - MOST_NAMED} more; --json names them")
+        blocks.append("\n".join(lines))
     left_out = [{"path": str(path), "reason": reason} for path, reason in skipped]
-    show({"folder": str(folder), "runs": content, "left_out": left_out}, lines, as_json=options.as_json)
+    everything = {"folder": str(folder), "runs": content, "left_out": left_out}
+    show(everything, ["\n\n".join(blocks)], as_json=options.as_json)
 
 
 def read_all(folder: Path) -> tuple[list[Listed], list[tuple[Path, str]]]:
@@ -158,32 +153,38 @@ def status(config: Mapping[str, Any], report: Mapping[str, Any]) -> str:
 
 def model_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that may change a model; a run of an earlier release has the defaults of newer options."""
-    given = {RENAMED.get(name, name): value for name, value in config["options"].items()}
-    found = {
-        field.name: given.get(field.name, None if field.default is MISSING else field.default)
+    before = {RENAMED.get(name, name): value for name, value in config["options"].items()}
+    options = {
+        field.name: before.get(field.name, None if field.default is MISSING else field.default)
         for field in fields(TrainOptions)
         if decides_the_model(field) and field.name != "data"
     }
-    found["from"] = found.pop("transfer_from")
+    options["from"] = options.pop("transfer_from")
     rate = config["optimizer"]["lr"]
-    found["lr"] = rate["lr"] if isinstance(rate, Mapping) else rate
-    found["hidden"] = list(config["network"]["sizes"][1:-1])
-    found |= {"loss": config["loss"]["kind"], "epochs": config["epochs"], "models": found["models"] or 1}
-    return found | {name: config[name] for name in ("backend", "precision", "plan")}
+    options["lr"] = rate["lr"] if isinstance(rate, Mapping) else rate
+    options["hidden"] = list(config["network"]["sizes"][1:-1])
+    options |= {"loss": config["loss"]["kind"], "epochs": config["epochs"], "models": options["models"] or 1}
+    return options | {name: config[name] for name in ("backend", "precision", "plan")}
 
 
 def differences(group: Sequence[Listed]) -> list[str]:
     """Return the options that not all runs share, in the order of ``--help``."""
-    return [name for name in group[0].options if any(one.options[name] != group[0].options[name] for one in group)]
+    first = group[0].options
+    return [name for name in first if any(run.options[name] != first[name] for run in group)]
 
 
 def common_score(group: Sequence[Listed]) -> str:
     """Return the score that the runs were judged by; if they were judged by several, the first of ``TESTED``."""
-    monitors = {one.monitor for one in group if one.scores} or {group[0].monitor}
-    losses = {one.loss for one in group}
+    monitors = {run.monitor for run in group if run.scores} or {group[0].monitor}
+    losses = {run.loss for run in group}
     if len(monitors) == 1 and (len(losses) == 1 or not next(iter(monitors)).endswith("loss")):
         return monitors.pop()
-    return next((name for name in TESTED if any(name in one.scores for one in group)), group[0].monitor)
+    return tested(group, group[0].monitor)
+
+
+def tested(group: Sequence[Listed], otherwise: str) -> str:
+    """Return the first of ``TESTED`` that a run has."""
+    return next((name for name in TESTED if any(name in run.scores for run in group)), otherwise)
 
 
 def larger(score: str) -> bool:
@@ -191,54 +192,36 @@ def larger(score: str) -> bool:
     return rises(score.removeprefix("test_"))
 
 
-def ranked(one: Listed, score: str) -> tuple[bool, float, str]:
+def ranked(run: Listed, score: str) -> tuple[bool, float, str]:
     """Return the key by which runs are sorted: the best score first, those without it last."""
-    value = one.scores.get(score, math.nan)
+    value = run.scores.get(score, math.nan)
     if not math.isfinite(value):
-        return True, 0.0, one.path.name
-    return False, -value if larger(score) else value, one.path.name
+        return True, 0.0, run.path.name
+    return False, -value if larger(score) else value, run.path.name
 
 
-def described(one: Listed, score: str, differing: dict[str, Any]) -> dict[str, Any]:
+def described(run: Listed, score: str, differing: dict[str, Any]) -> dict[str, Any]:
     """Return a run for ``--json``."""
-    return {
-        "run": str(one.path),
-        **{name: getattr(one, name) for name in ("data", "started", "status", "epochs", "best_epoch")},
-        "sorted_by": score,
-        "score": one.scores.get(score),
-        "scores": one.scores,
-        "differs": differing,
-    }
+    about = {name: getattr(run, name) for name in ("data", "started", "status", "epochs", "best_epoch")}
+    scores = {"sorted_by": score, "score": run.scores.get(score), "scores": run.scores}
+    return {"run": str(run.path), **about, **scores, "differs": differing}
 
 
 def table(group: Sequence[Listed], score: str, differing: Iterable[str]) -> list[str]:
     """Return the lines of a table; a terminal that is too narrow for all columns says which it leaves out."""
-    tested = next((name for name in TESTED if any(name in one.scores for one in group)), score)
-    columns = {"run": [one.path.resolve().name for one in group]}
-    columns |= {name: [_figure(one.scores.get(name)) for one in group] for name in (score, tested)}
-    columns["started"] = [one.started[:16].replace("T", " ") for one in group]
-    columns["epochs"] = [_part(one.epochs, one.options["epochs"]) for one in group]
-    columns["status"] = [one.status for one in group]
+    of_test = tested(group, score)
+    columns = {"run": [run.path.resolve().name for run in group]}
+    columns |= {name: [_figure(run.scores.get(name)) for run in group] for name in (score, of_test)}
+    columns["started"] = [run.started[:16].replace("T", " ") for run in group]
+    done = [(run.epochs, run.options["epochs"]) for run in group]
+    columns["epochs"] = [str(epochs) if epochs == most else f"{epochs} of {most}" for epochs, most in done]
+    columns["status"] = [run.status for run in group]
     options = [name for name in differing if name not in columns]
-    columns |= {name: [_word(one.options[name]) for one in group] for name in options}
+    columns |= {name: [_word(run.options[name]) for run in group] for name in options}
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    dispensable = ["started", "status", *reversed(options), "epochs", *([tested] if tested != score else [])]
-    left_out: list[str] = []
-    for name in dispensable:
-        if width is None or max(map(len, _drawn(columns))) <= width:
-            break
-        del columns[name]
-        left_out.append(name)
-    note = [f"no room for {', '.join(left_out)}: --json shows all"] if left_out else []
-    return _drawn(columns) + note
-
-
-def _drawn(columns: Mapping[str, Sequence[str]]) -> list[str]:
-    return aligned(list(zip(*([name, *words] for name, words in columns.items()), strict=True))).split("\n")
-
-
-def _part(done: int, planned: int) -> str:
-    return str(done) if done == planned else f"{done} of {planned}"
+    dispensable = ["started", "status", *reversed(options), "epochs", *([of_test] if of_test != score else [])]
+    lines, left_out = fitted(columns, dispensable, width)
+    return lines + ([f"no room for {', '.join(left_out)}: --json shows all"] if left_out else [])
 
 
 def _figure(value: float | None) -> str:
@@ -258,25 +241,18 @@ DEFAULT = Path("comparison.png")
 
 def plot(options: PlotOptions) -> None:
     """Draw loss and accuracy of the runs over their epochs."""
-    paths = options.runs
-    runs = [_curves(path, name) for path, name in zip(paths, names(paths), strict=True)]
-    out = _free_name(options.force) if options.out is None else options.out
+    runs = [_curves(path, name) for path, name in zip(options.runs, names(options.runs), strict=True)]
+    out, number = options.out or DEFAULT, 1
+    while options.out is None and out.exists() and not options.force:
+        number += 1
+        out = DEFAULT.with_stem(f"{DEFAULT.stem}-{number}")
     check_output("out", out, FORMATS, force=options.force)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     write_picture(out, lambda: comparison_figure(runs, title=literal(title)), "out")
     same = repeats(runs)
     lines = [*(f"{name} has the same curves as {first}" for name, first in same.items()), f"plot {out}"]
-    content = {"runs": [str(path) for path in paths], "plot": str(out), "same": same}
+    content = {"runs": [str(path) for path in options.runs], "plot": str(out), "same": same}
     show(content, lines, as_json=options.as_json)
-
-
-def _free_name(force: bool) -> Path:
-    """Return the name of a picture without ``--out``: with a number if a file has it, unless that is overwritten."""
-    path, number = DEFAULT, 1
-    while path.exists() and not force:
-        number += 1
-        path = DEFAULT.with_stem(f"{DEFAULT.stem}-{number}")
-    return path
 
 
 def names(paths: Sequence[Path]) -> list[str]:

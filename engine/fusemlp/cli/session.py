@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fusemlp._version import __version__
 from fusemlp.callbacks.trackers import Tracker
@@ -25,18 +24,8 @@ from fusemlp.describe.description import reading, stored
 from fusemlp.describe.network import MLP
 from fusemlp.describe.text import aligned, listed
 from fusemlp.engine import Engine
-from fusemlp.report.runs import (
-    FORMAT,
-    Run,
-    choose_folder,
-    create_run,
-    csv_bytes,
-    discard_begun,
-    guarded,
-    write_json,
-    write_training_rows,
-)
-from fusemlp.runtime.files import write_atomically
+from fusemlp.report import runs
+from fusemlp.report.runs import Run, choose_folder
 from fusemlp.runtime.ranks import TIMEOUT, job, leading, restarts, started
 from fusemlp.tables import attacks, descriptions, training, transfer
 from fusemlp.tables.preparation import Prepared, check_rows, prepare
@@ -51,25 +40,27 @@ RENAMED = {"from_run": "transfer_from"}
 def command(options: OutputOptions) -> str:
     """Return the command line with these options."""
     words = ["fusemlp", "sweep" if isinstance(options, SweepOptions) else "train", options.data or ""]
-    given = given_options(options)
-    for option in fields(options):
-        if option.name == "data" or option.name not in given:
-            continue
-        name, value = name_of(option), given[option.name]
+    names = {option.name: f"--{name_of(option)}" for option in fields(options)}
+    for option, value in given_options(options).items():
         if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            for one in value if isinstance(value, list) else [value]:
-                words += [f"--{name}", str(one)]
+            words.append(names[option] if value else f"--no-{names[option].removeprefix('--')}")
+        elif option != "data":
+            for part in value if isinstance(value, list) else [value]:
+                words += [names[option], str(part)]
     return command_line(words)
 
 
-def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epochs: int) -> dict[str, Any]:
-    """Return everything that is needed to repeat a run."""
+def write_beginning(
+    run: Run, options: TrainOptions, prepared: Prepared, engine: Engine, epochs: int, **more: Any
+) -> dict[str, Any]:
+    """Write the columns of a table, the hashes of the training rows, and all that is needed to repeat the run.
+
+    Return the latter, the content of ``config.json``, with ``more`` entries.
+    """
     libraries = ("numpy", "scipy", "scikit-learn", "safetensors")
     stored = stored_options(options)
-    return {
-        "format": FORMAT,
+    config = {
+        "format": runs.FORMAT,
         "command": command(options),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         # with the data as given: "data" has the absolute path
@@ -89,7 +80,12 @@ def configuration(options: TrainOptions, prepared: Prepared, engine: Engine, epo
             **{library: version(library) for library in libraries},
         },
         "machine": platform.platform(),
+        **more,
     }
+    runs.write_columns(run, column_records(prepared))
+    runs.write_training_rows(run, prepared.hashes())
+    runs.write_json(run.config, config)
+    return config
 
 
 def stored_options(options: OutputOptions) -> dict[str, Any]:
@@ -123,14 +119,9 @@ def column_records(prepared: Prepared) -> list[dict[str, Any]]:
     inputs: Counter[str] = Counter()
     for name, width in zip(preprocessor.sources, preprocessor.widths, strict=True):
         inputs[name] += width
+    names = "column", "became", "inputs", "missing", "note"
     return [
-        {
-            "column": role.name,
-            "became": role.kind,
-            "inputs": inputs[role.name],
-            "missing": role.missing,
-            "note": role.note,
-        }
+        dict(zip(names, (role.name, role.kind, inputs[role.name], role.missing, role.note), strict=True))
         for role in prepared.dataset.roles
     ]
 
@@ -146,39 +137,11 @@ def column_lines(records: Sequence[Mapping[str, Any]], run: Run) -> list[str]:
             missing = f"{record['missing']:.1%}" if record["missing"] else ""
             rows.append([record["column"], became, str(record["inputs"] or ""), missing])
         return aligned(rows, left=2).split("\n")
-    counts = Counter(record["became"] for record in records)
-    inputs: Counter[str] = Counter()
-    for record in records:
-        inputs[record["became"]] += record["inputs"]
-    parts = [
-        f"{count} {kind}{f' ({inputs[kind]} inputs)' if inputs[kind] else ''}" for kind, count in counts.most_common()
-    ]
+    parts = []
+    for kind, count in Counter(record["became"] for record in records).most_common():
+        inputs = sum(record["inputs"] for record in records if record["became"] == kind)
+        parts.append(f"{count} {kind}{f' ({inputs} inputs)' if inputs else ''}")
     return [f"{len(records)} columns: {', '.join(parts)}; each in {run.columns}"]
-
-
-def stored_columns(run: Run) -> list[dict[str, Any]]:
-    """Return the ``records`` in the folder of a run, none if it has no such file."""
-    if not run.columns.exists():
-        return []
-    with run.columns.open(encoding="utf-8", newline="") as stream:
-        found: list[dict[str, Any]] = list(csv.DictReader(stream))
-    for one in found:
-        one |= {name: cell[1:] if guarded(cell[1:]) == cell else cell for name, cell in one.items()}
-        one["inputs"] = int(one["inputs"])
-        one["missing"] = float(one["missing"]) if one["missing"] else None
-    return found
-
-
-def write_columns(prepared: Prepared, run: Run) -> None:
-    """Write ``columns.csv``, for a table, and the hashes of the training rows."""
-    found = column_records(prepared)
-    if found:
-        rows = [["" if value is None else value for value in one.values()] for one in found]
-        write_atomically(run.columns, csv_bytes([list(found[0]), *rows]))
-    write_training_rows(run, prepared.hashes())
-
-
-Options = TypeVar("Options", bound=DataOptions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,18 +274,17 @@ def _with_folder(session: Session, asked: TrainOptions) -> Session:
     if tracker is not None:
         tracker.open(output.tracked_parameters(session.options, engine, session.epochs))
     with output.closing_tracker(tracker):
-        run = create_run(session.run.path, numbered=asked.out is None)
+        run = runs.create_run(session.run.path, numbered=asked.out is None)
         try:
             if prepared.start is not None:
                 # a training that was cut off may have to start anew
                 engine.save(run.checkpoint("start"))
-            about = configuration(session.options, prepared, engine, session.epochs)
-            write_columns(prepared, run)
-            write_json(run.config, {**about, "command": command(asked), **own_job(asked)})
+            more = {"command": command(asked), **own_job(asked)}
+            write_beginning(run, session.options, prepared, engine, session.epochs, **more)
         except OSError:
             # on a full disk: the same command works again
             if not run.config.exists():
-                discard_begun(run)
+                runs.discard_begun(run)
             raise
         if tracker is not None:
             output.note_id(run, session.options, tracker)

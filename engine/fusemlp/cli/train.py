@@ -5,28 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from fusemlp.callbacks import Callback, ProgressBar
 from fusemlp.cli import output
-from fusemlp.cli import session as columns
+from fusemlp.cli import session as sessions
 from fusemlp.cli.options import OutputOptions, TrainOptions
-from fusemlp.cli.output import Events, events, resumable, show
+from fusemlp.cli.output import Events
 from fusemlp.cli.report import describe_training, finish, outcome, written
-from fusemlp.cli.session import (
-    Session,
-    check_ranks,
-    filled_in,
-    joined,
-    new_session,
-    options_of,
-    own_job,
-    prepared_data,
-    trained_by,
-)
+from fusemlp.cli.session import Session
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import WINDOWS, as_count
 from fusemlp.describe.network import MLP
@@ -39,18 +29,15 @@ from fusemlp.report.runs import (
     keep_metrics,
     lock,
     open_run,
+    read_columns,
     read_json,
     write_json,
-    write_training_rows,
 )
 from fusemlp.runtime.files import replace_file, write_atomically
-from fusemlp.runtime.ranks import TIMEOUT, job, leading, restarts, started
-from fusemlp.runtime.ranks import joined as joined_ranks
+from fusemlp.runtime.ranks import TIMEOUT, job, joined, leading, restarts, started
 from fusemlp.tables import training, transfer
 from fusemlp.tables.preparation import Prepared
 from fusemlp.tables.recipe import given_options, name_of
-from fusemlp.tables.training import Listeners, train_model
-from fusemlp.tables.training import train as train_prepared
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DivergenceError
 
@@ -142,7 +129,7 @@ def going_on(options: TrainOptions) -> tuple[TrainOptions, bool]:
             "out: torchrun starts these processes again after a failure (--max-restarts), and they find their run by "
             "its folder; give --out runs/NAME"
         )
-    run, ranks = Run(Path(folder)), joined_ranks(TIMEOUT)
+    run, ranks = Run(Path(folder)), joined(TIMEOUT)
     there = run.config.is_file()
     # of several machines one may count the restart alone
     again, seen, missed = ranks.any(count > 0, there, not there)
@@ -161,27 +148,25 @@ def going_on(options: TrainOptions) -> tuple[TrainOptions, bool]:
             discard_begun(run)
         return options, False
     # another's run is refused, as it was before the restart
-    (again,) = map(bool, ranks.of_first([own_job(options).items() <= open_run(folder)[1].items()]))
+    (again,) = map(bool, ranks.of_first([sessions.own_job(options).items() <= open_run(folder)[1].items()]))
     if not again or options.resume is not None:
         return options, again
     if anew and ranks.leads and not options.quiet:
-        print(
-            f"{folder} is the run of this command, which goes on with it; give a new --out to begin anew",
-            file=sys.stderr,
-        )
+        line = f"{folder} is the run of this command, which goes on with it; give a new --out to begin anew"
+        print(line, file=sys.stderr)
     free = {name: value for name, value in given_options(options).items() if name in _FREE}
     return TrainOptions(**free, resume=folder), True
 
 
 def check_kept(options: OutputOptions, free: Collection[str], what: str) -> dict[str, Any]:
     """Return the options that are given; ArgumentError for one that a resumed ``what``, a run or a sweep, keeps."""
-    given = given_options(options)
+    asked = given_options(options)
     for option in fields(options):
-        if option.name in given and option.name not in free:
+        if option.name in asked and option.name not in free:
             raise ArgumentError(
                 f"{name_of(option)}: a resumed {what} keeps its own; leave it out, or start a new one without --resume"
             )
-    return given
+    return asked
 
 
 def check_data(prepared: Prepared, fingerprint: str, source: str | None, what: str) -> None:
@@ -195,7 +180,7 @@ def check_data(prepared: Prepared, fingerprint: str, source: str | None, what: s
 
 def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Session:
     """Return the run at its last checkpoint; refuse other data and options that would change the run."""
-    changes, mark = check_kept(options, _FREE, "run"), own_job(options)
+    changes, mark = check_kept(options, _FREE, "run"), sessions.own_job(options)
     if leading():
         lock(Run(Path(folder)))
     run, config = open_run(folder)
@@ -204,9 +189,8 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
             f"resume: {str(run.path)!r} holds the best model of a sweep, which is at its end; to train it anew: "
             f"{config['command']}"
         )
-    stored = options_of(config)
-    now = {name: getattr(options, name) for name in ("as_json", "quiet")}
-    options = replace(stored, **{**now, **changes})
+    stored = sessions.options_of(config)
+    options = replace(stored, **{"as_json": options.as_json, "quiet": options.quiet, **changes})
     epochs = as_count("epochs", changes.get("epochs", config["epochs"]))
     if epochs < config["epochs"]:
         raise ArgumentError(f"epochs: the run was to have {config['epochs']}, which can only be raised, got {epochs}")
@@ -216,12 +200,13 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
             "it out, or start a new run"
         )
     net = MLP.from_config(config["network"])
-    scheduled = filled_in(stored).epochs
-    prepared = prepared_data(replace(options, epochs=epochs), Preprocessor.from_config(config["preprocessor"]), net)
+    scheduled = sessions.filled_in(stored).epochs
+    preprocessor = Preprocessor.from_config(config["preprocessor"])
+    prepared = sessions.prepared_data(replace(options, epochs=epochs), preprocessor, net)
     check_data(prepared, config["data"]["fingerprint"], stored.data, "run")
-    options = trained_by(prepared)
+    options = sessions.trained_by(prepared)
     prepared = replace(prepared, start=transfer.stored(run, config, net, options))
-    check_ranks(options)
+    sessions.check_ranks(options)
     last = run.checkpoint("last")
     for left_over in run.path.rglob(".*.tmp") if leading() else ():
         left_over.unlink(missing_ok=True)
@@ -234,7 +219,7 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
     else:
         # An ensemble has no checkpoint to go on from: it trains anew, with the same result.
         anew = replace(prepared, recipe=replace(options, epochs=scheduled))
-        engine = joined(training.new_engine(anew), options)
+        engine = sessions.joined(training.new_engine(anew), options)
     report = read_json(run.report)
     if report:
         done = report["epochs"] if prepared.models > 1 and not report["interrupted"] else engine.epochs_trained
@@ -270,54 +255,66 @@ def train(options: TrainOptions) -> None:
     as_count("checkpoint_every", options.checkpoint_every)
     options, again = going_on(options)
     if not leading():
-        follow(options, again=again)
+        # rank 0 tells of a divergence and of Ctrl-C: a process that ends with an error would have torchrun end it too
+        session = prepared_session(replace(options, quiet=True), again=again)
+        recorder = Recorder(session.run, every=session.options.checkpoint_every)
+        training.train_model(session.prepared, session.engine, training.Listeners([recorder]))
         return
-    with events(as_json=options.as_json, quiet=options.quiet) as told, resumable("train", "config.json") as runs:
+    with (
+        output.events(as_json=options.as_json, quiet=options.quiet) as listener,
+        output.resumable("train", "config.json") as runs,
+    ):
         session = prepared_session(options, again=again)
         runs.append(session.run.path)
         with output.closing_tracker(session.tracker):
-            content, lines, failure = trained(session, told)
-    show(content, lines, as_json=options.as_json, warnings=content.get("worse_than", ()))
+            content, lines, failure = trained(session, listener)
+    output.show(content, lines, as_json=options.as_json, warnings=content.get("worse_than", ()))
     if failure is not None:
         raise failure
 
 
 def prepared_session(options: TrainOptions, *, again: bool) -> Session:
     """Return a new session, or a resumed one; ``again``: after a restart of its job."""
-    return new_session(options) if options.resume is None else resumed_session(options, options.resume, again=again)
-
-
-def follow(options: TrainOptions, *, again: bool) -> None:
-    """Train as a rank other than 0, which prints and writes nothing."""
-    # rank 0 tells of a divergence and of Ctrl-C: a process that ends with an error would have torchrun end rank 0 too
-    session = prepared_session(replace(options, quiet=True), again=again)
-    recorder = Recorder(session.run, every=session.options.checkpoint_every)
-    train_model(session.prepared, session.engine, Listeners([recorder]))
+    if options.resume is None:
+        return sessions.new_session(options)
+    return resumed_session(options, options.resume, again=again)
 
 
 def trained(session: Session, listener: Events) -> tuple[dict[str, Any], list[str], DivergenceError | None]:
     """Return the results of a whole training, lines on them, and the error if it diverged."""
-    options, run, prepared = session.options, session.run, session.prepared
-    table = columns.stored_columns(run)
-    if not options.quiet:
-        print(*columns.column_lines(table, run), describe_training(session), sep="\n", file=sys.stderr)
+    options, run, prepared, tracker = session.options, session.run, session.prepared, session.tracker
+
+    def say(line: str) -> None:
+        if not options.quiet:
+            print(line, file=sys.stderr)
+
+    def tell(member: Member) -> None:
+        scores = ", ".join(f"{name} {value:.4g}" for name, value in member.scores.items())
+        epochs = f"{member.status} after {len(member.history.epochs)} epochs"
+        say(f"model {member.index + 1} of {prepared.models}: {epochs}; {scores}")
+        listener.model(member, prepared.models, {"seed": options.seed + member.index})
+
+    def record(engine: Engine) -> None:
+        for row in (engine.history or History()).rows():
+            append_metrics(run, row)
+            listener.epoch(row)
+            if tracker is not None:
+                output.log_row(tracker, row)
+
+    table = read_columns(run)
+    say("\n".join([*sessions.column_lines(table, run), describe_training(session)]))
     about = {"run": str(run.path), "config": read_json(run.config)}
     listener.start("train", epochs=session.epochs, epoch=session.engine.epochs_trained, **about)
-    listeners = Listeners(
-        recorders(session, listener),
-        lambda member: _tell_model(session, listener, member),
-        lambda engine: _record_merged(session, listener, engine),
-        (lambda line: None) if options.quiet else (lambda line: print(line, file=sys.stderr)),
-    )
-    result = train_prepared(prepared, session.engine, listeners=listeners, scheduled=session.scheduled)
-    if result.final is not None:
-        write_training_rows(run, prepared.hashes(every=True))
+    callbacks: list[Any] = [Recorder(run, every=options.checkpoint_every), listener]
+    callbacks += [*([] if tracker is None else [tracker]), *([] if options.quiet else [ProgressBar()])]
+    listeners = training.Listeners(callbacks, tell, record, say)
+    result = training.train(prepared, session.engine, listeners=listeners, scheduled=session.scheduled)
     report = finish(run, result)
     failure = result.failure or result.final_failure
     tracked = None
-    if session.tracker is not None:
-        tracked = {"tracker": options.track, "run_id": session.tracker.run_id}
-        output.end_tracking(session.tracker, run, options, report, failure)
+    if tracker is not None:
+        tracked = {"tracker": options.track, "run_id": tracker.run_id}
+        output.end_tracking(tracker, run, options, report, failure)
     lines = [
         *outcome(report),
         *([] if result.temperature is None else [str(result.temperature)]),
@@ -329,27 +326,3 @@ def trained(session: Session, listener: Events) -> tuple[dict[str, Any], list[st
     content |= {"columns": table, "page": None if "no_page" in report else str(run.page)}
     content |= {"plot": None if "no_plot" in report else str(run.curves)}
     return {"event": "end", **content, "tracked": tracked}, lines, failure
-
-
-def recorders(session: Session, told: Events) -> Sequence[Any]:
-    """Return the callbacks that write and print."""
-    callbacks: list[Any] = [Recorder(session.run, every=session.options.checkpoint_every), told]
-    callbacks += [] if session.tracker is None else [session.tracker]
-    return callbacks + ([] if session.options.quiet else [ProgressBar()])
-
-
-def _tell_model(session: Session, told: Events, member: Member) -> None:
-    models = session.prepared.models
-    if not session.options.quiet:
-        scores = ", ".join(f"{name} {value:.4g}" for name, value in member.scores.items())
-        epochs = f"{member.status} after {len(member.history.epochs)} epochs"
-        print(f"model {member.index + 1} of {models}: {epochs}; {scores}", file=sys.stderr)
-    told.model(member, models, {"seed": session.options.seed + member.index})
-
-
-def _record_merged(session: Session, told: Events, engine: Engine) -> None:
-    """Write and tell the mean history of several models."""
-    for row in (engine.history or History()).rows():
-        append_metrics(session.run, row)
-        told.epoch(row)
-        output.log_row(session.tracker, row)

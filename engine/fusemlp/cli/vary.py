@@ -1,11 +1,13 @@
-"""The models of a sweep: ``--vary`` as values, their combinations, and a prepared fleet of them."""
+"""The models of a sweep: ``--vary`` as values, their combinations, a prepared fleet, and a journal to go on from."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,16 +16,21 @@ from fusemlp.cli import output
 from fusemlp.cli.options import OutputOptions, SweepOptions, TrainOptions
 from fusemlp.cli.report import describe_data
 from fusemlp.cli.session import filled_in, is_a_table, prepared_data
+from fusemlp.cli.train import check_data, check_kept
 from fusemlp.describe.checks import as_count
+from fusemlp.describe.description import reading, stored
 from fusemlp.fleet.candidates import MOST_MODELS, check_name
 from fusemlp.fleet.fleet import Fleet
-from fusemlp.fleet.results import Point
+from fusemlp.fleet.results import Kept, Member, Point
 from fusemlp.fleet.workers import check_address, check_not_given, check_workers
+from fusemlp.report.runs import Run, lock, read_json
+from fusemlp.runtime.files import write_atomically
 from fusemlp.tables import descriptions
 from fusemlp.tables.preparation import Prepared, decisions
 from fusemlp.tables.recipe import FitRecipe, given_options
 from fusemlp.tables.training import fit_arguments
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
+from fusemlp.training.history import History
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
 # Parameters with whole numbers, and their minimum.
 WHOLE = {"hidden": 1, "batch_size": 1, "seed": 0}
@@ -84,10 +91,8 @@ def combinations(
 ) -> list[dict[str, Any]]:
     """Return all combinations, the last parameter varying fastest, or ``sample`` of them, drawn by ``seed``, in order.
 
-    With ``whole_seeds`` the last parameter is the seed, and a sample is one of the other parameters, with all seeds
-    each.
-
-    Raises ArgumentError for more than ``MOST_MODELS``.
+    With ``whole_seeds`` the last parameter is the seed, and a sample is of the others, with all seeds each. Raises
+    ArgumentError for more than ``MOST_MODELS``.
     """
     if whole_seeds and sample is not None and len(among) > 1:
         some, seeds = combinations(among[:-1], sample=sample, seed=seed), among[-1].values
@@ -127,19 +132,16 @@ def _axis(words: str) -> Axis:
     if not all(parts):
         raise ArgumentError(f"vary: {name}: a value is missing in {words!r}; give values with commas between them")
     values = tuple(_value(name, part) for part in parts)
-    if len(set(values)) < len(values):
-        again = next(value for index, value in enumerate(values) if value in values[:index])
-        raise ArgumentError(
-            f"vary: {name}: {spelled_value(again)} is there twice, so models would be too; give it once"
-        )
+    again = next((value for index, value in enumerate(values) if value in values[:index]), None)
+    if again is not None:
+        again = spelled_value(again)
+        raise ArgumentError(f"vary: {name}: {again} is there twice, so models would be too; give it once")
     return Axis(name, values, "")
 
 
 def _value(name: str, text: str) -> Any:
     if name == "hidden":
-        if text == "none":
-            return ()
-        widths = tuple(_whole(name, part) for part in text.split("x"))
+        widths = () if text == "none" else tuple(_whole(name, part) for part in text.split("x"))
         return widths[0] if len(widths) == 1 else widths
     if name in PAIRS:
         pair = tuple(_number(name, part) for part in text.split("x"))
@@ -173,29 +175,23 @@ def _range(name: str, text: str) -> Axis:
     if name in PAIRS or len(parts) > 4 or (len(parts) == 4 and parts[2] not in ("log", "lin")):
         forms = "a list" if name in PAIRS else "a list, low:high:log:count, low:high:lin:count, or first:end"
         raise ArgumentError(f"vary: {name}: expected {forms}, got {text!r}")
+    read = _whole if name in WHOLE else _number
+    if len(parts) == 2 and name not in WHOLE:
+        mend = f"say how many values there are: {name}={text}:lin:5"
+        raise ArgumentError(f"vary: {name}: {text!r} is a range of whole numbers; {mend}")
+    low, high = read(name, parts[0]), read(name, parts[1])
     if len(parts) == 2:
         # As Python's range it leaves the end out.
-        if name not in WHOLE:
-            raise ArgumentError(
-                f"vary: {name}: {text!r} is a range of whole numbers; say how many values there are: "
-                f"{name}={text}:lin:5"
-            )
-        numbers = range(_whole(name, parts[0]), _whole(name, parts[1]))
-        if not 1 <= len(numbers) <= MOST_VALUES:
-            raise ArgumentError(
-                f"vary: {name}: expected a range of 1 to {MOST_VALUES} whole numbers, the last one left out, got "
-                f"{text!r}"
-            )
-        return Axis(name, tuple(numbers), "linear")
-    read = _whole if name in WHOLE else _number
-    low, high = read(name, parts[0]), read(name, parts[1])
+        if not 1 <= high - low <= MOST_VALUES:
+            expected = f"expected a range of 1 to {MOST_VALUES} whole numbers, the last one left out"
+            raise ArgumentError(f"vary: {name}: {expected}, got {text!r}")
+        return Axis(name, tuple(range(int(low), int(high))), "linear")
     try:
         count = int(parts[-1])
     except ValueError:
-        raise ArgumentError(
-            f"vary: {name}: expected how many values at the end, such as :16, got {parts[-1]!r}"
-        ) from None
-    scale = "log" if parts[2:3] == ["log"] else "linear"
+        expected = "expected how many values at the end, such as :16"
+        raise ArgumentError(f"vary: {name}: {expected}, got {parts[-1]!r}") from None
+    scale = "log" if parts[2] == "log" else "linear"
     if not 2 <= count <= MOST_VALUES:
         raise ArgumentError(f"vary: {name}: expected a range of 2 to {MOST_VALUES} values, got {count}")
     if not low < high:
@@ -203,10 +199,7 @@ def _range(name: str, text: str) -> Axis:
     if scale == "log" and low <= 0:
         raise ArgumentError(f"vary: {name}: a logarithmic range begins above 0, got {text!r}")
     spaced = (np.geomspace if scale == "log" else np.linspace)(low, high, count).tolist()
-    if name in WHOLE:
-        inner: list[Any] = [round(value) for value in spaced[1:-1]]
-    else:
-        inner = [float(f"{value:.{DIGITS}g}") for value in spaced[1:-1]]
+    inner = [round(value) if name in WHOLE else float(f"{value:.{DIGITS}g}") for value in spaced[1:-1]]
     # Values that rounding makes equal count once.
     return Axis(name, tuple(dict.fromkeys([low, *inner, high])), scale)
 
@@ -219,12 +212,12 @@ FREE = frozenset({"resume", "as_json", "quiet", "jobs", "workers", "address", "b
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A prepared sweep: ``points`` and ``trained_by`` have an entry for each model."""
+    """A prepared sweep: ``points`` and ``recipes`` have an entry for each model."""
 
     options: SweepOptions
     axes: tuple[Axis, ...]
     points: list[dict[str, Any]]
-    trained_by: list[TrainOptions]
+    recipes: list[TrainOptions]
     prepared: Prepared
     fleet: Fleet
     epochs: int
@@ -243,9 +236,8 @@ def planned(options: SweepOptions) -> Plan:
         for option in OPTIONS.get(axis.name, (axis.name,)):
             if option in asked and not (axis.name == "seed" and options.seeds is not None):
                 instead = "; --split-seed decides the rows" if option == "seed" else ""
-                raise ArgumentError(
-                    f"{option}: it is what the models differ in (--vary {axis.name}); give one{instead}"
-                )
+                reason = f"it is what the models differ in (--vary {axis.name}); give one{instead}"
+                raise ArgumentError(f"{option}: {reason}")
     options = filled_in(options)
     epochs = options.epochs or 0
     output.tracker_of(options, "sweep")
@@ -259,32 +251,31 @@ def planned(options: SweepOptions) -> Plan:
         check_not_given(workers=options.workers, jobs=options.jobs)
     split_seed = options.seed if options.split_seed is None else options.split_seed
     points = combinations(axes, sample=options.sample, seed=split_seed, whole_seeds=options.seeds is not None)
-    trained_by = [_train_options(options, point) for point in points]
+    recipes = [_train_options(options, point) for point in points]
     with _named_as_varied(axes):
-        prepared = prepared_data(trained_by[0])
+        prepared = prepared_data(recipes[0])
         # The trials depend on the options that vary: their outcome holds for all.
         decided = decisions(prepared)
-        trained_by = [
-            replace(part, **{name: value for name, value in decided.items() if getattr(part, name) is None})
-            for part in trained_by
+        recipes = [
+            replace(recipe, **{name: value for name, value in decided.items() if getattr(recipe, name) is None})
+            for recipe in recipes
         ]
         rows = len(prepared.train)
-        rates = [descriptions.schedule(part, rows=rows, epochs=epochs) for part in trained_by]
-        optimizer = descriptions.optimizer(trained_by[0], rates[0])
-        most = max(part.batch_size for part in trained_by)
+        rates = [descriptions.schedule(recipe, rows=rows, epochs=epochs) for recipe in recipes]
+        most = max(recipe.batch_size for recipe in recipes)
         if options.drop_last and most > rows:
             raise ArgumentError(f"drop_last: {rows} rows do not fill one batch of {most}; nothing would be trained")
         arguments = fit_arguments(prepared)
-        metric = arguments.get("monitor") or ("loss" if prepared.validation is None else "val_loss")
         fleet = Fleet(
             prepared.network,
             prepared.loss,
-            optimizer,
+            prepared.optimizer(recipes[0], rates[0]),
             vary=[{**point, "lr": rate} for point, rate in zip(points, rates, strict=True)],
             devices=devices,
-            **descriptions.engine_options(trained_by[0]),
+            **descriptions.engine_options(recipes[0]),
         )
-    return Plan(options, axes, points, trained_by, prepared, fleet, epochs, arguments, metric)
+    metric = arguments.get("monitor") or ("loss" if prepared.validation is None else "val_loss")
+    return Plan(options, axes, points, recipes, prepared, fleet, epochs, arguments, metric)
 
 
 def _train_options(options: SweepOptions, point: Point) -> TrainOptions:
@@ -339,3 +330,72 @@ def describe_sweep(plan: Plan) -> str:
         f"{total} model{'' if total == 1 else 's'}, {sampled}{product}; {plan.epochs} epochs; {engine.loss.kind}; "
         f"{engine.optimizer.kind}; {engine.backend} {engine.precision}, plan {engine.plan}"
     )
+
+
+# The file of a sweep that has not ended: its options and the fingerprint of its data, then a line for each ended model.
+JOURNAL = "sweep.jsonl"
+
+
+def begin_journal(run: Run, *lines: Mapping[str, Any]) -> None:
+    """Write the first line, and those of models that have ended."""
+    text = "".join(f"{json.dumps(line, default=str)}\n" for line in lines)
+    write_atomically(run.path / JOURNAL, text.encode())
+
+
+def add_to_journal(run: Run, member: Member) -> None:
+    """Write a line for a model that has ended."""
+    line = {name: getattr(member, name) for name in ("index", "status", "reason", "scores")}
+    with (run.path / JOURNAL).open("a", encoding="utf-8") as stream:
+        stream.write(f"{json.dumps({**line, 'history': asdict(member.history)})}\n")
+
+
+def close_journal(run: Run) -> None:
+    """Remove the file: there is nothing to go on with."""
+    (run.path / JOURNAL).unlink(missing_ok=True)
+
+
+def read_journal(folder: str) -> tuple[Run, dict[str, Any], list[dict[str, Any]]]:
+    """Return a sweep's folder, its first line, and those of its models; CheckpointError if it cannot go on."""
+    run = Run(Path(folder))
+    if not (run.path / JOURNAL).is_file():
+        config = read_json(run.config)
+        reason = "is no folder of a sweep" if "sweep" not in config else "holds a sweep that has ended; start a new one"
+        mend = "; a run of train goes on with fusemlp train --resume" if config and "sweep" not in config else ""
+        raise CheckpointError(f"resume: {folder!r} {reason}{mend}")
+    entries: list[dict[str, Any]] = []
+    for line in (run.path / JOURNAL).read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            # it was being written
+            break
+        with reading(f"resume: line {len(entries) + 1} of {str(run.path / JOURNAL)!r}", "start the sweep again"):
+            entries.append(stored("line", json.loads(line), dict[str, Any]))
+            if len(entries) == 1:
+                stored("fingerprint", entries[0]["fingerprint"], str)
+                stored("options", entries[0]["options"], SweepOptions)
+    if not entries:
+        raise CheckpointError(f"resume: {folder!r} was cut off before its first line; start the sweep again")
+    return run, entries[0], entries[1:]
+
+
+def resumed_sweep(options: SweepOptions, folder: str) -> tuple[Run, Plan, list[Member]]:
+    """Return the sweep in a folder, and its models that have ended; refuse other data, and options that change it."""
+    asked = check_kept(options, FREE, "sweep")
+    lock(Run(Path(folder)))
+    run, first, lines = read_journal(folder)
+    # where it trains is asked anew
+    anew = ("workers", "address", "jobs", "devices", *(("device",) if "devices" in asked else ()))
+    before = SweepOptions(**first["options"])
+    plan = planned(replace(before, **{**dict.fromkeys(anew), "quiet": False, **asked}))
+    check_data(plan.prepared, first["fingerprint"], before.data, "sweep")
+    begin_journal(run, first, *lines)
+    return run, plan, [_member(line, plan.fleet) for line in lines]
+
+
+def _member(line: Mapping[str, Any], fleet: Fleet) -> Member:
+    """Return the model of a line, without its parameters."""
+    with reading(f"resume: a model of {JOURNAL}", "start the sweep again"):
+        index, history = as_count("index", line["index"], minimum=0), stored("history", line["history"], History)
+        candidate, scores = fleet.candidates[index], stored("scores", line["scores"], dict[str, float])
+        ending = stored("status", line["status"], str), stored("reason", line["reason"], str)
+    held = Kept(candidate, {}, {}, history, len(history.epochs))
+    return Member(index, candidate.parameters, held, history, *ending, scores)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fusemlp.datasets.rows import network_inputs
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.datasets.rows import network_inputs
 from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.checks import as_number
 from fusemlp.describe.metrics import METRICS, Judged

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -242,6 +242,27 @@ def csv_bytes(rows: Iterable[Iterable[Any]], notes: list[str] | None = None) -> 
     if notes is not None and changed:
         notes.append("an apostrophe stands in front of text that a spreadsheet would run as a formula")
     return stream.getvalue().encode(errors="backslashreplace")
+
+
+def write_columns(run: Run, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``columns.csv``, unless there are no records, as of data that are no table."""
+    if records:
+        rows = [["" if value is None else value for value in record.values()] for record in records]
+        write_atomically(run.columns, csv_bytes([list(records[0]), *rows]))
+
+
+def read_columns(run: Run) -> list[dict[str, Any]]:
+    """Return the records of ``columns.csv``, none without that file."""
+    if not run.columns.exists():
+        return []
+    with run.columns.open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    records = []
+    for row in rows:
+        cells = {name: cell[1:] if guarded(cell[1:]) == cell else cell for name, cell in row.items()}
+        missing = float(cells["missing"]) if cells["missing"] else None
+        records.append({**cells, "inputs": int(cells["inputs"]), "missing": missing})
+    return records
 
 
 def append_metrics(run: Run, row: Mapping[str, float]) -> None:
