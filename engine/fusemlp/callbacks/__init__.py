@@ -7,15 +7,7 @@
 
 from __future__ import annotations
 
-from fusemlp.callbacks.forms import (
-    Callback,
-    announce,
-    checked_callbacks,
-    deferred_interrupt,
-    exits,
-    name_of,
-    overrides,
-)
+from fusemlp.callbacks.forms import Callback, announce, checked_callbacks, deferred_interrupt, exits, name_of, overrides
 from fusemlp.callbacks.loggers import CSVLogger, TensorBoard
 from fusemlp.callbacks.monitors import EarlyStopping, LearningRateScheduler, ModelCheckpoint, ReduceLROnPlateau
 from fusemlp.callbacks.progress import ProgressBar

@@ -192,7 +192,7 @@ def deferred_interrupt(*others: signal.Signals) -> Iterator[Callable[[], bool]]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, *others)}
     # None: a program that embeds Python has a handler of its own, which could not be put back. SIG_IGN: a shell has
     # started this in the background, and Ctrl-C is for the command in the foreground.
-    before = {number: own for number, own in before.items() if own not in (None, signal.SIG_IGN)}
+    before = {number: handling for number, handling in before.items() if handling not in (None, signal.SIG_IGN)}
     try:
         if threading.current_thread() is not threading.main_thread():
             raise ValueError
@@ -205,8 +205,8 @@ def deferred_interrupt(*others: signal.Signals) -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: came
     finally:
-        for number, own in before.items():
-            signal.signal(number, own)
+        for number, handling in before.items():
+            signal.signal(number, handling)
 
 
 class Watching:
@@ -228,8 +228,8 @@ def tell(verbose: int, text: str, *figures: Any) -> None:
 
 
 def _in_own_form(listener: Any) -> Any:
-    own = {stage: method for stage in KERAS if (method := _method(listener, stage)) is not None}
-    if isinstance(listener, type) or not (own or isinstance(listener, Callback | Watching)):
+    methods = {stage: method for stage in KERAS if (method := _method(listener, stage)) is not None}
+    if isinstance(listener, type) or not (methods or isinstance(listener, Callback | Watching)):
         mend = f"; give an object of it: {listener.__name__}()" if isinstance(listener, type) else ""
         raise ArgumentTypeError(
             f"callbacks: expected objects with one of the methods {', '.join(OWN)}, got {listener!r}{mend}"
@@ -237,7 +237,7 @@ def _in_own_form(listener: Any) -> Any:
     if isinstance(listener, KerasForm):
         return listener
     keras_only = hasattr(listener, "set_model") or hasattr(listener, "set_params")
-    forms = {stage: _form(listener, stage, method, keras_only) for stage, method in own.items()}
+    forms = {stage: _form(listener, stage, method, keras_only) for stage, method in methods.items()}
     of_keras = [stage for stage, form in forms.items() if form == "keras"]
     of_library = [stage for stage, form in forms.items() if form == "own"]
     if of_keras and of_library:

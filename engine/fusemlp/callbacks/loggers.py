@@ -56,12 +56,10 @@ class CSVLogger(Watching):
         return self.append and path.exists() and path.stat().st_size > 0
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Write the header."""
         if not self._continues():
             self._write(self.columns, "w")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        """Write a row; it is in the file when this returns."""
         new = [name for name in logs if name not in self.columns]
         if new:
             self._widen(new)
@@ -101,7 +99,6 @@ class TensorBoard(Watching):
             raise ArgumentError(f"log_dir: {self.log_dir!r} is a file; expected a folder, there already or new")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        """Write the scalars; they are on the disk when this returns."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -123,7 +120,6 @@ class TensorBoard(Watching):
         return self._writers[part]
 
     def on_exit(self) -> None:
-        """Close the files."""
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()

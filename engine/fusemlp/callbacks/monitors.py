@@ -106,7 +106,6 @@ class EarlyStopping(Monitor):
         self.stopped_epoch: int | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Start the count, or continue that of a resumed fit."""
         self._begin()
         for index, value in enumerate(self.recorded()):
             if self._improves(index, value) and self.history is not None:
@@ -119,7 +118,6 @@ class EarlyStopping(Monitor):
             )
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        """Check the quantity, and end the training when patience runs out."""
         index = epoch if self.history is None else self.history.epochs.index(epoch)
         current = self.value(epoch, logs)
         if current is None:
@@ -145,7 +143,6 @@ class EarlyStopping(Monitor):
         return True
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Restore the best weights if wanted, and add a note to the history."""
         history = self.history
         interrupted = history is not None and history.stopped.startswith("interrupted")
         if history is not None and "early stopping" not in history.in_use:
@@ -215,14 +212,12 @@ class ModelCheckpoint(Monitor):
         return Path(self.filepath.format(epoch=epoch + 1, **logs))
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Start from the threshold, or from the best of a resumed fit."""
         self.best = self.threshold
         for value in self.recorded():
             if self.better(value, self.best):
                 self.best = value
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        """Save if this epoch is due."""
         if self.save_best_only:
             current = self.value(epoch, logs)
             if current is None or not self.better(current, self.best):
@@ -263,14 +258,12 @@ class ReduceLROnPlateau(Monitor):
         self.wait = self.cooling = 0
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Start the count, or continue that of a resumed fit."""
         self.wait = self.cooling = 0
         self.best = self.worst
         for value in self.recorded():
             self._is_due(value)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        """Check the quantity, and lower the rate when patience runs out."""
         current = self.value(epoch, logs)
         if current is None or not self._is_due(current):
             return
@@ -308,7 +301,6 @@ class LearningRateScheduler(Watching):
         self.verbose = as_count("verbose", verbose, minimum=0)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Set the rate."""
         now = self.model.learning_rate
         given = self.schedule(epoch, now) if takes(self.schedule, ("epoch", "rate")) else self.schedule(epoch)
         rate = as_number(f"schedule({epoch})", given, low=0.0)

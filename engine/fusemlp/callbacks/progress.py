@@ -72,11 +72,9 @@ class ProgressBar(Watching):
         self._latest: tuple[int, dict[str, float]] | None = None
 
     def set_params(self, params: dict[str, Any]) -> None:
-        """Receive the number of epochs of the fit."""
         self._epochs = params["epochs"]
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Draw the bar."""
         self._first = first_epoch(self.model)
         self._began, self._drawn = time.perf_counter(), 0.0
         # A dumb terminal cannot draw over a line.
@@ -86,7 +84,6 @@ class ProgressBar(Watching):
             self._open_bar(self.model.epochs_trained - self._first)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        """Advance the bar, or print a line."""
         done, now = epoch + 1 - self._first, time.perf_counter()
         if self._bar is None:
             line = f"epoch {done}/{self._epochs}  {figures(logs)}  {now - self._began:.1f} s"
@@ -98,7 +95,6 @@ class ProgressBar(Watching):
             self._draw()
 
     def on_exit(self) -> None:
-        """Leave the finished bar on the screen."""
         self._around.close()
         if self._bar is not None:
             self._draw()

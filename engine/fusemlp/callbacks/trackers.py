@@ -75,7 +75,6 @@ class Tracker(Watching):
         self._epochs: int | None = None
 
     def set_params(self, params: dict[str, Any]) -> None:
-        """Receive the number of epochs of the fit."""
         self._epochs = params["epochs"]
 
     def check_logs(self, names: Sequence[str]) -> None:
@@ -90,7 +89,6 @@ class Tracker(Watching):
             )
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Open a run unless there is one, and log the configuration."""
         self._ours, self._ended = self._run is None, ""
         params = {**configured(self.model, self._epochs), **self.params}
         if self._ours:
@@ -99,16 +97,13 @@ class Tracker(Watching):
             self._try(self._log_params, flat(params))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        """Log the metrics."""
-        self.log({name: float(value) for name, value in logs.items()}, epoch + 1)
+        self.log({"epoch": epoch + 1, **logs})
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Note how the training ended."""
         stopped = "" if self.model.history is None else self.model.history.stopped
         self._ended = INTERRUPTED if stopped.startswith("interrupted") else FINISHED
 
     def on_exit(self) -> None:
-        """Log the model, and close the run if ``fit`` opened it."""
         if self._run is None or not self._ours:
             return
         reason = "" if self.model.history is None else self.model.history.stopped
@@ -137,9 +132,10 @@ class Tracker(Watching):
             reason = " ".join(str(error).split()) or type(error).__name__
             raise FusemlpError(f"{type(self).__name__}: no run can be opened: {reason}") from error
 
-    def log(self, figures: Mapping[str, float], epoch: int) -> None:
-        """Log the metrics of an epoch."""
-        self._try(self._log_metrics, figures, epoch)
+    def log(self, row: Mapping[str, float]) -> None:
+        """Log the metrics of an epoch, and under ``epoch`` its number from 1."""
+        figures = {name: float(value) for name, value in row.items() if name != "epoch"}
+        self._try(self._log_metrics, figures, int(row["epoch"]))
 
     def summary(self, figures: Mapping[str, float]) -> None:
         """Log figures of the whole training, such as test scores."""
@@ -155,6 +151,14 @@ class Tracker(Watching):
         if not self._joined:
             self._try(self._end, status)
         self._run = None
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Close the run as failed, or interrupted, if an error ends the block."""
+        if error is not None:
+            self.close(INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED, str(error))
 
     def _try(self, action: Callable[..., None], *arguments: Any) -> None:
         if self._run is None or self._silent:

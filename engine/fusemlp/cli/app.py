@@ -102,9 +102,7 @@ _WORDS = {
 # The option for each.
 SYNONYMS = {f"--{word}": f"--{option}" for option, words in _WORDS.items() for word in words.split()}
 # Options of earlier releases, and what took their place.
-REMOVED = {
-    "--shard-optimizer": "each process keeps the whole state of the optimizer now; leave it out",
-}
+REMOVED = {"--shard-optimizer": "each process keeps the whole state of the optimizer now; leave it out"}
 
 
 def completion(options: CompletionOptions) -> None:
@@ -113,18 +111,14 @@ def completion(options: CompletionOptions) -> None:
     typer.echo(get_completion_script(prog_name=PROGRAM, complete_var=COMPLETE_VARIABLE, shell=shell))
 
 
-NOT_HERE = (
-    "error: the benchmark comes with a checkout of fusemlp, and this is an installed copy ({place}). In a checkout, "
-    'with pip install -e ".[bench]": fusemlp bench --quick'
-)
-
-
 def run_bench(arguments: Sequence[str]) -> int:
     """Run ``python -m bench`` with these arguments; return its exit code, or 2 outside a checkout."""
     package = Path(__file__).resolve().parents[1]
     root = package.parents[1]
     if not (root / "bench" / "__main__.py").is_file():
-        print(NOT_HERE.format(place=package), file=sys.stderr)
+        reason = f"the benchmark comes with a checkout of fusemlp, and this is an installed copy ({package})"
+        mend = 'In a checkout, with pip install -e ".[bench]": fusemlp bench --quick'
+        print(f"error: {reason}. {mend}", file=sys.stderr)
         return 2
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     # -P ignores a folder "bench" in the working directory.
@@ -161,7 +155,7 @@ class Command(_FlagHelp, TyperCommand):
     """A command of ``fusemlp``, whose errors for unknown options and words too many show what was meant."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        words_given, allowed = list(args), ctx.allow_extra_args
+        asked, allowed = list(args), ctx.allow_extra_args
         ctx.allow_extra_args = True
         try:
             extra = super().parse_args(ctx, args)
@@ -171,7 +165,7 @@ class Command(_FlagHelp, TyperCommand):
                 ctx.fail(f"No such option: {error.option_name}{self._option_meant(error.option_name)}")
             raise
         ctx.allow_extra_args = allowed
-        order = [] if ctx.resilient_parsing else self.make_parser(ctx).parse_args(args=list(words_given))[2]
+        order = [] if ctx.resilient_parsing else self.make_parser(ctx).parse_args(args=list(asked))[2]
         for option in order:
             # typer drops all values but the last
             if order.count(option) > 1 and not option.multiple:
@@ -179,7 +173,7 @@ class Command(_FlagHelp, TyperCommand):
                 ctx.fail(f"{option.opts[0]}: {times}; leave all but one out")
         if extra and not allowed and not ctx.resilient_parsing:
             words = " ".join(word if word.isprintable() else repr(word) for word in extra)
-            ctx.fail(f"Got unexpected extra argument(s) ({words}){self._meant(words_given, extra)}")
+            ctx.fail(f"Got unexpected extra argument(s) ({words}){self._meant(asked, extra)}")
         return extra
 
     def _option_meant(self, unknown: str) -> str:
@@ -194,19 +188,19 @@ class Command(_FlagHelp, TyperCommand):
         near = difflib.get_close_matches(option, known, n=1)
         return f"; did you mean {near[0]}?" if near else ""
 
-    def _meant(self, given: Sequence[str], extra: Sequence[str]) -> str:
+    def _meant(self, asked: Sequence[str], extra: Sequence[str]) -> str:
         """Return the option that words without one were meant for, "" if there is none."""
-        known = {name: one for one in self.params for name in one.opts}
-        for place, name in enumerate(given[:-2]):
-            values = list(itertools.takewhile(lambda word: not word.startswith("-"), given[place + 1 :]))
+        known = {name: parameter for parameter in self.params for name in parameter.opts}
+        for place, name in enumerate(asked[:-2]):
+            values = list(itertools.takewhile(lambda word: not word.startswith("-"), asked[place + 1 :]))
             option = known.get(name) if name.startswith("-") else None
             numbers = list(itertools.takewhile(lambda word: word.replace(".", "").isdigit(), values))
             if option is not None and option.name in LISTS and len(numbers) > 1:
                 return f"; did you mean {name} {','.join(numbers)}?"
             if getattr(option, "multiple", False) and values[1:] and set(values[1:]) <= set(extra):
                 return f"; did you mean {' '.join(f'{name} {value}' for value in values)}?"
-        meant = next((name for name in ("--target", "--data") if name in known and name not in given), "")
-        if not meant or set(given) & set(NAMES):
+        meant = next((name for name in ("--target", "--data") if name in known and name not in asked), "")
+        if not meant or set(asked) & set(NAMES):
             return ""
         return f"; did you mean {meant} {extra[0]}?"
 

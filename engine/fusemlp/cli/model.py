@@ -64,10 +64,8 @@ def predict(options: PredictOptions) -> None:
     check_output("out", out, OUTPUTS, force=options.force)
     engine, preprocessor, config = open_model(options)
     if options.proba and not engine.loss.is_classification:
-        raise ArgumentError(
-            f"proba: the run was trained with {engine.loss.kind}, which gives no probabilities; "
-            "train with cross_entropy"
-        )
+        reason = f"the run was trained with {engine.loss.kind}, which gives no probabilities"
+        raise ArgumentError(f"proba: {reason}; train with cross_entropy")
     held = None if options.interval is None else _held_out(options, options.interval, config)
     models = members(engine, "spread") if options.spread else []
     notes: list[str] = []
@@ -94,14 +92,13 @@ def _held_out(options: PredictOptions, coverage: float, config: Mapping[str, Any
         trained_with = config["options"]
         if not report:
             reason = "is missing: the training has not come to its end; go on with fusemlp train --resume"
-        elif trained_with.get("validation") is None and trained_with["validation_fraction"] == 0:
-            reason = (
-                "has no errors of held-out rows, because of --validation-fraction 0; train again without that option"
-            )
-        elif report["interrupted"]:
-            reason = "has no errors of held-out rows, because Ctrl-C cut the training off; train to the end"
         else:
-            reason = "has no errors of held-out rows, because an earlier release wrote it; train again with this one"
+            cause = "an earlier release wrote it; train again with this one"
+            if trained_with.get("validation") is None and trained_with["validation_fraction"] == 0:
+                cause = "of --validation-fraction 0; train again without that option"
+            elif report["interrupted"]:
+                cause = "Ctrl-C cut the training off; train to the end"
+            reason = f"has no errors of held-out rows, because {cause}"
         raise ArgumentError(f"interval: the report of {str(options.run)!r} {reason}")
     with reading(str(Run(options.run).report), "train again, or leave out --interval"):
         held = HeldOut.from_config(report["held_out"])
@@ -123,26 +120,22 @@ def _ends(
 
 
 def _csv_rows(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: Array, more: Mapping[str, Array]) -> Any:
-    columns = predicted.reshape(len(predicted), -1)
-    count, classes = columns.shape[1], preprocessor.classes or ()
-    blocks = [(["prediction"] if count == 1 else [f"prediction_{index}" for index in range(count)], columns.tolist())]
-    for name in ("low", "high", "spread"):
-        if name in more:
-            ends = more[name].reshape(len(predicted), -1)
-            blocks.append(([name] if count == 1 else [f"{name}_{index}" for index in range(count)], ends.tolist()))
-    if "in_set" in more:
-        words = [
-            "|".join(str(label) for label, inside in zip(classes, row, strict=True) if inside) for row in more["in_set"]
-        ]
-        blocks.append((["set"], [[text] for text in words]))
-    if "probabilities" in more:
-        blocks.append(([f"probability_{label}" for label in classes], more["probabilities"].tolist()))
-    if ids:
-        named = [list(row) for row in zip(*(column.tolist() for column in ids.values()), strict=True)]
-        blocks.insert(0, ([*ids], named))
-    names = [name for header, _ in blocks for name in header]
-    rows = zip(*(part for _, part in blocks), strict=True)
-    return [names, *([cell for cells in row for cell in cells] for row in rows)]
+    classes = preprocessor.classes or ()
+    columns = [(name, column.tolist()) for name, column in ids.items()]
+    for name in ("prediction", "low", "high", "spread", "in_set", "probabilities"):
+        values = predicted if name == "prediction" else more.get(name)
+        if values is None:
+            continue
+        if name == "in_set":
+            sets_of = ([str(label) for label, inside in zip(classes, row, strict=True) if inside] for row in values)
+            columns.append(("set", ["|".join(labels) for labels in sets_of]))
+        elif name == "probabilities":
+            columns += zip([f"probability_{label}" for label in classes], values.T.tolist(), strict=True)
+        else:
+            targets = values.reshape(len(values), -1).T.tolist()
+            names = [name] if len(targets) == 1 else [f"{name}_{index}" for index in range(len(targets))]
+            columns += zip(names, targets, strict=True)
+    return [[name for name, _ in columns], *zip(*(cells for _, cells in columns), strict=True)]
 
 
 def _npz(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: Array, more: Mapping[str, Array]) -> bytes:
@@ -226,8 +219,8 @@ def own_data(config: dict[str, Any], preprocessor: Preprocessor) -> Prepared:
     """Return the run's rows, computed again from the data and the seed."""
     prepared = prepared_data(options_of(config), preprocessor, MLP.from_config(config["network"]))
     if prepared.summary["fingerprint"] != config["data"]["fingerprint"]:
-        given = config["data"]["source"], *map(config["options"].get, ("validation", "test"))
-        files = listed(filter(None, given))
+        sources = config["data"]["source"], *map(config["options"].get, ("validation", "test"))
+        files = listed(filter(None, sources))
         raise CheckpointError(
             f"run: the data {files} have changed since the training, so its test rows are not known any more; "
             "give the rows to judge it on: --data FILE"
@@ -262,17 +255,10 @@ def export(options: ExportOptions) -> None:
     for argument, file in wanted.items():
         write_atomically(file, written[argument])
         lines += [f"{argument} {file}", f"  {_inputs(engine, preprocessor, scaled=bare or argument == 'safetensors')}"]
-    shown = {
-        "run": str(options.run),
-        "weights": options.weights,
-        **{argument: None if file is None else str(file) for argument, file in files.items()},
-        "onnx_input": None if "onnx" not in wanted else _kind_of_input(preprocessor, bare=bare),
-    }
-    show(shown, lines, as_json=options.as_json)
-
-
-def _kind_of_input(preprocessor: Preprocessor, *, bare: bool) -> str:
-    return "scaled columns" if bare else "one input a feature" if has_words(preprocessor) else "features"
+    shown: dict[str, Any] = {"run": str(options.run), "weights": options.weights}
+    shown |= {argument: None if file is None else str(file) for argument, file in files.items()}
+    kind = "scaled columns" if bare else "one input a feature" if has_words(preprocessor) else "features"
+    show({**shown, "onnx_input": kind if "onnx" in wanted else None}, lines, as_json=options.as_json)
 
 
 def _inputs(engine: Engine, preprocessor: Preprocessor, *, scaled: bool) -> str:

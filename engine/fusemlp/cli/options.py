@@ -65,12 +65,6 @@ class ForceOption:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MachineOptions:
-    backend: str = _machine("auto", "{}; fusemlp doctor says which work here.", values=BACKENDS)
-    device: str | None = _machine(None, "Which card, such as cuda:1.")
-
-
-@dataclass(frozen=True, kw_only=True)
 class TextOptions:
     """The form of a .csv or .tsv file, recognised from its beginning unless given."""
 
@@ -124,9 +118,7 @@ class OutputOptions(DataOptions):
     out: str | None = _output(None, "The run folder, new or empty; runs/DATA-DATE-TIME unless given.", "DIR")
     quiet: bool = _output(False, "Show no progress; with --json only the last line.", names=("--quiet", "-q"))
     as_json: bool = _output(
-        False,
-        "Print JSON lines: an object at the start, for each epoch or model, and at the end.",
-        names=("--json",),
+        False, "Print JSON lines: an object at the start, for each epoch or model, and at the end.", names=("--json",)
     )
     track: str | None = _output(
         None,
@@ -237,8 +229,11 @@ class RunOptions(JsonOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UseOptions(RunOptions, MachineOptions):
+class UseOptions(RunOptions):
     """The options of the commands that compute with the model of a run."""
+
+    backend: str = _machine("auto", "{}; fusemlp doctor says which work here.", values=BACKENDS)
+    device: str | None = _machine(None, "Which card, such as cuda:1.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,19 @@ def show(content: Mapping[str, Any], lines: Iterable[str], *, as_json: bool, war
         print(f"warning: {warning}", file=sys.stderr if as_json else sys.stdout, flush=True)
 
 
+def show_with_picture(
+    path: Path | None, make: Callable[[], Figure], content: dict[str, Any], lines: list[str], *, as_json: bool
+) -> None:
+    """Write a picture, if there is a path for it, and print the results, also where the picture fails."""
+    try:
+        if path is not None:
+            write_picture(path, make)
+            lines.append(f"plot {path}")
+            content["plot"] = str(path)
+    finally:
+        show(content, lines, as_json=as_json)
+
+
 def print_json(content: Mapping[str, Any], stream: TextIO) -> None:
     """Print ``content`` as a line."""
     print(json.dumps(finite(content)), file=stream, flush=True)
@@ -193,20 +206,9 @@ def decides_the_model(field: Any) -> bool:
     return bool(field.metadata["panel"] != "Output")
 
 
-def last_id(run: Run, options: OutputOptions) -> str | None:
-    """Return the id that a run has with the tracker of ``--track``, or None."""
-    known: str | None = read_json(run.tracking).get(str(options.track))
-    return known
-
-
 def note_id(run: Run, options: OutputOptions, tracker: Tracker) -> None:
     """Write the id into the run folder, where ``--resume`` finds it."""
     write_json(run.tracking, {**read_json(run.tracking), str(options.track): tracker.run_id})
-
-
-def log_row(tracker: Tracker, row: Mapping[str, float]) -> None:
-    """Log a row of ``metrics.csv``."""
-    tracker.log({name: value for name, value in row.items() if name != "epoch"}, int(row["epoch"]))
 
 
 def end_tracking(
@@ -218,17 +220,6 @@ def end_tracking(
         tracker.upload(run.path)
     status = FAILED if failure is not None else INTERRUPTED if report["interrupted"] else FINISHED
     tracker.close(status, report["stopped"] or str(failure or ""))
-
-
-@contextmanager
-def closing_tracker(tracker: Tracker | None) -> Iterator[None]:
-    """Close the tracker's run as failed, or interrupted, if an error ends the block."""
-    try:
-        yield
-    except BaseException as error:
-        if tracker is not None:
-            tracker.close(INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED, str(error))
-        raise
 
 
 def record_model(options: SweepOptions, sweep: str, member: Member, recipe: OutputOptions, epochs: int) -> None:
@@ -243,5 +234,5 @@ def record_model(options: SweepOptions, sweep: str, member: Member, recipe: Outp
         warnings.warn(f"the models from {member.index} on are not tracked: {error}", stacklevel=2)
         return
     for row in member.history.rows():
-        log_row(tracker, row)
+        tracker.log(row)
     tracker.close(FAILED if member.status == "diverged" else FINISHED, member.reason)

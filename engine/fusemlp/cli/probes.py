@@ -16,7 +16,7 @@ import numpy as np
 from fusemlp._version import __version__
 from fusemlp.cli.model import before_final_fit, open_model, own_data
 from fusemlp.cli.options import EXPLAIN_METHODS, DoctorOptions, ExplainOptions, FindOptions, PlanOptions
-from fusemlp.cli.output import check_output, show, write_picture
+from fusemlp.cli.output import check_output, show, show_with_picture
 from fusemlp.cli.session import prepared_data
 from fusemlp.datasets.load import load_features, load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor
@@ -148,9 +148,8 @@ def lr_find(options: FindOptions) -> None:
         raise ArgumentError("lr: lr-find goes through the rates itself; say which with --from and --to")
     if options.data is None:
         raise ArgumentError("DATA: say which data the learning rate is for, such as digits")
-    plot = options.plot
-    if plot is not None:
-        check_output("plot", plot, (".png",), force=options.force)
+    if options.plot is not None:
+        check_output("plot", options.plot, (".png",), force=options.force)
         check_plots()
     prepared = prepared_data(options)
     rows, engine = prepared.train, prepared.engine(prepared.recipe)
@@ -165,14 +164,9 @@ def lr_find(options: FindOptions) -> None:
     ]
     content: dict[str, Any] = {"suggested": search.suggestion, "rates": search.rates, "losses": search.losses}
     content |= {"plot": None, "notes": list(prepared.notes)}
-    try:
-        if plot is not None:
-            title = f"{prepared.dataset.name}: {'-'.join(map(str, engine.network.sizes))}, {engine.optimizer.kind}"
-            write_picture(plot, lambda: sweep_figure(search.rates, search.losses, search.suggestion, literal(title)))
-            lines.append(f"plot {plot}")
-            content["plot"] = str(plot)
-    finally:
-        show(content, lines, as_json=options.as_json)
+    title = f"{prepared.dataset.name}: {'-'.join(map(str, engine.network.sizes))}, {engine.optimizer.kind}"
+    drawn = partial(sweep_figure, search.rates, search.losses, search.suggestion, literal(title))
+    show_with_picture(options.plot, drawn, content, lines, as_json=options.as_json)
 
 
 # Permutations of each column; columns that are printed and drawn; classes that are drawn.
@@ -246,16 +240,10 @@ def explain(options: ExplainOptions) -> None:
         write_atomically(options.out, csv_bytes(explanation.table, notes))
         lines.append(f"{'importance' if permuted else 'attributions'} {options.out}")
         content["out"] = str(options.out)
-    try:
-        if options.plot is not None:
-            drawn = partial(importance_figure, shown, unit=unit, title=literal(title), deviations=permuted)
-            if explanation.maps:
-                drawn = partial(heat_figure, explanation.maps, unit="mean attribution", title=literal(title))
-            write_picture(options.plot, drawn)
-            lines.append(f"plot {options.plot}")
-            content["plot"] = str(options.plot)
-    finally:
-        show(content, [*notes, *lines], as_json=options.as_json)
+    drawn = partial(importance_figure, shown, unit=unit, title=literal(title), deviations=permuted)
+    if explanation.maps:
+        drawn = partial(heat_figure, explanation.maps, unit="mean attribution", title=literal(title))
+    show_with_picture(options.plot, drawn, content, [*notes, *lines], as_json=options.as_json)
 
 
 def _permuted(engine: Engine, preprocessor: Preprocessor, rows: _Rows) -> _Explanation:

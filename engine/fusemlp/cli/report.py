@@ -30,36 +30,33 @@ from fusemlp_kernels.errors import FusemlpError
 
 
 def describe_training(session: Session) -> str:
-    """Return two or three lines on network, optimizer and data."""
-    engine, net = session.engine, session.engine.network
-    rate = engine.optimizer.schedule
-    interpreted = engine.device == "cpu" and not engine.memory.backend.traits.on_host
+    """Return two lines or more on data, network and optimizer."""
+    engine, prepared = session.engine, session.prepared
+    net, rate = engine.network, engine.optimizer.schedule
     several = ""
-    if session.prepared.models > 1:
-        shared = "" if session.prepared.validation is None else ", which share these validation rows,"
-        several = f"{session.prepared.models} models{shared} of "
-    note = "\nTriton's interpreter runs the kernels on the CPU, slowly: this checks them, it does not time them"
-    return (
-        f"{describe_data(session.prepared)}\n"
+    if prepared.models > 1:
+        shared = "" if prepared.validation is None else ", which share these validation rows,"
+        several = f"{prepared.models} models{shared} of "
+    lines = [
+        describe_data(prepared),
         f"{several}{'-'.join(map(str, net.sizes))}, {f'{net.members} members, ' if net.members > 1 else ''}"
         f"{net.parameter_count} parameters; {engine.loss.kind}; "
         f"{engine.optimizer.kind}, {rate.kind} lr {learning_rate(session.options):g}; "
         f"batch {engine.batch_size}; {engine.backend} {engine.precision}, plan {engine.plan}"
-        f"{f', {engine.sharding}' if engine.sharding else ''}"
-        f"{note if interpreted else ''}{private_note(engine)}"
-    )
-
-
-def private_note(engine: Engine) -> str:
-    """Return lines on private training."""
-    if engine.privacy is None:
-        return ""
-    privacy = engine.privacy
-    return (
-        f"\nprivate training: noise {privacy.noise:.4g}, clip {privacy.clip:g}, delta {privacy.delta:g}; it covers the "
-        "parameters and each training row. Not covered: scaling and categories, curves, baselines and scores, and the "
-        "validation rows, which decide when to stop. Share the exported model, not the run folder"
-    )
+        f"{f', {engine.sharding}' if engine.sharding else ''}",
+    ]
+    if engine.device == "cpu" and not engine.memory.backend.traits.on_host:
+        lines.append(
+            "Triton's interpreter runs the kernels on the CPU, slowly: this checks them, it does not time them"
+        )
+    if engine.privacy is not None:
+        privacy = engine.privacy
+        lines.append(
+            f"private training: noise {privacy.noise:.4g}, clip {privacy.clip:g}, delta {privacy.delta:g}; it covers "
+            "the parameters and each training row. Not covered: scaling and categories, curves, baselines and scores, "
+            "and the validation rows, which decide when to stop. Share the exported model, not the run folder"
+        )
+    return "\n".join(lines)
 
 
 def describe_data(prepared: Prepared) -> str:
@@ -75,16 +72,6 @@ def describe_data(prepared: Prepared) -> str:
     )
 
 
-def interval_line(report: dict[str, Any]) -> list[str]:
-    """Return a line on the intervals or sets of classes of the test rows."""
-    if "intervals" not in report:
-        return []
-    found = report["intervals"]
-    size = f"{found['classes']:.2f} classes" if "classes" in found else f"width {spelled(found['width'])}"
-    level, share = found["level"], found["coverage"]
-    return [f"predict --interval {level:g}: {size} on average, which cover {share:.0%} of the test rows"]
-
-
 def written(report: dict[str, Any], run: Run) -> list[str]:
     """Return a line for the page and one for the picture of a run, or why there is none."""
     files = ("report", "no_page", run.page), ("plot", "no_plot", run.curves)
@@ -97,26 +84,27 @@ def outcome(report: dict[str, Any]) -> list[str]:
     if report["interrupted"]:
         lines.append(f"interrupted after epoch {report['epochs']}")
     elif report.get("models"):
-        epochs = [model["epochs"] for model in report["models"]]
-        spread = f"{min(epochs)}" if min(epochs) == max(epochs) else f"{min(epochs)} to {max(epochs)}"
-        lines.append(
-            f"{len(epochs)} models after {spread} epochs{': ' if report['stopped'] else ''}{report['stopped']}"
-        )
+        epochs = sorted({model["epochs"] for model in report["models"]})
+        spread = f"{epochs[0]} to {epochs[-1]}" if len(epochs) > 1 else f"{epochs[0]}"
+        stopped = f": {report['stopped']}" if report["stopped"] else ""
+        lines.append(f"{len(report['models'])} models after {spread} epochs{stopped}")
     elif report["stopped"]:
         lines.append(f"stopped after epoch {report['epochs']}: {report['stopped']}")
-    lines += headline(report.get("test", {}))
-    lines += [*baseline_line(report), *interval_line(report), *guarantee_lines(report)]
+    lines += [*headline(report.get("test", {})), *baseline_line(report)]
+    if "intervals" in report:
+        sizes = report["intervals"]
+        size = f"{sizes['classes']:.2f} classes" if "classes" in sizes else f"width {spelled(sizes['width'])}"
+        covered = f"{size} on average, which cover {sizes['coverage']:.0%} of the test rows"
+        lines.append(f"predict --interval {sizes['level']:g}: {covered}")
+    lines += guarantee_lines(report)
     if report.get("final_fit"):
         final = report["final_fit"]
         lines.append(
             f"final fit: the model is now that of all {final['rows']} rows after {final['epochs']} epochs; the scores "
             "are those of the model before"
         )
-    for finding in report["diagnosis"]:
-        # The error message has a divergence.
-        if finding["name"] != "divergence":
-            lines.append(str(Finding(**finding)))
-    return lines
+    # the error message has a divergence
+    return lines + [str(Finding(**finding)) for finding in report["diagnosis"] if finding["name"] != "divergence"]
 
 
 def report(options: ReportOptions) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -176,7 +177,8 @@ def new_session(options: TrainOptions) -> Session:
     prepared = training.settled(prepared_data(options, source=source))
     options = trained_by(prepared)
     check_ranks(options)
-    engine = joined(training.new_engine(prepared), options)
+    engine = training.new_engine(prepared)
+    engine.join(started(), options.reduce, TIMEOUT)
     session = Session(Run(folder), options, prepared, engine, options.epochs or 0, tracker)
     return _with_folder(session, asked) if leading() else session
 
@@ -225,10 +227,7 @@ def opened(options: TrainOptions) -> tuple[transfer.Source | None, TrainOptions]
 
 
 def prepared_data(
-    options: Any,
-    like: Preprocessor | None = None,
-    network: MLP | None = None,
-    source: transfer.Source | None = None,
+    options: Any, like: Preprocessor | None = None, network: MLP | None = None, source: transfer.Source | None = None
 ) -> Prepared:
     """Load the data of the options and prepare a training on them: see ``fusemlp.tables.preparation.prepare``."""
     check_rows(options)
@@ -248,24 +247,11 @@ def read_data(options: Any, like: Preprocessor | None = None) -> Dataset:
         share = f"{part}_fraction"
         if getattr(options, part) is not None and getattr(options, share) != getattr(ModelRecipe, share):
             raise ArgumentError(f"{share}: --{part} has the {part} rows; give one of the options")
-    columns = ColumnChoices(
-        options.drop or (),
-        options.keep or (),
-        options.categorical or (),
-        options.id or (),
-        options.group,
-        options.time,
-        like,
-    )
+    drop, keep, categorical, ids = (getattr(options, name) or () for name in ("drop", "keep", "categorical", "id"))
+    columns = ColumnChoices(drop, keep, categorical, ids, options.group, options.time, like)
     form = options.form()
     dataset = load_data(options.data, target=options.target, task=options.task, form=form, columns=columns)
     return with_files(dataset, options.data, validation=options.validation, test=options.test, form=form)
-
-
-def joined(engine: Engine, options: TrainOptions) -> Engine:
-    """Return the engine, which under torchrun trains with the other processes."""
-    engine.join(started(), options.reduce, TIMEOUT)
-    return engine
 
 
 def _with_folder(session: Session, asked: TrainOptions) -> Session:
@@ -273,7 +259,7 @@ def _with_folder(session: Session, asked: TrainOptions) -> Session:
     tracker, prepared, engine = session.tracker, session.prepared, session.engine
     if tracker is not None:
         tracker.open(output.tracked_parameters(session.options, engine, session.epochs))
-    with output.closing_tracker(tracker):
+    with tracker or nullcontext():
         run = runs.create_run(session.run.path, numbered=asked.out is None)
         try:
             if prepared.start is not None:
@@ -306,11 +292,12 @@ def data_of(options: DataOptions) -> str:
 
 def check_ranks(options: TrainOptions) -> None:
     """Raise ArgumentError for what several processes do not train together."""
-    if started() and (options.models or 1) > 1:
-        raise ArgumentError(
-            f"models: several processes train one model together, got {options.models}; give --models 1"
-        )
-    if started() and options.time_limit is not None:
-        raise ArgumentError("time_limit: each process would decide by its own time; leave it out, and give --epochs")
-    if started() and options.final_fit:
-        raise ArgumentError("final_fit: it is for a training in one process; leave it out")
+    reason = ""
+    if (options.models or 1) > 1:
+        reason = f"models: several processes train one model together, got {options.models}; give --models 1"
+    elif options.time_limit is not None:
+        reason = "time_limit: each process would decide by its own time; leave it out, and give --epochs"
+    elif options.final_fit:
+        reason = "final_fit: it is for a training in one process; leave it out"
+    if started() and reason:
+        raise ArgumentError(reason)

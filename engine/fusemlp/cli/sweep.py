@@ -322,7 +322,9 @@ def write_results(plan: Plan, run: Run, members: Iterable[Member]) -> None:
 
 def draw(plan: Plan, run: Run, members: Sequence[Member], first: Member) -> str:
     """Write ``scores.png``; return a line on its absence, or nothing."""
-    scores = [math.nan if one.status == "diverged" else one.scores.get(plan.metric, math.nan) for one in members]
+    scores = [
+        math.nan if member.status == "diverged" else member.scores.get(plan.metric, math.nan) for member in members
+    ]
     best, title = None, f"{plan.prepared.dataset.name}: {len(members)} models"
     if first.status != "diverged":
         best, title = members.index(first), f"{title}; best {plan.metric} {first.scores[plan.metric]:.4g}"

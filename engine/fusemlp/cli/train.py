@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -212,14 +213,16 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
         left_over.unlink(missing_ok=True)
     tracker = None
     if leading():
-        tracker = output.tracker_of(options, run.path.resolve().name, output.last_id(run, options))
+        run_id = read_json(run.tracking).get(str(options.track))
+        tracker = output.tracker_of(options, run.path.resolve().name, run_id)
     if last.exists() and prepared.models == 1:
         where = {name: getattr(options, name) for name in ("backend", "device", "reduce")}
         engine = load_checkpoint(last, network=prepared.network, distributed=started(), **where)
     else:
         # An ensemble has no checkpoint to go on from: it trains anew, with the same result.
         anew = replace(prepared, recipe=replace(options, epochs=scheduled))
-        engine = sessions.joined(training.new_engine(anew), options)
+        engine = training.new_engine(anew)
+        engine.join(started(), options.reduce, TIMEOUT)
     report = read_json(run.report)
     if report:
         done = report["epochs"] if prepared.models > 1 and not report["interrupted"] else engine.epochs_trained
@@ -266,7 +269,7 @@ def train(options: TrainOptions) -> None:
     ):
         session = prepared_session(options, again=again)
         runs.append(session.run.path)
-        with output.closing_tracker(session.tracker):
+        with session.tracker or nullcontext():
             content, lines, failure = trained(session, listener)
     output.show(content, lines, as_json=options.as_json, warnings=content.get("worse_than", ()))
     if failure is not None:
@@ -299,7 +302,7 @@ def trained(session: Session, listener: Events) -> tuple[dict[str, Any], list[st
             append_metrics(run, row)
             listener.epoch(row)
             if tracker is not None:
-                output.log_row(tracker, row)
+                tracker.log(row)
 
     table = read_columns(run)
     say("\n".join([*sessions.column_lines(table, run), describe_training(session)]))

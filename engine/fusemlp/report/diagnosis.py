@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 # Overfitting: the validation loss rises by this share above its best while the training loss falls, and ends above it.
 RISE = 0.05
@@ -41,7 +42,7 @@ OVERFITTING_REMEDIES = ("early stopping", "dropout", "weight decay", "data")
 DEAD_REMEDIES = ("leaky", "lower rate")
 
 
-def _remedies(names: Sequence[str], *, python: bool, in_use: Collection[str] = ()) -> tuple[str, ...]:
+def _remedies(names: Sequence[str], *, python: bool = False, in_use: Collection[str] = ()) -> tuple[str, ...]:
     return tuple(REMEDIES[name][int(python)] for name in names if name not in in_use)
 
 
@@ -75,27 +76,20 @@ def diagnose(
     """Return all that is found in a history and, if given, in the shares of ``dead`` units by layer.
 
     ``divergence``: the error that ended the training. ``python``: remedies as Python has them, not the command line.
-    ``in_use``: the names in ``REMEDIES`` of those that the training has, which no finding advises.
-    The others: see ``overfitting`` and ``no_learning``.
+    ``in_use``: the names in ``REMEDIES`` of those that the training has, which no finding advises. Each finding takes
+    these two as ``advice``. The others: see ``overfitting`` and ``no_learning``.
     """
-    in_use = {*in_use, "early stopping"} if early_stopping else set(in_use)
-    exploded = exploding_loss(history, in_use=in_use, python=python)
-    slow = slow_training(history, python=python)
-    explained = divergence or exploded or slow
-    found = [
-        Finding("divergence", divergence) if divergence else None,
-        exploded,
-        slow,
-        None if explained else no_learning(history, chance_loss, in_use=in_use, python=python),
-        overfitting(history, restored=restored, best_epoch=best_epoch, in_use=in_use, python=python),
-        dead_units(dead or {}, python=python),
-    ]
-    return [finding for finding in found if finding is not None]
+    advice = {"python": python, "in_use": {*in_use, *(["early stopping"] if early_stopping else [])}}
+    diverged = Finding("divergence", divergence) if divergence else None
+    findings = [diverged, exploding_loss(history, **advice), slow_training(history, **advice)]
+    if not any(findings):
+        findings.append(no_learning(history, chance_loss, **advice))
+    findings.append(overfitting(history, restored=restored, best_epoch=best_epoch, **advice))
+    findings.append(dead_units(dead or {}, **advice))
+    return [finding for finding in findings if finding is not None]
 
 
-def exploding_loss(
-    history: Mapping[str, Sequence[float]], *, in_use: Collection[str] = (), python: bool = False
-) -> Finding | None:
+def exploding_loss(history: Mapping[str, Sequence[float]], **advice: Any) -> Finding | None:
     """Find a training loss that ends more than ``EXPLODED`` above its first value."""
     losses = history.get("loss", ())
     if len(losses) < 2 or not losses[-1] > losses[0] + EXPLODED * abs(losses[0]):
@@ -103,16 +97,11 @@ def exploding_loss(
     best = min(range(len(losses)), key=losses.__getitem__)
     message = f"the training loss rose from {losses[0]:.4g} in epoch 1 to {losses[-1]:.4g}"
     figures = {"first_loss": losses[0], "last_loss": losses[-1]}
-    return Finding(
-        "exploding loss",
-        message,
-        _remedies(("lower rate", "clipping", "scaling"), python=python, in_use=in_use),
-        best + 1,
-        figures,
-    )
+    remedies = _remedies(("lower rate", "clipping", "scaling"), **advice)
+    return Finding("exploding loss", message, remedies, best + 1, figures)
 
 
-def slow_training(history: Mapping[str, Sequence[float]], *, python: bool = False) -> Finding | None:
+def slow_training(history: Mapping[str, Sequence[float]], **advice: Any) -> Finding | None:
     """Find a training whose loss falls epoch by epoch, but little, and as fast at the end as at the beginning."""
     losses, rates = history.get("loss", ()), history.get("learning_rate", ())
     if len(losses) < FEWEST_EPOCHS:
@@ -131,16 +120,10 @@ def slow_training(history: Mapping[str, Sequence[float]], *, python: bool = Fals
         f"the training loss fell by only {share:.1%} in {len(losses)} epochs, as fast at the end as at the beginning: "
         f"{rate} is too small"
     )
-    return Finding("slow training", message, _remedies(("higher rate", "epochs"), python=python), None, {"fall": share})
+    return Finding("slow training", message, _remedies(("higher rate", "epochs"), **advice), None, {"fall": share})
 
 
-def no_learning(
-    history: Mapping[str, Sequence[float]],
-    chance_loss: float | None,
-    *,
-    in_use: Collection[str] = (),
-    python: bool = False,
-) -> Finding | None:
+def no_learning(history: Mapping[str, Sequence[float]], chance_loss: float | None, **advice: Any) -> Finding | None:
     """Find a training that ends no better than a constant prediction.
 
     ``chance_loss``: the loss where all classes are equally probable; None if the loss has none. A loss that falls in
@@ -160,23 +143,18 @@ def no_learning(
     if right is not None:
         message += f"; {right:.1%} of the {'validation' if 'val_accuracy' in history else 'training'} rows are right"
     figures = {"last_loss": losses[-1], "chance_loss": chance_loss}
-    remedies = _remedies(("lower rate", "scaling"), python=python, in_use=in_use)
+    remedies = _remedies(("lower rate", "scaling"), **advice)
     return Finding("no learning", message, remedies, None, figures)
 
 
 def overfitting(
-    history: Mapping[str, Sequence[float]],
-    *,
-    restored: bool = False,
-    best_epoch: int | None = None,
-    in_use: Collection[str] = (),
-    python: bool = False,
+    history: Mapping[str, Sequence[float]], *, restored: bool = False, best_epoch: int | None = None, **advice: Any
 ) -> Finding | None:
     """Find overfitting: training improves and validation does not.
 
     The criterion: the last validation loss is more than ``RISE`` above its minimum while the training loss fell since
     then, to below it, or the accuracies differ by more than ``ACCURACY_GAP``. ``restored``: the best weights were
-    restored, those of ``best_epoch`` (from 1; None: of the lowest validation loss). ``in_use``: see ``diagnose``.
+    restored, those of ``best_epoch`` (from 1; None: of the lowest validation loss).
     """
     training, validation = history.get("loss", ()), history.get("val_loss", ())
     if not validation:
@@ -193,24 +171,22 @@ def overfitting(
         figures["accuracy_gap"] = gap
     if not rising:
         message = f"{right[-1]:.1%} of the training rows are right, but only {right_validation[-1]:.1%} in validation"
-        remedies = _remedies(OVERFITTING_REMEDIES, python=python, in_use=in_use)
-        return Finding("overfitting", message, remedies, None, figures)
-    epoch, remedies = best + 1, _remedies(OVERFITTING_REMEDIES[1:], python=python, in_use=in_use)
+        return Finding("overfitting", message, _remedies(OVERFITTING_REMEDIES, **advice), None, figures)
+    epoch, remedies = best + 1, _remedies(OVERFITTING_REMEDIES[1:], **advice)
     message = (
         f"after epoch {epoch} the validation loss rose from {lowest:.4g} to {last:.4g} while the training loss fell "
         f"to {training[-1]:.4g}"
     )
     if restored:
-        return Finding(
-            "overfitting", f"{message}; the weights of epoch {best_epoch or epoch} were restored", (), epoch, figures
-        )
-    shown = f"epochs={epoch}" if python else f"--epochs {epoch}"
-    if "early stopping" not in in_use:
+        message += f"; the weights of epoch {best_epoch or epoch} were restored"
+        return Finding("overfitting", message, (), epoch, figures)
+    shown = f"epochs={epoch}" if advice.get("python") else f"--epochs {epoch}"
+    if "early stopping" not in advice.get("in_use", ()):
         remedies = (f"early stopping (here: {shown})", *remedies)
     return Finding("overfitting", message, remedies, epoch, figures)
 
 
-def dead_units(fractions: Mapping[str, float], *, python: bool = False) -> Finding | None:
+def dead_units(fractions: Mapping[str, float], **advice: Any) -> Finding | None:
     """Find dead ReLU units: they are zero for every row and learn nothing.
 
     ``fractions``: for each layer the share of such units; a finding needs one above ``DEAD_FRACTION``.
@@ -220,4 +196,4 @@ def dead_units(fractions: Mapping[str, float], *, python: bool = False) -> Findi
         return None
     listed = ", ".join(f"{share:.0%} of {layer}" for layer, share in high.items())
     message = f"relu units that are zero for every training row: {listed}"
-    return Finding("dead units", message, _remedies(DEAD_REMEDIES, python=python), None, dict(fractions))
+    return Finding("dead units", message, _remedies(DEAD_REMEDIES, **advice), None, dict(fractions))

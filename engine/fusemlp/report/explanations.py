@@ -173,13 +173,13 @@ def column_attributions(
         baseline = np.asarray(rows).mean(axis=0, dtype=np.float64)
     if options.get("output") is None and preprocessor.classes is not None:
         options["output"] = predicted_codes(engine, preprocessor, X)
-    found = attributions(engine, X, method=method, baseline=baseline, **options)
-    names, values = preprocessor.by_column(found.values)
-    outputs, base = found.outputs, found.base
+    parts = attributions(engine, X, method=method, baseline=baseline, **options)
+    names, values = preprocessor.by_column(parts.values)
+    outputs, base, chosen = parts.outputs, parts.base, parts.chosen
     if preprocessor.classes is None:
-        scale, shift = (np.array(one)[found.chosen] for one in (preprocessor.target_scale, preprocessor.target_shift))
+        scale, shift = np.array(preprocessor.target_scale)[chosen], np.array(preprocessor.target_shift)[chosen]
         values, outputs, base = values * scale[:, None], outputs * scale + shift, base * scale + shift
-    return Attributions(values, outputs, base, found.chosen, names)
+    return Attributions(values, outputs, base, chosen, names)
 
 
 def permutation_importance(
@@ -196,7 +196,7 @@ def permutation_importance(
         raise DataError(f"X: permutation mixes rows; expected two or more, got {len(X)}")
     many, drawn = as_count("repeats", repeats, minimum=1), as_count("seed", seed, minimum=0)
     evidence = Evidence(engine, preprocessor, X, y, np.arange(len(X)))
-    found = evidence.importance(most=len(X), repeats=many, seconds=math.inf, seed=drawn)
-    if found is None:
+    importance = evidence.importance(most=len(X), repeats=many, seconds=math.inf, seed=drawn)
+    if importance is None:
         raise DataError("y: the error is not defined on these rows; give rows of every class, or attribute outputs")
-    return found
+    return importance

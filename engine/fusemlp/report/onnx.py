@@ -65,7 +65,7 @@ def onnx_bytes(
 ) -> bytes:
     """Return the content of the file of ``to_onnx``."""
     labels = _labels(engine, preprocessor, classes)
-    own = checked_metadata(metadata, {"fusemlp"} if preprocessor is None else {"fusemlp", "preprocessor"})
+    about = checked_metadata(metadata, {"fusemlp"} if preprocessor is None else {"fusemlp", "preprocessor"})
     engine.scaling.check_measured()
     parameters, scale = engine.memory.evaluated_tensors(), engine.scaling.tensors
     check_finite(parameters, "ONNX file")
@@ -80,7 +80,7 @@ def onnx_bytes(
     if preprocessor is None:
         name = graph.given(INPUT, graph.real, engine.network.sizes[0])
     else:
-        own["preprocessor"] = preprocessor.to_json()
+        about["preprocessor"] = preprocessor.to_json()
         name = network_input(graph, preprocessor)
     if scale:
         centred = graph.add("Sub", name, graph.constant(scale[MEAN], MEAN))
@@ -89,11 +89,11 @@ def onnx_bytes(
         name = _mean_of_members(graph, name, engine, parameters)
     else:
         for layer, activation in enumerate(engine.network.activations):
-            layer_names = f"{2 * layer}.weight", f"{2 * layer}.bias"
-            name = graph.add("Gemm", name, *(graph.constant(parameters[one], one) for one in layer_names), transB=1)
+            tensors = [graph.constant(parameters[key], key) for key in (f"{2 * layer}.weight", f"{2 * layer}.bias")]
+            name = graph.add("Gemm", name, *tensors, transB=1)
             name = graph.activation(name, activation, parameters.get(f"{2 * layer + 1}.weight"))
     _add_outputs(graph, name, engine, preprocessor, labels)
-    return graph.to_bytes(engine, own)
+    return graph.to_bytes(engine, about)
 
 
 def _mean_of_members(graph: Graph, name: str, engine: Session, parameters: Mapping[str, Array]) -> str:
@@ -118,8 +118,8 @@ def _mean_of_members(graph: Graph, name: str, engine: Session, parameters: Mappi
         return graph.log_mean_exp(graph.add("LogSoftmax", name, axis=2), net.members)
     if kind == "binary_cross_entropy":
         # the logarithms of the probabilities of 1 and of 0
-        ones, zeros = (graph.add("Neg", graph.add("Softplus", one)) for one in (graph.add("Neg", name), name))
-        return graph.add("Sub", *(graph.log_mean_exp(one, net.members) for one in (ones, zeros)))
+        logarithms = [graph.add("Neg", graph.add("Softplus", z)) for z in (graph.add("Neg", name), name)]
+        return graph.add("Sub", *(graph.log_mean_exp(logarithm, net.members) for logarithm in logarithms))
     if kind == "poisson":
         return graph.log_mean_exp(name, net.members)
     return graph.add("ReduceMean", name, graph.constant(np.array([0])), keepdims=0)
@@ -169,22 +169,22 @@ def _add_outputs(
     graph.outputs.append(graph.value(raw, graph.real, width))
     coded = loss.kind == "cross_entropy" or labels is not None
     if coded and width > 1:
-        found, kind = graph.add("ArgMax", raw, axis=1, keepdims=0), np.dtype(np.int64)
+        answer, kind = graph.add("ArgMax", raw, axis=1, keepdims=0), np.dtype(np.int64)
     elif loss.kind == "binary_cross_entropy":
-        found, kind = graph.cast(graph.add("Greater", raw, graph.constant(0.0)), np.int64), np.dtype(np.int64)
+        answer, kind = graph.cast(graph.add("Greater", raw, graph.constant(0.0)), np.int64), np.dtype(np.int64)
     else:
-        found, kind = (graph.add("Exp", raw) if loss.kind == "poisson" else raw), graph.real
+        answer, kind = (graph.add("Exp", raw) if loss.kind == "poisson" else raw), graph.real
     if labels is None and preprocessor is not None:
-        scaled = graph.add("Mul", found, graph.constant(np.array(preprocessor.target_scale, np.float64)))
-        found = graph.add("Add", scaled, graph.constant(np.array(preprocessor.target_shift, np.float64)))
+        scaled = graph.add("Mul", answer, graph.constant(np.array(preprocessor.target_scale, np.float64)))
+        answer = graph.add("Add", scaled, graph.constant(np.array(preprocessor.target_shift, np.float64)))
         if preprocessor.target_log:
-            found = graph.add("Exp", found)
+            answer = graph.add("Exp", answer)
     if width == 1:
-        found = graph.add("Squeeze", found, graph.constant(np.array([1])))
+        answer = graph.add("Squeeze", answer, graph.constant(np.array([1])))
     if labels is not None:
         kind = graph.real if labels.dtype.kind == "f" else labels.dtype
-        found = graph.add("Gather", graph.constant(labels), found)
-    graph.add("Identity", found, output="prediction")
+        answer = graph.add("Gather", graph.constant(labels), answer)
+    graph.add("Identity", answer, output="prediction")
     flat = width == 1 or (coded and width > 1)
     graph.outputs.append(graph.value("prediction", kind, *(() if flat else (width,))))
     if loss.kind == "cross_entropy":

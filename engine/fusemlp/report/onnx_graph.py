@@ -188,18 +188,21 @@ def network_input(graph: Graph, preprocessor: Preprocessor) -> str:
     count = 0
     if has_words(preprocessor):
         types = [graph.real if words is None else str for words in categories]
-        given = [graph.given(name, dtype, 1) for name, dtype in zip(names, types, strict=True)]
-        x = _joined(graph, [given[column] for column in numbers]) if numbers else ""
+        inputs_of = [graph.given(name, dtype, 1) for name, dtype in zip(names, types, strict=True)]
+        x = _joined(graph, [inputs_of[column] for column in numbers]) if numbers else ""
     else:
-        given, x = [], graph.given(INPUT, graph.real, len(names))
+        inputs_of, x = [], graph.given(INPUT, graph.real, len(names))
     if numbers:
         filled, missing = _filled(graph, x, preprocessor, numbers)
         cut = [column for column in numbers if preprocessor.pieces(column) > 1]
         whole = [column for column in numbers if column not in cut]
         for some, append in ((whole, _scaled), (cut, _by_pieces)):
             if some:
-                own = filled if some == numbers else graph.add("Gather", filled, _indices(graph, numbers, some), axis=1)
-                blocks.append(append(graph, own, preprocessor, some))
+                columns = filled
+                if some != numbers:
+                    places_of = graph.constant(np.array([numbers.index(column) for column in some]))
+                    columns = graph.add("Gather", filled, places_of, axis=1)
+                blocks.append(append(graph, columns, preprocessor, some))
             for column in some:
                 places[column] = list(range(count, count + preprocessor.pieces(column)))
                 count += preprocessor.pieces(column)
@@ -212,7 +215,7 @@ def network_input(graph: Graph, preprocessor: Preprocessor) -> str:
         if words is not None:
             inputs = preprocessor.word_inputs(column)
             width = 1 + int(inputs.max())
-            blocks += [_one_hot(graph, given[column], words, inputs, width)] if width else []
+            blocks += [_one_hot(graph, inputs_of[column], words, inputs, width)] if width else []
             places[column] = list(range(count, count + width))
             count += width
     order = [index for column in range(len(names)) for index in places[column]]
@@ -256,10 +259,6 @@ def _scaled(graph: Graph, x: str, preprocessor: Preprocessor, numbers: list[int]
 
 def _root_of_one_and_square(graph: Graph, x: str) -> str:
     return graph.add("Sqrt", graph.add("Add", graph.add("Mul", x, x), graph.constant(1.0)))
-
-
-def _indices(graph: Graph, columns: list[int], some: list[int]) -> str:
-    return graph.constant(np.array([columns.index(column) for column in some]))
 
 
 def _by_pieces(graph: Graph, x: str, preprocessor: Preprocessor, cut: list[int]) -> str:

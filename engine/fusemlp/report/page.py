@@ -83,7 +83,12 @@ def _scores(report: Mapping[str, Any]) -> Iterator[Section]:
     if not report.get("test"):
         return
     scores = scalars(report["test"])
-    figures = {_named(name): value for name, value in scores.items()} | _intervals(report.get("intervals", {}))
+    figures = {_named(name): value for name, value in scores.items()}
+    if intervals := report.get("intervals"):
+        level = f"{intervals['level']:.0%}"
+        names = {"width": f"width of {level} intervals", "classes": f"classes in {level} sets"}
+        names["coverage"] = "their coverage"
+        figures |= {name: intervals[key] for key, name in names.items() if intervals.get(key) is not None}
     section: Section = {"title": f"Scores on {report['test']['rows']} test rows"}
     section["tiles"] = {name: _short(value) for name, value in figures.items()}
     models = {"this model": scores, **report.get("baselines", {})}
@@ -96,15 +101,6 @@ def _scores(report: Mapping[str, Any]) -> Iterator[Section]:
     if "classes" in report["test"]:
         section["folded"] = "scores of each class", class_table(report["test"])
     yield section
-
-
-def _intervals(report: Mapping[str, Any]) -> dict[str, float]:
-    """Return the mean size of the intervals, or sets of classes, of the test rows, and the share that they cover."""
-    if not report:
-        return {}
-    names = {"width": f"width of {report['level']:.0%} intervals", "classes": f"classes in {report['level']:.0%} sets"}
-    names["coverage"] = "their coverage"
-    return {name: report[key] for key, name in names.items() if report.get(key) is not None}
 
 
 def _training(report: Mapping[str, Any], history: Mapping[str, Sequence[float]]) -> Section:
@@ -154,9 +150,16 @@ def _classes(test: Mapping[str, Any], evidence: Evidence) -> Iterator[Section]:
     """Yield confusion matrix, ROC and calibration."""
     names = list(test["classes"])
     if len(names) <= MOST_CLASSES:
-        header, *body = confusion_table(test)
-        rows = [[row[0], *_shares(row[1:], true)] for true, row in enumerate(body)]
-        yield {"title": "Confusion matrix", "rows": [header, *rows]}
+        rows: list[list[Any]] = [*confusion_table(test)[:1]]
+        for true, counts in enumerate(test["confusion_matrix"]):
+            # darker with their share of the row
+            shares = [f"{70 * count / max(1, sum(counts)):.0f}" for count in counts]
+            cells = [
+                {"count": str(count), "colour": int(code != true), "share": share}
+                for code, (count, share) in enumerate(zip(counts, shares, strict=True))
+            ]
+            rows.append([names[true], *cells])
+        yield {"title": "Confusion matrix", "rows": rows}
     lines = [Line(*roc, colour) for colour, roc in enumerate(evidence.rocs())]
     some = f": the {len(lines)} classes with the least AUC" if len(lines) < len(names) > 2 else ""
     charts = [Chart(f"ROC{some}", lines, "false positives", "true positives", diagonal="by chance")]
@@ -166,15 +169,6 @@ def _classes(test: Mapping[str, Any], evidence: Evidence) -> Iterator[Section]:
         charts.append(Chart("Calibration", lines, f"probability of {of}", "observed share", diagonal="calibrated"))
     if drawings := _drawings(charts):
         yield {"title": "Probabilities", "drawings": drawings}
-
-
-def _shares(counts: Sequence[str], true: int) -> list[dict[str, Any]]:
-    """Return cells of a confusion matrix, darker with their share of the row."""
-    total = max(1, sum(map(int, counts)))
-    return [
-        {"count": count, "colour": int(code != true), "share": f"{70 * int(count) / total:.0f}"}
-        for code, count in enumerate(counts)
-    ]
 
 
 def _importance(importance: Importance, image: tuple[int, int] | None) -> Section:
@@ -333,13 +327,8 @@ class Chart:
             for line in self.lines:
                 dashes, alpha = ("none", 0.55) if line.points else ("--" if line.colour == 1 else "-", 1.0)
                 marker = "o" if line.points or len(line.finite) < 3 else None
-                look: dict[str, Any] = {
-                    "color": COLOURS[line.colour],
-                    "alpha": alpha,
-                    "markersize": 3.0,
-                    "markeredgewidth": 0.0,
-                }
-                axes.plot(*line.finite.T, linestyle=dashes, marker=marker, **look)
+                look: dict[str, Any] = {"linestyle": dashes, "alpha": alpha, "color": COLOURS[line.colour]}
+                axes.plot(*line.finite.T, marker=marker, markersize=3.0, markeredgewidth=0.0, **look)
             if self.diagonal:
                 ends = [pairs.min(), pairs.max()]
                 axes.plot(ends, ends, linestyle="--", linewidth=1.0, color=TEXT)
@@ -351,9 +340,8 @@ class Chart:
             axes.set_ylabel(literal(self.y))
             axes.grid()
             stream = io.StringIO()
-            figure.savefig(
-                stream, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            )
+            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
         return _inline(stream.getvalue())
 
 

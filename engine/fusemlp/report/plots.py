@@ -123,18 +123,19 @@ def comparison_figure(runs: Sequence[Curves], *, title: str) -> Figure:
     figure, panels = _over_epochs([run.history for run in runs], loss, title, height=4.2 + 0.22 * len(runs))
     quantities = [(axes, metric, part) for metric, axes in panels.items() for part in STYLES]
     curves = [[run.history.get(f"{PREFIXES[part]}{metric}", ()) for run in runs] for _, metric, part in quantities]
-    places = [_alike(one) for one in curves]
-    looks: list[dict[str, Any]] = []
-    for number in range(len(runs)):
-        turn, colour = divmod(number, len(COLOURS))
-        looks.append({"color": COLOURS[colour], "marker": MARKERS[turn % len(MARKERS)], "markersize": 4.0})
-        for (axes, _, part), values, alike in zip(quantities, curves, places, strict=True):
-            (place, count), curve = alike[number], values[number]
-            style = STYLES[part] | ({"linestyle": _stripes(part, place, count)} if count > 1 else {})
-            # A shorter curve lies over a longer one that begins alike.
-            _line(axes, curve, first=place, zorder=2 + 1 / (1 + len(curve)), **looks[number], **style)
+    places = [_alike(several) for several in curves]
     same, handles = repeats(runs), []
-    for run, look in zip(runs, looks, strict=True):
+    for number, run in enumerate(runs):
+        turn, colour = divmod(number, len(COLOURS))
+        look: dict[str, Any] = {"color": COLOURS[colour], "marker": MARKERS[turn % len(MARKERS)], "markersize": 4.0}
+        for (axes, _, part), values, alike in zip(quantities, curves, places, strict=True):
+            (place, count), curve, style = alike[number], values[number], STYLES[part]
+            if count > 1:
+                # the dashes of several curves fill one line in turn
+                (dash, gap), each = DASHES[part], sum(DASHES[part])
+                style = {**style, "linestyle": (-place * each, (dash, gap + (count - 1) * each))}
+            # A shorter curve lies over a longer one that begins alike.
+            _line(axes, curve, first=place, zorder=2 + 1 / (1 + len(curve)), **look, **style)
         label = run.name if len(losses) == 1 else f"{run.name} ({run.loss})"
         label += f": same curves as {same[run.name]}" if run.name in same else ""
         handles.append(Line2D([], [], linewidth=1.6, label=literal(label), **look))
@@ -149,24 +150,19 @@ def repeats(runs: Sequence[Curves]) -> dict[str, str]:
     """Return, for each run whose history an earlier run has too, the name of the first such run."""
     first: dict[str, str] = {}
     for number, run in enumerate(runs):
-        for other in runs[:number]:
-            if other.loss == run.loss and other.history == run.history:
-                first[run.name] = first.get(other.name, other.name)
-                break
+        same = [other.name for other in runs[:number] if (other.loss, other.history) == (run.loss, run.history)]
+        if same:
+            first[run.name] = same[0]
     return first
 
 
 def _alike(curves: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
     """Return, for each curve, its place among those that look the same, and their number."""
-    groups: list[list[int]] = []
+    # of each curve the first that looks like it
+    firsts: list[int] = []
     for number, curve in enumerate(curves):
-        group = next((one for one in groups if _look_the_same(curves[one[0]], curve)), None)
-        if group is None:
-            groups.append([number])
-        else:
-            group.append(number)
-    places = {number: (place, len(group)) for group in groups for place, number in enumerate(group)}
-    return [places[number] for number in range(len(curves))]
+        firsts.append(next((first for first in firsts if _look_the_same(curves[first], curve)), number))
+    return [(firsts[:number].count(first), firsts.count(first)) for number, first in enumerate(firsts)]
 
 
 def _look_the_same(one: Sequence[float], other: Sequence[float]) -> bool:
@@ -177,13 +173,6 @@ def _look_the_same(one: Sequence[float], other: Sequence[float]) -> bool:
     finite = first[np.isfinite(first)]
     height = float(np.ptp(finite)) if len(finite) else 0.0
     return bool(np.allclose(first, second, rtol=1e-3, atol=0.005 * height, equal_nan=True))
-
-
-def _stripes(part: str, place: int, count: int) -> tuple[float, tuple[float, float]]:
-    """Return the dashes of one of ``count`` curves that fill one line in turn, in line widths."""
-    dash, gap = DASHES[part]
-    each = dash + gap
-    return -place * each, (dash, gap + (count - 1) * each)
 
 
 def _over_epochs(
@@ -219,9 +208,8 @@ def _line(axes: Axes, values: Sequence[float], *, marker: str | None = None, fir
     if values:
         every = max(1, len(values) // 10)
         few = "o" if len(values) < 3 else None
-        axes.plot(
-            np.arange(1, len(values) + 1), values, marker=marker or few, markevery=(first % every, every), **style
-        )
+        epochs = np.arange(1, len(values) + 1)
+        axes.plot(epochs, values, marker=marker or few, markevery=(first % every, every), **style)
 
 
 def sweep_figure(rates: Sequence[float], losses: Sequence[float], suggested: float, title: str) -> Figure:
@@ -265,9 +253,9 @@ def heat_figure(maps: Mapping[str, Array], *, unit: str, title: str) -> Figure:
     lines = -(-len(maps) // columns)
     figure = _figure(max(4.0, 1.9 * columns), 2.1 * lines + 0.9, title)
     panels = figure.subplots(lines, columns, squeeze=False)
-    most = max(float(np.abs(one).max()) for one in maps.values()) or 1.0
-    for axes, (name, one) in zip(panels.flat, maps.items(), strict=False):
-        image = axes.imshow(one, cmap="RdBu_r", vmin=-most, vmax=most)
+    most = max(float(np.abs(heat).max()) for heat in maps.values()) or 1.0
+    for axes, (name, heat) in zip(panels.flat, maps.items(), strict=False):
+        image = axes.imshow(heat, cmap="RdBu_r", vmin=-most, vmax=most)
         axes.set_title(literal(name), fontsize=10)
     for axes in panels.flat:
         axes.set_axis_off()
@@ -347,17 +335,9 @@ def _scores(axes: Axes, parameter: Varied, scores: Array, best: int | None, *, r
         axes.plot(distinct, medians, color=VALIDATION, linewidth=1.8, label=label)
     if failed.any():
         edge = np.full(int(failed.sum()), 0.02 if rising else 0.98)
-        axes.scatter(
-            (at + spread)[failed],
-            edge,
-            s=22,
-            marker="x",
-            color="#000000",
-            linewidth=1.0,
-            alpha=alpha,
-            label=f"diverged: {len(edge)}",
-            transform=axes.get_xaxis_transform(),
-        )
+        cross: dict[str, Any] = {"s": 22, "marker": "x", "color": "#000000", "linewidth": 1.0, "alpha": alpha}
+        over, label = axes.get_xaxis_transform(), f"diverged: {len(edge)}"
+        axes.scatter((at + spread)[failed], edge, transform=over, label=label, **cross)
         # Crosses do not widen the axis.
         low = scores[~failed].min() if len(places) else 1.0
         axes.update_datalim(np.column_stack([at, np.full(len(at), low)]))

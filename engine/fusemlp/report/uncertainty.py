@@ -112,8 +112,8 @@ def judged(
             for model, held in models
         )
     if temperature is not None:
-        for one in {id(one): one for one in (engine, *(model for model, _ in models))}.values():
-            scale_logits(one, temperature.value)
+        for model in {id(scaled): scaled for scaled in (engine, *(part for part, _ in models))}.values():
+            scale_logits(model, temperature.value)
     errors = [errors_of(model, preprocessor, rows.X[held], rows.labels[held]) for model, held in models]
     return HeldOut.of(np.concatenate(errors)), temperature
 
@@ -238,8 +238,8 @@ def temperature_of(parts: Iterable[tuple[Array, Array, Array]]) -> Temperature |
     def objective(logarithm: float) -> float:
         return rows * log_loss(logarithm) + 0.5 * (logarithm / DEVIATION) ** 2
 
-    found = minimize_scalar(objective, bounds=np.log(BOUNDS), method="bounded", options={"xatol": 1e-4})
-    value = round(float(np.exp(found.x)), 4)
+    minimum = minimize_scalar(objective, bounds=np.log(BOUNDS), method="bounded", options={"xatol": 1e-4})
+    value = round(float(np.exp(minimum.x)), 4)
     before, after = log_loss(0.0), log_loss(np.log(value))
     return Temperature(value, rows, before, after) if before - after >= LEAST_GAIN else None
 
