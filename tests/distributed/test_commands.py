@@ -244,7 +244,7 @@ def test_a_process_that_counts_no_restart_goes_on_with_one_that_does(
 ) -> None:
     restarted(monkeypatch, "job")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    monkeypatch.setattr(train, "joined_ranks", lambda timeout: Agreed(True, True, False, first=(1.0,)))
+    monkeypatch.setattr(train, "joined", lambda timeout: Agreed(True, True, False, first=(1.0,)))
     options = TrainOptions(data="wine", lr=0.2, out=str(whole))
     assert train.going_on(options) == (TrainOptions(resume=str(whole)), True)
 
@@ -254,7 +254,7 @@ def test_a_run_folder_that_some_machines_do_not_see_is_refused_on_all(
     here: bool, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     restarted(monkeypatch, "job")
-    monkeypatch.setattr(train, "joined_ranks", lambda timeout: Agreed(True, not here, here))
+    monkeypatch.setattr(train, "joined", lambda timeout: Agreed(True, not here, here))
     with pytest.raises(ArgumentError, match=r"^out: some of the processes find .* and others do not"):
         train.going_on(TrainOptions(data="wine", out=str(whole if here else tmp_path)))
 

@@ -97,7 +97,7 @@ class Tracker(Watching):
             self._try(self._log_params, flat(params))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        self.log({"epoch": epoch + 1, **logs})
+        self.log({**logs, "epoch": epoch + 1})
 
     def on_train_end(self, logs: Any = None) -> None:
         stopped = "" if self.model.history is None else self.model.history.stopped

@@ -48,6 +48,7 @@ SHELLS = ("bash", "zsh", "fish", "powershell")
 _option, _data, _text, _network, _loss, _optimizer, _rate, _training, _machine, _output = (
     partial(field_of, panel) for panel in PANELS
 )
+_rows = partial(_option, None, metavar="DATA", values=names_or_files(NAMES))
 
 
 def _reduce(use: str) -> Any:
@@ -253,12 +254,7 @@ class ApplyOptions(UseOptions, TextOptions):
 class EvaluateOptions(ApplyOptions):
     """Score the model of a run on its test rows, or on other labelled data."""
 
-    data: str | None = _option(
-        None,
-        "Labelled data by name or path; the run's own test rows unless given.",
-        "DATA",
-        values=names_or_files(NAMES),
-    )
+    data: str | None = _rows("Labelled data by name or path; the run's own test rows unless given.")
     attack: str | None = _option(
         None,
         "{}: also score the rows as this attack changes them to raise the loss of their labels. For "
@@ -287,12 +283,7 @@ class ExplainOptions(ApplyOptions, ForceOption):
     Example: fusemlp explain runs/houses-... --data new.csv --method integrated --out attributions.csv
     """
 
-    data: str | None = _option(
-        None,
-        "Data by name or path, for permutation labelled; the run's own test rows unless given.",
-        "DATA",
-        values=names_or_files(NAMES),
-    )
+    data: str | None = _rows("Data by name or path, for permutation labelled; the run's own test rows unless given.")
     method: str | None = _option(None, "{}; permutation unless given, for images integrated.", values=EXPLAIN_METHODS)
     rows: int = _option(500, "Explain at most this many rows, drawn at random.")
     of_class: str | None = _option(

@@ -35,20 +35,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@contextmanager
-def resumable(command: str, mark: str) -> Iterator[list[Path]]:
-    """Let an error of the system, as of a full disk, say how to go on; the body appends its run, which has ``mark``."""
-    runs: list[Path] = []
-    try:
-        yield runs
-    except OSError as error:
-        for run in runs:
-            if (run / mark).exists():
-                going = command_line(["fusemlp", command, "--resume", str(run)])
-                error.strerror = f"{error.strerror or error}; when that is mended, go on: {going}"
-        raise
-
-
 def show(content: Mapping[str, Any], lines: Iterable[str], *, as_json: bool, warnings: Iterable[str] = ()) -> None:
     """Print ``content`` as one JSON object and the warnings on stderr, or ``lines`` and after them the warnings."""
     if as_json:
@@ -136,8 +122,8 @@ def write_made(argument: str, path: Path, make: Callable[[], bytes]) -> None:
 class Events(Callback):
     """Print the events of a training to stdout; nothing unless ``--json``, only the end with ``--quiet``."""
 
-    def __init__(self, *, as_json: bool, quiet: bool) -> None:
-        self.wanted = as_json and not quiet
+    def __init__(self, options: OutputOptions) -> None:
+        self.wanted = options.as_json and not options.quiet
         self.stream = sys.stdout
         self._epochs = 0
         self._began = time.perf_counter()
@@ -167,11 +153,22 @@ class Events(Callback):
 
 
 @contextmanager
-def events(*, as_json: bool, quiet: bool) -> Iterator[Events]:
-    """Yield the events of a training; what else is printed in the block goes to stderr with ``--json``."""
-    listener = Events(as_json=as_json, quiet=quiet)
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        yield listener
+def work(options: OutputOptions, command: str, mark: str) -> Iterator[tuple[Events, list[Path]]]:
+    """Yield the events of a command, and a list for its run; with ``--json`` what else is printed goes to stderr.
+
+    An error of the system, as of a full disk, says how to go on with the run, which then has the file ``mark``.
+    """
+    # the events keep the stream that is stdout now
+    listener, runs = Events(options), list[Path]()
+    with redirect_stdout(sys.stderr) if options.as_json else nullcontext():
+        try:
+            yield listener, runs
+        except OSError as error:
+            for run in runs:
+                if (run / mark).exists():
+                    going = command_line(["fusemlp", command, "--resume", str(run)])
+                    error.strerror = f"{error.strerror or error}; when that is mended, go on: {going}"
+            raise
 
 
 # The experiment or project of the runs, unless one of the variables names another.

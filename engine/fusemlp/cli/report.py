@@ -18,8 +18,8 @@ from fusemlp.report.evidence import Evidence, guarantee_lines
 from fusemlp.report.metrics import baseline_line, headline, score, spelled
 from fusemlp.report.page import page
 from fusemlp.report.plots import curves_figure, literal
-from fusemlp.report.runs import Run, read_json, read_metrics, write_json, write_training_rows
-from fusemlp.report.uncertainty import scale_logits
+from fusemlp.report.runs import Run, read_history, read_json, write_json, write_training_rows
+from fusemlp.report.uncertainty import Temperature, scale_logits
 from fusemlp.runtime.files import replace_file
 from fusemlp.tables.descriptions import learning_rate
 from fusemlp.tables.preparation import Prepared
@@ -120,21 +120,13 @@ def report(options: ReportOptions) -> None:
     test = prepared.test
     if test is not None and not scores.get("diverged"):
         scores["test"] = finite(score(engine, preprocessor, test.X, test.labels, test.weight))
-    table = read_metrics(run)
-    history = {name: [row[name] for row in table] for name in table[0] if name != "epoch"} if table else {}
-    write_page(run, engine, prepared, scores, history, command=config["command"])
+    write_page(run, engine, prepared, scores, read_history(run))
     content = {"run": str(run.path), "report": str(run.page), "notes": notes}
     show(content, [*notes, f"report {run.page}"], as_json=options.as_json)
 
 
 def write_page(
-    run: Run,
-    engine: Engine,
-    prepared: Prepared,
-    report: Mapping[str, Any],
-    history: Mapping[str, Sequence[float]],
-    *,
-    command: str,
+    run: Run, engine: Engine, prepared: Prepared, report: Mapping[str, Any], history: Mapping[str, Sequence[float]]
 ) -> None:
     """Write ``report.html`` of an engine with its report; without a test no model is judged."""
     about, net, epochs = prepared.summary, engine.network, len(history.get("loss", ()))
@@ -147,7 +139,7 @@ def write_page(
         f"{sizes}, {net.parameter_count} parameters; {engine.loss.kind}; "
         f"{engine.optimizer.kind}, batch {engine.batch_size}; {epochs} epochs"
         + (f" in {report['seconds']:.1f} s" if "seconds" in report else ""),
-        command,
+        read_json(run.config)["command"],
         *prepared.notes,
         *([f"temperature {report['temperature']:.4g} divides the logits"] if "temperature" in report else []),
     ]
@@ -163,18 +155,18 @@ def write_page(
     write_made("report", run.page, content)
 
 
-def _scaled_best(run: Run, engine: Engine, history: History, temperature: float) -> Path | None:
+def _scaled_best(run: Run, engine: Engine, history: History, temperature: Temperature | None) -> Path | None:
     """Write the checkpoint ``best`` with divided logits beside it, and return that file; None if nothing divides them.
 
     Those of an epoch before a resumption have been divided once. The file replaces ``best`` after the report is
     written: a run that is resumed before that comes here again.
     """
-    before = read_json(run.report)
+    before, number = read_json(run.report), 1.0 if temperature is None else temperature.value
     if before and history.best_epoch is not None and history.best_epoch < before["epochs"]:
-        temperature /= before.get("temperature", 1.0)
-    if temperature != 1.0 and run.checkpoint("best").exists():
+        number /= before.get("temperature", 1.0)
+    if number != 1.0 and run.checkpoint("best").exists():
         best = load_checkpoint(run.checkpoint("best"), backend=engine.backend, device=engine.device)
-        scale_logits(best, temperature)
+        scale_logits(best, number)
         scaled = run.checkpoint("best").with_name(".best.scaled.tmp")
         best.save_checkpoint(scaled)
         return scaled
@@ -198,13 +190,11 @@ def finish(run: Run, trained: Trained) -> dict[str, Any]:
         if prepared.models > 1 or trained.final is not None:
             engine.save_checkpoint(run.checkpoint("best"))
         else:
-            scaled = _scaled_best(
-                run, engine, history, 1.0 if trained.temperature is None else trained.temperature.value
-            )
+            scaled = _scaled_best(run, engine, history, trained.temperature)
         if prepared.models > 1:
             engine.save_checkpoint(run.checkpoint("last"))
-    config = read_json(run.config)
-    report = scores_of(trained, early_stopping=bool(config["options"].get("early_stopping")))
+    options = read_json(run.config)["options"]
+    report = scores_of(trained, early_stopping=bool(options.get("early_stopping")))
     if not history.epochs:
         report["no_plot"] = "no epoch was completed"
     else:
@@ -233,7 +223,7 @@ def finish(run: Run, trained: Trained) -> dict[str, Any]:
     if scaled is not None:
         replace_file(scaled, run.checkpoint("best"))
     try:
-        write_page(run, engine, prepared, report, history.history, command=config["command"])
+        write_page(run, engine, prepared, report, history.history)
     except FusemlpError as error:
         report["no_page"] = str(error).removeprefix("report: ")
     return report

@@ -16,7 +16,7 @@ from fusemlp.cli.session import RENAMED
 from fusemlp.describe.metrics import METRICS, rises
 from fusemlp.report.metrics import scalars, spelled
 from fusemlp.report.plots import FORMATS, Curves, comparison_figure, literal, repeats
-from fusemlp.report.runs import Run, open_run, read_json, read_metrics
+from fusemlp.report.runs import Run, open_run, read_history, read_json, read_metrics
 from fusemlp.tables.recipe import one_of
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
 
@@ -269,10 +269,9 @@ def names(paths: Sequence[Path]) -> list[str]:
 
 def _curves(path: Path, name: str) -> Curves:
     run, config = open_run(path)
-    rows = read_metrics(run)
-    if not rows:
+    history = read_history(run)
+    if not history:
         raise CheckpointError(
             f"run: {str(path)!r} has no complete epoch yet, so there is nothing to draw; leave it out"
         )
-    history = {quantity: [row[quantity] for row in rows] for quantity in rows[0] if quantity != "epoch"}
     return Curves(name, history, config["loss"]["kind"])

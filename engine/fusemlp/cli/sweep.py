@@ -55,10 +55,7 @@ Show = Callable[[Collection[Member]], None]
 
 def sweep(options: SweepOptions) -> None:
     """Train all models, write the results and the best; raises DivergenceError if every model diverged."""
-    with (
-        output.events(as_json=options.as_json, quiet=options.quiet) as listener,
-        output.resumable("sweep", JOURNAL) as runs,
-    ):
+    with output.work(options, "sweep", JOURNAL) as (listener, runs):
         content, lines = worked(options, listener, runs)
     output.show(content, lines, as_json=options.as_json, warnings=content["worse_than"] or ())
 

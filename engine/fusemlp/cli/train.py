@@ -263,10 +263,7 @@ def train(options: TrainOptions) -> None:
         recorder = Recorder(session.run, every=session.options.checkpoint_every)
         training.train_model(session.prepared, session.engine, training.Listeners([recorder]))
         return
-    with (
-        output.events(as_json=options.as_json, quiet=options.quiet) as listener,
-        output.resumable("train", "config.json") as runs,
-    ):
+    with output.work(options, "train", "config.json") as (listener, runs):
         session = prepared_session(options, again=again)
         runs.append(session.run.path)
         with session.tracker or nullcontext():

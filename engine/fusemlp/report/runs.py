@@ -303,6 +303,12 @@ def read_metrics(run: Run) -> list[dict[str, float]]:
     ]
 
 
+def read_history(run: Run) -> dict[str, list[float]]:
+    """Return the columns of ``metrics.csv`` but the epochs, none without a complete row."""
+    rows = read_metrics(run)
+    return {name: [row[name] for row in rows] for name in (rows[0] if rows else ()) if name != "epoch"}
+
+
 def keep_metrics(run: Run, epochs: int) -> None:
     """Drop the rows of ``metrics.csv`` after ``epochs``, which a resumed training writes again."""
     kept = [row for row in read_metrics(run) if row["epoch"] <= epochs]
