@@ -1,10 +1,6 @@
 """Trainings of one rank on the Triton backend, under its interpreter; rank 0 writes the parameters as .npz files."""
 
-from __future__ import annotations
-
 import os
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import quick_interpreter
@@ -13,11 +9,11 @@ from cases import Case, trained
 from fusemlp import MLP, SGD, Adam, AdamW, CrossEntropy, Engine, ParameterOptions, PReLU, load_checkpoint
 
 
-def engine(*sizes: int, **options: Any) -> Any:
+def engine(*sizes, **options):
     network = {name: options.pop(name) for name in ("dropout", "activation") if name in options}
     given = {"backend": "triton", "plan": "eager", "batch_size": 20, "normalise": False, **options}
 
-    def made(**others: Any) -> Engine:
+    def made(**others):
         return Engine(MLP(list(sizes), **network), seed=5, **{**given, **others})
 
     return made
@@ -47,7 +43,7 @@ CASES = {
 }
 
 
-def main(folder: Path) -> None:
+def main(folder):
     """Train all cases, and one from a checkpoint."""
     quick_interpreter.quicken()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,10 +39,10 @@ class Case:
     validates: bool = False
 
 
-def engine(*sizes: int, **options: Any) -> Callable[..., Engine]:
+def engine(*sizes, **options):
     network = {name: options.pop(name) for name in ("dropout", "activation") if name in options}
 
-    def made(**others: Any) -> Engine:
+    def made(**others):
         return Engine(MLP(list(sizes), **network), backend="numpy", seed=5, **{**options, **others})
 
     return made
@@ -95,17 +94,17 @@ FEWER = ("momentum", "batch of 5", "accumulation", "dropout fp64", "weights fp64
 WHOLE_IN = {1: CASES, 2: CASES, 4: {name: CASES[name] for name in FEWER}, 8: {"adam": CASES["adam"]}}
 
 
-def data(case: Case) -> dict[str, Any]:
+def data(case):
     """Return the arguments of ``fit``."""
     made = case.engine()
     generator = np.random.default_rng(7)
     inputs, outputs = made.network.sizes[0], made.network.sizes[-1]
     X = generator.normal(size=(case.rows + 40, inputs))
-    y: Any = generator.normal(size=(case.rows + 40, outputs))
+    y = generator.normal(size=(case.rows + 40, outputs))
     if not case.numbers:
         y = (X[:, :outputs] + 0.5 * y).argmax(axis=1)
     batches = -(-case.rows // made.batch_size)
-    given: dict[str, Any] = {"X": X[: case.rows], "y": y[: case.rows], "epochs": -(-case.steps // batches)}
+    given = {"X": X[: case.rows], "y": y[: case.rows], "epochs": -(-case.steps // batches)}
     if case.weighted:
         given["sample_weight"] = generator.uniform(0.0, 2.0, case.rows)
     if case.validates:
@@ -113,7 +112,7 @@ def data(case: Case) -> dict[str, Any]:
     return {**given, **case.fit}
 
 
-def trained(case: Case, **others: Any) -> dict[str, Any]:
+def trained(case, **others):
     """Return the parameters, optimizer state and history after the fit of a case."""
     made = case.engine(**others)
     history = made.fit(**data(case))
@@ -125,15 +124,15 @@ def trained(case: Case, **others: Any) -> dict[str, Any]:
 class StopsOnRank(Callback):
     """Stops training on one rank alone."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank):
         self.rank = rank
 
-    def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
+    def on_epoch_end(self, engine, epoch, logs):
         if epoch == 1 and engine.ranks.together and engine.ranks.rank == self.rank:
             engine.stop_training = True
 
 
-def message(run: Callable[[], object], error: type[Exception]) -> str:
+def message(run, error):
     try:
         run()
     except error as raised:
@@ -141,7 +140,7 @@ def message(run: Callable[[], object], error: type[Exception]) -> str:
     raise AssertionError("no error")
 
 
-def refusals(rank: int) -> dict[str, str]:
+def refusals(rank):
     """Return the errors of what ranks do not share, or cannot do together."""
     case = CASES["momentum"]
     given = data(case)
@@ -168,7 +167,7 @@ def refusals(rank: int) -> dict[str, str]:
     return found | {"stopped": str(made.epochs_trained)}
 
 
-def in_torch(case: Case, rank: int) -> np.ndarray[Any, Any]:
+def in_torch(case, rank):
     """Return the parameters of the same training by torch's DistributedDataParallel, in float64, on two ranks."""
     import torch
 
@@ -196,7 +195,7 @@ def in_torch(case: Case, rank: int) -> np.ndarray[Any, Any]:
     return np.concatenate([parameter.detach().numpy().ravel() for parameter in module.parameters()])
 
 
-def main(folder: Path) -> None:
+def main(folder):
     """Train the cases that a world of this size has."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     found = {name: trained(case, distributed=True) for name, case in WHOLE_IN.get(world, {}).items()}

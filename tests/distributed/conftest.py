@@ -1,9 +1,5 @@
 """A world of one rank, which is this process."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-
 import pytest
 import worlds
 
@@ -11,7 +7,7 @@ from fusemlp.runtime.ranks import VARIABLES
 
 
 @pytest.fixture(scope="module")
-def alone() -> Iterator[None]:
+def alone():
     """Make this process the only rank of a world, until the module's tests have ended."""
     distributed = pytest.importorskip("torch.distributed")
     with pytest.MonkeyPatch.context() as changed:

@@ -4,17 +4,11 @@ The victim gets SIGKILL or SIGSTOP some seconds after its first batch, at whatev
 with an error. Rank 0 writes a checkpoint every third batch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
-import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,19 +21,19 @@ EPOCHS, TIMEOUT = 5000, 6.0
 CHECKPOINT = "checkpoint.safetensors"
 
 
-def new_engine() -> Engine:
+def new_engine():
     return Engine(
         MLP([10, 16, 12, 3], activation=PReLU(0.2), dropout=0.2), optimizer=AdamW(0.01, accumulate=2), batch_size=16,
         seed=3, backend="numpy", distributed=True, timeout=TIMEOUT,
     )  # fmt: skip
 
 
-def data() -> tuple[Any, Any]:
+def data():
     generator = np.random.default_rng(4)
     return generator.normal(size=(120, 10)), generator.integers(0, 3, 120)
 
 
-def fit(engine: Engine, callback: Callback, *, resume: bool) -> None:
+def fit(engine, callback, *, resume):
     early = {"early_stopping": EPOCHS, "monitor": "loss"}
     engine.fit(*data(), epochs=EPOCHS, callbacks=[callback], resume=resume, **early)
 
@@ -47,10 +41,10 @@ def fit(engine: Engine, callback: Callback, *, resume: bool) -> None:
 class Saver(Callback):
     """Saves every third batch; after the first begins the victim's time."""
 
-    def __init__(self, path: Path, begin: Any) -> None:
+    def __init__(self, path, begin):
         self.path, self.begin = path, begin
 
-    def on_batch_end(self, engine: Engine, batch: int) -> None:
+    def on_batch_end(self, engine, batch):
         if self.begin is not None:
             self.begin()
             self.begin = None
@@ -64,11 +58,11 @@ class Digests(Callback):
     The epochs of the fit are those of the one that was cut off.
     """
 
-    def __init__(self, first: int, last: int) -> None:
+    def __init__(self, first, last):
         self.first, self.last = first, last
-        self.found: dict[int, str] = {}
+        self.found = {}
 
-    def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
+    def on_epoch_end(self, engine, epoch, logs):
         if epoch >= self.first:
             tensors = engine_content(engine)["tensors"]
             # written before each step
@@ -81,10 +75,10 @@ class Digests(Callback):
         engine.stop_training = epoch >= self.last
 
 
-def cut_off(folder: Path, ending: signal.Signals, victim: int, delay: float) -> None:
+def cut_off(folder, ending, victim, delay):
     """Train until the victim ends after ``delay`` seconds; the others print the error that they get."""
 
-    def end() -> None:
+    def end():
         time.sleep(delay)
         os.kill(os.getpid(), ending)
 
@@ -95,7 +89,7 @@ def cut_off(folder: Path, ending: signal.Signals, victim: int, delay: float) -> 
         print(error)
 
 
-def go_on(folder: Path, runs: Sequence[str]) -> None:
+def go_on(folder, runs):
     """Resume each run, whose checkpoint lies in the folder of its name, for three epochs; rank 0 notes the digests."""
     found = {}
     for name in runs:
@@ -109,13 +103,13 @@ def go_on(folder: Path, runs: Sequence[str]) -> None:
     write(folder / f"{os.environ['WORLD_SIZE']}.json", found)
 
 
-def without_a_fault(path: Path, epochs: int) -> None:
+def without_a_fault(path, epochs):
     """Train for this many epochs; rank 0 notes the digests of all."""
     digests = Digests(0, epochs - 1)
     fit(new_engine(), digests, resume=False)
     write(path, digests.found)
 
 
-def write(path: Path, content: Mapping[Any, Any]) -> None:
+def write(path, content):
     if os.environ["RANK"] == "0":
         path.write_text(json.dumps(content), encoding="utf-8")

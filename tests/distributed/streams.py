@@ -1,12 +1,7 @@
 """Trainings of one rank on batches that come one by one; rank 0 writes the parameters of each as an .npz file."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable, Iterator
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -20,17 +15,17 @@ TRAINED = {"optimizer": Adam(lr=0.01), "batch_size": SIZE}
 WEIGHTED = {"optimizer": SGD(0.05, momentum=0.9), "loss": CrossEntropy(class_weight=[1.0, 2.0, 0.5, 1.0])}
 
 
-def engine(**options: Any) -> Engine:
+def engine(**options):
     net = MLP([7, 12, 4], dropout=0.2)
     return Engine(net, backend="numpy", seed=5, precision="fp64", normalise=False, **{**TRAINED, **options})
 
 
-def rows() -> tuple[Any, Any, Any]:
+def rows():
     generator = np.random.default_rng(7)
     return generator.normal(size=(ROWS, 7)), generator.integers(0, 4, ROWS), generator.uniform(0.5, 2.0, ROWS)
 
 
-def write(folder: Path) -> None:
+def write(folder):
     """Write the rows as files of each kind."""
     import pyarrow
     from pyarrow import parquet
@@ -42,32 +37,32 @@ def write(folder: Path) -> None:
     parquet.write_table(pyarrow.table(columns), folder / "all.parquet", row_group_size=9)
 
 
-def of_arrays(folder: Path, **options: Any) -> Blocks:
+def of_arrays(folder, **options):
     paths = [folder / f"{name}.npy" for name in "Xyw"]
     return Blocks(*paths, **{"batch_size": SIZE, "block_rows": 8, "window": 3, "seed": 2, **options})
 
 
-def of_tables(folder: Path, **options: Any) -> Blocks:
+def of_tables(folder, **options):
     return Blocks(
         folder / "all.parquet", target="y", weight="w", **{"batch_size": SIZE, "window": 4, "seed": 2, **options}
     )
 
 
-def unequal(folder: Path) -> list[tuple[Any, ...]]:
+def unequal(folder):
     """Batches of several sizes, the largest of which is not the first."""
     del folder
     ends = [0, 10, 41, 42, 60, ROWS]
     return [tuple(array[start:stop] for array in rows()) for start, stop in pairwise(ends)]
 
 
-def unlike(rank: int) -> list[tuple[Any, ...]]:
+def unlike(rank):
     """Batches the second of which has another label on rank 1."""
     X, y, _ = rows()
     return [(X[:10], y[:10]), (X[10:20], np.where(np.arange(10) == 3 * rank, 0, y[10:20]))]
 
 
-def generated(folder: Path) -> Any:
-    def batches() -> Iterator[tuple[Any, ...]]:
+def generated(folder):
+    def batches():
         while True:
             yield from unequal(folder)
 
@@ -77,24 +72,24 @@ def generated(folder: Path) -> Any:
 class Counted:
     """Counts the blocks that are read, while it is entered."""
 
-    def __init__(self) -> None:
-        self.read: list[int] = []
+    def __init__(self):
+        self.read = []
 
-    def __enter__(self) -> Counted:
+    def __enter__(self):
         self._patches = []
         for kind in (blocks.ArrayBlocks, blocks.RowGroups):
             self._patches.append(mock.patch.object(kind, "read", self._counting(kind.read)))
             self._patches[-1].start()
         return self
 
-    def _counting(self, read: Callable[..., None]) -> Callable[..., None]:
-        def counted(source: Any, block: int, into: Any) -> None:
+    def _counting(self, read):
+        def counted(source, block, into):
             self.read.append(block)
             read(source, block, into)
 
         return counted
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         for patch in self._patches:
             patch.stop()
 
@@ -102,16 +97,16 @@ class Counted:
 class Saves(Callback):
     """Saves a checkpoint after the batch number ``batch`` of the second epoch, and ends the training there."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path):
         self.path = path
 
-    def on_batch_end(self, engine: Engine, batch: int) -> None:
+    def on_batch_end(self, engine, batch):
         if engine.epochs_trained == 1 and batch == 3:
             engine.save_checkpoint(self.path)
             engine.stop_training = True
 
 
-SOURCES: dict[str, Callable[[Path], Any]] = {
+SOURCES = {
     "arrays": of_arrays,
     "tables": of_tables,
     "short batches left out": lambda folder: of_arrays(folder, drop_last=True),
@@ -122,13 +117,13 @@ SOURCES: dict[str, Callable[[Path], Any]] = {
 ENGINES = {"": {}, ", weighted": WEIGHTED}
 
 
-def trained(batches: Any, **options: Any) -> dict[str, Any]:
+def trained(batches, **options):
     made = engine(**options)
     history = made.fit(batches, epochs=3, steps_per_epoch=None if hasattr(batches, "__len__") else 5)
     return {"params": made.memory.params, **{f"history {name}": values for name, values in history.history.items()}}
 
 
-def cut_short(files: Path, **options: Any) -> dict[str, Any]:
+def cut_short(files, **options):
     """Train twice; the second fit begins with the last batch of a pass, which is short."""
     made = engine(**options)
     for _ in range(2):
@@ -136,7 +131,7 @@ def cut_short(files: Path, **options: Any) -> dict[str, Any]:
     return {"params": made.memory.params}
 
 
-def main(files: Path, folder: Path) -> None:
+def main(files, folder):
     """Train on all sources, count what is read, and go on from a checkpoint."""
     rank = int(os.environ["RANK"])
     found, read = {}, {}

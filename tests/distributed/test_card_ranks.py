@@ -1,11 +1,7 @@
 """Several processes train on the Triton backend: under its interpreter, with gloo in place of NCCL."""
 
-from __future__ import annotations
-
 import ast
 import os
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,22 +18,22 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 class Worlds:
     """The results of worlds of one and of two ranks, each of which has run once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         self.folder = folder
         self.outputs = {count: worlds.run(count, folder / str(count), main, folder / str(count)) for count in (1, 2)}
 
-    def of(self, count: int, name: str) -> dict[str, Any]:
+    def of(self, count, name):
         with np.load(self.folder / str(count) / f"{name}.npz") as found:
             return dict(found)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+def found(tmp_path_factory):
     return Worlds(tmp_path_factory.mktemp("cards"))
 
 
 @pytest.mark.parametrize("name", [*CASES, "resumed", "overflows"])
-def test_one_and_two_ranks_give_the_same_bits(found: Worlds, name: str) -> None:
+def test_one_and_two_ranks_give_the_same_bits(found, name):
     one, two = found.of(1, name), found.of(2, name)
     assert one.keys() == two.keys()
     for key, array in one.items():
@@ -46,7 +42,7 @@ def test_one_and_two_ranks_give_the_same_bits(found: Worlds, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["weights", "numbers", "weights, fast"])
-def test_two_ranks_train_as_one_process_does(found: Worlds, name: str) -> None:
+def test_two_ranks_train_as_one_process_does(found, name):
     """The bound: 2 updates, each of which adds lr g / (1 - momentum) at most, with an error of gamma_n |g|, n being the
     additions of a batch, the weighing of its shards and a product of 12; |g| is below 4 for these data."""
     case = CASES[name.removesuffix(", fast")]
@@ -58,15 +54,15 @@ def test_two_ranks_train_as_one_process_does(found: Worlds, name: str) -> None:
         np.testing.assert_allclose(together[key], array, rtol=0, atol=bound, err_msg=key)
 
 
-def test_an_overflow_skips_the_batch_on_all_ranks(found: Worlds) -> None:
+def test_an_overflow_skips_the_batch_on_all_ranks(found):
     assert found.of(2, "overflows")["skipped"] >= 1
 
 
-def test_early_stopping_ends_both_ranks_alike(found: Worlds) -> None:
+def test_early_stopping_ends_both_ranks_alike(found):
     lengths = {count: len(found.of(count, "early stopping")["history val_loss"]) for count in (1, 2)}
     assert lengths[1] == lengths[2] < 5
 
 
-def test_the_plan_says_that_it_is_shared(found: Worlds) -> None:
+def test_the_plan_says_that_it_is_shared(found):
     said = ast.literal_eval(found.outputs[2][0])
     assert said["plan"] == "eager" and said["reason"].startswith("the launches of a step, and a collective between")

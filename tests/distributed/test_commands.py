@@ -1,7 +1,5 @@
 """``torchrun -m fusemlp train``: one run folder, of rank 0; terminated, resumed by another number, restarted."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -10,10 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -34,25 +30,25 @@ TRAIN += ("--backend", "numpy", "--epochs", "100", "--checkpoint-every", "7")
 SLICES = Path(__file__).parents[1] / "fixtures" / "runs_2026_11" / "slices"
 
 
-def last(folder: Path) -> dict[str, np.ndarray]:
+def last(folder):
     return dict(load_file(folder / "checkpoints" / "last.safetensors"))
 
 
-def in_this_process(*words: str) -> None:
+def in_this_process(*words):
     with pytest.raises(SystemExit) as ended:
         main(["train", *words, "--quiet"])
     assert ended.value.code == 0
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, alone: None) -> Path:
+def whole(tmp_path_factory, alone):
     """The run of one process that nothing cuts off."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     in_this_process(*TRAIN[1:], "--out", str(folder))
     return folder
 
 
-def wait_for_epochs(run: Path) -> None:
+def wait_for_epochs(run):
     """Return when the run has some epochs."""
     began, metrics = time.monotonic(), run / "metrics.csv"
     while not metrics.exists() or metrics.read_text(encoding="utf-8").count("\n") < 9:
@@ -60,7 +56,7 @@ def wait_for_epochs(run: Path) -> None:
         time.sleep(0.01)
 
 
-def assert_same_run(one: Path, other: Path) -> None:
+def assert_same_run(one, other):
     tensors = last(one), last(other)
     assert tensors[0].keys() == tensors[1].keys()
     for name, array in tensors[0].items():
@@ -69,7 +65,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert rows[0] == rows[1] and rows[0].count("\n") == 101
 
 
-def test_the_ranks_are_terminated_and_the_run_goes_on_exactly_with_another_number(tmp_path: Path, whole: Path) -> None:
+def test_the_ranks_are_terminated_and_the_run_goes_on_exactly_with_another_number(tmp_path, whole):
     cut = tmp_path / "runs" / "cut"
     ranks = worlds.start(2, tmp_path, main, [*TRAIN, "--out", str(cut)])
     wait_for_epochs(cut)
@@ -85,7 +81,7 @@ def test_the_ranks_are_terminated_and_the_run_goes_on_exactly_with_another_numbe
     assert_same_run(cut, whole)
 
 
-def test_a_run_of_ranks_that_had_slices_of_the_optimizers_state_goes_on(tmp_path: Path, alone: None) -> None:
+def test_a_run_of_ranks_that_had_slices_of_the_optimizers_state_goes_on(tmp_path, alone):
     """By the release that wrote it, with the same bits; here to within rounding on another processor."""
     run = Path(shutil.copytree(SLICES, tmp_path / "run"))
     in_this_process("--resume", str(run), "--epochs", "12")
@@ -95,7 +91,7 @@ def test_a_run_of_ranks_that_had_slices_of_the_optimizers_state_goes_on(tmp_path
     np.testing.assert_allclose(resumed, expected, rtol=0, atol=2e-5)
 
 
-def test_the_option_that_is_gone_says_what_took_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_option_that_is_gone_says_what_took_its_place(capsys):
     with pytest.raises(SystemExit) as ended:
         main([*TRAIN, "--shard-optimizer"])
     assert ended.value.code == 2
@@ -103,7 +99,7 @@ def test_the_option_that_is_gone_says_what_took_its_place(capsys: pytest.Capture
     assert "--shard-optimizer: it is gone: each process keeps the whole state of the optimizer now; leave" in said
 
 
-def children(process: int) -> list[int]:
+def children(process):
     """Return the ids of the processes that a process has started."""
     found = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True)
     pairs = [tuple(map(int, line.split())) for line in found.stdout.splitlines()]
@@ -111,7 +107,7 @@ def children(process: int) -> list[int]:
 
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="needs ps")
-def test_torchrun_restarts_and_the_run_goes_on_from_its_last_checkpoint(tmp_path: Path, whole: Path) -> None:
+def test_torchrun_restarts_and_the_run_goes_on_from_its_last_checkpoint(tmp_path, whole):
     run = tmp_path / "run"
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     with subprocess.Popen(
@@ -135,13 +131,13 @@ def test_torchrun_restarts_and_the_run_goes_on_from_its_last_checkpoint(tmp_path
     assert (run / "config.json").stat() == begun
 
 
-def restarted(monkeypatch: pytest.MonkeyPatch, job: str) -> None:
+def restarted(monkeypatch, job):
     """Let this process be one that torchrun has started again."""
     for name, value in (("RESTART_COUNT", "1"), ("MAX_RESTARTS", "1"), ("RUN_ID", job)):
         monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
 
 
-def begun(run: Path, whole: Path, job: str, **report: Any) -> None:
+def begun(run, whole, job, **report):
     """Copy the whole run as one that a job of torchrun has made, with these values in its report."""
     shutil.copytree(whole, run)
     config, told = (json.loads((run / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "report"))
@@ -150,14 +146,12 @@ def begun(run: Path, whole: Path, job: str, **report: Any) -> None:
         (run / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def files(folder: Path) -> dict[Path, bytes]:
+def files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_a_failure_before_the_first_epoch_or_after_the_last_is_made_good(
-    ended: bool, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_before_the_first_epoch_or_after_the_last_is_made_good(ended, tmp_path, whole, monkeypatch):
     run = tmp_path / "run"
     if ended:
         begun(run, whole, "job")
@@ -171,9 +165,7 @@ def test_a_failure_before_the_first_epoch_or_after_the_last_is_made_good(
     assert_same_run(run, whole)
 
 
-def test_a_job_without_an_id_goes_on_with_the_run_of_its_command(
-    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_job_without_an_id_goes_on_with_the_run_of_its_command(tmp_path, whole, monkeypatch, capsys):
     """As where all machines are started again by the same commands."""
     run = tmp_path / "run"
     begun(run, whole, "none")
@@ -194,13 +186,13 @@ def test_a_job_without_an_id_goes_on_with_the_run_of_its_command(
 # "job": an id that is always the same
 @pytest.mark.parametrize(("made_by", "more"), [("another job", ()), ("job", ("--lr", "0.2"))])
 def test_a_restart_takes_over_no_run_that_another_job_has_made(
-    made_by: str,
-    more: tuple[str, ...],
-    tmp_path: Path,
-    whole: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    made_by,
+    more,
+    tmp_path,
+    whole,
+    monkeypatch,
+    capsys,
+):
     run = tmp_path / "run"
     begun(run, whole, made_by)
     before = files(run)
@@ -211,9 +203,7 @@ def test_a_restart_takes_over_no_run_that_another_job_has_made(
     assert files(run) == before
 
 
-def test_a_run_that_diverged_is_not_trained_to_the_same_divergence_by_a_restart(
-    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_diverged_is_not_trained_to_the_same_divergence_by_a_restart(tmp_path, whole, monkeypatch, capsys):
     run = tmp_path / "run"
     begun(run, whole, "job", diverged=True)
     before = files(run)
@@ -229,19 +219,17 @@ class Agreed:
 
     leads = False
 
-    def __init__(self, *flags: bool, first: tuple[float, ...] = ()) -> None:
+    def __init__(self, *flags, first=()):
         self.flags, self.first = flags, iter(first)
 
-    def any(self, *own: bool) -> list[bool]:
+    def any(self, *own):
         return [one or other for one, other in zip(own, self.flags, strict=True)]
 
-    def of_first(self, values: Sequence[float]) -> list[float]:
+    def of_first(self, values):
         return [next(self.first)]
 
 
-def test_a_process_that_counts_no_restart_goes_on_with_one_that_does(
-    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_counts_no_restart_goes_on_with_one_that_does(tmp_path, whole, monkeypatch):
     restarted(monkeypatch, "job")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     monkeypatch.setattr(train, "joined", lambda timeout: Agreed(True, True, False, first=(1.0,)))
@@ -250,18 +238,14 @@ def test_a_process_that_counts_no_restart_goes_on_with_one_that_does(
 
 
 @pytest.mark.parametrize("here", [False, True])
-def test_a_run_folder_that_some_machines_do_not_see_is_refused_on_all(
-    here: bool, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_folder_that_some_machines_do_not_see_is_refused_on_all(here, tmp_path, whole, monkeypatch):
     restarted(monkeypatch, "job")
     monkeypatch.setattr(train, "joined", lambda timeout: Agreed(True, not here, here))
     with pytest.raises(ArgumentError, match=r"^out: some of the processes find .* and others do not"):
         train.going_on(TrainOptions(data="wine", out=str(whole if here else tmp_path)))
 
 
-def test_the_restart_of_a_resumed_run_that_had_nothing_left_to_do_is_refused_too(
-    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_restart_of_a_resumed_run_that_had_nothing_left_to_do_is_refused_too(tmp_path, whole, monkeypatch, capsys):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     restarted(monkeypatch, "job")
@@ -273,7 +257,7 @@ def test_the_restart_of_a_resumed_run_that_had_nothing_left_to_do_is_refused_too
     in_this_process("--resume", str(run), "--epochs", "101")
 
 
-def test_a_folder_with_files_of_others_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_folder_with_files_of_others_stays_as_it_is(tmp_path):
     run = create_run(tmp_path / "run")
     for path in (run.checkpoint("start"), run.path / "notes.txt"):
         path.write_bytes(b"")
@@ -281,9 +265,7 @@ def test_a_folder_with_files_of_others_stays_as_it_is(tmp_path: Path) -> None:
     assert run.checkpoint("start").exists()
 
 
-def test_a_restart_with_resume_discards_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_restart_with_resume_discards_nothing(tmp_path, monkeypatch, alone, capsys):
     run = create_run(tmp_path / "run")
     # as at the end of the process that made it
     unlock()
@@ -295,17 +277,17 @@ def test_a_restart_with_resume_discards_nothing(
     assert run.checkpoint("start").exists()
 
 
-def test_the_script_of_the_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: None) -> None:
+def test_the_script_of_the_page_trains(tmp_path, monkeypatch, alone):
     page = (worlds.ROOT / "engine" / "README.md").read_text(encoding="utf-8")
     (script,) = re.findall(r"^```py\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
+    names = {}
     exec(compile(script, "engine/README.md, script", "exec"), names)
     assert names["history"].history["accuracy"][-1] >= 0.95
     assert np.mean(load("model.safetensors").predict(names["data"].X) == names["data"].y) >= 0.95
 
 
-def as_rank(monkeypatch: pytest.MonkeyPatch, rank: str) -> None:
+def as_rank(monkeypatch, rank):
     for name, value in zip(VARIABLES, (rank, "2", "127.0.0.1", "1"), strict=True):
         monkeypatch.setenv(name, value)
 
@@ -321,13 +303,13 @@ def as_rank(monkeypatch: pytest.MonkeyPatch, rank: str) -> None:
 )
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_what_several_processes_do_not_do_is_refused(
-    words: tuple[str, ...],
-    said: str,
-    rank: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    words,
+    said,
+    rank,
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
     as_rank(monkeypatch, rank)
     with pytest.raises(SystemExit) as ended:
         main([*words, "--out", str(tmp_path / "run")])
@@ -336,9 +318,7 @@ def test_what_several_processes_do_not_do_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_may_be_restarted_needs_a_folder_and_torchruns_summary_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_may_be_restarted_needs_a_folder_and_torchruns_summary_says_so(tmp_path, monkeypatch, capsys):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
     as_rank(monkeypatch, "1")

@@ -37,16 +37,16 @@ class Fault:
     exits: list[tuple[int, str]] = field(default_factory=list)
     seconds: float = 0.0
 
-    def __str__(self) -> str:
+    def __str__(self):
         return f"seed{self.seed}"
 
     @property
-    def resumes_in(self) -> int:
+    def resumes_in(self):
         """The size of the world that goes on, another than before."""
         return {2: (1, 4), 4: (1, 2)}[self.world][self.seed // 2 % 2]
 
 
-def fault(seed: int) -> Fault:
+def fault(seed):
     """Return the fault of a seed."""
     drawn = random.Random(seed)
     world = drawn.choice((2, 2, 4))
@@ -57,7 +57,7 @@ def fault(seed: int) -> Fault:
 FAULTS = [fault(seed) for seed in range(KILLS + STOPS)]
 
 
-def end(fault: Fault, ranks: list[worlds.Rank]) -> None:
+def end(fault, ranks):
     """Wait for the ranks of a world."""
     victim = ranks[fault.victim]
     if fault.ending == signal.SIGKILL:
@@ -70,7 +70,7 @@ def end(fault: Fault, ranks: list[worlds.Rank]) -> None:
 
 
 @pytest.fixture(scope="module")
-def digests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+def digests(tmp_path_factory):
     """The digests after some epochs of each resumed run, and of all epochs of one that was not cut off."""
     folder = tmp_path_factory.mktemp("faults")
     for first in range(0, len(FAULTS), AT_ONCE):
@@ -86,7 +86,7 @@ def digests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
         finally:
             for rank in [rank for ranks in started for rank in ranks]:
                 rank.process.kill()
-    found: dict[str, dict[str, str]] = {}
+    found = {}
     for world in (1, 2, 4):
         runs = [str(one) for one in FAULTS if one.resumes_in == world]
         worlds.run(world, folder / f"world{world}", go_on, folder, runs)
@@ -99,7 +99,7 @@ def digests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
-def test_the_other_ranks_end_and_name_the_victim(digests: dict[str, dict[str, str]], fault: Fault) -> None:
+def test_the_other_ranks_end_and_name_the_victim(digests, fault):
     assert len(fault.exits) == fault.world - 1
     gone = GONE.format(fault.victim, fault.world)
     for place, (code, text) in enumerate(fault.exits):
@@ -114,12 +114,10 @@ def test_the_other_ranks_end_and_name_the_victim(digests: dict[str, dict[str, st
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
-def test_the_training_goes_on_exactly_in_a_world_of_another_size(
-    digests: dict[str, dict[str, str]], fault: Fault
-) -> None:
+def test_the_training_goes_on_exactly_in_a_world_of_another_size(digests, fault):
     ((epoch, digest),) = digests[str(fault)].items()
     assert digest == digests["whole"][epoch], fault
 
 
-def test_most_moments_come_after_a_checkpoint(digests: dict[str, dict[str, str]]) -> None:
+def test_most_moments_come_after_a_checkpoint(digests):
     assert len(digests["saved"]) > len(FAULTS) // 2

@@ -1,14 +1,10 @@
 """The choice of a card and of the way between cards, and the host's work beside them, on a card that is not there."""
 
-from __future__ import annotations
-
 import gc
 import os
 import weakref
-from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
 from weakref import WeakSet
 
 import numpy as np
@@ -20,7 +16,7 @@ if availability()["triton"] is not None or os.environ.get("TRITON_INTERPRET") !=
     pytest.skip("for Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
 
 import torch
-from counting_card import Card, OnCard, counting, put
+from counting_card import OnCard, counting, put
 from torch import distributed
 
 from fusemlp import MLP, Adam, ArgumentError, BackendUnavailableError, DistributedError, Engine, MissingLibraryError
@@ -41,7 +37,7 @@ STEPS = 11
 
 
 @pytest.fixture
-def card() -> Iterator[Card]:
+def card():
     with counting(computes=False) as found:
         yield found
 
@@ -51,46 +47,46 @@ class Pair(Ranks):
 
     rank, world, leads = 0, 2, True
 
-    def __init__(self, card: Card) -> None:
+    def __init__(self, card):
         self.card = card
-        self.programs: WeakSet[Any] = WeakSet()
+        self.programs = WeakSet()
         self._failed = False
         # whether the other says yes when it is asked next
         self.once = False
 
-    def uncaptured(self) -> None:
+    def uncaptured(self):
         return None
 
-    def all_gather(self, into: Any, own: Any) -> None:
+    def all_gather(self, into, own):
         assert isinstance(into, OnCard) and isinstance(own, OnCard)
         self.card.events.append("collective")
         for place in range(self.world):
             into[place].copy_(own)
 
-    def add(self, *arrays: Any) -> None:
+    def add(self, *arrays):
         self.card.events.append("collective")
         for array in arrays:
             assert isinstance(array, OnCard)
             array.mul_(2.0)
 
-    def any(self, *flags: bool) -> list[bool]:
+    def any(self, *flags):
         once, self.once = self.once, False
         return [flag or once for flag in flags]
 
-    def of_first(self, values: Sequence[float]) -> Any:
+    def of_first(self, values):
         return np.array(values)
 
-    def check_same(self, things: Any) -> None:
+    def check_same(self, things):
         pass
 
-    def take_card(self, device: str) -> None:
+    def take_card(self, device):
         pass
 
-    def check_equal(self, mark: Any) -> None:
+    def check_equal(self, mark):
         assert len(np.concatenate(mark)) == 2
 
 
-def made(card: Card, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Engine:
+def made(card, monkeypatch, **options):
     monkeypatch.setattr(session, "joined", lambda timeout: Pair(card))
     monkeypatch.setattr(session, "check_nccl", lambda: None)
     given = {"optimizer": "adam", "batch_size": 4, "backend": "triton", "normalise": False, "distributed": True}
@@ -99,9 +95,7 @@ def made(card: Card, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Engine:
 
 
 @pytest.mark.parametrize("options", [{}, {"reduce": "fast"}])
-def test_an_epoch_waits_once_and_a_step_has_its_collective_in_the_graph(
-    card: Card, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
+def test_an_epoch_waits_once_and_a_step_has_its_collective_in_the_graph(card, monkeypatch, options):
     engine = made(card, monkeypatch, **options)
     assert engine.plan == "graph" and "in a graph" in engine.plan_reason
     with card.counted() as first:
@@ -122,7 +116,7 @@ def test_an_epoch_waits_once_and_a_step_has_its_collective_in_the_graph(
     assert found[1].bytes_sent - found[0].bytes_sent == 8 * len(X) + 32
 
 
-def test_the_memory_of_a_program_is_free_when_it_is_given_back(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_a_program_is_free_when_it_is_given_back(card, monkeypatch):
     engine = made(card, monkeypatch)
     engine.fit(X, Y, epochs=1)
     assert engine.programs.last_fit is not None
@@ -135,7 +129,7 @@ def test_the_memory_of_a_program_is_free_when_it_is_given_back(card: Card, monke
         gc.enable()
 
 
-def test_all_ranks_replay_their_graphs_or_none(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_replay_their_graphs_or_none(card, monkeypatch):
     engine = made(card, monkeypatch)
     engine.fit(X, Y, epochs=1)
     with card.counted() as found:
@@ -148,10 +142,10 @@ def test_all_ranks_replay_their_graphs_or_none(card: Card, monkeypatch: pytest.M
     assert "captured" in found.events
 
 
-def test_each_shard_has_a_mask_of_its_own_forward_and_back(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    bind, masks = TritonBackend.bind, {"linear": list[int](), "grad_input": list[int]()}
+def test_each_shard_has_a_mask_of_its_own_forward_and_back(card, monkeypatch):
+    bind, masks = TritonBackend.bind, {"linear": [], "grad_input": []}
 
-    def bound(self: TritonBackend, op: str, **operands: Any) -> Any:
+    def bound(self, op, **operands):
         if op in masks:
             masks[op].append(operands["dropout"].layer)
         return bind(self, op, **operands)
@@ -163,12 +157,12 @@ def test_each_shard_has_a_mask_of_its_own_forward_and_back(card: Card, monkeypat
 
 
 @pytest.mark.usefixtures("alone")
-def test_kernels_know_the_memory_of_the_gradients_of_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_know_the_memory_of_the_gradients_of_shards(monkeypatch):
     """Else a launch with a matrix of 3 columns takes the slow path."""
     engine = Engine(MLP((3, 4, 2)), batch_size=43, backend="triton", plan="eager", normalise=False, distributed=True)
     aligned, collect = [], grouped._collect
 
-    def collected(*given: Any) -> Any:
+    def collected(*given):
         aligned.append((found := collect(*given)).aligned)
         return found
 
@@ -177,7 +171,7 @@ def test_kernels_know_the_memory_of_the_gradients_of_shards(monkeypatch: pytest.
     assert aligned == [True] * engine.sharding.own
 
 
-def test_graphs_end_before_nccl_does(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_end_before_nccl_does(card, monkeypatch):
     engine = made(card, monkeypatch)
     engine.fit(X, Y, epochs=1)
     last = engine.programs.last_fit
@@ -191,7 +185,7 @@ def test_graphs_end_before_nccl_does(card: Card, monkeypatch: pytest.MonkeyPatch
     assert left == [0]
 
 
-def test_batches_that_come_one_by_one_wait_for_nothing(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_that_come_one_by_one_wait_for_nothing(card, monkeypatch):
     engine = made(card, monkeypatch)
     batches = [(X[at : at + 4], Y[at : at + 4]) for at in range(0, 40, 4)]
     waits = []
@@ -203,7 +197,7 @@ def test_batches_that_come_one_by_one_wait_for_nothing(card: Card, monkeypatch: 
 
 
 @pytest.mark.parametrize("given", [{}, {"accumulate": 2, "clip_norm": 0.1}])
-def test_replayed_steps_have_the_bits_of_eager_ones(monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]) -> None:
+def test_replayed_steps_have_the_bits_of_eager_ones(monkeypatch, given):
     monkeypatch.setattr(programs, "STEPS_A_GRAPH", 2)
     found = []
     for plan in ("eager", "graph"):
@@ -217,7 +211,7 @@ def test_replayed_steps_have_the_bits_of_eager_ones(monkeypatch: pytest.MonkeyPa
         assert array.tobytes() == found[1][name].tobytes(), name
 
 
-def a_backend(name: str, device: str | None, precision: str, needs: Sequence[str] = ()) -> Any:
+def a_backend(name, device, precision, needs=()):
     """A machine with two cards."""
     if device not in (None, "cuda:0", "cuda:1"):
         raise BackendUnavailableError(f"device: expected 'cuda:0' to 'cuda:1', got {device!r}")
@@ -225,13 +219,13 @@ def a_backend(name: str, device: str | None, precision: str, needs: Sequence[str
     return SimpleNamespace(traits=TRAITS[name], device=device or default)
 
 
-def as_rank(monkeypatch: pytest.MonkeyPatch, local: int) -> None:
+def as_rank(monkeypatch, local):
     for name, value in zip(ranks.VARIABLES, (str(local), "4", "127.0.0.1", "1"), strict=True):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_RANK", str(local))
 
 
-def test_a_process_takes_the_card_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_takes_the_card_of_its_number(monkeypatch):
     monkeypatch.setattr(backends, "open_backend", a_backend)
     assert open_here("triton", None, "fp32").device == "cuda:0"
     as_rank(monkeypatch, 1)
@@ -244,10 +238,10 @@ def test_a_process_takes_the_card_of_its_number(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("alone")
-def test_arrays_on_cards_go_by_nccl_and_others_by_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arrays_on_cards_go_by_nccl_and_others_by_gloo(monkeypatch):
     made, new_group = [], distributed.new_group
 
-    def group(backend: str, timeout: Any) -> Any:
+    def group(backend, timeout):
         made.append(backend)
         return new_group(backend="gloo", timeout=timeout)
 
@@ -268,10 +262,10 @@ def test_arrays_on_cards_go_by_nccl_and_others_by_gloo(monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("fails", [False, True])
-def test_nccl_is_aborted_where_a_collective_has_failed(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+def test_nccl_is_aborted_where_a_collective_has_failed(monkeypatch, fails):
     found, done = ranks.Ranks(13.0), []
 
-    def collective() -> None:
+    def collective():
         if fails:
             raise RuntimeError("the other is gone")
 
@@ -284,7 +278,7 @@ def test_nccl_is_aborted_where_a_collective_has_failed(monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_card_that_two_ranks_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_that_two_ranks_have_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="7"))
     found = ranks.Ranks(12.0)
     monkeypatch.setattr(found, "texts", lambda text: ["another", text, text])
@@ -292,16 +286,16 @@ def test_a_card_that_two_ranks_have_is_refused(monkeypatch: pytest.MonkeyPatch) 
         found.take_card("cuda:1")
 
 
-def test_ranks_compare_their_backends_before_they_take_cards(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_compare_their_backends_before_they_take_cards(card, monkeypatch):
     """One whose backend is another takes none, and would not answer."""
-    done: list[str] = []
+    done = []
     monkeypatch.setattr(Pair, "check_same", lambda self, things: done.append(things["backend"]))
     monkeypatch.setattr(Pair, "take_card", lambda self, device: done.append(device))
     made(card, monkeypatch)
     assert done == ["triton", "cuda:0"]
 
 
-def test_the_plan_of_several_processes_is_said_or_refused() -> None:
+def test_the_plan_of_several_processes_is_said_or_refused():
     triton, sharding = TRAITS["triton"], Sharding("ordered", 2)
     assert shared_plan(("resident", "fast"), triton, sharding)[0] == "graph"
     plan, reason = shared_plan(("resident", "fast"), triton, sharding, "no graph here")
@@ -311,7 +305,7 @@ def test_the_plan_of_several_processes_is_said_or_refused() -> None:
         shared_plan(("graph", ASKED), triton, sharding, "no graph here")
 
 
-def test_the_plan_of_cards_is_printed_without_one() -> None:
+def test_the_plan_of_cards_is_printed_without_one():
     net, given = MLP([64, 64, 10]), {"batch_size": 64, "backend": "triton", "devices": 4}
     text = plan_text(net, optimizer="adam", **given)
     assert [line.split()[1] for line in text.splitlines()[1:-1]][-3:] == ["grad_weight", "all_reduce", "update"]

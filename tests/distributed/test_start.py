@@ -1,7 +1,5 @@
 """Processes that cannot train together are told before they begin."""
 
-from __future__ import annotations
-
 import logging
 import re
 import threading
@@ -32,12 +30,12 @@ from fusemlp.runtime.ranks import VARIABLES, Ranks
 distributed = pytest.importorskip("torch.distributed")
 
 
-def as_rank(monkeypatch: pytest.MonkeyPatch, port: int, world: int = 1) -> None:
+def as_rank(monkeypatch, port, world=1):
     for name, value in zip(VARIABLES, ("0", str(world), "127.0.0.1", str(port)), strict=True):
         monkeypatch.setenv(name, value)
 
 
-def test_ordered_sums_are_for_numbers_of_ranks_that_divide_the_shards() -> None:
+def test_ordered_sums_are_for_numbers_of_ranks_that_divide_the_shards():
     assert [Sharding("ordered", world).check().own for world in (1, 2, 4, 8)] == [8, 4, 2, 1]
     with pytest.raises(
         ArgumentError, match=r"reduce: 'ordered' adds 8 shards .* there are 3; .* or give reduce='fast'"
@@ -46,31 +44,31 @@ def test_ordered_sums_are_for_numbers_of_ranks_that_divide_the_shards() -> None:
     assert Sharding("fast", 3).check().own == 1
 
 
-def test_the_plan_shows_what_a_rank_receives() -> None:
+def test_the_plan_shows_what_a_rank_receives():
     text = plan_text(MLP([64, 64, 10]), optimizer=Adam(clip_norm=1.0), batch_size=64, backend="numpy", devices=4)
     assert [line.split()[1] for line in text.splitlines()[1:-1]][-2:] == ["all_reduce", "update"]
     # three times 4,810 parameters of 4 bytes, and the statistics
     assert "all_reduce ordered, 4 ranks" in text and "receives 57.9kB by all_reduce from the others" in text
 
 
-def test_slices_of_the_optimizers_state_are_gone() -> None:
+def test_slices_of_the_optimizers_state_are_gone():
     for make in (Engine, Engine.from_pretrained, load_checkpoint):
         with pytest.raises(ArgumentTypeError, match=r"^shard_optimizer: it is gone: each process keeps the whole"):
             make(MLP([3, 2]), backend="numpy", shard_optimizer=True)
 
 
-def test_a_process_that_torchrun_has_not_started_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_torchrun_has_not_started_is_told(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ArgumentError, match=r"torchrun has not started this process \(no RANK"):
         Engine(MLP([3, 2]), backend="numpy", distributed=True)
 
 
-def test_how_to_add_gradients_is_for_several_processes() -> None:
+def test_how_to_add_gradients_is_for_several_processes():
     with pytest.raises(ArgumentError, match=r"^reduce: 'fast' adds .* trains alone; start it by torchrun"):
         Engine(MLP([3, 2]), backend="numpy", reduce="fast")
 
 
-def test_a_port_in_use_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_in_use_is_said_so(monkeypatch):
     with worlds.held_port() as port:
         as_rank(monkeypatch, port)
         with pytest.raises(
@@ -79,13 +77,11 @@ def test_a_port_in_use_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
             Ranks(timeout=2.0)
 
 
-def notices() -> list[threading.Timer]:
+def notices():
     return [one for one in threading.enumerate() if isinstance(one, threading.Timer) and not one.finished.is_set()]
 
 
-def test_a_process_that_waits_for_others_says_so_and_how_to_run_alone(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_process_that_waits_for_others_says_so_and_how_to_run_alone(monkeypatch, caplog):
     port = worlds.free_port()
     as_rank(monkeypatch, port, world=2)
     monkeypatch.setattr(ranks, "SILENT_SECONDS", 0.1)
@@ -100,7 +96,7 @@ def test_a_process_that_waits_for_others_says_so_and_how_to_run_alone(
     assert caplog.records[0].levelno == logging.WARNING and not notices()
 
 
-def test_processes_that_meet_say_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_processes_that_meet_say_nothing(monkeypatch, caplog):
     as_rank(monkeypatch, worlds.free_port())
     monkeypatch.setattr(ranks, "SILENT_SECONDS", 100.0)
     try:
@@ -110,8 +106,8 @@ def test_processes_that_meet_say_nothing(monkeypatch: pytest.MonkeyPatch, caplog
         distributed.destroy_process_group()
 
 
-def test_a_collective_that_fails_on_all_ranks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
+def test_a_collective_that_fails_on_all_ranks_is_told(monkeypatch):
+    def fail():
         raise RuntimeError("invalid size")
 
     as_rank(monkeypatch, worlds.free_port())
@@ -122,7 +118,7 @@ def test_a_collective_that_fails_on_all_ranks_is_told(monkeypatch: pytest.Monkey
         distributed.destroy_process_group()
 
 
-def test_gradients_whose_sum_overflows_are_a_divergence_and_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_whose_sum_overflows_are_a_divergence_and_no_warning(monkeypatch):
     as_rank(monkeypatch, worlds.free_port())
     # finite in each shard, and not in their sum
     X, y = np.full((16, 3), 100.0), np.full((16, 3), 1e37)
@@ -149,9 +145,7 @@ FROZEN = SGD(per_parameter={"*": ParameterOptions(trainable=False)})
         ({"backend": "triton", "plan": "resident"}, ArgumentError, "plan: the resident kernel trains on one card"),
     ],
 )
-def test_what_cannot_be_distributed_is_refused_before_the_processes_meet(
-    given: dict[str, object], error: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_distributed_is_refused_before_the_processes_meet(given, error, said, monkeypatch):
     if "backend" in given:
         pytest.importorskip("triton")
     as_rank(monkeypatch, 1)
@@ -159,8 +153,8 @@ def test_what_cannot_be_distributed_is_refused_before_the_processes_meet(
         Engine(MLP([3, 2]), **{"backend": "numpy", "distributed": True, **given})
 
 
-def test_torch_is_needed_for_several_processes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
+def test_torch_is_needed_for_several_processes_alone(monkeypatch):
+    def missing(name):
         raise ImportError(f"No module named {name!r}")
 
     as_rank(monkeypatch, 1)
@@ -172,9 +166,7 @@ def test_torch_is_needed_for_several_processes_alone(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("rank", "world"), [("abc", "2"), ("0", "two"), ("2", "2"), ("-1", "2"), ("0", "0")])
-def test_numbers_that_torchrun_does_not_set_are_refused_at_once(
-    rank: str, world: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_numbers_that_torchrun_does_not_set_are_refused_at_once(rank, world, monkeypatch):
     as_rank(monkeypatch, 1)
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)

@@ -1,13 +1,8 @@
 """Batches that come one by one in several processes: the same bits on any number, and each reads its part."""
 
-from __future__ import annotations
-
 import ast
 import threading
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from queue import Queue
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +20,7 @@ NAMES = [f"{name}{ending}" for name in streams.SOURCES for ending in streams.ENG
 class Worlds:
     """The results of worlds of one and two ranks, each of which has run once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         self.files = folder
         streams.write(folder)
         self.folders = {count: folder / str(count) for count in (1, 2)}
@@ -33,21 +28,21 @@ class Worlds:
             count: worlds.run(count, path, streams.main, folder, path) for count, path in self.folders.items()
         }
 
-    def of(self, count: int, name: str) -> dict[str, Any]:
+    def of(self, count, name):
         with np.load(self.folders[count] / f"{name}.npz") as found:
             return dict(found)
 
-    def told(self, count: int, what: str) -> list[dict[str, Any]]:
+    def told(self, count, what):
         return [ast.literal_eval(out)[what] for out in self.outputs[count]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
+def found(tmp_path_factory):
     return Worlds(tmp_path_factory.mktemp("streams"))
 
 
 @pytest.mark.parametrize("name", [*NAMES, "a short batch first", "a generator", "resumed"])
-def test_one_and_two_ranks_give_the_same_bits(found: Worlds, name: str) -> None:
+def test_one_and_two_ranks_give_the_same_bits(found, name):
     one, two = found.of(1, name), found.of(2, name)
     assert one.keys() == two.keys()
     for key, array in one.items():
@@ -56,23 +51,23 @@ def test_one_and_two_ranks_give_the_same_bits(found: Worlds, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["arrays", "tables", "a list"])
 @pytest.mark.parametrize("ending", ["", ", weighted"])
-def test_two_ranks_train_as_one_process_does(found: Worlds, name: str, ending: str) -> None:
+def test_two_ranks_train_as_one_process_does(found, name, ending):
     alone = streams.trained(streams.SOURCES[name](found.files), **streams.ENGINES[ending])
     for key, array in found.of(2, f"{name}{ending}").items():
         np.testing.assert_allclose(array, alone[key], rtol=1e-9, atol=1e-9, err_msg=key)
 
 
-def test_a_short_batch_that_comes_first_is_split_as_it_is_read(found: Worlds) -> None:
+def test_a_short_batch_that_comes_first_is_split_as_it_is_read(found):
     alone = streams.cut_short(found.files)["params"]
     np.testing.assert_allclose(found.of(2, "a short batch first")["params"], alone, rtol=1e-9, atol=1e-9)
 
 
-def test_a_resumed_fit_ends_as_one_that_was_not_cut_off(found: Worlds) -> None:
+def test_a_resumed_fit_ends_as_one_that_was_not_cut_off(found):
     np.testing.assert_array_equal(found.of(2, "resumed")["params"], found.of(2, "arrays")["params"])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_rank_reads_its_part_of_the_blocks(found: Worlds, name: str) -> None:
+def test_a_rank_reads_its_part_of_the_blocks(found, name):
     (all_blocks,), both = (([told[name] for told in found.told(count, "read")]) for count in (1, 2))
     assert sorted(both[0] + both[1]) == sorted(all_blocks)
     # three epochs of several windows, in each of which the first rank may have one block more
@@ -91,7 +86,7 @@ SAID = {
 
 
 @pytest.mark.parametrize("name", SAID)
-def test_what_differs_is_named_on_every_rank(found: Worlds, name: str) -> None:
+def test_what_differs_is_named_on_every_rank(found, name):
     first, second = (said[name] for said in found.told(2, "said"))
     assert first == second and first.startswith(SAID[name])
 
@@ -99,10 +94,10 @@ def test_what_differs_is_named_on_every_rank(found: Worlds, name: str) -> None:
 class Thread:
     """A process of ``world``, which is a thread."""
 
-    def __init__(self, rank: int, queues: dict[tuple[int, int], Queue[Any]], world: int) -> None:
+    def __init__(self, rank, queues, world):
         self.rank, self.world, self._queues = rank, world, queues
 
-    def swap(self, rows: Sequence[Any], counts: Sequence[int]) -> Any:
+    def swap(self, rows, counts):
         for other, array in enumerate(rows):
             self._queues[self.rank, other].put(array.copy())
         found = [self._queues[other, self.rank].get(timeout=20) for other in range(self.world)]
@@ -112,19 +107,17 @@ class Thread:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("options", [{}, {"drop_last": True}, {"shuffle": False}, {"batch_size": 200}, {"window": 1}])
-def test_the_rows_of_all_ranks_make_the_batches_of_one_process(world: int, options: dict[str, Any]) -> None:
+def test_the_rows_of_all_ranks_make_the_batches_of_one_process(world, options):
     X, y, w = streams.rows()
     given = {"batch_size": streams.SIZE, "block_rows": 8, "window": 5, "seed": 4, **options}
     sharding = Sharding("fast" if world == 3 else "ordered", world)
-    queues: dict[tuple[int, int], Queue[Any]] = {
-        (one, other): Queue() for one in range(world) for other in range(world)
-    }
-    found: dict[int, list[Any]] = {}
+    queues = {(one, other): Queue() for one in range(world) for other in range(world)}
+    found = {}
 
-    def owner(places: Any) -> Any:
+    def owner(places):
         return sharding.owner(places, min(given["batch_size"], len(X)))
 
-    def run(rank: int) -> None:
+    def run(rank):
         blocks = Blocks(X, y, w, **given)
         blocks.seek(2 + len(blocks))
         found[rank] = list(blocks.shared(Thread(rank, queues, world), owner))

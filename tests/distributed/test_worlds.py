@@ -1,10 +1,6 @@
 """Several processes train one model: the same bits on 1, 2, 4 and 8, those of one process but for rounding."""
 
-from __future__ import annotations
-
 import ast
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,19 +14,19 @@ EXACT = [name for name in CASES if name.endswith("fp64")]
 class Worlds:
     """The results of worlds of several sizes, each of which has run once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         self.folder = folder
         self.outputs = {
             count: worlds.run(count, folder / str(count), main, folder / str(count)) for count in (1, 2, 3, 4, 8)
         }
 
-    def of(self, count: int, name: str) -> dict[str, Any]:
+    def of(self, count, name):
         with np.load(self.folder / str(count) / f"{name}.npz") as found:
             return dict(found)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+def found(tmp_path_factory):
     return Worlds(tmp_path_factory.mktemp("worlds"))
 
 
@@ -38,7 +34,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     ("count", "name"),
     [(count, name) for count in (2, 4, 8) for name in WHOLE_IN[count]],
 )
-def test_the_bits_do_not_depend_on_the_number_of_ranks(found: Worlds, count: int, name: str) -> None:
+def test_the_bits_do_not_depend_on_the_number_of_ranks(found, count, name):
     one, several = found.of(1, name), found.of(count, name)
     assert one.keys() == several.keys()
     for key, array in one.items():
@@ -48,21 +44,21 @@ def test_the_bits_do_not_depend_on_the_number_of_ranks(found: Worlds, count: int
 
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize(("count", "kind"), [(2, ""), (2, ", fast"), (3, ", fast")])
-def test_several_processes_train_as_one_does(found: Worlds, name: str, count: int, kind: str) -> None:
+def test_several_processes_train_as_one_does(found, name, count, kind):
     alone, together = trained(CASES[name]), found.of(count, f"{name}{kind}")
     assert alone.keys() == together.keys()
     for key, array in alone.items():
         np.testing.assert_allclose(together[key], array, rtol=1e-9, atol=1e-9, err_msg=key)
 
 
-def test_torch_trains_to_the_same_parameters(found: Worlds) -> None:
+def test_torch_trains_to_the_same_parameters(found):
     made = CASES["momentum fp64"].engine()
     made.memory.params[:] = found.of(2, "momentum fp64")["params"]
     own = np.concatenate([array.ravel() for array in made.state_dict().values()])
     np.testing.assert_allclose(own, found.of(2, "torch")["params"], rtol=1e-9, atol=1e-9)
 
 
-def test_early_stopping_ends_all_ranks_alike(found: Worlds) -> None:
+def test_early_stopping_ends_all_ranks_alike(found):
     epochs = {count: len(found.of(count, "early stopping")["history val_loss"]) for count in (1, 2, 4)}
     assert len(set(epochs.values())) == 1 and epochs[1] < 60
 
@@ -80,10 +76,10 @@ SAID = {
 
 
 @pytest.mark.parametrize("name", SAID)
-def test_what_differs_or_cannot_be_is_named_on_every_rank(found: Worlds, name: str) -> None:
+def test_what_differs_or_cannot_be_is_named_on_every_rank(found, name):
     first, second = (ast.literal_eval(out)[name] for out in found.outputs[2])
     assert first == second and first.startswith(SAID[name])
 
 
-def test_all_ranks_end_when_a_callback_on_one_stops(found: Worlds) -> None:
+def test_all_ranks_end_when_a_callback_on_one_stops(found):
     assert [ast.literal_eval(out)["stopped"] for out in found.outputs[2]] == ["2", "2"]

@@ -12,7 +12,6 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "FUSEMLP_NUM_
 
 
 @contextlib.contextmanager
-def held_port() -> Iterator[int]:
+def held_port():
     """Yield the number of a port that is in use meanwhile."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
@@ -37,13 +36,13 @@ def held_port() -> Iterator[int]:
         yield int(held.getsockname()[1])
 
 
-def free_port() -> int:
+def free_port():
     with held_port() as port:
         return port
 
 
 @functools.cache
-def _context() -> Any:
+def _context():
     context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
     if sys.platform != "win32":
         from multiprocessing import forkserver
@@ -61,7 +60,7 @@ class Rank:
     process: Any
     log: Path
 
-    def ended(self, limit: float = LIMIT) -> tuple[int, str]:
+    def ended(self, limit=LIMIT):
         """Return the exit code and the output; TimeoutError after ``limit`` seconds, with the process killed."""
         self.process.join(limit)
         if self.process.exitcode is None:
@@ -72,7 +71,7 @@ class Rank:
         return self.process.exitcode, "".join(line for line in lines if " waits up to " not in line)
 
 
-def start(count: int, folder: Path, run: Callable[..., object], *arguments: object) -> list[Rank]:
+def start(count, folder, run, *arguments):
     """Start the ranks of a world, each of which calls ``run``; their output goes into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     port, ranks = free_port(), []
@@ -85,7 +84,7 @@ def start(count: int, folder: Path, run: Callable[..., object], *arguments: obje
     return ranks
 
 
-def _rank(variables: dict[str, str], log: Path, run: Callable[..., object], arguments: tuple[object, ...]) -> None:
+def _rank(variables, log, run, arguments):
     os.environ.update({**variables, **ONE_THREAD})
     with log.open("w", encoding="utf-8") as stream:
         for number in (1, 2):
@@ -101,7 +100,7 @@ def _rank(variables: dict[str, str], log: Path, run: Callable[..., object], argu
             distributed.destroy_process_group()
 
 
-def run(count: int, folder: Path, function: Callable[..., object], *arguments: object) -> list[str]:
+def run(count, folder, function, *arguments):
     """Return the output of each rank of a world in which nothing goes wrong."""
     found = [rank.ended() for rank in start(count, folder, function, *arguments)]
     assert [code for code, _ in found] == [0] * count, "\n".join(text for _, text in found)

@@ -1,7 +1,5 @@
 """Short ways to call a backend, for the tests that look at one fact."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from fusemlp_kernels.clock import hyper_at, rate_table

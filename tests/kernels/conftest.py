@@ -2,8 +2,6 @@
 in common, and the others of each. The interpreter gets small tiles.
 """
 
-from __future__ import annotations
-
 import pytest
 from devices import WITHOUT_A_CARD, Variant
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -49,14 +48,14 @@ class Card:
     capturing: Graph | None = None
     streams: list[Any] = dataclasses.field(default_factory=list)
 
-    def wait(self, what: str, count: int = 0) -> None:
+    def wait(self, what, count=0):
         if self.capturing is not None:
             raise NotOnACard(f"{what} waits while a stream is captured")
         self.waits += 1
         self.bytes_read += count
         self.events.append("wait")
 
-    def start(self, work: Callable[[], object]) -> Any:
+    def start(self, work):
         """Run work now, or record it."""
         if self.capturing is not None:
             self.capturing.nodes.append(work)
@@ -65,7 +64,7 @@ class Card:
         return work()
 
     @contextlib.contextmanager
-    def counted(self) -> Iterator[Card]:
+    def counted(self):
         """Yield the work that a block asks for."""
         before = dataclasses.astuple(dataclasses.replace(self, events=[], capturing=None, streams=[]))
         found = Card()
@@ -84,10 +83,10 @@ CARD = Card()
 class Graph:
     """As ``torch.cuda.CUDAGraph``."""
 
-    def __init__(self) -> None:
-        self.nodes: list[Callable[[], object]] = []
+    def __init__(self):
+        self.nodes = []
 
-    def replay(self) -> None:
+    def replay(self):
         CARD.events.append("replay")
         # one launch, whatever is in it
         CARD.launches += 1
@@ -96,7 +95,7 @@ class Graph:
 
 
 @contextlib.contextmanager
-def captured(graph: Graph, stream: Any = None, capture_error_mode: str = "global") -> Iterator[None]:
+def captured(graph, stream=None, capture_error_mode="global"):
     """As ``torch.cuda.graph``."""
     CARD.wait("a capture")
     CARD.events[-1] = "captured"
@@ -112,7 +111,7 @@ def captured(graph: Graph, stream: Any = None, capture_error_mode: str = "global
         warnings.warn("The CUDA Graph is empty. This usually means ...", stacklevel=2)
 
 
-def _plainly(function: Any, args: Any, options: Any) -> Any:
+def _plainly(function, args, options):
     with torch._C.DisableTorchFunctionSubclass():
         return function(*args, **options)
 
@@ -120,16 +119,16 @@ def _plainly(function: Any, args: Any, options: Any) -> Any:
 class Pinned(torch.Tensor):
     """Pinned memory of the host."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
 
 class OnCard(torch.Tensor):
     """Memory of the card."""
 
-    is_cpu = False  # type: ignore[assignment]
+    is_cpu = False
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
         options, name = kwargs or {}, func.__name__
         if name in ("numpy", "__array__"):
             raise NotOnACard(f"{name} of a tensor on the card")
@@ -166,36 +165,36 @@ class OnCard(torch.Tensor):
         return _on_card(CARD.start(lambda: _plainly(func, args, options)))
 
 
-def _on_card(found: Any) -> Any:
+def _on_card(found):
     if isinstance(found, torch.Tensor):
         return found if isinstance(found, OnCard) else found.as_subclass(OnCard)
     return type(found)(map(_on_card, found)) if type(found) in (tuple, list) else found
 
 
-def put(array: Any) -> Any:
+def put(array):
     """Return a copy of a host array on the card."""
     return torch.as_tensor(array).clone().as_subclass(OnCard)
 
 
-def _no_launch(*_: Any) -> Callable[[], object]:
+def _no_launch(*_):
     return lambda: CARD.start(lambda: None)
 
 
-def _launch(self: Any, kernel: Any, programs: int, arguments: Any, constants: Any, tile: Any) -> Callable[[], object]:
+def _launch(self, kernel, programs, arguments, constants, tile):
     given = {**arguments, **constants, **launch.launch_options(self.arch.family, tile)}
 
-    def work() -> None:
+    def work():
         with np.errstate(all="ignore"), torch._C.DisableTorchFunctionSubclass():
             kernel[(programs,)](**given)
 
-    def run() -> None:
+    def run():
         CARD.start(work)
 
     return run
 
 
 @contextlib.contextmanager
-def counting(*, computes: bool) -> Iterator[Card]:
+def counting(*, computes):
     """Let the Triton backend run on the counting card, whose kernels compute nothing unless it ``computes``."""
     open_device, empty = backend.open_device, torch.empty
     allocate, zeros, numbers = backend.TritonBackend.allocate, launch.TritonDevice.zeros, launch.TritonDevice.numbers
@@ -203,22 +202,22 @@ def counting(*, computes: bool) -> Iterator[Card]:
 
     launches = _launch if computes else _no_launch
 
-    def opened(name: str | None, precision: str) -> launch.TritonDevice:
+    def opened(name, precision):
         return dataclasses.replace(open_device(None, precision), interpreted=False)
 
-    def start(self: Any, traits: Any, device: Any, precision: str) -> None:
+    def start(self, traits, device, precision):
         made(self, traits, device, precision)
         self.device = "cuda:0"
 
-    def empty_or_pinned(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
-        found: torch.Tensor = empty(*shape, **options)
+    def empty_or_pinned(*shape, pin_memory=False, **options):
+        found = empty(*shape, **options)
         return found.as_subclass(Pinned) if pin_memory else found
 
-    def sent(self: Any, values: Any, kind: str) -> Any:
+    def sent(self, values, kind):
         CARD.wait("a copy from pageable memory")
         return _on_card(numbers(self, values, kind))
 
-    CARD.__init__()  # type: ignore[misc]
+    CARD.__init__()
     cuda = {
         "CUDAGraph": Graph,
         "graph": captured,

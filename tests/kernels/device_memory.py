@@ -1,9 +1,5 @@
 """The memory of one call's operands on a device: the same views there, filled and read back as a whole."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 from memory import base_of, position
 
@@ -21,11 +17,11 @@ READS_WEIGHTS = frozenset({"linear", "linear_loss_grad", "grad_input", "linear_m
 class DeviceMemory:
     """The memory of the operands of one call of ``op``, in arrays of ``backend``."""
 
-    def __init__(self, backend: Any, op: str) -> None:
+    def __init__(self, backend, op):
         self.backend, self.op = backend, op
-        self.flats: dict[int, tuple[Any, Any]] = {}
+        self.flats = {}
 
-    def view(self, name: str, array: Any) -> Any:
+    def view(self, name, array):
         base = base_of(array)
         key = base.__array_interface__["data"][0] if base.size else id(array)
         owned = getattr(base, "owned", None)
@@ -39,7 +35,7 @@ class DeviceMemory:
         first, strides = position(array, base)
         return self._strided(flat, array.shape, strides, first)
 
-    def _kind(self, name: str, dtype: Any) -> str:
+    def _kind(self, name, dtype):
         if self.op in LOOPS:
             # what is of that type says so
             return "real" if dtype in (np.float16, np.float32) else str(np.dtype(dtype))
@@ -50,18 +46,18 @@ class DeviceMemory:
             return "compute" if compute else "real"
         return str(np.dtype(dtype))
 
-    def _flat(self, base: Any, kind: str, owned: bool) -> Any:
+    def _flat(self, base, kind, owned):
         """Memory in the backend's own arrays."""
         return self.backend.allocate(base.size, kind)
 
-    def _strided(self, flat: Any, shape: tuple[int, ...], strides: tuple[int, ...], first: int) -> Any:
+    def _strided(self, flat, shape, strides, first):
         return self.backend.strided(flat, first, shape, strides)
 
-    def upload(self) -> None:
+    def upload(self):
         for base, flat in self.flats.values():
             self.backend.copy_into(flat, np.array(base))
 
-    def download(self) -> None:
+    def download(self):
         for base, flat in self.flats.values():
             base[...] = self.backend.to_host(flat)
 
@@ -69,18 +65,18 @@ class DeviceMemory:
 class TorchMemory(DeviceMemory):
     """Memory in torch tensors."""
 
-    def _flat(self, base: Any, kind: str, owned: bool) -> Any:
+    def _flat(self, base, kind, owned):
         import torch
 
         flat = super()._flat(base, kind, owned)
         return flat if owned else torch.empty_like(flat)
 
-    def _strided(self, flat: Any, shape: tuple[int, ...], strides: tuple[int, ...], first: int) -> Any:
+    def _strided(self, flat, shape, strides, first):
         import torch
 
         return torch.as_strided(flat, shape, strides, first)
 
-    def upload(self) -> None:
+    def upload(self):
         import torch
 
         for base, flat in self.flats.values():
@@ -89,7 +85,7 @@ class TorchMemory(DeviceMemory):
                 # a conversion may give any NaN, and the bits are compared
                 flat.masked_fill_(flat.isnan(), np.nan)
 
-    def download(self) -> None:
+    def download(self):
         for base, flat in self.flats.values():
             host = flat.cpu()
             base[...] = (host.float() if base.dtype == np.float32 else host).numpy()

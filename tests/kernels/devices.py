@@ -12,9 +12,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 from unittest import mock
 
 import cupy_standin
@@ -22,12 +21,11 @@ import numpy as np
 import pytest
 from device_memory import LOOPS, DeviceMemory, TorchMemory
 from memory import Watch
-from tolerance import IEEE, TF32, TF32X3, TINY, TWO_BYTES, Products, rounded
+from tolerance import IEEE, TF32, TF32X3, TINY, TWO_BYTES, rounded
 
 import fusemlp_kernels
 from fusemlp_kernels import registry
-from fusemlp_kernels.checks import refusal
-from fusemlp_kernels.contract import Traits
+from fusemlp_kernels.binders import refusal
 from fusemlp_kernels.ops import OPS
 from fusemlp_kernels.registry import TRAITS
 
@@ -61,19 +59,19 @@ class Device:
     output_layouts: tuple[str, ...]
     tensor_cores: bool = False
 
-    def __repr__(self) -> str:
+    def __repr__(self):
         return self.name
 
     @property
-    def traits(self) -> Traits:
+    def traits(self):
         return TRAITS[self.backend]
 
     @property
-    def variants(self) -> list[Variant]:
+    def variants(self):
         return [Variant(self, precision) for precision in self.precisions]
 
     @property
-    def on_host(self) -> bool:
+    def on_host(self):
         return self.backend == "numpy"
 
 
@@ -85,41 +83,41 @@ class Variant:
     precision: str
 
     @property
-    def traits(self) -> Traits:
+    def traits(self):
         return self.device.traits
 
     @property
-    def real(self) -> Any:
+    def real(self):
         """The host's type of parameters, targets, weights and so on."""
         return REALS.get(self.precision, np.float32)
 
     @property
-    def compute(self) -> Any:
+    def compute(self):
         """The host's type of what matrix products read and write."""
         return COMPUTE.get(self.precision, np.float32)
 
     @property
-    def unit(self) -> float:
+    def unit(self):
         """The unit roundoff of sums and functions."""
         return 2.0**-53 if self.precision == "fp64" else 2.0**-24
 
     @property
-    def products(self) -> Products:
+    def products(self):
         if not self.device.tensor_cores:
             return TF32 if self.precision == "tf32" else IEEE
         return (CUBLAS if self.device.backend == "cupy" else TENSOR_CORES)[self.precision]
 
     @property
-    def output_unit(self) -> float:
+    def output_unit(self):
         """The unit roundoff of 16-bit results; 0 where results have the type of the sums."""
         return {"fp16": 2.0**-11, "bf16": 2.0**-8}.get(self.precision, 0.0)
 
     @property
-    def output_tiny(self) -> float:
+    def output_tiny(self):
         """Half the distance of the smallest results."""
         return {"fp16": 2.0**-25}.get(self.precision, TINY)
 
-    def rounded(self, values: Any) -> Any:
+    def rounded(self, values):
         """Values as matrix products read them."""
         values = np.asarray(values, self.real)
         if self.precision == "bf16":
@@ -128,7 +126,7 @@ class Variant:
             return np.where(np.isnan(values), np.float32(np.nan), bits.astype(np.uint32).view(np.float32))
         return values.astype(self.compute)
 
-    def result_bound(self, error: Any, value: Any) -> Any:
+    def result_bound(self, error, value):
         """The bound of a result in the type that matrix products write, from that of ``value`` before it is rounded."""
         if not self.output_unit:
             return error
@@ -137,14 +135,14 @@ class Variant:
         return np.where(np.abs(value) + limit > self.largest, np.inf, limit)
 
     @property
-    def largest(self) -> float:
+    def largest(self):
         return 65504.0 if self.precision == "fp16" else 3e38
 
-    def backend(self) -> Any:
+    def backend(self):
         with usable(self.device):
             return fusemlp_kernels.backend(self.device.backend, None, self.precision)
 
-    def bind(self, op: str, writes: Sequence[Any] = (), **operands: Any) -> Any:
+    def bind(self, op, writes=(), **operands):
         """A ``run`` of the op that also checks, bitwise, that nothing changes but the elements of its outputs.
 
         ``writes``: arrays behind the outputs that may change too. ``run`` takes what the bound callable takes.
@@ -156,7 +154,7 @@ class Variant:
         if self.device.on_host:
             call = backend.bind(op, **operands)
 
-            def run_here(*arguments: Any) -> None:
+            def run_here(*arguments):
                 watch.remember()
                 call(*arguments)
                 watch.check()
@@ -165,7 +163,7 @@ class Variant:
         there = (DeviceMemory if self.device.backend == "cupy" else TorchMemory)(backend, op)
         call = backend.bind(op, **_converted(operands, there.view))
 
-        def run(*arguments: Any) -> None:
+        def run(*arguments):
             watch.remember()
             there.upload()
             call(*arguments)
@@ -176,7 +174,7 @@ class Variant:
         return run
 
 
-def _leaves(value: Any, name: str = "") -> Any:
+def _leaves(value, name=""):
     """(name, array) of every array in the operands."""
     if isinstance(value, np.ndarray):
         yield name, value
@@ -188,7 +186,7 @@ def _leaves(value: Any, name: str = "") -> Any:
             yield from _leaves(item, name)
 
 
-def _converted(value: Any, convert: Any, name: str = "") -> Any:
+def _converted(value, convert, name=""):
     if isinstance(value, np.ndarray):
         return convert(name, value)
     if isinstance(value, Mapping):
@@ -198,11 +196,11 @@ def _converted(value: Any, convert: Any, name: str = "") -> Any:
     return value
 
 
-def triton_is_interpreted() -> bool:
+def triton_is_interpreted():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not(device: Device) -> str | None:
+def why_not(device):
     """Why the device is not here; None if it is."""
     reason = fusemlp_kernels.availability()[device.backend]
     if REHEARSED and device in (GPU, CUPY_GPU):
@@ -217,7 +215,7 @@ def why_not(device: Device) -> str | None:
     return reason
 
 
-def sees_a_gpu() -> bool:
+def sees_a_gpu():
     if importlib.util.find_spec("torch") is None:
         return False
     import torch
@@ -301,7 +299,7 @@ WITHOUT_A_CARD = (NUMPY, INTERPRETER, STAND_IN)
 
 
 @contextlib.contextmanager
-def usable(device: Device) -> Iterator[None]:
+def usable(device):
     """Make the device's backend available by name: the registry does not know CuPy's stand-in."""
     if device is not STAND_IN and not (REHEARSED and device is CUPY_GPU):
         yield
@@ -315,7 +313,7 @@ def usable(device: Device) -> Iterator[None]:
 needs_a_card = pytest.mark.skipif(REHEARSED, reason="a rehearsal: only a card can show this")
 
 
-def marks_of(device: Device) -> list[pytest.MarkDecorator]:
+def marks_of(device):
     reason = why_not(device)
     skip = [] if reason is None else [pytest.mark.skip(reason=f"{device.name}: {reason}")]
     return [pytest.mark.gpu, *skip] if device.tensor_cores else skip
@@ -329,12 +327,12 @@ VARIANT_PARAMETERS = [
 ]
 
 
-def devices_with(op: str) -> list[Any]:
+def devices_with(op):
     """Return the parameters of ``DEVICE_PARAMETERS`` whose backend has an op."""
     return [one for one in DEVICE_PARAMETERS if refusal(one.values[0].backend, op) is None]
 
 
-def variants_with(op: str) -> list[Any]:
+def variants_with(op):
     """Return the parameters of ``VARIANT_PARAMETERS`` whose backend has an op."""
     return [one for one in VARIANT_PARAMETERS if refusal(one.values[0].device.backend, op) is None]
 

@@ -6,7 +6,6 @@ The arenas have gaps between the tensors that hold 77, and the rows of matrices 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from fleet_oracle import Oracle
@@ -53,7 +52,7 @@ class Model:
     # the learning rates of its updates; the last stands for those after it
     rates: tuple[float, ...] = (0.05,)
 
-    def rate_at(self, updates: int) -> float:
+    def rate_at(self, updates):
         """Return the learning rate after this many updates."""
         return self.rates[min(updates, len(self.rates) - 1)]
 
@@ -71,7 +70,7 @@ class Shape:
     frozen: frozenset[str] = field(default_factory=frozenset)
 
 
-def _up(number: int, step: int) -> int:
+def _up(number, step):
     return -(-number // step) * step
 
 
@@ -79,17 +78,15 @@ class Fleet:
     """Arrays of a fleet on the host, bound to a backend; ``run`` takes the steps of each model. With ``epochs`` there
     are rows for this many, and accounts of them. On Triton a run is one launch of ``train_fleet``."""
 
-    def __init__(
-        self, variant: Any, shape: Shape, models: list[Model], op: str = "train_fleet", epochs: int | None = None
-    ) -> None:
+    def __init__(self, variant, shape, models, op="train_fleet", epochs=None):
         self.variant, self.shape, self.models = variant, shape, models
         real, count = variant.real, len(models)
         multiple = variant.traits.row_multiple
         rng = np.random.default_rng(11)
-        self.places: dict[str, tuple[int, tuple[int, ...], int]] = {}
+        self.places = {}
         end = STEP
         for index, (k, n) in enumerate(zip(shape.sizes, shape.sizes[1:], strict=False)):
-            tensors: dict[str, tuple[int, ...]] = {f"w{index}": (n, k), f"b{index}": (n,)}
+            tensors = {f"w{index}": (n, k), f"b{index}": (n,)}
             if shape.activations[index] == "prelu":
                 tensors[f"s{index}"] = (1,)
             for name, size in tensors.items():
@@ -160,25 +157,25 @@ class Fleet:
             ]
             self.run = self._run_each
 
-    def _run_each(self, steps: list[int]) -> None:
+    def _run_each(self, steps):
         for run, count_of_steps in zip(self._each, steps, strict=True):
             run(count_of_steps)
 
-    def stretch(self, arena: Any, name: str) -> Any:
+    def stretch(self, arena, name):
         """A tensor with the padding between its rows, flat."""
         offset, size, pitch = self.places[name]
         return arena[offset : offset + (size[0] * pitch if len(size) == 2 else size[0])]
 
-    def tensor(self, arena: Any, name: str) -> Any:
+    def tensor(self, arena, name):
         _, size, pitch = self.places[name]
         flat = self.stretch(arena, name)
         return flat.reshape(size[0], pitch)[:, : size[1]] if len(size) == 2 else flat
 
-    def tensor_rule(self, model: Model, name: str) -> TensorRule:
+    def tensor_rule(self, model, name):
         decay = model.decay if name[0] == "w" else 0.0
         return TensorRule(model.lr_factor if name[0] == "b" else 1.0, decay)
 
-    def layers(self, model: Model) -> list[Layer]:
+    def layers(self, model):
         last = len(self.shape.activations) - 1
         return [
             Layer(
@@ -189,21 +186,21 @@ class Fleet:
             for index, name in enumerate(self.shape.activations)
         ]
 
-    def segments(self, model: Model) -> tuple[Segment, ...]:
+    def segments(self, model):
         return tuple(
             Segment(offset, self.stretch(self.params[0], name).size, self.tensor_rule(model, name))
             for name, (offset, _, _) in self.places.items()
             if name not in self.shape.frozen
         )
 
-    def operands(self) -> dict[str, Any]:
+    def operands(self):
         calls = [self.calls(index) for index in range(len(self.models))]
         return {
             "calls": calls, "rows": self.rows, "batch": self.shape.batch, "epoch_stats": self.epoch_stats,
             "arenas": self.arenas(),
         }  # fmt: skip
 
-    def arenas(self) -> dict[str, Any]:
+    def arenas(self):
         found = {"params": self.params, "grads": self.gradients, "counters": self.counters, "hyper": self.hyper}
         found |= {
             "rates": self.rates,
@@ -212,10 +209,10 @@ class Fleet:
         }
         return {**found, "shadow": self.shadow} if self.variant.output_unit else found
 
-    def calls(self, index: int) -> list[tuple[str, dict[str, Any]]]:
+    def calls(self, index):
         """One model's; where one has a penalty, all have."""
         model, end = self.models[index], 0
-        tensors: dict[str, Any] = {}
+        tensors = {}
         arenas = {name: arena[index] for name, arena in self.arenas().items()}
         for name in self.places:
             tensors |= {name: self.tensor(arenas["params"], name), f"d{name}": self.tensor(arenas["grads"], name)}
@@ -224,7 +221,7 @@ class Fleet:
             if "shadow" in arenas and name[0] == "w":
                 tensors[f"{name}.shadow"] = self.tensor(arenas["shadow"], name)
 
-        def work(name: str, shape: tuple[int, ...], dtype: str) -> Any:
+        def work(name, shape, dtype):
             nonlocal end
             if dtype != "compute" or self.variant.device.on_host:
                 kind = {"compute": self.variant.real, "real": self.variant.real}.get(dtype, dtype)
@@ -246,14 +243,14 @@ class Fleet:
             arenas=arenas, segments=self.segments(model), ridge=ridge, penalised=penalised,
         )  # fmt: skip
 
-    def operands_of_one(self, index: int = 0) -> dict[str, Any]:
+    def operands_of_one(self, index=0):
         """One model's, for ``train_resident``."""
         given = self.operands()
         one = {"calls": given["calls"][index], "rows": self.rows[index]}
         one["arenas"] = {name: arena[index] for name, arena in given["arenas"].items()}
         return {**given, **one, "epoch_stats": None if self.epoch_stats is None else self.epoch_stats[index]}
 
-    def everything(self) -> dict[str, Any]:
+    def everything(self):
         """Copies of all that a step may change."""
         arrays = {"params": self.params, "gradients": self.gradients, "counters": self.counters, "hyper": self.hyper}
         arrays |= {"stats": self.stats, "shadow": self.shadow}
@@ -261,7 +258,7 @@ class Fleet:
         arrays |= {f"state{index}": state for index, state in enumerate(self.states)}
         return {name: np.array(array) for name, array in arrays.items()}
 
-    def check_gaps(self) -> None:
+    def check_gaps(self):
         """Assert that the gaps between tensors are unchanged, and the padding between their rows is zero."""
         for index in range(len(self.models)):
             for arena in (self.params, *self.states):
@@ -274,12 +271,12 @@ class Fleet:
                     assert not padding.any(), f"{name}: the padding is not zero"
                 assert (arena[index][gaps] == GAP_VALUE).all()
 
-    def tensor_of(self, stretch: Any, name: str) -> Any:
+    def tensor_of(self, stretch, name):
         _, size, pitch = self.places[name]
         return stretch.reshape(size[0], pitch)[:, : size[1]] if len(size) == 2 else stretch
 
 
-def varied(model: Model, count: int) -> list[Model]:
+def varied(model, count):
     """Return ``count`` models like ``model``, no two with the same numbers."""
     models = []
     for index in range(count):

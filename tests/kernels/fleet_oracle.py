@@ -1,9 +1,5 @@
 """The oracle's step of a model of a fleet, its ridge and what it adds to sums, with the errors that these may have."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 from calls import SLOPED
 from step_bounds import TwoBytes, traced
@@ -22,7 +18,6 @@ from fusemlp_kernels.contract import (
     ROW_STEP,
     ROW_TOTAL,
     UPDATE_COUNT,
-    UpdateRule,
 )
 from fusemlp_kernels.philox import dropout_keep
 
@@ -30,7 +25,7 @@ from fusemlp_kernels.philox import dropout_keep
 class Oracle:
     """A model's next step through the oracle, from the state that the ``fleet_cases.Fleet`` has now."""
 
-    def __init__(self, fleet: Any, index: int) -> None:
+    def __init__(self, fleet, index):
         self.fleet, self.index, self.model = fleet, index, fleet.models[index]
         self.before = {name: self._exact(fleet.params, name) for name in fleet.places}
         self.states = [{name: self._exact(state, name) for name in fleet.places} for state in fleet.states]
@@ -38,10 +33,10 @@ class Oracle:
         self.counters = np.array(fleet.counters[index])
         self.stats = np.array(fleet.stats[index])
 
-    def _exact(self, arena: Any, name: str) -> Any:
+    def _exact(self, arena, name):
         return np.array(self.fleet.tensor(arena[self.index], name), np.float64)
 
-    def check(self) -> None:
+    def check(self):
         """The step that has been made is the oracle's, within the bounds of its operations."""
         fleet, model, shape = self.fleet, self.model, self.fleet.shape
         offset, count, batch_index = (int(self.counters[at]) for at in (ROW_OFFSET, ROW_COUNT, BATCH_INDEX))
@@ -71,14 +66,14 @@ class Oracle:
         self._check_account(batch, count, self._add_ridge(batch, grads, errors))
         self._check_update(grads, errors, batch_index)
 
-    def _divided(self) -> float:
+    def _divided(self):
         """Return the divisor of the loss on top of the oracle's."""
         ridge, loss = self.model.ridge, self.model.loss
         if ridge is None or ridge.divisor is None or loss.reduction == "sum":
             return 1.0
         return ridge.divisor / (1.0 if loss.kind == "cross_entropy" else self.fleet.shape.sizes[-1])
 
-    def _shares(self, batch: Any) -> float:
+    def _shares(self, batch):
         """The sum of the row weights."""
         loss = self.model.loss
         weight = np.ones(len(batch.x)) if batch.weight is None else batch.weight
@@ -88,7 +83,7 @@ class Oracle:
             return float((weight * counts * classes[np.where(counts, batch.target, 0)]).sum())
         return float(weight.sum())
 
-    def _add_ridge(self, batch: Any, grads: dict[str, Any], errors: dict[str, Any]) -> tuple[float, float]:
+    def _add_ridge(self, batch, grads, errors):
         """Add its gradients; returns the penalty and the error that it may have."""
         shares = self._shares(batch)
         pull = 0.0 if self.model.ridge is None or shares == 0.0 else self.model.ridge.strength / shares
@@ -104,7 +99,7 @@ class Oracle:
         # each square and each partial sum is rounded
         return 0.5 * pull * squares, 0.5 * pull * squares * (longest + 2.0) * U32
 
-    def _check_account(self, batch: Any, count: int, penalty: tuple[float, float]) -> None:
+    def _check_account(self, batch, count, penalty):
         """Check the batch's share of the sums; at the end of an epoch they are in its row of the statistics."""
         fleet, index = self.fleet, self.index
         total = int(self.counters[ROW_TOTAL])
@@ -125,7 +120,7 @@ class Oracle:
             error = (count + 2.0) * U32 * shares * columns + size[NORM_SUM]
             assert_within(account[NORM_SUM], self.stats[NORM_SUM] + shares * columns, error)
 
-    def _check_update(self, grads: dict[str, Any], errors: dict[str, Any], batch_index: int) -> None:
+    def _check_update(self, grads, errors, batch_index):
         fleet, rule = self.fleet, self.model.rule
         names = list(fleet.places)
         every = rule.accumulate
@@ -153,7 +148,7 @@ class Oracle:
         assert fleet.hyper[self.index, LEARNING_RATE] == following
 
 
-def _clipping(rule: UpdateRule, grads: list[Any], errors: list[Any]) -> tuple[float, float]:
+def _clipping(rule, grads, errors):
     """The factor, and its relative error."""
     if rule.clip_norm is None:
         return 1.0, 0.0

@@ -1,11 +1,8 @@
 """Python in a process of its own, for tests of what a process reads once or ends with."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
-from collections.abc import Collection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -13,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = ("TRITON_INTERPRET",)
 
 
-def python(*arguments: object, without: Collection[str] = (), **variables: str) -> subprocess.CompletedProcess[str]:
+def python(*arguments, without=(), **variables):
     """Run Python with the paths and variables of this process but ``without`` some, and with these ``variables``."""
     environment = {name: value for name, value in os.environ.items() if name not in without}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))

@@ -5,8 +5,6 @@ a launch is enough. It computes whether integers overflow, for an assertion that
 table of NumPy's types each time that it looks a type up.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 

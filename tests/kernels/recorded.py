@@ -4,8 +4,6 @@ As a script, without Triton's interpreter, it compares each launch's types, as T
 arguments, with those that ``kernel_variants`` compiles for, and prints the differences.
 """
 
-from __future__ import annotations
-
 import sys
 
 import kernel_launches
@@ -20,7 +18,7 @@ from fusemlp_kernels.triton import configs
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
-def launches(target: str, precision: str) -> list[kernel_launches.Recorded]:
+def launches(target, precision):
     """Return the launches of a step of several networks on ``target``."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 4, 40)
@@ -62,7 +60,7 @@ def launches(target: str, precision: str) -> list[kernel_launches.Recorded]:
     return found
 
 
-def different(target: str, precision: str) -> list[str]:
+def different(target, precision):
     """Return the differences in types or properties of the arguments between Triton's JIT and ``kernel_variants``."""
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from calls import SLOPED
 
-from fusemlp_kernels.contract import NEEDS_Z, Dropout, LossSpec, Ridge, Segment, TensorRule, Traits, UpdateRule
+from fusemlp_kernels.contract import NEEDS_Z, Dropout
 
 
 @dataclass(frozen=True)
@@ -21,22 +19,22 @@ class Layer:
 
 
 def step_calls(
-    traits: Traits,
-    layers: Sequence[Layer],
-    tensors: Mapping[str, Any],
-    rules: Mapping[str, TensorRule],
-    work: Callable[[str, tuple[int, ...], str], Any],
+    traits,
+    layers,
+    tensors,
+    rules,
+    work,
     *,
-    batch: int,
-    rule: UpdateRule,
-    loss: LossSpec,
-    data: Mapping[str, Any],
-    control: Mapping[str, Any],
-    arenas: Mapping[str, Any],
-    segments: Sequence[Segment],
-    ridge: Ridge | None = None,
-    penalised: bool = False,
-) -> list[tuple[str, dict[str, Any]]]:
+    batch,
+    rule,
+    loss,
+    data,
+    control,
+    arenas,
+    segments,
+    ridge=None,
+    penalised=False,
+):
     """(op, operands) of each call.
 
     ``tensors``: views by name: parameters (w0, b0, s0), gradients (dw0), states (w0.state0), shadows (w0.shadow).
@@ -44,27 +42,27 @@ def step_calls(
     perhaps weight and class_weight; ``control``: rows, counters, hyper, rates, stats; ``arenas``: params, grads,
     state0, ..., perhaps shadow. ``penalised``: there is a penalty, though it may be 0.
     """
-    calls: list[tuple[str, dict[str, Any]]] = []
+    calls = []
     last = len(layers) - 1
     width = [tensors["w0"].shape[1], *(tensors[f"w{index}"].shape[0] for index in range(len(layers)))]
     first = min((int(name[1:]) for name in rules), default=len(layers))
     counters, rows = control["counters"], control["rows"]
     gathered = None if traits.gathers_in_load else work("gathered", (batch, width[0]), "compute")
-    outputs: dict[int, Any] = {0: data["x"] if gathered is None else gathered}
-    kept: dict[str, Any] = {}
+    outputs = {0: data["x"] if gathered is None else gathered}
+    kept = {}
 
-    def weights(index: int) -> Any:
+    def weights(index):
         return tensors.get(f"w{index}.shadow", tensors[f"w{index}"])
 
-    def activation(index: int) -> dict[str, Any]:
-        found: dict[str, Any] = {"activation": layers[index].activation}
+    def activation(index):
+        found = {"activation": layers[index].activation}
         if layers[index].activation in SLOPED:
             found["slope"] = layers[index].slope
         if layers[index].activation == "prelu":
             found["slope_param"] = tensors[f"s{index}"]
         return found
 
-    def source(index: int, name: str) -> dict[str, Any]:
+    def source(index, name):
         if index:
             return {"x": outputs[index]}
         return {"x": data["x"], name: rows} | ({} if gathered is None else {"gathered": gathered})
@@ -116,7 +114,7 @@ def step_calls(
     penalised = penalised or (ridge is not None and ridge.strength != 0.0)
     whole = rule.clip_norm is not None or rule.accumulate > 1 or penalised or rule.kind not in traits.fused_updates
 
-    def tensor(name: str) -> dict[str, Any]:
+    def tensor(name):
         kind = name[0]
         if whole:
             return {f"d{kind}": tensors[f"d{name}"] if name in rules else None}

@@ -4,8 +4,6 @@ NumPy runs 300 cases a test. Triton's interpreter takes milliseconds for every p
 smaller sizes (``devices.INTERPRETER`` has the numbers).
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from calls import gathering

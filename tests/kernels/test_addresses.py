@@ -3,8 +3,6 @@
 A row number times a pitch that wraps around leads into the other half of the mapping, where there are zeros.
 """
 
-from __future__ import annotations
-
 import mmap
 import weakref
 

@@ -1,7 +1,5 @@
 """The error bounds are sharp: they refuse results that are wrong by little."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import numpy as np

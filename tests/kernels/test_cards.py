@@ -4,8 +4,6 @@
 the Triton backend alone. ``ci/gpu --rehearse`` runs both files on a CPU, at tiny sizes and without graphs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """``clip_examples`` and the noise of ``update`` against their definitions, and the clipping of the oracle."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

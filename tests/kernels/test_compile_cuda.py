@@ -1,7 +1,5 @@
 """CUDA C compiles without a GPU, bad machine code is reported, and the record is up to date."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import json

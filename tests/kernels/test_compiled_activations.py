@@ -1,7 +1,5 @@
 """The compiled activations and their derivatives over all numbers of a type, against the oracle; and their code."""
 
-from __future__ import annotations
-
 import platform
 import re
 

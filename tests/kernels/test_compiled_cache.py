@@ -1,7 +1,5 @@
 """The cache of what numba compiled: of several processes and environments, or none."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -10,7 +8,6 @@ import time
 from pathlib import Path
 
 import numba
-import pytest
 
 import fusemlp_kernels
 from fusemlp_kernels.numpy.compiled import compiler
@@ -33,7 +30,7 @@ for weighted in sys.argv[1:]:
 """
 
 
-def begin(place: Path, *fits: str, package: Path | None = None) -> subprocess.Popen[str]:
+def begin(place, *fits, package=None):
     """A process that trains, with its cache at ``place`` and perhaps another copy of the kernels."""
     paths = [*([str(package)] if package else []), *sys.path]
     given = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "NUMBA_CACHE_DIR": str(place)}
@@ -43,31 +40,31 @@ def begin(place: Path, *fits: str, package: Path | None = None) -> subprocess.Po
     return subprocess.Popen(command, env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def end(process: subprocess.Popen[str]) -> tuple[list[str], str]:
+def end(process):
     """Its losses, and what it told."""
     losses, told = process.communicate(timeout=300)
     assert process.returncode == 0, told
     return losses.splitlines(), told
 
 
-def losses(place: Path, *fits: str) -> list[str]:
+def losses(place, *fits):
     return end(begin(place, *fits))[0]
 
 
-def copied(to: Path) -> Path:
+def copied(to):
     """A copy of the kernels, as another environment has it."""
     shutil.copytree(Path(fusemlp_kernels.__file__).parent, to / "fusemlp_kernels", ignore=lambda *_: {"__pycache__"})
     return to
 
 
-def test_loops_of_two_processes_do_not_run_each_others_functions(tmp_path: Path) -> None:
+def test_loops_of_two_processes_do_not_run_each_others_functions(tmp_path):
     plain, weighted = losses(tmp_path, "plain"), losses(tmp_path, "weighted")
     assert plain != weighted
     assert losses(tmp_path, "plain", "weighted") == plain + weighted
     assert losses(tmp_path, "weighted", "plain") == weighted + plain
 
 
-def test_processes_that_compile_at_once_and_another_environment_share_a_cache(tmp_path: Path) -> None:
+def test_processes_that_compile_at_once_and_another_environment_share_a_cache(tmp_path):
     both = [begin(tmp_path / "cache", "plain") for _ in range(2)]
     (first, told), (second, _) = map(end, both)
     assert first == second
@@ -77,7 +74,7 @@ def test_processes_that_compile_at_once_and_another_environment_share_a_cache(tm
     assert "compiling" not in told
 
 
-def test_without_a_folder_to_write_to_each_process_compiles(tmp_path: Path) -> None:
+def test_without_a_folder_to_write_to_each_process_compiles(tmp_path):
     (tmp_path / "file").touch()
     package = copied(tmp_path / "other")
     (package / "fusemlp_kernels" / "numpy" / "compiled" / "__pycache__").touch()
@@ -86,7 +83,7 @@ def test_without_a_folder_to_write_to_each_process_compiles(tmp_path: Path) -> N
     assert f"what numba compiles is not kept in {tmp_path / 'file'}" in told
 
 
-def test_the_folder_is_the_users_and_old_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_is_the_users_and_old_ones_go(tmp_path, monkeypatch):
     monkeypatch.setattr(numba.config, "CACHE_DIR", "")
     monkeypatch.setattr(compiler, "AppDirs", lambda *_, **__: type("Dirs", (), {"user_cache_dir": str(tmp_path)}))
     old, new, foreign = (tmp_path / name for name in ("numba-0.1-00000000", "numba-0.2-00000000", "else"))

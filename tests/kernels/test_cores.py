@@ -1,12 +1,8 @@
 """The number of threads on the CPU, from variables, control groups, the process's cores and OpenBLAS."""
 
-from __future__ import annotations
-
 import json
 import os
 import threading
-from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 from processes import python
@@ -17,14 +13,14 @@ PRINTED = "import json; from fusemlp_kernels.numpy import launches as o; print(j
 LIMITING = {launches.VARIABLE, "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "GOTO_NUM_THREADS"}
 
 
-def found(code: str, **variables: str) -> tuple[int, dict[str, int]]:
+def found(code, **variables):
     run = python("-c", code, without=LIMITING, **variables)
     assert run.returncode == 0, run.stderr
     number, limits = json.loads(run.stdout)
     return number, limits
 
 
-def test_the_least_limit_holds() -> None:
+def test_the_least_limit_holds():
     number, limits = found(PRINTED)
     assert number == min(limits.values()) >= 1
     assert "OMP_NUM_THREADS" not in limits and launches.VARIABLE not in limits
@@ -32,20 +28,20 @@ def test_the_least_limit_holds() -> None:
 
 
 @pytest.mark.parametrize("value, openmp", [("1", 1), ("1,4", 1), (" 3 ", 3), ("", None), ("many", None), ("0", None)])
-def test_openmps_variable_is_a_limit(value: str, openmp: int | None) -> None:
+def test_openmps_variable_is_a_limit(value, openmp):
     number, limits = found(PRINTED, OMP_NUM_THREADS=value)
     assert limits.get("OMP_NUM_THREADS") == openmp
     assert number == min(limits.values())
 
 
-def test_the_own_variable_overrides_all_limits() -> None:
+def test_the_own_variable_overrides_all_limits():
     """A process with one core can ask for a team of 7."""
     assert found(PRINTED, FUSEMLP_NUM_THREADS="7", OMP_NUM_THREADS="1") == (7, {launches.VARIABLE: 7})
     assert launches.VARIABLE not in found(PRINTED, FUSEMLP_NUM_THREADS="")[1]
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "two", "4,2"])
-def test_an_impossible_number_is_refused_when_a_network_is_built(value: str) -> None:
+def test_an_impossible_number_is_refused_when_a_network_is_built(value):
     code = "from fusemlp import MLP, Engine; Engine(MLP([2, 2]), backend='numpy')"
     run = python("-c", code, without=LIMITING, FUSEMLP_NUM_THREADS=value)
     assert run.returncode != 0
@@ -55,7 +51,7 @@ def test_an_impossible_number_is_refused_when_a_network_is_built(value: str) -> 
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
-def test_the_cores_of_the_process_are_a_limit() -> None:
+def test_the_cores_of_the_process_are_a_limit():
     one = min(os.sched_getaffinity(0))
     number, limits = found(f"import os; os.sched_setaffinity(0, [{one}]); {PRINTED}")
     assert number == limits["CPU affinity"] == 1
@@ -73,7 +69,7 @@ print(json.dumps([within, limits]))
 """
 
 
-def test_a_limit_on_blas_threads_holds_while_it_lasts() -> None:
+def test_a_limit_on_blas_threads_holds_while_it_lasts():
     number, limits = found(LIMITED)
     if "OpenBLAS" not in limits:
         pytest.skip("NumPy and SciPy have another BLAS here")
@@ -94,11 +90,11 @@ print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), {{}}])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_forked_process_reads_its_own_variables() -> None:
+def test_a_forked_process_reads_its_own_variables():
     assert found(FORKED, FUSEMLP_NUM_THREADS="3")[0] == 5
 
 
-def test_a_worker_of_joblib_has_its_share() -> None:
+def test_a_worker_of_joblib_has_its_share():
     code = f"""
 import json, os
 from joblib import Parallel, delayed
@@ -110,13 +106,13 @@ print(json.dumps(Parallel(n_jobs=max(2, os.cpu_count()))([delayed(work)()] * 2)[
     assert number == limits["OMP_NUM_THREADS"] == 1
 
 
-def test_a_launch_beside_others_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_beside_others_has_one_thread(monkeypatch):
     """The calling thread's launches have one, whatever the variable says; those of another thread have all."""
-    monkeypatch.setattr(launches, "_fixed", lambda: {launches.VARIABLE: 4})
-    monkeypatch.setattr(launches, "_openblas", list)
-    beside: list[int] = []
-    with launches.one_thread():
-        other = threading.Thread(target=lambda: beside.append(launches.threads()))
+    monkeypatch.setattr(cores, "_fixed", lambda: {cores.VARIABLE: 4})
+    monkeypatch.setattr(cores, "_openblas", list)
+    beside = []
+    with cores.one_thread():
+        other = threading.Thread(target=lambda: beside.append(cores.threads()))
         other.start()
         other.join()
         with launches.one_thread():
@@ -128,7 +124,7 @@ def test_a_launch_beside_others_has_one_thread(monkeypatch: pytest.MonkeyPatch) 
 V1 = {"cpu.cfs_quota_us": "150000\n", "cpu.cfs_period_us": "100000\n"}
 
 
-def group(root: Path, membership: str, files: Mapping[str, Mapping[str, str]]) -> Path:
+def group(root, membership, files):
     """Write control groups, folder below /sys/fs/cgroup to the files in it, and which of them are this process's."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/self/cgroup").write_text(membership)
@@ -166,18 +162,16 @@ def group(root: Path, membership: str, files: Mapping[str, Mapping[str, str]]) -
         "unreadable": ("0::/\n", {".": {"cpu.max": "\n"}}, None),
     }.values(),
 )
-def test_quotas_of_control_groups(
-    tmp_path: Path, membership: str, files: dict[str, dict[str, str]], quota: float | None
-) -> None:
-    assert launches._quota(group(tmp_path, membership, files)) == quota
+def test_quotas_of_control_groups(tmp_path, membership, files, quota):
+    assert cores._quota(group(tmp_path, membership, files)) == quota
 
 
-def test_without_control_groups_there_is_no_quota(tmp_path: Path) -> None:
-    assert launches._quota(tmp_path) is None
+def test_without_control_groups_there_is_no_quota(tmp_path):
+    assert cores._quota(tmp_path) is None
 
 
 @pytest.mark.parametrize("quota, limit", [(0.1, 1), (0.5, 1), (1.2, 1), (1.5, 2), (2.0, 2), (2.4, 2)])
-def test_a_quota_is_rounded_and_leaves_a_core(monkeypatch: pytest.MonkeyPatch, quota: float, limit: int) -> None:
-    monkeypatch.delenv(launches.VARIABLE, raising=False)
-    monkeypatch.setattr(launches, "_quota", lambda root: quota)
-    assert launches._fixed.__wrapped__()["CPU quota"] == limit
+def test_a_quota_is_rounded_and_leaves_a_core(monkeypatch, quota, limit):
+    monkeypatch.delenv(cores.VARIABLE, raising=False)
+    monkeypatch.setattr(cores, "_quota", lambda root: quota)
+    assert cores._fixed.__wrapped__()["CPU quota"] == limit

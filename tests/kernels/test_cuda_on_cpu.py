@@ -1,7 +1,5 @@
 """CUDA C as C++: the results are right in any order of the threads, and violations of CUDA's rules are caught."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """The products in the place of cuBLAS: by columns, with its leading dimensions, types, pointer modes and refusals."""
 
-from __future__ import annotations
-
 import inspect
 
 import numpy as np

@@ -1,8 +1,6 @@
 """Facts of the CuPy backend that the contract does not ask for: how much it launches, how it takes foreign arrays, the
 sums of long batches, its 16-bit numbers."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from calls import Clock

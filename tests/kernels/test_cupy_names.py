@@ -1,7 +1,5 @@
 """The backend and the stand-in use names of CuPy, with CuPy's parameters in CuPy's order."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import json

@@ -1,7 +1,5 @@
 """The conditions of the CuPy backend, and the errors without it: the missing part, and the wheel to install."""
 
-from __future__ import annotations
-
 import ctypes
 import importlib.metadata
 import importlib.util

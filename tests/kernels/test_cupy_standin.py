@@ -1,7 +1,5 @@
 """The stand-in for CuPy does the same as CuPy, and refuses unknown names and misuse of a card."""
 
-from __future__ import annotations
-
 import gc
 import sys
 

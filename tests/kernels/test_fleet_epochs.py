@@ -1,8 +1,6 @@
 """Several epochs in a launch of several models, and the ridge of each model: the oracle's steps, and what is summed
 over them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

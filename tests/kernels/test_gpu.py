@@ -3,8 +3,6 @@
 ``test_cards.py`` has the tests for every backend on a card.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from devices import GPU, REHEARSED, Variant, marks_of, needs_a_card

@@ -1,7 +1,5 @@
 """The oracle's gradients against central differences of its loss: every activation with every loss."""
 
-from __future__ import annotations
-
 import itertools
 import zlib
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Loops are read from a disassembly as they are; slower ones fail; the bounds follow from the shapes and the record."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import textwrap

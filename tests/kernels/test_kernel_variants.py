@@ -1,7 +1,5 @@
 """Kernels compiled ahead are the launched ones; bad machine code is reported; the record is up to date."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """Launches of compiled kernels, taken by a driver that starts nothing, in a process that compiles for a card."""
 
-from __future__ import annotations
-
 import pytest
 
 pytest.importorskip("triton")
@@ -38,7 +36,7 @@ for again in later:
 """
 
 
-def test_later_launches_repeat_the_first_without_tritons_search() -> None:
+def test_later_launches_repeat_the_first_without_tritons_search():
     """The first goes through Triton's own launcher; what it hands to the driver is what the others hand to it."""
     done = python("-c", SCRIPT, without=INTERPRETED)
     assert done.returncode == 0, done.stderr

@@ -107,11 +107,11 @@ class LayerCase:
     seed: int
 
     @property
-    def dropout(self) -> Dropout | None:
+    def dropout(self):
         return Dropout(self.rate, layer=3, seed=self.dropout_seed) if self.rate else None
 
     @property
-    def dropout_seed(self) -> int:
+    def dropout_seed(self):
         """Of 64 bits, in both halves."""
         return self.seed * 0x9E3779B1
 

@@ -63,11 +63,11 @@ class LossCase:
     seed: int
 
     @property
-    def classes(self) -> bool:
+    def classes(self):
         return self.spec.kind == "cross_entropy" and not self.spec.soft
 
     @property
-    def slope(self) -> float:
+    def slope(self):
         return SLOPE.get(self.activation, 0.0)
 
 

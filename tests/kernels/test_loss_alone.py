@@ -1,7 +1,5 @@
 """NumPy's losses without a gradient are those with one, to the bit."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

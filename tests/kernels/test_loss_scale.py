@@ -1,7 +1,5 @@
 """Dynamic loss scaling: gradients that carry the scale, updates that are skipped, a scale that moves."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from calls import RULES, Clock

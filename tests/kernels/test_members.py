@@ -1,7 +1,5 @@
 """The ops of members that share weights, against the oracle; the oracle against differences and the package tabm."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 

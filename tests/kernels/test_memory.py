@@ -1,7 +1,5 @@
 """The tests' own memory: arrays have the given layouts, and changes outside the outputs are detected."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from memory import Memory, Watch, base_of, elements_of, place

@@ -3,8 +3,6 @@
 All of them take several minutes: ``python ci/mutate_kernels.py``.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import subprocess

@@ -1,7 +1,5 @@
 """NaN goes through every op of every backend as NaN, and what is large overflows nowhere."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from calls import RULES, Clock, kept, run_loss, slope_operands, update_arena

@@ -5,8 +5,6 @@ broadcasts operands through buffers of ``np.getbufsize()`` elements, for arrays 
 so a buffer is not mistaken for an array and hides none.
 """
 
-from __future__ import annotations
-
 import gc
 import tracemalloc
 

@@ -1,7 +1,5 @@
 """The records of the ops, and the binders of each backend, say the same."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 

@@ -1,7 +1,5 @@
 """``perturb`` and its random start against their definitions."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from devices import VARIANT_PARAMETERS, variants_with

@@ -1,7 +1,5 @@
 """The random numbers: Random123's known answers, the mask's definition element by element, and the row order."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

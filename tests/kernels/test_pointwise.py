@@ -1,7 +1,5 @@
 """Printed files are fresh, an unknown number is never another function, and a new row is a new function."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,10 +1,5 @@
 """The products of the NumPy backend: within the bound of any sum, and the same bits whatever the registers' width."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 from processes import python
@@ -15,7 +10,7 @@ from fusemlp_kernels.numpy.compiled.tables import PANEL
 SHAPES = [(1, 1, 1), (3, 5, 2), (8, 32, 0), (33, 17, 70), (1, 40, 9), (7, 100, 33), (128, 10, 64), (65, 96, 130)]
 
 
-def bound(terms: Any, length: int, dtype: Any) -> Any:
+def bound(terms, length, dtype):
     """The error of a sum of ``length`` products in any order: Higham, "Accuracy and Stability", 3.1.
 
     ``terms``: the sum of their absolute values; two more roundings are for the factors.
@@ -27,7 +22,7 @@ def bound(terms: Any, length: int, dtype: Any) -> Any:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("m, n, k", SHAPES)
 @pytest.mark.parametrize("alpha, beta", [(1.0, 0.0), (-0.5, 0.25), (0.5, 0.0)])
-def test_a_product_from_panels(m: int, n: int, k: int, alpha: float, beta: float, dtype: Any) -> None:
+def test_a_product_from_panels(m, n, k, alpha, beta, dtype):
     rng = np.random.default_rng(m + 10 * n + 100 * k)
     x, w, b, before = (rng.standard_normal(shape).astype(dtype) for shape in ((m, k), (n, k), (n,), (m, n)))
     product, pack, _ = (function.ctypes for function in products.by_address(dtype))
@@ -56,7 +51,7 @@ def test_a_product_from_panels(m: int, n: int, k: int, alpha: float, beta: float
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("m, n, k", [*SHAPES, (5, 3, 16), (9, 4, 31), (2, 7, 333)])
-def test_dot_products(m: int, n: int, k: int, dtype: Any) -> None:
+def test_dot_products(m, n, k, dtype):
     rng = np.random.default_rng(m + 10 * n + 100 * k)
     # NaN after the last number of each operand: nothing there is read
     x, w, b = (rng.standard_normal(size + 64).astype(dtype) for size in (m * k, n * k, n))
@@ -73,7 +68,7 @@ def test_dot_products(m: int, n: int, k: int, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 15, 16, 40])
-def test_a_nan_in_dot_products_reaches_its_row_alone(at: int) -> None:
+def test_a_nan_in_dot_products_reaches_its_row_alone(at):
     x, w, z = np.ones((6, 41), np.float32), np.ones((3, 41), np.float32), np.zeros((6, 3), np.float32)
     x[4, at] = np.nan
     b = np.zeros(3, np.float32)
@@ -107,7 +102,7 @@ print(products.REGISTER_BYTES, file=sys.stderr)
 """
 
 
-def test_the_bits_do_not_depend_on_the_width_of_the_registers(tmp_path: Path) -> None:
+def test_the_bits_do_not_depend_on_the_width_of_the_registers(tmp_path):
     """A processor with wide registers computes with its narrower ones too."""
     found = {}
     for features in ((), ("avx2",), ("none",)):

@@ -1,7 +1,5 @@
 """The oracle's activations and losses against PyTorch in double, and how the parts make the whole."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

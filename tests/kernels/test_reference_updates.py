@@ -1,7 +1,5 @@
 """The oracle's optimizers and training steps against PyTorch in double and scikit-learn."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The registry of backends, and the memory that the NumPy backend hands out."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,12 +1,9 @@
 """Threads that share a launch: the same bits for any number of them, and none is left in the way afterwards."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import sys
 import threading
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,19 +18,19 @@ from fusemlp_kernels.numpy.compiled import tables as t
 RNG = np.random.default_rng(0)
 
 
-def with_threads(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    monkeypatch.setattr(launches, "_fixed", lambda: {launches.VARIABLE: number})
-    monkeypatch.setattr(launches, "_openblas", list)
+def with_threads(monkeypatch, number):
+    monkeypatch.setattr(cores, "_fixed", lambda: {cores.VARIABLE: number})
+    monkeypatch.setattr(cores, "_openblas", list)
 
 
-def digest(engine: Engine, X: Any, y: Any) -> str:
+def digest(engine, X, y):
     parts = [value for value in engine.state_dict().values()]
     parts += [engine.predict(X), np.array(list(engine.evaluate(X, y).values()))]
     return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
 
 
 LABELS = RNG.integers(0, 10, 700)
-PROGRAMS: dict[str, tuple[MLP, Any, Any, Any]] = {
+PROGRAMS = {
     "sgd": (MLP([200, 300, 10]), "cross_entropy", SGD(0.05), LABELS),
     "adam": (MLP([200, 150, 90, 10], dropout=0.2), "cross_entropy", Adam(0.01), LABELS),
     "clipped": (MLP([200, 300, 10]), "cross_entropy", Adam(0.01, clip_norm=0.1), LABELS),
@@ -58,15 +55,13 @@ PROGRAMS: dict[str, tuple[MLP, Any, Any, Any]] = {
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_the_bits_do_not_depend_on_the_number_of_threads(
-    program: str, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_bits_do_not_depend_on_the_number_of_threads(program, precision, monkeypatch):
     net, loss, optimizer, targets = PROGRAMS[program]
     X, weight = RNG.standard_normal((700, 200)), RNG.uniform(0.5, 2.0, 700)
-    led: list[int] = []
-    lead = launches._Team.lead
+    led = []
+    lead = team._Team.lead
 
-    def watched(self: Any, members: int, work: int, job: int) -> None:
+    def watched(self, members, work, job):
         led.append(members)
         lead(self, members, work, job)
 
@@ -84,10 +79,10 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(
     assert len(found) == 1
 
 
-def test_a_launch_by_itself_and_one_that_finds_the_team_busy_do_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_by_itself_and_one_that_finds_the_team_busy_do_without_it(monkeypatch):
     with_threads(monkeypatch, 2)
-    led: list[int] = []
-    monkeypatch.setattr(launches._Team, "lead", lambda self, members, work, job: led.append(members))
+    led = []
+    monkeypatch.setattr(team._Team, "lead", lambda self, members, work, job: led.append(members))
     X, y = RNG.standard_normal((256, 200)), RNG.integers(0, 10, 256)
     engine = Engine(MLP([200, 300, 10]), batch_size=128)
     with launches.one_thread():
@@ -97,17 +92,15 @@ def test_a_launch_by_itself_and_one_that_finds_the_team_busy_do_without_it(monke
     assert led == []
 
 
-def test_a_task_has_more_rows_where_there_are_blocks_enough_for_all_threads() -> None:
+def test_a_task_has_more_rows_where_there_are_blocks_enough_for_all_threads():
     # the programs above have batches of 16 blocks: with one thread four make a task, with four threads one
     assert [plan.together(8, 16, threads) for threads in (1, 2, 3, 4)] == [4, 2, 1, 1]
     assert [plan.together(block, 64, 1) for block in (8, 64, 128, 256, 0)] == [16, 2, 1, 1, 16]
     assert plan.together(8, 0, 1) == 1
 
 
-def test_where_no_thread_can_be_started_the_launch_runs_all_the_same(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def refuse(self: threading.Thread) -> None:
+def test_where_no_thread_can_be_started_the_launch_runs_all_the_same(monkeypatch, caplog):
+    def refuse(self):
         raise RuntimeError("can't start new thread")
 
     X, y = RNG.standard_normal((256, 200)), RNG.integers(0, 10, 256)
@@ -165,7 +158,7 @@ print("ok")
 
 
 @pytest.mark.parametrize("sleepy", [False, True])
-def test_ten_thousand_phases_are_each_done_once_and_in_order(sleepy: bool) -> None:
+def test_ten_thousand_phases_are_each_done_once_and_in_order(sleepy):
     """A team of four on any number of cores; with sleeps, threads are away in the middle of a task."""
     ran = python("-c", SLOW, *(["sleepy"] if sleepy else []))
     assert ran.stdout == "ok\n", ran.stderr
@@ -207,7 +200,7 @@ print(bits[0] == bits[1])
 """
 
 
-def test_ten_thousand_steps_with_sleeps_end_with_the_bits_of_one_thread() -> None:
+def test_ten_thousand_steps_with_sleeps_end_with_the_bits_of_one_thread():
     """A team of four on any number of cores, whose members are away in the middle of tasks."""
     ran = python("-c", LONG, OMP_NUM_THREADS="1")
     assert ran.stdout == "True\n", ran.stderr
@@ -252,7 +245,7 @@ print(codes)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore")
-def test_a_process_that_is_forked_in_the_middle_of_a_launch_trains() -> None:
+def test_a_process_that_is_forked_in_the_middle_of_a_launch_trains():
     ran = python("-c", FORK, FUSEMLP_NUM_THREADS="2")
     assert ran.stdout == "[0, 0, 0, 0, 0]\n", ran.stderr
 
@@ -272,7 +265,7 @@ print(bits(after) == bits(alone), [one.name for one in threading.enumerate() if 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there SIGINT is for a whole console")
-def test_ctrl_c_in_the_middle_of_a_launch_leaves_no_lock_behind() -> None:
+def test_ctrl_c_in_the_middle_of_a_launch_leaves_no_lock_behind():
     ran = python("-c", INTERRUPTED, FUSEMLP_NUM_THREADS="2")
     assert ran.stdout == "True ['MainThread']\n", ran.stderr
 
@@ -288,7 +281,7 @@ print([bits(one) == bits(alone) for one in made])
 """
 
 
-def test_launches_from_many_threads_end_with_the_same_bits() -> None:
+def test_launches_from_many_threads_end_with_the_same_bits():
     assert python("-c", TOGETHER, FUSEMLP_NUM_THREADS="2").stdout == "[True, True, True, True]\n"
 
 
@@ -300,7 +293,7 @@ KINDS = ["GATHER", "AFFINE", "ACTIVATE", "BACKWARD", "ENTROPY", "WEIGHT", "BIAS"
     st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 700), st.integers(0, 900)), min_size=1, max_size=8),
     st.integers(0, 3000),
 )
-def test_a_plan_covers_all_of_each_call_once(shapes: list[tuple[str, int, int]], height: int) -> None:
+def test_a_plan_covers_all_of_each_call_once(shapes, height):
     sizes = [outputs * max(inputs, 1) for _, outputs, inputs in shapes]
     rows = [plan.Row(kind, n, k, at, at + 1) for at, (kind, n, k) in enumerate(shapes)]
     packs = [plan.Row("PACK", n, k) for kind, n, k in shapes if kind == "AFFINE"]
@@ -330,7 +323,7 @@ def test_a_plan_covers_all_of_each_call_once(shapes: list[tuple[str, int, int]],
                 assert sum(found_sizes) == whole.get(call.kind, call.n)
 
 
-def test_rows_that_use_the_memory_of_others_are_a_phase_of_their_own() -> None:
+def test_rows_that_use_the_memory_of_others_are_a_phase_of_their_own():
     one, two = (1000, 400, 40), (1200, 800, 80)
     rows = [plan.Row("AFFINE", 10, 10, arrays=(one,)), plan.Row("ACTIVATE", 10, 0, arrays=(one,))]
     assert len(plan.plan(rows, [], 10, []).phases) == 1

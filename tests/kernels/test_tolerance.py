@@ -1,7 +1,5 @@
 """The error bounds admit correct float32 and refuse lower precision."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

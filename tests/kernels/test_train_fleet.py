@@ -1,8 +1,6 @@
 """``train_fleet``, and ``train_resident`` of several models on NumPy: every model makes the oracle's steps with its own
 numbers, alone or beside others, in one launch or several."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

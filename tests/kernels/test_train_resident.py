@@ -1,7 +1,5 @@
 """``train_resident`` of the NumPy backend beyond ``test_train_fleet``: denormal numbers, and the shards of a batch."""
 
-from __future__ import annotations
-
 import platform
 
 import numpy as np

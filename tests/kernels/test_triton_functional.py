@@ -1,7 +1,5 @@
 """The Triton kernels as functions of torch tensors: a step by hand against autograd, and what they refuse."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from tolerance import assert_within, bound, linear_bound

@@ -1,7 +1,5 @@
 """The conditions of the Triton backend, the errors without it, and the choice of "auto" then."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import logging

@@ -1,7 +1,5 @@
 """The optimizers and the clock of every backend against the oracle, with stored gradients and without."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

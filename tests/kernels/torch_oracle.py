@@ -1,7 +1,5 @@
 """The contract's activations, losses and optimizers in PyTorch's double precision, and cases to try them on."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

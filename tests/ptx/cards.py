@@ -1,14 +1,10 @@
 """The emulated cards as devices of the contract's tests, and the choice of a tile."""
 
-from __future__ import annotations
-
 import contextlib
-from collections.abc import Iterator
-from typing import Any
 from unittest import mock
 
 from devices import GPU, Device, Variant
-from emulator.driver import Emulator, emulated
+from emulator.driver import emulated
 
 from fusemlp_kernels.triton import configs
 
@@ -23,14 +19,14 @@ PATHS = {
 }
 
 
-def variant_of(target: str, precision: str) -> Variant:
+def variant_of(target, precision):
     """Return the Triton backend on an emulated card, with the bounds of tensor cores."""
     given = {name: getattr(GPU, name) for name in Device.__dataclass_fields__}
     return Variant(Device(**{**given, "name": f"triton, emulated {target}"}), precision)
 
 
 @contextlib.contextmanager
-def card(target: str, precision: str, rows: int = WARP, **settings: Any) -> Iterator[Emulator]:
+def card(target, precision, rows=WARP, **settings):
     """Emulate a card with tiles of ``rows`` rows for matrix products; see ``emulated``."""
     kind = configs._kind(precision)
     table = configs.TABLES[target]

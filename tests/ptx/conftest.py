@@ -1,7 +1,5 @@
 """The emulator runs kernels that Triton compiles: where Triton interprets them, its tests run in another process."""
 
-from __future__ import annotations
-
 import gc
 import importlib.util
 import os
@@ -19,10 +17,10 @@ HERE_TOO = importlib.util.find_spec("triton") is not None and os.environ.get("TR
 collect_ignore = [path.name for path in HERE.glob("test_*.py") if (path.name == APART) == HERE_TOO]
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish():
     """Keep the collector from searching what is there for the whole run, such as torch's modules."""
     gc.freeze()
 
 
-def pytest_sessionfinish() -> None:
+def pytest_sessionfinish():
     gc.unfreeze()

@@ -1,8 +1,6 @@
 """Run the emulator's tests in a process without Triton's interpreter, which the other tests use on a machine without a
 GPU. To run them alone: ``TRITON_INTERPRET=0 python -m pytest tests/ptx``."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

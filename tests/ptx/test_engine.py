@@ -1,7 +1,5 @@
 """The engine's own launches on emulated cards: each step of a fit is the oracle's, within its bounds."""
 
-from __future__ import annotations
-
 from unittest import mock
 
 import numpy as np

@@ -5,8 +5,6 @@ any, the kind of loss, the optimizer. Activations, dropout, weights and gathered
 cases share out. The bodies are those of the contract's tests.
 """
 
-from __future__ import annotations
-
 import pytest
 import test_layers as layers_of
 import test_loss as losses_of

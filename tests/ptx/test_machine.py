@@ -1,7 +1,5 @@
 """The rules of the machine, on kernels of a few lines: each broken rule stops the kernel, with its place."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from emulator.bulk import TensorMap

@@ -1,7 +1,5 @@
 """Facts from "PTX ISA" about single instructions."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from emulator.opcodes import TYPES, arithmetic

@@ -1,7 +1,5 @@
 """The kernels of attacks, privacy and members on sm_80 and sm_90, as in ``test_kernels``."""
 
-from __future__ import annotations
-
 import pytest
 import test_clip_examples as clipping_of
 import test_members as members_of

@@ -3,8 +3,6 @@
 Each is an edit of the compiled text, as a wrong compiler or a wrong kernel would give it.
 """
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -18,7 +18,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +49,7 @@ class KernelFault(AssertionError):
 
 
 @functools.cache
-def compiler() -> tuple[str, ...]:
+def compiler():
     """Return the command of a C++ compiler: $CXX, g++ or clang++, or that of the ziglang package."""
     named = os.environ.get("CXX")
     if named:
@@ -67,18 +66,18 @@ def compiler() -> tuple[str, ...]:
 
 
 @functools.cache
-def _version() -> str:
+def _version():
     return _run([*compiler(), "--version"])
 
 
-def _run(command: Sequence[str | Path]) -> str:
+def _run(command):
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise RuntimeError(f"exit status {done.returncode}: {shlex.join(map(str, command))}\n{done.stdout}")
     return done.stdout
 
 
-def as_cpp(code: str) -> str:
+def as_cpp(code):
     """Return the C++ source, in an anonymous namespace that keeps its symbols inside the library, and its kernels.
 
     Lines keep their numbers.
@@ -100,7 +99,7 @@ def as_cpp(code: str) -> str:
     )
 
 
-def build(code: str, options: Sequence[str] = (), cache: Path = CACHE) -> Path:
+def build(code, options=(), cache=CACHE):
     """Return the shared library of a source; ``options``: -D, -std and -ftz=true, as for NVRTC.
 
     The first process compiles it; others wait. Raises RuntimeError with the compiler's message.
@@ -120,7 +119,7 @@ def build(code: str, options: Sequence[str] = (), cache: Path = CACHE) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(path: Path):
+def _locked(path):
     # Windows lacks this module; no kernel is compiled for the CPU there.
     import fcntl
 
@@ -129,7 +128,7 @@ def _locked(path: Path):
         yield
 
 
-def _compile(code: str, options: Sequence[str], library: Path) -> None:
+def _compile(code, options, library):
     made = library.with_suffix(".new")
     source = library.with_suffix(".cpp")
     source.write_text(as_cpp(code), encoding="utf-8")
@@ -178,7 +177,7 @@ class Kernel:
 class Library:
     """The kernels of a source, by name."""
 
-    def __init__(self, code: str, options: Sequence[str] = ()) -> None:
+    def __init__(self, code, options=()):
         self.lines, self._flushes = code.splitlines(), int(FLUSHES in options)
         self._library = ctypes.CDLL(str(build(code, options)))
         listed = self._library.cuda_on_cpu_kernels
@@ -192,14 +191,14 @@ class Library:
 
     def launch(
         self,
-        name: str,
-        grid: Sequence[int],
-        block: Sequence[int],
-        arguments: Sequence[bytes],
+        name,
+        grid,
+        block,
+        arguments,
         *,
-        order: str = "shuffled",
-        seed: int = 0,
-    ) -> None:
+        order="shuffled",
+        seed=0,
+    ):
         """Run a kernel on arguments as bytes; ``order``: of blocks and of threads between barriers.
 
         Raises ValueError if a launch would fail or read missing arguments, KernelFault during the run.
@@ -226,10 +225,10 @@ class Library:
             raise KernelFault(f"{name}: {what}{source}")
 
 
-def _dim3(sizes: Sequence[int]) -> object:
+def _dim3(sizes):
     return ctypes.byref(_Dim3(*sizes, *[1] * (3 - len(sizes))))
 
 
-def _described(kernel: _Kernel) -> Kernel:
+def _described(kernel):
     parameters = tuple((item.kind.decode(), item.size) for item in kernel.parameters[: kernel.count])
     return Kernel(kernel.name.decode(), parameters, kernel.most_threads, kernel.call)

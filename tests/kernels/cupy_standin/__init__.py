@@ -5,15 +5,13 @@ them correctly, that addresses lie in live memory, and the results of the kernel
 the capture of a real graph, cuBLAS itself (NumPy's float32 product replaces it), the driver, or any speed.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 
 from cuda_on_cpu import library
 
 
-def why_not() -> str | None:
+def why_not():
     """Return the reason if the backend cannot run on this stand-in, else None."""
     if sys.platform != "linux":
         return f"the kernels are compiled for the CPU on Linux only, this is {sys.platform}"
@@ -24,7 +22,7 @@ def why_not() -> str | None:
     return None
 
 
-def load() -> None:
+def load():
     """Import ``fusemlp_kernels.cupy`` with this stand-in for CuPy.
 
     The stand-in is in ``sys.modules`` only during the import: other libraries would mistake it for CuPy.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from cupy_standin.memory import Memory, MemoryPointer, Misuse, at_address
 class Flags:
     """The memory layout flags of an array."""
 
-    def __init__(self, c_contiguous: bool) -> None:
+    def __init__(self, c_contiguous):
         self.c_contiguous = c_contiguous
 
 
@@ -29,9 +29,7 @@ class ndarray:
     nbytes: int
     data: MemoryPointer
 
-    def __init__(
-        self, shape: Any, dtype: Any = float, memptr: MemoryPointer | None = None, strides: Any = None
-    ) -> None:
+    def __init__(self, shape, dtype=float, memptr=None, strides=None):
         self.shape = (shape,) if isinstance(shape, int) else tuple(map(int, shape))
         self.dtype = np.dtype(dtype)
         plain = tuple(self.dtype.itemsize * math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
@@ -43,92 +41,92 @@ class ndarray:
             memptr = MemoryPointer(Memory(self.nbytes), 0)
         self.data = memptr
 
-    def __getattr__(self, name: str) -> NoReturn:
+    def __getattr__(self, name):
         raise AttributeError(f"cupy.ndarray.{name}: the stand-in has no such name")
 
-    def __array__(self, *_: Any) -> NoReturn:
+    def __array__(self, *_):
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Use cupy.asnumpy().")
 
     @property
-    def device(self) -> streams.Device:
+    def device(self):
         return streams.Device(0)
 
     @property
-    def flags(self) -> Flags:
+    def flags(self):
         return Flags(bool(host_of(self).flags.c_contiguous))
 
     @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
+    def __cuda_array_interface__(self):
         return {
             "shape": self.shape, "typestr": self.dtype.str, "data": (self.data.ptr, False), "strides": self.strides,
             "version": 3,
         }  # fmt: skip
 
-    def __len__(self) -> int:
+    def __len__(self):
         if not self.shape:
             raise TypeError("len() of unsized object")
         return self.shape[0]
 
-    def item(self) -> Any:
+    def item(self):
         return asnumpy(self).item()
 
-    def __int__(self) -> int:
+    def __int__(self):
         return int(self.item())
 
-    def __float__(self) -> float:
+    def __float__(self):
         return float(self.item())
 
-    def __mul__(self, other: Any) -> ndarray:
+    def __mul__(self, other):
         return _computed(np.multiply, self, other)
 
     __rmul__ = __mul__
 
-    def __add__(self, other: Any) -> ndarray:
+    def __add__(self, other):
         return _computed(np.add, self, other)
 
     __radd__ = __add__
 
-    def __truediv__(self, other: Any) -> ndarray:
+    def __truediv__(self, other):
         return _computed(np.divide, self, other)
 
-    def __sub__(self, other: Any) -> ndarray:
+    def __sub__(self, other):
         return _computed(np.subtract, self, other)
 
-    def __abs__(self) -> ndarray:
+    def __abs__(self):
         out = ndarray(self.shape, self.dtype)
         streams.start(lambda: _assign(out, np.abs(host_of(self))))
         return out
 
-    def __gt__(self, other: Any) -> ndarray:
+    def __gt__(self, other):
         return _computed(np.greater, self, other, bool)
 
-    def __eq__(self, other: Any) -> ndarray:  # type: ignore[override]
+    def __eq__(self, other):
         return _computed(np.equal, self, other, bool)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
-    def __invert__(self) -> ndarray:
+    def __invert__(self):
         out = ndarray(self.shape, self.dtype)
         streams.start(lambda: _assign(out, ~host_of(self)))
         return out
 
-    def __iadd__(self, other: Any) -> ndarray:
+    def __iadd__(self, other):
         streams.start(lambda: _assign(self, host_of(self) + _value(other)))
         return self
 
-    def __imul__(self, other: Any) -> ndarray:
+    def __imul__(self, other):
         streams.start(lambda: _assign(self, host_of(self) * _value(other)))
         return self
 
-    def clip(self, min: ndarray, max: ndarray) -> ndarray:
+    def clip(self, min, max):
         return _computed(np.minimum, _computed(np.maximum, self, min), max)
 
-    def sum(self) -> ndarray:
+    def sum(self):
         out = ndarray((), self.dtype)
         streams.start(lambda: _assign(out, host_of(self).sum()))
         return out
 
-    def __getitem__(self, key: Any) -> ndarray:
+    def __getitem__(self, key):
         if isinstance(key, ndarray) and key.dtype.kind == "i":
             out = ndarray((*key.shape, *self.shape[1:]), self.dtype)
             streams.start(lambda: _assign(out, host_of(self)[host_of(key)]))
@@ -142,7 +140,7 @@ class ndarray:
         offset = part.__array_interface__["data"][0] - self.data.ptr if part.size else 0
         return ndarray(part.shape, self.dtype, self.data + offset, part.strides)
 
-    def __setitem__(self, key: Any, value: Any) -> None:
+    def __setitem__(self, key, value):
         place = self[key]
         if isinstance(value, ndarray):
             source = value
@@ -152,18 +150,18 @@ class ndarray:
         else:
             raise Misuse(f"cupy.ndarray: the stand-in assigns numbers and arrays of CuPy, got {type(value).__name__}")
 
-    def min(self) -> ndarray:
+    def min(self):
         return self._reduced(np.min)
 
-    def max(self) -> ndarray:
+    def max(self):
         return self._reduced(np.max)
 
-    def _reduced(self, function: Any) -> ndarray:
+    def _reduced(self, function):
         out = ndarray((), self.dtype)
         streams.start(lambda: _assign(out, function(host_of(self))))
         return out
 
-    def reshape(self, *shape: Any) -> ndarray:
+    def reshape(self, *shape):
         """Return a view if the strides allow one, else a copy, as CuPy does."""
         host = host_of(self)
         wanted = host.reshape(*shape)
@@ -173,21 +171,21 @@ class ndarray:
         streams.start(lambda: _assign(out, host_of(self).reshape(out.shape)))
         return out
 
-    def fill(self, value: float) -> None:
+    def fill(self, value):
         self[...] = value
 
-    def astype(self, dtype: Any) -> ndarray:
+    def astype(self, dtype):
         out = ndarray(self.shape, dtype)
         out[...] = self
         return out
 
 
-def host_of(array: ndarray) -> np.ndarray[Any, Any]:
+def host_of(array):
     """The memory itself, as a NumPy array."""
     return at_address(array.data.ptr, array.shape, array.dtype, array.strides)
 
 
-def _value(operand: Any) -> Any:
+def _value(operand):
     if not isinstance(operand, (ndarray, int, float)):
         raise Misuse(
             f"cupy.ndarray: the stand-in reckons with numbers and arrays of CuPy, got {type(operand).__name__}"
@@ -195,7 +193,7 @@ def _value(operand: Any) -> Any:
     return host_of(operand) if isinstance(operand, ndarray) else operand
 
 
-def _computed(function: np.ufunc, array: ndarray, other: Any, dtype: Any = None) -> ndarray:
+def _computed(function, array, other, dtype=None):
     """Return a new array, of the shape and type that NumPy's rules give two arrays, or of those of the one."""
     both = isinstance(other, ndarray)
     shape = np.broadcast_shapes(array.shape, other.shape) if both else array.shape
@@ -204,18 +202,18 @@ def _computed(function: np.ufunc, array: ndarray, other: Any, dtype: Any = None)
     return out
 
 
-def _assign(place: ndarray, value: Any) -> None:
+def _assign(place, value):
     with np.errstate(all="ignore"):
         np.copyto(host_of(place), value, casting="unsafe")
 
 
-def zeros(shape: Any, dtype: Any = float) -> ndarray:
+def zeros(shape, dtype=float):
     out = ndarray(shape, dtype)
     out.fill(0)
     return out
 
 
-def asarray(a: Any) -> ndarray:
+def asarray(a):
     """Copy a NumPy array to the card; use an object with ``__cuda_array_interface__`` without a copy."""
     if isinstance(a, ndarray):
         return a
@@ -230,13 +228,13 @@ def asarray(a: Any) -> ndarray:
     return out
 
 
-def from_dlpack(array: Any) -> ndarray:
+def from_dlpack(array):
     """Return an array that shares the memory of another library's array, which is on the host here."""
     host = np.from_dlpack(array)
     return ndarray(host.shape, host.dtype, _foreign(host.__array_interface__, array), host.strides)
 
 
-def _foreign(interface: dict[str, Any], owner: Any) -> MemoryPointer:
+def _foreign(interface, owner):
     """Memory of another owner, from an array's lowest address to its highest."""
     address, shape = interface["data"][0], interface["shape"]
     item = np.dtype(interface["typestr"]).itemsize
@@ -249,6 +247,6 @@ def _foreign(interface: dict[str, Any], owner: Any) -> MemoryPointer:
     return MemoryPointer(Memory(size, address + low, owner), -low)
 
 
-def asnumpy(a: ndarray) -> np.ndarray[Any, Any]:
+def asnumpy(a):
     streams.refuse_in_capture("a copy to the host")
     return np.array(host_of(a), order="C")

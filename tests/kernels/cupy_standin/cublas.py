@@ -4,12 +4,8 @@ Matrices are column-major, as cuBLAS has them. A call that cuBLAS would refuse i
 would read or write outside of the memory.
 """
 
-from __future__ import annotations
-
 import ctypes
 import itertools
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -25,21 +21,21 @@ TYPES = {CUDA_R_32F: np.dtype(np.float32), CUDA_R_16F: np.dtype(np.float16)}
 # (A and B, C) that cublasGemmEx computes with sums in float32.
 COMBINATIONS = {(CUDA_R_32F, CUDA_R_32F), (CUDA_R_16F, CUDA_R_32F), (CUDA_R_16F, CUDA_R_16F)}
 
-_modes: dict[int, int] = {}
+_modes = {}
 _numbers = itertools.count(1)
 
 
-def create() -> int:
+def create():
     handle = next(_numbers)
     _modes[handle] = CUBLAS_POINTER_MODE_HOST
     return handle
 
 
-def destroy(handle: int) -> None:
+def destroy(handle):
     del _modes[handle]
 
 
-def setPointerMode(handle: int, mode: int) -> None:
+def setPointerMode(handle, mode):
     if mode not in (CUBLAS_POINTER_MODE_HOST, CUBLAS_POINTER_MODE_DEVICE):
         raise Misuse(f"setPointerMode: no such mode: {mode!r}")
     _mode_of(handle)
@@ -47,9 +43,9 @@ def setPointerMode(handle: int, mode: int) -> None:
 
 
 def gemmEx(
-    handle: int, transa: int, transb: int, m: int, n: int, k: int, alpha: int, A: int, Atype: int, lda: int, B: int,
-    Btype: int, ldb: int, beta: int, C: int, Ctype: int, ldc: int, computeType: int, algo: int,
-) -> None:  # fmt: skip
+    handle, transa, transb, m, n, k, alpha, A, Atype, lda, B,
+    Btype, ldb, beta, C, Ctype, ldc, computeType, algo,
+):  # fmt: skip
     """C (m, n) = alpha * op(A) (m, k) @ op(B) (k, n) + beta * C, sums in float32."""
     mode = _mode_of(handle)
     if Atype != Btype or (Atype, Ctype) not in COMBINATIONS:
@@ -64,7 +60,7 @@ def gemmEx(
     held = None if mode == CUBLAS_POINTER_MODE_DEVICE else (_host_float(alpha), _host_float(beta))
     places, kinds = (A, B, C), (Atype, Btype, Ctype)
 
-    def run() -> None:
+    def run():
         first, second = held or (_device_float(alpha), _device_float(beta))
         a, b, c = _operands(shapes, places, kinds, transa, transb)
         _multiply(a, b, c, first, second, computeType == CUBLAS_COMPUTE_32F_FAST_TF32)
@@ -75,7 +71,7 @@ def gemmEx(
 Shapes = dict[str, tuple[int, tuple[int, int]]]
 
 
-def _shapes(transa: int, transb: int, m: int, n: int, k: int, lda: int, ldb: int, ldc: int) -> Shapes:
+def _shapes(transa, transb, m, n, k, lda, ldb, ldc):
     """The leading dimensions, with the rows and columns that lie in memory."""
     shapes = {
         "lda": (lda, (m, k) if transa == CUBLAS_OP_N else (k, m)),
@@ -88,9 +84,7 @@ def _shapes(transa: int, transb: int, m: int, n: int, k: int, lda: int, ldb: int
     return shapes
 
 
-def _operands(
-    shapes: Shapes, places: Sequence[int], kinds: Sequence[int], transa: int, transb: int
-) -> tuple[Any, Any, Any]:
+def _operands(shapes, places, kinds, transa, transb):
     """op(A), op(B) and C."""
     a, b, c = (
         _columns(address, TYPES[kind], shape, pitch)
@@ -101,7 +95,7 @@ def _operands(
     return a if transa == CUBLAS_OP_N else a.T, b if transb == CUBLAS_OP_N else b.T, c
 
 
-def _multiply(a: Any, b: Any, c: Any, alpha: np.float32, beta: np.float32, tf32: bool) -> None:
+def _multiply(a, b, c, alpha, beta, tf32):
     with np.errstate(all="ignore"):
         total = np.zeros(c.shape, np.float32)
         if alpha and a.shape[1]:
@@ -111,28 +105,28 @@ def _multiply(a: Any, b: Any, c: Any, alpha: np.float32, beta: np.float32, tf32:
         c[...] = total + beta * c if beta else total
 
 
-def rounded_to_tf32(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def rounded_to_tf32(values):
     """float32 numbers with ten bits behind the point, to the nearest, ties away from zero: as tensor cores read."""
     bits = values.view(np.uint32)
     finite = (bits & 0x7F800000) != 0x7F800000
     return np.where(finite, (bits + 0x1000) & 0xFFFFE000, bits).astype(np.uint32).view(np.float32)
 
 
-def _columns(address: int, dtype: np.dtype[Any], shape: tuple[int, int], pitch: int) -> np.ndarray[Any, Any]:
+def _columns(address, dtype, shape, pitch):
     return at_address(address, shape, dtype, (dtype.itemsize, pitch * dtype.itemsize))
 
 
-def _mode_of(handle: int) -> int:
+def _mode_of(handle):
     if handle not in _modes:
         raise Misuse(f"cuBLAS: there is no handle {handle}")
     return _modes[handle]
 
 
-def _host_float(address: int) -> np.float32:
+def _host_float(address):
     if LIVE.holds(address):
         raise Misuse("gemmEx: alpha and beta lie on the card, and the pointer mode says on the host")
     return np.float32(ctypes.c_float.from_address(address).value)
 
 
-def _device_float(address: int) -> np.float32:
+def _device_float(address):
     return np.float32(at_address(address, (1,), np.float32, (4,))[0])

@@ -1,12 +1,8 @@
 """``cupy.RawModule``: CUDA C from text, here compiled as C++."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import re
-from collections.abc import Sequence
-from typing import Any, NoReturn
 
 import numpy as np
 from cuda_on_cpu.library import Library
@@ -26,7 +22,7 @@ MEMBER = re.compile(r"(?:const\s+)?(\w[\w ]*?)(<[\w ]+>)?(\s*\*)?\s*\b(\w+);")
 STRIDES = {"Vector": ("_step",), "Matrix": ("_row", "_col")}
 
 
-def members(code: str) -> dict[str, list[tuple[str, str]]]:
+def members(code):
     """Return, for each kernel with one structure, (name, kind) of its members, kinds as in the header."""
     bodies = {name: re.sub(r"//[^\n]*", "", body) for name, body in STRUCT.findall(code)}
     found = {}
@@ -45,35 +41,35 @@ _launches = itertools.count(1)
 class RawModule:
     """As CuPy's: compile a source at the first use of a kernel, once per source and options."""
 
-    def __init__(self, code: str, *, options: tuple[str, ...] = ()) -> None:
+    def __init__(self, code, *, options=()):
         if not isinstance(options, tuple):
             raise TypeError(f"options: CuPy takes a tuple, got {type(options).__name__}")
         self._code, self._options = code, (*options, *ADDED)
 
-    def __getattr__(self, name: str) -> NoReturn:
+    def __getattr__(self, name):
         raise AttributeError(f"cupy.RawModule.{name}: the stand-in has no such name")
 
-    def get_function(self, name: str) -> Kernel:
+    def get_function(self, name):
         return Kernel(_library(self._code, self._options), name, members(self._code).get(name))
 
 
 class Kernel:
     """A launchable kernel; its arguments are checked against the C parameters."""
 
-    def __init__(self, library: Library, name: str, fields: list[tuple[str, str]] | None) -> None:
+    def __init__(self, library, name, fields):
         if name not in library.kernels:
             raise AttributeError(f"CUDA_ERROR_NOT_FOUND: there is no kernel {name!r}, only {sorted(library.kernels)}")
         self._library, self._name, self._fields = library, name, fields
         self._parameters = library.kernels[name].parameters
 
-    def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any]) -> None:
+    def __call__(self, grid, block, args):
         if len(args) != len(self._parameters):
             raise Misuse(f"{self._name}: takes {len(self._parameters)} arguments, got {len(args)}")
         # Copy them now: a card also copies arguments at the launch.
         values = [self._value(*pair) for pair in zip(args, self._parameters, strict=True)]
         pointers = [p for arg in args for p in self._addresses(arg)]
 
-        def run() -> None:
+        def run():
             for field, address in pointers:
                 if address and not LIVE.holds(address):
                     raise Misuse(
@@ -83,7 +79,7 @@ class Kernel:
 
         streams.start(run)
 
-    def _value(self, argument: Any, parameter: tuple[str, int]) -> bytes:
+    def _value(self, argument, parameter):
         """Return the bytes of an argument, in CuPy's type for it."""
         kind, size = parameter
         if isinstance(argument, ndarray):
@@ -102,13 +98,13 @@ class Kernel:
             )
         return value
 
-    def _check_structure(self, dtype: np.dtype[Any]) -> None:
+    def _check_structure(self, dtype):
         given = [(name, dtype.fields[name][0].kind, dtype.fields[name][1]) for name in dtype.names]
         wanted = [(name, "f" if kind == "f" else "i", 8 * at) for at, (name, kind) in enumerate(self._fields or ())]
         if given != wanted:
             raise Misuse(f"{self._name}: its structure is {wanted}, got {given}")
 
-    def _addresses(self, argument: Any) -> list[tuple[str, int]]:
+    def _addresses(self, argument):
         if isinstance(argument, ndarray):
             return [("an array", argument.data.ptr)]
         if isinstance(argument, np.ndarray) and self._fields:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import weakref
-from typing import Any
 
 import numpy as np
 
@@ -28,9 +27,9 @@ class CUDARuntimeError(RuntimeError):
 class Memory:
     """A piece of memory; ``owner``: the object that holds it if it was not allocated here."""
 
-    def __init__(self, size: int, address: int | None = None, owner: Any = None) -> None:
+    def __init__(self, size, address=None, owner=None):
         self.size, self.owner = size, owner
-        self.bytes: np.ndarray[Any, Any] | None = None
+        self.bytes = None
         if address is None:
             room = np.full(size + ALIGNMENT + 2 * GUARD, GUARD_BYTE, np.uint8)
             start = -(room.ctypes.data + GUARD) % ALIGNMENT + GUARD
@@ -42,7 +41,7 @@ class Memory:
         LIVE.add(self)
 
     @property
-    def is_intact(self) -> bool:
+    def is_intact(self):
         """Return whether the guard bands before and after it are intact."""
         if self.bytes is None:
             return True
@@ -52,13 +51,13 @@ class Memory:
 class Live:
     """The live memory, by address."""
 
-    def __init__(self) -> None:
-        self._starts: list[int] = []
+    def __init__(self):
+        self._starts = []
         # Sizes of the pieces at an address: foreign memory may be held several times.
-        self._sizes: dict[int, list[int]] = {}
-        self._allocated: weakref.WeakSet[Memory] = weakref.WeakSet()
+        self._sizes = {}
+        self._allocated = weakref.WeakSet()
 
-    def add(self, memory: Memory) -> None:
+    def add(self, memory):
         start, size = memory.ptr, memory.size
         if start not in self._sizes:
             bisect.insort(self._starts, start)
@@ -68,18 +67,18 @@ class Live:
         if memory.bytes is not None:
             self._allocated.add(memory)
 
-    def _forget(self, start: int, size: int) -> None:
+    def _forget(self, start, size):
         self._sizes[start].remove(size)
         if not self._sizes[start]:
             del self._sizes[start]
             del self._starts[bisect.bisect_left(self._starts, start)]
 
-    def holds(self, address: int, size: int = 0) -> bool:
+    def holds(self, address, size=0):
         """Return whether this many bytes from ``address`` on lie in one piece of memory."""
         at = bisect.bisect_right(self._starts, address) - 1
         return at >= 0 and address + size <= self._starts[at] + max(self._sizes[self._starts[at]])
 
-    def check_guards(self) -> None:
+    def check_guards(self):
         """Raise Misuse if a guard band was overwritten."""
         for memory in list(self._allocated):
             if not memory.is_intact:
@@ -95,14 +94,14 @@ class MemoryPointer:
     mem: Memory
     ptr: int
 
-    def __init__(self, mem: Memory, offset: int) -> None:
+    def __init__(self, mem, offset):
         self.mem, self.ptr = mem, mem.ptr + offset
 
-    def __add__(self, offset: int) -> MemoryPointer:
+    def __add__(self, offset):
         return MemoryPointer(self.mem, self.ptr - self.mem.ptr + offset)
 
 
-def at_address(address: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...]) -> np.ndarray[Any, Any]:
+def at_address(address, shape, dtype, strides):
     """Return the memory there as a NumPy array; strides in bytes, from the first element on.
 
     Raises Misuse unless all of it is memory of the card.
@@ -123,5 +122,5 @@ def at_address(address: int, shape: tuple[int, ...], dtype: Any, strides: tuple[
 class _Place:
     """An object that NumPy converts to an array."""
 
-    def __init__(self, interface: dict[str, Any]) -> None:
+    def __init__(self, interface):
         self.__array_interface__ = interface

@@ -1,20 +1,17 @@
 """The modules by the names under which the backend imports CuPy."""
 
-from __future__ import annotations
-
 import types
 from importlib.machinery import ModuleSpec
-from typing import Any, NoReturn
 
 from cupy_standin import arrays, cublas, kernels, memory, streams
 
 
-def _module(name: str, **contents: Any) -> types.ModuleType:
+def _module(name, **contents):
     module = types.ModuleType(name, "Stands in for CuPy in tests.")
     module.__spec__ = ModuleSpec(name, None, is_package=True)
     module.__path__ = []
 
-    def missing(attribute: str) -> NoReturn:
+    def missing(attribute):
         raise AttributeError(f"{name}.{attribute}: the stand-in has no such name")
 
     vars(module).update(contents, __getattr__=missing)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NoReturn
 
 from cupy_standin.memory import LIVE, CUDARuntimeError, Misuse
 
@@ -14,15 +13,15 @@ SILENT = "the stand-in has no such name"
 class _Captured:
     """The stream in capture, if any, and its recorded work."""
 
-    def __init__(self) -> None:
-        self.stream: Stream | None = None
-        self.nodes: list[Work] = []
+    def __init__(self):
+        self.stream = None
+        self.nodes = []
 
 
 _captured = _Captured()
 
 
-def start(work: Work) -> None:
+def start(work):
     """Run work on the current stream, or record it as a node of the graph in capture."""
     if _captured.stream is None:
         work()
@@ -32,7 +31,7 @@ def start(work: Work) -> None:
         raise Misuse("something is started on another stream than that which is captured: it would not be in the graph")
 
 
-def refuse_in_capture(what: str) -> None:
+def refuse_in_capture(what):
     if _captured.stream is not None:
         raise CUDARuntimeError(f"cudaErrorStreamCaptureUnsupported: {what} while a stream is captured")
 
@@ -40,13 +39,13 @@ def refuse_in_capture(what: str) -> None:
 class Graph:
     """The work that a capture recorded. As on a card, it holds addresses and no arrays."""
 
-    def __init__(self, nodes: list[Work]) -> None:
+    def __init__(self, nodes):
         self._nodes = nodes
 
-    def __getattr__(self, name: str) -> NoReturn:
+    def __getattr__(self, name):
         raise AttributeError(f"cupy.cuda.Graph.{name}: {SILENT}")
 
-    def launch(self, stream: Stream | None = None) -> None:
+    def launch(self, stream=None):
         refuse_in_capture("the launch of a graph")
         for node in self._nodes:
             node()
@@ -55,20 +54,20 @@ class Graph:
 class Stream:
     """As CuPy's, also as a context manager."""
 
-    def __init__(self, null: bool = False, non_blocking: bool = False) -> None:
+    def __init__(self, null=False, non_blocking=False):
         self._is_null, self._is_blocking = null, not non_blocking
 
-    def __getattr__(self, name: str) -> NoReturn:
+    def __getattr__(self, name):
         raise AttributeError(f"cupy.cuda.Stream.{name}: {SILENT}")
 
-    def __enter__(self) -> Stream:
+    def __enter__(self):
         _stack.append(self)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         _stack.pop()
 
-    def begin_capture(self) -> None:
+    def begin_capture(self):
         if self._is_null:
             raise CUDARuntimeError("cudaErrorStreamCaptureUnsupported: the default stream cannot be captured")
         if self._is_blocking:
@@ -76,13 +75,13 @@ class Stream:
         refuse_in_capture("the capture of another stream")
         _captured.stream, _captured.nodes = self, []
 
-    def end_capture(self) -> Graph:
+    def end_capture(self):
         if _captured.stream is not self:
             raise CUDARuntimeError("cudaErrorIllegalState: the stream is not being captured")
         _captured.stream = None
         return Graph(_captured.nodes)
 
-    def synchronize(self) -> None:
+    def synchronize(self):
         refuse_in_capture("waiting")
         LIVE.check_guards()
 
@@ -91,7 +90,7 @@ class Stream:
 _stack = [Stream(null=True)]
 
 
-def get_current_stream() -> Stream:
+def get_current_stream():
     return _stack[-1]
 
 
@@ -100,20 +99,20 @@ class Device:
 
     id: int
 
-    def __init__(self, device: int = 0) -> None:
+    def __init__(self, device=0):
         if device != 0:
             raise CUDARuntimeError("cudaErrorInvalidDevice: the stand-in has one card")
         self.id = device
 
-    def __getattr__(self, name: str) -> NoReturn:
+    def __getattr__(self, name):
         raise AttributeError(f"cupy.cuda.Device.{name}: {SILENT}")
 
-    def __enter__(self) -> Device:
+    def __enter__(self):
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         return None
 
-    def synchronize(self) -> None:
+    def synchronize(self):
         refuse_in_capture("waiting")
         LIVE.check_guards()

@@ -8,18 +8,15 @@ barriers of the block for that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from .faults import Problem
 from .memory import BITS, UNSIGNED, check_alignment
-from .parse import Address, Instruction, Operand, Register, Vector
-from .threads import Active, Threads, reader
+from .parse import Address, Register, Vector
+from .threads import reader
 
-Array = np.ndarray[Any, Any]
 UNIT = 16
 # The longest row of a tile in bytes, by the number of its swizzle; none without.
 SPANS = {0: 1 << 20, 1: 32, 2: 64, 3: 128}
@@ -37,12 +34,12 @@ class TensorMap:
     size: int
     swizzle: int
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         row = self.box[1] * self.size
         if self.base % UNIT or self.pitch % UNIT or row % UNIT or row > SPANS[self.swizzle] or max(self.box) > 256:
             raise Problem(f"the driver refuses the {self}")
 
-    def read(self, active: Active, thread: int, column: int, row: int) -> Array:
+    def read(self, active, thread, column, row):
         """Return a tile as a thread reads it; zeros outside the matrix."""
         rows, columns = row + np.arange(self.box[0])[:, None], column + np.arange(self.box[1])
         inside = (rows >= 0) & (rows < self.shape[0]) & (columns >= 0) & (columns < self.shape[1])
@@ -52,7 +49,7 @@ class TensorMap:
         tile[inside] = active.threads.memory.read(addresses, self.size, 1, now)[0]
         return tile
 
-    def units(self, start: int) -> Array:
+    def units(self, start):
         """Return the shared addresses of a tile's units of 16 bytes, row by row."""
         address = start + UNIT * np.arange(self.box[0] * self.box[1] * self.size // UNIT)
         return address ^ (address >> 7 & SPANS[self.swizzle] // UNIT - 1) << 4 if self.swizzle else address
@@ -67,16 +64,16 @@ class Barrier:
     pending: int
     phase: int = 0
     expected: int = 0
-    copies: list[tuple[Array, Array]] = field(default_factory=list)
-    landed: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    copies: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    landed: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
-    def arrive(self, arrivals: int, brought: int) -> None:
+    def arrive(self, arrivals, brought):
         """Count arrivals, and bytes that will be brought."""
         if arrivals > self.pending:
             raise Problem(f"mbarrier: more than {self.count} arrivals in a phase")
         self.pending, self.expected = self.pending - arrivals, self.expected + brought
 
-    def finish(self, threads: Threads, warp: int) -> None:
+    def finish(self, threads, warp):
         """End the phase if everything can have come."""
         brought = sum(values.nbytes for _, values in self.copies)
         if self.pending or brought < self.expected:
@@ -90,21 +87,21 @@ class Barrier:
         self.phase, self.pending, self.expected, self.copies = self.phase + 1, self.count, 0, []
         threads.progress += 1
 
-    def learn(self, threads: Threads, warp: int) -> None:
+    def learn(self, threads, warp):
         """Let a warp know the bytes of the last phase; after a barrier of the block all know them."""
         writers = threads.shared.writers[4]
         places = self.landed[writers[self.landed] != 0]
         writers[places] |= BITS[4][warp]
 
 
-def _shared(operand: Operand) -> Callable[[Active], Array]:
+def _shared(operand):
     """Return a function for the shared addresses of the active threads."""
     assert isinstance(operand, Address)
     read, offset = reader(0 if operand.base is None else operand.base, "u32"), np.uint32(operand.offset)
     return lambda active: active.pick(read(active.threads) + offset)
 
 
-def _barrier(threads: Threads, block: int, warp: int, address: int) -> Barrier:
+def _barrier(threads, block, warp, address):
     """Return the barrier at an address, of whose start the warp must know."""
     if (block, address) not in threads.barriers:
         raise Problem(f"no mbarrier was initialised at the shared address {address:#x}")
@@ -113,7 +110,7 @@ def _barrier(threads: Threads, block: int, warp: int, address: int) -> Barrier:
     return threads.barriers[block, address]
 
 
-def barrier_step(instruction: Instruction) -> Callable[[Active], None]:
+def barrier_step(instruction):
     """Return an mbarrier instruction as a function of the active threads."""
     kind = instruction.modifiers[1]
     if kind == "try_wait":
@@ -124,7 +121,7 @@ def barrier_step(instruction: Instruction) -> Callable[[Active], None]:
     if kind not in ("init", "inval", "arrive"):
         raise NotImplementedError(instruction.name)
 
-    def run(active: Active) -> None:
+    def run(active):
         threads, numbers = active.threads, active.pick(number(active.threads)).tolist()
         for block, warp, address, amount in zip(*active.owners, where(active).tolist(), numbers, strict=True):
             if kind == "arrive":
@@ -144,7 +141,7 @@ def barrier_step(instruction: Instruction) -> Callable[[Active], None]:
     return run
 
 
-def _wait(instruction: Instruction) -> Callable[[Active], None]:
+def _wait(instruction):
     """mbarrier.try_wait.parity: whether the phase of this parity has ended. Warps that must wait on let the others run
     first."""
     target, place, parity = instruction.operands
@@ -152,7 +149,7 @@ def _wait(instruction: Instruction) -> Callable[[Active], None]:
         raise NotImplementedError(instruction.name)
     where, read = _shared(place), reader(parity, "u32")
 
-    def run(active: Active) -> None:
+    def run(active):
         threads = active.threads
         asked = np.stack([*active.owners, where(active), active.pick(read(threads))], axis=1)
         rows, own = np.unique(asked, axis=0, return_inverse=True)
@@ -172,7 +169,7 @@ def _wait(instruction: Instruction) -> Callable[[Active], None]:
     return run
 
 
-def copy_step(instruction: Instruction) -> Callable[[Active], None]:
+def copy_step(instruction):
     """cp.async.bulk.tensor.2d from global to shared memory: ``[tile], [map, {column, row}], [barrier]``."""
     target, source, place = instruction.operands
     name = "cp.async.bulk.tensor.2d.shared::{}.global.mbarrier::complete_tx::bytes"
@@ -183,7 +180,7 @@ def copy_step(instruction: Instruction) -> Callable[[Active], None]:
     starts, bars = _shared(target), _shared(place)
     reads = [reader(handle, "u64"), *(reader(part, "s32") for part in corner.parts)]
 
-    def run(active: Active) -> None:
+    def run(active):
         threads, starting = active.threads, starts(active).astype(np.int64)
         check_alignment(starting, 128, "shared")
         given = zip(*(active.pick(read(threads)).tolist() for read in reads), bars(active).tolist(), strict=True)
@@ -199,12 +196,12 @@ def copy_step(instruction: Instruction) -> Callable[[Active], None]:
     return run
 
 
-def elect_step(instruction: Instruction) -> Callable[[Active], None]:
+def elect_step(instruction):
     """elect.sync: one thread of each warp, any of them."""
     _, target, _ = instruction.operands
     assert isinstance(target, Register)
 
-    def run(active: Active) -> None:
+    def run(active):
         lanes = active.threads.random.integers(0, 32, (len(active.warps), 1))
         active.scatter(target, np.arange(32) == lanes)
 

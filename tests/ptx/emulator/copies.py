@@ -7,41 +7,36 @@ found; see ``Shared.begin_copy``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-
-from .threads import Active
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass
 class Copy:
     """``values`` (threads, words) for ``places``; ``group`` is the number of each thread's group of copies."""
 
-    thread: Array
-    group: Array
-    places: Array
-    values: Array
+    thread: np.ndarray
+    group: np.ndarray
+    places: np.ndarray
+    values: np.ndarray
 
-    def of(self, some: Array) -> Copy:
+    def of(self, some):
         return Copy(self.thread[some], self.group[some], self.places[some], self.values[some])
 
 
-def begin(active: Active, addresses: Array, values: Array) -> None:
+def begin(active, addresses, values):
     """Begin a copy of each active thread, as part of its next group."""
     threads, index, words = active.threads, active.index, values.shape[1]
     places = threads.shared.begin_copy(*active.owners, addresses, 4 * words)
     threads.copies.append(Copy(index, threads.copy_groups[index], places.reshape(-1, words), values))
 
 
-def commit(active: Active) -> None:
+def commit(active):
     """End the group of each active thread."""
     active.threads.copy_groups[active.index] += 1
 
 
-def wait(active: Active, count: int) -> None:
+def wait(active, count):
     """Do the copies of the active threads, except those of each one's last ``count`` groups."""
     threads = active.threads
     running = np.zeros(threads.count, np.bool_)

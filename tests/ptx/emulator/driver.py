@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -36,22 +35,22 @@ MOST_THREADS = 1 << 13
 class Allocations(TorchDispatchMode):
     """Device memory: the storages of the tensors that torch makes while this mode is on, and that still live."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.storages = {}
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, torch.Tensor):
                 self.add(tensor)
         return result
 
-    def add(self, tensor: torch.Tensor) -> None:
+    def add(self, tensor):
         storage = tensor.untyped_storage()
         self.storages[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
 
-    def regions(self) -> list[tuple[int, int]]:
+    def regions(self):
         """Return (address, bytes) of the storages."""
         self.storages = {key: found for key, found in self.storages.items() if not found[0].expired()}
         return [(address, size) for address, (_, size) in self.storages.items()]
@@ -72,19 +71,19 @@ class Emulator:
     described: set[str] = field(default_factory=set)
 
     @property
-    def capability(self) -> int:
+    def capability(self):
         return int(self.target.removeprefix("sm_"))
 
     def launch(
         self,
-        function: Function,
-        programs: int,
-        signature: Sequence[str],
-        arguments: Sequence[Any],
-        boxes: Sequence[Any],
-    ) -> None:
+        function,
+        programs,
+        signature,
+        arguments,
+        boxes,
+    ):
         """Run a kernel over ``programs`` blocks; ``boxes`` is Triton's metadata of its tensor descriptors."""
-        values, maps = list[int](), dict[int, TensorMap]()
+        values, maps = [], {}
         for kind, value in zip(signature, arguments, strict=True):
             if isinstance(value, TensorDescriptor):
                 # a number that is no address of a tensor
@@ -120,18 +119,18 @@ class Function:
 
 
 @functools.cache
-def _loaded(text: str) -> Code:
+def _loaded(text):
     return Code(parse(text))
 
 
-def _tensor_map(given: TensorDescriptor, box: Mapping[str, Any]) -> TensorMap:
+def _tensor_map(given, box):
     """Return the map that Triton's driver makes of a descriptor."""
     size = given.base.itemsize
     shape, boxes = ((*sides,) for sides in (given.shape, box["block_size"]))
     return TensorMap(given.base.data_ptr(), shape, given.strides[0] * size, boxes, size, box["swizzle"])
 
 
-def _bits(kind: str, value: Any) -> int:
+def _bits(kind, value):
     if kind.startswith("*"):
         return 0 if value is None else value.data_ptr() if hasattr(value, "data_ptr") else int(value)
     if kind in ("fp32", "f32"):
@@ -145,29 +144,29 @@ class Driver:
     """The parts of a Triton driver that launches use. A card's target is also its number, so that Triton keeps the
     kernels of different targets apart."""
 
-    def __init__(self, emulator: Emulator) -> None:
+    def __init__(self, emulator):
         self.emulator, self.utils = emulator, self
 
-    def get_current_device(self) -> int:
+    def get_current_device(self):
         return self.emulator.capability
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device):
         return 0
 
-    def get_current_target(self) -> GPUTarget:
+    def get_current_target(self):
         return GPUTarget("cuda", self.emulator.capability, 32)
 
-    def get_device_properties(self, device: int) -> dict[str, int]:
+    def get_device_properties(self, device):
         return {"max_shared_mem": 227 << 10}
 
-    def load_binary(self, name: str, text: bytes, shared: int, device: int) -> tuple[Any, Function, int, int, int]:
+    def load_binary(self, name, text, shared, device):
         # module, function, registers, spills, threads
         return None, Function(text.decode(), shared), 0, 0, 1024
 
-    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+    def launcher_cls(self, source, metadata):
         signature = list(source.signature.values())
 
-        def launch(x: int, y: int, z: int, stream: int, function: Function, *rest: Any) -> None:
+        def launch(x, y, z, stream, function, *rest):
             # packed and launch metadata, two hooks, then the arguments
             triton.runtime.driver.active.emulator.launch(
                 function, x * y * z, signature, rest[4:], metadata.tensordesc_meta or ()
@@ -176,7 +175,7 @@ class Driver:
         return launch
 
 
-def _keep_ptx(*given: Any) -> tuple[str, str] | None:
+def _keep_ptx(*given):
     """Triton's hook on the stages of a compilation: the PTX is the binary."""
     if given:
         given[1]["cubin"] = lambda source, _: source.encode()
@@ -184,7 +183,7 @@ def _keep_ptx(*given: Any) -> tuple[str, str] | None:
 
 
 @contextlib.contextmanager
-def emulated(target: str, precision: str = "fp32", processors: int = 4, **settings: Any) -> Iterator[Emulator]:
+def emulated(target, precision="fp32", processors=4, **settings):
     """Run the Triton backend on an emulated card of ``target``, such as "sm_80"; see ``Emulator`` for the settings.
 
     ``processors`` is the card's number of multiprocessors, on which the choice of tiles depends.

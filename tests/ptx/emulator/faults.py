@@ -13,7 +13,7 @@ class Place:
     source: str
     text: str
 
-    def __str__(self) -> str:
+    def __str__(self):
         return f"{self.kernel} at {self.source}: {self.text}"
 
 
@@ -25,6 +25,6 @@ class Fault(AssertionError):
     """The kernel broke a rule of the machine: an address outside its memory, a barrier that some threads never reach, a
     read of bytes that no thread has written, a race."""
 
-    def __init__(self, problem: str, place: Place) -> None:
+    def __init__(self, problem, place):
         super().__init__(f"{problem}; {place}")
         self.problem, self.place = problem, place

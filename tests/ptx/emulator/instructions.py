@@ -1,9 +1,6 @@
 """From an instruction to a function that runs it for the active threads."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -11,14 +8,13 @@ from . import bulk, copies, warpgroup
 from .faults import Problem
 from .matrix import matrix_addresses, multiply, reduced, shuffle
 from .opcodes import TYPES, arithmetic, packed_comparison
-from .parse import Address, Instruction, Operand, Register, Vector
+from .parse import Address, Register, Vector
 from .threads import Active, reader
 
-Array = np.ndarray[Any, Any]
 Step = Callable[[Active], None]
 
 
-def step_of(instruction: Instruction) -> Step:
+def step_of(instruction):
     """Return the instruction as a function of the active threads. Raises NotImplementedError for an unknown one.
 
     Branches, calls and barriers are not here: they end a block of code.
@@ -31,7 +27,7 @@ def step_of(instruction: Instruction) -> Step:
         return run
     read, negated = reader(instruction.guard, "pred"), instruction.negated
 
-    def guarded(active: Active) -> None:
+    def guarded(active):
         chosen = read(active.threads)
         some = active.within(~chosen if negated else chosen)
         if some is not None:
@@ -40,7 +36,7 @@ def step_of(instruction: Instruction) -> Step:
     return guarded
 
 
-def _unguarded(instruction: Instruction) -> Step:
+def _unguarded(instruction):
     first = instruction.modifiers[0]
     if instruction.name == "bar.warp.sync":
         # a warp's threads run in step: all of them must be here
@@ -64,17 +60,17 @@ def _unguarded(instruction: Instruction) -> Step:
     return lambda active: active.write(register, function(*(read(active.threads) for read in reads)))
 
 
-def _fence(instruction: Instruction) -> Step:
+def _fence(instruction):
     """Do nothing: memory is in order here."""
     return lambda active: None
 
 
-def _compare_pairs(instruction: Instruction) -> Step:
+def _compare_pairs(instruction):
     low, high, *sources = instruction.operands
     left, right = (reader(source, "b32") for source in sources)
     function = packed_comparison(instruction.name)
 
-    def run(active: Active) -> None:
+    def run(active):
         found = function(left(active.threads), right(active.threads))
         for register, value in zip((low, high), found, strict=True):
             active.write(_register(register), value)
@@ -82,7 +78,7 @@ def _compare_pairs(instruction: Instruction) -> Step:
     return run
 
 
-def _repack(instruction: Instruction) -> Step:
+def _repack(instruction):
     """mov between a register and a vector of its parts, the lowest first."""
     target, source = instruction.operands
     bits = int(instruction.name.rpartition(".b")[2])
@@ -90,7 +86,7 @@ def _repack(instruction: Instruction) -> Step:
         parts, narrow = target.parts, np.dtype(f"u{bits // 8 // len(target.parts)}")
         read = reader(source, f"b{bits}")
 
-        def unpack(active: Active) -> None:
+        def unpack(active):
             whole = np.ascontiguousarray(read(active.threads)).view(narrow).reshape(-1, len(parts))
             for place, part in enumerate(parts):
                 if part is not None:
@@ -100,14 +96,14 @@ def _repack(instruction: Instruction) -> Step:
     assert isinstance(source, Vector)
     reads = [reader(part, f"b{bits // len(source.parts)}") for part in source.parts]
 
-    def pack(active: Active) -> None:
+    def pack(active):
         whole = np.stack(np.broadcast_arrays(*(read(active.threads) for read in reads)), axis=1)
         active.write(_register(target), whole.view(f"u{bits // 8}")[:, 0])
 
     return pack
 
 
-def _address(operand: Operand, kind: str) -> Callable[[Active], Array]:
+def _address(operand, kind):
     """Return a function for the addresses of the active threads."""
     assert isinstance(operand, Address)
     offset = TYPES[kind](operand.offset & (1 << 8 * TYPES[kind](0).itemsize) - 1)
@@ -115,13 +111,13 @@ def _address(operand: Operand, kind: str) -> Callable[[Active], Array]:
     return lambda active: active.pick(read(active.threads) + offset)
 
 
-def _space(instruction: Instruction) -> tuple[str, str]:
+def _space(instruction):
     """Return the state space of a load or store, and the type of its addresses."""
     space = instruction.modifiers[1].partition("::")[0]
     return space, {"param": "", "global": "u64", "shared": "u32"}[space]
 
 
-def _load(instruction: Instruction) -> Step:
+def _load(instruction):
     target, source = instruction.operands
     (space, wide), kind = _space(instruction), instruction.modifiers[-1]
     if space == "param":
@@ -131,7 +127,7 @@ def _load(instruction: Instruction) -> Step:
     size, address = TYPES[kind](0).itemsize, _address(source, wide)
     signed = TYPES[kind] if kind[0] == "s" else None
 
-    def run(active: Active) -> None:
+    def run(active):
         if space == "global":
             values = active.threads.memory.read(address(active), size, len(parts), active.now)
         else:
@@ -143,7 +139,7 @@ def _load(instruction: Instruction) -> Step:
     return run
 
 
-def _store(instruction: Instruction) -> Step:
+def _store(instruction):
     target, source = instruction.operands
     (space, wide), kind = _space(instruction), instruction.modifiers[-1]
     bits = f"b{8 * TYPES[kind](0).itemsize}"
@@ -153,7 +149,7 @@ def _store(instruction: Instruction) -> Step:
     reads = [reader(part, bits) for part in (source.parts if isinstance(source, Vector) else (source,))]
     address = _address(target, wide)
 
-    def run(active: Active) -> None:
+    def run(active):
         values = [active.pick(read(active.threads)) for read in reads]
         if space == "global":
             active.threads.memory.write(address(active), values, active.now)
@@ -163,7 +159,7 @@ def _store(instruction: Instruction) -> Step:
     return run
 
 
-def _atomic(instruction: Instruction) -> Step:
+def _atomic(instruction):
     """Add in global memory, one thread after another, in any order."""
     target, place, amount = instruction.operands
     if instruction.modifiers[1] != "global" or instruction.modifiers[-2] != "add":
@@ -171,7 +167,7 @@ def _atomic(instruction: Instruction) -> Step:
     size = TYPES[instruction.modifiers[-1]](0).itemsize
     address, read = _address(place, "u64"), reader(amount, f"b{8 * size}")
 
-    def run(active: Active) -> None:
+    def run(active):
         where, amounts, now = address(active), active.pick(read(active.threads)), active.now
         found = np.empty(len(where), amounts.dtype)
         for one in active.threads.random.permutation(len(where)):
@@ -182,31 +178,31 @@ def _atomic(instruction: Instruction) -> Step:
     return run
 
 
-def _shuffle(instruction: Instruction) -> Step:
+def _shuffle(instruction):
     target, source, lane, clamp, _ = instruction.operands
     reads = [reader(operand, "b32") for operand in (source, lane, clamp)]
     mode = {"bfly": "bfly", "idx": "idx"}[instruction.modifiers[2]]
 
-    def run(active: Active) -> None:
+    def run(active):
         value, number, limit = (active.by_warp(read(active.threads)) for read in reads)
         active.scatter(_register(target), shuffle(value, mode, number, limit))
 
     return run
 
 
-def _reduce(instruction: Instruction) -> Step:
+def _reduce(instruction):
     target, source, _ = instruction.operands
     read, mode = reader(source, instruction.modifiers[-1]), instruction.modifiers[2]
     return lambda active: active.scatter(_register(target), reduced(active.by_warp(read(active.threads)), mode))
 
 
-def _matrix_places(instruction: Instruction, operand: Operand) -> Callable[[Active, int], tuple[Array, ...]]:
+def _matrix_places(instruction, operand):
     """Return a function for block, warp and address of each element of ldmatrix and stmatrix."""
     assert isinstance(operand, Address)
     read, offset = reader(operand.base, "u32"), np.uint32(operand.offset)
     transposed = "trans" in instruction.modifiers
 
-    def places(active: Active, count: int) -> tuple[Array, ...]:
+    def places(active, count):
         addresses = matrix_addresses(active.by_warp(read(active.threads) + offset), count, transposed)
         owners = (
             np.broadcast_to(active.by_warp(of)[None, :, :, None], addresses.shape).ravel()
@@ -217,12 +213,12 @@ def _matrix_places(instruction: Instruction, operand: Operand) -> Callable[[Acti
     return places
 
 
-def _load_matrix(instruction: Instruction) -> Step:
+def _load_matrix(instruction):
     target, source = instruction.operands
     assert isinstance(target, Vector)
     places = _matrix_places(instruction, source)
 
-    def run(active: Active) -> None:
+    def run(active):
         found = active.threads.shared.read(*places(active, len(target.parts)), 2)[0]
         for part, value in zip(target.parts, found.view(np.uint32).reshape(len(target.parts), -1), strict=True):
             active.scatter(_register(part), value)
@@ -230,19 +226,19 @@ def _load_matrix(instruction: Instruction) -> Step:
     return run
 
 
-def _store_matrix(instruction: Instruction) -> Step:
+def _store_matrix(instruction):
     target, source = instruction.operands
     assert isinstance(source, Vector)
     reads, places = [reader(part, "b32") for part in source.parts], _matrix_places(instruction, target)
 
-    def run(active: Active) -> None:
+    def run(active):
         values = np.stack([active.by_warp(read(active.threads)) for read in reads])
         active.threads.shared.write(*places(active, len(reads)), [values.view(np.uint16).ravel()])
 
     return run
 
 
-def _multiply(instruction: Instruction) -> Step:
+def _multiply(instruction):
     target, *sources = instruction.operands
     kind = instruction.modifiers[-3]
     shape = {"tf32": "m16n8k8", "bf16": "m16n8k16", "f16": "m16n8k16"}[kind]
@@ -250,7 +246,7 @@ def _multiply(instruction: Instruction) -> Step:
         raise NotImplementedError(instruction.name)
     reads = [[reader(part, "b32") for part in source.parts] for source in sources]
 
-    def run(active: Active) -> None:
+    def run(active):
         a, b, c = (np.stack([active.by_warp(read(active.threads)) for read in each]) for each in reads)
         for part, value in zip(target.parts, multiply(a, b, c, kind), strict=True):
             active.scatter(_register(part), value)
@@ -258,7 +254,7 @@ def _multiply(instruction: Instruction) -> Step:
     return run
 
 
-def _copy(instruction: Instruction) -> Step:
+def _copy(instruction):
     if "bulk" in instruction.modifiers:
         return bulk.copy_step(instruction)
     if instruction.name == "cp.async.commit_group":
@@ -272,7 +268,7 @@ def _copy(instruction: Instruction) -> Step:
     places, addresses = _address(target, "u32"), _address(source, "u64")
     read = reader(given[0] if given else width, "u32")
 
-    def run(active: Active) -> None:
+    def run(active):
         wanted = active.pick(read(active.threads))
         if ((wanted != 0) & (wanted != width)).any():
             raise Problem(f"a copy of {width} bytes from {int(wanted.max())}: the emulator has only 0 or {width}")
@@ -286,17 +282,17 @@ def _copy(instruction: Instruction) -> Step:
     return run
 
 
-def _register(operand: Operand) -> Register:
+def _register(operand):
     if not isinstance(operand, Register):
         raise NotImplementedError(f"the result {operand}")
     return operand
 
 
-def _ignore(value: Any) -> None:
+def _ignore(value):
     """Use a value that is computed for its checks."""
 
 
-SPECIAL: dict[str, Callable[[Instruction], Step]] = {
+SPECIAL = {
     "ld": _load, "st": _store, "atom": _atomic, "shfl": _shuffle, "redux": _reduce, "ldmatrix": _load_matrix,
     "stmatrix": _store_matrix, "mma": _multiply, "cp": _copy, "fence": _fence, "wgmma": warpgroup.step_of,
     "mbarrier": bulk.barrier_step, "elect": bulk.elect_step,

@@ -5,42 +5,37 @@ Multiply-Accumulate Instructions" and "Asynchronous Warpgroup Level Matrix Instr
 and the sum cut off to float32: one truncation an instruction. The order of a real tensor core's sums is not documented.
 """
 
-from __future__ import annotations
-
 import functools
-from typing import Any
 
 import numpy as np
 
 from .faults import Problem
 from .opcodes import f32_of_bf16
 
-Array = np.ndarray[Any, Any]
-
 LANES = np.arange(32)
 GROUP, MEMBER = LANES // 4, LANES % 4
 
 
-def cut_off(value: Array) -> Array:
+def cut_off(value):
     """Return the float32 next to a float64 on the side of zero."""
     return (value.view(np.uint64) & np.uint64(0xFFFFFFFFE0000000)).view(np.float64).astype(np.float32)
 
 
-def values_of(bits: Array, kind: str) -> Array:
+def values_of(bits, kind):
     """Return the float64 values of tensor-core inputs. TF32 ignores the last 13 bits of a float32."""
     if kind == "tf32":
         return (bits & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
     return (f32_of_bf16(bits) if kind == "bf16" else bits.view(np.float16)).astype(np.float64)
 
 
-def product(a: Array, b: Array, c: Array) -> Array:
+def product(a, b, c):
     """Return a @ b + c in float32, of float64 matrices a and b and float32 c."""
     with np.errstate(all="ignore"):
         return cut_off(a @ b + c)
 
 
 @functools.cache
-def fragment(which: str, kind: str) -> tuple[Array, Array]:
+def fragment(which, kind):
     """Return rows and columns of a warp's elements of ``a`` (16, K), ``b`` (K, 8) or ``c`` (16, 8), each
     (registers, 32) or, with two elements in a register, (registers, 32, 2)."""
     # registers of one element stand for rows 8 apart, and columns 4 (TF32) or, with two elements each, 8 apart
@@ -58,7 +53,7 @@ def fragment(which: str, kind: str) -> tuple[Array, Array]:
     return (rows, columns) if rows.shape[-1] != 1 else (rows[..., 0], columns[..., 0])
 
 
-def gathered(registers: Array, which: str, kind: str) -> Array:
+def gathered(registers, which, kind):
     """Return the matrices (warps, rows, columns), float64, in registers (count, warps, 32)."""
     rows, columns = fragment(which, kind)
     if kind != "tf32" and which != "c":
@@ -68,7 +63,7 @@ def gathered(registers: Array, which: str, kind: str) -> Array:
     return matrix
 
 
-def multiply(a: Array, b: Array, c: Array, kind: str) -> Array:
+def multiply(a, b, c, kind):
     """mma.sync.m16n8k8 of TF32 or m16n8k16 of 16 bits: the four registers (4, warps, 32) of a @ b + c, float32."""
     rows, columns = fragment("c", kind)
     before = np.empty((a.shape[1], 16, 8), np.float32)
@@ -77,7 +72,7 @@ def multiply(a: Array, b: Array, c: Array, kind: str) -> Array:
     return np.swapaxes(after[:, rows, columns], 0, 1)
 
 
-def shuffle(value: Array, mode: str, lane: Array, clamp: Array) -> Array:
+def shuffle(value, mode, lane, clamp):
     """shfl.sync over whole warps, (warps, 32): ``lane`` is the offset or the number."""
     if (clamp & 0x1F1F != 0x1F).any():
         raise NotImplementedError("shuffles within parts of a warp")
@@ -88,7 +83,7 @@ def shuffle(value: Array, mode: str, lane: Array, clamp: Array) -> Array:
 REDUCTIONS = {"add": np.sum, "min": np.min, "max": np.max}
 
 
-def reduced(value: Array, mode: str) -> Array:
+def reduced(value, mode):
     """redux.sync: the reduction of each warp's 32 values, for all its threads."""
     found = (
         REDUCTIONS[mode](value, axis=1, keepdims=True, dtype=value.dtype)
@@ -99,7 +94,7 @@ def reduced(value: Array, mode: str) -> Array:
 
 
 @functools.cache
-def row_addresses(count: int, transposed: bool) -> tuple[Array, Array]:
+def row_addresses(count, transposed):
     """Return for ldmatrix and stmatrix the lane that names the row of each thread's pair of elements, and the bytes
     from there, each (count, 32, 2)."""
     matrix = 8 * np.arange(count)[:, None, None]
@@ -109,7 +104,7 @@ def row_addresses(count: int, transposed: bool) -> tuple[Array, Array]:
     return matrix + row, np.broadcast_to(2 * column, (count, 32, 2))
 
 
-def matrix_addresses(addresses: Array, count: int, transposed: bool) -> Array:
+def matrix_addresses(addresses, count, transposed):
     """Return the addresses (count, warps, 32, 2) of the elements of 8 x 8 matrices; ``addresses`` (warps, 32) has those
     of the rows."""
     if (addresses[:, : 8 * count] % 16).any():

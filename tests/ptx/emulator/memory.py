@@ -5,18 +5,12 @@ three shadows with an entry for each byte: its state, and the warps of the block
 last barrier. A byte that one warp writes, and another writes or reads, without a barrier between them is a race.
 """
 
-from __future__ import annotations
-
 import ctypes
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from .faults import Problem
 from .order import UNIT, WARP_BITS, Order
-
-Array = np.ndarray[Any, Any]
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 # The states of a byte of shared memory.
@@ -24,7 +18,7 @@ UNKNOWN, KNOWN, PENDING = 0, 1, 2
 MOST_WARPS = 8
 
 
-def repeated(byte: int, size: int) -> np.unsignedinteger[Any]:
+def repeated(byte, size):
     """Return the number that has this byte ``size`` times."""
     return UNSIGNED[size](int.from_bytes(bytes([byte]) * size, "little"))
 
@@ -33,7 +27,7 @@ def repeated(byte: int, size: int) -> np.unsignedinteger[Any]:
 BITS = {size: np.array([repeated(1 << warp, size) for warp in range(MOST_WARPS)]) for size in UNSIGNED}
 
 
-def check_alignment(addresses: Array, size: int, space: str) -> None:
+def check_alignment(addresses, size, space):
     """Raise Problem unless all addresses are multiples of ``size``."""
     if size > 1 and (wrong := addresses & addresses.dtype.type(size - 1)).any():
         address = int(addresses[np.flatnonzero(wrong)[0]])
@@ -43,7 +37,7 @@ def check_alignment(addresses: Array, size: int, space: str) -> None:
 class Global:
     """The memory that kernels may touch: ``regions`` are (address, bytes)."""
 
-    def __init__(self, regions: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, regions):
         self.regions = sorted({region for region in regions if region[1]})
         self.starts = np.array([start for start, _ in self.regions], np.uint64)
         self.ends = np.array([start + size for start, size in self.regions], np.uint64)
@@ -54,7 +48,7 @@ class Global:
         whole = np.frombuffer((ctypes.c_uint8 * (span // 16 * 16)).from_address(self.low or id(self)), np.uint8)
         self.views = {size: whole.view(kind) for size, kind in UNSIGNED.items()}
 
-    def _places(self, addresses: Array, size: int, width: int) -> tuple[Array, Array]:
+    def _places(self, addresses, size, width):
         """Return for accesses of ``width`` bytes the indices, in elements of ``size``, and the units of ``order``."""
         check_alignment(addresses, width, "global")
         region = np.searchsorted(self.starts, addresses, "right") - 1
@@ -67,7 +61,7 @@ class Global:
         units = self.firsts[region] + (addresses - self.starts[region]).astype(np.int64) // UNIT
         return (addresses - np.uint64(self.low)).astype(np.int64) // size, units[:, None] + np.arange(-(-width // UNIT))
 
-    def _near(self, address: int) -> str:
+    def _near(self, address):
         """Return how far the address is from the closest allocation, where that is near."""
         gaps = [(max(start - address, address - start - size + 1), start, size) for start, size in self.regions]
         gap, start, size = min(gaps, default=(1 << 62, 0, 0))
@@ -76,7 +70,7 @@ class Global:
         side = f"{start - address} bytes before" if address < start else f"at byte {address - start} of"
         return f" ({side} one of {size} bytes)"
 
-    def read(self, addresses: Array, size: int, count: int, now: Array) -> list[Array]:
+    def read(self, addresses, size, count, now):
         """Return ``count`` numbers of ``size`` bytes from each address; ``now``: see ``Order``."""
         places, units = self._places(addresses, size, size * count)
         found = [self.views[size][places + part] for part in range(count)]
@@ -86,7 +80,7 @@ class Global:
             found = [np.where(lanes, ~UNSIGNED[size](0), part) for part in found]
         return found
 
-    def write(self, addresses: Array, values: Sequence[Array], now: Array) -> None:
+    def write(self, addresses, values, now):
         """Store the values, unsigned, one after another from each address on."""
         size = values[0].dtype.itemsize
         places, units = self._places(addresses, size, size * len(values))
@@ -97,7 +91,7 @@ class Global:
             if (self.views[size][places + part] != value).any():
                 raise Problem("race: threads write different values into the same bytes of global memory")
 
-    def add(self, address: Array, amount: Array, now: int) -> Array:
+    def add(self, address, amount, now):
         """Add to the number at one address, and return it as it was. This orders memory: see ``Order``."""
         size = amount.dtype.itemsize
         places, _ = self._places(address, size, size)
@@ -110,7 +104,7 @@ class Global:
 class Shared:
     """The shared memory of ``blocks`` blocks of ``size`` bytes; threads are named by block and warp."""
 
-    def __init__(self, blocks: int, size: int, warps: int) -> None:
+    def __init__(self, blocks, size, warps):
         if warps > MOST_WARPS:
             raise NotImplementedError(f"{warps} warps: the shadow has a bit for each of {MOST_WARPS}")
         # Sixteen bytes more, so that a memory of no bytes has views.
@@ -120,7 +114,7 @@ class Shared:
             {width: plane.view(kind) for width, kind in UNSIGNED.items()} for plane in planes
         )
 
-    def places(self, blocks: Array, addresses: Array, size: int, width: int) -> Array:
+    def places(self, blocks, addresses, size, width):
         """Return the indices, in elements of ``size``, of accesses of ``width`` bytes."""
         check_alignment(addresses, width, "shared")
         if (outside := addresses.astype(np.int64) + width > self.size).any():
@@ -128,7 +122,7 @@ class Shared:
             raise Problem(f"shared address {address:#x}, {width} bytes, is outside the {self.size} bytes")
         return (blocks * self.pitch + addresses.astype(np.int64)) // size
 
-    def check_readable(self, places: Array, size: int, warps: Array) -> None:
+    def check_readable(self, places, size, warps):
         """Raise Problem for bytes that are unknown, still being copied, or written by other warps since a barrier."""
         state = self.state[size][places]
         if (state != repeated(KNOWN, size)).any():
@@ -145,7 +139,7 @@ class Shared:
             if (writers & ~mine & ~own).any():
                 raise Problem("race: reads shared memory that another warp has written since the last barrier")
 
-    def check_writable(self, places: Array, size: int, warps: Array, values: Array | None) -> None:
+    def check_writable(self, places, size, warps, values):
         """Raise Problem for bytes that other warps have read since a barrier, or written, unless with these values."""
         others = ~BITS[size][warps]
         if (self.readers[size][places] & others).any():
@@ -154,7 +148,7 @@ class Shared:
         if written.any() and (values is None or (written & (self.data[size][places] != values)).any()):
             raise Problem("race: writes shared memory that another warp has written since the last barrier")
 
-    def read(self, blocks: Array, warps: Array, addresses: Array, size: int, count: int = 1) -> list[Array]:
+    def read(self, blocks, warps, addresses, size, count=1):
         """Return ``count`` numbers of ``size`` bytes from each address."""
         first = self.places(blocks, addresses, size, size * count)
         found = []
@@ -165,7 +159,7 @@ class Shared:
             found.append(self.data[size][places])
         return found
 
-    def write(self, blocks: Array, warps: Array, addresses: Array, values: Sequence[Array]) -> None:
+    def write(self, blocks, warps, addresses, values):
         """Store the values, unsigned, one after another from each address on."""
         size = values[0].dtype.itemsize
         first = self.places(blocks, addresses, size, size * len(values))
@@ -174,7 +168,7 @@ class Shared:
             self.check_writable(places, size, warps, value)
             self._store(places, size, warps, value, KNOWN)
 
-    def _store(self, places: Array, size: int, warps: Array, values: Array, state: int) -> None:
+    def _store(self, places, size, warps, values, state):
         self.data[size][places] = values
         self.state[size][places] = repeated(state, size)
         np.bitwise_or.at(self.writers[size], places, BITS[size][warps])
@@ -182,7 +176,7 @@ class Shared:
         if (self.data[size][places] != values).any():
             raise Problem("race: threads write different values into the same bytes of shared memory")
 
-    def begin_copy(self, blocks: Array, warps: Array, addresses: Array, width: int) -> Array:
+    def begin_copy(self, blocks, warps, addresses, width):
         """Mark the bytes as written by a copy that is under way; return their places, in units of 4 bytes."""
         first = self.places(blocks, addresses, 4, width)
         places = (first[:, None] + np.arange(width // 4)).ravel()
@@ -192,13 +186,13 @@ class Shared:
         np.bitwise_or.at(self.writers[4], places, BITS[4][warps])
         return places
 
-    def end_copy(self, places: Array, warps: Array, values: Array) -> None:
+    def end_copy(self, places, warps, values):
         """Store what a copy brings. Until then the bytes could be read by none and written by none."""
         if (self.state[4][places] != repeated(PENDING, 4)).any():
             raise Problem("shared memory was written while a copy into it was under way")
         self._store(places, 4, warps, values, KNOWN)
 
-    def barrier(self, blocks: Array) -> None:
+    def barrier(self, blocks):
         """Forget the accesses before a barrier of these blocks."""
         for shadow in (self.writers, self.readers):
             shadow[1].reshape(-1, self.pitch)[blocks] = 0

@@ -4,16 +4,9 @@ The arrays have the instruction's type and an element for each thread. From the 
 "PTX ISA"; the names are its sections. An instruction that is not here stops the emulator.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
-Array = np.ndarray[Any, Any]
-
-TYPES: dict[str, type[np.generic]] = {
+TYPES = {
     "pred": np.bool_, "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16,
     "s16": np.int16, "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "b64": np.uint64, "u64": np.uint64,
     "s64": np.int64, "f16": np.float16, "f32": np.float32, "f64": np.float64,
@@ -23,12 +16,12 @@ TYPES: dict[str, type[np.generic]] = {
 }  # fmt: skip
 
 
-def f32_of_bf16(bits: Array) -> Array:
+def f32_of_bf16(bits):
     """Return the float32 with the same value."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def bf16_of_f32(value: Array) -> Array:
+def bf16_of_f32(value):
     """Return the bits of the nearest bfloat16, ties to even."""
     bits = value.view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
@@ -36,53 +29,53 @@ def bf16_of_f32(value: Array) -> Array:
     return np.where(np.isnan(value), np.uint32(0x7FFF), rounded).astype(np.uint16)
 
 
-def tf32_of_f32(value: Array) -> Array:
+def tf32_of_f32(value):
     """Return the bits of the nearest number with ten bits of fraction, ties away from zero."""
     bits = value.view(np.uint32)
     rounded = (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
     return np.where(np.isfinite(value), rounded, bits)
 
 
-def pair(high: Array, low: Array) -> Array:
+def pair(high, low):
     """Return two 16-bit numbers in 32 bits."""
     return (high.astype(np.uint32) << np.uint32(16)) | low.astype(np.uint32)
 
 
-def flushed(value: Array) -> Array:
+def flushed(value):
     """Return the values with subnormal numbers replaced by zeros of their sign (``.ftz``)."""
     return np.where(np.abs(value) < np.float32(2.0**-126), np.copysign(np.float32(0), value), value)
 
 
-def _fma(a: Array, b: Array, c: Array) -> Array:
+def _fma(a, b, c):
     # A product of float32 is exact in float64. The float64 result here is rounded as it is in an extended format, which
     # no test tells from one rounding.
     wide = np.float64 if a.dtype == np.float32 else np.longdouble
     return (a.astype(wide) * b.astype(wide) + c.astype(wide)).astype(a.dtype)
 
 
-def _shift_left(a: Array, n: Array) -> Array:
+def _shift_left(a, n):
     bits = a.dtype.itemsize * 8
     return np.where(n < bits, a << np.minimum(n, bits - 1).astype(a.dtype), a.dtype.type(0))
 
 
-def _shift_right(a: Array, n: Array) -> Array:
+def _shift_right(a, n):
     bits = a.dtype.itemsize * 8
     moved = a >> np.minimum(n, bits - 1).astype(a.dtype)
     return moved if a.dtype.kind == "i" else np.where(n < bits, moved, a.dtype.type(0))
 
 
-def _quotient(a: Array, b: Array) -> Array:
+def _quotient(a, b):
     """Return the quotient of integers, rounded toward zero; any number where b is 0."""
     divisor = np.where(b == 0, b.dtype.type(1), b)
     found = a // divisor
     return found + ((a - found * divisor != 0) & ((a < 0) != (divisor < 0))).astype(a.dtype)
 
 
-def _remainder(a: Array, b: Array) -> Array:
+def _remainder(a, b):
     return a - _quotient(a, b) * b
 
 
-def _extract(a: Array, at: Array, length: Array) -> Array:
+def _extract(a, at, length):
     """bfe: ``length`` bits from ``at`` on, extended by the sign where the type has one."""
     bits = np.int64(a.dtype.itemsize * 8)
     at, length = at.astype(np.int64) & 255, length.astype(np.int64) & 255
@@ -92,7 +85,7 @@ def _extract(a: Array, at: Array, length: Array) -> Array:
     return np.where(length == 0, 0, found).astype(a.dtype)
 
 
-def _permute(a: Array, b: Array, selector: Array) -> Array:
+def _permute(a, b, selector):
     """prmt: bytes of {b, a}, by the four digits of the selector; its bit 3 repeats the sign of the byte."""
     both = (b.astype(np.uint64) << np.uint64(32)) | a.astype(np.uint64)
     result = np.zeros(np.broadcast_shapes(both.shape, selector.shape), np.uint32)
@@ -105,16 +98,16 @@ def _permute(a: Array, b: Array, selector: Array) -> Array:
     return result
 
 
-def _wider(a: Array) -> Array:
+def _wider(a):
     return a.astype({np.dtype(np.int32): np.int64, np.dtype(np.uint32): np.uint64}[a.dtype])
 
 
-def _high_product(a: Array, b: Array) -> Array:
+def _high_product(a, b):
     return (_wider(a) * _wider(b) >> 32).astype(a.dtype)
 
 
 # By the name without its type.
-PLAIN: dict[str, Callable[..., Array]] = {
+PLAIN = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "mul.lo": np.multiply, "mul.hi": _high_product,
     "mul.wide": lambda a, b: _wider(a) * _wider(b), "mad.lo": lambda a, b, c: a * b + c,
     "mad.wide": lambda a, b, c: _wider(a) * _wider(b) + c, "fma.rn": _fma,
@@ -134,7 +127,7 @@ OTHER_TYPES = {
     ("shl", 1): "u32", ("shr", 1): "u32", ("bfe", 1): "u32", ("bfe", 2): "u32", ("selp", 2): "pred",
 }  # fmt: skip
 
-COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
+COMPARISONS = {
     "eq": np.equal, "ne": lambda a, b: (a < b) | (a > b), "lt": np.less, "le": np.less_equal, "gt": np.greater,
     "ge": np.greater_equal, "equ": lambda a, b: ~((a < b) | (a > b)), "neu": np.not_equal,
     "ltu": lambda a, b: ~(a >= b), "leu": lambda a, b: ~(a > b), "gtu": lambda a, b: ~(a <= b),
@@ -142,7 +135,7 @@ COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
 }  # fmt: skip
 
 
-def _to_integer(value: Array, kind: type[np.generic]) -> Array:
+def _to_integer(value, kind):
     """Round toward zero; saturate; NaN gives 0."""
     limits = np.iinfo(kind)
     whole = np.trunc(np.nan_to_num(value.astype(np.float64), nan=0.0, posinf=np.inf, neginf=-np.inf))
@@ -151,7 +144,7 @@ def _to_integer(value: Array, kind: type[np.generic]) -> Array:
     return np.where(whole > float(limits.max), limits.max, inside)
 
 
-def conversion(name: str) -> tuple[str, Callable[..., Array]]:
+def conversion(name):
     """Return the type of the source, and the function, of a ``cvt``."""
     modifiers = name.split(".")[1:]
     to, source = modifiers[-2:]
@@ -159,7 +152,7 @@ def conversion(name: str) -> tuple[str, Callable[..., Array]]:
     if to in ("bf16x2", "f16x2"):
         half = bf16_of_f32 if to == "bf16x2" else _f16_bits
         return source, lambda high, low: pair(half(high), half(low))
-    special: dict[tuple[str, str, str], Callable[..., Array]] = {
+    special = {
         ("rn", "bf16", "f32"): bf16_of_f32, ("", "f32", "bf16"): f32_of_bf16, ("rna", "tf32", "f32"): tf32_of_f32,
         ("", "f64", "bf16"): lambda a: f32_of_bf16(a).astype(np.float64),
     }  # fmt: skip
@@ -175,11 +168,11 @@ def conversion(name: str) -> tuple[str, Callable[..., Array]]:
     raise NotImplementedError(name)
 
 
-def _f16_bits(value: Array) -> Array:
+def _f16_bits(value):
     return value.astype(np.float16).view(np.uint16)
 
 
-def arithmetic(name: str) -> tuple[tuple[str, ...], Callable[..., Array]]:
+def arithmetic(name):
     """Return the types of the sources (the last repeats), and the function; the result has the type of its register.
 
     Raises NotImplementedError for an instruction that is not here.
@@ -206,7 +199,7 @@ def arithmetic(name: str) -> tuple[tuple[str, ...], Callable[..., Array]]:
     return tuple(sources), PLAIN[base]
 
 
-def _mixed(base: str, kind: str) -> tuple[tuple[str, ...], Callable[..., Array]]:
+def _mixed(base, kind):
     """Return sources and function of an operation on 16-bit numbers and, last, a float32."""
     function = PLAIN[base if base in PLAIN else base.removesuffix(".rn")]
     widen = f32_of_bf16 if kind == "bf16" else lambda a: a.astype(np.float32)
@@ -215,22 +208,22 @@ def _mixed(base: str, kind: str) -> tuple[tuple[str, ...], Callable[..., Array]]
 
 
 def _pairwise(
-    function: Callable[..., Array], half: type[np.generic], whole: type[np.generic]
-) -> Callable[..., Array]:  # fmt: skip
+    function, half, whole
+):  # fmt: skip
     """Return the function over pairs of numbers."""
 
-    def both(*given: Array) -> Array:
+    def both(*given):
         pairs = (np.ascontiguousarray(one).view(half).reshape(-1, 2) for one in given)
         return np.ascontiguousarray(function(*pairs)).view(whole)[:, 0]
 
     return both
 
 
-def packed_comparison(name: str) -> Callable[[Array, Array], tuple[Array, Array]]:
+def packed_comparison(name):
     """Return the function of a ``setp`` over pairs of bfloat16: the results of the low and of the high halves."""
     compare = COMPARISONS[name.split(".")[1]]
 
-    def halves(a: Array, b: Array) -> tuple[Array, Array]:
+    def halves(a, b):
         low, high = (np.uint32(0xFFFF), np.uint32(0)), (np.uint32(0xFFFF), np.uint32(16))
         return tuple(
             compare(f32_of_bf16((a >> shift) & mask), f32_of_bf16((b >> shift) & mask)) for mask, shift in (low, high)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,19 +69,19 @@ class Instruction:
     place: Place
 
     @property
-    def modifiers(self) -> tuple[str, ...]:
+    def modifiers(self):
         return tuple(self.name.split("."))
 
 
 class Function:
     """A function of a module: its registers and parameters by name, and the index of its first instruction."""
 
-    def __init__(self, name: str, kinds: dict[str, type[np.generic]], places: Iterator[int]) -> None:
-        self.name, self.first, self.parameters = name, 0, list[Register]()
-        self.names: dict[str, Register] = {}
+    def __init__(self, name, kinds, places):
+        self.name, self.first, self.parameters = name, 0, []
+        self.names = {}
         self._kinds, self._places = kinds, places
 
-    def register(self, name: str, kind: type[np.generic] | None = None) -> Register:
+    def register(self, name, kind=None):
         """Return the register of that name; its kind is the declared one unless it is a parameter."""
         if name not in self.names:
             kind = self._kinds[re.sub(r"\d+$", "", name)] if kind is None else kind
@@ -94,33 +93,33 @@ class Module:
     """A kernel's PTX: its functions, each after those it calls; ``labels`` and ``tables`` of branch targets lead to
     indices of its code, which ``instruction`` reads when it is first asked for."""
 
-    def __init__(self, name: str, threads: int) -> None:
+    def __init__(self, name, threads):
         self.name, self.threads = name, threads
-        self.functions: dict[str, Function] = {}
-        self.labels: dict[str, int] = {}
+        self.functions = {}
+        self.labels = {}
         # by function and label: Triton 3.6 begins their numbers anew in each function
-        self.tables: dict[tuple[str, str], list[int]] = {}
-        self._statements: list[tuple[Place, Function]] = []
-        self._read: dict[int, Instruction] = {}
+        self.tables = {}
+        self._statements = []
+        self._read = {}
 
     @property
-    def entry(self) -> Function:
+    def entry(self):
         return self.functions[self.name]
 
-    def function(self, index: int) -> Function:
+    def function(self, index):
         """Return the function that an instruction belongs to."""
         return self._statements[index][1]
 
-    def instruction(self, index: int) -> Instruction:
+    def instruction(self, index):
         """Return an instruction by its index."""
         if index not in self._read:
             place, function = self._statements[index]
             self._read[index] = _instruction(place, function)
         return self._read[index]
 
-    def add(self, function: Function, statements: Iterator[Place | str | list[str]]) -> None:
+    def add(self, function, statements):
         """Add a function's body."""
-        tables: dict[str, list[str]] = {}
+        tables = {}
         label = ""
         self.functions[function.name] = function
         function.first = len(self._statements)
@@ -136,7 +135,7 @@ class Module:
             self.tables[function.name, name] = [self.labels[target] for target in targets]
 
 
-def parse(text: str) -> Module:
+def parse(text):
     """Return the module of a kernel."""
     files = {number: Path(path).name for number, path in FILE.findall(text)}
     headers = {found[2]: found for found in FUNCTION.finditer(text) if found[5] == "{"}
@@ -161,7 +160,7 @@ def parse(text: str) -> Module:
     return module
 
 
-def _body(text: str, start: int) -> str:
+def _body(text, start):
     """Return the text up to the brace that closes the one before ``start``."""
     depth = 1
     for found in re.finditer(r"[{}]", text[start:]):
@@ -171,11 +170,11 @@ def _body(text: str, start: int) -> str:
     raise ValueError("a brace is not closed")
 
 
-def _apart(body: str) -> str:
+def _apart(body):
     """Return the body with names of their own for the registers and labels of each piece of inline assembly."""
     number = itertools.count()
 
-    def renamed(scope: re.Match[str]) -> str:
+    def renamed(scope):
         inside = scope[0]
         for kind, register, label in OWN.findall(scope[1]):
             name = f"%own_{kind}_{next(number)}" if register else f"$own_{next(number)}"
@@ -185,10 +184,10 @@ def _apart(body: str) -> str:
     return SCOPE.sub(renamed, SCOPE_IN_A_LINE.sub(r"{\n\t\1\n\t\2\n}", body))
 
 
-def _callees_first(bodies: dict[str, str]) -> list[str]:
-    order: list[str] = []
+def _callees_first(bodies):
+    order = []
 
-    def visit(name: str) -> None:
+    def visit(name):
         for callee in re.findall(r"call\.uni\s+(?:\([^)]*\)\s*,\s*)?([$\w.]+)", bodies[name]):
             if callee not in order:
                 visit(callee)
@@ -200,7 +199,7 @@ def _callees_first(bodies: dict[str, str]) -> list[str]:
     return order
 
 
-def _statements(body: str, kernel: str, files: dict[str, str]) -> Iterator[Place | str | list[str]]:
+def _statements(body, kernel, files):
     """Yield the statements, each as the place it is in; labels; and tables of branch targets, each after its label."""
     source, targets = "?", ""
     for raw in body.splitlines():
@@ -229,7 +228,7 @@ def _statements(body: str, kernel: str, files: dict[str, str]) -> Iterator[Place
                 yield Place(kernel, source, statement)
 
 
-def _instruction(place: Place, function: Function) -> Instruction:
+def _instruction(place, function):
     guard, negated, statement = None, False, place.text
     if found := GUARDED.match(statement):
         guard, negated, statement = function.register(found[2]), bool(found[1]), found[3]
@@ -238,7 +237,7 @@ def _instruction(place: Place, function: Function) -> Instruction:
     return Instruction(name, operands, guard, negated, place)
 
 
-def _split(text: str) -> Iterator[str]:
+def _split(text):
     """Yield the operands, which commas outside brackets separate; ``a|b`` are two."""
     depth, part = 0, ""
     for letter in text:
@@ -252,7 +251,7 @@ def _split(text: str) -> Iterator[str]:
         yield part.strip()
 
 
-def _operand(text: str, function: Function) -> Operand:
+def _operand(text, function):
     if text == "_":
         return None
     if text[0] in "{(":
@@ -275,7 +274,7 @@ def _operand(text: str, function: Function) -> Operand:
     return _number(text, function)
 
 
-def _number(text: str, function: Function) -> Operand:
+def _number(text, function):
     if found := re.match(r"^0([fd])([0-9A-Fa-f]+)$", text):
         return int(found[2], 16)
     if re.match(r"^-?(0x[0-9a-fA-F]+|\d+)U?$", text):

@@ -7,20 +7,14 @@ after another in an order that the seed decides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from .bulk import TensorMap
 from .faults import Fault, Problem
 from .instructions import Step, step_of
-from .memory import Global
-from .parse import Function, Instruction, Module, Vector
+from .parse import Vector
 from .threads import WARP, Active, Threads, reader
-
-Array = np.ndarray[Any, Any]
 
 # Places in the code of threads that do not run.
 WAITS, ENDED = 1 << 60, 1 << 61
@@ -41,15 +35,15 @@ class Block:
 class Code:
     """A kernel's code as steps, built when they are first reached, for all its launches."""
 
-    def __init__(self, module: Module) -> None:
-        self.module, self.blocks = module, dict[int, Block]()
+    def __init__(self, module):
+        self.module, self.blocks = module, {}
         self.leaders = set(module.labels.values())
 
-    def block(self, place: int) -> Block:
+    def block(self, place):
         """Return the block that begins at a place."""
         if place not in self.blocks:
             before = self.module.instruction(place - 1) if place else None
-            steps: list[tuple[int, Step]] = []
+            steps = []
             if before is not None and before.modifiers[0] == "call":
                 steps.append((place - 1, self._results(place - 1)))
             last, falls = place, False
@@ -60,12 +54,12 @@ class Code:
             self.blocks[place] = Block(steps, last, falls)
         return self.blocks[place]
 
-    def callee(self, place: int) -> Function:
+    def callee(self, place):
         """Return the function of a call."""
         names = [operand for operand in self.module.instruction(place).operands if isinstance(operand, str)]
         return next(self.module.functions[name] for name in names if name in self.module.functions)
 
-    def _results(self, place: int) -> Step:
+    def _results(self, place):
         """Return a step that copies the results of the call at ``place``."""
         here = self.module.function(place)
         # the function has stored them before it returned
@@ -75,7 +69,7 @@ class Code:
             if name.startswith("func_retval")
         ]
 
-        def run(active: Active) -> None:
+        def run(active):
             for target, source in pairs:
                 active.write(target, reader(source, "b64")(active.threads))
 
@@ -87,9 +81,9 @@ class Launch:
     is its number in ``maps``."""
 
     def __init__(
-        self, code: Code, blocks: Sequence[int], arguments: Sequence[int], memory: Global, shared_bytes: int,
-        *, seed: int = 0, orders: int = 1, limit: int = 5_000_000, maps: Mapping[int, TensorMap] | None = None,
-    ) -> None:  # fmt: skip
+        self, code, blocks, arguments, memory, shared_bytes,
+        *, seed = 0, orders = 1, limit = 5_000_000, maps = None,
+    ):  # fmt: skip
         self.code, self.module, self.limit, module = code, code.module, limit, code.module
         self.threads = Threads(np.asarray(blocks), module.threads, memory, shared_bytes, seed)
         self.threads.maps = maps or {}
@@ -105,7 +99,7 @@ class Launch:
             bits = np.array([value & (1 << 64) - 1], np.uint64)
             self.threads.registers[parameter.place] = bits.astype(parameter.kind)
 
-    def run(self) -> None:
+    def run(self):
         """Run all threads to their end. Raises Fault."""
         try:
             with np.errstate(all="ignore"):
@@ -114,13 +108,13 @@ class Launch:
         except Problem as problem:
             raise Fault(str(problem), self.module.instruction(self.at).place) from None
 
-    def _deal(self, blocks: Array) -> None:
+    def _deal(self, blocks):
         """Deal the warps of these blocks into parts anew."""
         if self.orders > 1:
             dealt = self.random.integers(0, self.orders, (len(blocks), self.per_block)) * PART
             self.parts.reshape(self.blocks, self.per_block, WARP)[blocks] = dealt[:, :, None]
 
-    def _turn(self) -> bool:
+    def _turn(self):
         """Run the threads that are furthest behind; return whether any were left."""
         order = self.places + self.parts + LATE * self.threads.late
         first = order.min()
@@ -148,7 +142,7 @@ class Launch:
         self.refusals = 0
         return True
 
-    def _waits(self) -> bool:
+    def _waits(self):
         """Note that threads still wait for an mbarrier, if so; every warp may do it once while nothing comes."""
         before, self.progress = self.progress, self.threads.progress
         self.refusals = self.refusals + 1 if self.threads.refused and before == self.progress else 0
@@ -157,7 +151,7 @@ class Launch:
             raise Problem("livelock: all warps wait, for an mbarrier whose phase does not end")
         return True
 
-    def _run_block(self, active: Active, place: int) -> Block:
+    def _run_block(self, active, place):
         block = self.code.block(place)
         for self.at, step in block.steps:
             step(active)
@@ -166,7 +160,7 @@ class Launch:
             raise Problem(f"livelock: more than {self.limit} instructions")
         return block
 
-    def _leave(self, active: Active, place: int) -> int | Array:
+    def _leave(self, active, place):
         """Return the place after a branch, call or barrier: one for all active threads, or one each."""
         instruction = self.module.instruction(place)
         kind = instruction.modifiers[0]
@@ -191,7 +185,7 @@ class Launch:
             return _same(self.returns[function.name][active.index])
         return self._barrier(active, instruction, place)
 
-    def _branch(self, active: Active, instruction: Instruction, place: int) -> int | Array:
+    def _branch(self, active, instruction, place):
         target = self.module.labels[str(instruction.operands[0])]
         if instruction.guard is None:
             return target
@@ -200,7 +194,7 @@ class Launch:
             return target
         return np.where(taken, target, place + 1) if taken.any() else place + 1
 
-    def _call(self, active: Active, instruction: Instruction, place: int) -> int:
+    def _call(self, active, instruction, place):
         callee = self.code.callee(place)
         vectors = [operand for operand in instruction.operands if isinstance(operand, Vector)]
         given = vectors[-1].parts if callee.parameters else ()
@@ -209,7 +203,7 @@ class Launch:
         self.returns[callee.name][active.index] = place + 1
         return callee.first
 
-    def _barrier(self, active: Active, instruction: Instruction, place: int) -> int:
+    def _barrier(self, active, instruction, place):
         """bar.sync 0: wait until all threads of the block are here."""
         if instruction.operands != (0,):
             raise NotImplementedError(f"the emulator has no {instruction.place.text!r}")
@@ -230,11 +224,11 @@ class Launch:
         return WAITS
 
 
-def _ends(instruction: Instruction) -> bool:
+def _ends(instruction):
     """Return whether a block of code ends with the instruction."""
     return instruction.modifiers[0] in ENDS and instruction.name != "bar.warp.sync"
 
 
-def _same(places: Array) -> int | Array:
+def _same(places):
     """Return one number if all are equal."""
     return int(places[0]) if (places == places[0]).all() else places

@@ -1,20 +1,15 @@
 """The threads of a launch as one vector: their registers, and the set of those that run."""
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 
 from .faults import Problem
-from .memory import Global, Shared
+from .memory import Shared
 from .opcodes import TYPES
 from .order import WARP_BITS
-from .parse import Operand, Register
+from .parse import Register
 
-Array = np.ndarray[Any, Any]
 WARP = 32
 DTYPES = {name: np.dtype(kind) for name, kind in TYPES.items()}
 
@@ -22,26 +17,26 @@ DTYPES = {name: np.dtype(kind) for name, kind in TYPES.items()}
 class Active:
     """The threads that run an instruction together; ``mask`` is None for all."""
 
-    def __init__(self, threads: Threads, mask: Array | None) -> None:
+    def __init__(self, threads, mask):
         self.threads, self.mask = threads, mask
 
     @functools.cached_property
-    def index(self) -> Array:
+    def index(self):
         """The numbers of the threads."""
         return self.threads.all if self.mask is None else np.flatnonzero(self.mask)
 
     @functools.cached_property
-    def owners(self) -> tuple[Array, Array]:
+    def owners(self):
         """The block and the warp in it of each of these threads."""
         return self.threads.block[self.index], self.threads.warp[self.index]
 
     @property
-    def now(self) -> Array:
+    def now(self):
         """The stretch and warp of each of these threads; see ``order``."""
         return self.threads.now[self.index]
 
     @functools.cached_property
-    def warps(self) -> Array:
+    def warps(self):
         """The numbers of the warps; raises Problem if a warp is here in part."""
         if self.mask is None:
             return np.arange(self.threads.count // WARP)
@@ -51,7 +46,7 @@ class Active:
             raise Problem("divergence: threads of a warp miss an instruction of the whole warp")
         return np.flatnonzero(whole)
 
-    def within(self, chosen: Array) -> Active | None:
+    def within(self, chosen):
         """Return those of a predicate (one for all, or one each); None if there are none."""
         if len(chosen) == 1:
             return self if chosen[0] else None
@@ -61,19 +56,19 @@ class Active:
             return self.threads.everyone
         return Active(self.threads, chosen) if chosen.any() else None
 
-    def pick(self, values: Array) -> Array:
+    def pick(self, values):
         """Return the values of these threads."""
         if len(values) == 1:
             return np.repeat(values, len(self.index))
         return values if self.mask is None else values[self.index]
 
-    def by_warp(self, values: Array) -> Array:
+    def by_warp(self, values):
         """Return the values as (warps, 32)."""
         whole = values if len(values) > 1 else np.repeat(values, self.threads.count)
         whole = whole.reshape(-1, WARP)
         return whole if self.mask is None else whole[self.warps]
 
-    def write(self, register: Register, value: Array) -> None:
+    def write(self, register, value):
         """Set a register of these threads; ``value`` has an element for every thread of the launch, or one."""
         value, registers = _as_register(register, value), self.threads.registers
         if self.mask is not None:
@@ -81,7 +76,7 @@ class Active:
             value = np.where(self.mask, value, _unset(register.kind) if old is None else old)
         registers[register.place] = value
 
-    def scatter(self, register: Register, value: Array) -> None:
+    def scatter(self, register, value):
         """Set a register of these threads; ``value`` has an element for each of them."""
         value, registers = _as_register(register, np.ascontiguousarray(value).reshape(-1)), self.threads.registers
         if self.mask is not None:
@@ -98,25 +93,25 @@ class Threads:
     A register is an array with an element for each thread, or with one where it is the same in all of them.
     """
 
-    def __init__(self, blocks: Array, size: int, memory: Global, shared_bytes: int, seed: int) -> None:
+    def __init__(self, blocks, size, memory, shared_bytes, seed):
         self.size, self.count = size, size * len(blocks)
         self.all = np.arange(self.count)
         self.everyone = Active(self, None)
         self.block = self.all // size
         self.warp = self.all % size // WARP
-        self.registers: dict[int, Array] = {}
+        self.registers = {}
         self.memory, self.shared = memory, Shared(len(blocks), shared_bytes, size // WARP)
         self.random = np.random.default_rng(seed)
         self.names, self.now = blocks, np.zeros(self.count, np.int64)
         self.pass_barrier(np.arange(len(blocks)))
         # The operations under way (``copies``, ``warpgroup``), and the number of groups that are complete.
-        self.copies: list[Any] = []
+        self.copies = []
         self.copy_groups = np.zeros(self.count, np.int64)
-        self.products: list[Any] = []
+        self.products = []
         self.product_groups = np.zeros(self.count // WARP, np.int64)
         # By block and address; and the threads that wait for one, which the others go before (``bulk``).
-        self.barriers: dict[tuple[int, int], Any] = {}
-        self.maps: Mapping[int, Any] = {}
+        self.barriers = {}
+        self.maps = {}
         self.late, self.refused, self.progress = np.zeros(self.count, np.bool_), False, 0
         self.special = {
             "%tid.x": (self.all % size).astype(np.uint32), "%laneid": (self.all % WARP).astype(np.uint32),
@@ -126,17 +121,14 @@ class Threads:
             "global_smem": np.zeros(1, np.uint32),
         }  # fmt: skip
 
-    def pass_barrier(self, blocks: Array) -> None:
+    def pass_barrier(self, blocks):
         """Order the accesses of these blocks until now before those to come."""
         self.shared.barrier(blocks)
         stretches = self.memory.order.begin(self.names[blocks]) << WARP_BITS
         self.now.reshape(-1, self.size)[blocks] = stretches[:, None] | self.warp[: self.size]
 
 
-Read = Callable[[Threads], Array]
-
-
-def reader(operand: Operand, kind: str) -> Read:
+def reader(operand, kind):
     """Return a function for an operand's values in a type of ``opcodes.TYPES``: one for each thread, or one for all."""
     target = DTYPES[kind]
     if isinstance(operand, Register):
@@ -152,17 +144,17 @@ def reader(operand: Operand, kind: str) -> Read:
 
 
 @functools.cache
-def _unset(kind: type[np.generic]) -> Array:
+def _unset(kind):
     """Return the value of a register that was never written: any; here all ones, which is NaN as a float."""
     width = np.dtype(kind).itemsize
     return np.zeros(1, kind) if kind is np.bool_ else np.frombuffer(b"\xff" * width, kind)
 
 
-def _of_register(register: Register, target: np.dtype[Any]) -> Read:
+def _of_register(register, target):
     place, own = register.place, np.dtype(register.kind)
     unset, narrow = _unset(register.kind), np.dtype(f"u{target.itemsize}")
 
-    def value(threads: Threads) -> Array:
+    def value(threads):
         found = threads.registers.get(place)
         return unset if found is None else found
 
@@ -173,7 +165,7 @@ def _of_register(register: Register, target: np.dtype[Any]) -> Read:
     return lambda threads: value(threads).astype(narrow).view(target)
 
 
-def _as_register(register: Register, value: Array) -> Array:
+def _as_register(register, value):
     kind = np.dtype(register.kind)
     if value.dtype == kind:
         return value

@@ -10,23 +10,19 @@ change places by the number of the row, which is a part of the address. Each war
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from .matrix import GROUP, MEMBER, gathered, product, values_of
-from .parse import Instruction, Register, Vector
-from .threads import WARP, Active, Threads, reader
-
-Array = np.ndarray[Any, Any]
+from .parse import Register, Vector
+from .threads import WARP, Active, reader
 
 # The bytes of a row, by the descriptor's two bits for the swizzle.
 SPANS = np.array([16, 128, 64, 32])
 
 
-def addresses_of(descriptors: Array, across: Array, along: Array, transposed: bool, size: int) -> Array:
+def addresses_of(descriptors, across, along, transposed, size):
     """Return the addresses of elements of ``size`` bytes: ``across`` counts along M or N, ``along`` along K.
 
     ``transposed``: M or N is the direction of neighbouring addresses, else K. ``descriptors`` broadcast with both.
@@ -48,22 +44,22 @@ class Product:
     """``target`` += a @ b, of ``warps``; a is an array of descriptors (warps,) or of matrices; ``keeps`` tells whether
     the sums go on from those in ``target``. ``group`` is the number of each warp's group of products."""
 
-    warps: Array
-    group: Array
+    warps: np.ndarray
+    group: np.ndarray
     target: tuple[Register, ...]
     kind: str
-    a: Array
-    b: Array
+    a: np.ndarray
+    b: np.ndarray
     transposed: tuple[bool, bool]
-    keeps: Array
+    keeps: np.ndarray
 
-    def of(self, some: Array) -> Product:
+    def of(self, some):
         rows = (one[some] for one in (self.warps, self.group, self.a, self.b, self.keeps))
         warps, group, a, b, keeps = rows
         return Product(warps, group, self.target, self.kind, a, b, self.transposed, keeps)
 
 
-def step_of(instruction: Instruction) -> Callable[[Active], None]:
+def step_of(instruction):
     """Return a wgmma instruction as a function of the active threads."""
     name = instruction.modifiers[1]
     if name == "mma_async":
@@ -77,7 +73,7 @@ def step_of(instruction: Instruction) -> Callable[[Active], None]:
     return lambda active: None
 
 
-def _multiply(instruction: Instruction) -> Callable[[Active], None]:
+def _multiply(instruction):
     target, a, b, keeps, *signs = instruction.operands
     kind = instruction.modifiers[-1]
     # the signs of a and b, then for 16-bit factors the directions of those in shared memory
@@ -88,7 +84,7 @@ def _multiply(instruction: Instruction) -> Callable[[Active], None]:
     reads = [reader(part, "b32") for part in a.parts] if isinstance(a, Vector) else [reader(a, "b64")]
     reads += [reader(b, "b64"), reader(keeps, "pred")]
 
-    def run(active: Active) -> None:
+    def run(active):
         threads, warps = active.threads, active.warps
         *left, right, goes_on = (active.by_warp(read(threads)) for read in reads)
         factor = gathered(np.stack(left), "a", kind) if isinstance(a, Vector) else left[0][:, 0]
@@ -101,11 +97,11 @@ def _multiply(instruction: Instruction) -> Callable[[Active], None]:
     return run
 
 
-def _commit(active: Active) -> None:
+def _commit(active):
     active.threads.product_groups[active.warps] += 1
 
 
-def _wait(active: Active, count: int) -> None:
+def _wait(active, count):
     threads = active.threads
     running = np.zeros(len(threads.product_groups), np.bool_)
     running[active.warps] = True
@@ -119,7 +115,7 @@ def _wait(active: Active, count: int) -> None:
     threads.products = left
 
 
-def _factors(threads: Threads, of: Product) -> tuple[Array, Array]:
+def _factors(threads, of):
     """Return a (warps, 16, K) and b (warps, K, N) in float64, from shared memory as it is now."""
     size = 4 if of.kind == "tf32" else 2
     along, columns = np.arange(32 // size), np.arange(2 * len(of.target))
@@ -130,9 +126,7 @@ def _factors(threads: Threads, of: Product) -> tuple[Array, Array]:
     return of.a, np.swapaxes(b, 1, 2)
 
 
-def _matrix(
-    threads: Threads, of: Product, descriptors: Array, across: Array, along: Array, transposed: bool, size: int
-) -> Array:
+def _matrix(threads, of, descriptors, across, along, transposed, size):
     addresses = addresses_of(descriptors[:, None, None], across, along, transposed, size)
     per_block = threads.size // WARP
     owners = (
@@ -143,7 +137,7 @@ def _matrix(
     return values_of(bits.reshape(addresses.shape), of.kind)
 
 
-def _finish(threads: Threads, of: Product) -> None:
+def _finish(threads, of):
     mask = np.zeros((len(threads.product_groups), WARP), np.bool_)
     mask[of.warps] = True
     active = Active(threads, mask.ravel())
