@@ -233,17 +233,10 @@ def counting(*, computes):
             (torch.cuda, cuda),
             (torch, {"empty": empty_or_pinned}),
             (backend, {"open_device": opened}),
-            (
-                backend.TritonBackend,
-                {"__init__": start, "allocate": lambda *given: _on_card(allocate(*given))},
-            ),
+            (backend.TritonBackend, {"__init__": start, "allocate": lambda *given: _on_card(allocate(*given))}),
             (
                 launch.TritonDevice,
-                {
-                    "launch": launches,
-                    "numbers": sent,
-                    "zeros": lambda *given: _on_card(zeros(*given)),
-                },
+                {"launch": launches, "numbers": sent, "zeros": lambda *given: _on_card(zeros(*given))},
             ),
         ):
             for name, value in names.items():

@@ -4,11 +4,7 @@ import numpy as np
 from memory import base_of, position
 
 COMPUTE_OPERANDS = frozenset(
-    {
-        *("x", "gathered", "y", "z", "dz", "dz_prev", "dx", "dy", "adv", "start"),
-        *("w_shadow", "shadow", "other", "dother", "dz2", "x2"),
-        *("centre", "radius", "zc", "zr", "low", "high", "dc", "dzc", "dzr", "dspread"),
-    }
+    ("x", "gathered", "y", "z", "dz", "dz_prev", "dx", "dy", "adv", "start", "w_shadow", "shadow")
 )
 LOOPS = frozenset({"train_resident", "train_fleet"})
 READS_WEIGHTS = frozenset({"linear", "linear_loss_grad", "grad_input", "linear_members", "grad_input_members"})
@@ -40,8 +36,6 @@ class DeviceMemory:
             # what is of that type says so
             return "real" if dtype in (np.float16, np.float32) else str(np.dtype(dtype))
         compute = name in COMPUTE_OPERANDS or (name == "w" and self.op in READS_WEIGHTS)
-        # of members it is a gradient
-        compute = compute or (name == "dr" and self.op == "box_grad")
         if dtype in (np.float16, np.float32):
             return "compute" if compute else "real"
         return str(np.dtype(dtype))

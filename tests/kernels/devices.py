@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from device_memory import LOOPS, DeviceMemory, TorchMemory
 from memory import Watch
-from tolerance import IEEE, TF32, TF32X3, TINY, TWO_BYTES, rounded
+from tolerance import IEEE, TF32, TF32X3, TINY, TWO_BYTES, assert_within, rounded
 
 import fusemlp_kernels
 from fusemlp_kernels import registry
@@ -133,6 +133,10 @@ class Variant:
         limit = rounded(error, value, self.output_unit, self.output_tiny)
         # what is too large for the type is infinite
         return np.where(np.abs(value) + limit > self.largest, np.inf, limit)
+
+    def check(self, actual, expected, error):
+        """``assert_within``, for a result in the type that matrix products write."""
+        assert_within(actual, expected, self.result_bound(error, expected))
 
     @property
     def largest(self):
@@ -251,19 +255,6 @@ INTERPRETER = Device(
     layouts=STRIDED,
     output_layouts=("plain", "plain", "pitched", "transposed"),
 )
-GPU = Device(
-    "triton on a GPU",
-    "triton",
-    ("fp32", "tf32", "bf16", "fp16"),
-    examples=300,
-    edges=NUMPY.edges,
-    longest=130,
-    wide=(10, 127, 255, 256, 257, 700, 1000),
-    blocks=NUMPY.blocks,
-    layouts=STRIDED,
-    output_layouts=INTERPRETER.output_layouts,
-    tensor_cores=True,
-)
 # The kernels as C++ on the host, behind what stands in for CuPy, whose products round their factors to TF32 if asked.
 STAND_IN = Device(
     "cupy, on the host",
@@ -278,19 +269,11 @@ STAND_IN = Device(
     layouts=(*STRIDED, "reversed"),
     output_layouts=INTERPRETER.output_layouts,
 )
-CUPY_GPU = Device(
-    "cupy on a GPU",
-    "cupy",
-    ("fp32", "tf32", "fp16"),
-    examples=300,
-    edges=NUMPY.edges,
-    longest=130,
-    wide=(10, 31, 33, 257, 700, 1025, 3000),
-    blocks=NUMPY.blocks,
-    layouts=STAND_IN.layouts,
-    output_layouts=INTERPRETER.output_layouts,
-    tensor_cores=True,
+CARD = {"examples": 300, "edges": NUMPY.edges, "longest": 130, "blocks": NUMPY.blocks, "tensor_cores": True}
+GPU = replace(
+    INTERPRETER, name="triton on a GPU", precisions=tuple(TENSOR_CORES), wide=(*INTERPRETER.wide, 1000), **CARD
 )
+CUPY_GPU = replace(STAND_IN, name="cupy on a GPU", wide=(*STAND_IN.wide, 3000), **CARD)
 if REHEARSED:
     GPU = replace(INTERPRETER, name=GPU.name, precisions=("fp32",), tensor_cores=True)
     CUPY_GPU = replace(STAND_IN, name=CUPY_GPU.name, precisions=("fp32",), tensor_cores=True)
@@ -319,12 +302,21 @@ def marks_of(device):
     return [pytest.mark.gpu, *skip] if device.tensor_cores else skip
 
 
-DEVICE_PARAMETERS = [pytest.param(device, id=device.name, marks=marks_of(device)) for device in DEVICES]
-VARIANT_PARAMETERS = [
-    pytest.param(variant, id=f"{device.name}, {variant.precision}", marks=marks_of(device))
-    for device in DEVICES
-    for variant in device.variants
-]
+def places(*devices):
+    """Return devices as parameters of a test."""
+    return [pytest.param(device, id=device.name, marks=marks_of(device)) for device in devices]
+
+
+def variants_of(*devices):
+    """Return devices in each of their precisions as parameters of a test."""
+    return [
+        pytest.param(variant, id=f"{device.name}, {variant.precision}", marks=marks_of(device))
+        for device in devices
+        for variant in device.variants
+    ]
+
+
+DEVICE_PARAMETERS, VARIANT_PARAMETERS = places(*DEVICES), variants_of(*DEVICES)
 
 
 def devices_with(op):
@@ -335,21 +327,3 @@ def devices_with(op):
 def variants_with(op):
     """Return the parameters of ``VARIANT_PARAMETERS`` whose backend has an op."""
     return [one for one in VARIANT_PARAMETERS if refusal(one.values[0].device.backend, op) is None]
-
-
-__all__ = [
-    "CUPY_GPU",
-    "DEVICES",
-    "DEVICE_PARAMETERS",
-    "GPU",
-    "INTERPRETER",
-    "NUMPY",
-    "STAND_IN",
-    "VARIANT_PARAMETERS",
-    "WITHOUT_A_CARD",
-    "Device",
-    "Variant",
-    "devices_with",
-    "needs_a_card",
-    "variants_with",
-]

@@ -8,24 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from calls import SLOPED
 from fleet_oracle import Oracle
 from memory import base_of, place
-from step_calls import Layer, step_calls
 
+from fusemlp_kernels import contract as c
 from fusemlp_kernels.clock import hyper_at, rate_table
-from fusemlp_kernels.contract import (
-    COUNTERS,
-    ROW_COUNT,
-    ROW_STEP,
-    ROW_TOTAL,
-    STATS,
-    Dropout,
-    LossSpec,
-    Ridge,
-    Segment,
-    TensorRule,
-    UpdateRule,
-)
 
 GAP_VALUE = 77.0
 # Tensors begin at multiples of this many elements, which leaves gaps.
@@ -40,15 +28,15 @@ UPDATES = 64
 class Model:
     """The numbers of one model of a fleet."""
 
-    rule: UpdateRule
-    loss: LossSpec
+    rule: c.UpdateRule
+    loss: c.LossSpec
     seed: int = 0
     rate: float = 0.0
     decay: float = 0.0
     lr_factor: float = 1.0
     slope: float = 0.1
     rows: int = 13
-    ridge: Ridge | None = None
+    ridge: c.Ridge | None = None
     # the learning rates of its updates; the last stands for those after it
     rates: tuple[float, ...] = (0.05,)
 
@@ -129,119 +117,186 @@ class Fleet:
         self.epochs = epochs or 1
         length = max(_up(self.epochs * model.rows, shape.batch) for model in models)
         self.rows = place(np.full((count, length), -1), "plain", np.int64)
-        self.counters = place(np.zeros((count, COUNTERS)), "plain", np.int64)
+        self.counters = place(np.zeros((count, c.COUNTERS)), "plain", np.int64)
         self.hyper = place(np.stack([hyper_at(model.rule, model.rates[0]) for model in models]), "plain")
         rates = [[model.rate_at(updates) for updates in range(UPDATES)] for model in models]
         tables = [rate_table(model.rule, own) for model, own in zip(models, rates, strict=True)]
         self.rates = place(np.stack(tables), "plain")
-        self.stats = place(np.zeros((count, STATS)), "plain")
-        accounts = None if epochs is None else np.full((count, epochs, STATS), GAP_VALUE)
+        self.stats = place(np.zeros((count, c.STATS)), "plain")
+        accounts = None if epochs is None else np.full((count, epochs, c.STATS), GAP_VALUE)
         self.epoch_stats = None if accounts is None else place(accounts, "plain")
         for index, model in enumerate(models):
             total = self.epochs * model.rows
             self.rows[index, :total] = np.random.default_rng(model.seed).integers(0, shape.data, total)
             walk = shape.batch, model.rows, min(shape.batch, model.rows)
-            self.counters[index, [ROW_STEP, ROW_TOTAL, ROW_COUNT]] = walk
+            self.counters[index, [c.ROW_STEP, c.ROW_TOTAL, c.ROW_COUNT]] = walk
         self.work = place(np.full((count, WORK), GAP_VALUE), "plain", variant.compute)
         for array in (self.shadow, self.work, self.x):
             base_of(array).compute = True
         writes = [*self.states, *([] if variant.device.on_host else [self.work])]
-        if op == "train_resident":
+        self.arenas = {
+            "params": self.params, "grads": self.gradients, "counters": self.counters, "hyper": self.hyper,
+            "rates": self.rates, "stats": self.stats, **{f"state{at}": state for at, state in enumerate(self.states)},
+            **({"shadow": self.shadow} if variant.output_unit else {}),
+        }  # fmt: skip
+        self.alone = op == "train_resident"
+        if self.alone:
             self.run = variant.bind(op, writes, **self.operands_of_one())
         elif variant.device.backend == "triton":
             self.run = variant.bind(op, writes, **self.operands())
         else:
             # elsewhere the models train one after another
-            self._each = [
-                variant.bind("train_resident", writes, **self.operands_of_one(index)) for index in range(count)
-            ]
-            self.run = self._run_each
+            each = [variant.bind("train_resident", writes, **self.operands_of_one(index)) for index in range(count)]
+            self.run = lambda steps: [run(count) for run, count in zip(each, steps, strict=True)]
 
-    def _run_each(self, steps):
-        for run, count_of_steps in zip(self._each, steps, strict=True):
-            run(count_of_steps)
+    def check_a_step(self):
+        """Make a step of each model: it is the oracle's, within its bounds."""
+        steps = [Oracle(self, index) for index in range(len(self.models))]
+        self.run(1 if self.alone else [1] * len(steps))
+        for step in steps:
+            step.check()
 
     def stretch(self, arena, name):
         """A tensor with the padding between its rows, flat."""
         offset, size, pitch = self.places[name]
         return arena[offset : offset + (size[0] * pitch if len(size) == 2 else size[0])]
 
-    def tensor(self, arena, name):
+    def matrix(self, stretch, name):
+        """A tensor without that padding."""
         _, size, pitch = self.places[name]
-        flat = self.stretch(arena, name)
-        return flat.reshape(size[0], pitch)[:, : size[1]] if len(size) == 2 else flat
+        return stretch.reshape(size[0], pitch)[:, : size[1]] if len(size) == 2 else stretch
+
+    def tensor(self, arena, name):
+        return self.matrix(self.stretch(arena, name), name)
 
     def tensor_rule(self, model, name):
         decay = model.decay if name[0] == "w" else 0.0
-        return TensorRule(model.lr_factor if name[0] == "b" else 1.0, decay)
-
-    def layers(self, model):
-        last = len(self.shape.activations) - 1
-        return [
-            Layer(
-                name,
-                slope=model.slope,
-                dropout=Dropout(model.rate, index, model.seed) if model.rate and index < last else None,
-            )
-            for index, name in enumerate(self.shape.activations)
-        ]
-
-    def segments(self, model):
-        return tuple(
-            Segment(offset, self.stretch(self.params[0], name).size, self.tensor_rule(model, name))
-            for name, (offset, _, _) in self.places.items()
-            if name not in self.shape.frozen
-        )
+        return c.TensorRule(model.lr_factor if name[0] == "b" else 1.0, decay)
 
     def operands(self):
         calls = [self.calls(index) for index in range(len(self.models))]
-        return {
-            "calls": calls, "rows": self.rows, "batch": self.shape.batch, "epoch_stats": self.epoch_stats,
-            "arenas": self.arenas(),
-        }  # fmt: skip
-
-    def arenas(self):
-        found = {"params": self.params, "grads": self.gradients, "counters": self.counters, "hyper": self.hyper}
-        found |= {
-            "rates": self.rates,
-            "stats": self.stats,
-            **{f"state{index}": state for index, state in enumerate(self.states)},
-        }
-        return {**found, "shadow": self.shadow} if self.variant.output_unit else found
+        given = {"rows": self.rows, "batch": self.shape.batch, "epoch_stats": self.epoch_stats}
+        return {"calls": calls, "arenas": self.arenas, **given}
 
     def calls(self, index):
-        """One model's; where one has a penalty, all have."""
-        model, end = self.models[index], 0
-        tensors = {}
-        arenas = {name: arena[index] for name, arena in self.arenas().items()}
-        for name in self.places:
-            tensors |= {name: self.tensor(arenas["params"], name), f"d{name}": self.tensor(arenas["grads"], name)}
-            for number in range(len(self.states)):
-                tensors[f"{name}.state{number}"] = self.tensor(arenas[f"state{number}"], name)
-            if "shadow" in arenas and name[0] == "w":
-                tensors[f"{name}.shadow"] = self.tensor(arenas["shadow"], name)
+        """(op, operands) of each call of a model's step, as the engine's lowering makes them of a network.
 
-        def work(name, shape, dtype):
+        Where one model has a penalty, all have.
+        """
+        model, shape, traits, end = self.models[index], self.shape, self.variant.traits, 0
+        arenas = {name: arena[index] for name, arena in self.arenas.items()}
+        rules = {name: self.tensor_rule(model, name) for name in self.places if name not in shape.frozen}
+        last, rows, counters = len(shape.activations) - 1, self.rows[index], arenas["counters"]
+        first = min((int(name[1:]) for name in rules), default=last + 1)
+        dropouts = [c.Dropout(model.rate, at, model.seed) if model.rate else None for at in range(last)]
+        kept = {}
+
+        def tensor(name, arena="params"):
+            return self.tensor(arenas[arena], name)
+
+        def states(name):
+            return tuple(tensor(name, f"state{number}") for number in range(len(self.states)))
+
+        def work(name, *size, dtype="compute"):
+            """Make a value of the step."""
             nonlocal end
             if dtype != "compute" or self.variant.device.on_host:
                 kind = {"compute": self.variant.real, "real": self.variant.real}.get(dtype, dtype)
-                return place(np.full(shape, GAP_VALUE), "plain", kind)
-            begin, pitch = end, _up(shape[1], self.variant.traits.row_multiple)
-            end = begin + _up(shape[0] * pitch, STEP)
-            assert end <= WORK
-            return self.work[index, begin : begin + shape[0] * pitch].reshape(shape[0], pitch)[:, : shape[1]]
+                kept[name] = place(np.full(size, GAP_VALUE), "plain", kind)
+            else:
+                begin, pitch = end, _up(size[1], traits.row_multiple)
+                end = begin + _up(size[0] * pitch, STEP)
+                assert end <= WORK
+                memory = self.work[index, begin : begin + size[0] * pitch]
+                kept[name] = memory.reshape(size[0], pitch)[:, : size[1]]
+            return kept[name]
 
+        def layer(at):
+            activation = shape.activations[at]
+            slope = {"slope": model.slope} if activation in SLOPED else {}
+            slope |= {"slope_param": tensor(f"s{at}")} if activation == "prelu" else {}
+            return {"activation": activation, **slope}
+
+        def weights(at):
+            return {"w": tensor(f"w{at}", "shadow" if "shadow" in arenas else "params")}
+
+        def source(at, name):
+            if at:
+                return {"x": outputs[at]}
+            return {"x": self.x, name: rows} | ({} if traits.gathers_in_load else {"gathered": outputs[0]})
+
+        def dropped(at):
+            given = {"dropout": dropouts[at], "counters": counters} if dropouts[at] else {}
+            return given | ({"keep": kept[f"keep{at}"]} if f"keep{at}" in kept else {})
+
+        outputs = {0: self.x if traits.gathers_in_load else work("gathered", shape.batch, shape.sizes[0])}
+        calls = []
+        for at in range(last):
+            size = shape.batch, shape.sizes[at + 1]
+            outputs[at + 1] = work(f"h{at}", *size)
+            if shape.activations[at] in c.NEEDS_Z and at >= first:
+                work(f"z{at}", *size)
+            if dropouts[at] and traits.stores_masks:
+                work(f"keep{at}", *size, dtype="bool")
+            z = {"z": kept[f"z{at}"]} if f"z{at}" in kept else {}
+            given = source(at, "rows") | weights(at) | {"b": tensor(f"b{at}"), "y": outputs[at + 1]}
+            calls.append(("linear", {**given, "counters": counters, **layer(at), **z, **dropped(at)}))
+        dz = {last: work(f"dz{last}", shape.batch, shape.sizes[-1]) if first <= last else None}
+        loss = {"target": self.target, "weight": self.weight, "class_weight": self.class_weight}
+        loss = {name: array for name, array in loss.items() if array is not None} | {"loss": model.loss, "rows": rows}
+        if dz[last] is not None and shape.activations[last] == "prelu":
+            loss["dslope"] = work(f"dslope{last}", 1, dtype="real")
         together = [model] if self.variant.device.on_host else self.models
         penalised = any(one.ridge is not None and one.ridge.strength for one in together)
-        ridge = model.ridge or (Ridge() if penalised else None)
-        return step_calls(
-            self.variant.traits, self.layers(model), tensors,
-            {name: self.tensor_rule(model, name) for name in self.places if name not in self.shape.frozen}, work,
-            batch=self.shape.batch, rule=model.rule, loss=model.loss,
-            data={"x": self.x, "target": self.target, "weight": self.weight, "class_weight": self.class_weight},
-            control={**arenas, "rows": self.rows[index]},
-            arenas=arenas, segments=self.segments(model), ridge=ridge, penalised=penalised,
-        )  # fmt: skip
+        ridge = model.ridge or (c.Ridge() if penalised else None)
+        if ridge is not None:
+            loss |= {"ridge": ridge, "shares": work("shares", 1, dtype="float64")}
+        loss |= {"dz": dz[last], "counters": counters, "stats": arenas["stats"], "b": tensor(f"b{last}")}
+        calls.append(("linear_loss_grad", source(last, "x_rows") | weights(last) | loss | layer(last)))
+        for at in range(last - 1, first - 1, -1):
+            dz[at] = work(f"dz{at}", shape.batch, shape.sizes[at + 1])
+            given = {"dz": dz[at + 1], **weights(at + 1), "y": outputs[at + 1], "dz_prev": dz[at]}
+            given |= {"z": kept[f"z{at}"]} if f"z{at}" in kept else {}
+            if shape.activations[at] == "prelu":
+                given["dslope"] = work(f"dslope{at}", 1, dtype="real")
+            calls.append(("grad_input", given | layer(at) | dropped(at)))
+        clock = {"rule": model.rule, **{name: arenas[name] for name in ("counters", "hyper", "rates")}}
+        if not rules:
+            return [*calls, ("advance", clock)]
+        rule = model.rule
+        whole = rule.clip_norm is not None or rule.accumulate > 1 or penalised or rule.kind not in traits.fused_updates
+
+        def trained(name):
+            kind = name[0]
+            if whole:
+                return {f"d{kind}": tensor(name, "grads") if name in rules else None}
+            if name not in rules:
+                return {kind: None}
+            shadow = {"w_shadow": tensor(name, "shadow")} if "shadow" in arenas and kind == "w" else {}
+            return {kind: tensor(name), f"{kind}_state": states(name), f"{kind}_rule": rules[name], **shadow}
+
+        layers, slopes = [], []
+        for at in range(first, last + 1):
+            if {f"w{at}", f"b{at}"} & rules.keys():
+                given = {"x": outputs[at], "dz": dz[at]} | ({"rows": rows} if not at and traits.gathers_in_load else {})
+                layers.append({**given, **trained(f"w{at}"), **trained(f"b{at}")})
+            if (name := f"s{at}") in rules:
+                update = {"param": tensor(name), "state": states(name), "rule": rules[name]}
+                slopes.append({"dslope": kept[f"dslope{at}"], **({"grad": tensor(name, "grads")} if whole else update)})
+        grouped = {"layers": tuple(layers), "slopes": tuple(slopes)}
+        if not whole:
+            return [*calls, ("grad_weight_update", {**grouped, **clock})]
+        calls.append(("grad_weight", {**grouped, "rule": rule, "counters": counters}))
+        if penalised:
+            pulled = tuple({"w": tensor(name), "dw": tensor(name, "grads")} for name in rules if name[0] == "w")
+            shares = {"shares": kept["shares"], "counters": counters, "stats": arenas["stats"]}
+            calls.append(("penalty", {"layers": pulled, "ridge": ridge, **shares}))
+        segments = tuple(
+            c.Segment(self.places[name][0], self.stretch(arenas["params"], name).size, rules[name]) for name in rules
+        )
+        flat = {name: arenas[name] for name in ("params", "grads", "shadow") if name in arenas}
+        flat["states"] = tuple(arenas[f"state{number}"] for number in range(len(self.states)))
+        return [*calls, ("update", {**flat, "segments": segments, **clock})]
 
     def operands_of_one(self, index=0):
         """One model's, for ``train_resident``."""
@@ -252,11 +307,8 @@ class Fleet:
 
     def everything(self):
         """Copies of all that a step may change."""
-        arrays = {"params": self.params, "gradients": self.gradients, "counters": self.counters, "hyper": self.hyper}
-        arrays |= {"stats": self.stats, "shadow": self.shadow}
-        arrays |= {} if self.epoch_stats is None else {"epoch_stats": self.epoch_stats}
-        arrays |= {f"state{index}": state for index, state in enumerate(self.states)}
-        return {name: np.array(array) for name, array in arrays.items()}
+        arrays = {**self.arenas, "epoch_stats": self.epoch_stats}
+        return {name: np.array(array) for name, array in arrays.items() if array is not None}
 
     def check_gaps(self):
         """Assert that the gaps between tensors are unchanged, and the padding between their rows is zero."""
@@ -266,25 +318,19 @@ class Fleet:
                 for name, (offset, _, _) in self.places.items():
                     stretch = self.stretch(arena[index], name)
                     gaps[offset : offset + stretch.size] = False
-                    padding = np.array(stretch)
-                    self.tensor_of(padding, name)[...] = 0.0
-                    assert not padding.any(), f"{name}: the padding is not zero"
+                    padding = np.ones(stretch.size, bool)
+                    self.matrix(padding, name)[...] = False
+                    assert not stretch[padding].any(), f"{name}: the padding is not zero"
                 assert (arena[index][gaps] == GAP_VALUE).all()
-
-    def tensor_of(self, stretch, name):
-        _, size, pitch = self.places[name]
-        return stretch.reshape(size[0], pitch)[:, : size[1]] if len(size) == 2 else stretch
 
 
 def varied(model, count):
     """Return ``count`` models like ``model``, no two with the same numbers."""
     models = []
     for index in range(count):
-        rule = model.rule
-        rates = tuple(rate * (1.0 + 0.3 * index) for rate in model.rates)
-        rule = replace(rule, beta1=rule.beta1 * 0.99**index, beta2=rule.beta2 * 0.999**index)
-        rule = replace(rule, momentum=rule.momentum * 0.95**index)
-        loss = model.loss
+        rates, rule, loss = tuple(rate * (1.0 + 0.3 * index) for rate in model.rates), model.rule, model.loss
+        betas = {"beta1": rule.beta1 * 0.99**index, "beta2": rule.beta2 * 0.999**index}
+        rule = replace(rule, **betas, momentum=rule.momentum * 0.95**index)
         if loss.kind == "cross_entropy":
             loss = replace(loss, label_smoothing=min(loss.label_smoothing + 0.01 * index, 0.5))
         models.append(
@@ -295,6 +341,3 @@ def varied(model, count):
             )
         )  # fmt: skip
     return models
-
-
-__all__ = ["Fleet", "Model", "Oracle", "Shape", "varied"]

@@ -5,20 +5,8 @@ from calls import SLOPED
 from step_bounds import TwoBytes, traced
 from tolerance import U32, assert_updated, assert_within
 
+from fusemlp_kernels import contract as c
 from fusemlp_kernels import reference
-from fusemlp_kernels.contract import (
-    BATCH_INDEX,
-    BATCH_LOSSES,
-    LAST_LOSS,
-    LEARNING_RATE,
-    NORM_SUM,
-    PENALTIES,
-    ROW_COUNT,
-    ROW_OFFSET,
-    ROW_STEP,
-    ROW_TOTAL,
-    UPDATE_COUNT,
-)
 from fusemlp_kernels.philox import dropout_keep
 
 
@@ -39,7 +27,7 @@ class Oracle:
     def check(self):
         """The step that has been made is the oracle's, within the bounds of its operations."""
         fleet, model, shape = self.fleet, self.model, self.fleet.shape
-        offset, count, batch_index = (int(self.counters[at]) for at in (ROW_OFFSET, ROW_COUNT, BATCH_INDEX))
+        offset, count, batch_index = (int(self.counters[at]) for at in (c.ROW_OFFSET, c.ROW_COUNT, c.BATCH_INDEX))
         rows = np.array(fleet.rows[self.index, offset : offset + count])
         divided = self._divided()
         unit, tiny = fleet.variant.output_unit, fleet.variant.output_tiny
@@ -59,7 +47,7 @@ class Oracle:
         )
         found = traced(layers, model.loss, batch, short=short, products=fleet.variant.products)
         loss = found.loss / divided
-        assert_within(fleet.stats[self.index, LAST_LOSS], loss, found.loss_bound / divided)
+        assert_within(fleet.stats[self.index, c.LAST_LOSS], loss, found.loss_bound / divided)
         names = list(fleet.places)
         grads = dict(zip(names, [g / divided for layer in found.grads for g in layer], strict=True))
         errors = dict(zip(names, [e / divided for layer in found.bounds for e in layer], strict=True))
@@ -102,23 +90,23 @@ class Oracle:
     def _check_account(self, batch, count, penalty):
         """Check the batch's share of the sums; at the end of an epoch they are in its row of the statistics."""
         fleet, index = self.fleet, self.index
-        total = int(self.counters[ROW_TOTAL])
-        epoch, inside = divmod(int(self.counters[ROW_OFFSET]), total)
+        total = int(self.counters[c.ROW_TOTAL])
+        epoch, inside = divmod(int(self.counters[c.ROW_OFFSET]), total)
         account = fleet.stats[index]
-        if fleet.epoch_stats is not None and inside + self.counters[ROW_STEP] >= total:
-            assert not account[LAST_LOSS + 1 :].any()
-            assert fleet.epoch_stats[index, epoch, LAST_LOSS] == account[LAST_LOSS]
+        if fleet.epoch_stats is not None and inside + self.counters[c.ROW_STEP] >= total:
+            assert not account[c.LAST_LOSS + 1 :].any()
+            assert fleet.epoch_stats[index, epoch, c.LAST_LOSS] == account[c.LAST_LOSS]
             account = fleet.epoch_stats[index, epoch]
-        loss, size = account[LAST_LOSS] * count, 8.0 * 2.0**-53 * np.abs(account)
-        assert_within(account[BATCH_LOSSES], self.stats[BATCH_LOSSES] + loss, size[BATCH_LOSSES])
+        loss, size = account[c.LAST_LOSS] * count, 8.0 * 2.0**-53 * np.abs(account)
+        assert_within(account[c.BATCH_LOSSES], self.stats[c.BATCH_LOSSES] + loss, size[c.BATCH_LOSSES])
         assert_within(
-            account[PENALTIES], self.stats[PENALTIES] + penalty[0] * count, penalty[1] * count + size[PENALTIES]
+            account[c.PENALTIES], self.stats[c.PENALTIES] + penalty[0] * count, penalty[1] * count + size[c.PENALTIES]
         )
         if self.model.loss.reduction == "mean":
             shares = self._shares(batch) * self._divided()
             columns = 1.0 if self.model.loss.kind == "cross_entropy" else fleet.shape.sizes[-1]
-            error = (count + 2.0) * U32 * shares * columns + size[NORM_SUM]
-            assert_within(account[NORM_SUM], self.stats[NORM_SUM] + shares * columns, error)
+            error = (count + 2.0) * U32 * shares * columns + size[c.NORM_SUM]
+            assert_within(account[c.NORM_SUM], self.stats[c.NORM_SUM] + shares * columns, error)
 
     def _check_update(self, grads, errors, batch_index):
         fleet, rule = self.fleet, self.model.rule
@@ -132,7 +120,7 @@ class Oracle:
             for name in trained:
                 assert_within(fleet.tensor(fleet.gradients[self.index], name), grads[name], errors[name])
         factor, relative = _clipping(rule, [grads[n] / every for n in trained], [errors[n] / every for n in trained])
-        updates = int(self.counters[UPDATE_COUNT])
+        updates = int(self.counters[c.UPDATE_COUNT])
         rate = self.model.rate_at(updates)
         for name in names:
             now = fleet.tensor(fleet.params[self.index], name)
@@ -144,8 +132,8 @@ class Oracle:
             before = self.before[name], g, tuple(state[name] for state in self.states)
             states = [fleet.tensor(arena[self.index], name) for arena in fleet.states]
             assert_updated(now, states, rule, fleet.tensor_rule(self.model, name), before, updates, rate, error)
-        following = self.model.rate_at(int(fleet.counters[self.index, UPDATE_COUNT]))
-        assert fleet.hyper[self.index, LEARNING_RATE] == following
+        following = self.model.rate_at(int(fleet.counters[self.index, c.UPDATE_COUNT]))
+        assert fleet.hyper[self.index, c.LEARNING_RATE] == following
 
 
 def _clipping(rule, grads, errors):

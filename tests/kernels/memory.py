@@ -21,6 +21,32 @@ class Memory(np.ndarray):
     compute: bool = False
 
 
+class Values:
+    """Random arrays of one precision, from one seed."""
+
+    def __init__(self, seed, variant):
+        self.rng = np.random.default_rng(seed)
+        self.variant, self.dtype = variant, variant.real
+
+    def normal(self, *shape, scale=1.0):
+        return (scale * self.rng.standard_normal(shape)).astype(self.dtype)
+
+    def factors(self, *shape, scale=1.0):
+        """Return numbers in the type of matrix products."""
+        return self.variant.rounded(self.normal(*shape, scale=scale))
+
+    def uniform(self, low, high, *shape):
+        return self.rng.uniform(low, high, shape).astype(self.dtype)
+
+    def integers(self, high, *shape):
+        return self.rng.integers(0, max(high, 1), shape)
+
+
+def exact(array):
+    """Return the same numbers in float64, for the oracle."""
+    return None if array is None else np.array(array, np.float64)
+
+
 def guard_value(dtype):
     """Return the fill value of gaps and guard bands: NaN spoils every sum that reads it."""
     return {"f": np.nan, "i": INT_GUARD, "b": True}[np.dtype(dtype).kind]

@@ -5,23 +5,11 @@ Each op has its own error, and carries on what the ops before it have left.
 
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import dataclass
 
 import numpy as np
-from tolerance import (
-    IEEE,
-    TINY,
-    U32,
-    activation_bound,
-    activation_grad_bound,
-    assert_within,
-    bound,
-    grad_slope_bound,
-    growth,
-    loss_grad_bound,
-    rounded,
-    update_bound,
-)
+import tolerance as tol
 
 from fusemlp.program.layout import short_names
 from fusemlp_kernels import reference
@@ -38,27 +26,21 @@ class TwoBytes:
     scale: float = 1.0
 
     def output(self, error, value):
-        return rounded(error, value, self.unit, self.tiny)
+        return tol.rounded(error, value, self.unit, self.tiny)
 
     def gradient(self, error, value):
-        return rounded(error, value, self.unit, self.tiny / self.scale)
+        return tol.rounded(error, value, self.unit, self.tiny / self.scale)
 
     def derivative(self, name, z, y):
         """Return the change of the derivative when z or y, whichever it depends on, is rounded."""
         return 2.0 * (self.unit * np.maximum(np.abs(y), np.abs(z) if name in NEEDS_Z else 0.0) + self.tiny)
 
 
-@dataclass(frozen=True)
-class Traced:
-    """Forward and backward through the oracle, with the errors that the loss and the gradients may have."""
-
-    loss: float
-    loss_bound: float
-    grads: list
-    bounds: list
+# Forward and backward through the oracle, with the errors that the loss and the gradients may have.
+Traced = namedtuple("Traced", "loss loss_bound grads bounds")
 
 
-def traced(layers, spec, batch, u=U32, short=None, products=IEEE):
+def traced(layers, spec, batch, u=tol.U32, short=None, products=tol.IEEE):
     """The loss, the gradients of each layer's parameters, and their bounds; ``short``: see ``TwoBytes``."""
     keeps = batch.keeps or [None] * len(layers)
     x, x_error = batch.x, np.zeros_like(batch.x)
@@ -66,17 +48,19 @@ def traced(layers, spec, batch, u=U32, short=None, products=IEEE):
     for layer, keep in zip(layers, keeps, strict=True):
         z = reference.linear(x, layer.w, layer.b)
         magnitude = np.abs(x) @ np.abs(layer.w).T + np.abs(layer.b)
-        z_error = bound(x.shape[1] + 1, magnitude, u, output=z, products=products)
+        z_error = tol.bound(x.shape[1] + 1, magnitude, u, output=z, products=products)
         z_error = z_error + (x_error * (1.0 + 1e-4)) @ np.abs(layer.w).T
         trail.append((layer, keep, x, x_error, z, z_error))
         y = reference.dropout(reference.activation(layer.activation, z, layer.slope), keep, layer.rate)
-        y_error = reference.dropout(activation_bound(layer.activation, z, z_error, layer.slope, u), keep, layer.rate)
+        y_error = reference.dropout(
+            tol.activation_bound(layer.activation, z, z_error, layer.slope, u), keep, layer.rate
+        )
         x, x_error = y, y_error + 2.0 * u * np.abs(y)
         x_error = x_error if short is None else short.output(x_error, y)
     last, _, _, _, z, z_error = trail[-1]
     given = (batch.target, batch.weight, batch.class_weight)
     loss, dz = reference.loss_grad(spec, z, *given, last.activation, last.slope)
-    loss_error, dz_error = loss_grad_bound(spec, z, *given, last.activation, last.slope, z_error, u)
+    loss_error, dz_error = tol.loss_grad_bound(spec, z, *given, last.activation, last.slope, z_error, u)
     _, dy = reference.loss_of_output(spec, reference.activation(last.activation, z, last.slope), *given)
     dy_error = dz_error
     dz_error = dz_error if short is None else short.gradient(dz_error, dz)
@@ -85,25 +69,25 @@ def traced(layers, spec, batch, u=U32, short=None, products=IEEE):
         layer, _, x, x_error, z, z_error = trail[i]
         size = np.abs(dz) + dz_error
         dw, db = reference.grad_weight(dz, x)
-        dw_error = bound(len(x), np.abs(dz).T @ np.abs(x), u, output=dw, products=products)
+        dw_error = tol.bound(len(x), np.abs(dz).T @ np.abs(x), u, output=dw, products=products)
         dw_error = dw_error + dz_error.T @ np.abs(x) + size.T @ x_error
-        db_error = bound(len(x), np.abs(dz).sum(axis=0), u, output=db) + dz_error.sum(axis=0)
+        db_error = tol.bound(len(x), np.abs(dz).sum(axis=0), u, output=db) + dz_error.sum(axis=0)
         grads.insert(0, [dw, db])
         bounds.insert(0, [dw_error, db_error])
         if layer.activation == "prelu":
             z_kept = z_error if short is None or i == len(layers) - 1 else short.output(z_error, z)
             grads[0].append(reference.grad_slope(dy, z))
-            bounds[0].append(np.atleast_1d(grad_slope_bound(dy, z, dy_error, z_kept, u)))
+            bounds[0].append(np.atleast_1d(tol.grad_slope_bound(dy, z, dy_error, z_kept, u)))
         if i == 0:
             break
         before, keep, _, _, z, z_error = trail[i - 1]
         w = np.abs(layer.w)
         dy = reference.output_grad(dz, layer.w, keep, before.rate)
         magnitude = reference.output_grad(np.abs(dz), w, keep, before.rate)
-        own = bound(layer.w.shape[0], magnitude, u, output=dy, ulps=2, products=products)
+        own = tol.bound(layer.w.shape[0], magnitude, u, output=dy, ulps=2, products=products)
         dy_error = own + reference.output_grad(dz_error, w, keep, before.rate)
         factor = reference.activation_grad(before.activation, z, before.slope)
-        factor_error = activation_grad_bound(before.activation, z, z_error, before.slope, u)
+        factor_error = tol.activation_grad_bound(before.activation, z, z_error, before.slope, u)
         if short is not None:
             y = reference.activation(before.activation, z, before.slope)
             factor_error = factor_error + short.derivative(before.activation, z, y)
@@ -116,7 +100,7 @@ def traced(layers, spec, batch, u=U32, short=None, products=IEEE):
 class Step:
     """An engine's state before an update, and the oracle's way from there to the one after it."""
 
-    def __init__(self, engine, short=None, products=IEEE):
+    def __init__(self, engine, short=None, products=tol.IEEE):
         self.engine, self.short, self.products = engine, short, products
         self.rule = engine.optimizer.rule()
         self.before = self._exact("params")
@@ -155,7 +139,7 @@ class Step:
         # the sum of the batches' gradients and their mean are rounded
         grads = {name: sum(parts) / count for name, *parts in zip(names, *flat[0], strict=True)}
         errors = {
-            name: (sum(parts) + (count > 1) * (count + 1) * U32 * sum(map(np.abs, of))) / count
+            name: (sum(parts) + (count > 1) * (count + 1) * tol.U32 * sum(map(np.abs, of))) / count
             for (name, *parts), of in zip(zip(names, *flat[1], strict=True), zip(*flat[0], strict=True), strict=True)
         }
         options = {name: self.engine.optimizer.options_for(name) for name in names}
@@ -170,10 +154,10 @@ class Step:
             g_error = (factor * errors[name] + np.abs(g) * relative) * (1.0 + relative)
             if self.short is not None:
                 # the loss scale is divided out
-                g_error = g_error + 2.0 * U32 * np.abs(g) + TINY
+                g_error = g_error + 2.0 * tol.U32 * np.abs(g) + tol.TINY
             args = self.rule, options[name][1], self.before[name], g, tuple(s[name] for s in self.states)
             new, new_states = reference.update(*args, self.updates, rate)
-            limit, state_limits = update_bound(*args, self.updates, rate, g_error)
+            limit, state_limits = tol.update_bound(*args, self.updates, rate, g_error)
             yield name, new, limit, new_states, state_limits
 
     def _clipping(self, grads, errors):
@@ -182,9 +166,9 @@ class Step:
         if limit is None:
             return 1.0, 0.0
         norm = np.sqrt(sum(np.square(g).sum() for g in grads))
-        off = np.sqrt(sum(np.square(e).sum() for e in errors)) + growth(sum(g.size for g in grads)) * U32 * norm
-        relative = off / max(norm - off, TINY) if norm + off > limit else 0.0
-        return reference.clip_factor(grads, limit), relative + 4.0 * U32
+        off = np.sqrt(sum(np.square(e).sum() for e in errors)) + tol.growth(sum(g.size for g in grads)) * tol.U32 * norm
+        relative = off / max(norm - off, tol.TINY) if norm + off > limit else 0.0
+        return reference.clip_factor(grads, limit), relative + 4.0 * tol.U32
 
     def check(self):
         """Compares the engine's parameters and states with the oracle's; returns the bounds by name."""
@@ -195,9 +179,9 @@ class Step:
             if new is None:
                 np.testing.assert_array_equal(after[name], self.before[name])
                 continue
-            assert_within(after[name], new, limit)
+            tol.assert_within(after[name], new, limit)
             for arrays, own, allowed in zip(states, new_states, state_limits, strict=True):
-                assert_within(arrays[name], own, allowed)
+                tol.assert_within(arrays[name], own, allowed)
         return limits
 
 

@@ -4,15 +4,10 @@ NumPy runs 300 cases a test. Triton's interpreter takes milliseconds for every p
 smaller sizes (``devices.INTERPRETER`` has the numbers).
 """
 
-import numpy as np
 import pytest
-from calls import gathering
 from devices import DEVICE_PARAMETERS, WITHOUT_A_CARD
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
-from memory import place
-
-from fusemlp_kernels.contract import ROW_OFFSET
 
 seeds = st.integers(0, 2**32 - 1)
 # After its first ten cases Hypothesis mostly varies the previous case, which shows little new about a kernel. So the
@@ -72,55 +67,3 @@ def placements(device, count=1):
     inputs = st.tuples(*[st.sampled_from(device.layouts)] * count)
     mixed = st.tuples(inputs, st.sampled_from(device.output_layouts))
     return mixed if device.on_host else st.one_of(st.just((("owned",) * count, "owned")), mixed)
-
-
-class Values:
-    """Random arrays of one precision, from one seed."""
-
-    def __init__(self, seed, variant):
-        self.rng = np.random.default_rng(seed)
-        self.variant, self.dtype = variant, variant.real
-
-    def normal(self, *shape, scale=1.0):
-        return (scale * self.rng.standard_normal(shape)).astype(self.dtype)
-
-    def factors(self, *shape, scale=1.0):
-        """Return numbers in the type of matrix products."""
-        return self.variant.rounded(self.normal(*shape, scale=scale))
-
-    def uniform(self, low, high, *shape):
-        return self.rng.uniform(low, high, shape).astype(self.dtype)
-
-    def integers(self, high, *shape):
-        return self.rng.integers(0, max(high, 1), shape)
-
-
-def exact(array):
-    """Return the same numbers in float64, for the oracle."""
-    return None if array is None else np.array(array, np.float64)
-
-
-def walked(values, rows, counters):
-    """Return the operand for ``rows`` (M,), and ``rows`` as a view of it; other batches may surround it."""
-    operand = np.zeros(3 * len(rows), np.int64)
-    counters[ROW_OFFSET] = offset = int(values.rng.integers(0, 2 * len(rows) + 1))
-    operand[offset : offset + len(rows)] = rows
-    return operand, operand[offset : offset + len(rows)]
-
-
-def picked_input(values, rows, count, k, layout, counters):
-    """Return x (count, k), from which ``rows`` (M,) pick, as operands; and the batch, zeros where a row is -1.
-
-    The batch is what ``linear`` leaves on backends that do not gather in the load.
-    """
-    x = place(values.factors(count, k), layout)
-    batch = np.where(rows[:, None] >= 0, x[np.maximum(rows, 0)], 0).astype(x.dtype)
-    operand, _ = walked(values, rows, counters)
-    return {"x": x} | gathering(values.variant, operand, gathered=batch), batch
-
-
-def padded_rows(rng, count, size, n):
-    """Return row indices into ``n`` rows: ``count`` of them, then -1 up to ``size``."""
-    rows = np.full(size, -1, np.int64)
-    rows[:count] = rng.integers(0, n, count)
-    return rows

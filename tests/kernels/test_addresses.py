@@ -8,22 +8,18 @@ import weakref
 
 import numpy as np
 import pytest
-from calls import Clock
-from devices import INTERPRETER, marks_of
-from strategies import Values, exact
-from tolerance import assert_within, bound, grad_input_bound, linear_bound
+from calls import Clock, check_grad_input, check_grad_weight, check_linear
+from devices import INTERPRETER, variants_of
+from memory import Values, exact
+from tolerance import assert_within, bound
 
-from fusemlp_kernels import reference
 from fusemlp_kernels.contract import COUNTERS, Segment, TensorRule, UpdateRule
 
 # From the middle of 2**32 elements: the third row begins 2**31 elements further on, or by mistake at the start.
 MIDDLE, PITCH, ROWS = 1 << 31, 1 << 30, 3
 # Linux's MAP_NORESERVE, which Python's mmap does not name before 3.13: nothing is set aside for untouched pages.
 NO_RESERVE = 0x4000
-on_the_interpreter = pytest.mark.parametrize(
-    "variant",
-    [pytest.param(v, id=f"{v.device.name}, {v.precision}", marks=marks_of(INTERPRETER)) for v in INTERPRETER.variants],
-)
+on_the_interpreter = pytest.mark.parametrize("variant", variants_of(INTERPRETER))
 
 
 def far_apart(values, pitch=PITCH):
@@ -45,31 +41,24 @@ def far_apart(values, pitch=PITCH):
 def test_rows_beyond_32_bits(variant, width):
     import torch
 
-    values, backend, u = Values(11, variant), variant.backend(), variant.unit
+    values, backend = Values(11, variant), variant.backend()
     x, w, b = values.factors(ROWS, width), values.factors(ROWS, width), values.normal(ROWS)
     empty, square = np.full((ROWS, width), np.nan, variant.compute), np.full((ROWS, ROWS), np.nan, variant.compute)
     y, z = far_apart(square), far_apart(square)
     far_x, far_w = far_apart(x), far_apart(w)
     backend.bind("linear", x=far_x, w=far_w, b=torch.from_numpy(b), y=y, z=z, activation="silu")()
-    given = exact(x), exact(w), exact(b)
-    z_bound, y_bound = linear_bound(*given, "silu", u=u)
-    for found, activation, limit in ((z, "identity", z_bound), (y, "silu", y_bound)):
-        expected = reference.linear(*given, activation)
-        assert_within(found.float().numpy(), expected, variant.result_bound(limit, expected))
+    check_linear(variant, y.float().numpy(), x, w, b, "silu", z=z.float().numpy())
 
     dz, dz_prev = values.factors(ROWS, ROWS), far_apart(empty)
     previous = far_apart(x)
     backend.bind("grad_input", dz=far_apart(dz), w=far_w, y=previous, z=previous, dz_prev=dz_prev, activation="silu")()
-    given = exact(dz), exact(w), exact(x), "silu"
-    expected, limit = reference.grad_input(*given), grad_input_bound(*given, u=u)
-    assert_within(dz_prev.float().numpy(), expected, variant.result_bound(limit, expected))
+    check_grad_input(variant, dz_prev.float().numpy(), dz, w, x, "silu")
 
     dw, db = far_apart(np.full((ROWS, width), np.nan, np.float32)), torch.full((ROWS,), torch.nan)
     layer = {"dz": far_apart(dz), "x": far_x, "dw": dw, "db": db}
     counters = torch.zeros(COUNTERS, dtype=torch.int64)
     backend.bind("grad_weight", layers=[layer], rule=UpdateRule("sgd"), counters=counters)()
-    expected, magnitude = exact(dz).T @ exact(x), np.abs(exact(dz)).T @ np.abs(exact(x))
-    assert_within(dw.numpy(), expected, bound(ROWS, magnitude, u, output=expected))
+    check_grad_weight(variant, dz, x, dw.numpy(), db.numpy())
 
 
 @on_the_interpreter

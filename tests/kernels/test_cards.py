@@ -1,7 +1,7 @@
 """Tests that need a card, for every backend that runs on one: graphs, determinism, 64-bit addresses, the sanitizer.
 
-``pytest -m gpu`` also runs the random cases and the step-by-step trainings on a card. ``test_gpu.py`` has the tests of
-the Triton backend alone. ``ci/gpu --rehearse`` runs both files on a CPU, at tiny sizes and without graphs.
+``pytest -m gpu`` also runs the random cases and the step-by-step trainings on a card. ``ci/gpu --rehearse`` runs this
+file, and ``test_gpu.py`` for the Triton backend alone, on a CPU, at tiny sizes and without graphs.
 """
 
 import contextlib
@@ -12,32 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from calls import gathering
-from devices import CUPY_GPU, GPU, REHEARSED, Variant, marks_of, needs_a_card, usable
-from memory import place, poisoned
-from strategies import Values, exact
-from tolerance import assert_within, bound
+from calls import check_grad_weight, check_linear, counters_of, gathering
+from devices import CUPY_GPU, GPU, REHEARSED, Variant, needs_a_card, places, usable, variants_of
+from memory import Values, place, poisoned
 
 from fusemlp import MLP, SGD, AdamW, Engine, OneCycle
-from fusemlp_kernels.checks import refusal
+from fusemlp_kernels import contract as c
+from fusemlp_kernels.binders import refusal
 from fusemlp_kernels.clock import hyper_at, rate_table
-from fusemlp_kernels.contract import (
-    COUNTERS,
-    ROW_COUNT,
-    STATS,
-    Dropout,
-    LossSpec,
-    Segment,
-    TensorRule,
-    UpdateRule,
-)
+from make import assert_same
 
-CARDS = [pytest.param(device, id=device.name, marks=marks_of(device)) for device in (GPU, CUPY_GPU)]
-VARIANTS = [
-    pytest.param(Variant(device, precision), id=f"{device.name}, {precision}", marks=marks_of(device))
-    for device in (GPU, CUPY_GPU)
-    for precision in device.precisions
-]
+CARDS, VARIANTS = places(GPU, CUPY_GPU), variants_of(GPU, CUPY_GPU)
 on_a_card = pytest.mark.parametrize("variant", VARIANTS)
 
 NET = MLP([9, 8, 6, 4] if REHEARSED else [61, 96, 40, 10], activation=["gelu", "relu"], dropout=[0.2, 0.0])
@@ -53,7 +38,8 @@ def data(rows=ROWS):
 
 def everything(engine):
     """All that a training has left behind, on the host."""
-    arrays = engine.memory.snapshot() | {name: np.asarray(losses) for name, losses in vars(engine.history).items()}
+    losses = {name: values for name, values in vars(engine.history).items() if "seconds" not in name}
+    arrays = engine.memory.snapshot() | {name: np.asarray(values) for name, values in losses.items()}
     return {name: array for name, array in arrays.items() if getattr(array, "dtype", np.dtype(object)).kind in "fi"}
 
 
@@ -71,13 +57,6 @@ def engine_of(variant, plan, *, seed=3, **options):
             NET, batch_size=32, seed=seed, backend=variant.device.backend, precision=variant.precision, plan=plan,
             **options,
         )  # fmt: skip
-
-
-def assert_same(first, second):
-    assert first.keys() == second.keys()
-    for name, array in first.items():
-        if "seconds" not in name and "time" not in name:
-            np.testing.assert_array_equal(array, second[name], err_msg=name)
 
 
 OPTIMIZERS = {
@@ -146,25 +125,24 @@ def bound_ops(variant):
     values, layout = Values(1, variant), "owned"
     x, w, b = place(values.factors(M, K), layout), place(values.factors(N, K, scale=0.05), layout), values.normal(N)
     dz, y = place(values.factors(M, N), layout), poisoned((M, N), variant.compute, layout)
-    counters, stats = np.zeros(COUNTERS, np.int64), np.zeros(STATS)
-    counters[ROW_COUNT] = M - 3
+    counters, stats = counters_of(M - 3), np.zeros(c.STATS)
     target, slope = values.integers(N, M), np.full(1, 0.25, variant.real)
-    loss = {"target": target, "counters": counters, "stats": stats, "loss": LossSpec("cross_entropy", accuracy=True)}
+    loss = {"target": target, "counters": counters, "stats": stats, "loss": c.LossSpec("cross_entropy", accuracy=True)}
     dslope, out = poisoned(1, variant.real), poisoned((M, K), variant.compute, layout)
-    rule = UpdateRule("adam")
+    rule = c.UpdateRule("adam")
     rates = rate_table(rule, [0.1 * 0.9**updates for updates in range(60)])
     clock = {"rule": rule, "hyper": hyper_at(rule, 0.1), "rates": rates, "counters": counters}
     p, s = place(values.normal(N, K), layout), [place(np.abs(values.normal(N, K)), layout) for _ in range(2)]
     pb, sb = values.normal(N), [np.abs(values.normal(N)) for _ in range(2)]
     layer = {"dz": dz, "x": x, "w": p, "b": pb, "w_state": tuple(s), "b_state": tuple(sb)}
-    layer |= {"w_rule": TensorRule(), "b_rule": TensorRule()}
+    layer |= {"w_rule": c.TensorRule(), "b_rule": c.TensorRule()}
     dw, db = poisoned((N, K), variant.real, layout), poisoned(N, variant.real)
     size = 50_000
     arenas = [values.normal(size) for _ in range(3)] + [np.abs(values.normal(size))]
     flat = {"params": arenas[0], "grads": arenas[1], "states": tuple(arenas[2:])}
-    clipped = UpdateRule(**{**vars(rule), "clip_norm": 0.1})
-    dropped = {"dropout": Dropout(0.5, 1, 7), "counters": counters}
-    plain = UpdateRule("sgd")
+    clipped = c.UpdateRule(**{**vars(rule), "clip_norm": 0.1})
+    dropped = {"dropout": c.Dropout(0.5, 1, 7), "counters": counters}
+    plain = c.UpdateRule("sgd")
     calls = {
         "linear": {"x": x, "w": w, "b": b, "y": y, "activation": "gelu", **dropped},
         "linear_loss_grad": {"x": x, "w": w, "b": b, "dz": y, **loss},
@@ -175,7 +153,7 @@ def bound_ops(variant):
         },
         "grad_weight": {"layers": [{"dz": dz, "x": x, "dw": dw, "db": db}], "rule": plain, "counters": counters},
         "grad_weight_update": {"layers": [layer], **clock},
-        "update": {**flat, "segments": (Segment(0, size, TensorRule()),), **clock, "rule": clipped},
+        "update": {**flat, "segments": (c.Segment(0, size, c.TensorRule()),), **clock, "rule": clipped},
     }  # fmt: skip
     for op, operands in calls.items():
         if refusal(variant.device.backend, op) is None:
@@ -216,24 +194,19 @@ def test_addresses_past_two_to_the_31_elements(device):
     index = backend.from_host(np.arange(rows - m, rows))
     gathered = backend.view(backend.allocate(m * k, "compute"), 0, (m, k), k)
     by_row = gathering(variant, index, gathered=gathered)
-    counters = backend.allocate(COUNTERS, "int64")
+    counters = backend.allocate(c.COUNTERS, "int64")
     y = backend.view(backend.allocate(m * n, "compute"), 0, (m, n), n)
     on_device = {"w": backend.from_host(w), "b": backend.from_host(b)}
     backend.bind("linear", x=x, **by_row, y=y, counters=counters, activation="identity", **on_device)()
-    z = exact(last) @ exact(w).T + b
-    magnitude = np.abs(last) @ np.abs(w).T + np.abs(b)
-    limit = bound(k + 1, magnitude, output=z, products=variant.products)
-    assert_within(backend.to_host(y), z, limit)
+    check_linear(variant, backend.to_host(y), last, w, b)
 
     dz = values.normal(m, n)
     dw = backend.view(backend.allocate(n * k, "real"), 0, (n, k), k)
     db = backend.allocate(n, "real")
     layer = {"dz": backend.from_host(dz), "x": x, **by_row, "dw": dw, "db": db}
-    rule = UpdateRule("sgd")
+    rule = c.UpdateRule("sgd")
     backend.bind("grad_weight", layers=[layer], rule=rule, counters=counters)()
-    expected = exact(dz).T @ exact(last)
-    limit = bound(m, np.abs(dz).T @ np.abs(last), output=expected, products=variant.products)
-    assert_within(backend.to_host(dw), expected, limit)
+    check_grad_weight(variant, dz, last, backend.to_host(dw))
 
     small = backend.view(backend.allocate(rows * 8, "compute"), 0, (rows, 8), 8)
     backend.copy_into(small[-m:], last[:, :8])
@@ -241,9 +214,7 @@ def test_addresses_past_two_to_the_31_elements(device):
     bias = backend.allocate(k, "real")
     del y
     backend.bind("linear", x=small, w=wide, b=bias, y=x, activation="identity")()
-    z = exact(last[:, :8]) @ exact(backend.to_host(wide)).T
-    magnitude = np.abs(last[:, :8]) @ np.abs(backend.to_host(wide)).T
-    assert_within(backend.to_host(x[-m:]), z, bound(9, magnitude, output=z, products=variant.products))
+    check_linear(variant, backend.to_host(x[-m:]), last[:, :8], backend.to_host(wide), np.zeros(k))
 
 
 SANITIZED = """

@@ -5,36 +5,15 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
-from calls import RATE, RULES, Clock, state_arrays
+from calls import RATE, RULES, Clock, counters_of, padded_rows, picked_input, state_arrays
 from devices import NUMPY, Variant, devices_with, variants_with
 from hypothesis import strategies as st
-from memory import ROW_MULTIPLE, place
-from strategies import (
-    Values,
-    contract_test,
-    exact,
-    padded_rows,
-    picked_input,
-    placements,
-    seeds,
-    sizes,
-    variants,
-)
-from tolerance import assert_updated, assert_within
+from memory import ROW_MULTIPLE, Values, exact, place
+from strategies import contract_test, placements, seeds, sizes, variants
+from tolerance import assert_updated
 
+from fusemlp_kernels import contract as c
 from fusemlp_kernels import philox, reference
-from fusemlp_kernels.contract import (
-    COUNTERS,
-    ROW_COUNT,
-    ROW_OFFSET,
-    ROW_STEP,
-    ROW_TOTAL,
-    LossSpec,
-    Noise,
-    Segment,
-    TensorRule,
-    UpdateRule,
-)
 from fusemlp_kernels.errors import ArgumentError
 
 SEED = (5 << 40) + 3
@@ -102,7 +81,7 @@ def test_update_adds_noise(tensors, rule, deviation, divisor, updates, counts, p
     for shape in tensors:
         pitch = -(-shape[-1] // multiple) * multiple if len(shape) == 2 else shape[0]
         length = pitch * (shape[0] if len(shape) == 2 else 1)
-        segments.append(Segment(size, length, TensorRule(0.5, 0.01), shape[-1], pitch))
+        segments.append(c.Segment(size, length, c.TensorRule(0.5, 0.01), shape[-1], pitch))
         shapes.append(shape)
         size += -(-length // 64) * 64
     valid = np.zeros(size, np.bool_)
@@ -117,8 +96,8 @@ def test_update_adds_noise(tensors, rule, deviation, divisor, updates, counts, p
     grads = np.zeros(parts * size, dtype)
     clock = Clock(rule, updates, updates)
     rows = np.concatenate([padded_rows(values.rng, count, 5, 9) for count in counts])
-    clock.counters[[ROW_STEP, ROW_TOTAL, ROW_COUNT]] = 5, 15, counts[0]
-    noise = Noise(deviation, divisor, int(values.rng.integers(0, 2**64, dtype=np.uint64)))
+    clock.counters[[c.ROW_STEP, c.ROW_TOTAL, c.ROW_COUNT]] = 5, 15, counts[0]
+    noise = c.Noise(deviation, divisor, int(values.rng.integers(0, 2**64, dtype=np.uint64)))
     shadow = {"shadow": variant.rounded(params)} if variant.output_unit else {}
     split = {"parts": parts, "part": size} if parts > 1 else {}
     run = variant.bind(
@@ -130,7 +109,7 @@ def test_update_adds_noise(tensors, rule, deviation, divisor, updates, counts, p
         before = exact(params), exact(grads).reshape(parts, size), tuple(exact(state) for state in states)
         run()
         following = (batch + 1) % 3
-        assert (clock.counters[ROW_OFFSET], clock.counters[ROW_COUNT]) == (5 * following, counts[following])
+        assert (clock.counters[c.ROW_OFFSET], clock.counters[c.ROW_COUNT]) == (5 * following, counts[following])
         for number, (segment, shape) in enumerate(zip(segments, shapes, strict=True)):
             p, *own = (matrix(one, segment, shape) for one in (before[0], *before[2]))
             given = np.stack([matrix(one, segment, shape) for one in before[1]])
@@ -165,8 +144,8 @@ def clipped_layers(draw, device):
 )
 def test_clip_examples(layers, m, short, by_row, share, variant, seed):
     """``share``: the part of the rows that are clipped, about."""
-    values, counters = Values(seed, variant), np.zeros(COUNTERS, np.int64)
-    counters[ROW_COUNT] = count = max(m - short, 0)
+    values, counters = Values(seed, variant), counters_of()
+    counters[c.ROW_COUNT] = count = max(m - short, 0)
     operands, squares, terms = [], np.zeros(m), 0
     for index, (n, k, w_trained, b_trained, (layouts, output_layout)) in enumerate(layers):
         dz, x = place(values.factors(m, n), output_layout), place(values.factors(m, k), layouts[0])
@@ -190,7 +169,7 @@ def test_clip_examples(layers, m, short, by_row, share, variant, seed):
         wanted = dz * factors[:, None]
         # the sums are of float64; the factor and its product are rounded
         limit = (2.0**-53 * (terms + 8) + 2.0 * variant.unit) * np.abs(wanted) + 2.0**-126
-        assert_within(layer["dz"], wanted, variant.result_bound(limit, wanted))
+        variant.check(layer["dz"], wanted, limit)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -199,8 +178,7 @@ def test_impossible_rows_stay_among_themselves(variant):
     # the square of a number of row 1 overflows in float32, or in float16
     huge = 1e30 if variant.compute != np.float16 else 6e4
     dz = np.array([[0.0, 0.0], [huge, 0.0], [np.nan, 1.0], [0.1, 0.1]], variant.compute)
-    counters = np.zeros(COUNTERS, np.int64)
-    counters[ROW_COUNT] = 4
+    counters = counters_of(4)
     layer = {"x": x, "dz": dz, "w_trained": True, "b_trained": True}
     variant.bind("clip_examples", layers=[layer], clip=1.0, counters=counters)()
     tolerance = 2e-3 if variant.compute == np.float16 else 1e-6
@@ -210,20 +188,18 @@ def test_impossible_rows_stay_among_themselves(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_noise_is_for_one_batch(variant):
     params = np.zeros(8, variant.real)
-    clock = Clock(UpdateRule("sgd", accumulate=2))
+    clock = Clock(c.UpdateRule("sgd", accumulate=2))
     with pytest.raises(ArgumentError, match="noise: it is for one batch's clipped gradients"):
-        variant.bind(
-            "update", params=params, grads=params.copy(), states=(), segments=(), noise=Noise(1.0, 1.0, 0),
-            **clock.operands,
-        )  # fmt: skip
+        operands = {"params": params, "grads": params.copy(), "states": (), "segments": ()}
+        variant.bind("update", **operands, noise=c.Noise(1.0, 1.0, 0), **clock.operands)
 
 
 def test_numpy_has_no_gaps_between_rows():
-    params, clock = np.zeros(ROW_MULTIPLE), Clock(UpdateRule("sgd"))
+    params, clock = np.zeros(ROW_MULTIPLE), Clock(c.UpdateRule("sgd"))
     with pytest.raises(ArgumentError, match="segments: the numpy backend adds noise to matrices without gaps"):
         Variant(NUMPY, "fp64").backend().bind(
-            "update", params=params, grads=params.copy(), states=(), noise=Noise(1.0, 1.0, 0), **clock.operands,
-            segments=(Segment(0, ROW_MULTIPLE, TensorRule(), 3, ROW_MULTIPLE),),
+            "update", params=params, grads=params.copy(), states=(), noise=c.Noise(1.0, 1.0, 0), **clock.operands,
+            segments=(c.Segment(0, ROW_MULTIPLE, c.TensorRule(), 3, ROW_MULTIPLE),),
         )  # fmt: skip
 
 
@@ -237,7 +213,7 @@ def test_the_oracle_clips_each_row(kind):
     ]
     x = generator.normal(size=(7, 4))
     target = generator.integers(0, 3, 7) if kind == "cross_entropy" else generator.normal(size=(7, 3))
-    batch, spec = reference.Batch(x, target), LossSpec(kind, reduction="sum")
+    batch, spec = reference.Batch(x, target), c.LossSpec(kind, reduction="sum")
     # unclipped they are the gradients of the sum of the rows' losses, of which each is a mean over the outputs
     _, sums = reference.gradients(layers, spec, batch)
     found = reference.clipped_gradients(layers, spec, batch, math.inf)

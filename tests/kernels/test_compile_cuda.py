@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import compile_cuda
 import pytest
 from cuda_on_cpu.library import HERE
 
@@ -35,19 +36,12 @@ SPILL = """extern "C" __global__ void __launch_bounds__(1024) spill(double* x) {
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the wheel of NVRTC is in the test extra on Linux")
 
 
-@pytest.fixture
-def command(monkeypatch):
-    """``ci/compile_cuda.py`` as a module."""
-    monkeypatch.syspath_prepend(ROOT / "ci")
-    return importlib.import_module("compile_cuda")
-
-
 @linux
 @pytest.mark.parametrize("arch", ["sm_75", "sm_100"])
-def test_kernels_compile_to_machine_code_without_a_gpu(command, arch):
-    cubin, log = command.compile_source((HERE / "examples.cu").read_text(), ["-std=c++17"], arch)
+def test_kernels_compile_to_machine_code_without_a_gpu(arch):
+    cubin, log = compile_cuda.compile_source((HERE / "examples.cu").read_text(), ["-std=c++17"], arch)
     assert cubin.startswith(b"\x7fELF")
-    found = command.resources(log)
+    found = compile_cuda.resources(log)
     assert set(found) == {"row_sums", "softmax", "keep"}
     # four parts in double for a warp each, and whether a block is the last
     assert 33 <= found["row_sums"]["shared_static"] < 2048 and 0 < found["keep"]["registers"] < 64
@@ -55,35 +49,31 @@ def test_kernels_compile_to_machine_code_without_a_gpu(command, arch):
 
 
 @linux
-def test_stacks_and_spills_are_seen(command):
+def test_stacks_and_spills_are_seen():
     for code, name in ((STACK, "stack"), (SPILL, "spill")):
-        _, log = command.compile_source(code, [], "sm_80")
-        taken = command.resources(log)[name]
-        assert command.problems({**GOOD, **taken})
+        _, log = compile_cuda.compile_source(code, [], "sm_80")
+        taken = compile_cuda.resources(log)[name]
+        assert compile_cuda.problems({**GOOD, **taken})
         assert taken["stack"] > 0 and (taken["spills"] > 0) == (name == "spill")
 
 
 @linux
-def test_a_source_that_does_not_compile_shows_the_error(command, monkeypatch, tmp_path):
-    monkeypatch.setattr(command, "CACHE", tmp_path)
+def test_a_source_that_does_not_compile_shows_the_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(compile_cuda, "CACHE", tmp_path)
     monkeypatch.setattr(sources, "text", lambda module: 'extern "C" __global__ void f() { g(); }')
-    said = command.compiled(command.Work("sm_80", "layers", "float"))
+    said = compile_cuda.compiled(compile_cuda.Work("sm_80", "layers", "float"))
     assert said.startswith("sm_80 layers.cu (float): ") and 'identifier "g" is undefined' in said
     assert not list(tmp_path.iterdir())
 
 
 @linux
-def test_what_was_compiled_is_kept(command, monkeypatch, tmp_path):
-    monkeypatch.setattr(command, "CACHE", tmp_path)
+def test_what_was_compiled_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(compile_cuda, "CACHE", tmp_path)
     monkeypatch.setattr(sources, "text", lambda module: STACK)
-    work = command.Work("sm_80", "layers", "float")
-    first = command.compiled(work)
-    monkeypatch.setattr(command, "compile_source", None)
-    assert command.compiled(work) == first and first[0]["kernel"] == "stack"
-
-
-def test_good_machine_code_passes(command):
-    assert command.problems(GOOD) == []
+    work = compile_cuda.Work("sm_80", "layers", "float")
+    first = compile_cuda.compiled(work)
+    monkeypatch.setattr(compile_cuda, "compile_source", None)
+    assert compile_cuda.compiled(work) == first and first[0]["kernel"] == "stack"
 
 
 @pytest.mark.parametrize(
@@ -94,41 +84,44 @@ def test_good_machine_code_passes(command):
         ({"shared_static": (48 << 10) + 1}, "bytes of shared memory; a launch has 49152"),
     ],
 )
-def test_bad_machine_code_is_noticed(command, wrong, said):
-    (problem,) = command.problems({**GOOD, **wrong})
+def test_bad_machine_code_is_noticed(wrong, said):
+    assert compile_cuda.problems(GOOD) == []
+    (problem,) = compile_cuda.problems({**GOOD, **wrong})
     assert said in problem and "sm_90 loss.cu loss_rows (half)" in problem
 
 
-def test_another_result_than_recorded_is_noticed(command):
-    assert command.differences([GOOD], [GOOD]) == []
-    (found,) = command.differences([{**GOOD, "registers": 130}], [GOOD])
+def test_another_result_than_recorded_is_noticed():
+    assert compile_cuda.differences([GOOD], [GOOD]) == []
+    (found,) = compile_cuda.differences([{**GOOD, "registers": 130}], [GOOD])
     assert "registers 128 -> 130" in found
-    (found,) = command.differences([{**GOOD, "kernel": "other"}], [GOOD])
+    (found,) = compile_cuda.differences([{**GOOD, "kernel": "other"}], [GOOD])
     assert "loss.cu other (half) is not in the record" in found
     # Another version of the compiler may allocate differently.
-    assert command.differences([{**GOOD, "registers": 130, "nvrtc": "13.0"}], [GOOD]) == []
+    assert compile_cuda.differences([{**GOOD, "registers": 130, "nvrtc": "13.0"}], [GOOD]) == []
 
 
-def test_a_record_of_other_code_is_noticed(command):
-    found = command.record_problems([GOOD])
+def test_a_record_of_other_code_is_noticed():
+    found = compile_cuda.record_problems([GOOD])
     assert any("not of the current sources, such as sm_90 loss loss_rows" in problem for problem in found)
     assert any(f"{4 * 2 * len(sources.MODULES)} are missing" in problem for problem in found)
 
 
-def test_the_record_is_of_the_sources_as_they_are(command):
-    record = command.read_record()
-    assert command.record_problems(record) == []
+def test_the_record_is_of_the_sources_as_they_are():
+    record = compile_cuda.read_record()
+    assert compile_cuda.record_problems(record) == []
     assert {row["arch"] for row in record} == {"sm_75", "sm_80", "sm_90", "sm_100"}
     for row in record:
         assert row.keys() == GOOD.keys()
         assert all(type(row[name]) is type(GOOD[name]) for name in GOOD)
-    assert json.loads(command.RECORD.read_text()) == sorted(record, key=lambda row: [row[name] for name in command.KEY])
+    assert json.loads(compile_cuda.RECORD.read_text()) == sorted(
+        record, key=lambda row: [row[name] for name in compile_cuda.KEY]
+    )
 
 
-def test_a_machine_without_the_wheel_is_told(command, monkeypatch, capsys):
+def test_a_machine_without_the_wheel_is_told(monkeypatch, capsys):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(SystemExit, match=r"the wheel nvidia-cuda-nvrtc-cu12.*pip install nvidia-cuda-nvrtc-cu12"):
-        command.main(["--check"])
+        compile_cuda.main(["--check"])

@@ -163,11 +163,9 @@ def group(root, membership, files):
     }.values(),
 )
 def test_quotas_of_control_groups(tmp_path, membership, files, quota):
-    assert cores._quota(group(tmp_path, membership, files)) == quota
-
-
-def test_without_control_groups_there_is_no_quota(tmp_path):
+    # without control groups there is no quota
     assert cores._quota(tmp_path) is None
+    assert cores._quota(group(tmp_path, membership, files)) == quota
 
 
 @pytest.mark.parametrize("quota, limit", [(0.1, 1), (0.5, 1), (1.2, 1), (1.5, 2), (2.0, 2), (2.4, 2)])

@@ -3,34 +3,18 @@ sums of long batches, its 16-bit numbers."""
 
 import numpy as np
 import pytest
-from calls import Clock
-from devices import CUPY_GPU, STAND_IN, Variant, marks_of, usable
-from memory import place, poisoned
-from strategies import Values, exact
+from calls import Clock, check_grad_weight, check_linear, counters_of, run_loss
+from devices import CUPY_GPU, STAND_IN, Variant, places, usable, variants_of
+from memory import Values, exact, place, poisoned
 from tolerance import assert_within, bound, loss_grad_bound
 
 from fusemlp import MLP, SGD, Adam, Engine
+from fusemlp_kernels import contract as c
 from fusemlp_kernels import reference
-from fusemlp_kernels.contract import (
-    BATCH_INDEX,
-    COUNTERS,
-    LAST_LOSS,
-    ROW_COUNT,
-    STATS,
-    LossSpec,
-    Segment,
-    TensorRule,
-    UpdateRule,
-)
 from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError, DTypeError, ShapeError
+from make import assert_same
 
-PLACES = [pytest.param(device, id=device.name, marks=marks_of(device)) for device in (STAND_IN, CUPY_GPU)]
-VARIANTS = [
-    pytest.param(Variant(device, precision), id=f"{device.name}, {precision}", marks=marks_of(device))
-    for device in (STAND_IN, CUPY_GPU)
-    for precision in device.precisions
-]
-
+PLACES, VARIANTS = places(STAND_IN, CUPY_GPU), variants_of(STAND_IN, CUPY_GPU)
 ON_THE_HOST = pytest.mark.parametrize("device", PLACES[:1])
 
 
@@ -85,19 +69,13 @@ def test_the_sums_of_a_long_batch_are_added_up_from_parts(variant):
     values, m, n, k = Values(4, variant), 700, 37, 5
     dz, x = place(values.factors(m, n), "owned"), place(values.factors(m, k), "owned")
     layer = {"dz": dz, "x": x, "dw": poisoned((n, k), variant.real), "db": poisoned(n, variant.real)}
-    counters = np.zeros(COUNTERS, np.int64)
-    rule = UpdateRule("sgd", accumulate=2)
+    counters = counters_of()
+    rule = c.UpdateRule("sgd", accumulate=2)
     run = variant.bind("grad_weight", layers=[layer], rule=rule, counters=counters)
     for index in range(4):
-        counters[BATCH_INDEX] = index
+        counters[c.BATCH_INDEX] = index
         run()
-        dw, db = reference.grad_weight(exact(dz), exact(x))
-        sums = index % 2 + 1
-        limit = bound(m * sums, sums * np.abs(exact(dz)).sum(axis=0), output=sums * db, ulps=sums)
-        assert_within(layer["db"], sums * db, limit)
-        magnitude = np.abs(exact(dz)).T @ np.abs(exact(x))
-        limit = bound(m * sums, sums * magnitude, output=sums * dw, ulps=sums, products=variant.products)
-        assert_within(layer["dw"], sums * dw, limit)
+        check_grad_weight(variant, dz, x, layer["dw"], layer["db"], batches=index % 2 + 1)
 
 
 @pytest.mark.parametrize("device", PLACES)
@@ -121,17 +99,14 @@ def test_tf32_is_asked_of_the_products_and_fp32_is_not_tf32(device):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_normaliser_of_a_long_batch_is_a_launch_of_its_own(variant, weighted):
     values, m, n = Values(5, variant), 1100, 6
-    spec = LossSpec("cross_entropy", ignore_index=2)
+    spec = c.LossSpec("cross_entropy", ignore_index=2)
     z, target = variant.rounded(values.normal(m, n)), values.integers(n, m)
     weight = values.uniform(0.5, 2.0, m) if weighted else None
-    dz, counters, stats = np.full_like(z, np.nan), np.zeros(COUNTERS, np.int64), np.zeros(STATS)
-    counters[ROW_COUNT] = m
-    given = {"weight": weight} if weighted else {}
-    variant.bind("loss_grad", z=z, dz=dz, target=target, loss=spec, counters=counters, stats=stats, **given)()
-    loss, expected = reference.loss_grad(spec, exact(z), target, exact(weight))
+    loss, dz, _ = run_loss(variant, spec, z, target, weight=weight)
+    wanted, expected = reference.loss_grad(spec, exact(z), target, exact(weight))
     limits = loss_grad_bound(spec, exact(z), target, exact(weight), u=variant.unit)
-    assert_within(stats[LAST_LOSS], loss, limits[0])
-    assert_within(dz, expected, variant.result_bound(limits[1], expected))
+    assert_within(loss, wanted, limits[0])
+    variant.check(dz, expected, limits[1])
 
 
 @ON_THE_HOST
@@ -144,10 +119,10 @@ def test_numbers_become_float16_as_numpy_has_it(device):
     random = np.random.default_rng(0).integers(0, 2**32, 20_000, dtype=np.uint32).view(np.float32)
     numbers = np.concatenate([halves.astype(np.float32), between.astype(np.float32), steps, random])
     variant = Variant(device, "fp16")
-    rule = UpdateRule("sgd")
+    rule = c.UpdateRule("sgd")
     shadow, params = np.zeros(numbers.size, np.float16), numbers.copy()
     operands = {"params": params, "grads": np.zeros_like(params), "states": (), "shadow": shadow}
-    operands["segments"] = (Segment(0, params.size, TensorRule()),)
+    operands["segments"] = (c.Segment(0, params.size, c.TensorRule()),)
     with np.errstate(all="ignore"):
         variant.bind("update", **operands, **Clock(rule, rates=[0.0]).operands)()
         np.testing.assert_array_equal(shadow, numbers.astype(np.float16))
@@ -205,9 +180,7 @@ def test_foreign_arrays_go_in_without_a_copy_and_as_they_lie(device, layout):
     y = there(np.zeros((7, 4), np.float32))
     operands = {"x": Foreign(there(x)), "w": Foreign(there(w)), "b": backend.from_host(b), "y": Foreign(y)}
     backend.bind("linear", **operands, activation="identity")()
-    z = exact(x) @ exact(w).T + b
-    limit = bound(7, np.abs(x) @ np.abs(w).T + np.abs(b), output=z, products=variant.products)
-    assert_within(backend.to_host(y), z, limit)
+    check_linear(variant, backend.to_host(y), x, w, b)
 
 
 @ON_THE_HOST
@@ -274,8 +247,7 @@ def test_a_graph_is_the_eager_plan_bitwise(device, precision):
         engine.fit(x, y, epochs=3)
         assert engine.update_count == 15
         snapshots.append(engine.memory.snapshot())
-    for name, array in snapshots[0].items():
-        np.testing.assert_array_equal(array, snapshots[1][name], err_msg=name)
+    assert_same(*snapshots)
 
 
 @pytest.mark.parametrize("device", PLACES)

@@ -1,8 +1,13 @@
-"""The stand-in for CuPy does the same as CuPy, and refuses unknown names and misuse of a card."""
+"""The stand-in for CuPy and cuBLAS: the same names and results, and refusals of what a card would not do."""
 
+import ast
 import gc
+import inspect
+import json
 import sys
+from pathlib import Path
 
+import check_cupy_names
 import numpy as np
 import pytest
 
@@ -10,7 +15,7 @@ pytest.importorskip("fcntl", reason="the kernels are compiled for the CPU on Lin
 
 import cupy_standin
 from cuda_on_cpu.library import HERE, KernelFault
-from cupy_standin import streams
+from cupy_standin import arrays, cublas, streams
 from cupy_standin.memory import CUDARuntimeError, Misuse
 from cupy_standin.modules import BY_NAME
 
@@ -50,46 +55,12 @@ def test_loading_leaves_no_module_of_that_name_behind():
     assert "fusemlp_kernels.cupy.backend" in sys.modules
 
 
-# arrays
-
-
-def test_views_are_numpys():
-    host = np.arange(60, dtype=np.float32).reshape(5, 12)
-    there = cupy.asarray(host)
-    for key in (slice(1, 4), slice(None, None, -2), (2, slice(3, 9, 2)), 3, (4, 5), ..., slice(5, 5), (..., 1)):
-        part = there[key]
-        np.testing.assert_array_equal(cupy.asnumpy(part), host[key])
-        assert part.shape == np.shape(host[key]) and part.data.mem is there.data.mem
-    flat = cupy.asarray(np.arange(60, dtype=np.float32))
-    view = cupy.ndarray((3, 4), dtype=np.float32, memptr=flat.data + 8, strides=(48, 8))
-    np.testing.assert_array_equal(cupy.asnumpy(view), host.ravel()[2:][:36].reshape(3, 12)[:, :8:2])
-    assert (view.flags.c_contiguous, there.flags.c_contiguous, len(view), view.nbytes) == (False, True, 3, 48)
-    there[1:3] = there[3:5]
-    there[0] = 7
-    np.testing.assert_array_equal(cupy.asnumpy(there)[:3], np.stack([np.full(12, 7), host[3], host[4]]))
-    assert int(there[0, 0].astype(np.int64)) == float(2 * there[0, 0]) / 2 == 7
-
-
 def test_assignments_and_indices_that_cupy_would_copy_for_are_refused():
     array = cupy.zeros(4)
     with pytest.raises(Misuse, match="assigns numbers and arrays of CuPy, got ndarray"):
         array[...] = np.ones(4)
     with pytest.raises(Misuse, match="takes numbers, slices and"):
         array[[0, 1]]
-
-
-def test_foreign_arrays_go_in_without_a_copy():
-    class Foreign:
-        def __init__(self, array):
-            self.array = array
-            self.__cuda_array_interface__ = array.__array_interface__
-
-    host = np.arange(24, dtype=np.float32).reshape(4, 6)[::-1, ::2]
-    for there in (cupy.asarray(Foreign(host)), cupy.from_dlpack(host)):
-        assert (there.data.ptr, there.shape, there.strides) == (host.ctypes.data, host.shape, host.strides)
-        np.testing.assert_array_equal(cupy.asnumpy(there), host)
-        there[1] = -5
-        assert (host[1] == -5).all()
 
 
 def test_memory_is_poisoned_and_guarded():
@@ -102,17 +73,6 @@ def test_memory_is_poisoned_and_guarded():
     out.data.mem.guarded[-64] = 0
     with pytest.raises(Misuse, match="in front of or behind 20 bytes"):
         cupy.cuda.Device(0).synchronize()
-
-
-# kernels
-
-
-def test_kernels_run_on_the_memory(softmax):
-    x = np.random.default_rng(0).standard_normal((7, 50)).astype(np.float32)
-    there, y = cupy.asarray(x), cupy.zeros((7, 50), np.float32)
-    softmax((7,), (128,), (there, y, np.int32(50)))
-    expected = np.exp(x) / np.exp(x).sum(1, keepdims=True)
-    np.testing.assert_allclose(cupy.asnumpy(y), expected, rtol=1e-5)
 
 
 def test_arguments_are_compared_with_the_kernels_own(softmax):
@@ -188,9 +148,6 @@ def test_a_fault_in_a_kernel_is_an_error():
         half((1,), (32,), (cupy.zeros(1, np.int32),))
 
 
-# streams and graphs
-
-
 def test_a_graph_is_what_was_started_and_runs_again():
     scale = cupy.RawModule(STRUCTURE, options=OPTIONS).get_function("scale")
     x, y = cupy.asarray(np.ones(100, np.float32)), cupy.zeros(100, np.float32)
@@ -235,3 +192,160 @@ def test_what_a_capture_cannot_hold_is_refused():
         with cupy.cuda.Stream(non_blocking=True), pytest.raises(Misuse, match="on another stream"):
             array.fill(0)
         stream.end_capture()
+
+
+F32, F16 = cublas.CUDA_R_32F, cublas.CUDA_R_16F
+
+
+@pytest.fixture
+def handle():
+    made = cublas.create()
+    yield made
+    cublas.destroy(made)
+
+
+def column_major(values, gap=3):
+    """On the card, with ``gap`` elements (NaN) between columns: (array, pitch)."""
+    rows, columns = values.shape
+    padded = np.full((columns, rows + gap), np.nan, values.dtype)
+    padded[:, :rows] = values.T
+    return cupy.asarray(padded), rows + gap
+
+
+class Product:
+    """Operands of gemmEx that fit; any of them can be replaced."""
+
+    def __init__(self, handle, transa=0, transb=0, kind=F32, m=4, n=5, k=6):
+        rng, dtype = np.random.default_rng(1), cublas.TYPES[kind]
+        self.a, self.b = (rng.standard_normal(shape).astype(dtype) for shape in ((m, k), (k, n)))
+        self.c = rng.standard_normal((m, n)).astype(np.float32)
+        self.factors = np.array([1.5, 0.0], np.float32)
+        (self.there_a, lda), (self.there_b, ldb), (self.there_c, ldc) = map(
+            column_major, (self.a.T if transa else self.a, self.b.T if transb else self.b, self.c)
+        )
+        at = self.factors.ctypes.data
+        self.operands = {
+            "handle": handle, "transa": transa, "transb": transb, "m": m, "n": n, "k": k, "alpha": at,
+            "A": self.there_a.data.ptr, "Atype": kind, "lda": lda, "B": self.there_b.data.ptr, "Btype": kind,
+            "ldb": ldb, "beta": at + 4, "C": self.there_c.data.ptr, "Ctype": F32, "ldc": ldc,
+            "computeType": cublas.CUBLAS_COMPUTE_32F, "algo": cublas.CUBLAS_GEMM_DEFAULT,
+        }  # fmt: skip
+
+    def run(self, **changed):
+        assert list(self.operands) == list(inspect.signature(cublas.gemmEx).parameters)
+        cublas.gemmEx(*{**self.operands, **changed}.values())
+        found = cupy.asnumpy(self.there_c)
+        assert np.isnan(found[:, self.c.shape[0] :]).all()
+        return found[:, : self.c.shape[0]].T
+
+    def assert_is(self, found, alpha, beta):
+        exact = alpha * (self.a.astype(np.float64) @ self.b.astype(np.float64)) + beta * self.c
+        sizes = abs(alpha) * (np.abs(self.a).astype(np.float64) @ np.abs(self.b)) + abs(beta * self.c)
+        assert (np.abs(found - exact) <= (self.a.shape[1] + 3) * 2**-24 * sizes).all()
+
+
+def test_factors_on_the_card_are_read_when_the_product_runs(handle):
+    product = Product(handle)
+    scalars = cupy.asarray(np.array([0.0, 1.0], np.float32))
+    at = {"alpha": scalars.data.ptr, "beta": scalars.data.ptr + 4}
+    cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_DEVICE)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        cublas.gemmEx(*{**product.operands, **at}.values())
+        graph = stream.end_capture()
+    scalars[0] = -2
+    graph.launch()
+    product.assert_is(cupy.asnumpy(product.there_c)[:, :4].T, -2, 1)
+
+
+def test_tf32_reads_ten_bits(handle):
+    product = Product(handle)
+    found = product.run(computeType=cublas.CUBLAS_COMPUTE_32F_FAST_TF32)
+    with pytest.raises(AssertionError):
+        product.assert_is(found, 1.5, 0)
+    product.a, product.b = (cublas.rounded_to_tf32(factor) for factor in (product.a, product.b))
+    product.assert_is(found, 1.5, 0)
+    numbers = np.array([1, 1 + 2**-10, 1 + 2**-11, 1 + 2**-11 - 2**-23, -1 - 3 * 2**-11, np.inf], np.float32)
+    rounded = np.array([1, 1 + 2**-10, 1 + 2**-10, 1, -1 - 2**-9, np.inf], np.float32)
+    np.testing.assert_array_equal(cublas.rounded_to_tf32(numbers), rounded)
+    assert np.isnan(cublas.rounded_to_tf32(np.array([np.nan], np.float32)))[0]
+
+
+def test_products_that_cublas_would_refuse_or_that_leave_their_memory(handle):
+    product = Product(handle)
+    spare = cupy.asarray(np.ones(2, np.float32))
+    for changed, said in (
+        ({"lda": 3}, "lda is 3, and a column has 4 elements"),
+        ({"transa": 1, "lda": 5}, "lda is 5, and a column has 6 elements"),
+        ({"ldb": 5}, "ldb is 5, and a column has 6"),
+        ({"ldc": 0}, "ldc is 0"),
+        ({"n": 6}, "not \\(any more\\) in one piece"),
+        ({"ldc": 100}, "not \\(any more\\) in one piece"),
+        ({"C": product.there_a.data.ptr}, "C lies on A or B"),
+        ({"Atype": F16}, "no product of the types"),
+        ({"Ctype": F16}, "no product of the types"),
+        ({"algo": 0}, "algo 0"),
+        ({"computeType": F32}, "computeType 0"),
+        ({"handle": -1}, "there is no handle -1"),
+        ({"alpha": spare.data.ptr}, "lie on the card, and the pointer mode says on the host"),
+        ({"C": 12345}, "not \\(any more\\) in one piece"),
+    ):
+        with pytest.raises(Misuse, match=said):
+            product.run(**changed)
+    cublas.setPointerMode(handle, cublas.CUBLAS_POINTER_MODE_DEVICE)
+    with pytest.raises(Misuse, match="in one piece of memory of the card"):
+        product.run()
+    with pytest.raises(Misuse, match="no such mode"):
+        cublas.setPointerMode(handle, 2)
+    assert arrays.host_of(product.there_c).shape == (5, 7)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+BACKEND = ROOT / "kernels/fusemlp_kernels/cupy"
+# The modules that may name CuPy.
+OWNERS = ("device.py", "products.py")
+
+
+def test_it_has_nothing_that_cupy_has_not():
+    recorded = json.loads(check_cupy_names.RECORD.read_text())["names"]
+    mine = check_cupy_names.stand_in()
+    assert check_cupy_names.misfits(mine, recorded) == []
+    assert set(mine) == set(recorded)
+
+
+def test_another_order_of_parameters_is_noticed():
+    def gemm(handle, m, n, k):
+        raise AssertionError
+
+    assert check_cupy_names.misfits({"f": gemm}, {"f": "f(intptr_t handle, int m, int n, int k, size_t alpha)"}) == []
+    assert "takes ['handle', 'm', 'n', 'k']" in check_cupy_names.misfits({"f": gemm}, {"f": "f(handle, n, m, k)"})[0]
+    assert check_cupy_names.misfits({"f": gemm}, {}) == ["f: CuPy has no such name"]
+    text = "zeros(shape: '_Shape | None', dtype: 'Type' = <class 'float'>, *, order=()) -> 'Array'"
+    assert check_cupy_names.parameters(text) == ["shape", "dtype", "order"]
+
+
+def test_every_name_of_cupy_in_the_backend_is_known():
+    known = set(json.loads(check_cupy_names.RECORD.read_text())["names"]) | set(BY_NAME)
+    roots = {"cupy": "cupy", "cublas": "cupy_backends.cuda.libs.cublas"}
+    found = set()
+    trees = [ast.parse((BACKEND / name).read_text("utf-8")) for name in OWNERS]
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.Attribute):
+            chain, inner = node.attr, node.value
+            while isinstance(inner, ast.Attribute):
+                chain, inner = f"{inner.attr}.{chain}", inner.value
+            if isinstance(inner, ast.Name) and inner.id in roots:
+                found.add(f"{roots[inner.id]}.{chain}")
+    assert len(found) > 20 and found <= known, found - known
+
+
+def test_no_other_module_imports_cupy():
+    importing = set()
+    for path in BACKEND.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            imported = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] in ("cupy", "cupy_backends") for name in imported):
+                importing.add(path.name)
+    assert importing == set(OWNERS)

@@ -79,10 +79,8 @@ def fleet_of(models, data=64 if REHEARSED else 2048):
 
     rule = UpdateRule("adam")
     shape = Shape((64, 32, 10), ("relu", "identity"), batch=32, data=data)
-    each = [
-        Model(rule, LossSpec("cross_entropy", accuracy=True), seed=seed, rows=data, rates=(1e-3,))
-        for seed in range(models)
-    ]
+    loss = LossSpec("cross_entropy", accuracy=True)
+    each = [Model(rule, loss, seed=seed, rows=data, rates=(1e-3,)) for seed in range(models)]
     backend = FP32.backend()
     there = TorchMemory(backend, "train_fleet")
     call = backend.bind("train_fleet", **_converted(Fleet(FP32, shape, each).operands(), there.view))

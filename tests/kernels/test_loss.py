@@ -1,66 +1,30 @@
 """The losses of every backend against the oracle, alone and after the output layer."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from collections import namedtuple
 
 import numpy as np
 import pytest
-from calls import gathering, run_loss
-from devices import VARIANT_PARAMETERS, Variant
+import tolerance as tol
+from calls import counters_of, gathering, padded_rows, run_loss, walked
+from devices import VARIANT_PARAMETERS
 from hypothesis import strategies as st
-from memory import place, poisoned
-from strategies import Values, contract_test, exact, padded_rows, placements, seeds, sizes, variants, walked
-from tolerance import (
-    activation_bound,
-    assert_within,
-    bound,
-    grad_slope_bound,
-    linear_bound,
-    loss_grad_bound,
-)
+from memory import Values, exact, place, poisoned
+from strategies import contract_test, placements, seeds, sizes, variants
 
+from fusemlp_kernels import contract as c
 from fusemlp_kernels import reference
-from fusemlp_kernels.contract import (
-    ACTIVATIONS,
-    CORRECT,
-    COUNTERS,
-    HYPER,
-    LAST_LOSS,
-    LOSS_SCALE,
-    LOSS_SUM,
-    LOSSES,
-    NORM_SUM,
-    ROW_COUNT,
-    SCORED,
-    STATS,
-    LossSpec,
-)
 from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.registry import backend
 
 SLOPE = {"leaky_relu": 0.1, "prelu": 0.25, "elu": 1.3}
 SOURCE_ROWS = 29
 
 
-@dataclass(frozen=True)
-class LossCase:
-    """A loss over m rows and n columns; ``short`` rows are padding in a short batch."""
+LOSS = "variant spec m n short by_row weights class_weights activation layouts output_layout dz dslope loss_scale seed"
 
-    variant: Variant
-    spec: LossSpec
-    m: int
-    n: int
-    short: int
-    by_row: bool
-    weights: str
-    class_weights: str
-    activation: str
-    layouts: tuple[str, ...]
-    output_layout: str
-    dz: str
-    dslope: bool
-    loss_scale: float | None
-    seed: int
+
+class LossCase(namedtuple("LossCase", LOSS)):
+    """A loss over m rows and n columns; ``short`` rows are padding in a short batch."""
 
     @property
     def classes(self):
@@ -74,11 +38,11 @@ class LossCase:
 @st.composite
 def loss_cases(draw, device, widest=1 << 31):
     # Half of the cases go to the loss with the most options.
-    kind = draw(st.one_of(st.just("cross_entropy"), st.sampled_from(LOSSES)))
+    kind = draw(st.one_of(st.just("cross_entropy"), st.sampled_from(c.LOSSES)))
     cross_entropy = kind == "cross_entropy"
     # Half of those use the default options, which have their own code path.
     weighted = not cross_entropy or draw(st.booleans())
-    spec = LossSpec(
+    spec = c.LossSpec(
         kind,
         reduction=draw(st.sampled_from(("mean", "sum", "rows"))),
         label_smoothing=draw(st.sampled_from((0.0, 0.1, 0.7))) if cross_entropy else 0.0,
@@ -99,7 +63,7 @@ def loss_cases(draw, device, widest=1 << 31):
         by_row=draw(st.booleans()),
         weights=draw(st.sampled_from(("none", "none", "some", "sparse", "zero"))) if weighted else "none",
         class_weights=draw(st.sampled_from(("none", "some", "sparse"))) if cross_entropy and weighted else "none",
-        activation="identity" if cross_entropy else draw(st.sampled_from(("identity", *ACTIVATIONS))),
+        activation="identity" if cross_entropy else draw(st.sampled_from(("identity", *c.ACTIVATIONS))),
         layouts=layouts,
         output_layout=output_layout,
         dz=draw(st.sampled_from(("apart", "apart", "in place", "none"))),
@@ -149,7 +113,7 @@ class Loss:
         self.target_values, self.weight_values = np.array(self.target), None if weight is None else weight.copy()
         self.class_weight = weights_of(case.class_weights, values, case.n)
         self.rows = padded_rows(values.rng, case.m, case.m, rows)
-        self.counters, self.stats = np.zeros(COUNTERS, np.int64), np.arange(float(STATS))
+        self.counters, self.stats = counters_of(), np.arange(float(c.STATS))
         self.dslope = poisoned(1, values.dtype) if case.activation == "prelu" and case.dslope else None
         self.operands = {
             "target": self.target,
@@ -165,8 +129,8 @@ class Loss:
         self.scale = 1.0
         if case.loss_scale is not None:
             self.scale = case.loss_scale
-            self.operands["hyper"] = np.ones(HYPER)
-            self.operands["hyper"][LOSS_SCALE] = self.scale
+            self.operands["hyper"] = np.ones(c.HYPER)
+            self.operands["hyper"][c.LOSS_SCALE] = self.scale
         if case.activation == "prelu":
             self.operands["slope_param"] = np.full(1, case.slope, values.dtype)
         if case.by_row:
@@ -181,14 +145,14 @@ class Loss:
 
     def batch(self, count):
         """Prepare a batch of ``count`` rows and return its targets and weights, (count, ...)."""
-        self.counters[ROW_COUNT] = count
+        self.counters[c.ROW_COUNT] = count
         index = np.arange(count)
         if self.case.by_row:
             self.rows[:] = padded_rows(self.values.rng, count, self.case.m, SOURCE_ROWS)
             index = self.rows[:count]
         else:
             self._spoil_padding(count)
-        self.stats[...] = np.arange(float(STATS))
+        self.stats[...] = np.arange(float(c.STATS))
         target = self.target[index] if self.case.classes else exact(self.target[index])
         return target, None if self.weight is None else exact(self.weight[index])
 
@@ -210,26 +174,28 @@ class Loss:
         classes = exact(self.class_weight)
         slope = float(variant.real(case.slope)) if case.activation == "prelu" else case.slope
         loss, expected = reference.loss_grad(spec, z, target, weight, classes, case.activation, slope)
-        limits = loss_grad_bound(spec, z, target, weight, classes, case.activation, slope, z_bound=z_bound, u=u)
-        assert_within(self.stats[LAST_LOSS], loss, limits[0])
+        limits = tol.loss_grad_bound(spec, z, target, weight, classes, case.activation, slope, z_bound=z_bound, u=u)
+        tol.assert_within(self.stats[c.LAST_LOSS], loss, limits[0])
         if dz is not None:
             expected, limit = self.scale * expected, self.scale * limits[1]
-            assert_within(dz[:count], expected, variant.result_bound(limit, expected))
+            variant.check(dz[:count], expected, limit)
             np.testing.assert_array_equal(dz[count:], 0.0)
         y = reference.activation(case.activation, z, slope)
-        y_bound = activation_bound(case.activation, z, z_bound, slope, u) * np.ones_like(z)
+        y_bound = tol.activation_bound(case.activation, z, z_bound, slope, u) * np.ones_like(z)
         if self.dslope is not None and dz is not None:
             _, dy = reference.loss_of_output(spec, y, target, weight)
-            _, dy_bound = loss_grad_bound(spec, y, target, weight, z_bound=y_bound, u=u)
-            limit = self.scale * grad_slope_bound(dy, z, dy_bound, z_bound, u)
-            assert_within(self.dslope, self.scale * reference.grad_slope(dy, z), limit)
+            _, dy_bound = tol.loss_grad_bound(spec, y, target, weight, z_bound=y_bound, u=u)
+            limit = self.scale * tol.grad_slope_bound(dy, z, dy_bound, z_bound, u)
+            tol.assert_within(self.dslope, self.scale * reference.grad_slope(dy, z), limit)
         self._check_sums(count, loss, limits[0], y, y_bound, target, weight)
 
     def _check_sums(self, count, loss, loss_bound, y, y_bound, target, weight):
         case, spec = self.case, self.case.spec
-        before = np.arange(float(STATS))
+        before = np.arange(float(c.STATS))
         if spec.reduction == "sum":
-            assert self.stats[LOSS_SUM] - before[LOSS_SUM] == pytest.approx(self.stats[LAST_LOSS], rel=1e-12, abs=1e-12)
+            assert self.stats[c.LOSS_SUM] - before[c.LOSS_SUM] == pytest.approx(
+                self.stats[c.LAST_LOSS], rel=1e-12, abs=1e-12
+            )
         else:
             shares = np.ones(count) if weight is None else weight
             if case.classes:
@@ -238,11 +204,11 @@ class Loss:
             elif spec.kind != "cross_entropy":
                 shares = shares * case.n
             normaliser = shares.sum()
-            norm_bound = bound(count, normaliser, case.variant.unit, output=normaliser, ulps=1)
-            assert_within(self.stats[NORM_SUM] - before[NORM_SUM], normaliser, norm_bound + 1e-15)
+            norm_bound = tol.bound(count, normaliser, case.variant.unit, output=normaliser, ulps=1)
+            tol.assert_within(self.stats[c.NORM_SUM] - before[c.NORM_SUM], normaliser, norm_bound + 1e-15)
             sum_bound = loss_bound * normaliser + (abs(loss) + loss_bound) * norm_bound + 1e-15
-            assert_within(self.stats[LOSS_SUM] - before[LOSS_SUM], loss * normaliser, sum_bound)
-        correct, scored = self.stats[[CORRECT, SCORED]] - before[[CORRECT, SCORED]]
+            tol.assert_within(self.stats[c.LOSS_SUM] - before[c.LOSS_SUM], loss * normaliser, sum_bound)
+        correct, scored = self.stats[[c.CORRECT, c.SCORED]] - before[[c.CORRECT, c.SCORED]]
         if not spec.accuracy:
             assert correct == scored == 0
             return
@@ -313,7 +279,7 @@ def test_linear_loss_grad(case, k, by_x_row):
         run()
         batch = exact(x)[x_rows[:count]] if by_x_row else exact(x)[:count]
         z = reference.linear(batch, exact(w), exact(b))
-        z_bound, _ = linear_bound(batch, exact(w), exact(b), u=variant.unit, products=variant.products)
+        z_bound, _ = tol.linear_bound(batch, exact(w), exact(b), u=variant.unit, products=variant.products)
         loss.check(count, dz, z, target, weight, z_bound)
 
 
@@ -322,7 +288,7 @@ def test_linear_loss_grad(case, k, by_x_row):
 @pytest.mark.parametrize("weights", ["none", "some"])
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
 def test_all_weights_of_a_cross_entropy_together(variant, weights, ignore_index, class_weights):
-    spec = LossSpec("cross_entropy", label_smoothing=0.1, ignore_index=ignore_index, accuracy=True)
+    spec = c.LossSpec("cross_entropy", label_smoothing=0.1, ignore_index=ignore_index, accuracy=True)
     case = LossCase(
         variant, spec, m=7, n=3, short=2, by_row=True, weights=weights, class_weights=class_weights,
         activation="identity", layouts=("plain",) * 3, output_layout="plain", dz="apart", dslope=False, loss_scale=None,
@@ -336,22 +302,22 @@ def test_all_weights_of_a_cross_entropy_together(variant, weights, ignore_index,
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
 def test_the_first_of_equal_logits_is_the_answer(variant, classes):
     """Also for rows longer than a tile."""
-    spec, labels = LossSpec("cross_entropy", accuracy=True), np.array([0, 0, classes - 1])
+    spec, labels = c.LossSpec("cross_entropy", accuracy=True), np.array([0, 0, classes - 1])
     _, _, stats = run_loss(variant, spec, np.zeros((3, classes)), labels)
-    assert stats[CORRECT] == 2.0 and stats[SCORED] == 3.0
+    assert stats[c.CORRECT] == 2.0 and stats[c.SCORED] == 3.0
 
 
 LABELS = np.array([0, 1, 2, 1])
-ENTROPY = LossSpec("cross_entropy", label_smoothing=0.1)
-IGNORING = LossSpec("cross_entropy", ignore_index=1, accuracy=True)
+ENTROPY = c.LossSpec("cross_entropy", label_smoothing=0.1)
+IGNORING = c.LossSpec("cross_entropy", ignore_index=1, accuracy=True)
 # Label smoothing gives every class a share; the normaliser is the weight of the labels alone.
 WEIGHTLESS = {
     "labels without weight": (ENTROPY, 3, np.full(4, 2), {"class_weight": np.array([1.0, 2.0, 0.0])}),
     "ignored labels": (IGNORING, 3, np.full(4, 1), {}),
     "ignored labels of many classes": (IGNORING, 600, np.full(4, 1), {}),
     **{
-        kind: (LossSpec(kind), 3, LABELS if kind == "cross_entropy" else np.ones((4, 3)), {"weight": np.zeros(4)})
-        for kind in LOSSES
+        kind: (c.LossSpec(kind), 3, LABELS if kind == "cross_entropy" else np.ones((4, 3)), {"weight": np.zeros(4)})
+        for kind in c.LOSSES
     },
 }
 
@@ -361,14 +327,14 @@ WEIGHTLESS = {
 def test_a_batch_that_weighs_nothing_gives_zero(variant, spec, classes, target, weights):
     z = np.random.default_rng(5).standard_normal((4, classes))
     loss, dz, stats = run_loss(variant, spec, z, target, **weights)
-    assert loss == 0.0 and not dz.any() and stats[LOSS_SUM] == stats[NORM_SUM] == 0.0
+    assert loss == 0.0 and not dz.any() and stats[c.LOSS_SUM] == stats[c.NORM_SUM] == 0.0
     assert spec is not IGNORING or not stats.any()
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "accuracy": True}, {"soft": True}])
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
 def test_cross_entropy_of_ten_thousand_classes(variant, options):
-    values, spec = Values(6, variant), LossSpec("cross_entropy", **options)
+    values, spec = Values(6, variant), c.LossSpec("cross_entropy", **options)
     z = values.factors(3, 10_000, scale=3.0)
     target = values.integers(10_000, 3)
     if spec.soft:
@@ -377,12 +343,49 @@ def test_cross_entropy_of_ten_thousand_classes(variant, options):
     loss, dz, _ = run_loss(variant, spec, z, target)
     given = exact(z), exact(target) if spec.soft else target
     expected_loss, expected = reference.loss_grad(spec, *given)
-    limits = loss_grad_bound(spec, *given, u=variant.unit)
-    assert_within(loss, expected_loss, limits[0])
-    assert_within(dz, expected, variant.result_bound(limits[1], expected))
+    limits = tol.loss_grad_bound(spec, *given, u=variant.unit)
+    tol.assert_within(loss, expected_loss, limits[0])
+    variant.check(dz, expected, limits[1])
 
 
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
 def test_cross_entropy_wants_logits(variant):
     with pytest.raises(ArgumentError, match=r"takes logits.*got 'relu'"):
-        run_loss(variant, LossSpec("cross_entropy"), np.zeros((2, 3)), np.zeros(2, np.int64), activation="relu")
+        run_loss(variant, c.LossSpec("cross_entropy"), np.zeros((2, 3)), np.zeros(2, np.int64), activation="relu")
+
+
+# NumPy's losses without a gradient are those with one, to the bit.
+ROWS, VALID = 48, 41
+# The widest rows change only at the class's element, and are processed in blocks for the cache.
+WIDTHS = (1, 7, 80, 3000)
+# differences between logits: none, usual ones, and those whose exponentials are subnormal or zero
+SCALES = (0.0, 1.0, 25.0, 40.0, 250.0, 1000.0)
+
+
+def statistics(spec, z, target, weight, class_weight, *, gradient):
+    counters, stats = counters_of(VALID), np.zeros(c.STATS)
+    z = z.copy()
+    arrays = {"z": z, "dz": z if gradient else None, "target": target, "weight": weight, "class_weight": class_weight}
+    numpy = backend("numpy", None, "fp64" if z.dtype == np.float64 else "fp32")
+    numpy.bind("loss_grad", **arrays, counters=counters, stats=stats, loss=spec)()
+    return stats.tobytes()
+
+
+@pytest.mark.parametrize("real", [np.float32, np.float64])
+@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("kind", "soft"), [*((kind, False) for kind in c.LOSSES), ("cross_entropy", True)])
+def test_the_gradient_is_all_that_is_left_out(kind, weighted, soft, columns, real):
+    rng = np.random.default_rng(columns)
+    classes = kind == "cross_entropy"
+    spec = c.LossSpec(kind, accuracy=True, soft=soft)
+    target = rng.uniform(0.0, 1.0, (ROWS, columns)).astype(real)
+    if classes:
+        target = target / target.sum(axis=1, keepdims=True) if soft else rng.integers(0, columns, ROWS)
+    weight = rng.uniform(0.0, 2.0, ROWS).astype(real) if weighted else None
+    class_weight = rng.uniform(0.0, 2.0, columns).astype(real) if weighted and classes else None
+    for scale in SCALES:
+        z = (scale * rng.standard_normal((ROWS, columns))).astype(real)
+        z[5] = np.inf if scale == 1000.0 and weighted else z[5]
+        arguments = spec, z, target, weight, class_weight
+        assert statistics(*arguments, gradient=False) == statistics(*arguments, gradient=True)

@@ -5,22 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from calls import kept
+import tolerance as tol
+from calls import check_grad_input, check_grad_weight, check_linear, counters_of, kept, padded_rows, walked
 from devices import INTERPRETER, variants_with
-from memory import ROW_MULTIPLE, place, poisoned
-from strategies import Values, exact, padded_rows, walked
-from tolerance import (
-    UNIT,
-    activation_bound,
-    activation_grad_bound,
-    assert_within,
-    bound,
-    grad_input_bound,
-    linear_bound,
-)
+from memory import ROW_MULTIPLE, Values, exact, place, poisoned
+from test_reference import STEP, TOLERANCE
 
 from fusemlp_kernels import reference
-from fusemlp_kernels.contract import ACTIVATIONS, BATCH_INDEX, COUNTERS, ROW_COUNT, Dropout, LossSpec, UpdateRule
+from fusemlp_kernels.contract import ACTIVATIONS, BATCH_INDEX, ROW_COUNT, Dropout, LossSpec, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ShapeError
 from fusemlp_kernels.philox import dropout_keep
 from fusemlp_kernels.reference import Batch, MemberLayer
@@ -55,11 +47,6 @@ def small_case(rng, activation="silu", kind="cross_entropy", rate=0.0):
     return layers, heads, Batch(x, target, keeps=keeps)
 
 
-# see test_gradients
-STEP = UNIT["float64"] ** (1 / 3)
-TOLERANCE = (3**6 / 6) * STEP**2 + 100 * UNIT["float64"] / STEP
-
-
 @pytest.mark.parametrize(("kind", "rate"), [("cross_entropy", 0.25), ("mse", 0.0)])
 def test_gradients_are_the_derivatives_of_the_loss(kind, rate):
     layers, heads, batch = small_case(np.random.default_rng(0), kind=kind, rate=rate)
@@ -86,11 +73,11 @@ def test_gradients_are_the_derivatives_of_the_loss(kind, rate):
             def changed(value, index=index, field=field, layer=layer):
                 return [*layers[:index], replace(layer, **{field: value}), *layers[index + 1 :]], heads
 
-            assert_within(grad, difference(getattr(layer, field), changed), TOLERANCE * max(1.0, loss))
+            tol.assert_within(grad, difference(getattr(layer, field), changed), TOLERANCE * max(1.0, loss))
     by_w = difference(heads[0], lambda value: (layers, (value, heads[1])))
     by_b = difference(heads[1], lambda value: (layers, (heads[0], value)))
-    assert_within(grads[-1][0], by_w, TOLERANCE * max(1.0, loss))
-    assert_within(grads[-1][1], by_b, TOLERANCE * max(1.0, loss))
+    tol.assert_within(grads[-1][0], by_w, TOLERANCE * max(1.0, loss))
+    tol.assert_within(grads[-1][1], by_b, TOLERANCE * max(1.0, loss))
 
 
 @pytest.mark.parametrize(("activation", "torch_name"), [("relu", "ReLU"), ("silu", "SiLU")])
@@ -126,15 +113,6 @@ def test_forward_and_gradients_are_those_of_the_package_tabm(activation, torch_n
     np.testing.assert_allclose(grads[-1][1], model.output.bias.grad.numpy(), atol=1e-12)
 
 
-def own_vectors(values, members, columns, layout="plain"):
-    """s, b and r, as a backend reads them."""
-    return {name: place(values.normal(members, columns), layout) for name in "sbr"}
-
-
-def of_rows(vectors, rows):
-    return {name: reference.of_members(exact(array), rows) for name, array in vectors.items()}
-
-
 @pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "prelu"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_affine_members_and_back(variant, activation):
@@ -148,11 +126,10 @@ def test_affine_members_and_back(variant, activation):
         layout = ("plain", "owned" if columns % ROW_MULTIPLE else "plain", "pitched")[case % 3]
         # a mask is that of its batch
         rate, with_r, accumulate = (0.0, 0.25)[case % 2], case != 1, 2 - case % 2
-        vectors = own_vectors(values, members, columns, layout)
+        vectors = {name: place(values.normal(members, columns), layout) for name in "sbr"}
         given = vectors if with_r else {name: vectors[name] for name in "sb"}
         x = place(values.factors(rows, columns), layout)
-        counters = np.zeros(COUNTERS, np.int64)
-        counters[ROW_COUNT], counters[BATCH_INDEX] = rows, 6
+        counters = counters_of(rows, 6)
         operands = {"activation": activation, "counters": counters, **({"slope": slope} if slope else {})}
         keep, drops = None, {}
         if rate:
@@ -162,18 +139,17 @@ def test_affine_members_and_back(variant, activation):
         variant.bind("affine_members", x=x, y=y, **given, **operands, **drops)()
         if "keep" in drops:
             np.testing.assert_array_equal(drops["keep"], keep)
-        wide, exact_x = of_rows(vectors, rows), exact(x)
+        wide = {name: reference.of_members(exact(array), rows) for name, array in vectors.items()}
+        exact_x = exact(x)
         r = wide["r"] if with_r else np.ones_like(exact_x)
         z = exact_x * wide["s"] + wide["b"]
         z_bound = 2.0 * u * (np.abs(exact_x * wide["s"]) + np.abs(wide["b"]))
         h = reference.activation(activation, z, slope)
-        h_bound = activation_bound(activation, z, z_bound, slope, u)
+        h_bound = tol.activation_bound(activation, z, z_bound, slope, u)
         dropped = reference.dropout(h, keep, rate)
         dropped_bound = reference.dropout(h_bound, keep, rate) + 2.0 * u * np.abs(dropped)
         expected = dropped * r
-        assert_within(
-            y, expected, variant.result_bound(np.abs(r) * dropped_bound + 2.0 * u * np.abs(expected), expected)
-        )
+        variant.check(y, expected, np.abs(r) * dropped_bound + 2.0 * u * np.abs(expected))
 
         dy = place(values.factors(rows, columns), layout)
         dx = poisoned((rows, columns), variant.compute)
@@ -185,12 +161,12 @@ def test_affine_members_and_back(variant, activation):
             counters[BATCH_INDEX] += 1
         grown = reference.dropout(exact(dy), keep, rate)
         slopes = reference.activation_grad(activation, z, slope)
-        slopes_bound = activation_grad_bound(activation, z, z_bound, slope, u)
+        slopes_bound = tol.activation_grad_bound(activation, z, z_bound, slope, u)
         dz = grown * r * slopes
         dz_bound = np.abs(grown * r) * (slopes_bound + 6.0 * u * np.abs(slopes)) + 2.0**-126
         dx_wanted = dz * wide["s"]
         dx_bound = dz_bound * np.abs(wide["s"]) + 2.0 * u * np.abs(dx_wanted)
-        assert_within(dx, dx_wanted, variant.result_bound(dx_bound, dx_wanted))
+        variant.check(dx, dx_wanted, dx_bound)
         terms = {
             "ds": (dz * exact_x, dz_bound * np.abs(exact_x)),
             "db": (dz, dz_bound),
@@ -201,7 +177,9 @@ def test_affine_members_and_back(variant, activation):
             total = accumulate * reference.member_sums(each_term, members)
             carried = accumulate * reference.member_sums(error, members)
             magnitude = accumulate * reference.member_sums(np.abs(each_term) + error, members)
-            assert_within(found, total, carried + bound(each * accumulate, magnitude, u, output=total, ulps=accumulate))
+            tol.assert_within(
+                found, total, carried + tol.bound(each * accumulate, magnitude, u, output=total, ulps=accumulate)
+            )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -210,7 +188,7 @@ def test_the_first_factors_take_the_rows_of_a_batch(variant):
     for case, (members, each, columns) in enumerate(shapes_of(variant)):
         values, size, u = Values(case, variant), members * each, variant.unit
         x, r = values.factors(37, columns), values.normal(members, columns)
-        counters = np.zeros(COUNTERS, np.int64)
+        counters = counters_of()
         rows = np.repeat(padded_rows(values.rng, max(1, each - 2), each, 37), members)
         operand, rows = walked(values, rows, counters)
         counters[ROW_COUNT] = np.count_nonzero(rows >= 0)
@@ -219,17 +197,16 @@ def test_the_first_factors_take_the_rows_of_a_batch(variant):
         given = {"x": x, "r": r, "counters": counters, "rows": operand}
         variant.bind("affine_members", y=y, **given)()
         wanted = batch * reference.of_members(exact(r), size)
-        assert_within(y, wanted, variant.result_bound(u * np.abs(wanted), wanted))
+        variant.check(y, wanted, u * np.abs(wanted))
         dy, dr = values.factors(size, columns), poisoned((members, columns), variant.real)
         variant.bind("grad_affine_members", dy=dy, dr=dr, rule=UpdateRule("sgd"), **given)()
         terms = exact(dy) * batch
         total = reference.member_sums(terms, members)
-        assert_within(dr, total, bound(each, reference.member_sums(np.abs(terms), members), u, output=total))
+        tol.assert_within(dr, total, tol.bound(each, reference.member_sums(np.abs(terms), members), u, output=total))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_heads_and_their_gradients(variant):
-    u = variant.unit
     for case, ((members, each, columns), outputs) in enumerate(zip(shapes_of(variant), OUTPUTS, strict=False)):
         values, rows = Values(case, variant), members * each
         layout = ("plain", "owned", "pitched")[case % 3]
@@ -239,8 +216,7 @@ def test_heads_and_their_gradients(variant):
         z, dx = poisoned((rows, outputs), variant.compute), poisoned((rows, columns), variant.compute)
         variant.bind("linear_members", w=w, x=x, b=b, z=z)()
         variant.bind("grad_input_members", dz=dz, w=w, dx=dx)()
-        counters = np.zeros(COUNTERS, np.int64)
-        counters[ROW_COUNT] = rows
+        counters = counters_of(rows)
         dw, db = poisoned(w.shape, variant.real), poisoned(b.shape, variant.real)
         frozen = {"dw": dw, "db": None} if case == 1 else {"dw": dw, "db": db}
         rule = UpdateRule("sgd", accumulate=2)
@@ -252,18 +228,10 @@ def test_heads_and_their_gradients(variant):
             own = slice(member * outputs, (member + 1) * outputs)
             mine, by_z = exact(x)[member::members], exact(dz)[member::members]
             own_w, own_b = exact(w)[own], exact(b)[own]
-            wanted = reference.linear(mine, own_w, own_b)
-            z_bound, _ = linear_bound(mine, own_w, own_b, u=u, products=variant.products)
-            assert_within(z[member::members], wanted, variant.result_bound(z_bound, wanted))
-            wanted = by_z @ own_w
-            dx_bound = grad_input_bound(by_z, own_w, mine, "identity", u=u, products=variant.products)
-            assert_within(dx[member::members], wanted, variant.result_bound(dx_bound, wanted))
-            totals = [2.0 * total for total in reference.grad_weight(by_z, mine)]
-            sizes = [2.0 * total for total in reference.grad_weight(np.abs(by_z), np.abs(mine))]
-            for found, total, size in zip((dw, db), totals, sizes, strict=True):
-                if found is dw or frozen["db"] is not None:
-                    limit = bound(2 * each, size, u, output=total, ulps=2, products=variant.products)
-                    assert_within(found[own], total, limit)
+            check_linear(variant, z[member::members], mine, own_w, own_b)
+            check_grad_input(variant, dx[member::members], by_z, own_w, mine, "identity")
+            own_db = None if frozen["db"] is None else db[own]
+            check_grad_weight(variant, by_z, mine, dw[own], own_db, batches=2)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -272,7 +240,7 @@ def test_what_is_dropped_or_padding_may_be_nan(variant):
     keep = dropout_keep(0.5, 0, 1, 0, rows, columns)
     x = np.where(keep, 1.0, np.nan).astype(variant.compute)
     ones = {name: np.ones((2, columns), variant.real) for name in "sbr"}
-    given = {"x": x, "activation": "relu", "dropout": Dropout(0.5, 0, 1), "counters": np.zeros(COUNTERS, np.int64)}
+    given = {"x": x, "activation": "relu", "dropout": Dropout(0.5, 0, 1), "counters": counters_of()}
     given |= kept(variant, np.zeros((rows, columns), np.bool_))
     y = np.full((rows, columns), np.nan, variant.compute)
     variant.bind("affine_members", y=y, **ones, **given)()
@@ -281,9 +249,7 @@ def test_what_is_dropped_or_padding_may_be_nan(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_learned_slope_is_refused(variant):
-    one = {
-        name: np.ones((1, 1), variant.compute if name in "xy" else variant.real) for name in ("x", "y", "s", "b", "r")
-    }
+    one = {name: np.ones((1, 1), variant.compute if name in "xy" else variant.real) for name in "xysbr"}
     with pytest.raises(ArgumentError, match="activation: members share no learned slope"):
         variant.bind("affine_members", activation="prelu", **one)
 

@@ -10,22 +10,13 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from calls import counters_of
 from devices import NUMPY, Variant
-from memory import place
-from strategies import Values
+from memory import Values, place
 
 import fusemlp_kernels
+from fusemlp_kernels import contract as c
 from fusemlp_kernels.clock import hyper_at, rate_table
-from fusemlp_kernels.contract import (
-    COUNTERS,
-    ROW_COUNT,
-    STATS,
-    Dropout,
-    LossSpec,
-    Segment,
-    TensorRule,
-    UpdateRule,
-)
 
 FP32 = Variant(NUMPY, "fp32")
 LAYOUTS = sorted({*NUMPY.output_layouts, "transposed"})
@@ -76,8 +67,8 @@ def bind(op, **operands):
 
 
 def counters(count=M):
-    values = np.zeros(COUNTERS, np.int64)
-    values[ROW_COUNT] = count
+    values = counters_of()
+    values[c.ROW_COUNT] = count
     return values
 
 
@@ -87,11 +78,11 @@ def test_an_allocation_would_be_seen():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layers_and_their_gradients(layout):
-    values, rule, tensor = Values(1, FP32), UpdateRule("adam"), TensorRule(0.5, 0.01)
+    values, rule, tensor = Values(1, FP32), c.UpdateRule("adam"), c.TensorRule(0.5, 0.01)
     x, w, b = (place(a, layout) for a in (values.normal(1000, K), values.normal(N, K), values.normal(N)))
     rows = np.concatenate([np.arange(M - 3) * 5, [-1, -1, -1]])
     y, z, keep = place(values.normal(M, N), layout), place(values.normal(M, N), layout), np.ones((M, N), np.bool_)
-    shared = {"activation": "gelu", "dropout": Dropout(0.5, 1, 2), "counters": counters(M - 3), "keep": keep}
+    shared = {"activation": "gelu", "dropout": c.Dropout(0.5, 1, 2), "counters": counters(M - 3), "keep": keep}
     gathered = place(np.empty((M, K), np.float32), layout)
     assert peak(bind("linear", x=x, rows=rows, gathered=gathered, w=w, b=b, y=y, z=z, **shared)) < LIMIT
     dz, w_next, dz_prev = values.normal(M, 270), values.normal(270, N), np.empty_like(y)
@@ -103,7 +94,7 @@ def test_layers_and_their_gradients(layout):
     clock = {"hyper": hyper_at(rule, 0.1), "rates": rate_table(rule, RATES), "counters": counters()}
     assert peak(bind("grad_weight_update", layers=[layer], rule=rule, **clock)) < LIMIT
     gradients = {"dz": y, "x": gathered, "dw": w.copy(), "db": b.copy()}
-    accumulating = UpdateRule("sgd", accumulate=3)
+    accumulating = c.UpdateRule("sgd", accumulate=3)
     assert peak(bind("grad_weight", layers=[gradients], rule=accumulating, counters=counters())) < LIMIT
 
 
@@ -114,16 +105,17 @@ def test_losses(kind, layout):
     target = values.integers(N, 1000) if labels else place(values.uniform(0, 1, 1000, N), layout)
     rows, clock = np.arange(M) * 5, counters()
     operands = {
-        "target": target, "rows": rows, "counters": clock, "stats": np.zeros(STATS),
-        "loss": LossSpec(kind, accuracy=True, ignore_index=3 if labels else None), "weight": values.uniform(0, 1, 1000),
+        "target": target, "rows": rows, "counters": clock, "stats": np.zeros(c.STATS),
+        "loss": c.LossSpec(kind, accuracy=True, ignore_index=3 if labels else None),
+        "weight": values.uniform(0, 1, 1000),
         "class_weight": values.uniform(0, 1, N) if labels else None, "activation": "identity" if labels else "gelu",
     }  # fmt: skip
     z, dz = place(values.normal(M, N), layout), place(np.empty((M, N), np.float32), layout)
 
     def next_batch(step):
         """Full and short batches in turn."""
-        clock[ROW_COUNT] = M - 5 * (step % 2)
-        rows[:] = np.where(np.arange(M) < clock[ROW_COUNT], np.arange(M) * 5, -1)
+        clock[c.ROW_COUNT] = M - 5 * (step % 2)
+        rows[:] = np.where(np.arange(M) < clock[c.ROW_COUNT], np.arange(M) * 5, -1)
 
     for where in (dz, z, None):
         assert peak(bind("loss_grad", z=z, dz=where, **operands), next_batch) < LIMIT
@@ -132,9 +124,9 @@ def test_losses(kind, layout):
 
 
 def test_update_and_advance():
-    rule, size = UpdateRule("adam", clip_norm=1.0, accumulate=2), 100_000
+    rule, size = c.UpdateRule("adam", clip_norm=1.0, accumulate=2), 100_000
     arrays = [np.zeros(size, np.float32) for _ in range(2 + rule.state_count)]
-    segments = (Segment(0, 60_000, TensorRule(1.0, 0.01)), Segment(60_032, 39_968, TensorRule()))
+    segments = (c.Segment(0, 60_000, c.TensorRule(1.0, 0.01)), c.Segment(60_032, 39_968, c.TensorRule()))
     clock = {"rule": rule, "hyper": hyper_at(rule, 0.1), "rates": rate_table(rule, RATES), "counters": counters()}
     operands = {"params": arrays[0], "grads": arrays[1], "states": tuple(arrays[2:]), "segments": segments}
     assert peak(bind("update", **operands, **clock)) < LIMIT

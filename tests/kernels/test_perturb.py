@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+from calls import counters_of
 from devices import VARIANT_PARAMETERS, variants_with
-from strategies import exact
+from memory import exact
 from tolerance import assert_within
 
 from fusemlp_kernels import philox, reference
-from fusemlp_kernels.contract import BATCH_INDEX, COUNTERS, ROW_COUNT, ROW_OFFSET, STATS, LossSpec, Perturbation
+from fusemlp_kernels.contract import BATCH_INDEX, ROW_COUNT, ROW_OFFSET, STATS, LossSpec, Perturbation
 
 SEED = (5 << 40) + 3
 VARIANTS = variants_with("perturb")
@@ -28,7 +29,7 @@ def test_starts_are_uniform_and_differ_by_seed_batch_and_row():
 
 def perturbed(variant, change, x, adv, dx=None, rows=None):
     """Run the op on copies; its result, and the arrays as the kernel reads them."""
-    counters = np.zeros(COUNTERS, np.int64)
+    counters = counters_of()
     counters[[BATCH_INDEX, ROW_COUNT]] = 6, len(adv)
     out = "start" if dx is None else "adv"
     given = {"x": variant.rounded(x), out: variant.rounded(adv)}
@@ -103,8 +104,7 @@ def test_tiny_gradients_move_as_far_and_nan_stays_in_its_row(variant, norm):
 @pytest.mark.parametrize("kind", ["cross_entropy", "mse"])
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
 def test_a_loss_that_is_not_counted_has_the_same_gradient(variant, kind):
-    rng, counters = np.random.default_rng(0), np.zeros(COUNTERS, np.int64)
-    counters[ROW_COUNT] = 4
+    rng, counters = np.random.default_rng(0), counters_of(4)
     x, w, b = (variant.rounded(rng.normal(size=size)) for size in ((4, 3), (5, 3), 5))
     target = np.array([0, 4, 2, 1]) if kind == "cross_entropy" else rng.uniform(size=(4, 5)).astype(variant.real)
     found = []

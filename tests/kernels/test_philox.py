@@ -47,28 +47,9 @@ def test_dropout_is_its_definition_element_by_element():
             assert keep[row, col] == (value >= round(65536 * rate))
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-def test_dropout_keeps_the_stated_share(rate):
-    keep = philox.dropout_keep(rate, 0, 1, 0, 500, 800)
-    deviation = math.sqrt(rate * (1 - rate) / keep.size)
-    assert abs(keep.mean() - (1 - rate)) < 5 * deviation
-
-
 def test_dropout_at_the_ends():
     assert philox.dropout_keep(0.0, 0, 1, 0, 64, 64).all()
     assert not philox.dropout_keep(1.0 - 2.0**-20, 0, 1, 0, 64, 64).any()
-
-
-def test_masks_differ_by_seed_layer_and_batch():
-    base = philox.dropout_keep(0.5, 0, 0, 0, 16, 16)
-    for layer, seed, batch in [(1, 0, 0), (0, 1, 0), (0, 2**32, 0), (0, 0, 1)]:
-        other = philox.dropout_keep(0.5, layer, seed, batch, 16, 16)
-        assert abs(float((base == other).mean()) - 0.5) < 5 * 0.5 / 16
-
-
-def test_a_mask_does_not_depend_on_the_shape_around_it():
-    large = philox.dropout_keep(0.4, 1, 9, 3, 20, 40)
-    assert np.array_equal(large[:7, :13], philox.dropout_keep(0.4, 1, 9, 3, 7, 13))
 
 
 @pytest.mark.parametrize("n", [*range(1, 301), 1000, 4095, 4096, 4097, 60_000, 65_537])

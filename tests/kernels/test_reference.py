@@ -1,22 +1,17 @@
-"""The oracle's activations and losses against PyTorch in double, and how the parts make the whole."""
+"""The oracle against PyTorch in double, scikit-learn and central differences, and how its parts make the whole."""
+
+import itertools
+import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torch_oracle import (
-    CROSS_ENTROPIES,
-    ELEMENTWISE,
-    NAN,
-    TORCH_ACTIVATIONS,
-    assert_close,
-    loss_case,
-    numpy,
-    tensor,
-    torch_loss,
-)
+import torch_oracle as oracle
+from tolerance import UNIT, assert_within
 
-from fusemlp_kernels import contract, reference
-from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, LossSpec
+from fusemlp_kernels import reference
+from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, LossSpec, TensorRule, UpdateRule
 from fusemlp_kernels.reference import Batch, Layer
 
 
@@ -25,16 +20,16 @@ def test_activation_and_its_derivative_are_torchs(name):
     values = np.concatenate(
         [np.random.default_rng(0).normal(0, 3, 200), [0.0, -0.0, 1e-9, -1e-9, 30.0, -30.0, 800, -800]]
     )
-    z = tensor(values, grad=True)
-    y = TORCH_ACTIVATIONS[name](z, 0.2)
+    z = oracle.tensor(values, grad=True)
+    y = oracle.TORCH_ACTIVATIONS[name](z, 0.2)
     y.sum().backward()
-    assert_close(reference.activation(name, values, 0.2), numpy(y))
-    assert_close(reference.activation_grad(name, values, 0.2), z.grad.numpy())
+    oracle.assert_close(reference.activation(name, values, 0.2), oracle.numpy(y))
+    oracle.assert_close(reference.activation_grad(name, values, 0.2), z.grad.numpy())
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_hand_on_nan(name):
-    z = np.array([NAN, 1.0])
+    z = np.array([oracle.NAN, 1.0])
     assert np.isnan(reference.activation(name, z, 0.1)).tolist() == [True, False]
     constant = name == "identity"
     assert np.isnan(reference.activation_grad(name, z, 0.1)).tolist() == [not constant, False]
@@ -42,26 +37,26 @@ def test_activations_hand_on_nan(name):
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
 @pytest.mark.parametrize("by_class", [False, True], ids=["", "class_weight"])
-@pytest.mark.parametrize("spec", CROSS_ENTROPIES, ids=str)
+@pytest.mark.parametrize("spec", oracle.CROSS_ENTROPIES, ids=str)
 def test_cross_entropy_is_torchs(spec, by_class, weighted):
     check_loss(spec, by_class, weighted)
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
-@pytest.mark.parametrize("spec", ELEMENTWISE, ids=str)
+@pytest.mark.parametrize("spec", oracle.ELEMENTWISE, ids=str)
 def test_elementwise_loss_is_torchs(spec, weighted):
     check_loss(spec, False, weighted)
 
 
 def check_loss(spec, by_class, weighted):
-    values, t, weight, class_weight = loss_case(spec, 3)
+    values, t, weight, class_weight = oracle.loss_case(spec, 3)
     weight, class_weight = weight if weighted else None, class_weight if by_class else None
-    z = tensor(values, grad=True)
-    expected = torch_loss(spec, z, t, weight, class_weight)
+    z = oracle.tensor(values, grad=True)
+    expected = oracle.torch_loss(spec, z, t, weight, class_weight)
     expected.backward()
     loss, dz = reference.loss_grad(spec, values, t, weight, class_weight)
-    assert_close(loss, expected.item())
-    assert_close(dz, z.grad.numpy())
+    oracle.assert_close(loss, expected.item())
+    oracle.assert_close(dz, z.grad.numpy())
 
 
 @pytest.mark.parametrize("by_class", [False, True], ids=["", "class_weight"])
@@ -70,31 +65,18 @@ def check_loss(spec, by_class, weighted):
 def test_unweighted_mean_cross_entropy_is_torchs_own_mean(soft, smoothing, by_class):
     """torch's own normaliser, which ``torch_loss`` above writes out, is the contract's."""
     spec = LossSpec("cross_entropy", label_smoothing=smoothing, soft=soft, ignore_index=None if soft else -100)
-    z, t, _, class_weight = loss_case(spec, 5)
+    z, t, _, class_weight = oracle.loss_case(spec, 5)
     class_weight = class_weight if by_class else None
-    target = tensor(t) if soft else torch.tensor(t)
-    cw = None if class_weight is None else tensor(class_weight)
-    expected = torch.nn.functional.cross_entropy(tensor(z), target, weight=cw, label_smoothing=smoothing)
-    assert_close(reference.loss_grad(spec, z, t, None, class_weight)[0], expected.item())
-
-
-@pytest.mark.parametrize("kind", LOSSES)
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_loss_goes_back_through_the_output_activation(name, kind):
-    spec = LossSpec(kind)
-    values, t, weight, _ = loss_case(spec, 8)
-    z = tensor(values, grad=True)
-    expected = torch_loss(spec, TORCH_ACTIVATIONS[name](z, 0.2), t, weight, None)
-    expected.backward()
-    loss, dz = reference.loss_grad(spec, values, t, weight, activation=name, slope=0.2)
-    assert_close(loss, expected.item())
-    assert_close(dz, z.grad.numpy())
+    target = oracle.tensor(t) if soft else torch.tensor(t)
+    cw = None if class_weight is None else oracle.tensor(class_weight)
+    expected = torch.nn.functional.cross_entropy(oracle.tensor(z), target, weight=cw, label_smoothing=smoothing)
+    oracle.assert_close(reference.loss_grad(spec, z, t, None, class_weight)[0], expected.item())
 
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_a_zero_normaliser_gives_zero(kind):
     spec = LossSpec(kind)
-    z, t, weight, _ = loss_case(spec, 1)
+    z, t, weight, _ = oracle.loss_case(spec, 1)
     loss, dz = reference.loss_grad(spec, z, t, np.zeros_like(weight))
     assert loss == 0.0
     assert np.array_equal(dz, np.zeros_like(z))
@@ -102,21 +84,21 @@ def test_a_zero_normaliser_gives_zero(kind):
 
 def test_ignored_rows_and_impossible_labels_weigh_nothing():
     spec = LossSpec("cross_entropy", label_smoothing=0.1, ignore_index=-7)
-    z, t, weight, _ = loss_case(LossSpec("cross_entropy"), 2)
+    z, t, weight, _ = oracle.loss_case(LossSpec("cross_entropy"), 2)
     t[1], t[4] = -7, 99
     counted = (t >= 0) & (t < z.shape[1])
     loss, dz = reference.loss_grad(spec, z, t, weight)
     expected_loss, expected_dz = reference.loss_grad(spec, z[counted], t[counted], weight[counted])
-    assert_close(loss, expected_loss)
-    assert_close(dz[counted], expected_dz)
+    oracle.assert_close(loss, expected_loss)
+    oracle.assert_close(dz[counted], expected_dz)
     assert not dz[~counted].any()
 
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_nan_reaches_the_loss_and_its_own_row(kind):
     spec = LossSpec(kind)
-    z, t, _, _ = loss_case(spec, 1)
-    z[2, 1] = NAN
+    z, t, _, _ = oracle.loss_case(spec, 1)
+    z[2, 1] = oracle.NAN
     loss, dz = reference.loss_grad(spec, z, t)
     assert np.isnan(loss)
     assert np.isnan(dz[2, 1])
@@ -177,7 +159,226 @@ def test_an_empty_batch_has_no_loss():
         assert dz.shape == (0, 3)
 
 
-def test_every_name_of_the_contract_is_known():
-    one = np.ones((1, 2))
-    for name in contract.ACTIVATIONS:
-        assert reference.activation(name, one).shape == (1, 2)
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "rule", oracle.SGDS + oracle.ADAMS, ids=lambda rule: f"{rule.kind}-{rule.momentum}-{rule.eps}-{rule.decoupled}"
+)
+def test_optimizer_is_torchs(rule, decay, factor):
+    rng = np.random.default_rng(4)
+    p = rng.normal(0, 1, (3, 2))
+    parameter = oracle.tensor(p, grad=True)
+    optimizer = oracle.torch_optimizer(rule, parameter, decay, factor * oracle.RATE)
+    state = tuple(np.zeros_like(p) for _ in range(rule.state_count))
+    for t in range(12):
+        g = rng.normal(0, 1, p.shape)
+        parameter.grad = oracle.tensor(g)
+        optimizer.step()
+        p, state = reference.update(rule, TensorRule(factor, decay), p, g, state, t, oracle.RATE)
+        oracle.assert_close(p, oracle.numpy(parameter))
+
+
+def test_scikit_learns_convention_is_scikit_learns_optimizer():
+    from sklearn.neural_network._stochastic_optimizers import AdamOptimizer, SGDOptimizer
+
+    for momentum, nesterov, adam in [(0.9, False, False), (0.9, True, False), (0.0, False, True)]:
+        rng = np.random.default_rng(6)
+        p = rng.normal(0, 1, (3, 2))
+        theirs = [p.copy()]
+        if adam:
+            rule = UpdateRule("adam", eps=1e-3, convention="scikit-learn")
+            optimizer = AdamOptimizer(theirs, 0.05, 0.9, 0.999, 1e-3)
+        else:
+            rule = UpdateRule("sgd", momentum=momentum, nesterov=nesterov, convention="scikit-learn")
+            optimizer = SGDOptimizer(theirs, 0.05, momentum=momentum, nesterov=nesterov)
+        state = tuple(np.zeros_like(p) for _ in range(rule.state_count))
+        for t in range(10):
+            g = rng.normal(0, 1, p.shape)
+            optimizer.update_params(theirs, [g])
+            p, state = reference.update(rule, TensorRule(), p, g, state, t, 0.05)
+            oracle.assert_close(p, theirs[0])
+
+
+def test_conventions_of_momentum_differ_when_the_rate_changes():
+    """With a constant rate the two velocities differ by a factor; when the rate halves, only torch's steps halve."""
+    p, g = np.zeros(1), np.ones(1)
+    steps = {}
+    for convention in ("torch", "scikit-learn"):
+        rule = UpdateRule("sgd", momentum=0.5, convention=convention)
+        first, state = reference.update(rule, TensorRule(), p, g, (np.zeros(1),), 0, 0.2)
+        second, _ = reference.update(rule, TensorRule(), first, g, state, 1, 0.1)
+        steps[convention] = float(first[0]), float((second - first)[0])
+    oracle.assert_close(steps["torch"], [-0.2, -0.15])
+    oracle.assert_close(steps["scikit-learn"], [-0.2, -0.2])
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1.0, 1e6])
+def test_clipping_is_torchs(max_norm):
+    rng = np.random.default_rng(0)
+    grads = [rng.normal(0, 1, (3, 4)), rng.normal(0, 1, 5)]
+    parameters = [oracle.tensor(np.zeros_like(g), grad=True) for g in grads]
+    for parameter, g in zip(parameters, grads, strict=True):
+        parameter.grad = oracle.tensor(g)
+    torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    factor = reference.clip_factor(grads, max_norm)
+    for parameter, g in zip(parameters, grads, strict=True):
+        oracle.assert_close(factor * g, parameter.grad.numpy())
+
+
+def test_clipping_hands_on_nan_and_can_be_off():
+    assert np.isnan(reference.clip_factor([np.array([oracle.NAN])], 1.0))
+    assert reference.clip_factor([np.array([100.0])], None) == 1.0
+
+
+@pytest.mark.parametrize(
+    "rule", [oracle.SGDS[2], replace(oracle.ADAMS[2], clip_norm=0.3)], ids=["nesterov", "clipped adamw"]
+)
+def test_training_steps_are_torchs(rule):
+    """A whole network with dropout masks, a learned slope, weights and a rate that falls, ten steps."""
+    rng = np.random.default_rng(11)
+    spec = LossSpec("cross_entropy", label_smoothing=0.1)
+    widths, names, rate = [5, 7, 6, 3], ["prelu", "gelu", "identity"], 0.25
+    layers = [
+        Layer(
+            rng.normal(0, 0.5, (n, k)), rng.normal(0, 0.1, n), name, np.array([0.25]) if name == "prelu" else 0.0, rate
+        )
+        for k, n, name in zip(widths[:-1], widths[1:], names, strict=True)
+    ]
+    parameters = [[oracle.tensor(p, grad=True) for p in layer.parameters] for layer in layers]
+    flat = [p for group in parameters for p in group]
+    optimizer = oracle.torch_optimizer(rule, torch.zeros(1), 0.1, 0.05)
+    optimizer.param_groups[0]["params"] = flat
+    tensors = [[TensorRule(weight_decay=0.1)] * len(layer.parameters) for layer in layers]
+    state = reference.initial_state(rule, layers)
+    for t in range(10):
+        x, target, weight = rng.normal(0, 1, (8, 5)), rng.integers(0, 3, 8), rng.uniform(0.5, 2, 8)
+        keeps = [rng.random((8, n)) >= rate for n in widths[1:-1]] + [None]
+        y = oracle.tensor(x)
+        for group, name, keep in zip(parameters, names, keeps, strict=True):
+            y = y @ group[0].T + group[1]
+            y = torch.nn.functional.prelu(y, group[2]) if name == "prelu" else oracle.TORCH_ACTIVATIONS[name](y, 0.0)
+            y = y if keep is None else y * oracle.tensor(keep) / (1.0 - rate)
+        expected = oracle.torch_loss(spec, y, target, weight, None)
+        optimizer.zero_grad()
+        expected.backward()
+        if rule.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(flat, rule.clip_norm)
+        optimizer.param_groups[0]["lr"] = rate_now = oracle.RATE * 0.9**t
+        optimizer.step()
+        batch = Batch(x, target, weight, keeps=keeps)
+        loss, layers, state = reference.train_step(layers, state, spec, rule, t, rate_now, batch, tensors)
+        oracle.assert_close(loss, expected.item())
+        for layer, group in zip(layers, parameters, strict=True):
+            for p, theirs in zip(layer.parameters, group, strict=True):
+                oracle.assert_close(p, oracle.numpy(theirs))
+
+
+def test_no_function_changes_its_arguments():
+    rng = np.random.default_rng(0)
+    layers = [Layer(rng.normal(0, 1, (3, 4)), rng.normal(0, 1, 3), "prelu", np.array([0.2]))]
+    rule = UpdateRule("adam", clip_norm=0.1)
+    state = reference.initial_state(rule, layers)
+    batch = Batch(rng.normal(0, 1, (5, 4)), rng.normal(0, 1, (5, 3)), rng.uniform(0, 1, 5))
+    arrays = [*layers[0].parameters, *itertools.chain(*state[0]), batch.x, batch.target, batch.weight]
+    for array in arrays:
+        array.setflags(write=False)
+    reference.train_step(layers, state, LossSpec("mse"), rule, 0, oracle.RATE, batch)
+
+
+# Central differences with step h have the truncation error h^2/6 |f'''| and the rounding error c u |f| / h. With f and
+# f''' of order one they balance at h = u^(1/3), 4.8e-6, where both are about u^(2/3) = 2.3e-11.
+U = UNIT["float64"]
+STEP = U ** (1 / 3)
+KINKED = {"relu", "leaky_relu", "prelu", "elu", "selu"}
+SMOOTH_LOSSES = {"cross_entropy", "binary_cross_entropy", "mse", "poisson"}
+# Third derivatives here come from products of up to three layers' weights, inputs and curvatures, each below 3: less
+# than 3^6 of the unit; the loss itself takes some hundred operations.
+TOLERANCE = (3**6 / 6) * STEP**2 + 100 * U / STEP
+
+
+def case(hidden, kind, weighted):
+    """Return a random network, a loss and a batch with every kink farther away than ten steps of h."""
+    rng = np.random.default_rng(zlib.crc32(f"{hidden} {kind} {weighted}".encode()))
+    widths = [int(w) for w in rng.integers(2, 6, int(rng.integers(3, 5)))]
+    spec = LossSpec(
+        kind,
+        reduction="sum" if rng.random() < 0.3 else "mean",
+        label_smoothing=0.1 if rng.random() < 0.5 else 0.0,
+        ignore_index=1 if rng.random() < 0.5 else None,
+        soft=bool(rng.random() < 0.3),
+        delta=0.7,
+        quantile=0.3,
+    )
+    output = "identity" if kind in ("cross_entropy", "binary_cross_entropy", "poisson") else hidden
+    names = [hidden] * (len(widths) - 2) + [output]
+    rates = [0.25] * (len(widths) - 2) + [0.0]
+    while True:
+        layers = [
+            Layer(rng.normal(0, 0.6, (n, k)), rng.normal(0, 0.3, n), name, slope_of(name, rng), rate)
+            for k, n, name, rate in zip(widths[:-1], widths[1:], names, rates, strict=True)
+        ]
+        rows = int(rng.integers(2, 6))
+        batch = Batch(
+            x=rng.normal(0, 1, (rows, widths[0])),
+            target=targets(spec, rng, rows, widths[-1]),
+            weight=rng.uniform(0.2, 2, rows) if weighted else None,
+            class_weight=rng.uniform(0.5, 2, widths[-1]) if weighted and kind == "cross_entropy" else None,
+            keeps=[rng.random((rows, n)) >= rate if rate else None for n, rate in zip(widths[1:], rates, strict=True)],
+        )
+        if far_from_kinks(layers, spec, batch):
+            return layers, spec, batch
+
+
+def slope_of(name, rng):
+    return {"leaky_relu": 0.1, "prelu": rng.uniform(0.1, 0.4, 1), "elu": 1.3}.get(name, 0.0)
+
+
+def targets(spec, rng, rows, columns):
+    if spec.kind == "cross_entropy" and not spec.soft:
+        return rng.integers(0, columns, rows)
+    values = rng.uniform(0.1, 1.0, (rows, columns))
+    return values / values.sum(axis=1, keepdims=True) if spec.kind == "cross_entropy" else values
+
+
+def far_from_kinks(layers, spec, batch):
+    """Return whether every kink is beyond the change of z by a step of h, here at most about 10 h a layer."""
+    reach = 10.0 ** len(layers) * STEP
+    y = batch.x
+    for layer, keep in zip(layers, batch.keeps, strict=True):
+        z = reference.linear(y, layer.w, layer.b)
+        if layer.activation in KINKED and np.abs(z).min() < reach:
+            return False
+        y = reference.dropout(reference.activation(layer.activation, z, layer.slope), keep, layer.rate)
+    if spec.kind in SMOOTH_LOSSES:
+        return True
+    kink = spec.delta if spec.kind == "huber" else 0.0
+    return np.abs(np.abs(y - batch.target) - kink).min() > reach
+
+
+FIELDS = ("w", "b", "slope")
+
+
+def central_difference(layers, spec, batch, index, field):
+    """Return the derivative of the loss by each element of one parameter."""
+    value = getattr(layers[index], field)
+    result = np.empty(value.shape)
+    for at in np.ndindex(value.shape):
+        losses = []
+        for sign in (1.0, -1.0):
+            moved = value.copy()
+            moved[at] += sign * STEP
+            changed = [*layers[:index], replace(layers[index], **{field: moved}), *layers[index + 1 :]]
+            losses.append(reference.gradients(changed, spec, batch)[0])
+        result[at] = (losses[0] - losses[1]) / (2.0 * STEP)
+    return result
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize(("hidden", "kind"), list(itertools.product(ACTIVATIONS, LOSSES)))
+def test_gradients_are_the_derivatives_of_the_loss(hidden, kind, weighted):
+    layers, spec, batch = case(hidden, kind, weighted)
+    loss, grads = reference.gradients(layers, spec, batch)
+    scale = max(1.0, abs(loss))
+    for index, layer in enumerate(layers):
+        for field, grad in zip(FIELDS[: len(layer.parameters)], grads[index], strict=True):
+            assert_within(grad, central_difference(layers, spec, batch, index, field), TOLERANCE * scale)

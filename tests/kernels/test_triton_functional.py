@@ -13,9 +13,12 @@ if availability()["triton"] is not None:
     pytest.skip(f"triton: {availability()['triton']}", allow_module_level=True)
 
 import torch
+import triton
+import triton.language as tl
 
 from fusemlp_kernels.triton import functional as F
 from fusemlp_kernels.triton import launch
+from fusemlp_kernels.triton.tiles import part_of
 
 DEVICE = "cpu" if launch.is_interpreted() else "cuda"
 M, K, H, N = 9, 7, 11, 5
@@ -180,3 +183,20 @@ def test_tensors_of_another_device_are_refused(monkeypatch):
         monkeypatch.setattr(F, "is_interpreted", lambda: False)
         with pytest.raises(ArgumentError, match=r"x: is on the CPU and the kernels run on a GPU; move it with x\.cuda"):
             F.linear(x, w, b)
+
+
+@triton.jit
+def copied_in_parts(x, y, PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    rows = tl.arange(0, ROWS)[:, None] * COLS
+    tile = tl.load(x + rows + tl.arange(0, COLS)[None, :])
+    for piece in tl.static_range(PARTS):
+        at = piece * (COLS // PARTS) + tl.arange(0, COLS // PARTS)
+        tl.store(y + rows + at[None, :], part_of(tile, piece, PARTS, ROWS, COLS))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_parts_side_by_side_are_the_tile(parts):
+    x = torch.arange(16 * 32, dtype=torch.float32, device=DEVICE).reshape(16, 32)
+    y = torch.full_like(x, float("nan"))
+    copied_in_parts[(1,)](x, y, PARTS=parts, ROWS=16, COLS=32)
+    assert np.array_equal(y.cpu().numpy(), x.cpu().numpy())

@@ -101,11 +101,7 @@ ELEMENTWISE = [
 
 # the learning rate of all of them
 RATE = 0.05
-SGDS = [
-    UpdateRule("sgd"),
-    UpdateRule("sgd", momentum=0.9),
-    UpdateRule("sgd", momentum=0.8, nesterov=True),
-]
+SGDS = [UpdateRule("sgd"), UpdateRule("sgd", momentum=0.9), UpdateRule("sgd", momentum=0.8, nesterov=True)]
 ADAMS = [
     UpdateRule("adam"),
     UpdateRule("adam", beta1=0.8, beta2=0.95, eps=1e-3),

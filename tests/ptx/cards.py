@@ -1,9 +1,10 @@
 """The emulated cards as devices of the contract's tests, and the choice of a tile."""
 
 import contextlib
+from dataclasses import replace
 from unittest import mock
 
-from devices import GPU, Device, Variant
+from devices import GPU, Variant
 from emulator.driver import emulated
 
 from fusemlp_kernels.triton import configs
@@ -21,8 +22,7 @@ PATHS = {
 
 def variant_of(target, precision):
     """Return the Triton backend on an emulated card, with the bounds of tensor cores."""
-    given = {name: getattr(GPU, name) for name in Device.__dataclass_fields__}
-    return Variant(Device(**{**given, "name": f"triton, emulated {target}"}), precision)
+    return Variant(replace(GPU, name=f"triton, emulated {target}"), precision)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cards import DESCRIBED, card, variant_of
 from step_bounds import Step
-from test_train_fleet import CASES, Fleet, Oracle, case, varied
+from test_train_fleet import CASES, Fleet, case, varied
 from tolerance import UNIT, assert_within
 
 from fusemlp import MLP, SGD, Adam, Callback, CrossEntropy, Engine, PReLU
@@ -84,10 +84,7 @@ def test_a_fleet_is_the_oracles(target, precision, number):
     with card(target, precision) as emulator:
         fleet = Fleet(variant_of(target, precision), shape, varied(model, 3))
         for _ in range(2):
-            steps = [Oracle(fleet, index) for index in range(3)]
-            fleet.run([1] * 3)
-            for step in steps:
-                step.check()
+            fleet.check_a_step()
         fleet.check_gaps()
     assert emulator.launched == [("resident_kernel", 3)] * 2
 
@@ -112,10 +109,7 @@ def test_tensor_descriptors_change_no_bit_of_a_fit():
     """The hidden layers' matrices come by descriptors, the gathered rows of the first by pointers."""
     found = set()
     for least, described in ((DESCRIBED, {"linear_kernel", "grad_input_kernel"}), (DESCRIBED + 1, set())):
-        with (
-            mock.patch.dict(configs.DESCRIBED, sm_90=least),
-            card("sm_90", "bf16", DESCRIBED, orders=2) as emulator,
-        ):
+        with mock.patch.dict(configs.DESCRIBED, sm_90=least), card("sm_90", "bf16", DESCRIBED, orders=2) as emulator:
             net = MLP([WIDTH, 24, 70, CLASSES], activation="silu", dropout=[0.0, 0.3])
             engine = Engine(net, batch_size=BATCH, seed=5, backend="triton", precision="bf16", plan="eager")
             engine.fit(X, y, epochs=1)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from emulator.bulk import TensorMap
+from emulator.copies import TensorMap
 from emulator.faults import Fault, Problem
 from emulator.memory import Global
 from emulator.parse import parse

@@ -5,8 +5,6 @@
 kernels and launches them. The header describes the limits of this method.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools
@@ -18,7 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -164,14 +162,8 @@ class _Kernel(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """A kernel; ``parameters``: (kind, bytes) of each, kinds as in the header; ``most_threads``: 0 if unspecified."""
-
-    name: str
-    parameters: tuple[tuple[str, int], ...]
-    most_threads: int
-    call: int
+# ``parameters``: (kind, bytes) of each, kinds as in the header; ``most_threads``: 0 if unspecified.
+Kernel = namedtuple("Kernel", "name parameters most_threads call")
 
 
 class Library:
@@ -189,16 +181,7 @@ class Library:
         self._launch.restype = None
         self._message = ctypes.create_string_buffer(400)
 
-    def launch(
-        self,
-        name,
-        grid,
-        block,
-        arguments,
-        *,
-        order="shuffled",
-        seed=0,
-    ):
+    def launch(self, name, grid, block, arguments, *, order="shuffled", seed=0):
         """Run a kernel on arguments as bytes; ``order``: of blocks and of threads between barriers.
 
         Raises ValueError if a launch would fail or read missing arguments, KernelFault during the run.

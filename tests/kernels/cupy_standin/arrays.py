@@ -1,9 +1,6 @@
 """``cupy.ndarray`` and its constructors, as far as the backend uses them."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import numpy as np
 
@@ -20,14 +17,6 @@ class Flags:
 
 class ndarray:
     """An array on the card; see ``cupy.ndarray``."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: np.dtype[Any]
-    ndim: int
-    size: int
-    nbytes: int
-    data: MemoryPointer
 
     def __init__(self, shape, dtype=float, memptr=None, strides=None):
         self.shape = (shape,) if isinstance(shape, int) else tuple(map(int, shape))
@@ -89,42 +78,12 @@ class ndarray:
     def __truediv__(self, other):
         return _computed(np.divide, self, other)
 
-    def __sub__(self, other):
-        return _computed(np.subtract, self, other)
-
-    def __abs__(self):
-        out = ndarray(self.shape, self.dtype)
-        streams.start(lambda: _assign(out, np.abs(host_of(self))))
-        return out
-
-    def __gt__(self, other):
-        return _computed(np.greater, self, other, bool)
-
-    def __eq__(self, other):
-        return _computed(np.equal, self, other, bool)
-
-    __hash__ = None
-
-    def __invert__(self):
-        out = ndarray(self.shape, self.dtype)
-        streams.start(lambda: _assign(out, ~host_of(self)))
-        return out
-
     def __iadd__(self, other):
         streams.start(lambda: _assign(self, host_of(self) + _value(other)))
         return self
 
-    def __imul__(self, other):
-        streams.start(lambda: _assign(self, host_of(self) * _value(other)))
-        return self
-
-    def clip(self, min, max):
-        return _computed(np.minimum, _computed(np.maximum, self, min), max)
-
     def sum(self):
-        out = ndarray((), self.dtype)
-        streams.start(lambda: _assign(out, host_of(self).sum()))
-        return out
+        return self._reduced(np.sum)
 
     def __getitem__(self, key):
         if isinstance(key, ndarray) and key.dtype.kind == "i":
@@ -193,11 +152,11 @@ def _value(operand):
     return host_of(operand) if isinstance(operand, ndarray) else operand
 
 
-def _computed(function, array, other, dtype=None):
+def _computed(function, array, other):
     """Return a new array, of the shape and type that NumPy's rules give two arrays, or of those of the one."""
     both = isinstance(other, ndarray)
     shape = np.broadcast_shapes(array.shape, other.shape) if both else array.shape
-    out = ndarray(shape, dtype or (np.result_type(array.dtype, other.dtype) if both else array.dtype))
+    out = ndarray(shape, np.result_type(array.dtype, other.dtype) if both else array.dtype)
     streams.start(lambda: _assign(out, function(host_of(array), _value(other))))
     return out
 

@@ -44,7 +44,7 @@ def setPointerMode(handle, mode):
 
 def gemmEx(
     handle, transa, transb, m, n, k, alpha, A, Atype, lda, B,
-    Btype, ldb, beta, C, Ctype, ldc, computeType, algo,
+    Btype, ldb, beta, C, Ctype, ldc, computeType, algo
 ):  # fmt: skip
     """C (m, n) = alpha * op(A) (m, k) @ op(B) (k, n) + beta * C, sums in float32."""
     mode = _mode_of(handle)
@@ -66,9 +66,6 @@ def gemmEx(
         _multiply(a, b, c, first, second, computeType == CUBLAS_COMPUTE_32F_FAST_TF32)
 
     streams.start(run)
-
-
-Shapes = dict[str, tuple[int, tuple[int, int]]]
 
 
 def _shapes(transa, transb, m, n, k, lda, ldb, ldc):

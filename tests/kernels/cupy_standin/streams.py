@@ -1,12 +1,7 @@
 """Devices, streams and graphs: work runs at once, or is recorded during a capture."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 from cupy_standin.memory import LIVE, CUDARuntimeError, Misuse
 
-Work = Callable[[], object]
 SILENT = "the stand-in has no such name"
 
 
@@ -96,8 +91,6 @@ def get_current_stream():
 
 class Device:
     """The one card."""
-
-    id: int
 
     def __init__(self, device=0):
         if device != 0:

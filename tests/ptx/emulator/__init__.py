@@ -1,8 +1,8 @@
 """An emulator of the PTX that Triton emits for sm_80 and sm_90, in NumPy, from NVIDIA's "PTX ISA".
 
 ``parse`` reads the text; ``opcodes`` has the arithmetic, ``matrix`` the instructions of warps, ``warpgroup`` wgmma,
-``copies`` cp.async, ``bulk`` mbarriers and the copies of tensors; ``memory`` and ``order`` check each access;
-``schedule`` runs the threads; ``driver`` is a Triton driver, so that the engine's launches run unchanged.
+``copies`` cp.async, mbarriers and the copies of tensors; ``memory`` checks each access and its order; ``schedule`` runs
+the threads; ``driver`` is a Triton driver, so that the engine's launches run unchanged.
 
 All threads of several blocks run an instruction as one vector. These stop a kernel, with its line of Python: an address
 outside the allocations or misaligned; shared memory that is read before it is written, or while a copy into it is under

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from unittest import mock
@@ -23,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fusemlp_kernels.triton import backend, configs
 from fusemlp_kernels.triton.launch import TritonDevice
 
-from .bulk import TensorMap
+from .copies import TensorMap
 from .memory import Global
 from .parse import parse
 from .schedule import Code, Launch
@@ -74,14 +75,7 @@ class Emulator:
     def capability(self):
         return int(self.target.removeprefix("sm_"))
 
-    def launch(
-        self,
-        function,
-        programs,
-        signature,
-        arguments,
-        boxes,
-    ):
+    def launch(self, function, programs, signature, arguments, boxes):
         """Run a kernel over ``programs`` blocks; ``boxes`` is Triton's metadata of its tensor descriptors."""
         values, maps = [], {}
         for kind, value in zip(signature, arguments, strict=True):
@@ -110,12 +104,8 @@ class Emulator:
             ).run()  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Function:
-    """A loaded kernel: its PTX, and the bytes of its dynamic shared memory."""
-
-    text: str
-    shared: int
+# A loaded kernel: its PTX, and the bytes of its dynamic shared memory.
+Function = namedtuple("Function", "text shared")
 
 
 @functools.cache

@@ -1,17 +1,10 @@
 """The errors of the emulator."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from collections import namedtuple
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(namedtuple("Place", "kernel source text")):
     """An instruction in the kernel's PTX, and the line of Python it comes from."""
-
-    kernel: str
-    source: str
-    text: str
 
     def __str__(self):
         return f"{self.kernel} at {self.source}: {self.text}"

@@ -1,17 +1,13 @@
 """From an instruction to a function that runs it for the active threads."""
 
-from collections.abc import Callable
-
 import numpy as np
 
-from . import bulk, copies, warpgroup
+from . import copies, warpgroup
 from .faults import Problem
 from .matrix import matrix_addresses, multiply, reduced, shuffle
 from .opcodes import TYPES, arithmetic, packed_comparison
 from .parse import Address, Register, Vector
-from .threads import Active, reader
-
-Step = Callable[[Active], None]
+from .threads import reader
 
 
 def step_of(instruction):
@@ -256,7 +252,7 @@ def _multiply(instruction):
 
 def _copy(instruction):
     if "bulk" in instruction.modifiers:
-        return bulk.copy_step(instruction)
+        return copies.copy_step(instruction)
     if instruction.name == "cp.async.commit_group":
         return copies.commit
     if instruction.name == "cp.async.wait_group":
@@ -295,5 +291,5 @@ def _ignore(value):
 SPECIAL = {
     "ld": _load, "st": _store, "atom": _atomic, "shfl": _shuffle, "redux": _reduce, "ldmatrix": _load_matrix,
     "stmatrix": _store_matrix, "mma": _multiply, "cp": _copy, "fence": _fence, "wgmma": warpgroup.step_of,
-    "mbarrier": bulk.barrier_step, "elect": bulk.elect_step,
+    "mbarrier": copies.barrier_step, "elect": copies.elect_step,
 }  # fmt: skip

@@ -82,7 +82,7 @@ class Launch:
 
     def __init__(
         self, code, blocks, arguments, memory, shared_bytes,
-        *, seed = 0, orders = 1, limit = 5_000_000, maps = None,
+        *, seed = 0, orders = 1, limit = 5_000_000, maps = None
     ):  # fmt: skip
         self.code, self.module, self.limit, module = code, code.module, limit, code.module
         self.threads = Threads(np.asarray(blocks), module.threads, memory, shared_bytes, seed)

@@ -5,9 +5,8 @@ import functools
 import numpy as np
 
 from .faults import Problem
-from .memory import Shared
+from .memory import WARP_BITS, Shared
 from .opcodes import TYPES
-from .order import WARP_BITS
 from .parse import Register
 
 WARP = 32
@@ -32,7 +31,7 @@ class Active:
 
     @property
     def now(self):
-        """The stretch and warp of each of these threads; see ``order``."""
+        """The stretch and warp of each of these threads; see ``memory.Order``."""
         return self.threads.now[self.index]
 
     @functools.cached_property
@@ -109,7 +108,7 @@ class Threads:
         self.copy_groups = np.zeros(self.count, np.int64)
         self.products = []
         self.product_groups = np.zeros(self.count // WARP, np.int64)
-        # By block and address; and the threads that wait for one, which the others go before (``bulk``).
+        # By block and address; and the threads that wait for one, which the others go before (``copies``).
         self.barriers = {}
         self.maps = {}
         self.late, self.refused, self.progress = np.zeros(self.count, np.bool_), False, 0

@@ -8,14 +8,12 @@ rows of a swizzled matrix have 32, 64 or 128 bytes; eight of them lie one after 
 change places by the number of the row, which is a part of the address. Each warp computes its 16 rows of the 64.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from collections import namedtuple
 
 import numpy as np
 
 from .matrix import GROUP, MEMBER, gathered, product, values_of
-from .parse import Register, Vector
+from .parse import Vector
 from .threads import WARP, Active, reader
 
 # The bytes of a row, by the descriptor's two bits for the swizzle.
@@ -39,24 +37,13 @@ def addresses_of(descriptors, across, along, transposed, size):
     return address ^ (address >> 7 & span // 16 - 1) << 4
 
 
-@dataclass
-class Product:
+class Product(namedtuple("Product", "warps group target kind a b transposed keeps")):
     """``target`` += a @ b, of ``warps``; a is an array of descriptors (warps,) or of matrices; ``keeps`` tells whether
     the sums go on from those in ``target``. ``group`` is the number of each warp's group of products."""
 
-    warps: np.ndarray
-    group: np.ndarray
-    target: tuple[Register, ...]
-    kind: str
-    a: np.ndarray
-    b: np.ndarray
-    transposed: tuple[bool, bool]
-    keeps: np.ndarray
-
     def of(self, some):
-        rows = (one[some] for one in (self.warps, self.group, self.a, self.b, self.keeps))
-        warps, group, a, b, keeps = rows
-        return Product(warps, group, self.target, self.kind, a, b, self.transposed, keeps)
+        names = ("warps", "group", "a", "b", "keeps")
+        return self._replace(**{name: getattr(self, name)[some] for name in names})
 
 
 def step_of(instruction):

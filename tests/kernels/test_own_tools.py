@@ -1,16 +1,90 @@
-"""The error bounds are sharp: they refuse results that are wrong by little."""
+"""The tests' own tools: placed memory and its watch, the comparator, bounds that refuse what is wrong by little."""
 
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import torch_oracle as oracle
 from calls import RULES, Clock, run_loss, state_arrays
 from devices import VARIANT_PARAMETERS
-from strategies import Values, exact
+from memory import Memory, Values, Watch, base_of, elements_of, exact, place
 from tolerance import assert_updated, assert_within, linear_bound, loss_grad_bound
 
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import LossSpec, Segment, TensorRule, UpdateRule
+
+LAYOUTS = ("plain", "transposed", "stepped", "reversed", "offset", "pitched", "gapped", "owned")
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 8), (1, 1), (0, 4), (4, 0), (7,), (0,)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_placed_array_holds_its_values_between_guard_bands(layout, shape):
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    array = place(values, layout)
+    base = base_of(array)
+    np.testing.assert_array_equal(array, values)
+    assert isinstance(base, Memory) and (base.owned is not None) == (layout == "owned")
+    at = elements_of(array, base)
+    np.testing.assert_array_equal(np.array(base)[at], values)
+    others = np.delete(np.array(base), at.ravel())
+    padding = -shape[-1] % 8 * shape[0] if layout == "owned" and len(shape) == 2 else 0
+    assert np.isnan(others).sum() == others.size - padding and (others == 0).sum() == padding
+    if at.size:
+        assert at.min() >= 100 and at.max() < base.size - 100
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whatever_changes_outside_of_the_outputs_is_seen(layout):
+    x, y = place(np.ones((3, 5), np.float32), layout), place(np.ones((3, 5), np.float32), layout)
+    counters = np.zeros(3, np.int64)
+    watch = Watch([x, y, counters], [y])
+    watch.remember()
+    y[...] = 2.0
+    watch.check()
+    base = np.array(base_of(y))
+    outside = np.setdiff1d(np.arange(base.size), elements_of(y, base_of(y)).ravel())
+    # Another NaN pattern is a change too.
+    for at in (outside[0], outside[len(outside) // 2], outside[-1]):
+        watch.remember()
+        base_of(y).view(np.ndarray).view(np.uint32)[at] ^= 1
+        with pytest.raises(AssertionError, match="1 elements changed outside"):
+            watch.check()
+    for array in (x, counters):
+        watch.remember()
+        array[...] = 3
+        with pytest.raises(AssertionError, match="elements changed outside"):
+            watch.check()
+
+
+def test_the_comparator_refuses_nan_and_shapes():
+    for actual, expected, limit in [
+        (oracle.NAN, 1.0, 1.0),
+        (1.0, oracle.NAN, 1.0),
+        (1.0, 2.0, oracle.NAN),
+        ([1.0], 1.0, 1.0),
+    ]:
+        with pytest.raises(AssertionError):
+            assert_within(actual, expected, limit)
+    assert_within([oracle.NAN, np.inf], [oracle.NAN, np.inf], 0.0)
+
+
+@pytest.mark.parametrize("spec", oracle.CROSS_ENTROPIES + oracle.ELEMENTWISE, ids=str)
+def test_the_loss_bound_admits_the_same_formula_in_float32(spec):
+    """The oracle in float32 is a correct implementation: its errors are within the bound."""
+    for seed in range(5):
+        z, t, weight, class_weight = oracle.loss_case(spec, seed, rows=20, columns=9)
+        z, weight, class_weight = (a.astype(np.float32) for a in (z, weight, class_weight))
+        t = t.astype(np.float32) if t.dtype == np.float64 else t
+        classes = class_weight if spec.kind == "cross_entropy" else None
+        _, dz = reference.loss_grad(spec, z, t, weight, classes)
+        wide = [
+            None if a is None else a.astype(np.float64) if a.dtype == np.float32 else a for a in (z, t, weight, classes)
+        ]
+        loss, expected = reference.loss_grad(spec, *wide)
+        loss_error, dz_error = loss_grad_bound(spec, *wide)
+        assert_within(dz, expected, dz_error)
+        assert 0.0 < loss_error < 1e-4 * max(1.0, abs(loss))
+
 
 on_every_device = pytest.mark.parametrize(
     "variant", [parameter for parameter in VARIANT_PARAMETERS if parameter.values[0].precision == "fp32"]
