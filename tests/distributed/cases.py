@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from fusemlp import (
-    FGSM,
-    MLP,
-    SGD,
-    Adam,
-    AdamW,
-    ArgumentError,
-    Callback,
-    CrossEntropy,
-    DistributedError,
-    Engine,
-    PReLU,
-)
+import fusemlp
 
 STEPS = 50
 
@@ -30,7 +18,8 @@ STEPS = 50
 class Case:
     """An engine and a fit of at least ``steps`` steps; those in fp64 are compared with training in one process."""
 
-    engine: Callable[..., Engine]
+    sizes: tuple[int, ...]
+    options: Mapping[str, Any]
     steps: int = STEPS
     rows: int = 123
     fit: Mapping[str, Any] = field(default_factory=dict)
@@ -38,53 +27,36 @@ class Case:
     weighted: bool = False
     validates: bool = False
 
-
-def engine(*sizes, **options):
-    network = {name: options.pop(name) for name in ("dropout", "activation") if name in options}
-
-    def made(**others):
-        return Engine(MLP(list(sizes), **network), backend="numpy", seed=5, **{**options, **others})
-
-    return made
+    def engine(self, **others):
+        options = {"backend": "numpy", "batch_size": 32, **self.options, **others}
+        network = {name: options.pop(name) for name in ("dropout", "activation") if name in options}
+        return fusemlp.Engine(fusemlp.MLP(self.sizes, **network), seed=5, **options)
 
 
-MOMENTUM = SGD(lr=0.05, momentum=0.9)
+SMALL, DEEPER, FP64 = (9, 24, 4), (9, 24, 16, 4), {"precision": "fp64"}
+MOMENTUM, ADAM = {"optimizer": fusemlp.SGD(lr=0.05, momentum=0.9)}, {"optimizer": fusemlp.Adam(lr=0.01)}
+SLOPES, WEIGHTS = {"activation": fusemlp.PReLU(0.2)}, [1.0, 2.0, 0.5, 1.0]
+SMOOTHED = {"loss": fusemlp.CrossEntropy(label_smoothing=0.1, class_weight=WEIGHTS)}
 CASES = {
-    "momentum": Case(engine(9, 24, 4, optimizer=MOMENTUM, batch_size=32)),
-    "momentum fp64": Case(engine(9, 24, 4, optimizer=MOMENTUM, batch_size=32, precision="fp64")),
-    "adam": Case(engine(9, 24, 4, optimizer=Adam(lr=0.01), batch_size=32)),
-    "adam fp64": Case(engine(9, 24, 4, optimizer=Adam(lr=0.01), batch_size=32, precision="fp64")),
-    "batch of 5": Case(engine(9, 12, 4, optimizer=MOMENTUM, batch_size=5, precision="fp64"), rows=58),
-    "clipping": Case(engine(9, 24, 4, optimizer=AdamW(lr=0.01, clip_norm=0.1), batch_size=32)),
-    "accumulation": Case(engine(9, 24, 4, optimizer=Adam(lr=0.01, accumulate=3), batch_size=32)),
-    "accumulation fp64": Case(
-        engine(9, 24, 4, optimizer=SGD(lr=0.05, accumulate=3, clip_norm=0.2), batch_size=32, precision="fp64")
-    ),
-    "dropout": Case(engine(9, 24, 16, 4, dropout=0.3, optimizer=Adam(lr=0.01), batch_size=32)),
-    "dropout fp64": Case(
-        engine(9, 24, 16, 4, dropout=0.3, activation=PReLU(0.2), optimizer=MOMENTUM, batch_size=32, precision="fp64")
-    ),
-    "weights fp64": Case(
-        engine(
-            9, 24, 4, loss=CrossEntropy(label_smoothing=0.1, class_weight=[1.0, 2.0, 0.5, 1.0]), optimizer=MOMENTUM,
-            batch_size=32, precision="fp64",
-        ),
-        weighted=True,
-    ),
-    "numbers": Case(engine(9, 24, 3, loss="huber", activation="gelu", batch_size=32, optimizer=MOMENTUM), numbers=True),
+    "momentum": Case(SMALL, MOMENTUM),
+    "momentum fp64": Case(SMALL, MOMENTUM | FP64),
+    "adam": Case(SMALL, ADAM),
+    "adam fp64": Case(SMALL, ADAM | FP64),
+    "batch of 5": Case((9, 12, 4), {**MOMENTUM, **FP64, "batch_size": 5}, rows=58),
+    "clipping": Case(SMALL, {"optimizer": fusemlp.AdamW(lr=0.01, clip_norm=0.1)}),
+    "accumulation": Case(SMALL, {"optimizer": fusemlp.Adam(lr=0.01, accumulate=3)}),
+    "accumulation fp64": Case(SMALL, {"optimizer": fusemlp.SGD(lr=0.05, accumulate=3, clip_norm=0.2), **FP64}),
+    "dropout": Case(DEEPER, {**ADAM, "dropout": 0.3}),
+    "dropout fp64": Case(DEEPER, {**MOMENTUM, **SLOPES, **FP64, "dropout": 0.3}),
+    "weights fp64": Case(SMALL, {**MOMENTUM, **SMOOTHED, **FP64}, weighted=True),
+    "numbers": Case((9, 24, 3), {**MOMENTUM, "loss": "huber", "activation": "gelu"}, numbers=True),
     "average fp64": Case(
-        engine(9, 24, 3, loss="mse", batch_size=32, optimizer=AdamW(lr=0.01, ema=0.9), precision="fp64"), numbers=True
+        (9, 24, 3), {"loss": "mse", "optimizer": fusemlp.AdamW(lr=0.01, ema=0.9), **FP64}, numbers=True
     ),
     # wide enough for several tasks of the compiled loop in a shard, whose sums have their order; float64 shows it
-    "wide fp64": Case(
-        engine(
-            64, 256, 4, dropout=0.1, activation=PReLU(0.2), optimizer=MOMENTUM, batch_size=512, precision="fp64"
-        ),
-        rows=1100,
-    ),
+    "wide fp64": Case((64, 256, 4), {**MOMENTUM, **SLOPES, **FP64, "dropout": 0.1, "batch_size": 512}, rows=1100),
     "early stopping": Case(
-        engine(9, 24, 4, optimizer=Adam(lr=0.05), batch_size=32, normalise=True),
-        fit={"early_stopping": 2, "epochs": 60},
+        SMALL, {"optimizer": fusemlp.Adam(lr=0.05), "normalise": True}, fit={"early_stopping": 2, "epochs": 60},
         validates=True,
     ),
 }  # fmt: skip
@@ -121,7 +93,7 @@ def trained(case, **others):
     return arrays | {f"history {name}": np.array(values) for name, values in history.history.items()}
 
 
-class StopsOnRank(Callback):
+class StopsOnRank(fusemlp.Callback):
     """Stops training on one rank alone."""
 
     def __init__(self, rank):
@@ -132,35 +104,33 @@ class StopsOnRank(Callback):
             engine.stop_training = True
 
 
-def message(run, error):
+def message(run):
+    """Return the error of a call: a DistributedError where ranks differ, else an ArgumentError."""
     try:
         run()
-    except error as raised:
-        return str(raised)
+    except (fusemlp.DistributedError, fusemlp.ArgumentError) as error:
+        assert isinstance(error, fusemlp.DistributedError) == str(error).startswith("distributed: ")
+        return str(error)
     raise AssertionError("no error")
 
 
 def refusals(rank):
     """Return the errors of what ranks do not share, or cannot do together."""
     case = CASES["momentum"]
-    given = data(case)
+    given, net, alike = data(case), fusemlp.MLP([9, 4]), {"backend": "numpy", "distributed": True}
     made = case.engine(distributed=True)
-    other = {**given, "X": given["X"] + (rank == 1)}
     before = made.memory.params.copy()
-    found = {
-        "seed": message(lambda: Engine(MLP([9, 4]), seed=rank, backend="numpy", distributed=True), DistributedError),
-        "loss": message(
-            lambda: Engine(MLP([9, 4]), "mse" if rank else "mae", backend="numpy", distributed=True), DistributedError
-        ),
-        "reduce": message(
-            lambda: case.engine(distributed=True, reduce="fast" if rank else "ordered"), DistributedError
-        ),
-        "data": message(lambda: made.fit(**other), DistributedError),
-        "epochs": message(lambda: made.fit(**{**given, "epochs": 1 + rank}), DistributedError),
-        "step": message(lambda: made.step(given["X"][:8], given["y"][:8]), ArgumentError),
-        "adversarial": message(lambda: made.fit(**given, adversarial=FGSM(0.1)), ArgumentError),
-        "plan": message(lambda: case.engine(distributed=True, plan="eager"), ArgumentError),
+    refused = {
+        "seed": lambda: fusemlp.Engine(net, seed=rank, **alike),
+        "loss": lambda: fusemlp.Engine(net, "mse" if rank else "mae", **alike),
+        "reduce": lambda: case.engine(distributed=True, reduce="fast" if rank else "ordered"),
+        "data": lambda: made.fit(**{**given, "X": given["X"] + (rank == 1)}),
+        "epochs": lambda: made.fit(**{**given, "epochs": 1 + rank}),
+        "step": lambda: made.step(given["X"][:8], given["y"][:8]),
+        "adversarial": lambda: made.fit(**given, adversarial=fusemlp.FGSM(0.1)),
+        "plan": lambda: case.engine(distributed=True, plan="eager"),
     }
+    found = {name: message(run) for name, run in refused.items()}
     assert np.array_equal(made.memory.params, before)
     # and an engine that was refused something trains on
     made.fit(**given, callbacks=[StopsOnRank(1)])

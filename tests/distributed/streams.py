@@ -7,7 +7,7 @@ from unittest import mock
 import numpy as np
 from cases import message
 
-from fusemlp import MLP, SGD, Adam, Blocks, Callback, CrossEntropy, DistributedError, Engine, load_checkpoint
+from fusemlp import MLP, SGD, Adam, Blocks, Callback, CrossEntropy, Engine, load_checkpoint
 from fusemlp.inputs import blocks
 
 ROWS, SIZE = 101, 16
@@ -149,11 +149,11 @@ def main(files, folder):
     found["resumed"] = {"params": again.memory.params}
     other = engine(distributed=True)
     said = {
-        "seed": message(lambda: other.fit(of_arrays(files, seed=rank), epochs=1), DistributedError),
-        "shuffle": message(lambda: other.fit(of_arrays(files, shuffle=rank == 0), epochs=1), DistributedError),
-        "batches": message(lambda: other.fit([(rows()[0] + rank, rows()[1])], epochs=1), DistributedError),
-        "targets": message(lambda: other.fit(unlike(rank), epochs=1), DistributedError),
-        "steps": message(lambda: other.fit(generated(files), steps_per_epoch=2 + rank, epochs=1), DistributedError),
+        "seed": message(lambda: other.fit(of_arrays(files, seed=rank), epochs=1)),
+        "shuffle": message(lambda: other.fit(of_arrays(files, shuffle=rank == 0), epochs=1)),
+        "batches": message(lambda: other.fit([(rows()[0] + rank, rows()[1])], epochs=1)),
+        "targets": message(lambda: other.fit(unlike(rank), epochs=1)),
+        "steps": message(lambda: other.fit(generated(files), steps_per_epoch=2 + rank, epochs=1)),
     } if int(os.environ["WORLD_SIZE"]) > 1 else {}  # fmt: skip
     print({"read": read, "said": said})
     if rank == 0:

@@ -1,6 +1,5 @@
 """Several processes train on the Triton backend: under its interpreter, with gloo in place of NCCL."""
 
-import ast
 import os
 
 import numpy as np
@@ -9,35 +8,23 @@ import worlds
 from card_ranks import CASES, main
 from cases import trained
 
+from make import assert_same
+
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("for Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
 
 
-class Worlds:
-    """The results of worlds of one and of two ranks, each of which has run once."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.outputs = {count: worlds.run(count, folder / str(count), main, folder / str(count)) for count in (1, 2)}
-
-    def of(self, count, name):
-        with np.load(self.folder / str(count) / f"{name}.npz") as found:
-            return dict(found)
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return Worlds(tmp_path_factory.mktemp("cards"))
+    return worlds.Worlds(tmp_path_factory.mktemp("cards"), (1, 2), main)
 
 
 @pytest.mark.parametrize("name", [*CASES, "resumed", "overflows"])
 def test_one_and_two_ranks_give_the_same_bits(found, name):
-    one, two = found.of(1, name), found.of(2, name)
-    assert one.keys() == two.keys()
-    for key, array in one.items():
-        assert array.tobytes() == two[key].tobytes(), key
+    one = found.of(1, name)
+    assert_same(found.of(2, name), one)
     assert np.isfinite(one["params"]).all() and one["params"].any()
 
 
@@ -45,13 +32,8 @@ def test_one_and_two_ranks_give_the_same_bits(found, name):
 def test_two_ranks_train_as_one_process_does(found, name):
     """The bound: 2 updates, each of which adds lr g / (1 - momentum) at most, with an error of gamma_n |g|, n being the
     additions of a batch, the weighing of its shards and a product of 12; |g| is below 4 for these data."""
-    case = CASES[name.removesuffix(", fast")]
-    alone, together = trained(case), found.of(2, name)
-    assert alone.keys() == together.keys()
-    unit = 2.0**-24
-    bound = 2 * 0.05 / (1 - 0.9) * (20 + 8 + 2 + 12) * unit * 4
-    for key, array in alone.items():
-        np.testing.assert_allclose(together[key], array, rtol=0, atol=bound, err_msg=key)
+    bound = 2 * 0.05 / (1 - 0.9) * (20 + 8 + 2 + 12) * 2.0**-24 * 4
+    found.assert_close(2, name, trained(CASES[name.removesuffix(", fast")]), rtol=0, atol=bound)
 
 
 def test_an_overflow_skips_the_batch_on_all_ranks(found):
@@ -64,5 +46,5 @@ def test_early_stopping_ends_both_ranks_alike(found):
 
 
 def test_the_plan_says_that_it_is_shared(found):
-    said = ast.literal_eval(found.outputs[2][0])
-    assert said["plan"] == "eager" and said["reason"].startswith("the launches of a step, and a collective between")
+    assert found.said(2, "plan")[0] == "eager"
+    assert found.said(2, "reason")[0].startswith("the launches of a step, and a collective between")

@@ -16,11 +16,11 @@ import pytest
 import worlds
 from safetensors.numpy import load_file
 
+import make
 from fusemlp import ArgumentError, load
 from fusemlp.cli import main, session, train
 from fusemlp.cli.options import TrainOptions
 from fusemlp.report.runs import create_run, discard_begun, unlock
-from fusemlp.runtime.ranks import VARIABLES
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
@@ -34,17 +34,15 @@ def last(folder):
     return dict(load_file(folder / "checkpoints" / "last.safetensors"))
 
 
-def in_this_process(*words):
-    with pytest.raises(SystemExit) as ended:
-        main(["train", *words, "--quiet"])
-    assert ended.value.code == 0
+def train_here(*words):
+    assert make.run("train", *words, "--quiet") == 0
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, alone):
     """The run of one process that nothing cuts off."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    in_this_process(*TRAIN[1:], "--out", str(folder))
+    train_here(*TRAIN[1:], "--out", folder)
     return folder
 
 
@@ -57,10 +55,7 @@ def wait_for_epochs(run):
 
 
 def assert_same_run(one, other):
-    tensors = last(one), last(other)
-    assert tensors[0].keys() == tensors[1].keys()
-    for name, array in tensors[0].items():
-        assert array.tobytes() == tensors[1][name].tobytes(), name
+    make.assert_same(last(one), last(other))
     rows = [(folder / "metrics.csv").read_text(encoding="utf-8") for folder in (one, other)]
     assert rows[0] == rows[1] and rows[0].count("\n") == 101
 
@@ -77,14 +72,14 @@ def test_the_ranks_are_terminated_and_the_run_goes_on_exactly_with_another_numbe
     assert first == 0 and other == (0, ""), text
     assert text.count("interrupted after epoch") == 1 and text.count("ordered, 2 ranks") == 1
     assert [path.name for path in cut.parent.iterdir()] == ["cut"]
-    in_this_process("--resume", str(cut))
+    train_here("--resume", cut)
     assert_same_run(cut, whole)
 
 
 def test_a_run_of_ranks_that_had_slices_of_the_optimizers_state_goes_on(tmp_path, alone):
     """By the release that wrote it, with the same bits; here to within rounding on another processor."""
     run = Path(shutil.copytree(SLICES, tmp_path / "run"))
-    in_this_process("--resume", str(run), "--epochs", "12")
+    train_here("--resume", run, "--epochs", "12")
     resumed, expected = (
         np.loadtxt(path, delimiter=",", skiprows=1) for path in (run / "metrics.csv", SLICES / "resumed.csv")
     )
@@ -92,10 +87,7 @@ def test_a_run_of_ranks_that_had_slices_of_the_optimizers_state_goes_on(tmp_path
 
 
 def test_the_option_that_is_gone_says_what_took_its_place(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main([*TRAIN, "--shard-optimizer"])
-    assert ended.value.code == 2
-    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    said = " ".join(make.refusal(capsys, *TRAIN, "--shard-optimizer").replace("│", " ").split())
     assert "--shard-optimizer: it is gone: each process keeps the whole state of the optimizer now; leave" in said
 
 
@@ -140,7 +132,7 @@ def restarted(monkeypatch, job):
 def begun(run, whole, job, **report):
     """Copy the whole run as one that a job of torchrun has made, with these values in its report."""
     shutil.copytree(whole, run)
-    config, told = (json.loads((run / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "report"))
+    config, told = (make.read(run / f"{name}.json") for name in ("config", "report"))
     config["job"] = f"{job}: {config['command'].replace(str(whole), str(run))}"
     for name, content in (("config", config), ("report", told | report)):
         (run / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
@@ -161,7 +153,7 @@ def test_a_failure_before_the_first_epoch_or_after_the_last_is_made_good(ended, 
         for name in ("start.safetensors", ".start.safetensors.0123.tmp"):
             (run / "checkpoints" / name).write_bytes(b"")
     restarted(monkeypatch, "job")
-    in_this_process(*TRAIN[1:], "--out", str(run))
+    train_here(*TRAIN[1:], "--out", run)
     assert_same_run(run, whole)
 
 
@@ -172,7 +164,7 @@ def test_a_job_without_an_id_goes_on_with_the_run_of_its_command(tmp_path, whole
     restarted(monkeypatch, "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     options = TrainOptions(data="wine", out=str(run))
-    config = json.loads((run / "config.json").read_text(encoding="utf-8")) | session.own_job(options)
+    config = make.read(run / "config.json") | session.own_job(options)
     (run / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert train.going_on(options) == (TrainOptions(resume=str(run)), True)
     assert f"{run} is the run of this command, which goes on with it" in capsys.readouterr().err
@@ -185,21 +177,13 @@ def test_a_job_without_an_id_goes_on_with_the_run_of_its_command(tmp_path, whole
 
 # "job": an id that is always the same
 @pytest.mark.parametrize(("made_by", "more"), [("another job", ()), ("job", ("--lr", "0.2"))])
-def test_a_restart_takes_over_no_run_that_another_job_has_made(
-    made_by,
-    more,
-    tmp_path,
-    whole,
-    monkeypatch,
-    capsys,
-):
+def test_a_restart_takes_over_no_run_that_another_job_has_made(made_by, more, tmp_path, whole, monkeypatch, capsys):
     run = tmp_path / "run"
     begun(run, whole, made_by)
     before = files(run)
     restarted(monkeypatch, "job")
-    with pytest.raises(SystemExit) as ended:
-        main([*TRAIN, *more, "--out", str(run), "--quiet"])
-    assert ended.value.code == 2 and "is not empty; give a new or empty folder" in capsys.readouterr().err
+    said = make.refusal(capsys, *TRAIN, *more, "--out", run, "--quiet")
+    assert "is not empty; give a new or empty folder" in said
     assert files(run) == before
 
 
@@ -208,9 +192,7 @@ def test_a_run_that_diverged_is_not_trained_to_the_same_divergence_by_a_restart(
     begun(run, whole, "job", diverged=True)
     before = files(run)
     restarted(monkeypatch, "job")
-    with pytest.raises(SystemExit) as ended:
-        main([*TRAIN, "--out", str(run), "--quiet"])
-    assert ended.value.code == 2 and "the run diverged, and would again" in capsys.readouterr().err
+    assert "the run diverged, and would again" in make.refusal(capsys, *TRAIN, "--out", run, "--quiet")
     assert files(run) == before
 
 
@@ -249,12 +231,10 @@ def test_the_restart_of_a_resumed_run_that_had_nothing_left_to_do_is_refused_too
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     restarted(monkeypatch, "job")
-    with pytest.raises(SystemExit) as ended:
-        main(["train", "--resume", str(run), "--quiet"])
-    assert ended.value.code == 2 and "the run has done its 100 epochs" in capsys.readouterr().err
-    in_this_process("--resume", str(run), "--epochs", "101")
+    assert "the run has done its 100 epochs" in make.refusal(capsys, "train", "--resume", run, "--quiet")
+    train_here("--resume", run, "--epochs", "101")
     # this job made the last epoch, so its restart ends the run once more
-    in_this_process("--resume", str(run), "--epochs", "101")
+    train_here("--resume", run, "--epochs", "101")
 
 
 def test_a_folder_with_files_of_others_stays_as_it_is(tmp_path):
@@ -271,9 +251,8 @@ def test_a_restart_with_resume_discards_nothing(tmp_path, monkeypatch, alone, ca
     unlock()
     run.checkpoint("start").write_bytes(b"")
     restarted(monkeypatch, "job")
-    with pytest.raises(SystemExit) as ended:
-        main(["train", "--resume", str(run.path)])
-    assert ended.value.code == 1 and "it has no config.json" in capsys.readouterr().err
+    assert make.run("train", "--resume", run.path) == 1
+    assert "it has no config.json" in capsys.readouterr().err
     assert run.checkpoint("start").exists()
 
 
@@ -287,11 +266,6 @@ def test_the_script_of_the_page_trains(tmp_path, monkeypatch, alone):
     assert np.mean(load("model.safetensors").predict(names["data"].X) == names["data"].y) >= 0.95
 
 
-def as_rank(monkeypatch, rank):
-    for name, value in zip(VARIABLES, (rank, "2", "127.0.0.1", "1"), strict=True):
-        monkeypatch.setenv(name, value)
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -302,32 +276,20 @@ def as_rank(monkeypatch, rank):
     ],
 )
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_what_several_processes_do_not_do_is_refused(
-    words,
-    said,
-    rank,
-    tmp_path,
-    monkeypatch,
-    capsys,
-):
-    as_rank(monkeypatch, rank)
-    with pytest.raises(SystemExit) as ended:
-        main([*words, "--out", str(tmp_path / "run")])
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: {'' if rank == '0' else 'rank 1: '}{said}")
+def test_what_several_processes_do_not_do_is_refused(words, said, rank, tmp_path, monkeypatch, capsys):
+    worlds.as_rank(monkeypatch, rank, 2)
+    error = make.refusal(capsys, *words, "--out", tmp_path / "run")
+    assert error.startswith(f"error: {'' if rank == '0' else 'rank 1: '}{said}")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_may_be_restarted_needs_a_folder_and_torchruns_summary_says_so(tmp_path, monkeypatch, capsys):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-    as_rank(monkeypatch, "1")
+    worlds.as_rank(monkeypatch, 1, 2)
     path = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
-    with pytest.raises(SystemExit) as ended:
-        main([*TRAIN])
-    assert ended.value.code == 2
-    said = capsys.readouterr().err.strip()
+    said = make.refusal(capsys, *TRAIN).strip()
     assert said.startswith("error: rank 1: --out: torchrun starts these processes again after a failure")
     assert said in str(ChildFailedError("fusemlp", {1: ProcessFailure(1, 99, 2, str(path))}))

@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 import numpy as np
 import pytest
+import worlds
 
 from fusemlp_kernels import availability
 
@@ -30,6 +31,7 @@ from fusemlp.runtime.shards import LAYERS
 from fusemlp_kernels.registry import TRAITS
 from fusemlp_kernels.triton import grouped
 from fusemlp_kernels.triton.backend import TritonBackend
+from make import assert_same
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.standard_normal((43, 3)).astype(np.float32), RNG.integers(0, 2, 43)
@@ -207,8 +209,7 @@ def test_replayed_steps_have_the_bits_of_eager_ones(monkeypatch, given):
             engine.fit(X[:14], Y[:14], epochs=1)
             assert ("captured" in card.events) == (plan == "graph")
             found.append(engine.memory.snapshot())
-    for name, array in found[0].items():
-        assert array.tobytes() == found[1][name].tobytes(), name
+    assert_same(*found)
 
 
 def a_backend(name, device, precision, needs=()):
@@ -219,21 +220,17 @@ def a_backend(name, device, precision, needs=()):
     return SimpleNamespace(traits=TRAITS[name], device=device or default)
 
 
-def as_rank(monkeypatch, local):
-    for name, value in zip(ranks.VARIABLES, (str(local), "4", "127.0.0.1", "1"), strict=True):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("LOCAL_RANK", str(local))
-
-
 def test_a_process_takes_the_card_of_its_number(monkeypatch):
     monkeypatch.setattr(backends, "open_backend", a_backend)
     assert open_here("triton", None, "fp32").device == "cuda:0"
-    as_rank(monkeypatch, 1)
+    worlds.as_rank(monkeypatch, 1, 4)
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert open_here("triton", None, "fp32").device == "cuda:1"
     assert open_here("triton", "cuda:0", "fp32").device == "cuda:0"
     assert open_here("numpy", None, "fp32").device == "cpu"
     # a process that sees fewer cards, its own alone perhaps
-    as_rank(monkeypatch, 2)
+    worlds.as_rank(monkeypatch, 2, 4)
+    monkeypatch.setenv("LOCAL_RANK", "2")
     assert open_here("triton", None, "fp32").device == "cuda:0"
 
 

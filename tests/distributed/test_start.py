@@ -25,14 +25,9 @@ from fusemlp import (
 from fusemlp.program.program import Sharding
 from fusemlp.runtime import ranks
 from fusemlp.runtime.plans import plan_text
-from fusemlp.runtime.ranks import VARIABLES, Ranks
+from fusemlp.runtime.ranks import Ranks
 
 distributed = pytest.importorskip("torch.distributed")
-
-
-def as_rank(monkeypatch, port, world=1):
-    for name, value in zip(VARIABLES, ("0", str(world), "127.0.0.1", str(port)), strict=True):
-        monkeypatch.setenv(name, value)
 
 
 def test_ordered_sums_are_for_numbers_of_ranks_that_divide_the_shards():
@@ -70,7 +65,7 @@ def test_how_to_add_gradients_is_for_several_processes():
 
 def test_a_port_in_use_is_said_so(monkeypatch):
     with worlds.held_port() as port:
-        as_rank(monkeypatch, port)
+        worlds.as_rank(monkeypatch, port=port)
         with pytest.raises(
             DistributedError, match=r"the 1 ranks did not meet at .* the port is in use; give another one"
         ):
@@ -83,7 +78,7 @@ def notices():
 
 def test_a_process_that_waits_for_others_says_so_and_how_to_run_alone(monkeypatch, caplog):
     port = worlds.free_port()
-    as_rank(monkeypatch, port, world=2)
+    worlds.as_rank(monkeypatch, port=port, world=2)
     monkeypatch.setattr(ranks, "SILENT_SECONDS", 0.1)
     alone = r"to run in one process, unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT, or write env -u WORLD_SIZE"
     with pytest.raises(
@@ -97,7 +92,7 @@ def test_a_process_that_waits_for_others_says_so_and_how_to_run_alone(monkeypatc
 
 
 def test_processes_that_meet_say_nothing(monkeypatch, caplog):
-    as_rank(monkeypatch, worlds.free_port())
+    worlds.as_rank(monkeypatch, port=worlds.free_port())
     monkeypatch.setattr(ranks, "SILENT_SECONDS", 100.0)
     try:
         Ranks(timeout=20.0)
@@ -110,7 +105,7 @@ def test_a_collective_that_fails_on_all_ranks_is_told(monkeypatch):
     def fail():
         raise RuntimeError("invalid size")
 
-    as_rank(monkeypatch, worlds.free_port())
+    worlds.as_rank(monkeypatch, port=worlds.free_port())
     try:
         with pytest.raises(DistributedError, match=r"failed on all 1 ranks; see their own messages \(invalid size\)"):
             Ranks(timeout=5.0)._collective(fail)
@@ -119,7 +114,7 @@ def test_a_collective_that_fails_on_all_ranks_is_told(monkeypatch):
 
 
 def test_gradients_whose_sum_overflows_are_a_divergence_and_no_warning(monkeypatch):
-    as_rank(monkeypatch, worlds.free_port())
+    worlds.as_rank(monkeypatch, port=worlds.free_port())
     # finite in each shard, and not in their sum
     X, y = np.full((16, 3), 100.0), np.full((16, 3), 1e37)
     try:
@@ -148,7 +143,7 @@ FROZEN = SGD(per_parameter={"*": ParameterOptions(trainable=False)})
 def test_what_cannot_be_distributed_is_refused_before_the_processes_meet(given, error, said, monkeypatch):
     if "backend" in given:
         pytest.importorskip("triton")
-    as_rank(monkeypatch, 1)
+    worlds.as_rank(monkeypatch)
     with pytest.raises(error, match=said):
         Engine(MLP([3, 2]), **{"backend": "numpy", "distributed": True, **given})
 
@@ -157,7 +152,7 @@ def test_torch_is_needed_for_several_processes_alone(monkeypatch):
     def missing(name):
         raise ImportError(f"No module named {name!r}")
 
-    as_rank(monkeypatch, 1)
+    worlds.as_rank(monkeypatch)
     monkeypatch.setattr(ranks, "import_module", missing)
     with pytest.raises(
         MissingLibraryError, match=r"distributed: it needs torch, .*; install it with pip install torch"
@@ -167,7 +162,7 @@ def test_torch_is_needed_for_several_processes_alone(monkeypatch):
 
 @pytest.mark.parametrize(("rank", "world"), [("abc", "2"), ("0", "two"), ("2", "2"), ("-1", "2"), ("0", "0")])
 def test_numbers_that_torchrun_does_not_set_are_refused_at_once(rank, world, monkeypatch):
-    as_rank(monkeypatch, 1)
+    worlds.as_rank(monkeypatch)
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(ArgumentError, match=f"got RANK='{rank}' and WORLD_SIZE='{world}'; start the processes by"):

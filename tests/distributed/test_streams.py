@@ -1,6 +1,5 @@
 """Batches that come one by one in several processes: the same bits on any number, and each reads its part."""
 
-import ast
 import threading
 from queue import Queue
 
@@ -11,55 +10,34 @@ import worlds
 
 from fusemlp.inputs.blocks import Blocks
 from fusemlp.program.program import Sharding
+from make import assert_same
 
 pytest.importorskip("torch")
 pytest.importorskip("pyarrow")
 NAMES = [f"{name}{ending}" for name in streams.SOURCES for ending in streams.ENGINES]
 
 
-class Worlds:
-    """The results of worlds of one and two ranks, each of which has run once."""
-
-    def __init__(self, folder):
-        self.files = folder
-        streams.write(folder)
-        self.folders = {count: folder / str(count) for count in (1, 2)}
-        self.outputs = {
-            count: worlds.run(count, path, streams.main, folder, path) for count, path in self.folders.items()
-        }
-
-    def of(self, count, name):
-        with np.load(self.folders[count] / f"{name}.npz") as found:
-            return dict(found)
-
-    def told(self, count, what):
-        return [ast.literal_eval(out)[what] for out in self.outputs[count]]
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return Worlds(tmp_path_factory.mktemp("streams"))
+    folder = tmp_path_factory.mktemp("streams")
+    streams.write(folder)
+    return worlds.Worlds(folder, (1, 2), streams.main, folder)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "a short batch first", "a generator", "resumed"])
 def test_one_and_two_ranks_give_the_same_bits(found, name):
-    one, two = found.of(1, name), found.of(2, name)
-    assert one.keys() == two.keys()
-    for key, array in one.items():
-        assert array.tobytes() == two[key].tobytes(), key
+    assert_same(found.of(2, name), found.of(1, name))
 
 
 @pytest.mark.parametrize("name", ["arrays", "tables", "a list"])
 @pytest.mark.parametrize("ending", ["", ", weighted"])
 def test_two_ranks_train_as_one_process_does(found, name, ending):
-    alone = streams.trained(streams.SOURCES[name](found.files), **streams.ENGINES[ending])
-    for key, array in found.of(2, f"{name}{ending}").items():
-        np.testing.assert_allclose(array, alone[key], rtol=1e-9, atol=1e-9, err_msg=key)
+    alone = streams.trained(streams.SOURCES[name](found.folder), **streams.ENGINES[ending])
+    found.assert_close(2, f"{name}{ending}", alone, rtol=1e-9, atol=1e-9)
 
 
 def test_a_short_batch_that_comes_first_is_split_as_it_is_read(found):
-    alone = streams.cut_short(found.files)["params"]
-    np.testing.assert_allclose(found.of(2, "a short batch first")["params"], alone, rtol=1e-9, atol=1e-9)
+    found.assert_close(2, "a short batch first", streams.cut_short(found.folder), rtol=1e-9, atol=1e-9)
 
 
 def test_a_resumed_fit_ends_as_one_that_was_not_cut_off(found):
@@ -68,7 +46,7 @@ def test_a_resumed_fit_ends_as_one_that_was_not_cut_off(found):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rank_reads_its_part_of_the_blocks(found, name):
-    (all_blocks,), both = (([told[name] for told in found.told(count, "read")]) for count in (1, 2))
+    (all_blocks,), both = ([read[name] for read in found.said(count, "read")] for count in (1, 2))
     assert sorted(both[0] + both[1]) == sorted(all_blocks)
     # three epochs of several windows, in each of which the first rank may have one block more
     if name.startswith(("arrays", "tables", "in order", "short")):
@@ -87,7 +65,7 @@ SAID = {
 
 @pytest.mark.parametrize("name", SAID)
 def test_what_differs_is_named_on_every_rank(found, name):
-    first, second = (said[name] for said in found.told(2, "said"))
+    first, second = (said[name] for said in found.said(2, "said"))
     assert first == second and first.startswith(SAID[name])
 
 

@@ -1,54 +1,32 @@
 """Several processes train one model: the same bits on 1, 2, 4 and 8, those of one process but for rounding."""
 
-import ast
-
 import numpy as np
 import pytest
 import worlds
 from cases import CASES, WHOLE_IN, main, trained
 
+from make import assert_same
+
 pytest.importorskip("torch")
 EXACT = [name for name in CASES if name.endswith("fp64")]
 
 
-class Worlds:
-    """The results of worlds of several sizes, each of which has run once."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.outputs = {
-            count: worlds.run(count, folder / str(count), main, folder / str(count)) for count in (1, 2, 3, 4, 8)
-        }
-
-    def of(self, count, name):
-        with np.load(self.folder / str(count) / f"{name}.npz") as found:
-            return dict(found)
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return Worlds(tmp_path_factory.mktemp("worlds"))
+    return worlds.Worlds(tmp_path_factory.mktemp("worlds"), (1, 2, 3, 4, 8), main)
 
 
-@pytest.mark.parametrize(
-    ("count", "name"),
-    [(count, name) for count in (2, 4, 8) for name in WHOLE_IN[count]],
-)
+@pytest.mark.parametrize(("count", "name"), [(count, name) for count in (2, 4, 8) for name in WHOLE_IN[count]])
 def test_the_bits_do_not_depend_on_the_number_of_ranks(found, count, name):
-    one, several = found.of(1, name), found.of(count, name)
-    assert one.keys() == several.keys()
-    for key, array in one.items():
-        assert array.tobytes() == several[key].tobytes(), key
+    one = found.of(1, name)
+    assert_same(found.of(count, name), one)
     assert np.isfinite(one["params"]).all() and one["params"].any()
 
 
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize(("count", "kind"), [(2, ""), (2, ", fast"), (3, ", fast")])
 def test_several_processes_train_as_one_does(found, name, count, kind):
-    alone, together = trained(CASES[name]), found.of(count, f"{name}{kind}")
-    assert alone.keys() == together.keys()
-    for key, array in alone.items():
-        np.testing.assert_allclose(together[key], array, rtol=1e-9, atol=1e-9, err_msg=key)
+    found.assert_close(count, f"{name}{kind}", trained(CASES[name]), rtol=1e-9, atol=1e-9)
 
 
 def test_torch_trains_to_the_same_parameters(found):
@@ -77,9 +55,9 @@ SAID = {
 
 @pytest.mark.parametrize("name", SAID)
 def test_what_differs_or_cannot_be_is_named_on_every_rank(found, name):
-    first, second = (ast.literal_eval(out)[name] for out in found.outputs[2])
+    first, second = found.said(2, name)
     assert first == second and first.startswith(SAID[name])
 
 
 def test_all_ranks_end_when_a_callback_on_one_stops(found):
-    assert [ast.literal_eval(out)["stopped"] for out in found.outputs[2]] == ["2", "2"]
+    assert found.said(2, "stopped") == ["2", "2"]

@@ -3,8 +3,7 @@
 A server, which has imported torch and compiled the loops once, forks the ranks of all worlds.
 """
 
-from __future__ import annotations
-
+import ast
 import contextlib
 import functools
 import multiprocessing
@@ -12,10 +11,11 @@ import os
 import socket
 import sys
 import warnings
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
-from typing import Any
 from unittest import mock
+
+import numpy as np
 
 from fusemlp.runtime.ranks import VARIABLES
 
@@ -41,6 +41,12 @@ def free_port():
         return port
 
 
+def as_rank(monkeypatch, rank=0, world=1, port=1):
+    """Let this process be one of a world, as torchrun starts it."""
+    for name, value in zip(VARIABLES, (rank, world, "127.0.0.1", port), strict=True):
+        monkeypatch.setenv(name, str(value))
+
+
 @functools.cache
 def _context():
     context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
@@ -53,12 +59,8 @@ def _context():
     return context
 
 
-@dataclass(frozen=True)
-class Rank:
+class Rank(namedtuple("Rank", "process log")):
     """A process of a world, and the file with its output."""
-
-    process: Any
-    log: Path
 
     def ended(self, limit=LIMIT):
         """Return the exit code and the output; TimeoutError after ``limit`` seconds, with the process killed."""
@@ -105,3 +107,28 @@ def run(count, folder, function, *arguments):
     found = [rank.ended() for rank in start(count, folder, function, *arguments)]
     assert [code for code, _ in found] == [0] * count, "\n".join(text for _, text in found)
     return [text for _, text in found]
+
+
+class Worlds:
+    """The results of worlds of several sizes, each of which has run ``main`` once, with its folder as last argument."""
+
+    def __init__(self, folder, counts, main, *arguments):
+        self.folder = folder
+        paths = {count: folder / str(count) for count in counts}
+        self.outputs = {count: run(count, path, main, *arguments, path) for count, path in paths.items()}
+
+    def of(self, count, name):
+        """Return the arrays of a training by a world of ``count`` ranks."""
+        with np.load(self.folder / str(count) / f"{name}.npz") as arrays:
+            return dict(arrays)
+
+    def said(self, count, name):
+        """Return an entry of what each rank has printed."""
+        return [ast.literal_eval(out)[name] for out in self.outputs[count]]
+
+    def assert_close(self, count, name, alone, **tolerances):
+        """Compare a world's training with that of one process."""
+        together = self.of(count, name)
+        assert alone.keys() == together.keys()
+        for key, array in alone.items():
+            np.testing.assert_allclose(together[key], array, **tolerances, err_msg=key)

@@ -117,6 +117,53 @@ def test_where_no_thread_can_be_started_the_launch_runs_all_the_same(monkeypatch
     assert "1 threads train in place of 3: can't start new thread" in caplog.text
 
 
+SLOW = """
+import ctypes, random, sys, time
+import numpy as np
+from fusemlp_kernels.numpy import team
+from numba import cfunc, types
+
+sys.setswitchinterval(1e-4)
+STEPS, PHASES, TASKS = 2500, 4, 7
+done = np.zeros((PHASES, TASKS), np.int64)
+at = np.zeros(3, np.int64)  # step, phase, errors
+rng = random.Random(0)
+sleepy = len(sys.argv) > 1
+
+@ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+def work(job, task):
+    step, phase = int(at[0]), int(at[1])
+    if task >= 0:
+        if sleepy and rng.random() < 0.002:
+            time.sleep(rng.random() * 0.003)
+        # a phase begins when the one before has ended, and a task runs once
+        if (done[phase, task] != step) or (phase and done[phase - 1].min() <= step):
+            at[2] += 1
+        done[phase, task] += 1
+        return 0
+    if phase >= 0 and done[phase].min() != step + 1:
+        at[2] += 1
+    at[1] = phase + 1
+    if at[1] == PHASES:
+        at[0], at[1] = step + 1, 0
+    return TASKS if at[0] < STEPS else 0
+
+at[1] = -1
+one = team._the_team(4)
+one.lead(4, ctypes.cast(work, ctypes.c_void_p).value, 0)
+assert at[2] == 0, at
+assert (done == STEPS).all(), done
+print("ok")
+"""
+
+
+@pytest.mark.parametrize("sleepy", [False, True])
+def test_ten_thousand_phases_are_each_done_once_and_in_order(sleepy):
+    """A team of four on any number of cores; with sleeps, threads are away in the middle of a task."""
+    ran = python("-c", SLOW, *(["sleepy"] if sleepy else []))
+    assert ran.stdout == "ok\n", ran.stderr
+
+
 LONG = """
 import ctypes, random, sys, time
 import numpy as np
