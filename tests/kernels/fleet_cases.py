@@ -175,8 +175,8 @@ class Fleet:
 
     def operands(self):
         calls = [self.calls(index) for index in range(len(self.models))]
-        given = {"rows": self.rows, "batch": self.shape.batch, "epoch_stats": self.epoch_stats}
-        return {"calls": calls, "arenas": self.arenas, **given}
+        operands = {"rows": self.rows, "batch": self.shape.batch, "epoch_stats": self.epoch_stats}
+        return {"calls": calls, "arenas": self.arenas, **operands}
 
     def calls(self, index):
         """(op, operands) of each call of a model's step, as the engine's lowering makes them of a network.
@@ -226,8 +226,8 @@ class Fleet:
             return {"x": self.x, name: rows} | ({} if traits.gathers_in_load else {"gathered": outputs[0]})
 
         def dropped(at):
-            given = {"dropout": dropouts[at], "counters": counters} if dropouts[at] else {}
-            return given | ({"keep": kept[f"keep{at}"]} if f"keep{at}" in kept else {})
+            operands = {"dropout": dropouts[at], "counters": counters} if dropouts[at] else {}
+            return operands | ({"keep": kept[f"keep{at}"]} if f"keep{at}" in kept else {})
 
         outputs = {0: self.x if traits.gathers_in_load else work("gathered", shape.batch, shape.sizes[0])}
         calls = []
@@ -239,8 +239,8 @@ class Fleet:
             if dropouts[at] and traits.stores_masks:
                 work(f"keep{at}", *size, dtype="bool")
             z = {"z": kept[f"z{at}"]} if f"z{at}" in kept else {}
-            given = source(at, "rows") | weights(at) | {"b": tensor(f"b{at}"), "y": outputs[at + 1]}
-            calls.append(("linear", {**given, "counters": counters, **layer(at), **z, **dropped(at)}))
+            operands = source(at, "rows") | weights(at) | {"b": tensor(f"b{at}"), "y": outputs[at + 1]}
+            calls.append(("linear", {**operands, "counters": counters, **layer(at), **z, **dropped(at)}))
         dz = {last: work(f"dz{last}", shape.batch, shape.sizes[-1]) if first <= last else None}
         loss = {"target": self.target, "weight": self.weight, "class_weight": self.class_weight}
         loss = {name: array for name, array in loss.items() if array is not None} | {"loss": model.loss, "rows": rows}
@@ -255,11 +255,11 @@ class Fleet:
         calls.append(("linear_loss_grad", source(last, "x_rows") | weights(last) | loss | layer(last)))
         for at in range(last - 1, first - 1, -1):
             dz[at] = work(f"dz{at}", shape.batch, shape.sizes[at + 1])
-            given = {"dz": dz[at + 1], **weights(at + 1), "y": outputs[at + 1], "dz_prev": dz[at]}
-            given |= {"z": kept[f"z{at}"]} if f"z{at}" in kept else {}
+            operands = {"dz": dz[at + 1], **weights(at + 1), "y": outputs[at + 1], "dz_prev": dz[at]}
+            operands |= {"z": kept[f"z{at}"]} if f"z{at}" in kept else {}
             if shape.activations[at] == "prelu":
-                given["dslope"] = work(f"dslope{at}", 1, dtype="real")
-            calls.append(("grad_input", given | layer(at) | dropped(at)))
+                operands["dslope"] = work(f"dslope{at}", 1, dtype="real")
+            calls.append(("grad_input", operands | layer(at) | dropped(at)))
         clock = {"rule": model.rule, **{name: arenas[name] for name in ("counters", "hyper", "rates")}}
         if not rules:
             return [*calls, ("advance", clock)]
@@ -278,8 +278,10 @@ class Fleet:
         layers, slopes = [], []
         for at in range(first, last + 1):
             if {f"w{at}", f"b{at}"} & rules.keys():
-                given = {"x": outputs[at], "dz": dz[at]} | ({"rows": rows} if not at and traits.gathers_in_load else {})
-                layers.append({**given, **trained(f"w{at}"), **trained(f"b{at}")})
+                operands = {"x": outputs[at], "dz": dz[at]} | (
+                    {"rows": rows} if not at and traits.gathers_in_load else {}
+                )
+                layers.append({**operands, **trained(f"w{at}"), **trained(f"b{at}")})
             if (name := f"s{at}") in rules:
                 update = {"param": tensor(name), "state": states(name), "rule": rules[name]}
                 slopes.append({"dslope": kept[f"dslope{at}"], **({"grad": tensor(name, "grads")} if whole else update)})
@@ -300,10 +302,10 @@ class Fleet:
 
     def operands_of_one(self, index=0):
         """One model's, for ``train_resident``."""
-        given = self.operands()
-        one = {"calls": given["calls"][index], "rows": self.rows[index]}
-        one["arenas"] = {name: arena[index] for name, arena in given["arenas"].items()}
-        return {**given, **one, "epoch_stats": None if self.epoch_stats is None else self.epoch_stats[index]}
+        operands = self.operands()
+        one = {"calls": operands["calls"][index], "rows": self.rows[index]}
+        one["arenas"] = {name: arena[index] for name, arena in operands["arenas"].items()}
+        return {**operands, **one, "epoch_stats": None if self.epoch_stats is None else self.epoch_stats[index]}
 
     def everything(self):
         """Copies of all that a step may change."""

@@ -25,16 +25,6 @@ def test_known_answers(counter, key, expected):
     assert tuple(int(word) for word in philox.philox(counter, key)) == expected
 
 
-def test_counters_broadcast():
-    words = philox.philox((np.arange(3)[None, :], np.arange(2)[:, None], 5, 6), (7, 8))
-    for word, values in enumerate(words):
-        assert values.shape == (2, 3)
-        assert values.dtype == np.uint32
-        for row in range(2):
-            for col in range(3):
-                assert values[row, col] == philox.philox((col, row, 5, 6), (7, 8))[word]
-
-
 def test_dropout_is_its_definition_element_by_element():
     rate, layer, seed, batch_index, rows, cols = 0.3, 2, 2**40 + 5, 17, 3, 21
     keep = philox.dropout_keep(rate, layer, seed, batch_index, rows, cols)

@@ -35,20 +35,12 @@ def test_activations_hand_on_nan(name):
     assert np.isnan(reference.activation_grad(name, z, 0.1)).tolist() == [not constant, False]
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
-@pytest.mark.parametrize("by_class", [False, True], ids=["", "class_weight"])
-@pytest.mark.parametrize("spec", oracle.CROSS_ENTROPIES, ids=str)
-def test_cross_entropy_is_torchs(spec, by_class, weighted):
-    check_loss(spec, by_class, weighted)
+LOSSES_OF_TORCH = [*itertools.product(oracle.CROSS_ENTROPIES, (False, True)), *((s, False) for s in oracle.ELEMENTWISE)]
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
-@pytest.mark.parametrize("spec", oracle.ELEMENTWISE, ids=str)
-def test_elementwise_loss_is_torchs(spec, weighted):
-    check_loss(spec, False, weighted)
-
-
-def check_loss(spec, by_class, weighted):
+@pytest.mark.parametrize(("spec", "by_class"), LOSSES_OF_TORCH, ids=str)
+def test_losses_are_torchs(spec, by_class, weighted):
     values, t, weight, class_weight = oracle.loss_case(spec, 3)
     weight, class_weight = weight if weighted else None, class_weight if by_class else None
     z = oracle.tensor(values, grad=True)

@@ -132,22 +132,6 @@ def test_a_number_changes_its_own_model_alone(variant):
 
 
 @pytest.mark.parametrize("variant", FIRST)
-@pytest.mark.parametrize("number", [2, 8], ids=["in the epilogue", "through memory"])
-def test_launches_cut_in_chunks_and_models_alone_give_the_same_bits(variant, number):
-    shape, model = case(number)
-    models = varied(model, 3)
-    whole, cut = Fleet(variant, shape, models), Fleet(variant, shape, models)
-    whole.run([3, 3, 3])
-    for steps in ([2, 1, 0], [0, 0, 2], [1, 2, 1]):
-        cut.run(steps)
-    assert_same(cut.everything(), whole.everything())
-    alone = Fleet(variant, shape, models[1:2], "train_resident")
-    alone.run(3)
-    for name in ("params", "stats", "hyper"):
-        assert_same(whole.everything()[name][1], alone.everything()[name][0], name)
-
-
-@pytest.mark.parametrize("variant", FIRST)
 def test_a_model_that_has_stopped_does_not_move(variant):
     shape, model = case(5)
     fleet = Fleet(variant, shape, varied(model, 3))

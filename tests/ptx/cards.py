@@ -20,19 +20,19 @@ PATHS = {
 }
 
 
-def variant_of(target, precision):
-    """Return the Triton backend on an emulated card, with the bounds of tensor cores."""
-    return Variant(replace(GPU, name=f"triton, emulated {target}"), precision)
-
-
 @contextlib.contextmanager
-def card(target, precision, rows=WARP, **settings):
-    """Emulate a card with tiles of ``rows`` rows for matrix products; see ``emulated``."""
-    kind = configs._kind(precision)
-    table = configs.TABLES[target]
+def card(path, precision, **settings):
+    """Emulate a card with the tiles of a path, or the smallest of a target; ``variant`` is the backend on it.
+
+    See ``emulated`` for the settings.
+    """
+    target, rows = PATHS.get(path, (path, WARP))
+    kind, table = configs._kind(precision), configs.TABLES[target]
     chosen = {
         product: {**table[product], kind: [tile for tile in table[product][kind] if tile[0] == rows]}
         for product in ("forward", "weight")
     }
     with mock.patch.dict(table, chosen), emulated(target, precision, **settings) as emulator:
+        # the bounds of tensor cores
+        emulator.variant = Variant(replace(GPU, name=f"triton, emulated {target}"), precision)
         yield emulator

@@ -4,7 +4,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from cards import DESCRIBED, card, variant_of
+from cards import DESCRIBED, card
 from step_bounds import Step
 from test_train_fleet import CASES, Fleet, case, varied
 from tolerance import UNIT, assert_within
@@ -44,7 +44,7 @@ class Bounded(Callback):
 def test_every_step_of_a_fit_is_the_oracles(target, plan):
     fitted = []
     with card(target, "fp32") as emulator:
-        for callbacks in ([Bounded(variant_of(target, "fp32").products)], []):
+        for callbacks in ([Bounded(emulator.variant.products)], []):
             loss = CrossEntropy(label_smoothing=0.1, class_weight=[0.5, 2, 1, 1, 1])
             engine = Engine(NET, loss, Adam(0.02, weight_decay=0.01), BATCH, 5, backend="triton", plan=plan)
             engine.fit(X, y, epochs=1, callbacks=callbacks)
@@ -68,7 +68,7 @@ def test_every_resident_tile_is_the_oracles(target, number, sizes):
     assert configs.resident_tile(arch, "fp32", sizes) == configs.resident_tiles(target, "fp32")[number]
     wide = rng.standard_normal((ROWS, sizes[0])).astype(np.float32)
     with card(target, "fp32") as emulator:
-        check = Bounded(variant_of(target, "fp32").products, wide)
+        check = Bounded(emulator.variant.products, wide)
         engine = Engine(MLP(sizes), batch_size=BATCH, seed=5, backend="triton", plan="resident")
         engine.fit(wide, y, epochs=1, callbacks=[check])
     assert check.checked == len(emulator.launched) == 3
@@ -82,7 +82,7 @@ def test_a_fleet_is_the_oracles(target, precision, number):
     """A block for each model: seed, rates, slopes, rows and optimizer's numbers of its own."""
     shape, model = case(number)
     with card(target, precision) as emulator:
-        fleet = Fleet(variant_of(target, precision), shape, varied(model, 3))
+        fleet = Fleet(emulator.variant, shape, varied(model, 3))
         for _ in range(2):
             fleet.check_a_step()
         fleet.check_gaps()
@@ -109,7 +109,7 @@ def test_tensor_descriptors_change_no_bit_of_a_fit():
     """The hidden layers' matrices come by descriptors, the gathered rows of the first by pointers."""
     found = set()
     for least, described in ((DESCRIBED, {"linear_kernel", "grad_input_kernel"}), (DESCRIBED + 1, set())):
-        with mock.patch.dict(configs.DESCRIBED, sm_90=least), card("sm_90", "bf16", DESCRIBED, orders=2) as emulator:
+        with mock.patch.dict(configs.DESCRIBED, sm_90=least), card("sm_90 TMA", "bf16", orders=2) as emulator:
             net = MLP([WIDTH, 24, 70, CLASSES], activation="silu", dropout=[0.0, 0.3])
             engine = Engine(net, batch_size=BATCH, seed=5, backend="triton", precision="bf16", plan="eager")
             engine.fit(X, y, epochs=1)

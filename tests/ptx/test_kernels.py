@@ -13,7 +13,7 @@ import test_members as members_of
 import test_nan as nan_of
 import test_perturb as perturb_of
 import test_update as updates_of
-from cards import PATHS, card, variant_of
+from cards import card
 
 from fusemlp_kernels.contract import LossSpec, TensorRule, UpdateRule
 
@@ -53,36 +53,32 @@ def layer_case(variant, aligned, m, k, n, activation, rate):
 # The reductions have more steps than the pipeline has stages.
 @pytest.mark.parametrize(("path", "precision", "aligned"), LINEAR)
 def test_linear(path, precision, aligned):
-    target, rows = PATHS[path]
-    with card(target, precision, rows):
-        case = layer_case(variant_of(target, precision), aligned, 37, 290, 41, "gelu", 0.5)
+    with card(path, precision) as emulator:
+        case = layer_case(emulator.variant, aligned, 37, 290, 41, "gelu", 0.5)
         layers_of.test_linear.of_case(case, by_row=True, short=2, counted=True, keep_z=True)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_matrices_that_come_by_tensor_descriptors(precision):
     """They end within a tile, and their reductions within a step."""
-    target, rows = PATHS["sm_90 TMA"]
-    with card(target, precision, rows) as emulator:
-        case = layer_case(variant_of(target, precision), True, 150, 290, 41, "gelu", 0.5)
+    with card("sm_90 TMA", precision) as emulator:
+        case = layer_case(emulator.variant, True, 150, 290, 41, "gelu", 0.5)
         layers_of.test_linear.of_case(case, by_row=False, short=0, counted=True, keep_z=True)
-        case = layer_case(variant_of(target, precision), True, 150, 41, 290, "prelu", 0.5)
+        case = layer_case(emulator.variant, True, 150, 41, 290, "prelu", 0.5)
         layers_of.test_grad_input.of_case(case)
     assert emulator.described == {"linear_kernel", "grad_input_kernel"}
 
 
 @pytest.mark.parametrize("path", CLASSES)
 def test_infinity_stays_infinity_in_a_product_of_parts(path):
-    target, rows = PATHS[path]
-    with card(target, "fp32", rows):
-        nan_of.infinities(variant_of(target, "fp32"))
+    with card(path, "fp32") as emulator:
+        nan_of.infinities(emulator.variant)
 
 
 @pytest.mark.parametrize(("path", "precision", "aligned"), PRODUCTS)
 def test_grad_input(path, precision, aligned):
-    target, rows = PATHS[path]
-    with card(target, precision, rows):
-        case = layer_case(variant_of(target, precision), aligned, 37, 41, 290, "prelu", 0.5)
+    with card(path, precision) as emulator:
+        case = layer_case(emulator.variant, aligned, 37, 41, 290, "prelu", 0.5)
         layers_of.test_grad_input.of_case(case)
 
 
@@ -90,8 +86,8 @@ def test_grad_input(path, precision, aligned):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_small_results_are_reduced_in_parts(target, precision):
     """Two steps along the reduction, the second of which not all parts have."""
-    variant = variant_of(target, precision)
     with card(target, precision, processors=9) as emulator:
+        variant = emulator.variant
         case = layer_case(variant, True, 37, 530, 41, "gelu", 0.5)
         layers_of.test_linear.of_case(case, by_row=True, short=2, counted=True, keep_z=True)
         layers_of.test_grad_input.of_case(layer_case(variant, True, 37, 41, 530, "prelu", 0.5))
@@ -102,15 +98,14 @@ def test_small_results_are_reduced_in_parts(target, precision):
 
 @pytest.mark.parametrize(("path", "precision", "aligned"), WEIGHTS)
 def test_grad_weight(path, precision, aligned):
-    target, rows = PATHS[path]
     layers = [
         layers_of.GradWeightLayer(k, n, *layouts(aligned, 2), frozenset(frozen))
         for k, n, frozen in ((70, 33, ""), (9, 20, "w"))
     ]
-    with card(target, precision, rows):
+    with card(path, precision) as emulator:
         layers_of.test_grad_weight.of_case(
             layers, 290, by_row=True, accumulate=2, slope_count=1, wants_norm=True,
-            variant=variant_of(target, precision), seed=4,
+            variant=emulator.variant, seed=4,
         )  # fmt: skip
 
 
@@ -123,11 +118,10 @@ def test_grad_weight(path, precision, aligned):
     ],
 )
 def test_grad_weight_update(path, precision, aligned, rule):
-    target, rows = PATHS[path]
     layers = [(33, 70, "", TENSOR, TensorRule(), layouts(aligned, 2))]
-    with card(target, precision, rows):
+    with card(path, precision) as emulator:
         updates_of.test_grad_weight_update.of_case(
-            layers, 290, slope_count=1, by_row=True, rule=RULES[rule], variant=variant_of(target, precision), **CLOCK
+            layers, 290, slope_count=1, by_row=True, rule=RULES[rule], variant=emulator.variant, **CLOCK
         )
 
 
@@ -158,15 +152,15 @@ LOSS_CASES = [
 @pytest.mark.parametrize(("target", "precision", "loss", "aligned"), LOSS_CASES)
 def test_linear_loss_grad(target, precision, loss, aligned):
     # with one multiprocessor the reduction is not cut
-    with card(target, precision, processors=1):
-        case = loss_case(variant_of(target, precision), aligned, loss, 13)
+    with card(target, precision, processors=1) as emulator:
+        case = loss_case(emulator.variant, aligned, loss, 13)
         losses_of.test_linear_loss_grad.of_case(case, 150, by_x_row=True)
 
 
 @pytest.mark.parametrize(("target", "precision", "loss", "aligned"), LOSS_CASES)
 def test_loss_grad(target, precision, loss, aligned):
-    with card(target, precision):
-        losses_of.test_loss_grad.of_case(loss_case(variant_of(target, precision), aligned, loss, 300))
+    with card(target, precision) as emulator:
+        losses_of.test_loss_grad.of_case(loss_case(emulator.variant, aligned, loss, 300))
 
 
 @pytest.mark.parametrize(("rule", "precision"), [*((rule, "fp32") for rule in RULES), ("adam", "bf16")])
@@ -174,18 +168,18 @@ def test_loss_grad(target, precision, loss, aligned):
 def test_update(target, rule, precision):
     """The norm has a kernel of its own."""
     tensors = [(70, TENSOR, 0), (30, None, 1), (1100, TensorRule(), 0)]
-    with card(target, precision):
+    with card(target, precision) as emulator:
         updates_of.test_update.of_case(
             tensors, RULES[rule], clip_norm=0.5, accumulate=2, norm_given=False,
-            variant=variant_of(target, precision), **CLOCK,
+            variant=emulator.variant, **CLOCK,
         )  # fmt: skip
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_advance(target):
-    with card(target, "fp32"):
+    with card(target, "fp32") as emulator:
         updates_of.test_advance.of_case(
-            variant_of(target, "fp32"), ADAM, accumulate=2, updates=7, rates=[0.1, 0.2], ahead=1, scale=0.1,
+            emulator.variant, ADAM, accumulate=2, updates=7, rates=[0.1, 0.2], ahead=1, scale=0.1,
             walk=(4, 8, 4),
         )  # fmt: skip
 
@@ -193,8 +187,8 @@ def test_advance(target):
 @pytest.fixture(params=[(target, precision) for target in ("sm_80", "sm_90") for precision in ("fp32", "bf16")])
 def variant(request):
     target, precision = request.param
-    with card(target, precision):
-        yield variant_of(target, precision)
+    with card(target, precision) as emulator:
+        yield emulator.variant
 
 
 def test_attacks(variant):

@@ -6,7 +6,7 @@ Each is an edit of the compiled text, as a wrong compiler or a wrong kernel woul
 import re
 
 import pytest
-from cards import PATHS, card, variant_of
+from cards import card
 from emulator.faults import Fault
 from test_kernels import layer_case, layers_of
 
@@ -55,26 +55,7 @@ FAULTS = [
     ("sm_90 wgmma", "bf16", without(BARRIER), "race: reads shared memory"),
     ("sm_90 wgmma", "bf16", without(PRODUCTS), "reads shared memory while a copy"),
 ]
-ARRIVAL = r"@%p\d+ mbarrier\.arrive\.expect_tx\S+ _, \[%r\d+\], (\d+);"
-TMA = r"@%p\d+ cp\.async\.bulk\.tensor\S+ \[%r\d+\], \[%rd\d+, {%r\d+, %r\d+}\], \[%r\d+\];"
 CORNER = r"(cp\.async\.bulk\.tensor\S+ \[%r\d+\], \[%rd\d+, {)(%r\d+), (%r\d+)"
-INIT, UNTIL, WAITING = r"@%p\d+ mbarrier\.init\S+ \[%r\d+\], 1;", r"mbarrier\.try_wait[^;]*;", r"bra\.uni waitLoop"
-TILES = [
-    # the barriers of the block between the start of the mbarriers and the loop, and between its products and copies
-    (without(BARRIER, 0, 9), "race: reads shared memory"),
-    (without(BARRIER, 10, 3), "race: writes shared memory"),
-    (without(INIT), "no mbarrier was initialised"),
-    (instead(INIT, lambda found: found[0].replace("1;", "2;")), "livelock"),
-    (without(ARRIVAL), "livelock"),
-    (without(TMA), "livelock"),
-    (without(TMA, 5), "livelock"),
-    (instead(ARRIVAL, lambda found: found[0].replace(found[1], str(int(found[1]) - 16))), "copies bring"),
-    (instead(ARRIVAL, lambda found: found[0].replace(found[1], str(int(found[1]) + 16))), "livelock"),
-    (instead(UNTIL, "setp.eq.u32 complete, 0, 0;"), "reads shared memory while a copy"),
-    (instead(r"(mbarrier\.try_wait\S+ complete, \[%r\d+\],) %r\d+;", r"\1 1;"), "reads shared memory while a copy"),
-    (instead(r"(cp\.async\.bulk\.tensor\S+) \[(%r\d+)\]", r"\1 [\2+64]"), "misaligned shared address"),
-    (instead(r"(cp\.async\.bulk\.tensor\S+) \[(%r\d+)\]", r"\1 [\2+262144]"), "is outside the"),
-]
 # These leave the rules and change the results: elements are out of the bound.
 WRONG = [
     ("sm_80 mma.sync", "bf16", instead(MULTIPLY, r"\1 \3, \2,")),
@@ -90,9 +71,8 @@ WRONG = [
 
 
 def run(path, precision, **settings):
-    target, rows = PATHS[path]
-    with card(target, precision, rows, **settings):
-        case = layer_case(variant_of(target, precision), True, 37, 290, 41, "relu", 0.0)
+    with card(path, precision, **settings) as emulator:
+        case = layer_case(emulator.variant, True, 37, 290, 41, "relu", 0.0)
         layers_of.test_linear.of_case(case, by_row=False, short=0, counted=False, keep_z=False)
 
 
@@ -101,13 +81,6 @@ def test_a_broken_rule_is_reported_with_its_line(path, precision, edit, problem)
     with pytest.raises(Fault, match=problem) as raised:
         run(path, precision, edit=edit)
     assert re.match(r"linear_kernel at (linear|tiles|standard)\.py:\d+", str(raised.value.place))
-
-
-@pytest.mark.parametrize(("edit", "problem"), TILES)
-def test_a_broken_rule_of_tensor_copies_is_reported(edit, problem):
-    with pytest.raises(Fault, match=problem) as raised:
-        run("sm_90 TMA", "bf16", edit=edit)
-    assert str(raised.value.place).startswith("linear_kernel at ")
 
 
 @pytest.mark.parametrize("number", [3, 7])

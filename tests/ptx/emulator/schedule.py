@@ -5,14 +5,12 @@ has parted run together again. Between two barriers the warps of a block are dea
 after another in an order that the seed decides.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from collections import namedtuple
 
 import numpy as np
 
 from .faults import Fault, Problem
-from .instructions import Step, step_of
+from .instructions import step_of
 from .parse import Vector
 from .threads import WARP, Active, Threads, reader
 
@@ -22,14 +20,9 @@ PART, LATE = 1 << 40, 1 << 50
 ENDS = ("bra", "brx", "ret", "exit", "call", "bar", "barrier")
 
 
-@dataclass
-class Block:
-    """Steps without a branch, each with its index in the code. ``last`` is the branch that ends them, or a label that
-    they run into (``falls``)."""
-
-    steps: list[tuple[int, Step]]
-    last: int
-    falls: bool
+# Steps without a branch, each with its index in the code. ``last`` is the branch that ends them, or a label that they
+# run into (``falls``).
+Block = namedtuple("Block", "steps last falls")
 
 
 class Code:
