@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from devices import GPU, REHEARSED, Variant, marks_of, needs_a_card
 from fleet_cases import Fleet, Model, Shape
-from memory import poisoned
-from strategies import Values, exact
+from memory import Values, exact, poisoned
 from tolerance import TF32X3, Products, assert_within, bound, largest_partial_sum
 
 from fusemlp import MLP, Adam, Engine
