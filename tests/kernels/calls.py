@@ -89,7 +89,7 @@ def check_grad_weight(variant, dz, x, dw, db=None, batches=1):
 
 
 def counters_of(rows=0, batch_index=0):
-    """Return the counters before a batch of so many rows."""
+    """Return the counters before a batch of this many rows."""
     counters = np.zeros(c.COUNTERS, np.int64)
     counters[[c.ROW_COUNT, c.BATCH_INDEX]] = rows, batch_index
     return counters

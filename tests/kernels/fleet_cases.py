@@ -179,10 +179,7 @@ class Fleet:
         return {"calls": calls, "arenas": self.arenas, **operands}
 
     def calls(self, index):
-        """(op, operands) of each call of a model's step, as the engine's lowering makes them of a network.
-
-        Where one model has a penalty, all have.
-        """
+        """(op, operands) of each call of a model's step, as the engine's lowering makes them of a network."""
         model, shape, traits, end = self.models[index], self.shape, self.variant.traits, 0
         arenas = {name: arena[index] for name, arena in self.arenas.items()}
         rules = {name: self.tensor_rule(model, name) for name in self.places if name not in shape.frozen}
@@ -246,6 +243,7 @@ class Fleet:
         loss = {name: array for name, array in loss.items() if array is not None} | {"loss": model.loss, "rows": rows}
         if dz[last] is not None and shape.activations[last] == "prelu":
             loss["dslope"] = work(f"dslope{last}", 1, dtype="real")
+        # models of one launch all have a penalty, or none
         together = [model] if self.variant.device.on_host else self.models
         penalised = any(one.ridge is not None and one.ridge.strength for one in together)
         ridge = model.ridge or (c.Ridge() if penalised else None)

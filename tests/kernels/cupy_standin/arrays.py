@@ -18,6 +18,15 @@ class Flags:
 class ndarray:
     """An array on the card; see ``cupy.ndarray``."""
 
+    # ci/check_cupy_names.py compares their names
+    shape: tuple
+    strides: tuple
+    dtype: np.dtype
+    ndim: int
+    size: int
+    nbytes: int
+    data: MemoryPointer
+
     def __init__(self, shape, dtype=float, memptr=None, strides=None):
         self.shape = (shape,) if isinstance(shape, int) else tuple(map(int, shape))
         self.dtype = np.dtype(dtype)

@@ -92,6 +92,8 @@ def get_current_stream():
 class Device:
     """The one card."""
 
+    id: int
+
     def __init__(self, device=0):
         if device != 0:
             raise CUDARuntimeError("cudaErrorInvalidDevice: the stand-in has one card")
