@@ -25,7 +25,7 @@ from tolerance import IEEE, TF32, TF32X3, TINY, TWO_BYTES, assert_within, rounde
 
 import fusemlp_kernels
 from fusemlp_kernels import registry
-from fusemlp_kernels.binders import refusal
+from fusemlp_kernels.checks import refusal
 from fusemlp_kernels.ops import OPS
 from fusemlp_kernels.registry import TRAITS
 

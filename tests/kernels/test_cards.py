@@ -18,7 +18,7 @@ from memory import Values, place, poisoned
 
 from fusemlp import MLP, SGD, AdamW, Engine, OneCycle
 from fusemlp_kernels import contract as c
-from fusemlp_kernels.binders import refusal
+from fusemlp_kernels.checks import refusal
 from fusemlp_kernels.clock import hyper_at, rate_table
 from make import assert_same
 

@@ -108,11 +108,11 @@ print(json.dumps(Parallel(n_jobs=max(2, os.cpu_count()))([delayed(work)()] * 2)[
 
 def test_a_launch_beside_others_has_one_thread(monkeypatch):
     """The calling thread's launches have one, whatever the variable says; those of another thread have all."""
-    monkeypatch.setattr(cores, "_fixed", lambda: {cores.VARIABLE: 4})
-    monkeypatch.setattr(cores, "_openblas", list)
+    monkeypatch.setattr(launches, "_fixed", lambda: {launches.VARIABLE: 4})
+    monkeypatch.setattr(launches, "_openblas", list)
     beside = []
-    with cores.one_thread():
-        other = threading.Thread(target=lambda: beside.append(cores.threads()))
+    with launches.one_thread():
+        other = threading.Thread(target=lambda: beside.append(launches.threads()))
         other.start()
         other.join()
         with launches.one_thread():
@@ -164,12 +164,12 @@ def group(root, membership, files):
 )
 def test_quotas_of_control_groups(tmp_path, membership, files, quota):
     # without control groups there is no quota
-    assert cores._quota(tmp_path) is None
-    assert cores._quota(group(tmp_path, membership, files)) == quota
+    assert launches._quota(tmp_path) is None
+    assert launches._quota(group(tmp_path, membership, files)) == quota
 
 
 @pytest.mark.parametrize("quota, limit", [(0.1, 1), (0.5, 1), (1.2, 1), (1.5, 2), (2.0, 2), (2.4, 2)])
 def test_a_quota_is_rounded_and_leaves_a_core(monkeypatch, quota, limit):
-    monkeypatch.delenv(cores.VARIABLE, raising=False)
-    monkeypatch.setattr(cores, "_quota", lambda root: quota)
-    assert cores._fixed.__wrapped__()["CPU quota"] == limit
+    monkeypatch.delenv(launches.VARIABLE, raising=False)
+    monkeypatch.setattr(launches, "_quota", lambda root: quota)
+    assert launches._fixed.__wrapped__()["CPU quota"] == limit

@@ -19,8 +19,8 @@ RNG = np.random.default_rng(0)
 
 
 def with_threads(monkeypatch, number):
-    monkeypatch.setattr(cores, "_fixed", lambda: {cores.VARIABLE: number})
-    monkeypatch.setattr(cores, "_openblas", list)
+    monkeypatch.setattr(launches, "_fixed", lambda: {launches.VARIABLE: number})
+    monkeypatch.setattr(launches, "_openblas", list)
 
 
 def digest(engine, X, y):
@@ -59,7 +59,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(program, precision, mon
     net, loss, optimizer, targets = PROGRAMS[program]
     X, weight = RNG.standard_normal((700, 200)), RNG.uniform(0.5, 2.0, 700)
     led = []
-    lead = team._Team.lead
+    lead = launches._Team.lead
 
     def watched(self, members, work, job):
         led.append(members)
@@ -82,7 +82,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(program, precision, mon
 def test_a_launch_by_itself_and_one_that_finds_the_team_busy_do_without_it(monkeypatch):
     with_threads(monkeypatch, 2)
     led = []
-    monkeypatch.setattr(team._Team, "lead", lambda self, members, work, job: led.append(members))
+    monkeypatch.setattr(launches._Team, "lead", lambda self, members, work, job: led.append(members))
     X, y = RNG.standard_normal((256, 200)), RNG.integers(0, 10, 256)
     engine = Engine(MLP([200, 300, 10]), batch_size=128)
     with launches.one_thread():
@@ -120,7 +120,7 @@ def test_where_no_thread_can_be_started_the_launch_runs_all_the_same(monkeypatch
 SLOW = """
 import ctypes, random, sys, time
 import numpy as np
-from fusemlp_kernels.numpy import team
+from fusemlp_kernels.numpy import launches
 from numba import cfunc, types
 
 sys.setswitchinterval(1e-4)
@@ -149,7 +149,7 @@ def work(job, task):
     return TASKS if at[0] < STEPS else 0
 
 at[1] = -1
-one = team._the_team(4)
+one = launches._the_team(4)
 one.lead(4, ctypes.cast(work, ctypes.c_void_p).value, 0)
 assert at[2] == 0, at
 assert (done == STEPS).all(), done
