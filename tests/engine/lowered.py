@@ -1,7 +1,5 @@
 """Programs of training steps and forward passes, lowered for a backend that need not be there."""
 
-from __future__ import annotations
-
 from hypothesis import strategies as st
 
 from fusemlp import MLP, SGD, Adam, AdamW, CrossEntropy, LeakyReLU, ParameterOptions

@@ -3,8 +3,6 @@
 Only a GPU can show that a captured graph computes the same as its launches: ``tests/kernels/test_gpu.py``.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

@@ -1,9 +1,5 @@
 """``--vary``: the values of one option, and the models of several."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -27,25 +23,25 @@ from fusemlp.cli.vary import combinations, parsed_axes, spelled_value
         ("batch_size=8:10:lin:9", "batch_size", (8, 9, 10), "linear"),
     ],
 )
-def test_what_words_stand_for(words: str, name: str, values: tuple[Any, ...], scale: str) -> None:
+def test_what_words_stand_for(words, name, values, scale):
     (axis,) = parsed_axes([words])
     assert (axis.name, axis.values, axis.scale) == (name, values, scale)
     assert [type(value) for value in axis.values] == [type(value) for value in values]
 
 
 @pytest.mark.parametrize("words", ["hidden=32,64x32,none", "betas=0.9x0.999,0.5x0.9", "lr=1e-07,0.1", "seed=3"])
-def test_what_is_spelled_can_be_read_again(words: str) -> None:
+def test_what_is_spelled_can_be_read_again(words):
     (axis,) = parsed_axes([words])
     assert f"{axis.name}={','.join(map(spelled_value, axis.values))}" == words
 
 
-def test_a_product_the_last_quickest() -> None:
+def test_a_product_the_last_quickest():
     found = combinations(parsed_axes(["lr=0.1,0.2", "seed=0:3"]), sample=None, seed=0)
     assert found == [{"lr": lr, "seed": seed} for lr in (0.1, 0.2) for seed in range(3)]
     assert found == combinations(parsed_axes(["lr=0.1,0.2", "seed=0:3"]), sample=100, seed=0)
 
 
-def test_a_sample_has_no_model_twice_and_all_are_equally_likely() -> None:
+def test_a_sample_has_no_model_twice_and_all_are_equally_likely():
     among = parsed_axes(["lr=0.1:1:lin:4", "seed=0:3"])
     everything = combinations(among, sample=None, seed=0)
     times = np.zeros(12)
@@ -58,6 +54,6 @@ def test_a_sample_has_no_model_twice_and_all_are_equally_likely() -> None:
     assert abs(times - 250).max() < 61
 
 
-def test_a_sample_of_more_than_can_be_listed() -> None:
+def test_a_sample_of_more_than_can_be_listed():
     among = parsed_axes(["lr=0.1:1:lin:100000", "seed=0:100000", "weight_decay=0:1:lin:100000"])
     assert len({tuple(point.values()) for point in combinations(among, sample=1000, seed=1)}) == 1000

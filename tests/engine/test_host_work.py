@@ -1,12 +1,8 @@
 """The host's work beside a card's, counted on a card that is not there: waits, copies, launches, captures."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import weakref
-from collections.abc import Iterator
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -41,20 +37,20 @@ REPLAYS = sum(divmod(STEPS, STEPS_A_GRAPH))
 
 
 @pytest.fixture
-def card() -> Iterator[Card]:
+def card():
     """Its kernels compute nothing."""
     with counting(computes=False) as found:
         yield found
 
 
 @pytest.fixture
-def computing() -> Iterator[Card]:
+def computing():
     with counting(computes=True) as found:
         yield found
 
 
 @pytest.fixture
-def short_tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def short_tables(monkeypatch):
     """Make tables of rates for four updates, fewer than an epoch has."""
     for module in (layout, builder):
         monkeypatch.setattr(module, "RATE_ROWS", 4)
@@ -63,18 +59,18 @@ def short_tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     lowering.lower.cache_clear()
 
 
-def made(plan: str = "graph", optimizer: Any = "adam", sizes: Any = (3, 4, 2)) -> Engine:
+def made(plan="graph", optimizer="adam", sizes=(3, 4, 2)):
     net = MLP(sizes)
     return Engine(net, optimizer=optimizer, batch_size=BATCH, backend="triton", plan=plan, normalise=False)
 
 
-def assert_same(found: Engine, expected: Engine) -> None:
+def assert_same(found, expected):
     wanted = expected.memory.snapshot()
     for name, array in found.memory.snapshot().items():
         assert array.tobytes() == wanted[name].tobytes(), name
 
 
-def of_an_epoch(card: Card, engine: Engine, **options: Any) -> tuple[Card, Card]:
+def of_an_epoch(card, engine, **options):
     """Return what a fit asks of the card outside its epochs, and what an epoch asks of it."""
     engine.fit(X, Y, epochs=1, **options)
     fits = []
@@ -89,7 +85,7 @@ def of_an_epoch(card: Card, engine: Engine, **options: Any) -> tuple[Card, Card]
 
 
 @pytest.mark.parametrize("optimizer", [SGD(0.1), Adam(0.01)])
-def test_an_epoch_waits_once_at_its_end_and_reads_less_than_a_kilobyte(card: Card, optimizer: Any) -> None:
+def test_an_epoch_waits_once_at_its_end_and_reads_less_than_a_kilobyte(card, optimizer):
     around, epoch = of_an_epoch(card, made(optimizer=optimizer))
     assert epoch.waits == 1 and epoch.events == ["replay"] * REPLAYS + ["wait"]
     assert epoch.bytes_read <= 1024
@@ -99,10 +95,10 @@ def test_an_epoch_waits_once_at_its_end_and_reads_less_than_a_kilobyte(card: Car
     assert around.waits == 2 and around.bytes_read <= 1024
 
 
-def test_a_planted_wait_is_counted(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_wait_is_counted(card, monkeypatch):
     run_many = BoundProgram.run_many
 
-    def impatient(self: BoundProgram, count: int) -> None:
+    def impatient(self, count):
         run_many(self, count)
         float(self.arrays["stats"][0])
 
@@ -111,13 +107,13 @@ def test_a_planted_wait_is_counted(card: Card, monkeypatch: pytest.MonkeyPatch) 
     assert epoch.waits == 2 and epoch.events[-2:] == ["wait", "wait"]
 
 
-def test_a_planted_copy_from_pageable_memory_is_counted(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_copy_from_pageable_memory_is_counted(card, monkeypatch):
     monkeypatch.setattr(launch.TritonDevice, "upload", lambda self, destination, source: destination.copy_(source))
     _, epoch = of_an_epoch(card, made())
     assert epoch.waits == 3
 
 
-def test_the_counts_do_not_depend_on_the_size_of_the_network(card: Card) -> None:
+def test_the_counts_do_not_depend_on_the_size_of_the_network(card):
     """The state to go back to stays on the card."""
     _, epoch = of_an_epoch(card, made(sizes=(3, 300, 2)))
     assert (epoch.waits, epoch.bytes_read) == (1, of_an_epoch(card, made())[1].bytes_read)
@@ -125,18 +121,18 @@ def test_the_counts_do_not_depend_on_the_size_of_the_network(card: Card) -> None
 
 @pytest.mark.usefixtures("short_tables")
 @pytest.mark.parametrize("optimizer", [Adam(0.01), Adam(0.01, accumulate=3)])
-def test_a_table_of_rates_that_ends_in_an_epoch_is_filled_without_a_wait(card: Card, optimizer: Any) -> None:
+def test_a_table_of_rates_that_ends_in_an_epoch_is_filled_without_a_wait(card, optimizer):
     _, epoch = of_an_epoch(card, made(optimizer=optimizer))
     assert epoch.waits == 1 and epoch.bytes_sent > 8 * len(X) + 32
 
 
-def test_the_best_weights_stay_on_the_card(card: Card) -> None:
+def test_the_best_weights_stay_on_the_card(card):
     _, epoch = of_an_epoch(card, made(), validation_data=OTHERS, early_stopping=50)
     # one more for the validation
     assert epoch.waits == 2 and epoch.bytes_read <= 1024
 
 
-def three_fits(plan: str) -> Engine:
+def three_fits(plan):
     """Train on two data sets of one shape, and on the first again, with all that keeps a state."""
     engine = made(plan, Adam(Cosine(0.05), accumulate=2, ema=0.5))
     first, second = (X[:7], Y[:7]), (OTHERS[0][:7], OTHERS[1][:7])
@@ -147,7 +143,7 @@ def three_fits(plan: str) -> Engine:
 
 
 @pytest.mark.usefixtures("short_tables")
-def test_the_results_are_those_of_eager_steps() -> None:
+def test_the_results_are_those_of_eager_steps():
     expected = three_fits("eager")
     with counting(computes=True) as card:
         engine = three_fits("graph")
@@ -161,7 +157,7 @@ def test_the_results_are_those_of_eager_steps() -> None:
             np.testing.assert_array_equal(tensor, wanted[name])
 
 
-def test_a_divergence_goes_back_to_the_state_before_the_epoch(computing: Card) -> None:
+def test_a_divergence_goes_back_to_the_state_before_the_epoch(computing):
     engine = made(optimizer=SGD(0.1))
     engine.fit(X[:8], Y[:8], epochs=1)
     before = engine.memory.snapshot()
@@ -173,12 +169,12 @@ def test_a_divergence_goes_back_to_the_state_before_the_epoch(computing: Card) -
         np.testing.assert_array_equal(array, before[name], err_msg=name)
 
 
-def test_the_rows_of_the_next_epoch_are_drawn_before_the_wait(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusemlp.training import data
+def test_the_rows_of_the_next_epoch_are_drawn_before_the_wait(card, monkeypatch):
+    from fusemlp.training import rows
 
     drawn = data.shuffled
 
-    def draw(backend: str, plan: str, n: int, seed: int, epoch: int) -> Any:
+    def draw(backend, plan, n, seed, epoch):
         card.events.append(("drawn", epoch))
         return drawn(backend, plan, n, seed, epoch)
 
@@ -192,7 +188,7 @@ def test_the_rows_of_the_next_epoch_are_drawn_before_the_wait(card: Card, monkey
     assert walk == [("drawn", 1), ("drawn", 2), "wait", ("drawn", 3), "wait", "wait"]
 
 
-def test_another_fit_of_the_same_shapes_captures_nothing(card: Card) -> None:
+def test_another_fit_of_the_same_shapes_captures_nothing(card):
     engine = made()
     engine.fit(X, Y, epochs=1)
     for data in (OTHERS, (X, Y)):
@@ -210,7 +206,7 @@ def test_another_fit_of_the_same_shapes_captures_nothing(card: Card) -> None:
     ],
     ids=["optimizer", "batch size", "release"],
 )
-def test_a_fit_after_a_change_captures_again(card: Card, change: Any) -> None:
+def test_a_fit_after_a_change_captures_again(card, change):
     engine = made()
     engine.fit(X, Y, epochs=1)
     change(engine)
@@ -219,10 +215,10 @@ def test_a_fit_after_a_change_captures_again(card: Card, change: Any) -> None:
     assert "captured" in found.events
 
 
-def test_private_fits_of_another_batch_size_are_bound_again(computing: Card) -> None:
+def test_private_fits_of_another_batch_size_are_bound_again(computing):
     """The largest batches that are drawn may have one size, where the noise is divided by another."""
 
-    def trained(between: Any) -> Engine:
+    def trained(between):
         privacy = DPSGD(noise=1.0, clip=1.0, seed=2)
         net, options = MLP((3, 4, 2)), {"backend": "triton", "plan": "graph", "normalise": False}
         engine = Engine(net, optimizer=SGD(0.1), batch_size=7, privacy=privacy, **options)
@@ -233,12 +229,12 @@ def test_private_fits_of_another_batch_size_are_bound_again(computing: Card) -> 
         sizes.append(engine.programs.last_fit.key[0][0][3])
         return engine
 
-    sizes: list[int] = []
+    sizes = []
     assert_same(trained(lambda engine: None), trained(Engine.release))
     assert len(set(sizes)) == 1
 
 
-def test_arrays_on_the_card_are_read_where_they_are(card: Card) -> None:
+def test_arrays_on_the_card_are_read_where_they_are(card):
     there, labels = RNG.standard_normal((43, 8)).astype(np.float32), put(Y)
     data = put(there)
     engine = made(sizes=(8, 4, 2))
@@ -257,7 +253,7 @@ def test_arrays_on_the_card_are_read_where_they_are(card: Card) -> None:
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_the_engine_lets_go_of_arrays_with_their_owner(card: Card, streams: bool) -> None:
+def test_the_engine_lets_go_of_arrays_with_their_owner(card, streams):
     engine = made(sizes=(8, 4, 2))
     data, labels = put(RNG.standard_normal((43, 8)).astype(np.float32)), put(Y)
     engine.fit(data, labels, epochs=1)
@@ -269,7 +265,7 @@ def test_the_engine_lets_go_of_arrays_with_their_owner(card: Card, streams: bool
     assert engine.programs.last_fit is None
 
 
-def test_probabilities_on_the_card_are_not_copied_back(card: Card) -> None:
+def test_probabilities_on_the_card_are_not_copied_back(card):
     soft = RNG.dirichlet((1.0, 1.0), 43).astype(np.float32)
     engine = made()
     engine.fit(X, put(soft), epochs=1)
@@ -282,7 +278,7 @@ def test_probabilities_on_the_card_are_not_copied_back(card: Card) -> None:
         engine.fit(X, put(wrong), epochs=1)
 
 
-def pair(optimizer: Any) -> tuple[Any, Any, Any]:
+def pair(optimizer):
     """Return a fused step on the card, and the optimizer and the step of torch alone from the same parameters."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -290,7 +286,7 @@ def pair(optimizer: Any) -> tuple[Any, Any, Any]:
     step = fuse(module, nn.CrossEntropyLoss(), optimizer(module.parameters()), backend="triton")
     usual, loss = optimizer(other.parameters()), nn.CrossEntropyLoss()
 
-    def eager(x: Any, y: Any) -> Any:
+    def eager(x, y):
         usual.zero_grad()
         found = loss(other(x), y)
         found.backward()
@@ -311,7 +307,7 @@ OPTIMIZERS = {
 
 @pytest.mark.usefixtures("short_tables")
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_fused_step_is_two_copies_and_a_replay(card: Card, kind: str) -> None:
+def test_a_fused_step_is_two_copies_and_a_replay(card, kind):
     step, _, _ = pair(OPTIMIZERS[kind])
     there = put(torch.randn(6, 3)), put(torch.randint(2, (6,)))
     step(*there), step(*there)
@@ -327,7 +323,7 @@ def test_a_fused_step_is_two_copies_and_a_replay(card: Card, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sgd", "groups"])
-def test_replayed_steps_are_torchs(computing: Card, kind: str) -> None:
+def test_replayed_steps_are_torchs(computing, kind):
     step, _, eager = pair(OPTIMIZERS[kind])
     x, y = torch.randn(6, 3), torch.randint(2, (6,))
     for _ in range(4):
@@ -335,7 +331,7 @@ def test_replayed_steps_are_torchs(computing: Card, kind: str) -> None:
     assert computing.events.count("replay") == 3
 
 
-def test_a_fused_step_that_returns_its_output_waits_for_nothing(card: Card) -> None:
+def test_a_fused_step_that_returns_its_output_waits_for_nothing(card):
     step, _, _ = pair(OPTIMIZERS["adam"])
     there = put(torch.randn(6, 3)), put(torch.randint(2, (6,)))
     for at in range(3):
@@ -344,7 +340,7 @@ def test_a_fused_step_that_returns_its_output_waits_for_nothing(card: Card) -> N
         assert at == 0 or (found.waits == 0 and "captured" not in found.events)
 
 
-def test_a_changed_rate_reaches_the_graph(computing: Card) -> None:
+def test_a_changed_rate_reaches_the_graph(computing):
     step, usual, eager = pair(OPTIMIZERS["sgd"])
     x, y = torch.randn(6, 3), torch.randint(2, (6,))
     there = put(x), put(y)
@@ -359,7 +355,7 @@ def test_a_changed_rate_reaches_the_graph(computing: Card) -> None:
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.usefixtures("card")
-def test_a_fused_program_is_in_no_ring(steps: int) -> None:
+def test_a_fused_program_is_in_no_ring(steps):
     """Its memory on the card is free when it is, before the garbage collector runs."""
     step, _, _ = pair(OPTIMIZERS["sgd"])
     for _ in range(steps):
@@ -373,14 +369,14 @@ def test_a_fused_program_is_in_no_ring(steps: int) -> None:
         gc.enable()
 
 
-def stopped(owner: Any, name: str, call: Any, *arguments: Any) -> None:
+def stopped(owner, name, call, *arguments):
     """Run a step that Ctrl-C ends before its launch."""
     with mock.patch.object(owner, name, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         call(*arguments)
 
 
 @pytest.mark.usefixtures("short_tables", "computing")
-def test_an_interrupted_step_is_no_update() -> None:
+def test_an_interrupted_step_is_no_update():
     """The table of rates that follows begins with the update that the card is at."""
     engine, eager = made(optimizer=Adam(0.05)), made("eager", Adam(0.05))
     for at in range(9):
@@ -390,7 +386,7 @@ def test_an_interrupted_step_is_no_update() -> None:
 
 
 @pytest.mark.usefixtures("short_tables", "computing")
-def test_an_interrupted_fused_step_is_no_update() -> None:
+def test_an_interrupted_fused_step_is_no_update():
     step, _, eager = pair(OPTIMIZERS["adam"])
     x, y = torch.randn(6, 3), torch.randint(2, (6,))
     for at in range(9):
@@ -400,19 +396,19 @@ def test_an_interrupted_fused_step_is_no_update() -> None:
         np.testing.assert_allclose(float(step(put(x), put(y))), float(eager(x, y)), rtol=1e-5)
 
 
-def test_a_capture_is_on_a_stream_of_the_engines_device(card: Card) -> None:
+def test_a_capture_is_on_a_stream_of_the_engines_device(card):
     engine = made()
     engine.fit(X, Y, epochs=1)
-    backend: Any = engine.memory.backend
+    backend = engine.memory.backend
     assert len(card.streams) == 2 and all(stream.device is backend._device.device for stream in card.streams)
 
 
-def test_an_empty_graph_is_refused(card: Card) -> None:
+def test_an_empty_graph_is_refused(card):
     with pytest.raises(BackendUnavailableError, match="empty"):
         made().memory.backend.capture(lambda: None, 1)
 
 
-def test_a_step_inside_a_capture_of_the_callers_is_part_of_it(card: Card) -> None:
+def test_a_step_inside_a_capture_of_the_callers_is_part_of_it(card):
     from counting_card import Graph
 
     backend, ran = made().memory.backend, []
@@ -425,7 +421,7 @@ def test_a_step_inside_a_capture_of_the_callers_is_part_of_it(card: Card) -> Non
     assert len(ran) == 6 and len(card.streams) == 1
 
 
-def test_batches_and_steps_from_host_memory_wait_for_nothing(card: Card) -> None:
+def test_batches_and_steps_from_host_memory_wait_for_nothing(card):
     """The host gets the next batch while the card trains on the last."""
     batches = [(X[at : at + BATCH], Y[at : at + BATCH]) for at in range(0, 40, BATCH)]
     engine = made()
@@ -442,9 +438,9 @@ def test_batches_and_steps_from_host_memory_wait_for_nothing(card: Card) -> None
         assert at < 2 or (found.waits == 0 and found.events == ["replay"])
 
 
-def test_large_arrays_go_to_the_card_in_parts(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_arrays_go_to_the_card_in_parts(card, monkeypatch):
     monkeypatch.setattr(launch, "UPLOAD_BYTES", 64)
-    backend: Any = made().memory.backend
+    backend = made().memory.backend
     for shape in ((43, 3), (43,), (1, 300), (0, 3)):
         host = RNG.standard_normal(shape).astype(np.float32)
         with card.counted() as found:

@@ -1,29 +1,13 @@
 """Predictions, losses and accuracies of any number of rows, against the oracle."""
 
-from __future__ import annotations
-
 import sys
 
 import numpy as np
 import pytest
 from torch_oracle import CLOSE
 
-from fusemlp import (
-    MLP,
-    SGD,
-    Adam,
-    ArgumentError,
-    BinaryCrossEntropy,
-    CrossEntropy,
-    DataError,
-    DTypeError,
-    Engine,
-    Huber,
-    LeakyReLU,
-    PReLU,
-    Quantile,
-    ShapeError,
-)
+import fusemlp
+from fusemlp import MLP, CrossEntropy, DataError, Engine
 from fusemlp.describe.losses import as_loss
 from fusemlp.runtime import forward as forward_module
 from fusemlp_kernels import reference
@@ -37,7 +21,7 @@ SIZES = (1, 2, 15, 16, 17, 33, 100)
 
 def make(loss="cross_entropy", outputs=OUTPUTS, **options):
     net = MLP([INPUTS, 7, outputs], **{"activation": "tanh", **options})
-    return Engine(net, loss=loss, optimizer=SGD(0.1), batch_size=8, seed=2, backend="numpy", precision="fp64")
+    return Engine(net, loss=loss, optimizer=fusemlp.SGD(0.1), batch_size=8, seed=2, backend="numpy", precision="fp64")
 
 
 def forward(engine, X):
@@ -113,10 +97,14 @@ class TestPredict:
 
     @pytest.mark.parametrize("loss", ["mse", "mae", "huber", "quantile", "poisson"])
     def test_probabilities_need_a_cross_entropy(self, loss):
-        with pytest.raises(ArgumentError, match=f"predict_proba needs cross_entropy .* has '{loss}'; use predict"):
+        with pytest.raises(
+            fusemlp.ArgumentError, match=f"predict_proba needs cross_entropy .* has '{loss}'; use predict"
+        ):
             make(loss).predict_proba(X)
 
-    @pytest.mark.parametrize("output", ["sigmoid", "relu", LeakyReLU(0.3), PReLU(0.2), "gelu", "tanh"], ids=str)
+    @pytest.mark.parametrize(
+        "output", ["sigmoid", "relu", fusemlp.LeakyReLU(0.3), fusemlp.PReLU(0.2), "gelu", "tanh"], ids=str
+    )
     def test_the_output_has_its_activation(self, output):
         engine = make("mse", output_activation=output)
         assert_close(engine.predict(X), forward(engine, X))
@@ -127,7 +115,7 @@ class TestPredict:
         assert_close(engine.predict(X), forward(engine, X))
 
     def test_a_network_without_hidden_layers(self):
-        engine = Engine(MLP([INPUTS, OUTPUTS]), "mse", SGD(0.1), backend="numpy", precision="fp64")
+        engine = Engine(MLP([INPUTS, OUTPUTS]), "mse", fusemlp.SGD(0.1), backend="numpy", precision="fp64")
         assert_close(engine.predict(X), forward(engine, X))
 
     def test_nothing_is_dropped(self):
@@ -251,7 +239,7 @@ class TestEvaluate:
 
     def test_options_of_the_others(self):
         target = TARGETS["mse"]
-        for loss in (Huber(delta=0.3), Quantile(q=0.9)):
+        for loss in (fusemlp.Huber(delta=0.3), fusemlp.Quantile(q=0.9)):
             engine = make(loss)
             expected, _ = reference.loss_of_output(loss.spec(accuracy=False), forward(engine, X), target)
             assert_close(engine.evaluate(X, target)["loss"], expected)
@@ -286,7 +274,7 @@ class TestEvaluate:
         assert certain["accuracy"] == labelled["accuracy"]
 
     def test_each_label_of_several_counts(self):
-        engine = make(BinaryCrossEntropy())
+        engine = make(fusemlp.BinaryCrossEntropy())
         target = TARGETS["binary_cross_entropy"]
         assert engine.evaluate(X, target)["accuracy"] == np.mean((forward(engine, X) > 0) == target)
 
@@ -367,7 +355,7 @@ class TestFewRows:
     def test_a_row_has_the_same_bits_alone_and_among_others(self, options, precision):
         sizes = [INPUTS, 37, 130, OUTPUTS]
         engine = Engine(
-            MLP(sizes, **options), optimizer=Adam(ema=0.5), backend="numpy", precision=precision, normalise=True
+            MLP(sizes, **options), optimizer=fusemlp.Adam(ema=0.5), backend="numpy", precision=precision, normalise=True
         )
         engine.fit(X, LABELS, epochs=1)
         for method in (engine.outputs, engine.predict, engine.predict_proba):
@@ -378,7 +366,7 @@ class TestFewRows:
     @pytest.mark.parametrize("ema", [0.0, 0.5])
     def test_what_changed_since_the_last_prediction_counts(self, ema):
         net, row = MLP([INPUTS, 7, OUTPUTS], activation="tanh"), X[:1]
-        engine = Engine(net, optimizer=Adam(0.1, ema=ema), backend="numpy", precision="fp64", seed=2)
+        engine = Engine(net, optimizer=fusemlp.Adam(0.1, ema=ema), backend="numpy", precision="fp64", seed=2)
         found = [engine.outputs(row)]
         engine.fit(X, LABELS, epochs=1)
         found.append(engine.outputs(row))
@@ -401,10 +389,10 @@ class TestFewRows:
             (lambda X: np.where(np.arange(INPUTS) == 2, np.nan, X), DataError, "finite numbers, got nan at row 0, col"),
             (lambda X: np.where(np.arange(INPUTS) == 2, np.inf, X), DataError, "finite numbers, got inf at row 0, col"),
             (lambda X: 1e300 * X, DataError, r"at row 0, column 0.* is beyond the largest float32"),
-            (lambda X: X[:, :3], ShapeError, "expected 5 columns"),
-            (lambda X: X[0], ShapeError, "expected a matrix"),
+            (lambda X: X[:, :3], fusemlp.ShapeError, "expected 5 columns"),
+            (lambda X: X[0], fusemlp.ShapeError, "expected a matrix"),
             (lambda X: X[:0], DataError, "expected 1 or more rows"),
-            (lambda X: X.astype(str), DTypeError, "expected real numbers"),
+            (lambda X: X.astype(str), fusemlp.DTypeError, "expected real numbers"),
         ],
         ids=["nan", "inf", "overflow", "width", "vector", "empty", "strings"],
     )

@@ -1,9 +1,5 @@
 """Training with interval bounds: whole runs against torch, resumed, and what is refused."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -28,7 +24,6 @@ from fusemlp import (
 )
 from make import assert_same_state
 
-Array = np.ndarray[Any, Any]
 ROWS, BATCH, EPOCHS = 70, 16, 8
 RNG = np.random.default_rng(11)
 X = np.clip(RNG.normal(size=(ROWS, 6)), -1.5, 1.5)
@@ -36,14 +31,14 @@ LABELS = (X @ RNG.normal(size=(6, 3))).argmax(axis=1)
 WEIGHT = RNG.uniform(0.2, 2.0, ROWS)
 
 
-def make(activation: Any = "tanh", **options: Any) -> Engine:
+def make(activation="tanh", **options):
     given = {"optimizer": SGD(lr=0.2, momentum=0.8), "precision": "fp64", "backend": "numpy", "seed": 3}
     return Engine(
         MLP([6, 9, 8, 3], activation=activation), **{**given, "batch_size": BATCH, "normalise": False, **options}
     )
 
 
-def torch_fit(engine: Engine, ibp: IBP, optimizer: Any, frozen: tuple[str, ...] = (), **weights: Any) -> dict[str, Any]:
+def torch_fit(engine, ibp, optimizer, frozen=(), **weights):
     """Return the parameters after the same training by torch in float64, with the loss written as in the paper."""
     state = {name: tensor(array, grad=name not in frozen) for name, array in engine.state_dict().items()}
     layers = [(state[f"{2 * at}.weight"], state[f"{2 * at}.bias"]) for at in range(engine.network.layers)]
@@ -84,16 +79,16 @@ def torch_fit(engine: Engine, ibp: IBP, optimizer: Any, frozen: tuple[str, ...] 
     return {name: p.detach().numpy() for name, p in state.items()}
 
 
-def momentum(parameters: Any) -> Any:
+def momentum(parameters):
     return torch.optim.SGD(parameters, lr=0.2, momentum=0.8)
 
 
-def adam(parameters: Any) -> Any:
+def adam(parameters):
     return torch.optim.Adam(parameters, lr=0.02)
 
 
 FROZEN = Adam(lr=0.02, per_parameter={"2.weight": ParameterOptions(trainable=False)})
-CASES: dict[str, tuple[Any, dict[str, Any], IBP, Any, dict[str, Any]]] = {
+CASES = {
     **{
         str(activation): (activation, {}, IBP(0.2), momentum, {})
         for activation in ("relu", LeakyReLU(0.2), "sigmoid", "tanh", ELU(0.7), "selu", "softplus", "identity")
@@ -170,7 +165,7 @@ def test_patience_and_the_best_weights_begin_after_the_ramp():
     kept = {}
 
     class Keep(Callback):
-        def on_epoch_end(self, engine: Engine, epoch: int, logs: Any) -> None:
+        def on_epoch_end(self, engine, epoch, logs):
             kept[epoch] = engine.state_dict()
 
     ibp = IBP(0.4, kappa=0.0, warmup=0.2, ramp=0.3)
@@ -199,7 +194,7 @@ def test_a_resumed_run_is_the_same(tmp_path):
     ibp, path = IBP(0.2, bounds=(-3, 3)), tmp_path / "half.ckpt"
 
     class Save(Callback):
-        def on_batch_end(self, engine: Engine, batch: int) -> None:
+        def on_batch_end(self, engine, batch):
             if engine.update_count == 12:
                 engine.save_checkpoint(path)
 

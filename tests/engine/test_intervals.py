@@ -1,9 +1,5 @@
 """Bounds of outputs over boxes of inputs: against random points, attacks, torch, and their own roundings."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -11,29 +7,17 @@ from devices import INTERPRETER, STAND_IN, usable
 from tolerance import ULPS, UNIT
 from torch_oracle import TORCH_ACTIVATIONS, tensor
 
-from fusemlp import (
-    MLP,
-    SGD,
-    Adam,
-    ArgumentError,
-    ArgumentTypeError,
-    CrossEntropy,
-    DataError,
-    Engine,
-    LeakyReLU,
-    PReLU,
-    ShapeError,
-)
+import fusemlp
+from fusemlp import MLP, ArgumentError, ArgumentTypeError, Engine, PReLU, ShapeError
 from fusemlp.runtime import intervals
 from fusemlp_kernels import pointwise, reference
 
-Array = np.ndarray[Any, Any]
-SELECTED = [LeakyReLU(0.2), PReLU(0.3), PReLU(-0.4)]
+SELECTED = [fusemlp.LeakyReLU(0.2), PReLU(0.3), PReLU(-0.4)]
 EVERY = [*(name for name in pointwise.ACTIVATIONS if name not in ("leaky_relu", "prelu")), *SELECTED]
 POINTS = 10_000
 
 
-def make(activation: Any = "relu", sizes: tuple[int, ...] = (5, 9, 8, 3), loss: Any = "mse", **options: Any) -> Engine:
+def make(activation="relu", sizes=(5, 9, 8, 3), loss="mse", **options):
     """Return an engine with weights of size one, and biases that are not zero."""
     net = {name: options.pop(name) for name in ("output_activation",) if name in options}
     given = {"backend": "numpy", "seed": 3, "normalise": False, **options}
@@ -43,7 +27,7 @@ def make(activation: Any = "relu", sizes: tuple[int, ...] = (5, 9, 8, 3), loss: 
     return engine
 
 
-def points(rng: np.random.Generator, low: Array, high: Array) -> Array:
+def points(rng, low, high):
     """Return random points of a box (K,), a third of them corners."""
     found = rng.uniform(low, high, (POINTS, len(low)))
     corners = POINTS // 3
@@ -51,7 +35,7 @@ def points(rng: np.random.Generator, low: Array, high: Array) -> Array:
     return found
 
 
-def exact(engine: Engine, x: Array) -> Array:
+def exact(engine, x):
     """Return the outputs in float64, by the oracle."""
     state = {name: array.astype(np.float64) for name, array in engine.state_dict().items()}
     for layer, chosen in enumerate(engine.network.activations):
@@ -127,7 +111,7 @@ def test_margins_have_the_rounding_of_both_outputs():
         assert (high - low).min() > 4e-5
 
 
-def torch_bounds(engine: Engine, low: Array, high: Array) -> tuple[Array, Array]:
+def torch_bounds(engine, low, high):
     """Return interval bounds by torch, in float64, as in the paper of Gowal and others."""
     state = engine.state_dict()
     low, high = tensor(low), tensor(high)
@@ -164,7 +148,7 @@ def test_without_the_rounding_errors_bounds_do_not_hold(monkeypatch):
     engine = make(sizes=(40, 60, 60, 3))
     X = rng.normal(size=(500, 40)).astype(np.float32).astype(np.float64)
 
-    def hold() -> bool:
+    def hold():
         low, high = intervals.Propagation(engine).outputs(X, X)
         outputs = engine.outputs(X)
         return bool(((low <= outputs) & (outputs <= high)).all())
@@ -178,7 +162,7 @@ def test_without_the_rounding_errors_bounds_do_not_hold(monkeypatch):
 def test_the_average_of_the_parameters_and_the_scale_of_the_inputs_are_those_of_predictions():
     rng = np.random.default_rng(8)
     X = rng.normal(size=(200, 5)) * [1.0, 10.0, 0.1, 1.0, 1.0] + [0.0, 50.0, 0.0, -3.0, 0.0]
-    engine = make("tanh", optimizer=Adam(lr=0.05, ema=0.9), normalise=True, precision="fp32")
+    engine = make("tanh", optimizer=fusemlp.Adam(lr=0.05, ema=0.9), normalise=True, precision="fp32")
     engine.fit(X, X[:, :3] / 10, epochs=2)
     eps = np.array([0.1, 1.0, 0.01, 0.1, 0.0]) / 100
     for x in X[:5]:
@@ -190,17 +174,17 @@ def test_the_average_of_the_parameters_and_the_scale_of_the_inputs_are_those_of_
     assert max(np.abs(raw[name] - array).max() for name, array in engine.memory.evaluated_tensors().items()) > 0.05
 
 
-def trained(seed: int = 0, **options: Any) -> tuple[Engine, Array, Array]:
+def trained(seed=0, **options):
     """Return a classifier of three clouds, and its rows."""
     rng = np.random.default_rng(seed)
     y = rng.integers(0, 3, 300)
     X = rng.normal(size=(300, 4)) * 0.6 + np.eye(3, 4)[y] * 2.0
-    engine = Engine(MLP([4, 16, 16, 3], **options), optimizer=SGD(lr=0.1), backend="numpy", seed=seed)
+    engine = Engine(MLP([4, 16, 16, 3], **options), optimizer=fusemlp.SGD(lr=0.1), backend="numpy", seed=seed)
     engine.fit(X, y, epochs=15)
     return engine, X, y
 
 
-def attacked(engine: Engine, X: Array, y: Array, eps: float) -> Array:
+def attacked(engine, X, y, eps):
     """Return whether each row is predicted right at all steps of projected gradient ascent."""
     low, high, x = X - eps, X + eps, X.copy()
     right = engine.predict(x) == y
@@ -280,7 +264,7 @@ def test_what_counts_as_certified_by_loss():
     assert 0 < certified.sum() < 60
     assert engine.certified(X, np.eye(3)[labels], 0.0).mean() > 0.9
     # an ignored class
-    engine = make(loss=CrossEntropy(ignore_index=-1))
+    engine = make(loss=fusemlp.CrossEntropy(ignore_index=-1))
     labels = engine.predict(X)
     labels[::2] = -1
     assert np.array_equal(engine.certified(X, labels, 0.0), labels >= 0)
@@ -357,7 +341,7 @@ def test_the_possible_inputs_may_be_an_array():
         ({"eps": [0.1, 0.2, 0.0, 0.0, np.nan]}, ArgumentError, "eps: expected finite numbers of at least 0"),
         ({"bounds": 1.0}, ArgumentTypeError, r"bounds: expected the least and the greatest input, \(0, 1\), got 1.0"),
         ({"bounds": (1, 0)}, ArgumentError, "bounds: the least input is above the greatest one"),
-        ({"bounds": (0.5, 1)}, DataError, "X: 0 at row 0, column 0 is outside the bounds; give wider ones"),
+        ({"bounds": (0.5, 1)}, fusemlp.DataError, "X: 0 at row 0, column 0 is outside the bounds; give wider ones"),
         ({"bounds": (0, [1, 1])}, ShapeError, r"bounds\[1\]: expected a number, or 5, one for each column"),
         ({"X": np.zeros((2, 4))}, ShapeError, "X: expected"),
     ],

@@ -1,34 +1,16 @@
 """Arguments, methods and names that a user of Keras types: they work, or the error names the equivalent."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import pickle
 import re
 import warnings
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 
 import fusemlp
-from fusemlp import (
-    MLP,
-    SGD,
-    Adam,
-    AdamW,
-    ArgumentError,
-    ArgumentTypeError,
-    BinaryCrossEntropy,
-    CrossEntropy,
-    DataError,
-    Engine,
-    Fleet,
-    FusemlpError,
-    ParameterOptions,
-)
+from fusemlp import MLP, ArgumentError, Engine
 from fusemlp.describe.text import bytes_text
 from fusemlp.engine import KERAS
 from fusemlp.inputs.arrays import as_class_weights
@@ -40,45 +22,43 @@ W = RNG.random(40).astype(np.float32) + 0.1
 NET = MLP([5, 8, 3])
 
 
-def make(net: MLP = NET, **options: Any) -> Engine:
+def make(net=NET, **options):
     return Engine(net, **{"batch_size": 16, "seed": 1, "backend": "numpy", **options})
 
 
-def same(one: Engine, other: Engine) -> bool:
+def same(one, other):
     ours, theirs = one.state_dict(), other.state_dict()
     return all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
 class TestValidationSplit:
-    def test_it_takes_the_last_share_of_rows_and_weights(self) -> None:
+    def test_it_takes_the_last_share_of_rows_and_weights(self):
         one, other = make(), make()
         history = one.fit(X, Y, epochs=2, sample_weight=W, validation_split=0.3)
         expected = other.fit(X[:28], Y[:28], epochs=2, sample_weight=W[:28], validation_data=(X[28:], Y[28:], W[28:]))
         assert same(one, other) and history.history == expected.history
 
-    def test_zero_is_none_as_in_keras(self) -> None:
+    def test_zero_is_none_as_in_keras(self):
         assert "val_loss" not in make().fit(X, Y, epochs=1, validation_split=0.0).history
 
-    def test_early_stopping_and_metrics_take_it(self) -> None:
+    def test_early_stopping_and_metrics_take_it(self):
         history = make().fit(X, Y, epochs=3, validation_split=0.5, early_stopping=1, metrics=["accuracy", "f1"])
         assert {"val_loss", "val_accuracy", "val_f1"} <= history.history.keys()
 
-    def test_classes_that_only_the_last_rows_have_are_told(self) -> None:
+    def test_classes_that_only_the_last_rows_have_are_told(self):
         with pytest.warns(UserWarning, match="validation_split: .*only these have the classes 2; shuffle") as caught:
             make().fit(X, np.repeat([0, 1, 2], [20, 16, 4]), epochs=1, validation_split=0.1)
         assert caught[0].filename == __file__
 
-    def test_weights_of_a_part_that_are_all_zero_are_refused(self) -> None:
-        with pytest.raises(DataError, match="validation_split: all weights of the last 20 rows are zero"):
+    def test_weights_of_a_part_that_are_all_zero_are_refused(self):
+        with pytest.raises(fusemlp.DataError, match="validation_split: all weights of the last 20 rows are zero"):
             make().fit(X, Y, epochs=1, validation_split=0.5, sample_weight=np.r_[np.ones(20), np.zeros(20)])
 
 
 class TestBatchSize:
     @pytest.mark.parametrize("parts", [False, True])
-    @pytest.mark.parametrize("optimizer", [SGD(0.1, momentum=0.9), Adam(0.01, accumulate=2)])
-    def test_training_goes_on_as_in_an_engine_made_with_it(
-        self, optimizer: Any, parts: bool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    @pytest.mark.parametrize("optimizer", [fusemlp.SGD(0.1, momentum=0.9), fusemlp.Adam(0.01, accumulate=2)])
+    def test_training_goes_on_as_in_an_engine_made_with_it(self, optimizer, parts, monkeypatch):
         if parts:
             # as on a GPU, where the memory of the gradients depends on the batch
             monkeypatch.setattr("fusemlp.runtime.session.batch_parts", lambda traits, rows, weights: rows // 4)
@@ -95,18 +75,18 @@ class TestBatchSize:
         assert same(one, other)
         assert float(one.step(X[:10], Y[:10])) == float(other.step(X[:10], Y[:10]))
 
-    def test_a_refused_fit_does_not_change_it(self) -> None:
+    def test_a_refused_fit_does_not_change_it(self):
         engine = make()
-        with pytest.raises(FusemlpError, match="monitor"):
+        with pytest.raises(fusemlp.FusemlpError, match="monitor"):
             engine.fit(X, Y, epochs=1, batch_size=8, monitor="val_loss")
         assert engine.batch_size == 16
 
-    def test_a_plan_that_was_asked_for_stays(self) -> None:
+    def test_a_plan_that_was_asked_for_stays(self):
         engine = make(plan="eager")
         engine.fit(X, Y, epochs=1, batch_size=8)
         assert engine.plan == "eager" and engine.plan_reason == "asked for"
 
-    def test_a_resumed_fit_keeps_its_own(self) -> None:
+    def test_a_resumed_fit_keeps_its_own(self):
         engine = make()
         engine.fit(X, Y, epochs=1)
         with pytest.raises(ArgumentError, match="batch_size: the fit that is resumed has batches of 16 rows, got 8"):
@@ -115,22 +95,22 @@ class TestBatchSize:
 
 class TestClassWeight:
     @pytest.mark.parametrize("given", [{0: 1.0, 1: 4.0, 2: 1}, {1: 4.0}, [1.0, 4.0, 1.0], np.array([1.0, 4.0, 1.0])])
-    def test_it_trains_as_the_class_weights_of_the_loss_and_validates_without(self, given: Any) -> None:
-        one, other = make(), make(loss=CrossEntropy(class_weight=[1.0, 4.0, 1.0]))
+    def test_it_trains_as_the_class_weights_of_the_loss_and_validates_without(self, given):
+        one, other = make(), make(loss=fusemlp.CrossEntropy(class_weight=[1.0, 4.0, 1.0]))
         history = one.fit(X, Y, epochs=3, class_weight=given, validation_data=(X, Y))
         expected = other.fit(X, Y, epochs=3, validation_data=(X, Y))
         # a row's weight is read, not looked up, and enters the same product: the same bits
         assert same(one, other)
         assert history.history["val_loss"][-1] == one.evaluate(X, Y)["loss"] != expected.history["val_loss"][-1]
 
-    def test_balanced_is_inverse_to_the_rows_of_a_class(self) -> None:
+    def test_balanced_is_inverse_to_the_rows_of_a_class(self):
         counts = np.bincount(Y)
         one, other = make(), make()
         one.fit(X, Y, epochs=2, class_weight="balanced")
         other.fit(X, Y, epochs=2, sample_weight=(40 / (3 * counts))[Y])
         assert same(one, other)
 
-    def test_it_multiplies_sample_weights(self) -> None:
+    def test_it_multiplies_sample_weights(self):
         one, other = make(), make()
         one.fit(X, Y, epochs=2, class_weight={2: 0.5}, sample_weight=W)
         other.fit(X, Y, epochs=2, sample_weight=W * np.where(Y == 2, np.float32(0.5), np.float32(1)))
@@ -139,14 +119,14 @@ class TestClassWeight:
     @pytest.mark.parametrize(
         ("net", "loss", "targets", "codes"),
         [
-            (MLP([5, 1]), BinaryCrossEntropy(), (Y == 1) * 1.0, Y == 1),
+            (MLP([5, 1]), fusemlp.BinaryCrossEntropy(), (Y == 1) * 1.0, Y == 1),
             (NET, "cross_entropy", np.eye(3)[Y], Y == 1),
             (NET, "mse", np.eye(3)[Y], Y == 1),
-            (NET, CrossEntropy(ignore_index=0), Y, Y == 1),
+            (NET, fusemlp.CrossEntropy(ignore_index=0), Y, Y == 1),
         ],
         ids=["binary", "probabilities", "one-hot", "ignored"],
     )
-    def test_other_forms_of_classes(self, net: MLP, loss: Any, targets: Any, codes: Any) -> None:
+    def test_other_forms_of_classes(self, net, loss, targets, codes):
         one, other = make(net, loss=loss), make(net, loss=loss)
         one.fit(X, targets, epochs=2, class_weight={1: 3.0})
         other.fit(X, targets, epochs=2, sample_weight=np.where(codes, 3.0, 1.0))
@@ -160,24 +140,24 @@ class TestClassWeight:
             ({1: -1.0}, ArgumentError, r"class_weight\[1\]: expected a finite number of at least 0"),
             ([1.0, 2.0], ArgumentError, "class_weight: expected a mapping .* got 2 numbers"),
             ([0.0, 0.0, 0.0], ArgumentError, "class_weight: expected at least one weight above 0"),
-            ("even", ArgumentTypeError, "class_weight: expected a mapping .* or 'balanced', got 'even'"),
+            ("even", fusemlp.ArgumentTypeError, "class_weight: expected a mapping .* or 'balanced', got 'even'"),
         ],
     )
-    def test_impossible_weights(self, given: Any, kind: type[Exception], message: str) -> None:
+    def test_impossible_weights(self, given, kind, message):
         with pytest.raises(kind, match=message):
             as_class_weights("class_weight", given, 3)
 
-    def test_numbers_have_no_classes(self) -> None:
+    def test_numbers_have_no_classes(self):
         with pytest.raises(ArgumentError, match=r"class_weight: it needs one class for each row.*sample_weight"):
             make(loss="mse").fit(X, RNG.random((40, 3)), epochs=1, class_weight={0: 2.0})
 
-    def test_no_row_is_left(self) -> None:
-        with pytest.raises(DataError, match="class_weight: it leaves no training row a weight above 0"):
+    def test_no_row_is_left(self):
+        with pytest.raises(fusemlp.DataError, match="class_weight: it leaves no training row a weight above 0"):
             make().fit(X, np.zeros(40, int), epochs=1, class_weight={0: 0.0})
 
 
 class TestMetricsAndVerbose:
-    def test_accuracy_is_always_there(self) -> None:
+    def test_accuracy_is_always_there(self):
         assert make().fit(X, Y, epochs=1, metrics=["accuracy"]).history.keys() == {"loss", "accuracy", "learning_rate"}
         assert make().fit(X, Y, epochs=1, metrics=None, callbacks=None).epochs == [0]
         assert make().evaluate(X, Y, metrics=["accuracy"]).keys() == {"loss", "accuracy"}
@@ -190,15 +170,15 @@ class TestMetricsAndVerbose:
             (len, r"expected names such as 'auc', or Metric\(name, rises, kinds, of\)"),
         ],
     )
-    def test_names_of_keras(self, given: Any, message: str) -> None:
-        with pytest.raises(FusemlpError, match=f"metrics: {message}"):
+    def test_names_of_keras(self, given, message):
+        with pytest.raises(fusemlp.FusemlpError, match=f"metrics: {message}"):
             make().fit(X, Y, epochs=1, metrics=[given], validation_split=0.2)
 
-    def test_a_regression_has_no_accuracy(self) -> None:
+    def test_a_regression_has_no_accuracy(self):
         with pytest.raises(ArgumentError, match="metrics: unknown name 'accuracy'"):
             make(loss="mse").fit(X, RNG.random((40, 3)), epochs=1, metrics=["accuracy"], validation_split=0.2)
 
-    def test_verbose(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_verbose(self, capsys, monkeypatch):
         make().fit(X, Y, epochs=2)
         assert capsys.readouterr() == ("", "")
         make().fit(X, Y, epochs=2, verbose=True)
@@ -212,7 +192,7 @@ class TestMetricsAndVerbose:
 
 
 class TestSummary:
-    def test_of_a_network(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_of_a_network(self, capsys):
         MLP([784, 128, 10], activation="prelu", dropout=0.1).summary()
         lines = capsys.readouterr().out.splitlines()
         assert lines[0] == "MLP 784-128-10"
@@ -220,12 +200,12 @@ class TestSummary:
         assert lines[3].split()[-2:] == ["glorot_uniform", "1,290"]
         assert lines[4] == "101,771 parameters"
         assert "398 KiB (SGD), 795 KiB (SGD with momentum), 1.16 MiB (Adam)" in lines[5]
-        shown: list[str] = []
+        shown = []
         assert NET.summary(print_fn=shown.append) is None
         assert shown[0].startswith("MLP 5-8-3\n") and not capsys.readouterr().out
 
-    def test_of_an_engine(self) -> None:
-        frozen = AdamW(0.01, per_parameter={"0.*": ParameterOptions(trainable=False)})
+    def test_of_an_engine(self):
+        frozen = fusemlp.AdamW(0.01, per_parameter={"0.*": fusemlp.ParameterOptions(trainable=False)})
         engine, shown = make(optimizer=frozen), list[str]()
         engine.fit(X, Y, epochs=2)
         engine.summary(print_fn=shown.append)
@@ -241,11 +221,11 @@ class TestSummary:
         ("count", "text"),
         [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (1 << 20, "1 MiB"), (5000 << 30, "5000 GiB")],
     )
-    def test_bytes(self, count: int, text: str) -> None:
+    def test_bytes(self, count, text):
         assert bytes_text(count) == text
 
 
-WRONG: dict[str, tuple[Callable[[Engine], object], str]] = {
+WRONG = {
     "fit x": (lambda e: e.fit(x=X, y=Y, epochs=1), r"x: it is called X here: fit\(X, y"),
     "fit initial_epoch": (lambda e: e.fit(X, Y, epochs=1, initial_epoch=3), "initial_epoch: .*engine.epochs_trained"),
     "fit validation_freq": (lambda e: e.fit(X, Y, epochs=1, validation_freq=2), "validation_freq: .*leave it out"),
@@ -265,35 +245,38 @@ WRONG: dict[str, tuple[Callable[[Engine], object], str]] = {
     "evaluate": (lambda e: e.evaluate(X, Y, verbose=0), "verbose: .*leave it out"),
     "network": (lambda e: MLP(5, 8, 3), r"MLP: too many arguments without names; write MLP\(\[784"),
     "units": (lambda e: MLP(units=3), "units: sizes has all widths"),
-    "adam": (lambda e: Adam(learning_rate=0.1), "learning_rate: it is called lr here"),
-    "beta": (lambda e: AdamW(beta_1=0.8), "beta_1: it is called betas here"),
-    "sgd": (lambda e: SGD(0.1, momentun=0.9), "momentun: there is no such argument; did you mean 'momentum'"),
-    "fleet": (lambda e: Fleet(NET, vary={"seed": [1]}).fit(X, Y, epochs=1, validation_split=0.2), "validation_rows"),
+    "adam": (lambda e: fusemlp.Adam(learning_rate=0.1), "learning_rate: it is called lr here"),
+    "beta": (lambda e: fusemlp.AdamW(beta_1=0.8), "beta_1: it is called betas here"),
+    "sgd": (lambda e: fusemlp.SGD(0.1, momentun=0.9), "momentun: there is no such argument; did you mean 'momentum'"),
+    "fleet": (
+        lambda e: fusemlp.Fleet(NET, vary={"seed": [1]}).fit(X, Y, epochs=1, validation_split=0.2),
+        "validation_rows",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_an_argument_of_another_name_is_refused_with_the_right_one(case: str) -> None:
+def test_an_argument_of_another_name_is_refused_with_the_right_one(case):
     call, message = WRONG[case]
     engine = make()
-    with pytest.raises(ArgumentTypeError, match=message):
+    with pytest.raises(fusemlp.ArgumentTypeError, match=message):
         call(engine)
     assert engine.update_count == 0
 
 
-def test_every_sentence_on_another_name_is_of_one_that_is_not_there() -> None:
+def test_every_sentence_on_another_name_is_of_one_that_is_not_there():
     from fusemlp.fleet import fleet
     from fusemlp.runtime import session
     from fusemlp.training import fit
 
-    tables = [(fit.ELSEWHERE, Engine.fit), (session.ELSEWHERE, Engine), (fleet._ELSEWHERE, Fleet.fit)]
+    tables = [(fit.ELSEWHERE, Engine.fit), (session.ELSEWHERE, Engine), (fleet._ELSEWHERE, fusemlp.Fleet.fit)]
     for table, called in tables:
         assert not table.keys() & inspect.signature(called).parameters.keys()
     assert not KERAS.keys() & {*dir(Session), *vars(make()), *dir(make())}
 
 
 @pytest.mark.parametrize("name", KERAS)
-def test_a_method_of_keras_is_an_error_that_names_ours(name: str) -> None:
+def test_a_method_of_keras_is_an_error_that_names_ours(name):
     engine = make()
     assert not hasattr(engine, name)
     with pytest.raises(AttributeError, match=f"Engine has no attribute '{name}': "):
@@ -304,7 +287,7 @@ def test_a_method_of_keras_is_an_error_that_names_ours(name: str) -> None:
     ("name", "equivalent"),
     [("load_model", "use fusemlp.load(path)"), ("Sequential", "write Engine(MLP("), ("Dense", "MLP([784, 128, 10]")],
 )
-def test_a_name_of_keras_in_the_package_is_an_error_that_names_ours(name: str, equivalent: str) -> None:
+def test_a_name_of_keras_in_the_package_is_an_error_that_names_ours(name, equivalent):
     assert not hasattr(fusemlp, name) and name not in dir(fusemlp)
     with pytest.raises(AttributeError, match=re.escape(f"module 'fusemlp' has no attribute '{name}': ")) as raised:
         getattr(fusemlp, name)
@@ -313,7 +296,7 @@ def test_a_name_of_keras_in_the_package_is_an_error_that_names_ours(name: str, e
         fusemlp.nonsense  # noqa: B018
 
 
-def test_missing_attributes_stay_what_they_were() -> None:
+def test_missing_attributes_stay_what_they_were():
     with pytest.raises(AttributeError, match="'Engine' object has no attribute 'nonsense'"):
         make().nonsense  # noqa: B018
     with pytest.raises(AttributeError, match="MLP has no attribute 'fit': a network is a description"):
@@ -322,7 +305,7 @@ def test_missing_attributes_stay_what_they_were() -> None:
     assert same(pickle.loads(pickle.dumps(make())), make())
 
 
-def test_arguments_together_are_checked() -> None:
+def test_arguments_together_are_checked():
     for options, message in (
         ({"validation_split": 0.2, "validation_data": (X, Y)}, "validation_split: .*give one of the two"),
         ({"validation_split": 1.0}, "validation_split: expected a finite number of at least 0 and below 1"),
@@ -338,15 +321,15 @@ def test_arguments_together_are_checked() -> None:
         make().fit(X[:1], Y[:1], epochs=1, validation_split=0.2)
 
 
-def test_warnings_name_the_line_of_the_call() -> None:
+def test_warnings_name_the_line_of_the_call():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         make(batch_size=64).fit(X, Y, epochs=1)
     assert [one.filename for one in caught] == [__file__]
 
 
-def test_another_rate_between_two_fits() -> None:
-    one, other = make(optimizer=SGD(0.1, momentum=0.9)), make(optimizer=SGD(0.1, momentum=0.9))
+def test_another_rate_between_two_fits():
+    one, other = make(optimizer=fusemlp.SGD(0.1, momentum=0.9)), make(optimizer=fusemlp.SGD(0.1, momentum=0.9))
     one.fit(X, Y, epochs=1)
     other.fit(X, Y, epochs=1)
     one.optimizer = dataclasses.replace(one.optimizer, lr=0.01)
@@ -355,5 +338,5 @@ def test_another_rate_between_two_fits() -> None:
     assert same(one, other)
 
 
-def test_the_package_has_the_callback() -> None:
+def test_the_package_has_the_callback():
     assert fusemlp.ReduceLROnPlateau is fusemlp.callbacks.ReduceLROnPlateau

@@ -1,10 +1,7 @@
 """The loss descriptions: options, the kernels' specifications, and refused networks."""
 
-from __future__ import annotations
-
 import json
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +13,6 @@ from fusemlp.describe.losses import (
     BinaryCrossEntropy,
     CrossEntropy,
     Huber,
-    Loss,
     Poisson,
     Quantile,
     as_loss,
@@ -39,7 +35,7 @@ EXAMPLES = [
 ]
 
 
-def test_every_loss_of_the_contract_has_a_name() -> None:
+def test_every_loss_of_the_contract_has_a_name():
     assert tuple(LOSSES) == contract.LOSSES
     for name in contract.LOSSES:
         assert as_loss(name).spec(accuracy=False) == LossSpec(name)
@@ -58,23 +54,23 @@ def test_every_loss_of_the_contract_has_a_name() -> None:
     ],
     ids=repr,
 )
-def test_options_reach_the_kernels(loss: Loss, expected: LossSpec) -> None:
+def test_options_reach_the_kernels(loss, expected):
     assert loss.spec(accuracy=False) == expected
 
 
-def test_accuracy_and_soft_targets_are_asked_for() -> None:
+def test_accuracy_and_soft_targets_are_asked_for():
     spec = CrossEntropy().spec(accuracy=True, soft=True)
     assert (spec.accuracy, spec.soft) == (True, True)
 
 
-def test_only_the_cross_entropies_classify() -> None:
+def test_only_the_cross_entropies_classify():
     assert {name for name in LOSSES if as_loss(name).is_classification} == {
         "cross_entropy",
         "binary_cross_entropy",
     }
 
 
-def test_class_weights_may_come_in_several_forms() -> None:
+def test_class_weights_may_come_in_several_forms():
     expected = (1.0, 2.0)
     for given in ([1, 2], (1.0, 2.0), np.array([1, 2]), {1: 2, 0: 1}):
         assert CrossEntropy(class_weight=given).class_weight == expected
@@ -83,7 +79,7 @@ def test_class_weights_may_come_in_several_forms() -> None:
 
 
 @pytest.mark.parametrize("loss", EXAMPLES, ids=repr)
-def test_a_loss_survives_json_and_repr(loss: Loss) -> None:
+def test_a_loss_survives_json_and_repr(loss):
     config = loss.to_config()
     assert json.loads(json.dumps(config)) == config
     assert loss_from_config(config) == loss
@@ -112,12 +108,12 @@ def test_a_loss_survives_json_and_repr(loss: Loss) -> None:
         ),
     ],
 )
-def test_a_network_that_does_not_fit_is_refused(loss: str | Loss, net: MLP, error: type[Exception], words: str) -> None:
+def test_a_network_that_does_not_fit_is_refused(loss, net, error, words):
     with pytest.raises(error, match=words):
         as_loss(loss).check_network(net)
 
 
-def test_networks_that_fit() -> None:
+def test_networks_that_fit():
     for loss in ("mse", "mae", "huber", "quantile"):
         as_loss(loss).check_network(MLP([2, 1], output_activation="sigmoid"))
     for loss in ("binary_cross_entropy", "poisson"):
@@ -152,9 +148,7 @@ def test_networks_that_fit() -> None:
         (Quantile, {"q": 1}, ArgumentError, "q: .*below 1, got 1"),
     ],
 )
-def test_impossible_options_are_refused(
-    cls: type[Loss], options: dict[str, Any], error: type[Exception], words: str
-) -> None:
+def test_impossible_options_are_refused(cls, options, error, words):
     with pytest.raises(error, match=words) as caught:
         cls(**options)
     assert caught.type is error
@@ -169,12 +163,12 @@ def test_impossible_options_are_refused(
         (MSE, ArgumentTypeError, r"loss: .*MSE\(\), got <class"),
     ],
 )
-def test_unknown_losses_are_refused(value: Any, error: type[Exception], words: str) -> None:
+def test_unknown_losses_are_refused(value, error, words):
     with pytest.raises(error, match=words):
         as_loss(value)
 
 
-def test_soft_targets_belong_to_cross_entropy_without_ignore_index() -> None:
+def test_soft_targets_belong_to_cross_entropy_without_ignore_index():
     with pytest.raises(ArgumentError, match=r"soft: only cross_entropy .*not mse"):
         MSE().spec(accuracy=False, soft=True)
     with pytest.raises(ArgumentError, match="ignore_index: 1 is a class index"):
@@ -190,8 +184,6 @@ def test_soft_targets_belong_to_cross_entropy_without_ignore_index() -> None:
         ({}, ArgumentTypeError, ""),
     ],
 )
-def test_a_configuration_of_something_else_is_refused(
-    config: dict[str, Any], error: type[Exception], words: str
-) -> None:
+def test_a_configuration_of_something_else_is_refused(config, error, words):
     with pytest.raises(error, match=f"loss: .*{words}"):
         loss_from_config(config)

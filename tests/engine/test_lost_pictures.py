@@ -1,12 +1,9 @@
 """A picture or a page that cannot be made costs no run its report and its scores, and names are drawn as they are."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,23 +18,21 @@ ODD = "d\udcff$a_{$"
 SMALL = ("--hidden", "4", "--epochs", "2", "--models", "1", "--quiet")
 
 
-def classes(path: Path, names: tuple[str, str] = ("no", "yes")) -> Path:
+def classes(path, names=("no", "yes")):
     X = np.random.default_rng(0).normal(size=(80, 3))
     np.savez(path, X=X, y=np.array(names)[(X[:, 0] > 0).astype(int)])
     return path
 
 
-def broken(*given: object, **named: object) -> None:
+def broken(*given, **named):
     raise ValueError("Key backend: 'nonsense'\nis not valid")
 
 
-def failed(path: Path) -> str:
+def failed(path):
     return f"{str(path)!r} cannot be made (ValueError: Key backend: 'nonsense' is not valid)"
 
 
-def test_a_run_without_its_picture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_without_its_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plots, "_figure", broken)
     data = classes(tmp_path / "data.npz")
     assert run("train", data, *SMALL, "--out", tmp_path / "run") == 0
@@ -55,9 +50,7 @@ def test_a_run_without_its_picture(
     assert (tmp_path / "sweep/report.json").exists() and not (tmp_path / "sweep/sweep.jsonl").exists()
 
 
-def test_a_picture_that_was_asked_for_fails_after_the_results(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_picture_that_was_asked_for_fails_after_the_results(tmp_path, monkeypatch, capsys):
     data, out = classes(tmp_path / "data.npz"), tmp_path / "picture.png"
     assert run("train", data, *SMALL, "--out", tmp_path / "run") == 0
     monkeypatch.setattr(plots, "_figure", broken)
@@ -76,7 +69,7 @@ def test_a_picture_that_was_asked_for_fails_after_the_results(
 
 
 @pytest.mark.parametrize("setting", ["backend", "file"])
-def test_matplotlib_cannot_be_imported(setting: str, tmp_path: Path) -> None:
+def test_matplotlib_cannot_be_imported(setting, tmp_path):
     folder = Run(tmp_path / "run")
     folder.path.mkdir()
     folder.config.write_text(json.dumps(configuration()))
@@ -95,9 +88,7 @@ def test_matplotlib_cannot_be_imported(setting: str, tmp_path: Path) -> None:
     assert ("nonsense" if setting == "backend" else "UnicodeDecodeError") in line
 
 
-def test_a_run_without_its_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_without_its_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "page", broken)
     assert run("train", classes(tmp_path / "data.npz"), *SMALL, "--out", tmp_path / "run", "--json") == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if '"end"' in line)
@@ -112,7 +103,7 @@ def test_a_run_without_its_page(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has file names of any bytes")
-def test_names_that_are_no_utf_8_and_look_like_formulas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_that_are_no_utf_8_and_look_like_formulas(tmp_path, capsys):
     table = tmp_path / f"{ODD}.csv"
     numbers = np.random.default_rng(0).normal(size=(80, 2))
     table.write_text("a$x^$,b,y\n" + "".join(f"{a:.3f},{b:.3f},{'no' if a > 0 else 'yes'}\n" for a, b in numbers))
@@ -127,7 +118,7 @@ def test_names_that_are_no_utf_8_and_look_like_formulas(tmp_path: Path, capsys: 
     assert (tmp_path / "columns.png").exists() and (tmp_path / "rates.png").exists()
 
 
-def test_classes_with_lone_surrogates(tmp_path: Path) -> None:
+def test_classes_with_lone_surrogates(tmp_path):
     data, folder = classes(tmp_path / "data.npz", ("\ud800", "$\\frac$")), tmp_path / "run"
     assert run("train", data, *SMALL, "--out", folder) == 0
     assert (folder / "report.html").exists()
@@ -138,7 +129,7 @@ def test_classes_with_lone_surrogates(tmp_path: Path) -> None:
     assert {row["explained"] for row in rows(tmp_path / "rows.csv")} <= {r"\ud800", "$\\frac$"}
 
 
-def test_residuals_that_are_huge_and_nearly_equal(tmp_path: Path) -> None:
+def test_residuals_that_are_huge_and_nearly_equal(tmp_path):
     X = np.random.default_rng(0).normal(size=(60, 2))
     for name, y in (("train", X[:, 0]), ("test", 1e20 + 1e4 * X[:, 1]), ("equal", np.full(60, 1e20))):
         np.savez(tmp_path / f"{name}.npz", X=X, y=y)

@@ -1,7 +1,5 @@
 """A step that overflows spoils only the parameters: after loading good ones, training works as before."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

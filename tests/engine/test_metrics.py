@@ -1,11 +1,7 @@
 """Metrics beside the loss: their values, and training, stopping, plateaus and sweeps by them."""
 
-from __future__ import annotations
-
 import json
 import math
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +18,7 @@ from make import read, rows, run
 RNG = np.random.default_rng(5)
 
 
-def split(load: Any) -> tuple[Any, Any, Any, Any]:
+def split(load):
     X, y = load(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(X))
     X, y = ((X - X.mean(axis=0)) / X.std(axis=0))[order], y[order]
@@ -32,11 +28,11 @@ def split(load: Any) -> tuple[Any, Any, Any, Any]:
 TUMOUR, IRIS, DIABETES = split(load_breast_cancer), split(load_iris), split(load_diabetes)
 
 
-def value(name: str, *given: Any, **more: Any) -> float:
+def value(name, *given, **more):
     return METRICS[name].of(Judged(*given, **more))
 
 
-def test_classes_are_scored_as_documented() -> None:
+def test_classes_are_scored_as_documented():
     codes, scores, weight = RNG.integers(0, 3, 40), RNG.dirichlet(np.ones(3), 40), RNG.random(40)
     predicted = scores.argmax(axis=1)
     for given in (None, weight):
@@ -51,14 +47,14 @@ def test_classes_are_scored_as_documented() -> None:
             assert value(name, codes, predicted, scores, given) == pytest.approx(right, rel=1e-12), name
 
 
-def test_log_loss_has_no_bound() -> None:
+def test_log_loss_has_no_bound():
     scores = np.array([[1.0, 1e-30], [1.0, 0.0]], np.float32)
     assert value("log_loss", np.array([1]), np.array([0]), scores[:1]) == pytest.approx(30 * math.log(10), rel=1e-6)
     # float32's least number stands for 0
     assert value("log_loss", np.array([1]), np.array([0]), scores[1:]) == pytest.approx(149 * math.log(2), rel=1e-6)
 
 
-def test_auc_of_two_classes_counts_ordered_pairs() -> None:
+def test_auc_of_two_classes_counts_ordered_pairs():
     codes, one = np.array([0, 1, 1, 0, 1]), np.array([0.1, 0.4, 0.35, 0.4, 0.8])
     pairs = [(a > b) + 0.5 * (a == b) for a in one[codes == 1] for b in one[codes == 0]]
     scores = np.column_stack([1 - one, one])
@@ -66,13 +62,13 @@ def test_auc_of_two_classes_counts_ordered_pairs() -> None:
     assert math.isnan(value("auc", np.zeros(5, int), codes, scores))
 
 
-def test_auc_leaves_out_a_class_without_rows() -> None:
+def test_auc_leaves_out_a_class_without_rows():
     codes, scores = np.array([0, 1, 0, 1]), np.array([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.3, 0.6, 0.1], [0, 1, 0]])
     expected = np.mean([sk.roc_auc_score(codes == one, scores[:, one]) for one in (0, 1)])
     assert value("auc", codes, scores.argmax(axis=1), scores) == pytest.approx(expected, rel=1e-12)
 
 
-def test_numbers_are_scored_as_documented() -> None:
+def test_numbers_are_scored_as_documented():
     truth, predicted = RNG.normal(size=(30, 2)), RNG.normal(size=(30, 2))
     error = truth - predicted
     assert value("mae", truth, predicted) == pytest.approx(np.abs(error).mean(), rel=1e-12)
@@ -84,7 +80,7 @@ def test_numbers_are_scored_as_documented() -> None:
     assert math.isnan(value("r2", truth[:1], predicted[:1]))
 
 
-def test_directions() -> None:
+def test_directions():
     assert {name for name in METRICS if rises(f"val_{name}")} == {"auc", "f1", "balanced_accuracy", "r2"}
     assert rises("val_accuracy") and rises("val_score") and not rises("val_loss") and not rises("learning_rate")
 
@@ -104,7 +100,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_evaluate_returns_metrics_of_every_kind_of_target(case: str) -> None:
+def test_evaluate_returns_metrics_of_every_kind_of_target(case):
     net, loss, (X, y), names = CASES[case]
     engine = Engine(net, loss=loss)
     found = engine.evaluate(X, y, metrics=names)
@@ -122,7 +118,7 @@ def test_evaluate_returns_metrics_of_every_kind_of_target(case: str) -> None:
         assert found["pinball"] == pytest.approx(found["mae"] / 2, rel=1e-6)
 
 
-def test_rows_of_an_ignored_class_do_not_count() -> None:
+def test_rows_of_an_ignored_class_do_not_count():
     from fusemlp.losses import CrossEntropy
 
     X, y = IRIS[2], IRIS[3]
@@ -133,7 +129,7 @@ def test_rows_of_an_ignored_class_do_not_count() -> None:
     assert ignored["f1"] == kept["f1"]
 
 
-def test_training_stops_by_a_metric_and_restores_its_best_weights() -> None:
+def test_training_stops_by_a_metric_and_restores_its_best_weights():
     X, y, Xv, yv = TUMOUR
     engine = Engine(MLP([30, 8, 2]), optimizer=Adam(lr=0.01))
     history = engine.fit(X, y, epochs=60, validation_data=(Xv, yv), metrics=["f1"], monitor="val_auc", early_stopping=4)
@@ -146,7 +142,7 @@ def test_training_stops_by_a_metric_and_restores_its_best_weights() -> None:
     assert int(np.argmin(history.history["val_loss"])) != history.best_epoch
 
 
-def test_a_callback_names_its_metric() -> None:
+def test_a_callback_names_its_metric():
     X, y, Xv, yv = TUMOUR
     stop = EarlyStopping(monitor="val_auc", patience=2)
     history = Engine(MLP([30, 8, 2])).fit(X, y, epochs=40, validation_data=(Xv, yv), callbacks=[stop])
@@ -154,7 +150,7 @@ def test_a_callback_names_its_metric() -> None:
     assert history.stopped == "val_auc has not improved for 2 epochs"
 
 
-def test_the_rate_falls_when_a_metric_stands_still() -> None:
+def test_the_rate_falls_when_a_metric_stands_still():
     X, y, Xv, yv = TUMOUR
     rates = {}
     for monitor in (None, "val_balanced_accuracy"):
@@ -172,9 +168,9 @@ def test_the_rate_falls_when_a_metric_stands_still() -> None:
     assert rates[None] == [0.001] * 12  # the loss improves in each epoch
 
 
-def test_a_resumed_fit_follows_the_same_quantity(tmp_path: Path) -> None:
+def test_a_resumed_fit_follows_the_same_quantity(tmp_path):
     X, y, Xv, yv = TUMOUR
-    given: dict[str, Any] = {"validation_data": (Xv, yv), "monitor": "val_auc", "early_stopping": 9}
+    given = {"validation_data": (Xv, yv), "monitor": "val_auc", "early_stopping": 9}
     whole = Engine(MLP([30, 8, 2])).fit(X, y, epochs=12, **given)
     engine = Engine(MLP([30, 8, 2]))
     engine.fit(X, y, epochs=6, **given)
@@ -186,7 +182,7 @@ def test_a_resumed_fit_follows_the_same_quantity(tmp_path: Path) -> None:
     assert again.history == whole.history and again.best_epoch == whole.best_epoch
 
 
-def test_a_fleet_stops_and_ranks_by_a_metric() -> None:
+def test_a_fleet_stops_and_ranks_by_a_metric():
     X, y, Xv, yv = TUMOUR
     fleet = Fleet(MLP([30, 8, 2]), vary={"lr": [0.0001, 0.01], "seed": [0, 1]})
     results = fleet.fit(X, y, epochs=30, validation_data=(Xv, yv), monitor="val_auc", early_stopping=3)
@@ -198,7 +194,7 @@ def test_a_fleet_stops_and_ranks_by_a_metric() -> None:
 
 
 X, Y, XV, YV = TUMOUR
-REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+REFUSED = {
     "unknown": ({"metrics": ["auk"]}, ArgumentError, r"^metrics: unknown name 'auk'; did you mean 'auc'\?"),
     "one name": (
         {"metrics": "auc"},
@@ -230,7 +226,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refusals_come_before_the_training(case: str) -> None:
+def test_refusals_come_before_the_training(case):
     given, kind, message = REFUSED[case]
     engine = Engine(MLP([30, 8, 2]))
     for fit in (engine.fit, Fleet(MLP([30, 8, 2]), vary={"seed": [0, 1]}).fit):
@@ -239,7 +235,7 @@ def test_refusals_come_before_the_training(case: str) -> None:
     assert engine.epochs_trained == 0
 
 
-def test_the_command_line_trains_by_a_metric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_trains_by_a_metric(tmp_path, capsys):
     folder = tmp_path / "run"
     options = ["--epochs", "200", "--early-stopping", "3", "--metric", "auc", "--quiet"]
     assert run("train", "breast_cancer", *options, "--out", folder) == 0
@@ -265,7 +261,7 @@ def test_the_command_line_trains_by_a_metric(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "other").exists()
 
 
-def test_errors_of_a_regression_are_logged_in_its_units(tmp_path: Path) -> None:
+def test_errors_of_a_regression_are_logged_in_its_units(tmp_path):
     folder = tmp_path / "run"
     options = ["--epochs", "40", "--early-stopping", "5", "--metric", "val_mae", "--split-seed", "0", "--quiet"]
     assert run("train", "diabetes", *options, "--out", folder) == 0
@@ -276,7 +272,7 @@ def test_errors_of_a_regression_are_logged_in_its_units(tmp_path: Path) -> None:
     assert report["test"]["pinball"] == pytest.approx(report["test"]["mae"] / 2, rel=1e-12)
 
 
-def test_a_sweep_ranks_by_a_metric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_ranks_by_a_metric(tmp_path, capsys):
     folder = tmp_path / "run"
     options = ["--vary", "lr=0.0001,0.003,0.1", "--epochs", "6", "--metric", "f1", "--quiet"]
     assert run("sweep", "wine", *options, "--out", folder) == 0
@@ -288,7 +284,7 @@ def test_a_sweep_ranks_by_a_metric(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "--metric: " in capsys.readouterr().err
 
 
-def test_lines_leave_out_what_repeats_or_is_undefined() -> None:
+def test_lines_leave_out_what_repeats_or_is_undefined():
     lines = list(headline({"loss": 0.5, "log_loss": 0.50001, "auc": math.nan, "mae": 2.0, "pinball": 1.0, "r2": None}))
     assert lines == ["test loss 0.5000", "test mae 2.0000"]
     assert list(headline({"loss": 0.5, "log_loss": 0.7, "mae": 2.0, "pinball": 0.4}))[1::2] == [
@@ -309,10 +305,10 @@ def test_lines_leave_out_what_repeats_or_is_undefined() -> None:
         ((-0.00001, 0.5), "0.0000"),
     ],
 )
-def test_scores_have_six_digits_or_four_decimals(given: tuple[float, ...], text: str) -> None:
+def test_scores_have_six_digits_or_four_decimals(given, text):
     assert spelled(*given) == text
 
 
-def test_the_outputs_of_a_single_class_have_a_column() -> None:
+def test_the_outputs_of_a_single_class_have_a_column():
     engine = Engine(MLP([3, 1]), loss="mse")
     assert class_scores(engine, np.zeros((4, 3))).shape == (4, 1)

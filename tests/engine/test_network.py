@@ -1,13 +1,10 @@
 """The network description: accepted options, names and initial values of parameters."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json
 import math
 import pickle
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,26 +22,26 @@ NETWORKS = [
 ]
 
 
-def test_one_activation_and_dropout_serve_all_hidden_layers() -> None:
+def test_one_activation_and_dropout_serve_all_hidden_layers():
     net = MLP([8, 6, 4, 2], activation="silu", output_activation="tanh", dropout=0.25)
     assert net.layers == 3
     assert [activation.name for activation in net.activations] == ["silu", "silu", "tanh"]
     assert net.dropouts == (0.25, 0.25, 0.0)
 
 
-def test_each_hidden_layer_can_have_its_own() -> None:
+def test_each_hidden_layer_can_have_its_own():
     net = MLP([8, 6, 4, 2], activation=["relu", LeakyReLU(0.3)], dropout=[0.5, 0])
     assert net.activations == (Activation("relu"), Activation("leaky_relu", 0.3), Activation("identity"))
     assert net.dropouts == (0.5, 0.0, 0.0)
 
 
-def test_sizes_may_be_numpy_integers() -> None:
+def test_sizes_may_be_numpy_integers():
     net = MLP(np.array([3, 2], dtype=np.int32))
     assert net.sizes == (3, 2)
     assert all(type(size) is int for size in net.sizes)
 
 
-def test_every_activation_of_the_contract_has_a_name() -> None:
+def test_every_activation_of_the_contract_has_a_name():
     for name in ACTIVATIONS:
         assert as_activation("activation", name).name == name
     assert as_activation("activation", "leaky_relu") == Activation("leaky_relu") == LeakyReLU() == LeakyReLU(0.01)
@@ -52,18 +49,18 @@ def test_every_activation_of_the_contract_has_a_name() -> None:
     assert as_activation("activation", "prelu") == Activation("prelu") == PReLU() == PReLU(0.25)
 
 
-def test_a_module_of_torch_is_no_activation() -> None:
+def test_a_module_of_torch_is_no_activation():
     from torch import nn
 
     with pytest.raises(ArgumentTypeError, match=r"or fusemlp.ELU\(1.0\), got ELU\(alpha=1.0\)"):
         as_activation("activation", nn.ELU())  # type: ignore[arg-type]
 
 
-def test_a_slope_of_zero_is_shown() -> None:
+def test_a_slope_of_zero_is_shown():
     assert "LeakyReLU(0.0)" in repr(MLP([2, 3, 1], activation=LeakyReLU(0.0)))
 
 
-def test_parameters_have_the_names_shapes_and_order_of_torch() -> None:
+def test_parameters_have_the_names_shapes_and_order_of_torch():
     from torch import nn
 
     net = MLP([5, 4, 3, 2], activation=["relu", PReLU()], output_activation=PReLU(), dropout=0.5)
@@ -75,14 +72,14 @@ def test_parameters_have_the_names_shapes_and_order_of_torch() -> None:
 
 @pytest.mark.parametrize("net", NETWORKS, ids=repr)
 @pytest.mark.parametrize("init", INITS)
-def test_initial_parameters_fill_the_shapes_in_float64(net: MLP, init: str) -> None:
+def test_initial_parameters_fill_the_shapes_in_float64(net, init):
     config = {**net.to_config(), "init": init}
     parameters = MLP.from_config(config).initial_parameters(3)
     assert [(name, array.shape) for name, array in parameters.items()] == list(net.parameter_shapes().items())
     assert {array.dtype for array in parameters.values()} == {np.dtype(np.float64)}
 
 
-def test_initial_parameters_are_a_function_of_the_seed() -> None:
+def test_initial_parameters_are_a_function_of_the_seed():
     net = MLP([6, 5, 4], init="torch")
     first, again, other = (net.initial_parameters(seed) for seed in (7, 7, 8))
     for name in first:
@@ -90,7 +87,7 @@ def test_initial_parameters_are_a_function_of_the_seed() -> None:
         assert not np.any(first[name] == other[name])
 
 
-def test_layers_draw_independently() -> None:
+def test_layers_draw_independently():
     """A layer's numbers do not depend on other layers' widths or activations, and no two layers are equal."""
     first = MLP([6, 6, 6, 3]).initial_parameters(0)
     second = MLP([6, 6, 6, 9], activation=["relu", "tanh"]).initial_parameters(0)
@@ -109,7 +106,7 @@ VARIANCES = {
 
 @pytest.mark.parametrize("activation", ["relu", LeakyReLU(0.5), PReLU(1.0), "tanh"], ids=repr)
 @pytest.mark.parametrize("init", [name for name in INITS if name not in ("auto", "zeros")])
-def test_weights_have_the_stated_distribution(init: str, activation: Any) -> None:
+def test_weights_have_the_stated_distribution(init, activation):
     """The sample variance of n numbers has the relative standard deviation sqrt((kurtosis - 1) / n)."""
     fan_in, fan_out = 300, 200
     net = MLP([fan_in, fan_out, 1], activation=activation, init=init)
@@ -131,7 +128,7 @@ def test_weights_have_the_stated_distribution(init: str, activation: Any) -> Non
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_auto_is_he_before_rectifiers_lecun_before_selu_and_glorot_before_the_others(name: str) -> None:
+def test_auto_is_he_before_rectifiers_lecun_before_selu_and_glorot_before_the_others(name):
     rectifier = name in ("relu", "leaky_relu", "prelu", "gelu", "silu", "elu", "mish")
     other = "lecun_normal" if name == "selu" else "glorot_uniform"
     auto = MLP([5, 4], output_activation=name).initial_parameters(0)
@@ -139,14 +136,14 @@ def test_auto_is_he_before_rectifiers_lecun_before_selu_and_glorot_before_the_ot
     np.testing.assert_array_equal(auto["0.weight"], chosen.initial_parameters(0)["0.weight"])
 
 
-def test_zeros_leave_only_the_slope() -> None:
+def test_zeros_leave_only_the_slope():
     parameters = MLP([3, 2, 1], activation=PReLU(-0.5), init="zeros").initial_parameters(0)
     assert parameters["1.weight"].tolist() == [-0.5]
     assert not any(parameters[name].any() for name in ("0.weight", "0.bias", "2.weight", "2.bias"))
 
 
 @pytest.mark.parametrize("net", NETWORKS, ids=repr)
-def test_a_network_survives_json_pickle_copy_and_repr(net: MLP) -> None:
+def test_a_network_survives_json_pickle_copy_and_repr(net):
     assert MLP.from_config(json.loads(json.dumps(net.to_config()))) == net
     assert pickle.loads(pickle.dumps(net)) == net
     assert copy.deepcopy(net) == net
@@ -154,12 +151,12 @@ def test_a_network_survives_json_pickle_copy_and_repr(net: MLP) -> None:
     assert len({net, copy.copy(net)}) == 1
 
 
-def test_a_network_is_frozen() -> None:
+def test_a_network_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         NETWORKS[0].init = "zeros"
 
 
-def test_repr_shows_what_differs() -> None:
+def test_repr_shows_what_differs():
     assert repr(MLP([784, 128, 10], dropout=0.1)) == (
         "MLP([784, 128, 10], activation='relu', output_activation='identity', dropout=0.1, init='auto')"
     )
@@ -202,7 +199,7 @@ def test_repr_shows_what_differs() -> None:
         ({"init": None}, ArgumentTypeError, "init: .*got None"),
     ],
 )
-def test_impossible_networks_are_refused(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_impossible_networks_are_refused(arguments, error, words):
     with pytest.raises(error, match=words) as caught:
         MLP(**{"sizes": [4, 3, 2], **arguments})
     assert caught.type is error
@@ -220,19 +217,19 @@ def test_impossible_networks_are_refused(arguments: dict[str, Any], error: type[
         ("softsign", 0.0, ArgumentError, "activation: unknown name 'softsign'"),
     ],
 )
-def test_impossible_activations_are_refused(name: str, slope: Any, error: type[Exception], words: str) -> None:
+def test_impossible_activations_are_refused(name, slope, error, words):
     with pytest.raises(error, match=words):
         Activation(name, slope)
 
 
 @pytest.mark.parametrize(("seed", "error"), [(-1, ArgumentError), (1.5, ArgumentTypeError)])
-def test_impossible_seeds_are_refused(seed: Any, error: type[Exception]) -> None:
+def test_impossible_seeds_are_refused(seed, error):
     with pytest.raises(error, match="seed: "):
         NETWORKS[0].initial_parameters(seed)
 
 
 @pytest.mark.parametrize("change", [{"depth": 3}, {"init": None}])
-def test_a_configuration_with_other_keys_is_refused(change: dict[str, Any]) -> None:
+def test_a_configuration_with_other_keys_is_refused(change):
     config = {**NETWORKS[0].to_config(), **change}
     config = {name: value for name, value in config.items() if value is not None}
     with pytest.raises(ArgumentError, match=f"network: .*wrong keys: .*{next(iter(change))}"):

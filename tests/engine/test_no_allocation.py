@@ -7,8 +7,6 @@ any size, is set small during the measurement. Each measurement is repeated and 
 recur every time, those of other threads of the test runner do not.
 """
 
-from __future__ import annotations
-
 import gc
 import tracemalloc
 

@@ -1,11 +1,7 @@
 """``normalise=True`` gives the training of rows that were standardised before, in all that an engine does."""
 
-from __future__ import annotations
-
 import pickle
 import warnings
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,27 +11,13 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import StandardScaler
 
-from fusemlp import (
-    MLP,
-    SGD,
-    ArgumentError,
-    ArgumentTypeError,
-    Callback,
-    DataError,
-    Engine,
-    Fleet,
-    InputScaleWarning,
-    ShapeError,
-    load,
-    load_checkpoint,
-)
+import fusemlp
+from fusemlp import MLP, SGD, ArgumentError
 from fusemlp.cli.app import main
 from fusemlp.fleet.merge import merged
 from fusemlp.sklearn import MLPClassifier, TableClassifier
 from fusemlp.torch import from_torch, fuse, to_torch
 from make import assert_same_state
-
-Array = np.ndarray[Any, Any]
 
 RNG = np.random.default_rng(0)
 # columns of many scales; one is constant
@@ -48,25 +30,25 @@ X, Y = X[:60], Y[:60]
 NET = MLP([5, 8, 3])
 
 
-def make(normalise: Any = True, **options: Any) -> Engine:
-    return Engine(
+def make(normalise=True, **options):
+    return fusemlp.Engine(
         NET, **{"optimizer": SGD(0.1, momentum=0.9), "batch_size": 16, "seed": 3, **options}, normalise=normalise
     )
 
 
-def fitted(epochs: int = 4, **options: Any) -> Engine:
+def fitted(epochs=4, **options):
     engine = make(**options)
     engine.fit(X, Y, epochs=epochs, validation_data=(XV, YV))
     return engine
 
 
-def scaled(engine: Engine, rows: Array) -> Array:
+def scaled(engine, rows):
     """Return rows scaled as the user would, in the engine's precision."""
     assert engine.input_scale is not None
     return (rows.astype(engine.input_scale.mean.dtype) - engine.input_scale.mean) / engine.input_scale.scale
 
 
-def plain(engine: Engine) -> Engine:
+def plain(engine):
     """Return an untrained engine for rows that are scaled already."""
     return make(normalise=False, precision=engine.precision)
 
@@ -74,7 +56,7 @@ def plain(engine: Engine) -> Engine:
 class TestTraining:
     @pytest.mark.parametrize("precision", ["fp32", "fp64"])
     @pytest.mark.parametrize("plan", ["resident", "eager"])
-    def test_a_fit_has_the_bits_of_one_on_scaled_rows(self, precision: str, plan: str) -> None:
+    def test_a_fit_has_the_bits_of_one_on_scaled_rows(self, precision, plan):
         engine = fitted(precision=precision, plan=plan)
         other = make(normalise=False, precision=precision, plan=plan)
         other.fit(scaled(engine, X), Y, epochs=4, validation_data=(scaled(engine, XV), YV))
@@ -84,7 +66,7 @@ class TestTraining:
         assert engine.evaluate(XV, YV) == other.evaluate(scaled(engine, XV), YV)
         assert engine.evaluate(XV, YV)["loss"] == engine.history.history["val_loss"][-1]
 
-    def test_the_statistics_are_scikit_learns_of_the_first_fit(self) -> None:
+    def test_the_statistics_are_scikit_learns_of_the_first_fit(self):
         engine = fitted(precision="fp64")
         expected = StandardScaler().fit(X.astype(np.float64))
         assert engine.input_scale is not None
@@ -97,7 +79,7 @@ class TestTraining:
             np.testing.assert_array_equal(values, before[name])
 
     @pytest.mark.parametrize("kind", [np.uint8, np.int64, np.float16, np.float64, torch.uint8, torch.float64])
-    def test_integers_and_tensors_train_as_the_same_numbers_in_float32(self, kind: Any) -> None:
+    def test_integers_and_tensors_train_as_the_same_numbers_in_float32(self, kind):
         pixels = RNG.integers(0, 256, (60, 5))
         rows = torch.tensor(pixels, dtype=kind) if isinstance(kind, torch.dtype) else pixels.astype(kind)
         one, other = make(), make()
@@ -106,7 +88,7 @@ class TestTraining:
         np.testing.assert_array_equal(one.predict_proba(rows), other.predict_proba(pixels))
         assert one.step(rows[:9], Y[:9]) == other.step(pixels[:9], Y[:9])
 
-    def test_the_users_rows_do_not_change(self) -> None:
+    def test_the_users_rows_do_not_change(self):
         rows = X.copy()
         engine = make()
         engine.fit(rows, Y, epochs=1)
@@ -114,7 +96,7 @@ class TestTraining:
         engine.step(rows[:4], Y[:4])
         np.testing.assert_array_equal(rows, X)
 
-    def test_steps_take_the_rows_of_the_argument(self) -> None:
+    def test_steps_take_the_rows_of_the_argument(self):
         engine = make(normalise=X)
         other = plain(engine)
         for start in range(0, 60, 16):
@@ -122,7 +104,7 @@ class TestTraining:
             assert engine.step(X[rows], Y[rows]) == other.step(scaled(engine, X[rows]), Y[rows])
         np.testing.assert_array_equal(engine.predict_proba(XV), other.predict_proba(scaled(engine, XV)))
 
-    def test_a_step_before_rows_were_measured_is_refused(self) -> None:
+    def test_a_step_before_rows_were_measured_is_refused(self):
         engine = make()
         before = engine.state_dict()
         with pytest.raises(ArgumentError, match="normalise: no rows were measured yet: fit measures its arrays"):
@@ -145,7 +127,7 @@ class TestTraining:
         ],
         ids=["predict", "predict_proba", "evaluate", "metrics", "dead_units", "to_torch", "to_onnx"],
     )
-    def test_predictions_and_exports_before_rows_were_measured_are_refused(self, tmp_path: Path, use: Any) -> None:
+    def test_predictions_and_exports_before_rows_were_measured_are_refused(self, tmp_path, use):
         engine = make()
         with pytest.raises(ArgumentError, match="normalise: no rows were measured yet: fit measures its arrays"):
             use(engine, tmp_path)
@@ -154,28 +136,28 @@ class TestTraining:
         engine.load_state_dict(make(normalise=X).state_dict())
         use(engine, tmp_path)
 
-    def test_an_engine_without_measured_rows_is_saved_and_fitted_later(self, tmp_path: Path) -> None:
+    def test_an_engine_without_measured_rows_is_saved_and_fitted_later(self, tmp_path):
         make().save(tmp_path / "model.safetensors")
-        again = load(tmp_path / "model.safetensors")
+        again = fusemlp.load(tmp_path / "model.safetensors")
         with pytest.raises(ArgumentError, match="normalise: no rows were measured yet"):
             again.predict(X)
         again.fit(X, Y, epochs=1)
         assert again.predict(X).shape == (60,)
 
-    def test_a_refused_fit_measures_nothing(self) -> None:
+    def test_a_refused_fit_measures_nothing(self):
         engine = make()
         with pytest.raises(ArgumentError):
             engine.fit(X, Y, epochs=1, resume=True)
-        with pytest.raises(ShapeError):
+        with pytest.raises(fusemlp.ShapeError):
             engine.fit(X, Y, epochs=1, validation_data=(XV[:, :4], YV))
         assert engine.input_scale is None
 
-    def test_metrics_of_counts_do_not_overflow_before_the_rows_are_measured(self) -> None:
-        engine = Engine(MLP([5, 8, 1]), loss="poisson", seed=1, normalise=True)
+    def test_metrics_of_counts_do_not_overflow_before_the_rows_are_measured(self):
+        engine = fusemlp.Engine(MLP([5, 8, 1]), loss="poisson", seed=1, normalise=True)
         history = engine.fit(X, Y, epochs=1, validation_data=(XV, YV), metrics=["r2"])
         assert np.isfinite(history.history["val_r2"]).all()
 
-    def test_the_learning_rate_finder_scales_and_leaves_the_engine(self) -> None:
+    def test_the_learning_rate_finder_scales_and_leaves_the_engine(self):
         engine = make()
         found = engine.lr_find(X, Y, steps=40)
         assert engine.input_scale is None
@@ -184,55 +166,55 @@ class TestTraining:
         other = plain(measured)
         assert found.losses == other.lr_find(scaled(measured, X), Y, steps=40).losses
 
-    def test_dead_units_are_those_of_scaled_rows(self) -> None:
+    def test_dead_units_are_those_of_scaled_rows(self):
         engine = fitted()
         other = plain(engine)
         other.load_state_dict(engine.memory.tensors())
         assert engine.dead_units(X) == other.dead_units(scaled(engine, X))
 
-    def test_raw_digits_are_learned(self) -> None:
+    def test_raw_digits_are_learned(self):
         digits, labels = load_digits(return_X_y=True)
-        engine = Engine(MLP([64, 32, 10]), optimizer=SGD(0.1), normalise=True)
+        engine = fusemlp.Engine(MLP([64, 32, 10]), optimizer=SGD(0.1), normalise=True)
         engine.fit(digits[:1400], labels[:1400], epochs=20)
         # 0.92; without normalise SGD ends at 0.1 to 0.9, depending on the seed
         assert engine.evaluate(digits[1400:], labels[1400:])["accuracy"] > 0.9
 
 
 class TestKeeping:
-    def test_files_and_pickles_predict_alike(self, tmp_path: Path) -> None:
+    def test_files_and_pickles_predict_alike(self, tmp_path):
         engine = fitted()
         engine.save(tmp_path / "model.safetensors")
         engine.save_checkpoint(tmp_path / "checkpoint.safetensors")
         expected = engine.predict_proba(XV)
         for one in (
-            load(tmp_path / "model.safetensors"),
-            load(tmp_path / "checkpoint.safetensors"),
-            load_checkpoint(tmp_path / "checkpoint.safetensors"),
+            fusemlp.load(tmp_path / "model.safetensors"),
+            fusemlp.load(tmp_path / "checkpoint.safetensors"),
+            fusemlp.load_checkpoint(tmp_path / "checkpoint.safetensors"),
             pickle.loads(pickle.dumps(engine)),
         ):
             assert one.normalise is True
             np.testing.assert_array_equal(one.predict_proba(XV), expected)
             one.fit(X, Y, epochs=1)
 
-    def test_a_fit_resumed_from_any_batch_ends_with_the_same_bits(self, tmp_path: Path) -> None:
-        class Saver(Callback):
-            def on_batch_end(self, engine: Any, batch: int) -> None:
+    def test_a_fit_resumed_from_any_batch_ends_with_the_same_bits(self, tmp_path):
+        class Saver(fusemlp.Callback):
+            def on_batch_end(self, engine, batch):
                 if engine.fit_state.epoch == 1 and batch == 1:
                     engine.save_checkpoint(tmp_path / "middle.safetensors")
 
         whole, given = make(), {"epochs": 4, "validation_data": (XV, YV), "early_stopping": 3}
         whole.fit(X, Y, **given, callbacks=[Saver()])
-        again = load_checkpoint(tmp_path / "middle.safetensors")
+        again = fusemlp.load_checkpoint(tmp_path / "middle.safetensors")
         again.fit(X, Y, **given, resume=True)
         assert_same_state(again, whole)
         np.testing.assert_array_equal(again.predict_proba(XV), whole.predict_proba(XV))
 
-    def test_early_stopping_restores_the_best_weights_and_keeps_the_scale(self) -> None:
+    def test_early_stopping_restores_the_best_weights_and_keeps_the_scale(self):
         engine = make()
         history = engine.fit(X, Y, epochs=40, validation_data=(XV, YV), early_stopping=2)
         assert engine.evaluate(XV, YV)["loss"] == min(history.history["val_loss"])
 
-    def test_the_state_names_the_statistics_and_goes_back(self) -> None:
+    def test_the_state_names_the_statistics_and_goes_back(self):
         engine = fitted()
         state = engine.state_dict()
         assert state.keys() == {*NET.parameter_shapes(), "normalise.mean", "normalise.scale"}
@@ -240,7 +222,7 @@ class TestKeeping:
         other.load_state_dict(state)
         np.testing.assert_array_equal(other.predict_proba(XV), engine.predict_proba(XV))
 
-    def test_a_state_of_the_other_kind_is_refused(self) -> None:
+    def test_a_state_of_the_other_kind_is_refused(self):
         engine = fitted()
         state = engine.state_dict()
         with pytest.raises(
@@ -249,11 +231,11 @@ class TestKeeping:
             make(normalise=None).load_state_dict(state)
         with pytest.raises(ArgumentError, match=r"missing keys: normalise\.mean, normalise\.scale"):
             engine.load_state_dict(plain(engine).state_dict())
-        with pytest.raises(DataError, match=r"'normalise.scale'.*expected numbers above 0, got -1"):
+        with pytest.raises(fusemlp.DataError, match=r"'normalise.scale'.*expected numbers above 0, got -1"):
             engine.load_state_dict({**state, "normalise.scale": -np.ones(5)})
         np.testing.assert_array_equal(engine.state_dict()["normalise.scale"], state["normalise.scale"])
 
-    def test_onnx_takes_raw_rows(self, tmp_path: Path) -> None:
+    def test_onnx_takes_raw_rows(self, tmp_path):
         import onnxruntime
 
         engine = fitted()
@@ -263,7 +245,7 @@ class TestKeeping:
         np.testing.assert_array_equal(labels, engine.predict(XV))
         np.testing.assert_allclose(probabilities, engine.predict_proba(XV), atol=1e-5)
 
-    def test_torch_takes_raw_rows_and_comes_back(self, tmp_path: Path) -> None:
+    def test_torch_takes_raw_rows_and_comes_back(self, tmp_path):
         engine = fitted()
         module = to_torch(engine).eval()
         assert module.state_dict().keys() == engine.state_dict().keys()
@@ -281,7 +263,7 @@ class TestKeeping:
             bare.load_state_dict(state)
         module.load_state_dict(state)
 
-    def test_a_fused_step_names_the_mend(self) -> None:
+    def test_a_fused_step_names_the_mend(self):
         module = to_torch(fitted())
         optimizer = torch.optim.SGD(module.parameters(), 0.1)
         with pytest.raises(ArgumentError, match=r"normalise.*scale the rows before the step: fuse\(module\[1:\]"):
@@ -291,8 +273,8 @@ class TestKeeping:
 
 
 class TestFleets:
-    def test_each_model_has_the_bits_of_an_engine_alone(self) -> None:
-        fleet = Fleet(NET, optimizer=SGD(0.1), batch_size=16, vary={"seed": [0, 1]}, normalise=True)
+    def test_each_model_has_the_bits_of_an_engine_alone(self):
+        fleet = fusemlp.Fleet(NET, optimizer=SGD(0.1), batch_size=16, vary={"seed": [0, 1]}, normalise=True)
         results = fleet.fit(X, Y, epochs=3, validation_data=(XV, YV), early_stopping=2)
         for seed in (0, 1):
             alone = make(seed=seed, optimizer=SGD(0.1))
@@ -300,20 +282,20 @@ class TestFleets:
             np.testing.assert_array_equal(results.engine(seed).predict_proba(XV), alone.predict_proba(XV))
             assert results.members[seed].scores["val_loss"] == alone.evaluate(XV, YV)["loss"]
 
-    def test_all_rows_are_measured_for_models_on_folds_and_in_parts(self) -> None:
+    def test_all_rows_are_measured_for_models_on_folds_and_in_parts(self):
         folds = [np.arange(40), np.arange(20, 60)]
         held = [np.arange(40, 60), np.arange(20)]
         found = []
         for memory in (None, 60_000):
-            fleet = Fleet(NET, batch_size=16, vary={"seed": [0, 1]}, normalise=True, memory=memory)
+            fleet = fusemlp.Fleet(NET, batch_size=16, vary={"seed": [0, 1]}, normalise=True, memory=memory)
             results = fleet.fit(X, Y, epochs=2, rows=folds, validation_rows=held)
             found.append([results.engine(index).predict_proba(XV) for index in (0, 1)])
             assert results.engine(1).input_scale is not None
             np.testing.assert_array_equal(results.engine(1).input_scale.mean, make(normalise=X).input_scale.mean)  # type: ignore[union-attr]
         np.testing.assert_array_equal(*found)
 
-    def test_a_fleet_takes_rows_to_measure(self) -> None:
-        fleet = Fleet(NET, batch_size=16, vary={"seed": [0, 1]}, normalise=X)
+    def test_a_fleet_takes_rows_to_measure(self):
+        fleet = fusemlp.Fleet(NET, batch_size=16, vary={"seed": [0, 1]}, normalise=X)
         results = fleet.fit(XV, YV, epochs=1)
         for index in (0, 1):
             np.testing.assert_array_equal(
@@ -321,7 +303,7 @@ class TestFleets:
             )
 
     @pytest.mark.parametrize("differ", [False, True])
-    def test_merged_engines_predict_the_mean(self, differ: bool) -> None:
+    def test_merged_engines_predict_the_mean(self, differ):
         engines = [make(normalise=X[: 60 - 20 * differ * seed], seed=seed, loss="mse") for seed in (0, 1)]
         for engine in engines:
             engine.fit(X, np.eye(3)[Y], epochs=2)
@@ -334,72 +316,74 @@ class TestFleets:
 
 class TestArgument:
     @pytest.mark.parametrize("given", ["standard", 1, 0.5])
-    def test_other_values_are_refused(self, given: Any) -> None:
-        with pytest.raises(ArgumentTypeError, match=r"normalise: expected True, False, None, or an array \(n, 5\)"):
+    def test_other_values_are_refused(self, given):
+        with pytest.raises(
+            fusemlp.ArgumentTypeError, match=r"normalise: expected True, False, None, or an array \(n, 5\)"
+        ):
             make(normalise=given)
 
-    def test_rows_to_measure_are_checked(self) -> None:
-        with pytest.raises(ShapeError, match="normalise: expected 5 columns"):
+    def test_rows_to_measure_are_checked(self):
+        with pytest.raises(fusemlp.ShapeError, match="normalise: expected 5 columns"):
             make(normalise=X[:, :3])
-        with pytest.raises(DataError, match="normalise: expected finite numbers"):
+        with pytest.raises(fusemlp.DataError, match="normalise: expected finite numbers"):
             make(normalise=X * np.nan)
 
-    def test_it_is_printed(self) -> None:
+    def test_it_is_printed(self):
         assert "normalise=True" in repr(make())
         assert "normalise" not in repr(make(normalise=None))
 
 
-def warned(engine: Any, rows: Array, **options: Any) -> list[str]:
+def warned(engine, rows, **options):
     """Return the messages of a fit."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         engine.fit(rows, np.arange(len(rows)) % 3, epochs=1, **options)
-    assert all(one.category is InputScaleWarning and one.filename == __file__ for one in found)
+    assert all(one.category is fusemlp.InputScaleWarning and one.filename == __file__ for one in found)
     return [str(one.message) for one in found]
 
 
 class TestWarning:
     @pytest.mark.parametrize("size", [1e-3, 0.09, 5.1, 1e6])
-    def test_inputs_far_from_unit_scale_are_named_with_the_mend(self, size: float) -> None:
+    def test_inputs_far_from_unit_scale_are_named_with_the_mend(self, size):
         rows = np.full((50, 5), size)
         (message,) = warned(make(normalise=None, optimizer=SGD(1e-9)), rows)
         assert f"those that are not zero is {size:.3g}" in message
         assert "normalise=True" in message
-        (message,) = warned(Fleet(NET, optimizer=SGD(1e-9), vary={"seed": [0, 1]}), rows)
+        (message,) = warned(fusemlp.Fleet(NET, optimizer=SGD(1e-9), vary={"seed": [0, 1]}), rows)
         assert f"{size:.3g}" in message
 
     @pytest.mark.parametrize("size", [0.11, 1.0, 4.9])
-    def test_others_are_not(self, size: float) -> None:
+    def test_others_are_not(self, size):
         assert not warned(make(normalise=None), np.full((50, 5), size))
 
-    def test_neither_are_zeros_rare_ones_or_pixels_from_0_to_1(self) -> None:
+    def test_neither_are_zeros_rare_ones_or_pixels_from_0_to_1(self):
         assert not warned(make(normalise=None), np.zeros((50, 5)))
-        wide = Engine(MLP([2000, 4, 3]))
+        wide = fusemlp.Engine(MLP([2000, 4, 3]))
         assert not warned(wide, np.eye(2000)[:400])
         digits = load_digits().data / 16
-        assert not warned(Engine(MLP([64, 4, 3])), digits)
+        assert not warned(fusemlp.Engine(MLP([64, 4, 3])), digits)
 
-    def test_the_sample_is_spread_over_all_rows(self) -> None:
+    def test_the_sample_is_spread_over_all_rows(self):
         rows = np.ones((1000, 5))
         rows[500:] = 100
         assert warned(make(normalise=None, optimizer=SGD(1e-9)), rows)
 
-    def test_false_and_true_are_silent(self) -> None:
+    def test_false_and_true_are_silent(self):
         assert not warned(make(normalise=False, optimizer=SGD(1e-9)), 100 * X)
         assert not warned(make(), 100 * X)
 
-    def test_a_loop_of_steps_is_warned_once(self) -> None:
+    def test_a_loop_of_steps_is_warned_once(self):
         engine = make(normalise=None, optimizer=SGD(1e-9))
-        with pytest.warns(InputScaleWarning, match="^x: the inputs are far from unit scale") as found:
+        with pytest.warns(fusemlp.InputScaleWarning, match="^x: the inputs are far from unit scale") as found:
             for start in range(0, 48, 16):
                 engine.step(X[start : start + 16], Y[start : start + 16])
         assert len(found) == 1
 
-    def test_the_learning_rate_finder_warns(self) -> None:
-        with pytest.warns(InputScaleWarning):
+    def test_the_learning_rate_finder_warns(self):
+        with pytest.warns(fusemlp.InputScaleWarning):
             make(normalise=None).lr_find(X, Y, start=1e-12, end=1e-9, steps=20)
 
-    def test_the_doors_that_scale_or_follow_scikit_learn_are_silent(self, tmp_path: Path) -> None:
+    def test_the_doors_that_scale_or_follow_scikit_learn_are_silent(self, tmp_path):
         # warnings are errors in this suite
         digits, labels = load_digits(return_X_y=True)
         with pytest.warns(ConvergenceWarning) as found:
@@ -414,13 +398,13 @@ class TestWarning:
             assert ended.value.code == 0
 
 
-def test_batches_are_scaled_by_rows_that_were_measured_before() -> None:
+def test_batches_are_scaled_by_rows_that_were_measured_before():
     X = np.random.default_rng(0).normal(50.0, 20.0, size=(96, 4)).astype(np.float32)
     y = (X[:, 0] > 50.0).astype(np.int64)
     batches = [(X[at : at + 32], y[at : at + 32]) for at in range(0, 96, 32)]
     with pytest.raises(ArgumentError, match=r"^normalise: no rows were measured yet"):
-        Engine(MLP([4, 8, 2]), batch_size=32, normalise=True).fit(batches, epochs=1)
-    streamed, whole = (Engine(MLP([4, 8, 2]), batch_size=32, normalise=X) for _ in range(2))
+        fusemlp.Engine(MLP([4, 8, 2]), batch_size=32, normalise=True).fit(batches, epochs=1)
+    streamed, whole = (fusemlp.Engine(MLP([4, 8, 2]), batch_size=32, normalise=X) for _ in range(2))
     streamed.fit(batches, epochs=3)
     whole.fit(X, y, epochs=3, shuffle=False)
     for name, value in whole.state_dict().items():

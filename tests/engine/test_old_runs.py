@@ -1,7 +1,5 @@
 """Run folders of earlier releases predict, score, explain and train on as the release that wrote them did."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -23,18 +21,18 @@ Copy = Callable[[str], Path]
 
 
 @pytest.fixture
-def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Copy:
+def copy(tmp_path, monkeypatch):
     """Return a function that copies a run folder beside its table, and gives the copy's path."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(TABLE, tmp_path)
 
-    def of(name: str) -> Path:
+    def of(name):
         return Path(shutil.copytree(FOLDER / name, tmp_path / name))
 
     return of
 
 
-def same(written: Path, expected: Path) -> None:
+def same(written, expected):
     """Compare two CSV files: words exactly, numbers within the tolerance."""
     new, old = rows(written), rows(expected)
     assert [list(row) for row in new] == [list(row) for row in old]
@@ -49,20 +47,20 @@ def same(written: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_predicts_the_same(name: str, copy: Copy, tmp_path: Path) -> None:
+def test_it_predicts_the_same(name, copy, tmp_path):
     probabilities = ["--proba"] if name in ("five", "members") else []
     assert run("predict", copy(name), "--data", TABLE, "--out", tmp_path / "new.csv", *probabilities) == 0
     same(tmp_path / "new.csv", FOLDER / name / "predicted.csv")
 
 
-def test_it_takes_another_spelling_of_a_number_for_an_unseen_word(copy: Copy, tmp_path: Path) -> None:
+def test_it_takes_another_spelling_of_a_number_for_an_unseen_word(copy, tmp_path):
     (tmp_path / "respelled.csv").write_text(TABLE.read_text().replace(",10.0,", ",10,"))
     assert run("predict", copy("plain"), "--data", tmp_path / "respelled.csv", "--out", tmp_path / "new.csv") == 0
     same(tmp_path / "new.csv", FOLDER / "plain" / "respelled.csv")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_scores_the_same(name: str, copy: Copy, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_scores_the_same(name, copy, capsys):
     assert run("evaluate", copy(name), "--json") == 0
     scores, expected = json.loads(capsys.readouterr().out), read(FOLDER / name / "report.json")["test"]
     shared = expected.keys() & scores.keys() & {"rows", "loss", "accuracy", "rmse", "r2"}
@@ -72,12 +70,12 @@ def test_it_scores_the_same(name: str, copy: Copy, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("name, options", [("plain", []), ("five", ["--method", "integrated", "--class", "dear"])])
-def test_it_is_explained_the_same(name: str, options: list[str], copy: Copy, tmp_path: Path) -> None:
+def test_it_is_explained_the_same(name, options, copy, tmp_path):
     assert run("explain", copy(name), "--data", TABLE, "--out", tmp_path / "new.csv", *options) == 0
     same(tmp_path / "new.csv", FOLDER / name / "explained.csv")
 
 
-def test_a_training_goes_on(copy: Copy) -> None:
+def test_a_training_goes_on(copy):
     folder = copy("plain")
     assert run("train", "--resume", folder, "--epochs", "32", "--quiet") == 0
     epochs = rows(folder / "metrics.csv")
@@ -86,7 +84,7 @@ def test_a_training_goes_on(copy: Copy) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_page_is_written_again(name: str, copy: Copy) -> None:
+def test_its_page_is_written_again(name, copy):
     folder = copy(name)
     assert run("report", folder) == 0
     assert (folder / "report.html").stat().st_size > 4000

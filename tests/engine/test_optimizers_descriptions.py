@@ -1,11 +1,8 @@
 """The optimizer descriptions: options, what they hand to the kernels, and what each parameter changes."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import fields
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +14,6 @@ from fusemlp.describe.optimizers import (
     SGD,
     Adam,
     AdamW,
-    Optimizer,
     ParameterOptions,
     as_optimizer,
     optimizer_from_config,
@@ -39,12 +35,12 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("cls", [ParameterOptions, *OPTIMIZERS.values(), *LOSSES.values(), *SCHEDULES.values()])
-def test_types_of_options_are_no_text(cls: Any) -> None:
+def test_types_of_options_are_no_text(cls):
     """Postponed annotations would turn the checks in the types into text."""
     assert not any(isinstance(field.type, str) for field in fields(cls))
 
 
-def test_names_stand_for_the_defaults() -> None:
+def test_names_stand_for_the_defaults():
     assert as_optimizer("sgd") == SGD(0.01)
     assert as_optimizer("adam") == Adam(1e-3)
     assert as_optimizer("adamw") == AdamW(1e-3, weight_decay=0.01)
@@ -70,16 +66,16 @@ def test_names_stand_for_the_defaults() -> None:
     ],
     ids=repr,
 )
-def test_options_reach_the_kernels(optimizer: Optimizer, expected: UpdateRule) -> None:
+def test_options_reach_the_kernels(optimizer, expected):
     assert optimizer.rule() == expected
 
 
-def test_a_learning_rate_is_a_constant_schedule() -> None:
+def test_a_learning_rate_is_a_constant_schedule():
     assert SGD(0.5).schedule == Constant(0.5)
     assert SGD(Constant(0.5)).rule() == SGD(0.5).rule()
 
 
-def test_weight_decay_applies_to_every_parameter_unless_told_otherwise() -> None:
+def test_weight_decay_applies_to_every_parameter_unless_told_otherwise():
     decayed = (True, TensorRule(1.0, 0.1))
     free = (True, TensorRule(1.0, 0.0))
     names = ["0.weight", "0.bias", "1.weight"]
@@ -90,7 +86,7 @@ def test_weight_decay_applies_to_every_parameter_unless_told_otherwise() -> None
     assert without.options_for("10.weight") == decayed
 
 
-def test_the_first_matching_pattern_decides() -> None:
+def test_the_first_matching_pattern_decides():
     optimizer = AdamW(
         weight_decay=0.1,
         decay_biases=False,
@@ -107,7 +103,7 @@ def test_the_first_matching_pattern_decides() -> None:
     assert optimizer.options_for("2.bias") == (True, TensorRule(1.0, 0.0))
 
 
-def test_a_pattern_that_matches_nothing_is_refused() -> None:
+def test_a_pattern_that_matches_nothing_is_refused():
     net = MLP([3, 2, 1], activation=PReLU())
     SGD(per_parameter={"1.weight": ParameterOptions(), "*.bias": ParameterOptions()}).check_network(net)
     with pytest.raises(ArgumentError, match=r"no parameter matches '3\.\*'; the network has: 0\.weight, 0\.bias, 1\."):
@@ -115,7 +111,7 @@ def test_a_pattern_that_matches_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize("optimizer", EXAMPLES, ids=repr)
-def test_an_optimizer_survives_json_and_repr(optimizer: Optimizer) -> None:
+def test_an_optimizer_survives_json_and_repr(optimizer):
     config = optimizer.to_config()
     assert json.loads(json.dumps(config)) == config
     assert optimizer_from_config(config) == optimizer
@@ -124,7 +120,7 @@ def test_an_optimizer_survives_json_and_repr(optimizer: Optimizer) -> None:
     assert as_optimizer(optimizer) is optimizer
 
 
-def test_numpy_numbers_become_plain_ones() -> None:
+def test_numpy_numbers_become_plain_ones():
     optimizer = SGD(np.float64(0.1), momentum=np.float64(0.5), accumulate=np.int64(2), nesterov=np.True_)
     assert optimizer == SGD(0.1, momentum=0.5, accumulate=2, nesterov=True)
     assert json.loads(json.dumps(optimizer.to_config())) == optimizer.to_config()
@@ -170,9 +166,7 @@ def test_numpy_numbers_become_plain_ones() -> None:
         (AdamW, {"betas": ("a", 0.9)}, ArgumentTypeError, r"betas\[0\]: .*got 'a'"),
     ],
 )
-def test_impossible_options_are_refused(
-    cls: type[SGD] | type[Adam] | type[AdamW], options: dict[str, Any], error: type[Exception], words: str
-) -> None:
+def test_impossible_options_are_refused(cls, options, error, words):
     with pytest.raises(error, match=words) as caught:
         cls(**options)
     assert caught.type is error
@@ -186,7 +180,7 @@ def test_impossible_options_are_refused(
         ({"weight_decay": -1}, ArgumentError, "weight_decay: .*got -1"),
     ],
 )
-def test_impossible_parameter_options_are_refused(options: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_impossible_parameter_options_are_refused(options, error, words):
     with pytest.raises(error, match=words):
         ParameterOptions(**options)
 
@@ -199,12 +193,12 @@ def test_impossible_parameter_options_are_refused(options: dict[str, Any], error
         (0.1, ArgumentTypeError, "optimizer: .*got 0.1"),
     ],
 )
-def test_unknown_optimizers_are_refused(value: Any, error: type[Exception], words: str) -> None:
+def test_unknown_optimizers_are_refused(value, error, words):
     with pytest.raises(error, match=words):
         as_optimizer(value)
 
 
-def test_a_configuration_of_something_else_is_refused() -> None:
+def test_a_configuration_of_something_else_is_refused():
     config = SGD(0.1).to_config()
     with pytest.raises(ArgumentError, match="optimizer: unknown name 'sgdd'"):
         optimizer_from_config({**config, "kind": "sgdd"})

@@ -1,7 +1,5 @@
 """The facts of Windows, macOS and embedded interpreters that can be simulated here."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -107,7 +105,7 @@ def test_metrics_that_another_program_has_open_follow_later(monkeypatch, tmp_pat
         def on_epoch_begin(self, engine, epoch):
             heard.append(epoch)
 
-    heard: list[int] = []
+    heard = []
     monkeypatch.setattr(train, "append_metrics", append)
     engine = fusemlp.Engine(fusemlp.MLP([4, 3]), backend="numpy", batch_size=8)
     X, y = np.random.default_rng(0).random((24, 4), np.float32), np.arange(24) % 3
@@ -169,7 +167,7 @@ def test_the_handler_is_put_back_and_threads_have_none():
         with deferred_interrupt() as interrupted:
             found.append((interrupted(), signal.getsignal(signal.SIGINT)))
 
-    found: list[object] = []
+    found = []
     thread = threading.Thread(target=elsewhere)
     thread.start()
     thread.join()

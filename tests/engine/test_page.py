@@ -1,14 +1,10 @@
 """``report.html``: well-formed, alone on its page, and showing what it must."""
 
-from __future__ import annotations
-
 import base64
 import json
 import math
 import re
 from html.parser import HTMLParser
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +22,7 @@ VOID = {"meta", "img", "br"}
 class Parsed(HTMLParser):
     """Checks that every element is closed in its turn; collects texts, tables by section, and attributes."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text):
         super().__init__()
         self.open: list[str] = []
         self.texts: list[str] = []
@@ -37,7 +33,7 @@ class Parsed(HTMLParser):
         self.close()
         assert not self.open
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         assert len(dict(attrs)) == len(attrs), (tag, attrs)
         self.attributes += [(tag, name, value or "") for name, value in attrs]
         if tag not in VOID:
@@ -47,24 +43,24 @@ class Parsed(HTMLParser):
         elif tag in ("td", "th"):
             self.tables[self.section][-1].append("")
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_startendtag(self, tag, attrs):
         self.attributes += [(tag, name, value or "") for name, value in attrs]
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag):
         assert self.open.pop() == tag, (tag, self.open)
 
-    def handle_data(self, data: str) -> None:
+    def handle_data(self, data):
         self.texts.append(data)
         if self.open[-1:] == ["h2"]:
             self.section = data
         elif {"td", "th"} & set(self.open):
             self.tables[self.section][-1][-1] += data
 
-    def of(self, tag: str, name: str) -> list[str]:
+    def of(self, tag, name):
         return [value for one, other, value in self.attributes if (one, other) == (tag, name)]
 
 
-def parsed(folder: Path) -> Parsed:
+def parsed(folder):
     text = (folder / "report.html").read_text()
     found = Parsed(text)
     # Nothing is loaded: no address but those inside the page, no script, no import of a style.
@@ -79,12 +75,12 @@ def parsed(folder: Path) -> Parsed:
     return found
 
 
-def shown(value: float) -> str:
+def shown(value):
     return f"{value:.4f}" if 1e-3 <= abs(value) < 100 else f"{value:.6g}"
 
 
 @pytest.fixture(scope="module")
-def houses(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def houses(tmp_path_factory):
     """A table with words that HTML must escape, missing cells and dates, in which ``area`` decides almost alone."""
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("houses")
     count = 400
@@ -102,7 +98,7 @@ def houses(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_a_regression_on_a_table(houses: Path) -> None:
+def test_a_regression_on_a_table(houses):
     found, report = parsed(houses), read(houses / "report.json")
     for name in ("rmse", "mae", "r2"):
         assert shown(report["test"][name]) in found.texts
@@ -134,7 +130,7 @@ def test_a_regression_on_a_table(houses: Path) -> None:
         assert float(cells["error"]) == pytest.approx(difference, abs=1.5)
 
 
-def test_classes_of_a_table(tmp_path: Path) -> None:
+def test_classes_of_a_table(tmp_path):
     assert run("train", "breast_cancer", "--epochs", "5", "--quiet", "--out", tmp_path / "run") == 0
     found, test = parsed(tmp_path / "run"), read(tmp_path / "run/report.json")["test"]
     for name, value in scalars(test).items():
@@ -157,7 +153,7 @@ def test_classes_of_a_table(tmp_path: Path) -> None:
     assert all(row[1] != row[2] and float(row[3]) <= 0.5 for row in worst)
 
 
-def test_images_are_shown(tmp_path: Path) -> None:
+def test_images_are_shown(tmp_path):
     from sklearn.datasets import load_digits
 
     assert run("train", "digits", "--epochs", "2", "--quiet", "--out", tmp_path / "run") == 0
@@ -171,7 +167,7 @@ def test_images_are_shown(tmp_path: Path) -> None:
         assert base64.b64decode(source.partition(",")[2]) == png(images[int(row[0])])
 
 
-def test_a_png_holds_its_pixels() -> None:
+def test_a_png_holds_its_pixels():
     PIL = pytest.importorskip("PIL.Image")
     import io
 
@@ -179,7 +175,7 @@ def test_a_png_holds_its_pixels() -> None:
     assert np.asarray(picture).tolist() == [[0, 127], [255, 255], [51, 0]]
 
 
-def test_the_page_is_made_again(houses: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_is_made_again(houses, capsys):
     before = (houses / "report.html").read_bytes()
     (houses / "report.html").unlink()
     assert run("report", houses, "--json") == 0
@@ -191,7 +187,7 @@ def test_the_page_is_made_again(houses: Path, capsys: pytest.CaptureFixture[str]
     assert (houses / "report.html").read_bytes() == before
 
 
-def test_other_weights_and_changed_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_weights_and_changed_data(tmp_path, capsys):
     folder, data = tmp_path / "run", tmp_path / "data.csv"
     rng = np.random.default_rng(1)
     data.write_text(
@@ -205,8 +201,8 @@ def test_other_weights_and_changed_data(tmp_path: Path, capsys: pytest.CaptureFi
     assert "have changed since the training" in capsys.readouterr().err
 
 
-def test_baselines_stand_beside_the_model() -> None:
-    report: dict[str, Any] = {
+def test_baselines_stand_beside_the_model():
+    report = {
         "test": {"rows": 9, "loss": 0.5, "accuracy": 0.8},
         "baselines": {"constant": {"accuracy": 0.6}, "linear": {"accuracy": 0.75}},
     }
@@ -217,14 +213,14 @@ def test_baselines_stand_beside_the_model() -> None:
     ]
 
 
-def test_a_diverged_run_has_a_page_without_a_model(tmp_path: Path) -> None:
+def test_a_diverged_run_has_a_page_without_a_model(tmp_path):
     options = ["--optimizer", "sgd", "--lr", "1e30", "--epochs", "3", "--quiet"]
     assert run("train", "diabetes", *options, "--out", tmp_path / "run") == 1
     found = parsed(tmp_path / "run")
     assert [text for text in found.texts if text.startswith("divergence: ")] and "Most wrong rows" not in found.texts
 
 
-def test_time_bounds_the_columns_of_a_wide_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_bounds_the_columns_of_a_wide_table(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence_module, "SECONDS", -1.0)
     rng = np.random.default_rng(2)
     X = rng.normal(size=(300, 20))
@@ -237,7 +233,7 @@ def test_time_bounds_the_columns_of_a_wide_table(tmp_path: Path, monkeypatch: py
     assert any("19 columns were not tried" in text for text in found.texts)
 
 
-def test_a_column_of_huge_numbers_stands_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_column_of_huge_numbers_stands_first(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence_module, "SECONDS", -1.0)
     X = np.random.default_rng(2).normal(size=(200, 6)) * [1.0, 1.0, 1e300, 1.0, 1e-300, 0.0]
     np.savez(tmp_path / "huge.npz", X=X, y=(X[:, 2] > 0).astype(np.int64))
@@ -245,12 +241,12 @@ def test_a_column_of_huge_numbers_stands_first(tmp_path: Path, monkeypatch: pyte
     assert parsed(tmp_path / "run").tables["Importance of the columns"][1][0] == "x2"
 
 
-def test_columns_that_only_disturb_have_no_bars() -> None:
+def test_columns_that_only_disturb_have_no_bars():
     found = evidence_module.Importance("rmse", ["a"], [np.array([0])], np.array([-1e30]), np.zeros(1), 9, 0)
     assert _importance(found, None)["rows"][1][-1] == {"bar": "0.00"}
 
 
-def test_charts_of_odd_numbers() -> None:
+def test_charts_of_odd_numbers():
     assert _drawings([Chart("empty", [Line("a", [1.0], [math.nan])], "x", "y")]) == []
     odd = ([1.0], [0.0, 0.0], [1e-9, 1e9], [-5.0, math.inf, 3.0])
     for ys in (*odd, [1e-300, 1e300], [1e9, 1e9 + 2**-22], [5e-324, 1e-310], [5e-324, 1e308]):
@@ -258,7 +254,7 @@ def test_charts_of_odd_numbers() -> None:
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["missing", "broken"])
-def test_without_matplotlib_the_page_says_so_and_shows_numbers(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_page_says_so_and_shows_numbers(broken, monkeypatch):
     if broken:
         monkeypatch.setattr("matplotlib.rc_context", lambda _: 1 / 0)
     else:

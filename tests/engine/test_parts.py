@@ -1,11 +1,8 @@
 """Rows that train, validate and test: own files, whole groups, the order of time, and rows seen before."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,18 +13,17 @@ from fusemlp.cli.options import SweepOptions, TrainOptions
 from fusemlp.cli.session import prepared_data
 from fusemlp.cli.sweep import planned
 from fusemlp.datasets.load import ColumnChoices, Dataset, load_data
-from fusemlp.datasets.rows import among, folds, hold_out, row_hashes, with_files
-from fusemlp.tables.preparation import Prepared
+from fusemlp.datasets.parts import among, folds, hold_out, row_hashes, with_files
 from fusemlp_kernels.errors import ArgumentError, DataError
 from make import read, run
 
 
-def write(path: Path, header: str, rows: list[list[Any]]) -> Path:
+def write(path, header, rows):
     path.write_text("\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n")
     return path
 
 
-def visits(path: Path, count: int = 100, *, seed: int = 0) -> Path:
+def visits(path, count=100, *, seed=0):
     """Write a table of visits: 20 patients with a constant class each, days in random order."""
     generator = np.random.default_rng(seed)
     days = generator.permutation(count)
@@ -43,21 +39,21 @@ def visits(path: Path, count: int = 100, *, seed: int = 0) -> Path:
     return write(path, "patient,day,x,y", rows)
 
 
-def prepared(path: Path, **options: Any) -> Prepared:
+def prepared(path, **options):
     return prepared_data(TrainOptions(**{"data": str(path), "target": "y", **options}))
 
 
 # Groups and times
 
 
-def dataset(y: Any, **fields: Any) -> Dataset:
+def dataset(y, **fields):
     task = "classification" if len(set(np.asarray(y).tolist())) < 5 else "regression"
     return Dataset("made", np.zeros((len(y), 1)), np.asarray(y), task, ("x",), **fields)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_a_group_is_on_one_side(data: st.DataObject) -> None:
+def test_a_group_is_on_one_side(data):
     codes = data.draw(st.lists(st.integers(0, 8), min_size=4, max_size=60).filter(lambda codes: len(set(codes)) > 1))
     groups = np.array([f"g{code}" for code in codes], object)
     y = np.array(data.draw(st.lists(st.integers(0, 2), min_size=len(codes), max_size=len(codes))))
@@ -73,7 +69,7 @@ def test_a_group_is_on_one_side(data: st.DataObject) -> None:
     np.testing.assert_array_equal(again[1], held)
 
 
-def test_groups_keep_the_share_of_rows_and_classes() -> None:
+def test_groups_keep_the_share_of_rows_and_classes():
     generator = np.random.default_rng(0)
     sizes = generator.integers(1, 12, 200)
     groups = np.repeat([f"g{number}" for number in range(200)], sizes).astype(object)
@@ -90,7 +86,7 @@ def test_groups_keep_the_share_of_rows_and_classes() -> None:
     st.lists(st.integers(0, 15), min_size=2, max_size=50).filter(lambda times: len(set(times)) > 1),
     st.sampled_from([0.01, 0.1, 0.2, 0.5, 0.9]),
 )
-def test_the_last_rows_are_held_out(times: list[int], fraction: float) -> None:
+def test_the_last_rows_are_held_out(times, fraction):
     values = np.array(times)
     kept, held = hold_out(
         dataset(np.arange(len(times)) * 0.5, times=values), np.arange(len(times)), fraction=fraction, seed=0
@@ -100,13 +96,13 @@ def test_the_last_rows_are_held_out(times: list[int], fraction: float) -> None:
     assert values[kept].max() < values[held].min()
 
 
-def test_the_share_of_the_last_rows() -> None:
+def test_the_share_of_the_last_rows():
     times = np.random.default_rng(0).permutation(50)
     _, held = hold_out(dataset(np.arange(50.0), times=times), np.arange(50), fraction=0.2, seed=0)
     assert sorted(times[held]) == list(range(40, 50))
 
 
-def test_train_splits_by_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_splits_by_group(tmp_path, capsys):
     path = visits(tmp_path / "a.csv")
     made = prepared(path, group="patient")
     groups = made.dataset.groups
@@ -123,7 +119,7 @@ def test_train_splits_by_group(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert run("train", "--resume", folder, "--epochs", "2", "--quiet") == 0
 
 
-def test_train_splits_by_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_splits_by_time(tmp_path, capsys):
     path = visits(tmp_path / "a.csv")
     for options in ({}, {"drop": ["day"]}):
         made = prepared(path, time="day", **options)
@@ -142,13 +138,13 @@ def test_train_splits_by_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert read(folder / "config.json")["preprocessor"]["unused"] == ["day"]
 
 
-def test_a_sweep_splits_in_the_same_way(tmp_path: Path) -> None:
+def test_a_sweep_splits_in_the_same_way(tmp_path):
     path = visits(tmp_path / "a.csv")
     plan = planned(SweepOptions(data=str(path), target="y", group="patient", vary=["lr=0.1,0.2"], epochs=1))
     np.testing.assert_array_equal(plan.prepared.training, prepared(path, group="patient").training)
 
 
-def test_rows_without_a_group_are_one(tmp_path: Path) -> None:
+def test_rows_without_a_group_are_one(tmp_path):
     rows = [["" if row % 4 == 0 else f"g{row % 10}", row / 7, row % 2] for row in range(60)]
     made = prepared(write(tmp_path / "a.csv", "g,x,y", rows), group="g", validation_fraction=0)
     assert "15 rows have no 'g' and count as one group" in made.notes
@@ -161,7 +157,7 @@ def test_rows_without_a_group_are_one(tmp_path: Path) -> None:
     [("group", "test rows: none of 30 rows can be held out, because all are of one group ('a')"),
      ("time", "test rows: none of 30 rows can be held out, because all have the same time")],
 )  # fmt: skip
-def test_one_group_or_time_cannot_be_split(option: str, words: str, tmp_path: Path) -> None:
+def test_one_group_or_time_cannot_be_split(option, words, tmp_path):
     content = [["a" if option == "group" else 3, row / 7, row % 2] for row in range(30)]
     with pytest.raises(DataError, match=re.escape(words)):
         prepared(write(tmp_path / "a.csv", "g,x,y", content), **{option: "g"})
@@ -170,10 +166,10 @@ def test_one_group_or_time_cannot_be_split(option: str, words: str, tmp_path: Pa
 # Own files
 
 
-def three(folder: Path) -> tuple[Path, Path, Path]:
+def three(folder):
     generator = np.random.default_rng(0)
 
-    def made(count: int) -> list[list[Any]]:
+    def made(count):
         kinds = generator.integers(0, 3, count)
         levels = ("low", "mid", "high")
         return [
@@ -189,7 +185,7 @@ def three(folder: Path) -> tuple[Path, Path, Path]:
     )
 
 
-def test_own_files_are_the_validation_and_test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_files_are_the_validation_and_test_rows(tmp_path, capsys):
     train, valid, test = three(tmp_path)
     folder = tmp_path / "run"
     options = ["--target", "y", "--id", "name", "--validation", valid, "--test", test, "--epochs", "3"]
@@ -211,7 +207,7 @@ def test_own_files_are_the_validation_and_test_rows(tmp_path: Path, capsys: pyte
     assert "have changed since the training" in capsys.readouterr().err
 
 
-def test_own_files_are_read_by_the_training_columns(tmp_path: Path) -> None:
+def test_own_files_are_read_by_the_training_columns(tmp_path):
     train, valid, test = three(tmp_path)
     # Other order of columns, a further one, an unseen word, a missing number, and a row of the training file.
     first = train.read_text().splitlines()[1].split(",")
@@ -225,7 +221,7 @@ def test_own_files_are_read_by_the_training_columns(tmp_path: Path) -> None:
     assert any("1 of 3 rows stand in train.csv too" in note for note in said)
 
 
-def test_one_own_file(tmp_path: Path) -> None:
+def test_one_own_file(tmp_path):
     train, valid, test = three(tmp_path)
     made = prepared(train, id=["name"], test=str(test), models=1)
     assert [len(part) for part in (made.train, made.validation or (), made.test)] == [81, 9, 40]
@@ -235,7 +231,7 @@ def test_one_own_file(tmp_path: Path) -> None:
     assert len(plan.prepared.test) == 40
 
 
-def test_own_files_of_numbers(tmp_path: Path) -> None:
+def test_own_files_of_numbers(tmp_path):
     """npz files, and a regression with whole numbers in one file and decimals in the other."""
     for name, count in (("a", 30), ("b", 7)):
         np.savez(tmp_path / f"{name}.npz", X=np.arange(2.0 * count).reshape(count, 2), y=np.arange(count) % 2)
@@ -246,7 +242,7 @@ def test_own_files_of_numbers(tmp_path: Path) -> None:
     assert prepared(train, test=str(test)).test.labels.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_a_label_that_only_the_test_file_has(tmp_path: Path) -> None:
+def test_a_label_that_only_the_test_file_has(tmp_path):
     train, _, test = three(tmp_path)
     test.write_text(test.read_text() + "t,1.5,a,new\n")
     made = prepared(train, id=["name"], test=str(test))
@@ -269,9 +265,7 @@ def test_a_label_that_only_the_test_file_has(tmp_path: Path) -> None:
         ({"validation": "valid.csv", "test": "test.csv", "time": "x"}, "time: --validation and --test decide"),
     ],
 )
-def test_files_that_do_not_fit(
-    options: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_do_not_fit(options, words, tmp_path, monkeypatch):
     three(tmp_path)
     write(tmp_path / "columns.csv", "x,y", [[1.5, "low"]])
     write(tmp_path / "unlabelled.csv", "x,word", [[1.5, "a"]])
@@ -284,7 +278,7 @@ def test_files_that_do_not_fit(
         prepared(Path("train.csv"), **{"drop": ["name"], **options})
 
 
-def test_data_with_a_test_set_take_no_second_one(tmp_path: Path) -> None:
+def test_data_with_a_test_set_take_no_second_one(tmp_path):
     X, y = np.arange(40.0).reshape(20, 2), np.arange(20) % 2
     np.savez(tmp_path / "a.npz", x_train=X, y_train=y, x_test=X[:4], y_test=y[:4])
     np.savez(tmp_path / "b.npz", X=X, y=y)
@@ -292,7 +286,7 @@ def test_data_with_a_test_set_take_no_second_one(tmp_path: Path) -> None:
         with_files(load_data(tmp_path / "a.npz"), str(tmp_path / "a.npz"), test=str(tmp_path / "b.npz"))
 
 
-def test_early_stopping_watches_an_own_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_early_stopping_watches_an_own_file(tmp_path, capsys):
     train, valid, _ = three(tmp_path)
     options = ["--target", "y", "--validation", valid, "--early-stopping", "2", "--epochs", "4", "--quiet"]
     assert run("train", train, *options, "--out", tmp_path / "run") == 0
@@ -306,7 +300,7 @@ NUMBERS = st.one_of(st.floats(allow_nan=True, allow_infinity=False), st.integers
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(NUMBERS, min_size=3, max_size=3), min_size=1, max_size=30))
-def test_rows_have_equal_hashes_if_they_are_equal(rows: list[list[float]]) -> None:
+def test_rows_have_equal_hashes_if_they_are_equal(rows):
     X = np.array(rows)
     hashes = row_hashes(X[:, :2], X[:, 2])
     plain = [tuple("NaN" if value != value else value + 0.0 for value in row) for row in rows]
@@ -315,7 +309,7 @@ def test_rows_have_equal_hashes_if_they_are_equal(rows: list[list[float]]) -> No
             assert (hashes[i] == hashes[j]) == (one == other)
 
 
-def test_hashes_of_many_similar_rows_differ() -> None:
+def test_hashes_of_many_similar_rows_differ():
     # Small whole numbers differ in few bits; a good 64-bit hash of 400,000 rows has no two alike.
     first, second = np.divmod(np.arange(400_000.0), 1000)
     assert len(np.unique(row_hashes(first[:, None], second))) == 400_000
@@ -324,7 +318,7 @@ def test_hashes_of_many_similar_rows_differ() -> None:
     assert among(row_hashes(np.ones((5, 1)), np.zeros(5)), row_hashes(np.ones((1, 1)), np.zeros(1))) == 5
 
 
-def test_hashes_are_the_same_in_every_release() -> None:
+def test_hashes_are_the_same_in_every_release():
     """A run folder stores them. Computed in Python's integers after the paper."""
     values, mask = [1.0, -2.5, 3.0], 2**64 - 1
     total = 0
@@ -336,7 +330,7 @@ def test_hashes_are_the_same_in_every_release() -> None:
     assert row_hashes(np.array([values[:2]]), np.array(values[2:])).tolist() == [total]
 
 
-def test_evaluate_says_which_rows_were_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_says_which_rows_were_trained_on(tmp_path, capsys):
     train, _, test = three(tmp_path)
     folder = tmp_path / "run"
     options = ["--target", "y", "--id", "name", "--epochs", "2", "--models", "1", "--quiet"]
@@ -344,7 +338,7 @@ def test_evaluate_says_which_rows_were_trained_on(tmp_path: Path, capsys: pytest
     assert np.load(folder / "training_rows.npy").nbytes == 8 * 64
     capsys.readouterr()
 
-    def evaluated(path: Path) -> tuple[int, str]:
+    def evaluated(path):
         assert run("evaluate", folder, "--data", path) == 0
         shown = capsys.readouterr().out
         assert run("evaluate", folder, "--data", path, "--json") == 0
@@ -374,7 +368,7 @@ def test_evaluate_says_which_rows_were_trained_on(tmp_path: Path, capsys: pytest
     assert evaluated(train)[0] is None
 
 
-def test_evaluate_recognises_the_rows_of_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_recognises_the_rows_of_a_regression(tmp_path, capsys):
     path = write(tmp_path / "a.csv", "x,y", [[row, row / 7] for row in range(60)])
     folder = tmp_path / "run"
     assert run("sweep", path, "--target", "y", "--vary", "lr=0.1,0.2", "--epochs", "1", "--quiet", "--out", folder) == 0
@@ -383,7 +377,7 @@ def test_evaluate_recognises_the_rows_of_a_regression(tmp_path: Path, capsys: py
     assert json.loads(capsys.readouterr().out)["training_rows"] == 43
 
 
-def test_columns_for_a_split_in_python(tmp_path: Path) -> None:
+def test_columns_for_a_split_in_python(tmp_path):
     path = visits(tmp_path / "a.csv")
     made = load_data(path, target="y", columns=ColumnChoices(group="patient"))
     assert made.groups is not None
@@ -391,7 +385,7 @@ def test_columns_for_a_split_in_python(tmp_path: Path) -> None:
     assert load_data(path, target="y", columns=ColumnChoices(time="day")).times is not None
 
 
-def test_folds_keep_the_shares_of_classes_of_any_size() -> None:
+def test_folds_keep_the_shares_of_classes_of_any_size():
     labels = np.where(np.arange(40) % 4 == 0, 1.7e308, -1.7e308)
     huge = folds(labels, 5, seed=3, stratify=True)
     assert [float((labels[held] > 0).mean()) for _, held in huge] == [0.25] * 5

@@ -1,16 +1,11 @@
 """The pictures of a training: complete PNG files with labels, drawn without a display."""
 
-from __future__ import annotations
-
 import io
 import sys
-from pathlib import Path
-from typing import Any
 
 import matplotlib.image
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from fusemlp import ArgumentError, ArgumentTypeError, History, MissingLibraryError
 from fusemlp.report import plots
@@ -25,17 +20,17 @@ RISING = {
 }
 
 
-def pixels(png: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def pixels(png):
     return np.asarray(matplotlib.image.imread(io.BytesIO(png)))
 
 
-def labels(figure: Figure, axes: int) -> list[str]:
+def labels(figure, axes):
     legend = figure.axes[axes].get_legend()
     assert legend is not None
     return [text.get_text() for text in legend.get_texts()]
 
 
-def test_loss_and_accuracy_side_by_side() -> None:
+def test_loss_and_accuracy_side_by_side():
     found = overfitting(RISING)
     figure = plots.curves_figure(RISING, loss="cross_entropy", title="digits", best_epoch=2, overfitting=found)
     assert pixels(plots.picture(figure)).std() > 0.0
@@ -52,7 +47,7 @@ def test_loss_and_accuracy_side_by_side() -> None:
     assert np.asarray(best.get_xdata()).tolist() == [2, 2]
 
 
-def test_a_regression_without_validation_has_one_curve() -> None:
+def test_a_regression_without_validation_has_one_curve():
     figure = plots.curves_figure({"loss": [100.0, 1.0, 0.5], "learning_rate": [0.1] * 3}, loss="mse")
     (axes,) = figure.axes
     assert labels(figure, 0) == ["training"]
@@ -60,12 +55,12 @@ def test_a_regression_without_validation_has_one_curve() -> None:
 
 
 @pytest.mark.parametrize("losses", [[0.5], [0.5, float("inf")], [-1.0, -2.0], [0.0, 0.0]])
-def test_odd_histories_can_be_drawn(losses: list[float]) -> None:
+def test_odd_histories_can_be_drawn(losses):
     figure = plots.curves_figure({"loss": losses, "val_loss": losses}, loss="poisson", title="one", best_epoch=1)
     assert plots.picture(figure).startswith(b"\x89PNG")
 
 
-def test_the_sweep_marks_the_suggested_rate() -> None:
+def test_the_sweep_marks_the_suggested_rate():
     figure = plots.sweep_figure([1e-3, 1e-2, 1e-1], [1.0, 0.5, 4.0], 1e-2, "digits")
     assert plots.picture(figure).startswith(b"\x89PNG")
     (axes,) = figure.axes
@@ -73,7 +68,7 @@ def test_the_sweep_marks_the_suggested_rate() -> None:
     assert labels(figure, 0) == ["suggested: 0.01"]
 
 
-def test_scores_over_what_varies() -> None:
+def test_scores_over_what_varies():
     nan = float("nan")
     varied = [
         plots.Varied("lr", [0.001, 0.1, 0.001, 10.0, 0.1], "log"),
@@ -101,7 +96,7 @@ def test_scores_over_what_varies() -> None:
     assert pixels(plots.picture(figure)).std() > 0.0
 
 
-def test_scores_where_every_model_diverged_or_there_is_one() -> None:
+def test_scores_where_every_model_diverged_or_there_is_one():
     varied = [plots.Varied("lr", [0.1, 1.0], "log")]
     lost = plots.scores_figure(varied, [float("nan")] * 2, metric="val_accuracy", best=None, title="iris")
     assert plots.picture(lost).startswith(b"\x89PNG")
@@ -109,14 +104,14 @@ def test_scores_where_every_model_diverged_or_there_is_one() -> None:
     assert plots.picture(one).startswith(b"\x89PNG")
 
 
-def recorded(**options: Any) -> History:
+def recorded(**options):
     history = History(**options)
     for epoch in range(4):
         history.record(3 + epoch, {name: values[epoch] for name, values in RISING.items()}, 0.1)
     return history
 
 
-def test_a_history_draws_itself(tmp_path: Path) -> None:
+def test_a_history_draws_itself(tmp_path):
     figure = recorded(best_epoch=4).plot()
     assert labels(figure, 0) == ["training", "validation", "best epoch: 2"]
     assert figure.axes[0].get_ylabel() == "loss"
@@ -124,7 +119,7 @@ def test_a_history_draws_itself(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_a_history_cannot_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_history_cannot_draw(tmp_path, monkeypatch):
     with pytest.raises(ArgumentError, match="history: it has no epoch to draw"):
         History().plot()
     with pytest.raises(ArgumentError, match=r"expected a file name ending in .png, .svg, .pdf, got '.*c.jpg'"):
@@ -139,7 +134,7 @@ def test_what_a_history_cannot_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pyplot_is_not_touched(tmp_path: Path) -> None:
+def test_pyplot_is_not_touched(tmp_path):
     import subprocess
 
     script = (
@@ -149,7 +144,7 @@ def test_pyplot_is_not_touched(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_whether_matplotlib_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whether_matplotlib_is_there(monkeypatch):
     plots.check_plots()
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(MissingLibraryError, match=r"^plot: it needs matplotlib: pip install"):
@@ -160,7 +155,7 @@ def test_whether_matplotlib_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     ("scores", "scale"),
     [([0.1, 0.2, 0.3], "linear"), ([0.1, 2e3, 1.0], "log"), ([0.0, 2e3, 0.1], "symlog"), ([-1.0, 2e3, 0.1], "linear")],
 )
-def test_losses_over_many_decades_can_be_told_apart(scores: list[float], scale: str) -> None:
+def test_losses_over_many_decades_can_be_told_apart(scores, scale):
     figure = plots.scores_figure([plots.Varied("lr", [1.0, 2.0, 3.0])], scores, metric="val_loss", best=0, title="")
     assert figure.axes[0].get_yscale() == scale
     plots.picture(figure)

@@ -1,10 +1,7 @@
 """Splits, scaling, encoding of labels, and their storage in the run folder."""
 
-from __future__ import annotations
-
 import json
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +14,13 @@ from fusemlp.datasets.scaling import CLIP, SCALES
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError, DataError, ShapeError
 
 
-def dataset(X: Any, y: Any, task: str = "classification", **options: Any) -> Dataset:
+def dataset(X, y, task="classification", **options):
     X = np.asarray(X, np.float64)
     names = tuple(f"c{index}" for index in range(X.shape[1]))
     return Dataset("made", X, np.asarray(y), task, names, **options)
 
 
-def numbers(y: Any, task: str, **options: Any) -> Preprocessor:
+def numbers(y, task, **options):
     made = dataset(np.zeros((len(y), 1)), y, task)
     return Preprocessor.fit(made, np.arange(len(y)), **options)
 
@@ -32,7 +29,7 @@ def numbers(y: Any, task: str, **options: Any) -> Preprocessor:
 
 
 @pytest.mark.parametrize("stratify", [True, False])
-def test_a_split_is_a_partition_and_a_function_of_the_seed(stratify: bool) -> None:
+def test_a_split_is_a_partition_and_a_function_of_the_seed(stratify):
     y = np.arange(103) % 4
     train, test = split(y, seed=3, stratify=stratify)
     assert sorted([*train, *test]) == list(range(103))
@@ -44,14 +41,14 @@ def test_a_split_is_a_partition_and_a_function_of_the_seed(stratify: bool) -> No
     assert len(split(y, seed=2**70, stratify=stratify)[0]) == len(train)
 
 
-def test_a_stratified_split_keeps_the_shares() -> None:
+def test_a_stratified_split_keeps_the_shares():
     y = np.repeat(["a", "b", "c"], [50, 30, 20])
     train, test = split(y, fraction=0.3, seed=0, stratify=True)
     assert np.unique(y[test], return_counts=True)[1].tolist() == [15, 9, 6]
     assert np.unique(y[train], return_counts=True)[1].tolist() == [35, 21, 14]
 
 
-def test_a_class_with_a_single_row_is_trained() -> None:
+def test_a_class_with_a_single_row_is_trained():
     y = np.array(["rare", *["a", "b"] * 10])
     with pytest.warns(UserWarning, match="single row, which is not held out: 'rare'"):
         train, test = split(y, seed=0, stratify=True)
@@ -60,7 +57,7 @@ def test_a_class_with_a_single_row_is_trained() -> None:
     assert set(y[test]) == {"a", "b"}
 
 
-def test_splits_that_cannot_be() -> None:
+def test_splits_that_cannot_be():
     y = np.arange(20) % 10
     with pytest.raises(
         DataError, match=r"0.2 of 20 rows leaves 16 .* 4 held out; each side needs at least 10, one for"
@@ -82,7 +79,7 @@ def test_splits_that_cannot_be() -> None:
 # features
 
 
-def test_standard_scaling_uses_the_training_rows_alone() -> None:
+def test_standard_scaling_uses_the_training_rows_alone():
     X = np.array([[1.0, 10.0], [3.0, 10.0], [5.0, 10.0], [1e6, -7.0]])
     made = Preprocessor.fit(dataset(X, [0, 1, 0, 1]), [0, 1, 2])
     scaled = made.transform_features(X)
@@ -91,7 +88,7 @@ def test_standard_scaling_uses_the_training_rows_alone() -> None:
     np.testing.assert_allclose(scaled, expected, rtol=8 * np.finfo(float).eps)
 
 
-def test_minmax_and_no_scaling() -> None:
+def test_minmax_and_no_scaling():
     X = np.array([[1.0, 4.0], [3.0, 4.0], [5.0, 4.0]])
     data = dataset(X, [0, 1, 0])
     assert Preprocessor.fit(data, [0, 1, 2], scale="minmax").transform_features(X).tolist() == [
@@ -102,7 +99,7 @@ def test_minmax_and_no_scaling() -> None:
     np.testing.assert_array_equal(Preprocessor.fit(data, [0, 1, 2], scale="none").transform_features(X), X)
 
 
-def test_robust_scaling_by_median_and_quartiles() -> None:
+def test_robust_scaling_by_median_and_quartiles():
     # Quartiles 1, 2 and 3; the second column's are equal, so half of its range divides; the third is constant.
     X = np.array([[0.0, 7.0, 4.0], [1.0, 7.0, 4.0], [2.0, 7.0, 4.0], [3.0, 7.0, 4.0], [4.0, 9.0, 4.0]])
     made = Preprocessor.fit(dataset(X, [0, 1, 0, 1, 0]), np.arange(5), scale="robust")
@@ -115,7 +112,7 @@ def test_robust_scaling_by_median_and_quartiles() -> None:
     )
 
 
-def test_far_values_keep_their_order_and_a_bound() -> None:
+def test_far_values_keep_their_order_and_a_bound():
     made = Preprocessor.fit(dataset([[0.0], [1.0], [2.0]], [0, 1, 0]), [0, 1, 2], scale="robust")
     far = made.transform_features([[-1e308], [30.0], [300.0], [3e4], [1e308]])[:, 0]
     assert (np.diff(far) > 0).all() and np.abs(far).max() <= CLIP
@@ -123,7 +120,7 @@ def test_far_values_keep_their_order_and_a_bound() -> None:
     assert far[2] - far[1] > 1
 
 
-def test_quantiles_become_normal_scores() -> None:
+def test_quantiles_become_normal_scores():
     generator = np.random.default_rng(0)
     X = np.column_stack([np.exp(3 * generator.normal(size=4000)), generator.integers(0, 2, 4000)])
     made = Preprocessor.fit(dataset(X, X[:, 1].astype(int)), np.arange(4000), scale="quantile")
@@ -138,7 +135,7 @@ def test_quantiles_become_normal_scores() -> None:
     assert Preprocessor.from_json(made.to_json()) == made
 
 
-def test_numbers_become_inputs_of_pieces() -> None:
+def test_numbers_become_inputs_of_pieces():
     generator = np.random.default_rng(0)
     X = np.column_stack([np.exp(generator.normal(size=4000)), generator.integers(0, 3, 4000)])
     X[::9, 0] = np.nan
@@ -166,7 +163,7 @@ def test_numbers_become_inputs_of_pieces() -> None:
     assert Preprocessor.from_json(made.to_json()) == made
 
 
-def test_many_rows_have_finer_pieces() -> None:
+def test_many_rows_have_finer_pieces():
     generator = np.random.default_rng(0)
     X = np.column_stack([generator.normal(size=8000), generator.integers(0, 31, 8000), generator.integers(0, 70, 8000)])
     made = Preprocessor.fit(dataset(X, X[:, 1].astype(int)), np.arange(8000), scale="piecewise")
@@ -178,7 +175,7 @@ def test_many_rows_have_finer_pieces() -> None:
     assert fewer.widths == (16, 16, 16)
 
 
-def test_words_become_one_column_a_category() -> None:
+def test_words_become_one_column_a_category():
     data = dataset([[0, 5.0], [2, 7.0], [1, 9.0]], [0, 1, 0], categories=(("g", "r", "y"), None))
     made = Preprocessor.fit(data, [0, 1, 2], scale="minmax")
     assert made.width == 4
@@ -187,7 +184,7 @@ def test_words_become_one_column_a_category() -> None:
         made.transform_features([[3, 5]])
 
 
-def test_features_are_not_written() -> None:
+def test_features_are_not_written():
     X = np.arange(6.0).reshape(3, 2)
     X.flags.writeable = False
     data = dataset(X, [0, 1, 0])
@@ -196,19 +193,19 @@ def test_features_are_not_written() -> None:
     assert X.tolist() == [[0, 1], [2, 3], [4, 5]]
 
 
-def test_features_of_another_width() -> None:
+def test_features_of_another_width():
     with pytest.raises(ShapeError, match="expected 1 column"):
         numbers([0, 1], "classification").transform_features(np.ones((2, 3)))
 
 
 @pytest.mark.parametrize("scale", ["robust", "standard", "minmax"])
-def test_values_too_large_to_scale(scale: str) -> None:
+def test_values_too_large_to_scale(scale):
     X = [[1.7e308], [-1.7e308], [1.7e308]]
     with pytest.raises(DataError, match=r"'c0' are too large to be scaled \(up to 1.7e\+308\)"):
         Preprocessor.fit(dataset(X, [0, 1, 0]), [0, 1, 2], scale=scale)
 
 
-def test_wrong_fits() -> None:
+def test_wrong_fits():
     with pytest.raises(ArgumentError, match=r"scale: unknown name 'standart'; did you mean 'standard'"):
         numbers([0, 1], "classification", scale="standart")
     with pytest.raises(DataError, match="no training rows of made"):
@@ -218,11 +215,11 @@ def test_wrong_fits() -> None:
 # targets
 
 
-LABELS: list[list[Any]] = [["b", "a", "c", "a"], [3, -1, 3, 7], [1.0, 0.5, 2.0, 1.0], [True, False, True, True]]
+LABELS = [["b", "a", "c", "a"], [3, -1, 3, 7], [1.0, 0.5, 2.0, 1.0], [True, False, True, True]]
 
 
 @pytest.mark.parametrize("labels", LABELS, ids=["str", "int", "float", "bool"])
-def test_labels_there_and_back(labels: list[Any]) -> None:
+def test_labels_there_and_back(labels):
     made = Preprocessor.from_json(numbers(labels, "classification").to_json())
     codes = made.encode_targets(np.array(labels))
     assert codes.dtype == np.int64
@@ -234,18 +231,18 @@ def test_labels_there_and_back(labels: list[Any]) -> None:
     assert made.labels == tuple(str(label) for label in sorted(set(labels)))
 
 
-def test_a_regression_on_named_classes_has_no_labels() -> None:
+def test_a_regression_on_named_classes_has_no_labels():
     for task, count in (("classification", 3), ("regression", 0)):
         assert len(Preprocessor.fit(load_data("iris", task=task), np.arange(150)).labels) == count
 
 
-def test_one_hot_targets() -> None:
+def test_one_hot_targets():
     made = numbers(["b", "a", "b"], "classification", one_hot_targets=True)
     assert made.encode_targets(["b", "a"]).tolist() == [[0, 1], [1, 0]]
     assert numbers([1.5, 2.5], "regression", one_hot_targets=True).one_hot_targets is False
 
 
-def test_labels_are_found_by_their_text() -> None:
+def test_labels_are_found_by_their_text():
     assert numbers(["1", "2", "x"], "classification").encode_targets([2, 1]).tolist() == [1, 0]
     assert numbers([1, 2], "classification").encode_targets(["2", "1"]).tolist() == [1, 0]
     assert numbers([1, 2], "classification").encode_targets([2.0, 1.0]).tolist() == [1, 0]
@@ -253,7 +250,7 @@ def test_labels_are_found_by_their_text() -> None:
     assert numbers(["a", "b"], "classification").encode_targets(np.array(["b"], object)).tolist() == [1]
 
 
-def test_labels_that_were_not_trained() -> None:
+def test_labels_that_were_not_trained():
     made = numbers(["a", "b"], "classification")
     with pytest.raises(DataError, match=r"the label 'z' in row 2 is not one of the 2 classes .*'a', 'b'"):
         made.encode_targets(["a", "b", "z"])
@@ -267,17 +264,17 @@ def test_labels_that_were_not_trained() -> None:
         made.decode_predictions([-1])
 
 
-def test_classes_are_those_of_all_rows() -> None:
+def test_classes_are_those_of_all_rows():
     X = np.zeros((3, 1))
     made = Preprocessor.fit(dataset(X, ["a", "b", "c"], test=(X[:1], np.array(["d"]))), [0])
     assert made.classes == ("a", "b", "c", "d")
 
 
-def test_class_names_are_the_words_of_reports() -> None:
+def test_class_names_are_the_words_of_reports():
     assert Preprocessor.fit(load_data("iris"), np.arange(150)).labels == ("setosa", "versicolor", "virginica")
 
 
-def test_regression_targets_are_scaled_and_restored() -> None:
+def test_regression_targets_are_scaled_and_restored():
     y = np.array([10.0, 20.0, 60.0, 1e9])
     made = Preprocessor.fit(dataset(np.zeros((4, 1)), y, "regression"), [0, 1, 2])
     encoded = made.encode_targets(y)
@@ -294,7 +291,7 @@ def test_regression_targets_are_scaled_and_restored() -> None:
     assert made.labels == ()
 
 
-def test_regression_targets_in_several_columns_or_unscaled() -> None:
+def test_regression_targets_in_several_columns_or_unscaled():
     y = np.array([[1.0, 5.0], [3.0, 5.0]])
     made = numbers(y, "regression")
     assert made.outputs == 2
@@ -307,7 +304,7 @@ def test_regression_targets_in_several_columns_or_unscaled() -> None:
         assert numbers([3, 5], "regression", scale=scale).encode_targets([3, 5]).tolist() == [[-1], [1]]
 
 
-def test_targets_in_logarithms() -> None:
+def test_targets_in_logarithms():
     y = [1.0, 10.0, 100.0]
     made = numbers(y, "regression", log_targets=True, scale="minmax")
     np.testing.assert_allclose(made.encode_targets(y)[:, 0], [0, 0.5, 1], atol=4 * np.finfo(float).eps)
@@ -332,12 +329,12 @@ LABEL_SETS = st.one_of(
 
 
 @st.composite
-def preprocessors(draw: st.DrawFn) -> Preprocessor:
+def preprocessors(draw):
     columns = draw(st.integers(1, 4))
     classes = draw(LABEL_SETS)
     shifts = draw(st.lists(FLOATS, min_size=1, max_size=2)) if classes is None else []
 
-    def column_of(values: st.SearchStrategy[Any]) -> tuple[Any, ...]:
+    def column_of(values):
         return tuple(draw(st.lists(values, min_size=columns, max_size=columns)))
 
     words = st.one_of(st.none(), st.lists(st.text(), min_size=1, max_size=3).map(tuple))
@@ -359,7 +356,7 @@ def preprocessors(draw: st.DrawFn) -> Preprocessor:
 
 @settings(derandomize=True, deadline=None)
 @given(preprocessors())
-def test_the_stored_form_is_exact(made: Preprocessor) -> None:
+def test_the_stored_form_is_exact(made):
     for restored in (Preprocessor.from_json(made.to_json()), Preprocessor.from_config(made.to_config())):
         # repr tells 1 from 1.0 and True, and -0.0 from 0.0, which == does not.
         assert repr(restored) == repr(made)
@@ -367,7 +364,7 @@ def test_the_stored_form_is_exact(made: Preprocessor) -> None:
         assert hash(restored) == hash(made)
 
 
-def test_stored_forms_that_are_damaged() -> None:
+def test_stored_forms_that_are_damaged():
     made = numbers([0, 1], "classification")
     with pytest.raises(CheckpointError, match=r"expected JSON, got .*task"):
         Preprocessor.from_json(made.to_json()[:-5])

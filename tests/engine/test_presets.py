@@ -1,10 +1,5 @@
 """``--preset`` and the estimators' ``preset``: the choice, the options that it leaves alone, and whole trainings."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pandas
 import pytest
@@ -21,7 +16,7 @@ from make import read, rows, run
 QUICK = ("--scale", "robust", "--epochs", "4", "--quiet", "--backend", "numpy")
 
 
-def table(path: Path, *, count: int = 150, target: str = "kind") -> Path:
+def table(path, *, count=150, target="kind"):
     generator = np.random.default_rng(0)
     frame = pandas.DataFrame(generator.normal(size=(count, 2)), columns=["a", "b"])
     frame["word"] = generator.choice([*"xyz"], count)
@@ -32,7 +27,7 @@ def table(path: Path, *, count: int = 150, target: str = "kind") -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("preset")
     data = table(folder / "data.csv", count=400)
     told = ("--preset", "tabm", "--final-fit", *QUICK)
@@ -40,7 +35,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_a_run_says_and_stores_what_the_recipe_chose(trained: Path) -> None:
+def test_a_run_says_and_stores_what_the_recipe_chose(trained):
     config, report = read(trained / "config.json"), read(trained / "report.json")
     assert MLP.from_config(config["network"]).members == presets.MEMBERS
     assert config["network"]["sizes"][1:-1] == [128, 128] and config["batch_size"] == 32
@@ -50,7 +45,7 @@ def test_a_run_says_and_stores_what_the_recipe_chose(trained: Path) -> None:
     assert report["final_fit"]["rows"] == 400
 
 
-def test_the_files_of_a_run_predict(trained: Path, tmp_path: Path) -> None:
+def test_the_files_of_a_run_predict(trained, tmp_path):
     answers = tmp_path / "answers.csv"
     assert run("predict", trained, "--data", trained.parent / "data.csv", "--proba", "--out", answers) == 0
     engine = load_checkpoint(trained / "checkpoints" / "model.safetensors", backend="numpy")
@@ -65,7 +60,7 @@ def test_the_files_of_a_run_predict(trained: Path, tmp_path: Path) -> None:
     assert spread.between(0.0, 0.5).all() and spread.max() > 1e-3
 
 
-def test_a_run_goes_on_with_its_recipe(tmp_path: Path) -> None:
+def test_a_run_goes_on_with_its_recipe(tmp_path):
     data = table(tmp_path / "data.csv")
     told = ("--target", "kind", "--preset", "tabm", "--scale", "robust", "--quiet", "--backend", "numpy")
     for name, epochs in (("whole", "4"), ("half", "2")):
@@ -86,9 +81,7 @@ def test_a_run_goes_on_with_its_recipe(tmp_path: Path) -> None:
         (50_000, {"models": "x"}, True, "plain", "preset plain: tabm does not take what was given for models"),
     ],
 )
-def test_auto_chooses_by_the_rows_and_says_why(
-    rows: int, against: dict[str, str], classify: bool, name: str, note: str
-) -> None:
+def test_auto_chooses_by_the_rows_and_says_why(rows, against, classify, name, note):
     found, told = presets.chosen("auto", rows, against, classify=classify)
     assert found == name and told.startswith(note)
     assert presets.chosen("plain", rows, against, classify=classify) == ("plain", "")
@@ -111,9 +104,7 @@ def test_auto_chooses_by_the_rows_and_says_why(
         ({"resume": "run"}, 1),
     ],
 )
-def test_classes_of_a_large_table_have_members_unless_the_network_is_ones_own(
-    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], members: int
-) -> None:
+def test_classes_of_a_large_table_have_members_unless_the_network_is_ones_own(monkeypatch, given, members):
     monkeypatch.setattr(presets, "LEAST_ROWS", 120)
     options = TrainOptions(data="data.csv", target="value", **given)
     changed, found, notes = with_preset(options, 120, classify=True)
@@ -123,11 +114,11 @@ def test_classes_of_a_large_table_have_members_unless_the_network_is_ones_own(
     assert with_preset(options, 0, classify=True) == (options, 1, [])
 
 
-def test_an_estimator_chooses_as_the_command_line_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_estimator_chooses_as_the_command_line_does(monkeypatch):
     monkeypatch.setattr(presets, "LEAST_ROWS", 120)
     X = np.random.default_rng(0).normal(size=(120, 2))
     y = (X[:, 0] > 0).astype(int)
-    quick: dict[str, Any] = {"scale": "robust", "epochs": 1, "backend": "numpy"}
+    quick = {"scale": "robust", "epochs": 1, "backend": "numpy"}
     large = TableClassifier(**quick).fit(X, y)
     assert large.engine_.network.members == presets.MEMBERS
     assert any("chosen for classes of 120" in one for one in large.notes_)
@@ -136,24 +127,24 @@ def test_an_estimator_chooses_as_the_command_line_does(monkeypatch: pytest.Monke
         assert one.engine_.network.members == 1 and not any("preset" in note for note in one.notes_)
 
 
-def test_auto_leaves_a_small_table_to_the_plain_recipe(tmp_path: Path) -> None:
+def test_auto_leaves_a_small_table_to_the_plain_recipe(tmp_path):
     made = prepared(tmp_path, preset="auto")
     assert made.network.members == 1 and made.models == 5 and made.recipe.hidden is None
     assert "preset plain: tabm is for 12,000 to 100,000 rows, and these are 120" in made.notes
 
 
-def test_batches_grow_with_the_rows() -> None:
+def test_batches_grow_with_the_rows():
     nothing = dict.fromkeys(presets.TABM, False)
     sizes = [presets.changes(nothing, rows)["batch_size"] for rows in (10, 1023, 1024, 2047, 4095, 4096, 10**6)]
     assert sizes == [32, 32, 64, 64, 128, 256, 256]
 
 
-def prepared(folder: Path, **given: Any) -> Any:
+def prepared(folder, **given):
     options = {"target": "value", "scale": "robust", "log_target": False, "backend": "numpy", "preset": "tabm"}
     return prepared_data(TrainOptions(data=str(table(folder / "data.csv", target="value")), **{**options, **given}))
 
 
-def test_what_is_given_stays(tmp_path: Path) -> None:
+def test_what_is_given_stays(tmp_path):
     made = prepared(tmp_path, hidden=["8"], optimizer="sgd", activation="tanh")
     assert made.network.sizes[1:-1] == (8,) and made.network.members == presets.MEMBERS
     assert {one.name for one in made.network.activations[:-1]} == {"tanh"}
@@ -173,7 +164,7 @@ def test_what_is_given_stays(tmp_path: Path) -> None:
         ({"preset": "tabn"}, "preset: unknown name 'tabn'; did you mean 'tabm'"),
     ],
 )
-def test_what_the_recipe_does_not_take_is_named(tmp_path: Path, given: dict[str, Any], said: str) -> None:
+def test_what_the_recipe_does_not_take_is_named(tmp_path, given, said):
     with pytest.raises(ArgumentError, match=said):
         prepared(tmp_path, **given)
 
@@ -187,14 +178,7 @@ def test_what_the_recipe_does_not_take_is_named(tmp_path: Path, given: dict[str,
         (("train", "DATA", "--target", "kind", "--from", "RUN", "--out", "new", "--preset", "tabm"), "from"),
     ],
 )
-def test_a_command_that_takes_no_members_says_so(
-    trained: Path,
-    tmp_path: Path,
-    command: tuple[str, ...],
-    option: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_command_that_takes_no_members_says_so(trained, tmp_path, command, option, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     places = {"RUN": trained, "DATA": trained.parent / "data.csv"}
     assert run(*(places.get(word, word) for word in command)) == 2
@@ -205,12 +189,12 @@ def test_a_command_that_takes_no_members_says_so(
     assert not any(tmp_path.iterdir())
 
 
-def test_an_option_with_two_names_is_called_by_the_long_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_option_with_two_names_is_called_by_the_long_one(capsys):
     assert run("train", "iris", "--adversarial", "ibp") == 2
     assert "error: --attack-eps: say how far" in capsys.readouterr().err
 
 
-def test_the_run_of_from_is_called_by_its_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_run_of_from_is_called_by_its_option(tmp_path, capsys):
     data = table(tmp_path / "data.csv")
     plain = ("--preset", "plain", "--models", "1", "--out", tmp_path / "plain")
     assert run("train", data, "--target", "kind", *QUICK, *plain) == 0
@@ -219,7 +203,7 @@ def test_the_run_of_from_is_called_by_its_option(tmp_path: Path, capsys: pytest.
     assert "error: --from: the preset tabm does not take it" in capsys.readouterr().err
 
 
-def test_an_estimator_has_the_model_of_the_command_line(tmp_path: Path) -> None:
+def test_an_estimator_has_the_model_of_the_command_line(tmp_path):
     data = table(tmp_path / "data.csv", target="value")
     assert run("train", data, "--target", "value", "--preset", "tabm", *QUICK, "--out", tmp_path / "run") == 0
     there = TableRegressor.from_run(tmp_path / "run", backend="numpy")
@@ -239,7 +223,7 @@ def test_an_estimator_has_the_model_of_the_command_line(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.predict(frame), here.predict(frame))
 
 
-def test_a_classifier_has_the_temperature_of_its_members() -> None:
+def test_a_classifier_has_the_temperature_of_its_members():
     generator = np.random.default_rng(0)
     X = generator.normal(size=(1200, 3))
     y = (X[:, 0] + generator.normal(size=1200) > 0).astype(int)

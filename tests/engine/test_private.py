@@ -1,7 +1,5 @@
 """Private training: whole steps against the oracle's gradients of one row each, the accountant, and what is refused."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

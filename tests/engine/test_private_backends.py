@@ -1,7 +1,5 @@
 """Private training on every backend: each step within the oracle's bound, the plan, and files from one to another."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import dataclass, replace

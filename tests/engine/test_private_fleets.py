@@ -1,7 +1,5 @@
 """Private fleets: models with their own noise, equal to engines trained alone, and what all of them spend."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from devices import GPU, INTERPRETER, marks_of, usable

@@ -1,7 +1,5 @@
 """A step as a printed program: its columns, its figures, and the number of its calls."""
 
-from __future__ import annotations
-
 import itertools
 import sys
 

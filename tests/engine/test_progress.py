@@ -1,12 +1,9 @@
 """The progress bar on terminals of every width: nothing is cut, and the least important parts go first."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -18,12 +15,12 @@ LOGS["learning_rate"] = 0.001
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-def lines_of(text: str) -> list[str]:
+def lines_of(text):
     """Return the lines that a terminal was told to draw, each state of a line apart."""
     return [line.rstrip() for line in re.split(r"[\r\n]+", ESCAPES.sub("", text)) if "epoch" in line]
 
 
-def drawn(width: int, epochs: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+def drawn(width, epochs, monkeypatch, capsys):
     """Return the last line of a bar on a terminal of this width."""
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("TERM", "xterm")
@@ -38,7 +35,7 @@ def drawn(width: int, epochs: int, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 @pytest.mark.parametrize("epochs", [7, 12_000])
-def test_no_width_cuts_a_word(epochs: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_width_cuts_a_word(epochs, monkeypatch, capsys):
     counter = f"epoch {epochs}/{epochs}"
     whole = {f"{name} {value:.4g}" for name, value in LOGS.items()} | {"lr 0.001"}
     whole |= {f"{name.replace('accuracy', 'acc')} {value:.4g}" for name, value in LOGS.items()}
@@ -57,13 +54,13 @@ def test_no_width_cuts_a_word(epochs: int, monkeypatch: pytest.MonkeyPatch, caps
     assert shown == len(LOGS)
 
 
-def test_figures_at_80_and_60_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_at_80_and_60_columns(monkeypatch, capsys):
     wide = "epoch 40/40 ━━━━━━━━ 0:00:00 loss 0.2409  val_loss 0.2036  val_auc 0.9911"
     assert drawn(80, 40, monkeypatch, capsys) == wide
     assert drawn(60, 40, monkeypatch, capsys) == "epoch 40/40 loss 0.2409  val_loss 0.2036  val_auc 0.9911"
 
 
-def test_every_layout_needs_less_room_than_the_one_before() -> None:
+def test_every_layout_needs_less_room_than_the_one_before():
     for count in range(7):
         names = by_importance(LOGS)[:count]
         rooms = []
@@ -74,14 +71,14 @@ def test_every_layout_needs_less_room_than_the_one_before() -> None:
         assert rooms[-1] == 0
 
 
-def test_losses_come_first_and_the_rate_last() -> None:
+def test_losses_come_first_and_the_rate_last():
     expected = ["loss", "val_loss", "val_auc", "val_accuracy", "accuracy", "learning_rate"]
     assert by_importance(LOGS) == expected
     # A figure that a callback wrote into the logs stands beside the scores of training rows.
     assert by_importance({"mine": 1.0, **LOGS}) == [*expected[:4], "mine", *expected[4:]]
 
 
-def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dumb_terminal_gets_lines(monkeypatch, capsys):
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     bar = ProgressBar()
@@ -99,7 +96,7 @@ def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "\x1b" not in shown
 
 
-def test_a_real_terminal_of_60_columns_without_colour(tmp_path: Path) -> None:
+def test_a_real_terminal_of_60_columns_without_colour(tmp_path):
     pty = pytest.importorskip("pty")
     import fcntl
     import struct

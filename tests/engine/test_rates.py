@@ -1,17 +1,12 @@
 """The table of learning rates: any schedule on any plan, filled again wherever a launch or a graph comes to its end."""
 
-from __future__ import annotations
-
 import dataclasses
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
 
 from fusemlp import MLP, SGD, Adam, Callback, Cosine, Engine, Fleet, OneCycle, load_checkpoint
-from fusemlp.describe.optimizers import Optimizer
 from fusemlp.describe.schedules import SCHEDULES, Constant, Schedule
 from fusemlp.program import builder, layout, lowering
 from fusemlp.runtime.backends import open_backend
@@ -20,8 +15,6 @@ from fusemlp_kernels import reference
 from fusemlp_kernels.clock import corrections
 from fusemlp_kernels.contract import HYPER, LEARNING_RATE, LOSS_SCALE, RATE_COLUMNS, LossSpec, UpdateRule
 from fusemlp_kernels.registry import availability, interprets_triton
-
-Array = np.ndarray[Any, Any]
 
 ROWS, WIDTH, CLASSES, BATCH, EPOCHS = 22, 5, 3, 4, 3
 RNG = np.random.default_rng(0)
@@ -47,12 +40,12 @@ class Zigzag(Schedule):
     kind = "zigzag"
     lr: float
 
-    def after_warmup(self, t: Array) -> Array:
+    def after_warmup(self, t):
         return self.lr * (t % 3) / (1.0 + 0.1 * t)
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def graphs(monkeypatch):
     """Under the interpreter a graph is its launches again."""
     if without_interpreter:
         return
@@ -60,11 +53,11 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     build = TritonBackend.__init__
 
-    def with_graphs(self: Any, traits: Any, device: Any, precision: str) -> None:
+    def with_graphs(self, traits, device, precision):
         build(self, traits, device, precision)
         self.traits = dataclasses.replace(self.traits, plans=("eager", "graph", "resident"))
 
-    def capture(self: Any, run: Callable[[], object], times: int) -> Callable[[], object]:
+    def capture(self, run, times):
         return lambda: [run() for _ in range(times)]
 
     monkeypatch.setattr(TritonBackend, "__init__", with_graphs)
@@ -72,11 +65,11 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+def small(monkeypatch):
     """Set the rows of the tables of new engines."""
 
-    def rows(count: int) -> None:
-        for module in (layout, builder):
+    def rows(count):
+        for module in (layout, lowering):
             monkeypatch.setattr(module, "RATE_ROWS", count)
         # programs that are remembered have tables of another size
         lowering.lower.cache_clear()
@@ -85,11 +78,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     lowering.lower.cache_clear()
 
 
-def made(optimizer: Optimizer, backend: str = "numpy", plan: str = "eager", precision: str = "fp32") -> Engine:
+def made(optimizer, backend="numpy", plan="eager", precision="fp32"):
     return Engine(NET, optimizer=optimizer, batch_size=BATCH, backend=backend, plan=plan, precision=precision)
 
 
-def same(engine: Engine, other: Engine) -> None:
+def same(engine, other):
     found, expected = engine.memory.snapshot(), other.memory.snapshot()
     for name, array in expected.items():
         assert array.tobytes() == found[name].tobytes(), name
@@ -99,7 +92,7 @@ def same(engine: Engine, other: Engine) -> None:
 
 @pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize(("backend", "plan"), PLANS)
-def test_a_schedule_of_ones_own_trains_on_every_plan(backend: str, plan: str, small: Callable[[int], None]) -> None:
+def test_a_schedule_of_ones_own_trains_on_every_plan(backend, plan, small):
     """Against the oracle, with the rates written here once more."""
     small(4)
     engine = made(Adam(Zigzag(0.02, warmup=4)), backend, plan)
@@ -112,7 +105,7 @@ def test_a_schedule_of_ones_own_trains_on_every_plan(backend: str, plan: str, sm
     rule, spec = engine.optimizer.rule(), LossSpec("cross_entropy")
     state, batches = reference.initial_state(rule, layers), -(-ROWS // BATCH)
 
-    def rate(t: int) -> float:
+    def rate(t):
         s = max(t - 4, 0)
         return min((t + 1) / 4, 1.0) * 0.02 * (s % 3) / (1.0 + 0.1 * s)
 
@@ -139,9 +132,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize(("backend", "plan"), PLANS[:2])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("rows", [2, 5])
-def test_a_table_that_is_filled_again_changes_no_bit(
-    optimizer: Optimizer, rows: int, backend: str, plan: str, small: Callable[[int], None]
-) -> None:
+def test_a_table_that_is_filled_again_changes_no_bit(optimizer, rows, backend, plan, small):
     whole = made(optimizer, backend, plan)
     small(rows)
     cut = made(optimizer, backend, plan)
@@ -153,9 +144,7 @@ def test_a_table_that_is_filled_again_changes_no_bit(
 
 @pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize(("backend", "plan"), PLANS[2:])
-def test_a_table_filled_between_launches_and_graphs_changes_no_bit(
-    backend: str, plan: str, small: Callable[[int], None]
-) -> None:
+def test_a_table_filled_between_launches_and_graphs_changes_no_bit(backend, plan, small):
     whole = made(OPTIMIZERS["one cycle"], backend, plan)
     small(2)
     cut = made(OPTIMIZERS["one cycle"], backend, plan)
@@ -165,7 +154,7 @@ def test_a_table_filled_between_launches_and_graphs_changes_no_bit(
 
 
 @pytest.mark.parametrize("rows", [2, 1024])
-def test_the_models_of_a_fleet_have_tables_of_their_own(rows: int, small: Callable[[int], None]) -> None:
+def test_the_models_of_a_fleet_have_tables_of_their_own(rows, small):
     small(rows)
     vary = {"lr": [Zigzag(0.1), OneCycle(0.05), 0.1]}
     fleet = Fleet(NET, optimizer=SGD(momentum=0.9), batch_size=BATCH, vary=vary, backend="numpy")
@@ -177,7 +166,7 @@ def test_the_models_of_a_fleet_have_tables_of_their_own(rows: int, small: Callab
 
 
 @pytest.mark.skipif(without_interpreter, reason="TRITON_INTERPRET=1")
-def test_a_skipped_batch_keeps_its_rate(small: Callable[[int], None]) -> None:
+def test_a_skipped_batch_keeps_its_rate(small):
     """Twice the loss scale is so large that gradients overflow in fp16 until it has come down."""
     small(3)
     engine = made(Adam(Zigzag(0.01)), "triton", "eager", "fp16")
@@ -193,12 +182,12 @@ def test_a_skipped_batch_keeps_its_rate(small: Callable[[int], None]) -> None:
 
 
 @pytest.fixture
-def filled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def filled(monkeypatch):
     """Record the first update of each filled table."""
-    firsts: list[int] = []
+    firsts = []
     fill = RateTable._fill
 
-    def counted(self: RateTable, first: int, most: int) -> None:
+    def counted(self, first, most):
         firsts.append(first)
         fill(self, first, most)
 
@@ -209,9 +198,7 @@ def filled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize(
     ("optimizer", "fills"), [(SGD(0.1), 1), (SGD(Constant(0.1, warmup=4)), 3), (Adam(0.01), 7), (SGD(Zigzag(0.1)), 7)]
 )
-def test_a_table_is_filled_where_it_ends(
-    optimizer: Optimizer, fills: int, small: Callable[[int], None], filled: list[int]
-) -> None:
+def test_a_table_is_filled_where_it_ends(optimizer, fills, small, filled):
     """A constant rate needs no other row; else four rows are enough for three updates, and the next one's rate."""
     small(4)
     engine = made(optimizer)
@@ -220,7 +207,7 @@ def test_a_table_is_filled_where_it_ends(
     assert filled == list(range(0, 3 * fills, 3))
 
 
-def test_a_table_that_fits_is_not_filled_for_the_next_call(filled: list[int]) -> None:
+def test_a_table_that_fits_is_not_filled_for_the_next_call(filled):
     engine = made(Adam(0.01))
     for _ in range(4):
         engine.fit(X, Y, epochs=1)
@@ -230,18 +217,18 @@ def test_a_table_that_fits_is_not_filled_for_the_next_call(filled: list[int]) ->
 class Stepping(Callback):
     """Makes a step of its own in the middle of an epoch."""
 
-    def on_batch_end(self, engine: Any, batch: int) -> None:
+    def on_batch_end(self, engine, batch):
         if batch == 1:
             engine.step(X[:BATCH], Y[:BATCH])
 
 
-def test_steps_of_a_callback_do_not_take_the_schedule_away() -> None:
+def test_steps_of_a_callback_do_not_take_the_schedule_away():
     engine = made(SGD(Cosine(0.1, steps=40)))
     history = engine.fit(X, Y, epochs=2, callbacks=[Stepping()])
     assert history.history["learning_rate"] == [engine.optimizer.schedule.at(7), engine.optimizer.schedule.at(14)]
 
 
-def test_a_checkpoint_goes_on_with_a_schedule_of_ones_own(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_goes_on_with_a_schedule_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setitem(SCHEDULES, "zigzag", Zigzag)
     whole, begun = made(Adam(Zigzag(0.02))), made(Adam(Zigzag(0.02)))
     begun.fit(X, Y, epochs=1)
@@ -257,7 +244,7 @@ def test_a_checkpoint_goes_on_with_a_schedule_of_ones_own(tmp_path: Any, monkeyp
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999])
-def test_bias_corrections_are_those_of_the_paper(beta: float) -> None:
+def test_bias_corrections_are_those_of_the_paper(beta):
     for first, count in ((0, 50), (40, 60), (340, 40), (36_000, 1000), (10**7, 3)):
         wanted = [1.0 - beta**t for t in range(first + 1, first + count + 1)]
         assert corrections(beta, first, count).tolist() == wanted
@@ -266,17 +253,17 @@ def test_bias_corrections_are_those_of_the_paper(beta: float) -> None:
 class Counters:
     """Counters on a device: each look at them is a wait."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.updates, self.waits = 0, 0
 
-    def __getitem__(self, _: int) -> int:
+    def __getitem__(self, _):
         self.waits += 1
         return self.updates
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("skips", [False, True])
-def test_a_table_on_a_device_holds_every_update_of_the_steps_that_it_covers(accumulate: int, skips: bool) -> None:
+def test_a_table_on_a_device_holds_every_update_of_the_steps_that_it_covers(accumulate, skips):
     rows, rule = 8, UpdateRule("adam", beta1=0.9, beta2=0.999, eps=1e-8, accumulate=accumulate)
     random = np.random.default_rng(3)
     counters, hyper, rates = Counters(), np.zeros(HYPER), np.zeros((1 + rows, RATE_COLUMNS))

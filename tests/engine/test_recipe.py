@@ -1,9 +1,6 @@
 """The words of the command line become descriptions."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +17,6 @@ from fusemlp.describe.schedules import (
     FlatCosine,
     OneCycle,
     ReduceOnPlateau,
-    Schedule,
     StepDecay,
 )
 from fusemlp.tables import descriptions
@@ -39,11 +35,11 @@ PLAIN = TrainOptions(data="digits")
         (["none"], ()),
     ],
 )
-def test_hidden_widths(given: list[str] | None, widths: tuple[int, ...]) -> None:
+def test_hidden_widths(given, widths):
     assert descriptions.hidden_widths(given) == widths
 
 
-def test_activations_and_their_slopes() -> None:
+def test_activations_and_their_slopes():
     asked = replace(PLAIN, activation="prelu, leaky_relu", output_activation="tanh", dropout="0.1,0", slope=0.3)
     net = descriptions.network([4, 3, 3, 2], asked)
     assert net.activations[:2] == (PReLU(0.3), LeakyReLU(0.3))
@@ -51,7 +47,7 @@ def test_activations_and_their_slopes() -> None:
     assert net.dropouts == (0.1, 0.0, 0.0)
 
 
-OPTIMIZERS: list[tuple[dict[str, Any], object]] = [
+OPTIMIZERS = [
     ({}, Adam()),
     ({"lr": 0.1, "beta1": 0.5}, Adam(0.1, betas=(0.5, 0.999))),
     ({"optimizer": "sgd"}, SGD(0.01)),
@@ -68,12 +64,12 @@ OPTIMIZERS: list[tuple[dict[str, Any], object]] = [
 
 
 @pytest.mark.parametrize(("options", "expected"), OPTIMIZERS)
-def test_optimizers(options: dict[str, Any], expected: object) -> None:
+def test_optimizers(options, expected):
     assert descriptions.optimizer(replace(PLAIN, **options)) == expected
 
 
 # 100 rows in batches of 30: four updates an epoch; ten epochs.
-SCHEDULES: list[tuple[dict[str, Any], Schedule]] = [
+SCHEDULES = [
     ({}, Constant(0.1)),
     ({"warmup": 0.5}, Constant(0.1, warmup=2)),
     ({"schedule": "step", "lr_step": 3.0}, StepDecay(0.1, every=12)),
@@ -94,12 +90,12 @@ SCHEDULES: list[tuple[dict[str, Any], Schedule]] = [
 
 
 @pytest.mark.parametrize(("options", "expected"), SCHEDULES)
-def test_lengths_in_epochs_become_updates(options: dict[str, Any], expected: Schedule) -> None:
+def test_lengths_in_epochs_become_updates(options, expected):
     asked = replace(PLAIN, lr=0.1, batch_size=30, **options)
     assert descriptions.schedule(asked, rows=100, epochs=10) == expected
 
 
-def test_losses_take_their_options() -> None:
+def test_losses_take_their_options():
     asked = FindOptions(label_smoothing=0.1)
     assert descriptions.loss(asked, "cross_entropy", [1.0, 2.0]) == CrossEntropy(
         label_smoothing=0.1, class_weight=[1.0, 2.0]
@@ -108,13 +104,13 @@ def test_losses_take_their_options() -> None:
     assert descriptions.loss(FindOptions(quantile=0.9), "quantile", None) == Quantile(0.9)
 
 
-def test_the_task_decides_the_loss() -> None:
+def test_the_task_decides_the_loss():
     assert descriptions.loss_name(FindOptions(), "classification", 3) == "cross_entropy"
     assert descriptions.loss_name(FindOptions(), "regression", 0) == "mse"
     assert descriptions.loss_name(FindOptions(loss="mse"), "classification", 3) == "mse"
 
 
-def test_balanced_weights_make_classes_count_alike() -> None:
+def test_balanced_weights_make_classes_count_alike():
     codes = np.array([0] * 6 + [1] * 3 + [3])
     weights = descriptions.class_weights("balanced", codes, range(4))
     assert weights is not None

@@ -5,11 +5,6 @@ at most a few hundred terms of order one, each rounded to 2**-53: after the 60 s
 and whole runs are promised to agree to 1e-9.
 """
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 from step_bounds import Step
@@ -43,7 +38,6 @@ from fusemlp_kernels.contract import ACTIVATIONS, BATCH_INDEX, LAST_LOSS
 from fusemlp_kernels.philox import row_order
 from make import assert_same_state
 
-Array = np.ndarray[Any, Any]
 ROWS, WIDTH, OUTPUTS, BATCH, EPOCHS = 45, 12, 5, 8, 10
 SIZES = [WIDTH, 9, 7, OUTPUTS]
 TOLERANCE = 1e-9
@@ -56,7 +50,7 @@ WEIGHTS = random.random(ROWS) * (random.random(ROWS) > 0.2)
 SOFT = VALUES**2 / (VALUES**2).sum(axis=1, keepdims=True)
 
 
-def trained(plan: str, net: MLP | None = None, targets: Array = CLASSES, fit: Any = None, **options: Any) -> Engine:
+def trained(plan, net=None, targets=CLASSES, fit=None, **options):
     """An engine after the training of this file's tests, in float64 unless ``options`` say otherwise."""
     settings = {"optimizer": Adam(0.01), "batch_size": BATCH, "seed": 3, "backend": "numpy", "precision": "fp64"}
     engine = Engine(net or MLP(SIZES), plan=plan, **{**settings, **options})
@@ -64,7 +58,7 @@ def trained(plan: str, net: MLP | None = None, targets: Array = CLASSES, fit: An
     return engine
 
 
-def assert_plans_agree(*arguments: Any, **options: Any) -> None:
+def assert_plans_agree(*arguments, **options):
     """Parameters, optimizer state, history and clock of both plans; and the training did something."""
     resident, eager = (trained(plan, *arguments, **options) for plan in ("resident", "eager"))
     assert resident.plan == "resident"
@@ -87,7 +81,7 @@ def assert_plans_agree(*arguments: Any, **options: Any) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_and_dropout(activation: str, dropout: float) -> None:
+def test_activations_and_dropout(activation, dropout):
     assert_plans_agree(MLP(SIZES, activation=activation, dropout=dropout))
 
 
@@ -115,13 +109,13 @@ BINARY, COUNTS = (VALUES > 0).astype(float), np.abs(VALUES).round()
     ids=lambda value: None if isinstance(value, np.ndarray) else type(value).__name__,
 )
 @pytest.mark.parametrize("weighted", [False, True])
-def test_losses_and_optimizers(loss: Any, targets: Array, optimizer: Any, net: MLP, weighted: bool) -> None:
+def test_losses_and_optimizers(loss, targets, optimizer, net, weighted):
     fit = {"sample_weight": WEIGHTS if weighted else None}
     assert_plans_agree(net, targets, loss=loss, optimizer=optimizer, fit=fit)
 
 
 @pytest.mark.parametrize("kind", [SGD, Adam])
-def test_frozen_tensors_and_rules_of_their_own(kind: Any) -> None:
+def test_frozen_tensors_and_rules_of_their_own(kind):
     rules = {
         "0.weight": ParameterOptions(trainable=False),
         "2.bias": ParameterOptions(trainable=False),
@@ -132,7 +126,7 @@ def test_frozen_tensors_and_rules_of_their_own(kind: Any) -> None:
     assert_plans_agree(optimizer=kind(0.02, per_parameter=frozen))
 
 
-def test_what_fit_offers() -> None:
+def test_what_fit_offers():
     backwards = np.arange(ROWS)[::-1]
     for fit in (
         {"drop_last": True},
@@ -146,15 +140,15 @@ def test_what_fit_offers() -> None:
 class Bounded(Callback):
     """Compares every update with the oracle's, from the state before it, and every loss."""
 
-    def __init__(self, targets: Array, weight: Array | None) -> None:
+    def __init__(self, targets, weight):
         self.targets, self.weight = targets, weight
         self.checked = 0
 
-    def on_train_begin(self, engine: Engine) -> None:
+    def on_train_begin(self, engine):
         self.step = Step(engine)
         self.traces = [self.trace(engine)]
 
-    def trace(self, engine: Engine) -> Any:
+    def trace(self, engine):
         batches = -(-ROWS // BATCH)
         epoch, batch = divmod(int(engine.memory.counters[BATCH_INDEX]), batches)
         rows = row_order(ROWS, engine.seed, epoch)[batch * BATCH :][:BATCH]
@@ -164,7 +158,7 @@ class Bounded(Callback):
         weight = None if self.weight is None else self.weight[rows].astype(np.float32).astype(np.float64)
         return self.step.trace(X[rows].astype(np.float32), targets, weight)
 
-    def on_batch_end(self, engine: Engine, batch: int) -> None:
+    def on_batch_end(self, engine, batch):
         trace = self.traces[-1]
         assert_within(engine.memory.stats[LAST_LOSS], trace.loss, trace.loss_bound)
         self.checked += 1
@@ -192,9 +186,7 @@ STEEP = MLP(SIZES, activation=["gelu", PReLU(0.2)], dropout=[0.0, 0.3])
     ids=lambda value: type(value).__name__,
 )
 @pytest.mark.parametrize("weighted", [False, True])
-def test_every_step_in_single_precision_is_within_its_bound(
-    loss: Any, targets: Array, optimizer: Any, net: MLP, weighted: bool
-) -> None:
+def test_every_step_in_single_precision_is_within_its_bound(loss, targets, optimizer, net, weighted):
     weight = WEIGHTS if weighted else None
     watcher = Bounded(targets, weight)
     engine = Engine(net, loss, optimizer, BATCH, seed=5, backend="numpy", plan="resident")
@@ -202,12 +194,12 @@ def test_every_step_in_single_precision_is_within_its_bound(
     assert watcher.checked == 4 * -(-ROWS // BATCH)
 
 
-def test_a_run_repeats_bit_for_bit_and_however_it_is_cut() -> None:
+def test_a_run_repeats_bit_for_bit_and_however_it_is_cut():
     class Watching(Callback):
-        def __init__(self) -> None:
+        def __init__(self):
             self.batches: list[int] = []
 
-        def on_batch_end(self, engine: Engine, batch: int) -> None:
+        def on_batch_end(self, engine, batch):
             self.batches.append(batch)
 
     net = MLP(SIZES, dropout=0.3, activation="gelu")
@@ -220,9 +212,9 @@ def test_a_run_repeats_bit_for_bit_and_however_it_is_cut() -> None:
     assert watching.batches == [*range(-(-ROWS // BATCH))] * EPOCHS
 
 
-def test_resuming_within_an_epoch_is_bitwise(tmp_path: Path) -> None:
+def test_resuming_within_an_epoch_is_bitwise(tmp_path):
     class Stopping(Callback):
-        def on_batch_end(self, engine: Engine, batch: int) -> None:
+        def on_batch_end(self, engine, batch):
             if engine.epochs_trained == 3 and batch == 2:
                 engine.save_checkpoint(tmp_path / "there")
                 engine.stop_training = True
@@ -236,12 +228,12 @@ def test_resuming_within_an_epoch_is_bitwise(tmp_path: Path) -> None:
     assert_same_state(resumed, whole)
 
 
-def test_a_checkpoint_keeps_the_plan(tmp_path: Path) -> None:
+def test_a_checkpoint_keeps_the_plan(tmp_path):
     trained("eager").save_checkpoint(tmp_path / "there")
     assert load_checkpoint(tmp_path / "there").plan == "eager"
 
 
-def test_data_that_cannot_be_written_to_or_has_gaps() -> None:
+def test_data_that_cannot_be_written_to_or_has_gaps():
     wide = np.zeros((ROWS, 2 * WIDTH))
     wide[:, ::2] = X
     frozen = X.copy()
@@ -261,7 +253,7 @@ def test_data_that_cannot_be_written_to_or_has_gaps() -> None:
         assert_same_state(engine, expected)
 
 
-def test_a_program_that_is_bound_again_reads_the_arrays_of_its_own_model() -> None:
+def test_a_program_that_is_bound_again_reads_the_arrays_of_its_own_model():
     """Also after a model whose targets were its inputs, and one whose data could not be read in place."""
     from fusemlp.program import lowering
 
@@ -275,7 +267,7 @@ def test_a_program_that_is_bound_again_reads_the_arrays_of_its_own_model() -> No
         assert_same_state(trained("resident", net, targets, loss="mse"), wanted)
 
 
-def test_divergence_goes_back_to_the_last_good_epoch() -> None:
+def test_divergence_goes_back_to_the_last_good_epoch():
     engine = Engine(MLP(SIZES), loss="mse", optimizer=SGD(1e30), batch_size=BATCH, backend="numpy", plan="resident")
     before = engine.state_dict()
     with pytest.raises(DivergenceError, match="NaN or infinite in epoch 1"):
@@ -284,14 +276,14 @@ def test_divergence_goes_back_to_the_last_good_epoch() -> None:
         assert np.array_equal(engine.state_dict()[name], tensor)
 
 
-def test_the_printed_program_is_what_the_loop_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_printed_program_is_what_the_loop_runs(monkeypatch):
     """``fit`` binds the calls of ``engine.program``, in their order, and nothing else."""
     from fusemlp_kernels.numpy.backend import NumpyBackend
 
-    bound: list[tuple[str, dict[str, Any]]] = []
+    bound = []
     bind = NumpyBackend.bind
 
-    def watched(backend: Any, op: str, **operands: Any) -> Any:
+    def watched(backend, op, **operands):
         bound.append((op, operands))
         return bind(backend, op, **operands)
 
@@ -316,20 +308,18 @@ PRUNED = [
 
 
 @pytest.mark.parametrize(("net", "optimizer", "loss", "targets"), PRUNED, ids=lambda value: type(value).__name__)
-def test_a_loop_of_what_a_program_uses_computes_the_same_bits(
-    net: MLP, optimizer: Any, loss: str, targets: Array, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loop_of_what_a_program_uses_computes_the_same_bits(net, optimizer, loss, targets, monkeypatch):
     """The tests run the loop for all programs, which is compiled once; users that of their program."""
     from fusemlp.program import lowering
     from fusemlp_kernels.numpy import launches
 
     options = {"net": net, "optimizer": optimizer, "loss": loss, "targets": targets, "precision": "fp32"}
     whole = trained("resident", **options)
-    monkeypatch.delenv(launches.WHOLE_LOOP)
-    made: list[frozenset[str]] = []
-    work = launches.work_for
+    monkeypatch.delenv(loops.WHOLE_LOOP)
+    made = []
+    work = loops.work_for
 
-    def watched(names: frozenset[str], real: Any, *, alone: bool) -> Any:
+    def watched(names, real, *, alone):
         made.append(names)
         return work(names, real, alone=alone)
 
@@ -348,15 +338,15 @@ def test_a_loop_of_what_a_program_uses_computes_the_same_bits(
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 63, 64, 65, 1437, 10000])
-def test_the_order_of_the_rows_is_that_of_every_plan(n: int) -> None:
-    from fusemlp_kernels.numpy.launches import compiled_row_order as compiled
+def test_the_order_of_the_rows_is_that_of_every_plan(n):
+    from fusemlp_kernels.numpy.loops import compiled_row_order as compiled
 
     for seed, epoch in ((0, 0), (5, 7), (2**40 + 3, 2**32 - 1)):
         assert np.array_equal(compiled(n, seed, epoch), row_order(n, seed, epoch))
 
 
 @pytest.mark.parametrize("targets", ["classes", "soft"])
-def test_many_classes(targets: str) -> None:
+def test_many_classes(targets):
     generator = np.random.default_rng(4)
     classes = generator.integers(0, 131, ROWS)
     soft = generator.dirichlet(np.ones(131), ROWS)

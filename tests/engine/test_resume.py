@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -12,34 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fusemlp import (
-    MLP,
-    MSE,
-    SGD,
-    Adam,
-    AdamW,
-    ArgumentError,
-    Callback,
-    Cosine,
-    DivergenceError,
-    Engine,
-    OneCycle,
-    PReLU,
-    ReduceOnPlateau,
-    ShapeError,
-    StepDecay,
-    load_checkpoint,
-)
+import fusemlp
+from fusemlp import MLP, MSE, SGD, Adam, Callback, Engine, load_checkpoint
 from make import assert_same_state
 
-Array = np.ndarray[Any, Any]
 Fit = Callable[..., Any]
 
 HERE = Path(__file__).parent
 ROWS, WIDTH, CLASSES, BATCH, EPOCHS = 70, 6, 3, 12, 5
 
 
-def data(seed: int, rows: int = ROWS) -> tuple[Array, Array]:
+def data(seed, rows=ROWS):
     """Return features, and their classes by a noisy linear map."""
     generator = np.random.default_rng(seed)
     X = generator.normal(size=(rows, WIDTH))
@@ -47,7 +28,7 @@ def data(seed: int, rows: int = ROWS) -> tuple[Array, Array]:
     return X, scores.argmax(axis=1)
 
 
-def fitted(engine: Engine, **options: Any) -> Engine:
+def fitted(engine, **options):
     """Return ``engine`` after the training of this file's tests."""
     X, y = data(1)
     if engine.loss.kind == "mse":
@@ -56,33 +37,33 @@ def fitted(engine: Engine, **options: Any) -> Engine:
     return engine
 
 
-def held_out() -> tuple[Array, Array]:
+def held_out():
     return data(2, 25)
 
 
-def never_better() -> tuple[Array, Array]:
+def never_better():
     """Return validation classes that become less likely in training, so that the patience runs out."""
     X, y = data(1, 25)
     return X, (y + 1) % CLASSES
 
 
-def weights() -> Array:
+def weights():
     return np.random.default_rng(5).uniform(0.0, 2.0, ROWS)
 
 
-def reversed_rows(epoch: int) -> Array:
+def reversed_rows(epoch):
     return np.roll(np.arange(ROWS)[::-1], epoch)
 
 
-CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+CASES = {
     "momentum, cosine, dropout": (
-        {"net": MLP([WIDTH, 8, CLASSES], dropout=0.3), "optimizer": SGD(Cosine(0.2, warmup=0.3), momentum=0.9)},
+        {"net": MLP([WIDTH, 8, CLASSES], dropout=0.3), "optimizer": SGD(fusemlp.Cosine(0.2, warmup=0.3), momentum=0.9)},
         {},
     ),
     "adamw, plateau, early stopping": (
         {
             "net": MLP([WIDTH, 8, 6, CLASSES], activation="gelu"),
-            "optimizer": AdamW(ReduceOnPlateau(0.1, factor=0.5, patience=1, min_delta=0.1)),
+            "optimizer": fusemlp.AdamW(fusemlp.ReduceOnPlateau(0.1, factor=0.5, patience=1, min_delta=0.1)),
         },
         {"validation_data": held_out(), "early_stopping": 3},
     ),
@@ -95,19 +76,22 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"validation_data": never_better(), "early_stopping": 2, "epochs": 9},
     ),
     "accumulation over epochs' ends": (
-        {"net": MLP([WIDTH, 8, CLASSES], activation=PReLU()), "optimizer": SGD(0.2, momentum=0.5, accumulate=4)},
+        {
+            "net": MLP([WIDTH, 8, CLASSES], activation=fusemlp.PReLU()),
+            "optimizer": SGD(0.2, momentum=0.5, accumulate=4),
+        },
         {},
     ),
     "accumulation, clipping, one cycle, fp64": (
         {
             "net": MLP([WIDTH, 8, CLASSES], dropout=0.2),
-            "optimizer": Adam(OneCycle(0.05), accumulate=5, clip_norm=0.1),
+            "optimizer": Adam(fusemlp.OneCycle(0.05), accumulate=5, clip_norm=0.1),
             "precision": "fp64",
         },
         {"sample_weight": weights()},
     ),
     "mse on one-hot, given rows": (
-        {"net": MLP([WIDTH, 8, CLASSES]), "loss": MSE(), "optimizer": SGD(StepDecay(0.3, every=7, gamma=0.5))},
+        {"net": MLP([WIDTH, 8, CLASSES]), "loss": MSE(), "optimizer": SGD(fusemlp.StepDecay(0.3, every=7, gamma=0.5))},
         {"row_order": reversed_rows},
     ),
     "rows as they are, short batch dropped": (
@@ -117,49 +101,49 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def new_engine(case: str) -> Engine:
+def new_engine(case):
     return Engine(**{"batch_size": BATCH, "seed": 11, **CASES[case][0]})
 
 
 class SaveEverywhere(Callback):
     """Write a checkpoint at each stage of the training, each in its own file."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         self.folder = folder
         self.paths: list[Path] = []
 
-    def save(self, engine: Engine, stage: str) -> None:
+    def save(self, engine, stage):
         self.paths.append(self.folder / f"{len(self.paths):03} {stage}")
         engine.save_checkpoint(self.paths[-1])
 
-    def on_train_begin(self, engine: Engine) -> None:
+    def on_train_begin(self, engine):
         self.save(engine, "train begin")
 
-    def on_epoch_begin(self, engine: Engine, epoch: int) -> None:
+    def on_epoch_begin(self, engine, epoch):
         self.save(engine, f"epoch {epoch} begin")
 
-    def on_batch_end(self, engine: Engine, batch: int) -> None:
+    def on_batch_end(self, engine, batch):
         self.save(engine, f"batch {batch}")
 
-    def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
+    def on_epoch_end(self, engine, epoch, logs):
         self.save(engine, f"epoch {epoch} end")
 
-    def on_train_end(self, engine: Engine, history: Any) -> None:
+    def on_train_end(self, engine, history):
         self.save(engine, "train end")
 
 
 class EpochsOnly(Callback):
     """Forward the ends of epochs only."""
 
-    def __init__(self, other: Callback) -> None:
+    def __init__(self, other):
         self.other = other
 
-    def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
+    def on_epoch_end(self, engine, epoch, logs):
         self.other.on_epoch_end(engine, epoch, logs)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_resuming_anywhere_ends_as_if_never_interrupted(case: str, tmp_path: Path) -> None:
+def test_resuming_anywhere_ends_as_if_never_interrupted(case, tmp_path):
     options = CASES[case][1]
     expected = fitted(new_engine(case), **options)
 
@@ -172,14 +156,14 @@ def test_resuming_anywhere_ends_as_if_never_interrupted(case: str, tmp_path: Pat
         assert_same_state(resumed, expected)
 
 
-def test_the_case_of_exhausted_patience_stops_early() -> None:
+def test_the_case_of_exhausted_patience_stops_early():
     engine = fitted(new_engine("patience runs out"), **CASES["patience runs out"][1])
     assert engine.history is not None and len(engine.history.epochs) < 9
     assert "has not improved for 2 epochs" in engine.history.stopped
 
 
-def test_a_later_fit_is_resumed_without_the_best_weights_of_an_earlier_one(tmp_path: Path) -> None:
-    def engine() -> Engine:
+def test_a_later_fit_is_resumed_without_the_best_weights_of_an_earlier_one(tmp_path):
+    def engine():
         return fitted(new_engine("momentum, cosine, dropout"), validation_data=held_out(), early_stopping=9)
 
     expected = fitted(engine())
@@ -189,16 +173,16 @@ def test_a_later_fit_is_resumed_without_the_best_weights_of_an_earlier_one(tmp_p
         assert_same_state(fitted(load_checkpoint(path), resume=True), expected)
 
 
-def test_a_resumed_engine_can_be_saved_and_resumed_again(tmp_path: Path) -> None:
+def test_a_resumed_engine_can_be_saved_and_resumed_again(tmp_path):
     case = "accumulation over epochs' ends"
     expected = fitted(new_engine(case))
     path = tmp_path / "c"
 
     class StopAfter(Callback):
-        def __init__(self, batches: int) -> None:
+        def __init__(self, batches):
             self.left = batches
 
-        def on_batch_end(self, engine: Engine, batch: int) -> None:
+        def on_batch_end(self, engine, batch):
             self.left -= 1
             if self.left == 0:
                 engine.save_checkpoint(path)
@@ -210,9 +194,9 @@ def test_a_resumed_engine_can_be_saved_and_resumed_again(tmp_path: Path) -> None
     assert_same_state(fitted(load_checkpoint(path), resume=True), expected)
 
 
-def test_ctrl_c_then_save_then_resume(tmp_path: Path) -> None:
+def test_ctrl_c_then_save_then_resume(tmp_path):
     class Interrupt(Callback):
-        def on_batch_end(self, engine: Engine, batch: int) -> None:
+        def on_batch_end(self, engine, batch):
             if engine.epochs_trained == 2 and batch == 3:
                 signal.raise_signal(signal.SIGINT)
 
@@ -226,9 +210,9 @@ def test_ctrl_c_then_save_then_resume(tmp_path: Path) -> None:
     assert_same_state(resumed, fitted(new_engine(case), **options))
 
 
-def test_fit_goes_on_in_the_same_process_after_ctrl_c() -> None:
+def test_fit_goes_on_in_the_same_process_after_ctrl_c():
     class Interrupt(Callback):
-        def on_batch_end(self, engine: Engine, batch: int) -> None:
+        def on_batch_end(self, engine, batch):
             if batch == 1:
                 signal.raise_signal(signal.SIGINT)
 
@@ -239,9 +223,9 @@ def test_fit_goes_on_in_the_same_process_after_ctrl_c() -> None:
     assert_same_state(fitted(engine, resume=True), fitted(new_engine(case)))
 
 
-def in_a_process(code: str, *arguments: str) -> str:
-    """Return the output of a new Python process that finds the modules of the tests."""
-    path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+def in_a_process(code, *arguments):
+    """Return the output of a new Python process that finds this folder's modules."""
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
@@ -266,7 +250,7 @@ engine.save_checkpoint(end)
 """
 
 
-def test_resuming_in_a_new_process(tmp_path: Path) -> None:
+def test_resuming_in_a_new_process(tmp_path):
     case = "adamw, plateau, early stopping"
     saver = SaveEverywhere(tmp_path)
     fitted(new_engine(case), **CASES[case][1], callbacks=[saver])
@@ -277,7 +261,7 @@ def test_resuming_in_a_new_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs SIGKILL and fork, which this system does not have")
-def test_fifty_kills_each_leave_a_checkpoint_that_resumes_exactly(tmp_path: Path) -> None:
+def test_fifty_kills_each_leave_a_checkpoint_that_resumes_exactly(tmp_path):
     """In each of 50 kills the script loads what is there, resumes it to the end and compares bits."""
     kills = 50
     code = "import sys, pathlib, killed_training; killed_training.main(pathlib.Path(sys.argv[1]), int(sys.argv[2]), 0)"
@@ -290,23 +274,25 @@ def test_fifty_kills_each_leave_a_checkpoint_that_resumes_exactly(tmp_path: Path
     assert len({position["batch"] for position in positions}) >= 3
 
 
-def test_resuming_with_too_few_rows_is_refused(tmp_path: Path) -> None:
+def test_resuming_with_too_few_rows_is_refused(tmp_path):
     saver = SaveEverywhere(tmp_path)
     fitted(new_engine("momentum, cosine, dropout"), callbacks=[saver])
     engine = load_checkpoint(next(path for path in saver.paths if path.name.endswith("batch 4")))
     X, y = data(1)
-    with pytest.raises(ShapeError, match="the checkpoint stands at batch 5 of its epoch, and 20 rows make only 2"):
+    with pytest.raises(
+        fusemlp.ShapeError, match="the checkpoint stands at batch 5 of its epoch, and 20 rows make only 2"
+    ):
         engine.fit(X[:20], y[:20], epochs=EPOCHS, resume=True)
     # Nothing changed: the right data still give the exact result.
     assert_same_state(fitted(engine, resume=True), fitted(new_engine("momentum, cosine, dropout")))
 
 
-def test_an_epoch_whose_last_update_overflows_is_undone_and_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+def test_an_epoch_whose_last_update_overflows_is_undone_and_leaves_the_last_good_checkpoint(tmp_path):
     X, y = data(1)
     saver = SaveEverywhere(tmp_path)
     # one update an epoch: its loss is a number, what it makes of the parameters is not
-    engine = Engine(MLP([WIDTH, CLASSES]), MSE(), SGD(StepDecay(1e-3, every=1, gamma=1e42)), batch_size=ROWS)
-    with pytest.raises(DivergenceError, match="it became NaN or infinite in epoch 2"):
+    engine = Engine(MLP([WIDTH, CLASSES]), MSE(), SGD(fusemlp.StepDecay(1e-3, every=1, gamma=1e42)), batch_size=ROWS)
+    with pytest.raises(fusemlp.DivergenceError, match="it became NaN or infinite in epoch 2"):
         engine.fit(X, np.eye(CLASSES)[y], epochs=3, callbacks=[EpochsOnly(saver)])
     assert [path.name for path in saver.paths] == ["000 epoch 0 end"]
     assert engine.history is not None
@@ -315,6 +301,6 @@ def test_an_epoch_whose_last_update_overflows_is_undone_and_leaves_the_last_good
     assert_same_state(engine, load_checkpoint(saver.paths[0]))
 
 
-def test_resuming_without_a_fit_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="resume: this engine has no fit to go on with"):
+def test_resuming_without_a_fit_is_refused():
+    with pytest.raises(fusemlp.ArgumentError, match="resume: this engine has no fit to go on with"):
         fitted(new_engine("momentum, cosine, dropout"), resume=True)

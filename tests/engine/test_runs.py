@@ -1,12 +1,9 @@
 """The run folder: its path, its files, and reading them."""
 
-from __future__ import annotations
-
 import errno
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +13,6 @@ import pytest
 from fusemlp.report import runs as report_runs
 from fusemlp.report.runs import (
     FORMAT,
-    Run,
     append_metrics,
     choose_folder,
     create_run,
@@ -36,20 +32,18 @@ ROWS = [{"epoch": epoch, "loss": 0.1 / 3**epoch, "val_loss": 1e-17 * epoch} for 
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
+def run(tmp_path):
     yield create_run(tmp_path / "run")
     unlock()
 
 
-def test_the_default_folder_has_the_name_of_the_data_and_the_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_default_folder_has_the_name_of_the_data_and_the_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert choose_folder(None, "digits", NOW) == Path("runs/digits-20260304-050607")
     assert choose_folder(None, "some/where/flowers.csv", NOW) == Path("runs/flowers-20260304-050607")
 
 
-def test_runs_of_one_second_get_a_folder_each(tmp_path: Path) -> None:
+def test_runs_of_one_second_get_a_folder_each(tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "a-2").touch()
     with ThreadPoolExecutor(8) as pool:
@@ -68,7 +62,7 @@ sys.stdin.read()
 """
 
 
-def test_one_process_holds_the_lock_of_a_run(run: Run) -> None:
+def test_one_process_holds_the_lock_of_a_run(run):
     with pytest.raises(CheckpointError, match=r"resume: another process trains in .*/run'; wait for its end"):
         lock(run)
     unlock()
@@ -82,8 +76,8 @@ def test_one_process_holds_the_lock_of_a_run(run: Run) -> None:
     lock(run)
 
 
-def test_a_file_system_without_locks_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+def test_a_file_system_without_locks_is_told(run, monkeypatch):
+    def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(report_runs, "lock_file", refuse)
@@ -91,14 +85,14 @@ def test_a_file_system_without_locks_is_told(run: Run, monkeypatch: pytest.Monke
         lock(run)
 
 
-def test_a_new_or_empty_folder_is_taken(tmp_path: Path) -> None:
+def test_a_new_or_empty_folder_is_taken(tmp_path):
     assert choose_folder(str(tmp_path), "digits", NOW) == tmp_path
     assert choose_folder(str(tmp_path / "a/b"), "digits", NOW) == tmp_path / "a/b"
     assert list(tmp_path.iterdir()) == []
     assert create_run(tmp_path / "a/b").checkpoint("last") == tmp_path / "a/b/checkpoints/last.safetensors"
 
 
-def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_holds_something_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ArgumentError, match="is not empty; give a new or empty folder"):
         choose_folder(str(tmp_path), "digits", NOW)
@@ -108,14 +102,14 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
         create_run(tmp_path / "file" / "run")
 
 
-def test_metrics_come_back_exactly(run: Run) -> None:
+def test_metrics_come_back_exactly(run):
     for row in ROWS:
         append_metrics(run, row)
     assert read_metrics(run) == ROWS
     assert run.metrics.read_text().splitlines()[0] == "epoch,loss,val_loss"
 
 
-def test_a_row_that_was_cut_off_is_dropped(run: Run) -> None:
+def test_a_row_that_was_cut_off_is_dropped(run):
     for row in ROWS:
         append_metrics(run, row)
     whole = run.metrics.read_bytes()
@@ -126,7 +120,7 @@ def test_a_row_that_was_cut_off_is_dropped(run: Run) -> None:
         assert len(kept) == max(0, whole[:length].count(b"\n") - 1)
 
 
-def test_rows_behind_the_checkpoint_are_dropped(run: Run) -> None:
+def test_rows_behind_the_checkpoint_are_dropped(run):
     for row in ROWS:
         append_metrics(run, row)
     whole = run.metrics.read_bytes()
@@ -140,7 +134,7 @@ def test_rows_behind_the_checkpoint_are_dropped(run: Run) -> None:
     assert read_metrics(run) == ROWS[:1]
 
 
-def test_a_run_is_known_by_its_configuration(run: Run) -> None:
+def test_a_run_is_known_by_its_configuration(run):
     with pytest.raises(CheckpointError, match=r"it has no config\.json"):
         open_run(run.path)
     config = configuration()
@@ -162,13 +156,13 @@ def test_a_run_is_known_by_its_configuration(run: Run) -> None:
         open_run(run.path / "nowhere")
 
 
-def test_json_holds_no_nan(run: Run) -> None:
+def test_json_holds_no_nan(run):
     with pytest.raises(ValueError, match="Out of range float"):
         write_json(run.report, {"loss": float("nan")})
     assert not run.report.exists()
 
 
-def test_the_last_checkpoint_stands_in_for_a_model_that_is_not_there_yet(run: Run) -> None:
+def test_the_last_checkpoint_stands_in_for_a_model_that_is_not_there_yet(run):
     with pytest.raises(CheckpointError, match="no checkpoint 'model'; it has none"):
         weights_path(run, "model")
     run.checkpoint("last").touch()

@@ -1,11 +1,8 @@
 """The schedules: the rates that they stand for, lengths left to ``fit``, and the plateau rule."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -43,29 +40,29 @@ EXAMPLES = [
 ]
 
 
-def rates(schedule: Schedule, total: int, updates: int | None = None) -> list[float]:
-    found: list[float] = schedule.over(total).rates(0, total if updates is None else updates).tolist()
+def rates(schedule, total, updates=None):
+    found = schedule.over(total).rates(0, total if updates is None else updates).tolist()
     return found
 
 
-def close(actual: list[float], expected: Any) -> None:
+def close(actual, expected):
     """A handful of float64 operations apart."""
     np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-15)
 
 
-def test_rates_by_hand() -> None:
+def test_rates_by_hand():
     close(rates(Constant(0.1), 3), [0.1, 0.1, 0.1])
     close(rates(StepDecay(1.0, every=2), 5), [1.0, 1.0, 0.1, 0.1, 0.01])
     close(rates(Exponential(1.0, gamma=0.5), 4), [1.0, 0.5, 0.25, 0.125])
     close(rates(Cosine(1.0, final=0.5, steps=2), 4), [1.0, 0.75, 0.5, 0.5])
 
 
-def test_a_cosine_ends_with_the_training() -> None:
+def test_a_cosine_ends_with_the_training():
     close(rates(Cosine(1.0), 4, 6), [1.0, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2, 0.0, 0.0])
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
-def test_a_flat_cosine_is_constant_and_then_a_cosine(share: float) -> None:
+def test_a_flat_cosine_is_constant_and_then_a_cosine(share):
     found = rates(FlatCosine(0.3, flat_fraction=share, final=0.1), 40, 50)
     flat = int(40 * share)
     assert found[:flat] == [0.3] * flat
@@ -75,7 +72,7 @@ def test_a_flat_cosine_is_constant_and_then_a_cosine(share: float) -> None:
     close(rates(FlatCosine(1.0, flat_fraction=0.5), 40), paper)
 
 
-def test_coslog4_is_the_formula_of_its_paper() -> None:
+def test_coslog4_is_the_formula_of_its_paper():
     paper = [0.5 * (1.0 - math.cos(2.0 * math.pi * math.log2(1.0 + 15.0 * t / 150))) for t in range(150)]
     close(rates(CosLog4(1.0), 150), paper)
     # four waves: zeros where 1 + 15 t is a power of two, and the peaks between them
@@ -83,25 +80,25 @@ def test_coslog4_is_the_formula_of_its_paper() -> None:
     assert CosLog4(0.5, steps=15000).rates(0, 15000).max() == pytest.approx(0.5)
 
 
-def test_warmup_stands_in_front_of_any_schedule() -> None:
+def test_warmup_stands_in_front_of_any_schedule():
     close(rates(Constant(1.0, warmup=4), 6), [0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
     close(rates(Exponential(1.0, gamma=0.5, warmup=2), 5), [0.5, 1.0, 1.0, 0.5, 0.25])
     assert Cosine(1.0, warmup=10).over(100) == Cosine(1.0, steps=90, warmup=10)
     assert Cosine(1.0, warmup=10, steps=70).over(100) == Cosine(1.0, steps=70, warmup=10)
 
 
-def test_warmup_may_be_a_share_of_the_training() -> None:
+def test_warmup_may_be_a_share_of_the_training():
     assert Constant(1.0, warmup=0.1).over(200).warmup == 20
     assert Cosine(1.0, warmup=0.1).over(200) == Cosine(1.0, steps=180, warmup=20)
     assert Constant(1.0, warmup=0.0).over(None).warmup == 0
 
 
-def test_a_training_shorter_than_its_warmup_only_warms_up() -> None:
+def test_a_training_shorter_than_its_warmup_only_warms_up():
     assert Cosine(1.0, warmup=10).over(5).steps == 1
     close(rates(Cosine(1.0, warmup=10), 5), [0.1, 0.2, 0.3, 0.4, 0.5])
 
 
-def torch_rates(make: Any, updates: int) -> list[float]:
+def torch_rates(make, updates):
     import torch
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
@@ -116,7 +113,7 @@ def torch_rates(make: Any, updates: int) -> list[float]:
 
 
 LENGTH = 40
-PEERS: dict[str, tuple[Schedule, Any]] = {
+PEERS = {
     "constant": (Constant(0.3), lambda torch, o: torch.LambdaLR(o, lambda t: 1.0)),
     "step": (StepDecay(0.3, every=7, gamma=0.2), lambda torch, o: torch.StepLR(o, step_size=7, gamma=0.2)),
     "exponential": (Exponential(0.3, gamma=0.95), lambda torch, o: torch.ExponentialLR(o, gamma=0.95)),
@@ -134,13 +131,13 @@ PEERS: dict[str, tuple[Schedule, Any]] = {
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_schedules_equal_those_of_torch(name: str) -> None:
+def test_schedules_equal_those_of_torch(name):
     schedule, make = PEERS[name]
     np.testing.assert_allclose(rates(schedule, LENGTH), torch_rates(make, LENGTH), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_a_warm_up_rises_linearly_and_delays_the_schedule(name: str) -> None:
+def test_a_warm_up_rises_linearly_and_delays_the_schedule(name):
     schedule = PEERS[name][0].over(LENGTH)
     warm = replace(schedule, warmup=5)
     close(warm.rates(0, 5).tolist(), [schedule.at(0) * (t + 1) / 5 for t in range(5)])
@@ -148,7 +145,7 @@ def test_a_warm_up_rises_linearly_and_delays_the_schedule(name: str) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
-def test_annealed_rates_stay_at_the_final_value(steps: int) -> None:
+def test_annealed_rates_stay_at_the_final_value(steps):
     """Past the end too, where a table is filled ahead."""
     for share in (0.01, 0.3, 0.5, 0.99):
         for schedule in (
@@ -160,7 +157,7 @@ def test_annealed_rates_stay_at_the_final_value(steps: int) -> None:
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_a_rate_does_not_depend_on_the_table_that_it_stands_in(name: str) -> None:
+def test_a_rate_does_not_depend_on_the_table_that_it_stands_in(name):
     schedule = replace(PEERS[name][0], warmup=3).over(LENGTH)
     whole = schedule.rates(0, 100)
     for first, count in ((0, 1), (2, 3), (7, 41), (99, 1)):
@@ -168,7 +165,7 @@ def test_a_rate_does_not_depend_on_the_table_that_it_stands_in(name: str) -> Non
     assert [schedule.at(t) for t in range(100)] == whole.tolist()
 
 
-def test_rates_too_large_for_a_float_are_no_error_ahead_of_the_training() -> None:
+def test_rates_too_large_for_a_float_are_no_error_ahead_of_the_training():
     assert Exponential(0.5, gamma=10.0).rates(300, 50)[-1] > 1e307
     assert (Exponential(0.0, gamma=10.0).rates(300, 50) == 0.0).all()
 
@@ -181,11 +178,11 @@ class InverseRoot(Schedule):
     lr: float
     shift: int = 1
 
-    def after_warmup(self, t: Any) -> Any:
+    def after_warmup(self, t):
         return self.lr / np.sqrt(self.shift + t)
 
 
-def test_a_function_of_ones_own_is_a_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_of_ones_own_is_a_schedule(monkeypatch):
     schedule = InverseRoot(0.5, warmup=2)
     close(rates(schedule, 5), [0.25, 0.5, 0.5, 0.5 / math.sqrt(2.0), 0.5 / math.sqrt(3.0)])
     # a README's snippet, run in the same process, enters one of this name
@@ -197,7 +194,7 @@ def test_a_function_of_ones_own_is_a_schedule(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(("shift", "update"), [(-3, 0), (0, 0)])
-def test_a_rate_that_is_no_rate_names_its_update(shift: int, update: int) -> None:
+def test_a_rate_that_is_no_rate_names_its_update(shift, update):
     schedule = InverseRoot(0.0 if shift == 0 else 0.5, shift=shift)
     with pytest.raises(ArgumentError, match=rf"lr: InverseRoot.* gave the rate nan after {update} updates"):
         schedule.rates(0, 8)
@@ -211,17 +208,17 @@ def test_a_rate_that_is_no_rate_names_its_update(shift: int, update: int) -> Non
         (Constant(0.1, warmup=0.5), "warmup: 0.5 depends"),
     ],
 )
-def test_a_length_that_nobody_knows_is_refused(schedule: Schedule, words: str) -> None:
+def test_a_length_that_nobody_knows_is_refused(schedule, words):
     with pytest.raises(ArgumentError, match=words):
         schedule.over(None)
 
 
-def test_lengths_that_are_given_need_no_fit() -> None:
+def test_lengths_that_are_given_need_no_fit():
     for schedule in (Cosine(0.1, steps=5, warmup=2), StepDecay(0.1, every=5), ReduceOnPlateau(0.1, warmup=3)):
         assert schedule.over(None) == schedule
 
 
-def follow(schedule: ReduceOnPlateau, values: list[float]) -> list[float]:
+def follow(schedule, values):
     state, scales = PLATEAU_START, []
     for value in values:
         state = plateau_step(schedule, state, value)
@@ -229,29 +226,29 @@ def follow(schedule: ReduceOnPlateau, values: list[float]) -> list[float]:
     return scales
 
 
-def test_a_plateau_reduces_the_rate() -> None:
+def test_a_plateau_reduces_the_rate():
     schedule = ReduceOnPlateau(1.0, factor=0.5, patience=2, min_delta=0.1)
     # 0.95 is no improvement on 1.0 by more than 0.1; 0.8 is, and begins the count anew
     assert follow(schedule, [1.0, 0.95, 0.8, 0.8, 0.8, 0.8, 0.8]) == [1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.25]
 
 
-def test_a_plateau_stops_at_the_lowest_rate() -> None:
+def test_a_plateau_stops_at_the_lowest_rate():
     schedule = ReduceOnPlateau(0.5, factor=0.5, patience=1, min_lr=0.2)
     assert follow(schedule, [1.0, 1.0, 1.0, 1.0]) == [1.0, 0.5, 0.4, 0.4]
 
 
-def test_nan_is_no_improvement() -> None:
+def test_nan_is_no_improvement():
     schedule = ReduceOnPlateau(1.0, factor=0.5, patience=2)
     assert follow(schedule, [math.nan, math.nan, 1.0]) == [1.0, 0.5, 0.5]
     assert plateau_step(schedule, PLATEAU_START, math.nan) == (math.inf, 1, 1.0)
 
 
-def test_a_rate_of_zero_has_a_plateau_too() -> None:
+def test_a_rate_of_zero_has_a_plateau_too():
     assert follow(ReduceOnPlateau(0.0, patience=1), [1.0, 1.0]) == [1.0, 0.1]
 
 
 @pytest.mark.parametrize("schedule", EXAMPLES, ids=repr)
-def test_a_schedule_survives_json_and_repr(schedule: Schedule) -> None:
+def test_a_schedule_survives_json_and_repr(schedule):
     config = schedule.to_config()
     assert json.loads(json.dumps(config)) == config
     assert schedule_from_config(config) == schedule
@@ -260,7 +257,7 @@ def test_a_schedule_survives_json_and_repr(schedule: Schedule) -> None:
     assert as_schedule("lr", schedule) is schedule
 
 
-def test_a_number_is_a_constant() -> None:
+def test_a_number_is_a_constant():
     assert as_schedule("lr", 1) == as_schedule("lr", np.float64(1.0)) == Constant(1.0)
 
 
@@ -292,7 +289,7 @@ def test_a_number_is_a_constant() -> None:
         (lambda: schedule_from_config({"kind": "constant"}), ArgumentError, "missing .'lr', 'warmup'."),
     ],
 )
-def test_impossible_schedules_are_refused(make: Any, error: type[Exception], words: str) -> None:
+def test_impossible_schedules_are_refused(make, error, words):
     with pytest.raises(error, match=words) as caught:
         make()
     assert caught.type is error

@@ -1,33 +1,16 @@
 """Networks whose members share weights: training against the oracle, predictions, files and refusals."""
 
-from __future__ import annotations
-
 import pickle
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
-from devices import GPU, INTERPRETER, Device, marks_of, usable
+from devices import GPU, INTERPRETER, marks_of, usable
 from scipy.special import expit, log_softmax, softmax
 from tolerance import UNIT
 
-from fusemlp import (
-    DPSGD,
-    IBP,
-    MLP,
-    PGD,
-    SGD,
-    AdamW,
-    ArgumentError,
-    Callback,
-    CrossEntropy,
-    Engine,
-    Fleet,
-    ParameterOptions,
-    load,
-    load_checkpoint,
-)
+import fusemlp
+from fusemlp import MLP, SGD, AdamW, ArgumentError, Callback, Engine
 from fusemlp.fleet.merge import members
 from fusemlp.report.uncertainty import held_out_logits, scale_logits, temperature_of
 from fusemlp.runtime.forward import combined
@@ -38,18 +21,17 @@ from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.reference import Batch, MemberLayer
 from make import assert_same_state
 
-Array = np.ndarray[Any, Any]
 ROWS, WIDTH, CLASSES, MEMBERS = 70, 5, 3, 3
 NET = MLP([WIDTH, 6, 7, CLASSES], activation="tanh", members=MEMBERS)
 
 
-def data(seed: int = 1, rows: int = ROWS) -> tuple[Array, Array]:
+def data(seed=1, rows=ROWS):
     generator = np.random.default_rng(seed)
     X = generator.normal(size=(rows, WIDTH)).astype(np.float32)
     return X, (X @ np.random.default_rng(0).normal(size=(WIDTH, CLASSES))).argmax(axis=1)
 
 
-def parts(net: MLP, state: dict[str, Array]) -> tuple[list[MemberLayer], tuple[Array, Array]]:
+def parts(net, state):
     """The layers and heads of a state, as the oracle has them."""
     layers = [
         MemberLayer(*(state[f"{2 * i}.{name}"] for name in ("r", "weight", "s", "bias")), net.activations[i].name)
@@ -60,7 +42,7 @@ def parts(net: MLP, state: dict[str, Array]) -> tuple[list[MemberLayer], tuple[A
     return layers, (weight.reshape(net.members, outputs, -1), bias.reshape(net.members, outputs))
 
 
-def outputs_of(net: MLP, state: dict[str, Array], X: Array) -> Array:
+def outputs_of(net, state, X):
     """The outputs (n, members, N), member by member, as the definition has them."""
     layers, heads = parts(net, state)
     found = []
@@ -73,9 +55,7 @@ def outputs_of(net: MLP, state: dict[str, Array], X: Array) -> Array:
     return np.stack(found, axis=1)
 
 
-def trained_by_the_oracle(
-    net: MLP, state: dict[str, Array], data: Any, kind: str, lr: float, epochs: int, batch_size: int = 16
-) -> Any:
+def trained_by_the_oracle(net, state, data, kind, lr, epochs, batch_size=16):
     X, y, weight = data
     for _ in range(epochs):
         for start in range(0, len(X), batch_size):
@@ -95,7 +75,7 @@ def trained_by_the_oracle(
 
 @pytest.mark.parametrize("plan", ["eager", "resident"])
 @pytest.mark.parametrize(("kind", "clip"), [("cross_entropy", None), ("mse", None), ("cross_entropy", 1e9)])
-def test_training_is_that_of_the_oracle(kind: str, plan: str, clip: float | None) -> None:
+def test_training_is_that_of_the_oracle(kind, plan, clip):
     X, y = data()
     target = y if kind == "cross_entropy" else np.eye(CLASSES)[y] * 2.0 - 0.3
     weight = np.random.default_rng(3).uniform(0.5, 2.0, ROWS) if clip is None else None
@@ -110,7 +90,7 @@ def test_training_is_that_of_the_oracle(kind: str, plan: str, clip: float | None
 
 
 @pytest.mark.parametrize("plan", ["eager", "resident"])
-def test_a_batch_of_many_tasks_is_that_of_the_oracle(plan: str) -> None:
+def test_a_batch_of_many_tasks_is_that_of_the_oracle(plan):
     X, y = data()
     net = MLP([WIDTH, 64, 48, CLASSES], activation="tanh", members=8)
     engine = Engine(net, optimizer=SGD(0.1), batch_size=64, precision="fp64", plan=plan, backend="numpy")
@@ -127,11 +107,13 @@ CARDS = pytest.mark.parametrize(
 
 
 @CARDS
-def test_other_backends_train_as_numpy_does(device: Device) -> None:
+def test_other_backends_train_as_numpy_does(device):
     X, y = data(rows=24)
     net = MLP([WIDTH, 9, 7, CLASSES], activation=["silu", "relu"], dropout=0.2, members=MEMBERS)
-    optimizer = SGD(0.1, momentum=0.5, weight_decay=0.01, per_parameter={"2.s": ParameterOptions(trainable=False)})
-    told: dict[str, Any] = {"optimizer": optimizer, "batch_size": 16}
+    optimizer = SGD(
+        0.1, momentum=0.5, weight_decay=0.01, per_parameter={"2.s": fusemlp.ParameterOptions(trainable=False)}
+    )
+    told = {"optimizer": optimizer, "batch_size": 16}
     wanted = Engine(net, backend="numpy", **told)
     wanted.fit(X, y, epochs=1, sample_weight=np.linspace(0.5, 2.0, 24))
     # two updates by up to 0.15 times a gradient of about 1, whose error is that of sums of up to 48 products: 18 u
@@ -149,16 +131,16 @@ def test_other_backends_train_as_numpy_does(device: Device) -> None:
             Engine(net, backend=device.backend, plan="resident", **told)
 
 
-def test_steps_epochs_at_once_and_batches_train_alike() -> None:
+def test_steps_epochs_at_once_and_batches_train_alike():
     X, y = data(rows=64)
-    told: dict[str, Any] = {"optimizer": AdamW(0.01), "batch_size": 16, "backend": "numpy"}
+    told = {"optimizer": AdamW(0.01), "batch_size": 16, "backend": "numpy"}
     net = MLP([WIDTH, 8, CLASSES], dropout=0.2, activation="silu", members=4)
     engines = [Engine(net, **told) for _ in range(4)]
     engines[0].fit(X, y, epochs=3, shuffle=False)
-    seen: list[int] = []
+    seen = []
 
     class Each(Callback):
-        def on_epoch_end(self, engine: Any, epoch: int, logs: Any) -> None:
+        def on_epoch_end(self, engine, epoch, logs):
             seen.append(epoch)
 
     engines[1].fit(X, y, epochs=3, shuffle=False, callbacks=[Each()])
@@ -173,12 +155,12 @@ def test_steps_epochs_at_once_and_batches_train_alike() -> None:
             np.testing.assert_array_equal(value, other.state_dict()[name], err_msg=name)
 
 
-def test_a_step_after_a_fit_that_was_cut_off_reads_its_own_rows() -> None:
+def test_a_step_after_a_fit_that_was_cut_off_reads_its_own_rows():
     X, y = data(rows=64)
     engines = [Engine(NET, optimizer=SGD(0.1), batch_size=16, backend="numpy") for _ in range(2)]
 
     class Stop(Callback):
-        def on_batch_end(self, engine: Any, batch: int) -> None:
+        def on_batch_end(self, engine, batch):
             engine.stop_training = True
 
     engines[0].fit(X, y, epochs=1, shuffle=False, callbacks=[Stop()])
@@ -189,7 +171,7 @@ def test_a_step_after_a_fit_that_was_cut_off_reads_its_own_rows() -> None:
         np.testing.assert_array_equal(value, engines[1].state_dict()[name], err_msg=name)
 
 
-def test_members_start_with_signs_and_heads_of_their_own() -> None:
+def test_members_start_with_signs_and_heads_of_their_own():
     state = NET.initial_parameters(0)
     assert set(np.unique(state["0.r"])) == {-1.0, 1.0} and not (state["0.r"] == state["0.r"][0]).all()
     assert (state["2.r"] == 1).all() and (state["0.s"] == 1).all() and (state["2.s"] == 1).all()
@@ -199,7 +181,7 @@ def test_members_start_with_signs_and_heads_of_their_own() -> None:
     assert NET.parameter_count == sum(value.size for value in state.values())
 
 
-def test_a_prediction_is_the_mean_of_the_members() -> None:
+def test_a_prediction_is_the_mean_of_the_members():
     X, y = data()
     engine = Engine(NET, optimizer=AdamW(0.02), batch_size=16, precision="fp64", backend="numpy")
     engine.fit(X, y, epochs=3)
@@ -220,7 +202,7 @@ def test_a_prediction_is_the_mean_of_the_members() -> None:
 
 
 @pytest.mark.parametrize("kind", ["binary_cross_entropy", "poisson", "mse"])
-def test_other_losses_combine_what_they_predict(kind: str) -> None:
+def test_other_losses_combine_what_they_predict(kind):
     X, y = data()
     net = MLP([WIDTH, 6, 1], members=MEMBERS)
     engine = Engine(net, kind, batch_size=16, precision="fp64", backend="numpy")
@@ -232,14 +214,14 @@ def test_other_losses_combine_what_they_predict(kind: str) -> None:
         np.testing.assert_allclose(engine.predict(X), (np.exp(each) if kind == "poisson" else each).mean(axis=1))
 
 
-def test_far_outputs_keep_their_probabilities() -> None:
+def test_far_outputs_keep_their_probabilities():
     far = np.array([[[2000.0, 0.0], [0.0, 0.0]], [[-1e4, 1e4], [-1e4, 1e4]]])
     np.testing.assert_allclose(combined("cross_entropy", far), [np.log([0.75, 0.25]), [-2e4, 0.0]])
     assert combined("binary_cross_entropy", np.array([[[2000.0], [0.0]]])) == pytest.approx(np.log(3.0))
     assert combined("binary_cross_entropy", np.array([[[-2000.0]]])) == pytest.approx(-2000.0)
 
 
-def test_validation_and_early_stopping_follow_the_mean_prediction() -> None:
+def test_validation_and_early_stopping_follow_the_mean_prediction():
     X, y = data()
     Xv, yv = data(2, 40)
     engine = Engine(NET, optimizer=AdamW(0.05), batch_size=16, backend="numpy")
@@ -248,30 +230,30 @@ def test_validation_and_early_stopping_follow_the_mean_prediction() -> None:
     assert "val_auc" in history.history
 
 
-def test_files_checkpoints_and_pickles_hold_the_members(tmp_path: Any) -> None:
+def test_files_checkpoints_and_pickles_hold_the_members(tmp_path):
     X, y = data()
     whole, half = (Engine(NET, optimizer=AdamW(0.01), batch_size=16, backend="numpy", normalise=True) for _ in range(2))
     whole.fit(X, y, epochs=4)
 
     class Save(Callback):
-        def on_epoch_end(self, engine: Any, epoch: int, logs: Any) -> None:
+        def on_epoch_end(self, engine, epoch, logs):
             if epoch == 1:
                 engine.save_checkpoint(tmp_path / "half")
                 raise RuntimeError("off")
 
     with pytest.raises(RuntimeError, match="off"):
         half.fit(X, y, epochs=4, callbacks=[Save()])
-    resumed = load_checkpoint(tmp_path / "half", backend="numpy", network=NET)
+    resumed = fusemlp.load_checkpoint(tmp_path / "half", backend="numpy", network=NET)
     resumed.fit(X, y, epochs=4, resume=True)
     assert_same_state(resumed, whole)
     whole.save(tmp_path / "model")
-    for again in (load(tmp_path / "model"), pickle.loads(pickle.dumps(whole))):
+    for again in (fusemlp.load(tmp_path / "model"), pickle.loads(pickle.dumps(whole))):
         assert again.network == NET
         np.testing.assert_array_equal(again.predict_proba(X), whole.predict_proba(X))
     assert "members" not in MLP([2, 3]).to_config() and MLP.from_config(NET.to_config()) == NET
 
 
-def test_the_factors_are_no_weights_for_the_decay_and_may_be_frozen() -> None:
+def test_the_factors_are_no_weights_for_the_decay_and_may_be_frozen():
     X, y = data()
     decayed = AdamW(0.01, weight_decay=0.1, decay_biases=False)
     assert [decayed.options_for(name)[1].weight_decay for name in ("0.r", "0.s", "0.bias", "0.weight")] == [
@@ -282,7 +264,7 @@ def test_the_factors_are_no_weights_for_the_decay_and_may_be_frozen() -> None:
     ]
     for frozen in ("0.*", "[024].r", "4.*", "[02].*"):
         engine = Engine(
-            NET, optimizer=SGD(0.1, per_parameter={frozen: ParameterOptions(trainable=False)}), backend="numpy"
+            NET, optimizer=SGD(0.1, per_parameter={frozen: fusemlp.ParameterOptions(trainable=False)}), backend="numpy"
         )
         before = engine.state_dict()
         engine.fit(X, y, epochs=2)
@@ -291,7 +273,7 @@ def test_the_factors_are_no_weights_for_the_decay_and_may_be_frozen() -> None:
             assert np.array_equal(value, before[name]) is not trained, (frozen, name)
 
 
-def test_the_temperature_is_that_of_the_mean_probability() -> None:
+def test_the_temperature_is_that_of_the_mean_probability():
     X, y = data(3, 400)
     net = MLP([WIDTH, 8, CLASSES], members=MEMBERS)
     engine = Engine(net, optimizer=AdamW(0.02), batch_size=16, precision="fp64", backend="numpy")
@@ -301,7 +283,7 @@ def test_the_temperature_is_that_of_the_mean_probability() -> None:
     assert found is not None
     each = rows[0]
 
-    def log_loss(value: float) -> float:
+    def log_loss(value):
         mean = softmax(each / value, axis=2).mean(axis=1)
         return float(-np.log(mean[np.arange(340), y[60:]]).mean())
 
@@ -311,7 +293,7 @@ def test_the_temperature_is_that_of_the_mean_probability() -> None:
 
 
 @pytest.mark.parametrize("kind", ["cross_entropy", "mse"])
-def test_the_members_apart_predict_what_they_do_together(kind: str) -> None:
+def test_the_members_apart_predict_what_they_do_together(kind):
     X, y = data()
     X = X * 3.0 + 2.0
     target = y if kind == "cross_entropy" else np.eye(CLASSES)[y]
@@ -327,7 +309,7 @@ def test_the_members_apart_predict_what_they_do_together(kind: str) -> None:
     assert np.std(each, axis=0).min() > 1e-6
 
 
-def test_a_summary_and_a_plan_name_the_members(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_summary_and_a_plan_name_the_members(capsys):
     NET.summary()
     assert f"MLP {WIDTH}-6-7-{CLASSES}, {MEMBERS} members" in capsys.readouterr().out
     assert repr(NET).endswith("members=3)") and eval(repr(NET), {"MLP": MLP}) == NET
@@ -336,25 +318,25 @@ def test_a_summary_and_a_plan_name_the_members(capsys: pytest.CaptureFixture[str
         assert "affine_members" in text and "24x6x5" in text
 
 
-def refused(engine: Engine) -> dict[str, Any]:
+def refused(engine):
     X, y = data()
     return {
-        "Engine.attack": lambda: engine.attack(X, y, PGD(0.1)),
-        "adversarial training": lambda: engine.fit(X, y, epochs=1, adversarial=PGD(0.1)),
-        "IBP": lambda: engine.fit(X, y, epochs=1, adversarial=IBP(0.1)),
+        "Engine.attack": lambda: engine.attack(X, y, fusemlp.PGD(0.1)),
+        "adversarial training": lambda: engine.fit(X, y, epochs=1, adversarial=fusemlp.PGD(0.1)),
+        "IBP": lambda: engine.fit(X, y, epochs=1, adversarial=fusemlp.IBP(0.1)),
         "bounds": lambda: engine.bounds(X, 0.1),
         "certified": lambda: engine.certified(X, y, 0.1),
         "input_gradient": lambda: engine.input_gradient(X, y),
         "probe": lambda: engine.probe(X, y, epochs=1),
         "from_pretrained": lambda: Engine.from_pretrained(engine, head=2),
         "a network with members": lambda: Engine.from_pretrained(MLP([2, 3]).initial_parameters(0), NET),
-        "Fleet": lambda: Fleet(NET, vary={"seed": [0, 1]}),
-        "privacy": lambda: Engine(NET, privacy=DPSGD(noise=1.0)),
+        "Fleet": lambda: fusemlp.Fleet(NET, vary={"seed": [0, 1]}),
+        "privacy": lambda: Engine(NET, privacy=fusemlp.DPSGD(noise=1.0)),
     }
 
 
 @pytest.mark.parametrize("name", list(refused(None)))  # type: ignore[arg-type]
-def test_what_does_not_take_members_says_so(name: str) -> None:
+def test_what_does_not_take_members_says_so(name):
     engine = Engine(NET, backend="numpy")
     with pytest.raises(
         ArgumentError, match=r"takes? a network without members, and this one has 3; make it with members=1"
@@ -371,19 +353,19 @@ def test_what_does_not_take_members_says_so(name: str) -> None:
         ({"members": 0}, "members: expected"),
     ],
 )
-def test_impossible_members_are_refused(given: dict[str, Any], said: str) -> None:
+def test_impossible_members_are_refused(given, said):
     with pytest.raises(ArgumentError, match=said):
         MLP(**{"sizes": [4, 8, 2], "members": 4, **given})
 
 
-def test_a_step_beside_a_fit_that_was_cut_off_reads_its_own_batch() -> None:
+def test_a_step_beside_a_fit_that_was_cut_off_reads_its_own_batch():
     X, y = data(rows=64)
 
     class Cut(Callback):
-        def on_batch_end(self, engine: Any, batch: int) -> None:
+        def on_batch_end(self, engine, batch):
             raise KeyboardInterrupt
 
-    told: dict[str, Any] = {"optimizer": SGD(0.1), "batch_size": 16, "backend": "numpy"}
+    told = {"optimizer": SGD(0.1), "batch_size": 16, "backend": "numpy"}
     one, other = Engine(NET, **told), Engine(NET, **told)
     one.step(X[:16], y[:16])
     other.step(X[:16], y[:16])
@@ -397,13 +379,13 @@ def test_a_step_beside_a_fit_that_was_cut_off_reads_its_own_batch() -> None:
         np.testing.assert_array_equal(value, other.state_dict()[name], err_msg=name)
 
 
-def test_an_average_of_the_weights_is_validated() -> None:
+def test_an_average_of_the_weights_is_validated():
     X, y = data(rows=48)
     engine = Engine(NET, optimizer=AdamW(0.01, ema=0.9), batch_size=16, backend="numpy")
     history = engine.fit(X, y, epochs=2, validation_data=(X, y)).history
     assert history["val_loss"][-1] == pytest.approx(engine.evaluate(X, y)["loss"], rel=1e-6)
 
 
-def test_a_sum_over_members_is_refused() -> None:
+def test_a_sum_over_members_is_refused():
     with pytest.raises(ArgumentError, match=r"^reduction: the loss of 4 members is the mean of theirs; .*'mean'"):
-        Engine(MLP([4, 8, 2], members=4), CrossEntropy(reduction="sum"), backend="numpy")
+        Engine(MLP([4, 8, 2], members=4), fusemlp.CrossEntropy(reduction="sum"), backend="numpy")

@@ -1,10 +1,5 @@
 """Temperature scaling: its optimum, its weights, and what it changes in a run and in a table estimator."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pandas
 import pytest
@@ -37,7 +32,7 @@ OVERFIT = (
 )
 
 
-def drawn(count: int, factor: float, classes: int = 3, seed: int = 0) -> Part:
+def drawn(count, factor, classes=3, seed=0):
     """Return logits that are ``factor`` times those that the classes are drawn by."""
     generator = np.random.default_rng(seed)
     honest = 2.0 * generator.normal(size=(count, classes))
@@ -45,7 +40,7 @@ def drawn(count: int, factor: float, classes: int = 3, seed: int = 0) -> Part:
     return factor * honest, codes, np.ones(count)
 
 
-def noisy(count: int = 900) -> pandas.DataFrame:
+def noisy(count=900):
     """Return a table whose classes have a fifth of wrong labels."""
     generator = np.random.default_rng(0)
     table = pandas.DataFrame(generator.normal(size=(count, 3)), columns=["a", "b", "c"])
@@ -53,12 +48,12 @@ def noisy(count: int = 900) -> pandas.DataFrame:
     return table
 
 
-def outputs(path: Path, X: np.ndarray) -> np.ndarray:
+def outputs(path, X):
     return load_checkpoint(path).outputs(X)
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.7])
-def test_the_temperature_undoes_a_factor_on_honest_logits(factor: float) -> None:
+def test_the_temperature_undoes_a_factor_on_honest_logits(factor):
     parts = [drawn(3000, factor, seed=seed) for seed in (0, 1)]
     found = temperature_of(parts)
     assert found is not None and found.rows == 6000
@@ -66,7 +61,7 @@ def test_the_temperature_undoes_a_factor_on_honest_logits(factor: float) -> None
     assert abs(found.value / factor - 1) < 0.1
     logits, codes = (np.concatenate([part[place] for part in parts]) for place in (0, 1))
 
-    def log_loss(value: float) -> float:
+    def log_loss(value):
         return -float(log_softmax(logits / value, axis=1)[np.arange(6000), codes].mean())
 
     assert found.before == pytest.approx(log_loss(1.0)) and found.after == pytest.approx(log_loss(found.value))
@@ -75,7 +70,7 @@ def test_the_temperature_undoes_a_factor_on_honest_logits(factor: float) -> None
     assert np.argmin(objective) == 2
 
 
-def test_few_rows_move_it_little_and_fewer_not_at_all() -> None:
+def test_few_rows_move_it_little_and_fewer_not_at_all():
     # all are right, so that without a penalty it would fall to nothing
     logits = np.tile([2.0, 0.0], (LEAST_ROWS, 1))
     few = temperature_of([(logits, np.zeros(LEAST_ROWS, int), np.ones(LEAST_ROWS))])
@@ -87,7 +82,7 @@ def test_few_rows_move_it_little_and_fewer_not_at_all() -> None:
     assert temperature_of([(logits, codes, weights)]) is None
 
 
-def test_weights_count_as_repeated_rows_and_one_logit_as_two() -> None:
+def test_weights_count_as_repeated_rows_and_one_logit_as_two():
     logits, codes, _ = drawn(600, 2.0, classes=2)
     weights = np.random.default_rng(1).integers(1, 4, 600)
     weighted = temperature_of([(logits, codes, weights * 600 / weights.sum())])
@@ -103,14 +98,14 @@ def test_weights_count_as_repeated_rows_and_one_logit_as_two() -> None:
     assert (found == y[:, 0]).all() and (ones == 1.0).all()
 
 
-def test_class_weights_are_those_of_the_validation_loss() -> None:
+def test_class_weights_are_those_of_the_validation_loss():
     engine = Engine(MLP([3, 2]), loss=CrossEntropy(class_weight=[1.0, 5.0]))
     X, y = np.zeros((4, 3), np.float32), np.array([0, 1, 1, 0])
     assert held_out_logits(engine, X, y, None)[2].tolist() == [1.0, 5.0, 5.0, 1.0]
     assert held_out_logits(engine, X, y, np.array([2.0, 2.0, 1.0, 0.0]))[2].tolist() == [2.0, 10.0, 5.0, 0.0]
 
 
-def test_scaling_divides_the_logits_and_keeps_the_classes_of_an_ensemble_and_its_models() -> None:
+def test_scaling_divides_the_logits_and_keeps_the_classes_of_an_ensemble_and_its_models():
     engines = [Engine(MLP([3, 5, 4]), seed=seed) for seed in range(3)]
     whole, found = merged(engines), temperature_of([drawn(2000, 2.0)])
     assert found is not None
@@ -125,15 +120,13 @@ def test_scaling_divides_the_logits_and_keeps_the_classes_of_an_ensemble_and_its
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("temperature") / "data.csv"
     noisy(1500).to_csv(path, index=False)
     return path
 
 
-def test_a_run_scales_model_and_best_and_goes_on_from_what_is_not_scaled(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_scales_model_and_best_and_goes_on_from_what_is_not_scaled(data, tmp_path, capsys):
     options = ("--target", "kind", *OVERFIT, "--validation-fraction", "0.2")
     assert run("train", data, *options, "--out", tmp_path / "run") == 0
     report = read(tmp_path / "run" / "report.json")
@@ -165,7 +158,7 @@ def test_a_run_scales_model_and_best_and_goes_on_from_what_is_not_scaled(
     np.testing.assert_allclose(again, at_best, rtol=1e-5, atol=atol)
 
 
-def test_the_final_fit_and_folds_take_the_temperature_too(data: Path, tmp_path: Path) -> None:
+def test_the_final_fit_and_folds_take_the_temperature_too(data, tmp_path):
     options = ("--target", "kind", "--hidden", "64", "--lr", "0.02", "--scale", "robust", "--models", "2", "--quiet")
     assert run("train", data, *options, "--final-fit", "--out", tmp_path / "run") == 0
     report, folder = read(tmp_path / "run" / "report.json"), tmp_path / "run" / "checkpoints"
@@ -195,7 +188,7 @@ def test_the_final_fit_and_folds_take_the_temperature_too(data: Path, tmp_path: 
 @pytest.mark.parametrize(
     "options", [("--loss", "mse"), ("--target", "a", "--loss", "mse"), ("--validation-fraction", "0")]
 )
-def test_other_losses_and_no_held_out_rows_have_none(options: tuple[str, ...], data: Path, tmp_path: Path) -> None:
+def test_other_losses_and_no_held_out_rows_have_none(options, data, tmp_path):
     kind = () if "--target" in options else ("--target", "kind")
     quick = ("--models", "1", "--hidden", "8", "--epochs", "3", "--scale", "robust", "--no-log-target", "--quiet")
     quick = tuple(one for one in quick if kind == () or one != "--no-log-target")
@@ -204,11 +197,11 @@ def test_other_losses_and_no_held_out_rows_have_none(options: tuple[str, ...], d
 
 
 @pytest.mark.parametrize("more", [{}, {"loss": "binary_cross_entropy"}, {"class_weight": {"no": 1, "yes": 4}}])
-def test_a_table_classifier_gains_by_it_on_its_held_out_rows(more: dict[str, Any], tmp_path: Path) -> None:
+def test_a_table_classifier_gains_by_it_on_its_held_out_rows(more, tmp_path):
     table = noisy()
     X, y = table.drop(columns="kind"), table["kind"]
     # without the weight decay of the default, which leaves little to gain
-    options: dict[str, Any] = {"optimizer": Adam(lr=0.02), "epochs": 20, "early_stopping": 30, "scale": "robust"}
+    options = {"optimizer": Adam(lr=0.02), "epochs": 20, "early_stopping": 30, "scale": "robust"}
     model = TableClassifier(hidden=64, models=1, **options, **more)
     model.fit(X[:500], y[:500], X_val=X[500:], y_val=y[500:])
     codes = (y[500:] == "yes").to_numpy(int)
@@ -227,7 +220,7 @@ def test_a_table_classifier_gains_by_it_on_its_held_out_rows(more: dict[str, Any
     np.testing.assert_array_equal(again.predict_proba(X), model.predict_proba(X))
 
 
-def test_label_smoothing_is_undone_by_a_temperature_below_one(data: Path, tmp_path: Path) -> None:
+def test_label_smoothing_is_undone_by_a_temperature_below_one(data, tmp_path):
     smooth = ("--label-smoothing", "0.6", "--models", "2", "--hidden", "16", "--scale", "robust", "--quiet")
     assert run("train", data, "--target", "kind", *smooth, "--out", tmp_path / "run") == 0
     value = read(tmp_path / "run" / "report.json")["temperature"]

@@ -1,11 +1,7 @@
 """A limit of the training's time: of a fit, of a fleet whose models share it, and of ``fusemlp train``."""
 
-from __future__ import annotations
-
 import time
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,11 +24,11 @@ ENDLESS = ("--epochs", "1000000", "--early-stopping", "1000000", "--hidden", "8"
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+def clock(monkeypatch):
     """Replace the clock by one that goes on by a second with each question whether the time is up."""
     told = [0.0]
 
-    def later() -> float:
+    def later():
         told[0] += 1.0
         return told[0]
 
@@ -41,12 +37,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: told[0]))
 
 
-def rows(count: int = 96) -> tuple[np.ndarray, np.ndarray]:
+def rows(count=96):
     X = np.random.default_rng(0).normal(size=(count, 3)).astype(np.float32)
     return X, (X[:, 0] > 0).astype(np.int64)
 
 
-def write(path: Path, count: int = 400) -> Path:
+def write(path, count=400):
     X, y = rows(count)
     lines = [
         ",".join([*(f"{value:.4f}" for value in row), ("no", "yes")[label]]) for row, label in zip(X, y, strict=True)
@@ -57,7 +53,7 @@ def write(path: Path, count: int = 400) -> Path:
 
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("patience", [None, 50])
-def test_a_fit_ends_at_the_limit_with_its_best_weights(patience: int | None) -> None:
+def test_a_fit_ends_at_the_limit_with_its_best_weights(patience):
     X, y = rows()
     engine, whole = (Engine(MLP([3, 4, 2]), seed=1) for _ in range(2))
     held = rows(40)
@@ -73,11 +69,11 @@ def test_a_fit_ends_at_the_limit_with_its_best_weights(patience: int | None) -> 
         np.testing.assert_array_equal(engine.predict_proba(X), whole.predict_proba(X))
 
 
-def test_a_limit_shorter_than_the_set_up_trains_an_epoch() -> None:
+def test_a_limit_shorter_than_the_set_up_trains_an_epoch():
     assert len(Engine(MLP([3, 4, 2])).fit(*rows(), epochs=500, validation_data=rows(20), time_limit=1e-9).epochs) == 1
 
 
-def test_models_without_an_epoch_are_left_out_unless_all_are() -> None:
+def test_models_without_an_epoch_are_left_out_unless_all_are():
     engines = [Engine(MLP([3, 4, 2]), seed=seed) for seed in range(3)]
     engines[1].fit(*rows(), epochs=1)
     ended = [Member(at, {}, one, one.history or History(), "stopped", "", {}) for at, one in enumerate(engines)]
@@ -86,7 +82,7 @@ def test_models_without_an_epoch_are_left_out_unless_all_are() -> None:
 
 
 @pytest.mark.usefixtures("clock")
-def test_a_limit_that_is_not_reached_changes_nothing() -> None:
+def test_a_limit_that_is_not_reached_changes_nothing():
     X, y = rows()
     engine, whole = (Engine(MLP([3, 4, 2]), seed=1) for _ in range(2))
     assert engine.fit(X, y, epochs=3, time_limit=1e6).stopped == ""
@@ -96,7 +92,7 @@ def test_a_limit_that_is_not_reached_changes_nothing() -> None:
 
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("options", [{"jobs": 1}, {"jobs": 2}, {"jobs": 1, "parts": True}])
-def test_the_models_of_a_fleet_have_equal_shares(options: dict[str, Any]) -> None:
+def test_the_models_of_a_fleet_have_equal_shares(options):
     X, y = rows()
     # room for two of five engines and what stays of all
     memory = {"memory": 2 * 20_000 + 5 * 8_000} if options.pop("parts", False) else {}
@@ -113,7 +109,7 @@ def test_the_models_of_a_fleet_have_equal_shares(options: dict[str, Any]) -> Non
 
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("models", ["1", "3"])
-def test_train_ends_in_time_and_says_so(models: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_ends_in_time_and_says_so(models, tmp_path, capsys):
     data = write(tmp_path / "data.csv")
     words = ("train", data, "--target", "kind", *ENDLESS, "--models", models, "--final-fit")
     assert run(*words, "--time-limit", "300", "--out", tmp_path / "run") == 0
@@ -125,9 +121,7 @@ def test_train_ends_in_time_and_says_so(models: str, tmp_path: Path, capsys: pyt
     assert "the run has ended" in capsys.readouterr().err
 
 
-def test_too_short_a_limit_trains_fewer_models(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_short_a_limit_trains_fewer_models(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(trials, "LEAST_EPOCHS", 10**9)
     monkeypatch.setattr(trials, "cpu_threads", lambda: 1)
     monkeypatch.setattr(trials, "SHARE", 1e-9)
@@ -146,7 +140,7 @@ def test_too_short_a_limit_trains_fewer_models(
     assert "time limit: 2 of 5 models are trained, so that each has time to learn" in model.notes_
 
 
-def test_train_takes_little_longer_than_its_limit(tmp_path: Path) -> None:
+def test_train_takes_little_longer_than_its_limit(tmp_path):
     data = write(tmp_path / "data.csv")
     began = time.monotonic()
     assert run("train", data, "--target", "kind", *ENDLESS, "--time-limit", "2", "--out", tmp_path / "run") == 0
@@ -155,7 +149,7 @@ def test_train_takes_little_longer_than_its_limit(tmp_path: Path) -> None:
     assert "time limit was reached" in read(tmp_path / "run" / "report.json")["stopped"]
 
 
-def test_a_limit_is_a_number_above_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_limit_is_a_number_above_zero(tmp_path, capsys):
     X, y = rows()
     with pytest.raises(ArgumentError, match=r"^time_limit: expected a finite number above 0, got 0"):
         TableClassifier(time_limit=0).fit(X, y)

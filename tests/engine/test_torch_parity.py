@@ -1,7 +1,5 @@
 """Whole trainings in double precision against PyTorch, and single steps in single precision against the oracle."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,26 +10,8 @@ from step_bounds import traced
 from tolerance import assert_within, update_bound
 from torch_oracle import torch_loss
 
-from fusemlp import (
-    ELU,
-    MAE,
-    MLP,
-    MSE,
-    SGD,
-    Adam,
-    AdamW,
-    Cosine,
-    CrossEntropy,
-    Engine,
-    Exponential,
-    Huber,
-    LeakyReLU,
-    OneCycle,
-    ParameterOptions,
-    PReLU,
-    Quantile,
-    StepDecay,
-)
+import fusemlp
+from fusemlp import MLP, SGD, Adam, AdamW, CrossEntropy, ParameterOptions, PReLU
 from fusemlp.program.layout import short_names
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import BATCH_INDEX, UPDATE_COUNT
@@ -263,33 +243,37 @@ OPTIONS = {
         net=MLP(HIDDEN, activation="relu", dropout=0.2),
     ),
     "step": Case(
-        SGD(StepDecay(0.1, every=15, gamma=0.5)), sgd(lr=0.1), lambda o: RATES.StepLR(o, step_size=15, gamma=0.5)
+        SGD(fusemlp.StepDecay(0.1, every=15, gamma=0.5)),
+        sgd(lr=0.1),
+        lambda o: RATES.StepLR(o, step_size=15, gamma=0.5),
     ),
     "exponential": Case(
-        SGD(Exponential(0.1, gamma=0.99), momentum=0.9),
+        SGD(fusemlp.Exponential(0.1, gamma=0.99), momentum=0.9),
         sgd(lr=0.1, momentum=0.9),
         lambda o: RATES.ExponentialLR(o, gamma=0.99),
     ),
     "cosine": Case(
-        Adam(Cosine(0.01, final=1e-4)),
+        Adam(fusemlp.Cosine(0.01, final=1e-4)),
         adam(lr=0.01),
         lambda o: RATES.CosineAnnealingLR(o, T_max=UPDATES, eta_min=1e-4),
     ),
     "one cycle": Case(
-        AdamW(OneCycle(0.02)),
+        AdamW(fusemlp.OneCycle(0.02)),
         adamw(lr=0.02),
         lambda o: RATES.OneCycleLR(o, max_lr=0.02, total_steps=UPDATES, cycle_momentum=False),
     ),
     "cosine, accumulated": Case(
-        SGD(Cosine(0.1), accumulate=ACCUMULATE),
+        SGD(fusemlp.Cosine(0.1), accumulate=ACCUMULATE),
         sgd(lr=0.1),
         lambda o: RATES.CosineAnnealingLR(o, T_max=UPDATES // ACCUMULATE),
     ),
     "warm-up before step": Case(
-        SGD(StepDecay(0.1, every=15, gamma=0.5, warmup=20)), sgd(lr=0.1), warmed_up(20, lambda t: 0.5 ** (t // 15))
+        SGD(fusemlp.StepDecay(0.1, every=15, gamma=0.5, warmup=20)),
+        sgd(lr=0.1),
+        warmed_up(20, lambda t: 0.5 ** (t // 15)),
     ),
     "warm-up before cosine": Case(
-        Adam(Cosine(0.02, warmup=0.1)),
+        Adam(fusemlp.Cosine(0.02, warmup=0.1)),
         adam(lr=0.02),
         warmed_up(6, lambda t: (1.0 + np.cos(np.pi * t / (UPDATES - 6))) / 2.0),
     ),
@@ -297,14 +281,14 @@ OPTIONS = {
 MOMENTUM = SGD(0.03, momentum=0.9)
 NETWORKS = {
     "relu": Case(MOMENTUM, sgd(lr=0.03, momentum=0.9), net=MLP(HIDDEN, activation="relu")),
-    "leaky_relu": Case(MOMENTUM, sgd(lr=0.03, momentum=0.9), net=MLP(HIDDEN, activation=LeakyReLU(0.2))),
+    "leaky_relu": Case(MOMENTUM, sgd(lr=0.03, momentum=0.9), net=MLP(HIDDEN, activation=fusemlp.LeakyReLU(0.2))),
     "prelu": Case(MOMENTUM, sgd(lr=0.03, momentum=0.9), net=MLP(HIDDEN, activation=PReLU(0.25))),
     "prelu, adam": Case(Adam(0.01), adam(lr=0.01), net=MLP(HIDDEN, activation=PReLU(-0.1))),
     "prelu, clipped": Case(SGD(0.1, clip_norm=CLIP), sgd(lr=0.1), net=MLP(HIDDEN, activation="prelu", dropout=0.3)),
     "sigmoid": Case(MOMENTUM, sgd(lr=0.03, momentum=0.9), net=MLP(HIDDEN, activation="sigmoid")),
     "gelu": Case(MOMENTUM, sgd(lr=0.03, momentum=0.9), net=MLP(HIDDEN, activation="gelu")),
     "silu": Case(MOMENTUM, sgd(lr=0.03, momentum=0.9), net=MLP(HIDDEN, activation="silu")),
-    "elu": Case(MOMENTUM, sgd(lr=0.03, momentum=0.9), net=MLP(HIDDEN, activation=ELU(0.7), dropout=0.25)),
+    "elu": Case(MOMENTUM, sgd(lr=0.03, momentum=0.9), net=MLP(HIDDEN, activation=fusemlp.ELU(0.7), dropout=0.25)),
     "selu": Case(MOMENTUM, sgd(lr=0.03, momentum=0.9), net=MLP(HIDDEN, activation="selu", dropout=0.25)),
     "softplus": Case(MOMENTUM, sgd(lr=0.03, momentum=0.9), net=MLP(HIDDEN, activation="softplus", dropout=0.25)),
     "mish": Case(MOMENTUM, sgd(lr=0.03, momentum=0.9), net=MLP(HIDDEN, activation="mish")),
@@ -336,13 +320,13 @@ LOSSES = {
     "binary_cross_entropy": with_loss("binary_cross_entropy", "binary"),
     "mse": with_loss("mse", "values"),
     "mse, weighted": with_loss("mse", "values", weighted=True),
-    "mse, sum": with_loss(MSE(reduction="sum"), "values"),
+    "mse, sum": with_loss(fusemlp.MSE(reduction="sum"), "values"),
     "mse behind sigmoid": with_loss("mse", "binary", output="sigmoid"),
     "mse behind prelu": with_loss("mse", "values", output=PReLU(0.3)),
     "mse behind gelu": with_loss("mse", "values", output="gelu"),
-    "mae": with_loss(MAE(), "values"),
-    "huber": with_loss(Huber(delta=0.2), "values", weighted=True),
-    "quantile": with_loss(Quantile(q=0.8), "values"),
+    "mae": with_loss(fusemlp.MAE(), "values"),
+    "huber": with_loss(fusemlp.Huber(delta=0.2), "values", weighted=True),
+    "quantile": with_loss(fusemlp.Quantile(q=0.8), "values"),
     "poisson": with_loss("poisson", "counts"),
 }
 
@@ -353,7 +337,9 @@ LOSSES = {
 )
 def test_sixty_steps_equal_torch(case):
     X, y, weight = random_data(case.data)
-    engine = Engine(case.net, case.loss, case.optimizer, batch_size=BATCH, seed=SEED, backend="numpy", precision="fp64")
+    engine = fusemlp.Engine(
+        case.net, case.loss, case.optimizer, batch_size=BATCH, seed=SEED, backend="numpy", precision="fp64"
+    )
     twin = TorchTwin(engine)
     optimizer = case.torch(twin.parameters)
     scheduler = None if case.schedule is None else case.schedule(optimizer)
@@ -372,7 +358,7 @@ def test_sixty_steps_equal_torch(case):
 def test_steps_equal_torch_too():
     X, y, weight = random_data("labels")
     net = MLP(HIDDEN, activation="gelu", dropout=0.2)
-    engine = Engine(net, optimizer=Adam(0.01), batch_size=BATCH, seed=SEED, backend="numpy", precision="fp64")
+    engine = fusemlp.Engine(net, optimizer=Adam(0.01), batch_size=BATCH, seed=SEED, backend="numpy", precision="fp64")
     twin = TorchTwin(engine)
     losses = []
     for epoch in range(EPOCHS):
@@ -403,7 +389,7 @@ FP32_NETWORKS = {
 @pytest.mark.parametrize("net", FP32_NETWORKS.values(), ids=FP32_NETWORKS.keys())
 def test_a_step_in_single_precision_is_within_the_bound(net, optimizer):
     rng = np.random.default_rng(2)
-    engine = Engine(net, optimizer=optimizer, batch_size=64, seed=SEED, backend="numpy")
+    engine = fusemlp.Engine(net, optimizer=optimizer, batch_size=64, seed=SEED, backend="numpy")
     spec, rule = engine.loss.spec(accuracy=False), optimizer.rule()
     for _ in range(12):
         X = rng.standard_normal((50, 20)).astype(np.float32)

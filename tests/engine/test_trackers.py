@@ -1,7 +1,5 @@
 """``MLflow`` and ``WandB`` against their own local stores: parameters, metrics, the model, and how a training ended."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import json
@@ -12,30 +10,12 @@ import struct
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import fusemlp
-from fusemlp import (
-    MLP,
-    SGD,
-    Adam,
-    ArgumentError,
-    ArgumentTypeError,
-    Callback,
-    Cosine,
-    DivergenceError,
-    EarlyStopping,
-    Engine,
-    FusemlpError,
-    MissingLibraryError,
-    MLflow,
-    WandB,
-)
 from fusemlp.callbacks.trackers import configured, flat
 from make import read, rows, run
 
@@ -44,21 +24,24 @@ X, XV = RNG.normal(size=(40, 5)), RNG.normal(size=(20, 5))
 Y, YV = RNG.integers(0, 3, 40), RNG.integers(0, 3, 20)
 
 
-def make(**options: Any) -> Engine:
-    return Engine(MLP([5, 8, 3], dropout=0.1), **{"optimizer": Adam(Cosine(0.02)), "batch_size": 16, **options})
+def make(**options):
+    return fusemlp.Engine(
+        fusemlp.MLP([5, 8, 3], dropout=0.1),
+        **{"optimizer": fusemlp.Adam(fusemlp.Cosine(0.02)), "batch_size": 16, **options},
+    )
 
 
-def fit(engine: Engine, *callbacks: Any, epochs: int = 3, **options: Any) -> fusemlp.History:
+def fit(engine, *callbacks, epochs=3, **options):
     return engine.fit(X, Y, epochs=epochs, validation_data=(XV, YV), callbacks=callbacks, **options)
 
 
-class Stops(Callback):
+class Stops(fusemlp.Callback):
     """Stop a training in its second epoch, as Ctrl-C or by an error."""
 
-    def __init__(self, error: BaseException) -> None:
+    def __init__(self, error):
         self.error = error
 
-    def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
+    def on_epoch_end(self, engine, epoch, logs):
         if epoch == 1:
             raise self.error
 
@@ -68,7 +51,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 
 @pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def empty_store(tmp_path_factory):
     """Return MLflow's database without a run; to make it takes seconds."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -82,7 +65,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def mlflow(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def mlflow(tmp_path, empty_store, monkeypatch):
     """MLflow with a store of its own."""
     library = importlib.import_module("mlflow")
     uri = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'mlflow.db')}"
@@ -96,7 +79,7 @@ def mlflow(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def wandb(tmp_path, monkeypatch):
     """Weights & Biases without its server."""
     library = pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.chdir(tmp_path)
@@ -110,19 +93,19 @@ def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     library.teardown()
 
 
-def stored(mlflow: Any, run_id: str) -> Any:
+def stored(mlflow, run_id):
     return mlflow.MlflowClient().get_run(run_id)
 
 
-def history_of(mlflow: Any, run_id: str, name: str) -> list[tuple[int, float]]:
+def history_of(mlflow, run_id, name):
     return [(one.step, one.value) for one in mlflow.MlflowClient().get_metric_history(run_id, name)]
 
 
-def artifacts(mlflow: Any, run_id: str) -> set[str]:
+def artifacts(mlflow, run_id):
     return {one.path for one in mlflow.MlflowClient().list_artifacts(run_id)}
 
 
-def records(path: Path) -> Iterator[Any]:
+def records(path):
     """Yield the records of an offline run of wandb: a log in the format of LevelDB after a header of seven bytes."""
     record = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
     content = path.read_bytes()
@@ -145,14 +128,14 @@ def records(path: Path) -> Iterator[Any]:
             part = b""
 
 
-def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+def told(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "fusemlp.callbacks"]
 
 
 class Offline:
     """An offline run of wandb after ``parts`` trainings, as it would be sent to the server."""
 
-    def __init__(self, folder: Path, run_id: str, parts: int = 1) -> None:
+    def __init__(self, folder, run_id, parts=1):
         self.config: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
@@ -169,7 +152,7 @@ class Offline:
             for record in part:
                 self._take(record)
 
-    def _take(self, record: Any) -> None:
+    def _take(self, record):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             self.name, self.project = record.run.display_name, record.run.project
@@ -188,8 +171,8 @@ class Offline:
 
 
 class TestMLflow:
-    def test_a_whole_training(self, mlflow: Any, tmp_path: Path) -> None:
-        tracker = MLflow("tests", "first", params={"note": "mine", "data": {"rows": 40}}, log_model=True)
+    def test_a_whole_training(self, mlflow, tmp_path):
+        tracker = fusemlp.MLflow("tests", "first", params={"note": "mine", "data": {"rows": 40}}, log_model=True)
         engine = make()
         history = fit(engine, tracker)
         assert mlflow.active_run() is None
@@ -207,41 +190,41 @@ class TestMLflow:
         copied = mlflow.MlflowClient().download_artifacts(tracker.run_id, "model.safetensors", str(tmp_path))
         assert np.array_equal(fusemlp.load(copied).predict_proba(X), engine.predict_proba(X))
 
-    def test_an_open_run_is_used_and_left_open(self, mlflow: Any) -> None:
+    def test_an_open_run_is_used_and_left_open(self, mlflow):
         with mlflow.start_run() as opened:
             mlflow.log_param("batch_size", "16")
-            tracker = MLflow()
+            tracker = fusemlp.MLflow()
             fit(make(), tracker)
             assert mlflow.active_run().info.run_id == opened.info.run_id == tracker.run_id
             found = stored(mlflow, tracker.run_id)
             assert found.info.status == "RUNNING"
             assert len(history_of(mlflow, tracker.run_id, "loss")) == 3
-            with pytest.raises(ArgumentError, match="experiment: a run of MLflow is open already"):
-                fit(make(), MLflow("another"))
+            with pytest.raises(fusemlp.ArgumentError, match="experiment: a run of MLflow is open already"):
+                fit(make(), fusemlp.MLflow("another"))
         assert stored(mlflow, tracker.run_id).info.status == "FINISHED"
 
-    def test_the_first_value_of_a_parameter_is_kept(self, mlflow: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def test_the_first_value_of_a_parameter_is_kept(self, mlflow, caplog):
         with mlflow.start_run(), caplog.at_level(logging.WARNING, logger="fusemlp.callbacks"):
-            tracker = MLflow()
+            tracker = fusemlp.MLflow()
             fit(make(), tracker)
             assert told(caplog) == []
             fit(make(seed=5), tracker)
         assert told(caplog) == ["MLflow keeps the first value of a parameter; this training changed seed"]
         assert stored(mlflow, tracker.run_id).data.params["seed"] == "0"
 
-    def test_each_fit_has_its_run_and_an_id_continues_one(self, mlflow: Any) -> None:
-        tracker, engine = MLflow(), make()
+    def test_each_fit_has_its_run_and_an_id_continues_one(self, mlflow):
+        tracker, engine = fusemlp.MLflow(), make()
         fit(engine, tracker)
         first = tracker.run_id
         fit(make(), tracker)
         assert tracker.run_id != first
-        again = MLflow(run_id=first)
+        again = fusemlp.MLflow(run_id=first)
         fit(engine, again, epochs=5, resume=True)
         assert again.run_id == first
         assert [step for step, _ in history_of(mlflow, first, "loss")] == [1, 2, 3, 4, 5]
 
-    def test_ctrl_c_kills_the_run(self, mlflow: Any) -> None:
-        tracker = MLflow(log_model=True)
+    def test_ctrl_c_kills_the_run(self, mlflow):
+        tracker = fusemlp.MLflow(log_model=True)
         with pytest.raises(KeyboardInterrupt):
             fit(make(), tracker, Interrupts())
         found = stored(mlflow, tracker.run_id)
@@ -250,10 +233,10 @@ class TestMLflow:
         assert found.data.tags["fusemlp.stopped"].startswith("interrupted")
         assert artifacts(mlflow, tracker.run_id) == {"model.safetensors"}
 
-    def test_an_error_fails_the_run(self, mlflow: Any) -> None:
-        tracker = MLflow(log_model=True)
-        with pytest.raises(DivergenceError):
-            fit(make(optimizer=SGD(1e30)), tracker)
+    def test_an_error_fails_the_run(self, mlflow):
+        tracker = fusemlp.MLflow(log_model=True)
+        with pytest.raises(fusemlp.DivergenceError):
+            fit(make(optimizer=fusemlp.SGD(1e30)), tracker)
         assert stored(mlflow, tracker.run_id).info.status == "FAILED"
         assert "NaN or infinite" in stored(mlflow, tracker.run_id).data.tags["fusemlp.stopped"]
         assert artifacts(mlflow, tracker.run_id) == set()
@@ -265,24 +248,22 @@ class TestMLflow:
         assert len(history_of(mlflow, tracker.run_id, "loss")) == 2
         assert mlflow.active_run() is None
 
-    def test_the_model_has_the_weights_that_early_stopping_restored(self, mlflow: Any, tmp_path: Path) -> None:
-        tracker, engine = MLflow(log_model=True), make(optimizer=Adam(0.2))
-        history = fit(engine, tracker, EarlyStopping(patience=2, restore_best_weights=True), epochs=50)
+    def test_the_model_has_the_weights_that_early_stopping_restored(self, mlflow, tmp_path):
+        tracker, engine = fusemlp.MLflow(log_model=True), make(optimizer=fusemlp.Adam(0.2))
+        history = fit(engine, tracker, fusemlp.EarlyStopping(patience=2, restore_best_weights=True), epochs=50)
         assert history.stopped
         assert stored(mlflow, tracker.run_id).info.status == "FINISHED"
         copied = mlflow.MlflowClient().download_artifacts(tracker.run_id, "model.safetensors", str(tmp_path))
         assert np.array_equal(fusemlp.load(copied).predict_proba(X), engine.predict_proba(X))
 
-    def test_a_store_that_fails_warns_once_and_the_training_goes_on(
-        self, mlflow: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        def fail(*_: Any, **__: Any) -> None:
+    def test_a_store_that_fails_warns_once_and_the_training_goes_on(self, mlflow, monkeypatch, caplog):
+        def fail(*_, **__):
             raise OSError("the server\nis down")
 
-        engine, tracker = make(), MLflow()
+        engine, tracker = make(), fusemlp.MLflow()
         with monkeypatch.context() as broken:
             broken.setattr(mlflow, "start_run", fail)
-            with pytest.raises(FusemlpError, match="MLflow: no run can be opened: the server is down"):
+            with pytest.raises(fusemlp.FusemlpError, match="MLflow: no run can be opened: the server is down"):
                 fit(engine, tracker)
         assert engine.epochs_trained == 0
         monkeypatch.setattr("fusemlp.callbacks.trackers.MLflow._write", fail)
@@ -291,17 +272,17 @@ class TestMLflow:
         assert [one for one in told(caplog) if "goes on unrecorded" in one] == told(caplog)[:1]
         assert engine.epochs_trained == 3
 
-    def test_estimators_take_it(self, mlflow: Any) -> None:
+    def test_estimators_take_it(self, mlflow):
         from fusemlp.sklearn import MLPRegressor
 
-        tracker = MLflow()
+        tracker = fusemlp.MLflow()
         MLPRegressor(max_iter=4, callbacks=[tracker], tol=0.0).fit(X, X[:, 0])
         found = stored(mlflow, tracker.run_id)
         assert found.info.status == "FINISHED"
         assert found.data.params["loss.kind"] == "mse"
         assert len(history_of(mlflow, tracker.run_id, "loss")) == 4
 
-    def test_the_command_line(self, mlflow: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_the_command_line(self, mlflow, tmp_path, capsys):
         folder = tmp_path / "one"
         options = ["--epochs", "2", "--lr", "0.01", "--track", "mlflow", "--track-model", "--json"]
         assert run("train", "iris", *options, "--out", folder) == 0
@@ -323,12 +304,12 @@ class TestMLflow:
         assert [step for step, _ in history_of(mlflow, run_id, "loss")] == [1, 2, 3]
         assert stored(mlflow, run_id).info.status == "FINISHED"
 
-    def test_the_command_line_marks_a_diverged_run(self, mlflow: Any, tmp_path: Path) -> None:
+    def test_the_command_line_marks_a_diverged_run(self, mlflow, tmp_path):
         options = ["--loss", "mse", "--scale", "none", "--optimizer", "sgd", "--lr", "1000", "--models", "1", "--quiet"]
         assert run("train", "diabetes", *options, "--track", "mlflow", "--out", tmp_path / "run") == 1
         assert stored(mlflow, read(tmp_path / "run/tracking.json")["mlflow"]).info.status == "FAILED"
 
-    def test_an_ensemble_has_the_mean_curves(self, mlflow: Any, tmp_path: Path) -> None:
+    def test_an_ensemble_has_the_mean_curves(self, mlflow, tmp_path):
         folder = tmp_path / "run"
         options = ["--epochs", "3", "--models", "2", "--quiet", "--track", "mlflow"]
         assert run("train", "iris", *options, "--out", folder) == 0
@@ -336,7 +317,7 @@ class TestMLflow:
         losses = [float(row["loss"]) for row in rows(folder / "metrics.csv")]
         assert history_of(mlflow, run_id, "loss") == list(enumerate(losses, 1))
 
-    def test_each_model_of_a_sweep_is_a_run(self, mlflow: Any, tmp_path: Path) -> None:
+    def test_each_model_of_a_sweep_is_a_run(self, mlflow, tmp_path):
         options = ["--vary", "lr=0.01,0.1", "--epochs", "2", "--quiet", "--track", "mlflow"]
         assert run("sweep", "iris", *options, "--out", tmp_path / "best") == 0
         found = {
@@ -348,10 +329,10 @@ class TestMLflow:
         assert all(len(history_of(mlflow, one.info.run_id, "val_loss")) == 2 for one in found.values())
 
 
-class Interrupts(Callback):
+class Interrupts(fusemlp.Callback):
     """Press Ctrl-C in the second epoch."""
 
-    def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
+    def on_epoch_end(self, engine, epoch, logs):
         if epoch == 1:
             import signal
 
@@ -359,8 +340,8 @@ class Interrupts(Callback):
 
 
 class TestWandB:
-    def test_a_whole_training(self, wandb: Any, tmp_path: Path) -> None:
-        tracker = WandB("tests", "first", params={"note": "mine"}, log_model=True)
+    def test_a_whole_training(self, wandb, tmp_path):
+        tracker = fusemlp.WandB("tests", "first", params={"note": "mine"}, log_model=True)
         history = fit(make(), tracker)
         assert wandb.run is None
         found = Offline(tmp_path, tracker.run_id)
@@ -374,34 +355,34 @@ class TestWandB:
         assert found.artifacts == {f"model-{tracker.run_id}": ["model.safetensors"]}
         assert found.summary["status"] == "finished"
 
-    def test_an_open_run_is_used_and_left_open(self, wandb: Any, tmp_path: Path) -> None:
+    def test_an_open_run_is_used_and_left_open(self, wandb, tmp_path):
         opened = wandb.init(project="mine")
         opened.log({"own": 1.0}, step=100)
-        tracker = WandB()
+        tracker = fusemlp.WandB()
         fit(make(), tracker)
         assert wandb.run is opened
         assert tracker.run_id == opened.id
-        with pytest.raises(ArgumentError, match="project: a run of Weights & Biases is open already"):
-            fit(make(), WandB("another"))
+        with pytest.raises(fusemlp.ArgumentError, match="project: a run of Weights & Biases is open already"):
+            fit(make(), fusemlp.WandB("another"))
         opened.finish()
         found = Offline(tmp_path, tracker.run_id)
         # Steps of the user's that ran ahead lose no epoch.
         assert [row["epoch"] for row in found.history if "epoch" in row] == [1, 2, 3]
         assert found.exit == 0
 
-    def test_how_a_training_ended(self, wandb: Any, tmp_path: Path) -> None:
-        tracker = WandB()
+    def test_how_a_training_ended(self, wandb, tmp_path):
+        tracker = fusemlp.WandB()
         with pytest.raises(KeyboardInterrupt):
             fit(make(), tracker, Interrupts())
         found = Offline(tmp_path, tracker.run_id)
         assert (found.exit, found.summary.get("status")) == (130, "interrupted")
-        with pytest.raises(DivergenceError):
-            fit(make(optimizer=SGD(1e30)), tracker)
+        with pytest.raises(fusemlp.DivergenceError):
+            fit(make(optimizer=fusemlp.SGD(1e30)), tracker)
         found = Offline(tmp_path, tracker.run_id)
         assert (found.exit, found.summary["status"]) == (1, "failed")
         assert "NaN or infinite" in found.summary["stopped"]
 
-    def test_the_command_line(self, wandb: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_the_command_line(self, wandb, tmp_path, capsys):
         folder = tmp_path / "one"
         assert run("train", "iris", "--epochs", "2", "--track", "wandb", "--json", "--out", folder) == 0
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -419,13 +400,15 @@ class TestWandB:
         assert again.exit == 0
 
 
-@pytest.mark.parametrize("tracker", [MLflow, WandB])
-def test_without_the_library_nothing_has_begun(tracker: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tracker", [fusemlp.MLflow, fusemlp.WandB])
+def test_without_the_library_nothing_has_begun(tracker, monkeypatch, tmp_path):
     library = tracker.library
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     engine = make()
-    with pytest.raises(MissingLibraryError, match=rf"the library {library}: pip install \"fusemlp\[{library}\]\""):
+    with pytest.raises(
+        fusemlp.MissingLibraryError, match=rf"the library {library}: pip install \"fusemlp\[{library}\]\""
+    ):
         fit(engine, tracker())
     assert engine.update_count == 0
     assert run("train", "iris", "--track", library, "--out", tmp_path / "run") == 1
@@ -433,8 +416,8 @@ def test_without_the_library_nothing_has_begun(tracker: Any, monkeypatch: pytest
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("tracker", [MLflow, WandB])
-def test_copies_work_as_scikit_learn_makes_them(tracker: Any) -> None:
+@pytest.mark.parametrize("tracker", [fusemlp.MLflow, fusemlp.WandB])
+def test_copies_work_as_scikit_learn_makes_them(tracker):
     made = tracker("place", "name", params={"a": 1}, log_model=True)
     for copied in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
         assert vars(copied) == vars(made)
@@ -443,30 +426,30 @@ def test_copies_work_as_scikit_learn_makes_them(tracker: Any) -> None:
 @pytest.mark.parametrize(
     ("call", "kind", "words"),
     [
-        (lambda: MLflow(3), ArgumentTypeError, "experiment: expected a name, got 3"),
-        (lambda: WandB(""), ArgumentTypeError, "project: expected a name, got ''"),
-        (lambda: WandB(run_name=1), ArgumentTypeError, "run_name: expected a name, got 1"),
-        (lambda: MLflow(run_id=b"x"), ArgumentTypeError, "run_id: expected a name"),
+        (lambda: fusemlp.MLflow(3), fusemlp.ArgumentTypeError, "experiment: expected a name, got 3"),
+        (lambda: fusemlp.WandB(""), fusemlp.ArgumentTypeError, "project: expected a name, got ''"),
+        (lambda: fusemlp.WandB(run_name=1), fusemlp.ArgumentTypeError, "run_name: expected a name, got 1"),
+        (lambda: fusemlp.MLflow(run_id=b"x"), fusemlp.ArgumentTypeError, "run_id: expected a name"),
         (
-            lambda: MLflow(params=[1]),
-            ArgumentTypeError,
+            lambda: fusemlp.MLflow(params=[1]),
+            fusemlp.ArgumentTypeError,
             r"params: expected a dictionary.*, got \[1\]",
         ),
-        (lambda: WandB(log_model=1), ArgumentTypeError, "log_model: expected"),
+        (lambda: fusemlp.WandB(log_model=1), fusemlp.ArgumentTypeError, "log_model: expected"),
     ],
 )
-def test_what_cannot_be_made(call: Any, kind: type[FusemlpError], words: str) -> None:
+def test_what_cannot_be_made(call, kind, words):
     with pytest.raises(kind, match=words):
         call()
 
 
-def test_an_unknown_tracker(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_tracker(tmp_path, capsys):
     assert run("train", "iris", "--track", "mlflo", "--out", tmp_path / "run") == 2
     assert "--track: unknown name 'mlflo'; did you mean 'mlflow'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_parameters_are_flat() -> None:
+def test_parameters_are_flat():
     params = flat(configured(make(), 7))
     assert params["optimizer.lr.kind"] == "cosine"
     assert params["epochs"] == 7

@@ -1,10 +1,6 @@
 """Transfer learning: the layers of another network, frozen or slowed down, and the probe of the head."""
 
-from __future__ import annotations
-
 import re
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,24 +9,9 @@ from devices import CUPY_GPU, GPU, INTERPRETER, NUMPY, STAND_IN, marks_of, usabl
 from safetensors.numpy import save_file
 from torch import nn
 
+import fusemlp
 import fusemlp.torch
-from fusemlp import (
-    DPSGD,
-    MLP,
-    SGD,
-    Adam,
-    AdamW,
-    ArgumentError,
-    ArgumentTypeError,
-    CheckpointError,
-    CrossEntropy,
-    DivergenceError,
-    Engine,
-    Fleet,
-    ParameterOptions,
-    PReLU,
-    ShapeError,
-)
+from fusemlp import MLP, ArgumentError, ArgumentTypeError, Engine, ParameterOptions, ShapeError
 from fusemlp.training.transfer import by_layers, in_sequence
 
 SIZES = [6, 9, 7, 4]
@@ -39,19 +20,19 @@ ROWS = 40
 WHOLE_RUN = 1e-9
 
 
-def task(outputs: int = 3, rows: int = ROWS) -> tuple[Any, Any]:
+def task(outputs=3, rows=ROWS):
     random = np.random.default_rng(outputs)
     return random.standard_normal((rows, SIZES[0])), random.integers(0, outputs, rows)
 
 
 @pytest.fixture(scope="module")
-def source() -> Engine:
+def source():
     engine = Engine(MLP(SIZES, activation="tanh"), precision="fp64", seed=3, normalise=False)
     engine.fit(*task(4), epochs=5)
     return engine
 
 
-def sequential(engine: Engine) -> nn.Sequential:
+def sequential(engine):
     """Return the layers of SIZES in torch with the first two of the engine, a Dropout after them and a new head."""
     kept = fusemlp.torch.to_torch(engine)
     return nn.Sequential(*list(kept)[:4], nn.Linear(7, 3, dtype=torch.float64))
@@ -59,9 +40,9 @@ def sequential(engine: Engine) -> nn.Sequential:
 
 @pytest.mark.parametrize("plan", ["eager", "resident"])
 @pytest.mark.parametrize(("freeze", "decay"), [(0, 1.0), (1, 1.0), (0, 0.4), (1, 0.4), (2, 0.4)])
-def test_fine_tuning_is_that_of_torch(source: Engine, plan: str, freeze: int, decay: float) -> None:
+def test_fine_tuning_is_that_of_torch(source, plan, freeze, decay):
     X, y = task()
-    optimizer = AdamW(0.02, weight_decay=0.1)
+    optimizer = fusemlp.AdamW(0.02, weight_decay=0.1)
     made = {"freeze": freeze, "layer_decay": decay, "optimizer": optimizer, "plan": plan, "batch_size": 16, "seed": 5}
     engine = Engine.from_pretrained(source, head=3, **made)
     module = sequential(source)
@@ -91,12 +72,12 @@ def test_fine_tuning_is_that_of_torch(source: Engine, plan: str, freeze: int, de
     "device",
     [pytest.param(one, id=one.name, marks=marks_of(one)) for one in (NUMPY, INTERPRETER, GPU, STAND_IN, CUPY_GPU)],
 )
-def test_frozen_layers_keep_their_bits(source: Engine, device: Any) -> None:
+def test_frozen_layers_keep_their_bits(source, device):
     X, y = task()
     with usable(device):
         plans = ["eager", "resident"] if device is NUMPY else ["auto"]
         for plan in plans:
-            optimizer = AdamW(0.1, weight_decay=0.1)
+            optimizer = fusemlp.AdamW(0.1, weight_decay=0.1)
             options = {"optimizer": optimizer, "precision": "fp32", "backend": device.backend, "plan": plan}
             engine = Engine.from_pretrained(source, head=3, freeze=2, **options)
             start = engine.state_dict()
@@ -113,10 +94,10 @@ def test_frozen_layers_keep_their_bits(source: Engine, device: Any) -> None:
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("normalise", [False, True])
-def test_a_probe_is_a_fit_with_frozen_layers(source: Engine, layers: int, normalise: bool) -> None:
+def test_a_probe_is_a_fit_with_frozen_layers(source, layers, normalise):
     X, y = task()
     rate = {"4.*": ParameterOptions(lr_factor=0.5), "2.bias": ParameterOptions(weight_decay=0.0)}
-    optimizer = SGD(0.1, momentum=0.9, weight_decay=0.02, per_parameter=rate)
+    optimizer = fusemlp.SGD(0.1, momentum=0.9, weight_decay=0.02, per_parameter=rate)
     given = {"validation_data": (X[:9], y[:9]), "sample_weight": np.linspace(0.5, 2.0, ROWS), "epochs": 6}
     fitted, probed = (
         Engine.from_pretrained(source, head=3, freeze=freeze, optimizer=optimizer, normalise=normalise)
@@ -134,9 +115,9 @@ def test_a_probe_is_a_fit_with_frozen_layers(source: Engine, layers: int, normal
     assert (probed.update_count, probed.epochs_trained, probed.history) == (0, 0, None)
 
 
-def test_a_probe_in_single_precision_differs_by_rounding(source: Engine) -> None:
+def test_a_probe_in_single_precision_differs_by_rounding(source):
     X, y = task()
-    options = {"head": 3, "precision": "fp32", "optimizer": SGD(0.1)}
+    options = {"head": 3, "precision": "fp32", "optimizer": fusemlp.SGD(0.1)}
     wanted = Engine.from_pretrained(source, freeze=2, **options).fit(X, y, epochs=4)
     found = Engine.from_pretrained(source, **options).probe(X, y, epochs=4)
     # each of 8 steps adds two rounded sums of 9 products of order 1
@@ -144,7 +125,7 @@ def test_a_probe_in_single_precision_differs_by_rounding(source: Engine) -> None
     np.testing.assert_allclose(found.history["loss"], wanted.history["loss"], rtol=0, atol=bound)
 
 
-def test_a_probe_leaves_the_dropout_of_the_first_layers_out(source: Engine) -> None:
+def test_a_probe_leaves_the_dropout_of_the_first_layers_out(source):
     X, y = task()
     dropped = MLP([*SIZES[:3], 3], activation="tanh", dropout=0.5)
     losses = [
@@ -154,12 +135,12 @@ def test_a_probe_leaves_the_dropout_of_the_first_layers_out(source: Engine) -> N
     assert losses[0] == losses[1]
 
 
-def test_a_probe_that_ends_early_keeps_what_was_reached(source: Engine) -> None:
+def test_a_probe_that_ends_early_keeps_what_was_reached(source):
     X, y = task()
     engine = Engine.from_pretrained(source, head=3)
 
     class Stop:
-        def on_epoch_end(self, engine: Any, epoch: int, logs: Any) -> None:
+        def on_epoch_end(self, engine, epoch, logs):
             if epoch == 1:
                 raise KeyboardInterrupt
 
@@ -168,15 +149,15 @@ def test_a_probe_that_ends_early_keeps_what_was_reached(source: Engine) -> None:
     other = Engine.from_pretrained(source, head=3)
     other.probe(X, y, epochs=2)
     np.testing.assert_array_equal(engine.state_dict()["4.weight"], other.state_dict()["4.weight"])
-    diverging = Engine.from_pretrained(source, head=3, loss="mse", optimizer=SGD(1e30), precision="fp32")
+    diverging = Engine.from_pretrained(source, head=3, loss="mse", optimizer=fusemlp.SGD(1e30), precision="fp32")
     before = diverging.state_dict()
-    with pytest.raises(DivergenceError):
+    with pytest.raises(fusemlp.DivergenceError):
         diverging.probe(X, np.eye(3)[y], epochs=5)
     for name, array in diverging.state_dict().items():
         np.testing.assert_array_equal(array, before[name])
 
 
-def test_wrong_arguments_of_a_probe_change_nothing(source: Engine) -> None:
+def test_wrong_arguments_of_a_probe_change_nothing(source):
     X, y = task()
     engine = Engine(MLP(SIZES), normalise=True)
     for wrong, error, message in (
@@ -194,10 +175,10 @@ def test_wrong_arguments_of_a_probe_change_nothing(source: Engine) -> None:
     with pytest.raises(ArgumentError, match="layers: expected 1 to 0"):
         Engine(MLP([6, 3])).probe(X, y, epochs=1)
     with pytest.raises(ArgumentError, match="privacy: a probe trains without noise"):
-        Engine(MLP(SIZES), privacy=DPSGD(noise=1.0)).probe(X, y, epochs=1)
+        Engine(MLP(SIZES), privacy=fusemlp.DPSGD(noise=1.0)).probe(X, y, epochs=1)
 
 
-def test_every_kind_of_source_gives_the_same_layers(source: Engine, tmp_path: Path) -> None:
+def test_every_kind_of_source_gives_the_same_layers(source, tmp_path):
     source.save(tmp_path / "model.safetensors")
     source.save_checkpoint(tmp_path / "checkpoint.safetensors")
     module = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Dropout(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 4))
@@ -224,12 +205,12 @@ def test_every_kind_of_source_gives_the_same_layers(source: Engine, tmp_path: Pa
     np.testing.assert_array_equal(same.state_dict()["4.bias"], source.state_dict()["4.bias"])
 
 
-def test_the_kept_layers_decide_the_network(source: Engine) -> None:
+def test_the_kept_layers_decide_the_network(source):
     whole = Engine.from_pretrained(source)
     np.testing.assert_array_equal(whole.state_dict()["4.weight"], source.state_dict()["4.weight"])
     assert (whole.network, whole.loss, whole.precision, whole.normalise) == (
         source.network,
-        CrossEntropy(),
+        fusemlp.CrossEntropy(),
         "fp64",
         False,
     )
@@ -239,12 +220,12 @@ def test_the_kept_layers_decide_the_network(source: Engine) -> None:
     np.testing.assert_array_equal(first.state_dict()["2.weight"], source.network.initial_parameters(9)["2.weight"])
     assert Engine.from_pretrained(source, layers=1, head=(5, 2)).network == MLP([6, 9, 5, 2], activation="tanh")
     assert Engine.from_pretrained(source, head=2, loss="mse", precision="fp32").loss.kind == "mse"
-    slopes = Engine(MLP([6, 5, 2], activation=PReLU(0.1)), seed=1)
+    slopes = Engine(MLP([6, 5, 2], activation=fusemlp.PReLU(0.1)), seed=1)
     kept = Engine.from_pretrained(slopes.state_dict(), MLP([6, 5, 3], activation="prelu"), layers=1)
     np.testing.assert_array_equal(kept.state_dict()["1.weight"], slopes.state_dict()["1.weight"])
 
 
-def test_the_scale_of_the_inputs_goes_along() -> None:
+def test_the_scale_of_the_inputs_goes_along():
     X, y = task(4)
     measured = Engine(MLP(SIZES), normalise=True)
     measured.fit(100 * X + 3, y, epochs=1)
@@ -255,9 +236,9 @@ def test_the_scale_of_the_inputs_goes_along() -> None:
             Engine.from_pretrained(source, net, normalise=X)
 
 
-def test_by_layers_multiplies_what_parameters_have() -> None:
+def test_by_layers_multiplies_what_parameters_have():
     net = MLP([4, 3, 3, 2], activation=["prelu", "relu"])
-    given = Adam(
+    given = fusemlp.Adam(
         0.1, per_parameter={"*.bias": ParameterOptions(lr_factor=2.0, weight_decay=0.0), "4.*": ParameterOptions(False)}
     )
     found = by_layers(given, net, freeze=1, layer_decay=0.5)
@@ -267,15 +248,15 @@ def test_by_layers_multiplies_what_parameters_have() -> None:
     }
     factors = {name: found.options_for(name)[1].lr_factor for name in ("0.weight", "0.bias", "2.weight", "4.bias")}
     assert factors == {"0.weight": 0.25, "0.bias": 0.5, "2.weight": 0.5, "4.bias": 2.0}
-    assert by_layers(Adam(0.1), net) == Adam(0.1)
+    assert by_layers(fusemlp.Adam(0.1), net) == fusemlp.Adam(0.1)
 
 
-def test_a_fleet_starts_from_given_parameters(source: Engine) -> None:
+def test_a_fleet_starts_from_given_parameters(source):
     X, y = task(4)
     start = {name: array for name, array in source.state_dict().items() if not name.startswith("4.")}
     options = {"precision": "fp64", "normalise": False}
     for memory in (None, 400_000):
-        fleet = Fleet(source.network, vary={"seed": [3, 4]}, initial=[start, start], memory=memory, **options)
+        fleet = fusemlp.Fleet(source.network, vary={"seed": [3, 4]}, initial=[start, start], memory=memory, **options)
         results = fleet.fit(X, y, epochs=2)
         for index, seed in enumerate((3, 4)):
             alone = Engine(source.network, seed=seed, **options)
@@ -284,26 +265,26 @@ def test_a_fleet_starts_from_given_parameters(source: Engine) -> None:
             found = results.engine(index).state_dict()
             assert all(np.array_equal(found[name], array) for name, array in alone.state_dict().items())
     with pytest.raises(ArgumentError, match="initial: expected parameters for each of the 2 models, got 1"):
-        Fleet(source.network, vary={"seed": [3, 4]}, initial=[start])
+        fusemlp.Fleet(source.network, vary={"seed": [3, 4]}, initial=[start])
     with pytest.raises(
         ArgumentTypeError, match=r"got one dict; for one start of all give \[engine.state_dict\(\)\] \* 2"
     ):
-        Fleet(source.network, vary={"seed": [3, 4]}, initial=start)  # type: ignore[arg-type]
+        fusemlp.Fleet(source.network, vary={"seed": [3, 4]}, initial=start)  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match=r"state\['0.weight'\]: expected shape \(3, 6\), got \(9, 6\)"):
-        Fleet(MLP([6, 3, 4]), vary={"seed": [3]}, initial=[{"0.weight": start["0.weight"]}])
+        fusemlp.Fleet(MLP([6, 3, 4]), vary={"seed": [3]}, initial=[{"0.weight": start["0.weight"]}])
 
 
-def test_wrong_sources_and_arguments_are_refused(source: Engine, tmp_path: Path) -> None:
+def test_wrong_sources_and_arguments_are_refused(source, tmp_path):
     state = source.state_dict()
     net = MLP(SIZES, activation="tanh")
     save_file({"conv.weight": np.zeros((2, 2, 2))}, tmp_path / "conv.safetensors")
     (tmp_path / "folder").mkdir()
     one_of_both = "net: parameters alone need their network, net=MLP([784, 128, 10], activation='relu'), and no head"
-    wrong: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
+    wrong = [
         ((3,), {}, ArgumentTypeError, "source: expected an Engine, a path, or a mapping of names to arrays, got int"),
         ((nn.Linear(2, 2),), {}, ArgumentTypeError, "for a module give fusemlp.torch.from_torch(module)"),
-        ((tmp_path / "none",), {}, CheckpointError, "source: there is no model"),
-        ((tmp_path / "folder",), {}, CheckpointError, "is not a run folder"),
+        ((tmp_path / "none",), {}, fusemlp.CheckpointError, "source: there is no model"),
+        ((tmp_path / "folder",), {}, fusemlp.CheckpointError, "is not a run folder"),
         (
             (tmp_path / "conv.safetensors", net),
             {},
@@ -371,7 +352,7 @@ def test_wrong_sources_and_arguments_are_refused(source: Engine, tmp_path: Path)
             Engine.from_pretrained(*arguments, **options)
 
 
-def test_names_of_a_sequential_need_not_be_in_order() -> None:
+def test_names_of_a_sequential_need_not_be_in_order():
     state = {"10.weight": np.zeros((2, 3)), "2.bias": np.zeros(3), "3.weight": np.ones(1), "2.weight": np.zeros((3, 4))}
     assert set(in_sequence(state)) == {"0.weight", "0.bias", "1.weight", "2.weight"}
     assert in_sequence(state)["2.weight"].shape == (2, 3)

@@ -1,9 +1,5 @@
 """The resident plan of the Triton backend, under its interpreter: which networks have it, one model, and fleets."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -12,24 +8,14 @@ pytest.importorskip("triton")
 from step_bounds import Step
 from tolerance import assert_within
 
-from fusemlp import (
-    MLP,
-    SGD,
-    Adam,
-    BackendUnavailableError,
-    Callback,
-    CrossEntropy,
-    Engine,
-    Fleet,
-    PReLU,
-)
+import fusemlp
+from fusemlp import SGD, Engine, Fleet
 from fusemlp.runtime.memory import Memory
 from fusemlp.runtime.plans import choose_plan, resident_chunk
 from fusemlp_kernels.contract import BATCH_INDEX, LAST_LOSS
 from fusemlp_kernels.philox import row_order
 from fusemlp_kernels.registry import TRAITS, interprets_triton
 
-Array = np.ndarray[Any, Any]
 pytestmark = pytest.mark.skipif(not interprets_triton(), reason="for Triton's interpreter: TRITON_INTERPRET=1")
 
 ROWS, WIDTH, CLASSES, BATCH = 13, 5, 3, 8
@@ -37,10 +23,10 @@ rng = np.random.default_rng(2)
 X = rng.standard_normal((ROWS, WIDTH))
 y = (X @ rng.standard_normal((WIDTH, CLASSES))).argmax(axis=1)
 WEIGHT = rng.uniform(0.5, 2.0, ROWS)
-NET = MLP([WIDTH, 7, CLASSES])
+NET = fusemlp.MLP([WIDTH, 7, CLASSES])
 
 
-def same(engine: Engine, other: Engine) -> None:
+def same(engine, other):
     """Assert that both have the same bits, and the same history except the seconds."""
     found, expected = engine.memory.snapshot(), other.memory.snapshot()
     assert found.keys() == expected.keys()
@@ -66,36 +52,34 @@ def same(engine: Engine, other: Engine) -> None:
         ((4, 2), 8, "fp16", 1, "graph", "not for fp16"),
     ],
 )
-def test_small_networks_are_resident_and_why_others_are_not(
-    sizes: tuple[int, ...], batch: int, precision: str, models: int, expected: str, said: str
-) -> None:
+def test_small_networks_are_resident_and_why_others_are_not(sizes, batch, precision, models, expected, said):
     plan, reason = choose_plan("auto", TRAITS["triton"], sizes, batch, precision, models)
     assert plan == expected and said in reason
     refused = plan == "graph" and "estimated" not in reason
     if refused:
-        with pytest.raises(BackendUnavailableError, match="resident kernel"):
+        with pytest.raises(fusemlp.BackendUnavailableError, match="resident kernel"):
             choose_plan("resident", TRAITS["triton"], sizes, batch, precision)
     else:
         assert choose_plan("resident", TRAITS["triton"], sizes, batch, precision) == ("resident", "asked for")
 
 
-def test_a_launch_is_long_enough_to_pay_and_short_enough_for_ctrl_c() -> None:
+def test_a_launch_is_long_enough_to_pay_and_short_enough_for_ctrl_c():
     assert resident_chunk(TRAITS["triton"], 1_000_000) == int(0.05 / (8e-6 + 1_000_000 / 4.7e11))
     assert resident_chunk(TRAITS["triton"], 10**12) == 1
 
 
-def test_the_interpreter_is_eager_unless_asked() -> None:
+def test_the_interpreter_is_eager_unless_asked():
     assert Engine(NET, backend="triton").plan == "eager"
-    with pytest.raises(BackendUnavailableError, match="not for fp16"):
+    with pytest.raises(fusemlp.BackendUnavailableError, match="not for fp16"):
         Engine(NET, backend="triton", precision="fp16", plan="resident")
 
 
-class Bounded(Callback):
+class Bounded(fusemlp.Callback):
     """Compare every update, from the state before it, and every loss with the oracle's."""
 
     checked = 0
 
-    def on_batch_begin(self, engine: Engine, batch: int) -> None:
+    def on_batch_begin(self, engine, batch):
         self.step = Step(engine)
         batches = -(-ROWS // BATCH)
         epoch, at = divmod(int(engine.memory.counters[BATCH_INDEX]), batches)
@@ -103,31 +87,31 @@ class Bounded(Callback):
         weight = WEIGHT[rows].astype(np.float32).astype(np.float64)
         self.trace = self.step.trace(X[rows].astype(np.float32), y[rows], weight)
 
-    def on_batch_end(self, engine: Engine, batch: int) -> None:
+    def on_batch_end(self, engine, batch):
         assert_within(float(engine.memory.stats[LAST_LOSS]), self.trace.loss, self.trace.loss_bound)
         self.step.check()
         self.checked += 1
 
 
-def test_every_step_of_a_fit_is_the_oracles_and_one_launch_an_epoch_has_the_same_bits() -> None:
-    net = MLP([WIDTH, 9, 6, CLASSES], activation=["gelu", PReLU(0.2)], dropout=[0.0, 0.3])
+def test_every_step_of_a_fit_is_the_oracles_and_one_launch_an_epoch_has_the_same_bits():
+    net = fusemlp.MLP([WIDTH, 9, 6, CLASSES], activation=["gelu", fusemlp.PReLU(0.2)], dropout=[0.0, 0.3])
     fitted = []
     for callbacks in ([Bounded()], []):
-        loss = CrossEntropy(label_smoothing=0.1, class_weight=[0.5, 2, 1])
-        engine = Engine(net, loss, Adam(0.02, weight_decay=0.01), BATCH, 5, backend="triton", plan="resident")
+        loss = fusemlp.CrossEntropy(label_smoothing=0.1, class_weight=[0.5, 2, 1])
+        engine = Engine(net, loss, fusemlp.Adam(0.02, weight_decay=0.01), BATCH, 5, backend="triton", plan="resident")
         engine.fit(X, y, epochs=2, sample_weight=WEIGHT, callbacks=callbacks)
         fitted.append(engine)
         assert not callbacks or callbacks[0].checked == 4
     same(*fitted)
 
 
-def test_a_fleet_is_so_many_engines_trained_alone() -> None:
+def test_a_fleet_is_so_many_engines_trained_alone():
     vary = [
         {"lr": 0.05},
         {"hidden": [4], "lr": 3.0, "seed": 2},
         {"seed": 3, "dropout": 0.4, "label_smoothing": 0.1, "betas": (0.5, 0.9), "weight_decay": 0.1},
     ]
-    data: dict[str, Any] = {"epochs": 3, "validation_data": (X[:7], y[:7]), "early_stopping": 1}
+    data = {"epochs": 3, "validation_data": (X[:7], y[:7]), "early_stopping": 1}
     fleet = Fleet(NET, batch_size=BATCH, backend="triton", plan="resident", vary=vary)
     groups = fleet._grouped(dict(enumerate(fleet.engines)))
     assert [len(places) for _, places in groups] == [2, 1]
@@ -149,15 +133,15 @@ def test_a_fleet_is_so_many_engines_trained_alone() -> None:
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
 
 
-def test_early_stopping_without_validation_ends_each_model_after_its_epoch() -> None:
+def test_early_stopping_without_validation_ends_each_model_after_its_epoch():
     fleet = Fleet(NET, batch_size=BATCH, backend="triton", plan="resident", vary={"seed": range(2)})
     # a rate that stays the same is best in the first epoch
     results = fleet.fit(X, y, epochs=4, monitor="learning_rate", early_stopping=1)
     assert [member.history.epochs for member in results.members] == [[0, 1]] * 2
 
 
-def test_members_trained_alone_in_other_batches_leave_the_others_as_they_are() -> None:
-    made: dict[str, Any] = {"optimizer": SGD(0.1), "backend": "triton", "plan": "resident"}
+def test_members_trained_alone_in_other_batches_leave_the_others_as_they_are():
+    made = {"optimizer": SGD(0.1), "backend": "triton", "plan": "resident"}
     fleet = Fleet(NET, batch_size=BATCH, vary={"seed": range(2)}, **made)
     fleet.engines[0].fit(X, y, epochs=1, batch_size=BATCH // 2)
     # rows of a batch that have their gradients summed in several parts
@@ -168,7 +152,7 @@ def test_members_trained_alone_in_other_batches_leave_the_others_as_they_are() -
     same(results.engine(1), engine)
 
 
-def test_folds_of_different_lengths_and_a_model_that_diverges() -> None:
+def test_folds_of_different_lengths_and_a_model_that_diverges():
     folds = [np.arange(11), np.arange(3, 13), np.arange(2, 8)]
     held_out = [np.arange(11, 13), np.arange(3), np.arange(8, 13)]
     vary = [{"lr": 0.1}, {"lr": 1e30}, {"lr": 0.1}]
@@ -187,14 +171,14 @@ def test_folds_of_different_lengths_and_a_model_that_diverges() -> None:
         np.testing.assert_array_equal(array, first[name].astype(np.float32))
 
 
-def test_ctrl_c_ends_all_models_after_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_all_models_after_a_launch(monkeypatch):
     import signal
 
     fleet = Fleet(NET, batch_size=BATCH, backend="triton", plan="resident", vary={"seed": range(2)})
     original = Memory.remember
     asked = []
 
-    def remember(memory: Memory, *arguments: Any) -> Any:
+    def remember(memory, *arguments):
         asked.append(memory)
         if len(asked) == 3:
             signal.raise_signal(signal.SIGINT)
@@ -209,7 +193,7 @@ def test_ctrl_c_ends_all_models_after_a_launch(monkeypatch: pytest.MonkeyPatch) 
     assert all(engine.epochs_trained <= 2 for engine in fleet.engines)
 
 
-def test_models_in_one_launch_scale_their_inputs_as_one_alone() -> None:
+def test_models_in_one_launch_scale_their_inputs_as_one_alone():
     rows = 40 * X + 9
     fleet = Fleet(NET, batch_size=BATCH, backend="triton", plan="resident", vary={"seed": range(2)}, normalise=True)
     # a second fit keeps the scale of the first, in the memory that the models share

@@ -3,8 +3,6 @@
 Under Triton's interpreter these are fp32 and fp16. It computes bf16 wrongly, on raw bit patterns, so bf16 needs a GPU.
 """
 
-from __future__ import annotations
-
 import pytest
 from devices import GPU, INTERPRETER, marks_of
 from training_cases import CASES, IN_FLOAT16, check_fit, check_steps, check_steps_in_float16

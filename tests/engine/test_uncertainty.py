@@ -1,11 +1,8 @@
 """Intervals and sets of classes: their coverage on new rows, what is kept of the errors, and the commands."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pandas
@@ -18,20 +15,20 @@ from fusemlp_kernels.errors import ArgumentError
 from make import read, rows, run
 
 
-def numbers(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def numbers(count, seed):
     generator = np.random.default_rng(seed)
     X = generator.normal(size=(count, 2))
     return X, X @ [2.0, -1.0] + generator.standard_t(4, size=count)
 
 
-def least(count: int, share: float) -> int:
+def least(count, share):
     """Return the number of ``count`` new rows that are covered with all but a chance of one in 100,000."""
     return int(binom.ppf(1e-5, count, share))
 
 
 @pytest.mark.parametrize("models", [1, 4])
 @pytest.mark.parametrize("log_target", [False, True])
-def test_intervals_cover_their_share_of_new_rows(models: int, log_target: bool) -> None:
+def test_intervals_cover_their_share_of_new_rows(models, log_target):
     X, y = numbers(900, 0)
     new, truth = numbers(4000, 1)
     if log_target:
@@ -54,7 +51,7 @@ def test_intervals_cover_their_share_of_new_rows(models: int, log_target: bool) 
     np.testing.assert_array_equal(model.predict_interval(new, 0.5), model.predict_interval(new, coverage=0.5))
 
 
-def test_intervals_of_counts_begin_at_zero_at_least() -> None:
+def test_intervals_of_counts_begin_at_zero_at_least():
     generator = np.random.default_rng(0)
     X = generator.normal(size=(300, 2))
     y = generator.poisson(np.exp(X[:, 0]))
@@ -63,7 +60,7 @@ def test_intervals_of_counts_begin_at_zero_at_least() -> None:
     assert low.min() == 0.0 and (low < high).all()
 
 
-def test_sets_of_classes_cover_their_share_and_hold_the_predicted_class() -> None:
+def test_sets_of_classes_cover_their_share_and_hold_the_predicted_class():
     generator = np.random.default_rng(0)
     X = generator.normal(size=(1200, 2))
     y = np.array(["a", "b", "c"])[
@@ -81,7 +78,7 @@ def test_sets_of_classes_cover_their_share_and_hold_the_predicted_class() -> Non
     assert sets.sum() > model.predict_set(X[800:], 0.6).sum()
 
 
-def test_bounds_are_the_order_statistics_of_all_errors_or_the_next_ones_kept() -> None:
+def test_bounds_are_the_order_statistics_of_all_errors_or_the_next_ones_kept():
     errors = np.random.default_rng(0).exponential(size=(300, 2))
     held = HeldOut.of(errors)
     assert HeldOut.from_config(held.to_config()) == held
@@ -98,14 +95,14 @@ def test_bounds_are_the_order_statistics_of_all_errors_or_the_next_ones_kept() -
         held.bound(1.0)
 
 
-def test_models_without_held_out_rows_have_no_intervals() -> None:
+def test_models_without_held_out_rows_have_no_intervals():
     X, y = numbers(80, 0)
     model = TableRegressor(early_stopping=None, epochs=2).fit(X, y)
     with pytest.raises(ArgumentError, match=r"^coverage: the model was fitted without held-out rows"):
         model.predict_interval(X)
 
 
-def test_the_command_writes_intervals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_intervals(tmp_path, capsys):
     X, y = numbers(400, 0)
     lines = ["a,b,y", *(f"{a:.4f},{b:.4f},{value:.4f}" for (a, b), value in zip(X, y, strict=True))]
     data, out = tmp_path / "data.csv", tmp_path / "out.csv"
@@ -157,7 +154,7 @@ def test_the_command_writes_intervals(tmp_path: Path, capsys: pytest.CaptureFixt
     assert re.search(r"--interval: the report of .* is missing: .*train --resume", capsys.readouterr().err)
 
 
-def test_the_command_writes_sets_of_classes(tmp_path: Path) -> None:
+def test_the_command_writes_sets_of_classes(tmp_path):
     out = tmp_path / "out.csv"
     assert run("train", "iris", "--epochs", "30", "--quiet", "--out", tmp_path / "run") == 0
     names = read(tmp_path / "run" / "config.json")["preprocessor"]["feature_names"]
@@ -170,9 +167,7 @@ def test_the_command_writes_sets_of_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["classes", "numbers"])
-def test_the_coverage_of_the_report_is_that_of_what_predict_writes(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_coverage_of_the_report_is_that_of_what_predict_writes(kind, tmp_path, capsys):
     X, y = numbers(400, 0)
     # classes so far apart that 90 % need fewer rows than are right, so that the predicted class alone adds some;
     # numbers of which some count as the least training row, and lie below every interval of logarithms

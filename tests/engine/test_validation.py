@@ -1,11 +1,7 @@
 """Checks of arguments: accepted values, refused values, and the messages."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import pandas
@@ -20,51 +16,51 @@ from fusemlp.inputs import arrays as validation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError
 
 
-def features(value: Any, **options: Any) -> Any:
+def features(value, **options):
     return validation.as_features("X", value, **{"width": 3, "dtype": np.float32, **options})
 
 
-def labels(value: Any, **options: Any) -> Any:
+def labels(value, **options):
     return validation.as_class_labels("y", value, **{"classes": 3, "rows": 4, **options})
 
 
-def values(value: Any, **options: Any) -> Any:
+def values(value, **options):
     return validation.as_values("y", value, **{"width": 2, "rows": 3, "dtype": np.float32, **options})
 
 
-def weights(value: Any, **options: Any) -> Any:
+def weights(value, **options):
     return validation.as_weights("sample_weight", value, **{"rows": 3, "dtype": np.float32, **options})
 
 
-def soft(value: Any, **options: Any) -> Any:
+def soft(value, **options):
     return validation.as_probability_rows("y", value, **{"classes": 3, "rows": None, "dtype": np.float32, **options})
 
 
-def binary(value: Any) -> Any:
+def binary(value):
     return validation.as_binary_targets("y", value, width=1, rows=None, dtype=np.float32)
 
 
-def counts(value: Any) -> Any:
+def counts(value):
     return validation.as_counts("y", value, width=1, rows=None, dtype=np.float32)
 
 
-def masked() -> Any:
+def masked():
     return np.ma.masked_array(np.ones((2, 3)), mask=[[0, 0, 0], [0, 1, 0]])
 
 
-def sparse() -> Any:
+def sparse():
     from scipy.sparse import csr_array
 
     return csr_array(np.eye(3))
 
 
-def with_value(value: float, dtype: Any = np.float64) -> Any:
+def with_value(value, dtype=np.float64):
     X = np.ones((5, 3), dtype)
     X[2, 1] = value
     return X
 
 
-REFUSED: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
+REFUSED = [
     ("one-dimensional X", lambda: features(np.ones(3)), ShapeError, r"X.reshape\(1, -1\)"),
     ("a vector of one feature", lambda: features(np.ones(7), width=1), ShapeError, r"X.reshape\(-1, 1\)"),
     ("three-dimensional X", lambda: features(np.ones((2, 3, 1))), ShapeError, r"X.reshape\(len\(X\), -1\)"),
@@ -127,13 +123,13 @@ REFUSED: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("call", "error", "message"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
-def test_refused(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+def test_refused(call, error, message):
     with pytest.raises(error, match=message) as caught:
         call()
     assert type(caught.value) is error
 
 
-def test_fitting_input_comes_back_itself() -> None:
+def test_fitting_input_comes_back_itself():
     X = np.ones((2, 3), np.float32)
     y = np.array([0, 1, 2, 1])
     assert features(X) is X
@@ -162,7 +158,7 @@ X64 = np.arange(12.0).reshape(4, 3)
     ],
     ids=["float64", "half", "int8", "big-endian", "Fortran", "strided", "list", "pandas", "torch", "unmasked"],
 )
-def test_accepted_features(given_as: Any) -> None:
+def test_accepted_features(given_as):
     result = features(given_as)
     assert type(result) is np.ndarray
     assert result.dtype == np.float32
@@ -170,23 +166,23 @@ def test_accepted_features(given_as: Any) -> None:
     np.testing.assert_array_equal(result, X64)
 
 
-def test_dlpack_alone_is_enough() -> None:
+def test_dlpack_alone_is_enough():
     class Capsule:
-        def __dlpack__(self, **options: Any) -> Any:
+        def __dlpack__(self, **options):
             return X64.__dlpack__(**options)
 
-        def __dlpack_device__(self) -> Any:
+        def __dlpack_device__(self):
             return X64.__dlpack_device__()
 
     np.testing.assert_array_equal(features(Capsule()), X64)
 
 
-def test_misaligned_features_are_aligned() -> None:
+def test_misaligned_features_are_aligned():
     X = np.frombuffer(bytearray(1 + 24), np.float32, offset=1, count=6).reshape(2, 3)
     assert features(X).flags.aligned
 
 
-def test_the_input_is_not_written() -> None:
+def test_the_input_is_not_written():
     X = with_value(1e39)
     before = X.copy()
     with pytest.raises(DataError):
@@ -194,24 +190,24 @@ def test_the_input_is_not_written() -> None:
     np.testing.assert_array_equal(X, before)
 
 
-def test_finite_values_with_an_infinite_sum_pass() -> None:
+def test_finite_values_with_an_infinite_sum_pass():
     largest = np.finfo(np.float32).max
     assert features(np.full((2, 3), largest, np.float32)).max() == largest
 
 
-def test_values_go_unchecked_on_request() -> None:
+def test_values_go_unchecked_on_request():
     assert np.isnan(features(with_value(math.nan), check_finite=False)[2, 1])
     assert np.isinf(features(with_value(1e39), check_finite=False)[2, 1])
 
 
 @pytest.mark.parametrize("dtype", ["b1", "i1", "u1", "i4", "u8", "f2", "f4", "f8", ">i4"])
-def test_accepted_labels(dtype: str) -> None:
+def test_accepted_labels(dtype):
     result = labels(np.array([0, 1, 1, 0]).astype(dtype))
     assert result.dtype == np.int64
     assert result.tolist() == [0, 1, 1, 0]
 
 
-def test_labels_in_one_column_or_ignored() -> None:
+def test_labels_in_one_column_or_ignored():
     assert labels(np.array([[0], [1], [2], [0]])).shape == (4,)
     assert labels([0, -100, 2, -100.0], ignore_index=-100).tolist() == [0, -100, 2, -100]
     assert labels([0, 1, 2], rows=None).shape == (3,)
@@ -219,7 +215,7 @@ def test_labels_in_one_column_or_ignored() -> None:
         labels([-1, -100, 2, 0], ignore_index=-100)
 
 
-def test_a_vector_is_one_column_of_targets() -> None:
+def test_a_vector_is_one_column_of_targets():
     assert values([1.0, 2.0, 3.0], width=1).shape == (3, 1)
     assert weights(np.ones((3, 1))).shape == (3,)
     assert binary([0, 0.3, 1]).shape == (3, 1)
@@ -234,14 +230,14 @@ def test_a_vector_is_one_column_of_targets() -> None:
         )
     )
 )
-def test_rows_normalised_in_any_precision_are_probabilities(given_rows: Any) -> None:
+def test_rows_normalised_in_any_precision_are_probabilities(given_rows):
     rows = given_rows + given_rows.dtype.type(0.0625)
     rows = rows / rows.sum(axis=1, keepdims=True)
     for dtype in (np.float32, np.float64):
         assert soft(rows, classes=rows.shape[1], dtype=dtype).shape == rows.shape
 
 
-def test_probabilities_are_judged_by_their_precision() -> None:
+def test_probabilities_are_judged_by_their_precision():
     slightly_off = np.array([[0.5, 0.5, 1e-5]])
     with pytest.raises(DataError, match="sum"):
         soft(slightly_off)
@@ -249,14 +245,14 @@ def test_probabilities_are_judged_by_their_precision() -> None:
 
 
 @pytest.mark.parametrize("value", [1, np.int8(1), np.uint64(1), np.array(1), torch.tensor(1)])
-def test_counts_of_any_integer_type(value: Any) -> None:
+def test_counts_of_any_integer_type(value):
     count = checks.as_count("epochs", value)
     assert count == 1
     assert type(count) is int
 
 
 @pytest.mark.parametrize("value", [0, 0.0, np.float32(0), np.int64(0), Fraction(0)])
-def test_numbers_of_any_real_type(value: Any) -> None:
+def test_numbers_of_any_real_type(value):
     number = checks.as_number("lr", value, low=0, high=0)
     assert number == 0
     assert type(number) is float

@@ -1,7 +1,5 @@
 """Validation rows that a fit binds once give the same scores as ``evaluate``."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 

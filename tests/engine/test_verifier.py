@@ -1,7 +1,5 @@
 """The verifier passes every lowered program, and no broken one."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 

@@ -10,7 +10,7 @@ from step_bounds import Step, TwoBytes, _host
 from tolerance import assert_within
 
 import fusemlp
-from fusemlp import MLP, MSE, SGD, Adam, AdamW, BinaryCrossEntropy, CrossEntropy, Engine, ParameterOptions, PReLU
+from fusemlp import MLP, SGD, Adam, AdamW, CrossEntropy, Engine, ParameterOptions
 from fusemlp_kernels.contract import BATCH_INDEX, LAST_LOSS, LOSS_SCALE, SKIPPED
 from fusemlp_kernels.philox import row_order
 
@@ -56,17 +56,17 @@ LOSSES = {
     "ignored labels": Case(loss=CrossEntropy(ignore_index=-100), data="ignored labels"),
     "soft targets": Case(loss=CrossEntropy(), data="soft"),
     "cross_entropy, sum": Case(SGD(0.01), CrossEntropy(reduction="sum")),
-    "binary_cross_entropy": Case(loss=BinaryCrossEntropy(), data="binary", weighted=True),
-    "mse": Case(loss=MSE(), data="values", weighted=True),
+    "binary_cross_entropy": Case(loss=fusemlp.BinaryCrossEntropy(), data="binary", weighted=True),
+    "mse": Case(loss=fusemlp.MSE(), data="values", weighted=True),
     "mae": Case(loss=fusemlp.MAE(), data="values"),
     "huber": Case(loss=fusemlp.Huber(delta=0.2), data="values"),
     "poisson": Case(loss=fusemlp.Poisson(), data="counts"),
     "quantile": Case(loss=fusemlp.Quantile(q=0.8), data="values"),
-    "mse behind prelu": Case(loss=MSE(), data="values", net=MLP(SIZES, output_activation=PReLU(0.3))),
+    "mse behind prelu": Case(loss=fusemlp.MSE(), data="values", net=MLP(SIZES, output_activation=fusemlp.PReLU(0.3))),
 }
 NETWORKS = {
     "relu, dropout": MLP(SIZES, activation="relu", dropout=[0.2, 0.5]),
-    "gelu and prelu, dropout": MLP(SIZES, activation=["gelu", PReLU(0.2)], dropout=[0.0, 0.3]),
+    "gelu and prelu, dropout": MLP(SIZES, activation=["gelu", fusemlp.PReLU(0.2)], dropout=[0.0, 0.3]),
     "leaky_relu and sigmoid": MLP(SIZES, activation=[fusemlp.LeakyReLU(0.1), "sigmoid"]),
     "silu, dropout": MLP(SIZES, activation="silu", dropout=0.3),
     "identity": MLP(SIZES, activation="identity"),
