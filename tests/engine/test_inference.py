@@ -11,6 +11,7 @@ from fusemlp import MLP, CrossEntropy, DataError, Engine
 from fusemlp.describe.losses import as_loss
 from fusemlp.runtime import forward as forward_module
 from fusemlp_kernels import reference
+from make import assert_same
 
 INPUTS, OUTPUTS = 5, 4
 RNG = np.random.default_rng(4)
@@ -138,8 +139,7 @@ class TestPredict:
         engine.predict_proba(X)
         engine.evaluate(X, LABELS)
         engine.dead_units(X)
-        for name, array in engine.memory.snapshot().items():
-            np.testing.assert_array_equal(array, before[name], err_msg=name)
+        assert_same(engine.memory.snapshot(), before)
 
 
 @pytest.mark.usefixtures("small_batches")

@@ -22,7 +22,7 @@ from fusemlp import (
     ParameterOptions,
     load_checkpoint,
 )
-from make import assert_same_state
+from make import assert_same, assert_same_state
 
 ROWS, BATCH, EPOCHS = 70, 16, 8
 RNG = np.random.default_rng(11)
@@ -255,7 +255,7 @@ def test_refusals_change_nothing(options, given, error, message):
     before = engine.state_dict()
     with pytest.raises(error, match=message):
         engine.fit(**{"X": X, "y": LABELS, "epochs": 1, "adversarial": IBP(0.1), **given})
-    assert all(np.array_equal(before[name], value) for name, value in engine.state_dict().items())
+    assert_same(engine.state_dict(), before)
     assert engine.epochs_trained == 0
 
 

@@ -288,7 +288,7 @@ def test_lines_leave_out_what_repeats_or_is_undefined():
     lines = list(headline({"loss": 0.5, "log_loss": 0.50001, "auc": math.nan, "mae": 2.0, "pinball": 1.0, "r2": None}))
     assert lines == ["test loss 0.5000", "test mae 2.0000"]
     assert list(headline({"loss": 0.5, "log_loss": 0.7, "mae": 2.0, "pinball": 0.4}))[1::2] == [
-        *("test log_loss 0.7000", "test pinball 0.4000"),
+        *("test log_loss 0.7000", "test pinball 0.4000")
     ]
 
 

@@ -1,13 +1,13 @@
 """The network description: accepted options, names and initial values of parameters."""
 
 import copy
-import dataclasses
 import json
 import math
 import pickle
 
 import numpy as np
 import pytest
+from torch import nn
 
 from fusemlp.describe.network import ELU, INITS, MLP, Activation, LeakyReLU, PReLU, as_activation
 from fusemlp_kernels.contract import ACTIVATIONS
@@ -22,23 +22,15 @@ NETWORKS = [
 ]
 
 
-def test_one_activation_and_dropout_serve_all_hidden_layers():
-    net = MLP([8, 6, 4, 2], activation="silu", output_activation="tanh", dropout=0.25)
-    assert net.layers == 3
+def test_one_activation_and_dropout_serve_all_hidden_layers_or_each_has_its_own():
+    net = MLP(np.array([8, 6, 4, 2], np.int32), activation="silu", output_activation="tanh", dropout=0.25)
+    assert net.layers == 3 and net.sizes == (8, 6, 4, 2)
+    assert all(type(size) is int for size in net.sizes)
     assert [activation.name for activation in net.activations] == ["silu", "silu", "tanh"]
     assert net.dropouts == (0.25, 0.25, 0.0)
-
-
-def test_each_hidden_layer_can_have_its_own():
     net = MLP([8, 6, 4, 2], activation=["relu", LeakyReLU(0.3)], dropout=[0.5, 0])
     assert net.activations == (Activation("relu"), Activation("leaky_relu", 0.3), Activation("identity"))
     assert net.dropouts == (0.5, 0.0, 0.0)
-
-
-def test_sizes_may_be_numpy_integers():
-    net = MLP(np.array([3, 2], dtype=np.int32))
-    assert net.sizes == (3, 2)
-    assert all(type(size) is int for size in net.sizes)
 
 
 def test_every_activation_of_the_contract_has_a_name():
@@ -50,19 +42,11 @@ def test_every_activation_of_the_contract_has_a_name():
 
 
 def test_a_module_of_torch_is_no_activation():
-    from torch import nn
-
     with pytest.raises(ArgumentTypeError, match=r"or fusemlp.ELU\(1.0\), got ELU\(alpha=1.0\)"):
-        as_activation("activation", nn.ELU())  # type: ignore[arg-type]
-
-
-def test_a_slope_of_zero_is_shown():
-    assert "LeakyReLU(0.0)" in repr(MLP([2, 3, 1], activation=LeakyReLU(0.0)))
+        as_activation("activation", nn.ELU())
 
 
 def test_parameters_have_the_names_shapes_and_order_of_torch():
-    from torch import nn
-
     net = MLP([5, 4, 3, 2], activation=["relu", PReLU()], output_activation=PReLU(), dropout=0.5)
     module = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3), nn.PReLU(), nn.Linear(3, 2), nn.PReLU())
     expected = [(name, tuple(tensor.shape)) for name, tensor in module.state_dict().items()]
@@ -73,25 +57,20 @@ def test_parameters_have_the_names_shapes_and_order_of_torch():
 @pytest.mark.parametrize("net", NETWORKS, ids=repr)
 @pytest.mark.parametrize("init", INITS)
 def test_initial_parameters_fill_the_shapes_in_float64(net, init):
-    config = {**net.to_config(), "init": init}
-    parameters = MLP.from_config(config).initial_parameters(3)
+    parameters = MLP.from_config({**net.to_config(), "init": init}).initial_parameters(3)
     assert [(name, array.shape) for name, array in parameters.items()] == list(net.parameter_shapes().items())
     assert {array.dtype for array in parameters.values()} == {np.dtype(np.float64)}
 
 
-def test_initial_parameters_are_a_function_of_the_seed():
-    net = MLP([6, 5, 4], init="torch")
+def test_initial_parameters_are_a_function_of_the_seed_and_their_layer():
+    """A layer's numbers do not depend on other layers' widths or activations, and no two layers are equal."""
+    net = MLP([6, 6, 6, 3], init="torch")
     first, again, other = (net.initial_parameters(seed) for seed in (7, 7, 8))
     for name in first:
         np.testing.assert_array_equal(first[name], again[name])
         assert not np.any(first[name] == other[name])
-
-
-def test_layers_draw_independently():
-    """A layer's numbers do not depend on other layers' widths or activations, and no two layers are equal."""
-    first = MLP([6, 6, 6, 3]).initial_parameters(0)
-    second = MLP([6, 6, 6, 9], activation=["relu", "tanh"]).initial_parameters(0)
-    np.testing.assert_array_equal(first["0.weight"], second["0.weight"])
+    wider = MLP([6, 6, 6, 9], activation=["relu", "tanh"], init="torch").initial_parameters(7)
+    np.testing.assert_array_equal(first["0.weight"], wider["0.weight"])
     assert not np.any(first["0.weight"] == first["2.weight"])
 
 
@@ -151,18 +130,11 @@ def test_a_network_survives_json_pickle_copy_and_repr(net):
     assert len({net, copy.copy(net)}) == 1
 
 
-def test_a_network_is_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        NETWORKS[0].init = "zeros"
-
-
 def test_repr_shows_what_differs():
-    assert repr(MLP([784, 128, 10], dropout=0.1)) == (
-        "MLP([784, 128, 10], activation='relu', output_activation='identity', dropout=0.1, init='auto')"
-    )
-    assert repr(MLP([4, 3, 2, 1], activation=["relu", LeakyReLU(0.1)])) == (
-        "MLP([4, 3, 2, 1], activation=['relu', LeakyReLU(0.1)], output_activation='identity', init='auto')"
-    )
+    shown = "MLP([784, 128, 10], activation='relu', output_activation='identity', dropout=0.1, init='auto')"
+    assert repr(MLP([784, 128, 10], dropout=0.1)) == shown
+    shown = "MLP([4, 3, 2, 1], activation=['relu', LeakyReLU(0.0)], output_activation='identity', init='auto')"
+    assert repr(MLP([4, 3, 2, 1], activation=["relu", LeakyReLU(0.0)])) == shown
 
 
 @pytest.mark.parametrize(
@@ -173,25 +145,20 @@ def test_repr_shows_what_differs():
         ({"sizes": []}, ArgumentError, r"sizes: expected at least 2 widths .*got \[\]"),
         ({"sizes": [4]}, ArgumentError, r"sizes: expected at least 2 widths .*got \[4\]"),
         ({"sizes": [4, 0, 2]}, ArgumentError, r"sizes\[1\]: .*at least 1, got 0"),
-        ({"sizes": [4, -3]}, ArgumentError, r"sizes\[1\]: .*got -3"),
         ({"sizes": [4, True]}, ArgumentTypeError, r"sizes\[1\]: .*got True"),
         ({"sizes": [4, 2.0]}, ArgumentTypeError, r"sizes\[1\]: .*got 2\.0 \(float\); write 2"),
-        ({"sizes": [4, "2"]}, ArgumentTypeError, r"sizes\[1\]: .*got '2'"),
         ({"activation": "rellu"}, ArgumentError, "activation: .*'rellu'; did you mean 'relu'"),
         ({"sizes": [4, 3], "activation": "sigmoidd"}, ArgumentError, "did you mean 'sigmoid'"),
         ({"activation": "swish"}, ArgumentError, "'swish'; it is called 'silu'"),
         ({"activation": None}, ArgumentTypeError, "activation: .*got None"),
         ({"activation": LeakyReLU}, ArgumentTypeError, "activation: .*got <function LeakyReLU"),
         ({"activation": ["relu", "tanh"]}, ArgumentError, "activation: .*1 .one per hidden layer., got 2"),
-        ({"activation": []}, ArgumentError, "activation: .*got 0"),
         ({"output_activation": "softmax"}, ArgumentError, "output_activation: .*use 'identity'.*predict_proba"),
         ({"output_activation": "linear"}, ArgumentError, "output_activation: .*called 'identity'"),
         ({"output_activation": ["relu"]}, ArgumentTypeError, "output_activation: "),
         ({"dropout": 1.5}, ArgumentError, "dropout: .*below 1, got 1.5"),
         ({"sizes": [4, 3], "dropout": 1.5}, ArgumentError, "dropout: .*got 1.5"),
-        ({"dropout": 1.0}, ArgumentError, "dropout: .*got 1.0"),
         ({"dropout": -0.1}, ArgumentError, "dropout: .*got -0.1"),
-        ({"dropout": math.nan}, ArgumentError, "dropout: .*got nan"),
         ({"dropout": "0.1"}, ArgumentTypeError, "dropout: .*got '0.1'"),
         ({"dropout": True}, ArgumentTypeError, "dropout: .*got True"),
         ({"dropout": [0.1, 0.2]}, ArgumentError, r"dropout: .*1 \(one per hidden layer\), got 2: \[0\.1, 0\.2\]"),
@@ -228,9 +195,8 @@ def test_impossible_seeds_are_refused(seed, error):
         NETWORKS[0].initial_parameters(seed)
 
 
-@pytest.mark.parametrize("change", [{"depth": 3}, {"init": None}])
-def test_a_configuration_with_other_keys_is_refused(change):
-    config = {**NETWORKS[0].to_config(), **change}
-    config = {name: value for name, value in config.items() if value is not None}
-    with pytest.raises(ArgumentError, match=f"network: .*wrong keys: .*{next(iter(change))}"):
-        MLP.from_config(config)
+def test_a_configuration_with_other_keys_is_refused():
+    config = NETWORKS[0].to_config()
+    for key, wrong in (("depth", {**config, "depth": 3}), ("init", {k: v for k, v in config.items() if k != "init"})):
+        with pytest.raises(ArgumentError, match=f"network: .*wrong keys: .*{key}"):
+            MLP.from_config(wrong)

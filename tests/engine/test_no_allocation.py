@@ -34,12 +34,7 @@ CASES = {
     "adamw": ({"activation": "gelu", "dropout": 0.5}, AdamW(Cosine(0.001, steps=100)), "poisson", VALUES),
     "accumulated": ({"activation": "silu"}, AdamW(0.001, accumulate=2), "binary_cross_entropy", VALUES.round()),
     "prelu": ({"activation": PReLU(0.1), "output_activation": "tanh"}, Adam(0.001), "quantile", VALUES),
-    "options": (
-        {},
-        SGD(0.01),
-        CrossEntropy(label_smoothing=0.1, class_weight=[1.0] * OUTPUTS, ignore_index=3),
-        LABELS,
-    ),
+    "options": ({}, SGD(0.01), CrossEntropy(label_smoothing=0.1, class_weight=[1.0] * OUTPUTS, ignore_index=3), LABELS),
     "soft": ({}, SGD(0.01), "cross_entropy", np.eye(OUTPUTS, dtype=np.float32)[LABELS]),
 }
 

@@ -83,13 +83,13 @@ CORPUS = {
     "a negative price": ('a\n"-$1,498.50"\n$-2\n', {"a": [-1498.5, -2]}),
     "dates of one kind and a missing one": (
         'a,b\n2024-01-02,1\nNA,2\n" ",3\n2024-01-03,4\n',
-        {"a": ["2024-01-02", None, None, "2024-01-03"]},
+        {"a": ["2024-01-02", None, None, "2024-01-03"]}
     ),
     "dates without zeros": ("a,b\n2024-1-2,1\n2024-11-12,2\n", {"a": ["2024-01-02", "2024-11-12"]}),
     "dates before 1970": ("a,b\n1905-03-04,1\n0999-12-31,2\n", {"a": ["1905-03-04", "0999-12-31"]}),
     "a day that does not exist": (
         "a\n" + "".join(f"2024-03-{day}\n" for day in range(10, 29)) + "2024-02-30\n",
-        "line 21, column 'a': '2024-02-30' is not a date such as 2024-12-31",
+        "line 21, column 'a': '2024-02-30' is not a date such as 2024-12-31"
     ),
     "semicolons and decimal commas": ("a;b\n1,5;x\n-2,25;y\n", {"a": [1.5, -2.25], "b": ["x", "y"]}),
     "semicolons and decimal points": ("a;b\n1.5;x\n2.25;y\n", {"a": [1.5, 2.25], "b": ["x", "y"]}),
@@ -117,7 +117,7 @@ CORPUS = {
     "truth values": ("a,b\ntrue,1\nFALSE,2\n,3\n", {"a": [1, 0, None], "b": [1, 2, 3]}),
     "missing numbers": (
         "a,b\n1,1\n,1\nNA,1\n NA ,1\nNAN,1\nN/A,1\nNaN,1\nnan,1\nnull,1\nNone,1\n?,1\n2,1\n",
-        {"a": [1, *[None] * 10, 2], "b": [1] * 12},
+        {"a": [1, *[None] * 10, 2], "b": [1] * 12}
     ),
     "missing first": ("a,b\n,\n,\n1,x\n", {"a": [None, None, 1], "b": ["", "", "x"]}),
     "no value at all": ("a,b\n,1\nNA,2\n", {"a": [None, None], "b": [1, 2]}),
@@ -126,14 +126,14 @@ CORPUS = {
     "ISO dates": ("a\n2024-12-31\n\n2024-01-02\nNA\n", {"a": ["2024-12-31", "2024-01-02", None]}),
     "ISO dates with times": (
         "a\n2024-12-31T23:30:00\n2024-01-02 01:00\n2024-01-02T01:00:00+02:00\n",
-        {"a": ["2024-12-31T23:30", "2024-01-02T01:00", "2024-01-01T23:00"]},
+        {"a": ["2024-12-31T23:30", "2024-01-02T01:00", "2024-01-01T23:00"]}
     ),
     "dates with points": ("a;b\n31.12.2024;1,5\n1.2.2024;2,5\n", {"a": ["2024-12-31", "2024-02-01"]}),
     "dates with points, all days below 13": ("a,b\n03.02.2024,1\n", {"a": ["2024-02-03"]}),
     "American dates": ("a,b\n12/31/2024,1\n2/1/2024,2\n", {"a": ["2024-12-31", "2024-02-01"]}),
     "American times": (
         "a,b\n12/31/2024 3:05 PM,1\n2/1/2024 12:00 AM,2\n",
-        {"a": ["2024-12-31T15:05", "2024-02-01"]},
+        {"a": ["2024-12-31T15:05", "2024-02-01"]}
     ),
     "European dates with slashes": ("a,b\n31/12/2024,1\n2/1/2024,2\n", {"a": ["2024-12-31", "2024-01-02"]}),
 }  # fmt: skip

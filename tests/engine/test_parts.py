@@ -155,7 +155,7 @@ def test_rows_without_a_group_are_one(tmp_path):
 @pytest.mark.parametrize(
     ("option", "words"),
     [("group", "test rows: none of 30 rows can be held out, because all are of one group ('a')"),
-     ("time", "test rows: none of 30 rows can be held out, because all have the same time")],
+     ("time", "test rows: none of 30 rows can be held out, because all have the same time")]
 )  # fmt: skip
 def test_one_group_or_time_cannot_be_split(option, words, tmp_path):
     content = [["a" if option == "group" else 3, row / 7, row % 2] for row in range(30)]

@@ -35,10 +35,7 @@ def test_loss_and_accuracy_side_by_side():
     figure = plots.curves_figure(RISING, loss="cross_entropy", title="digits", best_epoch=2, overfitting=found)
     assert pixels(plots.picture(figure)).std() > 0.0
     assert [axes.get_xlabel() for axes in figure.axes] == ["epoch", "epoch"]
-    assert [axes.get_ylabel() for axes in figure.axes] == [
-        "loss (cross_entropy)",
-        "accuracy (share of right answers)",
-    ]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["loss (cross_entropy)", "accuracy (share of right answers)"]
     assert labels(figure, 0) == ["training", "validation", "overfitting: gap 0.7", "best epoch: 2"]
     assert labels(figure, 1) == ["training", "validation", "overfitting: gap 0.3", "best epoch: 2"]
     training, held_out, best = figure.axes[0].get_lines()

@@ -11,7 +11,7 @@ from fusemlp.datasets.preprocessing import split
 from fusemlp.describe import presets
 from fusemlp.sklearn import TableClassifier, TableRegressor
 from fusemlp.tables.descriptions import with_preset
-from make import read, rows, run
+from make import assert_same, read, rows, run
 
 QUICK = ("--scale", "robust", "--epochs", "4", "--quiet", "--backend", "numpy")
 
@@ -67,8 +67,7 @@ def test_a_run_goes_on_with_its_recipe(tmp_path):
         assert run("train", data, *told, "--epochs", epochs, "--out", tmp_path / name) == 0
     assert run("train", "--resume", tmp_path / "half", "--epochs", "4", "--quiet") == 0
     whole, half = (load_checkpoint(tmp_path / name / "checkpoints" / "last.safetensors") for name in ("whole", "half"))
-    for name, value in whole.state_dict().items():
-        np.testing.assert_array_equal(value, half.state_dict()[name], err_msg=name)
+    assert_same(whole, half)
 
 
 @pytest.mark.parametrize(
@@ -214,8 +213,7 @@ def test_an_estimator_has_the_model_of_the_command_line(tmp_path):
     here = TableRegressor(preset="tabm", scale="robust", log_target=False, epochs=4, backend="numpy")
     here.fit(frame.drop(columns="value"), frame["value"])
     assert any("preset tabm" in note for note in here.notes_)
-    for name, value in there.engine_.state_dict().items():
-        np.testing.assert_array_equal(here.engine_.state_dict()[name], value, err_msg=name)
+    assert_same(there.engine_, here.engine_)
     low, high = here.predict_interval(frame, 0.8)
     assert (low < here.predict(frame)).all() and (high > low).all()
     here.save(tmp_path / "estimator")

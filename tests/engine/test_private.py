@@ -14,7 +14,7 @@ from fusemlp.describe.privacy import Accountant, sampling_rate, steps_of_an_epoc
 from fusemlp.runtime.ledger import PoissonRows
 from fusemlp_kernels import philox, reference
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibraryError
-from make import read, run
+from make import assert_same, read, run
 
 pytest.importorskip("dp_accounting")
 
@@ -102,7 +102,7 @@ def test_steps_are_those_of_the_oracle(
     engine = Engine(
         MLP([INPUTS, *hidden, OUTPUTS], activation=activation, dropout=dropout if hidden else 0.0),
         loss, optimizer, batch_size, seed=4, precision="fp64", plan=plan,
-        privacy=DPSGD(noise, clip, delta=1e-5, seed=SEED),
+        privacy=DPSGD(noise, clip, delta=1e-5, seed=SEED)
     )  # fmt: skip
     X, y = problem(loss)
     weight = np.random.default_rng(1).uniform(0.2, 2.0, ROWS) if weighted else None
@@ -118,7 +118,7 @@ def test_the_plans_agree_bit_for_bit(precision):
     def trained(plan):
         engine = Engine(
             MLP([INPUTS, 300, OUTPUTS], dropout=0.2), batch_size=100, precision=precision, plan=plan,
-            privacy=DPSGD(1.0, seed=SEED),
+            privacy=DPSGD(1.0, seed=SEED)
         )  # fmt: skip
         history = engine.fit(*problem("cross_entropy", 900), epochs=3)
         return engine.state_dict(), history.history
@@ -314,7 +314,7 @@ def test_a_resumed_fit_counts_each_step_once(tmp_path):
     # with the seed, which no file holds, it is the same training
     resumed.ledger.privacy, resumed.ledger.seed = replace(resumed.privacy, seed=SEED), SEED
     continued = resumed.fit(X, y, epochs=3, resume=True)
-    assert all(np.array_equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    assert_same(resumed, whole)
     assert resumed.ledger.steps(resumed.update_count) == whole.ledger.steps(whole.update_count) == [(1 / 6, 18)]
     np.testing.assert_allclose(continued.history["epsilon"], history.history["epsilon"], rtol=1e-3)
 

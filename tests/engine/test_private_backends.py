@@ -73,7 +73,7 @@ def expected(engine, before, states, X, y, weight, update):
         one = slice(row, row + 1)
         batch = reference.Batch(
             X[one], y[one], None if weight is None else weight[one],
-            keeps=[None if keep is None else keep[one] for keep in keeps],
+            keeps=[None if keep is None else keep[one] for keep in keeps]
         )  # fmt: skip
         trace = traced(layers, spec, batch)
         flat = (itertools.chain.from_iterable(nested) for nested in (trace.grads, trace.bounds))

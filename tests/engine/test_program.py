@@ -216,7 +216,7 @@ def test_names_of_arenas_stand_for_their_values():
 @pytest.mark.parametrize(
     "number, text",
     [(0, "0"), (7, "7"), (999, "999"), (1000, "1k"), (25_690_112, "25.7M"), (999_499, "999k"), (999_500, "1M"),
-     (3.2e9, "3.2G"), (5e15, "5e+03T")],
+     (3.2e9, "3.2G"), (5e15, "5e+03T")]
 )  # fmt: skip
 def test_numbers_have_three_digits_and_a_prefix(number, text):
     assert scaled(number) == text

@@ -19,7 +19,7 @@ from fusemlp_kernels import reference
 from fusemlp_kernels.contract import LossSpec
 from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.reference import Batch, MemberLayer
-from make import assert_same_state
+from make import assert_same, assert_same_state
 
 ROWS, WIDTH, CLASSES, MEMBERS = 70, 5, 3, 3
 NET = MLP([WIDTH, 6, 7, CLASSES], activation="tanh", members=MEMBERS)
@@ -151,8 +151,7 @@ def test_steps_epochs_at_once_and_batches_train_alike():
             engines[3].step(x, own)
     assert seen == [0, 1, 2]
     for one, other in pairwise(engines):
-        for name, value in one.state_dict().items():
-            np.testing.assert_array_equal(value, other.state_dict()[name], err_msg=name)
+        assert_same(one, other)
 
 
 def test_a_step_after_a_fit_that_was_cut_off_reads_its_own_rows():
@@ -167,8 +166,7 @@ def test_a_step_after_a_fit_that_was_cut_off_reads_its_own_rows():
     engines[1].step(X[:16], y[:16])
     for engine in engines:
         engine.step(X[20:30], y[20:30])
-    for name, value in engines[0].state_dict().items():
-        np.testing.assert_array_equal(value, engines[1].state_dict()[name], err_msg=name)
+    assert_same(engines[0], engines[1])
 
 
 def test_members_start_with_signs_and_heads_of_their_own():
@@ -375,8 +373,7 @@ def test_a_step_beside_a_fit_that_was_cut_off_reads_its_own_batch():
     # the rows of a fit lie behind those of the step's batch
     one.step(X[:16], y[:16])
     other.step(X[:16], y[:16])
-    for name, value in one.state_dict().items():
-        np.testing.assert_array_equal(value, other.state_dict()[name], err_msg=name)
+    assert_same(one, other)
 
 
 def test_an_average_of_the_weights_is_validated():

@@ -430,11 +430,7 @@ def test_copies_work_as_scikit_learn_makes_them(tracker):
         (lambda: fusemlp.WandB(""), fusemlp.ArgumentTypeError, "project: expected a name, got ''"),
         (lambda: fusemlp.WandB(run_name=1), fusemlp.ArgumentTypeError, "run_name: expected a name, got 1"),
         (lambda: fusemlp.MLflow(run_id=b"x"), fusemlp.ArgumentTypeError, "run_id: expected a name"),
-        (
-            lambda: fusemlp.MLflow(params=[1]),
-            fusemlp.ArgumentTypeError,
-            r"params: expected a dictionary.*, got \[1\]",
-        ),
+        (lambda: fusemlp.MLflow(params=[1]), fusemlp.ArgumentTypeError, r"params: expected a dictionary.*, got \[1\]"),
         (lambda: fusemlp.WandB(log_model=1), fusemlp.ArgumentTypeError, "log_model: expected"),
     ],
 )

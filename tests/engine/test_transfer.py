@@ -13,6 +13,7 @@ import fusemlp
 import fusemlp.torch
 from fusemlp import MLP, ArgumentError, ArgumentTypeError, Engine, ParameterOptions, ShapeError
 from fusemlp.training.transfer import by_layers, in_sequence
+from make import assert_same
 
 SIZES = [6, 9, 7, 4]
 ROWS = 40
@@ -153,8 +154,7 @@ def test_a_probe_that_ends_early_keeps_what_was_reached(source):
     before = diverging.state_dict()
     with pytest.raises(fusemlp.DivergenceError):
         diverging.probe(X, np.eye(3)[y], epochs=5)
-    for name, array in diverging.state_dict().items():
-        np.testing.assert_array_equal(array, before[name])
+    assert_same(diverging.state_dict(), before)
 
 
 def test_wrong_arguments_of_a_probe_change_nothing(source):

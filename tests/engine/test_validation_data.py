@@ -88,10 +88,7 @@ def alone(seed, hidden, epochs, rows):
 
 def fleet(seeds, hidden):
     return Fleet(
-        MLP([5, 8, 3], activation="tanh"),
-        vary={"hidden": hidden, "seed": seeds},
-        batch_size=10,
-        backend="numpy",
+        MLP([5, 8, 3], activation="tanh"), vary={"hidden": hidden, "seed": seeds}, batch_size=10, backend="numpy"
     )
 
 

@@ -213,14 +213,8 @@ BROKEN = {
         changed(EQUAL, "grad_input", dz_prev=Ref("h1")),
         "writes 'h1', which call 0 has written",
     ),
-    "clock advanced twice": (
-        replace(WHOLE, calls=(*WHOLE.calls, ADVANCE)),
-        r"advanced by calls \[6, 7\]",
-    ),
-    "clock advanced before the end": (
-        replace(FUSED, calls=(ADVANCE, *FUSED.calls)),
-        r"advanced by calls \[0, 6\]",
-    ),
+    "clock advanced twice": (replace(WHOLE, calls=(*WHOLE.calls, ADVANCE)), r"advanced by calls \[6, 7\]"),
+    "clock advanced before the end": (replace(FUSED, calls=(ADVANCE, *FUSED.calls)), r"advanced by calls \[0, 6\]"),
     "clock never advanced": (
         replace(PROGRAMS["all frozen"][1], calls=PROGRAMS["all frozen"][1].calls[:-1]),
         "no call advances the clock",
