@@ -8,9 +8,10 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from fusemlp import DPSGD, MLP, SGD, Adam, Cosine, DataError, DivergenceError, Engine
+from fusemlp import DPSGD, MLP, SGD, Adam, Callback, Cosine, DataError, DivergenceError, Engine
 from fusemlp.program import builder, layout, lowering
 from fusemlp.runtime.programs import STEPS_A_GRAPH, BoundProgram
+from fusemlp.training import data
 from fusemlp_kernels import availability
 from fusemlp_kernels.errors import BackendUnavailableError
 
@@ -26,7 +27,9 @@ from fusemlp_kernels.triton import launch
 if not launch.is_interpreted():
     pytest.skip("triton: the counting card needs the interpreter", allow_module_level=True)
 
-from counting_card import Card, counting, put
+from counting_card import Card, Graph, counting, put
+
+from make import assert_same
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.standard_normal((43, 3)).astype(np.float32), RNG.integers(0, 2, 43)
@@ -64,12 +67,6 @@ def made(plan="graph", optimizer="adam", sizes=(3, 4, 2)):
     return Engine(net, optimizer=optimizer, batch_size=BATCH, backend="triton", plan=plan, normalise=False)
 
 
-def assert_same(found, expected):
-    wanted = expected.memory.snapshot()
-    for name, array in found.memory.snapshot().items():
-        assert array.tobytes() == wanted[name].tobytes(), name
-
-
 def of_an_epoch(card, engine, **options):
     """Return what a fit asks of the card outside its epochs, and what an epoch asks of it."""
     engine.fit(X, Y, epochs=1, **options)
@@ -84,6 +81,23 @@ def of_an_epoch(card, engine, **options):
     return Card(**{name: getattr(fits[0], name) - 3 * getattr(epoch, name) for name in names}), epoch
 
 
+def test_a_callback_after_each_batch_gets_each_batch(computing):
+    class Counting(Callback):
+        batches = 0
+
+        def on_batch_end(self, engine, batch):
+            self.batches += 1
+            assert engine.update_count == self.batches
+
+    engines = made(), made("eager")
+    for engine in engines:
+        counting = Counting()
+        engine.fit(X, Y, epochs=1, callbacks=[counting])
+        assert counting.batches == STEPS
+    assert computing.events.count("replay") == STEPS - 1
+    assert_same(*(engine.memory.snapshot() for engine in engines))
+
+
 @pytest.mark.parametrize("optimizer", [SGD(0.1), Adam(0.01)])
 def test_an_epoch_waits_once_at_its_end_and_reads_less_than_a_kilobyte(card, optimizer):
     around, epoch = of_an_epoch(card, made(optimizer=optimizer))
@@ -95,22 +109,19 @@ def test_an_epoch_waits_once_at_its_end_and_reads_less_than_a_kilobyte(card, opt
     assert around.waits == 2 and around.bytes_read <= 1024
 
 
-def test_a_planted_wait_is_counted(card, monkeypatch):
+def test_a_planted_wait_or_copy_from_pageable_memory_is_counted(card, monkeypatch):
     run_many = BoundProgram.run_many
 
     def impatient(self, count):
         run_many(self, count)
         float(self.arrays["stats"][0])
 
-    monkeypatch.setattr(BoundProgram, "run_many", impatient)
-    _, epoch = of_an_epoch(card, made())
+    with monkeypatch.context() as planted:
+        planted.setattr(BoundProgram, "run_many", impatient)
+        _, epoch = of_an_epoch(card, made())
     assert epoch.waits == 2 and epoch.events[-2:] == ["wait", "wait"]
-
-
-def test_a_planted_copy_from_pageable_memory_is_counted(card, monkeypatch):
     monkeypatch.setattr(launch.TritonDevice, "upload", lambda self, destination, source: destination.copy_(source))
-    _, epoch = of_an_epoch(card, made())
-    assert epoch.waits == 3
+    assert of_an_epoch(card, made())[1].waits == 3
 
 
 def test_the_counts_do_not_depend_on_the_size_of_the_network(card):
@@ -148,13 +159,10 @@ def test_the_results_are_those_of_eager_steps():
     with counting(computes=True) as card:
         engine = three_fits("graph")
         assert card.events.count("captured") == 1
-        assert_same(engine, expected)
-        assert engine.history is not None and expected.history is not None
+        assert_same(engine.memory.snapshot(), expected.memory.snapshot())
         assert engine.history.history == expected.history.history
-        best, wanted = engine.best_parameters, expected.best_parameters
-        assert best is not None and wanted is not None and best.keys() == engine.state_dict().keys() == wanted.keys()
-        for name, tensor in best.items():
-            np.testing.assert_array_equal(tensor, wanted[name])
+        assert_same(engine.best_parameters, expected.best_parameters)
+        assert engine.best_parameters.keys() == engine.state_dict().keys()
 
 
 def test_a_divergence_goes_back_to_the_state_before_the_epoch(computing):
@@ -164,14 +172,11 @@ def test_a_divergence_goes_back_to_the_state_before_the_epoch(computing):
     with pytest.raises(DivergenceError):
         engine.fit(np.full_like(X[:8], 1e30), Y[:8], epochs=2)
     assert "captured" in computing.events
-    for name, array in engine.memory.snapshot().items():
-        # hyper and counters are part of it
-        np.testing.assert_array_equal(array, before[name], err_msg=name)
+    # hyper and counters are part of it
+    assert_same(engine.memory.snapshot(), before)
 
 
 def test_the_rows_of_the_next_epoch_are_drawn_before_the_wait(card, monkeypatch):
-    from fusemlp.training import rows
-
     drawn = data.shuffled
 
     def draw(backend, plan, n, seed, epoch):
@@ -191,9 +196,9 @@ def test_the_rows_of_the_next_epoch_are_drawn_before_the_wait(card, monkeypatch)
 def test_another_fit_of_the_same_shapes_captures_nothing(card):
     engine = made()
     engine.fit(X, Y, epochs=1)
-    for data in (OTHERS, (X, Y)):
+    for arrays in (OTHERS, (X, Y)):
         with card.counted() as found:
-            engine.fit(*data, epochs=1)
+            engine.fit(*arrays, epochs=1)
         assert "captured" not in found.events and found.events.count("replay") == REPLAYS
 
 
@@ -230,26 +235,22 @@ def test_private_fits_of_another_batch_size_are_bound_again(computing):
         return engine
 
     sizes = []
-    assert_same(trained(lambda engine: None), trained(Engine.release))
+    assert_same(trained(lambda engine: None).memory.snapshot(), trained(Engine.release).memory.snapshot())
     assert len(set(sizes)) == 1
 
 
 def test_arrays_on_the_card_are_read_where_they_are(card):
     there, labels = RNG.standard_normal((43, 8)).astype(np.float32), put(Y)
-    data = put(there)
-    engine = made(sizes=(8, 4, 2))
-    with card.counted() as first:
-        engine.fit(data, labels, epochs=1)
-    with card.counted() as second:
-        engine.fit(data, labels, epochs=1)
-    for found in (first, second):
-        assert found.bytes_read < labels.nbytes
+    rows, engine, counts = put(there), made(sizes=(8, 4, 2)), []
+    # the last at another place
+    for given in (rows, rows, rows.clone()):
+        with card.counted() as found:
+            engine.fit(given, labels, epochs=1)
+        counts.append(found)
+    first, second, _ = counts
+    assert max(first.bytes_read, second.bytes_read) < labels.nbytes
     assert second.bytes_sent < first.bytes_sent < there.nbytes + 40_000
-    assert "captured" in first.events and "captured" not in second.events
-    # at another place they are bound again
-    with card.counted() as third:
-        engine.fit(data.clone(), labels, epochs=1)
-    assert "captured" in third.events
+    assert ["captured" in found.events for found in counts] == [True, False, True]
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -409,8 +410,6 @@ def test_an_empty_graph_is_refused(card):
 
 
 def test_a_step_inside_a_capture_of_the_callers_is_part_of_it(card):
-    from counting_card import Graph
-
     backend, ran = made().memory.backend, []
     card.capturing = Graph()
     replay = backend.capture(lambda: ran.append(card.start(lambda: None)), 3)

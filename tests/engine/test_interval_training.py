@@ -1,27 +1,15 @@
 """Training with interval bounds: whole runs against torch, resumed, and what is refused."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from devices import INTERPRETER, STAND_IN, usable
+from sklearn.datasets import load_digits
 from torch_oracle import TORCH_ACTIVATIONS, tensor
 
-from fusemlp import (
-    DPSGD,
-    ELU,
-    IBP,
-    MLP,
-    SGD,
-    Adam,
-    ArgumentError,
-    ArgumentTypeError,
-    Callback,
-    CrossEntropy,
-    Engine,
-    LeakyReLU,
-    ParameterOptions,
-    load_checkpoint,
-)
+import fusemlp
+from fusemlp import ELU, IBP, MLP, Adam, ArgumentError, CrossEntropy, Engine
 from make import assert_same, assert_same_state
 
 ROWS, BATCH, EPOCHS = 70, 16, 8
@@ -32,10 +20,9 @@ WEIGHT = RNG.uniform(0.2, 2.0, ROWS)
 
 
 def make(activation="tanh", **options):
-    given = {"optimizer": SGD(lr=0.2, momentum=0.8), "precision": "fp64", "backend": "numpy", "seed": 3}
-    return Engine(
-        MLP([6, 9, 8, 3], activation=activation), **{**given, "batch_size": BATCH, "normalise": False, **options}
-    )
+    defaults = {"optimizer": fusemlp.SGD(lr=0.2, momentum=0.8), "precision": "fp64", "backend": "numpy", "seed": 3}
+    net = MLP([6, 9, 8, 3], activation=activation)
+    return Engine(net, **{**defaults, "batch_size": BATCH, "normalise": False, **options})
 
 
 def torch_fit(engine, ibp, optimizer, frozen=(), **weights):
@@ -43,7 +30,8 @@ def torch_fit(engine, ibp, optimizer, frozen=(), **weights):
     state = {name: tensor(array, grad=name not in frozen) for name, array in engine.state_dict().items()}
     layers = [(state[f"{2 * at}.weight"], state[f"{2 * at}.bias"]) for at in range(engine.network.layers)]
     mean, scale = (tensor(engine.input_scale.mean), tensor(engine.input_scale.scale)) if engine.input_scale else (0, 1)
-    step, total, done = optimizer([p for p in state.values() if p.requires_grad]), EPOCHS * -(-ROWS // BATCH), 0
+    trained = [p for p in state.values() if p.requires_grad]
+    step, total, done = optimizer(trained), EPOCHS * -(-ROWS // BATCH), 0
     own = {"weight": None if engine.loss.class_weight is None else tensor(engine.loss.class_weight)}
     own |= {"label_smoothing": engine.loss.label_smoothing, "reduction": "none"}
     for _ in range(EPOCHS):
@@ -71,9 +59,7 @@ def torch_fit(engine, ibp, optimizer, frozen=(), **weights):
             step.zero_grad()
             (kappa * plain + (1.0 - kappa) * hard).backward()
             if engine.optimizer.clip_norm:
-                torch.nn.utils.clip_grad_norm_(
-                    [p for p in state.values() if p.requires_grad], engine.optimizer.clip_norm
-                )
+                torch.nn.utils.clip_grad_norm_(trained, engine.optimizer.clip_norm)
             step.step()
             done += 1
     return {name: p.detach().numpy() for name, p in state.items()}
@@ -87,11 +73,11 @@ def adam(parameters):
     return torch.optim.Adam(parameters, lr=0.02)
 
 
-FROZEN = Adam(lr=0.02, per_parameter={"2.weight": ParameterOptions(trainable=False)})
+FROZEN = Adam(lr=0.02, per_parameter={"2.weight": fusemlp.ParameterOptions(trainable=False)})
 CASES = {
     **{
         str(activation): (activation, {}, IBP(0.2), momentum, {})
-        for activation in ("relu", LeakyReLU(0.2), "sigmoid", "tanh", ELU(0.7), "selu", "softplus", "identity")
+        for activation in ("relu", fusemlp.LeakyReLU(0.2), "sigmoid", "tanh", ELU(0.7), "selu", "softplus", "identity")
     },
     "bounds": ("relu", {}, IBP(0.3, 0.2, warmup=0.0, ramp=0.9, bounds=(-1.5, 1.5)), momentum, {}),
     "scaled inputs": ("relu", {"normalise": X}, IBP(0.3, bounds=(-1.5, 1.5)), momentum, {}),
@@ -135,25 +121,12 @@ def test_rows_of_an_ignored_class_change_nothing():
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 def test_the_plans_agree_bit_for_bit(precision):
-    rows, labels = np.tile(X, (8, 1)), np.tile(LABELS, 8)
-
-    def trained(plan):
-        # several tasks and a short batch
-        engine = make(ELU(0.7), precision=precision, plan=plan, batch_size=150)
-        history = engine.fit(rows, labels, epochs=3, adversarial=IBP(0.2, bounds=(-1.5, 1.5)))
-        return engine.state_dict(), history.history
-
-    (eager, first), (resident, second) = trained("eager"), trained("resident")
+    rows, labels, ibp = np.tile(X, (8, 1)), np.tile(LABELS, 8), IBP(0.2, bounds=(-1.5, 1.5))
+    # several tasks and a short batch
+    engines = [make(ELU(0.7), precision=precision, plan=plan, batch_size=150) for plan in ("eager", "resident")]
+    first, second = (engine.fit(rows, labels, epochs=3, adversarial=ibp).history for engine in engines)
     assert first == {name: pytest.approx(values, rel=1e-12) for name, values in second.items()}
-    assert all(np.array_equal(eager[name], resident[name]) for name in eager)
-
-
-@pytest.mark.parametrize("device", [INTERPRETER, STAND_IN], ids=lambda device: device.name)
-def test_other_backends_refuse(device):
-    with usable(device):
-        engine = make("relu", precision="fp32", backend=device.backend)
-        with pytest.raises(ArgumentError, match="backend: IBP trains on the backend 'numpy', this engine has"):
-            engine.fit(X, LABELS, epochs=1, adversarial=IBP(0.2))
+    assert_same(*engines)
 
 
 def test_patience_and_the_best_weights_begin_after_the_ramp():
@@ -163,15 +136,10 @@ def test_patience_and_the_best_weights_begin_after_the_ramp():
     assert IBP(0.1, warmup=0.1, ramp=0.2).settled(10) == 3
     engine = make("relu", plan="eager")
     kept = {}
-
-    class Keep(Callback):
-        def on_epoch_end(self, engine, epoch, logs):
-            kept[epoch] = engine.state_dict()
-
+    keep = SimpleNamespace(on_epoch_end=lambda engine, epoch, logs: kept.update({epoch: engine.state_dict()}))
     ibp = IBP(0.4, kappa=0.0, warmup=0.2, ramp=0.3)
-    history = engine.fit(
-        X, LABELS, epochs=40, adversarial=ibp, early_stopping=3, validation_split=0.3, callbacks=[Keep()]
-    )
+    told = {"early_stopping": 3, "validation_split": 0.3, "callbacks": [keep]}
+    history = engine.fit(X, LABELS, epochs=40, adversarial=ibp, **told)
     losses = history.history["val_loss"]
     best = 20 + int(np.argmin(losses[20:]))
     assert history.best_epoch == best and len(losses) == min(40, best + 4)
@@ -193,14 +161,14 @@ def test_a_resumed_run_of_more_epochs_keeps_its_ramp():
 def test_a_resumed_run_is_the_same(tmp_path):
     ibp, path = IBP(0.2, bounds=(-3, 3)), tmp_path / "half.ckpt"
 
-    class Save(Callback):
+    class Save(fusemlp.Callback):
         def on_batch_end(self, engine, batch):
             if engine.update_count == 12:
                 engine.save_checkpoint(path)
 
     whole = make(precision="fp32")
     whole.fit(X, LABELS, epochs=5, adversarial=ibp, callbacks=[Save()])
-    half = load_checkpoint(path, backend="numpy")
+    half = fusemlp.load_checkpoint(path, backend="numpy")
     with pytest.raises(ArgumentError, match="adversarial: the fit that is resumed trains against"):
         half.fit(X, LABELS, epochs=5, resume=True)
     half.fit(X, LABELS, epochs=5, adversarial=ibp, resume=True)
@@ -208,8 +176,6 @@ def test_a_resumed_run_is_the_same(tmp_path):
 
 
 def test_training_certifies_more_rows():
-    from sklearn.datasets import load_digits
-
     pixels, y = load_digits(return_X_y=True)
     pixels = pixels / 16.0
     shares, accuracies = [], []
@@ -237,15 +203,11 @@ def test_eps_and_kappa_go_up_and_down():
     [
         ({"activation": "gelu"}, {}, ArgumentError, "IBP takes activations that rise everywhere, and gelu falls"),
         ({"activation": "prelu"}, {}, ArgumentError, "prelu has a slope that may turn negative; use relu"),
-        ({"loss": "mse"}, {"y": X[:, :3]}, ArgumentError, "IBP needs the loss cross_entropy, this engine has 'mse'"),
-        ({"optimizer": SGD(accumulate=2)}, {}, ArgumentError, "accumulate: IBP takes one batch an update, got 2"),
-        ({"privacy": DPSGD(1.0)}, {}, ArgumentError, "adversarial: the engine trains privately"),
         ({}, {"y": np.eye(3)[LABELS]}, ArgumentError, "y: IBP takes class labels"),
-        ({}, {"X": [(X, LABELS)], "y": None}, ArgumentError, "y: adversarial training takes arrays X and y"),
         (
             {},
             {"adversarial": 0.1},
-            ArgumentTypeError,
+            fusemlp.ArgumentTypeError,
             r"adversarial: expected an attack such as PGD\(0.1\), or IBP\(0.1\), got 0.1",
         ),
     ],
@@ -259,10 +221,7 @@ def test_refusals_change_nothing(options, given, error, message):
     assert engine.epochs_trained == 0
 
 
-def test_dropout_and_bad_numbers_are_refused():
-    engine = Engine(MLP([6, 8, 3], dropout=0.1), backend="numpy", normalise=False)
-    with pytest.raises(ArgumentError, match="adversarial: IBP takes no dropout"):
-        engine.fit(X, LABELS, epochs=1, adversarial=IBP(0.1))
+def test_bad_numbers_are_refused():
     for given, message in [
         ({"eps": 0.0}, "eps: expected a finite number above 0, got 0.0"),
         ({"eps": 0.1, "kappa": 1.5}, "kappa: expected a finite number of at least 0 and at most 1, got 1.5"),

@@ -10,7 +10,6 @@ import pytest
 
 from fusemlp.cli import report as command
 from fusemlp.report import plots
-from fusemlp.report.runs import Run
 from make import configuration, read, rows, run
 
 # a file name of bytes that are no UTF-8, as Python reads it, and letters that begin a formula of matplotlib
@@ -70,18 +69,14 @@ def test_a_picture_that_was_asked_for_fails_after_the_results(tmp_path, monkeypa
 
 @pytest.mark.parametrize("setting", ["backend", "file"])
 def test_matplotlib_cannot_be_imported(setting, tmp_path):
-    folder = Run(tmp_path / "run")
-    folder.path.mkdir()
-    folder.config.write_text(json.dumps(configuration()))
-    folder.metrics.write_text("epoch,loss\n1,2.0\n2,1.0\n")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(configuration()))
+    (folder / "metrics.csv").write_text("epoch,loss\n1,2.0\n2,1.0\n")
     (tmp_path / "matplotlibrc").write_bytes(b"font.size: \xff\n")
     settings = {"MPLBACKEND": "nonsense"} if setting == "backend" else {"MATPLOTLIBRC": str(tmp_path)}
-    ended = subprocess.run(
-        [sys.executable, "-m", "fusemlp", "plot", folder.path, "--out", tmp_path / "out.png"],
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "fusemlp", "plot", folder, "--out", tmp_path / "out.png"]
+    ended = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
     assert ended.returncode == 1 and ended.stdout == ""
     line = ended.stderr.splitlines()[-1]
     assert line.startswith(f"error: out: '{tmp_path / 'out.png'}' cannot be made (")

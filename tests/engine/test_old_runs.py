@@ -1,23 +1,25 @@
-"""Run folders of earlier releases predict, score, explain and train on as the release that wrote them did."""
+"""Run folders and files of earlier releases predict, score, explain and train on as the release that wrote them did."""
 
 import json
+import pickle
 import shutil
-from collections.abc import Callable
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fusemlp import load, load_checkpoint
 from make import read, rows, run
 
+RELEASE = Path(__file__).parents[1] / "fixtures" / "release_0_1_0"
 FOLDER = Path(__file__).parents[1] / "fixtures" / "runs_2026_11"
 TABLE = FOLDER / "homes.csv"
 # A plain network, five merged ones, members that share weights, the best model of a sweep.
 NAMES = ("plain", "five", "members", "sweep")
-# The same float32 network on another processor: rounding of its sums, relative to the largest value of a column.
+# The same float32 network on another processor: rounding of its sums, relative to the largest value of a column. A few
+# epochs move a network by a few hundred units of rounding; another learning rate or state moves it by 1e-3 or more.
 TOLERANCE = 2e-5
-
-Copy = Callable[[str], Path]
 
 
 @pytest.fixture
@@ -88,3 +90,51 @@ def test_its_page_is_written_again(name, copy):
     folder = copy(name)
     assert run("report", folder) == 0
     assert (folder / "report.html").stat().st_size > 4000
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Return data, and the predictions of the release that wrote the files, before and after further training."""
+    with np.load(RELEASE / "expected.npz") as arrays:
+        return dict(arrays)
+
+
+def unpickled(name):
+    with warnings.catch_warnings():
+        # scikit-learn warns if another version wrote the file.
+        warnings.simplefilter("ignore")
+        return pickle.loads((RELEASE / f"{name}.pickle").read_bytes())
+
+
+def close(given, wanted):
+    np.testing.assert_allclose(given, wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_a_model(expected):
+    engine = load(RELEASE / "model.safetensors", backend="numpy")
+    close(engine.predict_proba(expected["X"]), expected["proba"])
+
+
+def test_a_checkpoint_resumes_inside_an_epoch(expected):
+    X, y = expected["X"], expected["y"]
+    engine = load_checkpoint(RELEASE / "checkpoint.safetensors", backend="numpy")
+    assert (engine.fit_state.epoch, engine.fit_state.batch) == (2, 2)
+    history = engine.fit(X, y, epochs=4, validation_data=(X, y), resume=True)
+    close(np.array(history.history["loss"]), expected["resumed_loss"])
+    close(engine.predict_proba(X), expected["resumed"])
+
+
+def test_a_pickled_engine_trains_on(expected):
+    engine = unpickled("engine")
+    close(engine.predict_proba(expected["X"]), expected["proba"])
+    engine.fit(expected["X"], expected["y"], epochs=2)
+    close(engine.predict_proba(expected["X"]), expected["engine_next"])
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("name, target, method", [("classifier", "y", "predict_proba"), ("regressor", "t", "predict")])
+def test_a_pickled_estimator_trains_on(name, target, method, expected):
+    estimator = unpickled(name)
+    close(getattr(estimator, method)(expected["X"]), expected[name])
+    estimator.partial_fit(expected["X"], expected[target])
+    close(getattr(estimator, method)(expected["X"]), expected[f"{name}_next"])

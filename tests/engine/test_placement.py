@@ -83,7 +83,7 @@ def test_the_learning_rate_is_no_part_of_the_program():
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_are_no_part_of_the_structure(name):
-    base = resident(ridge=Ridge(0.5)) if name == "ridge" else resident()
+    base = resident(passes=(Penalty(Ridge(0.5)),)) if name == "ridge" else resident()
     other = resident(**NUMBERS[name])
     assert base.calls != other.calls
     assert Structure(base) == Structure(other)

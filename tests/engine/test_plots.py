@@ -1,6 +1,7 @@
 """The pictures of a training: complete PNG files with labels, drawn without a display."""
 
 import io
+import subprocess
 import sys
 
 import matplotlib.image
@@ -25,9 +26,7 @@ def pixels(png):
 
 
 def labels(figure, axes):
-    legend = figure.axes[axes].get_legend()
-    assert legend is not None
-    return [text.get_text() for text in legend.get_texts()]
+    return [text.get_text() for text in figure.axes[axes].get_legend().get_texts()]
 
 
 def test_loss_and_accuracy_side_by_side():
@@ -51,7 +50,7 @@ def test_a_regression_without_validation_has_one_curve():
     assert axes.get_yscale() == "log"
 
 
-@pytest.mark.parametrize("losses", [[0.5], [0.5, float("inf")], [-1.0, -2.0], [0.0, 0.0]])
+@pytest.mark.parametrize("losses", [[0.5], [0.5, np.inf], [-1.0, -2.0], [0.0, 0.0]])
 def test_odd_histories_can_be_drawn(losses):
     figure = plots.curves_figure({"loss": losses, "val_loss": losses}, loss="poisson", title="one", best_epoch=1)
     assert plots.picture(figure).startswith(b"\x89PNG")
@@ -119,33 +118,28 @@ def test_a_history_draws_itself(tmp_path):
 def test_what_a_history_cannot_draw(tmp_path, monkeypatch):
     with pytest.raises(ArgumentError, match="history: it has no epoch to draw"):
         History().plot()
-    with pytest.raises(ArgumentError, match=r"expected a file name ending in .png, .svg, .pdf, got '.*c.jpg'"):
-        recorded().plot(tmp_path / "c.jpg")
-    with pytest.raises(ArgumentError, match=r"there is no folder .*mkdir -p"):
-        recorded().plot(tmp_path / "nowhere" / "c.png")
-    with pytest.raises(ArgumentTypeError, match="path: expected the path of a file, got 3"):
-        recorded().plot(3)
+    for path, error, said in (
+        (tmp_path / "c.jpg", ArgumentError, r"expected a file name ending in .png, .svg, .pdf, got '.*c.jpg'"),
+        (tmp_path / "nowhere" / "c.png", ArgumentError, r"there is no folder .*mkdir -p"),
+        (3, ArgumentTypeError, "path: expected the path of a file, got 3"),
+    ):
+        with pytest.raises(error, match=said):
+            recorded().plot(path)
+    plots.check_plots()
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(MissingLibraryError, match=r"pip install matplotlib"):
         recorded().plot(tmp_path / "c.png")
+    with pytest.raises(MissingLibraryError, match=r"^plot: it needs matplotlib: pip install"):
+        plots.check_plots()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_pyplot_is_not_touched(tmp_path):
-    import subprocess
-
     script = (
         "import sys; from fusemlp.report import plots; plots.picture(plots.curves_figure({'loss': [1.0, 0.5]})); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
-
-
-def test_whether_matplotlib_is_there(monkeypatch):
-    plots.check_plots()
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    with pytest.raises(MissingLibraryError, match=r"^plot: it needs matplotlib: pip install"):
-        plots.check_plots()
 
 
 @pytest.mark.parametrize(

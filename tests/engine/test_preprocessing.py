@@ -27,6 +27,8 @@ def numbers(y, task, **options):
 
 # splits
 
+TENS = np.arange(20) % 10
+
 
 @pytest.mark.parametrize("stratify", [True, False])
 def test_a_split_is_a_partition_and_a_function_of_the_seed(stratify):
@@ -57,23 +59,21 @@ def test_a_class_with_a_single_row_is_trained():
     assert set(y[test]) == {"a", "b"}
 
 
-def test_splits_that_cannot_be():
-    y = np.arange(20) % 10
-    with pytest.raises(
-        DataError, match=r"0.2 of 20 rows leaves 16 .* 4 held out; each side needs at least 10, one for"
-    ):
-        split(y, seed=0, stratify=True)
-    assert len(split(y, fraction=0.5, seed=0, stratify=True)[1]) == 10
-    with pytest.raises(DataError, match=r"0.2 of 4 rows \(1 more are alone in their class\) leaves 3 .* at least 2"):
-        split(np.array(list("aabbc")), seed=0, stratify=True)
-    with pytest.raises(DataError, match="leaves 0 rows to train on"):
-        split(np.zeros(1), seed=0, stratify=False)
-    with pytest.raises(DataError, match=r"0 of|leaves 0"):
-        split(np.zeros(0), seed=0, stratify=False)
-    with pytest.raises(ArgumentError, match=r"fraction: .*below 1, got 1"):
-        split(y, fraction=1, seed=0, stratify=False)
-    with pytest.raises(ArgumentTypeError, match="seed"):
-        split(y, seed=0.5, stratify=False)
+@pytest.mark.parametrize(
+    ("y", "options", "error", "said"),
+    [
+        (TENS, {}, DataError, r"0.2 of 20 rows leaves 16 .* 4 held out; each side needs at least 10, one for"),
+        ([*"aabbc"], {}, DataError, r"0.2 of 4 rows \(1 more are alone in their class\) leaves 3 .* at least 2"),
+        ([0], {"stratify": False}, DataError, "leaves 0 rows to train on"),
+        ([], {"stratify": False}, DataError, r"0 of|leaves 0"),
+        (TENS, {"fraction": 1, "stratify": False}, ArgumentError, r"fraction: .*below 1, got 1"),
+        (TENS, {"seed": 0.5, "stratify": False}, ArgumentTypeError, "seed"),
+    ],
+)
+def test_splits_that_cannot_be(y, options, error, said):
+    with pytest.raises(error, match=said):
+        split(np.array(y), **{"seed": 0, "stratify": True, **options})
+    assert len(split(TENS, fraction=0.5, seed=0, stratify=True)[1]) == 10
 
 
 # features
@@ -90,13 +90,9 @@ def test_standard_scaling_uses_the_training_rows_alone():
 
 def test_minmax_and_no_scaling():
     X = np.array([[1.0, 4.0], [3.0, 4.0], [5.0, 4.0]])
-    data = dataset(X, [0, 1, 0])
-    assert Preprocessor.fit(data, [0, 1, 2], scale="minmax").transform_features(X).tolist() == [
-        [0, 0],
-        [0.5, 0],
-        [1, 0],
-    ]
-    np.testing.assert_array_equal(Preprocessor.fit(data, [0, 1, 2], scale="none").transform_features(X), X)
+    for scale, expected in (("minmax", [[0, 0], [0.5, 0], [1, 0]]), ("none", X)):
+        made = Preprocessor.fit(dataset(X, [0, 1, 0]), [0, 1, 2], scale=scale)
+        np.testing.assert_array_equal(made.transform_features(X), expected)
 
 
 def test_robust_scaling_by_median_and_quartiles():
@@ -193,11 +189,6 @@ def test_features_are_not_written():
     assert X.tolist() == [[0, 1], [2, 3], [4, 5]]
 
 
-def test_features_of_another_width():
-    with pytest.raises(ShapeError, match="expected 1 column"):
-        numbers([0, 1], "classification").transform_features(np.ones((2, 3)))
-
-
 @pytest.mark.parametrize("scale", ["robust", "standard", "minmax"])
 def test_values_too_large_to_scale(scale):
     X = [[1.7e308], [-1.7e308], [1.7e308]]
@@ -210,6 +201,8 @@ def test_wrong_fits():
         numbers([0, 1], "classification", scale="standart")
     with pytest.raises(DataError, match="no training rows of made"):
         Preprocessor.fit(dataset([[1.0]], [0]), [])
+    with pytest.raises(ShapeError, match="expected 1 column"):
+        numbers([0, 1], "classification").transform_features(np.ones((2, 3)))
 
 
 # targets
@@ -231,9 +224,10 @@ def test_labels_there_and_back(labels):
     assert made.labels == tuple(str(label) for label in sorted(set(labels)))
 
 
-def test_a_regression_on_named_classes_has_no_labels():
-    for task, count in (("classification", 3), ("regression", 0)):
-        assert len(Preprocessor.fit(load_data("iris", task=task), np.arange(150)).labels) == count
+def test_class_names_are_the_words_of_reports_and_a_regression_has_none():
+    names = ("setosa", "versicolor", "virginica")
+    for task, labels in (("classification", names), ("regression", ())):
+        assert Preprocessor.fit(load_data("iris", task=task), np.arange(150)).labels == labels
 
 
 def test_one_hot_targets():
@@ -243,35 +237,34 @@ def test_one_hot_targets():
 
 
 def test_labels_are_found_by_their_text():
-    assert numbers(["1", "2", "x"], "classification").encode_targets([2, 1]).tolist() == [1, 0]
-    assert numbers([1, 2], "classification").encode_targets(["2", "1"]).tolist() == [1, 0]
-    assert numbers([1, 2], "classification").encode_targets([2.0, 1.0]).tolist() == [1, 0]
-    assert numbers([False, True], "classification").encode_targets(["True", "False"]).tolist() == [1, 0]
-    assert numbers(["a", "b"], "classification").encode_targets(np.array(["b"], object)).tolist() == [1]
+    for classes, labels, codes in (
+        (["1", "2", "x"], [2, 1], [1, 0]),
+        ([1, 2], ["2", "1"], [1, 0]),
+        ([1, 2], [2.0, 1.0], [1, 0]),
+        ([False, True], ["True", "False"], [1, 0]),
+        (["a", "b"], np.array(["b"], object), [1]),
+    ):
+        assert numbers(classes, "classification").encode_targets(labels).tolist() == codes
 
 
 def test_labels_that_were_not_trained():
     made = numbers(["a", "b"], "classification")
-    with pytest.raises(DataError, match=r"the label 'z' in row 2 is not one of the 2 classes .*'a', 'b'"):
-        made.encode_targets(["a", "b", "z"])
-    with pytest.raises(DataError, match=r"the label nan in row 1"):
-        numbers([0, 1], "classification").encode_targets([0.0, math.nan])
-    with pytest.raises(ShapeError, match=r"one label a row, got shape \(2, 2\)"):
-        made.encode_targets(np.eye(2))
-    with pytest.raises(DataError, match="label 2 at row 0 is not one of the 2 classes"):
-        made.decode_predictions([2])
-    with pytest.raises(DataError, match="label -1 at row 0"):
-        made.decode_predictions([-1])
+    unknown = r"the label 'z' in row 2 is not one of the 2 classes .*'a', 'b'"
+    for call, labels, error, said in (
+        (made.encode_targets, ["a", "b", "z"], DataError, unknown),
+        (numbers([0, 1], "classification").encode_targets, [0.0, math.nan], DataError, "the label nan in row 1"),
+        (made.encode_targets, np.eye(2), ShapeError, r"one label a row, got shape \(2, 2\)"),
+        (made.decode_predictions, [2], DataError, "label 2 at row 0 is not one of the 2 classes"),
+        (made.decode_predictions, [-1], DataError, "label -1 at row 0"),
+    ):
+        with pytest.raises(error, match=said):
+            call(labels)
 
 
 def test_classes_are_those_of_all_rows():
     X = np.zeros((3, 1))
     made = Preprocessor.fit(dataset(X, ["a", "b", "c"], test=(X[:1], np.array(["d"]))), [0])
     assert made.classes == ("a", "b", "c", "d")
-
-
-def test_class_names_are_the_words_of_reports():
-    assert Preprocessor.fit(load_data("iris"), np.arange(150)).labels == ("setosa", "versicolor", "virginica")
 
 
 def test_regression_targets_are_scaled_and_restored():
@@ -297,11 +290,14 @@ def test_regression_targets_in_several_columns_or_unscaled():
     assert made.outputs == 2
     np.testing.assert_array_equal(made.encode_targets(y), [[-1, 0], [1, 0]])
     np.testing.assert_array_equal(made.decode_predictions(made.encode_targets(y)), y)
-    assert numbers([3, 5], "regression", scale_targets=False).encode_targets([3, 5]).tolist() == [[3], [5]]
-    assert numbers([3, 5], "regression", scale="none").encode_targets([3, 5]).tolist() == [[3], [5]]
-    assert numbers([3, 5], "regression", scale="minmax").encode_targets([3, 5]).tolist() == [[0], [1]]
-    for scale in ("robust", "piecewise", "quantile"):
-        assert numbers([3, 5], "regression", scale=scale).encode_targets([3, 5]).tolist() == [[-1], [1]]
+    unscaled, centred = [[3], [5]], [[-1], [1]]
+    for options, expected in (
+        ({"scale_targets": False}, unscaled),
+        ({"scale": "none"}, unscaled),
+        ({"scale": "minmax"}, [[0], [1]]),
+        *(({"scale": scale}, centred) for scale in ("robust", "piecewise", "quantile")),
+    ):
+        assert numbers([3, 5], "regression", **options).encode_targets([3, 5]).tolist() == expected
 
 
 def test_targets_in_logarithms():
@@ -320,11 +316,7 @@ def test_targets_in_logarithms():
 
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 LABEL_SETS = st.one_of(
-    st.none(),
-    st.sets(st.text(), min_size=1),
-    st.sets(st.integers(), min_size=1),
-    st.sets(FLOATS, min_size=1),
-    st.sets(st.booleans(), min_size=1),
+    st.none(), *(st.sets(kind, min_size=1) for kind in (st.text(), st.integers(), FLOATS, st.booleans()))
 )
 
 
@@ -366,13 +358,12 @@ def test_the_stored_form_is_exact(made):
 
 def test_stored_forms_that_are_damaged():
     made = numbers([0, 1], "classification")
-    with pytest.raises(CheckpointError, match=r"expected JSON, got .*task"):
-        Preprocessor.from_json(made.to_json()[:-5])
-    with pytest.raises(CheckpointError, match="does not fit"):
-        Preprocessor.from_json("[1]")
-    incomplete = {name: value for name, value in made.to_config().items() if name != "scale"}
-    with pytest.raises(CheckpointError, match="scale"):
-        Preprocessor.from_config(incomplete)
-    shortened = json.dumps({**made.to_config(), "feature_shift": []})
-    with pytest.raises(CheckpointError, match="differ in length"):
-        Preprocessor.from_json(shortened)
+    config = made.to_config()
+    for text, said in (
+        (made.to_json()[:-5], r"expected JSON, got .*task"),
+        ("[1]", "does not fit"),
+        (json.dumps({name: value for name, value in config.items() if name != "scale"}), "scale"),
+        (json.dumps({**config, "feature_shift": []}), "differ in length"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            Preprocessor.from_json(text)

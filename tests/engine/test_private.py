@@ -1,7 +1,9 @@
 """Private training: whole steps against the oracle's gradients of one row each, the accountant, and what is refused."""
 
 import math
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fusemlp
-from fusemlp import DPSGD, MLP, SGD, Adam, CrossEntropy, Engine, ParameterOptions, ReduceOnPlateau
+from fusemlp import DPSGD, MLP, SGD, Adam, Engine, ParameterOptions, ReduceOnPlateau
+from fusemlp.describe import privacy
 from fusemlp.describe.privacy import Accountant, sampling_rate, steps_of_an_epoch, usual_delta
 from fusemlp.runtime.ledger import PoissonRows
 from fusemlp_kernels import philox, reference
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibraryError
-from make import assert_same, read, run
+from make import assert_same, read, run, trained
 
 pytest.importorskip("dp_accounting")
 
@@ -115,27 +118,12 @@ def test_steps_are_those_of_the_oracle(
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 def test_the_plans_agree_bit_for_bit(precision):
-    def trained(plan):
-        engine = Engine(
-            MLP([INPUTS, 300, OUTPUTS], dropout=0.2), batch_size=100, precision=precision, plan=plan,
-            privacy=DPSGD(1.0, seed=SEED)
-        )  # fmt: skip
-        history = engine.fit(*problem("cross_entropy", 900), epochs=3)
-        return engine.state_dict(), history.history
-
-    (eager, first), (resident, second) = trained("eager"), trained("resident")
+    net, options = MLP([INPUTS, 300, OUTPUTS], dropout=0.2), {"batch_size": 100, "precision": precision}
+    engines = [Engine(net, **options, plan=plan, privacy=DPSGD(1.0, seed=SEED)) for plan in ("eager", "resident")]
+    first, second = (engine.fit(*problem("cross_entropy", 900), epochs=3) for engine in engines)
     # losses are added task by task, and a plan cuts its own tasks
-    assert first == {name: pytest.approx(values, rel=1e-12) for name, values in second.items()}
-    assert all(np.array_equal(eager[name], resident[name]) for name in eager)
-
-
-def test_a_step_has_one_call_more():
-    def ops(privacy):
-        engine = Engine(MLP([4, 8, 8, 3]), optimizer="adam", plan="eager", backend="numpy", privacy=privacy)
-        return [call.op for call in engine.program.calls]
-
-    assert ops(DPSGD(1.0))[-3:] == ["clip_examples", "grad_weight", "update"]
-    assert len(ops(DPSGD(1.0))) == 1 + len(ops(None))
+    assert first.history == {name: pytest.approx(values, rel=1e-12) for name, values in second.history.items()}
+    assert_same(*engines)
 
 
 def test_the_history_has_the_mean_loss_of_the_rows_that_were_drawn():
@@ -321,21 +309,11 @@ def test_a_resumed_fit_counts_each_step_once(tmp_path):
 
 def test_an_epoch_that_is_begun_anew_has_other_batches(monkeypatch):
     X, y = problem("cross_entropy", 60)
-    drawn = []
-    order_of = PoissonRows.order
-
-    def order(self, epoch):
-        drawn.append(order_of(self, epoch))
-        return drawn[-1]
-
-    monkeypatch.setattr(PoissonRows, "order", order)
-
-    class Stop(fusemlp.Callback):
-        def on_batch_end(self, engine, batch):
-            engine.stop_training = True
-
+    drawn, order_of = [], PoissonRows.order
+    monkeypatch.setattr(PoissonRows, "order", lambda self, epoch: drawn.append(order_of(self, epoch)) or drawn[-1])
+    stop = SimpleNamespace(on_batch_end=lambda engine, batch: setattr(engine, "stop_training", True))
     engine = Engine(MLP([INPUTS, OUTPUTS]), batch_size=10, privacy=DPSGD(1.0, seed=SEED))
-    engine.fit(X, y, epochs=1, callbacks=[Stop()])
+    engine.fit(X, y, epochs=1, callbacks=[stop])
     engine.fit(X, y, epochs=1)
     assert engine.ledger.steps(engine.update_count) == [(1 / 6, 7)] and engine.epochs_trained == 1
     first, second = (set(map(tuple, order.reshape(6, -1)[:, :8])) for order in drawn)
@@ -359,69 +337,54 @@ PRIVATE = DPSGD(1.0, delta=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("privacy", "precision", "said"),
     [
-        ({"optimizer": SGD(clip_norm=1.0)}, "clip_norm: privacy clips the gradient of each row"),
-        ({"optimizer": SGD(accumulate=2)}, "accumulate: privacy clips the gradient of each row"),
-        ({"loss": CrossEntropy(reduction="sum")}, "privacy: it divides the gradients by batch_size"),
-        ({"normalise": True}, "normalise: True measures the private rows"),
-        ({"precision": "fp16"}, "precision: fp16 skips batches whose gradients overflow, which privacy does not cover"),
-        ({"net": MLP([INPUTS, 3, OUTPUTS], activation="prelu")}, "privacy: prelu's slopes"),
-        (
-            {"privacy": DPSGD(1e40)},
-            r"privacy: in fp32 clip and noise \* clip may be from 1e-30 to 1e\+30, got 1 and 1e",
-        ),
-        ({"privacy": DPSGD(1e-300)}, r"privacy: in fp32 clip and noise \* clip may be from 1e-30"),
-        ({"privacy": DPSGD(1.0, 1e40)}, r"got 1e\+40 and 1e\+40; give a clip near the norm of a row's gradient"),
-        ({"privacy": DPSGD(1.0, 1e-45), "precision": "bf16"}, "privacy: in bf16"),
-        ({"privacy": DPSGD(1e300, 1e300), "precision": "fp64"}, "privacy: in fp64 .* got 1e.300 and inf"),
+        (DPSGD(1e40), "fp32", r"privacy: in fp32 clip and noise \* clip may be from 1e-30 to 1e\+30, got 1 and 1e"),
+        (DPSGD(1e-300), "fp32", r"privacy: in fp32 clip and noise \* clip may be from 1e-30"),
+        (DPSGD(1.0, 1e40), "fp32", r"got 1e\+40 and 1e\+40; give a clip near the norm of a row's gradient"),
+        (DPSGD(1.0, 1e-45), "bf16", "privacy: in bf16"),
+        (DPSGD(1e300, 1e300), "fp64", "privacy: in fp64 .* got 1e.300 and inf"),
     ],
 )
-def test_what_cannot_be_private_is_refused(options, said):
+def test_noise_that_a_precision_cannot_hold_is_refused(privacy, precision, said):
     with pytest.raises(ArgumentError, match=said):
-        Engine(**{"net": MLP([INPUTS, 3, OUTPUTS]), "privacy": PRIVATE, **options})
-
-
-def test_other_objects_are_refused():
-    net = MLP([INPUTS, OUTPUTS])
-    with pytest.raises(ArgumentTypeError, match=r"privacy: expected a DPSGD such as DPSGD\(noise=1.1, clip=1.0\)"):
-        Engine(net, privacy=1.1)
-    with pytest.raises(ArgumentError, match="noise: expected a finite number above 0, got 0"):
-        DPSGD(0)
-    with pytest.raises(TypeError, match=r"max_grad_norm: it is called clip here: DPSGD\(noise=1.1, clip=1.0\)"):
-        DPSGD(noise=1.1, max_grad_norm=1.0)
-    with pytest.raises(ArgumentTypeError, match="privacy: expected a DPSGD"):
-        fusemlp.Fleet(net, privacy=1.1, vary={"seed": [0]})
+        Engine(MLP([INPUTS, 3, OUTPUTS]), privacy=privacy, precision=precision)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("make", "error", "said"),
     [
-        ({"shuffle": False}, "shuffle: the engine trains privately"),
-        ({"row_order": lambda epoch: np.arange(ROWS)}, "row_order: the engine trains privately"),
-        ({"drop_last": True}, "drop_last: the engine trains privately"),
-        ({"class_weight": "balanced"}, "class_weight: 'balanced' counts the private rows"),
-        ({"early_stopping": 2, "monitor": "loss"}, "monitor: 'loss' is of the private rows"),
-        ({"callbacks": [fusemlp.EarlyStopping("accuracy")]}, "monitor: 'accuracy' is of the private rows"),
+        (
+            lambda net: Engine(net, privacy=1.1),
+            ArgumentTypeError,
+            r"privacy: expected a DPSGD such as DPSGD\(noise=1.1",
+        ),
+        (lambda net: DPSGD(0), ArgumentError, "noise: expected a finite number above 0, got 0"),
+        (
+            lambda net: DPSGD(1.1, max_grad_norm=1.0),
+            TypeError,
+            "max_grad_norm: it is called clip here: DPSGD.noise=1.1",
+        ),
+        (
+            lambda net: fusemlp.Fleet(net, privacy=1.1, vary={"seed": [0]}),
+            ArgumentTypeError,
+            "privacy: expected a DPSGD",
+        ),
     ],
 )
-def test_fits_that_are_not_private_are_refused(options, said):
-    engine = Engine(MLP([INPUTS, OUTPUTS]), batch_size=10, privacy=PRIVATE)
-    before = engine.state_dict()
-    with pytest.raises(ArgumentError, match=said):
-        engine.fit(*problem("cross_entropy"), epochs=1, **options)
-    assert engine.update_count == 0 and np.array_equal(before["0.weight"], engine.state_dict()["0.weight"])
+def test_other_objects_are_refused(make, error, said):
+    with pytest.raises(error, match=said):
+        make(MLP([INPUTS, OUTPUTS]))
 
 
-def test_ways_around_the_sampling_are_refused():
+def test_callbacks_and_schedules_that_follow_private_rows_are_refused():
     X, y = problem("cross_entropy")
     engine = Engine(MLP([INPUTS, OUTPUTS]), batch_size=10, privacy=PRIVATE)
-    with pytest.raises(ArgumentError, match="step: a private engine draws the rows of each step at random"):
-        engine.step(X, y)
-    with pytest.raises(ArgumentError, match="y: the engine trains privately; give arrays X and y"):
-        engine.fit([(X, y)], epochs=1)
-    with pytest.raises(ArgumentError, match="engine: the sweep's losses are of the private rows"):
-        engine.lr_find(X, y)
+    before = engine.state_dict()
+    with pytest.raises(ArgumentError, match="monitor: 'accuracy' is of the private rows"):
+        engine.fit(X, y, epochs=1, callbacks=[fusemlp.EarlyStopping("accuracy")])
+    assert engine.update_count == 0
+    assert_same(engine.state_dict(), before)
     plateau = Engine(MLP([INPUTS, OUTPUTS]), optimizer=SGD(lr=ReduceOnPlateau(0.1)), batch_size=10, privacy=PRIVATE)
     with pytest.raises(ArgumentError, match="monitor: 'loss' is of the private rows"):
         plateau.fit(X, y, epochs=1)
@@ -429,14 +392,14 @@ def test_ways_around_the_sampling_are_refused():
 
 
 def test_without_dp_accounting_nothing_is_trained(monkeypatch):
-    from fusemlp.describe import privacy
-
     privacy._loss_of_steps.cache_clear()
-    monkeypatch.setitem(__import__("sys").modules, "dp_accounting.pld.privacy_loss_distribution", None)
+    monkeypatch.setitem(sys.modules, "dp_accounting.pld.privacy_loss_distribution", None)
     engine = Engine(MLP([INPUTS, OUTPUTS]), batch_size=10, privacy=PRIVATE)
-    with pytest.raises(MissingLibraryError, match=r"pip install 'fusemlp\[privacy\]'"):
-        engine.fit(*problem("cross_entropy"), epochs=1)
-    assert engine.update_count == 0
+    fleet = fusemlp.Fleet(MLP([INPUTS, OUTPUTS]), batch_size=10, privacy=PRIVATE, vary={"seed": [0, 1]})
+    for fit in (engine.fit, fleet.fit):
+        with pytest.raises(MissingLibraryError, match=r"pip install 'fusemlp\[privacy\]'"):
+            fit(*problem("cross_entropy"), epochs=1)
+    assert engine.update_count == fleet.first.update_count == 0
 
 
 QUICK = ("--epochs", "4", "--batch-size", "100", "--hidden", "8", "--quiet")
@@ -453,16 +416,12 @@ def test_a_command_trains_privately(tmp_path, capsys):
     assert "--epochs: more than 4 would spend more than the epsilon of 2" in capsys.readouterr().err
 
 
-def test_a_table_trains_one_private_model_with_the_default_scale(tmp_path, capsys):
-    generator = np.random.default_rng(0)
-    rows = [f"{a:.3f},{b:.3f},{'yes' if a > 0 else 'no'}" for a, b in generator.normal(size=(240, 2))]
-    data = tmp_path / "ill.csv"
-    data.write_text("\n".join(["a,b,ill", *rows]))
-    options = ("--target", "ill", "--dp-epsilon", "5", "--dp-delta", "1e-6")
-    assert run("train", data, *options, *QUICK, "--out", tmp_path / "run") == 0
-    config = read(tmp_path / "run" / "config.json")
+def test_a_table_trains_one_private_model_with_the_default_scale(tmp_path):
+    options = ("--dp-epsilon", "5", "--dp-delta", "1e-6", *QUICK)
+    folder = trained(tmp_path, *options, rows=240, target="ill", classes=2)
+    config = read(folder / "config.json")
     assert config["options"]["models"] == 1 and config["preprocessor"]["scale"] == "robust"
-    assert read(tmp_path / "run" / "report.json")["privacy"]["delta"] == 1e-6
+    assert read(folder / "report.json")["privacy"]["delta"] == 1e-6
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from fusemlp.runtime.plans import choose_plan
 from fusemlp_kernels import philox, reference
 from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.registry import TRAITS
+from make import assert_same
 
 pytest.importorskip("dp_accounting")
 
@@ -139,15 +140,13 @@ def test_every_step_is_the_oracles(case, device):
 
 
 def test_the_resident_kernel_of_triton_has_no_privacy():
-    of_triton = TRAITS["triton"], [64, 32, 10], 32, "fp32"
-    assert choose_plan("auto", *of_triton)[0] == "resident"
-    assert choose_plan("auto", *of_triton, private=True) == (
-        "graph", "the triton backend's resident kernel trains without privacy"
-    )  # fmt: skip
-    assert choose_plan("auto", *of_triton, models=100, private=True)[0] == "graph"
-    with pytest.raises(BackendUnavailableError, match="plan: the triton backend's resident kernel trains without"):
-        choose_plan("resident", *of_triton, private=True)
-    assert choose_plan("auto", TRAITS["numpy"], *of_triton[1:], private=True)[0] == "resident"
+    step, reason = ([64, 32, 10], 32, "fp32"), "the triton backend's resident kernel trains without privacy"
+    assert choose_plan("auto", TRAITS["triton"], *step)[0] == "resident"
+    assert choose_plan("auto", TRAITS["triton"], *step, private=True) == ("graph", reason)
+    assert choose_plan("auto", TRAITS["triton"], *step, models=100, private=True)[0] == "graph"
+    with pytest.raises(BackendUnavailableError, match=f"plan: {reason}"):
+        choose_plan("resident", TRAITS["triton"], *step, private=True)
+    assert choose_plan("auto", TRAITS["numpy"], *step, private=True)[0] == "resident"
 
 
 @pytest.mark.parametrize("device", [pytest.param(INTERPRETER, marks=marks_of(INTERPRETER))])
@@ -173,9 +172,8 @@ def test_a_graph_is_the_eager_steps(device):
     with usable(device):
         eager, graph = (case.engine(backend=device.backend, plan=plan) for plan in ("eager", "graph"))
         histories = [engine.fit(X, y, epochs=3).history for engine in (eager, graph)]
-        wanted, found = eager.memory.snapshot(), graph.memory.snapshot()
+        assert_same(eager.memory.snapshot(), graph.memory.snapshot())
     assert histories[0] == histories[1]
-    assert all(np.array_equal(array, found[name]) for name, array in wanted.items())
 
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])

@@ -5,11 +5,10 @@ import pytest
 from devices import GPU, INTERPRETER, marks_of, usable
 
 import fusemlp
-from fusemlp import DPSGD, MLP, SGD, ArgumentError, Engine, Fleet, MissingLibraryError, ReduceOnPlateau
+from fusemlp import DPSGD, MLP, SGD, ArgumentError, Engine, Fleet, ReduceOnPlateau
 from fusemlp.describe.privacy import Accountant
-from fusemlp.fleet import candidates as module
-from fusemlp.fleet.results import Kept
-from make import assert_same_state
+from fusemlp.fleet import memory as module
+from make import assert_same, assert_same_state
 
 pytest.importorskip("dp_accounting")
 
@@ -58,8 +57,7 @@ def test_on_a_card_models_train_one_after_another(device):
         for index, member in enumerate(results.members):
             engine = alone(index, backend=device.backend)
             engine.fit(X[:30], y[:30], epochs=1)
-            found, wanted = member.engine.memory.snapshot(), engine.memory.snapshot()
-            assert all(np.array_equal(array, wanted[name]) for name, array in found.items())
+            assert_same(member.engine.memory.snapshot(), engine.memory.snapshot())
             assert member.history.history == engine.history.history
             assert member.engine.plan != "resident"
 
@@ -97,27 +95,14 @@ def test_models_of_a_fleet_in_parts_keep_their_account():
 
 
 def test_choices_by_private_rows_are_refused():
-    many = fleet()
-    with pytest.raises(ArgumentError, match="drop_last: the engine trains privately"):
-        many.fit(X, y, epochs=1, drop_last=True)
-    with pytest.raises(ArgumentError, match="monitor: 'loss' is of the private rows"):
-        many.fit(X, y, epochs=1, early_stopping=1, monitor="loss")
-    with pytest.raises(ArgumentError, match="monitor: 'loss' is of the private rows"):
-        fleet([{}, {"lr": ReduceOnPlateau(0.1)}]).fit(X, y, epochs=1)
-    results = many.fit(X, y, epochs=1)
-    with pytest.raises(ArgumentError, match="metric: 'loss' is of the private rows"):
-        results.best()
-    assert repr(results) == "FleetResults(3 trained)"
-    with pytest.raises(ArgumentError, match="metric: 'accuracy' is of the private rows"):
-        many.fit(X, y, epochs=1, validation_data=(X, y)).best("accuracy")
-
-
-def test_without_dp_accounting_nothing_is_trained(monkeypatch):
-    from fusemlp.describe import privacy
-
-    privacy._loss_of_steps.cache_clear()
-    monkeypatch.setitem(__import__("sys").modules, "dp_accounting.pld.privacy_loss_distribution", None)
-    many = fleet()
-    with pytest.raises(MissingLibraryError, match=r"pip install 'fusemlp\[privacy\]'"):
-        many.fit(X, y, epochs=1)
-    assert many.first.update_count == 0
+    many, plateau = fleet(), fleet([{}, {"lr": ReduceOnPlateau(0.1)}])
+    validated = {"validation_data": (X, y)}
+    for call, said in (
+        (lambda: many.fit(X, y, epochs=1, early_stopping=1, monitor="loss"), "monitor: 'loss' is of the private rows"),
+        (lambda: plateau.fit(X, y, epochs=1), "monitor: 'loss' is of the private rows"),
+        (lambda: many.fit(X, y, epochs=1).best(), "metric: 'loss' is of the private rows"),
+        (lambda: many.fit(X, y, epochs=1, **validated).best("accuracy"), "metric: 'accuracy' is of the private rows"),
+    ):
+        with pytest.raises(ArgumentError, match=said):
+            call()
+    assert repr(many.fit(X, y, epochs=1)) == "FleetResults(3 trained)"

@@ -2,11 +2,12 @@
 
 import dataclasses
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from fusemlp import MLP, SGD, Adam, Callback, Cosine, Engine, Fleet, OneCycle, load_checkpoint
+from fusemlp import MLP, SGD, Adam, Cosine, Engine, Fleet, OneCycle, load_checkpoint
 from fusemlp.describe.schedules import SCHEDULES, Constant, Schedule
 from fusemlp.program import builder, layout, lowering
 from fusemlp.runtime.backends import open_backend
@@ -15,6 +16,7 @@ from fusemlp_kernels import reference
 from fusemlp_kernels.clock import corrections
 from fusemlp_kernels.contract import HYPER, LEARNING_RATE, LOSS_SCALE, RATE_COLUMNS, LossSpec, UpdateRule
 from fusemlp_kernels.registry import availability, interprets_triton
+from make import assert_same
 
 ROWS, WIDTH, CLASSES, BATCH, EPOCHS = 22, 5, 3, 4, 3
 RNG = np.random.default_rng(0)
@@ -69,7 +71,7 @@ def small(monkeypatch):
     """Set the rows of the tables of new engines."""
 
     def rows(count):
-        for module in (layout, lowering):
+        for module in (layout, builder):
             monkeypatch.setattr(module, "RATE_ROWS", count)
         # programs that are remembered have tables of another size
         lowering.lower.cache_clear()
@@ -83,10 +85,7 @@ def made(optimizer, backend="numpy", plan="eager", precision="fp32"):
 
 
 def same(engine, other):
-    found, expected = engine.memory.snapshot(), other.memory.snapshot()
-    for name, array in expected.items():
-        assert array.tobytes() == found[name].tobytes(), name
-    assert engine.history is not None and other.history is not None
+    assert_same(engine.memory.snapshot(), other.memory.snapshot())
     assert engine.history.history == other.history.history
 
 
@@ -132,12 +131,12 @@ OPTIMIZERS = {
 @pytest.mark.parametrize(("backend", "plan"), PLANS[:2])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("rows", [2, 5])
-def test_a_table_that_is_filled_again_changes_no_bit(optimizer, rows, backend, plan, small):
+def test_a_table_that_is_filled_again_changes_no_bit(optimizer, rows, backend, plan, small, epochs=EPOCHS):
     whole = made(optimizer, backend, plan)
     small(rows)
     cut = made(optimizer, backend, plan)
     for engine in (whole, cut):
-        engine.fit(X, Y, epochs=EPOCHS)
+        engine.fit(X, Y, epochs=epochs)
     assert cut.memory.rates.shape[0] == rows + 1
     same(cut, whole)
 
@@ -145,12 +144,7 @@ def test_a_table_that_is_filled_again_changes_no_bit(optimizer, rows, backend, p
 @pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize(("backend", "plan"), PLANS[2:])
 def test_a_table_filled_between_launches_and_graphs_changes_no_bit(backend, plan, small):
-    whole = made(OPTIMIZERS["one cycle"], backend, plan)
-    small(2)
-    cut = made(OPTIMIZERS["one cycle"], backend, plan)
-    for engine in (whole, cut):
-        engine.fit(X, Y, epochs=1)
-    same(cut, whole)
+    test_a_table_that_is_filled_again_changes_no_bit(OPTIMIZERS["one cycle"], 2, backend, plan, small, epochs=1)
 
 
 @pytest.mark.parametrize("rows", [2, 1024])
@@ -214,17 +208,10 @@ def test_a_table_that_fits_is_not_filled_for_the_next_call(filled):
     assert filled == [0]
 
 
-class Stepping(Callback):
-    """Makes a step of its own in the middle of an epoch."""
-
-    def on_batch_end(self, engine, batch):
-        if batch == 1:
-            engine.step(X[:BATCH], Y[:BATCH])
-
-
 def test_steps_of_a_callback_do_not_take_the_schedule_away():
+    stepping = SimpleNamespace(on_batch_end=lambda engine, batch: batch == 1 and engine.step(X[:BATCH], Y[:BATCH]))
     engine = made(SGD(Cosine(0.1, steps=40)))
-    history = engine.fit(X, Y, epochs=2, callbacks=[Stepping()])
+    history = engine.fit(X, Y, epochs=2, callbacks=[stepping])
     assert history.history["learning_rate"] == [engine.optimizer.schedule.at(7), engine.optimizer.schedule.at(14)]
 
 
@@ -237,8 +224,7 @@ def test_a_checkpoint_goes_on_with_a_schedule_of_ones_own(tmp_path, monkeypatch)
     for engine in (whole, loaded):
         engine.fit(X, Y, epochs=1)
     whole.fit(X, Y, epochs=1)
-    for name, array in whole.memory.snapshot().items():
-        assert array.tobytes() == loaded.memory.snapshot()[name].tobytes(), name
+    assert_same(whole.memory.snapshot(), loaded.memory.snapshot())
     assert len(loaded.memory.snapshot()["hyper"]) == HYPER
     assert loaded.memory.snapshot()["hyper"][LEARNING_RATE] == Zigzag(0.02).at(12)
 

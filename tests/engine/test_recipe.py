@@ -5,20 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import fusemlp
+from fusemlp import SGD, Adam, AdamW
 from fusemlp.cli.options import FindOptions, TrainOptions
-from fusemlp.describe.losses import CrossEntropy, Huber, Quantile
-from fusemlp.describe.network import LeakyReLU, PReLU
-from fusemlp.describe.optimizers import SGD, Adam, AdamW
-from fusemlp.describe.schedules import (
-    Constant,
-    Cosine,
-    CosLog4,
-    Exponential,
-    FlatCosine,
-    OneCycle,
-    ReduceOnPlateau,
-    StepDecay,
-)
 from fusemlp.tables import descriptions
 
 PLAIN = TrainOptions(data="digits")
@@ -42,7 +31,7 @@ def test_hidden_widths(given, widths):
 def test_activations_and_their_slopes():
     asked = replace(PLAIN, activation="prelu, leaky_relu", output_activation="tanh", dropout="0.1,0", slope=0.3)
     net = descriptions.network([4, 3, 3, 2], asked)
-    assert net.activations[:2] == (PReLU(0.3), LeakyReLU(0.3))
+    assert net.activations[:2] == (fusemlp.PReLU(0.3), fusemlp.LeakyReLU(0.3))
     assert net.activations[2].name == "tanh"
     assert net.dropouts == (0.1, 0.0, 0.0)
 
@@ -70,21 +59,21 @@ def test_optimizers(options, expected):
 
 # 100 rows in batches of 30: four updates an epoch; ten epochs.
 SCHEDULES = [
-    ({}, Constant(0.1)),
-    ({"warmup": 0.5}, Constant(0.1, warmup=2)),
-    ({"schedule": "step", "lr_step": 3.0}, StepDecay(0.1, every=12)),
-    ({"schedule": "step", "lr_step": 0.5, "lr_gamma": 0.5}, StepDecay(0.1, every=2, gamma=0.5)),
-    ({"schedule": "exponential", "lr_gamma": 0.5}, Exponential(0.1, gamma=0.5**0.25)),
-    ({"schedule": "cosine", "lr_final": 0.01}, Cosine(0.1, final=0.01, steps=40)),
-    ({"schedule": "cosine", "warmup": 2.0}, Cosine(0.1, steps=32, warmup=8)),
-    ({"schedule": "cosine", "drop_last": True}, Cosine(0.1, steps=30)),
-    ({"schedule": "cosine", "accumulate": 3}, Cosine(0.1, steps=13)),
-    ({"schedule": "one_cycle"}, OneCycle(0.1, steps=40)),
-    ({"schedule": "flat_cosine", "lr_final": 0.01}, FlatCosine(0.1, final=0.01, steps=40)),
-    ({"schedule": "coslog4"}, CosLog4(0.1, steps=40)),
+    ({}, fusemlp.Constant(0.1)),
+    ({"warmup": 0.5}, fusemlp.Constant(0.1, warmup=2)),
+    ({"schedule": "step", "lr_step": 3.0}, fusemlp.StepDecay(0.1, every=12)),
+    ({"schedule": "step", "lr_step": 0.5, "lr_gamma": 0.5}, fusemlp.StepDecay(0.1, every=2, gamma=0.5)),
+    ({"schedule": "exponential", "lr_gamma": 0.5}, fusemlp.Exponential(0.1, gamma=0.5**0.25)),
+    ({"schedule": "cosine", "lr_final": 0.01}, fusemlp.Cosine(0.1, final=0.01, steps=40)),
+    ({"schedule": "cosine", "warmup": 2.0}, fusemlp.Cosine(0.1, steps=32, warmup=8)),
+    ({"schedule": "cosine", "drop_last": True}, fusemlp.Cosine(0.1, steps=30)),
+    ({"schedule": "cosine", "accumulate": 3}, fusemlp.Cosine(0.1, steps=13)),
+    ({"schedule": "one_cycle"}, fusemlp.OneCycle(0.1, steps=40)),
+    ({"schedule": "flat_cosine", "lr_final": 0.01}, fusemlp.FlatCosine(0.1, final=0.01, steps=40)),
+    ({"schedule": "coslog4"}, fusemlp.CosLog4(0.1, steps=40)),
     (
         {"schedule": "reduce_on_plateau", "lr_patience": 3, "lr_gamma": 0.5, "lr_final": 0.01},
-        ReduceOnPlateau(0.1, factor=0.5, patience=3, min_lr=0.01),
+        fusemlp.ReduceOnPlateau(0.1, factor=0.5, patience=3, min_lr=0.01),
     ),
 ]
 
@@ -96,12 +85,17 @@ def test_lengths_in_epochs_become_updates(options, expected):
 
 
 def test_losses_take_their_options():
-    asked = FindOptions(label_smoothing=0.1)
-    assert descriptions.loss(asked, "cross_entropy", [1.0, 2.0]) == CrossEntropy(
-        label_smoothing=0.1, class_weight=[1.0, 2.0]
-    )
-    assert descriptions.loss(FindOptions(delta=2.0), "huber", None) == Huber(2.0)
-    assert descriptions.loss(FindOptions(quantile=0.9), "quantile", None) == Quantile(0.9)
+    for options, name, weights, expected in (
+        (
+            {"label_smoothing": 0.1},
+            "cross_entropy",
+            [1.0, 2.0],
+            fusemlp.CrossEntropy(label_smoothing=0.1, class_weight=[1.0, 2.0]),
+        ),
+        ({"delta": 2.0}, "huber", None, fusemlp.Huber(2.0)),
+        ({"quantile": 0.9}, "quantile", None, fusemlp.Quantile(0.9)),
+    ):
+        assert descriptions.loss(FindOptions(**options), name, weights) == expected
 
 
 def test_the_task_decides_the_loss():
@@ -113,7 +107,6 @@ def test_the_task_decides_the_loss():
 def test_balanced_weights_make_classes_count_alike():
     codes = np.array([0] * 6 + [1] * 3 + [3])
     weights = descriptions.class_weights("balanced", codes, range(4))
-    assert weights is not None
     # An absent class has no weight.
     assert weights == pytest.approx([10 / 18, 10 / 9, 0.0, 10 / 3])
     assert np.bincount(codes, weights=np.array(weights)[codes])[[0, 1, 3]] == pytest.approx([10 / 3] * 3)

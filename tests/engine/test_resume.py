@@ -3,9 +3,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +11,6 @@ import pytest
 import fusemlp
 from fusemlp import MLP, MSE, SGD, Adam, Callback, Engine, load_checkpoint
 from make import assert_same_state
-
-Fit = Callable[..., Any]
 
 HERE = Path(__file__).parent
 ROWS, WIDTH, CLASSES, BATCH, EPOCHS = 70, 6, 3, 12, 5
@@ -37,24 +33,9 @@ def fitted(engine, **options):
     return engine
 
 
-def held_out():
-    return data(2, 25)
-
-
-def never_better():
-    """Return validation classes that become less likely in training, so that the patience runs out."""
-    X, y = data(1, 25)
-    return X, (y + 1) % CLASSES
-
-
-def weights():
-    return np.random.default_rng(5).uniform(0.0, 2.0, ROWS)
-
-
-def reversed_rows(epoch):
-    return np.roll(np.arange(ROWS)[::-1], epoch)
-
-
+HELD_OUT = data(2, 25)
+# Validation classes that become less likely in training, so that the patience runs out.
+NEVER_BETTER = data(1, 25)[0], (data(1, 25)[1] + 1) % CLASSES
 CASES = {
     "momentum, cosine, dropout": (
         {"net": MLP([WIDTH, 8, CLASSES], dropout=0.3), "optimizer": SGD(fusemlp.Cosine(0.2, warmup=0.3), momentum=0.9)},
@@ -65,15 +46,15 @@ CASES = {
             "net": MLP([WIDTH, 8, 6, CLASSES], activation="gelu"),
             "optimizer": fusemlp.AdamW(fusemlp.ReduceOnPlateau(0.1, factor=0.5, patience=1, min_delta=0.1)),
         },
-        {"validation_data": held_out(), "early_stopping": 3},
+        {"validation_data": HELD_OUT, "early_stopping": 3},
     ),
     "average, early stopping": (
         {"net": MLP([WIDTH, 8, CLASSES], dropout=0.1), "optimizer": Adam(0.02, ema=0.9)},
-        {"validation_data": held_out(), "early_stopping": 3},
+        {"validation_data": HELD_OUT, "early_stopping": 3},
     ),
     "patience runs out": (
         {"net": MLP([WIDTH, 8, CLASSES], dropout=0.1), "optimizer": Adam(0.05)},
-        {"validation_data": never_better(), "early_stopping": 2, "epochs": 9},
+        {"validation_data": NEVER_BETTER, "early_stopping": 2, "epochs": 9},
     ),
     "accumulation over epochs' ends": (
         {
@@ -88,11 +69,11 @@ CASES = {
             "optimizer": Adam(fusemlp.OneCycle(0.05), accumulate=5, clip_norm=0.1),
             "precision": "fp64",
         },
-        {"sample_weight": weights()},
+        {"sample_weight": np.random.default_rng(5).uniform(0.0, 2.0, ROWS)},
     ),
     "mse on one-hot, given rows": (
         {"net": MLP([WIDTH, 8, CLASSES]), "loss": MSE(), "optimizer": SGD(fusemlp.StepDecay(0.3, every=7, gamma=0.5))},
-        {"row_order": reversed_rows},
+        {"row_order": lambda epoch: np.roll(np.arange(ROWS)[::-1], epoch)},
     ),
     "rows as they are, short batch dropped": (
         {"net": MLP([WIDTH, CLASSES]), "optimizer": SGD(0.2, nesterov=True, momentum=0.5)},
@@ -108,13 +89,13 @@ def new_engine(case):
 class SaveEverywhere(Callback):
     """Write a checkpoint at each stage of the training, each in its own file."""
 
-    def __init__(self, folder):
-        self.folder = folder
-        self.paths: list[Path] = []
+    def __init__(self, folder, epochs_alone=False):
+        self.folder, self.epochs_alone, self.paths = folder, epochs_alone, []
 
     def save(self, engine, stage):
-        self.paths.append(self.folder / f"{len(self.paths):03} {stage}")
-        engine.save_checkpoint(self.paths[-1])
+        if stage.endswith("end") or not self.epochs_alone:
+            self.paths.append(self.folder / f"{len(self.paths):03} {stage}")
+            engine.save_checkpoint(self.paths[-1])
 
     def on_train_begin(self, engine):
         self.save(engine, "train begin")
@@ -129,17 +110,7 @@ class SaveEverywhere(Callback):
         self.save(engine, f"epoch {epoch} end")
 
     def on_train_end(self, engine, history):
-        self.save(engine, "train end")
-
-
-class EpochsOnly(Callback):
-    """Forward the ends of epochs only."""
-
-    def __init__(self, other):
-        self.other = other
-
-    def on_epoch_end(self, engine, epoch, logs):
-        self.other.on_epoch_end(engine, epoch, logs)
+        self.save(engine, "train ended")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -158,13 +129,13 @@ def test_resuming_anywhere_ends_as_if_never_interrupted(case, tmp_path):
 
 def test_the_case_of_exhausted_patience_stops_early():
     engine = fitted(new_engine("patience runs out"), **CASES["patience runs out"][1])
-    assert engine.history is not None and len(engine.history.epochs) < 9
+    assert len(engine.history.epochs) < 9
     assert "has not improved for 2 epochs" in engine.history.stopped
 
 
 def test_a_later_fit_is_resumed_without_the_best_weights_of_an_earlier_one(tmp_path):
     def engine():
-        return fitted(new_engine("momentum, cosine, dropout"), validation_data=held_out(), early_stopping=9)
+        return fitted(new_engine("momentum, cosine, dropout"), validation_data=HELD_OUT, early_stopping=9)
 
     expected = fitted(engine())
     saver = SaveEverywhere(tmp_path)
@@ -194,45 +165,29 @@ def test_a_resumed_engine_can_be_saved_and_resumed_again(tmp_path):
     assert_same_state(fitted(load_checkpoint(path), resume=True), expected)
 
 
-def test_ctrl_c_then_save_then_resume(tmp_path):
+@pytest.mark.parametrize("case, epoch", [("adamw, plateau, early stopping", 2), ("momentum, cosine, dropout", 0)])
+@pytest.mark.parametrize("saved", [True, False])
+def test_ctrl_c_then_resume(case, epoch, saved, tmp_path):
     class Interrupt(Callback):
         def on_batch_end(self, engine, batch):
-            if engine.epochs_trained == 2 and batch == 3:
+            if engine.epochs_trained == epoch and batch == 3:
                 signal.raise_signal(signal.SIGINT)
 
-    case = "adamw, plateau, early stopping"
-    options = CASES[case][1]
-    engine = new_engine(case)
+    options, engine = CASES[case][1], new_engine(case)
     with pytest.raises(KeyboardInterrupt):
         fitted(engine, **options, callbacks=[Interrupt()])
-    engine.save_checkpoint(tmp_path / "c")
-    resumed = fitted(load_checkpoint(tmp_path / "c"), **options, resume=True)
-    assert_same_state(resumed, fitted(new_engine(case), **options))
-
-
-def test_fit_goes_on_in_the_same_process_after_ctrl_c():
-    class Interrupt(Callback):
-        def on_batch_end(self, engine, batch):
-            if batch == 1:
-                signal.raise_signal(signal.SIGINT)
-
-    case = "momentum, cosine, dropout"
-    engine = new_engine(case)
-    with pytest.raises(KeyboardInterrupt):
-        fitted(engine, callbacks=[Interrupt()])
-    assert_same_state(fitted(engine, resume=True), fitted(new_engine(case)))
+    if saved:
+        engine.save_checkpoint(tmp_path / "c")
+        engine = load_checkpoint(tmp_path / "c")
+    assert_same_state(fitted(engine, **options, resume=True), fitted(new_engine(case), **options))
 
 
 def in_a_process(code, *arguments):
-    """Return the output of a new Python process that finds this folder's modules."""
-    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    """Return the output of a new Python process that finds the modules of the tests."""
+    path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -279,28 +234,23 @@ def test_resuming_with_too_few_rows_is_refused(tmp_path):
     fitted(new_engine("momentum, cosine, dropout"), callbacks=[saver])
     engine = load_checkpoint(next(path for path in saver.paths if path.name.endswith("batch 4")))
     X, y = data(1)
-    with pytest.raises(
-        fusemlp.ShapeError, match="the checkpoint stands at batch 5 of its epoch, and 20 rows make only 2"
-    ):
+    said = "the checkpoint stands at batch 5 of its epoch, and 20 rows make only 2"
+    with pytest.raises(fusemlp.ShapeError, match=said):
         engine.fit(X[:20], y[:20], epochs=EPOCHS, resume=True)
+    with pytest.raises(fusemlp.ArgumentError, match="resume: this engine has no fit to go on with"):
+        fitted(new_engine("momentum, cosine, dropout"), resume=True)
     # Nothing changed: the right data still give the exact result.
     assert_same_state(fitted(engine, resume=True), fitted(new_engine("momentum, cosine, dropout")))
 
 
 def test_an_epoch_whose_last_update_overflows_is_undone_and_leaves_the_last_good_checkpoint(tmp_path):
     X, y = data(1)
-    saver = SaveEverywhere(tmp_path)
+    saver = SaveEverywhere(tmp_path, epochs_alone=True)
     # one update an epoch: its loss is a number, what it makes of the parameters is not
     engine = Engine(MLP([WIDTH, CLASSES]), MSE(), SGD(fusemlp.StepDecay(1e-3, every=1, gamma=1e42)), batch_size=ROWS)
     with pytest.raises(fusemlp.DivergenceError, match="it became NaN or infinite in epoch 2"):
-        engine.fit(X, np.eye(CLASSES)[y], epochs=3, callbacks=[EpochsOnly(saver)])
+        engine.fit(X, np.eye(CLASSES)[y], epochs=3, callbacks=[saver])
     assert [path.name for path in saver.paths] == ["000 epoch 0 end"]
-    assert engine.history is not None
     assert engine.history.stopped == "the loss became NaN or infinite in epoch 2"
     engine.history.stopped = ""
     assert_same_state(engine, load_checkpoint(saver.paths[0]))
-
-
-def test_resuming_without_a_fit_is_refused():
-    with pytest.raises(fusemlp.ArgumentError, match="resume: this engine has no fit to go on with"):
-        fitted(new_engine("momentum, cosine, dropout"), resume=True)

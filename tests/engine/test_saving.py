@@ -12,7 +12,9 @@ from safetensors import safe_open
 
 import fusemlp
 from fusemlp import MLP, ArgumentError, ArgumentTypeError, Engine, PReLU
+from fusemlp.runtime.files import digest_of
 from fusemlp.sklearn import TableClassifier
+from make import assert_same
 
 SIZES = (6, 9, 7, 5, 3)
 RNG = np.random.default_rng(0)
@@ -20,27 +22,11 @@ X = RNG.normal(size=(40, SIZES[0]))
 LABELS = RNG.integers(0, SIZES[-1], 40)
 VALUES = RNG.normal(size=(40, SIZES[-1]))
 
-TORCH = {
-    "identity": torch.nn.Identity,
-    "relu": torch.nn.ReLU,
-    "leaky_relu": torch.nn.LeakyReLU,
-    "prelu": torch.nn.PReLU,
-    "sigmoid": torch.nn.Sigmoid,
-    "tanh": torch.nn.Tanh,
-    "gelu": torch.nn.GELU,
-    "silu": torch.nn.SiLU,
-    "elu": torch.nn.ELU,
-    "selu": torch.nn.SELU,
-    "softplus": torch.nn.Softplus,
-    "mish": torch.nn.Mish,
-}
-
 
 def sequential(*activations):
-    layers = [torch.nn.Linear(inputs, outputs) for inputs, outputs in itertools.pairwise(SIZES)]
-    behind = [TORCH[name]() for name in activations]
-    modules = [module for pair in itertools.zip_longest(layers, behind) for module in pair if module is not None]
-    return torch.nn.Sequential(*modules)
+    layers = itertools.starmap(torch.nn.Linear, itertools.pairwise(SIZES))
+    pairs = itertools.zip_longest(layers, (getattr(torch.nn, name)() for name in activations))
+    return torch.nn.Sequential(*(module for pair in pairs for module in pair if module is not None))
 
 
 def trained(*activations, **options):
@@ -50,40 +36,31 @@ def trained(*activations, **options):
 
 
 @pytest.mark.parametrize(
-    "activations",
-    [("relu", "prelu", "tanh"), ("gelu", "silu", "sigmoid"), ("prelu", "leaky_relu", "prelu"), ("elu", "selu", "mish")],
+    "names",
+    [("ReLU", "PReLU", "Tanh"), ("GELU", "SiLU", "Sigmoid"), ("PReLU", "Identity", "PReLU"), ("ELU", "SELU", "Mish")],
 )
-def test_torch_reads_it_into_the_plain_sequential(activations, tmp_path):
-    engine = trained(*activations, precision="fp64")
+def test_torch_reads_it_into_the_plain_sequential(names, tmp_path):
+    engine = trained(*map(str.lower, names), precision="fp64")
     engine.save(tmp_path / "model.safetensors")
-    module = sequential(*activations).double()
+    module = sequential(*names).double()
     module.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"), strict=True)
     with torch.no_grad():
         said = module(torch.from_numpy(X)).numpy()
     np.testing.assert_allclose(said, engine.predict(X), rtol=1e-12, atol=1e-12)
 
 
-def test_numpy_reads_it(tmp_path):
+def test_numpy_reads_it_and_the_metadata_describe_the_network(tmp_path):
     engine = trained("relu", PReLU(0.1), fusemlp.LeakyReLU(0.2))
-    engine.save(str(tmp_path / "model.safetensors"))
-    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
-    expected = engine.state_dict()
-    assert sorted(tensors) == sorted(expected)
-    for name, array in expected.items():
-        assert tensors[name].dtype == np.float32
-        np.testing.assert_array_equal(tensors[name], array)
-
-
-def test_the_metadata_describe_the_network(tmp_path):
-    engine = trained("relu", "prelu", "tanh")
-    engine.save(tmp_path / "m", metadata={"trained on": "noise"})
+    engine.save(str(tmp_path / "m"), metadata={"trained on": "noise"})
+    tensors = safetensors.numpy.load_file(tmp_path / "m")
+    assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float32)}
+    assert_same(dict(sorted(tensors.items())), dict(sorted(engine.state_dict().items())))
     with safe_open(tmp_path / "m", framework="numpy") as file:
         metadata = file.metadata()
     about = json.loads(metadata["fusemlp_model"])
     assert MLP.from_config(about["network"]) == engine.network
     assert about["version"] == fusemlp.__version__
-    assert metadata["trained on"] == "noise"
-    assert metadata["format"] == "pt"
+    assert (metadata["trained on"], metadata["format"]) == ("noise", "pt")
 
 
 ENGINES = {
@@ -91,9 +68,7 @@ ENGINES = {
     "double": lambda: trained("silu", "gelu", "tanh", precision="fp64"),
     "schedule, frozen": lambda: trained(
         *("relu", "relu", "relu"),
-        optimizer=fusemlp.Adam(
-            fusemlp.Cosine(0.01, warmup=3), per_parameter={"0.*": fusemlp.ParameterOptions(trainable=False)}
-        ),
+        optimizer=fusemlp.Adam(fusemlp.Cosine(0.01, warmup=3), per_parameter={"0.*": fusemlp.ParameterOptions(False)}),
     ),
     "huber": lambda: Engine(MLP(SIZES, dropout=0.3), loss=fusemlp.Huber(0.5), optimizer="adamw", seed=7),
 }
@@ -104,30 +79,25 @@ def test_load_gives_the_same_engine_at_the_beginning_of_a_training(case, tmp_pat
     engine = ENGINES[case]()
     engine.save(tmp_path / "m")
     loaded = fusemlp.load(tmp_path / "m")
-    for name in ("network", "loss", "optimizer", "batch_size", "seed", "precision"):
-        assert getattr(loaded, name) == getattr(engine, name)
+    told = ("network", "loss", "optimizer", "batch_size", "seed", "precision")
+    settings = {name: getattr(engine, name) for name in told}
+    assert {name: getattr(loaded, name) for name in told} == settings
     np.testing.assert_array_equal(loaded.predict(X), engine.predict(X))
     assert (loaded.update_count, loaded.epochs_trained, loaded.history) == (0, 0, None)
-    new = Engine(
-        engine.network,
-        loss=engine.loss,
-        optimizer=engine.optimizer,
-        batch_size=engine.batch_size,
-        seed=engine.seed,
-        precision=engine.precision,
-    )
+    new = Engine(settings.pop("network"), **settings)
     new.load_state_dict(engine.state_dict())
     assert loaded.fit(X, VALUES, epochs=2).history == new.fit(X, VALUES, epochs=2).history
 
 
 def test_another_precision_can_be_asked_for(tmp_path):
     engine = trained("relu", "relu", "relu")
-    engine.save(tmp_path / "m")
-    double = fusemlp.load(tmp_path / "m", precision="fp64")
-    np.testing.assert_allclose(double.predict(X), engine.predict(X), rtol=1e-4, atol=1e-4)
-    assert double.predict(X).dtype == np.float64
+    for name, save in (("model", engine.save), ("checkpoint", engine.save_checkpoint)):
+        save(tmp_path / name)
+        double = fusemlp.load(tmp_path / name, precision="fp64")
+        np.testing.assert_allclose(double.predict(X), engine.predict(X), rtol=1e-4, atol=1e-4)
+        assert double.predict(X).dtype == np.float64
     with pytest.raises(fusemlp.BackendUnavailableError, match="bf16"):
-        fusemlp.load(tmp_path / "m", backend="numpy", precision="bf16")
+        fusemlp.load(tmp_path / "model", backend="numpy", precision="bf16")
 
 
 def test_load_takes_a_checkpoint_with_its_training(tmp_path):
@@ -136,11 +106,12 @@ def test_load_takes_a_checkpoint_with_its_training(tmp_path):
     loaded = fusemlp.load(tmp_path / "c")
     assert loaded.update_count == engine.update_count > 0
     assert loaded.fit(X, VALUES, epochs=1).history == engine.fit(X, VALUES, epochs=1).history
-    assert fusemlp.load(tmp_path / "c", precision="fp64").predict(X).dtype == np.float64
 
 
-def test_load_checkpoint_says_that_a_model_is_none(tmp_path):
-    Engine(MLP(SIZES)).save(tmp_path / "m")
+def test_load_checkpoint_says_that_a_model_is_none_and_labels_stay_labels(tmp_path):
+    engine = Engine(MLP(SIZES))
+    engine.save(tmp_path / "m")
+    np.testing.assert_array_equal(fusemlp.load(tmp_path / "m").predict(X), engine.predict(X))
     with pytest.raises(fusemlp.CheckpointError, match=r"is a model that engine.save wrote.*use fusemlp.load\(path\)"):
         fusemlp.load_checkpoint(tmp_path / "m")
 
@@ -151,8 +122,6 @@ def altered(path):
 
 
 def newer(path):
-    from fusemlp.runtime.files import digest_of
-
     tensors = Engine(MLP(SIZES)).state_dict()
     config = json.dumps({"format": 99, "version": "9.0"})
     metadata = {"fusemlp_model": config, "sha256": digest_of(config, tensors)}
@@ -181,6 +150,11 @@ def test_what_is_no_model_is_refused(case, tmp_path):
         fusemlp.load(tmp_path / "m")
 
 
+def spoiled(engine, folder):
+    engine.memory.params[:] = np.nan
+    engine.save(folder / "m")
+
+
 WRONG_CALLS = {
     "number": (lambda engine, folder: engine.save(3), ArgumentTypeError, "path: expected the path of a file, got 3"),
     "folder": (lambda engine, folder: engine.save(folder), ArgumentError, "path: .* is a folder"),
@@ -200,35 +174,18 @@ WRONG_CALLS = {
         ArgumentTypeError,
         "metadata: expected a mapping",
     ),
+    "no numbers": (spoiled, fusemlp.DivergenceError, "no model was written and the one before is kept"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG_CALLS)
 def test_a_wrong_call_leaves_the_file_that_was_there(case, tmp_path):
     call, kind, words = WRONG_CALLS[case]
-    engine = Engine(MLP(SIZES))
-    engine.save(tmp_path / "m")
+    Engine(MLP(SIZES)).save(tmp_path / "m")
     before = (tmp_path / "m").read_bytes()
     with pytest.raises(kind, match=words):
         call(Engine(MLP(SIZES), seed=1), tmp_path)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
-
-
-def test_parameters_that_are_no_numbers_are_not_saved(tmp_path):
-    engine = Engine(MLP(SIZES))
-    engine.save(tmp_path / "m")
-    before = (tmp_path / "m").read_bytes()
-    engine.memory.params[:] = np.nan
-    with pytest.raises(fusemlp.DivergenceError, match="no model was written and the one before is kept"):
-        engine.save(tmp_path / "m")
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
-
-
-def test_labels_stay_labels(tmp_path):
-    engine = Engine(MLP(SIZES), batch_size=8)
-    engine.fit(X, LABELS, epochs=1)
-    engine.save(tmp_path / "m")
-    np.testing.assert_array_equal(fusemlp.load(tmp_path / "m").predict(X), engine.predict(X))
 
 
 @pytest.mark.parametrize("ending", [".keras", ".h5", ".hdf5", ".pkl", ".pickle", ".joblib", ".pt", ".PTH", ".onnx"])

@@ -1,9 +1,9 @@
 """A limit of the training's time: of a fit, of a fleet whose models share it, and of ``fusemlp train``."""
 
-import time
 from types import SimpleNamespace
 
 import numpy as np
+import pandas
 import pytest
 
 from fusemlp import MLP, Engine
@@ -42,12 +42,9 @@ def rows(count=96):
     return X, (X[:, 0] > 0).astype(np.int64)
 
 
-def write(path, count=400):
-    X, y = rows(count)
-    lines = [
-        ",".join([*(f"{value:.4f}" for value in row), ("no", "yes")[label]]) for row, label in zip(X, y, strict=True)
-    ]
-    path.write_text("\n".join(["a,b,c,kind", *lines]) + "\n")
+def write(path):
+    X, y = rows(400)
+    pandas.DataFrame(X, columns=[*"abc"]).round(4).assign(kind=np.array(["no", "yes"])[y]).to_csv(path, index=False)
     return path
 
 
@@ -140,21 +137,12 @@ def test_too_short_a_limit_trains_fewer_models(tmp_path, capsys, monkeypatch):
     assert "time limit: 2 of 5 models are trained, so that each has time to learn" in model.notes_
 
 
-def test_train_takes_little_longer_than_its_limit(tmp_path):
-    data = write(tmp_path / "data.csv")
-    began = time.monotonic()
-    assert run("train", data, "--target", "kind", *ENDLESS, "--time-limit", "2", "--out", tmp_path / "run") == 0
-    # a busy machine takes its time for the rest
-    assert time.monotonic() - began < 60
-    assert "time limit was reached" in read(tmp_path / "run" / "report.json")["stopped"]
-
-
 def test_a_limit_is_a_number_above_zero(tmp_path, capsys):
-    X, y = rows()
-    with pytest.raises(ArgumentError, match=r"^time_limit: expected a finite number above 0, got 0"):
-        TableClassifier(time_limit=0).fit(X, y)
-    with pytest.raises(ArgumentError, match=r"^time_limit: expected a finite number above 0, got -1"):
-        Engine(MLP([3, 2])).fit(X, y, epochs=1, time_limit=-1)
+    said = "time_limit: expected a finite number above 0, got"
+    with pytest.raises(ArgumentError, match=f"^{said} 0"):
+        TableClassifier(time_limit=0).fit(*rows())
+    with pytest.raises(ArgumentError, match=f"^{said} -1"):
+        Engine(MLP([3, 2])).fit(*rows(), epochs=1, time_limit=-1)
     assert run("train", "iris", "--time-limit", "0", "--out", tmp_path / "run") == 2
     assert "--time-limit: expected a finite number above 0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

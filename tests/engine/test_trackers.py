@@ -6,17 +6,16 @@ import json
 import logging
 import pickle
 import shutil
+import signal
 import struct
 import sys
 import time
 import warnings
-from typing import Any
 
 import numpy as np
 import pytest
 
 import fusemlp
-from fusemlp.callbacks.trackers import configured, flat
 from make import read, rows, run
 
 RNG = np.random.default_rng(0)
@@ -35,15 +34,17 @@ def fit(engine, *callbacks, epochs=3, **options):
     return engine.fit(X, Y, epochs=epochs, validation_data=(XV, YV), callbacks=callbacks, **options)
 
 
-class Stops(fusemlp.Callback):
-    """Stop a training in its second epoch, as Ctrl-C or by an error."""
+class Ends(fusemlp.Callback):
+    """End a training in its second epoch, by an error or Ctrl-C."""
 
-    def __init__(self, error):
+    def __init__(self, error=None):
         self.error = error
 
     def on_epoch_end(self, engine, epoch, logs):
-        if epoch == 1:
+        if epoch == 1 and self.error:
             raise self.error
+        if epoch == 1:
+            signal.raise_signal(signal.SIGINT)
 
 
 # The libraries warn of what is theirs.
@@ -136,12 +137,8 @@ class Offline:
     """An offline run of wandb after ``parts`` trainings, as it would be sent to the server."""
 
     def __init__(self, folder, run_id, parts=1):
-        self.config: dict[str, Any] = {}
-        self.history: list[dict[str, Any]] = []
-        self.summary: dict[str, Any] = {}
-        self.artifacts: dict[str, list[str]] = {}
-        self.exit: int | None = None
-        deadline, found = time.monotonic() + 60, list[list[Any]]()
+        self.config, self.history, self.summary, self.artifacts, self.exit = {}, [], {}, {}, None
+        deadline, found = time.monotonic() + 60, []
         # Another process writes the files, and may be at it still.
         while sum(one.WhichOneof("record_type") == "exit" for part in found for one in part) < parts:
             assert time.monotonic() < deadline, f"the run {run_id} has no end"
@@ -159,11 +156,11 @@ class Offline:
         elif kind == "config":
             self.config |= {one.key: json.loads(one.value_json) for one in record.config.update}
         elif kind == "history":
-            row = {one.key or one.nested_key[0]: json.loads(one.value_json) for one in record.history.item}
-            self.history.append(row)
+            self.history.append(
+                {one.key or one.nested_key[0]: json.loads(one.value_json) for one in record.history.item}
+            )
         elif kind == "summary":
-            updated = {one.key or one.nested_key[0]: json.loads(one.value_json) for one in record.summary.update}
-            self.summary |= updated
+            self.summary |= {one.key or one.nested_key[0]: json.loads(one.value_json) for one in record.summary.update}
         elif kind == "artifact":
             self.artifacts[record.artifact.name] = [entry.path for entry in record.artifact.manifest.contents]
         elif kind == "exit":
@@ -226,7 +223,7 @@ class TestMLflow:
     def test_ctrl_c_kills_the_run(self, mlflow):
         tracker = fusemlp.MLflow(log_model=True)
         with pytest.raises(KeyboardInterrupt):
-            fit(make(), tracker, Interrupts())
+            fit(make(), tracker, Ends())
         found = stored(mlflow, tracker.run_id)
         assert found.info.status == "KILLED"
         assert found.data.tags["fusemlp.status"] == "interrupted"
@@ -241,7 +238,7 @@ class TestMLflow:
         assert "NaN or infinite" in stored(mlflow, tracker.run_id).data.tags["fusemlp.stopped"]
         assert artifacts(mlflow, tracker.run_id) == set()
         with pytest.raises(ZeroDivisionError):
-            fit(make(), tracker, Stops(ZeroDivisionError("mine")))
+            fit(make(), tracker, Ends(ZeroDivisionError("mine")))
         found = stored(mlflow, tracker.run_id)
         assert found.info.status == "FAILED"
         assert found.data.tags["fusemlp.stopped"] == "mine"
@@ -320,23 +317,12 @@ class TestMLflow:
     def test_each_model_of_a_sweep_is_a_run(self, mlflow, tmp_path):
         options = ["--vary", "lr=0.01,0.1", "--epochs", "2", "--quiet", "--track", "mlflow"]
         assert run("sweep", "iris", *options, "--out", tmp_path / "best") == 0
-        found = {
-            one.info.run_name: one for one in mlflow.search_runs(search_all_experiments=True, output_format="list")
-        }
+        runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
+        found = {one.info.run_name: one for one in runs}
         assert found.keys() == {"best-0", "best-1"}
         assert {one.data.params["lr"] for one in found.values()} == {"0.01", "0.1"}
         assert {one.data.params["sweep"] for one in found.values()} == {"best"}
         assert all(len(history_of(mlflow, one.info.run_id, "val_loss")) == 2 for one in found.values())
-
-
-class Interrupts(fusemlp.Callback):
-    """Press Ctrl-C in the second epoch."""
-
-    def on_epoch_end(self, engine, epoch, logs):
-        if epoch == 1:
-            import signal
-
-            signal.raise_signal(signal.SIGINT)
 
 
 class TestWandB:
@@ -346,9 +332,8 @@ class TestWandB:
         assert wandb.run is None
         found = Offline(tmp_path, tracker.run_id)
         assert (found.project, found.name, found.exit) == ("tests", "first", 0)
-        assert {"batch_size": 16, "optimizer.lr.lr": 0.02, "network.sizes": [5, 8, 3], "note": "mine"}.items() <= (
-            found.config.items()
-        )
+        expected = {"batch_size": 16, "optimizer.lr.lr": 0.02, "network.sizes": [5, 8, 3], "note": "mine"}
+        assert expected.items() <= found.config.items()
         for name, values in history.history.items():
             assert [row[name] for row in found.history] == pytest.approx(values, rel=1e-12)
         assert [row["epoch"] for row in found.history] == [1, 2, 3]
@@ -373,7 +358,7 @@ class TestWandB:
     def test_how_a_training_ended(self, wandb, tmp_path):
         tracker = fusemlp.WandB()
         with pytest.raises(KeyboardInterrupt):
-            fit(make(), tracker, Interrupts())
+            fit(make(), tracker, Ends())
         found = Offline(tmp_path, tracker.run_id)
         assert (found.exit, found.summary.get("status")) == (130, "interrupted")
         with pytest.raises(fusemlp.DivergenceError):
@@ -406,9 +391,8 @@ def test_without_the_library_nothing_has_begun(tracker, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     engine = make()
-    with pytest.raises(
-        fusemlp.MissingLibraryError, match=rf"the library {library}: pip install \"fusemlp\[{library}\]\""
-    ):
+    said = rf"the library {library}: pip install \"fusemlp\[{library}\]\""
+    with pytest.raises(fusemlp.MissingLibraryError, match=said):
         fit(engine, tracker())
     assert engine.update_count == 0
     assert run("train", "iris", "--track", library, "--out", tmp_path / "run") == 1
@@ -424,30 +408,22 @@ def test_copies_work_as_scikit_learn_makes_them(tracker):
 
 
 @pytest.mark.parametrize(
-    ("call", "kind", "words"),
+    ("tracker", "given", "words"),
     [
-        (lambda: fusemlp.MLflow(3), fusemlp.ArgumentTypeError, "experiment: expected a name, got 3"),
-        (lambda: fusemlp.WandB(""), fusemlp.ArgumentTypeError, "project: expected a name, got ''"),
-        (lambda: fusemlp.WandB(run_name=1), fusemlp.ArgumentTypeError, "run_name: expected a name, got 1"),
-        (lambda: fusemlp.MLflow(run_id=b"x"), fusemlp.ArgumentTypeError, "run_id: expected a name"),
-        (lambda: fusemlp.MLflow(params=[1]), fusemlp.ArgumentTypeError, r"params: expected a dictionary.*, got \[1\]"),
-        (lambda: fusemlp.WandB(log_model=1), fusemlp.ArgumentTypeError, "log_model: expected"),
+        (fusemlp.MLflow, {"experiment": 3}, "experiment: expected a name, got 3"),
+        (fusemlp.WandB, {"project": ""}, "project: expected a name, got ''"),
+        (fusemlp.WandB, {"run_name": 1}, "run_name: expected a name, got 1"),
+        (fusemlp.MLflow, {"run_id": b"x"}, "run_id: expected a name"),
+        (fusemlp.MLflow, {"params": [1]}, r"params: expected a dictionary.*, got \[1\]"),
+        (fusemlp.WandB, {"log_model": 1}, "log_model: expected"),
     ],
 )
-def test_what_cannot_be_made(call, kind, words):
-    with pytest.raises(kind, match=words):
-        call()
+def test_what_cannot_be_made(tracker, given, words):
+    with pytest.raises(fusemlp.ArgumentTypeError, match=words):
+        tracker(**given)
 
 
 def test_an_unknown_tracker(tmp_path, capsys):
     assert run("train", "iris", "--track", "mlflo", "--out", tmp_path / "run") == 2
     assert "--track: unknown name 'mlflo'; did you mean 'mlflow'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_parameters_are_flat():
-    params = flat(configured(make(), 7))
-    assert params["optimizer.lr.kind"] == "cosine"
-    assert params["epochs"] == 7
-    assert params["parameters"] == 5 * 8 + 8 + 8 * 3 + 3
-    assert all(value is not None and not isinstance(value, dict) for value in params.values())

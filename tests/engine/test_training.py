@@ -11,9 +11,11 @@ import pytest
 
 import fusemlp
 from fusemlp import MLP, SGD, Adam, DivergenceError
+from fusemlp_kernels import availability
 from fusemlp_kernels.philox import row_order
 from make import assert_same
 
+NO_TRITON = availability()["triton"]
 ROWS, INPUTS, CLASSES, BATCH, SEED = 70, 6, 4, 16, 5
 BATCHES = 5  # four of 16 rows, one of 6
 NET = MLP([INPUTS, 12, CLASSES])
@@ -55,7 +57,7 @@ class Recorder(fusemlp.Callback):
     """Record every stage, and the parameters at the end of each epoch."""
 
     def __init__(self):
-        self.stages, self.states, self.rates = [], [], []
+        self.stages, self.states = [], []
 
     def on_train_begin(self, engine):
         self.stages.append("train begin")
@@ -65,7 +67,6 @@ class Recorder(fusemlp.Callback):
 
     def on_batch_end(self, engine, batch):
         self.stages.append(f"batch {batch}")
-        self.rates.append(engine.learning_rate)
 
     def on_epoch_end(self, engine, epoch, logs):
         self.stages.append(f"epoch {epoch} end")
@@ -145,16 +146,12 @@ class TestHistory:
         assert history["loss"][0] == pytest.approx(expected, rel=1e-12)
 
     def test_validation_is_what_evaluate_says(self):
-        found = []
-
-        class Evaluate(fusemlp.Callback):
-            def on_epoch_end(self, engine, epoch, logs):
-                expected = engine.evaluate(XV, YV, np.ones(len(XV)))
-                found.append((logs["val_loss"] - expected["loss"], logs["val_accuracy"] - expected["accuracy"]))
-
-        weights = np.ones(len(XV))
-        make(DROPPING).fit(X, y, epochs=3, validation_data=(XV, YV, weights), callbacks=[Evaluate()])
-        assert found == [(0.0, 0.0)] * 3
+        scores, weights = [], np.ones(len(XV))
+        ask = SimpleNamespace(on_epoch_end=lambda engine, epoch, logs: scores.append(engine.evaluate(XV, YV, weights)))
+        options = {"validation_data": (XV, YV, weights), "callbacks": [ask]}
+        history = make(DROPPING).fit(X, y, epochs=3, **options).history
+        for name in ("loss", "accuracy"):
+            assert history[f"val_{name}"] == [score[name] for score in scores]
 
     def test_validation_weights_count(self):
         engine = make(optimizer=SGD(0.0), precision="fp64")
@@ -162,11 +159,6 @@ class TestHistory:
         history = engine.fit(X, y, epochs=1, validation_data=(XV, YV, weights)).history
         kept = np.repeat(np.arange(len(XV)), weights)
         assert history["val_loss"][0] == pytest.approx(engine.evaluate(XV[kept], YV[kept])["loss"], rel=1e-12)
-
-    def test_training_learns(self):
-        history = make(optimizer=Adam(0.01)).fit(X, y, epochs=60).history
-        assert history["loss"][-1] < 0.2 * history["loss"][0]
-        assert history["accuracy"][-1] > 0.95
 
 
 def fit(epochs, rows=ROWS, **options):
@@ -296,11 +288,6 @@ class TestStep:
         assert all(isinstance(loss, np.ndarray) and loss.shape == () for loss in losses)
         assert {loss.dtype for loss in losses} == {np.dtype(np.float32)}
 
-    def test_the_loss_is_that_before_the_update(self):
-        engine = make(precision="fp64")
-        expected = engine.evaluate(X[:7], y[:7])["loss"]
-        assert float(engine.step(X[:7], y[:7])) == pytest.approx(expected, rel=1e-12)
-
     @pytest.mark.parametrize("rows", [1, 2, 15, 16])
     def test_any_number_of_rows_up_to_a_batch(self, rows):
         one, other = (make(optimizer=SGD(0.1), precision="fp64", batch_size=size) for size in (BATCH, rows))
@@ -382,11 +369,11 @@ class TestCallbacks:
     def test_logs_are_what_the_history_receives(self):
         seen = []
 
-        class Logs(fusemlp.Callback):
-            def on_epoch_end(self, engine, epoch, logs):
-                seen.append({**logs, "length": len(engine.history.history["loss"])})
+        def keep(engine, epoch, logs):
+            seen.append({**logs, "length": len(engine.history.history["loss"])})
 
-        history = make().fit(X, y, epochs=2, validation_data=(XV, YV), callbacks=[Logs()]).history
+        logs = SimpleNamespace(on_epoch_end=keep)
+        history = make().fit(X, y, epochs=2, validation_data=(XV, YV), callbacks=[logs]).history
         for epoch, logs in enumerate(seen):
             assert logs.pop("length") == epoch + 1
             assert logs == {name: values[epoch] for name, values in history.items()}
@@ -409,12 +396,9 @@ class TestCallbacks:
         assert_same(engine, other)
 
     def test_stopping_after_an_epoch(self):
-        class Stop(fusemlp.Callback):
-            def on_epoch_end(self, engine, epoch, logs):
-                engine.stop_training = epoch == 1
-
+        last = SimpleNamespace(on_epoch_end=lambda engine, epoch, logs: setattr(engine, "stop_training", epoch == 1))
         engine = make()
-        history = engine.fit(X, y, epochs=5, callbacks=[Stop()])
+        history = engine.fit(X, y, epochs=5, callbacks=[last])
         assert history.epochs == [0, 1]
         assert history.stopped == "a callback stopped the training"
         # The request to stop counts once.
@@ -440,14 +424,6 @@ class TestCallbacks:
 
 
 class TestLearningRate:
-    def test_plateau_reduces_the_rate(self):
-        schedule = fusemlp.ReduceOnPlateau(0.1, factor=0.5, patience=2, min_lr=0.03)
-        # nothing is trained, so the loss stays as it is and only the first epoch improves on what was before
-        frozen = SGD(schedule, per_parameter={"*": fusemlp.ParameterOptions(trainable=False)})
-        history = make(optimizer=frozen).fit(X, y, epochs=8, shuffle=False).history
-        assert history["learning_rate"] == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.05, 0.03, 0.03, 0.03])
-        assert len(set(history["loss"])) == 1
-
     def test_plateau_watches_the_validation_loss(self):
         schedule = fusemlp.ReduceOnPlateau(0.01, factor=0.1, patience=1, min_delta=0.0)
         engine = make(MLP([INPUTS, 40, CLASSES]), Adam(schedule))
@@ -472,19 +448,6 @@ class TestLearningRate:
         engine = make(optimizer=SGD(fusemlp.ReduceOnPlateau(0.1, factor=0.5, patience=1, min_delta=1e9)))
         assert engine.fit(X, y, epochs=3).history["learning_rate"] == pytest.approx([0.1, 0.1, 0.05])
         assert engine.fit(X, y, epochs=1).history["learning_rate"] == pytest.approx([0.1])
-
-    def test_warm_up_grows_to_the_first_rate(self):
-        engine, recorder = make(optimizer=SGD(fusemlp.Constant(0.1, warmup=8))), Recorder()
-        assert engine.learning_rate == pytest.approx(0.1 / 8)
-        engine.fit(X, y, epochs=2, callbacks=[recorder])
-        # After a batch the rate is that of the next one.
-        assert recorder.rates == pytest.approx([0.1 * min(t + 1, 8) / 8 for t in range(1, 11)])
-
-    def test_the_history_has_the_rate_at_the_end_of_each_epoch(self):
-        history = make(optimizer=SGD(fusemlp.StepDecay(0.1, every=BATCHES, gamma=0.5))).fit(X, y, epochs=3).history
-        assert history["learning_rate"] == pytest.approx([0.05, 0.025, 0.0125])
-        history = make(optimizer=SGD(fusemlp.Cosine(0.1, final=0.01))).fit(X, y, epochs=4).history
-        assert history["learning_rate"][-1] == pytest.approx(0.01)
 
 
 class TestInterrupt:
@@ -593,38 +556,17 @@ class TestDivergence:
         assert_same(gentle, other)
 
 
-class TestParameterOptions:
-    @pytest.mark.parametrize("optimizer", [SGD, Adam, fusemlp.AdamW])
-    @pytest.mark.parametrize("clip", [None, 1.0], ids=["plain", "clipped"])
-    @pytest.mark.parametrize("pattern", ["0.*", "2.*", "*.bias", "4.weight", "1.weight", "*"])
-    def test_frozen_parameters_stay_as_they_are(self, optimizer, clip, pattern):
-        net = MLP([INPUTS, 8, 7, CLASSES], activation=["prelu", "gelu"])
-        frozen = {pattern: fusemlp.ParameterOptions(trainable=False)}
-        engine = make(net, optimizer(0.05, weight_decay=0.1, clip_norm=clip, per_parameter=frozen))
-        before = make(net)
-        engine.fit(X, y, epochs=2)
-        names = list(net.parameter_shapes())
-        assert differ(engine, before) == [name for name in names if not fnmatchcase(name, pattern)]
-
-    def test_a_learning_rate_of_its_own(self):
-        halved = {"0.*": fusemlp.ParameterOptions(lr_factor=0.5), "2.bias": fusemlp.ParameterOptions(lr_factor=0.0)}
-        one, other = (make(optimizer=SGD(0.1, per_parameter=own), precision="fp64") for own in (halved, {}))
-        before = one.state_dict()
-        for engine in (one, other):
-            engine.step(X[:16], y[:16])
-        for name, factor in {"0.weight": 0.5, "0.bias": 0.5, "2.weight": 1.0, "2.bias": 0.0}.items():
-            moved, full = one.state_dict()[name] - before[name], other.state_dict()[name] - before[name]
-            np.testing.assert_allclose(moved, factor * full, rtol=0, atol=1e-15)
-            assert np.abs(full).max() > 1e-4
-
-    def test_frozen_layers_are_still_passed_through(self):
-        # Layers above a frozen one train as if nothing below could be trained.
-        net = MLP([INPUTS, 8, 7, CLASSES], activation="tanh", dropout=0.2)
-        frozen = make(net, SGD(0.1, per_parameter={"[02].*": fusemlp.ParameterOptions(trainable=False)}))
-        still = make(net, SGD(0.1, per_parameter={"[02].*": fusemlp.ParameterOptions(lr_factor=0.0)}))
-        for engine in (frozen, still):
-            engine.fit(X, y, epochs=2)
-        assert_same(frozen, still)
+@pytest.mark.parametrize("optimizer", [SGD, Adam, fusemlp.AdamW])
+@pytest.mark.parametrize("clip", [None, 1.0], ids=["plain", "clipped"])
+@pytest.mark.parametrize("pattern", ["0.*", "2.*", "*.bias", "4.weight", "1.weight", "*"])
+def test_frozen_parameters_stay_as_they_are(optimizer, clip, pattern):
+    net = MLP([INPUTS, 8, 7, CLASSES], activation=["prelu", "gelu"])
+    frozen = {pattern: fusemlp.ParameterOptions(trainable=False)}
+    engine = make(net, optimizer(0.05, weight_decay=0.1, clip_norm=clip, per_parameter=frozen))
+    before = make(net)
+    engine.fit(X, y, epochs=2)
+    names = list(net.parameter_shapes())
+    assert differ(engine, before) == [name for name in names if not fnmatchcase(name, pattern)]
 
 
 class TestPickle:
@@ -651,3 +593,23 @@ class TestPickle:
         assert copy.history is None
         copy.fit(X, y, epochs=1)
         assert_same(engine, make())
+
+
+@pytest.mark.parametrize(
+    "backend",
+    ["numpy", pytest.param("triton", marks=pytest.mark.skipif(NO_TRITON is not None, reason=f"triton: {NO_TRITON}"))],
+)
+@pytest.mark.parametrize("optimizer", [SGD(0.1), SGD(0.1, clip_norm=1.0), SGD(0.1, accumulate=2)], ids=str)
+def test_loaded_parameters_know_nothing_of_an_overflow(backend, optimizer):
+    """A step that overflows spoils only the parameters: after loading good ones, training works as before."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((16, 3)).astype(np.float32), rng.standard_normal((16, 3)).astype(np.float32)
+    lost, whole = (
+        fusemlp.Engine(MLP([3, 4, 3]), loss="mse", optimizer=optimizer, batch_size=16, backend=backend, normalise=False)
+        for _ in range(2)
+    )
+    for _ in range(2):
+        lost.step(x * np.float32(1e25), y)
+    assert not np.isfinite(lost.state_dict()["0.weight"]).any()
+    lost.load_state_dict(whole.state_dict())
+    assert [float(lost.step(x, y)) for _ in range(5)] == [float(whole.step(x, y)) for _ in range(5)]

@@ -1,5 +1,7 @@
 """The resident plan of the Triton backend, under its interpreter: which networks have it, one model, and fleets."""
 
+import signal
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from fusemlp.runtime.plans import choose_plan, resident_chunk
 from fusemlp_kernels.contract import BATCH_INDEX, LAST_LOSS
 from fusemlp_kernels.philox import row_order
 from fusemlp_kernels.registry import TRAITS, interprets_triton
+from make import assert_same
 
 pytestmark = pytest.mark.skipif(not interprets_triton(), reason="for Triton's interpreter: TRITON_INTERPRET=1")
 
@@ -27,12 +30,7 @@ NET = fusemlp.MLP([WIDTH, 7, CLASSES])
 
 
 def same(engine, other):
-    """Assert that both have the same bits, and the same history except the seconds."""
-    found, expected = engine.memory.snapshot(), other.memory.snapshot()
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        assert array.tobytes() == found[name].tobytes(), name
-    assert engine.history is not None and other.history is not None
+    assert_same(engine.memory.snapshot(), other.memory.snapshot())
     assert engine.history.history == other.history.history
     assert engine.history.stopped == other.history.stopped
 
@@ -172,8 +170,6 @@ def test_folds_of_different_lengths_and_a_model_that_diverges():
 
 
 def test_ctrl_c_ends_all_models_after_a_launch(monkeypatch):
-    import signal
-
     fleet = Fleet(NET, batch_size=BATCH, backend="triton", plan="resident", vary={"seed": range(2)})
     original = Memory.remember
     asked = []
@@ -188,7 +184,7 @@ def test_ctrl_c_ends_all_models_after_a_launch(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         # with rows to validate on, each epoch is a launch
         fleet.fit(X, y, epochs=50, validation_data=(X[:4], y[:4]))
-    stopped = [engine.history.stopped for engine in fleet.engines if engine.history is not None]
+    stopped = [engine.history.stopped for engine in fleet.engines]
     assert len(stopped) == 2 and all("interrupted" in reason for reason in stopped)
     assert all(engine.epochs_trained <= 2 for engine in fleet.engines)
 

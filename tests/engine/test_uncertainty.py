@@ -51,21 +51,22 @@ def test_intervals_cover_their_share_of_new_rows(models, log_target):
     np.testing.assert_array_equal(model.predict_interval(new, 0.5), model.predict_interval(new, coverage=0.5))
 
 
-def test_intervals_of_counts_begin_at_zero_at_least():
+def test_intervals_of_counts_begin_at_zero_at_least_and_without_held_out_rows_there_are_none():
     generator = np.random.default_rng(0)
     X = generator.normal(size=(300, 2))
     y = generator.poisson(np.exp(X[:, 0]))
     model = TableRegressor(models=1, loss="poisson", epochs=20).fit(X, y)
     low, high = model.predict_interval(X, coverage=0.9)
     assert low.min() == 0.0 and (low < high).all()
+    model = TableRegressor(early_stopping=None, epochs=2).fit(X, y)
+    with pytest.raises(ArgumentError, match=r"^coverage: the model was fitted without held-out rows"):
+        model.predict_interval(X)
 
 
 def test_sets_of_classes_cover_their_share_and_hold_the_predicted_class():
     generator = np.random.default_rng(0)
     X = generator.normal(size=(1200, 2))
-    y = np.array(["a", "b", "c"])[
-        np.argmax(X @ generator.normal(size=(2, 3)) + generator.gumbel(size=(1200, 3)), axis=1)
-    ]
+    y = np.array([*"abc"])[(X @ generator.normal(size=(2, 3)) + generator.gumbel(size=(1200, 3))).argmax(axis=1)]
     model = TableClassifier(models=4, epochs=30).fit(X[:800], y[:800])
     predicted = model.predict(X[800:])
     codes = np.searchsorted(model.classes_, y[800:])
@@ -95,13 +96,6 @@ def test_bounds_are_the_order_statistics_of_all_errors_or_the_next_ones_kept():
         held.bound(1.0)
 
 
-def test_models_without_held_out_rows_have_no_intervals():
-    X, y = numbers(80, 0)
-    model = TableRegressor(early_stopping=None, epochs=2).fit(X, y)
-    with pytest.raises(ArgumentError, match=r"^coverage: the model was fitted without held-out rows"):
-        model.predict_interval(X)
-
-
 def test_the_command_writes_intervals(tmp_path, capsys):
     X, y = numbers(400, 0)
     lines = ["a,b,y", *(f"{a:.4f},{b:.4f},{value:.4f}" for (a, b), value in zip(X, y, strict=True))]
@@ -120,9 +114,8 @@ def test_the_command_writes_intervals(tmp_path, capsys):
     bound = HeldOut.from_config(report["held_out"]).bound(0.8)[0]
     np.testing.assert_allclose(np.diff(said, axis=1), bound, rtol=1e-9)
     estimator = TableRegressor.from_run(tmp_path / "run")
-    np.testing.assert_allclose(
-        np.transpose(estimator.predict_interval(pandas.read_csv(data)[["a", "b"]], coverage=0.8)), said[:, [0, 2]]
-    )
+    intervals = estimator.predict_interval(pandas.read_csv(data)[["a", "b"]], coverage=0.8)
+    np.testing.assert_allclose(np.transpose(intervals), said[:, [0, 2]])
     estimator.save(tmp_path / "estimator.safetensors")
     assert TableRegressor.load(tmp_path / "estimator.safetensors").held_out_ == estimator.held_out_
     capsys.readouterr()
@@ -190,11 +183,8 @@ def test_the_coverage_of_the_report_is_that_of_what_predict_writes(kind, tmp_pat
         size, about = np.mean([len(labels) for labels in sets]), "classes"
     else:
         low, high = np.array([[float(row["low"]), float(row["high"])] for row in table]).T
-        inside, size, about = (
-            (low <= truths.astype(float)) & (truths.astype(float) <= high),
-            (high - low).mean(),
-            "width",
-        )
+        inside = (low <= truths.astype(float)) & (truths.astype(float) <= high)
+        size, about = (high - low).mean(), "width"
     assert report["coverage"] == np.mean(inside)
     assert report[about] == pytest.approx(size)
     assert f"on average, which cover {np.mean(inside):.0%} of the test rows" in shown

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy.sparse import csr_array
 
 from fusemlp.describe import checks
 from fusemlp.inputs import arrays as validation
@@ -44,72 +45,23 @@ def counts(value):
     return validation.as_counts("y", value, width=1, rows=None, dtype=np.float32)
 
 
-def masked():
-    return np.ma.masked_array(np.ones((2, 3)), mask=[[0, 0, 0], [0, 1, 0]])
-
-
-def sparse():
-    from scipy.sparse import csr_array
-
-    return csr_array(np.eye(3))
-
-
 def with_value(value, dtype=np.float64):
     X = np.ones((5, 3), dtype)
     X[2, 1] = value
     return X
 
 
+# Refusals beside those of the doors, in test_bad_input.py.
 REFUSED = [
-    ("one-dimensional X", lambda: features(np.ones(3)), ShapeError, r"X.reshape\(1, -1\)"),
     ("a vector of one feature", lambda: features(np.ones(7), width=1), ShapeError, r"X.reshape\(-1, 1\)"),
-    ("three-dimensional X", lambda: features(np.ones((2, 3, 1))), ShapeError, r"X.reshape\(len\(X\), -1\)"),
-    ("a single number", lambda: features(1.0), ShapeError, r"shape \(\)"),
-    ("wrong width", lambda: features(np.ones((2, 4))), ShapeError, r"expected 3 columns.*shape \(2, 4\).*MLP\(\[4,"),
-    ("no rows", lambda: features(np.ones((0, 3))), DataError, r"1 or more rows, got 0"),
-    ("NaN", lambda: features(with_value(math.nan)), DataError, r"got nan at row 2, column 1; fill"),
-    ("infinity", lambda: features(with_value(-math.inf)), DataError, r"got -inf at row 2, column 1"),
     ("opposite infinities", lambda: features([[math.inf, -math.inf, 0]]), DataError, r"row 0, column 0 \(and 1 more\)"),
-    ("too large for float32", lambda: features(with_value(1e39)), DataError, r"1e\+39 at row 2.*3.403e\+38.*fp64"),
-    ("strings", lambda: features([["1", "2", "3"]]), DTypeError, r"got strings; encode"),
-    ("objects", lambda: features(np.array([[1, None, 2]])), DTypeError, r"dtype object"),
-    ("complex", lambda: features(np.ones((2, 3), complex)), DTypeError, r"dtype complex128"),
-    ("dates", lambda: features(np.zeros((2, 3), "M8[s]")), DTypeError, r"dtype datetime64"),
-    ("ragged rows", lambda: features([[1, 2, 3], [1, 2]]), ShapeError, r"rows of this list differ in length"),
-    ("masked values", lambda: features(masked()), DataError, r"1 masked values; fill them: X.filled"),
-    ("sparse", lambda: features(sparse()), ArgumentTypeError, r"X.toarray\(\)"),
+    ("sparse", lambda: features(csr_array(np.eye(3))), ArgumentTypeError, r"X.toarray\(\)"),
     ("bfloat16", lambda: features(torch.ones(2, 3, dtype=torch.bfloat16)), ArgumentTypeError, r"\.float\(\)"),
-    ("label -1", lambda: labels([0, -1, 2, 1]), DataError, r"label -1 at row 1 is not one of the 3 classes 0 to 2"),
-    ("label too large", lambda: labels([0, 1, 2, 7]), DataError, r"label 7 at row 3.*last width 8"),
-    ("labels from 1", lambda: labels([1, 2, 3, 1]), DataError, r"start at 1: give y - 1"),
     ("labels -1 and 1", lambda: labels([-1, 1, 1, -1]), DataError, r"give \(y \+ 1\) // 2"),
     ("huge unsigned label", lambda: labels(np.array([0, 1, 2, 2**64 - 1], "u8")), DataError, r"label 18446744073"),
-    ("fractional label", lambda: labels([0, 1.5, 2, 0]), DataError, r"got 1.5 at row 1.*'mse'"),
-    ("NaN label", lambda: labels([0, math.nan, 2, 0]), DataError, r"got nan at row 1"),
-    ("string labels", lambda: labels(["a", "b", "a", "c"]), DTypeError, r"got strings.*numpy.unique\(y"),
     ("string objects", lambda: labels(np.array(["a"] * 4, object)), DTypeError, r"got strings"),
-    ("one-hot labels", lambda: labels(np.eye(4)), ShapeError, r"y.argmax\(axis=1\)"),
-    ("too few labels", lambda: labels([0, 1]), ShapeError, r"expected 4 rows.*got 2"),
-    ("narrow targets", lambda: values(np.ones((3, 1))), ShapeError, r"shape \(n, 2\).*last width 1"),
-    ("labels for mse", lambda: values([0, 1, 1]), ShapeError, r"numpy.eye\(2\)\[y\]"),
     ("a vector for two outputs", lambda: values([0.5, 1.5, 1.0]), ShapeError, r"2 outputs"),
     ("three-dimensional targets", lambda: values(np.ones((3, 2, 1))), ShapeError, r"y.reshape\(len\(y\), -1\)"),
-    ("rows differ", lambda: values(np.ones((4, 2))), ShapeError, r"expected 3 rows.*got 4"),
-    ("NaN target", lambda: values([[1, 2], [3, math.nan], [5, 6]]), DataError, r"nan at row 1, column 1"),
-    ("target above 1", lambda: binary([0, 1, 2]), DataError, r"from 0 to 1, got 2 at row 2"),
-    ("target -1", lambda: binary([-1, 1]), DataError, r"\(y \+ 1\) / 2"),
-    ("negative count", lambda: counts([3, 0, -2]), DataError, r"got -2 at row 2"),
-    ("negative probability", lambda: soft([[1.5, -0.5, 0]]), DataError, r"at least 0, got -0.5 at row 0, column 1"),
-    ("sum above 1", lambda: soft([[1, 0, 0], [0.5, 0.5, 0.1]]), DataError, r"sum 1.1 at row 1.*softmax"),
-    ("negative weight", lambda: weights([1, -1, 1]), DataError, r"at least 0, got -1 at row 1"),
-    ("NaN weight", lambda: weights([1, math.nan, 1]), DataError, r"nan at row 1"),
-    ("zero weights", lambda: weights([0, 0, 0]), DataError, r"all 3 weights are zero"),
-    ("too many weights", lambda: weights([1, 1, 1, 1]), ShapeError, r"expected 3 rows.*got 4"),
-    ("a matrix of weights", lambda: weights(np.ones((3, 3))), ShapeError, r"one column of weights"),
-    ("zero epochs", lambda: checks.as_count("epochs", 0), ArgumentError, r"epochs: .*at least 1, got 0"),
-    ("3.0 epochs", lambda: checks.as_count("epochs", 3.0), ArgumentTypeError, r"3.0 \(float\); write 3$"),
-    ("2.5 epochs", lambda: checks.as_count("epochs", 2.5), ArgumentTypeError, r"2.5 \(float\)$"),
-    ("True epochs", lambda: checks.as_count("epochs", True), ArgumentTypeError, r"True \(bool\)"),
     ("several epochs", lambda: checks.as_count("epochs", np.array([1, 2])), ArgumentTypeError, r"ndarray"),
     ("NaN number", lambda: checks.as_number("lr", math.nan), ArgumentError, r"a finite number, got nan"),
     ("negative", lambda: checks.as_number("lr", -1, low=0), ArgumentError, r"of at least 0, got -1"),
@@ -184,18 +136,14 @@ def test_misaligned_features_are_aligned():
 
 def test_the_input_is_not_written():
     X = with_value(1e39)
-    before = X.copy()
     with pytest.raises(DataError):
         features(X)
-    np.testing.assert_array_equal(X, before)
+    np.testing.assert_array_equal(X, with_value(1e39))
 
 
-def test_finite_values_with_an_infinite_sum_pass():
+def test_finite_values_with_an_infinite_sum_pass_and_others_unchecked_on_request():
     largest = np.finfo(np.float32).max
     assert features(np.full((2, 3), largest, np.float32)).max() == largest
-
-
-def test_values_go_unchecked_on_request():
     assert np.isnan(features(with_value(math.nan), check_finite=False)[2, 1])
     assert np.isinf(features(with_value(1e39), check_finite=False)[2, 1])
 
@@ -223,18 +171,13 @@ def test_a_vector_is_one_column_of_targets():
 
 
 @settings(derandomize=True, deadline=None)
-@given(
-    st.sampled_from([np.float16, np.float32, np.float64]).flatmap(
-        lambda dtype: hnp.arrays(
-            dtype, st.tuples(st.integers(1, 4), st.integers(2, 300)), elements=st.floats(0, 1, width=16)
-        )
-    )
-)
-def test_rows_normalised_in_any_precision_are_probabilities(given_rows):
-    rows = given_rows + given_rows.dtype.type(0.0625)
+@given(st.data(), st.sampled_from([np.float16, np.float32, np.float64]))
+def test_rows_normalised_in_any_precision_are_probabilities(data, dtype):
+    shape = st.tuples(st.integers(1, 4), st.integers(2, 300))
+    rows = data.draw(hnp.arrays(dtype, shape, elements=st.floats(0, 1, width=16))) + dtype(0.0625)
     rows = rows / rows.sum(axis=1, keepdims=True)
-    for dtype in (np.float32, np.float64):
-        assert soft(rows, classes=rows.shape[1], dtype=dtype).shape == rows.shape
+    for own in (np.float32, np.float64):
+        assert soft(rows, classes=rows.shape[1], dtype=own).shape == rows.shape
 
 
 def test_probabilities_are_judged_by_their_precision():
@@ -246,13 +189,9 @@ def test_probabilities_are_judged_by_their_precision():
 
 @pytest.mark.parametrize("value", [1, np.int8(1), np.uint64(1), np.array(1), torch.tensor(1)])
 def test_counts_of_any_integer_type(value):
-    count = checks.as_count("epochs", value)
-    assert count == 1
-    assert type(count) is int
+    assert repr(checks.as_count("epochs", value)) == "1"
 
 
 @pytest.mark.parametrize("value", [0, 0.0, np.float32(0), np.int64(0), Fraction(0)])
 def test_numbers_of_any_real_type(value):
-    number = checks.as_number("lr", value, low=0, high=0)
-    assert number == 0
-    assert type(number) is float
+    assert repr(checks.as_number("lr", value, low=0, high=0)) == "0.0"

@@ -51,16 +51,9 @@ def batches(request, monkeypatch):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("loss", TARGETS)
 def test_a_fit_says_what_evaluate_says(loss, weighted):
-    target = TARGETS[loss]
-    weight = WEIGHTS[HELD_OUT] if weighted else None
-    asking = Asking(target, weight)
-    history = make(loss).fit(
-        X[TRAINED],
-        target[TRAINED],
-        epochs=3,
-        validation_data=(X[HELD_OUT], target[HELD_OUT], weight),
-        callbacks=[asking],
-    )
+    target, weight = TARGETS[loss], WEIGHTS[HELD_OUT] if weighted else None
+    asking, held_out = Asking(target, weight), (X[HELD_OUT], target[HELD_OUT], weight)
+    history = make(loss).fit(X[TRAINED], target[TRAINED], epochs=3, validation_data=held_out, callbacks=[asking])
     for epoch, said in enumerate(asking.said):
         assert said == {name: history.history[name][epoch] for name in said}
 
@@ -79,43 +72,39 @@ def made(monkeypatch):
     return found
 
 
-def alone(seed, hidden, epochs, rows):
-    history = make(seed=seed, hidden=hidden).fit(
-        X[TRAINED], LABELS[TRAINED], epochs=epochs, validation_data=(X[rows], LABELS[rows]), early_stopping=2
-    )
-    return history.history, history.best_epoch
+FIT = {"epochs": 4, "early_stopping": 2}
+
+
+def assert_as_alone(member, rows):
+    """Assert that a model validated on these rows has the history of an engine trained alone."""
+    engine = make(seed=member.parameters["seed"], hidden=member.parameters["hidden"])
+    history = engine.fit(X[TRAINED], LABELS[TRAINED], validation_data=(X[rows], LABELS[rows]), **FIT)
+    assert (member.history.history, member.history.best_epoch) == (history.history, history.best_epoch)
 
 
 def fleet(seeds, hidden):
-    return Fleet(
-        MLP([5, 8, 3], activation="tanh"), vary={"hidden": hidden, "seed": seeds}, batch_size=10, backend="numpy"
-    )
+    vary = {"hidden": hidden, "seed": seeds}
+    return Fleet(MLP([5, 8, 3], activation="tanh"), vary=vary, batch_size=10, backend="numpy")
 
 
 @pytest.mark.usefixtures("batches")
 @pytest.mark.parametrize("kinds", [1, 8])
 def test_a_fleet_has_them_in_common(made, monkeypatch, kinds):
     monkeypatch.setattr(module, "KINDS", kinds)
-    models = fleet([0, 1, 2], [8, 4])
-    results = models.fit(
-        X[TRAINED], LABELS[TRAINED], epochs=4, validation_data=(X[HELD_OUT], LABELS[HELD_OUT]), early_stopping=2, jobs=1
-    )
+    held_out = (X[HELD_OUT], LABELS[HELD_OUT])
+    results = fleet([0, 1, 2], [8, 4]).fit(X[TRAINED], LABELS[TRAINED], validation_data=held_out, jobs=1, **FIT)
     # models of another kind than the first find room for one in common, or have one each
     assert len(made) == (2 if kinds == 8 else 4)
     for member in results.members:
-        seed, hidden = member.parameters["seed"], member.parameters["hidden"]
-        assert (member.history.history, member.history.best_epoch) == alone(seed, hidden, 4, HELD_OUT)
+        assert_as_alone(member, HELD_OUT)
 
 
 def test_models_with_a_fold_in_common(made):
-    folds = [np.arange(50, 70), np.arange(60, 90)]
-    models = fleet([0, 1, 2, 3], [8])
-    results = models.fit(
-        X, LABELS, epochs=4, rows=[TRAINED] * 4, validation_rows=[folds[0], folds[1]] * 2, early_stopping=2, jobs=1
-    )
+    folds = [np.arange(50, 70), np.arange(60, 90)] * 2
+    results = fleet([0, 1, 2, 3], [8]).fit(X, LABELS, rows=[TRAINED] * 4, validation_rows=folds, jobs=1, **FIT)
     assert len(made) == 2
-    for index, member in enumerate(results.members):
-        assert (member.history.history, member.history.best_epoch) == alone(index, 8, 4, folds[index % 2])
+    for member, rows in zip(results.members, folds, strict=True):
+        assert_as_alone(member, rows)
 
 
 def test_what_is_in_common_holds_on_to_no_engine():

@@ -61,18 +61,13 @@ class TestEveryCallCounts:
             with pytest.raises(ProgramError):
                 verify(replace(program, calls=tuple(calls)), places)
 
-    def test_dropped(self, net, program):
+    def test_dropped_or_made_twice(self, net, program):
         places = planned(program, net)
         for i in range(len(program.calls)):
-            with pytest.raises(ProgramError):
-                verify(replace(program, calls=program.calls[:i] + program.calls[i + 1 :]), places)
-
-    def test_made_twice(self, net, program):
-        places = planned(program, net)
-        for i in range(len(program.calls)):
-            calls = (*program.calls[:i], program.calls[i], *program.calls[i:])
-            with pytest.raises(ProgramError):
-                verify(replace(program, calls=calls), places)
+            for again in ((), 2 * program.calls[i : i + 1]):
+                calls = (*program.calls[:i], *again, *program.calls[i + 1 :])
+                with pytest.raises(ProgramError):
+                    verify(replace(program, calls=calls), places)
 
 
 @CASES
@@ -204,15 +199,6 @@ BROKEN = {
     "a weight as an output": (changed(EQUAL, "linear", y=Ref("w0")), "y 'w0' is of kind 'parameter', expected 'work'"),
     "dz overwrites h": (changed(EQUAL, "linear_loss_grad", dz=Ref("h1")), "writes 'h1', which call 0 has written"),
     "dz_prev overwrites h": (changed(EQUAL, "grad_input", dz_prev=Ref("h2")), "writes 'h2', which call 1 has written"),
-    "dz_prev overwrites dz": (
-        changed(EQUAL, "grad_input", dz_prev=Ref("dz3")),
-        "writes 'dz3', which call 2 has written",
-    ),
-    "dz_prev overwrites z": (changed(EQUAL, "grad_input", dz_prev=Ref("z2")), "writes 'z2', which call 1 has written"),
-    "dz_prev overwrites an earlier h": (
-        changed(EQUAL, "grad_input", dz_prev=Ref("h1")),
-        "writes 'h1', which call 0 has written",
-    ),
     "clock advanced twice": (replace(WHOLE, calls=(*WHOLE.calls, ADVANCE)), r"advanced by calls \[6, 7\]"),
     "clock advanced before the end": (replace(FUSED, calls=(ADVANCE, *FUSED.calls)), r"advanced by calls \[0, 6\]"),
     "clock never advanced": (
@@ -220,36 +206,15 @@ BROKEN = {
         "no call advances the clock",
     ),
     "x too narrow": (valued(FUSED, "x", shape=(20, 5)), r"x 'x' has shape \(20, 5\), expected \(20, 6\)"),
-    "bias too long": (valued(FUSED, "b0", shape=(6,)), r"b 'b0' has shape \(6,\), expected \(5,\)"),
-    "output of another batch": (valued(FUSED, "h1", shape=(7, 5)), r"y 'h1' has shape \(7, 5\), expected \(8, 5\)"),
     "weights transposed": (valued(FUSED, "w1", shape=(5, 4)), "call 1"),
-    "dz of another width": (valued(FUSED, "dz3", shape=(8, 4)), r"dz 'dz3' has shape \(8, 4\), expected \(8, 3\)"),
-    "pre-activation of another width": (valued(FUSED, "z2", shape=(8, 5)), r"z 'z2' has shape \(8, 5\)"),
-    "mask of another width": (valued(FUSED, "keep2", shape=(8, 5)), r"keep 'keep2' has shape \(8, 5\)"),
-    "gathered of another batch": (valued(FUSED, "gathered", shape=(9, 6)), r"gathered 'gathered' has shape \(9, 6\)"),
     "a target too few": (valued(FUSED, "target", shape=(19,)), r"target 'target' has shape \(19,\), expected \(20,\)"),
-    "targets of another batch": (valued(FUSED, "target_rows", shape=(9,)), r"target_rows 'target_rows' has shape"),
-    "a weight too few": (
-        valued(training_program(NET, weighted=True), "weight", shape=(19,)),
-        r"weight 'weight' has shape \(19,\), expected \(20,\)",
-    ),
-    "gradient of another shape": (
-        valued(WHOLE, "dw0", shape=(6, 5)),
-        r"dw 'dw0' has shape \(6, 5\), expected \(5, 6\)",
-    ),
-    "state of another shape": (
-        valued(FUSED, "w0.state0", shape=(6, 5)),
-        r"w_state 'w0.state0' has shape \(6, 5\), expected \(5, 6\)",
-    ),
     "dz of another layer": (changed_layer(FUSED, 0, dz=Ref("dz3")), r"w 'w0' has shape \(5, 6\), expected \(3, 6\)"),
-    "input of another layer": (changed_layer(FUSED, 2, x=Ref("h1")), r"w 'w2' has shape \(3, 4\), expected \(3, 5\)"),
     "slope of several elements": (
         valued(FUSED, "s1", shape=(2,)),
         r"slope_param 's1' has shape \(2,\), expected \(1,\)",
     ),
     "real where integers are needed": (valued(FUSED, "rows", dtype="real"), "rows 'rows' is real, expected int64"),
     "mask of reals": (valued(FUSED, "keep2", dtype="real"), "keep 'keep2' is real, expected bool"),
-    "layers of integers": (valued(FUSED, "h1", dtype="int64"), "y 'h1' is int64, expected real"),
     "operand missing": (
         replace(FUSED, calls=(replace(FUSED.calls[0], operands={"x": Ref("x")}), *FUSED.calls[1:])),
         r"call 0 \(linear\): operand 'w' is missing",
@@ -278,17 +243,10 @@ PLACES = planned(FUSED, NET)
 WHOLE_PLACES = planned(WHOLE, NET)
 MISPLACED = {
     "two live values in one place": (FUSED, on_top(PLACES, "h2", "h1"), "'h[12]' .* share memory"),
-    "dz over h": (FUSED, on_top(PLACES, "dz3", "h2"), "share memory of 'workspace real'"),
-    "dz_prev over dz": (FUSED, on_top(PLACES, "dz2", "dz3"), "share memory of 'workspace real'"),
     "overlapping by one element": (
         FUSED,
         {**PLACES, "h1": ("elsewhere", 0, 40), "h2": ("elsewhere", 39, 71)},
         "'h1' .* and 'h2' .* share memory of 'elsewhere' from element 39",
-    ),
-    "one inside a large one": (
-        FUSED,
-        {**PLACES, "h1": ("elsewhere", 0, 400), "h2": ("elsewhere", 10, 42), "dz3": ("elsewhere", 90, 114)},
-        "share memory",
     ),
     "two weights in one place": (FUSED, on_top(PLACES, "w1", "w0"), "'w[01]' .* share memory of 'parameter'"),
     "two states in one place": (FUSED, on_top(PLACES, "w1.state0", "w0.state0"), "share memory of 'state0'"),
@@ -339,8 +297,3 @@ def test_values_that_do_not_meet_may_share():
     # h1 is read by call 1, y is written by call 2
     assert lifetimes(program) == {"h1": (0, 1), "h2": (1, 2), "y": (2, 2)}
     verify(program, on_top(places, "y", "h1"))
-
-
-def test_an_error_is_the_library_s_and_a_runtime_error():
-    with pytest.raises(RuntimeError):
-        verify(replace(FUSED, calls=FUSED.calls[::-1]))
