@@ -3,8 +3,6 @@
 The oracle comparison and its tolerances live with the kernels' tests, and all tests use them.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import signal

@@ -1,9 +1,6 @@
 """A backend is asked for its traits: outside ``runtime`` nothing compares its name."""
 
-from __future__ import annotations
-
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,10 +10,10 @@ from fusemlp_kernels.registry import TRAITS
 ENGINE = Path(__file__).resolve().parents[1] / "engine" / "fusemlp"
 
 
-def compared_names(source: str) -> Iterator[int]:
+def compared_names(source):
     """The lines on which something is compared with a backend's name, or picked by it."""
     for node in ast.walk(ast.parse(source)):
-        found: list[ast.AST] = []
+        found = []
         if isinstance(node, ast.Compare):
             found = [node.left, *node.comparators]
         elif isinstance(node, ast.MatchValue):
@@ -30,7 +27,7 @@ def compared_names(source: str) -> Iterator[int]:
             yield node.lineno
 
 
-def test_no_backend_is_told_from_another_by_its_name() -> None:
+def test_no_backend_is_told_from_another_by_its_name():
     files = [path for path in sorted(ENGINE.rglob("*.py")) if path.relative_to(ENGINE).parts[0] != "runtime"]
     found = [f"{path.relative_to(ENGINE)}:{line}" for path in files for line in compared_names(path.read_text("utf-8"))]
     assert len(files) > 50 and not found
@@ -46,9 +43,9 @@ def test_no_backend_is_told_from_another_by_its_name() -> None:
         'match name:\n    case "numpy":\n        pass',
     ],
 )
-def test_comparisons_are_found(source: str) -> None:
+def test_comparisons_are_found(source):
     assert list(compared_names(source))
 
 
-def test_names_that_are_only_given_are_not() -> None:
+def test_names_that_are_only_given_are_not():
     assert not list(compared_names('load(path, backend="numpy")\ntable = {"triton": 1}\nplan == "resident"'))

@@ -1,7 +1,5 @@
 """The benchmark compares equal work and reports all circumstances. Nothing here asserts a speed."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -10,11 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,13 +25,13 @@ TINY = cases.Case((12, 8, 6, 4), batch_size=8, steps=6)
 FLEET = cases.Case((12, 8, 4), batch_size=8, steps=6, optimizer="adam", learning_rate=1e-3, models=2)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "bench", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
 
 
-def test_data_are_a_function_of_the_case_and_hold_every_class() -> None:
+def test_data_are_a_function_of_the_case_and_hold_every_class():
     first, second = cases.make_data(TINY), cases.make_data(TINY)
     np.testing.assert_array_equal(first.X, second.X)
     assert first.X.shape == (48, 12)
@@ -43,25 +39,25 @@ def test_data_are_a_function_of_the_case_and_hold_every_class() -> None:
     np.testing.assert_array_equal(np.sort(first.order), np.arange(48))
 
 
-def test_values_of_a_regression_have_a_column_for_each_output() -> None:
+def test_values_of_a_regression_have_a_column_for_each_output():
     data = cases.make_data(replace(TINY, loss="mse"))
     assert (data.y.shape, data.y.dtype) == ((48, 4), np.float32)
     assert 0.5 < data.y.std() < 2
 
 
-def test_the_checked_batches_are_passes_over_the_data() -> None:
+def test_the_checked_batches_are_passes_over_the_data():
     rows = cases.checked_rows(TINY, 20)
     assert rows.shape == (160,)
     for start in (0, 48, 96):
         np.testing.assert_array_equal(np.sort(rows[start : start + 48]), np.arange(48))
 
 
-def test_flops_count_three_products_a_layer_but_for_the_first_input_gradient() -> None:
+def test_flops_count_three_products_a_layer_but_for_the_first_input_gradient():
     assert cases.Case((3, 2), 5, 1, 1).flops == 2 * 2 * 5 * 3 * 2
     assert cases.Case((3, 2, 4), 5, 1, 1).flops == 2 * 5 * (2 * 3 * 2 + 3 * 2 * 4)
 
 
-def test_a_name_says_what_a_case_is() -> None:
+def test_a_name_says_what_a_case_is():
     assert TINY.name == "12-8-6-4@8"
     assert FLEET.name == "12-8-4@8:adam:x2"
     assert cases.Case((30, 64, 1), 256, steps=1, loss="mse", optimizer="adam").name == "30-64-1@256:mse:adam"
@@ -69,7 +65,7 @@ def test_a_name_says_what_a_case_is() -> None:
     assert set(cases.QUICK) <= cases.CASES.keys()
 
 
-def test_every_contender_suits_a_case_and_every_case_a_contender() -> None:
+def test_every_contender_suits_a_case_and_every_case_a_contender():
     suits = {
         (name, case.name) for name in peers.PEERS for case in cases.CASES.values() if peers.unsuited(name, case) is None
     }
@@ -79,15 +75,13 @@ def test_every_contender_suits_a_case_and_every_case_a_contender() -> None:
         assert (peers.reference_of(case), case.name) in suits
 
 
-def test_ratios_are_taken_round_by_round() -> None:
+def test_ratios_are_taken_round_by_round():
     mine = measure.Result(TINY, "torch_eager", "timed", seconds=(2.0, 8.0, 4.0))
     reference = measure.Result(TINY, "engine", "timed", seconds=(1.0, 4.0, 1.0))
     assert mine.ratios(reference).p50 == 2.0
 
 
-def test_a_measurement_ends_in_a_full_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_measurement_ends_in_a_full_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(cases.CASES, TINY.name, TINY)
     monkeypatch.setitem(cases.CASES, FLEET.name, FLEET)
     monkeypatch.setattr("bench.__main__.TURN_SECONDS", 0.002)
@@ -143,9 +137,7 @@ def test_a_measurement_ends_in_a_full_report(
     assert main([*asked, "--resume", "--out", str(path)]) == 1
 
 
-def test_json_is_one_object(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_is_one_object(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(cases.CASES, TINY.name, TINY)
     path = tmp_path / "figures.jsonl"
     asked = ["--case", TINY.name, "--peer", "engine", "--repeats", "1", "--quick", "--out", str(path), "--no-plots"]
@@ -155,27 +147,25 @@ def test_json_is_one_object(
     assert [line["peer"] for line in found["lines"]] == ["engine"]
 
 
-def run_of(tmp_path: Path, *arguments: str) -> tuple[int, list[report.Record]]:
+def run_of(tmp_path, *arguments):
     path = tmp_path / "figures.jsonl"
     asked = ["--case", TINY.name, "--peer", "engine", "--repeats", "1", "--quick", "--out", str(path), "--no-plots"]
     code = main([*asked, "--device", "cpu", *arguments])
     return code, report.read(path)
 
 
-def test_processes_spin_during_turns_and_are_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_processes_spin_during_turns_and_are_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(cases.CASES, TINY.name, TINY)
-    running: list[int] = []
-    asked: list[tuple[str, list[int]]] = []
+    running = []
+    asked = []
 
     @contextlib.contextmanager
-    def recorded(number: int) -> Iterator[list[int]]:
+    def recorded(number):
         with busy.spinning(number) as running[:]:
             yield running
         running.clear()
 
-    def ask(self: worker.Worker, method: str, *arguments: Any) -> Any:
+    def ask(self, method, *arguments):
         asked.append((method, [one for one in running if alive(one)]))
         return original(self, method, *arguments)
 
@@ -200,7 +190,7 @@ def test_processes_spin_during_turns_and_are_reported(
     assert "it holds figures measured beside 2 spinning processes, and these are measured with nothing" in message
 
 
-def alive(process: int) -> bool:
+def alive(process):
     """Return whether a process runs; one that has ended may not have been waited for."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -211,7 +201,7 @@ def alive(process: int) -> bool:
 class TestSpinning:
     """The processes of ``--busy``."""
 
-    def test_they_compute_as_the_contenders_do(self) -> None:
+    def test_they_compute_as_the_contenders_do(self):
         with busy.spinning(2) as running:
             assert len({*running}) == 2
             for process in running:
@@ -224,13 +214,13 @@ class TestSpinning:
         assert not any(map(alive, running))
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt, worker.WorkerError("gone", "gone")])
-    def test_they_end_with_an_error_too(self, error: Any) -> None:
+    def test_they_end_with_an_error_too(self, error):
         with pytest.raises((KeyboardInterrupt, worker.WorkerError)), busy.spinning(1) as running:
             raise error
         assert not alive(running[0])
 
     @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-    def test_they_end_with_the_benchmark(self, sent: signal.Signals) -> None:
+    def test_they_end_with_the_benchmark(self, sent):
         code = (
             "import time\nfrom bench.busy import spinning\n"
             "with spinning(2) as running:\n    print(*running, flush=True)\n    time.sleep(60)"
@@ -246,20 +236,18 @@ class TestSpinning:
             time.sleep(0.01)
         assert not any(map(alive, running))
 
-    def test_one_that_does_not_start_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_one_that_does_not_start_is_an_error(self, monkeypatch):
         monkeypatch.setattr(busy, "SPIN", "raise SystemExit")
         with pytest.raises(OSError, match="ended at once"), busy.spinning(1):
             pass
 
 
-def test_a_worker_reports_what_was_raised_inside_it() -> None:
+def test_a_worker_reports_what_was_raised_inside_it():
     with worker.Worker("engine") as one, pytest.raises(worker.WorkerError, match="engine failed to turn"):
         one.ask("turn", 1)
 
 
-def test_what_is_not_installed_is_named_with_the_remedy(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_not_installed_is_named_with_the_remedy(monkeypatch, capsys):
     monkeypatch.setitem(peers.PEERS, "torch_eager", peers.Peer("PyTorch eager", "no_such_package"))
     assert main(["--peer", "torch_eager"]) == 2
     assert "no_such_package is not installed" in (message := capsys.readouterr().err)
@@ -276,9 +264,7 @@ def test_what_is_not_installed_is_named_with_the_remedy(
         (["--busy", "-1"], "a whole number of at least 1, got '-1'"),
     ],
 )
-def test_what_it_does_not_know_is_answered_with_the_nearest(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_it_does_not_know_is_answered_with_the_nearest(arguments, said, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert said in capsys.readouterr().err
@@ -293,12 +279,12 @@ def test_what_it_does_not_know_is_answered_with_the_nearest(
         (["--resume"], "--resume: it continues a file; name it with --out"),
     ],
 )
-def test_what_cannot_be_measured_is_said(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_measured_is_said(arguments, said, capsys):
     assert main(arguments) == 2
     assert said in capsys.readouterr().err
 
 
-def test_the_command_explains_itself_and_lists_what_there_is() -> None:
+def test_the_command_explains_itself_and_lists_what_there_is():
     shown = run("--help")
     assert shown.returncode == 0
     for option in ("--case", "--peer", "--quick", "--busy", "--repeats", "--out", "--json", "--markdown"):

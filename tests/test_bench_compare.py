@@ -1,7 +1,5 @@
 """``bench compare`` finds what became slower; the pages' tables agree with the committed results."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -9,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,14 +23,14 @@ PEERS = {"engine": 1.0, "engine_numpy_eager": 1.5, "torch_eager": 6.0, "jax_scan
 FLEET_PEERS = {"fleet": 1.0, "jax_vmap": 1.4, "sklearn_loop": 14.0}
 
 
-def lines(seed: int, *, own: float = 1.0, machine: float = 1.0, rounds: int = 11, noise: float = 0.02) -> list[Any]:
+def lines(seed, *, own=1.0, machine=1.0, rounds=11, noise=0.02):
     """Return the lines of a run in which fusemlp is ``own`` times and the machine ``machine`` times as slow."""
     generator = np.random.default_rng(seed)
     found = []
     for name, times in [*((n, PEERS) for n in NETWORKS), *((n, FLEET_PEERS) for n in FLEETS)]:
         case = CASES[name]
         drift = machine * np.exp(noise * generator.standard_normal(rounds))
-        reference: Any = None
+        reference = None
         for peer, factor in times.items():
             slower = own if peer in ("engine", "fleet") else 1.0
             every = 20.0 * factor * slower * drift * np.exp(noise * generator.standard_normal(rounds))
@@ -62,15 +59,15 @@ def lines(seed: int, *, own: float = 1.0, machine: float = 1.0, rounds: int = 11
     return found
 
 
-def verdicts(before: list[Any], after: list[Any]) -> dict[tuple[str, str], str]:
+def verdicts(before, after):
     return {(one.case, one.label): one.verdict(0.03) for one in compare.compared(before, after)}
 
 
-def test_a_slower_machine_is_no_slower_engine() -> None:
+def test_a_slower_machine_is_no_slower_engine():
     assert set(verdicts(lines(0), lines(1, machine=1.4)).values()) == {"-"}
 
 
-def test_what_became_slower_is_found_and_nothing_else() -> None:
+def test_what_became_slower_is_found_and_nothing_else():
     found = verdicts(lines(0), lines(1, own=1.1, machine=0.8))
     assert {key for key, said in found.items() if said == "slower"} == {
         *((name, "ENGINE") for name in NETWORKS),
@@ -80,7 +77,7 @@ def test_what_became_slower_is_found_and_nothing_else() -> None:
     assert verdicts(lines(1, own=1.1), lines(0))["784-10-10@32", "ENGINE"] == "faster"
 
 
-def test_without_others_the_clock_decides() -> None:
+def test_without_others_the_clock_decides():
     alone = [
         [line for line in lines(seed, machine=slow) if line["peer"] == "engine"] for seed, slow in ((0, 1), (1, 2))
     ]
@@ -88,18 +85,18 @@ def test_without_others_the_clock_decides() -> None:
     assert all(one.yardstick == () for one in compare.compared(*alone))
 
 
-def test_noise_is_not_taken_for_a_change() -> None:
+def test_noise_is_not_taken_for_a_change():
     """The interval must cover 1 if the rounds of the same code scatter by a fifth."""
     changed = [set(verdicts(lines(seed, noise=0.2), lines(seed + 100, noise=0.2)).values()) for seed in range(6)]
     assert sum(found != {"-"} for found in changed) <= 1
 
 
-def written(path: Path, found: list[Any]) -> str:
+def written(path, found):
     report.write(found, path)
     return str(path)
 
 
-def test_the_exit_code_says_whether_something_became_slower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_code_says_whether_something_became_slower(tmp_path, capsys):
     before = written(tmp_path / "before.jsonl", lines(0))
     after = written(tmp_path / "after.jsonl", lines(1, own=1.2))
     assert compare.main([before, before]) == 0
@@ -113,14 +110,12 @@ def test_the_exit_code_says_whether_something_became_slower(tmp_path: Path, caps
     assert "no such file" in capsys.readouterr().err
 
 
-def spun(seed: int, busy: int) -> list[Any]:
+def spun(seed, busy):
     """Return the lines of a run beside spinning processes."""
     return [{**line, "busy": busy} for line in lines(seed, machine=2.0)]
 
 
-def test_runs_beside_other_numbers_of_processes_are_not_compared(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_beside_other_numbers_of_processes_are_not_compared(tmp_path, capsys):
     quiet, one, two = (
         written(tmp_path / f"{busy}.jsonl", found) for busy, found in ((0, lines(0)), (1, spun(1, 1)), (2, spun(2, 2)))
     )
@@ -131,7 +126,7 @@ def test_runs_beside_other_numbers_of_processes_are_not_compared(
     assert f"{quiet} was measured with nothing beside, {one} was measured beside 1 spinning process;" in message
 
 
-def test_a_busy_run_takes_the_place_of_a_busy_run_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_run_takes_the_place_of_a_busy_run_only(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     for name, busy in (("quiet", 0), ("one", 1), ("two", 2)):
         written(tmp_path / f"{name}.jsonl", spun(0, busy) if busy else lines(0))
@@ -151,7 +146,7 @@ def test_a_busy_run_takes_the_place_of_a_busy_run_only(tmp_path: Path, monkeypat
         assert after.count("| on a GPU |") == 1
 
 
-def test_the_title_of_the_picture_says_what_the_figures_say(tmp_path: Path) -> None:
+def test_the_title_of_the_picture_says_what_the_figures_say(tmp_path):
     found = lines(0, noise=0.0)
     fleets = [line for line in found if line["models"] is not None]
     assert plots.finding(fleets) == (
@@ -163,22 +158,20 @@ def test_the_title_of_the_picture_says_what_the_figures_say(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_pages_agree_with_the_committed_results(page: Path) -> None:
+def test_the_pages_agree_with_the_committed_results(page):
     text = page.read_text(encoding="utf-8")
     assert readme.written(text) == text, "run python -m bench readme"
     assert text.count("<!-- bench ") == text.count("<!-- /bench -->") == len(readme.MARKED.findall(text)) >= 1
 
 
-def test_every_committed_result_of_a_door_or_study_has_its_table() -> None:
+def test_every_committed_result_of_a_door_or_study_has_its_table():
     shown = {found["file"] for page in readme.PAGES for found in readme.MARKED.finditer(page.read_text("utf-8"))}
     files = {path.name for path in report.RESULTS.glob("*.jsonl") if readme.kind(path)}
     assert files and files <= shown
     assert "not yet measured on a GPU" in (ROOT / "bench" / "README.md").read_text("utf-8")
 
 
-def test_the_pages_are_written_from_other_results(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_pages_are_written_from_other_results(tmp_path, monkeypatch, capsys):
     target, other = tmp_path / "README.md", tmp_path / "bench.md"
     target.write_text("Before.\n<!-- bench old.jsonl -->\n| x |\n<!-- /bench -->\nAfter.\n")
     chosen = "<!-- bench old.jsonl cases=784-10-10@32 peers=engine,jax_scan -->"
@@ -208,14 +201,12 @@ def test_the_pages_are_written_from_other_results(
     ("mark", "problem"),
     [("cases=1-1@1", "the results have no 1-1@1"), ("rows=1", "expected cases=NAME"), ("peers=", "have no")],
 )
-def test_a_mark_with_an_impossible_filter_is_refused(mark: str, problem: str) -> None:
+def test_a_mark_with_an_impossible_filter_is_refused(mark, problem):
     with pytest.raises(ValueError, match=problem):
         readme.chosen(lines(0), mark)
 
 
-def test_a_door_has_its_table_in_the_readme_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_door_has_its_table_in_the_readme_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     row = doors.line("64-32-10@32, SGD", [3e-4, 4e-4, 5e-4], [1e-4, 1e-4, 1e-4])
     path = tmp_path / "door.jsonl"
@@ -231,12 +222,12 @@ def test_a_door_has_its_table_in_the_readme_too(
     assert "<!-- bench old-door.jsonl -->" in readme.written(before, Path(other))
 
 
-def test_fusemlp_bench_is_the_benchmark_of_the_checkout(tmp_path: Path) -> None:
+def test_fusemlp_bench_is_the_benchmark_of_the_checkout(tmp_path):
     paths = os.pathsep.join([str(ROOT / "engine"), str(ROOT / "kernels")])
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "__init__.py").write_text("raise SystemExit('another bench')")
 
-    def run(*arguments: str, path: str = paths) -> subprocess.CompletedProcess[str]:
+    def run(*arguments, path=paths):
         command = [sys.executable, "-P", "-m", "fusemlp", "bench", *arguments]
         environment = {**os.environ, "PYTHONPATH": path}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
@@ -258,7 +249,7 @@ def test_fusemlp_bench_is_the_benchmark_of_the_checkout(tmp_path: Path) -> None:
     assert "the benchmark comes with a checkout" in outside.stderr
 
 
-def test_the_committed_results_are_whole() -> None:
+def test_the_committed_results_are_whole():
     for path in sorted(report.RESULTS.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
@@ -266,9 +257,7 @@ def test_the_committed_results_are_whole() -> None:
             assert record["machine"]["system"] == "Linux x86_64", path.name
 
 
-def test_the_figures_of_a_card_get_a_section_with_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_figures_of_a_card_get_a_section_with_its_name(tmp_path, monkeypatch, capsys):
     results, found, page = tmp_path / "results", tmp_path / "gpu", tmp_path / "README.md"
     results.mkdir()
     found.mkdir()

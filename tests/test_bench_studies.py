@@ -3,14 +3,11 @@
 No test asserts a speed: tests of conclusions use invented figures, tests of sums measure.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -43,12 +40,12 @@ CEILINGS = timing.Ceilings(flops=2e9, bytes=1e9, near_bytes=4e9, near_size=1 << 
 TINY = study.network("12-8-4@8")
 
 
-def vendor(backend: str = "numpy", precision: str = "fp32") -> Vendor:
+def vendor(backend="numpy", precision="fp32"):
     return Vendor(open_backend(backend, None, precision), precision)
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_study_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_explains_itself(name, capsys):
     module = sys.modules[f"bench.{name}"]
     with pytest.raises(SystemExit) as ended:
         module.main(["--help"])
@@ -59,7 +56,7 @@ def test_a_study_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) 
         assert option in shown
 
 
-def test_a_study_runs_as_a_module() -> None:
+def test_a_study_runs_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "bench.roofline", "784-128@nothing"],
         cwd=ROOT,
@@ -72,13 +69,13 @@ def test_a_study_runs_as_a_module() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "10@8", "8-0-2@8", "8-4-2", "8-4-2@0", "8--2@4", "8-x-2@4"])
-def test_what_is_no_network_is_refused(text: str) -> None:
+def test_what_is_no_network_is_refused(text):
     with pytest.raises(Exception, match="expected widths@batch"):
         study.network(text)
 
 
 @pytest.mark.parametrize("text", ["8-16", "8-16-0", "8x16x8", "8-16-8-2"])
-def test_what_is_no_shape_of_a_layer_is_refused(text: str) -> None:
+def test_what_is_no_shape_of_a_layer_is_refused(text):
     assert kernels.shape("8-16-4") == (8, 16, 4)
     with pytest.raises(Exception, match="expected"):
         kernels.shape(text)
@@ -87,14 +84,14 @@ def test_what_is_no_shape_of_a_layer_is_refused(text: str) -> None:
 # roofline
 
 
-def test_the_floor_is_the_longer_of_products_and_bytes_over_the_faster_copy() -> None:
+def test_the_floor_is_the_longer_of_products_and_bytes_over_the_faster_copy():
     by_flops, by_bytes = CEILINGS.floor(flops=4e9, traffic=6e9)
     assert (by_flops, by_bytes) == (2.0, 1.5)
     assert timing.Ceilings(1.0, 3.0, 2.0, 1).fastest_bytes == 3.0
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_the_roofline_has_every_call_and_its_sums_add_up(optimizer: str) -> None:
+def test_the_roofline_has_every_call_and_its_sums_add_up(optimizer):
     options = {"optimizer": optimizer, "backend": "numpy"}
     lines = roofline.study(TINY, options, 4, CEILINGS)
     program = Engine(MLP(TINY.sizes), batch_size=TINY.batch_size, plan="eager", **options).program
@@ -116,7 +113,7 @@ def test_the_roofline_has_every_call_and_its_sums_add_up(optimizer: str) -> None
     assert "2 GFLOP/s by a large product" in shown
 
 
-def test_the_ceilings_are_those_of_this_run() -> None:
+def test_the_ceilings_are_those_of_this_run():
     found = timing.measure_ceilings(vendor(), 1 << 14, rounds=1, side=64, size=1 << 16)
     assert min(found.flops, found.bytes, found.near_bytes) > 0
     assert found.near_size == 1 << 14
@@ -126,7 +123,7 @@ def test_the_ceilings_are_those_of_this_run() -> None:
 
 
 @pytest.mark.parametrize("backend, precision", [("numpy", "fp32"), ("numpy", "fp64"), ("triton", "fp32")])
-def test_the_unfused_sequences_compute_what_the_kernels_compute(backend: str, precision: str) -> None:
+def test_the_unfused_sequences_compute_what_the_kernels_compute(backend, precision):
     if backend == "triton":
         pytest.importorskip("triton")
     one = vendor(backend, precision)
@@ -155,7 +152,7 @@ def test_the_unfused_sequences_compute_what_the_kernels_compute(backend: str, pr
     assert loss == pytest.approx(-logs[np.arange(m), labels].mean(), rel=1e-5)
 
 
-def test_every_kernel_has_its_line_and_its_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kernel_has_its_line_and_its_rates(monkeypatch):
     monkeypatch.setitem(timing.FLUSHED_BYTES, "cpu", 1 << 16)
     lines = kernels.study(vendor(), [(8, 16, 8)], 2, CEILINGS)
     ops = [trial.op for trial in trials.trials(vendor(), 8, 16, 8)]
@@ -175,7 +172,7 @@ def test_every_kernel_has_its_line_and_its_rates(monkeypatch: pytest.MonkeyPatch
 # host
 
 
-def test_host_puts_the_versions_of_a_door_together() -> None:
+def test_host_puts_the_versions_of_a_door_together():
     lines = [
         {"door": door, "label": label, "seconds": {"step": seconds}}
         for label, seconds in (("before", 2e-5), ("after", 1e-6))
@@ -193,14 +190,14 @@ def test_host_puts_the_versions_of_a_door_together() -> None:
 # overhead
 
 
-def test_costs_of_a_fit_are_found_in_times_made_of_them() -> None:
+def test_costs_of_a_fit_are_found_in_times_made_of_them():
     made = {(e, s): 3e-4 + 4e-5 * e + 2e-6 * e * s for e in (1, 4, 16) for s in (1, 8, 64)}
     found = overhead.fit_costs(made)
     assert found == pytest.approx({"call": 3e-4, "epoch": 4e-5, "step": 2e-6})
 
 
 @pytest.mark.parametrize("optimizer, states", [("sgd", 0), (Adam(), 2)])
-def test_the_account_of_memory_is_that_of_the_arenas(optimizer: Any, states: int) -> None:
+def test_the_account_of_memory_is_that_of_the_arenas(optimizer, states):
     engine = Engine(MLP((12, 8, 4)), optimizer=optimizer, batch_size=8, plan="eager")
     store = engine.memory
     found = memory.account(engine)
@@ -216,7 +213,7 @@ def test_the_account_of_memory_is_that_of_the_arenas(optimizer: Any, states: int
     assert least["values of a step"] >= 4 * 8 * (12 + 8 + 4)
 
 
-def test_what_an_engine_holds_is_counted() -> None:
+def test_what_an_engine_holds_is_counted():
     line = memory.memory(study.network("256-512-4@8"), "eager", {"optimizer": "adam", "backend": "numpy"})
     arenas = sum(line["account"].values())
     # besides the arenas there are views, descriptions and counters, some tens of kilobytes
@@ -225,7 +222,7 @@ def test_what_an_engine_holds_is_counted() -> None:
     assert sum(line["least"].values()) <= line["peak"]
 
 
-def test_overhead_is_told_of_steps_memory_and_imports() -> None:
+def test_overhead_is_told_of_steps_memory_and_imports():
     lines = [
         overhead.step_costs("eager", {"backend": "numpy"}, 1),
         memory.memory(TINY, "eager", {"optimizer": "sgd", "backend": "numpy"}),
@@ -242,7 +239,7 @@ def test_overhead_is_told_of_steps_memory_and_imports() -> None:
 # time to a result
 
 
-def small_task() -> dict[str, np.ndarray[Any, Any]]:
+def small_task():
     generator = np.random.default_rng(0)
     X = generator.standard_normal((200, 12), dtype=np.float32)
     y = np.argmax(X[:, : loops.CLASSES], axis=1)
@@ -250,7 +247,7 @@ def small_task() -> dict[str, np.ndarray[Any, Any]]:
 
 
 @pytest.mark.parametrize("name", ["fusemlp_eager", "torch", "torch_loader", "sklearn"])
-def test_a_loop_ends_with_the_first_epoch_that_reaches_the_target(name: str) -> None:
+def test_a_loop_ends_with_the_first_epoch_that_reaches_the_target(name):
     task = loops.Task(**small_task(), parameters=time_to_result.initial(12, 0), seed=0)
     watch = loops.Watch(target=0.8, most_epochs=60)
     loops.CONTENDERS[name].run(task, watch)
@@ -264,7 +261,7 @@ def test_a_loop_ends_with_the_first_epoch_that_reaches_the_target(name: str) -> 
     assert not hopeless.reached
 
 
-def test_a_result_is_timed_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_is_timed_in_a_process_of_its_own(tmp_path, monkeypatch):
     lines = time_to_result.study(["fusemlp_eager"], "made up", small_task(), 0.5, [0], 40)
     assert lines[0]["reached"]
     assert lines[0]["process_seconds"] > lines[0]["epoch_ends"][-1]
@@ -281,7 +278,7 @@ def test_a_result_is_timed_in_a_process_of_its_own(tmp_path: Path, monkeypatch: 
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_picture_of_a_roofline_states_its_finding() -> None:
+def test_the_picture_of_a_roofline_states_its_finding():
     pytest.importorskip("matplotlib")
     lines = roofline.study(TINY, {"backend": "numpy"}, 2, CEILINGS)
     assert "of the fastest step" in roofline.draw(lines).axes[0].get_title(loc="left")
@@ -290,12 +287,12 @@ def test_the_picture_of_a_roofline_states_its_finding() -> None:
 # tables
 
 
-def scored(name: str, model: str, task: str, **figures: float) -> dict[str, Any]:
+def scored(name, model, task, **figures):
     about = {"table": name, "task": task, "half": "final", "seed": 0, "rows": 1000, "columns": 4, "seconds": 0.5}
     return {**about, "model": model, **figures}
 
 
-def test_ranks_of_tables_are_means_over_seeds_and_ties_share_theirs() -> None:
+def test_ranks_of_tables_are_means_over_seeds_and_ties_share_theirs():
     lines = [
         scored("a", "fusemlp", "regression", r2=0.9),
         {**scored("a", "fusemlp", "regression", r2=0.5), "seed": 1},
@@ -310,7 +307,7 @@ def test_ranks_of_tables_are_means_over_seeds_and_ties_share_theirs() -> None:
     assert "| mean rank by r2 |  | 1.75 | 1.25 |" in shown
 
 
-def test_a_lower_log_loss_ranks_first() -> None:
+def test_a_lower_log_loss_ranks_first():
     figures = {"accuracy": 0.5, "auc": 0.5}
     lines = [
         scored("a", "fusemlp", "classification", log_loss=0.2, **figures),
@@ -319,7 +316,7 @@ def test_a_lower_log_loss_ranks_first() -> None:
     assert tables.ranks(tables.means(lines), "log_loss") == {"fusemlp": 1.0, "linear": 2.0}
 
 
-def test_each_half_has_both_tasks_and_no_table_of_the_independent_check() -> None:
+def test_each_half_has_both_tasks_and_no_table_of_the_independent_check():
     kept = {"modeldata", "ISLR", "DAAG", "ggplot2", "stevedata", "nycflights13"}
     assert not kept & {one.package for one in tables.TABLES}
     for half in tables.HALVES:
@@ -328,9 +325,7 @@ def test_each_half_has_both_tasks_and_no_table_of_the_independent_check() -> Non
     assert len({one.name for one in tables.TABLES}) == len(tables.TABLES) >= 20
 
 
-def test_a_table_for_its_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_table_for_its_memory(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(table_memory, "TABLES", ((300, (30, 5)), (500, (3, 3))))
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "engine") + os.pathsep + str(ROOT / "kernels"))
     path = tmp_path / "a.jsonl"
@@ -345,8 +340,8 @@ def test_a_table_for_its_memory(
     assert 2e7 < found["peak"] < max(2e9, 1.01 * own)
 
 
-def test_the_examples_are_told_as_means_over_the_seeds() -> None:
-    lines: list[dict[str, Any]] = []
+def test_the_examples_are_told_as_means_over_the_seeds():
+    lines = []
     for seed, share in enumerate((0.5, 1.0)):
         lines += [{"part": part, "seed": seed, "way": "plain", "accuracy": share} for part in examples.TITLES]
         lines[-len(examples.TITLES)] |= {"under PGD-40": share / 2, "certified": 0.0}
@@ -359,7 +354,7 @@ def test_the_examples_are_told_as_means_over_the_seeds() -> None:
 # scale
 
 
-def invented(ranks: int, batch: int, ordered: float, fast: float, ddp: float) -> dict[Any, Any]:
+def invented(ranks, batch, ordered, fast, ddp):
     return {
         (ranks, batch, "ordered"): [(ordered, 0.1)] * 3,
         (ranks, batch, "fast"): [(fast, 0.1)] * 3,
@@ -368,7 +363,7 @@ def invented(ranks: int, batch: int, ordered: float, fast: float, ddp: float) ->
     }
 
 
-def test_the_gains_of_ranks_are_rows_a_second_over_those_of_one() -> None:
+def test_the_gains_of_ranks_are_rows_a_second_over_those_of_one():
     case = study.network("12-8-4@8")
     found = {(0, 8, "alone"): [(3.0, 0.0)] * 3}
     found |= invented(1, 8, 4.0, 4.0, 6.0) | invented(2, 8, 3.2, 2.0, 4.0) | invented(2, 16, 5.0, 4.0, 8.0)
@@ -384,14 +379,14 @@ def test_the_gains_of_ranks_are_rows_a_second_over_those_of_one() -> None:
     assert "nowhere more than 1.5." in scale.verdict([line for line in lines if line["ranks"] != 2])
 
 
-def test_a_ring_receives_what_the_reductions_need() -> None:
+def test_a_ring_receives_what_the_reductions_need():
     """Without latency, by hand: all-gather brings the arrays of all others, all-reduce two parts of each."""
     times = scale.ring(8000, 4, 0.0, 1e9)
     assert times["ordered"] - scale.BASE == pytest.approx(3 * 8e-6)
     assert times["fast"] - scale.BASE == pytest.approx(2 * 3 / 4 * 8e-6)
 
 
-def test_worlds_of_ranks_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_worlds_of_ranks_take_turns(tmp_path, capsys):
     pytest.importorskip("torch.distributed")
     out = tmp_path / "scale.jsonl"
     given = ["--case", "12-8-4@16", "--ranks", "1,2", "--rounds", "1", "--seconds", "0.001", "--out", str(out)]

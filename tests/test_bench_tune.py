@@ -1,7 +1,5 @@
 """Tuning refuses without a card, and writes the table with other tiles of the same sizes."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,13 +1,9 @@
 """Every installed contender trains as the oracle does, and any other training is refused."""
 
-from __future__ import annotations
-
 import functools
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +23,7 @@ SMALL = {
 }
 
 
-def installed(device: str) -> list[tuple[str, str]]:
+def installed(device):
     """Yield each installed contender of ``--quick`` with each case that it can run."""
     return [
         (name, kind)
@@ -38,18 +34,18 @@ def installed(device: str) -> list[tuple[str, str]]:
 
 
 @functools.cache
-def judge_of(kind: str) -> verification.Judge:
+def judge_of(kind):
     return verification.Judge(SMALL[kind])
 
 
-def verify(name: str, kind: str, **changed: Any) -> verification.Verdict:
+def verify(name, kind, **changed):
     """Let a contender train the case, or one that differs from it, and judge it by the case."""
     judge = judge_of(kind)
     return judge.verdict(name, *verification.trajectories(name, replace(SMALL[kind], **changed), judge.data))
 
 
 @pytest.mark.parametrize(("name", "kind"), installed("cpu"))
-def test_a_contender_agrees_with_the_oracle_and_with_another_learning_rate_does_not(name: str, kind: str) -> None:
+def test_a_contender_agrees_with_the_oracle_and_with_another_learning_rate_does_not(name, kind):
     verdict = verify(name, kind)
     assert verdict.agrees, verdict.reason
     assert 0 < verdict.worst <= 1
@@ -64,7 +60,7 @@ LONG = [name for name, peer in peers.PEERS.items() if peer.compiles_long and pee
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_a_contender_that_compiles_for_long_agrees_with_the_oracle_too(name: str) -> None:
+def test_a_contender_that_compiles_for_long_agrees_with_the_oracle_too(name):
     """Run in a separate process, as in a measurement, so that warnings of its compiler do not matter here."""
     judge = judge_of("sgd")
     with worker.Worker(name) as process:
@@ -73,7 +69,7 @@ def test_a_contender_that_compiles_for_long_agrees_with_the_oracle_too(name: str
     assert verdict.agrees, verdict.reason
 
 
-def test_a_worker_that_trains_with_another_learning_rate_is_refused() -> None:
+def test_a_worker_that_trains_with_another_learning_rate_is_refused():
     with worker.Worker("engine") as process:
         process.ask("load", replace(SMALL["sgd"], learning_rate=1.02 * SMALL["sgd"].learning_rate))
         found = judge_of("sgd").verdict("engine", *process.ask("trajectories"))
@@ -81,7 +77,7 @@ def test_a_worker_that_trains_with_another_learning_rate_is_refused() -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_card_too_a_contender_agrees_with_the_oracle() -> None:
+def test_on_a_card_too_a_contender_agrees_with_the_oracle():
     names = installed("gpu")
     assert {"engine", "torch_eager"} <= {name for name, _ in names}
     for name, kind in names:
@@ -92,10 +88,10 @@ def test_on_a_card_too_a_contender_agrees_with_the_oracle() -> None:
 class Altered:
     """A trainer that is disturbed after each step."""
 
-    def __init__(self, trainer: Any, spoil: Callable[[Any], None]) -> None:
+    def __init__(self, trainer, spoil):
         self.trainer, self.spoil = trainer, spoil
 
-    def losses(self, order: cases.Array) -> cases.Array:
+    def losses(self, order):
         batches = order.reshape(oracle.STEPS, -1)
         found = []
         for rows in batches:
@@ -103,18 +99,18 @@ class Altered:
             self.spoil(self.trainer)
         return np.concatenate(found)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name):
         return getattr(self.trainer, name)
 
 
-def no_bias(trainer: Any) -> None:
+def no_bias(trainer):
     import torch
 
     with torch.no_grad():
         trainer.linears[0].bias.zero_()
 
 
-def one_weight(trainer: Any) -> None:
+def one_weight(trainer):
     import torch
 
     with torch.no_grad():
@@ -122,7 +118,7 @@ def one_weight(trainer: Any) -> None:
 
 
 @pytest.mark.parametrize(("spoil", "step"), [(no_bias, 2), (one_weight, 2)])
-def test_a_planted_error_is_caught_at_its_step(spoil: Callable[[Any], None], step: int) -> None:
+def test_a_planted_error_is_caught_at_its_step(spoil, step):
     pytest.importorskip("torch")
     data, expected = judge_of("sgd").data, judge_of("sgd").expected("torch_eager")
     trainer = peers.prepare("torch_eager", SMALL["sgd"], data)
@@ -132,13 +128,13 @@ def test_a_planted_error_is_caught_at_its_step(spoil: Callable[[Any], None], ste
     assert found.worst > 10
 
 
-def test_an_engine_that_leaves_biases_alone_is_caught() -> None:
+def test_an_engine_that_leaves_biases_alone_is_caught():
     from bench.peers.engine import state_of
     from fusemlp import MLP, SGD, Engine, ParameterOptions
 
     case = SMALL["sgd"]
     data, expected = judge_of("sgd").data, judge_of("sgd").expected("engine")
-    trainer: Any = peers.prepare("engine", case, data)
+    trainer = peers.prepare("engine", case, data)
     frozen = SGD(case.learning_rate, per_parameter={"*.bias": ParameterOptions(trainable=False)})
     trainer.engine = Engine(MLP(case.sizes), optimizer=frozen, batch_size=case.batch_size, backend="numpy")
     trainer.engine.load_state_dict(state_of(data.parameters))
@@ -147,14 +143,14 @@ def test_an_engine_that_leaves_biases_alone_is_caught() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.4])
-def test_another_dropout_rate_is_caught(rate: float) -> None:
+def test_another_dropout_rate_is_caught(rate):
     case = SMALL["dropout"]
     data, masked = judge_of("dropout").data, judge_of("dropout").masked("engine")
     losses = verification.trajectory(peers.prepare("engine", replace(case, dropout=rate), data), case, data)
     assert not verification.judge_dropout(losses, masked).agrees
 
 
-def test_a_fleet_with_one_wrong_model_is_caught() -> None:
+def test_a_fleet_with_one_wrong_model_is_caught():
     expected = judge_of("fleet").expected("fleet")
     losses = expected.losses.copy()
     assert verification.judge(losses, expected).agrees
@@ -167,13 +163,13 @@ def test_a_fleet_with_one_wrong_model_is_caught() -> None:
     assert not verification.judge(losses[:, :2], expected).agrees
 
 
-def test_what_lies_outside_is_looked_at_again_by_its_own_tolerance() -> None:
+def test_what_lies_outside_is_looked_at_again_by_its_own_tolerance():
     expected = judge_of("fleet").expected("fleet")
     losses = expected.losses.copy()
     losses[9, 1] += 1e-4
-    asked: list[int] = []
+    asked = []
 
-    def wider(model: int) -> cases.Array:
+    def wider(model):
         asked.append(model)
         return np.full(oracle.STEPS + 1, 2e-4)
 
@@ -182,12 +178,12 @@ def test_what_lies_outside_is_looked_at_again_by_its_own_tolerance() -> None:
     assert not judge_of("fleet").verdict("fleet", [losses], None).agrees
 
 
-def test_single_precision_is_within_the_tolerance_and_half_is_not() -> None:
+def test_single_precision_is_within_the_tolerance_and_half_is_not():
     """The oracle's own training, its operands rounded: to 24 bits it agrees, to 11 bits it does not."""
     case = SMALL["sgd"]
     data, expected = judge_of("sgd").data, judge_of("sgd").expected("engine")
 
-    def rounding(dtype: Any) -> Callable[[cases.Array, float], cases.Array]:
+    def rounding(dtype):
         return lambda array, size: array.astype(dtype).astype(np.float64)
 
     single = oracle.train(case, data, data.parameters, oracle.Rules(), change=rounding(np.float32))
@@ -198,7 +194,7 @@ def test_single_precision_is_within_the_tolerance_and_half_is_not() -> None:
     assert verification.judge(half, allowed).agrees
 
 
-def test_a_large_step_is_checked_on_small_batches_and_once_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_step_is_checked_on_small_batches_and_once_as_it_is(monkeypatch):
     assert all(len(oracle.checks(case)) == 1 for case in SMALL.values())
     large = cases.Case((8, 64, 4), batch_size=1024, steps=2)
     monkeypatch.setattr(oracle, "MOST_FLOPS", 1e6)
@@ -214,14 +210,14 @@ def test_a_large_step_is_checked_on_small_batches_and_once_as_it_is(monkeypatch:
         assert judge.verdict("engine", losses, None).step == 2
 
 
-def test_scikit_learn_is_checked_on_batches_that_lack_a_class() -> None:
+def test_scikit_learn_is_checked_on_batches_that_lack_a_class():
     case = cases.Case((6, 5, 40), batch_size=16, steps=4)
     judge = verification.Judge(case)
     verdict = judge.verdict("sklearn_mlp", *verification.trajectories("sklearn_mlp", case, judge.data))
     assert verdict.agrees, verdict.reason
 
 
-def test_a_contender_that_raises_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contender_that_raises_is_not_timed(monkeypatch):
     case = replace(SMALL["sgd"], activation="no such name")
     monkeypatch.setattr(measure, "Judge", lambda case: None)
     with measure.started(["engine"], [case]) as workers:
@@ -230,7 +226,7 @@ def test_a_contender_that_raises_is_not_timed(monkeypatch: pytest.MonkeyPatch) -
     assert found.reason.startswith("ArgumentError: activation: unknown name 'no such name'")
 
 
-def test_a_contender_that_disagrees_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contender_that_disagrees_is_not_timed(monkeypatch):
     """Its result has the reason; the others are timed."""
     case = SMALL["sgd"]
     monkeypatch.setattr(worker.Worker, "ask", spoiled(worker.Worker.ask))
@@ -242,10 +238,10 @@ def test_a_contender_that_disagrees_is_not_timed(monkeypatch: pytest.MonkeyPatch
     assert timed.status == "timed" and len(timed.seconds) == 2
 
 
-def spoiled(ask: Callable[..., Any]) -> Callable[..., Any]:
+def spoiled(ask):
     """Change the losses that one contender returns."""
 
-    def spoiling(self: worker.Worker, method: str, *arguments: Any) -> Any:
+    def spoiling(self, method, *arguments):
         answer = ask(self, method, *arguments)
         if method == "trajectories" and self.peer == "engine":
             return [losses + 0.01 for losses in answer[0]], answer[1]

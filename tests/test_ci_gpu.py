@@ -1,7 +1,5 @@
 """``ci/gpu``: a lost process costs one test, results are written item by item, and a second run continues."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """ci/versions: the table of Pythons and dependencies, its rows that were not run, and its exit code."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

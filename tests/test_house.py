@@ -1,7 +1,5 @@
 """The measures of ``ci/house`` count what they say."""
 
-from __future__ import annotations
-
 import pytest
 from house import PRODUCT, ROOT, calls_of, circles, feature_tests, imports_of, lines, tracked
 
@@ -38,28 +36,28 @@ BUDGETS = {
         ("isinstance(rows, list) or rows is None or members > most or privacy == other", 0),
     ],
 )
-def test_feature_tests(source: str, count: int) -> None:
+def test_feature_tests(source, count):
     assert feature_tests(source) == count
 
 
-def test_circles() -> None:
+def test_circles():
     imports = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": set(), "f": {"g", "a"}, "g": {"f"}}
     assert sorted(circles(imports)) == [["a", "b", "c"], ["f", "g"]]
 
 
-def test_calls_of_counts_functions_and_no_class_bodies() -> None:
+def test_calls_of_counts_functions_and_no_class_bodies():
     from fusemlp.describe import checks
 
     calls = calls_of(lambda: [checks.as_number("lr", 0.5), checks.as_number("lr", 1.0)])
     assert calls[checks.__file__] >= 2
 
 
-def test_no_files_of_the_engine_import_one_another_in_a_circle() -> None:
+def test_no_files_of_the_engine_import_one_another_in_a_circle():
     assert circles(imports_of(ROOT / "engine")) == []
 
 
-def test_every_room_keeps_its_budget() -> None:
-    rooms: dict[str, int] = dict.fromkeys(BUDGETS, 0)
+def test_every_room_keeps_its_budget():
+    rooms = dict.fromkeys(BUDGETS, 0)
     for file in tracked("engine", "kernels"):
         if file.suffix in PRODUCT:
             parent = file.parent.relative_to(ROOT)

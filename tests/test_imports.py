@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,7 +76,7 @@ class Import(NamedTuple):
     line: int
 
 
-def source_modules() -> dict[str, str]:
+def source_modules():
     """Full dotted name to source text; a package is named ``package.__init__``."""
     return {
         ".".join(path.relative_to(root).with_suffix("").parts): path.read_text(encoding="utf-8")
@@ -86,24 +85,24 @@ def source_modules() -> dict[str, str]:
     }
 
 
-def is_type_checking(test: ast.expr) -> bool:
+def is_type_checking(test):
     """Return whether an ``if`` is only for type checkers: ``TYPE_CHECKING`` or ``typing.TYPE_CHECKING``."""
     name = test.attr if isinstance(test, ast.Attribute) else getattr(test, "id", None)
     return name == "TYPE_CHECKING"
 
 
-def statements(node: ast.AST) -> Iterator[ast.AST]:
+def statements(node):
     """Yield every node that can run."""
     yield node
     if isinstance(node, ast.If) and is_type_checking(node.test):
-        children: Iterator[ast.AST] = iter(node.orelse)
+        children = iter(node.orelse)
     else:
         children = ast.iter_child_nodes(node)
     for child in children:
         yield from statements(child)
 
 
-def imported_names(node: ast.AST, package: str, modules: Mapping[str, str]) -> list[str]:
+def imported_names(node, package, modules):
     """Yield the imports of a node: statements, and ``import_module`` or ``__import__`` of a literal name."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
@@ -122,7 +121,7 @@ def imported_names(node: ast.AST, package: str, modules: Mapping[str, str]) -> l
     return []
 
 
-def imports(modules: Mapping[str, str]) -> list[Import]:
+def imports(modules):
     found = []
     for importer, source in modules.items():
         package = importer.rpartition(".")[0]
@@ -132,21 +131,21 @@ def imports(modules: Mapping[str, str]) -> list[Import]:
     return found
 
 
-def within(name: str, *packages: str) -> bool:
+def within(name, *packages):
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-def part(name: str) -> str:
+def part(name):
     """Return the row entry of a module of fusemlp: its first name below the package."""
     return name.split(".")[1] if "." in name else "__init__"
 
 
-def layer_numbers() -> dict[str, int]:
+def layer_numbers():
     """Return the row of each name, counted from the bottom."""
     return {name: number for number, row in enumerate(reversed(LAYERS)) for name in row}
 
 
-def direction_faults(found: list[Import]) -> Iterator[str]:
+def direction_faults(found):
     layers = layer_numbers()
     for importer, imported, line in found:
         where = f"{importer}:{line} imports {imported}"
@@ -163,14 +162,14 @@ def direction_faults(found: list[Import]) -> Iterator[str]:
             yield f"{where}, which lies above it"
 
 
-def unplaced(modules: Mapping[str, str]) -> list[str]:
+def unplaced(modules):
     """Return the parts of fusemlp without a row in ``LAYERS``."""
     return sorted({part(name) for name in modules if within(name, "fusemlp")} - layer_numbers().keys())
 
 
-def cycle(found: list[Import]) -> list[str]:
+def cycle(found):
     """Return an import cycle between modules of one package, or nothing."""
-    graph: dict[str, set[str]] = {}
+    graph = {}
     for importer, imported, _ in found:
         same = importer.partition(".")[0] == imported.partition(".")[0]
         here, there = importer.removesuffix(".__init__"), imported.removesuffix(".__init__")
@@ -179,12 +178,12 @@ def cycle(found: list[Import]) -> list[str]:
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
-        ring: list[str] = error.args[1]
+        ring = error.args[1]
         return ring
     return []
 
 
-def faults(modules: Mapping[str, str]) -> list[str]:
+def faults(modules):
     found = imports(modules)
     ring = cycle(found)
     return [
@@ -194,7 +193,7 @@ def faults(modules: Mapping[str, str]) -> list[str]:
     ]
 
 
-def test_imports_run_one_way() -> None:
+def test_imports_run_one_way():
     modules = source_modules()
     assert {"fusemlp.__init__", "fusemlp_kernels.contract"} <= modules.keys()
     assert not faults(modules), "\n".join(faults(modules))
@@ -261,12 +260,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("modules, report", BROKEN.values(), ids=BROKEN.keys())
-def test_a_broken_rule_is_reported_once(modules: dict[str, str], report: str) -> None:
+def test_a_broken_rule_is_reported_once(modules, report):
     (fault,) = faults(modules)
     assert report in fault
 
 
-def test_what_the_rules_allow() -> None:
+def test_what_the_rules_allow():
     modules = {
         "fusemlp.__init__": "from fusemlp.engine import Engine\nfrom ._version import __version__",
         "fusemlp._version": "",
@@ -303,7 +302,7 @@ print(json.dumps([time.perf_counter() - start, sorted(sys.modules)]))
 """
 
 
-def probe_import(cache: Path, *options: str) -> tuple[float, set[str]]:
+def probe_import(cache, *options):
     """Seconds of ``import fusemlp`` after ``import numpy`` in a fresh interpreter, and what is loaded then.
 
     With the option ``touch`` every public name is looked up as well: some modules load only then.
@@ -317,7 +316,7 @@ def probe_import(cache: Path, *options: str) -> tuple[float, set[str]]:
     return seconds, set(modules)
 
 
-def test_import_is_quick(tmp_path: Path) -> None:
+def test_import_is_quick(tmp_path):
     """Other processes can only add to a run's time: one run within the limit shows what the import costs."""
     probe_import(tmp_path)
     fastest = float("inf")
@@ -329,13 +328,13 @@ def test_import_is_quick(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [(), ("touch",)], ids=["the package", "every public name"])
-def test_import_brings_in_nothing_heavy(options: tuple[str, ...], tmp_path: Path) -> None:
+def test_import_brings_in_nothing_heavy(options, tmp_path):
     _, modules = probe_import(tmp_path, *options)
     assert "fusemlp" in modules
     assert sorted(modules.intersection(HEAVY)) == []
 
 
-def test_every_public_name_resolves() -> None:
+def test_every_public_name_resolves():
     package = importlib.import_module("fusemlp")
     assert [name for name in package.__all__ if not hasattr(package, name)] == []
     assert len(set(package.__all__)) == len(package.__all__)

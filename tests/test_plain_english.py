@@ -1,12 +1,9 @@
 """Hold a short list of hard idioms out of comments, docstrings, messages and Markdown pages."""
 
-from __future__ import annotations
-
 import io
 import re
 import subprocess
 import tokenize
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,7 +35,7 @@ SUFFIXES = {".py", ".cu", ".cuh", ".cpp", ".h", ".md", ".sh"}
 SKIPPED = {"tests/test_plain_english.py"}
 
 
-def passages(path: str, text: str) -> Iterator[tuple[int, str, bool]]:
+def passages(path, text):
     """Yield line number, passage and whether its first word counts, for the prose in a file."""
     if path.endswith(".py"):
         yield from of_python(text)
@@ -57,9 +54,9 @@ def passages(path: str, text: str) -> Iterator[tuple[int, str, bool]]:
             yield number, line.strip("# "), line.lstrip().startswith("#")
 
 
-def of_python(text: str) -> Iterator[tuple[int, str, bool]]:
+def of_python(text):
     """Yield the comment blocks and strings of a Python file; the first words of comments and docstrings count."""
-    block: list[str] = []
+    block = []
     start, last, before = 0, 0, tokenize.NEWLINE
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         number = token.start[0]
@@ -79,7 +76,7 @@ def of_python(text: str) -> Iterator[tuple[int, str, bool]]:
         yield start, " ".join(block), True
 
 
-def problems(path: str, text: str) -> list[str]:
+def problems(path, text):
     """Return file, line and replacement of each idiom in a file."""
     found = []
     for number, words, opens in sorted(passages(path, text)):
@@ -91,7 +88,7 @@ def problems(path: str, text: str) -> list[str]:
     return found
 
 
-def checked_files() -> list[str]:
+def checked_files():
     """Return the tracked files with prose, and the scripts of ci."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     scripts = [path for path in listed if path.startswith("ci/") and not Path(path).suffix]
@@ -99,7 +96,7 @@ def checked_files() -> list[str]:
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git lists the files, and this is no checkout")
-def test_comments_docstrings_messages_and_pages_are_plain_english() -> None:
+def test_comments_docstrings_messages_and_pages_are_plain_english():
     files = [path for path in checked_files() if (ROOT / path).exists()]
     found = [line for path in files for line in problems(path, (ROOT / path).read_text(encoding="utf-8"))]
     assert not found, "\n".join(found)
@@ -116,5 +113,5 @@ def test_comments_docstrings_messages_and_pages_are_plain_english() -> None:
         ("ci/test", "# Where it runs\nnobody\n", [1, 2]),
     ],
 )
-def test_idioms_are_found_in_prose_and_nowhere_else(path: str, text: str, lines: list[int]) -> None:
+def test_idioms_are_found_in_prose_and_nowhere_else(path, text, lines):
     assert [int(problem.split(":")[1]) for problem in problems(path, text)] == lines

@@ -1,13 +1,10 @@
 """The pages for people: README.md and the README of each folder. Their length, their links, and that snippets run."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import shlex
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,26 +16,26 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "engine/README.md", "engine/tutorial/README.md", "kernels/README.md", "bench/README.md")
 
 
-def text_of(page: str) -> str:
+def text_of(page):
     return (ROOT / page).read_text(encoding="utf-8")
 
 
-def blocks(page: str, language: str) -> list[str]:
+def blocks(page, language):
     """Return the code blocks of a page in one language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text_of(page), re.DOTALL | re.MULTILINE)
 
 
-def anchor(heading: str) -> str:
+def anchor(heading):
     """Return the anchor that GitHub gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
 
 
-def test_the_readme_has_at_most_220_lines() -> None:
+def test_the_readme_has_at_most_220_lines():
     assert len(text_of("README.md").splitlines()) <= 220
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_to_a_file_and_a_heading(page: str) -> None:
+def test_links_lead_to_a_file_and_a_heading(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
         path, _, heading = target.partition("#")
         file = (ROOT / page).parent / path if path else ROOT / page
@@ -48,21 +45,21 @@ def test_links_lead_to_a_file_and_a_heading(page: str) -> None:
             assert heading in map(anchor, found), target
 
 
-def run_snippets(page: str, count: int | None = None) -> dict[str, Any]:
+def run_snippets(page, count=None):
     """Run the Python blocks of a page as typed, one after another, and return the names that they leave."""
-    names: dict[str, Any] = {"__name__": "__main__"}
+    names = {"__name__": "__main__"}
     for number, block in enumerate(blocks(page, "python")[:count], 1):
         exec(compile(block, f"{page}, Python block {number}", "exec"), names)
     return names
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_the_snippets_of_the_readme(folder: Path) -> None:
+def test_the_snippets_of_the_readme(folder):
     names = run_snippets("README.md")
     X, y = names["Xv"], names["yv"]
     assert max(names["history"].history["val_accuracy"]) >= 0.965
@@ -73,7 +70,7 @@ def test_the_snippets_of_the_readme(folder: Path) -> None:
     assert names["search"].score(X, y) >= 0.95
 
 
-def test_the_snippets_of_the_engine(folder: Path) -> None:
+def test_the_snippets_of_the_engine(folder):
     names = run_snippets("engine/README.md")
     assert max(names["history"].history["val_accuracy"]) >= 0.965
     assert names["search"].score(names["Xv"], names["yv"]) >= 0.95
@@ -84,7 +81,7 @@ def test_the_snippets_of_the_engine(folder: Path) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_the_snippets_of_the_kernels() -> None:
+def test_the_snippets_of_the_kernels():
     names = run_snippets("kernels/README.md")
     torch = names["torch"]
     w0, b0, w1, b1 = (names[name].double().requires_grad_() for name in ("w0", "b0", "w1", "b1"))
@@ -99,7 +96,7 @@ def test_the_snippets_of_the_kernels() -> None:
 
 
 @pytest.mark.parametrize("sign", "-+")
-def test_the_torch_loop_runs_before_and_after(sign: str, folder: Path) -> None:
+def test_the_torch_loop_runs_before_and_after(sign, folder):
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     names = run_snippets("README.md", 1)
@@ -110,7 +107,7 @@ def test_the_torch_loop_runs_before_and_after(sign: str, folder: Path) -> None:
     assert np.mean(found.numpy() == names["yv"]) >= 0.95
 
 
-def write_tables() -> None:
+def write_tables():
     """Write the files that the commands of the pages name into the working folder."""
     generator = np.random.default_rng(0)
     size, patient = generator.integers(40, 200, 60), np.arange(60) % 12
@@ -126,7 +123,7 @@ def write_tables() -> None:
     Path("new.csv").write_text(",".join(["size,street", *pixels]) + "\n" + ",".join(["80,a", *"0" * 64]) + "\n")
 
 
-def commands(page: str) -> list[list[str]]:
+def commands(page):
     """Return the words of each line of a page's shell blocks that begins with ``fusemlp``."""
     lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
     # without what the shell does with the output
@@ -137,7 +134,7 @@ def commands(page: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", ["README.md", "engine/README.md"])
-def test_commands_run_as_typed(page: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_run_as_typed(page, folder, capsys):
     write_tables()
     typed = commands(page)
     assert len(typed) >= 5
@@ -153,7 +150,7 @@ def test_commands_run_as_typed(page: str, folder: Path, capsys: pytest.CaptureFi
         assert ended.value.code == 0, (words, capsys.readouterr().err)
 
 
-def test_the_extras_that_pages_and_messages_name_exist() -> None:
+def test_the_extras_that_pages_and_messages_name_exist():
     known = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
     sources = [*(ROOT / page for page in PAGES), *(ROOT / "engine").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
     named = [name for path in sources for name in re.findall(r"(?:fusemlp|'\.)\[([\w,-]+)\]", path.read_text("utf-8"))]
@@ -162,8 +159,8 @@ def test_the_extras_that_pages_and_messages_name_exist() -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md", "engine/README.md"])
-def test_commands_have_options_that_exist(page: str) -> None:
-    command: Any = typer.main.get_command(app)
+def test_commands_have_options_that_exist(page):
+    command = typer.main.get_command(app)
     lines = [line for block in blocks(page, "sh") for line in block.splitlines() if "fusemlp " in line]
     lines = [line[line.index("fusemlp ") :] for line in lines if not line.startswith(("pip", "#"))]
     assert len(lines) >= 4
@@ -176,7 +173,7 @@ def test_commands_have_options_that_exist(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md", "kernels/README.md"])
-def test_the_printed_program_is_what_the_command_prints(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_printed_program_is_what_the_command_prints(page, capsys):
     command = re.search(r"`fusemlp\s(plan [^`]*--optimizer[^`]*)`", text_of(page))
     assert command is not None
     with pytest.raises(SystemExit) as ended:

@@ -1,12 +1,8 @@
 """The tutorial: its snippets run, print what the page shows, and the pictures are made of them."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +14,7 @@ LARGEST = 60_000  # bytes of a picture
 
 
 @pytest.fixture(scope="module")
-def figures() -> ModuleType:
+def figures():
     spec = importlib.util.spec_from_file_location("tutorial_figures", FOLDER / "figures.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -27,11 +23,11 @@ def figures() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def ran(figures: ModuleType) -> tuple[dict[str, Any], list[str]]:
+def ran(figures):
     return figures.run_page()
 
 
-def test_the_page_shows_what_its_snippets_print(figures: ModuleType, ran: tuple[dict[str, Any], list[str]]) -> None:
+def test_the_page_shows_what_its_snippets_print(figures, ran):
     shown = [output for _, output in figures.snippets()]
     assert sum(map(bool, shown)) == 5
     for expected, printed in zip(shown, ran[1], strict=True):
@@ -44,7 +40,7 @@ def test_the_page_shows_what_its_snippets_print(figures: ModuleType, ran: tuple[
             assert float(other) == pytest.approx(float(one), rel=1e-5, abs=1.5 * place), printed
 
 
-def test_by_hand_reference_and_engine_agree(ran: tuple[dict[str, Any], list[str]]) -> None:
+def test_by_hand_reference_and_engine_agree(ran):
     names = ran[0]
     assert len(names["by_hand"]) == 840
     for name, tolerance in (("reference", 1e-12), ("double", 1e-12), ("single", 1e-5)):
@@ -52,9 +48,7 @@ def test_by_hand_reference_and_engine_agree(ran: tuple[dict[str, Any], list[str]
     assert names["right"] > 0.9
 
 
-def test_the_numbers_of_the_four_units_are_in_the_text(
-    figures: ModuleType, ran: tuple[dict[str, Any], list[str]]
-) -> None:
+def test_the_numbers_of_the_four_units_are_in_the_text(figures, ran):
     names, text = ran[0], figures.PAGE.read_text(encoding="utf-8")
     section = text[text.index("**Forward**") : text.index("5. Rule 2")]
     probability = names["dz2"][0, 0]
@@ -62,7 +56,7 @@ def test_the_numbers_of_the_four_units_are_in_the_text(
         assert f"{value:.4f}" in section
 
 
-def test_the_experiments_show_their_lesson(ran: tuple[dict[str, Any], list[str]]) -> None:
+def test_the_experiments_show_their_lesson(ran):
     names = ran[0]
     (calm, right), (wild, wrong), (leaky, _) = (names[name] for name in ("calm", "wild", "leaky"))
     assert calm[-1] == 0 and right[-1] > 0.9
@@ -76,9 +70,7 @@ def test_the_experiments_show_their_lesson(ran: tuple[dict[str, Any], list[str]]
     assert len(names["stopped"]["loss"]) < 1000
 
 
-def test_the_pictures_are_small_and_of_this_code(
-    figures: ModuleType, ran: tuple[dict[str, Any], list[str]], tmp_path: Path
-) -> None:
+def test_the_pictures_are_small_and_of_this_code(figures, ran, tmp_path):
     assert {path.name for path in FOLDER.glob("*.png")} == set(figures.FIGURES)
     for file, draw in figures.FIGURES.items():
         assert f"({file})" in figures.PAGE.read_text(encoding="utf-8")
@@ -89,12 +81,12 @@ def test_the_pictures_are_small_and_of_this_code(
             assert kept.size == made.size
 
 
-def test_the_picture_of_four_units_has_its_numbers(figures: ModuleType, ran: tuple[dict[str, Any], list[str]]) -> None:
+def test_the_picture_of_four_units_has_its_numbers(figures, ran):
     words = {text.get_text() for text in figures.four_units(ran[0]).axes[0].texts}
     assert {"1.7616", "3.5232", "0.8808", "-0.8808", "ReLU(-0.5) = 0", "0.8808, before ReLU 0.0000"} <= words
 
 
-def test_the_curves_are_those_of_the_page(figures: ModuleType, ran: tuple[dict[str, Any], list[str]]) -> None:
+def test_the_curves_are_those_of_the_page(figures, ran):
     names = ran[0]
     shares, accuracies = figures.dying_relu(names).axes
     assert [list(line.get_ydata()) for line in shares.lines] == [names[name][0] for name in ("calm", "wild", "leaky")]

@@ -1,7 +1,5 @@
 """The backend of scikit-learn's estimators, and lines and counts of results by group at the end of the run."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 
 import pytest

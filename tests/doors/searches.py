@@ -1,7 +1,5 @@
 """Run the same search with scikit-learn and with fusemlp, and compare the results."""
 
-from __future__ import annotations
-
 import numpy as np
 from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
 from threadpoolctl import threadpool_limits

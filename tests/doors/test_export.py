@@ -1,9 +1,6 @@
 """``fusemlp export``: its files predict the same from raw features as ``fusemlp predict``."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +16,7 @@ from fusemlp.datasets.preprocessing import Preprocessor
 Array = np.ndarray[Any, Any]
 
 
-def run(*arguments: str | Path) -> int:
+def run(*arguments):
     """Return the exit code of ``fusemlp`` with these arguments."""
     with pytest.raises(SystemExit) as ended:
         cli.main([str(argument) for argument in arguments])
@@ -28,7 +25,7 @@ def run(*arguments: str | Path) -> int:
     return code
 
 
-def table(path: Path, *, words: bool = False) -> Path:
+def table(path, *, words=False):
     """Write a table with two numbers far from zero, maybe a word, a label in words and a value in its own units."""
     generator = np.random.default_rng(0)
     kind = generator.integers(0, 3, 90)
@@ -41,12 +38,12 @@ def table(path: Path, *, words: bool = False) -> Path:
     return path
 
 
-def columns(path: Path, *names: str) -> list[list[str]]:
+def columns(path, *names):
     header, *rows = [line.split(",") for line in path.read_text().splitlines()]
     return [[row[header.index(name)] for name in names] for row in rows]
 
 
-def trained(folder: Path, target: str, *options: str, words: bool = False) -> Path:
+def trained(folder, target, *options, words=False):
     data = table(folder / "data.csv", words=words)
     # Leave the other target out of the features.
     header, *rows = [line.split(",") for line in data.read_text().splitlines()]
@@ -59,17 +56,17 @@ def trained(folder: Path, target: str, *options: str, words: bool = False) -> Pa
 
 
 @pytest.fixture(scope="module")
-def species(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def species(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("species"), "species")
 
 
-def infer(path: Path, X: Array) -> dict[str, Array]:
+def infer(path, X):
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, {"x": X.astype(np.float32)}), strict=True))
 
 
-def test_labels_from_raw_features(species: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_from_raw_features(species, tmp_path, capsys):
     assert run("export", species, "--onnx", tmp_path / "m.onnx") == 0
     shown = capsys.readouterr().out
     assert shown.splitlines() == [
@@ -96,7 +93,7 @@ def test_labels_from_raw_features(species: Path, tmp_path: Path, capsys: pytest.
     ],
     ids=" ".join,
 )
-def test_values_in_original_units_from_raw_features(options: tuple[str, ...], tmp_path: Path) -> None:
+def test_values_in_original_units_from_raw_features(options, tmp_path):
     folder = trained(tmp_path, "price", "--task", "regression", *options)
     assert run("export", folder, "--onnx", tmp_path / "m.onnx") == 0
     data = tmp_path / "data.csv"
@@ -106,7 +103,7 @@ def test_values_in_original_units_from_raw_features(options: tuple[str, ...], tm
     np.testing.assert_allclose(said["prediction"], expected, rtol=1e-5)
 
 
-def test_both_files_and_what_they_take(species: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_files_and_what_they_take(species, tmp_path, capsys):
     files = ("--onnx", tmp_path / "m.onnx", "--safetensors", tmp_path / "m.safetensors")
     assert run("export", species, *files, "--bare") == 0
     shown = capsys.readouterr().out.splitlines()
@@ -127,7 +124,7 @@ def test_both_files_and_what_they_take(species: Path, tmp_path: Path, capsys: py
     np.testing.assert_array_equal(said["prediction"], engine.predict(X))
 
 
-def test_for_machines(species: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_for_machines(species, tmp_path, capsys):
     assert run("export", species, "--onnx", tmp_path / "m.onnx", "--weights", "best", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {
         "run": str(species),
@@ -138,7 +135,7 @@ def test_for_machines(species: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     }
 
 
-def test_a_run_with_words_takes_an_input_for_each_feature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_with_words_takes_an_input_for_each_feature(tmp_path, capsys):
     folder = trained(tmp_path, "species", words=True)
     capsys.readouterr()
     assert run("export", folder, "--onnx", tmp_path / "m.onnx") == 0
@@ -165,7 +162,7 @@ def test_a_run_with_words_takes_an_input_for_each_feature(tmp_path: Path, capsys
 
 
 # Arguments after ``export RUN``, the exit code, and a part of the error.
-WRONG: dict[str, tuple[list[str], int, str]] = {
+WRONG = {
     "nothing": ([], 2, "--onnx: say what to write: --onnx FILE, --safetensors FILE, or both"),
     "suffix": (["--onnx", "m.pt"], 2, "--onnx: expected a file name ending in .onnx, got 'm.pt'"),
     "other suffix": (["--safetensors", "m.onnx"], 2, "--safetensors: expected a file name ending in .safetensors"),
@@ -178,15 +175,7 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
 
 
 @pytest.mark.parametrize(("arguments", "code", "words"), WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_call_says_what_is_wrong(
-    arguments: list[str],
-    code: int,
-    words: str,
-    species: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_wrong_call_says_what_is_wrong(arguments, code, words, species, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.onnx").write_text("old")
     assert run("export", species, *arguments) == code
@@ -195,12 +184,12 @@ def test_a_wrong_call_says_what_is_wrong(
     assert (tmp_path / "there.onnx").read_text() == "old"
 
 
-def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_run(tmp_path, capsys):
     assert run("export", tmp_path, "--onnx", tmp_path / "m.onnx") == 1
     assert "is not a run folder" in capsys.readouterr().err
 
 
-def test_force_overwrites(species: Path, tmp_path: Path) -> None:
+def test_force_overwrites(species, tmp_path):
     (tmp_path / "m.onnx").write_text("old")
     assert run("export", species, "--onnx", tmp_path / "m.onnx", "--force") == 0
     assert "prediction" in infer(tmp_path / "m.onnx", np.zeros((1, 2)))

@@ -1,10 +1,7 @@
 """ONNX graphs in onnxruntime return the same as the engine."""
 
-from __future__ import annotations
-
 import importlib
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +13,6 @@ import fusemlp
 from fusemlp import (
     ELU,
     MLP,
-    Activation,
     ArgumentError,
     BinaryCrossEntropy,
     CrossEntropy,
@@ -37,7 +33,7 @@ X = np.random.default_rng(0).normal(size=(33, WIDTH)) * 2.0
 ALL = [*ACTIVATIONS, LeakyReLU(0.2), PReLU(-0.3), ELU(0.7)]
 
 
-def run(path: Path, X: Array) -> dict[str, Array]:
+def run(path, X):
     """Return the outputs of a graph by name; check its structure and shapes too."""
     onnx.checker.check_model(str(path), full_check=True)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -49,7 +45,7 @@ def run(path: Path, X: Array) -> dict[str, Array]:
     return dict(zip(names, session.run(names, {"x": X}), strict=True))
 
 
-def close(said: Array, expected: Array) -> None:
+def close(said, expected):
     assert said.shape == expected.shape
     assert said.dtype == expected.dtype
     np.testing.assert_allclose(said, expected, rtol=TOLERANCE, atol=TOLERANCE)
@@ -57,7 +53,7 @@ def close(said: Array, expected: Array) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 @pytest.mark.parametrize("activation", ALL, ids=str)
-def test_every_activation(activation: str | Activation, precision: str, tmp_path: Path) -> None:
+def test_every_activation(activation, precision, tmp_path):
     net = MLP([WIDTH, 9, 7, 3], activation=activation, output_activation=activation, dropout=0.5, init="torch")
     engine = Engine(net, loss="mse", precision=precision)
     engine.to_onnx(tmp_path / "net.onnx")
@@ -83,7 +79,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("case", LOSSES)
 @pytest.mark.parametrize("rows", [1, 33])
-def test_the_outputs_are_what_the_engine_says(case: str, rows: int, tmp_path: Path) -> None:
+def test_the_outputs_are_what_the_engine_says(case, rows, tmp_path):
     outputs, names = LOSSES[case]
     engine = Engine(MLP([WIDTH, 8, outputs], activation="tanh"), loss=case.partition(",")[0])
     engine.to_onnx(tmp_path / "net.onnx")
@@ -97,7 +93,7 @@ def test_the_outputs_are_what_the_engine_says(case: str, rows: int, tmp_path: Pa
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 @pytest.mark.parametrize("case", LOSSES)
-def test_members_give_their_mean_prediction(case: str, precision: str, tmp_path: Path) -> None:
+def test_members_give_their_mean_prediction(case, precision, tmp_path):
     outputs, names = LOSSES[case]
     net = MLP([WIDTH, 8, 5, outputs], activation="silu", members=4)
     engine = Engine(net, loss=case.partition(",")[0], precision=precision)
@@ -113,13 +109,13 @@ def test_members_give_their_mean_prediction(case: str, precision: str, tmp_path:
         close(said["probabilities"], engine.predict_proba(X))
 
 
-def test_no_hidden_layer(tmp_path: Path) -> None:
+def test_no_hidden_layer(tmp_path):
     engine = Engine(MLP([WIDTH, 2]))
     engine.to_onnx(tmp_path / "net.onnx")
     close(run(tmp_path / "net.onnx", X)["probabilities"], engine.predict_proba(X))
 
 
-def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
+def test_what_the_file_says_of_itself(tmp_path):
     engine = Engine(MLP([WIDTH, 8, 3], dropout=0.1), loss=CrossEntropy(class_weight=(1.0, 2.0, 1.0)))
     engine.to_onnx(str(tmp_path / "net.onnx"))
     model = onnx.load(tmp_path / "net.onnx")
@@ -130,7 +126,7 @@ def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
     assert {constant.name for constant in model.graph.initializer} >= set(engine.state_dict())
 
 
-def test_entries_of_ones_own(tmp_path: Path) -> None:
+def test_entries_of_ones_own(tmp_path):
     engine = Engine(MLP([WIDTH, 3]))
     fusemlp.onnx.to_onnx(engine, tmp_path / "net.onnx", metadata={"by": "me"})
     assert {prop.key: prop.value for prop in onnx.load(tmp_path / "net.onnx").metadata_props}["by"] == "me"
@@ -138,8 +134,8 @@ def test_entries_of_ones_own(tmp_path: Path) -> None:
         fusemlp.onnx.to_onnx(engine, tmp_path / "net.onnx", metadata={"fusemlp": "me"})
 
 
-def preprocessor(**changes: Any) -> Preprocessor:
-    config: dict[str, Any] = {
+def preprocessor(**changes):
+    config = {
         "task": "classification",
         "scale": "standard",
         "feature_names": tuple(f"f{k}" for k in range(WIDTH)),
@@ -168,7 +164,7 @@ LABELS = {
 
 
 @pytest.mark.parametrize("case", LABELS)
-def test_with_a_preprocessor_the_predictions_are_labels(case: str, tmp_path: Path) -> None:
+def test_with_a_preprocessor_the_predictions_are_labels(case, tmp_path):
     classes, loss, outputs = LABELS[case]
     scaling = preprocessor(classes=classes, one_hot_targets=case == "one-hot")
     engine = Engine(MLP([WIDTH, 8, outputs]), loss=loss)
@@ -184,7 +180,7 @@ def test_with_a_preprocessor_the_predictions_are_labels(case: str, tmp_path: Pat
 
 @pytest.mark.parametrize("loss", ["mse", "poisson"])
 @pytest.mark.parametrize("targets", [1, 2])
-def test_with_a_preprocessor_the_values_are_in_original_units(targets: int, loss: str, tmp_path: Path) -> None:
+def test_with_a_preprocessor_the_values_are_in_original_units(targets, loss, tmp_path):
     shift, scale = ((5.0, -3.0), (2.0, 0.25)) if loss == "mse" else ((0.0, 0.0), (1.0, 1.0))
     scaling = preprocessor(task="regression", classes=None, target_shift=shift[:targets], target_scale=scale[:targets])
     engine = Engine(MLP([WIDTH, 8, targets]), loss=loss)
@@ -194,7 +190,7 @@ def test_with_a_preprocessor_the_values_are_in_original_units(targets: int, loss
     close(run(tmp_path / "net.onnx", raw)["prediction"], expected.astype(np.float32))
 
 
-def test_missing_cells_are_filled_in_and_marked(tmp_path: Path) -> None:
+def test_missing_cells_are_filled_in_and_marked(tmp_path):
     marks = tuple(k % 2 == 0 for k in range(WIDTH))
     scaling = preprocessor(feature_fill=tuple(20.0 + k for k in range(WIDTH)), missing_inputs=marks)
     engine = Engine(MLP([scaling.width, 8, 3]))
@@ -207,28 +203,28 @@ def test_missing_cells_are_filled_in_and_marked(tmp_path: Path) -> None:
     close(said["probabilities"], engine.predict_proba(inputs))
 
 
-def test_a_feature_that_float32_blurs_is_warned_of(tmp_path: Path) -> None:
+def test_a_feature_that_float32_blurs_is_warned_of(tmp_path):
     scaling = preprocessor(feature_shift=(1.6e9, *(0.0,) * (WIDTH - 1)))
     with pytest.warns(UserWarning, match="the feature 'f0' lies 1.6e\\+09 times its scale from zero"):
         fusemlp.onnx.to_onnx(Engine(MLP([WIDTH, 3])), tmp_path / "net.onnx", preprocessor=scaling)
 
 
-def test_a_piece_that_float32_blurs_is_warned_of(tmp_path: Path) -> None:
+def test_a_piece_that_float32_blurs_is_warned_of(tmp_path):
     edges = (5e4, 5e4 + 0.1, 5e4 + 1.0, 5e4 + 9.0)
     scaling = preprocessor(scale="piecewise", feature_knots=((edges, ()), *(None,) * (WIDTH - 1)))
     with pytest.warns(UserWarning, match="the feature 'f0' lies 5e\\+05 times its scale from zero"):
         fusemlp.onnx.to_onnx(Engine(MLP([scaling.width, 3])), tmp_path / "net.onnx", preprocessor=scaling)
 
 
-def test_a_scaling_beyond_float32_is_refused(tmp_path: Path) -> None:
+def test_a_scaling_beyond_float32_is_refused(tmp_path):
     scaling = preprocessor(feature_fill=(-2e300, *(0.0,) * (WIDTH - 1)))
     with pytest.raises(ArgumentError, match="values of up to 2e\\+300, too large for the graph's float32"):
         fusemlp.onnx.to_onnx(Engine(MLP([WIDTH, 3])), tmp_path / "net.onnx", preprocessor=scaling)
     assert not (tmp_path / "net.onnx").exists()
 
 
-def test_without_onnx_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
+def test_without_onnx_it_says_how_to_get_it(tmp_path, monkeypatch):
+    def missing(name):
         raise ModuleNotFoundError(name)
 
     engine = Engine(MLP([WIDTH, 3]))
@@ -238,7 +234,7 @@ def test_without_onnx_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.
         engine.to_onnx(tmp_path / "net.onnx")
 
 
-def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
+def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
     path = tmp_path / "net.onnx"
     engine = Engine(MLP([WIDTH, 3]), loss=BinaryCrossEntropy())
     engine.to_onnx(path)

@@ -1,8 +1,5 @@
 """ONNX graphs that take words: one input a feature, the same answers as ``transform_features`` and the engine."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,9 +25,9 @@ NUMBERS = st.one_of(st.just(float("nan")), st.integers(-1000, 1000).map(lambda k
 
 
 @st.composite
-def tables(draw: st.DrawFn, kinds: str, rows: int, extra: tuple[str, ...] = ()) -> Table:
+def tables(draw, kinds, rows, extra=()):
     """A table with a column of words for each w of ``kinds``, of numbers for each n."""
-    table: Table = {}
+    table = {}
     for index, kind in enumerate(kinds):
         cells = st.one_of(WORDS, st.sampled_from(extra)) if kind == "w" and extra else WORDS if kind == "w" else NUMBERS
         values = draw(st.lists(cells, min_size=rows, max_size=rows))
@@ -38,7 +35,7 @@ def tables(draw: st.DrawFn, kinds: str, rows: int, extra: tuple[str, ...] = ()) 
     return table
 
 
-def fitted(table: Table, **options: Any) -> Preprocessor:
+def fitted(table, **options):
     """Return the preprocessor of the rows but the last two, whose words are known and may be rare."""
     names = tuple(table)
     X, categories = coded(table, names, None, [])
@@ -47,13 +44,13 @@ def fitted(table: Table, **options: Any) -> Preprocessor:
     return Preprocessor.fit(dataset, np.arange(len(X) - 2), **options)
 
 
-def session_of(engine: Engine, made: Preprocessor) -> onnxruntime.InferenceSession:
+def session_of(engine, made):
     content = onnx_bytes(engine, made)
     onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
     return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
 
 
-def fed(table: Table, real: Any) -> Table:
+def fed(table, real):
     return {
         name: column.reshape(-1, 1).astype(object if column.dtype == object else real) for name, column in table.items()
     }
@@ -61,7 +58,7 @@ def fed(table: Table, real: Any) -> Table:
 
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(st.data(), st.sampled_from(["w", "wn", "nw", "wnnw", "ww"]), st.sampled_from(SCALES))
-def test_the_graph_answers_as_predict_for_missing_and_unseen_cells(data: st.DataObject, kinds: str, scale: str) -> None:
+def test_the_graph_answers_as_predict_for_missing_and_unseen_cells(data, kinds, scale):
     training = data.draw(tables(kinds, 12))
     new = data.draw(tables(kinds, 5, ("green", "red ", "N/A")))
     made = fitted(training, scale=scale)
@@ -81,8 +78,8 @@ def test_the_graph_answers_as_predict_for_missing_and_unseen_cells(data: st.Data
     assert labels[clear].tolist() == made.decode_predictions(engine.predict(inputs))[clear].tolist()
 
 
-def test_names_that_the_graph_has_already_get_an_underscore() -> None:
-    table: Table = {
+def test_names_that_the_graph_has_already_get_an_underscore():
+    table = {
         "prediction": np.array(["a", "b"] * 4, object),
         "0.weight": np.arange(8.0),
         "mul_0": np.arange(8.0) ** 2,
@@ -98,7 +95,7 @@ def test_names_that_the_graph_has_already_get_an_underscore() -> None:
     assert session.run(["prediction"], values)[0].tolist() == engine.predict(inputs).tolist()
 
 
-def test_a_graph_of_numbers_keeps_its_one_input(tmp_path: Path) -> None:
+def test_a_graph_of_numbers_keeps_its_one_input(tmp_path):
     made = fitted({"a": np.arange(9.0), "b": np.arange(9.0) ** 2})
     fusemlp.onnx.to_onnx(Engine(MLP([2, 3]), backend="numpy"), tmp_path / "a.onnx", preprocessor=made)
     (given_,) = onnx.load(tmp_path / "a.onnx").graph.input
@@ -107,7 +104,7 @@ def test_a_graph_of_numbers_keeps_its_one_input(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
-def test_the_types_of_the_inputs(precision: str) -> None:
+def test_the_types_of_the_inputs(precision):
     made = fitted({"a": np.arange(9.0), "b": np.array(["x", "y", ""] * 3, object)})
     session = session_of(Engine(MLP([made.width, 3]), backend="numpy", precision=precision), made)
     real = {"fp32": "tensor(float)", "fp64": "tensor(double)"}[precision]

@@ -1,7 +1,5 @@
 """Optuna over a fleet: ask for a batch of trials, train them side by side, tell the results."""
 
-from __future__ import annotations
-
 import warnings
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Estimators that train against attacks: the engine's own training, and what they refuse."""
 
-from __future__ import annotations
-
 import warnings
 
 import numpy as np

@@ -3,11 +3,7 @@
 Launches of several models run in Triton's interpreter on a machine without a card.
 """
 
-from __future__ import annotations
-
 import threading
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceW
 
 
 @pytest.fixture(params=[pytest.param(one, id=one.name, marks=marks_of(one)) for one in (INTERPRETER, GPU)])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def backend(request, monkeypatch):
     # the interpreter's plan "auto" is not the resident one, which is the slowest there
     monkeypatch.setattr("fusemlp.sklearn.candidates.choose_plan", lambda *_, **__: ("resident", ""))
     with usable(request.param):
@@ -47,9 +43,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 class Launches:
     """The models of each common launch that was bound, and the steps of each launch."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.sizes: list[int] = []
-        self.steps: list[list[int]] = []
+    def __init__(self, monkeypatch):
+        self.sizes = []
+        self.steps = []
         bind = LaunchGroup.bind
 
         def seen(group, *rest):
@@ -68,10 +64,10 @@ class Launches:
 class Taken:
     """The number of fits that were set up and trained before scikit-learn asked for them."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch):
         self.taken, finish = 0, Candidates._finish
 
-        def counted(*given: Any, **options: Any) -> Any:
+        def counted(*given, **options):
             self.taken += 1
             return finish(*given, **options)
 
@@ -81,8 +77,8 @@ class Taken:
 class Kept:
     """A scorer that keeps the fitted models, by what makes them different."""
 
-    def __init__(self) -> None:
-        self.models: dict[tuple, object] = {}
+    def __init__(self):
+        self.models = {}
 
     def __call__(self, model, X, y):
         last = model[-1] if isinstance(model, Pipeline) else model
@@ -98,14 +94,14 @@ class Kept:
         return model.score(X, y)
 
 
-def searched(backend: str, model, grid, data=(X, Y), **options):
+def searched(backend, model, grid, data=(X, Y), **options):
     kept = Kept()
     estimator = model.set_params(**{"mlp__backend" if isinstance(model, Pipeline) else "backend": backend})
     search = FleetSearchCV(estimator, grid, cv=2, scoring=kept, refit=False, **options).fit(*data)
     return search, kept.models
 
 
-def assert_near(mine, its) -> None:
+def assert_near(mine, its):
     assert mine.keys() == its.keys() and mine
     for key, (coefs, losses, count) in mine.items():
         assert count == its[key][2], key
@@ -297,7 +293,7 @@ def test_a_launch_on_a_thread_that_fails_is_the_error_of_its_model(monkeypatch):
 
     run, count = BoundProgram.run_many, 0
 
-    def broken(bound: Any, steps: int) -> None:
+    def broken(bound, steps):
         nonlocal count
         count += 1
         if count == 2:

@@ -1,7 +1,5 @@
 """A search warns once for all of its fits that did not converge, with their number; a single fit as scikit-learn."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest
@@ -90,7 +88,7 @@ def test_a_search_that_failed_leaves_no_count_to_the_next(kind):
             raise KeyboardInterrupt
         return 0.0
 
-    calls: list[object] = []
+    calls = []
     search = kind(MODEL, {"alpha": [0.1]}, cv=3, scoring=score)
     with warnings.catch_warnings(), pytest.raises(KeyboardInterrupt):
         warnings.simplefilter("error")

@@ -1,7 +1,5 @@
 """Estimators on the CuPy backend, on its stand-in or a card, train the same model as on NumPy."""
 
-from __future__ import annotations
-
 import pickle
 import warnings
 

@@ -1,7 +1,5 @@
 """The estimators among scikit-learn's tools: its checks, its meta-estimators, pickles, data frames, bad input."""
 
-from __future__ import annotations
-
 import io
 import pickle
 import subprocess

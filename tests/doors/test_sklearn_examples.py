@@ -4,8 +4,6 @@ One compares solvers and learning rates on four data sets, the other strengths o
 of the training data moves scikit-learn's own score by more, its scores after ten such roundings are the reference.
 """
 
-from __future__ import annotations
-
 import warnings
 
 import numpy as np

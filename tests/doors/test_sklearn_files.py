@@ -1,11 +1,8 @@
 """Estimators in files: save and load without pickle, and ONNX graphs that predict what the estimators predict."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import warnings
-from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -20,12 +17,12 @@ from fusemlp.sklearn import MLPClassifier, MLPRegressor, TableClassifier, TableR
 
 X, Y = load_iris(return_X_y=True)
 WORDS = np.array(["setosa", "versicolor", "virginica"])[Y]
-SMALL: dict[str, Any] = {"hidden_layer_sizes": (8,), "max_iter": 5, "random_state": 0, "backend": "numpy"}
+SMALL = {"hidden_layer_sizes": (8,), "max_iter": 5, "random_state": 0, "backend": "numpy"}
 # Attributes that are compared otherwise, or are made anew.
 APART = ("coefs_", "intercepts_", "slopes_", "_model")
 
 
-def case(name: str, model: Any, targets: Any, features: Any = X) -> Any:
+def case(name, model, targets, features=X):
     return pytest.param(model, targets, features, id=name)
 
 
@@ -50,7 +47,7 @@ CASES = [
 ]
 
 
-def fit(model: Any, features: Any, targets: Any) -> Any:
+def fit(model, features, targets):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit(features, targets)
@@ -135,7 +132,7 @@ def test_a_model_of_a_missing_backend_loads_on_numpy(tmp_path, monkeypatch):
 
 
 class Unheard:
-    def __str__(self) -> str:
+    def __str__(self):
         return "auto"
 
 
@@ -170,7 +167,7 @@ def test_what_cannot_be_saved_or_read_is_refused_before_anything_changes(tmp_pat
         MLPClassifier.load(path)
 
 
-def table(n: int = 80) -> tuple[pandas.DataFrame, Any, Any]:
+def table(n=80):
     generator = np.random.default_rng(0)
     frame = pandas.DataFrame(
         {"colour": generator.choice(["red", "green", "blue"], n), "size": generator.normal(size=n)}
@@ -182,7 +179,7 @@ def table(n: int = 80) -> tuple[pandas.DataFrame, Any, Any]:
 @pytest.mark.parametrize("kind", [TableClassifier, TableRegressor])
 def test_table_estimators_are_saved_whole(kind, models, tmp_path):
     frame, labels, values = table()
-    options: dict[str, Any] = {
+    options = {
         "hidden": (6,),
         "epochs": 4,
         "backend": "numpy",

@@ -1,7 +1,5 @@
 """The gradient of every objective is the slope of its loss; steps beyond scikit-learn's own solvers are right."""
 
-from __future__ import annotations
-
 import warnings
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Whole epochs in the compiled loop end where the same epochs end call by call."""
 
-from __future__ import annotations
-
 import signal
 
 import numpy as np

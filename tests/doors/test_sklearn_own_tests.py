@@ -4,8 +4,6 @@ Their source is read here and run as this module, so that pytest collects them. 
 are left out; their facts are tested in ``test_sklearn_stopping``.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Whole runs of the stochastic solvers are compared relative to the largest elemen
 from step to step, so its bound is the effect of input rounding on scikit-learn's own result.
 """
 
-from __future__ import annotations
-
 import warnings
 
 import numpy as np

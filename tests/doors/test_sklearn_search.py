@@ -1,7 +1,5 @@
 """FleetSearchCV and FleetRandomizedSearchCV return scikit-learn's results, to the last bit."""
 
-from __future__ import annotations
-
 import pickle
 
 import joblib

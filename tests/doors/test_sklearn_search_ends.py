@@ -1,17 +1,14 @@
 """Searches that end early, and models that are trained inside of others: no thread is left."""
 
-from __future__ import annotations
-
 import itertools
 import signal
 import threading
 import weakref
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import scipy.sparse
-from devices import INTERPRETER, Device, marks_of, usable
+from devices import INTERPRETER, marks_of, usable
 
 import fusemlp.sklearn.candidates as module
 from fusemlp import Callback
@@ -27,7 +24,7 @@ PLACES = [pytest.param(INTERPRETER, id=INTERPRETER.name, marks=marks_of(INTERPRE
 
 
 @pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
+def no_thread_is_left():
     before = set(threading.enumerate())
     yield
     for thread in set(threading.enumerate()) - before:
@@ -36,17 +33,17 @@ def no_thread_is_left() -> Iterator[None]:
         assert not thread.is_alive(), thread
 
 
-def search(backend: str, **options: object) -> FleetSearchCV:
+def search(backend, **options):
     model = MLPClassifier(4, batch_size=16, max_iter=2, random_state=0, backend=backend)
     return FleetSearchCV(model.set_params(**options), {"alpha": [0.0, 0.1]}, cv=3, n_jobs=6, error_score="raise")
 
 
 @pytest.mark.parametrize("launch", [1, 3])
-def test_ctrl_c_while_models_train(launch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_models_train(launch, monkeypatch):
     # launches run on several threads, and each takes a number of its own
     run, launches = BoundProgram.run_many, itertools.count(1)
 
-    def pressed(bound: BoundProgram, steps: int) -> None:
+    def pressed(bound, steps):
         if next(launches) == launch:
             signal.raise_signal(signal.SIGINT)
         run(bound, steps)
@@ -60,7 +57,7 @@ def test_ctrl_c_while_models_train(launch: int, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("device", PLACES)
-def test_ctrl_c_in_a_launch_of_several_models(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_in_a_launch_of_several_models(device, monkeypatch):
     bind = LaunchGroup.bind
 
     def pressing(*given):
@@ -79,7 +76,7 @@ def test_ctrl_c_in_a_launch_of_several_models(device: Device, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("device", PLACES)
-def test_the_data_outlives_the_launches(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_data_outlives_the_launches(device, monkeypatch):
     """A kernel that is told where they lie finds others there when their memory is given back."""
     bind, alive = LaunchGroup.bind, []
 
@@ -99,7 +96,7 @@ def test_the_data_outlives_the_launches(device: Device, monkeypatch: pytest.Monk
     assert alive and all(alive)
 
 
-def test_how_many_models_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_many_models_there_is_memory_for(monkeypatch):
     """Sparse rows are dense in a launch, and a table has no ``nbytes``."""
     dense = np.zeros((100, 50))
     monkeypatch.setattr("fusemlp.sklearn.search.available_memory", lambda: 4 * 10 * dense.nbytes)
@@ -111,7 +108,7 @@ def test_how_many_models_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) ->
     assert _at_once(dense[:1]) == _at_once([[0.0], [1.0, 2.0]]) == 256
 
 
-def test_a_fitted_search_holds_no_rows() -> None:
+def test_a_fitted_search_holds_no_rows():
     rows = X.copy()
     found = search("numpy").fit(rows, Y)
     gone = weakref.ref(rows)
@@ -122,17 +119,17 @@ def test_a_fitted_search_holds_no_rows() -> None:
 class Probe(Callback):
     """Trains a model of its own after every epoch, and one that is in no loop."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend):
         self.backend, self.scores = backend, []
 
-    def on_epoch_end(self, engine: object, epoch: int, logs: object) -> None:
+    def on_epoch_end(self, engine, epoch, logs):
         for solver in ("adam", "lbfgs"):
             model = MLPClassifier(3, batch_size=16, max_iter=2, solver=solver, random_state=0, backend=self.backend)
             self.scores.append(model.fit(X, Y).score(X, Y))
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "a batch that does not count"])
-def test_a_callback_trains_a_model(weighted: bool) -> None:
+def test_a_callback_trains_a_model(weighted):
     weight = np.repeat([0.0, 1.0], [9, 36]) if weighted else None
     found = search("numpy", callbacks=[Probe("numpy")]).fit(X, Y, sample_weight=weight)
     assert np.isfinite(found.cv_results_["mean_test_score"]).all()

@@ -1,7 +1,5 @@
 """Searches: what is refused, what fails alone, what is fitted once, and what is left as it was."""
 
-from __future__ import annotations
-
 import threading
 import warnings
 

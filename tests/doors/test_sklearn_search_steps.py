@@ -1,7 +1,5 @@
 """Pipeline steps before a model are fitted once for several candidates, and the results do not change."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix

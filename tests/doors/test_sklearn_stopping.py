@@ -1,7 +1,5 @@
 """The end of a training and its results; also the facts of scikit-learn's own tests that read private names."""
 
-from __future__ import annotations
-
 import os
 import signal
 import warnings

@@ -1,15 +1,11 @@
 """TableClassifier and TableRegressor: scikit-learn's checks and tools, tables of any kind, the same models as train."""
 
-from __future__ import annotations
-
 import logging
 import os
 import pickle
 import signal
 import warnings
 from dataclasses import fields
-from pathlib import Path
-from typing import Any
 
 import joblib
 import numpy as np
@@ -42,13 +38,13 @@ NUMPY = {"backend": "numpy"}
 @parametrize_with_checks(
     [TableClassifier(**NUMPY), TableRegressor(**NUMPY)], expected_failed_checks=lambda estimator: EXPECTED
 )
-def test_scikit_learns_checks(estimator: Any, check: Any) -> None:
+def test_scikit_learns_checks(estimator, check):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check(estimator)
 
 
-def mixed(n: int = 120, seed: int = 0) -> tuple[pandas.DataFrame, Any, Any]:
+def mixed(n=120, seed=0):
     """Return a table of words, numbers, days, truth values and a row number, with missing cells, a label, a number."""
     generator = np.random.default_rng(seed)
     size = generator.normal(size=n)
@@ -74,20 +70,20 @@ NEW, _, _ = mixed(20, seed=1)
 NEW.loc[[0, 1], "colour"] = "violet"
 
 
-def classifier(**options: Any) -> TableClassifier:
+def classifier(**options):
     return TableClassifier(**{"hidden": (8,), "epochs": 30, "lr": 0.02, "models": 1, **NUMPY, **options})
 
 
-def regressor(**options: Any) -> TableRegressor:
+def regressor(**options):
     return TableRegressor(**{"hidden": (8,), "epochs": 60, "lr": 0.02, "models": 1, **NUMPY, **options})
 
 
 @pytest.fixture(scope="module")
-def fitted() -> TableClassifier:
+def fitted():
     return classifier().fit(X, Y)
 
 
-def test_a_mixed_table(fitted: TableClassifier) -> None:
+def test_a_mixed_table(fitted):
     assert fitted.score(X, Y) > 0.9
     assert fitted.classes_.tolist() == ["no", "yes"]
     assert set(fitted.predict(NEW)) <= {"no", "yes"}
@@ -104,7 +100,7 @@ def test_a_mixed_table(fitted: TableClassifier) -> None:
     assert numbers.predict(NEW).shape == (20,)
 
 
-def test_several_targets_and_one_hot_losses() -> None:
+def test_several_targets_and_one_hot_losses():
     both = np.column_stack([VALUES, -VALUES])
     assert regressor(loss=Huber(2.0)).fit(X, both).predict(NEW).shape == (20, 2)
     squares = classifier(loss="mse").fit(X, Y)
@@ -115,28 +111,28 @@ def test_several_targets_and_one_hot_losses() -> None:
     assert binary.predict_proba(NEW).shape == (20, 2)
 
 
-def arrow(frame: pandas.DataFrame) -> Any:
+def arrow(frame):
     return pyarrow.Table.from_pandas(frame)
 
 
-def polars(frame: pandas.DataFrame) -> Any:
+def polars(frame):
     return pytest.importorskip("polars").from_arrow(arrow(frame))
 
 
-def categorical(frame: pandas.DataFrame) -> pandas.DataFrame:
+def categorical(frame):
     return frame.astype({"colour": "category"})
 
 
-def nullable(frame: pandas.DataFrame) -> pandas.DataFrame:
+def nullable(frame):
     return frame.convert_dtypes()
 
 
-def reordered(frame: pandas.DataFrame) -> pandas.DataFrame:
+def reordered(frame):
     return frame.assign(other=1.0)[["other", *reversed(list(frame))]]
 
 
 @pytest.mark.parametrize("kind", [arrow, polars, categorical, nullable, reordered], ids=lambda kind: kind.__name__)
-def test_tables_of_other_libraries_and_orders_are_one_table(kind: Any, fitted: TableClassifier) -> None:
+def test_tables_of_other_libraries_and_orders_are_one_table(kind, fitted):
     expected = fitted.predict_proba(NEW)
     np.testing.assert_array_equal(fitted.predict_proba(kind(NEW)), expected)
     if kind is not reordered:
@@ -145,7 +141,7 @@ def test_tables_of_other_libraries_and_orders_are_one_table(kind: Any, fitted: T
         np.testing.assert_array_equal(again.predict_proba(NEW), expected)
 
 
-def test_arrays_and_lists() -> None:
+def test_arrays_and_lists():
     columns = ["colour", "size", "new"]
     objects = X[columns].to_numpy(object)
     named = classifier().fit(X[columns], Y)
@@ -166,7 +162,7 @@ def test_arrays_and_lists() -> None:
     assert classifier().fit(texts, [0, 1, 0] * 10).preprocessor_.categories == (("a", "b"), None)
 
 
-def test_columns_are_chosen() -> None:
+def test_columns_are_chosen():
     made = classifier(drop="day", keep=["id"], categorical=["new"]).fit(X, Y).preprocessor_
     assert made.feature_names == ("colour", "size", "new", "id")
     assert made.categories[2] == ("False", "True")
@@ -175,7 +171,7 @@ def test_columns_are_chosen() -> None:
             classifier(**{option: ["height"]}).fit(X, Y)
 
 
-def test_a_score_decides_in_place_of_the_loss() -> None:
+def test_a_score_decides_in_place_of_the_loss():
     by_area = classifier(metric="auc", epochs=60, early_stopping=5).fit(X, Y, X_val=NEW, y_val=["yes", "no"] * 10)
     areas = by_area.history_.history["val_auc"]
     assert by_area.history_.best_epoch == int(np.argmax(areas))
@@ -186,7 +182,7 @@ def test_a_score_decides_in_place_of_the_loss() -> None:
         classifier(metric="areas").fit(X, Y)
 
 
-def test_groups_and_times_decide_the_held_out_rows() -> None:
+def test_groups_and_times_decide_the_held_out_rows():
     last = classifier(time="day").fit(X, Y)
     losses = last.history_.history["val_loss"]
     late = X["day"] >= np.sort(X["day"])[len(X) - 12]
@@ -197,7 +193,7 @@ def test_groups_and_times_decide_the_held_out_rows() -> None:
     np.testing.assert_array_equal(grouped.predict(NEW.drop(columns="new")), grouped.predict(NEW))
 
 
-def test_whole_numbers_as_words_stay_so_beside_missing_ones() -> None:
+def test_whole_numbers_as_words_stay_so_beside_missing_ones():
     codes = pandas.DataFrame({"zip": [8001, 8002, 8003] * 20, "size": np.arange(60.0) ** 2})
     made = classifier(categorical=["zip"]).fit(codes, [0, 1, 2] * 20)
     with_gap = pandas.DataFrame({"zip": [8001, None, 8003], "size": [1.0, 4.0, 9.0]})
@@ -205,7 +201,7 @@ def test_whole_numbers_as_words_stay_so_beside_missing_ones() -> None:
     assert made.predict(with_gap)[[0, 2]].tolist() == made.predict(codes)[[0, 2]].tolist()
 
 
-def test_scikit_learns_tools() -> None:
+def test_scikit_learns_tools():
     assert cross_val_score(classifier(), X, Y, cv=3).mean() > 0.7
     search = GridSearchCV(classifier(), {"hidden": [(), (8,)], "loss": [None, "mse"]}, cv=2).fit(X, Y)
     assert search.best_params_.keys() == {"hidden", "loss"}
@@ -218,18 +214,18 @@ def test_scikit_learns_tools() -> None:
         classifier().predict(X)
 
 
-def test_pickles(fitted: TableClassifier, tmp_path: Path) -> None:
+def test_pickles(fitted, tmp_path):
     expected = fitted.predict_proba(NEW)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(fitted)).predict_proba(NEW), expected)
     joblib.dump(fitted, tmp_path / "model.joblib")
     np.testing.assert_array_equal(joblib.load(tmp_path / "model.joblib").predict_proba(NEW), expected)
 
 
-def test_a_graph_of_the_estimator(fitted: TableClassifier, tmp_path: Path) -> None:
+def test_a_graph_of_the_estimator(fitted, tmp_path):
     fitted.to_onnx(tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
     day = NEW["day"]
-    given: dict[str, Any] = {
+    given = {
         "colour": NEW["colour"].fillna(""),
         "size": NEW["size"],
         "day: year": day.dt.year,
@@ -247,7 +243,7 @@ def test_a_graph_of_the_estimator(fitted: TableClassifier, tmp_path: Path) -> No
     assert labels.tolist() == fitted.predict(NEW).tolist()
 
 
-def test_defaults_are_those_of_the_command_line() -> None:
+def test_defaults_are_those_of_the_command_line():
     options, recipe = TrainOptions(data="x.csv", dropout=0.0, test_fraction=0.0), TableClassifier()._recipe()
     options = filled_in(options, table=True, validates=True)
     assert recipe == TableRecipe(**{field.name: getattr(options, field.name) for field in fields(TableRecipe)})
@@ -265,7 +261,7 @@ def test_defaults_are_those_of_the_command_line() -> None:
         (10, {"models": 3}, 3),
     ],
 )
-def test_tables_of_a_middling_size_train_five_models(rows: int, options: dict[str, Any], expected: int) -> None:
+def test_tables_of_a_middling_size_train_five_models(rows, options, expected):
     values = np.arange(rows)
     dataset = load_data(pandas.DataFrame({"a": values, "y": values}), target="y", columns=ColumnChoices(keep=["a"]))
     assert models_of(TableRegressor(**options)._recipe(), dataset, new=True) == expected
@@ -273,7 +269,7 @@ def test_tables_of_a_middling_size_train_five_models(rows: int, options: dict[st
 
 @pytest.mark.parametrize("models", [1, 3])
 @pytest.mark.parametrize("task", ["classification", "regression"])
-def test_the_command_line_makes_the_same_model(task: str, models: int, tmp_path: Path) -> None:
+def test_the_command_line_makes_the_same_model(task, models, tmp_path):
     frame = X.assign(y=Y if task == "classification" else VALUES)
     frame.to_csv(tmp_path / "data.csv", index=False)
     words = [str(tmp_path / "data.csv"), "--target", "y", "--hidden", "8", "--epochs", "12", "--lr", "0.02", "--quiet"]
@@ -298,7 +294,7 @@ def test_the_command_line_makes_the_same_model(task: str, models: int, tmp_path:
         other.from_run(tmp_path / "run")
 
 
-def test_several_models_are_merged() -> None:
+def test_several_models_are_merged():
     each = classifier(models=3, epochs=5).fit(X, Y)
     # Groups and X_val give all models the same rows to validate on.
     shared = classifier(models=3, epochs=5, group="colour").fit(X, Y)
@@ -319,7 +315,7 @@ def test_several_models_are_merged() -> None:
         classifier(models=9).fit(X.iloc[:4], ["yes", "no"] * 2)
 
 
-def test_targets_in_logarithms() -> None:
+def test_targets_in_logarithms():
     grown = np.exp(VALUES / np.abs(VALUES).max())
     made = TableRegressor(hidden=8, epochs=3, log_target=True, backend="numpy").fit(X, grown)
     assert made.preprocessor_.target_log
@@ -330,7 +326,7 @@ def test_targets_in_logarithms() -> None:
         TableClassifier(log_target=True, backend="numpy").fit(X, grown > 1.0)
 
 
-def test_early_stopping_restores_the_best_weights() -> None:
+def test_early_stopping_restores_the_best_weights():
     noise = np.random.default_rng(0).integers(0, 2, len(X))
     stopped = classifier(epochs=200, early_stopping=4).fit(X, noise)
     losses = stopped.history_.history["val_loss"]
@@ -344,7 +340,7 @@ def test_early_stopping_restores_the_best_weights() -> None:
     assert few.notes_[-1].startswith("no rows held out for early stopping: 0.1 of 4 rows leaves 3")
 
 
-def test_weights_of_rows_and_classes() -> None:
+def test_weights_of_rows_and_classes():
     weight = np.where(Y == "yes", 3.0, 1.0)
     by_rows = classifier().fit(X, Y, sample_weight=weight)
     by_class = classifier(class_weight={"yes": 3.0, "no": 1.0}).fit(X, Y)
@@ -361,9 +357,9 @@ def test_weights_of_rows_and_classes() -> None:
     np.testing.assert_array_equal(zeroed.predict_proba(NEW), classifier().fit(X[kept], Y[kept]).predict_proba(NEW))
 
 
-def test_ctrl_c_keeps_what_was_learned() -> None:
+def test_ctrl_c_keeps_what_was_learned():
     class Interrupt(fusemlp.Callback):
-        def on_epoch_end(self, engine: Any, epoch: int, logs: dict[str, float]) -> None:
+        def on_epoch_end(self, engine, epoch, logs):
             if epoch == 3:
                 os.kill(os.getpid(), signal.SIGINT)
 
@@ -373,7 +369,7 @@ def test_ctrl_c_keeps_what_was_learned() -> None:
     assert model.predict(NEW).shape == (20,)
 
 
-def test_what_predict_fills_in_is_logged(fitted: TableClassifier, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_predict_fills_in_is_logged(fitted, caplog):
     with caplog.at_level(logging.INFO, "fusemlp.sklearn"):
         fitted.predict(NEW)
     assert any(
@@ -381,12 +377,12 @@ def test_what_predict_fills_in_is_logged(fitted: TableClassifier, caplog: pytest
     )
 
 
-def frame_with(**columns: Any) -> pandas.DataFrame:
+def frame_with(**columns):
     return X.assign(**columns)
 
 
 # The estimator, the arguments of fit, and a part of the error.
-WRONG: dict[str, tuple[Any, tuple[Any, ...], str]] = {
+WRONG = {
     "loss of numbers": (classifier(loss="poisson"), (X, Y), "loss: 'poisson' is for numbers"),
     "loss of classes": (regressor(loss="cross_entropy"), (X, VALUES), "loss: 'cross_entropy' is for classes"),
     "binary of three": (
@@ -413,7 +409,7 @@ WRONG: dict[str, tuple[Any, tuple[Any, ...], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_call_says_what_is_wrong_and_changes_nothing(case: str) -> None:
+def test_a_wrong_call_says_what_is_wrong_and_changes_nothing(case):
     estimator, given, message = WRONG[case]
     before = dict(vars(estimator))
     with pytest.raises((ValueError, TypeError), match=message):
@@ -421,7 +417,7 @@ def test_a_wrong_call_says_what_is_wrong_and_changes_nothing(case: str) -> None:
     assert vars(estimator) == before
 
 
-def test_wrong_tables_to_predict(fitted: TableClassifier) -> None:
+def test_wrong_tables_to_predict(fitted):
     with pytest.raises(DataError, match=r"no feature columns 'size', 'day'; the columns are 'colour', 'new', 'id'"):
         fitted.predict(X.drop(columns=["size", "day"]))
     with pytest.raises(DataError, match=r"column 'size'"):
@@ -430,7 +426,7 @@ def test_wrong_tables_to_predict(fitted: TableClassifier) -> None:
         classifier().fit(X, Y, X_val=X)
 
 
-def test_certified_scores_are_those_of_the_inputs() -> None:
+def test_certified_scores_are_those_of_the_inputs():
     frame, y, values = mixed()
     model = TableClassifier(**NUMPY, epochs=5, random_state=0).fit(frame, y)
     shares = [model.certify(frame, y, eps)["accuracy"] for eps in (0.0, 0.05, 5.0)]

@@ -3,8 +3,6 @@
 They run in their own process, because Triton selects the interpreter once, at import.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,16 +1,11 @@
 """Properties of tables: the features of training and prediction are the same on every way to the model."""
 
-from __future__ import annotations
-
 import pickle
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
 import pandas
 import pyarrow
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +17,7 @@ from fusemlp.report.onnx import onnx_bytes
 from fusemlp.sklearn import TableClassifier
 
 KNOWN = ["red", "blue", "Zürich", "a b", "x,y", 'say "no"']
-CELLS: dict[str, Any] = {
+CELLS = {
     "word": st.one_of(st.none(), st.sampled_from(KNOWN)),
     "strange": st.one_of(st.none(), st.sampled_from([*KNOWN, "green", "NA"])),
     "number": st.one_of(st.none(), st.integers(-9999, 9999).map(lambda k: k / 8)),
@@ -32,7 +27,7 @@ CELLS: dict[str, Any] = {
 TYPES = {"word": object, "strange": object, "number": float, "date": "datetime64[us]", "flag": bool}
 
 
-def frame_of(data: st.DataObject, kinds: list[str], rows: int) -> pandas.DataFrame:
+def frame_of(data, kinds, rows):
     columns = {}
     for index, kind in enumerate(kinds):
         cells = data.draw(st.lists(CELLS[kind], min_size=rows, max_size=rows))
@@ -40,19 +35,19 @@ def frame_of(data: st.DataObject, kinds: list[str], rows: int) -> pandas.DataFra
     return pandas.DataFrame(columns)
 
 
-def written(frame: pandas.DataFrame, path: Path) -> Path:
+def written(frame, path):
     frame.to_csv(path, index=False)
     return path
 
 
-def answers_of_the_graph(model: TableClassifier, frame: pandas.DataFrame) -> Any:
+def answers_of_the_graph(model, frame):
     """Return the probabilities of the exported graph, whose dates are parts."""
     session = onnxruntime.InferenceSession(onnx_bytes(model.engine_, model.preprocessor_))
     columns = {
         name: column.fillna("").to_numpy() if name.startswith("word") else column.to_numpy()
         for name, column in frame.items()
     }
-    parts: dict[str, Any] = {}
+    parts = {}
     for name, cells in columns.items():
         parts |= parts_of(name, cells) if cells.dtype.kind == "M" else {name: cells}
     given = [one.name for one in session.get_inputs()]
@@ -66,9 +61,7 @@ def answers_of_the_graph(model: TableClassifier, frame: pandas.DataFrame) -> Any
 
 @settings(derandomize=True, deadline=None, max_examples=40)
 @given(st.data(), st.lists(st.sampled_from(["word", "number", "date", "flag"]), min_size=1, max_size=5))
-def test_train_and_predict_compute_the_same_features(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, kinds: list[str]
-) -> None:
+def test_train_and_predict_compute_the_same_features(tmp_path_factory, data, kinds):
     training = frame_of(data, kinds, 12)
     # A column without a value has no kind.
     for name in training.columns[training.isna().all()]:

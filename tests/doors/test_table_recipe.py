@@ -1,11 +1,7 @@
 """One recipe behind two doors: each option of train is a parameter of the estimators, and makes the same model."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import fields
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas
@@ -23,9 +19,9 @@ NUMBERS = pandas.DataFrame(GENERATOR.normal(size=(160, 3)), columns=["a", "b", "
 TABLE = NUMBERS.assign(word=GENERATOR.choice([*"xyz"], 160), city=GENERATOR.integers(0, 9, 160))
 KIND = np.where(NUMBERS["a"] + NUMBERS["b"] > 0, "yes", "no")
 PRICE = (np.exp(NUMBERS["a"]) + TABLE["city"]).round(4)
-QUICK: dict[str, Any] = {"epochs": 3, "backend": "numpy", "test_fraction": 0.2}
+QUICK = {"epochs": 3, "backend": "numpy", "test_fraction": 0.2}
 
-RECIPES: dict[str, tuple[pandas.DataFrame, dict[str, Any]]] = {
+RECIPES = {
     "defaults": (TABLE, {}),
     "optimizer": (TABLE, {"optimizer": "sgd", "momentum": 0.9, "nesterov": True, "ema": 0.9, "clip_norm": 1.0}),
     "betas": (TABLE, {"models": 2, "beta1": 0.8, "eps": 1e-6, "decay_biases": False, "accumulate": 2}),
@@ -38,7 +34,7 @@ RECIPES: dict[str, tuple[pandas.DataFrame, dict[str, Any]]] = {
 }
 
 
-def trained(folder: Path, table: pandas.DataFrame, target: Any, given: dict[str, Any]) -> Path:
+def trained(folder, table, target, given):
     """Return the run folder of ``train`` with the parameters as options."""
     table.assign(y=target).to_csv(folder / "data.csv", index=False)
     words = ["train", str(folder / "data.csv"), "--target", "y", "--quiet", "--out", str(folder / "run")]
@@ -55,7 +51,7 @@ def trained(folder: Path, table: pandas.DataFrame, target: Any, given: dict[str,
     return folder / "run"
 
 
-def same(estimator: Any, run: Path) -> None:
+def same(estimator, run):
     """Compare the model, the scores and the held-out errors of an estimator with those of a run."""
     opened = type(estimator).from_run(run, backend="numpy")
     state, other = estimator.engine_.state_dict(), opened.engine_.state_dict()
@@ -78,14 +74,14 @@ def same(estimator: Any, run: Path) -> None:
         *((case, "regression") for case in RECIPES if case != "certified"),
     ],
 )
-def test_both_doors_make_the_same_model(case: str, task: str, tmp_path: Path) -> None:
+def test_both_doors_make_the_same_model(case, task, tmp_path):
     table, given = RECIPES[case]
     kind, target = (TableClassifier, KIND) if task == "classification" else (TableRegressor, PRICE)
     given = QUICK | given
     same(kind(**given).fit(table, target), trained(tmp_path, table, target, given))
 
 
-def test_a_transfer_starts_from_a_run(tmp_path: Path) -> None:
+def test_a_transfer_starts_from_a_run(tmp_path):
     (tmp_path / "first").mkdir()
     first = trained(tmp_path / "first", TABLE, PRICE, QUICK | {"models": 1})
     given = QUICK | {"transfer_from": str(first), "freeze": 1, "probe": 1, "layer_decay": 0.5, "models": 2}
@@ -95,18 +91,18 @@ def test_a_transfer_starts_from_a_run(tmp_path: Path) -> None:
     assert any("first 1 of 2 layers frozen" in note for note in estimator.notes_)
 
 
-def test_a_table_that_the_run_has_not_read_is_no_start() -> None:
+def test_a_table_that_the_run_has_not_read_is_no_start():
     dataset = fusemlp.load_data(NUMBERS.assign(y=PRICE), target="y")
     with pytest.raises(ArgumentError, match=r"^source: the data set is to be read by the run 'runs/first'"):
         train_table(TableRecipe(transfer_from="runs/first"), dataset)
 
 
-def test_objects_stand_for_the_words_of_the_command_line(tmp_path: Path) -> None:
+def test_objects_stand_for_the_words_of_the_command_line(tmp_path):
     words = {"optimizer": "adam", "beta1": 0.8, "schedule": "cosine", "lr": 0.01, "models": 1, "adversarial": "pgd"}
     words |= {"attack_eps": 0.1, "scale": "standard", "weight_decay": 0.0}
     by_words = TableClassifier(**QUICK, **words).fit(NUMBERS, KIND)
     steps = by_words.engine_.optimizer.lr.steps
-    objects: dict[str, Any] = {"optimizer": Adam(betas=(0.8, 0.999)), "lr": Cosine(0.01, steps=steps), "models": 1}
+    objects = {"optimizer": Adam(betas=(0.8, 0.999)), "lr": Cosine(0.01, steps=steps), "models": 1}
     by_objects = TableClassifier(**QUICK, **objects, adversarial=PGD(0.1), scale="standard").fit(NUMBERS, KIND)
     for name, tensor in by_words.engine_.state_dict().items():
         np.testing.assert_array_equal(by_objects.engine_.state_dict()[name], tensor)
@@ -131,23 +127,23 @@ def test_objects_stand_for_the_words_of_the_command_line(tmp_path: Path) -> None
         ({"class_weight": {"maybe": 2.0}}, "class_weight: 'maybe' is none of the classes 'no' and 'yes'"),
     ],
 )
-def test_fields_that_do_not_go_together(given: dict[str, Any], message: str) -> None:
+def test_fields_that_do_not_go_together(given, message):
     with pytest.raises(ArgumentError, match=f"^{message}"):
         TableClassifier(**{**QUICK, **given}).fit(NUMBERS, KIND)
 
 
-def test_private_training_spends_its_epsilon() -> None:
+def test_private_training_spends_its_epsilon():
     estimator = TableClassifier(**QUICK, dp_epsilon=3.0, scale="standard").fit(NUMBERS, KIND)
     assert estimator.report_["privacy"]["epsilon"] <= 3.0 and estimator.engine_.privacy is not None
 
 
-def test_the_documentation_names_each_parameter() -> None:
+def test_the_documentation_names_each_parameter():
     for name in TableClassifier().get_params():
         assert f"\n{name} : " in (TableClassifier.__doc__ or "")
     assert "--" not in (TableClassifier.__doc__ or "")
 
 
-def test_a_run_without_test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_test_rows(tmp_path, capsys):
     run = trained(tmp_path, TABLE, KIND, QUICK | {"test_fraction": 0, "models": 1})
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     assert "test" not in report and "baselines" not in report and (run / "report.html").exists()

@@ -1,7 +1,5 @@
 """A fused step follows every change since the previous one, or refuses it."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Engines and torch modules convert into one another and continue the same training."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np

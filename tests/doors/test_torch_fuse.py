@@ -1,7 +1,5 @@
 """Code around a fused step keeps working: loops, states, schedulers, saving, other ways to write a module."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import io

@@ -1,7 +1,5 @@
 """Sixty fused steps in double precision against an eager PyTorch loop over a copy of module and optimizer."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

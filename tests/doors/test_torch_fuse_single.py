@@ -1,7 +1,5 @@
 """Fused steps in single precision: each within the derived bound of the oracle, and the engine's bit for bit."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Calls of PyTorch that a fused step makes useless are reported."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import warnings

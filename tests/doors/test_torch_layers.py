@@ -1,7 +1,5 @@
 """FusedLinear and FusedMLP: values and gradients against torch's own layers."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import pickle

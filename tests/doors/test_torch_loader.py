@@ -1,7 +1,5 @@
 """Batches of tensors in memory: rows, orders, options, errors, and loops over them."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np

@@ -1,7 +1,5 @@
 """``fuse`` refuses unsupported parts by name, with the module's path, before anything has changed."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import re

@@ -1,7 +1,5 @@
 """``fuse`` on the Triton backend, under its interpreter and on a GPU: the parameters are views of its tensors."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

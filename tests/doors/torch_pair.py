@@ -1,7 +1,5 @@
 """A fused module and an eager twin, for tests of events around and between fused steps."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 

@@ -1,13 +1,9 @@
 """The command line at its edge: help, version, exit codes, and errors as one line."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +21,6 @@ from fusemlp_kernels.errors import (
     DataError,
     DivergenceError,
     DTypeError,
-    FusemlpError,
     MissingLibraryError,
     ShapeError,
 )
@@ -37,17 +32,17 @@ COMMANDS = (
 )
 
 
-def commands() -> dict[str, Any]:
+def commands():
     return dict(getattr(typer.main.get_command(app.app), "commands", {}))
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version(capsys):
     assert run("--version") == 0
     assert capsys.readouterr().out == f"fusemlp {fusemlp.__version__}\n"
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_names_every_command(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_command(flag, capsys):
     assert run(flag) == 0
     shown = capsys.readouterr().out
     assert all(command in shown for command in COMMANDS)
@@ -55,25 +50,25 @@ def test_help_names_every_command(flag: str, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help(command, capsys):
     assert run(command, "--help") == 0
     assert f"Usage: fusemlp {command}" in capsys.readouterr().out
 
 
-def test_help_of_train_is_in_panels(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_train_is_in_panels(capsys):
     assert run("train", "--help") == 0
     shown = capsys.readouterr().out
     for panel in ("Data", "Network", "Loss", "Optimizer", "Learning rate schedule", "Training", "Machine", "Output"):
         assert f"─ {panel} ─" in shown
 
 
-def test_module_is_the_same_command() -> None:
+def test_module_is_the_same_command():
     command = [sys.executable, "-m", "fusemlp", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"fusemlp {fusemlp.__version__}\n"
 
 
-def test_help_loads_no_engine() -> None:
+def test_help_loads_no_engine():
     script = """
 import sys
 from fusemlp import cli
@@ -87,7 +82,7 @@ print([name for name in ("scipy", "sklearn", "fusemlp.engine") if name in sys.mo
     assert done.stderr == "[]\n"
 
 
-EXIT_CODES: dict[type[FusemlpError], int] = {
+EXIT_CODES = {
     ArgumentError: 2,
     ArgumentTypeError: 2,
     DataError: 1,
@@ -101,12 +96,12 @@ EXIT_CODES: dict[type[FusemlpError], int] = {
 
 
 @pytest.mark.parametrize(("error", "code"), EXIT_CODES.items())
-def test_exit_codes(error: type[FusemlpError], code: int) -> None:
+def test_exit_codes(error, code):
     assert app.exit_code(error("message")) == code
 
 
-def test_unexpected_exceptions_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
+def test_unexpected_exceptions_keep_their_traceback(monkeypatch):
+    def fail(*_, **__):
         raise ZeroDivisionError("a mistake in the program")
 
     monkeypatch.setattr(app, "app", fail)
@@ -182,14 +177,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("arguments", "code", "words"), WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_call_says_what_is_wrong_and_leaves_nothing(
-    arguments: list[str],
-    code: int,
-    words: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_wrong_call_says_what_is_wrong_and_leaves_nothing(arguments, code, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run("train", *arguments) == code
     shown = capsys.readouterr()
@@ -212,31 +200,29 @@ ONCE = {
 
 
 @pytest.mark.parametrize(("words", "message"), ONCE.values(), ids=ONCE.keys())
-def test_an_option_stands_once(
-    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_option_stands_once(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(*words.split()) == 2
     assert message in re.sub(r"[\s│]+", " ", capsys.readouterr().err)
 
 
-def test_a_list_option_stands_as_often_as_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_list_option_stands_as_often_as_wanted(capsys):
     assert run("train", "iris", "--hidden", "9", "--hidden", "8", "--drop", "a", "--drop", "b") == 2
     assert capsys.readouterr().err.startswith("error: --drop: only tables")
 
 
-def test_an_unknown_option_is_one_of_train(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_option_is_one_of_train(capsys):
     assert run("predict", "x", "--learning_rate", "1") == 2
     assert "No such option: --learning_rate; fusemlp train has --lr" in re.sub(r"[\s│]+", " ", capsys.readouterr().err)
 
 
-def test_every_hint_is_an_option() -> None:
+def test_every_hint_is_an_option():
     options = {name for command in commands().values() for option in command.params for name in option.opts}
     assert set(SYNONYMS.values()) <= options
     assert not options & set(SYNONYMS)
 
 
-def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_is_one_line(tmp_path, capsys):
     table = tmp_path / "t.csv"
     table.write_text("a,b\n1,2\n3,4\n")
     assert run("train", str(table), "--target", "c", "--out", str(tmp_path / "run")) == 1
@@ -246,7 +232,7 @@ def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "no target column 'c'; the columns are 'a', 'b'" in shown
 
 
-def test_out_must_be_new_or_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_must_be_new_or_empty(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert run("train", "iris", "--out", str(tmp_path)) == 2
     assert "is not empty; give a new or empty folder" in capsys.readouterr().err
@@ -255,7 +241,7 @@ def test_out_must_be_new_or_empty(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.filterwarnings("default")
-def test_warnings_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warnings_are_one_line(tmp_path, capsys):
     code = run("train", "iris", "--epochs", "1", "--batch-size", "9999", "--quiet", "--out", str(tmp_path / "run"))
     shown = capsys.readouterr().err
     assert code == 0
@@ -263,21 +249,21 @@ def test_warnings_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert all(line.startswith("warning: ") for line in shown.splitlines())
 
 
-def test_plan_needs_no_backend(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_needs_no_backend(capsys):
     assert run("plan", "784", "128", "10", "--batch-size", "128", "--backend", "triton") == 0
     shown = capsys.readouterr().out
     assert "128x128x784" in shown
     assert "4 launches\nplan graph: a step is estimated to take " in shown
 
 
-def test_plan_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_refuses_what_it_does_not_know(capsys):
     assert run("plan", "784", "128", "10", "--backend", "tritn") == 2
     assert "did you mean 'triton'" in capsys.readouterr().err
     assert run("plan", "784") == 2
     assert run("plan", "784", "ten") == 2
 
 
-def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor(capsys):
     assert run("doctor") == 0
     shown = capsys.readouterr().out
     assert re.search(r"numpy +yes +cpu +fp32, fp64 +eager", shown)
@@ -285,7 +271,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"threads of a training on the CPU: \d+ \(the least of: \w.* \d+\)", shown)
 
 
-def test_doctor_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_for_machines(capsys):
     assert run("doctor", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["backends"]["numpy"]["reason"] is None
@@ -295,7 +281,7 @@ def test_doctor_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["threads"] == min(report["thread_limits"].values())
 
 
-def test_lr_find(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lr_find(tmp_path, capsys):
     plot = tmp_path / "sweep.png"
     assert run("lr-find", "iris", "--steps", "100", "--plot", str(plot), "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -310,7 +296,7 @@ def test_lr_find(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "exists" in capsys.readouterr().err
 
 
-def test_lr_find_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lr_find_prints_a_table(capsys):
     assert run("lr-find", "wine", "--optimizer", "sgd") == 0
     *table, suggestion = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["rate", "loss"]
@@ -327,17 +313,17 @@ def test_lr_find_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["iris", "--plot", "x.jpg"], "ending in .png"),
     ],
 )
-def test_lr_find_refuses(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lr_find_refuses(arguments, words, capsys):
     assert run("lr-find", *arguments) == 2
     assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])
-def test_a_flag_shows_no_value_in_help(command: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flag_shows_no_value_in_help(command, capsys):
     assert run(*([command] if command else []), "--help") == 0
     assert not re.search("bool", capsys.readouterr().out, re.IGNORECASE)
 
 
-def test_a_flag_takes_no_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flag_takes_no_value(tmp_path, capsys):
     assert run("train", "iris", "--quiet", "true", "--out", tmp_path / "run") == 2
     assert "unexpected extra argument" in capsys.readouterr().err

@@ -1,11 +1,7 @@
 """``fusemlp evaluate`` and ``fusemlp predict``: answers in the labels and units of the data."""
 
-from __future__ import annotations
-
 import csv
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,19 +11,19 @@ from fusemlp.cli.session import prepared_data
 from make import run
 
 
-def trained(folder: Path, *options: str | Path) -> Path:
+def trained(folder, *options):
     """Train a run without progress, and return its folder."""
     assert run("train", *options, "--quiet", "--out", folder) == 0
     return folder
 
 
-def columns(path: Path) -> dict[str, list[str]]:
+def columns(path):
     with path.open(newline="") as stream:
         header, *rows = csv.reader(stream)
     return dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
 
 
-def flowers(path: Path, rows: int, *, with_label: bool = True, seed: int = 0) -> Path:
+def flowers(path, rows, *, with_label=True, seed=0):
     """Write a table of two numbers, a word, and a label in words that follows from them."""
     generator = np.random.default_rng(seed)
     kind = generator.integers(0, 3, rows)
@@ -42,13 +38,13 @@ def flowers(path: Path, rows: int, *, with_label: bool = True, seed: int = 0) ->
 
 
 @pytest.fixture(scope="module")
-def species(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def species(tmp_path_factory):
     folder = tmp_path_factory.mktemp("species")
     table = flowers(folder / "flowers.csv", 150)
     return trained(folder / "run", table, "--target", "species", "--epochs", "30", "--lr", "0.01")
 
 
-def test_evaluate_repeats_the_test_of_the_training(species: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_repeats_the_test_of_the_training(species, capsys):
     assert run("evaluate", species, "--json") == 0
     answer = json.loads(capsys.readouterr().out)
     report = json.loads((species / "report.json").read_text())
@@ -56,7 +52,7 @@ def test_evaluate_repeats_the_test_of_the_training(species: Path, capsys: pytest
     assert list(answer["classes"]) == ["daisy", "rose", "tulip"]
 
 
-def test_evaluate_prints_the_figures_of_each_class(species: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_prints_the_figures_of_each_class(species, capsys):
     assert run("evaluate", species) == 0
     shown = capsys.readouterr().out
     assert "test accuracy 1.0000" in shown
@@ -67,7 +63,7 @@ def test_evaluate_prints_the_figures_of_each_class(species: Path, capsys: pytest
     assert "true \\ predicted" in shown
 
 
-def test_evaluate_on_other_rows(species: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_on_other_rows(species, tmp_path, capsys):
     other = flowers(tmp_path / "other.csv", 40, seed=1)
     assert run("evaluate", species, "--data", other, "--json") == 0
     answer = json.loads(capsys.readouterr().out)
@@ -76,7 +72,7 @@ def test_evaluate_on_other_rows(species: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("weights", ["model", "best", "last"])
-def test_predict_in_the_words_of_the_data(species: Path, weights: str, tmp_path: Path) -> None:
+def test_predict_in_the_words_of_the_data(species, weights, tmp_path):
     labelled = columns(flowers(tmp_path / "labelled.csv", 40, seed=2))["species"]
     bare = flowers(tmp_path / "bare.csv", 40, with_label=False, seed=2)
     out = tmp_path / "out.csv"
@@ -90,7 +86,7 @@ def test_predict_in_the_words_of_the_data(species: Path, weights: str, tmp_path:
     assert names[probabilities.argmax(axis=1)].tolist() == labelled
 
 
-def test_predict_into_npz(species: Path, tmp_path: Path) -> None:
+def test_predict_into_npz(species, tmp_path):
     bare = flowers(tmp_path / "bare.csv", 10, with_label=False)
     out = tmp_path / "out.npz"
     assert run("predict", species, "--data", bare, "--out", out, "--proba") == 0
@@ -100,9 +96,7 @@ def test_predict_into_npz(species: Path, tmp_path: Path) -> None:
         assert found["classes"].tolist() == ["daisy", "rose", "tulip"]
 
 
-def test_predict_never_overwrites_unless_told(
-    species: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_predict_never_overwrites_unless_told(species, tmp_path, capsys):
     bare = flowers(tmp_path / "bare.csv", 5, with_label=False)
     out = tmp_path / "out.csv"
     out.write_text("precious")
@@ -114,7 +108,7 @@ def test_predict_never_overwrites_unless_told(
     assert len(columns(out)["prediction"]) == 5
 
 
-def test_values_come_back_in_original_units(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_come_back_in_original_units(tmp_path, capsys):
     generator = np.random.default_rng(0)
     X = generator.normal(size=(300, 3)) * [1.0, 100.0, 0.01]
     # targets far from zero, of very different sizes
@@ -135,7 +129,7 @@ def test_values_come_back_in_original_units(tmp_path: Path, capsys: pytest.Captu
     assert abs(first.mean() - 5000.0) < 200.0
 
 
-def test_counts_of_a_poisson_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_counts_of_a_poisson_loss(tmp_path, capsys):
     generator = np.random.default_rng(0)
     X = generator.normal(size=(400, 1))
     np.savez(tmp_path / "data.npz", X=X, y=generator.poisson(np.exp(1.0 + 0.5 * X[:, 0])))
@@ -148,7 +142,7 @@ def test_counts_of_a_poisson_loss(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert np.corrcoef(predicted, np.exp(1.0 + 0.5 * X[:, 0]))[0, 1] > 0.95
 
 
-TWO_CLASSES: dict[str, list[str]] = {
+TWO_CLASSES = {
     "one logit": ["--loss", "binary_cross_entropy"],
     "one logit, weighted rows": ["--loss", "binary_cross_entropy", "--class-weight", "balanced"],
     "two logits, weighted": ["--class-weight", "1,2"],
@@ -158,7 +152,7 @@ TWO_CLASSES: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("options", TWO_CLASSES.values(), ids=TWO_CLASSES.keys())
-def test_two_classes(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_classes(options, tmp_path, capsys):
     folder = trained(tmp_path / "run", "breast_cancer", "--epochs", "20", *options)
     capsys.readouterr()
     assert run("evaluate", folder, "--json") == 0
@@ -175,7 +169,7 @@ def test_two_classes(options: list[str], tmp_path: Path, capsys: pytest.CaptureF
             assert (found["probabilities"].argmax(axis=1) == found["predictions"]).all()
 
 
-def test_a_run_that_was_moved_still_answers(species: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_moved_still_answers(species, tmp_path):
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     for path in (species / "config.json", species / "checkpoints/model.safetensors"):
@@ -187,7 +181,7 @@ def test_a_run_that_was_moved_still_answers(species: Path, tmp_path: Path) -> No
 
 
 # A call, its exit code, and a part of the error. RUN stands for a run, BARE for a table without labels.
-WRONG: dict[str, tuple[list[str], int, str]] = {
+WRONG = {
     "no run": (["evaluate", "nowhere"], 1, "there is no such folder"),
     "weights": (["evaluate", "RUN", "--weights", "bset"], 2, "--weights: unknown name 'bset'; did you mean 'best'"),
     "backend": (["evaluate", "RUN", "--backend", "nunpy"], 2, "did you mean 'numpy'"),
@@ -201,15 +195,7 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
 
 
 @pytest.mark.parametrize(("arguments", "code", "words"), WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_call_says_what_is_wrong(
-    species: Path,
-    arguments: list[str],
-    code: int,
-    words: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_wrong_call_says_what_is_wrong(species, arguments, code, words, tmp_path, monkeypatch, capsys):
     bare = flowers(tmp_path / "bare.csv", 5, with_label=False)
     monkeypatch.chdir(tmp_path)
     places = {"RUN": str(species), "BARE": str(bare)}
@@ -218,7 +204,7 @@ def test_a_wrong_call_says_what_is_wrong(
     assert list(tmp_path.iterdir()) == [bare]
 
 
-def test_a_corrupted_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_corrupted_model_is_refused(tmp_path, capsys):
     folder = trained(tmp_path / "run", "iris", "--epochs", "1")
     model = folder / "checkpoints/model.safetensors"
     content = bytearray(model.read_bytes())
@@ -228,7 +214,7 @@ def test_a_corrupted_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "corrupted" in capsys.readouterr().err
 
 
-def test_changed_data_are_no_test_rows_any_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_data_are_no_test_rows_any_more(tmp_path, capsys):
     table = flowers(tmp_path / "flowers.csv", 60)
     folder = trained(tmp_path / "run", table, "--target", "species", "--epochs", "1")
     flowers(table, 60, seed=9)
@@ -236,9 +222,9 @@ def test_changed_data_are_no_test_rows_any_more(tmp_path: Path, capsys: pytest.C
     assert "have changed since the training" in capsys.readouterr().err
 
 
-def test_the_test_set_that_comes_with_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_test_set_that_comes_with_the_data(tmp_path, capsys):
     generator = np.random.default_rng(0)
-    arrays: dict[str, Any] = {"x_train": generator.normal(size=(50, 2, 2)), "x_test": generator.normal(size=(7, 2, 2))}
+    arrays = {"x_train": generator.normal(size=(50, 2, 2)), "x_test": generator.normal(size=(7, 2, 2))}
     arrays |= {"y_train": np.arange(50) % 3, "y_test": np.array([0, 1, 2, 0, 1, 2, 0])}
     np.savez(tmp_path / "data.npz", **arrays)
     folder = trained(tmp_path / "run", tmp_path / "data.npz", "--epochs", "1", "--json")
@@ -247,7 +233,7 @@ def test_the_test_set_that_comes_with_the_data(tmp_path: Path, capsys: pytest.Ca
     assert (data["training_rows"], data["validation_rows"], data["test_rows"]) == (45, 5, 7)
 
 
-def test_the_same_rows_are_held_out_whatever_else_is_asked() -> None:
+def test_the_same_rows_are_held_out_whatever_else_is_asked():
     plain = prepared_data(TrainOptions(data="wine"))
     other = prepared_data(TrainOptions(data="wine", validation_fraction=0.3, loss="mse", scale="none", hidden=["none"]))
     assert np.array_equal(plain.test.labels, other.test.labels)

@@ -1,10 +1,6 @@
 """``fusemlp train --adversarial`` and ``evaluate --attack``."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +14,7 @@ from make import read, run
 SHORT = ("--hidden", "32", "--epochs", "12", "--quiet")
 
 
-def table(path: Path, *columns: str) -> Path:
+def table(path, *columns):
     """Write a table of some of these columns, and a target that follows from the numbers."""
     random = np.random.default_rng(0)
     a, b = random.normal(size=(2, 120))
@@ -36,7 +32,7 @@ def table(path: Path, *columns: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     made = {"plain": (), "robust": ("--adversarial", "pgd", "--attack-eps", "0.1", "--attack-steps", "4")}
     for name, options in made.items():
@@ -44,16 +40,14 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in made}
 
 
-def scores(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:
+def scores(capsys, *arguments):
     capsys.readouterr()
     assert run("evaluate", *arguments, "--json") == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)
     return found
 
 
-def test_training_on_attacks_is_told_and_makes_the_run_robust(
-    digits: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_on_attacks_is_told_and_makes_the_run_robust(digits, capsys):
     attack = ("--attack", "pgd", "--eps", "0.1")
     plain, robust = (scores(capsys, digits[name], *attack) for name in ("plain", "robust"))
     assert plain["robust"]["accuracy"] + 0.1 < robust["robust"]["accuracy"] < robust["accuracy"]
@@ -67,7 +61,7 @@ def test_training_on_attacks_is_told_and_makes_the_run_robust(
     assert "under attack by pgd" in (digits["robust"] / "report.html").read_text(encoding="utf-8")
 
 
-def test_scores_are_those_of_the_engine(digits: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_are_those_of_the_engine(digits, capsys):
     run_folder = digits["robust"]
     config = read(run_folder / "config.json")
     test = own_data(config, made := Preprocessor.from_config(config["preprocessor"])).test
@@ -78,7 +72,7 @@ def test_scores_are_those_of_the_engine(digits: dict[str, Path], capsys: pytest.
     assert found["robust"]["accuracy"] == engine.evaluate(moved, y)["accuracy"]
 
 
-def test_a_resumed_run_keeps_its_attack(digits: dict[str, Path], tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_attack(digits, tmp_path):
     options = (
         "digits",
         "--scale",
@@ -99,9 +93,7 @@ def test_a_resumed_run_keeps_its_attack(digits: dict[str, Path], tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["free", "trades"])
-def test_a_run_of_a_training_that_is_gone_predicts_and_names_the_one_in_its_place(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_of_a_training_that_is_gone_predicts_and_names_the_one_in_its_place(kind, tmp_path, capsys):
     folder = tmp_path / "run"
     assert run("train", "digits", "--hidden", "8", "--epochs", "1", "--out", folder, "--quiet") == 0
     config = read(folder / "config.json")
@@ -114,14 +106,14 @@ def test_a_run_of_a_training_that_is_gone_predicts_and_names_the_one_in_its_plac
 
 
 @pytest.mark.parametrize("option", ["--adversarial", "--attack-eps", "--models"])
-def test_sweep_names_the_command_that_has_an_option(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_names_the_command_that_has_an_option(option, capsys):
     assert run("sweep", "digits", option, "3") == 2
     assert f"No such option: {option}; fusemlp train has it" in capsys.readouterr().err
     assert run("sweep", "digits", "--nothing") == 2
     assert "fusemlp train has it" not in capsys.readouterr().err
 
 
-def test_pixels_without_a_scale_stay_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pixels_without_a_scale_stay_pixels(tmp_path, capsys):
     assert (
         run(
             "train",
@@ -142,7 +134,7 @@ def test_pixels_without_a_scale_stay_pixels(tmp_path: Path, capsys: pytest.Captu
     assert found["robust"]["attack"] == FGSM(2.0, bounds=(0.0, 16.0)).to_config()
 
 
-def test_numbers_are_attacked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_are_attacked_too(tmp_path, capsys):
     data = table(tmp_path / "prices.csv", "a", "b", "price")
     options = ("--target", "price", "--adversarial", "pgd", "--attack-eps", "0.2", "--scale", "standard", *SHORT)
     assert run("train", data, *options, "--out", tmp_path / "run") == 0
@@ -168,9 +160,7 @@ def test_numbers_are_attacked_too(tmp_path: Path, capsys: pytest.CaptureFixture[
         ),
     ],
 )
-def test_what_does_not_go_together_is_refused(
-    options: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_does_not_go_together_is_refused(options, message, tmp_path, capsys):
     assert run("train", "digits", *options, "--out", tmp_path / "run") == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 
@@ -184,9 +174,7 @@ def test_what_does_not_go_together_is_refused(
         (("a", "b", "price"), "piecewise", "pieces"),
     ],
 )
-def test_inputs_that_no_small_change_moves_are_refused(
-    columns: tuple[str, ...], scale: str, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inputs_that_no_small_change_moves_are_refused(columns, scale, what, tmp_path, capsys):
     data = table(tmp_path / "prices.csv", *columns)
     plain = ("--target", "price", "--scale", scale, *(("--time", "b") if "gaps" in columns else ()))
     assert run("train", data, *plain, "--adversarial", "pgd", "--attack-eps", "0.1", "--out", tmp_path / "run") == 2

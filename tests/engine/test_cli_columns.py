@@ -1,17 +1,13 @@
 """Columns of a table at the command line: identifiers, useless and unknown ones, and the list of all."""
 
-from __future__ import annotations
-
 import json
 import re
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from fusemlp.cli.session import MOST_PRINTED
-from fusemlp.datasets.load import ColumnChoices, Dataset, load_data, load_features
+from fusemlp.datasets.load import ColumnChoices, load_data, load_features
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp_kernels.errors import ArgumentError, DataError
 from make import read, rows, run
@@ -32,10 +28,10 @@ PEOPLE = {
 }
 
 
-def people(path: Path, count: int = 60, *, without: tuple[str, ...] = (), seed: int = 0) -> Path:
+def people(path, count=60, *, without=(), seed=0):
     """Write a table with a column of each kind; ages are missing in every tenth row."""
     generator = np.random.default_rng(seed)
-    table: dict[str, list[Any]] = {name: [] for name in PEOPLE}
+    table = {name: [] for name in PEOPLE}
     for row in range(count):
         age = "" if row % 10 == 0 else int(generator.integers(18, 90))
         town = ("Bern", "Rome", "Oslo")[row % 3]
@@ -57,14 +53,14 @@ def people(path: Path, count: int = 60, *, without: tuple[str, ...] = (), seed: 
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("people")
     options = ["--target", "buys", "--id", "number", "--id", "name", "--drop", "note", "--epochs", "2", "--quiet"]
     assert run("train", people(folder / "people.csv"), *options, "--out", folder / "run") == 0
     return folder / "run"
 
 
-def test_the_list_of_columns_is_printed_and_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_of_columns_is_printed_and_stored(tmp_path, capsys):
     folder = tmp_path / "run"
     options = ["--target", "buys", "--id", "number", "--id", "name", "--drop", "note", "--epochs", "1", "--json"]
     assert run("train", people(tmp_path / "people.csv"), *options, "--out", folder) == 0
@@ -86,7 +82,7 @@ def test_the_list_of_columns_is_printed_and_stored(tmp_path: Path, capsys: pytes
     assert ["planet", "left", "out", "(constant)"] in lines
 
 
-def test_many_columns_are_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_columns_are_summed_up(tmp_path, capsys):
     values = np.random.default_rng(0).normal(size=(60, MOST_PRINTED))
     names = [f"x{column}" for column in range(MOST_PRINTED)]
     lines = [",".join([*names, "y"]), *(",".join([*map(str, row), str(row[0])]) for row in values)]
@@ -98,13 +94,13 @@ def test_many_columns_are_summed_up(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(rows(folder / "columns.csv")) == MOST_PRINTED + 1
 
 
-def test_data_without_named_columns_have_no_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_without_named_columns_have_no_list(tmp_path, capsys):
     assert run("train", "iris", "--epochs", "1", "--json", "--out", tmp_path / "run") == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["columns"] == []
     assert not (tmp_path / "run/columns.csv").exists()
 
 
-def test_ids_stand_beside_the_most_wrong_rows(trained: Path) -> None:
+def test_ids_stand_beside_the_most_wrong_rows(trained):
     page, about = (trained / "report.html").read_text(), read(trained / "report.json")
     worst = re.search(r"<h2>Most wrong rows</h2>.*?<table>(.*?)</table>", page, re.DOTALL)
     assert worst is not None
@@ -114,7 +110,7 @@ def test_ids_stand_beside_the_most_wrong_rows(trained: Path) -> None:
     assert all(line[1:3] == [f"{int(line[0]):05d}", f"person 0 {line[0]}"] for line in lines[1:])
 
 
-def test_predictions_stand_beside_the_ids(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predictions_stand_beside_the_ids(trained, tmp_path, capsys):
     new = people(tmp_path / "new.csv", 12, without=("buys", "note", "planet"), seed=1)
     assert run("predict", trained, "--data", new, "--out", tmp_path / "p.csv", "--proba") == 0
     table = rows(tmp_path / "p.csv")
@@ -134,16 +130,14 @@ def test_predictions_stand_beside_the_ids(trained: Path, tmp_path: Path, capsys:
     assert [row["prediction"] for row in rows(tmp_path / "b.csv")] == [row["prediction"] for row in table]
 
 
-def test_the_ids_are_no_inputs(trained: Path) -> None:
+def test_the_ids_are_no_inputs(trained):
     stored = Preprocessor.from_config(read(trained / "config.json")["preprocessor"])
     assert stored.ids == ("number", "name")
     assert set(stored.unused) == {"years", "city", "planet", "note"}
     assert not {"number", "name"} & set(stored.feature_names)
 
 
-def test_unknown_columns_are_named_once_and_ignored(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_columns_are_named_once_and_ignored(trained, tmp_path, capsys):
     path = people(tmp_path / "more.csv", 20, seed=2)
     header, *lines = path.read_text().splitlines()
     path.write_text("\n".join([f"{header},mood,weather", *(f"{line},1,wet" for line in lines)]))
@@ -159,24 +153,24 @@ def test_unknown_columns_are_named_once_and_ignored(
     assert "did not have" not in capsys.readouterr().out
 
 
-def test_ids_in_python(tmp_path: Path) -> None:
+def test_ids_in_python(tmp_path):
     path = people(tmp_path / "people.csv")
     dataset = load_data(path, target="buys", columns=ColumnChoices(ids=["number"], drop=["name", "note"]))
     assert dataset.ids["number"][:2].tolist() == ["00000", "00001"]
     assert {role.name: role.kind for role in dataset.roles}["number"] == "id"
     made = Preprocessor.fit(dataset, np.arange(40))
     assert Preprocessor.from_json(made.to_json()) == made
-    ids: dict[str, Any] = {}
+    ids = {}
     X = load_features(path, made, ids=ids)
     np.testing.assert_array_equal(X, dataset.X)
     np.testing.assert_array_equal(ids["number"], dataset.ids["number"])
 
 
-def loaded(path: Path, **columns: Any) -> Dataset:
+def loaded(path, **columns):
     return load_data(path, target="y", columns=ColumnChoices(**columns))
 
 
-def test_columns_with_the_same_values_are_left_out(tmp_path: Path) -> None:
+def test_columns_with_the_same_values_are_left_out(tmp_path):
     path = tmp_path / "a.csv"
     # `other` differs from `x` in one row, `holes` in which cell is missing, `text` only in its kind.
     table = ["x,same,other,word,again,holes,y"]
@@ -193,7 +187,7 @@ def test_columns_with_the_same_values_are_left_out(tmp_path: Path) -> None:
     assert loaded(path, keep=["same"]).feature_names == ("x", "same", "other", "word", "holes")
 
 
-def test_the_same_missing_cells_are_the_same_values(tmp_path: Path) -> None:
+def test_the_same_missing_cells_are_the_same_values(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("x,same,y\n" + "".join(f"{row or ''},{row or ''},{row % 2}\n" for row in range(10)) * 3)
     assert loaded(path).feature_names == ("x",)
@@ -216,7 +210,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_choices_that_do_not_fit_the_table(case: str, tmp_path: Path) -> None:
+def test_choices_that_do_not_fit_the_table(case, tmp_path):
     columns, error, words = WRONG[case]
     path = tmp_path / "a.csv"
     path.write_text("a,b,y\n" + "1,red,0\n2,blue,1\n3,red,1\n" * 4)
@@ -224,7 +218,7 @@ def test_choices_that_do_not_fit_the_table(case: str, tmp_path: Path) -> None:
         loaded(path, **columns)
 
 
-def test_a_time_without_a_value(tmp_path: Path) -> None:
+def test_a_time_without_a_value(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("a,y\n" + "1,0\n,1\n3,1\n" * 4)
     with pytest.raises(DataError, match=r"has no value in 4 of 12 rows"):
@@ -232,13 +226,13 @@ def test_a_time_without_a_value(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["id", "group", "time", "drop", "keep", "categorical"])
-def test_named_columns_need_a_table(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_named_columns_need_a_table(option, tmp_path, capsys):
     assert run("train", "iris", f"--{option}", "petal", "--out", tmp_path / "run") == 2
     assert f"--{option}: only tables" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_a_resumed_run_shows_the_columns_of_its_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_shows_the_columns_of_its_start(tmp_path, capsys):
     folder = tmp_path / "run"
     options = ["--target", "buys", "--id", "number", "--drop", "note", "--epochs", "1", "--json"]
     assert run("train", people(tmp_path / "people.csv"), *options, "--out", folder) == 0
@@ -251,7 +245,7 @@ def test_a_resumed_run_shows_the_columns_of_its_start(tmp_path: Path, capsys: py
     assert second.err.splitlines()[:count] == first.err.splitlines()[:count]
 
 
-def test_a_time_that_is_no_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_time_that_is_no_input(tmp_path, capsys):
     """A column that counts the rows is left out of the inputs, and orders the rows nevertheless."""
     path = tmp_path / "a.csv"
     path.write_text("row,x,y\n" + "".join(f"{row},{row * 7 % 11},{row % 2}\n" for row in range(60)))
@@ -268,7 +262,7 @@ def test_a_time_that_is_no_input(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert json.loads(capsys.readouterr().out)["accuracy"] == printed["test"]["accuracy"]
 
 
-def ages(path: Path, *, each: int, different: int = 42) -> Path:
+def ages(path, *, each, different=42):
     """Write a table whose target is whole numbers, ``each`` in this many rows."""
     values = np.random.default_rng(0).permutation(np.arange(different).repeat(each))
     path.write_text("a,price\n" + "".join(f"{value * 0.37 % 1:.3f},{value}\n" for value in values))
@@ -278,9 +272,7 @@ def ages(path: Path, *, each: int, different: int = 42) -> Path:
 @pytest.mark.parametrize(
     "command", [("train", "--epochs", "1"), ("sweep", "--epochs", "1", "--vary", "lr=0.1,0.2"), ("lr-find",)]
 )
-def test_a_guess_of_many_classes_is_printed_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
-) -> None:
+def test_a_guess_of_many_classes_is_printed_once(tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
     name, *options = command
     data = ages(tmp_path / "ages.csv", each=20)
@@ -292,9 +284,7 @@ def test_a_guess_of_many_classes_is_printed_once(
     assert "taken as classes" not in "".join(capsys.readouterr())
 
 
-def test_a_split_that_fails_says_that_the_classes_were_guessed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_split_that_fails_says_that_the_classes_were_guessed(tmp_path, capsys):
     data = ages(tmp_path / "ages.csv", each=8)
     options = ("--target", "price", "--models", "1", "--out", tmp_path / "run")
     assert run("train", data, *options) == 1
@@ -307,9 +297,7 @@ def test_a_split_that_fails_says_that_the_classes_were_guessed(
 
 
 @pytest.mark.parametrize("command", [("train",), ("sweep", "--vary", "lr=0.1,0.2"), ("lr-find",)])
-def test_measurements_are_no_classes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
-) -> None:
+def test_measurements_are_no_classes(tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
     # 0 stands in 4 rows, all others in one
     targets = [0.0] * 4 + [0.5 + row for row in range(96)]
@@ -328,9 +316,7 @@ def test_measurements_are_no_classes(
     assert "--task: 'price' holds 97 different numbers" in capsys.readouterr().err
 
 
-def test_numbers_of_which_some_repeat_and_names_are_no_classes(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_numbers_of_which_some_repeat_and_names_are_no_classes(capsys, tmp_path):
     assert run("train", "diabetes", "--task", "classification", "--out", tmp_path / "run") == 2
     assert "--task: 'target' holds 214 different numbers in 442 rows" in capsys.readouterr().err
     data = people(tmp_path / "people.csv")
@@ -340,13 +326,13 @@ def test_numbers_of_which_some_repeat_and_names_are_no_classes(
     assert not (tmp_path / "run").exists()
 
 
-def test_many_classes_with_rows_enough_are_learned(tmp_path: Path) -> None:
+def test_many_classes_with_rows_enough_are_learned(tmp_path):
     data = ages(tmp_path / "ages.csv", each=20)
     options = ("--target", "price", "--hidden", "4", "--epochs", "1", "--quiet", "--task", "classification")
     assert run("train", data, *options, "--out", tmp_path / "run") == 0
 
 
-def test_columns_in_other_letters_are_asked_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_columns_in_other_letters_are_asked_after(tmp_path, capsys):
     data = ages(tmp_path / "ages.csv", each=2)
     assert run("train", data, "--target", "PRICE", "--out", tmp_path / "run") == 1
     assert "no target column 'PRICE'; the columns are 'a', 'price'; did you mean 'price'?" in capsys.readouterr().err

@@ -1,10 +1,6 @@
 """The defaults of ``train`` on a table: a cross-validated ensemble, baselines, logarithms; and ``--final-fit``."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas
@@ -29,7 +25,7 @@ from make import read, rows, run
 QUICK = ("--hidden", "8", "--lr", "0.02", "--quiet")
 
 
-def table(path: Path, *, count: int = 120, target: str = "kind") -> Path:
+def table(path, *, count=120, target="kind"):
     """Write two numbers, a word, and a target that depends on them: a class, or a positive skewed number."""
     generator = np.random.default_rng(0)
     lines = [f"a,b,word,{target}"]
@@ -42,7 +38,7 @@ def table(path: Path, *, count: int = 120, target: str = "kind") -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ensemble")
     data = table(folder / "data.csv")
     assert run("train", data, "--target", "kind", *QUICK, "--out", folder / "run") == 0
@@ -50,7 +46,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("sizes", [(3, 2), (3, 5, 2), (3, 5, 4, 2)])
-def test_a_merged_engine_computes_the_mean_of_the_outputs(sizes: tuple[int, ...]) -> None:
+def test_a_merged_engine_computes_the_mean_of_the_outputs(sizes):
     engines = [Engine(MLP(sizes, activation="tanh"), loss="mse", seed=seed, precision="fp64") for seed in range(3)]
     X = np.random.default_rng(0).normal(size=(20, 3))
     mean = np.mean([engine.predict(X) for engine in engines], axis=0)
@@ -58,14 +54,14 @@ def test_a_merged_engine_computes_the_mean_of_the_outputs(sizes: tuple[int, ...]
     np.testing.assert_allclose(merged(engines).predict(X), mean, rtol=0, atol=64 * 15 * 4 * 2.0**-53)
 
 
-def test_one_engine_is_merged_with_nothing_and_prelu_is_refused() -> None:
+def test_one_engine_is_merged_with_nothing_and_prelu_is_refused():
     engine = Engine(MLP([3, 4, 2]))
     assert merged([engine]) is engine
     with pytest.raises(ArgumentError, match=r"^models: 2 networks with prelu cannot be merged"):
         merged([Engine(MLP([3, 4, 2], activation="prelu"), seed=seed) for seed in (0, 1)])
 
 
-def test_folds_validate_each_row_once_and_keep_the_shares_of_classes() -> None:
+def test_folds_validate_each_row_once_and_keep_the_shares_of_classes():
     labels = np.array(["a"] * 40 + ["b"] * 10)
     parts = folds(labels, 5, seed=3, stratify=True)
     assert sorted(np.concatenate([held for _, held in parts])) == list(range(50))
@@ -77,7 +73,7 @@ def test_folds_validate_each_row_once_and_keep_the_shares_of_classes() -> None:
     assert len(folds(np.array(list("aaaaaaaaab")), 5, seed=0, stratify=True)) == 5
 
 
-def test_a_table_trains_an_ensemble_that_all_commands_take(trained: Path, tmp_path: Path) -> None:
+def test_a_table_trains_an_ensemble_that_all_commands_take(trained, tmp_path):
     config, report = read(trained / "config.json"), read(trained / "report.json")
     assert (config["options"]["models"], config["options"]["early_stopping"], config["epochs"]) == (5, 20, 200)
     # The command as it was typed, without what the table decided.
@@ -95,7 +91,7 @@ def test_a_table_trains_an_ensemble_that_all_commands_take(trained: Path, tmp_pa
     assert run("plot", trained, "--out", tmp_path / "p.png") == 0
 
 
-def test_an_ensemble_repeats_and_resumes_by_training_anew(trained: Path, tmp_path: Path) -> None:
+def test_an_ensemble_repeats_and_resumes_by_training_anew(trained, tmp_path):
     data = trained.parent / "data.csv"
     assert run("train", data, "--target", "kind", *QUICK, "--epochs", "4", "--out", tmp_path / "cut") == 0
     assert run("train", "--resume", tmp_path / "cut", "--epochs", "7", "--quiet") == 0
@@ -106,7 +102,7 @@ def test_an_ensemble_repeats_and_resumes_by_training_anew(trained: Path, tmp_pat
     assert len(rows(tmp_path / "cut" / "metrics.csv")) == 7
 
 
-def test_models_1_is_a_single_run_with_early_stopping(trained: Path, tmp_path: Path) -> None:
+def test_models_1_is_a_single_run_with_early_stopping(trained, tmp_path):
     data = trained.parent / "data.csv"
     assert run("train", data, "--target", "kind", *QUICK, "--models", "1", "--out", tmp_path / "run") == 0
     report = read(tmp_path / "run" / "report.json")
@@ -118,7 +114,7 @@ def test_models_1_is_a_single_run_with_early_stopping(trained: Path, tmp_path: P
     assert (read(tmp_path / "all" / "report.json")["stopped"], len(rows(tmp_path / "all" / "metrics.csv"))) == ("", 25)
 
 
-def test_models_of_any_data_and_without_validation_rows(tmp_path: Path) -> None:
+def test_models_of_any_data_and_without_validation_rows(tmp_path):
     options = ("--models", "3", "--epochs", "3", "--validation-fraction", "0")
     assert run("train", "iris", *QUICK, *options, "--out", tmp_path / "run") == 0
     report = read(tmp_path / "run" / "report.json")
@@ -126,9 +122,7 @@ def test_models_of_any_data_and_without_validation_rows(tmp_path: Path) -> None:
     assert "val_loss" not in report["final"]
 
 
-def test_prelu_is_one_model_by_default_and_refused_for_several(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prelu_is_one_model_by_default_and_refused_for_several(trained, tmp_path, capsys):
     data = trained.parent / "data.csv"
     options = ("--target", "kind", *QUICK, "--epochs", "2", "--activation", "prelu", "--out", tmp_path / "run")
     assert run("train", data, *options, "--models", "2") == 2
@@ -140,7 +134,7 @@ def test_prelu_is_one_model_by_default_and_refused_for_several(
     assert "models" not in read(tmp_path / "run" / "report.json")
 
 
-def test_final_fit_keeps_the_model_of_all_rows(trained: Path, tmp_path: Path, capsys: Any) -> None:
+def test_final_fit_keeps_the_model_of_all_rows(trained, tmp_path, capsys):
     data = trained.parent / "data.csv"
     assert run("train", data, "--target", "kind", *QUICK, "--final-fit", "--out", tmp_path / "run") == 0
     shown = capsys.readouterr().out
@@ -165,10 +159,8 @@ def test_final_fit_keeps_the_model_of_all_rows(trained: Path, tmp_path: Path, ca
     assert (tmp_path / "run" / "report.html").read_text() == page
 
 
-def test_a_final_fit_that_diverges_leaves_the_model_before_it(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refused(*_: Any) -> Any:
+def test_a_final_fit_that_diverges_leaves_the_model_before_it(trained, tmp_path, monkeypatch, capsys):
+    def refused(*_):
         raise DivergenceError("final_fit: the loss became NaN; the model of the training rows is kept")
 
     monkeypatch.setattr(training, "_fit_to_all_rows", refused)
@@ -180,7 +172,7 @@ def test_a_final_fit_that_diverges_leaves_the_model_before_it(
     assert run("evaluate", folder) == 0
 
 
-def test_baselines_stand_beside_the_score_and_a_worse_model_says_so(trained: Path, tmp_path: Path, capsys: Any) -> None:
+def test_baselines_stand_beside_the_score_and_a_worse_model_says_so(trained, tmp_path, capsys):
     data = trained.parent / "data.csv"
     words = "train", data, "--target", "kind", "--hidden", "8", "--lr", "1e-9", "--epochs", "1", "--quiet"
     assert run(*words, "--out", tmp_path / "run") == 0
@@ -201,14 +193,14 @@ def test_baselines_stand_beside_the_score_and_a_worse_model_says_so(trained: Pat
 @pytest.mark.parametrize(
     ("test", "expected"), [({"accuracy": 0.5}, ["constant"]), ({"accuracy": 0.6}, []), ({"rmse": 3.0}, ["linear"])]
 )
-def test_worse_than(test: dict[str, float], expected: list[str]) -> None:
+def test_worse_than(test, expected):
     figures = {"constant": {"accuracy": 0.6, "rmse": 4.0}, "linear": {"accuracy": 0.5, "rmse": 2.0}}
     found = list(worse_than({"test": test, "baselines": figures}))
     assert len(found) == len(expected)
     assert all(f"the {name} one" in sentence for name, sentence in zip(expected, found, strict=True))
 
 
-def test_a_skewed_target_is_learned_in_logarithms_where_they_help(tmp_path: Path, capsys: Any) -> None:
+def test_a_skewed_target_is_learned_in_logarithms_where_they_help(tmp_path, capsys):
     data = table(tmp_path / "data.csv", count=300, target="price")
     assert run("train", data, "--target", "price", "--out", tmp_path / "run") == 0
     config, report = read(tmp_path / "run" / "config.json"), read(tmp_path / "run" / "report.json")
@@ -232,7 +224,7 @@ def test_a_skewed_target_is_learned_in_logarithms_where_they_help(tmp_path: Path
     assert np.corrcoef(np.log(said), np.log(truth))[0, 1] > 0.95
 
 
-def test_numbers_are_cut_into_pieces_where_that_helps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_are_cut_into_pieces_where_that_helps(tmp_path, capsys):
     generator = np.random.default_rng(0)
     a, b = generator.normal(size=(2, 400))
     steps = np.where(a > 0.3, 3.0, 0.0) + np.where((b > 0) & (b < 0.5), 2.0, 0.0) + 0.1 * generator.normal(size=400)
@@ -251,7 +243,7 @@ def test_numbers_are_cut_into_pieces_where_that_helps(tmp_path: Path, capsys: py
     assert estimator.preprocessor_.scale == "piecewise"
 
 
-def test_logarithms_are_for_positive_numbers(trained: Path, tmp_path: Path, capsys: Any) -> None:
+def test_logarithms_are_for_positive_numbers(trained, tmp_path, capsys):
     data = trained.parent / "data.csv"
     assert run("train", data, "--target", "kind", "--log-target", "--out", tmp_path / "run") == 2
     assert "--log-target: only numbers have logarithms" in capsys.readouterr().err
@@ -259,7 +251,7 @@ def test_logarithms_are_for_positive_numbers(trained: Path, tmp_path: Path, caps
     assert "'a' holds -" in capsys.readouterr().err
 
 
-def test_a_mean_history_counts_a_stopped_model_with_its_best_epoch() -> None:
+def test_a_mean_history_counts_a_stopped_model_with_its_best_epoch():
     short = History({"loss": [3.0, 1.0, 2.0]}, [0, 1, 2], [0.1, 0.1, 0.1], best_epoch=1)
     long = History({"loss": [5.0, 4.0, 3.0, 2.0]}, [0, 1, 2, 3], [0.1] * 4, best_epoch=3)
     mean = mean_history([short, long])
@@ -267,12 +259,10 @@ def test_a_mean_history_counts_a_stopped_model_with_its_best_epoch() -> None:
     assert mean.best_epoch == 2
 
 
-def test_interrupted_models_are_merged_as_they_are(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_models_are_merged_as_they_are(trained, tmp_path, monkeypatch):
     whole = Fleet.fit
 
-    def cut_off(fleet: Fleet, *arguments: Any, **options: Any) -> Any:
+    def cut_off(fleet, *arguments, **options):
         whole(fleet, *arguments, **options | {"epochs": 2})
         raise KeyboardInterrupt
 
@@ -284,9 +274,7 @@ def test_interrupted_models_are_merged_as_they_are(
     assert (tmp_path / "run" / "checkpoints" / "model.safetensors").exists()
 
 
-def test_groups_and_own_files_decide_the_rows_of_an_ensemble(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_groups_and_own_files_decide_the_rows_of_an_ensemble(trained, tmp_path, capsys):
     """Folds would put rows of one group on both sides, so the models share the validation rows."""
     data = trained.parent / "data.csv"
     other = table(tmp_path / "other.csv", count=60)
@@ -305,7 +293,7 @@ def test_groups_and_own_files_decide_the_rows_of_an_ensemble(
     assert 120 < len(np.load(tmp_path / "final" / "training_rows.npy")) <= 180
 
 
-def test_an_ensemble_stops_by_a_metric_and_knows_all_rows_of_a_final_fit(trained: Path, tmp_path: Path) -> None:
+def test_an_ensemble_stops_by_a_metric_and_knows_all_rows_of_a_final_fit(trained, tmp_path):
     data = trained.parent / "data.csv"
     options = ("--metric", "auc", "--final-fit", "--out", tmp_path / "run")
     assert run("train", data, "--target", "kind", *QUICK, *options) == 0
@@ -314,7 +302,7 @@ def test_an_ensemble_stops_by_a_metric_and_knows_all_rows_of_a_final_fit(trained
     assert len(np.load(trained / "training_rows.npy")) == 96
 
 
-def test_baselines_learn_from_a_bounded_share_of_the_rows() -> None:
+def test_baselines_learn_from_a_bounded_share_of_the_rows():
     made = prepared_data(TrainOptions(data="iris"))
     X, labels = made.seen(10**9)
     assert X.shape == (120, 4) and len(labels) == 120
@@ -322,7 +310,7 @@ def test_baselines_learn_from_a_bounded_share_of_the_rows() -> None:
     assert fewer.size <= 104 and len(some) == len(fewer)
 
 
-def test_long_tables_keep_one_input_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_tables_keep_one_input_a_number(tmp_path, monkeypatch):
     data = table(tmp_path / "data.csv", count=300)
     # 32 inputs for two numbers, 3 for a word
     for most, scale in ((300 * 35, "piecewise"), (300 * 35 - 1, "robust")):
@@ -332,7 +320,7 @@ def test_long_tables_keep_one_input_a_number(tmp_path: Path, monkeypatch: pytest
         assert made.scale == scale
 
 
-def test_the_report_says_that_the_model_is_an_ensemble(trained: Path) -> None:
+def test_the_report_says_that_the_model_is_an_ensemble(trained):
     report, sizes = read(trained / "report.json"), read(trained / "config.json")["network"]["sizes"]
     for again in (False, True):
         if again:
@@ -348,12 +336,10 @@ def test_the_report_says_that_the_model_is_an_ensemble(trained: Path) -> None:
 
 
 @pytest.mark.parametrize("models", [1, 3])
-def test_the_picture_marks_the_best_epoch_of_a_single_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: int
-) -> None:
-    drawn: list[Any] = []
+def test_the_picture_marks_the_best_epoch_of_a_single_model(tmp_path, monkeypatch, models):
+    drawn = []
 
-    def kept(*given: Any, **options: Any) -> Any:
+    def kept(*given, **options):
         drawn.append(curves_figure(*given, **options))
         return drawn[0]
 
@@ -370,7 +356,7 @@ def test_the_picture_marks_the_best_epoch_of_a_single_model(
     assert (f"best epoch {read(tmp_path / 'run' / 'report.json')['best_epoch']}<" in text) is (models == 1)
 
 
-def test_trials_hold_out_whole_groups_and_the_last_rows(tmp_path: Path) -> None:
+def test_trials_hold_out_whole_groups_and_the_last_rows(tmp_path):
     generator = np.random.default_rng(0)
     groups, values = generator.integers(0, 40, 300).tolist(), generator.normal(size=300).tolist()
     lines = [f"g{one},{when},{x:.4f},{x:.4f}" for one, when, x in zip(groups, range(300), values, strict=True)]
@@ -389,9 +375,7 @@ def test_trials_hold_out_whole_groups_and_the_last_rows(tmp_path: Path) -> None:
     assert trials._parts(replace(grouped, groups=np.zeros(300)), rows, 0) == []
 
 
-def test_a_rate_that_diverges_in_the_trial_ends_as_a_training_that_diverges(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rate_that_diverges_in_the_trial_ends_as_a_training_that_diverges(tmp_path, capsys):
     data = table(tmp_path / "data.csv", count=300)
     assert run("train", data, "--target", "kind", "--lr", "1e30", "--out", tmp_path / "run") == 1
     shown = capsys.readouterr().err
@@ -401,7 +385,7 @@ def test_a_rate_that_diverges_in_the_trial_ends_as_a_training_that_diverges(
 
 @pytest.mark.parametrize("sizes", [(3, 5, 2), (3, 5, 4, 2)])
 @pytest.mark.parametrize("normalise", [False, True])
-def test_members_undo_the_merge_also_from_a_file(sizes: tuple[int, ...], normalise: bool, tmp_path: Path) -> None:
+def test_members_undo_the_merge_also_from_a_file(sizes, normalise, tmp_path):
     X = np.random.default_rng(0).normal(3.0, 2.0, size=(20, 3))
     engines = [
         Engine(MLP(sizes, activation="tanh"), loss="mse", seed=seed, precision="fp64", normalise=normalise and X)
@@ -430,7 +414,7 @@ def test_members_undo_the_merge_also_from_a_file(sizes: tuple[int, ...], normali
             members(whole)
 
 
-def test_the_spread_is_that_of_the_models(trained: Path, tmp_path: Path) -> None:
+def test_the_spread_is_that_of_the_models(trained, tmp_path):
     data, made = trained.parent / "data.csv", Preprocessor.from_config(read(trained / "config.json")["preprocessor"])
     words = ("predict", trained, "--data", data, "--spread", "--out")
     assert run(*words, tmp_path / "out.csv", "--proba") == 0
@@ -447,7 +431,7 @@ def test_the_spread_is_that_of_the_models(trained: Path, tmp_path: Path) -> None
     assert np.load(tmp_path / "out.npz")["spread"].shape == (len(X),)
 
 
-def test_the_spread_of_numbers_is_in_their_units(tmp_path: Path) -> None:
+def test_the_spread_of_numbers_is_in_their_units(tmp_path):
     X = np.random.default_rng(0).normal(size=(90, 2))
     y = 1000.0 * X + 50.0
     model = TableRegressor(hidden=8, models=3, epochs=5, scale="standard").fit(X, y)
@@ -465,7 +449,7 @@ def test_the_spread_of_numbers_is_in_their_units(tmp_path: Path) -> None:
         linear.predict(X, return_std=True)
 
 
-def test_a_single_model_has_no_spread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_model_has_no_spread(tmp_path, capsys):
     data = table(tmp_path / "data.csv")
     assert (
         run("train", data, "--target", "kind", *QUICK, "--models", "1", "--epochs", "2", "--out", tmp_path / "r") == 0

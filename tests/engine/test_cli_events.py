@@ -1,23 +1,19 @@
 """``train --json`` and ``sweep --json``: one object a line on stdout, everything else on stderr."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from make import read, rows, run
 
 
-def printed(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+def printed(capsys):
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_the_lines_of_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_lines_of_a_training(tmp_path, capsys):
     folder = tmp_path / "run"
     assert run("train", "iris", "--epochs", "3", "--json", "--out", folder) == 0
     start, *epochs, end = printed(capsys)
@@ -44,7 +40,7 @@ def test_the_lines_of_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert end["epochs"] == 5
 
 
-def test_quiet_leaves_the_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_leaves_the_last_line(tmp_path, capsys):
     assert run("train", "iris", "--epochs", "2", "--json", "--quiet", "--out", tmp_path / "a") == 0
     assert [one["event"] for one in printed(capsys)] == ["end"]
     options = ["--vary", "seed=0:2", "--epochs", "2", "--json", "--quiet"]
@@ -52,7 +48,7 @@ def test_quiet_leaves_the_last_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [one["event"] for one in printed(capsys)] == ["end"]
 
 
-def test_an_ensemble_has_a_line_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_ensemble_has_a_line_a_model(tmp_path, capsys):
     folder = tmp_path / "run"
     assert run("train", "iris", "--epochs", "2", "--models", "3", "--seed", "7", "--json", "--out", folder) == 0
     start, *between, end = printed(capsys)
@@ -65,7 +61,7 @@ def test_an_ensemble_has_a_line_a_model(tmp_path: Path, capsys: pytest.CaptureFi
     assert start["config"]["options"]["models"] == 3
 
 
-def test_a_sweep_has_a_line_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_has_a_line_a_model(tmp_path, capsys):
     options = ["--vary", "lr=0.001,0.01", "--vary", "hidden=4,8x4", "--epochs", "2", "--json"]
     assert run("sweep", "iris", *options, "--out", tmp_path / "best") == 0
     start, *models, end = printed(capsys)
@@ -85,9 +81,7 @@ def test_a_sweep_has_a_line_a_model(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("val_loss", ["--lr", "1e30", "--batch-size", "317", "--epochs", "1"]),
     ],
 )
-def test_a_diverged_training_has_its_last_line(
-    loss: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_diverged_training_has_its_last_line(loss, options, tmp_path, capsys):
     options = [*options, "--scale", "none", "--optimizer", "sgd", "--models", "1", "--json"]
     assert run("train", "diabetes", *options, "--out", tmp_path / "run") == 1
     shown = capsys.readouterr()
@@ -96,19 +90,17 @@ def test_a_diverged_training_has_its_last_line(
     assert f"error: {loss}: it became NaN" in shown.err
 
 
-def test_a_wrong_call_prints_no_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_call_prints_no_line(tmp_path, capsys):
     assert run("train", "iris", "--lr", "nan", "--json", "--out", tmp_path / "run") == 2
     assert capsys.readouterr().out == ""
 
 
-def test_what_others_print_goes_to_stderr(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_others_print_goes_to_stderr(tmp_path, monkeypatch, capsys):
     from fusemlp.cli.train import Recorder
 
     begin = Recorder.on_train_begin
 
-    def chatty(*given: Any) -> None:
+    def chatty(*given):
         print("a library says hello")
         begin(*given)
 
@@ -119,7 +111,7 @@ def test_what_others_print_goes_to_stderr(
     assert "a library says hello" in shown.err
 
 
-def test_a_reader_that_goes_away_does_not_end_the_training(tmp_path: Path) -> None:
+def test_a_reader_that_goes_away_does_not_end_the_training(tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "fusemlp", "train", "iris", "--epochs", "20", "--json", "--out", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -1,11 +1,7 @@
 """``fusemlp explain`` and the table estimators' ``explain``: the columns that a model goes by."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,7 +20,7 @@ from make import rows, run
 COLUMNS = ["noise", "only", "word", "when"]
 
 
-def table(count: int, *, seed: int = 0) -> pd.DataFrame:
+def table(count, *, seed=0):
     """Return rows whose target follows from ``only`` alone, beside a column with missing cells, words and dates."""
     random = np.random.default_rng(seed)
     only = random.normal(size=count)
@@ -36,7 +32,7 @@ def table(count: int, *, seed: int = 0) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def prices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prices(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prices")
     table(300).to_csv(folder / "prices.csv", index=False)
     options = ["--target", "price", "--id", "name", "--models", "2", "--scale", "piecewise", "--epochs", "40"]
@@ -45,13 +41,13 @@ def prices(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits") / "run"
     assert run("train", "digits", "--hidden", "16", "--epochs", "3", "--quiet", "--out", folder) == 0
     return folder
 
 
-def answer(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Any:
+def answer(capsys, *arguments):
     capsys.readouterr()
     assert run("explain", *arguments, "--json") == 0
     return json.loads(capsys.readouterr().out)
@@ -61,9 +57,7 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Any:
 @pytest.mark.parametrize(
     ("method", "share"), [("permutation", 0.05), ("expected", 0.1), ("integrated", 0.4), ("gradient", 0.5)]
 )
-def test_the_only_column_that_matters_comes_first(
-    prices: Path, method: str, share: float, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_only_column_that_matters_comes_first(prices, method, share, capsys):
     found = answer(capsys, prices, "--method", method)
     importance = {one["column"]: one["importance"] for one in found["columns"]}
     assert next(iter(importance)) == "only" and sorted(importance) == sorted(COLUMNS)
@@ -74,7 +68,7 @@ def test_the_only_column_that_matters_comes_first(
         assert 0.5 * 70 < importance["only"] < 1.3 * 70
 
 
-def test_prints_and_writes_the_columns(prices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_and_writes_the_columns(prices, tmp_path, capsys):
     out, plot = tmp_path / "importance.csv", tmp_path / "importance.png"
     assert run("explain", prices, "--out", out, "--plot", plot, "--rows", "40") == 0
     shown = capsys.readouterr().out
@@ -87,9 +81,7 @@ def test_prints_and_writes_the_columns(prices: Path, tmp_path: Path, capsys: pyt
     assert "--force" in capsys.readouterr().err
 
 
-def test_attributions_of_new_rows_add_up_to_their_predictions(
-    prices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_attributions_of_new_rows_add_up_to_their_predictions(prices, tmp_path, capsys):
     new, out, predicted = tmp_path / "new.csv", tmp_path / "out.csv", tmp_path / "predicted.csv"
     table(30, seed=1).drop(columns="price").to_csv(new, index=False)
     found = answer(capsys, prices, "--method", "integrated", "--data", new, "--out", out)
@@ -108,9 +100,7 @@ def test_attributions_of_new_rows_add_up_to_their_predictions(
     assert "no target column 'price'" in capsys.readouterr().err
 
 
-def test_prints_how_exact_the_sums_are_and_no_columns_of_wrong_ones(
-    prices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prints_how_exact_the_sums_are_and_no_columns_of_wrong_ones(prices, tmp_path, capsys, monkeypatch):
     for method, printed in (("integrated", True), ("expected", True), ("gradient", False)):
         assert run("explain", prices, "--method", method) == 0
         shown = capsys.readouterr().out
@@ -124,7 +114,7 @@ def test_prints_how_exact_the_sums_are_and_no_columns_of_wrong_ones(
     assert "only" not in shown.out and not out.exists()
 
 
-def test_images_get_a_heat_map_for_each_class(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_get_a_heat_map_for_each_class(digits, tmp_path, capsys):
     plot, out = tmp_path / "digits.png", tmp_path / "digits.csv"
     found = answer(capsys, digits, "--rows", "50", "--plot", plot, "--out", out)
     assert found["method"] == "integrated" and found["rows"] == 50 and len(found["columns"]) == 64
@@ -148,12 +138,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("options", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes(digits: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(digits, options, message, capsys):
     assert run("explain", digits, *options) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_single_row_or_none(prices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_row_or_none(prices, tmp_path, capsys):
     none, rows = "there are no rows", tmp_path / "rows.csv"
     for count, method, mistake in (
         (1, "permutation", "X: permutation mixes"),
@@ -179,9 +169,7 @@ def test_a_single_row_or_none(prices: Path, tmp_path: Path, capsys: pytest.Captu
     assert "baselines are these rows" in capsys.readouterr().out
 
 
-def test_the_title_names_the_explained_output(
-    prices: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_title_names_the_explained_output(prices, digits, tmp_path, capsys):
     for given, title in (
         ((prices, "--method", "integrated"), "60 test rows, integrated gradients of 'price'"),
         ((digits, "--rows", "9"), "9 test rows, integrated gradients of the logit of each row's predicted class"),
@@ -195,13 +183,13 @@ def test_the_title_names_the_explained_output(
     assert "--method integrated" in capsys.readouterr().err
 
 
-def test_numbers_have_no_class(prices: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_have_no_class(prices, capsys):
     assert run("explain", prices, "--method", "integrated", "--class", "red") == 2
     assert "--class: the run predicts numbers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scale", ["robust", "piecewise"])
-def test_attributions_of_columns_are_sums_of_their_inputs(scale: str) -> None:
+def test_attributions_of_columns_are_sums_of_their_inputs(scale):
     frame = table(80)
     model = TableRegressor(hidden=(8,), epochs=3, scale=scale, early_stopping=None).fit(frame[COLUMNS], frame["price"])
     made, engine = model.preprocessor_, model.engine_
@@ -220,7 +208,7 @@ def test_attributions_of_columns_are_sums_of_their_inputs(scale: str) -> None:
     np.testing.assert_allclose(found.outputs, model.predict(frame[COLUMNS]), rtol=1e-5)
 
 
-def test_estimators_permute_the_columns_of_a_table() -> None:
+def test_estimators_permute_the_columns_of_a_table():
     frame = table(120)
     labels = np.where(frame["only"] > 0, "high", "low")
     model = TableClassifier(hidden=(8,), epochs=30, lr=0.01, scale="robust", early_stopping=None)
@@ -244,7 +232,7 @@ def test_estimators_permute_the_columns_of_a_table() -> None:
             model.explain(frame[COLUMNS], *given, **options)
 
 
-def test_columns_of_a_data_set_of_numbers_are_its_inputs() -> None:
+def test_columns_of_a_data_set_of_numbers_are_its_inputs():
     data = load_data("iris")
     made = Preprocessor.fit(data, np.arange(100))
     X = network_inputs(made, data.X, "fp64")

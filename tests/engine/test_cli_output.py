@@ -1,15 +1,11 @@
 """The command line where stdout, stderr or the disk fails: a line, an exit code, and the way on."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
 
 import numpy as np
 import pytest
@@ -24,7 +20,7 @@ TRAINING = ("train", "digits", "--epochs", "6", "--lr", "0.02", "--quiet", "--ou
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tmp_path_factory):
     """Return the folder of a run whose disk was never full; its logits are divided, the best epoch is not the last."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert run(*TRAINING, folder) == 0
@@ -34,7 +30,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def failing_stream(kind: str) -> Iterator[TextIO | None]:
+def failing_stream(kind):
     """Yield a stream as the system hands it to a program: full, closed before the start, or without a reader."""
     if kind == "closed":
         yield None
@@ -54,14 +50,7 @@ LOST = "error: stdout: No space left on device, so results are not shown\n"
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is of Linux")
 @pytest.mark.parametrize("kind", ["full", "closed", "unread"])
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_a_stream_that_fails(
-    kind: str,
-    name: str,
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_stream_that_fails(kind, name, whole, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     with failing_stream(kind) as stream, monkeypatch.context() as patch:
         patch.setattr(sys, name, stream)
@@ -80,11 +69,11 @@ def test_a_stream_that_fails(
     assert "epoch 2/2" in shown.err and "unknown name 'nowhere'" in shown.err and not shown.out
 
 
-def full(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, chosen: Callable[..., bool]) -> None:
+def full(monkeypatch, module, name, chosen):
     """Let a function of a module fail as on a full disk from the first call on that is ``chosen``."""
     function, seen = getattr(module, name), list[bool]()
 
-    def failing(*given: Any) -> Any:
+    def failing(*given):
         if seen or chosen(*given):
             seen.append(True)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -103,17 +92,10 @@ def full(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, chosen: Callab
         ("report.json", 1),
     ],
 )
-def test_a_full_disk(
-    name: str,
-    count: int,
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_full_disk(name, count, whole, tmp_path, monkeypatch, capsys):
     folder, writes = tmp_path / "run", list[str]()
 
-    def is_it(*given: Any) -> bool:
+    def is_it(*given):
         writes.append("metrics.csv" if name == "metrics.csv" else given[1].name)
         return writes.count(name) == count
 
@@ -140,9 +122,7 @@ def test_a_full_disk(
     assert (folder / "report.html").exists()
 
 
-def test_a_page_without_room_costs_no_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_page_without_room_costs_no_run(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         full(patch, files, "replace_file", lambda *paths: paths[1].name == "report.html")
@@ -152,9 +132,7 @@ def test_a_page_without_room_costs_no_run(
     assert run("report", folder) == 0 and (folder / "report.html").exists()
 
 
-def test_a_full_disk_in_a_sweep(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_in_a_sweep(tmp_path, monkeypatch, capsys):
     sweep = ("sweep", "iris", "--vary", "seed=0,1,2", "--epochs", "1", "--quiet", "--out", tmp_path / "run")
     with monkeypatch.context() as patch:
         full(patch, journal, "add_to_journal", lambda run, member: member.index == 1)
@@ -167,9 +145,7 @@ def test_a_full_disk_in_a_sweep(
     assert read(tmp_path / "run" / "config.json")["sweep"]["ended"] == 3
 
 
-def test_a_result_that_cannot_be_written(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_result_that_cannot_be_written(whole, tmp_path, monkeypatch, capsys):
     np.savez(tmp_path / "new.npz", X=np.zeros((2, 64)))
     full(monkeypatch, files, "replace_file", lambda *_: True)
     out = tmp_path / "out.csv"

@@ -1,19 +1,14 @@
 """``fusemlp plot``: several runs in one picture."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from fusemlp.report import plots
 from fusemlp.report.runs import Run
 from make import configuration, run
 
 
-def made(path: Path, metrics: str, loss: str = "cross_entropy") -> Path:
+def made(path, metrics, loss="cross_entropy"):
     """Make a run folder with the files that the command reads."""
     path.mkdir(parents=True)
     Run(path).config.write_text(json.dumps(configuration(loss)))
@@ -25,7 +20,7 @@ CLASSES = "epoch,loss,accuracy,val_loss,val_accuracy\n1,1.0,0.5,1.1,0.4\n2,0.5,0
 VALUES = "epoch,loss\n1,2.0\n2,1.0\n3,0.5\n"
 
 
-def test_runs_in_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_in_one_picture(tmp_path, capsys):
     one, other = made(tmp_path / "a", CLASSES), made(tmp_path / "b", VALUES, "mse")
     assert run("plot", one, other, "--out", tmp_path / "both.png") == 0
     assert capsys.readouterr().out == f"plot {tmp_path / 'both.png'}\n"
@@ -39,9 +34,7 @@ def test_runs_in_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert b"<svg" in (tmp_path / "one.svg").read_bytes()
 
 
-def test_a_second_picture_has_a_number(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_picture_has_a_number(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     one = made(tmp_path / "a", CLASSES)
     Path("comparison.png").write_text("mine")
@@ -55,7 +48,7 @@ def test_a_second_picture_has_a_number(
     assert not Path("comparison-4.png").exists()
 
 
-def test_the_picture_says_which_run_is_which(tmp_path: Path) -> None:
+def test_the_picture_says_which_run_is_which(tmp_path):
     runs = [
         plots.Curves("first", {"loss": [3.0, 1.0], "val_loss": [2.0, 1.5]}, "mse"),
         plots.Curves("second", {"loss": [3.0, 1.0, 0.5], "accuracy": [0.1, 0.2, 0.3]}, "mse"),
@@ -71,7 +64,7 @@ def test_the_picture_says_which_run_is_which(tmp_path: Path) -> None:
     assert loss.get_ylabel() == "loss (mse)"
 
 
-def test_runs_that_repeat_another_are_visible_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_that_repeat_another_are_visible_and_named(tmp_path, capsys):
     folders = [made(tmp_path / name, CLASSES) for name in ("first", "second", "third")]
     assert run("plot", *folders, folders[0], "--out", tmp_path / "all.png") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -81,13 +74,13 @@ def test_runs_that_repeat_another_are_visible_and_named(tmp_path: Path, capsys: 
     ]
 
 
-def filled(lines: list[Any]) -> list[tuple[float, float]]:
+def filled(lines):
     """Return where along the line each of its curves is first drawn, in line widths."""
     dashes = [line._unscaled_dash_pattern for line in lines]
     return [(start := -offset % (on + off), start + on) for offset, (on, off) in dashes]
 
 
-def test_same_curves_share_a_line_without_gaps() -> None:
+def test_same_curves_share_a_line_without_gaps():
     history = {"loss": [3.0, 1.0, 0.5], "val_loss": [2.0, 1.5, 1.2]}
     nearly = {"loss": [3.0, 1.0, 0.5001], "val_loss": [2.0, 1.5, 1.2001]}
     other = {"loss": [3.0, 2.0, 1.5], "val_loss": [2.0, 1.9, 1.7]}
@@ -107,7 +100,7 @@ def test_same_curves_share_a_line_without_gaps() -> None:
     assert [training[1].get_linestyle(), validation[1].get_linestyle()] == ["--", "-"]
 
 
-def test_a_shorter_run_lies_over_the_one_that_goes_on() -> None:
+def test_a_shorter_run_lies_over_the_one_that_goes_on():
     short, long = {"loss": [3.0, 1.0]}, {"loss": [3.0, 1.0, 0.5]}
     runs = [plots.Curves("short", short, "mse"), plots.Curves("long", long, "mse")]
     assert plots.repeats(runs) == {}
@@ -115,29 +108,27 @@ def test_a_shorter_run_lies_over_the_one_that_goes_on() -> None:
     assert first.get_zorder() > second.get_zorder()
 
 
-def test_no_two_of_many_runs_look_alike() -> None:
+def test_no_two_of_many_runs_look_alike():
     runs = [plots.Curves(str(number), {"loss": [1.0 + number, 1.0, 0.0]}, "mse") for number in range(20)]
     lines = plots.comparison_figure(runs, title="many").axes[0].get_lines()
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == 20
 
 
-def test_losses_of_different_kinds_are_named_with_the_runs() -> None:
+def test_losses_of_different_kinds_are_named_with_the_runs():
     runs = [plots.Curves("a", {"loss": [1.0]}, "mse"), plots.Curves("b", {"loss": [1.0]}, "mae")]
     figure = plots.comparison_figure(runs, title="two")
     assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["a (mse)", "b (mae)"]
     assert figure.axes[0].get_ylabel() == "loss"
 
 
-def test_runs_of_the_same_name_go_by_their_paths(tmp_path: Path) -> None:
+def test_runs_of_the_same_name_go_by_their_paths(tmp_path):
     from fusemlp.cli.runs import names
 
     assert names([Path("x/run"), Path("y/other")]) == ["run", "other"]
     assert names([Path("x/run"), Path("y/run")]) == [str(Path("x/run")), str(Path("y/run"))]
 
 
-def test_what_cannot_be_drawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     good, empty = made(tmp_path / "good", CLASSES), made(tmp_path / "empty", "")
     (tmp_path / "there.png").write_text("old")

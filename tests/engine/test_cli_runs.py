@@ -1,12 +1,9 @@
 """``fusemlp runs``: run folders with their scores, and what differs."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,7 +12,7 @@ from make import read, rows, run
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory):
     """Runs of two data sets, one of them a sweep, and folders of other kinds."""
     folder = tmp_path_factory.mktemp("runs")
     for name, options in {
@@ -40,14 +37,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def listed(folder: Path, *options: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+def listed(folder, *options, capsys):
     capsys.readouterr()
     assert run("runs", folder, "--json", *options) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)
     return found
 
 
-def test_runs_by_data_set_and_score(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_by_data_set_and_score(trained, capsys):
     found = listed(trained, capsys=capsys)["runs"]
     assert {one["data"] for one in found} == {"iris", "diabetes"}
     flowers = {Path(one["run"]).name: one for one in found if one["data"] == "iris"}
@@ -64,7 +61,7 @@ def test_runs_by_data_set_and_score(trained: Path, capsys: pytest.CaptureFixture
     assert statuses == {"slow": "trained", "fast": "trained", "swept": "best of 2", "cut off": "unfinished"}
 
 
-def test_only_what_differs(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_what_differs(trained, capsys):
     differs = {Path(one["run"]).name: one["differs"] for one in listed(trained, capsys=capsys)["runs"]}
     assert differs["slow"] == {"hidden": [128], "lr": 0.001, "epochs": 3}
     assert differs["fast"] == {"hidden": [16, 8], "lr": 0.05, "epochs": 6}
@@ -72,13 +69,13 @@ def test_only_what_differs(trained: Path, capsys: pytest.CaptureFixture[str]) ->
     assert differs["other"] == {"loss": "mae", "metric": "r2"}
 
 
-def test_losses_of_different_kinds_are_not_compared(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_losses_of_different_kinds_are_not_compared(trained, capsys):
     found = [one for one in listed(trained, capsys=capsys)["runs"] if one["data"] == "diabetes"]
     assert {one["sorted_by"] for one in found} == {"test_rmse"}
     assert found[0]["score"] <= found[1]["score"]
 
 
-def test_what_is_no_run_is_named(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_run_is_named(trained, capsys):
     reasons = {Path(one["path"]).name: one["reason"] for one in listed(trained, capsys=capsys)["left_out"]}
     words = {
         "broken": "config.json: cannot be read",
@@ -92,7 +89,7 @@ def test_what_is_no_run_is_named(trained: Path, capsys: pytest.CaptureFixture[st
     assert all(words[name] in reason for name, reason in reasons.items())
 
 
-def test_the_table(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table(trained, capsys):
     assert run("runs", trained) == 0
     lines = capsys.readouterr().out.splitlines()
     at = lines.index("iris: 4 runs, by val_loss, the least first")
@@ -104,7 +101,7 @@ def test_the_table(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(line.startswith("left out: ") for line in lines) == 6
 
 
-def test_another_score(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_score(trained, capsys):
     found = [one for one in listed(trained, "--sort", "test_accuracy", capsys=capsys)["runs"] if one["data"] == "iris"]
     scores = [one["score"] for one in found]
     # An unfinished run has no test score, and is last.
@@ -114,15 +111,13 @@ def test_another_score(trained: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "--sort: no run has 'accurracy'; expected accuracy, loss, test_accuracy" in capsys.readouterr().err
 
 
-def test_a_run_folder_itself(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_folder_itself(trained, capsys):
     found = listed(trained / "slow", capsys=capsys)
     assert [Path(one["run"]).name for one in found["runs"]] == ["slow"]
     assert found["runs"][0]["differs"] == {}
 
 
-def test_a_folder_without_runs_and_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_without_runs_and_none(tmp_path, monkeypatch, capsys):
     assert run("runs", tmp_path) == 0
     assert capsys.readouterr().out == f"no run in {tmp_path}\n"
     monkeypatch.chdir(tmp_path)
@@ -133,9 +128,7 @@ def test_a_folder_without_runs_and_none(
 
 
 @pytest.mark.parametrize("width", [30, 50, 60, 80, 100])
-def test_a_narrow_terminal_leaves_columns_out_and_says_so(
-    width: int, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_narrow_terminal_leaves_columns_out_and_says_so(width, trained, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert run("runs", trained) == 0
@@ -152,7 +145,7 @@ def test_a_narrow_terminal_leaves_columns_out_and_says_so(
     assert "hidden" not in left_out or {"started", "status"} <= set(left_out)
 
 
-def test_runs_of_an_earlier_release_have_the_defaults_of_newer_options(trained: Path, tmp_path: Path) -> None:
+def test_runs_of_an_earlier_release_have_the_defaults_of_newer_options(trained, tmp_path):
     for name in ("old", "new"):
         shutil.copytree(trained / "slow", tmp_path / name)
     config = read(tmp_path / "old/config.json")

@@ -1,7 +1,5 @@
 """``fusemlp sweep``: many models, the best of them as a run like one of ``train``."""
 
-from __future__ import annotations
-
 import json
 import math
 import shlex
@@ -10,9 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +22,7 @@ from fusemlp.training.history import History
 from make import read, rows, run
 
 
-def test_a_sweep_and_what_comes_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_and_what_comes_of_it(tmp_path, capsys):
     folder = tmp_path / "sweep"
     varied = ["--vary", "lr=0.001:0.1:log:4", "--vary", "hidden=none,8,6x4", "--vary", "seed=3:5"]
     assert run("sweep", "iris", *varied, "--epochs", "4", "--out", folder) == 0
@@ -87,9 +83,7 @@ AGAIN = {
 
 
 @pytest.mark.parametrize("options", AGAIN.values(), ids=AGAIN.keys())
-def test_the_best_is_what_train_makes_of_its_command(
-    options: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_best_is_what_train_makes_of_its_command(options, tmp_path, capsys):
     folder = tmp_path / "sweep"
     assert run("sweep", "wine", *options.split(), "--epochs", "5", "--quiet", "--out", folder, "--json") == 0
     printed = json.loads(capsys.readouterr().out)
@@ -106,7 +100,7 @@ def test_the_best_is_what_train_makes_of_its_command(
     assert printed["test"] == one["test"]
 
 
-def test_a_sample_is_some_of_all_and_always_the_same(tmp_path: Path) -> None:
+def test_a_sample_is_some_of_all_and_always_the_same(tmp_path):
     varied = ["--vary", "lr=0.001:0.1:log:30", "--vary", "seed=0:100000", "--epochs", "1", "--quiet"]
     for name in ("a", "b"):
         assert run("sweep", "iris", *varied, "--sample", "5", "--out", tmp_path / name) == 0
@@ -115,12 +109,12 @@ def test_a_sample_is_some_of_all_and_always_the_same(tmp_path: Path) -> None:
     assert [{**row, "seconds": ""} for row in one] == [{**row, "seconds": ""} for row in other]
 
 
-def member(index: int, val_loss: float, status: str = "trained") -> Member:
+def member(index, val_loss, status="trained"):
     scores = {"loss": 1.0, "val_loss": val_loss} if status == "trained" else {}
     return Member(index, {}, None, History(), status, "", scores)  # type: ignore[arg-type]
 
 
-def test_the_mean_over_seeds_decides() -> None:
+def test_the_mean_over_seeds_decides():
     points = [{"lr": lr, "seed": seed} for lr in (0.1, 0.2, 0.3, 0.4) for seed in range(3)]
     losses = [0.1, 0.9, 0.8, 0.5, 0.4, 0.45, 0.2, 0.2, math.nan, 0.01, 0.02]
     members = [member(index, loss, "trained" if loss == loss else "diverged") for index, loss in enumerate(losses)]
@@ -140,7 +134,7 @@ def test_the_mean_over_seeds_decides() -> None:
     assert [one.members[0].index for one in alone] == [0, 2, 1]
 
 
-def test_seeds_of_each_combination(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_seeds_of_each_combination(tmp_path, capsys):
     options = ["--vary", "lr=0.001:0.1:log:30", "--sample", "2", "--epochs", "2", "--quiet"]
     assert run("sweep", "wine", *options, "--seeds", "3", "--seed", "7", "--json", "--out", tmp_path / "a") == 0
     best = json.loads(capsys.readouterr().out.splitlines()[-1])["best"]
@@ -166,7 +160,7 @@ def test_seeds_of_each_combination(tmp_path: Path, capsys: pytest.CaptureFixture
     ]
 
 
-def test_seeds_alone_are_told_their_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_seeds_alone_are_told_their_mean(tmp_path, capsys):
     options = ["wine", "--vary", "seed=0:4", "--epochs", "2", "--quiet"]
     assert run("sweep", *options, "--json", "--out", tmp_path / "a") == 0
     best = json.loads(capsys.readouterr().out)["best"]
@@ -179,7 +173,7 @@ def test_seeds_alone_are_told_their_mean(tmp_path: Path, capsys: pytest.CaptureF
     assert said in capsys.readouterr().out
 
 
-def test_one_seed_is_no_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_seed_is_no_mean(tmp_path, capsys):
     options = ["wine", "--epochs", "2", "--quiet"]
     for name, more in (("a", []), ("b", ["--seeds", "1"])):
         assert run("sweep", *options, "--vary", "lr=0.01,0.02", *more, "--out", tmp_path / name) == 0
@@ -190,7 +184,7 @@ def test_one_seed_is_no_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "mean val_loss" not in capsys.readouterr().out
 
 
-def test_the_metric_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_metric_decides(tmp_path, capsys):
     options = ["--vary", "seed=0:6", "--epochs", "3", "--quiet", "--json"]
     assert run("sweep", "wine", *options, "--metric", "val_accuracy", "--out", tmp_path / "a") == 0
     best = json.loads(capsys.readouterr().out.splitlines()[-1])["best"]
@@ -206,12 +200,12 @@ def test_the_metric_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["metric"] == "loss"
 
 
-def test_the_test_rows_have_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_test_rows_have_no_say(tmp_path, monkeypatch):
     options = ["--vary", "seed=0:3", "--epochs", "2", "--early-stopping", "1", "--quiet"]
     assert run("sweep", "iris", *options, "--out", tmp_path / "a") == 0
     prepare = vary.prepared_data
 
-    def blind(given: Any) -> Any:
+    def blind(given):
         prepared = prepare(given)
         return replace(prepared, test=replace(prepared.test, X=np.full_like(prepared.test.X, np.nan)))
 
@@ -223,7 +217,7 @@ def test_the_test_rows_have_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [{**row, "seconds": ""} for row in one] == [{**row, "seconds": ""} for row in other]
 
 
-def test_models_that_diverge_are_marked_and_come_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_that_diverge_are_marked_and_come_last(tmp_path, capsys):
     options = ["--optimizer", "sgd", "--momentum", "0.9", "--epochs", "3", "--quiet"]
     assert run("sweep", "iris", *options, "--vary", "lr=1e30,0.01", "--out", tmp_path / "a") == 0
     assert "2 models: 1 trained, 1 diverged" in capsys.readouterr().out
@@ -236,7 +230,7 @@ def test_models_that_diverge_are_marked_and_come_last(tmp_path: Path, capsys: py
     assert not list((tmp_path / "b/checkpoints").iterdir())
 
 
-def test_ctrl_c_keeps_the_models_that_had_ended(tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_models_that_had_ended(tmp_path):
     folder = tmp_path / "sweep"
     code = (
         "from fusemlp import cli\n"
@@ -260,10 +254,8 @@ def test_ctrl_c_keeps_the_models_that_had_ended(tmp_path: Path) -> None:
     assert read(folder / "report.json")["final"]["val_loss"] == float(table[0]["val_loss"])
 
 
-def test_ctrl_c_before_a_model_has_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*_: Any, **__: Any) -> None:
+def test_ctrl_c_before_a_model_has_ended(tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fusemlp.fleet.fleet.Fleet.fit", interrupted)
@@ -275,9 +267,7 @@ def test_ctrl_c_before_a_model_has_ended(
     assert [path.name for path in tmp_path.rglob("*")] == ["b"]
 
 
-def test_the_best_so_far_on_a_terminal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_best_so_far_on_a_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "120")
     options = ["--vary", "lr=0.0125,0.1", "--epochs", "2", "--jobs", "1", "--out", tmp_path / "run"]
@@ -288,9 +278,7 @@ def test_the_best_so_far_on_a_terminal(
     assert "val_loss" in shown and "0.0125" in shown
 
 
-def test_quiet_and_without_matplotlib(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_quiet_and_without_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     assert run("sweep", "iris", "--vary", "seed=0:2", "--epochs", "1", "--quiet", "--out", tmp_path / "run") == 0
     shown = capsys.readouterr()
@@ -302,12 +290,12 @@ def test_quiet_and_without_matplotlib(
     assert "no plot: it needs matplotlib: pip install matplotlib" in shown.out
 
 
-def test_what_is_shown_and_written_takes_a_twentieth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_shown_and_written_takes_a_twentieth_of_the_time(monkeypatch):
     now = 100.0
-    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: now))
-    done: list[float] = []
+    monkeypatch.setattr(standings, "time", SimpleNamespace(monotonic=lambda: now))
+    done = []
 
-    def action() -> None:
+    def action():
         nonlocal now
         done.append(now)
         now += 2.0
@@ -379,13 +367,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("arguments", "words"), WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_call_says_what_is_wrong_and_leaves_nothing(
-    arguments: list[str] | None,
-    words: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_wrong_call_says_what_is_wrong_and_leaves_nothing(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run("sweep", *(["iris", *arguments] if arguments is not None else [])) == 2
     shown = capsys.readouterr()
@@ -394,7 +376,7 @@ def test_a_wrong_call_says_what_is_wrong_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_out_must_be_new_or_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_must_be_new_or_empty(tmp_path, capsys):
     (tmp_path / "file").touch()
     for out, words in ((tmp_path, "is not empty"), (tmp_path / "file", "is a file")):
         assert run("sweep", "iris", "--vary", "seed=0:2", "--out", out) == 2
@@ -402,7 +384,7 @@ def test_out_must_be_new_or_empty(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert capsys.readouterr().err.endswith(f"{words}; give a new or empty folder{going_on}\n")
 
 
-def test_help_has_the_syntax_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_the_syntax_and_examples(capsys):
     assert run("sweep", "--help") == 0
     shown = capsys.readouterr().out
     assert "fusemlp sweep digits --vary lr=0.001:0.1:log:16 --vary hidden=32,64" in shown

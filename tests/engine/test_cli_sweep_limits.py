@@ -1,25 +1,18 @@
 """``fusemlp sweep`` with a narrow terminal, little memory, few rows."""
 
-from __future__ import annotations
-
 import re
 import sys
 import weakref
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fusemlp import Engine
-from fusemlp.cli import sweep
-from fusemlp.fleet import candidates as module
+from fusemlp.cli import standings
+from fusemlp.fleet import memory as module
 from fusemlp.fleet.candidates import Candidate
 from make import rows, run
 
 
-def test_a_narrow_terminal_has_fewer_columns_and_whole_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_narrow_terminal_has_fewer_columns_and_whole_words(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "54")
     monkeypatch.setattr(sweep.Seldom, "do", lambda self, action: action())
@@ -33,16 +26,14 @@ def test_a_narrow_terminal_has_fewer_columns_and_whole_words(
     assert header == ["model", "lr", "hidden", "val_loss", "epochs"]
 
 
-def test_a_sweep_larger_than_memory_is_never_built_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_sweep_larger_than_memory_is_never_built_at_once(tmp_path, monkeypatch, caplog):
     # of half of it 300 models of 35 parameters keep 1.9 MB when they have ended, and 40 engines of 21.5 kB find room
     monkeypatch.setattr(module, "available_memory", lambda: 5_500_000)
-    alive: weakref.WeakSet[Engine] = weakref.WeakSet()
+    alive = weakref.WeakSet()
     most = 0
     build = Candidate.engine
 
-    def built(self: Candidate, machine: Any) -> Engine:
+    def built(self, machine):
         nonlocal most
         engine = build(self, machine)
         alive.add(engine)
@@ -58,7 +49,7 @@ def test_a_sweep_larger_than_memory_is_never_built_at_once(
     assert most < 50
 
 
-def test_layers_larger_than_memory_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_layers_larger_than_memory_are_one_line(tmp_path, capsys):
     assert run("sweep", "iris", "--vary", f"hidden={10**14}", "--out", tmp_path / "run") == 1
     shown = capsys.readouterr().err
     assert shown.startswith("error: there is not enough memory: ") and shown.count("\n") == 1
@@ -74,7 +65,7 @@ def test_layers_larger_than_memory_are_one_line(tmp_path: Path, capsys: pytest.C
         (12, "error: --validation-fraction: 0.1 of 9 rows leaves"),
     ],
 )
-def test_tables_of_a_few_rows(count: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_of_a_few_rows(count, words, tmp_path, capsys):
     lines = [f"{index},{'xy'[index % 2]}" for index in range(count)]
     table = tmp_path / "table.csv"
     table.write_text("\n".join(["a,label", *lines]) + "\n")
@@ -84,9 +75,7 @@ def test_tables_of_a_few_rows(count: int, words: str, tmp_path: Path, capsys: py
 
 @pytest.mark.parametrize("command", [("train",), ("train", "--models", "1"), ("sweep", "--vary", "seed=0:2")])
 @pytest.mark.parametrize(("value", "shown"), [("5", "5"), ("yes", "'yes'")])
-def test_a_constant_target(
-    value: str, shown: str, command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_constant_target(value, shown, command, tmp_path, capsys):
     table = tmp_path / "table.csv"
     table.write_text("\n".join(["a,label", *(f"{index / 7},{value}" for index in range(250))]) + "\n")
     name, *options = command
@@ -98,7 +87,7 @@ def test_a_constant_target(
     assert not (tmp_path / "run").exists()
 
 
-def test_other_data_may_have_one_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_data_may_have_one_class(tmp_path, capsys):
     table, other = tmp_path / "table.csv", tmp_path / "other.csv"
     table.write_text("\n".join(["a,label", *(f"{index},{'xy'[index % 2]}" for index in range(30))]) + "\n")
     other.write_text("a,label\n1,x\n2,x\n")
@@ -116,9 +105,7 @@ def test_other_data_may_have_one_class(tmp_path: Path, capsys: pytest.CaptureFix
         (("--batch-size", "0"), "error: --batch-size: expected a whole number of at least 1, got 0"),
     ],
 )
-def test_what_is_wrong_in_all_models_names_its_option(
-    option: tuple[str, str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_wrong_in_all_models_names_its_option(option, words, tmp_path, capsys):
     table = tmp_path / "table.csv"
     table.write_text("\n".join(["a,label", *(f"{index / 7},{'xy'[index % 2]}" for index in range(250))]) + "\n")
     assert run("train", table, "--target", "label", *option, "--out", tmp_path / "run") == 2

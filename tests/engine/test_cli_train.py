@@ -1,7 +1,5 @@
 """``fusemlp train`` from the command to the run folder: results, interruption, divergence, resuming."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import os
@@ -12,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,13 +26,13 @@ from fusemlp.tables.training import fit_arguments, new_engine
 from make import read, rows, run
 
 
-def same_tensors(first: Path, second: Path) -> bool:
+def same_tensors(first, second):
     """Return whether two checkpoints hold bitwise the same arrays."""
     a, b = load_file(first), load_file(second)
     return a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
 
 
-def test_digits_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_digits_as_typed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run("train", "digits") == 0
     shown = capsys.readouterr()
@@ -61,14 +58,14 @@ def test_digits_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     )
 
 
-def test_the_classic_tutorial_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_classic_tutorial_as_typed(tmp_path, capsys):
     typed = "train mnist5k --hidden 10 --loss mse --optimizer sgd --lr 0.01 --batch-size 32 --epochs 100"
     assert run(*typed.split(), "--out", tmp_path / "run", "--json") == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["test"]["accuracy"] >= 0.6
     assert read(tmp_path / "run/config.json")["network"]["sizes"] == [784, 10, 10]
 
 
-def test_what_a_run_folder_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_run_folder_holds(tmp_path, capsys):
     folder = tmp_path / "run"
     assert run("train", "iris", "--epochs", "4", "--hidden", "8,5", "--seed", "3", "--out", folder, "--json") == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -107,7 +104,7 @@ def test_what_a_run_folder_holds(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert load_checkpoint(folder / "checkpoints/model.safetensors").network.sizes == (4, 8, 5, 3)
 
 
-def test_the_best_checkpoint_is_of_the_best_epoch(tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_of_the_best_epoch(tmp_path):
     options = ["--epochs", "40", "--lr", "0.02", "--quiet"]
     for every in ("1", "7"):
         folder = tmp_path / every
@@ -119,7 +116,7 @@ def test_the_best_checkpoint_is_of_the_best_epoch(tmp_path: Path) -> None:
         assert load_checkpoint(folder / "checkpoints/last.safetensors").epochs_trained == 40
 
 
-def test_early_stopping_keeps_the_best_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_early_stopping_keeps_the_best_weights(tmp_path, capsys):
     folder = tmp_path / "run"
     options = ["--epochs", "500", "--early-stopping", "3", "--lr", "0.05", "--quiet"]
     assert run("train", "wine", *options, "--out", folder) == 0
@@ -134,7 +131,7 @@ def test_early_stopping_keeps_the_best_weights(tmp_path: Path, capsys: pytest.Ca
     assert "the run has ended" in capsys.readouterr().err
 
 
-def test_the_same_options_give_the_same_run(tmp_path: Path) -> None:
+def test_the_same_options_give_the_same_run(tmp_path):
     for name in ("a", "b"):
         assert run("train", "iris", "--epochs", "3", "--dropout", "0.2", "--quiet", "--out", tmp_path / name) == 0
     assert same_tensors(tmp_path / "a/checkpoints/model.safetensors", tmp_path / "b/checkpoints/model.safetensors")
@@ -155,9 +152,7 @@ EVERYTHING = (
 )
 
 
-def test_a_resumed_run_ends_bitwise_as_one_that_never_stopped(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_resumed_run_ends_bitwise_as_one_that_never_stopped(tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(*EVERYTHING.split(), "--epochs", "9", "--out", whole) == 0
     # A run of nine epochs, killed in its sixth: checkpoint of the fourth, an extra row, a partial row.
@@ -172,7 +167,7 @@ def test_a_resumed_run_ends_bitwise_as_one_that_never_stopped(
     assert "has done its 9 epochs; give it more: --epochs 18" in capsys.readouterr().err
 
 
-def _cut_back(folder: Path, *, epochs: int, rows: int) -> None:
+def _cut_back(folder, *, epochs, rows):
     """Reduce a finished run to the state after a kill: an earlier checkpoint, later rows, half a row."""
     lines = (folder / "metrics.csv").read_bytes().splitlines(keepends=True)
     for name in ("report.json", "curves.png", "metrics.csv"):
@@ -184,7 +179,7 @@ def _cut_back(folder: Path, *, epochs: int, rows: int) -> None:
     prepared = prepared_data(options)
 
     class Stop(Recorder):
-        def on_epoch_end(self, engine: Engine, epoch: int, logs: dict[str, float]) -> None:
+        def on_epoch_end(self, engine, epoch, logs):
             super().on_epoch_end(engine, epoch, logs)
             engine.stop_training = epoch + 1 == epochs
 
@@ -196,7 +191,7 @@ def _cut_back(folder: Path, *, epochs: int, rows: int) -> None:
     (folder / "metrics.csv").write_bytes(b"".join(lines[: rows + 1]) + lines[rows + 1][:7])
 
 
-def test_epochs_can_be_raised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_epochs_can_be_raised(tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run("train", "iris", "--epochs", "6", "--quiet", "--out", whole) == 0
     assert run("train", "iris", "--epochs", "2", "--quiet", "--out", parts) == 0
@@ -208,7 +203,7 @@ def test_epochs_can_be_raised(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert same_tensors(whole / "checkpoints/model.safetensors", parts / "checkpoints/model.safetensors")
 
 
-def test_a_run_without_a_checkpoint_begins_anew(tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         assert run("train", "iris", "--epochs", "2", "--quiet", "--out", folder) == 0
@@ -219,17 +214,15 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["train", "sweep"])
-def test_a_run_that_trains_is_not_resumed(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_trains_is_not_resumed(name, tmp_path, monkeypatch, capsys):
     folder, codes = tmp_path / "run", list[int]()
-    module: Any = importlib.import_module(f"fusemlp.cli.{name}")
+    module = importlib.import_module(f"fusemlp.cli.{name}")
     real = module.finish
 
-    def contents() -> dict[Path, bytes]:
+    def contents():
         return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-    def finish(*given: Any, **named: Any) -> Any:
+    def finish(*given, **named):
         before = contents()
         codes.append(run(name, "--resume", folder))
         assert contents() == before
@@ -246,14 +239,12 @@ def test_a_run_that_trains_is_not_resumed(
 
 
 @pytest.mark.parametrize("name", ["train", "sweep"])
-def test_a_default_folder_that_another_process_makes_first(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_default_folder_that_another_process_makes_first(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    module: Any = importlib.import_module(f"fusemlp.cli.{'session' if name == 'train' else name}")
+    module = importlib.import_module(f"fusemlp.cli.{'session' if name == 'train' else name}")
     real, chosen = module.choose_folder, list[Path]()
 
-    def choose_folder(*given: Any) -> Path:
+    def choose_folder(*given):
         chosen.append(real(*given))
         (chosen[0] / "checkpoints").mkdir(parents=True)
         return chosen[0]
@@ -265,7 +256,7 @@ def test_a_default_folder_that_another_process_makes_first(
     assert (tmp_path / f"{chosen[0]}-2" / "report.json").exists()
 
 
-def test_other_data_cannot_be_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_data_cannot_be_gone_on_with(tmp_path, capsys):
     generator = np.random.default_rng(0)
     X, y = generator.normal(size=(60, 3)), generator.integers(0, 2, 60)
     data = tmp_path / "data.npz"
@@ -280,7 +271,7 @@ def test_other_data_cannot_be_gone_on_with(tmp_path: Path, capsys: pytest.Captur
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     folder = tmp_path / "run"
     options = ["--optimizer", "sgd", "--lr", "10", "--loss", "mse", "--scale", "none", "--epochs", "50", "--quiet"]
     assert run("train", "wine", *options, "--out", folder) == 1
@@ -298,7 +289,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, capsys: pytest.
     assert "diverged, and would again" in capsys.readouterr().err
 
 
-def test_dead_units_are_said_with_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dead_units_are_said_with_the_remedy(tmp_path, capsys):
     # the first large step drives most units below zero for every row
     options = ["--lr", "30", "--clip-norm", "1e3", "--epochs", "3", "--early-stopping", "0", "--seed", "1", "--quiet"]
     assert run("train", "iris", *options, "--out", tmp_path / "run") == 0
@@ -309,9 +300,7 @@ def test_dead_units_are_said_with_the_remedy(tmp_path: Path, capsys: pytest.Capt
     assert "leaky_relu" in shown
 
 
-def test_no_plot_without_matplotlib(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_plot_without_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     assert run("train", "iris", "--epochs", "1", "--quiet", "--out", tmp_path / "run") == 0
     assert "no plot: it needs matplotlib: pip install matplotlib" in capsys.readouterr().out
@@ -319,7 +308,7 @@ def test_no_plot_without_matplotlib(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGINT is sent to a process group of POSIX")
-def test_ctrl_c_ends_cleanly_and_keeps_the_model(tmp_path: Path) -> None:
+def test_ctrl_c_ends_cleanly_and_keeps_the_model(tmp_path):
     folder = tmp_path / "run"
     # Far more epochs than fit before the interruption.
     command = [sys.executable, "-m", "fusemlp", "train", "iris", "--epochs", "1000000", "--out", str(folder)]
@@ -346,7 +335,7 @@ def test_ctrl_c_ends_cleanly_and_keeps_the_model(tmp_path: Path) -> None:
     assert last.update_count == model.update_count
 
 
-def test_the_bar_is_redrawn_at_most_ten_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_is_redrawn_at_most_ten_times_a_second(monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     logs = dict.fromkeys(("loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"), 0.123456)
     bar, epochs = ProgressBar(), 20_000
@@ -362,14 +351,12 @@ def test_the_bar_is_redrawn_at_most_ten_times_a_second(monkeypatch: pytest.Monke
     assert seconds / epochs < 40e-6
 
 
-def test_quiet_shows_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_shows_nothing(tmp_path, capsys):
     assert run("train", "iris", "--epochs", "60", "--lr", "0.01", "--quiet", "--out", tmp_path / "run") == 0
     assert capsys.readouterr().err == ""
 
 
-def test_the_bar_on_a_terminal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert run("train", "iris", "--epochs", "2", "--out", tmp_path / "run") == 0
     shown = capsys.readouterr()
@@ -381,7 +368,7 @@ def test_the_bar_on_a_terminal(
     ("given", "expected"),
     [({}, CLASS_DECAY), ({"weight_decay": 0.0}, 0.0), ({"optimizer": "sgd"}, 0.0), ({"task": "regression"}, 0.0)],
 )
-def test_classes_of_a_table_decay(tmp_path: Path, given: dict[str, Any], expected: float) -> None:
+def test_classes_of_a_table_decay(tmp_path, given, expected):
     file = tmp_path / "table.csv"
     file.write_text("a,b,y\n" + "".join(f"{i % 7},{i % 5},{i % 3}\n" for i in range(60)))
     run = tmp_path / "run"

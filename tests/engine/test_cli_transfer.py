@@ -1,10 +1,6 @@
 """``fusemlp train --from RUN``: a run that starts from another one."""
 
-from __future__ import annotations
-
 import shutil
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +13,7 @@ from make import read, rows, run
 FEW = 60
 
 
-def table(path: Path, count: int, seed: int, *, gap: float = 0.0, target: str = "price", more: str = "") -> Path:
+def table(path, count, seed, *, gap=0.0, target="price", more=""):
     """Write five numbers, a word, and a target that depends on them in a way that takes many rows to learn."""
     random, same = np.random.default_rng(seed), np.random.default_rng(42)
     numbers, zones = random.normal(size=(count, 5)), random.integers(0, 3, count)
@@ -32,7 +28,7 @@ def table(path: Path, count: int, seed: int, *, gap: float = 0.0, target: str = 
 
 
 @pytest.fixture(scope="module")
-def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def big(tmp_path_factory):
     """The run of a large table: one model of 32 units, whose numbers are not cut into pieces."""
     folder = tmp_path_factory.mktemp("transfer")
     data = table(folder / "big.csv", 1500, 0)
@@ -42,11 +38,11 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Path:
+def small(tmp_path):
     return table(tmp_path / "small.csv", FEW, 1, gap=0.05)
 
 
-def test_transfer_to_few_rows_beats_a_training_from_scratch(big: Path, small: Path, tmp_path: Path) -> None:
+def test_transfer_to_few_rows_beats_a_training_from_scratch(big, small, tmp_path):
     test = table(tmp_path / "test.csv", 500, 2, gap=0.05)
     errors = []
     for name, options in (("scratch", ()), ("from", ("--from", big))):
@@ -59,9 +55,7 @@ def test_transfer_to_few_rows_beats_a_training_from_scratch(big: Path, small: Pa
     assert errors[1] < 0.6 * errors[0]
 
 
-def test_a_run_takes_over_preparation_layers_and_head(
-    big: Path, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_takes_over_preparation_layers_and_head(big, small, tmp_path, capsys):
     out = tmp_path / "run"
     options = ("--from", big, "--freeze", "1", "--layer-decay", "0.5", "--probe", "3", "--epochs", "4")
     assert run("train", small, *options, "--out", out) == 0
@@ -85,7 +79,7 @@ def test_a_run_takes_over_preparation_layers_and_head(
 
 
 @pytest.mark.parametrize("models", ["1", "2"])
-def test_all_commands_take_such_a_run_without_its_source(big: Path, small: Path, tmp_path: Path, models: str) -> None:
+def test_all_commands_take_such_a_run_without_its_source(big, small, tmp_path, models):
     source = tmp_path / "source"
     shutil.copytree(big, source)
     options = ("--from", source, "--models", models, "--probe", "2", "--final-fit", "--freeze", "1", "--quiet")
@@ -116,9 +110,7 @@ def test_all_commands_take_such_a_run_without_its_source(big: Path, small: Path,
         ("price", ("--task", "classification"), "the target there is of a regression", None),
     ],
 )
-def test_another_target_gets_a_new_output_layer(
-    big: Path, tmp_path: Path, target: str, options: tuple[str, ...], reason: str, sizes: list[int] | None
-) -> None:
+def test_another_target_gets_a_new_output_layer(big, tmp_path, target, options, reason, sizes):
     data = table(tmp_path / "data.csv", FEW, 1, target=target)
     if sizes is None:
         lines = data.read_text().splitlines()
@@ -138,7 +130,7 @@ def test_another_target_gets_a_new_output_layer(
     assert run("evaluate", tmp_path / "run") == 0
 
 
-def test_the_same_classes_keep_their_output_layer(tmp_path: Path) -> None:
+def test_the_same_classes_keep_their_output_layer(tmp_path):
     quick = ("--models", "1", "--epochs", "1", "--quiet")
     data = table(tmp_path / "data.csv", FEW, 1, target="level")
     assert run("train", data, "--target", "level", *quick, "--out", tmp_path / "a") == 0
@@ -149,7 +141,7 @@ def test_the_same_classes_keep_their_output_layer(tmp_path: Path) -> None:
     assert all(np.array_equal(array, states[1][name]) for name, array in states[0].items())
 
 
-def test_the_loss_of_the_same_target_is_taken_over(small: Path, tmp_path: Path) -> None:
+def test_the_loss_of_the_same_target_is_taken_over(small, tmp_path):
     loss = ("--loss", "huber", "--delta", "0.5", "--models", "1", "--epochs", "2", "--quiet")
     assert run("train", small, "--target", "price", *loss, "--out", tmp_path / "huber") == 0
     assert run("train", small, "--from", tmp_path / "huber", "--epochs", "1", "--out", tmp_path / "run") == 0
@@ -158,7 +150,7 @@ def test_the_loss_of_the_same_target_is_taken_over(small: Path, tmp_path: Path) 
     assert config["from"]["new_output_layer"] is None
 
 
-def test_columns_that_lack_or_are_new_are_told(big: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_columns_that_lack_or_are_new_are_told(big, tmp_path, capsys):
     data = table(tmp_path / "more.csv", FEW, 1, more="colour")
     assert run("train", data, "--from", big, "--models", "1", "--epochs", "1", "--out", tmp_path / "run") == 0
     assert f"columns that {big} did not have, ignored: 'colour'" in capsys.readouterr().err
@@ -169,9 +161,7 @@ def test_columns_that_lack_or_are_new_are_told(big: Path, tmp_path: Path, capsys
     assert not (tmp_path / "none").exists()
 
 
-def test_options_that_make_no_sense_are_refused_by_name(
-    big: Path, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_that_make_no_sense_are_refused_by_name(big, small, tmp_path, capsys):
     for words, message in (
         (("--hidden", "8"), "--hidden: the run of --from decides it"),
         (("--activation", "gelu"), "--activation: the run of --from decides it"),
@@ -199,9 +189,7 @@ def test_options_that_make_no_sense_are_refused_by_name(
     assert "--from: a resumed run keeps its own" in capsys.readouterr().err
 
 
-def test_test_rows_that_trained_the_source_are_told(
-    big: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_test_rows_that_trained_the_source_are_told(big, tmp_path, capsys):
     data, options = big.parent / "big.csv", ("--from", big, "--models", "1", "--epochs", "1")
     assert run("train", data, *options, "--seed", "1", "--out", tmp_path / "other") == 0
     assert f"of 300 test rows are training rows of {big}, so the test scores flatter" in capsys.readouterr().err
@@ -210,7 +198,7 @@ def test_test_rows_that_trained_the_source_are_told(
     assert "flatter" not in capsys.readouterr().err
 
 
-def test_a_model_of_five_digits_learns_the_other_five(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_of_five_digits_learns_the_other_five(tmp_path, capsys):
     X, y = load_digits(return_X_y=True)
     for name, chosen in (("first", y < 5), ("second", y >= 5)):
         np.savez(tmp_path / f"{name}.npz", X=X[chosen], y=y[chosen])
@@ -230,17 +218,15 @@ def test_a_model_of_five_digits_learns_the_other_five(tmp_path: Path, capsys: py
     assert "has 4 features a row, the network was trained on 64" in capsys.readouterr().err
 
 
-def test_a_source_of_prelu_trains_one_model(small: Path, tmp_path: Path) -> None:
-    options: tuple[Any, ...] = ("--activation", "prelu", "--hidden", "8", "--epochs", "2", "--quiet")
+def test_a_source_of_prelu_trains_one_model(small, tmp_path):
+    options = ("--activation", "prelu", "--hidden", "8", "--epochs", "2", "--quiet")
     assert run("train", small, "--target", "price", *options, "--out", tmp_path / "a") == 0
     assert run("train", small, "--from", tmp_path / "a", "--epochs", "2", "--quiet", "--out", tmp_path / "b") == 0
     assert "models" not in read(tmp_path / "b" / "report.json")
 
 
-def test_a_source_without_hidden_layers_gives_its_output_layer_alone(
-    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options: tuple[Any, ...] = ("--hidden", "none", "--epochs", "2", "--quiet")
+def test_a_source_without_hidden_layers_gives_its_output_layer_alone(small, tmp_path, capsys):
+    options = ("--hidden", "none", "--epochs", "2", "--quiet")
     assert run("train", small, "--target", "price", *options, "--out", tmp_path / "a") == 0
     again = ("--from", tmp_path / "a", "--epochs", "1", "--quiet", "--out", tmp_path / "b")
     assert run("train", small, *again) == 0
@@ -251,6 +237,6 @@ def test_a_source_without_hidden_layers_gives_its_output_layer_alone(
     assert "--probe: " in capsys.readouterr().err
 
 
-def test_defaults_start_nowhere() -> None:
+def test_defaults_start_nowhere():
     options = TrainOptions()
     assert (options.transfer_from, options.freeze, options.probe, options.layer_decay) == (None, 0, 0, 1.0)

@@ -1,7 +1,5 @@
 """The command line on the Triton backend, under its interpreter."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
