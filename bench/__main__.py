@@ -15,7 +15,7 @@ from typing import Any
 from bench.cases import CASES, QUICK, Case
 from bench.hardware import card
 from bench.measure import ABSENT, FAILED, REFUSED, TURN_SECONDS, measure, started
-from bench.options import COMMANDS, parser
+from bench.options import COMMANDS, ENDED, LAST, parser
 from bench.peers import PEERS, absent, unsuited
 from bench.report import (
     absences,
@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given and given[0] in COMMANDS:
         return int(importlib.import_module(f"bench.{given[0]}").main(given[1:]))
     made = parser()
+    if given and given[0] in ENDED:
+        made.error(f"{given[0]}: this study has ended; bench/README.md has its figures, commit {LAST} its script")
     if given and not given[0].startswith("-"):
         made.error(str(unknown_name("command", given[0], COMMANDS)))
     options = made.parse_args(given)

@@ -1,4 +1,4 @@
-"""Options, lines and table of ``torch_door`` and ``sklearn_door``; ``fleet_search`` has a table of its own."""
+"""Options, lines and table of ``torch_door`` and ``sklearn_door``."""
 
 from __future__ import annotations
 
@@ -72,7 +72,6 @@ def finish(
     packages: Sequence[str],
     lines: Iterable[Record],
     out: Path | None,
-    show: Callable[[Sequence[Record]], str] = table,
     **shared: Any,
 ) -> None:
     """Write the lines with ``shared``, machine, versions and settings; print the table."""
@@ -81,7 +80,7 @@ def finish(
     full = [{"door": door, **shared, **one, **common} for one in lines]
     path = out or RESULTS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{door.replace('_', '-')}.jsonl"
     write(full, path)
-    print(show(full))
+    print(table(full))
     print(f"bench: figures in {path}", file=sys.stderr)
 
 

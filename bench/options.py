@@ -17,19 +17,16 @@ COMMANDS = {
     "readme": "write the tables of the README pages from committed results, or check them",
     "sklearn_door": "time a fit of scikit-learn's estimators and of fusemlp's",
     "torch_door": "time a training step of eager PyTorch and the fused one",
-    "trust": "time adversarial and private steps, and integrated gradients, beside torch's libraries",
-    "fleet_search": "time a grid search: fusemlp, scikit-learn and JAX",
     "tables": "score fusemlp train with its defaults on real tables, beside scikit-learn's models",
-    "examples": "score privacy, robustness, transfer and explanations on digits",
-    "time_to_result": "time from arrays to an accuracy, imports and compilation included",
-    "scale": "time training by several processes beside torch's DistributedDataParallel",
     "roofline": "compare each call of a step with the limits of the hardware",
     "kernels": "compare each kernel with the vendor's product and the unfused sequence",
     "overhead": "measure the cost of a step, an epoch and an import without the work; memory",
     "host": "measure the host's work for a GPU, without one",
-    "table_memory": "measure the peak memory of fusemlp train on long tables",
     "tune": "measure the tiles of the Triton kernels on a card",
 }
+# Studies that have ended: the page keeps their figures, and this commit has their scripts.
+ENDED = ("trust", "fleet_search", "examples", "time_to_result", "scale", "table_memory")
+LAST = "fe76c384"
 EXAMPLES = f"""\
 examples:
   python -m bench --quick                       five networks, three rounds: under two minutes

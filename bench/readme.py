@@ -153,9 +153,7 @@ def section(path: Path, choice: str = "") -> str:
         module = importlib.import_module(f"bench.{lines[0]['study']}")
         return f"{module.text(lines)}\n\n{study.caption(lines[0])}"
     if "door" in lines[0]:
-        from bench import fleet_search
-
-        return fleet_search.table(lines) if lines[0]["door"] == fleet_search.DOOR else doors.table(lines)
+        return doors.table(lines)
     if busy_of(lines) or any(line.get("card") for line in lines):
         return markdown(lines)
     timed = measured_on_cards()

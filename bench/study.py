@@ -53,11 +53,6 @@ def count(text: str) -> int:
     return int(text)
 
 
-def counts(text: str) -> list[int]:
-    """Parse whole numbers between commas."""
-    return [count(part.strip()) for part in text.split(",")]
-
-
 def network(text: str) -> Case:
     """Parse a case written as widths@batch, such as 784-128-10@64; it has two steps an epoch."""
     widths, _, batch = text.partition("@")

@@ -11,10 +11,9 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
-sys.path.append(str(Path(__file__).parents[1] / "ci"))
+sys.path += [str(Path(__file__).parents[1] / "ci"), str(Path(__file__).parents[1])]
 
 COUNTED = "line: "
-
 
 # Under nohup and in background jobs Ctrl-C is ignored: by this process, and by those that it starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -15,20 +15,12 @@ from subprocess import PIPE
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from bench import busy, cases, measure, peers, report, worker
 from bench.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = cases.Case((12, 8, 6, 4), batch_size=8, steps=6)
 FLEET = cases.Case((12, 8, 4), batch_size=8, steps=6, optimizer="adam", learning_rate=1e-3, models=2)
-
-
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "bench", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
 
 
 def test_data_are_a_function_of_the_case_and_hold_every_class():
@@ -137,21 +129,19 @@ def test_a_measurement_ends_in_a_full_report(tmp_path, monkeypatch, capsys):
     assert main([*asked, "--resume", "--out", str(path)]) == 1
 
 
-def test_json_is_one_object(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(cases.CASES, TINY.name, TINY)
-    path = tmp_path / "figures.jsonl"
-    asked = ["--case", TINY.name, "--peer", "engine", "--repeats", "1", "--quick", "--out", str(path), "--no-plots"]
-    assert main([*asked, "--json", "--device", "cpu"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["file"] == str(path)
-    assert [line["peer"] for line in found["lines"]] == ["engine"]
-
-
 def run_of(tmp_path, *arguments):
     path = tmp_path / "figures.jsonl"
     asked = ["--case", TINY.name, "--peer", "engine", "--repeats", "1", "--quick", "--out", str(path), "--no-plots"]
     code = main([*asked, "--device", "cpu", *arguments])
-    return code, report.read(path)
+    return code, path, report.read(path)
+
+
+def test_json_is_one_object(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(cases.CASES, TINY.name, TINY)
+    code, path, _ = run_of(tmp_path, "--json")
+    printed = json.loads(capsys.readouterr().out)
+    assert (code, printed["file"]) == (0, str(path))
+    assert [line["peer"] for line in printed["lines"]] == ["engine"]
 
 
 def test_processes_spin_during_turns_and_are_reported(tmp_path, monkeypatch, capsys):
@@ -172,7 +162,7 @@ def test_processes_spin_during_turns_and_are_reported(tmp_path, monkeypatch, cap
     original = worker.Worker.ask
     monkeypatch.setattr(measure, "spinning", recorded)
     monkeypatch.setattr(worker.Worker, "ask", ask)
-    code, lines = run_of(tmp_path, "--busy", "2")
+    code, _, lines = run_of(tmp_path, "--busy", "2")
     printed = capsys.readouterr()
     assert code == 0
     assert {method: len(spun) for method, spun in asked} == {
@@ -184,7 +174,7 @@ def test_processes_spin_during_turns_and_are_reported(tmp_path, monkeypatch, cap
     assert "Each turn ran beside 2 spinning processes. " in printed.out
     assert "To repeat: `python -m bench --busy 2`." in printed.out
 
-    code, after = run_of(tmp_path)
+    code, _, after = run_of(tmp_path)
     assert code == 2 and after == lines
     message = capsys.readouterr().err
     assert "it holds figures measured beside 2 spinning processes, and these are measured with nothing" in message
@@ -260,37 +250,27 @@ def test_what_is_not_installed_is_named_with_the_remedy(monkeypatch, capsys):
         (["--peer", "engine,torch_eagre"], "did you mean 'torch_eager'?"),
         (["--case", "784-10-10@33"], "did you mean '784-10-10@32'?"),
         (["comprae", "a", "b"], "did you mean 'compare'?"),
+        (["scale", "--ranks", "2"], "scale: this study has ended; bench/README.md has its figures"),
         (["--repeats", "0"], "a whole number of at least 1, got '0'"),
         (["--busy", "-1"], "a whole number of at least 1, got '-1'"),
-    ],
-)
-def test_what_it_does_not_know_is_answered_with_the_nearest(arguments, said, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments)
-    assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
         (["--case", "1024-1024-1024-1024-1024@4096:bf16", "--device", "cpu"], "it is for a GPU only"),
         (["--case", "784-10-10@32", "--peer", "fleet", "--device", "cpu"], "fleet: trains many models at once"),
         (["--markdown", "no/such/file.jsonl"], "no/such/file.jsonl"),
         (["--resume"], "--resume: it continues a file; name it with --out"),
     ],
 )
-def test_what_cannot_be_measured_is_said(arguments, said, capsys):
-    assert main(arguments) == 2
+def test_what_it_cannot_measure_is_said(arguments, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        sys.exit(main(arguments))
     assert said in capsys.readouterr().err
 
 
-def test_the_command_explains_itself_and_lists_what_there_is():
-    shown = run("--help")
-    assert shown.returncode == 0
-    for option in ("--case", "--peer", "--quick", "--busy", "--repeats", "--out", "--json", "--markdown"):
-        assert option in shown.stdout
-    assert "examples:" in shown.stdout
-    listed = run("--list")
-    assert listed.returncode == 0
-    for name in (*cases.CASES, *peers.PEERS):
-        assert f"  {name} " in listed.stdout
+def test_the_command_explains_itself_and_lists_what_there_is(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    options = ("--case", "--peer", "--quick", "--busy", "--repeats", "--out", "--json", "--markdown", "examples:")
+    assert all(option in shown for option in options)
+    assert main(["--list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in (*cases.CASES, *peers.PEERS))

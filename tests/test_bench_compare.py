@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from bench import compare, doors, plots, readme, report
 from bench.cases import CASES
 
@@ -21,6 +19,13 @@ NETWORKS = ("784-10-10@32", "784-128-10@128")
 FLEETS = ("64-32-10@32:adam:x1", "64-32-10@32:adam:x8", "64-32-10@32:adam:x64")
 PEERS = {"engine": 1.0, "engine_numpy_eager": 1.5, "torch_eager": 6.0, "jax_scan": 1.2}
 FLEET_PEERS = {"fleet": 1.0, "jax_vmap": 1.4, "sklearn_loop": 14.0}
+
+SAME = {
+    **{"status": "timed", "reason": "", "difference_of_tolerance": 0.1, "plan": "", "variables": {}, "card": None},
+    **{"date": "2026-01-01T00:00:00+00:00", "commit": "0123456789ab", "openblas_variables_unset": {}},
+    **{"thread_pools": {"engine": []}, "versions": {"fusemlp": "1", "torch": "2", "jax": "3", "sklearn": "4"}},
+    "machine": {"cpu": "some processor", "cores": 2, "memory_gib": 8.0, "system": "Linux x86_64"},
+}
 
 
 def lines(seed, *, own=1.0, machine=1.0, rounds=11, noise=0.02):
@@ -37,23 +42,13 @@ def lines(seed, *, own=1.0, machine=1.0, rounds=11, noise=0.02):
             reference = every if reference is None else reference
             ratio, spread = np.percentile(every / reference, [20, 50, 80]), np.percentile(every, [20, 50, 80])
             found.append(
-                {
-                    **{"case": name, "sizes": list(case.sizes), "batch_size": case.batch_size},
-                    **{
-                        "optimizer": case.optimizer,
-                        "models": case.models,
-                        "flops": case.flops,
-                        "peer": peer,
-                        "label": peer.upper(),
-                    },
-                    **{"status": "timed", "reason": "", "rounds": rounds, "every_round": list(every)},
+                vars(case)
+                | SAME
+                | {
+                    **{"case": name, "flops": case.flops, "peer": peer, "label": peer.upper()},
+                    **{"rounds": rounds, "every_round": list(every), "first_epoch_seconds": 0.1 * factor},
                     "microseconds": dict(zip(("p20", "p50", "p80"), spread, strict=True)),
                     "ratio": dict(zip(("p20", "p50", "p80"), ratio, strict=True)),
-                    **{"difference_of_tolerance": 0.1, "first_epoch_seconds": 0.1 * factor, "plan": ""},
-                    **{"versions": {"fusemlp": "1", "torch": "2", "jax": "3", "sklearn": "4"}, "variables": {}},
-                    "machine": {"cpu": "some processor", "cores": 2, "memory_gib": 8.0, "system": "Linux x86_64"},
-                    **{"card": None, "date": "2026-01-01T00:00:00+00:00", "commit": "0123456789ab"},
-                    **{"thread_pools": {"engine": []}, "openblas_variables_unset": {}},
                 }
             )
     return found
@@ -112,13 +107,11 @@ def test_the_exit_code_says_whether_something_became_slower(tmp_path, capsys):
 
 def spun(seed, busy):
     """Return the lines of a run beside spinning processes."""
-    return [{**line, "busy": busy} for line in lines(seed, machine=2.0)]
+    return [{**line, "busy": busy} for line in lines(seed, machine=2.0)] if busy else lines(seed)
 
 
 def test_runs_beside_other_numbers_of_processes_are_not_compared(tmp_path, capsys):
-    quiet, one, two = (
-        written(tmp_path / f"{busy}.jsonl", found) for busy, found in ((0, lines(0)), (1, spun(1, 1)), (2, spun(2, 2)))
-    )
+    quiet, one, two = (written(tmp_path / f"{busy}.jsonl", spun(busy, busy)) for busy in range(3))
     assert compare.main([one, one]) == 0
     for pair in ((quiet, one), (one, quiet), (one, two)):
         assert compare.main([*pair]) == 2
@@ -128,17 +121,14 @@ def test_runs_beside_other_numbers_of_processes_are_not_compared(tmp_path, capsy
 
 def test_a_busy_run_takes_the_place_of_a_busy_run_only(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    for name, busy in (("quiet", 0), ("one", 1), ("two", 2)):
-        written(tmp_path / f"{name}.jsonl", spun(0, busy) if busy else lines(0))
-    page = "".join(f"<!-- bench {name}.jsonl -->\n<!-- /bench -->\n" for name in ("quiet", "one", "two"))
-    files = {
-        busy: Path(written(tmp_path / f"new{busy}.jsonl", spun(3, busy) if busy else lines(3))) for busy in (0, 1, 2)
-    }
-    for busy, name in enumerate(("quiet", "one", "two")):
-        after = readme.written(page, files[busy])
-        assert re.findall(r"<!-- bench (\S+).jsonl", after) == [
-            f"new{busy}" if one == name else one for one in ("quiet", "one", "two")
-        ]
+    names = ("quiet", "one", "two")
+    for busy, name in enumerate(names):
+        written(tmp_path / f"{name}.jsonl", spun(0, busy))
+    page = "".join(f"<!-- bench {name}.jsonl -->\n<!-- /bench -->\n" for name in names)
+    for busy, name in enumerate(names):
+        after = readme.written(page, Path(written(tmp_path / f"new{busy}.jsonl", spun(3, busy))))
+        marks = [f"new{busy}" if one == name else one for one in names]
+        assert re.findall(r"<!-- bench (\S+).jsonl", after) == marks
         assert after.count("Each turn ran beside 1 spinning process. ") == 1
         assert after.count("Each turn ran beside 2 spinning processes. ") == 1
         assert after.count("`python -m bench --busy 2`") == 1
@@ -147,14 +137,13 @@ def test_a_busy_run_takes_the_place_of_a_busy_run_only(tmp_path, monkeypatch):
 
 
 def test_the_title_of_the_picture_says_what_the_figures_say(tmp_path):
-    found = lines(0, noise=0.0)
-    fleets = [line for line in found if line["models"] is not None]
+    measured = lines(0, noise=0.0)
+    fleets = [line for line in measured if line["models"] is not None]
     assert plots.finding(fleets) == (
         "64 models at once take fusemlp 20.0 us a step each,\nSKLEARN_LOOP 14.0x as long, JAX_VMAP 1.4x as long"
     )
-    drawn = plots.draw(found, tmp_path / "run.png")
-    assert drawn is not None and drawn.read_bytes().startswith(b"\x89PNG")
-    assert plots.draw(found[: -len(fleets)], tmp_path / "none.png") is None
+    assert plots.draw(measured, tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert plots.draw(measured[: -len(fleets)], tmp_path / "none.png") is None
 
 
 @pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: str(page.relative_to(ROOT)))

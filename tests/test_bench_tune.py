@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 
 from bench import tune

@@ -1,14 +1,10 @@
 """Every installed contender trains as the oracle does, and any other training is refused."""
 
 import functools
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import cases, measure, oracle, peers, verification, worker
 
