@@ -180,13 +180,13 @@ def test_wrong_arguments_are_refused(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_every_stage_has_its_function_and_its_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        gpu_stages.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown and callable(getattr(gpu_stages, name)) for name in gpu_stages.STAGES)
+
+
 def test_the_time_in_which_the_device_works_counts_once():
     assert gpu_checks.covered([(5.0, 7.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.6)]) == 5.0
     assert gpu_checks.covered([]) == 0.0
-
-
-def test_every_stage_has_its_function_and_its_help():
-    done = subprocess.run(
-        [sys.executable, ROOT / "ci/gpu_stages.py", "--help"], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert all(name in done.stdout and callable(getattr(gpu_stages, name)) for name in gpu_stages.STAGES)

@@ -1,18 +1,18 @@
 """Imports run one way, and importing the package is fast and loads nothing heavy."""
 
-from __future__ import annotations
-
 import ast
 import graphlib
-import importlib
 import json
 import os
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+
+import fusemlp
+from fusemlp_kernels.registry import TRAITS
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (ROOT / "engine", ROOT / "kernels")
@@ -68,12 +68,8 @@ HEAVY = (
 IMPORT_LIMIT = 0.060  # seconds above `import numpy`
 
 
-class Import(NamedTuple):
-    """``importer`` imports ``imported`` (both full dotted names)."""
-
-    importer: str
-    imported: str
-    line: int
+# Full dotted names, and the line.
+Import = namedtuple("Import", "importer imported line")
 
 
 def source_modules():
@@ -85,19 +81,14 @@ def source_modules():
     }
 
 
-def is_type_checking(test):
-    """Return whether an ``if`` is only for type checkers: ``TYPE_CHECKING`` or ``typing.TYPE_CHECKING``."""
-    name = test.attr if isinstance(test, ast.Attribute) else getattr(test, "id", None)
-    return name == "TYPE_CHECKING"
-
-
 def statements(node):
-    """Yield every node that can run."""
+    """Yield every node that can run: nothing below ``if TYPE_CHECKING``."""
     yield node
-    if isinstance(node, ast.If) and is_type_checking(node.test):
-        children = iter(node.orelse)
-    else:
-        children = ast.iter_child_nodes(node)
+    children = ast.iter_child_nodes(node)
+    if isinstance(node, ast.If):
+        test = node.test
+        if "TYPE_CHECKING" in (getattr(test, "attr", None), getattr(test, "id", None)):
+            children = node.orelse
     for child in children:
         yield from statements(child)
 
@@ -122,13 +113,12 @@ def imported_names(node, package, modules):
 
 
 def imports(modules):
-    found = []
-    for importer, source in modules.items():
-        package = importer.rpartition(".")[0]
-        for node in statements(ast.parse(source)):
-            for name in imported_names(node, package, modules):
-                found.append(Import(importer, name, getattr(node, "lineno", 0)))
-    return found
+    return [
+        Import(importer, name, getattr(node, "lineno", 0))
+        for importer, source in modules.items()
+        for node in statements(ast.parse(source))
+        for name in imported_names(node, importer.rpartition(".")[0], modules)
+    ]
 
 
 def within(name, *packages):
@@ -171,15 +161,13 @@ def cycle(found):
     """Return an import cycle between modules of one package, or nothing."""
     graph = {}
     for importer, imported, _ in found:
-        same = importer.partition(".")[0] == imported.partition(".")[0]
         here, there = importer.removesuffix(".__init__"), imported.removesuffix(".__init__")
-        if same and here != there:
+        if here.partition(".")[0] == there.partition(".")[0] and here != there:
             graph.setdefault(here, set()).add(there)
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
-        ring = error.args[1]
-        return ring
+        return error.args[1]
     return []
 
 
@@ -201,41 +189,25 @@ def test_imports_run_one_way():
 
 # Invented sources that break one rule each, and the expected report.
 BROKEN = {
-    "kernels import the engine": (
-        {"fusemlp_kernels.philox": "import fusemlp.describe.network"},
-        "never import the engine",
-    ),
-    "kernels import the package": (
-        {"fusemlp_kernels.philox": "from fusemlp import MLP"},
-        "never import the engine",
-    ),
+    "kernels import the engine": ({"fusemlp_kernels.philox": "from fusemlp import MLP"}, "never import the engine"),
     "torch outside its doors": ({"fusemlp_kernels.numpy.plan": "import torch.nn"}, "fusemlp.torch may"),
     "triton in the engine": ({"fusemlp.runtime.programs": "from triton import jit"}, "only fusemlp_kernels.triton may"),
     "triton in the torch door": ({"fusemlp.torch": "import triton"}, "only fusemlp_kernels.triton may"),
-    "cupy in the triton backend": (
-        {"fusemlp_kernels.triton.launch": "import cupy"},
-        "fusemlp_kernels.cupy may",
-    ),
-    "onnx outside its door": ({"fusemlp.cli": "import onnx"}, "only fusemlp.report.onnx_graph may"),
+    "cupy in the triton backend": ({"fusemlp_kernels.triton.launch": "import cupy"}, "fusemlp_kernels.cupy may"),
+    "onnx outside its door": ({"fusemlp.cli": "import onnx"}, "only fusemlp.report.onnx may"),
     "in a function": ({"fusemlp.describe.losses": "def f():\n    import torch"}, "losses:2 imports torch"),
     "by name": (
         {"fusemlp.describe.losses": "import importlib\nimportlib.import_module('torch')"},
         "losses:2 imports torch",
     ),
     "upwards": ({"fusemlp.describe.network": "from fusemlp.engine import Engine"}, "lies above it"),
-    "upwards, in a function": (
-        {"fusemlp.engine": "def f():\n    from fusemlp.fleet.fleet import Fleet"},
-        "lies above it",
-    ),
+    "upwards, in a function": ({"fusemlp.engine": "def f():\n    from fusemlp.fleet import fleet"}, "lies above it"),
     "upwards, relative": ({"fusemlp.program.program": "from ..runtime.bound import run"}, "lies above it"),
     "upwards, a submodule": (
         {"fusemlp.inputs.arrays": "from fusemlp import training", "fusemlp.training.__init__": ""},
         "arrays:1 imports fusemlp.training, which lies above it",
     ),
-    "upwards, from two levels down": (
-        {"fusemlp.runtime.plans.eager": "from ...engine import Engine"},
-        "lies above it",
-    ),
+    "upwards, two levels": ({"fusemlp.runtime.plans.eager": "from ...engine import Engine"}, "lies above it"),
     "upwards, to the public names": ({"fusemlp.sklearn": "from fusemlp import MLP"}, "lies above it"),
     "the registry": ({"fusemlp.program.lowering": "import fusemlp_kernels"}, "know the backends"),
     "a backend": ({"fusemlp.training.fit": "from fusemlp_kernels.numpy import plan"}, "know the backends"),
@@ -335,6 +307,43 @@ def test_import_brings_in_nothing_heavy(options, tmp_path):
 
 
 def test_every_public_name_resolves():
-    package = importlib.import_module("fusemlp")
-    assert [name for name in package.__all__ if not hasattr(package, name)] == []
-    assert len(set(package.__all__)) == len(package.__all__)
+    assert [name for name in fusemlp.__all__ if not hasattr(fusemlp, name)] == []
+    assert len(set(fusemlp.__all__)) == len(fusemlp.__all__)
+
+
+def compared_names(source):
+    """Yield the lines on which something is compared with a backend's name, or picked by it."""
+    for node in ast.walk(ast.parse(source)):
+        parts = []
+        if isinstance(node, ast.Compare):
+            parts = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            parts = [node.value]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("startswith", "endswith"):
+            parts = node.args
+        parts = [one for part in parts for one in getattr(part, "elts", [part])]
+        if any(isinstance(part, ast.Constant) and part.value in TRAITS for part in parts):
+            yield node.lineno
+
+
+def test_no_backend_is_told_from_another_by_its_name():
+    """A backend is asked for its traits: outside ``runtime`` nothing compares its name."""
+    modules = {name: text for name, text in source_modules().items() if within(name, "fusemlp")}
+    outside = {name: text for name, text in modules.items() if part(name) not in BACKEND_USERS}
+    assert len(outside) > 50
+    assert [f"{name}:{line}" for name, text in outside.items() for line in compared_names(text)] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ('engine.backend == "numpy"', 1),
+        ('"triton" != traits.name', 1),
+        ('name in ("cupy", "triton")', 1),
+        ('name.startswith("cupy")', 1),
+        ('match name:\n    case "numpy":\n        pass', 1),
+        ('load(path, backend="numpy")\ntable = {"triton": 1}\nplan == "resident"', 0),
+    ],
+)
+def test_comparisons_with_names_of_backends_are_found(source, count):
+    assert len(list(compared_names(source))) == count
