@@ -1,14 +1,16 @@
 """``fusemlp evaluate`` and ``fusemlp predict``: answers in the labels and units of the data."""
 
-import csv
 import json
 
 import numpy as np
+import pandas
 import pytest
 
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.session import prepared_data
-from make import run
+from make import read, run
+
+NAMES = ["daisy", "rose", "tulip"]
 
 
 def trained(folder, *options):
@@ -17,24 +19,29 @@ def trained(folder, *options):
     return folder
 
 
-def columns(path):
-    with path.open(newline="") as stream:
-        header, *rows = csv.reader(stream)
-    return dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
-
-
-def flowers(path, rows, *, with_label=True, seed=0):
+def flowers(path, count, *, with_label=True, seed=0):
     """Write a table of two numbers, a word, and a label in words that follows from them."""
     generator = np.random.default_rng(seed)
-    kind = generator.integers(0, 3, rows)
-    names, colours = ("daisy", "rose", "tulip"), ("white", "red", "yellow")
-    lines = ["height,width,colour" + (",species" if with_label else "")]
-    for k in kind:
-        height, width = generator.normal([10.0 * k, -5.0 * k], 1.0)
-        label = f",{names[k]}" if with_label else ""
-        lines.append(f"{height:.4f},{width:.4f},{colours[k]}{label}")
-    path.write_text("\n".join(lines) + "\n")
+    kinds = generator.integers(0, 3, count)
+    numbers = generator.normal(np.stack([10.0 * kinds, -5.0 * kinds], axis=1), 1.0).round(4)
+    table = pandas.DataFrame(numbers, columns=["height", "width"])
+    table["colour"] = np.array(["white", "red", "yellow"])[kinds]
+    if with_label:
+        table["species"] = np.array(NAMES)[kinds]
+    table.to_csv(path, index=False)
     return path
+
+
+def evaluated(capsys, *arguments):
+    capsys.readouterr()
+    assert run("evaluate", *arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def predicted(path, *arguments):
+    """Return the table that ``fusemlp predict`` writes."""
+    assert run("predict", *arguments, "--out", path) == 0
+    return pandas.read_csv(path)
 
 
 @pytest.fixture(scope="module")
@@ -44,46 +51,31 @@ def species(tmp_path_factory):
     return trained(folder / "run", table, "--target", "species", "--epochs", "30", "--lr", "0.01")
 
 
-def test_evaluate_repeats_the_test_of_the_training(species, capsys):
-    assert run("evaluate", species, "--json") == 0
-    answer = json.loads(capsys.readouterr().out)
-    report = json.loads((species / "report.json").read_text())
+def test_evaluate_repeats_the_test_of_the_training_and_takes_other_rows(species, tmp_path, capsys):
+    answer, report = evaluated(capsys, species), read(species / "report.json")
     assert {name: answer[name] for name in report["test"]} == report["test"]
-    assert list(answer["classes"]) == ["daisy", "rose", "tulip"]
+    assert list(answer["classes"]) == NAMES
+    answer = evaluated(capsys, species, "--data", flowers(tmp_path / "other.csv", 40, seed=1))
+    assert (answer["rows"], answer["accuracy"]) == (40, 1.0)
 
 
 def test_evaluate_prints_the_figures_of_each_class(species, capsys):
     assert run("evaluate", species) == 0
     shown = capsys.readouterr().out
-    assert "test accuracy 1.0000" in shown
-    assert [line.split()[0] for line in shown.splitlines() if line.startswith(("daisy", "rose", "tulip"))] == [
-        *("daisy", "rose", "tulip"),
-        *("daisy", "rose", "tulip"),
-    ]
-    assert "true \\ predicted" in shown
-
-
-def test_evaluate_on_other_rows(species, tmp_path, capsys):
-    other = flowers(tmp_path / "other.csv", 40, seed=1)
-    assert run("evaluate", species, "--data", other, "--json") == 0
-    answer = json.loads(capsys.readouterr().out)
-    assert answer["rows"] == 40
-    assert answer["accuracy"] == 1.0
+    assert "test accuracy 1.0000" in shown and "true \\ predicted" in shown
+    assert [line.split()[0] for line in shown.splitlines() if line.startswith(tuple(NAMES))] == NAMES * 2
 
 
 @pytest.mark.parametrize("weights", ["model", "best", "last"])
 def test_predict_in_the_words_of_the_data(species, weights, tmp_path):
-    labelled = columns(flowers(tmp_path / "labelled.csv", 40, seed=2))["species"]
+    labelled = pandas.read_csv(flowers(tmp_path / "labelled.csv", 40, seed=2))["species"].tolist()
     bare = flowers(tmp_path / "bare.csv", 40, with_label=False, seed=2)
-    out = tmp_path / "out.csv"
-    assert run("predict", species, "--data", bare, "--out", out, "--proba", "--weights", weights) == 0
-    found = columns(out)
-    assert list(found) == ["prediction", "probability_daisy", "probability_rose", "probability_tulip"]
-    assert found["prediction"] == labelled
-    probabilities = np.array([found[name] for name in list(found)[1:]], float).T
+    answers = predicted(tmp_path / "out.csv", species, "--data", bare, "--proba", "--weights", weights)
+    assert list(answers) == ["prediction", *(f"probability_{name}" for name in NAMES)]
+    assert answers["prediction"].tolist() == labelled
+    probabilities = answers.iloc[:, 1:].to_numpy()
     assert np.allclose(probabilities.sum(axis=1), 1.0, atol=1e-6)
-    names = np.array(["daisy", "rose", "tulip"])
-    assert names[probabilities.argmax(axis=1)].tolist() == labelled
+    assert np.array(NAMES)[probabilities.argmax(axis=1)].tolist() == labelled
 
 
 def test_predict_into_npz(species, tmp_path):
@@ -93,7 +85,7 @@ def test_predict_into_npz(species, tmp_path):
     with np.load(out) as found:
         assert found["predictions"].shape == (10,)
         assert found["probabilities"].shape == (10, 3)
-        assert found["classes"].tolist() == ["daisy", "rose", "tulip"]
+        assert found["classes"].tolist() == NAMES
 
 
 def test_predict_never_overwrites_unless_told(species, tmp_path, capsys):
@@ -105,41 +97,34 @@ def test_predict_never_overwrites_unless_told(species, tmp_path, capsys):
     assert out.read_text() == "precious"
     assert run("predict", species, "--data", bare, "--out", out, "--force", "--json") == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 5
-    assert len(columns(out)["prediction"]) == 5
+    assert len(pandas.read_csv(out)) == 5
 
 
 def test_values_come_back_in_original_units(tmp_path, capsys):
-    generator = np.random.default_rng(0)
-    X = generator.normal(size=(300, 3)) * [1.0, 100.0, 0.01]
+    X = np.random.default_rng(0).normal(size=(300, 3)) * [1.0, 100.0, 0.01]
     # targets far from zero, of very different sizes
     y = np.stack([5000.0 + 1000.0 * X[:, 0], 1e-3 * X[:, 1]], axis=1)
-    np.savez(tmp_path / "data.npz", X=X, y=y)
-    folder = trained(tmp_path / "run", tmp_path / "data.npz", "--epochs", "40", "--lr", "0.01")
-    capsys.readouterr()
-    assert run("evaluate", folder, "--json") == 0
-    answer = json.loads(capsys.readouterr().out)
+    data = tmp_path / "data.npz"
+    np.savez(data, X=X, y=y)
+    folder = trained(tmp_path / "run", data, "--epochs", "40", "--lr", "0.01")
+    answer = evaluated(capsys, folder)
     assert answer["r2"] > 0.95
     assert 0 < answer["mae"] <= answer["rmse"] < 200.0
-    out = tmp_path / "out.csv"
-    assert run("predict", folder, "--data", tmp_path / "data.npz", "--out", out) == 0
-    found = columns(out)
-    assert list(found) == ["prediction_0", "prediction_1"]
-    first = np.array(found["prediction_0"], float)
+    answers = predicted(tmp_path / "out.csv", folder, "--data", data)
+    assert list(answers) == ["prediction_0", "prediction_1"]
+    first = answers["prediction_0"]
     assert np.corrcoef(first, y[:, 0])[0, 1] > 0.97
     assert abs(first.mean() - 5000.0) < 200.0
 
 
-def test_counts_of_a_poisson_loss(tmp_path, capsys):
+def test_counts_of_a_poisson_loss(tmp_path):
     generator = np.random.default_rng(0)
-    X = generator.normal(size=(400, 1))
-    np.savez(tmp_path / "data.npz", X=X, y=generator.poisson(np.exp(1.0 + 0.5 * X[:, 0])))
-    options = ["--task", "regression", "--loss", "poisson", "--epochs", "20"]
-    folder = trained(tmp_path / "run", tmp_path / "data.npz", *options)
-    out = tmp_path / "out.csv"
-    assert run("predict", folder, "--data", tmp_path / "data.npz", "--out", out) == 0
-    predicted = np.array(columns(out)["prediction"], float)
-    assert (predicted > 0.0).all()
-    assert np.corrcoef(predicted, np.exp(1.0 + 0.5 * X[:, 0]))[0, 1] > 0.95
+    X, data = generator.normal(size=(400, 1)), tmp_path / "data.npz"
+    np.savez(data, X=X, y=generator.poisson(np.exp(1.0 + 0.5 * X[:, 0])))
+    folder = trained(tmp_path / "run", data, "--task", "regression", "--loss", "poisson", "--epochs", "20")
+    rates = predicted(tmp_path / "out.csv", folder, "--data", data)["prediction"]
+    assert (rates > 0.0).all()
+    assert np.corrcoef(rates, np.exp(1.0 + 0.5 * X[:, 0]))[0, 1] > 0.95
 
 
 TWO_CLASSES = {
@@ -154,13 +139,10 @@ TWO_CLASSES = {
 @pytest.mark.parametrize("options", TWO_CLASSES.values(), ids=TWO_CLASSES.keys())
 def test_two_classes(options, tmp_path, capsys):
     folder = trained(tmp_path / "run", "breast_cancer", "--epochs", "20", *options)
-    capsys.readouterr()
-    assert run("evaluate", folder, "--json") == 0
-    answer = json.loads(capsys.readouterr().out)
+    answer = evaluated(capsys, folder)
     assert answer["accuracy"] > 0.9
-    report = json.loads((folder / "report.json").read_text())
-    assert answer["confusion_matrix"] == report["test"]["confusion_matrix"]
-    outputs = json.loads((folder / "config.json").read_text())["network"]["sizes"][-1]
+    assert answer["confusion_matrix"] == read(folder / "report.json")["test"]["confusion_matrix"]
+    outputs = read(folder / "config.json")["network"]["sizes"][-1]
     assert outputs == (1 if "binary_cross_entropy" in options else 2)
     code = run("predict", folder, "--data", "breast_cancer", "--out", tmp_path / "p.npz", "--proba")
     assert code == (2 if {"huber", "mae"} & set(options) else 0)
@@ -170,14 +152,11 @@ def test_two_classes(options, tmp_path, capsys):
 
 
 def test_a_run_that_was_moved_still_answers(species, tmp_path):
-    moved = tmp_path / "elsewhere"
-    moved.mkdir()
-    for path in (species / "config.json", species / "checkpoints/model.safetensors"):
-        target = moved / path.relative_to(species)
-        target.parent.mkdir(exist_ok=True)
-        target.write_bytes(path.read_bytes())
+    (tmp_path / "moved/checkpoints").mkdir(parents=True)
+    for path in ("config.json", "checkpoints/model.safetensors"):
+        (tmp_path / "moved" / path).write_bytes((species / path).read_bytes())
     bare = flowers(tmp_path / "bare.csv", 5, with_label=False)
-    assert run("predict", moved, "--data", bare, "--out", tmp_path / "out.csv") == 0
+    predicted(tmp_path / "out.csv", tmp_path / "moved", "--data", bare)
 
 
 # A call, its exit code, and a part of the error. RUN stands for a run, BARE for a table without labels.
@@ -229,7 +208,7 @@ def test_the_test_set_that_comes_with_the_data(tmp_path, capsys):
     np.savez(tmp_path / "data.npz", **arrays)
     folder = trained(tmp_path / "run", tmp_path / "data.npz", "--epochs", "1", "--json")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["test"]["rows"] == 7
-    data = json.loads((folder / "config.json").read_text())["data"]
+    data = read(folder / "config.json")["data"]
     assert (data["training_rows"], data["validation_rows"], data["test_rows"]) == (45, 5, 7)
 
 

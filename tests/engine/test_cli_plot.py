@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+from fusemlp.cli.runs import names
 from fusemlp.report import plots
+from fusemlp.report.plots import Curves
 from fusemlp.report.runs import Run
 from make import configuration, run
 
@@ -26,11 +28,8 @@ def test_runs_in_one_picture(tmp_path, capsys):
     assert capsys.readouterr().out == f"plot {tmp_path / 'both.png'}\n"
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     assert run("plot", one, "--out", tmp_path / "one.svg", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {
-        "runs": [str(one)],
-        "plot": str(tmp_path / "one.svg"),
-        "same": {},
-    }
+    printed = {"runs": [str(one)], "plot": str(tmp_path / "one.svg"), "same": {}}
+    assert json.loads(capsys.readouterr().out) == printed
     assert b"<svg" in (tmp_path / "one.svg").read_bytes()
 
 
@@ -50,12 +49,11 @@ def test_a_second_picture_has_a_number(tmp_path, monkeypatch, capsys):
 
 def test_the_picture_says_which_run_is_which(tmp_path):
     runs = [
-        plots.Curves("first", {"loss": [3.0, 1.0], "val_loss": [2.0, 1.5]}, "mse"),
-        plots.Curves("second", {"loss": [3.0, 1.0, 0.5], "accuracy": [0.1, 0.2, 0.3]}, "mse"),
+        Curves("first", {"loss": [3.0, 1.0], "val_loss": [2.0, 1.5]}, "mse"),
+        Curves("second", {"loss": [3.0, 1.0, 0.5], "accuracy": [0.1, 0.2, 0.3]}, "mse"),
     ]
     figure = plots.comparison_figure(runs, title="two")
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["first", "second", "training", "validation"]
+    assert labels(figure, 5) == ["first", "second", "training", "validation"]
     loss, accuracy = figure.axes
     assert [list(line.get_ydata()) for line in loss.get_lines()] == [[3.0, 1.0], [2.0, 1.5], [3.0, 1.0, 0.5]]
     assert [line.get_linestyle() for line in loss.get_lines()] == ["--", "-", "--"]
@@ -65,13 +63,10 @@ def test_the_picture_says_which_run_is_which(tmp_path):
 
 
 def test_runs_that_repeat_another_are_visible_and_named(tmp_path, capsys):
-    folders = [made(tmp_path / name, CLASSES) for name in ("first", "second", "third")]
-    assert run("plot", *folders, folders[0], "--out", tmp_path / "all.png") == 0
-    lines = capsys.readouterr().out.splitlines()
-    whole = [str(folder) for folder in folders]
-    assert lines[:-1] == [
-        f"{name} has the same curves as {whole[0]}" for name in (whole[1], whole[2], f"{whole[0]} (2)")
-    ]
+    first, second, third = (str(made(tmp_path / name, CLASSES)) for name in ("first", "second", "third"))
+    assert run("plot", first, second, third, first, "--out", tmp_path / "all.png") == 0
+    same = [f"{name} has the same curves as {first}" for name in (second, third, f"{first} (2)")]
+    assert capsys.readouterr().out.splitlines()[:-1] == same
 
 
 def filled(lines):
@@ -80,15 +75,18 @@ def filled(lines):
     return [(start := -offset % (on + off), start + on) for offset, (on, off) in dashes]
 
 
+def labels(figure, count):
+    return [text.get_text() for text in figure.legends[0].get_texts()][:count]
+
+
 def test_same_curves_share_a_line_without_gaps():
     history = {"loss": [3.0, 1.0, 0.5], "val_loss": [2.0, 1.5, 1.2]}
     nearly = {"loss": [3.0, 1.0, 0.5001], "val_loss": [2.0, 1.5, 1.2001]}
     other = {"loss": [3.0, 2.0, 1.5], "val_loss": [2.0, 1.9, 1.7]}
-    runs = [plots.Curves(name, one, "mse") for name, one in zip("abcd", (history, other, history, nearly), strict=True)]
+    runs = [Curves(name, one, "mse") for name, one in zip("abcd", (history, other, history, nearly), strict=True)]
     assert plots.repeats(runs) == {"c": "a"}
     figure = plots.comparison_figure(runs, title="four")
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()][:4] == ["a", "b", "c: same curves as a", "d"]
+    assert labels(figure, 4) == ["a", "b", "c: same curves as a", "d"]
     lines = figure.axes[0].get_lines()
     training, validation = lines[::2], lines[1::2]
     for part, (dash, gap) in ((training, plots.DASHES["training"]), (validation, plots.DASHES["validation"])):
@@ -102,28 +100,26 @@ def test_same_curves_share_a_line_without_gaps():
 
 def test_a_shorter_run_lies_over_the_one_that_goes_on():
     short, long = {"loss": [3.0, 1.0]}, {"loss": [3.0, 1.0, 0.5]}
-    runs = [plots.Curves("short", short, "mse"), plots.Curves("long", long, "mse")]
+    runs = [Curves("short", short, "mse"), Curves("long", long, "mse")]
     assert plots.repeats(runs) == {}
     first, second = plots.comparison_figure(runs, title="two").axes[0].get_lines()
     assert first.get_zorder() > second.get_zorder()
 
 
 def test_no_two_of_many_runs_look_alike():
-    runs = [plots.Curves(str(number), {"loss": [1.0 + number, 1.0, 0.0]}, "mse") for number in range(20)]
+    runs = [Curves(str(number), {"loss": [1.0 + number, 1.0, 0.0]}, "mse") for number in range(20)]
     lines = plots.comparison_figure(runs, title="many").axes[0].get_lines()
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == 20
 
 
 def test_losses_of_different_kinds_are_named_with_the_runs():
-    runs = [plots.Curves("a", {"loss": [1.0]}, "mse"), plots.Curves("b", {"loss": [1.0]}, "mae")]
+    runs = [Curves("a", {"loss": [1.0]}, "mse"), Curves("b", {"loss": [1.0]}, "mae")]
     figure = plots.comparison_figure(runs, title="two")
-    assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["a (mse)", "b (mae)"]
+    assert labels(figure, 2) == ["a (mse)", "b (mae)"]
     assert figure.axes[0].get_ylabel() == "loss"
 
 
-def test_runs_of_the_same_name_go_by_their_paths(tmp_path):
-    from fusemlp.cli.runs import names
-
+def test_runs_of_the_same_name_go_by_their_paths():
     assert names([Path("x/run"), Path("y/other")]) == ["run", "other"]
     assert names([Path("x/run"), Path("y/run")]) == [str(Path("x/run")), str(Path("y/run"))]
 

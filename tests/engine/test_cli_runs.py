@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fusemlp.cli import runs
-from make import read, rows, run
+from make import read, refusal, rows, run
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +37,18 @@ def trained(tmp_path_factory):
     return folder
 
 
-def listed(folder, *options, capsys):
+def listed(capsys, folder, *options):
     capsys.readouterr()
     assert run("runs", folder, "--json", *options) == 0
-    found = json.loads(capsys.readouterr().out)
-    return found
+    return json.loads(capsys.readouterr().out)
+
+
+def of_iris(capsys, folder, *options):
+    return [one for one in listed(capsys, folder, *options)["runs"] if one["data"] == "iris"]
 
 
 def test_runs_by_data_set_and_score(trained, capsys):
-    found = listed(trained, capsys=capsys)["runs"]
-    assert {one["data"] for one in found} == {"iris", "diabetes"}
-    flowers = {Path(one["run"]).name: one for one in found if one["data"] == "iris"}
+    flowers = {Path(one["run"]).name: one for one in of_iris(capsys, trained)}
     assert flowers.keys() == {"slow", "fast", "swept", "cut off"}
     scores = [one["score"] for one in flowers.values()]
     assert scores == sorted(scores)
@@ -61,22 +62,19 @@ def test_runs_by_data_set_and_score(trained, capsys):
     assert statuses == {"slow": "trained", "fast": "trained", "swept": "best of 2", "cut off": "unfinished"}
 
 
-def test_only_what_differs(trained, capsys):
-    differs = {Path(one["run"]).name: one["differs"] for one in listed(trained, capsys=capsys)["runs"]}
+def test_only_what_differs_and_losses_of_different_kinds_are_not_compared(trained, capsys):
+    runs_of = listed(capsys, trained)["runs"]
+    differs = {Path(one["run"]).name: one["differs"] for one in runs_of}
     assert differs["slow"] == {"hidden": [128], "lr": 0.001, "epochs": 3}
     assert differs["fast"] == {"hidden": [16, 8], "lr": 0.05, "epochs": 6}
     assert differs["numbers"] == {"loss": "mse", "metric": None}
     assert differs["other"] == {"loss": "mae", "metric": "r2"}
-
-
-def test_losses_of_different_kinds_are_not_compared(trained, capsys):
-    found = [one for one in listed(trained, capsys=capsys)["runs"] if one["data"] == "diabetes"]
-    assert {one["sorted_by"] for one in found} == {"test_rmse"}
-    assert found[0]["score"] <= found[1]["score"]
+    first, second = (one for one in runs_of if one["data"] == "diabetes")
+    assert first["sorted_by"] == second["sorted_by"] == "test_rmse" and first["score"] <= second["score"]
 
 
 def test_what_is_no_run_is_named(trained, capsys):
-    reasons = {Path(one["path"]).name: one["reason"] for one in listed(trained, capsys=capsys)["left_out"]}
+    reasons = {Path(one["path"]).name: one["reason"] for one in listed(capsys, trained)["left_out"]}
     words = {
         "broken": "config.json: cannot be read",
         "strange": "config.json: the configuration does not fit: it has no entry 'command'",
@@ -102,29 +100,22 @@ def test_the_table(trained, capsys):
 
 
 def test_another_score(trained, capsys):
-    found = [one for one in listed(trained, "--sort", "test_accuracy", capsys=capsys)["runs"] if one["data"] == "iris"]
-    scores = [one["score"] for one in found]
+    scores = [one["score"] for one in of_iris(capsys, trained, "--sort", "test_accuracy")]
     # An unfinished run has no test score, and is last.
     assert scores[-1] is None
     assert scores[:-1] == sorted(scores[:-1], reverse=True)
-    assert run("runs", trained, "--sort", "accurracy") == 2
-    assert "--sort: no run has 'accurracy'; expected accuracy, loss, test_accuracy" in capsys.readouterr().err
+    said = refusal(capsys, "runs", trained, "--sort", "accurracy")
+    assert "--sort: no run has 'accurracy'; expected accuracy, loss, test_accuracy" in said
 
 
-def test_a_run_folder_itself(trained, capsys):
-    found = listed(trained / "slow", capsys=capsys)
-    assert [Path(one["run"]).name for one in found["runs"]] == ["slow"]
-    assert found["runs"][0]["differs"] == {}
-
-
-def test_a_folder_without_runs_and_none(tmp_path, monkeypatch, capsys):
+def test_a_run_folder_itself_a_folder_without_runs_and_none(trained, tmp_path, monkeypatch, capsys):
+    (one,) = listed(capsys, trained / "slow")["runs"]
+    assert (Path(one["run"]).name, one["differs"]) == ("slow", {})
     assert run("runs", tmp_path) == 0
     assert capsys.readouterr().out == f"no run in {tmp_path}\n"
     monkeypatch.chdir(tmp_path)
-    assert run("runs") == 2
-    assert (
-        "there is no folder 'runs'; give one with run folders in it, or make the first run" in capsys.readouterr().err
-    )
+    said = refusal(capsys, "runs")
+    assert "there is no folder 'runs'; give one with run folders in it, or make the first run" in said
 
 
 @pytest.mark.parametrize("width", [30, 50, 60, 80, 100])

@@ -376,14 +376,6 @@ def test_a_wrong_call_says_what_is_wrong_and_leaves_nothing(arguments, words, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_out_must_be_new_or_empty(tmp_path, capsys):
-    (tmp_path / "file").touch()
-    for out, words in ((tmp_path, "is not empty"), (tmp_path / "file", "is a file")):
-        assert run("sweep", "iris", "--vary", "seed=0:2", "--out", out) == 2
-        going_on = f", or go on with the run in it: --resume {out}" if out.is_dir() else ""
-        assert capsys.readouterr().err.endswith(f"{words}; give a new or empty folder{going_on}\n")
-
-
 def test_help_has_the_syntax_and_examples(capsys):
     assert run("sweep", "--help") == 0
     shown = capsys.readouterr().out
