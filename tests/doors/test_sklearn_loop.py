@@ -45,14 +45,12 @@ CLASSIFIERS = {
 }
 
 
-def by_calls(monkeypatch, fit):
-    """Return the result of ``fit`` if no model has a loop."""
-    with monkeypatch.context() as patch:
+def assert_alike(fit):
+    """Assert that ``fit`` ends alike if no model has a loop."""
+    one = fit()
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Model, "loops", False)
-        return fit()
-
-
-def assert_alike(one, other):
+        other = fit()
     # some dozens of steps of a few thousand roundings in float64, of which Adam's first enlarge those near zero
     assert one.n_iter_ == other.n_iter_
     np.testing.assert_allclose(one.loss_curve_, other.loss_curve_, rtol=1e-9)
@@ -66,45 +64,29 @@ def assert_alike(one, other):
 
 @pytest.mark.parametrize("options", CLASSIFIERS.values(), ids=CLASSIFIERS)
 @pytest.mark.parametrize("weight", [None, WEIGHT], ids=["", "weighted"])
-def test_classifiers(options, weight, monkeypatch):
-    fit = MLPClassifier(**COMMON | options).fit
-    looped = fit(*DIGITS, sample_weight=weight)
-    stepped = by_calls(monkeypatch, lambda: MLPClassifier(**COMMON | options).fit(*DIGITS, sample_weight=weight))
-    assert_alike(looped, stepped)
+def test_classifiers(options, weight):
+    assert_alike(lambda: MLPClassifier(**COMMON | options).fit(*DIGITS, sample_weight=weight))
 
 
 @pytest.mark.parametrize("loss", ["squared_error", "poisson", "absolute_error", fusemlp.Huber(5.0), "quantile"])
 @pytest.mark.parametrize("outputs", [1, 3])
-def test_regressors(loss, outputs, monkeypatch):
+def test_regressors(loss, outputs):
     X, y = DIABETES
     # per column another scale
     y = (y[:, None] / 100.0 / np.arange(1, outputs + 1)).squeeze()
     options = COMMON | {"alpha": 1.0, "solver": "sgd", "learning_rate_init": 0.01}
-    looped = MLPRegressor(loss, **options).fit(X, y)
-    assert_alike(looped, by_calls(monkeypatch, lambda: MLPRegressor(loss, **options).fit(X, y)))
+    assert_alike(lambda: MLPRegressor(loss, **options).fit(X, y))
 
 
-def test_two_classes_and_labels(monkeypatch):
+def test_two_classes_and_labels():
     X, y = DIGITS
     for targets in (y > 4, np.stack([y > 4, y % 2 == 0, y == 3], axis=1)):
-        looped = MLPClassifier(**COMMON).fit(X, targets)
-        stepped = by_calls(monkeypatch, lambda targets=targets: MLPClassifier(**COMMON).fit(X, targets))
-        assert_alike(looped, stepped)
+        assert_alike(lambda targets=targets: MLPClassifier(**COMMON).fit(X, targets))
 
 
-def test_a_warm_start_goes_on(monkeypatch):
-    def fit():
-        model = MLPClassifier(**COMMON, warm_start=True)
-        return model.fit(*DIGITS).fit(*DIGITS)
-
-    assert_alike(fit(), by_calls(monkeypatch, fit))
-
-
-def test_a_fit_that_goes_on_in_parts(monkeypatch):
-    def fit():
-        return MLPClassifier(**COMMON).fit(*DIGITS).partial_fit(*DIGITS).partial_fit(*DIGITS)
-
-    assert_alike(fit(), by_calls(monkeypatch, fit))
+def test_fits_that_go_on():
+    assert_alike(lambda: MLPClassifier(**COMMON, warm_start=True).fit(*DIGITS).fit(*DIGITS))
+    assert_alike(lambda: MLPClassifier(**COMMON).fit(*DIGITS).partial_fit(*DIGITS).partial_fit(*DIGITS))
 
 
 class Batchwise(Callback):
@@ -188,7 +170,5 @@ def test_what_goes_through_the_loop():
 
 def test_data_that_cannot_be_written_to_is_read():
     X, y = (array.copy() for array in DIGITS)
-    X.flags.writeable = False
-    y.flags.writeable = False
-    model = MLPClassifier(**COMMON).fit(X, y)
-    assert model.loss_curve_ == MLPClassifier(**COMMON).fit(*DIGITS).loss_curve_
+    X.flags.writeable = y.flags.writeable = False
+    assert MLPClassifier(**COMMON).fit(X, y).loss_curve_ == MLPClassifier(**COMMON).fit(*DIGITS).loss_curve_

@@ -129,7 +129,8 @@ def test_a_full_disk_in_a_sweep(tmp_path, monkeypatch, capsys):
         full(patch, journal, "add_to_journal", lambda run, member: member.index == 1)
         assert run(*sweep) == 1
     error = capsys.readouterr().err
-    assert "No space left on device; when that is mended, go on: fusemlp sweep --resume" in error
+    assert "No space left on device" in error
+    assert error.endswith(f"; when that is mended, go on: fusemlp sweep --resume {tmp_path}/run\n")
     assert run("sweep", "--resume", tmp_path / "run", "--quiet") == 0
     assert read(tmp_path / "run" / "config.json")["sweep"]["ended"] == 3
 
