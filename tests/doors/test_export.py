@@ -1,57 +1,45 @@
 """``fusemlp export``: its files predict the same from raw features as ``fusemlp predict``."""
 
 import json
-from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
+import pandas
 import pytest
+from graphs import graph_outputs
 from safetensors import safe_open
 
 import fusemlp
-from fusemlp import cli
 from fusemlp.datasets.preprocessing import Preprocessor
+from make import refusal, run
 
-Array = np.ndarray[Any, Any]
-
-
-def run(*arguments):
-    """Return the exit code of ``fusemlp`` with these arguments."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(argument) for argument in arguments])
-    code = ended.value.code
-    assert isinstance(code, int)
-    return code
-
-
-def table(path, *, words=False):
-    """Write a table with two numbers far from zero, maybe a word, a label in words and a value in its own units."""
-    generator = np.random.default_rng(0)
-    kind = generator.integers(0, 3, 90)
-    columns = generator.normal(np.stack([100.0 + 10.0 * kind, -5.0 * kind], axis=1), 1.0)
-    lines = ["height,width,species,price" + (",colour" if words else "")]
-    for k, (height, width) in zip(kind, columns, strict=True):
-        colour = f",{('white', 'red')[k % 2]}" if words else ""
-        lines.append(f"{height:.3f},{width:.3f},{('daisy', 'rose', 'tulip')[k]},{900.0 + 50.0 * k:.1f}{colour}")
-    path.write_text("\n".join(lines) + "\n")
-    return path
+NAMES = ["daisy", "rose", "tulip"]
 
 
 def columns(path, *names):
-    header, *rows = [line.split(",") for line in path.read_text().splitlines()]
-    return [[row[header.index(name)] for name in names] for row in rows]
+    return pandas.read_csv(path)[list(names)].to_numpy()
+
+
+def predicted(folder, data, out, *options):
+    """Return what ``fusemlp predict`` answers: predictions and probabilities."""
+    assert run("predict", folder, "--data", data, "--out", out, *options) == 0
+    answers = pandas.read_csv(out)
+    return answers["prediction"].to_numpy(), answers.iloc[:, 1:].to_numpy()
 
 
 def trained(folder, target, *options, words=False):
-    data = table(folder / "data.csv", words=words)
-    # Leave the other target out of the features.
-    header, *rows = [line.split(",") for line in data.read_text().splitlines()]
-    left_out = header.index({"species": "price", "price": "species"}[target])
-    kept = [",".join(cell for k, cell in enumerate(row) if k != left_out) for row in (header, *rows)]
-    data.write_text("\n".join(kept) + "\n")
-    arguments = ("train", data, "--target", target, "--epochs", "10", "--lr", "0.02", "--quiet", *options)
-    assert run(*arguments, "--out", folder / "run") == 0
+    """Train on two numbers far from zero, and maybe a word; the target is a label in words or a value."""
+    generator = np.random.default_rng(0)
+    kind = generator.integers(0, 3, 90)
+    numbers = generator.normal(np.stack([100.0 + 10.0 * kind, -5.0 * kind], axis=1), 1.0).round(3)
+    data = pandas.DataFrame(numbers, columns=["height", "width"])
+    data[target] = np.array(NAMES)[kind] if target == "species" else 900.0 + 50.0 * kind
+    if words:
+        data["colour"] = np.array(["white", "red"])[kind % 2]
+    data.to_csv(folder / "data.csv", index=False)
+    arguments = ("--target", target, "--epochs", "10", "--lr", "0.02", "--quiet", *options)
+    assert run("train", folder / "data.csv", *arguments, "--out", folder / "run") == 0
     return folder / "run"
 
 
@@ -60,27 +48,19 @@ def species(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("species"), "species")
 
 
-def infer(path, X):
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, {"x": X.astype(np.float32)}), strict=True))
-
-
 def test_labels_from_raw_features(species, tmp_path, capsys):
-    assert run("export", species, "--onnx", tmp_path / "m.onnx") == 0
-    shown = capsys.readouterr().out
-    assert shown.splitlines() == [
-        f"onnx {tmp_path / 'm.onnx'}",
-        "  takes the 2 features as they are in the data, gives labels of the data",
-    ]
-    data = species.parent / "data.csv"
-    arguments = ("predict", species, "--data", data, "--out", tmp_path / "said.csv", "--proba")
-    assert run(*arguments) == 0
-    said = infer(tmp_path / "m.onnx", np.array(columns(data, "height", "width"), float))
-    names = ("daisy", "rose", "tulip")
-    assert [[label] for label in said["prediction"]] == columns(tmp_path / "said.csv", "prediction")
-    expected = np.array(columns(tmp_path / "said.csv", *(f"probability_{name}" for name in names)), float)
-    np.testing.assert_allclose(said["probabilities"], expected, atol=1e-5)
+    path, data = tmp_path / "m.onnx", species.parent / "data.csv"
+    assert run("export", species, "--onnx", path) == 0
+    takes = "  takes the 2 features as they are in the data, gives labels of the data"
+    assert capsys.readouterr().out.splitlines() == [f"onnx {path}", takes]
+    labels, probabilities = predicted(species, data, tmp_path / "said.csv", "--proba")
+    said = graph_outputs(path, columns(data, "height", "width"))
+    assert said["prediction"].tolist() == labels.tolist()
+    np.testing.assert_allclose(said["probabilities"], probabilities, atol=1e-5)
+    assert "--force" in refusal(capsys, "export", species, "--onnx", path)
+    assert run("export", species, "--onnx", path, "--force", "--weights", "best", "--json") == 0
+    printed = {"run": str(species), "weights": "best", "onnx": str(path), "safetensors": None}
+    assert json.loads(capsys.readouterr().out) == {**printed, "onnx_input": "features"}
 
 
 @pytest.mark.parametrize(
@@ -96,11 +76,9 @@ def test_labels_from_raw_features(species, tmp_path, capsys):
 def test_values_in_original_units_from_raw_features(options, tmp_path):
     folder = trained(tmp_path, "price", "--task", "regression", *options)
     assert run("export", folder, "--onnx", tmp_path / "m.onnx") == 0
-    data = tmp_path / "data.csv"
-    assert run("predict", folder, "--data", data, "--out", tmp_path / "said.csv") == 0
-    said = infer(tmp_path / "m.onnx", np.array(columns(data, "height", "width"), float))
-    expected = np.array(columns(tmp_path / "said.csv", "prediction"), float)[:, 0]
-    np.testing.assert_allclose(said["prediction"], expected, rtol=1e-5)
+    values, _ = predicted(folder, tmp_path / "data.csv", tmp_path / "said.csv")
+    said = graph_outputs(tmp_path / "m.onnx", columns(tmp_path / "data.csv", "height", "width"))
+    np.testing.assert_allclose(said["prediction"], values, rtol=1e-5)
 
 
 def test_both_files_and_what_they_take(species, tmp_path, capsys):
@@ -116,23 +94,11 @@ def test_both_files_and_what_they_take(species, tmp_path, capsys):
         preprocessor = Preprocessor.from_json(file.metadata()["preprocessor"])
     props = onnx.load(files[1]).metadata_props
     assert Preprocessor.from_json({prop.key: prop.value for prop in props}["preprocessor"]) == preprocessor
-    raw = np.array(columns(species.parent / "data.csv", "height", "width"), float)
     engine = fusemlp.load(files[3])
-    X = preprocessor.transform_features(raw)
-    said = infer(tmp_path / "m.onnx", X)
+    X = preprocessor.transform_features(columns(species.parent / "data.csv", "height", "width"))
+    said = graph_outputs(tmp_path / "m.onnx", X)
     np.testing.assert_allclose(said["probabilities"], engine.predict_proba(X), atol=1e-5)
     np.testing.assert_array_equal(said["prediction"], engine.predict(X))
-
-
-def test_for_machines(species, tmp_path, capsys):
-    assert run("export", species, "--onnx", tmp_path / "m.onnx", "--weights", "best", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {
-        "run": str(species),
-        "weights": "best",
-        "onnx": str(tmp_path / "m.onnx"),
-        "safetensors": None,
-        "onnx_input": "features",
-    }
 
 
 def test_a_run_with_words_takes_an_input_for_each_feature(tmp_path, capsys):
@@ -143,22 +109,20 @@ def test_a_run_with_words_takes_an_input_for_each_feature(tmp_path, capsys):
     assert f"  {takes}, gives labels of the data\n" in capsys.readouterr().out
     # A missing number, a missing word and an unseen one.
     (tmp_path / "new.csv").write_text("colour,width,height\nred,-5,110.5\n,NA,100\nteal,-10,?\nNA,0,120\n")
-    assert run("predict", folder, "--data", tmp_path / "new.csv", "--out", tmp_path / "said.csv", "--proba") == 0
+    labels, probabilities = predicted(folder, tmp_path / "new.csv", tmp_path / "said.csv", "--proba")
     given = {
         "colour": np.array([["red"], [""], ["teal"], ["NA"]], object),
         "width": np.array([[-5], [np.nan], [-10], [0]], np.float32),
         "height": np.array([[110.5], [100], [np.nan], [120]], np.float32),
     }
     said = onnxruntime.InferenceSession(str(tmp_path / "m.onnx")).run(["prediction", "probabilities"], given)
-    names = ("daisy", "rose", "tulip")
-    assert [[label] for label in said[0]] == columns(tmp_path / "said.csv", "prediction")
-    expected = np.array(columns(tmp_path / "said.csv", *(f"probability_{name}" for name in names)), float)
-    np.testing.assert_allclose(said[1], expected, atol=1e-5)
+    assert said[0].tolist() == labels.tolist()
+    np.testing.assert_allclose(said[1], probabilities, atol=1e-5)
     capsys.readouterr()
     assert run("export", folder, "--onnx", tmp_path / "m.onnx", "--force", "--json") == 0
     assert json.loads(capsys.readouterr().out)["onnx_input"] == "one input a feature"
     assert run("export", folder, "--onnx", tmp_path / "bare.onnx", "--bare") == 0
-    assert infer(tmp_path / "bare.onnx", np.zeros((3, 4)))["probabilities"].shape == (3, 3)
+    assert graph_outputs(tmp_path / "bare.onnx", np.zeros((3, 4)))["probabilities"].shape == (3, 3)
 
 
 # Arguments after ``export RUN``, the exit code, and a part of the error.
@@ -187,9 +151,3 @@ def test_a_wrong_call_says_what_is_wrong(arguments, code, words, species, tmp_pa
 def test_what_is_no_run(tmp_path, capsys):
     assert run("export", tmp_path, "--onnx", tmp_path / "m.onnx") == 1
     assert "is not a run folder" in capsys.readouterr().err
-
-
-def test_force_overwrites(species, tmp_path):
-    (tmp_path / "m.onnx").write_text("old")
-    assert run("export", species, "--onnx", tmp_path / "m.onnx", "--force") == 0
-    assert "prediction" in infer(tmp_path / "m.onnx", np.zeros((1, 2)))

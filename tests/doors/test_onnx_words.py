@@ -1,7 +1,5 @@
 """ONNX graphs that take words: one input a feature, the same answers as ``transform_features`` and the engine."""
 
-from typing import Any
-
 import numpy as np
 import onnx
 import onnxruntime
@@ -15,9 +13,6 @@ from fusemlp.datasets.load import Dataset, coded
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.scaling import SCALES
 from fusemlp.report.onnx import onnx_bytes
-
-Array = np.ndarray[Any, Any]
-Table = dict[str, Array]
 
 WORDS = st.sampled_from(["", "NA", "red", "blue", "Zürich", "a b", "?"])
 # Exact in float32, so that both sides scale the same number.
@@ -51,9 +46,8 @@ def session_of(engine, made):
 
 
 def fed(table, real):
-    return {
-        name: column.reshape(-1, 1).astype(object if column.dtype == object else real) for name, column in table.items()
-    }
+    columns = {name: column.reshape(-1, 1) for name, column in table.items()}
+    return {name: column if column.dtype == object else column.astype(real) for name, column in columns.items()}
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -79,12 +73,8 @@ def test_the_graph_answers_as_predict_for_missing_and_unseen_cells(data, kinds, 
 
 
 def test_names_that_the_graph_has_already_get_an_underscore():
-    table = {
-        "prediction": np.array(["a", "b"] * 4, object),
-        "0.weight": np.arange(8.0),
-        "mul_0": np.arange(8.0) ** 2,
-        "concat_0": np.arange(8.0) ** 3,
-    }
+    words, numbers = np.array(["a", "b"] * 4, object), np.arange(8.0)
+    table = {"prediction": words, "0.weight": numbers, "mul_0": numbers**2, "concat_0": numbers**3}
     made = fitted(table)
     engine = Engine(MLP([made.width, 5, 3]), backend="numpy")
     session = session_of(engine, made)

@@ -5,9 +5,7 @@ import warnings
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
-from fusemlp import MLP, Fleet
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier
 
 with warnings.catch_warnings():
@@ -46,22 +44,3 @@ def test_batches_of_trials_over_a_search(study):
     assert study.best_value == max(values) > 0.85
     # The study learns: later trials are better than the random first ones.
     assert np.median(values[16:]) > np.median(values[:8])
-
-
-def test_batches_of_trials_over_a_fleet(study):
-    train, test, labels, expected = train_test_split(X, Y, random_state=0)
-    space = {
-        "lr": optuna.distributions.FloatDistribution(1e-4, 0.1, log=True),
-        "hidden": optuna.distributions.CategoricalDistribution((8, 24)),
-    }
-    for _ in range(2):
-        trials = [study.ask(space) for _ in range(6)]
-        fleet = Fleet(MLP([64, 16, 10]), vary=[trial.params for trial in trials], backend="numpy")
-        results = fleet.fit(train, labels, epochs=6)
-        for trial, member in zip(trials, results.members, strict=True):
-            # A diverged model has no score; the study gets a failed trial.
-            failed = member.status == "diverged"
-            state = optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE
-            score = None if failed else float((member.engine.predict(test) == expected).mean())
-            study.tell(trial, score, state=state)
-    assert len(study.get_trials()) == 12 and study.best_value > 0.8

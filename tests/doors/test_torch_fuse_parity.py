@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import nn, optim
+from torch_pair import ACTIVATIONS, Pair, adam
 
 import fusemlp.torch as door
 
@@ -14,24 +15,10 @@ SIZES = (12, 12, 12, 5)  # three whole batches and a short one
 # Sixty steps of two ways of computing the same doubles.
 WHOLE_RUN = 3e-10
 
-ACTIVATIONS = {
-    "identity": nn.Identity,
-    "relu": nn.ReLU,
-    "leaky_relu": lambda: nn.LeakyReLU(0.2),
-    "prelu": nn.PReLU,
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "elu": lambda: nn.ELU(0.7),
-    "selu": nn.SELU,
-    "softplus": nn.Softplus,
-    "mish": nn.Mish,
-}
 OPTIMIZERS = {
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.9, weight_decay=0.01),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "momentum": lambda p: optim.SGD(p, lr=0.03, momentum=0.9, weight_decay=0.01),
+    "adam": lambda p: optim.Adam(p, lr=0.01),
+    "adamw": lambda p: optim.AdamW(p, lr=0.01, weight_decay=0.1),
 }
 # A loss and its kind of target.
 LOSSES = {
@@ -42,75 +29,67 @@ LOSSES = {
     "huber": (lambda: nn.HuberLoss(delta=0.3), "values"),
 }
 SHARES = torch.tensor([0.5, 2.0, 1.0, 0.0], dtype=torch.float64)
+CROSS, BINARY = nn.CrossEntropyLoss, nn.BCEWithLogitsLoss
 LOSS_OPTIONS = {
-    "label smoothing": (lambda: nn.CrossEntropyLoss(label_smoothing=0.1), "labels"),
-    "class weights": (lambda: nn.CrossEntropyLoss(weight=SHARES), "labels"),
-    "class weights, smoothing, sum": (
-        lambda: nn.CrossEntropyLoss(weight=SHARES, label_smoothing=0.2, reduction="sum"),
-        "labels",
-    ),
-    "ignored labels": (nn.CrossEntropyLoss, "some ignored"),
-    "an ignored class": (lambda: nn.CrossEntropyLoss(ignore_index=1), "labels"),
-    "ignored labels, class weights, smoothing": (
-        lambda: nn.CrossEntropyLoss(weight=SHARES, label_smoothing=0.2, ignore_index=-7),
-        "others ignored",
-    ),
-    "ignored labels, sum": (lambda: nn.CrossEntropyLoss(reduction="sum"), "some ignored"),
-    "probabilities": (nn.CrossEntropyLoss, "probabilities"),
-    "probabilities, class weights, smoothing": (
-        lambda: nn.CrossEntropyLoss(weight=SHARES, label_smoothing=0.2),
-        "probabilities",
-    ),
-    "bce, positive weights": (lambda: nn.BCEWithLogitsLoss(pos_weight=SHARES), "binary"),
-    "bce, one positive weight, sum": (
-        lambda: nn.BCEWithLogitsLoss(pos_weight=SHARES[1], reduction="sum"),
-        "probabilities",
-    ),
-    "bce, sum": (lambda: nn.BCEWithLogitsLoss(reduction="sum"), "binary"),
-    "mse, sum": (lambda: nn.MSELoss(reduction="sum"), "values"),
-    "l1, sum": (lambda: nn.L1Loss(reduction="sum"), "values"),
-    "huber, sum": (lambda: nn.HuberLoss(reduction="sum"), "values"),
-    "smooth l1": (nn.SmoothL1Loss, "values"),
-    "poisson": (nn.PoissonNLLLoss, "counts"),
-    "function": (lambda: nn.functional.cross_entropy, "labels"),
+    "label smoothing": (CROSS(label_smoothing=0.1), "labels"),
+    "class weights": (CROSS(weight=SHARES), "labels"),
+    "class weights, smoothing, sum": (CROSS(weight=SHARES, label_smoothing=0.2, reduction="sum"), "labels"),
+    "ignored labels": (CROSS(), "some ignored"),
+    "an ignored class": (CROSS(ignore_index=1), "labels"),
+    "ignored, weights, smoothing": (CROSS(weight=SHARES, label_smoothing=0.2, ignore_index=-7), "others ignored"),
+    "ignored labels, sum": (CROSS(reduction="sum"), "some ignored"),
+    "probabilities": (CROSS(), "probabilities"),
+    "probabilities, weights, smoothing": (CROSS(weight=SHARES, label_smoothing=0.2), "probabilities"),
+    "bce, positive weights": (BINARY(pos_weight=SHARES), "binary"),
+    "bce, one positive weight, sum": (BINARY(pos_weight=SHARES[1], reduction="sum"), "probabilities"),
+    "bce, sum": (BINARY(reduction="sum"), "binary"),
+    "mse, sum": (nn.MSELoss(reduction="sum"), "values"),
+    "l1, sum": (nn.L1Loss(reduction="sum"), "values"),
+    "huber, sum": (nn.HuberLoss(reduction="sum"), "values"),
+    "smooth l1": (nn.SmoothL1Loss(), "values"),
+    "poisson": (nn.PoissonNLLLoss(), "counts"),
+    "function": (nn.functional.cross_entropy, "labels"),
 }
+
+
+def of_weights_only(kind, decay, **options):
+    """Return an optimizer that decays matrices alone."""
+
+    def make(p):
+        biases = {"params": [b for b in p if b.dim() < 2], "weight_decay": 0.0}
+        return kind([{"params": [w for w in p if w.dim() > 1]}, biases], weight_decay=decay, **options)
+
+    return make
+
+
 OPTIMIZER_OPTIONS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
-    "weight decay": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.02),
-    "nesterov": lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.8, nesterov=True, weight_decay=0.02),
-    "adam, coupled decay": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.02),
-    "adam, decoupled decay": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.2, decoupled_weight_decay=True),
-    "adam, betas and eps": lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.8, 0.95), eps=1e-3),
-    "adam, foreach": lambda p: torch.optim.Adam(p, lr=0.01, foreach=True),
-    "adam, fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
-    "decay of weights only": lambda p: torch.optim.AdamW(
-        [{"params": [w for w in p if w.dim() > 1]}, {"params": [b for b in p if b.dim() < 2], "weight_decay": 0.0}],
-        lr=0.01,
-        weight_decay=0.2,
-    ),
-    "decay of weights only, sgd": lambda p: torch.optim.SGD(
-        [{"params": [w for w in p if w.dim() > 1]}, {"params": [b for b in p if b.dim() < 2], "weight_decay": 0.0}],
-        lr=0.05,
-        momentum=0.9,
-        weight_decay=0.02,
-    ),
-    "groups of other rates": lambda p: torch.optim.SGD(
+    "sgd": lambda p: optim.SGD(p, lr=0.1),
+    "weight decay": lambda p: optim.SGD(p, lr=0.1, weight_decay=0.02),
+    "nesterov": lambda p: optim.SGD(p, lr=0.03, momentum=0.8, nesterov=True, weight_decay=0.02),
+    "adam, coupled decay": lambda p: optim.Adam(p, lr=0.01, weight_decay=0.02),
+    "adam, decoupled decay": lambda p: optim.Adam(p, lr=0.01, weight_decay=0.2, decoupled_weight_decay=True),
+    "adam, betas and eps": lambda p: optim.Adam(p, lr=0.01, betas=(0.8, 0.95), eps=1e-3),
+    "adam, foreach": lambda p: optim.Adam(p, lr=0.01, foreach=True),
+    "adam, fused": lambda p: optim.Adam(p, lr=0.01, fused=True),
+    "decay of weights only": of_weights_only(optim.AdamW, 0.2, lr=0.01),
+    "decay of weights only, sgd": of_weights_only(optim.SGD, 0.02, lr=0.05, momentum=0.9),
+    "groups of other rates": lambda p: optim.SGD(
         [{"params": p[:2], "lr": 0.01}, {"params": p[2:]}], lr=0.1, momentum=0.9
     ),
-    "groups of other rules": lambda p: torch.optim.SGD(
+    "groups of other rules": lambda p: optim.SGD(
         [{"params": p[:1], "momentum": 0.5}, {"params": p[1:3], "nesterov": True, "momentum": 0.9}, {"params": p[3:]}],
         lr=0.05,
         weight_decay=0.01,
     ),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
-    "rmsprop, alpha, eps and decay": lambda p: torch.optim.RMSprop(p, lr=0.01, alpha=0.9, eps=1e-3, weight_decay=0.02),
-    "rmsprop, groups": lambda p: torch.optim.RMSprop([{"params": p[:2], "alpha": 0.8}, {"params": p[2:]}], lr=0.01),
-    "groups of other betas": lambda p: torch.optim.Adam(
+    "rmsprop": lambda p: optim.RMSprop(p, lr=0.01),
+    "rmsprop, alpha, eps and decay": lambda p: optim.RMSprop(p, lr=0.01, alpha=0.9, eps=1e-3, weight_decay=0.02),
+    "rmsprop, groups": lambda p: optim.RMSprop([{"params": p[:2], "alpha": 0.8}, {"params": p[2:]}], lr=0.01),
+    "groups of other betas": lambda p: optim.Adam(
         [{"params": p[:2], "betas": (0.5, 0.9)}, {"params": p[2:], "lr": 0.002, "eps": 1e-4}], lr=0.01
     ),
-    "only the last layer": lambda p: torch.optim.Adam(p[-2:], lr=0.01),
+    "only the last layer": lambda p: optim.Adam(p[-2:], lr=0.01),
 }
-RATES = torch.optim.lr_scheduler
+RATES = optim.lr_scheduler
 SCHEDULES = {
     "step": lambda o: RATES.StepLR(o, step_size=20, gamma=0.5),
     "cosine": lambda o: RATES.CosineAnnealingLR(o, T_max=STEPS, eta_min=1e-4),
@@ -124,6 +103,11 @@ SCHEDULES = {
         o, [RATES.LinearLR(o, 0.1, total_iters=20), RATES.ExponentialLR(o, gamma=0.99)], milestones=[20]
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def counted(record_property):
+    record_property("line: torch parity cases", 1)
 
 
 def network(activation=nn.Tanh, width=INPUTS):
@@ -187,18 +171,16 @@ def assert_same_training(
     return optimizer, eager
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
+@pytest.mark.parametrize("activation", [twin for _, twin in ACTIVATIONS.values()], ids=ACTIVATIONS)
 @pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 @pytest.mark.parametrize("loss, kind", LOSSES.values(), ids=LOSSES.keys())
-def test_sixty_steps(loss, kind, make_optimizer, activation, record_property):
+def test_sixty_steps(loss, kind, make_optimizer, activation):
     assert_same_training(network(activation), loss(), make_optimizer, kind)
-    record_property("line: torch parity cases", 1)
 
 
 @pytest.mark.parametrize("loss, kind", LOSS_OPTIONS.values(), ids=LOSS_OPTIONS.keys())
-def test_options_of_losses(loss, kind, record_property):
-    assert_same_training(network(), loss(), OPTIMIZERS["adam"], kind)
-    record_property("line: torch parity cases", 1)
+def test_options_of_losses(loss, kind):
+    assert_same_training(network(), loss, OPTIMIZERS["adam"], kind)
 
 
 NLL = {
@@ -222,10 +204,9 @@ class LogProbabilities(nn.Module):
 
 @pytest.mark.parametrize("make", [lambda: nn.Sequential(*network(), nn.LogSoftmax(1)), LogProbabilities])
 @pytest.mark.parametrize("loss, kind", NLL.values(), ids=NLL.keys())
-def test_log_softmax_and_nll(loss, kind, make, record_property):
+def test_log_softmax_and_nll(loss, kind, make):
     # a sum's gradient is twelve times a mean's: with momentum its rounding errors grow beyond the bound
     assert_same_training(make(), loss(), OPTIMIZERS["adam"], kind, returns=True)
-    record_property("line: torch parity cases", 1)
 
 
 ENDS = {
@@ -239,14 +220,13 @@ ENDS = {
 
 
 @pytest.mark.parametrize("make, loss, kind", ENDS.values(), ids=ENDS.keys())
-def test_outputs_of_a_step(make, loss, kind, record_property):
+def test_outputs_of_a_step(make, loss, kind):
     assert_same_training(make(), loss(), OPTIMIZERS["adam"], kind, returns=True)
-    record_property("line: torch parity cases", 1)
 
 
 def test_outputs_that_are_squeezed():
     module = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)).double()
-    step = door.fuse(module, nn.MSELoss(), torch.optim.SGD(module.parameters(), lr=0.1))
+    step = door.fuse(module, nn.MSELoss(), optim.SGD(module.parameters(), lr=0.1))
     for rows in (4, 1):
         x, y = torch.randn(rows, 3).double(), torch.zeros(rows).double()
         expected = module(x).detach()
@@ -264,7 +244,7 @@ def test_outputs_are_those_of_the_dropout_of_the_step():
     for returns in (False, True):
         module = network()
         module.insert(2, nn.Dropout(0.5))
-        step = door.fuse(module, nn.CrossEntropyLoss(), torch.optim.SGD(module.parameters(), lr=0.1), seed=7)
+        step = door.fuse(module, nn.CrossEntropyLoss(), optim.SGD(module.parameters(), lr=0.1), seed=7)
         for x, y in batches("labels", 5):
             loss = step(x, y, return_output=returns)
             if returns:
@@ -279,13 +259,12 @@ def test_outputs_are_those_of_the_dropout_of_the_step():
 @pytest.mark.parametrize(
     "name", ["sgd", "momentum", "adamw", "rmsprop", "groups of other rules", "only the last layer"]
 )
-def test_clipping(name, clip, record_property):
+def test_clipping(name, clip):
     make_optimizer = {**OPTIMIZERS, **OPTIMIZER_OPTIONS}[name]
     module = network()
     if name == "only the last layer":
         module[0].requires_grad_(False)
     assert_same_training(module, nn.CrossEntropyLoss(), make_optimizer, "labels", clip=clip)
-    record_property("line: torch parity cases", 1)
 
 
 def test_a_tensor_that_is_frozen_is_not_in_the_norm():
@@ -307,50 +286,36 @@ def test_a_tensor_that_is_frozen_is_not_in_the_norm():
 
 
 def test_positive_weights_can_change():
-    module = network()
-    twin = copy.deepcopy(module)
     loss_fn = nn.BCEWithLogitsLoss(pos_weight=SHARES.clone())
-    optimizer, eager = (OPTIMIZERS["adam"](list(one.parameters())) for one in (module, twin))
-    step = door.fuse(module, loss_fn, optimizer)
+    pair = Pair(network(), adam, loss_fn)
     for number, (x, y) in enumerate(batches("binary", 8)):
         if number == 4:
             loss_fn.pos_weight.mul_(2.0)
-        eager.zero_grad()
-        expected = loss_fn(twin(x), y)
-        expected.backward()
-        eager.step()
-        torch.testing.assert_close(step(x, y), expected.detach(), rtol=1e-11, atol=1e-13)
+        pair.check(x, y)
 
 
 @pytest.mark.parametrize("make_optimizer", OPTIMIZER_OPTIONS.values(), ids=OPTIMIZER_OPTIONS.keys())
-def test_options_of_optimizers(make_optimizer, record_property):
+def test_options_of_optimizers(make_optimizer):
     assert_same_training(network(), nn.CrossEntropyLoss(), make_optimizer, "labels")
-    record_property("line: torch parity cases", 1)
 
 
 @pytest.mark.parametrize("make_schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 @pytest.mark.parametrize("name", ["momentum", "adam", "groups of other rates", "groups of other betas"])
-def test_schedules_of_torch(name, make_schedule, record_property):
+def test_schedules_of_torch(name, make_schedule):
     make_optimizer = {**OPTIMIZERS, **OPTIMIZER_OPTIONS}[name]
     optimizer, eager = assert_same_training(network(), nn.CrossEntropyLoss(), make_optimizer, "labels", make_schedule)
     assert [group["lr"] for group in optimizer.param_groups] == [group["lr"] for group in eager.param_groups]
-    record_property("line: torch parity cases", 1)
-
-
-def state_of(optimizer):
-    return optimizer.state_dict()["state"]
 
 
 @pytest.mark.parametrize(
     "name", ["momentum", "adam", "adamw", "rmsprop", "groups of other betas", "only the last layer"]
 )
-def test_moments_are_those_of_the_eager_optimizer(name, record_property):
+def test_moments_are_those_of_the_eager_optimizer(name):
     make_optimizer = {**OPTIMIZERS, **OPTIMIZER_OPTIONS}[name]
     optimizer, eager = assert_same_training(network(), nn.CrossEntropyLoss(), make_optimizer, "labels", steps=20)
-    own, expected = state_of(optimizer), state_of(eager)
+    own, expected = (one.state_dict()["state"] for one in (optimizer, eager))
     assert own.keys() == expected.keys()
     for index, moments in expected.items():
         assert own[index].keys() == moments.keys()
         for moment, value in moments.items():
             torch.testing.assert_close(own[index][moment], value, rtol=1e-9, atol=1e-15)
-    record_property("line: torch parity cases", 1)

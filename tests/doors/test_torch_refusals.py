@@ -7,17 +7,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import nn, optim
 
-import fusemlp.torch as door
-from fusemlp_kernels.errors import (
-    ArgumentError,
-    ArgumentTypeError,
-    BackendUnavailableError,
-    DataError,
-    DTypeError,
-    ShapeError,
-)
+from fusemlp import ArgumentError, ArgumentTypeError, BackendUnavailableError, DataError, DTypeError, ShapeError
+from fusemlp.torch import fuse
 
 
 def plain():
@@ -73,9 +66,7 @@ def with_parts(*parts):
 
 
 def functional_dropout(m, x):
-    h = m.a(x)
-    h = nn.functional.dropout(h, 0.1, m.training)
-    return m.b(h)
+    return m.b(nn.functional.dropout(m.a(x), 0.1, m.training))
 
 
 def branching(m, x):
@@ -90,13 +81,11 @@ def residual(m, x):
 
 
 def normalising(m, x):
-    h = m.a(x)
-    return m.b(m.norm(h))
+    return m.b(m.norm(m.a(x)))
 
 
 def softsign(m, x):
-    h = m.a(x)
-    return m.b(nn.functional.softsign(h))
+    return m.b(nn.functional.softsign(m.a(x)))
 
 
 def line_of(function, code, words):
@@ -113,10 +102,7 @@ MODULES = {
     "named": (lambda: nn.Sequential(nn.Linear(6, 8), Stacked(nn.Conv2d(1, 2, 3))), r"1\.blocks\.0: Conv2d"),
     "softmax": (lambda: nn.Sequential(*plain(), nn.Softmax(1)), r"3: Softmax .* CrossEntropyLoss takes logits"),
     "log_softmax of rows": (lambda: nn.Sequential(*plain(), nn.LogSoftmax(0)), r"3: LogSoftmax\(dim=0\): only"),
-    "after log_softmax": (
-        lambda: nn.Sequential(*plain(), nn.LogSoftmax(1), nn.ReLU()),
-        "4: ReLU: nothing can follow LogSoftmax",
-    ),
+    "after log_softmax": (lambda: nn.Sequential(*plain(), nn.LogSoftmax(1), nn.ReLU()), "4: ReLU: nothing can follow"),
     "log_softmax for cross-entropy": (lambda: nn.Sequential(*plain(), nn.LogSoftmax(1)), "use NLLLoss, or leave"),
     "CELU": (with_parts(nn.CELU()), r"1: CELU cannot be fused; use ELU"),
     "negative alpha": (with_parts(nn.ELU(-0.1)), r"1: ELU\(alpha=-0\.1\): expected alpha >= 0"),
@@ -125,7 +111,7 @@ MODULES = {
     "PReLU of many": (with_parts(nn.PReLU(8)), r"1: PReLU\(num_parameters=8\): one slope"),
     "negative slope": (
         with_parts(nn.LeakyReLU(-0.1)),
-        r"1: LeakyReLU\(negative_slope=-0\.1\): expected negative_slope >= 0",
+        r"1: LeakyReLU\(negative_slope=-0\.1\): expected negative_slope",
     ),
     "two activations": (with_parts(nn.ReLU(), nn.Tanh()), r"2: Tanh: a second activation .* 1: ReLU"),
     "two dropouts": (with_parts(nn.ReLU(), nn.Dropout(), nn.Dropout()), r"3: Dropout: a second dropout"),
@@ -143,11 +129,13 @@ MODULES = {
     "residual, deep": (lambda: Stacked(Forward(residual)), line_of(residual, "return m.b(x + h)", "a branch")),
     "LayerNorm in a forward": (
         lambda: Forward(normalising, norm=nn.LayerNorm(6)),
-        line_of(normalising, "return m.b(m.norm(h))", "norm: LayerNorm cannot be fused"),
+        line_of(normalising, "return m.b(m.norm(m.a(x)))", "norm: LayerNorm cannot be fused"),
     ),
     "functional dropout": (
         lambda: Forward(functional_dropout),
-        line_of(functional_dropout, "h = nn.functional.dropout(h, 0.1, m.training)", "forward does different things"),
+        line_of(
+            functional_dropout, "return m.b(nn.functional.dropout(m.a(x), 0.1, m.training))", "forward does different"
+        ),
     ),
     "branch": (
         lambda: Forward(branching),
@@ -155,7 +143,7 @@ MODULES = {
     ),
     "softsign": (
         lambda: Forward(softsign),
-        line_of(softsign, "return m.b(nn.functional.softsign(h))", "softsign cannot be fused"),
+        line_of(softsign, "return m.b(nn.functional.softsign(m.a(x)))", "softsign cannot be fused"),
     ),
     "options of a function": (
         lambda: Forward(lambda m, x: m.b(nn.functional.log_softmax(m.a(x), 1, dtype=torch.float64))),
@@ -181,11 +169,11 @@ MODULES = {
 @pytest.mark.parametrize("make, words", MODULES.values(), ids=MODULES.keys())
 def test_modules(make, words):
     module = make()
-    optimizer = torch.optim.SGD(module.parameters() if list(module.parameters()) else [torch.zeros(1)], lr=0.1)
+    optimizer = optim.SGD(module.parameters() if list(module.parameters()) else [torch.zeros(1)], lr=0.1)
     places = {name: parameter.data_ptr() for name, parameter in module.named_parameters()}
     modes = [one.training for one in module.modules()]
     with pytest.raises((ArgumentError, DTypeError), match=words):
-        door.fuse(module, nn.CrossEntropyLoss(), optimizer)
+        fuse(module, nn.CrossEntropyLoss(), optimizer)
     assert {name: parameter.data_ptr() for name, parameter in module.named_parameters()} == places
     assert [one.training for one in module.modules()] == modes
     assert not optimizer.state
@@ -193,7 +181,7 @@ def test_modules(make, words):
 
 def test_homogeneous_activations_allow_dropout_in_front():
     module = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.ReLU(), nn.Linear(8, 3))
-    step = door.fuse(module, nn.CrossEntropyLoss(), torch.optim.SGD(module.parameters(), lr=0.1))
+    step = fuse(module, nn.CrossEntropyLoss(), optim.SGD(module.parameters(), lr=0.1))
     assert "linear relu dropout 0.5" in str(step.program)
 
 
@@ -216,37 +204,28 @@ LOSSES = {
 def test_losses(loss_fn, words):
     module = plain()
     with pytest.raises((ArgumentError, ArgumentTypeError, ShapeError), match=words):
-        door.fuse(module, loss_fn, torch.optim.SGD(module.parameters(), lr=0.1))
+        fuse(module, loss_fn, optim.SGD(module.parameters(), lr=0.1))
 
 
-class Own(torch.optim.SGD):
+class Own(optim.SGD):
     pass
 
 
 OPTIMIZERS = {
-    "Adagrad": (lambda p: torch.optim.Adagrad(p), "Adagrad cannot be fused; expected .* RMSprop"),
-    "RMSprop, momentum": (
-        lambda p: torch.optim.RMSprop(p, momentum=0.9),
-        r"momentum=0\.9 cannot be fused \(its veloc.*set",
-    ),
-    "RMSprop, centered": (
-        lambda p: torch.optim.RMSprop(p, centered=True),
-        "centered=True cannot be fused .* set it to F",
-    ),
+    "Adagrad": (lambda p: optim.Adagrad(p), "Adagrad cannot be fused; expected .* RMSprop"),
+    "RMSprop, momentum": (lambda p: optim.RMSprop(p, momentum=0.9), r"momentum=0\.9 cannot be fused \(its veloc.*set"),
+    "RMSprop, centered": (lambda p: optim.RMSprop(p, centered=True), "centered=True cannot be fused .* set it to F"),
     "a subclass": (lambda p: Own(p, lr=0.1), "Own cannot be fused"),
     "a name": (lambda p: "sgd", "got 'sgd'"),
-    "amsgrad": (
-        lambda p: torch.optim.Adam(p, amsgrad=True),
-        r"param_groups\[0\]: amsgrad=True .*third moment.* to False",
-    ),
-    "maximize": (lambda p: torch.optim.SGD(p, lr=0.1, maximize=True), r"maximize=True"),
-    "differentiable": (lambda p: torch.optim.SGD(p, lr=0.1, differentiable=True), r"differentiable=True"),
-    "dampening": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5), r"dampening=0\.5"),
+    "amsgrad": (lambda p: optim.Adam(p, amsgrad=True), r"param_groups\[0\]: amsgrad=True .*third mom.* to False"),
+    "maximize": (lambda p: optim.SGD(p, lr=0.1, maximize=True), r"maximize=True"),
+    "differentiable": (lambda p: optim.SGD(p, lr=0.1, differentiable=True), r"differentiable=True"),
+    "dampening": (lambda p: optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5), r"dampening=0\.5"),
     "a stranger": (
-        lambda p: torch.optim.SGD([*p, nn.Parameter(torch.zeros(3))], lr=0.1),
+        lambda p: optim.SGD([*p, nn.Parameter(torch.zeros(3))], lr=0.1),
         r"param_groups\[0\]\['params'\]\[4\], of shape \(3,\), is no parameter of the module",
     ),
-    "only strangers": (lambda p: torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=0.1), "is no parameter"),
+    "only strangers": (lambda p: optim.SGD([nn.Parameter(torch.zeros(3))], lr=0.1), "is no parameter"),
 }
 
 
@@ -254,13 +233,13 @@ OPTIMIZERS = {
 def test_optimizers(make, words):
     module = plain()
     with pytest.raises((ArgumentError, ArgumentTypeError), match=words):
-        door.fuse(module, nn.CrossEntropyLoss(), make(list(module.parameters())))
+        fuse(module, nn.CrossEntropyLoss(), make(list(module.parameters())))
 
 
 def test_options_that_come_later():
     module = plain()
-    optimizer = torch.optim.Adam(module.parameters())
-    step = door.fuse(module, nn.CrossEntropyLoss(), optimizer)
+    optimizer = optim.Adam(module.parameters())
+    step = fuse(module, nn.CrossEntropyLoss(), optimizer)
     x, y = torch.randn(4, 6), torch.zeros(4, dtype=torch.int64)
     optimizer.param_groups[0]["amsgrad"] = True
     before = copy.deepcopy(module.state_dict())
@@ -274,8 +253,8 @@ def test_options_that_come_later():
 
 def test_a_loaded_state_with_options_that_cannot_be_fused():
     module = plain()
-    optimizer = torch.optim.Adam(module.parameters())
-    step = door.fuse(module, nn.CrossEntropyLoss(), optimizer)
+    optimizer = optim.Adam(module.parameters())
+    step = fuse(module, nn.CrossEntropyLoss(), optimizer)
     state = copy.deepcopy(optimizer.state_dict())
     state["param_groups"][0]["amsgrad"] = True
     with pytest.raises(ArgumentError, match="amsgrad"):
@@ -286,7 +265,7 @@ def test_a_loaded_state_with_options_that_cannot_be_fused():
 
 def test_arguments():
     module = plain()
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    optimizer = optim.SGD(module.parameters(), lr=0.1)
     for options, error, words in [
         ({"batch_size": 0}, ArgumentError, "batch_size"),
         ({"clip_grad_norm": 0.0}, ArgumentError, "clip_grad_norm: expected a finite number above 0"),
@@ -297,11 +276,11 @@ def test_arguments():
         ({"precision": "tf32"}, BackendUnavailableError, "numpy backend offers"),
     ]:
         with pytest.raises(error, match=words):
-            door.fuse(module, nn.CrossEntropyLoss(), optimizer, **options)
+            fuse(module, nn.CrossEntropyLoss(), optimizer, **options)
     with pytest.raises(ArgumentTypeError, match=r"expected a torch\.nn\.Module"):
-        door.fuse(lambda x: x, nn.CrossEntropyLoss(), optimizer)
+        fuse(lambda x: x, nn.CrossEntropyLoss(), optimizer)
     with pytest.raises(ArgumentError, match="nothing to train"):
-        door.fuse(module.requires_grad_(False), nn.CrossEntropyLoss(), optimizer)
+        fuse(module.requires_grad_(False), nn.CrossEntropyLoss(), optimizer)
 
 
 X, Y = torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64)
@@ -331,7 +310,7 @@ BATCHES = {
 @pytest.mark.parametrize("seen", [False, True], ids=["first step", "later step"])
 def test_batches(x, y, error, words, seen):
     module = plain()
-    step = door.fuse(module, nn.CrossEntropyLoss(), torch.optim.Adam(module.parameters()))
+    step = fuse(module, nn.CrossEntropyLoss(), optim.Adam(module.parameters()))
     if seen:
         step(X, Y)
     before = copy.deepcopy([module.state_dict(), step.optimizer.state_dict()])
@@ -342,20 +321,20 @@ def test_batches(x, y, error, words, seen):
 
 def test_targets_that_torch_would_broadcast():
     module = nn.Sequential(nn.Linear(6, 1))
-    step = door.fuse(module, nn.MSELoss(), torch.optim.SGD(module.parameters(), lr=0.1))
+    step = fuse(module, nn.MSELoss(), optim.SGD(module.parameters(), lr=0.1))
     with pytest.raises(ShapeError, match=r"y: expected shape \(4, 1\).*got \(4,\); torch would broadcast"):
         step(X, torch.zeros(4))
 
 
 def test_probabilities_for_nll():
     module = nn.Sequential(*plain(), nn.LogSoftmax(1))
-    step = door.fuse(module, nn.NLLLoss(), torch.optim.SGD(module.parameters(), lr=0.1))
+    step = fuse(module, nn.NLLLoss(), optim.SGD(module.parameters(), lr=0.1))
     with pytest.raises(ShapeError, match=r"y: expected shape \(4,\) for class indices, got \(4, 3\)"):
         step(X, torch.full((4, 3), 1.0 / 3.0))
 
 
 def test_probabilities_and_an_ignored_class():
     module = plain()
-    step = door.fuse(module, nn.CrossEntropyLoss(ignore_index=1), torch.optim.SGD(module.parameters(), lr=0.1))
+    step = fuse(module, nn.CrossEntropyLoss(ignore_index=1), optim.SGD(module.parameters(), lr=0.1))
     with pytest.raises(ArgumentError, match="ignore_index=1 is a class index"):
         step(X, torch.full((4, 3), 1.0 / 3.0))

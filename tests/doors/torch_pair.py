@@ -7,9 +7,25 @@ import pytest
 import torch
 from torch import nn
 
+import fusemlp
 import fusemlp.torch as door
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-13}
+# Each activation, and torch's module for it.
+ACTIVATIONS = {
+    "identity": ("identity", nn.Identity),
+    "relu": ("relu", nn.ReLU),
+    "leaky_relu": (fusemlp.LeakyReLU(0.2), lambda: nn.LeakyReLU(0.2)),
+    "prelu": (fusemlp.PReLU(0.25), nn.PReLU),
+    "sigmoid": ("sigmoid", nn.Sigmoid),
+    "tanh": ("tanh", nn.Tanh),
+    "gelu": ("gelu", nn.GELU),
+    "silu": ("silu", nn.SiLU),
+    "elu": (fusemlp.ELU(0.7), lambda: nn.ELU(0.7)),
+    "selu": ("selu", nn.SELU),
+    "softplus": ("softplus", nn.Softplus),
+    "mish": ("mish", nn.Mish),
+}
 
 
 def make(activation=nn.ReLU, *, dtype=torch.float64, dropout=None):
@@ -50,17 +66,21 @@ each_optimizer = pytest.mark.parametrize("make_optimizer", [sgd, adam, rmsprop])
 class Pair:
     """A fused module and an eager twin."""
 
-    def __init__(self, module=None, make_optimizer=sgd, **options):
+    def __init__(self, module=None, make_optimizer=sgd, loss_fn=None, **options):
         self.module = make() if module is None else module
         self.twin = copy.deepcopy(self.module)
         self.optimizer, self.eager = make_optimizer(self.module, **options), make_optimizer(self.twin, **options)
-        self.step = door.fuse(self.module, nn.CrossEntropyLoss(), self.optimizer)
+        self.loss_fn = loss_fn or nn.CrossEntropyLoss()
+        self.step = door.fuse(self.module, self.loss_fn, self.optimizer)
         self.seeds = itertools.count()
+
+    def check(self, x, y):
+        expected = eager_step(self.twin, self.eager, x, y, self.loss_fn)
+        torch.testing.assert_close(self.step(x, y), expected, **CLOSE)
 
     def steps(self, count=3, rows=10):
         for _ in range(count):
-            x, y = batch(rows, next(self.seeds))
-            torch.testing.assert_close(self.step(x, y), eager_step(self.twin, self.eager, x, y), **CLOSE)
+            self.check(*batch(rows, next(self.seeds)))
         self.same()
 
     def same(self):
