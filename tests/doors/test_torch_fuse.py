@@ -46,12 +46,6 @@ def test_the_loss_is_a_tensor_of_its_own():
     assert first.item() == value
 
 
-def test_fusing_changes_no_value():
-    module, twin = make(), make()
-    door.fuse(module, nn.CrossEntropyLoss(), adam(module), batch_size=10)
-    torch.testing.assert_close(module.state_dict(), twin.state_dict(), rtol=0, atol=0)
-
-
 @each_optimizer
 def test_any_batch_size(make_optimizer):
     pair = Pair(make_optimizer=make_optimizer)
@@ -63,7 +57,7 @@ def test_non_contiguous_batches():
     pair = Pair()
     x, y = batch()
     for view in (x.t().contiguous().t(), x.flip(1).flip(1), torch.cat([x, x], 1)[:, :6]):
-        torch.testing.assert_close(pair.step(view, y), eager_step(pair.twin, pair.eager, view, y), **CLOSE)
+        pair.check(view, y)
     pair.same()
 
 
@@ -106,13 +100,12 @@ def test_an_empty_optimizer_state_starts_anew():
 def test_an_optimizer_that_has_taken_steps_is_taken_over(make_optimizer):
     module, twin = make(), make()
     optimizer, eager = make_optimizer(module), make_optimizer(twin)
-    for seed in range(3):
-        eager_step(module, optimizer, *batch(seed=seed))
-        eager_step(twin, eager, *batch(seed=seed))
-    step = door.fuse(module, nn.CrossEntropyLoss(), optimizer)
-    for seed in range(3, 6):
+    for seed in range(6):
         x, y = batch(seed=seed)
-        torch.testing.assert_close(step(x, y), eager_step(twin, eager, x, y), **CLOSE)
+        if seed == 3:
+            step = door.fuse(module, nn.CrossEntropyLoss(), optimizer)
+        found = step(x, y) if seed > 2 else eager_step(module, optimizer, x, y)
+        torch.testing.assert_close(found, eager_step(twin, eager, x, y), **CLOSE)
 
 
 @each_optimizer
@@ -223,17 +216,11 @@ class Nested(nn.Module):
 
 def test_a_traced_module():
     torch.manual_seed(0)
-    module = Nested().double()
-    twin = copy.deepcopy(module)
-    optimizer, eager = adam(module), adam(twin)
-    loss_fn = nn.BCEWithLogitsLoss()
-    step = door.fuse(module, loss_fn, optimizer)
+    pair = Pair(Nested().double(), adam, nn.BCEWithLogitsLoss())
     for seed in range(5):
         x, y = batch(seed=seed)
-        x, y = x.reshape(10, 2, 3), (y > 0).double()
-        torch.testing.assert_close(step(x, y), eager_step(twin, eager, x, y, loss_fn), **CLOSE)
-    torch.testing.assert_close(module.state_dict(), twin.state_dict(), **CLOSE)
-    assert list(module.state_dict()) == list(twin.state_dict())
+        pair.check(x.reshape(10, 2, 3), (y > 0).double())
+    pair.same()
 
 
 def test_flatten_in_front_and_nesting():
@@ -243,16 +230,17 @@ def test_flatten_in_front_and_nesting():
     for seed in range(3):
         x, y = batch(seed=seed)
         x = x.reshape(10, 3, 2)
-        torch.testing.assert_close(pair.step(x, y), eager_step(pair.twin, pair.eager, x, y), **CLOSE)
+        pair.check(x, y)
     pair.same()
 
 
-def test_a_module_that_stands_in_two_places():
+def test_a_module_that_stands_in_two_places_and_layers_without_bias():
     torch.manual_seed(0)
     shared = nn.Tanh()
-    Pair(
-        nn.Sequential(nn.Identity(), nn.Linear(6, 4), shared, nn.Linear(4, 5), shared, nn.Linear(5, 3)).double()
-    ).steps()
+    parts = nn.Identity(), nn.Linear(6, 4), shared, nn.Linear(4, 5), shared, nn.Linear(5, 3)
+    Pair(nn.Sequential(*parts).double()).steps()
+    module = nn.Sequential(nn.Linear(6, 4, bias=False), nn.GELU(), nn.Linear(4, 3, bias=False)).double()
+    Pair(module, adam).steps()
 
 
 class Functions(nn.Module):
@@ -275,19 +263,10 @@ def test_functions_with_options():
 def test_flattened_outputs():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1), nn.Flatten(0)).double()
-    twin = copy.deepcopy(module)
-    optimizer, eager = sgd(module), sgd(twin)
-    step = door.fuse(module, nn.functional.poisson_nll_loss, optimizer)
+    pair = Pair(module, loss_fn=nn.functional.poisson_nll_loss)
     for seed in range(3):
         x, y = batch(seed=seed)
-        expected = eager_step(twin, eager, x, y.double(), nn.PoissonNLLLoss())
-        torch.testing.assert_close(step(x, y.double()), expected, **CLOSE)
-
-
-def test_layers_without_bias():
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(6, 4, bias=False), nn.GELU(), nn.Linear(4, 3, bias=False)).double()
-    Pair(module, adam).steps()
+        pair.check(x, y.double())
 
 
 def test_a_loop_over_a_data_loader_on_digits():
@@ -358,9 +337,5 @@ def test_a_step_prints_its_program():
 
 
 def test_importing_the_package_leaves_torch_alone():
-    """``import fusemlp`` does not import torch; touching ``fusemlp.torch`` does."""
-    code = (
-        "import sys, fusemlp; assert 'torch' not in sys.modules; "
-        "assert fusemlp.torch.fuse is not None; assert 'torch' in sys.modules"
-    )
+    code = "import sys, fusemlp; assert 'torch' not in sys.modules; fusemlp.torch.fuse; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,15 +1,11 @@
 """Batches of tensors in memory: rows, orders, options, errors, and loops over them."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from torch_pair import adam, eager_step, make
+from torch_pair import Pair, adam, eager_step
 
-import fusemlp.torch as door
 from fusemlp.torch import Batches
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError
 
@@ -91,16 +87,13 @@ def test_one_tensor_and_many():
 def test_fused_and_plain_loops():
     torch.manual_seed(1)
     x, y = torch.randn(50, 6).double(), torch.randint(0, 3, (50,))
-    module = make()
-    twin = copy.deepcopy(module)
-    optimizer, eager = adam(module), adam(twin)
-    step = door.fuse(module, nn.CrossEntropyLoss(), optimizer)
+    pair = Pair(make_optimizer=adam)
     for _ in range(3):
         for batch in Batches(x, y, batch_size=16, seed=5):
-            step(*batch)
-        for inputs, labels in Batches(x, y, batch_size=16, seed=5):
-            eager_step(twin, eager, inputs, labels)
-    torch.testing.assert_close(module.state_dict(), twin.state_dict(), rtol=1e-11, atol=1e-13)
+            pair.step(*batch)
+        for batch in Batches(x, y, batch_size=16, seed=5):
+            eager_step(pair.twin, pair.eager, *batch)
+    pair.same()
 
 
 @pytest.mark.parametrize(
