@@ -118,15 +118,15 @@ def test_regressors_resist_attacks_too():
 
 
 BAD = {
-    "a number": ({"adversarial": 0.1}, TypeError, r"adversarial: expected an attack such as PGD\(0.1\)"),
-    "lbfgs": ({"adversarial": PGD(0.1), "solver": "lbfgs"}, ValueError, "adversarial: lbfgs needs the same loss"),
-    "bounds": (
-        {"adversarial": PGD(0.1, bounds=(0.5, 1))},
-        ValueError,
-        "X: values from 0 to 1 are not within the bounds",
+    "a number": (
+        {"adversarial": 0.1},
+        fusemlp.ArgumentTypeError,
+        r"adversarial: expected an attack such as PGD\(0.1\)",
     ),
-    "gelu": ({"adversarial": IBP(0.1), "activation": "gelu"}, ValueError, "IBP takes activations that rise"),
-    "dropout": ({"adversarial": IBP(0.1), "dropout": 0.2}, ValueError, "adversarial: IBP takes no dropout"),
+    "lbfgs": ({"adversarial": PGD(0.1), "solver": "lbfgs"}, ValueError, "adversarial: lbfgs needs the same loss"),
+    "bounds": ({"adversarial": PGD(0.1, bounds=(0.5, 1))}, fusemlp.DataError, "X: values from 0 to 1 are not within"),
+    "gelu": ({"adversarial": IBP(0.1), "activation": "gelu"}, ArgumentError, "IBP takes activations that rise"),
+    "dropout": ({"adversarial": IBP(0.1), "dropout": 0.2}, ArgumentError, "adversarial: IBP takes no dropout"),
 }
 
 

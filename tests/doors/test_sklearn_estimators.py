@@ -16,7 +16,7 @@ import sklearn
 from sklearn import neural_network as theirs
 from sklearn.base import clone
 from sklearn.datasets import load_digits, load_iris
-from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.exceptions import NotFittedError
 from sklearn.metrics import accuracy_score
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -29,16 +29,12 @@ from fusemlp.sklearn import MLPClassifier, MLPRegressor, settings
 from fusemlp.sklearn.classifier import _classes_of
 from fusemlp_kernels.contract import ACTIVATIONS
 
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+
 X, Y = load_iris(return_X_y=True)
 NAMES = ("MLPClassifier", "MLPRegressor")
 # Checks that scikit-learn's classifier skips, because it has no such parameter.
 MORE_CHECKS = {"MLPClassifier": {"check_class_weight_classifiers"}, "MLPRegressor": set()}
-
-
-def quiet(estimator, *data, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return estimator.fit(*data, **options)
 
 
 def outcomes(estimator):
@@ -49,19 +45,11 @@ def outcomes(estimator):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_check_estimator_says_what_it_says_of_scikit_learns_own(name, record_line):
+def test_check_estimator_says_what_it_says_of_scikit_learns_own(name):
     mine, reference = (outcomes(getattr(module, name)()) for module in (ours, theirs))
     more = mine - reference
     assert mine - more == reference
     assert set(more) == {(check, "passed") for check in MORE_CHECKS[name]}
-    counts = [
-        ", ".join(
-            f"{sum(n for (_, s), n in found.items() if s == status)} {status}" for status in ("passed", "skipped")
-        )
-        for found in (mine, reference)
-    ]
-    extra = f"; one more than there: {', '.join(MORE_CHECKS[name])}" if MORE_CHECKS[name] else ""
-    record_line(f"check_estimator({name}()): {counts[0]} of {sum(mine.values())}; scikit-learn's: {counts[1]}{extra}")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -78,31 +66,19 @@ def test_parameters_begin_with_scikit_learns_in_order_and_with_its_defaults(name
 
 @pytest.mark.parametrize("name", NAMES)
 def test_fitted_attributes_are_scikit_learns(name):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        mine, reference = (getattr(module, name)(max_iter=2).fit(X, Y) for module in (ours, theirs))
+    mine, reference = (getattr(module, name)(max_iter=2).fit(X, Y) for module in (ours, theirs))
     public = {attribute for attribute in vars(reference) if attribute.endswith("_") and not attribute.startswith("_")}
-    assert public <= {attribute for attribute in vars(mine) if attribute.endswith("_")}
+    assert public <= vars(mine).keys()
 
 
 def test_grid_search_in_two_processes():
-    search = GridSearchCV(
-        make_pipeline(StandardScaler(), MLPClassifier(max_iter=300, solver="lbfgs", random_state=0)),
-        {"mlpclassifier__alpha": [1e-3, 1.0], "mlpclassifier__hidden_layer_sizes": [(5,), (4, 3)]},
-        cv=2,
-        n_jobs=2,
-    )
-    search.fit(X, Y)
+    pipeline = make_pipeline(StandardScaler(), MLPClassifier(max_iter=300, solver="lbfgs", random_state=0))
+    grid = {"mlpclassifier__alpha": [1e-3, 1.0], "mlpclassifier__hidden_layer_sizes": [(5,), (4, 3)]}
+    search, alone = (GridSearchCV(pipeline, grid, cv=2, n_jobs=jobs).fit(X, Y) for jobs in (2, None))
     assert search.best_score_ > 0.9
-    reference = GridSearchCV(
-        make_pipeline(StandardScaler(), MLPClassifier(max_iter=300, solver="lbfgs", random_state=0)),
-        search.param_grid,
-        cv=2,
-    ).fit(X, Y)
-    np.testing.assert_array_equal(search.cv_results_["mean_test_score"], reference.cv_results_["mean_test_score"])
+    np.testing.assert_array_equal(search.cv_results_["mean_test_score"], alone.cv_results_["mean_test_score"])
 
 
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_cross_val_score_is_scikit_learns():
     options = {"max_iter": 30, "random_state": 0, "hidden_layer_sizes": 8, "learning_rate_init": 0.02}
     scores = [cross_val_score(module.MLPClassifier(**options), X, Y, cv=3) for module in (ours, theirs)]
@@ -110,16 +86,8 @@ def test_cross_val_score_is_scikit_learns():
 
 
 def test_clone_copies_every_parameter_and_nothing_learned():
-    estimator = MLPRegressor(
-        loss=fusemlp.Huber(0.3),
-        activation=["relu", fusemlp.LeakyReLU(0.2)],
-        hidden_layer_sizes=(4, 3),
-        learning_rate=fusemlp.Cosine(0.1),
-        dropout=[0.1, 0.0],
-        clip_norm=2.0,
-        max_iter=2,
-    )
-    quiet(estimator, X, Y)
+    options = {"activation": ["relu", fusemlp.LeakyReLU(0.2)], "learning_rate": fusemlp.Cosine(0.1), "clip_norm": 2.0}
+    estimator = MLPRegressor(fusemlp.Huber(0.3), (4, 3), dropout=[0.1, 0.0], max_iter=2, **options).fit(X, Y)
     copy = clone(estimator)
     assert copy.get_params() == estimator.get_params()
     with pytest.raises(NotFittedError, match="This MLPRegressor instance is not fitted yet"):
@@ -127,20 +95,15 @@ def test_clone_copies_every_parameter_and_nothing_learned():
     assert repr(copy).startswith("MLPRegressor(")
 
 
-def through_pickle(estimator, folder):
-    return pickle.loads(pickle.dumps(estimator))
-
-
-def through_joblib(estimator, folder):
-    joblib.dump(estimator, folder / "model.joblib")
-    return joblib.load(folder / "model.joblib", mmap_mode="r")
-
-
-@pytest.mark.parametrize("through", [through_pickle, through_joblib])
+@pytest.mark.parametrize("through", ["pickle", "joblib"])
 @pytest.mark.parametrize("options", [{"solver": "sgd"}, {"solver": "adam"}, {"activation": "prelu", "dropout": 0.2}])
 def test_a_stored_model_predicts_and_goes_on_as_the_original(through, options, tmp_path):
-    estimator = quiet(MLPClassifier((6, 5), max_iter=4, random_state=0, **options), X, Y)
-    stored = through(estimator, tmp_path)
+    estimator = MLPClassifier((6, 5), max_iter=4, random_state=0, **options).fit(X, Y)
+    if through == "pickle":
+        stored = pickle.loads(pickle.dumps(estimator))
+    else:
+        joblib.dump(estimator, tmp_path / "model.joblib")
+        stored = joblib.load(tmp_path / "model.joblib", mmap_mode="r")
     np.testing.assert_array_equal(stored.predict_proba(X), estimator.predict_proba(X))
     for one in (estimator, stored):
         one.partial_fit(X, Y).partial_fit(X[:50], Y[:50])
@@ -149,7 +112,7 @@ def test_a_stored_model_predicts_and_goes_on_as_the_original(through, options, t
 
 
 def test_parameters_set_by_hand_are_what_predicts():
-    estimator = quiet(MLPRegressor(hidden_layer_sizes=(), max_iter=1, random_state=0), X, Y)
+    estimator = MLPRegressor(hidden_layer_sizes=(), max_iter=1, random_state=0).fit(X, Y)
     estimator.coefs_[0][:] = 0.0
     estimator.intercepts_ = [np.array([3.5])]
     np.testing.assert_array_equal(estimator.predict(X), np.full(150, 3.5))
@@ -160,53 +123,50 @@ def test_feature_names_are_kept_and_checked():
     frame = pandas.DataFrame(X, columns=["a", "b", "c", "d"])
     labels = pandas.Series(np.array(["one", "two", "three"])[Y])
     scaled = make_pipeline(StandardScaler(), MLPClassifier(max_iter=5)).set_output(transform="pandas")
-    quiet(scaled, frame, labels)
+    scaled.fit(frame, labels)
     assert list(scaled[-1].feature_names_in_) == ["a", "b", "c", "d"]
     assert set(scaled.predict(frame)) <= {"one", "two", "three"}
     with pytest.raises(ValueError, match="feature names should match"):
         scaled[-1].predict(frame[["b", "a", "c", "d"]])
 
 
-def test_every_activation_alone_and_per_layer_is_trained_and_stored():
+def test_every_activation_alone_and_per_layer_is_trained():
     for activation in (*ACTIVATIONS[1:], ["tanh", fusemlp.PReLU(0.1)]):
-        estimator = quiet(MLPClassifier((6, 5), activation, max_iter=20, random_state=0), X, Y)
+        estimator = MLPClassifier((6, 5), activation, max_iter=20, random_state=0).fit(X, Y)
         assert estimator.loss_ < estimator.loss_curve_[0]
-        stored = through_pickle(estimator, None)
-        np.testing.assert_array_equal(stored.predict_proba(X), estimator.predict_proba(X))
     assert [slope is None for slope in estimator.slopes_] == [True, False, True]
-    same = [quiet(MLPClassifier((6, 5), name, max_iter=3, random_state=0), X, Y) for name in ("sigmoid", "logistic")]
+    same = [MLPClassifier((6, 5), name, max_iter=3, random_state=0).fit(X, Y) for name in ("sigmoid", "logistic")]
     np.testing.assert_array_equal(same[0].coefs_[0], same[1].coefs_[0])
 
 
 @pytest.mark.parametrize("loss", ["absolute_error", "huber", "quantile", fusemlp.Huber(0.1), fusemlp.Quantile(0.7)])
 def test_every_loss_is_minimised(loss):
-    estimator = quiet(MLPRegressor(loss, (8,), max_iter=60, random_state=0), X, np.column_stack([Y, -Y]) * 1.0)
+    estimator = MLPRegressor(loss, (8,), max_iter=60, random_state=0).fit(X, np.column_stack([Y, -Y]) * 1.0)
     assert estimator.loss_ < 0.8 * estimator.loss_curve_[0]
 
 
 @pytest.mark.parametrize("precision, backend", [("fp32", "numpy"), ("fp64", "numpy"), ("fp64", "auto")])
 def test_precision_and_backend(precision, backend):
-    estimator = quiet(MLPRegressor(precision=precision, backend=backend, max_iter=2), X, Y)
+    estimator = MLPRegressor(precision=precision, backend=backend, max_iter=2).fit(X, Y)
     assert estimator.coefs_[0].dtype == {"fp32": np.float32, "fp64": np.float64}[precision]
     assert np.isfinite(estimator.predict(X)).all()
 
 
 def test_by_default_the_first_backend_that_works_is_taken(monkeypatch):
     assert MLPClassifier().backend == MLPRegressor().backend == "auto"
-    chosen = quiet(MLPClassifier(max_iter=2, random_state=0), X, Y)
-    named = quiet(MLPClassifier(max_iter=2, random_state=0, backend="numpy"), X, Y)
+    chosen = MLPClassifier(max_iter=2, random_state=0).fit(X, Y)
+    named = MLPClassifier(max_iter=2, random_state=0, backend="numpy").fit(X, Y)
     np.testing.assert_array_equal(chosen.coefs_[0], named.coefs_[0], strict=True)
 
     # lbfgs and fp64 have a backend that can do them, on a machine with a card too
     monkeypatch.setattr(settings, "working_backend", lambda: "triton")
     assert settings.backend_of(MLPClassifier()) == settings.backend_of(MLPClassifier(precision="bf16")) == "triton"
     for options in ({"solver": "lbfgs"}, {"precision": "fp64"}):
-        estimator = quiet(MLPClassifier(max_iter=2, random_state=0, **options), X, Y)
+        estimator = MLPClassifier(max_iter=2, random_state=0, **options).fit(X, Y)
         assert estimator._model.engine.backend == "numpy" and estimator.coefs_[0].dtype == np.float64
     assert settings.backend_of(MLPClassifier(backend="cupy", precision="fp64")) == "cupy"
 
 
-FITTED = quiet(MLPClassifier(max_iter=1), X, Y)
 BAD = {
     "unknown activation": (MLPClassifier(activation="swosh"), (X, Y), ValueError, "The 'activation' parameter of MLPC"),
     "an activation of a layer": (
@@ -255,7 +215,7 @@ def test_bad_input_is_refused_before_anything_is_learned(estimator, data, error,
     ],
 )
 def test_a_refused_fit_leaves_the_model_as_it_was(change, data):
-    estimator = quiet(MLPClassifier(max_iter=2, warm_start=True, random_state=0), X, Y)
+    estimator = MLPClassifier(max_iter=2, warm_start=True, random_state=0).fit(X, Y)
     options, before = estimator.get_params(), estimator.predict_proba(X)
     with pytest.raises((ValueError, fusemlp.BackendUnavailableError)):
         estimator.set_params(**change).fit(*data)
@@ -280,27 +240,27 @@ def test_bad_held_out_rows(given, message):
 
 
 def test_partial_fit_refuses():
-    with pytest.raises(ValueError, match="'balanced' is not supported for partial_fit"):
-        MLPClassifier(class_weight="balanced").partial_fit(X, Y, classes=[0, 1, 2])
-    with pytest.raises(ValueError, match="partial_fit does not support early_stopping=True"):
-        MLPClassifier(early_stopping=True).partial_fit(X, Y, classes=[0, 1, 2])
-    with pytest.raises(ValueError, match="classes must be passed on the first call"):
-        MLPClassifier().partial_fit(X, Y)
-    with pytest.raises(AttributeError, match="has no attribute 'partial_fit'"):
-        _ = MLPClassifier(solver="lbfgs").partial_fit
+    for options, classes, message in (
+        ({"class_weight": "balanced"}, [0, 1, 2], "'balanced' is not supported for partial_fit"),
+        ({"early_stopping": True}, [0, 1, 2], "partial_fit does not support early_stopping=True"),
+        ({}, None, "classes must be passed on the first call"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MLPClassifier(**options).partial_fit(X, Y, classes=classes)
+    assert not hasattr(MLPClassifier(solver="lbfgs"), "partial_fit")
 
 
 def test_wide_sparse_rows_are_predicted_block_by_block(monkeypatch):
     scipy_sparse = pytest.importorskip("scipy.sparse")
     digits, y = load_digits(return_X_y=True)
-    estimator = quiet(MLPClassifier(max_iter=2, random_state=0), digits / 16.0, y)
+    estimator = MLPClassifier(max_iter=2, random_state=0).fit(digits / 16.0, y)
     monkeypatch.setattr("fusemlp.sklearn.model.DENSE_ELEMENTS", 64 * 100)
     rows = scipy_sparse.csr_array(digits / 16.0)
     np.testing.assert_allclose(estimator.predict_proba(rows), estimator.predict_proba(digits / 16.0), rtol=1e-12)
 
 
 def test_threads_may_predict_with_one_model():
-    estimator = quiet(MLPClassifier(max_iter=2, random_state=0), X, Y)
+    estimator = MLPClassifier(max_iter=2, random_state=0).fit(X, Y)
     parts = [X[start : start + 40] * (1.0 + start) for start in range(0, 100, 10)]
     expected = [estimator.predict_proba(part) for part in parts]
     with ThreadPoolExecutor(4) as pool:
@@ -313,24 +273,21 @@ def test_sample_weights_are_routed():
     weights = np.random.RandomState(0).uniform(0.1, 1.0, 150)
     with sklearn.config_context(enable_metadata_routing=True):
         network = MLPClassifier(max_iter=3, random_state=0).set_fit_request(sample_weight=True)
-        routed = quiet(make_pipeline(MinMaxScaler(), network), X, Y, sample_weight=weights)
+        routed = make_pipeline(MinMaxScaler(), network).fit(X, Y, sample_weight=weights)
     scaled = MinMaxScaler().fit_transform(X)
-    direct = quiet(MLPClassifier(max_iter=3, random_state=0), scaled, Y, sample_weight=weights)
+    direct = MLPClassifier(max_iter=3, random_state=0).fit(scaled, Y, sample_weight=weights)
     np.testing.assert_array_equal(routed[-1].coefs_[0], direct.coefs_[0])
 
 
 def test_the_door_opens_when_it_is_touched():
-    code = (
-        "import sys, fusemlp; assert 'sklearn' not in sys.modules; "
-        "fusemlp.sklearn.MLPClassifier; assert 'sklearn' in sys.modules; print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    code = "import sys, fusemlp; assert 'sklearn' not in sys.modules; fusemlp.sklearn.MLPClassifier; "
+    code += "assert 'sklearn' in sys.modules and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_model_holds_no_file_or_device(tmp_path):
+def test_the_model_holds_no_file_or_device():
     buffer = io.BytesIO()
-    pickle.dump(FITTED, buffer)
+    pickle.dump(MLPClassifier(max_iter=1).fit(X, Y), buffer)
     # two matrices and Adam's two moments for each, in float64, and little else
     numbers = 4 * 100 + 100 + 100 * 3 + 3
     assert buffer.tell() < 3 * 8 * numbers + 20_000
@@ -340,9 +297,7 @@ def test_the_score_is_the_accuracy_whatever_the_labels_are():
     rows, labels = load_iris(return_X_y=True)
     weight = np.arange(1.0, 151.0)
     for targets in (labels, labels.astype(np.int16), labels > 0, np.array(["a", "b", "c"])[labels], list(labels)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model = MLPClassifier(5, max_iter=30, random_state=0).fit(rows, targets)
+        model = MLPClassifier(5, max_iter=30, random_state=0).fit(rows, targets)
         assert model.score(rows, targets) == accuracy_score(targets, model.predict(rows))
         expected = accuracy_score(targets, model.predict(rows), sample_weight=weight)
         assert model.score(rows, targets, weight) == expected
@@ -362,7 +317,7 @@ def test_what_is_known_of_integer_classes_is_what_is_learned_from_the_rows(kind,
 
 
 def test_classes_are_the_models_own():
-    first, second = (quiet(MLPClassifier(3, max_iter=1, random_state=0), X, Y) for _ in range(2))
+    first, second = (MLPClassifier(3, max_iter=1, random_state=0).fit(X, Y) for _ in range(2))
     first.classes_ += 5
     assert list(second.classes_) == [0, 1, 2]
-    assert list(quiet(MLPClassifier(3, max_iter=1, random_state=0), X, Y).classes_) == [0, 1, 2]
+    assert list(MLPClassifier(3, max_iter=1, random_state=0).fit(X, Y).classes_) == [0, 1, 2]

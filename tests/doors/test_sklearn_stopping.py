@@ -2,7 +2,6 @@
 
 import os
 import signal
-import warnings
 
 import numpy as np
 import pytest
@@ -13,17 +12,13 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
 
 import fusemlp
-from fusemlp import CSVLogger, EarlyStopping, ModelCheckpoint, ProgressBar
+from fusemlp import EarlyStopping
 from fusemlp.sklearn import MLPClassifier, MLPRegressor
+
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
 X, Y = load_digits(n_class=2, return_X_y=True)
 X, Y = X[:100] / 16.0, Y[:100]
-
-
-def quiet(estimator, *data, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return estimator.fit(*data, **options)
 
 
 @pytest.mark.parametrize("patience", [1, 2, 5, 20])
@@ -49,12 +44,11 @@ def test_without_a_patience_training_goes_to_the_end():
 
 @pytest.mark.parametrize("policy", ["constant", "invscaling"])
 def test_a_warm_start_begins_with_the_first_rate_and_counts_all_samples(policy):
-    estimator = MLPClassifier(
-        solver="sgd", hidden_layer_sizes=4, learning_rate=policy, max_iter=1, power_t=0.25, warm_start=True
-    )
+    options = {"solver": "sgd", "learning_rate": policy, "power_t": 0.25}
+    estimator = MLPClassifier(4, max_iter=1, warm_start=True, **options)
     rates = []
     for _ in range(2):
-        quiet(estimator, X[:4], Y[:4])
+        estimator.fit(X[:4], Y[:4])
         rates.append(estimator.learning_rate_)
     # 4 samples an epoch: after the second one the rate is of sample 9
     expected = {"constant": [1e-3, 1e-3], "invscaling": [1e-3 / 5**0.25, 1e-3 / 9**0.25]}[policy]
@@ -76,7 +70,7 @@ def test_adaptive_divides_the_rate_by_five_until_it_is_too_small():
 
 
 class PressCtrlC:
-    """A callback that simulates Ctrl-C during the third batch."""
+    """Press Ctrl-C during the third batch."""
 
     def on_batch_end(self, engine, batch):
         if batch == 2:
@@ -94,33 +88,28 @@ def test_ctrl_c_ends_training_with_a_warning_and_keeps_the_model(callback, epoch
     with pytest.warns(UserWarning, match="Training interrupted by user"):
         estimator.fit(X, Y)
     assert estimator.n_iter_ == epochs
-    untrained = MLPClassifier(random_state=0, max_iter=1, learning_rate_init=1e-300)
-    quiet(untrained, X, Y)
+    untrained = MLPClassifier(random_state=0, max_iter=1, learning_rate_init=1e-300).fit(X, Y)
     assert not np.array_equal(estimator.coefs_[0], untrained.coefs_[0])
     assert estimator.predict(X).shape == (100,)
 
 
-class Listener:
-    def __init__(self, stop_after=None):
-        self.heard = []
-        self.stop_after = stop_after
-
-    def on_train_begin(self, engine):
-        self.heard.append("begin")
-
-    def on_epoch_end(self, engine, epoch, logs):
-        self.heard.append((epoch, sorted(logs)))
-        engine.stop_training = epoch == self.stop_after
-
-    def on_train_end(self, engine, history):
-        self.heard.append(("end", history.epochs))
-
-
 def test_callbacks_hear_of_the_stages_and_can_end_training():
-    listener = Listener(stop_after=1)
-    estimator = MLPRegressor(callbacks=[listener], hidden_layer_sizes=3).fit(X, Y, X_val=X[:9], y_val=Y[:9])
+    heard = []
+
+    class Listener:
+        def on_train_begin(self, engine):
+            heard.append("begin")
+
+        def on_epoch_end(self, engine, epoch, logs):
+            heard.append((epoch, sorted(logs)))
+            engine.stop_training = epoch == 1
+
+        def on_train_end(self, engine, history):
+            heard.append(("end", history.epochs))
+
+    estimator = MLPRegressor(callbacks=[Listener()], hidden_layer_sizes=3).fit(X, Y, X_val=X[:9], y_val=Y[:9])
     names = ["learning_rate", "loss", "val_loss", "val_score"]
-    assert listener.heard == ["begin", (0, names), (1, names), ("end", [0, 1])]
+    assert heard == ["begin", (0, names), (1, names), ("end", [0, 1])]
     assert estimator.n_iter_ == 2
 
 
@@ -134,19 +123,19 @@ def test_own_held_out_rows_are_scored_and_decide():
     # Training used all rows of X.
     assert stopping.t_ == 70 * stopping.n_iter_
 
-    watching = quiet(MLPClassifier(**options), X[kept], Y[kept], X_val=X[held], y_val=Y[held])
+    watching = MLPClassifier(**options).fit(X[kept], Y[kept], X_val=X[held], y_val=Y[held])
     assert len(watching.validation_scores_) == watching.n_iter_
     assert watching.score(X[held], Y[held]) == watching.validation_scores_[-1]
-    plain = quiet(MLPClassifier(**options), X[kept], Y[kept])
+    plain = MLPClassifier(**options).fit(X[kept], Y[kept])
     np.testing.assert_array_equal(watching.coefs_[0], plain.coefs_[0])
     assert plain.validation_scores_ is None
 
 
 def test_own_held_out_rows_of_labels_and_of_values():
     labels = np.column_stack([Y, 1 - Y, Y])
-    several = quiet(MLPClassifier(max_iter=4), X, labels, X_val=X, y_val=labels)
+    several = MLPClassifier(max_iter=4).fit(X, labels, X_val=X, y_val=labels)
     assert several.score(X, labels) == several.validation_scores_[-1]
-    values = quiet(MLPRegressor(max_iter=4), X, labels * 0.5, X_val=X, y_val=(labels * 0.5).tolist())
+    values = MLPRegressor(max_iter=4).fit(X, labels * 0.5, X_val=X, y_val=(labels * 0.5).tolist())
     assert values.score(X, labels * 0.5) == pytest.approx(values.validation_scores_[-1], rel=1e-12)
 
 
@@ -178,7 +167,7 @@ WATCHED = {
 def test_the_loss_of_held_out_rows_is_recorded(name):
     model, targets = WATCHED[name]
     options = {"hidden_layer_sizes": 5, "max_iter": 4, "random_state": 1, "alpha": 10.0, "dropout": 0.2}
-    estimator = quiet(clone(model).set_params(**options), X[:70], targets[:70], X_val=X[70:], y_val=targets[70:])
+    estimator = clone(model).set_params(**options).fit(X[:70], targets[:70], X_val=X[70:], y_val=targets[70:])
     assert len(estimator.validation_loss_curve_) == estimator.n_iter_ == 4
     expected = row_losses(estimator, X[70:], targets[70:]).mean()
     assert estimator.validation_loss_curve_[-1] == pytest.approx(expected, rel=1e-12)
@@ -186,7 +175,7 @@ def test_the_loss_of_held_out_rows_is_recorded(name):
 
 def test_the_loss_of_held_out_rows_has_the_weights_of_the_loss():
     given = {"hidden_layer_sizes": 5, "max_iter": 3, "random_state": 1}
-    weighted = quiet(MLPClassifier(class_weight={0: 3.0, 1: 1.0}, **given), X[:70], Y[:70], X_val=X[70:], y_val=Y[70:])
+    weighted = MLPClassifier(class_weight={0: 3.0, 1: 1.0}, **given).fit(X[:70], Y[:70], X_val=X[70:], y_val=Y[70:])
     losses, weight = row_losses(weighted, X[70:], Y[70:]), np.where(Y[70:], 1.0, 3.0)
     assert weighted.validation_loss_curve_[-1] == pytest.approx(np.average(losses, weights=weight), rel=1e-12)
     # the score counts rows
@@ -195,40 +184,36 @@ def test_the_loss_of_held_out_rows_has_the_weights_of_the_loss():
     # balanced are the training rows, of which the first class has 10
     rows = np.concatenate([np.flatnonzero(Y == 0)[:10], np.flatnonzero(Y == 1)[:40]])
     balanced = MLPClassifier(class_weight="balanced", **given)
-    quiet(balanced, X[rows], Y[rows], X_val=X, y_val=Y)
+    balanced.fit(X[rows], Y[rows], X_val=X, y_val=Y)
     losses, weight = row_losses(balanced, X, Y), np.where(Y, 50 / (2 * 40), 50 / (2 * 10))
     assert balanced.validation_loss_curve_[-1] == pytest.approx(np.average(losses, weights=weight), rel=1e-12)
-    several = quiet(MLPClassifier(class_weight="balanced", **given), X, LABELS, X_val=X[:50], y_val=LABELS[:50])
+    several = MLPClassifier(class_weight="balanced", **given).fit(X, LABELS, X_val=X[:50], y_val=LABELS[:50])
     assert len(several.validation_loss_curve_) == 3
 
     weight = np.linspace(0.5, 2.0, len(Y))
     split = MLPClassifier(early_stopping=True, n_iter_no_change=99, **given)
     split.set_params(learning_rate_init=1e-300)
-    quiet(split, X, Y, weight)
-    _, held = train_test_split(np.arange(len(Y)), random_state=_after_initial_weights(split), test_size=0.1, stratify=Y)
+    split.fit(X, Y, weight)
+    # the rows are drawn after the initial weights
+    state = np.random.RandomState(1)
+    for array in (one for layer in zip(split.coefs_, split.intercepts_, strict=True) for one in layer):
+        state.uniform(size=array.shape)
+    _, held = train_test_split(np.arange(len(Y)), random_state=state, test_size=0.1, stratify=Y)
     losses = row_losses(split, X[held], Y[held])
     expected = np.average(losses, weights=weight[held])
     assert split.validation_loss_curve_ == [pytest.approx(expected, rel=1e-12)] * 3
 
 
-def _after_initial_weights(estimator):
-    state = np.random.RandomState(estimator.random_state)
-    for coef, intercept in zip(estimator.coefs_, estimator.intercepts_, strict=True):
-        state.uniform(size=coef.shape)
-        state.uniform(size=intercept.shape)
-    return state
-
-
 def test_the_loss_of_held_out_rows_without_any_and_over_warm_starts():
     options = {"hidden_layer_sizes": 5, "max_iter": 2, "random_state": 1, "warm_start": True}
-    estimator = quiet(MLPClassifier(**options), X, Y)
+    estimator = MLPClassifier(**options).fit(X, Y)
     assert estimator.validation_loss_curve_ is None
     stopping = MLPClassifier(early_stopping=True, **options)
-    quiet(quiet(stopping, X, Y), X, Y)
+    stopping.fit(X, Y).fit(X, Y)
     assert len(stopping.validation_loss_curve_) == len(stopping.validation_scores_) == 4
     sparse = scipy.sparse.csr_matrix(X)
     lone = {**options, "warm_start": False}
-    same = [quiet(MLPClassifier(**lone), rows, Y, X_val=rows, y_val=Y) for rows in (X, sparse)]
+    same = [MLPClassifier(**lone).fit(rows, Y, X_val=rows, y_val=Y) for rows in (X, sparse)]
     assert same[0].validation_loss_curve_ == same[1].validation_loss_curve_
 
 
@@ -239,52 +224,35 @@ def test_a_loss_of_held_out_rows_that_is_not_finite_is_a_divergence():
     with pytest.raises(fusemlp.DivergenceError, match=r"^val_loss: it became NaN or infinite in epoch 1"):
         estimator.fit(X, target, X_val=far, y_val=target)
     assert not hasattr(estimator, "coefs_")
-    predicted = quiet(estimator, X, target).predict(X)
+    predicted = estimator.fit(X, target).predict(X)
     with pytest.raises(fusemlp.DivergenceError):
         estimator.fit(X, target, X_val=far, y_val=target)
     np.testing.assert_array_equal(estimator.predict(X), predicted)
 
 
-def test_callbacks_can_watch_the_loss_of_held_out_rows():
-    stop = EarlyStopping("val_loss", patience=2, restore_best_weights=True)
-    options = {"hidden_layer_sizes": 5, "random_state": 1, "learning_rate_init": 0.5, "callbacks": [stop]}
-    estimator = MLPClassifier(**options).fit(X[:70], Y[:70], X_val=X[70:], y_val=Y[70:])
-    assert estimator.n_iter_ == stop.best_epoch + 3 < 200
-    assert stop.best == min(estimator.validation_loss_curve_)
-
-
-class Batches:
-    """A callback of Keras's form with batch methods."""
-
-    def __init__(self):
-        self.heard = []
-
-    def on_train_batch_begin(self, batch, logs=None):
-        self.heard.append(("begin", batch))
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.heard.append(("end", batch))
-
-    def on_exit(self):
-        self.heard.append("exit")
-
-
 def test_callbacks_of_kerass_form_hear_of_the_batches_of_an_epoch():
-    batches = Batches()
-    quiet(MLPClassifier(batch_size=50, callbacks=[batches], max_iter=2), X, Y)
+    heard = []
+
+    class Batches:
+        def on_train_batch_begin(self, batch, logs=None):
+            heard.append(("begin", batch))
+
+        def on_train_batch_end(self, batch, logs=None):
+            heard.append(("end", batch))
+
+        def on_exit(self):
+            heard.append("exit")
+
+    MLPClassifier(batch_size=50, callbacks=[Batches()], max_iter=2).fit(X, Y)
     epoch = [("begin", 0), ("end", 0), ("begin", 1), ("end", 1)]
-    assert batches.heard == [*epoch, *epoch, "exit"]
+    assert heard == [*epoch, *epoch, "exit"]
 
 
 def test_ready_made_callbacks(tmp_path):
     options = {"hidden_layer_sizes": 5, "max_iter": 60, "random_state": 1, "learning_rate_init": 0.05}
     stop = EarlyStopping("val_score", patience=3, restore_best_weights=True)
-    callbacks = [
-        stop,
-        CSVLogger(tmp_path / "log.csv"),
-        ModelCheckpoint(tmp_path / "best.safetensors", "val_score", save_best_only=True),
-        ProgressBar(),
-    ]
+    best = fusemlp.ModelCheckpoint(tmp_path / "best.safetensors", "val_score", save_best_only=True)
+    callbacks = [stop, fusemlp.CSVLogger(tmp_path / "log.csv"), best, fusemlp.ProgressBar()]
     estimator = MLPClassifier(callbacks=callbacks, **options).fit(X[:70], Y[:70], X_val=X[70:], y_val=Y[70:])
     assert estimator.n_iter_ == stop.best_epoch + 4 < 60
     assert estimator.score(X[70:], Y[70:]) == max(estimator.validation_scores_) == stop.best
