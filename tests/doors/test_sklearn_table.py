@@ -2,12 +2,10 @@
 
 import logging
 import os
-import pickle
 import signal
 import warnings
 from dataclasses import fields
 
-import joblib
 import numpy as np
 import onnxruntime
 import pandas
@@ -21,7 +19,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fusemlp
-from fusemlp import ArgumentError, DataError, Huber, cli
+from fusemlp import ArgumentError, DataError, Huber
 from fusemlp.cli.options import TrainOptions
 from fusemlp.datasets.load import ColumnChoices, load_data
 from fusemlp.sklearn import TableClassifier, TableRegressor
@@ -29,9 +27,8 @@ from fusemlp.tables.descriptions import filled_in, models_of
 from fusemlp.tables.recipe import TableRecipe
 
 # The checks that fail, with the reason.
-EXPECTED = {
-    "check_sample_weight_equivalence_on_dense_data": "a row twice is in two batches, a row of weight 2 in one",
-}
+REASON = "a row twice is in two batches, a row of weight 2 in one"
+EXPECTED = {"check_sample_weight_equivalence_on_dense_data": REASON}
 NUMPY = {"backend": "numpy"}
 
 
@@ -53,16 +50,9 @@ def mixed(n=120, seed=0):
     y = np.where((colour == "red") | (np.nan_to_num(size) > 0.5), "yes", "no")
     values = 1e4 + 300 * np.nan_to_num(size) + 200 * (colour == "red")
     colour[generator.random(n) < 0.1] = None
-    frame = pandas.DataFrame(
-        {
-            "colour": colour,
-            "size": size,
-            "day": pandas.Timestamp("2024-01-01") + pandas.to_timedelta(generator.integers(0, 700, n), unit="D"),
-            "new": generator.random(n) < 0.5,
-            "id": np.arange(n),
-        }
-    )
-    return frame, y, values
+    day = pandas.Timestamp("2024-01-01") + pandas.to_timedelta(generator.integers(0, 700, n), unit="D")
+    new = generator.random(n) < 0.5
+    return pandas.DataFrame({"colour": colour, "size": size, "day": day, "new": new, "id": np.arange(n)}), y, values
 
 
 X, Y, VALUES = mixed()
@@ -111,32 +101,21 @@ def test_several_targets_and_one_hot_losses():
     assert binary.predict_proba(NEW).shape == (20, 2)
 
 
-def arrow(frame):
-    return pyarrow.Table.from_pandas(frame)
+KINDS = {
+    "arrow": pyarrow.Table.from_pandas,
+    "polars": lambda frame: pytest.importorskip("polars").from_arrow(pyarrow.Table.from_pandas(frame)),
+    "categorical": lambda frame: frame.astype({"colour": "category"}),
+    "nullable": lambda frame: frame.convert_dtypes(),
+    "reordered": lambda frame: frame.assign(other=1.0)[["other", *reversed(list(frame))]],
+}
 
 
-def polars(frame):
-    return pytest.importorskip("polars").from_arrow(arrow(frame))
-
-
-def categorical(frame):
-    return frame.astype({"colour": "category"})
-
-
-def nullable(frame):
-    return frame.convert_dtypes()
-
-
-def reordered(frame):
-    return frame.assign(other=1.0)[["other", *reversed(list(frame))]]
-
-
-@pytest.mark.parametrize("kind", [arrow, polars, categorical, nullable, reordered], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", KINDS)
 def test_tables_of_other_libraries_and_orders_are_one_table(kind, fitted):
     expected = fitted.predict_proba(NEW)
-    np.testing.assert_array_equal(fitted.predict_proba(kind(NEW)), expected)
-    if kind is not reordered:
-        again = clone(fitted).fit(kind(X), Y)
+    np.testing.assert_array_equal(fitted.predict_proba(KINDS[kind](NEW)), expected)
+    if kind != "reordered":
+        again = clone(fitted).fit(KINDS[kind](X), Y)
         assert again.feature_names_in_.tolist() == list(X)
         np.testing.assert_array_equal(again.predict_proba(NEW), expected)
 
@@ -214,13 +193,6 @@ def test_scikit_learns_tools():
         classifier().predict(X)
 
 
-def test_pickles(fitted, tmp_path):
-    expected = fitted.predict_proba(NEW)
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(fitted)).predict_proba(NEW), expected)
-    joblib.dump(fitted, tmp_path / "model.joblib")
-    np.testing.assert_array_equal(joblib.load(tmp_path / "model.joblib").predict_proba(NEW), expected)
-
-
 def test_a_graph_of_the_estimator(fitted, tmp_path):
     fitted.to_onnx(tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
@@ -265,33 +237,6 @@ def test_tables_of_a_middling_size_train_five_models(rows, options, expected):
     values = np.arange(rows)
     dataset = load_data(pandas.DataFrame({"a": values, "y": values}), target="y", columns=ColumnChoices(keep=["a"]))
     assert models_of(TableRegressor(**options)._recipe(), dataset, new=True) == expected
-
-
-@pytest.mark.parametrize("models", [1, 3])
-@pytest.mark.parametrize("task", ["classification", "regression"])
-def test_the_command_line_makes_the_same_model(task, models, tmp_path):
-    frame = X.assign(y=Y if task == "classification" else VALUES)
-    frame.to_csv(tmp_path / "data.csv", index=False)
-    words = [str(tmp_path / "data.csv"), "--target", "y", "--hidden", "8", "--epochs", "12", "--lr", "0.02", "--quiet"]
-    words += ["--models", str(models), "--early-stopping", "3", "--task", task, "--seed", "4", "--backend", "numpy"]
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["train", *words, "--out", str(tmp_path / "run")])
-    assert ended.value.code == 0
-    kind = TableClassifier if task == "classification" else TableRegressor
-    opened = kind.from_run(tmp_path / "run", backend="numpy")
-    # The rows beside the test fifth, as the command line orders them.
-    rest = fusemlp.preprocessing.split(frame["y"].to_numpy(), seed=4, stratify=task == "classification")[0]
-    made = clone(opened).fit(X.iloc[rest], frame["y"].iloc[rest])
-    assert (made.models, made.hidden, made.engine_.network.sizes[1]) == (models, (8,), 8 * models)
-    assert made.preprocessor_.to_config() | {"target_name": "y"} == opened.preprocessor_.to_config()
-    for name, tensor in opened.engine_.state_dict().items():
-        np.testing.assert_array_equal(made.engine_.state_dict()[name], tensor)
-    np.testing.assert_array_equal(made.predict(NEW), opened.predict(NEW))
-    assert opened.feature_names_in_.tolist() == ["colour", "size", "day", "new"]
-    assert opened.n_iter_ == made.n_iter_
-    other = TableRegressor if kind is TableClassifier else TableClassifier
-    with pytest.raises(ArgumentError, match=f"is of a {task}, and {other.__name__} is for"):
-        other.from_run(tmp_path / "run")
 
 
 def test_several_models_are_merged():
@@ -372,13 +317,8 @@ def test_ctrl_c_keeps_what_was_learned():
 def test_what_predict_fills_in_is_logged(fitted, caplog):
     with caplog.at_level(logging.INFO, "fusemlp.sklearn"):
         fitted.predict(NEW)
-    assert any(
-        "words unseen in training, taken as one other category: 2 in 'colour'" in line for line in caplog.messages
-    )
-
-
-def frame_with(**columns):
-    return X.assign(**columns)
+    said = "words unseen in training, taken as one other category: 2 in 'colour'"
+    assert any(said in line for line in caplog.messages)
 
 
 # The estimator, the arguments of fit, and a part of the error.
@@ -394,14 +334,10 @@ WRONG = {
     "hidden": (classifier(hidden=(0,)), (X, Y), "hidden: expected"),
     "epochs": (classifier(epochs=0), (X, Y), "epochs: expected"),
     "one class": (classifier(), (X, ["a"] * 120), "target: 'y' is 'a' in all rows, which is one class"),
-    "a missing label": (
-        classifier(),
-        (X, np.array([None, *Y[1:]], object)),
-        "y: 1 labels are missing, the first in row",
-    ),
+    "a missing label": (classifier(), (X, np.array([None, *Y[1:]], object)), "y: 1 labels are missing, the first in"),
     "weights of zero": (classifier(), (X, Y, np.zeros(120)), "at least one non-zero number"),
-    "infinity": (classifier(), (frame_with(size=np.inf), Y), "inf is not a finite number"),
-    "a list in a cell": (classifier(), (frame_with(size=[[1]] * 120), Y), "column 'size'"),
+    "infinity": (classifier(), (X.assign(size=np.inf), Y), "inf is not a finite number"),
+    "a list in a cell": (classifier(), (X.assign(size=[[1]] * 120), Y), "column 'size'"),
     "objects": (classifier(), (np.array([[{}, 1]] * 120, object), Y), "X, column 'x0'"),
     "two of one name": (classifier(), (X.set_axis(["a", "a", "c", "d", "e"], axis=1), Y), "'a'"),
     "rows": (classifier(), (X, Y[:-1]), "inconsistent numbers of samples"),
@@ -421,7 +357,7 @@ def test_wrong_tables_to_predict(fitted):
     with pytest.raises(DataError, match=r"no feature columns 'size', 'day'; the columns are 'colour', 'new', 'id'"):
         fitted.predict(X.drop(columns=["size", "day"]))
     with pytest.raises(DataError, match=r"column 'size'"):
-        fitted.predict(frame_with(size="wide"))
+        fitted.predict(X.assign(size="wide"))
     with pytest.raises(ArgumentError, match="y_val: it is missing"):
         classifier().fit(X, Y, X_val=X)
 

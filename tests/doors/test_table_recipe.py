@@ -9,10 +9,11 @@ import pytest
 from fusemlp.schedules import Cosine
 
 import fusemlp
-from fusemlp import PGD, Adam, ArgumentError, cli
+from fusemlp import PGD, Adam, ArgumentError
 from fusemlp.sklearn import TableClassifier, TableRegressor
 from fusemlp.tables.recipe import TableRecipe
 from fusemlp.tables.training import train_table
+from make import assert_same, read, run
 
 GENERATOR = np.random.default_rng(3)
 NUMBERS = pandas.DataFrame(GENERATOR.normal(size=(160, 3)), columns=["a", "b", "c"]).round(4)
@@ -45,49 +46,44 @@ def trained(folder, table, target, given):
             words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
         else:
             words += [option[0], ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    with pytest.raises(SystemExit) as ended:
-        cli.main(words)
-    assert ended.value.code == 0
+    assert run(*words) == 0
     return folder / "run"
 
 
-def same(estimator, run):
+def assert_same_model(estimator, folder):
     """Compare the model, the scores and the held-out errors of an estimator with those of a run."""
-    opened = type(estimator).from_run(run, backend="numpy")
-    state, other = estimator.engine_.state_dict(), opened.engine_.state_dict()
-    assert state.keys() == other.keys()
-    for name, tensor in state.items():
-        np.testing.assert_array_equal(tensor, other[name])
+    opened = type(estimator).from_run(folder, backend="numpy")
+    assert_same(estimator.engine_, opened.engine_)
     assert estimator.preprocessor_.to_config() == opened.preprocessor_.to_config()
-    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    assert json.loads(json.dumps(estimator.report_)) | {"seconds": 0} == {
-        name: value for name, value in report.items() if name not in ("no_plot", "no_page")
-    } | {"seconds": 0}
+    assert opened.feature_names_in_.tolist() == estimator.feature_names_in_.tolist()
+    assert opened.n_iter_ == estimator.n_iter_
+    report = {name: value for name, value in read(folder / "report.json").items() if name not in ("no_plot", "no_page")}
+    assert json.loads(json.dumps(estimator.report_)) | {"seconds": 0} == report | {"seconds": 0}
     assert (estimator.held_out_ is None) == (opened.held_out_ is None)
+    other = TableRegressor if isinstance(estimator, TableClassifier) else TableClassifier
+    with pytest.raises(ArgumentError, match=rf"is of a \w+, and {other.__name__} is for"):
+        other.from_run(folder)
 
 
-@pytest.mark.parametrize(
-    ("case", "task"),
-    # certified training is for classes
-    [
-        *((case, "classification") for case in RECIPES),
-        *((case, "regression") for case in RECIPES if case != "certified"),
-    ],
-)
-def test_both_doors_make_the_same_model(case, task, tmp_path):
+# certified training is for classes
+BOTH = [(case, kind) for case in RECIPES for kind in (TableClassifier, TableRegressor)]
+BOTH.remove(("certified", TableRegressor))
+
+
+@pytest.mark.parametrize(("case", "kind"), BOTH)
+def test_both_doors_make_the_same_model(case, kind, tmp_path):
     table, given = RECIPES[case]
-    kind, target = (TableClassifier, KIND) if task == "classification" else (TableRegressor, PRICE)
-    given = QUICK | given
-    same(kind(**given).fit(table, target), trained(tmp_path, table, target, given))
+    given, target = QUICK | given, KIND if kind is TableClassifier else PRICE
+    assert_same_model(kind(**given).fit(table, target), trained(tmp_path, table, target, given))
 
 
 def test_a_transfer_starts_from_a_run(tmp_path):
     (tmp_path / "first").mkdir()
     first = trained(tmp_path / "first", TABLE, PRICE, QUICK | {"models": 1})
     given = QUICK | {"transfer_from": str(first), "freeze": 1, "probe": 1, "layer_decay": 0.5, "models": 2}
-    run = trained(tmp_path, TABLE, PRICE * 2, given)
+    folder = trained(tmp_path, TABLE, PRICE * 2, given)
     estimator = TableRegressor(**given).fit(TABLE, PRICE * 2)
-    same(estimator, run)
+    assert_same_model(estimator, folder)
     assert any("first 1 of 2 layers frozen" in note for note in estimator.notes_)
 
 
@@ -104,8 +100,7 @@ def test_objects_stand_for_the_words_of_the_command_line(tmp_path):
     steps = by_words.engine_.optimizer.lr.steps
     objects = {"optimizer": Adam(betas=(0.8, 0.999)), "lr": Cosine(0.01, steps=steps), "models": 1}
     by_objects = TableClassifier(**QUICK, **objects, adversarial=PGD(0.1), scale="standard").fit(NUMBERS, KIND)
-    for name, tensor in by_words.engine_.state_dict().items():
-        np.testing.assert_array_equal(by_objects.engine_.state_dict()[name], tensor)
+    assert_same(by_objects.engine_, by_words.engine_)
     by_objects.save(tmp_path / "model.safetensors")
     again = TableClassifier.load(tmp_path / "model.safetensors", backend="numpy")
     assert again.get_params()["adversarial"] == PGD(0.1)
@@ -144,11 +139,8 @@ def test_the_documentation_names_each_parameter():
 
 
 def test_a_run_without_test_rows(tmp_path, capsys):
-    run = trained(tmp_path, TABLE, KIND, QUICK | {"test_fraction": 0, "models": 1})
-    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    assert "test" not in report and "baselines" not in report and (run / "report.html").exists()
+    folder = trained(tmp_path, TABLE, KIND, QUICK | {"test_fraction": 0, "models": 1})
+    assert not {"test", "baselines"} & read(folder / "report.json").keys() and (folder / "report.html").exists()
     for command in ("evaluate", "explain"):
-        with pytest.raises(SystemExit) as ended:
-            cli.main([command, str(run)])
-        assert ended.value.code == 1
+        assert run(command, folder) == 1
         assert "no rows were held out for the test (--test-fraction 0)" in capsys.readouterr().err
