@@ -18,8 +18,10 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from fusemlp import Callback, Engine
 from fusemlp.fleet.launches import LaunchGroup
+from fusemlp.runtime.programs import BoundProgram
 from fusemlp.sklearn import FleetSearchCV, MLPClassifier, MLPRegressor
 from fusemlp.sklearn.candidates import Candidates
+from fusemlp.sklearn.solvers import SklearnPolicy
 
 X, Y = load_wine(return_X_y=True)
 # few steps, since one of a model takes the interpreter a tenth of a second
@@ -82,11 +84,10 @@ class Kept:
 
     def __call__(self, model, X, y):
         last = model[-1] if isinstance(model, Pipeline) else model
-        plain = (int, float, str, tuple, type(None))
         options = {
             name: repr(value)
             for name, value in model.get_params().items()
-            if isinstance(value, plain) and not name.endswith(("backend", "memory"))
+            if isinstance(value, int | float | str | tuple) and not name.endswith(("backend", "memory"))
         }
         key = (float(np.asarray(X).sum()), *sorted(options.items()))
         losses = [*getattr(last, "loss_curve_", []), *(getattr(last, "validation_loss_curve_", None) or [])]
@@ -110,25 +111,21 @@ def assert_near(mine, its):
             np.testing.assert_allclose(one, other, atol=NEAR)
 
 
-class Quiet(Callback):
-    """Does nothing."""
+ALPHAS = {"alpha": [0.0, 0.1]}
+# The model, the grid, and the number of fits that take over; the others train when they are asked for.
+FITS = {
+    "plain": ({}, ALPHAS, 6),
+    "a random state": ({"random_state": np.random.RandomState(3)}, ALPHAS, 6),
+    "early stopping": ({"early_stopping": True, "validation_fraction": 0.4}, {"hidden_layer_sizes": [3, (4, 3)]}, 6),
+    "L-BFGS": ({}, {"solver": ["adam", "lbfgs"]}, 3),
+    "callbacks": ({"callbacks": [Callback()]}, ALPHAS, 0),
+    "verbose": ({"verbose": True}, ALPHAS, 0),
+    "warm start": ({"warm_start": True}, ALPHAS, 0),
+    "one that fails": ({"learning_rate_init": np.float32(0.01)}, {"activation": ["nonsense", "tanh"]}, 3),
+}
 
 
-@pytest.mark.parametrize(
-    ("changes", "grid", "taken"),
-    [
-        ({}, {"alpha": [0.0, 0.1]}, 6),
-        ({"random_state": np.random.RandomState(3)}, {"alpha": [0.0, 0.1]}, 6),
-        ({"early_stopping": True, "validation_fraction": 0.4}, {"hidden_layer_sizes": [3, (4, 3)]}, 6),
-        # these fits train when they are asked for
-        ({}, {"solver": ["adam", "lbfgs"]}, 3),
-        ({"callbacks": [Quiet()]}, {"alpha": [0.0, 0.1]}, 0),
-        ({"verbose": True}, {"alpha": [0.0, 0.1]}, 0),
-        ({"warm_start": True}, {"alpha": [0.0, 0.1]}, 0),
-        ({"learning_rate_init": np.float32(0.01)}, {"backend": ["numpy"], "activation": ["nonsense", "tanh"]}, 3),
-    ],
-    ids=["plain", "a random state", "early stopping", "L-BFGS", "callbacks", "verbose", "warm start", "one that fails"],
-)
+@pytest.mark.parametrize(("changes", "grid", "taken"), FITS.values(), ids=FITS)
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.FitFailedWarning", "ignore:One or more of the test scores")
 def test_which_fits_take_a_trained_model_over(changes, grid, taken, monkeypatch):
     counted = Taken(monkeypatch)
@@ -176,22 +173,6 @@ def test_a_fit_that_is_kept_goes_on_by_itself():
         alone = clone(model).set_params(**parameters).fit(X[rows], Y[rows])
         for mine, its in zip(fitted.partial_fit(X, Y).coefs_, alone.partial_fit(X, Y).coefs_, strict=True):
             assert np.array_equal(mine, its)
-
-
-@pytest.mark.parametrize("n_jobs", [2, 3, None, -1])
-def test_few_models_are_set_up_at_once(n_jobs, monkeypatch):
-    """Each holds the rows of its fold."""
-    most, fill = 0, Candidates._fill
-
-    def counted(candidates):
-        nonlocal most
-        fill(candidates)
-        most = max(most, len(candidates._next))
-
-    monkeypatch.setattr(Candidates, "_fill", counted)
-    monkeypatch.setattr("fusemlp.sklearn.search.cpu_threads", lambda: 4)
-    FleetSearchCV(MODEL.set_params(backend="numpy"), {"alpha": np.linspace(0, 1, 9)}, cv=3, n_jobs=n_jobs).fit(X, Y)
-    assert most == 2 * {None: 4, -1: 4}.get(n_jobs, n_jobs)
 
 
 @pytest.mark.parametrize(
@@ -289,8 +270,6 @@ def test_a_launch_that_fails_is_the_error_of_its_models(backend, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:One or more of the test scores")
 def test_a_launch_on_a_thread_that_fails_is_the_error_of_its_model(monkeypatch):
-    from fusemlp.runtime.programs import BoundProgram
-
     run, count = BoundProgram.run_many, 0
 
     def broken(bound, steps):
@@ -342,8 +321,6 @@ def test_calls_that_follow_a_loop_have_rows_of_their_own(device, last, monkeypat
 
 def test_no_thread_is_left_and_none_computes_in_python(monkeypatch):
     """Epochs, scores and set-ups are the main thread's."""
-    from fusemlp.sklearn.solvers import SklearnPolicy
-
     before, seen, end = set(threading.enumerate()), set(), SklearnPolicy.end_epoch
 
     def watched(policy, *given):
