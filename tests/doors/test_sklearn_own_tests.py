@@ -18,7 +18,7 @@ EXCLUDED = (
     "test_n_iter_no_change",
     "test_n_iter_no_change_inf",
 )
-HEADING = f"scikit-learn's own tests ({len(EXCLUDED)} excluded: {', '.join(EXCLUDED)})"
+HEADING = f"line: scikit-learn's own tests ({len(EXCLUDED)} excluded: {', '.join(EXCLUDED)})"
 
 source = ORIGINAL.read_text(encoding="utf-8")
 assert source.count(IMPORT) == 1, f"{ORIGINAL} imports its classes in another way than expected"
@@ -37,5 +37,5 @@ def global_random_seed():
 
 
 @pytest.fixture(autouse=True)
-def counted(count_under):
-    count_under(HEADING)
+def counted(record_property):
+    record_property(HEADING, 1)
