@@ -37,7 +37,6 @@ def test_every_activation(activation, precision, tmp_path):
         close(said[name], engine.predict(X))
 
 
-# The loss, the outputs of the network, and the outputs of the graph.
 # The loss and the outputs of the network.
 LOSSES = [
     *(("cross_entropy", 4), ("binary_cross_entropy", 4), ("binary_cross_entropy", 1), ("mse", 4), ("mae", 1)),

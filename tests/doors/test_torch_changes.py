@@ -230,7 +230,6 @@ def test_attributes_of_a_traced_module_are_noticed():
     pair.steps()
 
 
-# Registers a hook for a module, its loss and its optimizer; the words of the error.
 MODULE_HOOKS = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
 # The part that registers a hook, its method, and words of the error.
 HOOKS = [
