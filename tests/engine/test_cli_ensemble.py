@@ -10,7 +10,6 @@ from fusemlp import MLP, Engine, load_checkpoint
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.session import prepared_data
 from fusemlp.datasets.load import ColumnChoices, load_data, load_features
-from fusemlp.datasets.parts import folds
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import folds
 from fusemlp.fleet.fleet import Fleet

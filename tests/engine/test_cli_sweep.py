@@ -17,7 +17,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from fusemlp.cli import sweep as command
-from fusemlp.fleet import memory
+from fusemlp.cli import vary
+from fusemlp.fleet import candidates
 from fusemlp.fleet.candidates import Candidate
 from fusemlp.fleet.results import FleetResults, Member
 from fusemlp.report import plots
@@ -285,7 +286,7 @@ def test_quiet_and_without_matplotlib(tmp_path, monkeypatch, capsys):
 
 def test_what_is_shown_and_written_takes_a_twentieth_of_the_time(monkeypatch):
     now = 100.0
-    monkeypatch.setattr(standings, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: now))
     done = []
 
     def action():
@@ -357,8 +358,8 @@ def test_a_wrong_call_says_what_is_wrong_and_leaves_nothing(arguments, words, tm
 
 def test_a_narrow_terminal_has_fewer_columns_and_whole_words(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "60")
-    monkeypatch.setattr(standings.Seldom, "do", lambda self, action: action())
+    monkeypatch.setenv("COLUMNS", "54")
+    monkeypatch.setattr(command.Seldom, "do", lambda self, action: action())
     options = ["--vary", "lr=0.0123456:0.1:log:2", "--vary", "hidden=8,8x8x8", "--vary", "seed=19,20"]
     assert run("sweep", "iris", *options, "--epochs", "2", "--jobs", "1", "--out", tmp_path / "run") == 0
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
@@ -371,7 +372,7 @@ def test_a_narrow_terminal_has_fewer_columns_and_whole_words(tmp_path, monkeypat
 
 def test_a_sweep_larger_than_memory_is_never_built_at_once(tmp_path, monkeypatch, caplog):
     # of half of it 300 models of 35 parameters keep 1.9 MB when they have ended, and 40 engines of 21.5 kB find room
-    monkeypatch.setattr(memory, "available_memory", lambda: 5_500_000)
+    monkeypatch.setattr(candidates, "available_memory", lambda: 5_500_000)
     alive = weakref.WeakSet()
     most = 0
     build = Candidate.engine

@@ -20,7 +20,6 @@ from fusemlp import MLP, Engine, ProgressBar, load_checkpoint
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.session import prepared_data
 from fusemlp.cli.train import Recorder
-from fusemlp.datasets.preparation import CLASS_DECAY
 from fusemlp.report import plots
 from fusemlp.report.runs import Run
 from fusemlp.tables.recipe import CLASS_DECAY

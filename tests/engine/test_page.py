@@ -12,7 +12,7 @@ import pytest
 
 from fusemlp.report import evidence as evidence_module
 from fusemlp.report.metrics import scalars
-from fusemlp.report.page import _drawings, _importance, page, png
+from fusemlp.report.page import Chart, Line, _drawings, _importance, page, png
 from make import QUICK, read, rows, run, trained
 
 CALIBRATED = "a tenth of the rows at each point"

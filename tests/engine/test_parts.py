@@ -13,7 +13,7 @@ from fusemlp.cli.options import SweepOptions, TrainOptions
 from fusemlp.cli.session import prepared_data
 from fusemlp.cli.sweep import planned
 from fusemlp.datasets.load import Dataset, load_data
-from fusemlp.datasets.parts import among, folds, hold_out, row_hashes, with_files
+from fusemlp.datasets.rows import among, folds, hold_out, row_hashes, with_files
 from fusemlp_kernels.errors import ArgumentError, DataError
 from make import read, run
 

@@ -7,7 +7,8 @@ from devices import GPU, INTERPRETER, marks_of, usable
 import fusemlp
 from fusemlp import DPSGD, MLP, SGD, ArgumentError, Engine, Fleet, ReduceOnPlateau
 from fusemlp.describe.privacy import Accountant
-from fusemlp.fleet import memory as module
+from fusemlp.fleet import candidates as module
+from fusemlp.fleet.results import Kept
 from make import assert_same, assert_same_state
 
 pytest.importorskip("dp_accounting")

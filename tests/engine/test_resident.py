@@ -37,7 +37,7 @@ from fusemlp import (
 )
 from fusemlp.program import lowering
 from fusemlp_kernels.contract import ACTIVATIONS, BATCH_INDEX, LAST_LOSS
-from fusemlp_kernels.numpy import loops
+from fusemlp_kernels.numpy import launches
 from fusemlp_kernels.numpy.backend import NumpyBackend
 from fusemlp_kernels.philox import row_order
 from make import assert_same_state
@@ -264,9 +264,9 @@ def test_a_loop_of_what_a_program_uses_computes_the_same_bits(net, optimizer, lo
     """The tests run the loop for all programs, which is compiled once; users that of their program."""
     options = {"net": net, "optimizer": optimizer, "loss": loss, "targets": targets, "precision": "fp32"}
     whole = trained("resident", **options)
-    monkeypatch.delenv(loops.WHOLE_LOOP)
+    monkeypatch.delenv(launches.WHOLE_LOOP)
     made = []
-    work = loops.work_for
+    work = launches.work_for
 
     def watched(names, real, *, alone):
         made.append(names)
@@ -289,7 +289,7 @@ def test_a_loop_of_what_a_program_uses_computes_the_same_bits(net, optimizer, lo
 @pytest.mark.parametrize("n", [1, 2, 3, 63, 64, 65, 1437, 10000])
 def test_the_order_of_the_rows_is_that_of_every_plan(n):
     for seed, epoch in ((0, 0), (5, 7), (2**40 + 3, 2**32 - 1)):
-        assert np.array_equal(loops.compiled_row_order(n, seed, epoch), row_order(n, seed, epoch))
+        assert np.array_equal(launches.compiled_row_order(n, seed, epoch), row_order(n, seed, epoch))
 
 
 @pytest.mark.parametrize("targets", ["classes", "soft"])

@@ -372,7 +372,7 @@ def test_many_words_have_bounded_inputs():
 
 
 def test_inputs_are_made_a_piece_at_a_time(monkeypatch):
-    monkeypatch.setattr(preparation, "_PIECE", 3)
+    monkeypatch.setattr(rows_module, "_PIECE", 3)
     data = table_of({"a": [1.0, NAN, 2.0, 9.0, NAN, 1e300, 7.0], "b": list("uvuvuvw")})
     made = Preprocessor.fit(data, [0, 1, 2, 3])
     whole = made.transform_features(data.X)
