@@ -88,7 +88,11 @@ EXAMPLES = {
 FROM_CONFIG = {as_schedule: schedule_from_config, as_optimizer: optimizer_from_config, as_loss: loss_from_config}
 
 
-@pytest.mark.parametrize("kind, described", [(kind, one) for kind in EXAMPLES for one in EXAMPLES[kind]], ids=repr)
+@pytest.mark.parametrize(
+    "kind, described",
+    [(kind, one) for kind in EXAMPLES for one in EXAMPLES[kind]],
+    ids=lambda value: getattr(value, "__name__", repr(value)),
+)
 def test_a_description_survives_json_and_repr(kind, described):
     config = described.to_config()
     assert json.loads(json.dumps(config)) == config
