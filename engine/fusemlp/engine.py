@@ -21,7 +21,7 @@ from fusemlp.program.program import ORDERED, Program
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.onnx import to_onnx
 from fusemlp.report.runs import open_run, weights_path
-from fusemlp.runtime import files, intervals
+from fusemlp.runtime import attacks, files
 from fusemlp.runtime.attacks import attack
 from fusemlp.runtime.backends import availability
 from fusemlp.runtime.ranks import TIMEOUT
@@ -349,7 +349,7 @@ class Engine(Trainer):
 
         Raises ArgumentError, ArgumentTypeError, ShapeError, DTypeError or DataError, before anything has been computed.
         """
-        return intervals.Propagation(self).outputs(*intervals.ball(self, X, eps, bounds))
+        return attacks.Propagation(self).outputs(*attacks.ball(self, X, eps, bounds))
 
     def certified(self, X: Any, y: Any, eps: Any, *, bounds: Any = None) -> Array:
         """Return whether ``predict`` gives y for every input within ``eps`` of X (n, K): bool (n,), of labels (n, N).
@@ -359,7 +359,7 @@ class Engine(Trainer):
 
         Raises ArgumentError for targets that are no classes, and the errors of ``bounds``.
         """
-        return intervals.certified(self, X, y, eps, bounds=bounds)
+        return attacks.certified(self, X, y, eps, bounds=bounds)
 
     def save_checkpoint(self, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
         """Write the engine's state to ``path`` atomically.

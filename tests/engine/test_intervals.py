@@ -9,7 +9,7 @@ from torch_oracle import TORCH_ACTIVATIONS, tensor
 
 import fusemlp
 from fusemlp import MLP, ArgumentError, ArgumentTypeError, Engine, PReLU, ShapeError
-from fusemlp.runtime import intervals
+from fusemlp.runtime import attacks
 from fusemlp_kernels import pointwise, reference
 
 SELECTED = [fusemlp.LeakyReLU(0.2), PReLU(0.3), PReLU(-0.4)]
@@ -45,7 +45,7 @@ def exact(engine, x):
 @pytest.mark.parametrize("name", pointwise.ACTIVATIONS)
 def test_an_activation_falls_up_to_its_turn_and_rises_after_it(name):
     # its error covers the budgets of all backends
-    assert 2 * max(ULPS.values()) <= intervals.ACTIVATION_ERROR
+    assert 2 * max(ULPS.values()) <= attacks.ACTIVATION_ERROR
     turn, slope = pointwise.ACTIVATIONS[name].turn, pointwise.ACTIVATIONS[name].slope or 0.0
     z = np.concatenate([np.linspace(-30.0, 30.0, 60_001), turn + np.array([-1e-7, 1e-7])])
     derivative = reference.activation_grad(name, z, slope)
@@ -95,9 +95,9 @@ def test_margins_have_the_rounding_of_both_outputs():
     rng = np.random.default_rng(13)
     engine = make(sizes=(300, 4), loss="cross_entropy")
     X = rng.normal(size=(30, 300))
-    found = intervals.Propagation(engine)
+    found = attacks.Propagation(engine)
     low, high = engine.bounds(X, 0.0)
-    box = next(found._blocks(*intervals.ball(engine, X, 0.0)))
+    box = next(found._blocks(*attacks.ball(engine, X, 0.0)))
     for label in range(4):
         margins = found._margins(found.layers[-1], *box, label)
         others = np.arange(4) != label
@@ -145,13 +145,13 @@ def test_without_the_rounding_errors_bounds_do_not_hold(monkeypatch):
     X = rng.normal(size=(500, 40)).astype(np.float32).astype(np.float64)
 
     def hold():
-        low, high = intervals.Propagation(engine).outputs(X, X)
+        low, high = attacks.Propagation(engine).outputs(X, X)
         outputs = engine.outputs(X)
         return bool(((low <= outputs) & (outputs <= high)).all())
 
     assert hold()
-    monkeypatch.setattr(intervals.Propagation, "_error", lambda self, layer, centre, radius, size: 0.0 * size)
-    monkeypatch.setattr(intervals, "_widened", lambda low, high, relative, tiny: (low, high))
+    monkeypatch.setattr(attacks.Propagation, "_error", lambda self, layer, centre, radius, size: 0.0 * size)
+    monkeypatch.setattr(attacks, "_widened", lambda low, high, relative, tiny: (low, high))
     assert not hold()
 
 
@@ -288,8 +288,8 @@ def test_sums_that_may_overflow_have_no_bounds():
 def test_blocks_of_rows_are_bounded_alike(monkeypatch):
     engine, X, y = trained()
     whole, certified = engine.bounds(X, 0.1), engine.certified(X, y, 0.1)
-    monkeypatch.setattr(intervals, "LARGEST", 16 * 17)
-    assert intervals.Propagation(engine).rows == 17
+    monkeypatch.setattr(attacks, "LARGEST", 16 * 17)
+    assert attacks.Propagation(engine).rows == 17
     for one, other in zip(engine.bounds(X, 0.1), whole, strict=True):
         assert np.allclose(one, other, rtol=1e-12, atol=1e-12)
     assert np.array_equal(engine.certified(X, y, 0.1), certified)
@@ -303,18 +303,18 @@ def test_layers_narrower_than_the_classes_are_certified(sizes, output, monkeypat
     X, eps = rng.normal(size=(40, 4)), 0.003
     outputs = engine.outputs(X)
     y = outputs.argmax(axis=1)
-    box = intervals.ball(engine, X, eps)
-    certified = intervals.Propagation(engine).certified(*box, y)
+    box = attacks.ball(engine, X, eps)
+    certified = attacks.Propagation(engine).certified(*box, y)
     assert certified.mean() > 0.5
     # no point of a certified box has another class, and no other class is certified
     moved = X + rng.uniform(-eps, eps, (200, *X.shape))
     classes = engine.outputs(moved.reshape(-1, 4)).argmax(axis=1).reshape(200, -1)
     assert (classes == y)[:, certified].all()
-    assert not intervals.Propagation(engine).certified(*box, (y + 1) % sizes[-1]).any()
+    assert not attacks.Propagation(engine).certified(*box, (y + 1) % sizes[-1]).any()
     # in blocks of rows
-    monkeypatch.setattr(intervals, "LARGEST", 1)
-    assert intervals.Propagation(engine).rows == 16
-    assert np.array_equal(intervals.Propagation(engine).certified(*box, y), certified)
+    monkeypatch.setattr(attacks, "LARGEST", 1)
+    assert attacks.Propagation(engine).rows == 16
+    assert np.array_equal(attacks.Propagation(engine).certified(*box, y), certified)
 
 
 def test_the_possible_inputs_may_be_an_array():

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from types import UnionType
 from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
@@ -128,3 +129,20 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Description):
         return value.to_config()
     return [_plain(one) for one in value] if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The arguments of ``Engine`` that say how and where it computes; "auto" is not decided yet."""
+
+    backend: str = "auto"
+    device: str | None = None
+    precision: str = "fp32"
+    plan: str = "auto"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, str) and (field.default is not None or value is not None):
+                expected = f"such as {field.default!r}" if field.default else "such as 'cpu', or None for the default"
+                raise ArgumentTypeError(f"{field.name}: expected a name {expected}, got {value!r}")

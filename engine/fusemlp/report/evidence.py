@@ -21,8 +21,7 @@ from fusemlp.describe.checks import as_number
 from fusemlp.describe.metrics import METRICS, Judged
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import headline, judge, score, spelled
-from fusemlp.runtime.attacks import attack
-from fusemlp.runtime.intervals import Propagation
+from fusemlp.runtime.attacks import Propagation, attack
 
 if TYPE_CHECKING:
     from fusemlp.runtime.session import Session

@@ -10,9 +10,8 @@ import numpy as np
 from fusemlp._version import __version__
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag, knows_names
 from fusemlp.describe.conflicts import Features, check_together, in_use
-from fusemlp.describe.description import stored
+from fusemlp.describe.description import Machine, stored
 from fusemlp.describe.losses import Loss, as_loss, loss_from_config
-from fusemlp.describe.machine import Machine
 from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
 from fusemlp.describe.privacy import DPSGD, as_privacy

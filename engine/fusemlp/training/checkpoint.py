@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp.describe.checks import as_count
-from fusemlp.describe.description import stored
-from fusemlp.describe.machine import Machine
+from fusemlp.describe.description import Machine, stored
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.files import (
     CHECKPOINT,

@@ -17,7 +17,7 @@ import numpy as np
 
 from fusemlp.describe.adversarial import IBP, Adversary
 from fusemlp.program.layout import Layout
-from fusemlp.runtime.intervals import formula_functions
+from fusemlp.runtime.attacks import formula_functions
 from fusemlp_kernels import pointwise
 from fusemlp_kernels.contract import ROW_OFFSET, UPDATE_COUNT, UpdateRule
 from fusemlp_kernels.errors import ArgumentError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from fusemlp.describe.machine import Machine
+from fusemlp.describe.description import Machine
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.session import Session
 from fusemlp.training.history import FitState, History
