@@ -67,14 +67,9 @@ def _check_betas(argument: str, given: object) -> tuple[float, float]:
     return first, second
 
 
-def _pairs(given: Any) -> Any:
-    """Return the (pattern, options) of ``per_parameter``."""
-    return given.items() if isinstance(given, Mapping) else given
-
-
 def _check_patterns(argument: str, given: object) -> tuple[tuple[str, ParameterOptions], ...]:
     expected = f'{argument}: expected a mapping such as {{"0.*": ParameterOptions(trainable=False)}}, got'
-    pairs = _pairs(given)
+    pairs = given.items() if isinstance(given, Mapping) else given
     if isinstance(pairs, str) or not isinstance(pairs, Iterable):
         raise ArgumentTypeError(f"{expected} {given!r}")
     patterns = []
@@ -115,6 +110,11 @@ class Optimizer(Description):
         accumulate = self.accumulate if self.accumulate > 1 else None
         return in_use(clip_norm=self.clip_norm, accumulate=accumulate)
 
+    @cached_property
+    def patterns(self) -> tuple[tuple[str, ParameterOptions], ...]:
+        """The pairs of ``per_parameter``; the first whose pattern matches holds."""
+        return _check_patterns("per_parameter", self.per_parameter)
+
     def rule(self) -> UpdateRule:
         """Return the optimizer for the kernels."""
         return UpdateRule(**{"kind": self.kind, **self.shared(UpdateRule), **self._options()})
@@ -125,7 +125,10 @@ class Optimizer(Description):
 
     def own_options(self, name: str) -> ParameterOptions:
         """Return the options that ``per_parameter`` has for the parameter ``name``."""
-        return next((own for pattern, own in _pairs(self.per_parameter) if fnmatchcase(name, pattern)), NO_OPTIONS)
+        for pattern, options in self.patterns:
+            if fnmatchcase(name, pattern):
+                return options
+        return NO_OPTIONS
 
     def options_for(self, name: str) -> tuple[bool, TensorRule]:
         """Return whether the parameter ``name`` is trained, and its own part of the rule."""
@@ -139,7 +142,7 @@ class Optimizer(Description):
     def check_network(self, net: MLP) -> None:
         """Refuse a pattern of ``per_parameter`` that no parameter of ``net`` has; raises ArgumentError."""
         names = list(net.parameter_shapes())
-        for pattern, _ in _pairs(self.per_parameter):
+        for pattern, _ in self.patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ArgumentError(
                     f"per_parameter: no parameter matches {pattern!r}; the network has: {', '.join(names)}"

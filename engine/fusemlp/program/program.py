@@ -309,6 +309,11 @@ class Program:
         """The program without its numbers."""
         return Structure(self)
 
+    @cached_property
+    def flops(self) -> int:
+        """Floating-point operations of the matrix products of all calls."""
+        return sum(call.flops for call in self.calls)
+
     @property
     def launches(self) -> int:
         """The number of kernels that a step starts; calls in a loop are one, up to a collective."""

@@ -55,10 +55,8 @@ class BoundProgram:
         # how many steps it is left alone for
         self.chunk = UNINTERRUPTED
         if self._resident or backend.traits.on_host:
-            self.chunk = resident_chunk(backend.traits, sum(call.flops for call in program.calls))
+            self.chunk = resident_chunk(backend.traits, program.flops)
         self._captures = plan == "graph"
-        # graphs by the number of steps in them; none before the first step has loaded the kernels
-        self._graphs: dict[int, Callable[[], object]] = {}
         self.use(self._bound(memory))
 
     def _bound(self, memory: Memory) -> tuple[Callable[..., object], ...]:
@@ -85,7 +83,8 @@ class BoundProgram:
     def use(self, calls: tuple[Callable[..., object], ...]) -> None:
         """Let a step be these calls from now on."""
         self.calls, self._eager, self._warm = calls, _in_order(calls), False
-        self.drop_graphs()
+        # graphs by the number of steps in them; none before the first step has loaded the kernels
+        self._graphs: dict[int, Callable[[], object]] = {}
 
     @property
     def run(self) -> Callable[[], None]:

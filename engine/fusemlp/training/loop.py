@@ -115,13 +115,12 @@ class EpochLoop(Generic[PolicyT]):
     batches: int
     at_once: int
     callbacks: Sequence[Any]
-    # whether callbacks are called between batches
-    _one_by_one: bool = False
 
-    @property
-    def _epoch_stats(self) -> Any | None:
-        # where a launch of several epochs leaves the statistics of each
-        return self.bound.arrays.get("epoch_stats")
+    def __post_init__(self) -> None:
+        # callbacks between batches
+        self._starters = [callback for callback in self.callbacks if overrides(callback, "on_batch_begin")]
+        self._watchers = [callback for callback in self.callbacks if overrides(callback, "on_batch_end")]
+        self._one_by_one = bool(self._starters or self._watchers)
 
     def run(self) -> History:
         """Train; the engine's ``history`` follows. Raises KeyboardInterrupt at the end after Ctrl-C."""
@@ -141,7 +140,6 @@ class EpochLoop(Generic[PolicyT]):
         engine.history = state.history
         engine.stop_training = False
         self.policy.begin()
-        self._one_by_one = bool(self._overriding("on_batch_begin") or self._overriding("on_batch_end"))
         # perhaps a callback on one rank alone
         (self._one_by_one,) = engine.ranks.any(self._one_by_one)
         if state.batch == 0:
@@ -221,20 +219,19 @@ class EpochLoop(Generic[PolicyT]):
         engine, state, bound = self.engine, self.state, self.bound
         trained = self.batches * self.batch_size
         orders = [self.policy.order(state.epoch + ahead)[:trained] for ahead in range(epochs)]
-        starters, watchers = self._overriding("on_batch_begin"), self._overriding("on_batch_end")
         bound.set_rows(orders[0] if epochs == 1 else np.concatenate(orders), state.batch, self.batch_size, epochs)
         done, total = state.batch, epochs * self.batches
         first = state.epoch
         while done < total:
             count = 1 if self._one_by_one else min(total - done, bound.chunk)
-            for starter in starters:
+            for starter in self._starters:
                 starter.on_batch_begin(engine, state.batch)
             count = engine.rates.cover(self.policy.schedule, count)
             yield count
             done += count
             if epochs == 1:
                 state.batch = done
-            for watcher in watchers:
+            for watcher in self._watchers:
                 watcher.on_batch_end(engine, state.batch - 1)
             if ends():
                 break
@@ -246,14 +243,16 @@ class EpochLoop(Generic[PolicyT]):
 
     def _account(self, epochs: int, *, ran: bool) -> Account:
         """Return the account of the last epochs; ``ran``: this fit has run steps of them."""
-        engine, rewinds, own = self.engine, self.policy.rewinds, self._epoch_stats
+        engine, rewinds = self.engine, self.policy.rewinds
+        # where a launch of several epochs leaves the statistics of each
+        by_epoch = self.bound.arrays.get("epoch_stats")
         # a checkpoint may have been written after the last batch, before the epoch was closed
-        stats = None if own is None or not ran or not epochs else own[:epochs]
+        stats = None if by_epoch is None or not ran or not epochs else by_epoch[:epochs]
         marks = engine.ranks.marks(engine.memory.params)
         account = engine.memory.account(stats, check_finite=rewinds, beside=marks)
         engine.rates.note(int(account.counters[UPDATE_COUNT]))
         engine.ranks.check_equal(account.beside)
-        if own is not None:
+        if by_epoch is not None:
             # as if each epoch had been given its rows
             offset, total = account.counters[ROW_OFFSET], account.counters[ROW_TOTAL]
             engine.memory.counters[ROW_OFFSET] = int(offset % total)
@@ -290,9 +289,6 @@ class EpochLoop(Generic[PolicyT]):
         """Clean up after the last step."""
         self.policy.finish(interrupted=interrupted)
         self._call("on_train_end", self.state.history)
-
-    def _overriding(self, stage: str) -> list[Any]:
-        return [callback for callback in self.callbacks if overrides(callback, stage)]
 
     def _call(self, stage: str, *arguments: Any) -> None:
         for callback in self.callbacks:
