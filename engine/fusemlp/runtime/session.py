@@ -150,7 +150,7 @@ class Session:
         # until it joins others
         self.ranks = Single()
         self.sharding = ALONE
-        needs = [*["members"] * (self.network.members > 1), *["privacy"] * (self.privacy is not None)]
+        needs = [feature for feature in ("members", "privacy") if feature in self.described]
         self.backend = first_available(needs) if machine.backend == "auto" else machine.backend
         self.plan, self.plan_reason = machine.plan, "" if machine.plan == "auto" else ASKED
         check_together(self.uses)
@@ -248,7 +248,7 @@ class Session:
 
     def _chosen(self, plan: str, batch_size: int) -> tuple[str, str]:
         """The plan that ``plan`` comes to for batches of this size, and why."""
-        traits, private, net = self.inputs.backend.traits, self.privacy is not None, self.network
+        traits, private, net = self.inputs.backend.traits, "privacy" in self.described, self.network
         chosen = choose_plan(plan, traits, net.sizes, batch_size, self.precision, private=private, members=net.members)
         return shared_plan(chosen, traits, self.sharding, self.ranks.uncaptured()) if self.sharding else chosen
 

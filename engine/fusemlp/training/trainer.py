@@ -102,7 +102,7 @@ def fresh_state(engine: Trainer, plan: FitPlan, batches: int) -> FitState:
         total_updates=engine.update_count + updates,
         history=History(chance_loss=_chance_loss(engine), in_use=_in_use(engine)),
         monitor=plan.monitor or "",
-        adversarial=_opponent(plan),
+        adversarial=plan.adversary.to_config() or None,
         reduce=engine.sharding.reduce,
     )
 
@@ -117,10 +117,6 @@ def _chance_loss(engine: Trainer) -> float | None:
 def _in_use(engine: Trainer) -> list[str]:
     features = engine.uses
     return [word for feature, word in REMEDIES.items() if feature in features]
-
-
-def _opponent(plan: FitPlan) -> dict[str, Any] | None:
-    return None if plan.adversarial is None else plan.adversarial.to_config()
 
 
 def resumed_state(engine: Trainer, plan: FitPlan, batches: int, *, rows: int) -> FitState:
@@ -154,7 +150,7 @@ def resumed_state(engine: Trainer, plan: FitPlan, batches: int, *, rows: int) ->
         )
     for name, before, now, does in (
         ("monitor", state.monitor or None, plan.monitor or None, "follows"),
-        ("adversarial", state.adversarial, _opponent(plan), "trains against"),
+        ("adversarial", state.adversarial, plan.adversary.to_config() or None, "trains against"),
     ):
         if before != now:
             raise ArgumentError(f"{name}: the fit that is resumed {does} {before!r}, got {now!r}; give the same")
