@@ -325,12 +325,12 @@ def run_side_by_side(
         def stop() -> bool:
             return failed or interrupted()
 
-        def told(number: int, error: DivergenceError | None) -> None:
+        def report(number: int, error: DivergenceError | None) -> None:
             # a training that was stopped has not come to its end
             if not stop():
                 ended(number, error)
 
-        threads = LaunchThreads(workers, told)
+        threads = LaunchThreads(workers, report)
         threads.most = most or threads.most
         try:
             while (begins := bool(waiting) and not stop()) or threads.active:

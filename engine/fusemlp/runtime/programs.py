@@ -26,7 +26,7 @@ STEPS_A_GRAPH = 8
 class BoundProgram:
     """A program that can be run: verified, its values in memory, its calls bound.
 
-    ``given`` are arrays for values of kind "data" and "control"; those that are not given get memory of their own and
+    ``data`` are arrays for values of kind "data" and "control"; those that are not there get memory of their own and
     are found in ``arrays``. ``calls`` are the bound calls one by one, for callers with something
     to do between them; those of a resident program are one loop.
     """
@@ -36,7 +36,7 @@ class BoundProgram:
         program: Program,
         memory: Memory,
         workspace: Workspace,
-        given: Mapping[str, Any],
+        data: Mapping[str, Any],
         *,
         plan: str = "eager",
     ) -> None:
@@ -44,7 +44,7 @@ class BoundProgram:
         placed = placement(program, memory.layout, row_multiple=backend.traits.row_multiple)
         self.program = program
         self.backend = backend
-        self.arrays: dict[str, Any] = {**memory.arrays, **given}
+        self.arrays: dict[str, Any] = {**memory.arrays, **data}
         arenas = {dtype: workspace.arena(dtype, size) for dtype, size in placed.sizes.items()}
         for name, (dtype, place) in placed.places.items():
             self.arrays[name] = backend.view(arenas[dtype], place.offset, place.shape, place.pitch)

@@ -62,13 +62,13 @@ class ShardedProgram(BoundProgram):
         program: Program,
         memory: Memory,
         workspace: Workspace,
-        given: Mapping[str, Any],
+        data: Mapping[str, Any],
         ranks: Ranks,
         *,
         plan: str,
     ) -> None:
         self._ranks, self._sharding = ranks, program.sharding
-        super().__init__(program, memory, workspace, given, plan=plan)
+        super().__init__(program, memory, workspace, data, plan=plan)
         if self._resident:
             self.chunk = max(1, self.chunk // self._sharding.own)
         ranks.programs.add(self)

@@ -89,14 +89,14 @@ def bind(
     spec: LossSpec,
     rule: UpdateRule,
     batch_size: int,
-    given: Mapping[str, Any],
+    data: Mapping[str, Any],
     *,
     resident_batches: int | None = None,
     epochs: int = 1,
     passes: tuple[Pass, ...] = (),
     **options: Any,
 ) -> BoundProgram:
-    """A training step bound to the engine's memory and to the arrays in ``given`` (x, target, weight).
+    """A training step bound to the engine's memory and to the arrays in ``data`` (x, target, weight).
 
     With ``resident_batches`` the steps run in one loop, over rows of ``epochs`` epochs of this many batches, or over
     the data as the batch. ``options`` are those of ``lower``.
@@ -110,7 +110,7 @@ def bind(
             "engine, and give it the weights by load_state_dict"
         )
     engine.take_rule(rule)
-    arrays = dict(given)
+    arrays = dict(data)
     if engine.class_weight is not None:
         arrays["class_weight"] = engine.class_weight
     resident = resident_batches is not None
@@ -168,13 +168,13 @@ def bind_staged(engine: Session, rows: int, spec: LossSpec, *, weighted: bool) -
     """Return a training step with a batch of its own, up to ``rows`` rows, for ``run_staged``."""
     # on a GPU the resident kernel is for many steps
     batches = 1 if engine.plan == "resident" and engine.memory.backend.traits.on_host else None
-    members, given = engine.network.members, dict[str, Any]()
+    members, data = engine.network.members, dict[str, Any]()
     # a rank picks the rows of its shards
     picks = members > 1 or engine.ranks.together
     if picks:
-        given["rows"] = member_rows(engine.memory.backend, rows, members)
+        data["rows"] = member_rows(engine.memory.backend, rows, members)
     inputs = Inputs(rows, indexed=picks, weighted=weighted)
-    return bind(engine, inputs, spec, engine.optimizer.rule(), rows, given, resident_batches=batches)
+    return bind(engine, inputs, spec, engine.optimizer.rule(), rows, data, resident_batches=batches)
 
 
 # Steps between two checks of the loss scaling in ``step``: a check waits for the device.

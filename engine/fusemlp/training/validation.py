@@ -66,27 +66,27 @@ class Validation:
 
 
 def checked_validation(
-    engine: Session, given: Any, *, common: bool = False, steps: int | None = None
+    engine: Session, rows: Any, *, common: bool = False, steps: int | None = None
 ) -> Validation | None:
     """Check ``validation_data`` as ``fit`` takes it; ``common``: several models share it."""
-    batches = given is not None and are_batches(given)
+    batches = rows is not None and are_batches(rows)
     if steps is not None and not batches:
         raise ArgumentError(
             f"validation_steps: it counts the batches of validation_data, got {steps!r} without such; all rows of "
             "arrays are validated on"
         )
-    if given is None:
+    if rows is None:
         return None
     if batches:
-        data = UserBatches("validation_data", given, steps, "validation_steps").collected(engine.inputs)
-    elif isinstance(given, tuple | list) and len(given) in (2, 3):
+        data = UserBatches("validation_data", rows, steps, "validation_steps").collected(engine.inputs)
+    elif isinstance(rows, tuple | list) and len(rows) in (2, 3):
         names = ("validation_data[0]", "validation_data[1]", "validation_data[2]")
-        data = engine.inputs.examples(given[0], given[1], given[2] if len(given) == 3 else None, names)
+        data = engine.inputs.examples(rows[0], rows[1], rows[2] if len(rows) == 3 else None, names)
     else:
-        kind = type(given).__name__
-        told = f"{len(given)} in a {kind}" if isinstance(given, tuple | list) else kind
+        kind = type(rows).__name__
+        received = f"{len(rows)} in a {kind}" if isinstance(rows, tuple | list) else kind
         raise ArgumentTypeError(
-            f"validation_data: expected (X, y) or (X, y, sample_weight), or batches of them, got {told}"
+            f"validation_data: expected (X, y) or (X, y, sample_weight), or batches of them, got {received}"
         )
     # the loss refuses here, not at the end of the first epoch
     engine.loss.spec(accuracy=False, soft=data.targets.soft)
@@ -119,7 +119,9 @@ def _with_metrics(
     engine: Session, plan: FitPlan, targets: Targets, validation: Validation | None, instead: str
 ) -> Validation | None:
     known = {f"val_{name}": name for name in METRICS}
-    named = [known[one] for one in plan.monitors if isinstance(one, str) and one in known and validation is not None]
+    named = [
+        known[name] for name in plan.monitors if isinstance(name, str) and name in known and validation is not None
+    ]
     if not named and not plan.metrics:
         return validation
     kind = engine.inputs.kind_of(targets if validation is None else validation.data.targets)
@@ -127,27 +129,27 @@ def _with_metrics(
     if validation is None and both:
         raise ArgumentError(
             f"metrics: they are of validation rows; give validation_data=(Xv, yv) or {instead} too, got "
-            f"{[one.name for one in both]}"
+            f"{[metric.name for metric in both]}"
         )
     if validation is None:
         return None
-    found = replace(validation, metrics=tuple({one.name: one for one in both}.values()))
+    validation = replace(validation, metrics=tuple({metric.name: metric for metric in both}.values()))
     unmeasured = engine.normalise and engine.scaling.scale is None
     if unmeasured:
         # for this look alone: predictions of raw inputs might overflow
-        engine.scaling.scale = engine.scaling.measured(found.data.X)
+        engine.scaling.scale = engine.scaling.measured(validation.data.X)
     try:
-        figures = engine.inference.figures(found.data, found.metrics)
+        figures = engine.inference.figures(validation.data, validation.metrics)
     finally:
         if unmeasured:
             engine.scaling.scale = None
     for name, value in figures.items():
         if math.isnan(value):
             raise ArgumentError(
-                f"metrics: {name} is not defined on these {len(found.data.X)} validation rows: it needs rows of two "
-                "classes, or two rows of numbers; give more rows, or another metric"
+                f"metrics: {name} is not defined on these {len(validation.data.X)} validation rows: it needs rows of "
+                "two classes, or two rows of numbers; give more rows, or another metric"
             )
-    return found
+    return validation
 
 
 def logged(engine: Session, targets: Targets, validation: Validation | None) -> list[str]:
