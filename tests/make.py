@@ -152,12 +152,13 @@ def state_of(engine: fusemlp.Engine) -> dict[str, Any]:
     if engine.optimizer.accumulate > 1:
         names.append("grads")
     settings = ("network", "loss", "optimizer", "batch_size", "seed", "backend", "precision", "epochs_trained")
-    counters = memory.counters.copy()
+    to_host = memory.backend.to_host
+    counters = to_host(memory.counters)
     # Not a state: it is written before each step.
     counters[ROW_COUNT] = 0
     return {
         "counters": bits(counters),
-        **{name: bits(memory.arrays[name]) for name in names},
+        **{name: bits(to_host(memory.arrays[name])) for name in names},
         **{name: getattr(engine, name) for name in settings},
         "best": {name: bits(array) for name, array in (engine.best_parameters or {}).items()},
         "history": None if engine.history is None else _exact(vars(engine.history)),
