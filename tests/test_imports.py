@@ -194,7 +194,7 @@ BROKEN = {
     "triton in the engine": ({"fusemlp.runtime.programs": "from triton import jit"}, "only fusemlp_kernels.triton may"),
     "triton in the torch door": ({"fusemlp.torch": "import triton"}, "only fusemlp_kernels.triton may"),
     "cupy in the triton backend": ({"fusemlp_kernels.triton.launch": "import cupy"}, "fusemlp_kernels.cupy may"),
-    "onnx outside its door": ({"fusemlp.cli": "import onnx"}, "only fusemlp.report.onnx may"),
+    "onnx outside its door": ({"fusemlp.cli": "import onnx"}, "only fusemlp.report.onnx_graph may"),
     "in a function": ({"fusemlp.describe.losses": "def f():\n    import torch"}, "losses:2 imports torch"),
     "by name": (
         {"fusemlp.describe.losses": "import importlib\nimportlib.import_module('torch')"},
