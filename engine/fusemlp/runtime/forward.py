@@ -130,10 +130,12 @@ class ForwardPass:
                 bound.arrays[name][count:] = 0
 
     def outputs(self, X: Any, net: MLP | None = None) -> Array:
-        """Return the outputs (n, members, N) for X (n, K) of the network, or of ``net``, its first layers."""
+        """Return the outputs (n * members, N) for X (n, K) of the network, or of ``net``, its first layers.
+
+        Those of the members for a row follow one another.
+        """
         rows = self.rows_for(len(X))
-        bound = self.program(rows, net=net)
-        return self._collected("y", bound, rows, {"x": X}).reshape(len(X), self.net.members, -1)
+        return self._collected("y", self.program(rows, net=net), rows, {"x": X})
 
     def input_gradient(
         self,
@@ -231,14 +233,15 @@ def metrics_of(stats: Array, spec: LossSpec) -> dict[str, float]:
     return metrics
 
 
-def combined(kind: str, outputs: Array) -> Array:
-    """Return the outputs (n, N) whose prediction is the mean of the members', from theirs (n, members, N).
+def combined(kind: str, outputs: Array, members: int) -> Array:
+    """Return the outputs (n, N) whose prediction is the mean of the members', from theirs (n * members, N).
 
     Of a cross-entropy they are the logits of the mean probability, of poisson the logarithm of the mean count, of the
     other losses the mean.
     """
-    if outputs.shape[1] == 1:
-        return outputs[:, 0]
+    if members == 1:
+        return outputs
+    outputs = outputs.reshape(-1, members, outputs.shape[1])
     if kind == "cross_entropy":
         top = outputs.max(axis=2, keepdims=True)
         return _log_mean_exp(outputs - top - np.log(np.exp(outputs - top).sum(axis=2, keepdims=True)))
@@ -274,7 +277,7 @@ class MeanEvaluation:
         """Return the metrics of what predictions read: see ``metrics_of``."""
         self._forward.trained = memory
         backend = self._forward.memory.backend
-        outputs = combined(self._spec.kind, self._forward.outputs(self._X))
+        outputs = combined(self._spec.kind, self._forward.outputs(self._X), self._forward.net.members)
         backend.copy_into(self._z, outputs.astype(self._forward.real, copy=False))
         self._stats[:] = 0.0
         self._run()

@@ -42,8 +42,8 @@ def path_gradient(passes: ForwardPass, X: Any, baseline: Any, seed: Array, point
             total += weight * passes.input_gradient(baseline + point * (X - baseline), {"seed": seed})
         return total
     head = MLP(net.sizes[:2], output_activation="identity")
-    start = passes.outputs(baseline, head)[:, 0]
-    step = passes.outputs(X, head)[:, 0] - start
+    start = passes.outputs(baseline, head)
+    step = passes.outputs(X, head) - start
     start = np.broadcast_to(start, step.shape)
     most = min(forward.LARGEST, IN_CACHE) if passes.memory.backend.traits.on_host else forward.LARGEST
     rows = max(1, min(len(step), most // (max(net.sizes[1:]) * len(points))))
@@ -166,10 +166,14 @@ class Inference:
 
     def outputs(self, X: Any) -> Array:
         """Return the last layer's outputs (n, N) for X (n, K); with members those of the mean prediction."""
-        return combined(self.loss.kind, self.member_outputs(X))
+        return combined(self.loss.kind, self._rows_out(X), self.network.members)
 
     def member_outputs(self, X: Any) -> Array:
         """Return the last layer's outputs (n, members, N) for X (n, K)."""
+        outputs = self._rows_out(X)
+        return outputs.reshape(-1, self.network.members, outputs.shape[1])
+
+    def _rows_out(self, X: Any) -> Array:
         X = self.inputs.features("X", X)
         self.scaling.check_measured()
         return self.forward.outputs(X)
@@ -240,7 +244,7 @@ class Inference:
     def outputs_of(self, X: Any, layers: int) -> Array:
         """Return the outputs (n, N) of the first ``layers`` layers for checked rows X (n, K)."""
         self.network.check_single("layers", "the output of hidden layers")
-        return self.forward.outputs(X, self.forward.first(layers))[:, 0]
+        return self.forward.outputs(X, self.forward.first(layers))
 
     def evaluate(
         self,
