@@ -266,13 +266,10 @@ def minimise(policy: SklearnPolicy) -> None:
     )
     backend.copy_into(memory.params, result.x.astype(model.dtype, copy=False))
     estimator.loss_ = result.fun
-    if _search_around() is None:
-        estimator.n_iter_ = _check_optimize_result("lbfgs", result, estimator.max_iter)
-        return
     with warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter("always", ConvergenceWarning)
         estimator.n_iter_ = _check_optimize_result("lbfgs", result, estimator.max_iter)
-    fit_ended(str(messages[0].message) if messages else None, stacklevel=1)
+    fit_ended(str(messages[0].message) if messages else None, stacklevel=5)
 
 
 # The messages of a search's fits, None of those that converged: by an object that lives as long as a call of its
