@@ -10,7 +10,6 @@ import pytest
 import scipy.sparse
 from devices import INTERPRETER, marks_of, usable
 
-import fusemlp.sklearn.candidates as module
 from fusemlp import Callback
 from fusemlp.fleet.launches import LaunchGroup
 from fusemlp.runtime.programs import BoundProgram
@@ -70,7 +69,7 @@ def test_ctrl_c_in_a_launch_of_several_models(device, monkeypatch):
         return pressed
 
     monkeypatch.setattr(LaunchGroup, "bind", pressing)
-    monkeypatch.setattr(module, "choose_plan", lambda *_, **__: ("resident", ""))
+    monkeypatch.setattr("fusemlp.fleet.launches.choose_plan", lambda *_, **__: ("resident", ""))
     with usable(device), pytest.raises(KeyboardInterrupt):
         search(device.backend).fit(X, Y)
 
@@ -90,7 +89,7 @@ def test_the_data_outlives_the_launches(device, monkeypatch):
         return launch
 
     monkeypatch.setattr(LaunchGroup, "bind", watched)
-    monkeypatch.setattr(module, "choose_plan", lambda *_, **__: ("resident", ""))
+    monkeypatch.setattr("fusemlp.fleet.launches.choose_plan", lambda *_, **__: ("resident", ""))
     with usable(device):
         search(device.backend, max_iter=1).fit(X[:24], Y[:24])
     assert alive and all(alive)

@@ -21,7 +21,7 @@ from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.engine import Engine
 from fusemlp.fleet.candidates import Candidate, Vary, as_rows, candidate, combinations, engine_bytes, room
-from fusemlp.fleet.launches import LaunchGroup, grouped, run_side_by_side, train_together
+from fusemlp.fleet.launches import LaunchGroup, grouped, run_side_by_side, train_groups
 from fusemlp.fleet.results import Ensemble, FleetResults, Kept, Member, scores_of, together
 from fusemlp.fleet.workers import as_devices, check_not_given, check_workers, trained_apart
 from fusemlp.runtime.backends import cpu_threads, open_backend
@@ -328,7 +328,7 @@ class Fleet:
             groups = self._grouped(engines)
             peers = {key: len(keys) for _, keys in groups for key in keys}
             if groups:
-                train_together(groups, partial(fit, together=True), data._replace(X=taken_in).arrays, ended)
+                train_groups(groups, partial(fit, together=True), data._replace(X=taken_in).arrays, ended)
             alone = [index for index in engines if index not in members]
             if alone:
                 peers |= dict.fromkeys(alone, len(alone))

@@ -47,13 +47,19 @@ def signature(engine: Engine) -> tuple[Any, ...]:
     return net.sizes, activations, trained, states, engine.batch_size
 
 
+def common_plan(engines: Sequence[Engine], batch_size: int, plan: str = "auto") -> tuple[str, str]:
+    """Return the plan that ``plan`` comes to for engines of one ``signature`` that train at once, and why."""
+    first = engines[0]
+    traits, sizes, private = first.memory.backend.traits, first.network.sizes, first.privacy is not None
+    return choose_plan(plan, traits, sizes, batch_size, first.precision, models=len(engines), private=private)
+
+
 def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[LaunchGroup, list[int]]]:
     """Set the plans of ``engines``, and return the groups that train in one launch, each with its keys in ``engines``.
 
     There are none on a backend that does not train several models in one launch.
     """
-    traits = next(iter(engines.values())).memory.backend.traits
-    if not shares_launches(traits):
+    if not shares_launches(next(iter(engines.values())).memory.backend.traits):
         return []
     by_signature: dict[Any, list[int]] = {}
     for place, engine in engines.items():
@@ -61,16 +67,7 @@ def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[LaunchGroup,
     groups = []
     for places in by_signature.values():
         together = [engines[place] for place in places]
-        first = together[0]
-        chosen = choose_plan(
-            plan,
-            traits,
-            first.network.sizes,
-            first.batch_size,
-            first.precision,
-            models=len(together),
-            private=first.privacy is not None,
-        )
+        chosen = common_plan(together, together[0].batch_size, plan)
         for engine in together:
             engine.plan, engine.plan_reason = chosen
         if chosen[0] == "resident":
@@ -169,17 +166,24 @@ class LaunchGroup:
         )
 
 
-def run_together(
+def train_together(
+    group: LaunchGroup,
     loops: Mapping[int, EpochLoop[Any]],
-    launch: GroupLaunch,
+    program: Callable[[EpochLoop[Any], Inputs], Program],
+    data: Mapping[str, Any],
     interrupted: Callable[[], bool],
     ended: Callable[[int, DivergenceError | None], None],
+    firsts: Sequence[int] | None = None,
 ) -> None:
     """Train all epochs of all models of a group, in one launch for the steps that the models ask for.
 
-    A model that has ended, for any reason, asks for no more steps and leaves the launch; ``ended`` is told its key in
-    ``loops`` and how it diverged, or None.
+    ``program`` returns a model's resident program; ``data`` has x, target and perhaps weight on the device;
+    ``firsts``: see ``Places``. A model that has ended, for any reason, asks for no more steps and leaves the launch;
+    ``ended`` is told its key in ``loops`` and how it diverged, or None.
     """
+    group.take_rows(list(loops.values()), firsts)
+    inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data)
+    launch = group.bind([program(loop, inputs) for loop in loops.values()], data)
     for loop in loops.values():
         loop.begin()
     asking = {key: loop.training(interrupted) for key, loop in loops.items()}
@@ -200,7 +204,12 @@ def run_together(
             launch(list(wanted.values()))
 
 
-def train_together(
+def _resident_program(loop: EpochLoop[FitPolicy], inputs: Inputs) -> Program:
+    engine, policy = loop.engine, loop.policy
+    return lower(engine, inputs, policy.spec, policy.rule, engine.batch_size, resident=True)
+
+
+def train_groups(
     groups: Sequence[tuple[LaunchGroup, Sequence[int]]],
     fit: Callable[[int], EpochLoop[FitPolicy]],
     data: Mapping[str, Any],
@@ -215,16 +224,9 @@ def train_together(
     """
     # the data set is on the device once
     arrays = on_device(groups[0][0].engines[0].memory.backend, data)
-    inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data)
     with deferred_interrupt() as interrupted:
         for group, keys in groups:
-            loops = {key: fit(key) for key in keys}
-            group.take_rows(list(loops.values()))
-            programs = [
-                lower(engine, inputs, loop.policy.spec, loop.policy.rule, engine.batch_size, resident=True)
-                for engine, loop in zip(group.engines, loops.values(), strict=True)
-            ]
-            run_together(loops, group.bind(programs, arrays), interrupted, ended)
+            train_together(group, {key: fit(key) for key in keys}, _resident_program, arrays, interrupted, ended)
         if interrupted():
             raise KeyboardInterrupt
 

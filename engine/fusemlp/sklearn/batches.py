@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,24 +20,16 @@ from fusemlp.describe.adversarial import Adversary
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.examples import Examples, Targets
 from fusemlp.program.passes.penalty import Penalty
+from fusemlp.program.program import Program
 from fusemlp.program.step import Inputs, Pass
 from fusemlp.runtime.forward import Evaluation, ForwardPass
-from fusemlp.runtime.memory import Memory
+from fusemlp.runtime.memory import on_device
 from fusemlp.runtime.programs import BoundProgram
-from fusemlp.runtime.steps import bind
+from fusemlp.runtime.steps import bind, lower
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import Objective
 from fusemlp.training.intervals import add_worst_case
-from fusemlp_kernels.contract import (
-    BATCH_LOSSES,
-    LAST_LOSS,
-    LOSS_SUM,
-    PENALTIES,
-    ROW_OFFSET,
-    ROW_STEP,
-    ROW_TOTAL,
-    Ridge,
-)
+from fusemlp_kernels.contract import BATCH_LOSSES, LAST_LOSS, LOSS_SUM, PENALTIES, ROW_OFFSET, ROW_STEP, Ridge
 
 
 @dataclass(eq=False)
@@ -95,7 +88,7 @@ class EstimatorBatches(ABC):
 
 
 class HeldLoss:
-    """The loss of held-out rows as ``Batches.loss`` has it, but as one batch, without dropout and without the penalty.
+    """The loss of held-out rows like ``EstimatorBatches.loss``, but of one batch, without dropout and penalty.
 
     ``weight`` (n,) are the rows' weights in it. Rows whose weights are all 0 have the loss NaN. Without weights the
     accuracy, if each row has one class, comes from the same pass.
@@ -109,27 +102,25 @@ class HeldLoss:
         weight: Array | None,
         constants: Array | None,
     ) -> None:
-        self._engine, n = model.engine, len(data["x"])
+        self._engine, n, target = model.engine, len(data["x"]), data["target"]
         weights = np.ones(n) if weight is None else weight.astype(np.float64)
         self._scale, self._total = objective.factor / objective.reported_by, float(weights.sum())
         self._constant = 0.0 if constants is None else float(weights @ constants)
-        if weight is not None:
-            data = {**data, "weight": weight.astype(model.dtype)}
-        arrays = model.on_device(data)
-        self._examples = Examples(arrays["x"], Targets(arrays["target"], False), arrays.get("weight"))
-        one_class = self._engine.loss.is_classification and data["target"].reshape(n, -1).shape[1] == 1
+        weight = None if weight is None else weight.astype(model.dtype)
+        self._examples = Examples(data["x"], Targets(target, False), weight)
+        one_class = self._engine.loss.is_classification and target.reshape(n, -1).shape[1] == 1
         self._spec = replace(model.loop_loss, reduction="sum", accuracy=one_class and weight is None)
-        self._memory: Memory | None = None
+
+    @cached_property
+    def _evaluation(self) -> Evaluation:
+        # not before the first epoch: a launch of several models moves the parameters
+        forward = ForwardPass(self._engine.network, self._engine.memory)
+        return Evaluation(forward, self._examples, self._spec, None, repeated=True)
 
     def __call__(self) -> tuple[float, float | None]:
         """Return the loss at the model's present parameters, and the accuracy or None."""
-        memory = self._engine.memory
-        if memory is not self._memory:
-            # a launch of several models has moved the parameters
-            forward, self._memory = ForwardPass(self._engine.network, memory), memory
-            self._evaluation = Evaluation(forward, self._examples, self._spec, None, repeated=True)
         with np.errstate(all="ignore"):
-            losses = self._evaluation.of(memory)
+            losses = self._evaluation.of(self._engine.memory)
             loss = np.float64(self._scale) * (losses["loss"] + self._constant) / self._total
         return float(loss), losses.get("accuracy")
 
@@ -145,13 +136,17 @@ class ResidentBatches(EstimatorBatches):
         self.at_once = at_once
         if self.weight is not None:
             self.data["weight"] = self.weight.astype(self.model.dtype, copy=False)
-        self.ridge = Ridge(self.alpha, 1.0 / self.objective.factor)
+        self.passes = (*self.passes, Penalty(Ridge(self.alpha, 1.0 / self.objective.factor)))
+        self._described = self.model.loop_loss, self.model.rule, self.batch_size
         if alone:
-            model, inputs = self.model, Inputs(self.n, indexed=True, weighted=self.weight is not None)
-            loop: dict[str, Any] = {"resident_batches": len(self.starts), "epochs": at_once}
-            loop["passes"] = (*self.passes, Penalty(self.ridge))
-            operands = model.on_device(self.data)
-            self.steps = bind(model.engine, inputs, model.loop_loss, model.rule, self.batch_size, operands, **loop)
+            engine, inputs = self.model.engine, Inputs(self.n, indexed=True, weighted=self.weight is not None)
+            arrays = on_device(engine.memory.backend, self.data)
+            loop: dict[str, Any] = {"resident_batches": len(self.starts), "epochs": at_once, "passes": self.passes}
+            self.steps = bind(engine, inputs, *self._described, arrays, **loop)
+
+    def program(self, inputs: Inputs) -> Program:
+        """Return the program of a loop over the steps, for a launch of several models."""
+        return lower(self.model.engine, inputs, *self._described, resident=True, passes=self.passes)
 
     def _sums(self, stats: Array) -> tuple[float, float]:
         return stats[BATCH_LOSSES], stats[PENALTIES]
@@ -173,8 +168,7 @@ class CalledBatches(EstimatorBatches):
         self.arrays = self.bound.arrays
         memory = self.model.engine.memory
         # an earlier resident program has walked over longer lists of rows, and may not have reached their end
-        for counter in (ROW_OFFSET, ROW_TOTAL, ROW_STEP):
-            memory.counters[counter] = 0
+        memory.counters[ROW_OFFSET : ROW_STEP + 1] = 0
         *self.gradient_calls, self.update = self.bound.calls
         layers = range(self.model.engine.network.layers if self.alpha else 0)
         self._weights = [memory.arrays[f"w{layer}"] for layer in layers]
@@ -189,7 +183,7 @@ class CalledBatches(EstimatorBatches):
         if keep and model.staged is not None and model.staged[0] == key:
             bound = model.staged[1]
         else:
-            operands, spec = {} if keep else model.on_device(arrays), engine.loss.spec(accuracy=False)
+            operands, spec = {} if keep else on_device(engine.memory.backend, arrays), engine.loss.spec(accuracy=False)
             bound = bind(
                 engine, key[0], spec, model.rule, self.batch_size, operands, keep_gradients=True, passes=self.passes
             )

@@ -25,12 +25,9 @@ from sklearn.base import clone
 from sklearn.pipeline import Pipeline
 
 from fusemlp.engine import Engine
-from fusemlp.fleet.launches import LaunchGroup, LaunchThreads, Training, run_together, signature
+from fusemlp.fleet.launches import LaunchGroup, LaunchThreads, Training, common_plan, signature, train_together
 from fusemlp.inputs.arrays import Array
-from fusemlp.program.passes.penalty import Penalty
-from fusemlp.program.step import Inputs
-from fusemlp.runtime.plans import choose_plan
-from fusemlp.runtime.steps import lower
+from fusemlp.runtime.memory import on_device
 from fusemlp.sklearn.batches import ResidentBatches
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import STOCHASTIC
@@ -212,27 +209,21 @@ class Candidates:
 
 def _train_together(candidates: Sequence[Candidate]) -> bool:
     """Train models of one signature in one launch; False where their plan is another."""
-    loops = [candidate.epochs for candidate in candidates]
-    models = [loop.policy.model for loop in loops]
-    batches: list[Any] = [loop.policy.batches for loop in loops]
-    first, size = models[0].engine, batches[0].batch_size
-    traits, sizes = first.memory.backend.traits, first.network.sizes
-    if choose_plan("auto", traits, sizes, size, first.precision, models=len(models))[0] != "resident":
+    loops = dict(enumerate(candidate.epochs for candidate in candidates))
+    batches: list[Any] = [loop.policy.batches for loop in loops.values()]
+    engines = [loop.policy.model.engine for loop in loops.values()]
+    if common_plan(engines, batches[0].batch_size)[0] != "resident":
         return False
-    group = LaunchGroup([model.engine for model in models])
     data, firsts = _shared_data([source.data for source in batches])
-    group.take_rows(loops, firsts)
-    inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data)
-    programs = []
-    for epochs, model, source in zip(loops, models, batches, strict=True):
-        source.at_once = epochs.at_once
-        programs.append(
-            lower(
-                model.engine, inputs, model.loop_loss, model.rule, size, resident=True, passes=(Penalty(source.ridge),)
-            )
-        )
-    launch, fits = group.bind(programs, models[0].on_device(data)), dict(enumerate(loops))
-    run_together(fits, launch, lambda: False, lambda index, error: setattr(candidates[index], "error", error))
+    train_together(
+        LaunchGroup(engines),
+        loops,
+        lambda loop, inputs: loop.policy.batches.program(inputs),
+        on_device(engines[0].memory.backend, data),
+        interrupted=lambda: False,
+        ended=lambda place, error: setattr(candidates[place], "error", error),
+        firsts=firsts,
+    )
     return True
 
 

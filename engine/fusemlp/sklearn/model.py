@@ -120,11 +120,6 @@ class Model:
             [tensors.get(f"{2 * layer + 1}.weight") for layer in layers],
         )
 
-    def on_device(self, arrays: Mapping[str, Array]) -> dict[str, Any]:
-        """Return the arrays (x, target, perhaps weight) on the backend's device."""
-        from_host = self.engine.memory.backend.from_host
-        return {name: from_host(array, "compute" if name == "x" else None) for name, array in arrays.items()}
-
     def ask(self, question: str, X: Any) -> Array:
         """Return the engine's ``predict`` or ``predict_proba`` of dense or sparse rows."""
         answer = getattr(self.engine, question)
