@@ -16,7 +16,7 @@ BUDGETS = {
     "engine/fusemlp/program": 1_590,
     "engine/fusemlp/report": 2_690,
     "engine/fusemlp/runtime": 3_720,
-    "engine/fusemlp/sklearn": 2_990,
+    "engine/fusemlp/sklearn": 2_970,
     "engine/fusemlp/tables": 2_050,
     "engine/fusemlp/torch": 2_450,
     "engine/fusemlp/training": 2_330,
