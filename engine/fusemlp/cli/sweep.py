@@ -134,7 +134,7 @@ def keep(
         # an earlier command has trained it, and kept no parameters
         (again,) = plan.fleet.part([best.index]).fit(**plan.fit_options).members
         best = replace(again, index=best.index)
-    recipe, begun = plan.recipes[best.index], started.astimezone().isoformat(timespec="seconds")
+    recipe, begun = plan.recipe(best.index), started.astimezone().isoformat(timespec="seconds")
     config = session.write_beginning(run, recipe, plan.prepared, best.engine, plan.epochs, started=begun, sweep=about)
     # those of an earlier best
     run.metrics.unlink(missing_ok=True)
@@ -196,7 +196,7 @@ def trained(plan: Plan, run: Run, listener: Events, known: Sequence[Member]) -> 
                 members[member.index] = member
                 update(members.values())
                 listener.model(member, len(plan.points), plan.points[member.index])
-                output.record_model(options, run.path.name, member, plan.recipes[member.index], plan.epochs)
+                output.record_model(options, run.path.name, member, plan.recipe(member.index), plan.epochs)
                 seldom.do(lambda: write_results(plan, run, members.values()))
 
             if left:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from fusemlp.cli import output
-from fusemlp.cli.options import OutputOptions, SweepOptions, TrainOptions
+from fusemlp.cli.options import DataOptions, SweepOptions, TrainOptions
 from fusemlp.cli.report import describe_data
-from fusemlp.cli.session import filled_in, is_a_table, prepared_data
+from fusemlp.cli.session import filled_in, is_a_table, prepared_data, trained_by
 from fusemlp.cli.train import check_data, check_kept
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.description import reading, stored
@@ -25,10 +25,9 @@ from fusemlp.fleet.results import Kept, Member, Point
 from fusemlp.fleet.workers import check_address, check_not_given, check_workers
 from fusemlp.report.runs import Run, lock, read_json
 from fusemlp.runtime.files import write_atomically
-from fusemlp.tables import descriptions
 from fusemlp.tables.preparation import Prepared, decisions
 from fusemlp.tables.recipe import FitRecipe, given_options
-from fusemlp.tables.training import fit_arguments
+from fusemlp.tables.training import fit_arguments, fleet_of
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
@@ -212,17 +211,20 @@ FREE = frozenset({"resume", "as_json", "quiet", "jobs", "workers", "address", "b
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A prepared sweep: ``points`` and ``recipes`` have an entry for each model."""
+    """A prepared sweep: ``points`` has an entry for each model, and ``prepared`` the recipe of all."""
 
     options: SweepOptions
     axes: tuple[Axis, ...]
     points: list[dict[str, Any]]
-    recipes: list[TrainOptions]
     prepared: Prepared
     fleet: Fleet
     epochs: int
     fit_options: dict[str, Any]
     metric: str
+
+    def recipe(self, index: int) -> TrainOptions:
+        """Return the options of ``train`` for a model."""
+        return replace(trained_by(self.prepared), **_options_of(self.points[index]))
 
 
 def planned(options: SweepOptions) -> Plan:
@@ -239,7 +241,6 @@ def planned(options: SweepOptions) -> Plan:
                 reason = f"it is what the models differ in (--vary {axis.name}); give one{instead}"
                 raise ArgumentError(f"{option}: {reason}")
     options = filled_in(options)
-    epochs = options.epochs or 0
     output.tracker_of(options, "sweep")
     if options.workers is not None:
         check_workers(options.workers, connected=False)
@@ -251,53 +252,44 @@ def planned(options: SweepOptions) -> Plan:
         check_not_given(workers=options.workers, jobs=options.jobs)
     split_seed = options.seed if options.split_seed is None else options.split_seed
     points = combinations(axes, sample=options.sample, seed=split_seed, whole_seeds=options.seeds is not None)
-    recipes = [_train_options(options, point) for point in points]
     with _named_as_varied(axes):
-        prepared = prepared_data(recipes[0])
+        prepared = prepared_data(_train_options(options, points[0]))
         # The trials depend on the options that vary: their outcome holds for all.
-        decided = decisions(prepared)
-        recipes = [
-            replace(recipe, **{name: value for name, value in decided.items() if getattr(recipe, name) is None})
-            for recipe in recipes
-        ]
-        rows = len(prepared.train)
-        rates = [descriptions.schedule(recipe, rows=rows, epochs=epochs) for recipe in recipes]
-        most = max(recipe.batch_size for recipe in recipes)
+        recipe = replace(prepared.recipe, **decisions(prepared))
+        prepared, rows = replace(prepared, recipe=recipe), len(prepared.train)
+        most = max(point.get("batch_size", recipe.batch_size) for point in points)
         if options.drop_last and most > rows:
             raise ArgumentError(f"drop_last: {rows} rows do not fill one batch of {most}; nothing would be trained")
         arguments = fit_arguments(prepared)
-        fleet = Fleet(
-            prepared.network,
-            prepared.loss,
-            prepared.optimizer(recipes[0], rates[0]),
-            vary=[{**point, "lr": rate} for point, rate in zip(points, rates, strict=True)],
-            devices=devices,
-            **descriptions.engine_options(recipes[0]),
-        )
+        epochs = arguments["epochs"]
+        fleet = fleet_of(prepared, points, rows=rows, epochs=epochs, devices=devices)
     metric = arguments.get("monitor") or ("loss" if prepared.validation is None else "val_loss")
-    return Plan(options, axes, points, recipes, prepared, fleet, epochs, arguments, metric)
+    return Plan(options, axes, points, prepared, fleet, epochs, arguments, metric)
 
 
 def _train_options(options: SweepOptions, point: Point) -> TrainOptions:
-    """Return the options of ``train`` for this model."""
-    changes: dict[str, Any] = {"out": None, "as_json": False, "quiet": False, "track": None}
+    """Return the options of ``train`` for the model of a point."""
+    changes: dict[str, Any] = {"as_json": False}
     if is_a_table(options):
         changes["models"] = 1
-    for name, value in point.items():
-        if name == "betas":
-            changes["beta1"], changes["beta2"] = value
-        elif name == "hidden":
-            widths = value if isinstance(value, tuple) else (value,)
-            changes["hidden"] = [",".join(map(str, widths)) or "none"]
-        else:
-            changes[name] = repr(value) if name == "dropout" else value
     if "seed" in point and options.split_seed is None:
         # The models share their rows.
         changes["split_seed"] = options.seed
-    return TrainOptions(
-        **{field.name: getattr(options, field.name) for cls in (FitRecipe, OutputOptions) for field in fields(cls)}
-        | changes
-    )
+    shared = {field.name: getattr(options, field.name) for cls in (FitRecipe, DataOptions) for field in fields(cls)}
+    return TrainOptions(**shared | changes | _options_of(point))
+
+
+def _options_of(point: Point) -> dict[str, Any]:
+    """Return the parameters of a model as options of ``train``."""
+    changes = dict(point)
+    if "betas" in point:
+        changes["beta1"], changes["beta2"] = changes.pop("betas")
+    if "hidden" in point:
+        widths = point["hidden"] if isinstance(point["hidden"], tuple) else (point["hidden"],)
+        changes["hidden"] = [",".join(map(str, widths)) or "none"]
+    if "dropout" in point:
+        changes["dropout"] = repr(point["dropout"])
+    return changes
 
 
 @contextmanager

@@ -205,20 +205,21 @@ def new_engine(prepared: Prepared) -> Engine:
     return engine
 
 
-def fleet_of(prepared: Prepared, initial: Sequence[Mapping[str, Array]] = (), *, rows: int, epochs: int) -> Fleet:
-    """Return the untrained models: those of the recipe's seed and the seeds after it; ``initial`` as of ``Fleet``.
+def fleet_of(
+    prepared: Prepared, points: Sequence[Mapping[str, Any]] = (), *, rows: int, epochs: int, **more: Any
+) -> Fleet:
+    """Return untrained models of the recipe: one for each of ``points``, the parameters that vary, or by default of the
+    seeds from the recipe's on; ``more`` are arguments of ``Fleet``.
 
     The schedule of the learning rate spans ``epochs`` epochs of ``rows`` rows.
     """
     recipe = recipe_of(prepared)
-    return Fleet(
-        prepared.network,
-        prepared.loss,
-        prepared.optimizer(recipe, descriptions.schedule(recipe, rows=rows, epochs=epochs)),
-        vary={"seed": range(recipe.seed, recipe.seed + prepared.models)},
-        initial=initial,
-        **descriptions.engine_options(recipe),
-    )
+    points = points or [{"seed": recipe.seed + index} for index in range(prepared.models)]
+    changes = [{name: point[name] for name in ("lr", "batch_size") if name in point} for point in points]
+    rates = [descriptions.schedule(replace(recipe, **change), rows=rows, epochs=epochs) for change in changes]
+    vary = [{**point, "lr": rate} for point, rate in zip(points, rates, strict=True)]
+    optimizer, options = prepared.optimizer(recipe, rates[0]), descriptions.engine_options(recipe)
+    return Fleet(prepared.network, prepared.loss, optimizer, vary=vary, **options, **more)
 
 
 def train(prepared: Prepared, engine: Engine, *, listeners: Listeners, scheduled: int | None = None) -> Trained:
@@ -328,7 +329,7 @@ def _train_models(
     recipe = recipe_of(prepared)
     rows = min((len(kept) for kept, _ in prepared.folds), default=len(prepared.train))
     initial = initial_parameters(prepared, recipe, arguments, listeners.say)
-    fleet = fleet_of(prepared, initial, rows=rows, epochs=scheduled)
+    fleet = fleet_of(prepared, rows=rows, epochs=scheduled, initial=initial)
     try:
         results = fleet.fit(**arguments, callback=listeners.model)
     except KeyboardInterrupt:
@@ -373,7 +374,7 @@ def _fit_to_all_rows(trained: Trained, listeners: Listeners) -> tuple[Engine, di
         engine.fit(**arguments)
     else:
         initial = initial_parameters(prepared, recipe, arguments, listeners.say)
-        results = fleet_of(prepared, initial, rows=len(X), epochs=epochs).fit(**arguments)
+        results = fleet_of(prepared, rows=len(X), epochs=epochs, initial=initial).fit(**arguments)
         try:
             engine = merged_members(results.members)[0]
         except DivergenceError as error:
