@@ -32,7 +32,7 @@ from fusemlp.cli.vary import (
     spelled_value,
 )
 from fusemlp.describe.metrics import rises
-from fusemlp.fleet.results import Combination, FleetResults, Kept, Member, averages
+from fusemlp.fleet.results import Combination, FleetResults, Kept, Member, averages, shown
 from fusemlp.fleet.workers import connected
 from fusemlp.report.metrics import baseline_line, headline
 from fusemlp.report.plots import Varied, literal, scores_figure
@@ -253,36 +253,16 @@ def standings(plan: Plan) -> Iterator[Show]:
         yield lambda members: seldom.do(lambda: show(members))
 
 
-def table(members: Collection[Member], plan: Plan, *, limit: int | None) -> dict[str, list[str]]:
-    """Return columns with a cell for each model, best first: its parameters, scores, epochs and status.
-
-    Models that differ in their seed alone share a cell: means of their scores, the spread of the metric, the mean of
-    the epochs, and as the model the best of them.
-    """
-    ranked = FleetResults(tuple(members)).combinations(plan.metric, plan.points)[:limit]
-    scores = list(dict.fromkeys(name for part in ranked for member in part.members for name in member.scores))
-    scores.sort(key=lambda name: (name != plan.metric, not name.startswith("val_")))
-    several = averages(plan.points)
-    names = [name for name in plan.points[0] if name != "seed" or not several]
-    columns = {"model": [str(part.members[0].index) for part in ranked]}
-    columns |= {name: [_short(part.parameters[name]) for part in ranked] for name in names}
-    for name in scores:
-        figures = [part.mean(name) if several else part.members[0].scores.get(name, math.nan) for part in ranked]
-        columns[name] = [*map(_figure, figures)]
-    if several:
-        columns["spread"] = [_figure(part.spread(plan.metric)) for part in ranked]
-        ended = [(len(part.members), part.models) for part in ranked]
-        columns["seeds"] = [f"{count} of {models}" if count < models else f"{models}" for count, models in ended]
-    columns["epochs"] = [str(round(part.epochs)) for part in ranked]
-    return columns | {"status": [part.status for part in ranked]}
-
-
-def _figure(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4g}"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else spelled_value(value)
+def table(members: Collection[Member], plan: Plan, *, limit: int) -> dict[str, list[str]]:
+    """Return the columns of ``FleetResults.table``, the score that ranks first, then those of validation rows."""
+    columns = FleetResults(tuple(members)).columns(plan.metric, means=True, points=plan.points)
+    places = {"model": 0, **dict.fromkeys(plan.points[0], 0), plan.metric: 1}
+    places |= dict.fromkeys(("spread", "seeds", "epochs", "status"), 4)
+    cells = {}
+    for name in sorted(columns, key=lambda name: places.get(name, 2 if name.startswith("val_") else 3)):
+        digits, values = 6 if name in plan.points[0] else 4, columns[name][:limit]
+        cells[name] = [shown(spelled_value(value) if isinstance(value, tuple) else value, digits) for value in values]
+    return cells
 
 
 def counts(members: Collection[Member], total: int) -> str:

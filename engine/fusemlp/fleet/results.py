@@ -160,9 +160,7 @@ class FleetResults:
         ``points``: the parameters of all models of the fleet, if some have not ended.
         """
         ranked, chosen, second = self.ranked(metric), metric or self.metric, self.metric
-        known: dict[int, Point] = {member.index: member.parameters for member in self.members}
-        if points is not None:
-            known = dict(enumerate(points))
+        known = self._points(points)
         if not averages(list(known.values())):
             return [Combination(known[member.index], (member,), 1) for member in ranked]
         shared = {index: {k: v for k, v in point.items() if k != "seed"} for index, point in known.items()}
@@ -198,56 +196,63 @@ class FleetResults:
 
     def records(self, metric: str | None = None) -> list[dict[str, Any]]:
         """Return a mapping for each model, from best to worst: index, parameters, scores, epochs and status."""
-        return [
-            {
-                "model": member.index,
-                **member.parameters,
-                **member.scores,
-                "epochs": len(member.history.epochs),
-                "status": member.status,
-            }
-            for member in self.ranked(metric)
-        ]
+        columns = self.columns(metric)
+        rows = zip(*columns.values(), strict=True)
+        return [{name: cell for name, cell in zip(columns, row, strict=True) if cell is not None} for row in rows]
 
     def table(self, metric: str | None = None, *, limit: int | None = None, means: bool = False) -> str:
         """Return ``records`` as aligned text, at most ``limit`` rows; a dash for a parameter that a model lacks.
 
         With ``means`` models that differ in their seed alone share a row: the means of their scores, ``spread``, the
-        standard deviation of the score that ranks, the number of seeds that ended, and the best model.
+        standard deviation of the score that ranks, the number of seeds in the means, and the best model.
         """
         if limit is not None:
             as_count("limit", limit, minimum=0)
+        columns = self.columns(metric, means=means)
+        left_out = 0 if limit is None else len(columns["model"]) - limit
+        cells = ([name, *map(shown, column[:limit])] for name, column in columns.items())
+        more = f"\n... and {left_out} more" if left_out > 0 else ""
+        return aligned([*zip(*cells, strict=True)], left=0) + more
+
+    def columns(
+        self, metric: str | None = None, *, means: bool = False, points: Sequence[Point] | None = None
+    ) -> dict[str, list[Any]]:
+        """Return the columns of ``table`` with a value for each row, None for what a model lacks.
+
+        ``points`` are those of ``combinations``.
+        """
+        ranked, known = self.ranked(metric), self._points(points)
         # parameters before scores; models of a list need not all have the same parameters
-        parameters = dict.fromkeys(name for member in self.members for name in member.parameters)
-        scores = dict.fromkeys(name for member in self.ranked(metric) for name in member.scores)
-        records = self.records(metric)
-        further: list[str] = []
-        if means and averages([member.parameters for member in self.members]):
-            records = [_means(group, metric or self.metric, scores) for group in self.combinations(metric)]
-            further = ["spread", "seeds"]
+        parameters = dict.fromkeys(name for point in known.values() for name in point)
+        scores = dict.fromkeys(name for member in ranked for name in member.scores)
+        several = means and averages([*known.values()])
+        if several:
+            groups = self.combinations(metric, points)
             del parameters["seed"]
-        columns = ["model", *parameters, *scores, *further, "epochs", "status"]
-        rows = [columns, *([_shown(record.get(name)) for name in columns] for record in records[:limit])]
-        left_out = "" if limit is None or limit >= len(records) else f"\n... and {len(records) - limit} more"
-        return aligned(rows, left=0) + left_out
+        else:
+            groups = [Combination(known[member.index], (member,), 1) for member in ranked]
+        columns: dict[str, list[Any]] = {"model": [group.members[0].index for group in groups]}
+        columns |= {name: [group.parameters.get(name) for group in groups] for name in parameters}
+        for name in scores:
+            columns[name] = [group.mean(name) if several else group.members[0].scores.get(name) for group in groups]
+        if several:
+            columns["spread"] = [group.spread(metric or self.metric) for group in groups]
+            columns["seeds"] = [group.seeds for group in groups]
+        columns["epochs"] = [round(group.epochs) for group in groups]
+        return columns | {"status": [group.status for group in groups]}
+
+    def _points(self, points: Sequence[Point] | None) -> dict[int, Point]:
+        """Return the parameters of the models by their index: those of ``points``, or of the members."""
+        if points is not None:
+            return dict(enumerate(points))
+        return {member.index: member.parameters for member in self.members}
 
 
-def _means(group: Combination, metric: str, scores: Iterable[str]) -> dict[str, Any]:
-    figures = {name: group.mean(name) for name in scores} | {"spread": group.spread(metric)}
-    return {
-        "model": group.members[0].index,
-        **group.parameters,
-        **{name: None if math.isnan(value) else value for name, value in figures.items()},
-        "seeds": len(group.members) - group.diverged,
-        "epochs": round(group.epochs),
-        "status": group.status,
-    }
-
-
-def _shown(value: Any) -> str:
-    if value is None:
+def shown(value: Any, digits: int = 5) -> str:
+    """Return a cell of a table as text: a dash for None and NaN."""
+    if value is None or value != value:
         return "-"
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
@@ -304,6 +309,12 @@ class Combination:
     @property
     def diverged(self) -> int:
         return sum(one.status == "diverged" for one in self.members)
+
+    @property
+    def seeds(self) -> int | str:
+        """The number of members in the means; with that of all models while some have not ended."""
+        count = len(self.members) - self.diverged
+        return count if len(self.members) == self.models else f"{count} of {self.models}"
 
     @property
     def epochs(self) -> float:
