@@ -23,32 +23,16 @@ from fusemlp.describe.optimizers import OPTIMIZERS
 from fusemlp.program.program import REDUCTIONS
 from fusemlp.report.explanations import METHODS
 from fusemlp.report.runs import WEIGHTS
-from fusemlp.tables.recipe import (
-    ATTACK_EPS,
-    ATTACK_NORM,
-    ATTACK_STEPS,
-    ATTACKS,
-    BACKENDS,
-    EPS_UNITS,
-    MONITORS,
-    PANELS,
-    FitRecipe,
-    ModelRecipe,
-    StepRecipe,
-    TableRecipe,
-    field_of,
-    names_or_files,
-    run_folders,
-)
+from fusemlp.tables import recipe
 
 EXPLAIN_METHODS = ("permutation", *METHODS)
 PIXELS = "After --scale none, pixels stay within the least and the greatest of the rows."
 SHELLS = ("bash", "zsh", "fish", "powershell")
 
 _option, _data, _text, _network, _loss, _optimizer, _rate, _training, _machine, _output = (
-    partial(field_of, panel) for panel in PANELS
+    partial(recipe.field_of, panel) for panel in recipe.PANELS
 )
-_rows = partial(_option, None, metavar="DATA", values=names_or_files(NAMES))
+_rows = partial(_option, None, metavar="DATA", values=recipe.names_or_files(NAMES))
 
 
 def _reduce(use: str) -> Any:
@@ -95,7 +79,7 @@ class DataOptions(TextOptions, JsonOption):
         ".zip), .parquet, .feather or .xlsx with --target, or a folder of IDX files.",
         "DATA",
         None,
-        names_or_files(NAMES),
+        recipe.names_or_files(NAMES),
     )
 
     target: str | None = _data(None, "The column of a table to predict.", "COLUMN")
@@ -131,7 +115,7 @@ class OutputOptions(DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(TableRecipe, OutputOptions):
+class TrainOptions(recipe.TableRecipe, OutputOptions):
     """Train a network on DATA and write a run folder.
 
     A fifth of the rows is held out for the test at the end, unless the data bring a test set.
@@ -144,7 +128,7 @@ class TrainOptions(TableRecipe, OutputOptions):
         "Continue the run in this folder from its last checkpoint, exactly as if it had never stopped; --epochs may be "
         "raised.",
         "RUN",
-        values=run_folders,
+        values=recipe.run_folders,
     )
     reduce: str = _reduce(
         "Under torchrun --nproc-per-node N -m fusemlp train, how N processes that train one model add their gradients"
@@ -154,7 +138,7 @@ class TrainOptions(TableRecipe, OutputOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepOptions(FitRecipe, OutputOptions):
+class SweepOptions(recipe.FitRecipe, OutputOptions):
     """Train many models on DATA that differ in the --vary parameters, and keep the best one in a run folder.
 
     The validation rows choose the best model; the test rows score only that one, at the end. Models that differ in
@@ -200,12 +184,15 @@ class SweepOptions(FitRecipe, OutputOptions):
         None, "Where the scheduler of dask (tcp://host:8786) or the head of ray (host:6379) listens.", "ADDRESS"
     )
     resume: str | None = _output(
-        None, "Go on with the sweep in this folder: train the models that had not ended.", "RUN", values=run_folders
+        None,
+        "Go on with the sweep in this folder: train the models that had not ended.",
+        "RUN",
+        values=recipe.run_folders,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class FindOptions(ModelRecipe, DataOptions, ForceOption):
+class FindOptions(recipe.ModelRecipe, DataOptions, ForceOption):
     """Raise the learning rate from step to step, watch the loss, and suggest a rate for DATA.
 
     Nothing is kept of the network that is trained for it.
@@ -221,7 +208,7 @@ class FindOptions(ModelRecipe, DataOptions, ForceOption):
 class RunOptions(JsonOption):
     """The options of the commands that use the model of a run."""
 
-    run: Path = _option(MISSING, "A run folder from train.", "RUN", None, run_folders)
+    run: Path = _option(MISSING, "A run folder from train.", "RUN", None, recipe.run_folders)
     weights: str = _option(
         "model",
         "The run's weights: model (end of training), best (best epoch by --metric) or last (last checkpoint).",
@@ -233,7 +220,7 @@ class RunOptions(JsonOption):
 class UseOptions(RunOptions):
     """The options of the commands that compute with the model of a run."""
 
-    backend: str = _machine("auto", "{}; fusemlp doctor says which work here.", values=BACKENDS)
+    backend: str = _machine("auto", "{}; fusemlp doctor says which work here.", values=recipe.BACKENDS)
     device: str | None = _machine(None, "Which card, such as cuda:1.")
 
 
@@ -260,16 +247,16 @@ class EvaluateOptions(ApplyOptions):
         "{}: also score the rows as this attack changes them to raise the loss of their labels. For "
         f"inputs that are numbers; words, dates and missing cells are refused. {PIXELS}",
         "ATTACK",
-        values=ATTACKS,
+        values=recipe.ATTACKS,
     )
-    attack_eps: float | None = _option(None, ATTACK_EPS, "EPS", ("--attack-eps", "--eps"))
-    attack_steps: int | None = _option(None, ATTACK_STEPS)
-    attack_norm: str | None = _option(None, ATTACK_NORM, values=NORMS)
+    attack_eps: float | None = _option(None, recipe.ATTACK_EPS, "EPS", ("--attack-eps", "--eps"))
+    attack_steps: int | None = _option(None, recipe.ATTACK_STEPS)
+    attack_norm: str | None = _option(None, recipe.ATTACK_NORM, values=NORMS)
     certify: float | None = _option(
         None,
         "Also say which share of the rows is predicted right however their numbers move by at most EPS, or of numbers "
-        f"the mean width of the bounds of a prediction. EPS is {EPS_UNITS} (of piecewise in interquartile ranges). "
-        f"Words, dates and missing cells do not move. {PIXELS}",
+        f"the mean width of the bounds of a prediction. EPS is {recipe.EPS_UNITS} (of piecewise in interquartile "
+        f"ranges). Words, dates and missing cells do not move. {PIXELS}",
         "EPS",
     )
 
@@ -354,7 +341,7 @@ class ExportOptions(RunOptions, ForceOption):
 class PlotOptions(JsonOption, ForceOption):
     """Draw the curves of several runs into one picture, to compare them."""
 
-    runs: list[Path] = _option(MISSING, "Run folders from train.", "RUN...", None, run_folders)
+    runs: list[Path] = _option(MISSING, "Run folders from train.", "RUN...", None, recipe.run_folders)
     out: Path | None = _option(
         None,
         "File for the picture: .png, .svg or .pdf; comparison.png unless given, or comparison-2.png and so on if that "
@@ -363,7 +350,7 @@ class PlotOptions(JsonOption, ForceOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions(StepRecipe):
+class PlanOptions(recipe.StepRecipe):
     """Print the kernel calls of a training step, with what each reads, writes and costs.
 
     Example: fusemlp plan 784 128 10 --batch-size 128 --backend triton
@@ -372,7 +359,7 @@ class PlanOptions(StepRecipe):
     sizes: list[int] = _option(MISSING, "Widths from the input to the output.", "SIZES...", None)
     loss: str = _loss("cross_entropy", "{}.", values=LOSSES)
     optimizer: str = _optimizer("sgd", "{}.", values=OPTIMIZERS)
-    backend: str = _machine("auto", "{}; it need not work on this machine.", values=BACKENDS)
+    backend: str = _machine("auto", "{}; it need not work on this machine.", values=recipe.BACKENDS)
     devices: int | None = _machine(None, "Processes that train one model together: the step of one of them.", "COUNT")
     reduce: str = _reduce("With --devices: how they add their gradients")
 
@@ -395,7 +382,7 @@ class RunsOptions(JsonOption):
         None,
         "Score to sort by: a test score such as test_accuracy, or a quantity of the epochs such as val_loss.",
         "SCORE",
-        values=(*MONITORS[:2], "test_accuracy", *(f"test_{name}" for name in METRICS), "test_loss"),
+        values=(*recipe.MONITORS[:2], "test_accuracy", *(f"test_{name}" for name in METRICS), "test_loss"),
     )
 
 
