@@ -8,7 +8,7 @@ from house import PRODUCT, ROOT, calls_of, circles, feature_tests, imports_of, l
 BUDGETS = {
     "engine/fusemlp": 850,
     "engine/fusemlp/callbacks": 1_280,
-    "engine/fusemlp/cli": 3_550,
+    "engine/fusemlp/cli": 3_510,
     "engine/fusemlp/datasets": 2_970,
     "engine/fusemlp/describe": 2_430,
     "engine/fusemlp/fleet": 1_930,
