@@ -102,7 +102,7 @@ def fresh_state(engine: Trainer, plan: FitPlan, batches: int) -> FitState:
         total_updates=engine.update_count + updates,
         history=History(chance_loss=_chance_loss(engine), in_use=_in_use(engine)),
         monitor=plan.monitor or "",
-        adversarial=plan.adversary.to_config() or None,
+        adversarial=plan.adversarial.to_config() if plan.adversarial else None,
         reduce=engine.sharding.reduce,
     )
 
