@@ -45,8 +45,8 @@ def pytest_configure(config):
 
 def pytest_exception_interact(node, call):
     message = str(call.excinfo.value).strip().partition("\n")[0]
-    found = {"test": node.nodeid, "error": call.excinfo.typename, "message": message}
-    Path(os.environ[FAILURE]).write_text(json.dumps(found), encoding="utf-8")
+    failure = {"test": node.nodeid, "error": call.excinfo.typename, "message": message}
+    Path(os.environ[FAILURE]).write_text(json.dumps(failure), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,16 @@ class Mutation:
 
 def mutations(names=None, package=None):
     """Return the bugs of the table, or those of a package and with these names."""
-    found = []
+    known = []
     for part in TABLE.read_text(encoding="utf-8").split("\n= ")[1:]:
         place, _, bugs = part.partition("\n")
         for name, tests, *texts in BUG.findall(bugs + "\n"):
             old, new = ("\n".join(line[1:] for line in text.splitlines()) for text in texts)
-            found.append(Mutation(*place.split("/"), name, tuple(tests.split()), old, new))
-    found = [bug for bug in found if package in (None, bug.package)]
-    if unknown := set(names or ()) - {bug.name for bug in found}:
+            known.append(Mutation(*place.split("/"), name, tuple(tests.split()), old, new))
+    known = [bug for bug in known if package in (None, bug.package)]
+    if unknown := set(names or ()) - {bug.name for bug in known}:
         raise ValueError(f"--only: no such mutation: {', '.join(sorted(unknown))}; --list shows them")
-    return [bug for bug in found if names is None or bug.name in names]
+    return [bug for bug in known if names is None or bug.name in names]
 
 
 def tested(package, tests, mutation=None):

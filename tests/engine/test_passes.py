@@ -61,7 +61,7 @@ def test_after_an_attack_nothing_else_reads_the_batch(backend):
 
 
 def test_what_changes_the_gradients_keeps_the_update_apart():
-    """Neither the norm nor stretches of the batch are those of gradients that another call changes."""
+    """Gradients that another call changes have another norm, and no stretches of the batch."""
     options = {"batch_size": 4096, "rows": 9000, "backend": "triton", "most_parts": 8}
     for optimizer in (SGD(0.1), SGD(0.1, clip_norm=1.0)):
         *_, gradients, between, update = training_program(
