@@ -1,1 +1,3 @@
 """Many models of one kind, trained on one data set."""
+
+from fusemlp.fleet.fleet import Fleet as Fleet

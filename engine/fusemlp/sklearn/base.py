@@ -47,7 +47,7 @@ def has_steps(estimator: Any) -> bool:
     return True
 
 
-def _passes(X: Any, y: Any = None) -> bool:
+def _is_plain(X: Any, y: Any = None) -> bool:
     """Return whether scikit-learn's checks would return both as they are; they take longer than a small fit does."""
     arrays = [X] if y is None else [X, y]
     if any(type(array) is not np.ndarray or array.dtype.kind not in "biuf" for array in arrays):
@@ -107,7 +107,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
 
     def _validate_input(self, X: Any, y: Any, incremental: bool, reset: bool) -> tuple[Any, Array]:
         """Return X and the targets, checked and as numbers."""
-        if reset and y is not None and not hasattr(self, "feature_names_in_") and _passes(X, y):
+        if reset and y is not None and not hasattr(self, "feature_names_in_") and _is_plain(X, y):
             self.n_features_in_ = X.shape[1]
             return X, self._encode(y, not incremental)
         X, y = validate_data(
@@ -351,7 +351,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
     def _ask(self, question: str, X: Any) -> Array:
         """Return the model's answer."""
         check_is_fitted(self)
-        if hasattr(self, "feature_names_in_") or not _passes(X) or X.shape[1] != self.n_features_in_:
+        if hasattr(self, "feature_names_in_") or not _is_plain(X) or X.shape[1] != self.n_features_in_:
             X = validate_data(self, X, accept_sparse=["csr", "csc"], reset=False)
         with self._own_model() as model:
             return model.ask(question, X)
