@@ -38,6 +38,7 @@ LAYERS = (
 BACKEND_USERS = ("runtime",)
 SHARED = (
     "fusemlp_kernels.compilation",
+    "fusemlp_kernels.coding",
     "fusemlp_kernels.contract",
     "fusemlp_kernels.errors",
     "fusemlp_kernels.ops",

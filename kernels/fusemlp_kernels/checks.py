@@ -160,6 +160,10 @@ def _checked(
 ) -> SimpleNamespace:
     values = group.defaults | {name: value for name, value in operands.items() if value is not None}
     values |= {name: LATER for name in later if name in values}
+    if values.get("coding") is not None:
+        raise BackendUnavailableError(
+            f"{op}: {place}coding: only the numpy backend reads codes; give rows of inputs: coding.dense(codes)"
+        )
     check_together(op, values)
     for name, fields in group.fields.items():
         values[name] = [

@@ -267,6 +267,7 @@ FEATURES = {
     "privacy": "has no kernels for clipped rows and noise",
     "adversarial": "has no kernels for attacks inside a training step",
     "distributed": "trains in one process so far",
+    "codes": "has no kernels for columns of codes",
 }
 
 

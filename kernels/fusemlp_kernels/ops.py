@@ -29,7 +29,7 @@ class Operand:
     given, the array has n rows in place of M. ``use``: an updated operand is read and written. ``kind``: what a written
     operand holds, as in ``program.KINDS``. ``default``: what None stands for, where an operand is left out.
     ``nullable``: it must be named, and may be None. ``hidden``: the printed program leaves it out. ``several``: a tuple
-    of arrays of this shape.
+    of arrays of this shape. ``coded``: with the operand ``coding`` it has E numbers a row in place of K.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Operand:
     nullable: bool = False
     hidden: bool = False
     several: bool = False
+    coded: bool = False
     fields: tuple[Operand, ...] = ()
     note: str = ""
 
@@ -91,6 +92,8 @@ def expected(operand: Operand, given: Mapping[str, Any]) -> tuple[str, str]:
         dtype, letters = ("int64", "M") if classes else ("real", "MN")
     if operand.rows and given.get(operand.rows) is not None:
         letters = letters.replace("M", "n")
+    if operand.coded and given.get("coding") is not None:
+        letters = letters.replace("K", "E")
     return dtype, letters
 
 
@@ -109,8 +112,9 @@ _SLOPES = (
     Operand("slope_param", "1", optional=True, note="prelu's slope"),
 )
 _ACTIVATION = (Operand("activation", note="a name of ACTIVATIONS"), *_SLOPES)
+_CODING = Operand("coding", optional=True, note="Coding: x has rows of codes that stand for the inputs")
 _GATHERED = Operand(
-    "gathered", "MK", "compute", WRITTEN, optional=True,
+    "gathered", "MK", "compute", WRITTEN, optional=True, coded=True,
     note="x[rows], for backends that do not gather in the load; where rows is -1, zeros",
 )  # fmt: skip
 _DSLOPE = Operand("dslope", "1", use=WRITTEN, optional=True, note="the gradient by prelu's slope")
@@ -163,7 +167,8 @@ _LAYER = (
     Operand("dz", "MN", "compute"),
     replace(_ROWS, note="of the first layer, where x is picked by row"),
     replace(_GATHERED, use=READ),
-    Operand("x", "MK", "compute", rows="rows"),
+    Operand("x", "MK", "compute", rows="rows", coded=True),
+    _CODING,
 )
 _DW = Operand("dw", "NK", use=WRITTEN, kind="gradient", nullable=True, note="None where it is frozen")
 _DB = replace(_DW, name="db", shape="N")
@@ -188,7 +193,8 @@ OPS = {op.name: op for op in (
     Op("linear", "y = dropout(act(x @ w.T + b))", (
         _ROWS,
         Operand("w", "NK", "compute"),
-        Operand("x", "MK", "compute", rows="rows", note="row i of the batch is x[rows[i]]"),
+        Operand("x", "MK", "compute", rows="rows", coded=True, note="row i of the batch is x[rows[i]]"),
+        _CODING,
         Operand("b", "N"),
         Operand("y", "MN", "compute", WRITTEN),
         *_ACTIVATION,
@@ -289,7 +295,7 @@ OPS = {op.name: op for op in (
         "norm**2 is the sum over layers of |dz|**2 * (|x|**2 with a trained w + 1 with a trained b)", (
         Operand("layers", fields=(
             replace(_LAYER[0], use=UPDATED),
-            *_LAYER[1:],
+            *_LAYER[1:-1],
             Operand("w_trained", note="bool"),
             Operand("b_trained", note="bool"),
         )),

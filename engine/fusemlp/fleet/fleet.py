@@ -260,7 +260,7 @@ class Fleet:
         for schedule in {described.optimizer.schedule for described in self.candidates}:
             check_together({**first.uses, **plan.uses(schedule, validation_data=validated)})
         first.ledger.check_accounting()
-        data = first.inputs.examples(X, y, sample_weight)
+        data = first.inputs.examples(X, y, sample_weight, codes=True)
         count = len(data.X)
         trained_rows = as_rows("rows", rows, len(self), count)
         validation = checked_validation(first, validation_data, common=True)

@@ -28,6 +28,7 @@ from fusemlp.inputs.arrays import (
     to_array,
 )
 from fusemlp.inputs.blocks import Blocks, Peers
+from fusemlp.inputs.columns import Columns, codes_of
 from fusemlp_kernels.contract import Backend, LossSpec
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, FusemlpError
 
@@ -40,7 +41,7 @@ class Targets(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Checked rows: X (n, K), their targets and perhaps weights (n,), on host or device."""
+    """Checked rows: X (n, K), perhaps Columns, their targets and perhaps weights (n,), on host or device."""
 
     X: Any
     targets: Targets
@@ -49,7 +50,7 @@ class Examples(NamedTuple):
     @property
     def arrays(self) -> dict[str, Any]:
         """The arrays by the names that they have in a program."""
-        found = {"x": self.X, "target": self.targets.values}
+        found = {"x": codes_of(self.X), "target": self.targets.values}
         return found if self.weight is None else {**found, "weight": self.weight}
 
     def map(self, change: Callable[[Any], Any]) -> Examples:
@@ -231,14 +232,29 @@ class UserBatches:
 class DeviceInputs:
     """Checks the user's arrays, on the host or on the device, for a network and its loss.
 
-    Arrays of numbers become those of the type ``real``, the parameters'.
+    Arrays of numbers become those of the type ``real``, the parameters'. ``reads_codes``: the engine's first layer
+    reads the codes of Columns; elsewhere these become dense.
     """
 
-    def __init__(self, network: MLP, loss: Loss, backend: Backend, real: np.dtype[Any]) -> None:
+    def __init__(
+        self, network: MLP, loss: Loss, backend: Backend, real: np.dtype[Any], *, reads_codes: bool = False
+    ) -> None:
         self.network, self.loss, self.backend, self.real = network, loss, backend, real
+        self.reads_codes = reads_codes
 
-    def features(self, argument: str, X: Any, *, check_finite: bool = True) -> Any:
-        """Return X as a checked (n, K) array of the engine's type; on the device, of the device's array type."""
+    def features(self, argument: str, X: Any, *, check_finite: bool = True, codes: bool = False) -> Any:
+        """Return X as a checked (n, K) array of the engine's type; on the device, of the device's array type.
+
+        With ``codes`` Columns stay as they are where the engine reads codes.
+        """
+        if (
+            isinstance(X, Columns)
+            and codes
+            and self.reads_codes
+            and X.coding.inputs == self.network.sizes[0]
+            and len(X)
+        ):
+            return X.astype(self.real)
         width, native = self.network.sizes[0], self.backend.adopt(X)
         if native is not None:
             if _shape(native)[1:] == (width,) and len(native) and (not check_finite or self._fits(native)):
@@ -284,11 +300,17 @@ class DeviceInputs:
         return as_weights(argument, weight, rows=rows, dtype=self.real)
 
     def examples(
-        self, X: Any, y: Any, weight: Any, names: tuple[str, str, str] = ("X", "y", "sample_weight")
+        self,
+        X: Any,
+        y: Any,
+        weight: Any,
+        names: tuple[str, str, str] = ("X", "y", "sample_weight"),
+        *,
+        codes: bool = False,
     ) -> Examples:
-        """Return all of these checked; error messages call them by ``names``."""
+        """Return all of these checked; error messages call them by ``names``; ``codes`` as in ``features``."""
         try:
-            features = self.features(names[0], X)
+            features = self.features(names[0], X, codes=codes)
         except FusemlpError as error:
             if holds_batches(X):
                 raise ArgumentError(
@@ -298,9 +320,9 @@ class DeviceInputs:
         rows = len(features)
         return Examples(features, self.targets(names[1], y, rows=rows), self.weights(names[2], weight, rows=rows))
 
-    def on_host(self, array: Any) -> Array:
-        """Return a checked array in host memory, without a copy if it is there."""
-        return array if isinstance(array, np.ndarray) else self.backend.to_host(array)
+    def on_host(self, array: Any) -> Any:
+        """Return a checked array, or Columns, in host memory, without a copy if it is there."""
+        return array if isinstance(array, np.ndarray | Columns) else self.backend.to_host(array)
 
     def largest(self, array: Any) -> float:
         """Return the greatest absolute value in a checked array."""
@@ -308,6 +330,7 @@ class DeviceInputs:
 
     def extent(self, array: Any) -> tuple[float, float]:
         """Return the least and the greatest value in a checked array."""
+        array = codes_of(array)
         if isinstance(array, np.ndarray):
             return float(array.min()), float(array.max())
         return self.backend.extent(array)

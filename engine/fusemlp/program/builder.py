@@ -55,18 +55,20 @@ class Builder:
             if self.mixed and name.startswith("w"):
                 self.add(f"{name}.shadow", place.shape, "compute", "shadow")
         inputs, start = step.inputs, step.gradient or 0
+        # what a row of the data has: the inputs, or codes of them
+        self.slots = self.net.sizes[0] if inputs.coding is None else inputs.coding.slots
         entries = [("h1" if start else "x", start)]
         entries += [("z1", 1)] if start and self.net.activations[0].name in NEEDS_Z else []
         entries += [("seed", -1)] if step.gradient is not None and step.spec is None else []
         for name, level in entries:
-            self.add(name, (inputs.rows, self.net.sizes[level]), self.matrix, "data")
+            self.add(name, (inputs.rows, self.net.sizes[level] if level else self.slots), self.matrix, "data")
         if self.top == self.net.layers:
             self.add("unit", (self.net.sizes[-1],) * 2, self.matrix, "data")
         self.counters = self.add("counters", (COUNTERS,), "int64", "control")
         self.rows = self.add("rows", (self.batch,), "int64", "control") if inputs.indexed else None
         # whether a batch that is picked by row is copied first
         self.copies = inputs.indexed and not self.traits.gathers_in_load
-        self.gathered = self.work("gathered", self.net.sizes[0]) if self.copies and self.gathers else None
+        self.gathered = self.work("gathered", self.slots) if self.copies and self.gathers else None
 
     def add(self, name: str, shape: tuple[int, ...], dtype: str, kind: str) -> Ref:
         self.values[name] = Value(name, shape, dtype, kind)
@@ -87,11 +89,11 @@ class Builder:
 
     def product(self, layer: int) -> tuple[int, int, int]:
         """M, N, K of a layer forward."""
-        return self.batch, self.net.sizes[layer + 1], self.net.sizes[layer]
+        return self.batch, self.net.sizes[layer + 1], self.net.sizes[layer] if layer else self.slots
 
     def by_weight(self, layer: int) -> tuple[int, int, int]:
         """M, N, K of the gradient by a layer's weights."""
-        return self.net.sizes[layer + 1], self.net.sizes[layer], self.batch
+        return self.net.sizes[layer + 1], self.net.sizes[layer] if layer else self.slots, self.batch
 
     def having(self, kinds: str) -> list[int]:
         """The layers with a trained tensor of one of these kinds."""
@@ -99,7 +101,8 @@ class Builder:
 
     def operands(self, layer: int) -> dict[str, Any]:
         """The matrices that a layer's product reads."""
-        return {"x": Ref(f"h{layer}" if layer else "x"), "w": self.weight(layer), "b": Ref(f"b{layer}")}
+        coded = {} if layer or self.step.inputs.coding is None else {"coding": self.step.inputs.coding}
+        return {"x": Ref(f"h{layer}" if layer else "x"), "w": self.weight(layer), "b": Ref(f"b{layer}"), **coded}
 
     def picked(self, layer: int, rows: str = "rows") -> dict[str, Any]:
         """The operands by which the first layer finds its batch."""
@@ -188,7 +191,9 @@ class Builder:
     def loss(self, spec: LossSpec) -> None:
         """The last layer, the loss and its gradient: one call where the backend can, else two."""
         operands = self.loss_operands(spec)
-        if self.net.sizes[-1] <= self.traits.widest_fused_output:
+        # a layer of codes is no product
+        coded = self.net.layers == 1 and self.step.inputs.coding is not None
+        if self.net.sizes[-1] <= self.traits.widest_fused_output and not coded:
             layer = {**self.operands(self.last), **self.picked(self.last, rows="x_rows")}
             self.call("linear_loss_grad", spec.kind, [self.product(self.last)], **layer, **operands)
         else:
@@ -234,9 +239,11 @@ class Builder:
         """The gradients by all that is trained, in one call."""
         layers = []
         for layer in self.having("wb"):
-            x = {"x": Ref(f"h{layer}")} if layer else {"x": self.gathered or Ref("x")}
+            x: dict[str, Any] = {"x": Ref(f"h{layer}") if layer else self.gathered or Ref("x")}
             if not layer and self.rows is not None and self.gathered is None:
                 x["rows"] = self.rows
+            if not layer and self.step.inputs.coding is not None:
+                x["coding"] = self.step.inputs.coding
             by_tensor = {f"d{kind}": self.gradient(f"{kind}{layer}") for kind in "wb"}
             layers.append({"dz": Ref(f"dz{layer + 1}"), **x, **by_tensor})
         slopes = [{"dslope": Ref(f"dslope{layer}"), "grad": self.gradient(f"s{layer}")} for layer in self.having("s")]
@@ -255,7 +262,7 @@ class Builder:
         segments = []
         for short, changes in self.rules.items():
             place = self.step.layout.places[short]
-            segments.append(Segment(place.offset, place.size, changes, place.shape[-1], place.pitch))
+            segments.append(Segment(place.offset, place.size, changes, place.columns, place.pitch))
             for index in self.states:
                 self.add(f"{short}.state{index}", place.shape, "real", "state")
         self.call(

@@ -9,7 +9,7 @@ one structure, each with its own learning rate, dropout or seed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -40,16 +40,35 @@ def short_names(net: MLP) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a tensor in a flat arena, in elements: rows are ``pitch`` elements apart."""
+    """The place of a tensor in a flat arena, in elements: rows are ``pitch`` elements apart.
+
+    A matrix that is ``transposed`` lies there column by column, so it is these that are as far apart.
+    """
 
     offset: int
     shape: tuple[int, ...]
     pitch: int
+    transposed: bool = False
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape as it lies in memory."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+    @property
+    def columns(self) -> int:
+        """The elements of a row as it lies in memory."""
+        return self.stored[-1]
 
     @property
     def size(self) -> int:
         """Elements from the first to the last, padding between rows included."""
-        return self.pitch if len(self.shape) == 1 else self.shape[0] * self.pitch
+        return self.pitch if len(self.shape) == 1 else self.stored[0] * self.pitch
+
+    def view(self, backend: Backend, arena: Any) -> Any:
+        """The tensor in an arena."""
+        view = backend.view(arena, self.offset, self.stored, self.pitch)
+        return view.T if self.transposed else view
 
 
 @dataclass(frozen=True)
@@ -64,28 +83,37 @@ class Layout:
         return hash((tuple(self.places), self.size))
 
     @classmethod
-    def of(cls, shapes: Mapping[str, tuple[int, ...]], *, row_multiple: int, item_bytes: int) -> Layout:
+    def of(
+        cls,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        row_multiple: int,
+        item_bytes: int,
+        transposed: Collection[str] = (),
+    ) -> Layout:
         """Tensors one after another, each aligned; the pitch of a matrix is a multiple of ``row_multiple``."""
         step = ALIGNMENT_BYTES // item_bytes
         places, end = {}, 0
         for name, shape in shapes.items():
-            places[name] = Place(_round_up(end, step), shape, _pitch(shape, row_multiple))
+            flipped = name in transposed
+            pitch = _pitch(shape[::-1] if flipped else shape, row_multiple)
+            places[name] = Place(_round_up(end, step), shape, pitch, flipped)
             end = places[name].offset + places[name].size
         return cls(places, _round_up(end, step))
 
     def views(self, backend: Backend, arena: Any) -> dict[str, Any]:
         """A view of ``arena`` for each tensor."""
-        return {
-            name: backend.view(arena, place.offset, place.shape, place.pitch) for name, place in self.places.items()
-        }
+        return {name: place.view(backend, arena) for name, place in self.places.items()}
 
 
 @lru_cache(maxsize=REMEMBERED)
-def parameter_layout(net: MLP, *, row_multiple: int, item_bytes: int) -> Layout:
-    """The layout of the parameters, under their short names."""
+def parameter_layout(net: MLP, *, row_multiple: int, item_bytes: int, coded: bool = False) -> Layout:
+    """The layout of the parameters, under their short names; ``coded``: the first layer reads codes, and the weights of
+    an input lie side by side."""
     shapes = net.parameter_shapes()
     by_short_name = {short: shapes[name] for short, name in short_names(net).items()}
-    return Layout.of(by_short_name, row_multiple=row_multiple, item_bytes=item_bytes)
+    transposed = ("w0",) if coded else ()
+    return Layout.of(by_short_name, row_multiple=row_multiple, item_bytes=item_bytes, transposed=transposed)
 
 
 class Placement(NamedTuple):

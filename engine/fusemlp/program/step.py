@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 from fusemlp.describe.network import MLP
 from fusemlp.program.layout import Layout
 from fusemlp.program.program import Program
+from fusemlp_kernels.coding import Coding
 from fusemlp_kernels.contract import LossSpec, TensorRule, Traits, UpdateRule
 
 # Changes the program of a step; compared by value, as programs are remembered by their steps.
@@ -21,13 +22,15 @@ class Inputs:
 
     ``rows`` examples; with ``indexed`` a batch is picked from them by row index, else they are the batch. A network
     with members needs the indices: each row of the data stands there once for each member.
-    ``weighted``: there is a weight for each row. ``class_weighted``: the loss has class weights.
+    ``weighted``: there is a weight for each row. ``class_weighted``: the loss has class weights. With a ``coding`` the
+    rows are codes.
     """
 
     rows: int
     indexed: bool = False
     weighted: bool = False
     class_weighted: bool = False
+    coding: Coding | None = None
 
 
 class Step(NamedTuple):

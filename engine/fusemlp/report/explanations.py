@@ -137,7 +137,7 @@ def attributions(
 
 def _checked(engine: Session, argument: str, X: Any) -> Array:
     """Return checked rows on the host, in the type of the outputs."""
-    rows = engine.inputs.on_host(engine.inputs.features(argument, X))
+    rows: Array = engine.inputs.on_host(engine.inputs.features(argument, X))
     return rows.astype(np.float64 if engine.precision == "fp64" else np.float32, copy=False)
 
 

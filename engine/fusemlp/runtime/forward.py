@@ -9,12 +9,14 @@ import numpy as np
 
 from fusemlp.describe.network import MLP
 from fusemlp.inputs.arrays import Array
+from fusemlp.inputs.columns import codes_of, coding_of
 from fusemlp.inputs.examples import Examples
 from fusemlp.program.lowering import lower
 from fusemlp.program.step import Inputs, Step
 from fusemlp.runtime.memory import Memory, Workspace, on_device
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.scaling import Scaling
+from fusemlp_kernels.coding import Coding
 from fusemlp_kernels.contract import CORRECT, COUNTERS, LOSS_SUM, NORM_SUM, ROW_COUNT, SCORED, STATS, Backend, LossSpec
 
 # The largest batch of a forward pass, in elements of its widest activation: 16 MiB in float32.
@@ -37,8 +39,7 @@ class ForwardPass:
         # what is trained, and what the programs read
         self.trained = self.memory = memory
         if memory.evaluated:
-            real, compute = memory.real_bytes, memory.compute_bytes
-            self.memory = Memory(net, memory.backend, 0, item_bytes=real, compute_bytes=compute)
+            self.memory = memory.of_parameters(net)
         self.real = np.dtype(f"f{memory.real_bytes}")
         self.counters = memory.backend.allocate(COUNTERS, "int64")
         self.stats = memory.backend.allocate(STATS, "float64")
@@ -52,7 +53,7 @@ class ForwardPass:
         """Release the programs and their memory."""
         # A separate workspace: predictions must not disturb a step or keep the large training buffers alive.
         self.workspace = Workspace(self.memory.backend)
-        self._bound: dict[tuple[MLP | None, int, LossSpec | None, bool, bool, int | None], BoundProgram] = {}
+        self._bound: dict[tuple[Any, ...], BoundProgram] = {}
 
     def rows_for(self, n: int) -> int:
         """Return the batch size for ``n`` rows: a power of two, so that few programs are needed."""
@@ -67,15 +68,17 @@ class ForwardPass:
         weighted: bool = False,
         net: MLP | None = None,
         gradient: int | None = None,
+        coding: Coding | None = None,
     ) -> BoundProgram:
         """Return the pass over ``rows`` rows up to the outputs, or with ``spec`` up to the loss.
 
-        ``net`` is the first layers of the network, ``gradient`` as in ``Step``.
+        ``net`` is the first layers of the network, ``gradient`` as in ``Step``, ``coding`` that of the rows.
         """
-        key = (net, rows, spec, class_weight is not None, weighted, gradient)
+        key = (net, rows, spec, class_weight is not None, weighted, gradient, coding)
         bound = self._bound.get(key)
         if bound is None:
-            bound = self.bind(net or self.net, rows, spec, class_weight, weighted=weighted, gradient=gradient)
+            options: dict[str, Any] = {"weighted": weighted, "gradient": gradient, "coding": coding}
+            bound = self.bind(net or self.net, rows, spec, class_weight, **options)
             self._bound[key] = bound
         return bound
 
@@ -88,13 +91,14 @@ class ForwardPass:
         *,
         weighted: bool = False,
         gradient: int | None = None,
+        coding: Coding | None = None,
         arrays: Mapping[str, Any] | None = None,
         workspace: Workspace | None = None,
     ) -> BoundProgram:
         """Return a new program as ``program`` describes it; ``arrays`` are those of its data."""
         memory = self.memory
         shared = net.members > 1
-        inputs = Inputs(rows, indexed=shared, weighted=weighted, class_weighted=class_weight is not None)
+        inputs = Inputs(rows, shared, weighted, class_weight is not None, coding)
         traits, sizes = memory.backend.traits, (memory.real_bytes, memory.compute_bytes)
         bound_arrays = {"counters": self.counters, "stats": self.stats, **(arrays or {})}
         if class_weight is not None:
@@ -135,7 +139,7 @@ class ForwardPass:
         Those of the members for a row follow one another.
         """
         rows = self.rows_for(len(X))
-        return self._collected("y", self.program(rows, net=net), rows, {"x": X})
+        return self._collected("y", self.program(rows, net=net, coding=coding_of(X)), rows, {"x": codes_of(X)})
 
     def input_gradient(
         self,
@@ -173,10 +177,10 @@ class ForwardPass:
     def silent(self, X: Any, layer: int) -> float:
         """Return the share of a hidden layer's units whose output is zero for every row of X."""
         rows = self.rows_for(len(X))
-        bound = self.bind(self.first(layer + 1), rows)
+        bound = self.bind(self.first(layer + 1), rows, coding=coding_of(X))
         silent = np.ones(self.net.sizes[layer + 1], np.bool_)
         self.memory.read_evaluated(self.trained)
-        for start, stop in self.batches(bound, rows, {"x": X}):
+        for start, stop in self.batches(bound, rows, {"x": codes_of(X)}):
             silent &= ~np.any(self.memory.backend.to_host(bound.arrays["y"][: stop - start]) != 0.0, axis=0)
         return float(silent.mean())
 
@@ -199,7 +203,8 @@ class Evaluation:
         self._forward, self._spec = forward, spec
         rows = len(data.X)
         self._size = forward.rows_for(rows)
-        self._bound = forward.program(self._size, spec, class_weight, weighted=data.weight is not None)
+        options: dict[str, Any] = {"weighted": data.weight is not None, "coding": coding_of(data.X)}
+        self._bound = forward.program(self._size, spec, class_weight, **options)
         # The arrays that every evaluation copies into the program, batch by batch.
         self._left: Mapping[str, Any] = {}
         if rows <= self._size:

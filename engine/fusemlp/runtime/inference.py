@@ -174,7 +174,7 @@ class Inference:
         return outputs.reshape(-1, self.network.members, outputs.shape[1])
 
     def _rows_out(self, X: Any) -> Array:
-        X = self.inputs.features("X", X)
+        X = self.inputs.features("X", X, codes=True)
         self.scaling.check_measured()
         return self.forward.outputs(X)
 
@@ -272,7 +272,7 @@ class Inference:
 
     def _rows_of(self, X: Any, y: Any, weight: Any, steps: int | None) -> Examples:
         if y is not None and steps is None:
-            return self.inputs.examples(X, y, weight)
+            return self.inputs.examples(X, y, weight, codes=True)
         if y is not None:
             raise ArgumentError(f"steps: it counts batches, and X and y are arrays; leave it out, got {steps!r}")
         if weight is not None:
@@ -308,8 +308,7 @@ class Inference:
         the result serves all engines with these layers and this loss, and keeps no reference to this one."""
         memory = self.forward.memory
         if apart:
-            real, compute = memory.real_bytes, memory.compute_bytes
-            memory = Memory(self.network, self.inputs.backend, 0, item_bytes=real, compute_bytes=compute)
+            memory = memory.of_parameters(self.network)
         forward, data = ForwardPass(self.network, memory), data._replace(X=self.scaling.normalised(data.X))
         return self._evaluation(forward, data, self.inputs.spec_for(data.targets), repeated=True)
 
@@ -317,7 +316,7 @@ class Inference:
         """Return for each hidden relu layer the share of units that are zero for every row of X."""
         if self.network.members > 1:
             return {}
-        features = self.inputs.features("X", X)
+        features = self.inputs.features("X", X, codes=True)
         self.scaling.check_measured()
         hidden = enumerate(self.network.activations[:-1])
         relu = [layer for layer, activation in hidden if activation.name == "relu"]

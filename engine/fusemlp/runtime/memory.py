@@ -64,7 +64,8 @@ class Memory:
 
     ``average`` is the number of the state that predictions read in place of the parameters, or None.
     ``item_bytes``: bytes of a parameter; ``compute_bytes``: of what the matrix products read, where that is another
-    type. ``arenas``: its arrays, those of ``new_arenas`` by default.
+    type. ``arenas``: its arrays, those of ``new_arenas`` by default. ``coded``: the weights of the first layer lie as
+    codes read them.
     """
 
     def __init__(
@@ -78,8 +79,9 @@ class Memory:
         gradient_parts: int = 1,
         arenas: Mapping[str, Any] | None = None,
         average: int | None = None,
+        coded: bool = False,
     ) -> None:
-        self.backend = backend
+        self.backend, self.coded = backend, coded
         # the suffix of what predictions read: of the parameters, or of their average
         self.evaluated = "" if average is None else f".state{average}"
         self.real_bytes, self.compute_bytes = item_bytes, compute_bytes
@@ -88,7 +90,8 @@ class Memory:
         # whether gradients outlive a step
         self.accumulates = False
         mixed = compute_bytes is not None
-        self.layout = layout.parameter_layout(net, row_multiple=backend.traits.row_multiple, item_bytes=item_bytes)
+        multiple = backend.traits.row_multiple
+        self.layout = layout.parameter_layout(net, row_multiple=multiple, item_bytes=item_bytes, coded=coded)
         # the parts of a batch have their gradients behind one another
         self.gradient_parts = gradient_parts
         size, rounded = self.layout.size, ["shadow"] if mixed else []
@@ -143,6 +146,30 @@ class Memory:
             self.backend.copy_into(self.arrays[name], array)
         self.refresh_shadow()
 
+    def of_parameters(self, net: MLP) -> Memory:
+        """Return memory for parameters alone, which lie as they do here."""
+        sizes = self.real_bytes, self.compute_bytes
+        return Memory(net, self.backend, 0, item_bytes=sizes[0], compute_bytes=sizes[1], coded=self.coded)
+
+    def take(self, memory: Memory) -> None:
+        """Take over all that a step changes of the memory of an equal network, whose weights may lie in another way."""
+        for name in memory._changing:
+            if name in DTYPES:
+                self.backend.copy_into(self.arrays[name], memory.arrays[name])
+            else:
+                self.take_arena(name, memory, name)
+        self.accumulates = memory.accumulates
+        self.refresh_shadow()
+
+    def take_arena(self, name: str, memory: Memory, source: str) -> None:
+        """Take over the tensors of one flat array of another memory."""
+        if memory.coded == self.coded:
+            self.backend.copy_into(self.arrays[name], memory.arrays[source])
+            return
+        views = memory.layout.views(self.backend, memory.arrays[source])
+        for short, view in self.layout.views(self.backend, self.arrays[name]).items():
+            self.backend.copy_into(view, views[short])
+
     def account(self, epoch_stats: Any | None = None, *, check_finite: bool, beside: Sequence[Any] = ()) -> Account:
         """Return the account of the steps since the statistics were cleared; waits for the device, once.
 
@@ -190,12 +217,11 @@ class Memory:
         """Take over what predictions read of ``memory``."""
         if memory is self:
             return
-        copy = self.backend.copy_into
-        copy(self.params, memory.arrays[memory.evaluated_arena])
+        self.take_arena("params", memory, memory.evaluated_arena)
         if memory.evaluated:
             self.refresh_shadow()
         elif self.shadow is not None:
-            copy(self.shadow, memory.shadow)
+            self.backend.copy_into(self.shadow, memory.shadow)
 
     def refresh_shadow(self) -> None:
         """Round the parameters into the shadow, after they were written from outside a step."""

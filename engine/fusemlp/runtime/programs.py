@@ -186,8 +186,8 @@ class KeptPrograms:
     def release(self) -> None:
         """Give back the programs and their memory; the next steps make them anew."""
         self.workspace = Workspace(self.backend)
-        # those of ``step``: for soft targets or classes, with weights or without
-        self.staged: dict[tuple[bool, bool], BoundProgram] = {}
+        # those of ``step``: for soft targets or classes, with weights or without, and for each coding
+        self.staged: dict[tuple[Any, ...], BoundProgram] = {}
         self.last_fit: LastFit | None = None
 
     def again(

@@ -30,6 +30,7 @@ from fusemlp.runtime.programs import KeptPrograms
 from fusemlp.runtime.ranks import TIMEOUT, Single, check_nccl, joined, versions
 from fusemlp.runtime.rates import RateTable
 from fusemlp.runtime.scaling import MEAN, SCALE, Scaling, as_normalise
+from fusemlp_kernels.coding import Coding
 from fusemlp_kernels.contract import (
     FIRST_LOSS_SCALE,
     LEARNING_RATE,
@@ -43,6 +44,9 @@ from fusemlp_kernels.contract import (
 from fusemlp_kernels.errors import ArgumentError
 
 Made = TypeVar("Made", bound="Session")
+
+# Features whose first layer does not read codes: each of these needs or changes the inputs themselves.
+_DENSE = ("members", "privacy", "normalise")
 
 _TO_OPTIMIZER = "it belongs to the optimizer: Engine(net, optimizer=Adam(lr=0.001))"
 _TO_FIT = "it belongs to fit: engine.fit(X, y, epochs=20)"
@@ -158,7 +162,11 @@ class Session:
         backend = open_here(self.backend, machine.device, self.precision, needs)
         real = np.dtype(f"f{REAL_BYTES.get(self.precision, 4)}")
         self.device = backend.device
-        self.inputs = DeviceInputs(self.network, self.loss, backend, real)
+        # the others have a first layer of dense inputs
+        reads = "codes" not in backend.traits.lacks and not {*_DENSE} & self.described.keys()
+        self.inputs = DeviceInputs(self.network, self.loss, backend, real, reads_codes=reads)
+        # whether the weights of the first layer lie as codes read them
+        self.coded = False
         self.plan, self.plan_reason = self._chosen(machine.plan, self.batch_size)
         self.scaling = Scaling(self.inputs, self.normalise)
         # the loss's class weights, on the device
@@ -216,6 +224,7 @@ class Session:
             gradient_parts=batch_parts(backend.traits, rows or self.batch_size, self.network.parameter_count),
             arenas=arenas,
             average=rule.average,
+            coded=self.coded,
         )
         # the learning rates of the updates to come, for those who launch steps
         self.rates = self._rate_table(rule)
@@ -258,6 +267,14 @@ class Session:
             before = self.memory.snapshot()
             self._use_memory(None, self.rates.schedule, rows)
             self.memory.restore(before)
+
+    def lay_out(self, coding: Coding | None) -> None:
+        """Lay out the weights of the first layer for rows with a coding, or for dense ones with None."""
+        if self.coded == (coding is not None):
+            return
+        before, self.coded = self.memory, coding is not None
+        self._use_memory(None, self.rates.schedule)
+        self.memory.take(before)
 
     @property
     def passes(self) -> tuple[Pass, ...]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fusemlp.describe.conflicts import check_together
+from fusemlp.inputs.columns import codes_of, coding_of
 from fusemlp.program.lowering import lower_training
 from fusemlp.program.program import Program
 from fusemlp.program.step import Inputs, Pass
@@ -14,6 +15,7 @@ from fusemlp.runtime.forward import member_rows
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.ranks import Ranks
 from fusemlp.runtime.shards import ShardedProgram
+from fusemlp_kernels.coding import Coding
 from fusemlp_kernels.contract import (
     LAST_LOSS,
     LOSS_SCALE,
@@ -164,7 +166,9 @@ def bind_fit(
     return engine.programs.again(key, data, bound, engine.ranks)
 
 
-def bind_staged(engine: Session, rows: int, spec: LossSpec, *, weighted: bool) -> BoundProgram:
+def bind_staged(
+    engine: Session, rows: int, spec: LossSpec, *, weighted: bool, coding: Coding | None = None
+) -> BoundProgram:
     """Return a training step with a batch of its own, up to ``rows`` rows, for ``run_staged``."""
     # on a GPU the resident kernel is for many steps
     batches = 1 if engine.plan == "resident" and engine.memory.backend.traits.on_host else None
@@ -173,7 +177,7 @@ def bind_staged(engine: Session, rows: int, spec: LossSpec, *, weighted: bool) -
     picks = members > 1 or engine.ranks.together
     if picks:
         data["rows"] = member_rows(engine.memory.backend, rows, members)
-    inputs = Inputs(rows, indexed=picks, weighted=weighted)
+    inputs = Inputs(rows, indexed=picks, weighted=weighted, coding=coding)
     return bind(engine, inputs, spec, engine.optimizer.rule(), rows, data, resident_batches=batches)
 
 
@@ -186,8 +190,11 @@ def step(engine: Session, x: Any, y: Any, sample_weight: Any = None) -> Any:
     programs = engine.programs
     if not programs.staged:
         check_together({**engine.uses, "step": True})
-    x = engine.inputs.features("x", x, check_finite=False)
-    count = len(x)
+    x = engine.inputs.features("x", x, check_finite=False, codes=True)
+    count, coding = len(x), coding_of(x)
+    if engine.coded != (coding is not None):
+        engine.lay_out(coding)
+        programs = engine.programs
     if count > engine.batch_size:
         raise ShapeError(
             f"x: expected 1 to {engine.batch_size} rows (batch_size), got {count}; "
@@ -201,10 +208,11 @@ def step(engine: Session, x: Any, y: Any, sample_weight: Any = None) -> Any:
     if not programs.staged and not engine.update_count:
         engine.scaling.check_measured()
         engine.scaling.warn("x", x)
-    kind = targets.soft, weight is not None
+    kind = targets.soft, weight is not None, coding
     if kind not in programs.staged:
         spec = engine.loss.spec(accuracy=False, soft=targets.soft)
-        programs.staged[kind] = bind_staged(engine, engine.batch_size, spec, weighted=weight is not None)
+        weighted = weight is not None
+        programs.staged[kind] = bind_staged(engine, engine.batch_size, spec, weighted=weighted, coding=coding)
     bound = programs.staged[kind]
     try:
         engine.rates.cover(programs.stepping[1], 1)
@@ -226,7 +234,7 @@ def run_staged(engine: Session, bound: BoundProgram, x: Any, target: Any, weight
     copy, arrays, count = engine.memory.backend.copy_into, bound.arrays, len(x)
     short, counters = count < len(arrays["x"]), arrays["counters"]
     counters[ROW_STEP], counters[ROW_COUNT] = 0, count * engine.network.members
-    for name, array in (("x", x), ("target", target), ("weight", weight)):
+    for name, array in (("x", codes_of(x)), ("target", target), ("weight", weight)):
         if array is not None:
             copy(arrays[name][:count], array)
             if short:

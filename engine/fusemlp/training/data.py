@@ -16,7 +16,9 @@ from fusemlp.callbacks import announce
 from fusemlp.describe.checks import caller_level
 from fusemlp.inputs.arrays import Array, as_class_weights, balanced, to_array
 from fusemlp.inputs.blocks import Blocks
+from fusemlp.inputs.columns import coding_of
 from fusemlp.inputs.examples import Examples, Targets, UserBatches
+from fusemlp.program.passes.attack import passes_against
 from fusemlp.runtime.attacks import check_within
 from fusemlp.runtime.backends import row_order as shuffled
 from fusemlp.runtime.ranks import Ranks
@@ -85,7 +87,8 @@ def fit_data(engine: Trainer, plan: FitPlan, X: Any, y: Any, sample_weight: Any,
         engine.scaling.check_measured()
         train = batches.next(engine.inputs, keep=True)
     else:
-        train = engine.inputs.examples(X, y, sample_weight)
+        # the attack moves inputs, which codes have not
+        train = engine.inputs.examples(X, y, sample_weight, codes=not passes_against(plan.adversary))
     check_within(engine, "X", train.X, plan.adversary)
     validation = checked_validation(engine, validation_data, steps=plan.validation_steps)
     if plan.validation_split:
@@ -285,7 +288,8 @@ class Stream:
         engine, first = self._engine, self._weighted(self._first)
         self._rows = rows
         spec = engine.inputs.spec_for(first.targets)
-        self._bound = bind_staged(engine, rows, spec, weighted=first.weight is not None)
+        weighted, coding = first.weight is not None, coding_of(first.X)
+        self._bound = bind_staged(engine, rows, spec, weighted=weighted, coding=coding)
         self.arrays: dict[str, Any] = self._bound.arrays
 
     def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:

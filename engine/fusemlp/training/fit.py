@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fusemlp.callbacks import exits
 from fusemlp.describe.checks import caller_level
 from fusemlp.describe.conflicts import check_together
+from fusemlp.inputs.columns import coding_of
 from fusemlp.program.passes.attack import passes_against
 from fusemlp.program.step import Inputs
 from fusemlp.runtime.steps import bind_fit
@@ -79,6 +80,8 @@ def fit_loop(
     ``together``: a launch of several models runs the steps, to whose places the caller binds the loop. ``deadline``: of
     this fit, where several share the plan's.
     """
+    coding = coding_of(data.train.X)
+    engine.lay_out(coding)
     count, adversary, memory = data.count, plan.adversary, engine.memory
     size, on_host = min(engine.batch_size, count), memory.backend.traits.on_host
     batches = engine.ledger.batches(count, size, drop_last=plan.drop_last)
@@ -124,7 +127,7 @@ def fit_loop(
     elif not together:
         bound = bind_fit(
             engine,
-            Inputs(len(train.X), indexed=True, weighted=train.weight is not None),
+            Inputs(len(train.X), indexed=True, weighted=train.weight is not None, coding=coding),
             policy.spec,
             policy.rule,
             size,

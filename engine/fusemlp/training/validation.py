@@ -81,7 +81,7 @@ def checked_validation(
         data = UserBatches("validation_data", rows, steps, "validation_steps").collected(engine.inputs)
     elif isinstance(rows, tuple | list) and len(rows) in (2, 3):
         names = ("validation_data[0]", "validation_data[1]", "validation_data[2]")
-        data = engine.inputs.examples(rows[0], rows[1], rows[2] if len(rows) == 3 else None, names)
+        data = engine.inputs.examples(rows[0], rows[1], rows[2] if len(rows) == 3 else None, names, codes=True)
     else:
         kind = type(rows).__name__
         received = f"{len(rows)} in a {kind}" if isinstance(rows, tuple | list) else kind

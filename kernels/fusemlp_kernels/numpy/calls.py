@@ -107,9 +107,14 @@ def _linear(table: CallTable, call: SimpleNamespace) -> None:
     z = y if call.activation not in NEEDS_Z else table.scratch(*y.shape) if call.z is None else call.z
     activated, dropped = activation(table, call), dropout(call)
     x = _gathered(table, call.x, call.rows, call.gathered, len(y))
-    _affine(table, x, w, call.b, z)
+    if call.coding is None:
+        _affine(table, x, w, call.b, z)
+    else:
+        sums, shape = table.in_panels(w, call.coding), {"n": z.shape[1], "k": call.coding.slots}
+        table.height = max(table.height, len(z))
+        table.add("COLUMNS", x=x, b=call.b, z=z, panels=sums, coding=call.coding, **shape)
     if call.activation != "identity" or dropped:
-        table.add("ACTIVATE", n=len(w), y=y, z=z, **activated, **dropped)
+        table.add("ACTIVATE", n=y.shape[1], y=y, z=z, **activated, **dropped)
     table.control(call.counters)
 
 
@@ -215,8 +220,10 @@ def _gradients(table: CallTable, layer: SimpleNamespace, w: Fields | None, b: Fi
     """The gradients by a layer's weights and bias, w and b being what else their rows have; None is left out."""
     x, dz = _input(layer), layer.dz
     table.height = max(table.height, len(dz))
-    if w is not None:
+    if w is not None and layer.coding is None:
         table.add("WEIGHT", n=dz.shape[1], k=x.shape[1], x=x, dz=dz, **w)
+    elif w is not None:
+        table.add("CODES", n=layer.coding.inputs, k=dz.shape[1], x=x, dz=dz, coding=layer.coding, **w)
     if b is not None:
         table.add("BIAS", n=dz.shape[1], dz=dz, sums=table.scratch(dz.shape[1]), **b)
 
@@ -243,6 +250,7 @@ def _grad_weight_update(table: CallTable, call: SimpleNamespace) -> None:
     rule = call.rule
     # with nothing else to do with the gradient the product lands in the parameter
     descends = rule.code == t.SGD and not rule.ema and _batch(call.layers) <= t.DEPTH
+    descends = descends and all(layer.coding is None for layer in call.layers)
 
     def updated(param: Array | None, tensor: TensorRule, states: Sequence[Array]) -> Fields | None:
         """The fields of a parameter that is updated with its gradient."""

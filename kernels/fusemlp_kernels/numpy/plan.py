@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from fusemlp_kernels.coding import Coding
 from fusemlp_kernels.numpy.compiled import tables as t
 
 # Multiplications, or work that takes as long, worth a task of its own; the most tasks of a phase; and the pieces of a
@@ -31,14 +32,15 @@ ELEMENT, LOSS, MOVE, UPDATE = 16, 64, 4, 32
 # vector registers.
 SHORTEST = 512
 
-PIECEWISE = ("WEIGHT", "BIAS", "SLOPES")
-_CUT = {**dict.fromkeys((*PIECEWISE, "NORM", "UPDATE", "PACK"), t.BY_PIECES), "CLOCK": t.AT_ONCE}
+PIECEWISE = ("WEIGHT", "CODES", "BIAS", "SLOPES")
+_CUT = {**dict.fromkeys((*PIECEWISE, "NORM", "UPDATE", "PACK", "SUMS"), t.BY_PIECES), "CLOCK": t.AT_ONCE}
 
 
 @dataclass(frozen=True)
 class Row:
     """A row of calls: its kind, N and K, its first tensor and the one after its last; and the arrays that it reads or
-    writes by rows of the batch: address, bytes, bytes of a row, or 0 for one that is read as a whole."""
+    writes by rows of the batch: address, bytes, bytes of a row, or 0 for one that is read as a whole. With a ``coding``
+    N are the inputs of its columns, and K the units that they go to."""
 
     kind: str
     n: int
@@ -46,6 +48,7 @@ class Row:
     first: int = 0
     end: int = 0
     arrays: tuple[tuple[int, int, int], ...] = ()
+    coding: Coding | None = None
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,8 @@ def _block(rows: Sequence[Row], height: int, unit: int) -> int:
             cost += row.n * row.k
         elif row.kind in ("ENTROPY", "ELEMENTWISE"):
             cost += LOSS * row.n
-        elif row.kind == "GATHER":
-            cost += MOVE * row.k
+        elif row.kind in ("GATHER", "COLUMNS"):
+            cost += MOVE * row.k * max(1, row.n)
         elif row.kind not in _CUT:
             cost += ELEMENT * row.n
     return -(-height // (_tasks(height * cost) * unit)) * unit
@@ -172,6 +175,17 @@ def _even(size: int, parts: int, unit: int) -> Iterator[tuple[int, int]]:
         yield start, min(size, start + step)
 
 
+def _columns(row: Row, coding: Coding, height: int, grain: float) -> Iterator[tuple[int, int, int, int, int]]:
+    """Whole columns of codes, each time about as much work as ``grain``."""
+    top, cost = 0, 0
+    for place in coding.places:
+        bottom = place.first + place.inputs
+        cost += row.k * (MOVE * place.inputs if row.kind == "SUMS" else UPDATE * place.inputs + height * place.slots)
+        if cost >= grain or bottom == coding.inputs:
+            yield top, bottom, 0, row.k, cost
+            top, cost = bottom, 0
+
+
 def _pieces(row: Row, height: int, sizes: Sequence[int], grain: float) -> Iterator[tuple[int, int, int, int, int]]:
     """The pieces of a row, each about as much work as ``grain``: top, bottom, left, right, and its work."""
     if row.kind in ("NORM", "UPDATE"):
@@ -179,6 +193,8 @@ def _pieces(row: Row, height: int, sizes: Sequence[int], grain: float) -> Iterat
             size = sizes[tensor]
             for left, right in _even(size, int(size * UPDATE // grain), t.PANEL):
                 yield tensor, 0, left, right, (right - left) * UPDATE
+    elif row.coding is not None:
+        yield from _columns(row, row.coding, height, grain)
     elif row.kind in ("WEIGHT", "PACK"):
         each = height + UPDATE if row.kind == "WEIGHT" else MOVE
         parts = max(1, math.ceil(row.n * row.k * each / grain))

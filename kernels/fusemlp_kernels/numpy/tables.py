@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp_kernels.checks import check_together
+from fusemlp_kernels.coding import Coding, Column
 from fusemlp_kernels.contract import COUNTERS, TensorRule, UpdateRule
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.launches import compiled, launch, loop_of, threads
@@ -57,6 +58,8 @@ class CallTable:
         # bytes; scratch among them
         self.kept: dict[int, tuple[Array, int, list[tuple[int, int]]]] = {}
         self.zeros: dict[int, Array] = {}
+        # by the identity of transposed arrays, these and the operands that they were
+        self.transposed: dict[int, tuple[Array, Array]] = {}
         # of how many shards the calls are, and the first row of the shard whose calls are entered now
         self.shards, self.shard = 0, 0
         # the head, then the rows of calls, and what the plan needs to know of them
@@ -69,12 +72,14 @@ class CallTable:
         self.members = 1
         # the fields of sums over the tasks by rows, which follow the last of these
         self.later: list[dict[str, Any]] = []
-        # weights and their panels
-        self.panels: dict[int, tuple[Array, Array]] = {}
+        # weights and their panels, or the sums of their columns of codes
+        self.panels: dict[int, tuple[Array, Array, Coding | None]] = {}
         self.tensors: list[tuple[int, int, float, float]] = []
         self.widest = 1
         # the most counters whose words a row of a random start takes
         self.lanes = 0
+        # words of a task's order of the rows of a column of codes
+        self.order_row = 0
         # whether arrays are copied; copies that follow an operand, and (destination, source) before and after a run
         self.converts = False
         self.copies: dict[Any, Array] = {}
@@ -103,7 +108,10 @@ class CallTable:
         return SimpleNamespace(**values)
 
     def _array(self, record: Operand, array: Array, operands: Mapping[str, Any]) -> Array:
-        """The array, or a copy that follows it."""
+        """The array, or a copy that follows it; the weights of a layer of codes are (K, N)."""
+        if record.shape == "NK" and operands.get("coding") is not None:
+            array, original = array.T, array
+            self.transposed[id(array)] = array, original
         dtype = expected(record, operands)[0] if record.shape == "target" else record.dtype
         wanted = self.real if dtype in ("real", "compute") else np.dtype(dtype)
         flags = array.flags
@@ -130,11 +138,17 @@ class CallTable:
         matrices = [(name, array) for name in MATRICES if isinstance(array := fields.get(name), np.ndarray)]
         arrays = tuple((_address(a), a.nbytes, a.strides[0] * (name != "w")) for name, a in matrices if a.ndim == 2)
         sizes = {name: fields.get(name, 0) for name in ("n", "k", "first", "end")}
-        self.rows.append(Row(kind, arrays=arrays, **sizes))
+        coding = fields.get("coding")
+        if coding is not None:
+            places = np.array(coding.places, np.int64)
+            fields |= {"coding": places, "columns": len(places), "slots": coding.slots}
+            words = [most_order(column, self.height) for column in coding.columns]
+            self.order_row = max(self.order_row, 2 * coding.slots, *words)
+        self.rows.append(Row(kind, arrays=arrays, coding=coding, **sizes))
         if fields.get("dslope") is not None:
             fields["slope_part"] = t.SLOPES_PART + self.slopes
             self.slopes += 1
-        self.widest = max(self.widest, sizes["n"])
+        self.widest = max(self.widest, sizes["n"], 0 if coding is None else sizes["k"])
         self.fill(len(self.rows) - 1, kind=getattr(t, kind), shard=self.shard, **fields)
 
     def add_later(self) -> None:
@@ -167,21 +181,21 @@ class CallTable:
         """The row that computes the gradient which these elements of an array are; None if no row does."""
         wanted = _address(grads) + offset * grads.itemsize
         for at, row in enumerate(self.rows):
-            elements = row.n * row.k if row.kind == "WEIGHT" else row.n
+            elements = row.n * row.k if row.kind in ("WEIGHT", "CODES") else row.n
             if row.kind in PIECEWISE and (self.words[_start(at) + CALL["out"]], elements) == (wanted, size):
                 return at
         return None
 
-    def in_panels(self, w: Array) -> Array:
-        """Memory for the panels of w, which are filled before the first step."""
+    def in_panels(self, w: Array, coding: Coding | None = None) -> Array:
+        """Memory for the panels of w, or with ``coding`` for the sums of w (K, N); filled before the first step."""
         if _address(w) not in self.panels:
-            self.panels[_address(w)] = w, self.scratch(w.shape[1], -(-len(w) // t.PANEL) * t.PANEL)
+            shape = (w.shape[1], -(-len(w) // t.PANEL) * t.PANEL) if coding is None else (coding.sums, w.shape[1])
+            self.panels[_address(w)] = w, self.scratch(*shape), coding
         return self.panels[_address(w)][1]
 
     def panels_of(self, params: Array, element: int = 0) -> Array | None:
         """The panels of the weights that begin at an element of an array; None where they are not read."""
-        _, panels = self.panels.get(_address(params) + element * params.itemsize, (None, None))
-        return panels
+        return self.panels.get(_address(params) + element * params.itemsize, (None, None, None))[1]
 
     def scratch(self, *shape: int, dtype: Any = None) -> Array:
         """Memory for a value, zeros of the type of the parameters by default."""
@@ -209,8 +223,9 @@ class CallTable:
         """``run(steps=1)``; the loop is chosen now with ``alone``, else at the first run."""
         self.add_later()
         rows = tuple(self.rows)
-        for w, panels in self.panels.values():
-            self.add("PACK", n=len(w), k=w.shape[1], w=w, panels=panels)
+        for w, panels, coding in self.panels.values():
+            kind = "PACK" if coding is None else "SUMS"
+            self.add(kind, n=len(w), k=w.shape[1], w=w, panels=panels, coding=coding)
         batch = t.COUNTED if self.names & COUNTED else self.height
         sizes = [size for _, size, _, _ in self.tensors]
         cut = plan(rows, self.rows[len(rows) :], self.height, sizes, self.members, self.shards)
@@ -219,11 +234,14 @@ class CallTable:
         drops, noisy = "keep" in self.names, "noisy" in self.names
         dropped, noise = drops * 2 * (-(-self.widest // LANES)), noisy * (NORMALS // 2 + NORMALS)
         lanes_row = max(dropped, noise, 2 * self.lanes)
+        totals_row = self.order_row and self.order_row + 2 * self.widest
         self.fill(
             batch=batch, block=cut.block, blocks=cut.blocks, prologue=cut.prologue, phase_count=len(cut.phases),
             partials=self.scratch(cut.most, width, dtype=np.float64), partial_count=width,
             sums=self.scratch(len(cut.pieces), dtype=np.float64), zeros=self.scratch(t.PANEL), lanes_row=lanes_row,
             lanes=self.scratch(cut.most, lanes_row, dtype=np.uint64) if lanes_row else None,
+            order_row=self.order_row, order=self.scratch(cut.most, self.order_row, dtype=np.int64),
+            totals_row=totals_row, totals=self.scratch(cut.most, totals_row),
         )  # fmt: skip
         work = loop_of(self.names, self.real, alone=alone)
         parts: list[Sequence[Sequence[float]]] = [self.tensors, cut.phases, cut.tasks, cut.pieces]
@@ -284,19 +302,26 @@ def _launch(
     return run
 
 
+def most_order(column: Column, height: int) -> int:
+    """Return the words of the order of the rows of a column of codes: where each code begins, and the rows."""
+    return column.inputs + 1 + height * max(1, column.pairs)
+
+
 class BoundTable:
     """A bound table but for its arrays: those of ``arrays``, by name, are others in each model of a fleet."""
 
     def __init__(self, table: CallTable, arrays: Mapping[str, Array]) -> None:
         self._bound = table.bound
         names = {id(array): name for name, array in arrays.items()}
-        # (name, type, places), (None, shape and type of scratch, places); what is left is the same for all
-        self._named: list[tuple[str, Any, list[tuple[int, int]]]] = []
+        # (name, transposed, type, places), (shape and type of scratch, places); what is left is the same for all
+        self._named: list[tuple[str, bool, Any, list[tuple[int, int]]]] = []
         self._scratch: list[tuple[Any, list[tuple[int, int]]]] = []
         self._common: list[Array] = []
         for key, (array, _, places) in table.kept.items():
-            if key in names:
-                self._named.append((names[key], array.dtype, places))
+            flipped = key in table.transposed
+            operand = id(table.transposed[key][1]) if flipped else key
+            if operand in names:
+                self._named.append((names[operand], flipped, array.dtype, places))
             elif key in table.zeros:
                 self._scratch.append(((array.shape, array.dtype), places))
             else:
@@ -305,8 +330,8 @@ class BoundTable:
     def bind(self, arrays: Mapping[str, Array], epoch_stats: Array | None) -> Run | None:
         """The same as ``CallTable.bind``, for other arrays; None where the loop cannot read them in place."""
         entered = []
-        for name, dtype, places in self._named:
-            array = arrays[name]
+        for name, flipped, dtype, places in self._named:
+            array = arrays[name].T if flipped else arrays[name]
             if array.dtype != dtype or not array.flags.c_contiguous or not array.flags.aligned:
                 return None
             entered.append((array, places))

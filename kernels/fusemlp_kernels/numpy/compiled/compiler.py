@@ -114,7 +114,10 @@ REDUCTION: Any = EXACT | {"fastmath": {"contract", "reassoc"}}
 def contents() -> int:
     """A number for the text of all files that are compiled."""
     here = Path(__file__).parent
-    files = [*sorted(here.glob("*.py")), here.parent.parent / "contract.py", here.parent.parent / "philox.py"]
+    files = [
+        *sorted(here.glob("*.py")),
+        *(here.parent.parent / f"{name}.py" for name in ("coding", "contract", "philox")),
+    ]
     number = 0
     for file in files:
         number = zlib.crc32(file.read_bytes(), number)
@@ -304,8 +307,8 @@ def call_function(typingctx: Any, address: Any, *given: Any) -> Any:
     return types.intp(types.intp, types.Tuple(kinds)), code
 
 
-head_at, call_at, tensor_at, phase_at, task_at, piece_at = map(
-    _records, (t.HEAD, t.CALL, t.TENSOR, t.PHASE, t.TASK, t.PIECE)
+head_at, call_at, tensor_at, phase_at, task_at, piece_at, column_at = map(
+    _records, (t.HEAD, t.CALL, t.TENSOR, t.PHASE, t.TASK, t.PIECE, t.COLUMN)
 )
 
 

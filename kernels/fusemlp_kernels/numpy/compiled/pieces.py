@@ -10,6 +10,7 @@ from numba.extending import register_jitable
 
 from fusemlp_kernels import contract as c
 from fusemlp_kernels.numpy.compiled import tables as t
+from fusemlp_kernels.numpy.compiled.columns import gradient_of_columns, sum_columns
 from fusemlp_kernels.numpy.compiled.compiler import (
     ELEMENTWISE,
     EXACT,
@@ -187,7 +188,7 @@ def _after_gradient(call: Any, head: Any, like: Any, counters: Any, piece: Any, 
     """Penalty, noise and update of a piece, and its panels for the next step; the sum of squares of a penalty."""
     left, width = piece.left, piece.right - piece.left
     inputs, top, bottom = call.k, piece.top, piece.bottom
-    if call.kind != t.WEIGHT:
+    if call.kind not in (t.WEIGHT, t.CODES):
         inputs, top, bottom = 0, 0, 1
     elif width == inputs:
         # whole rows lie together
@@ -204,7 +205,10 @@ def _after_gradient(call: Any, head: Any, like: Any, counters: Any, piece: Any, 
         if call.param:
             _update(call, head, like, counters, elements(like, call.out + at), at, call.first, first, width, 1.0, task)
     if call.panels and head.step + 1 < head.steps:
-        _pack(call, call.w, head, piece)
+        if call.kind == t.CODES:
+            sum_columns(call, like, piece.top, piece.bottom)
+        else:
+            _pack(call, call.w, head, piece)
     return total
 
 
@@ -221,5 +225,12 @@ def by_piece(call: Any, head: Any, like: Any, counters: Any, piece: Any, task: i
     if call.kind == t.PACK:
         _pack(call, call.w, head, piece)
         return 0.0
-    _gradient(call, head, like, counters, piece)
+    if call.kind == t.SUMS:
+        sum_columns(call, like, piece.top, piece.bottom)
+        return 0.0
+    if call.kind == t.CODES:
+        adds = counters[c.BATCH_INDEX] % head.accumulate != 0
+        gradient_of_columns(call, head, like, piece, shard_rows(call, head, counters), adds, task)
+    else:
+        _gradient(call, head, like, counters, piece)
     return _after_gradient(call, head, like, counters, piece, task)

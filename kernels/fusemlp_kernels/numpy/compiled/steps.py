@@ -15,6 +15,7 @@ from numba.extending import register_jitable
 
 from fusemlp_kernels import contract as c
 from fusemlp_kernels.numpy.compiled import tables as t
+from fusemlp_kernels.numpy.compiled.columns import add_columns
 from fusemlp_kernels.numpy.compiled.compiler import (
     EXACT,
     block,
@@ -92,6 +93,8 @@ def _by_rows(call: Any, head: Any, like: Any, counters: Any, task: int) -> None:
             dz[i] = 0
     elif kind == t.BACKWARD:
         derive_rows(call, like, partials, first, count)
+    elif kind == t.COLUMNS:
+        add_columns(call, head, like, first, count, task)
     elif kind == t.PERTURB:
         perturb_rows(call, like, rows, first, count, batch_index, lanes_of(head, task))
     elif kind == t.MEMBERS_AFFINE:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fusemlp_kernels.coding import KINDS
 from fusemlp_kernels.contract import ACTIVATIONS
 from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 
@@ -18,18 +19,20 @@ def _record(integers: str, floats: str = "") -> np.dtype[np.void]:
     return np.dtype([(name, np.int64) for name in integers.split()] + [(name, np.float64) for name in floats.split()])
 
 
-# The optimizer: its code and options, micro-batches to an update, whether it clips. Rows in the batch (COUNTED: ask the
-# counters). The control arrays, and how many epochs epoch_stats is of. The records after the head. Memory: partial
-# results, partial_count numbers a block; sums of pieces; random numbers of a row, lanes_row words a block or task;
-# zeros. The functions of products, panels and dot products. The plan: rows a block, phases, and how many of them come
-# before the first step only. The state of a launch: the steps to do, the step, the phase. noisy: the row numbers where
-# the gradients get noise; its key. blocks: those of a phase that is cut by rows; together: how many of them a task has
-# in this launch. shard_rows: the rows of a shard, 0 where calls have the whole batch. Then the hyperparameters; the
-# largest norm; what gradients are multiplied by in the update; the deviation and the divisor of noise.
+# The optimizer: its code and options, micro-batches to an update, whether it clips. Rows in the batch (COUNTED: ask
+# the counters). The control arrays, and how many epochs epoch_stats is of. The records after the head. Memory:
+# partial results, partial_count numbers a block; sums of pieces; random numbers of a row, lanes_row words a block or
+# task; zeros. The functions of products, panels and dot products. The plan: rows a block, phases, and how many of
+# them come before the first step only. The state of a launch: the steps to do, the step, the phase. noisy: the row
+# numbers where the gradients get noise; its key. blocks: those of a phase that is cut by rows; together: how many of
+# them a task has in this launch. shard_rows: the rows of a shard, 0 where calls have the whole batch. order, totals:
+# scratch of a task for the rows of each code, and for sums of them. Then the hyperparameters; the largest norm; what
+# gradients are multiplied by in the update; the deviation and the divisor of noise.
 HEAD = _record(
     "optimizer decoupled sklearn accumulate clips batch counters hyper rates stats epoch_stats epochs "
     "calls tensors phases tasks pieces partials partial_count sums lanes lanes_row zeros product pack dots "
-    "block phase_count prologue steps step phase noisy noise_low noise_high blocks together shard_rows",
+    "block phase_count prologue steps step phase noisy noise_low noise_high blocks together shard_rows "
+    "order order_row totals totals_row",
     f"{' '.join(HYPERPARAMETERS)} clip_norm scale deviation shared_by",
 )
 COUNTED = -1
@@ -39,38 +42,41 @@ PANEL = 32
 DEPTH = 512
 
 # The kinds of a row of calls; a call of the program is one row or several. By rows of the batch: GATHER: x[rows];
-# AFFINE and ACTIVATE: a layer; ENTROPY and ELEMENTWISE: cross-entropy or another loss; PADDING: zero dz after the last
-# row; BACKWARD; SQUARES and SHRINK: the norms of the rows' gradients, and clipping them;
-# PERTURB: inputs that raise the loss; MEMBERS_AFFINE and MEMBERS_BACKWARD: what members that share weights have of
-# their own; HEADS and HEADS_BACKWARD: an output layer of each member. By pieces of a tensor: WEIGHT, BIAS, SLOPES: a
-# gradient, with its update where there is a param; NORM: squares of gradients, for clipping; UPDATE; PACK: weights into
-# panels. CLOCK.
+# AFFINE and ACTIVATE: a layer; ENTROPY and ELEMENTWISE: cross-entropy or another loss; PADDING: zero dz after the
+# last row; BACKWARD; SQUARES and SHRINK: the norms of the rows' gradients, and clipping them; COLUMNS: a first layer
+# of codes; PERTURB: inputs that raise the loss; MEMBERS_AFFINE and MEMBERS_BACKWARD: what members that share weights
+# have of their own; HEADS and HEADS_BACKWARD: an output layer of each member. By pieces of a tensor: WEIGHT, BIAS,
+# SLOPES, CODES (weights of a first layer of codes): a gradient, with its update where there is a param; NORM: squares
+# of gradients, for clipping; UPDATE; PACK: weights into panels; SUMS: the rows that a layer of codes adds up. CLOCK.
 (
     GATHER, AFFINE, ACTIVATE, ENTROPY, ELEMENTWISE, PADDING, BACKWARD, WEIGHT, BIAS, SLOPES, NORM, UPDATE, PACK, CLOCK,
-    SQUARES, SHRINK, PERTURB, MEMBERS_AFFINE, MEMBERS_BACKWARD, HEADS, HEADS_BACKWARD,
-) = range(21)  # fmt: skip
+    SQUARES, SHRINK, PERTURB, MEMBERS_AFFINE, MEMBERS_BACKWARD, HEADS, HEADS_BACKWARD, COLUMNS, CODES, SUMS,
+) = range(24)  # fmt: skip
 
 # A row of calls: its kind and sizes. Row numbers, and 1 if the batch starts at ROW_OFFSET among them; input, weights,
-# the same in panels, bias, output, pre-activation, gradient by it, what else is written; prelu's slope, the gradient by
-# it and its place among the partial results; dropout's mask, and key, layer and threshold of its random numbers. The
-# tensors from first to before end that an update is of. A gradient may be updated from at once: param, its states and
-# its average, of tensor first; with descends the product lands in the parameter. pulls: a penalty is added to the
+# the same in panels, bias, output, pre-activation, gradient by it, what else is written; prelu's slope, the gradient
+# by it and its place among the partial results; dropout's mask, and key, layer and threshold of its random numbers.
+# The tensors from first to before end that an update is of. A gradient may be updated from at once: param, its states
+# and its average, of tensor first; with descends the product lands in the parameter. pulls: a penalty is added to the
 # gradient first. sums: scratch. The loss: targets, row weights, class weights (arrays), its code in LOSSES and its
 # options; mean: the place of its reduction in REDUCTIONS; smoothed: every class of a row has a target; wide: a row of
 # classes fills the vector registers; recorded: the statistics that count the loss (an array). afresh: the norms begin
-# with this layer. round: the perturbation's norm is 2; drawn: its start is random, by the key of dropout. members: row
-# i of the batch is one of member i % members; members' factors before and after a product, by_r and by_s, and each
-# task's sums of their gradients and of b's (arrays, a row a task); parts: a bias whose rows are such sums. shard: the
-# row of the batch with which the call's shard begins. Then the slope of leaky_relu, the dropout rate, the strength of a
-# penalty; the loss's numbers, divisor: what a mean divides by beside the row weights; the largest norm of a row's
-# gradient or perturbation; the length of its step, its bounds.
+# with this layer. round: the perturbation's norm is 2; drawn: its start is random, by the key of dropout. members:
+# row i of the batch is one of member i % members; members' factors before and after a product, by_r and by_s, and
+# each task's sums of their gradients and of b's (arrays, a row a task); parts: a bias whose rows are such sums.
+# shard: the row of the batch with which the call's shard begins. coding: a COLUMN for each of the columns of the
+# codes, of which x has slots a row; w is (K, N) then, and panels are the sums. Then the slope of leaky_relu, the
+# dropout rate, the strength of a penalty; the loss's numbers, divisor: what a mean divides by beside the row weights;
+# the largest norm of a row's gradient or perturbation; the length of its step, its bounds.
 CALL = _record(
     "kind n k rows walks x w panels b y z dz out slope dslope slope_part "
     "keep activation key_low key_high mask_layer threshold first end param state0 state1 average descends pulls sums "
     "target weighted class_weighted loss mean soft smoothed ignores ignored accuracy wide recorded "
-    "afresh round drawn members by_r by_s sum_r sum_s sum_b parts shard",
+    "afresh round drawn members by_r by_s sum_r sum_s sum_b parts shard coding columns slots",
     "fixed_slope rate strength smoothing option divisor largest length low high",
 )
+# A column of codes: see ``coding.Place``.
+COLUMN = _record("kind inputs slots first slot sums")
 REDUCTIONS = ("sum", "mean", "rows")
 BY_ITSELF = REDUCTIONS.index("rows")
 
@@ -90,3 +96,4 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
 
 SGD = list(OPTIMIZERS).index("sgd")
 IDENTITY = ACTIVATIONS.index("identity")
+NUMBERS, WORD, PIECES, BAG = range(len(KINDS))
