@@ -5,7 +5,12 @@ defaults are chosen on the tables of the half "development"; those of the half "
 Tables of 13,000 to 59,000 rows are in "development-large" and "final-large".
 Each seed holds out another fifth of the rows. fusemlp runs in process as ``fusemlp train FILE --target COLUMN --seed
 SEED`` and ``fusemlp predict``, the reading of the file included. The other models get the same rows: numbers by their
-median and standardised, words as one-hot columns.
+median and standardised, words as one-hot columns. LightGBM gets missing cells and categories as they are, and the
+folds of fusemlp's models (``boosted``).
+
+Seconds and processor seconds (user and system time of this process, all its threads) cover the same work: reading,
+preparation and training. In the first training of a process they also cover the imports and the loading of compiled
+code that come with it.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import tempfile
 import time
 import warnings
@@ -24,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.boosted import FiveFolds, categories, columns_of
 from bench.report import Record
 from bench.study import count, finish, parse, parser, say, table
 
@@ -31,18 +38,20 @@ HALVES = ("development", "final", "development-large", "final-large")
 CLASSES, NUMBERS = "classification", "regression"
 SCORES = {CLASSES: ("accuracy", "auc", "log_loss"), NUMBERS: ("r2",)}
 LOWER_IS_BETTER = frozenset({"log_loss"})
-FUSEMLP = "fusemlp"
+FUSEMLP, LIGHTGBM = "fusemlp", "lightgbm"
 MODELS = {
     FUSEMLP: "fusemlp train",
     "constant": "constant",
     "linear": "linear",
     "trees": "HistGradientBoosting",
+    LIGHTGBM: "LightGBM, five folds",
     "sklearn_mlp": "scikit-learn's MLP",
     "realmlp": "RealMLP-TD",
     "tabm": "TabM-D",
 }
-# Those of the package pytabkit, which the bench extra does not install.
 PYTABKIT = {"realmlp": "RealMLP_TD", "tabm": "TabM_D"}
+# The packages of models that the bench extra does not install.
+PACKAGES = {LIGHTGBM: "lightgbm", **dict.fromkeys(PYTABKIT, "pytabkit")}
 MOST_WORDS = 50
 
 
@@ -172,28 +181,51 @@ TABLES = (
 )
 
 
-def fusemlp_scores(one: Table, frame: Any, tested: Any, folder: Path, options: dict[str, Any]) -> tuple[float, Any]:
-    """Train and predict as the command line does; return the seconds of the training and the table of predictions."""
-    import pandas
-
-    from fusemlp.cli.model import predict
-    from fusemlp.cli.options import PredictOptions, TrainOptions
+def fusemlp_scores(one: Table, frame: Any, tested: Any, folder: Path, options: dict[str, Any]) -> tuple[Record, Any]:
+    """Train and predict as the command line does; return the times of the training and the table of predictions."""
+    from fusemlp.cli.options import TrainOptions
     from fusemlp.cli.train import train
 
-    run, rows, answers = folder / "run", folder / "test.csv", folder / "answers.csv"
+    run = folder / "run"
+    with contextlib.redirect_stdout(io.StringIO()):
+        began = clocks()
+        train(TrainOptions(data=str(folder / "train.csv"), target=one.target, out=str(run), quiet=True, **options))
+        times = since(began)
+    return times, fusemlp_answers(one, frame, tested, run)
+
+
+def fusemlp_answers(one: Table, frame: Any, tested: Any, run: Path) -> Any:
+    """Return the table of a run's predictions for its held-out rows."""
+    import pandas
+    from sklearn.metrics import r2_score
+
+    from fusemlp.cli.model import predict
+    from fusemlp.cli.options import PredictOptions
+
+    rows, answers = run.with_suffix(".test.csv"), run.with_suffix(".csv")
     frame.iloc[tested].drop(columns=one.target).to_csv(rows, index=False)
     with contextlib.redirect_stdout(io.StringIO()):
-        began = time.perf_counter()
-        train(TrainOptions(data=str(folder / "train.csv"), target=one.target, out=str(run), quiet=True, **options))
-        seconds = time.perf_counter() - began
         predict(PredictOptions(run=run, data=str(rows), out=answers, proba=one.task == CLASSES))
-    told = json.loads((run / "report.json").read_text(encoding="utf-8"))["test"]
-    predicted = pandas.read_csv(answers, keep_default_na=False)
+    predicted, truth = pandas.read_csv(answers, keep_default_na=False), frame[one.target].iloc[tested]
     if one.task == CLASSES:
-        # The rows are the run's own test rows, or the other models would be scored on others.
-        right = (predicted["prediction"].astype(str) == frame[one.target].iloc[tested].astype(str).to_numpy()).mean()
-        assert abs(right - told["accuracy"]) < 1e-9, (one.name, right, told["accuracy"])
-    return seconds, predicted
+        right = (predicted["prediction"].astype(str) == truth.astype(str).to_numpy()).mean()
+    else:
+        right = r2_score(truth, predicted["prediction"])
+    # The rows are the run's own test rows, or the other models would be scored on others.
+    told = json.loads((run / "report.json").read_text(encoding="utf-8"))["test"][SCORES[one.task][0]]
+    assert abs(right - told) < 1e-5, (one.name, right, told)
+    return predicted
+
+
+def clocks() -> tuple[float, float]:
+    """Return the seconds of the wall clock and of the processor, which ``since`` takes."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(began: tuple[float, float]) -> Record:
+    """Return the seconds and the processor seconds since ``clocks``."""
+    now = clocks()
+    return {"seconds": now[0] - began[0], "processor": now[1] - began[1]}
 
 
 def other(name: str, one: Table, words: Sequence[str], numbers: Sequence[str], seed: int) -> Any:
@@ -249,69 +281,83 @@ def scores(one: Table, truth: Any, labels: Sequence[Any], predicted: Any, probab
     }
 
 
+def answers_scores(one: Table, truth: Any, answers: Any) -> Record:
+    """Return the scores of a table of predictions and probabilities, in the form of ``fusemlp predict``."""
+    predicted = answers["prediction"]
+    if one.task == NUMBERS:
+        return scores(one, truth, (), predicted.to_numpy(), None)
+    labels = [label.removeprefix("probability_") for label in answers.columns[1:]]
+    return scores(one, truth, labels, predicted.astype(str).to_numpy(), answers.iloc[:, 1:].to_numpy())
+
+
+def truth_of(one: Table, frame: Any) -> Any:
+    """Return the target, classes as words."""
+    return frame[one.target].astype(str) if one.task == CLASSES else frame[one.target]
+
+
+def rows_of(one: Table, frame: Any, seed: int) -> tuple[Any, Any, Any]:
+    """Return the training and the held-out rows of ``fusemlp train``, and for each training row its fold's number."""
+    from fusemlp.datasets.preprocessing import split
+    from fusemlp.datasets.rows import FOLDS, folds
+
+    values, classify = frame[one.target].to_numpy(), one.task == CLASSES
+    trained, tested = split(values, fraction=0.2, seed=seed, stratify=classify)
+    numbers = np.empty(len(trained), np.int8)
+    for number, (_, validated) in enumerate(folds(values[trained], FOLDS, seed=seed, stratify=classify)):
+        numbers[validated] = number
+    return trained, tested, numbers
+
+
 def measure(one: Table, seed: int, models: Sequence[str], options: dict[str, Any]) -> list[Record]:
     """Return a line for each model on one table and one seed."""
     import pandas
 
-    from fusemlp.datasets.preprocessing import split
-
     frame = one.frame()
-    y = frame[one.target]
-    if one.task == CLASSES:
-        y = y.astype(str)
+    y = truth_of(one, frame)
     lines = []
     with tempfile.TemporaryDirectory() as kept, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(kept)
         file = folder / "train.csv"
         frame.to_csv(file, index=False)
-        values = frame[one.target].to_numpy()
-        trained, tested = split(values, fraction=0.2, seed=seed, stratify=one.task == CLASSES)
+        trained, tested, folds = rows_of(one, frame, seed)
         truth = y.iloc[tested].to_numpy()
         about = {"table": one.name, "task": one.task, "half": one.half, "seed": seed, "rows": len(frame)}
         about["columns"] = frame.shape[1] - 1
         for name in models:
             if name == FUSEMLP:
-                given = {"seed": seed, **options}
-                seconds, answers = fusemlp_scores(one, frame, tested, folder, given)
-                predicted, probability = answers["prediction"].to_numpy(), None
-                labels = [label.removeprefix("probability_") for label in answers.columns[1:]]
-                if one.task == CLASSES:
-                    predicted, probability = predicted.astype(str), answers.iloc[:, 1:].to_numpy()
+                times, answers = fusemlp_scores(one, frame, tested, folder, {"seed": seed, **options})
+                lines.append({**about, "model": name, **answers_scores(one, truth, answers), **times})
+                continue
+            began = clocks()
+            X = pandas.read_csv(file).drop(columns=one.target)
+            if name == LIGHTGBM:
+                X, model = categories(X), FiveFolds(folds, one.task == CLASSES, seed)
             else:
-                began = time.perf_counter()
-                read = pandas.read_csv(file)
-                X = read.drop(columns=one.target)
-                numeric = [pandas.api.types.is_numeric_dtype(X[column]) for column in X]
-                words = [column for column, number in zip(X, numeric, strict=True) if not number]
-                numbers = [column for column, number in zip(X, numeric, strict=True) if number]
-                # Texts of another word in nearly every row tell nothing.
-                words = [column for column in words if X[column].nunique() < 0.5 * len(X)]
+                words, numbers = columns_of(X)
                 X[words] = X[words].astype(object).where(X[words].notna(), "missing").astype(str)
                 model = other(name, one, words, numbers, seed)
-                model.fit(X.iloc[trained], y.iloc[trained])
-                seconds = time.perf_counter() - began
-                predicted = model.predict(X.iloc[tested])
-                labels = list(getattr(model, "classes_", ()))
-                probability = model.predict_proba(X.iloc[tested]) if labels else None
-            found = scores(one, truth, labels, predicted, probability)
-            lines.append({**about, "model": name, **found, "seconds": seconds})
+            model.fit(X.iloc[trained], y.iloc[trained])
+            times = since(began)
+            predicted, labels = model.predict(X.iloc[tested]), list(getattr(model, "classes_", ()))
+            probability = model.predict_proba(X.iloc[tested]) if labels else None
+            lines.append({**about, "model": name, **scores(one, truth, labels, predicted, probability), **times})
     return lines
 
 
 def means(lines: Sequence[Record]) -> dict[tuple[str, str], Record]:
-    """Return the mean scores and seconds over the seeds, by table and model."""
+    """Return the mean scores and seconds over the seeds, by table and model; NaN where results lack a figure."""
     grouped: dict[tuple[str, str], list[Record]] = {}
     for line in lines:
         grouped.setdefault((line["table"], line["model"]), []).append(line)
     return {
-        key: {**group[0], **{name: float(np.mean([one[name] for one in group])) for name in _figures(group[0])}}
+        key: {**group[0], **{name: _mean(group, name) for name in (*SCORES[group[0]["task"]], "seconds", "processor")}}
         for key, group in grouped.items()
     }
 
 
-def _figures(line: Record) -> tuple[str, ...]:
-    return (*SCORES[line["task"]], "seconds")
+def _mean(lines: Sequence[Record], name: str) -> float:
+    return float(np.mean([line.get(name, math.nan) for line in lines]))
 
 
 def ranks(found: dict[tuple[str, str], Record], score: str) -> dict[str, float]:
@@ -329,9 +375,13 @@ def ranks(found: dict[tuple[str, str], Record], score: str) -> dict[str, float]:
 
 
 def text(lines: Sequence[Record]) -> str:
-    """Return the scores of each table, the mean ranks and the seconds, as Markdown."""
+    """Return the scores of each table, the mean ranks and the seconds, as Markdown.
+
+    Beside each model stand its processor seconds, or "-"; the columns are missing if no line has any.
+    """
     found = means(lines)
     models = [name for name in MODELS if any(line["model"] == name for line in lines)]
+    processor = any("processor" in line for line in lines)
     parts = []
     for half in HALVES:
         own = {key: line for key, line in found.items() if line["half"] == half}
@@ -340,23 +390,31 @@ def text(lines: Sequence[Record]) -> str:
             if not chosen:
                 continue
             main, *more = SCORES[task]
-            rows = [_row(name, chosen, models, main) for name in dict.fromkeys(key[0] for key in chosen)]
+            rows = [[f"{half}, {task}: {main}", "rows", *(cell for m in models for cell in (MODELS[m], "processor s"))]]
+            rows += [_row(name, chosen, models, main) for name in dict.fromkeys(key[0] for key in chosen)]
             for score in (main, *more):
                 shown = ranks(chosen, score)
-                rows.append([f"mean rank by {score}", "", *(f"{shown[model]:.2f}" for model in models)])
-            seconds = (np.mean([line["seconds"] for (_, model), line in chosen.items() if model == m]) for m in models)
-            rows.append(["mean seconds", "", *(f"{value:.2f}" for value in seconds)])
-            header = [f"{half}, {task}: {main}", "rows", *(MODELS[model] for model in models)]
+                rows.append([f"mean rank by {score}", "", *(cell for m in models for cell in (f"{shown[m]:.2f}", ""))])
+            rows.append(["mean seconds", ""])
+            for m in models:
+                trainings = [line for (_, model), line in chosen.items() if model == m]
+                rows[-1] += [f"{_mean(trainings, 'seconds'):.2f}", _shown(_mean(trainings, "processor"))]
+            header, *rows = rows if processor else [[*row[:2], *row[2::2]] for row in rows]
             parts.append(table(header, rows))
     seeds = len({line["seed"] for line in lines})
     of = f"Means over {seeds} seeds, each with its own" if seeds > 1 else "One seed, with a"
-    named = f" --models {' '.join(models)}" if PYTABKIT.keys() & set(models) else ""
+    named = f" --models {' '.join(models)}" if PACKAGES.keys() & set(models) else ""
+    beside = ", and beside them its processor seconds, of all threads" if processor else ""
     caption = (
-        f"{of} fifth of the rows as test; in parentheses the seconds of a training, reading the file included. Bold: "
-        "the best of a row. The machine was shared, so the seconds are only indicative. To repeat: `python -m bench "
-        f"tables --half HALF --seeds {seeds}{named}`, for each HALF."
+        f"{of} fifth of the rows as test; in parentheses the seconds of a training, reading the file included{beside}. "
+        "Bold: the best of a row. The machine was shared, so the seconds are only indicative. To repeat: `python -m "
+        f"bench tables --half HALF --seeds {seeds}{named}`, for each HALF."
     )
     return "\n\n".join([*parts, caption])
+
+
+def _shown(seconds: float) -> str:
+    return "-" if math.isnan(seconds) else f"{seconds:.2f}"
 
 
 def _row(name: str, chosen: dict[tuple[str, str], Record], models: Sequence[str], score: str) -> list[str]:
@@ -366,7 +424,7 @@ def _row(name: str, chosen: dict[tuple[str, str], Record], models: Sequence[str]
     for line in values:
         shown = f"{line[score]:.3f}"
         shown = f"**{shown}**" if shown == f"{best:.3f}" else shown
-        cells.append(f"{shown} ({line['seconds']:.2f})")
+        cells += [f"{shown} ({line['seconds']:.2f})", _shown(line["processor"])]
     return [name, f"{values[0]['rows']:,}", *cells]
 
 
@@ -379,7 +437,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--seeds", type=count, default=3, metavar="N", help="default: %(default)s")
     made.add_argument("--options", default="{}", metavar="JSON", help="options of fusemlp train: '{\"lr\": 0.01}'")
     options = parse(made, arguments)
-    models = options.models or [name for name in MODELS if name not in PYTABKIT or find_spec("pytabkit")]
+    models = options.models or [name for name in MODELS if name not in PACKAGES or find_spec(PACKAGES[name])]
     names = options.table or [one.name for one in TABLES if options.half in (None, one.half)]
     lines: list[Record] = []
     for one in TABLES:
@@ -394,7 +452,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _told(lines: Sequence[Record], name: str, model: str) -> str:
     found = means([line for line in lines if line["table"] == name])[name, model]
-    return f"{model} {found[SCORES[found['task']][0]]:.3f} in {found['seconds']:.2f} s"
+    seconds = f"{found['seconds']:.2f} s ({found['processor']:.2f} s of processor)"
+    return f"{model} {found[SCORES[found['task']][0]]:.3f} in {seconds}"
 
 
 if __name__ == "__main__":

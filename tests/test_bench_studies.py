@@ -221,6 +221,16 @@ def test_ranks_of_tables_are_means_over_seeds_and_ties_share_theirs():
     assert "| mean rank by r2 |  | 1.75 | 1.25 |" in shown
 
 
+def test_processor_seconds_have_columns_and_older_results_a_dash():
+    old = scored("a", "linear", "regression", r2=0.5)
+    new = [{**scored("a", "fusemlp", "regression", r2=0.7), "seed": seed, "processor": 1.0 + seed} for seed in range(2)]
+    shown = tables.text([*new, old])
+    assert "| rows | fusemlp train | processor s | linear | processor s |" in shown
+    assert "| a | 1,000 | **0.700** (0.50) | 1.50 | 0.500 (0.50) | - |" in shown
+    assert "| mean seconds |  | 0.50 | 1.50 | 0.50 | - |" in shown
+    assert "processor" not in tables.text([old])
+
+
 def test_a_lower_log_loss_ranks_first():
     losses = {"fusemlp": 0.2, "linear": 0.4}
     lines = [scored("a", name, "classification", log_loss=loss, accuracy=0.5, auc=0.5) for name, loss in losses.items()]
