@@ -18,6 +18,8 @@ COMMANDS = {
     "sklearn_door": "time a fit of scikit-learn's estimators and of fusemlp's",
     "torch_door": "time a training step of eager PyTorch and the fused one",
     "tables": "score fusemlp train with its defaults on real tables, beside scikit-learn's models",
+    "trees": "measure fusemlp train and LightGBM's five folds as whole commands, on one thread",
+    "generate": "write the generated table for trees",
     "roofline": "compare each call of a step with the limits of the hardware",
     "kernels": "compare each kernel with the vendor's product and the unfused sequence",
     "overhead": "measure the cost of a step, an epoch and an import without the work; memory",
