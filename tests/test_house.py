@@ -9,7 +9,7 @@ BUDGETS = {
     "engine/fusemlp": 850,
     "engine/fusemlp/callbacks": 1_280,
     "engine/fusemlp/cli": 3_510,
-    "engine/fusemlp/datasets": 2_970,
+    "engine/fusemlp/datasets": 3_030,
     "engine/fusemlp/describe": 2_430,
     "engine/fusemlp/fleet": 1_930,
     "engine/fusemlp/inputs": 1_220,

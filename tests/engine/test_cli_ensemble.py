@@ -280,16 +280,6 @@ def test_baselines_learn_from_a_bounded_share_of_the_rows():
     assert fewer.size <= 104 and len(some) == len(fewer)
 
 
-def test_long_tables_keep_one_input_a_number(tmp_path, monkeypatch):
-    data = table(tmp_path / "data.csv", count=300)
-    # 32 inputs for two numbers, 3 for a word
-    for most, scale in ((300 * 35, "piecewise"), (300 * 35 - 1, "robust")):
-        monkeypatch.setattr(trials, "MOST_INPUTS", most)
-        monkeypatch.setattr(trials, "_error", lambda *given: 0.0 if given[3].scale == "piecewise" else 1.0)
-        made = prepared_data(TrainOptions(data=str(data), target="kind")).preprocessor
-        assert made.scale == scale
-
-
 def test_the_report_says_that_the_model_is_an_ensemble(trained):
     report, sizes = read(trained / "report.json"), read(trained / "config.json")["network"]["sizes"]
     for again in (False, True):

@@ -71,7 +71,7 @@ def predict(options: PredictOptions) -> None:
     notes: list[str] = []
     ids: dict[str, Array] = {}
     features = load_features(data, preprocessor, ids=ids, **options.reading(config, notes))
-    X = network_inputs(preprocessor, features, engine.precision)
+    X = network_inputs(preprocessor, features, engine.precision, codes=engine.inputs.reads_codes)
     predicted = predictions(engine, preprocessor, X)
     more = {} if held is None else _ends(engine, preprocessor, X, predicted, held, float(options.interval or 0))
     if models:
@@ -171,7 +171,8 @@ def evaluate(options: EvaluateOptions) -> None:
     else:
         features, labels = load_labelled(options.data, preprocessor, **options.reading(config, notes))
         seen = _trained_on(options, preprocessor, features, labels, notes)
-        X, weight = network_inputs(preprocessor, features, engine.precision), None
+        codes, weight = engine.inputs.reads_codes, None
+        X = network_inputs(preprocessor, features, engine.precision, codes=codes)
     if options.attack is not None:
         engine.network.check_single("attack", "an attack")
     how = attacks.chosen(options, preprocessor, X, features, option="attack", kinds=ATTACKS)

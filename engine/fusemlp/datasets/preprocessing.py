@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from fusemlp.datasets.scaling import SCALES, Knots, by_pieces, by_quantiles, cli
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.description import reading, stored
 from fusemlp.inputs.arrays import Array, as_class_labels, as_features, as_values, to_array
+from fusemlp_kernels.coding import NUMBERS, PIECES, WORD, Coding, Column
 from fusemlp_kernels.errors import CheckpointError, DataError, ShapeError, unknown_name
 
 Label = str | int | float | bool
@@ -230,8 +232,27 @@ class Preprocessor:
             inputs[[*shared, count]] = len(frequent)
         return inputs
 
+    @cached_property
+    def coding(self) -> Coding:
+        """The codes of the network's inputs: words, pieces of numbers, and numbers as they are."""
+        columns = []
+        for column, (words, inputs) in enumerate(zip(self.categories, self.widths, strict=True)):
+            pieces = self.pieces(column)
+            if words is not None:
+                columns.append(Column(WORD, inputs))
+            elif pieces > 1:
+                columns.append(Column(PIECES, pieces))
+            inputs -= pieces if pieces > 1 else 0
+            if words is None and inputs:
+                columns.append(Column(NUMBERS, inputs))
+        return Coding(tuple(columns))
+
     def transform_features(self, X: Any) -> Features:
         """Transform rows from ``load_data`` or ``load_features`` into (n, ``width``) float64."""
+        return self.coding.dense(self.encode_features(X))
+
+    def encode_features(self, X: Any) -> Features:
+        """Transform rows from ``load_data`` or ``load_features`` into codes (n, ``coding.slots``) float64."""
         names = self.feature_names
         features = as_features("X", X, width=len(names), dtype=np.float64, check_finite=False)
         missing = np.isnan(features)
@@ -257,29 +278,38 @@ class Preprocessor:
                 scaled[:, column] = by_quantiles(features[:, column], at)
         if numbers.all() and self.width == len(names):
             return scaled
-        widths = self.widths
-        result: Features = np.zeros((len(features), sum(widths)))
-        for column, (words, end) in enumerate(zip(self.categories, np.cumsum(widths).tolist(), strict=True)):
-            inputs = result[:, end - widths[column] : end]
-            if words is None:
-                pieces = self.pieces(column)
-                at = self.feature_knots[column] if pieces > 1 else None
-                cells = slice(column, column + 1)
-                inputs[:, :pieces] = scaled[:, cells] if at is None else by_pieces(features[:, column], at)
-                inputs[:, pieces:] = missing[:, cells]
+        codes: Features = np.empty((len(features), self.coding.slots))
+        slot = 0
+        for column, (words, inputs) in enumerate(zip(self.categories, self.widths, strict=True)):
+            if words is not None:
+                codes[:, slot] = self._codes_of_words(column, features[:, column], missing[:, column])
+                slot += 1
                 continue
-            codes = np.where(missing[:, column], -1, features[:, column])
-            wrong = (codes < -1) | (codes >= len(words)) | (codes != np.floor(codes)) | (features[:, column] == -1)
-            if wrong.any():
-                row = int(np.argmax(wrong))
-                raise DataError(
-                    f"X: {features[row, column]} at row {row}, column {column} is not the index of one of the "
-                    f"{len(words)} categories of {names[column]!r}; read the data with load_features"
-                )
-            places = self.word_inputs(column)[codes.astype(np.int64)]
-            rows = np.flatnonzero(places >= 0)
-            inputs[rows, places[rows]] = 1.0
-        return result
+            pieces = self.pieces(column)
+            at = self.feature_knots[column] if pieces > 1 else None
+            if at is not None:
+                codes[:, slot : slot + 2] = by_pieces(features[:, column], at)
+                slot += 2
+            else:
+                codes[:, slot] = scaled[:, column]
+                slot += 1
+            if inputs > pieces:
+                codes[:, slot] = missing[:, column]
+                slot += 1
+        return codes
+
+    def _codes_of_words(self, column: int, cells: Array, missing: Array) -> Array:
+        """Return the input of each cell's word among those of its column, -1 for none."""
+        words = self.categories[column] or ()
+        codes = np.where(missing, -1, cells)
+        wrong = (codes < -1) | (codes >= len(words)) | (codes != np.floor(codes)) | (cells == -1)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise DataError(
+                f"X: {cells[row]} at row {row}, column {column} is not the index of one of the "
+                f"{len(words)} categories of {self.feature_names[column]!r}; read the data with load_features"
+            )
+        return self.word_inputs(column)[codes.astype(np.int64)]
 
     def encode_targets(self, y: Any) -> Array:
         """Return the loss's targets: class indices (n,) int64, or float64 rows (one-hot or scaled)."""

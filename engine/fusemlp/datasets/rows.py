@@ -22,6 +22,7 @@ from fusemlp.datasets.preprocessing import Preprocessor, split
 from fusemlp.datasets.textfiles import Form
 from fusemlp.describe.text import listed
 from fusemlp.inputs.arrays import Array
+from fusemlp.inputs.columns import Columns
 from fusemlp_kernels.errors import ArgumentError, DataError
 
 Hashes = npt.NDArray[np.uint64]
@@ -32,6 +33,8 @@ _DRAWS = 10
 _PIECE = 2**15
 # The rows are cut into this many folds, or one a model if there are more models.
 FOLDS = 5
+# Codes take the place of so many times their inputs, or of none.
+SAVING = 2
 # Losses that train classes as one-hot rows.
 ONE_HOT = frozenset({"mse", "mae", "huber"})
 
@@ -213,9 +216,9 @@ def _numbers(dataset: Dataset, y: Array) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows for the engine: X (n, inputs), y for the loss, and ``labels`` as in the data."""
+    """Rows for the engine: X (n, inputs), perhaps Columns, y for the loss, and ``labels`` as in the data."""
 
-    X: Array
+    X: Any
     y: Array
     labels: Array
     weight: Array | None = None
@@ -243,38 +246,55 @@ def rows_for(
     rows: Array | None = None,
     weight: Array | None = None,
     by_class: Array | None = None,
+    codes: bool = False,
 ) -> Rows:
     """Return rows of X as ``load_data`` gives them (``rows`` are their indices, None for all) for an engine.
 
     ``weight`` (n,) are weights of the rows, ``by_class`` (classes,) those of their classes, which multiply these.
+    ``codes``: see ``network_inputs``.
     """
     if by_class is not None:
         weight = by_class[preprocessor.class_codes(labels)] * (1.0 if weight is None else weight)
-    inputs = network_inputs(preprocessor, X, precision, rows)
+    inputs = network_inputs(preprocessor, X, precision, rows, codes=codes)
     return Rows(inputs, preprocessor.encode_targets(labels), labels, weight)
 
 
-def network_inputs(preprocessor: Preprocessor, X: Array, precision: str, rows: Array | None = None) -> Array:
+def network_inputs(
+    preprocessor: Preprocessor, X: Array, precision: str, rows: Array | None = None, *, codes: bool = False
+) -> Any:
     """Return the inputs of rows (None: all) in the network's type, a piece at a time: float64 takes twice the memory.
 
-    Raises DataError, before it takes the memory, if there is not enough.
+    With ``codes`` they are Columns where these are shorter. Raises DataError, before it takes the memory, if there is
+    not enough.
     """
     count = len(X) if rows is None else len(rows)
-    check_memory(preprocessor, count, precision)
-    inputs = np.empty((count, preprocessor.width), np.float64 if precision == "fp64" else np.float32)
+    codes = codes and saves(preprocessor)
+    check_memory(preprocessor, count, precision, codes=codes)
+    coding = preprocessor.coding
+    transform, width = preprocessor.transform_features, preprocessor.width
+    if codes:
+        transform, width = preprocessor.encode_features, coding.slots
+    inputs = np.empty((count, width), np.float64 if precision == "fp64" else np.float32)
     finite = True
     try:
         with np.errstate(over="ignore"):
             for start in range(0, count, _PIECE):
                 piece = inputs[start : start + _PIECE]
                 selection = slice(start, start + _PIECE) if rows is None else rows[start : start + _PIECE]
-                piece[:] = preprocessor.transform_features(X[selection])
+                piece[:] = transform(X[selection])
                 finite = finite and bool(np.isfinite(piece).all())
     except DataError:
         # Its message has the row in the piece.
         finite = False
-    # The engine's error names a value that float32 cannot hold.
-    return inputs if finite else preprocessor.transform_features(X if rows is None else X[rows])
+    if not finite:
+        # The engine's error names a value that float32 cannot hold.
+        return preprocessor.transform_features(X if rows is None else X[rows])
+    return Columns(coding, inputs) if codes else inputs
+
+
+def saves(preprocessor: Preprocessor) -> bool:
+    """Return whether a first layer has less to do with codes than with dense rows."""
+    return SAVING * preprocessor.coding.slots <= preprocessor.width
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
@@ -301,9 +321,9 @@ def available_memory(root: Path = Path("/")) -> int | None:
     return min(limits, default=None)
 
 
-def check_memory(preprocessor: Preprocessor, rows: int, precision: str) -> None:
+def check_memory(preprocessor: Preprocessor, rows: int, precision: str, *, codes: bool = False) -> None:
     """Raise DataError if the inputs of this many rows do not fit into memory; it names the columns that take most."""
-    free, width = available_memory(), preprocessor.width
+    free, width = available_memory(), preprocessor.coding.slots if codes else preprocessor.width
     need = rows * width * (8 if precision == "fp64" else 4)
     if free is None or need <= free:
         return

@@ -128,11 +128,14 @@ def limits(pieces: int) -> tuple[Matrix, Matrix]:
 
 
 def by_pieces(values: Matrix, at: Knots) -> Matrix:
-    """Return an input for each piece of a column (n, pieces): 0 below it, 1 above it, a straight line within.
+    """Return for each value of a column its piece and the place in it, (n, 2): 0 at its first edge, 1 at its last.
 
-    The encoding of Gorishniy et al., "On embeddings for numerical features in tabular deep learning", 2022.
+    The inputs before the piece are 1, that of the piece is the place, and those after it are 0: the encoding of
+    Gorishniy et al., "On embeddings for numerical features in tabular deep learning", 2022.
     """
     points = np.array(at[0])
+    piece = np.searchsorted(points[1:-1], values, side="right")
     with np.errstate(over="ignore"):
-        inside: Matrix = (values[:, None] - points[:-1]) / np.diff(points)
-    return np.clip(inside, *limits(len(points) - 1))
+        inside = (values - points[piece]) / np.diff(points)[piece]
+    low, high = limits(len(points) - 1)
+    return np.stack([piece, np.clip(inside, low[piece], high[piece])], axis=1)

@@ -136,6 +136,7 @@ def baselines(
     from sklearn.dummy import DummyClassifier, DummyRegressor
     from sklearn.linear_model import LogisticRegression, Ridge
 
+    X, test_X = np.asarray(X), np.asarray(test_X)
     if preprocessor.classes is None:
         values = np.asarray(labels, np.float64).reshape(len(X), -1)
         truth = np.asarray(test_labels, np.float64).reshape(len(test_X), -1)

@@ -262,13 +262,14 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
     def _find_classes(self, classes: Array) -> None:
         """Set the classes of a classification."""
 
-    def _inputs(self, X: Any) -> Array:
+    def _inputs(self, X: Any) -> Any:
         """Return the network's inputs of a table's rows."""
         check_is_fitted(self)
         notes: list[str] = []
         features = load_features(as_table(self, X), self.preprocessor_, notes=notes)
         _tell(notes)
-        return network_inputs(self.preprocessor_, features, self.engine_.precision)
+        codes = self.engine_.inputs.reads_codes
+        return network_inputs(self.preprocessor_, features, self.engine_.precision, codes=codes)
 
     def _labelled(self, X: Any, y: Any) -> tuple[Array, Array]:
         """Return the features and the labels of rows as in the data."""

@@ -27,6 +27,7 @@ from fusemlp.datasets.rows import (
     network_ends,
     row_hashes,
     rows_for,
+    saves,
 )
 from fusemlp.datasets.scaling import SCALES
 from fusemlp.describe.checks import as_count, as_number, check_choice
@@ -134,7 +135,7 @@ class Prepared:
         """Return inputs and labels of all rows but the test rows, or of evenly spaced ones with ``most`` numbers."""
         parts = [part for part in (self.train, self.validation) if part is not None]
         step = max(1, -(-sum(part.X.size for part in parts) // most))
-        X, labels = ([getattr(part, name)[::step] for part in parts] for name in ("X", "labels"))
+        X, labels = ([np.asarray(getattr(part, name)[::step]) for part in parts] for name in ("X", "labels"))
         return np.concatenate(X), np.concatenate(labels)
 
     def engine(self, recipe: ModelRecipe, schedule: Schedule | None = None, privacy: DPSGD | None = None) -> Engine:
@@ -288,7 +289,10 @@ def prepare(
         first, last = network_ends(preprocessor, name)
         widths = descriptions.hidden_widths(recipe.hidden)
         net = network or descriptions.network((first, *widths, last), recipe, init=recipe.init, members=members)
-    check_memory(preprocessor, len(dataset.y) + (0 if dataset.test is None else len(dataset.test[1])), recipe.precision)
+    # attacks move inputs, and members, noise and clipped rows read them
+    coded = net.members == 1 and descriptions.trains_plainly(recipe) and saves(preprocessor)
+    count = len(dataset.y) + (0 if dataset.test is None else len(dataset.test[1]))
+    check_memory(preprocessor, count, recipe.precision, codes=coded)
     check_mergeable(net, models)
     weights = None
     if classify:
@@ -298,7 +302,7 @@ def prepare(
     loss.check_network(net)
 
     by_class = None if weights is None or name == "cross_entropy" else np.array(weights)
-    rows = partial(rows_for, preprocessor, precision=recipe.precision, by_class=by_class)
+    rows = partial(rows_for, preprocessor, precision=recipe.precision, by_class=by_class, codes=coded)
 
     def part(chosen: Indices, apart: tuple[Array, Array] | None = None) -> Rows | None:
         if apart is not None:

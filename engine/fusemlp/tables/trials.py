@@ -11,7 +11,7 @@ import numpy as np
 
 from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.datasets.rows import FOLDS, Fold, fit_preprocessor, folds, hold_out, network_ends
+from fusemlp.datasets.rows import FOLDS, Fold, fit_preprocessor, folds, hold_out, network_ends, network_inputs
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.backends import cpu_threads
@@ -23,9 +23,8 @@ from fusemlp_kernels.errors import DataError
 ROWS, TRIALS, EPOCHS, PATIENCE = 20_000, 3, 60, 5
 # A target with at least this skewness may be learned in logarithms.
 SKEWED = 1.0
-# Scalings of features, of which the first needs no reason, and the second this many rows, but not more than this many
-# inputs of all rows: half a gigabyte in fp32.
-SCALES, MANY_ROWS, MOST_INPUTS = ("robust", "piecewise"), 200, 1 << 27
+# Scalings of features, of which the first needs no reason, and the second this many rows.
+SCALES, MANY_ROWS = ("robust", "piecewise"), 200
 
 # Share of a time limit for all trials; epochs that it should leave each model of an ensemble, and the batches and the
 # share of the limit by which an epoch is timed. A share of it is for what follows the training, and as much remains for
@@ -137,8 +136,7 @@ def _parts(dataset: Dataset, rows: Array, seed: int) -> list[Fold]:
 
 def _has_pieces(dataset: Dataset, rows: Array, loss: str) -> bool:
     preprocessor = fit_preprocessor(dataset, rows, loss=loss, scale="piecewise")
-    cut = any(at is not None for at in preprocessor.feature_knots)
-    return cut and preprocessor.width * len(dataset.y) <= MOST_INPUTS
+    return any(at is not None for at in preprocessor.feature_knots)
 
 
 def _may_be_logarithms(dataset: Dataset, rows: Array) -> bool:
@@ -164,7 +162,8 @@ def _error(
     Infinite if a model diverged, NaN if the time was too short for more than ``PATIENCE`` epochs.
     """
     classify = preprocessor.classes is not None
-    X, labels = preprocessor.transform_features(dataset.X[rows]), dataset.y[rows]
+    X = network_inputs(preprocessor, dataset.X, fleet.first.precision, rows, codes=True)
+    labels = dataset.y[rows]
     kept, held_out = ([part[place] for part in parts] for place in (0, 1))
     results = fleet.fit(
         X,
