@@ -33,7 +33,7 @@ _DRAWS = 10
 _PIECE = 2**15
 # The rows are cut into this many folds, or one a model if there are more models.
 FOLDS = 5
-# Codes take the place of so many times their inputs, or of none.
+# Codes replace inputs where there are at least this many inputs a code.
 SAVING = 2
 # Losses that train classes as one-hot rows.
 ONE_HOT = frozenset({"mse", "mae", "huber"})
