@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from fusemlp.fleet.fleet import Fleet
     from fusemlp.fleet.results import Ensemble, FleetResults
     from fusemlp.inputs.blocks import Blocks
+    from fusemlp.inputs.columns import Columns
     from fusemlp.runtime.scaling import InputScaleWarning
     from fusemlp.training.history import History
     from fusemlp.training.lr_finder import LearningRateSweep, lr_find
@@ -86,6 +87,7 @@ __all__ = [
     "CSVLogger",
     "Callback",
     "CheckpointError",
+    "Columns",
     "Constant",
     "CosLog4",
     "Cosine",
@@ -138,6 +140,7 @@ __all__ = [
 _NAMES = {
     "fusemlp.datasets.load": "load_data",
     "fusemlp.inputs.blocks": "Blocks",
+    "fusemlp.inputs.columns": "Columns",
     "fusemlp.engine": "Engine load load_checkpoint",
     "fusemlp.fleet.results": "Ensemble FleetResults",
     "fusemlp.fleet.fleet": "Fleet",

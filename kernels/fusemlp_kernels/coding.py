@@ -13,10 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fusemlp_kernels.errors import ArgumentError
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 # The kinds of columns; a kernel knows each by its place.
 NUMBERS, WORD, PIECES, BAG = KINDS = ("numbers", "word", "pieces", "bag")
+# The most inputs of a column: codes are numbers of the parameters' type, and float32 counts no further.
+MOST_INPUTS = 1 << 24
 
 
 class Column(NamedTuple):
@@ -56,9 +60,24 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Coding:
-    """The columns of rows of codes, (n, ``slots``) real, that stand for inputs (n, ``inputs``)."""
+    """The columns of rows of codes, (n, ``slots``) real, that stand for inputs (n, ``inputs``).
+
+    Raises ArgumentError for a column of another kind, without inputs or with more than ``MOST_INPUTS``, for a bag
+    without pairs, and without columns.
+    """
 
     columns: tuple[Column, ...]
+
+    def __post_init__(self) -> None:
+        for column in self.columns:
+            kind, inputs, pairs = column
+            if kind not in KINDS or not 1 <= inputs <= MOST_INPUTS or (kind == BAG) != (pairs > 0):
+                raise ArgumentError(
+                    f"columns: expected a kind of {', '.join(KINDS)}, 1 to {MOST_INPUTS} inputs, and pairs for a bag "
+                    f"alone, got {column}"
+                )
+        if not self.columns:
+            raise ArgumentError("columns: expected at least one, got none")
 
     @cached_property
     def places(self) -> tuple[Place, ...]:
@@ -83,6 +102,17 @@ class Coding:
     def sums(self) -> int:
         """The rows of the table that a first layer adds up."""
         return sum(column.sums for column in self.columns)
+
+    @cached_property
+    def indices(self) -> Array:
+        """The (slot, least, greatest) of each slot that holds an index, int64."""
+        found = []
+        for column, place in zip(self.columns, self.places, strict=True):
+            if column.kind != NUMBERS:
+                first, step = place.slot, 2 if column.kind == BAG else column.slots
+                slots = range(first, first + column.slots, step)
+                found += [(slot, -1 if column.kind != PIECES else 0, column.inputs - 1) for slot in slots]
+        return np.array(found, np.int64).reshape(-1, 3)
 
     def dense(self, codes: Array) -> Array:
         """Return the inputs (n, ``inputs``) of rows of codes (n, ``slots``), of their type."""

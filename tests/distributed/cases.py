@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 import fusemlp
+from fusemlp_kernels.coding import Coding, Column
 
 STEPS = 50
 
@@ -26,6 +27,7 @@ class Case:
     numbers: bool = False
     weighted: bool = False
     validates: bool = False
+    coded: bool = False
 
     def engine(self, **others):
         options = {"backend": "numpy", "batch_size": 32, **self.options, **others}
@@ -55,6 +57,8 @@ CASES = {
     ),
     # wide enough for several tasks of the compiled loop in a shard, whose sums have their order; float64 shows it
     "wide fp64": Case((64, 256, 4), {**MOMENTUM, **SLOPES, **FP64, "dropout": 0.1, "batch_size": 512}, rows=1100),
+    "columns": Case((27, 24, 4), ADAM, coded=True, validates=True),
+    "columns fp64": Case((27, 24, 4), {**MOMENTUM, **FP64, "batch_size": 64}, coded=True),
     "early stopping": Case(
         SMALL, {"optimizer": fusemlp.Adam(lr=0.05), "normalise": True}, fit={"early_stopping": 2, "epochs": 60},
         validates=True,
@@ -75,6 +79,10 @@ def data(case):
     y = generator.normal(size=(case.rows + 40, outputs))
     if not case.numbers:
         y = (X[:, :outputs] + 0.5 * y).argmax(axis=1)
+    if case.coded:
+        words, pieces = generator.integers(0, 12, len(X)), generator.integers(0, 15, len(X))
+        coding = Coding((Column("word", 12), Column("pieces", 15)))
+        X = fusemlp.Columns(coding, np.column_stack([words, pieces, X[:, 0]]))
     batches = -(-case.rows // made.batch_size)
     given = {"X": X[: case.rows], "y": y[: case.rows], "epochs": -(-case.steps // batches)}
     if case.weighted:
@@ -119,12 +127,14 @@ def refusals(rank):
     case = CASES["momentum"]
     given, net, alike = data(case), fusemlp.MLP([9, 4]), {"backend": "numpy", "distributed": True}
     made = case.engine(distributed=True)
+    rows, coded = data(CASES["columns"]), CASES["columns"].engine(distributed=True)
     before = made.memory.params.copy()
     refused = {
         "seed": lambda: fusemlp.Engine(net, seed=rank, **alike),
         "loss": lambda: fusemlp.Engine(net, "mse" if rank else "mae", **alike),
         "reduce": lambda: case.engine(distributed=True, reduce="fast" if rank else "ordered"),
         "data": lambda: made.fit(**{**given, "X": given["X"] + (rank == 1)}),
+        "codes": lambda: coded.fit(**{**rows, "X": rows["X"][:: 1 - 2 * (rank == 1)]}),
         "epochs": lambda: made.fit(**{**given, "epochs": 1 + rank}),
         "step": lambda: made.step(given["X"][:8], given["y"][:8]),
         "adversarial": lambda: made.fit(**given, adversarial=fusemlp.FGSM(0.1)),

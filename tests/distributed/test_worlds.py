@@ -46,6 +46,7 @@ SAID = {
     "loss": "distributed: loss differs: rank 0 has {'kind': 'mae'",
     "reduce": "distributed: reduce differs: rank 0 has ordered, 2 ranks, rank 1 has fast, 2 ranks",
     "data": "distributed: X differs: rank 0 has float32 (123, 9) of digest",
+    "codes": "distributed: X differs: rank 0 has float32 (123, 3) of digest",
     "epochs": "distributed: epochs differs: rank 0 has 1, rank 1 has 2; give",
     "step": "step: a distributed engine trains in fit",
     "adversarial": "adversarial: it trains in one process so far",

@@ -28,7 +28,7 @@ from fusemlp.inputs.arrays import (
     to_array,
 )
 from fusemlp.inputs.blocks import Blocks, Peers
-from fusemlp.inputs.columns import Columns, codes_of
+from fusemlp.inputs.columns import Columns, codes_of, coding_of
 from fusemlp_kernels.contract import Backend, LossSpec
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, FusemlpError
 
@@ -207,26 +207,34 @@ class UserBatches:
         x, y, weight = self._ahead if self._ahead is not None else self._pull()
         self._ahead = (x, y, weight) if keep else None
         of = f"of batch {self._read}"
-        return inputs.examples(x, y, weight, (f"x {of}", f"y {of}", f"sample_weight {of}"))
+        return inputs.examples(x, y, weight, (f"x {of}", f"y {of}", f"sample_weight {of}"), codes=True)
 
     def check_alike(self, first: Examples, other: Examples) -> None:
-        """Raise DataError unless both have weights or none, and the same kind of targets."""
+        """Raise DataError unless both have weights or none, the same kind of targets, and the same columns."""
         if first.targets.soft != other.targets.soft or (first.weight is None) != (other.weight is None):
             raise DataError(
                 f"{self.argument}: batch {self._read} has other parts than batch 1; give all batches classes or all "
                 "of them rows of probabilities, and weights to all or to none"
             )
+        if coding_of(first.X) != coding_of(other.X):
+            raise DataError(
+                f"{self.argument}: batch {self._read} has other columns than batch 1; give all batches dense rows, or "
+                "all of them Columns with one coding"
+            )
 
     def collected(self, inputs: DeviceInputs) -> Examples:
         """Return copies of the rows of an epoch, in one batch on the host."""
         found: list[Examples] = []
+        first = self.next(inputs, keep=True)
         for _ in range(self.steps):
+            batch = self.next(inputs)
+            self.check_alike(first, batch)
             # a generator may write into the arrays that it has given away
-            found.append(self.next(inputs).map(lambda array: np.array(inputs.on_host(array))))
-            self.check_alike(found[0], found[-1])
-        weight = None if found[0].weight is None else np.concatenate([one.weight for one in found])
-        targets = Targets(np.concatenate([one.targets.values for one in found]), found[0].targets.soft)
-        return Examples(np.concatenate([one.X for one in found]), targets, weight)
+            found.append(batch.map(lambda array: np.array(codes_of(inputs.on_host(array)))))
+        weight = None if first.weight is None else np.concatenate([one.weight for one in found])
+        targets = Targets(np.concatenate([one.targets.values for one in found]), first.targets.soft)
+        X, coding = np.concatenate([one.X for one in found]), coding_of(first.X)
+        return Examples(X if coding is None else Columns(coding, X), targets, weight)
 
 
 class DeviceInputs:
@@ -247,15 +255,14 @@ class DeviceInputs:
 
         With ``codes`` Columns stay as they are where the engine reads codes.
         """
-        if (
-            isinstance(X, Columns)
-            and codes
-            and self.reads_codes
-            and X.coding.inputs == self.network.sizes[0]
-            and len(X)
-        ):
-            return X.astype(self.real)
-        width, native = self.network.sizes[0], self.backend.adopt(X)
+        width = self.network.sizes[0]
+        if isinstance(X, Columns):
+            if len(X) and X.shape[1] == width:
+                X = X.astype(self.real)
+                return X if codes and self.reads_codes else np.asarray(X)
+            # refused without a dense copy of all rows
+            X = np.broadcast_to(np.zeros((), self.real), X.shape)
+        native = self.backend.adopt(X)
         if native is not None:
             if _shape(native)[1:] == (width,) and len(native) and (not check_finite or self._fits(native)):
                 return native
@@ -330,7 +337,9 @@ class DeviceInputs:
 
     def extent(self, array: Any) -> tuple[float, float]:
         """Return the least and the greatest value in a checked array."""
-        array = codes_of(array)
+        if isinstance(array, Columns):
+            # beside the zeros and ones that its indices stand for
+            return float(array.values.min(initial=0.0)), float(array.values.max(initial=1.0))
         if isinstance(array, np.ndarray):
             return float(array.min()), float(array.max())
         return self.backend.extent(array)

@@ -12,7 +12,6 @@ import numpy as np
 from fusemlp.datasets.scaling import statistics
 from fusemlp.describe.checks import caller_level, check_flag
 from fusemlp.inputs.arrays import Array
-from fusemlp.inputs.columns import Columns
 from fusemlp.inputs.examples import DeviceInputs
 from fusemlp_kernels.contract import Backend
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError
@@ -115,10 +114,10 @@ class Scaling:
 
     def warn(self, argument: str, X: Any) -> None:
         """Warn if checked training rows X are far from unit scale, judged by a sample of them."""
-        if self.normalise is not None or isinstance(X, Columns):
+        if self.normalise is not None:
             return
         rows = min(SAMPLE_ROWS, max(1, SAMPLE_NUMBERS // self.inputs.network.sizes[0]))
-        sample = self.inputs.on_host(X[:: -(-len(X) // rows)]).astype(np.float64).ravel()
+        sample = np.asarray(self.inputs.on_host(X[:: -(-len(X) // rows)]), np.float64).ravel()
         count = int(np.count_nonzero(sample))
         with np.errstate(over="ignore"):
             # no BLAS: its threads would go on spinning beside those of the training

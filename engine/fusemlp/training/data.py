@@ -16,9 +16,8 @@ from fusemlp.callbacks import announce
 from fusemlp.describe.checks import caller_level
 from fusemlp.inputs.arrays import Array, as_class_weights, balanced, to_array
 from fusemlp.inputs.blocks import Blocks
-from fusemlp.inputs.columns import coding_of
+from fusemlp.inputs.columns import codes_of, coding_of
 from fusemlp.inputs.examples import Examples, Targets, UserBatches
-from fusemlp.program.passes.attack import passes_against
 from fusemlp.runtime.attacks import check_within
 from fusemlp.runtime.backends import row_order as shuffled
 from fusemlp.runtime.ranks import Ranks
@@ -87,8 +86,8 @@ def fit_data(engine: Trainer, plan: FitPlan, X: Any, y: Any, sample_weight: Any,
         engine.scaling.check_measured()
         train = batches.next(engine.inputs, keep=True)
     else:
-        # the attack moves inputs, which codes have not
-        train = engine.inputs.examples(X, y, sample_weight, codes=not passes_against(plan.adversary))
+        # an attack moves inputs, which codes have not
+        train = engine.inputs.examples(X, y, sample_weight, codes=plan.adversarial is None)
     check_within(engine, "X", train.X, plan.adversary)
     validation = checked_validation(engine, validation_data, steps=plan.validation_steps)
     if plan.validation_split:
@@ -261,7 +260,8 @@ def _check_alike(engine: Trainer, plan: FitPlan, data: FitData) -> None:
         if rows is not None:
             arrays = {"y": rows.targets.values, "sample_weight": rows.weight}
             # blocks are read by parts
-            arrays |= {"X": rows.X} if kind or data.share is None else {}
+            arrays |= {"X": codes_of(rows.X)} if kind or data.share is None else {}
+            things[f"{kind}coding"] = coding_of(rows.X)
             named = {f"{kind}{name}": array for name, array in arrays.items()}
             things |= {name: None if array is None else engine.inputs.on_host(array) for name, array in named.items()}
     engine.ranks.check_same(things)

@@ -80,7 +80,7 @@ def lr_find(
     start = as_number("start", start, low=0.0, low_open=True)
     end = as_number("end", end, low=start, low_open=True)
     steps = as_count("steps", steps, minimum=FEWEST_STEPS)
-    data = engine.inputs.examples(X, y, sample_weight)
+    data = engine.inputs.examples(X, y, sample_weight, codes=True)
     engine.scaling.warn("X", data.X)
     unmeasured = engine.normalise and engine.scaling.scale is None
     scaled = engine.scaling.measured(data.X).applied(data.X) if unmeasured else engine.scaling.normalised(data.X)

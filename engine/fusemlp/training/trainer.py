@@ -9,6 +9,7 @@ from fusemlp.describe.description import Machine
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.session import Session
 from fusemlp.training.history import FitState, History
+from fusemlp_kernels.coding import Coding
 from fusemlp_kernels.contract import RATE_SCALE
 from fusemlp_kernels.errors import ArgumentError, ShapeError
 
@@ -52,6 +53,13 @@ class Trainer(Session):
     def keeps_best(self) -> bool:
         """Return whether there are such weights."""
         return self._best is not None
+
+    def lay_out(self, coding: Coding | None) -> None:
+        """Lay out the weights of the first layer for rows with a coding, or for dense ones with None."""
+        if self.coded != (coding is not None):
+            # by name: in the arena they lie as before
+            self._best = self.best_parameters
+        super().lay_out(coding)
 
     def keep_best(self) -> None:
         """Keep what predictions read now as the best weights."""

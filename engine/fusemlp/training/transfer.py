@@ -206,7 +206,7 @@ def probing(
     )
     start = engine.memory.tensors()
     tail.memory.write(later(start))
-    rows = engine.inputs.features("X", X)
+    rows = engine.inputs.features("X", X, codes=True)
     scale = engine.scaling.scale
     engine.scaling.warn("X", rows)
     if engine.normalise and scale is None:
@@ -214,7 +214,7 @@ def probing(
     try:
         if isinstance(validation_data, tuple | list) and validation_data:
             Xv, *others = validation_data
-            held = engine.inputs.features("validation_data[0]", Xv)
+            held = engine.inputs.features("validation_data[0]", Xv, codes=True)
             validation_data = (engine.inference.outputs_of(held, kept), *others)
         yield tail, engine.inference.outputs_of(rows, kept), validation_data
     finally:
