@@ -148,7 +148,8 @@ class CallTable:
         if fields.get("dslope") is not None:
             fields["slope_part"] = t.SLOPES_PART + self.slopes
             self.slopes += 1
-        self.widest = max(self.widest, sizes["n"], 0 if coding is None else sizes["k"])
+        # of a layer of codes the units, and not the inputs
+        self.widest = max(self.widest, sizes["k" if kind in ("CODES", "SUMS") else "n"])
         self.fill(len(self.rows) - 1, kind=getattr(t, kind), shard=self.shard, **fields)
 
     def add_later(self) -> None:
@@ -187,7 +188,12 @@ class CallTable:
         return None
 
     def in_panels(self, w: Array, coding: Coding | None = None) -> Array:
-        """Memory for the panels of w, or with ``coding`` for the sums of w (K, N); filled before the first step."""
+        """Memory for the panels of w, or with ``coding`` for the sums of w (K, N); filled before the first step.
+
+        Without columns in pieces the sums are the rows of w themselves.
+        """
+        if coding is not None and coding.sums == coding.inputs:
+            return w
         if _address(w) not in self.panels:
             shape = (w.shape[1], -(-len(w) // t.PANEL) * t.PANEL) if coding is None else (coding.sums, w.shape[1])
             self.panels[_address(w)] = w, self.scratch(*shape), coding
