@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris
+from sklearn.linear_model import Ridge
 
 from fusemlp import MLP, Adam, CrossEntropy, Engine, Fleet, ReduceOnPlateau, load_checkpoint
 from fusemlp.callbacks import EarlyStopping
 from fusemlp.describe.metrics import METRICS, Judged, rises
-from fusemlp.report.metrics import class_scores, headline, spelled
+from fusemlp.report.metrics import class_scores, headline, ridge, spelled
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 from make import read, rows, run
 
@@ -78,6 +79,32 @@ def test_numbers_are_scored_as_documented():
     pinball = np.maximum(0.9 * error, -0.1 * error).mean()
     assert value("pinball", truth, predicted, quantile=0.9) == pytest.approx(pinball, rel=1e-12)
     assert math.isnan(value("r2", truth[:1], predicted[:1]))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_numbers_have_the_scores_of_scikit_learn(dtype, weighted):
+    truth, predicted = RNG.normal(size=(500, 3)).astype(dtype), RNG.normal(size=(500, 3)).astype(np.float32)
+    truth[:, 1] = 2.0
+    weight = RNG.random(500) if weighted else None
+    functions = {"rmse": sk.root_mean_squared_error, "mae": sk.mean_absolute_error, "r2": sk.r2_score}
+    expected = {name: of(truth, predicted, sample_weight=weight) for name, of in functions.items()}
+    expected["pinball"] = sk.mean_pinball_loss(truth, predicted, sample_weight=weight, alpha=0.3)
+    # sums of 500 numbers; weights make them float64
+    rel = 500 * 2**-24 if dtype == np.float32 and not weighted else 1e-12
+    for name, right in expected.items():
+        assert value(name, truth, predicted, None, weight, 0.3) == pytest.approx(right, rel=rel), name
+    assert value("r2", truth[:, 1], truth[:, 1]) == 1.0
+
+
+@pytest.mark.parametrize("shape", [(300, 20), (20, 30), (50, 3)])
+def test_the_linear_baseline_is_a_ridge_regression(shape):
+    X, values = RNG.normal(size=shape) + 3.0, RNG.normal(size=(shape[0], 2)) + 7.0
+    if shape == (50, 3):
+        # numbers of 1e9 and their sums: rounding leaves equations that are not definite
+        X = 1e9 * np.column_stack([X, X.sum(axis=1), X[:, 0]])
+    expected = Ridge().fit(X, values).predict(X)
+    np.testing.assert_allclose(ridge(X, values, X), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_directions():

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.model_selection import KFold, train_test_split
 
 from fusemlp.datasets.load import Dataset, load_data
 from fusemlp.datasets.preprocessing import Preprocessor, split
+from fusemlp.datasets.rows import FOLDS, folds
 from fusemlp.datasets.scaling import CLIP, SCALES
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError, DataError, ShapeError
 
@@ -41,6 +43,21 @@ def test_a_split_is_a_partition_and_a_function_of_the_seed(stratify):
     np.testing.assert_array_equal(test, again[1])
     assert not np.array_equal(test, split(y, seed=4, stratify=stratify)[1])
     assert len(split(y, seed=2**70, stratify=stratify)[0]) == len(train)
+
+
+@pytest.mark.parametrize("seed", [0, 2**33 + 5])
+@pytest.mark.parametrize("count", [10, 1003])
+def test_rows_without_classes_are_drawn_as_scikit_learn_draws_them(count, seed):
+    y, state = np.arange(count) / 2, {"random_state": seed % 2**32}
+    for fraction in (0.2, 0.37):
+        parts = split(y, fraction=fraction, seed=seed, stratify=False)
+        expected = train_test_split(np.arange(count), test_size=math.ceil(fraction * count), **state)
+        for rows, right in zip(parts, expected, strict=True):
+            np.testing.assert_array_equal(rows, right)
+    for models in (2, 7):
+        cut = list(KFold(max(models, FOLDS), shuffle=True, **state).split(y))[:models]
+        for fold, right in zip(folds(y, models, seed=seed, stratify=False), cut, strict=True):
+            np.testing.assert_array_equal(np.concatenate(fold), np.concatenate(right))
 
 
 def test_a_stratified_split_keeps_the_shares():

@@ -31,8 +31,6 @@ def split(y: Array, *, fraction: float = 0.2, seed: int, stratify: bool) -> tupl
     a class with a single row stays in the training rows, with a warning. Raises DataError if a side would be
     empty or, stratified, have fewer rows than there are classes.
     """
-    from sklearn.model_selection import train_test_split
-
     as_number("fraction", fraction, low=0, high=1, low_open=True, high_open=True)
     as_count("seed", seed, minimum=0)
     rows, kept, labels, needed = np.arange(len(y), dtype=np.int64), np.empty(0, np.int64), None, 1
@@ -54,6 +52,12 @@ def split(y: Array, *, fraction: float = 0.2, seed: int, stratify: bool) -> tupl
     if len(kept):
         names = ", ".join(repr(label) for label in np.unique(y[kept]).tolist()[:10])
         warnings.warn(f"classes with a single row, which is not held out: {names}", stacklevel=2)
+    if labels is None:
+        # as train_test_split draws them: the import of scikit-learn takes a second
+        drawn = np.random.RandomState(seed % 2**32).permutation(rows)
+        return drawn[tested:], drawn[:tested]
+    from sklearn.model_selection import train_test_split
+
     train, test = train_test_split(rows, test_size=tested, random_state=seed % 2**32, stratify=labels)
     return np.concatenate([train, kept]), test
 

@@ -116,20 +116,23 @@ def hold_out(dataset: Dataset, rows: Indices, *, fraction: float, seed: int) -> 
 
 def folds(labels: Array, models: int, *, seed: int, stratify: bool) -> tuple[Fold, ...]:
     """Return training and validation rows for each model, as indices of ``labels``; no two models validate on a row."""
-    from sklearn.model_selection import KFold, StratifiedKFold
-
     count = max(models, FOLDS)
     if len(labels) < count:
         raise DataError(f"models: {models} need {count} folds of the training rows, and these are {len(labels)}")
-    common = {"n_splits": count, "shuffle": True, "random_state": seed % 2**32}
     # as codes: scikit-learn takes labels beyond int64 for measurements
     _, codes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    stratified = stratify and int(sizes.max()) >= count
-    cut = StratifiedKFold(**common) if stratified else KFold(**common)
+    if not stratify or int(sizes.max()) < count:
+        # as KFold cuts them: the import of scikit-learn takes a second
+        rows = np.arange(len(labels))
+        parts = np.array_split(np.random.RandomState(seed % 2**32).permutation(rows), count)[:models]
+        return tuple((np.setdiff1d(rows, part, assume_unique=True), np.sort(part)) for part in parts)
+    from sklearn.model_selection import StratifiedKFold
+
     with warnings.catch_warnings():
         # A class with fewer rows than folds is missing in some.
         warnings.simplefilter("ignore", UserWarning)
-        return tuple(cut.split(labels, codes if stratified else None))[:models]
+        cut = StratifiedKFold(n_splits=count, shuffle=True, random_state=seed % 2**32)
+        return tuple(cut.split(labels, codes))[:models]
 
 
 def _last(times: Array, fraction: float) -> tuple[Indices, Indices]:

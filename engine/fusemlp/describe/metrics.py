@@ -1,9 +1,12 @@
-"""Scores of a model on labelled rows beside its loss, each with its direction, from scikit-learn."""
+"""Scores of a model on labelled rows beside its loss, each with its direction, as scikit-learn defines them.
+
+Those of numbers are computed here: the import of scikit-learn takes a second.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,8 +70,34 @@ def _balanced_accuracy(rows: Judged) -> float:
     return _by("recall_score", average="macro", labels=np.unique(rows.truth), zero_division=0.0)(rows)
 
 
-def _r2(rows: Judged) -> float:
-    return _by("r2_score")(rows) if len(rows.truth) > 1 else float("nan")
+def _of_numbers(of: Callable[[Array, Judged], Array]) -> Callable[[Judged], float]:
+    """Return the mean over the targets of ``of``, a function of the errors (n, N): truth less prediction."""
+
+    def mean(rows: Judged) -> float:
+        truth, predicted = (part.reshape(len(part), -1) for part in (rows.truth, rows.predicted))
+        dtype = np.result_type(truth, predicted, *([] if rows.weight is None else [rows.weight]))
+        truth = truth.astype(dtype)
+        return float(np.mean(of(truth - predicted, replace(rows, truth=truth))))
+
+    return mean
+
+
+def _average(values: Array, rows: Judged) -> Array:
+    return np.asarray(np.average(values, axis=0, weights=rows.weight))
+
+
+def _pinball(errors: Array, rows: Judged) -> Array:
+    return _average(np.where(errors >= 0, rows.quantile * errors, (rows.quantile - 1.0) * errors), rows)
+
+
+def _r2(errors: Array, rows: Judged) -> Array:
+    """Return the share of the variance that is explained; of a constant target 1 without any error, else 0."""
+    if len(errors) < 2:
+        return np.full(errors.shape[1], np.nan)
+    weight = 1.0 if rows.weight is None else rows.weight[:, None]
+    left, whole = (weight * part**2 for part in (errors, rows.truth - _average(rows.truth, rows)))
+    left, whole = left.sum(axis=0), whole.sum(axis=0)
+    return np.where(whole != 0, 1 - left / np.where(whole != 0, whole, 1), left == 0)
 
 
 def _by(name: str, **options: Any) -> Callable[[Judged], float]:
@@ -90,10 +119,10 @@ METRICS = {
         Metric("f1", True, KINDS[:3], _by("f1_score", average="macro", zero_division=0.0)),
         Metric("auc", True, KINDS[:3], _auc),
         Metric("log_loss", False, KINDS[:1], _log_loss),
-        Metric("rmse", False, KINDS[3:], _by("root_mean_squared_error")),
-        Metric("mae", False, KINDS[3:], _by("mean_absolute_error")),
-        Metric("r2", True, KINDS[3:], _r2),
-        Metric("pinball", False, KINDS[3:], lambda rows: _by("mean_pinball_loss", alpha=rows.quantile)(rows)),
+        Metric("rmse", False, KINDS[3:], _of_numbers(lambda errors, rows: np.sqrt(_average(errors**2, rows)))),
+        Metric("mae", False, KINDS[3:], _of_numbers(lambda errors, rows: _average(np.abs(errors), rows))),
+        Metric("r2", True, KINDS[3:], _of_numbers(_r2)),
+        Metric("pinball", False, KINDS[3:], _of_numbers(_pinball)),
     )
 }
 

@@ -133,30 +133,46 @@ def baselines(
 
     "constant" is the shares of the classes or the mean, "linear" a logistic regression or a ridge regression.
     """
-    from sklearn.dummy import DummyClassifier, DummyRegressor
-    from sklearn.linear_model import LogisticRegression, Ridge
-
     X, test_X = np.asarray(X), np.asarray(test_X)
     if preprocessor.classes is None:
         values = np.asarray(labels, np.float64).reshape(len(X), -1)
         truth = np.asarray(test_labels, np.float64).reshape(len(test_X), -1)
-        return {
-            name: figures(Judged(truth, model.fit(X, values).predict(test_X).reshape(truth.shape)), probable=False)
-            for name, model in (("constant", DummyRegressor()), ("linear", Ridge()))
-        }
+        predicted = {"constant": np.broadcast_to(values.mean(axis=0), truth.shape), "linear": ridge(X, values, test_X)}
+        return {name: figures(Judged(truth, numbers), probable=False) for name, numbers in predicted.items()}
+    from sklearn.linear_model import LogisticRegression
+
     codes, right = preprocessor.class_codes(labels), preprocessor.class_codes(test_labels)
-    constant = DummyClassifier(strategy="prior")
-    linear = LogisticRegression(max_iter=ITERATIONS) if len(np.unique(codes)) > 1 else constant
-    scores = {}
-    for name, model in (("constant", constant), ("linear", linear)):
-        # a class without training rows has probability 0
-        shares = np.zeros((len(right), preprocessor.outputs))
+    # a class without training rows has probability 0
+    constant = np.tile(np.bincount(codes, minlength=preprocessor.outputs) / len(codes), (len(right), 1))
+    linear = constant.copy()
+    if constant.max() < 1.0:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model.fit(X, codes)
-        shares[:, model.classes_] = model.predict_proba(test_X)
-        scores[name] = figures(Judged(right, shares.argmax(axis=1), shares), probable=True)
-    return scores
+            model = LogisticRegression(max_iter=ITERATIONS).fit(X, codes)
+        linear[:, model.classes_] = model.predict_proba(test_X)
+    predicted = {"constant": constant, "linear": linear}
+    return {name: figures(Judged(right, p.argmax(axis=1), p), probable=True) for name, p in predicted.items()}
+
+
+def ridge(X: Array, values: Array, test_X: Array) -> Array:
+    """Return the numbers (m, N) that a ridge regression of strength 1 on X (n, K) and values (n, N) predicts.
+
+    It solves the normal equations, or their dual of fewer rows than inputs, as scikit-learn's, whose import takes a
+    second; by singular values where rounding has left the equations indefinite.
+    """
+    from scipy import linalg
+
+    centre, mean = X.mean(axis=0), values.astype(X.dtype).mean(axis=0)
+    X, values, wide = X - centre, values.astype(X.dtype) - mean, X.shape[1] > len(X)
+    gram = X @ X.T if wide else X.T @ X
+    gram.flat[:: len(gram) + 1] += 1.0
+    try:
+        solved = linalg.solve(gram, values if wide else X.T @ values, assume_a="pos", overwrite_a=True)
+        weights = X.T @ solved if wide else solved
+    except linalg.LinAlgError:
+        rows, sizes, inputs = np.linalg.svd(X, full_matrices=False)
+        weights = inputs.T @ ((sizes / (sizes**2 + 1.0))[:, None] * (rows.T @ values))
+    return np.asarray(test_X @ weights + (mean - centre @ weights))
 
 
 def worse_than(report: Mapping[str, Any]) -> Iterator[str]:
