@@ -307,6 +307,37 @@ def test_import_brings_in_nothing_heavy(options, tmp_path):
     assert sorted(modules.intersection(HEAVY)) == []
 
 
+TRAIN_PROBE = """
+import contextlib, io, json, sys
+from fusemlp.cli import main
+loaded = {}
+class Shown(io.StringIO):
+    def write(self, text):
+        loaded.setdefault(" ".join(text.split()[:1]), sorted(sys.modules))
+        return len(text)
+words = "train table.csv --target size --epochs 2 --hidden 4 --quiet --out run"
+with contextlib.redirect_stdout(Shown()), contextlib.suppress(SystemExit):
+    main(words.split())
+print(json.dumps([loaded["test"], loaded["run"]]))
+"""
+# Their imports take a second and a half, and a table of numbers trains, is judged and drawn without them.
+UNUSED = ("sklearn", "pandas", "scipy.stats", "scipy.optimize", "scipy.sparse", "joblib", "torch", "triton", "onnx")
+UNUSED += ("matplotlib.pyplot", "rich.progress", "tensorboard", "mlflow", "wandb")
+
+
+def test_train_of_a_table_imports_what_it_needs_and_nothing_to_draw_before_the_scores(tmp_path):
+    rows = [f"{'ab'[row % 2]},{row % 17},{row * 7 % 31}.5" for row in range(250)]
+    (tmp_path / "table.csv").write_text("\n".join(["word,number,size", *rows]))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, SOURCES))}
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN_PROBE], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, check=True
+    )
+    at_scores, at_end = map(set, json.loads(done.stdout))
+    assert "numba" in at_scores and {"matplotlib", "jinja2"} <= at_end
+    assert at_end.intersection(UNUSED) == set()
+    assert at_scores.intersection({"matplotlib", "jinja2"}) == set()
+
+
 def test_every_public_name_resolves():
     assert [name for name in fusemlp.__all__ if not hasattr(fusemlp, name)] == []
     assert len(set(fusemlp.__all__)) == len(fusemlp.__all__)

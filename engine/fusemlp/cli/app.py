@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import gc
 import importlib
 import inspect
 import io
@@ -243,6 +244,8 @@ COMMANDS = {
 PROGRAM = "fusemlp"
 # A shell sets it to ask for completions.
 COMPLETE_VARIABLE = "_FUSEMLP_COMPLETE"
+# The new objects after which Python looks for cycles of them. A command's imports make many that last.
+COLLECTED = 10_000
 # The word for a value in --help; typer knows one for numbers.
 METAVARS: dict[Any, str] = {
     **{str: "NAME", str | None: "NAME", Path: "FILE", Path | None: "FILE"},
@@ -355,6 +358,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # on Windows a redirected output has a code page that lacks most letters of the world
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    collected = gc.get_threshold()
+    gc.set_threshold(COLLECTED, *collected[1:])
     with lasting_streams(), warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         if not leading():
@@ -378,6 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         finally:
             unlock()
+            gc.set_threshold(*collected)
         print(f"error: {message}", file=sys.stderr)
         report_failure(f"error: {message}")
         sys.exit(code)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -173,8 +173,10 @@ def _scaled_best(run: Run, engine: Engine, history: History, temperature: Temper
     return None
 
 
-def finish(run: Run, trained: Trained) -> dict[str, Any]:
-    """Write the final files of a training, and return the report.
+def finish(
+    run: Run, trained: Trained, scored: Callable[[Mapping[str, Any]], object] = lambda report: None
+) -> dict[str, Any]:
+    """Write the final files of a training, and return the report; ``scored`` gets it before anything is drawn.
 
     The model of all rows is kept in place of the one that was judged, which is the best one then, as is that of several
     models. The temperature scales the best weights of a single model too. A diverged training has no model and no test:
@@ -195,6 +197,7 @@ def finish(run: Run, trained: Trained) -> dict[str, Any]:
             engine.save_checkpoint(run.checkpoint("last"))
     options = read_json(run.config)["options"]
     report = scores_of(trained, early_stopping=bool(options.get("early_stopping")))
+    scored(report)
     if not history.epochs:
         report["no_plot"] = "no epoch was completed"
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -281,7 +281,7 @@ def prepared_session(options: TrainOptions, *, again: bool) -> Session:
 
 
 def trained(session: Session, listener: Events) -> tuple[dict[str, Any], list[str], DivergenceError | None]:
-    """Return the results of a whole training, lines on them, and the error if it diverged."""
+    """Print the scores of a whole training; return its results, lines on its files, and the error if it diverged."""
     options, run, prepared, tracker = session.options, session.run, session.prepared, session.tracker
 
     def say(line: str) -> None:
@@ -309,15 +309,19 @@ def trained(session: Session, listener: Events) -> tuple[dict[str, Any], list[st
     callbacks += [*([] if tracker is None else [tracker]), *([] if options.quiet else [ProgressBar()])]
     listeners = training.Listeners(callbacks, tell, record, say)
     result = training.train(prepared, session.engine, listeners=listeners, scheduled=session.scheduled)
-    report = finish(run, result)
+
+    def scored(report: Mapping[str, Any]) -> None:
+        lines = [*outcome(report), *([] if result.temperature is None else [str(result.temperature)])]
+        if lines and not options.as_json:
+            print(*lines, sep="\n", flush=True)
+
+    report = finish(run, result, scored)
     failure = result.failure or result.final_failure
     tracked = None
     if tracker is not None:
         tracked = {"tracker": options.track, "run_id": tracker.run_id}
         output.end_tracking(tracker, run, options, report, failure)
     lines = [
-        *outcome(report),
-        *([] if result.temperature is None else [str(result.temperature)]),
         f"run folder {run.path}",
         *written(report, run),
         *([f"tracked by {options.track}: run {tracked['run_id']}"] if tracked else []),

@@ -16,9 +16,6 @@ from importlib import import_module
 from pickle import PicklingError
 from typing import TYPE_CHECKING, Any
 
-import joblib
-from joblib.externals.loky import ProcessPoolExecutor
-
 from fusemlp.fleet.results import Kept, Member
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.backends import one_thread
@@ -97,8 +94,11 @@ def check_workers(workers: object, *, connected: bool = True) -> None:
         register_ray()
     elif workers == "multiprocessing":
         raise ArgumentError("workers: 'multiprocessing' waits for ever for a process that has died; give 'loky'")
-    elif workers not in LIBRARIES and workers not in joblib.parallel.BACKENDS:
-        raise unknown_name("workers", workers, sorted({*LIBRARIES, *joblib.parallel.BACKENDS}))
+    elif workers not in LIBRARIES:
+        from joblib.parallel import BACKENDS
+
+        if workers not in BACKENDS:
+            raise unknown_name("workers", workers, sorted({*LIBRARIES, *BACKENDS}))
     if connected and workers == "dask":
         from distributed import get_client
 
@@ -211,6 +211,8 @@ def trained_on(
     the card. ``together``: models train in one launch, so that a card takes as many as there are. All cards are tried
     before one trains. Raises WorkerError, which names the card, for an error on one.
     """
+    from joblib.externals.loky import ProcessPoolExecutor
+
     parts = max(-(-models // MOST_AT_ONCE), len(devices) * (1 if together else TASKS))
     # every part has some of each shape
     left = [part for start in range(parts) if (part := list(range(models))[start::parts])]
@@ -265,9 +267,11 @@ def trained_elsewhere(
     run again; WorkerError is raised when this happens more than ``LOST`` times without a model that has ended between.
     An error that ``task`` raises is raised here.
     """
+    from joblib import effective_n_jobs, parallel_config
+
     left, lost, failure = set(range(models)), 0, None
-    with joblib.parallel_config(backend=workers):
-        at_once = joblib.effective_n_jobs(-1 if jobs is None else jobs)
+    with parallel_config(backend=workers):
+        at_once = effective_n_jobs(-1 if jobs is None else jobs)
         if workers == "ray":
             arrays = [None if array is None else _Stored(array) for array in arrays]
         size = max(1, min(MOST_AT_ONCE, -(-models // (TASKS * at_once))))
@@ -314,13 +318,15 @@ class _Stored:
 def _outcomes(
     task: Task, arrays: Sequence[Any], tasks: list[list[int]], at_once: int
 ) -> Generator[list[Member] | Exception, None, None]:
-    if not joblib.parallel.get_active_backend()[0].supports_return_generator:
+    from joblib.parallel import Parallel, delayed, get_active_backend
+
+    if not get_active_backend()[0].supports_return_generator:
         # the outcomes arrive with the last of a round
         for some in _cut(tasks, at_once):
-            yield from joblib.Parallel(at_once)(joblib.delayed(_caught)(task, part, *arrays) for part in some)
+            yield from Parallel(at_once)(delayed(_caught)(task, part, *arrays) for part in some)
         return
-    parallel = joblib.Parallel(at_once, return_as="generator_unordered", pre_dispatch=2 * at_once)
-    running = parallel(joblib.delayed(_caught)(task, part, *arrays) for part in tasks)
+    parallel = Parallel(at_once, return_as="generator_unordered", pre_dispatch=2 * at_once)
+    running = parallel(delayed(_caught)(task, part, *arrays) for part in tasks)
     try:
         # not yield from, which would close it first
         for outcome in running:  # noqa: UP028

@@ -6,7 +6,7 @@ import hashlib
 import time
 import warnings
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,7 @@ class Prepared:
         X, y = self.dataset.test or (self.dataset.X, self.dataset.y)
         return X, y, np.arange(len(X)) if self.tested is None else self.tested
 
-    @property
+    @cached_property
     def summary(self) -> dict[str, Any]:
         """The description of the data for ``config.json``."""
         parts = {"training": self.train, "validation": self.validation, "test": self.test}
