@@ -47,6 +47,29 @@ def _add_rows(total: Any, like: Any, rows: Any, factors: Any, entries: int, widt
 
 
 @register_jitable(**ELEMENTWISE)
+def _add_four_shares(total: Any, whole: Any, a: Any, b: Any, c: Any, d: Any, shares: Any, count: int) -> None:
+    """Add a share of each of four rows to one total, and all of them to the other."""
+    of_a, of_b, of_c, of_d = shares[0], shares[1], shares[2], shares[3]
+    for j in range(np.uintp(count)):
+        total[j] = (((total[j] + of_a * a[j]) + of_b * b[j]) + of_c * c[j]) + of_d * d[j]
+        whole[j] = (((whole[j] + a[j]) + b[j]) + c[j]) + d[j]
+
+
+@register_jitable(**EXACT)
+def _add_shares(total: Any, whole: Any, like: Any, rows: Any, shares: Any, entries: int, width: int) -> None:
+    """Add a share of the rows at some addresses to one total, and all of them to the other."""
+    fours = entries // 4 * 4
+    for at in range(0, fours, 4):
+        a, b = elements(like, rows[at]), elements(like, rows[at + 1])
+        c, d = elements(like, rows[at + 2]), elements(like, rows[at + 3])
+        _add_four_shares(total, whole, a, b, c, d, part(shares, at), width)
+    for at in range(fours, entries):
+        row = elements(like, rows[at])
+        _add(total, row, shares[at], width)
+        _add(whole, row, like.dtype.type(1.0), width)
+
+
+@register_jitable(**ELEMENTWISE)
 def _store(out: Any, total: Any, count: int, adds: bool) -> None:
     if adds:
         for j in range(np.uintp(count)):
@@ -116,61 +139,55 @@ def add_columns(call: Any, head: Any, like: Any, first: int, count: int, task: i
 
 
 @register_jitable(**EXACT)
-def _sort(call: Any, like: Any, column: Any, count: int, ends: Any, order: Any) -> None:
-    """Order the cells of a column by their code, and of one code by row; ``ends`` (inputs + 1,) are those of the codes.
+def _sort(
+    cells: Any, slots: int, pairs: int, values: bool, inputs: int, count: int, dz: int, step: int, ends: Any, rows: Any,
+    factors: Any,
+) -> None:  # fmt: skip
+    """Order the cells of a column by their code, and of one code by row: of each the address of its row of dz, and the
+    value after its code, or 1 without ``values``.
 
-    Cell ``pair`` of row i is number i * pairs + pair.
+    ``ends`` (inputs + 1,) are those of the codes; ``step`` the bytes of a row of dz.
     """
-    pairs = column.slots // 2 if column.kind == t.BAG else 1
-    for code in range(column.inputs + 1):
+    for code in range(inputs + 1):
         ends[code] = 0
     for i in range(count):
-        codes = part(block(like, call.x, i, call.slots), column.slot)
-        for pair in range(pairs):
-            if codes[2 * pair] >= 0:
-                ends[int(codes[2 * pair]) + 1] += 1
-    for code in range(column.inputs):
+        for at in range(i * slots, i * slots + 2 * pairs, 2):
+            if cells[at] >= 0:
+                ends[int(cells[at]) + 1] += 1
+    for code in range(inputs):
         ends[code + 1] += ends[code]
     for i in range(count):
-        codes = part(block(like, call.x, i, call.slots), column.slot)
-        for pair in range(pairs):
-            if codes[2 * pair] >= 0:
-                code = int(codes[2 * pair])
-                order[ends[code]] = i * pairs + pair
-                ends[code] += 1
+        for at in range(i * slots, i * slots + 2 * pairs, 2):
+            if cells[at] >= 0:
+                code = int(cells[at])
+                place = ends[code]
+                rows[place] = dz + step * i
+                factors[place] = cells[at + 1] if values else 1
+                ends[code] = place + 1
 
 
 @register_jitable(**EXACT)
 def _gradient_of_column(
     call: Any, like: Any, column: Any, count: int, adds: bool, ends: Any, factors: Any, total: Any, beyond: Any
 ) -> None:
-    width, size, slot, real = call.k, like.itemsize, column.slot, like.dtype.type
-    pairs = column.slots // 2 if column.kind == t.BAG else 1
-    rows = part(ends, column.inputs + 1)
-    if column.kind != t.NUMBERS:
-        _sort(call, like, column, count, ends, rows)
+    width, slots, kind, inputs = call.k, call.slots, column.kind, column.inputs
+    cells, step, rows = part(elements(like, call.x), column.slot), like.itemsize * width, part(ends, inputs + 1)
+    if kind != t.NUMBERS:
+        pairs = column.slots // 2 if kind == t.BAG else 1
+        _sort(cells, slots, pairs, kind != t.WORD, inputs, count, call.dz, step, ends, rows, factors)
     clear(beyond, width)
-    for code in range(column.inputs - 1, -1, -1):
-        start, end = 0, count
-        if column.kind != t.NUMBERS:
-            start, end = ends[code - 1] if code else 0, ends[code]
-        for at in range(start, end):
-            cell = at if column.kind == t.NUMBERS else rows[at]
-            i = cell // pairs
-            codes = part(block(like, call.x, i, call.slots), slot)
-            if column.kind == t.WORD:
-                factors[at - start] = 1
-            elif column.kind == t.NUMBERS:
-                factors[at - start] = codes[code]
-            else:
-                factors[at - start] = codes[2 * (cell - i * pairs) + 1]
-            rows[at] = call.dz + size * width * i
+    for code in range(inputs - 1, -1, -1):
         _store(total, beyond, width, False)
-        _add_rows(total, like, part(rows, start), factors, end - start, width)
-        if column.kind == t.PIECES:
-            for at in range(end - start):
-                factors[at] = real(1.0)
-            _add_rows(beyond, like, part(rows, start), factors, end - start, width)
+        start = ends[code - 1] if code and kind != t.NUMBERS else 0
+        if kind == t.NUMBERS:
+            for i in range(count):
+                rows[i] = call.dz + step * i
+                factors[i] = cells[i * slots + code]
+            _add_rows(total, like, rows, factors, count, width)
+        elif kind == t.PIECES:
+            _add_shares(total, beyond, like, part(rows, start), part(factors, start), ends[code] - start, width)
+        else:
+            _add_rows(total, like, part(rows, start), part(factors, start), ends[code] - start, width)
         _store(block(like, call.out, column.first + code, width), total, width, adds)
 
 
