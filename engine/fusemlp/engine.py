@@ -324,9 +324,10 @@ class Engine(Trainer):
     def dead_units(self, X: Any) -> dict[str, float]:
         """Return for each hidden relu layer ("layer 1", ...) the share of units that are zero for every row of X.
 
-        Of a network with members none is looked at.
+        Where the optimizer decays weights, units that it has emptied do not count: their weights sum up to less than a
+        twentieth of the largest unit's. Of a network with members none is looked at.
         """
-        return self.inference.dead_units(X)
+        return self.inference.dead_units(X, decays=self.optimizer.weight_decay > 0.0)
 
     def attack(self, X: Any, y: Any, how: Attack) -> Array:
         """Return rows (n, K) near X (n, K), of the engine's type, whose loss with the labels y is larger.

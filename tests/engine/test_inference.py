@@ -270,6 +270,15 @@ class TestDeadUnits:
         engine.load_state_dict(state)
         assert engine.dead_units(X) == {"layer 1": 2 / 8, "layer 2": 3 / 6}
 
+    def test_units_that_weight_decay_has_emptied_are_not_dead(self):
+        state = Engine(MLP([INPUTS, 8, OUTPUTS]), backend="numpy").state_dict()
+        state["0.weight"][:4] *= 1e-4
+        state["0.bias"][:5] = -1e3
+        for decay, dead in ((0.0, 5 / 8), (1e-4, 1 / 8)):
+            engine = Engine(MLP([INPUTS, 8, OUTPUTS]), optimizer=fusemlp.Adam(weight_decay=decay), backend="numpy")
+            engine.load_state_dict(state)
+            assert engine.dead_units(X) == {"layer 1": dead}
+
     def test_one_row_that_is_answered_is_enough(self):
         engine = Engine(MLP([1, 1, 2]), backend="numpy")
         engine.load_state_dict({**engine.state_dict(), "0.weight": [[1.0]], "0.bias": [-5.0]})

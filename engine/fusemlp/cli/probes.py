@@ -35,7 +35,7 @@ from fusemlp.runtime.backends import thread_limits
 from fusemlp.runtime.files import write_atomically
 from fusemlp.runtime.plans import chosen_plan, plan_text
 from fusemlp.tables.descriptions import network
-from fusemlp.tables.recipe import PLANS, PRECISIONS
+from fusemlp.tables.recipe import BATCH, PLANS, PRECISIONS
 from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError, FusemlpError, unknown_name
 
 # The purpose of each library; optional ones name their extra in brackets.
@@ -131,6 +131,7 @@ def plan(options: PlanOptions) -> None:
     net = network(options.sizes, options)
     names = ("batch_size", "backend", "precision", "devices", "reduce")
     machine: dict[str, Any] = {name: getattr(options, name) for name in names}
+    machine["batch_size"] = BATCH if options.batch_size is None else options.batch_size
     chosen = chosen_plan(net, **machine)
     print(plan_text(net, loss=options.loss, optimizer=options.optimizer, **machine))
     if chosen is not None:

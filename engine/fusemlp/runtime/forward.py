@@ -22,6 +22,8 @@ from fusemlp_kernels.contract import CORRECT, COUNTERS, LOSS_SUM, NORM_SUM, ROW_
 # The largest batch of a forward pass, in elements of its widest activation: 16 MiB in float32.
 LARGEST = 1 << 22
 SMALLEST_ROWS = 16
+# A unit is empty whose weights are so small beside those of the layer's largest unit, by the sums of their sizes.
+EMPTIED = 0.05
 
 
 def member_rows(backend: Backend, rows: int, members: int) -> Any:
@@ -174,14 +176,20 @@ class ForwardPass:
             found[start * members : stop * members] = to_host(bound.arrays[name][: (stop - start) * members])
         return found
 
-    def silent(self, X: Any, layer: int) -> float:
-        """Return the share of a hidden layer's units whose output is zero for every row of X."""
+    def silent(self, X: Any, layer: int, *, decays: bool) -> float:
+        """Return the share of a hidden layer's units whose output is zero for every row of X.
+
+        ``decays``: do not count units that weight decay has emptied, which cost the network nothing.
+        """
         rows = self.rows_for(len(X))
         bound = self.bind(self.first(layer + 1), rows, coding=coding_of(X))
         silent = np.ones(self.net.sizes[layer + 1], np.bool_)
         self.memory.read_evaluated(self.trained)
         for start, stop in self.batches(bound, rows, {"x": codes_of(X)}):
             silent &= ~np.any(self.memory.backend.to_host(bound.arrays["y"][: stop - start]) != 0.0, axis=0)
+        if decays:
+            sizes = np.abs(self.memory.backend.to_host(self.memory.arrays[f"w{layer}"])).sum(axis=1)
+            silent &= sizes > EMPTIED * sizes.max()
         return float(silent.mean())
 
     def first(self, layers: int) -> MLP:

@@ -312,12 +312,12 @@ class Inference:
         forward, data = ForwardPass(self.network, memory), data._replace(X=self.scaling.normalised(data.X))
         return self._evaluation(forward, data, self.inputs.spec_for(data.targets), repeated=True)
 
-    def dead_units(self, X: Any) -> dict[str, float]:
-        """Return for each hidden relu layer the share of units that are zero for every row of X."""
+    def dead_units(self, X: Any, *, decays: bool = False) -> dict[str, float]:
+        """Return for each hidden relu layer the share of units that are zero for every row of X; see ``silent``."""
         if self.network.members > 1:
             return {}
         features = self.inputs.features("X", X, codes=True)
         self.scaling.check_measured()
         hidden = enumerate(self.network.activations[:-1])
         relu = [layer for layer, activation in hidden if activation.name == "relu"]
-        return {f"layer {layer + 1}": self.forward.silent(features, layer) for layer in relu}
+        return {f"layer {layer + 1}": self.forward.silent(features, layer, decays=decays) for layer in relu}

@@ -18,7 +18,19 @@ from fusemlp.fleet.merge import default_models
 from fusemlp.inputs.arrays import Array, balanced
 from fusemlp.runtime.backends import TRAITS
 from fusemlp.runtime.ranks import started
-from fusemlp.tables.recipe import CLASS_DECAY, FitRecipe, ModelRecipe, StepRecipe, TableRecipe, given_options, one_of
+from fusemlp.tables.recipe import (
+    BATCH,
+    CLASS_DECAY,
+    LARGE_BATCH,
+    LARGE_RATE,
+    MANY_ROWS,
+    FitRecipe,
+    ModelRecipe,
+    StepRecipe,
+    TableRecipe,
+    given_options,
+    one_of,
+)
 from fusemlp_kernels.errors import ArgumentError
 
 Described = TypeVar("Described")
@@ -89,6 +101,16 @@ def with_class_decay(recipe: Model, dataset: Dataset) -> Model:
     """Return the recipe with the weight decay of Adam for a table's classes where none is given."""
     takes = dataset.task == "classification" and recipe.optimizer == "adam" and dataset.roles
     return replace(recipe, weight_decay=CLASS_DECAY) if takes and recipe.weight_decay is None else recipe
+
+
+def with_batch(recipe: Model, rows: int) -> Model:
+    """Return the recipe with the rows of a step, and the rate that goes with many; ``rows``: see ``with_preset``."""
+    if recipe.batch_size is not None:
+        return recipe
+    by_adam = recipe.optimizer in ("adam", "adamw") and recipe.lr is None and trains_plainly(recipe)
+    if rows < MANY_ROWS or not by_adam:
+        return replace(recipe, batch_size=BATCH)
+    return replace(recipe, batch_size=LARGE_BATCH, lr=LARGE_RATE)
 
 
 def with_preset(recipe: Model, rows: int, *, classify: bool) -> tuple[Model, int, list[str]]:

@@ -41,7 +41,7 @@ from fusemlp.fleet.merge import check_mergeable
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.runs import read_training_rows
 from fusemlp.tables import descriptions, transfer, trials
-from fusemlp.tables.recipe import ModelRecipe, TableRecipe
+from fusemlp.tables.recipe import BATCH, ModelRecipe, TableRecipe
 from fusemlp.training.transfer import by_layers
 from fusemlp_kernels.errors import ArgumentError, DataError
 
@@ -253,10 +253,11 @@ def prepare(
         )
     # small trainings decide for the plain recipe
     plain, members, notes = recipe, 1, list[str]()
+    rows_of_table = len(training) if dataset.roles else 0
     if like is None:
-        rows_of_table = len(training) if dataset.roles else 0
         recipe, members, notes = descriptions.with_preset(recipe, rows_of_table, classify=classify)
         plain, recipe = (descriptions.with_class_decay(part, dataset) for part in (plain, recipe))
+    plain, recipe = (descriptions.with_batch(part, rows_of_table) for part in (plain, recipe))
     models = descriptions.models_of(recipe, dataset, new=like is None)
     parts: tuple[Fold, ...] = ()
     shared = dataset.validation is not None or recipe.group is not None or recipe.time is not None
@@ -313,13 +314,14 @@ def prepare(
     train = part(training)
     assert train is not None, "the split leaves rows to train on"
     fewest = min((len(kept) for kept, _ in parts), default=len(train))
-    if as_count("batch_size", recipe.batch_size) > fewest and recipe.batch_size != ModelRecipe.batch_size:
+    size = as_count("batch_size", recipe.batch_size)
+    if size > fewest and size != BATCH:
         warnings.warn(
-            f"batch_size: {recipe.batch_size} is more than the {fewest} training rows; batches of {fewest} are used",
+            f"batch_size: {size} is more than the {fewest} training rows; batches of {fewest} are used",
             stacklevel=2,
         )
     prepared = Prepared(
-        replace(recipe, batch_size=min(recipe.batch_size, fewest)),
+        replace(recipe, batch_size=min(size, fewest)),
         dataset,
         preprocessor,
         net,
@@ -346,6 +348,7 @@ def prepare(
 
 def decisions(prepared: Prepared) -> dict[str, Any]:
     """Return the fields that the data decided, for a run's configuration."""
-    preprocessor = prepared.preprocessor
+    preprocessor, recipe = prepared.preprocessor, prepared.recipe
     log_target = preprocessor.target_log if preprocessor.classes is None else None
-    return {"scale": preprocessor.scale, "log_target": log_target, "weight_decay": prepared.recipe.weight_decay}
+    decided = {name: getattr(recipe, name) for name in ("weight_decay", "batch_size", "lr")}
+    return {"scale": preprocessor.scale, "log_target": log_target, **decided}

@@ -110,6 +110,8 @@ def run_folders(incomplete: str) -> list[str]:
     return [path.as_posix() for path in folders if path.as_posix().startswith(incomplete)]
 
 
+# Rows a step; those of Adam, and its rate, in a table of many rows beside the test rows, where none of both are given.
+BATCH, MANY_ROWS, LARGE_BATCH, LARGE_RATE = 32, 8_000, 256, 4e-3
 # Adam's weight decay where a table's classes are learned and none is given; numbers do without.
 CLASS_DECAY = 3e-4
 BACKENDS = ("auto", "triton", "cupy", "numpy")
@@ -153,7 +155,11 @@ class StepRecipe:
         "RATE",
         kind=str,
     )
-    batch_size: int = _training(32, "Rows a step.")
+    batch_size: Any = _training(
+        None,
+        f"Rows a step ({BATCH}; by adam in a table of {MANY_ROWS:,} rows {LARGE_BATCH}, with lr {LARGE_RATE:g}).",
+        kind=int | None,
+    )
     precision: str = _machine("fp32", "{}.", values=PRECISIONS)
 
 
