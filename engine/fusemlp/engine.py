@@ -324,8 +324,8 @@ class Engine(Trainer):
     def dead_units(self, X: Any) -> dict[str, float]:
         """Return for each hidden relu layer ("layer 1", ...) the share of units that are zero for every row of X.
 
-        Where the optimizer decays weights, units that it has emptied do not count: their weights sum up to less than a
-        twentieth of the largest unit's. Of a network with members none is looked at.
+        Units that weight decay has emptied do not count: those whose weights sum up to less than a twentieth of the
+        largest unit's. Of a network with members none is looked at.
         """
         return self.inference.dead_units(X, decays=self.optimizer.weight_decay > 0.0)
 

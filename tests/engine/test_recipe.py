@@ -57,6 +57,30 @@ def test_optimizers(options, expected):
     assert descriptions.optimizer(replace(PLAIN, **options)) == expected
 
 
+BATCHES = [
+    ({}, 7_999, (32, None)),
+    ({}, 8_000, (256, 4e-3)),
+    ({"optimizer": "adamw"}, 8_000, (256, 4e-3)),
+    ({"optimizer": "sgd"}, 8_000, (32, None)),
+    ({"lr": 0.01}, 8_000, (32, 0.01)),
+    ({"batch_size": 64}, 8_000, (64, None)),
+    ({"adversarial": "pgd"}, 8_000, (32, None)),
+]
+
+
+@pytest.mark.parametrize(("options", "rows", "expected"), BATCHES)
+def test_a_table_of_many_rows_takes_more_of_them_a_step(options, rows, expected):
+    recipe = descriptions.with_batch(replace(PLAIN, **options), rows)
+    assert (recipe.batch_size, recipe.lr) == expected
+
+
+def test_plain_networks_of_a_backend_with_kernels_for_codes_read_them():
+    assert descriptions.reads_codes(replace(PLAIN, backend="numpy"), 1)
+    assert not descriptions.reads_codes(replace(PLAIN, backend="numpy"), 4)
+    assert not descriptions.reads_codes(replace(PLAIN, backend="triton"), 1)
+    assert not descriptions.reads_codes(replace(PLAIN, backend="numpy", adversarial="pgd"), 1)
+
+
 # 100 rows in batches of 30: four updates an epoch; ten epochs.
 SCHEDULES = [
     ({}, fusemlp.Constant(0.1)),

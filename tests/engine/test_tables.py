@@ -369,6 +369,7 @@ def test_many_words_have_bounded_inputs():
     made = Preprocessor.fit(data, np.arange(3000))
     assert made.width == MOST_WORDS + 1
     assert (made.transform_features(data.X).sum(axis=1) == 1).all()
+    assert Preprocessor.fit(data, np.arange(3000), most_words=None).width == 1000
 
 
 def test_inputs_are_made_a_piece_at_a_time(monkeypatch):

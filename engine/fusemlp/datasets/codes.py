@@ -16,7 +16,8 @@ from fusemlp.inputs.arrays import Array
 Features = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 Categories = tuple[tuple[str, ...] | None, ...]
-# A column of more words than this gives each of its more frequent words an input; the others share one.
+# A column of more words than this gives each of its more frequent words an input; the others share one. At most the
+# second number of words have one in dense rows.
 FEW_WORDS = 20
 MOST_WORDS = 256
 # A number as every program writes it: marks of thousands and decimal commas mean other numbers elsewhere.
@@ -135,16 +136,17 @@ def different(column: Array) -> tuple[list[str], npt.NDArray[np.int32]]:
     return list(places), np.fromiter(map(places.__getitem__, column), np.int32, len(column))
 
 
-def rare_words(codes: Features, words: Sequence[str]) -> tuple[int, ...]:
+def rare_words(codes: Features, words: Sequence[str], most: int | None = MOST_WORDS) -> tuple[int, ...]:
     """Return the categories that share an input, by the codes of the training rows.
 
     They are the words that no training row has, and, in a column of many words, those of a single row and those beyond
-    the ``MOST_WORDS`` most frequent. Missing cells are a category of their own.
+    the ``most`` frequent. Missing cells are a category of their own.
     """
     counts = np.bincount(codes[~np.isnan(codes)].astype(np.int64), minlength=len(words))
     ranked = np.argsort(-counts, kind="stable")
     rare = counts < (2 if len(words) > FEW_WORDS else 1)
-    rare[ranked[MOST_WORDS:]] = True
+    if most is not None:
+        rare[ranked[most:]] = True
     if "" in words:
         missing = words.index("")
         rare[missing] = counts[missing] == 0

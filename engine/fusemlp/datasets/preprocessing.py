@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusemlp.datasets.codes import ORDERS, Categories, Features, Indices, rare_words, sources_of, spellings
+from fusemlp.datasets.codes import MOST_WORDS, ORDERS, Categories, Features, Indices, rare_words, sources_of, spellings
 from fusemlp.datasets.dataset import UNUSED, Dataset
 from fusemlp.datasets.scaling import SCALES, Knots, by_pieces, by_quantiles, clipped, edges, knots, statistics
 from fusemlp.describe.checks import as_count, as_number, check_choice
@@ -115,6 +115,7 @@ class Preprocessor:
         one_hot_targets: bool = False,
         scale_targets: bool = True,
         log_targets: bool = False,
+        most_words: int | None = MOST_WORDS,
     ) -> Preprocessor:
         """Return a Preprocessor with the statistics of the training ``rows`` of a data set.
 
@@ -122,7 +123,8 @@ class Preprocessor:
         a column, ``scaling.by_pieces``; robust for a column of few values), "quantile" (normal scores), "standard"
         (mean 0, variance 1), "minmax" (0 to 1) or "none". The targets of a regression are scaled in the same way, by
         "standard" for the first three, unless ``scale_targets`` is False (a Poisson loss needs its counts);
-        ``log_targets`` takes their logarithms before. Constant columns are only shifted. The classes are those of the
+        ``log_targets`` takes their logarithms before. Of a column of words the ``most_words`` frequent have an input.
+        Constant columns are only shifted. The classes are those of the
         whole data set.
         """
         if scale not in SCALES:
@@ -133,7 +135,10 @@ class Preprocessor:
         X, words = dataset.X[chosen], dataset.categories
         missing, numbers = np.isnan(X), np.array([entries is None for entries in words])
         fill = [_median(column) if number else None for column, number in zip(X.T, numbers, strict=True)]
-        shared = [rare_words(column, entries) if entries else () for column, entries in zip(X.T, words, strict=True)]
+        shared = [
+            rare_words(column, entries, most_words) if entries else ()
+            for column, entries in zip(X.T, words, strict=True)
+        ]
         other_inputs = [bool(len(rare) and np.isin(X[:, at], rare).any()) for at, rare in enumerate(shared)]
         if missing.any():
             X = np.where(missing, _numbers(fill), X)

@@ -98,7 +98,9 @@ class Evidence:
         self.image = image_shape(self.preprocessor)
 
     def _judge(self, cells: Array, labels: Array) -> Judged:
-        return judge(self.engine, self.preprocessor, self.preprocessor.transform_features(cells), labels)
+        codes = self.engine.inputs.reads_codes
+        X = network_inputs(self.preprocessor, cells, self.engine.precision, codes=codes)
+        return judge(self.engine, self.preprocessor, X, labels)
 
     @property
     def probable(self) -> bool:

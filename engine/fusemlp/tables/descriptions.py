@@ -16,7 +16,7 @@ from fusemlp.describe.privacy import DPSGD, steps_of_an_epoch
 from fusemlp.describe.schedules import SCHEDULES, Schedule
 from fusemlp.fleet.merge import default_models
 from fusemlp.inputs.arrays import Array, balanced
-from fusemlp.runtime.backends import TRAITS
+from fusemlp.runtime.backends import TRAITS, first_available
 from fusemlp.runtime.ranks import started
 from fusemlp.tables.recipe import (
     BATCH,
@@ -85,6 +85,13 @@ def is_private(recipe: ModelRecipe) -> bool:
 def trains_plainly(recipe: ModelRecipe) -> bool:
     """Return whether small trainings may decide for the recipe: not with privacy, and not against attacks."""
     return not is_private(recipe) and getattr(recipe, "adversarial", None) is None
+
+
+def reads_codes(recipe: ModelRecipe, members: int) -> bool:
+    """Return whether the first layer of the recipe's network can read codes: see ``Columns``."""
+    traits = TRAITS.get(first_available() if recipe.backend == "auto" else recipe.backend)
+    # attacks move inputs, and members, noise and clipped rows read them
+    return members == 1 and trains_plainly(recipe) and traits is not None and "codes" not in traits.lacks
 
 
 def models_of(recipe: ModelRecipe, dataset: Dataset, *, new: bool) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.datasets.codes import Indices
+from fusemlp.datasets.codes import MOST_WORDS, Indices
 from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.load import MANY_CLASSES
 from fusemlp.datasets.preprocessing import Preprocessor
@@ -258,6 +258,8 @@ def prepare(
         recipe, members, notes = descriptions.with_preset(recipe, rows_of_table, classify=classify)
         plain, recipe = (descriptions.with_class_decay(part, dataset) for part in (plain, recipe))
     plain, recipe = (descriptions.with_batch(part, rows_of_table) for part in (plain, recipe))
+    reads = descriptions.reads_codes(recipe, members if network is None else network.members)
+    most_words = None if reads else MOST_WORDS
     models = descriptions.models_of(recipe, dataset, new=like is None)
     parts: tuple[Fold, ...] = ()
     shared = dataset.validation is not None or recipe.group is not None or recipe.time is not None
@@ -284,14 +286,14 @@ def prepare(
         scale, log_target = recipe.scale or SCALES[0], bool(recipe.log_target)
         # small trainings would read the private rows, and may choose inputs that no attack can move
         if like is None and dataset.roles and descriptions.trains_plainly(recipe):
-            scale, log_target, tried = trials.decide(plain, dataset, training, name, seed=seed)
+            scale, log_target, tried = trials.decide(plain, dataset, training, name, seed=seed, most_words=most_words)
             notes += tried
-        preprocessor = like or fit_preprocessor(dataset, training, loss=name, scale=scale, log_targets=log_target)
+        options = {"scale": scale, "log_targets": log_target, "most_words": most_words}
+        preprocessor = like or fit_preprocessor(dataset, training, loss=name, **options)
         first, last = network_ends(preprocessor, name)
         widths = descriptions.hidden_widths(recipe.hidden)
         net = network or descriptions.network((first, *widths, last), recipe, init=recipe.init, members=members)
-    # attacks move inputs, and members, noise and clipped rows read them
-    coded = net.members == 1 and descriptions.trains_plainly(recipe) and saves(preprocessor)
+    coded = reads and saves(preprocessor)
     count = len(dataset.y) + (0 if dataset.test is None else len(dataset.test[1]))
     check_memory(preprocessor, count, recipe.precision, codes=coded)
     check_mergeable(net, models)

@@ -32,11 +32,13 @@ SCALES, MANY_ROWS = ("robust", "piecewise"), 200
 SHARE, LEAST_EPOCHS, BATCHES, TIMING, LEAST = 0.2, 10, 100, 0.05, 0.1
 
 
-def decide(recipe: ModelRecipe, dataset: Dataset, rows: Array, loss: str, *, seed: int) -> tuple[str, bool, list[str]]:
+def decide(
+    recipe: ModelRecipe, dataset: Dataset, rows: Array, loss: str, *, seed: int, most_words: int | None
+) -> tuple[str, bool, list[str]]:
     """Return the recipe's scale and log_target, decided where they are None, and a note on each that was tried.
 
     ``loss`` is the kind. The trials take ``SHARE`` of the recipe's time limit, and see at most ``ROWS`` of ``rows``.
-    The targets of a regression are compared in their own units.
+    The targets of a regression are compared in their own units. ``most_words``: see ``Preprocessor.fit``.
     """
     some, notes = np.random.default_rng(seed).permutation(rows)[:ROWS], list[str]()
     regression = dataset.task == "regression"
@@ -51,7 +53,8 @@ def decide(recipe: ModelRecipe, dataset: Dataset, rows: Array, loss: str, *, see
         """Return whether the second option has the smaller error, and note its state and the way to the other."""
         errors = []
         for option, logarithms in options:
-            preprocessor = fit_preprocessor(dataset, some, loss=loss, scale=option, log_targets=logarithms)
+            scaled = {"scale": option, "log_targets": logarithms, "most_words": most_words}
+            preprocessor = fit_preprocessor(dataset, some, loss=loss, **scaled)
             first, last = network_ends(preprocessor, loss)
             widths = first, *descriptions.hidden_widths(recipe.hidden), last
             network = descriptions.network(widths, recipe, init=recipe.init)
