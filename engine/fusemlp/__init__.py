@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from fusemlp.fleet.results import Ensemble, FleetResults
     from fusemlp.inputs.blocks import Blocks
     from fusemlp.inputs.columns import Columns
+    from fusemlp.runtime.own_loss import check_gradient
     from fusemlp.runtime.scaling import InputScaleWarning
     from fusemlp.training.history import History
     from fusemlp.training.lr_finder import LearningRateSweep, lr_find
@@ -130,6 +131,7 @@ __all__ = [
     "WandB",
     "WorkerError",
     "__version__",
+    "check_gradient",
     "load",
     "load_checkpoint",
     "load_data",
@@ -144,6 +146,7 @@ _NAMES = {
     "fusemlp.engine": "Engine load load_checkpoint",
     "fusemlp.fleet.results": "Ensemble FleetResults",
     "fusemlp.fleet.fleet": "Fleet",
+    "fusemlp.runtime.own_loss": "check_gradient",
     "fusemlp.runtime.scaling": "InputScaleWarning",
     "fusemlp.describe.adversarial": "FGSM IBP PGD",
     "fusemlp.describe.losses": "BinaryCrossEntropy CrossEntropy Huber Loss MAE MSE Poisson Quantile",

@@ -10,7 +10,7 @@ from typing import Any
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.adversarial import IBP, Attack, as_attack
 from fusemlp.describe.checks import as_count, knows_names, names_absent
-from fusemlp.describe.losses import Loss
+from fusemlp.describe.losses import LossLike
 from fusemlp.describe.metrics import Metric
 from fusemlp.describe.network import MLP, as_network, layer_lines
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
@@ -80,13 +80,16 @@ _HANDED_ON = (
 class Engine(Trainer):
     """Trains ``net`` and predicts with it; owns the parameters, on the device.
 
-    ``loss`` and ``optimizer`` are names or objects (``fusemlp.losses``, ``fusemlp.optimizers``). ``batch_size`` is the
-    number of rows of an update. ``seed`` decides the initial parameters, the order of the rows and the dropout masks:
-    with the same seed, machine and versions a run repeats bit for bit. ``backend`` is "auto" (the first of triton,
-    cupy, numpy that works) or a name; ``device`` the backend's device; ``precision`` "fp32"; "fp64" on NumPy; "tf32",
-    "bf16" or "fp16" (with dynamic loss scaling) on a GPU; ``plan`` "auto", "eager", "graph" or
-    "resident". The attributes ``backend``, ``plan`` and ``plan_reason`` hold the choice; with "resident" ``fit`` runs
-    many steps in one call, and ``step`` is eager. ``print(engine.program)`` shows the kernel calls of a step.
+    ``loss`` and ``optimizer`` are names or objects (``fusemlp.losses``, ``fusemlp.optimizers``). On the NumPy backend
+    ``loss`` may be a function of your own too: ``f(outputs, targets) -> (loss, gradient)``, or with a parameter
+    ``weights``; ``fusemlp.losses.OwnLoss`` says what it gets and returns. An error in it leaves the engine as it was
+    before the step. ``batch_size`` is the number of rows of an update. ``seed`` decides the initial parameters, the
+    order of the rows and the dropout masks: with the same seed, machine and versions a run repeats bit for bit.
+    ``backend`` is "auto" (the first of triton, cupy, numpy that works) or a name; ``device`` the backend's device;
+    ``precision`` "fp32"; "fp64" on NumPy; "tf32", "bf16" or "fp16" (with dynamic loss scaling) on a GPU; ``plan``
+    "auto", "eager", "graph" or "resident". The attributes ``backend``, ``plan`` and ``plan_reason`` hold the choice;
+    with "resident" ``fit`` runs many steps in one call, and ``step`` is eager. ``print(engine.program)`` shows the
+    kernel calls of a step.
 
     ``normalise=True`` subtracts from each column of the inputs its mean in the first ``fit``, and divides by its
     standard deviation there, in training and prediction alike; ``normalise=X`` measures the rows X (n, K) at once. The
@@ -135,16 +138,17 @@ class Engine(Trainer):
         resume: bool = False,
         time_limit: float | None = None,
         adversarial: Attack | IBP | None = None,
+        loss: LossLike | None = None,
     ) -> History:
         """Train on X (n, K) and y for ``epochs`` passes, or on batches.
 
         y: (n,) class indices or (n, N) probabilities for cross_entropy, (n, N) from 0 to 1 for binary_cross_entropy,
-        (n, N) values for the others; (n,) stands for (n, 1). sample_weight: (n,), at least 0. Arrays may be in host
-        memory or on the engine's device (torch tensors, CuPy arrays, all with ``__dlpack__`` or
-        ``__cuda_array_interface__``). The kernels read device arrays in place, or copy them once if their type or
-        strides do not suit. An engine with ``normalise=True`` measures the X of its first fit, and trains on a scaled
-        copy. On a GPU the engine keeps program, graphs and data there for another fit on arrays of the same shapes;
-        ``engine.release()`` gives them back.
+        (n, ...) for a function of your own, (n, N) values for the others; (n,) stands for (n, 1). sample_weight: (n,),
+        at least 0. Arrays may be in host memory or on the engine's device (torch tensors, CuPy arrays, all with
+        ``__dlpack__`` or ``__cuda_array_interface__``). The kernels read device arrays in place, or copy them once if
+        their type or strides do not suit. An engine with ``normalise=True`` measures the X of its first fit, and trains
+        on a scaled copy. On a GPU the engine keeps program, graphs and data there for another fit on arrays of the same
+        shapes; ``engine.release()`` gives them back.
 
         Without y, X yields batches (x, y) or (x, y, sample_weight): a generator, a list, a torch DataLoader, any
         iterable, or ``fusemlp.Blocks`` of files larger than memory.
@@ -178,6 +182,8 @@ class Engine(Trainer):
         of the step and without dropout. ``loss`` and ``accuracy`` of the history are of that; validation is of rows
         unchanged. ``IBP(eps)``: train for certified accuracy; the history is of the rows as they are.
 
+        ``loss``: the engine's loss from now on (``engine.loss`` changes); None: as before.
+
         Ctrl-C ends training after the batch and raises KeyboardInterrupt; the parameters and the history are kept.
         Raises ShapeError, DTypeError, DataError, ArgumentError before anything has changed, and DivergenceError when
         the loss, or val_loss, is no longer finite, with the engine back at the last good epoch. Later batches of an
@@ -195,8 +201,10 @@ class Engine(Trainer):
         resident = self.plan == "resident" and self.memory.backend.traits.on_host
         return program_of_fit(self, passes_against(as_attack("adversarial", adversarial)), resident=resident)
 
-    def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
+    def step(self, x: Any, y: Any, sample_weight: Any = None, *, loss: LossLike | None = None) -> Any:
         """One update from 1 to ``batch_size`` rows: x (m, K), y as in ``fit``, sample_weight (m,).
+
+        ``loss``: the engine's loss from now on, as in ``fit``.
 
         Arrays on the device are read in place; checking their labels waits for it (``fit`` checks them once).
 
@@ -205,7 +213,10 @@ class Engine(Trainer):
         Raises ShapeError, DTypeError or DataError, before anything has changed; ArgumentError if the inputs shall be
         normalised and have not been measured.
         """
-        return step(self, x, y, sample_weight)
+        if loss is None:
+            return step(self, x, y, sample_weight)
+        with self.taking(loss):
+            return step(self, x, y, sample_weight)
 
     def probe(
         self,
@@ -251,12 +262,6 @@ class Engine(Trainer):
         As ``fusemlp.lr_find``: the sweep trains a copy, and the engine does not change.
         """
         return lr_find(self, X, y, sample_weight=sample_weight, start=start, end=end, steps=steps)
-
-    def release(self) -> None:
-        """Give back the memory that steps and predictions work in, and on a GPU the data of the last fit; the next
-        ones make it anew."""
-        self.programs.release()
-        self.inference.forward.release()
 
     @knows_names(OF_PREDICT, call="predict(X)")
     def predict(self, X: Any) -> Array:
@@ -421,8 +426,8 @@ class Engine(Trainer):
         lines = layer_lines(net)
         lines[-1] += f", {frozen:,} of them frozen" if frozen else ""
         lines += [
-            f"loss {self.loss.kind}, optimizer {self.optimizer.kind} with lr {self.optimizer.lr!r}, batch_size "
-            f"{self.batch_size}, seed {self.seed}",
+            f"loss {getattr(self.loss, 'name', self.loss.kind)}, optimizer {self.optimizer.kind} with lr "
+            f"{self.optimizer.lr!r}, batch_size {self.batch_size}, seed {self.seed}",
             f"{self.precision} on {self.backend} ({self.device}), plan {self.plan}: {self.plan_reason}; "
             f"{len(self.program.calls)} kernel calls a step",
             f"memory with padding: {', '.join(f'{name} {bytes_text(count)}' for name, count in held.items() if count)} "
@@ -462,7 +467,7 @@ class Engine(Trainer):
         *,
         layers: int | None = None,
         head: Any = None,
-        loss: str | Loss | None = None,
+        loss: LossLike | None = None,
         optimizer: str | Optimizer = "adam",
         freeze: int = 0,
         layer_decay: float = 1.0,
@@ -500,10 +505,12 @@ class Engine(Trainer):
         return engine
 
     def __getstate__(self) -> dict[str, Any]:
-        return checkpoint.engine_content(self)
+        return {**checkpoint.engine_content(self), "loss": self.loss}
 
     def __setstate__(self, content: dict[str, Any]) -> None:
         checkpoint.restore_engine(self, content, backend="auto", device=None)
+        # older pickles do not have it
+        self.take_loss(content.get("loss", self.loss))
 
 
 names_absent(Engine, KERAS)
@@ -519,10 +526,13 @@ def load_checkpoint(
     distributed: bool = False,
     reduce: str = ORDERED,
     timeout: float = TIMEOUT,
+    loss: Callable[..., Any] | None = None,
 ) -> Engine:
     """The engine that was saved, on any backend. With ``network`` the checkpoint must be of such a network.
 
-    ``distributed``, ``reduce`` and ``timeout``: see ``Engine``. The number of processes may be other than before.
+    ``loss``: the function of that name with which it was trained. Without it the engine predicts, and asks for the
+    function when it is to train or evaluate. ``distributed``, ``reduce`` and ``timeout``: see ``Engine``. The number of
+    processes may be other than before.
 
     Raises CheckpointError if the file is missing, corrupted or of another network, BackendUnavailableError.
     """
@@ -533,21 +543,32 @@ def load_checkpoint(
             f"path: {str(path)!r} is of another network: expected {network!r}, it holds {engine.network!r}"
         )
     engine.join(distributed, reduce, timeout)
+    engine.take_named(loss)
     return engine
 
 
-def load(path: str | Path, *, backend: str = "auto", device: str | None = None, precision: str | None = None) -> Engine:
+def load(
+    path: str | Path,
+    *,
+    backend: str = "auto",
+    device: str | None = None,
+    precision: str | None = None,
+    loss: Callable[..., Any] | None = None,
+) -> Engine:
     """The engine of a file that ``engine.save`` wrote, on any backend: ready to predict, and to be trained on.
 
     Its optimizer begins anew. A checkpoint is loaded too, with the state of its training: as ``load_checkpoint`` does.
-    ``precision`` takes the place of the one that was saved, for a machine that does not have that one.
+    ``precision`` takes the place of the one that was saved, for a machine that does not have that one; ``loss`` is as
+    in ``load_checkpoint``.
 
     Raises CheckpointError if the file is missing, corrupted or another's, BackendUnavailableError.
     """
     metadata, tensors = files.read_file(path, files.MODEL)
     for kind in (files.MODEL, files.CHECKPOINT):
         if kind.entry in metadata:
-            return _restored(files.checked_content(path, metadata, tensors, kind), backend, device, precision)
+            engine = _restored(files.checked_content(path, metadata, tensors, kind), backend, device, precision)
+            engine.take_named(loss)
+            return engine
     raise CheckpointError(
         f"path: {str(path)!r} is a safetensors file that does not say which network it is of; make the engine, "
         "Engine(MLP([...])), and then engine.load_state_dict(safetensors.numpy.load_file(path))"

@@ -19,6 +19,7 @@ Binders = Mapping[str, Callable[..., Callable[..., object]]]
 REFUSED = {
     ("", "all_reduce"): "it is between processes, and the engine's",
     ("", "penalty"): "it runs inside train_resident; elsewhere change the gradients between grad_weight and update",
+    **{(card, "own_loss"): "it calls no function of the caller's so far; use numpy" for card in ("triton", "cupy")},
     ("numpy", "train_fleet"): "its models train one after another, by train_resident",
     ("cupy", "train_resident"): "its plans are eager and graph",
     ("cupy", "train_fleet"): "its plans are eager and graph, and its models train one after another",

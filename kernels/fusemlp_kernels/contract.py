@@ -48,6 +48,8 @@ ACTIVATIONS = tuple(pointwise.ACTIVATIONS)
 # The derivatives of the others are computed from the output.
 NEEDS_Z = frozenset(name for name, row in pointwise.ACTIVATIONS.items() if row.needs_z)
 LOSSES = pointwise.LOSS_NAMES
+# The kind of a loss that the op own_loss calls.
+OWN = "own"
 
 # counters, int64
 BATCH_INDEX, UPDATE_COUNT, ROW_COUNT, ROW_OFFSET, ROW_TOTAL, ROW_STEP, SKIPPED, SKIPPED_IN_A_ROW, COUNTERS = range(9)
@@ -87,6 +89,8 @@ class LossSpec(pointwise.LossOptions):
     ``reduction`` "mean" divides by the sum of the row weights (times N for the element-wise losses), "sum" does not
     divide. "rows" has the statistics of "mean", but dz of each row is that of its own loss: for the element-wise losses
     divided by N. ``soft``: a cross-entropy's targets are rows of probabilities. ``accuracy``: ``stats`` counts hits.
+    With the kind OWN it stands for a function of the caller, called ``name``: ``target`` is the type of its targets,
+    and their shape without the rows.
     """
 
     kind: str
@@ -96,6 +100,8 @@ class LossSpec(pointwise.LossOptions):
     soft: bool = False
     _: KW_ONLY
     accuracy: bool = False
+    name: str = ""
+    target: tuple[str, tuple[int, ...]] = ("real", ())
 
     @property
     def option(self) -> float:
@@ -268,6 +274,7 @@ FEATURES = {
     "adversarial": "has no kernels for attacks inside a training step",
     "distributed": "trains in one process so far",
     "codes": "has no kernels for columns of codes",
+    "own loss": "calls no loss of the caller's so far",
 }
 
 

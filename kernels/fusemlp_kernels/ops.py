@@ -226,6 +226,18 @@ OPS = {op.name: op for op in (
         _GATHERED,
         *_LOSS,
     )),
+    Op("own_loss",
+        "function(y, target, weight), called on the host with the rows of the batch, returns the loss and dy, its "
+        "gradient by y. Padding has dy 0, and so has a batch whose weights are all 0", (
+        _ROWS,
+        Operand("y", "MN", "compute"),
+        Operand("dy", "MN", "compute", WRITTEN),
+        Operand("target", dtype="any", rows="rows", note="(n, ...)"),
+        _WEIGHT,
+        _COUNTERS,
+        _STATS,
+        Operand("function", dtype="function", hidden=True, note="of the caller; it returns a float and a finite array"),
+    )),
     Op("grad_input",
         "dz_prev = (dz @ w) * act'(y) * keep / (1 - p); y is the output, after dropout, of the layer before", (
         Operand("dz", "MN", "compute"),

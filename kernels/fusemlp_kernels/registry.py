@@ -26,7 +26,7 @@ TRAITS = {
         widest_fused_output=256,
         fused_updates=("sgd", "adam"),
         norms_gradients=True,
-        lacks=("codes",),
+        lacks=("codes", "own loss"),
         split_rows=1024,
         # 128 multiprocessors with a tile of 64 x 64 each
         split_size=1 << 19,

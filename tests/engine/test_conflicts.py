@@ -14,6 +14,7 @@ from lowered import training_program
 from fusemlp import DPSGD, FGSM, IBP, MLP, MSE, SGD, CrossEntropy, Engine, Fleet, ParameterOptions
 from fusemlp.describe.adversarial import Adversary
 from fusemlp.describe.conflicts import CONFLICTS, UNAVAILABLE, check_together
+from fusemlp.describe.losses import as_loss
 from fusemlp.program.passes.attack import passes_against
 from fusemlp.program.passes.privacy import ClipAndNoise
 from fusemlp.program.passes.ranks import SumOverRanks
@@ -34,6 +35,11 @@ ROWS, BATCH = 24, 8
 X = np.random.default_rng(0).normal(size=(ROWS, 4)).astype(np.float32)
 LABELS = np.arange(ROWS) % 3
 NOTHING = MappingProxyType({})
+
+
+def absolute_error(outputs, targets, weights):
+    errors = outputs - targets
+    return abs(errors).mean(), np.sign(errors) / errors.size
 
 
 class Feature(NamedTuple):
@@ -59,6 +65,9 @@ FEATURES = {
     "dropout": Feature(net={"dropout": 0.2}),
     "sum": Feature(loss={"reduction": "sum"}),
     "no classes": Feature(loss={"kind": MSE}),
+    "own loss": Feature(
+        loss={"kind": lambda **_: as_loss(absolute_error), "reduction": "mean"}, implies=("no classes",)
+    ),
     "class weights": Feature(loss={"kind": CrossEntropy, "class_weight": (1.0, 2.0, 3.0)}),
     "clip_norm": Feature(optimizer={"clip_norm": 1.0}),
     "accumulate": Feature(optimizer={"accumulate": 2}),
@@ -87,13 +96,19 @@ FEATURES = {
     "probe": Feature(door="probe"),
     "lr_find": Feature(door="lr_find"),
     "step": Feature(door="step"),
+    "loss by inputs": Feature(door="loss by inputs"),
     "fleet": Feature(door="fleet"),
 }
 
 # Refused by a state, or by the limits of a kernel.
 KERNEL = "plan: the triton backend's resident kernel"
 ELSEWHERE = {
-    **{frozenset({"measured rows", name}): "normalise: no rows were measured yet" for name in ("step", "batches")},
+    **{
+        frozenset({"measured rows", name}): "normalise: no rows were measured yet"
+        for name in ("step", "batches", "loss by inputs")
+    },
+    frozenset({"members", "loss by inputs"}): "X: the gradient by the inputs",
+    frozenset({"own loss", "balanced"}): "class_weight: it needs one class for each row",
     **{frozenset({"resident kernel", name}): KERNEL for name in ("privacy", "members", "fp16")},
 }
 
@@ -105,7 +120,12 @@ def together(first, second):
     if any(one.keys() & other.keys() for one, other in sections) or len(doors) > 1:
         return None
     both = Feature(*({**one, **other} for one, other in sections), "".join(doors), first.implies + second.implies)
-    door = {"fleet": inspect.signature(Fleet.fit).parameters.keys() - {"y"}, "step": (), "lr_find": ()}
+    door = {
+        "loss by inputs": (),
+        "fleet": inspect.signature(Fleet.fit).parameters.keys() - {"y"},
+        "step": (),
+        "lr_find": (),
+    }
     return both if both.fit.keys() <= set(door.get(both.door, both.fit)) else None
 
 
@@ -130,7 +150,7 @@ def described(case):
 def train(case):
     """Train for an epoch on NumPy, by the door of the case."""
     model = {"batch_size": BATCH, "backend": "numpy", **case.engine, **described(case)}
-    y = np.eye(3, dtype=np.float32)[LABELS] if case.loss.get("kind") is MSE else LABELS
+    y = np.eye(3, dtype=np.float32)[LABELS] if "no classes" in model["loss"].uses else LABELS
     if case.door == "fleet":
         Fleet(**model, vary={"seed": [0, 1]}).fit(X, y, epochs=1, **case.fit)
         return
@@ -141,6 +161,8 @@ def train(case):
         fit["row_order"] = lambda epoch: np.arange(ROWS // 2 if "validation_split" in fit else ROWS)
     if case.door == "step":
         engine.step(X[:BATCH], y[:BATCH])
+    elif case.door == "loss by inputs":
+        engine.input_gradient(X, y)
     elif case.door == "lr_find":
         engine.lr_find(X, y, steps=20)
     elif "y" in fit:
@@ -247,6 +269,13 @@ def test_every_pair_of_an_estimator(first, second):
 
 
 def test_the_tables_features_are_walked():
-    walked = {*FEATURES, *ESTIMATORS, *TRAITS, "arrays", *(name for one in FEATURES.values() for name in one.implies)}
+    walked = {
+        *FEATURES,
+        *ESTIMATORS,
+        *TRAITS,
+        "arrays",
+        "table",
+        *(name for one in FEATURES.values() for name in one.implies),
+    }
     assert {name for pair in CONFLICTS for name in pair} <= walked
     assert not Adversary().uses

@@ -217,7 +217,6 @@ WRONG = {
     "fit initial_epoch": (lambda e: e.fit(X, Y, epochs=1, initial_epoch=3), "initial_epoch: .*engine.epochs_trained"),
     "fit validation_freq": (lambda e: e.fit(X, Y, epochs=1, validation_freq=2), "validation_freq: .*leave it out"),
     "fit workers": (lambda e: e.fit(X, Y, epochs=1, workers=2), "workers: .*num_workers"),
-    "fit loss": (lambda e: e.fit(X, Y, epochs=1, loss="mse"), r"loss: it belongs to the engine: Engine\(net"),
     "fit typo": (lambda e: e.fit(X, Y, epoch=1), "epoch: there is no such argument; did you mean 'epochs'"),
     "fit nonsense": (
         lambda e: e.fit(X, Y, qqq=1),

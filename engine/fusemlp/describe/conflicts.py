@@ -21,6 +21,7 @@ _DRAWN = "the engine trains privately; each step draws its rows at random; leave
 _ONE_BATCH = "privacy clips the gradient of each row and takes one batch a step; leave it out, got"
 _FOR_ARRAYS = "it is for arrays X and y, and without y X yields batches"
 _CORE, _OTHERS = "the cupy backend has no kernels for", "; use backend='triton' or 'numpy'"
+_NAMED = "a function such as {own loss!r} does not go so far"
 _STEADY = "lbfgs needs the same loss at each evaluation,"
 
 # By two features the argument, the reason and the mend; the first row whose features are both in use decides.
@@ -42,6 +43,19 @@ CONFLICTS = {
     ("ranks", "privacy"): "privacy: a private engine trains in one process so far; leave distributed out",
     ("ranks", "members"): f"{{ranks}}: training on several processes{SINGLE}",
     ("ranks", "step"): "step: a distributed engine trains in fit, which splits the rows; use fit",
+    # a loss of the caller's
+    ("own loss", "members"): f"loss: a function as loss{SINGLE}",
+    ("own loss", "fleet"): f"loss: {_NAMED} for a fleet; train the models one by one with Engine",
+    ("own loss", "table"): f"loss: {_NAMED} for tables; train an Engine on their columns as numbers",
+    ("own loss", "ranks"): f"loss: {_NAMED} for several processes; leave {{ranks}} out",
+    ("own loss", "privacy"): f"loss: {_NAMED} with privacy, since its gradient is of the batch, not of each row",
+    ("own loss", "adversarial"): f"loss: {_NAMED} with adversarial; leave it out",
+    ("own loss", "loss by inputs"): "y: the gradient of {own loss!r} by the inputs would need it for each row; leave y "
+    "out for that of an output",
+    **{
+        ("own loss", name): f"loss: {_NAMED} on the backend {name!r}; make the engine with backend='numpy'"
+        for name in ("triton", "cupy")
+    },
     # privacy
     ("privacy", "members"): f"privacy: private training{SINGLE}",
     ("privacy", "fp16"): "precision: fp16 skips batches whose gradients overflow, which privacy does not cover; use "
@@ -107,7 +121,10 @@ CONFLICTS = {
     ("lbfgs", "fast products"): "precision: lbfgs needs 'fp32' or 'fp64', got {fast products!r}.",
 }
 # The rows that name what a backend does not have.
-UNAVAILABLE = {("ranks", "cupy"), *((feature, "cupy") for feature in ("members", "privacy", "attack"))}
+UNAVAILABLE = {
+    ("own loss", "triton"),
+    *((feature, "cupy") for feature in ("ranks", "members", "privacy", "attack", "own loss")),
+}
 
 
 def in_use(**features: Any) -> dict[str, Any]:

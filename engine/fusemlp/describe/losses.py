@@ -4,21 +4,26 @@
 "sum" is the sum. ``M`` rows, ``N`` outputs.
 """
 
+import inspect
 import numbers
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass
+import pickle
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property, partial
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeAlias
 
-from fusemlp.describe.checks import as_number, check_choice
+from fusemlp.describe.checks import as_number, check_choice, check_keys
 from fusemlp.describe.conflicts import Features, check_together, in_use
-from fusemlp.describe.description import Description, OpenFraction, Positive, from_config
+from fusemlp.describe.description import Description, OpenFraction, Positive, from_config, stored
 from fusemlp.describe.network import MLP
-from fusemlp_kernels.contract import LossSpec
+from fusemlp_kernels.contract import OWN, LossSpec
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 ClassWeights = Collection[float] | Mapping[int, float]
 """A weight for each class; descriptions hold a tuple."""
+
+LossLike: TypeAlias = "str | Loss | Callable[..., Any]"
+"""A loss by its name, an object, or a function of the caller's (``OwnLoss``)."""
 
 REDUCTIONS = ("mean", "sum")
 _NAMES_ELSEWHERE = {
@@ -68,6 +73,9 @@ class Loss(Description):
         if soft and self.kind != "cross_entropy":
             raise ArgumentError(f"soft: only cross_entropy takes probabilities as targets, not {self.kind}")
         return LossSpec(self.kind, soft=soft, accuracy=accuracy, **self.shared(LossSpec))
+
+    def check_weights(self, argument: str) -> None:
+        """Raise ArgumentError, naming the ``argument``, if the loss takes no weights of rows."""
 
     def check_network(self, net: MLP) -> None:
         """Refuse a network whose outputs this loss cannot take; raises ArgumentError or ShapeError."""
@@ -191,19 +199,94 @@ class Quantile(Loss):
         return {**super().shared(other), "quantile": self.q}
 
 
+@dataclass(frozen=True)
+class OwnLoss(Loss):
+    """A function of the caller's: ``function(outputs, targets) -> (loss, gradient)``, or with ``weights`` too.
+
+    ``outputs`` (M, N) are of the engine's type, after the last activation. ``targets`` (M, ...) are as ``fit`` was
+    given them: real numbers of the engine's type, or int64. ``weights`` (M,), or None without, go to a parameter of
+    this name. ``loss`` is a number, and ``gradient`` (M, N) its gradient by the outputs; ``fusemlp.check_gradient``
+    compares the two. Files hold the ``name`` alone: the function is None then until the caller gives it again.
+    """
+
+    kind = OWN
+    _: KW_ONLY
+    # the function decides
+    reduction: str = field(default="mean", init=False, repr=False)
+    name: str
+    function: Callable[..., Any] | None = None
+    takes_weights: bool = False
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> "OwnLoss":
+        """Return the loss that calls ``function``; raises ArgumentTypeError for one that takes other arguments."""
+        inner = getattr(function, "func", function)
+        name = getattr(inner, "__name__", type(inner).__name__)
+        try:
+            signature = inspect.signature(function)
+            takes_weights = "weights" in signature.parameters
+            signature.bind(None, None, **({"weights": None} if takes_weights else {}))
+        except (TypeError, ValueError) as error:
+            raise ArgumentTypeError(
+                f"loss: {name!r} is called with outputs, targets and, if it has a parameter of this name, weights "
+                f"({error}); bind its other parameters by functools.partial"
+            ) from error
+        return cls(name=name, function=function, takes_weights=takes_weights)
+
+    @cached_property
+    def uses(self) -> Features:
+        return in_use(**{"no classes": self.name, "own loss": self.name})
+
+    def spec(self, *, accuracy: bool, soft: bool = False) -> LossSpec:
+        return LossSpec(self.kind, name=self.name)
+
+    def check_given(self) -> None:
+        """Raise ArgumentError for a loss from a file whose function is missing."""
+        if self.function is None:
+            raise ArgumentError(
+                f"loss: the engine was trained with {self.name!r}, a function, which files do not hold; give it: "
+                f"load(path, loss={self.name}), or fit(X, y, epochs=20, loss={self.name})"
+            )
+
+    def check_weights(self, argument: str) -> None:
+        if not self.takes_weights:
+            raise ArgumentError(
+                f"{argument}: the loss {self.name!r} takes outputs and targets alone; give it a parameter weights"
+            )
+
+    def to_config(self) -> dict[str, Any]:
+        return {"kind": self.kind, "name": self.name}
+
+    def __deepcopy__(self, memo: Any) -> "OwnLoss":
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle holds: the function if it pickles, else its name."""
+        try:
+            pickle.dumps(self.function)
+        except (pickle.PicklingError, AttributeError, TypeError):
+            return {**vars(self), "function": None}
+        return vars(self)
+
+
 LOSSES: dict[str, type[Loss]] = {
     cls.kind: cls for cls in (CrossEntropy, BinaryCrossEntropy, MSE, MAE, Huber, Poisson, Quantile)
 }
 
 
-def as_loss(value: str | Loss) -> Loss:
-    """Return the loss for a name or an object; a name stands for the default options."""
-    if isinstance(value, Loss):
+def as_loss(value: LossLike) -> Loss:
+    """Return the loss for a name, which stands for the default options, an object, or a function of the caller's."""
+    if isinstance(value, Loss) and value.kind in (*LOSSES, OWN):
         return value
-    expected = "a name such as 'mse' or an object such as MSE()"
+    if callable(value) and not isinstance(value, type):
+        return OwnLoss.of(value)
+    expected = "a name such as 'mse', an object such as MSE(), or a function f(outputs, targets) -> (loss, gradient)"
     return LOSSES[check_choice("loss", value, LOSSES, expected=expected, elsewhere=_NAMES_ELSEWHERE)]()
 
 
 def loss_from_config(config: Mapping[str, Any]) -> Loss:
     """Invert ``to_config``."""
+    if config.get("kind") == OWN:
+        check_keys("loss", config, ("kind", "name"))
+        return OwnLoss(name=stored("loss.name", config["name"], str))
     return from_config("loss", LOSSES, config)

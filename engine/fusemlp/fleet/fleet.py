@@ -101,7 +101,7 @@ class Fleet:
         memory: int | None = None,
         initial: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        check_together({**as_network("net", net).uses, "fleet": True})
+        check_together({**as_network("net", net).uses, **as_loss(loss).uses, "fleet": True})
         base = Candidate({}, net, as_loss(loss), as_optimizer(optimizer), batch_size, seed)
         checked = as_privacy(privacy)
         self.candidates = tuple(

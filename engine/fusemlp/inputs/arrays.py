@@ -143,6 +143,25 @@ def as_probability_rows(argument: str, value: Any, *, classes: int, rows: int | 
     return array
 
 
+def as_rows(argument: str, value: Any, *, rows: int | None, dtype: npt.DTypeLike) -> Array:
+    """Return targets of the caller's loss, one or an array a row: floats as ``dtype``, perhaps NaN, others as int64.
+
+    Raises ShapeError, DTypeError, and DataError for infinities and values that the type cannot hold.
+    """
+    array = _real(argument, to_array(argument, value))
+    if not array.ndim:
+        raise ShapeError(f"{argument}: expected a target for each row, got {value!r}; give an array")
+    _check_rows(argument, array, rows)
+    if array.dtype.kind == "f":
+        result = _converted(argument, array, dtype, check_finite=False)
+        if not np.isfinite(result).all():
+            _check_finite(argument, array, np.where(np.isnan(result), 0.0, result))
+        return result
+    if array.size and array.max() > np.iinfo(np.int64).max:
+        raise DataError(f"{argument}: {array.max()} is beyond the largest int64; give real numbers")
+    return np.require(array, np.int64, ["C", "A"])
+
+
 def as_weights(argument: str, value: Any, *, rows: int | None, dtype: npt.DTypeLike) -> Array:
     """Return row weights as an ``(n,)`` array: finite, at least 0, not all zero; accept one column (n, 1)."""
     array = _single_column(argument, _real(argument, to_array(argument, value)), "weights")

@@ -8,13 +8,15 @@ arrays, or return the converted host array.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fusemlp.describe.checks import as_count
-from fusemlp.describe.losses import CrossEntropy, Loss
+from fusemlp.describe.losses import CrossEntropy, Loss, OwnLoss
 from fusemlp.describe.network import MLP
 from fusemlp.inputs.arrays import (
     Array,
@@ -23,18 +25,22 @@ from fusemlp.inputs.arrays import (
     as_counts,
     as_features,
     as_probability_rows,
+    as_rows,
     as_values,
     as_weights,
     to_array,
 )
 from fusemlp.inputs.blocks import Blocks, Peers
 from fusemlp.inputs.columns import Columns, codes_of, coding_of
-from fusemlp_kernels.contract import Backend, LossSpec
+from fusemlp_kernels.contract import OWN, Backend, LossSpec
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, FusemlpError
 
 
 class Targets(NamedTuple):
-    """``values``: (n,) classes or (n, N) reals, on host or device; ``soft``: True for rows of probabilities."""
+    """``values``: (n,) classes or (n, N) reals, on host or device; ``soft``: True for rows of probabilities.
+
+    Those of a loss of the caller's are (n, ...), reals or int64.
+    """
 
     values: Any
     soft: bool
@@ -63,7 +69,8 @@ def as_targets(argument: str, y: Any, loss: Loss, *, outputs: int, rows: int | N
     """Check ``y`` for a loss and a network with ``outputs`` outputs; ``rows``: the number of rows it must have.
 
     cross_entropy takes (n,) integers, or (n, N) probabilities; binary_cross_entropy (n, N) values from 0 to 1; poisson
-    counts; the others (n, N) reals. (n,) stands for (n, 1). Raises ShapeError, DTypeError or DataError.
+    counts; a loss of the caller's (n, ...); the others (n, N) reals. (n,) stands for (n, 1). Raises ShapeError,
+    DTypeError or DataError.
     """
     if isinstance(loss, CrossEntropy):
         array = y if isinstance(y, np.ndarray) else to_array(argument, y)
@@ -71,6 +78,9 @@ def as_targets(argument: str, y: Any, loss: Loss, *, outputs: int, rows: int | N
             return Targets(as_probability_rows(argument, array, classes=outputs, rows=rows, dtype=dtype), True)
         labels = as_class_labels(argument, array, classes=outputs, rows=rows, ignore_index=loss.ignore_index)
         return Targets(labels, False)
+    if isinstance(loss, OwnLoss):
+        loss.check_given()
+        return Targets(as_rows(argument, y, rows=rows, dtype=dtype), False)
     check = {"binary_cross_entropy": as_binary_targets, "poisson": as_counts}.get(loss.kind, as_values)
     return Targets(check(argument, y, width=outputs, rows=rows, dtype=dtype), False)
 
@@ -211,10 +221,10 @@ class UserBatches:
 
     def check_alike(self, first: Examples, other: Examples) -> None:
         """Raise DataError unless both have weights or none, the same kind of targets, and the same columns."""
-        if first.targets.soft != other.targets.soft or (first.weight is None) != (other.weight is None):
+        if _parts(first) != _parts(other):
             raise DataError(
                 f"{self.argument}: batch {self._read} has other parts than batch 1; give all batches classes or all "
-                "of them rows of probabilities, and weights to all or to none"
+                "of them rows of probabilities, or targets of one shape and type, and weights to all or to none"
             )
         if coding_of(first.X) != coding_of(other.X):
             raise DataError(
@@ -295,6 +305,7 @@ class DeviceInputs:
         """Return sample weights (n,), or None."""
         if weight is None:
             return None
+        self.loss.check_weights(argument)
         backend, native = self.backend, self.backend.adopt(weight)
         if native is not None:
             column = _column(native)
@@ -356,6 +367,8 @@ class DeviceInputs:
 
     def kind_of(self, targets: Targets) -> str | None:
         """Return which of ``fusemlp.describe.metrics.KINDS`` these targets are; None for probabilities."""
+        if math.prod(_shape(targets.values)[1:]) != self.network.sizes[-1] and self.loss.kind == OWN:
+            return None
         if not self.loss.is_classification:
             return "one-hot rows" if self.counts_hits(targets) else "numbers"
         if self.loss.kind == "cross_entropy":
@@ -367,13 +380,22 @@ class DeviceInputs:
 
     def spec_for(self, targets: Targets) -> LossSpec:
         """Return the loss of these targets. Raises ArgumentError if it does not take them."""
-        return self.loss.spec(accuracy=self.counts_hits(targets), soft=targets.soft)
+        spec = self.loss.spec(accuracy=self.counts_hits(targets), soft=targets.soft)
+        if spec.kind != OWN:
+            return spec
+        values = targets.values
+        return replace(spec, target=("int64" if self.backend.is_integer(values) else "real", _shape(values)[1:]))
 
     def _fits(self, native: Any, lowest: float = -np.inf, highest: float = np.inf) -> bool:
         """Return whether all elements are from ``lowest`` to ``highest`` and finite in the engine's type."""
         low, high = self.backend.extent(native)
         most = float(np.finfo(self.real).max)
         return max(lowest, -most) <= low and high <= min(highest, most)
+
+
+def _parts(batch: Examples) -> tuple[Any, ...]:
+    targets = batch.targets.values
+    return batch.targets.soft, batch.weight is None, _shape(targets)[1:], getattr(targets.dtype, "kind", "")
 
 
 def _shape(native: Any) -> tuple[int, ...]:

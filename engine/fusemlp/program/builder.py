@@ -16,6 +16,7 @@ from fusemlp_kernels.contract import (
     COUNTERS,
     HYPER,
     NEEDS_Z,
+    OWN,
     RATE_COLUMNS,
     STATS,
     Dropout,
@@ -49,7 +50,8 @@ class Builder:
         self.top = self.last
         if step.gradient is not None:
             self.first = step.gradient - 1
-            self.top += step.spec is None and self.net.activations[-1].name != "identity"
+        by_outputs = self.first < self.net.layers and (step.spec is None or step.spec.kind == OWN)
+        self.top += by_outputs and self.net.activations[-1].name != "identity"
         for name, place in step.layout.places.items():
             self.add(name, place.shape, "real", "parameter")
             if self.mixed and name.startswith("w"):
@@ -63,6 +65,7 @@ class Builder:
         for name, level in entries:
             self.add(name, (inputs.rows, self.net.sizes[level] if level else self.slots), self.matrix, "data")
         if self.top == self.net.layers:
+            # the gradient by the outputs goes through the activation alone
             self.add("unit", (self.net.sizes[-1],) * 2, self.matrix, "data")
         self.counters = self.add("counters", (COUNTERS,), "int64", "control")
         self.rows = self.add("rows", (self.batch,), "int64", "control") if inputs.indexed else None
@@ -199,6 +202,23 @@ class Builder:
         else:
             z = self.outputs(f"z{self.net.layers}", {"activation": "identity"})
             self.call("loss_grad", spec.kind, z=z, **operands)
+
+    def own_loss(self, spec: LossSpec) -> None:
+        """The outputs, and the caller's loss and its gradient by them."""
+        dtype, shape = spec.target
+        rows = self.step.inputs.rows
+        self.call(
+            "own_loss",
+            spec.name,
+            y=self.outputs("y", self.activation(self.last)),
+            dy=self.work(f"dz{self.top + 1}", self.net.sizes[-1]),
+            target=self.add("target", (rows, *shape), dtype, "data"),
+            counters=self.counters,
+            stats=self.add("stats", (STATS,), "float64", "control"),
+            function=self.add("function", (), "function", "control"),
+            weight=self.weight_of_rows(),
+            rows=self.rows,
+        )
 
     def backward(self) -> None:
         """From dz of the last layer to that of the first with something to train, or to the inputs."""

@@ -202,4 +202,6 @@ def persistent_places(program: Program, layout: Layout) -> Places:
 def allocate(backend: Backend, value: Value) -> Any:
     """An array of its own for a value: inputs that are copied in, and the control arrays."""
     flat = backend.allocate(max(value.size, 1), value.dtype)
+    if len(value.shape) > 2:
+        return flat[: value.size].reshape(value.shape)
     return backend.view(flat, 0, value.shape, value.shape[-1])

@@ -13,7 +13,7 @@ from fusemlp.program.passes.fusion import fuse
 from fusemlp.program.passes.members import MembersBuilder
 from fusemlp.program.program import Program
 from fusemlp.program.step import Inputs, Step
-from fusemlp_kernels.contract import LossSpec, TensorRule, Traits, UpdateRule
+from fusemlp_kernels.contract import OWN, LossSpec, TensorRule, Traits, UpdateRule
 
 # Return, for a parameter's state_dict name, if it is trained, and its changes to the optimizer's rule.
 OptionsFor = Callable[[str], tuple[bool, TensorRule]]
@@ -58,7 +58,9 @@ def plain(step: Step) -> Program:
     build = MembersBuilder(step) if step.net.members > 1 else Builder(step)
     for layer in range(step.gradient or 0, build.last):
         build.hidden(layer)
-    if step.spec is not None:
+    if step.spec is not None and step.spec.kind == OWN:
+        build.own_loss(step.spec)
+    elif step.spec is not None:
         build.loss(step.spec)
     elif step.gradient is None or build.top > build.last:
         build.outputs("y", build.activation(build.last))

@@ -28,10 +28,12 @@ from fusemlp_kernels.ops import OPS
 # arena of that name; "data": given by the caller; "control": counters and the like, there before the first call;
 # "work": written by one call, read by others.
 KINDS = ("parameter", "gradient", "state", "shadow", "data", "control", "work")
-ITEM_BYTES = {"float64": 8, "int64": 8, "bool": 1}
+ITEM_BYTES = {"float64": 8, "int64": 8, "bool": 1, "function": 0}
 
 # The call between the ranks, which ends the calls of a shard.
 COLLECTIVE = "all_reduce"
+# The call of a function of the caller's, which a loop over steps waits for.
+CALLBACK = "own_loss"
 
 _RECORDS = [operand for op in OPS.values() for operand in op.by_name.values()]
 # The step reads x and the targets through the rows of the batch; the printed program says so.
@@ -54,7 +56,7 @@ class Value:
     """An array of the program: shape, element type and kind (see ``KINDS``).
 
     The element type is "real", "float64", "int64" or "bool"; in mixed precision "compute" for what the matrix products
-    read.
+    read; "function" for one of the caller's, which is no array.
     """
 
     name: str
@@ -320,7 +322,12 @@ class Program:
         if self.sharding:
             # after the collective comes the update alone
             return 2 if self.resident else len(self.before_reduction) * self.sharding.own + 1
-        return 1 if self.resident else len(self.calls)
+        return 1 if self.resident else len(self.calls) - self.calls_back
+
+    @property
+    def calls_back(self) -> bool:
+        """Return whether a step calls a function of the caller's."""
+        return any(call.op == CALLBACK for call in self.calls)
 
     @property
     def before_reduction(self) -> tuple[Call, ...]:
@@ -358,7 +365,8 @@ class Program:
         if self.sharding:
             last = f"{self._shared(self.sharding)}: {last}"
         elif self.resident:
-            last = f"{len(self.calls)} calls, run as one loop over the steps: {last}"
+            pause = f" that pauses at {CALLBACK}" if self.calls_back else ""
+            last = f"{len(self.calls)} calls, run as one loop over the steps{pause}: {last}"
         return "\n".join([*lines, last])
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.describe.losses import Loss
+from fusemlp.describe.conflicts import check_together
+from fusemlp.describe.losses import Loss, OwnLoss
 from fusemlp.describe.metrics import Judged, Metric, as_metrics
 from fusemlp.describe.network import MLP
 from fusemlp.inputs.arrays import Array
@@ -22,6 +23,7 @@ from fusemlp.program.layout import placement
 from fusemlp.runtime import forward
 from fusemlp.runtime.forward import Evaluation, ForwardPass, MeanEvaluation, combined
 from fusemlp.runtime.memory import Memory, Workspace
+from fusemlp.runtime.own_loss import AnyEvaluation, OwnEvaluation
 from fusemlp.runtime.scaling import Scaling
 from fusemlp_kernels.contract import NEEDS_Z, LossSpec, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError
@@ -187,6 +189,7 @@ class Inference:
             return self.forward.input_gradient(X, {"seed": self.seeds(self.chosen(X, output))})
         if output is not None:
             raise ArgumentError("output: the loss of y reads all outputs; leave output or y out")
+        check_together({**self.loss.uses, "loss by inputs": True})
         data = self.inputs.examples(X, y, None)
         self.scaling.check_measured()
         spec, values = self.inputs.spec_for(data.targets), data.targets.values
@@ -263,9 +266,9 @@ class Inference:
         evaluation = self._evaluation(self.forward, data, spec, repeated=False)
         return {**evaluation.of(self.forward.trained), **self.figures(data, asked)}
 
-    def _evaluation(
-        self, forward: ForwardPass, data: Examples, spec: LossSpec, *, repeated: bool
-    ) -> Evaluation | MeanEvaluation:
+    def _evaluation(self, forward: ForwardPass, data: Examples, spec: LossSpec, *, repeated: bool) -> AnyEvaluation:
+        if isinstance(self.loss, OwnLoss):
+            return OwnEvaluation(forward, data, self.loss)
         if self.network.members > 1:
             return MeanEvaluation(forward, data, spec, self.class_weight)
         return Evaluation(forward, data, spec, self.class_weight, repeated)
@@ -303,7 +306,7 @@ class Inference:
             truth, scores, weight = truth[kept], scores[kept], None if weight is None else weight[kept]
         return Judged(truth, scores.argmax(axis=1), scores, weight)
 
-    def evaluation(self, data: Examples, *, apart: bool) -> Evaluation | MeanEvaluation:
+    def evaluation(self, data: Examples, *, apart: bool) -> AnyEvaluation:
         """Return a repeatable ``evaluate`` of the same arrays. With ``apart`` the parameters are copied first:
         the result serves all engines with these layers and this loss, and keeps no reference to this one."""
         memory = self.forward.memory

@@ -27,6 +27,8 @@ ASKED = "asked for"
 UNINTERRUPTED = 256
 COMPILED_UNINTERRUPTED = 4096
 UNINTERRUPTED_FLOPS = 2e9
+# Steps that call a function of the caller's, which may take long.
+CALLED_BACK = 16
 # The longest that a launch of many steps may take on a GPU.
 LAUNCH_SECONDS = 0.05
 
@@ -181,6 +183,7 @@ def plan_text(
     traits = _traits(net, backend, precision)
     sharding = _sharding(net, traits, devices, reduce)
     chosen_loss, chosen_optimizer = as_loss(loss), as_optimizer(optimizer)
+    check_together({**chosen_loss.uses, traits.name: True})
     chosen_loss.check_network(net)
     chosen_optimizer.check_network(net)
     real_bytes = REAL_BYTES.get(precision, 4)

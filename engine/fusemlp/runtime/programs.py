@@ -15,7 +15,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.program.layout import allocate, placement
 from fusemlp.program.program import Program, resolve
 from fusemlp.runtime.memory import Memory, Workspace, on_device
-from fusemlp.runtime.plans import UNINTERRUPTED, resident_chunk
+from fusemlp.runtime.plans import CALLED_BACK, UNINTERRUPTED, resident_chunk
 from fusemlp.runtime.ranks import Single
 from fusemlp_kernels.contract import ROW_COUNT, ROW_STEP, Backend
 
@@ -56,6 +56,8 @@ class BoundProgram:
         self.chunk = UNINTERRUPTED
         if self._resident or backend.traits.on_host:
             self.chunk = resident_chunk(backend.traits, program.flops)
+        if program.calls_back:
+            self.chunk = min(self.chunk, CALLED_BACK)
         self._captures = plan == "graph"
         self.use(self._bound(memory))
 
@@ -186,7 +188,7 @@ class KeptPrograms:
     def release(self) -> None:
         """Give back the programs and their memory; the next steps make them anew."""
         self.workspace = Workspace(self.backend)
-        # those of ``step``: for soft targets or classes, with weights or without, and for each coding
+        # those of ``step``, by shape and type of a target, whether there are weights, and the coding
         self.staged: dict[tuple[Any, ...], BoundProgram] = {}
         self.last_fit: LastFit | None = None
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,7 +12,7 @@ from fusemlp._version import __version__
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag, knows_names
 from fusemlp.describe.conflicts import Features, check_together, in_use
 from fusemlp.describe.description import Machine, stored
-from fusemlp.describe.losses import Loss, as_loss, loss_from_config
+from fusemlp.describe.losses import Loss, LossLike, OwnLoss, as_loss, loss_from_config
 from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
 from fusemlp.describe.privacy import DPSGD, as_privacy
@@ -41,7 +42,7 @@ from fusemlp_kernels.contract import (
     UpdateRule,
     batch_parts,
 )
-from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.errors import ArgumentError, CheckpointError, FusemlpError
 
 Made = TypeVar("Made", bound="Session")
 
@@ -80,7 +81,7 @@ class Session:
     def __init__(
         self,
         net: MLP,
-        loss: str | Loss = "cross_entropy",
+        loss: LossLike = "cross_entropy",
         optimizer: str | Optimizer = "adam",
         batch_size: int = 32,
         seed: int = 0,
@@ -154,7 +155,7 @@ class Session:
         # until it joins others
         self.ranks = Single()
         self.sharding = ALONE
-        needs = [feature for feature in ("members", "privacy") if feature in self.described]
+        needs = [feature for feature in ("members", "privacy", "own loss") if feature in self.described]
         self.backend = first_available(needs) if machine.backend == "auto" else machine.backend
         self.plan, self.plan_reason = machine.plan, "" if machine.plan == "auto" else ASKED
         check_together(self.uses)
@@ -169,10 +170,7 @@ class Session:
         self.coded = False
         self.plan, self.plan_reason = self._chosen(machine.plan, self.batch_size)
         self.scaling = Scaling(self.inputs, self.normalise)
-        # the loss's class weights, on the device
-        self.class_weight: Any | None = None
-        if self.loss.class_weight is not None:
-            self.class_weight = backend.from_host(np.asarray(self.loss.class_weight, real))
+        self._use_loss(self.loss)
         self._use_memory(None, None)
         self.memory.hyper[RATE_SCALE] = 1.0
         self.memory.hyper[LOSS_SCALE] = FIRST_LOSS_SCALE
@@ -212,6 +210,52 @@ class Session:
         if device != "cpu":
             ranks.take_card(device)
 
+    def _use_loss(self, loss: Loss) -> None:
+        self.loss = self.inputs.loss = loss
+        # the loss's class weights, on the device
+        self.class_weight: Any | None = None
+        if loss.class_weight is not None:
+            self.class_weight = self.inputs.backend.from_host(np.asarray(loss.class_weight, self.inputs.real))
+
+    def take_loss(self, loss: LossLike) -> None:
+        """Change the loss: the engine trains on, predicts and evaluates as one that was made with it.
+
+        Raises ArgumentError, ArgumentTypeError or BackendUnavailableError, before anything has changed.
+        """
+        before = self.loss
+        # the same function at each step
+        if loss is getattr(before, "function", before) or (chosen := as_loss(loss)) == before:
+            return
+        chosen.check_network(self.network)
+        self.loss = chosen
+        try:
+            check_together(self.uses)
+        except FusemlpError:
+            self.loss = before
+            raise
+        self._use_loss(chosen)
+        self.inference.loss, self.inference.class_weight = chosen, self.class_weight
+        if not (isinstance(chosen, OwnLoss) and isinstance(before, OwnLoss)):
+            self.release()
+
+    @contextmanager
+    def taking(self, loss: LossLike | None) -> Iterator[None]:
+        """Take the loss, if there is one; an error inside takes the one before again."""
+        before = self.loss
+        if loss is not None:
+            self.take_loss(loss)
+        try:
+            yield
+        except BaseException:
+            self.take_loss(before)
+            raise
+
+    def release(self) -> None:
+        """Give back the memory that steps and predictions work in, and on a GPU the data of the last fit; the next
+        ones make it anew."""
+        self.programs.release()
+        self.inference.forward.release()
+
     def _use_memory(self, arenas: Mapping[str, Any] | None, schedule: Schedule | None, rows: int = 0) -> None:
         rule, backend = self.optimizer.rule(), self.inputs.backend
         self.state_names = rule.states
@@ -231,6 +275,18 @@ class Session:
         self.rates.schedule = schedule
         self.inference = Inference(self.network, self.loss, memory, self.inputs, self.scaling, self.class_weight)
         self.programs = KeptPrograms(backend)
+
+    def take_named(self, loss: Callable[..., Any] | Loss | None) -> None:
+        """Take the function of the name that a file has; raises CheckpointError for others. None: it is given later."""
+        if loss is None:
+            return
+        named = as_loss(loss)
+        if "own loss" not in self.loss.uses or named.uses != self.loss.uses:
+            names = [getattr(known, "name", known.kind) for known in (self.loss, named)]
+            raise CheckpointError(
+                f"loss: the file was trained with {names[0]!r}, got {names[1]!r}; give that one, or this to fit"
+            )
+        self.take_loss(named)
 
     def move_into(self, arenas: Mapping[str, Any]) -> None:
         """Keep what the engine keeps in these arrays from now on: flat ones like those of ``new_arenas``."""

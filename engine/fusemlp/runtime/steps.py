@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fusemlp.describe.conflicts import check_together
 from fusemlp.inputs.columns import codes_of, coding_of
 from fusemlp.program.lowering import lower_training
 from fusemlp.program.program import Program
 from fusemlp.program.step import Inputs, Pass
 from fusemlp.runtime.forward import member_rows
+from fusemlp.runtime.own_loss import caller_of
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.ranks import Ranks
 from fusemlp.runtime.shards import ShardedProgram
@@ -124,6 +127,10 @@ def bind(
             epoch_stats = allocate(epochs * STATS, "float64")
             arrays["epoch_stats"] = engine.memory.backend.view(epoch_stats, 0, (epochs, STATS), STATS)
     program = lower(engine, inputs, spec, rule, batch_size, resident=resident, passes=passes, **options)
+    if program.calls_back:
+        arrays["function"] = caller_of(engine.inputs)
+    if "unit" in program.values:
+        arrays["unit"] = np.eye(engine.network.sizes[-1], dtype=engine.inputs.real)
     if isinstance(engine.ranks, Ranks):
         return ShardedProgram(program, engine.memory, engine.programs.workspace, arrays, engine.ranks, plan=engine.plan)
     plan = engine.plan
@@ -208,10 +215,9 @@ def step(engine: Session, x: Any, y: Any, sample_weight: Any = None) -> Any:
     if not programs.staged and not engine.update_count:
         engine.scaling.check_measured()
         engine.scaling.warn("x", x)
-    kind = targets.soft, weight is not None, coding
+    kind = targets.values.shape[1:], targets.values.dtype, weight is not None, coding
     if kind not in programs.staged:
-        spec = engine.loss.spec(accuracy=False, soft=targets.soft)
-        weighted = weight is not None
+        spec, weighted = replace(engine.inputs.spec_for(targets), accuracy=False), weight is not None
         programs.staged[kind] = bind_staged(engine, engine.batch_size, spec, weighted=weighted, coding=coding)
     bound = programs.staged[kind]
     try:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from fusemlp.datasets.dataset import Dataset
 from fusemlp.describe import presets
 from fusemlp.describe.checks import as_count, as_number, check_choice
+from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.losses import LOSSES, Loss, as_loss
 from fusemlp.describe.network import MLP, SLOPES, Activation, as_activation
 from fusemlp.describe.optimizers import OPTIMIZERS, Optimizer
@@ -262,7 +263,9 @@ def loss_name(recipe: ModelRecipe, task: str, classes: int) -> str:
     ``classes`` is 0 for a regression.
     """
     classify = task == "classification"
-    name = as_loss(recipe.loss or ("cross_entropy" if classify else "mse")).kind
+    chosen = as_loss(recipe.loss or ("cross_entropy" if classify else "mse"))
+    check_together({**chosen.uses, "table": True})
+    name = chosen.kind
     if as_loss(name).is_classification and not classify:
         raise ArgumentError(
             f"loss: {name!r} is for classes, and this is a regression; use mse, mae, huber, quantile or poisson, or "

@@ -36,7 +36,7 @@ ELSEWHERE = {
     "validation_freq": "validation follows every epoch; leave it out",
     "validation_batch_size": "validation chooses its batches by itself; leave it out",
     **dict.fromkeys(("workers", "use_multiprocessing", "max_queue_size"), _TO_LOADER),
-    **dict.fromkeys(("loss", "optimizer", "seed", "precision", "backend", "device", "plan"), _TO_ENGINE),
+    **dict.fromkeys(("optimizer", "seed", "precision", "backend", "device", "plan"), _TO_ENGINE),
     **dict.fromkeys(("lr", "learning_rate"), _TO_ENGINE),
     "random_state": "it is the engine's seed: Engine(net, seed=0)",
     "patience": "it is called early_stopping here: fit(early_stopping=5)",
@@ -49,20 +49,21 @@ ELSEWHERE = {
 
 def fit(engine: Trainer, plan: FitPlan, X: Any, y: Any, sample_weight: Any, validation_data: Any) -> History:
     """Train on arrays, or on batches, by a plan; see ``Engine.fit``."""
-    beside = {"sample_weight": sample_weight, "validation_data": validation_data}
-    check_together({**engine.uses, **plan.uses(engine.optimizer.schedule, batches=y is None, **beside)})
-    engine.ledger.check_accounting()
-    if plan.resume and plan.batch_size not in (None, engine.batch_size):
-        raise ArgumentError(
-            f"batch_size: the fit that is resumed has batches of {engine.batch_size} rows, got {plan.batch_size}; "
-            "leave it out"
-        )
-    data = fit_data(engine, plan, X, y, sample_weight, validation_data)
-    engine.take_batches_of(plan.batch_size or engine.batch_size)
-    loop = fit_loop(engine, plan, data)
-    if data.batches is None:
-        engine.programs.let_go_with((X, y, sample_weight))
-    _warn(engine, data.of_rank, plan.epochs * loop.batches, streamed=data.batches is not None)
+    with engine.taking(plan.loss):
+        beside = {"sample_weight": sample_weight, "validation_data": validation_data}
+        check_together({**engine.uses, **plan.uses(engine.optimizer.schedule, batches=y is None, **beside)})
+        engine.ledger.check_accounting()
+        if plan.resume and plan.batch_size not in (None, engine.batch_size):
+            raise ArgumentError(
+                f"batch_size: the fit that is resumed has batches of {engine.batch_size} rows, got {plan.batch_size}; "
+                "leave it out"
+            )
+        data = fit_data(engine, plan, X, y, sample_weight, validation_data)
+        engine.take_batches_of(plan.batch_size or engine.batch_size)
+        loop = fit_loop(engine, plan, data)
+        if data.batches is None:
+            engine.programs.let_go_with((X, y, sample_weight))
+        _warn(engine, data.of_rank, plan.epochs * loop.batches, streamed=data.batches is not None)
     with exits(plan.callbacks, engine):
         return loop.run()
 
@@ -118,7 +119,12 @@ def fit_loop(
         # rows are drawn, and a function of the user's is asked, when their epoch comes
         at_once = 1
     else:
-        decided = data.validation is not None or policy.patience is not None or bool(plan.callbacks)
+        decided = (
+            "own loss" in engine.uses
+            or data.validation is not None
+            or policy.patience is not None
+            or bool(plan.callbacks)
+        )
         asked = decided or not resident or engine.ranks.together
         at_once = epochs_at_once(engine, plan.epochs, count * members, asked=asked)
     bound: Stream | BoundProgram | None = None

@@ -155,8 +155,15 @@ class EpochLoop(Generic[PolicyT]):
 
     def drive(self, interrupted: Callable[[], bool]) -> None:
         """Run the steps that ``training`` asks for."""
+        counters = self.engine.memory.counters
         for steps in self.training(interrupted):
-            self.bound.run_many(steps)
+            try:
+                self.bound.run_many(steps)
+            except Exception:
+                # a loss of the caller's may end a launch after some of its steps
+                if steps > 1 and self.at_once == 1 and self.engine.memory.backend.traits.on_host:
+                    self.state.batch = int(counters[ROW_OFFSET]) // self.batch_size
+                raise
 
     def training(self, interrupted: Callable[[], bool]) -> Iterator[int]:
         """Yield numbers of steps; the caller runs them before it asks for the next number.

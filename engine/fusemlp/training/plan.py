@@ -9,6 +9,7 @@ from fusemlp.describe.adversarial import Adversary, as_adversary
 from fusemlp.describe.checks import as_deadline, freeze
 from fusemlp.describe.conflicts import Features, in_use
 from fusemlp.describe.description import Count, Description, Flag, Fraction
+from fusemlp.describe.losses import as_loss
 from fusemlp.describe.metrics import Metric
 from fusemlp.describe.privacy import OF_TRAINING_ROWS
 from fusemlp.describe.schedules import ReduceOnPlateau, Schedule
@@ -65,6 +66,7 @@ class FitPlan(Description):
     resume: Flag = False
     time_limit: float | None = None
     adversarial: Annotated[Adversary, as_adversary] | None = None
+    loss: Annotated[Any, lambda _, value: as_loss(value)] | None = None
     # when the time is up, of ``time.monotonic``
     deadline: float = field(init=False)
 

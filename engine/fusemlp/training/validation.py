@@ -13,7 +13,8 @@ from fusemlp.describe.metrics import METRICS, Metric, as_metrics, rises
 from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.examples import Examples, Targets, UserBatches, are_batches
-from fusemlp.runtime.forward import Evaluation, MeanEvaluation, metrics_of
+from fusemlp.runtime.forward import metrics_of
+from fusemlp.runtime.own_loss import AnyEvaluation
 from fusemlp.training.history import DIVERGED, FitState
 from fusemlp.training.loop import Policy
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
@@ -37,7 +38,7 @@ class Validation:
     common: bool = False
     metrics: tuple[Metric, ...] = ()
     # evaluations not in use, by network and loss
-    _idle: dict[Any, list[Evaluation | MeanEvaluation]] = field(default_factory=dict)
+    _idle: dict[Any, list[AnyEvaluation]] = field(default_factory=dict)
 
     def of(self, engine: Session) -> Callable[[], dict[str, float]]:
         """Return a function that evaluates ``engine`` on the rows, for the end of each epoch."""

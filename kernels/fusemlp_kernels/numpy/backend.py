@@ -96,7 +96,8 @@ class NumpyBackend:
         ENTRIES[op](table, table.operands(op, operands))
         run = table.bind(epoch_stats, alone=op == "train_resident")
         # an array with two names may be two arrays in the next model
-        if memo is not None and arrays and len({*map(id, arrays.values())}) == len(arrays) and not table.converts:
+        single = arrays and len({*map(id, arrays.values())}) == len(arrays)
+        if memo is not None and arrays and single and not table.converts and table.between is None:
             memo["table"] = BoundTable(table, arrays)
         return run
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp_kernels import contract as c
 from fusemlp_kernels.contract import ACTIVATIONS, LOSSES, NEEDS_Z, Segment, TensorRule, UpdateRule
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.numpy.compiled import tables as t
@@ -168,6 +169,32 @@ def _loss_of(table: CallTable, call: SimpleNamespace, z: Array, *, fresh: bool) 
     )  # fmt: skip
     if dz is not None:
         table.add("PADDING", n=outputs, k=count, dz=dz)
+
+
+@enters("own_loss")
+def _own_loss(table: CallTable, call: SimpleNamespace) -> None:
+    y, dy, rows, target, weight = call.y, call.dy, call.rows, call.target, call.weight
+    counters, stats, function = call.counters.data, call.stats.data, call.function
+    every = np.arange(len(y)) if rows is None else rows
+
+    def between() -> None:
+        count, first = counters[c.ROW_COUNT], 0 if rows is None else counters[c.ROW_OFFSET]
+        picked = every[first : first + count]
+        shares = None if weight is None else weight.take(picked)
+        normaliser = count if shares is None else float(shares.sum(dtype=np.float64))
+        loss = dy[:count] = 0.0
+        if normaliser:
+            loss, dy[:count] = function(y[:count], target.take(picked, 0), shares)
+        stats[c.LAST_LOSS] = loss
+        stats[c.LOSS_SUM] += loss * normaliser
+        stats[c.NORM_SUM] += normaliser
+        stats[c.BATCH_LOSSES] += loss * count
+
+    table.height = max(table.height, len(y))
+    table.control(call.counters, call.stats)
+    table.between = between
+    table.add("PAUSE")
+    table.add("PADDING", n=dy.shape[1], k=len(dy), dz=dy)
 
 
 @enters("grad_input")
@@ -410,7 +437,7 @@ def _grad_weight_members(table: CallTable, call: SimpleNamespace) -> None:
 @enters("train_resident")
 def _train_resident(table: CallTable, step: SimpleNamespace) -> None:
     calls, shards = step.calls, step.shards
-    counted = ("linear_loss_grad", "loss_grad")
+    counted = ("linear_loss_grad", "loss_grad", "own_loss")
     losses = [operands for op, operands in calls if op in counted and operands.get("stats") is not None]
     if not losses or "rule" not in calls[-1][1]:
         raise ArgumentError(

@@ -33,7 +33,10 @@ ELEMENT, LOSS, MOVE, UPDATE = 16, 64, 4, 32
 SHORTEST = 512
 
 PIECEWISE = ("WEIGHT", "CODES", "BIAS", "SLOPES")
-_CUT = {**dict.fromkeys((*PIECEWISE, "NORM", "UPDATE", "PACK", "SUMS"), t.BY_PIECES), "CLOCK": t.AT_ONCE}
+_CUT = {
+    **dict.fromkeys((*PIECEWISE, "NORM", "UPDATE", "PACK", "SUMS"), t.BY_PIECES),
+    **{"CLOCK": t.AT_ONCE, "PAUSE": t.BY_ROWS},
+}
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def plan(
                 tasks.append((begun, len(pieces)))
             count = len(tasks) - start
         elif cut == t.BY_ROWS:
-            count = by_rows
+            count = 0 if group[0].kind == "PAUSE" else by_rows
         phases.append((cut, first, first + len(group), count, start))
         most = max(most, count)
 

@@ -37,7 +37,7 @@ STEPS, STEP, AT_PHASE, TOGETHER, PRODUCT, EPOCHS, EPOCH_STATS = map(
 )
 
 # Kinds of calls on as many rows as the counters say.
-COUNTED = {"ENTROPY", "ELEMENTWISE", "SQUARES"}
+COUNTED = {"ENTROPY", "ELEMENTWISE", "SQUARES", "PAUSE"}
 # The fields of arrays that have a row for each row of the batch; and w, all of which each task reads.
 MATRICES = ("x", "y", "z", "dz", "out", "keep", "w")
 
@@ -80,6 +80,8 @@ class CallTable:
         self.lanes = 0
         # words of a task's order of the rows of a column of codes
         self.order_row = 0
+        # what runs on the host at a pause
+        self.between: Callable[[], object] | None = None
         # whether arrays are copied; copies that follow an operand, and (destination, source) before and after a run
         self.converts = False
         self.copies: dict[Any, Array] = {}
@@ -113,6 +115,8 @@ class CallTable:
             array, original = array.T, array
             self.transposed[id(array)] = array, original
         dtype = expected(record, operands)[0] if record.shape == "target" else record.dtype
+        if dtype == "any":
+            return array
         wanted = self.real if dtype in ("real", "compute") else np.dtype(dtype)
         flags = array.flags
         if array.dtype == wanted and flags.c_contiguous and flags.aligned:
@@ -256,7 +260,10 @@ class CallTable:
         memory = np.frombuffer(bytearray(pack("=" + "".join(map(mul, FORMATS, counts)), *words)), np.int64)
         starts = list(accumulate(map(mul, SIZES, counts)))
         self.bound = memory, starts, work, self.real, cut.most
-        return copied(_launch(*self.bound, self.kept, epoch_stats), self.before, self.after)
+        run = _launch(*self.bound, self.kept, epoch_stats)
+        if self.between is not None:
+            run = _with_pauses(run, self.between, memory, work, cut.most)
+        return copied(run, self.before, self.after)
 
     def bind_moving(self, arrays: Sequence[Array | None]) -> Run:
         """``run(addresses)``: the calls with ``arrays``, which the loop can read in place, at these addresses."""
@@ -311,6 +318,20 @@ def _launch(
 def most_order(column: Column, height: int) -> int:
     """Return the words of the order of the rows of a column of codes: where each code begins, and the rows."""
     return column.inputs + 1 + height * max(1, column.pairs)
+
+
+def _with_pauses(run: Run, between: Callable[[], object], memory: Array, work: Any, tasks: int) -> Run:
+    """Return ``run`` that calls ``between`` at the pause of each step; an error there leaves all as before the step."""
+    job = memory.ctypes.data
+
+    def run_with_pauses(steps: int = 1) -> None:
+        # a launch goes from one pause to the next
+        run(steps)
+        for _ in range(steps):
+            between()
+            launch(work.address, job, tasks)
+
+    return run_with_pauses
 
 
 class BoundTable:

@@ -199,7 +199,7 @@ def _end_phase(head: Any, like: Any, counters: Any, phase: Any) -> None:
 
 @register_jitable(**EXACT)
 def _open(head: Any, like: Any) -> int:
-    """End the phase under way and open the next that has tasks; their number, or 0 at the end of the last step."""
+    """End the phase under way and open the next that has tasks; their number, or 0 at a pause and after all steps."""
     counters = elements(np.int64, head.counters)
     at = head.phase
     if at >= 0:
@@ -226,6 +226,9 @@ def _open(head: Any, like: Any) -> int:
             if not head.clips:
                 head.scale = 1.0 / head.accumulate
         if phase.tasks == 0:
+            if call_at(head.calls, phase.first).kind == t.PAUSE:
+                head.phase = at
+                return 0
             continue
         head.phase = at
         return -(-phase.tasks // head.together) if phase.cut == t.BY_ROWS else phase.tasks

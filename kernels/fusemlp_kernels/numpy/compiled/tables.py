@@ -48,10 +48,12 @@ DEPTH = 512
 # have of their own; HEADS and HEADS_BACKWARD: an output layer of each member. By pieces of a tensor: WEIGHT, BIAS,
 # SLOPES, CODES (weights of a first layer of codes): a gradient, with its update where there is a param; NORM: squares
 # of gradients, for clipping; UPDATE; PACK: weights into panels; SUMS: the rows that a layer of codes adds up. CLOCK.
+# PAUSE: a launch ends there, and the next goes on from there.
 (
     GATHER, AFFINE, ACTIVATE, ENTROPY, ELEMENTWISE, PADDING, BACKWARD, WEIGHT, BIAS, SLOPES, NORM, UPDATE, PACK, CLOCK,
     SQUARES, SHRINK, PERTURB, MEMBERS_AFFINE, MEMBERS_BACKWARD, HEADS, HEADS_BACKWARD, COLUMNS, CODES, SUMS,
-) = range(24)  # fmt: skip
+    PAUSE,
+) = range(25)  # fmt: skip
 
 # A row of calls: its kind and sizes. Row numbers, and 1 if the batch starts at ROW_OFFSET among them; input, weights,
 # the same in panels, bias, output, pre-activation, gradient by it, what else is written; prelu's slope, the gradient

@@ -1,0 +1,137 @@
+"""A loss of the caller's: checked calls of its function, its evaluation, and the check of its gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fusemlp.describe.checks import as_number
+from fusemlp.describe.losses import Loss, OwnLoss
+from fusemlp.inputs.arrays import Array, as_rows, as_values, as_weights, to_array
+from fusemlp.inputs.examples import DeviceInputs, Examples
+from fusemlp.runtime.forward import Evaluation, ForwardPass, MeanEvaluation
+from fusemlp.runtime.memory import Memory
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError
+
+
+def caller_of(inputs: DeviceInputs) -> Callable[..., tuple[float, Array]]:
+    """Return the function for programs: it calls the loss of an engine's ``inputs``, whichever it is then."""
+    return lambda *batch: call(inputs.loss, *batch)
+
+
+def call(loss: Loss, outputs: Array, targets: Array, weights: Array | None) -> tuple[float, Array]:
+    """Return the loss and its gradient (M, N), checked; the function gets a copy of ``outputs`` (M, N).
+
+    The answer may be infinite or NaN if the squares of the outputs are, as in a training that diverges. Raises
+    ArgumentTypeError, ShapeError, DTypeError or DataError.
+    """
+    assert isinstance(loss, OwnLoss) and loss.function is not None
+    given = {"weights": weights} if loss.takes_weights else {}
+    answer = loss.function(outputs.copy(), targets, **given)
+    if not isinstance(answer, tuple | list) or len(answer) != 2:
+        raise ArgumentTypeError(
+            f"loss: {loss.name!r} returned {type(answer).__name__}; expected (loss, gradient): a number, and an array "
+            f"{outputs.shape} of its gradient by the outputs"
+        )
+    number, gradient = _number(loss.name, answer[0]), to_array("loss: gradient", answer[1])
+    if gradient.shape != outputs.shape:
+        raise ShapeError(
+            f"loss: the gradient of {loss.name!r} has shape {gradient.shape}; expected {outputs.shape}, a number for "
+            "each output"
+        )
+    if gradient.dtype.kind != "f":
+        raise DTypeError(
+            f"loss: the gradient of {loss.name!r} has dtype {gradient.dtype}; expected real numbers, {outputs.dtype}"
+        )
+    # the squares of large numbers may overflow
+    if not math.isfinite(number) or not math.isfinite(np.vdot(gradient, gradient)):
+        _check_finite(loss.name, number, gradient, outputs)
+    return number, gradient
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if np.ndim(value) == 0 and not isinstance(value, str | bytes):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise ArgumentTypeError(f"loss: {name!r} returned the loss {value!r}; expected one number, such as errors.mean()")
+
+
+def _check_finite(name: str, number: float, gradient: Array, outputs: Array) -> None:
+    # a training that diverges ends by itself, with the engine back at its last good epoch
+    if not math.isfinite(np.vdot(outputs, outputs)):
+        return
+    wrong = np.argwhere(~np.isfinite(gradient))
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        what = f"its gradient is {gradient[row, column]} at row {row}, column {column} of the batch"
+    elif math.isfinite(number):
+        return
+    else:
+        what = f"it is {number}"
+    raise DataError(f"loss: {name!r} of finite outputs is not finite: {what}; look for log(0), 0 / 0 and exp of large")
+
+
+class OwnEvaluation:
+    """The caller's loss of ``data``, all rows at once, to evaluate once or repeatedly."""
+
+    def __init__(self, forward: ForwardPass, data: Examples, loss: OwnLoss) -> None:
+        self._forward, self._data, self._loss = forward, data, loss
+
+    def of(self, memory: Memory) -> dict[str, float]:
+        """Return the loss of what predictions read of ``memory``."""
+        self._forward.trained = memory
+        outputs, data = self._forward.outputs(self._data.X), self._data
+        return {"loss": call(self._loss, outputs, data.targets.values.copy(), data.weight)[0]}
+
+
+AnyEvaluation: TypeAlias = "Evaluation | MeanEvaluation | OwnEvaluation"
+
+
+def check_gradient(
+    function: Callable[..., Any], outputs: Any, targets: Any, weights: Any = None, *, tolerance: float = 1e-5
+) -> float:
+    """Compare the gradient of a loss with central differences in float64, and return the largest relative error.
+
+    ``function``, ``outputs`` (n, N), ``targets`` (n, ...) and ``weights`` (n,) are as an engine calls a loss, with
+    float64 for real numbers. The function is called twice for each output, so a few rows do. Errors are relative to the
+    largest gradient. Differences say nothing at kinks, such as an error of 0 in the absolute error.
+
+    Raises ArgumentError if an error is above ``tolerance`` and the rounding of the differences, the errors of an
+    engine for an answer that it does not take, and DataError for outputs that are not finite.
+    """
+    loss, tolerance = OwnLoss.of(function), as_number("tolerance", tolerance, low=0.0)
+    y = to_array("outputs", outputs)
+    y = np.array(as_values("outputs", y, width=y.shape[-1] if y.ndim else 1, rows=None, dtype=np.float64))
+    t = as_rows("targets", targets, rows=len(y), dtype=np.float64)
+    if weights is not None:
+        loss.check_weights("weights")
+        weights = as_weights("weights", weights, rows=len(y), dtype=np.float64)
+
+    def at(place: tuple[int, ...], value: float) -> float:
+        moved = y.copy()
+        moved[place] = value
+        return call(loss, moved, t.copy(), weights)[0]
+
+    number, gradient = call(loss, y, t.copy(), weights)
+    # the error of a difference is least where truncation and rounding are alike
+    eps = float(np.finfo(np.float64).eps)
+    differences, rounding = np.empty_like(y), np.empty_like(y)
+    for place in np.ndindex(*y.shape):
+        step = eps ** (1 / 3) * max(1.0, abs(y[place]))
+        low, high = y[place] - step, y[place] + step
+        differences[place] = (at(place, high) - at(place, low)) / (high - low)
+        rounding[place] = 4.0 * eps * abs(number) / step
+    largest = max(float(np.abs(gradient).max()), float(np.abs(differences).max()))
+    errors = np.abs(gradient - differences)
+    row, column = np.unravel_index(int(np.argmax(errors - rounding)), y.shape)
+    if not errors[row, column] <= tolerance * largest + rounding[row, column]:
+        raise ArgumentError(
+            f"function: the gradient of {loss.name!r} at row {row}, column {column} is {gradient[row, column]:.6g}, "
+            f"differences of the loss give {differences[row, column]:.6g}; a mean over rows divides the gradient too"
+        )
+    return float(errors.max()) / largest if largest else 0.0
