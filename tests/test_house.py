@@ -10,7 +10,7 @@ BUDGETS = {
     "engine/fusemlp/callbacks": 1_280,
     "engine/fusemlp/cli": 3_530,
     "engine/fusemlp/datasets": 3_030,
-    "engine/fusemlp/describe": 2_560,
+    "engine/fusemlp/describe": 2_600,
     "engine/fusemlp/fleet": 1_950,
     "engine/fusemlp/inputs": 1_310,
     "engine/fusemlp/program": 1_660,

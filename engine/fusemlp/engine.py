@@ -11,7 +11,7 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.adversarial import IBP, Attack, as_attack
 from fusemlp.describe.checks import as_count, knows_names, names_absent
 from fusemlp.describe.losses import LossLike
-from fusemlp.describe.metrics import Metric
+from fusemlp.describe.metrics import MetricLike
 from fusemlp.describe.network import MLP, as_network, layer_lines
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.describe.text import bytes_text
@@ -127,7 +127,7 @@ class Engine(Trainer):
         validation_split: float = 0.0,
         validation_steps: int | None = None,
         steps_per_epoch: int | None = None,
-        metrics: Iterable[str | Metric] | None = (),
+        metrics: Iterable[MetricLike] | None = (),
         early_stopping: int | None = None,
         monitor: str | None = None,
         callbacks: Iterable[Any] | None = (),
@@ -162,7 +162,8 @@ class Engine(Trainer):
         validation_data: (Xv, yv) or (Xv, yv, weights), or batches, of which ``validation_steps`` are collected once;
         evaluated after each epoch, also by ``metrics``: of classes "auc", "f1", "balanced_accuracy", "log_loss", of
         numbers "mae", "rmse", "r2", "pinball"; the history has them as "val_auc". Accuracy is always logged for
-        classes.
+        classes. A metric may be a function of your own too, f(targets, outputs) -> number, of the rows of y as the loss
+        takes them and the outputs (n, N); it rises with the quality if its name ends in accuracy or score.
         validation_split: the share of the rows, the last ones, to validate on in place of validation_data.
         early_stopping: after this many epochs without a better ``monitor`` (val_loss), stop and restore the best
         weights.
@@ -313,7 +314,7 @@ class Engine(Trainer):
         y: Any = None,
         sample_weight: Any = None,
         *,
-        metrics: Iterable[str | Metric] = (),
+        metrics: Iterable[MetricLike] = (),
         steps: int | None = None,
     ) -> dict[str, float]:
         """Return the loss of X (n, K) and y, without dropout, for classes the accuracy, and ``metrics`` by name.
@@ -321,8 +322,8 @@ class Engine(Trainer):
         Without y, X yields batches as in ``fit``; they are collected, ``steps`` of them (by default len(X)).
 
         Returns {"loss": ...} or {"loss": ..., "accuracy": ...}. Hits are not weighted. One-hot targets of mse, mae
-        and huber count as classes. metrics: of ``fusemlp.describe.metrics.METRICS``, such as ["auc", "f1"]; they weigh
-        rows by ``sample_weight``.
+        and huber count as classes. metrics: of ``fusemlp.describe.metrics.METRICS``, such as ["auc", "f1"], which weigh
+        rows by ``sample_weight``, and functions as in ``fit``.
         """
         return self.inference.evaluate(X, y, sample_weight, metrics=metrics, steps=steps)
 

@@ -154,7 +154,7 @@ class TestMetricsAndVerbose:
         [
             ("acc", "unknown name 'acc'; it is called 'accuracy' here"),
             ("mse", r"unknown name 'mse'; it is called 'rmse' \(its square root\) here"),
-            (len, r"expected names such as 'auc', or Metric\(name, rises, kinds, of\)"),
+            (3, r"expected names such as 'auc', functions f\(targets, outputs\) -> number, or Metric\(name, rises"),
         ],
     )
     def test_names_of_keras(self, given, message):

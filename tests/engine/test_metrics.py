@@ -11,7 +11,7 @@ from sklearn.linear_model import Ridge
 
 from fusemlp import MLP, Adam, CrossEntropy, Engine, Fleet, ReduceOnPlateau, load_checkpoint
 from fusemlp.callbacks import EarlyStopping
-from fusemlp.describe.metrics import METRICS, Judged, rises
+from fusemlp.describe.metrics import METRICS, Judged, Metric, rises
 from fusemlp.report.metrics import class_scores, headline, ridge, spelled
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 from make import read, rows, run
@@ -307,3 +307,53 @@ def test_scores_have_six_digits_or_four_decimals():
 def test_the_outputs_of_a_single_class_have_a_column():
     engine = Engine(MLP([3, 1]), loss="mse")
     assert class_scores(engine, np.zeros((4, 3))).shape == (4, 1)
+
+
+def test_functions_are_metrics_of_targets_and_outputs():
+    X, y, Xv, yv = IRIS
+
+    def top_2_accuracy(targets, outputs):
+        return (outputs.argsort(axis=1)[:, -2:] == targets[:, None]).any(axis=1).mean()
+
+    def largest(targets, outputs):
+        assert targets.shape == (50,) and targets.dtype == np.int64
+        return np.abs(outputs).max()
+
+    engine = Engine(MLP([4, 8, 3]), optimizer=Adam(0.01), backend="numpy")
+    history = engine.fit(
+        X, y, epochs=9, validation_data=(Xv, yv), metrics=["auc", top_2_accuracy, largest], monitor="val_top_2_accuracy"
+    )
+    scores = history.history["val_top_2_accuracy"]
+    assert history.best_epoch == scores.index(max(scores))
+    assert {"val_auc", "val_largest"} <= history.history.keys()
+    found, outputs = engine.evaluate(Xv, yv, metrics=[largest, top_2_accuracy]), engine.outputs(Xv)
+    assert found["largest"] == pytest.approx(np.abs(outputs).max(), rel=1e-6) == history.history["val_largest"][-1]
+    assert found["top_2_accuracy"] == top_2_accuracy(yv, outputs) == scores[-1]
+    # of targets that no other metric is for
+    soft = np.eye(3)[yv]
+    assert engine.evaluate(Xv, soft, metrics=[lambda t, y: len(t) + y.shape[1]])["<lambda>"] == 53.0
+    for wrong, error, words in (
+        ([largest, largest], ArgumentError, "metrics: there are two of the name 'largest'; rename the function"),
+        (["accuracy", accuracy], ArgumentError, "metrics: there are two of the name 'accuracy'"),
+        ([lambda t, y: "high"], ArgumentTypeError, "metrics: '<lambda>' returned 'high'; expected one number"),
+        ([lambda t, y: y[0]], ArgumentTypeError, r"metrics: '<lambda>' returned array\(.*; expected one number"),
+    ):
+        with pytest.raises(error, match=words):
+            engine.fit(X, y, epochs=1, validation_data=(Xv, yv), metrics=wrong)
+    with pytest.raises(ArgumentError, match="metrics: <lambda> is not defined on these 50 validation rows"):
+        engine.fit(X, y, epochs=1, validation_data=(Xv, yv), metrics=[lambda t, y: math.nan])
+
+
+def accuracy(targets, outputs):
+    return 1.0
+
+
+def test_a_metric_says_whether_it_rises():
+    X, y, Xv, yv = DIABETES
+    falls = Metric("gap", False, ("numbers",), lambda rows: float(np.abs(rows.truth - rows.predicted).max()))
+    rising = Metric("closeness", True, ("numbers",), lambda rows: -falls.of(rows))
+    engine = Engine(MLP([10, 8, 1]), "mse", Adam(0.1), backend="numpy")
+    for metric in (falls, rising):
+        monitor = f"val_{metric.name}"
+        history = engine.fit(X, y, epochs=20, validation_data=(Xv, yv), metrics=[metric], monitor=monitor)
+        assert history.best_epoch == history.epochs[int(np.argmin(np.abs(history.history[monitor])))]

@@ -276,9 +276,9 @@ WRONG = {
     "shape": (lambda y, t: (1.0, y[0]), ShapeError, r"has shape \(3,\); expected \(32, 3\)"),
     "whole": (lambda y, t: (1.0, np.ones(y.shape, int)), DTypeError, "has dtype int64; expected real numbers"),
     "no array": (lambda y, t: (1.0, None), ShapeError, r"has shape \(\); expected \(32, 3\)"),
-    "text": (lambda y, t: ("1", y), ArgumentTypeError, "returned the loss '1'; expected one number"),
-    "several": (lambda y, t: (y[0], y), ArgumentTypeError, "returned the loss .*; expected one number"),
-    "complex": (lambda y, t: (1j, y), ArgumentTypeError, "returned the loss 1j; expected one number"),
+    "text": (lambda y, t: ("1", y), ArgumentTypeError, "'<lambda>' returned '1'; expected one number"),
+    "several": (lambda y, t: (y[0], y), ArgumentTypeError, "'<lambda>' returned .*; expected one number"),
+    "complex": (lambda y, t: (1j, y), ArgumentTypeError, "'<lambda>' returned 1j; expected one number"),
     "nan": (lambda y, t: (1.0, y + np.eye(32, 3) * np.nan), DataError, "its gradient is nan at row 0, column 0 of"),
     "infinite": (lambda y, t: (np.inf, y), DataError, "'<lambda>' of finite outputs is not finite: it is inf"),
 }

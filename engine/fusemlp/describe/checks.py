@@ -117,6 +117,23 @@ def as_number(
     raise ArgumentError(wanted) if real else ArgumentTypeError(f"{wanted} ({type(value).__name__})")
 
 
+def function_name(function: Any) -> str:
+    """Return the name of a function, of the one inside a ``functools.partial``, or of the type of another callable."""
+    inner = getattr(function, "func", function)
+    name: str = getattr(inner, "__name__", type(inner).__name__)
+    return name
+
+
+def returned_number(argument: str, name: str, value: Any) -> float:
+    """Return the number that the function ``name`` has returned, which may be NaN; refuse anything else."""
+    try:
+        if np.ndim(value) == 0 and not isinstance(value, str | bytes):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise ArgumentTypeError(f"{argument}: {name!r} returned {value!r}; expected one number, such as errors.mean()")
+
+
 def as_deadline(argument: str, seconds: Any) -> float:
     """Return when ``seconds`` from now are over, as ``time.monotonic`` tells it; infinity for None."""
     if seconds is None:

@@ -12,7 +12,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property, partial
 from typing import Annotated, Any, ClassVar, TypeAlias
 
-from fusemlp.describe.checks import as_number, check_choice, check_keys
+from fusemlp.describe.checks import as_number, check_choice, check_keys, function_name
 from fusemlp.describe.conflicts import Features, check_together, in_use
 from fusemlp.describe.description import Description, OpenFraction, Positive, from_config, stored
 from fusemlp.describe.network import MLP
@@ -220,8 +220,7 @@ class OwnLoss(Loss):
     @classmethod
     def of(cls, function: Callable[..., Any]) -> "OwnLoss":
         """Return the loss that calls ``function``; raises ArgumentTypeError for one that takes other arguments."""
-        inner = getattr(function, "func", function)
-        name = getattr(inner, "__name__", type(inner).__name__)
+        name = function_name(function)
         try:
             signature = inspect.signature(function)
             takes_weights = "weights" in signature.parameters

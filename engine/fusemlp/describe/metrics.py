@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from fusemlp.describe.checks import function_name, returned_number
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
 Array = npt.NDArray[Any]
@@ -36,12 +37,21 @@ class Judged:
 
 @dataclass(frozen=True)
 class Metric:
-    """A score: its name, whether it ``rises`` with the quality of a model, its kinds of targets, its computation."""
+    """A score: its name, whether it ``rises`` with the quality of a model, its kinds of targets, its computation.
+
+    ``of`` takes ``Judged`` rows, or with ``of_outputs``, as a function of the caller's does, targets as the loss takes
+    them and outputs (n, N); it returns a number.
+    """
 
     name: str
     rises: bool
-    kinds: tuple[str, ...]
-    of: Callable[[Judged], float]
+    kinds: tuple[str | None, ...]
+    of: Callable[..., float]
+    of_outputs: bool = False
+
+
+MetricLike: TypeAlias = "str | Metric | Callable[[Array, Array], Any]"
+"""A metric by its name, an object, or a function f(targets, outputs) -> number."""
 
 
 def _auc(rows: Judged) -> float:
@@ -149,22 +159,36 @@ def rises(name: str) -> bool:
     return name.endswith(("accuracy", "score")) if metric is None else metric.rises
 
 
-def as_metrics(argument: str, choices: Iterable[str | Metric], kind: str | None) -> tuple[Metric, ...]:
-    """Check metrics, names or objects, for targets of ``kind``; None: targets that no metric is for.
+def _of_function(argument: str, function: Callable[..., Any]) -> Metric:
+    """Return the metric ``function(targets, outputs)``; one whose name ends in accuracy or score rises."""
+    name = function_name(function)
+
+    def of(targets: Array, outputs: Array) -> float:
+        return returned_number(argument, name, function(targets, outputs))
+
+    return Metric(name, rises(name), (*KINDS, None), of, of_outputs=True)
+
+
+def as_metrics(argument: str, choices: Iterable[MetricLike], kind: str | None) -> tuple[Metric, ...]:
+    """Check metrics, names, objects or functions, for targets of ``kind``; None: those that functions alone are for.
 
     "accuracy" is left out: it is always there, but for numbers.
     """
     if isinstance(choices, str | Metric) or not isinstance(choices, Iterable):
         raise ArgumentTypeError(f"{argument}: expected a list of names such as ['auc'], got {choices!r}")
-    metrics = {}
+    metrics: dict[str, Metric] = {}
     for choice in choices:
         if choice == "accuracy" and kind != "numbers":
             continue
         metric = choice if isinstance(choice, Metric) else METRICS.get(choice) if isinstance(choice, str) else None
+        if callable(choice):
+            metric = _of_function(argument, choice)
+            if metric.name in {"accuracy", "loss"} | METRICS.keys() | metrics.keys():
+                raise ArgumentError(f"{argument}: there are two of the name {metric.name!r}; rename the function")
         if metric is None and not isinstance(choice, str):
             raise ArgumentTypeError(
-                f"{argument}: expected names such as 'auc', or Metric(name, rises, kinds, of) of "
-                f"fusemlp.describe.metrics for a function of your own, got {choice!r}"
+                f"{argument}: expected names such as 'auc', functions f(targets, outputs) -> number, or Metric(name, "
+                f"rises, kinds, of) of fusemlp.describe.metrics, got {choice!r}"
             )
         if metric is None and choice in _NAMES_ELSEWHERE:
             raise ArgumentError(f"{argument}: unknown name {choice!r}; it is called {_NAMES_ELSEWHERE[choice]} here")
@@ -172,6 +196,6 @@ def as_metrics(argument: str, choices: Iterable[str | Metric], kind: str | None)
             raise unknown_name(argument, choice, ["accuracy", *METRICS] if kind != "numbers" else METRICS)
         if kind not in metric.kinds:
             there = f"for {kind} there are {', '.join(metrics_for(kind))}" if kind else "these targets have none"
-            raise ArgumentError(f"{argument}: {metric.name} is for {' and '.join(metric.kinds)}; {there}")
+            raise ArgumentError(f"{argument}: {metric.name} is for {' and '.join(filter(None, metric.kinds))}; {there}")
         metrics[metric.name] = metric
     return tuple(metrics.values())

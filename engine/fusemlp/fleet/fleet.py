@@ -15,7 +15,7 @@ from typing import Any
 from fusemlp.describe.checks import as_count, knows_names
 from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.losses import Loss, as_loss
-from fusemlp.describe.metrics import Metric
+from fusemlp.describe.metrics import MetricLike
 from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.describe.privacy import DPSGD, as_privacy
@@ -200,7 +200,7 @@ class Fleet:
         epochs: int,
         sample_weight: Any = None,
         validation_data: tuple[Any, ...] | None = None,
-        metrics: Iterable[str | Metric] = (),
+        metrics: Iterable[MetricLike] = (),
         early_stopping: int | None = None,
         monitor: str | None = None,
         rows: Sequence[Any] | None = None,

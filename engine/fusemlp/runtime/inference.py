@@ -15,7 +15,7 @@ import numpy as np
 
 from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.losses import Loss, OwnLoss
-from fusemlp.describe.metrics import Judged, Metric, as_metrics
+from fusemlp.describe.metrics import Judged, Metric, MetricLike, as_metrics
 from fusemlp.describe.network import MLP
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.examples import DeviceInputs, Examples, UserBatches
@@ -255,7 +255,7 @@ class Inference:
         y: Any = None,
         sample_weight: Any = None,
         *,
-        metrics: Iterable[str | Metric] = (),
+        metrics: Iterable[MetricLike] = (),
         steps: int | None = None,
     ) -> dict[str, float]:
         """Return the loss of rows or batches, for classes the accuracy, and ``metrics`` by name."""
@@ -286,8 +286,11 @@ class Inference:
         """Return these metrics of checked rows, by name."""
         if not metrics:
             return {}
-        judged = self.judged(data)
-        return {metric.name: metric.of(judged) for metric in metrics}
+        judged = None if all(metric.of_outputs for metric in metrics) else self.judged(data)
+        raw: list[Array] = []
+        if any(metric.of_outputs for metric in metrics):
+            raw = [self.inputs.on_host(data.targets.values), self.outputs(data.X)]
+        return {metric.name: metric.of(*(raw if metric.of_outputs else [judged])) for metric in metrics}
 
     def judged(self, data: Examples) -> Judged:
         """Return the truth of checked rows beside predictions and scores; rows of an ignored class are left out."""

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fusemlp.describe.checks import as_number
+from fusemlp.describe.checks import as_number, returned_number
 from fusemlp.describe.losses import Loss, OwnLoss
 from fusemlp.inputs.arrays import Array, as_rows, as_values, as_weights, to_array
 from fusemlp.inputs.examples import DeviceInputs, Examples
@@ -36,7 +36,7 @@ def call(loss: Loss, outputs: Array, targets: Array, weights: Array | None) -> t
             f"loss: {loss.name!r} returned {type(answer).__name__}; expected (loss, gradient): a number, and an array "
             f"{outputs.shape} of its gradient by the outputs"
         )
-    number, gradient = _number(loss.name, answer[0]), to_array("loss: gradient", answer[1])
+    number, gradient = returned_number("loss", loss.name, answer[0]), to_array("loss: gradient", answer[1])
     if gradient.shape != outputs.shape:
         raise ShapeError(
             f"loss: the gradient of {loss.name!r} has shape {gradient.shape}; expected {outputs.shape}, a number for "
@@ -50,15 +50,6 @@ def call(loss: Loss, outputs: Array, targets: Array, weights: Array | None) -> t
     if not math.isfinite(number) or not math.isfinite(np.vdot(gradient, gradient)):
         _check_finite(loss.name, number, gradient, outputs)
     return number, gradient
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        if np.ndim(value) == 0 and not isinstance(value, str | bytes):
-            return float(value)
-    except (TypeError, ValueError):
-        pass
-    raise ArgumentTypeError(f"loss: {name!r} returned the loss {value!r}; expected one number, such as errors.mean()")
 
 
 def _check_finite(name: str, number: float, gradient: Array, outputs: Array) -> None:

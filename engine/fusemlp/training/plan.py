@@ -10,7 +10,7 @@ from fusemlp.describe.checks import as_deadline, freeze
 from fusemlp.describe.conflicts import Features, in_use
 from fusemlp.describe.description import Count, Description, Flag, Fraction
 from fusemlp.describe.losses import as_loss
-from fusemlp.describe.metrics import Metric
+from fusemlp.describe.metrics import MetricLike
 from fusemlp.describe.privacy import OF_TRAINING_ROWS
 from fusemlp.describe.schedules import ReduceOnPlateau, Schedule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
@@ -55,7 +55,7 @@ class FitPlan(Description):
     validation_split: Fraction = 0.0
     validation_steps: Any = None
     steps_per_epoch: Any = None
-    metrics: Annotated[Iterable[str | Metric], _as_several] = ()
+    metrics: Annotated[Iterable[MetricLike], _as_several] = ()
     early_stopping: Count | None = None
     monitor: str | None = None
     callbacks: Annotated[Sequence[Any], _as_listeners] = ()

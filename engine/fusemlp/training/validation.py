@@ -147,8 +147,8 @@ def _with_metrics(
     for name, value in figures.items():
         if math.isnan(value):
             raise ArgumentError(
-                f"metrics: {name} is not defined on these {len(validation.data.X)} validation rows: it needs rows of "
-                "two classes, or two rows of numbers; give more rows, or another metric"
+                f"metrics: {name} is not defined on these {len(validation.data.X)} validation rows: those of fusemlp "
+                "need rows of two classes, or two rows of numbers; give more rows, or another metric"
             )
     return validation
 
@@ -198,7 +198,8 @@ class FitPolicy(Policy):
         self._validate = None if self.validation is None else self.validation.of(self.engine)
         self._keeps_best = self.validation is not None or bool(self.state.monitor)
         self._monitor = self.state.monitor or ("loss" if self.validation is None else "val_loss")
-        self._sign = -1.0 if rises(self._monitor) else 1.0
+        of_rows = {} if self.validation is None else {f"val_{m.name}": m.rises for m in self.validation.metrics}
+        self._sign = -1.0 if of_rows.get(self._monitor, rises(self._monitor)) else 1.0
         self._ahead: dict[int, Array] = {}
         # of the validation rows after the last epoch
         self._held: dict[str, float] = {}
