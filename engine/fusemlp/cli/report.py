@@ -78,7 +78,7 @@ def written(report: dict[str, Any], run: Run) -> list[str]:
     return [f"no {name}: {report[key]}" if key in report else f"{name} {path}" for name, key, path in files]
 
 
-def outcome(report: dict[str, Any]) -> list[str]:
+def outcome(report: Mapping[str, Any]) -> list[str]:
     """Return lines on the end of the training, the scores and the diagnosis."""
     lines = []
     if report["interrupted"]:

@@ -107,7 +107,7 @@ def _r2(errors: Array, rows: Judged) -> Array:
     weight = 1.0 if rows.weight is None else rows.weight[:, None]
     left, whole = (weight * part**2 for part in (errors, rows.truth - _average(rows.truth, rows)))
     left, whole = left.sum(axis=0), whole.sum(axis=0)
-    return np.where(whole != 0, 1 - left / np.where(whole != 0, whole, 1), left == 0)
+    return np.asarray(np.where(whole != 0, 1 - left / np.where(whole != 0, whole, 1), left == 0))
 
 
 def _by(name: str, **options: Any) -> Callable[[Judged], float]:
