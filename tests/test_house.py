@@ -6,24 +6,24 @@ from house import PRODUCT, ROOT, calls_of, circles, feature_tests, imports_of, l
 # The most lines of each room, in the format of ruff. A change that needs more raises its row in the same commit, and
 # says what it buys; one that needs fewer lowers it.
 BUDGETS = {
-    "engine/fusemlp": 870,
+    "engine/fusemlp": 880,
     "engine/fusemlp/callbacks": 1_280,
     "engine/fusemlp/cli": 3_530,
-    "engine/fusemlp/datasets": 3_030,
+    "engine/fusemlp/datasets": 3_040,
     "engine/fusemlp/describe": 2_600,
     "engine/fusemlp/fleet": 1_950,
-    "engine/fusemlp/inputs": 1_310,
+    "engine/fusemlp/inputs": 1_420,
     "engine/fusemlp/program": 1_660,
     "engine/fusemlp/report": 2_710,
     "engine/fusemlp/runtime": 3_960,
-    "engine/fusemlp/sklearn": 2_970,
-    "engine/fusemlp/tables": 2_080,
+    "engine/fusemlp/sklearn": 2_980,
+    "engine/fusemlp/tables": 2_100,
     "engine/fusemlp/torch": 2_450,
     "engine/fusemlp/training": 2_360,
     "engine/tutorial": 160,
     "kernels/fusemlp_kernels": 2_560,
     "kernels/fusemlp_kernels/cupy": 2_330,
-    "kernels/fusemlp_kernels/numpy": 5_090,
+    "kernels/fusemlp_kernels/numpy": 5_110,
     "kernels/fusemlp_kernels/triton": 4_810,
 }
 

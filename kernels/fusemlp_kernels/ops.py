@@ -402,7 +402,7 @@ OPS = {op.name: op for op in (
     Op("penalty",
         "dw += ridge.strength / shares * w for all layers, before dw is clipped; its loss is added to "
         "stats[PENALTIES], times the rows of the batch; nothing where shares is 0", (
-        Operand("layers", fields=(Operand("w", "NK"), Operand("dw", "NK", use=UPDATED, kind="gradient"))),
+        Operand("layers", fields=(Operand("w", "NK"), Operand("dw", "NK", use=UPDATED, kind="gradient"), _CODING)),
         Operand("ridge", note="Ridge"),
         Operand("shares", "1", "float64", hidden=True, note="what the loss has written"),
         _COUNTERS,

@@ -16,7 +16,7 @@ from fusemlp.describe.privacy import OF_TRAINING_ROWS
 from fusemlp.describe.text import aligned
 from fusemlp.engine import Engine
 from fusemlp.fleet.candidates import Candidate
-from fusemlp.inputs.arrays import Array
+from fusemlp.inputs.arrays import Array, is_sparse
 from fusemlp.runtime.ledger import Ledger, spent_together
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError, unknown_name
@@ -276,6 +276,8 @@ def together(engines: Iterable[Engine], X: Any) -> Ensemble:
     classifies = labels = False
     count, mean, squares, votes = 0, np.zeros(()), np.zeros(()), np.zeros((), np.int64)
     for count, engine in enumerate(engines, 1):
+        # sparse rows are read once
+        X = engine.inputs.features("X", X, codes=True) if is_sparse(X) else X
         classifies = engine.loss.is_classification
         labels = engine.loss.kind == "binary_cross_entropy" and engine.network.sizes[-1] > 1
         predicted = np.asarray(engine.predict_proba(X) if classifies else engine.predict(X), np.float64)

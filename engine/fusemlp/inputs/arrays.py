@@ -180,13 +180,18 @@ def as_weights(argument: str, value: Any, *, rows: int | None, dtype: npt.DTypeL
     return array
 
 
+def is_sparse(value: Any) -> bool:
+    """Return whether the user's argument is a sparse matrix of SciPy."""
+    return type(value).__module__.startswith("scipy.sparse")
+
+
 def to_array(argument: str, value: Any) -> Array:
     """Return the user's argument as a plain ndarray of any shape and dtype, without a copy if possible."""
     if type(value) is np.ndarray:
         return value
     if isinstance(value, np.ma.MaskedArray) and value.mask is not np.ma.nomask and value.mask.any():
         raise DataError(f"{argument}: got {value.mask.sum()} masked values; fill them: {argument}.filled(value)")
-    if type(value).__module__.startswith("scipy.sparse"):
+    if is_sparse(value):
         raise ArgumentTypeError(f"{argument}: sparse matrices are not supported; give {argument}.toarray()")
     try:
         if getattr(value, "requires_grad", None) is True:

@@ -28,10 +28,11 @@ from fusemlp.inputs.arrays import (
     as_rows,
     as_values,
     as_weights,
+    is_sparse,
     to_array,
 )
 from fusemlp.inputs.blocks import Blocks, Peers
-from fusemlp.inputs.columns import Columns, codes_of, coding_of
+from fusemlp.inputs.columns import Columns, codes_of, coding_of, from_sparse
 from fusemlp_kernels.contract import OWN, Backend, LossSpec
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, FusemlpError
 
@@ -99,7 +100,8 @@ def are_batches(given: Any) -> bool:
     """Return whether ``given`` can only be batches: no array, no tuple or list of arrays."""
     if isinstance(given, tuple | list):
         return isinstance(given, list) and bool(given) and all(isinstance(one, tuple) for one in given)
-    if isinstance(given, str | bytes | dict) or hasattr(given, "__array__") or hasattr(given, "__dlpack__"):
+    array = hasattr(given, "__array__") or hasattr(given, "__dlpack__") or is_sparse(given)
+    if array or isinstance(given, str | bytes | dict):
         return False
     return hasattr(given, "__iter__") or (hasattr(given, "__getitem__") and hasattr(given, "__len__"))
 
@@ -217,7 +219,9 @@ class UserBatches:
         x, y, weight = self._ahead if self._ahead is not None else self._pull()
         self._ahead = (x, y, weight) if keep else None
         of = f"of batch {self._read}"
-        return inputs.examples(x, y, weight, (f"x {of}", f"y {of}", f"sample_weight {of}"), codes=True)
+        # sparse batches have no coding in common
+        codes = not is_sparse(x)
+        return inputs.examples(x, y, weight, (f"x {of}", f"y {of}", f"sample_weight {of}"), codes=codes)
 
     def check_alike(self, first: Examples, other: Examples) -> None:
         """Raise DataError unless both have weights or none, the same kind of targets, and the same columns."""
@@ -263,9 +267,11 @@ class DeviceInputs:
     def features(self, argument: str, X: Any, *, check_finite: bool = True, codes: bool = False) -> Any:
         """Return X as a checked (n, K) array of the engine's type; on the device, of the device's array type.
 
-        With ``codes`` Columns stay as they are where the engine reads codes.
+        With ``codes`` Columns stay as they are where the engine reads codes, and sparse rows become Columns.
         """
         width = self.network.sizes[0]
+        if is_sparse(X):
+            X = from_sparse(argument, X, self.real, codes=codes and self.reads_codes)
         if isinstance(X, Columns):
             if len(X) and X.shape[1] == width:
                 X = X.astype(self.real)
@@ -349,8 +355,9 @@ class DeviceInputs:
     def extent(self, array: Any) -> tuple[float, float]:
         """Return the least and the greatest value in a checked array."""
         if isinstance(array, Columns):
-            # beside the zeros and ones that its indices stand for
-            return float(array.values.min(initial=0.0)), float(array.values.max(initial=1.0))
+            # beside the zeros and ones that indices stand for
+            numbers = np.delete(array.codes, array.coding.indices[:, 0], axis=1)
+            return float(numbers.min(initial=0.0)), float(numbers.max(initial=1.0))
         if isinstance(array, np.ndarray):
             return float(array.min()), float(array.max())
         return self.backend.extent(array)

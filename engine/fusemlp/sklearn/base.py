@@ -20,7 +20,8 @@ from fusemlp.callbacks import announce, checked_callbacks, exits
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.schedules import Schedule
-from fusemlp.inputs.arrays import Array
+from fusemlp.inputs.arrays import Array, is_sparse
+from fusemlp.inputs.columns import Columns, coding_of, from_sparse
 from fusemlp.report.onnx import to_onnx
 from fusemlp.runtime.backends import TRAITS
 from fusemlp.runtime.files import CHECKPOINT, reading_file
@@ -223,7 +224,8 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         size = settings.rows_of_a_batch(self.batch_size, n) if stochastic else n
         model = self._model_for(network, objective.loss, incremental, random_state, -(-n // size), make or Model)
         model.load(self.coefs_, self.intercepts_, getattr(self, "slopes_", None))
-        data, constants = self._data(X, y, model.dtype)
+        data, constants = self._data(X, y, model)
+        model.engine.lay_out(coding_of(data["x"]))
         alpha = 0.0 if self.solver == "adamw" else float(self.alpha)
         passes = settings.step_passes(self, model.engine, data["x"])
         rules = (model, objective, data, row_weights, constants, alpha, size, passes)
@@ -254,7 +256,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         if ramps:
             policy.settles = self.adversarial.settled(self.max_iter)
         if stochastic and validation is not None:
-            held, parts = self._data(validation.X, validation.y, model.dtype)
+            held, parts = self._data(validation.X, validation.y, model)
             policy.held_loss = HeldLoss(model, batches.objective, held, validation.loss_weight, parts)
         counts = size, len(batches.starts), batches.at_once
         return EpochLoop(model.engine, batches.steps, policy, state, *counts, callbacks)
@@ -313,10 +315,13 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         row_weights = self._held_weights(y_val, y)
         return ValidationScore(X_val, y_val, self._truth(y_val), None, row_weights, bool(self.early_stopping))
 
-    def _data(self, X: Any, y: Array, dtype: np.dtype[Any]) -> tuple[dict[str, Array], Array | None]:
-        """Return dense rows and their targets by the engine's names, and the constants of ``_targets``."""
-        target, constants = self._targets(y, dtype)
-        rows = np.require(X.toarray() if hasattr(X, "toarray") else X, dtype, ["C", "A"])
+    def _data(self, X: Any, y: Array, model: Model) -> tuple[dict[str, Any], Array | None]:
+        """Return rows, perhaps Columns, and their targets by the engine's names, and the constants of ``_targets``."""
+        target, constants = self._targets(y, model.dtype)
+        if is_sparse(X):
+            codes = model.engine.inputs.reads_codes and self.adversarial is None
+            X = from_sparse("X", X, model.dtype, codes=codes)
+        rows = X if isinstance(X, Columns) else np.require(X, model.dtype, ["C", "A"])
         return {"x": rows, "target": target}, constants
 
     def _model_for(

@@ -18,6 +18,7 @@ import numpy as np
 
 from fusemlp.describe.adversarial import Adversary
 from fusemlp.inputs.arrays import Array
+from fusemlp.inputs.columns import codes_of, coding_of
 from fusemlp.inputs.examples import Examples, Targets
 from fusemlp.program.passes.penalty import Penalty
 from fusemlp.program.program import Program
@@ -36,13 +37,13 @@ from fusemlp_kernels.contract import BATCH_LOSSES, LAST_LOSS, LOSS_SUM, PENALTIE
 class EstimatorBatches(ABC):
     """Data bound to a model; ``steps`` trains on them in the epoch loop.
 
-    ``data`` are x (n, K) and target. ``constants`` (n,) are parts of the rows' losses that do not depend on the
-    parameters.
+    ``data`` are x (n, K), perhaps Columns, and target. ``constants`` (n,) are parts of the rows' losses that do not
+    depend on the parameters.
     """
 
     model: Model
     objective: Objective
-    data: dict[str, Array]
+    data: dict[str, Any]
     weight: Array | None
     constants: Array | None
     alpha: float
@@ -54,7 +55,8 @@ class EstimatorBatches(ABC):
     steps: Any = None
 
     def __post_init__(self) -> None:
-        self.n = len(self.data["x"])
+        self.n, self.coding = len(self.data["x"]), coding_of(self.data["x"])
+        self.data = {name: codes_of(array) for name, array in self.data.items()}
         self.starts = np.arange(0, self.n, self.batch_size)
         self.lengths = np.minimum(self.batch_size, self.n - self.starts)
 
@@ -139,7 +141,8 @@ class ResidentBatches(EstimatorBatches):
         self.passes = (*self.passes, Penalty(Ridge(self.alpha, 1.0 / self.objective.factor)))
         self._described = self.model.loop_loss, self.model.rule, self.batch_size
         if alone:
-            engine, inputs = self.model.engine, Inputs(self.n, indexed=True, weighted=self.weight is not None)
+            engine, weighted = self.model.engine, self.weight is not None
+            inputs = Inputs(self.n, indexed=True, weighted=weighted, coding=self.coding)
             arrays = on_device(engine.memory.backend, self.data)
             loop: dict[str, Any] = {"resident_batches": len(self.starts), "epochs": at_once, "passes": self.passes}
             self.steps = bind(engine, inputs, *self._described, arrays, **loop)
@@ -179,7 +182,7 @@ class CalledBatches(EstimatorBatches):
     def _bound(self, arrays: dict[str, Array], keep: bool) -> BoundProgram:
         """Return the program of a step, whose gradients can be read before its last call."""
         model, engine = self.model, self.model.engine
-        key = Inputs(self.n, indexed=True, weighted=True), self.batch_size, self.passes
+        key = Inputs(self.n, indexed=True, weighted=True, coding=self.coding), self.batch_size, self.passes
         if keep and model.staged is not None and model.staged[0] == key:
             bound = model.staged[1]
         else:

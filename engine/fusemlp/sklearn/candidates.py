@@ -200,6 +200,7 @@ class Candidates:
         else:
             _, engine, state, _ = self._lent.pop(place)
             engine.optimizer, engine.seed = optimizer, options["seed"]
+            engine.lay_out(None)
             engine.restore(state)
         model = Model(network, loss, optimizer, *rest, engine=engine, **options)
         if engine.memory.backend.traits.on_host:

@@ -14,10 +14,10 @@ from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, optimizer_from_config
 from fusemlp.describe.schedules import PLATEAU_START, PlateauState, Schedule
 from fusemlp.engine import Engine, availability
-from fusemlp.inputs.arrays import Array
+from fusemlp.inputs.arrays import Array, is_sparse
 from fusemlp.runtime.programs import BoundProgram
 
-# Most elements of sparse rows that a prediction makes dense at once: 32 MiB in float64.
+# Most elements of sparse rows that a prediction may make dense at once: 32 MiB in float64.
 DENSE_ELEMENTS = 1 << 22
 
 
@@ -123,11 +123,11 @@ class Model:
     def ask(self, question: str, X: Any) -> Array:
         """Return the engine's ``predict`` or ``predict_proba`` of dense or sparse rows."""
         answer = getattr(self.engine, question)
-        if not hasattr(X, "toarray"):
+        if not is_sparse(X):
             return np.asarray(answer(X))
         rows = max(1, DENSE_ELEMENTS // max(1, X.shape[1]))
         X = X.tocsr()
-        return np.concatenate([answer(X[start : start + rows].toarray()) for start in range(0, X.shape[0], rows)])
+        return np.concatenate([answer(X[start : start + rows]) for start in range(0, X.shape[0], rows)])
 
     def __getstate__(self) -> dict[str, Any]:
         memory = self.engine.memory

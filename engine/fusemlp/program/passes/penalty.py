@@ -27,7 +27,8 @@ class Penalty:
         penalised = self.ridge.strength != 0.0 or step.traits.resident is not None
         if penalised and calls[-1].op == "update":
             weights = [short for short, _ in step.trained if short[0] == "w"]
-            layers = tuple({"w": Ref(short), "dw": Ref(f"d{short}")} for short in weights)
+            coded = {} if step.inputs.coding is None else {"w0": {"coding": step.inputs.coding}}
+            layers = tuple({"w": Ref(short), "dw": Ref(f"d{short}"), **coded.get(short, {})} for short in weights)
             common = {"counters": Ref("counters"), "stats": Ref("stats")}
             calls.insert(-1, Call("penalty", {"layers": layers, **counted, **common}, "ridge"))
         values = {**program.values, "shares": Value("shares", (1,), "float64", "work")}
