@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "ci/mutations.txt"
 BUG = re.compile(r"^\* (.*): (test_.*)\n((?:-.*\n)+)((?:\+.*\n)*)", re.MULTILINE)
 # For each package a part of its tests' names.
-PLACES = {"triton": "interpreted", "cupy": "host"}
+PLACES = {"triton": "interpreted", "cupy": "host", "numpy": "numpy"}
 # The errors that count as a caught bug: the stand-in for CuPy and its fibers have their own assertions.
 ASSERTIONS = ("AssertionError", "KernelFault", "Misuse")
 TIMEOUT = 900
@@ -78,7 +78,7 @@ def mutations(names=None, package=None):
         place, _, bugs = part.partition("\n")
         for name, tests, *texts in BUG.findall(bugs + "\n"):
             old, new = ("\n".join(line[1:] for line in text.splitlines()) for text in texts)
-            known.append(Mutation(*place.split("/"), name, tuple(tests.split()), old, new))
+            known.append(Mutation(*place.split("/", 1), name, tuple(tests.split()), old, new))
     known = [bug for bug in known if package in (None, bug.package)]
     if unknown := set(names or ()) - {bug.name for bug in known}:
         raise ValueError(f"--only: no such mutation: {', '.join(sorted(unknown))}; --list shows them")

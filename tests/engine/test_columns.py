@@ -96,9 +96,11 @@ def test_codes_and_dense_rows_take_turns():
     assert_close(*states)
 
 
+# more columns than threads, and one that no threads share
+@pytest.mark.parametrize("kinds", [(*KINDS, Column(WORD, 900), *[Column(PIECES, 48)] * 6), (Column(BAG, 2000, 9),)])
 @pytest.mark.parametrize("threads", ["1", "2", "3"])
-def test_bits_do_not_depend_on_threads(threads, monkeypatch):
-    X = columns(700, (*KINDS, Column(WORD, 900), *[Column(PIECES, 48)] * 6))
+def test_bits_do_not_depend_on_threads(threads, kinds, monkeypatch):
+    X = columns(700, kinds)
     X = X.astype(np.float32)
     y = np.random.default_rng(1).normal(size=(700, 1))
     states = []
