@@ -104,7 +104,7 @@ def test_the_linear_baseline_is_a_ridge_regression(shape):
         # numbers of 1e9 and their sums: rounding leaves equations that are not definite
         X = 1e9 * np.column_stack([X, X.sum(axis=1), X[:, 0]])
     expected = Ridge().fit(X, values).predict(X)
-    np.testing.assert_allclose(ridge(X, values, X), expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(ridge(X.copy(), values, X), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_directions():

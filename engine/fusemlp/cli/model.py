@@ -176,7 +176,7 @@ def evaluate(options: EvaluateOptions) -> None:
     if options.attack is not None:
         engine.network.check_single("attack", "an attack")
     how = attacks.chosen(options, preprocessor, X, features, option="attack", kinds=ATTACKS)
-    report = score(engine, preprocessor, X, labels, weight)
+    report, _ = score(engine, preprocessor, X, labels, weight)
     if isinstance(how, Attack):
         report["robust"] = robust_score(engine, preprocessor, X, labels, how, weight)
     if options.certify is not None:

@@ -12,6 +12,7 @@ from fusemlp.cli.model import before_final_fit, open_model, own_data
 from fusemlp.cli.options import ReportOptions
 from fusemlp.cli.output import finite, show, write_made, write_picture
 from fusemlp.cli.session import Session
+from fusemlp.describe.metrics import Judged
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.evidence import Evidence, guarantee_lines
@@ -117,18 +118,24 @@ def report(options: ReportOptions) -> None:
     # what the training tried is not tried again
     tried = tuple(note for note in config["data"].get("notes", []) if note not in prepared.notes)
     prepared = replace(prepared, tried=tried)
-    test = prepared.test
+    test, tested = prepared.test, None
     if test is not None and not scores.get("diverged"):
-        scores["test"] = finite(score(engine, preprocessor, test.X, test.labels, test.weight))
-    write_page(run, engine, prepared, scores, read_history(run))
+        figures, tested = score(engine, preprocessor, test.X, test.labels, test.weight)
+        scores["test"] = finite(figures)
+    write_page(run, engine, prepared, scores, read_history(run), tested)
     content = {"run": str(run.path), "report": str(run.page), "notes": notes}
     show(content, [*notes, f"report {run.page}"], as_json=options.as_json)
 
 
 def write_page(
-    run: Run, engine: Engine, prepared: Prepared, report: Mapping[str, Any], history: Mapping[str, Sequence[float]]
+    run: Run,
+    engine: Engine,
+    prepared: Prepared,
+    report: Mapping[str, Any],
+    history: Mapping[str, Sequence[float]],
+    tested: Judged | None,
 ) -> None:
-    """Write ``report.html`` of an engine with its report; without a test no model is judged."""
+    """Write ``report.html`` of an engine with its report, and with the predictions of its test rows, if any."""
     about, net, epochs = prepared.summary, engine.network, len(history.get("loss", ()))
     sizes = "-".join(map(str, net.sizes))
     if prepared.models > 1 and not report.get("diverged"):
@@ -147,9 +154,9 @@ def write_page(
 
     def content() -> bytes:
         evidence = None
-        if report.get("test"):
+        if tested is not None:
             ids = prepared.dataset.ids if prepared.dataset.test is None else {}
-            evidence = Evidence(engine, prepared.preprocessor, *prepared.test_rows, ids)
+            evidence = Evidence(engine, prepared.preprocessor, *prepared.test_rows, ids, tested)
         return page(title, lines, report, history, evidence).encode(errors="backslashreplace")
 
     write_made("report", run.page, content)
@@ -196,7 +203,7 @@ def finish(
         if prepared.models > 1:
             engine.save_checkpoint(run.checkpoint("last"))
     options = read_json(run.config)["options"]
-    report = scores_of(trained, early_stopping=bool(options.get("early_stopping")))
+    report, tested = scores_of(trained, early_stopping=bool(options.get("early_stopping")))
     scored(report)
     if not history.epochs:
         report["no_plot"] = "no epoch was completed"
@@ -226,7 +233,7 @@ def finish(
     if scaled is not None:
         replace_file(scaled, run.checkpoint("best"))
     try:
-        write_page(run, engine, prepared, report, history.history)
+        write_page(run, engine, prepared, report, history.history, tested)
     except FusemlpError as error:
         report["no_page"] = str(error).removeprefix("report: ")
     return report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
@@ -180,8 +181,9 @@ class Column:
         present = texts.filter(pc.invert(_among(texts, MISSING))).slice(0, _TELLING).to_pylist()
         if not present:
             return
-        count = sum(number(text, self.decimal) is not None for text in present)
-        mixed = count < len(present) and (self.with_types or len(set(present)) <= _FEW)
+        rows = Counter(present)
+        count = sum(rows[text] for text in rows if number(text, self.decimal) is not None)
+        mixed = count < len(present) and (self.with_types or len(rows) <= _FEW)
         marked = not self.with_types or any(map(_MARKED.search, present))
         if count >= MOSTLY * len(present) and marked and not mixed:
             self.kind = "number"

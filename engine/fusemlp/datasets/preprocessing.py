@@ -191,7 +191,7 @@ class Preprocessor:
         """The number of columns that ``transform_features`` returns: the inputs of the network."""
         return sum(self.widths)
 
-    @property
+    @cached_property
     def widths(self) -> tuple[int, ...]:
         """The number of columns that ``transform_features`` returns for each feature."""
         return tuple(

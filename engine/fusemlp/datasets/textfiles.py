@@ -42,6 +42,8 @@ _MARKS = dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-32")
 _MARKS |= dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "utf-16")
 _ASCII = bytes(range(9, 127))
 _CURRENCY = r"(?:[$\u00a2-\u00a5\u20a0-\u20c0]|EUR|USD|GBP|CHF|JPY)?"
+# A number with a mark: digits, thousands, the last mark, digits.
+_MARKED = re.compile(r"(\d*)((?:[.,]\d{3})*)([.,])(\d+)(?:[eE][+-]?\d+)?")
 _SPACES = r" '\u2019\u00a0\u202f"
 
 
@@ -354,9 +356,7 @@ def _decimal(sample: list[str], sep: str) -> str:
     counts = {"sure,": 0, "sure.": 0, "maybe,": 0, "maybe.": 0}
     for row in _cells(sample, sep):
         for cell in row:
-            match = re.fullmatch(
-                r"(\d*)((?:[.,]\d{3})*)([.,])(\d+)(?:[eE][+-]?\d+)?", cell.strip(" +-$%\u00a3\u00a5\u20ac")
-            )
+            match = _MARKED.fullmatch(cell.strip(" +-$%\u00a3\u00a5\u20ac"))
             if match and match[3] in match[2]:
                 # Several equal marks are thousands.
                 counts["sure," if match[3] == "." else "sure."] += 1

@@ -34,6 +34,11 @@ class Judged:
     weight: Array | None = None
     quantile: float = 0.5
 
+    def part(self, rows: Any) -> Judged:
+        """Return some of the rows."""
+        scores, weight = (None if part is None else part[rows] for part in (self.scores, self.weight))
+        return Judged(self.truth[rows], self.predicted[rows], scores, weight, self.quantile)
+
 
 @dataclass(frozen=True)
 class Metric:

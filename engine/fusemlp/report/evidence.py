@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -80,7 +80,8 @@ def image_shape(preprocessor: Preprocessor) -> tuple[int, int] | None:
 class Evidence:
     """A model and test rows as in the data: ``rows`` of X (n, columns), NaN for missing cells, and of ``y``.
 
-    At most ``MOST_ROWS`` of them, drawn at random, are used. ``ids`` are columns (n,) that name the rows.
+    At most ``MOST_ROWS`` of them, drawn at random, are used. ``ids`` are columns (n,) that name the rows; ``known``
+    has the predictions of ``rows``.
     """
 
     engine: Session
@@ -89,12 +90,15 @@ class Evidence:
     y: Array
     rows: Array
     ids: Mapping[str, Array] = field(default_factory=dict)
+    known: InitVar[Judged | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, known: Judged | None) -> None:
         if len(self.rows) > MOST_ROWS:
-            self.rows = np.sort(np.random.default_rng(0).choice(self.rows, MOST_ROWS, replace=False))
+            drawn = np.random.default_rng(0).choice(len(self.rows), MOST_ROWS, replace=False)
+            drawn = drawn[np.argsort(self.rows[drawn])]
+            self.rows, known = self.rows[drawn], None if known is None else known.part(drawn)
         self.cells = self.X[self.rows]
-        self.judged = self._judge(self.cells, self.y[self.rows])
+        self.judged = known or self._judge(self.cells, self.y[self.rows])
         self.image = image_shape(self.preprocessor)
 
     def _judge(self, cells: Array, labels: Array) -> Judged:
@@ -219,7 +223,7 @@ def robust_score(
 ) -> dict[str, Any]:
     """Return the attack, and loss and accuracy (of numbers the rmse) under it; arguments as of ``metrics.score``."""
     changed = attack(engine, X, preprocessor.encode_targets(labels), how)
-    scores = score(engine, preprocessor, changed, labels, weight)
+    scores, _ = score(engine, preprocessor, changed, labels, weight)
     return {"attack": how.to_config(), **{name: scores[name] for name in FIGURES if name in scores}}
 
 

@@ -50,14 +50,19 @@ def judge(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array) 
     return Judged(preprocessor.class_codes(labels), scores.argmax(axis=1), scores)
 
 
-def score(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array, weight: Any = None) -> dict[str, Any]:
-    """Return loss and scores of the model on rows: X is the network's input, labels are those of the data."""
+def score(
+    engine: Session, preprocessor: Preprocessor, X: Array, labels: Array, weight: Any = None
+) -> tuple[dict[str, Any], Judged]:
+    """Return loss and scores of the model on rows, and the predictions that they are of.
+
+    X is the network's input, labels are those of the data.
+    """
     y, judged = preprocessor.encode_targets(labels), judge(engine, preprocessor, X, labels)
     report: dict[str, Any] = {"rows": len(X), "loss": engine.inference.evaluate(X, y, weight)["loss"]}
     report |= figures(judged, probable=engine.loss.is_classification)
     if preprocessor.classes is not None:
         report |= class_figures(judged.truth, judged.predicted, preprocessor.labels)
-    return report
+    return report, judged
 
 
 def figures(judged: Judged, *, probable: bool) -> dict[str, float]:
@@ -129,11 +134,11 @@ def confusion_table(report: Mapping[str, Any]) -> list[list[str]]:
 def baselines(
     preprocessor: Preprocessor, X: Array, labels: Array, test_X: Array, test_labels: Array
 ) -> dict[str, dict[str, float]]:
-    """Return the test scores of both, fitted on X (n, inputs) and the labels.
+    """Return the test scores of both, fitted on X (n, inputs), which may be overwritten, and the labels.
 
     "constant" is the shares of the classes or the mean, "linear" a logistic regression or a ridge regression.
     """
-    X, test_X = np.asarray(X), np.asarray(test_X)
+    test_X = np.asarray(test_X)
     if preprocessor.classes is None:
         values = np.asarray(labels, np.float64).reshape(len(X), -1)
         truth = np.asarray(test_labels, np.float64).reshape(len(test_X), -1)
@@ -157,13 +162,15 @@ def baselines(
 def ridge(X: Array, values: Array, test_X: Array) -> Array:
     """Return the numbers (m, N) that a ridge regression of strength 1 on X (n, K) and values (n, N) predicts.
 
-    It solves the normal equations, or their dual of fewer rows than inputs, as scikit-learn's, whose import takes a
-    second; by singular values where rounding has left the equations indefinite.
+    X is centred in place. It solves the normal equations, or their dual of fewer rows than inputs, as scikit-learn's,
+    whose import takes a second; by singular values where rounding has left the equations indefinite.
     """
     from scipy import linalg
 
-    centre, mean = X.mean(axis=0), values.astype(X.dtype).mean(axis=0)
-    X, values, wide = X - centre, values.astype(X.dtype) - mean, X.shape[1] > len(X)
+    values, wide = values.astype(X.dtype), X.shape[1] > len(X)
+    centre, mean = X.mean(axis=0), values.mean(axis=0)
+    X -= centre
+    values -= mean
     gram = X @ X.T if wide else X.T @ X
     gram.flat[:: len(gram) + 1] += 1.0
     try:

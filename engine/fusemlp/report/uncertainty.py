@@ -22,6 +22,7 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import Rows
 from fusemlp.describe.checks import as_number
 from fusemlp.describe.description import stored
+from fusemlp.describe.metrics import Judged
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import class_scores, predictions
 from fusemlp.runtime.session import Session
@@ -170,14 +171,14 @@ def sets(probabilities: Array, held: HeldOut, coverage: float) -> Array:
     return chosen
 
 
-def summary(engine: Session, preprocessor: Preprocessor, held: HeldOut, X: Array, labels: Array) -> dict[str, Any]:
+def summary(engine: Session, preprocessor: Preprocessor, held: HeldOut, tested: Judged) -> dict[str, Any]:
     """Return the share of the test rows' truths that intervals or sets of ``COVERAGE`` hold, and their mean size."""
-    if preprocessor.classes is not None:
-        chosen = sets(class_scores(engine, X), held, COVERAGE)
-        figures = chosen[np.arange(len(X)), preprocessor.class_codes(labels)], chosen.sum(axis=1)
+    truth = tested.truth
+    if tested.scores is not None:
+        chosen = sets(tested.scores, held, COVERAGE)
+        figures = chosen[np.arange(len(truth)), truth], chosen.sum(axis=1)
     else:
-        low, high = intervals(engine, preprocessor, predictions(engine, preprocessor, X), held, COVERAGE)
-        truth = np.asarray(labels, np.float64).reshape(low.shape)
+        low, high = intervals(engine, preprocessor, tested.predicted, held, COVERAGE)
         figures = (low <= truth) & (truth <= high), high - low
     inside, size = (float(values.mean()) for values in figures)
     return {"level": COVERAGE, "coverage": inside, "width" if preprocessor.classes is None else "classes": size}

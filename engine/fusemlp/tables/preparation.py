@@ -39,6 +39,7 @@ from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
 from fusemlp.fleet.merge import check_mergeable
 from fusemlp.inputs.arrays import Array
+from fusemlp.inputs.columns import codes_of, coding_of
 from fusemlp.report.runs import read_training_rows
 from fusemlp.tables import descriptions, transfer, trials
 from fusemlp.tables.recipe import BATCH, ModelRecipe, TableRecipe
@@ -135,8 +136,9 @@ class Prepared:
         """Return inputs and labels of all rows but the test rows, or of evenly spaced ones with ``most`` numbers."""
         parts = [part for part in (self.train, self.validation) if part is not None]
         step = max(1, -(-sum(part.X.size for part in parts) // most))
-        X, labels = ([np.asarray(getattr(part, name)[::step]) for part in parts] for name in ("X", "labels"))
-        return np.concatenate(X), np.concatenate(labels)
+        X, labels = ([getattr(part, name)[::step] for part in parts] for name in ("X", "labels"))
+        codes, coding = np.concatenate([codes_of(part) for part in X]), coding_of(X[0])
+        return codes if coding is None else coding.dense(codes), np.concatenate(labels)
 
     def engine(self, recipe: ModelRecipe, schedule: Schedule | None = None, privacy: DPSGD | None = None) -> Engine:
         """Return a new engine; ``schedule`` None is the rate of the recipe."""

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fusemlp.describe.adversarial import IBP
+from fusemlp.describe.metrics import Judged
 from fusemlp.report.diagnosis import diagnose
 from fusemlp.report.evidence import certify, robust_score
 from fusemlp.report.metrics import MOST_NUMBERS, baselines, score, worse_than
@@ -14,10 +15,10 @@ from fusemlp.tables.training import Trained, attack_on
 from fusemlp.training.history import History
 
 
-def scores_of(trained: Trained, *, early_stopping: bool) -> dict[str, Any]:
-    """Return the report of a training as JSON-able values; a diverged one has no scores.
+def scores_of(trained: Trained, *, early_stopping: bool) -> tuple[dict[str, Any], Judged | None]:
+    """Return the report of a training as JSON-able values, and the predictions of its test rows.
 
-    ``early_stopping``: whether the training was to stop early.
+    A diverged training has neither scores nor predictions. ``early_stopping``: whether it was to stop early.
     """
     prepared, engine = trained.prepared, trained.engine
     history, preprocessor = engine.history or History(), prepared.preprocessor
@@ -48,24 +49,23 @@ def scores_of(trained: Trained, *, early_stopping: bool) -> dict[str, Any]:
     }
     if engine.privacy is not None:
         report["privacy"] = engine.privacy_spent()
-    if trained.failure is None:
-        report |= _judged(trained)
+    tested = _judged(trained, report) if trained.failure is None else None
     if prepared.start is not None:
         report["from"] = prepared.start.about
     if trained.models:
         report["models"] = list(trained.models)
     if trained.final is not None:
         report["final_fit"] = trained.final[1]
-    return report
+    return report, tested
 
 
-def _judged(trained: Trained) -> dict[str, Any]:
-    """Return the scores of the test rows, if there are some, and the errors of held-out rows."""
+def _judged(trained: Trained, report: dict[str, Any]) -> Judged | None:
+    """Enter the scores of the test rows, if there are some, and the errors of held-out rows; return the former's
+    predictions."""
     prepared, engine = trained.prepared, trained.engine
-    preprocessor, test, validation = prepared.preprocessor, prepared.test, prepared.validation
-    report: dict[str, Any] = {}
+    preprocessor, test, validation, tested = prepared.preprocessor, prepared.test, prepared.validation, None
     if test is not None:
-        report["test"] = score(engine, preprocessor, test.X, test.labels, test.weight)
+        report["test"], tested = score(engine, preprocessor, test.X, test.labels, test.weight)
         attack = attack_on(prepared, test.X)
         if isinstance(attack, IBP):
             cells, labels, rows = prepared.test_rows
@@ -82,6 +82,6 @@ def _judged(trained: Trained) -> dict[str, Any]:
         held_out = HeldOut.of(errors_of(engine, preprocessor, validation.X, validation.labels))
     if held_out is not None:
         report["held_out"] = held_out.to_config()
-        if test is not None and held_out.reaches(COVERAGE):
-            report["intervals"] = summary(engine, preprocessor, held_out, test.X, test.labels)
-    return report
+        if tested is not None and held_out.reaches(COVERAGE):
+            report["intervals"] = summary(engine, preprocessor, held_out, tested)
+    return tested
