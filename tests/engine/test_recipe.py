@@ -58,20 +58,18 @@ def test_optimizers(options, expected):
 
 
 BATCHES = [
-    ({}, 7_999, (32, None)),
-    ({}, 8_000, (256, 4e-3)),
-    ({"optimizer": "adamw"}, 8_000, (256, 4e-3)),
-    ({"optimizer": "sgd"}, 8_000, (32, None)),
-    ({"lr": 0.01}, 8_000, (32, 0.01)),
-    ({"batch_size": 64}, 8_000, (64, None)),
-    ({"adversarial": "pgd"}, 8_000, (32, None)),
+    ({}, 59_999, 32),
+    ({}, 60_000, 256),
+    ({"optimizer": "adamw"}, 60_000, 256),
+    ({"optimizer": "sgd"}, 60_000, 32),
+    ({"batch_size": 64}, 60_000, 64),
+    ({"adversarial": "pgd"}, 60_000, 32),
 ]
 
 
 @pytest.mark.parametrize(("options", "rows", "expected"), BATCHES)
 def test_a_table_of_many_rows_takes_more_of_them_a_step(options, rows, expected):
-    recipe = descriptions.with_batch(replace(PLAIN, **options), rows)
-    assert (recipe.batch_size, recipe.lr) == expected
+    assert descriptions.with_batch(replace(PLAIN, **options), rows).batch_size == expected
 
 
 def test_plain_networks_of_a_backend_with_kernels_for_codes_read_them():

@@ -138,7 +138,6 @@ def baselines(
 
     "constant" is the shares of the classes or the mean, "linear" a logistic regression or a ridge regression.
     """
-    test_X = np.asarray(test_X)
     if preprocessor.classes is None:
         values = np.asarray(labels, np.float64).reshape(len(X), -1)
         truth = np.asarray(test_labels, np.float64).reshape(len(test_X), -1)
@@ -154,9 +153,15 @@ def baselines(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = LogisticRegression(max_iter=ITERATIONS).fit(X, codes)
-        linear[:, model.classes_] = model.predict_proba(test_X)
+        linear[:, model.classes_] = np.concatenate([model.predict_proba(part) for part in dense_parts(test_X)])
     predicted = {"constant": constant, "linear": linear}
     return {name: figures(Judged(right, p.argmax(axis=1), p), probable=True) for name, p in predicted.items()}
+
+
+def dense_parts(X: Any) -> Iterator[Array]:
+    """Yield dense rows of X, perhaps Columns, of ``MOST_NUMBERS`` numbers at most."""
+    step = max(1, MOST_NUMBERS // max(1, X.shape[1]))
+    return (np.asarray(X[start : start + step]) for start in range(0, len(X), step))
 
 
 def ridge(X: Array, values: Array, test_X: Array) -> Array:
@@ -179,7 +184,7 @@ def ridge(X: Array, values: Array, test_X: Array) -> Array:
     except linalg.LinAlgError:
         rows, sizes, inputs = np.linalg.svd(X, full_matrices=False)
         weights = inputs.T @ ((sizes / (sizes**2 + 1.0))[:, None] * (rows.T @ values))
-    return np.asarray(test_X @ weights + (mean - centre @ weights))
+    return np.asarray(np.concatenate([part @ weights for part in dense_parts(test_X)]) + (mean - centre @ weights))
 
 
 def worse_than(report: Mapping[str, Any]) -> Iterator[str]:

@@ -23,7 +23,6 @@ from fusemlp.tables.recipe import (
     BATCH,
     CLASS_DECAY,
     LARGE_BATCH,
-    LARGE_RATE,
     MANY_ROWS,
     FitRecipe,
     ModelRecipe,
@@ -112,13 +111,11 @@ def with_class_decay(recipe: Model, dataset: Dataset) -> Model:
 
 
 def with_batch(recipe: Model, rows: int) -> Model:
-    """Return the recipe with the rows of a step, and the rate that goes with many; ``rows``: see ``with_preset``."""
+    """Return the recipe with the rows of a step; ``rows``: see ``with_preset``."""
     if recipe.batch_size is not None:
         return recipe
-    by_adam = recipe.optimizer in ("adam", "adamw") and recipe.lr is None and trains_plainly(recipe)
-    if rows < MANY_ROWS or not by_adam:
-        return replace(recipe, batch_size=BATCH)
-    return replace(recipe, batch_size=LARGE_BATCH, lr=LARGE_RATE)
+    large = rows >= MANY_ROWS and recipe.optimizer in ("adam", "adamw") and trains_plainly(recipe)
+    return replace(recipe, batch_size=LARGE_BATCH if large else BATCH)
 
 
 def with_preset(recipe: Model, rows: int, *, classify: bool) -> tuple[Model, int, list[str]]:

@@ -354,5 +354,5 @@ def decisions(prepared: Prepared) -> dict[str, Any]:
     """Return the fields that the data decided, for a run's configuration."""
     preprocessor, recipe = prepared.preprocessor, prepared.recipe
     log_target = preprocessor.target_log if preprocessor.classes is None else None
-    decided = {name: getattr(recipe, name) for name in ("weight_decay", "batch_size", "lr")}
+    decided = {name: getattr(recipe, name) for name in ("weight_decay", "batch_size")}
     return {"scale": preprocessor.scale, "log_target": log_target, **decided}

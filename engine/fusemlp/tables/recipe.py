@@ -110,8 +110,8 @@ def run_folders(incomplete: str) -> list[str]:
     return [path.as_posix() for path in folders if path.as_posix().startswith(incomplete)]
 
 
-# Rows a step; those of Adam, and its rate, in a table of many rows beside the test rows, where none of both are given.
-BATCH, MANY_ROWS, LARGE_BATCH, LARGE_RATE = 32, 8_000, 256, 4e-3
+# Rows a step, and those of Adam in a table of many rows beside the test rows.
+BATCH, MANY_ROWS, LARGE_BATCH = 32, 60_000, 256
 # Adam's weight decay where a table's classes are learned and none is given; numbers do without.
 CLASS_DECAY = 3e-4
 BACKENDS = ("auto", "triton", "cupy", "numpy")
@@ -157,7 +157,7 @@ class StepRecipe:
     )
     batch_size: Any = _training(
         None,
-        f"Rows a step ({BATCH}; by adam in a table of {MANY_ROWS:,} rows {LARGE_BATCH}, with lr {LARGE_RATE:g}).",
+        f"Rows a step ({BATCH}; by adam and adamw {LARGE_BATCH} in a table of {MANY_ROWS:,} rows without the test rows).",
         kind=int | None,
     )
     precision: str = _machine("fp32", "{}.", values=PRECISIONS)
