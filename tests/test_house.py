@@ -14,7 +14,7 @@ BUDGETS = {
     "engine/fusemlp/fleet": 1_950,
     "engine/fusemlp/inputs": 1_420,
     "engine/fusemlp/program": 1_660,
-    "engine/fusemlp/report": 2_720,
+    "engine/fusemlp/report": 2_730,
     "engine/fusemlp/runtime": 3_960,
     "engine/fusemlp/sklearn": 2_980,
     "engine/fusemlp/tables": 2_100,

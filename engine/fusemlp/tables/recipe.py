@@ -157,7 +157,7 @@ class StepRecipe:
     )
     batch_size: Any = _training(
         None,
-        f"Rows a step ({BATCH}; by adam and adamw {LARGE_BATCH} in a table of {MANY_ROWS:,} rows without the test rows).",
+        f"Rows a step ({BATCH}; of adam and adamw {LARGE_BATCH} in tables of {MANY_ROWS:,} rows, test rows apart).",
         kind=int | None,
     )
     precision: str = _machine("fp32", "{}.", values=PRECISIONS)
