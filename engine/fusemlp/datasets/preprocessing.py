@@ -123,9 +123,8 @@ class Preprocessor:
         a column, ``scaling.by_pieces``; robust for a column of few values), "quantile" (normal scores), "standard"
         (mean 0, variance 1), "minmax" (0 to 1) or "none". The targets of a regression are scaled in the same way, by
         "standard" for the first three, unless ``scale_targets`` is False (a Poisson loss needs its counts);
-        ``log_targets`` takes their logarithms before. Of a column of words the ``most_words`` frequent have an input.
-        Constant columns are only shifted. The classes are those of the
-        whole data set.
+        ``log_targets`` takes their logarithms before. Of a column of words the ``most_words`` most frequent have an
+        input, all with None. Constant columns are only shifted. The classes are those of the whole data set.
         """
         if scale not in SCALES:
             raise unknown_name("scale", scale, SCALES)
@@ -258,7 +257,9 @@ class Preprocessor:
 
     def transform_features(self, X: Any) -> Features:
         """Transform rows from ``load_data`` or ``load_features`` into (n, ``width``) float64."""
-        return self.coding.dense(self.encode_features(X))
+        codes = self.encode_features(X)
+        # columns of numbers alone are their own codes
+        return self.coding.dense(codes) if len(self.coding.indices) else codes
 
     def encode_features(self, X: Any) -> Features:
         """Transform rows from ``load_data`` or ``load_features`` into codes (n, ``coding.slots``) float64."""
