@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp.describe.checks import as_count
 from fusemlp.describe.text import bytes_text
 from fusemlp.inputs.arrays import Array, as_values, is_sparse, to_array
 from fusemlp_kernels.coding import BAG, NUMBERS, PIECES, WORD, Coding, Column
@@ -58,25 +59,31 @@ class Columns:
         ``edges``: the rising edges of the pieces of each column; a number beyond them continues the first piece or the
         last (Gorishniy et al., 2022). numbers: (n, m). Raises the errors of the constructor, and ArgumentError.
         """
-        columns, parts = [Column(WORD, count) for count in levels], list[Array]()
+        columns = [Column(WORD, as_count(f"levels[{at}]", count)) for at, count in enumerate(levels)]
+        parts = list[Array]()
 
-        def take(argument: str, given: Any, width: int) -> Array:
+        def take(argument: str, cells: Any, width: int | None = None, of: str = "") -> Array:
+            array = to_array(argument, cells)
+            if array.ndim != 2 or width not in (None, array.shape[1]):
+                expected = "(n, m)" if width is None else f"(n, {width}), a column for each of the {of}"
+                raise ShapeError(f"{argument}: expected shape {expected}, got {array.shape}")
             rows = len(parts[0]) if parts else None
-            return as_values(argument, given, width=width, rows=rows, dtype=np.float64)
+            return as_values(argument, array, width=array.shape[1], rows=rows, dtype=np.float64)
 
         if words is not None or levels:
-            parts.append(take("words", words, len(levels)))
-        for at, values in enumerate(take("pieces", pieces, len(edges)).T if pieces is not None or edges else ()):
-            ends = np.asarray(edges[at], np.float64)
-            if ends.ndim != 1 or len(ends) < 2 or not (np.diff(ends) > 0.0).all():
-                raise ArgumentError(f"edges[{at}]: expected two or more rising numbers, got {edges[at]!r}")
+            parts.append(take("words", words, len(levels), "levels"))
+        cut = take("pieces", pieces, len(edges), "edges").T if pieces is not None or edges else ()
+        for at, values in enumerate(cut):
+            ends = to_array(f"edges[{at}]", edges[at])
+            ends = ends.astype(np.float64) if ends.dtype.kind in "iuf" else np.empty(0)
+            if ends.ndim != 1 or len(ends) < 2 or not (np.isfinite(ends).all() and (np.diff(ends) > 0.0).all()):
+                raise ArgumentError(f"edges[{at}]: expected two or more rising finite numbers, got {edges[at]!r}")
             columns.append(Column(PIECES, len(ends) - 1))
             k = np.searchsorted(ends[1:-1], values, "right")
             parts.append(np.column_stack([k, (values - ends[k]) / (ends[k + 1] - ends[k])]))
         if numbers is not None:
-            width = np.shape(numbers)[-1]
-            columns.append(Column(NUMBERS, width))
-            parts.append(take("numbers", numbers, width))
+            parts.append(take("numbers", numbers))
+            columns.append(Column(NUMBERS, parts[-1].shape[1]))
         return cls(Coding(tuple(columns)), np.hstack(parts))
 
     @classmethod
