@@ -212,8 +212,8 @@ def fusemlp_answers(one: Table, frame: Any, tested: Any, run: Path) -> Any:
     else:
         right = r2_score(truth, predicted["prediction"])
     # The rows are the run's own test rows, or the other models would be scored on others.
-    told = json.loads((run / "report.json").read_text(encoding="utf-8"))["test"][SCORES[one.task][0]]
-    assert abs(right - told) < 1e-5, (one.name, right, told)
+    reported = json.loads((run / "report.json").read_text(encoding="utf-8"))["test"][SCORES[one.task][0]]
+    assert abs(right - reported) < 1e-5, (one.name, right, reported)
     return predicted
 
 
