@@ -109,6 +109,15 @@ def test_a_step_is_that_of_host_arrays(place, loss, host_reads):
     assert_same_memory(by_device, by_host)
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_batches_lie_on_the_host_and_on_the_device_in_turn(place, loss):
+    batches = [(X[:4], TARGETS[loss][:4]), (X[4:7], TARGETS[loss][4:7])]
+    by_host, mixed = place.engine(loss), place.engine(loss)
+    expected = by_host.fit(batches, epochs=1).history
+    assert mixed.fit([batches[0], tuple(map(place.put, batches[1]))], epochs=1).history == expected
+    assert_same_memory(mixed, by_host)
+
+
 @pytest.mark.parametrize("kind", [np.float32, np.uint8, np.bool_])
 def test_they_are_normalised_as_host_arrays(place, kind, host_reads):
     rows = (X > 0 if kind == np.bool_ else 100 * np.abs(X)).astype(kind)

@@ -402,7 +402,12 @@ class DeviceInputs:
 
 def _parts(batch: Examples) -> tuple[Any, ...]:
     targets = batch.targets.values
-    return batch.targets.soft, batch.weight is None, _shape(targets)[1:], getattr(targets.dtype, "kind", "")
+    return batch.targets.soft, batch.weight is None, _shape(targets)[1:], _is_integer(targets.dtype)
+
+
+def _is_integer(dtype: Any) -> bool:
+    # one of torch has no kind; batches may lie on the host and on the device in turn
+    return dtype.kind in "biu" if hasattr(dtype, "kind") else not dtype.is_floating_point
 
 
 def _shape(native: Any) -> tuple[int, ...]:
