@@ -64,7 +64,9 @@ def _check_finite(name: str, number: float, gradient: Array, outputs: Array) -> 
         return
     else:
         what = f"it is {number}"
-    raise DataError(f"loss: {name!r} of finite outputs is not finite: {what}; look for log(0), 0 / 0 and exp of large")
+    raise DataError(
+        f"loss: {name!r} of finite outputs is not finite: {what}; look for log(0), 0 / 0, exp of large, NaN in y"
+    )
 
 
 class OwnEvaluation:
