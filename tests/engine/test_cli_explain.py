@@ -181,7 +181,7 @@ def test_attributions_of_columns_are_sums_of_their_inputs(scale):
     made, engine = model.preprocessor_, model.engine_
     found = model.explain(frame[COLUMNS], method="integrated")
     assert isinstance(found, Attributions) and found.names == tuple(COLUMNS)
-    X = model._inputs(frame[COLUMNS])
+    X = np.asarray(model._inputs(frame[COLUMNS]))
     inputs = attributions(engine, X, baseline=X.mean(axis=0, dtype=np.float64))
     start, widths = 0, dict.fromkeys(COLUMNS, 0)
     for name, width in zip(made.sources, made.widths, strict=True):

@@ -507,7 +507,7 @@ def test_memory_is_planned_before_it_is_taken(monkeypatch):
 def test_the_command_names_the_column_that_takes_the_memory(tmp_path, monkeypatch, capsys):
     lines = [f"{i % 9},w{i % 50},{i % 2}" for i in range(1000)]
     path = write(tmp_path / "a.csv", "\n".join(["a,town,y", *lines]).encode())
-    monkeypatch.setattr(rows_module, "available_memory", lambda: 10_000)
+    monkeypatch.setattr(rows_module, "available_memory", lambda: 5_000)
     assert run("train", path, "--target", "y", "--out", tmp_path / "run") == 1
     assert "50 of 'town'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -246,13 +246,11 @@ class Preprocessor:
         columns = []
         for column, (words, inputs) in enumerate(zip(self.categories, self.widths, strict=True)):
             pieces = self.pieces(column)
-            if words is not None:
-                columns.append(Column(WORD, inputs))
-            elif pieces > 1:
+            if words is None and pieces > 1:
                 columns.append(Column(PIECES, pieces))
-            inputs -= pieces if pieces > 1 else 0
-            if words is None and inputs:
-                columns.append(Column(NUMBERS, inputs))
+                inputs -= pieces
+            if inputs:
+                columns.append(Column(NUMBERS if words is None else WORD, inputs))
         return Coding(tuple(columns))
 
     def transform_features(self, X: Any) -> Features:
@@ -292,8 +290,10 @@ class Preprocessor:
         slot = 0
         for column, (words, inputs) in enumerate(zip(self.categories, self.widths, strict=True)):
             if words is not None:
-                codes[:, slot] = self._codes_of_words(column, features[:, column], missing[:, column])
-                slot += 1
+                indices = self._codes_of_words(column, features[:, column], missing[:, column])
+                if inputs:
+                    codes[:, slot] = indices
+                    slot += 1
                 continue
             pieces = self.pieces(column)
             at = self.feature_knots[column] if pieces > 1 else None

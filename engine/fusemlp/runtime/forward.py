@@ -141,7 +141,9 @@ class ForwardPass:
         Those of the members for a row follow one another.
         """
         rows = self.rows_for(len(X))
-        return self._collected("y", self.program(rows, net=net, coding=coding_of(X)), rows, {"x": codes_of(X)})
+        coding = coding_of(X)
+        inputs = X if coding is None else X.codes
+        return self._collected("y", self.program(rows, net=net, coding=coding), rows, {"x": inputs})
 
     def input_gradient(
         self,
