@@ -301,6 +301,8 @@ def test_columns_are_checked():
         fusemlp.ShapeError, match=r"codes: expected shape \(n, 8\), the slots of the coding, got \(2, 7\)"
     ):
         Columns(SMALL, CODES[:, 1:])
+    with pytest.raises(fusemlp.ArgumentTypeError, match=r"coding: expected a Coding, got list; Columns.of"):
+        Columns([4, 4], np.zeros((2, 8)))
     with pytest.raises(fusemlp.DTypeError, match="codes: expected real numbers, got dtype complex128"):
         Columns(SMALL, CODES + 0j)
     for column in (("wrod", 3), ("word", 0), ("word", 1 << 25), ("bag", 3), ("word", 3, 1)):

@@ -21,7 +21,7 @@ _DRAWN = "the engine trains privately; each step draws its rows at random; leave
 _ONE_BATCH = "privacy clips the gradient of each row and takes one batch a step; leave it out, got"
 _FOR_ARRAYS = "it is for arrays X and y, and without y X yields batches"
 _CORE, _OTHERS = "the cupy backend has no kernels for", "; use backend='triton' or 'numpy'"
-_NAMED = "a function such as {own loss!r} does not go so far"
+_NAMED = "a function such as {own loss!r} is not supported yet"
 _STEADY = "lbfgs needs the same loss at each evaluation,"
 
 # By two features the argument, the reason and the mend; the first row whose features are both in use decides.

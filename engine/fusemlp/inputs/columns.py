@@ -33,6 +33,11 @@ class Columns:
     """
 
     def __init__(self, coding: Coding, codes: Any) -> None:
+        if not isinstance(coding, Coding):
+            raise ArgumentTypeError(
+                f"coding: expected a Coding, got {type(coding).__name__}; Columns.of and Columns.from_sparse make "
+                "columns of arrays"
+            )
         array = to_array("codes", codes)
         if array.ndim != 2 or array.shape[1] != coding.slots:
             raise ShapeError(f"codes: expected shape (n, {coding.slots}), the slots of the coding, got {array.shape}")
