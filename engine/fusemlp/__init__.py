@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from fusemlp.datasets.load import load_data
     from fusemlp.describe.adversarial import FGSM, IBP, PGD
+    from fusemlp.describe.blocks import LayerNorm, Residual, RMSNorm
     from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
     from fusemlp.describe.network import ELU, MLP, Activation, LeakyReLU, PReLU
     from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
@@ -108,6 +109,7 @@ __all__ = [
     "History",
     "Huber",
     "InputScaleWarning",
+    "LayerNorm",
     "LeakyReLU",
     "LearningRateScheduler",
     "LearningRateSweep",
@@ -122,8 +124,10 @@ __all__ = [
     "Poisson",
     "ProgressBar",
     "Quantile",
+    "RMSNorm",
     "ReduceLROnPlateau",
     "ReduceOnPlateau",
+    "Residual",
     "Schedule",
     "ShapeError",
     "StepDecay",
@@ -149,6 +153,7 @@ _NAMES = {
     "fusemlp.runtime.own_loss": "check_gradient",
     "fusemlp.runtime.scaling": "InputScaleWarning",
     "fusemlp.describe.adversarial": "FGSM IBP PGD",
+    "fusemlp.describe.blocks": "LayerNorm Residual RMSNorm",
     "fusemlp.describe.losses": "BinaryCrossEntropy CrossEntropy Huber Loss MAE MSE Poisson Quantile",
     "fusemlp.training.lr_finder": "LearningRateSweep lr_find",
     "fusemlp.describe.network": "Activation ELU LeakyReLU MLP PReLU",

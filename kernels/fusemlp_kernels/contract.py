@@ -87,6 +87,15 @@ class Dropout:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """What a row x is normalised by, over its N values: ``layer``: (x - mean) / sqrt(variance + eps) (Ba et al., 2016);
+    ``rms``: x / sqrt(mean of x**2 + eps) (Zhang and Sennrich, 2019)."""
+
+    kind: str
+    eps: float
+
+
+@dataclass(frozen=True)
 class LossSpec(pointwise.LossOptions):
     """A loss and its options; the meaning of each is in ``reference.loss_grad``.
 

@@ -163,6 +163,14 @@ _MEMBERS = (
     _SLOPES[0],
     _DROPOUT,
 )
+_NORM = (
+    Operand("norm", optional=True, note="Norm; without it, n is x"),
+    Operand("g", "K", optional=True, note="with norm"),
+    Operand("b", "K", optional=True, note="with g"),
+    replace(_ACTIVATION[0], optional=True, default="identity", note="a name of ACTIVATIONS but prelu"),
+    _SLOPES[0],
+    _DROPOUT,
+)
 _LAYER = (
     Operand("dz", "MN", "compute"),
     replace(_ROWS, note="of the first layer, where x is picked by row"),
@@ -278,6 +286,34 @@ OPS = {op.name: op for op in (
         _RULE,
         _COUNTERS,
         Operand("keep", "MK", "bool", optional=True, note="what affine_members has written"),
+    )),
+    Op("normalise", "y = dropout(act(n * g + b)), n being the rows of x normalised", (
+        Operand("x", "MK", "compute"),
+        Operand("y", "MK", "compute", WRITTEN, note="aliases nothing"),
+        *_NORM,
+        replace(_COUNTERS, optional=True),
+        replace(_KEEP, shape="MK"),
+    )),
+    Op("grad_normalise", "back through normalise: dx, and the sums dg and db over the rows; y is not read", (
+        Operand("dy", "MK", "compute"),
+        Operand("x", "MK", "compute"),
+        Operand("dx", "MK", "compute", WRITTEN, note="aliases nothing"),
+        *_NORM,
+        *(
+            Operand(
+                f"d{name}", "K", use=WRITTEN, kind="gradient", optional=True,
+                note=f"where {name} is given; accumulated as by grad_weight",
+            )
+            for name in "gb"
+        ),
+        _RULE,
+        _COUNTERS,
+        Operand("keep", "MK", "bool", optional=True, note="what normalise has written"),
+    )),
+    Op("add", "y = a + b", (
+        Operand("a", "MK", "compute"),
+        Operand("b", "MK", "compute"),
+        Operand("y", "MK", "compute", WRITTEN, note="aliases nothing"),
     )),
     Op("linear_members",
         "z = x @ w[m].T + b[m] for row i of the batch, m being i % (D / N): w[m] and b[m] are rows m * N to before "

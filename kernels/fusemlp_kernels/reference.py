@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fusemlp_kernels.contract import LossSpec, Perturbation, TensorRule, UpdateRule
+from fusemlp_kernels.contract import LossSpec, Norm, Perturbation, TensorRule, UpdateRule
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 # The optimizer's arrays, for each layer and each of its parameters.
@@ -224,6 +224,28 @@ def grad_slope(dy: Array, z: Array) -> Array:
 def grad_weight(dz: Array, x: Array) -> tuple[Array, Array]:
     """dw (N, K) and db (N,) of a layer, from its dz (M, N) and its input x (M, K)."""
     return dz.T @ x, dz.sum(axis=0)
+
+
+def normalise(x: Array, norm: Norm | None) -> Array:
+    """The rows of x (M, N), each normalised over its N values."""
+    if norm is None:
+        return x
+    centred = x - x.mean(axis=1, keepdims=True) if norm.kind == "layer" else x
+    return np.asarray(centred / np.sqrt(np.mean(centred**2, axis=1, keepdims=True) + norm.eps))
+
+
+def normalise_grad(dn: Array, x: Array, norm: Norm | None) -> Array:
+    """The gradient by x, from that by the normalised rows: both (M, N).
+
+    With n = c / r, c = x - mean and r = sqrt(mean(c**2) + eps): dc = (dn - n * mean(dn * n)) / r, as dr / dc is
+    n / N; and dx is dc less its mean, since each x is in the mean.
+    """
+    if norm is None:
+        return dn
+    centred = x - x.mean(axis=1, keepdims=True) if norm.kind == "layer" else x
+    root, n = np.sqrt(np.mean(centred**2, axis=1, keepdims=True) + norm.eps), normalise(x, norm)
+    dc = (dn - n * np.mean(dn * n, axis=1, keepdims=True)) / root
+    return np.asarray(dc - dc.mean(axis=1, keepdims=True) if norm.kind == "layer" else dc)
 
 
 def clip_factor(grads: Iterable[Array], max_norm: float | None) -> float:

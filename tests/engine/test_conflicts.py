@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from lowered import training_program
 
-from fusemlp import DPSGD, FGSM, IBP, MLP, MSE, SGD, CrossEntropy, Engine, Fleet, ParameterOptions
+from fusemlp import DPSGD, FGSM, IBP, MLP, MSE, SGD, CrossEntropy, Engine, Fleet, ParameterOptions, Residual
 from fusemlp.describe.adversarial import Adversary
 from fusemlp.describe.conflicts import CONFLICTS, UNAVAILABLE, check_together
 from fusemlp.describe.losses import as_loss
@@ -63,6 +63,8 @@ FEATURES = {
     "prelu": Feature(net={"activation": "prelu"}, implies=("falling activation",)),
     "falling activation": Feature(net={"activation": "gelu"}),
     "dropout": Feature(net={"dropout": 0.2}),
+    "norm": Feature(net={"norm": "layer"}),
+    "residual": Feature(net={"sizes": [4, 6, Residual(6), 3]}),
     "sum": Feature(loss={"reduction": "sum"}),
     "no classes": Feature(loss={"kind": MSE}),
     "own loss": Feature(
@@ -141,7 +143,7 @@ def as_pattern(words):
 def described(case):
     loss = {"kind": CrossEntropy, **case.loss}
     return {
-        "net": MLP([4, 6, 6, 3], **case.net),
+        "net": MLP(**{"sizes": [4, 6, 6, 3], **case.net}),
         "loss": loss.pop("kind")(**loss),
         "optimizer": SGD(0.1, **case.optimizer),
     }

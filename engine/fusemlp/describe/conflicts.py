@@ -21,6 +21,7 @@ _DRAWN = "the engine trains privately; each step draws its rows at random; leave
 _ONE_BATCH = "privacy clips the gradient of each row and takes one batch a step; leave it out, got"
 _FOR_ARRAYS = "it is for arrays X and y, and without y X yields batches"
 _CORE, _OTHERS = "the cupy backend has no kernels for", "; use backend='triton' or 'numpy'"
+_CARD = "cards have no kernels yet for"
 _NAMED = "a function such as {own loss!r} is not supported yet"
 _STEADY = "lbfgs needs the same loss at each evaluation,"
 
@@ -30,6 +31,18 @@ CONFLICTS = {
     ("members", "sum"): "reduction: the loss of {members} members is the mean of theirs; expected 'mean', got {sum!r}",
     ("members", "fleet"): f"net: a fleet{SINGLE}",
     ("members", "probe"): f"layers: a probe{SINGLE}",
+    # normalisation and residual blocks
+    **{
+        (feature, other): f"{argument}: {words}"
+        for feature, argument, what in (("norm", "norm", "normalised layers"), ("residual", "sizes", "residual blocks"))
+        for other, words in {
+            "members": f"members share no {what} so far; make the network with members=1",
+            "prelu": f"prelu's slope is not learned beside {what}; use leaky_relu",
+            "privacy": f"private training clips each row's gradient, and has none for {what}; leave privacy out",
+            "IBP": f"interval bounds do not go through {what}; train against PGD(eps)",
+            **{card: f"{_CARD} {what}; use backend='numpy'" for card in ("triton", "cupy")},
+        }.items()
+    },
     # the fallback on a card has the core alone
     ("members", "cupy"): f"members: {_CORE} members that share weights{_OTHERS}",
     ("privacy", "cupy"): f"privacy: {_CORE} clipped rows and noise{_OTHERS}",
@@ -123,6 +136,7 @@ CONFLICTS = {
 # The rows that name what a backend does not have.
 UNAVAILABLE = {
     ("own loss", "triton"),
+    *((feature, card) for feature in ("norm", "residual") for card in ("triton", "cupy")),
     *((feature, "cupy") for feature in ("ranks", "members", "privacy", "attack", "own loss")),
 }
 

@@ -2,8 +2,8 @@
 
 Layer ``l`` of ``L`` computes ``dropout(act(x @ w.T + b))`` with ``w`` of shape ``(sizes[l + 1], sizes[l])``.
 Parameters bear the names that torch gives them in the plain ``nn.Sequential``: ``{2l}.weight``,
-``{2l}.bias``, and ``{2l + 1}.weight`` for the one slope of a PReLU behind layer ``l``. A network with members has
-their factors too, ``{2l}.r`` and ``{2l}.s``.
+``{2l}.bias``, and ``{2l + 1}.weight`` for the one slope of a PReLU behind layer ``l``. A normalisation behind it has
+``{2l}_norm.weight`` and ``{2l}_norm.bias``. A network with members has their factors too, ``{2l}.r`` and ``{2l}.s``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
+from fusemlp.describe.blocks import LayerNorm, Normalisation, Residual, as_norm, norm_from_config
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_keys, freeze, knows_names, names_absent
 from fusemlp.describe.conflicts import SINGLE, Features, check_together, in_use
 from fusemlp.describe.description import Description
@@ -100,19 +101,63 @@ def as_activation(argument: str, value: str | Activation) -> Activation:
 
 
 def _one_per_hidden_layer(
-    argument: str, value: Any, hidden: int, check: Callable[[str, Any], Checked]
+    argument: str, value: Any, hidden: int, check: Callable[[str, Any], Checked], ends: Sequence[int], at_end: Checked
 ) -> list[Checked]:
-    """Return one checked value for each hidden layer: repeat a single one, or check the number of several."""
+    """Return one checked value for each hidden layer: repeat a single one, or check the number of several.
+
+    The layers ``ends``, the last of residual blocks, have the value ``at_end``.
+    """
     if isinstance(value, str) or not isinstance(value, Iterable):
-        return [check(argument, value)] * hidden
+        common = check(argument, value)
+        return [at_end if layer in ends else common for layer in range(hidden)]
     values = list(value)
     if len(values) != hidden:
         raise ArgumentError(
             f"{argument}: expected one value, or {hidden} (one per hidden layer), got {len(values)}: {values!r}"
         )
-    return [check(argument, one) for one in values]
+    checked = [check(argument, one) for one in values]
+    for layer in ends:
+        if checked[layer] != at_end:
+            raise ArgumentError(
+                f"{argument}[{layer}]: the last layer of a residual block has {at_end!r}, got {checked[layer]!r}; give "
+                f"that, or one {argument} for all hidden layers"
+            )
+    return checked
 
 
+def _unrolled(entries: Sequence[Any]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+    """Return the widths of all layers, and the first and the last layer of each residual block."""
+    widths: list[int] = []
+    blocks = []
+    for place, entry in enumerate(entries):
+        if not isinstance(entry, Residual):
+            widths.append(as_count(f"sizes[{place}]", entry, minimum=1))
+            continue
+        if len(widths) < 2 or place == len(entries) - 1:
+            raise ArgumentError(
+                f"sizes[{place}]: a residual block stands behind a hidden layer and before the output layer, as in "
+                f"MLP([20, 64, Residual(128), 1]), got {list(entries)!r}"
+            )
+        blocks.append((len(widths) - 1, len(widths) + entry.depth - 2))
+        widths += [*[entry.width] * (entry.depth - 1), widths[-1]]
+    return tuple(widths), tuple(blocks)
+
+
+def _rolled(sizes: Sequence[int], blocks: Sequence[Sequence[int]]) -> list[int | Residual]:
+    """Invert ``_unrolled``."""
+    entries: list[int | Residual] = list(sizes)
+    for first, last in reversed(blocks):
+        entries[first + 1 : last + 2] = [Residual(sizes[first + 1], last - first + 1)]
+    return entries
+
+
+def layer_of(name: str) -> int:
+    """Return the layer of a parameter by its name in ``state_dict``."""
+    return int(name.partition(".")[0].removesuffix(NORM)) // 2
+
+
+# Behind the number of a layer, in the names of the parameters of its normalisation.
+NORM = "_norm"
 _INPUTS = "the first of sizes is the number of inputs: MLP([784, 128, 10])"
 _ARGUMENTS = {
     "hidden": "sizes has all widths: MLP([784, 128, 10])",
@@ -145,6 +190,11 @@ class MLP(Description):
     - auto: he_normal before relu, leaky_relu, prelu, gelu, silu, elu and mish, lecun_normal before selu
       (Klambauer et al., Self-normalizing neural networks, 2017), glorot_uniform before the others
 
+    ``norm`` normalises the rows of hidden layers before the activation: "layer" or "rms", ``LayerNorm(eps)`` or
+    ``RMSNorm(eps)``, one for all hidden layers or one (or None) per hidden layer. An entry ``Residual(width, depth)``
+    of ``sizes`` is a block of layers whose result is added to their input; the attribute ``sizes`` has the widths of
+    all its layers, and ``blocks`` its first and last layer.
+
     ``members``: this many networks share the weights of the hidden layers (TabM: Gorishniy et al., 2025). Layer ``l``
     of member m is ``act(((x * r[m]) @ w.T) * s[m] + b[m])`` with its own r (members, K), s and b (members, N): the
     first r starts with random signs, the others and s at 1. Each member has its own output layer; its weight has the
@@ -158,31 +208,38 @@ class MLP(Description):
     activations: tuple[Activation, ...]
     dropouts: tuple[float, ...]
     init: str
-    # what pickles of older releases lack
+    # what pickles of older releases lack; norms is empty or has L entries
     members: int = 1
+    norms: tuple[Normalisation | None, ...] = ()
+    blocks: tuple[tuple[int, int], ...] = ()
 
     @knows_names(_ARGUMENTS, call="MLP([784, 128, 10], activation='relu')")
     def __init__(
         self,
-        sizes: Iterable[int],
+        sizes: Iterable[int | Residual],
         *,
         activation: str | Activation | Iterable[str | Activation] = "relu",
         output_activation: str | Activation = "identity",
         dropout: float | Iterable[float] = 0.0,
         init: str = "auto",
         members: int = 1,
+        norm: str | Normalisation | Iterable[str | Normalisation | None] | None = None,
     ) -> None:
         if isinstance(sizes, str) or not isinstance(sizes, Iterable):
             raise ArgumentTypeError(f"sizes: expected a sequence of widths such as [784, 128, 10], got {sizes!r}")
         entries = list(sizes)
-        widths = tuple(as_count(f"sizes[{i}]", width, minimum=1) for i, width in enumerate(entries))
+        widths, blocks = _unrolled(entries)
         if len(widths) < 2:
             raise ArgumentError(
                 f"sizes: expected at least 2 widths (inputs and outputs, such as [784, 10]), got {entries!r}"
             )
         check_dropout = partial(as_number, low=0.0, high=1.0, high_open=True)
-        activations = _one_per_hidden_layer("activation", activation, len(widths) - 2, as_activation)
-        dropouts = _one_per_hidden_layer("dropout", dropout, len(widths) - 2, check_dropout)
+        hidden, ends = len(widths) - 2, [last for _, last in blocks]
+        activations = _one_per_hidden_layer(
+            "activation", activation, hidden, as_activation, ends, Activation("identity")
+        )
+        dropouts = _one_per_hidden_layer("dropout", dropout, hidden, check_dropout, ends, 0.0)
+        norms = _one_per_hidden_layer("norm", norm, hidden, as_norm, ends, None)
         freeze(
             self,
             sizes=widths,
@@ -190,7 +247,10 @@ class MLP(Description):
             dropouts=(*dropouts, 0.0),
             init=check_choice("init", init, INITS),
             members=as_count("members", members, minimum=1),
+            norms=(*norms, None) if any(norms) else (),
+            blocks=blocks,
         )
+        check_together(self.uses)
         if self.members > 1:
             self._check_members()
 
@@ -200,7 +260,6 @@ class MLP(Description):
             raise ArgumentError(
                 f"members: they share hidden layers, and sizes has none, {given}; add one: MLP([8, 64, 2])"
             )
-        check_together(self.uses)
         if self.activations[-1].name != "identity":
             raise ArgumentError(
                 f"output_activation: with members it must be 'identity', got {self.activations[-1].name!r}"
@@ -220,8 +279,14 @@ class MLP(Description):
             members=self.members if self.members > 1 else None,
             prelu="prelu" in names,
             dropout=self.dropouts if any(self.dropouts) else None,
+            norm=self.norms or None,
+            residual=self.blocks or None,
             **{"falling activation": falling},
         )
+
+    def norm(self, layer: int) -> Normalisation | None:
+        """Return what the rows of a layer are normalised by before its activation; None if by nothing."""
+        return self.norms[layer] if self.norms else None
 
     @property
     def layers(self) -> int:
@@ -246,6 +311,11 @@ class MLP(Description):
             # the output layer of each member
             shapes[f"{2 * layer}.weight"] = (self.members * outputs, inputs)
             shapes[f"{2 * layer}.bias"] = (self.members * outputs,)
+            norm = self.norm(layer)
+            if norm is not None:
+                shapes[f"{2 * layer}{NORM}.weight"] = (outputs,)
+            if isinstance(norm, LayerNorm):
+                shapes[f"{2 * layer}{NORM}.bias"] = (outputs,)
             if self.activations[layer].name == "prelu":
                 shapes[f"{2 * layer + 1}.weight"] = (1,)
         return shapes
@@ -279,6 +349,9 @@ class MLP(Description):
                 continue
             drawn = [_draw(generator, *how) for _ in range(self.members)]
             arrays += map(np.concatenate, zip(*drawn, strict=True))
+            norm, outputs = self.norm(layer), self.sizes[layer + 1]
+            arrays += [np.ones(outputs)] if norm is not None else []
+            arrays += [np.zeros(outputs)] if isinstance(norm, LayerNorm) else []
             if activation.name == "prelu":
                 arrays.append(np.full(1, activation.slope))
         return dict(zip(self.parameter_shapes(), arrays, strict=True))
@@ -286,24 +359,28 @@ class MLP(Description):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> MLP:
         """Return the network of a description from ``to_config``."""
-        config = {"members": 1, **config}
-        check_keys("network", config, ("sizes", "activations", "dropouts", "init", "members"))
+        config = {"members": 1, "norms": [], "blocks": [], **config}
+        check_keys("network", config, ("sizes", "activations", "dropouts", "init", "members", "norms", "blocks"))
         *hidden, output = (activation_from_config(one) for one in config["activations"])
-        return cls(
-            config["sizes"],
+        net = cls(
+            _rolled(config["sizes"], config["blocks"]),
             activation=hidden,
             output_activation=output,
             dropout=config["dropouts"][:-1],
             init=config["init"],
             members=config["members"],
+            norm=[norm_from_config(norm) for norm in config["norms"][:-1]] or None,
         )
+        if list(net.sizes) != list(config["sizes"]):
+            raise ArgumentError(f"blocks: expected residual blocks of {config['sizes']}, got {config['blocks']}")
+        return net
 
     def to_config(self) -> dict[str, Any]:
-        """Return a JSON-able description; earlier releases read one without members."""
+        """Return a JSON-able description; earlier releases read one without members, norms and blocks."""
         config = super().to_config()
         if self.members == 1:
             del config["members"]
-        return config
+        return {name: value for name, value in config.items() if value or name not in ("norms", "blocks")}
 
     def __repr__(self) -> str:
         shown = [activation if activation.name in SLOPES else activation.name for activation in self.activations]
@@ -311,10 +388,12 @@ class MLP(Description):
         options.append(f"output_activation={shown[-1]!r}")
         if any(self.dropouts):
             options.append(f"dropout={_compact(self.dropouts[:-1])}")
+        if self.norms:
+            options.append(f"norm={_compact(self.norms[:-1])}")
         options.append(f"init={self.init!r}")
         if self.members > 1:
             options.append(f"members={self.members}")
-        return f"MLP({list(self.sizes)!r}, {', '.join(options)})"
+        return f"MLP({_rolled(self.sizes, self.blocks)!r}, {', '.join(options)})"
 
 
 names_absent(
@@ -382,17 +461,21 @@ def layer_lines(net: MLP) -> list[str]:
     """Return a table of the layers and the number of parameters."""
     counts = [0] * net.layers
     for name, shape in net.parameter_shapes().items():
-        counts[int(name.partition(".")[0]) // 2] += math.prod(shape)
+        counts[layer_of(name)] += math.prod(shape)
     rows: list[Sequence[str]] = [HEADER]
+    starts = {last: first for first, last in net.blocks}
     for layer, activation in enumerate(net.activations):
         inputs, outputs = net.sizes[layer : layer + 2]
         slope = f" {activation.slope:g}" if activation.slope else ""
         dropout = f"{net.dropouts[layer]:g}" if net.dropouts[layer] else "-"
+        norm = net.norm(layer)
+        before = f"{norm.kind} norm, " if norm is not None else ""
+        behind = f" + input of layer {starts[layer] + 1}" if layer in starts else ""
         rows.append(
             (
                 str(layer + 1),
                 f"{inputs} -> {outputs}",
-                f"{activation.name}{slope}",
+                f"{before}{activation.name}{slope}{behind}",
                 dropout,
                 net.init_of(layer),
                 f"{counts[layer]:,}",

@@ -9,6 +9,7 @@ from typing import Any
 from fusemlp.describe.network import MLP
 from fusemlp.program.builder import Builder
 from fusemlp.program.layout import REMEMBERED, Layout, short_names
+from fusemlp.program.passes.blocks import blocks
 from fusemlp.program.passes.fusion import fuse
 from fusemlp.program.passes.members import MembersBuilder
 from fusemlp.program.program import Program
@@ -69,4 +70,4 @@ def plain(step: Step) -> Program:
         if build.rules:
             build.weight_gradients(step.rule)
         build.update(step.rule)
-    return build.program()
+    return blocks(build.program(), step)

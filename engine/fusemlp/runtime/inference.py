@@ -16,7 +16,7 @@ import numpy as np
 from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.losses import Loss, OwnLoss
 from fusemlp.describe.metrics import Judged, Metric, MetricLike, as_metrics
-from fusemlp.describe.network import MLP
+from fusemlp.describe.network import MLP, Activation
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.examples import DeviceInputs, Examples, UserBatches
 from fusemlp.program.layout import placement
@@ -81,8 +81,10 @@ class _Lines:
         self.sums, sums = room("real", width, pitch, rows)
         place, _ = room("compute", 1, multiple, count)
         backend.copy_into(place, points.astype(passes.real)[:, None])
-        activation = net.activations[0]
-        names = ["h1", *(["z1"] if activation.name in NEEDS_Z else [])]
+        # the program goes on behind the product where the rest of the layer is a call of its own
+        cut = net.norm(0) is not None or any(first == 1 for first, _ in net.blocks)
+        activation = Activation("identity") if cut else net.activations[0]
+        names = ["u1"] if cut else ["h1", *(["z1"] if activation.name in NEEDS_Z else [])]
         hidden = {name: room("compute", width, pitch, count * rows) for name in names}
         whole = {name: backend.view(flat, 0, (count, long), long) for name, (_, flat) in hidden.items()}
         self._spread = backend.bind(
@@ -90,7 +92,7 @@ class _Lines:
             x=place,
             w=backend.view(step, 0, (long, 1), 1),
             b=start,
-            y=whole["h1"],
+            y=whole[names[0]],
             activation=activation.name,
             slope=activation.fixed_slope or 0.0,
             **({"slope_param": memory.arrays["s0"]} if activation.name == "prelu" else {}),

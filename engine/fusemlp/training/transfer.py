@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.conflicts import check_together, in_use
-from fusemlp.describe.network import MLP
+from fusemlp.describe.network import MLP, layer_of
 from fusemlp.describe.optimizers import NO_OPTIONS, Optimizer, ParameterOptions
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.inputs.examples import are_batches
@@ -23,11 +23,6 @@ from fusemlp_kernels.errors import ArgumentError, ShapeError
 Probed = TypeVar("Probed", bound=Trainer)
 
 _NAME = re.compile(r"(\d+)\.(weight|bias)")
-
-
-def layer_of(name: str) -> int:
-    """Return the layer of a parameter by its name: layer l has the numbers 2l and, for a PReLU's slope, 2l + 1."""
-    return int(name.partition(".")[0]) // 2
 
 
 def shifted(tensors: Mapping[str, Any], layers: int) -> dict[str, Any]:

@@ -389,6 +389,12 @@ def _affine_members(table: CallTable, call: SimpleNamespace) -> None:
     table.control(call.counters)
 
 
+def _sum_of_tasks(table: CallTable, sums: Any, out: Array, width: int) -> None:
+    """A gradient that is the sum of a row of each task."""
+    later = {"dz": sums, "sums": table.scratch(width), "out": (out, 0)}
+    table.later.append({"n": width, "parts": True, **later})
+
+
 @enters("grad_affine_members")
 def _grad_affine_members(table: CallTable, call: SimpleNamespace) -> None:
     rows, width = call.dy.shape
@@ -400,10 +406,46 @@ def _grad_affine_members(table: CallTable, call: SimpleNamespace) -> None:
         if factor is not None:
             fields[name] = sums = (table.scratch(MOST_TASKS, every), 0)
             if out is not None:
-                later = {"dz": sums, "sums": table.scratch(every), "out": (out, 0)}
-                table.later.append({"n": every, "parts": True, **later})
+                _sum_of_tasks(table, sums, out, every)
     table.add("MEMBERS_BACKWARD", dz=call.dy, **fields)
     table.accumulate(call.rule, call.counters)
+
+
+def _normalised(table: CallTable, call: SimpleNamespace, width: int) -> dict[str, Any]:
+    """The fields of a normalised row, with memory for three rows of each task."""
+    table.height = max(table.height, len(call.x))
+    table.control(call.counters)
+    norm: dict[str, Any] = {}
+    if call.norm is not None:
+        b = table.scratch(width) if call.b is None else call.b
+        norm = {"norm": 1 + t.NORMS.index(call.norm.kind), "option": call.norm.eps, "by_s": call.g, "b": b}
+    scratch = (table.scratch(3 * MOST_TASKS, width), 0)
+    return {"n": width, "x": call.x, "z": scratch, **norm, **activation(table, call), **dropout(call)}
+
+
+@enters("normalise")
+def _normalise(table: CallTable, call: SimpleNamespace) -> None:
+    table.add("NORMALISE", out=call.y, **_normalised(table, call, call.y.shape[1]))
+
+
+@enters("grad_normalise")
+def _grad_normalise(table: CallTable, call: SimpleNamespace) -> None:
+    width = call.dy.shape[1]
+    fields = _normalised(table, call, width)
+    if call.norm is not None:
+        for name, out in (("sum_s", call.dg), ("sum_b", call.db)):
+            fields[name] = sums = (table.scratch(MOST_TASKS, width), 0)
+            if out is not None:
+                _sum_of_tasks(table, sums, out, width)
+    table.add("NORMALISE_BACKWARD", dz=call.dy, out=call.dx, **fields)
+    table.accumulate(call.rule, call.counters)
+
+
+@enters("add")
+def _add(table: CallTable, call: SimpleNamespace) -> None:
+    table.height = max(table.height, len(call.y))
+    table.add("ADD", n=call.y.shape[1], x=call.a, y=call.b, out=call.y)
+    table.control(None)
 
 
 @enters("linear_members")

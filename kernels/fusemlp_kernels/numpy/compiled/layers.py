@@ -134,7 +134,7 @@ def derive_rows(call: Any, like: Any, partials: Any, first: int, count: int) -> 
 
 
 @register_jitable(**ELEMENTWISE)
-def _affine(y: Any, z: Any, x: Any, s: Any, b: Any, count: int) -> None:
+def affine(y: Any, z: Any, x: Any, s: Any, b: Any, count: int) -> None:
     """``x * s + b``, in y and in z."""
     for j in range(np.uintp(count)):
         value = x[j] * s[j] + b[j]
@@ -152,13 +152,13 @@ def _scale(y: Any, x: Any, r: Any, count: int) -> None:
 @register_jitable(**EXACT)
 def _activated(y: Any, z: Any, x: Any, s: Any, b: Any, count: int, activation: int, slope: float) -> None:
     """``y = act(z)`` with ``z = x * s + b``."""
-    _affine(y, z, x, s, b, count)
+    affine(y, z, x, s, b, count)
     if activation != t.IDENTITY:
         activate(activation, y, z, count, slope)
 
 
 @register_jitable(**ELEMENTWISE)
-def _mask_and_scale(values: Any, keep: Any, count: int, factor: float) -> None:
+def mask_and_scale(values: Any, keep: Any, count: int, factor: float) -> None:
     """Values grow by ``factor`` where ``keep`` is set, and become zero elsewhere."""
     real = values.dtype.type
     grown, zero = real(factor), real(0.0)
@@ -182,7 +182,7 @@ def _sum_and_scale(dz: Any, x: Any, s: Any, by_s: Any, by_b: Any, count: int) ->
 
 
 @register_jitable(**EXACT)
-def _derive_affine(
+def derive_affine(
     dz: Any, h: Any, z: Any, x: Any, s: Any, by_s: Any, by_b: Any, count: int, activation: int, slope: float
 ) -> None:
     """From the gradient by h = act(z), in dz, to that by x, in its place; the sums by s and b grow."""
@@ -243,7 +243,7 @@ def backward_rows(call: Any, like: Any, rows: Any, first: int, count: int, task:
                 # the mask is of h too: without it the sum for r would have what was dropped
                 for j in range(columns):
                     dz[j] = dy[j]
-                _mask_and_scale(dz, elements(np.uint8, call.keep + i * columns), columns, 1.0 / (1.0 - call.rate))
+                mask_and_scale(dz, elements(np.uint8, call.keep + i * columns), columns, 1.0 / (1.0 - call.rate))
                 dy = dz
             if call.by_r:
                 _add_products(part(by_r, member * columns), dy, h, columns)
@@ -252,7 +252,7 @@ def backward_rows(call: Any, like: Any, rows: Any, first: int, count: int, task:
                 for j in range(columns):
                     dz[j] = dy[j]
             sum_s, sum_b = part(by_s, member * columns), part(by_b, member * columns)
-            _derive_affine(dz, h, z, x, s, sum_s, sum_b, columns, call.activation, slope)
+            derive_affine(dz, h, z, x, s, sum_s, sum_b, columns, call.activation, slope)
         else:
             _add_products(part(by_r, member * columns), dy, x, columns)
 

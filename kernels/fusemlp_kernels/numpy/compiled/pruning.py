@@ -19,11 +19,21 @@ import numpy as np
 from numba import types
 
 from fusemlp_kernels import contract
-from fusemlp_kernels.numpy.compiled import columns, layers, losses, perturb, pieces, pointwise_numba, steps, tables
+from fusemlp_kernels.numpy.compiled import (
+    columns,
+    layers,
+    losses,
+    norms,
+    perturb,
+    pieces,
+    pointwise_numba,
+    steps,
+    tables,
+)
 from fusemlp_kernels.numpy.compiled.compiler import kept_for_calls
 
 # The modules with branches to cut, each before those that import from it; and those whose names become numbers.
-_MODULES = (pointwise_numba, losses, layers, perturb, columns, pieces, steps)
+_MODULES = (pointwise_numba, losses, layers, norms, perturb, columns, pieces, steps)
 _NUMBERS = {"t": tables, "c": contract}
 
 

@@ -42,6 +42,7 @@ from fusemlp_kernels.numpy.compiled.layers import (
     shard_rows,
 )
 from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise, record, shares_of
+from fusemlp_kernels.numpy.compiled.norms import add_rows, grad_normalise_rows, normalise_rows
 from fusemlp_kernels.numpy.compiled.perturb import perturb_rows
 from fusemlp_kernels.numpy.compiled.pieces import by_piece, clip_factor
 from fusemlp_kernels.numpy.compiled.random import add_squares, shrink
@@ -105,6 +106,12 @@ def _by_rows(call: Any, head: Any, like: Any, counters: Any, task: int) -> None:
         heads(call, head, like, first, count)
     elif kind == t.HEADS_BACKWARD:
         heads_backward(call, head, like, first, count)
+    elif kind == t.NORMALISE:
+        normalise_rows(call, head, like, first, count, batch_index, task)
+    elif kind == t.NORMALISE_BACKWARD:
+        grad_normalise_rows(call, like, first, count, task)
+    elif kind == t.ADD:
+        add_rows(call, like, first, count)
     elif kind == t.SQUARES:
         x, dz = block(like, call.x, first, call.k), block(like, call.dz, first, outputs)
         norms = elements(np.float64, call.out + 8 * first)

@@ -45,15 +45,16 @@ DEPTH = 512
 # AFFINE and ACTIVATE: a layer; ENTROPY and ELEMENTWISE: cross-entropy or another loss; PADDING: zero dz after the
 # last row; BACKWARD; SQUARES and SHRINK: the norms of the rows' gradients, and clipping them; COLUMNS: a first layer
 # of codes; PERTURB: inputs that raise the loss; MEMBERS_AFFINE and MEMBERS_BACKWARD: what members that share weights
-# have of their own; HEADS and HEADS_BACKWARD: an output layer of each member. By pieces of a tensor: WEIGHT, BIAS,
+# have of their own; HEADS and HEADS_BACKWARD: an output layer of each member; NORMALISE and NORMALISE_BACKWARD; ADD:
+# out = x + y. By pieces of a tensor: WEIGHT, BIAS,
 # SLOPES, CODES (weights of a first layer of codes): a gradient, with its update where there is a param; NORM: squares
 # of gradients, for clipping; UPDATE; PACK: weights into panels; SUMS: the rows that a layer of codes adds up. CLOCK.
 # PAUSE: a launch ends there, and the next goes on from there.
 (
     GATHER, AFFINE, ACTIVATE, ENTROPY, ELEMENTWISE, PADDING, BACKWARD, WEIGHT, BIAS, SLOPES, NORM, UPDATE, PACK, CLOCK,
     SQUARES, SHRINK, PERTURB, MEMBERS_AFFINE, MEMBERS_BACKWARD, HEADS, HEADS_BACKWARD, COLUMNS, CODES, SUMS,
-    PAUSE,
-) = range(25)  # fmt: skip
+    PAUSE, NORMALISE, NORMALISE_BACKWARD, ADD,
+) = range(28)  # fmt: skip
 
 # A row of calls: its kind and sizes. Row numbers, and 1 if the batch starts at ROW_OFFSET among them; input, weights,
 # the same in panels, bias, output, pre-activation, gradient by it, what else is written; prelu's slope, the gradient
@@ -67,14 +68,15 @@ DEPTH = 512
 # row i of the batch is one of member i % members; members' factors before and after a product, by_r and by_s, and
 # each task's sums of their gradients and of b's (arrays, a row a task); parts: a bias whose rows are such sums.
 # shard: the row of the batch with which the call's shard begins. coding: a COLUMN for each of the columns of the
-# codes, of which x has slots a row; w is (K, N) then, and panels are the sums. Then the slope of leaky_relu, the
+# codes, of which x has slots a row; w is (K, N) then, and panels are the sums. norm: the rows are normalised, with
+# factors by_s and b, and option is eps. Then the slope of leaky_relu, the
 # dropout rate, the strength of a penalty; the loss's numbers, divisor: what a mean divides by beside the row weights;
 # the largest norm of a row's gradient or perturbation; the length of its step, its bounds.
 CALL = _record(
     "kind n k rows walks x w panels b y z dz out slope dslope slope_part "
     "keep activation key_low key_high mask_layer threshold first end param state0 state1 average descends pulls sums "
     "target weighted class_weighted loss mean soft smoothed ignores ignored accuracy wide recorded "
-    "afresh round drawn members by_r by_s sum_r sum_s sum_b parts shard coding columns slots",
+    "afresh round drawn members by_r by_s sum_r sum_s sum_b parts shard coding columns slots norm",
     "fixed_slope rate strength smoothing option divisor largest length low high",
 )
 # A column of codes: see ``coding.Place``.
@@ -99,3 +101,6 @@ LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
 SGD = list(OPTIMIZERS).index("sgd")
 IDENTITY = ACTIVATIONS.index("identity")
 NUMBERS, WORD, PIECES, BAG = range(len(KINDS))
+# Kinds of ``contract.Norm``, from 1 on.
+NORMS = ("layer", "rms")
+LAYER_NORM = 1 + NORMS.index("layer")

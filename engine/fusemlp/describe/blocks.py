@@ -1,0 +1,71 @@
+"""Normalisation and residual blocks, as descriptions of parts of a network."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from fusemlp.describe.checks import as_count, check_choice
+from fusemlp.describe.description import Description, Positive, from_config
+from fusemlp_kernels.contract import Norm
+
+
+@dataclass(frozen=True)
+class Normalisation(Description):
+    """The base of ``LayerNorm`` and ``RMSNorm``: what a layer's rows are normalised by before its activation."""
+
+    # the module of torch
+    torch: ClassVar[str] = ""
+    eps: Positive = 1e-5
+
+    def spec(self) -> Norm:
+        """Return the normalisation for the kernels."""
+        return Norm(self.kind, self.eps)
+
+
+@dataclass(frozen=True)
+class LayerNorm(Normalisation):
+    """``(z - mean) / sqrt(variance + eps) * weight + bias`` over the N values of a row (Ba, Kiros and Hinton, 2016)."""
+
+    kind = "layer"
+    torch = "LayerNorm"
+
+
+@dataclass(frozen=True)
+class RMSNorm(Normalisation):
+    """``z / sqrt(mean(z**2) + eps) * weight`` over the N values of a row (Zhang and Sennrich, 2019); it has no bias."""
+
+    kind = "rms"
+    torch = "RMSNorm"
+
+
+NORMS: dict[str, type[Normalisation]] = {cls.kind: cls for cls in (LayerNorm, RMSNorm)}
+_NAMES_ELSEWHERE = {"layer_norm": "layer", "layernorm": "layer", "ln": "layer", "rms_norm": "rms", "rmsnorm": "rms"}
+
+
+def as_norm(argument: str, value: Any) -> Normalisation | None:
+    """Return the normalisation for a name, an object or None; errors call it ``argument``."""
+    if value is None or isinstance(value, Normalisation):
+        return value
+    expected = "'layer', 'rms', an object such as LayerNorm(eps=1e-5), or None"
+    return NORMS[check_choice(argument, value, NORMS, expected=expected, elsewhere=_NAMES_ELSEWHERE)]()
+
+
+def norm_from_config(config: Any) -> Normalisation | None:
+    """Invert ``to_config``."""
+    return None if config is None else from_config("norm", NORMS, config)
+
+
+@dataclass(frozen=True)
+class Residual:
+    """An entry of ``sizes``: ``depth`` layers whose result is added to their input (He et al., 2016).
+
+    The inner layers have ``width`` units and are like other hidden layers. The last goes back to the width of the
+    input, and has neither activation nor normalisation nor dropout: ``MLP([20, 64, Residual(128), 1])`` is
+    ``h = act(linear(20, 64))``, ``h + linear(act(linear(h, 64, 128)), 128, 64)``, then ``linear(64, 1)``.
+    """
+
+    width: int
+    depth: int = 2
+
+    def __post_init__(self) -> None:
+        as_count("width", self.width, minimum=1)
+        as_count("depth", self.depth, minimum=2)
