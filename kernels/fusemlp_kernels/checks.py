@@ -217,7 +217,7 @@ def check_together(op: str, operands: Mapping[str, Any]) -> None:
     if activation not in ACTIVATIONS:
         raise unknown_name(f"{op}: activation", activation, ACTIVATIONS)
     if activation == "prelu" and "slope_param" not in operands:
-        raise ArgumentError(f"{op}: activation: members share no learned slope; give another activation than prelu")
+        raise ArgumentError(f"{op}: activation: it takes no learned slope; give another activation than prelu")
     if activation == "prelu" and operands["slope_param"] is None:
         raise ArgumentError(f"{op}: slope_param: prelu needs its slope, an array of shape (1,); got None")
     if "loss" in operands:

@@ -88,7 +88,7 @@ class Dropout:
 
 @dataclass(frozen=True)
 class Norm:
-    """What a row x is normalised by, over its N values: ``layer``: (x - mean) / sqrt(variance + eps) (Ba et al., 2016);
+    """The normalisation of a row x of N values: ``layer``: (x - mean) / sqrt(variance + eps) (Ba et al., 2016);
     ``rms``: x / sqrt(mean of x**2 + eps) (Zhang and Sennrich, 2019)."""
 
     kind: str

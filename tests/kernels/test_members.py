@@ -250,7 +250,7 @@ def test_what_is_dropped_or_padding_may_be_nan(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_learned_slope_is_refused(variant):
     one = {name: np.ones((1, 1), variant.compute if name in "xy" else variant.real) for name in "xysbr"}
-    with pytest.raises(ArgumentError, match="activation: members share no learned slope"):
+    with pytest.raises(ArgumentError, match="activation: it takes no learned slope"):
         variant.bind("affine_members", activation="prelu", **one)
 
 

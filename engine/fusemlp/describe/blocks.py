@@ -59,7 +59,7 @@ class Residual:
     """An entry of ``sizes``: ``depth`` layers whose result is added to their input (He et al., 2016).
 
     The inner layers have ``width`` units and are like other hidden layers. The last goes back to the width of the
-    input, and has neither activation nor normalisation nor dropout: ``MLP([20, 64, Residual(128), 1])`` is
+    input, without activation, normalisation and dropout: ``MLP([20, 64, Residual(128), 1])`` is
     ``h = act(linear(20, 64))``, ``h + linear(act(linear(h, 64, 128)), 128, 64)``, then ``linear(64, 1)``.
     """
 

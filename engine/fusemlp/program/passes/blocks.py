@@ -16,7 +16,7 @@ from fusemlp.program.program import Call, Program, Ref, Value
 from fusemlp.program.step import Step
 from fusemlp_kernels.contract import UpdateRule
 
-# What a product's call loses where the rest of its layer is a call of its own.
+# The changes of a product's call where the rest of its layer is a call of its own.
 _PLAIN = {"activation": "identity", **dict.fromkeys(("slope", "slope_param", "z", "dslope", "dropout", "keep"))}
 _HIDDEN, _GRADIENT = re.compile(r"h(\d+)"), re.compile(r"dz(\d+)")
 _REST = ("activation", "slope", "dropout", "counters", "keep")
@@ -43,6 +43,8 @@ class _Blocks:
         # the layers that are cut in two: a block's last one has nothing but the sum
         self.cut = {*self.norms, *self.starts} - {*self.ends}
         self.rest: dict[int, dict[str, Any]] = {}
+        # without a rule there is nothing but the gradient by the inputs
+        self.trained = {} if step.rule is None else dict(step.trained)
 
     def like(self, name: str, other: str) -> Ref:
         """A value as another one."""
@@ -112,7 +114,7 @@ class _Blocks:
         """Back through the rest of a layer."""
         rest, gradients = self.rest[layer], {}
         for operand, short in (("dg", f"g{layer - 1}"), ("db", f"c{layer - 1}")):
-            if short in dict(self.step.trained):
+            if short in self.trained:
                 shape = self.step.layout.places[short].shape
                 self.values[f"d{short}"] = Value(f"d{short}", shape, "real", "gradient")
                 gradients[operand] = Ref(f"d{short}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import inspect
 import zlib
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -19,21 +20,12 @@ import numpy as np
 from numba import types
 
 from fusemlp_kernels import contract
-from fusemlp_kernels.numpy.compiled import (
-    columns,
-    layers,
-    losses,
-    norms,
-    perturb,
-    pieces,
-    pointwise_numba,
-    steps,
-    tables,
-)
+from fusemlp_kernels.numpy.compiled import steps, tables
 from fusemlp_kernels.numpy.compiled.compiler import kept_for_calls
 
 # The modules with branches to cut, each before those that import from it; and those whose names become numbers.
-_MODULES = (pointwise_numba, losses, layers, norms, perturb, columns, pieces, steps)
+_FILES = ("pointwise_numba", "losses", "layers", "norms", "perturb", "columns", "pieces", "steps")
+_MODULES = [import_module(f"fusemlp_kernels.numpy.compiled.{name}") for name in _FILES]
 _NUMBERS = {"t": tables, "c": contract}
 
 

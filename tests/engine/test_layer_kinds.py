@@ -1,0 +1,265 @@
+"""Networks with normalised layers and residual blocks: training beside torch, gradients by inputs, descriptions."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fusemlp
+from fusemlp import MLP, SGD, AdamW, ArgumentError, ArgumentTypeError, Engine, LayerNorm, Residual, RMSNorm
+from fusemlp.report.explanations import attributions
+from fusemlp_kernels import pointwise
+from make import assert_same_state
+
+ROWS, WIDTH, CLASSES = 70, 5, 3
+random = np.random.default_rng(0)
+X, LABELS = random.normal(size=(ROWS, WIDTH)), random.integers(0, CLASSES, ROWS)
+NETS = {
+    "layer": MLP([WIDTH, 8, 7, CLASSES], norm="layer"),
+    "rms": MLP([WIDTH, 8, 7, CLASSES], activation="silu", norm=RMSNorm(1e-3)),
+    "residual": MLP([WIDTH, 8, Residual(12), Residual(6, 3), CLASSES], activation="tanh"),
+    "both": MLP([WIDTH, 8, Residual(12), 9, Residual(6), CLASSES], activation="gelu", norm="layer"),
+    "some": MLP(
+        [WIDTH, 8, 6, Residual(7), CLASSES],
+        activation=["relu", "silu", "tanh", "identity"],
+        norm=["rms", None, LayerNorm(0.1), None],
+    ),
+}
+
+
+class Skip(nn.Module):
+    def __init__(self, *parts):
+        super().__init__()
+        self.inner = nn.Sequential(*parts)
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+def in_torch(engine):
+    """The network of an engine as a module of float64 with its parameters, and these by the engine's names."""
+    net, state, ends = engine.network, engine.state_dict(), {first: last for first, last in engine.network.blocks}
+    parts, parameters, layer = [], {}, 0
+
+    def named(module, prefix):
+        for name, parameter in module.named_parameters():
+            parameter.data.copy_(torch.from_numpy(state[f"{prefix}.{name}"]))
+            parameters[f"{prefix}.{name}"] = parameter
+        return module
+
+    def layer_of(at):
+        inputs, outputs, norm, activation = *net.sizes[at : at + 2], net.norm(at), net.activations[at].name
+        yield named(nn.Linear(inputs, outputs, dtype=torch.float64), 2 * at)
+        if norm is not None:
+            yield named(getattr(nn, norm.torch)(outputs, eps=norm.eps, dtype=torch.float64), f"{2 * at}_norm")
+        if activation != "identity":
+            yield getattr(nn, pointwise.ACTIVATIONS[activation].torch)()
+
+    while layer < net.layers:
+        end = ends.get(layer, layer)
+        inner = [part for at in range(layer, end + 1) for part in layer_of(at)]
+        parts += [Skip(*inner)] if layer in ends else inner
+        layer = end + 1
+    assert parameters.keys() == state.keys()
+    return nn.Sequential(*parts), parameters
+
+
+def trained_in_torch(engine, epochs, *, lr, clip=None, accumulate=1, frozen=(), attack=0.0):
+    module, parameters = in_torch(engine)
+    optimizer = torch.optim.SGD([p for name, p in parameters.items() if name not in frozen], lr, momentum=0.9)
+    count = 0
+    for _ in range(epochs):
+        for start in range(0, ROWS, 16):
+            x, y = (torch.from_numpy(rows[start : start + 16]) for rows in (X, LABELS))
+            if attack:
+                leaf = x.clone().requires_grad_()
+                (by_x,) = torch.autograd.grad(nn.functional.cross_entropy(module(leaf), y), leaf)
+                x = x + attack * by_x.sign()
+            (nn.functional.cross_entropy(module(x), y) / accumulate).backward()
+            count += 1
+            if count % accumulate == 0:
+                if clip is not None:
+                    nn.utils.clip_grad_norm_([p for name, p in parameters.items() if name not in frozen], clip)
+                optimizer.step()
+                optimizer.zero_grad()
+    return {name: parameter.detach().numpy() for name, parameter in parameters.items()}
+
+
+def engine_of(net, **options):
+    return Engine(net, optimizer=options.pop("optimizer", SGD(0.02, momentum=0.9)), batch_size=16, backend="numpy",
+                  **{"precision": "fp64", **options})  # fmt: skip
+
+
+def assert_near(state, wanted, atol=1e-9):
+    for name, value in state.items():
+        np.testing.assert_allclose(value, wanted[name], rtol=0.0, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("plan", ["eager", "resident"])
+@pytest.mark.parametrize("name", NETS)
+def test_two_hundred_steps_are_those_of_torch(name, plan):
+    engine = engine_of(NETS[name], plan=plan)
+    before, wanted = engine.state_dict(), trained_in_torch(engine, 40, lr=0.02)
+    engine.fit(X, LABELS, epochs=40, shuffle=False)
+    assert_near(engine.state_dict(), wanted)
+    for parameter, value in engine.state_dict().items():
+        assert not np.allclose(value, before[parameter], atol=1e-4), parameter
+    module, _ = in_torch(engine)
+    np.testing.assert_allclose(engine.outputs(X), module(torch.from_numpy(X)).detach(), rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("options", [{"clip": 0.3}, {"accumulate": 2}], ids=["clip", "accumulate"])
+def test_clipping_and_accumulation(name, options):
+    rule = {"clip_norm": options.get("clip"), "accumulate": options.get("accumulate", 1)}
+    engine = engine_of(NETS[name], optimizer=SGD(0.02, momentum=0.9, **rule))
+    wanted = trained_in_torch(engine, 4, lr=0.02, **options)
+    engine.fit(X, LABELS, epochs=4, shuffle=False)
+    assert_near(engine.state_dict(), wanted, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["both", "some"])
+@pytest.mark.parametrize("kept", [slice(1), slice(3), slice(2, 5), slice(-3)])
+def test_what_is_frozen_stays(name, kept):
+    """All but some of the parameters are frozen: the lowest, those of one layer, those before the last ones."""
+    engine = engine_of(NETS[name])
+    frozen = set(engine.state_dict()) - {*list(engine.state_dict())[kept]}
+    still = fusemlp.ParameterOptions(trainable=False)
+    engine = engine_of(
+        NETS[name], optimizer=SGD(0.02, momentum=0.9, per_parameter=dict.fromkeys(sorted(frozen), still))
+    )
+    before, wanted = engine.state_dict(), trained_in_torch(engine, 3, lr=0.02, frozen=frozen)
+    engine.fit(X, LABELS, epochs=3, shuffle=False)
+    assert_near(engine.state_dict(), wanted, 1e-12)
+    for parameter in frozen:
+        np.testing.assert_array_equal(engine.state_dict()[parameter], before[parameter])
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_training_against_an_attack(name):
+    engine = engine_of(NETS[name])
+    wanted = trained_in_torch(engine, 3, lr=0.02, attack=0.1)
+    engine.fit(X, LABELS, epochs=3, shuffle=False, adversarial=fusemlp.FGSM(0.1))
+    assert_near(engine.state_dict(), wanted, 1e-10)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_gradients_by_the_inputs(name):
+    engine = engine_of(NETS[name])
+    module, _ = in_torch(engine)
+    leaf = torch.from_numpy(X).requires_grad_()
+    (wanted,) = torch.autograd.grad(
+        nn.functional.cross_entropy(module(leaf), torch.from_numpy(LABELS), reduction="sum"), leaf
+    )
+    np.testing.assert_allclose(engine.input_gradient(X, LABELS), wanted, rtol=0.0, atol=1e-12)
+    # integrated gradients, which go from behind the first product
+    total, (points, weights) = np.zeros((6, WIDTH)), np.polynomial.legendre.leggauss(16)
+    for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
+        leaf = torch.from_numpy(X[:6] * point).requires_grad_()
+        total += weight * X[:6] * torch.autograd.grad(module(leaf)[:, 1].sum(), leaf)[0].numpy()
+    parts = attributions(engine, X[:6], output=1, steps=16)
+    np.testing.assert_allclose(parts.values, total, rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_plans_threads_dropout_and_averages_agree(name):
+    """A batch of several tasks; what has dropout and an average beside has no rival in torch."""
+    net = copy.copy(NETS[name])
+    dropout = [0.0 if layer in {last for _, last in net.blocks} else 0.3 for layer in range(net.layers - 1)]
+    net = MLP.from_config({**net.to_config(), "dropouts": [*dropout, 0.0]})
+    rows, labels = np.tile(X, (12, 1)), np.tile(LABELS, 12)
+    states = []
+    for plan in ("eager", "resident"):
+        engine = Engine(
+            net, optimizer=AdamW(0.01, ema=0.9), batch_size=400, backend="numpy", precision="fp64", plan=plan
+        )
+        engine.fit(rows, labels, epochs=4, sample_weight=np.linspace(0.5, 2.0, len(rows)))
+        states.append(engine.state_dict())
+    assert_near(*states, 1e-12)
+
+
+def test_fp32_stays_near_fp64():
+    """Four steps: each adds the rounding of sums of 12 products through 5 layers to parameters of about 1."""
+    states = []
+    for precision in ("fp32", "fp64"):
+        engine = engine_of(NETS["both"], precision=precision)
+        engine.fit(X[:64], LABELS[:64], epochs=1, shuffle=False)
+        states.append(engine.state_dict())
+    assert_near(*states, 4 * 5 * (2 * 12**0.5 + 4) * 2.0**-24)
+    assert any((states[0][name] != value).any() for name, value in states[1].items())
+
+
+def test_models_of_a_fleet_are_those_trained_alone():
+    fleet = fusemlp.Fleet(NETS["both"], optimizer=SGD(0.05), batch_size=16, backend="numpy", vary={"seed": [0, 3]})
+    results = fleet.fit(X, LABELS, epochs=2)
+    for index, seed in enumerate((0, 3)):
+        engine = Engine(NETS["both"], optimizer=SGD(0.05), batch_size=16, backend="numpy", seed=seed)
+        engine.fit(X, LABELS, epochs=2)
+        assert_same_state(results.engine(index), engine)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_files_and_copies(name, tmp_path):
+    net = NETS[name]
+    assert eval(repr(net)) == net == MLP.from_config(net.to_config()) == pickle.loads(pickle.dumps(net))
+    assert net.parameter_count == sum(array.size for array in net.initial_parameters(0).values())
+    engine = engine_of(net)
+    engine.fit(X, LABELS, epochs=1)
+    engine.save(tmp_path / "net.safetensors")
+    assert_near(fusemlp.load(tmp_path / "net.safetensors").state_dict(), engine.state_dict(), 0.0)
+    engine.save_checkpoint(tmp_path / "net.checkpoint")
+    other = fusemlp.load_checkpoint(tmp_path / "net.checkpoint")
+    for either in (engine, other):
+        either.fit(X, LABELS, epochs=1)
+    assert_same_state(other, engine)
+
+
+def test_plain_networks_are_described_as_before():
+    assert MLP([3, 4, 2]).to_config().keys() == {"sizes", "activations", "dropouts", "init"}
+    assert MLP([3, 4, 2], norm=[None]) == MLP([3, 4, 2])
+
+
+def test_the_summary_tells_norms_and_blocks(capsys):
+    NETS["both"].summary()
+    text = capsys.readouterr().out
+    assert "layer norm, gelu" in text
+    assert "identity + input of layer 2" in text
+    program = str(engine_of(NETS["both"]).program)
+    assert "normalise layer gelu" in program
+    assert "add input of layer 2" in program
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "error", "words"),
+    [
+        ([5, Residual(8), 2], {}, ArgumentError, r"sizes\[1\]: a residual block stands behind a hidden layer"),
+        ([5, 8, Residual(8)], {}, ArgumentError, r"sizes\[2\]: a residual block stands .* before the output layer"),
+        ([5, 8, 2], {"norm": "batch"}, ArgumentError, "norm: unknown name 'batch'. Expected one of: layer, rms"),
+        ([5, 8, 2], {"norm": "layernorm"}, ArgumentError, "norm: .*'layer'"),
+        ([5, 8, 2], {"norm": 3}, ArgumentTypeError, "norm: expected"),
+        ([5, 8, 2], {"norm": ["layer", "layer"]}, ArgumentError, r"norm: expected one value, or 1"),
+        ([5, 8, Residual(8), 2], {"norm": ["layer"] * 3}, ArgumentError, r"norm\[2\]: the last layer of a residual"),
+        ([5, 8, Residual(8), 2], {"activation": ["relu"] * 3}, ArgumentError, r"activation\[2\]: the last layer"),
+        ([5, 8, Residual(8), 2], {"dropout": [0.1] * 3}, ArgumentError, r"dropout\[2\]: the last layer"),
+        ([5, 8, 2], {"norm": "layer", "members": 2}, ArgumentError, "norm: members share no normalised layers"),
+    ],
+)
+def test_refusals(sizes, options, error, words):
+    with pytest.raises(error, match=words):
+        MLP(sizes, **options)
+
+
+@pytest.mark.parametrize(("argument", "value"), [("width", 0), ("depth", 1), ("width", "8"), ("depth", 2.5)])
+def test_a_block_checks_its_sizes(argument, value):
+    with pytest.raises((ArgumentError, ArgumentTypeError), match=argument):
+        Residual(**{"width": 8, argument: value})
+
+
+def test_forged_blocks_are_refused():
+    config = NETS["residual"].to_config()
+    for blocks in ([[1, 3]], [[5, 9]], [[0, 1]]):
+        with pytest.raises((ArgumentError, IndexError)):
+            MLP.from_config({**config, "blocks": blocks})

@@ -1,0 +1,174 @@
+"""The ops of normalised layers and residual blocks against the oracle, and the oracle against torch."""
+
+import numpy as np
+import pytest
+import tolerance as tol
+import torch
+import torch_oracle as oracle
+from calls import counters_of, kept
+from devices import INTERPRETER, variants_with
+from memory import ROW_MULTIPLE, Values, exact, place, poisoned
+
+from fusemlp_kernels import reference
+from fusemlp_kernels.contract import ACTIVATIONS, BATCH_INDEX, Dropout, Norm, UpdateRule
+from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.philox import dropout_keep
+
+VARIANTS = variants_with("normalise")
+NORMS = (Norm("layer", 1e-5), Norm("rms", 1e-3), None)
+SLOPES = {"leaky_relu": 0.1, "elu": 1.3}
+# rows and columns: one of each, odd ones, a row of several blocks, more rows than a task takes
+SHAPES = ((1, 1), (5, 7), (9, 33), (37, 140))
+LARGE = ((3, 1100), (700, 17))
+
+
+def shapes_of(variant):
+    return SHAPES if variant.device is INTERPRETER else SHAPES + LARGE
+
+
+@pytest.mark.parametrize("norm", NORMS[:2], ids=lambda norm: norm.kind)
+def test_the_oracle_is_torch(norm):
+    random = np.random.default_rng(0)
+    x, dn = random.normal(1.0, 2.0, (6, 9)), random.normal(size=(6, 9))
+    leaf = oracle.tensor(x, grad=True)
+    functional = torch.nn.functional
+    layer = functional.layer_norm if norm.kind == "layer" else functional.rms_norm
+    n = layer(leaf, (9,), eps=norm.eps)
+    n.backward(oracle.tensor(dn))
+    oracle.assert_close(reference.normalise(x, norm), oracle.numpy(n))
+    oracle.assert_close(reference.normalise_grad(dn, x, norm), leaf.grad.numpy())
+
+
+def normalised(x, norm, u):
+    """The rows normalised; their error; the factor of each row; and its relative error.
+
+    A mean is a reduction of N values. Differences c from it, with the errors e, give a sum of squares that is off by
+    2 |c| e at most, of which the root takes half.
+    """
+    if norm is None:
+        ones = np.ones((len(x), 1))
+        return x, np.zeros_like(x), ones, 0.0 * ones
+
+    def mean(values):
+        return np.mean(values, axis=1, keepdims=True)
+
+    n, growth = reference.normalise(x, norm), tol.growth(x.shape[1])
+    centred = x - mean(x) if norm.kind == "layer" else x
+    error = u * np.abs(centred) + (growth * u * mean(np.abs(x)) if norm.kind == "layer" else 0.0)
+    square = mean(centred**2) + norm.eps
+    relative = mean(np.abs(centred) * error + 0.5 * error**2) / square + (0.5 * growth + 4.0) * u
+    factor = 1.0 / np.sqrt(square)
+    return n, error * factor + np.abs(n) * (relative + u), factor, relative
+
+
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "prelu"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_normalise_and_back(variant, activation):
+    u, slope = variant.unit, SLOPES.get(activation, 0.0)
+    cases = [(*shape, norm) for shape in shapes_of(variant) for norm in NORMS]
+    if variant.device is INTERPRETER and activation not in ("identity", "silu"):
+        # it is slow: one of the odd shapes, or of the large ones
+        cases = [cases[3 + len(activation) % 9]]
+    for case, (rows, columns, norm) in enumerate(cases):
+        values = Values(case, variant)
+        layout = ("plain", "owned" if columns % ROW_MULTIPLE else "plain", "pitched")[case % 3]
+        rate, accumulate = (0.0, 0.25)[case % 2], 2 - case % 2
+        x = place(values.factors(rows, columns) + variant.rounded(np.float32(0.5)), layout)
+        names = "" if norm is None else "gb" if norm.kind == "layer" else "g"
+        vectors = {name: values.normal(columns) for name in names}
+        counters = counters_of(rows, 6)
+        operands = {"activation": activation, "counters": counters, **({"slope": slope} if slope else {})}
+        operands |= {} if norm is None else {"norm": norm}
+        keep, drops = None, {}
+        if rate:
+            keep = dropout_keep(rate, 2, case + 5, 6, rows, columns)
+            drops = {"dropout": Dropout(rate, 2, case + 5), **kept(variant, poisoned((rows, columns), np.bool_))}
+        y = poisoned((rows, columns), variant.compute)
+        variant.bind("normalise", x=x, y=y, **vectors, **operands, **drops)()
+        if "keep" in drops:
+            np.testing.assert_array_equal(drops["keep"], keep)
+        exact_x = exact(x)
+        n, n_bound, factor, relative = normalised(exact_x, norm, u)
+        g = exact(vectors["g"]) if "g" in vectors else np.ones(columns)
+        b = exact(vectors["b"]) if "b" in vectors else np.zeros(columns)
+        z = n * g + b
+        z_bound = 0.0 if norm is None else n_bound * np.abs(g) + 2.0 * u * (np.abs(n * g) + np.abs(b))
+        h = reference.activation(activation, z, slope)
+        h_bound = tol.activation_bound(activation, z, z_bound, slope, u)
+        dropped = reference.dropout(h, keep, rate)
+        variant.check(y, dropped, reference.dropout(h_bound, keep, rate) + 2.0 * u * np.abs(dropped))
+
+        dy = place(values.factors(rows, columns), layout)
+        dx = poisoned((rows, columns), variant.compute)
+        sums = {f"d{name}": poisoned((columns,), variant.real) for name in names}
+        rule = UpdateRule("sgd", accumulate=accumulate)
+        run = variant.bind("grad_normalise", dy=dy, x=x, dx=dx, rule=rule, **vectors, **sums, **operands, **drops)
+        for _ in range(accumulate):
+            run()
+            counters[BATCH_INDEX] += 1
+        grown = reference.dropout(exact(dy), keep, rate)
+        slopes = reference.activation_grad(activation, z, slope)
+        slopes_bound = tol.activation_grad_bound(activation, z, z_bound, slope, u)
+        dz = grown * slopes
+        dz_bound = np.abs(grown) * (slopes_bound + 6.0 * u * np.abs(slopes)) + tol.TINY
+        by_n, by_n_bound = dz * g, dz_bound * np.abs(g) + u * np.abs(dz * g)
+        wanted = reference.normalise_grad(by_n, exact_x, norm)
+        variant.check(dx, wanted, wanted_bound(by_n, by_n_bound, n, n_bound, factor, relative, norm, u))
+        terms = {"dg": (dz * n, dz_bound * np.abs(n) + np.abs(dz) * n_bound), "db": (dz, dz_bound)}
+        for name, found in sums.items():
+            term, error = terms[name]
+            total, carried = accumulate * term.sum(axis=0), accumulate * error.sum(axis=0)
+            magnitude = accumulate * np.abs(term).sum(axis=0) + carried
+            tol.assert_within(
+                found, total, carried + tol.bound(rows * accumulate, magnitude, u, output=total, ulps=accumulate)
+            )
+
+
+def wanted_bound(d, d_bound, n, n_bound, factor, relative, norm, u):
+    """The error of ``(d - n * mean(d * n) - mean(d)) * factor``, each part carried on to first order."""
+    if norm is None:
+        return d_bound
+
+    def mean(values):
+        return np.mean(values, axis=1, keepdims=True)
+
+    growth = tol.growth(d.shape[1])
+    along = mean(d * n)
+    along_bound = mean(d_bound * np.abs(n) + np.abs(d) * n_bound) + growth * u * mean(np.abs(d * n))
+    rest = d - n * along
+    bound = d_bound + n_bound * np.abs(along) + np.abs(n) * along_bound + 2.0 * u * (np.abs(d) + np.abs(n * along))
+    if norm.kind == "layer":
+        bound = bound + mean(bound) + growth * u * mean(np.abs(rest)) + u * np.abs(rest)
+        rest = rest - mean(rest)
+    return factor * (bound + np.abs(rest) * (relative + 3.0 * u))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_add(variant):
+    for case, (rows, columns) in enumerate(shapes_of(variant)):
+        values, layout = Values(case, variant), ("plain", "owned", "pitched")[case % 3]
+        a, b = (place(values.factors(rows, columns), layout) for _ in range(2))
+        y = poisoned((rows, columns), variant.compute)
+        variant.bind("add", a=a, b=b, y=y)()
+        total = exact(a) + exact(b)
+        variant.check(y, total, variant.unit * np.abs(total))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nan_spoils_its_row_alone(variant):
+    x = np.ones((4, 8), variant.compute)
+    x[2, 3] = np.nan
+    g, y, dx = np.ones(8, variant.real), np.zeros((4, 8), variant.compute), np.zeros((4, 8), variant.compute)
+    given = {"x": x, "norm": NORMS[0], "g": g, "b": g, "activation": "relu", "counters": counters_of(4)}
+    variant.bind("normalise", y=y, **given)()
+    variant.bind("grad_normalise", dy=np.ones_like(x), dx=dx, rule=UpdateRule("sgd"), **given)()
+    for rows in (y, dx):
+        np.testing.assert_array_equal(np.isnan(rows).any(axis=1), [False, False, True, False])
+        assert np.isnan(rows[2]).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_learned_slope_is_refused(variant):
+    matrices = {name: np.ones((1, 1), variant.compute) for name in "xy"}
+    with pytest.raises(ArgumentError, match="activation: it takes no learned slope"):
+        variant.bind("normalise", activation="prelu", **matrices)
