@@ -18,7 +18,7 @@ BUDGETS = {
     "engine/fusemlp/runtime": 3_970,
     "engine/fusemlp/sklearn": 2_980,
     "engine/fusemlp/tables": 2_100,
-    "engine/fusemlp/torch": 2_450,
+    "engine/fusemlp/torch": 2_560,
     "engine/fusemlp/training": 2_350,
     "engine/tutorial": 160,
     "kernels/fusemlp_kernels": 2_640,

@@ -115,6 +115,11 @@ REFUSED = {
     "flatten": ([nn.Sequential(nn.Flatten(), nn.Linear(6, 3))], "Flatten in front"),
     "RMSprop": ([BASE, None, torch.optim.RMSprop(BASE.parameters())], "optimizer: an engine has no RMSprop; use SGD"),
     "positive weights": ([BASE, nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0))], "loss_fn: an engine has no pos_w"),
+    "a callable": (
+        [BASE, lambda y, t: (y - t).mean()],
+        "loss_fn: an engine has no <lambda>, or not with these options; train with fuse",
+    ),
+    "an option": ([BASE, nn.SmoothL1Loss(beta=0.5)], "loss_fn: an engine has no SmoothL1Loss, or not with these"),
     "log_softmax": ([LOGS, nn.CrossEntropyLoss()], "ends with LogSoftmax; use NLLLoss"),
     "momentum by group": ([BASE, None, torch.optim.SGD(TWO_MOMENTA, lr=0.1)], r"s\[1\]: an engine has one momentum"),
     "uneven counts": ([UNEVEN := module(), None, uneven(UNEVEN)], r"were updated \[1, 2\] times"),

@@ -49,7 +49,12 @@ def test_fused_steps(where, make, record_property):
     record_property("line: torch parity cases", 1)
 
 
+def dqn(q, action, target):
+    return nn.functional.smooth_l1_loss(q.gather(1, action).squeeze(1), target)
+
+
 HEADS = {
+    "a callable": (nn.GELU, lambda _: dqn, OPTIMIZERS["adamw"]),
     "positive weights": (
         nn.Identity,
         lambda device: nn.BCEWithLogitsLoss(pos_weight=torch.tensor([0.5, 2.0, 1.0, 3.0, 1.0], device=device)),
@@ -72,11 +77,13 @@ def test_outputs_clipping_and_weights(where, head, make_loss, make, record_prope
     step = fuse(module, loss_fn, optimizer, backend="triton", clip_grad_norm=0.2)
     for rows in (16, 7, 16):
         x = torch.randn(rows, 12, device=device)
-        y = x[:, :5].argmax(1) if isinstance(loss_fn, nn.NLLLoss) else (x[:, :5] > 0.0).float()
-        loss, output = step(x, y, return_output=True)
+        y = (x[:, :5].argmax(1) if isinstance(loss_fn, nn.NLLLoss) else (x[:, :5] > 0.0).float(),)
+        if loss_fn is dqn:
+            y = x[:, :5].argmax(1, keepdim=True), x[:, 0]
+        loss, output = step(x, *y, return_output=True)
         eager.zero_grad()
         outputs = twin(x)
-        expected = loss_fn(outputs, y)
+        expected = loss_fn(outputs, *y)
         expected.backward()
         nn.utils.clip_grad_norm_(twin.parameters(), 0.2)
         eager.step()

@@ -28,7 +28,8 @@ class BoundProgram:
 
     ``data`` are arrays for values of kind "data" and "control"; those that are not there get memory of their own and
     are found in ``arrays``. ``calls`` are the bound calls one by one, for callers with something
-    to do between them; those of a resident program are one loop.
+    to do between them; those of a resident program are one loop. ``binders`` bind ops in place of the backend, from the
+    operands by name.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class BoundProgram:
         data: Mapping[str, Any],
         *,
         plan: str = "eager",
+        binders: Mapping[str, Callable[[dict[str, Any]], Callable[[], object]]] | None = None,
     ) -> None:
         backend = memory.backend
         placed = placement(program, memory.layout, row_multiple=backend.traits.row_multiple)
@@ -59,12 +61,15 @@ class BoundProgram:
         if program.calls_back:
             self.chunk = min(self.chunk, CALLED_BACK)
         self._captures = plan == "graph"
+        self._binders = binders or {}
         self.use(self._bound(memory))
 
     def _bound(self, memory: Memory) -> tuple[Callable[..., object], ...]:
         backend, program = self.backend, self.program
 
-        def bind(at: int, op: str, operands: Mapping[str, Any]) -> Callable[..., object]:
+        def bind(at: int, op: str, operands: dict[str, Any]) -> Callable[..., object]:
+            if op in self._binders:
+                return self._binders[op](operands)
             if not backend.traits.on_host:
                 return backend.bind(op, **operands)
             return backend.bind(op, **operands, arrays=self.arrays, memo=program.memo.setdefault(at, {}))

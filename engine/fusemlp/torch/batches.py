@@ -1,12 +1,13 @@
 """Batches of tensors: checked and copied for a fused step; and in memory for a loop, a ``DataLoader`` without its work
 on each row.
 
-The kinds of targets are "labels", "soft" and "values", and "ignored" for labels some of which may be the ignored index.
+The kinds of targets are "labels", "soft" and "values", "ignored" for labels some of which may be the ignored index, and
+OWN for those of a callable loss, any number of tensors, which it is given as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from fusemlp.describe.checks import as_count
 from fusemlp.describe.losses import Loss
 from fusemlp.inputs.arrays import as_class_labels
 from fusemlp.torch.modules import Reading
+from fusemlp_kernels.contract import OWN
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DTypeError, ShapeError
 
 
@@ -114,9 +116,14 @@ def _checked(tensors: tuple[Any, ...]) -> tuple[Tensor, ...]:
     return tensors
 
 
-def check_tensors(x: Any, y: Any, device: torch.device) -> None:
-    """Check that x and y are tensors on the module's device; raises ArgumentTypeError or ArgumentError."""
-    for name, value in (("x", x), ("y", y)):
+def _named(tensors: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the targets of a step with the names of their arguments."""
+    return zip(["y", *(f"more[{index}]" for index in range(len(tensors)))], tensors, strict=False)
+
+
+def check_tensors(x: Any, targets: Sequence[Any], device: torch.device) -> None:
+    """Check that x and the targets are tensors on the module's device; raises ArgumentTypeError or ArgumentError."""
+    for name, value in (("x", x), *_named(targets)):
         if not isinstance(value, Tensor):
             raise ArgumentTypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}; use torch.as_tensor")
         if value.device != device:
@@ -130,11 +137,11 @@ def check_tensors(x: Any, y: Any, device: torch.device) -> None:
             )
 
 
-def check_shapes(x: Tensor, y: Tensor, reading: Reading, loss: Loss) -> str:
-    """Return the kind of the targets: "labels", "soft" or "values". Raises ShapeError or DTypeError.
+def check_shapes(x: Tensor, targets: Sequence[Tensor], reading: Reading, loss: Loss) -> str:
+    """Return the kind of the targets, but "ignored". Raises ShapeError, DTypeError or ArgumentTypeError.
 
-    x (m, K), or after a leading Flatten any (m, ...) with K elements a row. y (m,) int64 or (m, N) for cross-entropy,
-    else the output's shape.
+    x (m, K), or after a leading Flatten any (m, ...) with K elements a row. One target, (m,) int64 or (m, N) for
+    cross-entropy, else of the output's shape; for a callable loss any (m, ...).
     """
     width, outputs = reading.network.sizes[0], reading.network.sizes[-1]
     shape, dtype = tuple(x.shape), reading.dtype
@@ -146,6 +153,14 @@ def check_shapes(x: Tensor, y: Tensor, reading: Reading, loss: Loss) -> str:
     if x.dtype != dtype:
         raise DTypeError(f"x: expected {dtype}, the module's type, got {x.dtype}; use x.to({dtype})")
     rows = shape[0]
+    if loss.kind == OWN:
+        for name, value in _named(targets):
+            if value.shape[:1] != (rows,):
+                raise ShapeError(f"{name}: expected {rows} rows, as x has, got shape {tuple(value.shape)}")
+        return OWN
+    if len(targets) != 1:
+        raise ArgumentTypeError(f"step: {loss.kind} has one target, step(x, y), got {len(targets)}")
+    y = targets[0]
     target = tuple(y.shape)
     soft = not reading.log_softmax and target == (rows, outputs) and y.dtype.is_floating_point
     if loss.kind == "cross_entropy" and not soft:
@@ -178,7 +193,7 @@ class BatchCopy:
         self._capacity = capacity
         self._returns = returns
         self._x, self._y = programs.input(capacity, "x"), programs.input(capacity, kind)
-        self._rows_of_x, self._rows_of_y = self._x[:rows], self._y[:rows]
+        self._rows_of_x, self._rows_of_y = self._x[:rows], None if self._y is None else self._y[:rows]
         self._host = isinstance(self._x, np.ndarray)
         self._plain = programs.runnable(capacity, programs.labels if kind == "labels" else kind, returns)
         self._columns, self._classes = programs.reading.network.sizes[0], programs.reading.network.sizes[-1]
@@ -191,22 +206,17 @@ class BatchCopy:
         if self._labels is not None and programs.labels == "labels":
             self._unsigned = self._labels.view(np.uint64)
 
-    def stage(self, x: Tensor, y: Tensor) -> Any:
+    def stage(self, x: Tensor, targets: tuple[Tensor, ...]) -> Any:
         """Copy the batch and return its program; raises DataError for a label that is no class."""
         self._running.rows = self.rows
         if x.dim() != 2:
             x = x.reshape(self.rows, self._columns)
-        if self._squeezes:
-            y = y.unsqueeze(1)
-        if self._host:
-            np.copyto(self._rows_of_x, x.numpy())
-            np.copyto(self._rows_of_y, y.numpy())
-        else:
-            self._rows_of_x.copy_(x)
-            self._rows_of_y.copy_(y)
-        if self.rows < self._capacity:
-            self._x[self.rows :] = 0
-            self._y[self.rows :] = 0
+        self._copy(self._x, self._rows_of_x, x)
+        if self._y is None:
+            self._running.targets = targets
+            return self._plain
+        y = targets[0]
+        self._copy(self._y, self._rows_of_y, y.unsqueeze(1) if self._squeezes else y)
         if self._labels is None:
             return self._plain
         if self._unsigned is not None and np.maximum.reduce(self._unsigned) < self._classes:
@@ -216,3 +226,11 @@ class BatchCopy:
         as_class_labels("y", self._labels, classes=self._classes, rows=None, ignore_index=ignore_index)
         self.nothing_scored = bool((self._labels == ignore_index).all())
         return self._programs.runnable(self._capacity, "ignored", self._returns)
+
+    def _copy(self, array: Any, rows: Any, tensor: Tensor) -> None:
+        if self._host:
+            np.copyto(rows, tensor.numpy())
+        else:
+            rows.copy_(tensor)
+        if self.rows < self._capacity:
+            array[self.rows :] = 0

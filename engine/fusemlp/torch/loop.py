@@ -6,12 +6,14 @@ Changes of the module, its loss or its optimizer are noticed before a step, in a
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from itertools import chain
 from operator import is_, itemgetter
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -22,8 +24,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim import optimizer as optimizers
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fusemlp.describe.checks import as_number
-from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson
+from fusemlp.describe.checks import as_number, function_name
+from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, OwnLoss, Poisson
 from fusemlp.torch.modules import LIMITS, hooks_of
 from fusemlp_kernels.contract import UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError
@@ -41,43 +43,38 @@ _TABLE: tuple[tuple[type[nn.Module], Any, type[Loss]], ...] = (
 )
 LOSSES = {kind: described for kind, _, described in _TABLE}
 FUNCTIONS = {function: kind for kind, function, _ in _TABLE}
-# Options that the kernels lack: the loss, the option, its only value, and advice.
-FIXED: tuple[tuple[type[nn.Module], str, Any, str], ...] = (
-    (nn.BCEWithLogitsLoss, "weight", None, "leave weight out"),
-    (nn.SmoothL1Loss, "beta", 1.0, "use HuberLoss(delta=beta), which is beta times as large"),
-    (nn.PoissonNLLLoss, "log_input", True, "use log_input=True"),
-    (nn.PoissonNLLLoss, "full", False, "use full=False"),
+# Options that the kernels lack: the loss, the option and its only value.
+FIXED: tuple[tuple[type[nn.Module], str, Any], ...] = (
+    (nn.BCEWithLogitsLoss, "weight", None),
+    (nn.SmoothL1Loss, "beta", 1.0),
+    (nn.PoissonNLLLoss, "log_input", True),
+    (nn.PoissonNLLLoss, "full", False),
 )
-INSTEAD = {
-    "BCELoss": "use BCEWithLogitsLoss on logits, without Sigmoid in the module; ",
-    "MultiLabelSoftMarginLoss": "use BCEWithLogitsLoss; ",
-}
 
 
 def read_loss(loss_fn: Any, *, log_softmax: bool = False) -> Loss:
-    """Return the loss that ``loss_fn`` computes of (output, target); raises ArgumentError if it cannot be fused.
+    """Return the loss that ``loss_fn`` computes of (output, target): one of the kernels', or the OwnLoss that calls it.
 
-    ``log_softmax``: the module ends with LogSoftmax, which NLLLoss needs and no other loss takes.
+    ``log_softmax``: the module ends with LogSoftmax. Raises ArgumentTypeError or ArgumentError for what is no loss.
     """
-    supported = f"{', '.join(kind.__name__ for kind in LOSSES)}, or their functions with default options"
+    name = function_name(loss_fn)
+    callable_loss = OwnLoss(name=name, function=loss_fn)
     if not isinstance(loss_fn, nn.Module):
-        try:
-            loss_fn = FUNCTIONS[loss_fn]()
-        except (KeyError, TypeError):
-            raise ArgumentTypeError(f"loss_fn: {loss_fn!r} cannot be fused; expected one of {supported}") from None
+        if isinstance(loss_fn, type) or not callable(loss_fn):
+            mend = f"{name}()" if isinstance(loss_fn, type) else "nn.MSELoss(), or a function (output, target) -> loss"
+            raise ArgumentTypeError(f"loss_fn: {loss_fn!r} is no loss; use {mend}")
+        if not isinstance(loss_fn, FunctionType) or loss_fn not in FUNCTIONS:
+            return callable_loss
+        loss_fn = FUNCTIONS[loss_fn]()
     kind, options = type(loss_fn), vars(loss_fn)
-    name, described = kind.__name__, LOSSES.get(kind)
+    described = LOSSES.get(kind)
     if described is None:
-        raise ArgumentError(f"loss_fn: {name} cannot be fused; {INSTEAD.get(name, '')}expected one of {supported}")
+        return callable_loss
     if options["reduction"] not in ("mean", "sum"):
         raise ArgumentError(
             f"loss_fn: {name}(reduction={options['reduction']!r}) has no single loss to go down; use 'mean' or 'sum'"
         )
-    for owner, option, only, advice in FIXED:
-        value = getattr(loss_fn, option) if owner is kind else only
-        if value is not only and value != only:
-            raise ArgumentError(f"loss_fn: {name}({option}={value!r}) cannot be fused; {advice}")
-    if log_softmax != (kind is nn.NLLLoss):
+    if described is CrossEntropy and log_softmax != (kind is nn.NLLLoss):
         raise ArgumentError(
             f"loss_fn: {name} takes the module's output as it is, and the module ends with LogSoftmax; use NLLLoss, or "
             "leave LogSoftmax out and use CrossEntropyLoss"
@@ -85,19 +82,38 @@ def read_loss(loss_fn: Any, *, log_softmax: bool = False) -> Loss:
             else "loss_fn: NLLLoss takes log-probabilities, and the module does not end with LogSoftmax; add "
             "nn.LogSoftmax(dim=1), or use CrossEntropyLoss, which takes logits"
         )
+    lacking = any(getattr(loss_fn, option) not in (only,) for owner, option, only in FIXED if owner is kind)
+    if lacking or (log_softmax and kind is not nn.NLLLoss):
+        return callable_loss
     settings = {field.name: options[field.name] for field in fields(described) if field.name in options}
     if described is CrossEntropy and loss_fn.weight is not None:
         settings["class_weight"] = loss_fn.weight.detach().cpu().double().tolist()
     return described(**settings)
 
 
+def check_arity(loss: OwnLoss, count: int) -> None:
+    """Raise ArgumentTypeError for a callable loss that does not take the output and ``count`` targets."""
+    function: Any = loss.function
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+        signature.bind(None, *[None] * count)
+    except TypeError as error:
+        raise ArgumentTypeError(
+            f"loss_fn: {loss.name}{signature} is called with the output and {count} targets ({error}); call step(x, "
+            "*targets) with those that it takes"
+        ) from error
+    except ValueError:
+        # some functions written in C have no signature
+        return
+
+
 def read_pos_weight(loss_fn: Any, outputs: int) -> tuple[float, ...] | None:
-    """Return the ``pos_weight`` of a BCEWithLogitsLoss, one number for each output; None for other losses.
+    """Return the ``pos_weight`` of a BCEWithLogitsLoss, one number for each output; None where the kernels need none.
 
     Raises ShapeError unless it has one number, or one for each output.
     """
     weight: Tensor | None = loss_fn.pos_weight if type(loss_fn) is nn.BCEWithLogitsLoss else None
-    if weight is None:
+    if weight is None or loss_fn.weight is not None:
         return None
     count = weight.numel()
     if count not in (1, outputs) or weight.shape[-1:] not in ((), (count,)):
@@ -202,7 +218,7 @@ def other_hooks(loss_fn: Any, optimizer: Optimizer) -> dict[str, tuple[Any, ...]
     of_all = tuple(getattr(modules, f"_global_{kind}_hooks") for kind in kinds)
     of_optimizers = optimizers._global_optimizer_pre_hooks, optimizers._global_optimizer_post_hooks
     return {
-        f"loss_fn: {type(loss_fn).__name__} has hooks": hooks_of(loss_fn) if isinstance(loss_fn, nn.Module) else (),
+        f"loss_fn: {type(loss_fn).__name__} has hooks": hooks_of(loss_fn) if type(loss_fn) in LOSSES else (),
         "optimizer: has step hooks": (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks),
         "module: torch.nn.modules.module has hooks for all modules": of_all,
         "optimizer: torch.optim.optimizer has step hooks for all optimizers": of_optimizers,
@@ -213,7 +229,8 @@ class Watch:
     """Remembers everything that a fused step depends on, except the options of the parameter groups."""
 
     def __init__(self, module: nn.Module, loss_fn: Any, optimizer: Optimizer) -> None:
-        losses = [loss_fn] if isinstance(loss_fn, nn.Module) else []
+        # torch calls any other
+        losses = [loss_fn] if type(loss_fn) in LOSSES else []
         inside = [*module.modules(), *losses]
         options = [(vars(optimizer), name) for name in ("param_groups", "state")]
         for inner in inside:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fusemlp.describe.losses import CrossEntropy, OwnLoss
 from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
 from fusemlp.engine import Engine
 from fusemlp.program.layout import short_names
@@ -74,7 +75,9 @@ def from_torch(
     described: Optimizer = Adam(per_parameter=frozen)
     if optimizer is not None:
         described = _optimizer(optimizer, {name: group_of[tensor] for name, tensor in trained.items()}, frozen)
-    loss = "cross_entropy" if loss_fn is None else loop.read_loss(loss_fn, log_softmax=reading.log_softmax)
+    loss = CrossEntropy() if loss_fn is None else loop.read_loss(loss_fn, log_softmax=reading.log_softmax)
+    if isinstance(loss, OwnLoss):
+        raise ArgumentError(f"loss_fn: an engine has no {loss.name}, or not with these options; train with fuse")
     if loop.read_pos_weight(loss_fn, net.sizes[-1]) is not None:
         raise ArgumentError(
             "loss_fn: an engine has no pos_weight; leave it out and give fit a sample_weight, or train with fuse"

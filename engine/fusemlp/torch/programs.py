@@ -1,14 +1,15 @@
 """The programs of a fused step, one for each batch size and kind of target, and how they end.
 
-Torch's calls on the kernels' memory follow the output layer's ``linear`` or stand before the updates. A single set of
-parameters uses the update that the lowering chose. Several sets use one ``update`` each, over the same arenas, with
-their own segments, hyper and counters.
+Torch's calls on the kernels' memory follow the output layer's ``linear``, are in place of the loss, or stand before the
+updates. A single set of parameters uses the update that the lowering chose. Several sets use one ``update`` each, over
+the same arenas, with their own segments, hyper and counters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from fusemlp.describe.losses import Loss
+from fusemlp.describe.losses import Loss, OwnLoss
 from fusemlp.describe.schedules import Constant
 from fusemlp.program.layout import Layout, short_names
 from fusemlp.program.lowering import lower_training
@@ -27,12 +28,14 @@ from fusemlp.runtime.memory import Memory, Workspace
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.rates import RateTable
 from fusemlp.torch.batches import BatchCopy, check_shapes, check_tensors
+from fusemlp.torch.loop import check_arity
 from fusemlp.torch.modules import Reading, as_module
 from fusemlp_kernels.contract import (
     COUNTERS,
     HYPER,
     LAST_LOSS,
     LEARNING_RATE,
+    OWN,
     RATE_COLUMNS,
     RATE_SCALE,
     UPDATE_COUNT,
@@ -40,17 +43,75 @@ from fusemlp_kernels.contract import (
     TensorRule,
     UpdateRule,
 )
-from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 Run = Callable[[], object]
 
 
 @dataclass
 class Running:
-    """The number of rows in the batch that runs, and the module's output for them where the program notes it."""
+    """The batch that runs: its rows and a callable loss's targets; and what torch's calls note, output and loss."""
 
     rows: int = 0
+    targets: tuple[Tensor, ...] = ()
     output: Tensor | None = None
+    loss: Tensor | None = None
+
+
+def module_output(reading: Reading, y: Tensor) -> Tensor:
+    """Return the module's output from that of its last layer, y (m, N)."""
+    if reading.log_softmax:
+        y = y.log_softmax(1)
+    return y.squeeze(1) if reading.squeezes else y
+
+
+def bind_writing(dz: Tensor) -> Callable[[Tensor], None]:
+    """Return the function that writes the gradient of a batch into dz (capacity, N), and zeros into its padding."""
+    rows, columns = dz.shape
+    # the kernels read a row up to its pitch
+    pitch = dz.stride(0)
+    whole = dz if pitch == columns else dz.as_strided((rows, pitch), (pitch, 1))
+
+    def write(gradient: Tensor) -> None:
+        if len(gradient) < rows or pitch > columns:
+            whole.zero_()
+        dz[: len(gradient)] = gradient
+
+    return write
+
+
+def bind_own_loss(running: Running, reading: Reading, operands: dict[str, Any]) -> Run:
+    """Return the call of a callable loss, which autograd differentiates by the output of the module's last layer."""
+    y, write = torch.as_tensor(operands["y"]), bind_writing(torch.as_tensor(operands["dy"]))
+    loss_fn, name = operands["function"].function, operands["function"].name
+
+    def run() -> None:
+        targets, running.targets = running.targets, ()
+        outputs = y[: running.rows].detach().requires_grad_()
+        # of the callable's own, which it may keep or write into
+        output = module_output(reading, outputs.clone())
+        loss = loss_fn(output, *targets)
+        if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
+            kind = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ArgumentTypeError(f"loss_fn: {name} returned {kind}; expected a 0-d tensor of floats: use .mean()")
+        if loss.requires_grad:
+            torch.autograd.backward(loss)
+        reached = [slot for slot in reading.slots.values() if slot.parameter.grad is not None]
+        for slot in reached:
+            slot.parameter.grad = None
+        if reached:
+            raise ArgumentError(
+                f"loss_fn: {name} depends on {reached[0].path} not by the output alone, and a fused step would leave "
+                "out that gradient; use the optimizer's weight_decay, detach(), or FusedMLP in an eager loop"
+            )
+        if outputs.grad is None:
+            raise ArgumentError(
+                f"loss_fn: {name} has no gradient by the output; compute it by torch's functions, without detach()"
+            )
+        write(outputs.grad)
+        running.loss, running.output = loss.detach(), output.detach()
+
+    return torch.enable_grad()(run)
 
 
 def bind_output(running: Running, reading: Reading, z: Any, slope: Any) -> Run:
@@ -65,35 +126,27 @@ def bind_output(running: Running, reading: Reading, z: Any, slope: Any) -> Run:
     def run() -> None:
         y: Tensor = z[: running.rows].clone()
         y = activation(y) if slope is None else functional.prelu(y, slope)
-        if reading.log_softmax:
-            y = y.log_softmax(1)
-        running.output = y.squeeze(1) if reading.squeezes else y
+        running.output = module_output(reading, y)
 
     return torch.no_grad()(run)
 
 
-def bind_weighted_loss(running: Running, operands: dict[str, Any], pos_weight: Sequence[float]) -> Run:
+def bind_weighted_loss(running: Running, pos_weight: Sequence[float], operands: dict[str, Any]) -> Run:
     """Return a ``loss_grad`` for BCEWithLogitsLoss(pos_weight): with p for a pos_weight, s(z) for the sigmoid, the loss
     of z and its target t has the gradient (1 + (p - 1) t) s(z) - p t."""
-    z, dz, target, stats = (torch.as_tensor(operands[name]) for name in ("z", "dz", "target", "stats"))
+    z, target, stats = (torch.as_tensor(operands[name]) for name in ("z", "target", "stats"))
     weight = torch.tensor(pos_weight, dtype=z.dtype, device=z.device)
-    less, reduction, (_, outputs) = weight - 1.0, operands["loss"].reduction, z.shape
-    # the kernels read a row up to its pitch
-    pitch = dz.stride(0)
-    whole = dz if pitch == outputs else dz.as_strided((len(dz), pitch), (pitch, 1))
+    less, reduction, write = weight - 1.0, operands["loss"].reduction, bind_writing(torch.as_tensor(operands["dz"]))
 
     def run() -> None:
-        rows = running.rows
-        t = target[:rows]
+        t, logits = target[: running.rows], z[: running.rows]
         stats[LAST_LOSS] = functional.binary_cross_entropy_with_logits(
-            z[:rows], t, pos_weight=weight, reduction=reduction
+            logits, t, pos_weight=weight, reduction=reduction
         )
-        gradient = torch.sigmoid(z[:rows]).mul_(torch.addcmul(torch.ones_like(t), less, t)).sub_(weight * t)
+        gradient = torch.sigmoid(logits).mul_(torch.addcmul(torch.ones_like(t), less, t)).sub_(weight * t)
         if reduction == "mean":
-            gradient.div_(rows * outputs)
-        if rows < len(dz) or pitch > outputs:
-            whole.zero_()
-        dz[:rows] = gradient
+            gradient.div_(gradient.numel())
+        write(gradient)
 
     return torch.no_grad()(run)
 
@@ -248,12 +301,14 @@ class Programs:
     @property
     def usual(self) -> str:
         """The usual kind of targets of the loss."""
-        return self.labels if self.loss.kind == "cross_entropy" else "values"
+        return {OWN: OWN, "cross_entropy": self.labels}.get(self.loss.kind, "values")
 
-    def batch(self, x: Any, y: Any, returns: bool) -> BatchCopy:
+    def batch(self, x: Any, targets: Sequence[Any], returns: bool) -> BatchCopy:
         """Check a batch of a new shape, and return the object that copies it."""
-        check_tensors(x, y, self.reading.device)
-        kind = check_shapes(x, y, self.reading, self.loss)
+        check_tensors(x, targets, self.reading.device)
+        kind = check_shapes(x, targets, self.reading, self.loss)
+        if isinstance(self.loss, OwnLoss):
+            check_arity(self.loss, len(targets))
         if kind == "soft" and self.ignore_index >= 0:
             raise ArgumentError(
                 f"loss_fn: ignore_index={self.ignore_index} is a class index, and y holds probabilities; leave it out"
@@ -274,14 +329,20 @@ class Programs:
         key = (capacity, kind, returns)
         if key not in self._runnables:
             target = self.input(capacity, "labels" if kind == "ignored" else kind)
-            given = {"x": self.input(capacity, "x"), "target": target}
+            given = {"x": self.input(capacity, "x"), "target": target, "function": self.loss}
+            binders: dict[str, Any] = {"own_loss": partial(bind_own_loss, self.running, self.reading)}
+            if self.pos_weight is not None:
+                binders["loss_grad"] = partial(bind_weighted_loss, self.running, self.pos_weight)
             if self._class_weight is not None:
                 given["class_weight"] = self._class_weight
             program = self.lower(capacity, kind, returns)
             # torch's calls between the kernels' depend on the number of rows, or return memory
-            captures = "graph" in self.memory.backend.traits.plans and not returns and self.pos_weight is None
-            plan = "graph" if captures else "eager"
-            bound = BoundProgram(program, self.memory, self._workspace, given, plan=plan)
+            returning = returns or self.pos_weight or program.calls_back
+            plan = "graph" if "graph" in self.memory.backend.traits.plans and not returning else "eager"
+            bound = BoundProgram(program, self.memory, self._workspace, given, plan=plan, binders=binders)
+            if "unit" in program.values:
+                unit = np.eye(self.reading.network.sizes[-1], dtype=f"f{self.reading.dtype.itemsize}")
+                self.memory.backend.copy_into(bound.arrays["unit"], unit)
             self._runnables[key] = Runnable(bound, tuple(self._before_updates(bound, returns)))
         return self._runnables[key]
 
@@ -289,20 +350,18 @@ class Programs:
         """Yield the calls before the updates: the program's, and torch's between them."""
         arrays = bound.arrays
         for call, run in zip(bound.program.calls[:-1], bound.calls, strict=False):
-            if call.op == "loss_grad":
+            if call.op == "loss_grad" and returns:
                 operands = resolve(call.operands, arrays.__getitem__)
-                if returns:
-                    yield bind_output(self.running, self.reading, operands["z"], operands.get("slope_param"))
-                if self.pos_weight is not None:
-                    yield bind_weighted_loss(self.running, operands, self.pos_weight)
-                    continue
+                yield bind_output(self.running, self.reading, operands["z"], operands.get("slope_param"))
             yield run
         if self.clip_norm is not None and len(self.sets) > 1:
             trained = [short for update_set in self.sets for short in update_set.rules]
             yield bind_clipping([arrays[f"d{short}"] for short in trained], self.clip_norm)
 
     def input(self, capacity: int, kind: str) -> Any:
-        """Return the array that programs of ``capacity`` rows read as x ("x"), or as targets of a kind."""
+        """Return the array that programs of ``capacity`` rows read as x ("x"), or as targets of a kind but OWN."""
+        if kind == OWN:
+            return None
         key = (capacity, kind)
         if key not in self._inputs:
             backend, sizes = self.memory.backend, self.reading.network.sizes

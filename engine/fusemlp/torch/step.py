@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fusemlp.describe.checks import as_count, as_number
-from fusemlp.describe.losses import Loss
+from fusemlp.describe.losses import Loss, OwnLoss
 from fusemlp.program.program import Program
 from fusemlp.runtime.backends import TRAITS, open_backend, torch_backend
 from fusemlp.runtime.memory import Memory
@@ -26,6 +27,10 @@ from fusemlp.torch.parameters import Tie
 from fusemlp.torch.programs import UNIT_RATE, Clocks, Programs, UpdateSet
 from fusemlp_kernels.contract import LAST_LOSS, ROW_COUNT, Backend, TensorRule
 from fusemlp_kernels.errors import ArgumentError, DTypeError
+
+_FORM = attrgetter("shape", "dtype", "device", "layout")
+# Stands for y in a step without targets.
+NO_TARGET = torch.empty(0, device="meta")
 
 
 class FusedStep:
@@ -40,7 +45,10 @@ class FusedStep:
     - module: Linear, activations, Dropout and Flatten in ``nn.Sequential`` (nested too), or a module whose ``forward``
       torch.fx can trace to such a chain; float32, or float64 on the CPU
     - loss_fn: CrossEntropyLoss, NLLLoss after LogSoftmax, BCEWithLogitsLoss, MSELoss, L1Loss, HuberLoss or
-      PoissonNLLLoss; mean or sum
+      PoissonNLLLoss, mean or sum, which the kernels compute; or any callable ``loss_fn(output, *targets)`` that returns
+      a 0-d tensor. Torch's autograd differentiates a callable by the output, which takes longer; ``print(step)`` says
+      "by autograd". It must depend on the module's parameters by the output alone: another gradient by them is an
+      error. Other tensors that it depends on get theirs, as by ``loss.backward()``
     - optimizer: SGD, Adam, AdamW or RMSprop; parameters that are frozen or in no group are not updated
     - clip_grad_norm: clips the common norm of the gradients of all updated parameters, as
       ``torch.nn.utils.clip_grad_norm_`` before an eager step; None does not
@@ -103,15 +111,19 @@ class FusedStep:
         watch_clipping(self, self._parameters)
 
     @overload
-    def __call__(self, x: Tensor, y: Tensor, *, return_output: Literal[False] = False) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, y: Tensor = ..., *more: Tensor, return_output: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
 
     @overload
-    def __call__(self, x: Tensor, y: Tensor, *, return_output: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, x: Tensor, y: Tensor = ..., *more: Tensor, return_output: Literal[False] = ...) -> Tensor: ...
 
-    def __call__(self, x: Tensor, y: Tensor, *, return_output: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, y: Tensor = NO_TARGET, *more: Tensor, return_output: bool = False) -> Any:
         """Update once from x (m, K) and y; return the loss before the update, a 0-d tensor without a graph.
 
-        y has the form of the loss's targets: class indices (m,) int64, or values shaped like the module's output.
+        y has the form of the loss's targets: class indices (m,) int64, or values shaped like the module's output. A
+        callable loss gets the output and then y and ``more`` as they are, any number of tensors (m, ...). Its errors
+        leave the module and the optimizer as they were; its NaN does not, as in an eager loop.
         With ``return_output`` return the loss and the output of the module in this step, such as logits, a tensor
         without a graph.
 
@@ -123,13 +135,16 @@ class FusedStep:
         if torch.is_autocast_enabled(self._device_type) and not self._warned:
             self._warned = True
             warn_of_autocast(self._reading.dtype)
-        if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.requires_grad or y.requires_grad:
-            check_tensors(x, y, self._reading.device)
-        key = (x.shape, x.dtype, x.device, x.layout, y.shape, y.dtype, y.device, y.layout, return_output)
+        targets = () if y is NO_TARGET else (y, *more)
+        if more or not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.requires_grad or y.requires_grad:
+            check_tensors(x, targets, self._reading.device)
+        key: Any = (x.shape, x.dtype, x.device, x.layout, y.shape, y.dtype, y.device, y.layout, return_output)
+        if more:
+            key = (*key, *map(_FORM, more))
         batch = self._batches.get(key)
         if batch is None:
-            batch = self._batches[key] = self._programs.batch(x, y, return_output)
-        runnable = batch.stage(x, y)
+            batch = self._batches[key] = self._programs.batch(x, targets, return_output)
+        runnable = batch.stage(x, targets)
         if runnable.sets is not self._sets:
             runnable.use(self._sets, self._memory.layout)
         if batch.rows != self._row_count:
@@ -165,13 +180,15 @@ class FusedStep:
         self.optimizer.__dict__["_opt_called"] = True
         # As torch's own step: a graph over the old parameters can no longer be differentiated.
         torch.autograd.graph.increment_version(self._updated)
+        if (loss := self._programs.running.loss) is not None:
+            return loss
         if batch.nothing_scored:
             # The mean over no rows: the kernels return 0, torch NaN.
             return torch.full((), self._no_rows, dtype=self._reading.dtype, device=self._reading.device)
         if self._on_host:
             return torch.from_numpy(np.array(self._stats[LAST_LOSS], self._real))
-        loss: Tensor = self._stats[LAST_LOSS].to(self._reading.dtype)
-        return loss
+        recorded: Tensor = self._stats[LAST_LOSS].to(self._reading.dtype)
+        return recorded
 
     @property
     def program(self) -> Program:
@@ -180,8 +197,9 @@ class FusedStep:
         return self._programs.lower(rows, self._programs.usual)
 
     def __repr__(self) -> str:
+        loss = f"{self._loss.name} by autograd" if isinstance(self._loss, OwnLoss) else repr(self._loss)
         return (
-            f"FusedStep({type(self.module).__name__}, {self._loss!r}, {type(self.optimizer).__name__}, "
+            f"FusedStep({type(self.module).__name__}, {loss}, {type(self.optimizer).__name__}, "
             f"backend={self.backend!r})"
         )
 
