@@ -74,11 +74,11 @@ Import = namedtuple("Import", "importer imported line")
 
 
 def source_modules():
-    """Full dotted name to source text; a package is named ``package.__init__``."""
+    """Full dotted name to source text; a package is named ``package.__init__``. Scripts beside them are users'."""
     return {
         ".".join(path.relative_to(root).with_suffix("").parts): path.read_text(encoding="utf-8")
         for root in SOURCES
-        for path in sorted(root.rglob("*.py"))
+        for path in sorted(root.glob("fusemlp*/**/*.py"))
     }
 
 
