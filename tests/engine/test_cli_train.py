@@ -20,7 +20,6 @@ from fusemlp import MLP, Engine, ProgressBar, load_checkpoint
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.session import prepared_data
 from fusemlp.cli.train import Recorder
-from fusemlp.report import plots
 from fusemlp.report.runs import Run
 from fusemlp.tables.recipe import CLASS_DECAY
 from fusemlp.tables.training import fit_arguments, new_engine
@@ -270,13 +269,6 @@ def test_dead_units_are_said_with_the_remedy(tmp_path, capsys):
     assert fraction > 0.3
     assert f"dead units: relu units that are zero for every training row: {fraction:.0%} of layer 1" in shown
     assert "leaky_relu" in shown
-
-
-def test_no_plot_without_matplotlib(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    assert run("train", "iris", "--epochs", "1", "--quiet", "--out", tmp_path / "run") == 0
-    assert "no plot: it needs matplotlib: pip install matplotlib" in capsys.readouterr().out
-    assert not (tmp_path / "run/curves.png").exists()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGINT is sent to a process group of POSIX")

@@ -26,7 +26,7 @@ from fusemlp.describe.text import aligned
 from fusemlp.engine import Engine
 from fusemlp.fleet.results import Member
 from fusemlp.report.metrics import scalars
-from fusemlp.report.plots import check_plots, picture
+from fusemlp.report.plots import picture
 from fusemlp.report.runs import Run, read_json, write_json
 from fusemlp.runtime.files import write_atomically
 from fusemlp_kernels.errors import ArgumentError, DataError, FusemlpError
@@ -101,8 +101,7 @@ def check_output(argument: str, path: Path, suffixes: tuple[str, ...], *, force:
 
 
 def write_picture(path: Path, make: Callable[[], Figure], argument: str = "plot") -> None:
-    """Write the picture of ``make`` as ``write_made`` does; MissingLibraryError without matplotlib."""
-    check_plots()
+    """Write the picture of ``make`` as ``write_made`` does."""
     write_made(argument, path, lambda: picture(make(), path.suffix.lower().removeprefix(".")))
 
 

@@ -29,7 +29,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.report.evidence import image_shape
 from fusemlp.report.explanations import column_attributions, permutation_importance
 from fusemlp.report.metrics import spelled
-from fusemlp.report.plots import check_plots, heat_figure, importance_figure, literal, sweep_figure
+from fusemlp.report.plots import heat_figure, importance_figure, literal, sweep_figure
 from fusemlp.report.runs import csv_bytes
 from fusemlp.runtime.backends import thread_limits
 from fusemlp.runtime.files import write_atomically
@@ -151,7 +151,6 @@ def lr_find(options: FindOptions) -> None:
         raise ArgumentError("DATA: say which data the learning rate is for, such as digits")
     if options.plot is not None:
         check_output("plot", options.plot, (".png",), force=options.force)
-        check_plots()
     prepared = prepared_data(options)
     rows, engine = prepared.train, prepared.engine(prepared.recipe)
     search = engine.lr_find(rows.X, rows.y, sample_weight=rows.weight, start=start, end=end, steps=options.steps)
@@ -205,8 +204,6 @@ def explain(options: ExplainOptions) -> None:
     for name, path, suffix in (("out", options.out, ".csv"), ("plot", options.plot, ".png")):
         if path is not None:
             check_output(name, path, (suffix,), force=options.force)
-    if options.plot is not None:
-        check_plots()
     as_count("rows", options.rows, minimum=1)
     notes: list[str] = []
     options = before_final_fit(options, notes)

@@ -24,8 +24,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.evidence import REPEATS, Evidence, Importance, guarantee_lines
 from fusemlp.report.metrics import class_table, confusion_table, scalars
-from fusemlp.report.plots import check_plots, literal, scale_loss
-from fusemlp_kernels.errors import MissingLibraryError
+from fusemlp.report.plots import literal, scale_loss
 
 Section = dict[str, Any]
 
@@ -47,7 +46,7 @@ def page(
     """Return the page as HTML: ``about`` are lines on the run, ``report`` is that of ``report.json``.
 
     ``history`` has a list for each quantity, one entry an epoch. Without ``evidence`` the page has no model to judge.
-    A figure that cannot be drawn, as without matplotlib, says why, and shows its numbers.
+    A figure that cannot be drawn says why, and shows its numbers.
     """
     from jinja2 import Environment, PackageLoader
 
@@ -70,8 +69,6 @@ def _drawings(charts: Iterable[Chart]) -> list[Section]:
             continue
         try:
             drawings.append({"chart": chart, "svg": chart.svg()})
-        except MissingLibraryError as error:
-            drawings.append({"chart": chart, "reason": str(error).removeprefix("plot: ")})
         # the settings of matplotlib may be anything, and so are the errors
         except Exception as error:
             drawings.append({"chart": chart, "reason": reason(error)})
@@ -310,8 +307,7 @@ class Chart:
         return tables
 
     def svg(self) -> str:
-        """Return the drawing as an element of a page; MissingLibraryError without matplotlib."""
-        check_plots()
+        """Return the drawing as an element of a page."""
         from matplotlib import rc_context
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator

@@ -6,7 +6,6 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.diagnosis import Finding
 from fusemlp.runtime.files import target_file, write_atomically
-from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
+from fusemlp_kernels.errors import ArgumentError
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -43,23 +42,16 @@ LOG_SPAN = 50.0
 SCORES_LOG_SPAN = 5.0
 
 
-def check_plots() -> None:
-    """Raise MissingLibraryError unless matplotlib is installed."""
-    if find_spec("matplotlib") is None:
-        raise MissingLibraryError("plot: it needs matplotlib: pip install matplotlib")
-
-
 def literal(text: str) -> str:
     """Return a text with names from the data as matplotlib draws it letter by letter, without formulas."""
     return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
 def draw(make: Callable[[], Figure], path: str | Path | None) -> Figure:
-    """Return the figure of ``make``, and write it to ``path`` unless that is None; check ``path`` first.
+    """Return the figure of ``make``, and write it to ``path`` unless that is None.
 
-    Raises MissingLibraryError without matplotlib, ArgumentError or ArgumentTypeError for an impossible path.
+    Raises ArgumentError or ArgumentTypeError for an impossible path, before the figure is made.
     """
-    check_plots()
     if path is None:
         return make()
     target, suffix = target_file(path), Path(path).suffix.lower()

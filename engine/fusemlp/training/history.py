@@ -90,8 +90,7 @@ class History:
     def plot(self, path: str | Path | None = None, *, title: str = "training") -> Figure:
         """Draw loss and accuracy over the epochs; write the picture to ``path`` (.png, .svg or .pdf) if given.
 
-        Returns matplotlib's figure. Raises MissingLibraryError without matplotlib, ArgumentError or ArgumentTypeError
-        for an impossible path or where nothing was recorded.
+        Return matplotlib's figure; ArgumentError or ArgumentTypeError for an impossible path or without an epoch.
         """
         from fusemlp.report.plots import curves_figure, draw
 

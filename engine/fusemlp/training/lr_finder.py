@@ -48,10 +48,7 @@ class LearningRateSweep:
     complete: bool
 
     def plot(self, path: str | Path | None = None, *, title: str = "learning rate sweep") -> Figure:
-        """Draw loss over learning rate, the suggestion marked, and write it to ``path`` (.png, .svg, .pdf) if given.
-
-        Raises MissingLibraryError without matplotlib, ArgumentError for an impossible path.
-        """
+        """Draw loss over learning rate, and write it to ``path`` (.png, .svg, .pdf); ArgumentError for another path."""
         return draw(lambda: sweep_figure(self.rates, self.losses, self.suggestion, title), path)
 
 
