@@ -231,9 +231,7 @@ def _in_own_form(listener: Any) -> Any:
     methods = {stage: method for stage in KERAS if (method := _method(listener, stage)) is not None}
     if isinstance(listener, type) or not (methods or isinstance(listener, Callback | Watching)):
         mend = f"; give an object of it: {listener.__name__}()" if isinstance(listener, type) else ""
-        raise ArgumentTypeError(
-            f"callbacks: expected objects with one of the methods {', '.join(OWN)}, got {listener!r}{mend}"
-        )
+        raise ArgumentTypeError(f"callbacks: expected objects with a method {', '.join(OWN)}, got {listener!r}{mend}")
     if isinstance(listener, KerasForm):
         return listener
     keras_only = hasattr(listener, "set_model") or hasattr(listener, "set_params")

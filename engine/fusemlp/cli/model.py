@@ -22,16 +22,8 @@ from fusemlp.describe.text import aligned, listed
 from fusemlp.engine import Engine, load, load_checkpoint
 from fusemlp.fleet.merge import members
 from fusemlp.inputs.arrays import Array
+from fusemlp.report import metrics
 from fusemlp.report.evidence import certify, guarantee_lines, robust_score
-from fusemlp.report.metrics import (
-    class_scores,
-    class_table,
-    confusion_table,
-    headline,
-    predicted_codes,
-    predictions,
-    score,
-)
 from fusemlp.report.onnx import onnx_bytes
 from fusemlp.report.onnx_graph import has_words
 from fusemlp.report.runs import Run, csv_bytes, open_run, read_json, read_training_rows, weights_path
@@ -52,9 +44,7 @@ def open_model(options: UseOptions) -> tuple[Engine, Preprocessor, dict[str, Any
     engine = load_checkpoint(weights_path(run, options.weights), backend=options.backend, device=options.device)
     preprocessor = Preprocessor.from_config(config["preprocessor"])
     if preprocessor.one_hot_targets and engine.loss.is_classification:
-        raise CheckpointError(
-            f"{run.config}: one_hot_targets: expected False with the loss {engine.loss.kind}, got True"
-        )
+        raise CheckpointError(f"{run.config}: one_hot_targets: expected False with {engine.loss.kind}, got True")
     return engine, preprocessor, config
 
 
@@ -72,10 +62,10 @@ def predict(options: PredictOptions) -> None:
     ids: dict[str, Array] = {}
     features = load_features(data, preprocessor, ids=ids, **options.reading(config, notes))
     X = network_inputs(preprocessor, features, engine.precision, codes=engine.inputs.reads_codes)
-    predicted = predictions(engine, preprocessor, X)
+    predicted = metrics.predictions(engine, preprocessor, X)
     more = {} if held is None else _ends(engine, preprocessor, X, predicted, held, float(options.interval or 0))
     if models:
-        more["spread"] = spread(models, preprocessor, X, predicted_codes(engine, preprocessor, X))
+        more["spread"] = spread(models, preprocessor, X, metrics.predicted_codes(engine, preprocessor, X))
     if options.proba:
         more["probabilities"] = engine.predict_proba(X)
     parts = preprocessor, ids, predicted, more
@@ -116,7 +106,7 @@ def _ends(
     if preprocessor.classes is None:
         low, high = intervals(engine, preprocessor, predicted, held, coverage)
         return {"low": low, "high": high}
-    return {"in_set": sets(class_scores(engine, X), held, coverage)}
+    return {"in_set": sets(metrics.class_scores(engine, X), held, coverage)}
 
 
 def _csv_rows(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: Array, more: Mapping[str, Array]) -> Any:
@@ -176,16 +166,16 @@ def evaluate(options: EvaluateOptions) -> None:
     if options.attack is not None:
         engine.network.check_single("attack", "an attack")
     how = attacks.chosen(options, preprocessor, X, features, option="attack", kinds=ATTACKS)
-    report, _ = score(engine, preprocessor, X, labels, weight)
+    report, _ = metrics.score(engine, preprocessor, X, labels, weight)
     if isinstance(how, Attack):
         report["robust"] = robust_score(engine, preprocessor, X, labels, how, weight)
     if options.certify is not None:
         report["certified"] = certify(engine, preprocessor, features, labels, options.certify, argument="certify")
-    lines = [*notes, *headline(report), *guarantee_lines(report)]
+    lines = [*notes, *metrics.headline(report), *guarantee_lines(report)]
     if "classes" in report:
-        lines += ["", aligned(class_table(report))]
+        lines += ["", aligned(metrics.class_table(report))]
         if len(report["classes"]) <= MOST_PRINTED_CLASSES:
-            lines += ["", aligned(confusion_table(report))]
+            lines += ["", aligned(metrics.confusion_table(report))]
     about: dict[str, Any] = {"run": str(options.run), "data": options.data, "weights": options.weights, "notes": notes}
     about["training_rows"] = seen
     show(about | report, lines, as_json=options.as_json)

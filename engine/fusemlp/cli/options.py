@@ -161,9 +161,7 @@ class SweepOptions(recipe.FitRecipe, OutputOptions):
         "range, END left out: seed=0:20.",
         "NAME=VALUES",
     )
-    sample: int | None = _option(
-        None, "Train only this many combinations, drawn at random by the split's seed.", "COUNT"
-    )
+    sample: int | None = _option(None, "Train only this many combinations, drawn by the split's seed.", "COUNT")
     seeds: int | None = _option(
         None,
         "Train each combination with this many seeds, from --seed on, and choose by the mean score; as --vary seed "
@@ -177,9 +175,7 @@ class SweepOptions(recipe.FitRecipe, OutputOptions):
         "of --address. A dead worker's models are trained again.",
         "BACKEND",
     )
-    devices: str | None = _machine(
-        None, "Several cards of this machine, cuda:0,cuda:1: a process trains on each.", "NAMES"
-    )
+    devices: str | None = _machine(None, "Several cards here, cuda:0,cuda:1: a process trains on each.", "NAMES")
     address: str | None = _option(
         None, "Where the scheduler of dask (tcp://host:8786) or the head of ray (host:6379) listens.", "ADDRESS"
     )
@@ -228,9 +224,7 @@ class UseOptions(RunOptions):
 class ApplyOptions(UseOptions, TextOptions):
     """The options of the commands that read other data for the model of a run."""
 
-    ignore_unused: bool = _option(
-        False, "Do not mention columns that the training did not have; they are ignored in any case."
-    )
+    ignore_unused: bool = _option(False, "Do not mention columns that the training did not have; they are ignored.")
 
     def reading(self, config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
         """Return the arguments that read other data as a run's were read; ``notes`` takes lines on them."""

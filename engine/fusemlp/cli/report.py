@@ -47,9 +47,7 @@ def describe_training(session: Session) -> str:
         f"{f', {engine.sharding}' if engine.sharding else ''}",
     ]
     if engine.device == "cpu" and not engine.memory.backend.traits.on_host:
-        lines.append(
-            "Triton's interpreter runs the kernels on the CPU, slowly: this checks them, it does not time them"
-        )
+        lines.append("Triton's interpreter runs the kernels on the CPU, slowly: this checks and does not time them")
     if engine.privacy is not None:
         privacy = engine.privacy
         lines.append(
@@ -62,15 +60,11 @@ def describe_training(session: Session) -> str:
 
 def describe_data(prepared: Prepared) -> str:
     """Return one line on the rows, after those on the reading of a table."""
-    about, classes = prepared.summary, prepared.preprocessor.classes
-    target = f"{len(classes)} classes" if classes is not None else "1 target"
-    if classes is None and prepared.preprocessor.outputs > 1:
-        target = f"{prepared.preprocessor.outputs} targets"
-    notes = "".join(f"{note}\n" for note in prepared.notes)
-    inputs = prepared.network.sizes[0]
-    return (
-        f"{notes}{about['name']}: {prepared.training_rows}, {about['test_rows']} test rows; {inputs} inputs, {target}"
-    )
+    about, outputs, inputs = prepared.summary, prepared.preprocessor.outputs, prepared.network.sizes[0]
+    target = "target" if prepared.preprocessor.classes is None else "class"
+    several = "" if outputs == 1 else "s" if target == "target" else "es"
+    rows = f"{about['name']}: {prepared.training_rows}, {about['test_rows']} test rows"
+    return "\n".join([*prepared.notes, f"{rows}; {inputs} inputs, {outputs} {target}{several}"])
 
 
 def written(report: dict[str, Any], run: Run) -> list[str]:

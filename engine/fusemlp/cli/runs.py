@@ -271,7 +271,5 @@ def _curves(path: Path, name: str) -> Curves:
     run, config = open_run(path)
     history = read_history(run)
     if not history:
-        raise CheckpointError(
-            f"run: {str(path)!r} has no complete epoch yet, so there is nothing to draw; leave it out"
-        )
+        raise CheckpointError(f"run: {str(path)!r} has no complete epoch yet, and nothing to draw; leave it out")
     return Curves(name, history, config["loss"]["kind"])

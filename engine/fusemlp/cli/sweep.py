@@ -14,23 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp.callbacks.progress import REDRAW
-from fusemlp.cli import output, session
+from fusemlp.cli import output, session, vary
 from fusemlp.cli.options import SweepOptions
 from fusemlp.cli.output import Events, finite, fitted
 from fusemlp.cli.report import finish, written
-from fusemlp.cli.vary import (
-    JOINED,
-    JOURNAL,
-    Plan,
-    add_to_journal,
-    begin_journal,
-    close_journal,
-    describe_sweep,
-    planned,
-    read_journal,
-    resumed_sweep,
-    spelled_value,
-)
+from fusemlp.cli.vary import JOINED, JOURNAL, Plan, close_journal, spelled_value
 from fusemlp.describe.metrics import rises
 from fusemlp.fleet.results import Combination, FleetResults, Kept, Member, averages, shown
 from fusemlp.fleet.workers import connected
@@ -64,20 +52,20 @@ def worked(options: SweepOptions, listener: Events, runs: list[Path]) -> tuple[d
     """Return the results of a whole sweep, and lines on the best model; append its folder to ``runs``."""
     started, is_new_folder = datetime.now(), False
     if options.resume is not None:
-        run, plan, members = resumed_sweep(options, options.resume)
+        run, plan, members = vary.resumed_sweep(options, options.resume)
     else:
         folder = choose_folder(options.out, session.data_of(options), started)
-        plan, members = planned(options), []
+        plan, members = vary.planned(options), []
         is_new_folder = options.out is None or not folder.exists()
         run = create_run(folder, numbered=options.out is None)
         fingerprint = plan.prepared.summary["fingerprint"]
-        begin_journal(run, {"options": session.stored_options(options), "fingerprint": fingerprint})
+        vary.begin_journal(run, {"options": session.stored_options(options), "fingerprint": fingerprint})
     runs.append(run.path)
     columns = session.column_records(plan.prepared)
     if not options.quiet:
-        print(*session.column_lines(columns, run), describe_sweep(plan), sep="\n", file=sys.stderr)
-    vary = {axis.name: [*map(spelled_value, axis.values)] for axis in plan.axes}
-    config = {"options": asdict(plan.options), "vary": vary, "metric": plan.metric, "data": plan.prepared.summary}
+        print(*session.column_lines(columns, run), vary.describe_sweep(plan), sep="\n", file=sys.stderr)
+    varied = {axis.name: [*map(spelled_value, axis.values)] for axis in plan.axes}
+    config = {"options": asdict(plan.options), "vary": varied, "metric": plan.metric, "data": plan.prepared.summary}
     listener.start("sweep", epochs=plan.epochs, models=len(plan.points), run=str(run.path), config=config)
     began = time.perf_counter()
     try:
@@ -85,7 +73,7 @@ def worked(options: SweepOptions, listener: Events, runs: list[Path]) -> tuple[d
             members, interrupted = trained(plan, run, listener, members)
     except BaseException:
         # Remove the empty folder, so that the same command works again.
-        if options.resume is None and not read_journal(str(run.path))[2]:
+        if options.resume is None and not vary.read_journal(str(run.path))[2]:
             close_journal(run)
             discard_if_empty(run, itself=is_new_folder)
         raise
@@ -192,7 +180,7 @@ def trained(plan: Plan, run: Run, listener: Events, known: Sequence[Member]) -> 
 
             def ended(member: Member) -> None:
                 member = replace(member, index=left[member.index])
-                add_to_journal(run, member)
+                vary.add_to_journal(run, member)
                 members[member.index] = member
                 update(members.values())
                 listener.model(member, len(plan.points), plan.points[member.index])
@@ -299,9 +287,8 @@ def write_results(plan: Plan, run: Run, members: Iterable[Member]) -> None:
 
 def draw(plan: Plan, run: Run, members: Sequence[Member], first: Member) -> str:
     """Write ``scores.png``; return a line on its absence, or nothing."""
-    scores = [
-        math.nan if member.status == "diverged" else member.scores.get(plan.metric, math.nan) for member in members
-    ]
+    sound = [member.scores if member.status != "diverged" else {} for member in members]
+    scores = [figures.get(plan.metric, math.nan) for figures in sound]
     best, title = None, f"{plan.prepared.dataset.name}: {len(members)} models"
     if first.status != "diverged":
         best, title = members.index(first), f"{title}; best {plan.metric} {first.scores[plan.metric]:.4g}"

@@ -23,17 +23,8 @@ from fusemlp.describe.checks import WINDOWS, as_count
 from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.fleet.results import Member
-from fusemlp.report.runs import (
-    Run,
-    append_metrics,
-    discard_begun,
-    keep_metrics,
-    lock,
-    open_run,
-    read_columns,
-    read_json,
-    write_json,
-)
+from fusemlp.report import runs
+from fusemlp.report.runs import Run, append_metrics, open_run, read_json
 from fusemlp.runtime.files import replace_file, write_atomically
 from fusemlp.runtime.ranks import TIMEOUT, job, joined, leading, restarts, started
 from fusemlp.tables import training, transfer
@@ -146,7 +137,7 @@ def going_on(options: TrainOptions) -> tuple[TrainOptions, bool]:
     if missed:
         if ranks.leads and options.resume is None:
             # the failure came before there was a run
-            discard_begun(run)
+            runs.discard_begun(run)
         return options, False
     # another's run is refused, as it was before the restart
     (again,) = map(bool, ranks.of_first([sessions.own_job(options).items() <= open_run(folder)[1].items()]))
@@ -183,7 +174,7 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
     """Return the run at its last checkpoint; refuse other data and options that would change the run."""
     changes, mark = check_kept(options, _FREE, "run"), sessions.own_job(options)
     if leading():
-        lock(Run(Path(folder)))
+        runs.lock(Run(Path(folder)))
     run, config = open_run(folder)
     if "sweep" in config:
         raise ArgumentError(
@@ -233,10 +224,10 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
     if tracker is not None:
         tracker.open(output.tracked_parameters(options, engine, epochs))
         output.note_id(run, options, tracker)
-    keep_metrics(run, engine.epochs_trained)
+    runs.keep_metrics(run, engine.epochs_trained)
     changed = {"epochs": epochs, **({} if again else mark)}
     if not changed.items() <= config.items():
-        write_json(run.config, config | changed)
+        runs.write_json(run.config, config | changed)
     return session
 
 
@@ -263,9 +254,9 @@ def train(options: TrainOptions) -> None:
         recorder = Recorder(session.run, every=session.options.checkpoint_every)
         training.train_model(session.prepared, session.engine, training.Listeners([recorder]))
         return
-    with output.work(options, "train", "config.json") as (listener, runs):
+    with output.work(options, "train", "config.json") as (listener, paths):
         session = prepared_session(options, again=again)
-        runs.append(session.run.path)
+        paths.append(session.run.path)
         with session.tracker or nullcontext():
             content, lines, failure = trained(session, listener)
     output.show(content, lines, as_json=options.as_json, warnings=content.get("worse_than", ()))
@@ -301,7 +292,7 @@ def trained(session: Session, listener: Events) -> tuple[dict[str, Any], list[st
             if tracker is not None:
                 tracker.log(row)
 
-    table = read_columns(run)
+    table = runs.read_columns(run)
     say("\n".join([*sessions.column_lines(table, run), describe_training(session)]))
     about = {"run": str(run.path), "config": read_json(run.config)}
     listener.start("train", epochs=session.epochs, epoch=session.engine.epochs_trained, **about)

@@ -40,17 +40,15 @@ def parse_date(text: str, order: str) -> datetime | None:
     match = (_YEAR_FIRST if order == "ymd" else _YEAR_LAST).fullmatch(text)
     if match is None or (order == "mdy" and match["mark"] == "."):
         return None
-    values = {letter: int(match[group]) for letter, group in zip(order, "abc", strict=True)}
-    hour = int(match["hour"] or 0)
+    year, month, day = (int(match["abc"[order.index(letter)]]) for letter in "ymd")
+    hour, minute, second = (int(match[part] or 0) for part in ("hour", "minute", "second"))
     if match["half"]:
         if not 1 <= hour <= 12:
             return None
         hour = hour % 12 + (12 if match["half"].lower() == "pm" else 0)
     micro = int((match["part"] or "0")[:6].ljust(6, "0"))
     try:
-        moment = datetime(
-            values["y"], values["m"], values["d"], hour, int(match["minute"] or 0), int(match["second"] or 0), micro
-        )
+        moment = datetime(year, month, day, hour, minute, second, micro)
         if match["zone"] and match["zone"] != "Z":
             sign, digits = match["zone"][0], match["zone"][1:].replace(":", "")
             offset = timedelta(hours=int(digits[:2]), minutes=int(digits[2:]))

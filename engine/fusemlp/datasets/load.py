@@ -14,19 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusemlp.datasets import codes
 from fusemlp.datasets.arrays import features_of_npz, from_path, named
-from fusemlp.datasets.codes import (
-    EXAMPLES,
-    ORDERS,
-    PARTS,
-    Categories,
-    Features,
-    different,
-    kept_features,
-    parts_of,
-    sources_of,
-    spellings,
-)
+from fusemlp.datasets.codes import Categories, Features, different, kept_features, parts_of, sources_of, spellings
 from fusemlp.datasets.dataset import ColumnChoices as ColumnChoices
 from fusemlp.datasets.dataset import Dataset as Dataset
 from fusemlp.datasets.dataset import missing_share, roles, times, without_useless
@@ -213,12 +203,11 @@ def _with_task(dataset: Dataset, task: str | None) -> Dataset:
         )
     if chosen == "classification" and y.ndim == 2:
         raise DataError(f"{dataset.name}: y has shape {y.shape}, a classification takes one label a row, shape (n,)")
-    if dataset.test is not None and (
-        dataset.test[0].shape[1:] != dataset.X.shape[1:] or dataset.test[1].shape[1:] != y.shape[1:]
-    ):
+    shapes, of_test = ([array.shape for array in part] for part in ((dataset.X, y), dataset.test or (dataset.X, y)))
+    if [shape[1:] for shape in of_test] != [shape[1:] for shape in shapes]:
         raise DataError(
-            f"{dataset.name}: the test set has X and y of shapes {dataset.test[0].shape}, "
-            f"{dataset.test[1].shape}, which do not go with {dataset.X.shape}, {y.shape} of the training set"
+            f"{dataset.name}: the test set has X and y of shapes {of_test[0]}, {of_test[1]}, which do not go with "
+            f"{shapes[0]}, {shapes[1]} of the training set"
         )
     if task or dataset.task or chosen == "regression" or y.dtype.kind not in "iuf":
         return replace(dataset, task=chosen)
@@ -286,10 +275,10 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
     column_roles = roles(names, target, columns, table, inputs, reasons)
     # The columns that are left out take no memory any longer.
     table = {name: table[name] for name in aside}
-    dates = tuple((name, kinds[name]) for name in inputs if kinds[name] in ORDERS)
+    dates = tuple((name, kinds[name]) for name in inputs if kinds[name] in codes.ORDERS)
     if dates:
-        formats = (f"{name!r} (as {EXAMPLES[order]})" for name, order in dates)
-        notes.append(f"dates, taken as {', '.join(PARTS)} where these differ: {', '.join(formats)}")
+        formats = (f"{name!r} (as {codes.EXAMPLES[order]})" for name, order in dates)
+        notes.append(f"dates, taken as {', '.join(codes.PARTS)} where these differ: {', '.join(formats)}")
     kept = kept_features(inputs) if like is None else like.feature_names
     X, categories = coded(inputs, kept, like, notes)
     alone = 0 if group is None else round(missing_share(table[group]) * len(y))
@@ -328,9 +317,7 @@ def _matching(path: Path, X: Features, like: Preprocessor | Dataset) -> Features
     width = len(like.feature_names)
     if X.shape[1] != width:
         names = f"{listed(like.feature_names[:6])}{', ...' if width > 6 else ''}"
-        raise DataError(
-            f"{path}: has {X.shape[1]} features a row, the network was trained on {width}; give data with {names}"
-        )
+        raise DataError(f"{path}: has {X.shape[1]} features a row, and training had {width}; give data with {names}")
     if any(words is not None for words in like.categories):
         raise DataError(f"{path}: the network was trained on words too; give a table ({', '.join(TABLES)})")
     return X
@@ -355,7 +342,7 @@ def coded(
             X[:, index] = column
             absent = int(np.isnan(column).sum())
         else:
-            entries, codes = different(column)
+            entries, rows = different(column)
             known = None if like is None else like.categories[index]
             words = tuple(sorted({"" if word in MISSING else word for word in entries})) if known is None else known
             categories.append(words)
@@ -364,8 +351,8 @@ def coded(
                 place = {word: place[same] for word, same in spellings(entries, words).items()} | place
             # a missing word is the category "" where there is one
             lost = {word: place.get("", math.nan) for word in MISSING}
-            X[:, index] = np.array([place.get(word, lost.get(word, math.nan)) for word in entries], float)[codes]
-            counts = dict(zip(entries, np.bincount(codes, minlength=len(entries)).tolist(), strict=True))
+            X[:, index] = np.array([place.get(word, lost.get(word, math.nan)) for word in entries], float)[rows]
+            counts = dict(zip(entries, np.bincount(rows, minlength=len(entries)).tolist(), strict=True))
             absent = sum(counts.get(word, 0) for word in MISSING if not word or word not in place)
             strange = [word for word in entries if word not in place and word not in MISSING]
             if strange:

@@ -149,15 +149,13 @@ class Preprocessor:
         target_shift = target_factor = np.empty(0)
         if classes is None:
             targets = dataset.y.astype(np.float64).reshape(len(dataset.y), -1)[chosen]
+            names = (dataset.target_name,) * targets.shape[1]
             if log_targets:
                 low = float(targets.min())
                 if low <= 0:
-                    raise DataError(
-                        f"log_targets: the target {dataset.target_name!r} holds {low:g}, and has no logarithm"
-                    )
+                    raise DataError(f"log_targets: the target {names[0]!r} holds {low:g}, and has no logarithm")
                 targets = np.log(targets)
             how = "standard" if scale in ("robust", "piecewise", "quantile") else scale
-            names = (dataset.target_name,) * targets.shape[1]
             target_shift, target_factor = statistics(targets, how if scale_targets else "none", names)
         return cls(
             task=dataset.task,

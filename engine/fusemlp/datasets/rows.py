@@ -40,12 +40,7 @@ ONE_HOT = frozenset({"mse", "mae", "huber"})
 
 
 def with_files(
-    dataset: Dataset,
-    source: str,
-    *,
-    validation: str | None = None,
-    test: str | None = None,
-    form: Form | None = None,
+    dataset: Dataset, source: str, *, validation: str | None = None, test: str | None = None, form: Form | None = None
 ) -> Dataset:
     """Return the data set of ``source`` with the rows of the files ``validation`` and ``test``.
 
@@ -191,11 +186,9 @@ def row_hashes(X: Features, targets: Array, rows: Indices | None = None) -> Hash
     step = max(1, _PIECE // columns)
     for start in range(0, len(targets), step):
         piece = slice(start, start + step)
-        values = np.column_stack([X[piece if rows is None else rows[piece]], targets[piece]]).astype(
-            np.float64, copy=False
-        )
+        values = np.column_stack([X[piece if rows is None else rows[piece]], targets[piece]])
         # One zero and one NaN.
-        values += 0.0
+        values = values.astype(np.float64, copy=False) + 0.0
         values[np.isnan(values)] = np.nan
         bits = values.view(np.uint64)
         bits += constants
@@ -313,9 +306,7 @@ def available_memory(root: Path = Path("/")) -> int | None:
     group = root / "sys/fs/cgroup"
     # no control groups, or those of version 1
     with suppress(OSError, ValueError):
-        most, used, stat = (
-            (group / f"memory.{name}").read_text(encoding="ascii") for name in ("max", "current", "stat")
-        )
+        most, used, stat = ((group / f"memory.{name}").read_text("ascii") for name in ("max", "current", "stat"))
         if most.strip() != "max":
             figures = dict(line.split() for line in stat.splitlines())
             # cached files count as used, and give way when memory is needed

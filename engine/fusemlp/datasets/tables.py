@@ -298,15 +298,13 @@ def choose_columns(
         raise DataError(f"{source}: several columns are called {listed(twice)}; give each its own name")
     present = set(names)
     wanted = present - set(drop) if features is None else set(features)
-    missing = [name for name in features or () if name not in present]
+    missing, columns = [name for name in features or () if name not in present], f"the columns are {listed(names)}"
     if target is not None and target not in present:
-        raise DataError(
-            f"{source}: there is no target column {target!r}; the columns are {listed(names)}{meant([target], names)}"
-        )
+        raise DataError(f"{source}: there is no target column {target!r}; {columns}{meant([target], names)}")
     if missing:
         near = meant(missing, [name for name in names if name not in wanted])
         mend = " If so, rename in the table." if near else "; add what is missing, with empty cells where unknown"
-        raise DataError(f"{source}: no feature columns {listed(missing)}; the columns are {listed(names)}{near}{mend}")
+        raise DataError(f"{source}: no feature columns {listed(missing)}; {columns}{near}{mend}")
     return [name for name in names if name in wanted or name == target]
 
 

@@ -78,9 +78,7 @@ def combinations(vary: Vary) -> list[dict[str, Any]]:
             check_name("vary", name)
             # a 0-d array claims to be iterable
             if isinstance(values, str) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
-                raise ArgumentTypeError(
-                    f"vary[{name!r}]: expected a sequence of values, got {values!r}; give [{values!r}]"
-                )
+                raise ArgumentTypeError(f"vary[{name!r}]: expected a sequence of values, got {values!r}; use a list")
             columns.append(list(values))
             if not columns[-1]:
                 raise ArgumentError(f"vary[{name!r}]: there are no values, so the fleet would have no model")
@@ -95,9 +93,7 @@ def combinations(vary: Vary) -> list[dict[str, Any]]:
             raise ArgumentError("vary: it is empty; name what the models differ in, such as {'seed': range(20)}")
         return [dict(zip(vary, values, strict=True)) for values in itertools.product(*columns)]
     if isinstance(vary, str) or not isinstance(vary, Iterable):
-        raise ArgumentTypeError(
-            f"vary: expected a mapping of names to values, or a list of mappings, one a model, got {vary!r}"
-        )
+        raise ArgumentTypeError(f"vary: expected a mapping of names to values, or one for each model, got {vary!r}")
     points = list(vary)
     for index, point in enumerate(points):
         if not isinstance(point, Mapping):
@@ -217,15 +213,12 @@ def as_rows(argument: str, rows: Sequence[Any] | None, models: int, count: int) 
         raise ArgumentError(f"{argument}: expected a list of rows for each of the {models} models, got {len(lists)}")
     checked = []
     for index, numbers in enumerate(lists):
-        array = to_array(f"{argument}[{index}]", numbers)
+        name = f"{argument}[{index}]"
+        array = to_array(name, numbers)
         if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
-            raise ArgumentError(
-                f"{argument}[{index}]: expected row numbers (m,), got {np.array2string(array, threshold=8)}"
-            )
+            raise ArgumentError(f"{name}: expected row numbers (m,), got {np.array2string(array, threshold=8)}")
         if array.min() < 0 or array.max() >= count:
-            raise ArgumentError(
-                f"{argument}[{index}]: expected numbers from 0 to {count - 1}, got {array.min()} to {array.max()}"
-            )
+            raise ArgumentError(f"{name}: expected numbers from 0 to {count - 1}, got {array.min()} to {array.max()}")
         checked.append(array.astype(np.int64))
     return checked
 

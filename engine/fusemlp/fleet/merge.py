@@ -80,9 +80,8 @@ def members(engine: Engine, argument: str = "engine") -> list[Engine]:
     if net.members > 1:
         return [_member(engine, place) for place in range(net.members)]
     if biases is None or net.layers == 1:
-        reason = (
-            "has no hidden layers to part" if biases is not None else "is a single one, or an earlier release merged it"
-        )
+        single = "is a single one, or an earlier release merged it"
+        reason = single if biases is None else "has no hidden layers to part"
         raise ArgumentError(f"{argument}: the model {reason}; train an ensemble with hidden layers (models=5)")
     count, state, last = len(biases), engine.state_dict(), 2 * (net.layers - 1)
     inputs, *hidden, outputs = net.sizes

@@ -110,11 +110,9 @@ class FleetResults:
         Publishing several models, or the best of them, reveals as much. Raises ArgumentError if the models have not
         trained privately, MissingLibraryError without dp-accounting.
         """
-        helds = [member.held for member in self.members]
-        configs = [
-            held.privacy if isinstance(held, Kept) else held.ledger.to_config(held.update_count) for held in helds
-        ]
-        return spent_together([config for config in configs if config is not None])
+        held = [member.held for member in self.members]
+        spent = [part.privacy if isinstance(part, Kept) else part.ledger.to_config(part.update_count) for part in held]
+        return spent_together([config for config in spent if config is not None])
 
     def engine(self, index: int) -> Engine:
         """Return the engine of a model; if the fleet was trained in parts a new one, whose optimizer starts afresh."""

@@ -55,9 +55,7 @@ def check_not_given(**options: Any) -> None:
     """Raise ArgumentError for an option of ``Fleet.fit`` that a fleet with devices does not take."""
     for name, value in options.items():
         if value is not None:
-            raise ArgumentError(
-                f"{name}: a fleet with devices has a process for each of them; leave out {name} or devices"
-            )
+            raise ArgumentError(f"{name}: a fleet with devices has a process for each of them; leave one of both out")
 
 
 def visible(device: str) -> str:
@@ -105,9 +103,7 @@ def check_workers(workers: object, *, connected: bool = True) -> None:
         try:
             get_client()
         except ValueError:
-            raise ArgumentError(
-                "workers: 'dask' has no client here; make one first: Client('tcp://host:8786')"
-            ) from None
+            raise ArgumentError("workers: 'dask' has no client; make one first: Client('tcp://host:8786')") from None
 
 
 def check_address(workers: str | None, address: str | None) -> None:
@@ -193,13 +189,11 @@ def _train_part(
     held = None if validation[0] is None else validation
     with one_thread():
         trained = fleet.fit(X, y, sample_weight=weight, validation_data=held, jobs=1, **options, **of_part).members
-    kept = (
-        member.held if isinstance(member.held, Kept) else Kept.of(member.held, candidate, fleet._machine)
-        for member, candidate in zip(trained, fleet.candidates, strict=True)
-    )
-    return [
-        replace(member, index=number, held=held) for member, number, held in zip(trained, numbers, kept, strict=True)
-    ]
+    members = []
+    for member, number, candidate in zip(trained, numbers, fleet.candidates, strict=True):
+        kept = member.held if isinstance(member.held, Kept) else Kept.of(member.held, candidate, fleet._machine)
+        members.append(replace(member, index=number, held=kept))
+    return members
 
 
 def trained_on(

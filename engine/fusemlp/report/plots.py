@@ -221,11 +221,9 @@ def sweep_figure(rates: Sequence[float], losses: Sequence[float], suggested: flo
     return figure
 
 
-def importance_figure(
-    columns: Sequence[tuple[str, float, float]], *, unit: str, title: str, deviations: bool
-) -> Figure:
+def importance_figure(bars: Sequence[tuple[str, float, float]], *, unit: str, title: str, deviations: bool) -> Figure:
     """Draw a bar for each column (name, importance, deviation), the first on top."""
-    names, values, spread = zip(*columns, strict=True)
+    names, values, spread = zip(*bars, strict=True)
     figure = _figure(6.4, 1.2 + 0.28 * len(names), title)
     axes = figure.add_subplot(1, 1, 1)
     axes.barh(range(len(names)), values, xerr=spread if deviations else None, color=TRAINING, ecolor=GREY)

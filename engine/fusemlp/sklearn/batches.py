@@ -97,12 +97,7 @@ class HeldLoss:
     """
 
     def __init__(
-        self,
-        model: Model,
-        objective: Objective,
-        data: dict[str, Array],
-        weight: Array | None,
-        constants: Array | None,
+        self, model: Model, objective: Objective, data: dict[str, Array], weight: Array | None, constants: Array | None
     ) -> None:
         self._engine, n, target = model.engine, len(data["x"]), data["target"]
         weights = np.ones(n) if weight is None else weight.astype(np.float64)
@@ -182,14 +177,14 @@ class CalledBatches(EstimatorBatches):
     def _bound(self, arrays: dict[str, Array], keep: bool) -> BoundProgram:
         """Return the program of a step, whose gradients can be read before its last call."""
         model, engine = self.model, self.model.engine
-        key = Inputs(self.n, indexed=True, weighted=True, coding=self.coding), self.batch_size, self.passes
+        inputs = Inputs(self.n, indexed=True, weighted=True, coding=self.coding)
+        key = inputs, self.batch_size, self.passes
         if keep and model.staged is not None and model.staged[0] == key:
             bound = model.staged[1]
         else:
-            operands, spec = {} if keep else on_device(engine.memory.backend, arrays), engine.loss.spec(accuracy=False)
-            bound = bind(
-                engine, key[0], spec, model.rule, self.batch_size, operands, keep_gradients=True, passes=self.passes
-            )
+            operands = {} if keep else on_device(engine.memory.backend, arrays)
+            loop = engine.loss.spec(accuracy=False), model.rule, self.batch_size, operands
+            bound = bind(engine, inputs, *loop, keep_gradients=True, passes=self.passes)
         if keep:
             model.staged = key, bound
             for name, array in arrays.items():

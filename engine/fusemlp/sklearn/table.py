@@ -171,9 +171,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
             # scikit-learn's words
             raise ArgumentError(f"y: {type(self).__name__} requires y to be passed, but the target y is None")
         if self.callbacks and (self.models or 1) > 1:
-            raise ArgumentError(
-                f"callbacks: they see the epochs of one model, and models is {self.models}; leave one out"
-            )
+            raise ArgumentError(f"callbacks: they see the epochs of one model, got models={self.models}; leave one out")
         recipe = self._recipe()
         source = transfer.opened(recipe)
         like = None if source is None else source.preprocessor
@@ -216,9 +214,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         folder, config = open_run(run)
         preprocessor = Preprocessor.from_config(config["preprocessor"])
         if preprocessor.task != cls.task:
-            raise ArgumentError(
-                f"run: {str(run)!r} is of a {preprocessor.task}, and {cls.__name__} is for a {cls.task}"
-            )
+            raise ArgumentError(f"run: {str(run)!r} is of a {preprocessor.task}, {cls.__name__} for a {cls.task}")
         engine = load_checkpoint(weights_path(folder, weights), backend=backend, device=device)
         if engine.history is None:
             # A merged model has no record of its own.

@@ -56,9 +56,7 @@ def chosen(
         raise ArgumentError(f"{option}: {kind} is gone; train against pgd, which takes its place")
     described: Callable[..., Attack | IBP] = kinds[check_choice(option, kind, kinds)]
     if "attack_eps" not in values:
-        raise ArgumentError(
-            "attack_eps: say how far an input may move, in its units after --scale, such as --attack-eps 0.1"
-        )
+        raise ArgumentError("attack_eps: say how far an input may move, in units after --scale: --attack-eps 0.1")
     for name in values:
         if not _has(kinds[kind], _FIELDS[name]):
             having = [other for other, cls in kinds.items() if _has(cls, _FIELDS[name])]
@@ -78,22 +76,16 @@ def _has(kind: type[Any], name: str) -> bool:
 
 def _check_columns(option: str, preprocessor: Preprocessor, cells: Array) -> None:
     """Refuse words, dates, missing cells and pieces: their inputs do not move by themselves."""
+    names, sources = preprocessor.feature_names, preprocessor.sources
+    gaps = preprocessor.missing_inputs if any(preprocessor.missing_inputs) else np.isnan(cells).any(axis=0).tolist()
     unfit: dict[str, Iterable[bool]] = {
         "words": [words is not None for words in preprocessor.categories],
-        "dates": [
-            name != source for name, source in zip(preprocessor.feature_names, preprocessor.sources, strict=True)
-        ],
-        "missing cells": preprocessor.missing_inputs
-        if any(preprocessor.missing_inputs)
-        else [np.isnan(column).any() for column in cells.T],
-        "pieces of numbers (--scale piecewise)": [
-            preprocessor.pieces(at) > 1 for at in range(len(preprocessor.feature_names))
-        ],
+        "dates": [name != source for name, source in zip(names, sources, strict=True)],
+        "missing cells": gaps,
+        "pieces of numbers (--scale piecewise)": [preprocessor.pieces(at) > 1 for at in range(len(names))],
     }
     for what, columns in unfit.items():
-        named = [
-            *dict.fromkeys(repr(name) for name, holds in zip(preprocessor.sources, columns, strict=False) if holds)
-        ]
+        named = list(dict.fromkeys(repr(name) for name, holds in zip(sources, columns, strict=False) if holds))
         if named:
             raise ArgumentError(
                 f"{option}: a small change of an input means nothing for {what}, which are inputs of "

@@ -239,9 +239,7 @@ def network(sizes: Sequence[int], recipe: StepRecipe, *, init: str = "auto", mem
         several = isinstance(activation, Iterable) and not isinstance(activation, str)
         activations = [as_activation("activation", part) for part in (activation if several else [activation])]
         if not any(part.name in SLOPES for part in activations):
-            raise ArgumentError(
-                f"slope: only {one_of(SLOPES, 'and')} have one, and activation is {recipe.activation!r}"
-            )
+            raise ArgumentError(f"slope: only {one_of(SLOPES, 'and')} have one, got activation {recipe.activation!r}")
         activations = [Activation(part.name, recipe.slope) if part.name in SLOPES else part for part in activations]
         activation = activations if several else activations[0]
     return MLP(
@@ -288,18 +286,15 @@ def class_weights(asked: Any, codes: Array, labels: Sequence[Any]) -> list[float
     if isinstance(asked, str) and asked == "balanced":
         return balanced(codes, len(labels))
     if isinstance(asked, Mapping):
-        strange = [label for label in asked if label not in labels]
-        if strange:
-            raise ArgumentError(
-                f"class_weight: {strange[0]!r} is none of the classes {one_of(map(repr, labels), 'and')}"
-            )
+        for label in asked:
+            if label not in labels:
+                known = one_of(map(repr, labels), "and")
+                raise ArgumentError(f"class_weight: {label!r} is none of the classes {known}")
         return [as_number("class_weight", asked.get(label, 1.0), low=0.0) for label in labels]
     numbers = _numbers("class_weight", asked) if isinstance(asked, str) else list(asked)
     weights = [as_number("class_weight", number, low=0.0) for number in numbers]
     if len(weights) != len(labels):
-        raise ArgumentError(
-            f"class_weight: expected balanced, or {len(labels)} numbers, one for each class, got {asked!r}"
-        )
+        raise ArgumentError(f"class_weight: expected balanced, or {len(labels)} numbers, one a class, got {asked!r}")
     return weights
 
 
@@ -395,9 +390,7 @@ def privacy(recipe: TableRecipe, *, rows: int, epochs: int, validates: bool) -> 
     if not is_private(recipe):
         for name in ("dp_delta", "dp_clip"):
             if getattr(recipe, name) is not None:
-                raise ArgumentError(
-                    f"{name}: it is for private training; give --dp-epsilon too, such as --dp-epsilon 3"
-                )
+                raise ArgumentError(f"{name}: it is for private training; give --dp-epsilon too: --dp-epsilon 3")
         return None
     check_single(recipe, "private")
     if recipe.drop_last:
@@ -405,11 +398,8 @@ def privacy(recipe: TableRecipe, *, rows: int, epochs: int, validates: bool) -> 
     if isinstance(recipe.class_weight, str) and recipe.class_weight == "balanced":
         raise ArgumentError("class_weight: balanced counts the private rows; give a number for each class")
     if recipe.metric in ("loss", "accuracy") or (recipe.schedule == "reduce_on_plateau" and not validates):
-        raise ArgumentError(
-            f"metric: {recipe.metric or 'loss'} is of the private rows; choose one of validation rows: val_loss"
-        )
+        raise ArgumentError(f"metric: {recipe.metric or 'loss'} is of the private rows; choose --metric val_loss")
     chosen = {name: getattr(recipe, f"dp_{name}") for name in ("epsilon", "delta", "clip")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    return _made(
-        "privacy", DPSGD.for_epsilon, rows=rows, batch_size=min(recipe.batch_size, rows), epochs=epochs, **chosen
-    )
+    size = min(recipe.batch_size, rows)
+    return _made("privacy", DPSGD.for_epsilon, rows=rows, batch_size=size, epochs=epochs, **chosen)

@@ -320,10 +320,8 @@ def prepare(
     fewest = min((len(kept) for kept, _ in parts), default=len(train))
     size = as_count("batch_size", recipe.batch_size)
     if size > fewest and size != BATCH:
-        warnings.warn(
-            f"batch_size: {size} is more than the {fewest} training rows; batches of {fewest} are used",
-            stacklevel=2,
-        )
+        text = f"batch_size: {size} is more than the {fewest} training rows; batches of {fewest} are used"
+        warnings.warn(text, stacklevel=2)
     prepared = Prepared(
         replace(recipe, batch_size=min(size, fewest)),
         dataset,

@@ -170,9 +170,7 @@ class ModelRecipe(StepRecipe):
     backend: str = _machine("auto", "{}; fusemlp doctor says which work here.", values=BACKENDS)
     device: str | None = _machine(None, "Which card, such as cuda:1.")
 
-    drop: Any = _data(
-        None, "A column of a table to leave out; the option once for each.", "COLUMN", kind=list[str] | None
-    )
+    drop: Any = _data(None, "A column of a table to leave out; one an option.", "COLUMN", kind=list[str] | None)
     keep: Any = _data(
         None,
         "A column to keep although it is constant, counts the rows, or holds another word in nearly every row.",
@@ -350,9 +348,7 @@ class TableRecipe(FitRecipe):
     dp_delta: float | None = _training(
         None, "With --dp-epsilon: delta; the largest power of ten below 1 / training rows unless given."
     )
-    dp_clip: float | None = _training(
-        None, f"With --dp-epsilon: the largest norm of a row's gradient ({DPSGD.clip:g})."
-    )
+    dp_clip: float | None = _training(None, f"With --dp-epsilon: largest norm of a row's gradient ({DPSGD.clip:g}).")
     adversarial: Any = _training(
         None,
         f"{one_of(ATTACKS)}: train on each batch as this attack changes it, by at most --attack-eps, to resist it. "

@@ -24,22 +24,8 @@ import numpy as np
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.description import Machine, stored
 from fusemlp.inputs.arrays import Array
-from fusemlp.runtime.files import (
-    CHECKPOINT,
-    DIGEST,
-    MODEL,
-    check_ending,
-    check_finite,
-    check_tensors,
-    checked_content,
-    checked_metadata,
-    model_file,
-    read_file,
-    reading_file,
-    target_file,
-    to_bytes,
-    write_atomically,
-)
+from fusemlp.runtime import files
+from fusemlp.runtime.files import CHECKPOINT, DIGEST, MODEL, reading_file, target_file, to_bytes, write_atomically
 from fusemlp.runtime.scaling import MEAN, SCALE
 from fusemlp.runtime.session import Session
 from fusemlp.training.history import FitState
@@ -90,7 +76,7 @@ def check_content(engine: Session, content: Mapping[str, Any]) -> None:
     engine.describe_from(content["config"])
     net, shapes = engine.network, engine.network.parameter_shapes()
     if content.get("kind") == MODEL:
-        check_tensors(tensors, shapes)
+        files.check_tensors(tensors, shapes)
         return
     kinds = ["parameter", *(f"state{index}" for index in range(engine.optimizer.rule().state_count))]
     kinds += ["gradient"] if engine.optimizer.accumulate > 1 else []
@@ -99,7 +85,7 @@ def check_content(engine: Session, content: Mapping[str, Any]) -> None:
     expected |= {f"input/{name}": (net.sizes[0],) for name in (MEAN, SCALE) if _of_kind("input", tensors)}
     expected |= {name: (len(tensors[name]), net.sizes[-1]) for name in ("merged/bias",) if name in tensors}
     expected |= {name: (len(tensors[name]),) for name in ("hyper", "stats")}
-    check_tensors(tensors, expected)
+    files.check_tensors(tensors, expected)
     counters = tensors["counters"]
     if counters.dtype != np.int64 or counters.ndim != 1 or (counters < 0).any():
         raise ArgumentError(f"counters: expected a row of whole numbers of at least 0, got {counters}")
@@ -143,11 +129,11 @@ def _restore_training(engine: Trainer, config: Mapping[str, Any], tensors: Mappi
 
 def save_checkpoint(engine: Trainer, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
     """Write the engine's state to ``path`` atomically; see ``Engine.save_checkpoint``."""
-    check_ending(path)
+    files.check_ending(path)
     # the folder may be on the machine of rank 0 alone
     target = target_file(path) if engine.ranks.leads else None
     content = engine_content(engine, _checked_extra(extra))
-    check_finite(_of_kind("parameter", content["tensors"]), CHECKPOINT.name)
+    files.check_finite(_of_kind("parameter", content["tensors"]), CHECKPOINT.name)
     if target is not None:
         write_atomically(target, to_bytes(CHECKPOINT, content["config"], content["tensors"]))
 
@@ -167,7 +153,7 @@ def _checked_extra(extra: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def read_content(path: str | Path) -> dict[str, Any]:
     """Return the checked content of a checkpoint, as from ``engine_content``. Raises CheckpointError."""
-    metadata, tensors = read_file(path, CHECKPOINT)
+    metadata, tensors = files.read_file(path, CHECKPOINT)
     if MODEL.entry in metadata:
         raise CheckpointError(
             f"path: {str(path)!r} is a model that engine.save wrote, without the state of its training, and no "
@@ -178,7 +164,7 @@ def read_content(path: str | Path) -> dict[str, Any]:
             f"path: {str(path)!r} is a safetensors file, but no checkpoint of fusemlp; for parameters alone use "
             "load_state_dict(safetensors.numpy.load_file(path))"
         )
-    return checked_content(path, metadata, tensors, CHECKPOINT)
+    return files.checked_content(path, metadata, tensors, CHECKPOINT)
 
 
 def read_extra(path: str | Path) -> dict[str, Any]:
@@ -195,7 +181,7 @@ RESERVED = {MODEL.entry, DIGEST, CHECKPOINT.entry, "format"}
 
 def save(engine: Session, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
     """Write parameters and description to ``path`` atomically; see ``Engine.save``."""
-    target = model_file(path)
+    target = files.model_file(path)
     content = model_bytes(engine, metadata)
     if engine.ranks.leads:
         write_atomically(target, content)
@@ -203,7 +189,7 @@ def save(engine: Session, path: str | Path, *, metadata: Mapping[str, str] | Non
 
 def model_bytes(engine: Session, metadata: Mapping[str, str] | None = None) -> bytes:
     """Return the content of the file of ``save``."""
-    own = checked_metadata(metadata, RESERVED)
+    own = files.checked_metadata(metadata, RESERVED)
     tensors = engine.state_dict()
-    check_finite(tensors, MODEL.name)
+    files.check_finite(tensors, MODEL.name)
     return to_bytes(MODEL, engine.description(), tensors, **{"format": "pt", **own})

@@ -69,12 +69,7 @@ def fit(engine: Trainer, plan: FitPlan, X: Any, y: Any, sample_weight: Any, vali
 
 
 def fit_loop(
-    engine: Trainer,
-    plan: FitPlan,
-    data: FitData,
-    *,
-    together: bool = False,
-    deadline: float | None = None,
+    engine: Trainer, plan: FitPlan, data: FitData, *, together: bool = False, deadline: float | None = None
 ) -> EpochLoop[FitPolicy]:
     """Return the loop of a fit on checked rows.
 

@@ -135,9 +135,7 @@ def resumed_state(engine: Trainer, plan: FitPlan, batches: int, *, rows: int) ->
     """
     state = engine.fit_state
     if state is None:
-        raise ArgumentError(
-            "resume: this engine has no fit to go on with; load a checkpoint that was written during one"
-        )
+        raise ArgumentError("resume: this engine has no fit to go on with; load a checkpoint written during one")
     begun = state.epoch - state.first_epoch + (1 if state.batch else 0)
     if plan.epochs < begun:
         raise ArgumentError(

@@ -149,9 +149,8 @@ def taken_over(net: MLP, state: Mapping[str, Any], layers: int | None) -> tuple[
             f"source: source or network lacks {', '.join(sorted(differ))}; give zeros for a missing bias, and the "
             "network the activation PReLU() for a slope (1,)"
         )
-    other = {
-        name: tuple(parameters[name].shape) for name, shape in wanted.items() if tuple(parameters[name].shape) != shape
-    }
+    present = {name: tuple(parameters[name].shape) for name in wanted}
+    other = {name: shape for name, shape in present.items() if shape != wanted[name]}
     if other:
         differences = ", ".join(f"{name} is {shape} and in net {wanted[name]}" for name, shape in other.items())
         first = min(map(layer_of, other))

@@ -84,11 +84,9 @@ def checked_validation(
         names = ("validation_data[0]", "validation_data[1]", "validation_data[2]")
         data = engine.inputs.examples(rows[0], rows[1], rows[2] if len(rows) == 3 else None, names, codes=True)
     else:
-        kind = type(rows).__name__
-        received = f"{len(rows)} in a {kind}" if isinstance(rows, tuple | list) else kind
-        raise ArgumentTypeError(
-            f"validation_data: expected (X, y) or (X, y, sample_weight), or batches of them, got {received}"
-        )
+        received = f"{len(rows)} in a " if isinstance(rows, tuple | list) else ""
+        expected = "validation_data: expected (X, y) or (X, y, sample_weight), or batches of them"
+        raise ArgumentTypeError(f"{expected}, got {received}{type(rows).__name__}")
     # the loss refuses here, not at the end of the first epoch
     engine.loss.spec(accuracy=False, soft=data.targets.soft)
     return Validation(data, common)
@@ -106,9 +104,7 @@ def measured(
     validation = _with_metrics(engine, plan, targets, validation, instead)
     monitor, names = plan.monitor, logged(engine, targets, validation)
     if plan.early_stopping is not None and validation is None and monitor is None:
-        raise ArgumentError(
-            f"early_stopping: it watches val_loss, so validation_data=(Xv, yv) or {instead} is needed too"
-        )
+        raise ArgumentError(f"early_stopping: it watches val_loss; give validation_data=(Xv, yv) or {instead} too")
     if isinstance(monitor, str) and monitor.startswith("val_") and validation is None:
         raise ArgumentError(f"monitor: {monitor!r} is of validation rows; give validation_data=(Xv, yv) too")
     if monitor is not None:
@@ -119,10 +115,8 @@ def measured(
 def _with_metrics(
     engine: Session, plan: FitPlan, targets: Targets, validation: Validation | None, instead: str
 ) -> Validation | None:
-    known = {f"val_{name}": name for name in METRICS}
-    named = [
-        known[name] for name in plan.monitors if isinstance(name, str) and name in known and validation is not None
-    ]
+    known = {} if validation is None else {f"val_{name}": name for name in METRICS}
+    named = [known[name] for name in plan.monitors if isinstance(name, str) and name in known]
     if not named and not plan.metrics:
         return validation
     kind = engine.inputs.kind_of(targets if validation is None else validation.data.targets)
