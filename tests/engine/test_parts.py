@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fusemlp.cli.options import SweepOptions, TrainOptions
 from fusemlp.cli.session import prepared_data
-from fusemlp.cli.sweep import planned
+from fusemlp.cli.vary import planned
 from fusemlp.datasets.load import Dataset, load_data
 from fusemlp.datasets.rows import among, folds, hold_out, row_hashes, with_files
 from fusemlp_kernels.errors import ArgumentError, DataError

@@ -3,12 +3,14 @@
 import json
 import math
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pandas
 import pytest
 from scipy.stats import binom
 
+from fusemlp.describe.description import stored
 from fusemlp.report.uncertainty import KEPT, HeldOut
 from fusemlp.sklearn import TableClassifier, TableRegressor
 from fusemlp_kernels.errors import ArgumentError
@@ -82,7 +84,7 @@ def test_sets_of_classes_cover_their_share_and_hold_the_predicted_class():
 def test_bounds_are_the_order_statistics_of_all_errors_or_the_next_ones_kept():
     errors = np.random.default_rng(0).exponential(size=(300, 2))
     held = HeldOut.of(errors)
-    assert HeldOut.from_config(held.to_config()) == held
+    assert stored("held_out", asdict(held), HeldOut) == held
     np.testing.assert_array_equal(held.bound(0.9), np.sort(errors, axis=0)[math.ceil(301 * 0.9) - 1])
     many = np.random.default_rng(0).exponential(size=50_000)
     kept = HeldOut.of(many)
@@ -111,7 +113,7 @@ def test_the_command_writes_intervals(tmp_path, capsys):
     table = rows(out)
     assert list(table[0]) == ["prediction", "low", "high"]
     said = np.array([[float(row[name]) for name in ("low", "prediction", "high")] for row in table])
-    bound = HeldOut.from_config(report["held_out"]).bound(0.8)[0]
+    bound = stored("held_out", report["held_out"], HeldOut).bound(0.8)[0]
     np.testing.assert_allclose(np.diff(said, axis=1), bound, rtol=1e-9)
     estimator = TableRegressor.from_run(tmp_path / "run")
     intervals = estimator.predict_interval(pandas.read_csv(data)[["a", "b"]], coverage=0.8)

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from fusemlp.callbacks.forms import Callback, announce, checked_callbacks, deferred_interrupt, exits, name_of, overrides
+from fusemlp.callbacks.forms import Callback
 from fusemlp.callbacks.loggers import CSVLogger, TensorBoard
 from fusemlp.callbacks.monitors import EarlyStopping, LearningRateScheduler, ModelCheckpoint, ReduceLROnPlateau
 from fusemlp.callbacks.progress import ProgressBar
@@ -24,10 +24,4 @@ __all__ = [
     "ReduceLROnPlateau",
     "TensorBoard",
     "WandB",
-    "announce",
-    "checked_callbacks",
-    "deferred_interrupt",
-    "exits",
-    "name_of",
-    "overrides",
 ]

@@ -131,9 +131,7 @@ def _method(listener: Any, stage: str) -> Any:
 
 def overrides(callback: Any, stage: str) -> bool:
     """Return whether a callback has a method for a stage."""
-    if isinstance(callback, KerasForm):
-        return bool(callback.methods(stage))
-    return _method(callback, stage) is not None
+    return bool(callback.methods(stage) if isinstance(callback, KerasForm) else _method(callback, stage))
 
 
 def checked_callbacks(callbacks: Any) -> list[Any]:

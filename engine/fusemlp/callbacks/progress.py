@@ -124,10 +124,7 @@ class ProgressBar(Watching):
             self._latest = None
 
     def _arrange(self, logs: Mapping[str, float]) -> str:
-        """Use the widest layout that fits, and return its figures.
-
-        A line that became narrower stays so, or it would flicker with the digits, unless the terminal is resized.
-        """
+        """Return the figures of the widest layout that fits; a line stays narrow until the terminal is resized."""
         width, names = self._bar.console.width, by_importance(logs)
         if width != self._width:
             self._width, self._layout = width, 0

@@ -315,10 +315,7 @@ for _name, _options in COMMANDS.items():
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
-    """Time training steps beside PyTorch, JAX and scikit-learn: [bold]fusemlp bench --quick[/bold], in a checkout.
-
-    All options are those of python -m bench; see fusemlp bench --help.
-    """
+    """Time training steps beside PyTorch, JAX and scikit-learn, in a checkout: the options of python -m bench."""
     raise typer.Exit(run_bench(context.args))
 
 
@@ -330,10 +327,7 @@ def exit_code(error: FusemlpError) -> int:
 
 
 def one_line(error: FusemlpError) -> str:
-    """The message, an argument that is an option called by the name it has here: ``--batch-size``.
-
-    A message on several mistakes of a file keeps a line for each.
-    """
+    """Return the message on a line, an argument called as its option here; several mistakes keep a line each."""
     message = "\n  ".join(" ".join(part.split()) for part in str(error).split("\n  "))
     name, colon, rest = message.partition(": ")
     option = _options_of_all().get(name) if exit_code(error) == 2 else None

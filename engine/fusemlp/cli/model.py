@@ -16,7 +16,7 @@ from fusemlp.datasets.load import load_features, load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import among, network_inputs
 from fusemlp.describe.adversarial import Attack
-from fusemlp.describe.description import reading
+from fusemlp.describe.description import reading, stored
 from fusemlp.describe.network import MLP
 from fusemlp.describe.text import aligned, listed
 from fusemlp.engine import Engine, load, load_checkpoint
@@ -91,7 +91,7 @@ def _held_out(options: PredictOptions, coverage: float, config: Mapping[str, Any
             reason = f"has no errors of held-out rows, because {cause}"
         raise ArgumentError(f"interval: the report of {str(options.run)!r} {reason}")
     with reading(str(Run(options.run).report), "train again, or leave out --interval"):
-        held = HeldOut.from_config(report["held_out"])
+        held: HeldOut = stored("held_out", report["held_out"], HeldOut)
     try:
         held.bound(coverage)
     except ArgumentError as error:
@@ -182,8 +182,7 @@ def evaluate(options: EvaluateOptions) -> None:
 
 
 def before_final_fit(options: Judging, notes: list[str]) -> Judging:
-    """Return the options with the weights best in place of a model that ``--final-fit`` trained on the test rows too,
-    unless ``--data`` gives other rows; ``notes`` takes a line on it."""
+    """Return the options, with the weights best, noted, if ``--final-fit`` trained the model on the test rows too."""
     if getattr(options, "data", None) is not None or options.weights != "model":
         return options
     if "final_fit" not in read_json(Run(options.run).report):

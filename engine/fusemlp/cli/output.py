@@ -178,10 +178,7 @@ VARIABLES = {"mlflow": ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "MLFLO
 
 
 def tracker_of(options: OutputOptions, name: str, run_id: str | None = None) -> Tracker | None:
-    """Return the tracker of ``--track``, not open yet, or None; check the name and that its library is installed.
-
-    ``name`` is that of a new run; ``run_id`` continues an old one.
-    """
+    """Return the checked tracker of ``--track``, not open yet, or None; ``run_id`` continues an old run."""
     if options.track is None:
         return None
     kind = check_choice("track", options.track, TRACKERS)

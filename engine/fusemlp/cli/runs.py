@@ -256,10 +256,7 @@ def plot(options: PlotOptions) -> None:
 
 
 def names(paths: Sequence[Path]) -> list[str]:
-    """Return labels for the runs: the names of their folders, or whole paths if names repeat.
-
-    A folder that is given twice has a number at its second label.
-    """
+    """Return labels for the runs: their folders' names, whole paths where these repeat, numbers where paths do."""
     labels = [path.resolve().name for path in paths]
     if len(set(labels)) < len(labels):
         labels = [str(path) for path in paths]

@@ -90,10 +90,7 @@ def write_beginning(
 
 
 def stored_options(options: OutputOptions) -> dict[str, Any]:
-    """Return the options with absolute paths of the data and of another run: a run may be opened from another folder.
-
-    A data set keeps its name.
-    """
+    """Return the options with absolute paths of files and of another run: a run may be opened from another folder."""
     files = {name: getattr(options, name, None) for name in ("data", "validation", "test", "transfer_from")}
     absolute = {name: file if file in NAMES else str(Path(file).absolute()) for name, file in files.items() if file}
     return asdict(options) | absolute
@@ -112,10 +109,7 @@ MOST_PRINTED = 24
 
 
 def column_records(prepared: Prepared) -> list[dict[str, Any]]:
-    """Return for each column of a table its name, what it became, its number of inputs, missing share and a note.
-
-    The list is empty for data without named columns.
-    """
+    """Return for each column of a table its name, what it became, its inputs, its missing share and a note."""
     preprocessor = prepared.preprocessor
     inputs: Counter[str] = Counter()
     for name, width in zip(preprocessor.sources, preprocessor.widths, strict=True):

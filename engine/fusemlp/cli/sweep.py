@@ -169,8 +169,7 @@ def _spelled(parameters: Any) -> str:
 
 
 def trained(plan: Plan, run: Run, listener: Events, known: Sequence[Member]) -> tuple[list[Member], bool]:
-    """Train the models that are not ``known``; return all that have ended in the order of the points, and True if
-    Ctrl-C came before the end."""
+    """Train the models that are not ``known``; return all that have ended, in order, and whether Ctrl-C came first."""
     options = plan.options
     members = {member.index: member for member in known}
     left = [index for index in range(len(plan.points)) if index not in members]

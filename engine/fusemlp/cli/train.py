@@ -109,9 +109,7 @@ _FREE |= {"epochs", "backend", "device"}
 
 
 def going_on(options: TrainOptions) -> tuple[TrainOptions, bool]:
-    """Return the options, and False; for processes that torchrun has started again those that resume the run of their
-    job, and True. All processes get the same.
-    """
+    """Return the options, and whether they resume the job's run after a restart by torchrun; on all ranks alike."""
     count, most = restarts()
     if not most:
         return options, False

@@ -57,16 +57,11 @@ class Axis:
 
 def spelled_value(value: Any) -> str:
     """Return a value in the syntax of ``--vary``."""
-    if isinstance(value, tuple):
-        return "x".join(map(repr, value)) or "none"
-    return repr(value)
+    return "x".join(map(repr, value)) or "none" if isinstance(value, tuple) else repr(value)
 
 
 def parsed_axes(words_of: Sequence[str], *, seeds: int | None = None, first: int = 0) -> tuple[Axis, ...]:
-    """Parse each ``--vary``; ``seeds`` adds as many seeds, from ``first`` on, as the last parameter.
-
-    Raises ArgumentError for bad syntax, unknown names and names given twice.
-    """
+    """Return each ``--vary`` parsed, and as the last ``seeds`` seeds from ``first`` on; ArgumentError for others."""
     if not words_of and seeds is None:
         raise ArgumentError(f"vary: say what the models differ in: --vary {FORMS}")
     by_name: dict[str, Axis] = {}

@@ -161,7 +161,14 @@ def read_idx(path: Path) -> Array:
     dimensions, a 32-bit length for each, then the elements in row-major order; all big-endian.
     """
     types = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-    content = _read_bytes(path)
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path}: expected an IDX file{' compressed by gzip' if path.suffix == '.gz' else ''}, but it "
+            f"cannot be read ({reason(error)}); fetch it again"
+        ) from error
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in types or not content[3]:
         raise DataError(
             f"{path}: expected an IDX file, beginning with the bytes 00 00, a type code (08 for bytes) and "
@@ -181,12 +188,7 @@ def read_idx(path: Path) -> Array:
 
 
 def read_idx_pair(folder: Path, prefix: str) -> tuple[Array, Array] | None:
-    """Return images and labels of a folder in MNIST's layout, None if it has neither; ``prefix`` is "train" or
-    "t10k".
-
-    The file names are ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``, with "-" or "." before
-    "idx", plain or with ``.gz``.
-    """
+    """Return images and labels of a folder in MNIST's layout, None if it has neither; ``prefix``: "train" or "t10k"."""
     names = f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
     paths = []
     for name in names:
@@ -206,14 +208,3 @@ def read_idx_pair(folder: Path, prefix: str) -> tuple[Array, Array] | None:
             f"{images_path.name} and labels of shape {labels.shape} in {labels_path.name}"
         )
     return images, labels
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path}: expected an IDX file{' compressed by gzip' if path.suffix == '.gz' else ''}, but it "
-            f"cannot be read ({reason(error)}); fetch it again"
-        ) from error

@@ -206,8 +206,7 @@ class Column:
         return numbers
 
     def _dates(self, texts: Any) -> Array:
-        order = self.kind
-        assert order is not None
+        order = self.kind or ""
         if order == "ymd":
             try:
                 present = pc.if_else(_among(texts, _NO_DATE), _NULL, texts)
@@ -222,8 +221,7 @@ class Column:
         for row in np.flatnonzero(wrong[codes]).tolist():
             text = words[codes[row]]
             self._wrong(row, f"{text!r} is not a date such as {EXAMPLES[order]}; correct or delete it")
-        table: Array = np.array([m or "NaT" for m in moments], "datetime64[us]")
-        return table[codes]
+        return np.array([m or "NaT" for m in moments], "datetime64[us]")[codes]
 
     def _wrong(self, row: int, text: str) -> None:
         self.problems.add(self.name, self.rows + row, text)
@@ -256,8 +254,7 @@ class Column:
                     f"column {self.name!r} holds words, such as {word!r}, and numbers, such as {cell!r}: all are taken "
                     "as words"
                 )
-        column: Array = texts[whole]
-        return column
+        return np.asarray(texts[whole])
 
 
 class Target:
@@ -293,8 +290,7 @@ class Target:
                 rows = np.flatnonzero(~self.missing)
                 check_finite(self.name, values, rows, self.problems)
             values = values.astype(np.int64) if values.dtype.kind == "i" else values
-            labels: Array = values.astype(str) if words else values
-            return labels
+            return np.asarray(values, str if words else values.dtype)
         if not (is_text(whole.type) or pa.types.is_null(whole.type)):
             refuse_type(self.name, present, self.problems)
             return np.empty(0, str)

@@ -85,9 +85,6 @@ class Dataset:
         others = (part[1] for part in (self.validation, self.test) if part is not None)
         return np.unique(np.concatenate([self.y, *others]))
 
-    def __repr__(self) -> str:
-        return f"Dataset({self.name!r}, X {self.X.shape}, y {self.y.shape} {self.y.dtype}, {self.task})"
-
 
 @dataclass(frozen=True)
 class ColumnChoices:
@@ -115,13 +112,8 @@ class ColumnChoices:
     def options(self) -> dict[str, Collection[str]]:
         """Return the named columns of each option of the command line."""
         single = {"group": self.group, "time": self.time}
-        return {
-            "drop": self.drop,
-            "keep": self.keep,
-            "categorical": self.categorical,
-            "id": self.ids,
-            **{name: () if column is None else (column,) for name, column in single.items()},
-        }
+        several = {"drop": self.drop, "keep": self.keep, "categorical": self.categorical, "id": self.ids}
+        return several | {name: () if column is None else (column,) for name, column in single.items()}
 
     def check(self, path: Place, names: Collection[str], target: str) -> None:
         """Raise unless the table has the named columns, and no column has two parts that exclude each other."""
@@ -157,8 +149,7 @@ def roles(
     reasons: Mapping[str, str],
 ) -> tuple[Role, ...]:
     """Return the role of each column; ``table`` holds those that were read, ``reasons`` those to leave some out."""
-    aside: dict[str | None, str] = {columns.time: "time", columns.group: "group"}
-    aside |= dict.fromkeys(columns.ids, "id")
+    aside: dict[Any, str] = {columns.time: "time", columns.group: "group", **dict.fromkeys(columns.ids, "id")}
     parts = []
     for name in names:
         kind, note = aside.get(name, "dropped"), ""

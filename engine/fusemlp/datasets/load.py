@@ -137,10 +137,7 @@ def _read_like(
     target: str | None = None,
     ids: dict[str, Array] | None = None,
 ) -> tuple[Features, dict[str, Array]]:
-    """Return the features of a table that has the columns of the training, and its columns.
-
-    If the columns of the training had no names, the file has no header.
-    """
+    """Return the features of a table by the training's columns, and its columns; no names mean no header."""
     names = like.feature_names
     if form.header is None and names and all(re.match(r"column_\d+\b", name) for name in names):
         form = replace(form, header=False)

@@ -142,6 +142,7 @@ class Preprocessor:
         if missing.any():
             X = np.where(missing, _numbers(fill), X)
         shift, factor = statistics(X, scale, dataset.feature_names)
+        of = {"quantile": knots, "piecewise": edges}.get(scale)
         # The parts of a date are missing together: its first part marks it.
         sources = sources_of(dataset.feature_names, dict(dataset.dates))
         first = np.array([index == 0 or name != sources[index - 1] for index, name in enumerate(sources)])
@@ -177,7 +178,7 @@ class Preprocessor:
             dates=dataset.dates,
             ids=tuple(dataset.ids),
             unused=tuple(role.name for role in dataset.roles if role.kind in UNUSED),
-            feature_knots=_knots(X, numbers, scale),
+            feature_knots=tuple(of(X[:, at]) if number else None for at, number in enumerate(numbers)) if of else (),
             target_log=log_targets and classes is None,
             target_low=low,
             joins_spellings=dataset.joins_spellings,
@@ -284,27 +285,18 @@ class Preprocessor:
                 scaled[:, column] = by_quantiles(features[:, column], at)
         if numbers.all() and self.width == len(names):
             return scaled
-        codes: Features = np.empty((len(features), self.coding.slots))
-        slot = 0
+        slots: list[Array] = []
         for column, (words, inputs) in enumerate(zip(self.categories, self.widths, strict=True)):
             if words is not None:
                 indices = self._codes_of_words(column, features[:, column], missing[:, column])
-                if inputs:
-                    codes[:, slot] = indices
-                    slot += 1
+                slots += [indices] if inputs else []
                 continue
             pieces = self.pieces(column)
             at = self.feature_knots[column] if pieces > 1 else None
-            if at is not None:
-                codes[:, slot : slot + 2] = by_pieces(features[:, column], at)
-                slot += 2
-            else:
-                codes[:, slot] = scaled[:, column]
-                slot += 1
-            if inputs > pieces:
-                codes[:, slot] = missing[:, column]
-                slot += 1
-        return codes
+            slots += [scaled[:, column]] if at is None else [*by_pieces(features[:, column], at).T]
+            slots += [missing[:, column]] if inputs > pieces else []
+        # words alone may have no input
+        return np.column_stack([np.empty((len(features), 0)), *slots])
 
     def _codes_of_words(self, column: int, cells: Array, missing: Array) -> Array:
         """Return the input of each cell's word among those of its column, -1 for none."""
@@ -325,8 +317,7 @@ class Preprocessor:
             values = as_values("y", y, width=self.outputs, rows=None, dtype=np.float64)
             if self.target_log:
                 values = np.log(np.maximum(values, self.target_low))
-            scaled: Array = (values - np.array(self.target_shift)) / np.array(self.target_scale)
-            return scaled
+            return np.asarray((values - np.array(self.target_shift)) / np.array(self.target_scale))
         codes = self.class_codes(y)
         return np.eye(len(self.classes))[codes] if self.one_hot_targets else codes
 
@@ -353,22 +344,17 @@ class Preprocessor:
                 f"y: the label {labels[row].item()!r} in row {row} is not one of the {len(classes)} classes of "
                 f"the training data: {', '.join(map(repr, classes[:20]))}; correct it or train again"
             )
-        encoded: Array = np.array(known, np.int64)[codes]
-        return encoded
+        return np.asarray(np.array(known, np.int64)[codes])
 
     def decode_predictions(self, predictions: Any) -> Array:
         """Transform class indices (n,) into labels, and values (n,) or (n, targets) into their original units."""
         if self.classes is not None:
             codes = as_class_labels("predictions", predictions, classes=len(self.classes), rows=None)
-            labels: Array = np.array(self.classes)[codes]
-            return labels
+            return np.asarray(np.array(self.classes)[codes])
         values = to_array("predictions", predictions)
-        values = values.reshape(len(values), -1) * np.array(self.target_scale)
-        values += np.array(self.target_shift)
-        if self.target_log:
-            values = np.exp(values)
-        result: Array = values[:, 0] if self.outputs == 1 else values
-        return result
+        values = values.reshape(len(values), -1) * np.array(self.target_scale) + np.array(self.target_shift)
+        values = np.exp(values) if self.target_log else values
+        return np.asarray(values[:, 0] if self.outputs == 1 else values)
 
     def to_config(self) -> dict[str, Any]:
         """Return plain numbers, strings and tuples; ``from_config`` gives an equal Preprocessor."""
@@ -401,12 +387,6 @@ class Preprocessor:
         except ValueError as error:
             raise CheckpointError(f"preprocessor: expected JSON, got {text[:40]!r} ({error})") from error
         return cls.from_config(config)
-
-
-def _knots(X: Features, numbers: npt.NDArray[np.bool_], scale: str) -> tuple[Knots | None, ...]:
-    """Return what quantile and piecewise scaling know of each column."""
-    of = {"quantile": knots, "piecewise": edges}.get(scale)
-    return tuple(of(X[:, column]) if number else None for column, number in enumerate(numbers)) if of else ()
 
 
 def _numbers(fill: Sequence[float | None]) -> Features:

@@ -146,10 +146,7 @@ def _last(times: Array, fraction: float) -> tuple[Indices, Indices]:
 
 
 def _groups(groups: Array, y: Array, fraction: float, seed: int) -> tuple[Indices, Indices]:
-    """Hold out whole groups: of some random orders, the first groups that come closest to ``fraction`` of each class.
-
-    Rows without a group are one group.
-    """
+    """Hold out whole groups: of some random orders the first groups that come closest to ``fraction`` of each class."""
     names, codes = different(groups)
     if len(names) < 2:
         raise DataError(

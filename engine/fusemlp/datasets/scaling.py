@@ -41,10 +41,8 @@ def statistics(values: Matrix, scale: str, names: Sequence[str]) -> tuple[Matrix
         elif scale == "standard":
             shift, factor = _moments(values)
         else:
-            from sklearn.preprocessing import MinMaxScaler
-
-            minmax = MinMaxScaler().fit(values)
-            shift, factor = minmax.data_min_, np.where(minmax.data_range_ == 0, 1.0, minmax.data_range_)
+            shift, spread = values.min(axis=0), np.ptp(values, axis=0)
+            factor = np.where(spread == 0, 1.0, spread)
     unusable = ~(np.isfinite(shift) & np.isfinite(factor) & (factor > 0))
     if unusable.any():
         column = int(np.argmax(unusable))
@@ -91,10 +89,7 @@ def clipped(scaled: Matrix) -> Matrix:
 
 
 def knots(values: Matrix) -> Knots:
-    """Return points of a column's quantile function: values in rising order, and the normal scores that replace them.
-
-    A value that is several quantiles has the mean of their scores.
-    """
+    """Return rising values of a column's quantile function, and their normal scores: of a repeated value the mean."""
     from scipy.special import ndtri
 
     count = min(QUANTILES, len(values))

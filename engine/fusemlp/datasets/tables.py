@@ -216,9 +216,8 @@ def _shown(book: Any) -> Any:
 
 def _text(cell: Any) -> str:
     """Return the text of a cell as a csv file has it."""
-    if cell is None or cell in _ERRORS:
-        return ""
-    return cell.isoformat() if hasattr(cell, "isoformat") else str(cell)
+    text = cell.isoformat() if hasattr(cell, "isoformat") else str(cell)
+    return "" if cell is None or cell in _ERRORS else text
 
 
 # A piece of a table has at least this many rows, which tell the kinds of its columns.

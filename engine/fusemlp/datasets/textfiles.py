@@ -130,9 +130,29 @@ def open_text(path: Path, form: Form) -> OpenTable:
                     yield reader.line_num, row
 
     def batches(columns: Sequence[int], ragged: Callable[[], object]) -> Iterator[Any]:
-        if _is_plain(path, sep, encoding, marks):
-            return _arrow_batches(path, sep, encoding, len(names), columns, ragged, header=header, size=size)
-        return as_batches(records(), len(names), columns, ragged)
+        if not _is_plain(path, sep, encoding, marks):
+            yield from as_batches(records(), len(names), columns, ragged)
+            return
+        import pyarrow
+        from pyarrow import csv as arrow
+
+        def skip(row: Any) -> str:
+            ragged()
+            return "skip"
+
+        places = [str(column) for column in range(len(names))]
+        chosen = [places[column] for column in columns]
+        read = arrow.ReadOptions(
+            block_size=size,
+            column_names=places,
+            skip_rows_after_names=int(header),
+            encoding="utf8" if encoding == "utf-8-sig" else encoding,
+        )
+        parse = arrow.ParseOptions(delimiter=sep, newlines_in_values=True, invalid_row_handler=skip)
+        types = dict.fromkeys(chosen, pyarrow.string())
+        convert = arrow.ConvertOptions(column_types=types, include_columns=chosen, strings_can_be_null=False)
+        with _open(path) as raw, arrow.open_csv(raw, read, parse, convert) as reader:
+            yield from reader
 
     said = _said(path, sep, decimal, encoding, header=header or form.header is False)
     return OpenTable(names, batches, decimal, records, sep, said)
@@ -188,52 +208,8 @@ def text_array(texts: Sequence[str]) -> Any:
     return pyarrow.StringArray.from_buffers(len(texts), pyarrow.py_buffer(ends), pyarrow.py_buffer(b"".join(encoded)))
 
 
-def _arrow_batches(
-    path: Path,
-    sep: str,
-    encoding: str,
-    width: int,
-    columns: Sequence[int],
-    ragged: Callable[[], object],
-    *,
-    header: bool,
-    size: int,
-) -> Iterator[Any]:
-    import pyarrow
-    from pyarrow import csv as arrow
-
-    def skip(row: Any) -> str:
-        ragged()
-        return "skip"
-
-    names = [str(column) for column in range(width)]
-    chosen = [names[column] for column in columns]
-    with (
-        _open(path) as raw,
-        arrow.open_csv(
-            raw,
-            arrow.ReadOptions(
-                block_size=size,
-                column_names=names,
-                skip_rows_after_names=int(header),
-                encoding="utf8" if encoding == "utf-8-sig" else encoding,
-            ),
-            arrow.ParseOptions(delimiter=sep, newlines_in_values=True, invalid_row_handler=skip),
-            arrow.ConvertOptions(
-                column_types=dict.fromkeys(chosen, pyarrow.string()),
-                include_columns=chosen,
-                strings_can_be_null=False,
-            ),
-        ) as reader,
-    ):
-        yield from reader
-
-
 def number(text: str, decimal: str = ".") -> float | None:
-    """Return the number that a cell holds, None for other text.
-
-    Thousands may be marked, a currency sign may stand on either side; 12% is 0.12.
-    """
+    """Return the number that a cell holds, with thousands, a currency or a percent sign (12% is 0.12); else None."""
     if decimal == ".":
         try:
             return float(text)
@@ -300,10 +276,7 @@ def _inspect(path: Path, charset: str | None) -> tuple[str, bytes]:
 
 
 def _is_plain(path: Path, sep: str, encoding: str, marks: bytes) -> bool:
-    """Return whether Arrow reads the file as Python's csv module does, which is more exact and slower.
-
-    It does unless quotes stand in the middle of a field, after a space or without an end.
-    """
+    """Return whether Arrow reads quotes as the slower csv module: none in a field, after a space or without an end."""
     ends = b"\n" in marks or b"\r" in marks
     if not ends or sep == " " or not sep.isascii() or _ASCII.decode(encoding, "replace") != _ASCII.decode("ascii"):
         return False

@@ -33,17 +33,10 @@ MOST_MODELS = 100_000
 NAMES = (*OF_OPTIMIZER, *OF_NETWORK, *OF_LOSS, *OF_ENGINE)
 # Other libraries' names, where the spelling does not lead to ours.
 ELSEWHERE = {
-    "learning_rate": "lr",
-    "learning_rate_init": "lr",
-    "alpha": "weight_decay",
-    "l2": "weight_decay",
-    "hidden_layer_sizes": "hidden",
-    "sizes": "hidden",
-    "layers": "hidden",
-    "beta1": "betas",
-    "beta2": "betas",
-    "beta_1": "betas",
-    "beta_2": "betas",
+    **dict.fromkeys(("learning_rate", "learning_rate_init"), "lr"),
+    **dict.fromkeys(("alpha", "l2"), "weight_decay"),
+    **dict.fromkeys(("hidden_layer_sizes", "sizes", "layers"), "hidden"),
+    **dict.fromkeys(("beta1", "beta2", "beta_1", "beta_2"), "betas"),
     "random_state": "seed",
 }
 
@@ -78,7 +71,7 @@ def combinations(vary: Vary) -> list[dict[str, Any]]:
             check_name("vary", name)
             # a 0-d array claims to be iterable
             if isinstance(values, str) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
-                raise ArgumentTypeError(f"vary[{name!r}]: expected a sequence of values, got {values!r}; use a list")
+                raise ArgumentTypeError(f"vary[{name!r}]: expected a sequence, got {values!r}; give [{values!r}]")
             columns.append(list(values))
             if not columns[-1]:
                 raise ArgumentError(f"vary[{name!r}]: there are no values, so the fleet would have no model")
@@ -202,10 +195,7 @@ def _optimizer(optimizer: Optimizer, changes: dict[str, Any]) -> Optimizer:
 
 
 def as_rows(argument: str, rows: Sequence[Any] | None, models: int, count: int) -> list[Array] | None:
-    """Return the row numbers (m,) int64 of each model, of ``count`` rows; None for all rows.
-
-    Raises ArgumentError for a number of lists other than ``models``, or for what are no row numbers.
-    """
+    """Return each model's row numbers (m,) int64 below ``count``, None for all rows; ArgumentError for other lists."""
     if rows is None:
         return None
     lists = list(rows)

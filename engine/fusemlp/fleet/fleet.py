@@ -149,8 +149,7 @@ class Fleet:
         return len(self.candidates)
 
     def part(self, numbers: Sequence[int]) -> Fleet:
-        """Return an untrained fleet of the models of these numbers; one alone trains in this process, on the first card
-        of ``devices``."""
+        """Return an untrained fleet of the models of these numbers; one alone trains here, on the first device."""
         fleet = copy(self)
         fleet.candidates = tuple(self.candidates[number] for number in numbers)
         fleet._initial = [self._initial[number] for number in numbers]
@@ -344,8 +343,7 @@ class Fleet:
         return self.results
 
     def _next_part(self, start: int, most: int | None) -> dict[int, Engine]:
-        """Return the engines from ``start`` on that fit in ``most`` bytes, at least one; in parts the fleet keeps no
-        reference to them."""
+        """Return the engines from ``start`` on that fit in ``most`` bytes, at least one; parts are not kept."""
         engines: list[Engine] = []
         taken = 0
         for index in range(start, len(self)):

@@ -13,7 +13,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from fusemlp.callbacks import deferred_interrupt
+from fusemlp.callbacks.forms import deferred_interrupt
 from fusemlp.inputs.arrays import Array
 from fusemlp.program.layout import ALIGNMENT_BYTES, placement
 from fusemlp.program.program import Program, resolve
@@ -55,10 +55,7 @@ def common_plan(engines: Sequence[Engine], batch_size: int, plan: str = "auto") 
 
 
 def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[LaunchGroup, list[int]]]:
-    """Set the plans of ``engines``, and return the groups that train in one launch, each with its keys in ``engines``.
-
-    There are none on a backend that does not train several models in one launch.
-    """
+    """Set the plans of ``engines``, and return the groups that share a launch, each with its keys; none on a CPU."""
     if not shares_launches(next(iter(engines.values())).memory.backend.traits):
         return []
     by_signature: dict[Any, list[int]] = {}
@@ -76,10 +73,7 @@ def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[LaunchGroup,
 
 
 class Places:
-    """Stands in for a bound program: knows where a model of a group finds its rows. The group's launch runs the steps.
-
-    The model's data starts at row ``first`` of the group's.
-    """
+    """Stands in for a bound program of a group's launch; the model's data starts at row ``first`` of the group's."""
 
     def __init__(self, memory: Memory, rows: Any, epoch_stats: Any | None, chunk: int, first: int) -> None:
         self.arrays = {**memory.arrays, "rows": rows} | ({} if epoch_stats is None else {"epoch_stats": epoch_stats})
@@ -114,10 +108,7 @@ class LaunchGroup:
         return kept and len(set(map(signature, self.engines))) == 1
 
     def take_rows(self, loops: Sequence[EpochLoop[Any]], firsts: Sequence[int] | None = None) -> None:
-        """Allocate the rows of a launch, and bind each model's loop to its own; ``firsts``: see ``Places``.
-
-        The loops may get fewer epochs at once.
-        """
+        """Allocate the rows of a launch, and bind the loops to theirs, perhaps with fewer epochs at once."""
         allocate, models = self._backend.allocate, len(loops)
         # whole batches
         lengths = [loop.batches * loop.batch_size for loop in loops]
@@ -136,10 +127,7 @@ class LaunchGroup:
             loop.bound = Places(self.engines[index].memory, self._rows[index], stats, chunk, first)
 
     def bind(self, programs: Sequence[Program], data: Mapping[str, Any]) -> GroupLaunch:
-        """Return the launch, which takes each model's number of steps, from the models' resident programs.
-
-        ``data`` has x, target and perhaps weight on the device.
-        """
+        """Return the launch of the models' resident programs on device arrays ``data``; it takes each model's steps."""
         backend, models = self._backend, len(self.engines)
         shared = {**data, "class_weight": self.engines[0].class_weight}
         calls = []

@@ -165,10 +165,8 @@ def merged_members(members: Sequence[Member], folds: Sequence[Fold] = ()) -> tup
 
 
 def mean_history(histories: Sequence[History]) -> History:
-    """Return the means of each epoch; a model that has stopped counts with its best epoch.
-
-    One without a whole epoch counts only if all are.
-    """
+    """Return the means of each epoch; a model that has stopped counts with its best epoch."""
+    # one without a whole epoch counts only if all are
     histories = [history for history in histories if history.epochs] or histories
     first = histories[0]
     mean = History(chance_loss=first.chance_loss, in_use=list(first.in_use))

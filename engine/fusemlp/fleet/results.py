@@ -24,8 +24,7 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceE
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """A model without its engine: its parameters, by the names of ``state_dict``, its history, and the privacy that it
-    has spent."""
+    """A model without its engine: parameters by the names of ``state_dict``, history, and privacy spent."""
 
     candidate: Candidate
     machine: Mapping[str, Any]
@@ -76,11 +75,9 @@ class Member:
 
     def __repr__(self) -> str:
         # short: ``engine`` and ``history`` have the rest
-        scores = ", ".join(f"{name}={value:.5g}" for name, value in self.scores.items())
-        return (
-            f"Member({self.index}: {self.parameters}, {self.status}, epochs={len(self.history.epochs)}"
-            f"{', ' if scores else ''}{scores})"
-        )
+        ending = self.status, f"epochs={len(self.history.epochs)}"
+        scores = (f"{name}={value:.5g}" for name, value in self.scores.items())
+        return f"Member({self.index}: {', '.join([str(self.parameters), *ending, *scores])})"
 
 
 def scores_of(history: History, *, restored: bool) -> dict[str, float]:
@@ -132,10 +129,7 @@ class FleetResults:
         return "val_loss" if any("val_loss" in member.scores for member in self.members) else "loss"
 
     def ranked(self, metric: str | None = None) -> list[Member]:
-        """Return the models from best to worst by a score ("val_loss", "val_accuracy", ...), those that diverged last.
-
-        The property ``metric`` breaks ties, then the order of ``vary``.
-        """
+        """Return the models from best to worst by a score, then by ``self.metric``, then in order; diverged last."""
         chosen = self.metric if metric is None else metric
         known = {name: None for member in self.members for name in member.scores}
         if known and chosen not in known:
@@ -215,10 +209,7 @@ class FleetResults:
     def columns(
         self, metric: str | None = None, *, means: bool = False, points: Sequence[Point] | None = None
     ) -> dict[str, list[Any]]:
-        """Return the columns of ``table`` with a value for each row, None for what a model lacks.
-
-        ``points`` are those of ``combinations``.
-        """
+        """Return the columns of ``table``, None for what a model lacks; ``points`` are those of ``combinations``."""
         ranked, known = self.ranked(metric), self._points(points)
         # parameters before scores; models of a list need not all have the same parameters
         parameters = dict.fromkeys(name for point in known.values() for name in point)
@@ -324,9 +315,7 @@ class Combination:
     @property
     def status(self) -> str:
         """The status of the best member, or the number of members that diverged."""
-        if 0 < self.diverged < len(self.members):
-            return f"{self.diverged} diverged"
-        return self.members[0].status
+        return f"{self.diverged} diverged" if 0 < self.diverged < len(self.members) else self.members[0].status
 
     def scores(self, name: str) -> list[float]:
         """Return the finite values of a score, of the members that did not diverge."""

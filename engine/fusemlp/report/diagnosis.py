@@ -187,10 +187,7 @@ def overfitting(
 
 
 def dead_units(fractions: Mapping[str, float], **advice: Any) -> Finding | None:
-    """Find dead ReLU units: they are zero for every row and learn nothing.
-
-    ``fractions``: for each layer the share of such units; a finding needs one above ``DEAD_FRACTION``.
-    """
+    """Find layers with a share of units that are zero for every row, and learn nothing, above ``DEAD_FRACTION``."""
     high = {layer: share for layer, share in fractions.items() if share > DEAD_FRACTION}
     if not high:
         return None

@@ -213,9 +213,7 @@ class Evidence:
     def spelled(self, at: int, feature: int) -> str:
         """Return a cell of the row at a place as text; empty if it is missing."""
         value, words = float(self.cells[at, feature]), self.preprocessor.categories[feature]
-        if value != value:
-            return ""
-        return f"{value:.6g}" if words is None else words[int(value)]
+        return "" if value != value else f"{value:.6g}" if words is None else words[int(value)]
 
 
 def robust_score(

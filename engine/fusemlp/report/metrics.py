@@ -53,10 +53,7 @@ def judge(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array) 
 def score(
     engine: Session, preprocessor: Preprocessor, X: Array, labels: Array, weight: Any = None
 ) -> tuple[dict[str, Any], Judged]:
-    """Return loss and scores of the model on rows, and the predictions that they are of.
-
-    X is the network's input, labels are those of the data.
-    """
+    """Return the model's loss and scores on rows, and its predictions; X is the network's input, labels the data's."""
     y, judged = preprocessor.encode_targets(labels), judge(engine, preprocessor, X, labels)
     report: dict[str, Any] = {"rows": len(X), "loss": engine.inference.evaluate(X, y, weight)["loss"]}
     report |= figures(judged, probable=engine.loss.is_classification)
@@ -75,10 +72,7 @@ def figures(judged: Judged, *, probable: bool) -> dict[str, float]:
 
 
 def class_figures(codes: Array, predicted: Array, names: Sequence[str]) -> dict[str, Any]:
-    """Return scores of each class, and the confusion matrix: a row a true class, a column a predicted one.
-
-    A class without predictions has precision 0, a class without rows recall 0.
-    """
+    """Return scores of each class, 0 where undefined, and the confusion matrix with a row for each true class."""
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     every = np.arange(len(names))

@@ -97,8 +97,7 @@ def onnx_bytes(
 
 
 def _mean_of_members(graph: Graph, name: str, engine: Session, parameters: Mapping[str, Array]) -> str:
-    """Append the layers of a network with members, arrays (members, rows, N), and their mean prediction, which is that
-    of ``runtime.forward.combined``; return its name."""
+    """Append layers with members, arrays (members, rows, N), and ``runtime.forward.combined``; return its name."""
     net, kind = engine.network, engine.loss.kind
 
     def factor(tensor: str) -> str:

@@ -38,10 +38,7 @@ FUNCTIONS = {
 
 
 class Graph:
-    """The nodes, constants, inputs and outputs of a graph of one element type.
-
-    ``reserved`` are names that no input may have.
-    """
+    """The nodes, constants, inputs and outputs of a graph of one element type; no input has a ``reserved`` name."""
 
     def __init__(self, real: np.dtype[Any], reserved: Iterable[str]) -> None:
         try:
@@ -166,8 +163,7 @@ class Graph:
         about = engine.description()
         own = json.dumps({name: about[name] for name in ("version", "network", "loss")})
         helper.set_model_props(model, {"fusemlp": own, **metadata})
-        content: bytes = model.SerializeToString()
-        return content
+        return bytes(model.SerializeToString())
 
 
 def has_words(preprocessor: Preprocessor) -> bool:

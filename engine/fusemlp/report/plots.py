@@ -140,12 +140,8 @@ def comparison_figure(runs: Sequence[Curves], *, title: str) -> Figure:
 
 def repeats(runs: Sequence[Curves]) -> dict[str, str]:
     """Return, for each run whose history an earlier run has too, the name of the first such run."""
-    first: dict[str, str] = {}
-    for number, run in enumerate(runs):
-        same = [other.name for other in runs[:number] if (other.loss, other.history) == (run.loss, run.history)]
-        if same:
-            first[run.name] = same[0]
-    return first
+    firsts = [next(other for other in runs if (other.loss, other.history) == (run.loss, run.history)) for run in runs]
+    return {run.name: first.name for run, first in zip(runs, firsts, strict=True) if first is not run}
 
 
 def _alike(curves: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
@@ -193,10 +189,7 @@ def _over_epochs(
 
 
 def _line(axes: Axes, values: Sequence[float], *, marker: str | None = None, first: int = 0, **style: Any) -> None:
-    """Draw a quantity over the epochs from 1 on; a marker stands at about ten of them, from ``first`` on.
-
-    A curve of one or two epochs has one at each.
-    """
+    """Draw a quantity over the epochs, with markers at about ten from ``first`` on, or at each of one or two."""
     if values:
         every = max(1, len(values) // 10)
         few = "o" if len(values) < 3 else None

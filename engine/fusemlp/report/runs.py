@@ -77,10 +77,7 @@ class Run:
 
 
 def choose_folder(out: str | None, data: str, now: datetime) -> Path:
-    """Return the folder of a new run, checked but not made: ``out``, or ``runs/`` with the data's name and the time.
-
-    Raises ArgumentError if ``out`` is a file or not empty.
-    """
+    """Return the folder of a new run, ``out`` or by data and time in ``runs``; ArgumentError unless new or empty."""
     if out is None:
         return Path("runs", f"{Path(data).stem or 'data'}-{now:%Y%m%d-%H%M%S}")
     path = Path(out)
@@ -96,8 +93,7 @@ def choose_folder(out: str | None, data: str, now: datetime) -> Path:
 
 
 def create_run(path: Path, *, numbered: bool = False) -> Run:
-    """Make and lock the folder of a run, ``numbered`` the first of path, path-2, ... that is not there; ArgumentError
-    if it cannot be written."""
+    """Make and lock a run's folder, ``numbered`` the first new one of path, path-2, ...; ArgumentError if it cannot."""
     run, number = Run(path), 1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,10 +152,7 @@ def discard_if_empty(run: Run, *, itself: bool) -> None:
 
 
 def discard_begun(run: Run) -> None:
-    """Remove all that a run has written before its ``config.json``; a folder that holds anything else stays as it is.
-
-    A process that was killed may leave temporary files.
-    """
+    """Remove what a run, perhaps killed, wrote before its ``config.json``, unless the folder holds anything else."""
     files = [path for path in run.path.rglob("*") if not path.is_dir()]
     begun = run.checkpoint("start"), run.columns, run.training_rows, run.path / LOCK
     if all(path in begun or path.match(".*.tmp") for path in files):
@@ -197,10 +190,7 @@ def open_run(path: str | Path) -> tuple[Run, dict[str, Any]]:
 
 
 def weights_path(run: Run, name: str) -> Path:
-    """Return the checkpoint ``name``; an unfinished run has no model, so its last checkpoint replaces it.
-
-    Raises ArgumentError for an unknown name, CheckpointError if the run has no such checkpoint.
-    """
+    """Return the checkpoint ``name``, of an unfinished run its last for the model; CheckpointError if there is none."""
     path = run.checkpoint(check_choice("weights", name, WEIGHTS))
     if name == "model" and not path.exists():
         path = run.checkpoint("last")
@@ -217,8 +207,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the content of a file of ``write_json``, empty if there is none."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return content
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def guarded(cell: Any) -> Any:
@@ -255,13 +244,12 @@ def read_columns(run: Run) -> list[dict[str, Any]]:
     """Return the records of ``columns.csv``, none without that file."""
     if not run.columns.exists():
         return []
-    with run.columns.open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
     records = []
-    for row in rows:
-        cells = {name: cell[1:] if guarded(cell[1:]) == cell else cell for name, cell in row.items()}
-        missing = float(cells["missing"]) if cells["missing"] else None
-        records.append({**cells, "inputs": int(cells["inputs"]), "missing": missing})
+    with run.columns.open(encoding="utf-8", newline="") as stream:
+        for row in csv.DictReader(stream):
+            cells = {name: cell[1:] if guarded(cell[1:]) == cell else cell for name, cell in row.items()}
+            missing = float(cells["missing"]) if cells["missing"] else None
+            records.append({**cells, "inputs": int(cells["inputs"]), "missing": missing})
     return records
 
 

@@ -12,8 +12,8 @@ and Weinberger, "On calibration of modern neural networks", 2017). The predicted
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ import numpy as np
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import Rows
 from fusemlp.describe.checks import as_number
-from fusemlp.describe.description import stored
 from fusemlp.describe.metrics import Judged
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import class_scores, predictions
@@ -59,16 +58,6 @@ class HeldOut:
         ordered = np.sort(errors.reshape(len(errors), -1), axis=0)
         places = np.unique(np.linspace(0, len(ordered) - 1, min(KEPT, len(ordered))).round().astype(np.int64))
         return cls(len(ordered), tuple((places + 1).tolist()), tuple(map(tuple, ordered[places].T.tolist())))
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> HeldOut:
-        """Invert ``to_config``."""
-        held: HeldOut = stored("held_out", config, cls)
-        return held
-
-    def to_config(self) -> dict[str, Any]:
-        """Return plain numbers and tuples."""
-        return asdict(self)
 
     def reaches(self, coverage: float) -> bool:
         """Return whether the rows are enough for this coverage."""
@@ -127,8 +116,7 @@ def errors_of(engine: Session, preprocessor: Preprocessor, X: Array, labels: Arr
     truth = np.asarray(labels, np.float64)
     # as the training counts them
     truth = _comparable(preprocessor, np.maximum(truth, preprocessor.target_low) if preprocessor.target_log else truth)
-    found: Array = np.abs(_comparable(preprocessor, predictions(engine, preprocessor, X)) - truth)
-    return found
+    return np.asarray(np.abs(_comparable(preprocessor, predictions(engine, preprocessor, X)) - truth))
 
 
 def _comparable(preprocessor: Preprocessor, values: Array) -> Array:

@@ -16,7 +16,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.utils import check_array, check_consistent_length, check_random_state, column_or_1d
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from fusemlp.callbacks import announce, checked_callbacks, exits
+from fusemlp.callbacks.forms import announce, checked_callbacks, exits
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.schedules import Schedule
@@ -404,10 +404,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Return the estimator that ``save`` wrote. Raises CheckpointError for any other file.
-
-        On a machine without its backend NumPy takes its place.
-        """
+        """Return the estimator that ``save`` wrote, on NumPy without its backend; CheckpointError for other files."""
         estimator, beside, content = files.read(cls, path)
         with reading_file(path, CHECKPOINT):
             estimator._restore(content, **beside)

@@ -123,10 +123,7 @@ class HeldLoss:
 
 
 class ResidentBatches(EstimatorBatches):
-    """Batches of a model that has a resident plan: up to ``at_once`` epochs in a launch. No weight is 0.
-
-    Without ``alone`` a launch of several models trains them, which sets ``steps``.
-    """
+    """Batches of a resident plan, ``at_once`` epochs a launch, no weight 0; ``alone``: not with other models."""
 
     def __init__(self, *data: Any, at_once: int, alone: bool) -> None:
         super().__init__(*data)
@@ -151,10 +148,7 @@ class ResidentBatches(EstimatorBatches):
 
 
 class CalledBatches(EstimatorBatches):
-    """Batches of a model whose step is called from Python; a batch whose weights are all 0 updates nothing.
-
-    ``keep`` is for ``partial_fit``: memory stays for the next call.
-    """
+    """Batches of a step that Python calls, none for a batch of weights 0; ``keep``: memory for the next call."""
 
     chunk = 1
 

@@ -40,13 +40,6 @@ UNPICKLABLE = (pickle.PicklingError, AttributeError, TypeError)
 LIMIT = 1 << 30
 
 
-def last_step(estimator: Any) -> Any:
-    """Return the estimator that a pipeline, perhaps of pipelines, ends in."""
-    while isinstance(estimator, Pipeline) and estimator.steps:
-        estimator = estimator.steps[-1][1]
-    return estimator
-
-
 @dataclass(eq=False)
 class Candidate:
     """An estimator with a candidate's parameters; ``epochs`` trains its last step, a model, on the rows of a fold."""
@@ -171,7 +164,9 @@ class Candidates:
 
         try:
             estimator.set_params(**clone(parameters, safe=False))
-            model = last_step(estimator)
+            model = estimator
+            while isinstance(model, Pipeline) and model.steps:
+                model = model.steps[-1][1]
             model._fit = collect
             # a candidate's parameters are checked on its first fold
             checked = parameters is self._checked or get_config()["skip_parameter_validation"]
@@ -185,10 +180,7 @@ class Candidates:
         return Candidate(estimator, loops[0]) if ready else None
 
     def _model(self, network: Any, loss: Any, optimizer: Any, *rest: Any, **options: Any) -> Model:
-        """Return a model with the engine of a fit that scikit-learn has scored and forgotten, if one is alike.
-
-        Memory and the programs of predictions stay; what a fit draws, loads or counts begins anew.
-        """
+        """Return a model on the engine of a like fit that scikit-learn has scored and forgotten, or on a new one."""
         key = network, loss, optimizer.rule(), options["backend"], options["precision"]
         free = (place for place, lent in enumerate(self._lent) if lent[0] == key and lent[3]() is None)
         place = next(free, None)

@@ -59,10 +59,7 @@ def save(estimator: Any, engine: Trainer, path: str | Path, *, without: tuple[st
 
 
 def read(cls: Any, path: str | Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """Return the estimator of a file without its engine, what the file has beside it, and the checkpoint's content.
-
-    Raises CheckpointError for a file that holds no estimator of ``cls``.
-    """
+    """Return a file's estimator without engine, what is beside it, and its content; CheckpointError for another."""
     content = read_content(path)
     with reading_file(path, CHECKPOINT):
         check_content(Session.__new__(Session), content)

@@ -145,10 +145,7 @@ def hidden_widths(hidden_layer_sizes: Any) -> list[int]:
 
 
 def network(sizes: list[int], activation: Any, dropout: Any) -> MLP:
-    """Return the network of these widths; the estimator draws its initial parameters.
-
-    Raises ValueError for a list of activations or rates that does not fit the hidden layers.
-    """
+    """Return the network of these widths, without initial parameters; ValueError for lists of another length."""
     hidden = len(sizes) - 2
     names = ["sigmoid" if one == LOGISTIC else one for one in _for_each_layer("activation", activation, hidden)]
     return MLP(

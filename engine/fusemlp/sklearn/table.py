@@ -213,8 +213,8 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         """
         folder, config = open_run(run)
         preprocessor = Preprocessor.from_config(config["preprocessor"])
-        if preprocessor.task != cls.task:
-            raise ArgumentError(f"run: {str(run)!r} is of a {preprocessor.task}, {cls.__name__} for a {cls.task}")
+        if (task := preprocessor.task) != cls.task:
+            raise ArgumentError(f"run: {str(run)!r} is of a {task}, and {cls.__name__} is for a {cls.task}")
         engine = load_checkpoint(weights_path(folder, weights), backend=backend, device=device)
         if engine.history is None:
             # A merged model has no record of its own.
@@ -247,7 +247,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         report = json.loads(folder.report.read_text(encoding="utf-8")) if folder.report.exists() else {}
         estimator.engine_, estimator.preprocessor_ = engine, preprocessor
         estimator.notes_, estimator.report_ = tuple(config["data"]["notes"]), report
-        estimator.held_out_ = HeldOut.from_config(report["held_out"]) if "held_out" in report else None
+        estimator.held_out_ = stored("held_out", report.get("held_out"), HeldOut | None)
         estimator.temperature_ = report.get("temperature", 1.0)
         if preprocessor.classes is not None:
             estimator._find_classes(np.array(preprocessor.classes))
@@ -343,7 +343,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         check_is_fitted(self)
         # a merged or opened model has a record that its checkpoint lacks
         record = asdict(self.history_) if self.engine_.fit_state is None else None
-        held = None if self.held_out_ is None else self.held_out_.to_config()
+        held = None if self.held_out_ is None else asdict(self.held_out_)
         more = {"preprocessor": self.preprocessor_.to_json(), "history": record, "held_out": held}
         without = ("engine_", "preprocessor_", "held_out_", "_metadata_request")
         files.save(self, self.engine_, path, without=without, **more)
@@ -401,14 +401,12 @@ class TableClassifier(ClassifierMixin, TableEstimator):
     def predict(self, X: Any) -> Array:
         """Return the classes (n,) of a table's rows."""
         inputs = self._inputs(X)
-        chosen: Array = self.classes_[predicted_codes(self.engine_, self.preprocessor_, inputs)]
-        return chosen
+        return np.asarray(self.classes_[predicted_codes(self.engine_, self.preprocessor_, inputs)])
 
     @available_if(_gives_probabilities)
     def predict_proba(self, X: Any) -> Array:
         """Return the probabilities (n, classes), in the order of ``classes_``; not with mse, mae and huber."""
-        inputs = self._inputs(X)
-        return self.engine_.predict_proba(inputs)
+        return self.engine_.predict_proba(self._inputs(X))
 
     @available_if(_gives_probabilities)
     def predict_set(self, X: Any, coverage: float = 0.9) -> Array:
@@ -417,8 +415,7 @@ class TableClassifier(ClassifierMixin, TableEstimator):
         By the errors of the rows that validated the training (``fusemlp.report.uncertainty``). Raises ArgumentError if
         there were none, or too few.
         """
-        held = self._held_out_errors()
-        return sets(self.predict_proba(X), held, coverage)
+        return sets(self.predict_proba(X), self._held_out_errors(), coverage)
 
 
 class TableRegressor(RegressorMixin, TableEstimator):
@@ -427,8 +424,7 @@ class TableRegressor(RegressorMixin, TableEstimator):
     task = "regression"
 
     def _checked_targets(self, y: Any) -> Array:
-        values: Array = _check_y(y, multi_output=True, y_numeric=True, estimator=self)
-        return values.astype(np.float64)
+        return np.asarray(_check_y(y, multi_output=True, y_numeric=True, estimator=self), np.float64)
 
     def predict(self, X: Any, return_std: bool = False) -> Any:
         """Return the values (n,) or (n, targets) of a table's rows, in the units of y.
@@ -448,8 +444,7 @@ class TableRegressor(RegressorMixin, TableEstimator):
         By the errors of the rows that validated the training (``fusemlp.report.uncertainty``); of several targets each
         for itself. Raises ArgumentError if there were none, or too few.
         """
-        held = self._held_out_errors()
-        return intervals(self.engine_, self.preprocessor_, self.predict(X), held, coverage)
+        return intervals(self.engine_, self.preprocessor_, self.predict(X), self._held_out_errors(), coverage)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -41,7 +41,7 @@ def chosen(
     Pixels that are not scaled stay within the least and the greatest of these rows. Raises ArgumentError for
     options that do not go together, and for inputs that no small change of a cell can give.
     """
-    kind = getattr(options, option)
+    kind: Any = getattr(options, option)
     values = {name: value for name in _FIELDS if (value := getattr(options, name, None)) is not None}
     if kind is None or isinstance(kind, Attack | IBP):
         for name in values:
@@ -50,8 +50,7 @@ def chosen(
         if kind is None:
             return None
         _check_columns(option, preprocessor, cells)
-        attack: Attack | IBP = kind
-        return attack
+        return kind
     if kind in _GONE:
         raise ArgumentError(f"{option}: {kind} is gone; train against pgd, which takes its place")
     described: Callable[..., Attack | IBP] = kinds[check_choice(option, kind, kinds)]
@@ -77,7 +76,7 @@ def _has(kind: type[Any], name: str) -> bool:
 def _check_columns(option: str, preprocessor: Preprocessor, cells: Array) -> None:
     """Refuse words, dates, missing cells and pieces: their inputs do not move by themselves."""
     names, sources = preprocessor.feature_names, preprocessor.sources
-    gaps = preprocessor.missing_inputs if any(preprocessor.missing_inputs) else np.isnan(cells).any(axis=0).tolist()
+    gaps: Any = preprocessor.missing_inputs if any(preprocessor.missing_inputs) else np.isnan(cells).any(axis=0)
     unfit: dict[str, Iterable[bool]] = {
         "words": [words is not None for words in preprocessor.categories],
         "dates": [name != source for name, source in zip(names, sources, strict=True)],

@@ -253,10 +253,7 @@ def network(sizes: Sequence[int], recipe: StepRecipe, *, init: str = "auto", mem
 
 
 def loss_name(recipe: ModelRecipe, task: str, classes: int) -> str:
-    """Return the kind of the recipe's loss, or the task's default; an error for a wrong loss names the right ones.
-
-    ``classes`` is 0 for a regression.
-    """
+    """Return the kind of the recipe's loss or the task's default, checked; ``classes`` is 0 for a regression."""
     classify = task == "classification"
     chosen = as_loss(recipe.loss or ("cross_entropy" if classify else "mse"))
     check_together({**chosen.uses, "table": True})
@@ -339,11 +336,9 @@ def learning_rate(recipe: ModelRecipe) -> float | Schedule:
         return recipe.lr
     if recipe.lr is not None:
         return as_number("lr", recipe.lr, low=0.0, low_open=True)
-    known: Any = recipe.optimizer
-    if not isinstance(known, Optimizer):
-        known = OPTIMIZERS[check_choice("optimizer", known, OPTIMIZERS)]()
-    rate: float | Schedule = known.lr
-    return rate
+    if isinstance(recipe.optimizer, Optimizer):
+        return recipe.optimizer.lr
+    return OPTIMIZERS[check_choice("optimizer", recipe.optimizer, OPTIMIZERS)]().lr
 
 
 def schedule(recipe: FitRecipe, *, rows: int, epochs: int) -> Schedule:

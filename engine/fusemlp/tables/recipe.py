@@ -69,10 +69,9 @@ def name_of(option: Field[Any]) -> str:
     return str(names[0]).removeprefix("--") if names else option.name.replace("_", "-")
 
 
-def given_options(options: Any, usual: Any = None) -> dict[str, Any]:
-    """Return the options that differ from those of ``usual``, or else from their defaults, by name."""
-    usual = type(options)() if usual is None else usual
-    values = {option.name: getattr(options, option.name) for option in fields(options)}
+def given_options(options: Any) -> dict[str, Any]:
+    """Return the options that differ from their defaults, by name."""
+    usual, values = type(options)(), {option.name: getattr(options, option.name) for option in fields(options)}
     return {name: value for name, value in values.items() if value != getattr(usual, name)}
 
 

@@ -60,8 +60,7 @@ def scores_of(trained: Trained, *, early_stopping: bool) -> tuple[dict[str, Any]
 
 
 def _judged(trained: Trained, report: dict[str, Any]) -> Judged | None:
-    """Enter the scores of the test rows, if there are some, and the errors of held-out rows; return the former's
-    predictions."""
+    """Enter scores of the test rows and errors of held-out rows, and return the predictions of the former."""
     prepared, engine = trained.prepared, trained.engine
     preprocessor, test, validation, tested = prepared.preprocessor, prepared.test, prepared.validation, None
     if test is not None:
@@ -81,7 +80,7 @@ def _judged(trained: Trained, report: dict[str, Any]) -> Judged | None:
     if validation is not None and held_out is None:
         held_out = HeldOut.of(errors_of(engine, preprocessor, validation.X, validation.labels))
     if held_out is not None:
-        report["held_out"] = held_out.to_config()
+        report["held_out"] = asdict(held_out)
         if tested is not None and held_out.reaches(COVERAGE):
             report["intervals"] = summary(engine, preprocessor, held_out, tested)
     return tested

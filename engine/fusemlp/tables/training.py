@@ -106,10 +106,7 @@ def recipe_of(prepared: Prepared) -> TableRecipe:
 
 
 def settled(prepared: Prepared) -> Prepared:
-    """Return what has the models that the time limit is enough for, and a recipe with what the data decided.
-
-    Raises the errors of the fields that are checked with the data.
-    """
+    """Return a training with the models that fit the time limit, and a recipe with what the data decided, checked."""
     watched(prepared)
     attack_on(prepared, prepared.train.X)
     prepared = _within(prepared)
@@ -355,8 +352,7 @@ def _train_models(
 
 
 def _fit_to_all_rows(trained: Trained, listeners: Listeners) -> tuple[Engine, dict[str, int]]:
-    """Return the model of all rows, those of a test set of its own excepted, after as many epochs as were best; and its
-    epochs and rows."""
+    """Return the model of all rows but a test set's own, after as many epochs as were best, and these counts."""
     prepared, recipe = trained.prepared, recipe_of(trained.prepared)
     history = trained.engine.history
     best = None if history is None else history.best_epoch

@@ -137,10 +137,7 @@ class Source:
 
 
 def opened(recipe: TableRecipe) -> Source | None:
-    """Return the run that the recipe starts from, None without one.
-
-    Raises ArgumentError for fields that do not go together.
-    """
+    """Return the run that the recipe starts from, or None; ArgumentError for fields that do not go together."""
     for name in _OWN if recipe.transfer_from is None else _DECIDED:
         if getattr(recipe, name) != getattr(TableRecipe, name):
             reason = "the run of --from decides it, with its network and the preparation of its columns; leave one out"

@@ -123,8 +123,7 @@ def models_within(seconds: float, fleet: Fleet, X: Array, y: Array, notes: list[
 
 
 def _parts(dataset: Dataset, rows: Array, seed: int) -> list[Fold]:
-    """Return kept and held-out rows for each trial, as indices of ``rows``: whole groups, or the last ones, where the
-    data set has groups or times. Empty if there are too few."""
+    """Return kept and held-out indices of ``rows`` for each trial, by groups or times if any; none of too few rows."""
     if len(rows) < 2 * FOLDS:
         return []
     if dataset.groups is None and dataset.times is None:
@@ -160,10 +159,7 @@ def _error(
     fleet: Fleet,
     time_limit: float | None,
 ) -> float:
-    """Return the error of the held-out rows: root mean square, or the loss.
-
-    Infinite if a model diverged, NaN if the time was too short for more than ``PATIENCE`` epochs.
-    """
+    """Return the rmse, or loss, of held-out rows: infinite if a model diverged, NaN if the time was too short."""
     classify = preprocessor.classes is not None
     X = network_inputs(preprocessor, dataset.X, fleet.first.precision, rows, codes=True)
     labels = dataset.y[rows]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusemlp.callbacks import announce
+from fusemlp.callbacks.forms import announce
 from fusemlp.describe.checks import caller_level
 from fusemlp.inputs.arrays import Array, as_class_weights, balanced, to_array
 from fusemlp.inputs.blocks import Blocks
@@ -268,10 +268,7 @@ def _check_alike(engine: Trainer, plan: FitPlan, data: FitData) -> None:
 
 
 class Stream:
-    """The steps of a fit on batches that come one by one; each is checked and copied when its turn comes.
-
-    The program has room for the largest batch so far; shorter ones are padded.
-    """
+    """The steps of a fit on batches that come one by one; the program has room for the largest so far, padded."""
 
     # Ctrl-C waits for one batch
     chunk = 1

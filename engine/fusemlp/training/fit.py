@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from fusemlp.callbacks import exits
+from fusemlp.callbacks.forms import exits
 from fusemlp.describe.checks import caller_level
 from fusemlp.describe.conflicts import check_together
 from fusemlp.inputs.columns import coding_of

@@ -38,10 +38,7 @@ def check_labels(targets: Targets) -> None:
 
 
 def add_worst_case(engine: Session, bound: BoundProgram, adversary: Adversary, *, first: int, updates: int) -> None:
-    """Let each step of ``bound``, which keeps its gradients, train against an IBP from update ``first`` on.
-
-    ``updates``: how many the shares of the IBP are of.
-    """
+    """Let each step of ``bound``, with gradients kept, train against an IBP for ``updates`` from ``first`` on."""
     # where nothing is trained, there is nothing to do
     if isinstance(adversary, IBP) and bound.program.trainable:
         *others, update = bound.calls

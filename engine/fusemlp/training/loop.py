@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
-from fusemlp.callbacks import deferred_interrupt, name_of, overrides
+from fusemlp.callbacks.forms import deferred_interrupt, name_of, overrides
 from fusemlp.describe.schedules import ReduceOnPlateau, Schedule
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.steps import check_scaling

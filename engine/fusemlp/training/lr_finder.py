@@ -95,10 +95,7 @@ def lr_find(
 
 
 def sweep(engine: Session, data: Examples, *, steps: int) -> tuple[list[float], list[float]]:
-    """Return the rate and the smoothed loss of each update, until the end or until the loss blows up.
-
-    Raises DivergenceError if it blows up at once.
-    """
+    """Return rate and smoothed loss of each update until the loss blows up; DivergenceError if it does so at once."""
     rates: list[float] = []
     losses: list[float] = []
     average = 0.0
@@ -127,10 +124,7 @@ def sweep(engine: Session, data: Examples, *, steps: int) -> tuple[list[float], 
 
 
 def steepest(rates: Sequence[float], losses: Sequence[float]) -> float:
-    """Return the rate in the middle of the decade over which the loss falls most.
-
-    A decade averages the noise between batches, which hides the slope between neighbouring steps.
-    """
+    """Return the rate in the middle of the decade, which averages noise, over which the loss falls most."""
     decades = math.log10(rates[-1] / rates[0])
     half = max(1, min(len(rates) // 4, round((len(rates) - 1) / decades / 2)))
     first = min(SETTLING, len(rates) // 4)

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Annotated, Any
 
-from fusemlp.callbacks import ProgressBar, checked_callbacks
+from fusemlp.callbacks.forms import checked_callbacks
+from fusemlp.callbacks.progress import ProgressBar
 from fusemlp.describe.adversarial import Adversary, as_adversary
 from fusemlp.describe.checks import as_deadline, freeze
 from fusemlp.describe.conflicts import Features, in_use
@@ -21,24 +22,19 @@ def _as_several(argument: str, value: Any) -> Any:
     return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value or ()
 
 
-def _as_listeners(argument: str, value: Any) -> list[Any]:
-    return checked_callbacks(() if value is None else value)
-
-
 def _check_verbose(argument: str, value: Any) -> int:
     if value not in (0, 1, 2):
         raise ArgumentError(f"{argument}: expected 0 (silent), 1 (a bar) or 2 (a line an epoch), got {value!r}")
     return int(value)
 
 
-def _check_order(argument: str, value: Any) -> Callable[[int], Any]:
+def _check_order(argument: str, value: Any) -> Any:
     if not callable(value):
         raise ArgumentTypeError(
             f"{argument}: expected a function from the epoch to the order of the rows, got {type(value).__name__}; "
             "for one fixed order give lambda epoch: rows"
         )
-    checked: Callable[[int], Any] = value
-    return checked
+    return value
 
 
 NONE = Adversary()
@@ -58,7 +54,7 @@ class FitPlan(Description):
     metrics: Annotated[Iterable[MetricLike], _as_several] = ()
     early_stopping: Count | None = None
     monitor: str | None = None
-    callbacks: Annotated[Sequence[Any], _as_listeners] = ()
+    callbacks: Annotated[Sequence[Any], lambda _, value: checked_callbacks(() if value is None else value)] = ()
     verbose: Annotated[int, _check_verbose] = 0
     shuffle: Flag = True
     drop_last: Flag = False
@@ -94,10 +90,7 @@ class FitPlan(Description):
     def uses(
         self, schedule: Schedule, *, batches: bool = False, sample_weight: Any = None, validation_data: Any = None
     ) -> Features:
-        """Return the features that it uses, for ``conflicts``, with these arguments beside it.
-
-        ``schedule``: of the learning rates. X yields ``batches``, or is an array.
-        """
+        """Return the features that it uses, for ``conflicts``, with a schedule of rates and the data beside it."""
         first, *others = self.monitors
         if first is None and (self.early_stopping is not None or isinstance(schedule, ReduceOnPlateau)):
             first = "loss" if validation_data is None and not self.validation_split else "val_loss"

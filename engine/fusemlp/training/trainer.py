@@ -41,9 +41,8 @@ class Trainer(Session):
     @property
     def best_parameters(self) -> dict[str, Array] | None:
         """Copies of the weights of the best epoch, by name, where early stopping keeps them; else None."""
-        if self._best is None or isinstance(self._best, dict):
-            return self._best
-        return self.memory.named(self._best)
+        by_name = self._best is None or isinstance(self._best, dict)
+        return self._best if by_name else self.memory.named(self._best)
 
     @best_parameters.setter
     def best_parameters(self, tensors: dict[str, Array] | None) -> None:
@@ -81,10 +80,7 @@ class Trainer(Session):
         self._take_rate_scale(float(self.memory.hyper[RATE_SCALE]) * factor)
 
     def set_learning_rate(self, rate: float) -> None:
-        """Let the next update have this rate, and those after it the rates of the schedule in the same proportion.
-
-        Raises ArgumentError if the rate of the optimizer's own schedule is 0 now.
-        """
+        """Let the next update have this rate, later ones in proportion; ArgumentError if the schedule's is 0 now."""
         base = self.rates.base
         if not base:
             raise ArgumentError(
@@ -103,12 +99,13 @@ class Trainer(Session):
 def fresh_state(engine: Trainer, plan: FitPlan, batches: int) -> FitState:
     """Return the position before a fit with this many batches an epoch."""
     updates = plan.epochs * batches // engine.optimizer.accumulate
+    remedies = [word for feature, word in REMEDIES.items() if feature in engine.uses]
     return FitState(
         epoch=engine.epochs_trained,
         batch=0,
         last_epoch=engine.epochs_trained + plan.epochs,
         total_updates=engine.update_count + updates,
-        history=History(chance_loss=_chance_loss(engine), in_use=_in_use(engine)),
+        history=History(chance_loss=_chance_loss(engine), in_use=remedies),
         monitor=plan.monitor or "",
         adversarial=plan.adversarial.to_config() if plan.adversarial else None,
         reduce=engine.sharding.reduce,
@@ -120,11 +117,6 @@ def _chance_loss(engine: Trainer) -> float | None:
     if not loss.is_classification or loss.reduction != "mean":
         return None
     return math.log(engine.network.sizes[-1] if loss.kind == "cross_entropy" else 2)
-
-
-def _in_use(engine: Trainer) -> list[str]:
-    features = engine.uses
-    return [word for feature, word in REMEDIES.items() if feature in features]
 
 
 def resumed_state(engine: Trainer, plan: FitPlan, batches: int, *, rows: int) -> FitState:
