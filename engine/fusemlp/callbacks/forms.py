@@ -141,11 +141,7 @@ def checked_callbacks(callbacks: Any) -> list[Any]:
 
 
 def announce(callbacks: Sequence[Any], names: Sequence[str], epochs: int) -> None:
-    """Pass the number of epochs to Keras's form, and let monitors check the ``names`` of the logs.
-
-    To them belong the names in the attribute ``writes`` of the callbacks before. Raises their errors before the
-    training.
-    """
+    """Pass the epochs to Keras's form, and let monitors check ``names`` and those that callbacks before them write."""
     known = list(names)
     for callback in callbacks:
         listener = callback.listener if isinstance(callback, KerasForm) else callback
@@ -174,10 +170,9 @@ def exits(callbacks: Sequence[Any], engine: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred_interrupt(*others: signal.Signals) -> Iterator[Callable[[], bool]]:
-    """Record Ctrl-C instead of raising it, so that no update is cut in two; raise a second one at once.
+    """Record Ctrl-C, and the signals ``others``, without raising it, so that no update is cut in two; raise a second.
 
-    ``others`` are signals that count as Ctrl-C too. Yields a function that returns whether Ctrl-C came. Only the main
-    thread gets signals; elsewhere it returns False, as in a program that ignores Ctrl-C or handles it outside Python.
+    Yields a function that tells whether it came; never so outside the main thread, or where Ctrl-C is ignored.
     """
     came = False
 

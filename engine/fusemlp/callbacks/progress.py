@@ -42,11 +42,7 @@ def by_importance(logs: Mapping[str, float]) -> list[str]:
 
 
 def layouts(count: int) -> list[tuple[int, bool, bool, int]]:
-    """Return the layouts of a line with ``count`` figures, from the widest: bar, remaining time, short names, figures.
-
-    A narrow line has short names first, then a small bar, and then does without: the last figures down to three, the
-    bar, the remaining time, the other figures.
-    """
+    """Return the layouts of a line with ``count`` figures, widest first: bar, remaining time, short names, figures."""
     wide, small, none = BARS
     least = min(count, 3)
     return [

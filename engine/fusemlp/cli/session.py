@@ -195,11 +195,7 @@ def trained_by(prepared: Prepared) -> TrainOptions:
 
 
 def opened(options: TrainOptions) -> tuple[transfer.Source | None, TrainOptions]:
-    """Return the run of ``--from``, if given, and the options with what it decides unless they do.
-
-    This is the target, and of the same target the task and the loss. Raises ArgumentError for columns that are inputs
-    of its network.
-    """
+    """Return the run of ``--from`` or None, and the options with its target, task and loss unless they are given."""
     source = transfer.opened(options)
     if source is None:
         return None, options

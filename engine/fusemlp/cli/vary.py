@@ -85,8 +85,7 @@ def combinations(
 ) -> list[dict[str, Any]]:
     """Return all combinations, the last parameter varying fastest, or ``sample`` of them, drawn by ``seed``, in order.
 
-    With ``whole_seeds`` the last parameter is the seed, and a sample is of the others, with all seeds each. Raises
-    ArgumentError for more than ``MOST_MODELS``.
+    With ``whole_seeds`` a sample is of the other parameters, with all seeds each.
     """
     if whole_seeds and sample is not None and len(among) > 1:
         some, seeds = combinations(among[:-1], sample=sample, seed=seed), among[-1].values

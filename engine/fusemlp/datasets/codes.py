@@ -135,10 +135,9 @@ def different(column: Array) -> tuple[list[str], npt.NDArray[np.int32]]:
 
 
 def rare_words(codes: Features, words: Sequence[str], most: int | None = MOST_WORDS) -> tuple[int, ...]:
-    """Return the categories that share an input, by the codes of the training rows.
+    """Return the categories that share an input, by the codes of the training rows; missing cells are one of their own.
 
-    They are the words that no training row has, and, in a column of many words, those of a single row and those beyond
-    the ``most`` frequent. Missing cells are a category of their own.
+    They are words without training rows, and, of many words, those of one row and those beyond the ``most`` frequent.
     """
     counts = np.bincount(codes[~np.isnan(codes)].astype(np.int64), minlength=len(words))
     ranked = np.argsort(-counts, kind="stable")

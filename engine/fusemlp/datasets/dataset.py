@@ -90,10 +90,9 @@ class Dataset:
 class ColumnChoices:
     """Choices for the columns of a table: to ``drop``, to ``keep`` in any case, and to take as ``categorical``.
 
-    ``ids`` name the rows: they are no inputs, and stand beside predictions. Rows of one ``group`` stay together when
-    rows are held out; the column is no input. ``time`` orders the rows, so that the last ones are held out; the column
-    is an input unless it is dropped. ``like`` is the preprocessor of an earlier reading, whose columns and categories
-    are taken as they are.
+    ``ids`` name the rows, and stand beside predictions; ``group`` keeps rows together and ``time`` orders them when
+    some are held out. Of these ``time`` alone is an input. ``like`` is the preprocessor of an earlier reading, whose
+    columns and categories stay.
     """
 
     drop: Collection[str] = ()

@@ -322,11 +322,7 @@ class Preprocessor:
         return np.eye(len(self.classes))[codes] if self.one_hot_targets else codes
 
     def class_codes(self, y: Any) -> Array:
-        """Return class indices (n,) int64.
-
-        A label is looked up by its value, then by its text, because one file may store labels as numbers and another as
-        words, then by ``spellings``. Raises DataError for an unknown label.
-        """
+        """Return class indices (n,) int64 by a label's value, its text, or ``spellings``; DataError for others."""
         classes = self.classes or ()
         labels = to_array("y", y)
         if labels.ndim != 1:

@@ -95,8 +95,8 @@ def _alike(path: str, y: Array, dataset: Dataset) -> Array:
 def hold_out(dataset: Dataset, rows: Indices, *, fraction: float, seed: int) -> tuple[Indices, Indices]:
     """Return those of the ``rows`` to keep, and about a ``fraction`` of them to hold out.
 
-    The last rows are held out if the data set has times, whole groups if it has groups; otherwise rows are drawn by
-    ``seed``, for a classification with the shares of the classes kept.
+    They are the last in time, or whole groups, if the data set has these, else drawn by ``seed``, stratified by
+    classes.
     """
     classify = dataset.task == "classification"
     if dataset.times is not None:

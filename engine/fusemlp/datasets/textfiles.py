@@ -249,10 +249,10 @@ def _open(path: Path) -> Iterator[Any]:
 
 
 def _inspect(path: Path, charset: str | None) -> tuple[str, bytes]:
-    """Return the encoding, given or recognised, and those of the bytes of quotes and line breaks that the file has.
+    """Return the encoding, given or recognised, and which bytes of quotes and line breaks the file has.
 
-    Recognised are UTF-16 and UTF-32 by their marks, UTF-8 if all bytes are that, else Western Europe's Windows code
-    page, or latin-1.
+    UTF-16 and UTF-32 have marks; else it is UTF-8 if all bytes are that, or Western Europe's Windows code page, or
+    latin-1.
     """
     candidates = [charset] if charset else ["utf-8-sig", "cp1252", "latin-1"]
     while True:

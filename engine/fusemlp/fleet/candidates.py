@@ -109,11 +109,7 @@ def check_name(argument: str, name: str) -> None:
 
 
 def candidate(base: Candidate, parameters: Mapping[str, Any], where: str) -> Candidate:
-    """Return ``base`` with ``parameters``; messages of errors that ``base`` does not have start with ``where``.
-
-    Raises ArgumentError or ArgumentTypeError for an impossible value, or for a parameter that the optimizer or the loss
-    does not have.
-    """
+    """Return ``base`` with ``parameters``; messages of errors that ``base`` does not have start with ``where``."""
     try:
         return _candidate(base, parameters)
     except (ArgumentError, ArgumentTypeError) as error:
@@ -236,12 +232,9 @@ def kept_bytes(candidates: Sequence[Candidate], precision: str) -> int:
 
 
 def room(limit: int | None, candidates: Sequence[Candidate], precision: str, *, device: str) -> int | None:
-    """Return the bytes that engines may take at once; None is no limit.
+    """Return the bytes that engines may take at once, None for no limit; ArgumentError if not even the parameters fit.
 
-    ``limit`` is the user's; on the host it includes what stays of ended models. By default it is half of the available
-    memory on the host, and there is none on a card.
-
-    Raises ArgumentError if not even the parameters of all models fit.
+    ``limit`` is the user's, and on the host includes what stays of ended models: by default half of the free memory.
     """
     if device != "cpu":
         return limit

@@ -203,12 +203,10 @@ def train_groups(
     data: Mapping[str, Any],
     ended: Callable[[int, DivergenceError | None], None],
 ) -> None:
-    """Train groups one after another, each given with its models' keys.
+    """Train groups one after another, each given with its models' keys; ``fit`` makes the loop of a key, bound here.
 
-    ``fit`` makes the loop of the model with a key, which is bound here; ``data`` has x, target and perhaps weight. When
-    a model has ended, ``ended`` is told its key and how it diverged, or None; what it raises ends training.
-
-    Ctrl-C ends the training of all models after their launch and raises KeyboardInterrupt.
+    ``data`` has x, target and perhaps weight; ``ended`` is told a key and how the model diverged, or None. After
+    Ctrl-C, or an error of ``ended``, all models stop after their launch.
     """
     # the data set is on the device once
     arrays = on_device(groups[0][0].engines[0].memory.backend, data)
@@ -226,9 +224,7 @@ Stop = Callable[[], bool]
 
 
 class LaunchThreads:
-    """Runs the launches of trainings on ``workers`` threads, each of them alone.
-
-    One worker is the calling thread.
+    """Runs the launches of trainings on ``workers`` threads, the calling one among them, each alone.
 
     ``ended`` is told the number of a training that has ended and how it diverged, or None.
     """

@@ -124,10 +124,9 @@ def slow_training(history: Mapping[str, Sequence[float]], **advice: Any) -> Find
 
 
 def no_learning(history: Mapping[str, Sequence[float]], chance_loss: float | None, **advice: Any) -> Finding | None:
-    """Find a training that ends no better than a constant prediction.
+    """Find a training that ends no better than a constant prediction, and is not just slow: halved or rising losses.
 
-    ``chance_loss``: the loss where all classes are equally probable; None if the loss has none. A loss that falls in
-    every epoch, to no less than half, is only slow.
+    ``chance_loss``: the loss where all classes are equally probable; None if the loss has none.
     """
     losses = history.get("loss", ())
     if chance_loss is None or len(losses) < 2 or not losses[-1] > CONSTANT * chance_loss:

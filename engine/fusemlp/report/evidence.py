@@ -80,8 +80,7 @@ def image_shape(preprocessor: Preprocessor) -> tuple[int, int] | None:
 class Evidence:
     """A model and test rows as in the data: ``rows`` of X (n, columns), NaN for missing cells, and of ``y``.
 
-    At most ``MOST_ROWS`` of them, drawn at random, are used. ``ids`` are columns (n,) that name the rows; ``known``
-    has the predictions of ``rows``.
+    ``MOST_ROWS`` of them at most count. ``ids`` (n,) name the rows; ``known`` has the predictions of ``rows``.
     """
 
     engine: Session

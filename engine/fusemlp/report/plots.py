@@ -70,10 +70,9 @@ def curves_figure(
     best_epoch: int | None = None,
     overfitting: Finding | None = None,
 ) -> Figure:
-    """Draw loss and, if there is one, accuracy over the epochs.
+    """Draw loss and, if there is one, accuracy over the epochs of ``history``, as of ``History.history``.
 
-    ``history`` has a list for each quantity, one entry an epoch, as ``History.history``; ``best_epoch`` counts from 1.
-    The gap between training and validation is shaded from the start of ``overfitting``.
+    ``best_epoch`` counts from 1; from the start of ``overfitting`` the gap to validation is shaded.
     """
     figure, panels = _over_epochs([history], loss, title)
     for metric, axes in panels.items():

@@ -113,10 +113,9 @@ def create_run(path: Path, *, numbered: bool = False) -> Run:
 
 
 def lock(run: Run) -> None:
-    """Lock a run folder for this process, until ``unlock`` or its end; the system frees the lock of a killed one.
+    """Lock a run folder for this process until ``unlock`` or its end; a folder that holds no run stays as it is.
 
-    Raises CheckpointError if another process trains in the folder, or it cannot be written. A folder that holds no run
-    stays as it is.
+    Raises CheckpointError if another process trains in the folder, or it cannot be written.
     """
     if not run.checkpoint("last").parent.is_dir():
         return

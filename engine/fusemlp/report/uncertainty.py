@@ -189,11 +189,7 @@ class Temperature:
 
 
 def held_out_logits(engine: Session, X: Array, y: Array, weight: Array | None) -> tuple[Array, Array, Array]:
-    """Return logits (n, members, classes), classes (n,) and weights (n,) of rows as ``fit`` takes them, for
-    ``temperature_of``.
-
-    The weights are those of the loss of validation: of the rows, times those of the classes.
-    """
+    """Return for ``temperature_of`` logits (n, members, classes), classes (n,) and weights of its loss (n,)."""
     logits, codes = engine.inference.member_outputs(X).astype(np.float64), np.asarray(y).reshape(-1).astype(np.int64)
     if logits.shape[2] == 1:
         logits = np.concatenate([np.zeros_like(logits), logits], axis=2)

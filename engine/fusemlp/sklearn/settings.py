@@ -188,11 +188,7 @@ def initial_parameters(
 
 
 def optimizer(estimator: Any) -> Optimizer:
-    """Return the optimizer of an estimator, with scikit-learn's conventions where it has the same one.
-
-    The L2 penalty is not part of it: its strength depends on the batch. Only AdamW's decay, which scikit-learn does not
-    have, is a constant: ``alpha``.
-    """
+    """Return an estimator's optimizer, with scikit-learn's conventions; only AdamW has ``alpha``, others per batch."""
     schedule, clip_norm = estimator.learning_rate, estimator.clip_norm
     rate = schedule if isinstance(schedule, Schedule) else float(estimator.learning_rate_init)
     if estimator.solver in ("sgd", "lbfgs"):
@@ -206,11 +202,7 @@ def optimizer(estimator: Any) -> Optimizer:
 
 
 def step_passes(estimator: Any, engine: Engine, rows: Any) -> tuple[Pass, ...]:
-    """Return the passes of a step of ``engine`` against ``adversarial``.
-
-    Raises ArgumentError or ArgumentTypeError for what the estimator cannot train against, DataError for rows outside
-    its bounds.
-    """
+    """Return the passes of a step against ``adversarial``; errors for what cannot be, or rows out of bounds."""
     if estimator.adversarial is None:
         return ()
     how = as_adversary("adversarial", estimator.adversarial)

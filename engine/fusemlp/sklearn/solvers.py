@@ -242,10 +242,9 @@ class SklearnPolicy(Policy):
 
 
 def minimise(policy: SklearnPolicy) -> None:
-    """Minimise the loss of all rows (Liu and Nocedal, 1989); sets ``n_iter_`` and ``loss_``.
+    """Minimise the loss of all rows (Liu and Nocedal, 1989); sets ``n_iter_`` and ``loss_``, warns if a limit ended it.
 
-    Arena elements between the tensors have gradient zero, and so stay zero. Warns (ConvergenceWarning) if ``max_iter``
-    or ``max_fun`` ended it.
+    Arena elements between the tensors have gradient zero, and so stay zero.
     """
     estimator, model = policy.estimator, policy.model
     batches: Any = policy.batches

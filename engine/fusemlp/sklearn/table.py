@@ -406,7 +406,8 @@ class TableClassifier(ClassifierMixin, TableEstimator):
     @available_if(_gives_probabilities)
     def predict_proba(self, X: Any) -> Array:
         """Return the probabilities (n, classes), in the order of ``classes_``; not with mse, mae and huber."""
-        return self.engine_.predict_proba(self._inputs(X))
+        inputs = self._inputs(X)
+        return self.engine_.predict_proba(inputs)
 
     @available_if(_gives_probabilities)
     def predict_set(self, X: Any, coverage: float = 0.9) -> Array:
@@ -415,7 +416,8 @@ class TableClassifier(ClassifierMixin, TableEstimator):
         By the errors of the rows that validated the training (``fusemlp.report.uncertainty``). Raises ArgumentError if
         there were none, or too few.
         """
-        return sets(self.predict_proba(X), self._held_out_errors(), coverage)
+        held = self._held_out_errors()
+        return sets(self.predict_proba(X), held, coverage)
 
 
 class TableRegressor(RegressorMixin, TableEstimator):
@@ -444,7 +446,8 @@ class TableRegressor(RegressorMixin, TableEstimator):
         By the errors of the rows that validated the training (``fusemlp.report.uncertainty``); of several targets each
         for itself. Raises ArgumentError if there were none, or too few.
         """
-        return intervals(self.engine_, self.preprocessor_, self.predict(X), self._held_out_errors(), coverage)
+        held = self._held_out_errors()
+        return intervals(self.engine_, self.preprocessor_, self.predict(X), held, coverage)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

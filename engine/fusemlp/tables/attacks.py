@@ -34,12 +34,9 @@ def chosen(
     option: str = "adversarial",
     kinds: Mapping[str, type[Any]] = HARDENINGS,
 ) -> Attack | IBP | None:
-    """Return the attack of the options on rows X, as the network takes them; None if there is none.
+    """Return the attack of the options on rows X, as the network takes them, or None; ArgumentError for what cannot be.
 
-    ``cells`` are the rows that are scored under it, as in the data.
-
-    Pixels that are not scaled stay within the least and the greatest of these rows. Raises ArgumentError for
-    options that do not go together, and for inputs that no small change of a cell can give.
+    ``cells`` are the rows scored under it, as in the data. Pixels that are not scaled stay within the ends of X.
     """
     kind: Any = getattr(options, option)
     values = {name: value for name in _FIELDS if (value := getattr(options, name, None)) is not None}

@@ -19,18 +19,8 @@ from fusemlp.fleet.merge import default_models
 from fusemlp.inputs.arrays import Array, balanced
 from fusemlp.runtime.backends import TRAITS, first_available
 from fusemlp.runtime.ranks import started
-from fusemlp.tables.recipe import (
-    BATCH,
-    CLASS_DECAY,
-    LARGE_BATCH,
-    MANY_ROWS,
-    FitRecipe,
-    ModelRecipe,
-    StepRecipe,
-    TableRecipe,
-    given_options,
-    one_of,
-)
+from fusemlp.tables import recipe as recipes
+from fusemlp.tables.recipe import FitRecipe, ModelRecipe, StepRecipe, TableRecipe, given_options, one_of
 from fusemlp_kernels.errors import ArgumentError
 
 Described = TypeVar("Described")
@@ -107,15 +97,15 @@ def models_of(recipe: ModelRecipe, dataset: Dataset, *, new: bool) -> int:
 def with_class_decay(recipe: Model, dataset: Dataset) -> Model:
     """Return the recipe with the weight decay of Adam for a table's classes where none is given."""
     takes = dataset.task == "classification" and recipe.optimizer == "adam" and dataset.roles
-    return replace(recipe, weight_decay=CLASS_DECAY) if takes and recipe.weight_decay is None else recipe
+    return replace(recipe, weight_decay=recipes.CLASS_DECAY) if takes and recipe.weight_decay is None else recipe
 
 
 def with_batch(recipe: Model, rows: int) -> Model:
     """Return the recipe with the rows of a step; ``rows``: see ``with_preset``."""
     if recipe.batch_size is not None:
         return recipe
-    large = rows >= MANY_ROWS and recipe.optimizer in ("adam", "adamw") and trains_plainly(recipe)
-    return replace(recipe, batch_size=LARGE_BATCH if large else BATCH)
+    large = rows >= recipes.MANY_ROWS and recipe.optimizer in ("adam", "adamw") and trains_plainly(recipe)
+    return replace(recipe, batch_size=recipes.LARGE_BATCH if large else recipes.BATCH)
 
 
 def with_preset(recipe: Model, rows: int, *, classify: bool) -> tuple[Model, int, list[str]]:

@@ -11,24 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp.datasets import rows as row_sets
 from fusemlp.datasets.codes import MOST_WORDS, Indices
 from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.load import MANY_CLASSES
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.datasets.rows import (
-    Fold,
-    Hashes,
-    Rows,
-    among,
-    check_memory,
-    fit_preprocessor,
-    folds,
-    hold_out,
-    network_ends,
-    row_hashes,
-    rows_for,
-    saves,
-)
+from fusemlp.datasets.rows import Fold, Hashes, Rows, row_hashes
 from fusemlp.datasets.scaling import SCALES
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.losses import Loss
@@ -176,7 +164,7 @@ def _split(
 ) -> tuple[Indices, Indices]:
     """Call ``hold_out``; its error names the purpose of the rows, and classes that are a guess."""
     try:
-        return hold_out(dataset, rows, fraction=fraction, seed=seed)
+        return row_sets.hold_out(dataset, rows, fraction=fraction, seed=seed)
     except DataError as error:
         _check_classes(dataset, recipe.test_fraction)
         guess = f"; {dataset.guess}" if dataset.guess else ""
@@ -266,7 +254,7 @@ def prepare(
     parts: tuple[Fold, ...] = ()
     shared = dataset.validation is not None or recipe.group is not None or recipe.time is not None
     if models > 1 and recipe.validation_fraction > 0 and not shared:
-        parts = folds(dataset.y[training], models, seed=seed, stratify=classify)
+        parts = row_sets.folds(dataset.y[training], models, seed=seed, stratify=classify)
     elif dataset.validation is None and recipe.validation_fraction > 0:
         share = recipe.validation_fraction
         try:
@@ -291,13 +279,13 @@ def prepare(
             scale, log_target, tried = trials.decide(plain, dataset, training, name, seed=seed, most_words=most_words)
             notes += tried
         options = {"scale": scale, "log_targets": log_target, "most_words": most_words}
-        preprocessor = like or fit_preprocessor(dataset, training, loss=name, **options)
-        first, last = network_ends(preprocessor, name)
+        preprocessor = like or row_sets.fit_preprocessor(dataset, training, loss=name, **options)
+        first, last = row_sets.network_ends(preprocessor, name)
         widths = descriptions.hidden_widths(recipe.hidden)
         net = network or descriptions.network((first, *widths, last), recipe, init=recipe.init, members=members)
-    coded = reads and saves(preprocessor)
+    coded = reads and row_sets.saves(preprocessor)
     count = len(dataset.y) + (0 if dataset.test is None else len(dataset.test[1]))
-    check_memory(preprocessor, count, recipe.precision, codes=coded)
+    row_sets.check_memory(preprocessor, count, recipe.precision, codes=coded)
     check_mergeable(net, models)
     weights = None
     if classify:
@@ -307,7 +295,7 @@ def prepare(
     loss.check_network(net)
 
     by_class = None if weights is None or name == "cross_entropy" else np.array(weights)
-    rows = partial(rows_for, preprocessor, precision=recipe.precision, by_class=by_class, codes=coded)
+    rows = partial(row_sets.rows_for, preprocessor, precision=recipe.precision, by_class=by_class, codes=coded)
 
     def part(chosen: Indices, apart: tuple[Array, Array] | None = None) -> Rows | None:
         if apart is not None:
@@ -343,7 +331,7 @@ def prepare(
         return prepared
     X, labels, at = prepared.test_rows
     known = read_training_rows(source.run)
-    seen = 0 if known is None else among(labelled_hashes(preprocessor, X, labels[at], at), known)
+    seen = 0 if known is None else row_sets.among(labelled_hashes(preprocessor, X, labels[at], at), known)
     note = f"{seen} of {len(at)} test rows are training rows of {source.run.path}, so the test scores flatter the model"
     return replace(prepared, tried=(*prepared.tried, note)) if seen else prepared
 

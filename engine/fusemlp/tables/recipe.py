@@ -50,11 +50,9 @@ def field_of(
     values: Iterable[str] | Choices = (),
     kind: Any = None,
 ) -> Any:
-    """Return the field of an option.
+    """Return the field of an option; ``metavar`` and ``names`` replace what type and name give, None for an argument.
 
-    ``metavar`` replaces the usual word for its type, ``names`` the field's name; an argument has None. A shell
-    completes ``values``, which stand for a {} in ``help``. ``kind`` is the type that the command line gives, where
-    Python takes more.
+    A shell completes ``values``, which stand for a {} in ``help``. ``kind`` is the command line's narrower type.
     """
     if "{}" in help and not callable(values):
         help = help.replace("{}", one_of(values))

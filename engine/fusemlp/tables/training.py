@@ -222,8 +222,7 @@ def fleet_of(
 def train(prepared: Prepared, engine: Engine, *, listeners: Listeners, scheduled: int | None = None) -> Trained:
     """Train to the end, the time limit, Ctrl-C, or a loss that is not finite; then judge, and fit to all rows.
 
-    ``engine`` is new, or at the checkpoint of a training that goes on; several models are trained anew. The schedule of
-    several spans ``scheduled`` epochs, by default the recipe's.
+    ``engine`` is new or at a checkpoint; several models begin anew, with a schedule of ``scheduled`` epochs if given.
     """
     recipe, arguments, parts = recipe_of(prepared), fit_arguments(prepared), list[tuple[Engine, Array]]()
     seconds = trials.seconds_left(prepared.began, recipe.time_limit)

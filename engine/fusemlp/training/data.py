@@ -127,8 +127,7 @@ def order_of(engine: Trainer, count: int, rows: Array | None, order: Order | Non
 
 
 def asked_order(engine: Trainer, plan: FitPlan, count: int, first_epoch: int) -> Order | None:
-    """Return the function from the epoch to the order of the ``count`` rows that a fit is asked for; None for the
-    seed's.
+    """Return the function from the epoch to the order of ``count`` rows that a fit is asked for; None for the seed's.
 
     Raises ArgumentError for what is no permutation in the first epoch, and DistributedError if ranks have others.
     """
@@ -187,10 +186,9 @@ def split(engine: Trainer, data: Examples, share: float) -> tuple[Examples, Exam
 
 
 def by_class(engine: Trainer, asked: Any, data: Examples, *, whole: bool) -> Callable[[Examples], Examples]:
-    """Return a function that multiplies the weights of rows by those of their classes.
+    """Return a function that multiplies the weights of rows by ``asked``, those of classes; ArgumentError for others.
 
-    ``asked``: class_weight of ``fit``; "balanced" weighs the classes of ``data``, the ``whole`` of the training rows.
-    Raises ArgumentError or ArgumentTypeError if the weights are impossible or the targets are no classes.
+    "balanced" weighs the classes of ``data``, the ``whole`` of the training rows.
     """
     if asked is None:
         return lambda rows: rows

@@ -71,11 +71,7 @@ def fit(engine: Trainer, plan: FitPlan, X: Any, y: Any, sample_weight: Any, vali
 def fit_loop(
     engine: Trainer, plan: FitPlan, data: FitData, *, together: bool = False, deadline: float | None = None
 ) -> EpochLoop[FitPolicy]:
-    """Return the loop of a fit on checked rows.
-
-    ``together``: a launch of several models runs the steps, to whose places the caller binds the loop. ``deadline``: of
-    this fit, where several share the plan's.
-    """
+    """Return the loop of a fit on checked rows, up to ``deadline`` or the plan's; ``together``: the caller binds it."""
     coding = coding_of(data.train.X)
     engine.lay_out(coding)
     count, adversary, memory = data.count, plan.adversary, engine.memory

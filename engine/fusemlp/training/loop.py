@@ -19,15 +19,7 @@ from fusemlp.callbacks.forms import deferred_interrupt, name_of, overrides
 from fusemlp.describe.schedules import ReduceOnPlateau, Schedule
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.steps import check_scaling
-from fusemlp_kernels.contract import (
-    BATCH_INDEX,
-    LEARNING_RATE,
-    LOSS_SUM,
-    RATE_SCALE,
-    ROW_OFFSET,
-    ROW_TOTAL,
-    UPDATE_COUNT,
-)
+from fusemlp_kernels import contract
 from fusemlp_kernels.errors import DivergenceError
 
 if TYPE_CHECKING:
@@ -162,14 +154,13 @@ class EpochLoop(Generic[PolicyT]):
             except Exception:
                 # a loss of the caller's may end a launch after some of its steps
                 if steps > 1 and self.at_once == 1 and self.engine.memory.backend.traits.on_host:
-                    self.state.batch = int(counters[ROW_OFFSET]) // self.batch_size
+                    self.state.batch = int(counters[contract.ROW_OFFSET]) // self.batch_size
                 raise
 
     def training(self, interrupted: Callable[[], bool]) -> Iterator[int]:
-        """Yield numbers of steps; the caller runs them before it asks for the next number.
+        """Yield numbers of steps, which the caller runs before it asks for more, until ``interrupted`` after a batch.
 
-        ``interrupted`` tells whether training shall end after the batch. Raises DivergenceError, with the engine back
-        at the last good epoch.
+        Raises DivergenceError, with the engine back at the last good epoch.
         """
         engine, state, policy = self.engine, self.state, self.policy
         good: dict[str, Any] | None = None
@@ -203,7 +194,7 @@ class EpochLoop(Generic[PolicyT]):
             seconds = (time.perf_counter() - began) / max(1, ended)
             state.epoch = first_epoch
             if good is not None and ended and not self._is_finite(account):
-                rate = float(account.hyper[LEARNING_RATE])
+                rate = float(account.hyper[contract.LEARNING_RATE])
                 engine.restore(good)
                 state.batch = first_batch
                 if ended == 1 and not left:
@@ -257,28 +248,28 @@ class EpochLoop(Generic[PolicyT]):
         stats = None if by_epoch is None or not ran or not epochs else by_epoch[:epochs]
         marks = engine.ranks.marks(engine.memory.params)
         account = engine.memory.account(stats, check_finite=rewinds, beside=marks)
-        engine.rates.note(int(account.counters[UPDATE_COUNT]))
+        engine.rates.note(int(account.counters[contract.UPDATE_COUNT]))
         engine.ranks.check_equal(account.beside)
         if by_epoch is not None:
             # as if each epoch had been given its rows
-            offset, total = account.counters[ROW_OFFSET], account.counters[ROW_TOTAL]
-            engine.memory.counters[ROW_OFFSET] = int(offset % total)
+            offset, total = account.counters[contract.ROW_OFFSET], account.counters[contract.ROW_TOTAL]
+            engine.memory.counters[contract.ROW_OFFSET] = int(offset % total)
         return account
 
     def _is_finite(self, account: Account) -> bool:
         """Return whether the losses of these epochs, and parameters and validation after the last, are finite."""
         check_scaling(self.engine, account.counters, account.hyper)
-        losses = account.stats[:, LOSS_SUM].tolist()
+        losses = account.stats[:, contract.LOSS_SUM].tolist()
         return account.finite and all(map(math.isfinite, losses)) and self.policy.validate()
 
     def _rates(self, account: Account, epochs: int, left: int) -> list[float]:
         """Return the learning rate at the end of each of the last ``epochs`` epochs, ``left`` batches before now."""
         if epochs == 1 and not left:
-            return [float(account.hyper[LEARNING_RATE])]
+            return [float(account.hyper[contract.LEARNING_RATE])]
         every, rates = self.engine.optimizer.accumulate, self.engine.rates
-        batches, updates = (int(account.counters[place]) for place in (BATCH_INDEX, UPDATE_COUNT))
+        batches, updates = (int(account.counters[place]) for place in (contract.BATCH_INDEX, contract.UPDATE_COUNT))
         ends = [batches - left - ahead * self.batches for ahead in reversed(range(epochs))]
-        scale = float(account.hyper[RATE_SCALE])
+        scale = float(account.hyper[contract.RATE_SCALE])
         return [rates.after(updates - batches // every + end // every, scale) for end in ends]
 
     def _end_epoch(self, stats: Array, rate: float, seconds: float) -> None:
