@@ -259,15 +259,13 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+VERSION = typer.Option(
+    "--version", callback=show_version, is_eager=True, metavar=NO_VALUE, help="Print the version and exit."
+)
+
+
 @app.callback()
-def about(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=show_version, is_eager=True, metavar=NO_VALUE, help="Print the version and exit."
-        ),
-    ] = False,
-) -> None:
+def about(version: Annotated[bool, VERSION] = False) -> None:
     """Multi-layer perceptrons, trained by fused kernels. To begin: [bold]fusemlp train digits[/bold]"""
 
 

@@ -63,7 +63,11 @@ def predict(options: PredictOptions) -> None:
     features = load_features(data, preprocessor, ids=ids, **options.reading(config, notes))
     X = network_inputs(preprocessor, features, engine.precision, codes=engine.inputs.reads_codes)
     predicted = metrics.predictions(engine, preprocessor, X)
-    more = {} if held is None else _ends(engine, preprocessor, X, predicted, held, float(options.interval or 0))
+    more: dict[str, Array] = {}
+    if held is not None and options.interval is not None and preprocessor.classes is None:
+        more["low"], more["high"] = intervals(engine, preprocessor, predicted, held, options.interval)
+    elif held is not None and options.interval is not None:
+        more["in_set"] = sets(metrics.class_scores(engine, X), held, options.interval)
     if models:
         more["spread"] = spread(models, preprocessor, X, metrics.predicted_codes(engine, preprocessor, X))
     if options.proba:
@@ -97,16 +101,6 @@ def _held_out(options: PredictOptions, coverage: float, config: Mapping[str, Any
     except ArgumentError as error:
         raise ArgumentError(f"interval: {str(error).removeprefix('coverage: ')}") from None
     return held
-
-
-def _ends(
-    engine: Engine, preprocessor: Preprocessor, X: Array, predicted: Array, held: HeldOut, coverage: float
-) -> dict[str, Array]:
-    """Return the ends of intervals, or which classes are in each set."""
-    if preprocessor.classes is None:
-        low, high = intervals(engine, preprocessor, predicted, held, coverage)
-        return {"low": low, "high": high}
-    return {"in_set": sets(metrics.class_scores(engine, X), held, coverage)}
 
 
 def _csv_rows(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: Array, more: Mapping[str, Array]) -> Any:

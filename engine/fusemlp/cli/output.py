@@ -124,8 +124,6 @@ class Events(Callback):
     def __init__(self, options: OutputOptions) -> None:
         self.wanted = options.as_json and not options.quiet
         self.stream = sys.stdout
-        self._epochs = 0
-        self._began = time.perf_counter()
 
     def start(self, kind: str, *, epochs: int, **about: Any) -> None:
         self._epochs, self._began = epochs, time.perf_counter()

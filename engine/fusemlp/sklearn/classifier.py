@@ -133,7 +133,7 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
         return y.argmax(axis=1) if self._picks_one else y
 
     def _score_of(self, predicted: Array, truth: Array, weight: Array | None) -> float:
-        """Return the accuracy: the share of rows whose labels are all right."""
+        # the accuracy: the share of rows whose labels are all right
         right = predicted.reshape(len(truth), -1) == truth.reshape(len(truth), -1)
         return float(np.average(right.all(axis=1), weights=weight))
 

@@ -51,8 +51,8 @@ def save(estimator: Any, engine: Trainer, path: str | Path, *, without: tuple[st
     ``callbacks`` and a RandomState are left out. Raises ArgumentError for a parameter that no file can hold, before
     anything is written, and what ``Engine.save_checkpoint`` raises.
     """
-    parameters = estimator.get_params(deep=False)
-    kept = {name: value for name, value in parameters.items() if name != "callbacks" and not _draws(value)}
+    parameters, drawn = estimator.get_params(deep=False), np.random.RandomState | np.random.Generator
+    kept = {name: value for name, value in parameters.items() if name != "callbacks" and not isinstance(value, drawn)}
     fitted = {name: value for name, value in vars(estimator).items() if name not in {*parameters, *without}}
     entry = {"class": type(estimator).__name__, "parameters": _encoded_all(kept), "fitted": _encoded_all(fitted)}
     save_checkpoint(engine, path, extra={ENTRY: entry | _encoded_all(more)})
@@ -80,10 +80,6 @@ def read(cls: Any, path: str | Path) -> tuple[Any, dict[str, Any], dict[str, Any
         estimator.set_params(**parameters)
         vars(estimator).update(_decoded_all(fitted))
         return estimator, _decoded_all(entry), content
-
-
-def _draws(value: Any) -> bool:
-    return isinstance(value, np.random.RandomState | np.random.Generator)
 
 
 def _encoded_all(values: Mapping[str, Any]) -> dict[str, Any]:

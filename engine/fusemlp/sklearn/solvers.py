@@ -108,7 +108,6 @@ class SklearnPolicy(Policy):
         self._before: Any = None
 
     def begin(self) -> None:
-        """Start the accounts of this call."""
         self.estimator.n_iter_ = 0
         self.estimator.learning_rate_ = self.model.engine.learning_rate
 

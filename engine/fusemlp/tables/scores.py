@@ -7,7 +7,6 @@ from typing import Any
 
 from fusemlp.describe.adversarial import IBP
 from fusemlp.describe.metrics import Judged
-from fusemlp.report.diagnosis import diagnose
 from fusemlp.report.evidence import certify, robust_score
 from fusemlp.report.metrics import MOST_NUMBERS, baselines, score, worse_than
 from fusemlp.report.uncertainty import COVERAGE, HeldOut, errors_of, summary
@@ -24,17 +23,10 @@ def scores_of(trained: Trained, *, early_stopping: bool) -> tuple[dict[str, Any]
     history, preprocessor = engine.history or History(), prepared.preprocessor
     best = None if history.best_epoch is None else history.best_epoch + 1
     dead = engine.dead_units(prepared.train.X)
-    findings = diagnose(
-        history.history,
-        dead,
-        divergence="" if trained.failure is None else str(trained.failure),
-        restored="restored" in history.stopped,
-        best_epoch=best,
-        early_stopping=early_stopping,
-        chance_loss=history.chance_loss,
-        in_use=history.in_use if preprocessor.scale == "none" else [*history.in_use, "scaling"],
-        python=False,
-    )
+    divergence = "" if trained.failure is None else str(trained.failure)
+    in_use = history.in_use if preprocessor.scale == "none" else [*history.in_use, "scaling"]
+    known = {"divergence": divergence, "early_stopping": early_stopping, "in_use": in_use}
+    findings = history.diagnose(dead, **known, python=False)
     report: dict[str, Any] = {
         "task": prepared.dataset.task,
         "epochs": len(history.epochs),

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def engine_content(engine: Trainer, extra: Mapping[str, Any] | None = None) -> d
         "backend": engine.backend,
         "plan": engine.plan,
         "epochs_trained": engine.epochs_trained,
-        "fit": None if engine.fit_state is None else engine.fit_state.to_config(),
+        "fit": None if engine.fit_state is None else asdict(engine.fit_state),
         "extra": dict(extra or {}),
     }
     return {"config": config, "tensors": tensors}
@@ -122,8 +123,8 @@ def _restore_training(engine: Trainer, config: Mapping[str, Any], tensors: Mappi
     engine.best_parameters = _of_kind("best", tensors) or None
     engine.merged_biases = tensors.get("merged/bias")
     engine.epochs_trained = as_count("epochs_trained", config["epochs_trained"], minimum=0)
-    if config["fit"] is not None:
-        engine.fit_state = FitState.from_config(config["fit"])
+    engine.fit_state = stored("fit", config["fit"], FitState | None)
+    if engine.fit_state is not None:
         engine.history = engine.fit_state.history
 
 

@@ -62,15 +62,6 @@ class FitData:
         """The number of rows of an epoch, or of the first batch."""
         return len(self.train.X) if self.rows is None else len(self.rows)
 
-    @property
-    def of_rank(self) -> Examples:
-        """The training rows that this rank has read."""
-        X = self.train.X
-        if self.share is None:
-            return self.train
-        ranks, owner = self.share
-        return self.train._replace(X=X[owner(np.arange(len(X))) == ranks.rank])
-
 
 def fit_data(engine: Trainer, plan: FitPlan, X: Any, y: Any, sample_weight: Any, validation_data: Any) -> FitData:
     """Return the checked arrays of a fit, or without y its first batch; nothing changes, but callbacks hear of logs.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fusemlp.callbacks.forms import exits
 from fusemlp.describe.checks import caller_level
 from fusemlp.describe.conflicts import check_together
@@ -63,7 +65,11 @@ def fit(engine: Trainer, plan: FitPlan, X: Any, y: Any, sample_weight: Any, vali
         loop = fit_loop(engine, plan, data)
         if data.batches is None:
             engine.programs.let_go_with((X, y, sample_weight))
-        _warn(engine, data.of_rank, plan.epochs * loop.batches, streamed=data.batches is not None)
+        rows = data.train
+        if data.share is not None:
+            ranks, owner = data.share
+            rows = rows._replace(X=rows.X[owner(np.arange(len(rows.X))) == ranks.rank])
+        _warn(engine, rows, plan.epochs * loop.batches, streamed=data.batches is not None)
     with exits(plan.callbacks, engine):
         return loop.run()
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusemlp.describe.description import stored
 from fusemlp.describe.schedules import PLATEAU_START, PlateauState
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
@@ -67,24 +66,22 @@ class History:
         for at, epoch in enumerate(self.epochs):
             yield {"epoch": epoch + 1, **{name: values[at] for name, values in self.history.items()}}
 
-    def diagnose(self, dead: Mapping[str, float] | None = None) -> list[Finding]:
+    def diagnose(self, dead: Mapping[str, float] | None = None, **known: Any) -> list[Finding]:
         """Return what is wrong with the training: divergence, exploding loss, small rate, no learning, overfitting.
 
-        ``dead``: the result of ``engine.dead_units(X)``; ``engine.diagnose(X)`` does both. Print a finding for its
-        evidence and remedies.
+        ``dead``: the result of ``engine.dead_units(X)``; ``engine.diagnose(X)`` does both. ``known``: what this record
+        does not tell, for ``report.diagnosis.diagnose``. Print a finding for its evidence and remedies.
         """
         from fusemlp.report.diagnosis import diagnose
 
-        stopped = self.stopped
+        record: dict[str, Any] = {
+            "divergence": self.stopped if self.stopped.startswith(DIVERGED) else "",
+            "restored": "restored" in self.stopped,
+            "best_epoch": None if self.best_epoch is None else self.epochs.index(self.best_epoch) + 1,
+            "early_stopping": "not improved" in self.stopped,
+        }
         return diagnose(
-            self.history,
-            dead,
-            divergence=stopped if stopped.startswith(DIVERGED) else "",
-            restored="restored" in stopped,
-            best_epoch=None if self.best_epoch is None else self.epochs.index(self.best_epoch) + 1,
-            early_stopping="not improved" in stopped,
-            chance_loss=self.chance_loss,
-            in_use=self.in_use,
+            self.history, dead, **{**record, "chance_loss": self.chance_loss, "in_use": self.in_use, **known}
         )
 
     def plot(self, path: str | Path | None = None, *, title: str = "training") -> Figure:
@@ -140,13 +137,3 @@ class FitState:
     def begun(self, update_count: int, batches: int) -> int:
         """Return the updates before the call, of epochs with one update a batch, when there were ``update_count``."""
         return update_count - self.batch - (self.epoch - self.first_epoch) * batches
-
-    def to_config(self) -> dict[str, Any]:
-        """Return a description, JSON-able but for infinities; ``FitState.from_config`` inverts it."""
-        return asdict(self)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> FitState:
-        """Return the state of a description from ``to_config``."""
-        state: FitState = stored("fit", config, cls)
-        return state

@@ -199,7 +199,6 @@ class FitPolicy(Policy):
         self._held: dict[str, float] = {}
 
     def begin(self) -> None:
-        """Bind the state of the fit to the engine, and set the learning rate."""
         engine, state = self.engine, self.state
         state.last_epoch = self.last_epoch
         state.history.stopped = ""
@@ -223,11 +222,9 @@ class FitPolicy(Policy):
         return f"; the weights of epoch {(self.state.history.best_epoch or 0) + 1} were restored"
 
     def late(self) -> bool:
-        """Return whether the deadline is over."""
         return time.monotonic() >= self.deadline
 
     def order(self, epoch: int) -> Array:
-        """Return the rows of an epoch in their order."""
         drawn = self._ahead.pop(epoch, None)
         return self.rows(epoch) if drawn is None else drawn
 
@@ -237,7 +234,6 @@ class FitPolicy(Policy):
             self._ahead = {epoch: self.rows(epoch) for epoch in following if epoch < self.last_epoch}
 
     def validate(self) -> bool:
-        """Evaluate the validation rows; return whether their loss is finite."""
         if self._validate is not None:
             self._held = self._agreed({f"val_{name}": value for name, value in self._validate().items()})
         return math.isfinite(self._held.get("val_loss", 0.0))
@@ -247,7 +243,6 @@ class FitPolicy(Policy):
         return dict(zip(logs, self.engine.ranks.of_first(list(logs.values())).tolist(), strict=True))
 
     def end_epoch(self, stats: Array, rate: float) -> dict[str, float]:
-        """Judge the epoch."""
         engine, state = self.engine, self.state
         logs = metrics_of(stats, self.spec) | self._held
         logs |= {**engine.ledger.figures(lambda: engine.update_count), "learning_rate": rate}
@@ -273,7 +268,6 @@ class FitPolicy(Policy):
             engine.rates.rescale(state.plateau[2])
 
     def divergence(self, rate: float) -> DivergenceError:
-        """Return an error that names the likely cause."""
         largest, epoch = self.engine.inputs.largest(self.X), self.state.epoch + 1
         held = not math.isfinite(self._held.get("val_loss", 0.0))
         if largest > LARGE_FEATURE and not self.engine.normalise:
