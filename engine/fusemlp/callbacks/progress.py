@@ -126,8 +126,7 @@ class ProgressBar(Watching):
             self._width, self._layout = width, 0
         counter, bar, remaining, latest = self._columns
         fixed = len(f"epoch {self._epochs}/{self._epochs}"), max(8, len(remaining.render(self._bar.tasks[0]).plain))
-        known = layouts(len(names))
-        for at, (size, timed, short, kept) in enumerate(known):
+        for at, (size, timed, short, kept) in enumerate(layouts(len(names))):
             text = figures({name: logs[name] for name in names[:kept]}, short=short)
             parts = [fixed[0], size, fixed[1] if timed else 0, len(text)]
             # A blank between two parts.

@@ -75,8 +75,7 @@ def predict(options: PredictOptions) -> None:
     parts = preprocessor, ids, predicted, more
     write_atomically(out, _npz(*parts) if out.suffix.lower() == ".npz" else csv_bytes(_csv_rows(*parts), notes))
     about = {"run": str(options.run), "data": data, "weights": options.weights, "rows": len(X), "out": str(out)}
-    lines = [*notes, f"predictions of {len(X)} rows {out}"]
-    show(about | {"notes": notes}, lines, as_json=options.as_json)
+    show(about | {"notes": notes}, [*notes, f"predictions of {len(X)} rows {out}"], as_json=options.as_json)
 
 
 def _held_out(options: PredictOptions, coverage: float, config: Mapping[str, Any]) -> HeldOut:

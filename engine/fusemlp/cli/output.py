@@ -180,8 +180,7 @@ def tracker_of(options: OutputOptions, name: str, run_id: str | None = None) -> 
     if options.track is None:
         return None
     kind = check_choice("track", options.track, TRACKERS)
-    place = None if any(map(os.environ.get, VARIABLES[kind])) else PLACE
-    tracker = TRACKERS[kind](place, name, run_id=run_id)
+    tracker = TRACKERS[kind](None if any(map(os.environ.get, VARIABLES[kind])) else PLACE, name, run_id=run_id)
     tracker.check_logs(())
     return tracker
 

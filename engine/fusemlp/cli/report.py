@@ -196,8 +196,7 @@ def finish(
             scaled = _scaled_best(run, engine, history, trained.temperature)
         if prepared.models > 1:
             engine.save_checkpoint(run.checkpoint("last"))
-    options = read_json(run.config)["options"]
-    report, tested = scores_of(trained, early_stopping=bool(options.get("early_stopping")))
+    report, tested = scores_of(trained, early_stopping=bool(read_json(run.config)["options"].get("early_stopping")))
     scored(report)
     if not history.epochs:
         report["no_plot"] = "no epoch was completed"

@@ -176,8 +176,7 @@ def differences(group: Sequence[Listed]) -> list[str]:
 def common_score(group: Sequence[Listed]) -> str:
     """Return the score that the runs were judged by; if they were judged by several, the first of ``TESTED``."""
     monitors = {run.monitor for run in group if run.scores} or {group[0].monitor}
-    losses = {run.loss for run in group}
-    if len(monitors) == 1 and (len(losses) == 1 or not next(iter(monitors)).endswith("loss")):
+    if len(monitors) == 1 and (len({run.loss for run in group}) == 1 or not next(iter(monitors)).endswith("loss")):
         return monitors.pop()
     return tested(group, group[0].monitor)
 

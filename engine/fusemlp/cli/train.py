@@ -202,15 +202,13 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
         left_over.unlink(missing_ok=True)
     tracker = None
     if leading():
-        run_id = read_json(run.tracking).get(str(options.track))
-        tracker = output.tracker_of(options, run.path.resolve().name, run_id)
+        tracker = output.tracker_of(options, run.path.resolve().name, read_json(run.tracking).get(str(options.track)))
     if last.exists() and prepared.models == 1:
         where = {name: getattr(options, name) for name in ("backend", "device", "reduce")}
         engine = load_checkpoint(last, network=prepared.network, distributed=started(), **where)
     else:
         # An ensemble has no checkpoint to go on from: it trains anew, with the same result.
-        anew = replace(prepared, recipe=replace(options, epochs=scheduled))
-        engine = training.new_engine(anew)
+        engine = training.new_engine(replace(prepared, recipe=replace(options, epochs=scheduled)))
         engine.join(started(), options.reduce, TIMEOUT)
     report = read_json(run.report)
     if report:

@@ -104,8 +104,7 @@ def combinations(
         raise ArgumentError(f"vary: {product} are {total} models, and at most {MOST_MODELS} are trained; {mend}")
     chosen = range(total)
     if wanted < total:
-        drawn = np.random.default_rng(seed).choice(total, wanted, replace=False, shuffle=False)
-        chosen = np.sort(drawn).tolist()
+        chosen = np.sort(np.random.default_rng(seed).choice(total, wanted, replace=False, shuffle=False)).tolist()
     places = np.unravel_index(np.asarray(chosen, np.int64), shape)
     return [
         {axis.name: axis.values[at] for axis, at in zip(among, place, strict=True)}

@@ -183,8 +183,7 @@ def read_idx(path: Path) -> Array:
             f"{path}: its header announces shape {shape}, that is {expected} bytes in all, found "
             f"{len(content)}; the file is incomplete or damaged: fetch it again"
         )
-    elements = np.frombuffer(content, dtype, offset=start).reshape(shape)
-    return elements.astype(dtype.newbyteorder("="))
+    return np.frombuffer(content, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
 
 
 def read_idx_pair(folder: Path, prefix: str) -> tuple[Array, Array] | None:
@@ -199,8 +198,7 @@ def read_idx_pair(folder: Path, prefix: str) -> tuple[Array, Array] | None:
     if images_path is None and labels_path is None:
         return None
     if images_path is None or labels_path is None:
-        lacking = names[paths.index(None)]
-        raise DataError(f"{folder}: there is no {lacking}[.gz] beside {images_path or labels_path}")
+        raise DataError(f"{folder}: there is no {names[paths.index(None)]}[.gz] beside {images_path or labels_path}")
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.ndim < 2 or labels.ndim != 1 or len(images) != len(labels):
         raise DataError(

@@ -58,8 +58,7 @@ def _among(values: Any, words: Collection[str]) -> Any:
 def _to_numpy(values: Any) -> Array:
     """Return numbers, truth values or moments as an array of its own; null is NaN or NaT."""
     kind = values.type
-    if isinstance(values, pa.ChunkedArray):
-        values = pa.concat_arrays(values.chunks)
+    values = pa.concat_arrays(values.chunks) if isinstance(values, pa.ChunkedArray) else values
     if not len(values):
         return np.empty(0, "datetime64[us]" if pa.types.is_timestamp(kind) else kind.to_pandas_dtype())
     if pa.types.is_boolean(kind):
@@ -89,8 +88,7 @@ def numbers_of(texts: Any, decimal: str, missing: Collection[str] = MISSING) -> 
     texts = pc.utf8_trim_whitespace(texts)
     plain = pc.match_substring_regex(texts, _PLAIN[decimal])
     present = pc.if_else(plain, texts, _NULL)
-    if decimal == ",":
-        present = pc.replace_substring(present, ",", ".")
+    present = pc.replace_substring(present, ",", ".") if decimal == "," else present
     numbers = _to_numpy(pc.cast(present, pa.float64()))
     odd = pc.invert(pc.or_(plain, _among(texts, missing)))
     rows = np.flatnonzero(_to_numpy(odd))
@@ -126,8 +124,7 @@ class Column:
 
     def add(self, values: Any) -> None:
         """Append a piece of the column, an Arrow array."""
-        if pa.types.is_dictionary(values.type):
-            values = values.dictionary_decode()
+        values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
         kind = values.type
         if pa.types.is_null(kind) or is_text(kind):
             self._add_text(pc.fill_null(pc.cast(values, pa.string()), _EMPTY))
@@ -219,8 +216,7 @@ class Column:
         self.zoned = self.zoned or any(map(_ZONED.search, words))
         wrong = np.array([m is None and word not in _NO_DATE for m, word in zip(moments, words, strict=True)], bool)
         for row in np.flatnonzero(wrong[codes]).tolist():
-            text = words[codes[row]]
-            self._wrong(row, f"{text!r} is not a date such as {EXAMPLES[order]}; correct or delete it")
+            self._wrong(row, f"{words[codes[row]]!r} is not a date such as {EXAMPLES[order]}; correct or delete it")
         return np.array([m or "NaT" for m in moments], "datetime64[us]")[codes]
 
     def _wrong(self, row: int, text: str) -> None:
@@ -287,8 +283,7 @@ class Target:
             values = _to_numpy(pc.cast(present, dtype))
             if values.dtype.kind == "f":
                 values = values.astype(np.float64)
-                rows = np.flatnonzero(~self.missing)
-                check_finite(self.name, values, rows, self.problems)
+                check_finite(self.name, values, np.flatnonzero(~self.missing), self.problems)
             values = values.astype(np.int64) if values.dtype.kind == "i" else values
             return np.asarray(values, str if words else values.dtype)
         if not (is_text(whole.type) or pa.types.is_null(whole.type)):
@@ -322,8 +317,7 @@ class Target:
         if (valid != np.floor(valid)).any():
             rows = np.flatnonzero(~self.missing)
             for row in wrong.tolist():
-                text = present[row].as_py()
-                self.problems.add(self.name, int(rows[row]), _not_numeric(text, self.decimal, None))
+                self.problems.add(self.name, int(rows[row]), _not_numeric(present[row].as_py(), self.decimal, None))
         return None
 
 
@@ -334,8 +328,7 @@ def as_text(values: Any) -> Any:
     coded = pc.dictionary_encode(values)
     # Whole numbers are floats where other rows of their column are missing.
     whole = (int(v) if isinstance(v, float) and v.is_integer() else v for v in coded.dictionary.to_pylist())
-    texts = text_array([str(value) for value in whole])
-    return pc.fill_null(texts.take(coded.indices), _EMPTY)
+    return pc.fill_null(text_array([str(value) for value in whole]).take(coded.indices), _EMPTY)
 
 
 def check_finite(column: str, numbers: Array, first: Any, problems: Problems) -> None:

@@ -224,8 +224,7 @@ def _twins(table: dict[str, Array]) -> dict[str, str]:
         plain = column.dtype.kind != "O"
         content = hash((column + 0.0 if numbers else column).tobytes() if plain else tuple(column))
         others = first.setdefault((column.dtype.kind, content), [])
-        same = (other for other in others if np.array_equal(table[other], column, equal_nan=numbers))
-        other = next(same, None)
+        other = next((other for other in others if np.array_equal(table[other], column, equal_nan=numbers)), None)
         if other is None:
             others.append(name)
         else:

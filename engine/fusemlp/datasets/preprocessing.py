@@ -139,8 +139,7 @@ class Preprocessor:
             for column, entries in zip(X.T, words, strict=True)
         ]
         other_inputs = [bool(len(rare) and np.isin(X[:, at], rare).any()) for at, rare in enumerate(shared)]
-        if missing.any():
-            X = np.where(missing, _numbers(fill), X)
+        X = np.where(missing, _numbers(fill), X) if missing.any() else X
         shift, factor = statistics(X, scale, dataset.feature_names)
         of = {"quantile": knots, "piecewise": edges}.get(scale)
         # The parts of a date are missing together: its first part marks it.
@@ -278,8 +277,7 @@ class Preprocessor:
             features = np.where(gaps, _numbers(fill), features)
         scaled: Features = features - np.array(self.feature_shift)
         scaled /= np.array(self.feature_scale)
-        if self.scale in ("robust", "piecewise"):
-            scaled = clipped(scaled)
+        scaled = clipped(scaled) if self.scale in ("robust", "piecewise") else scaled
         for column, at in enumerate(self.feature_knots if self.scale == "quantile" else ()):
             if at is not None:
                 scaled[:, column] = by_quantiles(features[:, column], at)
@@ -315,8 +313,7 @@ class Preprocessor:
         """Return the loss's targets: class indices (n,) int64, or float64 rows (one-hot or scaled)."""
         if self.classes is None:
             values = as_values("y", y, width=self.outputs, rows=None, dtype=np.float64)
-            if self.target_log:
-                values = np.log(np.maximum(values, self.target_low))
+            values = np.log(np.maximum(values, self.target_low)) if self.target_log else values
             return np.asarray((values - np.array(self.target_shift)) / np.array(self.target_scale))
         codes = self.class_codes(y)
         return np.eye(len(self.classes))[codes] if self.one_hot_targets else codes
@@ -327,8 +324,7 @@ class Preprocessor:
         labels = to_array("y", y)
         if labels.ndim != 1:
             raise ShapeError(f"y: expected shape (n,), one label a row, got shape {labels.shape}")
-        if labels.dtype.kind == "O":
-            labels = labels.astype(str)
+        labels = labels.astype(str) if labels.dtype.kind == "O" else labels
         different, codes = np.unique(labels, return_inverse=True)
         index: dict[Any, int] = {label: code for code, label in enumerate(classes)}
         by_text = {str(label): code for code, label in enumerate(classes)}

@@ -71,8 +71,7 @@ def with_files(
         same = among(row_hashes(X, _numbers(dataset, y)), row_hashes(dataset.X, _numbers(dataset, dataset.y)))
         if same:
             notes.append(f"{same} of {len(y)} rows stand in {dataset.name} too, with the same features and target")
-        said = (f"{option} file: {note}" for note in notes)
-        dataset = replace(dataset, notes=(*dataset.notes, *said))
+        dataset = replace(dataset, notes=(*dataset.notes, *(f"{option} file: {note}" for note in notes)))
     return dataset
 
 

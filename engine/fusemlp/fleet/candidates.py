@@ -145,8 +145,7 @@ def _network(net: MLP, parameters: Mapping[str, Any]) -> MLP:
     if not parameters.keys() & set(OF_NETWORK):
         return net
     hidden = parameters.get("hidden", net.sizes[1:-1])
-    if isinstance(hidden, str) or not isinstance(hidden, Iterable):
-        hidden = (hidden,)
+    hidden = (hidden,) if isinstance(hidden, str) or not isinstance(hidden, Iterable) else hidden
     hidden = tuple(as_count("hidden", width, minimum=1) for width in hidden)
     sizes = [net.sizes[0], *hidden, net.sizes[-1]]
     return MLP(

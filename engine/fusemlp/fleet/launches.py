@@ -43,8 +43,7 @@ def signature(engine: Engine) -> tuple[Any, ...]:
     net = engine.network
     trained = tuple(name for name in net.parameter_shapes() if engine.optimizer.options_for(name)[0])
     activations = tuple(activation.name for activation in net.activations)
-    states = engine.optimizer.rule().states
-    return net.sizes, activations, trained, states, engine.batch_size
+    return net.sizes, activations, trained, engine.optimizer.rule().states, engine.batch_size
 
 
 def common_plan(engines: Sequence[Engine], batch_size: int, plan: str = "auto") -> tuple[str, str]:

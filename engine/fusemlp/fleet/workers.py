@@ -167,8 +167,7 @@ def trained_apart(
         return trained_elsewhere(len(fleet), task, arrays, workers=workers, jobs=jobs)
     # of the process, which sees one
     untrained._machine = {**fleet._machine, "device": None}
-    together = shares_launches(first.memory.backend.traits)
-    return trained_on(fleet._devices, len(fleet), task, arrays, together=together)
+    return trained_on(fleet._devices, len(fleet), task, arrays, together=shares_launches(first.memory.backend.traits))
 
 
 def _train_part(
@@ -266,8 +265,7 @@ def trained_elsewhere(
     left, lost, failure = set(range(models)), 0, None
     with parallel_config(backend=workers):
         at_once = effective_n_jobs(-1 if jobs is None else jobs)
-        if workers == "ray":
-            arrays = [None if array is None else _Stored(array) for array in arrays]
+        arrays = [None if array is None else _Stored(array) for array in arrays] if workers == "ray" else arrays
         size = max(1, min(MOST_AT_ONCE, -(-models // (TASKS * at_once))))
         while left and failure is None:
             before = len(left)

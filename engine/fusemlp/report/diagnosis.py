@@ -142,8 +142,7 @@ def no_learning(history: Mapping[str, Sequence[float]], chance_loss: float | Non
     if right is not None:
         message += f"; {right:.1%} of the {'validation' if 'val_accuracy' in history else 'training'} rows are right"
     figures = {"last_loss": losses[-1], "chance_loss": chance_loss}
-    remedies = _remedies(("lower rate", "scaling"), **advice)
-    return Finding("no learning", message, remedies, None, figures)
+    return Finding("no learning", message, _remedies(("lower rate", "scaling"), **advice), None, figures)
 
 
 def overfitting(

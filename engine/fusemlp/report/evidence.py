@@ -101,8 +101,7 @@ class Evidence:
         self.image = image_shape(self.preprocessor)
 
     def _judge(self, cells: Array, labels: Array) -> Judged:
-        codes = self.engine.inputs.reads_codes
-        X = network_inputs(self.preprocessor, cells, self.engine.precision, codes=codes)
+        X = network_inputs(self.preprocessor, cells, self.engine.precision, codes=self.engine.inputs.reads_codes)
         return judge(self.engine, self.preprocessor, X, labels)
 
     @property

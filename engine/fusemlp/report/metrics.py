@@ -113,8 +113,7 @@ def class_table(report: Mapping[str, Any]) -> list[list[str]]:
     """Return the scores of each class as rows of text, below a header."""
     rows = [["class", "precision", "recall", "f1", "rows"]]
     for name, figures in report["classes"].items():
-        shown = [f"{figures[key]:.4f}" for key in ("precision", "recall", "f1")]
-        rows.append([name, *shown, str(figures["rows"])])
+        rows.append([name, *[f"{figures[key]:.4f}" for key in ("precision", "recall", "f1")], str(figures["rows"])])
     return rows
 
 

@@ -134,8 +134,7 @@ def _labels(engine: Session, preprocessor: Preprocessor | None, classes: Any) ->
         return None
     labels = np.array(list(classes))
     outputs = engine.network.sizes[-1]
-    several = engine.loss.kind == "binary_cross_entropy" and outputs > 1
-    if not engine.loss.is_classification or several:
+    if not engine.loss.is_classification or (engine.loss.kind == "binary_cross_entropy" and outputs > 1):
         raise ArgumentError(f"classes: a row of this engine has no single class (loss {engine.loss!r}); leave it out")
     if labels.shape != (max(outputs, 2),):
         raise ArgumentError(f"classes: expected {max(outputs, 2)} labels, got {len(labels)}: {classes!r}")
@@ -176,10 +175,8 @@ def _add_outputs(
     if labels is None and preprocessor is not None:
         scaled = graph.add("Mul", answer, graph.constant(np.array(preprocessor.target_scale, np.float64)))
         answer = graph.add("Add", scaled, graph.constant(np.array(preprocessor.target_shift, np.float64)))
-        if preprocessor.target_log:
-            answer = graph.add("Exp", answer)
-    if width == 1:
-        answer = graph.add("Squeeze", answer, graph.constant(np.array([1])))
+        answer = graph.add("Exp", answer) if preprocessor.target_log else answer
+    answer = graph.add("Squeeze", answer, graph.constant(np.array([1]))) if width == 1 else answer
     if labels is not None:
         kind = graph.real if labels.dtype.kind == "f" else labels.dtype
         answer = graph.add("Gather", graph.constant(labels), answer)

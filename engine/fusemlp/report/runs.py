@@ -283,10 +283,9 @@ def read_metrics(run: Run) -> list[dict[str, float]]:
     if not run.metrics.exists():
         return []
     text = run.metrics.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
     return [
         {name: int(value) if name == "epoch" else float(value) for name, value in row.items()}
-        for row in csv.DictReader(io.StringIO(whole))
+        for row in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
     ]
 
 

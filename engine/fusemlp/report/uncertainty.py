@@ -134,8 +134,7 @@ def intervals(
     centre, bound = _comparable(preprocessor, predicted), held.bound(coverage)
     ends = centre - bound, centre + bound
     low, high = (np.exp(end) if preprocessor.target_log else end for end in ends)
-    if engine.loss.kind == "poisson":
-        low = np.maximum(low, 0.0)
+    low = np.maximum(low, 0.0) if engine.loss.kind == "poisson" else low
     return low.reshape(predicted.shape), high.reshape(predicted.shape)
 
 
@@ -191,8 +190,7 @@ class Temperature:
 def held_out_logits(engine: Session, X: Array, y: Array, weight: Array | None) -> tuple[Array, Array, Array]:
     """Return for ``temperature_of`` logits (n, members, classes), classes (n,) and weights of its loss (n,)."""
     logits, codes = engine.inference.member_outputs(X).astype(np.float64), np.asarray(y).reshape(-1).astype(np.int64)
-    if logits.shape[2] == 1:
-        logits = np.concatenate([np.zeros_like(logits), logits], axis=2)
+    logits = np.concatenate([np.zeros_like(logits), logits], axis=2) if logits.shape[2] == 1 else logits
     weights = np.ones(len(codes)) if weight is None else weight.astype(np.float64)
     by_class = engine.loss.class_weight
     return logits, codes, weights if by_class is None else weights * np.array(by_class)[codes]

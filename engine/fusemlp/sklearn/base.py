@@ -121,8 +121,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
             dtype=(np.float64, np.float32),
             reset=reset,
         )
-        if y.ndim == 2 and y.shape[1] == 1:
-            y = column_or_1d(y, warn=True)
+        y = column_or_1d(y, warn=True) if y.ndim == 2 and y.shape[1] == 1 else y
         return X, self._encode(y, reset and not incremental)
 
     def _encode(self, y: Array, fresh: bool) -> Array:
@@ -239,8 +238,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         batches: ResidentBatches | CalledBatches
         if looped and (together or (model.engine.plan == "resident" and (traits.on_host or not passes))):
             asked = validation is not None or bool(callbacks) or bool(self.verbose) or model.rates.kind == "invscaling"
-            epochs = int(min(self.max_iter, self.n_iter_no_change + 1))
-            at_once = epochs_at_once(model.engine, epochs, n, asked=asked)
+            at_once = epochs_at_once(model.engine, int(min(self.max_iter, self.n_iter_no_change + 1)), n, asked=asked)
             batches = ResidentBatches(*rules, at_once=at_once, alone=not together)
         else:
             batches = CalledBatches(*rules, keep=incremental)
@@ -306,8 +304,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         dtype = None if isinstance(self, ClassifierMixin) else "numeric"
         y_val = check_array(y_val, accept_sparse="csr", ensure_2d=False, dtype=dtype, input_name="y_val")
         check_consistent_length(X_val, y_val)
-        if y_val.ndim == 2 and y_val.shape[1] == 1:
-            y_val = column_or_1d(y_val, warn=True)
+        y_val = column_or_1d(y_val, warn=True) if y_val.ndim == 2 and y_val.shape[1] == 1 else y_val
         y_val = self._validate_targets(y_val)
         y_val = y_val.reshape(-1, 1) if y_val.ndim == 1 else y_val
         if y_val.shape[1] != y.shape[1]:
@@ -319,8 +316,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         """Return rows, perhaps Columns, and their targets by the engine's names, and the constants of ``_targets``."""
         target, constants = self._targets(y, model.dtype)
         if is_sparse(X):
-            codes = model.engine.inputs.reads_codes and self.adversarial is None
-            X = from_sparse("X", X, model.dtype, codes=codes)
+            X = from_sparse("X", X, model.dtype, codes=model.engine.inputs.reads_codes and self.adversarial is None)
         rows = X if isinstance(X, Columns) else np.require(X, model.dtype, ["C", "A"])
         return {"x": rows, "target": target}, constants
 

@@ -92,8 +92,7 @@ def _decoded_all(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _encoded(name: str, value: Any) -> Any:
     """Return a value as JSON holds it; what is no number, text, flag, None or list becomes ``{kind: content}``."""
-    if isinstance(value, np.generic):
-        value = value.item()
+    value = value.item() if isinstance(value, np.generic) else value
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list):

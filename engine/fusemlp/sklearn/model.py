@@ -131,8 +131,7 @@ class Model:
 
     def __getstate__(self) -> dict[str, Any]:
         memory = self.engine.memory
-        names = ("arguments", "schedule", "rates", "plateau", "options")
-        return {name: getattr(self, name) for name in names} | {
+        return {name: getattr(self, name) for name in ("arguments", "schedule", "rates", "plateau", "options")} | {
             "states": [self.engine.memory.tensors(f"state{index}") for index in range(len(memory.states))],
             "counters": memory.backend.to_host(memory.counters),
             "hyper": memory.backend.to_host(memory.hyper),

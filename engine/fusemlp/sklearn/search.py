@@ -183,8 +183,7 @@ def _checked(space: str, choices: Any, estimator: Any, plain: str) -> list[Mappi
             if not isinstance(name, str):
                 raise ArgumentTypeError(f"{space}: expected the names of parameters, got {name!r}")
             # a step that is replaced may have other parameters, which its own set_params checks
-            replaced = any(name.startswith(f"{step}__") for step in mapping)
-            if name not in known and not replaced:
+            if name not in known and not any(name.startswith(f"{step}__") for step in mapping):
                 raise unknown_name(space, name, sorted(known))
     return spaces
 

@@ -252,8 +252,7 @@ def minimise(policy: SklearnPolicy) -> None:
 
     def objective(theta: Array) -> tuple[float, Array]:
         backend.copy_into(memory.params, theta.astype(model.dtype, copy=False))
-        loss = batches.loss_and_gradient()
-        return loss, backend.to_host(memory.grads).astype(np.float64, copy=False)
+        return batches.loss_and_gradient(), backend.to_host(memory.grads).astype(np.float64, copy=False)
 
     result = scipy.optimize.minimize(
         objective,

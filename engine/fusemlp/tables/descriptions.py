@@ -117,8 +117,7 @@ def with_preset(recipe: Model, rows: int, *, classify: bool) -> tuple[Model, int
         return recipe, 1, []
     changed = given_options(recipe)
     asked = {name: name in changed for name in presets.TABM}
-    widths = hidden_widths(recipe.hidden)
-    against = presets.obstacles(recipe, activations=activation_names(recipe), widths=widths)
+    against = presets.obstacles(recipe, activations=activation_names(recipe), widths=hidden_widths(recipe.hidden))
     for name, reason in _OTHERS.items():
         if getattr(recipe, name) is not None:
             against[name] = f"{reason}; leave it out"

@@ -196,8 +196,7 @@ def _check_classes(dataset: Dataset, test_fraction: float) -> None:
 def check_rows(recipe: ModelRecipe) -> int:
     """Check the fields that split and scale the rows, before they are read; return the seed of the split."""
     seed = as_count("seed", recipe.seed, minimum=0)
-    if recipe.split_seed is not None:
-        seed = as_count("split_seed", recipe.split_seed, minimum=0)
+    seed = seed if recipe.split_seed is None else as_count("split_seed", recipe.split_seed, minimum=0)
     for name in ("validation_fraction", "test_fraction"):
         as_number(name, getattr(recipe, name), low=0.0, high=1.0, high_open=True)
     if recipe.scale is not None:

@@ -54,8 +54,7 @@ def field_of(
 
     A shell completes ``values``, which stand for a {} in ``help``. ``kind`` is the command line's narrower type.
     """
-    if "{}" in help and not callable(values):
-        help = help.replace("{}", one_of(values))
+    help = help.replace("{}", one_of(values)) if "{}" in help and not callable(values) else help
     choices = values if callable(values) else among(values)
     about = {"panel": panel, "help": help, "metavar": metavar, "names": names, "choices": choices, "kind": kind}
     return field(default=default, metadata=about)

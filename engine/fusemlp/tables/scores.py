@@ -26,7 +26,6 @@ def scores_of(trained: Trained, *, early_stopping: bool) -> tuple[dict[str, Any]
     divergence = "" if trained.failure is None else str(trained.failure)
     in_use = history.in_use if preprocessor.scale == "none" else [*history.in_use, "scaling"]
     known = {"divergence": divergence, "early_stopping": early_stopping, "in_use": in_use}
-    findings = history.diagnose(dead, **known, python=False)
     report: dict[str, Any] = {
         "task": prepared.dataset.task,
         "epochs": len(history.epochs),
@@ -37,7 +36,7 @@ def scores_of(trained: Trained, *, early_stopping: bool) -> tuple[dict[str, Any]
         "seconds": sum(history.seconds),
         "final": {name: values[-1] for name, values in history.history.items()},
         "dead_units": dead,
-        "diagnosis": [asdict(finding) for finding in findings],
+        "diagnosis": [asdict(finding) for finding in history.diagnose(dead, **known, python=False)],
     }
     if engine.privacy is not None:
         report["privacy"] = engine.privacy_spent()

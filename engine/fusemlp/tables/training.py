@@ -110,14 +110,12 @@ def settled(prepared: Prepared) -> Prepared:
     watched(prepared)
     attack_on(prepared, prepared.train.X)
     prepared = _within(prepared)
-    decided = replace(recipe_of(prepared), models=prepared.models, **decisions(prepared))
-    return replace(prepared, recipe=decided)
+    return replace(prepared, recipe=replace(recipe_of(prepared), models=prepared.models, **decisions(prepared)))
 
 
 def _within(prepared: Prepared) -> Prepared:
     """Reduce the number of models to fit the time limit."""
-    recipe = recipe_of(prepared)
-    seconds = trials.seconds_left(prepared.began, recipe.time_limit)
+    seconds = trials.seconds_left(prepared.began, recipe_of(prepared).time_limit)
     if seconds is None or prepared.models == 1:
         return prepared
     fleet = fleet_of(prepared, rows=len(prepared.train), epochs=1)

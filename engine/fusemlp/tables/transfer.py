@@ -104,8 +104,7 @@ class Source:
         names = (*_OF_DATA, *(_OF_TARGET if new else ()))
         preprocessor = replace(like, **{name: getattr(fitted, name) for name in names})
         sizes, dropouts = (*known.sizes[:-1], network_ends(preprocessor, loss)[1]), known.dropouts
-        if descriptions.dropout_rates(recipe):
-            dropouts = descriptions.network(sizes, recipe).dropouts
+        dropouts = descriptions.network(sizes, recipe).dropouts if descriptions.dropout_rates(recipe) else dropouts
         net = MLP(
             sizes,
             activation=known.activations[:-1],

@@ -137,8 +137,7 @@ def _parts(dataset: Dataset, rows: Array, seed: int) -> list[Fold]:
 
 
 def _has_pieces(dataset: Dataset, rows: Array, loss: str) -> bool:
-    preprocessor = fit_preprocessor(dataset, rows, loss=loss, scale="piecewise")
-    return any(at is not None for at in preprocessor.feature_knots)
+    return any(at is not None for at in fit_preprocessor(dataset, rows, loss=loss, scale="piecewise").feature_knots)
 
 
 def _may_be_logarithms(dataset: Dataset, rows: Array) -> bool:

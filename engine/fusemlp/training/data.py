@@ -87,8 +87,7 @@ def fit_data(engine: Trainer, plan: FitPlan, X: Any, y: Any, sample_weight: Any,
     if plan.adversary.ramps:
         check_labels(train.targets)
     weighted = by_class(engine, plan.class_weight, train, whole=batches is None)
-    if batches is None:
-        train = weighted(train)
+    train = weighted(train) if batches is None else train
     validation, names = measured(engine, plan, train.targets, validation, SPLIT)
     announce(plan.callbacks, names, plan.epochs)
     count, size = len(train.X), plan.batch_size or engine.batch_size
@@ -202,8 +201,7 @@ def by_class(engine: Trainer, asked: Any, data: Examples, *, whole: bool) -> Cal
             raise DataError("class_weight: every batch needs one class for each row")
         valid = (codes >= 0) & (codes < classes)
         factors = np.where(valid, weights[np.where(valid, codes, 0)], 1.0)
-        if rows.weight is not None:
-            factors = factors * engine.inputs.on_host(rows.weight)
+        factors = factors if rows.weight is None else factors * engine.inputs.on_host(rows.weight)
         if whole and not factors.any():
             raise DataError("class_weight: it leaves no training row a weight above 0; give its class a weight")
         return rows._replace(weight=factors.astype(f"f{engine.memory.real_bytes}"))

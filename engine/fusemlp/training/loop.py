@@ -178,8 +178,7 @@ class EpochLoop(Generic[PolicyT]):
             first_epoch, first_batch = state.epoch, state.batch
             # a fit that is resumed ends its epoch first
             epochs = 1 if first_batch else min(at_once, wanted)
-            if policy.rewinds:
-                good = engine.memory.remember(good)
+            good = engine.memory.remember(good) if policy.rewinds else good
             began = time.perf_counter()
             if first_batch == 0:
                 self._call("on_epoch_begin", first_epoch)
@@ -246,8 +245,7 @@ class EpochLoop(Generic[PolicyT]):
         by_epoch = self.bound.arrays.get("epoch_stats")
         # a checkpoint may have been written after the last batch, before the epoch was closed
         stats = None if by_epoch is None or not ran or not epochs else by_epoch[:epochs]
-        marks = engine.ranks.marks(engine.memory.params)
-        account = engine.memory.account(stats, check_finite=rewinds, beside=marks)
+        account = engine.memory.account(stats, check_finite=rewinds, beside=engine.ranks.marks(engine.memory.params))
         engine.rates.note(int(account.counters[contract.UPDATE_COUNT]))
         engine.ranks.check_equal(account.beside)
         if by_epoch is not None:

@@ -276,8 +276,7 @@ class FitPolicy(Policy):
                 "engine with normalise=True does"
             )
         else:
-            lower = min(rate / 10, 0.1)
-            cause = f"a learning rate of {rate:.3g} is too high for this network: try {lower:.3g}"
+            cause = f"a learning rate of {rate:.3g} is too high for this network: try {min(rate / 10, 0.1):.3g}"
             cause += "" if self.engine.privacy else ", or clip_norm=1.0"
             cause += "; or the validation rows are far from those of training: compare the two" if held else ""
         self.state.history.stopped = f"{DIVERGED} in epoch {epoch}{' on the validation rows' if held else ''}"
