@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fusemlp.cli import sweep as journal
 from fusemlp.cli import train
+from fusemlp.cli import vary as journal
 from fusemlp.runtime import files
 from make import read, run
 

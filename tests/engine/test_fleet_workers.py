@@ -203,7 +203,7 @@ class TestSweeps:
             stream.write('{"index": 5, "sta')
         with pytest.MonkeyPatch.context() as patch:
             # cut off again, before a model has ended
-            patch.setattr(sweep, "add_to_journal", interrupted)
+            patch.setattr(vary, "add_to_journal", interrupted)
             assert run("sweep", "--resume", cut, "--quiet") == 0
         assert len((cut / sweep.JOURNAL).read_text().splitlines()) == 6
         assert run("sweep", "--resume", cut, "--quiet") == 0

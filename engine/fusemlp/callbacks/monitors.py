@@ -199,10 +199,9 @@ class ModelCheckpoint(Monitor):
         try:
             example = self._path(0, dict.fromkeys(names, 0.0))
         except (LookupError, ValueError) as error:
-            raise ArgumentError(
-                f"filepath: the fields of {self.filepath!r} cannot be filled in ({error}); there are epoch, "
-                f"{', '.join(names)}"
-            ) from error
+            fields = ", ".join(["epoch", *names])
+            message = f"filepath: the fields of {self.filepath!r} cannot be filled in ({error}); there are {fields}"
+            raise ArgumentError(message) from error
         if not example.parent.is_dir():
             raise no_folder("filepath", example.parent)
         if example.is_dir():

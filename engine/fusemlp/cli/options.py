@@ -85,8 +85,7 @@ class DataOptions(TextOptions, JsonOption):
     target: str | None = _data(None, "The column of a table to predict.", "COLUMN")
     task: str | None = _data(
         None,
-        "{}. The default: words and at most "
-        f"{MOST_CLASSES} different whole numbers are classes, unless they look like counts.",
+        f"{{}}; by default words, and {MOST_CLASSES} different whole numbers at most unless like counts, are classes.",
         values=TASKS,
     )
     id: list[str] | None = _data(
@@ -107,8 +106,7 @@ class OutputOptions(DataOptions):
     )
     track: str | None = _output(
         None,
-        "Record the run, of a sweep each model, with {}; their own variables, such as "
-        "MLFLOW_TRACKING_URI or WANDB_MODE, say where.",
+        "Record the run, of a sweep each model, with {}; MLFLOW_TRACKING_URI, WANDB_MODE and the like say where.",
         "TRACKER",
         values=TRACKERS,
     )
@@ -125,8 +123,7 @@ class TrainOptions(recipe.TableRecipe, OutputOptions):
 
     resume: str | None = _output(
         None,
-        "Continue the run in this folder from its last checkpoint, exactly as if it had never stopped; --epochs may be "
-        "raised.",
+        "Continue the run in this folder from its last checkpoint, as if it had never stopped; --epochs may be raised.",
         "RUN",
         values=recipe.run_folders,
     )
@@ -338,8 +335,7 @@ class PlotOptions(JsonOption, ForceOption):
     runs: list[Path] = _option(MISSING, "Run folders from train.", "RUN...", None, recipe.run_folders)
     out: Path | None = _option(
         None,
-        "File for the picture: .png, .svg or .pdf; comparison.png unless given, or comparison-2.png and so on if that "
-        "exists.",
+        "File for the picture: .png, .svg or .pdf; unless given comparison.png, comparison-2.png and so on.",
     )
 
 

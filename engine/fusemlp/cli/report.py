@@ -131,12 +131,12 @@ def write_page(
 ) -> None:
     """Write ``report.html`` of an engine with its report, and with the predictions of its test rows, if any."""
     about, net, epochs = prepared.summary, engine.network, len(history.get("loss", ()))
+    target = prepared.dataset.target_name
     sizes = "-".join(map(str, net.sizes))
     if prepared.models > 1 and not report.get("diverged"):
         sizes = f"{prepared.models} models of {'-'.join(map(str, prepared.network.sizes))}, merged"
     lines = [
-        f"{prepared.training_rows}, {about['test_rows']} test rows ({about['test']}); "
-        f"target {prepared.dataset.target_name}",
+        f"{prepared.training_rows}, {about['test_rows']} test rows ({about['test']}); target {target}",
         f"{sizes}, {net.parameter_count} parameters; {engine.loss.kind}; "
         f"{engine.optimizer.kind}, batch {engine.batch_size}; {epochs} epochs"
         + (f" in {report['seconds']:.1f} s" if "seconds" in report else ""),
@@ -144,7 +144,7 @@ def write_page(
         *prepared.notes,
         *([f"temperature {report['temperature']:.4g} divides the logits"] if "temperature" in report else []),
     ]
-    title = f"{about['name']}: {about['task']} of {prepared.dataset.target_name}"
+    title = f"{about['name']}: {about['task']} of {target}"
 
     def content() -> bytes:
         evidence = None

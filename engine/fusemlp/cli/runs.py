@@ -47,10 +47,8 @@ def runs(options: RunsOptions) -> None:
     """Print a table for each data set, and name the folders that are no runs."""
     folder = options.folder
     if not folder.is_dir():
-        raise ArgumentError(
-            f"FOLDER: there is no folder {str(folder)!r}; give one with run folders in it, or make the first run: "
-            "fusemlp train digits"
-        )
+        mend = "give one with run folders in it, or make the first run: fusemlp train digits"
+        raise ArgumentError(f"FOLDER: there is no folder {str(folder)!r}; {mend}")
     listed, skipped = read_all(folder)
     if options.sort is not None and not any(options.sort in run.scores for run in listed):
         known = sorted({name for run in listed for name in run.scores})

@@ -162,10 +162,8 @@ def check_kept(options: OutputOptions, free: Collection[str], what: str) -> dict
 def check_data(prepared: Prepared, fingerprint: str, source: str | None, what: str) -> None:
     """Raise CheckpointError unless the data are those that the ``what``, a run or a sweep, was started with."""
     if prepared.summary["fingerprint"] != fingerprint:
-        raise CheckpointError(
-            f"resume: the data {source!r} are not those that the {what} was started with; put the old ones back, or "
-            f"start a new {what}"
-        )
+        mend = f"put the old ones back, or start a new {what}"
+        raise CheckpointError(f"resume: the data {source!r} are not those that the {what} was started with; {mend}")
 
 
 def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Session:
@@ -175,10 +173,8 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
         runs.lock(Run(Path(folder)))
     run, config = open_run(folder)
     if "sweep" in config:
-        raise ArgumentError(
-            f"resume: {str(run.path)!r} holds the best model of a sweep, which is at its end; to train it anew: "
-            f"{config['command']}"
-        )
+        mend = f"to train it anew: {config['command']}"
+        raise ArgumentError(f"resume: {str(run.path)!r} holds the best model of a sweep, which is at its end; {mend}")
     stored = sessions.options_of(config)
     options = replace(stored, **{"as_json": options.as_json, "quiet": options.quiet, **changes})
     epochs = as_count("epochs", changes.get("epochs", config["epochs"]))

@@ -87,11 +87,9 @@ def _pair(path: Path, arrays: dict[str, Array], x_name: str, y_name: str) -> tup
 def _from_idx_folder(path: Path) -> Dataset:
     train = read_idx_pair(path, "train")
     if train is None:
-        raise DataError(
-            f"{path}: expected a folder with MNIST's files train-images-idx3-ubyte and "
-            "train-labels-idx1-ubyte (plain or .gz), found "
-            f"{listed(sorted(entry.name for entry in path.iterdir())[:10]) or 'nothing'}"
-        )
+        files = listed(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
+        expected = "MNIST's files train-images-idx3-ubyte and train-labels-idx1-ubyte (plain or .gz)"
+        raise DataError(f"{path}: expected a folder with {expected}, found {files}")
     images, labels = train
     shape = images.shape[1:]
     names = _pixels(*shape) if len(shape) == 2 else _numbered(math.prod(shape))

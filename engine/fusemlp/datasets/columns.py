@@ -246,10 +246,8 @@ class Column:
             if 0 < len(numbers) < len(values):
                 word = next(value for value in values if value not in numbers)
                 cell = next(value for value in values if value in numbers)
-                notes.append(
-                    f"column {self.name!r} holds words, such as {word!r}, and numbers, such as {cell!r}: all are taken "
-                    "as words"
-                )
+                both = f"words, such as {word!r}, and numbers, such as {cell!r}"
+                notes.append(f"column {self.name!r} holds {both}: all are taken as words")
         return np.asarray(texts[whole])
 
 

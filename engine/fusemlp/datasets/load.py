@@ -151,9 +151,8 @@ def _read_like(
         notes.append(f"columns that the training did not have, ignored: {listed(strange)}")
     if target is not None and target not in present:
         raise DataError(
-            f"{path}: there is no target column {target!r}, and rows are judged by it; the columns are "
-            f"{listed(present)}{meant([target], present)}; without a target there are "
-            "fusemlp predict and explain --method integrated"
+            f"{path}: there is no target column {target!r} to judge rows by; the columns are {listed(present)}"
+            f"{meant([target], present)}; without a target there are fusemlp predict and explain --method integrated"
         )
     wanted = [] if ids is None else [name for name in like.ids if name in present]
     kinds |= dict.fromkeys(wanted, "word")
@@ -209,10 +208,8 @@ def _with_task(dataset: Dataset, task: str | None) -> Dataset:
     if task or dataset.task or chosen == "regression" or y.dtype.kind not in "iuf":
         return replace(dataset, task=chosen)
     count = len(np.unique(y))
-    guess = (
-        f"{dataset.target_name!r}: {count} different whole numbers, taken as classes (--task regression takes them as "
-        "numbers)"
-    )
+    instead = "(--task regression takes them as numbers)"
+    guess = f"{dataset.target_name!r}: {count} different whole numbers, taken as classes {instead}"
     note = (guess,) if count > MANY_CLASSES else ()
     return replace(dataset, task=chosen, guess=guess, notes=dataset.notes + note)
 

@@ -46,11 +46,8 @@ def statistics(values: Matrix, scale: str, names: Sequence[str]) -> tuple[Matrix
     unusable = ~(np.isfinite(shift) & np.isfinite(factor) & (factor > 0))
     if unusable.any():
         column = int(np.argmax(unusable))
-        raise DataError(
-            f"the values of {names[column]!r} are too large to be scaled (up to "
-            f"{np.abs(values[:, column]).max():.3g}); divide them by a constant, or do not scale "
-            "them (scale='none')"
-        )
+        most, mend = np.abs(values[:, column]).max(), "divide them by a constant, or do not scale them (scale='none')"
+        raise DataError(f"the values of {names[column]!r} are too large to be scaled (up to {most:.3g}); {mend}")
     return shift, factor
 
 

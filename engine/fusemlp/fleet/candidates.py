@@ -242,9 +242,9 @@ def room(limit: int | None, candidates: Sequence[Candidate], precision: str, *, 
         return None
     kept = kept_bytes(candidates, precision)
     if kept >= available:
+        there = f"{available / MIB:.4g} MiB {'free' if limit is None else 'allowed'}"
         raise ArgumentError(
-            f"memory: {len(candidates)} models leave {kept / MIB:.4g} MiB of parameters, and there are "
-            f"{available / MIB:.4g} MiB {'free' if limit is None else 'allowed'}; train fewer models at once, or give "
-            "more with memory="
+            f"memory: {len(candidates)} models leave {kept / MIB:.4g} MiB of parameters, and there are {there}; train "
+            "fewer models at once, or give more with memory="
         )
     return max(0, (available // 2 if limit is None else available) - kept)

@@ -110,10 +110,8 @@ class Fleet:
         )
         expected = f"initial: expected parameters for each of the {len(self)} models, got"
         if isinstance(initial, Mapping | Engine):
-            raise ArgumentTypeError(
-                f"{expected} one {type(initial).__name__}; for one start of all give [engine.state_dict()] * "
-                f"{len(self)}"
-            )
+            mend = f"for one start of all give [engine.state_dict()] * {len(self)}"
+            raise ArgumentTypeError(f"{expected} one {type(initial).__name__}; {mend}")
         self._initial = initial or [{}] * len(self)
         if len(self._initial) != len(self):
             raise ArgumentError(f"{expected} {len(initial)}")
@@ -354,12 +352,8 @@ class Fleet:
             engines.append(engine)
         if len(engines) < len(self):
             if not self._in_parts:
-                _log.warning(
-                    "fleet: there is room for the engines of %d of %d models; they are trained in parts, and their "
-                    "parameters are kept",
-                    len(engines),
-                    len(self),
-                )
+                fits = "fleet: there is room for the engines of %d of %d models"
+                _log.warning(f"{fits}; they are trained in parts, and parameters are kept", len(engines), len(self))
             self._in_parts, self._built = True, []
         else:
             self._built = engines

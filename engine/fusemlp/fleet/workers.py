@@ -82,10 +82,9 @@ def check_workers(workers: object, *, connected: bool = True) -> None:
         try:
             import_module(LIBRARIES[workers])
         except ImportError:
-            raise MissingLibraryError(
-                f"workers: {workers!r} needs the library {LIBRARIES[workers]}; install it with: pip install "
-                f"'fusemlp[{workers}]'"
-            ) from None
+            mend = f"install it with: pip install 'fusemlp[{workers}]'"
+            message = f"workers: {workers!r} needs the library {LIBRARIES[workers]}; {mend}"
+            raise MissingLibraryError(message) from None
     if workers == "ray":
         from ray.util.joblib import register_ray
 

@@ -196,8 +196,7 @@ class ModelRecipe(StepRecipe):
     )
     log_target: bool | None = _data(
         None,
-        "Learn the logarithm of a positive target. Unless given: for a table whose skewed target held-out rows say it "
-        "helps.",
+        "Learn the logarithm of a positive target; unless given, of a table's skewed one if it helps held-out rows.",
     )
     validation_fraction: float = _data(0.1, "Validation's share of the rows beside the test rows; 0 for none.")
     split_seed: int | None = _data(None, "Seed of the split into training, validation, test rows; --seed unless given.")
@@ -221,8 +220,7 @@ class ModelRecipe(StepRecipe):
     label_smoothing: float | None = _loss(None, "For cross_entropy: weight of the uniform distribution in the target.")
     class_weight: Any = _loss(
         None,
-        "balanced (inversely to how often each class occurs in the training rows), or a number for each class: "
-        "1,2.5,1.",
+        "balanced (inversely to how often each class occurs in training), or a number for each class: 1,2.5,1.",
         "WEIGHTS",
         values=("balanced",),
         kind=str | None,
@@ -264,8 +262,7 @@ class FitRecipe(ModelRecipe):
     lr_step: float | None = _rate(None, "For step: epochs between two reductions.")
     lr_gamma: float | None = _rate(
         None,
-        f"Factor on the rate: at each step ({StepDecay.gamma:g}), each epoch (exponential), on a plateau "
-        f"({ReduceOnPlateau.factor:g}).",
+        f"Factor on the rate: of a step ({StepDecay.gamma:g}), an epoch, or a plateau ({ReduceOnPlateau.factor:g}).",
     )
     lr_final: float | None = _rate(
         None, "The final rate of cosine and flat_cosine (0), one_cycle (lr / 250000); minimum of reduce_on_plateau (0)."
@@ -307,8 +304,7 @@ class TableRecipe(FitRecipe):
     )
     transfer_from: str | None = _network(
         None,
-        "Start from this run: its preparation of the columns, its hidden layers and, if the target means the same, its "
-        "output layer.",
+        "Start from this run: its preparation of columns, hidden layers and, for the same target, its output layer.",
         "RUN",
         ("--from",),
         run_folders,
@@ -336,9 +332,8 @@ class TableRecipe(FitRecipe):
     )
     dp_epsilon: float | None = _training(
         None,
-        "Train with differential privacy: clipped gradients and noise, so that --epochs epochs spend at most this "
-        "epsilon. It is of the parameters and the training rows; scaling, scores and the other rows are not covered. "
-        "Trains one model.",
+        "Train one model with differential privacy: clipped gradients and noise, so that --epochs epochs spend at most "
+        "this epsilon. It is of parameters and training rows; scaling, scores and the other rows are not covered.",
         "EPSILON",
     )
     dp_delta: float | None = _training(
@@ -349,8 +344,7 @@ class TableRecipe(FitRecipe):
         None,
         f"{one_of(ATTACKS)}: train on each batch as this attack changes it, by at most --attack-eps, to resist it. "
         "ibp: train for certified accuracy within --attack-eps; early stopping is off, and with --early-stopping "
-        "counts after the ramp. For inputs that are numbers; words, dates and missing cells are refused. Trains one "
-        "model.",
+        "counts after the ramp. Trains one model, on numbers; words, dates and missing cells are refused.",
         "ATTACK",
         values=HARDENINGS,
         kind=str | None,

@@ -129,10 +129,8 @@ def asked_order(engine: Trainer, plan: FitPlan, count: int, first_epoch: int) ->
     def checked(epoch: int) -> Array:
         rows = to_array(f"row_order({epoch})", of_user(epoch))
         if rows.shape != (count,) or rows.dtype.kind not in "iu" or not np.array_equal(np.sort(rows), np.arange(count)):
-            raise ArgumentError(
-                f"row_order: expected a permutation of range({count}) for epoch {epoch}, got "
-                f"{np.array2string(rows, threshold=8)}"
-            )
+            expected = f"a permutation of range({count}) for epoch {epoch}"
+            raise ArgumentError(f"row_order: expected {expected}, got {np.array2string(rows, threshold=8)}")
         return rows
 
     # the first is checked before anything has changed, and asked for only once
@@ -155,10 +153,8 @@ def split(engine: Trainer, data: Examples, share: float) -> tuple[Examples, Exam
     rows = len(data.X)
     kept = math.floor(rows * (1.0 - share))
     if not 0 < kept < rows:
-        raise ArgumentError(
-            f"validation_split: {share:g} of {rows} rows leaves {kept} to train on and {rows - kept} to validate on; "
-            "give another share"
-        )
+        parts_of = f"{kept} to train on and {rows - kept} to validate on"
+        raise ArgumentError(f"validation_split: {share:g} of {rows} rows leaves {parts_of}; give another share")
     parts = data.map(lambda array: array[:kept]), data.map(lambda array: array[kept:])
     for name, part in zip(("first", "last"), parts, strict=True):
         if part.weight is not None and not engine.inputs.largest(part.weight):

@@ -56,10 +56,8 @@ def fit(engine: Trainer, plan: FitPlan, X: Any, y: Any, sample_weight: Any, vali
         check_together({**engine.uses, **plan.uses(engine.optimizer.schedule, batches=y is None, **beside)})
         engine.ledger.check_accounting()
         if plan.resume and plan.batch_size not in (None, engine.batch_size):
-            raise ArgumentError(
-                f"batch_size: the fit that is resumed has batches of {engine.batch_size} rows, got {plan.batch_size}; "
-                "leave it out"
-            )
+            before = f"the fit that is resumed has batches of {engine.batch_size} rows"
+            raise ArgumentError(f"batch_size: {before}, got {plan.batch_size}; leave it out")
         data = fit_data(engine, plan, X, y, sample_weight, validation_data)
         engine.take_batches_of(plan.batch_size or engine.batch_size)
         loop = fit_loop(engine, plan, data)

@@ -116,10 +116,8 @@ def sweep(engine: Session, data: Examples, *, steps: int) -> tuple[list[float], 
         rates.append(rate)
         losses.append(smoothed)
     if len(rates) < FEWEST:
-        raise DivergenceError(
-            f"loss: it blew up after {len(rates)} updates, at a learning rate of {rate:.3g}; begin lower, with start "
-            "(--from)"
-        )
+        place = f"after {len(rates)} updates, at a learning rate of {rate:.3g}"
+        raise DivergenceError(f"loss: it blew up {place}; begin lower, with start (--from)")
     return rates, losses
 
 

@@ -81,10 +81,8 @@ def network_from(known: MLP | None, net: Any, layers: int | None, head: Any) -> 
     widths = [as_count("head", width) for width in (head if isinstance(head, list | tuple) else (head,))]
     kept = known.layers - 1 if count is None else min(count, known.layers)
     if not kept or not widths:
-        raise ArgumentError(
-            f"head: expected the width of at least an output layer, and a source with layers before it, got {head!r} "
-            f"for {known!r}"
-        )
+        expected = "the width of at least an output layer, and a source with layers before it"
+        raise ArgumentError(f"head: expected {expected}, got {head!r} for {known!r}")
     built = MLP(
         [*known.sizes[: kept + 1], *widths],
         activation=[*known.activations[:kept], *known.activations[kept - 1 : kept] * (len(widths) - 1)],
@@ -176,10 +174,8 @@ def probing(
     check_together({**engine.uses, **in_use(probe=True, adversarial=adversarial, batches=batches or None)})
     kept = net.layers - 1 if layers is None else as_count("layers", layers)
     if not 1 <= kept < net.layers:
-        raise ArgumentError(
-            f"layers: expected 1 to {net.layers - 1}, so that some of the {net.layers} layers stay and some are "
-            f"trained, got {kept}"
-        )
+        reason = f"so that some of the {net.layers} layers stay and some are trained"
+        raise ArgumentError(f"layers: expected 1 to {net.layers - 1}, {reason}, got {kept}")
 
     def later(named: Mapping[str, Any]) -> dict[str, Any]:
         return shifted({name: value for name, value in named.items() if layer_of(name) >= kept}, -kept)
