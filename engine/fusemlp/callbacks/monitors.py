@@ -164,9 +164,8 @@ class ModelCheckpoint(Monitor):
 
     ``filepath`` ends in .safetensors and may have fields of the epoch, from 1, and of the logs:
     ``"{epoch:02d}-{val_loss:.3f}.safetensors"``. Its folder must exist. With ``save_best_only`` an epoch counts only if
-    ``monitor`` is better than ever and than ``initial_value_threshold``. The file is a checkpoint, from which the fit
-    can be resumed; with ``save_weights_only`` it is the model alone, as from ``engine.save``. ``fusemlp.load`` reads
-    both.
+    ``monitor`` is better than ever and than ``initial_value_threshold``. The file is a checkpoint, to resume the fit
+    from; with ``save_weights_only`` the model alone, as from ``engine.save``. ``fusemlp.load`` reads both.
     """
 
     def __init__(
@@ -234,8 +233,7 @@ class ReduceLROnPlateau(Monitor):
     """Multiply the learning rate by ``factor`` when a quantity has not improved for ``patience`` epochs.
 
     After that, ``cooldown`` epochs do not count. The rate does not fall below ``min_lr``. The factors multiply any
-    schedule, are kept in checkpoints, and end with the ``fit``. ``Adam(lr=ReduceOnPlateau(0.01))`` is the same as a
-    schedule of the optimizer.
+    schedule, are kept in checkpoints, and end with the ``fit``. ``ReduceOnPlateau`` is the same as a schedule.
     """
 
     def __init__(

@@ -38,9 +38,8 @@ class Recorder(Callback):
     """Write a row of ``metrics.csv`` and, every ``every`` epochs and after the last, the checkpoint ``last``.
 
     The checkpoint ``best`` is of the best epoch, also of a resumed run. The row is written before the
-    checkpoint, so a killed run has a row for each epoch of its checkpoint; unless on Windows another program, such as
-    Excel, has the file open: its rows then follow when it is closed. On a rank other than 0 it only has its part in the
-    checkpoints.
+    checkpoint, so a killed run has a row for each epoch of its checkpoint; on Windows rows wait while another program,
+    such as Excel, has the file open. Ranks other than 0 have only their part in the checkpoints.
     """
 
     def __init__(self, run: Run, *, every: int) -> None:

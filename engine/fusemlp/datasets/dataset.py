@@ -51,8 +51,7 @@ class Dataset:
     month and day in their text; X has the parts of each, named as in "sold: month". ``notes`` are lines on the
     reading: the form of the file, columns left out, missing cells. ``roles`` tell what each column of a table became.
     ``ids`` are the columns that name the rows, as text; ``groups`` and ``times`` (n,) are those that decide which rows
-    are held out. ``guess`` says that whole numbers were taken as classes, if nothing had told so. ``joins_spellings``
-    is that of ``Preprocessor``.
+    are held out. ``guess`` says that whole numbers were taken as classes. ``joins_spellings``: see ``Preprocessor``.
     """
 
     name: str
@@ -91,8 +90,7 @@ class ColumnChoices:
     """Choices for the columns of a table: to ``drop``, to ``keep`` in any case, and to take as ``categorical``.
 
     ``ids`` name the rows, and stand beside predictions; ``group`` keeps rows together and ``time`` orders them when
-    some are held out. Of these ``time`` alone is an input. ``like`` is the preprocessor of an earlier reading, whose
-    columns and categories stay.
+    some are held out. Of these ``time`` alone is an input. Columns and categories of the preprocessor ``like`` stay.
     """
 
     drop: Collection[str] = ()

@@ -242,8 +242,7 @@ def rows_for(
 ) -> Rows:
     """Return rows of X as ``load_data`` gives them (``rows`` are their indices, None for all) for an engine.
 
-    ``weight`` (n,) are weights of the rows, ``by_class`` (classes,) those of their classes, which multiply these.
-    ``codes``: see ``network_inputs``.
+    ``weight`` (n,) are weights of the rows, times ``by_class`` (classes,). ``codes``: see ``network_inputs``.
     """
     if by_class is not None:
         weight = by_class[preprocessor.class_codes(labels)] * (1.0 if weight is None else weight)
@@ -256,8 +255,7 @@ def network_inputs(
 ) -> Any:
     """Return the inputs of rows (None: all) in the network's type, a piece at a time: float64 takes twice the memory.
 
-    With ``codes`` they are Columns where these are shorter. Raises DataError, before it takes the memory, if there is
-    not enough.
+    With ``codes`` they are Columns where these are shorter. Raises DataError before it takes more memory than there is.
     """
     count = len(X) if rows is None else len(rows)
     codes = codes and saves(preprocessor)

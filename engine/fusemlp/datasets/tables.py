@@ -1,8 +1,7 @@
 """Tables as columns: text files, Parquet and other Arrow files, Excel sheets, and tables in memory.
 
 Numbers become float64 arrays with NaN for missing cells, dates datetime64[us] with NaT, words object arrays of str with
-the text of the cell. Arrow reads, a piece at a time: memory is that of the columns. Every error is a DataError that
-names the file and the places in it.
+the text of the cell. Arrow reads piece by piece, in the columns' memory. A DataError names the file and its places.
 """
 
 from __future__ import annotations
@@ -242,8 +241,7 @@ def read_table(
     ``kinds`` says what a feature column holds: "number", "word", or dates in an order of ``ORDERS``; those it does not
     name are told by their values, and entered. The column
     ``target`` becomes int64, float64, bool or str, by its values; with ``words`` it stays str. Rows without a target
-    are left out; a missing value's text that is among ``known_labels`` is a label. ``notes`` takes lines on the
-    reading.
+    are left out; a missing value's text that is among ``known_labels`` is a label. ``notes`` takes lines on all this.
     """
     import pyarrow
 

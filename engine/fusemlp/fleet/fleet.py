@@ -76,8 +76,7 @@ class Fleet:
     is that of the first, and the others have the next ones. ``results.privacy_spent()`` returns the epsilon of all
     models together, which is larger than that of each.
 
-    ``normalise`` is that of ``Engine``; all models scale their inputs alike, by the mean and deviation of all rows of
-    the first ``fit``.
+    ``normalise`` is that of ``Engine``, by the mean and deviation of all rows of the first ``fit`` for all models.
 
     Raises ArgumentError or ArgumentTypeError for an unknown name, an empty grid or an impossible value.
     """
@@ -219,16 +218,14 @@ class Fleet:
         the others train on meanwhile. An error in it ends training like Ctrl-C: all models stop after their batches,
         and ``fit`` raises it. ``results`` is None then, and ``engines`` have the parameters reached.
 
-        ``time_limit``: seconds that the models share evenly, from this call on: they take turns, and each ends as by
-        its early stopping.
+        ``time_limit``: seconds from this call on, which the models share; each ends as by its early stopping.
 
         ``workers``: train in other processes or on other machines, by a backend of joblib: "loky" (processes here),
         "dask" (a ``dask.distributed.Client`` is connected), "ray" (``ray.init``), or one that is registered. ``jobs``
         are tasks at once then, each of some models, and a dead worker's tasks run again. The results are those of
         one process on the same hardware; as of a fleet in parts they keep parameters and histories.
 
-        Raises ShapeError, DTypeError, DataError or ArgumentError before anything has changed, WorkerError if workers
-        die again and again.
+        Raises ShapeError, DTypeError, DataError, ArgumentError before anything changes, WorkerError if workers die.
         """
         plan = FitPlan(
             epochs=epochs,

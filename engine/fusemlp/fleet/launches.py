@@ -298,9 +298,8 @@ def run_side_by_side(
 ) -> None:
     """Run numbered trainings to their end; ``begin`` makes each, which asks the function it is given when to stop.
 
-    ``most``: begin this many at once, which take turns; by default with one worker they run one after another. After
-    Ctrl-C, or an error, the trainings that have begun stop after their launches, no other begins, and KeyboardInterrupt
-    or the error is raised.
+    ``most``: begin this many at once, which take turns; by default one worker runs one after another. After Ctrl-C or
+    an error the trainings that have begun stop after their launches, and KeyboardInterrupt or the error is raised.
     """
     waiting = deque(numbers)
     failed = False

@@ -32,8 +32,7 @@ def merged(engines: Sequence[Engine]) -> Engine:
     weights as blocks on the diagonal, the last has them in one row, divided by the number of members. For a regression
     the prediction is the mean; for classes the probabilities are the geometric mean, made to add up to 1. Dropout is
     left out. Inputs are normalised as by the engines; if they differ in that, the scales are in the first layer. The
-    history is ``mean_history``. ``members`` is the inverse. Raises ArgumentError for prelu, whose slope belongs to a
-    whole layer.
+    history is ``mean_history``, the inverse ``members``. Raises ArgumentError for prelu, whose slope is of a layer.
     """
     first = engines[0]
     if len(engines) == 1:
@@ -73,8 +72,7 @@ def members(engine: Engine, argument: str = "engine") -> list[Engine]:
     """Return the models that ``merged`` made ``engine`` of, to rounding: their blocks of the hidden layers; of a
     network with members, each of these with its factors in weights of its own.
 
-    Raises ArgumentError for an engine that was not merged or was trained since, and for one without hidden layers,
-    whose weights are means.
+    Raises ArgumentError for an engine that was not merged, was trained since, or has no hidden layers but means.
     """
     biases, net = engine.merged_biases, engine.network
     if net.members > 1:
@@ -157,8 +155,7 @@ def sound(members: Sequence[Member]) -> dict[int, Engine]:
 
 
 def merged_members(members: Sequence[Member], folds: Sequence[Fold] = ()) -> tuple[Engine, list[tuple[Engine, Array]]]:
-    """Return the ``sound`` members as one engine, and each of them with the rows of its fold that it did not train on,
-    if there are ``folds``, one a member."""
+    """Return the ``sound`` members as one engine, and if there are ``folds`` each with the rows that it validates."""
     engines = sound(members)
     held = [(engine, folds[index][1]) for index, engine in engines.items()] if folds else []
     return merged([*engines.values()]), held

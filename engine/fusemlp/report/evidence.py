@@ -1,7 +1,6 @@
 """Evidence on a model from test rows: ROC, calibration, importance of the columns, most wrong rows, robustness.
 
-Robust scores are of rows that an attack has changed. Certified ones hold whatever happens to the numbers of a row,
-within a distance.
+Robust scores are of rows that an attack has changed; certified ones hold for all numbers within a distance.
 """
 
 from __future__ import annotations
@@ -227,8 +226,7 @@ def reach(preprocessor: Preprocessor, cells: Array, eps: float, precision: str) 
     """Return the least and the greatest inputs of the network (n, width) when numbers move by ``eps`` at most.
 
     The input of a number moves by eps after scaling. A column of pieces moves by eps interquartile ranges, and its
-    inputs with it. Words, dates and missing cells do not move. Pixels that are not scaled stay within the least and the
-    greatest of these rows.
+    inputs with it. Words, dates and missing cells do not move. Pixels that are not scaled stay within those given.
     """
     # the parts of a date have another source
     columns = zip(preprocessor.feature_names, preprocessor.sources, preprocessor.categories, strict=True)

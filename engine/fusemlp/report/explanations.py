@@ -161,8 +161,7 @@ def column_attributions(
     """Return the attributions of a table's columns, from ``transform_features``'s inputs X; see ``attributions``.
 
     Inputs that come from one column are added up, which keeps the sum of a row. Classes have the logit of ``output``,
-    numbers their own unit, or with ``target_log`` that of the logarithm. ``background`` are inputs too, by default X,
-    and ``baseline`` is by default their mean.
+    numbers their own unit or its logarithm. ``background`` are inputs too, by default X, ``baseline`` is their mean.
     """
     rows = X if background is None else background
     if background is None and baseline is None and len(X) == 1:

@@ -1,7 +1,6 @@
 """An ONNX graph that is built node by node, and its part that turns features into the network's inputs.
 
-The nodes of the features, which come as they are in the data, are those of ``Preprocessor.transform_features``, and of
-``datasets.dataset`` for words.
+The nodes of the features, which come as in the data, do what ``Preprocessor.transform_features`` does.
 """
 
 from __future__ import annotations
@@ -173,8 +172,7 @@ def has_words(preprocessor: Preprocessor) -> bool:
 def network_input(graph: Graph, preprocessor: Preprocessor) -> str:
     """Append the graph's inputs and the preprocessing, and return the output with the network's inputs.
 
-    Numbers alone come in one input ``x`` (rows, features). With words every feature has an input of its own (rows, 1)
-    that is called as it is.
+    Numbers alone come in one input ``x`` (rows, features). With words each feature has an input (rows, 1) of its name.
     """
     names, categories = preprocessor.feature_names, preprocessor.categories
     numbers = [column for column, words in enumerate(categories) if words is None]

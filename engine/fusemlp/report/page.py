@@ -276,8 +276,7 @@ class Line(NamedTuple):
 class Chart:
     """``lines`` over the axes ``x`` and ``y``.
 
-    ``mark`` names a vertical line, ``diagonal`` the line y = x; ``whole``: x has whole numbers only. ``log``: y
-    may have a logarithmic axis.
+    ``mark`` names a vertical line, ``diagonal`` the line y = x; ``whole``: x is whole numbers. ``log``: y may be so.
     """
 
     title: str

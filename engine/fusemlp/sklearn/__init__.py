@@ -2,8 +2,7 @@
 
 ``from fusemlp.sklearn import MLPClassifier, MLPRegressor`` in place of ``from sklearn.neural_network import ...``.
 ``TableClassifier`` and ``TableRegressor`` take tables as they are, and train as ``fusemlp train`` does.
-``FleetSearchCV`` and ``FleetRandomizedSearchCV`` are ``GridSearchCV`` and ``RandomizedSearchCV`` that train their
-candidates side by side.
+``FleetSearchCV`` and ``FleetRandomizedSearchCV`` are scikit-learn's searches with candidates trained side by side.
 
 Differences, apart from what the estimators add:
 

@@ -133,8 +133,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         """Fit to X (n, K), dense or sparse, and its targets: values or classes y (n,), values or labels y (n, N).
 
         sample_weight: (n,). X_val, y_val: validation data; its score and loss after each epoch are recorded in
-        ``validation_scores_`` and ``validation_loss_curve_``, and with ``early_stopping`` the score decides in place of
-        that of a part of X.
+        ``validation_scores_`` and ``validation_loss_curve_``; ``early_stopping`` goes by it, and not by a part of X.
         """
         return self._fit(X, y, sample_weight, (X_val, y_val))
 
@@ -389,8 +388,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         The file is a checkpoint of the network too, for ``fusemlp.load``. ``partial_fit`` continues from it with the
         same bits. ``callbacks``, metadata requests and a ``random_state`` that is no number are left out.
 
-        Raises ArgumentError or ArgumentTypeError for an impossible path and for a parameter that no file can hold,
-        OSError from the disk.
+        Raises ArgumentError, ArgumentTypeError for an impossible path or parameter of a file, OSError from the disk.
         """
         check_is_fitted(self)
         with self._own_model() as model:

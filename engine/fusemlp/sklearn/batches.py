@@ -3,8 +3,7 @@
 scikit-learn divides both the loss of a batch and its penalty ``alpha / 2 * sum(w ** 2)`` by the batch's number of
 rows, or by the sum of their weights. A short last batch therefore has a stronger penalty, and with weights each batch
 has its own. The kernels of the resident plan know all this (``Ridge`` of the contract). In the calls of any other plan
-a row's weight in a sum is its share ``weight / (sum over its batch)``, and the penalty's gradient is added between the
-two last calls of a step.
+a row's weight is its share ``weight / (sum over its batch)``, and a step adds the penalty's gradient before its update.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ from fusemlp_kernels.contract import BATCH_LOSSES, LAST_LOSS, LOSS_SUM, PENALTIE
 class EstimatorBatches(ABC):
     """Data bound to a model; ``steps`` trains on them in the epoch loop.
 
-    ``data`` are x (n, K), perhaps Columns, and target. ``constants`` (n,) are parts of the rows' losses that do not
-    depend on the parameters.
+    ``data`` are x (n, K), perhaps Columns, and target. ``constants`` (n,) are parts of losses without parameters.
     """
 
     model: Model

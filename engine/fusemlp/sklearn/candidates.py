@@ -78,8 +78,7 @@ class Candidates:
     """Sets up and trains fits before scikit-learn asks for them: they are the clones of ``asked``, in order.
 
     A fit is a clone of ``estimator`` with ``parameters``, which ``fit`` fits to the rows of a fold. ``workers``:
-    threads for models on the host. If models share launches, ``at_once`` returns how many to set up before the first
-    trains.
+    threads for models on the host. ``at_once`` returns how many models that share launches to set up at first.
     """
 
     def __init__(

@@ -25,8 +25,7 @@ DENSE_ELEMENTS = 1 << 22
 class Rates:
     """scikit-learn's learning rate: ``kind`` "constant", "invscaling", "adaptive", or "schedule" for one of fusemlp's.
 
-    "none" is for L-BFGS, which has no rate and leaves no optimizer to go on with. ``initial`` is the first rate,
-    ``power`` the exponent of "invscaling".
+    "none" is for L-BFGS, which leaves no optimizer to go on with. ``power`` is the exponent of "invscaling".
     """
 
     kind: str

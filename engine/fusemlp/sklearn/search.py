@@ -44,8 +44,7 @@ class _FleetSearch(BaseSearchCV):
         """Try all candidates on all folds of X (n, K) and y, and fit the best to all rows, as scikit-learn's search.
 
         ``params`` go where scikit-learn sends them: ``sample_weight`` to the estimator, ``groups`` to the splitter.
-        Raises ArgumentTypeError for an estimator that is not fusemlp's, ArgumentError for a parameter that it does not
-        have and for a search without candidates.
+        Raises ArgumentTypeError for an estimator that is not fusemlp's, ArgumentError for an unknown parameter or none.
         """
         estimator, cv = self.estimator, self.cv
         spaces = _checked(self._space, getattr(self, self._space), estimator, self._plain)
@@ -114,9 +113,8 @@ class FleetSearchCV(_FleetSearch, GridSearchCV):
     Parameters, attributes and what they mean are those of ``sklearn.model_selection.GridSearchCV``. ``estimator`` is an
     MLPClassifier or MLPRegressor of ``fusemlp.sklearn``, alone or as the last step of a ``Pipeline``; the steps before
     it are fitted once for each fold and each choice of their own parameters, unless the pipeline has a ``memory``.
-    ``param_grid``: a mapping from names to values, or a list of mappings; an empty mapping is one candidate, the
-    estimator as it is. ``n_jobs``: how many models train at once; None for one a core, and on Triton for as many as
-    there is memory for, at most 256.
+    ``param_grid``: a mapping from names to values, or a list of mappings; an empty mapping is the estimator as it is.
+    ``n_jobs``: models that train at once; None for one a core, on Triton for as many as memory holds, at most 256.
 
     One ConvergenceWarning counts the fits that reached ``max_iter``. A model that cannot be fitted, or whose parameters
     are no longer finite, gets ``error_score`` with a FitFailedWarning. On NumPy each model trains in one compiled loop,

@@ -70,8 +70,7 @@ class Parameters:
         best score and ReduceOnPlateau from the end of its ramp on. Not with lbfgs.
 
     All other parameters mean what they mean in scikit-learn. With the same ``random_state`` the initial parameters, the
-    validation rows and the order of the batches are scikit-learn's, and on NumPy the fitted model is, to within
-    rounding.
+    validation rows and the order of the batches are scikit-learn's, and on NumPy, to rounding, the fitted model.
 
     Attributes beside scikit-learn's: ``validation_loss_curve_`` is the loss of the validation rows after each epoch,
     without dropout and the penalty ``alpha`` (None without such rows), ``learning_rate_`` the rate of the next update,

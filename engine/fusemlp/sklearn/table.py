@@ -337,8 +337,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         The file is a checkpoint of the network too, for ``fusemlp.load_checkpoint``. ``callbacks``, metadata requests
         and a ``random_state`` that is no number are left out.
 
-        Raises ArgumentError or ArgumentTypeError for an impossible path and for a parameter that no file can hold,
-        OSError from the disk.
+        Raises ArgumentError, ArgumentTypeError for an impossible path or parameter of a file, OSError from the disk.
         """
         check_is_fitted(self)
         # a merged or opened model has a record that its checkpoint lacks
@@ -413,8 +412,7 @@ class TableClassifier(ClassifierMixin, TableEstimator):
     def predict_set(self, X: Any, coverage: float = 0.9) -> Array:
         """Return bool (n, classes): sets of classes, which hold the true one for this share of new rows.
 
-        By the errors of the rows that validated the training (``fusemlp.report.uncertainty``). Raises ArgumentError if
-        there were none, or too few.
+        By the errors of rows that validated the training (``report.uncertainty``); ArgumentError if they were too few.
         """
         held = self._held_out_errors()
         return sets(self.predict_proba(X), held, coverage)

@@ -221,8 +221,7 @@ def prepare(
 
     ``like`` and ``network`` are those of a run, which are used in place of new ones; ``source`` is the run that a
     transfer starts from; ``weight`` (rows,) are weights of the rows. Fewer rows than validation needs are an error if
-    it ``needs_rows``; else all are trained on, and a note says so. Raises the errors of all fields of data, network and
-    loss.
+    it ``needs_rows``; else all are trained on, with a note. Raises the errors of all fields of data, network and loss.
     """
     began, seed = time.monotonic(), check_rows(recipe)
     if dataset.y.dtype.kind in "iuf":

@@ -43,8 +43,7 @@ class FitData:
 
     Of ``train`` it takes ``rows`` (m,) int64, by default all, in the ``order`` of the user, by default in that of the
     seed. ``taken_in``: X as the network takes it, if the caller has it. With ``batches`` ``train`` is the first of
-    them, the others have up to ``room`` rows at first, ``weighted`` gives each its weights, and ``share`` is how ranks
-    share the reading.
+    them, others have up to ``room`` rows at first; ``weighted`` weighs each, and ``share`` says how ranks read them.
     """
 
     train: Examples
@@ -147,8 +146,7 @@ def asked_order(engine: Trainer, plan: FitPlan, count: int, first_epoch: int) ->
 def split(engine: Trainer, data: Examples, share: float) -> tuple[Examples, Examples]:
     """Return the first rows, to train on, and the last ``share`` of them, to validate on, as Keras does.
 
-    Raises ArgumentError if a part has no row, DataError if all its weights are zero. Warns of classes that only the
-    last rows have.
+    Raises ArgumentError for a part without rows, DataError for one of weights 0; warns of classes in the last alone.
     """
     rows = len(data.X)
     kept = math.floor(rows * (1.0 - share))

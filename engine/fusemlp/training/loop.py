@@ -95,8 +95,7 @@ class EpochLoop(Generic[PolicyT]):
     """Trains ``engine`` epoch by epoch, ``batches`` of ``batch_size`` rows each, as ``policy`` decides.
 
     ``bound``, a bound program or something with its ``chunk``, ``arrays`` and ``set_rows``, runs the steps; where
-    another launch runs them, ``training`` says how many. ``state`` is where training stands. A launch takes ``at_once``
-    epochs at most.
+    another launch runs them, ``training`` says how many. ``state`` is the position; a launch takes ``at_once`` epochs.
     """
 
     engine: Trainer

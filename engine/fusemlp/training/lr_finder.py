@@ -65,11 +65,9 @@ def lr_find(
     """Raise the learning rate from ``start`` to ``end`` over ``steps`` updates and watch the loss.
 
     X (n, K), y and sample_weight are as in ``fit``. The sweep trains a copy of the engine with a fresh optimizer: the
-    engine itself does not change, and the suggested rate is not applied. The curve is informative only for a network
-    with a loss that still falls.
+    engine itself does not change, nor its rate. The curve is informative only while the loss still falls.
 
-    Raises ShapeError, DTypeError, DataError, ArgumentError, ArgumentTypeError for invalid data, and DivergenceError if
-    the loss blows up at once.
+    Raises ShapeError, DTypeError, DataError, ArgumentError, ArgumentTypeError, DivergenceError if it blows up at once.
     """
     if not isinstance(engine, Session):
         raise ArgumentTypeError(f"engine: expected an Engine, got {type(engine).__name__}")

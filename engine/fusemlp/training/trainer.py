@@ -122,8 +122,7 @@ def _chance_loss(engine: Trainer) -> float | None:
 def resumed_state(engine: Trainer, plan: FitPlan, batches: int, *, rows: int) -> FitState:
     """Return the position of the fit that ``engine``'s checkpoint was written in.
 
-    Raises ArgumentError if there was none, it is past the plan's epochs or was another one, ShapeError if the data has
-    too few batches.
+    Raises ArgumentError if there was none, or not for this plan, ShapeError if the data has too few batches.
     """
     state = engine.fit_state
     if state is None:

@@ -62,8 +62,7 @@ def by_layers(optimizer: Optimizer, net: MLP, *, freeze: int = 0, layer_decay: f
 def network_from(known: MLP | None, net: Any, layers: int | None, head: Any) -> tuple[MLP, int | None]:
     """Return the new network and the layers to keep, None for those that the parameters tell.
 
-    ``known`` is the source's network, None for parameters alone; the others are arguments of
-    ``Engine.from_pretrained``.
+    ``known`` is the source's network, None for parameters alone; the others are those of ``Engine.from_pretrained``.
     """
     if (known is None) != isinstance(net, MLP) or (known is None and head is not None):
         raise ArgumentError(
@@ -129,8 +128,7 @@ def taken_over(net: MLP, state: Mapping[str, Any], layers: int | None) -> tuple[
     """Return the parameters of the first ``layers`` layers of ``net`` in ``state``, with the scale of the inputs.
 
     None: of all layers if the last of ``net`` has the shape of the last in ``state``, else of all but that one. The
-    number of layers is returned too. Raises ArgumentError or ShapeError, which names them, for parameters that are
-    missing or of another shape.
+    number of layers is returned too. Raises ArgumentError for missing parameters, ShapeError for other shapes.
     """
     parameters = {name: array for name, array in state.items() if name not in (MEAN, SCALE)}
     shapes, count = net.parameter_shapes(), 1 + max(map(layer_of, parameters))
