@@ -57,26 +57,21 @@ class CSVLogger(Watching):
 
     def on_train_begin(self, logs: Any = None) -> None:
         if not self._continues():
-            self._write(self.columns, "w")
+            self._write([self.columns], "w")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         new = [name for name in logs if name not in self.columns]
         if new:
-            self._widen(new)
-        self._write([epoch, *(repr(float(logs[name])) if name in logs else "" for name in self.columns[1:])], "a")
+            with open(self.filename, encoding="utf-8", newline="") as stream:
+                _, *rows = csv.reader(stream, delimiter=self.separator)
+            self.columns = [*self.columns, *new]
+            self._write([self.columns, *([*row, *[""] * len(new)] for row in rows)], "w")
+        cells = (repr(float(logs[name])) if name in logs else "" for name in self.columns[1:])
+        self._write([[epoch, *cells]], "a")
 
-    def _widen(self, names: Sequence[str]) -> None:
-        """Add columns, empty in the rows that are there."""
-        with open(self.filename, encoding="utf-8", newline="") as stream:
-            rows = list(csv.reader(stream, delimiter=self.separator))[1:]
-        self.columns = [*self.columns, *names]
-        self._write(self.columns, "w")
-        for row in rows:
-            self._write([*row, *[""] * len(names)], "a")
-
-    def _write(self, row: Sequence[Any], mode: str) -> None:
+    def _write(self, rows: Sequence[Sequence[Any]], mode: str) -> None:
         with open(self.filename, mode, encoding="utf-8", newline="") as stream:
-            csv.writer(stream, delimiter=self.separator, lineterminator="\n").writerow(row)
+            csv.writer(stream, delimiter=self.separator, lineterminator="\n").writerows(rows)
 
 
 class TensorBoard(Watching):
@@ -101,23 +96,19 @@ class TensorBoard(Watching):
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         parts: dict[str, list[Any]] = {"train": [], "validation": []}
         for name, value in logs.items():
             part, tag = ("validation", name.removeprefix("val_")) if name.startswith("val_") else ("train", name)
             parts[part].append(Summary.Value(tag=f"epoch_{tag}", simple_value=value))
         for part, values in parts.items():
+            if values and part not in self._writers:
+                self._writers[part] = EventFileWriter(str(Path(self.log_dir, part)))
             if values:
-                writer = self._writer(part)
-                writer.add_event(Event(step=epoch, wall_time=time.time(), summary=Summary(value=values)))
-                writer.flush()
-
-    def _writer(self, part: str) -> Any:
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        if part not in self._writers:
-            self._writers[part] = EventFileWriter(str(Path(self.log_dir, part)))
-        return self._writers[part]
+                event = Event(step=epoch, wall_time=time.time(), summary=Summary(value=values))
+                self._writers[part].add_event(event)
+                self._writers[part].flush()
 
     def on_exit(self) -> None:
         for writer in self._writers.values():

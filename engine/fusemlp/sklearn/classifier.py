@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from sklearn.base import ClassifierMixin, _fit_context
 from sklearn.preprocessing import LabelBinarizer
-from sklearn.utils import compute_class_weight, compute_sample_weight
+from sklearn.utils import compute_sample_weight
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import _check_partial_fit_first_call, type_of_target, unique_labels
@@ -105,16 +105,10 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
     def _held_weights(self, y_val: Array, y: Array) -> Array | None:
         if self.class_weight is None:
             return None
-        labels, weights = self._labels(self._truth(y)), self.class_weight
-        if isinstance(weights, str):
-            # balanced are the training rows
-            by_column = []
-            for column in labels.reshape(len(labels), -1).T:
-                classes = np.unique(column)
-                balanced = compute_class_weight(weights, classes=classes, y=column)
-                by_column.append(dict(zip(classes.tolist(), balanced, strict=True)))
-            weights = by_column if labels.ndim == 2 else by_column[0]
-        return np.asarray(compute_sample_weight(weights, self._labels(self._truth(y_val))))
+        labels = np.concatenate([self._labels(self._truth(rows)) for rows in (y, y_val)])
+        # balanced are the training rows
+        counted = np.arange(len(y)) if isinstance(self.class_weight, str) else None
+        return np.asarray(compute_sample_weight(self.class_weight, labels, indices=counted)[len(y) :])
 
     def _objective(self, outputs: int) -> Objective:
         if not self._picks_one:
