@@ -45,7 +45,7 @@ class TestValidationSplit:
         assert caught[0].filename == __file__
 
     def test_weights_of_a_part_that_are_all_zero_are_refused(self):
-        with pytest.raises(fusemlp.DataError, match="validation_split: all weights of the last 20 rows are zero"):
+        with pytest.raises(fusemlp.DataError, match="validation_split: the last 20 rows weigh zero"):
             make().fit(X, Y, epochs=1, validation_split=0.5, sample_weight=np.r_[np.ones(20), np.zeros(20)])
 
 

@@ -61,7 +61,7 @@ def test_intervals_of_counts_begin_at_zero_at_least_and_without_held_out_rows_th
     low, high = model.predict_interval(X, coverage=0.9)
     assert low.min() == 0.0 and (low < high).all()
     model = TableRegressor(early_stopping=None, epochs=2).fit(X, y)
-    with pytest.raises(ArgumentError, match=r"^coverage: the model was fitted without held-out rows"):
+    with pytest.raises(ArgumentError, match=r"^coverage: no held-out rows came with fit"):
         model.predict_interval(X)
 
 

@@ -56,9 +56,7 @@ class TextOptions:
     sep: str | None = _text(None, "Separator of the columns: one character, or tab; recognised unless given.", "MARK")
     decimal: str | None = _text(None, "Decimal mark of the numbers: . or , (recognised unless given).", "MARK")
     encoding: str | None = _text(None, "Encoding, such as utf-8, cp1252 or latin-1; recognised unless given.")
-    header: bool = _text(
-        True, "Names of columns in the first line, unless it holds numbers; else they are column_1, column_2, ..."
-    )
+    header: bool = _text(True, "Names of columns in the first line, unless it holds numbers; else column_1, column_2.")
 
     def form(self, run: Mapping[str, Any] | None = None) -> Form:
         """Return the form of a file; what is not given is that of the training, whose options are ``run``."""
@@ -127,9 +125,7 @@ class TrainOptions(recipe.TableRecipe, OutputOptions):
         "RUN",
         values=recipe.run_folders,
     )
-    reduce: str = _reduce(
-        "Under torchrun --nproc-per-node N -m fusemlp train, how N processes that train one model add their gradients"
-    )
+    reduce: str = _reduce("Under torchrun --nproc-per-node N -m fusemlp train, how N processes add their gradients")
     checkpoint_every: int = _output(1, "Epochs between two checkpoints.", "EPOCHS")
     track_model: bool = _output(False, "With --track: also store the run folder there, with model and report.")
 
@@ -173,9 +169,7 @@ class SweepOptions(recipe.FitRecipe, OutputOptions):
         "BACKEND",
     )
     devices: str | None = _machine(None, "Several cards here, cuda:0,cuda:1: a process trains on each.", "NAMES")
-    address: str | None = _option(
-        None, "Where the scheduler of dask (tcp://host:8786) or the head of ray (host:6379) listens.", "ADDRESS"
-    )
+    address: str | None = _option(None, "Of dask's scheduler (tcp://host:8786) or ray's head (host:6379).", "ADDRESS")
     resume: str | None = _output(
         None,
         "Go on with the sweep in this folder: train the models that had not ended.",
@@ -269,11 +263,9 @@ class ExplainOptions(ApplyOptions, ForceOption):
         "Attribute the output of this class; of each row's predicted class unless given. Of several targets the index.",
         names=("--class",),
     )
-    out: Path | None = _output(
-        None, "File (.csv) for the importance of every column, or for each row the attributions of its columns."
-    )
+    out: Path | None = _output(None, "File (.csv) for the importance of every column, or each row's attributions.")
     plot: Path | None = _output(
-        None, "Draw the columns as bars, or the pixels of images as a heat map for each class, into this PNG file."
+        None, "Draw columns as bars, or pixels as a heat map for each class, into this PNG file."
     )
 
 

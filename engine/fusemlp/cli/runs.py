@@ -105,7 +105,8 @@ def read_run(path: Path) -> Listed:
     rows = read_metrics(run)
     report = read_json(run.report)
     monitor = monitored(config["options"].get("metric"), rows)
-    best = best_row(rows, monitor)
+    finite, sign = [row for row in rows if math.isfinite(row.get(monitor, math.nan))], -1 if rises(monitor) else 1
+    best = min(finite, key=lambda row: sign * row[monitor], default=rows[-1] if rows else None)
     quantities = {name: value for name, value in (best or {}).items() if name not in ("epoch", "learning_rate")}
     tested = {f"test_{name}": value for name, value in scalars(report.get("test", {})).items()}
     return Listed(
@@ -128,13 +129,6 @@ def monitored(metric: str | None, rows: Sequence[Mapping[str, float]]) -> str:
     if metric is None:
         return "val_loss" if not rows or "val_loss" in rows[0] else "loss"
     return f"val_{metric}" if metric in METRICS else metric
-
-
-def best_row(rows: Sequence[Mapping[str, float]], monitor: str) -> Mapping[str, float] | None:
-    """Return the row of the best epoch, None without one."""
-    finite = [row for row in rows if math.isfinite(row.get(monitor, math.nan))]
-    sign = -1 if rises(monitor) else 1
-    return min(finite, key=lambda row: sign * row[monitor], default=rows[-1] if rows else None)
 
 
 def status(config: Mapping[str, Any], report: Mapping[str, Any]) -> str:

@@ -54,10 +54,7 @@ def command(options: OutputOptions) -> str:
 def write_beginning(
     run: Run, options: TrainOptions, prepared: Prepared, engine: Engine, epochs: int, **more: Any
 ) -> dict[str, Any]:
-    """Write the columns of a table, the hashes of the training rows, and all that is needed to repeat the run.
-
-    Return the latter, the content of ``config.json``, with ``more`` entries.
-    """
+    """Write a table's columns, hashes of the training rows, and ``config.json`` with ``more``; return the last."""
     libraries = ("numpy", "scipy", "scikit-learn", "safetensors")
     stored = stored_options(options)
     config = {

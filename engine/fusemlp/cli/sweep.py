@@ -262,10 +262,7 @@ def counts(members: Collection[Member], total: int) -> str:
 
 
 def write_results(plan: Plan, run: Run, members: Iterable[Member]) -> None:
-    """Write ``results.csv``: a row for each finished model, the best first; floats in their shortest exact form.
-
-    Models that differ in their seed alone stand together, with the mean of their scores.
-    """
+    """Write ``results.csv``: a row for each ended model, best first, those of one mean together; exact floats."""
     ranked = FleetResults(tuple(members)).combinations(plan.metric, plan.points)
     scores = list(dict.fromkeys(name for part in ranked for member in part.members for name in member.scores))
     several = averages(plan.points)

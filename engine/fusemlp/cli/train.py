@@ -152,9 +152,7 @@ def check_kept(options: OutputOptions, free: Collection[str], what: str) -> dict
     asked = given_options(options)
     for option in fields(options):
         if option.name in asked and option.name not in free:
-            raise ArgumentError(
-                f"{name_of(option)}: a resumed {what} keeps its own; leave it out, or start a new one without --resume"
-            )
+            raise ArgumentError(f"{name_of(option)}: a resumed {what} keeps its own; leave it out, or --resume")
     return asked
 
 

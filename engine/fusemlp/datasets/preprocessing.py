@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fusemlp.datasets.codes import MOST_WORDS, ORDERS, Categories, Features, Indices, rare_words, sources_of, spellings
 from fusemlp.datasets.dataset import UNUSED, Dataset
-from fusemlp.datasets.scaling import SCALES, Knots, by_pieces, by_quantiles, clipped, edges, knots, statistics
+from fusemlp.datasets.scaling import SCALES, Knots, by_pieces, clipped, edges, knots, statistics
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.description import reading, stored
 from fusemlp.inputs.arrays import Array, as_class_labels, as_features, as_values, to_array
@@ -280,7 +280,8 @@ class Preprocessor:
         scaled = clipped(scaled) if self.scale in ("robust", "piecewise") else scaled
         for column, at in enumerate(self.feature_knots if self.scale == "quantile" else ()):
             if at is not None:
-                scaled[:, column] = by_quantiles(features[:, column], at)
+                # straight lines between the knots, constant outside them
+                scaled[:, column] = np.interp(features[:, column], *at)
         if numbers.all() and self.width == len(names):
             return scaled
         slots: list[Array] = []

@@ -96,11 +96,6 @@ def knots(values: Matrix) -> Knots:
     return tuple(points.tolist()), tuple(scores.tolist())
 
 
-def by_quantiles(values: Matrix, at: Knots) -> Matrix:
-    """Return the scores of a column: straight lines between the knots, constant outside them."""
-    return np.interp(values, *at)
-
-
 def edges(values: Matrix) -> Knots | None:
     """Return the edges of a column's pieces, without scores; None for a column of few values, which has none."""
     points = np.unique(values)

@@ -104,9 +104,7 @@ class Form:
                 # Not every codec encodes text.
                 "".encode(self.encoding)
             except (LookupError, UnicodeError):
-                raise ArgumentError(
-                    f"encoding: {self.encoding!r} is unknown; use a name such as utf-8, cp1252 or latin-1"
-                ) from None
+                raise ArgumentError(f"encoding: {self.encoding!r} is unknown; try utf-8, cp1252 or latin-1") from None
 
 
 def open_text(path: Path, form: Form) -> OpenTable:

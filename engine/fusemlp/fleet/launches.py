@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from fusemlp.engine import Engine
 
 
-GroupLaunch = Callable[[Sequence[int]], object]
-
 # Most rows of all the models of one launch: 128 MiB.
 GROUP_ROWS = 1 << 24
 
@@ -125,7 +123,7 @@ class LaunchGroup:
             first = 0 if firsts is None else firsts[index]
             loop.bound = Places(self.engines[index].memory, self._rows[index], stats, chunk, first)
 
-    def bind(self, programs: Sequence[Program], data: Mapping[str, Any]) -> GroupLaunch:
+    def bind(self, programs: Sequence[Program], data: Mapping[str, Any]) -> Callable[[Sequence[int]], object]:
         """Return the launch of the models' resident programs on device arrays ``data``; it takes each model's steps."""
         backend, models = self._backend, len(self.engines)
         shared = {**data, "class_weight": self.engines[0].class_weight}

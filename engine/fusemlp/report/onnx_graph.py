@@ -234,7 +234,7 @@ def _filled(graph: Graph, x: str, preprocessor: Preprocessor, numbers: list[int]
 
 
 def _scaled(graph: Graph, x: str, preprocessor: Preprocessor, numbers: list[int]) -> str:
-    """Append the scaling of the columns of numbers: ``scaling.statistics``, ``clipped`` and ``by_quantiles``."""
+    """Append the scaling of the columns of numbers: ``scaling.statistics``, ``clipped``, or by quantiles."""
     if preprocessor.scale == "quantile":
         return _by_quantiles(graph, x, [at for at in preprocessor.feature_knots if at is not None])
     shift = graph.constant(np.array(preprocessor.feature_shift, np.float64)[numbers])

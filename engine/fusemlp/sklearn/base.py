@@ -41,10 +41,8 @@ NOT_AS_JSON = ("coefs_", "intercepts_", "slopes_", "_model", "_metadata_request"
 
 def has_steps(estimator: Any) -> bool:
     """Return True if the solver can take single steps; raises AttributeError if not."""
-    if estimator.solver not in settings.STOCHASTIC:
-        raise AttributeError(
-            f"partial_fit is only available for stochastic optimizers. {estimator.solver} is not stochastic."
-        )
+    if (solver := estimator.solver) not in settings.STOCHASTIC:
+        raise AttributeError(f"partial_fit is only available for stochastic optimizers. {solver} is not stochastic.")
     return True
 
 
@@ -178,10 +176,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         incremental: bool = False,
         make: Callable[..., Model] | None = None,
     ) -> EpochLoop[SklearnPolicy]:
-        """Check all arguments, draw the initial parameters, set rows aside, and bind the data to a model.
-
-        ``held``: X_val and y_val. ``make`` returns a new model, which a launch of several models may train.
-        """
+        """Check all arguments, draw initial parameters, set rows aside, and bind the data to a model of ``make``."""
         stochastic = self.solver in settings.STOCHASTIC
         X_val, y_val = held
         settings.check_parameters(self, incremental, X_val, y_val)

@@ -158,10 +158,7 @@ def _models(estimator: Any, spaces: list[Mapping[str, Any]], prefix: str = "") -
 
 
 def _checked(space: str, choices: Any, estimator: Any, plain: str) -> list[Mapping[str, Any]]:
-    """Return the mappings of a space. Refuses estimators and names that cannot be trained, before any fit.
-
-    ``plain`` is scikit-learn's own search, which refuses a space that is no mapping or list of mappings.
-    """
+    """Return the mappings of a space; refuse estimators and names that cannot be trained, before any fit."""
     several = [choices] if isinstance(choices, Mapping) else choices
     spaces = [choice for choice in several if isinstance(choice, Mapping)] if isinstance(several, list | tuple) else []
     for model in _models(estimator, spaces):

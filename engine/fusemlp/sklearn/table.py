@@ -311,9 +311,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
     def _held_out_errors(self) -> HeldOut:
         check_is_fitted(self)
         if self.held_out_ is None:
-            raise ArgumentError(
-                "coverage: the model was fitted without held-out rows; fit with early_stopping, or with X_val and y_val"
-            )
+            raise ArgumentError("coverage: no held-out rows came with fit; fit with early_stopping, or X_val and y_val")
         return self.held_out_
 
     @property

@@ -129,9 +129,8 @@ def with_preset(recipe: Model, rows: int, *, classify: bool) -> tuple[Model, int
     if started():
         against["preset"] = "several processes of torchrun train a plain network; leave it out"
     # a resumed run has its preset in its options; the members' training is the longer one
-    designed = any(asked.values()) or any(
-        value is not None for value in (recipe.models, getattr(recipe, "resume", None), recipe.time_limit)
-    )
+    options = recipe.models, getattr(recipe, "resume", None), recipe.time_limit
+    designed = any(asked.values()) or options != (None, None, None)
     name, note = presets.chosen(recipe.preset, rows, against, classify=classify, own=designed)
     if name == "plain":
         return recipe, 1, [note] if note else []

@@ -173,15 +173,11 @@ class ModelRecipe(StepRecipe):
         "COLUMN",
         kind=list[str] | None,
     )
-    categorical: Any = _data(
-        None, "A column to take as words, such as numbers that are zip codes.", "COLUMN", kind=list[str] | None
-    )
+    categorical: Any = _data(None, "A column to take as words, such as zip codes.", "COLUMN", kind=list[str] | None)
     group: str | None = _data(
         None, "Hold out whole groups: rows with the same value in this column stay together. It is no input.", "COLUMN"
     )
-    time: str | None = _data(
-        None, "Hold out the last rows in the order of this column of dates or numbers, not random ones.", "COLUMN"
-    )
+    time: str | None = _data(None, "Hold out the last rows in the order of this column of dates or numbers.", "COLUMN")
     test_fraction: float = _data(
         0.2, "The test's share of the rows, which judge the model at the end; 0 for none. Data with a test set keep it."
     )
@@ -229,9 +225,7 @@ class ModelRecipe(StepRecipe):
     quantile: float | None = _loss(None, f"For the loss quantile: the quantile to learn ({Quantile.q:g}).")
 
     optimizer: Any = _optimizer("adam", "{}.", values=OPTIMIZERS, kind=str)
-    lr: Any = _optimizer(
-        None, f"Learning rate; {SGD.lr:g} for sgd, {Adam.lr:g} for adam and adamw unless given.", kind=float | None
-    )
+    lr: Any = _optimizer(None, f"Learning rate ({SGD.lr:g} for sgd, {Adam.lr:g} for adam, adamw).", kind=float | None)
     momentum: float | None = _optimizer(None, f"For sgd, 0 or more and less than 1 ({SGD.momentum:g}).")
     nesterov: bool = _optimizer(False, "For sgd: Nesterov's momentum.")
     weight_decay: float | None = _optimizer(
@@ -336,9 +330,7 @@ class TableRecipe(FitRecipe):
         "this epsilon. It is of parameters and training rows; scaling, scores and the other rows are not covered.",
         "EPSILON",
     )
-    dp_delta: float | None = _training(
-        None, "With --dp-epsilon: delta; the largest power of ten below 1 / training rows unless given."
-    )
+    dp_delta: float | None = _training(None, "With --dp-epsilon: delta (a power of ten below 1 / training rows).")
     dp_clip: float | None = _training(None, f"With --dp-epsilon: largest norm of a row's gradient ({DPSGD.clip:g}).")
     adversarial: Any = _training(
         None,
@@ -352,6 +344,4 @@ class TableRecipe(FitRecipe):
     attack_eps: float | None = _training(None, ATTACK_EPS, "EPS")
     attack_steps: int | None = _training(None, ATTACK_STEPS)
     attack_norm: str | None = _training(None, ATTACK_NORM, values=NORMS)
-    final_fit: bool = _training(
-        False, "After the scores, train the model on all rows, the test rows too, for the epochs that were best."
-    )
+    final_fit: bool = _training(False, "After the scores, train on all rows, the test's too, for as long as was best.")

@@ -250,10 +250,7 @@ def train(prepared: Prepared, engine: Engine, *, listeners: Listeners, scheduled
 def initial_parameters(
     prepared: Prepared, recipe: TableRecipe, data: Mapping[str, Any], say: Callable[[str], object]
 ) -> Sequence[Mapping[str, Array]]:
-    """Return the parameters that each model starts with, none without a source; with ``probe`` after the probe.
-
-    ``data`` are the arguments of ``Fleet.fit``; ``say`` gets a line on the probe.
-    """
+    """Return each model's initial parameters, none without a source; ``probe`` trains them on ``data`` of a fit."""
     if prepared.start is None or not recipe.probe:
         return () if prepared.start is None else [prepared.start.parameters] * prepared.models
     states, losses = [], []
