@@ -110,14 +110,6 @@ class KerasForm:
                 self.listener.model = engine
 
 
-def first_epoch(engine: Any) -> int:
-    """Return the first epoch of the running ``fit``; a resumed ``fit`` counts from its original start."""
-    state = engine.fit_state
-    if state is None:
-        return int(engine.epochs_trained)
-    return int(state.history.epochs[0] if state.history.epochs else state.epoch)
-
-
 def _method(listener: Any, stage: str) -> Any:
     """Return an object's own method for a stage, or None; the empty methods of the base classes do not count."""
     method = getattr(listener, stage, None)

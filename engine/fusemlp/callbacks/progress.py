@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO
 
-from fusemlp.callbacks.forms import Watching, first_epoch
+from fusemlp.callbacks.forms import Watching
 from fusemlp.describe.checks import check_flag
 from fusemlp_kernels.compilation import watchers
 
@@ -71,7 +71,9 @@ class ProgressBar(Watching):
         self._epochs = params["epochs"]
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._first = first_epoch(self.model)
+        state = self.model.fit_state
+        # a resumed fit counts from its original start
+        self._first = self.model.epochs_trained if state is None else state.first_epoch
         self._began, self._drawn = time.perf_counter(), 0.0
         # A dumb terminal cannot draw over a line.
         dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")

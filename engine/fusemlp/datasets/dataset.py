@@ -179,17 +179,16 @@ def missing_share(column: Array) -> float:
 
 def times(path: Place, name: str, column: Array) -> Array:
     """Return the column ``name`` as numbers that order the rows; DataError if some have no time."""
+    purpose = f"{path}, column {name!r}: it is to order the rows (--time)"
     if column.dtype.kind not in "biufM":
         example = next((word for word in column if word not in MISSING), "")
         raise DataError(
-            f"{path}, column {name!r}: it is to order the rows (--time), which takes numbers or dates such as "
-            f"2024-12-31, but holds words such as {example!r}"
+            f"{purpose}, which takes numbers or dates such as 2024-12-31, but holds words such as {example!r}"
         )
     missing = int(np.isnan(column).sum())
     if missing:
         raise DataError(
-            f"{path}, column {name!r}: it is to order the rows (--time), but has no value in {missing} of "
-            f"{len(column)} rows; fill them in or delete the rows"
+            f"{purpose}, but has no value in {missing} of {len(column)} rows; fill them in or delete the rows"
         )
     return column.astype(np.int64) if column.dtype.kind == "M" else column
 

@@ -39,10 +39,7 @@ ADAPTIVE_DIVISOR = 5.0
 
 @dataclass(frozen=True)
 class ValidationScore:
-    """Validation rows, their targets as numbers and as the model predicts them, and weights of score and loss.
-
-    ``decides``: the score ends training.
-    """
+    """Validation rows, targets as numbers and as predicted, weights of score and loss; ``decides``: it ends a fit."""
 
     X: Any
     y: Array

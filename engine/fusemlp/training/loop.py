@@ -81,10 +81,7 @@ PolicyT = TypeVar("PolicyT", bound=Policy)
 
 
 def epochs_at_once(engine: Trainer, epochs: int, rows: int, *, asked: bool) -> int:
-    """Return how many epochs of ``rows`` rows one launch takes, ``epochs`` at most; 1 if something runs after each.
-
-    ``asked``: a callback, a validation or early stopping does.
-    """
+    """Return how many of ``epochs`` epochs of ``rows`` rows one launch takes; 1 if something is ``asked`` after one."""
     if asked or isinstance(engine.optimizer.schedule, ReduceOnPlateau):
         return 1
     return max(1, min(epochs, ROWS_AT_ONCE // rows))
