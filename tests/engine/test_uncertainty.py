@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from dataclasses import asdict
 
 import numpy as np
 import pandas
@@ -84,7 +83,7 @@ def test_sets_of_classes_cover_their_share_and_hold_the_predicted_class():
 def test_bounds_are_the_order_statistics_of_all_errors_or_the_next_ones_kept():
     errors = np.random.default_rng(0).exponential(size=(300, 2))
     held = HeldOut.of(errors)
-    assert stored("held_out", asdict(held), HeldOut) == held
+    assert stored("held_out", held.to_config(), HeldOut) == held
     np.testing.assert_array_equal(held.bound(0.9), np.sort(errors, axis=0)[math.ceil(301 * 0.9) - 1])
     many = np.random.default_rng(0).exponential(size=50_000)
     kept = HeldOut.of(many)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,10 @@ class HeldOut:
         ordered = np.sort(errors.reshape(len(errors), -1), axis=0)
         places = np.unique(np.linspace(0, len(ordered) - 1, min(KEPT, len(ordered))).round().astype(np.int64))
         return cls(len(ordered), tuple((places + 1).tolist()), tuple(map(tuple, ordered[places].T.tolist())))
+
+    def to_config(self) -> dict[str, Any]:
+        """Return plain numbers and tuples, of which ``stored`` makes an equal one."""
+        return asdict(self)
 
     def reaches(self, coverage: float) -> bool:
         """Return whether the rows are enough for this coverage."""

@@ -340,7 +340,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         check_is_fitted(self)
         # a merged or opened model has a record that its checkpoint lacks
         record = asdict(self.history_) if self.engine_.fit_state is None else None
-        held = None if self.held_out_ is None else asdict(self.held_out_)
+        held = None if self.held_out_ is None else self.held_out_.to_config()
         more = {"preprocessor": self.preprocessor_.to_json(), "history": record, "held_out": held}
         without = ("engine_", "preprocessor_", "held_out_", "_metadata_request")
         files.save(self, self.engine_, path, without=without, **more)

@@ -71,7 +71,7 @@ def _judged(trained: Trained, report: dict[str, Any]) -> Judged | None:
     if validation is not None and held_out is None:
         held_out = HeldOut.of(errors_of(engine, preprocessor, validation.X, validation.labels))
     if held_out is not None:
-        report["held_out"] = asdict(held_out)
+        report["held_out"] = held_out.to_config()
         if tested is not None and held_out.reaches(COVERAGE):
             report["intervals"] = summary(engine, preprocessor, held_out, tested)
     return tested
