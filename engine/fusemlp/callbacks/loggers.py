@@ -106,8 +106,7 @@ class TensorBoard(Watching):
             if values and part not in self._writers:
                 self._writers[part] = EventFileWriter(str(Path(self.log_dir, part)))
             if values:
-                event = Event(step=epoch, wall_time=time.time(), summary=Summary(value=values))
-                self._writers[part].add_event(event)
+                self._writers[part].add_event(Event(step=epoch, wall_time=time.time(), summary=Summary(value=values)))
                 self._writers[part].flush()
 
     def on_exit(self) -> None:

@@ -83,7 +83,7 @@ class DataOptions(TextOptions, JsonOption):
     target: str | None = _data(None, "The column of a table to predict.", "COLUMN")
     task: str | None = _data(
         None,
-        f"{{}}; by default words, and {MOST_CLASSES} different whole numbers at most unless like counts, are classes.",
+        f"{{}}; by default words and at most {MOST_CLASSES} different whole numbers, unless like counts, are classes.",
         values=TASKS,
     )
     id: list[str] | None = _data(

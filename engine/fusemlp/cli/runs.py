@@ -105,7 +105,8 @@ def read_run(path: Path) -> Listed:
     rows = read_metrics(run)
     report = read_json(run.report)
     monitor = monitored(config["options"].get("metric"), rows)
-    finite, sign = [row for row in rows if math.isfinite(row.get(monitor, math.nan))], -1 if rises(monitor) else 1
+    finite = [row for row in rows if math.isfinite(row.get(monitor, math.nan))]
+    sign = -1 if rises(monitor) else 1
     best = min(finite, key=lambda row: sign * row[monitor], default=rows[-1] if rows else None)
     quantities = {name: value for name, value in (best or {}).items() if name not in ("epoch", "learning_rate")}
     tested = {f"test_{name}": value for name, value in scalars(report.get("test", {})).items()}

@@ -71,7 +71,7 @@ def visible(device: str) -> str:
 
 
 def check_workers(workers: object, *, connected: bool = True) -> None:
-    """Raise ArgumentError unless joblib's backend ``workers`` can train (dask with a client, if ``connected``)."""
+    """Raise ArgumentError, MissingLibraryError unless joblib's ``workers`` can train, dask with a client."""
     if not isinstance(workers, str):
         raise ArgumentTypeError(f"workers: expected the name of a backend of joblib, such as 'loky', got {workers!r}")
     if workers in LIBRARIES:

@@ -276,7 +276,7 @@ class Line(NamedTuple):
 class Chart:
     """``lines`` over the axes ``x`` and ``y``.
 
-    ``mark`` names a vertical line, ``diagonal`` the line y = x; ``whole``: x is whole numbers. ``log``: y may be so.
+    ``mark`` names a vertical line, ``diagonal`` the line y = x; x is ``whole`` numbers; with ``log`` y may be so drawn.
     """
 
     title: str

@@ -158,8 +158,7 @@ class Candidates:
             if model.solver in STOCHASTIC and not (model.callbacks or model.verbose or model.warm_start):
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
-                    make = Model if model.adversarial is not None else self._model
-                    loops.append(model._set_up(*data, make=make))
+                    loops.append(model._set_up(*data, make=Model if model.adversarial is not None else self._model))
 
         try:
             estimator.set_params(**clone(parameters, safe=False))
@@ -181,8 +180,7 @@ class Candidates:
     def _model(self, network: Any, loss: Any, optimizer: Any, *rest: Any, **options: Any) -> Model:
         """Return a model on the engine of a like fit that scikit-learn has scored and forgotten, or on a new one."""
         key = network, loss, optimizer.rule(), options["backend"], options["precision"]
-        free = (place for place, lent in enumerate(self._lent) if lent[0] == key and lent[3]() is None)
-        place = next(free, None)
+        place = next((place for place, lent in enumerate(self._lent) if lent[0] == key and lent[3]() is None), None)
         if place is None:
             # an engine of another shape is not kept for fits that may not come
             self._lent = [lent for lent in self._lent if lent[3]() is not None]

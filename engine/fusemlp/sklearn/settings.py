@@ -187,7 +187,7 @@ def initial_parameters(
 
 
 def optimizer(estimator: Any) -> Optimizer:
-    """Return an estimator's optimizer, with scikit-learn's conventions; only AdamW has ``alpha``, others per batch."""
+    """Return an estimator's optimizer, by scikit-learn's conventions; the penalty is the batches', but of AdamW."""
     schedule, clip_norm = estimator.learning_rate, estimator.clip_norm
     rate = schedule if isinstance(schedule, Schedule) else float(estimator.learning_rate_init)
     if estimator.solver in ("sgd", "lbfgs"):

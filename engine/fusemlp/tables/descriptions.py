@@ -352,8 +352,7 @@ def schedule(recipe: FitRecipe, *, rows: int, epochs: int) -> Schedule:
     if kind == "step":
         if recipe.lr_step is None:
             raise ArgumentError("lr_step: the schedule step needs it: --lr-step 10 for a reduction every ten epochs")
-        length = as_number("lr_step", recipe.lr_step, low=0.0, low_open=True)
-        arguments["every"] = max(1, round(length * each))
+        arguments["every"] = max(1, round(as_number("lr_step", recipe.lr_step, low=0.0, low_open=True) * each))
     if kind == "exponential":
         if recipe.lr_gamma is None:
             raise ArgumentError("lr_gamma: the schedule exponential needs it: --lr-gamma 0.95 for 5 % less each epoch")

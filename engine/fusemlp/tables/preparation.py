@@ -263,8 +263,7 @@ def prepare(
             reason = str(error).removeprefix("--validation-fraction: ")
             notes.append(f"no rows held out for early stopping: {reason}")
 
-    classes = len(dataset.classes) if classify else 0
-    name = descriptions.loss_name(recipe, dataset.task, classes)
+    name = descriptions.loss_name(recipe, dataset.task, len(dataset.classes) if classify else 0)
     start = None
     if source is not None:
         assert isinstance(recipe, TableRecipe), "no other recipe has transfer_from"

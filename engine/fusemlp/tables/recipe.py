@@ -256,7 +256,7 @@ class FitRecipe(ModelRecipe):
     lr_step: float | None = _rate(None, "For step: epochs between two reductions.")
     lr_gamma: float | None = _rate(
         None,
-        f"Factor on the rate: of a step ({StepDecay.gamma:g}), an epoch, or a plateau ({ReduceOnPlateau.factor:g}).",
+        f"The rate's factor: step ({StepDecay.gamma:g}), epoch (exponential), plateau ({ReduceOnPlateau.factor:g}).",
     )
     lr_final: float | None = _rate(
         None, "The final rate of cosine and flat_cosine (0), one_cycle (lr / 250000); minimum of reduce_on_plateau (0)."
@@ -330,7 +330,7 @@ class TableRecipe(FitRecipe):
         "this epsilon. It is of parameters and training rows; scaling, scores and the other rows are not covered.",
         "EPSILON",
     )
-    dp_delta: float | None = _training(None, "With --dp-epsilon: delta (a power of ten below 1 / training rows).")
+    dp_delta: float | None = _training(None, "With --dp-epsilon: delta (the largest power of ten below 1 / rows).")
     dp_clip: float | None = _training(None, f"With --dp-epsilon: largest norm of a row's gradient ({DPSGD.clip:g}).")
     adversarial: Any = _training(
         None,
@@ -344,4 +344,4 @@ class TableRecipe(FitRecipe):
     attack_eps: float | None = _training(None, ATTACK_EPS, "EPS")
     attack_steps: int | None = _training(None, ATTACK_STEPS)
     attack_norm: str | None = _training(None, ATTACK_NORM, values=NORMS)
-    final_fit: bool = _training(False, "After the scores, train on all rows, the test's too, for as long as was best.")
+    final_fit: bool = _training(False, "After the scores, train on all rows, the test's too, for the best epochs.")

@@ -65,7 +65,7 @@ def lr_find(
     """Raise the learning rate from ``start`` to ``end`` over ``steps`` updates and watch the loss.
 
     X (n, K), y and sample_weight are as in ``fit``. The sweep trains a copy of the engine with a fresh optimizer: the
-    engine itself does not change, nor its rate. The curve is informative only while the loss still falls.
+    engine itself does not change, the rate is not applied. The curve is informative only where the loss still falls.
 
     Raises ShapeError, DTypeError, DataError, ArgumentError, ArgumentTypeError, DivergenceError if it blows up at once.
     """

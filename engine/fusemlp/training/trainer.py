@@ -99,7 +99,8 @@ class Trainer(Session):
 def fresh_state(engine: Trainer, plan: FitPlan, batches: int) -> FitState:
     """Return the position before a fit with this many batches an epoch."""
     updates = plan.epochs * batches // engine.optimizer.accumulate
-    remedies = [word for feature, word in REMEDIES.items() if feature in engine.uses]
+    uses = engine.uses
+    remedies = [word for feature, word in REMEDIES.items() if feature in uses]
     return FitState(
         epoch=engine.epochs_trained,
         batch=0,
