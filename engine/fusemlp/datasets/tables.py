@@ -83,7 +83,7 @@ def as_frame(data: Any) -> Frame:
     except (pyarrow.ArrowException, TypeError, ValueError) as error:
         raise DataError(f"{name}: a column cannot be read ({reason(error)}); convert or drop it") from error
     if not isinstance(data, pyarrow.Table):
-        raise ArgumentTypeError(f"data: expected a pandas or polars DataFrame, Arrow table, name or path, got {name}")
+        raise ArgumentTypeError(f"data: expected a table (pandas, polars or Arrow), a name or a path, got {name}")
     return Frame(name, data)
 
 
