@@ -2,12 +2,10 @@
 
 Any object with some of the methods is a callback. In the library's form (``Callback``) the engine is the first
 argument: ``on_epoch_end(engine, epoch, logs)``. In Keras's form it is an attribute: ``on_epoch_end(epoch, logs)``, with
-the engine in ``self.model`` (``fit`` calls the object's ``set_model``, if it has one). ``fit`` reads the form off the
-signatures before anything has changed.
+the engine in ``self.model`` (set by the object's ``set_model``, if it has one). ``fit`` reads signatures beforehand.
 
 Scalars are read from the device once an epoch. So the ``logs`` of Keras's batch methods and of ``on_epoch_begin`` are
-empty, and those of ``on_train_end`` are the last epoch's. Keras's methods around tests and predictions are not called.
-Ctrl-C waits for the end of a batch.
+empty, and those of ``on_train_end`` are the last epoch's. Methods of tests are not called. Ctrl-C waits for a batch.
 """
 
 from __future__ import annotations

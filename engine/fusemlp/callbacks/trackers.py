@@ -30,8 +30,7 @@ class Tracker(Watching):
     A training has one run: its parameters are the configuration and ``params``, its metrics the logs of each epoch, and
     the step is the epoch, from 1. ``log_model`` adds the final model as the artifact model.safetensors, which
     ``fusemlp.load`` reads. A run that is open already is used, and left open. Else a run is opened, by ``run_name``, or
-    the one with ``run_id`` is continued, and closed as finished, interrupted (Ctrl-C) or failed. The attribute
-    ``run_id`` is the id of the last run.
+    the one with ``run_id`` is continued, and closed as finished, interrupted (Ctrl-C) or failed; ``run_id`` is its id.
 
     A tracker that fails during a training gets one warning, and the training goes on without it.
     """

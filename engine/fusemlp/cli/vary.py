@@ -80,9 +80,7 @@ def parsed_axes(words_of: Sequence[str], *, seeds: int | None = None, first: int
     return tuple(by_name.values())
 
 
-def combinations(
-    among: Sequence[Axis], *, sample: int | None, seed: int, whole_seeds: bool = False
-) -> list[dict[str, Any]]:
+def combinations(among: Sequence[Axis], *, sample: int | None, seed: int, whole_seeds: bool = False) -> list[Point]:
     """Return all combinations, the last parameter varying fastest, or ``sample`` of them, drawn by ``seed``, in order.
 
     With ``whole_seeds`` a sample is of the other parameters, with all seeds each.
@@ -208,7 +206,7 @@ class Plan:
 
     options: SweepOptions
     axes: tuple[Axis, ...]
-    points: list[dict[str, Any]]
+    points: list[Point]
     prepared: Prepared
     fleet: Fleet
     epochs: int

@@ -94,8 +94,7 @@ def _alike(path: str, y: Array, dataset: Dataset) -> Array:
 def hold_out(dataset: Dataset, rows: Indices, *, fraction: float, seed: int) -> tuple[Indices, Indices]:
     """Return those of the ``rows`` to keep, and about a ``fraction`` of them to hold out.
 
-    They are the last in time, or whole groups, if the data set has these, else drawn by ``seed``, stratified by
-    classes.
+    They are the last in time, or whole groups, if the data set has these, else drawn by ``seed``, each class alike.
     """
     classify = dataset.task == "classification"
     if dataset.times is not None:

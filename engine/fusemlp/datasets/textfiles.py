@@ -249,8 +249,7 @@ def _open(path: Path) -> Iterator[Any]:
 def _inspect(path: Path, charset: str | None) -> tuple[str, bytes]:
     """Return the encoding, given or recognised, and which bytes of quotes and line breaks the file has.
 
-    UTF-16 and UTF-32 have marks; else it is UTF-8 if all bytes are that, or Western Europe's Windows code page, or
-    latin-1.
+    UTF-16 and UTF-32 have marks; else it is UTF-8 if all bytes are that, Western Europe's Windows page, or latin-1.
     """
     candidates = [charset] if charset else ["utf-8-sig", "cp1252", "latin-1"]
     while True:

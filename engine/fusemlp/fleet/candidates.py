@@ -101,9 +101,8 @@ def combinations(vary: Vary) -> list[dict[str, Any]]:
 def check_name(argument: str, name: str) -> None:
     """Raise ArgumentError for a name that cannot vary; the message suggests the right one."""
     if name in ELSEWHERE:
-        raise ArgumentError(
-            f"{argument}: unknown name {name!r}; did you mean {ELSEWHERE[name]!r}? Expected one of: {', '.join(NAMES)}"
-        )
+        mend = f"did you mean {ELSEWHERE[name]!r}? Expected one of: {', '.join(NAMES)}"
+        raise ArgumentError(f"{argument}: unknown name {name!r}; {mend}")
     if name not in NAMES:
         raise unknown_name(argument, name, NAMES)
 

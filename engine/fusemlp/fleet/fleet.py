@@ -64,8 +64,7 @@ class Fleet:
 
     ``memory``: the most bytes of all engines at once; by default half of the free memory, on a card all of it. A fleet
     that does not fit is built and trained in parts that do, and this is logged. Then the results keep parameters and
-    histories only: ``results.engine(i)`` makes an engine of them, and another ``fit`` of this fleet is refused, since
-    the optimizers' state is gone.
+    histories only: ``results.engine(i)`` makes an engine of them, and another ``fit`` is refused.
 
     ``devices``: names of cards, such as ["cuda:0", "cuda:1"], in place of ``device``. ``fit`` spreads the models over
     them, a process a card, and the results keep parameters and histories.

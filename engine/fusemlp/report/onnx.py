@@ -71,9 +71,8 @@ def onnx_bytes(
     check_finite(parameters, "ONNX file")
     size = sum(array.nbytes for array in parameters.values())
     if size > MOST_BYTES:
-        raise ArgumentError(
-            f"to_onnx: the parameters take {size / 2**30:.1f} GiB, and one ONNX file holds 2; use engine.save(path)"
-        )
+        taken = f"the parameters take {size / 2**30:.1f} GiB"
+        raise ArgumentError(f"to_onnx: {taken}, and one ONNX file holds 2; use engine.save(path)")
     if preprocessor is not None:
         _warn_of_blurred(preprocessor, parameters["0.weight"].dtype)
     graph = Graph(next(iter(parameters.values())).dtype, {*parameters, *scale, *OUTPUTS})

@@ -34,8 +34,7 @@ class MLPRegressor(RegressorMixin, BaseMLP, _Loss):
     Parameters
     ----------
     loss : "squared_error" (half the square), "poisson" (the output is the logarithm of the mean), "absolute_error",
-        "huber", "quantile" (the median), or ``fusemlp.Huber(delta)``, ``fusemlp.Quantile(q)``. The last three are
-        means over the outputs.
+        "huber", "quantile" (the median), ``fusemlp.Huber(delta)``, ``fusemlp.Quantile(q)``: these are output means.
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {

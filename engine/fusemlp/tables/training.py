@@ -17,7 +17,7 @@ from fusemlp.describe.metrics import METRICS, Judged, metrics_for
 from fusemlp.engine import Engine
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import merged, merged_members
-from fusemlp.fleet.results import Member
+from fusemlp.fleet.results import Member, Point
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.uncertainty import HeldOut, Temperature, judged, scale_logits
 from fusemlp.tables import attacks, descriptions, transfer, trials
@@ -200,9 +200,7 @@ def new_engine(prepared: Prepared) -> Engine:
     return engine
 
 
-def fleet_of(
-    prepared: Prepared, points: Sequence[Mapping[str, Any]] = (), *, rows: int, epochs: int, **more: Any
-) -> Fleet:
+def fleet_of(prepared: Prepared, points: Sequence[Point] = (), *, rows: int, epochs: int, **more: Any) -> Fleet:
     """Return untrained models of the recipe: one for each of ``points``, the parameters that vary, or by default of the
     seeds from the recipe's on; ``more`` are arguments of ``Fleet``.
 

@@ -7,8 +7,7 @@ Save a model as one safetensors file: the parameters by torch's names, and the a
 
 Any reader of safetensors gets the parameters of the same ``nn.Sequential`` of Linear layers and activations:
 ``0.weight`` (out, in), ``0.bias``, ``2.weight``, ..., and ``1.weight`` (1,) for the slope of a PReLU. The metadata
-entry ``fusemlp_model`` describes network, loss and optimizer, for ``load``. The state of the training (moments,
-counters, history) is in a checkpoint only.
+entry ``fusemlp_model`` describes network, loss and optimizer, for ``load``; a checkpoint has the training's state too.
 """
 
 from __future__ import annotations

@@ -45,9 +45,8 @@ def by_layers(optimizer: Optimizer, net: MLP, *, freeze: int = 0, layer_decay: f
     """
     last = net.layers - 1
     if as_count("freeze", freeze, minimum=0) > last:
-        raise ArgumentError(
-            f"freeze: expected 0 to {last}, since the last of the {net.layers} layers is trained, got {freeze}"
-        )
+        expected = f"0 to {last}, since the last of the {net.layers} layers is trained"
+        raise ArgumentError(f"freeze: expected {expected}, got {freeze}")
     factor = as_number("layer_decay", layer_decay, low=0.0, high=1.0, low_open=True)
     changed: dict[str, ParameterOptions] = {}
     for name in net.parameter_shapes():
