@@ -8,7 +8,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,7 +92,7 @@ def examine() -> dict[str, Any]:
         "threads": min(limits.values()),
         "thread_limits": limits,
         "backends": {name: _examine_backend(name, reason) for name, reason in availability().items()},
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        "libraries": {name: next((found.version for found in distributions(name=name)), None) for name in LIBRARIES},
         "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(VARIABLES)},
     }
 
@@ -117,13 +117,6 @@ def _trains(name: str, precision: str, plan: str) -> bool:
         # ``step`` always runs the eager plan, so call ``fit``.
         return math.isfinite(engine.fit(x, y, epochs=1).history["loss"][0])
     return math.isfinite(float(engine.step(x, y)))
-
-
-def _version(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None
 
 
 def plan(options: PlanOptions) -> None:

@@ -247,7 +247,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         report = json.loads(folder.report.read_text(encoding="utf-8")) if folder.report.exists() else {}
         estimator.engine_, estimator.preprocessor_ = engine, preprocessor
         estimator.notes_, estimator.report_ = tuple(config["data"]["notes"]), report
-        estimator.held_out_ = stored("held_out", report.get("held_out"), HeldOut | None)
+        estimator.held_out_ = stored("held_out", report["held_out"], HeldOut) if "held_out" in report else None
         estimator.temperature_ = report.get("temperature", 1.0)
         if preprocessor.classes is not None:
             estimator._find_classes(np.array(preprocessor.classes))

@@ -122,9 +122,9 @@ def _restore_training(engine: Trainer, config: Mapping[str, Any], tensors: Mappi
     engine.best_parameters = _of_kind("best", tensors) or None
     engine.merged_biases = tensors.get("merged/bias")
     engine.epochs_trained = as_count("epochs_trained", config["epochs_trained"], minimum=0)
-    engine.fit_state = stored("fit", config["fit"], FitState | None)
-    if engine.fit_state is not None:
-        engine.history = engine.fit_state.history
+    if config["fit"] is not None:
+        engine.fit_state = state = stored("fit", config["fit"], FitState)
+        engine.history = state.history
 
 
 def save_checkpoint(engine: Trainer, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
