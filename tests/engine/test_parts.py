@@ -249,7 +249,7 @@ def test_a_label_that_only_the_test_file_has(tmp_path):
         ({"data": "iris", "target": None, "drop": None, "test": "iris"}, "test: 'iris' is the file of DATA too"),
         ({"test": "nowhere.csv"}, "there is no file or folder 'nowhere.csv'"),
         ({"test": "columns.csv"}, "columns.csv: no feature columns 'word'; the columns are 'x', 'y'"),
-        ({"test": "unlabelled.csv"}, "there is no target column 'y', and rows are judged by it"),
+        ({"test": "unlabelled.csv"}, "there is no target column 'y' to judge rows by"),
         ({"validation": "numbers.csv"}, "'y' holds"),
         ({"validation": "valid.csv", "validation_fraction": 0.3}, "validation_fraction: --validation has the"),
         ({"validation": "valid.csv", "test": "test.csv", "group": "word"}, "group: --validation and --test decide"),
