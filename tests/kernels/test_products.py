@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from processes import python
 
-from fusemlp_kernels.numpy.compiled import products
+from fusemlp_kernels.numpy.compiled import compiler, products
 from fusemlp_kernels.numpy.compiled.tables import PANEL
 
 SHAPES = [(1, 1, 1), (3, 5, 2), (8, 32, 0), (33, 17, 70), (1, 40, 9), (7, 100, 33), (128, 10, 64), (65, 96, 130)]
@@ -81,12 +81,7 @@ def test_a_nan_in_dot_products_reaches_its_row_alone(at):
 
 TRAINED = """
 import hashlib, sys
-import llvmlite.binding, numba
-features = llvmlite.binding.get_host_cpu_features
-if len(sys.argv) > 1:
-    llvmlite.binding.get_host_cpu_features = lambda: dict.fromkeys(sys.argv[1:], True)
 from fusemlp_kernels.numpy.compiled import products
-llvmlite.binding.get_host_cpu_features = features
 import numpy as np
 from fusemlp import MLP, Adam, Engine
 rng = np.random.default_rng(0)
@@ -102,12 +97,31 @@ print(products.REGISTER_BYTES, file=sys.stderr)
 """
 
 
+WIDEST = list(compiler.REGISTERS.values()).index(compiler.REGISTER_BYTES)
+NARROWER = [*compiler.REGISTERS][:WIDEST] if compiler.X86 else []
+
+
 def test_the_bits_do_not_depend_on_the_width_of_the_registers(tmp_path):
-    """A processor with wide registers computes with its narrower ones too."""
+    """Without instructions that multiply and add at once, each product is rounded: these bits are others."""
     found = {}
-    for features in ((), ("avx2",), ("none",)):
-        cache = str(tmp_path / "_".join(features))
-        ran = python("-c", TRAINED, *features, FUSEMLP_WHOLE_LOOP="", NUMBA_CACHE_DIR=cache)
+    for isa in ("", *NARROWER):
+        ran = python("-c", TRAINED, **{"FUSEMLP_WHOLE_LOOP": "", "NUMBA_CACHE_DIR": str(tmp_path), compiler.ISA: isa})
         assert ran.returncode == 0, ran.stderr
-        found[ran.stderr] = ran.stdout
-    assert len(set(found.values())) == 1, found
+        width = compiler.REGISTERS[isa] if isa else compiler.REGISTER_BYTES
+        assert ran.stderr.split()[-1] == str(width)
+        found[isa] = ran.stdout
+    bits = {found[isa] for isa in found if isa != "sse"}
+    assert len(bits) == 1
+    assert found.get("sse") not in bits
+
+
+@pytest.mark.parametrize("isa", NARROWER)
+def test_products_in_narrower_registers(isa, tmp_path):
+    chosen = "panels or dot or nan"
+    ran = python("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen, **{compiler.ISA: isa})
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_an_instruction_set_that_the_processor_lacks_is_refused():
+    ran = python("-c", "import fusemlp_kernels.numpy.compiled.products", **{compiler.ISA: "avx1024"})
+    assert "FUSEMLP_ISA: expected an instruction set of this processor (sse" in ran.stderr

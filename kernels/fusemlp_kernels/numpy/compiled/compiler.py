@@ -28,6 +28,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
@@ -44,6 +45,7 @@ from numba.extending import infer_getattr, lower_getattr, models, register_jitab
 from numba.misc.appdirs import AppDirs
 
 from fusemlp_kernels.compilation import announced
+from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.numpy.compiled import tables as t
 
 _log = logging.getLogger("fusemlp.kernels.compile")
@@ -52,6 +54,30 @@ _log = logging.getLogger("fusemlp.kernels.compile")
 intrinsic: Any = numba.extending.intrinsic
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+# Set, the instruction set of x86 to use in place of the processor's own, for tests and benchmarks; the width of its
+# vector registers in bytes, which other processors have too; and how LLVM's names of what the narrower sets lack begin.
+ISA = "FUSEMLP_ISA"
+REGISTERS = {"sse": 16, "avx2": 32, "avx512": 64}
+_BEYOND = {"sse": ("avx", "fma", "f16c", "vaes", "vpclmul"), "avx2": ("avx512",), "avx512": ()}
+
+
+def _register_bytes() -> int:
+    """Return the width of a vector register; with ISA, narrow what numba compiles for."""
+    features = llvmlite.binding.get_host_cpu_features() if X86 else {}
+    widest = "avx512" if features.get("avx512f") else "avx2" if features.get("avx2") else "sse"
+    name = os.environ.get(ISA) or widest
+    if REGISTERS.get(name, 1 << 10) > REGISTERS[widest]:
+        known = ", ".join(isa for isa, width in REGISTERS.items() if width <= REGISTERS[widest])
+        raise ArgumentError(f"{ISA}: expected an instruction set of this processor ({known}), got {name!r}; unset it")
+    if name != widest:
+        kept = ("-+"[on and not feature.startswith(_BEYOND[name])] + feature for feature, on in features.items())
+        config: Any = numba.config
+        config.CPU_NAME, config.CPU_FEATURES = llvmlite.binding.get_host_cpu_name(), ",".join(kept)
+    return REGISTERS[name]
+
+
+REGISTER_BYTES = _register_bytes()
 
 # A folder that no process has used for so long is deleted, in seconds: 90 days.
 UNUSED = 90 * 24 * 3600.0

@@ -15,26 +15,23 @@ import types as python
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import float64, intp, types
 
-from fusemlp_kernels.numpy.compiled.compiler import X86, elements, instruction, intrinsic, kept_for_calls
+from fusemlp_kernels.numpy.compiled.compiler import (
+    REGISTER_BYTES,
+    X86,
+    elements,
+    instruction,
+    intrinsic,
+    kept_for_calls,
+)
 from fusemlp_kernels.numpy.compiled.tables import PANEL
 
 _WORD, _INDEX = ir.IntType(64), ir.IntType(32)
 
 
-def _register_bytes() -> int:
-    """The width of a vector register."""
-    if not X86:
-        return 16
-    features = llvmlite.binding.get_host_cpu_features()
-    return 64 if features.get("avx512f") else 32 if features.get("avx2") else 16
-
-
-REGISTER_BYTES = _register_bytes()
 # Rows of a tile, and vectors in one: its sums, a vector of b for each of these and a number of a fill the registers, of
 # which there are 32, on x86 before AVX-512 16.
 TILE_ROWS, TILE_VECTORS = (6, 2) if X86 and REGISTER_BYTES < 64 else (8, 2)
