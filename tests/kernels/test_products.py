@@ -38,7 +38,7 @@ def test_a_product_from_panels(m, n, k, alpha, beta, dtype):
     c[:m] = before
     product(
         x.ctypes.data, k, 1, panels.ctypes.data, PANEL * k, PANEL, k, b.ctypes.data, 1, alpha, beta, c.ctypes.data, n,
-        m, n,
+        m, n, 0,
     )  # fmt: skip
     assert (c[m] == 7).all()
     held = np.zeros(before.shape) if beta == 0.0 else beta * before.astype(np.longdouble)
@@ -47,6 +47,34 @@ def test_a_product_from_panels(m, n, k, alpha, beta, dtype):
         held
     )
     assert (np.abs(c[:m] - exact) <= bound(terms, k + 2, dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("m, n, k", [(32, 90, 100), (67, 161, 512), (130, 77, 700), (33, 64, 2000)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_copied_operands_give_the_same_bits(turned, m, n, k, dtype):
+    """b with rows far apart; a with rows side by side, or with columns, in parts where both do not fit."""
+    rng = np.random.default_rng(m + n + k)
+    a, b = rng.standard_normal((m, k)).astype(dtype), rng.standard_normal((k, n + 40)).astype(dtype)
+    stored = np.ascontiguousarray(a.T) if turned else a
+    strides = (1, m) if turned else (k, 1)
+    product, zeros = products.by_address(dtype)[0].ctypes, np.zeros(PANEL, dtype)
+    room = np.full(2 * products.HALF + 64, np.nan, dtype)
+    found = []
+    for address in (0, room.ctypes.data):
+        c = np.full((m, n), 3, dtype)
+        product(
+            stored.ctypes.data, *strides, b.ctypes.data, PANEL, n + 40, k, zeros.ctypes.data, 0, 0.5, 0.25,
+            c.ctypes.data, n, m, n, address,
+        )  # fmt: skip
+        found.append(c)
+    assert np.array_equal(*found)
+    assert np.isnan(room[2 * products.HALF :]).all()
+    fits = k * products.TILE_VECTORS * products.REGISTER_BYTES // dtype().itemsize <= products.HALF
+    assert np.isnan(room).all() != fits
+    exact = 0.5 * (a.astype(np.longdouble) @ b[:, :n]) + 0.75
+    terms = 0.5 * np.abs(a).astype(np.longdouble) @ np.abs(b[:, :n]) + 0.75
+    assert (np.abs(found[0] - exact) <= bound(terms, k + 2, dtype)).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -117,7 +145,7 @@ def test_the_bits_do_not_depend_on_the_width_of_the_registers(tmp_path):
 
 @pytest.mark.parametrize("isa", NARROWER)
 def test_products_in_narrower_registers(isa, tmp_path):
-    chosen = "panels or dot or nan"
+    chosen = "panels or dot or nan or copied"
     ran = python("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen, **{compiler.ISA: isa})
     assert ran.returncode == 0, ran.stdout + ran.stderr
 

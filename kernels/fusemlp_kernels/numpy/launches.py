@@ -44,8 +44,19 @@ Array = np.ndarray[Any, Any]
 VARIABLE = "FUSEMLP_NUM_THREADS"
 
 
+def _lines(size: int) -> tuple[Array, int]:
+    """Return memory of ``size`` bytes and more, and an address in it that begins a line of the cache; 0 for none."""
+    memory = np.empty(size + 64 if size else 0, np.uint8)
+    return memory, (memory.ctypes.data + 63) // 64 * 64 if size else 0
+
+
 class _Caller(threading.local):
     alone = False
+
+    @functools.cached_property
+    def room(self) -> tuple[Array, int]:
+        """The memory of the calling thread for copies of operands, and its address."""
+        return _lines(compiled("products").ROOM_BYTES)
 
 
 _caller = _Caller()
@@ -168,14 +179,19 @@ class _Team:
         self.free = threading.Lock()
         size = layout.MEMBER + layout.MEMBER_BYTES * most
         memory = np.zeros(size // 8 + layout.MEMBER_BYTES, np.int64)
-        # the threads look at it until the process ends, after the interpreter has released all else
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))
+        room_bytes = compiled("products").ROOM_BYTES
+        rooms, room = _lines(most * room_bytes)
+        # the threads look at them until the process ends, after the interpreter has released all else
+        for array in (memory, rooms):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(array))
         start = -memory.ctypes.data % layout.MEMBER_BYTES // 8
         self._words = memory[start : start + size // 8]
         self._address = self._words.ctypes.data
         self._threads = 1
         for member in range(most):
-            self._words[(layout.MEMBER + layout.MEMBER_BYTES * member + layout.LOCK) // 8] = layout.new_lock()
+            at = (layout.MEMBER + layout.MEMBER_BYTES * member) // 8
+            self._words[at + layout.LOCK // 8] = layout.new_lock()
+            self._words[at + layout.ROOM // 8] = room + room_bytes * member
         self._words[layout.SPINS // 8] = SPINS
 
     def lead(self, members: int, work: int, job: int) -> None:
@@ -227,7 +243,7 @@ def launch(work: int, job: int, tasks: int) -> None:
             finally:
                 team.free.release()
             return
-    compiled("team").alone(work, job)
+    compiled("team").alone(work, job, _caller.room[1])
 
 
 # Names and fields of ``compiled.tables``, and names of the printed formulas, that a table may do without, so that no

@@ -30,7 +30,7 @@ ELEMENT, LOSS, MOVE, UPDATE = 16, 64, 4, 32
 
 # Elements of a row that a piece has at least, where there are as many: an update of short rows leaves little to do in
 # vector registers.
-SHORTEST = 512
+SHORTEST = 128
 
 PIECEWISE = ("WEIGHT", "CODES", "BIAS", "SLOPES")
 _CUT = {

@@ -80,21 +80,21 @@ def gather(call: Any, like: Any, rows: Any, first: int, count: int, following: A
 
 
 @register_jitable(**EXACT)
-def product(call: Any, head: Any, like: Any, first: int, count: int) -> None:
+def product(call: Any, head: Any, like: Any, first: int, count: int, room: int) -> None:
     """The product of a layer, or of the gradient by its inputs, for rows of the batch."""
     inputs, outputs, size = call.k, call.n, like.itemsize
     if call.kind == t.BACKWARD:
         call_function(
             head.product, call.dz + size * first * outputs, outputs, 1, call.w, t.PANEL, inputs,
             outputs, head.zeros, 0, 1.0 / (1.0 - call.rate), 0.0, call.out + size * first * inputs,
-            inputs, count, inputs,
+            inputs, count, inputs, room,
         )  # fmt: skip
         return
     x, z = call.x + size * first * inputs, call.z + size * first * outputs
     if call.panels:
         call_function(
             head.product, x, inputs, 1, call.panels, t.PANEL * inputs, t.PANEL, inputs, call.b, 1, 1.0,
-            0.0, z, outputs, count, outputs,
+            0.0, z, outputs, count, outputs, room,
         )  # fmt: skip
     else:
         call_function(head.dots, x, call.w, inputs, call.b, z, count, outputs)
@@ -270,7 +270,7 @@ def heads(call: Any, head: Any, like: Any, first: int, count: int) -> None:
                 call.panels + size * (at // t.PANEL * t.PANEL * inputs + at % t.PANEL), t.PANEL * inputs, t.PANEL,
                 inputs, call.b + size * at, 1, 1.0, 0.0,
                 call.z + size * ((first + member) * outputs + at - member * outputs), members * outputs,
-                count // members, stop - at,
+                count // members, stop - at, 0,
             )  # fmt: skip
             at = stop
 
@@ -283,5 +283,5 @@ def heads_backward(call: Any, head: Any, like: Any, first: int, count: int) -> N
         call_function(
             head.product, call.dz + size * (first + member) * outputs, members * outputs, 1,
             call.w + size * member * outputs * inputs, t.PANEL, inputs, outputs, head.zeros, 0, 1.0, 0.0,
-            call.out + size * (first + member) * inputs, members * inputs, count // members, inputs,
+            call.out + size * (first + member) * inputs, members * inputs, count // members, inputs, 0,
         )  # fmt: skip

@@ -81,7 +81,7 @@ def update_part(p: Any, g: Any, s0: Any, s1: Any, count: int, tensor: Any, rule:
 
 @register_jitable(**EXACT)
 def _add_products(
-    call: Any, head: Any, like: Any, dz: int, x: int, count: int, piece: Any, alpha: float, beta: float
+    call: Any, head: Any, like: Any, dz: int, x: int, count: int, piece: Any, alpha: float, beta: float, room: int
 ) -> None:
     """A piece of ``out = alpha * dz.T @ x + beta * out``, DEPTH rows of the batch at a time; dz and x are addresses."""
     size, outputs, inputs, top, left = like.itemsize, call.n, call.k, piece.top, piece.left
@@ -90,7 +90,7 @@ def _add_products(
             head.product, dz + size * (first * outputs + top), 1, outputs,
             x + size * (first * inputs + left), t.PANEL, inputs, min(t.DEPTH, count - first),
             head.zeros, 0, alpha, beta,
-            call.out + size * (top * inputs + left), inputs, piece.bottom - top, piece.right - left,
+            call.out + size * (top * inputs + left), inputs, piece.bottom - top, piece.right - left, room,
         )  # fmt: skip
         beta = 1.0
 
@@ -117,7 +117,7 @@ def _column_sums(
 
 
 @register_jitable(**EXACT)
-def _gradient(call: Any, head: Any, like: Any, counters: Any, piece: Any) -> None:
+def _gradient(call: Any, head: Any, like: Any, counters: Any, piece: Any, room: int) -> None:
     """A piece of the gradient by a weight matrix, a bias or a slope; with DESCENDS straight into the parameter."""
     size, outputs = like.itemsize, call.n
     count = shard_rows(call, head, counters)
@@ -138,11 +138,11 @@ def _gradient(call: Any, head: Any, like: Any, counters: Any, piece: Any) -> Non
                 head.product, call.dz + size * top, 1, outputs,
                 call.x + size * (member * inputs + left), t.PANEL, members * inputs, count // members,
                 head.zeros, 0, alpha, beta,
-                call.out + size * (top * inputs + left), inputs, stop - top, piece.right - left,
+                call.out + size * (top * inputs + left), inputs, stop - top, piece.right - left, 0,
             )  # fmt: skip
             top = stop
     elif call.kind == t.WEIGHT:
-        _add_products(call, head, like, call.dz, call.x, count, piece, alpha, beta)
+        _add_products(call, head, like, call.dz, call.x, count, piece, alpha, beta, room)
     else:
         # a bias, or a slope, whose gradient is one number already
         rows = count if call.kind == t.BIAS else 1
@@ -213,7 +213,7 @@ def _after_gradient(call: Any, head: Any, like: Any, counters: Any, piece: Any, 
 
 
 @register_jitable(**EXACT)
-def by_piece(call: Any, head: Any, like: Any, counters: Any, piece: Any, task: int) -> float:
+def by_piece(call: Any, head: Any, like: Any, counters: Any, piece: Any, task: int, room: int) -> float:
     """A piece of a tensor; what it adds to the sums of its phase."""
     if call.kind in (t.NORM, t.UPDATE):
         at = like.itemsize * (tensor_at(head.tensors, piece.top).offset + piece.left)
@@ -232,5 +232,5 @@ def by_piece(call: Any, head: Any, like: Any, counters: Any, piece: Any, task: i
         adds = counters[c.BATCH_INDEX] % head.accumulate != 0
         gradient_of_columns(call, head, like, piece, shard_rows(call, head, counters), adds, task)
     else:
-        _gradient(call, head, like, counters, piece)
+        _gradient(call, head, like, counters, piece, room)
     return _after_gradient(call, head, like, counters, piece, task)

@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import float64, intp, types
+from numba.extending import register_jitable
 
 from fusemlp_kernels.numpy.compiled.compiler import (
+    EXACT,
     REGISTER_BYTES,
     X86,
     elements,
@@ -300,42 +302,159 @@ def transpose_square(
     return types.void(like, *[types.intp] * 5), code
 
 
+# Whether operands are copied: measured to pay in registers of these widths.
+COPIES = X86 and REGISTER_BYTES < 64
+# Numbers of each of the two copies; rows of a product for which a strip of b is copied, and bytes from the first row of
+# b to the last beyond which; numbers between the tiles of a copy of a, for each row.
+HALF, STRIP_ROWS, CACHED, BETWEEN = 40960, 4 * TILE_ROWS, 1 << 15, 2
+# The bytes of both copies, in the largest type.
+ROOM_BYTES = 2 * HALF * 8 if COPIES else 0
 # The type of the elements; each type has a copy of these functions.
 REAL: Any = np.float32
 
 
+@register_jitable(**EXACT)
+def _strip(b: int, b_step: int, depth: int, columns: int, room: int) -> None:
+    """Copy columns of b, whose rows are b_step apart, side by side to ``room``; addresses."""
+    like = elements(REAL, b)
+    size, width = like.itemsize, TILE_VECTORS * REGISTER_BYTES // like.itemsize
+    for k in range(depth):
+        source, target = elements(like, b + size * k * b_step), elements(like, room + size * k * width)
+        if columns >= width:
+            for j in range(width):
+                target[j] = source[j]
+        else:
+            for j in range(columns):
+                target[j] = source[j]
+
+
+@register_jitable(**EXACT)
+def _turned(a: int, a_step: int, depth: int, rows: int, room: int) -> None:
+    """Copy ``rows`` numbers, side by side in each of ``depth`` rows of a, tile by tile to ``room``; addresses."""
+    like = elements(REAL, a)
+    size = like.itemsize
+    for k in range(depth):
+        source = a + size * k * a_step
+        for i in range(0, rows, TILE_ROWS):
+            tile, numbers = elements(like, room + size * (i * depth + k * TILE_ROWS)), elements(like, source + size * i)
+            if rows - i >= TILE_ROWS:
+                for r in range(TILE_ROWS):
+                    tile[r] = numbers[r]
+            else:
+                for r in range(rows - i):
+                    tile[r] = numbers[r]
+
+
+def _copy(lanes: int, masked: bool) -> Callable[..., Any]:
+    """Copy at least this many numbers, 0 standing for the columns of a tile, in whole vectors."""
+
+    def typed(typingctx: Any, like: Any, source: Any, target: Any, count: Any) -> Any:
+        """Copy side by side; with a mask, of the source the first ``count`` are read."""
+
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _, source, target, count = arguments
+            to = _Code(context, builder, like.dtype)
+            for v in range(-(-lanes // to.lanes) or TILE_VECTORS):
+                first = _number(v * to.lanes * to.size)
+                mask = to.mask(builder.sub(count, _number(v * to.lanes))) if masked else None
+                to.store(to.load(builder.add(source, first), mask), builder.add(target, first))
+            return context.get_dummy_value()
+
+        return types.void(like, *[types.intp] * 3), code
+
+    return typed
+
+
+copy_columns: Any = intrinsic(_copy(0, masked=False))
+copy_some_columns: Any = intrinsic(_copy(0, masked=True))
+copy_rows: Any = intrinsic(_copy(TILE_ROWS, masked=True))
+
+
+@register_jitable(**EXACT)
+def _copy_strip(like: Any, b: int, b_step: int, depth: int, columns: int, to: int) -> None:
+    """Copy the columns of a tile, of which ``columns`` are left, from rows that are b_step apart."""
+    size = like.itemsize
+    width = TILE_VECTORS * REGISTER_BYTES // size
+    if columns >= width:
+        for k in range(depth):
+            copy_columns(like, b + size * k * b_step, to + size * k * width, columns)
+    else:
+        for k in range(depth):
+            copy_some_columns(like, b + size * k * b_step, to + size * k * width, columns)
+
+
+@register_jitable(**EXACT)
+def _turn(like: Any, a: int, a_step: int, depth: int, rows: int, to: int) -> None:
+    """Copy rows of a, which lie together in each of ``depth`` columns, tile by tile, as tiles read them.
+
+    Vectors are longer than a tile is high: what follows a number of a tile is written after it, or is between tiles.
+    """
+    size = like.itemsize
+    for k in range(depth):
+        for i in range(0, rows, TILE_ROWS):
+            copy_rows(
+                like,
+                a + size * (k * a_step + i),
+                to + size * (i * (depth + BETWEEN) + k * TILE_ROWS),
+                min(rows - i, TILE_ROWS),
+            )
+
+
 def _product(
     a: int, a_row: int, a_step: int, b: int, b_panel: int, b_step: int, depth: int, start: int,
-    start_step: int, alpha: float, beta: float, c: int, c_row: int, rows: int, columns: int,
+    start_step: int, alpha: float, beta: float, c: int, c_row: int, rows: int, columns: int, room: int,
 ) -> int:  # fmt: skip
     """``c = alpha * (start + a @ b) + beta * c``: c (rows, columns), a (rows, depth), b (depth, columns).
 
     a, b, c and start are addresses, the others strides in elements: b_panel from the first PANEL columns of b to the
     next. The same row of start is added to all rows; without start_step it is PANEL numbers, again and again.
+
+    ``room`` is memory for two times HALF numbers, or 0. If b is large and the numbers that a tile reads of it lie far
+    apart, they are copied there first: many such lines share one place in the cache, and each has its own in the table
+    of pages. So are those of a, if its columns lie together.
     """
     like = elements(REAL, a)
     real, size = like.dtype.type, like.itemsize
     lanes = REGISTER_BYTES // size
     width = TILE_VECTORS * lanes
     scale, keep = real(alpha), real(beta)
-    for j in range(0, columns, width):
-        left = columns - j
-        # where a tile of columns begins
-        panel, inside = j // PANEL, j % PANEL
-        b_at, c_at = b + size * (panel * b_panel + inside), c + size * j
-        first = start + size * j * start_step
-        for i in range(0, rows, TILE_ROWS):
-            below = min(TILE_ROWS, rows - i)
-            a_at, to = a + size * i * a_row, c_at + size * i * c_row
-            tile = a_at, a_row, a_step, b_at, b_step, depth, first, scale, keep, to, c_row, below, left
-            if left >= width and 2 * below <= TILE_ROWS:
-                short_tile(like, *tile)
-            elif left >= width:
-                whole_tile(like, *tile)
-            elif left > lanes:
-                wide_tile(like, *tile)
-            else:
-                narrow_tile(like, *tile)
+    strips = (
+        room != 0 and b_step > PANEL and rows >= STRIP_ROWS and size * depth * b_step > CACHED and depth * width <= HALF
+    )
+    turns = strips and a_row == 1
+    some = rows
+    if turns:
+        # all parts of about the same height: each has the strips copied anew
+        parts = -(-rows // (HALF // (depth + BETWEEN) // TILE_ROWS * TILE_ROWS))
+        some = -(-rows // (parts * TILE_ROWS)) * TILE_ROWS
+    for top in range(0, rows, max(some, 1)):
+        end = min(rows, top + some)
+        a_top, row, step, tile_row = a + size * top * a_row, a_row, a_step, a_row
+        if turns:
+            _turn(like, a_top, a_step, depth, end - top, room)
+            a_top, row, step, tile_row = room, 1, TILE_ROWS, depth + BETWEEN
+        for j in range(0, columns, width):
+            left = columns - j
+            # where a tile of columns begins
+            panel, inside = j // PANEL, j % PANEL
+            b_at, b_next, c_at = b + size * (panel * b_panel + inside), b_step, c + size * j
+            first = start + size * j * start_step
+            if strips:
+                strip = room + size * HALF
+                _copy_strip(like, b_at, b_step, depth, left, strip)
+                b_at, b_next = strip, width
+            for i in range(top, end, TILE_ROWS):
+                below = min(TILE_ROWS, end - i)
+                a_at, to = a_top + size * (i - top) * tile_row, c_at + size * i * c_row
+                tile = a_at, row, step, b_at, b_next, depth, first, scale, keep, to, c_row, below, left
+                if left >= width and 2 * below <= TILE_ROWS:
+                    short_tile(like, *tile)
+                elif left >= width:
+                    whole_tile(like, *tile)
+                elif left > lanes:
+                    wide_tile(like, *tile)
+                else:
+                    narrow_tile(like, *tile)
     return 0
 
 

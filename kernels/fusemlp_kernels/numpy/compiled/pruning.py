@@ -133,4 +133,4 @@ def compiled_work(absent: frozenset[str], real: Any) -> Any:
         made[module.__name__] = _cut(module, absent, made, variant)
     names = made[steps.__name__]
     names["REAL"] = np.dtype(real).type
-    return kept_for_calls(names["work"], variant, [types.intp] * 2)
+    return kept_for_calls(names["work"], variant, [types.intp] * 3)

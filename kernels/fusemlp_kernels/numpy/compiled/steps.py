@@ -241,10 +241,10 @@ def _open(head: Any, like: Any) -> int:
         return -(-phase.tasks // head.together) if phase.cut == t.BY_ROWS else phase.tasks
 
 
-def work(job: int, task: int) -> int:
+def work(job: int, task: int, room: int) -> int:
     """Do a task of the phase under way, or, for a negative number, open the next: see ``team``.
 
-    job is the address of a table: see ``tables``.
+    job is the address of a table: see ``tables``; room that of the thread's memory for ``products``.
     """
     head = head_at(job, 0)
     like = elements(REAL, job)
@@ -259,12 +259,12 @@ def work(job: int, task: int) -> int:
             call = call_at(head.calls, at)
             if call.kind in (t.AFFINE, t.BACKWARD):
                 count = min(head.block * (end - first), shard_rows(call, head, counters) - rows)
-                product(call, head, like, rows, count)
+                product(call, head, like, rows, count, room)
             for number in range(first, end):
                 _by_rows(call, head, like, counters, number)
         return 0
     pieces, sums = task_at(head.tasks, phase.first_task + task), elements(np.float64, head.sums)
     for at in range(pieces.first, pieces.end):
         piece = piece_at(head.pieces, at)
-        sums[at] = by_piece(call_at(head.calls, piece.row), head, like, counters, piece, task)
+        sums[at] = by_piece(call_at(head.calls, piece.row), head, like, counters, piece, task, room)
     return 0

@@ -141,11 +141,11 @@ def write_control(typingctx: Any, value: Any) -> Any:
 
 # Offsets in bytes. The ticket; tasks that have ended; how many threads sleep; those of the launch: its function and
 # argument, the tasks of this phase, how many members take part, whether it runs, and how long a thread spins. Then for
-# each member whether it sleeps, and its lock.
+# each member whether it sleeps, its lock, and the memory of its thread.
 _LINE = 128
 TICKET, DONE, SLEEPING, WORK, MEMBER = (_LINE * line for line in range(5))
 JOB, TASKS, MEMBERS, RUNNING, SPINS = (WORK + 8 * word for word in range(1, 6))
-ASLEEP, LOCK, MEMBER_BYTES = 0, 8, _LINE
+ASLEEP, LOCK, ROOM, MEMBER_BYTES = 0, 8, 16, _LINE
 # A ticket: the phase above, the tasks that are left below.
 TASK_BITS = 20
 LEFT = (1 << TASK_BITS) - 1
@@ -154,15 +154,15 @@ OPEN = -1
 
 
 @kept
-def alone(work: int, job: int) -> None:
-    """Do all tasks of a launch in this thread."""
+def alone(work: int, job: int, room: int) -> None:
+    """Do all tasks of a launch in this thread, whose memory is at ``room``."""
     before = read_control()
     write_control(before | AS_ZERO)
-    tasks = call_function(work, job, OPEN)
+    tasks = call_function(work, job, OPEN, room)
     while tasks:
         for task in range(tasks):
-            call_function(work, job, task)
-        tasks = call_function(work, job, OPEN)
+            call_function(work, job, task, room)
+        tasks = call_function(work, job, OPEN, room)
     write_control(before)
 
 
@@ -184,7 +184,7 @@ def _rouse(words: int, most: int) -> None:
 @register_jitable(**EXACT)
 def _open(words: int) -> None:
     """Open the next phase, or end the launch. No other thread writes the ticket now: no task is left or under way."""
-    tasks = call_function(load(words + WORK), load(words + JOB), OPEN)
+    tasks = call_function(load(words + WORK), load(words + JOB), OPEN, 0)
     phase = (load(words + TICKET) >> TASK_BITS) + 1
     store(words + DONE, 0)
     store(words + TASKS, tasks)
@@ -239,7 +239,8 @@ def serve(words: int, me: int, work: int, job: int, members: int) -> None:
             _wait(words, me, ticket)
         elif swap_if(words + TICKET, ticket, ticket - 1):
             tasks = load(words + TASKS)
-            call_function(load(words + WORK), load(words + JOB), tasks - left)
+            room = load(words + MEMBER + MEMBER_BYTES * me + ROOM)
+            call_function(load(words + WORK), load(words + JOB), tasks - left, room)
             if add(words + DONE, 1) + 1 == tasks:
                 _open(words)
     write_control(before)
