@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from bench.cases import CASES, QUICK, Case
 from bench.hardware import card
 from bench.measure import ABSENT, FAILED, REFUSED, TURN_SECONDS, measure, started
 from bench.options import COMMANDS, ENDED, LAST, parser
-from bench.peers import PEERS, absent, unsuited
+from bench.peers import PEERS, absent, is_own, unsuited
+from bench.processor import SETTINGS
 from bench.report import (
     absences,
     beside,
-    busy_of,
     circumstances,
     default_path,
     markdown,
@@ -30,7 +30,7 @@ from bench.report import (
     where,
     write,
 )
-from bench.worker import WorkerError, openblas_settings
+from bench.worker import Worker, WorkerError, openblas_settings
 from fusemlp_kernels.errors import unknown_name
 
 QUICK_TURN_SECONDS = 0.1
@@ -41,6 +41,7 @@ class Plan:
     """The cases and contenders to measure.
 
     ``missing`` maps those that cannot run on this machine to the reason. ``busy``: processes that spin during a turn.
+    ``isa``: the instruction set that all are limited to, or None.
     """
 
     cases: list[Case]
@@ -49,6 +50,7 @@ class Plan:
     repeats: int
     turn_seconds: float
     busy: int
+    isa: str | None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,10 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.list:
             return print_list(plan)
         path = options.out or default_path(plan.busy)
-        if path.is_file() and (found := read(path)) and busy_of(found) != plan.busy:
+        if path.is_file() and (found := read(path)) and beside(found[0]) != beside(vars(plan)):
             raise ValueError(
-                f"--out {path}: it holds figures measured {beside(busy_of(found))}, and these are measured "
-                f"{beside(plan.busy)}; name another file"
+                f"--out {path}: it holds figures measured {beside(found[0])}, and these are measured "
+                f"{beside(vars(plan))}; name another file"
             )
         deadline = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
         if options.resume and path.is_file():
@@ -132,6 +134,7 @@ def planned(options: Any) -> Plan:
         options.repeats or (3 if options.quick else 11),
         QUICK_TURN_SECONDS if options.quick else TURN_SECONDS,
         options.busy,
+        options.isa,
     )
 
 
@@ -157,7 +160,7 @@ def compare(plan: Plan, path: Path, deadline: float, *, as_json: bool, plots: bo
         say(f"{', '.join(sorted(unset))}: unset for this run, to measure the default BLAS")
     lines: list[dict[str, Any]] = []
     common: dict[str, Any] = {}
-    with started(plan.peers, plan.cases) as workers:
+    with started(plan.peers, plan.cases, SETTINGS.get(plan.isa or "", {})) as workers:
         for number, case in enumerate(plan.cases):
             if time.monotonic() >= deadline:
                 say(f"the time is over: {number} of {len(plan.cases)} cases are measured; --resume continues")
@@ -166,7 +169,7 @@ def compare(plan: Plan, path: Path, deadline: float, *, as_json: bool, plots: bo
                 case, workers, repeats=plan.repeats, progress=say, turn_seconds=plan.turn_seconds, busy=plan.busy
             )
             environments = {peer: worker.ask("environment") for peer, worker in workers.items() if worker.alive}
-            common = circumstances(environments, unset, plan.busy)
+            common = {**circumstances(environments, unset, plan.busy), "isa": plan.isa, "peak": peak_of(workers, plan)}
             found = records(results, common)
             write(found, path)
             lines += found
@@ -179,6 +182,12 @@ def compare(plan: Plan, path: Path, deadline: float, *, as_json: bool, plots: bo
     if plots:
         draw(lines, path)
     return int(any(map(is_wrong, lines)))
+
+
+def peak_of(workers: Mapping[str, Worker], plan: Plan) -> float | None:
+    """Return the most operations a second of the processor, in units of 1e9; None without fusemlp, or on a card."""
+    own = next((worker for peer, worker in workers.items() if is_own(peer) and worker.alive), None)
+    return None if own is None or plan.cases[0].device != "cpu" else own.ask("peak")
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:

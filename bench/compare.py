@@ -18,7 +18,7 @@ import numpy as np
 
 from bench.cases import Array
 from bench.peers import PEERS, is_own
-from bench.report import Record, beside, busy_of, by_case, read, timed, where
+from bench.report import Record, beside, by_case, read, timed, where
 
 DRAWS = 4000
 EXAMPLE = """\
@@ -73,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not path.is_file():
             made.error(f"no such file: {path}")
         files.append(timed(read(path)))
-    if all(files) and busy_of(files[0]) != busy_of(files[1]):
-        said = (f"{path} was measured {beside(busy_of(file))}" for path, file in zip(given, files, strict=True))
+    if all(files) and beside(files[0][0]) != beside(files[1][0]):
+        said = (f"{path} was measured {beside(file[0])}" for path, file in zip(given, files, strict=True))
         print(f"bench compare: {', '.join(said)}; measure both alike (--busy)", file=sys.stderr)
         return 2
     changes = compared(*files)

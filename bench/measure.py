@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -139,11 +140,17 @@ def _admitted(case: Case, name: str, worker: Worker, judge: Judge, turn_seconds:
 
 
 @contextlib.contextmanager
-def started(names: Sequence[str], cases: Sequence[Case]) -> Iterator[dict[str, Worker]]:
-    """Yield a worker by name for each contender that can run a case, the references first."""
+def started(
+    names: Sequence[str], cases: Sequence[Case], settings: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[dict[str, Worker]]:
+    """Yield a worker by name for each contender that can run a case, the references first.
+
+    ``settings``: variables of their processes.
+    """
     references = {reference_of(case) for case in cases}
     wanted = [name for name in names if any(unsuited(name, case) is None for case in cases)]
     with contextlib.ExitStack() as stack:
         yield {
-            name: stack.enter_context(Worker(name)) for name in sorted(wanted, key=lambda name: name not in references)
+            name: stack.enter_context(Worker(name, settings))
+            for name in sorted(wanted, key=lambda name: name not in references)
         }

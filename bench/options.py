@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bench.cases import CASES, QUICK
 from bench.peers import PEERS
+from bench.processor import SETTINGS
 from bench.study import count
 from fusemlp_kernels.errors import unknown_name
 
@@ -80,6 +81,11 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         metavar="N",
         help="N processes spin beside each contender during its turns (default: none)",
+    )
+    made.add_argument(
+        "--isa",
+        choices=[*SETTINGS],
+        help="limit all contenders to this instruction set (default: the processor's own)",
     )
     made.add_argument("--repeats", type=count, metavar="N", help="rounds of a case (default: 11, with --quick 3)")
     made.add_argument("--minutes", type=float, metavar="N", help="begin no case after this time (default: no limit)")

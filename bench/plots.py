@@ -38,7 +38,7 @@ def draw(measured: Sequence[Record], path: Path) -> Path | None:
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     made.suptitle(finding(lines), x=0.01, ha="left", fontsize=13, fontweight="bold")
     rounds = " or ".join(map(str, sorted({line["rounds"] for line in lines})))
-    busy = f"; each turn {beside(busy_of(lines))}" if busy_of(lines) else ""
+    busy = f"; each turn {beside(lines[0])}" if busy_of(lines) else ""
     small = f"{where(lines[0])}; {lines[0]['date'][:10]}; medians of {rounds} interleaved rounds{busy}"
     made.supxlabel(small, x=0.01, ha="left", fontsize=8, color="#555555")
     made.savefig(path, dpi=150)

@@ -154,7 +154,7 @@ def section(path: Path, choice: str = "") -> str:
         return f"{module.text(lines)}\n\n{study.caption(lines[0])}"
     if "door" in lines[0]:
         return doors.table(lines)
-    if busy_of(lines) or any(line.get("card") for line in lines):
+    if busy_of(lines) or lines[0].get("isa") or any(line.get("card") for line in lines):
         return markdown(lines)
     timed = measured_on_cards()
     rows = [case_label(vars(case)) for case in CASES.values() if case.gpu_only and case.name not in timed]

@@ -37,6 +37,7 @@ def circumstances(environments: dict[str, dict[str, Any]], unset: dict[str, str]
     return {
         **common,
         "thread_pools": {name: found["pools"] for name, found in environments.items()},
+        "instruction_sets": {name: found["instruction_sets"] for name, found in environments.items()},
         "variables": {name: value for name, value in common["variables"].items() if name not in unset},
         "openblas_variables_unset": unset,
         "pause_seconds": PAUSE_SECONDS,
@@ -122,9 +123,11 @@ def busy_of(lines: Sequence[Record]) -> int:
     return int(lines[0].get("busy", 0))
 
 
-def beside(busy: int) -> str:
-    """Say what ran beside each contender."""
-    return f"beside {busy} spinning process{'es' if busy > 1 else ''}" if busy else "with nothing beside"
+def beside(line: Record) -> str:
+    """Say what ran beside each contender, and how all were limited."""
+    busy = line.get("busy", 0)
+    text = f"beside {busy} spinning process{'es' if busy > 1 else ''}" if busy else "with nothing beside"
+    return f"{text}, limited to {line['isa']}" if line.get("isa") else text
 
 
 def newest() -> Path | None:
@@ -209,7 +212,8 @@ def _cell(line: Record | None) -> str:
     time, ratio = microseconds(line["microseconds"]["p50"]), line["ratio"]
     if ratio is None or is_reference(line):
         spread = line["microseconds"]
-        return f"{time} ({microseconds(spread['p20'])} to {microseconds(spread['p80'])})"
+        share = f"; {line['flops'] / line['microseconds']['p50'] / 10 / line['peak']:.0f} %" if line.get("peak") else ""
+        return f"{time} ({microseconds(spread['p20'])} to {microseconds(spread['p80'])}{share})"
     return f"{time}, **{ratio['p50']:.2f}x** ({ratio['p20']:.2f} to {ratio['p80']:.2f})"
 
 
@@ -245,18 +249,35 @@ def _caption(lines: Sequence[Record]) -> str:
     rounds = sorted({one["rounds"] for one in measured})
     made = f", commit {line['commit']}" if line.get("commit") else ""
     busy = busy_of(measured)
-    spun = f"Each turn ran {beside(busy)}. " if busy else ""
+    limits = (f" --busy {busy}" if busy else "") + (f" --isa {line['isa']}" if line.get("isa") else "")
+    spun = f"Each turn ran {beside(line)}. " if busy or line.get("isa") else ""
     each = " of a model" if any(one["models"] is not None for one in measured) else ""
     text = [
         f"Microseconds per training step{each}, with relu, cross-entropy, plain SGD and fp32 unless the row says "
         "otherwise. First column: median (20th to 80th percentile). Others: median time, and in bold its ratio to the "
         "first column in the same round (20th to 80th percentile). A ratio above 1 means that fusemlp is faster.",
+        *_peak(line),
         f"{' or '.join(map(str, rounds))} interleaved rounds. Each contender runs in its own process with its default "
         f"threads; compilation and a first epoch are not timed. {spun}{_agreement(measured)}",
         f"{where(line)}; {shown}; BLAS: {_blas(line)}; OPENBLAS_* variables: {openblas}; other settings: {named}; "
-        f"{line['date'][:10]}{made}. To repeat: `python -m bench{f' --busy {busy}' if busy else ''}`.",
+        f"{line['date'][:10]}{made}. To repeat: `python -m bench{limits}`.",
     ]
     return "\n\n".join(text)
+
+
+def _peak(line: Record) -> list[str]:
+    """Say what a share of the peak is, and for which contenders the limit of the instruction set was verified."""
+    if not line.get("peak"):
+        return []
+    text = f"Percentages are of {line['peak']:.0f} GFLOP/s: a loop of multiply-adds in as many threads."
+    if line.get("isa"):
+        told = [f"{name} {isa}" for sets in line["instruction_sets"].values() for name, isa in sets.items()]
+        blas = {
+            pool["architecture"] for pools in line["thread_pools"].values() for pool in pools if pool["architecture"]
+        }
+        named = [*dict.fromkeys(told), *(f"OpenBLAS {name}" for name in sorted(blas))]
+        text += f" Limited to {line['isa']}; verified by the library's own word for: {', '.join(named)}."
+    return [text]
 
 
 def _agreement(measured: Sequence[Record]) -> str:

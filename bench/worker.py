@@ -15,8 +15,10 @@ import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from types import MappingProxyType
 from typing import Any
 
+from bench import processor
 from bench.cases import Array, Case, make_data
 from bench.peers import PEERS, import_module, prepare, version_of
 from bench.verification import trajectories
@@ -94,7 +96,15 @@ class _Served:
             {key: pool.get(key) for key in ("user_api", "internal_api", "version", "architecture", "num_threads")}
             for pool in found
         ]
-        return {"version": version_of(PEERS[self.peer].package), "pools": pools}
+        return {
+            "version": version_of(PEERS[self.peer].package),
+            "pools": pools,
+            "instruction_sets": processor.instruction_sets(),
+        }
+
+    def peak(self) -> float:
+        """See ``processor.peak``."""
+        return processor.peak()
 
 
 def _serve(connection: Connection, peer: str) -> None:
@@ -113,16 +123,16 @@ def _serve(connection: Connection, peer: str) -> None:
 
 
 class Worker:
-    """The parent's end of a worker; use as a context manager."""
+    """The parent's end of a worker; use as a context manager. ``settings``: variables of its process."""
 
-    def __init__(self, peer: str) -> None:
-        self.peer = peer
+    def __init__(self, peer: str, settings: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.peer, self._settings = peer, settings
 
     def __enter__(self) -> Worker:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self.peer), name=f"bench {self.peer}")
-        with _without_openblas_settings(), _with_settings(PEERS[self.peer].environment):
+        with _without_openblas_settings(), _with_settings({**PEERS[self.peer].environment, **self._settings}):
             self._process.start()
         theirs.close()
         return self

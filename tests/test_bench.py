@@ -17,6 +17,7 @@ import pytest
 
 from bench import busy, cases, measure, peers, report, worker
 from bench.__main__ import main
+from fusemlp_kernels.numpy.compiled.compiler import X86
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = cases.Case((12, 8, 6, 4), batch_size=8, steps=6)
@@ -166,7 +167,7 @@ def test_processes_spin_during_turns_and_are_reported(tmp_path, monkeypatch, cap
     printed = capsys.readouterr()
     assert code == 0
     assert {method: len(spun) for method, spun in asked} == {
-        **{"load": 0, "trajectories": 0, "environment": 0},
+        **{"load": 0, "trajectories": 0, "environment": 0, "peak": 0},
         **{"epochs_in": 2, "turn": 2},
     }
     assert not any(alive(one) for _, spun in asked for one in spun)
@@ -178,6 +179,25 @@ def test_processes_spin_during_turns_and_are_reported(tmp_path, monkeypatch, cap
     assert code == 2 and after == lines
     message = capsys.readouterr().err
     assert "it holds figures measured beside 2 spinning processes, and these are measured with nothing" in message
+
+
+@pytest.mark.skipif(not X86, reason="the instruction sets are those of x86")
+def test_a_narrower_instruction_set_and_the_share_of_its_peak(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(cases.CASES, TINY.name, TINY)
+    code, _, lines = run_of(tmp_path, "--isa", "sse")
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert [line["isa"] for line in lines] == ["sse"]
+    assert lines[0]["instruction_sets"]["engine"]["fusemlp"] == "sse"
+    # operations in a microsecond are a thousandth of those in a second, in units of 1e9
+    share = lines[0]["flops"] / lines[0]["microseconds"]["p50"] / 1e3 / lines[0]["peak"]
+    assert 0.0 < share < 1.0
+    assert f"; {100 * share:.0f} %)" in printed
+    assert "Limited to sse; verified by the library's own word for: fusemlp sse" in printed
+    assert "To repeat: `python -m bench --isa sse`." in printed
+    assert run_of(tmp_path)[0] == 2
+    message = capsys.readouterr().err
+    assert "measured with nothing beside, limited to sse, and these are measured with nothing beside; name" in message
 
 
 def alive(process):

@@ -302,7 +302,7 @@ def transpose_square(
     return types.void(like, *[types.intp] * 5), code
 
 
-# Whether operands are copied: measured to pay in registers of these widths.
+# Operands are copied where this was measured to pay: in registers of 32 bytes and less, on x86.
 COPIES = X86 and REGISTER_BYTES < 64
 # Numbers of each of the two copies; rows of a product for which a strip of b is copied, and bytes from the first row of
 # b to the last beyond which; numbers between the tiles of a copy of a, for each row.

@@ -1,0 +1,104 @@
+"""The processor under test: all contenders limited to a narrower instruction set, and the most that it can compute."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import Any
+
+# For each instruction set the variables by which libraries leave out wider ones. Compiled code of a library that reads
+# none of them, such as scikit-learn's own, is not limited.
+SETTINGS: dict[str, dict[str, str]] = {
+    "avx2": {
+        "FUSEMLP_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
+        "OPENBLAS_CORETYPE": "Haswell",
+    },
+    "sse": {
+        "FUSEMLP_ISA": "sse",
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2",
+        "OPENBLAS_CORETYPE": "Nehalem",
+    },
+}
+SECONDS = 0.3
+
+
+def instruction_sets() -> dict[str, str]:
+    """Return the instruction set that each library of this process says it uses; XLA says nothing."""
+    found = {}
+    if "torch" in sys.modules:
+        found["PyTorch"] = str(sys.modules["torch"].backends.cpu.get_cpu_capability())
+    compiler = sys.modules.get("fusemlp_kernels.numpy.compiled.compiler")
+    if compiler is not None:
+        found["fusemlp"] = next(name for name, width in compiler.REGISTERS.items() if width == compiler.REGISTER_BYTES)
+    return found
+
+
+def peak() -> float:
+    """Return the fp32 operations a second that as many threads reach as fusemlp uses, in units of 1e9.
+
+    Each thread multiplies and adds in registers alone, with as many sums as a tile of fusemlp's products has.
+    """
+    from fusemlp_kernels.numpy.launches import threads
+
+    loop = _loop()
+    steps, operations = 1 << 16, loop(1)
+    while _timed(loop, steps, 1) < SECONDS:
+        steps *= 2
+    count = threads()
+    return max(operations * steps * count / _timed(loop, steps, count) for _ in range(3)) / 1e9
+
+
+def _timed(loop: Any, steps: int, count: int) -> float:
+    """Return the seconds of the loop in ``count`` threads at once."""
+    workers = [threading.Thread(target=loop, args=(steps,)) for _ in range(count)]
+    began = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return time.perf_counter() - began
+
+
+def _loop() -> Any:
+    """Return ``loop(steps)``, compiled, which returns the operations of a step."""
+    import numba
+    from llvmlite import ir
+
+    from fusemlp_kernels.numpy.compiled import products
+    from fusemlp_kernels.numpy.compiled.compiler import REGISTER_BYTES, intrinsic
+
+    sums = products.TILE_ROWS * products.TILE_VECTORS
+    operations = 2 * sums * REGISTER_BYTES // 4
+
+    @intrinsic
+    def run(typingctx: Any, steps: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            to = products._Code(context, builder, numba.float32)
+            half = to.everywhere(ir.Constant(to.element, 0.5))
+            starts = [to.everywhere(ir.Constant(to.element, float(i))) for i in range(sums)]
+
+            def step(_: Any, values: list[Any]) -> list[Any]:
+                return [to.sum_of_product(value, half, half) for value in values]
+
+            ends = products._looped(builder, arguments[0], 1, starts, step)
+            total = ends[0]
+            for value in ends[1:]:
+                total = builder.fadd(total, value)
+            return builder.extract_element(total, ir.IntType(32)(0))
+
+        return numba.float32(numba.intp), code
+
+    @numba.njit(nogil=True)
+    def loop(steps: int) -> int:
+        # the sum is of use, so that it is computed
+        return operations if run(steps) > -1.0 else 0
+
+    return loop
