@@ -265,13 +265,14 @@ class Engine(Trainer):
         return lr_find(self, X, y, sample_weight=sample_weight, start=start, end=end, steps=steps)
 
     @knows_names(OF_PREDICT, call="predict(X)")
-    def predict(self, X: Any) -> Array:
+    def predict(self, X: Any, *, return_std: bool = False) -> Any:
         """Predict the targets of X (n, K).
 
-        cross_entropy: class indices (n,) int64. binary_cross_entropy: 0 or 1, (n,) for one output, else (n, N). Other
-        losses: values (n, N), or (n,) for one output; for poisson the expected counts.
+        cross_entropy: class indices (n,) int64. binary_cross_entropy: 0 or 1, (n,) for one output, else (n, N).
+        quantiles: (n, Q). Other losses: values (n, N), or (n,) for one target; for poisson the expected counts; for
+        gaussian the means, and with ``return_std`` the pair of means and standard deviations.
         """
-        return self.inference.predict(X)
+        return self.inference.predict_std(X) if return_std else self.inference.predict(X)
 
     @knows_names(OF_PREDICT, call="predict_proba(X)")
     def predict_proba(self, X: Any) -> Array:

@@ -102,8 +102,8 @@ class LossSpec(pointwise.LossOptions):
     ``reduction`` "mean" divides by the sum of the row weights (times N for the element-wise losses), "sum" does not
     divide. "rows" has the statistics of "mean", but dz of each row is that of its own loss: for the element-wise losses
     divided by N. ``soft``: a cross-entropy's targets are rows of probabilities. ``accuracy``: ``stats`` counts hits.
-    With the kind OWN it stands for a function of the caller, called ``name``: ``target`` is the type of its targets,
-    and their shape without the rows.
+    With the kind OWN it stands for a function on the host, called ``name``: ``target`` is the type of its targets, and
+    their shape without the rows.
     """
 
     kind: str
@@ -287,7 +287,7 @@ FEATURES = {
     "adversarial": "has no kernels for attacks inside a training step",
     "distributed": "trains in one process so far",
     "codes": "has no kernels for columns of codes",
-    "own loss": "calls no loss of the caller's so far",
+    "own loss": "calls no loss on the host so far",
 }
 
 

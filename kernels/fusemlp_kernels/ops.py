@@ -235,8 +235,8 @@ OPS = {op.name: op for op in (
         *_LOSS,
     )),
     Op("own_loss",
-        "function(y, target, weight), called on the host with the rows of the batch, returns the loss and dy, its "
-        "gradient by y. Padding has dy 0, and so has a batch whose weights are all 0", (
+        "function(y, target, weight), called on the host with the rows of the batch, returns the loss, dy, its "
+        "gradient by y, and the weight of the batch in the mean loss of several. Padding has dy 0", (
         _ROWS,
         Operand("y", "MN", "compute"),
         Operand("dy", "MN", "compute", WRITTEN),
@@ -244,7 +244,7 @@ OPS = {op.name: op for op in (
         _WEIGHT,
         _COUNTERS,
         _STATS,
-        Operand("function", dtype="function", hidden=True, note="of the caller; it returns a float and a finite array"),
+        Operand("function", dtype="function", hidden=True, note="it returns a float, a finite array and a float"),
     )),
     Op("grad_input",
         "dz_prev = (dz @ w) * act'(y) * keep / (1 - p); y is the output, after dropout, of the layer before", (

@@ -330,6 +330,17 @@ def evaluate(formula: str, known: Mapping[str, Any], functions: Mapping[str, Cal
     return values["result"]
 
 
+def elements(kind: str, y: Any, t: Any, **options: float) -> tuple[Any, Any]:
+    """Return by NumPy the loss of each output y (n, N) and target t, and its gradient; ``LossOptions`` as arguments."""
+    import numpy as np
+    from scipy.special import expit
+
+    functions = {name: getattr(np, name) for name in ("abs", "exp", "log1p", "maximum", "minimum", "sign")}
+    functions["sigmoid"] = expit
+    loss, gradient = evaluate(f"{LOSSES[kind].formula}\n(loss, gradient)", {"y": y, "t": t, **options}, functions)
+    return loss, gradient
+
+
 @cache
 def _compiled(formula: str) -> list[tuple[str, CodeType]]:
     return [(name, compile(ast.Expression(value), formula, "eval")) for name, value in lines(formula, "result")]

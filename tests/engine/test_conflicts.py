@@ -68,8 +68,9 @@ FEATURES = {
     "sum": Feature(loss={"reduction": "sum"}),
     "no classes": Feature(loss={"kind": MSE}),
     "own loss": Feature(
-        loss={"kind": lambda **_: as_loss(absolute_error), "reduction": "mean"}, implies=("no classes",)
+        loss={"kind": lambda **_: as_loss(absolute_error), "reduction": "mean"}, implies=("no classes", "function")
     ),
+    "missing": Feature(loss={"kind": MSE, "missing": True}, implies=("no classes", "own loss")),
     "class weights": Feature(loss={"kind": CrossEntropy, "class_weight": (1.0, 2.0, 3.0)}),
     "clip_norm": Feature(optimizer={"clip_norm": 1.0}),
     "accumulate": Feature(optimizer={"accumulate": 2}),
@@ -110,7 +111,10 @@ ELSEWHERE = {
         for name in ("step", "batches", "loss by inputs")
     },
     frozenset({"members", "loss by inputs"}): "X: the gradient by the inputs",
-    frozenset({"own loss", "balanced"}): "class_weight: it needs one class for each row",
+    **{
+        frozenset({name, "balanced"}): "class_weight: it needs one class for each row"
+        for name in ("own loss", "missing")
+    },
     **{frozenset({"resident kernel", name}): KERNEL for name in ("privacy", "members", "fp16")},
 }
 

@@ -339,10 +339,10 @@ def test_what_does_not_go_with_it():
         Fleet(MLP([6, 3]), mae, vary={"lr": [0.1, 0.2]})
     with pytest.raises(ArgumentError, match="loss: a function such as 'mae' is not supported yet for tables"):
         TableRegressor(loss=mae).fit(X, VALUES[:, 0])
-    with pytest.raises(ArgumentError, match="y: the gradient of 'mae' by the inputs"):
+    with pytest.raises(ArgumentError, match="y: a function such as 'mae' has no gradient by the inputs"):
         engine_of(mae).attack(X, VALUES, fusemlp.FGSM(0.1))
     engine = engine_of("mae", net={"members": 2})
-    with pytest.raises(ArgumentError, match="loss: a function as loss takes a network without members"):
+    with pytest.raises(ArgumentError, match="loss: a function such as 'mae' takes a network without members"):
         engine.fit(X, VALUES, epochs=1, loss=mae)
     assert engine.loss.kind == "mae"
 

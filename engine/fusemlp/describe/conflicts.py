@@ -22,7 +22,7 @@ _ONE_BATCH = "privacy clips the gradient of each row and takes one batch a step;
 _FOR_ARRAYS = "it is for arrays X and y, and without y X yields batches"
 _CORE, _OTHERS = "the cupy backend has no kernels for", "; use backend='triton' or 'numpy'"
 _CARD = "cards have no kernels yet for"
-_NAMED = "a function such as {own loss!r} is not supported yet"
+_HOST = "{own loss} is not supported yet"
 _STEADY = "lbfgs needs the same loss at each evaluation,"
 
 # By two features the argument, the reason and the mend; the first row whose features are both in use decides.
@@ -56,17 +56,17 @@ CONFLICTS = {
     ("ranks", "privacy"): "privacy: a private engine trains in one process so far; leave distributed out",
     ("ranks", "members"): f"{{ranks}}: training on several processes{SINGLE}",
     ("ranks", "step"): "step: a distributed engine trains in fit, which splits the rows; use fit",
-    # a loss of the caller's
-    ("own loss", "members"): f"loss: a function as loss{SINGLE}",
-    ("own loss", "fleet"): f"loss: {_NAMED} for a fleet; train the models one by one with Engine",
-    ("own loss", "table"): f"loss: {_NAMED} for tables; train an Engine on their columns as numbers",
-    ("own loss", "ranks"): f"loss: {_NAMED} for several processes; leave {{ranks}} out",
-    ("own loss", "privacy"): f"loss: {_NAMED} with privacy, since its gradient is of the batch, not of each row",
-    ("own loss", "adversarial"): f"loss: {_NAMED} with adversarial; leave it out",
-    ("own loss", "loss by inputs"): "y: the gradient of {own loss!r} by the inputs would need it for each row; leave y "
-    "out for that of an output",
+    # a loss on the host
+    ("own loss", "members"): f"loss: {{own loss}}{SINGLE}",
+    ("own loss", "fleet"): f"loss: {_HOST} for a fleet; train one model, or each by an Engine",
+    ("own loss", "table"): f"loss: {_HOST} for tables; train an Engine on their columns as numbers",
+    ("own loss", "ranks"): f"loss: {_HOST} for several processes; leave {{ranks}} out",
+    ("own loss", "privacy"): f"loss: {_HOST} with privacy, since its gradient is of the batch, not of each row",
+    ("own loss", "adversarial"): f"loss: {_HOST} with adversarial; leave it out",
+    ("own loss", "loss by inputs"): "y: {own loss} has no gradient by the inputs of each row; leave y out for that of "
+    "an output",
     **{
-        ("own loss", name): f"loss: {_NAMED} on the backend {name!r}; make the engine with backend='numpy'"
+        ("own loss", name): f"loss: {_HOST} on the backend {name!r}; make the engine with backend='numpy'"
         for name in ("triton", "cupy")
     },
     # privacy

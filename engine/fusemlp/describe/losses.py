@@ -1,31 +1,35 @@
 """Losses as frozen descriptions; ``fusemlp_kernels.reference.loss_grad`` has the formulas.
 
 ``reduction="mean"`` is the (weighted) mean over rows for cross_entropy, and over all elements for the others;
-"sum" is the sum. ``M`` rows, ``N`` outputs.
+"sum" is the sum. ``M`` rows, ``N`` outputs. ``missing=True`` of the element-wise losses, on the NumPy backend: a target
+that is NaN has no loss and no gradient, and the mean is over the elements that are there.
 """
 
 import inspect
 import numbers
 import pickle
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property, partial
-from typing import Annotated, Any, ClassVar, TypeAlias
+from typing import Annotated, Any, TypeAlias
+
+import numpy as np
 
 from fusemlp.describe.checks import as_number, check_choice, check_keys, function_name
-from fusemlp.describe.conflicts import Features, check_together, in_use
-from fusemlp.describe.description import Description, OpenFraction, Positive, from_config, stored
+from fusemlp.describe.conflicts import Features, in_use
+from fusemlp.describe.description import Flag, OpenFraction, Positive, from_config, stored
+from fusemlp.describe.distributions import GaussianNLL as GaussianNLL
+from fusemlp.describe.distributions import Quantiles as Quantiles
+from fusemlp.describe.loss import Array, ClassWeights, HostLoss
+from fusemlp.describe.loss import Loss as Loss
 from fusemlp.describe.network import MLP
 from fusemlp_kernels.contract import OWN, LossSpec
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError
-
-ClassWeights = Collection[float] | Mapping[int, float]
-"""A weight for each class; descriptions hold a tuple."""
+from fusemlp_kernels.pointwise import LossOptions, elements
 
 LossLike: TypeAlias = "str | Loss | Callable[..., Any]"
 """A loss by its name, an object, or a function of the caller's (``OwnLoss``)."""
 
-REDUCTIONS = ("mean", "sum")
 _NAMES_ELSEWHERE = {
     "categorical_crossentropy": "cross_entropy",
     "sparse_categorical_crossentropy": "cross_entropy",
@@ -40,51 +44,6 @@ _NAMES_ELSEWHERE = {
     "smooth_l1": "huber",
     "pinball": "quantile",
 }
-
-
-@dataclass(frozen=True)
-class Loss(Description):
-    """The base class of all losses."""
-
-    takes_logits: ClassVar[str] = ""
-    _: KW_ONLY
-    reduction: Annotated[str, partial(check_choice, choices=REDUCTIONS)] = "mean"
-
-    @property
-    def is_classification(self) -> bool:
-        """True if targets are classes; ``predict`` then returns classes."""
-        return self.kind in ("cross_entropy", "binary_cross_entropy")
-
-    @property
-    def class_weight(self) -> ClassWeights | None:
-        """A weight for each class; only cross_entropy has them."""
-        return None
-
-    @cached_property
-    def uses(self) -> Features:
-        """The features that it uses, for ``conflicts``."""
-        classes = self.kind == "cross_entropy"
-        return in_use(
-            sum=self.reduction if self.reduction != "mean" else None, **{"no classes": None if classes else self.kind}
-        )
-
-    def spec(self, *, accuracy: bool, soft: bool = False) -> LossSpec:
-        """Return the loss for the kernels: ``accuracy`` counts hits, ``soft`` is for rows of probabilities."""
-        if soft and self.kind != "cross_entropy":
-            raise ArgumentError(f"soft: only cross_entropy takes probabilities as targets, not {self.kind}")
-        return LossSpec(self.kind, soft=soft, accuracy=accuracy, **self.shared(LossSpec))
-
-    def check_weights(self, argument: str) -> None:
-        """Raise ArgumentError, naming the ``argument``, if the loss takes no weights of rows."""
-
-    def check_network(self, net: MLP) -> None:
-        """Refuse a network whose outputs this loss cannot take; raises ArgumentError or ShapeError."""
-        given = net.activations[-1].name
-        check_together({**net.uses, **self.uses})
-        if self.takes_logits and given != "identity":
-            raise ArgumentError(
-                f"output_activation: {self.kind} takes {self.takes_logits}; expected 'identity', got {given!r}"
-            )
 
 
 def _check_label(argument: str, value: object) -> int:
@@ -133,6 +92,9 @@ class CrossEntropy(Loss):
             )
         return super().spec(accuracy=accuracy, soft=soft)
 
+    def transform(self, outputs: Array) -> Array:
+        return np.asarray(outputs.argmax(axis=1))
+
     def check_network(self, net: MLP) -> None:
         super().check_network(net)
         outputs = net.sizes[-1]
@@ -148,29 +110,45 @@ class CrossEntropy(Loss):
 
 
 @dataclass(frozen=True)
-class BinaryCrossEntropy(Loss):
+class ElementLoss(HostLoss):
+    """The base class of losses that are means or sums over elements: of kernels, with ``missing`` of the host."""
+
+    _: KW_ONLY
+    missing: Flag = False
+
+    def of_rows(self, outputs: Array, targets: Array) -> tuple[Array, Array, Any]:
+        there = ~np.isnan(targets)
+        losses, gradient = elements(self.kind, outputs, np.where(there, targets, 0), **self.shared(LossOptions))
+        return (losses * there).sum(axis=1), gradient * there, there.sum(axis=1)
+
+
+@dataclass(frozen=True)
+class BinaryCrossEntropy(ElementLoss):
     """Sigmoid cross-entropy of logits (M, N), element by element: one label, or N, each 0 or 1."""
 
     kind = "binary_cross_entropy"
     takes_logits = "logits and applies the sigmoid itself (predict_proba does too)"
 
+    def transform(self, outputs: Array) -> Array:
+        return (outputs > 0.0).astype(np.int64)
+
 
 @dataclass(frozen=True)
-class MSE(Loss):
+class MSE(ElementLoss):
     """``(y - target) ** 2``."""
 
     kind = "mse"
 
 
 @dataclass(frozen=True)
-class MAE(Loss):
+class MAE(ElementLoss):
     """``|y - target|``."""
 
     kind = "mae"
 
 
 @dataclass(frozen=True)
-class Huber(Loss):
+class Huber(ElementLoss):
     """``e**2 / 2`` where the error ``|e| <= delta``, ``delta * (|e| - delta / 2)`` beyond (Huber, 1964)."""
 
     kind = "huber"
@@ -178,15 +156,18 @@ class Huber(Loss):
 
 
 @dataclass(frozen=True)
-class Poisson(Loss):
+class Poisson(ElementLoss):
     """``exp(z) - target * z``: the negative log-likelihood of counts whose log mean is the output ``z``."""
 
     kind = "poisson"
     takes_logits = "the logarithm of the mean"
 
+    def transform(self, outputs: Array) -> Array:
+        return np.exp(outputs)
+
 
 @dataclass(frozen=True)
-class Quantile(Loss):
+class Quantile(ElementLoss):
     """``max(q * e, (q - 1) * e)`` of ``e = target - y``.
 
     The constant that minimises it is the ``q``-quantile, 0 < q < 1 (Koenker and Bassett, 1978).
@@ -210,6 +191,7 @@ class OwnLoss(Loss):
     """
 
     kind = OWN
+    on_host = True
     _: KW_ONLY
     # the function decides
     reduction: str = field(default="mean", init=False, repr=False)
@@ -234,7 +216,9 @@ class OwnLoss(Loss):
 
     @cached_property
     def uses(self) -> Features:
-        return in_use(**{"no classes": self.name, "own loss": self.name})
+        return in_use(
+            **{"no classes": self.name, "own loss": f"a function such as {self.name!r}", "function": self.name}
+        )
 
     def spec(self, *, accuracy: bool, soft: bool = False) -> LossSpec:
         return LossSpec(self.kind, name=self.name)
@@ -269,7 +253,8 @@ class OwnLoss(Loss):
 
 
 LOSSES: dict[str, type[Loss]] = {
-    cls.kind: cls for cls in (CrossEntropy, BinaryCrossEntropy, MSE, MAE, Huber, Poisson, Quantile)
+    cls.kind: cls
+    for cls in (CrossEntropy, BinaryCrossEntropy, MSE, MAE, Huber, Poisson, Quantile, Quantiles, GaussianNLL)
 }
 
 
@@ -288,4 +273,6 @@ def loss_from_config(config: Mapping[str, Any]) -> Loss:
     if config.get("kind") == OWN:
         check_keys("loss", config, ("kind", "name"))
         return OwnLoss(name=stored("loss.name", config["name"], str))
-    return from_config("loss", LOSSES, config)
+    # older files do not have it
+    known = {"missing": False} if issubclass(LOSSES.get(config.get("kind", ""), Loss), ElementLoss) else {}
+    return from_config("loss", LOSSES, {**known, **config})

@@ -25,7 +25,8 @@ class Judged:
     """Rows with their truth and the model's answers.
 
     ``truth`` and ``predicted``: class indices (n,), labels 0 or 1 (n, N), or numbers (n, N). ``scores`` (n, N):
-    probabilities, for one-hot rows the outputs, for numbers None. ``quantile``: the one that pinball is of.
+    probabilities, for one-hot rows the outputs, for numbers None. ``quantile``: the one that pinball is of. NaN in
+    ``truth`` (n, N) stands for a missing target.
     """
 
     truth: Array
@@ -53,6 +54,21 @@ class Metric:
     kinds: tuple[str | None, ...]
     of: Callable[..., float]
     of_outputs: bool = False
+
+    def of_rows(self, rows: Judged) -> float:
+        """Return the score; with missing targets the mean of those of the targets, each of the rows that have it."""
+        if rows.truth.dtype.kind != "f" or not (missing := np.isnan(rows.truth)).any():
+            return self.of(rows)
+        scores = []
+        for at, kept in enumerate(~missing.T):
+            # twice: scikit-learn takes one column of labels for classes
+            part, column = rows.part(kept), [at, at]
+            predicted, score = part.predicted[:, column], None if part.scores is None else part.scores[:, column]
+            truth = part.truth[:, column].astype(predicted.dtype)
+            scores.append(
+                self.of(replace(part, truth=truth, predicted=predicted, scores=score)) if kept.any() else np.nan
+            )
+        return float(np.mean([score for score in scores if not np.isnan(score)] or np.nan))
 
 
 MetricLike: TypeAlias = "str | Metric | Callable[[Array, Array], Any]"

@@ -85,10 +85,13 @@ def as_class_labels(
     return np.require(array, np.int64, ["C", "A"])
 
 
-def as_values(argument: str, value: Any, *, width: int, rows: int | None, dtype: npt.DTypeLike) -> Array:
+def as_values(
+    argument: str, value: Any, *, width: int, rows: int | None, dtype: npt.DTypeLike, missing: bool | None = None
+) -> Array:
     """Return real targets as a C-contiguous ``(n, width)`` array; a vector counts as one column if ``width`` is 1.
 
-    Raises ShapeError, DTypeError, and DataError for NaN, infinities and values that ``dtype`` cannot hold.
+    ``missing``: whether NaN is valid; False: the option of this name would make it so. Raises ShapeError, DTypeError,
+    and DataError for NaN, infinities and values that ``dtype`` cannot hold.
     """
     array = _real(argument, to_array(argument, value))
     if array.ndim == 1 and width == 1:
@@ -99,20 +102,20 @@ def as_values(argument: str, value: Any, *, width: int, rows: int | None, dtype:
             + _target_mend(argument, array, width)
         )
     _check_rows(argument, array, rows)
-    return _converted(argument, array, dtype, check_finite=True)
+    return _converted(argument, array, dtype, check_finite=True, missing=missing)
 
 
-def as_binary_targets(argument: str, value: Any, *, width: int, rows: int | None, dtype: npt.DTypeLike) -> Array:
-    """Return targets of the binary cross-entropy, 0 to 1, as an ``(n, width)`` array; errors as ``as_values``."""
-    array = as_values(argument, value, width=width, rows=rows, dtype=dtype)
+def as_binary_targets(argument: str, value: Any, **options: Any) -> Array:
+    """Return targets of the binary cross-entropy, 0 to 1, as an ``(n, width)`` array; else as ``as_values``."""
+    array = as_values(argument, value, **options)
     mend = f"for labels -1 and 1 give ({argument} + 1) / 2; for more than two classes use loss 'cross_entropy'"
     _check_range(argument, array, 0.0, 1.0, "binary cross-entropy takes targets from 0 to 1", mend)
     return array
 
 
-def as_counts(argument: str, value: Any, *, width: int, rows: int | None, dtype: npt.DTypeLike) -> Array:
-    """Return targets of the Poisson loss, each at least 0, whole or not; errors as ``as_values``."""
-    array = as_values(argument, value, width=width, rows=rows, dtype=dtype)
+def as_counts(argument: str, value: Any, **options: Any) -> Array:
+    """Return targets of the Poisson loss, each at least 0, whole or not; else as ``as_values``."""
+    array = as_values(argument, value, **options)
     mend = "use loss 'mse' or 'huber' for targets that may be negative"
     _check_range(argument, array, 0.0, math.inf, "the Poisson loss takes counts of at least 0", mend)
     return array
@@ -153,10 +156,7 @@ def as_rows(argument: str, value: Any, *, rows: int | None, dtype: npt.DTypeLike
         raise ShapeError(f"{argument}: expected a target for each row, got {value!r}; give an array")
     _check_rows(argument, array, rows)
     if array.dtype.kind == "f":
-        result = _converted(argument, array, dtype, check_finite=False)
-        if not np.isfinite(result).all():
-            _check_finite(argument, array, np.where(np.isnan(result), 0.0, result))
-        return result
+        return _converted(argument, array, dtype, check_finite=True, missing=True)
     if array.size and array.max() > np.iinfo(np.int64).max:
         raise DataError(f"{argument}: {array.max()} is beyond the largest int64; give real numbers")
     return np.require(array, np.int64, ["C", "A"])
@@ -223,17 +223,20 @@ def _kind(array: Array) -> str:
     return "strings" if strings else f"dtype {array.dtype}"
 
 
-def _converted(argument: str, array: Array, dtype: npt.DTypeLike, *, check_finite: bool) -> Array:
+def _converted(
+    argument: str, array: Array, dtype: npt.DTypeLike, *, check_finite: bool, missing: bool | None = None
+) -> Array:
     result = array
     if array.dtype != dtype or not (array.flags.c_contiguous and array.flags.aligned):
         with np.errstate(over="ignore", invalid="ignore"):
             result = np.require(array, dtype, ["C", "A"])
     if check_finite:
-        _check_finite(argument, array, result)
+        checked = np.where(np.isnan(result), 0.0, result) if missing else result
+        _check_finite(argument, array, checked, "" if missing is None else ", or use the loss with missing=True")
     return result
 
 
-def _check_finite(argument: str, source: Array, result: Array) -> None:
+def _check_finite(argument: str, source: Array, result: Array, mend: str = "") -> None:
     # A sum is fast. Only if it is not finite, by an element or by overflow, check every element.
     if result.size > FEW:
         with np.errstate(over="ignore", invalid="ignore"):
@@ -249,12 +252,13 @@ def _check_finite(argument: str, source: Array, result: Array) -> None:
             f"{argument}: {value} at {place} is beyond the largest {result.dtype}, "
             f"{np.finfo(result.dtype).max:.4g}; scale the data, or use precision='fp64'"
         )
-    mend = "fill in or drop missing values" if np.isnan(value) else "clip or drop infinite values"
+    mend = f"fill in or drop missing values{mend}" if np.isnan(value) else "clip or drop infinite values"
     raise DataError(f"{argument}: expected finite numbers, got {value} at {place}; {mend}")
 
 
 def _check_range(argument: str, array: Array, low: float, high: float, rule: str, mend: str) -> None:
-    if array.size and (array.min() < low or array.max() > high):
+    # minimum and maximum are NaN where a target is missing
+    if array.size and not (array.min() >= low and array.max() <= high) and ((array < low) | (array > high)).any():
         index, place = _first((array < low) | (array > high))
         raise DataError(f"{argument}: {rule}, got {array[index]:.6g} at {place}; {mend}")
 

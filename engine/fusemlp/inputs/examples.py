@@ -70,8 +70,8 @@ def as_targets(argument: str, y: Any, loss: Loss, *, outputs: int, rows: int | N
     """Check ``y`` for a loss and a network with ``outputs`` outputs; ``rows``: the number of rows it must have.
 
     cross_entropy takes (n,) integers, or (n, N) probabilities; binary_cross_entropy (n, N) values from 0 to 1; poisson
-    counts; a loss of the caller's (n, ...); the others (n, N) reals. (n,) stands for (n, 1). Raises ShapeError,
-    DTypeError or DataError.
+    counts; quantiles (n, 1) and gaussian (n, N / 2) reals; a loss of the caller's (n, ...); the others (n, N) reals.
+    (n,) stands for (n, 1). Raises ShapeError, DTypeError or DataError.
     """
     if isinstance(loss, CrossEntropy):
         array = y if isinstance(y, np.ndarray) else to_array(argument, y)
@@ -83,7 +83,12 @@ def as_targets(argument: str, y: Any, loss: Loss, *, outputs: int, rows: int | N
         loss.check_given()
         return Targets(as_rows(argument, y, rows=rows, dtype=dtype), False)
     check = {"binary_cross_entropy": as_binary_targets, "poisson": as_counts}.get(loss.kind, as_values)
-    return Targets(check(argument, y, width=outputs, rows=rows, dtype=dtype), False)
+    # None: the loss has no such option
+    missing = getattr(loss, "missing", None)
+    values = check(argument, y, width=outputs // loss.width, rows=rows, dtype=dtype, missing=missing)
+    if missing and np.isnan(values).all():
+        raise DataError(f"{argument}: all {len(values)} rows lack every target (NaN); give at least one number")
+    return Targets(values, False)
 
 
 def are_one_hot(values: Array) -> bool:
@@ -364,6 +369,8 @@ class DeviceInputs:
 
     def counts_hits(self, targets: Targets) -> bool:
         """Return whether these targets have an accuracy."""
+        if self.loss.on_host:
+            return False
         if self.loss.is_classification:
             return True
         if self.loss.kind not in ("mse", "mae", "huber"):
@@ -381,9 +388,10 @@ class DeviceInputs:
         if self.loss.kind == "cross_entropy":
             return None if targets.soft else "classes"
         values = self.on_host(targets.values)
-        if not ((values == 0.0) | (values == 1.0)).all():
+        several = values.shape[1] > 1
+        if not ((values == 0.0) | (values == 1.0) | (several & np.isnan(values))).all():
             return None
-        return "classes" if values.shape[1] == 1 else "labels"
+        return "labels" if several else "classes"
 
     def spec_for(self, targets: Targets) -> LossSpec:
         """Return the loss of these targets. Raises ArgumentError if it does not take them."""

@@ -65,6 +65,10 @@ def onnx_bytes(
 ) -> bytes:
     """Return the content of the file of ``to_onnx``."""
     labels = _labels(engine, preprocessor, classes)
+    if engine.loss.width > 1:
+        raise ArgumentError(
+            f"to_onnx: graphs do not hold the predictions of the loss {engine.loss.kind} yet; use engine.save(path)"
+        )
     about = checked_metadata(metadata, {"fusemlp"} if preprocessor is None else {"fusemlp", "preprocessor"})
     engine.scaling.check_measured()
     parameters, scale = engine.memory.evaluated_tensors(), engine.scaling.tensors

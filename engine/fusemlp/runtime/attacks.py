@@ -26,7 +26,7 @@ from fusemlp.runtime.forward import LARGEST
 from fusemlp_kernels import pointwise
 from fusemlp_kernels.contract import BATCH_INDEX, COUNTERS, LossSpec
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, ShapeError
-from fusemlp_kernels.pointwise import LOSSES, evaluate
+from fusemlp_kernels.pointwise import elements
 from fusemlp_kernels.registry import backend
 
 if TYPE_CHECKING:
@@ -309,7 +309,7 @@ def check_within(engine: Session, argument: str, X: Any, how: Adversary) -> None
 
 def row_losses(spec: LossSpec, outputs: Array, target: Array, class_weight: Array | None = None) -> Array:
     """Return the loss of each row (n,) float64 from outputs (n, N), up to a positive factor of its own."""
-    from scipy.special import expit, log_softmax
+    from scipy.special import log_softmax
 
     y, columns = outputs.astype(np.float64), outputs.shape[1]
     if spec.kind == "cross_entropy":
@@ -317,8 +317,5 @@ def row_losses(spec: LossSpec, outputs: Array, target: Array, class_weight: Arra
         q = q * (1.0 - spec.label_smoothing) + spec.label_smoothing / columns
         q = q if class_weight is None else q * class_weight
         return np.asarray(-(q * log_softmax(y, axis=1)).sum(axis=1))
-    known = {"y": y, "t": target, "delta": spec.delta, "quantile": spec.quantile}
-    functions = {name: getattr(np, name) for name in ("abs", "exp", "log1p", "maximum", "minimum", "sign")}
     with np.errstate(over="ignore"):
-        losses = evaluate(LOSSES[spec.kind].formula + "\nloss", known, functions | {"sigmoid": expit})
-    return np.asarray(losses.sum(axis=1))
+        return np.asarray(elements(spec.kind, y, target, delta=spec.delta, quantile=spec.quantile)[0].sum(axis=1))

@@ -254,8 +254,6 @@ def combined(kind: str, outputs: Array, members: int) -> Array:
     Of a cross-entropy they are the logits of the mean probability, of poisson the logarithm of the mean count, of the
     other losses the mean.
     """
-    if members == 1:
-        return outputs
     outputs = outputs.reshape(-1, members, outputs.shape[1])
     if kind == "cross_entropy":
         top = outputs.max(axis=2, keepdims=True)

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from fusemlp.describe.conflicts import check_together
-from fusemlp.describe.losses import Loss, OwnLoss
+from fusemlp.describe.distributions import GaussianNLL
+from fusemlp.describe.losses import Loss
 from fusemlp.describe.metrics import Judged, Metric, MetricLike, as_metrics
 from fusemlp.describe.network import MLP, Activation
 from fusemlp.inputs.arrays import Array
@@ -138,14 +139,19 @@ class Inference:
 
     def predict(self, X: Any) -> Array:
         """Return the predicted targets of X (n, K)."""
+        values = self.loss.transform(self.outputs(X))
+        return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+
+    def predict_std(self, X: Any) -> tuple[Array, Array]:
+        """Return the predicted targets of X (n, K) and their standard deviations, of the same shape."""
+        if not isinstance(self.loss, GaussianNLL):
+            raise ArgumentError(
+                f"return_std: it needs the loss gaussian, this engine has {self.loss.kind!r}; make it with "
+                "loss=GaussianNLL()"
+            )
         outputs = self.outputs(X)
-        if self.loss.kind == "cross_entropy":
-            return np.asarray(outputs.argmax(axis=1))
-        if self.loss.kind == "binary_cross_entropy":
-            outputs = (outputs > 0.0).astype(np.int64)
-        elif self.loss.kind == "poisson":
-            outputs = np.exp(outputs)
-        return outputs[:, 0] if outputs.shape[1] == 1 else outputs
+        mean, std = self.loss.transform(outputs), self.loss.std(outputs)
+        return (mean[:, 0], std[:, 0]) if mean.shape[1] == 1 else (mean, std)
 
     def predict_proba(self, X: Any) -> Array:
         """Return probabilities (n, N) for X (n, K); one logit gives (n, 2)."""
@@ -170,7 +176,8 @@ class Inference:
 
     def outputs(self, X: Any) -> Array:
         """Return the last layer's outputs (n, N) for X (n, K); with members those of the mean prediction."""
-        return combined(self.loss.kind, self._rows_out(X), self.network.members)
+        outputs, members = self._rows_out(X), self.network.members
+        return outputs if members == 1 else combined(self.loss.kind, outputs, members)
 
     def member_outputs(self, X: Any) -> Array:
         """Return the last layer's outputs (n, members, N) for X (n, K)."""
@@ -221,9 +228,9 @@ class Inference:
         if output is None:
             if single or self.loss.kind == "cross_entropy":
                 return np.asarray(self.predict(X))
-            if outputs > 1:
+            output = self.loss.point(outputs)
+            if output is None:
                 raise ArgumentError(f"output: the network has {outputs} outputs; give the index of one, output=0")
-            output = 0
         indices, last = np.asarray(output), max(outputs, 1 + single) - 1
         if indices.dtype.kind not in "iu":
             raise ArgumentTypeError(f"output: expected the index of an output, or one a row, got {output!r}")
@@ -269,7 +276,7 @@ class Inference:
         return {**evaluation.of(self.forward.trained), **self.figures(data, asked)}
 
     def _evaluation(self, forward: ForwardPass, data: Examples, spec: LossSpec, *, repeated: bool) -> AnyEvaluation:
-        if isinstance(self.loss, OwnLoss):
+        if self.loss.on_host:
             return OwnEvaluation(forward, data, self.loss)
         if self.network.members > 1:
             return MeanEvaluation(forward, data, spec, self.class_weight)
@@ -288,22 +295,23 @@ class Inference:
         """Return these metrics of checked rows, by name."""
         if not metrics:
             return {}
-        judged = None if all(metric.of_outputs for metric in metrics) else self.judged(data)
+        judged: Any = None if all(metric.of_outputs for metric in metrics) else self.judged(data)
         raw: list[Array] = []
         if any(metric.of_outputs for metric in metrics):
             raw = [self.inputs.on_host(data.targets.values), self.outputs(data.X)]
-        return {metric.name: metric.of(*(raw if metric.of_outputs else [judged])) for metric in metrics}
+        return {metric.name: metric.of(*raw) if metric.of_outputs else metric.of_rows(judged) for metric in metrics}
 
     def judged(self, data: Examples) -> Judged:
         """Return the truth of checked rows beside predictions and scores; rows of an ignored class are left out."""
         kind, truth = self.inputs.kind_of(data.targets), np.asarray(self.inputs.on_host(data.targets.values))
         weight = None if data.weight is None else np.asarray(self.inputs.on_host(data.weight))
         if kind == "numbers":
-            predicted = self.predict(data.X).reshape(truth.shape)
-            return Judged(truth, predicted, None, weight, getattr(self.loss, "q", 0.5))
+            predicted, quantile = self.loss.judged(self.predict(data.X))
+            return Judged(truth, predicted.reshape(truth.shape), None, weight, quantile)
         scores = self.predict_proba(data.X) if self.loss.is_classification else self.predict(data.X)
         if kind == "labels":
-            return Judged(truth.astype(np.int64), (scores > 0.5).astype(np.int64), scores, weight)
+            truth = truth if np.isnan(truth).any() else truth.astype(np.int64)
+            return Judged(truth, (scores > 0.5).astype(np.int64), scores, weight)
         if truth.ndim == 2:
             truth = truth[:, 0].astype(np.int64) if truth.shape[1] == 1 else truth.argmax(axis=1)
         kept = truth != getattr(self.loss, "ignore_index", None)

@@ -1,4 +1,4 @@
-"""A loss of the caller's: checked calls of its function, its evaluation, and the check of its gradient."""
+"""Losses that the host computes: checked calls of the caller's, their evaluation, and the check of a gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fusemlp.describe.checks import as_number, returned_number
-from fusemlp.describe.losses import Loss, OwnLoss
+from fusemlp.describe.loss import HostLoss, Loss
+from fusemlp.describe.losses import LossLike, OwnLoss, as_loss
 from fusemlp.inputs.arrays import Array, as_rows, as_values, as_weights, to_array
 from fusemlp.inputs.examples import DeviceInputs, Examples
 from fusemlp.runtime.forward import Evaluation, ForwardPass, MeanEvaluation
@@ -17,18 +18,23 @@ from fusemlp.runtime.memory import Memory
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError
 
 
-def caller_of(inputs: DeviceInputs) -> Callable[..., tuple[float, Array]]:
+def caller_of(inputs: DeviceInputs) -> Callable[..., tuple[float, Array, float]]:
     """Return the function for programs: it calls the loss of an engine's ``inputs``, whichever it is then."""
     return lambda *batch: call(inputs.loss, *batch)
 
 
-def call(loss: Loss, outputs: Array, targets: Array, weights: Array | None) -> tuple[float, Array]:
-    """Return the loss and its gradient (M, N), checked; the function gets a copy of ``outputs`` (M, N).
+def call(loss: Loss, outputs: Array, targets: Array, weights: Array | None) -> tuple[float, Array, float]:
+    """Return the loss, its gradient (M, N), and the weight of the loss in a mean over batches.
 
-    The answer may be infinite or NaN if the squares of the outputs are, as in a training that diverges. Raises
-    ArgumentTypeError, ShapeError, DTypeError or DataError.
+    A function gets a copy of ``outputs`` (M, N), and its answer is checked; this may be infinite or NaN if the squares
+    of the outputs are, as in a training that diverges. Raises ArgumentTypeError, ShapeError, DTypeError or DataError.
     """
+    if isinstance(loss, HostLoss):
+        return loss.value_and_gradient(outputs, targets, weights)
     assert isinstance(loss, OwnLoss) and loss.function is not None
+    normaliser = float(len(outputs) if weights is None else weights.sum(dtype=np.float64))
+    if not normaliser:
+        return 0.0, np.zeros_like(outputs), 0.0
     given = {"weights": weights} if loss.takes_weights else {}
     answer = loss.function(outputs.copy(), targets, **given)
     if not isinstance(answer, tuple | list) or len(answer) != 2:
@@ -49,7 +55,7 @@ def call(loss: Loss, outputs: Array, targets: Array, weights: Array | None) -> t
     # the squares of large numbers may overflow
     if not math.isfinite(number) or not math.isfinite(np.vdot(gradient, gradient)):
         _check_finite(loss.name, number, gradient, outputs)
-    return number, gradient
+    return number, gradient, normaliser
 
 
 def _check_finite(name: str, number: float, gradient: Array, outputs: Array) -> None:
@@ -70,9 +76,9 @@ def _check_finite(name: str, number: float, gradient: Array, outputs: Array) -> 
 
 
 class OwnEvaluation:
-    """The caller's loss of ``data``, all rows at once, to evaluate once or repeatedly."""
+    """The loss of ``data`` that the host computes, all rows at once, to evaluate once or repeatedly."""
 
-    def __init__(self, forward: ForwardPass, data: Examples, loss: OwnLoss) -> None:
+    def __init__(self, forward: ForwardPass, data: Examples, loss: Loss) -> None:
         self._forward, self._data, self._loss = forward, data, loss
 
     def of(self, memory: Memory) -> dict[str, float]:
@@ -86,18 +92,20 @@ AnyEvaluation: TypeAlias = "Evaluation | MeanEvaluation | OwnEvaluation"
 
 
 def check_gradient(
-    function: Callable[..., Any], outputs: Any, targets: Any, weights: Any = None, *, tolerance: float = 1e-5
+    function: LossLike, outputs: Any, targets: Any, weights: Any = None, *, tolerance: float = 1e-5
 ) -> float:
     """Compare the gradient of a loss with central differences in float64, and return the largest relative error.
 
-    ``function``, ``outputs`` (n, N), ``targets`` (n, ...) and ``weights`` (n,) are as an engine calls a loss, with
-    float64 for real numbers. The function is called twice for each output, so a few rows do. Errors are relative to the
-    largest gradient. Differences say nothing at kinks, such as an error of 0 in the absolute error.
+    ``function`` (or ``Quantiles()``), ``outputs`` (n, N), ``targets`` (n, ...) and ``weights`` (n,) are as an engine
+    calls a loss, with float64 for real numbers. The function is called twice for each output, so a few rows do. Errors
+    are relative to the largest gradient. Differences say nothing at kinks, such as an error of 0 in the absolute error.
 
     Raises ArgumentError if an error is above ``tolerance`` and the rounding of the differences, the errors of an
     engine for an answer that it does not take, and DataError for outputs that are not finite.
     """
-    loss, tolerance = OwnLoss.of(function), as_number("tolerance", tolerance, low=0.0)
+    loss, tolerance = as_loss(function), as_number("tolerance", tolerance, low=0.0)
+    if not loss.on_host:
+        raise ArgumentError(f"function: {loss.kind} is computed by kernels, which tests compare with differences")
     y = to_array("outputs", outputs)
     y = np.array(as_values("outputs", y, width=y.shape[-1] if y.ndim else 1, rows=None, dtype=np.float64))
     t = as_rows("targets", targets, rows=len(y), dtype=np.float64)
@@ -110,7 +118,7 @@ def check_gradient(
         moved[place] = value
         return call(loss, moved, t.copy(), weights)[0]
 
-    number, gradient = call(loss, y, t.copy(), weights)
+    number, gradient, _ = call(loss, y, t.copy(), weights)
     # the error of a difference is least where truncation and rounding are alike
     eps = float(np.finfo(np.float64).eps)
     differences, rounding = np.empty_like(y), np.empty_like(y)
@@ -124,7 +132,8 @@ def check_gradient(
     row, column = np.unravel_index(int(np.argmax(errors - rounding)), y.shape)
     if not errors[row, column] <= tolerance * largest + rounding[row, column]:
         raise ArgumentError(
-            f"function: the gradient of {loss.name!r} at row {row}, column {column} is {gradient[row, column]:.6g}, "
-            f"differences of the loss give {differences[row, column]:.6g}; a mean over rows divides the gradient too"
+            f"function: the gradient of {getattr(loss, 'name', loss.kind)!r} at row {row}, column {column} is "
+            f"{gradient[row, column]:.6g}, differences of the loss give {differences[row, column]:.6g}; a mean over "
+            "rows divides the gradient too"
         )
     return float(errors.max()) / largest if largest else 0.0

@@ -12,7 +12,7 @@ from fusemlp._version import __version__
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag, knows_names
 from fusemlp.describe.conflicts import Features, check_together, in_use
 from fusemlp.describe.description import Machine, stored
-from fusemlp.describe.losses import Loss, LossLike, OwnLoss, as_loss, loss_from_config
+from fusemlp.describe.losses import Loss, LossLike, as_loss, loss_from_config
 from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
 from fusemlp.describe.privacy import DPSGD, as_privacy
@@ -235,7 +235,7 @@ class Session:
             raise
         self._use_loss(chosen)
         self.inference.loss, self.inference.class_weight = chosen, self.class_weight
-        if not (isinstance(chosen, OwnLoss) and isinstance(before, OwnLoss)):
+        if not (chosen.on_host and before.on_host):
             self.release()
 
     @contextmanager
@@ -281,7 +281,7 @@ class Session:
         if loss is None:
             return
         named = as_loss(loss)
-        if "own loss" not in self.loss.uses or named.uses != self.loss.uses:
+        if "function" not in self.loss.uses or named.uses != self.loss.uses:
             names = [getattr(known, "name", known.kind) for known in (self.loss, named)]
             raise CheckpointError(
                 f"loss: the file was trained with {names[0]!r}, got {names[1]!r}; give that one, or this to fit"

@@ -181,10 +181,7 @@ def _own_loss(table: CallTable, call: SimpleNamespace) -> None:
         count, first = counters[c.ROW_COUNT], 0 if rows is None else counters[c.ROW_OFFSET]
         picked = every[first : first + count]
         shares = None if weight is None else weight.take(picked)
-        normaliser = count if shares is None else float(shares.sum(dtype=np.float64))
-        loss = dy[:count] = 0.0
-        if normaliser:
-            loss, dy[:count] = function(y[:count], target.take(picked, 0), shares)
+        loss, dy[:count], normaliser = function(y[:count], target.take(picked, 0), shares)
         stats[c.LAST_LOSS] = loss
         stats[c.LOSS_SUM] += loss * normaliser
         stats[c.NORM_SUM] += normaliser

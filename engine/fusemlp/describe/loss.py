@@ -1,0 +1,132 @@
+"""The base of all losses, and of those that the host can compute: functions of NumPy arrays between two launches."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property, partial
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fusemlp.describe.checks import check_choice
+from fusemlp.describe.conflicts import Features, check_together, in_use
+from fusemlp.describe.description import Description
+from fusemlp.describe.network import MLP
+from fusemlp_kernels.contract import OWN, LossSpec
+from fusemlp_kernels.errors import ArgumentError, ShapeError
+
+Array = npt.NDArray[Any]
+
+ClassWeights = Collection[float] | Mapping[int, float]
+"""A weight for each class; descriptions hold a tuple."""
+
+REDUCTIONS = ("mean", "sum")
+
+
+@dataclass(frozen=True)
+class Loss(Description):
+    """The base class of all losses."""
+
+    takes_logits: ClassVar[str] = ""
+    _: KW_ONLY
+    reduction: Annotated[str, partial(check_choice, choices=REDUCTIONS)] = "mean"
+
+    @property
+    def is_classification(self) -> bool:
+        """True if targets are classes; ``predict`` then returns classes."""
+        return self.kind in ("cross_entropy", "binary_cross_entropy")
+
+    @property
+    def class_weight(self) -> ClassWeights | None:
+        """A weight for each class; only cross_entropy has them."""
+        return None
+
+    @property
+    def on_host(self) -> bool:
+        """True if the host computes the loss and its gradient by the outputs (the op own_loss), not a kernel."""
+        return False
+
+    @cached_property
+    def uses(self) -> Features:
+        """The features that it uses, for ``conflicts``."""
+        classes = self.kind == "cross_entropy"
+        return in_use(
+            sum=self.reduction if self.reduction != "mean" else None, **{"no classes": None if classes else self.kind}
+        )
+
+    def spec(self, *, accuracy: bool, soft: bool = False) -> LossSpec:
+        """Return the loss for the kernels: ``accuracy`` counts hits, ``soft`` is for rows of probabilities."""
+        if soft and self.kind != "cross_entropy":
+            raise ArgumentError(f"soft: only cross_entropy takes probabilities as targets, not {self.kind}")
+        return LossSpec(self.kind, soft=soft, accuracy=accuracy, **self.shared(LossSpec))
+
+    @property
+    def width(self) -> int:
+        """The number of outputs for a target."""
+        return 1
+
+    def point(self, outputs: int) -> int | None:
+        """Return the output that predicts the only target; None if there are several."""
+        return 0 if outputs == self.width else None
+
+    def transform(self, outputs: Array) -> Array:
+        """Return predictions (n,) or (n, ...) of outputs (n, N)."""
+        return outputs
+
+    def judged(self, predicted: Array) -> tuple[Array, float]:
+        """Return the predictions that scores judge, and the quantile that they are."""
+        return predicted, getattr(self, "q", 0.5)
+
+    def check_weights(self, argument: str) -> None:
+        """Raise ArgumentError, naming the ``argument``, if the loss takes no weights of rows."""
+
+    def check_network(self, net: MLP) -> None:
+        """Refuse a network whose outputs this loss cannot take; raises ArgumentError or ShapeError."""
+        given = net.activations[-1].name
+        check_together({**net.uses, **self.uses})
+        if self.takes_logits and given != "identity":
+            raise ArgumentError(
+                f"output_activation: {self.kind} takes {self.takes_logits}; expected 'identity', got {given!r}"
+            )
+        # quantiles are of one target
+        if net.sizes[-1] % self.width or (self.kind == "quantiles" and net.sizes[-1] > self.width):
+            raise ShapeError(
+                f"loss: {self.kind} needs {self.width} outputs for a target, the network has {net.sizes[-1]}; make the "
+                f"last of sizes {self.width}"
+            )
+
+
+@dataclass(frozen=True)
+class HostLoss(Loss, ABC):
+    """The base class of losses that the host can compute; those with ``missing`` do so where it is True."""
+
+    @property
+    def on_host(self) -> bool:
+        return bool(getattr(self, "missing", True))
+
+    @cached_property
+    def uses(self) -> Features:
+        words = f"missing=True of {self.kind}" if getattr(self, "missing", False) else self.kind
+        return {**super().uses, **in_use(**{"own loss": words if self.on_host else None})}
+
+    def spec(self, *, accuracy: bool, soft: bool = False) -> LossSpec:
+        kernel = super().spec(accuracy=accuracy, soft=soft)
+        return LossSpec(OWN, self.reduction, name=self.kind) if self.on_host else kernel
+
+    @abstractmethod
+    def of_rows(self, outputs: Array, targets: Array) -> tuple[Array, Array, Any]:
+        """Return sums of losses (n,), their gradients by ``outputs`` (n, N), and the number of summands or (n,)."""
+
+    def value_and_gradient(self, outputs: Array, targets: Array, weights: Array | None) -> tuple[float, Array, float]:
+        """Return the loss, its gradient by ``outputs`` (n, N), and the weight of the loss in a mean over batches."""
+        losses, gradient, counts = self.of_rows(outputs, targets)
+        if weights is not None:
+            losses, gradient, counts = weights * losses, weights[:, None] * gradient, weights * counts
+        total = float(losses.sum(dtype=np.float64))
+        if self.reduction == "sum":
+            return total, gradient, 1.0
+        normaliser = float(counts * len(losses) if isinstance(counts, int) else counts.sum(dtype=np.float64))
+        # a batch may have no target
+        share = 1.0 / normaliser if normaliser else 0.0
+        return total * share, gradient * share, normaliser
