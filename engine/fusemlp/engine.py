@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.adversarial import IBP, Attack, as_attack
@@ -264,6 +264,10 @@ class Engine(Trainer):
         """
         return lr_find(self, X, y, sample_weight=sample_weight, start=start, end=end, steps=steps)
 
+    @overload
+    def predict(self, X: Any) -> Array: ...
+    @overload
+    def predict(self, X: Any, *, return_std: Literal[True]) -> tuple[Array, Array]: ...
     @knows_names(OF_PREDICT, call="predict(X)")
     def predict(self, X: Any, *, return_std: bool = False) -> Any:
         """Predict the targets of X (n, K).

@@ -62,6 +62,7 @@ def predict(options: PredictOptions) -> None:
     ids: dict[str, Array] = {}
     features = load_features(data, preprocessor, ids=ids, **options.reading(config, notes))
     X = network_inputs(preprocessor, features, engine.precision, codes=engine.inputs.reads_codes)
+    beside = metrics.distribution(engine, preprocessor, X)
     predicted = metrics.predictions(engine, preprocessor, X)
     more: dict[str, Array] = {}
     if held is not None and options.interval is not None and preprocessor.classes is None:
@@ -72,8 +73,12 @@ def predict(options: PredictOptions) -> None:
         more["spread"] = spread(models, preprocessor, X, metrics.predicted_codes(engine, preprocessor, X))
     if options.proba:
         more["probabilities"] = engine.predict_proba(X)
-    parts = preprocessor, ids, predicted, more
-    write_atomically(out, _npz(*parts) if out.suffix.lower() == ".npz" else csv_bytes(_csv_rows(*parts), notes))
+    if out.suffix.lower() == ".npz":
+        content = _npz(preprocessor, ids, {"predictions": predicted, **beside, **more})
+    else:
+        columns = {**(beside or {"prediction": predicted}), **more}
+        content = csv_bytes(_csv_rows(preprocessor, ids, columns), notes)
+    write_atomically(out, content)
     about = {"run": str(options.run), "data": data, "weights": options.weights, "rows": len(X), "out": str(out)}
     show(about | {"notes": notes}, [*notes, f"predictions of {len(X)} rows {out}"], as_json=options.as_json)
 
@@ -102,13 +107,10 @@ def _held_out(options: PredictOptions, coverage: float, config: Mapping[str, Any
     return held
 
 
-def _csv_rows(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: Array, more: Mapping[str, Array]) -> Any:
+def _csv_rows(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: Mapping[str, Array]) -> Any:
     classes = preprocessor.classes or ()
     columns = [(name, column.tolist()) for name, column in ids.items()]
-    for name in ("prediction", "low", "high", "spread", "in_set", "probabilities"):
-        values = predicted if name == "prediction" else more.get(name)
-        if values is None:
-            continue
+    for name, values in predicted.items():
         if name == "in_set":
             sets_of = ([str(label) for label, inside in zip(classes, row, strict=True) if inside] for row in values)
             columns.append(("set", ["|".join(labels) for labels in sets_of]))
@@ -121,8 +123,7 @@ def _csv_rows(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: A
     return [[name for name, _ in columns], *zip(*(cells for _, cells in columns), strict=True)]
 
 
-def _npz(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: Array, more: Mapping[str, Array]) -> bytes:
-    arrays: dict[str, Array] = {"predictions": predicted, **more}
+def _npz(preprocessor: Preprocessor, ids: Mapping[str, Array], arrays: dict[str, Array]) -> bytes:
     if ids:
         # (rows, columns): the names of columns need not be those of arrays.
         arrays["ids"] = np.column_stack([column.astype(str) for column in ids.values()])

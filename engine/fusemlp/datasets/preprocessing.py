@@ -340,14 +340,17 @@ class Preprocessor:
         return np.asarray(np.array(known, np.int64)[codes])
 
     def decode_predictions(self, predictions: Any) -> Array:
-        """Transform class indices (n,) into labels, and values (n,) or (n, targets) into their original units."""
+        """Transform class indices (n,) into labels, and values (n,) or (n, targets) into their original units.
+
+        Values of one target may be (n, columns), such as its quantiles.
+        """
         if self.classes is not None:
             codes = as_class_labels("predictions", predictions, classes=len(self.classes), rows=None)
             return np.asarray(np.array(self.classes)[codes])
         values = to_array("predictions", predictions)
         values = values.reshape(len(values), -1) * np.array(self.target_scale) + np.array(self.target_shift)
         values = np.exp(values) if self.target_log else values
-        return np.asarray(values[:, 0] if self.outputs == 1 else values)
+        return np.asarray(values[:, 0] if values.shape[1] == 1 else values)
 
     def to_config(self) -> dict[str, Any]:
         """Return plain numbers, strings and tuples; ``from_config`` gives an equal Preprocessor."""

@@ -89,7 +89,6 @@ class Loss(Description):
             raise ArgumentError(
                 f"output_activation: {self.kind} takes {self.takes_logits}; expected 'identity', got {given!r}"
             )
-        # quantiles are of one target
         if net.sizes[-1] % self.width or (self.kind == "quantiles" and net.sizes[-1] > self.width):
             raise ShapeError(
                 f"loss: {self.kind} needs {self.width} outputs for a target, the network has {net.sizes[-1]}; make the "

@@ -256,10 +256,8 @@ def certify(
     low, high = reach(preprocessor, cells, eps, engine.precision)
     bounds = Propagation(engine)
     if preprocessor.classes is None:
-        ends = bounds.outputs(low, high)
         with np.errstate(all="ignore"):
-            if engine.loss.kind == "poisson":
-                ends = np.exp(ends[0]), np.exp(ends[1])
+            ends = [engine.loss.judged(engine.loss.transform(end))[0] for end in bounds.outputs(low, high)]
             least, most = map(preprocessor.decode_predictions, ends)
             return {"eps": eps, "width": float(np.mean(most - least))}
     codes = preprocessor.class_codes(labels)

@@ -176,7 +176,9 @@ def column_attributions(
     names, values = preprocessor.by_column(parts.values)
     outputs, base, chosen = parts.outputs, parts.base, parts.chosen
     if preprocessor.classes is None:
-        scale, shift = np.array(preprocessor.target_scale)[chosen], np.array(preprocessor.target_shift)[chosen]
+        # a target may have several outputs
+        at = chosen % preprocessor.outputs
+        scale, shift = np.array(preprocessor.target_scale)[at], np.array(preprocessor.target_shift)[at]
         values, outputs, base = values * scale[:, None], outputs * scale + shift, base * scale + shift
     return Attributions(values, outputs, base, chosen, names)
 

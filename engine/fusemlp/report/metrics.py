@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.losses import GaussianNLL, Quantiles
 from fusemlp.describe.metrics import METRICS, Judged, metrics_for
 from fusemlp.inputs.arrays import Array
 
@@ -22,9 +23,23 @@ ITERATIONS = 200
 
 
 def predicted_codes(engine: Session, preprocessor: Preprocessor, X: Array) -> Array:
-    """Return ``engine.predict``; after one-hot training, the class index of the largest output of each row."""
-    one_hot = preprocessor.one_hot_targets
-    return np.asarray(class_scores(engine, X).argmax(axis=1) if one_hot else engine.inference.predict(X))
+    """Return ``engine.predict``, of several quantiles the middle one; after one-hot training, the class index of the
+    largest output of each row."""
+    if preprocessor.one_hot_targets:
+        return np.asarray(class_scores(engine, X).argmax(axis=1))
+    return np.asarray(engine.loss.judged(engine.inference.predict(X))[0])
+
+
+def distribution(engine: Session, preprocessor: Preprocessor, X: Array) -> dict[str, Array]:
+    """Return by name what the loss says beside a value, in original units: quantiles, or mean and deviation."""
+    decode, loss = preprocessor.decode_predictions, engine.loss
+    if isinstance(loss, Quantiles):
+        columns = decode(engine.inference.predict(X)).reshape(len(X), -1).T
+        return {f"q{100 * q:g}": column for q, column in zip(loss.q, columns, strict=True)}
+    if isinstance(loss, GaussianNLL):
+        mean, std = engine.inference.predict_std(X)
+        return {"mean": decode(mean), "std": std * np.array(preprocessor.target_scale)}
+    return {}
 
 
 def class_scores(engine: Session, X: Array) -> Array:
@@ -44,8 +59,8 @@ def judge(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array) 
     """Return the truth of rows beside predictions and scores; numbers in original units."""
     if preprocessor.classes is None:
         truth = np.asarray(labels, np.float64).reshape(len(X), -1)
-        predicted = predictions(engine, preprocessor, X).reshape(truth.shape)
-        return Judged(truth, predicted, quantile=getattr(engine.loss, "q", 0.5))
+        predicted, quantile = engine.loss.judged(engine.inference.predict(X))
+        return Judged(truth, preprocessor.decode_predictions(predicted).reshape(truth.shape), quantile=quantile)
     scores = class_scores(engine, X)
     return Judged(preprocessor.class_codes(labels), scores.argmax(axis=1), scores)
 

@@ -36,7 +36,7 @@ from fusemlp.fleet.merge import members
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.evidence import Importance, certify
 from fusemlp.report.explanations import METHODS, Attributions, column_attributions, permutation_importance
-from fusemlp.report.metrics import predicted_codes, predictions
+from fusemlp.report.metrics import distribution, predicted_codes, predictions
 from fusemlp.report.onnx import to_onnx
 from fusemlp.report.runs import open_run, read_metrics, weights_path
 from fusemlp.report.uncertainty import HeldOut, intervals, sets, spread
@@ -427,14 +427,22 @@ class TableRegressor(RegressorMixin, TableEstimator):
     def predict(self, X: Any, return_std: bool = False) -> Any:
         """Return the values (n,) or (n, targets) of a table's rows, in the units of y.
 
-        With return_std return them and, of the same shape, the standard deviation of the predictions of an ensemble's
-        models or a network's members; ArgumentError for a single model.
+        With return_std return them and, of the same shape, their standard deviation: that of the loss gaussian, or of
+        the predictions of an ensemble's models or a network's members; ArgumentError for another single model.
         """
         inputs = self._inputs(X)
+        if return_std and self.engine_.loss.kind == "gaussian":
+            return tuple(distribution(self.engine_, self.preprocessor_, inputs).values())
         values = predictions(self.engine_, self.preprocessor_, inputs)
         if not return_std:
             return values
         return values, spread(members(self.engine_, "return_std"), self.preprocessor_, inputs, values)
+
+    def predict_quantiles(self, X: Any) -> Array:
+        """Return the quantiles (n, Q) of a table's rows, with the loss quantiles; they never cross."""
+        if self.engine_.loss.kind != "quantiles":
+            raise ArgumentError(f"loss: expected 'quantiles', the model was trained with {self.engine_.loss.kind!r}")
+        return np.column_stack([*distribution(self.engine_, self.preprocessor_, self._inputs(X)).values()])
 
     def predict_interval(self, X: Any, coverage: float = 0.9) -> tuple[Array, Array]:
         """Return the lower and the upper ends, shaped like ``predict``'s values, that hold this share of new targets.

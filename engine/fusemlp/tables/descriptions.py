@@ -21,7 +21,7 @@ from fusemlp.runtime.backends import TRAITS, first_available
 from fusemlp.runtime.ranks import started
 from fusemlp.tables import recipe as recipes
 from fusemlp.tables.recipe import FitRecipe, ModelRecipe, StepRecipe, TableRecipe, given_options, one_of
-from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 Described = TypeVar("Described")
 Fit = TypeVar("Fit", bound=FitRecipe)
@@ -90,7 +90,7 @@ def models_of(recipe: ModelRecipe, dataset: Dataset, *, new: bool) -> int:
         return 1
     if recipe.models is not None:
         return as_count("models", recipe.models)
-    merges = new and dataset.roles and trains_plainly(recipe)
+    merges = new and dataset.roles and trains_plainly(recipe) and not as_loss(recipe.loss or "mse").on_host
     return default_models(len(dataset.y), activation_names(recipe)) if merges else 1
 
 
@@ -162,10 +162,10 @@ def _made(what: str, described: Callable[..., Described], *rate: float | Schedul
     """Return a description; its errors name the recipe's field in place of its own."""
     try:
         return described(*rate, **given)
-    except ArgumentError as error:
+    except (ArgumentError, ArgumentTypeError) as error:
         field, _, rest = str(error).partition(": ")
         option = next((name for name, spellings in _FIELDS[what].items() if field in spellings), field)
-        raise ArgumentError(f"{option}: {rest}") from None
+        raise type(error)(f"{option}: {rest}") from None
 
 
 def _check_free(recipe: ModelRecipe, what: str) -> None:
@@ -248,16 +248,21 @@ def loss_name(recipe: ModelRecipe, task: str, classes: int) -> str:
     name = chosen.kind
     if as_loss(name).is_classification and not classify:
         raise ArgumentError(
-            f"loss: {name!r} is for classes, and this is a regression; use mse, mae, huber, quantile or poisson, or "
-            "train on classes: --task classification, TableClassifier"
+            f"loss: {name!r} is for classes, and this is a regression; use mse, mae, huber, quantile, poisson, "
+            "quantiles or gaussian, or train on classes: --task classification, TableClassifier"
         )
-    if name in ("poisson", "quantile") and classify:
+    if name in ("poisson", "quantile", "quantiles", "gaussian") and classify:
         raise ArgumentError(
             f"loss: {name!r} is for numbers, and the target holds classes; use cross_entropy, binary_cross_entropy, "
             "mse, mae or huber, or train on numbers: --task regression, TableRegressor"
         )
     if name == "binary_cross_entropy" and classes != 2:
         raise ArgumentError(f"loss: {name!r} is for two classes, and the target has {classes}; use cross_entropy")
+    if name == "gaussian" and recipe.log_target:
+        raise ArgumentError(
+            "log_target: the loss gaussian learns the deviation of the target, not of its logarithm; leave it out, or "
+            "use quantiles"
+        )
     if recipe.class_weight is not None and not classify:
         raise ArgumentError("class_weight: only classes have weights, and this is a regression")
     return name
@@ -294,6 +299,9 @@ def loss(recipe: ModelRecipe, name: str, weights: list[float] | None) -> Loss:
         changes: Any = {"class_weight": weights}
         return replace(recipe.loss, **changes)
     given = _chosen(recipe, "loss", name, LOSSES)
+    if isinstance(given.get("q"), str):
+        numbers = _numbers("quantile", given["q"])
+        given["q"] = numbers[0] if name == "quantile" and len(numbers) == 1 else numbers
     if name == "cross_entropy":
         given["class_weight"] = weights
     return _made("loss", LOSSES[name], **given)

@@ -19,6 +19,7 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import Fold, Hashes, Rows, row_hashes
 from fusemlp.datasets.scaling import SCALES
 from fusemlp.describe.checks import as_count, as_number, check_choice
+from fusemlp.describe.conflicts import check_together, in_use
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer
@@ -271,15 +272,21 @@ def prepare(
         notes += start.lines(net)
     else:
         scale, log_target = recipe.scale or SCALES[0], bool(recipe.log_target)
+        learns = descriptions.loss(recipe, name, None)
         # small trainings would read the private rows, and may choose inputs that no attack can move
         if like is None and dataset.roles and descriptions.trains_plainly(recipe):
-            scale, log_target, tried = trials.decide(plain, dataset, training, name, seed=seed, most_words=most_words)
+            decides = "mae" if learns.on_host else name
+            scale, log_target, tried = trials.decide(
+                plain, dataset, training, decides, seed=seed, most_words=most_words
+            )
             notes += tried
         options = {"scale": scale, "log_targets": log_target, "most_words": most_words}
         preprocessor = like or row_sets.fit_preprocessor(dataset, training, loss=name, **options)
         first, last = row_sets.network_ends(preprocessor, name)
         widths = descriptions.hidden_widths(recipe.hidden)
-        net = network or descriptions.network((first, *widths, last), recipe, init=recipe.init, members=members)
+        net = network or descriptions.network(
+            (first, *widths, last * learns.width), recipe, init=recipe.init, members=members
+        )
     coded = reads and row_sets.saves(preprocessor)
     count = len(dataset.y) + (0 if dataset.test is None else len(dataset.test[1]))
     row_sets.check_memory(preprocessor, count, recipe.precision, codes=coded)
@@ -290,6 +297,7 @@ def prepare(
         weights = descriptions.class_weights(recipe.class_weight, codes, preprocessor.classes or ())
     loss = descriptions.loss(recipe, name, weights)
     loss.check_network(net)
+    check_together({**loss.uses, **in_use(fleet=models > 1)})
 
     by_class = None if weights is None or name == "cross_entropy" else np.array(weights)
     rows = partial(row_sets.rows_for, preprocessor, precision=recipe.precision, by_class=by_class, codes=coded)

@@ -222,7 +222,9 @@ class ModelRecipe(StepRecipe):
         kind=str | None,
     )
     delta: float | None = _loss(None, f"For huber: errors above this count linearly ({Huber.delta:g}).")
-    quantile: float | None = _loss(None, f"For the loss quantile: the quantile to learn ({Quantile.q:g}).")
+    quantile: Any = _loss(
+        None, f"For quantile: the one to learn ({Quantile.q:g}); for quantiles, theirs (0.1,0.5,0.9).", kind=str | None
+    )
 
     optimizer: Any = _optimizer("adam", "{}.", values=OPTIMIZERS, kind=str)
     lr: Any = _optimizer(None, f"Learning rate ({SGD.lr:g} for sgd, {Adam.lr:g} for adam, adamw).", kind=float | None)

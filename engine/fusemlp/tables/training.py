@@ -357,11 +357,13 @@ def _fit_to_all_rows(trained: Trained, listeners: Listeners) -> tuple[Engine, di
     arguments: dict[str, Any] = {"X": X, "y": y, "sample_weight": np.concatenate(weights) if weights else None}
     seconds = trials.seconds_left(prepared.began, recipe.time_limit)
     arguments |= {"epochs": epochs, "drop_last": recipe.drop_last, "time_limit": seconds}
-    if prepared.network.members > 1:
+    initial = initial_parameters(prepared, recipe, arguments, listeners.say)
+    if prepared.network.members > 1 or prepared.loss.on_host:
         engine = prepared.engine(recipe, descriptions.schedule(recipe, rows=len(X), epochs=epochs))
+        if recipe.probe:
+            engine.load_state_dict(*initial)
         engine.fit(**arguments)
     else:
-        initial = initial_parameters(prepared, recipe, arguments, listeners.say)
         results = fleet_of(prepared, rows=len(X), epochs=epochs, initial=initial).fit(**arguments)
         try:
             engine = merged_members(results.members)[0]

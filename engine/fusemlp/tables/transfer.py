@@ -103,7 +103,8 @@ class Source:
         fitted = fit_preprocessor(dataset, rows, loss=loss, scale=like.scale, log_targets=log_targets)
         names = (*_OF_DATA, *(_OF_TARGET if new else ()))
         preprocessor = replace(like, **{name: getattr(fitted, name) for name in names})
-        sizes, dropouts = (*known.sizes[:-1], network_ends(preprocessor, loss)[1]), known.dropouts
+        last = network_ends(preprocessor, loss)[1] * descriptions.loss(recipe, loss, None).width
+        sizes, dropouts = (*known.sizes[:-1], last), known.dropouts
         dropouts = descriptions.network(sizes, recipe).dropouts if descriptions.dropout_rates(recipe) else dropouts
         net = MLP(
             sizes,
