@@ -281,6 +281,7 @@ def test_the_tables_features_are_walked():
         *TRAITS,
         "arrays",
         "table",
+        "estimator",
         *(name for one in FEATURES.values() for name in one.implies),
     }
     assert {name for pair in CONFLICTS for name in pair} <= walked

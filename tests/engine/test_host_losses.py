@@ -13,6 +13,7 @@ import fusemlp
 from fusemlp import MAE, MLP, MSE, SGD, Adam, BinaryCrossEntropy, Engine, Huber, OneCycle, Poisson, Quantile
 from fusemlp.callbacks import Callback
 from fusemlp.describe.losses import LOSSES, GaussianNLL, OwnLoss, Quantiles, as_loss, loss_from_config
+from fusemlp.sklearn import MLPRegressor
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError, DataError, ShapeError
 
 RANDOM = np.random.default_rng(0)
@@ -403,6 +404,10 @@ def test_what_does_not_go_with_it(loss, words):
         Engine(MLP([6, 8, 3], members=2), loss)
     with pytest.raises(ArgumentError, match=f"y: {words} has no gradient by the inputs"):
         engine_of(loss, outputs=3).input_gradient(X, VALUES[:, : 3 // loss.width])
+    with pytest.raises(ArgumentError, match="loss: missing=True of huber is not supported yet for MLPRegressor; use E"):
+        MLPRegressor(Huber(missing=True)).fit(X, VALUES[:, 0])
+    with pytest.raises(ArgumentError, match="to_onnx: graphs do not hold the predictions of the loss quantiles yet"):
+        engine_of("quantiles").to_onnx("quantiles.onnx")
     with pytest.raises(ArgumentError, match="function: cross_entropy is computed by kernels"):
         fusemlp.check_gradient("cross_entropy", VALUES, [0, 1, 2])
     assert all(issubclass(kind, fusemlp.Loss) and kind is not OwnLoss for kind in LOSSES.values())

@@ -60,6 +60,7 @@ CONFLICTS = {
     ("own loss", "members"): f"loss: {{own loss}}{SINGLE}",
     ("own loss", "fleet"): f"loss: {_HOST} for a fleet; train one model, or each by an Engine",
     ("function", "table"): f"loss: {_HOST} for tables; train an Engine on their columns as numbers",
+    ("own loss", "estimator"): f"loss: {_HOST} for MLPRegressor; use Engine",
     ("own loss", "ranks"): f"loss: {_HOST} for several processes; leave {{ranks}} out",
     ("own loss", "privacy"): f"loss: {_HOST} with privacy, since its gradient is of the batch, not of each row",
     ("own loss", "adversarial"): f"loss: {_HOST} with adversarial; leave it out",

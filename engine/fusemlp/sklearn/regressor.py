@@ -12,6 +12,7 @@ from sklearn.metrics import r2_score
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.metaestimators import available_if
 
+from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.losses import MAE, MSE, Huber, Loss, Poisson, Quantile
 from fusemlp.inputs.arrays import Array
 from fusemlp.sklearn.base import BaseMLP, has_steps
@@ -54,6 +55,7 @@ class MLPRegressor(RegressorMixin, BaseMLP, _Loss):
         if self.loss == "poisson":
             return Objective(Poisson(reduction="sum"), out_activation="exp")
         loss = MEAN_LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
+        check_together({**loss.uses, "estimator": True})
         return Objective(replace(loss, reduction="sum"), 1.0 / outputs)
 
     def _targets(self, y: Array, dtype: np.dtype[Any]) -> tuple[Array, Array | None]:
