@@ -146,8 +146,7 @@ class Inference:
         """Return the predicted targets of X (n, K) and their standard deviations, of the same shape."""
         if not isinstance(self.loss, GaussianNLL):
             raise ArgumentError(
-                f"return_std: it needs the loss gaussian, this engine has {self.loss.kind!r}; make it with "
-                "loss=GaussianNLL()"
+                f"return_std: it needs the loss gaussian, this engine has {self.loss.kind!r}; make it with that"
             )
         outputs = self.outputs(X)
         mean, std = self.loss.transform(outputs), self.loss.std(outputs)
