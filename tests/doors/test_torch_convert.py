@@ -1,6 +1,7 @@
 """Engines and torch modules convert into one another and continue the same training."""
 
 import copy
+import io
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from torch_pair import ACTIVATIONS, CLOSE, batch, eager_step
 
-from fusemlp import MLP, Engine, PReLU
+from fusemlp import MLP, Engine, PReLU, Residual, RMSNorm
 from fusemlp.torch import from_torch, to_torch
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
@@ -96,6 +97,31 @@ def test_there_and_back():
     assert again.precision == "fp32"
     for name, array in engine.state_dict().items():
         assert np.array_equal(again.state_dict()[name], array)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("norm", [None, "layer", RMSNorm(1e-3)])
+def test_normalised_layers_and_residual_blocks_there_and_back(norm, normalise):
+    net = MLP([6, 8, Residual(12), Residual(5, 3), 3], norm=norm, activation="silu", dropout=0.1, init="torch")
+    engine = Engine(net, batch_size=12, backend="numpy", precision="fp64", normalise=normalise)
+    x, y = (tensor.numpy() for tensor in batch(40, 0))
+    engine.fit(x, y, epochs=2)
+    made = to_torch(engine)
+    assert [name for name in made.state_dict() if "normalise" not in name] == list(net.parameter_shapes())
+    torch.save(made, file := io.BytesIO())
+    file.seek(0)
+    for module in (made, copy.deepcopy(made), torch.load(file, weights_only=False)):
+        again = from_torch(module, nn.CrossEntropyLoss())
+        assert again.network == net
+        expected = torch.from_numpy(engine.outputs(x))
+        torch.testing.assert_close(torch.from_numpy(again.outputs(x)), expected, **CLOSE)
+        torch.testing.assert_close(module.eval()(torch.from_numpy(x)).detach(), expected, **CLOSE)
+
+
+def test_the_eps_of_an_rms_norm_without_one_is_that_of_its_type():
+    for dtype, eps in ((torch.float32, 2.0**-23), (torch.float64, 2.0**-52)):
+        net = nn.Sequential(nn.Linear(6, 8), nn.RMSNorm(8), nn.Linear(8, 3)).to(dtype)
+        assert from_torch(net).network.norm(0) == RMSNorm(eps)
 
 
 def uneven(net):

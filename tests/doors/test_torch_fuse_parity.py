@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn, optim
-from torch_pair import ACTIVATIONS, Pair, adam
+from torch_pair import ACTIVATIONS, Block, Pair, adam
 
 import fusemlp.torch as door
 
@@ -252,6 +252,46 @@ def test_outputs_are_those_of_the_dropout_of_the_step():
                 torch.testing.assert_close(loss, nn.functional.cross_entropy(output, y), rtol=1e-12, atol=1e-14)
         found.append(module.state_dict())
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+
+
+def normalised(norm):
+    block = Block(nn.Linear(6, 9, bias=False), norm(9), nn.ReLU(), nn.Dropout(0.0), nn.Linear(9, 6))
+    return nn.Sequential(nn.Linear(INPUTS, 6), norm(6), nn.Tanh(), block, nn.Linear(6, OUTPUTS))
+
+
+class Blocks(nn.Module):
+    """Sums in every way that a forward can write them."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(INPUTS, 6), norm(6), nn.Linear(6, OUTPUTS)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 6)) for _ in range(3))
+        self.nested = normalised(norm)[3]
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.first(x)))
+        x = self.blocks[0](x) + x
+        x = torch.add(x, self.blocks[1](x))
+        x = x.add(self.blocks[2](x))
+        return self.last(self.nested(x))
+
+
+@pytest.mark.parametrize("make", [normalised, Blocks])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.LayerNorm,
+        nn.RMSNorm,
+        lambda width: nn.LayerNorm(width, 1e-3, bias=False),
+        lambda width: nn.RMSNorm(width, 0.1),
+    ],
+)
+@pytest.mark.parametrize("name, clip", [("momentum", None), ("adamw", None), ("groups of other rules", 0.3)])
+def test_normalised_layers_and_residual_blocks(name, clip, norm, make):
+    torch.manual_seed(3)
+    make_optimizer = {**OPTIMIZERS, **OPTIMIZER_OPTIONS}[name]
+    module = make(norm).double()
+    assert_same_training(module, nn.CrossEntropyLoss(), make_optimizer, "labels", clip=clip, steps=200)
 
 
 # The first norm of the gradients is about one: this clips at the beginning of a run and later does not.

@@ -8,9 +8,18 @@ import numpy as np
 import pytest
 import torch
 from torch import nn, optim
+from torch_pair import Block
 
-from fusemlp import ArgumentError, ArgumentTypeError, BackendUnavailableError, DataError, DTypeError, ShapeError
-from fusemlp.torch import fuse
+from fusemlp import (
+    ArgumentError,
+    ArgumentTypeError,
+    BackendUnavailableError,
+    DataError,
+    DTypeError,
+    Residual,
+    ShapeError,
+)
+from fusemlp.torch import FusedMLP, fuse
 
 
 def plain():
@@ -65,6 +74,14 @@ def with_parts(*parts):
     return lambda: nn.Sequential(nn.Linear(6, 8), *parts, nn.Linear(8, 3))
 
 
+def with_block(*parts):
+    """A block of 8 inputs and outputs, before an output layer."""
+    return lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), Block(*parts), nn.Linear(8, 3))
+
+
+TWO = nn.Linear(8, 5), nn.Linear(5, 8)
+
+
 def functional_dropout(m, x):
     return m.b(nn.functional.dropout(m.a(x), 0.1, m.training))
 
@@ -80,7 +97,18 @@ def residual(m, x):
     return m.b(x + h)
 
 
-def normalising(m, x):
+def subtracting(m, x):
+    h = m.a(x)
+    return m.b(x - h)
+
+
+def dense(m, x):
+    x = m.a(x)
+    y = x + m.block(x)
+    return m.b(x + m.block2(y))
+
+
+def grouping(m, x):
     return m.b(m.norm(m.a(x)))
 
 
@@ -97,7 +125,26 @@ def line_of(function, code, words):
 
 MODULES = {
     "BatchNorm": (with_parts(nn.BatchNorm1d(8)), r"1: BatchNorm1d cannot be fused; fold it"),
-    "LayerNorm, deep": (lambda: Stacked(nn.Linear(6, 8), nn.Sequential(nn.LayerNorm(8))), r"blocks\.1\.0: LayerNorm"),
+    "GroupNorm, deep": (lambda: Stacked(nn.Linear(6, 8), nn.Sequential(nn.GroupNorm(2, 8))), r"blocks\.1\.0: GroupN"),
+    "LayerNorm of inputs": (lambda: nn.Sequential(nn.LayerNorm(6), *plain()), r"0: LayerNorm: only Flatten"),
+    "LayerNorm of outputs": (
+        lambda: nn.Sequential(*plain(), nn.LayerNorm(3)),
+        r"3: LayerNorm: the outputs of the last",
+    ),
+    "LayerNorm, behind": (
+        with_parts(nn.ReLU(), nn.LayerNorm(8)),
+        "2: LayerNorm after 1: ReLU: put it between the Linear and",
+    ),
+    "LayerNorm, dropped": (with_parts(nn.Dropout(), nn.LayerNorm(8)), "2: LayerNorm after 1: Dropout: put it betw"),
+    "two norms": (with_parts(nn.RMSNorm(8), nn.LayerNorm(8)), "2: LayerNorm: a second norm on one layer, after 1: RMS"),
+    "LayerNorm of images": (with_parts(nn.LayerNorm((2, 4))), r"1: LayerNorm\(\(2, 4\).*: expected one width"),
+    "LayerNorm of others": (with_parts(nn.LayerNorm(4)), r"1: LayerNorm: LayerNorm\(\(4,\).* is given 8 features"),
+    "LayerNorm without weight": (
+        with_parts(nn.LayerNorm(8, elementwise_affine=False)),
+        "elementwise_affine=True, whose",
+    ),
+    "RMSNorm without eps": (with_parts(nn.RMSNorm(8, eps=0.0)), "and eps > 0"),
+    "LayerNorm and PReLU": (with_parts(nn.LayerNorm(8), nn.PReLU()), "prelu's slope is not learned beside normalised"),
     "Conv": (lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)), r"0: Conv2d .* FusedMLP"),
     "named": (lambda: nn.Sequential(nn.Linear(6, 8), Stacked(nn.Conv2d(1, 2, 3))), r"1\.blocks\.0: Conv2d"),
     "softmax": (lambda: nn.Sequential(*plain(), nn.Softmax(1)), r"3: Softmax .* CrossEntropyLoss takes logits"),
@@ -125,11 +172,35 @@ MODULES = {
     "tied": (tied, r"2\.weight and 0\.weight are one tensor; tied"),
     "parametrised": (normed, r"0: ParametrizedLinear cannot be fused"),
     "used twice": (lambda: Forward(lambda m, x: m.b(m.a(m.a(x)))), r"a\.weight and a\.weight are one tensor"),
-    "residual": (lambda: Forward(residual), line_of(residual, "return m.b(x + h)", "a branch or a second operand")),
-    "residual, deep": (lambda: Stacked(Forward(residual)), line_of(residual, "return m.b(x + h)", "a branch")),
-    "LayerNorm in a forward": (
-        lambda: Forward(normalising, norm=nn.LayerNorm(6)),
-        line_of(normalising, "return m.b(m.norm(m.a(x)))", "norm: LayerNorm cannot be fused"),
+    "residual": (
+        lambda: Forward(residual),
+        line_of(residual, "return m.b(x + h)", "Forward: residual connection: the"),
+    ),
+    "residual, deep": (
+        lambda: Stacked(Forward(residual)),
+        "Stacked: residual connection: the block adds the inputs of",
+    ),
+    "a difference": (lambda: Forward(subtracting), line_of(subtracting, "return m.b(x - h)", "a branch or a second")),
+    "blocks across": (
+        lambda: Forward(dense, block=nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6)), block2=nn.Linear(6, 6)),
+        line_of(dense, "y = x + m.block(x)", "Forward: residual connection: the block stands within another"),
+    ),
+    "blocks within": (with_block(*TWO, Block(*TWO)), "2: Block: residual connection: the block stands within another"),
+    "a short block": (with_block(nn.Linear(8, 8)), "the block has fewer than two Linears. What can be fused is x"),
+    "an empty block": (with_block(nn.Identity()), "the block has fewer than two Linears"),
+    "activation in front": (with_block(nn.ReLU(), *TWO), r"the block has 2\.0: ReLU at its beginning or after its sum"),
+    "norm in front": (with_block(nn.LayerNorm(8), *TWO), r"the block has 2\.0: LayerNorm at its beginning or after"),
+    "activation in the sum": (with_block(*TWO, nn.ReLU()), r"the block has 2\.2: ReLU after its last Linear; remove"),
+    "activation of the sum": (
+        lambda: nn.Sequential(*with_block(*TWO)()[:3], nn.ReLU()),
+        "has 3: ReLU at its beginning",
+    ),
+    "block at the end": (lambda: with_block(*TWO)()[:3], "the block has no Linear after it; add the output layer"),
+    "a broadcast sum": (with_block(nn.Linear(8, 5), nn.Linear(5, 1)), r"the block has the widths \[8, 5, 1\]"),
+    "uneven block": (with_block(nn.Linear(8, 5), nn.Linear(5, 4), nn.Linear(4, 8)), r"widths \[8, 5, 4, 8\]"),
+    "GroupNorm in a forward": (
+        lambda: Forward(grouping, norm=nn.GroupNorm(2, 6)),
+        line_of(grouping, "return m.b(m.norm(m.a(x)))", "norm: GroupNorm cannot be fused"),
     ),
     "functional dropout": (
         lambda: Forward(functional_dropout),
@@ -177,6 +248,11 @@ def test_modules(make, words):
     assert {name: parameter.data_ptr() for name, parameter in module.named_parameters()} == places
     assert [one.training for one in module.modules()] == modes
     assert not optimizer.state
+
+
+def test_fused_mlp_has_no_blocks():
+    with pytest.raises(ArgumentError, match=r"sizes: FusedMLP is a chain of layers; add within your module"):
+        FusedMLP([6, 8, Residual(8), 3])
 
 
 def test_homogeneous_activations_allow_dropout_in_front():

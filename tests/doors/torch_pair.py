@@ -34,6 +34,13 @@ def make(activation=nn.ReLU, *, dtype=torch.float64, dropout=None):
     return nn.Sequential(*parts).to(dtype)
 
 
+class Block(nn.Sequential):
+    """x + f(x), with f the modules."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
 def batch(rows=10, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, 6, generator=generator, dtype=dtype)

@@ -282,6 +282,7 @@ def test_the_tables_features_are_walked():
         "arrays",
         "table",
         "estimator",
+        "FusedMLP",
         *(name for one in FEATURES.values() for name in one.implies),
     }
     assert {name for pair in CONFLICTS for name in pair} <= walked

@@ -43,6 +43,7 @@ CONFLICTS = {
             **{card: f"{_CARD} {what}; use backend='numpy'" for card in ("triton", "cupy")},
         }.items()
     },
+    ("residual", "FusedMLP"): "sizes: FusedMLP is a chain of layers; add within your module, x + FusedMLP(...)(x)",
     # the fallback on a card has the core alone
     ("members", "cupy"): f"members: {_CORE} members that share weights{_OTHERS}",
     ("privacy", "cupy"): f"privacy: {_CORE} clipped rows and noise{_OTHERS}",

@@ -143,7 +143,7 @@ def _unrolled(entries: Sequence[Any]) -> tuple[tuple[int, ...], tuple[tuple[int,
     return tuple(widths), tuple(blocks)
 
 
-def _rolled(sizes: Sequence[int], blocks: Sequence[Sequence[int]]) -> list[int | Residual]:
+def rolled(sizes: Sequence[int], blocks: Sequence[Sequence[int]]) -> list[int | Residual]:
     """Invert ``_unrolled``."""
     entries: list[int | Residual] = list(sizes)
     for first, last in reversed(blocks):
@@ -363,7 +363,7 @@ class MLP(Description):
         check_keys("network", config, ("sizes", "activations", "dropouts", "init", "members", "norms", "blocks"))
         *hidden, output = (activation_from_config(one) for one in config["activations"])
         net = cls(
-            _rolled(config["sizes"], config["blocks"]),
+            rolled(config["sizes"], config["blocks"]),
             activation=hidden,
             output_activation=output,
             dropout=config["dropouts"][:-1],
@@ -393,7 +393,7 @@ class MLP(Description):
         options.append(f"init={self.init!r}")
         if self.members > 1:
             options.append(f"members={self.members}")
-        return f"MLP({_rolled(self.sizes, self.blocks)!r}, {', '.join(options)})"
+        return f"MLP({rolled(self.sizes, self.blocks)!r}, {', '.join(options)})"
 
 
 names_absent(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusemlp.describe.checks import as_count
+from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.network import MLP, Activation, as_activation
 from fusemlp.torch.autograd import Bindings, Chain, apply_chain
 from fusemlp.torch.modules import as_module
@@ -62,7 +63,7 @@ class FusedLinear(nn.Linear):
 
 
 class FusedMLP(nn.Module):
-    """A multi-layer perceptron with autograd whose layers are fused; arguments as ``fusemlp.MLP``.
+    """A multi-layer perceptron with autograd whose layers are fused; arguments as ``fusemlp.MLP``, without blocks.
 
     x (..., sizes[0]) to (..., sizes[-1]). ``state_dict`` has the keys of the plain ``nn.Sequential`` of Linear and
     activations: ``0.weight``, ``0.bias``, ``2.weight``, ... Dropout works in train mode; ``seed`` decides its masks
@@ -85,6 +86,7 @@ class FusedMLP(nn.Module):
         self.network = MLP(
             sizes, activation=activation, output_activation=output_activation, dropout=dropout, init="torch"
         )
+        check_together({**self.network.uses, "FusedMLP": True})
         self._seed: int | Tensor | None = None if seed is None else as_count("seed", seed, minimum=0)
         # A tensor: a compiled program would be compiled again for another number.
         self._calls = torch.zeros((), dtype=torch.int64, device="cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -10,15 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusemlp.describe.network import MLP, Activation
+from fusemlp.describe.blocks import NORMS, Normalisation
+from fusemlp.describe.network import MLP, Activation, rolled
 from fusemlp.inputs.arrays import Array
-from fusemlp.torch.trace import Part, inner_path, trace_parts
+from fusemlp.torch.trace import Part, Skip, inner_path, trace_parts
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DTypeError
 from fusemlp_kernels.pointwise import ACTIVATIONS
 
 # The kernels' names of torch's activations.
 NAMES: dict[type[nn.Module], str] = {getattr(nn, row.torch): name for name, row in ACTIVATIONS.items() if row.torch}
 _ROWS = {kind: ACTIVATIONS[name] for kind, name in NAMES.items()}
+_NORMS: dict[type[nn.Module], type[Normalisation]] = {getattr(nn, row.torch): row for row in NORMS.values()}
 
 
 def _not_negative(argument: str) -> tuple[Callable[[Any], bool], str]:
@@ -38,16 +40,22 @@ LIMITS: dict[type[nn.Module], tuple[Callable[[Any], bool], str]] = {
     nn.LogSoftmax: (lambda one: one.dim in (1, -1), "only LogSoftmax(dim=1), over the classes, can be fused"),
     # above the threshold torch is the identity, which differs by 2e-9 at 20
     nn.Softplus: (lambda one: one.beta == 1.0 and one.threshold >= 20.0, "expected beta 1 and a threshold >= 20"),
+    **dict.fromkeys(
+        _NORMS,
+        (
+            lambda one: one.elementwise_affine and len(one.normalized_shape) == 1 and one.eps != 0.0,
+            "expected one width, elementwise_affine=True, whose weight may be frozen, and eps > 0",
+        ),
+    ),
     nn.GELU: (lambda one: one.approximate == "none", "only the exact GELU() can be fused"),
 }
 SUPPORTED = (
-    f"Linear, {', '.join(kind.__name__ for kind in NAMES)}, Dropout, Flatten, and LogSoftmax at the end, in "
-    "nn.Sequential or in a forward that torch.fx can trace"
+    f"Linear, {', '.join(kind.__name__ for kind in (*_NORMS, *NAMES))}, Dropout, Flatten, residual connections, and "
+    "LogSoftmax at the end, in nn.Sequential or in a forward that torch.fx can trace"
 )
 INSTEAD = {
     "Softmax": "leave it out: CrossEntropyLoss takes logits and applies the softmax itself",
     "BatchNorm1d": "fold it into the Linear before it, or train that part with eager PyTorch",
-    "LayerNorm": "leave it out, or use FusedLinear within an eager module",
     "Conv2d": "keep the convolutions eager and use FusedMLP for the layers behind them",
     "CELU": "use ELU",
     "Hardtanh": "use Tanh",
@@ -77,6 +85,30 @@ class Normalise(nn.Module):
         return str(len(self.mean))
 
 
+class AddInput(nn.Module):
+    """Stands in ``ResidualSequential`` for a sum with the input of the module called ``start``."""
+
+    def __init__(self, start: str) -> None:
+        super().__init__()
+        self.start = start
+
+    def extra_repr(self) -> str:
+        """Return what stands in the parentheses of ``print(module)``."""
+        return f"{self.start!r}"
+
+
+class ResidualSequential(nn.Sequential):
+    """An ``nn.Sequential`` with residual blocks, each from the module that its ``AddInput`` names to this one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (rows, K) to (rows, N)."""
+        inputs = {}
+        for name, module in self._modules.items():
+            inputs[name] = x
+            x = x + inputs[module.start] if isinstance(module, AddInput) else module(x)
+        return x
+
+
 class Slot(NamedTuple):
     """A parameter, and its path as in ``named_parameters``."""
 
@@ -86,7 +118,7 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A module as a network. ``slots`` are its parameters by short names (w0, b0, s0), as far as present.
+    """A module as a network. ``slots`` are its parameters by short names (w0, b0, g0), as far as present.
 
     ``flattens``: x may have more than two dimensions. ``squeezes``: one output comes out as (m,), not (m, 1).
     ``normalise`` scales the inputs. ``log_softmax``: LogSoftmax follows the network's last layer.
@@ -108,8 +140,11 @@ class _Layer:
     """A Linear and the parts after it, during the reading."""
 
     linear: Part
+    norm: Part | None = None
     activation: Part | None = None
     dropout: Part | None = None
+    # the end of a residual connection after them
+    skip: Part | None = None
 
 
 def as_module(activation: Activation, **factory: Any) -> nn.Module:
@@ -117,6 +152,12 @@ def as_module(activation: Activation, **factory: Any) -> nn.Module:
     row = ACTIVATIONS[activation.name]
     slope = {row.argument: activation.slope} if row.argument else {}
     module: nn.Module = getattr(nn, str(row.torch))(**slope, **(factory if row.learned else {}))
+    return module
+
+
+def norm_module(norm: Normalisation, width: int, **factory: Any) -> nn.Module:
+    """Return torch's module of a normalisation of rows of ``width`` values, as ``as_module``."""
+    module: nn.Module = getattr(nn, norm.torch)(width, eps=norm.eps, **factory)
     return module
 
 
@@ -143,6 +184,7 @@ def read_module(module: nn.Module, *, always_drops: bool = False, may_normalise:
     for path, child in module.named_modules():
         refuse_hooks(f"module: {Part(path, child)} has hooks", *hooks_of(child))
     layers: list[_Layer] = []
+    blocks: list[tuple[int, int]] = []
     flattens = squeezes = log_softmax = False
     normalise: Normalise | None = None
     for part in _parts(Part("", module)):
@@ -150,9 +192,11 @@ def read_module(module: nn.Module, *, always_drops: bool = False, may_normalise:
         if kind is nn.Identity:
             continue
         if squeezes or log_softmax:
-            last = "LogSoftmax" if log_softmax else "the squeeze of the output"
-            raise ArgumentError(f"module: {part}: nothing can follow {last}")
-        if kind is nn.Linear:
+            end = "LogSoftmax" if log_softmax else "the squeeze of the output"
+            raise ArgumentError(f"module: {part}: nothing can follow {end}")
+        if kind is Skip:
+            _connect(part, layers, blocks)
+        elif kind is nn.Linear:
             layers.append(_Layer(part))
         elif kind is nn.Flatten and part.module.start_dim == 1:
             flattens = flattens or not layers
@@ -170,14 +214,18 @@ def read_module(module: nn.Module, *, always_drops: bool = False, may_normalise:
         elif kind is nn.LogSoftmax:
             log_softmax = True
         else:
-            _add(layers[-1], "dropout" if kind is nn.Dropout else "activation", part)
+            what = "dropout" if kind is nn.Dropout else "norm" if kind in _NORMS else "activation"
+            _add(layers[-1], what, part)
     if not layers:
         raise ArgumentError("module: has no Linear; there is nothing to train")
-    if layers[-1].dropout is not None:
-        raise ArgumentError(
-            f"module: {layers[-1].dropout}: dropout behind the last Linear would drop outputs; remove it"
-        )
-    network = _network(layers, always_drops)
+    last = layers[-1]
+    if last.dropout is not None:
+        raise ArgumentError(f"module: {last.dropout}: dropout behind the last Linear would drop outputs; remove it")
+    if last.norm is not None:
+        raise ArgumentError(f"module: {last.norm}: the outputs of the last Linear cannot be normalised; remove it")
+    if last.skip is not None:
+        raise _unfit(last.skip, "has no Linear after it; add the output layer")
+    network = _network(layers, blocks, always_drops)
     if squeezes and network.sizes[-1] != 1:
         raise ArgumentError(f"module: squeezes {network.sizes[-1]} outputs; only one output can be squeezed")
     slots = _slots(layers)
@@ -189,14 +237,14 @@ def _parts(part: Part) -> Iterator[Part]:
     """Yield the parts of a module in order; raises ArgumentError for one that the kernels lack."""
     path, module, line = part
     kind = type(module)
-    if kind in (nn.Linear, Normalise) or kind in NAMES or kind in LIMITS:
+    if kind in (nn.Linear, Normalise, Skip) or kind in NAMES or kind in LIMITS:
         fits, words = LIMITS.get(kind, (None, ""))
         if fits is not None and not fits(module):
             raise ArgumentError(f"module: {line}{f'{path}: ' if path else ''}{module!r}: {words}")
         yield part
         return
     if kind.forward is nn.Sequential.forward:
-        inner: Iterator[Part] = (Part(inner_path(path, name), child, line) for name, child in module._modules.items())
+        inner: Iterable[Part] = (Part(inner_path(path, name), child, line) for name, child in module._modules.items())
     elif kind.__module__.startswith("torch.") or not isinstance(kind.forward, FunctionType):
         advice = INSTEAD.get(
             kind.__name__, "remove it, or keep the model eager and use FusedLinear or FusedMLP within it"
@@ -209,18 +257,64 @@ def _parts(part: Part) -> Iterator[Part]:
 
 
 def _add(layer: _Layer, what: str, part: Part) -> None:
-    """Note the activation or the dropout of a layer; raises ArgumentError for a second one, and for a wrong order."""
+    """Note the norm, the activation or the dropout of a layer.
+
+    Raises ArgumentError for a second one, for a wrong order, and beside an end of a residual connection.
+    """
+    if layer.skip is not None:
+        raise _unfit(layer.skip, f"has {part} at its beginning or after its sum; only a Linear can stand there")
     before = getattr(layer, what)
     if before is not None:
         raise ArgumentError(f"module: {part}: a second {what} on one layer, after {before}; keep one")
+    if what == "norm":
+        later = layer.activation or layer.dropout
+        if later is not None:
+            raise ArgumentError(f"module: {part} after {later}: put it between the Linear and its activation")
+        width = layer.linear.module.out_features
+        if part.module.normalized_shape[0] != width:
+            raise ArgumentError(f"module: {part}: {part.module!r} is given {width} features")
     # With f(a z) = a f(z) for a >= 0, dropout before the activation equals dropout after it.
-    if layer.dropout is not None and not _ROWS[type(part.module)].homogeneous:
+    elif layer.dropout is not None and not _ROWS[type(part.module)].homogeneous:
         raise ArgumentError(f"module: {part} after {layer.dropout}: put the Dropout behind the activation")
     setattr(layer, what, part)
 
 
-def _network(layers: list[_Layer], always_drops: bool) -> MLP:
-    activations, rates = [], []
+def _unfit(skip: Part, words: str) -> ArgumentError:
+    return ArgumentError(
+        f"module: {skip.line}{skip.path}: the block {words}. What can be fused is x + f(x) behind a hidden layer; "
+        "f has two Linears or more, all but the last of one width, and the last of that of x, without an activation; "
+        "else keep the model eager and use FusedLinear within it"
+    )
+
+
+def _connect(part: Part, layers: list[_Layer], blocks: list[tuple[int, int]]) -> None:
+    """Begin or end a residual block; ``blocks`` has -1 for the last layer of one that has begun.
+
+    Raises ArgumentError for one that is no ``Residual`` of a network.
+    """
+    if not layers:
+        raise _unfit(part, "adds the inputs of the module; put a Linear before it")
+    begun = bool(blocks) and blocks[-1][1] < 0
+    layers[-1].skip = part
+    if part.module.begins:
+        if begun:
+            raise _unfit(part, "stands within another, or across it")
+        blocks.append((len(layers), -1))
+        return
+    start = blocks[-1][0]
+    blocks[-1] = start, len(layers) - 1
+    if len(layers) < start + 2:
+        raise _unfit(part, "has fewer than two Linears")
+    extra = layers[-1].norm or layers[-1].activation or layers[-1].dropout
+    if extra is not None:
+        raise _unfit(part, f"has {extra} after its last Linear; remove it")
+    widths = [layer.linear.module.out_features for layer in layers[start - 1 :]]
+    if widths[-1] != widths[0] or len({*widths[1:-1]}) > 1:
+        raise _unfit(part, f"has the widths {widths}")
+
+
+def _network(layers: list[_Layer], blocks: list[tuple[int, int]], always_drops: bool) -> MLP:
+    activations, rates, norms = [], [], []
     sizes = [layers[0].linear.module.in_features]
     for layer in layers:
         linear, drop = layer.linear.module, layer.dropout and layer.dropout.module
@@ -231,7 +325,21 @@ def _network(layers: list[_Layer], always_drops: bool) -> MLP:
         argument = _ROWS[type(chosen)].argument
         activations.append(Activation(NAMES[type(chosen)], getattr(chosen, argument) if argument else None))
         rates.append(drop.p if drop is not None and (drop.training or always_drops) else 0.0)
-    return MLP(sizes, activation=activations[:-1], output_activation=activations[-1], dropout=rates[:-1], init="torch")
+        norms.append(None if layer.norm is None else _normalisation(layer.norm.module))
+    return MLP(
+        rolled(sizes, blocks),
+        activation=activations[:-1],
+        output_activation=activations[-1],
+        dropout=rates[:-1],
+        init="torch",
+        norm=norms[:-1],
+    )
+
+
+def _normalisation(module: Any) -> Normalisation:
+    # RMSNorm's None is the eps of its input's type
+    eps = torch.finfo(module.weight.dtype).eps if module.eps is None else module.eps
+    return _NORMS[type(module)](eps)
 
 
 def _slots(layers: list[_Layer]) -> dict[str, Slot]:
@@ -243,6 +351,10 @@ def _slots(layers: list[_Layer]) -> dict[str, Slot]:
         places = [("w", "weight", layer.linear)]
         if layer.linear.module.bias is not None:
             places.append(("b", "bias", layer.linear))
+        if layer.norm is not None:
+            places.append(("g", "weight", layer.norm))
+            if getattr(layer.norm.module, "bias", None) is not None:
+                places.append(("c", "bias", layer.norm))
         if layer.activation is not None and isinstance(layer.activation.module, nn.PReLU):
             places.append(("s", "weight", layer.activation))
         for short, name, part in places:

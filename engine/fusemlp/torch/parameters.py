@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fusemlp.describe.losses import CrossEntropy, OwnLoss
+from fusemlp.describe.network import NORM
 from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
 from fusemlp.engine import Engine
 from fusemlp.program.layout import short_names
@@ -28,8 +29,9 @@ def to_torch(engine: Engine) -> nn.Sequential:
     """Return the engine's network as an ``nn.Sequential`` on the CPU with copies of its parameters, in train mode.
 
     Its ``state_dict`` has the keys of ``engine.state_dict()``. Dropout layers have names such as ``1_dropout``, so the
-    numbers of the other layers do not change. The module of an engine that normalises its inputs starts with a layer
-    ``normalise``, which does so. The loss is not included: a classifier returns logits.
+    numbers of the other layers do not change, and sums of residual blocks names such as ``5_sum``. The module of an
+    engine that normalises its inputs starts with a layer ``normalise``, which does so. The loss is not included: a
+    classifier returns logits.
     """
     if not isinstance(engine, Engine):
         raise ArgumentTypeError(f"engine: expected a fusemlp.Engine, got {engine!r}")
@@ -38,16 +40,21 @@ def to_torch(engine: Engine) -> nn.Sequential:
     net.check_single("engine", "to_torch")
     state = {name: torch.from_numpy(array) for name, array in engine.state_dict().items()}
     dtype = next(iter(state.values())).dtype
-    module = nn.Sequential()
+    module = modules.ResidualSequential() if net.blocks else nn.Sequential()
+    starts = {last: first for first, last in net.blocks}
     if engine.scaling.scale is not None:
         module.add_module("normalise", modules.Normalise(engine.scaling.scale.mean, engine.scaling.scale.scale))
     for layer, (inputs, outputs) in enumerate(zip(net.sizes, net.sizes[1:], strict=False)):
         module.add_module(str(2 * layer), nn.Linear(inputs, outputs, dtype=dtype))
-        chosen, name = net.activations[layer], str(2 * layer + 1)
+        norm, chosen, name = net.norm(layer), net.activations[layer], str(2 * layer + 1)
+        if norm is not None:
+            module.add_module(f"{2 * layer}{NORM}", modules.norm_module(norm, outputs, dtype=dtype))
         if chosen.name != "identity":
             module.add_module(name, modules.as_module(chosen, dtype=dtype))
         if net.dropouts[layer]:
             module.add_module(f"{name}_dropout", nn.Dropout(net.dropouts[layer]))
+        if layer in starts:
+            module.add_module(f"{name}_sum", modules.AddInput(str(2 * starts[layer])))
     module.load_state_dict(state)
     return module
 

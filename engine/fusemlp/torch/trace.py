@@ -1,7 +1,7 @@
 """Trace a module's ``forward`` into a chain of modules with ``torch.fx``.
 
-The traced graph must be a chain: one input, each result used once. A forward that reads ``self.training`` gives two
-graphs, one a mode, and they must be equal.
+The traced graph must be a chain: one input, each result used once, but for sums with an earlier result, a residual
+connection. A forward that reads ``self.training`` gives two graphs, one a mode, and they must be equal.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from traceback import extract_tb
 from typing import Any, NamedTuple
@@ -46,13 +47,22 @@ class Part(NamedTuple):
         return f"{self.path}: {kind}" if self.path else kind
 
 
+@dataclass(frozen=True)
+class Skip:
+    """The module of a part that is an end of a residual connection: where it begins, or its sum."""
+
+    begins: bool
+
+
 def inner_path(path: str, name: str) -> str:
     """Return the path of a child or parameter of the module at ``path``."""
     return f"{path}.{name}" if path else name
 
 
-def trace_parts(part: Part) -> Iterator[Part]:
-    """Yield the children and functions that ``forward`` calls, in order; functions as modules that do the same.
+def trace_parts(part: Part) -> list[Part]:
+    """Return the children and functions that ``forward`` calls, in order.
+
+    Functions are modules that do the same, and there is a ``Skip`` at both ends of a residual connection.
 
     Raises ArgumentError, with the operation's name, if it is no chain or cannot be fused.
     """
@@ -75,8 +85,15 @@ def trace_parts(part: Part) -> Iterator[Part]:
     return _chain(graph, part)
 
 
+class _Tracer(fx.Tracer):
+    """Goes into the user's modules, and not into those of this package."""
+
+    def is_leaf_module(self, module: nn.Module, path: str) -> bool:
+        return type(module).__module__.startswith("fusemlp.") or super().is_leaf_module(module, path)
+
+
 def _graph(part: Part) -> fx.Graph:
-    tracer = fx.Tracer()
+    tracer = _Tracer()
     tracer.record_stack_traces = True
     try:
         return tracer.trace(part.module)
@@ -116,12 +133,16 @@ def _last(places: Sequence[tuple[str, Any, str | None]]) -> str:
     return ""
 
 
-def _chain(graph: fx.Graph, part: Part) -> Iterator[Part]:
+def _chain(graph: fx.Graph, part: Part) -> list[Part]:
+    parts: list[Part] = []
+    # the number of parts up to a result
+    lengths: dict[fx.Node, int] = {}
     current: fx.Node | None = None
     for node in graph.nodes:
         if node.op == "placeholder":
             if current is None:
                 current = node
+                lengths[node] = 0
             elif node.users or not node.args:
                 raise ArgumentError(
                     f"module: {part}: {_line_of_forward(part)}forward takes a second input, {node.target!r}; one can "
@@ -133,21 +154,34 @@ def _chain(graph: fx.Graph, part: Part) -> Iterator[Part]:
                 raise ArgumentError(
                     f"module: {part}: {_line_of_forward(part)}forward must return the one result of its last operation"
                 )
-            return
+            break
         if _is_shape(node):
             continue
         inputs = [source for source in node.all_input_nodes if not _is_shape(source)]
-        if node.op == "get_attr" or inputs != [current]:
+        if _is_sum(node) and len(inputs) == 2 and current in inputs:
+            (start,) = {*inputs} - {current}
+            path, line = f"{part}: residual connection", _line(node)
+            parts.insert(lengths[start], Part(path, Skip(begins=True), line))
+            parts.append(Part(path, Skip(begins=False), line))
+        elif node.op == "get_attr" or inputs != [current]:
             raise ArgumentError(
-                f"module: {part}: {_line(node)}a branch or a second operand, such as a residual connection; only a "
-                "chain of layers can be fused. Keep the model eager and use FusedLinear or FusedMLP within it"
+                f"module: {part}: {_line(node)}a branch or a second operand; only a chain of layers and residual "
+                "connections such as x + self.block(x) can be fused. Keep the model eager and use FusedLinear or "
+                "FusedMLP within it"
             )
-        if node.op == "call_module":
+        elif node.op == "call_module":
             target = str(node.target)
-            yield Part(inner_path(part.path, target), part.module.get_submodule(target), _line(node))
+            parts.append(Part(inner_path(part.path, target), part.module.get_submodule(target), _line(node)))
         else:
-            yield _operation(node, part)
+            parts.append(_operation(node, part))
         current = node
+        lengths[node] = len(parts)
+    return parts
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """Return whether the node adds tensors: ``x + y``, ``torch.add(x, y)`` or ``x.add(y)``."""
+    return node.target in (operator.add, torch.add, "add") and not node.kwargs
 
 
 def _is_shape(node: fx.Node) -> bool:
