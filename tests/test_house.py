@@ -15,7 +15,7 @@ BUDGETS = {
     "engine/fusemlp/fleet": 1_860,
     "engine/fusemlp/inputs": 1_440,
     "engine/fusemlp/program": 1_800,
-    "engine/fusemlp/report": 2_670,
+    "engine/fusemlp/report": 2_690,
     "engine/fusemlp/runtime": 3_990,
     "engine/fusemlp/sklearn": 2_900,
     "engine/fusemlp/tables": 2_010,

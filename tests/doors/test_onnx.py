@@ -9,7 +9,7 @@ import pytest
 from graphs import graph_outputs
 
 import fusemlp
-from fusemlp import ELU, MLP, ArgumentError, Engine, MissingLibraryError
+from fusemlp import ELU, MLP, ArgumentError, Engine, MissingLibraryError, Residual
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp_kernels.contract import ACTIVATIONS
 
@@ -72,6 +72,17 @@ def test_members_give_their_mean_prediction(loss, outputs, precision, tmp_path):
     drawn = np.random.default_rng(4)
     state = engine.state_dict()
     engine.load_state_dict({name: value + drawn.normal(size=value.shape) * 0.5 for name, value in state.items()})
+    check(engine, X, tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("norm", [None, "layer", fusemlp.LayerNorm(0.5), "rms", fusemlp.RMSNorm(0.5)], ids=str)
+def test_normalised_layers_and_residual_blocks(norm, precision, tmp_path):
+    net = MLP([WIDTH, 8, Residual(12), Residual(5, 3), 7, 3], activation="silu", norm=norm, init="torch")
+    engine = Engine(net, precision=precision, backend="numpy")
+    drawn = np.random.default_rng(4)
+    state = engine.state_dict()
+    engine.load_state_dict({name: value + drawn.normal(size=value.shape) * 0.3 for name, value in state.items()})
     check(engine, X, tmp_path / "net.onnx")
 
 

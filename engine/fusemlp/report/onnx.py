@@ -30,6 +30,7 @@ import numpy as np
 
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import caller_level
+from fusemlp.describe.network import MLP, NORM
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.onnx_graph import INPUT, Graph, network_input
 from fusemlp.runtime.files import check_finite, checked_metadata, target_file, write_atomically
@@ -91,12 +92,24 @@ def onnx_bytes(
     if engine.network.members > 1:
         name = _mean_of_members(graph, name, engine, parameters)
     else:
-        for layer, activation in enumerate(engine.network.activations):
-            tensors = [graph.constant(parameters[key], key) for key in (f"{2 * layer}.weight", f"{2 * layer}.bias")]
-            name = graph.add("Gemm", name, *tensors, transB=1)
-            name = graph.activation(name, activation, parameters.get(f"{2 * layer + 1}.weight"))
+        name = _last_layer(graph, name, engine.network, parameters)
     _add_outputs(graph, name, engine, preprocessor, labels)
     return graph.to_bytes(engine, about)
+
+
+def _last_layer(graph: Graph, name: str, net: MLP, parameters: Mapping[str, Array]) -> str:
+    """Append the layers of a network without members; return the name of its output."""
+    starts, inputs = {last: first for first, last in net.blocks}, []
+    for layer, activation in enumerate(net.activations):
+        inputs.append(name)
+        tensors = [graph.constant(parameters[key], key) for key in (f"{2 * layer}.weight", f"{2 * layer}.bias")]
+        name = graph.add("Gemm", name, *tensors, transB=1)
+        if (norm := net.norm(layer)) is not None:
+            keys = [key for key in (f"{2 * layer}{NORM}.weight", f"{2 * layer}{NORM}.bias") if key in parameters]
+            name = graph.normalised(name, norm, *(graph.constant(parameters[key], key) for key in keys))
+        name = graph.activation(name, activation, parameters.get(f"{2 * layer + 1}.weight"))
+        name = graph.add("Add", name, inputs[starts[layer]]) if layer in starts else name
+    return name
 
 
 def _mean_of_members(graph: Graph, name: str, engine: Session, parameters: Mapping[str, Array]) -> str:

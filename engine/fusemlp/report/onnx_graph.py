@@ -19,6 +19,7 @@ from fusemlp._version import __version__
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.scaling import CLIP, KNEE, Knots, limits
 from fusemlp.datasets.textfiles import MISSING
+from fusemlp.describe.blocks import LayerNorm, Normalisation
 from fusemlp.describe.network import Activation
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.session import Session
@@ -95,6 +96,14 @@ class Graph:
         """Return the declaration of an input or output of the graph: ``shape`` is that of a row."""
         kind = np.dtype(object if np.dtype(dtype).kind == "U" else dtype)
         return self.helper.make_tensor_value_info(name, self.helper.np_dtype_to_tensor_dtype(kind), ["rows", *shape])
+
+    def normalised(self, z: str, norm: Normalisation, weight: str, *bias: str) -> str:
+        if isinstance(norm, LayerNorm):
+            return self.add("LayerNormalization", z, weight, *bias, epsilon=norm.eps)
+        # an operator of its own only from opset 23 on
+        mean = self.add("ReduceMean", self.add("Mul", z, z), self.constant(np.array([1])))
+        root = self.add("Sqrt", self.add("Add", mean, self.constant(norm.eps)))
+        return self.add("Mul", self.add("Div", z, root), weight)
 
     def activation(self, z: str, activation: Activation, slope: Array | None) -> str:
         row, fixed = ROWS[activation.name], activation.fixed_slope
