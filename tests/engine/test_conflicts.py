@@ -100,6 +100,7 @@ FEATURES = {
     "lr_find": Feature(door="lr_find"),
     "step": Feature(door="step"),
     "loss by inputs": Feature(door="loss by inputs"),
+    "bounds": Feature(door="bounds"),
     "fleet": Feature(door="fleet"),
 }
 
@@ -108,8 +109,9 @@ KERNEL = "plan: the triton backend's resident kernel"
 ELSEWHERE = {
     **{
         frozenset({"measured rows", name}): "normalise: no rows were measured yet"
-        for name in ("step", "batches", "loss by inputs")
+        for name in ("step", "batches", "loss by inputs", "bounds")
     },
+    frozenset({"members", "bounds"}): "eps: interval bounds",
     frozenset({"members", "loss by inputs"}): "X: the gradient by the inputs",
     **{
         frozenset({name, "balanced"}): "class_weight: it needs one class for each row"
@@ -128,6 +130,7 @@ def together(first, second):
     both = Feature(*({**one, **other} for one, other in sections), "".join(doors), first.implies + second.implies)
     door = {
         "loss by inputs": (),
+        "bounds": (),
         "fleet": inspect.signature(Fleet.fit).parameters.keys() - {"y"},
         "step": (),
         "lr_find": (),
@@ -169,6 +172,8 @@ def train(case):
         engine.step(X[:BATCH], y[:BATCH])
     elif case.door == "loss by inputs":
         engine.input_gradient(X, y)
+    elif case.door == "bounds":
+        engine.bounds(X, 0.1)
     elif case.door == "lr_find":
         engine.lr_find(X, y, steps=20)
     elif "y" in fit:
@@ -282,6 +287,7 @@ def test_the_tables_features_are_walked():
         "arrays",
         "table",
         "estimator",
+        "models",
         "FusedMLP",
         *(name for one in FEATURES.values() for name in one.implies),
     }

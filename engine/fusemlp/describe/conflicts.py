@@ -38,12 +38,15 @@ CONFLICTS = {
         for other, words in {
             "members": f"members share no {what} so far; make the network with members=1",
             "prelu": f"prelu's slope is not learned beside {what}; use leaky_relu",
+            "bounds": f"interval bounds do not go through {what}; use an attack, PGD(eps)",
+            "models": f"{{models}} networks with {what} cannot be merged; train a single model",
             "privacy": f"private training clips each row's gradient, and has none for {what}; leave privacy out",
             "IBP": f"interval bounds do not go through {what}; train against PGD(eps)",
             **{card: f"{_CARD} {what}; use backend='numpy'" for card in ("triton", "cupy")},
         }.items()
     },
     ("residual", "FusedMLP"): "sizes: FusedMLP is a chain of layers; add within your module, x + FusedMLP(...)(x)",
+    ("prelu", "models"): "models: {models} networks with prelu cannot be merged; use leaky_relu, or a single model",
     # the fallback on a card has the core alone
     ("members", "cupy"): f"members: {_CORE} members that share weights{_OTHERS}",
     ("privacy", "cupy"): f"privacy: {_CORE} clipped rows and noise{_OTHERS}",

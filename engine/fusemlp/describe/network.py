@@ -284,6 +284,32 @@ class MLP(Description):
             **{"falling activation": falling},
         )
 
+    def but(self, **changes: Any) -> MLP:
+        """Return the network with other arguments of the constructor."""
+        arguments = {
+            "sizes": rolled(self.sizes, self.blocks),
+            "activation": self.activations[:-1],
+            "output_activation": self.activations[-1],
+            "dropout": self.dropouts[:-1],
+            "init": self.init,
+            "members": self.members,
+            "norm": self.norms[:-1] or None,
+        }
+        return MLP(**{**arguments, **changes})
+
+    def blocks_of(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Return the residual blocks of the layers from ``start`` to before ``stop``, counted from there.
+
+        Raises ArgumentError if ``start`` or ``stop`` cuts a block, or parts it from the layer before it.
+        """
+        for first, last in self.blocks:
+            if first <= start <= last or first < stop <= last:
+                cut = start if first <= start <= last else stop
+                raise ArgumentError(
+                    f"layers: {cut} cuts the residual block of layers {first + 1} to {last + 1}; take {last + 1}"
+                )
+        return [(first - start, last - start) for first, last in self.blocks if start <= first and last < stop]
+
     def norm(self, layer: int) -> Normalisation | None:
         """Return what the rows of a layer are normalised by before its activation; None if by nothing."""
         return self.norms[layer] if self.norms else None

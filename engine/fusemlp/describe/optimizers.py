@@ -11,7 +11,7 @@ Options of all of them, by keyword:
 - ``ema``: 0, or the decay of a moving average of the parameters, such as 0.999 (Polyak and Juditsky, 1992): training
   goes on from the parameters, and all else reads the average: ``predict``, validation, ``state_dict``, files
 - ``accumulate``: the number of batches whose mean gradient makes one update
-- ``decay_biases``: False excludes the biases, the PReLU slopes and members' factors from weight decay
+- ``decay_biases``: False excludes the biases, the PReLU slopes, normalisations and members' factors from weight decay
 - ``per_parameter``: a mapping of patterns (as in file names: ``0.*``, ``*.bias``) to ``ParameterOptions``;
   the first pattern that matches a parameter's name decides
 """
@@ -219,9 +219,10 @@ for _cls in OPTIMIZERS.values():
 
 
 def _is_bias_or_slope(name: str) -> bool:
-    """Tell by a name: layer l's weight and bias have the number 2l, its PReLU slope 2l + 1; members' factors count."""
+    """Tell by a name: layer l's weight has the number 2l, its PReLU slope 2l + 1, its normalisation none; members'
+    factors count."""
     number, _, tensor = name.partition(".")
-    return tensor != "weight" or int(number) % 2 == 1
+    return tensor != "weight" or not number.isdigit() or int(number) % 2 == 1
 
 
 def as_optimizer(value: str | Optimizer) -> Optimizer:

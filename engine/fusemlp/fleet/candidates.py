@@ -143,16 +143,19 @@ def _fault(base: Candidate) -> str:
 def _network(net: MLP, parameters: Mapping[str, Any]) -> MLP:
     if not parameters.keys() & set(OF_NETWORK):
         return net
-    hidden = parameters.get("hidden", net.sizes[1:-1])
+    if "hidden" not in parameters:
+        return net.but(dropout=parameters["dropout"])
+    if net.blocks:
+        raise ArgumentError(f"hidden: expected a network without residual blocks, got {net!r}; vary other parameters")
+    hidden = parameters["hidden"]
     hidden = (hidden,) if isinstance(hidden, str) or not isinstance(hidden, Iterable) else hidden
     hidden = tuple(as_count("hidden", width, minimum=1) for width in hidden)
     sizes = [net.sizes[0], *hidden, net.sizes[-1]]
-    return MLP(
-        sizes,
-        activation=_repeated("activation", net.activations[:-1], len(sizes) - 2, "relu"),
-        output_activation=net.activations[-1],
-        dropout=parameters.get("dropout", _repeated("dropout", net.dropouts[:-1], len(sizes) - 2, 0.0)),
-        init=net.init,
+    return net.but(
+        sizes=sizes,
+        activation=_repeated("activation", net.activations[:-1], len(hidden), "relu"),
+        dropout=parameters.get("dropout", _repeated("dropout", net.dropouts[:-1], len(hidden), 0.0)),
+        norm=_repeated("norm", net.norms[:-1], len(hidden), None),
     )
 
 

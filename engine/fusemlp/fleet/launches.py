@@ -41,7 +41,8 @@ def signature(engine: Engine) -> tuple[Any, ...]:
     net = engine.network
     trained = tuple(name for name in net.parameter_shapes() if engine.optimizer.options_for(name)[0])
     activations = tuple(activation.name for activation in net.activations)
-    return net.sizes, activations, trained, engine.optimizer.rule().states, engine.batch_size
+    states = engine.optimizer.rule().states
+    return net.sizes, activations, net.norms, net.blocks, trained, states, engine.batch_size
 
 
 def common_plan(engines: Sequence[Engine], batch_size: int, plan: str = "auto") -> tuple[str, str]:

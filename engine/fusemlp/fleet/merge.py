@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from fusemlp.datasets.rows import Fold
+from fusemlp.describe.conflicts import CONFLICTS, check_together
 from fusemlp.describe.network import MLP
 from fusemlp.engine import Engine
 from fusemlp.fleet.results import Member
@@ -20,9 +21,10 @@ from fusemlp_kernels.errors import ArgumentError, DivergenceError
 FEW_ROWS, LEAST_ROWS, MODELS = 100_000, 40, 5
 
 
-def default_models(rows: int, activations: Sequence[str]) -> int:
+def default_models(rows: int, net: MLP) -> int:
     """Return how many models a table of ``rows`` rows trains, to be merged, unless the caller decides."""
-    return MODELS if LEAST_ROWS <= rows <= FEW_ROWS and "prelu" not in activations else 1
+    mergeable = not any((feature, "models") in CONFLICTS for feature in net.uses)
+    return MODELS if LEAST_ROWS <= rows <= FEW_ROWS and mergeable else 1
 
 
 def merged(engines: Sequence[Engine]) -> Engine:
@@ -32,7 +34,8 @@ def merged(engines: Sequence[Engine]) -> Engine:
     weights as blocks on the diagonal, the last has them in one row, divided by the number of members. For a regression
     the prediction is the mean; for classes the probabilities are the geometric mean, made to add up to 1. Dropout is
     left out. Inputs are normalised as by the engines; if they differ in that, the scales are in the first layer. The
-    history is ``mean_history``, the inverse ``members``. Raises ArgumentError for prelu, whose slope is of a layer.
+    history is ``mean_history``, the inverse ``members``. Raises ArgumentError for what is of a layer, prelu's slope
+    and normalisations, and for residual blocks.
     """
     first = engines[0]
     if len(engines) == 1:
@@ -119,9 +122,7 @@ def _member(engine: Engine, place: int) -> Engine:
 
 def _like(first: Engine, widths: Sequence[int], parameters: dict[str, Array], *, normalise: bool | None) -> Engine:
     """Return an engine of these widths and parameters without dropout, in all else as ``first``."""
-    *hidden, output = first.network.activations
-    net = MLP(widths, activation=hidden, output_activation=output, init=first.network.init)
-    engine = first.like(Engine, net=net, normalise=normalise)
+    engine = first.like(Engine, net=first.network.but(sizes=widths, dropout=0.0, members=1), normalise=normalise)
     engine.load_state_dict(parameters)
     return engine
 
@@ -138,8 +139,8 @@ def _of_raw_inputs(engine: Engine) -> dict[str, Array]:
 
 def check_mergeable(net: MLP, models: int) -> None:
     """Raise ArgumentError if this many networks like ``net`` cannot be merged."""
-    if models > 1 and any(activation.name == "prelu" for activation in net.activations):
-        raise ArgumentError(f"models: {models} networks with prelu cannot be merged; use leaky_relu, or a single model")
+    if models > 1:
+        check_together({**net.uses, "models": models})
 
 
 def sound(members: Sequence[Member]) -> dict[int, Engine]:

@@ -57,13 +57,13 @@ def lower(step: Step) -> Program:
 def plain(step: Step) -> Program:
     """Return the program of a step before its passes."""
     build = MembersBuilder(step) if step.net.members > 1 else Builder(step)
-    for layer in range(step.gradient or 0, build.last):
+    for layer in range(step.gradient or 0, step.layers or build.last):
         build.hidden(layer)
     if step.spec is not None and step.spec.kind == OWN:
         build.own_loss(step.spec)
     elif step.spec is not None:
         build.loss(step.spec)
-    elif step.gradient is None or build.top > build.last:
+    elif step.layers is None and (step.gradient is None or build.top > build.last):
         build.outputs("y", build.activation(build.last))
     build.backward()
     if step.rule is not None:

@@ -50,6 +50,7 @@ class Step(NamedTuple):
     With ``gradient`` 0 a forward pass goes back to dx, the gradient by x: of the loss, or without ``spec`` of the
     outputs weighed by the data ``seed`` (batch_size, N). With ``gradient`` 1 it begins at h1, the first hidden layer's
     output, which is data (so is z1 where the derivative needs it), and ends at dz1. Nothing is dropped.
+    With ``layers`` a forward pass ends at h of that number, the output of a hidden layer.
     """
 
     net: MLP
@@ -68,4 +69,5 @@ class Step(NamedTuple):
     most_parts: int = 1
     resident: bool = False
     gradient: int | None = None
+    layers: int | None = None
     passes: tuple[Pass, ...] = ()

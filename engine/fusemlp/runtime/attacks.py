@@ -21,6 +21,7 @@ import numpy as np
 
 from fusemlp.describe.adversarial import Adversary, Attack, as_attack
 from fusemlp.describe.checks import as_number
+from fusemlp.describe.conflicts import check_together
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.runtime.forward import LARGEST
 from fusemlp_kernels import pointwise
@@ -135,6 +136,7 @@ class Propagation:
 
     def __init__(self, engine: Session) -> None:
         net, state = engine.network, engine.memory.evaluated_tensors()
+        check_together({**net.uses, "bounds": True})
         on_host = engine.memory.backend.traits.on_host
         self.arithmetic = (ON_HOST if on_host else ARITHMETIC)[engine.precision]
         self.scale = engine.scaling.scale

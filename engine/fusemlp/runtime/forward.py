@@ -67,19 +67,16 @@ class ForwardPass:
         spec: LossSpec | None = None,
         class_weight: Any | None = None,
         *,
-        weighted: bool = False,
         net: MLP | None = None,
-        gradient: int | None = None,
-        coding: Coding | None = None,
+        **options: Any,
     ) -> BoundProgram:
         """Return the pass over ``rows`` rows up to the outputs, or with ``spec`` up to the loss.
 
-        ``net`` is the first layers of the network, ``gradient`` as in ``Step``, ``coding`` that of the rows.
+        ``net`` stands for the network; ``options`` as in ``bind``.
         """
-        key = (net, rows, spec, class_weight is not None, weighted, gradient, coding)
+        key = (net, rows, spec, class_weight is not None, *sorted(options.items()))
         bound = self._bound.get(key)
         if bound is None:
-            options: dict[str, Any] = {"weighted": weighted, "gradient": gradient, "coding": coding}
             bound = self.bind(net or self.net, rows, spec, class_weight, **options)
             self._bound[key] = bound
         return bound
@@ -93,11 +90,15 @@ class ForwardPass:
         *,
         weighted: bool = False,
         gradient: int | None = None,
+        layers: int | None = None,
         coding: Coding | None = None,
         arrays: Mapping[str, Any] | None = None,
         workspace: Workspace | None = None,
     ) -> BoundProgram:
-        """Return a new program as ``program`` describes it; ``arrays`` are those of its data."""
+        """Return a new program as ``program`` describes it.
+
+        ``gradient`` and ``layers`` are as in ``Step``, ``coding`` is that of the rows, ``arrays`` those of the data.
+        """
         memory = self.memory
         shared = net.members > 1
         inputs = Inputs(rows, shared, weighted, class_weight is not None, coding)
@@ -107,7 +108,7 @@ class ForwardPass:
             bound_arrays["class_weight"] = class_weight
         if shared:
             bound_arrays["rows"] = member_rows(memory.backend, rows, net.members)
-        program = lower(Step(net, rows, traits, memory.layout, inputs, spec, *sizes, gradient=gradient))
+        program = lower(Step(net, rows, traits, memory.layout, inputs, spec, *sizes, gradient=gradient, layers=layers))
         bound = BoundProgram(program, memory, workspace or self.workspace, bound_arrays)
         if "unit" in program.values:
             memory.backend.copy_into(bound.arrays["unit"], np.eye(net.sizes[-1], dtype=self.real))
@@ -135,15 +136,16 @@ class ForwardPass:
                 # Rows left from an earlier batch must not reach the sums, if there are any.
                 bound.arrays[name][count:] = 0
 
-    def outputs(self, X: Any, net: MLP | None = None) -> Array:
-        """Return the outputs (n * members, N) for X (n, K) of the network, or of ``net``, its first layers.
+    def outputs(self, X: Any, net: MLP | None = None, layers: int | None = None) -> Array:
+        """Return the outputs (n * members, N) for X (n, K) of the network, or of ``net``, its first layer.
 
-        Those of the members for a row follow one another.
+        Those of the members for a row follow one another. With ``layers`` they are of that many layers.
         """
         rows = self.rows_for(len(X))
         coding = coding_of(X)
         inputs = X if coding is None else X.codes
-        return self._collected("y", self.program(rows, net=net, coding=coding), rows, {"x": inputs})
+        bound = self.program(rows, net=net, coding=coding, layers=layers)
+        return self._collected(f"h{layers}" if layers else "y", bound, rows, {"x": inputs})
 
     def input_gradient(
         self,
@@ -155,7 +157,7 @@ class ForwardPass:
     ) -> Array:
         """Return the gradient by X (n, K) of the loss ``spec``, a sum over rows, or of outputs weighed by ``seed``.
 
-        ``arrays`` holds ``target``, or ``seed`` (n, N) for the network or its first layers ``net``.
+        ``arrays`` holds ``target``, or ``seed`` (n, N) for the network or its first layer ``net``.
         """
         rows = self.rows_for(len(X))
         bound = self.program(rows, spec, class_weight, net=net, gradient=0)
@@ -184,20 +186,16 @@ class ForwardPass:
         ``decays``: do not count units that weight decay has emptied, which cost the network nothing.
         """
         rows = self.rows_for(len(X))
-        bound = self.bind(self.first(layer + 1), rows, coding=coding_of(X))
+        bound = self.bind(self.net, rows, layers=layer + 1, coding=coding_of(X))
         silent = np.ones(self.net.sizes[layer + 1], np.bool_)
         self.memory.read_evaluated(self.trained)
         for start, stop in self.batches(bound, rows, {"x": codes_of(X)}):
-            silent &= ~np.any(self.memory.backend.to_host(bound.arrays["y"][: stop - start]) != 0.0, axis=0)
+            outputs = bound.arrays[f"h{layer + 1}"][: stop - start]
+            silent &= ~np.any(self.memory.backend.to_host(outputs) != 0.0, axis=0)
         if decays:
             sizes = np.abs(self.memory.backend.to_host(self.memory.arrays[f"w{layer}"])).sum(axis=1)
             silent &= sizes > EMPTIED * sizes.max()
         return float(silent.mean())
-
-    def first(self, layers: int) -> MLP:
-        """Return the network's first ``layers`` layers."""
-        sizes, activations = self.net.sizes[: layers + 1], self.net.activations
-        return MLP(sizes, activation=activations[: layers - 1], output_activation=activations[layers - 1])
 
 
 class Evaluation:

@@ -255,7 +255,7 @@ class Inference:
     def outputs_of(self, X: Any, layers: int) -> Array:
         """Return the outputs (n, N) of the first ``layers`` layers for checked rows X (n, K)."""
         self.network.check_single("layers", "the output of hidden layers")
-        return self.forward.outputs(X, self.forward.first(layers))
+        return self.forward.outputs(X, layers=layers)
 
     def evaluate(
         self,

@@ -91,7 +91,8 @@ def models_of(recipe: ModelRecipe, dataset: Dataset, *, new: bool) -> int:
     if recipe.models is not None:
         return as_count("models", recipe.models)
     merges = new and dataset.roles and trains_plainly(recipe) and not as_loss(recipe.loss or "mse").on_host
-    return default_models(len(dataset.y), activation_names(recipe)) if merges else 1
+    net = network((1, *hidden_widths(recipe.hidden), 1), recipe)
+    return default_models(len(dataset.y), net) if merges else 1
 
 
 def with_class_decay(recipe: Model, dataset: Dataset) -> Model:

@@ -14,6 +14,7 @@ from fusemlp.describe.checks import as_count
 from fusemlp.describe.network import MLP
 from fusemlp.describe.text import listed
 from fusemlp.engine import Engine, load
+from fusemlp.fleet.merge import LEAST_ROWS, default_models
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.runs import Run, open_run, weights_path
 from fusemlp.tables import descriptions
@@ -85,8 +86,7 @@ class Source:
         if same_target and recipe.loss is None:
             known = self.config["options"]
             changes = {name: known[name] for name in _LOSS if getattr(recipe, name) is None}
-        if recipe.models is None and any(part.name == "prelu" for part in self.engine.network.activations):
-            # such networks cannot be merged
+        if recipe.models is None and default_models(LEAST_ROWS, self.engine.network) == 1:
             changes["models"] = 1
         return replace(recipe, **changes)
 
@@ -106,12 +106,8 @@ class Source:
         last = network_ends(preprocessor, loss)[1] * descriptions.loss(recipe, loss, None).width
         sizes, dropouts = (*known.sizes[:-1], last), known.dropouts
         dropouts = descriptions.network(sizes, recipe).dropouts if descriptions.dropout_rates(recipe) else dropouts
-        net = MLP(
-            sizes,
-            activation=known.activations[:-1],
-            output_activation="identity" if new else known.activations[-1],
-            dropout=dropouts[:-1],
-            init=known.init,
+        net = known.but(
+            sizes=sizes, output_activation="identity" if new else known.activations[-1], dropout=dropouts[:-1]
         )
         parameters, kept = taken_over(net, self.engine.state_dict(), known.layers - 1 if new else known.layers)
         about = {"run": str(self.run.path.absolute()), "layers": kept, "of_layers": known.layers}

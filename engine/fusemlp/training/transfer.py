@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.conflicts import check_together, in_use
-from fusemlp.describe.network import MLP, layer_of
+from fusemlp.describe.network import MLP, NORM, layer_of, rolled
 from fusemlp.describe.optimizers import NO_OPTIONS, Optimizer, ParameterOptions
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.inputs.examples import are_batches
@@ -22,16 +22,15 @@ from fusemlp_kernels.errors import ArgumentError, ShapeError
 
 Probed = TypeVar("Probed", bound=Trainer)
 
-_NAME = re.compile(r"(\d+)\.(weight|bias)")
+_NAME = re.compile(r"(\d+)(_norm)?\.(weight|bias)")
 
 
 def shifted(tensors: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """Return tensors, by the names of a network's parameters, as those of ``layers`` layers further on."""
-    found = {}
-    for name, tensor in tensors.items():
-        number, _, kind = name.partition(".")
-        found[f"{int(number) + 2 * layers}.{kind}"] = tensor
-    return found
+    return {
+        re.sub(r"^\d+", lambda number: str(int(number[0]) + 2 * layers), name): tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def by_layers(optimizer: Optimizer, net: MLP, *, freeze: int = 0, layer_decay: float = 1.0) -> Optimizer:
@@ -81,12 +80,15 @@ def network_from(known: MLP | None, net: Any, layers: int | None, head: Any) -> 
     if not kept or not widths:
         expected = "the width of at least an output layer, and a source with layers before it"
         raise ArgumentError(f"head: expected {expected}, got {head!r} for {known!r}")
-    built = MLP(
-        [*known.sizes[: kept + 1], *widths],
-        activation=[*known.activations[:kept], *known.activations[kept - 1 : kept] * (len(widths) - 1)],
-        output_activation=known.activations[-1],
-        dropout=[*known.dropouts[:kept], *[0.0] * (len(widths) - 1)],
-        init=known.init,
+    blocks = known.blocks_of(0, kept)
+    # the hidden layers of the head are like the last one before it; the end of a block has no activation
+    like = max({*range(kept)} - {last for _, last in blocks})
+    new = range(len(widths) - 1)
+    built = known.but(
+        sizes=rolled([*known.sizes[: kept + 1], *widths], blocks),
+        activation=[*known.activations[:kept], *(known.activations[like] for _ in new)],
+        dropout=[*known.dropouts[:kept], *(0.0 for _ in new)],
+        norm=[*map(known.norm, range(kept)), *(known.norm(like) for _ in new)],
     )
     return built, kept if count is None else count
 
@@ -94,23 +96,28 @@ def network_from(known: MLP | None, net: Any, layers: int | None, head: Any) -> 
 def in_sequence(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters of an ``nn.Sequential`` by the names of this package: matrix l is ``{2l}.weight``.
 
+    Vectors of its width after it are those of a normalisation.
+
     Modules without parameters, such as Dropout, have numbers there and none here. Raises ArgumentError for names and
-    shapes that are no Linear layers and PReLU slopes.
+    shapes that are no Linear layers, normalisations and PReLU slopes.
     """
     scale = {name: state[name] for name in (MEAN, SCALE) if name in state}
     arrays = {str(name): to_array(f"source[{name!r}]", array) for name, array in state.items() if name not in scale}
     matched = {name: _NAME.fullmatch(name) for name in arrays}
     matrices = sorted(
-        int(match[1]) for name, match in matched.items() if match and match[2] == "weight" and arrays[name].ndim == 2
+        int(match[1]) for name, match in matched.items() if match and match[3] == "weight" and arrays[name].ndim == 2
     )
     parameters: dict[str, Any] = {}
     strange = []
     for name, match in matched.items():
-        number, kind = (int(match[1]), match[2]) if match else (-1, "")
+        number, of_norm, kind = (int(match[1]), match[2], match[3]) if match else (-1, None, "")
         # the last matrix up to this number
         layer = bisect_right(matrices, number) - 1
-        if layer >= 0 and matrices[layer] == number:
+        width = arrays[f"{matrices[layer]}.weight"].shape[:1] if layer >= 0 else None
+        if layer >= 0 and matrices[layer] == number and not of_norm:
             parameters[f"{2 * layer}.{kind}"] = arrays[name]
+        elif arrays[name].shape == width and (of_norm or width != (1,)):
+            parameters[f"{2 * layer}{NORM}.{kind}"] = arrays[name]
         elif layer >= 0 and kind == "weight" and arrays[name].shape == (1,):
             parameters[f"{2 * layer + 1}.weight"] = arrays[name]
         else:
@@ -142,7 +149,7 @@ def taken_over(net: MLP, state: Mapping[str, Any], layers: int | None) -> tuple[
     if differ:
         raise ArgumentError(
             f"source: source or network lacks {', '.join(sorted(differ))}; give zeros for a missing bias, and the "
-            "network the activation PReLU() for a slope (1,)"
+            "network the activation PReLU() for a slope (1,) and its norm, 'layer' or 'rms'"
         )
     present = {name: tuple(parameters[name].shape) for name in wanted}
     other = {name: shape for name, shape in present.items() if shape != wanted[name]}
@@ -179,12 +186,11 @@ def probing(
 
     tail = engine.like(
         type(engine),
-        net=MLP(
-            net.sizes[kept:],
+        net=net.but(
+            sizes=rolled(net.sizes[kept:], net.blocks_of(kept, net.layers)),
             activation=net.activations[kept:-1],
-            output_activation=net.activations[-1],
             dropout=net.dropouts[kept:-1],
-            init=net.init,
+            norm=net.norms[kept:-1] or None,
         ),
         optimizer=replace(engine.optimizer, per_parameter=later(dict(by_layers(engine.optimizer, net).per_parameter))),
         plan=engine.plan if engine.plan_reason == ASKED else "auto",
