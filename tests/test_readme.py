@@ -76,6 +76,10 @@ def test_the_snippets_of_the_engine(folder):
     assert max(names["history"].history["val_accuracy"]) >= 0.965
     assert names["search"].score(names["Xv"], names["yv"]) >= 0.95
     assert np.mean(names["odd"].predict(names["Xv"]) == names["yv"] % 2) >= 0.85
+    assert np.mean(names["deep"].predict(names["Xv"]) == names["yv"]) >= 0.95
+    known, module = names["residual"].outputs(names["X"]), names["module"]
+    np.testing.assert_allclose(known, module(names["X"]).detach(), rtol=1e-4, atol=1e-5)
+    assert names["again"].state_dict().keys() == names["residual"].state_dict().keys()
     # Optuna draws the trials without a seed: of ten one learns.
     assert names["study"].best_value >= 0.8
     assert np.mean(names["model"].predict(names["table"]) == (names["table"]["size"] > 120)) >= 0.95

@@ -229,6 +229,7 @@ def test_defaults_are_those_of_the_command_line():
         (100_000, {"activation": ("relu", "tanh"), "hidden": (8, 8)}, 5),
         (100_001, {}, 1),
         (40, {"activation": "prelu"}, 1),
+        (40, {"norm": "layer"}, 1),
         (40, {"callbacks": [fusemlp.Callback()]}, 1),
         (10, {"models": 3}, 3),
     ],
@@ -253,6 +254,7 @@ def test_several_models_are_merged():
         ({"models": 0}, "^models: "),
         ({"models": 2, "callbacks": [fusemlp.Callback()]}, "^callbacks: they see the epochs of one model"),
         ({"models": 2, "activation": "prelu"}, "^models: 2 networks with prelu cannot be merged"),
+        ({"models": 2, "norm": "rms"}, "^models: 2 networks with normalised layers cannot be merged"),
     ):
         with pytest.raises(ArgumentError, match=said):
             classifier(**wrong).fit(X, Y)

@@ -111,7 +111,6 @@ ELSEWHERE = {
         frozenset({"measured rows", name}): "normalise: no rows were measured yet"
         for name in ("step", "batches", "loss by inputs", "bounds")
     },
-    frozenset({"members", "bounds"}): "eps: interval bounds",
     frozenset({"members", "loss by inputs"}): "X: the gradient by the inputs",
     **{
         frozenset({name, "balanced"}): "class_weight: it needs one class for each row"

@@ -135,8 +135,8 @@ def test_nets_of_a_fleet_of_other_widths():
 
 def test_models_that_cannot_be_merged(net):
     assert default_models(1000, net) == 1 < default_models(1000, MLP([5, 8, 3]))
-    what = "norm: 2 networks with normalised layers" if net.norms else "sizes: 2 networks with residual blocks"
-    with pytest.raises(ArgumentError, match=f"{what} cannot be merged; train a single model"):
+    what = "normalised layers" if net.norms else "residual blocks"
+    with pytest.raises(ArgumentError, match=f"models: 2 networks with {what} cannot be merged; train a single model"):
         merged([Engine(net, **MACHINE) for _ in range(2)])
 
 

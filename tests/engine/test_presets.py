@@ -153,6 +153,7 @@ def test_what_is_given_stays(tmp_path):
         ({"models": 3}, "models: the preset tabm does not take it"),
         ({"hidden": ["none"]}, "hidden: the preset tabm does not take it"),
         ({"activation": "prelu"}, "activation: the preset tabm does not take it"),
+        ({"norm": "layer"}, "norm: the preset tabm does not take it: members share no normalised layers"),
         ({"adversarial": "ibp", "attack_eps": 0.1}, "adversarial: the preset tabm does not take it"),
         ({"dp_epsilon": 3.0}, "dp_epsilon: the preset tabm does not take it"),
         ({"preset": "tabn"}, "preset: unknown name 'tabn'; did you mean 'tabm'"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fusemlp
-from fusemlp import SGD, Adam, AdamW
+from fusemlp import SGD, Adam, AdamW, ArgumentError
 from fusemlp.cli.options import FindOptions, TrainOptions
 from fusemlp.tables import descriptions
 
@@ -34,6 +34,12 @@ def test_activations_and_their_slopes():
     assert net.activations[:2] == (fusemlp.PReLU(0.3), fusemlp.LeakyReLU(0.3))
     assert net.activations[2].name == "tanh"
     assert net.dropouts == (0.1, 0.0, 0.0)
+
+
+def test_normalised_layers():
+    assert descriptions.network([4, 3, 2], replace(PLAIN, norm="rms")).norms == (fusemlp.RMSNorm(), None)
+    with pytest.raises(ArgumentError, match="norm: unknown name 'rsm'; did you mean 'rms'"):
+        descriptions.network([4, 3, 2], replace(PLAIN, norm="rsm"))
 
 
 OPTIMIZERS = [

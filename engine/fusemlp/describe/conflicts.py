@@ -31,6 +31,7 @@ CONFLICTS = {
     ("members", "sum"): "reduction: the loss of {members} members is the mean of theirs; expected 'mean', got {sum!r}",
     ("members", "fleet"): f"net: a fleet{SINGLE}",
     ("members", "probe"): f"layers: a probe{SINGLE}",
+    ("members", "bounds"): f"{{bounds}}: interval bounds{SINGLE}",
     # normalisation and residual blocks
     **{
         (feature, other): f"{argument}: {words}"
@@ -38,11 +39,17 @@ CONFLICTS = {
         for other, words in {
             "members": f"members share no {what} so far; make the network with members=1",
             "prelu": f"prelu's slope is not learned beside {what}; use leaky_relu",
-            "bounds": f"interval bounds do not go through {what}; use an attack, PGD(eps)",
-            "models": f"{{models}} networks with {what} cannot be merged; train a single model",
             "privacy": f"private training clips each row's gradient, and has none for {what}; leave privacy out",
             "IBP": f"interval bounds do not go through {what}; train against PGD(eps)",
             **{card: f"{_CARD} {what}; use backend='numpy'" for card in ("triton", "cupy")},
+        }.items()
+    },
+    **{
+        (feature, other): words
+        for feature, what in (("norm", "normalised layers"), ("residual", "residual blocks"))
+        for other, words in {
+            "bounds": f"{{bounds}}: interval bounds do not go through {what}; use an attack, PGD(eps)",
+            "models": f"models: {{models}} networks with {what} cannot be merged; train a single model",
         }.items()
     },
     ("residual", "FusedMLP"): "sizes: FusedMLP is a chain of layers; add within your module, x + FusedMLP(...)(x)",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fusemlp.describe.checks import check_choice
+from fusemlp.describe.network import MLP
 from fusemlp_kernels.errors import ArgumentError
 
 PRESETS = ("auto", "plain", "tabm")
@@ -23,14 +24,16 @@ TABM: Mapping[str, Any] = {
 }
 
 
-def obstacles(options: Any, *, activations: Sequence[str], widths: Sequence[int]) -> dict[str, str]:
-    """Return the options that the recipe "tabm" does not go with, and why; ``widths`` are of the hidden layers."""
+def obstacles(options: Any, net: MLP) -> dict[str, str]:
+    """Return the options that the recipe "tabm" does not go with, and why; ``net`` is the network without members."""
     found = {}
     if (options.models or 1) > 1:
         found["models"] = "it is one network whose members share weights; leave it out"
-    if not widths:
+    if net.layers == 1:
         found["hidden"] = "members share hidden layers; leave it out"
-    if "prelu" in activations:
+    if "norm" in net.uses:
+        found["norm"] = "members share no normalised layers; leave it out"
+    if "prelu" in net.uses:
         found["activation"] = "prelu's slope belongs to a whole layer; use leaky_relu"
     return found
 

@@ -17,6 +17,7 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import network_inputs
 from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.checks import as_number
+from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.metrics import METRICS, Judged
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import headline, judge, score, spelled
@@ -252,7 +253,7 @@ def certify(
     Raises ArgumentError or ArgumentTypeError unless ``eps``, which errors call ``argument``, is at least 0.
     """
     eps = as_number(argument, eps, low=0.0)
-    engine.network.check_single(argument, "interval bounds")
+    check_together({**engine.network.uses, "bounds": argument})
     low, high = reach(preprocessor, cells, eps, engine.precision)
     bounds = Propagation(engine)
     if preprocessor.classes is None:

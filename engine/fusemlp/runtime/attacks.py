@@ -93,7 +93,7 @@ def certified(engine: Session, X: Any, y: Any, eps: Any, *, bounds: Any = None) 
 
 def ball(engine: Session, X: Any, eps: Any, limits: Any = None) -> Box:
     """Return the ends of the box of inputs around X that the arguments of ``bounds`` describe, checked."""
-    engine.network.check_single("eps", "interval bounds")
+    check_together({**engine.network.uses, "bounds": "eps"})
     rows = engine.inputs.on_host(engine.inputs.features("X", X)).astype(np.float64)
     engine.scaling.check_measured()
     width = engine.network.sizes[0]
@@ -136,7 +136,6 @@ class Propagation:
 
     def __init__(self, engine: Session) -> None:
         net, state = engine.network, engine.memory.evaluated_tensors()
-        check_together({**net.uses, "bounds": True})
         on_host = engine.memory.backend.traits.on_host
         self.arithmetic = (ON_HOST if on_host else ARITHMETIC)[engine.precision]
         self.scale = engine.scaling.scale

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp.describe.adversarial import FGSM, IBP, PGD, Attack
+from fusemlp.describe.blocks import Normalisation, norm_from_config
 from fusemlp.describe.description import from_config
 from fusemlp.describe.losses import Loss, loss_from_config
 from fusemlp.describe.network import Activation, activation_from_config
@@ -38,6 +39,7 @@ def _attack_of(config: Mapping[str, Any]) -> Attack | IBP:
 
 DESCRIBED: dict[str, tuple[Any, Callable[[Mapping[str, Any]], Any]]] = {
     "activation": (Activation, activation_from_config),
+    "norm": (Normalisation, norm_from_config),
     "loss": (Loss, loss_from_config),
     "optimizer": (Optimizer, optimizer_from_config),
     "schedule": (Schedule, schedule_from_config),

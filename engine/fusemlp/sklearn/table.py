@@ -56,6 +56,7 @@ log = logging.getLogger("fusemlp.sklearn")
 # Help for parameters that the command line lacks or words otherwise.
 _HELP = {
     "activation": "One for all hidden layers, or one for each: names, or objects such as LeakyReLU(0.1).",
+    "norm": "Normalise the rows of hidden layers before the activation: layer, rms, or objects; one, or one for each.",
     "dropout": "Probability of dropping a hidden unit in a training step; one, or one for each hidden layer.",
     "drop": "Names of columns to leave out; those of an array are x0, x1, ...",
     "loss": "A name, or an object such as Huber(2.0); None is cross_entropy for classes, mse for numbers.",
@@ -229,6 +230,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
             preset="tabm" if net.members > 1 else None,
             hidden=net.sizes[1:-1],
             activation=net.activations[:-1],
+            norm=net.norms[:-1] or None,
             dropout=net.dropouts[:-1],
             loss=engine.loss,
             optimizer=engine.optimizer,

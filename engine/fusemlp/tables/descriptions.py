@@ -91,8 +91,7 @@ def models_of(recipe: ModelRecipe, dataset: Dataset, *, new: bool) -> int:
     if recipe.models is not None:
         return as_count("models", recipe.models)
     merges = new and dataset.roles and trains_plainly(recipe) and not as_loss(recipe.loss or "mse").on_host
-    net = network((1, *hidden_widths(recipe.hidden), 1), recipe)
-    return default_models(len(dataset.y), net) if merges else 1
+    return default_models(len(dataset.y), plain_network(recipe)) if merges else 1
 
 
 def with_class_decay(recipe: Model, dataset: Dataset) -> Model:
@@ -118,7 +117,7 @@ def with_preset(recipe: Model, rows: int, *, classify: bool) -> tuple[Model, int
         return recipe, 1, []
     changed = given_options(recipe)
     asked = {name: name in changed for name in presets.TABM}
-    against = presets.obstacles(recipe, activations=activation_names(recipe), widths=hidden_widths(recipe.hidden))
+    against = presets.obstacles(recipe, plain_network(recipe))
     for name, reason in _OTHERS.items():
         if getattr(recipe, name) is not None:
             against[name] = f"{reason}; leave it out"
@@ -213,9 +212,9 @@ def dropout_rates(recipe: StepRecipe) -> Any:
     return rates if len(rates) > 1 else rates[0]
 
 
-def activation_names(recipe: ModelRecipe) -> list[str]:
-    """Return the names of the hidden layers' activations."""
-    return [activation.name for activation in network((1, *hidden_widths(recipe.hidden), 1), recipe).activations[:-1]]
+def plain_network(recipe: ModelRecipe) -> MLP:
+    """Return the recipe's network, without members, of one input and output."""
+    return network((1, *hidden_widths(recipe.hidden), 1), recipe)
 
 
 def network(sizes: Sequence[int], recipe: StepRecipe, *, init: str = "auto", members: int = 1) -> MLP:
@@ -238,6 +237,7 @@ def network(sizes: Sequence[int], recipe: StepRecipe, *, init: str = "auto", mem
         dropout=dropout_rates(recipe),
         init=init,
         members=members,
+        norm=recipe.norm,
     )
 
 

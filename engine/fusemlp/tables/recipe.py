@@ -16,6 +16,7 @@ from typing import Any
 
 from fusemlp.datasets.scaling import SCALES
 from fusemlp.describe.adversarial import FGSM, IBP, NORMS, PGD, Attack
+from fusemlp.describe.blocks import NORMS as NORMALISATIONS
 from fusemlp.describe.losses import LOSSES, Huber, Quantile
 from fusemlp.describe.metrics import METRICS
 from fusemlp.describe.network import INITS, SLOPES
@@ -144,6 +145,9 @@ class StepRecipe:
     slope: float | None = _network(None, f"Of {_SLOPES}; prelu's starts there.")
     output_activation: str = _network(
         "identity", "Of the output layer; the cross-entropies and poisson need identity.", values=ACTIVATIONS
+    )
+    norm: Any = _network(
+        None, "Normalise the rows of hidden layers before the activation: {}.", values=NORMALISATIONS, kind=str | None
     )
     dropout: Any = _network(
         "0",

@@ -26,7 +26,10 @@ Recipe = TypeVar("Recipe", bound=TableRecipe)
 
 # Options that need a run, and options that decide what the run has decided.
 _OWN = ("freeze", "probe", "layer_decay")
-_DECIDED = ("hidden", "activation", "slope", "output_activation", "init", "scale", "drop", "keep", "categorical")
+_DECIDED = (
+    *("hidden", "activation", "slope", "norm", "output_activation", "init"),
+    *("scale", "drop", "keep", "categorical"),
+)
 _LOSS = ("loss", "label_smoothing", "delta", "quantile")
 # Fields of a preprocessor that the new data decide, the last of them unless the target means the same.
 _OF_DATA = ("task", "target_name", "classes", "class_names", "one_hot_targets", "ids", "unused")

@@ -155,12 +155,6 @@ def as_module(activation: Activation, **factory: Any) -> nn.Module:
     return module
 
 
-def norm_module(norm: Normalisation, width: int, **factory: Any) -> nn.Module:
-    """Return torch's module of a normalisation of rows of ``width`` values, as ``as_module``."""
-    module: nn.Module = getattr(nn, norm.torch)(width, eps=norm.eps, **factory)
-    return module
-
-
 def hooks_of(module: nn.Module) -> tuple[Any, ...]:
     """Return the containers of the hooks that a fused step would not run."""
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
@@ -325,7 +319,9 @@ def _network(layers: list[_Layer], blocks: list[tuple[int, int]], always_drops: 
         argument = _ROWS[type(chosen)].argument
         activations.append(Activation(NAMES[type(chosen)], getattr(chosen, argument) if argument else None))
         rates.append(drop.p if drop is not None and (drop.training or always_drops) else 0.0)
-        norms.append(None if layer.norm is None else _normalisation(layer.norm.module))
+        norm = layer.norm and layer.norm.module
+        # RMSNorm's None is the eps of its input's type
+        norms.append(norm and _NORMS[type(norm)](norm.eps or torch.finfo(norm.weight.dtype).eps))
     return MLP(
         rolled(sizes, blocks),
         activation=activations[:-1],
@@ -334,12 +330,6 @@ def _network(layers: list[_Layer], blocks: list[tuple[int, int]], always_drops: 
         init="torch",
         norm=norms[:-1],
     )
-
-
-def _normalisation(module: Any) -> Normalisation:
-    # RMSNorm's None is the eps of its input's type
-    eps = torch.finfo(module.weight.dtype).eps if module.eps is None else module.eps
-    return _NORMS[type(module)](eps)
 
 
 def _slots(layers: list[_Layer]) -> dict[str, Slot]:

@@ -48,7 +48,7 @@ def to_torch(engine: Engine) -> nn.Sequential:
         module.add_module(str(2 * layer), nn.Linear(inputs, outputs, dtype=dtype))
         norm, chosen, name = net.norm(layer), net.activations[layer], str(2 * layer + 1)
         if norm is not None:
-            module.add_module(f"{2 * layer}{NORM}", modules.norm_module(norm, outputs, dtype=dtype))
+            module.add_module(f"{2 * layer}{NORM}", getattr(nn, norm.torch)(outputs, eps=norm.eps, dtype=dtype))
         if chosen.name != "identity":
             module.add_module(name, modules.as_module(chosen, dtype=dtype))
         if net.dropouts[layer]:
