@@ -19,7 +19,7 @@ STEPS = 50
 class Case:
     """An engine and a fit of at least ``steps`` steps; those in fp64 are compared with training in one process."""
 
-    sizes: tuple[int, ...]
+    sizes: tuple[int | fusemlp.Residual, ...]
     options: Mapping[str, Any]
     steps: int = STEPS
     rows: int = 123
@@ -31,7 +31,7 @@ class Case:
 
     def engine(self, **others):
         options = {"backend": "numpy", "batch_size": 32, **self.options, **others}
-        network = {name: options.pop(name) for name in ("dropout", "activation") if name in options}
+        network = {name: options.pop(name) for name in ("dropout", "activation", "norm") if name in options}
         return fusemlp.Engine(fusemlp.MLP(self.sizes, **network), seed=5, **options)
 
 
@@ -50,6 +50,9 @@ CASES = {
     "accumulation fp64": Case(SMALL, {"optimizer": fusemlp.SGD(lr=0.05, accumulate=3, clip_norm=0.2), **FP64}),
     "dropout": Case(DEEPER, {**ADAM, "dropout": 0.3}),
     "dropout fp64": Case(DEEPER, {**MOMENTUM, **SLOPES, **FP64, "dropout": 0.3}),
+    "norms fp64": Case(
+        (9, 24, fusemlp.Residual(16), 4), {"optimizer": fusemlp.SGD(lr=0.05, accumulate=3), "norm": "layer", **FP64}
+    ),
     "weights fp64": Case(SMALL, {**MOMENTUM, **SMOOTHED, **FP64}, weighted=True),
     "numbers": Case((9, 24, 3), {**MOMENTUM, "loss": "huber", "activation": "gelu"}, numbers=True),
     "average fp64": Case(
@@ -66,7 +69,16 @@ CASES = {
 }  # fmt: skip
 
 # The cases of a world of each size: all of one and two, fewer of larger ones, which take longer.
-FEWER = ("momentum", "batch of 5", "accumulation", "dropout fp64", "weights fp64", "wide fp64", "early stopping")
+FEWER = (
+    "momentum",
+    "batch of 5",
+    "accumulation",
+    "dropout fp64",
+    "norms fp64",
+    "weights fp64",
+    "wide fp64",
+    "early stopping",
+)
 WHOLE_IN = {1: CASES, 2: CASES, 4: {name: CASES[name] for name in FEWER}, 8: {"adam": CASES["adam"]}}
 
 

@@ -20,7 +20,7 @@ HELD = slice(110, 150)
 
 
 def engine(outputs=1, loss="mse", optimizer=None, hidden=(16, 8), **options):
-    network = {name: options.pop(name) for name in ("activation", "dropout") if name in options}
+    network = {name: options.pop(name) for name in ("activation", "dropout", "norm") if name in options}
     net = fusemlp.MLP([X.shape[1], *hidden, outputs], **{"activation": "gelu", **network})
     options = {"batch_size": 32, "precision": "fp64", **options}
     return make.engine(net=net, loss=loss, optimizer=optimizer or fusemlp.Adam(0.01), **options)
@@ -38,6 +38,13 @@ def dropout(rows):
 
 def prelu(rows):
     return fitted(rows, activation="prelu")
+
+
+def normalised(rows):
+    trained = engine(hidden=(16, fusemlp.Residual(9)), activation="relu", norm="layer")
+    trained.fit(rows, Y, epochs=2, validation_data=(rows, Y))
+    trained.probe(rows, Y, epochs=1)
+    return {**trained.state_dict(), "outputs": trained.predict(rows), **trained.dead_units(rows)}
 
 
 def frozen(rows):
@@ -143,8 +150,8 @@ def fleet_of_folds(rows):
 
 
 CASES = (
-    dropout, prelu, frozen, own_rate_and_decay, early_stopping, held_out, class_weights, short_and_weighted_steps,
-    batches, rate_sweep, probe, transfer, explanations, fleet, fleet_of_folds,
+    dropout, prelu, normalised, frozen, own_rate_and_decay, early_stopping, held_out, class_weights,
+    short_and_weighted_steps, batches, rate_sweep, probe, transfer, explanations, fleet, fleet_of_folds,
 )  # fmt: skip
 
 

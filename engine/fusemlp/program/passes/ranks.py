@@ -24,7 +24,7 @@ class SumOverRanks:
         *others, update = program.calls
         rule = update.operands["rule"]
         # batches are accumulated once their shards are added
-        calls = [call.but(rule=replace(rule, accumulate=1)) if call.op == "grad_weight" else call for call in others]
+        calls = [call.but(rule=replace(rule, accumulate=1)) if "rule" in call.operands else call for call in others]
         operands = {"grads": Ref("grads"), "stats": Ref("stats"), "rule": rule, "counters": Ref("counters")}
         collective = [Call(COLLECTIVE, operands, str(self.sharding))] if update.op == "update" else []
         return replace(program, calls=(*calls, *collective, update), sharding=self.sharding)
