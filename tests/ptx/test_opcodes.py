@@ -38,6 +38,9 @@ INF, NAN = np.inf, np.nan
         ("popc.b32", ([0xFF00FF],), [16]),
         # of sm_100: a bfloat16 and a float32; pairs of float32
         ("add.rn.f32.bf16", ([0x3F80], [0.5]), [1.5]),
+        # 1 * 2 + 1, and the tie of 1 + 2**-8 in the high half
+        ("fma.rn.bf16", ([0x3F80], [0x4000], [0x3F80]), [0x4040]),
+        ("fma.rn.bf16x2", ([0x3F803F80], [0x3F804000], [0x3B803F80]), [0x3F804040]),
         ("cvt.f64.bf16", ([0x3F80, 0xC040],), [1.0, -3.0]),
         # halves do not carry into one another
         ("add.s16x2", ([0xFFFFFFFF, 0x0001FFFF], [0x00010001, 0x00010001]), [0, 0x00020000]),

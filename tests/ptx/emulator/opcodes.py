@@ -191,6 +191,9 @@ def arithmetic(name):
     base = base if base in PLAIN else base.removesuffix(".rn")
     if base not in PLAIN or kind not in TYPES:
         raise NotImplementedError(name)
+    if kind in ("bf16", "bf16x2"):
+        function = _of_bf16(PLAIN[base])
+        return (kind,), function if kind == "bf16" else _pairwise(function, np.uint16, np.uint32)
     if kind in ("f32x2", "s16x2", "u16x2"):
         return (kind,), _pairwise(PLAIN[base], TYPES[kind.removesuffix("x2")], TYPES[kind])
     sources = [OTHER_TYPES.get((base, place), kind) for place in range(3)]
@@ -205,6 +208,11 @@ def _mixed(base, kind):
     widen = f32_of_bf16 if kind == "bf16" else lambda a: a.astype(np.float32)
     factors = 2 if base.startswith("fma") else 1
     return (kind,) * factors + ("f32",), lambda *given: function(*map(widen, given[:-1]), given[-1])
+
+
+def _of_bf16(function):
+    """Return the function of float32 numbers over bfloat16 ones."""
+    return lambda *given: bf16_of_f32(function(*map(f32_of_bf16, given)))
 
 
 def _pairwise(
