@@ -25,14 +25,9 @@ REFUSED = {
     ("cupy", "train_fleet"): "its plans are eager and graph, and its models train one after another",
     ("cupy", "grad_weight_update"): "its updates follow grad_weight, by update",
     **{
-        (card, op): "it has no kernel of it so far; use numpy"
-        for card in ("triton", "cupy")
-        for op in ("normalise", "grad_normalise", "add")
-    },
-    **{
         ("cupy", op): "it has the calls of plain training alone; use triton or numpy"
         for op in OPS
-        if op.endswith("_members") or op in ("clip_examples", "perturb")
+        if op.endswith("_members") or op in ("clip_examples", "perturb", "normalise", "grad_normalise", "add")
     },
 }
 

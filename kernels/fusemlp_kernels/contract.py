@@ -52,6 +52,8 @@ ACTIVATIONS = tuple(pointwise.ACTIVATIONS)
 # The derivatives of the others are computed from the output.
 NEEDS_Z = frozenset(name for name, row in pointwise.ACTIVATIONS.items() if row.needs_z)
 LOSSES = pointwise.LOSS_NAMES
+# The kinds of ``Norm``.
+NORMS = ("layer", "rms")
 # The kind of a loss that the op own_loss calls.
 OWN = "own"
 

@@ -36,6 +36,7 @@ class DeviceMemory:
             # what is of that type says so
             return "real" if dtype in (np.float16, np.float32) else str(np.dtype(dtype))
         compute = name in COMPUTE_OPERANDS or (name == "w" and self.op in READS_WEIGHTS)
+        compute |= self.op == "add"
         if dtype in (np.float16, np.float32):
             return "compute" if compute else "real"
         return str(np.dtype(dtype))

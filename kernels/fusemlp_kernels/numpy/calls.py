@@ -415,7 +415,7 @@ def _normalised(table: CallTable, call: SimpleNamespace, width: int) -> dict[str
     norm: dict[str, Any] = {}
     if call.norm is not None:
         b = table.scratch(width) if call.b is None else call.b
-        norm = {"norm": 1 + t.NORMS.index(call.norm.kind), "option": call.norm.eps, "by_s": call.g, "b": b}
+        norm = {"norm": 1 + c.NORMS.index(call.norm.kind), "option": call.norm.eps, "by_s": call.g, "b": b}
     scratch = (table.scratch(3 * MOST_TASKS, width), 0)
     return {"n": width, "x": call.x, "z": scratch, **norm, **activation(table, call), **dropout(call)}
 

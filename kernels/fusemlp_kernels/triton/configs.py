@@ -292,8 +292,15 @@ SWEEP = Tile(1, 1024, 0, 4, 1)
 NOISY_SWEEP = Tile(1, 256, 0, 4, 1)
 CLIP = Tile(4, 256, 0, 4, 1)
 MEMBERS = Tile(16, 128, 0, 8, 1)
-# The most stretches of a member's rows that are summed by themselves.
+# The most stretches of a member's rows, or of a batch's, that are summed by themselves.
 MOST_SPLITS = 32
+# Whole rows of at most this many columns at a time, narrowest first: of ``normalise``, and of the sum of two matrices.
+ROWS = (Tile(16, 64, 0, 4, 1), Tile(4, 256, 0, 4, 1), Tile(1, 1024, 0, 4, 1))
+
+
+def row_tile(width: int) -> Tile:
+    """Return the tile of ``ROWS`` for rows of this width."""
+    return next((tile for tile in ROWS if tile.columns >= width), ROWS[-1])
 
 
 def table_length(tasks: int) -> int:

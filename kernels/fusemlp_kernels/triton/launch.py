@@ -79,6 +79,11 @@ class TritonDevice:
         """Scratch memory of a launch."""
         return torch.zeros(max(size, 1), dtype=self.dtype(kind), device=self.device)
 
+    def matrix(self, rows: int, columns: int, kind: str) -> Tensor:
+        """Scratch memory of a matrix on the fast path: (rows, columns), zeros."""
+        pitch = -(-columns // 8) * 8
+        return mark_owned(self.zeros(rows * pitch, kind)).as_strided((rows, columns), (pitch, 1))
+
     def numbers(self, values: Any, kind: str) -> Tensor:
         """Numbers that a kernel reads."""
         return torch.tensor(values, dtype=self.dtype(kind), device=self.device)

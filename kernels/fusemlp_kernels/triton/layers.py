@@ -6,10 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from fusemlp_kernels.checks import binds, members_of
-from fusemlp_kernels.contract import ACTIVATIONS, COUNTERS, HYPER, LOSSES, NEEDS_Z, STATS, Dropout, LossSpec
+from fusemlp_kernels.contract import ACTIVATIONS, COUNTERS, HYPER, LOSSES, NEEDS_Z, NORMS, STATS, Dropout, LossSpec
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.philox import seed_key, threshold
-from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, members, perturb
+from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, members, norms, perturb
 from fusemlp_kernels.triton.launch import LARGEST_INDEX, Run, Tensor, TritonDevice, in_sequence, is_aligned, signed
 
 # Operands for backends that gather in memory or store masks, and those of train_resident.
@@ -146,6 +146,61 @@ def bind_grad_affine_members(device: TritonDevice, call: SimpleNamespace) -> Run
         "rule": device.numbers(clock.rule_values(call.rule), "float64"),
     }  # fmt: skip
     return device.launch(members.grad_affine_members_kernel, count * wide * splits, arguments, constants, tile)
+
+
+def _factors(device: TritonDevice, call: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    """g and b (K,): ones and zeros where they are left out."""
+    g = device.matrix(1, call.K, "real").fill_(1.0)[0] if call.g is None else call.g
+    return g, device.matrix(1, call.K, "real")[0] if call.b is None else call.b
+
+
+def _launch_rows(device: TritonDevice, call: SimpleNamespace, kernel: Any, **given: Any) -> Run:
+    """A kernel over whole rows of its matrices, which normalises those of x."""
+    tile, norm = configs.row_tile(call.K), call.norm
+    matrices = {"x": call.x} | {name: array for name, array in given.items() if name in ("y", "dx")}
+    arguments = {
+        **given, "M": call.M, "K": call.K, **places(call.x, **matrices),
+        "norm_kind": 0 if norm is None else 1 + NORMS.index(norm.kind), "eps": 0.0 if norm is None else norm.eps,
+    }  # fmt: skip
+    constants = {"BM": tile.rows, "BK": tile.columns, "ALIGNED": _are_aligned(*matrices.values())}
+    return device.launch(kernel, tile.count(call.M, 1), arguments, constants, tile)
+
+
+@binds("normalise", without=NOT_IN_LOAD)
+def bind_normalise(device: TritonDevice, call: SimpleNamespace) -> Run:
+    """The contract's ``normalise``."""
+    g, b = _factors(device, call)
+    return _launch_rows(
+        device, call, norms.normalise_kernel, y=call.y, g=g, g_step=g.stride(0), b=b, b_step=b.stride(0),
+        counters=device.zeros(COUNTERS, "int64") if call.counters is None else call.counters,
+        activation=ACTIVATIONS.index(call.activation), slope=float(call.slope), **dropout_numbers(call.dropout),
+    )  # fmt: skip
+
+
+@binds("grad_normalise", without=NOT_IN_LOAD)
+def bind_grad_normalise(device: TritonDevice, call: SimpleNamespace) -> Run:
+    """The contract's ``grad_normalise``: the rows normalised once more, the gradient by them as by ``affine_members``
+    of one member, and in its place that by x."""
+    g, b = _factors(device, call)
+    sums = {f"d{name}": row[None] for name, row in (("s", call.dg), ("b", call.db)) if row is not None}
+    n = call.x if call.norm is None else device.matrix(call.M, call.K, "compute")
+    by_n: Run = bind_grad_affine_members(
+        device, dy=call.dy, x=n, dx=call.dx, s=g[None], b=b[None], **sums, rule=call.rule, counters=call.counters,
+        activation=call.activation, slope=call.slope, dropout=call.dropout,
+    )  # fmt: skip
+    if call.norm is None:
+        return by_n
+    again = bind_normalise(device, x=call.x, y=n, norm=call.norm)
+    return in_sequence([again, by_n, _launch_rows(device, call, norms.grad_normalise_kernel, dx=call.dx)])
+
+
+@binds("add")
+def bind_add(device: TritonDevice, call: SimpleNamespace) -> Run:
+    """The contract's ``add``."""
+    tile, matrices = configs.row_tile(call.K), {"x": call.a, "other": call.b, "y": call.y}
+    arguments = {"M": call.M, "K": call.K, **places(call.a, **matrices)}
+    constants = {"BM": tile.rows, "BK": tile.columns, "ALIGNED": _are_aligned(*matrices.values())}
+    return device.launch(norms.add_kernel, tile.count(call.M, call.K), arguments, constants, tile)
 
 
 def _heads(

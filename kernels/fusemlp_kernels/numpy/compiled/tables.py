@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from fusemlp_kernels.coding import KINDS
-from fusemlp_kernels.contract import ACTIVATIONS
+from fusemlp_kernels.contract import ACTIVATIONS, NORMS
 from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 
 
@@ -102,5 +102,4 @@ SGD = list(OPTIMIZERS).index("sgd")
 IDENTITY = ACTIVATIONS.index("identity")
 NUMBERS, WORD, PIECES, BAG = range(len(KINDS))
 # Kinds of ``contract.Norm``, from 1 on.
-NORMS = ("layer", "rms")
 LAYER_NORM = 1 + NORMS.index("layer")
