@@ -290,6 +290,8 @@ FEATURES = {
     "distributed": "trains in one process so far",
     "codes": "has no kernels for columns of codes",
     "own loss": "calls no loss on the host so far",
+    "norm": "has no kernels for normalised layers",
+    "residual": "has no kernels for residual blocks",
 }
 
 
@@ -330,19 +332,17 @@ class Traits:
 
 
 def resident_refusal(
-    traits: Traits, sizes: Sequence[int], batch: int, precision: str, *, private: bool = False, members: int = 1
+    traits: Traits, sizes: Sequence[int], batch: int, precision: str, others: Sequence[str] = ()
 ) -> str | None:
     """Return why a backend has no ``train_resident`` for a network of these widths, inputs first; None if it has.
 
-    ``private``: the steps have clipped rows and noise. ``members`` share the network's weights.
+    ``others``: words for what the steps have beside plain layers.
     """
     limits = traits.resident
     if limits is None:
         return None
-    if private:
-        return f"the {traits.name} backend's resident kernel trains without privacy"
-    if members > 1:
-        return f"the {traits.name} backend's resident kernel trains networks without members"
+    if others:
+        return f"the {traits.name} backend's resident kernel trains without {others[0]}"
     for what, count, most in (
         ("layers", len(sizes) - 1, limits.layers),
         ("inputs", sizes[0], limits.inputs),

@@ -116,7 +116,7 @@ ELSEWHERE = {
         frozenset({name, "balanced"}): "class_weight: it needs one class for each row"
         for name in ("own loss", "missing")
     },
-    **{frozenset({"resident kernel", name}): KERNEL for name in ("privacy", "members", "fp16")},
+    **{frozenset({"resident kernel", name}): KERNEL for name in ("privacy", "members", "fp16", "norm", "residual")},
 }
 
 
@@ -202,9 +202,7 @@ def lower(case, backend):
     traits, attacks = TRAITS[backend], passes_against(plan.adversary)
     clips = () if privacy is None else (ClipAndNoise(1.0, Noise(1.0, float(BATCH), 0)),)
     sums = (SumOverRanks(Sharding("ordered", 2)),) if ranks else ()
-    chosen = choose_plan(
-        machine["plan"], traits, net.sizes, BATCH, precision, private=privacy is not None, members=net.members
-    )
+    chosen = choose_plan(machine["plan"], traits, net, BATCH, precision, private=privacy is not None)
     program = training_program(
         net,
         model["loss"],

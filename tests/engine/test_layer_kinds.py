@@ -1,17 +1,18 @@
 """Networks with normalised layers and residual blocks: training beside torch, gradients by inputs, descriptions."""
 
-import copy
 import pickle
 
 import numpy as np
 import pytest
 import torch
+from devices import GPU, INTERPRETER, places, usable
 from torch import nn
 
 import fusemlp
 from fusemlp import MLP, SGD, AdamW, ArgumentError, ArgumentTypeError, Engine, LayerNorm, Residual, RMSNorm
 from fusemlp.report.explanations import attributions
 from fusemlp_kernels import pointwise
+from fusemlp_kernels.errors import BackendUnavailableError
 from make import assert_same_state
 
 ROWS, WIDTH, CLASSES = 70, 5, 3
@@ -164,12 +165,15 @@ def test_gradients_by_the_inputs(name):
     np.testing.assert_allclose(parts.values, total, rtol=0.0, atol=1e-12)
 
 
+def with_dropout(net):
+    dropout = [0.0 if layer in {last for _, last in net.blocks} else 0.3 for layer in range(net.layers - 1)]
+    return MLP.from_config({**net.to_config(), "dropouts": [*dropout, 0.0]})
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_plans_threads_dropout_and_averages_agree(name):
     """A batch of several tasks; what has dropout and an average beside has no rival in torch."""
-    net = copy.copy(NETS[name])
-    dropout = [0.0 if layer in {last for _, last in net.blocks} else 0.3 for layer in range(net.layers - 1)]
-    net = MLP.from_config({**net.to_config(), "dropouts": [*dropout, 0.0]})
+    net = with_dropout(NETS[name])
     rows, labels = np.tile(X, (12, 1)), np.tile(LABELS, 12)
     states = []
     for plan in ("eager", "resident"):
@@ -179,6 +183,39 @@ def test_plans_threads_dropout_and_averages_agree(name):
         engine.fit(rows, labels, epochs=4, sample_weight=np.linspace(0.5, 2.0, len(rows)))
         states.append(engine.state_dict())
     assert_near(*states, 1e-12)
+
+
+OPTIMIZERS = {
+    "both": SGD(0.1, momentum=0.5, weight_decay=0.01),
+    "some": SGD(0.1, clip_norm=0.3, per_parameter={"0_norm.weight": fusemlp.ParameterOptions(trainable=False)}),
+    "residual": SGD(0.1, accumulate=2),
+}
+# Two updates by up to 0.15 times a gradient of about 1. Its error is that of sums of up to 24 products, 14 units each,
+# with a factor of ten for the layers that it goes through; under fp16 that of ten roundings on the way.
+LIMITS = {"fp32": 2 * 0.15 * 10 * 14 * 2.0**-24, "fp16": 2 * 0.15 * 10 * 2.0**-11}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("precision", LIMITS)
+@pytest.mark.parametrize("device", places(INTERPRETER, GPU))
+def test_cards_train_as_numpy_does(device, precision, name):
+    x, labels, limit = X[:24].astype(np.float32), LABELS[:24], LIMITS[precision]
+    options = {"optimizer": OPTIMIZERS[name], "batch_size": 16}
+    fit = {"epochs": 1, "sample_weight": np.linspace(0.5, 2.0, 24)}
+    rival = Engine(with_dropout(NETS[name]), backend="numpy", **options)
+    rival.fit(x, labels, **fit)
+    with usable(device):
+        for plan in ("eager",) if device is INTERPRETER else ("eager", "graph"):
+            engine = Engine(rival.network, backend=device.backend, plan=plan, precision=precision, **options)
+            engine.fit(x, labels, **fit)
+            assert_near(engine.state_dict(), rival.state_dict(), limit)
+            np.testing.assert_allclose(engine.predict_proba(x), rival.predict_proba(x), rtol=0, atol=limit)
+            by_x = [one.input_gradient(x[:5], labels[:5]) for one in (engine, rival)]
+            np.testing.assert_allclose(*by_x, rtol=0, atol=10 * limit)
+            parts = [attributions(one, x[:3], output=1, steps=4).values for one in (engine, rival)]
+            np.testing.assert_allclose(*parts, rtol=0, atol=10 * limit)
+        with pytest.raises(BackendUnavailableError, match=r"plan: .* without norm and residual blocks"):
+            Engine(rival.network, backend=device.backend, plan="resident", **options)
 
 
 def test_fp32_stays_near_fp64():

@@ -140,7 +140,7 @@ def test_every_step_is_the_oracles(case, device):
 
 
 def test_the_resident_kernel_of_triton_has_no_privacy():
-    step, reason = ([64, 32, 10], 32, "fp32"), "the triton backend's resident kernel trains without privacy"
+    step, reason = (MLP([64, 32, 10]), 32, "fp32"), "the triton backend's resident kernel trains without privacy"
     assert choose_plan("auto", TRAITS["triton"], *step)[0] == "resident"
     assert choose_plan("auto", TRAITS["triton"], *step, private=True) == ("graph", reason)
     assert choose_plan("auto", TRAITS["triton"], *step, models=100, private=True)[0] == "graph"

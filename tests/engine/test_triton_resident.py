@@ -11,7 +11,7 @@ from step_bounds import Step
 from tolerance import assert_within
 
 import fusemlp
-from fusemlp import SGD, Engine, Fleet
+from fusemlp import MLP, SGD, Engine, Fleet
 from fusemlp.runtime.memory import Memory
 from fusemlp.runtime.plans import choose_plan, resident_chunk
 from fusemlp_kernels.contract import BATCH_INDEX, LAST_LOSS
@@ -51,14 +51,14 @@ def same(engine, other):
     ],
 )
 def test_small_networks_are_resident_and_why_others_are_not(sizes, batch, precision, models, expected, said):
-    plan, reason = choose_plan("auto", TRAITS["triton"], sizes, batch, precision, models)
+    plan, reason = choose_plan("auto", TRAITS["triton"], MLP(sizes), batch, precision, models)
     assert plan == expected and said in reason
     refused = plan == "graph" and "estimated" not in reason
     if refused:
         with pytest.raises(fusemlp.BackendUnavailableError, match="resident kernel"):
-            choose_plan("resident", TRAITS["triton"], sizes, batch, precision)
+            choose_plan("resident", TRAITS["triton"], MLP(sizes), batch, precision)
     else:
-        assert choose_plan("resident", TRAITS["triton"], sizes, batch, precision) == ("resident", "asked for")
+        assert choose_plan("resident", TRAITS["triton"], MLP(sizes), batch, precision) == ("resident", "asked for")
 
 
 def test_a_launch_is_long_enough_to_pay_and_short_enough_for_ctrl_c():

@@ -21,7 +21,6 @@ _DRAWN = "the engine trains privately; each step draws its rows at random; leave
 _ONE_BATCH = "privacy clips the gradient of each row and takes one batch a step; leave it out, got"
 _FOR_ARRAYS = "it is for arrays X and y, and without y X yields batches"
 _CORE, _OTHERS = "the cupy backend has no kernels for", "; use backend='triton' or 'numpy'"
-_CARD = "cards have no kernels yet for"
 _HOST = "{own loss} is not supported yet"
 _STEADY = "lbfgs needs the same loss at each evaluation,"
 
@@ -41,7 +40,7 @@ CONFLICTS = {
             "prelu": f"prelu's slope is not learned beside {what}; use leaky_relu",
             "privacy": f"private training clips each row's gradient, and has none for {what}; leave privacy out",
             "IBP": f"interval bounds do not go through {what}; train against PGD(eps)",
-            **{card: f"{_CARD} {what}; use backend='numpy'" for card in ("triton", "cupy")},
+            "cupy": f"{_CORE} {what}{_OTHERS}",
         }.items()
     },
     **{
@@ -148,8 +147,7 @@ CONFLICTS = {
 # The rows that name what a backend does not have.
 UNAVAILABLE = {
     ("own loss", "triton"),
-    *((feature, card) for feature in ("norm", "residual") for card in ("triton", "cupy")),
-    *((feature, "cupy") for feature in ("ranks", "members", "privacy", "attack", "own loss")),
+    *((feature, "cupy") for feature in ("ranks", "members", "privacy", "attack", "own loss", "norm", "residual")),
 }
 
 

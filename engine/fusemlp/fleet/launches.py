@@ -48,8 +48,8 @@ def signature(engine: Engine) -> tuple[Any, ...]:
 def common_plan(engines: Sequence[Engine], batch_size: int, plan: str = "auto") -> tuple[str, str]:
     """Return the plan that ``plan`` comes to for engines of one ``signature`` that train at once, and why."""
     first = engines[0]
-    traits, sizes, private = first.memory.backend.traits, first.network.sizes, first.privacy is not None
-    return choose_plan(plan, traits, sizes, batch_size, first.precision, models=len(engines), private=private)
+    traits, private = first.memory.backend.traits, first.privacy is not None
+    return choose_plan(plan, traits, first.network, batch_size, first.precision, models=len(engines), private=private)
 
 
 def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[LaunchGroup, list[int]]]:

@@ -36,25 +36,25 @@ LAUNCH_SECONDS = 0.05
 def choose_plan(
     plan: str,
     traits: Traits,
-    sizes: Sequence[int],
+    net: MLP,
     batch: int,
     precision: str,
     models: int = 1,
     *,
     private: bool = False,
-    members: int = 1,
 ) -> tuple[str, str]:
-    """The plan that ``plan`` ("auto" or a name) comes to on a backend, for ``models`` models with these widths that
-    train at once, and why; ``private``: with differential privacy; ``members`` share the weights of each.
+    """The plan that ``plan`` ("auto" or a name) comes to on a backend, for ``models`` networks like ``net`` that train
+    at once, and why; ``private``: with differential privacy.
 
     Raises ArgumentError for an unknown name, BackendUnavailableError for a plan that the backend does not have, or not
     for such a network.
     """
     if plan not in ("auto", *PLANS):
         raise unknown_name("plan", plan, ["auto", *PLANS])
-    refusal = resident_refusal(traits, sizes, batch, precision, private=private, members=members)
+    beside = {"privacy": private, "members": net.members > 1, "norm and residual blocks": net.norms or net.blocks}
+    refusal = resident_refusal(traits, net.sizes, batch, precision, [name for name, used in beside.items() if used])
     if plan == "auto":
-        return _fastest(traits, refusal, sizes, batch * members, models)
+        return _fastest(traits, refusal, net.sizes, batch * net.members, models)
     if plan not in traits.plans:
         raise BackendUnavailableError(
             f"plan: the {traits.name} backend has {', '.join(traits.plans)}, got {plan!r}; use plan='auto'"
@@ -130,8 +130,7 @@ def _traits(net: MLP, backend: str, precision: str) -> Traits:
     traits: Traits = TRAITS[backend]
     if precision not in traits.precisions:
         raise unknown_name("precision", precision, traits.precisions)
-    if net.members > 1:
-        traits.check_has("members")
+    check_together({**net.uses, traits.name: True})
     return traits
 
 
@@ -159,7 +158,7 @@ def chosen_plan(
     sharding = _sharding(net, traits, devices, reduce)
     if traits.resident is None:
         return None
-    alone = choose_plan("auto", traits, net.sizes, batch_size, precision, members=net.members)
+    alone = choose_plan("auto", traits, net, batch_size, precision)
     return shared_plan(alone, traits, sharding) if sharding else alone
 
 
@@ -188,7 +187,7 @@ def plan_text(
     chosen_optimizer.check_network(net)
     real_bytes = REAL_BYTES.get(precision, 4)
     batch_size = sharding.rows(as_count("batch_size", batch_size, minimum=1))
-    alone, _ = choose_plan("auto", traits, net.sizes, batch_size, precision, members=net.members)
+    alone, _ = choose_plan("auto", traits, net, batch_size, precision)
     program = lower_training(
         net,
         chosen_loss.spec(accuracy=chosen_loss.is_classification),

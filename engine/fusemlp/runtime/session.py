@@ -33,6 +33,7 @@ from fusemlp.runtime.rates import RateTable
 from fusemlp.runtime.scaling import MEAN, SCALE, Scaling, as_normalise
 from fusemlp_kernels.coding import Coding
 from fusemlp_kernels.contract import (
+    FEATURES,
     FIRST_LOSS_SCALE,
     LEARNING_RATE,
     LOSS_SCALE,
@@ -155,7 +156,7 @@ class Session:
         # until it joins others
         self.ranks = Single()
         self.sharding = ALONE
-        needs = [feature for feature in ("members", "privacy", "own loss") if feature in self.described]
+        needs = [feature for feature in FEATURES if feature in self.described]
         self.backend = first_available(needs) if machine.backend == "auto" else machine.backend
         self.plan, self.plan_reason = machine.plan, "" if machine.plan == "auto" else ASKED
         check_together(self.uses)
@@ -313,8 +314,8 @@ class Session:
 
     def _chosen(self, plan: str, batch_size: int) -> tuple[str, str]:
         """The plan that ``plan`` comes to for batches of this size, and why."""
-        traits, private, net = self.inputs.backend.traits, "privacy" in self.described, self.network
-        chosen = choose_plan(plan, traits, net.sizes, batch_size, self.precision, private=private, members=net.members)
+        traits, private = self.inputs.backend.traits, "privacy" in self.described
+        chosen = choose_plan(plan, traits, self.network, batch_size, self.precision, private=private)
         return shared_plan(chosen, traits, self.sharding, self.ranks.uncaptured()) if self.sharding else chosen
 
     def make_room_for(self, rows: int) -> None:
