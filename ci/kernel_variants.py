@@ -33,6 +33,7 @@ from fusemlp_kernels.triton import (
     linear,
     loss,
     members,
+    norms,
     perturb,
     privacy,
     resident,
@@ -56,6 +57,9 @@ KERNELS = {
     "grad_affine_members": members.grad_affine_members_kernel,
     "linear_members": members.linear_members_kernel,
     "grad_input_members": members.grad_input_members_kernel,
+    "normalise": norms.normalise_kernel,
+    "grad_normalise": norms.grad_normalise_kernel,
+    "add": norms.add_kernel,
     "resident": resident.resident_kernel,
 }
 PRODUCTS = (
@@ -83,7 +87,7 @@ POINTERS = {
     **dict.fromkeys(("other", "dother", "centre", "radius", "zc", "zr", "dzc", "dzr", "lower", "upper"), "compute"),
     **dict.fromkeys(("reach", "least", "most", "source", "signs", "turned"), "fp32"),
     **dict.fromkeys(("b", "slope_param", "dslope", "target", "weight", "class_weight", "settings"), "fp32"),
-    **dict.fromkeys(("s", "r", "ds", "db", "dr", "sums"), "fp32"),
+    **dict.fromkeys(("s", "r", "ds", "db", "dr", "sums", "g"), "fp32"),
     **dict.fromkeys(("real", "parameters", "grads", "first", "second", "average", "slopes", "shares"), "fp32"),
     **dict.fromkeys(("partials", "hyper", "rates", "rule", "rules", "tensors", "norm", "stats"), "fp64"),
     **dict.fromkeys(("measured", "epoch_stats", "limit", "noise", "ramp"), "fp64"),
@@ -185,8 +189,11 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
     tile = configs.MEMBERS
     for aligned in (True, False):
         constants = {"BM": tile.rows, "BK": tile.columns, "ALIGNED": aligned}
-        yield Variant("affine_members", ELEMENTS[precision], tile, constants)
-        yield Variant("grad_affine_members", ELEMENTS[precision], tile, constants)
+        for kernel in ("affine_members", "grad_affine_members"):
+            yield Variant(kernel, ELEMENTS[precision], tile, constants)
+        for rows in configs.ROWS:
+            for kernel in ("normalise", "grad_normalise", "add"):
+                yield Variant(kernel, ELEMENTS[precision], rows, {**constants, "BM": rows.rows, "BK": rows.columns})
     if precision in RESIDENT_PRECISIONS:
         for resident_tile in configs.resident_tiles(arch.family, precision):
             constants = configs.resident_constants(resident_tile, product)

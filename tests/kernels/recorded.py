@@ -10,7 +10,7 @@ import kernel_launches
 import kernel_variants
 import numpy as np
 
-from fusemlp import DPSGD, MLP, PGD, SGD, Adam, CrossEntropy, Engine
+from fusemlp import DPSGD, MLP, PGD, SGD, Adam, CrossEntropy, Engine, Residual
 from fusemlp.program.step import Inputs
 from fusemlp.runtime.steps import bind
 from fusemlp_kernels.triton import configs
@@ -42,6 +42,7 @@ def launches(target, precision):
         for net, options in (
             (MLP([6, 9, 4]), {"adversarial": PGD(0.1)}),
             (MLP([6, 9, 7, 4], dropout=0.2, members=3), {}),
+            (MLP([6, 9, Residual(7), 4], dropout=0.2, norm="layer"), {}),
         ):
             engine = Engine(net, batch_size=20, backend="triton", precision=precision, plan="eager")
             engine.fit(rng.standard_normal((40, 6)), labels, epochs=1, **options)

@@ -11,6 +11,7 @@ import test_layers as layers_of
 import test_loss as losses_of
 import test_members as members_of
 import test_nan as nan_of
+import test_norms as norms_of
 import test_perturb as perturb_of
 import test_update as updates_of
 from cards import card
@@ -208,3 +209,10 @@ def test_members(variant, monkeypatch):
     members_of.test_affine_members_and_back(variant, "silu")
     members_of.test_the_first_factors_take_the_rows_of_a_batch(variant)
     members_of.test_heads_and_their_gradients(variant)
+
+
+def test_norms(variant, monkeypatch):
+    """Rows of each tile, and of several; and more columns than the gradients have at a time."""
+    monkeypatch.setattr(norms_of, "shapes_of", lambda variant: ((19, 21), (5, 140), (2, 1030)))
+    norms_of.test_normalise_and_back(variant, "silu")
+    norms_of.test_add(variant)
