@@ -130,8 +130,8 @@ at = np.zeros(3, np.int64)  # step, phase, errors
 rng = random.Random(0)
 sleepy = len(sys.argv) > 1
 
-@ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-def work(job, task):
+@ctypes.CFUNCTYPE(*[ctypes.c_int64] * 4)
+def work(job, task, room):
     step, phase = int(at[0]), int(at[1])
     if task >= 0:
         if sleepy and rng.random() < 0.002:
@@ -176,14 +176,14 @@ X, y = np.random.default_rng(0).standard_normal((320, 20)).astype(np.float32), n
 lead, led = launches._Team.lead, []
 
 def with_sleeps(self, members, work, job):
-    own = ctypes.CFUNCTYPE(WORD, WORD, WORD)(work)
+    own = ctypes.CFUNCTYPE(*[WORD] * 4)(work)
 
-    @ctypes.CFUNCTYPE(WORD, WORD, WORD)
-    def slow(job, task):
+    @ctypes.CFUNCTYPE(*[WORD] * 4)
+    def slow(job, task, room):
         if task >= 0 and rng.random() < 0.002:
             sleeps[0] += 1
             time.sleep(rng.random() * 0.002)
-        return own(job, task)
+        return own(job, task, room)
 
     led.append(members)
     lead(self, members, ctypes.cast(slow, ctypes.c_void_p).value, job)
@@ -297,7 +297,7 @@ def test_a_plan_covers_all_of_each_call_once(shapes, height):
     sizes = [outputs * max(inputs, 1) for _, outputs, inputs in shapes]
     rows = [plan.Row(kind, n, k, at, at + 1) for at, (kind, n, k) in enumerate(shapes)]
     packs = [plan.Row("PACK", n, k) for kind, n, k in shapes if kind == "AFFINE"]
-    found = plan.plan(rows, packs, height, sizes)
+    found = plan.plan(rows, packs, height, sizes, 512)
     assert found.block % plan.ROWS == 0
     phases = np.array(found.phases, t.PHASE)
     calls = [*rows, *packs]
@@ -326,6 +326,6 @@ def test_a_plan_covers_all_of_each_call_once(shapes, height):
 def test_rows_that_use_the_memory_of_others_are_a_phase_of_their_own():
     one, two = (1000, 400, 40), (1200, 800, 80)
     rows = [plan.Row("AFFINE", 10, 10, arrays=(one,)), plan.Row("ACTIVATE", 10, 0, arrays=(one,))]
-    assert len(plan.plan(rows, [], 10, []).phases) == 1
+    assert len(plan.plan(rows, [], 10, [], 512).phases) == 1
     rows.append(plan.Row("BACKWARD", 10, 10, arrays=(two,)))
-    assert [phase[1:3] for phase in plan.plan(rows, [], 10, []).phases] == [(0, 2), (2, 3)]
+    assert [phase[1:3] for phase in plan.plan(rows, [], 10, [], 512).phases] == [(0, 2), (2, 3)]

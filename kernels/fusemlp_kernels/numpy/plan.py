@@ -28,10 +28,6 @@ THREAD_TASKS = 4
 # The cost of an element of work beside products, in multiplications.
 ELEMENT, LOSS, MOVE, UPDATE = 16, 64, 4, 32
 
-# Elements of a row that a piece has at least, where there are as many: an update of short rows leaves little to do in
-# vector registers.
-SHORTEST = 128
-
 PIECEWISE = ("WEIGHT", "CODES", "BIAS", "SLOPES")
 _CUT = {
     **dict.fromkeys((*PIECEWISE, "NORM", "UPDATE", "PACK", "SUMS"), t.BY_PIECES),
@@ -68,11 +64,18 @@ class Plan:
 
 
 def plan(
-    rows: Sequence[Row], packs: Sequence[Row], height: int, sizes: Sequence[int], members: int = 1, shards: int = 0
+    rows: Sequence[Row],
+    packs: Sequence[Row],
+    height: int,
+    sizes: Sequence[int],
+    shortest: int,
+    members: int = 1,
+    shards: int = 0,
 ) -> Plan:
     """Plan ``rows`` of calls for batches of up to ``height`` rows; the trained tensors have these ``sizes``.
 
-    A block has as many rows of each of ``members``.
+    A block has as many rows of each of ``members``. A piece of a weight has at least ``shortest`` elements of a row,
+    where there are as many.
 
     ``packs`` are the last rows of the table: they run before the first step, and where an update does not bring the
     weights into panels itself, after that. With ``shards`` the rows are those of several shards alike, each of which is
@@ -90,12 +93,12 @@ def plan(
         cut = _CUT.get(group[0].kind, t.BY_ROWS)
         start, count = len(tasks), 1
         if cut == t.BY_PIECES:
-            total = sum(piece[-1] for row in group for piece in _pieces(row, height, sizes, math.inf))
+            total = sum(piece[-1] for row in group for piece in _pieces(row, height, sizes, shortest, math.inf))
             count = _tasks(total)
             grain = total / min(MOST_TASKS, PIECES * count) if count > 1 else math.inf
             begun, cost, ended = len(pieces), 0, 0
             for i, row in enumerate(group):
-                for *piece, work in _pieces(row, height, sizes, grain):
+                for *piece, work in _pieces(row, height, sizes, shortest, grain):
                     pieces.append((first + i, *piece))
                     cost += work
                     if cost * count >= total * (ended + 1):
@@ -189,7 +192,9 @@ def _columns(row: Row, coding: Coding, height: int, grain: float) -> Iterator[tu
             top, cost = bottom, 0
 
 
-def _pieces(row: Row, height: int, sizes: Sequence[int], grain: float) -> Iterator[tuple[int, int, int, int, int]]:
+def _pieces(
+    row: Row, height: int, sizes: Sequence[int], shortest: int, grain: float
+) -> Iterator[tuple[int, int, int, int, int]]:
     """The pieces of a row, each about as much work as ``grain``: top, bottom, left, right, and its work."""
     if row.kind in ("NORM", "UPDATE"):
         for tensor in range(row.first, row.end):
@@ -201,7 +206,7 @@ def _pieces(row: Row, height: int, sizes: Sequence[int], grain: float) -> Iterat
     elif row.kind in ("WEIGHT", "PACK"):
         each = height + UPDATE if row.kind == "WEIGHT" else MOVE
         parts = max(1, math.ceil(row.n * row.k * each / grain))
-        strips = min(parts, max(1, row.k // SHORTEST))
+        strips = min(parts, max(1, row.k // shortest))
         for left, right in _even(row.k, strips, t.PANEL):
             for top, bottom in _even(row.n, -(-parts // max(strips, 1)), t.PANEL // 2):
                 yield top, bottom, left, right, (bottom - top) * (right - left) * each

@@ -238,7 +238,9 @@ class CallTable:
             self.add(kind, n=len(w), k=w.shape[1], w=w, panels=panels, coding=coding)
         batch = t.COUNTED if self.names & COUNTED else self.height
         sizes = [size for _, size, _, _ in self.tensors]
-        cut = plan(rows, self.rows[len(rows) :], self.height, sizes, self.members, self.shards)
+        cut = plan(
+            rows, self.rows[len(rows) :], self.height, sizes, compiled("products").SHORTEST, self.members, self.shards
+        )
         width = t.SLOPES_PART + self.slopes
         # what philox draws for a row, eight columns to two words; for noise, its numbers too
         drops, noisy = "keep" in self.names, "noisy" in self.names
