@@ -411,3 +411,45 @@ def test_what_does_not_go_with_it(loss, words):
     with pytest.raises(ArgumentError, match="function: cross_entropy is computed by kernels"):
         fusemlp.check_gradient("cross_entropy", VALUES, [0, 1, 2])
     assert all(issubclass(kind, fusemlp.Loss) and kind is not OwnLoss for kind in LOSSES.values())
+
+
+def test_an_output_without_a_target_may_overflow():
+    value, gradient, _ = Poisson(missing=True).value_and_gradient(
+        np.array([[1.0, 200.0]], np.float32), np.array([[1.0, np.nan]], np.float32), None
+    )
+    assert abs(value - (np.e - 1)) < 1e-6
+    np.testing.assert_array_equal(gradient[0, 1], 0.0)
+
+
+def test_rows_that_weigh_something_must_have_a_target():
+    def engine():
+        return Engine(MLP([INPUTS, 4, 3]), loss=MSE(missing=True), batch_size=BATCH, backend="numpy")
+
+    late, weights = VALUES.copy(), np.zeros(ROWS)
+    late[:80], weights[:80] = np.nan, 1.0
+    for fit, words in (
+        ({"validation_split": 0.2}, "validation_split: the first 80 rows: no row that weighs something"),
+        ({"sample_weight": weights}, "y: no row that weighs something has a target"),
+        ({"validation_data": (X, late, weights)}, "no row that weighs something has a target"),
+    ):
+        y = VALUES if "validation_data" in fit else late
+        with pytest.raises(DataError, match=words):
+            engine().fit(X, y, epochs=1, **fit)
+    # a target whose rows all weigh nothing has no score
+    half = VALUES.copy()
+    half[:80, 0] = np.nan
+    scores = engine().evaluate(X, half, sample_weight=weights, metrics=["mae", "r2"])
+    assert np.isfinite([scores["mae"], scores["r2"]]).all()
+
+
+def test_accuracy_is_refused_where_nothing_counts_hits():
+    engine = Engine(MLP([INPUTS, 4, 3]), loss=BinaryCrossEntropy(missing=True), batch_size=BATCH, backend="numpy")
+    with pytest.raises(ArgumentError, match=r"metrics: a loss that the host computes.* counts no 'accuracy'; use 'f1'"):
+        engine.evaluate(X, with_gaps(LABELS), metrics=["accuracy"])
+
+
+def test_a_gradient_is_checked_with_targets_as_an_engine_has_them():
+    assert fusemlp.check_gradient(GaussianNLL(), RANDOM.normal(size=(5, 2)), np.arange(5.0)) < 1e-7
+    assert fusemlp.check_gradient(Quantiles(), RANDOM.normal(size=(3, 3)), np.arange(3.0)) < 1e-7
+    with pytest.raises(ShapeError, match="the loss has 2 outputs for a target; give 1 column"):
+        fusemlp.check_gradient(GaussianNLL(), np.zeros((3, 2)), np.zeros((3, 2)))

@@ -118,7 +118,9 @@ class ElementLoss(HostLoss):
 
     def of_rows(self, outputs: Array, targets: Array) -> tuple[Array, Array, Any]:
         there = ~np.isnan(targets)
-        losses, gradient = elements(self.kind, outputs, np.where(there, targets, 0), **self.shared(LossOptions))
+        # zeros for both: what is not counted must not overflow
+        known = [np.where(there, values, 0) for values in (outputs, targets)]
+        losses, gradient = elements(self.kind, *known, **self.shared(LossOptions))
         return (losses * there).sum(axis=1), gradient * there, there.sum(axis=1)
 
 

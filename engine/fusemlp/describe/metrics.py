@@ -65,9 +65,8 @@ class Metric:
             part, column = rows.part(kept), [at, at]
             predicted, score = part.predicted[:, column], None if part.scores is None else part.scores[:, column]
             truth = part.truth[:, column].astype(predicted.dtype)
-            scores.append(
-                self.of(replace(part, truth=truth, predicted=predicted, scores=score)) if kept.any() else np.nan
-            )
+            counted = kept.any() and (part.weight is None or part.weight.any())
+            scores.append(self.of(replace(part, truth=truth, predicted=predicted, scores=score)) if counted else np.nan)
         return float(np.mean([score for score in scores if not np.isnan(score)] or np.nan))
 
 
@@ -190,16 +189,23 @@ def _of_function(argument: str, function: Callable[..., Any]) -> Metric:
     return Metric(name, rises(name), (*KINDS, None), of, of_outputs=True)
 
 
-def as_metrics(argument: str, choices: Iterable[MetricLike], kind: str | None) -> tuple[Metric, ...]:
+def as_metrics(
+    argument: str, choices: Iterable[MetricLike], kind: str | None, *, counts_hits: bool = True
+) -> tuple[Metric, ...]:
     """Check metrics, names, objects or functions, for targets of ``kind``; None: those that functions alone are for.
 
-    "accuracy" is left out: it is always there, but for numbers.
+    "accuracy" is left out: it is always there, but for numbers and for losses that count no hits.
     """
     if isinstance(choices, str | Metric) or not isinstance(choices, Iterable):
         raise ArgumentTypeError(f"{argument}: expected a list of names such as ['auc'], got {choices!r}")
     metrics: dict[str, Metric] = {}
     for choice in choices:
         if choice == "accuracy" and kind != "numbers":
+            if not counts_hits:
+                raise ArgumentError(
+                    f"{argument}: a loss that the host computes, as with missing=True, counts no 'accuracy'; use 'f1', "
+                    "or a function of targets and outputs"
+                )
             continue
         metric = choice if isinstance(choice, Metric) else METRICS.get(choice) if isinstance(choice, str) else None
         if callable(choice):

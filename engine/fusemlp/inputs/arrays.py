@@ -86,12 +86,19 @@ def as_class_labels(
 
 
 def as_values(
-    argument: str, value: Any, *, width: int, rows: int | None, dtype: npt.DTypeLike, missing: bool | None = None
+    argument: str,
+    value: Any,
+    *,
+    width: int,
+    rows: int | None,
+    dtype: npt.DTypeLike,
+    missing: bool | None = None,
+    each: int = 1,
 ) -> Array:
     """Return real targets as a C-contiguous ``(n, width)`` array; a vector counts as one column if ``width`` is 1.
 
-    ``missing``: whether NaN is valid; False: the option of this name would make it so. Raises ShapeError, DTypeError,
-    and DataError for NaN, infinities and values that ``dtype`` cannot hold.
+    ``missing``: whether NaN is valid; False: the option of this name would make it so. ``each``: the outputs for a
+    target. Raises ShapeError, DTypeError, and DataError for NaN, infinities and values that ``dtype`` cannot hold.
     """
     array = _real(argument, to_array(argument, value))
     if array.ndim == 1 and width == 1:
@@ -99,7 +106,7 @@ def as_values(
     if array.ndim != 2 or array.shape[1] != width:
         raise ShapeError(
             f"{argument}: expected shape (n, {width}), a column for each output, got shape {array.shape}; "
-            + _target_mend(argument, array, width)
+            + _target_mend(argument, array, width, each)
         )
     _check_rows(argument, array, rows)
     return _converted(argument, array, dtype, check_finite=True, missing=missing)
@@ -299,11 +306,13 @@ def _two_dimensional(argument: str, shape: tuple[int, ...], width: int) -> str:
     return f"for a single example give {argument}.reshape(1, -1)"
 
 
-def _target_mend(argument: str, array: Array, width: int) -> str:
+def _target_mend(argument: str, array: Array, width: int, each: int) -> str:
     if array.ndim == 1 and width > 1 and array.dtype.kind in "biu":
         return f"for class labels use loss 'cross_entropy', or one-hot rows: numpy.eye({width})[{argument}]"
     if array.ndim == 1:
         return f"the network has {width} outputs, so each row needs {width} values"
+    if each > 1:
+        return f"the loss has {each} outputs for a target; give {_plural(width, 'column')}"
     if array.ndim == 2:
         return f"give {_plural(width, 'column')}, or make the network's last width {array.shape[1]}"
     return f"give a matrix: {argument}.reshape(len({argument}), -1)"

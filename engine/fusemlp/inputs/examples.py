@@ -85,7 +85,8 @@ def as_targets(argument: str, y: Any, loss: Loss, *, outputs: int, rows: int | N
     check = {"binary_cross_entropy": as_binary_targets, "poisson": as_counts}.get(loss.kind, as_values)
     # None: the loss has no such option
     missing = getattr(loss, "missing", None)
-    values = check(argument, y, width=outputs // loss.width, rows=rows, dtype=dtype, missing=missing)
+    width = outputs // loss.width
+    values = check(argument, y, width=width, rows=rows, dtype=dtype, missing=missing, each=loss.width)
     if missing and np.isnan(values).all():
         raise DataError(f"{argument}: all {len(values)} rows lack every target (NaN); give at least one number")
     return Targets(values, False)
@@ -347,7 +348,16 @@ class DeviceInputs:
                 ) from error
             raise
         rows = len(features)
-        return Examples(features, self.targets(names[1], y, rows=rows), self.weights(names[2], weight, rows=rows))
+        checked = Examples(features, self.targets(names[1], y, rows=rows), self.weights(names[2], weight, rows=rows))
+        self.check_known(names[1], checked)
+        return checked
+
+    def check_known(self, argument: str, rows: Examples) -> None:
+        """Raise DataError where the loss leaves missing targets out, and no row with a weight has any."""
+        if getattr(self.loss, "missing", False):
+            known = ~np.isnan(self.on_host(rows.targets.values)).all(axis=1)
+            if not (known if rows.weight is None else known & (self.on_host(rows.weight) > 0)).any():
+                raise DataError(f"{argument}: no row that weighs something has a target; give at least one number")
 
     def on_host(self, array: Any) -> Any:
         """Return a checked array, or Columns, in host memory, without a copy if it is there."""

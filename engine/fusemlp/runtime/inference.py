@@ -269,7 +269,8 @@ class Inference:
         """Return the loss of rows or batches, for classes the accuracy, and ``metrics`` by name."""
         data = self._rows_of(X, y, sample_weight, steps)
         self.scaling.check_measured()
-        asked = as_metrics("metrics", metrics, self.inputs.kind_of(data.targets)) if metrics else ()
+        kind, hits = self.inputs.kind_of(data.targets), not self.loss.on_host
+        asked = as_metrics("metrics", metrics, kind, counts_hits=hits) if metrics else ()
         spec = self.inputs.spec_for(data.targets)
         evaluation = self._evaluation(self.forward, data, spec, repeated=False)
         return {**evaluation.of(self.forward.trained), **self.figures(data, asked)}

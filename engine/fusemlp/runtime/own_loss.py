@@ -11,8 +11,8 @@ import numpy as np
 from fusemlp.describe.checks import as_number, returned_number
 from fusemlp.describe.loss import HostLoss, Loss
 from fusemlp.describe.losses import LossLike, OwnLoss, as_loss
-from fusemlp.inputs.arrays import Array, as_rows, as_values, as_weights, to_array
-from fusemlp.inputs.examples import DeviceInputs, Examples
+from fusemlp.inputs.arrays import Array, as_values, as_weights, to_array
+from fusemlp.inputs.examples import DeviceInputs, Examples, as_targets
 from fusemlp.runtime.forward import Evaluation, ForwardPass, MeanEvaluation
 from fusemlp.runtime.memory import Memory
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError
@@ -108,7 +108,7 @@ def check_gradient(
         raise ArgumentError(f"function: {loss.kind} is computed by kernels, which tests compare with differences")
     y = to_array("outputs", outputs)
     y = np.array(as_values("outputs", y, width=y.shape[-1] if y.ndim else 1, rows=None, dtype=np.float64))
-    t = as_rows("targets", targets, rows=len(y), dtype=np.float64)
+    t = np.array(as_targets("targets", targets, loss, outputs=y.shape[1], rows=len(y), dtype=np.float64).values)
     if weights is not None:
         loss.check_weights("weights")
         weights = as_weights("weights", weights, rows=len(y), dtype=np.float64)

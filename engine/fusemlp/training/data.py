@@ -157,6 +157,7 @@ def split(engine: Trainer, data: Examples, share: float) -> tuple[Examples, Exam
     for name, part in zip(("first", "last"), parts, strict=True):
         if part.weight is not None and not engine.inputs.largest(part.weight):
             raise DataError(f"validation_split: the {name} {len(part.X)} rows weigh zero; shuffle the rows before fit")
+        engine.inputs.check_known(f"validation_split: the {name} {len(part.X)} rows", part)
     trained, held = (_codes(engine, part.targets) for part in parts)
     if trained is not None and held is not None and (unseen := np.setdiff1d(held, trained)).size:
         warnings.warn(

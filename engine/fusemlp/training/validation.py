@@ -120,7 +120,8 @@ def _with_metrics(
     if not named and not plan.metrics:
         return validation
     kind = engine.inputs.kind_of(targets if validation is None else validation.data.targets)
-    both = (*as_metrics("metrics", named, kind), *as_metrics("metrics", plan.metrics, kind))
+    asked = as_metrics("metrics", plan.metrics, kind, counts_hits=not engine.loss.on_host)
+    both = (*as_metrics("metrics", named, kind), *asked)
     if validation is None and both:
         raise ArgumentError(
             f"metrics: they are of validation rows; give validation_data=(Xv, yv) or {instead} too, got "

@@ -424,7 +424,7 @@ def _product(
     strips = (
         room != 0 and b_step > PANEL and rows >= STRIP_ROWS and size * depth * b_step > CACHED and depth * width <= HALF
     )
-    turns = strips and a_row == 1
+    turns = strips and a_row == 1 and (depth + BETWEEN) * STRIP_ROWS <= HALF
     some = rows
     if turns:
         # all parts of about the same height: each has the strips copied anew
