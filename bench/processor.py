@@ -32,13 +32,13 @@ SECONDS = 0.3
 
 def instruction_sets() -> dict[str, str]:
     """Return the instruction set that each library of this process says it uses; XLA says nothing."""
-    found = {}
+    used = {}
     if "torch" in sys.modules:
-        found["PyTorch"] = str(sys.modules["torch"].backends.cpu.get_cpu_capability())
+        used["PyTorch"] = str(sys.modules["torch"].backends.cpu.get_cpu_capability())
     compiler = sys.modules.get("fusemlp_kernels.numpy.compiled.compiler")
     if compiler is not None:
-        found["fusemlp"] = next(name for name, width in compiler.REGISTERS.items() if width == compiler.REGISTER_BYTES)
-    return found
+        used["fusemlp"] = next(name for name, width in compiler.REGISTERS.items() if width == compiler.REGISTER_BYTES)
+    return used
 
 
 def peak() -> float:

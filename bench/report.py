@@ -271,11 +271,11 @@ def _peak(line: Record) -> list[str]:
         return []
     text = f"Percentages are of {line['peak']:.0f} GFLOP/s: a loop of multiply-adds in as many threads."
     if line.get("isa"):
-        told = [f"{name} {isa}" for sets in line["instruction_sets"].values() for name, isa in sets.items()]
+        confirmed = [f"{name} {isa}" for sets in line["instruction_sets"].values() for name, isa in sets.items()]
         blas = {
             pool["architecture"] for pools in line["thread_pools"].values() for pool in pools if pool["architecture"]
         }
-        named = [*dict.fromkeys(told), *(f"OpenBLAS {name}" for name in sorted(blas))]
+        named = [*dict.fromkeys(confirmed), *(f"OpenBLAS {name}" for name in sorted(blas))]
         text += f" Limited to {line['isa']}; verified by the library's own word for: {', '.join(named)}."
     return [text]
 
