@@ -1,0 +1,99 @@
+"""Hooks of mkdocs: pages of the site that lie outside ``engine/docs``, and links that work there and on GitHub.
+
+Pages link by relative paths of the repository. A link to a page of the site leads to that page, one to any other file
+of the repository to a copy of it: a picture as it is, text as a page under ``source/``.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = "engine/docs"
+# Pages that stay in their folder, where GitHub shows them, and their names in the site.
+ELSEWHERE = {
+    "README.md": "index.md",
+    "engine/README.md": "engine.md",
+    "kernels/README.md": "kernels.md",
+    "bench/README.md": "benchmarks.md",
+    "engine/tutorial/README.md": "tutorial.md",
+}
+PICTURES = {".png", ".svg", ".jpg"}
+FENCED = re.compile(r"^(```+)[^\n]*\n.*?^\1[ ]*$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"(?<=\]\()(?!\w+:|#)[^)\s]+(?=\))|(?<=src=\")(?!\w+:)[^\"]+(?=\")")
+
+
+def site_path(path: str) -> str:
+    """Return the name in the site of a file of the repository, relative to its root."""
+    if path in ELSEWHERE:
+        return ELSEWHERE[path]
+    if path.startswith(f"{DOCS}/"):
+        return path.removeprefix(f"{DOCS}/")
+    return f"source/{path}" if Path(path).suffix in PICTURES else f"source/{path}.md"
+
+
+def repository_path(page: str) -> str:
+    """Return the file of the repository from which a page of the site comes."""
+    return next((path for path, name in ELSEWHERE.items() if name == page), f"{DOCS}/{page}")
+
+
+def outside_fences(text: str, change: Callable[[str], str]) -> str:
+    """Return a page with its text changed, and its code blocks as they are."""
+    end, parts = 0, []
+    for block in FENCED.finditer(text):
+        parts += [change(text[end : block.start()]), block[0]]
+        end = block.end()
+    return "".join([*parts, change(text[end:])])
+
+
+def follow(page: str, link: str) -> str:
+    """Return the link of a page of the site to a file; one without a file stays, for mkdocs to report."""
+    path, mark, anchor = link.partition("#")
+    target = posixpath.normpath(posixpath.join(posixpath.dirname(repository_path(page)), path))
+    if not (ROOT / target).is_file():
+        return link
+    return posixpath.relpath(site_path(target), posixpath.dirname(page)) + mark + anchor
+
+
+def linked(path: str) -> Iterator[str]:
+    """Yield the files of the repository to which a page links."""
+    texts: list[str] = []
+    outside_fences((ROOT / path).read_text(encoding="utf-8"), lambda text: texts.append(text) or text)
+    for link in LINK.findall("\n".join(texts)):
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(path), link.partition("#")[0]))
+        if (ROOT / target).is_file():
+            yield target
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that lie elsewhere, and copies of the files to which pages link."""
+    for path, name in ELSEWHERE.items():
+        files.append(File.generated(config, name, content=(ROOT / path).read_text(encoding="utf-8")))
+    pages = [repository_path(file.src_uri) for file in files.documentation_pages()]
+    for path in sorted({target for page in pages for target in linked(page)}):
+        name = site_path(path)
+        if name.startswith("source/"):
+            files.append(copy_of(path, name, config))
+    return files
+
+
+def copy_of(path: str, name: str, config: MkDocsConfig) -> File:
+    """Return a picture as it is, or a page that shows a text."""
+    if Path(path).suffix in PICTURES:
+        return File.generated(config, name, abs_src_path=str(ROOT / path))
+    text = (ROOT / path).read_text(encoding="utf-8")
+    return File.generated(config, name, content=f"# {path}\n\n````{Path(path).suffix[1:]}\n{text}````\n")
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Lead the links of a page to the site's pages."""
+    if page.file.src_uri.startswith("source/"):
+        return markdown
+    return outside_fences(markdown, lambda text: LINK.sub(lambda link: follow(page.file.src_uri, link[0]), text))
