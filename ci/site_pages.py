@@ -20,7 +20,7 @@ DOCS = "engine/docs"
 # Pages that stay in their folder, where GitHub shows them, and their names in the site.
 ELSEWHERE = {
     "README.md": "index.md",
-    "engine/README.md": "engine.md",
+    "engine/README.md": "user-guide.md",
     "kernels/README.md": "kernels.md",
     "bench/README.md": "benchmarks.md",
     "engine/tutorial/README.md": "tutorial.md",

@@ -257,11 +257,11 @@ def test_a_restart_with_resume_discards_nothing(tmp_path, monkeypatch, alone, ca
 
 
 def test_the_script_of_the_page_trains(tmp_path, monkeypatch, alone):
-    page = (worlds.ROOT / "engine" / "README.md").read_text(encoding="utf-8")
+    page = (worlds.ROOT / "engine/docs/processes.md").read_text(encoding="utf-8")
     (script,) = re.findall(r"^```py\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(compile(script, "engine/README.md, script", "exec"), names)
+    exec(compile(script, "processes.md, script", "exec"), names)
     assert names["history"].history["accuracy"][-1] >= 0.95
     assert np.mean(load("model.safetensors").predict(names["data"].X) == names["data"].y) >= 0.95
 
