@@ -36,12 +36,11 @@ def section(name: str, command: Any) -> str:
     options = [item for item in command.params if item.param_type_name == "option"]
     words = " ".join(["fusemlp", name, *(item.metavar for item in arguments), *(["[OPTIONS]"] if options else [])])
     parts = [f"## {name}", f"```\n{words}\n```", *map(paragraph, (command.help or "").split("\n\n"))]
-    if arguments:
-        parts.append(table("argument", [(item.metavar, item) for item in arguments]))
+    parts += [definition(item.metavar, item) for item in arguments]
     for panel, items in itertools.groupby(options, key=lambda item: item.rich_help_panel):
-        if isinstance(panel, str):
-            parts.append(f"### {panel} {{ #{name}-{panel.lower().replace(' ', '-')} }}")
-        parts.append(table("option", [(spelling(item), item) for item in items]))
+        title = panel if isinstance(panel, str) else "Options"
+        parts.append(f"### {title} {{ #{name}-{title.lower().replace(' ', '-')} }}")
+        parts += [definition(spelling(item), item) for item in items]
     return "\n\n".join(parts) + "\n"
 
 
@@ -53,7 +52,7 @@ def paragraph(text: str) -> str:
 
 def plain(text: str) -> str:
     """Return a help text as Markdown."""
-    return re.sub(r"([*_|])", r"\\\1", html.escape(MARKUP.sub("", text), quote=False))
+    return re.sub(r"([*_])", r"\\\1", html.escape(MARKUP.sub("", text), quote=False))
 
 
 def spelling(option: Any) -> str:
@@ -62,13 +61,9 @@ def spelling(option: Any) -> str:
     return f"{names} {option.metavar or ''}".strip()
 
 
-def table(kind: str, rows: list[tuple[str, Any]]) -> str:
-    """Return a table of arguments or options, with what each does and its default."""
-    lines = [f"| {kind} | effect |", "|---|---|"]
-    for name, item in rows:
-        shown = item.show_default and item.default not in (None, False, (), [], "")
-        default = f" Default: `{item.default}`." if shown else ""
-        often = " May be given several times." if item.multiple else ""
-        effect = plain(" ".join((item.help or "").split())) + default + often
-        lines.append(f"| `{name}` | {effect} |")
-    return "\n".join(lines)
+def definition(name: str, item: Any) -> str:
+    """Return an argument or option as an item of a definition list, with its default."""
+    shown = item.show_default and item.default not in (None, False, (), [], "")
+    default = f" Default: `{item.default}`." if shown else ""
+    often = " May be given several times." if item.multiple else ""
+    return f"`{name}`\n:   {plain(' '.join((item.help or '').split()))}{default}{often}"

@@ -10,6 +10,7 @@ import posixpath
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -28,6 +29,7 @@ ELSEWHERE = {
 PICTURES = {".png", ".svg", ".jpg"}
 FENCED = re.compile(r"^(```+)[^\n]*\n.*?^\1[ ]*$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)[^)\s]+(?=\))|(?<=src=\")(?!\w+:)[^\"]+(?=\")")
+SHORT_CODE = re.compile(r"<code>([^\s<]{2,26})</code>")
 
 
 def site_path(path: str) -> str:
@@ -96,4 +98,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Lead the links of a page to the site's pages."""
     if page.file.src_uri.startswith("source/"):
         return markdown
+    if page.is_homepage:
+        # README.md has no room for settings of the site.
+        page.meta["hide"] = ["navigation"]
     return outside_fences(markdown, lambda text: LINK.sub(lambda link: follow(page.file.src_uri, link[0]), text))
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Keep a short name, such as that of an option, on one line: browsers break lines after hyphens."""
+    return SHORT_CODE.sub(r'<code class="name">\1</code>', html)
