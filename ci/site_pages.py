@@ -29,7 +29,10 @@ ELSEWHERE = {
 PICTURES = {".png", ".svg", ".jpg"}
 FENCED = re.compile(r"^(```+)[^\n]*\n.*?^\1[ ]*$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)[^)\s]+(?=\))|(?<=src=\")(?!\w+:)[^\"]+(?=\")")
-SHORT_CODE = re.compile(r"<code>([^\s<]{2,26})</code>")
+INLINE_CODE = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
+# A name, path or option of this length fits into a line of a telephone.
+NAME = re.compile(r"(?<!\S)[^\s<]*[-_./][^\s<]*(?!\S)")
+LONGEST_NAME = 26
 
 
 def site_path(path: str) -> str:
@@ -98,12 +101,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Lead the links of a page to the site's pages."""
     if page.file.src_uri.startswith("source/"):
         return markdown
-    if page.is_homepage:
-        # README.md has no room for settings of the site.
+    if page.parent is None:
+        # A page without neighbours needs no list of them.
         page.meta["hide"] = ["navigation"]
     return outside_fences(markdown, lambda text: LINK.sub(lambda link: follow(page.file.src_uri, link[0]), text))
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Keep a short name, such as that of an option, on one line: browsers break lines after hyphens."""
-    return SHORT_CODE.sub(r'<code class="name">\1</code>', html)
+    """Keep names in the text, such as those of options, on one line: browsers break lines after hyphens."""
+
+    def kept(name: re.Match[str]) -> str:
+        return f'<span class="name">{name[0]}</span>' if len(name[0]) <= LONGEST_NAME else name[0]
+
+    return INLINE_CODE.sub(lambda code: NAME.sub(kept, code[0]), html)
