@@ -26,8 +26,9 @@ counters[ROW_STEP] is not 0, the clock adds it to ROW_OFFSET, goes back to 0 at 
 rows left of ROW_TOTAL, at most ROW_STEP: an epoch needs nothing from the host.
 
 With the operand ``coding`` x has rows of codes (``coding.Coding``), and ``linear`` is that of the dense rows that they
-stand for. w keeps its shape (N, K); its columns, the weights of an input, lie side by side. Codes are not checked here:
-the caller of ``bind`` gives indices of inputs, or -1 for none. Padding has codes 0.
+stand for. w keeps its shape (N, K); its columns, the weights of an input, lie side by side. With r, the dense rows are
+multiplied by the factors of their member before the product. Codes are not checked here: the caller of ``bind`` gives
+indices of inputs, or -1 for none. Padding has codes 0.
 
 Entries of -1 in ``rows`` (padding) come last. Labels are classes in range(N) or the ignored index; the caller of
 ``bind`` checks them.

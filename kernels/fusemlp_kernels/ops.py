@@ -113,6 +113,9 @@ _SLOPES = (
 )
 _ACTIVATION = (Operand("activation", note="a name of ACTIVATIONS"), *_SLOPES)
 _CODING = Operand("coding", optional=True, note="Coding: x has rows of codes that stand for the inputs")
+_FACTORS = Operand(
+    "r", "DK", optional=True, note="with coding: the inputs of row i of the batch are multiplied by row i % D of r"
+)
 _GATHERED = Operand(
     "gathered", "MK", "compute", WRITTEN, optional=True, coded=True,
     note="x[rows], for backends that do not gather in the load; where rows is -1, zeros",
@@ -203,6 +206,7 @@ OPS = {op.name: op for op in (
         Operand("w", "NK", "compute"),
         Operand("x", "MK", "compute", rows="rows", coded=True, note="row i of the batch is x[rows[i]]"),
         _CODING,
+        _FACTORS,
         Operand("b", "N"),
         Operand("y", "MN", "compute", WRITTEN),
         *_ACTIVATION,
@@ -367,8 +371,11 @@ OPS = {op.name: op for op in (
         "there, unless counters[BATCH_INDEX] is a multiple of k", (
         Operand("layers", fields=(
             *_LAYER,
+            _FACTORS,
+            Operand("w", "NK", optional=True, note="with r"),
             _DW,
             _DB,
+            Operand("dr", "DK", use=WRITTEN, kind="gradient", optional=True, note="where r is given"),
         )),
         replace(_DSLOPES, fields=(*_DSLOPES.fields, Operand("grad", "1", use=WRITTEN, kind="gradient"))),
         _RULE,

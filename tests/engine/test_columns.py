@@ -1,5 +1,7 @@
 """Training on columns of codes is training on the dense rows that they stand for."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -75,6 +77,25 @@ def test_training_equals_that_on_dense_rows(optimizer, loss, plan):
     assert_close(*results)
 
 
+@pytest.mark.parametrize("plan", ["resident", "eager"])
+@pytest.mark.parametrize("frozen", ["", "0.weight", "0.r", "2.weight"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_members_that_share_weights(optimizer, frozen, plan):
+    X = columns(150)
+    y = np.random.default_rng(1).integers(0, 3, 150)
+    results = []
+    for rows in (X, np.asarray(X)):
+        net = fusemlp.MLP([X.shape[1], 16, 8, 3], activation="silu", dropout=0.1, members=4)
+        kept = {frozen: fusemlp.ParameterOptions(trainable=False)} if frozen else {}
+        rule = replace(OPTIMIZERS[optimizer], per_parameter=kept)
+        engine = fusemlp.Engine(net, optimizer=rule, batch_size=32, precision="fp64", plan=plan)
+        engine.fit(rows, y, epochs=3, validation_data=(rows[:40], y[:40]))
+        engine.step(rows[:20], y[:20])
+        assert engine.coded is (rows is X)
+        results.append({**engine.state_dict(), "loss": engine.evaluate(rows, y)["loss"]})
+    assert_close(*results)
+
+
 def test_single_layer_and_steps():
     X = columns(64)
     y = np.random.default_rng(1).normal(size=(64, 1))
@@ -115,15 +136,13 @@ def test_bits_do_not_depend_on_threads(threads, kinds, monkeypatch):
     make.assert_same(*states)
 
 
-@pytest.mark.parametrize("options", [{"normalise": True}, {"privacy": fusemlp.DPSGD(1.0, seed=3)}, {"members": 4}])
+@pytest.mark.parametrize("options", [{"normalise": True}, {"privacy": fusemlp.DPSGD(1.0, seed=3)}])
 def test_others_take_dense_rows(options):
     X = columns(64).astype(np.float32)
     y = np.random.default_rng(1).normal(size=(64, 1))
-    options = dict(options)
-    net = fusemlp.MLP([X.shape[1], 8, 1], members=options.pop("members", 1))
     states = []
     for rows in (X, np.asarray(X)):
-        engine = make.engine(net=net, loss="mse", **options)
+        engine = make.engine((X.shape[1], 8, 1), loss="mse", **options)
         engine.fit(rows, y, epochs=2)
         states.append(engine.state_dict())
     make.assert_same(*states)

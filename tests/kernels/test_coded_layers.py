@@ -155,6 +155,41 @@ def test_inputs_without_a_row_keep_a_gradient_of_zero(variant):
     assert dw[:, :5].all()
 
 
+@ON_HOST
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", CODINGS)
+def test_factors_of_members(name, shape, variant):
+    """The layer and its gradients; these twice: the second of two batches of an update adds to the first."""
+    members, (rows, units), values, coding = 3, shape, Values(8, variant), Coding(CODINGS[name])
+    rows *= members
+    x, b = codes_of(values, coding, rows // members).repeat(members, axis=0), values.normal(units)
+    w, r = weights(values, coding, units), values.factors(members, coding.inputs)
+    y = poisoned((rows, units), variant.compute, "plain")
+    common = {"x": x, "w": w, "r": r, "coding": coding}
+    variant.bind("linear", **common, b=b, y=y, activation="identity", counters=counters_of(rows))()
+    factors = reference.of_members(exact(r), rows)
+    dense, sizes = coding.dense(exact(x)) * factors, magnitudes(coding, exact(x)) * np.abs(factors)
+    expected = reference.linear(dense, exact(w), exact(b))
+    magnitude = sizes @ np.abs(exact(w)).T + np.abs(exact(b))
+    # a sum's factor is one rounding more
+    assert_within(y, expected, bound(coding.inputs + coding.slots + 2, magnitude, variant.unit, output=expected))
+
+    dz, counters = values.factors(rows, units), counters_of(rows)
+    dw, dr = poisoned((coding.inputs, units), variant.real, "plain").T, poisoned(r.shape, variant.real, "plain")
+    layer = {**common, "dz": dz, "dw": dw, "db": None, "dr": dr}
+    run = variant.bind("grad_weight", layers=[layer], rule=c.UpdateRule("sgd", accumulate=2), counters=counters)
+    of_x = [array(coding.dense(exact(x))) for array in (np.asarray, np.abs)]
+    of_w, of_dz = ([exact(array), np.abs(exact(array))] for array in (w, dz))
+    by_w = [reference.grad_weight(of_dz[i], of_x[i] * (factors, np.abs(factors))[i])[0] for i in range(2)]
+    by_r = [reference.member_sums(of_x[i] * (of_dz[i] @ of_w[i]), members) for i in range(2)]
+    for batches in (1, 2):
+        run()
+        for gradient, (expected, magnitude), length in ((dw, by_w, rows + 1), (dr, by_r, rows + units)):
+            limit = bound(length + batches, batches * magnitude, variant.unit, output=batches * expected)
+            assert_within(gradient, batches * expected, limit)
+        counters[c.BATCH_INDEX] += 1
+
+
 @OTHERS
 def test_other_backends_refuse_codes(variant):
     coding = Coding(CODINGS["word"])

@@ -30,9 +30,6 @@ from fusemlp_kernels.ops import OPS
 class Builder:
     """Collects the values and calls of a step's program."""
 
-    # whether the first product may have a copy of the rows of its batch
-    gathers = True
-
     def __init__(self, step: Step) -> None:
         self.step, self.net, self.traits = step, step.net, step.traits
         self.batch = step.batch_size * step.net.members
@@ -71,7 +68,11 @@ class Builder:
         self.rows = self.add("rows", (self.batch,), "int64", "control") if inputs.indexed else None
         # whether a batch that is picked by row is copied first
         self.copies = inputs.indexed and not self.traits.gathers_in_load
-        self.gathered = self.work("gathered", self.slots) if self.copies and self.gathers else None
+        self.gathered = self.work("gathered", self.slots) if self.copies and self.gathers() else None
+
+    def gathers(self) -> bool:
+        """Return whether the first product may have a copy of the rows of its batch."""
+        return True
 
     def add(self, name: str, shape: tuple[int, ...], dtype: str, kind: str) -> Ref:
         self.values[name] = Value(name, shape, dtype, kind)

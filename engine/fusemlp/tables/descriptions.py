@@ -77,11 +77,11 @@ def trains_plainly(recipe: ModelRecipe) -> bool:
     return not is_private(recipe) and getattr(recipe, "adversarial", None) is None
 
 
-def reads_codes(recipe: ModelRecipe, members: int) -> bool:
+def reads_codes(recipe: ModelRecipe) -> bool:
     """Return whether the first layer of the recipe's network can read codes: see ``Columns``."""
     traits = TRAITS.get(first_available() if recipe.backend == "auto" else recipe.backend)
-    # attacks move inputs, and members, noise and clipped rows read them
-    return members == 1 and trains_plainly(recipe) and traits is not None and "codes" not in traits.lacks
+    # attacks move inputs, and noise and clipped rows read them
+    return trains_plainly(recipe) and traits is not None and "codes" not in traits.lacks
 
 
 def models_of(recipe: ModelRecipe, dataset: Dataset, *, new: bool) -> int:

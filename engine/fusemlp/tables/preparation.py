@@ -247,7 +247,7 @@ def prepare(
         recipe, members, notes = descriptions.with_preset(recipe, rows_of_table, classify=classify)
         plain, recipe = (descriptions.with_class_decay(part, dataset) for part in (plain, recipe))
     plain, recipe = (descriptions.with_batch(part, rows_of_table) for part in (plain, recipe))
-    reads = descriptions.reads_codes(recipe, members if network is None else network.members)
+    reads = descriptions.reads_codes(recipe)
     most_words = None if reads else MOST_WORDS
     models = descriptions.models_of(recipe, dataset, new=like is None)
     parts: tuple[Fold, ...] = ()

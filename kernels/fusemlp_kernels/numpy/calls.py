@@ -111,12 +111,21 @@ def _linear(table: CallTable, call: SimpleNamespace) -> None:
     if call.coding is None:
         _affine(table, x, w, call.b, z)
     else:
-        sums, shape = table.in_panels(w, call.coding), {"n": z.shape[1], "k": call.coding.slots}
+        coding, shape = call.coding, {"n": z.shape[1], "k": call.coding.slots}
         table.height = max(table.height, len(z))
-        table.add("COLUMNS", x=x, b=call.b, z=z, panels=sums, coding=call.coding, **shape)
+        sums, mixed = _sums_of_members(table, w, call) if call.r is not None else (table.in_panels(w, coding), {})
+        table.add("COLUMNS", x=x, b=call.b, z=z, panels=sums, coding=coding, **shape, **mixed)
     if call.activation != "identity" or dropped:
         table.add("ACTIVATE", n=y.shape[1], y=y, z=z, **activated, **dropped)
     table.control(call.counters)
+
+
+def _sums_of_members(table: CallTable, w: Array, call: SimpleNamespace) -> tuple[Array, dict[str, Any]]:
+    """Memory for the sums of each member, which every step fills anew, and the fields of members."""
+    mixed = {"members": _of_members(table, call.r, len(call.y)), "by_r": call.r}
+    sums = table.scratch(mixed["members"] * call.coding.sums, w.shape[1])
+    table.add("SUMS", n=len(w), k=w.shape[1], w=w, panels=sums, coding=call.coding, **mixed)
+    return sums, mixed
 
 
 @enters("loss_grad")
@@ -242,12 +251,20 @@ def _perturb(table: CallTable, call: SimpleNamespace) -> None:
 
 def _gradients(table: CallTable, layer: SimpleNamespace, w: Fields | None, b: Fields | None) -> None:
     """The gradients by a layer's weights and bias, w and b being what else their rows have; None is left out."""
-    x, dz = _input(layer), layer.dz
+    x, dz, factors = _input(layer), layer.dz, vars(layer).get("r")
     table.height = max(table.height, len(dz))
-    if w is not None and layer.coding is None:
+    if layer.coding is None and w is not None:
         table.add("WEIGHT", n=dz.shape[1], k=x.shape[1], x=x, dz=dz, **w)
-    elif w is not None:
-        table.add("CODES", n=layer.coding.inputs, k=dz.shape[1], x=x, dz=dz, coding=layer.coding, **w)
+    elif w is not None or factors is not None:
+        inputs, units = layer.coding.inputs, dz.shape[1]
+        fields = {"out": table.scratch(inputs, units)} if w is None else dict(w)
+        if factors is not None:
+            sums = table.scratch(*factors.shape)
+            fields |= {"members": _of_members(table, factors, len(dz)), "by_r": factors, "sum_r": sums, "w": layer.w}
+            if layer.dr is not None:
+                by_factor = {"n": sums.size, "dz": sums, "sums": table.scratch(sums.size), "out": layer.dr}
+                table.later.append({"kind": "FACTORS", **by_factor})
+        table.add("CODES", n=inputs, k=units, x=x, dz=dz, coding=layer.coding, **fields)
     if b is not None:
         table.add("BIAS", n=dz.shape[1], dz=dz, sums=table.scratch(dz.shape[1]), **b)
 
@@ -389,7 +406,7 @@ def _affine_members(table: CallTable, call: SimpleNamespace) -> None:
 def _sum_of_tasks(table: CallTable, sums: Any, out: Array, width: int) -> None:
     """A gradient that is the sum of a row of each task."""
     later = {"dz": sums, "sums": table.scratch(width), "out": (out, 0)}
-    table.later.append({"n": width, "parts": True, **later})
+    table.later.append({"kind": "BIAS", "n": width, "parts": True, **later})
 
 
 @enters("grad_affine_members")

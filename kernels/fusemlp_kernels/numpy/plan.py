@@ -28,7 +28,7 @@ THREAD_TASKS = 4
 # The cost of an element of work beside products, in multiplications.
 ELEMENT, LOSS, MOVE, UPDATE = 16, 64, 4, 32
 
-PIECEWISE = ("WEIGHT", "CODES", "BIAS", "SLOPES")
+PIECEWISE = ("WEIGHT", "CODES", "BIAS", "SLOPES", "FACTORS")
 _CUT = {
     **dict.fromkeys((*PIECEWISE, "NORM", "UPDATE", "PACK", "SUMS"), t.BY_PIECES),
     **{"CLOCK": t.AT_ONCE, "PAUSE": t.BY_ROWS},
@@ -39,7 +39,7 @@ _CUT = {
 class Row:
     """A row of calls: its kind, N and K, its first tensor and the one after its last; and the arrays that it reads or
     writes by rows of the batch: address, bytes, bytes of a row, or 0 for one that is read as a whole. With a ``coding``
-    N are the inputs of its columns, and K the units that they go to."""
+    N are the inputs of its columns, and K the units that they go to, and each of ``members`` has sums of its own."""
 
     kind: str
     n: int
@@ -48,6 +48,7 @@ class Row:
     end: int = 0
     arrays: tuple[tuple[int, int, int], ...] = ()
     coding: Coding | None = None
+    members: int = 1
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,10 @@ def _groups(rows: Sequence[Row]) -> Iterator[tuple[int, Sequence[Row]]]:
     """The rows of each phase, and the place of the first."""
 
     def class_of(row: Row) -> str:
-        return "gradients" if row.kind in PIECEWISE else row.kind if row.kind in _CUT else "rows"
+        # factors have their gradients from those of codes
+        return (
+            "gradients" if row.kind in PIECEWISE and row.kind != "FACTORS" else row.kind if row.kind in _CUT else "rows"
+        )
 
     first = 0
     for at in range(1, len(rows) + 1):
@@ -186,7 +190,11 @@ def _columns(row: Row, coding: Coding, height: int, grain: float) -> Iterator[tu
     top, cost = 0, 0
     for place in coding.places:
         bottom = place.first + place.inputs
-        cost += row.k * (MOVE * place.inputs if row.kind == "SUMS" else UPDATE * place.inputs + height * place.slots)
+        if row.kind == "SUMS":
+            cost += row.k * MOVE * place.inputs * row.members
+        else:
+            each = UPDATE + MOVE * (row.members - 1)
+            cost += row.k * (each * place.inputs + height * place.slots)
         if cost >= grain or bottom == coding.inputs:
             yield top, bottom, 0, row.k, cost
             top, cost = bottom, 0
@@ -211,5 +219,6 @@ def _pieces(
             for top, bottom in _even(row.n, -(-parts // max(strips, 1)), t.PANEL // 2):
                 yield top, bottom, left, right, (bottom - top) * (right - left) * each
     else:
-        for left, right in _even(row.n, int(row.n * height // grain), t.PANEL):
-            yield 0, 0, left, right, (right - left) * height
+        each = UPDATE if row.kind == "FACTORS" else height
+        for left, right in _even(row.n, int(row.n * each // grain), t.PANEL):
+            yield 0, 0, left, right, (right - left) * each

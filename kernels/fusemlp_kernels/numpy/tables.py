@@ -70,7 +70,7 @@ class CallTable:
         self.height, self.slopes = 0, 0
         # row i of the batch is one of member i % members
         self.members = 1
-        # the fields of sums over the tasks by rows, which follow the last of these
+        # the kind and fields of rows that follow the others: sums over the tasks by rows, factors of a layer of codes
         self.later: list[dict[str, Any]] = []
         # weights and their panels, or the sums of their columns of codes
         self.panels: dict[int, tuple[Array, Array, Coding | None]] = {}
@@ -148,7 +148,7 @@ class CallTable:
             fields |= {"coding": places, "columns": len(places), "slots": coding.slots}
             words = [most_order(column, self.height) for column in coding.columns]
             self.order_row = max(self.order_row, 2 * coding.slots, *words)
-        self.rows.append(Row(kind, arrays=arrays, coding=coding, **sizes))
+        self.rows.append(Row(kind, arrays=arrays, coding=coding, members=fields.get("members") or 1, **sizes))
         if fields.get("dslope") is not None:
             fields["slope_part"] = t.SLOPES_PART + self.slopes
             self.slopes += 1
@@ -159,7 +159,7 @@ class CallTable:
     def add_later(self) -> None:
         """Add the rows of ``later``."""
         while self.later:
-            self.add("BIAS", **self.later.pop(0))
+            self.add(**self.later.pop(0))
 
     def fill(self, row: int | None = None, **fields: Any) -> None:
         """Fill fields of a row, or of the head: numbers, arrays, or an array and the place of an element in it."""

@@ -20,7 +20,8 @@ def fuse(program: Program, step: Step) -> Program:
     tail = tuple(call.op for call in program.calls[-2:])
     if rule is None or step.keep_gradients or tail != ("grad_weight", "update"):
         return program
-    if any(program.values[name].kind == "gradient" for name in written):
+    factors = any("r" in layer for layer in program.calls[-2].operands["layers"])
+    if factors or any(program.values[name].kind == "gradient" for name in written):
         return program
     *others, gradients, update = program.calls
     if step.scaled or rule.clip_norm is not None or rule.accumulate > 1:

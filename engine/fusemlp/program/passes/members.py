@@ -2,6 +2,7 @@
 
 The members are rows of the batch, one after another. Before the product of layer l a row is multiplied by its member's
 r, and after it by s, to which b is added (Wen, Tran and Ba, "BatchEnsemble", 2020); each member has its output layer.
+A first product of codes has the factors r within it, and they their gradients with the weights.
 """
 
 from __future__ import annotations
@@ -14,23 +15,22 @@ from fusemlp_kernels.contract import LossSpec, UpdateRule
 
 
 class MembersBuilder(Builder):
-    """Builds each layer as ``affine_members`` and a product; rows are picked by the former."""
+    """Builds each layer as ``affine_members`` and a product; the former picks rows, or a product of codes."""
 
-    gathers = False
+    def gathers(self) -> bool:
+        """Return whether the first product has a copy of the rows of its batch."""
+        return self.step.inputs.coding is not None
 
     def hidden(self, layer: int) -> None:
         """A hidden layer up to its product, which has no bias."""
-        width = self.net.sizes[layer + 1]
-        self.call(
-            "linear",
-            "",
-            [self.product(layer)],
-            x=self.mix(layer),
-            w=self.weight(layer),
-            b=self.add(f"zeros{layer}", (width,), "real", "control"),
-            y=self.work(f"u{layer + 1}", width),
-            activation="identity",
-        )
+        width, operands = self.net.sizes[layer + 1], self.operands(layer)
+        operands["b"] = self.add(f"zeros{layer}", (width,), "real", "control")
+        if layer == 0 and self.gathers():
+            operands |= {"r": Ref("r0"), "counters": self.counters, **self.picked(0)}
+        else:
+            operands["x"] = self.mix(layer)
+        y = self.work(f"u{layer + 1}", width)
+        self.call("linear", "", [self.product(layer)], **operands, y=y, activation="identity")
 
     def outputs(self, name: str, activation: dict[str, Any]) -> Ref:
         """The output layer of each member."""
@@ -74,7 +74,8 @@ class MembersBuilder(Builder):
 
     def backward(self) -> None:
         """From dz of the output layers through the products, to the gradients by what members have of their own."""
-        for layer in range(self.last, -1, -1):
+        # a product of codes is the end
+        for layer in range(self.last, self.gathers() - 1, -1):
             # is anything trained below?
             if not any(int(short[1:]) < layer or short == f"r{layer}" for short in self.rules):
                 return
@@ -112,11 +113,15 @@ class MembersBuilder(Builder):
                 "grad_weight_members", "", products, dz=Ref(f"dz{last + 1}"), x=Ref(f"h{last}"), **by_head, **common
             )
         shared = [layer for layer in self.having("w") if layer < last]
-        layers = tuple(
+        layers: list[dict[str, Any]] = [
             {"dz": Ref(f"du{layer + 1}"), "x": Ref(f"h{layer}"), "dw": self.gradient(f"w{layer}"), "db": None}
             for layer in shared
-        )
+        ]
+        if self.gathers() and {"w0", "r0"} & self.rules.keys():
+            if 0 not in shared:
+                layers.insert(0, {"dz": Ref("du1"), "dw": None, "db": None})
+            factors = {"r": Ref("r0"), "w": self.weight(0), "dr": self.gradient("r0")}
+            layers[0] |= {"x": self.gathered, "coding": self.step.inputs.coding, **factors}
         if layers:
-            self.call(
-                "grad_weight", "", [self.by_weight(layer) for layer in shared], layers=layers, slopes=(), **common
-            )
+            products = [self.by_weight(layer) for layer in shared]
+            self.call("grad_weight", "", products, layers=tuple(layers), slopes=(), **common)

@@ -7,6 +7,10 @@ neighbours for a number in pieces, whatever the number of inputs.
 The gradient by the weights of an input is a sum of rows of dz, those with its code in rising order: so the bits do not
 depend on threads. Of pieces it is the sum over all rows beyond the piece, run from the last piece to the first. From
 the first, by subtraction, exact zeros would become 1e-8, of which Adam makes full steps.
+
+Members that share weights multiply the inputs by factors r of their own. A member's sums are of its weights ``r * w``.
+From its gradient by these come that by w, ``r`` times it, and that by r, its products with w: no gradient by the inputs
+is needed.
 """
 
 from __future__ import annotations
@@ -17,7 +21,16 @@ import numpy as np
 from numba.extending import register_jitable
 
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.numpy.compiled.compiler import ELEMENTWISE, EXACT, block, clear, column_at, elements, part
+from fusemlp_kernels.numpy.compiled.compiler import (
+    ELEMENTWISE,
+    EXACT,
+    REDUCTION,
+    block,
+    clear,
+    column_at,
+    elements,
+    part,
+)
 
 
 @register_jitable(**ELEMENTWISE)
@@ -70,72 +83,98 @@ def _add_shares(total: Any, whole: Any, like: Any, rows: Any, shares: Any, entri
 
 
 @register_jitable(**ELEMENTWISE)
-def _store(out: Any, total: Any, count: int, adds: bool) -> None:
-    if adds:
-        for j in range(np.uintp(count)):
-            out[j] += total[j]
-    else:
-        for j in range(np.uintp(count)):
-            out[j] = total[j]
+def _store(out: Any, total: Any, factor: Any, count: int) -> None:
+    for j in range(np.uintp(count)):
+        out[j] = factor * total[j]
 
 
 @register_jitable(**ELEMENTWISE)
-def _sum_of(out: Any, before: Any, row: Any, count: int) -> None:
+def _sum_of(out: Any, before: Any, row: Any, factor: Any, count: int) -> None:
     for j in range(np.uintp(count)):
-        out[j] = before[j] + row[j]
+        out[j] = before[j] + factor * row[j]
+
+
+@register_jitable(**REDUCTION)
+def _dot(a: Any, b: Any, count: int) -> Any:
+    total = a.dtype.type(0.0)
+    for j in range(np.uintp(count)):
+        total += a[j] * b[j]
+    return total
+
+
+@register_jitable(**EXACT)
+def _sums_of_all(call: Any) -> int:
+    """The rows of sums that all columns have."""
+    last = column_at(call.coding, call.columns - 1)
+    return int(last.sums + last.inputs + (1 if last.kind == t.PIECES else 0))
 
 
 @register_jitable(**EXACT)
 def sum_columns(call: Any, like: Any, top: int, bottom: int) -> None:
-    """The sums of the columns whose inputs lie from ``top`` to before ``bottom``."""
-    width = call.k
-    for index in range(call.columns):
-        column = column_at(call.coding, index)
-        if column.first < top or column.first >= bottom:
-            continue
-        sums = column.sums
-        if column.kind == t.PIECES:
-            clear(block(like, call.panels, sums, width), width)
-        for j in range(column.inputs):
-            row = block(like, call.w, column.first + j, width)
+    """The sums of the columns whose inputs lie from ``top`` to before ``bottom``, of each member."""
+    width, factor = call.k, like.dtype.type(1.0)
+    for member in range(call.members if call.by_r else 1):
+        start = member * _sums_of_all(call)
+        for index in range(call.columns):
+            column = column_at(call.coding, index)
+            if column.first < top or column.first >= bottom:
+                continue
+            sums = start + column.sums
             if column.kind == t.PIECES:
-                before, after = block(like, call.panels, sums + j, width), block(like, call.panels, sums + j + 1, width)
-                _sum_of(after, before, row, width)
-            else:
-                _store(block(like, call.panels, sums + j, width), row, width, False)
+                clear(block(like, call.panels, sums, width), width)
+            for j in range(column.inputs):
+                row = block(like, call.w, column.first + j, width)
+                if call.by_r:
+                    factor = block(like, call.by_r, member, call.n)[column.first + j]
+                if column.kind == t.PIECES:
+                    before = block(like, call.panels, sums + j, width)
+                    _sum_of(block(like, call.panels, sums + j + 1, width), before, row, factor, width)
+                else:
+                    _store(block(like, call.panels, sums + j, width), row, factor, width)
 
 
 @register_jitable(**EXACT)
 def add_columns(call: Any, head: Any, like: Any, first: int, count: int, task: int) -> None:
-    """The pre-activations of ``count`` rows of codes from ``first`` on."""
+    """The pre-activations of ``count`` rows of codes from ``first`` on, those of one member after another."""
+    members = call.members if call.by_r else 1
+    for member in range(members):
+        panels = call.panels
+        if call.by_r:
+            panels += like.itemsize * call.n * _sums_of_all(call) * member
+        for i in range(first + member, first + count, members):
+            _add_columns(call, head, like, panels, i, task)
+
+
+@register_jitable(**EXACT)
+def _add_columns(call: Any, head: Any, like: Any, panels: int, i: int, task: int) -> None:
+    """The pre-activation of a row of codes by the sums at an address."""
     width, size, bias = call.n, like.itemsize, elements(like, call.b)
     rows, factors = elements(np.int64, head.order + 8 * head.order_row * task), _totals(head, like, task)
-    for i in range(first, first + count):
-        codes, z = block(like, call.x, i, call.slots), block(like, call.z, i, width)
-        _store(z, bias, width, False)
-        entries = 0
-        for index in range(call.columns):
-            column = column_at(call.coding, index)
-            slot, sums = column.slot, call.panels + size * width * column.sums
-            if column.kind == t.PIECES:
-                rows[entries] = sums + size * width * int(codes[slot])
-                rows[entries + 1] = rows[entries] + size * width
-                factors[entries], factors[entries + 1] = 1 - codes[slot + 1], codes[slot + 1]
-                entries += 2
-            elif column.kind == t.NUMBERS:
-                for j in range(column.inputs):
-                    rows[entries], factors[entries] = sums + size * width * j, codes[slot + j]
+    codes, z = block(like, call.x, i, call.slots), block(like, call.z, i, width)
+    _store(z, bias, like.dtype.type(1.0), width)
+    entries = 0
+    for index in range(call.columns):
+        column = column_at(call.coding, index)
+        slot, sums = column.slot, panels + size * width * column.sums
+        if column.kind == t.PIECES:
+            rows[entries] = sums + size * width * int(codes[slot])
+            rows[entries + 1] = rows[entries] + size * width
+            factors[entries], factors[entries + 1] = 1 - codes[slot + 1], codes[slot + 1]
+            entries += 2
+        elif column.kind == t.NUMBERS:
+            for j in range(column.inputs):
+                rows[entries], factors[entries] = sums + size * width * j, codes[slot + j]
+                entries += 1
+        elif column.kind == t.WORD:
+            if codes[slot] >= 0:
+                rows[entries], factors[entries] = sums + size * width * int(codes[slot]), 1
+                entries += 1
+        else:
+            for pair in range(slot, slot + column.slots, 2):
+                if codes[pair] >= 0:
+                    rows[entries], factors[entries] = sums + size * width * int(codes[pair]), codes[pair + 1]
                     entries += 1
-            elif column.kind == t.WORD:
-                if codes[slot] >= 0:
-                    rows[entries], factors[entries] = sums + size * width * int(codes[slot]), 1
-                    entries += 1
-            else:
-                for pair in range(slot, slot + column.slots, 2):
-                    if codes[pair] >= 0:
-                        rows[entries], factors[entries] = sums + size * width * int(codes[pair]), codes[pair + 1]
-                        entries += 1
-        _add_rows(z, like, rows, factors, entries, width)
+    _add_rows(z, like, rows, factors, entries, width)
 
 
 @register_jitable(**EXACT)
@@ -170,25 +209,40 @@ def _sort(
 def _gradient_of_column(
     call: Any, like: Any, column: Any, count: int, adds: bool, ends: Any, factors: Any, total: Any, beyond: Any
 ) -> None:
-    width, slots, kind, inputs = call.k, call.slots, column.kind, column.inputs
-    cells, step, rows = part(elements(like, call.x), column.slot), like.itemsize * width, part(ends, inputs + 1)
+    members = call.members if call.by_r else 1
+    width, kind, inputs, factor = call.k, column.kind, column.inputs, like.dtype.type(1.0)
+    size, slots, each = like.itemsize * width, call.slots * members, count // members
+    cells, rows = part(elements(like, call.x), column.slot), part(ends, inputs + 1)
     if kind != t.NUMBERS:
         pairs = column.slots // 2 if kind == t.BAG else 1
-        _sort(cells, slots, pairs, kind != t.WORD, inputs, count, call.dz, step, ends, rows, factors)
-    clear(beyond, width)
-    for code in range(inputs - 1, -1, -1):
-        _store(total, beyond, width, False)
-        start = ends[code - 1] if code and kind != t.NUMBERS else 0
-        if kind == t.NUMBERS:
-            for i in range(count):
-                rows[i] = call.dz + step * i
-                factors[i] = cells[i * slots + code]
-            _add_rows(total, like, rows, factors, count, width)
-        elif kind == t.PIECES:
-            _add_shares(total, beyond, like, part(rows, start), part(factors, start), ends[code] - start, width)
-        else:
-            _add_rows(total, like, part(rows, start), part(factors, start), ends[code] - start, width)
-        _store(block(like, call.out, column.first + code, width), total, width, adds)
+        _sort(cells, slots, pairs, kind != t.WORD, inputs, each, call.dz, size * members, ends, rows, factors)
+    for member in range(members):
+        if member and kind != t.NUMBERS:
+            # a member's rows lie after those of the member before
+            for at in range(ends[inputs - 1]):
+                rows[at] += size
+        clear(beyond, width)
+        for code in range(inputs - 1, -1, -1):
+            _store(total, beyond, like.dtype.type(1.0), width)
+            start = ends[code - 1] if code and kind != t.NUMBERS else 0
+            if kind == t.NUMBERS:
+                for i in range(each):
+                    rows[i] = call.dz + size * (i * members + member)
+                    factors[i] = cells[i * slots + code]
+                _add_rows(total, like, rows, factors, each, width)
+            elif kind == t.PIECES:
+                _add_shares(total, beyond, like, part(rows, start), part(factors, start), ends[code] - start, width)
+            else:
+                _add_rows(total, like, part(rows, start), part(factors, start), ends[code] - start, width)
+            at = column.first + code
+            if call.by_r:
+                factor = block(like, call.by_r, member, call.n)[at]
+                block(like, call.sum_r, member, call.n)[at] = _dot(total, block(like, call.w, at, width), width)
+            out = block(like, call.out, at, width)
+            if adds or member:
+                _add(out, total, factor, width)
+            else:
+                _store(out, total, factor, width)
 
 
 @register_jitable(**EXACT)

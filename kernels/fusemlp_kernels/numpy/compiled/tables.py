@@ -47,14 +47,15 @@ DEPTH = 512
 # of codes; PERTURB: inputs that raise the loss; MEMBERS_AFFINE and MEMBERS_BACKWARD: what members that share weights
 # have of their own; HEADS and HEADS_BACKWARD: an output layer of each member; NORMALISE and NORMALISE_BACKWARD; ADD:
 # out = x + y. By pieces of a tensor: WEIGHT, BIAS,
-# SLOPES, CODES (weights of a first layer of codes): a gradient, with its update where there is a param; NORM: squares
+# SLOPES, CODES (weights of a first layer of codes), FACTORS (those that members multiply its inputs by, from what CODES
+# has left): a gradient, with its update where there is a param; NORM: squares
 # of gradients, for clipping; UPDATE; PACK: weights into panels; SUMS: the rows that a layer of codes adds up. CLOCK.
 # PAUSE: a launch ends there, and the next goes on from there.
 (
     GATHER, AFFINE, ACTIVATE, ENTROPY, ELEMENTWISE, PADDING, BACKWARD, WEIGHT, BIAS, SLOPES, NORM, UPDATE, PACK, CLOCK,
     SQUARES, SHRINK, PERTURB, MEMBERS_AFFINE, MEMBERS_BACKWARD, HEADS, HEADS_BACKWARD, COLUMNS, CODES, SUMS,
-    PAUSE, NORMALISE, NORMALISE_BACKWARD, ADD,
-) = range(28)  # fmt: skip
+    PAUSE, NORMALISE, NORMALISE_BACKWARD, ADD, FACTORS,
+) = range(29)  # fmt: skip
 
 # A row of calls: its kind and sizes. Row numbers, and 1 if the batch starts at ROW_OFFSET among them; input, weights,
 # the same in panels, bias, output, pre-activation, gradient by it, what else is written; prelu's slope, the gradient
@@ -68,8 +69,8 @@ DEPTH = 512
 # row i of the batch is one of member i % members; members' factors before and after a product, by_r and by_s, and
 # each task's sums of their gradients and of b's (arrays, a row a task); parts: a bias whose rows are such sums.
 # shard: the row of the batch with which the call's shard begins. coding: a COLUMN for each of the columns of the
-# codes, of which x has slots a row; w is (K, N) then, and panels are the sums. norm: the rows are normalised, with
-# factors by_s and b, and option is eps. Then the slope of leaky_relu, the
+# codes, of which x has slots a row; w is (K, N) then, and panels are the sums, with by_r those of one member after
+# another. norm: the rows are normalised, with factors by_s and b, and option is eps. Then the slope of leaky_relu, the
 # dropout rate, the strength of a penalty; the loss's numbers, divisor: what a mean divides by beside the row weights;
 # the largest norm of a row's gradient or perturbation; the length of its step, its bounds.
 CALL = _record(
