@@ -48,6 +48,13 @@ def test_ppo_balances_the_pole():
     assert means[0] < 40 and means[-1] >= 475
 
 
+def test_networks_and_trees_on_the_diamonds():
+    example = load("diamonds")
+    errors = example.errors(example.TABLE[::5], 0)
+    network, *trees = errors.values()
+    assert len(trees) == 2 and 100 < network < min(trees)
+
+
 def test_a_script_runs_as_typed():
     done = subprocess.run([sys.executable, FOLDER / "focal_loss.py"], capture_output=True, text=True, check=True)
     assert done.stderr == "" and "focal loss" in done.stdout

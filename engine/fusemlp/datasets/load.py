@@ -20,7 +20,7 @@ from fusemlp.datasets.codes import Categories, Features, different, kept_feature
 from fusemlp.datasets.dataset import ColumnChoices as ColumnChoices
 from fusemlp.datasets.dataset import Dataset as Dataset
 from fusemlp.datasets.dataset import missing_share, roles, times, without_useless
-from fusemlp.datasets.tables import TABLES, Frame, Place, as_frame, is_table, read_names, read_table
+from fusemlp.datasets.tables import SHIPPED, TABLES, Frame, Place, as_frame, is_table, read_names, read_table
 from fusemlp.datasets.textfiles import MISSING, Form
 from fusemlp.describe.text import listed, meant
 from fusemlp.inputs.arrays import Array
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fusemlp.datasets.preprocessing import Preprocessor
 
 TASKS = ("classification", "regression")
-NAMES = ("digits", "breast_cancer", "wine", "diabetes", "iris", "mnist5k")
+NAMES = ("digits", *SHIPPED, "breast_cancer", "wine", "diabetes", "iris", "mnist5k")
 # Whole-number targets with more distinct values than this count as measurements.
 MOST_CLASSES = 64
 # More classes than this are worth a note if they are a guess, and counts if one has this share of the mean class.
@@ -67,7 +67,10 @@ def load_data(
         raise unknown_name("task", task, TASKS)
     place = _existing(source)
     if isinstance(place, Frame) or is_table(place):
-        return _with_task(_from_table(place, target, form or Form(), columns or ColumnChoices()), task)
+        shipped = isinstance(source, str) and source in SHIPPED
+        chosen = SHIPPED[source] if shipped and target is None else target
+        dataset = _from_table(place, chosen, form or Form(), columns or ColumnChoices())
+        return _with_task(replace(dataset, name=source) if shipped else dataset, task)
     if source in NAMES or place.is_dir() or place.suffix.lower() == ".npz":
         options = {"target": target, **(columns or ColumnChoices()).options()}
         option = next((option for option, value in options.items() if value), None)
@@ -222,6 +225,8 @@ def _existing(source: Any) -> Place:
     """Return the path of a file or folder that exists, or a table; a name of ``NAMES`` needs none."""
     if not isinstance(source, (str, Path)):
         return as_frame(source)
+    if source in SHIPPED:
+        return Path(__file__).with_name(f"{source}.csv")
     path = Path(source)
     try:
         known = source in NAMES or path.exists()

@@ -35,6 +35,8 @@ CONTENT = ValueError, TypeError, LookupError, AttributeError, ArithmeticError, M
 
 ARROW = {".parquet": "parquet", ".feather": "feather", ".arrow": "feather"}
 TABLES = (".csv", ".tsv", *ARROW, ".xlsx")
+# The tables in this folder, and the target of each.
+SHIPPED = {"diamonds": "price"}
 # The number of rows in a piece of a table with types.
 _ROWS = 2**16
 # The most rows of a sheet, and the bytes and the multiple of its packed size beyond which a part of a workbook is a
@@ -59,7 +61,9 @@ Place = Path | Frame
 
 
 def is_table(path: Path) -> bool:
-    """Return whether the name of a file is that of a table, compressed or not."""
+    """Return whether the name is that of a file with a table, compressed or not, or of a table in ``SHIPPED``."""
+    if str(path) in SHIPPED:
+        return True
     if is_compressed(path):
         return path.with_suffix("").suffix.lower() in (".csv", ".tsv")
     return path.suffix.lower() in TABLES
