@@ -2,7 +2,7 @@
 
 A table stands between ``<!-- bench FILE.jsonl -->`` and ``<!-- /bench -->``. FILE is in bench/results; ``python -m
 bench`` or one of its other commands wrote it. A mark may choose some rows and columns of a comparison:
-``<!-- bench FILE.jsonl cases=64-32-10@32,784-10-10@32 peers=engine,torch_eager -->``.
+``<!-- bench FILE.jsonl cases=64-32-10@32,784-10-10@32 peers=engine,torch_eager -->``; ``brief`` leaves medians alone.
 
 The command writes every table anew. With a file as argument, that file replaces the marked files of the same kind:
 of the same door or study, or of the same number of processes that spun beside the contenders.
@@ -24,11 +24,11 @@ from bench import doors, study
 from bench.cases import CASES
 from bench.hardware import ROOT
 from bench.measure import TIMED
-from bench.report import RESULTS, Record, busy_of, case_label, markdown, read
+from bench.report import RESULTS, Record, brief, busy_of, case_label, markdown, read
 
 PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
 MARKED = re.compile(
-    r"<!-- bench (?P<file>[\w.-]+\.jsonl)(?P<choice>(?: \w+=\S+)*) -->\n(?P<table>.*?)(?=<!-- /bench -->)", re.DOTALL
+    r"<!-- bench (?P<file>[\w.-]+\.jsonl)(?P<choice>(?: \w+(?:=\S+)?)*) -->\n(?P<table>.*?)(?=<!-- /bench -->)", re.DOTALL
 )
 GPU = re.compile(r"<!-- gpu -->\n(?P<sections>.*?)<!-- /gpu -->", re.DOTALL)
 # The files of ``ci/gpu`` that become tables, in the order of the page, each with its title.
@@ -148,7 +148,8 @@ def section(path: Path, choice: str = "") -> str:
     """Return the tables and captions of some results; a full comparison also lists what no GPU has measured."""
     lines = read(path)
     if choice:
-        return markdown(chosen(lines, choice))
+        kept = chosen(lines, choice)
+        return brief(kept) if "brief" in choice.split() else markdown(kept)
     if "study" in lines[0]:
         module = importlib.import_module(f"bench.{lines[0]['study']}")
         return f"{module.text(lines)}\n\n{study.caption(lines[0])}"
@@ -173,9 +174,11 @@ def chosen(lines: Sequence[Record], choice: str) -> list[Record]:
     """
     kept = list(lines)
     for words in choice.split():
+        if words == "brief":
+            continue
         name, _, listed = words.partition("=")
         if name not in FILTERS:
-            raise ValueError(f"{words}: expected cases=NAME,... or peers=NAME,... in a mark")
+            raise ValueError(f"{words}: expected brief, cases=NAME,... or peers=NAME,... in a mark")
         names = listed.split(",")
         if missing := set(names) - {line.get(FILTERS[name]) for line in lines}:
             raise ValueError(f"{words}: the results have no {', '.join(sorted(missing))}")

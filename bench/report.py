@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -167,7 +167,20 @@ def markdown(lines: Sequence[Record]) -> str:
     return "\n\n".join(parts)
 
 
-def _table(lines: Sequence[Record]) -> str:
+def brief(lines: Sequence[Record]) -> str:
+    """Return the medians of a measurement as a table for a first page, and a caption of one paragraph."""
+    line = timed(lines)[0]
+    made = f", commit {line['commit']}" if line.get("commit") else ""
+    caption = (
+        "Microseconds per training step, with relu, cross-entropy, plain SGD and fp32 unless the row says otherwise, "
+        f"and how many times fusemlp's that is. {line['machine']['cpu']}, {line['machine']['cores']} cores; "
+        f"{line['date'][:10]}{made}. To repeat: `python -m bench`."
+    )
+    return f"{_table(lines, _brief_cell)}\n\n{caption}"
+
+
+def _table(lines: Sequence[Record], cell: Callable[[Record | None], str] | None = None) -> str:
+    cell = cell or _cell
     shown = [line for line in lines if line["status"] != UNSUITED]
     peers = [peer for peer in PEERS if any(line["peer"] == peer for line in shown)]
     labels = {line["peer"]: line["label"] for line in shown}
@@ -180,7 +193,7 @@ def _table(lines: Sequence[Record]) -> str:
         rows.append(
             "| "
             + " | ".join(
-                [case_label(next(iter(found.values()))), *(_cell(found.get(peer)) for peer in peers)],
+                [case_label(next(iter(found.values()))), *(cell(found.get(peer)) for peer in peers)],
             )
             + " |"
         )
@@ -215,6 +228,13 @@ def _cell(line: Record | None) -> str:
         share = f"; {line['flops'] / line['microseconds']['p50'] / 10 / line['peak']:.0f} %" if line.get("peak") else ""
         return f"{time} ({microseconds(spread['p20'])} to {microseconds(spread['p80'])}{share})"
     return f"{time}, **{ratio['p50']:.2f}x** ({ratio['p20']:.2f} to {ratio['p80']:.2f})"
+
+
+def _brief_cell(line: Record | None) -> str:
+    if line is None or line["status"] != TIMED:
+        return _cell(line)
+    time, ratio = microseconds(line["microseconds"]["p50"]), line["ratio"]
+    return f"**{time}**" if ratio is None or is_reference(line) else f"{time} ({ratio['p50']:.3g}x)"
 
 
 def is_reference(line: Record) -> bool:

@@ -188,11 +188,21 @@ def test_the_pages_are_written_from_other_results(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.parametrize(
     ("mark", "problem"),
-    [("cases=1-1@1", "the results have no 1-1@1"), ("rows=1", "expected cases=NAME"), ("peers=", "have no")],
+    [("cases=1-1@1", "the results have no 1-1@1"), ("rows=1", "expected brief, cases=NAME"), ("peers=", "have no")],
 )
 def test_a_mark_with_an_impossible_filter_is_refused(mark, problem):
     with pytest.raises(ValueError, match=problem):
         readme.chosen(lines(0), mark)
+
+
+def test_a_brief_table_holds_medians(tmp_path):
+    path = written(tmp_path / "new.jsonl", lines(0))
+    chosen = " cases=784-10-10@32 peers=engine,jax_scan"
+    full, brief = (readme.section(Path(path), choice) for choice in (chosen, f"{chosen} brief"))
+    figures = [re.search(r"\| 784-10-10, 32 \| (.*) \|", text)[1].split(" | ") for text in (full, brief)]
+    assert figures[1][0] == f"**{figures[0][0].split()[0]}**"
+    assert re.fullmatch(r"[\d.,]+ \([\d.]+x\)", figures[1][1]) and figures[1][1].split()[0] in figures[0][1]
+    assert "To repeat" in brief and len(brief) < len(full)
 
 
 def test_a_door_has_its_table_in_the_readme_too(tmp_path, monkeypatch, capsys):
