@@ -247,7 +247,7 @@ def _check_ending(ended, *, interruptible):
                 _parsed(line)
     elif ended.code != 130:
         last = re.findall(r"^error: .+(?:\n  .+)*\n\Z", ended.err, re.MULTILINE)
-        if not last and not re.search(r"Usage: fusemlp[^╭]*╭─ Error ─", ended.err):
+        if not last and not re.search(r"Usage: fusemlp.*\n.*\n\nError: ", ended.err):
             raise Fault("no message")
         if ended.err.count("\nerror: ") > 1:
             raise Fault("several messages")

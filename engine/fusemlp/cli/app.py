@@ -30,6 +30,7 @@ from typer.core import TyperCommand, TyperGroup
 from fusemlp._version import __version__
 from fusemlp.callbacks.progress import compilations_shown
 from fusemlp.cli import options as commands
+from fusemlp.cli.help import of_command, of_program
 from fusemlp.cli.options import SHELLS, CompletionOptions
 from fusemlp.datasets.load import NAMES
 from fusemlp.describe.checks import check_choice
@@ -135,28 +136,23 @@ def run_bench(arguments: Sequence[str]) -> int:
 
 # Options that take several numbers, joined by commas.
 LISTS = ("hidden", "dropout", "class_weight")
-# A flag takes no value: without this, --help shows the word <bool> after it.
-NO_VALUE = ""
 # The options of train, and the error for one that another command does not know; typer names it in no public place.
 OF_TRAIN = {f"--{name_of(field)}" for field in fields(commands.TrainOptions) if field.metadata["names"] is not None}
 UsageError: Any = typer.BadParameter.__base__
+# Shows all options of a command that has many.
+HELP_ALL = "--help-all"
 
 
-class _FlagHelp:
-    """Show ``--help`` itself as a flag."""
-
-    def get_help_option(self, ctx: Any) -> Any:
-        option = super().get_help_option(ctx)  # type: ignore[misc]
-        if option is not None:
-            option.metavar = NO_VALUE
-        return option
-
-
-class Command(_FlagHelp, TyperCommand):
+class Command(TyperCommand):
     """A command of ``fusemlp``, whose errors for unknown options and words too many show what was meant."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        everything = ctx.meta.get(HELP_ALL, False)
+        formatter.write(of_command(ctx.command_path, self.help or "", self.get_params(ctx), everything=everything))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         asked, allowed = list(args), ctx.allow_extra_args
+        ctx.meta[HELP_ALL] = HELP_ALL in args
         ctx.allow_extra_args = True
         try:
             extra = super().parse_args(ctx, args)
@@ -206,8 +202,12 @@ class Command(_FlagHelp, TyperCommand):
         return f"; did you mean {meant} {extra[0]}?"
 
 
-class Group(_FlagHelp, TyperGroup):
+class Group(TyperGroup):
     """The program ``fusemlp``."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        helps = {name: command.help or "" for name, command in self.commands.items()}
+        formatter.write(of_program(self.help or "", helps, self.get_params(ctx)))
 
 
 app = typer.Typer(
@@ -215,8 +215,8 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help", HELP_ALL]},
 )
 
 # The module of a command, which has a function of its name, unless that is its name too.
@@ -246,11 +246,9 @@ PROGRAM = "fusemlp"
 COMPLETE_VARIABLE = "_FUSEMLP_COMPLETE"
 # The new objects after which Python looks for cycles of them. A command's imports make many that last.
 COLLECTED = 10_000
-# The word for a value in --help; typer knows one for numbers.
-METAVARS: dict[Any, str] = {
-    **{str: "NAME", str | None: "NAME", Path: "FILE", Path | None: "FILE"},
-    **{bool: NO_VALUE, bool | None: NO_VALUE},
-}
+# The word for a value in --help; none for a flag.
+METAVARS: dict[Any, str] = {str: "NAME", Path: "FILE", int: "COUNT", float: "NUMBER", bool: ""}
+METAVARS |= {kind | None: word for kind, word in METAVARS.items()}
 
 
 def show_version(wanted: bool) -> None:
@@ -260,13 +258,18 @@ def show_version(wanted: bool) -> None:
 
 
 VERSION = typer.Option(
-    "--version", callback=show_version, is_eager=True, metavar=NO_VALUE, help="Print the version and exit."
+    "--version", callback=show_version, is_eager=True, metavar="", help="Print the version and exit."
 )
 
 
 @app.callback()
 def about(version: Annotated[bool, VERSION] = False) -> None:
-    """Multi-layer perceptrons, trained by fused kernels. To begin: [bold]fusemlp train digits[/bold]"""
+    """Multi-layer perceptrons, trained by fused kernels.
+
+    To begin:
+
+      fusemlp train digits
+    """
 
 
 def _command(name: str, described: type[Any]) -> Callable[..., None]:

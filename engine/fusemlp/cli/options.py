@@ -117,6 +117,12 @@ class TrainOptions(recipe.TableRecipe, OutputOptions):
     A fifth of the rows is held out for the test at the end, unless the data bring a test set.
 
     Ctrl-C ends the training cleanly and keeps the model.
+
+    Examples:
+
+      fusemlp train digits
+      fusemlp train houses.csv --target price --time-limit 60
+      fusemlp train --resume runs/houses-20261130-120000
     """
 
     resume: str | None = _output(
@@ -139,11 +145,13 @@ class SweepOptions(recipe.FitRecipe, OutputOptions):
 
     The folder is a run as from train, with results.csv (a row a model) and scores.png (score over each parameter).
 
-    Example: fusemlp sweep digits --vary lr=0.001:0.1:log:16 --vary hidden=32,64 --vary seed=0:20
-
-    Example: fusemlp sweep iris --vary hidden=none,8,16x8 --vary dropout=0:0.5:6 --sample 10 --early-stopping 5
-
     Ctrl-C ends the sweep and keeps the results of the finished models.
+
+    Examples:
+
+      fusemlp sweep digits --vary lr=0.001:0.1:log:16 --vary hidden=32,64 --vary seed=0:20
+      fusemlp sweep iris --vary hidden=none,8,16x8 --vary dropout=0:0.5:6 --sample 10 --early-stopping 5
+      fusemlp sweep --resume runs/digits-20261130-120000
     """
 
     vary: list[str] | None = _option(
@@ -252,7 +260,9 @@ class ExplainOptions(ApplyOptions, ForceOption):
 
     permutation: how much worse the error gets when a column is permuted; the others attribute outputs row by row.
 
-    Example: fusemlp explain runs/houses-... --data new.csv --method integrated --out attributions.csv
+    Example:
+
+      fusemlp explain runs/houses-... --data new.csv --method integrated --out attributions.csv
     """
 
     data: str | None = _rows("Data by name or path, for permutation labelled; the run's own test rows unless given.")
@@ -304,7 +314,9 @@ class PredictOptions(ApplyOptions, ForceOption):
 class ExportOptions(RunOptions, ForceOption):
     """Write the model of a run as a file for other programs.
 
-    Example: fusemlp export runs/digits-... --onnx digits.onnx
+    Example:
+
+      fusemlp export runs/digits-... --onnx digits.onnx
     """
 
     onnx: Path | None = _option(
@@ -335,7 +347,9 @@ class PlotOptions(JsonOption, ForceOption):
 class PlanOptions(recipe.StepRecipe):
     """Print the kernel calls of a training step, with what each reads, writes and costs.
 
-    Example: fusemlp plan 784 128 10 --batch-size 128 --backend triton
+    Example:
+
+      fusemlp plan 784 128 10 --batch-size 128 --backend triton
     """
 
     sizes: list[int] = _option(MISSING, "Widths from the input to the output.", "SIZES...", None)
@@ -372,11 +386,11 @@ class RunsOptions(JsonOption):
 class CompletionOptions:
     """Print the script by which SHELL completes commands, options, data sets and run folders.
 
-    bash: fusemlp completion bash >> ~/.bashrc
+    Of zsh the line goes after compinit.
 
-    zsh: fusemlp completion zsh >> ~/.zshrc, after compinit
-
-    fish: fusemlp completion fish > ~/.config/fish/completions/fusemlp.fish
+      fusemlp completion bash >> ~/.bashrc
+      fusemlp completion zsh >> ~/.zshrc
+      fusemlp completion fish > ~/.config/fish/completions/fusemlp.fish
     """
 
     shell: str = _option(MISSING, "{}.", "SHELL", None, SHELLS)

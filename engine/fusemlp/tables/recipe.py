@@ -203,8 +203,8 @@ class ModelRecipe(StepRecipe):
 
     hidden: Any = _network(
         None,
-        "Widths of the hidden layers, such as 128,64 (or the option once for each); none for no hidden layer. Unless "
-        "given: one layer of 128.",
+        "Widths of the hidden layers, such as 128,64 (one of 128 unless given; none for no hidden layer). The option "
+        "may be given once for each.",
         "WIDTHS",
         kind=list[str] | None,
     )
@@ -212,7 +212,7 @@ class ModelRecipe(StepRecipe):
 
     loss: Any = _loss(
         None,
-        "{}. Unless given: cross_entropy for classes, mse for numbers. binary_cross_entropy is for two "
+        "{}; unless given cross_entropy for classes, mse for numbers. binary_cross_entropy is for two "
         "classes; mse, mae and huber train classes as one-hot rows.",
         values=LOSSES,
         kind=str | None,
@@ -276,8 +276,8 @@ class FitRecipe(ModelRecipe):
     epochs: int | None = _training(None, "Passes over the training rows at most; 60 unless given, 200 for a table.")
     early_stopping: int | None = _training(
         None,
-        "Stop after this many epochs without a better --metric, and restore the best weights; 0 for no early stopping. "
-        "20 unless given.",
+        "Stop after this many epochs without a better --metric (20 unless given, 0: never), and restore the best "
+        "weights.",
         "EPOCHS",
     )
     metric: str | None = _training(
@@ -296,7 +296,7 @@ class TableRecipe(FitRecipe):
 
     preset: str | None = _network(
         None,
-        "{}: a recipe for what has its default. tabm: one network of "
+        "{}: a recipe for the options that are not given. tabm: one network of "
         f"{MEMBERS} members that share weights, {_TABM} (less below {LEAST_STEPS * TABM['batch_size']:,} rows). auto: "
         f"tabm for classes in a table of {LEAST_ROWS:,} to {MOST_ROWS:,} rows, without the test rows. "
         "Default: auto, or plain if one of these options, --models or --time-limit is given.",
@@ -318,9 +318,9 @@ class TableRecipe(FitRecipe):
     probe: int = _training(0, "With --from: first train the output layer alone, for up to this many epochs.", "EPOCHS")
     models: int | None = _training(
         None,
-        "Train this many models with seeds from --seed on and merge them into one that gives their mean. Each has its "
-        "own validation rows, a fold of a cross-validation; with --group, --time or --validation all share theirs. "
-        "Unless given: 5 for a table of 40 to 100,000 rows, else 1.",
+        "Train this many models (5 for a table of 40 to 100,000 rows, else 1) and merge them into one that gives their "
+        "mean. Their seeds go from --seed on. Each has its own validation rows, a fold of a cross-validation; with "
+        "--group, --time or --validation all share theirs.",
         "COUNT",
     )
     time_limit: float | None = _training(
