@@ -1,4 +1,4 @@
-"""Show the progress of a training on stderr: a bar on a terminal, one line an epoch elsewhere, and compilations.
+"""Show the progress of a training on stderr, as a bar on a terminal and elsewhere a line an epoch; and other waiting.
 
 The bar is drawn at the end of an epoch, at most ten times a second and without a thread, so its cost is negligible. A
 narrow terminal gets short names, then fewer parts: nothing is cut in the middle.
@@ -10,9 +10,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, TextIO
+from typing import Any, ClassVar
 
 from fusemlp.callbacks.forms import Watching
 from fusemlp.describe.checks import check_flag
@@ -22,6 +22,8 @@ REDRAW = 0.1  # seconds
 CLEAR = "\r\x1b[K"
 BARS = (16, 8, 0)  # characters, the first that fits
 SHORT = {"learning_rate": "lr", "accuracy": "acc", "balanced_accuracy": "bal_acc"}
+# Each gets the engine of a training whose epochs have ended, one or those of a launch, and their number.
+epoch_watchers: list[Callable[[Any, int], object]] = []
 
 
 def figures(logs: Mapping[str, float], *, short: bool = False) -> str:
@@ -141,12 +143,65 @@ class ProgressBar(Watching):
         return text
 
 
-class _Notice:
-    """A line on a terminal while something is compiled, with the seconds of all compilations so far."""
+class Forecast:
+    """Tells once how many seconds a training of ``epochs`` epochs in all takes at most from now on.
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        # seconds of the compilations before this one, and when it began
+    It measures from one end of an epoch of a model to another of the same model, between which every model that
+    trains beside it has had as many. The first epoch counts only if it is long: kernels are compiled in it.
+    """
+
+    # Seconds of the shortest measurement, of a long first epoch, and of the shortest time that is worth a line.
+    LEAST, LONG, WORTH = 1.0, 10.0, 5.0
+
+    def __init__(self, epochs: int, say: Callable[[float], object], *, single: bool) -> None:
+        self._left, self._say, self._single = epochs, say, single
+        self._began, self._done, self._pace = time.perf_counter(), 0, 0.0
+        # when an epoch of each model ended, and the epochs of all before
+        self._since: dict[int, tuple[float, int]] = {}
+
+    @property
+    def seconds(self) -> float:
+        """The seconds that are left at most, 0 before the first measurement."""
+        return self._pace * self._left
+
+    def skip(self, epochs: int) -> None:
+        """Learn that a model has ended with this many epochs left."""
+        self._left -= epochs
+
+    def __call__(self, engine: Any, epochs: int) -> None:
+        now, said = time.perf_counter(), self._pace
+        self._done, self._left = self._done + epochs, self._left - epochs
+        first = (self._began, 0) if self._single and now - self._began > self.LONG else (now, self._done)
+        began, before = self._since.setdefault(id(engine), first)
+        if now - began >= self.LEAST:
+            self._pace = (now - began) / (self._done - before)
+            if not said and self.seconds >= self.WORTH:
+                self._say(self.seconds)
+
+    def __enter__(self) -> Forecast:
+        epoch_watchers.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        epoch_watchers.remove(self)
+
+
+def spelled_time(seconds: float) -> str:
+    """Return a duration to about two digits: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class _Notice:
+    """A line on a terminal while something lasts, with its seconds so far; of several the latest is shown."""
+
+    latest: ClassVar[list[_Notice]] = []
+
+    def __init__(self, text: str) -> None:
+        # a bar that is drawn later writes to sys.stderr in its own way
+        self._text, self._stream = text, sys.stderr
+        # seconds of the parts before this one, and when it began
         self._before = self._began = 0.0
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -154,6 +209,7 @@ class _Notice:
     def __call__(self, begins: bool) -> None:
         if begins:
             self._began = time.perf_counter()
+            self.latest.append(self)
             self._ended.clear()
             self._thread = threading.Thread(target=self._show, daemon=True)
             self._thread.start()
@@ -162,13 +218,16 @@ class _Notice:
             self._ended.set()
             self._thread.join()
             self._thread = None
+            self.latest.remove(self)
 
     def _show(self) -> None:
         shown = False
         while not self._ended.wait(REDRAW):
+            if self.latest[-1] is not self:
+                continue
             shown = True
             seconds = self._before + time.perf_counter() - self._began
-            print(f"{CLEAR}compiling, once on this machine: {seconds:.1f} s", end="", file=self._stream, flush=True)
+            print(f"{CLEAR}{self._text}: {seconds:.1f} s", end="", file=self._stream, flush=True)
         if shown:
             print(CLEAR, end="", file=self._stream, flush=True)
 
@@ -179,10 +238,24 @@ def compilations_shown(*, quiet: bool = False) -> Iterator[None]:
     if quiet or not sys.stderr.isatty() or any(isinstance(one, _Notice) for one in watchers):
         yield
         return
-    # A bar that is drawn later writes to sys.stderr in its own way.
-    notice = _Notice(sys.stderr)
+    notice = _Notice("compiling, once on this machine")
     watchers.append(notice)
     try:
         yield
     finally:
         watchers.remove(notice)
+
+
+@contextmanager
+def shown(text: str, *, quiet: bool = False) -> Iterator[None]:
+    """Show on stderr that the body, such as the scores, takes its time: on a terminal by a line that goes with it."""
+    notice = _Notice(text) if sys.stderr.isatty() and not quiet else None
+    if notice is not None:
+        notice(True)
+    elif not quiet:
+        print(text, file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if notice is not None:
+            notice(False)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from fusemlp._version import __version__
 from fusemlp.callbacks import Callback
+from fusemlp.callbacks.progress import spelled_time
 from fusemlp.callbacks.trackers import FAILED, FINISHED, INTERRUPTED, TRACKERS, Tracker, configured
 from fusemlp.cli.options import OutputOptions, SweepOptions, TrainOptions
 from fusemlp.datasets.tables import reason
@@ -33,6 +34,12 @@ from fusemlp_kernels.errors import ArgumentError, DataError, FusemlpError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from fusemlp.tables.preparation import Prepared
+
+
+# Seconds of a training that is worth a hint at what shortens it.
+LONG = 60.0
 
 
 def show(content: Mapping[str, Any], lines: Iterable[str], *, as_json: bool, warnings: Iterable[str] = ()) -> None:
@@ -79,6 +86,22 @@ def fitted(
 def command_line(words: Sequence[str]) -> str:
     """Return a command as this system's shell reads it."""
     return subprocess.list2cmdline(words) if WINDOWS else shlex.join(words)
+
+
+def going_on(command: str, run: Path) -> str:
+    """Return the command that goes on with a run or a sweep."""
+    return command_line(["fusemlp", command, "--resume", str(run)])
+
+
+def forecast_line(seconds: float, options: Any, prepared: Prepared, epochs: int, fewer: str) -> str:
+    """Return a line on the time left and, if it is long, what makes it less: ``fewer`` models if it is given."""
+    line = f"about {spelled_time(seconds)} left at most"
+    if seconds < LONG or options.resume is not None:
+        # a resumed training keeps its options
+        return line
+    stops = options.early_stopping or not prepared.validates
+    way = fewer or (f"--epochs {max(1, epochs // 4)}" if stops else "--early-stopping 10")
+    return f"{line}; {way} takes less, and Ctrl-C keeps what there is"
 
 
 def finite(content: Any) -> Any:
@@ -153,18 +176,19 @@ class Events(Callback):
 def work(options: OutputOptions, command: str, mark: str) -> Iterator[tuple[Events, list[Path]]]:
     """Yield the events of a command, and a list for its run; with ``--json`` what else is printed goes to stderr.
 
-    An error of the system, as of a full disk, says how to go on with the run, which then has the file ``mark``.
+    An error of the system, as of a full disk, and Ctrl-C tell how to go on with the run, if it has the file ``mark``.
     """
     # the events keep the stream that is stdout now
     listener, runs = Events(options), list[Path]()
     with redirect_stdout(sys.stderr) if options.as_json else nullcontext():
         try:
             yield listener, runs
-        except OSError as error:
-            for run in runs:
-                if (run / mark).exists():
-                    going = command_line(["fusemlp", command, "--resume", str(run)])
-                    error.strerror = f"{error.strerror or error}; when that is mended, go on: {going}"
+        except (OSError, KeyboardInterrupt) as error:
+            for run in (run for run in runs if (run / mark).exists()):
+                if isinstance(error, OSError):
+                    error.strerror = f"{error.strerror or error}; when that is mended, go on: {going_on(command, run)}"
+                else:
+                    print(f"interrupted; to go on: {going_on(command, run)}", file=sys.stderr)
             raise
 
 

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fusemlp.callbacks import progress
 from fusemlp.cli.model import before_final_fit, open_model, own_data
 from fusemlp.cli.options import ReportOptions
-from fusemlp.cli.output import finite, show, write_made, write_picture
+from fusemlp.cli.output import command_line, finite, show, write_made, write_picture
 from fusemlp.cli.session import Session
 from fusemlp.describe.metrics import Judged
 from fusemlp.engine import Engine, load_checkpoint
@@ -175,7 +176,11 @@ def _scaled_best(run: Run, engine: Engine, history: History, temperature: Temper
 
 
 def finish(
-    run: Run, trained: Trained, scored: Callable[[Mapping[str, Any]], object] = lambda report: None
+    run: Run,
+    trained: Trained,
+    scored: Callable[[Mapping[str, Any]], object] = lambda report: None,
+    *,
+    quiet: bool,
 ) -> dict[str, Any]:
     """Write the final files of a training, and return the report; ``scored`` gets it before anything is drawn.
 
@@ -196,7 +201,8 @@ def finish(
             scaled = _scaled_best(run, engine, history, trained.temperature)
         if prepared.models > 1:
             engine.save_checkpoint(run.checkpoint("last"))
-    report, tested = scores_of(trained, early_stopping=bool(read_json(run.config)["options"].get("early_stopping")))
+    with progress.shown("scoring", quiet=quiet):
+        report, tested = scores_of(trained, early_stopping=bool(read_json(run.config)["options"].get("early_stopping")))
     scored(report)
     if not history.epochs:
         report["no_plot"] = "no epoch was completed"
@@ -226,7 +232,10 @@ def finish(
     if scaled is not None:
         replace_file(scaled, run.checkpoint("best"))
     try:
-        write_page(run, engine, prepared, report, history.history, tested)
+        with progress.shown("writing the report", quiet=quiet):
+            write_page(run, engine, prepared, report, history.history, tested)
     except FusemlpError as error:
         report["no_page"] = str(error).removeprefix("report: ")
+    except KeyboardInterrupt:
+        report["no_page"] = f"interrupted; to make it: {command_line(['fusemlp', 'report', str(run.path)])}"
     return report

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fusemlp.callbacks.progress import REDRAW
+from fusemlp.callbacks.progress import REDRAW, Forecast, spelled_time
 from fusemlp.cli import output, session, vary
 from fusemlp.cli.options import SweepOptions
 from fusemlp.cli.output import Events, finite, fitted
@@ -88,7 +88,7 @@ def worked(options: SweepOptions, listener: Events, runs: list[Path]) -> tuple[d
     if not options.as_json:
         if interrupted:
             print(f"interrupted: kept are the {len(members)} models that had ended, of {len(plan.points)}")
-            print(f"to train the others: fusemlp sweep --resume {run.path}")
+            print(f"to train the others: {output.going_on('sweep', run.path)}")
         print(f"{counts(members, len(plan.points))}; {seconds:.1f} s\n")
         print(*fitted(table(members, plan, limit=SHOWN))[0], "", f"results {run.path / RESULTS}", sep="\n")
         print(no_plot or f"plot {run.path / PICTURE}")
@@ -128,7 +128,7 @@ def keep(
     run.metrics.unlink(missing_ok=True)
     for row in best.history.rows():
         append_metrics(run, row)
-    report = finish(run, Trained(plan.prepared, best.engine))
+    report = finish(run, Trained(plan.prepared, best.engine), quiet=plan.options.quiet)
     parameters = plan.points[best.index]
     content: dict[str, Any] = {
         "event": "end",
@@ -174,11 +174,22 @@ def trained(plan: Plan, run: Run, listener: Events, known: Sequence[Member]) -> 
     members = {member.index: member for member in known}
     left = [index for index in range(len(plan.points)) if index not in members]
     seldom, interrupted = Seldom(WRITE), False
+
+    def told(seconds: float) -> None:
+        fewer = f"--sample {len(plan.points) // (4 * (options.seeds or 1))}" if len(plan.points) > BEST else ""
+        if not options.quiet:
+            print(output.forecast_line(seconds, options, plan.prepared, plan.epochs, fewer), file=sys.stderr)
+
+    forecast = Forecast(len(left) * plan.epochs, told, single=len(left) == 1)
     try:
-        with standings(plan) as update:
+        with standings(plan, forecast) as update, forecast:
 
             def ended(member: Member) -> None:
-                member = replace(member, index=left[member.index])
+                member, count = replace(member, index=left[member.index]), len(member.history.epochs)
+                if options.workers or options.devices:
+                    # other processes have trained them
+                    forecast(None, count)
+                forecast.skip(plan.epochs - count)
                 vary.add_to_journal(run, member)
                 members[member.index] = member
                 update(members.values())
@@ -214,7 +225,7 @@ class Seldom:
 
 
 @contextmanager
-def standings(plan: Plan) -> Iterator[Show]:
+def standings(plan: Plan, forecast: Forecast) -> Iterator[Show]:
     """Yield a function that shows the best of the finished models on a terminal, and nothing elsewhere."""
     if plan.options.quiet or not sys.stderr.isatty():
         yield lambda members: None
@@ -232,7 +243,8 @@ def standings(plan: Plan) -> Iterator[Show]:
             # a narrow terminal has no room for scores of training rows, then for others
             scores.sort(key=lambda name: (name.startswith("val_"), name == "status"))
             (header, *best), _ = fitted(columns, [*scores, "epochs", "model"], live.console.width)
-            title = f"{counts(members, len(plan.points))}; {time.perf_counter() - began:.0f} s\n"
+            left = f", about {spelled_time(forecast.seconds)} left" if forecast.seconds > forecast.WORTH else ""
+            title = f"{counts(members, len(plan.points))}; {time.perf_counter() - began:.0f} s{left}\n"
             lines = [(f"\n{line}", "" if place else "bold green") for place, line in enumerate(best)]
             live.update(Text.assemble((title, "bold"), header, *lines, no_wrap=True, overflow="crop"), refresh=True)
 

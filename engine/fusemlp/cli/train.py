@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp.callbacks import Callback, ProgressBar
+from fusemlp.callbacks.progress import Forecast, shown, spelled_time
 from fusemlp.cli import output
 from fusemlp.cli import session as sessions
 from fusemlp.cli.options import OutputOptions, TrainOptions
@@ -244,7 +245,8 @@ def train(options: TrainOptions) -> None:
         training.train_model(session.prepared, session.engine, training.Listeners([recorder]))
         return
     with output.work(options, "train", "config.json") as (listener, paths):
-        session = prepared_session(options, again=again)
+        with shown("preparing the data", quiet=options.quiet):
+            session = prepared_session(options, again=again)
         paths.append(session.run.path)
         with session.tracker or nullcontext():
             content, lines, failure = trained(session, listener)
@@ -270,8 +272,10 @@ def trained(session: Session, listener: Events) -> tuple[dict[str, Any], list[st
 
     def tell(member: Member) -> None:
         scores = ", ".join(f"{name} {value:.4g}" for name, value in member.scores.items())
+        forecast.skip(session.epochs - len(member.history.epochs))
+        left = f"; about {spelled_time(forecast.seconds)} left" if forecast.seconds > forecast.WORTH else ""
         epochs = f"{member.status} after {len(member.history.epochs)} epochs"
-        say(f"model {member.index + 1} of {prepared.models}: {epochs}; {scores}")
+        say(f"model {member.index + 1} of {prepared.models}: {epochs}; {scores}{left}")
         listener.model(member, prepared.models, {"seed": options.seed + member.index})
 
     def record(engine: Engine) -> None:
@@ -288,23 +292,33 @@ def trained(session: Session, listener: Events) -> tuple[dict[str, Any], list[st
     callbacks: list[Any] = [Recorder(run, every=options.checkpoint_every), listener]
     callbacks += [*([] if tracker is None else [tracker]), *([] if options.quiet else [ProgressBar()])]
     listeners = training.Listeners(callbacks, tell, record, say)
-    result = training.train(prepared, session.engine, listeners=listeners, scheduled=session.scheduled)
+
+    def told(seconds: float) -> None:
+        fewer = "--preset plain" if prepared.network.members > 1 else "--models 1" if prepared.models > 1 else ""
+        say(output.forecast_line(seconds, options, prepared, session.epochs, fewer))
+
+    # a time limit is known without a forecast
+    epochs = 0 if options.time_limit else prepared.models * session.epochs - session.engine.epochs_trained
+    with Forecast(epochs, told, single=prepared.models == 1) as forecast:
+        result = training.train(prepared, session.engine, listeners=listeners, scheduled=session.scheduled)
 
     def scored(report: Mapping[str, Any]) -> None:
         lines = [*outcome(report), *([] if result.temperature is None else [str(result.temperature)])]
         if lines and not options.as_json:
             print(*lines, sep="\n", flush=True)
 
-    report = finish(run, result, scored)
+    report = finish(run, result, scored, quiet=options.quiet)
     failure = result.failure or result.final_failure
     tracked = None
     if tracker is not None:
         tracked = {"tracker": options.track, "run_id": tracker.run_id}
         output.end_tracking(tracker, run, options, report, failure)
+    again = "go on" if prepared.models == 1 else "train all models to their end"
     lines = [
         f"run folder {run.path}",
         *written(report, run),
         *([f"tracked by {options.track}: run {tracked['run_id']}"] if tracked else []),
+        *([f"to {again}: {output.going_on('train', run.path)}"] if result.interrupted else []),
     ]
     content = {**{name: value for name, value in report.items() if name != "held_out"}, "run": str(run.path)}
     content |= {"columns": table, "page": None if "no_page" in report else str(run.page)}

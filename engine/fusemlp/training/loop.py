@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import numpy as np
 
 from fusemlp.callbacks.forms import deferred_interrupt, name_of, overrides
+from fusemlp.callbacks.progress import epoch_watchers
 from fusemlp.describe.schedules import ReduceOnPlateau, Schedule
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.steps import check_scaling
@@ -203,6 +204,8 @@ class EpochLoop(Generic[PolicyT]):
                 engine.memory.stats[:] = 0.0
             for stats, rate in zip(account.stats[:ended], rates, strict=True):
                 self._end_epoch(stats, rate, seconds)
+            for watcher in epoch_watchers:
+                watcher(engine, ended)
             if left:
                 state.batch = left
                 break

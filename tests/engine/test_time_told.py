@@ -1,0 +1,204 @@
+"""The time that a training takes: a forecast with what shortens it, what goes on, and the command after Ctrl-C."""
+
+import json
+import re
+import shlex
+import signal
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from test_compiling import terminal_of
+
+from fusemlp.callbacks import progress
+from fusemlp.callbacks.progress import Forecast, compilations_shown, epoch_watchers, shown, spelled_time
+from fusemlp.cli import output, report
+from fusemlp.cli.train import Recorder
+from fusemlp_kernels.compilation import announced
+from make import QUICK, read, run, table
+
+# The epochs in all, whether of a single model, the ends of epochs as (seconds, model, epochs), and what is told then.
+ENDS = {
+    "the first epoch compiles": (10, True, [(5, "a", 1), (7, "a", 1), (9, "a", 1)], [16.0]),
+    "a long first epoch": (3, True, [(12, "a", 1), (24, "a", 1)], [24.0]),
+    "launches of several epochs": (100, True, [(0.9, "a", 10), (2.9, "a", 10), (4.9, "a", 10)], [16.0]),
+    "too early for a measurement": (100, True, [(0.5, "a", 1), (0.9, "a", 1), (1.6, "a", 1)], [97 * 0.55]),
+    "two models side by side": (20, False, [(4, "a", 1), (4.1, "b", 1), (8, "a", 1)], [17 * 2.0]),
+    "one after another": (20, False, [(4, "a", 1), (6, "a", 1)], [18 * 2.0]),
+    "short": (4, True, [(1, "a", 1), (2, "a", 1), (3, "a", 1)], []),
+}
+
+
+@pytest.mark.parametrize(("epochs", "single", "ends", "expected"), ENDS.values(), ids=ENDS)
+def test_a_forecast_measures_between_two_ends_of_a_model(epochs, single, ends, expected, monkeypatch):
+    clock, told = SimpleNamespace(now=0.0), []
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock.now)
+    models = {"a": object(), "b": object()}
+    forecast = Forecast(epochs, told.append, single=single)
+    for clock.now, name, count in ends:
+        forecast(models[name], count)
+    assert told == pytest.approx(expected)
+
+
+def test_a_model_that_ends_early_leaves_less(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock.now)
+    forecast = Forecast(40, lambda seconds: None, single=False)
+    for clock.now in (1.0, 3.0):
+        forecast("model", 1)
+    assert forecast.seconds == 38 * 2.0
+    forecast.skip(18)
+    assert forecast.seconds == 20 * 2.0
+
+
+def test_durations():
+    assert [*map(spelled_time, (5.4, 89, 91, 5300, 5401, 90_000))] == [
+        "5 s",
+        "89 s",
+        "2 min",
+        "88 min",
+        "1.5 h",
+        "25.0 h",
+    ]
+
+
+def line_of(seconds, *, resume=None, early_stopping=20, validates=True, fewer=""):
+    options = SimpleNamespace(resume=resume, early_stopping=early_stopping)
+    return output.forecast_line(seconds, options, SimpleNamespace(validates=validates), 200, fewer)
+
+
+def test_a_long_forecast_says_what_shortens_it():
+    assert line_of(40, fewer="--models 1") == "about 40 s left at most"
+    begins, ends = "about 5 min left at most; ", " takes less, and Ctrl-C keeps what there is"
+    assert line_of(300, fewer="--models 1") == f"{begins}--models 1{ends}"
+    assert line_of(300, early_stopping=0) == f"{begins}--early-stopping 10{ends}"
+    assert line_of(300) == line_of(300, early_stopping=0, validates=False) == f"{begins}--epochs 50{ends}"
+    assert line_of(300, resume="runs/a") == "about 5 min left at most"
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Have every measurement count, and every forecast told with its hint."""
+    monkeypatch.setattr(Forecast, "LEAST", 1e-9)
+    monkeypatch.setattr(Forecast, "WORTH", 0.0)
+    monkeypatch.setattr(output, "LONG", 0.0)
+
+
+TRAININGS = {
+    "train --epochs 8": "--epochs 2",
+    "train --epochs 8 --early-stopping 0": "--early-stopping 10",
+    "train --epochs 8 --models 3": "--models 1",
+    "sweep --epochs 8 --vary lr=0.01:0.1:log:20": "--sample 5",
+    "sweep --epochs 8 --vary lr=0.01,0.1": "--epochs 2",
+    "sweep --epochs 8 --vary lr=0.01:0.1:log:8 --seeds 2": "--sample 2",
+}
+
+
+@pytest.mark.parametrize(("words", "hint"), TRAININGS.items())
+def test_a_training_tells_once_on_stderr(words, hint, eager, tmp_path, capsys):
+    name, *options = words.split()
+    assert run(name, "iris", *options, "--out", tmp_path / "run") == 0
+    said = capsys.readouterr()
+    (line,) = re.findall(r"^about .* left at most; (.*) takes less", said.err, re.MULTILINE)
+    assert line == hint and "left at most" not in said.out
+    assert said.err.splitlines().count("scoring") == 1
+    assert run(name, "iris", *options, *hint.split(), "--quiet", "--json", "--out", tmp_path / "other") in (0, 2)
+    said = capsys.readouterr()
+    assert not epoch_watchers and said.err.count("left at most") == 0
+
+
+def test_lines_of_json_are_alone_on_stdout(eager, tmp_path, capsys):
+    assert run("train", "iris", "--epochs", "8", "--json", "--out", tmp_path / "run") == 0
+    said = capsys.readouterr()
+    assert {json.loads(line)["event"] for line in said.out.splitlines()} == {"start", "epoch", "end"}
+    assert "left at most" in said.err and "scoring" in said.err
+
+
+def test_a_time_limit_and_quiet_need_no_forecast(eager, tmp_path, capsys):
+    for number, option in enumerate((["--time-limit", "60"], ["--quiet"])):
+        assert run("train", "iris", "--epochs", "8", *option, "--out", tmp_path / str(number)) == 0
+        assert "left at most" not in capsys.readouterr().err
+
+
+def test_members_are_shortened_by_the_plain_preset(eager, tmp_path, capsys):
+    file = table(tmp_path / "t.csv", classes=2)
+    assert run("train", file, "--target", "price", "--preset", "tabm", "--epochs", "8", "--out", tmp_path / "run") == 0
+    assert "; --preset plain takes less" in capsys.readouterr().err
+
+
+# Ctrl-C in a training: as ``signal`` tells of it, in the epoch after the first.
+def interrupts(monkeypatch):
+    end = Recorder.on_epoch_end
+
+    def on_epoch_end(self, engine, epoch, logs):
+        end(self, engine, epoch, logs)
+        if epoch == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Recorder, "on_epoch_end", on_epoch_end)
+
+
+def command_after(text, words):
+    """Return the words of the command on the line that begins so."""
+    (line,) = re.findall(rf"{words}: (fusemlp .*)$", text, re.MULTILINE)
+    return shlex.split(line)[1:]
+
+
+def test_ctrl_c_shows_the_command_that_goes_on(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "a run"
+    with monkeypatch.context() as patch:
+        interrupts(patch)
+        assert run("train", "iris", "--epochs", "5", "--out", folder) == 0
+    going = command_after(capsys.readouterr().out, "to go on")
+    assert going == ["train", "--resume", str(folder)]
+    assert run(*going, "--quiet") == 0
+    assert "to go on" not in capsys.readouterr().out
+    assert read(folder / "report.json")["epochs"] == 5 and not read(folder / "report.json")["interrupted"]
+
+
+def test_ctrl_c_while_scoring_shows_the_command_too(tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "scores_of", interrupted)
+        assert run("train", "iris", *QUICK, "--out", tmp_path / "run") == 130
+    going = command_after(capsys.readouterr().err, "interrupted; to go on")
+    assert run(*going, "--quiet") == 0
+    assert read(tmp_path / "run/report.json")["epochs"] == 3
+
+
+def test_ctrl_c_while_the_page_is_written_leaves_a_whole_run(tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "write_page", interrupted)
+        assert run("train", "iris", *QUICK, "--out", tmp_path / "run") == 0
+    assert not (tmp_path / "run/report.html").exists()
+    assert run(*command_after(capsys.readouterr().out, "no report: interrupted; to make it")) == 0
+    assert (tmp_path / "run/report.html").exists()
+
+
+def test_what_takes_time_is_a_line_that_goes(monkeypatch):
+    terminal = terminal_of(monkeypatch)
+    with shown("scoring"):
+        time.sleep(3 * progress.REDRAW)
+    drawn = [line for line in terminal.getvalue().split(progress.CLEAR) if line]
+    assert drawn and all(re.fullmatch(r"scoring: \d\.\d s", line) for line in drawn)
+    assert terminal.getvalue().endswith(progress.CLEAR)
+
+
+def test_of_two_things_the_later_is_shown(monkeypatch):
+    terminal = terminal_of(monkeypatch)
+    with compilations_shown(), shown("scoring"), announced():
+        time.sleep(4 * progress.REDRAW)
+    drawn = {line.split(":")[0] for line in terminal.getvalue().split(progress.CLEAR) if line}
+    assert drawn == {"compiling, once on this machine"}
+
+
+def test_elsewhere_it_is_one_line_and_none_if_quiet(capsys):
+    with shown("scoring"), shown("writing", quiet=True):
+        pass
+    assert capsys.readouterr().err == "scoring\n" and not sys.stderr.isatty()
