@@ -28,7 +28,8 @@ from bench.report import RESULTS, Record, brief, busy_of, case_label, markdown, 
 
 PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
 MARKED = re.compile(
-    r"<!-- bench (?P<file>[\w.-]+\.jsonl)(?P<choice>(?: \w+(?:=\S+)?)*) -->\n(?P<table>.*?)(?=<!-- /bench -->)", re.DOTALL
+    r"<!-- bench (?P<file>[\w.-]+\.jsonl)(?P<choice>(?: \w+(?:=\S+)?)*) -->\n(?P<table>.*?)(?=<!-- /bench -->)",
+    re.DOTALL,
 )
 GPU = re.compile(r"<!-- gpu -->\n(?P<sections>.*?)<!-- /gpu -->", re.DOTALL)
 # The files of ``ci/gpu`` that become tables, in the order of the page, each with its title.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 import re
+from textwrap import dedent
 from typing import Any
 
 import typer.main
@@ -14,10 +15,6 @@ from fusemlp.cli.app import app
 
 PAGE = "options.md"
 MARK = "<!-- the commands and their options -->"
-# A command to copy, up to the end of a help text or a comma and a word.
-COMMAND = re.compile(r"(\bfusemlp [a-z-]+ (?:[^,]|,(?! ))+)")
-# Markup of rich in a help text, such as [bold].
-MARKUP = re.compile(r"\[/?[a-z]+\]")
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
@@ -45,14 +42,13 @@ def section(name: str, command: Any) -> str:
 
 
 def paragraph(text: str) -> str:
-    """Return a paragraph of a help text; a command in it becomes code."""
-    line = " ".join(text.split())
-    return "".join(f"`{part}`" if part.startswith("fusemlp ") else plain(part) for part in COMMAND.split(line))
+    """Return a paragraph of a help text; an indented one holds commands to copy."""
+    return f"```sh\n{dedent(text)}\n```" if text.startswith(" ") else plain(" ".join(text.split()))
 
 
 def plain(text: str) -> str:
     """Return a help text as Markdown."""
-    return re.sub(r"([*_])", r"\\\1", html.escape(MARKUP.sub("", text), quote=False))
+    return re.sub(r"([*_])", r"\\\1", html.escape(text, quote=False))
 
 
 def spelling(option: Any) -> str:

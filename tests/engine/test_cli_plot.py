@@ -133,7 +133,7 @@ def test_what_cannot_be_drawn(tmp_path, monkeypatch, capsys):
         ((good, "nowhere"), 1, "'nowhere' is not a run folder"),
         (("nowhere", "--out", "there.png"), 1, "'nowhere' is not a run folder"),
         ((good, empty), 1, "has no complete epoch yet"),
-        ((good, "--out", "x.jpg"), 2, "--out: expected a file name ending in .png or .svg or .pdf"),
+        ((good, "--out", "x.jpg"), 2, "--out: expected a file name ending in .png, .svg or .pdf"),
         ((good, "--out", "there.png"), 2, "exists; give another name, or --force"),
     ):
         assert run("plot", *arguments) == code

@@ -38,6 +38,7 @@ def test_a_sweep_and_what_comes_of_it(tmp_path, capsys):
         "iris: 108 training, 12 validation, 30 test rows; 4 inputs, 3 classes\n"
         "24 models, 4 lr x 3 hidden x 2 seed; 4 epochs; cross_entropy; adam; numpy fp32, plan "
         f"{read(folder / 'config.json')['plan']}\n"
+        "scoring\n"
     )
     for words in ("24 models: 24 trained", "test accuracy", f"run folder {folder}", f"plot {folder}/scores.png"):
         assert words in shown.out

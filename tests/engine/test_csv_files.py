@@ -6,7 +6,8 @@ import io
 import numpy as np
 import pandas
 
-from fusemlp.report.runs import Run, csv_bytes, read_columns
+from fusemlp.report.runs import Run, read_columns
+from fusemlp.report.written import csv_bytes
 from make import rows, run
 
 FORMULAS = ("=1+1", "+3-cmd|' /C calc'!A0", "-2+3", "-word", "-", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "\uff1d1")

@@ -12,77 +12,76 @@ import pytest
 from test_compiling import terminal_of
 
 from fusemlp.callbacks import progress
-from fusemlp.callbacks.progress import Forecast, compilations_shown, epoch_watchers, shown, spelled_time
+from fusemlp.callbacks.progress import Forecast, compilations_shown, epoch_watchers, waiting
 from fusemlp.cli import output, report
 from fusemlp.cli.train import Recorder
 from fusemlp_kernels.compilation import announced
 from make import QUICK, read, run, table
 
-# The epochs in all, whether of a single model, the ends of epochs as (seconds, model, epochs), and what is told then.
+# The epochs in all, whether of a single model, the ends of epochs as (seconds, model, epochs), and what is said then.
 ENDS = {
-    "the first epoch compiles": (10, True, [(5, "a", 1), (7, "a", 1), (9, "a", 1)], [16.0]),
-    "a long first epoch": (3, True, [(12, "a", 1), (24, "a", 1)], [24.0]),
-    "launches of several epochs": (100, True, [(0.9, "a", 10), (2.9, "a", 10), (4.9, "a", 10)], [16.0]),
-    "too early for a measurement": (100, True, [(0.5, "a", 1), (0.9, "a", 1), (1.6, "a", 1)], [97 * 0.55]),
-    "two models side by side": (20, False, [(4, "a", 1), (4.1, "b", 1), (8, "a", 1)], [17 * 2.0]),
-    "one after another": (20, False, [(4, "a", 1), (6, "a", 1)], [18 * 2.0]),
-    "short": (4, True, [(1, "a", 1), (2, "a", 1), (3, "a", 1)], []),
+    "the first epoch compiles": (10, True, [(5, "a", 1), (7, "a", 1), (9, "a", 1)], "16 s"),
+    "a long first epoch": (3, True, [(12, "a", 1), (24, "a", 1)], "24 s"),
+    "launches of several epochs": (100, True, [(0.9, "a", 10), (2.9, "a", 10), (4.9, "a", 10)], "16 s"),
+    "too early for a measurement": (100, True, [(0.5, "a", 1), (0.9, "a", 1), (1.6, "a", 1)], "53 s"),
+    "two models side by side": (20, False, [(4, "a", 1), (4.1, "b", 1), (8, "a", 1)], "34 s"),
+    "one after another": (20, False, [(4, "a", 1), (6, "a", 1)], "36 s"),
+    "minutes": (200, True, [(4, "a", 1), (6, "a", 1)], "7 min"),
+    "hours": (9000, True, [(4, "a", 1), (6, "a", 1)], "5.0 h"),
+    "short": (4, True, [(1, "a", 1), (2, "a", 1), (3, "a", 1)], None),
 }
+
+
+def forecast_at(monkeypatch, epochs, ends, *, single=True, shorter=""):
+    """Return a forecast after ends of epochs, and what it has said."""
+    clock, lines = SimpleNamespace(now=0.0), []
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock.now)
+    forecast, models = Forecast(epochs, lines.append, shorter, single=single), {"a": object(), "b": object()}
+    for clock.now, name, count in ends:
+        forecast(models[name], count)
+    return forecast, lines
 
 
 @pytest.mark.parametrize(("epochs", "single", "ends", "expected"), ENDS.values(), ids=ENDS)
 def test_a_forecast_measures_between_two_ends_of_a_model(epochs, single, ends, expected, monkeypatch):
-    clock, told = SimpleNamespace(now=0.0), []
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock.now)
-    models = {"a": object(), "b": object()}
-    forecast = Forecast(epochs, told.append, single=single)
-    for clock.now, name, count in ends:
-        forecast(models[name], count)
-    assert told == pytest.approx(expected)
+    lines = forecast_at(monkeypatch, epochs, ends, single=single)[1]
+    assert lines == ([] if expected is None else [f"about {expected} left at most"])
 
 
 def test_a_model_that_ends_early_leaves_less(monkeypatch):
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock.now)
-    forecast = Forecast(40, lambda seconds: None, single=False)
-    for clock.now in (1.0, 3.0):
-        forecast("model", 1)
-    assert forecast.seconds == 38 * 2.0
+    forecast, _ = forecast_at(monkeypatch, 40, [(1, "a", 1), (3, "a", 1)])
+    assert str(forecast) == "about 76 s left"
     forecast.skip(18)
-    assert forecast.seconds == 20 * 2.0
+    assert str(forecast) == "about 40 s left"
+    forecast.skip(18)
+    assert str(forecast) == ""
 
 
-def test_durations():
-    assert [*map(spelled_time, (5.4, 89, 91, 5300, 5401, 90_000))] == [
-        "5 s",
-        "89 s",
-        "2 min",
-        "88 min",
-        "1.5 h",
-        "25.0 h",
-    ]
+def test_a_long_forecast_says_what_shortens_it(monkeypatch):
+    ends = [(1, "a", 1), (3, "a", 1)]
+    ending = "; --models 1 takes less, and Ctrl-C keeps what there is"
+    for epochs, said in ((31, "about 58 s left at most"), (152, f"about 5 min left at most{ending}")):
+        assert forecast_at(monkeypatch, epochs, ends, shorter="--models 1")[1] == [said]
+    assert forecast_at(monkeypatch, 152, ends)[1] == ["about 5 min left at most"]
 
 
-def line_of(seconds, *, resume=None, early_stopping=20, validates=True, fewer=""):
+def shorter_of(*, resume=None, early_stopping=20, validates=True, fewer=""):
     options = SimpleNamespace(resume=resume, early_stopping=early_stopping)
-    return output.forecast_line(seconds, options, SimpleNamespace(validates=validates), 200, fewer)
+    return output.shorter(options, SimpleNamespace(validates=validates), 200, fewer)
 
 
-def test_a_long_forecast_says_what_shortens_it():
-    assert line_of(40, fewer="--models 1") == "about 40 s left at most"
-    begins, ends = "about 5 min left at most; ", " takes less, and Ctrl-C keeps what there is"
-    assert line_of(300, fewer="--models 1") == f"{begins}--models 1{ends}"
-    assert line_of(300, early_stopping=0) == f"{begins}--early-stopping 10{ends}"
-    assert line_of(300) == line_of(300, early_stopping=0, validates=False) == f"{begins}--epochs 50{ends}"
-    assert line_of(300, resume="runs/a") == "about 5 min left at most"
+def test_the_option_that_shortens_a_training():
+    assert shorter_of(fewer="--models 1") == "--models 1"
+    assert shorter_of(early_stopping=0) == "--early-stopping 10"
+    assert shorter_of() == shorter_of(early_stopping=0, validates=False) == "--epochs 50"
+    assert shorter_of(resume="runs/a") == shorter_of(resume="runs/a", fewer="--models 1") == ""
 
 
 @pytest.fixture
 def eager(monkeypatch):
     """Have every measurement count, and every forecast told with its hint."""
-    monkeypatch.setattr(Forecast, "LEAST", 1e-9)
-    monkeypatch.setattr(Forecast, "WORTH", 0.0)
-    monkeypatch.setattr(output, "LONG", 0.0)
+    for name, seconds in (("LEAST", 1e-9), ("WORTH", 0.0), ("LONG", 0.0)):
+        monkeypatch.setattr(Forecast, name, seconds)
 
 
 TRAININGS = {
@@ -183,7 +182,7 @@ def test_ctrl_c_while_the_page_is_written_leaves_a_whole_run(tmp_path, monkeypat
 
 def test_what_takes_time_is_a_line_that_goes(monkeypatch):
     terminal = terminal_of(monkeypatch)
-    with shown("scoring"):
+    with waiting("scoring", quiet=False):
         time.sleep(3 * progress.REDRAW)
     drawn = [line for line in terminal.getvalue().split(progress.CLEAR) if line]
     assert drawn and all(re.fullmatch(r"scoring: \d\.\d s", line) for line in drawn)
@@ -192,13 +191,15 @@ def test_what_takes_time_is_a_line_that_goes(monkeypatch):
 
 def test_of_two_things_the_later_is_shown(monkeypatch):
     terminal = terminal_of(monkeypatch)
-    with compilations_shown(), shown("scoring"), announced():
+    with compilations_shown(), waiting("scoring", quiet=False), announced():
         time.sleep(4 * progress.REDRAW)
     drawn = {line.split(":")[0] for line in terminal.getvalue().split(progress.CLEAR) if line}
     assert drawn == {"compiling, once on this machine"}
 
 
-def test_elsewhere_it_is_one_line_and_none_if_quiet(capsys):
-    with shown("scoring"), shown("writing", quiet=True):
+def test_elsewhere_it_is_one_line_if_asked_for_and_none_if_quiet(capsys):
+    with waiting("scoring", quiet=False, elsewhere=True), waiting("writing", quiet=True, elsewhere=True):
+        pass
+    with waiting("preparing", quiet=False):
         pass
     assert capsys.readouterr().err == "scoring\n" and not sys.stderr.isatty()

@@ -144,39 +144,42 @@ class ProgressBar(Watching):
 
 
 class Forecast:
-    """Tells once how many seconds a training of ``epochs`` epochs in all takes at most from now on.
+    """Says once how long a training of ``epochs`` epochs in all takes at most, and what is ``shorter`` if that is long.
 
     It measures from one end of an epoch of a model to another of the same model, between which every model that
     trains beside it has had as many. The first epoch counts only if it is long: kernels are compiled in it.
     """
 
-    # Seconds of the shortest measurement, of a long first epoch, and of the shortest time that is worth a line.
-    LEAST, LONG, WORTH = 1.0, 10.0, 5.0
+    # Seconds of the shortest measurement, of a long first epoch, of a time that is worth a line, and of a long one.
+    LEAST, FIRST, WORTH, LONG = 1.0, 10.0, 5.0, 60.0
 
-    def __init__(self, epochs: int, say: Callable[[float], object], *, single: bool) -> None:
-        self._left, self._say, self._single = epochs, say, single
+    def __init__(self, epochs: int, say: Callable[[str], object], shorter: str, *, single: bool) -> None:
+        self._left, self._say, self._shorter, self._single = epochs, say, shorter, single
         self._began, self._done, self._pace = time.perf_counter(), 0, 0.0
         # when an epoch of each model ended, and the epochs of all before
         self._since: dict[int, tuple[float, int]] = {}
 
-    @property
-    def seconds(self) -> float:
-        """The seconds that are left at most, 0 before the first measurement."""
-        return self._pace * self._left
+    def __str__(self) -> str:
+        seconds = self._pace * self._left
+        if seconds < 90:
+            return f"about {seconds:.0f} s left" if seconds > self.WORTH else ""
+        return f"about {seconds / 60:.0f} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"
 
     def skip(self, epochs: int) -> None:
         """Learn that a model has ended with this many epochs left."""
         self._left -= epochs
 
     def __call__(self, engine: Any, epochs: int) -> None:
-        now, said = time.perf_counter(), self._pace
+        now, known = time.perf_counter(), self._pace > 0
         self._done, self._left = self._done + epochs, self._left - epochs
-        first = (self._began, 0) if self._single and now - self._began > self.LONG else (now, self._done)
+        first = (self._began, 0) if self._single and now - self._began > self.FIRST else (now, self._done)
         began, before = self._since.setdefault(id(engine), first)
         if now - began >= self.LEAST:
             self._pace = (now - began) / (self._done - before)
-            if not said and self.seconds >= self.WORTH:
-                self._say(self.seconds)
+            if not known and str(self):
+                long = self._shorter and self._pace * self._left > self.LONG
+                way = f"; {self._shorter} takes less, and Ctrl-C keeps what there is" if long else ""
+                self._say(f"{self} at most{way}")
 
     def __enter__(self) -> Forecast:
         epoch_watchers.append(self)
@@ -184,13 +187,6 @@ class Forecast:
 
     def __exit__(self, *error: object) -> None:
         epoch_watchers.remove(self)
-
-
-def spelled_time(seconds: float) -> str:
-    """Return a duration to about two digits: 40 s, 12 min, 3.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class _Notice:
@@ -247,12 +243,12 @@ def compilations_shown(*, quiet: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def shown(text: str, *, quiet: bool = False) -> Iterator[None]:
-    """Show on stderr that the body, such as the scores, takes its time: on a terminal by a line that goes with it."""
+def waiting(text: str, *, quiet: bool, elsewhere: bool = False) -> Iterator[None]:
+    """Show on stderr what the body does: on a terminal by a line that goes with it, ``elsewhere`` by one that stays."""
     notice = _Notice(text) if sys.stderr.isatty() and not quiet else None
     if notice is not None:
         notice(True)
-    elif not quiet:
+    elif elsewhere and not quiet:
         print(text, file=sys.stderr, flush=True)
     try:
         yield

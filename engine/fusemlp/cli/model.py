@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from fusemlp.cli.options import EvaluateOptions, ExportOptions, PredictOptions, UseOptions
-from fusemlp.cli.output import check_output, show
+from fusemlp.cli.output import check_output, show, write_made
 from fusemlp.cli.session import options_of, prepared_data
 from fusemlp.datasets.load import load_features, load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import among, network_inputs
+from fusemlp.datasets.tables import TABLES, is_table
 from fusemlp.describe.adversarial import Attack
 from fusemlp.describe.description import reading, stored
 from fusemlp.describe.network import MLP
@@ -26,16 +30,17 @@ from fusemlp.report import metrics
 from fusemlp.report.evidence import certify, guarantee_lines, robust_score
 from fusemlp.report.onnx import onnx_bytes
 from fusemlp.report.onnx_graph import has_words
-from fusemlp.report.runs import Run, csv_bytes, open_run, read_json, read_training_rows, weights_path
+from fusemlp.report.runs import Run, open_run, read_json, read_training_rows, weights_path
 from fusemlp.report.uncertainty import HeldOut, intervals, sets, spread
+from fusemlp.report.written import SUFFIXES, TYPED, table_bytes
 from fusemlp.runtime.files import write_atomically
 from fusemlp.tables import attacks
 from fusemlp.tables.preparation import Prepared, labelled_hashes
 from fusemlp.tables.recipe import ATTACKS
 from fusemlp.training.checkpoint import model_bytes
-from fusemlp_kernels.errors import ArgumentError, CheckpointError
+from fusemlp_kernels.errors import ArgumentError, CheckpointError, DataError
 
-OUTPUTS = (".csv", ".npz")
+OUTPUTS = (*SUFFIXES, ".npz")
 
 
 def open_model(options: UseOptions) -> tuple[Engine, Preprocessor, dict[str, Any]]:
@@ -50,8 +55,15 @@ def open_model(options: UseOptions) -> tuple[Engine, Preprocessor, dict[str, Any
 
 def predict(options: PredictOptions) -> None:
     """Write the predictions for the rows of ``data`` to ``out``: labels, or values in original units."""
-    data, out = options.data, options.out
-    check_output("out", out, OUTPUTS, force=options.force)
+    data, out, to_stdout = options.data, options.out, str(options.out) == "-"
+    if not to_stdout:
+        check_output("out", out, OUTPUTS, force=options.force)
+    elif options.as_json:
+        raise ArgumentError("json: with --out - the predictions are on stdout; leave it out, or give --out a file")
+    carried = None if options.with_data else options.id or ()
+    if carried != () and not is_table(Path(data)):
+        option = "with_data" if options.with_data else "id"
+        raise ArgumentError(f"{option}: only tables ({', '.join(TABLES)}) have columns with names, not {data!r}")
     engine, preprocessor, config = open_model(options)
     if options.proba and not engine.loss.is_classification:
         reason = f"the run was trained with {engine.loss.kind}, which gives no probabilities"
@@ -59,8 +71,10 @@ def predict(options: PredictOptions) -> None:
     held = None if options.interval is None else _held_out(options, options.interval, config)
     models = members(engine, "spread") if options.spread else []
     notes: list[str] = []
-    ids: dict[str, Array] = {}
-    features = load_features(data, preprocessor, ids=ids, **options.reading(config, notes))
+    ids: dict[str, Any] = {}
+    reads = options.reading(config, notes) | {"carried": carried, "typed": out.suffix.lower() in TYPED}
+    reads["ignore_unused"] |= options.with_data
+    features = load_features(data, preprocessor, ids=ids, **reads)
     X = network_inputs(preprocessor, features, engine.precision, codes=engine.inputs.reads_codes)
     beside = metrics.distribution(engine, preprocessor, X)
     predicted = metrics.predictions(engine, preprocessor, X)
@@ -74,11 +88,19 @@ def predict(options: PredictOptions) -> None:
     if options.proba:
         more["probabilities"] = engine.predict_proba(X)
     if out.suffix.lower() == ".npz":
-        content = _npz(preprocessor, ids, {"predictions": predicted, **beside, **more})
+        make = partial(_npz, preprocessor, ids, {"predictions": predicted, **beside, **more})
     else:
-        columns = {**(beside or {"prediction": predicted}), **more}
-        content = csv_bytes(_csv_rows(preprocessor, ids, columns), notes)
-    write_atomically(out, content)
+        columns = _columns(preprocessor, {**(beside or {"prediction": predicted}), **more})
+        twice = [name for name in columns if name in ids]
+        if twice:
+            mend = "rename them there, or choose columns with --id"
+            raise DataError(f"{data}: predictions have columns {listed(twice)} too; {mend}")
+        make = partial(table_bytes, "stdout.csv" if to_stdout else out.name, {**ids, **columns}, notes)
+    if to_stdout:
+        sys.stdout.buffer.write(make())
+        print(*notes, f"predictions of {len(X)} rows on stdout", sep="\n", file=sys.stderr)
+        return
+    write_made("out", out, make)
     about = {"run": str(options.run), "data": data, "weights": options.weights, "rows": len(X), "out": str(out)}
     show(about | {"notes": notes}, [*notes, f"predictions of {len(X)} rows {out}"], as_json=options.as_json)
 
@@ -107,9 +129,10 @@ def _held_out(options: PredictOptions, coverage: float, config: Mapping[str, Any
     return held
 
 
-def _csv_rows(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: Mapping[str, Array]) -> Any:
+def _columns(preprocessor: Preprocessor, predicted: Mapping[str, Array]) -> dict[str, list[Any]]:
+    """Return the predictions (rows, ...) by the names of a table's columns."""
     classes = preprocessor.classes or ()
-    columns = [(name, column.tolist()) for name, column in ids.items()]
+    columns: list[tuple[str, list[Any]]] = []
     for name, values in predicted.items():
         if name == "in_set":
             sets_of = ([str(label) for label, inside in zip(classes, row, strict=True) if inside] for row in values)
@@ -120,13 +143,13 @@ def _csv_rows(preprocessor: Preprocessor, ids: Mapping[str, Array], predicted: M
             targets = values.reshape(len(values), -1).T.tolist()
             names = [name] if len(targets) == 1 else [f"{name}_{index}" for index in range(len(targets))]
             columns += zip(names, targets, strict=True)
-    return [[name for name, _ in columns], *zip(*(cells for _, cells in columns), strict=True)]
+    return dict(columns)
 
 
-def _npz(preprocessor: Preprocessor, ids: Mapping[str, Array], arrays: dict[str, Array]) -> bytes:
+def _npz(preprocessor: Preprocessor, ids: Mapping[str, Any], arrays: dict[str, Array]) -> bytes:
     if ids:
         # (rows, columns): the names of columns need not be those of arrays.
-        arrays["ids"] = np.column_stack([column.astype(str) for column in ids.values()])
+        arrays["ids"] = np.column_stack([np.array(column).astype(str) for column in ids.values()])
         arrays["id_names"] = np.array(list(ids))
     if preprocessor.classes is not None:
         arrays["classes"] = np.array(preprocessor.classes)

@@ -292,10 +292,25 @@ class PredictOptions(ApplyOptions, ForceOption):
     """Predict labels, or values in original units, for new rows.
 
     Every row gets a prediction: missing cells and words that the training did not have are filled in and counted.
+
+    Examples:
+
+      fusemlp predict runs/houses-20261130-120000 --data new.csv --out predictions.csv --with-data
+      fusemlp predict runs/houses-20261130-120000 --data new.csv --out - --id address
     """
 
     data: str = _option(MISSING, "Features: a table (.csv, .parquet, .xlsx, ...), .npz with X, IDX folder.", "FILE")
-    out: Path = _option(MISSING, "File for the predictions: .csv (an apostrophe before text like =1+1) or .npz.")
+    out: Path = _option(
+        MISSING,
+        "File for the predictions: .csv or .tsv (also .csv.gz, .bz2, .xz), .parquet, .feather, .arrow, .xlsx or .npz; "
+        "- for .csv on stdout. Text like =1+1 has an apostrophe before it in .csv, .tsv and .xlsx.",
+    )
+    with_data: bool = _option(False, "Also write the columns of the data, as they are, in front of the predictions.")
+    id: list[str] | None = _option(
+        None,
+        "A column of the data to write in front of the predictions, in place of those that --id named in training.",
+        "COLUMN",
+    )
     proba: bool = _option(False, "Also write the probability of each class.")
     interval: float | None = _option(
         None,

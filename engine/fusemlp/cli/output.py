@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from fusemlp._version import __version__
 from fusemlp.callbacks import Callback
-from fusemlp.callbacks.progress import spelled_time
 from fusemlp.callbacks.trackers import FAILED, FINISHED, INTERRUPTED, TRACKERS, Tracker, configured
 from fusemlp.cli.options import OutputOptions, SweepOptions, TrainOptions
 from fusemlp.datasets.tables import reason
@@ -30,16 +29,13 @@ from fusemlp.report.metrics import scalars
 from fusemlp.report.plots import picture
 from fusemlp.report.runs import Run, read_json, write_json
 from fusemlp.runtime.files import write_atomically
+from fusemlp.tables.recipe import one_of
 from fusemlp_kernels.errors import ArgumentError, DataError, FusemlpError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fusemlp.tables.preparation import Prepared
-
-
-# Seconds of a training that is worth a hint at what shortens it.
-LONG = 60.0
 
 
 def show(content: Mapping[str, Any], lines: Iterable[str], *, as_json: bool, warnings: Iterable[str] = ()) -> None:
@@ -93,15 +89,12 @@ def going_on(command: str, run: Path) -> str:
     return command_line(["fusemlp", command, "--resume", str(run)])
 
 
-def forecast_line(seconds: float, options: Any, prepared: Prepared, epochs: int, fewer: str) -> str:
-    """Return a line on the time left and, if it is long, what makes it less: ``fewer`` models if it is given."""
-    line = f"about {spelled_time(seconds)} left at most"
-    if seconds < LONG or options.resume is not None:
-        # a resumed training keeps its options
-        return line
+def shorter(options: Any, prepared: Prepared, epochs: int, fewer: str) -> str:
+    """Return the option that shortens a training: ``fewer`` models if given; none if it is resumed by its options."""
+    if options.resume is not None or fewer:
+        return fewer if options.resume is None else ""
     stops = options.early_stopping or not prepared.validates
-    way = fewer or (f"--epochs {max(1, epochs // 4)}" if stops else "--early-stopping 10")
-    return f"{line}; {way} takes less, and Ctrl-C keeps what there is"
+    return f"--epochs {max(1, epochs // 4)}" if stops else "--early-stopping 10"
 
 
 def finite(content: Any) -> Any:
@@ -115,8 +108,8 @@ def finite(content: Any) -> Any:
 
 def check_output(argument: str, path: Path, suffixes: tuple[str, ...], *, force: bool) -> None:
     """Raise ArgumentError unless a file of this name may be written; call it before the work."""
-    if path.suffix.lower() not in suffixes:
-        raise ArgumentError(f"{argument}: expected a file name ending in {' or '.join(suffixes)}, got {str(path)!r}")
+    if not path.stem or not path.name.lower().endswith(suffixes):
+        raise ArgumentError(f"{argument}: expected a file name ending in {one_of(suffixes)}, got {str(path)!r}")
     if path.is_dir() or (path.exists() and not force):
         raise ArgumentError(f"{argument}: {str(path)!r} exists; give another name, or --force to overwrite a file")
     if not path.absolute().parent.is_dir():

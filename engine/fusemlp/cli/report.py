@@ -201,7 +201,7 @@ def finish(
             scaled = _scaled_best(run, engine, history, trained.temperature)
         if prepared.models > 1:
             engine.save_checkpoint(run.checkpoint("last"))
-    with progress.shown("scoring", quiet=quiet):
+    with progress.waiting("scoring", quiet=quiet, elsewhere=True):
         report, tested = scores_of(trained, early_stopping=bool(read_json(run.config)["options"].get("early_stopping")))
     scored(report)
     if not history.epochs:
@@ -232,7 +232,7 @@ def finish(
     if scaled is not None:
         replace_file(scaled, run.checkpoint("best"))
     try:
-        with progress.shown("writing the report", quiet=quiet):
+        with progress.waiting("writing the report", quiet=quiet):
             write_page(run, engine, prepared, report, history.history, tested)
     except FusemlpError as error:
         report["no_page"] = str(error).removeprefix("report: ")

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fusemlp.callbacks.progress import REDRAW, Forecast, spelled_time
+from fusemlp.callbacks.progress import REDRAW, Forecast, waiting
 from fusemlp.cli import output, session, vary
 from fusemlp.cli.options import SweepOptions
 from fusemlp.cli.output import Events, finite, fitted
@@ -24,7 +24,8 @@ from fusemlp.fleet.results import Combination, FleetResults, Kept, Member, avera
 from fusemlp.fleet.workers import connected
 from fusemlp.report.metrics import baseline_line, headline
 from fusemlp.report.plots import Varied, literal, scores_figure
-from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, csv_bytes, discard_if_empty
+from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, discard_if_empty
+from fusemlp.report.written import csv_bytes
 from fusemlp.runtime.files import write_atomically
 from fusemlp.tables.training import Trained
 from fusemlp_kernels.errors import FusemlpError
@@ -55,7 +56,8 @@ def worked(options: SweepOptions, listener: Events, runs: list[Path]) -> tuple[d
         run, plan, members = vary.resumed_sweep(options, options.resume)
     else:
         folder = choose_folder(options.out, session.data_of(options), started)
-        plan, members = vary.planned(options), []
+        with waiting("preparing the data", quiet=options.quiet):
+            plan, members = vary.planned(options), []
         is_new_folder = options.out is None or not folder.exists()
         run = create_run(folder, numbered=options.out is None)
         fingerprint = plan.prepared.summary["fingerprint"]
@@ -175,12 +177,13 @@ def trained(plan: Plan, run: Run, listener: Events, known: Sequence[Member]) -> 
     left = [index for index in range(len(plan.points)) if index not in members]
     seldom, interrupted = Seldom(WRITE), False
 
-    def told(seconds: float) -> None:
-        fewer = f"--sample {len(plan.points) // (4 * (options.seeds or 1))}" if len(plan.points) > BEST else ""
+    def say(line: str) -> None:
         if not options.quiet:
-            print(output.forecast_line(seconds, options, plan.prepared, plan.epochs, fewer), file=sys.stderr)
+            print(line, file=sys.stderr)
 
-    forecast = Forecast(len(left) * plan.epochs, told, single=len(left) == 1)
+    fewer = f"--sample {len(plan.points) // (4 * (options.seeds or 1))}" if len(plan.points) > BEST else ""
+    shorter = output.shorter(options, plan.prepared, plan.epochs, fewer)
+    forecast = Forecast(len(left) * plan.epochs, say, shorter, single=len(left) == 1)
     try:
         with standings(plan, forecast) as update, forecast:
 
@@ -243,8 +246,7 @@ def standings(plan: Plan, forecast: Forecast) -> Iterator[Show]:
             # a narrow terminal has no room for scores of training rows, then for others
             scores.sort(key=lambda name: (name.startswith("val_"), name == "status"))
             (header, *best), _ = fitted(columns, [*scores, "epochs", "model"], live.console.width)
-            left = f", about {spelled_time(forecast.seconds)} left" if forecast.seconds > forecast.WORTH else ""
-            title = f"{counts(members, len(plan.points))}; {time.perf_counter() - began:.0f} s{left}\n"
+            title = f"{counts(members, len(plan.points))}; {time.perf_counter() - began:.0f} s {forecast}\n"
             lines = [(f"\n{line}", "" if place else "bold green") for place, line in enumerate(best)]
             live.update(Text.assemble((title, "bold"), header, *lines, no_wrap=True, overflow="crop"), refresh=True)
 

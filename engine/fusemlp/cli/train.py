@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp.callbacks import Callback, ProgressBar
-from fusemlp.callbacks.progress import Forecast, shown, spelled_time
+from fusemlp.callbacks.progress import Forecast, waiting
 from fusemlp.cli import output
 from fusemlp.cli import session as sessions
 from fusemlp.cli.options import OutputOptions, TrainOptions
@@ -245,7 +245,7 @@ def train(options: TrainOptions) -> None:
         training.train_model(session.prepared, session.engine, training.Listeners([recorder]))
         return
     with output.work(options, "train", "config.json") as (listener, paths):
-        with shown("preparing the data", quiet=options.quiet):
+        with waiting("preparing the data", quiet=options.quiet):
             session = prepared_session(options, again=again)
         paths.append(session.run.path)
         with session.tracker or nullcontext():
@@ -273,9 +273,9 @@ def trained(session: Session, listener: Events) -> tuple[dict[str, Any], list[st
     def tell(member: Member) -> None:
         scores = ", ".join(f"{name} {value:.4g}" for name, value in member.scores.items())
         forecast.skip(session.epochs - len(member.history.epochs))
-        left = f"; about {spelled_time(forecast.seconds)} left" if forecast.seconds > forecast.WORTH else ""
         epochs = f"{member.status} after {len(member.history.epochs)} epochs"
-        say(f"model {member.index + 1} of {prepared.models}: {epochs}; {scores}{left}")
+        left = filter(None, [scores, str(forecast)])
+        say(f"model {member.index + 1} of {prepared.models}: {'; '.join([epochs, *left])}")
         listener.model(member, prepared.models, {"seed": options.seed + member.index})
 
     def record(engine: Engine) -> None:
@@ -293,13 +293,11 @@ def trained(session: Session, listener: Events) -> tuple[dict[str, Any], list[st
     callbacks += [*([] if tracker is None else [tracker]), *([] if options.quiet else [ProgressBar()])]
     listeners = training.Listeners(callbacks, tell, record, say)
 
-    def told(seconds: float) -> None:
-        fewer = "--preset plain" if prepared.network.members > 1 else "--models 1" if prepared.models > 1 else ""
-        say(output.forecast_line(seconds, options, prepared, session.epochs, fewer))
-
+    fewer = "--preset plain" if prepared.network.members > 1 else "--models 1" if prepared.models > 1 else ""
+    shorter = output.shorter(options, prepared, session.epochs, fewer)
     # a time limit is known without a forecast
     epochs = 0 if options.time_limit else prepared.models * session.epochs - session.engine.epochs_trained
-    with Forecast(epochs, told, single=prepared.models == 1) as forecast:
+    with Forecast(epochs, say, shorter, single=prepared.models == 1) as forecast:
         result = training.train(prepared, session.engine, listeners=listeners, scheduled=session.scheduled)
 
     def scored(report: Mapping[str, Any]) -> None:

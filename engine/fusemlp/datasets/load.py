@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,17 @@ from fusemlp.datasets.codes import Categories, Features, different, kept_feature
 from fusemlp.datasets.dataset import ColumnChoices as ColumnChoices
 from fusemlp.datasets.dataset import Dataset as Dataset
 from fusemlp.datasets.dataset import missing_share, roles, times, without_useless
-from fusemlp.datasets.tables import SHIPPED, TABLES, Frame, Place, as_frame, is_table, read_names, read_table
+from fusemlp.datasets.tables import (
+    SHIPPED,
+    TABLES,
+    Frame,
+    Place,
+    as_frame,
+    is_table,
+    read_cells,
+    read_names,
+    read_table,
+)
 from fusemlp.datasets.textfiles import MISSING, Form
 from fusemlp.describe.text import listed, meant
 from fusemlp.inputs.arrays import Array
@@ -89,7 +100,9 @@ def load_features(
     *,
     form: Form | None = None,
     notes: list[str] | None = None,
-    ids: dict[str, Array] | None = None,
+    ids: dict[str, Any] | None = None,
+    carried: Sequence[str] | None = (),
+    typed: bool = False,
     ignore_unused: bool = False,
 ) -> Features:
     """Load the features of new data, a source as of ``load_data``, for ``preprocessor.transform_features``.
@@ -97,12 +110,15 @@ def load_features(
     An npz file gives its array X. A table gives the columns that the network was trained on, by name, in any order,
     among any others. A missing number and a word that is unseen in training become NaN, and ``notes`` takes a line on
     them, and one on columns that the training did not have unless ``ignore_unused``. ``ids`` takes the columns of the
-    table that name the rows. Raises DataError that lists missing and present columns.
+    table that name the rows, or in their place those that are ``carried``, None for all, as Arrow's columns with the
+    cells as they are; with ``typed`` numbers of a text file are numbers. Raises DataError that lists missing columns.
     """
     path = _existing(source)
     notes = [] if notes is None else notes
     if isinstance(path, Frame) or is_table(path):
-        return _read_like(path, preprocessor, form or Form(), notes, ignore_unused, ids=ids)[0]
+        return _read_like(
+            path, preprocessor, form or Form(), notes, ignore_unused, ids=ids, carried=carried, typed=typed
+        )[0]
     is_npz = path.suffix.lower() == ".npz"
     return _matching(path, features_of_npz(path) if is_npz else _read(source).X, preprocessor)
 
@@ -138,7 +154,9 @@ def _read_like(
     ignore_unused: bool,
     *,
     target: str | None = None,
-    ids: dict[str, Array] | None = None,
+    ids: dict[str, Any] | None = None,
+    carried: Sequence[str] | None = (),
+    typed: bool = False,
 ) -> tuple[Features, dict[str, Array]]:
     """Return the features of a table by the training's columns, and its columns; no names mean no header."""
     names = like.feature_names
@@ -157,7 +175,8 @@ def _read_like(
             f"{path}: there is no target column {target!r} to judge rows by; the columns are {listed(present)}"
             f"{meant([target], present)}; without a target there are fusemlp predict and explain --method integrated"
         )
-    wanted = [] if ids is None else [name for name in like.ids if name in present]
+    named = () if ids is None or carried != () else like.ids
+    wanted = [name for name in named if name in present]
     kinds |= dict.fromkeys(wanted, "word")
     words = () if target is None else _label_words(like)
     table = read_table(
@@ -171,8 +190,9 @@ def _read_like(
         notes=notes,
     )
     if ids is not None:
-        ids |= {name: table[name] for name in wanted}
-        absent = [name for name in like.ids if name not in wanted]
+        carries = {} if carried == () else read_cells(path, form, carried, typed=typed)
+        ids |= {name: table[name] for name in wanted} | carries
+        absent = [name for name in named if name not in wanted]
         if absent:
             notes.append(f"no columns {listed(absent)}, which named the rows in training")
     return coded(table, names, like, notes)[0], table

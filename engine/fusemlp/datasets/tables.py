@@ -15,7 +15,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,13 +190,19 @@ def _open_excel(path: Path, form: Form) -> OpenTable:
     return OpenTable(names, batches, records=records, said=said)
 
 
-def _open_book(path: Path) -> Any:
+def excel(path: Path | str) -> Any:
+    """Return the library of Excel files; DataError, which names the file, if it is not installed."""
     try:
         import openpyxl
     except ImportError as error:
         raise DataError(
             f"{path}: Excel files need openpyxl: pip install openpyxl (or 'fusemlp[excel]'); or save the sheet as .csv"
         ) from error
+    return openpyxl
+
+
+def _open_book(path: Path) -> Any:
+    openpyxl = excel(path)
     try:
         with zipfile.ZipFile(path) as archive:
             for part in archive.infolist():
@@ -305,6 +311,33 @@ def choose_columns(
         mend = " If so, rename in the table." if near else "; add what is missing, with empty cells where unknown"
         raise DataError(f"{source}: no feature columns {listed(missing)}; {columns}{near}{mend}")
     return [name for name in names if name in wanted or name == target]
+
+
+def read_cells(source: Place, form: Form, names: Sequence[str] | None, *, typed: bool) -> dict[str, Any]:
+    """Return columns of a table, all for None, as Arrow's: the cells of a text file as text, unless ``typed``."""
+    import pyarrow
+
+    with open_source(source, form) as opened:
+        wanted = opened.names if names is None else list(dict.fromkeys(names))
+        absent = [name for name in wanted if name not in opened.names]
+        if absent:
+            columns = f"the columns are {listed(opened.names)}"
+            raise DataError(f"{source}: no columns {listed(absent)}; {columns}{meant(absent, opened.names)}")
+        positions = [opened.names.index(name) for name in wanted]
+        cells = pyarrow.Table.from_batches(opened.batches(positions, lambda: None)).columns
+        return dict(zip(wanted, map(_as_numbers, cells) if typed and opened.records else cells, strict=True))
+
+
+def _as_numbers(column: Any) -> Any:
+    """Return a column of text as numbers if all its cells are and none begins with zeros, such as 007."""
+    from pyarrow import ArrowInvalid, compute
+
+    cells = compute.if_else(compute.equal(column, ""), None, column)
+    if not compute.any(compute.match_substring_regex(cells, r"^[+-]?0\d")).as_py():
+        for kind in ("int64", "float64"):
+            with suppress(ArrowInvalid):
+                return cells.cast(kind)
+    return column
 
 
 def read_names(source: Place, form: Form | None = None) -> list[str]:

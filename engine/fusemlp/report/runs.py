@@ -12,9 +12,8 @@ import errno
 import io
 import json
 import os
-import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.datasets.textfiles import number
 from fusemlp.describe.checks import check_choice
 from fusemlp.describe.description import reading, stored
 from fusemlp.describe.losses import loss_from_config
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import optimizer_from_config
 from fusemlp.inputs.arrays import Array
+from fusemlp.report.written import csv_bytes, guarded
 from fusemlp.runtime.files import lock_file, write_atomically
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
 
@@ -43,8 +42,6 @@ ENTRIES: dict[str, Any] = {
 }
 DATA_ENTRIES: dict[str, Any] = {"name": str, "source": str, "fingerprint": str}
 WEIGHTS = ("model", "best", "last")
-# The beginnings of formulas, also in the full width of Japanese; of a guarded cell too, so that guarding can be undone.
-FORMULA = re.compile("'*[=+@\t\r\n\uff1d\uff0b\uff0d\uff20-]")
 # The file that is locked while a process trains in the folder, and the errors of a lock that another one has.
 LOCK = ".lock"
 BUSY = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
@@ -207,29 +204,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the content of a file of ``write_json``, empty if there is none."""
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-
-
-def guarded(cell: Any) -> Any:
-    """Return a cell, with an apostrophe in front of text but no number that a spreadsheet would run (OWASP)."""
-    runs = isinstance(cell, str) and FORMULA.match(cell) and number(cell) is None and number(cell, ",") is None
-    return f"'{cell}" if runs else cell
-
-
-def csv_bytes(rows: Iterable[Iterable[Any]], notes: list[str] | None = None) -> bytes:
-    """Return rows of ``guarded`` cells as the content of a CSV file; ``notes`` takes a line if any has changed."""
-    stream, changed = io.StringIO(newline=""), False
-    # a carriage return is quoted only where lines end with one; an unquoted one would begin a row
-    writer = csv.writer(stream, lineterminator="\r\n")
-    for row in map(list, rows):
-        cells = [guarded(cell) for cell in row]
-        changed |= cells != row
-        writer.writerow(cells)
-        stream.seek(stream.tell() - len("\r\n"))
-        stream.write("\n")
-    stream.truncate()
-    if notes is not None and changed:
-        notes.append("an apostrophe stands in front of text that a spreadsheet would run as a formula")
-    return stream.getvalue().encode(errors="backslashreplace")
 
 
 def write_columns(run: Run, records: Sequence[Mapping[str, Any]]) -> None:

@@ -1,0 +1,154 @@
+"""``fusemlp predict``: the rows' own columns beside the predictions, and files of every form that the readers know."""
+
+import csv
+
+import numpy as np
+import pandas
+import pytest
+
+from fusemlp.datasets.load import load_data
+from fusemlp.report.written import SUFFIXES
+from make import frame, refusal, run, trained
+
+READERS = {
+    "csv": pandas.read_csv,
+    "tsv": lambda path: pandas.read_csv(path, sep="\t"),
+    "parquet": pandas.read_parquet,
+    "feather": pandas.read_feather,
+    "arrow": pandas.read_feather,
+    "xlsx": lambda path: pandas.read_excel(path, dtype={"zip": str}),
+}
+# As they stand in the file: an identifier with zeros, a whole number, text like a formula, an empty cell.
+OWN = {"zip": ["00123", "00456", "99999"], "count": ["3", "4", ""], "note": ["=1+1", "-1.50", 'a "b", c']}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("run"), "--epochs", "2", "--quiet", "--models", "1", classes=2)
+
+
+@pytest.fixture(scope="module")
+def new_rows(tmp_path_factory):
+    """A file of new rows, with columns that the training did not have."""
+    path = tmp_path_factory.mktemp("rows") / "new.csv"
+    table = frame(3, classes=2).drop(columns="price")
+    for name, cells in OWN.items():
+        table.insert(0, name, cells)
+    table.to_csv(path, index=False)
+    return path
+
+
+def as_text(path):
+    with path.open(newline="") as stream:
+        header, *rows = csv.reader(stream)
+    return dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
+
+
+def test_the_data_stand_in_front_of_the_predictions_as_they_are(model, new_rows, tmp_path, capsys):
+    assert run("predict", model, "--data", new_rows, "--with-data", "--out", tmp_path / "out.csv") == 0
+    said = capsys.readouterr().out
+    written, given = as_text(tmp_path / "out.csv"), as_text(new_rows)
+    assert [*written] == [*given, "prediction"]
+    assert written.pop("note") == ["'=1+1", *given.pop("note")[1:]] and "apostrophe" in said
+    assert {name: written[name] for name in given} == given
+    # they are not ignored
+    assert "ignored" not in said
+
+
+@pytest.mark.parametrize("names", [["zip"], ["note", "a"]])
+def test_columns_that_are_named_stand_in_front(names, model, new_rows, tmp_path):
+    options = [word for name in names for word in ("--id", name)]
+    assert run("predict", model, "--data", new_rows, *options, "--out", tmp_path / "out.csv") == 0
+    assert {*as_text(tmp_path / "out.csv")} == {*names, "prediction"}
+
+
+def test_named_columns_replace_those_of_the_training(tmp_path):
+    run_folder = trained(tmp_path, "--id", "word", "--epochs", "2", "--quiet", "--models", "1", classes=2)
+    written = []
+    for options in ((), ("--id", "a"), ("--with-data",)):
+        assert run("predict", run_folder, "--data", tmp_path / "data.csv", *options, "--out", tmp_path / "o.csv") == 0
+        written.append([*as_text(tmp_path / "o.csv")])
+        (tmp_path / "o.csv").unlink()
+    assert written == [["word", "prediction"], ["a", "prediction"], ["a", "b", "word", "day", "price", "prediction"]]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_form_is_read_again(suffix, model, new_rows, tmp_path):
+    out = tmp_path / f"out{suffix}"
+    assert run("predict", model, "--data", new_rows, "--with-data", "--proba", "--out", out) == 0
+    table = READERS[suffix.split(".")[1]](out)
+    expected = pandas.read_csv(new_rows)
+    names = [*expected, "prediction"]
+    assert [*table][: len(names)] == names and len(table) == 3
+    np.testing.assert_allclose(table["a"], expected["a"])
+    np.testing.assert_allclose(table.filter(like="probability").sum(axis=1), 1.0, atol=1e-6)
+    typed = suffix in (".parquet", ".feather", ".arrow", ".xlsx")
+    if typed:
+        # no number loses its zeros
+        assert table["zip"].tolist() == OWN["zip"]
+        assert table["count"].tolist()[:2] == [3, 4] and pandas.isna(table["count"][2])
+    # and by the readers of this library
+    assert load_data(out, target="prediction").y.tolist() == table["prediction"].tolist()
+
+
+def test_types_of_a_parquet_file_stay(model, tmp_path):
+    table = (
+        frame(5, classes=2)
+        .drop(columns="price")
+        .assign(zip=["123", "4", "5", "6", "7"], flag=[True, False] * 2 + [None])
+    )
+    table.to_parquet(tmp_path / "new.parquet")
+    expected = pandas.read_parquet(tmp_path / "new.parquet")
+    for suffix in (".parquet", ".feather"):
+        assert (
+            run("predict", model, "--data", tmp_path / "new.parquet", "--with-data", "--out", tmp_path / f"o{suffix}")
+            == 0
+        )
+        written = READERS[suffix[1:]](tmp_path / f"o{suffix}")
+        pandas.testing.assert_frame_equal(written.drop(columns="prediction"), expected)
+
+
+def test_predictions_on_stdout_are_alone_there(model, new_rows, tmp_path, capsys):
+    assert run("predict", model, "--data", new_rows, "--id", "zip", "--out", tmp_path / "out.csv") == 0
+    capsys.readouterr()
+    assert run("predict", model, "--data", new_rows, "--id", "zip", "--out", "-") == 0
+    said = capsys.readouterr()
+    assert said.out == (tmp_path / "out.csv").read_text()
+    assert said.out.startswith("zip,prediction\n")
+    assert said.err.endswith("predictions of 3 rows on stdout\n")
+
+
+def test_names_of_an_array_file(model, new_rows, tmp_path):
+    assert run("predict", model, "--data", new_rows, "--id", "zip", "--out", tmp_path / "out.npz") == 0
+    with np.load(tmp_path / "out.npz") as arrays:
+        assert arrays["id_names"].tolist() == ["zip"] and arrays["ids"][:, 0].tolist() == OWN["zip"]
+
+
+REFUSED = {
+    "json": (("--out", "-", "--json"), 2, "--json: with --out - the predictions are on stdout"),
+    "unknown": (("--id", "zap"), 1, "no columns 'zap'; the columns are 'note', 'count', 'zip', "),
+    "suffix": (("--out", "x.txt"), 2, "--out: expected a file name ending in .csv, .tsv, .csv.gz, "),
+}
+
+
+@pytest.mark.parametrize(("options", "code", "words"), REFUSED.values(), ids=REFUSED)
+def test_a_wrong_call_writes_nothing(options, code, words, model, new_rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    out = () if "--out" in options else ("--out", "out.csv")
+    assert run("predict", model, "--data", new_rows, *options, *out) == code
+    said = capsys.readouterr()
+    assert words in said.err and said.out == "" and list(tmp_path.iterdir()) == []
+
+
+def test_a_column_of_the_data_is_not_written_twice(model, new_rows, tmp_path, capsys):
+    first = tmp_path / "first.csv"
+    assert run("predict", model, "--data", new_rows, "--with-data", "--out", first) == 0
+    assert run("predict", model, "--data", first, "--with-data", "--out", tmp_path / "second.csv") == 1
+    assert "predictions have columns 'prediction' too; rename them there" in capsys.readouterr().err
+
+
+def test_arrays_have_no_columns_to_carry(model, tmp_path, capsys):
+    np.savez(tmp_path / "x.npz", X=np.zeros((3, 8)))
+    for option in (("--with-data",), ("--id", "a")):
+        said = refusal(capsys, "predict", model, "--data", tmp_path / "x.npz", *option, "--out", tmp_path / "o.csv")
+        assert f"error: {option[0]}: only tables (" in said
