@@ -1,5 +1,10 @@
 """Build the wheel and test it outside the checkout; run with the checkout's environment.
 
+usage: python ci/check_wheel.py [FOLDER]
+
+Three builds must give the same bytes; the metadata and the bill of materials must be what pyproject.toml says. FOLDER
+keeps the wheel and the source distribution.
+
 The wheel goes into a fresh environment that borrows the dependencies of the running one. A line in a ``.pth`` file adds
 their folder to the search path without reading the ``.pth`` files in it, so the checkout's editable install is not
 seen.
@@ -7,17 +12,27 @@ seen.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tempfile
+import tomllib
 import venv
 import zipfile
+from importlib.metadata import Distribution, PathDistribution
 from pathlib import Path
 
+from packaging.metadata import Metadata
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = {"fusemlp": ROOT / "engine/fusemlp", "fusemlp_kernels": ROOT / "kernels/fusemlp_kernels"}
+SOURCE = ROOT / "engine"
+PACKAGES = {"fusemlp": SOURCE / "fusemlp", "fusemlp_kernels": ROOT / "kernels/fusemlp_kernels"}
 
 # The argument is the folder that both packages must come from.
 ORIGINS = """
@@ -68,11 +83,57 @@ def missing_files(wheel: Path) -> list[str]:
     return sorted(wanted - present)
 
 
-def main() -> None:
+def build(folder: Path) -> tuple[Path, Path]:
+    """Build the source distribution and from it the wheel into ``folder``; return both.
+
+    The source distribution is built again, and the wheel from the checkout, and from files with other places, times and
+    modes; a difference is an error.
+    """
+    command = (sys.executable, "-m", "build", "--no-isolation", "--outdir")
+    run(*command, folder, ROOT, cwd=ROOT)
+    run(*command, folder / "again", "--sdist", "--wheel", ROOT, cwd=ROOT)
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "elsewhere", filter="data")
+    (unpacked,) = (folder / "elsewhere").iterdir()
+    for path in unpacked.rglob("*"):
+        path.chmod(path.stat().st_mode & 0o700)
+        os.utime(path, (10**9, 10**9))
+    run(*command, folder / "third", "--wheel", unpacked, cwd=unpacked)
+    for other in (*(folder / "again").iterdir(), *(folder / "third").iterdir()):
+        if other.read_bytes() != (folder / other.name).read_bytes():
+            sys.exit(f"{other.name}: the build in {other.parent.name}/ has other bytes than the first")
+    return sdist, wheel
+
+
+def wrong_metadata(installed: Distribution) -> list[str]:
+    """Return what in the metadata and in the bill of an installed wheel is not what pyproject.toml says."""
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        project = tomllib.load(file)["project"]
+    text = installed.read_text("METADATA") or ""
+    metadata = Metadata.from_email(text, validate=True)
+    wanted = {canonicalize_name(one.name): str(one.specifier) for one in map(Requirement, project["dependencies"])}
+    needed = [requirement for requirement in metadata.requires_dist or [] if "extra" not in str(requirement.marker)]
+    bill = json.loads(installed.read_text(f"sboms/{project['name']}.cdx.json") or "{}")
+    package = bill["metadata"]["component"]
+    listed = {part["name"]: part["properties"][0]["value"] for part in bill["components"]}
+    checks = {
+        "the name": (metadata.name, package["name"]) == (project["name"],) * 2,
+        "the version": str(metadata.version) == package["version"] == installed.version,
+        "the description": metadata.description == (ROOT / project["readme"]).read_text(encoding="utf-8"),
+        "the Python": str(metadata.requires_python) == project["requires-python"],
+        "the dependencies": {canonicalize_name(one.name): str(one.specifier) for one in needed} == wanted,
+        "the dependencies in the bill": listed == wanted,
+        "the extras": {*(metadata.provides_extra or ())} == {*map(canonicalize_name, project["optional-dependencies"])},
+        "the command": {script.name for script in installed.entry_points} == {*project["scripts"]},
+    }
+    return [name for name, right in checks.items() if not right]
+
+
+def main(kept: Path | None) -> None:
     with tempfile.TemporaryDirectory(prefix="fusemlp-wheel-") as name:
         folder = Path(name).resolve()
-        run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT, cwd=ROOT)
-        (wheel,) = folder.glob("*.whl")
+        sdist, wheel = build(folder)
         if missing := missing_files(wheel):
             sys.exit(f"{wheel.name} lacks: {', '.join(missing)}")
 
@@ -89,14 +150,24 @@ def main() -> None:
         )
 
         run(python, "-I", "-c", ORIGINS, site, cwd=folder)
+        if wrong := wrong_metadata(PathDistribution(next(site.glob("fusemlp-*.dist-info")))):
+            sys.exit(f"{wheel.name} differs from pyproject.toml in: {', '.join(wrong)}")
+        asked = "from fusemlp._version import commit; print(commit())"
+        commits = {run(python, "-I", "-c", asked, cwd=folder), run(sys.executable, "-c", asked, cwd=SOURCE)}
+        if len(commits) > 1:
+            sys.exit(f"the wheel and the checkout name the commits {commits}")
         version = run(python, "-I", "-c", "import fusemlp; print(fusemlp.__version__)", cwd=folder).strip()
         for command in ((python, "-I", "-m", "fusemlp"), (scripts / "fusemlp",)):
             printed = run(*command, "--version", cwd=folder)
             if version not in printed.split():
                 sys.exit(f"--version prints {printed!r}, the version is {version}")
         run(python, "-I", "-c", TRAINING, cwd=folder)
-    print(f"{wheel.name}: installed, imported and trained outside the checkout")
+        if kept is not None:
+            kept.mkdir(parents=True, exist_ok=True)
+            for path in (sdist, wheel):
+                shutil.copy(path, kept)
+    print(f"{wheel.name}: built three times alike, installed, imported and trained outside the checkout")
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else None)

@@ -7,10 +7,10 @@ from house import PRODUCT, ROOT, calls_of, circles, feature_tests, imports_of, l
 # says what it buys; one that needs fewer lowers it.
 BUDGETS = {
     "engine/examples": 370,
-    "engine/fusemlp": 890,
+    "engine/fusemlp": 910,
     "engine/fusemlp/callbacks": 1_310,
-    "engine/fusemlp/cli": 3_620,
-    "engine/fusemlp/datasets": 3_740,
+    "engine/fusemlp/cli": 4_090,
+    "engine/fusemlp/datasets": 2_950,
     "engine/fusemlp/describe": 3_060,
     "engine/fusemlp/fleet": 1_870,
     "engine/fusemlp/inputs": 1_460,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusemlp._version import __version__
+from fusemlp._version import __version__, commit
 from fusemlp.cli.model import before_final_fit, open_model, own_data
 from fusemlp.cli.options import EXPLAIN_METHODS, DoctorOptions, ExplainOptions, FindOptions, PlanOptions
 from fusemlp.cli.output import check_output, show, show_with_picture
@@ -71,7 +71,8 @@ def doctor(options: DoctorOptions) -> None:
     libraries += [[name, known or "not installed", LIBRARIES[name]] for name, known in report["libraries"].items()]
     limits = ", ".join(f"{name} {number}" for name, number in report["thread_limits"].items())
     lines = [
-        f"fusemlp {report['fusemlp']}, Python {report['python']}, {report['machine']}, {report['cpus']} CPUs\n",
+        f"fusemlp {report['fusemlp']}, commit {report['commit'] or 'unknown'}, Python {report['python']}, "
+        f"{report['machine']}, {report['cpus']} CPUs\n",
         f"{aligned(backends, left=5)}\n",
         *(f"{name}: {backend['reason']}" for name, backend in report["backends"].items() if backend["reason"]),
         f"\n{aligned(libraries, left=3)}\n",
@@ -86,6 +87,7 @@ def examine() -> dict[str, Any]:
     limits = thread_limits()
     return {
         "fusemlp": __version__,
+        "commit": commit(),
         "python": platform.python_version(),
         "machine": platform.platform(),
         "cpus": os.cpu_count(),

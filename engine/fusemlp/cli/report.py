@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fusemlp._version import commit
 from fusemlp.callbacks import progress
 from fusemlp.cli.model import before_final_fit, open_model, own_data
 from fusemlp.cli.options import ReportOptions
@@ -203,6 +204,7 @@ def finish(
             engine.save_checkpoint(run.checkpoint("last"))
     with progress.waiting("scoring", quiet=quiet, elsewhere=True):
         report, tested = scores_of(trained, early_stopping=bool(read_json(run.config)["options"].get("early_stopping")))
+    report["commit"] = commit()
     scored(report)
     if not history.epochs:
         report["no_plot"] = "no epoch was completed"
