@@ -4,14 +4,18 @@ import gzip
 import io
 import struct
 import sys
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pandas
 import pytest
 
+from fusemlp import Blocks, load_data
 from fusemlp.datasets.arrays import read_idx, read_idx_pair, read_npz
 from fusemlp.datasets.tables import read_names, read_table
-from fusemlp_kernels.errors import DataError
+from fusemlp.sklearn import TableClassifier
+from fusemlp_kernels.errors import DataError, MissingLibraryError
 
 
 def idx_bytes(array, code=0x08, dtype=">u1"):
@@ -57,6 +61,22 @@ def test_a_truncated_or_damaged_npz_is_read_or_named(tmp_path):
             refused += 1
     # The time stamps and attributes of the archive's members carry no checksum; the arrays do.
     assert refused > len(content) // 2
+
+
+def test_a_damaged_header_or_compression_inside_an_npz_is_named(tmp_path):
+    path = tmp_path / "bad.npz"
+    header = b"\x93NUMPY\x01\x00" + struct.pack("<H", 1) + b"["
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("X.npy", header)
+    with pytest.raises(DataError, match=r"bad\.npz: expected an npz"):
+        read_npz(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("X.npy", npz_bytes(X=np.ones(9)))
+    content = bytearray(path.read_bytes())
+    # the properties of the compression, in the member's first bytes
+    content[content.index(b"X.npy") + 9] ^= 0xFF
+    with pytest.raises(DataError, match=r"bad\.npz: expected an npz"):
+        read_npz(write(path, bytes(content)))
 
 
 def test_pickles_are_never_loaded_and_a_single_array_is_no_npz(tmp_path):
@@ -265,3 +285,26 @@ def test_parquet_needs_no_pandas(tmp_path, monkeypatch):
     frame.to_parquet(tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pandas", None)
     assert list(read_table(tmp_path / "a.parquet", target="y")) == ["a", "t", "y"]
+
+
+# What takes a table, each in a folder with a file of it.
+TABLE_DOORS = {
+    "CSV": lambda frame: load_data("a.csv", target="b"),
+    "Parquet": lambda frame: read_names(Path("a.parquet")),
+    "DataFrame": lambda frame: load_data(frame, target="b"),
+    "estimator": lambda frame: TableClassifier().fit(frame[["a"]], frame["b"]),
+    "array": lambda frame: TableClassifier().fit(frame[["a"]].to_numpy(), frame["b"].to_numpy()),
+    "blocks": lambda frame: Blocks("a.parquet", target="b"),
+}
+
+
+@pytest.mark.parametrize("door", TABLE_DOORS.values(), ids=TABLE_DOORS)
+def test_without_pyarrow_tables_name_the_mend_and_arrays_train(door, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    frame = pandas.DataFrame({"a": [1.0, 2.0, 3.0], "b": ["x", "y", "x"]})
+    frame.to_csv("a.csv")
+    frame.to_parquet("a.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingLibraryError, match="pyarrow: tables and Parquet files need it: pip install pyarrow"):
+        door(frame)
+    assert load_data("digits").X.shape == (1797, 64)

@@ -18,19 +18,21 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 
 from fusemlp.datasets.textfiles import MISSING, Form, OpenTable, as_batches, headed, is_compressed, open_text
+from fusemlp.describe.checks import arrow
 from fusemlp.describe.text import Problems, listed, meant
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentTypeError, DataError
 
-# Readers raise these for damaged archives, and for damaged content, of XML SyntaxError too. RuntimeError stands for
-# encryption and unknown versions.
-ARCHIVE = OSError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error
-CONTENT = ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, SyntaxError
+# Readers raise these for damaged archives, and for damaged content, of XML SyntaxError and of headers of arrays
+# TokenError too. RuntimeError stands for encryption and unknown versions.
+ARCHIVE = OSError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError
+CONTENT = ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, SyntaxError, TokenError
 
 
 ARROW = {".parquet": "parquet", ".feather": "feather", ".arrow": "feather"}
@@ -71,8 +73,7 @@ def is_table(path: Path) -> bool:
 
 def as_frame(data: Any) -> Frame:
     """Return a DataFrame of pandas or polars, or another table that speaks Arrow; ArgumentTypeError for the rest."""
-    import pyarrow
-
+    pyarrow = arrow()
     if isinstance(data, Frame):
         return data
     name = type(data).__name__
@@ -105,8 +106,7 @@ def _from_pandas(column: Any) -> Any:
 @contextmanager
 def open_source(source: Place, form: Form) -> Iterator[OpenTable]:
     """Yield an open table; errors of reading become DataError."""
-    from pyarrow import ArrowException
-
+    pyarrow = arrow()
     suffix = "" if isinstance(source, Frame) else source.suffix.lower()
     failures = OSError, EOFError, UnicodeError, csv.Error, zlib.error, lzma.LZMAError, zipfile.BadZipFile
     try:
@@ -118,7 +118,7 @@ def open_source(source: Place, form: Form) -> Iterator[OpenTable]:
             yield _open_excel(source, form)
         else:
             yield open_text(source, form)
-    except (*failures, ArrowException) as error:
+    except (*failures, pyarrow.ArrowException) as error:
         if suffix in ARROW or suffix == ".xlsx":
             kind = f"a{'n' if suffix[1] in 'ax' else ''} {suffix[1:]}"
             raise DataError(f"{source}: it cannot be read as {kind} file ({reason(error)})") from error

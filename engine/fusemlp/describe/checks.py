@@ -1,4 +1,4 @@
-"""Checks where the user meets the library: numbers, names, flags and folders, and arguments that go by another name."""
+"""Checks where the user meets the library: numbers, names, flags, folders, arguments by another name, a library."""
 
 from __future__ import annotations
 
@@ -17,9 +17,18 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibraryError, unknown_name
 
 WINDOWS = os.name == "nt"
+
+
+def arrow() -> Any:
+    """Return the module pyarrow, which only tables and Parquet files need. Raises MissingLibraryError without it."""
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise MissingLibraryError("pyarrow: tables and Parquet files need it: pip install pyarrow") from error
+    return pyarrow
 
 
 def no_folder(argument: str, folder: Path, purpose: str = "") -> ArgumentError:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from fusemlp.describe.checks import as_count, check_flag
+from fusemlp.describe.checks import arrow, as_count, check_flag
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError
 
@@ -142,7 +142,7 @@ def _names(argument: str, given: Any, *, several: bool = True) -> list[str]:
 
 
 def _file(path: str | Path) -> Any:
-    import pyarrow
+    pyarrow = arrow()
     from pyarrow import parquet
 
     try:

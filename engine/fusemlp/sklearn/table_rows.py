@@ -13,6 +13,7 @@ from fusemlp.datasets.dataset import ColumnChoices, Dataset
 from fusemlp.datasets.load import load_data, load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.tables import Frame, as_frame
+from fusemlp.describe.checks import arrow
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import DataError
 
@@ -37,8 +38,7 @@ def _arrow_table(array: Array, names: list[str]) -> Any:
 
     A column of numbers and words holds words, as of a DataFrame; in an array of text one of numbers alone holds these.
     """
-    import pyarrow
-
+    pyarrow = arrow()
     from fusemlp.datasets.columns import numbers_of
 
     columns = []
