@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas
+import pyarrow
 import pytest
+from pyarrow import feather
 
 from fusemlp import Blocks, load_data
 from fusemlp.datasets.arrays import read_idx, read_idx_pair, read_npz
@@ -268,6 +270,16 @@ def test_parquet(tmp_path):
 def test_parquet_that_is_wrong(tmp_path, column, message):
     with pytest.raises(DataError, match=message):
         read_table(parquet(tmp_path / "a.parquet", a=column, y=[1, 2, 3]), target="y")
+
+
+def test_a_feather_file_whose_texts_lie_outside_it_is_named(tmp_path):
+    path = tmp_path / "a.feather"
+    feather.write_feather(pyarrow.table({"a": ["abc", "defg"]}), path, compression="uncompressed")
+    ends = struct.pack("<3i", 0, 3, 7)
+    assert path.read_bytes().count(ends) == 1
+    write(path, path.read_bytes().replace(ends, struct.pack("<3i", 0, 3, 2**30)))
+    with pytest.raises(DataError, match=r"a\.feather: it cannot be read as a feather file \(ArrowInvalid"):
+        read_table(path)
 
 
 def test_parquet_without_rows_or_in_pieces(tmp_path):

@@ -145,9 +145,12 @@ def _open_arrow(path: Path) -> OpenTable:
 
     data = dataset.dataset(path, format=ARROW[path.suffix.lower()])
 
-    def read(names: list[str]) -> Any:
+    def read(names: list[str]) -> Iterator[Any]:
         # Few pieces are read ahead: memory is bounded.
-        return data.to_batches(columns=names, batch_size=_ROWS, batch_readahead=2, fragment_readahead=1)
+        for batch in data.to_batches(columns=names, batch_size=_ROWS, batch_readahead=2, fragment_readahead=1):
+            # Offsets of a damaged file lead outside its memory.
+            batch.validate(full=True)
+            yield batch
 
     return _typed(data.schema, read)
 
