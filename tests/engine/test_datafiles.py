@@ -136,6 +136,8 @@ def test_every_truncation_of_an_idx_file_is_named(tmp_path, pack, end):
         ("a", b"", r"an empty file"),
         ("a", idx_bytes(IMAGES) + b"\0", r"shape \(3, 2, 4\), that is 40 bytes in all, found 41"),
         ("a", struct.pack(">HBB3I", 0, 8, 3, *[2**32 - 1] * 3), r"4294967295, 4294967295"),
+        ("a", struct.pack(">HBB4I", 0, 8, 4, 2**24, 0, 2**24, 2**24), r"16777216\), which no array has"),
+        ("a", struct.pack(">HBB", 0, 8, 65) + bytes(4 * 65), r"which no array has"),
         ("a.gz", idx_bytes(IMAGES), r"a\.gz: expected an IDX file compressed by gzip"),
     ],
 )

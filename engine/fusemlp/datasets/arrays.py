@@ -181,7 +181,11 @@ def read_idx(path: Path) -> Array:
             f"{path}: its header announces shape {shape}, that is {expected} bytes in all, found "
             f"{len(content)}; the file is incomplete or damaged: fetch it again"
         )
-    return np.frombuffer(content, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
+    try:
+        return np.frombuffer(content, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
+    except ValueError as error:
+        # a length of 0 beside huge ones, or too many dimensions
+        raise DataError(f"{path}: its header announces shape {shape}, which no array has; fetch it again") from error
 
 
 def read_idx_pair(folder: Path, prefix: str) -> tuple[Array, Array] | None:
