@@ -8,8 +8,10 @@ import pytest
 from sklearn.datasets import load_digits
 
 from fusemlp import load, load_checkpoint
-from make import assert_same, read, refusal, run
+from make import QUICK, assert_same, read, refusal, run
 
+# the command line prints them, and most sources here were trained on the same rows
+pytestmark = pytest.mark.filterwarnings("default:.*training rows of|.*held out rows")
 FEW = 60
 
 
@@ -128,6 +130,57 @@ def test_the_same_classes_keep_their_output_layer(tmp_path):
     assert_same(arrays_of(tmp_path / "a"), arrays_of(tmp_path / "b"))
 
 
+def test_each_model_starts_from_its_part_of_an_ensemble(tmp_path, capsys):
+    data = table(tmp_path / "data.csv", FEW, 1)
+    assert (
+        run("train", data, "--target", "price", "--models", "3", "--hidden", "8,6", *QUICK, "--out", tmp_path / "a")
+        == 0
+    )
+    still = ("--lr", "1e-60", "--epochs", "1")
+    for models, sizes, note in (
+        (None, [24, 18], "3 models were merged there, and each of the 3 models starts from one\n"),
+        ("2", [16, 12], "3 models were merged there, and each of the 2 models starts from one\n"),
+        ("4", [32, 24], "3 models were merged there, and each of the 4 models starts from one\n"),
+        ("1", [24, 18], "3 models were merged there, and the model starts from all of them\n"),
+    ):
+        out, options = tmp_path / str(models), () if models is None else ("--models", models)
+        assert run("train", data, "--from", tmp_path / "a", *options, *still, "--out", out) == 0
+        assert note in capsys.readouterr().err
+        assert load_checkpoint(out / "checkpoints/model.safetensors").network.sizes[1:-1] == tuple(sizes)
+    source, same, several = (arrays_of(tmp_path / name) for name in ("a", "None", "4"))
+    for name, array in source.items():
+        # the last layer is divided by the number of models, and multiplied by it
+        np.testing.assert_allclose(same[name], array, rtol=3e-7, atol=1e-8)
+    np.testing.assert_array_equal(several["0.weight"][-8:], source["0.weight"][:8])
+    assert run("predict", tmp_path / "None", "--data", data, "--spread", "--out", tmp_path / "p.csv") == 0
+
+
+def test_ids_and_groups_are_those_of_the_run_unless_given(tmp_path, capsys):
+    names = np.array([f"n{row}" for row in range(FEW)])
+    data = table(tmp_path / "data.csv", FEW, 1, customer=names, shop=np.char.add("s", names))
+    with_shops = table(tmp_path / "shops.csv", FEW, 1, customer=names, shop=np.arange(FEW) // 4)
+    quick = ("--models", "1", "--epochs", "1", "--quiet")
+    columns = ("--id", "customer", "--group", "shop")
+    assert run("train", with_shops, "--target", "price", *columns, *quick, "--out", tmp_path / "a") == 0
+    for name, options, (ids, group) in (
+        ("same", (), (["customer"], "shop")),
+        ("other", ("--id", "shop", "--time", "a"), (["shop"], None)),
+    ):
+        assert run("train", data, "--from", tmp_path / "a", *options, *quick, "--out", tmp_path / name) == 0
+        chosen = read(tmp_path / name / "config.json")["options"]
+        assert (chosen["id"], chosen["group"]) == (ids, group)
+    assert run("predict", tmp_path / "same", "--data", data, "--out", tmp_path / "p.csv") == 0
+    assert pandas.read_csv(tmp_path / "p.csv")["customer"].tolist() == names.tolist()
+    without = table(tmp_path / "without.csv", FEW, 1)
+    assert run("train", without, "--from", tmp_path / "a", *quick, "--out", tmp_path / "none") == 0
+    expected = (
+        f"warning: {without}: no column 'shop', by which {tmp_path / 'a'} held out rows: they are drawn at random"
+    )
+    assert expected in capsys.readouterr().err
+    chosen = read(tmp_path / "none" / "config.json")["options"]
+    assert (chosen["id"], chosen["group"]) == (None, None)
+
+
 def test_the_loss_of_the_same_target_is_taken_over(small, tmp_path):
     loss = ("--loss", "huber", "--delta", "0.5", "--models", "1", "--epochs", "2", "--quiet")
     assert run("train", small, "--target", "price", *loss, "--out", tmp_path / "huber") == 0
@@ -181,8 +234,12 @@ def test_a_source_that_lacks_or_that_a_resumed_run_has_is_refused(big, small, tm
 
 def test_test_rows_that_trained_the_source_are_told(big, tmp_path, capsys):
     data, options = big.parent / "big.csv", ("--from", big, "--models", "1", "--epochs", "1")
-    assert run("train", data, *options, "--seed", "1", "--out", tmp_path / "other") == 0
-    assert f"of 300 test rows are training rows of {big}, so the test scores flatter" in capsys.readouterr().err
+    said = f"of 300 test rows are training rows of {big}, so the test scores flatter"
+    for name, quiet in (("quiet", ["-q"]), ("other", [])):
+        # it is a warning, which is given with --quiet too, and once
+        assert run("train", data, *options, "--seed", "1", *quiet, "--out", tmp_path / name) == 0
+        assert capsys.readouterr().err.count(said) == 1
+        assert said in (tmp_path / name / "report.html").read_text(encoding="utf-8")
     # the same seed holds the same rows out
     assert run("train", data, *options, "--out", tmp_path / "same") == 0
     assert "flatter" not in capsys.readouterr().err

@@ -66,7 +66,8 @@ def describe_data(prepared: Prepared) -> str:
     target = "target" if prepared.preprocessor.classes is None else "class"
     several = "" if outputs == 1 else "s" if target == "target" else "es"
     rows = f"{about['name']}: {prepared.training_rows}, {about['test_rows']} test rows"
-    return "\n".join([*prepared.notes, f"{rows}; {inputs} inputs, {outputs} {target}{several}"])
+    notes = [note for note in prepared.notes if note not in prepared.warned]
+    return "\n".join([*notes, f"{rows}; {inputs} inputs, {outputs} {target}{several}"])
 
 
 def written(report: dict[str, Any], run: Run) -> list[str]:

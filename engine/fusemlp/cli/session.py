@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ from fusemlp.cli.output import command_line
 from fusemlp.datasets.load import NAMES, ColumnChoices, Dataset, load_data
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import with_files
-from fusemlp.datasets.tables import is_table
+from fusemlp.datasets.tables import is_table, read_names
 from fusemlp.describe.description import reading, stored
 from fusemlp.describe.network import MLP
 from fusemlp.describe.text import aligned, listed
@@ -192,7 +193,7 @@ def trained_by(prepared: Prepared) -> TrainOptions:
 
 
 def opened(options: TrainOptions) -> tuple[transfer.Source | None, TrainOptions]:
-    """Return the run of ``--from`` or None, and the options with its target, task and loss unless they are given."""
+    """Return the run of ``--from`` or None, and the options with its columns, task and loss where none are given."""
     source = transfer.opened(options)
     if source is None:
         return None, options
@@ -201,6 +202,7 @@ def opened(options: TrainOptions) -> tuple[transfer.Source | None, TrainOptions]
     if table and options.target in (None, preprocessor.target_name):
         options = replace(options, target=preprocessor.target_name, task=options.task or preprocessor.task)
         same_target = options.task == preprocessor.task
+    options = _with_columns(options, source) if table else options
     options = source.filled(options, same_target=same_target)
     for option in ("target", "group", "id"):
         names = getattr(options, option) or ()
@@ -211,6 +213,21 @@ def opened(options: TrainOptions) -> tuple[transfer.Source | None, TrainOptions]
                 "column, or train without --from"
             )
     return source, options
+
+
+def _with_columns(options: TrainOptions, source: transfer.Source) -> TrainOptions:
+    """Return the options with the run's columns of ids, groups and times that the table has, where none are given."""
+    names, before = {*read_names(Path(str(options.data)), options.form())} - {options.target}, source.config["options"]
+    if options.id is None:
+        options = replace(options, id=[name for name in source.preprocessor.ids if name in names] or None)
+    if (options.group or options.time) is not None or None not in (options.validation, options.test):
+        return options
+    chosen = {option: before[option] for option in ("group", "time") if before.get(option) is not None}
+    if {*chosen.values()} <= names:
+        return replace(options, **chosen)
+    text = f"no column {listed(chosen.values())}, by which {source.run.path} held out rows: they are drawn at random"
+    warnings.warn(f"{options.data}: {text}", stacklevel=2)
+    return options
 
 
 def prepared_data(
@@ -250,7 +267,7 @@ def _with_folder(session: Session, asked: TrainOptions) -> Session:
         try:
             if prepared.start is not None:
                 # a training that was cut off may have to start anew
-                engine.save(run.checkpoint("start"))
+                prepared.start.engine.save_checkpoint(run.checkpoint("start"))
             more = {"command": command(asked), **own_job(asked)}
             write_beginning(run, session.options, prepared, engine, session.epochs, **more)
         except OSError:

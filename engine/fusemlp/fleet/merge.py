@@ -90,7 +90,7 @@ def members(engine: Engine, argument: str = "engine") -> list[Engine]:
     for layer in range(1, net.layers - 1):
         grid = state[f"{2 * layer}.weight"].reshape(count, widths[layer + 1], count, widths[layer]).swapaxes(1, 2)
         if grid[~np.eye(count, dtype=np.bool_)].any():
-            raise ArgumentError(f"{argument}: the model was trained after its parts were merged; part it before that")
+            raise ArgumentError(f"{argument}: the model was trained after its parts were merged; give its earlier file")
     parts = []
     for place, bias in enumerate(biases):
         blocks = [slice(None), *(slice(place * width, (place + 1) * width) for width in widths[1:-1]), slice(None)]

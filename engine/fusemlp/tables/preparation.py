@@ -63,6 +63,8 @@ class Prepared:
     start: transfer.Start | None = None
     # when the data had been read, as ``time.monotonic`` tells it
     began: float = 0.0
+    # notes that were warnings too
+    warned: tuple[str, ...] = ()
 
     @property
     def test_rows(self) -> tuple[Array, Array, Array]:
@@ -119,7 +121,7 @@ class Prepared:
         columns = zip(like.feature_names, like.categories, like.shared, strict=bool(like.shared))
         rare = [f"{len(shared)} of {len(words or ())} in {name!r}" for name, words, shared in columns if shared]
         line = f"words rare in the training rows, taken as one other category: {', '.join(rare)}"
-        return (*self.dataset.notes, *([line] if rare else []), *self.tried)
+        return (*self.dataset.notes, *([line] if rare else []), *self.tried, *self.warned)
 
     def seen(self, most: int) -> tuple[Array, Array]:
         """Return inputs and labels of all rows but the test rows, or of evenly spaced ones with ``most`` numbers."""
@@ -130,11 +132,11 @@ class Prepared:
         return codes if coding is None else coding.dense(codes), np.concatenate(labels)
 
     def engine(self, recipe: ModelRecipe, schedule: Schedule | None = None, privacy: DPSGD | None = None) -> Engine:
-        """Return a new engine; ``schedule`` None is the rate of the recipe."""
+        """Return a new engine, of several models the first; ``schedule`` None is the rate of the recipe."""
         optimizer, options = self.optimizer(recipe, schedule), descriptions.engine_options(recipe)
         engine = Engine(self.network, loss=self.loss, optimizer=optimizer, privacy=privacy, **options)
         if self.start is not None:
-            engine.load_state_dict({**engine.state_dict(), **self.start.parameters})
+            engine.load_state_dict({**engine.state_dict(), **self.start.parameters[0]})
         return engine
 
     def optimizer(self, recipe: ModelRecipe, schedule: Schedule | None) -> Optimizer:
@@ -250,6 +252,8 @@ def prepare(
     reads = descriptions.reads_codes(recipe)
     most_words = None if reads else MOST_WORDS
     models = descriptions.models_of(recipe, dataset, new=like is None)
+    if source is not None and models > 1 and getattr(recipe, "models", 1) is None:
+        models = transfer.parts_of(source.engine) or models
     parts: tuple[Fold, ...] = ()
     shared = dataset.validation is not None or recipe.group is not None or recipe.time is not None
     if models > 1 and recipe.validation_fraction > 0 and not shared:
@@ -268,7 +272,7 @@ def prepare(
     start = None
     if source is not None:
         assert isinstance(recipe, TableRecipe), "no other recipe has transfer_from"
-        preprocessor, net, start = source.start(dataset, training, recipe, name)
+        preprocessor, net, start = source.start(dataset, training, replace(recipe, models=models), name)
         notes += start.lines(net)
     else:
         scale, log_target = recipe.scale or SCALES[0], bool(recipe.log_target)
@@ -338,7 +342,9 @@ def prepare(
     known = read_training_rows(source.run)
     seen = 0 if known is None else row_sets.among(labelled_hashes(preprocessor, X, labels[at], at), known)
     note = f"{seen} of {len(at)} test rows are training rows of {source.run.path}, so the test scores flatter the model"
-    return replace(prepared, tried=(*prepared.tried, note)) if seen else prepared
+    if seen:
+        warnings.warn(note, stacklevel=2)
+    return replace(prepared, warned=(note,)) if seen else prepared
 
 
 def decisions(prepared: Prepared) -> dict[str, Any]:

@@ -304,7 +304,8 @@ class TableRecipe(FitRecipe):
     )
     transfer_from: str | None = _network(
         None,
-        "Start from this run: its preparation of columns, hidden layers and, for the same target, its output layer.",
+        "Start from this run: its columns and their preparation, hidden layers and, for the same target, output layer. "
+        "Of an ensemble each model starts from one of those that were merged, and with --models 1 from all of them.",
         "RUN",
         ("--from",),
         run_folders,

@@ -250,7 +250,7 @@ def initial_parameters(
 ) -> Sequence[Mapping[str, Array]]:
     """Return each model's initial parameters, none without a source; ``probe`` trains them on ``data`` of a fit."""
     if prepared.start is None or not recipe.probe:
-        return () if prepared.start is None else [prepared.start.parameters] * prepared.models
+        return () if prepared.start is None else prepared.start.parameters[: prepared.models]
     states, losses = [], []
     name = "val_loss" if data.get("validation_data") is not None or "validation_rows" in data else "loss"
     watched = {argument: data[argument] for argument in ("monitor", "metrics") if argument in data}
@@ -260,6 +260,7 @@ def initial_parameters(
         validation = data.get("validation_data") if held is None else _picked(data, held)
         schedule = descriptions.schedule(recipe, rows=len(X), epochs=recipe.probe)
         engine = prepared.engine(replace(recipe, seed=recipe.seed + index), schedule)
+        engine.load_state_dict({**engine.state_dict(), **prepared.start.parameters[index]})
         try:
             history = engine.probe(
                 X,

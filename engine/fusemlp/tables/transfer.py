@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -14,7 +14,7 @@ from fusemlp.describe.checks import as_count
 from fusemlp.describe.network import MLP
 from fusemlp.describe.text import listed
 from fusemlp.engine import Engine, load
-from fusemlp.fleet.merge import LEAST_ROWS, default_models
+from fusemlp.fleet.merge import LEAST_ROWS, default_models, members
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.runs import Run, open_run, weights_path
 from fusemlp.tables import descriptions
@@ -37,14 +37,15 @@ _OF_TARGET = ("target_shift", "target_scale", "target_log", "target_low")
 
 
 class Start(NamedTuple):
-    """The ``parameters`` that a training starts with, and ``about`` them for ``report.json``."""
+    """Each model's initial ``parameters``, ``about`` them for ``report.json``, and the ``engine`` of the run."""
 
-    parameters: Mapping[str, Array]
+    parameters: Sequence[Mapping[str, Array]]
     about: dict[str, Any]
+    engine: Engine
 
     def lines(self, net: MLP) -> list[str]:
         """Return lines on it and on the layers of its network that are frozen or slower."""
-        about = self.about
+        about, parts, models = self.about, parts_of(self.engine), len(self.parameters)
         units = zip(net.sizes[1:-1], net.activations, strict=False)
         hidden = ", ".join(f"{width} {activation.name}" for width, activation in units) or "none"
         new = about["new_output_layer"]
@@ -55,16 +56,32 @@ class Start(NamedTuple):
             "layer_decay": f"learning rate of each layer {about['layer_decay']:g} times that of the next",
         }
         changed = [words[name] for name in _OWN if about[name] != getattr(TableRecipe, name)]
-        first = f"from {about['run']}: the preparation of the columns; hidden layers: {hidden}; {head}"
-        return [first, *(["; ".join(changed)] if changed else [])]
+        lines = [f"from {about['run']}: the preparation of the columns; hidden layers: {hidden}; {head}"]
+        if parts:
+            how = f"each of the {models} models starts from one" if models > 1 else "the model starts from all of them"
+            lines.append(f"{parts} models were merged there, and {how}")
+        return lines + (["; ".join(changed)] if changed else [])
 
 
 def stored(run: Run, config: Mapping[str, Any], net: MLP, recipe: TableRecipe) -> Start | None:
     """Return the start of a run that began with ``--from``: its folder keeps the network."""
     if "from" not in config:
         return None
-    engine = _loaded(run.checkpoint("start"), recipe)
-    return Start(taken_over(net, engine.state_dict(), config["from"]["layers"])[0], config["from"])
+    engine, about = _loaded(run.checkpoint("start"), recipe), config["from"]
+    parameters = [taken_over(net, part.state_dict(), about["layers"])[0] for part in _starts(engine, recipe)]
+    return Start(parameters, about, engine)
+
+
+def parts_of(engine: Engine) -> int:
+    """Return the number of models in whose place a merged network stands, 0 for a single model."""
+    return 0 if engine.merged_biases is None or engine.network.layers == 1 else len(engine.merged_biases)
+
+
+def _starts(engine: Engine, recipe: TableRecipe) -> list[Engine]:
+    """Return the engine that each model of the recipe starts from: several from the parts of an ensemble in turn."""
+    models = recipe.models or 1
+    parts = members(engine, "from") if models > 1 and parts_of(engine) else [engine]
+    return [parts[model % len(parts)] for model in range(models)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,11 +111,12 @@ class Source:
         return replace(recipe, **changes)
 
     def start(self, dataset: Dataset, rows: Array, recipe: TableRecipe, loss: str) -> tuple[Preprocessor, MLP, Start]:
-        """Return preprocessor and network for a data set with these training rows, and the start of the training.
+        """Return preprocessor and network for a data set with these training rows, and the start of all models.
 
         The output layer, with the scale of a regression's targets, is the run's if the target means the same.
         """
-        like, known = self.preprocessor, self.engine.network
+        engines = _starts(self.engine, recipe)
+        like, known = self.preprocessor, engines[0].network
         new = self._difference(dataset, loss, recipe)
         if new and known.layers == 1:
             raise ArgumentError(f"from: {str(self.run.path)!r} has an output layer alone, and it is of no use: {new}")
@@ -112,10 +130,11 @@ class Source:
         net = known.but(
             sizes=sizes, output_activation="identity" if new else known.activations[-1], dropout=dropouts[:-1]
         )
-        parameters, kept = taken_over(net, self.engine.state_dict(), known.layers - 1 if new else known.layers)
+        kept = known.layers - 1 if new else known.layers
+        parameters = [taken_over(net, engine.state_dict(), kept)[0] for engine in engines]
         about = {"run": str(self.run.path.absolute()), "layers": kept, "of_layers": known.layers}
         about |= {"new_output_layer": new or None, **{name: getattr(recipe, name) for name in _OWN}}
-        return preprocessor, net, Start(parameters, about)
+        return preprocessor, net, Start(parameters, about, self.engine)
 
     def _difference(self, dataset: Dataset, loss: str, recipe: TableRecipe) -> str:
         """Return the reason for which the target is not that of the run; empty if it means the same."""
