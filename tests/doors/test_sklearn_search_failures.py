@@ -76,6 +76,10 @@ def test_names_are_text():
         (CLASSIFIER, [{"alpha": [1.0]}, {"learning_rate_int": [1.0]}], "did you mean 'learning_rate_init'"),
         (Pipeline([("mlp", CLASSIFIER)]), {"mlp__apha": [1.0]}, r"did you mean 'mlp__alpha'\?"),
         (Pipeline([("mlp", CLASSIFIER)]), {"alpha": [1.0]}, r"did you mean 'mlp__alpha'\?"),
+        (CLASSIFIER, {"lr": [1.0]}, "'lr' is called 'learning_rate_init' here, as in scikit-learn"),
+        (CLASSIFIER, {"weight_decay": [1.0]}, "'weight_decay' is called 'alpha' here"),
+        (Pipeline([("mlp", CLASSIFIER)]), {"mlp__hidden": [1]}, "is called 'mlp__hidden_layer_sizes' here"),
+        (Pipeline([("mlp", CLASSIFIER)]), {"mlp__epochs": [1]}, "is called 'mlp__max_iter' here"),
         (CLASSIFIER, [], r"there is nothing to try in \[\]; give values"),
     ],
 )

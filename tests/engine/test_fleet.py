@@ -196,7 +196,7 @@ class TestResults:
         assert first.parameters == {"lr": 0.2} and [one.index for one in first.members] == [4, 5, 3]
         assert first.mean("loss") == pytest.approx(0.45, rel=1e-15)
         assert [line.split() for line in results.table(means=True).splitlines()] == [
-            ["model", "lr", "loss", "spread", "seeds", "epochs", "status"],
+            ["model", "lr", "loss", "spread(loss)", "seeds", "epochs", "status"],
             ["4", "0.2", "0.45", "0.05", "3", "0", "trained"],
             ["0", "0.1", "0.6", "0.43589", "3", "0", "trained"],
             ["6", "0.3", "0.2", "0", "2", "0", "1", "diverged"],
@@ -316,6 +316,13 @@ class TestCallback:
         ({"lr": np.array(0.1)}, {}, ArgumentTypeError, r"^vary\['lr'\]: expected a sequence, got"),
         ({"momentun": [1]}, {}, ArgumentError, r"^vary: .*did you mean 'momentum'\?"),
         ([{"sed": 1}], {}, ArgumentError, r"^vary\[0\]: .*did you mean 'seed'\?"),
+        ({"fold": [1]}, {}, ArgumentError, r"^vary: 'fold' cannot vary; fusemlp.sklearn.FleetSearchCV cuts folds"),
+        (
+            [{"max_iter": 9}],
+            {},
+            ArgumentError,
+            r"^vary\[0\]: 'max_iter' cannot vary; .* fit\(epochs=\.\.\.\), --epochs$",
+        ),
         ({}, {}, ArgumentError, r"^vary: it is empty"),
         ([], {}, ArgumentError, r"^vary: it is empty"),
         ({"lr": []}, {}, ArgumentError, r"^vary\['lr'\]: there are no values"),

@@ -39,6 +39,9 @@ ELSEWHERE = {
     **dict.fromkeys(("beta1", "beta2", "beta_1", "beta_2"), "betas"),
     "random_state": "seed",
 }
+# Names of what a fleet has in another place.
+_OF_FIT = dict.fromkeys(("fold", "cv"), "fusemlp.sklearn.FleetSearchCV cuts folds, and fit(rows=...) takes them")
+_OF_FIT |= dict.fromkeys(("epochs", "max_iter"), "all models have the same epochs: fit(epochs=...), --epochs")
 
 Vary = Mapping[str, Iterable[Any]] | Sequence[Mapping[str, Any]]
 
@@ -103,6 +106,8 @@ def check_name(argument: str, name: str) -> None:
     if name in ELSEWHERE:
         mend = f"did you mean {ELSEWHERE[name]!r}? Expected one of: {', '.join(NAMES)}"
         raise ArgumentError(f"{argument}: unknown name {name!r}; {mend}")
+    if name in _OF_FIT:
+        raise ArgumentError(f"{argument}: {name!r} cannot vary; {_OF_FIT[name]}")
     if name not in NAMES:
         raise unknown_name(argument, name, NAMES)
 

@@ -209,9 +209,10 @@ class Fleet:
         """Train every model on X (n, K) and y; the arguments are those of ``Engine.fit``.
 
         ``rows``: each model's training rows of X, such as folds or bootstraps, in place of all. ``validation_rows``:
-        each model's validation rows of X, in place of ``validation_data``. Each model has its own early stopping. A
-        model whose loss is no longer finite is marked, at its last good epoch, and the others go on. ``jobs``: the most
-        models at once if each trains by itself; by default one a core, or ``FUSEMLP_NUM_THREADS``.
+        each model's validation rows of X, in place of ``validation_data``. Both are in the order of ``candidates``, in
+        which the last name of a mapping ``vary`` varies fastest. Each model has its own early stopping. A model whose
+        loss is no longer finite is marked, at its last good epoch, and the others go on. ``jobs``: the most models at
+        once if each trains by itself; by default one a core, or ``FUSEMLP_NUM_THREADS``.
 
         ``callback`` is called with the ``Member`` of each model when it has ended, in the thread that called ``fit``;
         the others train on meanwhile. An error in it ends training like Ctrl-C: all models stop after their batches,

@@ -195,13 +195,14 @@ class FleetResults:
     def table(self, metric: str | None = None, *, limit: int | None = None, means: bool = False) -> str:
         """Return ``records`` as aligned text, at most ``limit`` rows; a dash for a parameter that a model lacks.
 
-        With ``means`` models that differ in their seed alone share a row: the means of their scores, ``spread``, the
-        standard deviation of the score that ranks, the number of seeds in the means, and the best model.
+        With ``means`` models that differ in their seed alone share a row: the means of their scores, the spread of the
+        score that ranks (its standard deviation over the seeds), the number of seeds, and the best model.
         """
         if limit is not None:
             as_count("limit", limit, minimum=0)
         columns = self.columns(metric, means=means)
         left_out = 0 if limit is None else len(columns["model"]) - limit
+        columns = {f"spread({metric or self.metric})" if name == "spread" else name: columns[name] for name in columns}
         cells = ([name, *map(shown, column[:limit])] for name, column in columns.items())
         more = f"\n... and {left_out} more" if left_out > 0 else ""
         return aligned([*zip(*cells, strict=True)], left=0) + more

@@ -29,6 +29,9 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_nam
 LOCAL = {joblib.parallel.BACKENDS[name] for name in ("loky", "multiprocessing", "threading", "sequential")}
 # The most models of one launch: about two for each multiprocessor of a large card.
 MOST_AT_ONCE = 256
+# Names of Fleet, and those of scikit-learn.
+_THEIRS = {"lr": "learning_rate_init", "hidden": "hidden_layer_sizes", "weight_decay": "alpha", "epochs": "max_iter"}
+_THEIRS |= {"batch": "batch_size", "seed": "random_state", "optimizer": "solver"}
 
 
 class _FleetSearch(BaseSearchCV):
@@ -179,6 +182,10 @@ def _checked(space: str, choices: Any, estimator: Any, plain: str) -> list[Mappi
                 raise ArgumentTypeError(f"{space}: expected the names of parameters, got {name!r}")
             # a step that is replaced may have other parameters, which its own set_params checks
             if name not in known and not any(name.startswith(f"{step}__") for step in mapping):
+                step, mark, last = name.rpartition("__")
+                theirs = f"{step}{mark}{_THEIRS.get(last)}"
+                if theirs in known:
+                    raise ArgumentError(f"{space}: {name!r} is called {theirs!r} here, as in scikit-learn")
                 raise unknown_name(space, name, sorted(known))
     return spaces
 
