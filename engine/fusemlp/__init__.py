@@ -142,7 +142,7 @@ __all__ = [
     "lr_find",
 ]
 
-# Each module with its public names; the others of ``__all__`` are errors.
+# Each module with its names, the doors to other libraries too; the others of ``__all__`` are errors.
 _NAMES = {
     "fusemlp.datasets.load": "load_data",
     "fusemlp.inputs.blocks": "Blocks",
@@ -165,6 +165,9 @@ _NAMES = {
     "fusemlp.callbacks": "CSVLogger Callback EarlyStopping LearningRateScheduler MLflow ModelCheckpoint ProgressBar "
     "ReduceLROnPlateau TensorBoard WandB",
     "fusemlp.training.history": "History",
+    "fusemlp.sklearn": "FleetRandomizedSearchCV FleetSearchCV MLPClassifier MLPRegressor TableClassifier "
+    "TableRegressor",
+    "fusemlp.torch": "Batches FusedLinear FusedMLP FusedStep from_torch fuse to_torch",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 # Modules that are attributes, as in ``fusemlp.schedules.SCHEDULES``, and the doors to other libraries.
@@ -183,6 +186,9 @@ def __getattr__(name: str) -> object:
     if name in _SUBMODULES:
         return importlib.import_module(f"fusemlp.{name}")
     if name not in __all__:
+        if name in _MODULE_OF:
+            # Python hides an AttributeError from those who import the name
+            raise ImportError(f"{name} is in {_MODULE_OF[name]}: from {_MODULE_OF[name]} import {name}")
         hint = f": {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
         raise AttributeError(f"module 'fusemlp' has no attribute {name!r}{hint}")
     value = getattr(importlib.import_module(_MODULE_OF.get(name, "fusemlp_kernels.errors")), name)

@@ -1,6 +1,7 @@
 """Arguments, methods and names that a user of Keras types: they work, or the error names the equivalent."""
 
 import dataclasses
+import importlib
 import inspect
 import pickle
 import re
@@ -276,6 +277,15 @@ def test_a_name_of_keras_in_the_package_is_an_error_that_names_ours(name, equiva
     assert equivalent in str(raised.value)
     with pytest.raises(AttributeError, match=r"^module 'fusemlp' has no attribute 'nonsense'$"):
         fusemlp.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("door", ["sklearn", "torch"])
+def test_a_name_of_a_door_is_an_error_that_names_it(door):
+    module = importlib.import_module(f"fusemlp.{door}")
+    for name in module.__all__:
+        with pytest.raises(ImportError, match=rf"^{name} is in fusemlp\.{door}: from fusemlp\.{door} import {name}$"):
+            exec(f"from fusemlp import {name}")
+        assert name not in dir(fusemlp)
 
 
 def test_missing_attributes_stay_what_they_were():
