@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas
@@ -10,7 +11,7 @@ import pytest
 from scipy.stats import binom
 
 from fusemlp.describe.description import stored
-from fusemlp.report.uncertainty import KEPT, HeldOut
+from fusemlp.report.uncertainty import KEPT, HeldOut, intervals
 from fusemlp.sklearn import TableClassifier, TableRegressor
 from fusemlp_kernels.errors import ArgumentError
 from make import read, rows, run
@@ -62,6 +63,24 @@ def test_intervals_of_counts_begin_at_zero_at_least_and_without_held_out_rows_th
     model = TableRegressor(early_stopping=None, epochs=2).fit(X, y)
     with pytest.raises(ArgumentError, match=r"^coverage: no held-out rows came with fit"):
         model.predict_interval(X)
+
+
+def test_intervals_of_targets_that_are_never_negative_begin_at_zero_and_lose_no_coverage():
+    X, y = numbers(900, 0)
+    new, truth = numbers(4000, 1)
+    signs = np.array([1.0, -1.0])
+    model = TableRegressor(models=1, epochs=30).fit(X, np.exp(0.5 * y)[:, None] * signs)
+    assert model.held_out_.nonnegative == (True, False)
+    truth = np.exp(0.5 * truth)[:, None] * signs
+    low, high = model.predict_interval(new)
+    unbounded = replace(model.held_out_, nonnegative=())
+    wide = intervals(model.engine_, model.preprocessor_, model.predict(new), unbounded, 0.9)
+    assert wide[0][:, 0].min() < 0.0 == low[:, 0].min() and (low <= high).all() and high[:, 0].min() >= 0.0
+    # what is cut off holds no truth
+    inside, before = (((ends[0] <= truth) & (truth <= ends[1])).sum(axis=0) for ends in ((low, high), wide))
+    np.testing.assert_array_equal(inside, before)
+    np.testing.assert_array_equal(low[:, 1], wide[0][:, 1])
+    assert stored("held_out", model.held_out_.to_config(), HeldOut) == model.held_out_
 
 
 def test_sets_of_classes_cover_their_share_and_hold_the_predicted_class():

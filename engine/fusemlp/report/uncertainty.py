@@ -3,7 +3,8 @@
 Split conformal prediction (Lei et al., "Distribution-free predictive inference for regression", 2018; for classes
 Sadinle, Lei and Wasserman, "Least ambiguous set-valued classifiers", 2019): of new rows like these, at least the chosen
 share has its truth inside, whatever the model. An ensemble's errors are those of each model on its own held-out rows,
-which are no smaller than the ensemble's: its intervals are wide rather than narrow.
+which are no smaller than the ensemble's: its intervals are wide rather than narrow. Where none of n targets was below 0
+no interval is: a new row's is the first there with a probability of at most 1 / (n + 1), and no more coverage is lost.
 
 Temperature scaling divides a classifier's logits by one number, so that its probabilities are honest (Guo, Pleiss, Sun
 and Weinberger, "On calibration of modern neural networks", 2017). The predicted classes stay.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,12 +46,13 @@ class HeldOut:
     """The errors of ``rows`` held-out rows at some ``ranks``, in rising order; ``errors`` has a list for each target.
 
     Of numbers: the distance of truth and prediction, in original units, or with ``target_log`` in logarithms. Of
-    classes: one minus the probability of the true class.
+    classes: one minus the probability of the true class. ``nonnegative`` targets were not below 0 in any row.
     """
 
     rows: int
     ranks: tuple[int, ...]
     errors: tuple[tuple[float, ...], ...]
+    nonnegative: tuple[bool, ...] = ()
 
     @classmethod
     def of(cls, errors: Array) -> HeldOut:
@@ -109,7 +111,11 @@ def judged(
         for model in {id(scaled): scaled for scaled in (engine, *(part for part, _ in models))}.values():
             scale_logits(model, temperature.value)
     errors = [errors_of(model, preprocessor, rows.X[held], rows.labels[held]) for model, held in models]
-    return HeldOut.of(np.concatenate(errors)), temperature
+    held_out = HeldOut.of(np.concatenate(errors))
+    if preprocessor.classes is None:
+        targets = np.concatenate([train.labels, rows.labels]).reshape(-1, preprocessor.outputs)
+        held_out = replace(held_out, nonnegative=tuple(not below.any() for below in (targets < 0).T))
+    return held_out, temperature
 
 
 def errors_of(engine: Session, preprocessor: Preprocessor, X: Array, labels: Array) -> Array:
@@ -132,13 +138,13 @@ def _comparable(preprocessor: Preprocessor, values: Array) -> Array:
 def intervals(
     engine: Session, preprocessor: Preprocessor, predicted: Array, held: HeldOut, coverage: float
 ) -> tuple[Array, Array]:
-    """Return the lower and the upper ends around predicted values, shaped like these; of counts none is below 0."""
+    """Return the lower and the upper ends around predicted values, shaped like these; none below 0 if no target was."""
     if preprocessor.classes is not None:
         raise DataError("intervals are of numbers, and the model predicts classes; ask for sets of classes")
     centre, bound = _comparable(preprocessor, predicted), held.bound(coverage)
     ends = centre - bound, centre + bound
-    low, high = (np.exp(end) if preprocessor.target_log else end for end in ends)
-    low = np.maximum(low, 0.0) if engine.loss.kind == "poisson" else low
+    least = [0.0 if bounded else -np.inf for bounded in held.nonnegative or [engine.loss.kind == "poisson"]]
+    low, high = (np.maximum(np.exp(end) if preprocessor.target_log else end, least) for end in ends)
     return low.reshape(predicted.shape), high.reshape(predicted.shape)
 
 
