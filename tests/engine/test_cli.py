@@ -11,7 +11,7 @@ import typer
 
 import fusemlp
 from fusemlp import cli
-from fusemlp.cli import app
+from fusemlp.cli import app, probes
 from fusemlp.cli.app import SYNONYMS
 from fusemlp_kernels import errors
 from make import refusal, run, table
@@ -194,7 +194,16 @@ def test_doctor(capsys):
     shown = capsys.readouterr().out
     assert re.search(r"numpy +yes +cpu +fp32, fp64 +eager", shown)
     assert f"fusemlp {fusemlp.__version__}" in shown
+    assert re.search(r"^pandas +\d.* data frames$", shown, re.M) and re.search(r"^onnx +\S.* ONNX files$", shown, re.M)
     assert re.search(r"threads of a training on the CPU: \d+ \(the least of: \w.* \d+\)", shown)
+
+
+def test_doctor_says_how_to_get_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(probes, "distributions", lambda name: [])
+    assert run("doctor") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^torch +not installed: pip install torch +fusemlp\.torch, triton backend$", shown, re.M)
+    assert re.search(r"^onnx +not installed: pip install 'fusemlp\[onnx\]' +ONNX files$", shown, re.M)
 
 
 def test_doctor_for_machines(capsys):

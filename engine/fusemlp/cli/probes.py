@@ -44,13 +44,16 @@ LIBRARIES = {
     "scipy": "functions of probabilities",
     "scikit-learn": "data sets, splits, metrics",
     "safetensors": "checkpoints",
-    "torch": "triton backend [triton]",
+    "torch": "fusemlp.torch, triton backend",
     "triton": "triton backend [triton]",
     "cupy-cuda12x": "cupy backend [cupy-cuda12x]",
     "cupy-cuda13x": "cupy backend [cupy-cuda13x]",
     "numba": "training and predictions on a CPU",
     "matplotlib": "plots",
     "pyarrow": "tables",
+    "pandas": "data frames",
+    "onnx": "ONNX files [onnx]",
+    "onnxruntime": "predictions of ONNX files",
     "openpyxl": "Excel files [excel]",
     "dp-accounting": "private training [privacy]",
     "mlflow": "--track mlflow [mlflow]",
@@ -68,7 +71,10 @@ def doctor(options: DoctorOptions) -> None:
         lists = [", ".join(backend[key]) or "-" for key in ("precisions", "plans")]
         backends.append([name, "no" if backend["reason"] else "yes", backend["device"] or "-", *lists])
     libraries = [["library", "version", "for"]]
-    libraries += [[name, known or "not installed", LIBRARIES[name]] for name, known in report["libraries"].items()]
+    for name, known in report["libraries"].items():
+        purpose, _, extra = LIBRARIES[name].partition(" [")
+        package = f"'fusemlp[{extra}'" if extra else name
+        libraries.append([name, known or f"not installed: pip install {package}", purpose])
     limits = ", ".join(f"{name} {number}" for name, number in report["thread_limits"].items())
     lines = [
         f"fusemlp {report['fusemlp']}, commit {report['commit'] or 'unknown'}, Python {report['python']}, "
