@@ -1,6 +1,7 @@
 """``fusemlp runs``: run folders with their scores, and what differs."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -71,6 +72,23 @@ def test_only_what_differs_and_losses_of_different_kinds_are_not_compared(traine
     assert differs["other"] == {"loss": "mae", "metric": "r2"}
     first, second = (one for one in runs_of if one["data"] == "diabetes")
     assert first["sorted_by"] == second["sorted_by"] == "test_rmse" and first["score"] <= second["score"]
+
+
+def test_losses_of_targets_in_other_units_are_not_compared(trained, tmp_path, capsys):
+    for name in ("plain", "logarithms"):
+        shutil.copytree(trained / "numbers", tmp_path / name)
+    assert {one["sorted_by"] for one in listed(capsys, tmp_path)["runs"]} == {"val_loss"}
+    config = read(tmp_path / "logarithms/config.json")
+    config["preprocessor"]["target_log"] = True
+    (tmp_path / "logarithms/config.json").write_text(json.dumps(config))
+    assert {one["sorted_by"] for one in listed(capsys, tmp_path)["runs"]} == {"test_rmse"}
+
+
+def test_several_runs_in_place_of_one_are_told_with_the_newest(trained, capsys, monkeypatch):
+    monkeypatch.chdir(trained)
+    os.utime("fast/config.json", (2e9, 2e9))
+    said = refusal(capsys, "predict", "fast", "slow", "--data", "x.csv", "--out", "y.csv")
+    assert "(slow); expected one run, and the newest of these is fast" in " ".join(said.replace("│", " ").split())
 
 
 def test_what_is_no_run_is_named(trained, capsys):

@@ -196,6 +196,10 @@ class Command(TyperCommand):
                 return f"; did you mean {name} {','.join(numbers)}?"
             if getattr(option, "multiple", False) and values[1:] and set(values[1:]) <= set(extra):
                 return f"; did you mean {' '.join(f'{name} {value}' for value in values)}?"
+        folders = [word for word in asked if Path(word, "config.json").is_file()]
+        if len(folders) > 1:
+            newest = max(folders, key=lambda folder: Path(folder, "config.json").stat().st_mtime)
+            return f"; expected one run, and the newest of these is {newest}"
         meant = next((name for name in ("--target", "--data") if name in known and name not in asked), "")
         if not meant or set(asked) & set(NAMES):
             return ""

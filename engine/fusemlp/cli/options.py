@@ -385,7 +385,7 @@ class RunsOptions(JsonOption):
     """List the run folders in FOLDER, best score first: score, date, and the options in which they differ.
 
     Runs of one data set stand together. The score is the one that the trainings were judged by (--metric), of the best
-    epoch, where they share it; else the first test score.
+    epoch, where they share it and its units; else the first test score.
     """
 
     folder: Path = _option(Path("runs"), "A folder of run folders, or one of them; runs unless given.", "FOLDER", None)

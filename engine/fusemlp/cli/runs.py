@@ -38,7 +38,8 @@ class Listed:
     epochs: int
     best_epoch: int | None
     monitor: str
-    loss: str
+    # its kind, and how its targets are scaled
+    loss: tuple[str | bool, ...]
     scores: dict[str, float]
     options: dict[str, Any]
 
@@ -104,6 +105,8 @@ def read_run(path: Path) -> Listed:
     run, config = open_run(path)
     rows = read_metrics(run)
     report = read_json(run.report)
+    prepared = config["preprocessor"]
+    units = prepared["classes"] is None and prepared["scale"] in ("minmax", "none") and prepared["scale"]
     monitor = monitored(config["options"].get("metric"), rows)
     finite = [row for row in rows if math.isfinite(row.get(monitor, math.nan))]
     sign = -1 if rises(monitor) else 1
@@ -119,7 +122,7 @@ def read_run(path: Path) -> Listed:
         int(report.get("epochs", rows[-1]["epoch"] if rows else 0)),
         None if best is None else int(best["epoch"]),
         monitor,
-        str(config["loss"]["kind"]),
+        (config["loss"]["kind"], units, prepared.get("target_log", False)),
         {**quantities, **tested},
         model_options(config),
     )
