@@ -186,13 +186,13 @@ def test_a_skewed_target_is_learned_in_logarithms_where_they_help(tmp_path, caps
     assert run("train", data, "--target", "price", "--out", run_folder) == 0
     config, report = read(run_folder / "config.json"), read(run_folder / "report.json")
     assert config["preprocessor"]["target_log"] and config["options"]["log_target"] is True
-    assert "target learned in logarithms: rmse of held-out rows" in capsys.readouterr().err
+    assert "the target is learned in logarithms: rmse of held-out rows" in capsys.readouterr().err
     plain = tmp_path / "plain"
     assert run("train", data, "--target", "price", "--no-log-target", "--quiet", "--out", plain) == 0
     assert not read(plain / "config.json")["preprocessor"]["target_log"]
     assert report["test"]["rmse"] < read(plain / "report.json")["test"]["rmse"]
     page = (run_folder / "report.html").read_text()
-    assert "target learned in logarithms" in page
+    assert "the target is learned in logarithms" in page
     assert run("report", run_folder) == 0
     assert (run_folder / "report.html").read_text() == page
     # evaluate prepares the same rows again, predict returns original units
@@ -211,7 +211,7 @@ def test_numbers_are_cut_into_pieces_where_that_helps(tmp_path, capsys):
     r2 = {}
     for name, options in (("tried", ()), ("robust", ("--scale", "robust"))):
         assert run("train", tmp_path / "data.csv", "--target", "y", "--out", tmp_path / name, *options) == 0
-        assert ("numbers cut into pieces: rmse of held-out rows" in capsys.readouterr().err) == (name == "tried")
+        assert ("numbers are cut into pieces: rmse of held-out rows" in capsys.readouterr().err) == (name == "tried")
         r2[name] = read(tmp_path / name / "report.json")["test"]["r2"]
     config = read(tmp_path / "tried/config.json")
     assert config["options"]["scale"] == config["preprocessor"]["scale"] == "piecewise"

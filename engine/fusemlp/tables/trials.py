@@ -49,8 +49,8 @@ def decide(
     limit = None if time_limit is None else time_limit * SHARE / 4
     parts = _parts(dataset, some, seed)
 
-    def helps(options: Sequence[tuple[str, bool]], states: Sequence[str], how: str, others: Sequence[str]) -> bool:
-        """Return whether the second option has the smaller error, and note its state and the way to the other."""
+    def helps(options: Sequence[tuple[str, bool]], texts: Sequence[str]) -> bool:
+        """Return whether the second option has the smaller error, and note the text of the better one."""
         errors = []
         for option, logarithms in options:
             scaled = {"scale": option, "log_targets": logarithms, "most_words": most_words}
@@ -67,27 +67,25 @@ def decide(
             notes.append("time limit: too short for the trials that decide --scale and --log-target")
         # where both diverge, nothing was learned
         elif math.isfinite(min(errors)):
-            notes.append(
-                f"{states[better]}: {'rmse' if regression else 'loss'} of held-out rows {changed:.4g} in {how}, "
-                f"{plain:.4g} without ({others[better]} decides otherwise)"
-            )
+            least, most = sorted(errors)
+            measure = f"{'rmse' if regression else 'loss'} of held-out rows {least:.4g}, against {most:.4g}"
+            notes.append(texts[better].format(measure))
         return better
 
     if scale is None:
         tries = parts and len(rows) >= MANY_ROWS and _has_pieces(dataset, some, loss)
-        states, others = (
-            ("numbers scaled as they are", "numbers cut into pieces"),
-            [f"--scale {name}" for name in SCALES],
+        texts = (
+            "numbers are not cut into pieces: {} with pieces (--scale piecewise cuts them anyway)",
+            "numbers are cut into pieces: {} without pieces (--scale robust leaves them whole)",
         )
-        choices = [(name, bool(log_target)) for name in SCALES]
-        scale = SCALES[bool(tries) and helps(choices, states, "pieces", others[::-1])]
+        scale = SCALES[bool(tries) and helps([(name, bool(log_target)) for name in SCALES], texts)]
     if log_target is None:
         tries = parts and _may_be_logarithms(dataset, rows)
-        states, others = (
-            ("target learned as it is", "target learned in logarithms"),
-            ["--log-target", "--no-log-target"],
+        texts = (
+            "the target is learned as it is: {} in logarithms (--log-target takes these anyway)",
+            "the target is learned in logarithms: {} without them (--no-log-target leaves them out)",
         )
-        log_target = bool(tries) and helps([(scale, False), (scale, True)], states, "logarithms", others)
+        log_target = bool(tries) and helps([(scale, False), (scale, True)], texts)
     return scale, log_target, notes
 
 
