@@ -271,6 +271,18 @@ def test_an_error_leaves_the_engine_as_it_was_before_the_step(plan):
     assert_alike(engine, same, 0.0)
 
 
+def test_targets_that_broadcast_are_named():
+    def squares(outputs, targets):
+        return 1.0, outputs - targets
+
+    engine = Engine(MLP([INPUTS, 1]), squares, batch_size=BATCH, backend="numpy")
+    words = (
+        r"has shape \(32, 32\); expected \(32, 1\), .*; targets have shape \(32,\): reshape them, targets\[:, None\]"
+    )
+    with pytest.raises(ShapeError, match=words):
+        engine.step(X[:BATCH], VALUES[:BATCH, 0])
+
+
 WRONG = {
     "no pair": (lambda y, t: 1.0, ArgumentTypeError, r"'<lambda>' returned float; expected \(loss, gradient\)"),
     "shape": (lambda y, t: (1.0, y[0]), ShapeError, r"has shape \(3,\); expected \(32, 3\)"),

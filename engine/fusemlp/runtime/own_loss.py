@@ -44,9 +44,11 @@ def call(loss: Loss, outputs: Array, targets: Array, weights: Array | None) -> t
         )
     number, gradient = returned_number("loss", loss.name, answer[0]), to_array("loss: gradient", answer[1])
     if gradient.shape != outputs.shape:
+        column = outputs.shape == (*targets.shape, 1)
+        mend = f"; targets have shape {targets.shape}: reshape them, targets[:, None]" if column else ""
         raise ShapeError(
             f"loss: the gradient of {loss.name!r} has shape {gradient.shape}; expected {outputs.shape}, a number for "
-            "each output"
+            f"each output{mend}"
         )
     if gradient.dtype.kind != "f":
         raise DTypeError(
