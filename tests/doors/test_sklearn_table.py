@@ -364,6 +364,16 @@ def test_wrong_tables_to_predict(fitted):
         classifier().fit(X, Y, X_val=X)
 
 
+@pytest.mark.parametrize("kind", [TableClassifier, TableRegressor])
+def test_what_trains_on_in_scikit_learn_says_what_to_do_here(kind):
+    mend = "takes old and new rows together, and transfer_from='runs/...' starts from"
+    assert not hasattr(kind(), "partial_fit")
+    with pytest.raises(AttributeError, match=f"no attribute 'partial_fit': .*{mend}"):
+        kind().partial_fit  # noqa: B018
+    with pytest.raises(TypeError, match=f"^warm_start: .*{mend}"):
+        kind(warm_start=True)
+
+
 def test_certified_scores_are_those_of_the_inputs():
     frame, y, values = mixed()
     model = TableClassifier(**NUMPY, epochs=5, random_state=0).fit(frame, y)

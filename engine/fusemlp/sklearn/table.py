@@ -27,7 +27,7 @@ from fusemlp.callbacks import ProgressBar
 from fusemlp.datasets.load import load_features
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import network_inputs
-from fusemlp.describe.checks import as_count, check_choice
+from fusemlp.describe.checks import as_count, check_choice, knows_names_of, names_absent
 from fusemlp.describe.description import stored
 from fusemlp.describe.losses import as_loss
 from fusemlp.describe.network import MLP
@@ -367,6 +367,11 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         tags.input_tags.categorical = True
         tags.non_deterministic = self.random_state is None
         return tags
+
+
+_RETRAINED = "fit(X, y) takes old and new rows together, and transfer_from='runs/...' starts from a trained run"
+names_absent(TableEstimator, {"partial_fit": _RETRAINED})
+knows_names_of(TableParameters, {"warm_start": _RETRAINED})
 
 
 def _tell(notes: Iterable[str]) -> None:
