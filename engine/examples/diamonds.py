@@ -4,6 +4,7 @@ Every model has its defaults. Run it with ``python engine/examples/diamonds.py``
 """
 
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ TABLE = pd.read_csv(files("fusemlp.datasets") / "diamonds.csv")
 WORDS = ["cut", "color", "clarity"]
 
 
-def models(seed):
+def models(seed: int) -> dict[str, Any]:
     """Return an untrained model for each line of the result; TableRegressor needs no preparation of the columns."""
     columns = make_column_transformer((OneHotEncoder(), WORDS), remainder="passthrough")
     boosted = HistGradientBoostingRegressor(categorical_features="from_dtype", random_state=seed)
@@ -31,7 +32,7 @@ def models(seed):
     }
 
 
-def errors(table, seed):
+def errors(table: Any, seed: int) -> dict[str, float]:
     """Return the error of each model on the fifth of the table that it has not seen."""
     X, y = table.drop(columns="price").astype(dict.fromkeys(WORDS, "category")), table["price"]
     X, X_test, y, y_test = train_test_split(X, y, test_size=0.2, random_state=seed)

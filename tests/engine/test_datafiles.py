@@ -301,7 +301,7 @@ def test_parquet_needs_no_pandas(tmp_path, monkeypatch):
     assert list(read_table(tmp_path / "a.parquet", target="y")) == ["a", "t", "y"]
 
 
-# What takes a table, each in a folder with a file of it.
+# Doors that take a table, each in a folder with a file of it.
 TABLE_DOORS = {
     "CSV": lambda frame: load_data("a.csv", target="b"),
     "Parquet": lambda frame: read_names(Path("a.parquet")),

@@ -3,8 +3,8 @@
 Split conformal prediction (Lei et al., "Distribution-free predictive inference for regression", 2018; for classes
 Sadinle, Lei and Wasserman, "Least ambiguous set-valued classifiers", 2019): of new rows like these, at least the chosen
 share has its truth inside, whatever the model. An ensemble's errors are those of each model on its own held-out rows,
-which are no smaller than the ensemble's: its intervals are wide rather than narrow. Where none of n targets was below 0
-no interval is: a new row's is the first there with a probability of at most 1 / (n + 1), and no more coverage is lost.
+which are no smaller than the ensemble's: its intervals are wide rather than narrow. Intervals end at 0 where none of n
+targets was below it: a new row is the first below it with a probability of at most 1 / (n + 1), the most coverage lost.
 
 Temperature scaling divides a classifier's logits by one number, so that its probabilities are honest (Guo, Pleiss, Sun
 and Weinberger, "On calibration of modern neural networks", 2017). The predicted classes stay.
