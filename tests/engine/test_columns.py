@@ -122,15 +122,16 @@ def test_codes_and_dense_rows_take_turns():
 
 # more columns than threads, and one that no threads share
 @pytest.mark.parametrize("kinds", [(*KINDS, Column(WORD, 900), *[Column(PIECES, 48)] * 6), (Column(BAG, 2000, 9),)])
-@pytest.mark.parametrize("threads", ["1", "2", "3"])
-def test_bits_do_not_depend_on_threads(threads, kinds, monkeypatch):
+@pytest.mark.parametrize("threads, members", [("1", 1), ("2", 1), ("3", 1), ("2", 4)])
+def test_bits_do_not_depend_on_threads(threads, members, kinds, monkeypatch):
     X = columns(700, kinds)
     X = X.astype(np.float32)
     y = np.random.default_rng(1).normal(size=(700, 1))
     states = []
     for count in ("1", threads):
         monkeypatch.setenv("FUSEMLP_NUM_THREADS", count)
-        engine = make.engine((X.shape[1], 64, 1), "mse", batch_size=256)
+        net = fusemlp.MLP([X.shape[1], 64, 1], members=members)
+        engine = make.engine(net=net, loss="mse", batch_size=256)
         engine.fit(X, y, epochs=2)
         states.append(engine.state_dict())
     make.assert_same(*states)
