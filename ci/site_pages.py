@@ -1,7 +1,7 @@
 """Hooks of mkdocs: pages of the site that lie outside ``engine/docs``, and links that work there and on GitHub.
 
 Pages link by relative paths of the repository. A link to a page of the site leads to that page, one to any other file
-of the repository to a copy of it: a picture as it is, text as a page under ``source/``.
+of the repository to a copy of it: a picture as it is, text as a page under ``source/``, a folder as a list of programs.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ def site_path(path: str) -> str:
         return ELSEWHERE[path]
     if path.startswith(f"{DOCS}/"):
         return path.removeprefix(f"{DOCS}/")
+    if (ROOT / path).is_dir():
+        return f"source/{path}/index.md"
     return f"source/{path}" if Path(path).suffix in PICTURES else f"source/{path}.md"
 
 
@@ -62,19 +64,25 @@ def follow(page: str, link: str) -> str:
     """Return the link of a page of the site to a file; one without a file stays, for mkdocs to report."""
     path, mark, anchor = link.partition("#")
     target = posixpath.normpath(posixpath.join(posixpath.dirname(repository_path(page)), path))
-    if not (ROOT / target).is_file():
+    if not (ROOT / target).exists():
         return link
     return posixpath.relpath(site_path(target), posixpath.dirname(page)) + mark + anchor
 
 
+def programs_of(folder: str) -> list[str]:
+    """Return the programs in a folder; of a file, none."""
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob("*.py"))
+
+
 def linked(path: str) -> Iterator[str]:
-    """Yield the files of the repository to which a page links."""
+    """Yield the files and folders of the repository to which a page links."""
     texts: list[str] = []
     outside_fences((ROOT / path).read_text(encoding="utf-8"), lambda text: texts.append(text) or text)
     for link in LINK.findall("\n".join(texts)):
         target = posixpath.normpath(posixpath.join(posixpath.dirname(path), link.partition("#")[0]))
-        if (ROOT / target).is_file():
+        if (ROOT / target).exists():
             yield target
+            yield from programs_of(target)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -90,9 +98,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def copy_of(path: str, name: str, config: MkDocsConfig) -> File:
-    """Return a picture as it is, or a page that shows a text."""
+    """Return a picture as it is, or a page that shows a text or lists the programs of a folder."""
     if Path(path).suffix in PICTURES:
         return File.generated(config, name, abs_src_path=str(ROOT / path))
+    if (ROOT / path).is_dir():
+        links = [f"- [{Path(program).name}]({Path(program).name}.md)" for program in programs_of(path)]
+        return File.generated(config, name, content="\n".join([f"# {path}\n", *links]))
     text = (ROOT / path).read_text(encoding="utf-8")
     return File.generated(config, name, content=f"# {path}\n\n````{Path(path).suffix[1:]}\n{text}````\n")
 
