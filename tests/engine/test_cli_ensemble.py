@@ -7,6 +7,7 @@ import pandas
 import pytest
 
 from fusemlp import MLP, Engine, load_checkpoint
+from fusemlp.cli import runs
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.session import prepared_data
 from fusemlp.datasets.load import ColumnChoices, load_data, load_features
@@ -14,14 +15,17 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import folds
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import mean_history, members, merged
-from fusemlp.report.metrics import worse_than
+from fusemlp.report.metrics import verdict, worse_than
 from fusemlp.report.plots import curves_figure
+from fusemlp.report.runs import Run, joint, read_history
 from fusemlp.sklearn import TableRegressor
 from fusemlp.tables import training, trials
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, DivergenceError
 from make import read, refusal, rows, run
 
+# The scores of a class, for a verdict that counts.
+SHARES = dict.fromkeys(("precision", "recall", "f1"), 0.0)
 QUICK = ("--hidden", "8", "--lr", "0.02", "--quiet")
 
 
@@ -161,7 +165,7 @@ def test_baselines_stand_beside_the_score_and_a_worse_model_says_so(data, tmp_pa
     report = read(tmp_path / "run" / "report.json")
     linear = report["baselines"]["linear"]["accuracy"]
     assert linear > 0.8 > report["test"]["accuracy"]
-    assert f"linear {linear:.4f}" in shown.out
+    assert f"a linear model on {linear:.1%}, the most frequent class alone on" in shown.out
     last = shown.out.splitlines()[-1]
     assert last.startswith("warning: the model is worse than the linear one: test accuracy ")
     assert "linear" in report["worse_than"][-1]
@@ -289,10 +293,61 @@ def test_the_report_says_that_the_model_is_an_ensemble(trained):
         assert f"5 models of {sizes[0]}-8-{sizes[-1]}, merged, " in text
         assert "96 training rows, in 5 folds to validate on, 24 test rows" in text
         assert "0 validation" not in text and "best epoch" not in text
-        assert "The curves are the mean of 5 models." in text
-        intervals = report["intervals"]
-        assert f"<dt>classes in 90% sets</dt><dd>{intervals['classes']:.4f}</dd>" in text
-        assert f"<dt>their coverage</dt><dd>{intervals['coverage']:.4f}</dd>" in text
+        assert "Faint lines are the 5 models, the others their mean while all of them train." in text
+        size, covered = f"{report['intervals']['classes']:.4f}", f"{report['intervals']['coverage']:.0%}"
+        assert f"<dt>classes in 90% sets</dt><dd>{size}</dd><dd>cover {covered} of test rows</dd>" in text
+
+
+def test_the_mean_is_drawn_as_far_as_all_models_train(trained, monkeypatch):
+    report, history = read(trained / "report.json"), read_history(Run(trained))
+    fewest = min(one["epochs"] for one in report["models"])
+    assert fewest < len(history["loss"])
+    mean, models = joint(history, report)
+    for name in ("loss", "val_loss"):
+        np.testing.assert_allclose(mean[name], np.mean([one[name][:fewest] for one in models], axis=0), rtol=1e-12)
+    drawn = []
+    monkeypatch.setattr(runs, "write_picture", lambda path, make, argument: drawn.append(make()))
+    assert run("plot", trained, "--force") == 0
+    assert [len(line.get_xdata()) for line in drawn[0].axes[0].get_lines()] == [fewest, fewest]
+    # one of an earlier release has no curves of its models
+    for one in report["models"]:
+        del one["history"]
+    assert joint(history, report) == (mean, [])
+
+
+@pytest.mark.parametrize(
+    ("mine", "linear", "advice"),
+    [
+        ({"accuracy": 0.9}, 0.8, "its gain over the linear model is more than chance"),
+        ({"accuracy": 0.8}, 0.9, "the linear model is better"),
+        ({"accuracy": 0.8}, 0.82, "its distance from the linear model may be chance"),
+        ({"accuracy": 0.5}, 0.5, "it has learned nothing of use"),
+        ({"r2": 0.5, "mae": 1.0}, 0.3, "its gain over the linear model is more than chance"),
+        ({"r2": -0.1, "mae": 1.0}, 0.3, "it has learned nothing of use"),
+        ({"r2": 0.31, "mae": 1.0}, 0.3, "its distance from the linear model may be chance"),
+        (
+            {
+                "accuracy": 0.6,
+                "classes": {name: dict(SHARES, rows=rows) for name, rows in (("a", 600), ("b", 400))},
+                "confusion_matrix": [[600, 0], [400, 0]],
+            },
+            0.6,
+            "it never answers 'b' (true of 400 rows)",
+        ),
+    ],
+)
+def test_a_verdict_says_what_to_do(mine, linear, advice):
+    name = "accuracy" if "accuracy" in mine else "r2"
+    others = {"constant": {name: 0.5 if name == "accuracy" else -1e-5, "mae": 2.0}, "linear": {name: linear}}
+    fact, follows = verdict({"test": {"rows": 1000, **mine}, "baselines": others})
+    assert f"{max(0.0, mine[name]):.1%} of " in fact and f"{linear:.1%}" in fact
+    assert follows.startswith(advice)
+
+
+def test_no_verdict_without_baselines_or_variation():
+    others = {"constant": {"r2": None}, "linear": {"r2": None}}
+    for report in ({}, {"test": {"rows": 9, "accuracy": 1.0}}, {"test": {"rows": 9, "r2": None}, "baselines": others}):
+        assert list(verdict(report)) == []
 
 
 @pytest.mark.parametrize("models", [1, 3])

@@ -62,8 +62,13 @@ def test_a_sweep_and_what_comes_of_it(tmp_path, capsys):
     assert (folder / "scores.png").read_bytes().startswith(b"\x89PNG")
 
     report = read(folder / "report.json")
-    assert report["final"]["val_loss"] == losses[0, 0]
-    assert rows(folder / "metrics.csv")[-1]["val_loss"] == table[0]["val_loss"]
+    # The seeds of the best combination are one model, whose curves are their mean.
+    assert [(one["seed"], one["val_loss"]) for one in sorted(report["models"], key=lambda one: one["val_loss"])] == [
+        (int(row["seed"]), float(row["val_loss"])) for row in table[:2]
+    ]
+    assert float(rows(folder / "metrics.csv")[-1]["val_loss"]) == pytest.approx(means[0, 0], rel=1e-12)
+    assert "kept of them: 2 models, merged into one that gives their mean" in shown.out
+    assert "2 models of 4-" in (folder / "report.html").read_text()
     # Other commands accept the folder.
     assert run("evaluate", folder, "--json") == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == report["test"]["accuracy"]
@@ -92,8 +97,10 @@ def test_the_best_is_what_train_makes_of_its_command(options, tmp_path, capsys):
     assert run("sweep", "wine", *options.split(), "--epochs", "5", "--quiet", "--out", folder, "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     words = shlex.split(printed["train"])
-    assert words[:3] == ["fusemlp", "train", "wine"]
-    assert run(*words[1:], "--quiet", "--out", tmp_path / "train") == 0
+    # the seeds of one combination are trained together
+    assert words[:3] == ["fusemlp", "sweep" if "--vary seed" in options else "train", "wine"]
+    quiet = [] if "--quiet" in words else ["--quiet"]
+    assert run(*words[1:], *quiet, "--out", tmp_path / "train") == 0
     for name in ("metrics.csv", "curves.png"):
         assert (folder / name).read_bytes() == (tmp_path / "train" / name).read_bytes()
     first, second = (load_file(path / "checkpoints/model.safetensors") for path in (folder, tmp_path / "train"))
@@ -154,10 +161,24 @@ def test_seeds_of_each_combination(tmp_path, capsys):
     capsys.readouterr()
     assert run("sweep", "wine", *options[:-1], "--seeds", "2", "--out", tmp_path / "d") == 0
     shown = capsys.readouterr().out
-    assert "the least mean val_loss of its seeds" in shown and "kept of them: model" in shown
+    assert "the least mean val_loss of its seeds" in shown and "kept of them: 2 models, merged" in shown
     header = next(line for line in shown.splitlines() if line.startswith("model"))
     assert header.split()[:3] == ["model", "lr", "val_loss"]
     assert header.split()[-4:] == ["spread", "seeds", "epochs", "status"]
+
+
+def test_seeds_that_cannot_be_merged_leave_the_best(tmp_path, monkeypatch, capsys):
+    options = ["wine", "--vary", "lr=0.01,0.02", "--seeds", "3", "--epochs", "2", "--quiet"]
+    assert run("sweep", *options, "--activation", "prelu", "--out", tmp_path / "prelu") == 0
+    best = rows(tmp_path / "prelu/results.csv")[0]
+    assert f"kept of them: model {best['model']}, seed {best['seed']}, val_loss " in capsys.readouterr().out
+    assert "models" not in read(tmp_path / "prelu/report.json")
+    assert read(tmp_path / "prelu/config.json")["options"]["seed"] == int(best["seed"])
+    monkeypatch.setattr(command, "MOST_MERGED", 2)
+    assert run("sweep", *options, "--out", tmp_path / "many") == 0
+    assert sorted(row["seed"] for row in rows(tmp_path / "many/results.csv")[:2]) == [
+        str(one["seed"]) for one in read(tmp_path / "many/report.json")["models"]
+    ]
 
 
 def test_seeds_alone_are_told_their_mean(tmp_path, capsys):
@@ -279,7 +300,7 @@ def test_quiet(tmp_path, capsys):
     last = shown.out.splitlines()[-1]
     assert last.startswith("warning: the model is worse than the linear one: test accuracy ")
     assert shown.err == ""
-    assert "baselines accuracy: constant " in shown.out
+    assert "% of 30 test rows, a linear model on " in shown.out
 
 
 def test_what_is_shown_and_written_takes_a_twentieth_of_the_time(monkeypatch):

@@ -61,7 +61,7 @@ def test_the_sweep_marks_the_suggested_rate():
     assert plots.picture(figure).startswith(b"\x89PNG")
     (axes,) = figure.axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("learning rate", "smoothed loss")
-    assert labels(figure, 0) == ["suggested: 0.01"]
+    assert labels(figure, 0) == ["training, smoothed", "suggested: 0.01"]
 
 
 def test_scores_over_what_varies():
@@ -72,12 +72,12 @@ def test_scores_over_what_varies():
         plots.Varied("seed", [0, 1, 2, 3, 4], ordered=False),
         plots.Varied("dropout", [0.0, 0.1, 0.2, 0.3, 0.4]),
     ]
-    figure = plots.scores_figure(varied, [0.5, 0.2, 0.7, nan, 0.4], metric="val_loss", best=1, title="iris")
+    figure = plots.scores_figure(varied, [0.5, 0.2, 0.7, nan, 0.4], metric="val_loss", kept=[1], title="iris")
     assert [axes.get_xlabel() for axes in figure.axes] == ["lr", "hidden", "seed", "dropout"]
     assert [axes.get_xscale() for axes in figure.axes] == ["log", "linear", "linear", "linear"]
     assert [axes.get_ylabel() for axes in figure.axes] == ["val_loss", "", "", "val_loss"]
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == ["model", "median", "diverged: 1", "best"]
+    assert legend == ["model", "median", "diverged: 1", "kept"]
     rates, hidden, seeds, _ = figure.axes
     (median,) = rates.get_lines()
     np.testing.assert_allclose(median.get_xydata(), [(0.001, 0.6), (0.1, 0.3)])
@@ -94,9 +94,9 @@ def test_scores_over_what_varies():
 
 def test_scores_where_every_model_diverged_or_there_is_one():
     varied = [plots.Varied("lr", [0.1, 1.0], "log")]
-    lost = plots.scores_figure(varied, [float("nan")] * 2, metric="val_accuracy", best=None, title="iris")
+    lost = plots.scores_figure(varied, [float("nan")] * 2, metric="val_accuracy", kept=[], title="iris")
     assert plots.picture(lost).startswith(b"\x89PNG")
-    one = plots.scores_figure([plots.Varied("lr", [0], words=("0.1",))], [0.5], metric="loss", best=0, title="iris")
+    one = plots.scores_figure([plots.Varied("lr", [0], words=("0.1",))], [0.5], metric="loss", kept=[0], title="iris")
     assert plots.picture(one).startswith(b"\x89PNG")
 
 
@@ -138,9 +138,41 @@ def test_pyplot_is_not_touched(tmp_path):
 
 @pytest.mark.parametrize(
     ("scores", "scale"),
-    [([0.1, 0.2, 0.3], "linear"), ([0.1, 2e3, 1.0], "log"), ([0.0, 2e3, 0.1], "symlog"), ([-1.0, 2e3, 0.1], "linear")],
+    [
+        ([0.1, 0.2, 0.3], "linear"),
+        ([0.1, 2.0, 1.0], "log"),
+        ([0.0, 3.0, 0.1, 2.0], "symlog"),
+        ([-1.0, 2.0, 0.1], "linear"),
+    ],
 )
 def test_losses_over_many_decades_can_be_told_apart(scores, scale):
-    figure = plots.scores_figure([plots.Varied("lr", [1.0, 2.0, 3.0])], scores, metric="val_loss", best=0, title="")
+    varied = [plots.Varied("lr", range(len(scores)))]
+    figure = plots.scores_figure(varied, scores, metric="val_loss", kept=[0], title="")
     assert figure.axes[0].get_yscale() == scale
     plots.picture(figure)
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("val_loss", 1.0), ("val_accuracy", -1.0), ("val_r2", -1.0)])
+def test_bad_scores_do_not_squeeze_the_others(metric, sign):
+    scores = [0.1, 0.11, 0.12, 0.13, 9.0, 5000.0]
+    varied = [plots.Varied("lr", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])]
+    figure = plots.scores_figure(varied, [sign * score for score in scores], metric=metric, kept=[0, 1], title="")
+    (axes,) = figure.axes
+    # three times as far from the best as the median
+    low, high = sorted(sign * end for end in axes.get_ylim())
+    assert 0.05 < low < 0.1 and 0.13 < high < 0.1 + 3 * 0.025
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["model", "beyond the axis: 2", "kept"]
+    _, outside, kept = axes.collections
+    edge = 0.98 if sign > 0 else 0.02
+    np.testing.assert_allclose(outside.get_offsets(), [(5.0, edge), (6.0, edge)])
+    assert len(kept.get_offsets()) == 2
+
+
+def test_several_models_are_faint_beside_their_mean():
+    short = {name: values[:2] for name, values in RISING.items()}
+    figure = plots.curves_figure(short, models=[RISING, short])
+    assert labels(figure, 0) == ["training", "validation"]
+    lines = figure.axes[0].get_lines()
+    assert [(len(line.get_xdata()), line.get_alpha()) for line in lines] == [(4, 0.4), (2, 0.4), (2, None)] * 2
+    # everywhere training is dashed, and validation solid
+    assert [line.get_linestyle() for line in lines] == ["--"] * 3 + ["-"] * 3

@@ -141,7 +141,7 @@ class SweepOptions(recipe.FitRecipe, OutputOptions):
     """Train many models on DATA that differ in the --vary parameters, and keep the best one in a run folder.
 
     The validation rows choose the best model; the test rows score only that one, at the end. Models that differ in
-    their seed alone are judged together, by their mean score.
+    their seed alone are judged together, by their mean score, and those of the best mean are merged into one model.
 
     The folder is a run as from train, with results.csv (a row a model) and scores.png (score over each parameter).
 
@@ -149,7 +149,7 @@ class SweepOptions(recipe.FitRecipe, OutputOptions):
 
     Examples:
 
-      fusemlp sweep digits --vary lr=0.001:0.1:log:16 --vary hidden=32,64 --vary seed=0:20
+      fusemlp sweep digits --vary lr=0.001:0.1:log:16 --vary hidden=64,128 --seeds 5
       fusemlp sweep iris --vary hidden=none,8,16x8 --vary dropout=0:0.5:6 --sample 10 --early-stopping 5
       fusemlp sweep --resume runs/digits-20261130-120000
     """
@@ -165,8 +165,8 @@ class SweepOptions(recipe.FitRecipe, OutputOptions):
     sample: int | None = _option(None, "Train only this many combinations, drawn by the split's seed.", "COUNT")
     seeds: int | None = _option(
         None,
-        "Train each combination with this many seeds, from --seed on, and choose by the mean score; as --vary seed "
-        "beside another --vary does.",
+        "Train each combination with this many seeds, from --seed on, choose by the mean score, and merge the seeds of "
+        "the best into one model that gives their mean; as --vary seed beside another --vary does.",
         "COUNT",
     )
     jobs: int | None = _option(None, "The number of models that train at once; one a core unless given.")

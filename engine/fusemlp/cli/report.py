@@ -18,10 +18,10 @@ from fusemlp.describe.metrics import Judged
 from fusemlp.engine import Engine, load_checkpoint
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.evidence import Evidence, guarantee_lines
-from fusemlp.report.metrics import baseline_line, headline, score, spelled
+from fusemlp.report.metrics import headline, score, spelled, verdict
 from fusemlp.report.page import page
 from fusemlp.report.plots import curves_figure, literal
-from fusemlp.report.runs import Run, read_history, read_json, write_json, write_training_rows
+from fusemlp.report.runs import Run, joint, read_history, read_json, write_json, write_training_rows
 from fusemlp.report.uncertainty import Temperature, scale_logits
 from fusemlp.runtime.files import replace_file
 from fusemlp.tables.descriptions import learning_rate
@@ -88,7 +88,7 @@ def outcome(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"{len(report['models'])} models after {spread} epochs{stopped}")
     elif report["stopped"]:
         lines.append(f"stopped after epoch {report['epochs']}: {report['stopped']}")
-    lines += [*headline(report.get("test", {})), *baseline_line(report)]
+    lines += [*headline(report.get("test", {})), *verdict(report)]
     if "intervals" in report:
         sizes = report["intervals"]
         size = f"{sizes['classes']:.2f} classes" if "classes" in sizes else f"width {spelled(sizes['width'])}"
@@ -136,8 +136,8 @@ def write_page(
     about, net, epochs = prepared.summary, engine.network, len(history.get("loss", ()))
     target = prepared.dataset.target_name
     sizes = "-".join(map(str, net.sizes))
-    if prepared.models > 1 and not report.get("diverged"):
-        sizes = f"{prepared.models} models of {'-'.join(map(str, prepared.network.sizes))}, merged"
+    if report.get("models") and not report.get("diverged"):
+        sizes = f"{len(report['models'])} models of {'-'.join(map(str, prepared.network.sizes))}, merged"
     lines = [
         f"{prepared.training_rows}, {about['test_rows']} test rows ({about['test']}); target {target}",
         f"{sizes}, {net.parameter_count} parameters; {engine.loss.kind}; "
@@ -197,11 +197,11 @@ def finish(
     if trained.failure is None:
         kept = engine if trained.final is None else trained.final[0]
         kept.save_checkpoint(run.checkpoint("model"))
-        if prepared.models > 1 or trained.final is not None:
+        if trained.models or trained.final is not None:
             engine.save_checkpoint(run.checkpoint("best"))
         else:
             scaled = _scaled_best(run, engine, history, trained.temperature)
-        if prepared.models > 1:
+        if trained.models:
             engine.save_checkpoint(run.checkpoint("last"))
     with progress.waiting("scoring", quiet=quiet, elsewhere=True):
         report, tested = scores_of(trained, early_stopping=bool(read_json(run.config)["options"].get("early_stopping")))
@@ -214,16 +214,18 @@ def finish(
         figure = next((name for name in ("accuracy", "rmse") if name in scores), None)
         result = f", test {figure} {scores[figure]:.4g}" if figure else ""
         sizes = "-".join(map(str, engine.network.sizes))
-        if prepared.models > 1:
-            sizes = f"mean of {prepared.models} models of {'-'.join(map(str, prepared.network.sizes))}"
+        if trained.models:
+            sizes = f"mean of {len(trained.models)} models of {'-'.join(map(str, prepared.network.sizes))}"
+        mean, models = joint(history.history, report)
         overfitting = next((finding for finding in report["diagnosis"] if finding["name"] == "overfitting"), None)
         drawn = partial(
             curves_figure,
-            history.history,
+            mean,
+            models=models,
             loss=engine.loss.kind,
             title=literal(f"{prepared.dataset.name}: {sizes}{result}"),
             # the models of an ensemble have a best epoch each
-            best_epoch=None if prepared.models > 1 else report["best_epoch"],
+            best_epoch=None if trained.models else report["best_epoch"],
             overfitting=None if overfitting is None else Finding(**overfitting),
         )
         try:

@@ -16,7 +16,7 @@ from fusemlp.cli.session import RENAMED
 from fusemlp.describe.metrics import METRICS, rises
 from fusemlp.report.metrics import scalars, spelled
 from fusemlp.report.plots import FORMATS, Curves, comparison_figure, literal, repeats
-from fusemlp.report.runs import Run, open_run, read_history, read_json, read_metrics
+from fusemlp.report.runs import Run, joint, open_run, read_history, read_json, read_metrics
 from fusemlp.tables.recipe import one_of
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
 
@@ -264,4 +264,4 @@ def _curves(path: Path, name: str) -> Curves:
     history = read_history(run)
     if not history:
         raise CheckpointError(f"run: {str(path)!r} has no complete epoch yet, and nothing to draw; leave it out")
-    return Curves(name, history, config["loss"]["kind"])
+    return Curves(name, joint(history, read_json(run.report))[0], config["loss"]["kind"])

@@ -20,20 +20,25 @@ from fusemlp.cli.output import Events, finite, fitted
 from fusemlp.cli.report import finish, written
 from fusemlp.cli.vary import JOINED, JOURNAL, Plan, close_journal, spelled_value
 from fusemlp.describe.metrics import rises
+from fusemlp.fleet.merge import LEAST_ROWS, default_models, merged
 from fusemlp.fleet.results import Combination, FleetResults, Kept, Member, averages, shown
 from fusemlp.fleet.workers import connected
-from fusemlp.report.metrics import baseline_line, headline
+from fusemlp.report.metrics import headline, verdict
 from fusemlp.report.plots import Varied, literal, scores_figure
 from fusemlp.report.runs import Run, append_metrics, choose_folder, create_run, discard_if_empty
+from fusemlp.report.uncertainty import judged
 from fusemlp.report.written import csv_bytes
 from fusemlp.runtime.files import write_atomically
-from fusemlp.tables.training import Trained
+from fusemlp.tables.training import Trained, record_of
+from fusemlp.training.history import History
 from fusemlp_kernels.errors import FusemlpError
 
 # The files of a sweep, beside those of a run.
 RESULTS, PICTURE = "results.csv", "scores.png"
 # Seconds between two writes of the results so far.
 WRITE = 5.0
+# Seeds that become one network; more would make it slow.
+MOST_MERGED = 20
 # Models in the table at the end, and in the one that a terminal shows before.
 SHOWN, BEST = 5, 8
 # A list of up to this many values is drawn as words side by side.
@@ -86,7 +91,8 @@ def worked(options: SweepOptions, listener: Events, runs: list[Path]) -> tuple[d
     if list(plan.points[0]) == ["seed"]:
         # One combination, whose mean says more than its best seed.
         chosen = Combination({}, tuple(results.ranked(plan.metric)), len(plan.points))
-    no_plot = draw(plan, run, members, chosen.sound[0])
+    kept = kept_of(plan, chosen)
+    no_plot = draw(plan, run, members, kept)
     if not options.as_json:
         if interrupted:
             print(f"interrupted: kept are the {len(members)} models that had ended, of {len(plan.points)}")
@@ -108,57 +114,72 @@ def worked(options: SweepOptions, listener: Events, runs: list[Path]) -> tuple[d
         "seconds": seconds,
         "best": chosen.sound[0].index,
     }
-    content, lines = keep(plan, run, chosen, about, started)
+    content, lines = keep(plan, run, chosen, kept, about, started)
     if not interrupted:
         close_journal(run)
     more = {"plot": None if no_plot else str(run.path / PICTURE), "columns": columns}
     return content | more, [line for line in lines if line != no_plot]
 
 
+def kept_of(plan: Plan, chosen: Combination) -> Sequence[Member]:
+    """Return the models to keep of the best combination: its best seeds, to be merged, or the best where none are."""
+    network = plan.fleet.candidates[chosen.sound[0].index].net
+    merges = averages(plan.points) and default_models(LEAST_ROWS, network) > 1
+    return sorted(chosen.sound[: MOST_MERGED if merges else 1], key=lambda member: member.index)
+
+
 def keep(
-    plan: Plan, run: Run, chosen: Combination, about: dict[str, Any], started: datetime
+    plan: Plan, run: Run, chosen: Combination, kept: Sequence[Member], about: dict[str, Any], started: datetime
 ) -> tuple[dict[str, Any], list[str]]:
-    """Write the best model of the best combination as a run of ``train``; return its results, and lines on it."""
-    best = chosen.sound[0]
-    if isinstance(best.held, Kept) and not best.held.parameters:
-        # an earlier command has trained it, and kept no parameters
-        (again,) = plan.fleet.part([best.index]).fit(**plan.fit_options).members
-        best = replace(again, index=best.index)
-    recipe, begun = plan.recipe(best.index), started.astimezone().isoformat(timespec="seconds")
-    config = session.write_beginning(run, recipe, plan.prepared, best.engine, plan.epochs, started=begun, sweep=about)
+    """Write the kept models, merged, as a run of ``train``; return the results of the sweep, and lines on the model."""
+    # an earlier command has trained them, and kept no parameters
+    lost = [member.index for member in kept if isinstance(member.held, Kept) and not member.held.parameters]
+    again = plan.fleet.part(lost).fit(**plan.fit_options).members if lost else ()
+    engines = {index: member.engine for index, member in zip(lost, again, strict=True)}
+    engines |= {member.index: member.engine for member in kept if member.index not in lost}
+    first, best, points = kept[0].index, chosen.sound[0], [plan.points[member.index] for member in kept]
+    recipe, parameters, scores, records = plan.recipe(first), points[0], best.scores, list[dict[str, Any]]()
+    more: dict[str, Any] = {"started": started.astimezone().isoformat(timespec="seconds"), "sweep": about}
+    if len(kept) > 1:
+        more["command"] = plan.command(points)
+        parameters, scores = chosen.parameters, {name: chosen.mean(name) for name in best.scores}
+        records = [record_of(plan.points[one.index]["seed"], one.history, one.status, one.scores) for one in kept]
+    prepared = replace(plan.prepared, network=engines[first].network)
+    engine = merged([engines[member.index] for member in kept])
+    config = session.write_beginning(run, recipe, prepared, engines[first], plan.epochs, **more)
     # those of an earlier best
     run.metrics.unlink(missing_ok=True)
-    for row in best.history.rows():
+    for row in (engine.history or History()).rows():
         append_metrics(run, row)
-    report = finish(run, Trained(plan.prepared, best.engine), quiet=plan.options.quiet)
-    parameters = plan.points[best.index]
+    held_out, temperature = judged(engine, prepared.preprocessor, prepared.train, prepared.validation, ())
+    report = finish(run, Trained(prepared, engine, records, held_out, temperature), quiet=plan.options.quiet)
     content: dict[str, Any] = {
         "event": "end",
         **about,
-        "best": {"model": best.index, "parameters": parameters, "scores": best.scores, "epochs": report["epochs"]},
+        "best": {"model": best.index, "parameters": parameters, "scores": scores, "epochs": report["epochs"]},
         "train": config["command"],
         **{name: report.get(name) for name in ("test", "baselines", "worse_than")},
         "run": str(run.path),
         "results": str(run.path / RESULTS),
     }
-    mean, spread, seeds = chosen.mean(plan.metric), chosen.spread(plan.metric), len(chosen.members)
-    if "seed" in parameters:
-        content["best"] |= {"mean": mean, "spread": finite(spread), "seeds": seeds}
+    mean, spread, count = chosen.mean(plan.metric), chosen.spread(plan.metric), len(chosen.members)
+    if "seed" in points[0]:
+        content["best"] |= {"mean": mean, "spread": finite(spread), "seeds": count}
     deviation = "" if math.isnan(spread) else f", standard deviation {spread:.2g}"
     least = "largest" if rises(plan.metric) else "least"
     said = f"model {best.index}, the {least} {plan.metric}: {_spelled(parameters)}"
     if averages(plan.points):
-        said = (
-            f"{_spelled(chosen.parameters)}: the {least} mean {plan.metric} of its seeds, {mean:.4g} ({seeds} seeds"
-            f"{deviation})\nkept of them: model {best.index}, seed {parameters['seed']}, {plan.metric} "
-            f"{best.scores[plan.metric]:.4g}"
-        )
-    elif "seed" in parameters and seeds > 1:
-        said += f"\nmean {plan.metric} of the {seeds} seeds {mean:.4g}{deviation}: expect this of a new seed"
+        said = f"{_spelled(chosen.parameters)}: the {least} mean {plan.metric} of its seeds, "
+        said += f"{mean:.4g} ({count} seeds{deviation})\nkept of them: "
+        which = f"model {best.index}, seed {points[0]['seed']}, {plan.metric} {best.scores[plan.metric]:.4g}"
+        said += f"{len(kept)} models, merged into one that gives their mean" if records else which
+    elif "seed" in parameters and count > 1:
+        said += f"\nmean {plan.metric} of the {count} seeds {mean:.4g}{deviation}: expect this of a new seed"
     lines = [
         f"\nbest: {said}",
         *headline(report.get("test", {})),
-        *baseline_line(report),
+        *verdict(report),
+        *([] if temperature is None else [str(temperature)]),
         *(line for line in written(report, run) if line.startswith("no ")),
         f"run folder {run.path}",
         f"to train it again: {config['command']}",
@@ -295,22 +316,26 @@ def write_results(plan: Plan, run: Run, members: Iterable[Member]) -> None:
     write_atomically(run.path / RESULTS, csv_bytes(rows))
 
 
-def draw(plan: Plan, run: Run, members: Sequence[Member], first: Member) -> str:
+def draw(plan: Plan, run: Run, members: Sequence[Member], kept: Sequence[Member]) -> str:
     """Write ``scores.png``; return a line on its absence, or nothing."""
     sound = [member.scores if member.status != "diverged" else {} for member in members]
     scores = [figures.get(plan.metric, math.nan) for figures in sound]
-    best, title = None, f"{plan.prepared.dataset.name}: {len(members)} models"
-    if first.status != "diverged":
-        best, title = members.index(first), f"{title}; best {plan.metric} {first.scores[plan.metric]:.4g}"
+    title, several = f"{plan.prepared.dataset.name}: {len(members)} models", averages(plan.points)
+    marked = [] if kept[0].status == "diverged" else [members.index(member) for member in kept]
+    if marked:
+        best = math.fsum(scores[index] for index in marked) / len(marked)
+        title += f"; best {plan.metric} {best:.4g}" + (f", the mean of {len(kept)} seeds" if len(kept) > 1 else "")
     varied = []
     for axis in plan.axes:
+        if several and axis.name == "seed":
+            continue
         values = [plan.points[member.index][axis.name] for member in members]
         if axis.scale == "" and (len(axis) <= MOST_WORDS or axis.name in JOINED):
             places = [axis.values.index(value) for value in values]
             varied.append(Varied(axis.name, places, words=[*map(spelled_value, axis.values)]))
         else:
             varied.append(Varied(axis.name, values, axis.scale or "linear", ordered=axis.name != "seed"))
-    drawn = partial(scores_figure, varied, scores, metric=plan.metric, best=best, title=literal(title))
+    drawn = partial(scores_figure, varied, scores, metric=plan.metric, kept=marked, title=literal(title))
     try:
         output.write_picture(run.path / PICTURE, drawn)
     except FusemlpError as error:

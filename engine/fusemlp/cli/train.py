@@ -318,7 +318,9 @@ def trained(session: Session, listener: Events) -> tuple[dict[str, Any], list[st
         *([f"tracked by {options.track}: run {tracked['run_id']}"] if tracked else []),
         *([f"to {again}: {output.going_on('train', run.path)}"] if result.interrupted else []),
     ]
-    content = {**{name: value for name, value in report.items() if name != "held_out"}, "run": str(run.path)}
+    content = {name: value for name, value in report.items() if name != "held_out"} | {"run": str(run.path)}
+    models = [{name: value for name, value in model.items() if name != "history"} for model in result.models]
+    content |= {"models": models} if models else {}
     content |= {"columns": table, "page": None if "no_page" in report else str(run.page)}
     content |= {"plot": None if "no_plot" in report else str(run.curves)}
     return {"event": "end", **content, "tracked": tracked}, lines, failure

@@ -15,7 +15,7 @@ import numpy as np
 from fusemlp.cli import output
 from fusemlp.cli.options import DataOptions, SweepOptions, TrainOptions
 from fusemlp.cli.report import describe_data
-from fusemlp.cli.session import filled_in, is_a_table, prepared_data, trained_by
+from fusemlp.cli.session import command, filled_in, is_a_table, prepared_data, trained_by
 from fusemlp.cli.train import check_data, check_kept
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.description import reading, stored
@@ -216,6 +216,16 @@ class Plan:
     def recipe(self, index: int) -> TrainOptions:
         """Return the options of ``train`` for a model."""
         return replace(trained_by(self.prepared), **_options_of(self.points[index]))
+
+    def command(self, points: Sequence[Point]) -> str:
+        """Return the command of a sweep of some models alone, which differ in their seed."""
+        values = {name: dict.fromkeys(spelled_value(point[name]) for point in points) for name in points[0]}
+        decided = {name: value for name, value in decisions(self.prepared).items() if name not in values}
+        split = self.options.seed if self.options.split_seed is None else self.options.split_seed
+        again = {"vary": [f"{name}={','.join(several)}" for name, several in values.items()], "split_seed": split}
+        left_out: dict[str, Any] = dict.fromkeys(("seeds", "sample", "resume", "out"))
+        left_out |= {"seed": 0, "quiet": False, "as_json": False}
+        return command(replace(self.options, **left_out | decided | again))
 
 
 def planned(options: SweepOptions) -> Plan:

@@ -80,7 +80,7 @@ class Member:
         return f"Member({self.index}: {', '.join([str(self.parameters), *ending, *scores])})"
 
 
-def scores_of(history: History, *, restored: bool) -> dict[str, float]:
+def scores_of(history: History, *, restored: bool = False) -> dict[str, float]:
     """Return the losses and accuracies of the epoch whose weights the engine has."""
     if not history.epochs:
         return {}

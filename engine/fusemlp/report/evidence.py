@@ -20,7 +20,7 @@ from fusemlp.describe.checks import as_number
 from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.metrics import METRICS, Judged
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.metrics import headline, judge, score, spelled
+from fusemlp.report.metrics import headline, judge, plain, score, spelled
 from fusemlp.runtime.attacks import Propagation, attack
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ class Evidence:
     def spelled(self, at: int, feature: int) -> str:
         """Return a cell of the row at a place as text; empty if it is missing."""
         value, words = float(self.cells[at, feature]), self.preprocessor.categories[feature]
-        return "" if value != value else f"{value:.6g}" if words is None else words[int(value)]
+        return "" if value != value else plain(value) if words is None else words[int(value)]
 
 
 def robust_score(

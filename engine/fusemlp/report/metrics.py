@@ -11,7 +11,7 @@ import numpy as np
 
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.losses import GaussianNLL, Quantiles
-from fusemlp.describe.metrics import METRICS, Judged, metrics_for
+from fusemlp.describe.metrics import METRICS, Judged, metrics_for, rises
 from fusemlp.inputs.arrays import Array
 
 if TYPE_CHECKING:
@@ -106,15 +106,30 @@ def class_figures(codes: Array, predicted: Array, names: Sequence[str]) -> dict[
 def headline(report: Mapping[str, Any], name: str = "test") -> Iterator[str]:
     """Yield a line for each scalar score: ``test accuracy 0.9722``."""
     for figure, value in scalars(report).items():
-        yield f"{name} {figure} {spelled(value)}"
+        yield f"{name} {figure} {scored(figure, value)}"
+
+
+def scored(name: str, value: float) -> str:
+    """Return a score as text: of a share, such as an accuracy, four decimals also near 0."""
+    return spelled(value, max(1.0, abs(value)) if rises(name) else None)
 
 
 def spelled(value: float, beside: float | None = None) -> str:
-    """Return a score as text, with six digits from 100 on; ``beside``: with the decimals of this larger score."""
+    """Return a number as people read it: four decimals, from 100 on six digits, below 0.001 two digits.
+
+    ``beside``: with the decimals of this larger number.
+    """
     size = abs(value if beside is None else beside)
-    if not 1e-3 <= size < 1e6:
-        return f"{value:.4g}"
-    return f"{value:z.{max(places for places in range(5) if size < 10 ** (6 - places))}f}"
+    if size and not 1e-6 <= size < 1e15:
+        return f"{value:.3g}"
+    digits = math.floor(math.log10(size or 1.0))
+    return f"{value:z.{1 - digits if digits < -3 else min(4, max(0, 5 - digits))}f}"
+
+
+def plain(value: float) -> str:
+    """Return a number of the data as text: ``spelled`` without zeros at its end."""
+    text = spelled(value)
+    return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 
 
 def scalars(report: Mapping[str, Any]) -> dict[str, float]:
@@ -127,10 +142,12 @@ def scalars(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def class_table(report: Mapping[str, Any]) -> list[list[str]]:
-    """Return the scores of each class as rows of text, below a header."""
-    rows = [["class", "precision", "recall", "f1", "rows"]]
-    for name, figures in report["classes"].items():
-        rows.append([name, *[f"{figures[key]:.4f}" for key in ("precision", "recall", "f1")], str(figures["rows"])])
+    """Return scores and counts of each class as rows of text, below a header."""
+    rows, counts = [["class", "precision", "recall", "f1", "rows", "answered", "right"]], report["confusion_matrix"]
+    for code, (name, figures) in enumerate(report["classes"].items()):
+        answered, right = sum(row[code] for row in counts), counts[code][code]
+        shares = [f"{figures[key]:.4f}" for key in ("precision", "recall", "f1")]
+        rows.append([name, *shares, *map(str, (figures["rows"], answered, right))])
     return rows
 
 
@@ -211,13 +228,39 @@ def worse_than(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"the model is worse than the {name} one: test {figure} {mine:.4g} against {theirs:.4g}"
 
 
-def baseline_line(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line with the scores of the baselines."""
-    figure = "accuracy" if "accuracy" in report.get("test", {}) else "r2"
-    shown = [
-        f"{name} {scores[figure]:.4f}"
-        for name, scores in report.get("baselines", {}).items()
-        if math.isfinite(scores.get(figure, math.nan))
-    ]
-    if shown:
-        yield f"baselines {figure}: {', '.join(shown)}"
+def verdict(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line on the test scores beside those of the baselines, and a line on what to do with the model.
+
+    A gain of less than two standard errors may be chance: of a share p they are sqrt(p (1 - p) / n), of R2 in large
+    samples 2 sqrt(R2 / n) (1 - R2) (Olkin and Finn, "Correlations redux", 1995).
+    """
+    models = [report.get("test", {}), *report.get("baselines", {}).values()]
+    test, constant, classifies = models[0], models[len(models) > 1], "accuracy" in models[0]
+    shares = [scores.get("accuracy" if classifies else "r2") for scores in models]
+    if len(shares) < 3 or not all(share is not None and math.isfinite(share) for share in shares):
+        return
+    (mine, least, linear), rows = (max(0.0, share) for share in shares), test["rows"]
+    if classifies:
+        error = math.sqrt(mine * (1.0 - mine) / rows)
+        line = f"right on {mine:.1%} of {rows} test rows, a linear model on {linear:.1%}"
+        yield f"{line}, the most frequent class alone on {least:.1%}"
+    else:
+        error = 2.0 * math.sqrt(mine / rows) * (1.0 - mine)
+        off, alone = (plain(float(f"{scores['mae']:.3g}")) for scores in (test, constant))
+        line = f"explains {mine:.1%} of the variation in {rows} test rows, a linear model {linear:.1%}"
+        yield f"{line}; off by {off} on average, the mean alone by {alone}"
+    never = [row for row in class_table(report["test"])[1:] if row[4] != "0" == row[5]] if "classes" in test else []
+    if never:
+        more = f" and {len(never) - 1} other classes" if len(never) > 1 else ""
+        yield (
+            f"it never answers {never[0][0]!r} (true of {never[0][4]} rows){more}: train with --class-weight balanced, "
+            "or decide by the probabilities"
+        )
+    elif mine <= least:
+        yield "it has learned nothing of use: look at its training, and try rates with fusemlp lr-find"
+    elif abs(mine - linear) < 2.0 * error:
+        yield "its distance from the linear model may be chance: more test rows would tell"
+    elif mine < linear:
+        yield "the linear model is better: use one, or try rates and widths with fusemlp sweep"
+    else:
+        yield "its gain over the linear model is more than chance: use the network"

@@ -23,13 +23,15 @@ from fusemlp.describe.metrics import rises
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.evidence import REPEATS, Evidence, Importance, guarantee_lines
-from fusemlp.report.metrics import class_table, confusion_table, scalars
-from fusemlp.report.plots import literal, scale_loss
+from fusemlp.report.metrics import class_table, confusion_table, plain, scalars, scored, spelled, verdict
+from fusemlp.report.plots import FAINT, MARK, PREFIXES, STYLES, literal, scale_loss
+from fusemlp.report.runs import joint
 
 Section = dict[str, Any]
 
-# Classes of a confusion matrix; columns of the most wrong rows; bars of importance; points and targets of a regression.
-MOST_CLASSES, MOST_CELLS, MOST_BARS, MOST_POINTS, MOST_TARGETS = 30, 12, 30, 800, 4
+# Classes of a confusion matrix, and of an open table; columns of the most wrong rows; bars of importance; points and
+# targets of a regression.
+MOST_CLASSES, MOST_OPEN, MOST_CELLS, MOST_BARS, MOST_POINTS, MOST_TARGETS = 30, 12, 12, 30, 800, 4
 NAMES = {
     **{"auc": "AUC", "f1": "F1 (macro)", "balanced_accuracy": "balanced accuracy", "log_loss": "log loss"},
     **{"rmse": "RMSE", "mae": "MAE", "r2": "R²"},
@@ -76,27 +78,26 @@ def _drawings(charts: Iterable[Chart]) -> list[Section]:
 
 
 def _scores(report: Mapping[str, Any]) -> Iterator[Section]:
-    """Yield the scores on the test rows, beside those of the baselines."""
+    """Yield the verdict on the model, and its scores on the test rows beside those of the baselines."""
     if not report.get("test"):
         return
-    scores = scalars(report["test"])
-    figures = {_named(name): value for name, value in scores.items()}
-    if intervals := report.get("intervals"):
-        level = f"{intervals['level']:.0%}"
-        names = {"width": f"width of {level} intervals", "classes": f"classes in {level} sets"}
-        names["coverage"] = "their coverage"
-        figures |= {name: intervals[key] for key, name in names.items() if intervals.get(key) is not None}
-    section: Section = {"title": f"Scores on {report['test']['rows']} test rows"}
-    section["tiles"] = {name: _short(value) for name, value in figures.items()}
-    models = {"this model": scores, **report.get("baselines", {})}
-    if len(models) > 1:
-        section["rows"] = [["", *models]]
-        for name in scores:
-            values = [model.get(name) for model in models.values()]
-            if any(value is not None for value in values[1:]):
-                section["rows"].append([_named(name), *("" if value is None else _short(value) for value in values)])
-    if "classes" in report["test"]:
-        section["folded"] = "scores of each class", class_table(report["test"])
+    test, others = report["test"], report.get("baselines", {})
+    scores = scalars(test)
+    # the loss, which means least to people, last
+    names = sorted(scores, key=lambda name: name == "loss")
+    tiles = [
+        [_named(name), scored(name, scores[name])]
+        + [f"{model} {scored(name, of[name])}" for model, of in others.items() if of.get(name) is not None]
+        for name in names
+    ]
+    if sizes := report.get("intervals"):
+        name, size = next((name, sizes[name]) for name in ("width", "classes") if name in sizes)
+        of = {"width": f"width of {sizes['level']:.0%} intervals", "classes": f"classes in {sizes['level']:.0%} sets"}
+        tiles.append([of[name], spelled(size), f"cover {sizes['coverage']:.0%} of test rows"])
+    lines = [f"{line[0].upper()}{line[1:]}." for line in verdict(report)]
+    section: Section = {"title": f"Scores on {test['rows']} test rows", "verdict": lines, "tiles": tiles}
+    if "classes" in test:
+        section["folded"] = "scores of each class", class_table(test), len(test["classes"]) <= MOST_OPEN
     yield section
 
 
@@ -105,19 +106,20 @@ def _training(report: Mapping[str, Any], history: Mapping[str, Sequence[float]])
     lines = [] if report.get("diverged") else [report.get("stopped", "")]
     lines += [str(Finding(**finding)) for finding in report.get("diagnosis", ())]
     lines += guarantee_lines(report)
+    history, models = joint(history, report)
+    if models:
+        lines.append(f"Faint lines are the {len(models)} models, the others their mean while all of them train.")
     # the models of an ensemble have a best epoch each
-    several = len(report.get("models", ()))
-    lines += [f"The curves are the mean of {several} models."] if several else []
-    best, charts = None if several else report.get("best_epoch"), []
+    best, charts = None if report.get("models") else report.get("best_epoch"), []
     mark = None if best is None else (f"best epoch {best}", float(best))
     for name in dict.fromkeys(name.removeprefix("val_") for name in history):
         if name == "learning_rate" and len(set(history[name])) == 1:
             continue
-        parts = {"training": name, "validation": f"val_{name}"}
         curves = [
-            Line(part, range(1, len(history[key]) + 1), history[key], colour)
-            for colour, (part, key) in enumerate(parts.items())
-            if key in history
+            Line(part, range(1, len(of[key]) + 1), of[key], colour, style=part, faint=of is not history)
+            for of in (*models, history)
+            for colour, (part, prefix) in enumerate(PREFIXES.items())
+            if (key := f"{prefix}{name}") in of
         ]
         shown, log = _named(name), not rises(name)
         charts.append(Chart(f"{shown} by epoch", curves, "epoch", shown, mark=mark, whole=True, log=log))
@@ -174,10 +176,11 @@ def _importance(importance: Importance, image: tuple[int, int] | None) -> Sectio
     note = f"How far {metric} {way} when values are permuted among {importance.rows} test rows; "
     note += f"mean and deviation of {REPEATS} permutations."
     worse = np.maximum(importance.worse, 0.0)
-    shares = worse / max(float(worse.max()), 1e-300)
+    greatest = max(float(worse.max()), 1e-300)
+    shares = worse / greatest
     if image is not None:
         places = [tuple(map(int, name.split())) for name in importance.names]
-        label = "The most important square: row {}, column {}, ".format(*places[0]) + f"{_short(importance.worse[0])}."
+        label = "The most important square: row {}, column {}, ".format(*places[0]) + f"{spelled(importance.worse[0])}."
         height, width = (1 + max(place[axis] for place in places) for axis in (0, 1))
         squares = [(*place, f"{share:.3f}") for place, share in zip(places, shares.tolist(), strict=True)]
         heat = {"width": width, "height": height, "label": label, "squares": squares}
@@ -185,7 +188,8 @@ def _importance(importance: Importance, image: tuple[int, int] | None) -> Sectio
     rows: list[list[Any]] = [["column", f"{metric} {way} by", "deviation", ""]]
     for at in range(len(importance.names))[:MOST_BARS]:
         bar = {"bar": f"{6 * float(shares[at]):.2f}"}
-        rows.append([importance.names[at], _short(importance.worse[at]), f"± {_short(importance.deviation[at])}", bar])
+        size, deviation = (spelled(values[at], greatest) for values in (importance.worse, importance.deviation))
+        rows.append([importance.names[at], size, f"± {deviation}", bar])
     hidden = len(importance.names) - len(rows) + 1
     note += f" {hidden} others matter less." if hidden else ""
     note += f" {importance.left_out} columns were not tried, to save time." if importance.left_out else ""
@@ -209,16 +213,12 @@ def _worst(evidence: Evidence, importance: Importance | None) -> Section:
             image = base64.b64encode(png(evidence.cells[at].reshape(evidence.image))).decode()
             cells = [{"image": image, "alt": f"{values[0]} taken for {values[1]}"}]
         ids = [str(column[evidence.rows[at]]) for column in evidence.ids.values()]
-        rows.append([str(evidence.rows[at]), *ids, *values, _short(surprise[at]), *cells])
+        rows.append([str(evidence.rows[at]), *ids, *values, spelled(surprise[at]), *cells])
     if len(rows) == 1:
         return {"title": "Most wrong rows", "lines": ["Every row is right."]}
     note = "Rows count from 0 in the data as read."
     note += f" {len(order) - len(shown)} less important columns are left out." if 0 < len(shown) < len(order) else ""
     return {"title": "Most wrong rows", "note": note, "rows": rows}
-
-
-def _short(value: float) -> str:
-    return f"{value:.4f}" if 1e-3 <= abs(value) < 100 else f"{value:.6g}"
 
 
 def _named(name: str) -> str:
@@ -227,7 +227,7 @@ def _named(name: str) -> str:
 
 def _value(value: Any, labels: Sequence[str]) -> str:
     """Return a class, or numbers, as text."""
-    return labels[value] if labels else ", ".join(f"{number:.6g}" for number in value)
+    return labels[value] if labels else ", ".join(map(plain, value))
 
 
 def png(pixels: Array) -> bytes:
@@ -257,13 +257,18 @@ STYLE: Any = {
 
 
 class Line(NamedTuple):
-    """A series of points (x, y), joined unless ``points``; ``colour`` is an index into ``COLOURS``."""
+    """A series of points (x, y), joined unless ``points``; ``colour`` is an index into ``COLOURS``.
+
+    ``style`` is one of ``STYLES``. A ``faint`` line is for the eye alone: legend, words and numbers leave it out.
+    """
 
     name: str
     xs: Sequence[float] | Array
     ys: Sequence[float] | Array
     colour: int = 0
     points: bool = False
+    style: str = "validation"
+    faint: bool = False
 
     @property
     def finite(self) -> Array:
@@ -289,20 +294,25 @@ class Chart:
     log: bool = False
 
     @property
+    def named(self) -> list[Line]:
+        """The lines of the legend."""
+        return [line for line in self.lines if not line.faint]
+
+    @property
     def summary(self) -> str:
         """The chart in words."""
-        ends = [(line.name, *line.finite[[0, -1], 1]) for line in self.lines if len(line.finite)]
+        ends = [(line.name, *line.finite[[0, -1], 1]) for line in self.named if len(line.finite)]
         return f"{self.title}: " + "; ".join(f"{name} from {first:.4g} to {last:.4g}" for name, first, last in ends)
 
     @property
     def tables(self) -> list[list[list[str]]]:
         """The numbers of the joined lines: for each list of x that they share a header and rows."""
-        joined = [line for line in self.lines if not line.points]
+        joined = [line for line in self.named if not line.points]
         tables = []
         for xs in dict.fromkeys(tuple(line.xs) for line in joined):
             shared = [line for line in joined if tuple(line.xs) == xs]
             numbers = zip(xs, *(line.ys for line in shared), strict=True)
-            tables.append([[self.x, *(line.name for line in shared)], *([f"{n:.6g}" for n in row] for row in numbers)])
+            tables.append([[self.x, *(line.name for line in shared)], *([plain(n) for n in row] for row in numbers)])
         return tables
 
     def svg(self) -> str:
@@ -320,17 +330,16 @@ class Chart:
             if self.log:
                 scale_loss(axes, pairs[:, 1].tolist())
             for line in self.lines:
-                dashes, alpha = ("none", 0.55) if line.points else ("--" if line.colour == 1 else "-", 1.0)
+                look = {"linestyle": "none", "alpha": 0.55} if line.points else STYLES[line.style]
+                look = look | {"color": COLOURS[line.colour]} | (FAINT if line.faint else {})
                 marker = "o" if line.points or len(line.finite) < 3 else None
-                look: dict[str, Any] = {"linestyle": dashes, "alpha": alpha, "color": COLOURS[line.colour]}
                 axes.plot(*line.finite.T, marker=marker, markersize=3.0, markeredgewidth=0.0, **look)
             if self.diagonal:
                 ends = [pairs.min(), pairs.max()]
-                axes.plot(ends, ends, linestyle="--", linewidth=1.0, color=TEXT)
+                axes.plot(ends, ends, **MARK | {"color": TEXT})
             if self.mark is not None:
-                axes.axvline(self.mark[1], linestyle="--", linewidth=1.0, color=TEXT)
-            if self.whole:
-                axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+                axes.axvline(self.mark[1], **MARK | {"color": TEXT})
+            axes.xaxis.set_major_locator(MaxNLocator(7, integer=self.whole, steps=[1, 2, 5, 10]))
             axes.set_xlabel(literal(self.x))
             axes.set_ylabel(literal(self.y))
             axes.grid()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusemlp.describe.metrics import rises
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.diagnosis import Finding
 from fusemlp.runtime.files import target_file, write_atomically
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
 TRAINING, VALIDATION, GAP, GREY = "#0072B2", "#D55E00", "#E69F00", "#444444"
 COLOURS = (TRAINING, VALIDATION, "#009E73", "#CC79A7", GAP, "#56B4E9", "#000000")
 FORMATS = (".png", ".svg", ".pdf")
-# A vertical line, and the lines of a comparison.
-MARK: dict[str, Any] = {"color": GREY, "linestyle": "--", "linewidth": 1.0}
+# A vertical line; in every picture training is dashed, validation solid; one of several models is faint.
+MARK: dict[str, Any] = {"color": GREY, "linestyle": ":", "linewidth": 1.2}
 STYLES: dict[str, dict[str, Any]] = {
-    "training": {"linestyle": "--", "linewidth": 1.0},
-    "validation": {"linestyle": "-", "linewidth": 1.6},
+    "training": {"linestyle": "--", "linewidth": 1.2},
+    "validation": {"linestyle": "-", "linewidth": 1.8},
 }
+FAINT: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.4}
 # The quantities of training and of validation are called loss and val_loss.
 PREFIXES = {"training": "", "validation": "val_"}
 # Markers of the first, the second, ... run of a colour.
@@ -40,6 +42,8 @@ DASHES = {"training": (4.0, 2.0), "validation": (5.0, 0.0)}
 # A loss that spans more than this factor is drawn on a logarithmic axis; of many scores the best matter.
 LOG_SPAN = 50.0
 SCORES_LOG_SPAN = 5.0
+# The axis of many scores reaches this many times the distance from the best one to their median.
+REACH = 3.0
 
 
 def literal(text: str) -> str:
@@ -65,6 +69,7 @@ def draw(make: Callable[[], Figure], path: str | Path | None) -> Figure:
 def curves_figure(
     history: Mapping[str, Sequence[float]],
     *,
+    models: Sequence[Mapping[str, Sequence[float]]] = (),
     loss: str | None = None,
     title: str = "",
     best_epoch: int | None = None,
@@ -72,14 +77,17 @@ def curves_figure(
 ) -> Figure:
     """Draw loss and, if there is one, accuracy over the epochs of ``history``, as of ``History.history``.
 
-    ``best_epoch`` counts from 1; from the start of ``overfitting`` the gap to validation is shaded.
+    The histories of ``models``, whose mean it is, are faint. ``best_epoch`` counts from 1; from the start of
+    ``overfitting`` the gap to validation is shaded.
     """
-    figure, panels = _over_epochs([history], loss, title)
+    figure, panels = _over_epochs([history, *models], loss, title)
     for metric, axes in panels.items():
         training, validation = history[metric], history.get(f"val_{metric}")
-        _line(axes, training, color=TRAINING, linewidth=1.6, label="training")
-        if validation is not None:
-            _line(axes, validation, color=VALIDATION, linewidth=1.6, label="validation")
+        parts = ("training", metric, TRAINING), ("validation", f"val_{metric}", VALIDATION)
+        for part, name, colour in parts:
+            for model in models:
+                _line(axes, model.get(name, ()), color=colour, **STYLES[part] | FAINT)
+            _line(axes, history.get(name, ()), color=colour, label=part, **STYLES[part])
         if validation is not None and overfitting is not None:
             start = (overfitting.epoch or 1) - 1
             epochs = np.arange(start + 1, len(training) + 1)
@@ -200,7 +208,7 @@ def sweep_figure(rates: Sequence[float], losses: Sequence[float], suggested: flo
     """Draw the smoothed loss over the learning rate, and mark the suggested rate."""
     figure = _figure(6.4, 4.2, title)
     axes = figure.add_subplot(1, 1, 1)
-    axes.plot(rates, losses, color=TRAINING, linewidth=1.6)
+    axes.plot(rates, losses, color=TRAINING, label="training, smoothed", **STYLES["training"])
     axes.axvline(suggested, label=f"suggested: {suggested:.2g}", **MARK)
     axes.set_xscale("log")
     # The blow-up at the end would compress the descent.
@@ -261,20 +269,26 @@ class Varied:
 
 
 def scores_figure(
-    parameters: Sequence[Varied], scores: Sequence[float], *, metric: str, best: int | None, title: str
+    parameters: Sequence[Varied], scores: Sequence[float], *, metric: str, kept: Sequence[int], title: str
 ) -> Figure:
-    """Draw the score of each model over each parameter, a panel a parameter.
+    """Draw the score of each model over each parameter, a panel a parameter; ``kept``: the models to mark.
 
-    A diverged model has the score NaN and is a cross at the edge. ``best``: the index of the model to mark.
+    The axis ends ``REACH`` times as far from the best score as the median is: worse models are triangles at its edge,
+    and diverged ones, whose score is NaN, crosses.
     """
+    # as of losses, the less the better
+    losses = (-1.0 if rises(metric) else 1.0) * np.asarray(scores, np.float64)
+    finite = losses[np.isfinite(losses)]
+    reach = REACH * (np.median(finite) - finite.min()) if len(finite) else 0.0
+    outside = losses > (finite.min() + reach if reach else math.inf)
     columns = min(len(parameters), 3)
     lines = -(-len(parameters) // columns)
     figure = _figure(max(6.4, 4.4 * columns), 3.6 * lines + 0.9, title)
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
     for axes, parameter in zip(panels.flat, parameters, strict=False):
-        _scores(axes, parameter, np.asarray(scores, np.float64), best, rising="accuracy" in metric)
         if "loss" in metric:
-            scale_loss(axes, scores, SCORES_LOG_SPAN)
+            scale_loss(axes, np.asarray(scores)[~outside].tolist(), SCORES_LOG_SPAN)
+        _scores(axes, parameter, np.asarray(scores, np.float64), kept, outside, rising=rises(metric))
     for axes in panels.flat[len(parameters) :]:
         axes.remove()
     for axes in panels[:, 0]:
@@ -287,7 +301,7 @@ def scores_figure(
     return figure
 
 
-def _scores(axes: Axes, parameter: Varied, scores: Array, best: int | None, *, rising: bool) -> None:
+def _scores(axes: Axes, parameter: Varied, scores: Array, kept: Sequence[int], outside: Array, *, rising: bool) -> None:
     """Draw a panel of ``scores_figure``."""
     from matplotlib.ticker import MaxNLocator
 
@@ -306,27 +320,35 @@ def _scores(axes: Axes, parameter: Varied, scores: Array, best: int | None, *, r
         axes.set_xscale(parameter.scale)
         if parameter.scale == "linear" and np.array_equal(at, at.round()):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    alpha = 0.7 if len(scores) < 100 else 0.35
-    places = (at + spread)[~failed]
-    axes.scatter(places, scores[~failed], s=14, alpha=alpha, color=TRAINING, linewidth=0, label="model", zorder=3)
+    look: dict[str, Any] = {"alpha": 0.7 if len(scores) < 100 else 0.35, "color": TRAINING}
+    places, inside = at + spread, ~failed & ~outside
+    axes.margins(y=0.08)
+    axes.scatter(places[inside], scores[inside], s=14, linewidth=0, label="model", zorder=3, **look)
+    limits = axes.get_ylim()
     medians = np.array([np.median(scores[~failed & (at == value)]) for value in distinct])
-    label = "median" if several else "_"
+    line: dict[str, Any] = {"color": VALIDATION, "label": "median" if several else "_", **STYLES["validation"]}
     if words and several:
-        axes.hlines(medians, distinct - 0.32, distinct + 0.32, color=VALIDATION, linewidth=1.8, label=label)
+        axes.hlines(medians, distinct - 0.32, distinct + 0.32, **line)
     elif not words and parameter.ordered and len(distinct) > 1:
-        axes.plot(distinct, medians, color=VALIDATION, linewidth=1.8, label=label)
-    if failed.any():
-        edge = np.full(int(failed.sum()), 0.02 if rising else 0.98)
-        cross: dict[str, Any] = {"s": 22, "marker": "x", "color": "#000000", "linewidth": 1.0, "alpha": alpha}
-        over, label = axes.get_xaxis_transform(), f"diverged: {len(edge)}"
-        axes.scatter((at + spread)[failed], edge, transform=over, label=label, **cross)
-        # Crosses do not widen the axis.
-        low = scores[~failed].min() if len(places) else 1.0
-        axes.update_datalim(np.column_stack([at, np.full(len(at), low)]))
-        axes.autoscale_view()
-    if best is not None:
-        place = (at + spread)[best], scores[best]
-        axes.scatter(*place, s=130, marker="*", color=GAP, edgecolor="#000000", linewidth=0.8, zorder=5, label="best")
+        axes.plot(distinct, medians, **line)
+    edge, over = 0.02 if rising else 0.98, axes.get_xaxis_transform()
+    marks = (
+        (outside, "v" if rising else "^", "beyond the axis", look),
+        (failed, "x", "diverged", look | {"color": "#000000"}),
+    )
+    for which, marker, name, style in marks:
+        if which.any():
+            label, heights = f"{name}: {which.sum()}", np.full(int(which.sum()), edge)
+            axes.scatter(places[which], heights, transform=over, s=22, marker=marker, label=label, **style)
+    if inside.any():
+        # the marks at the edge widen the axis of the parameter alone
+        axes.update_datalim(np.column_stack([at, np.full(len(at), scores[inside][0])]))
+        axes.autoscale_view(scaley=False)
+        axes.set_ylim(limits)
+    if kept:
+        stars, size = list(kept), 130 if len(kept) == 1 else 80
+        look = {"s": size, "marker": "*", "color": GAP, "edgecolor": "#000000", "zorder": 5}
+        axes.scatter(places[stars], scores[stars], label="kept", **look)
     axes.set_xlabel(parameter.name)
     axes.grid(alpha=0.25)
 

@@ -269,6 +269,16 @@ def read_history(run: Run) -> dict[str, list[float]]:
     return {name: [row[name] for row in rows] for name in (rows[0] if rows else ()) if name != "epoch"}
 
 
+def joint(
+    history: Mapping[str, Sequence[float]], report: Mapping[str, Any]
+) -> tuple[dict[str, Sequence[float]], list[dict[str, Sequence[float]]]]:
+    """Return a history, of an ensemble the mean while all models train, and theirs, none of an earlier release."""
+    models = [model for model in report.get("models", ()) if model["epochs"] and model["status"] != "diverged"]
+    common = min((model["epochs"] for model in models), default=None)
+    mean = {name: values[:common] for name, values in history.items()}
+    return mean, [model["history"] for model in models if "history" in model]
+
+
 def keep_metrics(run: Run, epochs: int) -> None:
     """Drop the rows of ``metrics.csv`` after ``epochs``, which a resumed training writes again."""
     kept = [row for row in read_metrics(run) if row["epoch"] <= epochs]

@@ -17,7 +17,7 @@ from fusemlp.describe.metrics import METRICS, Judged, metrics_for
 from fusemlp.engine import Engine
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import merged, merged_members
-from fusemlp.fleet.results import Member, Point
+from fusemlp.fleet.results import Member, Point, scores_of
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.uncertainty import HeldOut, Temperature, judged, scale_logits
 from fusemlp.tables import attacks, descriptions, transfer, trials
@@ -34,9 +34,9 @@ BEFORE_FINAL_FIT = 0.4
 class Trained:
     """A training that has ended; ``engine`` is the model, of several models the merged one.
 
-    ``models`` has a record for each of several models. ``held_out`` are the errors of rows that no model was trained
-    on, and ``temperature`` divides the logits of ``engine`` and ``final``: None without such rows. ``final`` is the
-    model of all rows, with its epochs and rows. ``failure``: the loss was not finite, and the engine is back at the
+    ``models`` has the ``record_of`` each of several models. ``held_out`` are the errors of rows that no model was
+    trained on, and ``temperature`` divides the logits of ``engine`` and ``final``: None without such rows. ``final`` is
+    the model of all rows, with its epochs and rows. ``failure``: the loss was not finite, and the engine is back at the
     last good epoch; ``final_failure``: that of the final fit.
     """
 
@@ -323,18 +323,14 @@ def _train_models(
     try:
         results = fleet.fit(**arguments, callback=listeners.model)
     except KeyboardInterrupt:
-        begun = [engine for engine in fleet.engines if engine.history is not None and engine.history.epochs]
+        histories = [(recipe.seed + index, engine, engine.history) for index, engine in enumerate(fleet.engines)]
+        begun = [(seed, engine, history) for seed, engine, history in histories if history and history.epochs]
         if not begun:
             raise
-        return Trained(prepared, merged(begun), interrupted=True), []
+        records = [record_of(seed, history, "interrupted", scores_of(history)) for seed, _, history in begun]
+        return Trained(prepared, merged([engine for _, engine, _ in begun]), records, interrupted=True), []
     records = [
-        {
-            "seed": recipe.seed + member.index,
-            "epochs": len(member.history.epochs),
-            "best_epoch": None if member.history.best_epoch is None else member.history.best_epoch + 1,
-            "status": member.status,
-            **member.scores,
-        }
+        record_of(recipe.seed + member.index, member.history, member.status, member.scores)
         for member in results.members
     ]
     try:
@@ -342,6 +338,13 @@ def _train_models(
     except DivergenceError as error:
         return Trained(prepared, results.members[0].engine, records, failure=error), []
     return Trained(prepared, engine, records), parts
+
+
+def record_of(seed: int, history: History, status: str, scores: Mapping[str, float]) -> dict[str, Any]:
+    """Return the record of one of several models: its end, its scores and its curves."""
+    best = None if history.best_epoch is None else history.best_epoch + 1
+    ending = {"seed": seed, "epochs": len(history.epochs), "best_epoch": best, "status": status}
+    return {**ending, **scores, "history": history.history}
 
 
 def _fit_to_all_rows(trained: Trained, listeners: Listeners) -> tuple[Engine, dict[str, int]]:
