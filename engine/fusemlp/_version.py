@@ -10,20 +10,17 @@ __version__ = "0.2.0"
 
 @cache
 def commit() -> str | None:
-    """Return the commit of this code, ending in ``-dirty`` if tracked files were changed; None if it is unknown.
-
-    A build writes it beside this file, a checkout asks git.
-    """
+    """Return the commit that the build wrote beside this file, or the checkout's (``-dirty`` if changed), or None."""
     import subprocess
 
-    built, checkout = Path(__file__).with_name("_commit.txt"), Path(__file__).resolve().parents[2]
+    built = Path(__file__).with_name("_commit.txt")
     if built.exists():
         return built.read_text(encoding="ascii").strip()
-    if not (checkout / ".git").exists():
-        return None
-    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    # with the folder named, git does not look in those around it
+    command = ["git", "--git-dir=.git", "--work-tree=.", "--no-optional-locks", "describe", "--always", "--dirty"]
+    command += ["--abbrev=12", "--exclude=*"]
     try:
-        described = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
-    except OSError:  # no git
+        described = subprocess.run(command, cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True)
+    except OSError:
         return None
     return described.stdout.strip() or None

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from fusemlp import load, load_checkpoint
-from make import read, rows, run
+from fusemlp.sklearn import MLPClassifier, TableRegressor
+from make import frame, read, rows, run
 
-RELEASE = Path(__file__).parents[1] / "fixtures" / "release_0_1_0"
-FOLDER = Path(__file__).parents[1] / "fixtures" / "runs_2026_11"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+RELEASE, ESTIMATORS, FOLDER = (FIXTURES / name for name in ("release_0_1_0", "release_0_2_0", "runs_2026_11"))
 TABLE = FOLDER / "homes.csv"
 # A plain network, five merged ones, members that share weights, the best model of a sweep.
 NAMES = ("plain", "five", "members", "sweep")
@@ -138,3 +139,11 @@ def test_a_pickled_estimator_trains_on(name, target, method, expected):
     close(getattr(estimator, method)(expected["X"]), expected[name])
     estimator.partial_fit(expected["X"], expected[target])
     close(getattr(estimator, method)(expected["X"]), expected[f"{name}_next"])
+
+
+def test_estimators_that_were_saved(expected):
+    with np.load(ESTIMATORS / "expected.npz") as arrays:
+        wanted = dict(arrays)
+    close(MLPClassifier.load(ESTIMATORS / "classifier.safetensors").predict_proba(expected["X"]), wanted["classifier"])
+    predicted = TableRegressor.load(ESTIMATORS / "regressor.safetensors").predict(frame(60, gaps=True))
+    np.testing.assert_allclose(predicted, wanted["regressor"], rtol=0, atol=TOLERANCE * abs(wanted["regressor"]).max())

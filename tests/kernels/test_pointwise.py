@@ -1,6 +1,7 @@
 """Printed files are fresh, an unknown number is never another function, and a new row is a new function."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.pointwise import OPTIMIZERS, lines
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "engine/docs/contributing.md"
 PACKAGE = Path(fusemlp_kernels.__file__).parent
 
 
@@ -133,10 +135,8 @@ def test_numbers_without_a_formula_give_nan_in_the_compiled_loop():
 
 
 # One row for softsign (Turian et al., 2009), one for RMSprop (Tieleman and Hinton, 2012) and a line for the number that
-# it reads: the package gets no more.
-ACTIVATION_ROW = """
-    "softsign": Activation("z / (1 + abs(z))", "s = 1 / (1 + abs(z)); s * s"),
-"""
+# it reads: the package gets no more. The page shows the rows of an activation, in pointwise.py and in the oracle.
+ACTIVATION_ROW, ORACLE_ROW = re.findall(r"^```py(\n    \"softsign\": .*?)^```$", PAGE.read_text("utf-8"), re.M | re.S)
 OPTIMIZER_ROW = """
     "rmsprop": Optimizer(
         ("mean_square",),
@@ -147,7 +147,7 @@ OPTIMIZER_ROW = """
 HYPERPARAMETER = """
     alpha: float = 0.99
 """
-# The oracle's formulas for them, and how large the errors may be: a plugin of the pytest that tests the copy.
+# The oracle's formulas, and how large the errors may be: a plugin of the pytest that tests the copy.
 PLUGIN = """
 import calls
 import numpy as np
@@ -156,15 +156,7 @@ from fusemlp_kernels import reference
 from fusemlp_kernels.contract import UpdateRule
 
 
-def softsign(z, a):
-    return z / (1.0 + np.abs(z))
-
-
-def softsign_grad(z, a):
-    return (1.0 + np.abs(z)) ** -2
-
-
-reference._ACTIVATIONS["softsign"] = softsign, softsign_grad
+reference._ACTIVATIONS |= {ORACLE_ROW}
 tolerance.ULPS["softsign"], tolerance.LIPSCHITZ["softsign"], tolerance.CURVATURE["softsign"] = 3, 1.0, 2.0
 calls.RULES["rmsprop"] = UpdateRule("rmsprop", alpha=0.9, eps=1e-3)
 update, update_bound = reference.update, tolerance.update_bound
@@ -244,7 +236,7 @@ def test_one_row_adds_an_activation_or_an_optimizer_on_every_backend(tmp_path):
         end = text.index(stop, text.index(start))
         text = text[:end] + row.rstrip() + text[end:]
     table.write_text(text, "utf-8")
-    (tmp_path / "added_formulas.py").write_text(PLUGIN, "utf-8")
+    (tmp_path / "added_formulas.py").write_text(PLUGIN.replace("ORACLE_ROW", ORACLE_ROW), "utf-8")
     (tmp_path / "test_added.py").write_text(TESTS, "utf-8")
     paths = [tmp_path, ROOT / "engine", ROOT / "tests/kernels", *filter(None, [os.environ.get("PYTHONPATH")])]
     given = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "NUMBA_CACHE_DIR": str(tmp_path / "numba")}

@@ -184,7 +184,6 @@ def read_idx(path: Path) -> Array:
     try:
         return np.frombuffer(content, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
     except ValueError as error:
-        # a length of 0 beside huge ones, or too many dimensions
         raise DataError(f"{path}: its header announces shape {shape}, which no array has; fetch it again") from error
 
 
