@@ -1,0 +1,85 @@
+"""The gallery: draw the pictures of its programs, and make its page of the site as a hook of mkdocs.
+
+A program of ``engine/docs/gallery`` is a script that saves one picture of its own name. Its docstring is the text of
+the page. ``python ci/site_gallery.py [NAME...]`` runs the programs, in ci/test's environment, and writes each picture
+beside its program, as a small PNG of 128 colours that names the code it was made of (``fingerprint``): a test finds a
+picture that is older than its program.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+
+FOLDER = Path(__file__).resolve().parents[1] / "engine/docs/gallery"
+STYLE = FOLDER / "gallery.mplstyle"
+# The order of the page.
+NAMES = ("photograph", "boundaries", "curves", "sweep", "quantiles", "dependence", "attack", "certified")
+INTRODUCTION = """\
+# Gallery
+
+Each picture comes from the program below it, which runs in seconds on one core. The programs need nothing but fusemlp;
+save one in a file and run it. `.venv/bin/python ci/site_gallery.py` draws all pictures of this page again.
+"""
+
+
+def fingerprint(name: str) -> str:
+    """Return a hash of the code and the style that make a picture."""
+    program = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    return hashlib.sha256((program + STYLE.read_text(encoding="utf-8")).encode()).hexdigest()
+
+
+def draw(name: str, folder: Path) -> dict[str, Any]:
+    """Run a program in a folder, compress its picture there, and return the names that the program leaves."""
+    import matplotlib.pyplot as plt
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    plt.switch_backend("agg")
+    with plt.style.context(STYLE), contextlib.chdir(folder):
+        names = runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+        plt.close("all")
+    picture, about = folder / f"{name}.png", PngInfo()
+    about.add_text("Description", fingerprint(name))
+    Image.open(picture).quantize(128).save(picture, optimize=True, pnginfo=about)
+    return names
+
+
+def section(name: str) -> str:
+    """Return a program as a section of the page: title, text, picture and code."""
+    program = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    docstring = ast.parse(program).body[0]
+    title, _, text = ast.literal_eval(docstring.value).partition("\n\n")
+    code = "\n".join(program.splitlines()[docstring.end_lineno :]).strip()
+    indented = "\n".join(f"    {line}".rstrip() for line in code.splitlines())
+    return (
+        f"## {title.rstrip('.')}\n\n{text.strip()}\n\n![{title.rstrip('.')}]({name}.png)\n\n"
+        f'??? example "{name}.py"\n    ```python\n{indented}\n    ```\n'
+    )
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the page of the gallery."""
+    from mkdocs.structure.files import File
+
+    page = "\n".join([INTRODUCTION, *map(section, NAMES)])
+    files.append(File.generated(config, "gallery/index.md", content=page))
+    return files
+
+
+if __name__ == "__main__":
+    for picture in sys.argv[1:] or NAMES:
+        with tempfile.TemporaryDirectory() as folder:
+            draw(picture, Path(folder))
+            (FOLDER / f"{picture}.png").write_bytes((Path(folder) / f"{picture}.png").read_bytes())
+        print(FOLDER / f"{picture}.png")
