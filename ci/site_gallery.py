@@ -14,6 +14,7 @@ import hashlib
 import runpy
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +29,22 @@ NAMES = ("photograph", "boundaries", "curves", "sweep", "quantiles", "dependence
 INTRODUCTION = """\
 # Gallery
 
-Each picture comes from the program below it, which runs in seconds on one core. The programs need nothing but fusemlp;
-save one in a file and run it. `.venv/bin/python ci/site_gallery.py` draws all pictures of this page again.
+Each picture comes from the program below it, which runs in seconds on one core and needs nothing but fusemlp. In a
+checkout, `.venv/bin/python ci/site_gallery.py` draws all pictures of this page again.
 """
+
+
+def parts(name: str) -> tuple[str, str, str]:
+    """Return the title, the text and the code of a program."""
+    program = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    docstring = ast.parse(program).body[0]
+    title, _, text = (ast.get_docstring(ast.parse(program)) or "").partition("\n\n")
+    return title.rstrip("."), text, "\n".join(program.splitlines()[docstring.end_lineno :]).strip()
 
 
 def fingerprint(name: str) -> str:
     """Return a hash of the code and the style that make a picture."""
-    program = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
-    return hashlib.sha256((program + STYLE.read_text(encoding="utf-8")).encode()).hexdigest()
+    return hashlib.sha256((parts(name)[2] + STYLE.read_text(encoding="utf-8")).encode()).hexdigest()
 
 
 def draw(name: str, folder: Path) -> dict[str, Any]:
@@ -57,15 +65,9 @@ def draw(name: str, folder: Path) -> dict[str, Any]:
 
 def section(name: str) -> str:
     """Return a program as a section of the page: title, text, picture and code."""
-    program = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
-    docstring = ast.parse(program).body[0]
-    title, _, text = ast.literal_eval(docstring.value).partition("\n\n")
-    code = "\n".join(program.splitlines()[docstring.end_lineno :]).strip()
-    indented = "\n".join(f"    {line}".rstrip() for line in code.splitlines())
-    return (
-        f"## {title.rstrip('.')}\n\n{text.strip()}\n\n![{title.rstrip('.')}]({name}.png)\n\n"
-        f'??? example "{name}.py"\n    ```python\n{indented}\n    ```\n'
-    )
+    title, text, code = parts(name)
+    fenced = textwrap.indent(f"```python\n{code}\n```\n", "    ")
+    return f'## {title}\n\n{text}\n\n![{title}]({name}.png)\n\n??? example "{name}.py"\n{fenced}'
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

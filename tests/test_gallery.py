@@ -57,11 +57,11 @@ def photograph(names):
 
 
 def quantiles(names):
-    bands = np.stack([names[f"q{level}"] for level in (5, 25, 50, 75, 95)])
-    assert np.all(np.diff(bands, axis=0) >= 0)
-    width = bands[-1] - bands[0]
+    low, median, high = (names[name] for name in ("low", "median", "high"))
+    assert np.all(low <= median) and np.all(median <= high)
+    width = high - low
     assert width[-30:].mean() > 3 * width[:30].mean()
-    assert 0.86 < names["inside"].mean() < 0.94
+    assert 0.75 < names["inside"].mean() < 0.85
 
 
 def sweep(names):
@@ -89,5 +89,5 @@ def test_a_program_shows_what_it_says_and_its_picture_is_of_it(name, tmp_path):
 
 def test_the_page_has_the_text_and_the_code_of_a_program():
     section = site_gallery.section("photograph")
-    assert section.startswith("## A photograph as a function")
+    assert section.startswith("## A learned photograph\n\nA network")
     assert "(photograph.png)" in section and "    from fusemlp import MLP, Adam, Engine\n" in section

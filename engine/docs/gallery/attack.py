@@ -1,7 +1,7 @@
-"""Adversarial examples: digits that a network no longer recognises.
+"""Adversarial examples.
 
-Each pixel moves by a tenth of the range from white to black at most. The eye still reads the digits; the plainly
-trained network does not. Training against the attack restores most of them.
+Each pixel moves by a tenth of the range from white to black at most. People still read the digits; the plainly trained
+network does not. Training against the attack mends most of it.
 """
 
 import matplotlib.pyplot as plt

@@ -1,7 +1,8 @@
-"""Decision boundaries of four networks, trained together as one fleet.
+"""Decision boundaries.
 
-Three units in each hidden layer are enough to separate the two spirals, with sharp corners. With 32 the boundary runs
-in the middle between them. With two the network cuts the plane a few times and mixes the inner turns.
+Four networks, trained together as one fleet. Three units in each hidden layer are enough to separate the two spirals,
+with sharp corners. With 32 the boundary runs in the middle between them. With two the network cuts the plane a few
+times and mixes the inner turns.
 """
 
 import matplotlib.pyplot as plt

@@ -1,7 +1,8 @@
-"""Certified accuracy: the share of images that no attack of a given size can turn.
+"""Certified accuracy.
 
-The solid lines are proven from below, the dashed ones are the accuracy under an attack: the truth lies between them.
-For plain training the two are far apart. Training with interval bounds (IBP) brings them together.
+The solid line is the share of new images that provably no attack of this size can turn. The dashed line is the accuracy
+under one attack. The truth lies between the two. For plain training they are far apart; training with interval bounds
+(IBP) brings them together.
 """
 
 import matplotlib.pyplot as plt

@@ -1,7 +1,8 @@
-"""Partial dependence: how the prediction moves with one column, the others as they are.
+"""Partial dependence.
 
-Each faint line is a patient, the bold one their mean. The progress of diabetes rises with body mass and blood pressure
-and hardly depends on age. The estimator is scikit-learn's kind, so that scikit-learn's inspection draws it.
+A faint line shows how the prediction for one patient moves with one column while the others stay; the bold line is the
+mean. The progress of diabetes rises with body mass (bmi) and blood pressure (bp), and hardly depends on age. The model
+is an estimator as scikit-learn defines them, so scikit-learn's inspection draws it.
 """
 
 import matplotlib.pyplot as plt

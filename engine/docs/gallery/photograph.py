@@ -1,7 +1,7 @@
-"""A photograph as a function: a network learns the colour of each pixel from its place.
+"""A learned photograph.
 
-From the two coordinates alone the network learns soft blots. Given sines and cosines of the coordinates at several
-frequencies (Tancik et al., 2020) it learns roofs and columns.
+A network learns the colour of each pixel from its place. From two coordinates alone it learns soft blots. From sines
+and cosines of the coordinates at many frequencies (Tancik et al., 2020) it learns roofs and columns.
 """
 
 import matplotlib.pyplot as plt

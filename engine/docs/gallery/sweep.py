@@ -1,7 +1,7 @@
-"""A sweep: 96 networks, a cell for the mean of two seeds.
+"""A sweep.
 
-The learning rates in the middle work best. Below them ten epochs are too few, and above 1 no network learns anything.
-The narrower the network, the fewer rates work for it.
+96 networks; a cell is the mean of two seeds. The learning rates in the middle work best. Below them ten epochs are too
+few, and above 1 no network learns anything. The narrower the network, the fewer rates work for it.
 """
 
 import matplotlib.pyplot as plt
