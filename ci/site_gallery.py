@@ -1,4 +1,4 @@
-"""The gallery: draw the pictures of its programs, and make its page of the site as a hook of mkdocs.
+"""The gallery: draw the pictures of its programs, and add them to its page as a hook of mkdocs.
 
 A program of ``engine/docs/gallery`` is a script that saves one picture of its own name. Its docstring is the text of
 the page. ``python ci/site_gallery.py [NAME...]`` runs the programs, in ci/test's environment, and writes each picture
@@ -21,17 +21,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 FOLDER = Path(__file__).resolve().parents[1] / "engine/docs/gallery"
 STYLE = FOLDER / "gallery.mplstyle"
 # The order of the page.
 NAMES = ("photograph", "boundaries", "curves", "sweep", "quantiles", "dependence", "attack", "certified")
-INTRODUCTION = """\
-# Gallery
-
-Each picture comes from the program below it, which runs in seconds on one core and needs nothing but fusemlp. In a
-checkout, `.venv/bin/python ci/site_gallery.py` draws all pictures of this page again.
-"""
 
 
 def parts(name: str) -> tuple[str, str, str]:
@@ -70,13 +65,11 @@ def section(name: str) -> str:
     return f'## {title}\n\n{text}\n\n![{title}]({name}.png)\n\n??? example "{name}.py"\n{fenced}'
 
 
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the page of the gallery."""
-    from mkdocs.structure.files import File
-
-    page = "\n".join([INTRODUCTION, *map(section, NAMES)])
-    files.append(File.generated(config, "gallery/index.md", content=page))
-    return files
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Add the programs to the page of the gallery."""
+    if page.file.src_uri != "gallery/index.md":
+        return markdown
+    return "\n".join([markdown, *map(section, NAMES)])
 
 
 if __name__ == "__main__":

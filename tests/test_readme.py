@@ -22,6 +22,8 @@ from make import run
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = tuple(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "engine/docs").rglob("*.md")))
 PAGES = ("README.md", "engine/README.md", "engine/tutorial/README.md", "kernels/README.md", "bench/README.md", *DOCS)
+# tests/test_guides.py runs these: their commands and Python blocks take turns.
+GUIDES = tuple(page for page in DOCS if page.startswith("engine/docs/guides/"))
 RUNS = {
     "runs/digits-...": "fusemlp train digits --epochs 2",
     "runs/houses-...": "fusemlp train houses.csv --target price --models 1 --epochs 2",
@@ -112,7 +114,7 @@ FACTS = {
 }
 
 
-@pytest.mark.parametrize("page", [page for page in DOCS if blocks(page, "python")])
+@pytest.mark.parametrize("page", [page for page in DOCS if page not in GUIDES and blocks(page, "python")])
 def test_the_snippets_of_the_documentation(page, folder):
     names = run_snippets(page)
     assert FACTS.get(page.removeprefix("engine/docs/"), bool)(names)
@@ -184,7 +186,7 @@ def newest_run(named):
     return str(max(Path().glob(pattern), key=lambda path: path.stat().st_mtime))
 
 
-@pytest.mark.parametrize("page", [page for page in ("README.md", *DOCS) if commands(page)])
+@pytest.mark.parametrize("page", [page for page in ("README.md", *DOCS) if page not in GUIDES and commands(page)])
 def test_commands_run_as_typed(page, folder, capsys):
     write_tables()
     for _, *words in commands(page):

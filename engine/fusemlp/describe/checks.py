@@ -140,7 +140,8 @@ def returned_number(argument: str, name: str, value: Any) -> float:
             return float(value)
     except (TypeError, ValueError):
         pass
-    raise ArgumentTypeError(f"{argument}: {name!r} returned {value!r}; expected one number, such as errors.mean()")
+    what = f"an array of shape {value.shape}" if isinstance(value, np.ndarray) else repr(value)
+    raise ArgumentTypeError(f"{argument}: {name!r} returned {what}; expected one number, such as errors.mean()")
 
 
 def as_deadline(argument: str, seconds: Any) -> float:
