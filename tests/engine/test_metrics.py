@@ -336,7 +336,7 @@ def test_functions_are_metrics_of_targets_and_outputs():
         ([largest, largest], ArgumentError, "metrics: there are two of the name 'largest'; rename the function"),
         (["accuracy", accuracy], ArgumentError, "metrics: there are two of the name 'accuracy'"),
         ([lambda t, y: "high"], ArgumentTypeError, "metrics: '<lambda>' returned 'high'; expected one number"),
-        ([lambda t, y: y[0]], ArgumentTypeError, r"'<lambda>' returned an array of shape \(2,\); expected one number"),
+        ([lambda t, y: y[0]], ArgumentTypeError, r"'<lambda>' returned an array of shape \(3,\); expected one number"),
     ):
         with pytest.raises(error, match=words):
             engine.fit(X, y, epochs=1, validation_data=(Xv, yv), metrics=wrong)
