@@ -39,37 +39,31 @@ def of_program(about: str, commands: Mapping[str, str], options: Iterable[Any]) 
     return _page("fusemlp COMMAND [OPTIONS]", about, {**groups, "Options": [*map(_row, options)]}, rest)
 
 
-def of_command(path: str, about: str, parameters: Iterable[Any], *, everything: bool) -> str:
+def of_command(path: str, about: str, parameters: Sequence[Any], *, everything: bool) -> str:
     """Return the help of a command with typer's ``parameters``; ``everything``: all options of a command with many."""
-    themes: dict[str, list[tuple[str, str]]] = {"Arguments": []}
-    common, count, usage = list[tuple[str, str]](), 0, [path, "[OPTIONS]"]
-    for parameter in parameters:
-        name, text = _row(parameter)
-        if parameter.param_type_name == "argument":
-            themes["Arguments"].append((name, text))
-            usage.append(name if parameter.required else f"[{name}]")
-            continue
-        count += 1
+    arguments = [parameter for parameter in parameters if parameter.param_type_name == "argument"]
+    options = [parameter for parameter in parameters if parameter.param_type_name == "option"]
+    usage = [path, "[OPTIONS]", *(each.metavar if each.required else f"[{each.metavar}]" for each in arguments)]
+    themes: dict[str, list[tuple[str, str]]] = {}
+    for option in options:
         # --help itself has no theme
-        themes.setdefault(getattr(parameter, "rich_help_panel", None) or "Options", []).append((name, text))
-        if parameter.name in COMMON:
-            common.append((name, _first(text, ". ")))
+        themes.setdefault(getattr(option, "rich_help_panel", None) or "Options", []).append(_row(option))
     rest = ""
-    if count > MOST and not everything:
-        themes = {"Arguments": themes["Arguments"], "Common options": common}
-        rest = f"{path} --help-all shows all {count} options by theme."
-    return _page(" ".join(usage), about, {title: rows for title, rows in themes.items() if rows}, rest)
+    if len(options) > MOST and not everything:
+        rows = map(_row, (option for option in options if option.name in COMMON))
+        themes = {"Common options": [(name, _first(text, ". ")) for name, text in rows]}
+        rest = f"{path} --help-all shows all {len(options)} options by theme."
+    described = {"Arguments": [(each.metavar, each.help) for each in arguments]} if arguments else {}
+    return _page(" ".join(usage), about, {**described, **themes}, rest)
 
 
-def _row(parameter: Any) -> tuple[str, str]:
-    """Return the names of an option or argument with the word for its value, and its explanation with the default."""
-    if parameter.param_type_name == "argument":
-        return parameter.metavar, parameter.help
-    names, default = ", ".join(sorted(parameter.opts, key=len)), parameter.default
-    if parameter.secondary_opts:
-        names, default = f"{names} / {parameter.secondary_opts[0]}", parameter.opts[0] if default else None
-    note = " [required]" if parameter.required else "" if default in (None, False) else f" [default: {default}]"
-    return f"{names} {parameter.metavar or ''}".rstrip(), f"{parameter.help}{note}"
+def _row(option: Any) -> tuple[str, str]:
+    """Return the names of an option with the word for its value, and its explanation with the default."""
+    names, default = ", ".join(sorted(option.opts, key=len)), option.default
+    if option.secondary_opts:
+        names, default = f"{names} / {option.secondary_opts[0]}", option.opts[0] if default else None
+    note = " [required]" if option.required else "" if default in (None, False) else f" [default: {default}]"
+    return f"{names} {option.metavar or ''}".rstrip(), f"{option.help}{note}"
 
 
 def _first(text: str, end: str) -> str:

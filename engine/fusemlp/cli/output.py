@@ -90,11 +90,11 @@ def going_on(command: str, run: Path) -> str:
 
 
 def shorter(options: Any, prepared: Prepared, epochs: int, fewer: str) -> str:
-    """Return the option that shortens a training: ``fewer`` models if given; none if it is resumed by its options."""
-    if options.resume is not None or fewer:
-        return fewer if options.resume is None else ""
+    """Return the option that shortens a training: ``fewer`` models if given; none for one that is resumed."""
+    if options.resume is not None:
+        return ""
     stops = options.early_stopping or not prepared.validates
-    return f"--epochs {max(1, epochs // 4)}" if stops else "--early-stopping 10"
+    return fewer or (f"--epochs {max(1, epochs // 4)}" if stops else "--early-stopping 10")
 
 
 def finite(content: Any) -> Any:
