@@ -209,7 +209,7 @@ def test_commands_have_options_that_exist(page):
     lines = [line[line.index("fusemlp ") :] for line in lines if not line.startswith(("pip", "#"))]
     for line in lines:
         _, name, *words = shlex.split(line, comments=True)
-        options = {"--help", *(option for parameter in known[name].params for option in parameter.opts)}
+        options = {"--help", "--help-all", *(option for parameter in known[name].params for option in parameter.opts)}
         assert {word for word in words if word.startswith("--")} <= options, line
 
 

@@ -140,5 +140,5 @@ def test_a_result_that_cannot_be_written(whole, tmp_path, monkeypatch, capsys):
     full(monkeypatch, files, "replace_file", lambda *_: True)
     out = tmp_path / "out.csv"
     assert run("predict", whole, "--data", tmp_path / "new.npz", "--out", out) == 1
-    assert capsys.readouterr().err == f"error: {out}: No space left on device\n"
+    assert capsys.readouterr().err == f"error: out: {str(out)!r} cannot be written (No space left on device)\n"
     assert not out.exists()
