@@ -164,6 +164,9 @@ def write_tables():
     Path("flats.csv").write_text("\n".join(flats))
     visits = [f"v{i},{p},{20 + i},{100 + 3 * i}" for i, p in enumerate(patient)]
     Path("visits.csv").write_text("\n".join(["name,patient,age,cost", *visits]))
+    for at, part in enumerate(("march", "april", "recent")):
+        sold = [f"F{row},{house}" for row, house in enumerate(houses[1:])][at::3]
+        Path(f"{part}.csv").write_text("\n".join(["flat_id,size,zone,price", *sold]))
     pixels = [f"pixel_{row}_{column}" for row in range(8) for column in range(8)]
     Path("new.csv").write_text(",".join(["size,street", *pixels]) + "\n" + ",".join(["80,a", *"0" * 64]) + "\n")
 
