@@ -31,7 +31,7 @@ FACTS = {
     "gpu": lambda names: names["history"].history["accuracy"][-1] > 0.8,
     "imbalance": lambda names: rare(names) is None,
     "many-models": lambda names: min(names["alone"]) < names["accuracy"] and names["search"].best_score_ > 0.93,
-    "messy-table": lambda names: names["model"].score(names["table"][450:], names["price"][450:]) > 0.7,
+    "messy-table": lambda names: names["model"].score(names["table"][1200:], names["price"][1200:]) > 0.7,
     "own-loss": lambda names: names["engine"].loss.name == "cost",
     "own-metric": lambda names: max(names["history"].history["val_top_2_accuracy"]) > 0.97,
     "production": lambda names: (
