@@ -366,7 +366,7 @@ def test_other_values_in_memory(tmp_path):
         (pandas.DataFrame([[1, 2, 3]], columns=["a", "a", "y"]), "y", "DataFrame: several columns are called 'a'"),
         (mixed, None, "DataFrame: say which column is the target; the columns are 'a', 'y'"),
         (mixed, "z", "DataFrame: there is no target column 'z'"),
-        (pandas.DataFrame({"a": [1.0, math.inf], "y": [1, 2]}), "y", "row 1, column 'a': inf is not a finite number"),
+        (pandas.DataFrame({"a": [1, 2], "y": [1.0, math.inf]}), "y", "row 1, column 'y': inf is not a finite number"),
         (
             pandas.DataFrame({"a": [{"b": 1}, {}], "y": [1, 2]}),
             "y",
@@ -377,6 +377,18 @@ def test_other_values_in_memory(tmp_path):
             load_data(table, target=target)
     with pytest.raises(DataError, match=r"a\.feather: it cannot be read as a feather file"):
         read_table(write(tmp_path / "a.feather", b"FEA1 and more"))
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_durations_and_times_of_day_are_seconds(library):
+    frame = pytest.importorskip(library).DataFrame(
+        {"wait": [datetime.timedelta(hours=1, microseconds=5), None], "at": [datetime.time(1, 30, 0, 5), None]}
+    )
+    notes = []
+    columns = read_table(as_frame(frame), notes=notes)
+    np.testing.assert_array_equal(np.stack([*columns.values()]), [[3600.000005, np.nan], [5400.000005, np.nan]])
+    assert notes == [f"column {name!r} holds durations or times of day, taken in seconds" for name in columns]
+    assert read_table(as_frame(frame), target="wait")["wait"].tolist() == [3600.000005]
 
 
 def test_excel(tmp_path, monkeypatch):

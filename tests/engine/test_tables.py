@@ -144,7 +144,7 @@ def test_other_text_is_no_number(text):
 
 
 def test_all_mistakes_are_in_one_message(tmp_path):
-    lines = ["a,b,y", *(f"{i},{i / 3:.3f},{i % 2}" for i in range(60)), "x,1,0", "3,y y,1", "4,5", *["inf,3,1"] * 5]
+    lines = ["a,b,y", *(f"{i},{i / 3:.3f},{i % 2}" for i in range(60)), "x,1,0", "3,y y,1", "4,5", *["many,3,1"] * 5]
     with pytest.raises(DataError) as caught:
         load_data(write(tmp_path / "a.csv", "\n".join(lines)), target="y")
     first, *others = str(caught.value).splitlines()

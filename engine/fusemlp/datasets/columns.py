@@ -35,6 +35,8 @@ _PLAIN = {mark: rf"^[+-]?[0-9]{{1,200}}(?:[{mark}][0-9]{{0,200}})?$" for mark in
 _EMPTY, _NULL = text_array([""])[0], pa.nulls(1, pa.string())[0]
 _NAN = pc.cast(text_array(["nan"]), pa.float64())[0]
 _NAT = pc.cast(text_array([str(np.iinfo(np.int64).min)]), pa.int64())[0]
+_MICROSECONDS = pc.cast(text_array(["1e6"]), pa.float64())[0]
+_INFINITE = ("inf", "infinity")
 _NO_DATE = MISSING | {"NaT"}
 
 
@@ -49,6 +51,20 @@ def _is_number(kind: pa.DataType) -> bool:
 
 def _is_date(kind: pa.DataType) -> bool:
     return bool(pa.types.is_timestamp(kind) or pa.types.is_date(kind))
+
+
+def _is_time(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_duration(kind) or pa.types.is_time(kind))
+
+
+def _plain(values: Any) -> Any:
+    """Return a piece of a column without a dictionary, and durations and times of day in seconds."""
+    values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+    if not _is_time(values.type):
+        return values
+    unit = pa.duration("us") if pa.types.is_duration(values.type) else pa.time64("us")
+    counts = pc.cast(pc.cast(values, unit, safe=False), pa.int64())
+    return pc.divide(pc.cast(counts, pa.float64()), _MICROSECONDS)
 
 
 def _among(values: Any, words: Collection[str]) -> Any:
@@ -118,13 +134,15 @@ class Column:
         # The index of each different word.
         self.codes: dict[str, int] = {}
         self.notes: list[str] = []
-        # True if a time has a zone; a number that float64 does not hold.
-        self.zoned = False
+        # True if a time has a zone, of durations; a number that float64 does not hold; the number of infinite ones.
+        self.zoned = self.timed = False
         self.rounded: str | None = None
+        self.infinite = 0
 
     def add(self, values: Any) -> None:
         """Append a piece of the column, an Arrow array."""
-        values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+        self.timed = self.timed or _is_time(values.type)
+        values = _plain(values)
         kind = values.type
         if pa.types.is_null(kind) or is_text(kind):
             self._add_text(pc.fill_null(pc.cast(values, pa.string()), _EMPTY))
@@ -137,8 +155,9 @@ class Column:
             numbers = _to_numpy(pc.cast(values, pa.float64(), safe=False))
             if not pa.types.is_floating(kind):
                 self._watch_digits(pc.cast(values, pa.string()), numbers)
-            check_finite(self.name, numbers, self.rows, self.problems)
-            self._append(numbers)
+            infinite = np.isinf(numbers)
+            self.infinite += int(infinite.sum())
+            self._append(np.where(infinite, np.nan, numbers))
         elif _is_number(kind) or (_is_date(kind) and self.kind == "word"):
             self._add_text(as_text(values))
         else:
@@ -198,6 +217,8 @@ class Column:
             text = texts[row].as_py().strip()
             if self.fixed and text.lower() in ("true", "false"):
                 numbers[row] = text.lower() == "true"
+            elif text.lower().lstrip("+-") in _INFINITE:
+                self.infinite += 1
             else:
                 self._wrong(row, _not_numeric(text, self.decimal, self.fixed))
         return numbers
@@ -226,9 +247,13 @@ class Column:
         notes += self.notes
         if self.zoned:
             notes.append(f"column {self.name!r} holds times with a zone: they are taken in UTC, as those without one")
+        if self.timed:
+            notes.append(f"column {self.name!r} holds durations or times of day, taken in seconds")
         if self.rounded is not None:
             instead = "" if self.fixed else "; --categorical takes them as words, --id as names of the rows"
             notes.append(f"column {self.name!r} loses the last digits of numbers such as {self.rounded}{instead}")
+        if self.infinite:
+            notes.append(f"column {self.name!r} holds infinite numbers, taken as missing cells: {self.infinite}")
         if self.kind is None or not self.pieces:
             # No cell of the column has a value.
             return np.full(sum(map(len, self.waiting)), np.nan)
@@ -261,7 +286,7 @@ class Target:
 
     def add(self, values: Any) -> None:
         """Append a piece of the column, an Arrow array."""
-        self.pieces.append(values.dictionary_decode() if pa.types.is_dictionary(values.type) else values)
+        self.pieces.append(_plain(values))
 
     def finish(self, words: bool, with_types: bool) -> Array:
         """Return the labels of the rows that have one; ``missing`` says which have none."""
@@ -281,7 +306,10 @@ class Target:
             values = _to_numpy(pc.cast(present, dtype))
             if values.dtype.kind == "f":
                 values = values.astype(np.float64)
-                check_finite(self.name, values, np.flatnonzero(~self.missing), self.problems)
+                rows = np.flatnonzero(~self.missing)
+                for at in np.flatnonzero(np.isinf(values)).tolist():
+                    text = f"{values[at]} is not a finite number; correct it or drop the row"
+                    self.problems.add(self.name, int(rows[at]), text)
             values = values.astype(np.int64) if values.dtype.kind == "i" else values
             return np.asarray(values, str if words else values.dtype)
         if not (is_text(whole.type) or pa.types.is_null(whole.type)):
@@ -327,13 +355,6 @@ def as_text(values: Any) -> Any:
     # Whole numbers are floats where other rows of their column are missing.
     whole = (int(v) if isinstance(v, float) and v.is_integer() else v for v in coded.dictionary.to_pylist())
     return pc.fill_null(text_array([str(value) for value in whole]).take(coded.indices), _EMPTY)
-
-
-def check_finite(column: str, numbers: Array, first: Any, problems: Problems) -> None:
-    """Enter infinite numbers as mistakes; ``first`` is the number of the first row, or those of all."""
-    for index in np.flatnonzero(np.isinf(numbers)).tolist():
-        row = first + index if isinstance(first, int) else int(first[index])
-        problems.add(column, row, f"{numbers[index]} is not a finite number; correct it or drop the row")
 
 
 def refuse_type(column: str, values: Any, problems: Problems) -> None:

@@ -96,6 +96,8 @@ def _from_pandas(column: Any) -> Any:
     """Return a column of pandas as an Arrow array; one that mixes words and numbers holds words."""
     import pyarrow
 
+    # a period is the moment at which it begins
+    column = column.dt.to_timestamp() if hasattr(column.dtype, "freq") else column
     try:
         return pyarrow.Array.from_pandas(column)
     except (pyarrow.ArrowException, TypeError):

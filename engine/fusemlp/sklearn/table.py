@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-from sklearn.utils import check_consistent_length, check_random_state
+from sklearn.utils import check_array, check_random_state
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_y, check_is_fitted
@@ -42,14 +42,14 @@ from fusemlp.report.runs import open_run, read_metrics, weights_path
 from fusemlp.report.uncertainty import HeldOut, intervals, sets, spread
 from fusemlp.runtime.files import CHECKPOINT, reading_file
 from fusemlp.sklearn import files
-from fusemlp.sklearn.table_rows import as_table, read, with_validation
+from fusemlp.sklearn.table_rows import as_table, read, with_target, with_validation
 from fusemlp.tables import transfer
 from fusemlp.tables.descriptions import DEFAULT_WIDTH, EPOCHS, PATIENCE
 from fusemlp.tables.recipe import TableRecipe, name_of
 from fusemlp.tables.scores import scores_of
 from fusemlp.tables.training import Listeners, Trained, train_table
 from fusemlp.training.history import History
-from fusemlp_kernels.errors import ArgumentError, DataError, unknown_name
+from fusemlp_kernels.errors import ArgumentError, unknown_name
 
 log = logging.getLogger("fusemlp.sklearn")
 
@@ -135,14 +135,15 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
 
     @abstractmethod
     def _checked_targets(self, y: Any) -> Array:
-        """Return labels (n,), or values (n,) or (n, targets)."""
+        """Return labels (n,), or values (n,) or (n, targets), of rows that have one."""
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None, *, X_val: Any = None, y_val: Any = None) -> Self:
         """Fit to a table X and its targets y: labels (n,), or values (n,) or (n, targets).
 
         X: a data frame of pandas or polars, an Arrow table, or an array (n, columns); cells may be missing. Later
-        tables may have their columns in any order, and others among them. sample_weight (n,): a row of weight 0 counts
-        as left out. X_val, y_val: rows for early stopping in place of held-out ones.
+        tables may have their columns in any order, and others among them. Rows without a target are left out, with a
+        line in ``notes_``. sample_weight (n,): a row of weight 0 counts as left out. X_val, y_val: rows for early
+        stopping in place of held-out ones.
 
         Raises ArgumentError, ArgumentTypeError, DataError (all mistakes of the table in one message) before anything
         has changed, DivergenceError when the loss is no longer finite.
@@ -176,15 +177,15 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         recipe = self._recipe()
         source = transfer.opened(recipe)
         like = None if source is None else source.preprocessor
-        dataset, weight = read(self, X, self._checked_targets(y), sample_weight, like)
+        dataset = read(self, X, y, self._checked_targets, sample_weight, like)
         self._find_classes(dataset.classes)
         if X_val is not None:
-            dataset = with_validation(dataset, self, X_val, self._checked_targets(y_val))
+            dataset = with_validation(dataset, self, X_val, y_val, self._checked_targets)
         elif not recipe.early_stopping:
             recipe = replace(recipe, validation_fraction=0.0)
         callbacks = [*(self.callbacks or ()), *([ProgressBar()] if self.verbose else [])]
         listeners = Listeners(callbacks, print if self.verbose else None)
-        return train_table(recipe, dataset, source=source, weight=weight, listeners=listeners, needs_rows=False)
+        return train_table(recipe, dataset, source=source, listeners=listeners, needs_rows=False)
 
     def _recipe(self) -> TableRecipe:
         """Return the recipe that the parameters are."""
@@ -271,9 +272,10 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
 
     def _labelled(self, X: Any, y: Any) -> tuple[Array, Array]:
         """Return the features and the labels of rows as in the data."""
-        features, labels = load_features(as_table(self, X), self.preprocessor_), self._checked_targets(y)
-        check_consistent_length(features, labels)
-        return features, labels
+        frame, notes = as_table(self, X), list[str]()
+        kept, labels = with_target(frame.table, y, self._checked_targets, notes)
+        _tell(notes)
+        return load_features(frame, self.preprocessor_)[kept], labels
 
     def explain(
         self, X: Any, y: Any = None, *, method: str = "permutation", background: Any = None, **options: Any
@@ -393,9 +395,6 @@ class TableClassifier(ClassifierMixin, TableEstimator):
 
     def _checked_targets(self, y: Any) -> Array:
         labels: Array = _check_y(y, estimator=self)
-        missing = [row for row, label in enumerate(labels) if label is None] if labels.dtype == object else []
-        if missing:
-            raise DataError(f"y: {len(missing)} labels are missing, the first in row {missing[0]}; drop these rows")
         check_classification_targets(labels)
         return labels
 
@@ -429,7 +428,9 @@ class TableRegressor(RegressorMixin, TableEstimator):
     task = "regression"
 
     def _checked_targets(self, y: Any) -> Array:
-        return np.asarray(_check_y(y, multi_output=True, y_numeric=True, estimator=self), np.float64)
+        # of several targets some may be missing
+        checked = check_array(y, ensure_2d=False, ensure_all_finite="allow-nan", input_name="y", estimator=self)
+        return np.asarray(checked, np.float64)
 
     def predict(self, X: Any, return_std: bool = False) -> Any:
         """Return the values (n,) or (n, targets) of a table's rows, in the units of y.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from sklearn.utils import check_consistent_length
+from sklearn.utils import _safe_indexing, check_consistent_length
 from sklearn.utils.validation import _check_sample_weight, validate_data
 
 from fusemlp.datasets.dataset import ColumnChoices, Dataset
@@ -16,6 +17,9 @@ from fusemlp.datasets.tables import Frame, as_frame
 from fusemlp.describe.checks import arrow
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import DataError
+
+# Missing values of Python, NumPy and pandas, as text.
+_GONE = frozenset({"None", "nan", "<NA>", "NaT"})
 
 
 def as_table(estimator: Any, X: Any, *, reset: bool = False) -> Frame:
@@ -27,7 +31,7 @@ def as_table(estimator: Any, X: Any, *, reset: bool = False) -> Frame:
     if isinstance(X, list | tuple) and np.asarray(X).dtype.kind in "US":
         # Lists of numbers and words would become words alone.
         X = np.array(X, object)
-    array = validate_data(estimator, X, dtype=None, ensure_all_finite="allow-nan", reset=reset)
+    array = validate_data(estimator, X, dtype=None, ensure_all_finite=False, reset=reset)
     names = getattr(estimator, "feature_names_in_", None)
     names = [f"x{index}" for index in range(array.shape[1])] if names is None else list(names)
     return Frame("X", _arrow_table(array, names))
@@ -56,15 +60,41 @@ def _arrow_table(array: Array, names: list[str]) -> Any:
     return pyarrow.table(columns, names=names)
 
 
+def with_target(table: Any, y: Any, checked: Callable[[Any], Array], notes: list[str]) -> tuple[Array, Array]:
+    """Return the indices of the rows of a table that have a target, and these targets, ``checked``; note the others.
+
+    A missing target is None, NaN, pandas.NA or NaT. Raises ValueError for another number of targets than of rows,
+    DataError if all are missing.
+    """
+    check_consistent_length(table, y)
+    # an array of text would spell NaN
+    values: Array = np.asarray(y, object if isinstance(y, list | tuple) else None)
+    missing: Array = np.isnan(values) if values.dtype.kind == "f" else np.zeros(values.shape, bool)
+    if values.dtype.kind == "O":
+        flat = [not isinstance(value, str) and str(value) in _GONE for value in values.ravel().tolist()]
+        missing = np.array(flat, bool).reshape(values.shape)
+    missing = np.asarray(missing.reshape(len(values), -1).all(axis=1))
+    kept = np.flatnonzero(~missing)
+    if not len(kept):
+        raise DataError(f"y: the target is missing in all {len(missing)} rows; give at least one")
+    if len(kept) == len(missing):
+        return kept, checked(y)
+    notes.append(f"{len(missing) - len(kept)} of {len(missing)} rows have no 'y' and are left out")
+    return kept, checked(_safe_indexing(y, kept))
+
+
 def read(
-    estimator: Any, X: Any, labels: Array, sample_weight: Any, like: Preprocessor | None
-) -> tuple[Dataset, Array | None]:
-    """Return the data set of all rows with a weight that is not 0, and their weights; ``like`` has a run's columns."""
-    frame = as_table(estimator, X, reset=True)
-    check_consistent_length(frame.table, labels)
-    table, weight = frame.table, None
+    estimator: Any, X: Any, y: Any, checked: Callable[[Any], Array], sample_weight: Any, like: Preprocessor | None
+) -> Dataset:
+    """Return the data set of the rows with a target and a weight that is not 0, with their weights.
+
+    ``checked`` returns the targets of rows that have one; ``like`` has a run's columns.
+    """
+    table, notes = as_table(estimator, X, reset=True).table, list[str]()
+    kept, labels = with_target(table, y, checked, notes)
+    table, weight = table.take(kept), None
     if sample_weight is not None:
-        weight = _check_sample_weight(sample_weight, labels)
+        weight = _check_sample_weight(sample_weight, y)[kept]
         counted = weight != 0
         if not counted.any():
             raise DataError("sample_weight: expected at least one non-zero number, got zeros alone")
@@ -76,14 +106,14 @@ def read(
     drop, keep, words = ([part] if isinstance(part, str) else [str(name) for name in part or ()] for part in names)
     columns = ColumnChoices(drop, keep, words, group=estimator.group, time=estimator.time, like=like)
     dataset = load_data(_numbered(table, target), target=target, task="regression", columns=columns)
-    return replace(dataset, y=labels, task=estimator.task), weight
+    return replace(dataset, y=labels, task=estimator.task, weight=weight, notes=(*notes, *dataset.notes))
 
 
-def with_validation(dataset: Dataset, estimator: Any, X: Any, labels: Array) -> Dataset:
+def with_validation(dataset: Dataset, estimator: Any, X: Any, y: Any, checked: Callable[[Any], Array]) -> Dataset:
     """Return the data set with the rows X to validate on."""
-    frame, notes = as_table(estimator, X), list[str]()
-    check_consistent_length(frame.table, labels)
-    table = frame.table.drop_columns([name for name in [dataset.target_name] if name in frame.table.column_names])
+    table, notes = as_table(estimator, X).table, list[str]()
+    kept, labels = with_target(table, y, checked, notes)
+    table = table.take(kept).drop_columns([name for name in [dataset.target_name] if name in table.column_names])
     features, _ = load_labelled(_numbered(table, dataset.target_name), dataset, notes=notes)
     if dataset.task == "classification":
         strange = np.setdiff1d(labels, dataset.classes)

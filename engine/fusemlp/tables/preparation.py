@@ -217,14 +217,13 @@ def prepare(
     like: Preprocessor | None = None,
     network: MLP | None = None,
     source: transfer.Source | None = None,
-    weight: Array | None = None,
     needs_rows: bool = True,
 ) -> Prepared:
     """Prepare a training on a data set; equal recipes give equal results.
 
     ``like`` and ``network`` are those of a run, which are used in place of new ones; ``source`` is the run that a
-    transfer starts from; ``weight`` (rows,) are weights of the rows. Fewer rows than validation needs are an error if
-    it ``needs_rows``; else all are trained on, with a note. Raises the errors of all fields of data, network and loss.
+    transfer starts from. Fewer rows than validation needs are an error if it ``needs_rows``; else all are trained on,
+    with a note. Raises the errors of all fields of data, network and loss.
     """
     began, seed = time.monotonic(), check_rows(recipe)
     if dataset.y.dtype.kind in "iuf":
@@ -309,7 +308,7 @@ def prepare(
     def part(chosen: Indices, apart: tuple[Array, Array] | None = None) -> Rows | None:
         if apart is not None:
             return rows(*apart)
-        some = None if weight is None else weight[chosen]
+        some = None if dataset.weight is None else dataset.weight[chosen]
         return rows(dataset.X, dataset.y[chosen], rows=chosen, weight=some) if len(chosen) else None
 
     train = part(training)

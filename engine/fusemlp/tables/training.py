@@ -70,7 +70,6 @@ def train_table(
     dataset: Dataset,
     *,
     source: transfer.Source | None = None,
-    weight: Array | None = None,
     listeners: Listeners | None = None,
     needs_rows: bool = True,
 ) -> Trained:
@@ -91,7 +90,7 @@ def train_table(
         recipe = source.filled(recipe, same_target=dataset.task == source.preprocessor.task)
     validates = dataset.validation is not None or recipe.validation_fraction > 0
     recipe = descriptions.filled_in(recipe, table=bool(dataset.roles), validates=validates)
-    prepared = prepare(recipe, dataset, source=source, weight=weight, needs_rows=needs_rows)
+    prepared = prepare(recipe, dataset, source=source, needs_rows=needs_rows)
     prepared = settled(prepared)
     trained = train(prepared, new_engine(prepared), listeners=listeners or Listeners())
     if trained.failure is not None:
