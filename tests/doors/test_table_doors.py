@@ -1,13 +1,18 @@
-"""What train and the table estimators take alike: the same rows give the same model by both doors."""
+"""Options that train and the table estimators share: the same rows give the same model by both doors."""
 
 import json
+import re
+import shutil
 
 import numpy as np
+import onnxruntime
 import pandas
 import pytest
+from sklearn.model_selection import train_test_split
 
+from fusemlp.datasets.load import load_data
 from fusemlp.sklearn import TableClassifier, TableRegressor
-from fusemlp_kernels.errors import DataError
+from fusemlp_kernels.errors import ArgumentError, DataError
 from make import run
 
 ESTIMATORS = {"classification": TableClassifier, "regression": TableRegressor}
@@ -17,10 +22,11 @@ OPTIONS = {"hidden": 8, "epochs": 4, "models": 1, "scale": "robust", "backend": 
 def by_command(folder, frame, target, task, **options):
     """Return notes, predictions of the rows and the report of train and predict, or the error."""
     frame.to_parquet(folder / "a.parquet")
+    shutil.rmtree(folder / "run", ignore_errors=True)
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
     made, told = folder / "run", ["--target", target, "--task", task, "--test-fraction", 0, "--quiet"]
     assert run("train", folder / "a.parquet", *told, *words, "--out", made) == 0
-    assert run("predict", made, "--data", folder / "a.parquet", "--out", folder / "p.npz") == 0
+    assert run("predict", made, "--data", folder / "a.parquet", "--out", folder / "p.npz", "--force") == 0
     notes = json.loads((made / "config.json").read_text())["data"]["notes"]
     with np.load(folder / "p.npz") as arrays:
         return notes, arrays["predictions"]
@@ -50,7 +56,6 @@ def test_rows_without_a_target_are_left_out_and_said(door, task, column, gap, tm
     frame = table()[["size", "age", column]].rename(columns={column: "y"})
     there = np.arange(60) % 10 != 3
     gaps = frame.assign(y=frame["y"].where(there, gap))
-    (tmp_path / "all").mkdir()
     notes, predicted = DOORS[door](tmp_path, gaps, "y", task, **OPTIONS)
     assert notes == ["6 of 60 rows have no 'y' and are left out"]
     _, expected = by_estimator(tmp_path, frame[there], "y", task, **OPTIONS)
@@ -99,3 +104,129 @@ def test_durations_and_periods(door, tmp_path):
     plain = frame.assign(wait=frame["wait"].dt.total_seconds(), month=frame["month"].dt.to_timestamp())
     _, expected = by_estimator(tmp_path, plain, "y", "regression", **OPTIONS)
     np.testing.assert_array_equal(predicted, expected)
+
+
+def with_gaps():
+    frame = table(200).drop(columns="kind").rename(columns={"y": "price"})
+    frame["rent"] = frame["size"] / 10 + (frame["age"] == "new")
+    gaps = frame.copy()
+    gaps.loc[frame.index % 5 == 1, "price"] = np.nan
+    gaps.loc[frame.index % 4 == 1, "rent"] = np.nan
+    return frame, gaps
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_several_targets_with_gaps_are_one_network(door, tmp_path):
+    whole, gaps = with_gaps()
+    notes, predicted = DOORS[door](tmp_path, gaps, "price,rent", "regression", **OPTIONS | {"epochs": 60, "lr": 0.02})
+    assert notes[0].startswith("10 of 200 rows have no ")
+    assert "missing targets, which weigh nothing: 30 in 'price', 40 in 'rent'" in notes
+    truth = whole[["price", "rent"]].to_numpy()
+    # each target counts in its own deviations
+    assert (np.sqrt(np.mean((predicted - truth) ** 2, axis=0)) < 0.2 * truth.std(axis=0)).all()
+    there = gaps.assign(price=gaps["price"].fillna(0.0), rent=gaps["rent"].fillna(1e6))
+    _, filled = DOORS[door](tmp_path, there, "price,rent", "regression", **OPTIONS | {"epochs": 60, "lr": 0.02})
+    assert (np.abs(filled - truth) > np.abs(predicted - truth)).mean() > 0.9
+
+
+def test_both_doors_give_one_model_of_several_targets(tmp_path):
+    for frame in with_gaps():
+        notes, predicted = by_command(tmp_path, frame, "price,rent", "regression", **OPTIONS)
+        told, expected = by_estimator(tmp_path, frame, "price,rent", "regression", **OPTIONS)
+        np.testing.assert_array_equal(predicted, expected)
+        assert [note.replace("'price', 'rent'", "'y'") for note in notes] == told
+
+
+def test_scores_of_several_targets_are_those_of_the_rows_that_have_them(tmp_path, capsys):
+    _, gaps = with_gaps()
+    gaps.to_csv(tmp_path / "a.csv", index=False)
+    words = [word for name, value in OPTIONS.items() for word in (f"--{name}", value)]
+    # the trials of scale run too
+    del words[words.index("--scale") : words.index("--scale") + 2]
+    made = tmp_path / "run"
+    assert run("train", tmp_path / "a.csv", "--target", "price,rent", "--quiet", *words, "--out", made) == 0
+    report = json.loads((made / "report.json").read_text())
+    config = json.loads((made / "config.json").read_text())
+    assert config["preprocessor"]["target_name"] == "price,rent" and config["loss"]["missing"]
+    model = TableRegressor.from_run(made)
+    rows = gaps.dropna(how="all", subset=["price", "rent"]).reset_index(drop=True)
+    test = rows.iloc[np.sort(train_test_split(np.arange(len(rows)), test_size=0.2, random_state=0)[1])]
+    errors = model.predict(test) - test[["price", "rent"]].to_numpy()
+    for at, name in enumerate(("price", "rent")):
+        own = errors[~np.isnan(errors[:, at]), at]
+        assert report["test"]["targets"][name]["mae"] == pytest.approx(np.abs(own).mean(), rel=1e-6)
+    means = [np.mean([scores[name] for scores in report["test"]["targets"].values()]) for name in ("rmse", "r2")]
+    assert [report["test"]["rmse"], report["test"]["r2"]] == pytest.approx(means)
+    assert np.isfinite([scores["r2"] for scores in report["baselines"].values()]).all()
+    assert report["held_out"]["rows"] > 0 and 0.5 < report["intervals"]["coverage"] <= 1.0
+    capsys.readouterr()
+    assert run("evaluate", made) == 0
+    assert re.search(r"^test 'rent': rmse [\d.]+, mae [\d.]+, r2 -?[\d.]+$", capsys.readouterr().out, re.MULTILINE)
+    assert run("predict", made, "--data", tmp_path / "a.csv", "--out", tmp_path / "p.csv", "--interval", "0.8") == 0
+    columns = [f"{kind}_{name}" for kind in ("prediction", "low", "high") for name in ("price", "rent")]
+    assert list(pandas.read_csv(tmp_path / "p.csv")) == columns
+    assert run("explain", made, "--method", "integrated", "--class", "rent") == 0
+    assert "of target rent" in capsys.readouterr().out
+    assert run("explain", made, "--method", "integrated") == 2
+    assert "--class: the run has 2 targets; give one: --class price" in capsys.readouterr().err
+    assert run("export", made, "--onnx", tmp_path / "a.onnx") == 0
+    session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"))
+    fed = {"size": np.float32([[70.0]]), "age": np.array([["new"]], object)}
+    (values,) = session.run(["prediction"], fed)
+    expected = model.predict(pandas.DataFrame({"size": [70.0], "age": ["new"]}))
+    np.testing.assert_allclose(values, expected, rtol=1e-4)
+
+
+# The data, the options and the message, of which the command spells options.
+REFUSED = {
+    "quantiles": ("whole", {"loss": "quantiles"}, "loss: quantiles learns one target, and there are 2"),
+    "gaussian": (
+        "gaps",
+        {"loss": "gaussian"},
+        "loss: gaussian takes rows with all targets, and some are missing: 30 in",
+    ),
+    "models": ("gaps", {"models": 3}, "models: several models take rows with all targets, and some are missing: 30 in"),
+    "members": ("gaps", {"preset": "tabm"}, "preset: members that share weights take rows with all targets"),
+    "privacy": ("gaps", {"dp_epsilon": 3.0}, "dp_epsilon: private training takes rows with all targets"),
+    "attacks": ("gaps", {"adversarial": "pgd"}, "adversarial: adversarial training takes rows with all targets"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_losses_and_trainings_that_take_no_gaps_refuse_them(case, tmp_path, capsys):
+    data, options, message = REFUSED[case]
+    whole, gaps = with_gaps()
+    frame = whole if data == "whole" else gaps
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    assert run("train", tmp_path / "a.csv", "--target", "price,rent", *words, "--out", tmp_path / "run") == 2
+    argument, _, rest = message.partition(":")
+    assert f"error: --{argument.replace('_', '-')}:{rest}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ArgumentError, match=f"^{message}"):
+        TableRegressor(**options).fit(frame[["size", "age"]], frame[["price", "rent"]])
+
+
+@pytest.mark.parametrize(
+    "target, options, message",
+    [
+        ("price,age", (), "column 'age': several targets are numbers, and it holds words"),
+        ("price,rnt", (), "there is no target column 'rnt'; the columns are 'size', 'age', 'price', 'rent'; did you"),
+        ("rent,rent", (), "'rent,rent' names a column twice"),
+        ("price,rent", ("--drop", "rent"), "--drop: 'rent' is the target"),
+        ("price,rent", ("--task", "classification"), "a classification takes one label a row, shape (n,); train a run"),
+    ],
+)
+def test_wrong_targets(target, options, message, tmp_path, capsys):
+    with_gaps()[0].to_csv(tmp_path / "a.csv", index=False)
+    assert run("train", tmp_path / "a.csv", "--target", target, *options, "--out", tmp_path / "run") > 0
+    assert message in capsys.readouterr().err
+
+
+def test_a_column_with_a_comma_in_its_name_is_one_target(tmp_path):
+    frame = with_gaps()[0].rename(columns={"price": "price,net"})
+    dataset = load_data(frame, target="price,net")
+    assert dataset.targets == ("price,net",) and dataset.y.shape == (200,)
+    assert load_data(frame.assign(empty=np.nan), target="rent, empty").gaps == "200 in 'empty'"
+    with pytest.raises(DataError, match=r"a target of \('rent', 'empty'\) has no value"):
+        TableRegressor(**OPTIONS).fit(frame[["size"]], frame[["rent"]].assign(empty=np.nan))

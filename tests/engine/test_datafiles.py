@@ -163,7 +163,7 @@ PLAIN = 'width,"the, colour", size\n1.5,red,3\n-2e3,"dark\nblue",4\n\n.5, red ,5
 
 def test_csv(tmp_path):
     path = write(tmp_path / "a.csv", PLAIN)
-    table = read_table(path, target="size")
+    table = read_table(path, targets=["size"])
     assert list(table) == ["width", "the, colour", "size"] == read_names(path)
     assert table["width"].tolist() == [1.5, -2000.0, 0.5]
     assert table["the, colour"].tolist() == ["red", "dark\nblue", "red"]
@@ -199,10 +199,10 @@ def test_csv_of_one_column_numbered_columns_and_columns_that_nobody_reads(tmp_pa
 )
 def test_csv_labels(tmp_path, column, labels, kind):
     path = write(tmp_path / "a.csv", "y,x\n" + "".join(f"{label},1\n" for label in column))
-    y = read_table(path, target="y")["y"]
+    y = read_table(path, targets=["y"])["y"]
     assert y.dtype.kind == kind
     assert y.tolist() == labels
-    assert read_table(path, target="y", words=True)["y"].tolist() == column
+    assert read_table(path, targets=["y"], words=True)["y"].tolist() == column
 
 
 @pytest.mark.parametrize(
@@ -225,14 +225,14 @@ def test_csv_labels(tmp_path, column, labels, kind):
 )
 def test_csv_that_is_wrong(tmp_path, content, message):
     with pytest.raises(DataError, match=message) as caught:
-        read_table(write(tmp_path / "wrong.csv", content), target="y")
+        read_table(write(tmp_path / "wrong.csv", content), targets=["y"])
     assert "wrong.csv" in str(caught.value)
 
 
 def test_infinite_numbers_of_text_are_missing(tmp_path):
     for text in ("inf", "-Infinity", "+INF"):
         notes = []
-        read = read_table(write(tmp_path / "a.csv", f"a,y\n1,2\n{text},4\n"), target="y", notes=notes)
+        read = read_table(write(tmp_path / "a.csv", f"a,y\n1,2\n{text},4\n"), targets=["y"], notes=notes)
         np.testing.assert_array_equal(read["a"], [1.0, np.nan])
         assert notes == ["column 'a' holds infinite numbers, taken as missing cells: 1"]
 
@@ -264,8 +264,8 @@ def test_parquet(tmp_path):
         name: values for name, (_, values, _) in COLUMNS.items()
     }
     for name, (_, _, kind) in COLUMNS.items():
-        assert read_table(path, target=name)[name].dtype.kind == kind
-    assert read_table(path, target="whole", words=True)["whole"].tolist() == ["1", "2", "3"]
+        assert read_table(path, targets=[name])[name].dtype.kind == kind
+    assert read_table(path, targets=["whole"], words=True)["whole"].tolist() == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_parquet(tmp_path):
 )
 def test_parquet_that_is_wrong(tmp_path, column, message):
     with pytest.raises(DataError, match=message):
-        read_table(parquet(tmp_path / "a.parquet", a=column, y=[1, 2, 3]), target="y")
+        read_table(parquet(tmp_path / "a.parquet", a=column, y=[1, 2, 3]), targets=["y"])
 
 
 def test_a_feather_file_whose_texts_lie_outside_it_is_named(tmp_path):
@@ -303,7 +303,7 @@ def test_parquet_needs_no_pandas(tmp_path, monkeypatch):
     frame = pandas.DataFrame({"a": [1.0], "t": pandas.to_datetime(["2024-01-02"]), "y": [1]}, index=["row"])
     frame.to_parquet(tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pandas", None)
-    assert list(read_table(tmp_path / "a.parquet", target="y")) == ["a", "t", "y"]
+    assert list(read_table(tmp_path / "a.parquet", targets=["y"])) == ["a", "t", "y"]
 
 
 # Doors that take a table, each in a folder with a file of it.

@@ -244,13 +244,13 @@ def test_a_table_longer_than_a_piece(tmp_path, monkeypatch):
     lines = [f'{i / 8},"{word}\n",{i % 3}' for i, word in enumerate(words)]
     path = tmp_path / "a.csv"
     path.write_text("\n".join(["a,b,y", *lines]))
-    table = read_table(path, target="y")
+    table = read_table(path, targets=["y"])
     np.testing.assert_array_equal(table["a"], np.arange(20_000) / 8)
     assert table["b"].tolist() == words
     np.testing.assert_array_equal(table["y"], np.arange(20_000) % 3)
     path.write_text("\n".join(["a,b,y", *lines, "1,2", "x,w,1"]))
     with pytest.raises(DataError) as caught:
-        read_table(path, target="y")
+        read_table(path, targets=["y"])
     assert "line 40003, column 'a': 'x'" in str(caught.value)
     assert "line 40002: expected 3 fields" in str(caught.value)
 
@@ -388,7 +388,7 @@ def test_durations_and_times_of_day_are_seconds(library):
     columns = read_table(as_frame(frame), notes=notes)
     np.testing.assert_array_equal(np.stack([*columns.values()]), [[3600.000005, np.nan], [5400.000005, np.nan]])
     assert notes == [f"column {name!r} holds durations or times of day, taken in seconds" for name in columns]
-    assert read_table(as_frame(frame), target="wait")["wait"].tolist() == [3600.000005]
+    assert read_table(as_frame(frame), targets=["wait"])["wait"].tolist() == [3600.000005]
 
 
 def test_excel(tmp_path, monkeypatch):

@@ -141,7 +141,7 @@ def _columns(preprocessor: Preprocessor, predicted: Mapping[str, Array]) -> dict
             columns += zip([f"probability_{label}" for label in classes], values.T.tolist(), strict=True)
         else:
             targets = values.reshape(len(values), -1).T.tolist()
-            names = [name] if len(targets) == 1 else [f"{name}_{index}" for index in range(len(targets))]
+            names = [name] if len(targets) == 1 else [f"{name}_{target}" for target in preprocessor.targets]
             columns += zip(names, targets, strict=True)
     return dict(columns)
 

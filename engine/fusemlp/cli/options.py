@@ -80,7 +80,7 @@ class DataOptions(TextOptions, JsonOption):
         recipe.names_or_files(NAMES),
     )
 
-    target: str | None = _data(None, "The column of a table to predict.", "COLUMN")
+    target: str | None = _data(None, "The column of a table to predict; several columns of numbers as a,b.", "COLUMN")
     task: str | None = _data(
         None,
         f"{{}}; by default words and at most {MOST_CLASSES} different whole numbers, unless like counts, are classes.",
@@ -270,7 +270,7 @@ class ExplainOptions(ApplyOptions, ForceOption):
     rows: int = _option(500, "Explain at most this many rows, drawn at random.")
     of_class: str | None = _option(
         None,
-        "Attribute the output of this class; of each row's predicted class unless given. Of several targets the index.",
+        "Attribute the output of this class; of each row's predicted class unless given. Of several targets one.",
         names=("--class",),
     )
     out: Path | None = _output(None, "File (.csv) for the importance of every column, or each row's attributions.")

@@ -211,7 +211,7 @@ def explain(options: ExplainOptions) -> None:
     engine, preprocessor, config = open_model(options)
     method = options.method or ("permutation" if image_shape(preprocessor) is None else "integrated")
     permuted = check_choice("method", method, EXPLAIN_METHODS) == "permutation"
-    known = preprocessor.labels or tuple(map(str, range(preprocessor.outputs)))
+    known = preprocessor.labels or preprocessor.targets
     output = _output_index(options.of_class, known, preprocessor, permuted=permuted)
     rows = _rows(options, preprocessor, config, notes, labelled=permuted)
     content: dict[str, Any] = {"run": str(options.run), "data": options.data, "weights": options.weights}
@@ -265,7 +265,7 @@ def _attributed(
     baselines: dict[str, Any] = {"background": rows.background, "baseline": black}
     parts = column_attributions(engine, preprocessor, X, method=method, output=output, **baselines)
     if preprocessor.classes is None:
-        explained = repr(preprocessor.target_name) if output is None else f"target {output}"
+        explained = repr(preprocessor.target_name) if output is None else f"target {known[output]}"
     else:
         kind = "logit" if engine.loss.kind.endswith("cross_entropy") else "output"
         of_class = "each row's predicted class" if output is None else repr(known[output])
@@ -273,7 +273,7 @@ def _attributed(
     figures = parts.importance.tolist(), parts.values.mean(axis=0).tolist()
     columns = sorted(zip(parts.names, *figures, strict=True), key=lambda column: -column[1])
     # a row of text for each explained row, below a header
-    outputs = [known[at] if len(known) > 1 else preprocessor.target_name for at in parts.chosen]
+    outputs = [known[at] if len(known) > 1 else known[0] for at in parts.chosen]
     numbers = (column.tolist() for column in (parts.outputs, parts.base, *parts.values.T, parts.error))
     named = (column.tolist() for column in rows.ids.values())
     header = ["row", *rows.ids, "explained", "output", "baseline", *parts.names, "error"]
@@ -295,7 +295,7 @@ def _output_index(name: str | None, known: Sequence[str], made: Preprocessor, *,
         raise ArgumentError("class: permutation reads the error of all classes; leave it out, or --method integrated")
     if name is None:
         if made.classes is None and len(known) > 1 and not permuted:
-            raise ArgumentError(f"class: the run has {len(known)} targets; give the index of one: --class 0")
+            raise ArgumentError(f"class: the run has {len(known)} targets; give one: --class {known[0]}")
         return None
     if made.classes is None and len(known) == 1:
         raise ArgumentError(f"class: the run predicts numbers, and has no class {name!r}; leave it out")

@@ -206,7 +206,7 @@ def opened(options: TrainOptions) -> tuple[transfer.Source | None, TrainOptions]
     options = source.filled(options, same_target=same_target)
     for option in ("target", "group", "id"):
         names = getattr(options, option) or ()
-        both = {*preprocessor.sources} & {*([names] if isinstance(names, str) else names)}
+        both = {*preprocessor.sources} & {*([names, *names.split(",")] if isinstance(names, str) else names)}
         if both:
             raise ArgumentError(
                 f"{option}: {listed(both)} is an input of the network of {options.transfer_from!r}; choose another "

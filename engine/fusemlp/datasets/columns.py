@@ -16,6 +16,7 @@ from fusemlp.datasets.codes import EXAMPLES, ORDERS, orders_of, parse_date
 from fusemlp.datasets.textfiles import MISSING, number, text_array
 from fusemlp.describe.text import Problems
 from fusemlp.inputs.arrays import Array
+from fusemlp_kernels.errors import DataError
 
 # A column of this share of numbers holds numbers, and its other cells are mistakes; but a column of numbers and words
 # that has this many different values or fewer holds words.
@@ -321,6 +322,15 @@ class Target:
                 return numbers
         different_labels, codes = different(present)
         return np.array(different_labels, dtype=str)[codes] if different_labels else np.empty(0, str)
+
+    def with_gaps(self, present: Array) -> Array:
+        """Return the numbers of all rows, of which those that have one are ``present``, with NaN for the others."""
+        if present.dtype.kind not in "biuf":
+            place = f"{self.problems.source}, column {self.name!r}"
+            raise DataError(f"{place}: several targets are numbers, and it holds words; train a run for each")
+        whole = np.full(len(self.missing), np.nan)
+        whole[~self.missing] = present
+        return whole
 
     def _numbers(self, present: Any) -> Array | None:
         """Return the labels as numbers; None, with a word among measurements as a mistake, if they are words."""

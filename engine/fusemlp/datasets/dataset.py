@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -81,10 +82,30 @@ class Dataset:
             object.__setattr__(self, "categories", (None,) * self.X.shape[1])
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """The names of the targets."""
+        return target_names(self.target_name, 1 if self.y.ndim == 1 else self.y.shape[1])
+
+    @cached_property
+    def gaps(self) -> str:
+        """The number of values that several targets lack, as text; empty without any."""
+        if self.y.ndim == 1:
+            return ""
+        parts = [self.y, *(part[1] for part in (self.validation, self.test) if part is not None)]
+        counts = np.isnan(np.concatenate(parts)).sum(axis=0).tolist()
+        return ", ".join(f"{count} in {name!r}" for name, count in zip(self.targets, counts, strict=True) if count)
+
+    @property
     def classes(self) -> Array:
         """The distinct labels, sorted, those of the other sets among them: every split has the same."""
         others = (part[1] for part in (self.validation, self.test) if part is not None)
         return np.unique(np.concatenate([self.y, *others]))
+
+
+def target_names(name: str, count: int) -> tuple[str, ...]:
+    """Return the names of targets: of several those between the commas of ``name``, or numbers if it has no such."""
+    names = tuple(name.split(","))
+    return (name,) if count == 1 else names if len(names) == count else tuple(map(str, range(count)))
 
 
 @dataclass(frozen=True)
@@ -114,12 +135,13 @@ class ColumnChoices:
         several = {"drop": self.drop, "keep": self.keep, "categorical": self.categorical, "id": self.ids}
         return several | {name: () if column is None else (column,) for name, column in single.items()}
 
-    def check(self, path: Place, names: Collection[str], target: str) -> None:
+    def check(self, path: Place, names: Collection[str], targets: Collection[str]) -> None:
         """Raise unless the table has the named columns, and no column has two parts that exclude each other."""
         options = self.options()
         for option, chosen in options.items():
-            if target in chosen and option not in ("keep", "categorical"):
-                raise ArgumentError(f"{option}: {target!r} is the target")
+            both = [name for name in targets if name in chosen]
+            if both and option not in ("keep", "categorical"):
+                raise ArgumentError(f"{option}: {both[0]!r} is the target")
             absent = [name for name in chosen if name not in names]
             if absent:
                 purpose = {"id": "name the rows by", "group": "group the rows by", "time": "order the rows by"}
@@ -141,7 +163,7 @@ class ColumnChoices:
 
 def roles(
     names: Collection[str],
-    target: str,
+    targets: Collection[str],
     columns: ColumnChoices,
     table: Mapping[str, Array],
     inputs: Collection[str],
@@ -155,7 +177,7 @@ def roles(
         missing = missing_share(table[name]) if name in table else None
         if name in inputs:
             kind, note = _kind(table[name]), "orders the rows" if name == columns.time else ""
-        elif name == target:
+        elif name in targets:
             kind, missing = "target", 0.0
         elif name in reasons:
             kind, note = "left out", reasons[name]

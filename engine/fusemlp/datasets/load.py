@@ -96,7 +96,7 @@ def load_data(
 
 def load_features(
     source: Any,
-    preprocessor: Preprocessor,
+    preprocessor: Preprocessor | Dataset,
     *,
     form: Form | None = None,
     notes: list[str] | None = None,
@@ -139,8 +139,8 @@ def load_labelled(
     path = _existing(source)
     notes = [] if notes is None else notes
     if isinstance(path, Frame) or is_table(path):
-        X, table = _read_like(path, like, form or Form(), notes, ignore_unused, target=like.target_name)
-        return X, table[like.target_name]
+        X, table = _read_like(path, like, form or Form(), notes, ignore_unused, targets=like.targets)
+        return X, _labels(table, like.targets)
     dataset = _read(source)
     X, y = (dataset.X, dataset.y) if dataset.test is None else dataset.test
     return _matching(path, X, like), y
@@ -153,7 +153,7 @@ def _read_like(
     notes: list[str],
     ignore_unused: bool,
     *,
-    target: str | None = None,
+    targets: tuple[str, ...] = (),
     ids: dict[str, Any] | None = None,
     carried: Sequence[str] | None = (),
     typed: bool = False,
@@ -166,23 +166,24 @@ def _read_like(
     if isinstance(like, Dataset):
         columns = {role.name for role in like.roles}
     else:
-        columns = {*kinds, *like.ids, *like.unused, like.target_name}
+        columns = {*kinds, *like.ids, *like.unused, *like.targets}
     strange = [name for name in present if name not in columns]
     if strange and not ignore_unused:
         notes.append(f"columns that the training did not have, ignored: {listed(strange)}")
-    if target is not None and target not in present:
+    gone = [name for name in targets if name not in present]
+    if gone:
         raise DataError(
-            f"{path}: there is no target column {target!r} to judge rows by; the columns are {listed(present)}"
-            f"{meant([target], present)}; without a target there are fusemlp predict and explain --method integrated"
+            f"{path}: there is no target column {listed(gone)} to judge rows by; the columns are {listed(present)}"
+            f"{meant(gone, present)}; without a target there are fusemlp predict and explain --method integrated"
         )
     named = () if ids is None or carried != () else like.ids
     wanted = [name for name in named if name in present]
     kinds |= dict.fromkeys(wanted, "word")
-    words = () if target is None else _label_words(like)
+    words = _label_words(like) if targets else ()
     table = read_table(
         path,
         features=tuple(kinds),
-        target=target,
+        targets=targets,
         words=bool(words),
         form=form,
         kinds=kinds,
@@ -221,7 +222,10 @@ def _with_task(dataset: Dataset, task: str | None) -> Dataset:
             "cannot be the target of a regression; use task='classification'"
         )
     if chosen == "classification" and y.ndim == 2:
-        raise DataError(f"{dataset.name}: y has shape {y.shape}, a classification takes one label a row, shape (n,)")
+        raise DataError(
+            f"{dataset.name}: y has shape {y.shape}, a classification takes one label a row, shape (n,); train a run "
+            "for each, or take MLPClassifier, which learns several labels, y (n, labels), of columns of numbers"
+        )
     shapes, of_test = ([array.shape for array in part] for part in ((dataset.X, y), dataset.test or (dataset.X, y)))
     if [shape[1:] for shape in of_test] != [shape[1:] for shape in shapes]:
         raise DataError(
@@ -266,7 +270,10 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
     names = read_names(path, form)
     if target is None:
         raise DataError(f"{path}: say which column is the target; the columns are {listed(names)}")
-    columns.check(path, names, target)
+    targets = (target,) if target in names else tuple(part.strip() for part in target.split(","))
+    if len({*targets}) < len(targets):
+        raise ArgumentError(f"target: {target!r} names a column twice")
+    columns.check(path, names, targets)
     notes: list[str] = []
     like, time, group = columns.like, columns.time, columns.group
     kinds = dict.fromkeys(columns.categorical, "word") if like is None else _kinds(like)
@@ -276,22 +283,22 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
     table = read_table(
         path,
         features=None if like is None else (*dict.fromkeys([*kinds, *aside]),),
-        target=target,
+        targets=targets,
         form=form,
         drop={*columns.drop} - {time},
         kinds=kinds,
         known_labels=() if like is None or target != like.target_name else _label_words(like),
         notes=notes,
     )
-    y = table.pop(target)
+    y = _labels(table, targets)
     no_inputs = {*columns.texts, *(columns.drop if like is None else set(table) - wanted)}
     inputs = {name: column for name, column in table.items() if name not in no_inputs}
     if not inputs:
         besides = " and the columns that are no inputs" if no_inputs else ""
-        raise DataError(f"{path}: there is no feature column besides the target {target!r}{besides}")
+        raise DataError(f"{path}: there is no feature column besides the target {listed(targets)}{besides}")
     reasons = {} if like is not None else without_useless(path, inputs, {*columns.keep, *columns.categorical}, notes)
     inputs = {name: column for name, column in inputs.items() if name not in reasons}
-    column_roles = roles(names, target, columns, table, inputs, reasons)
+    column_roles = roles(names, targets, columns, table, inputs, reasons)
     # The columns that are left out take no memory any longer.
     table = {name: table[name] for name in aside}
     dates = tuple((name, kinds[name]) for name in inputs if kinds[name] in codes.ORDERS)
@@ -309,7 +316,7 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
         y,
         "",
         kept,
-        target,
+        ",".join(targets),
         categories=categories,
         notes=tuple(notes),
         dates=dates,
@@ -319,6 +326,12 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
         times=None if time is None else times(path, time, table[time]),
         joins_spellings=like is None or like.joins_spellings,
     )
+
+
+def _labels(table: dict[str, Array], targets: tuple[str, ...]) -> Array:
+    """Take the targets out of a table: (n,) of one, (n, targets) of several."""
+    columns = [table.pop(name) for name in targets]
+    return columns[0] if len(columns) == 1 else np.column_stack(columns)
 
 
 def _kinds(like: Preprocessor | Dataset) -> dict[str, str]:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusemlp.datasets.codes import MOST_WORDS, ORDERS, Categories, Features, Indices, rare_words, sources_of, spellings
-from fusemlp.datasets.dataset import UNUSED, Dataset
+from fusemlp.datasets.dataset import UNUSED, Dataset, target_names
 from fusemlp.datasets.scaling import SCALES, Knots, by_pieces, clipped, edges, knots, statistics
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.description import reading, stored
@@ -149,14 +149,19 @@ class Preprocessor:
         target_shift = target_factor = np.empty(0)
         if classes is None:
             targets = dataset.y.astype(np.float64).reshape(len(dataset.y), -1)[chosen]
-            names = (dataset.target_name,) * targets.shape[1]
+            names = dataset.targets
             if log_targets:
-                low = float(targets.min())
+                low = float(np.nanmin(targets))
                 if low <= 0:
                     raise DataError(f"log_targets: the target {names[0]!r} holds {low:g}, and has no logarithm")
                 targets = np.log(targets)
             how = "standard" if scale in ("robust", "piecewise", "quantile") else scale
-            target_shift, target_factor = statistics(targets, how if scale_targets else "none", names)
+            there = [column[~np.isnan(column), None] for column in targets.T]
+            if not all(map(len, there)):
+                raise DataError(f"a target of {names} has no value in the training rows; leave it out")
+            how = how if scale_targets else "none"
+            fitted = [statistics(column, how, [name]) for column, name in zip(there, names, strict=True)]
+            target_shift, target_factor = map(np.concatenate, zip(*fitted, strict=True))
         return cls(
             task=dataset.task,
             scale=scale,
@@ -216,6 +221,11 @@ class Preprocessor:
     def outputs(self) -> int:
         """The number of classes, or of a regression's targets."""
         return len(self.target_shift) if self.classes is None else len(self.classes)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names of the targets."""
+        return target_names(self.target_name, max(1, len(self.target_shift)))
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -311,9 +321,10 @@ class Preprocessor:
         return self.word_inputs(column)[codes.astype(np.int64)]
 
     def encode_targets(self, y: Any) -> Array:
-        """Return the loss's targets: class indices (n,) int64, or float64 rows (one-hot or scaled)."""
+        """Return the loss's targets: class indices (n,) int64, or float64 rows (one-hot or scaled), NaN if missing."""
         if self.classes is None:
-            values = as_values("y", y, width=self.outputs, rows=None, dtype=np.float64)
+            several = self.outputs > 1 or None
+            values = as_values("y", y, width=self.outputs, rows=None, dtype=np.float64, missing=several)
             values = np.log(np.maximum(values, self.target_low)) if self.target_log else values
             return np.asarray((values - np.array(self.target_shift)) / np.array(self.target_scale))
         codes = self.class_codes(y)

@@ -240,7 +240,7 @@ def read_table(
     source: Place,
     *,
     features: Sequence[str] | None = None,
-    target: str | None = None,
+    targets: Sequence[str] = (),
     words: bool = False,
     form: Form | None = None,
     drop: Collection[str] = (),
@@ -250,11 +250,12 @@ def read_table(
 ) -> dict[str, Array]:
     """Return columns of a table by name, in its order.
 
-    ``features`` chooses the feature columns (None: all but the target and those to ``drop``); the others are ignored.
+    ``features`` chooses the feature columns (None: all but targets and those to ``drop``); the others are ignored.
     ``kinds`` says what a feature column holds: "number", "word", or dates in an order of ``ORDERS``; those it does not
     name are told by their values, and entered. The column
-    ``target`` becomes int64, float64, bool or str, by its values; with ``words`` it stays str. Rows without a target
-    are left out; a missing value's text that is among ``known_labels`` is a label. ``notes`` takes lines on all this.
+    of a single target becomes int64, float64, bool or str, by its values; with ``words`` it stays str. Several become
+    float64, NaN where missing. Rows without any target are left out; a missing value's text that is among
+    ``known_labels`` is a label. ``notes`` takes lines on all this.
     """
     import pyarrow
 
@@ -269,38 +270,44 @@ def read_table(
         notes += filter(None, [opened.said])
         columns: list[Column | Target] = [
             Target(name, opened.decimal, problems, MISSING.difference(known_labels))
-            if name == target
+            if name in targets
             else Column(name, opened.decimal, problems, kinds.get(name), with_types)
-            for name in choose_columns(source, names, features, target, drop)
+            for name in choose_columns(source, names, features, targets, drop)
         ]
         positions = [names.index(column.name) for column in columns]
         for batch in _pieces(opened.batches(positions, lambda: next(ragged))):
             for column, values in zip(columns, batch.columns, strict=True):
                 column.add(values)
-        missing = np.zeros(0, bool)
+        held = [column for column in columns if isinstance(column, Target)]
         table: dict[str, Array] = {}
         for column in columns:
             if isinstance(column, Target):
                 table[column.name] = column.finish(words, with_types)
-                missing = column.missing
             else:
                 table[column.name] = column.finish(notes)
                 kinds[column.name] = column.kind or "number"
         if next(ragged) or problems.found:
             _refuse(source, problems, opened)
     pyarrow.default_memory_pool().release_unused()
-    if table and missing.all() and len(missing):
-        raise DataError(f"{source}, column {target!r}: the target is missing in all {len(missing)} rows")
+    missing = np.all([column.missing for column in held], axis=0) if held else np.zeros(0, bool)
+    if missing.all() and len(missing):
+        raise DataError(f"{source}, column {listed(targets)}: the target is missing in all {len(missing)} rows")
     if not table or not len(next(iter(table.values()))):
         raise DataError(f"{source}: there are no rows below the header")
+    if len(held) > 1:
+        table |= {column.name: column.with_gaps(table[column.name]) for column in held}
     if missing.any():
-        notes.append(f"{int(missing.sum())} of {len(missing)} rows have no {target!r} and are left out")
-        table = {name: column if name == target else column[~missing] for name, column in table.items()}
+        notes.append(f"{int(missing.sum())} of {len(missing)} rows have no {listed(targets)} and are left out")
+        table = {name: column[~missing] if len(column) == len(missing) else column for name, column in table.items()}
     return table
 
 
 def choose_columns(
-    source: Place, names: Sequence[str], features: Sequence[str] | None, target: str | None, drop: Collection[str] = ()
+    source: Place,
+    names: Sequence[str],
+    features: Sequence[str] | None,
+    targets: Collection[str],
+    drop: Collection[str] = (),
 ) -> list[str]:
     """Return the columns to read; DataError, with a list of the columns, if one is missing or named twice."""
     twice = [name for name, count in Counter(names).items() if count > 1]
@@ -309,13 +316,14 @@ def choose_columns(
     present = set(names)
     wanted = present - set(drop) if features is None else set(features)
     missing, columns = [name for name in features or () if name not in present], f"the columns are {listed(names)}"
-    if target is not None and target not in present:
-        raise DataError(f"{source}: there is no target column {target!r}; {columns}{meant([target], names)}")
+    absent = [name for name in targets if name not in present]
+    if absent:
+        raise DataError(f"{source}: there is no target column {listed(absent)}; {columns}{meant(absent, names)}")
     if missing:
         near = meant(missing, [name for name in names if name not in wanted])
         mend = " If so, rename in the table." if near else "; add what is missing, with empty cells where unknown"
         raise DataError(f"{source}: no feature columns {listed(missing)}; {columns}{near}{mend}")
-    return [name for name in names if name in wanted or name == target]
+    return [name for name in names if name in wanted or name in targets]
 
 
 def read_cells(source: Place, form: Form, names: Sequence[str] | None, *, typed: bool) -> dict[str, Any]:

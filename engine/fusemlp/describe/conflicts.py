@@ -66,6 +66,19 @@ CONFLICTS = {
     ("ranks", "privacy"): "privacy: a private engine trains in one process so far; leave distributed out",
     ("ranks", "members"): f"{{ranks}}: training on several processes{SINGLE}",
     ("ranks", "step"): "step: a distributed engine trains in fit, which splits the rows; use fit",
+    # targets of tables
+    ("several targets", "quantiles"): "loss: quantiles learns one target, and there are {several targets}; train a run "
+    "for each, or use gaussian or quantile",
+    **{
+        ("gaps", other): f"{argument}: {words} rows with all targets, and some are missing: {{gaps}}; {mend}"
+        for other, argument, words, mend in (
+            ("whole targets", "loss", "{whole targets} takes", "use mse, mae, huber, poisson or quantile"),
+            ("fleet", "models", "several models take", "leave it out, or fill them in"),
+            ("members", "preset", "members that share weights take", "leave it out, or fill them in"),
+            ("privacy", "dp_epsilon", "private training takes", "leave it out, or fill them in"),
+            ("adversarial", "adversarial", "adversarial training takes", "leave it out, or fill them in"),
+        )
+    },
     # a loss on the host
     ("own loss", "members"): f"loss: {{own loss}}{SINGLE}",
     ("own loss", "fleet"): f"loss: {_HOST} for a fleet; train one model, or each by an Engine",

@@ -107,7 +107,9 @@ class HostLoss(Loss, ABC):
     @cached_property
     def uses(self) -> Features:
         words = f"missing=True of {self.kind}" if getattr(self, "missing", False) else self.kind
-        return {**super().uses, **in_use(**{"own loss": words if self.on_host else None})}
+        whole = None if hasattr(self, "missing") else self.kind
+        used = in_use(**{"own loss": words if self.on_host else None, "whole targets": whole, self.kind: True})
+        return {**super().uses, **used}
 
     def spec(self, *, accuracy: bool, soft: bool = False) -> LossSpec:
         kernel = super().spec(accuracy=accuracy, soft=soft)

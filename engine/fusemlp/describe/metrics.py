@@ -40,6 +40,10 @@ class Judged:
         scores, weight = (None if part is None else part[rows] for part in (self.scores, self.weight))
         return Judged(self.truth[rows], self.predicted[rows], scores, weight, self.quantile)
 
+    def of_target(self, at: int) -> Judged:
+        """Return one of several targets of numbers."""
+        return replace(self, truth=self.truth[:, [at]], predicted=self.predicted[:, [at]])
+
 
 @dataclass(frozen=True)
 class Metric:

@@ -132,7 +132,7 @@ class Evidence:
         """
         judged = self.judged
         if judged.scores is None:
-            said, observed = judged.predicted[:, 0], judged.truth[:, 0]
+            said, observed = (part[~np.isnan(judged.truth[:, 0]), 0] for part in (judged.predicted, judged.truth))
         elif judged.scores.shape[1] == 2:
             said, observed = judged.scores[:, 1], judged.truth
         else:
@@ -173,7 +173,7 @@ class Evidence:
         metric = METRICS["rmse" if self.preprocessor.classes is None else "log_loss" if self.probable else "auc"]
 
         def scored(changed: Array) -> float:
-            value = metric.of(self._judge(changed, labels))
+            value = metric.of_rows(self._judge(changed, labels))
             return -value if metric.rises else value
 
         base, began = scored(cells), time.perf_counter()
@@ -198,7 +198,7 @@ class Evidence:
         """Return the probability (or output) of the true class of each row, or the absolute error of a number."""
         judged = self.judged
         if judged.scores is None:
-            return np.asarray(np.abs(judged.truth - judged.predicted).mean(axis=1))
+            return np.asarray(np.nanmean(np.abs(judged.truth - judged.predicted), axis=1))
         return np.asarray(judged.scores[np.arange(len(judged.truth)), judged.truth])
 
     def worst(self) -> list[int]:

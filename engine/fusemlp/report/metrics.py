@@ -74,6 +74,10 @@ def score(
     y, judged = preprocessor.encode_targets(labels), judge(engine, preprocessor, X, labels)
     report: dict[str, Any] = {"rows": len(X), "loss": engine.inference.evaluate(X, y, weight)["loss"]}
     report |= figures(judged, probable=engine.loss.is_classification)
+    if len(preprocessor.targets) > 1:
+        report["targets"] = {
+            name: figures(judged.of_target(at), probable=False) for at, name in enumerate(preprocessor.targets)
+        }
     if preprocessor.classes is not None:
         report |= class_figures(judged.truth, judged.predicted, preprocessor.labels)
     return report, judged
@@ -82,7 +86,7 @@ def score(
 def figures(judged: Judged, *, probable: bool) -> dict[str, float]:
     """Return the scores of classes or numbers; ``probable``: the scores of classes are probabilities."""
     if judged.scores is None:
-        return {name: metric.of(judged) for name, metric in metrics_for("numbers").items()}
+        return {name: metric.of_rows(judged) for name, metric in metrics_for("numbers").items()}
     metrics = metrics_for("classes" if probable else "one-hot rows")
     accuracy = float(np.mean(judged.truth == judged.predicted))
     return {"accuracy": accuracy, **{name: metric.of(judged) for name, metric in metrics.items()}}
@@ -104,9 +108,12 @@ def class_figures(codes: Array, predicted: Array, names: Sequence[str]) -> dict[
 
 
 def headline(report: Mapping[str, Any], name: str = "test") -> Iterator[str]:
-    """Yield a line for each scalar score: ``test accuracy 0.9722``."""
+    """Yield a line for each scalar score: ``test accuracy 0.9722``; of several targets the means, then each."""
     for figure, value in scalars(report).items():
         yield f"{name} {figure} {scored(figure, value)}"
+    for target, scores in report.get("targets", {}).items():
+        figures = ", ".join(f"{figure} {scored(figure, value)}" for figure, value in scalars(scores).items())
+        yield f"{name} {target!r}: {figures}"
 
 
 def scored(name: str, value: float) -> str:
@@ -168,7 +175,10 @@ def baselines(
     if preprocessor.classes is None:
         values = np.asarray(labels, np.float64).reshape(len(X), -1)
         truth = np.asarray(test_labels, np.float64).reshape(len(test_X), -1)
-        predicted = {"constant": np.broadcast_to(values.mean(axis=0), truth.shape), "linear": ridge(X, values, test_X)}
+        there = ~np.isnan(values)
+        parts = [(slice(None), slice(None))] if there.all() else [(kept, [at]) for at, kept in enumerate(there.T)]
+        linear = np.hstack([ridge(X[kept], values[kept][:, at], test_X) for kept, at in parts])
+        predicted = {"constant": np.broadcast_to(np.nanmean(values, axis=0), truth.shape), "linear": linear}
         return {name: figures(Judged(truth, numbers), probable=False) for name, numbers in predicted.items()}
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits

@@ -131,12 +131,16 @@ def _numbers(evidence: Evidence) -> Section:
     judged, charts = evidence.judged, []
     shown = np.random.default_rng(0).permutation(len(judged.truth))[:MOST_POINTS]
     for target in range(min(MOST_TARGETS, judged.truth.shape[1])):
-        name = f" of target {target}" if judged.truth.shape[1] > 1 else ""
-        lines = [Line("test row", judged.predicted[shown, target], judged.truth[shown, target], points=True)]
+        name = f" of target {evidence.preprocessor.targets[target]}" if judged.truth.shape[1] > 1 else ""
+        residuals = judged.truth[:, target] - judged.predicted[:, target]
+        points = shown[~np.isnan(residuals[shown])]
+        if not len(points):
+            continue
+        lines = [Line("test row", judged.predicted[points, target], judged.truth[points, target], points=True)]
         if not name:
             lines.append(Line("mean of each tenth", *evidence.calibration(), 1))
         charts.append(Chart(f"True values over predictions{name}", lines, "predicted", "true", diagonal="equal"))
-        residuals = judged.truth[:, target] - judged.predicted[:, target]
+        residuals = residuals[~np.isnan(residuals)]
         # wide enough for bins whose edges differ
         margin = max(0.5 * (np.ptp(residuals) == 0.0), 20 * np.spacing(np.abs(residuals).max()))
         counts, edges = np.histogram(residuals, 20, (residuals.min() - margin, residuals.max() + margin))

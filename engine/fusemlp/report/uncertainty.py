@@ -56,8 +56,10 @@ class HeldOut:
 
     @classmethod
     def of(cls, errors: Array) -> HeldOut:
-        """Return what is kept of errors (rows,) or (rows, targets)."""
-        ordered = np.sort(errors.reshape(len(errors), -1), axis=0)
+        """Return what is kept of errors (rows,) or (rows, targets), NaN where a target is missing."""
+        columns = [column[~np.isnan(column)] for column in errors.reshape(len(errors), -1).T]
+        # of targets with gaps as many as the one with most gaps has
+        ordered = np.sort(np.stack([column[: min(map(len, columns))] for column in columns], axis=1), axis=0)
         places = np.unique(np.linspace(0, len(ordered) - 1, min(KEPT, len(ordered))).round().astype(np.int64))
         return cls(len(ordered), tuple((places + 1).tolist()), tuple(map(tuple, ordered[places].T.tolist())))
 
@@ -176,7 +178,8 @@ def summary(engine: Session, preprocessor: Preprocessor, held: HeldOut, tested: 
         figures = chosen[np.arange(len(truth)), truth], chosen.sum(axis=1)
     else:
         low, high = intervals(engine, preprocessor, tested.predicted, held, COVERAGE)
-        figures = (low <= truth) & (truth <= high), high - low
+        there = ~np.isnan(truth)
+        figures = ((low <= truth) & (truth <= high))[there], (high - low)[there]
     inside, size = (float(values.mean()) for values in figures)
     return {"level": COVERAGE, "coverage": inside, "width" if preprocessor.classes is None else "classes": size}
 

@@ -11,7 +11,7 @@ from sklearn.utils import _safe_indexing, check_consistent_length
 from sklearn.utils.validation import _check_sample_weight, validate_data
 
 from fusemlp.datasets.dataset import ColumnChoices, Dataset
-from fusemlp.datasets.load import load_data, load_labelled
+from fusemlp.datasets.load import load_data, load_features
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.tables import Frame, as_frame
 from fusemlp.describe.checks import arrow
@@ -106,15 +106,17 @@ def read(
     drop, keep, words = ([part] if isinstance(part, str) else [str(name) for name in part or ()] for part in names)
     columns = ColumnChoices(drop, keep, words, group=estimator.group, time=estimator.time, like=like)
     dataset = load_data(_numbered(table, target), target=target, task="regression", columns=columns)
-    return replace(dataset, y=labels, task=estimator.task, weight=weight, notes=(*notes, *dataset.notes))
+    # those of a data frame have names
+    name = ",".join(map(str, y.columns)) if labels.ndim > 1 and hasattr(y, "columns") else dataset.target_name
+    about: Any = {"task": estimator.task, "target_name": name, "notes": (*notes, *dataset.notes)}
+    return replace(dataset, y=labels, weight=weight, **about)
 
 
 def with_validation(dataset: Dataset, estimator: Any, X: Any, y: Any, checked: Callable[[Any], Array]) -> Dataset:
     """Return the data set with the rows X to validate on."""
     table, notes = as_table(estimator, X).table, list[str]()
     kept, labels = with_target(table, y, checked, notes)
-    table = table.take(kept).drop_columns([name for name in [dataset.target_name] if name in table.column_names])
-    features, _ = load_labelled(_numbered(table, dataset.target_name), dataset, notes=notes)
+    features = load_features(Frame("X", table.take(kept)), dataset, notes=notes)
     if dataset.task == "classification":
         strange = np.setdiff1d(labels, dataset.classes)
         if len(strange):

@@ -90,7 +90,8 @@ def models_of(recipe: ModelRecipe, dataset: Dataset, *, new: bool) -> int:
         return 1
     if recipe.models is not None:
         return as_count("models", recipe.models)
-    merges = new and dataset.roles and trains_plainly(recipe) and not as_loss(recipe.loss or "mse").on_host
+    plain = trains_plainly(recipe) and not as_loss(recipe.loss or "mse").on_host and not dataset.gaps
+    merges = new and dataset.roles and plain
     return default_models(len(dataset.y), plain_network(recipe)) if merges else 1
 
 
@@ -289,12 +290,16 @@ def class_weights(asked: Any, codes: Array, labels: Sequence[Any]) -> list[float
     return weights
 
 
-def loss(recipe: ModelRecipe, name: str, weights: list[float] | None) -> Loss:
-    """Return the loss ``name``; cross_entropy takes class weights, other losses get weights of the rows instead."""
+def loss(recipe: ModelRecipe, name: str, weights: list[float] | None, *, missing: bool = False) -> Loss:
+    """Return the loss ``name``; cross_entropy takes class weights, other losses get weights of the rows instead.
+
+    ``missing``: targets that are NaN weigh nothing; the loss of an object has its own.
+    """
     if isinstance(recipe.loss, Loss):
         _check_free(recipe, "loss")
         if weights is None or name != "cross_entropy":
-            return recipe.loss
+            gaps: Any = {"missing": True} if missing else {}
+            return replace(recipe.loss, **gaps)
         if recipe.loss.class_weight is not None:
             raise ArgumentError("class_weight: the object given as loss has it; set it there")
         changes: Any = {"class_weight": weights}
@@ -305,6 +310,8 @@ def loss(recipe: ModelRecipe, name: str, weights: list[float] | None) -> Loss:
         given["q"] = numbers[0] if name == "quantile" and len(numbers) == 1 else numbers
     if name == "cross_entropy":
         given["class_weight"] = weights
+    if missing:
+        given["missing"] = True
     return _made("loss", LOSSES[name], **given)
 
 

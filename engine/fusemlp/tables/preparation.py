@@ -121,7 +121,9 @@ class Prepared:
         columns = zip(like.feature_names, like.categories, like.shared, strict=bool(like.shared))
         rare = [f"{len(shared)} of {len(words or ())} in {name!r}" for name, words, shared in columns if shared]
         line = f"words rare in the training rows, taken as one other category: {', '.join(rare)}"
-        return (*self.dataset.notes, *([line] if rare else []), *self.tried, *self.warned)
+        gaps = f"missing targets, which weigh nothing: {self.dataset.gaps}"
+        lines = [*([line] if rare else []), *([gaps] if self.dataset.gaps else [])]
+        return (*self.dataset.notes, *lines, *self.tried, *self.warned)
 
     def seen(self, most: int) -> tuple[Array, Array]:
         """Return inputs and labels of all rows but the test rows, or of evenly spaced ones with ``most`` numbers."""
@@ -268,14 +270,16 @@ def prepare(
             notes.append(f"no rows held out for early stopping: {reason}")
 
     name = descriptions.loss_name(recipe, dataset.task, len(dataset.classes) if classify else 0)
-    start = None
+    learns, start, fleet, several = descriptions.loss(recipe, name, None), None, models > 1, len(dataset.targets)
+    about = {"several targets": several > 1 and several, "gaps": dataset.gaps or None, "members": members > 1}
+    about |= {"privacy": descriptions.is_private(recipe), "adversarial": getattr(recipe, "adversarial", None)}
+    check_together({**learns.uses, **in_use(fleet=fleet, **about)})
     if source is not None:
         assert isinstance(recipe, TableRecipe), "no other recipe has transfer_from"
         preprocessor, net, start = source.start(dataset, training, replace(recipe, models=models), name)
         notes += start.lines(net)
     else:
         scale, log_target = recipe.scale or SCALES[0], bool(recipe.log_target)
-        learns = descriptions.loss(recipe, name, None)
         # small trainings would read the private rows, and may choose inputs that no attack can move
         if like is None and dataset.roles and descriptions.trains_plainly(recipe):
             decides = "mae" if learns.on_host else name
@@ -298,9 +302,9 @@ def prepare(
     if classify:
         codes = preprocessor.class_codes(dataset.y[training])
         weights = descriptions.class_weights(recipe.class_weight, codes, preprocessor.classes or ())
-    loss = descriptions.loss(recipe, name, weights)
+    loss = descriptions.loss(recipe, name, weights, missing=bool(dataset.gaps))
     loss.check_network(net)
-    check_together({**loss.uses, **in_use(fleet=models > 1)})
+    check_together({**loss.uses, **in_use(fleet=fleet)})
 
     by_class = None if weights is None or name == "cross_entropy" else np.array(weights)
     rows = partial(row_sets.rows_for, preprocessor, precision=recipe.precision, by_class=by_class, codes=coded)

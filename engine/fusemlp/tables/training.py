@@ -13,7 +13,7 @@ from fusemlp.datasets.dataset import Dataset
 from fusemlp.describe.adversarial import IBP, Attack
 from fusemlp.describe.checks import check_choice
 from fusemlp.describe.conflicts import check_together
-from fusemlp.describe.metrics import METRICS, Judged, metrics_for
+from fusemlp.describe.metrics import METRICS, Judged, Metric, metrics_for
 from fusemlp.engine import Engine
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import merged, merged_members
@@ -123,6 +123,16 @@ def _within(prepared: Prepared) -> Prepared:
     return replace(prepared, models=models, folds=prepared.folds[:models], tried=tuple(notes))
 
 
+@dataclass(frozen=True, kw_only=True)
+class InUnits(Metric):
+    """A score of numbers in their original units, which ``decode`` returns."""
+
+    decode: Callable[[Array], Array]
+
+    def of_rows(self, rows: Judged) -> float:
+        return super().of_rows(replace(rows, truth=self.decode(rows.truth), predicted=self.decode(rows.predicted)))
+
+
 def watched(prepared: Prepared) -> dict[str, Any]:
     """Return the arguments of ``fit`` for the recipe's ``metric``; a score of numbers is in their original units."""
     recipe, preprocessor, loss, validates = prepared.recipe, prepared.preprocessor, prepared.loss, prepared.validates
@@ -149,12 +159,7 @@ def watched(prepared: Prepared) -> dict[str, Any]:
     score = metrics.get(monitor.removeprefix("val_"))
     if score is None or not numbers:
         return {"monitor": monitor}
-    decode, of = preprocessor.decode_predictions, score.of
-
-    def in_units(rows: Judged) -> float:
-        return of(replace(rows, truth=decode(rows.truth), predicted=decode(rows.predicted)))
-
-    return {"monitor": monitor, "metrics": [replace(score, of=in_units)]}
+    return {"monitor": monitor, "metrics": [InUnits(**vars(score), decode=preprocessor.decode_predictions)]}
 
 
 def fit_arguments(prepared: Prepared) -> dict[str, Any]:

@@ -40,6 +40,8 @@ def decide(
     ``loss`` is the kind. The trials take ``SHARE`` of the recipe's time limit, and see at most ``ROWS`` of ``rows``.
     The targets of a regression are compared in their own units. ``most_words``: see ``Preprocessor.fit``.
     """
+    # a fleet takes rows with all targets
+    rows = rows[~np.isnan(dataset.y[rows]).any(axis=1)] if dataset.gaps else rows
     some, notes = np.random.default_rng(seed).permutation(rows)[:ROWS], list[str]()
     regression = dataset.task == "regression"
     # other losses have other units, or a user who knows what the targets are
@@ -157,9 +159,10 @@ def _error(
     time_limit: float | None,
 ) -> float:
     """Return the rmse, or loss, of held-out rows: infinite if a model diverged, NaN if the time was too short."""
-    classify = preprocessor.classes is not None
+    classify, labels = preprocessor.classes is not None, dataset.y[rows]
+    # several targets weigh alike
+    units = labels.std(axis=0) if labels.ndim > 1 else 1.0
     X = network_inputs(preprocessor, dataset.X, fleet.first.precision, rows, codes=True)
-    labels = dataset.y[rows]
     kept, held_out = ([part[place] for part in parts] for place in (0, 1))
     results = fleet.fit(
         X,
@@ -180,6 +183,7 @@ def _error(
             total += member.scores["val_loss"] * len(held)
         else:
             predicted = preprocessor.decode_predictions(member.engine.predict(X[held]))
-            total += float(np.sum((predicted - labels[held]) ** 2)) / predicted[0].size
+            errors = (predicted - labels[held]) / np.where(units == 0, 1.0, units)
+            total += float(np.sum(errors**2)) / predicted[0].size
     mean = total / sum(map(len, held_out))
     return mean if classify else float(np.sqrt(mean))
