@@ -230,3 +230,61 @@ def test_a_column_with_a_comma_in_its_name_is_one_target(tmp_path):
     assert load_data(frame.assign(empty=np.nan), target="rent, empty").gaps == "200 in 'empty'"
     with pytest.raises(DataError, match=r"a target of \('rent', 'empty'\) has no value"):
         TableRegressor(**OPTIONS).fit(frame[["size"]], frame[["rent"]].assign(empty=np.nan))
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_column_of_weights(door, tmp_path):
+    frame = table()[["size", "age", "y"]]
+    weight = np.where(frame["age"] == "old", 3.0, 0.5)
+    _, predicted = DOORS[door](tmp_path, frame.assign(w=weight), "y", "regression", **OPTIONS, weight="w")
+    X = frame[["size", "age"]]
+    model = TableRegressor(**OPTIONS).fit(X, frame["y"], sample_weight=weight)
+    np.testing.assert_array_equal(predicted, model.predict(X))
+    assert (predicted != TableRegressor(**OPTIONS).fit(X, frame["y"]).predict(X)).any()
+    if door == "command":
+        opened = TableRegressor.from_run(tmp_path / "run")
+        assert opened.weight == "w" and opened.preprocessor_.feature_names == ("size", "age")
+        logged = pandas.read_csv(tmp_path / "run" / "metrics.csv")["val_loss"]
+        np.testing.assert_array_equal(logged, model.history_.history["val_loss"])
+        columns = pandas.read_csv(tmp_path / "run" / "columns.csv").set_index("column")
+        assert columns.loc["w", "became"] == "weight"
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ([1.0, -2.0], "row 1 holds -2.0"),
+        ([None, 1.0], "row 0 holds nan"),
+        ([0.0, 0.0], "every row holds 0"),
+        (["much", "less"], "row 0 holds much"),
+    ],
+)
+@pytest.mark.parametrize("door", DOORS)
+def test_wrong_weights_name_the_row(door, weights, message, tmp_path, capsys):
+    frame = table()[["size", "y"]].assign(w=weights * 30)
+    with pytest.raises((DataError, AssertionError)) as caught:
+        DOORS[door](tmp_path, frame, "y", "regression", **OPTIONS, weight="w")
+    told = capsys.readouterr().err if door == "command" else str(caught.value)
+    expected = "expected weights of at least 0, of which at least one is a non-zero number"
+    assert f"'w' of rows with a target: {expected}; {message}" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_stand_alone_and_beside_other_rows(tmp_path, capsys):
+    frame = table()[["size", "age", "y"]].assign(w=1.0)
+    with pytest.raises(DataError, match=r"^sample_weight: expected weights of at least 0, .*; row 5 holds -1\.0"):
+        TableRegressor(**OPTIONS).fit(frame[["size"]], frame["y"], sample_weight=np.where(frame.index == 5, -1, 1))
+    with pytest.raises(ArgumentError, match="weight: fit got sample_weight too, beside the column 'w'; give one"):
+        TableRegressor(**OPTIONS, weight="w").fit(frame.drop(columns="y"), frame["y"], sample_weight=np.ones(60))
+    with pytest.raises(ArgumentError, match="keep: 'w' is no input anyway: --weight names it"):
+        TableRegressor(**OPTIONS, weight="w", keep=["w"]).fit(frame.drop(columns="y"), frame["y"])
+    with pytest.raises(DataError, match="no columns 'v' to weigh the rows by"):
+        TableRegressor(**OPTIONS, weight="v").fit(frame.drop(columns="y"), frame["y"])
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame[::2].to_csv(tmp_path / "v.csv", index=False)
+    words = [word for name, value in OPTIONS.items() for word in (f"--{name}", value)]
+    files = "--validation", tmp_path / "v.csv", "--weight", "w", "--final-fit", "--quiet"
+    assert run("train", tmp_path / "a.csv", "--target", "y", *words, *files, "--out", tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["final_fit"]["rows"] == 90
+    assert run("evaluate", tmp_path / "run", "--data", tmp_path / "a.csv") == 0
+    assert "columns that the training did not have" not in capsys.readouterr().out

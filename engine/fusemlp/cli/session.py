@@ -251,7 +251,7 @@ def read_data(options: Any, like: Preprocessor | None = None) -> Dataset:
         if getattr(options, part) is not None and getattr(options, share) != getattr(ModelRecipe, share):
             raise ArgumentError(f"{share}: --{part} has the {part} rows; give one of the options")
     drop, keep, categorical, ids = (getattr(options, name) or () for name in ("drop", "keep", "categorical", "id"))
-    columns = ColumnChoices(drop, keep, categorical, ids, options.group, options.time, like)
+    columns = ColumnChoices(drop, keep, categorical, ids, options.group, options.time, like, options.weight)
     form = options.form()
     dataset = load_data(options.data, target=options.target, task=options.task, form=form, columns=columns)
     return with_files(dataset, options.data, validation=options.validation, test=options.test, form=form)

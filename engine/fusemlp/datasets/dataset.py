@@ -18,7 +18,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, DataError
 
 # The kinds of columns that are no inputs and not the target, beside ids.
-UNUSED = ("group", "time", "dropped", "left out")
+UNUSED = ("group", "time", "weight", "dropped", "left out")
 # A column of whole numbers, one a row, is an identifier if it counts the rows or has such a name.
 _IDENTIFIER = re.compile(r"(?i:(?:^|[\W_])(?:id|idx|index|uuid|key|row ?names?|row|nr|no)$)|[a-z](?:Id|ID)$")
 # A table of fewer rows has too few to tell an identifier from a measurement.
@@ -27,7 +27,7 @@ _FEWEST_ROWS = 20
 
 @dataclass(frozen=True)
 class Role:
-    """A column's ``kind``: number, boolean, words, date, target, id, group, time, dropped or left out.
+    """A column's ``kind``: number, boolean, words, date, target, id, group, time, weight, dropped or left out.
 
     ``missing`` is its share of missing cells, None for a column that was not read; ``note`` is the reason to leave it
     out. Kinds that are no input are those of ``UNUSED`` and the target.
@@ -113,7 +113,8 @@ class ColumnChoices:
     """Choices for the columns of a table: to ``drop``, to ``keep`` in any case, and to take as ``categorical``.
 
     ``ids`` name the rows, and stand beside predictions; ``group`` keeps rows together and ``time`` orders them when
-    some are held out. Of these ``time`` alone is an input. Columns and categories of the preprocessor ``like`` stay.
+    some are held out. Of these ``time`` alone is an input. ``weight`` has the weight of each row. Columns and
+    categories of the preprocessor ``like`` stay.
     """
 
     drop: Collection[str] = ()
@@ -123,6 +124,7 @@ class ColumnChoices:
     group: str | None = None
     time: str | None = None
     like: Any = None
+    weight: str | None = None
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -131,7 +133,7 @@ class ColumnChoices:
 
     def options(self) -> dict[str, Collection[str]]:
         """Return the named columns of each option of the command line."""
-        single = {"group": self.group, "time": self.time}
+        single = {"group": self.group, "time": self.time, "weight": self.weight}
         several = {"drop": self.drop, "keep": self.keep, "categorical": self.categorical, "id": self.ids}
         return several | {name: () if column is None else (column,) for name, column in single.items()}
 
@@ -144,15 +146,16 @@ class ColumnChoices:
                 raise ArgumentError(f"{option}: {both[0]!r} is the target")
             absent = [name for name in chosen if name not in names]
             if absent:
-                purpose = {"id": "name the rows by", "group": "group the rows by", "time": "order the rows by"}
+                does = {"id": "name", "group": "group", "time": "order", "weight": "weigh"}
+                purpose = {other: f"{verb} the rows by" for other, verb in does.items()}
                 raise DataError(
                     f"{path}: no columns {listed(absent)} to {purpose.get(option, option)}; the columns are "
                     f"{listed(names)}{meant(absent, names)}"
                 )
         for option in ("drop", "keep", "categorical"):
-            both = [name for name in options[option] if name in self.texts]
+            both = [name for name in options[option] if name in (*self.texts, self.weight)]
             if both:
-                name = next(name for name in ("id", "group") if both[0] in options[name])
+                name = next(name for name in ("id", "group", "weight") if both[0] in options[name])
                 raise ArgumentError(f"{option}: {both[0]!r} is no input anyway: --{name} names it; give one of them")
         both = [name for name in self.drop if name in (*self.keep, *self.categorical)]
         if both:
@@ -170,7 +173,8 @@ def roles(
     reasons: Mapping[str, str],
 ) -> tuple[Role, ...]:
     """Return the role of each column; ``table`` holds those that were read, ``reasons`` those to leave some out."""
-    aside: dict[Any, str] = {columns.time: "time", columns.group: "group", **dict.fromkeys(columns.ids, "id")}
+    aside: dict[Any, str] = {columns.time: "time", columns.weight: "weight", columns.group: "group"}
+    aside |= dict.fromkeys(columns.ids, "id")
     parts = []
     for name in names:
         kind, note = aside.get(name, "dropped"), ""
@@ -215,6 +219,15 @@ def times(path: Place, name: str, column: Array) -> Array:
             f"{purpose}, but has no value in {missing} of {len(column)} rows; fill them in or delete the rows"
         )
     return column.astype(np.int64) if column.dtype.kind == "M" else column
+
+
+def weights(place: str, column: Array) -> Array:
+    """Return a column of weights, which ``place`` names; DataError if they are none, or all 0."""
+    wrong = np.flatnonzero(~(column >= 0)) if column.dtype.kind in "biuf" else np.arange(1)
+    if len(wrong) or not column.any():
+        fault = f"row {wrong[0]} holds {column[wrong[0]]}" if len(wrong) else "every row holds 0"
+        raise DataError(f"{place}: expected weights of at least 0, of which at least one is a non-zero number; {fault}")
+    return column
 
 
 def without_useless(path: Place, table: dict[str, Array], keep: Collection[str], notes: list[str]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from fusemlp.datasets.arrays import features_of_npz, from_path, named
 from fusemlp.datasets.codes import Categories, Features, different, kept_features, parts_of, sources_of, spellings
 from fusemlp.datasets.dataset import ColumnChoices as ColumnChoices
 from fusemlp.datasets.dataset import Dataset as Dataset
-from fusemlp.datasets.dataset import missing_share, roles, times, without_useless
+from fusemlp.datasets.dataset import missing_share, roles, times, weights, without_useless
 from fusemlp.datasets.tables import (
     SHIPPED,
     TABLES,
@@ -275,23 +275,23 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
         raise ArgumentError(f"target: {target!r} names a column twice")
     columns.check(path, names, targets)
     notes: list[str] = []
-    like, time, group = columns.like, columns.time, columns.group
+    like, time, group, weight = columns.like, columns.time, columns.group, columns.weight
     kinds = dict.fromkeys(columns.categorical, "word") if like is None else _kinds(like)
     wanted = {*kinds}
     kinds |= dict.fromkeys(columns.texts, "word")
-    aside = (*columns.texts, *([] if time is None else [time]))
+    aside = (*columns.texts, *filter(None, [time, weight]))
     table = read_table(
         path,
         features=None if like is None else (*dict.fromkeys([*kinds, *aside]),),
         targets=targets,
         form=form,
-        drop={*columns.drop} - {time},
+        drop={*columns.drop} - {time, weight},
         kinds=kinds,
         known_labels=() if like is None or target != like.target_name else _label_words(like),
         notes=notes,
     )
     y = _labels(table, targets)
-    no_inputs = {*columns.texts, *(columns.drop if like is None else set(table) - wanted)}
+    no_inputs = {*columns.texts, weight, *(columns.drop if like is None else set(table) - wanted)}
     inputs = {name: column for name, column in table.items() if name not in no_inputs}
     if not inputs:
         besides = " and the columns that are no inputs" if no_inputs else ""
@@ -325,6 +325,7 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
         groups=None if group is None else table[group],
         times=None if time is None else times(path, time, table[time]),
         joins_spellings=like is None or like.joins_spellings,
+        weight=None if weight is None else weights(f"{path}, {weight!r} of rows with a target", table[weight]),
     )
 
 

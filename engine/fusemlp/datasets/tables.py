@@ -303,11 +303,7 @@ def read_table(
 
 
 def choose_columns(
-    source: Place,
-    names: Sequence[str],
-    features: Sequence[str] | None,
-    targets: Collection[str],
-    drop: Collection[str] = (),
+    source: Place, names: Sequence[str], features: Sequence[str] | None, targets: Sequence[str], drop: Collection[str]
 ) -> list[str]:
     """Return the columns to read; DataError, with a list of the columns, if one is missing or named twice."""
     twice = [name for name, count in Counter(names).items() if count > 1]
@@ -316,8 +312,7 @@ def choose_columns(
     present = set(names)
     wanted = present - set(drop) if features is None else set(features)
     missing, columns = [name for name in features or () if name not in present], f"the columns are {listed(names)}"
-    absent = [name for name in targets if name not in present]
-    if absent:
+    if absent := [name for name in targets if name not in present]:
         raise DataError(f"{source}: there is no target column {listed(absent)}; {columns}{meant(absent, names)}")
     if missing:
         near = meant(missing, [name for name in names if name not in wanted])

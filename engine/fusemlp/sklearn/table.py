@@ -225,7 +225,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
                 engine.history.record(int(row.pop("epoch")) - 1, row, 0.0)
         # that of one model, where several were merged
         net, options = MLP.from_config(config["network"]), config["options"]
-        of_rows = ("drop", "keep", "categorical", "group", "time", "validation_fraction")
+        of_rows = ("drop", "keep", "categorical", "group", "time", "weight", "validation_fraction")
         chosen = {name: options[name] for name in (*of_rows, "metric", "time_limit") if name in options}
         estimator = cls(
             preset="tabm" if net.members > 1 else None,

@@ -10,13 +10,13 @@ import numpy as np
 from sklearn.utils import _safe_indexing, check_consistent_length
 from sklearn.utils.validation import _check_sample_weight, validate_data
 
-from fusemlp.datasets.dataset import ColumnChoices, Dataset
+from fusemlp.datasets.dataset import ColumnChoices, Dataset, weights
 from fusemlp.datasets.load import load_data, load_features
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.tables import Frame, as_frame
 from fusemlp.describe.checks import arrow
 from fusemlp.inputs.arrays import Array
-from fusemlp_kernels.errors import DataError
+from fusemlp_kernels.errors import ArgumentError, DataError
 
 # Missing values of Python, NumPy and pandas, as text.
 _GONE = frozenset({"None", "nan", "<NA>", "NaT"})
@@ -94,22 +94,23 @@ def read(
     kept, labels = with_target(table, y, checked, notes)
     table, weight = table.take(kept), None
     if sample_weight is not None:
-        weight = _check_sample_weight(sample_weight, y)[kept]
+        if estimator.weight is not None:
+            raise ArgumentError(f"weight: fit got sample_weight too, beside the column {estimator.weight!r}; give one")
+        weight = weights("sample_weight", _check_sample_weight(sample_weight, y))[kept]
         counted = weight != 0
-        if not counted.any():
-            raise DataError("sample_weight: expected at least one non-zero number, got zeros alone")
         table, labels, weight = table.filter(counted), labels[counted], weight[counted]
     target = "y"
     while target in table.column_names:
         target += "_"
     names = estimator.drop, estimator.keep, estimator.categorical
     drop, keep, words = ([part] if isinstance(part, str) else [str(name) for name in part or ()] for part in names)
-    columns = ColumnChoices(drop, keep, words, group=estimator.group, time=estimator.time, like=like)
+    asked = {name: getattr(estimator, name) for name in ("group", "time", "weight")}
+    columns = ColumnChoices(drop, keep, words, like=like, **asked)
     dataset = load_data(_numbered(table, target), target=target, task="regression", columns=columns)
     # those of a data frame have names
     name = ",".join(map(str, y.columns)) if labels.ndim > 1 and hasattr(y, "columns") else dataset.target_name
     about: Any = {"task": estimator.task, "target_name": name, "notes": (*notes, *dataset.notes)}
-    return replace(dataset, y=labels, weight=weight, **about)
+    return replace(dataset, y=labels, weight=dataset.weight if weight is None else weight, **about)
 
 
 def with_validation(dataset: Dataset, estimator: Any, X: Any, y: Any, checked: Callable[[Any], Array]) -> Dataset:

@@ -311,7 +311,7 @@ def prepare(
 
     def part(chosen: Indices, apart: tuple[Array, Array] | None = None) -> Rows | None:
         if apart is not None:
-            return rows(*apart)
+            return rows(*apart, weight=None if dataset.weight is None else np.ones(len(apart[1])))
         some = None if dataset.weight is None else dataset.weight[chosen]
         return rows(dataset.X, dataset.y[chosen], rows=chosen, weight=some) if len(chosen) else None
 
