@@ -8,10 +8,11 @@ import numpy as np
 import onnxruntime
 import pandas
 import pytest
+from sklearn.base import clone
 from sklearn.model_selection import train_test_split
 
 from fusemlp.datasets.load import load_data
-from fusemlp.sklearn import TableClassifier, TableRegressor
+from fusemlp.sklearn import MLPClassifier, MLPRegressor, TableClassifier, TableRegressor
 from fusemlp_kernels.errors import ArgumentError, DataError
 from make import run
 
@@ -212,7 +213,6 @@ def test_losses_and_trainings_that_take_no_gaps_refuse_them(case, tmp_path, caps
     [
         ("price,age", (), "column 'age': several targets are numbers, and it holds words"),
         ("price,rnt", (), "there is no target column 'rnt'; the columns are 'size', 'age', 'price', 'rent'; did you"),
-        ("rent,rent", (), "'rent,rent' names a column twice"),
         ("price,rent", ("--drop", "rent"), "--drop: 'rent' is the target"),
         ("price,rent", ("--task", "classification"), "a classification takes one label a row, shape (n,); train a run"),
     ],
@@ -227,6 +227,7 @@ def test_a_column_with_a_comma_in_its_name_is_one_target(tmp_path):
     frame = with_gaps()[0].rename(columns={"price": "price,net"})
     dataset = load_data(frame, target="price,net")
     assert dataset.targets == ("price,net",) and dataset.y.shape == (200,)
+    assert load_data(frame, target="rent, rent").targets == ("rent",)
     assert load_data(frame.assign(empty=np.nan), target="rent, empty").gaps == "200 in 'empty'"
     with pytest.raises(DataError, match=r"a target of \('rent', 'empty'\) has no value"):
         TableRegressor(**OPTIONS).fit(frame[["size"]], frame[["rent"]].assign(empty=np.nan))
@@ -288,3 +289,38 @@ def test_weights_stand_alone_and_beside_other_rows(tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "report.json").read_text())["final_fit"]["rows"] == 90
     assert run("evaluate", tmp_path / "run", "--data", tmp_path / "a.csv") == 0
     assert "columns that the training did not have" not in capsys.readouterr().out
+
+
+# The estimator, its parameter in another library, and the message.
+NAMED = {
+    "epochs": (MLPClassifier, {"epochs": 5}, "epochs: it is called max_iter here"),
+    "rate": (MLPRegressor, {"lr": 0.1}, "lr: it is called learning_rate_init here"),
+    "width": (MLPRegressor, {"hidden_dim": 8}, "hidden_dim: it is called hidden_layer_sizes here"),
+    "iterations": (TableClassifier, {"max_iter": 5}, "max_iter: it is called epochs here"),
+    "rate of a table": (TableRegressor, {"learning_rate": 0.1}, "learning_rate: it is called lr here"),
+    "trees": (TableClassifier, {"n_estimators": 5}, "n_estimators: a network has no trees; leave it out"),
+    "a mistake": (TableRegressor, {"droput": 5}, "droput: there is no such argument; did you mean 'dropout'"),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_names_of_other_libraries(case):
+    estimator, options, message = NAMED[case]
+    with pytest.raises(TypeError, match=f"^{message}"):
+        estimator(**options)
+    assert clone(estimator(batch_size=7)).batch_size == 7
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_several_quantiles_name_their_loss(door, tmp_path, capsys):
+    frame = table()[["size", "y"]]
+    with pytest.raises((ArgumentError, AssertionError)) as caught:
+        DOORS[door](tmp_path, frame, "y", "regression", **OPTIONS, loss="quantile", quantile="0.1,0.9")
+    told = capsys.readouterr().err if door == "command" else str(caught.value)
+    assert "quantile: the loss quantile learns one; for several take --loss quantiles" in told
+    if door == "estimator":
+        model = TableRegressor(**OPTIONS, loss="quantiles").fit(frame[["size"]], frame["y"])
+        with pytest.raises(
+            ArgumentError, match="return_std: the loss quantiles learns no deviation; use predict_quant"
+        ):
+            model.predict(frame[["size"]], return_std=True)

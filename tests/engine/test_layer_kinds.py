@@ -295,6 +295,12 @@ def test_a_block_checks_its_sizes(argument, value):
         Residual(**{"width": 8, argument: value})
 
 
+def test_norms_of_another_number_of_layers_are_refused():
+    config = NETS["layer"].to_config()
+    with pytest.raises(ArgumentError, match="norms: expected 3, one a layer, or none, got"):
+        MLP.from_config({**config, "norms": config["norms"][:1]})
+
+
 def test_forged_blocks_are_refused():
     config = NETS["residual"].to_config()
     for blocks in ([[1, 3]], [[5, 9]], [[0, 1]]):

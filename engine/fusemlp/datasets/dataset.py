@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -86,7 +85,7 @@ class Dataset:
         """The names of the targets."""
         return target_names(self.target_name, 1 if self.y.ndim == 1 else self.y.shape[1])
 
-    @cached_property
+    @property
     def gaps(self) -> str:
         """The number of values that several targets lack, as text; empty without any."""
         if self.y.ndim == 1:

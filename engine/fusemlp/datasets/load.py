@@ -270,9 +270,7 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
     names = read_names(path, form)
     if target is None:
         raise DataError(f"{path}: say which column is the target; the columns are {listed(names)}")
-    targets = (target,) if target in names else tuple(part.strip() for part in target.split(","))
-    if len({*targets}) < len(targets):
-        raise ArgumentError(f"target: {target!r} names a column twice")
+    targets = (target,) if target in names else tuple(dict.fromkeys(part.strip() for part in target.split(",")))
     columns.check(path, names, targets)
     notes: list[str] = []
     like, time, group, weight = columns.like, columns.time, columns.group, columns.weight

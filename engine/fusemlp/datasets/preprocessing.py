@@ -155,13 +155,12 @@ class Preprocessor:
                 if low <= 0:
                     raise DataError(f"log_targets: the target {names[0]!r} holds {low:g}, and has no logarithm")
                 targets = np.log(targets)
-            how = "standard" if scale in ("robust", "piecewise", "quantile") else scale
+            how = "none" if not scale_targets else "standard" if scale in ("robust", "piecewise", "quantile") else scale
             there = [column[~np.isnan(column), None] for column in targets.T]
             if not all(map(len, there)):
                 raise DataError(f"a target of {names} has no value in the training rows; leave it out")
-            how = how if scale_targets else "none"
             fitted = [statistics(column, how, [name]) for column, name in zip(there, names, strict=True)]
-            target_shift, target_factor = map(np.concatenate, zip(*fitted, strict=True))
+            target_shift, target_factor = np.hstack(fitted)
         return cls(
             task=dataset.task,
             scale=scale,

@@ -67,6 +67,8 @@ CONFLICTS = {
     ("ranks", "members"): f"{{ranks}}: training on several processes{SINGLE}",
     ("ranks", "step"): "step: a distributed engine trains in fit, which splits the rows; use fit",
     # targets of tables
+    ("return_std", "quantiles"): "return_std: the loss quantiles learns no deviation; use predict_quantiles, or train "
+    "with the loss gaussian",
     ("several targets", "quantiles"): "loss: quantiles learns one target, and there are {several targets}; train a run "
     "for each, or use gaussian or quantile",
     **{

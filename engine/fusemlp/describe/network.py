@@ -397,6 +397,8 @@ class MLP(Description):
             members=config["members"],
             norm=[norm_from_config(norm) for norm in config["norms"][:-1]] or None,
         )
+        if config["norms"] and len(config["norms"]) != net.layers:
+            raise ArgumentError(f"norms: expected {net.layers}, one a layer, or none, got {config['norms']}")
         if list(net.sizes) != list(config["sizes"]):
             raise ArgumentError(f"blocks: expected residual blocks of {config['sizes']}, got {config['blocks']}")
         return net

@@ -74,10 +74,8 @@ def score(
     y, judged = preprocessor.encode_targets(labels), judge(engine, preprocessor, X, labels)
     report: dict[str, Any] = {"rows": len(X), "loss": engine.inference.evaluate(X, y, weight)["loss"]}
     report |= figures(judged, probable=engine.loss.is_classification)
-    if len(preprocessor.targets) > 1:
-        report["targets"] = {
-            name: figures(judged.of_target(at), probable=False) for at, name in enumerate(preprocessor.targets)
-        }
+    if len(names := preprocessor.targets) > 1:
+        report["targets"] = {name: figures(judged.of_target(at), probable=False) for at, name in enumerate(names)}
     if preprocessor.classes is not None:
         report |= class_figures(judged.truth, judged.predicted, preprocessor.labels)
     return report, judged

@@ -18,10 +18,11 @@ Differences, apart from what the estimators add:
 
 from __future__ import annotations
 
+from fusemlp.describe.checks import knows_names_of
 from fusemlp.sklearn.classifier import MLPClassifier
 from fusemlp.sklearn.regressor import MLPRegressor
 from fusemlp.sklearn.search import FleetRandomizedSearchCV, FleetSearchCV
-from fusemlp.sklearn.table import TableClassifier, TableRegressor
+from fusemlp.sklearn.table import RETRAINED, TableClassifier, TableRegressor
 
 __all__ = [
     "FleetRandomizedSearchCV",
@@ -31,3 +32,18 @@ __all__ = [
     "TableClassifier",
     "TableRegressor",
 ]
+
+# Names in other libraries, and those in the MLP and in the table estimators.
+_NAMES = {
+    "epochs n_epochs max_epochs max_iter": ("max_iter", "epochs"),
+    "hidden hidden_dim hidden_layer_sizes": ("hidden_layer_sizes", "hidden"),
+    "lr learning_rate learning_rate_init": ("learning_rate_init", "lr"),
+    "optimizer solver": ("solver", "optimizer"),
+    "weight_decay alpha": ("alpha", "weight_decay"),
+}
+for _cls, _at in ((MLPClassifier, 0), (MLPRegressor, 0), (TableClassifier, 1), (TableRegressor, 1)):
+    _elsewhere = dict.fromkeys(("n_estimators", "max_depth", "num_leaves"), "a network has no trees; leave it out")
+    _elsewhere["warm_start"] = RETRAINED
+    for _names, _here in _NAMES.items():
+        _elsewhere |= dict.fromkeys(_names.split(), f"it is called {_here[_at]} here")
+    knows_names_of(_cls, _elsewhere)

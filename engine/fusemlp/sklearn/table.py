@@ -27,7 +27,8 @@ from fusemlp.callbacks import ProgressBar
 from fusemlp.datasets.load import load_features
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import network_inputs
-from fusemlp.describe.checks import as_count, check_choice, knows_names_of, names_absent
+from fusemlp.describe.checks import as_count, check_choice, names_absent
+from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.description import stored
 from fusemlp.describe.losses import as_loss
 from fusemlp.describe.network import MLP
@@ -371,9 +372,8 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         return tags
 
 
-_RETRAINED = "fit(X, y) takes old and new rows together, and transfer_from='runs/...' starts from a trained run"
-names_absent(TableEstimator, {"partial_fit": _RETRAINED})
-knows_names_of(TableParameters, {"warm_start": _RETRAINED})
+RETRAINED = "fit(X, y) takes old and new rows together, and transfer_from='runs/...' starts from a trained run"
+names_absent(TableEstimator, {"partial_fit": RETRAINED})
 
 
 def _tell(notes: Iterable[str]) -> None:
@@ -444,6 +444,7 @@ class TableRegressor(RegressorMixin, TableEstimator):
         values = predictions(self.engine_, self.preprocessor_, inputs)
         if not return_std:
             return values
+        check_together({**self.engine_.loss.uses, "return_std": True})
         return values, spread(members(self.engine_, "return_std"), self.preprocessor_, inputs, values)
 
     def predict_quantiles(self, X: Any) -> Array:

@@ -106,7 +106,9 @@ def read(
     drop, keep, words = ([part] if isinstance(part, str) else [str(name) for name in part or ()] for part in names)
     asked = {name: getattr(estimator, name) for name in ("group", "time", "weight")}
     columns = ColumnChoices(drop, keep, words, like=like, **asked)
-    dataset = load_data(_numbered(table, target), target=target, task="regression", columns=columns)
+    # the targets have been checked: numbers stand for them
+    numbered = Frame("X", table.append_column(target, [np.arange(table.num_rows)]))
+    dataset = load_data(numbered, target=target, task="regression", columns=columns)
     # those of a data frame have names
     name = ",".join(map(str, y.columns)) if labels.ndim > 1 and hasattr(y, "columns") else dataset.target_name
     about: Any = {"task": estimator.task, "target_name": name, "notes": (*notes, *dataset.notes)}
@@ -123,8 +125,3 @@ def with_validation(dataset: Dataset, estimator: Any, X: Any, y: Any, checked: C
         if len(strange):
             raise DataError(f"y_val: {strange.tolist()[0]!r} is no label of y; leave its rows out")
     return replace(dataset, validation=(features, labels), notes=(*dataset.notes, *notes))
-
-
-def _numbered(table: Any, target: str) -> Frame:
-    """Return a table with the numbers of its rows as the target: the targets have been checked."""
-    return Frame("X", table.append_column(target, [np.arange(table.num_rows)]))

@@ -291,10 +291,7 @@ def class_weights(asked: Any, codes: Array, labels: Sequence[Any]) -> list[float
 
 
 def loss(recipe: ModelRecipe, name: str, weights: list[float] | None, *, missing: bool = False) -> Loss:
-    """Return the loss ``name``; cross_entropy takes class weights, other losses get weights of the rows instead.
-
-    ``missing``: targets that are NaN weigh nothing; the loss of an object has its own.
-    """
+    """Return the loss ``name``, of which cross_entropy takes class weights; ``missing``: NaN in targets is valid."""
     if isinstance(recipe.loss, Loss):
         _check_free(recipe, "loss")
         if weights is None or name != "cross_entropy":
@@ -308,6 +305,8 @@ def loss(recipe: ModelRecipe, name: str, weights: list[float] | None, *, missing
     if isinstance(given.get("q"), str):
         numbers = _numbers("quantile", given["q"])
         given["q"] = numbers[0] if name == "quantile" and len(numbers) == 1 else numbers
+    if name == "quantile" and isinstance(given.get("q"), Sequence):
+        raise ArgumentError("quantile: the loss quantile learns one; for several take --loss quantiles")
     if name == "cross_entropy":
         given["class_weight"] = weights
     if missing:
