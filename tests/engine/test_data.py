@@ -188,7 +188,7 @@ def test_npz_that_is_wrong(tmp_path, arrays, message):
     ("source", "options", "error", "message"),
     [
         ("digitz", {}, ArgumentError, r"unknown name 'digitz'; did you mean 'digits'\?"),
-        ("digits.csv", {}, DataError, r"no file or folder 'digits.csv'.*names digits, breast_cancer"),
+        ("digits.csv", {}, DataError, r"no file or folder 'digits.csv'.*names digits, diamonds, breast_cancer"),
         ("a/b", {}, DataError, r"no file or folder 'a/b'"),
         ("a\0b", {}, ArgumentError, r"unknown name"),
         ("a" * 5000, {}, DataError, r"cannot be read.*too long"),

