@@ -1,5 +1,6 @@
 """The estimators among scikit-learn's tools: its checks, its meta-estimators, pickles, data frames, bad input."""
 
+import inspect
 import io
 import pickle
 import subprocess
@@ -57,7 +58,7 @@ def test_parameters_begin_with_scikit_learns_in_order_and_with_its_defaults(name
     mine, reference = getattr(ours, name)(), getattr(theirs, name)()
     own, known = mine.get_params(), reference.get_params()
     assert {parameter: own[parameter] for parameter in known} == known
-    code, other = type(mine).__init__.__code__, type(reference).__init__.__code__
+    code, other = inspect.unwrap(type(mine).__init__).__code__, type(reference).__init__.__code__
     order = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     expected = other.co_varnames[: other.co_argcount + other.co_kwonlyargcount]
     assert order[: len(expected)] == expected

@@ -79,10 +79,9 @@ def test_a_table_of_many_rows_takes_more_of_them_a_step(options, rows, expected)
 
 
 def test_plain_networks_of_a_backend_with_kernels_for_codes_read_them():
-    assert descriptions.reads_codes(replace(PLAIN, backend="numpy"), 1)
-    assert not descriptions.reads_codes(replace(PLAIN, backend="numpy"), 4)
-    assert not descriptions.reads_codes(replace(PLAIN, backend="triton"), 1)
-    assert not descriptions.reads_codes(replace(PLAIN, backend="numpy", adversarial="pgd"), 1)
+    assert descriptions.reads_codes(replace(PLAIN, backend="numpy"))
+    assert not descriptions.reads_codes(replace(PLAIN, backend="triton"))
+    assert not descriptions.reads_codes(replace(PLAIN, backend="numpy", adversarial="pgd"))
 
 
 # 100 rows in batches of 30: four updates an epoch; ten epochs.
