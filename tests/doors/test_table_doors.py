@@ -11,7 +11,7 @@ import pytest
 from sklearn.base import clone
 from sklearn.model_selection import train_test_split
 
-from fusemlp.datasets.load import load_data
+from fusemlp.datasets.load import ColumnChoices, load_data
 from fusemlp.sklearn import MLPClassifier, MLPRegressor, TableClassifier, TableRegressor
 from fusemlp_kernels.errors import ArgumentError, DataError
 from make import run
@@ -249,6 +249,18 @@ def test_a_column_of_weights(door, tmp_path):
         np.testing.assert_array_equal(logged, model.history_.history["val_loss"])
         columns = pandas.read_csv(tmp_path / "run" / "columns.csv").set_index("column")
         assert columns.loc["w", "became"] == "weight"
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_rows_of_weight_0_are_left_out(door, tmp_path):
+    frame = table()[["size", "age", "y"]]
+    weight = np.where(frame.index % 3 == 0, 0.0, 2.0)
+    _, predicted = DOORS[door](tmp_path, frame.assign(w=weight), "y", "regression", **OPTIONS, weight="w")
+    model = TableRegressor(**OPTIONS).fit(frame[["size", "age"]], frame["y"], sample_weight=weight)
+    np.testing.assert_array_equal(predicted, model.predict(frame[["size", "age"]]))
+    dataset = load_data(frame.assign(w=weight), target="y", columns=ColumnChoices(weight="w", ids=["age"]))
+    assert len(dataset.y) == len(dataset.X) == len(dataset.ids["age"]) == np.count_nonzero(weight)
+    assert "20 of 60 rows have no weight and are left out" in dataset.notes
 
 
 @pytest.mark.parametrize(

@@ -288,6 +288,8 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
         known_labels=() if like is None or target != like.target_name else _label_words(like),
         notes=notes,
     )
+    if weight is not None:
+        table = _counted(table, weights(f"{path}, {weight!r} of rows with a target", table[weight]) != 0, notes)
     y = _labels(table, targets)
     no_inputs = {*columns.texts, weight, *(columns.drop if like is None else set(table) - wanted)}
     inputs = {name: column for name, column in table.items() if name not in no_inputs}
@@ -323,8 +325,16 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
         groups=None if group is None else table[group],
         times=None if time is None else times(path, time, table[time]),
         joins_spellings=like is None or like.joins_spellings,
-        weight=None if weight is None else weights(f"{path}, {weight!r} of rows with a target", table[weight]),
+        weight=None if weight is None else table[weight],
     )
+
+
+def _counted(table: dict[str, Array], counts: Array, notes: list[str]) -> dict[str, Array]:
+    """Return the rows of a table that count; with the others a part to validate on might have no weight at all."""
+    if counts.all():
+        return table
+    notes.append(f"{len(counts) - np.count_nonzero(counts)} of {len(counts)} rows have no weight and are left out")
+    return {name: column[counts] for name, column in table.items()}
 
 
 def _labels(table: dict[str, Array], targets: tuple[str, ...]) -> Array:
