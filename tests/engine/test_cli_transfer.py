@@ -11,7 +11,7 @@ from fusemlp import load, load_checkpoint
 from make import QUICK, assert_same, read, refusal, run
 
 # the command line prints them, and most sources here were trained on the same rows
-pytestmark = pytest.mark.filterwarnings("default:.*training rows of|.*held out rows")
+pytestmark = pytest.mark.filterwarnings("default:.*training rows of|.*held out rows|.*weigh rows")
 FEW = 60
 
 
@@ -181,6 +181,24 @@ def test_ids_and_groups_are_those_of_the_run_unless_given(tmp_path, capsys):
     assert (chosen["id"], chosen["group"]) == (None, None)
 
 
+def test_weights_are_those_of_the_run_unless_given(tmp_path, capsys):
+    weights = {"w": np.arange(FEW) % 3, "v": np.ones(FEW)}
+    data, without = table(tmp_path / "data.csv", FEW, 1, **weights), table(tmp_path / "without.csv", FEW, 1)
+    quick = ("--models", "1", "--epochs", "1", "--quiet")
+    assert run("train", data, "--target", "price", "--weight", "w", "--drop", "v", *quick, "--out", tmp_path / "a") == 0
+    for file, options, weight in (
+        (data, (), "w"),
+        (data, ("--weight", "v"), "v"),
+        (data, ("--group", "w"), None),
+        (without, (), None),
+    ):
+        out = tmp_path / f"{file.stem} {' '.join(options)}"
+        assert run("train", file, "--from", tmp_path / "a", *options, *quick, "--out", out) == 0
+        assert read(out / "config.json")["options"]["weight"] == weight
+        warning = f"no column 'w' to weigh rows by, as {tmp_path / 'a'} did: they weigh alike"
+        assert (warning in capsys.readouterr().err) == (weight is None)
+
+
 def test_the_loss_of_the_same_target_is_taken_over(small, tmp_path):
     loss = ("--loss", "huber", "--delta", "0.5", "--models", "1", "--epochs", "2", "--quiet")
     assert run("train", small, "--target", "price", *loss, "--out", tmp_path / "huber") == 0
@@ -210,6 +228,7 @@ def test_columns_that_lack_or_are_new_are_told(big, tmp_path, capsys):
         ("--drop a", "--drop: the run of --from decides it"),
         ("--target a", "--target: 'a' is an input of the network of"),
         ("--group zone", "--group: 'zone' is an input of the network of"),
+        ("--weight a", "--weight: 'a' is an input of the network of"),
         ("--id a", "--id: 'a' is an input of the network of"),
         ("--freeze 2", "--freeze: expected 0 to 1, since the last of the 2 layers is trained, got 2"),
         ("--layer-decay 2", "--layer-decay: expected"),

@@ -204,7 +204,7 @@ def opened(options: TrainOptions) -> tuple[transfer.Source | None, TrainOptions]
         same_target = options.task == preprocessor.task
     options = _with_columns(options, source) if table else options
     options = source.filled(options, same_target=same_target)
-    for option in ("target", "group", "id"):
+    for option in ("target", "group", "id", "weight"):
         names = getattr(options, option) or ()
         both = {*preprocessor.sources} & {*([names, *names.split(",")] if isinstance(names, str) else names)}
         if both:
@@ -216,10 +216,16 @@ def opened(options: TrainOptions) -> tuple[transfer.Source | None, TrainOptions]
 
 
 def _with_columns(options: TrainOptions, source: transfer.Source) -> TrainOptions:
-    """Return the options with the run's columns of ids, groups and times that the table has, where none are given."""
+    """Return the options with the run's columns of ids, weights, groups and times that the table has, unless given."""
     names, before = {*read_names(Path(str(options.data)), options.form())} - {options.target}, source.config["options"]
     if options.id is None:
         options = replace(options, id=[name for name in source.preprocessor.ids if name in names] or None)
+    weight = before.get("weight")
+    if options.weight is None and weight in names - {options.group, *(options.id or ())}:
+        options = replace(options, weight=weight)
+    elif options.weight is None and weight is not None:
+        text = f"no column {weight!r} to weigh rows by, as {source.run.path} did: they weigh alike"
+        warnings.warn(f"{options.data}: {text}", stacklevel=2)
     if (options.group or options.time) is not None or None not in (options.validation, options.test):
         return options
     chosen = {option: before[option] for option in ("group", "time") if before.get(option) is not None}
