@@ -171,6 +171,9 @@ def test_ids_and_groups_are_those_of_the_run_unless_given(tmp_path, capsys):
         assert (chosen["id"], chosen["group"]) == (ids, group)
     assert run("predict", tmp_path / "same", "--data", data, "--out", tmp_path / "p.csv") == 0
     assert pandas.read_csv(tmp_path / "p.csv")["customer"].tolist() == names.tolist()
+    both = ("--target", "price, shop")
+    assert run("train", with_shops, "--from", tmp_path / "a", *both, *quick, "--out", tmp_path / "both") == 0
+    assert read(tmp_path / "both" / "config.json")["options"]["group"] is None
     without = table(tmp_path / "without.csv", FEW, 1)
     assert run("train", without, "--from", tmp_path / "a", *quick, "--out", tmp_path / "none") == 0
     expected = (

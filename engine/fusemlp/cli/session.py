@@ -18,6 +18,7 @@ from fusemlp.callbacks.trackers import Tracker
 from fusemlp.cli import output
 from fusemlp.cli.options import DataOptions, OutputOptions, SweepOptions, TrainOptions
 from fusemlp.cli.output import command_line
+from fusemlp.datasets.dataset import targets_in
 from fusemlp.datasets.load import NAMES, ColumnChoices, Dataset, load_data
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import with_files
@@ -217,7 +218,8 @@ def opened(options: TrainOptions) -> tuple[transfer.Source | None, TrainOptions]
 
 def _with_columns(options: TrainOptions, source: transfer.Source) -> TrainOptions:
     """Return the options with the run's columns of ids, weights, groups and times that the table has, unless given."""
-    names, before = {*read_names(Path(str(options.data)), options.form())} - {options.target}, source.config["options"]
+    names, before = {*read_names(Path(str(options.data)), options.form())}, source.config["options"]
+    names -= {*targets_in(options.target or "", names)}
     if options.id is None:
         options = replace(options, id=[name for name in source.preprocessor.ids if name in names] or None)
     weight = before.get("weight")

@@ -107,6 +107,11 @@ def target_names(name: str, count: int) -> tuple[str, ...]:
     return (name,) if count == 1 else names if len(names) == count else tuple(map(str, range(count)))
 
 
+def targets_in(target: str, names: Collection[str]) -> tuple[str, ...]:
+    """Return the target columns: those between the commas of ``target``, unless one of ``names`` has these commas."""
+    return (target,) if target in names else tuple(dict.fromkeys(part.strip() for part in target.split(",")))
+
+
 @dataclass(frozen=True)
 class ColumnChoices:
     """Choices for the columns of a table: to ``drop``, to ``keep`` in any case, and to take as ``categorical``.

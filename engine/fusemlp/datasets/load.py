@@ -20,7 +20,7 @@ from fusemlp.datasets.arrays import features_of_npz, from_path, named
 from fusemlp.datasets.codes import Categories, Features, different, kept_features, parts_of, sources_of, spellings
 from fusemlp.datasets.dataset import ColumnChoices as ColumnChoices
 from fusemlp.datasets.dataset import Dataset as Dataset
-from fusemlp.datasets.dataset import missing_share, roles, times, weights, without_useless
+from fusemlp.datasets.dataset import missing_share, roles, targets_in, times, weights, without_useless
 from fusemlp.datasets.tables import (
     SHIPPED,
     TABLES,
@@ -270,7 +270,7 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
     names = read_names(path, form)
     if target is None:
         raise DataError(f"{path}: say which column is the target; the columns are {listed(names)}")
-    targets = (target,) if target in names else tuple(dict.fromkeys(part.strip() for part in target.split(",")))
+    targets = targets_in(target, names)
     columns.check(path, names, targets)
     notes: list[str] = []
     like, time, group, weight = columns.like, columns.time, columns.group, columns.weight
