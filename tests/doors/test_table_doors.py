@@ -291,6 +291,12 @@ def test_weights_stand_alone_and_beside_other_rows(tmp_path, capsys):
         TableRegressor(**OPTIONS, weight="w").fit(frame.drop(columns="y"), frame["y"], sample_weight=np.ones(60))
     with pytest.raises(ArgumentError, match="keep: 'w' is no input anyway: --weight names it"):
         TableRegressor(**OPTIONS, weight="w", keep=["w"]).fit(frame.drop(columns="y"), frame["y"])
+    for option, other in (
+        ("group", ColumnChoices(weight="w", group="w")),
+        ("id", ColumnChoices(weight="w", ids=["w"])),
+    ):
+        with pytest.raises(ArgumentError, match=f"weight: 'w' is the column of --{option} too; give one of them"):
+            load_data(frame, target="y", columns=other)
     with pytest.raises(DataError, match="no columns 'v' to weigh the rows by"):
         TableRegressor(**OPTIONS, weight="v").fit(frame.drop(columns="y"), frame["y"])
     frame.to_csv(tmp_path / "a.csv", index=False)

@@ -164,6 +164,9 @@ class ColumnChoices:
         both = [name for name in self.drop if name in (*self.keep, *self.categorical)]
         if both:
             raise ArgumentError(f"drop: {both[0]!r} is to be an input too, by --keep or --categorical; give one")
+        if self.weight is not None and self.weight in self.texts:
+            other = "id" if self.weight in self.ids else "group"
+            raise ArgumentError(f"weight: {self.weight!r} is the column of --{other} too; give one of them")
         if self.group is not None and self.time is not None:
             raise ArgumentError("group: rows are held out by group or in the order of time; give one of the options")
 
