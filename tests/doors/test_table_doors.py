@@ -287,6 +287,9 @@ def test_weights_stand_alone_and_beside_other_rows(tmp_path, capsys):
     frame = table()[["size", "age", "y"]].assign(w=1.0)
     with pytest.raises(DataError, match=r"^sample_weight: expected weights of at least 0, .*; row 5 holds -1\.0"):
         TableRegressor(**OPTIONS).fit(frame[["size"]], frame["y"], sample_weight=np.where(frame.index == 5, -1, 1))
+    gaps = frame["y"].where(frame.index > 5)
+    with pytest.raises(DataError, match=r"^sample_weight of rows with a target: expected .*; every row holds 0"):
+        TableRegressor(**OPTIONS).fit(frame[["size"]], gaps, sample_weight=np.where(frame.index > 5, 0, 1))
     with pytest.raises(ArgumentError, match="weight: fit got sample_weight too, beside the column 'w'; give one"):
         TableRegressor(**OPTIONS, weight="w").fit(frame.drop(columns="y"), frame["y"], sample_weight=np.ones(60))
     with pytest.raises(ArgumentError, match="keep: 'w' is no input anyway: --weight names it"):

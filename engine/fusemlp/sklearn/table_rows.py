@@ -96,7 +96,8 @@ def read(
     if sample_weight is not None:
         if estimator.weight is not None:
             raise ArgumentError(f"weight: fit got sample_weight too, beside the column {estimator.weight!r}; give one")
-        weight = weights("sample_weight", _check_sample_weight(sample_weight, y))[kept]
+        weight = weights("sample_weight", _check_sample_weight(sample_weight, y))
+        weight = weights("sample_weight of rows with a target", weight[kept])
         counted = weight != 0
         table, labels, weight = table.filter(counted), labels[counted], weight[counted]
     target = "y"
