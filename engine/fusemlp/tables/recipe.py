@@ -183,7 +183,10 @@ class ModelRecipe(StepRecipe):
     )
     time: str | None = _data(None, "Hold out the last rows in the order of this column of dates or numbers.", "COLUMN")
     weight: str | None = _data(
-        None, "The column with the weight of each row in training and validation, 0 or more. It is no input.", "COLUMN"
+        None,
+        "The column with the weight of each row in training and validation, 0 or more. It is no input. Rows of "
+        "--validation weigh alike, as do test rows.",
+        "COLUMN",
     )
     test_fraction: float = _data(
         0.2, "The test's share of the rows, which judge the model at the end; 0 for none. Data with a test set keep it."
