@@ -266,10 +266,11 @@ def test_rows_of_weight_0_are_left_out(door, tmp_path):
 @pytest.mark.parametrize(
     "weights, message",
     [
-        ([1.0, -2.0], "row 1 holds -2.0"),
-        ([None, 1.0], "row 0 holds nan"),
-        ([0.0, 0.0], "every row holds 0"),
-        (["much", "less"], "row 0 holds much"),
+        ([1.0, -2.0], "row 1, column 'w': expected a weight, a finite number of at least 0, found -2.0"),
+        ([None, 1.0], "row 0, column 'w': expected a weight, a finite number of at least 0, found none"),
+        ([np.inf, 1.0], "row 0, column 'w': expected a weight, a finite number of at least 0, found none"),
+        ([0.0, 0.0], "'w' of rows with a target: expected weights of at least 0, of which at least one is a non-zero"),
+        (["much", "less"], "row 0, column 'w': expected a weight, a finite number of at least 0, found much"),
     ],
 )
 @pytest.mark.parametrize("door", DOORS)
@@ -278,9 +279,16 @@ def test_wrong_weights_name_the_row(door, weights, message, tmp_path, capsys):
     with pytest.raises((DataError, AssertionError)) as caught:
         DOORS[door](tmp_path, frame, "y", "regression", **OPTIONS, weight="w")
     told = capsys.readouterr().err if door == "command" else str(caught.value)
-    expected = "expected weights of at least 0, of which at least one is a non-zero number"
-    assert f"'w' of rows with a target: {expected}; {message}" in told
+    assert message in told
     assert not (tmp_path / "run").exists()
+
+
+def test_wrong_weights_are_numbered_with_the_rows_that_have_no_target(tmp_path):
+    (tmp_path / "a.csv").write_text("x,y,w\n1,,-1\n2,,\n3,1,2\n4,2,-1\n5,3,1\n")
+    for source, place in ((tmp_path / "a.csv", "line 5"), (pandas.read_csv(tmp_path / "a.csv"), "row 3")):
+        with pytest.raises(DataError, match=f"{place}, column 'w': expected a weight, .*, found -1") as caught:
+            load_data(source, target="y", columns=ColumnChoices(weight="w"))
+        assert "mistakes" not in str(caught.value)
 
 
 def test_weights_stand_alone_and_beside_other_rows(tmp_path, capsys):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp.datasets.codes import Categories, Features
-from fusemlp.datasets.tables import Place
+from fusemlp.datasets.tables import Place, wrong_weights
 from fusemlp.datasets.textfiles import MISSING
 from fusemlp.describe.text import listed, meant
 from fusemlp.inputs.arrays import Array
@@ -230,7 +230,7 @@ def times(path: Place, name: str, column: Array) -> Array:
 
 def weights(place: str, column: Array) -> Array:
     """Return a column of weights, which ``place`` names; DataError if they are none, or all 0."""
-    wrong = np.flatnonzero(~(column >= 0)) if column.dtype.kind in "biuf" else np.arange(1)
+    wrong = np.flatnonzero(wrong_weights(column))
     if len(wrong) or not column.any():
         fault = f"row {wrong[0]} holds {column[wrong[0]]}" if len(wrong) else "every row holds 0"
         raise DataError(f"{place}: expected weights of at least 0, of which at least one is a non-zero number; {fault}")

@@ -287,6 +287,7 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
         kinds=kinds,
         known_labels=() if like is None or target != like.target_name else _label_words(like),
         notes=notes,
+        weight=weight,
     )
     if weight is not None:
         table = _counted(table, weights(f"{path}, {weight!r} of rows with a target", table[weight]) != 0, notes)

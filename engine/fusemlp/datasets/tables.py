@@ -247,15 +247,16 @@ def read_table(
     kinds: dict[str, str] | None = None,
     known_labels: Collection[str] = (),
     notes: list[str] | None = None,
+    weight: str | None = None,
 ) -> dict[str, Array]:
     """Return columns of a table by name, in its order.
 
     ``features`` chooses the feature columns (None: all but targets and those to ``drop``); the others are ignored.
     ``kinds`` says what a feature column holds: "number", "word", or dates in an order of ``ORDERS``; those it does not
-    name are told by their values, and entered. The column
-    of a single target becomes int64, float64, bool or str, by its values; with ``words`` it stays str. Several become
-    float64, NaN where missing. Rows without any target are left out; a missing value's text that is among
-    ``known_labels`` is a label. ``notes`` takes lines on all this.
+    name are told by their values, and entered. The column of a single target becomes int64, float64, bool or str, by
+    its values; with ``words`` it stays str. Several become float64, NaN where missing. Rows without any target are left
+    out; a missing value's text that is among ``known_labels`` is a label. The column ``weight`` has a weight in each
+    other row. ``notes`` takes lines on all this.
     """
     import pyarrow
 
@@ -286,10 +287,15 @@ def read_table(
             else:
                 table[column.name] = column.finish(notes)
                 kinds[column.name] = column.kind or "number"
+        missing = np.all([column.missing for column in held], axis=0) if held else np.zeros(0, bool)
+        if weight is not None and not problems.found:
+            for row in np.flatnonzero(~missing & wrong_weights(table[weight])).tolist():
+                cell = table[weight][row]
+                text = f"expected a weight, a finite number of at least 0, found {cell if cell == cell else 'none'}"
+                problems.add(weight, row, text)
         if next(ragged) or problems.found:
             _refuse(source, problems, opened)
     pyarrow.default_memory_pool().release_unused()
-    missing = np.all([column.missing for column in held], axis=0) if held else np.zeros(0, bool)
     if missing.all() and len(missing):
         raise DataError(f"{source}, column {listed(targets)}: the target is missing in all {len(missing)} rows")
     if not table or not len(next(iter(table.values()))):
@@ -300,6 +306,11 @@ def read_table(
         notes.append(f"{int(missing.sum())} of {len(missing)} rows have no {listed(targets)} and are left out")
         table = {name: column[~missing] if len(column) == len(missing) else column for name, column in table.items()}
     return table
+
+
+def wrong_weights(column: Array) -> Array:
+    """Return for each row (n,) of a column whether it is no number of at least 0."""
+    return ~(column >= 0) if column.dtype.kind in "biuf" else np.ones(len(column), bool)
 
 
 def choose_columns(
