@@ -11,7 +11,7 @@ BUDGETS = {
     "engine/fusemlp": 910,
     "engine/fusemlp/callbacks": 1_310,
     "engine/fusemlp/cli": 3_680,
-    "engine/fusemlp/datasets": 3_080,
+    "engine/fusemlp/datasets": 3_110,
     "engine/fusemlp/describe": 3_100,
     "engine/fusemlp/fleet": 1_870,
     "engine/fusemlp/inputs": 1_460,

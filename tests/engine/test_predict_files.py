@@ -91,6 +91,19 @@ def test_every_form_is_read_again(suffix, model, new_rows, tmp_path):
     assert load_data(out, target="prediction").y.tolist() == table["prediction"].tolist()
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "xlsx"])
+def test_decimal_commas_become_points(suffix, model, new_rows, tmp_path):
+    table, out = pandas.read_csv(new_rows), tmp_path / f"out.{suffix}"
+    table["paid"] = ["1.234,5", "0,25", ""]
+    table.to_csv(tmp_path / "new.csv", index=False, sep=";", decimal=",")
+    assert run("predict", model, "--data", tmp_path / "new.csv", "--with-data", "--out", out) == 0
+    written = READERS[suffix](out)
+    np.testing.assert_array_equal(written["a"], table["a"])
+    np.testing.assert_array_equal(written["paid"], [1234.5, 0.25, np.nan])
+    assert run("predict", model, "--data", out, "--out", tmp_path / "again.csv") == 0
+    assert as_text(tmp_path / "again.csv")["prediction"] == [*map(str, written["prediction"])]
+
+
 def test_types_of_a_parquet_file_stay(model, tmp_path):
     table = (
         frame(5, classes=2)

@@ -23,7 +23,17 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.datasets.textfiles import MISSING, Form, OpenTable, as_batches, headed, is_compressed, open_text
+from fusemlp.datasets.textfiles import (
+    MISSING,
+    Form,
+    OpenTable,
+    as_batches,
+    headed,
+    is_compressed,
+    number,
+    open_text,
+    text_array,
+)
 from fusemlp.describe.checks import arrow
 from fusemlp.describe.text import Problems, listed, meant
 from fusemlp.inputs.arrays import Array
@@ -186,8 +196,8 @@ def _open_excel(path: Path, form: Form) -> OpenTable:
     names, header = headed(path, first, ".", form)
 
     def records() -> Iterator[tuple[int, list[str]]]:
-        for number, texts in itertools.islice(rows(), int(header), None):
-            yield number, [*texts, *[""] * (len(names) - len(texts))]
+        for line, texts in itertools.islice(rows(), int(header), None):
+            yield line, [*texts, *[""] * (len(names) - len(texts))]
 
     def batches(columns: Sequence[int], ragged: Callable[[], object]) -> Iterator[Any]:
         return as_batches(records(), len(names), columns, ragged)
@@ -333,7 +343,10 @@ def choose_columns(
 
 
 def read_cells(source: Place, form: Form, names: Sequence[str] | None, *, typed: bool) -> dict[str, Any]:
-    """Return columns of a table, all for None, as Arrow's: the cells of a text file as text, unless ``typed``."""
+    """Return columns of a table, all for None, as Arrow's: the cells of a text file as text, unless ``typed``.
+
+    Its decimal commas become points, as numbers beside them have.
+    """
     import pyarrow
 
     with open_source(source, form) as opened:
@@ -344,7 +357,20 @@ def read_cells(source: Place, form: Form, names: Sequence[str] | None, *, typed:
             raise DataError(f"{source}: no columns {listed(absent)}; {columns}{meant(absent, opened.names)}")
         positions = [opened.names.index(name) for name in wanted]
         cells = pyarrow.Table.from_batches(opened.batches(positions, lambda: None)).columns
+        cells = [*map(_with_points, cells)] if opened.decimal == "," else cells
         return dict(zip(wanted, map(_as_numbers, cells) if typed and opened.records else cells, strict=True))
+
+
+def _with_points(column: Any) -> Any:
+    """Return a column of text with decimal points in place of commas if all its cells are numbers."""
+    texts, cells = column.to_pylist(), []
+    for text in texts:
+        value, pointed = number(text, ","), text.replace(",", ".")
+        if value is None and text.strip() not in MISSING:
+            return column
+        # those with thousands are written anew
+        cells.append(text if value is None else pointed if number(pointed) == value else repr(value))
+    return text_array(cells)
 
 
 def _as_numbers(column: Any) -> Any:
