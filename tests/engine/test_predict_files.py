@@ -104,6 +104,29 @@ def test_decimal_commas_become_points(suffix, model, new_rows, tmp_path):
     assert as_text(tmp_path / "again.csv")["prediction"] == [*map(str, written["prediction"])]
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "xlsx"])
+def test_long_numbers_keep_their_digits(suffix, model, new_rows, tmp_path):
+    table, out = pandas.read_csv(new_rows), tmp_path / f"out.{suffix}"
+    own = {"big": [12345678901234567890, 12345678901234567891, 1], "long": [9007199254740993, 2, 3], "e": [1e16, 2, 3]}
+    table.assign(**own).to_csv(tmp_path / "new.csv", index=False)
+    assert run("predict", model, "--data", tmp_path / "new.csv", "--with-data", "--out", out) == 0
+    written = READERS[suffix](out)
+    for name, numbers in own.items():
+        assert [*map(float if name == "e" else int, written[name])] == numbers
+
+
+def test_excel_takes_zones_lists_and_control_characters(model, tmp_path):
+    table = frame(2, classes=2).drop(columns="price")
+    table["time"] = pandas.to_datetime(["2020-01-02 03:04", None], utc=True)
+    table["list"], table["bell"] = [[1, 2], []], ["a\x07b", "c"]
+    table.to_parquet(tmp_path / "new.parquet")
+    options = ("--data", tmp_path / "new.parquet", "--with-data", "--out", tmp_path / "out.xlsx")
+    assert run("predict", model, *options) == 0
+    written = pandas.read_excel(tmp_path / "out.xlsx", keep_default_na=False)
+    assert written["time"][0] == "2020-01-02 03:04:00+00:00"
+    assert written["list"].tolist() == ["[1, 2]", "[]"] and written["bell"].tolist() == ["a\\x07b", "c"]
+
+
 def test_types_of_a_parquet_file_stay(model, tmp_path):
     table = (
         frame(5, classes=2)

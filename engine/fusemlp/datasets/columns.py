@@ -28,7 +28,7 @@ _TELLING = 4096
 _MARKED = re.compile(r"[^\d.+\-eE\s]")
 # A time with a zone, and whole numbers of which some have more digits than float64 holds.
 _ZONED = re.compile(r":\d\d.*(?:Z|[-+]\d\d:?\d\d)$")
-_LONG = r"^[+-]?[0-9]{16,300}$"
+LONG = r"^[+-]?[0-9]{16,300}$"
 # The numbers that Arrow reads, with another decimal mark too.
 _PLAIN = {mark: rf"^[+-]?[0-9]{{1,200}}(?:[{mark}][0-9]{{0,200}})?$" for mark in ".,"}
 
@@ -173,7 +173,7 @@ class Column:
         """Keep the first of the whole numbers that lost digits when their ``texts`` became ``numbers``."""
         if self.rounded is None and (np.abs(numbers) >= 2**53).any():
             texts = pc.utf8_trim_whitespace(texts)
-            long = pc.unique(texts.filter(pc.match_substring_regex(texts, _LONG))).to_pylist()
+            long = pc.unique(texts.filter(pc.match_substring_regex(texts, LONG))).to_pylist()
             self.rounded = next((text for text in long if int(text) != float(text)), None)
 
     def _add_text(self, texts: Any) -> None:

@@ -374,14 +374,20 @@ def _with_points(column: Any) -> Any:
 
 
 def _as_numbers(column: Any) -> Any:
-    """Return a column of text as numbers if all its cells are and none begins with zeros, such as 007."""
+    """Return a column of text as numbers if all its cells are, none begins with zeros, as 007, and all digits stay."""
     from pyarrow import ArrowInvalid, compute
+
+    from fusemlp.datasets.columns import LONG
 
     cells = compute.if_else(compute.equal(column, ""), None, column)
     if not compute.any(compute.match_substring_regex(cells, r"^[+-]?0\d")).as_py():
-        for kind in ("int64", "float64"):
-            with suppress(ArrowInvalid):
-                return cells.cast(kind)
+        with suppress(ArrowInvalid):
+            return cells.cast("int64")
+        with suppress(ArrowInvalid):
+            numbers = cells.cast("float64")
+            long = cells.filter(compute.match_substring_regex(cells, LONG)).to_pylist()
+            if all(int(text) == float(text) for text in long):
+                return numbers
     return column
 
 

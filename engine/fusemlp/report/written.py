@@ -23,6 +23,8 @@ _PACKERS: dict[str, Callable[[bytes], bytes]] = {
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
 }
+# The digits of a number that a sheet of Excel keeps.
+EXCEL_DIGITS = 15
 # Files whose cells have types, and all.
 TYPED = (*ARROW, ".xlsx")
 SUFFIXES = (".csv", ".tsv", *(f"{text}{packed}" for text in (".csv", ".tsv") for packed in _PACKERS), *TYPED)
@@ -51,6 +53,18 @@ def csv_bytes(rows: Iterable[Iterable[Any]], notes: list[str] | None = None, sep
     return stream.getvalue().encode(errors="backslashreplace")
 
 
+def _excel_cell(cell: Any) -> Any:
+    """Return a guarded cell; as text what Excel cannot hold: long whole numbers, times with a zone, lists, bytes."""
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+
+    long = isinstance(cell, int) and abs(cell) >= 10**EXCEL_DIGITS
+    if long or getattr(cell, "tzinfo", None) is not None or isinstance(cell, list | tuple | dict | bytes):
+        cell = str(cell)
+    if isinstance(cell, str):
+        cell = ILLEGAL_CHARACTERS_RE.sub(lambda match: ascii(match[0])[1:-1], cell)
+    return guarded(cell)
+
+
 def table_bytes(name: str, columns: Mapping[str, Any], notes: list[str]) -> bytes:
     """Return columns, of Python or Arrow, as the content of a file whose ``name`` ends in one of ``SUFFIXES``."""
     suffix, stream = Path(name).suffix.lower(), io.BytesIO()
@@ -70,6 +84,6 @@ def table_bytes(name: str, columns: Mapping[str, Any], notes: list[str]) -> byte
     book = excel(name).Workbook(write_only=True)
     sheet = book.create_sheet("predictions")
     for row in rows:
-        sheet.append([guarded(cell) for cell in row])
+        sheet.append([*map(_excel_cell, row)])
     book.save(stream)
     return stream.getvalue()
