@@ -162,6 +162,7 @@ def test_names_of_an_array_file(model, new_rows, tmp_path):
 
 REFUSED = {
     "json": (("--out", "-", "--json"), 2, "--json: with --out - the predictions are on stdout"),
+    "both": (("--with-data", "--id", "a"), 2, "--id: --with-data writes all columns, 'a' too; leave out one of both"),
     "unknown": (("--id", "zap"), 1, "no columns 'zap'; the columns are 'note', 'count', 'zip', "),
     "suffix": (("--out", "x.txt"), 2, "--out: expected a file name ending in .csv, .tsv, .csv.gz, "),
 }

@@ -60,6 +60,8 @@ def predict(options: PredictOptions) -> None:
         check_output("out", out, OUTPUTS, force=options.force)
     elif options.as_json:
         raise ArgumentError("json: with --out - the predictions are on stdout; leave it out, or give --out a file")
+    if options.with_data and options.id:
+        raise ArgumentError(f"id: --with-data writes all columns, {listed(options.id)} too; leave out one of both")
     carried = None if options.with_data else options.id or ()
     if carried != () and not is_table(Path(data)):
         option = "with_data" if options.with_data else "id"
