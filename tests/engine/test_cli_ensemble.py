@@ -176,11 +176,25 @@ def test_baselines_stand_beside_the_score_and_a_worse_model_says_so(data, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("test", "expected"), [({"accuracy": 0.5}, ["constant"]), ({"accuracy": 0.6}, []), ({"rmse": 3.0}, ["linear"])]
+    ("test", "expected"),
+    [
+        ({"accuracy": 0.5}, ["constant"]),
+        ({"accuracy": 0.6}, []),
+        ({"rmse": 3.0, "r2": 0.4}, ["linear"]),
+        # chance; targets of several units; a high quantile
+        ({"rmse": 2.01, "r2": 0.74}, []),
+        ({"rmse": 3.0, "r2": 0.8, "targets": {}}, []),
+        ({"rmse": 3.0, "r2": 0.4, "mae": 1.0, "pinball": 0.2}, []),
+    ],
 )
 def test_worse_than(test, expected):
-    figures = {"constant": {"accuracy": 0.6, "rmse": 4.0}, "linear": {"accuracy": 0.5, "rmse": 2.0}}
-    found = list(worse_than({"test": test, "baselines": figures}))
+    figures = {"constant": {"accuracy": 0.6, "rmse": 4.0, "r2": 0.0}, "linear": {"accuracy": 0.5, "rmse": 2.0}}
+    figures["linear"]["r2"] = 0.75
+    report = {"test": {"rows": 1000, "mae": 1.0, **test}, "baselines": figures}
+    found = list(worse_than(report))
+    # the verdict judges by the same rule
+    advice = "".join(list(verdict(report | {"baselines": {n: {"mae": 2.0, **f} for n, f in figures.items()}}))[1:])
+    assert "accuracy" in test or ("linear model is better" in advice) == ("linear" in expected)
     assert len(found) == len(expected)
     assert all(f"the {name} one" in sentence for name, sentence in zip(expected, found, strict=True))
 
@@ -342,6 +356,12 @@ def test_a_verdict_says_what_to_do(mine, linear, advice):
     fact, follows = verdict({"test": {"rows": 1000, **mine}, "baselines": others})
     assert f"{max(0.0, mine[name]):.1%} of " in fact and f"{linear:.1%}" in fact
     assert follows.startswith(advice)
+
+
+def test_a_verdict_on_several_targets_adds_no_units():
+    others = {"constant": {"r2": -0.1, "mae": 2.0}, "linear": {"r2": 0.3}}
+    fact, _ = verdict({"test": {"rows": 1000, "r2": 0.5, "mae": 1.0, "targets": {}}, "baselines": others})
+    assert fact == "explains 50.0% of the variation in 1000 test rows, a linear model 30.0%"
 
 
 def test_no_verdict_without_baselines_or_variation():

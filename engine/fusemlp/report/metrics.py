@@ -226,37 +226,62 @@ def ridge(X: Array, values: Array, test_X: Array) -> Array:
     return np.asarray(np.concatenate([part @ weights for part in dense_parts(test_X)]) + (mean - centre @ weights))
 
 
+def _standing(report: Mapping[str, Any]) -> tuple[list[float], float] | None:
+    """Return the test accuracy, or R2, of the model and of each baseline, and what twice the standard error is.
+
+    Of a share p the error is sqrt(p (1 - p) / n), of R2 in large samples 2 sqrt(R2 / n) (1 - R2) (Olkin and Finn,
+    "Correlations redux", 1995). None where they are undefined, and for a quantile that is not the median: it is to be
+    wrong on one side.
+    """
+    models = [report.get("test", {}), *report.get("baselines", {}).values()]
+    test, classifies = models[0], "accuracy" in models[0]
+    shares = [scores.get("accuracy" if classifies else "r2") for scores in models]
+    if len(shares) < 3 or not all(share is not None and math.isfinite(share) for share in shares):
+        return None
+    half = test.get("mae", 0.0) / 2.0
+    if not classifies and not math.isclose(test.get("pinball", half), half, rel_tol=1e-4):
+        return None
+    mine, rows = max(0.0, shares[0]), test["rows"]
+    error = math.sqrt(mine * (1.0 - mine) / rows) if classifies else 2.0 * math.sqrt(mine / rows) * (1.0 - mine)
+    return shares, 2.0 * error
+
+
 def worse_than(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a sentence for each baseline with a better accuracy, or a lower rmse, than the model on the test rows."""
-    figure = "accuracy" if "accuracy" in report["test"] else "rmse"
-    mine = report["test"][figure]
-    for name, scores in report.get("baselines", {}).items():
-        theirs = scores[figure]
-        if theirs > mine if figure == "accuracy" else theirs < mine:
-            yield f"the model is worse than the {name} one: test {figure} {mine:.4g} against {theirs:.4g}"
+    """Yield a sentence for each baseline that is better on the test rows, the linear one by more than chance.
+
+    The accuracy decides, of numbers the rmse; of several targets, which may have other units, the mean R2.
+    """
+    if (standing := _standing(report)) is None:
+        return
+    ((mine, *others), chance), test = standing, report["test"]
+    figure = "accuracy" if "accuracy" in test else "r2" if "targets" in test else "rmse"
+    for (name, scores), theirs in zip(report["baselines"].items(), others, strict=True):
+        if theirs - mine > (chance if name == "linear" else 0.0):
+            against = f"{test[figure]:.4g} against {scores[figure]:.4g}"
+            yield f"the model is worse than the {name} one: test {figure} {against}"
 
 
 def verdict(report: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line on the test scores beside those of the baselines, and a line on what to do with the model.
 
-    A gain of less than two standard errors may be chance: of a share p they are sqrt(p (1 - p) / n), of R2 in large
-    samples 2 sqrt(R2 / n) (1 - R2) (Olkin and Finn, "Correlations redux", 1995).
+    A gain of less than two standard errors may be chance.
     """
-    models = [report.get("test", {}), *report.get("baselines", {}).values()]
-    test, constant, classifies = models[0], models[len(models) > 1], "accuracy" in models[0]
-    shares = [scores.get("accuracy" if classifies else "r2") for scores in models]
-    if len(shares) < 3 or not all(share is not None and math.isfinite(share) for share in shares):
+    if (standing := _standing(report)) is None:
         return
-    (mine, least, linear), rows = (max(0.0, share) for share in shares), test["rows"]
-    if classifies:
-        error = math.sqrt(mine * (1.0 - mine) / rows)
+    shares, chance = standing
+    (mine, least, linear), test = (max(0.0, share) for share in shares), report["test"]
+    rows = test["rows"]
+    if "accuracy" in test:
         line = f"right on {mine:.1%} of {rows} test rows, a linear model on {linear:.1%}"
         yield f"{line}, the most frequent class alone on {least:.1%}"
     else:
-        error = 2.0 * math.sqrt(mine / rows) * (1.0 - mine)
-        off, alone = (plain(float(f"{scores['mae']:.3g}")) for scores in (test, constant))
         line = f"explains {mine:.1%} of the variation in {rows} test rows, a linear model {linear:.1%}"
-        yield f"{line}; off by {off} on average, the mean alone by {alone}"
+        # the errors of several targets may have other units
+        if "targets" not in test:
+            both = test, report["baselines"]["constant"]
+            off, alone = (plain(float(f"{scores['mae']:.3g}")) for scores in both)
+            line += f"; off by {off} on average, the mean alone by {alone}"
+        yield line
     never = [row for row in class_table(report["test"])[1:] if row[4] != "0" == row[5]] if "classes" in test else []
     if never:
         more = f" and {len(never) - 1} other classes" if len(never) > 1 else ""
@@ -266,7 +291,7 @@ def verdict(report: Mapping[str, Any]) -> Iterator[str]:
         )
     elif mine <= least:
         yield "it has learned nothing of use: look at its training, and try rates with fusemlp lr-find"
-    elif abs(mine - linear) < 2.0 * error:
+    elif abs(mine - linear) <= chance:
         yield "its distance from the linear model may be chance: more test rows would tell"
     elif mine < linear:
         yield "the linear model is better: use one, or try rates and widths with fusemlp sweep"
