@@ -16,7 +16,7 @@ BUDGETS = {
     "engine/fusemlp/fleet": 1_870,
     "engine/fusemlp/inputs": 1_460,
     "engine/fusemlp/program": 1_810,
-    "engine/fusemlp/report": 2_890,
+    "engine/fusemlp/report": 2_910,
     "engine/fusemlp/runtime": 3_990,
     "engine/fusemlp/sklearn": 2_960,
     "engine/fusemlp/tables": 2_060,

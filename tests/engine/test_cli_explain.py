@@ -216,3 +216,20 @@ def test_estimators_permute_the_columns_of_a_table():
     ):
         with pytest.raises(fusemlp.ArgumentError, match=message):
             model.explain(frame[COLUMNS], *given, **options)
+
+
+def test_targets_of_several_units_count_alike(tmp_path, capsys):
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(300, 2))
+    cells = np.column_stack([x, x[:, 0] + 0.1 * draw.normal(size=300), 1000.0 * x[:, 1]])
+    np.savetxt(tmp_path / "data.csv", cells, delimiter=",", header="x1,x2,a,b", comments="")
+    run_folder = tmp_path / "run"
+    options = ("--target", "a,b", "--models", "1", "--epochs", "60", "--quiet", "--out", run_folder)
+    assert run("train", tmp_path / "data.csv", *options) == 0
+    columns = answer(capsys, run_folder)["columns"]
+    importance = {column["column"]: column["importance"] for column in columns}
+    assert 0.5 < importance["x1"] / importance["x2"] < 2.0
+    intervals = read(run_folder / "report.json")["intervals"]
+    assert "width" not in intervals
+    page = (run_folder / "report.html").read_text()
+    assert "cover of 90% intervals" in page and "error in deviations" in page

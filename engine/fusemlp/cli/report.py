@@ -91,8 +91,10 @@ def outcome(report: Mapping[str, Any]) -> list[str]:
     lines += [*headline(report.get("test", {})), *verdict(report)]
     if "intervals" in report:
         sizes = report["intervals"]
-        size = f"{sizes['classes']:.2f} classes" if "classes" in sizes else f"width {spelled(sizes['width'])}"
-        covered = f"{size} on average, which cover {sizes['coverage']:.0%} of the test rows"
+        size = f"{sizes['classes']:.2f} classes" if "classes" in sizes else "intervals"
+        size = f"width {spelled(sizes['width'])}" if "width" in sizes else size
+        average = "" if size == "intervals" else " on average,"
+        covered = f"{size}{average} which cover {sizes['coverage']:.0%} of the test rows"
         lines.append(f"predict --interval {sizes['level']:g}: {covered}")
     lines += guarantee_lines(report)
     if report.get("final_fit"):

@@ -170,7 +170,9 @@ class Evidence:
         centred = np.nan_to_num(scaled - np.nan_to_num(scaled).mean(axis=0))
         varies = np.abs(centred.T @ said).sum(axis=1) / np.maximum(np.sqrt((centred**2).sum(axis=0)), 1e-300)
         groups = sorted(self._groups().items(), key=lambda group: -float(varies[group[1]].max()))
-        metric = METRICS["rmse" if self.preprocessor.classes is None else "log_loss" if self.probable else "auc"]
+        # R2 has no unit, and targets may have several
+        of_numbers = "r2" if len(self.preprocessor.targets) > 1 else "rmse"
+        metric = METRICS[of_numbers if self.preprocessor.classes is None else "log_loss" if self.probable else "auc"]
 
         def scored(changed: Array) -> float:
             value = metric.of_rows(self._judge(changed, labels))
@@ -195,10 +197,17 @@ class Evidence:
         return Importance(metric.name, names, features, mean[order], deviation[order], len(rows), left_out)
 
     def surprise(self) -> Array:
-        """Return the probability (or output) of the true class of each row, or the absolute error of a number."""
+        """Return the probability (or output) of the true class of each row, or the absolute error of a number.
+
+        Of several targets it is the mean of the errors in deviations of each target.
+        """
         judged = self.judged
         if judged.scores is None:
-            return np.asarray(np.nanmean(np.abs(judged.truth - judged.predicted), axis=1))
+            errors = np.abs(judged.truth - judged.predicted)
+            if errors.shape[1] > 1:
+                deviation = np.nanstd(judged.truth, axis=0)
+                errors /= np.where(deviation > 0.0, deviation, 1.0)
+            return np.asarray(np.nanmean(errors, axis=1))
         return np.asarray(judged.scores[np.arange(len(judged.truth)), judged.truth])
 
     def worst(self) -> list[int]:

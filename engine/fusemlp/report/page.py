@@ -91,9 +91,10 @@ def _scores(report: Mapping[str, Any]) -> Iterator[Section]:
         for name in names
     ]
     if sizes := report.get("intervals"):
-        name, size = next((name, sizes[name]) for name in ("width", "classes") if name in sizes)
-        of = {"width": f"width of {sizes['level']:.0%} intervals", "classes": f"classes in {sizes['level']:.0%} sets"}
-        tiles.append([of[name], spelled(size), f"cover {sizes['coverage']:.0%} of test rows"])
+        level, covered = f"{sizes['level']:.0%}", f"{sizes['coverage']:.0%}"
+        of = {"width": f"width of {level} intervals", "classes": f"classes in {level} sets"}
+        shown = [[of[name], spelled(sizes[name]), f"cover {covered} of test rows"] for name in of if name in sizes]
+        tiles += shown or [[f"cover of {level} intervals", covered]]
     lines = [f"{line[0].upper()}{line[1:]}." for line in verdict(report)]
     section: Section = {"title": f"Scores on {test['rows']} test rows", "verdict": lines, "tiles": tiles}
     if "classes" in test:
@@ -207,6 +208,7 @@ def _worst(evidence: Evidence, importance: Importance | None) -> Section:
     order = list(dict.fromkeys([*ranked, *range(len(preprocessor.feature_names))]))
     shown = [] if evidence.image else order[:MOST_CELLS]
     kind = "error" if preprocessor.classes is None else "probability" if evidence.probable else "output"
+    kind += " in deviations" if len(preprocessor.targets) > 1 else ""
     kind += "" if preprocessor.classes is None else " of the true class"
     columns = ["image"] if evidence.image else [preprocessor.feature_names[at] for at in shown]
     rows: list[list[Any]] = [["row", *evidence.ids, "true", "predicted", kind, *columns]]

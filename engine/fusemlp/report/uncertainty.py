@@ -171,7 +171,10 @@ def sets(probabilities: Array, held: HeldOut, coverage: float) -> Array:
 
 
 def summary(engine: Session, preprocessor: Preprocessor, held: HeldOut, tested: Judged) -> dict[str, Any]:
-    """Return the share of the test rows' truths that intervals or sets of ``COVERAGE`` hold, and their mean size."""
+    """Return the share of the test rows' truths that intervals or sets of ``COVERAGE`` hold, and their mean size.
+
+    Intervals of several targets, which may have other units, have no mean size.
+    """
     truth = tested.truth
     if tested.scores is not None:
         chosen = sets(tested.scores, held, COVERAGE)
@@ -181,7 +184,10 @@ def summary(engine: Session, preprocessor: Preprocessor, held: HeldOut, tested: 
         there = ~np.isnan(truth)
         figures = ((low <= truth) & (truth <= high))[there], (high - low)[there]
     inside, size = (float(values.mean()) for values in figures)
-    return {"level": COVERAGE, "coverage": inside, "width" if preprocessor.classes is None else "classes": size}
+    report = {"level": COVERAGE, "coverage": inside}
+    if len(preprocessor.targets) > 1:
+        return report
+    return report | {"width" if preprocessor.classes is None else "classes": size}
 
 
 @dataclass(frozen=True)
