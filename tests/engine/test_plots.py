@@ -156,16 +156,17 @@ def test_losses_over_many_decades_can_be_told_apart(scores, scale):
 def test_bad_scores_do_not_squeeze_the_others(metric, sign):
     scores = [0.1, 0.11, 0.12, 0.13, 9.0, 5000.0]
     varied = [plots.Varied("lr", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])]
-    figure = plots.scores_figure(varied, [sign * score for score in scores], metric=metric, kept=[0, 1], title="")
+    figure = plots.scores_figure(varied, [sign * score for score in scores], metric=metric, kept=[0, 1, 5], title="")
     (axes,) = figure.axes
     # three times as far from the best as the median
     low, high = sorted(sign * end for end in axes.get_ylim())
     assert 0.05 < low < 0.1 and 0.13 < high < 0.1 + 3 * 0.025
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["model", "beyond the axis: 2", "kept"]
-    _, outside, kept = axes.collections
+    _, outside, kept, beyond = axes.collections
     edge = 0.98 if sign > 0 else 0.02
     np.testing.assert_allclose(outside.get_offsets(), [(5.0, edge), (6.0, edge)])
     assert len(kept.get_offsets()) == 2
+    np.testing.assert_allclose(beyond.get_offsets(), [(6.0, edge)])
 
 
 def test_several_models_are_faint_beside_their_mean():

@@ -348,7 +348,10 @@ def _scores(axes: Axes, parameter: Varied, scores: Array, kept: Sequence[int], o
     if kept:
         stars, size = list(kept), 130 if len(kept) == 1 else 80
         look = {"s": size, "marker": "*", "color": GAP, "edgecolor": "#000000", "zorder": 5}
-        axes.scatter(places[stars], scores[stars], label="kept", **look)
+        within, beyond = ([star for star in stars if outside[star] == out] for out in (False, True))
+        axes.scatter(places[within], scores[within], label="kept", **look)
+        if beyond:
+            axes.scatter(places[beyond], [edge] * len(beyond), transform=over, clip_on=False, **look)
     axes.set_xlabel(parameter.name)
     axes.grid(alpha=0.25)
 
