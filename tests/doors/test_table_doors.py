@@ -223,6 +223,18 @@ def test_wrong_targets(target, options, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_messages_name_the_target_that_is_wrong(tmp_path, capsys):
+    frame = with_gaps()[0].assign(empty=np.nan)
+    frame.loc[3, "rent"] = -7.0
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    for target, option, message in (
+        ("price,empty", "--quiet", "a target of ('price', 'empty') has no value in the training rows"),
+        ("price,rent", "--log-target", "the target 'rent' holds -7, and has no logarithm"),
+    ):
+        assert run("train", tmp_path / "a.csv", "--target", target, option, "--out", tmp_path / "run") > 0
+        assert message in capsys.readouterr().err
+
+
 def test_a_column_with_a_comma_in_its_name_is_one_target(tmp_path):
     frame = with_gaps()[0].rename(columns={"price": "price,net"})
     dataset = load_data(frame, target="price,net")

@@ -325,11 +325,12 @@ class Target:
 
     def with_gaps(self, present: Array) -> Array:
         """Return the numbers of all rows, of which those that have one are ``present``, with NaN for the others."""
-        if present.dtype.kind not in "biuf":
+        if len(present) and present.dtype.kind not in "biuf":
             place = f"{self.problems.source}, column {self.name!r}"
             raise DataError(f"{place}: several targets are numbers, and it holds words; train a run for each")
         whole = np.full(len(self.missing), np.nan)
-        whole[~self.missing] = present
+        if len(present):
+            whole[~self.missing] = present
         return whole
 
     def _numbers(self, present: Any) -> Array | None:

@@ -153,7 +153,8 @@ class Preprocessor:
             if log_targets:
                 low = float(np.nanmin(targets))
                 if low <= 0:
-                    raise DataError(f"log_targets: the target {names[0]!r} holds {low:g}, and has no logarithm")
+                    name = names[np.nanargmin(targets) % len(names)]
+                    raise DataError(f"log_targets: the target {name!r} holds {low:g}, and has no logarithm")
                 targets = np.log(targets)
             how = "none" if not scale_targets else "standard" if scale in ("robust", "piecewise", "quantile") else scale
             there = [column[~np.isnan(column), None] for column in targets.T]
