@@ -178,6 +178,18 @@ def test_scores_of_several_targets_are_those_of_the_rows_that_have_them(tmp_path
     np.testing.assert_allclose(values, expected, rtol=1e-4)
 
 
+def test_a_model_of_whole_targets_is_evaluated_on_rows_with_gaps(tmp_path, capsys):
+    whole, gaps = with_gaps()
+    by_command(tmp_path, whole, "price,rent", "regression", **OPTIONS)
+    model = TableRegressor.from_run(tmp_path / "run")
+    gaps.dropna(how="all", subset=["price", "rent"]).to_csv(tmp_path / "gaps.csv", index=False)
+    capsys.readouterr()
+    assert run("evaluate", tmp_path / "run", "--data", tmp_path / "gaps.csv", "--json") == 0
+    scores = json.loads(capsys.readouterr().out)
+    errors = (model.predict(whole) - gaps[["price", "rent"]].to_numpy()) / model.preprocessor_.target_scale
+    assert scores["loss"] == pytest.approx(np.nanmean(errors**2), rel=1e-4)
+
+
 # The data, the options and the message, of which the command spells options.
 REFUSED = {
     "quantiles": ("whole", {"loss": "quantiles"}, "loss: quantiles learns one target, and there are 2"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusemlp.datasets.preprocessing import Preprocessor
-from fusemlp.describe.losses import GaussianNLL, Quantiles
+from fusemlp.describe.losses import ElementLoss, GaussianNLL, Quantiles
 from fusemlp.describe.metrics import METRICS, Judged, metrics_for, rises
 from fusemlp.inputs.arrays import Array
 
@@ -72,13 +73,22 @@ def score(
 ) -> tuple[dict[str, Any], Judged]:
     """Return the model's loss and scores on rows, and its predictions; X is the network's input, labels the data's."""
     y, judged = preprocessor.encode_targets(labels), judge(engine, preprocessor, X, labels)
-    report: dict[str, Any] = {"rows": len(X), "loss": engine.inference.evaluate(X, y, weight)["loss"]}
+    report: dict[str, Any] = {"rows": len(X), "loss": _loss(engine, X, y, weight)}
     report |= figures(judged, probable=engine.loss.is_classification)
     if len(names := preprocessor.targets) > 1:
         report["targets"] = {name: figures(judged.of_target(at), probable=False) for at, name in enumerate(names)}
     if preprocessor.classes is not None:
         report |= class_figures(judged.truth, judged.predicted, preprocessor.labels)
     return report, judged
+
+
+def _loss(engine: Session, X: Array, y: Array, weight: Any) -> float:
+    """Return the loss of rows, of which a model that was trained without gaps in its targets may have some."""
+    loss = engine.loss
+    if loss.on_host or not isinstance(loss, ElementLoss) or not np.isnan(y).any():
+        return engine.inference.evaluate(X, y, weight)["loss"]
+    outputs = engine.inference.outputs(X)
+    return replace(loss, missing=True).value_and_gradient(outputs, y.reshape(outputs.shape), weight)[0]
 
 
 def figures(judged: Judged, *, probable: bool) -> dict[str, float]:
