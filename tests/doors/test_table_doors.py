@@ -190,6 +190,32 @@ def test_a_model_of_whole_targets_is_evaluated_on_rows_with_gaps(tmp_path, capsy
     assert scores["loss"] == pytest.approx(np.nanmean(errors**2), rel=1e-4)
 
 
+def test_gaps_leave_one_model_with_a_note_and_those_of_a_test_file_all(tmp_path):
+    whole, gaps = with_gaps()
+    whole.loc[:99].to_csv(tmp_path / "whole.csv", index=False)
+    gaps.loc[:99].dropna(how="all", subset=["price", "rent"]).to_csv(tmp_path / "gaps.csv", index=False)
+    note = "1 model instead of 5, because targets are missing"
+    asked = ("--target", "price,rent", "--epochs", 2, "--hidden", 4, "--scale", "robust", "--quiet")
+    for data, test, models in (("whole", "gaps", 5), ("gaps", "whole", 1)):
+        made, files = tmp_path / data, [tmp_path / f"{name}.csv" for name in (data, test)]
+        assert run("train", files[0], "--test", files[1], *asked, "--out", made) == 0
+        config = json.loads((made / "config.json").read_text())
+        assert (note in config["data"]["notes"]) == (models == 1)
+        assert config["loss"].get("missing", False) == (models == 1)
+        report = json.loads((made / "report.json").read_text())
+        assert np.isfinite(report["test"]["loss"]) and report["held_out"]["rows"] > 0
+        model = TableRegressor.from_run(made)
+        assert np.ptp(model.predict(whole, return_std=True)[1]) > 0 if models > 1 else model.models in (None, 1)
+
+
+def test_a_sweep_refuses_gaps_by_their_name(tmp_path, capsys):
+    with_gaps()[1].to_csv(tmp_path / "a.csv", index=False)
+    asked = ("--target", "price,rent", "--vary", "lr=0.1,0.01", "--scale", "robust", "--out", tmp_path / "run")
+    assert run("sweep", tmp_path / "a.csv", *asked) == 2
+    message = "--vary: the models of a sweep take rows with all targets, and some are missing: 30 in 'price', 40 in"
+    assert message in capsys.readouterr().err
+
+
 # The data, the options and the message, of which the command spells options.
 REFUSED = {
     "quantiles": ("whole", {"loss": "quantiles"}, "loss: quantiles learns one target, and there are 2"),

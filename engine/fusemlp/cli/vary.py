@@ -18,6 +18,7 @@ from fusemlp.cli.report import describe_data
 from fusemlp.cli.session import command, filled_in, is_a_table, prepared_data, trained_by
 from fusemlp.cli.train import check_data, check_kept
 from fusemlp.describe.checks import as_count
+from fusemlp.describe.conflicts import check_together, in_use
 from fusemlp.describe.description import reading, stored
 from fusemlp.fleet.candidates import MOST_MODELS, check_name
 from fusemlp.fleet.fleet import Fleet
@@ -255,6 +256,7 @@ def planned(options: SweepOptions) -> Plan:
     points = combinations(axes, sample=options.sample, seed=split_seed, whole_seeds=options.seeds is not None)
     with _named_as_varied(axes):
         prepared = prepared_data(_train_options(options, points[0]))
+        check_together(in_use(sweep=True, **{"trained gaps": prepared.dataset.trained_gaps or None}))
         # The trials depend on the options that vary: their outcome holds for all.
         recipe = replace(prepared.recipe, **decisions(prepared))
         prepared, rows = replace(prepared, recipe=recipe), len(prepared.train)

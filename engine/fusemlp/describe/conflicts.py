@@ -72,13 +72,14 @@ CONFLICTS = {
     ("several targets", "quantiles"): "loss: quantiles learns one target, and there are {several targets}; train a run "
     "for each, or use gaussian or quantile",
     **{
-        ("gaps", other): f"{argument}: {words} rows with all targets, and some are missing: {{gaps}}; {mend}"
-        for other, argument, words, mend in (
-            ("whole targets", "loss", "{whole targets} takes", "use mse, mae, huber, poisson or quantile"),
-            ("fleet", "models", "several models take", "leave it out, or fill them in"),
-            ("members", "preset", "members that share weights take", "leave it out, or fill them in"),
-            ("privacy", "dp_epsilon", "private training takes", "leave it out, or fill them in"),
-            ("adversarial", "adversarial", "adversarial training takes", "leave it out, or fill them in"),
+        (gaps, other): f"{argument}: {words} rows with all targets, and some are missing: {{{gaps}}}; {mend}"
+        for gaps, other, argument, words, mend in (
+            ("gaps", "whole targets", "loss", "{whole targets} takes", "use mse, mae, huber, poisson or quantile"),
+            ("trained gaps", "fleet", "models", "several models take", "leave it out, or fill them in"),
+            ("trained gaps", "sweep", "vary", "the models of a sweep take", "fill them in"),
+            ("gaps", "members", "preset", "members that share weights take", "leave it out, or fill them in"),
+            ("gaps", "privacy", "dp_epsilon", "private training takes", "leave it out, or fill them in"),
+            ("gaps", "adversarial", "adversarial", "adversarial training takes", "leave it out, or fill them in"),
         )
     },
     # a loss on the host

@@ -84,15 +84,22 @@ def reads_codes(recipe: ModelRecipe) -> bool:
     return trains_plainly(recipe) and traits is not None and "codes" not in traits.lacks
 
 
-def models_of(recipe: ModelRecipe, dataset: Dataset, *, new: bool) -> int:
-    """Return the number of models that the recipe trains on a data set; a ``new`` training takes the default."""
+def models_of(recipe: ModelRecipe, dataset: Dataset, notes: list[str], *, new: bool) -> int:
+    """Return the number of models that the recipe trains on a data set; a ``new`` training takes the default.
+
+    A note tells of a default that gaps in the targets lower.
+    """
     if not isinstance(recipe, TableRecipe):
         return 1
     if recipe.models is not None:
         return as_count("models", recipe.models)
-    plain = trains_plainly(recipe) and not as_loss(recipe.loss or "mse").on_host and not dataset.gaps
+    plain = trains_plainly(recipe) and not as_loss(recipe.loss or "mse").on_host
     merges = new and dataset.roles and plain
-    return default_models(len(dataset.y), plain_network(recipe)) if merges else 1
+    models = default_models(len(dataset.y), plain_network(recipe)) if merges else 1
+    if models == 1 or not dataset.trained_gaps:
+        return models
+    notes.append(f"1 model instead of {models}, because targets are missing")
+    return 1
 
 
 def with_class_decay(recipe: Model, dataset: Dataset) -> Model:

@@ -252,7 +252,7 @@ def prepare(
     plain, recipe = (descriptions.with_batch(part, rows_of_table) for part in (plain, recipe))
     reads = descriptions.reads_codes(recipe)
     most_words = None if reads else MOST_WORDS
-    models = descriptions.models_of(recipe, dataset, new=like is None)
+    models = descriptions.models_of(recipe, dataset, notes, new=like is None)
     if source is not None and models > 1 and getattr(recipe, "models", 1) is None:
         models = transfer.parts_of(source.engine) or models
     parts: tuple[Fold, ...] = ()
@@ -272,7 +272,11 @@ def prepare(
     name = descriptions.loss_name(recipe, dataset.task, len(dataset.classes) if classify else 0)
     learns, start, fleet, several = descriptions.loss(recipe, name, None), None, models > 1, len(dataset.targets)
     about = {"several targets": several > 1 and several, "gaps": dataset.gaps or None, "members": members > 1}
-    about |= {"privacy": descriptions.is_private(recipe), "adversarial": getattr(recipe, "adversarial", None)}
+    about |= {
+        "trained gaps": dataset.trained_gaps or None,
+        "privacy": descriptions.is_private(recipe),
+        "adversarial": getattr(recipe, "adversarial", None),
+    }
     check_together({**learns.uses, **in_use(fleet=fleet, **about)})
     if source is not None:
         assert isinstance(recipe, TableRecipe), "no other recipe has transfer_from"
@@ -302,7 +306,7 @@ def prepare(
     if classify:
         codes = preprocessor.class_codes(dataset.y[training])
         weights = descriptions.class_weights(recipe.class_weight, codes, preprocessor.classes or ())
-    loss = descriptions.loss(recipe, name, weights, missing=bool(dataset.gaps))
+    loss = descriptions.loss(recipe, name, weights, missing=bool(dataset.trained_gaps))
     loss.check_network(net)
     check_together({**loss.uses, **in_use(fleet=fleet)})
 
