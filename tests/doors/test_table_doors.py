@@ -13,7 +13,7 @@ from sklearn.model_selection import train_test_split
 
 from fusemlp.datasets.load import ColumnChoices, load_data
 from fusemlp.sklearn import MLPClassifier, MLPRegressor, TableClassifier, TableRegressor
-from fusemlp_kernels.errors import ArgumentError, DataError
+from fusemlp_kernels.errors import ArgumentError, DataError, ShapeError
 from make import run
 
 ESTIMATORS = {"classification": TableClassifier, "regression": TableRegressor}
@@ -259,6 +259,15 @@ def test_wrong_targets(target, options, message, tmp_path, capsys):
     with_gaps()[0].to_csv(tmp_path / "a.csv", index=False)
     assert run("train", tmp_path / "a.csv", "--target", target, *options, "--out", tmp_path / "run") > 0
     assert message in capsys.readouterr().err
+
+
+def test_targets_to_validate_on_are_as_many_as_those_to_train_on():
+    frame = with_gaps()[0]
+    X, y = frame[["size", "age"]], frame[["price", "rent"]]
+    for part, of_val in ((y, y["price"]), (y["price"], y)):
+        with pytest.raises(ShapeError, match=r"^y_val: expected [12] targets, as y has, got [12];"):
+            TableRegressor(**OPTIONS).fit(X, part, X_val=X, y_val=of_val)
+    TableRegressor(**OPTIONS).fit(X, y[["price"]], X_val=X, y_val=y["price"])
 
 
 def test_messages_name_the_target_that_is_wrong(tmp_path, capsys):

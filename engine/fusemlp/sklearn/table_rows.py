@@ -16,7 +16,7 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.tables import Frame, as_frame
 from fusemlp.describe.checks import arrow
 from fusemlp.inputs.arrays import Array
-from fusemlp_kernels.errors import ArgumentError, DataError
+from fusemlp_kernels.errors import ArgumentError, DataError, ShapeError
 
 # Missing values of Python, NumPy and pandas, as text.
 _GONE = frozenset({"None", "nan", "<NA>", "NaT"})
@@ -123,6 +123,10 @@ def with_validation(dataset: Dataset, estimator: Any, X: Any, y: Any, checked: C
     """Return the data set with the rows X to validate on."""
     table, notes = as_table(estimator, X).table, list[str]()
     kept, labels = with_target(table, y, checked, notes)
+    width, expected = labels.size // len(labels), dataset.y.size // len(dataset.y)
+    if width != expected:
+        raise ShapeError(f"y_val: expected {expected} targets, as y has, got {width}; give each row the targets of y")
+    labels = labels.reshape(-1, *dataset.y.shape[1:])
     features = load_features(Frame("X", table.take(kept)), dataset, notes=notes)
     if dataset.task == "classification":
         strange = np.setdiff1d(labels, dataset.classes)
