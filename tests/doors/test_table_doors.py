@@ -9,7 +9,8 @@ import onnxruntime
 import pandas
 import pytest
 from sklearn.base import clone
-from sklearn.model_selection import train_test_split
+from sklearn.metrics import r2_score
+from sklearn.model_selection import cross_val_score, train_test_split
 
 from fusemlp.datasets.load import ColumnChoices, load_data
 from fusemlp.sklearn import MLPClassifier, MLPRegressor, TableClassifier, TableRegressor
@@ -259,6 +260,20 @@ def test_wrong_targets(target, options, message, tmp_path, capsys):
     with_gaps()[0].to_csv(tmp_path / "a.csv", index=False)
     assert run("train", tmp_path / "a.csv", "--target", target, *options, "--out", tmp_path / "run") > 0
     assert message in capsys.readouterr().err
+
+
+def test_a_regressor_is_scored_on_the_targets_that_rows_have():
+    frame, gaps = with_gaps()
+    X, y = frame[["size", "age"]], gaps[["price", "rent"]]
+    model, weight = TableRegressor(**OPTIONS).fit(X, y), np.linspace(0.5, 2.0, len(X))
+    for weights in (None, weight):
+        whole = r2_score(frame[["price", "rent"]], model.predict(X), sample_weight=weights)
+        assert model.score(X, frame[["price", "rent"]], weights) == pytest.approx(whole, rel=1e-12)
+    there = y.notna().to_numpy()
+    predicted = model.predict(X)
+    each = [r2_score(y.iloc[rows, at], predicted[rows, at]) for at, rows in enumerate(there.T)]
+    assert model.score(X, y) == pytest.approx(np.mean(each), rel=1e-12)
+    assert np.isfinite(cross_val_score(TableRegressor(**OPTIONS), X, y, cv=2)).all()
 
 
 def test_targets_to_validate_on_are_as_many_as_those_to_train_on():

@@ -447,6 +447,19 @@ class TableRegressor(RegressorMixin, TableEstimator):
         check_together({**self.engine_.loss.uses, "return_std": True})
         return values, spread(members(self.engine_, "return_std"), self.preprocessor_, inputs, values)
 
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Return R2 of the rows that have a target; of several targets the mean, each of the rows that have it."""
+        from sklearn.metrics import r2_score
+
+        kept, truth = with_target(as_table(self, X).table, y, self._checked_targets, [])
+        weights = np.ones(len(kept)) if sample_weight is None else np.asarray(sample_weight)[kept]
+        pairs = zip(truth.reshape(len(kept), -1).T, self.predict(X)[kept].reshape(len(kept), -1).T, strict=True)
+        parts = [(~np.isnan(true), true, predicted) for true, predicted in pairs]
+        figures = [
+            r2_score(true[there], predicted[there], sample_weight=weights[there]) for there, true, predicted in parts
+        ]
+        return float(np.mean(figures))
+
     def predict_quantiles(self, X: Any) -> Array:
         """Return the quantiles (n, Q) of a table's rows, with the loss quantiles; they never cross."""
         if self.engine_.loss.kind != "quantiles":
