@@ -116,6 +116,39 @@ def test_bounds_are_the_order_statistics_of_all_errors_or_the_next_ones_kept():
         held.bound(1.0)
 
 
+def test_each_target_has_the_bound_of_its_own_rows():
+    errors = np.random.default_rng(0).exponential(size=(3000, 3))
+    errors[200:, 1] = np.nan
+    errors[5:, 2] = np.nan
+    held = HeldOut.of(errors)
+    assert stored("held_out", held.to_config(), HeldOut) == held and held.rows == 3000
+    bound = held.bound(0.9)
+    assert bound[0] == HeldOut.of(errors[:, 0]).bound(0.9)[0]
+    assert bound[1] == np.sort(errors[:200, 1])[math.ceil(201 * 0.9) - 1]
+    assert bound[2] == np.inf and held.bound(0.8)[2] == errors[:5, 2].max()
+    errors[:, 2] = np.nan
+    assert HeldOut.of(errors).bound(0.1)[2] == np.inf
+    with pytest.raises(ArgumentError, match="and the model has 5;"):
+        HeldOut.of(errors[:5]).bound(0.9)
+
+
+def test_a_sparse_target_leaves_the_others_their_intervals(tmp_path, capsys):
+    X, y = numbers(400, 0)
+    frame = pandas.DataFrame(X, columns=["a", "b"]).assign(y=y, sparse=y)
+    frame.loc[frame.index % 100 > 0, "sparse"] = np.nan
+    frame.to_csv(data := tmp_path / "data.csv", index=False)
+    asked = ("--hidden", 8, "--epochs", 4, "--scale", "robust", "--quiet", "--out", tmp_path / "run")
+    assert run("train", data, "--target", "y,sparse", *asked) == 0
+    report = read(tmp_path / "run" / "report.json")
+    assert 0.5 < report["intervals"]["coverage"] <= 1.0 and report["intervals"]["width"] < np.inf
+    capsys.readouterr()
+    out = tmp_path / "out.csv"
+    assert run("predict", tmp_path / "run", "--data", data, "--out", out, "--interval", "0.9") == 0
+    assert "too few held-out rows have 'sparse': its intervals have no ends" in capsys.readouterr().out
+    ends = pandas.read_csv(out)
+    assert np.isfinite(ends[["low_y", "high_y"]]).all(axis=None) and np.isinf(ends["high_sparse"]).all()
+
+
 def test_the_command_writes_intervals(tmp_path, capsys):
     X, y = numbers(400, 0)
     lines = ["a,b,y", *(f"{a:.4f},{b:.4f},{value:.4f}" for (a, b), value in zip(X, y, strict=True))]

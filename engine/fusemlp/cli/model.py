@@ -83,6 +83,9 @@ def predict(options: PredictOptions) -> None:
     more: dict[str, Array] = {}
     if held is not None and options.interval is not None and preprocessor.classes is None:
         more["low"], more["high"] = intervals(engine, preprocessor, predicted, held, options.interval)
+        endless = np.array(preprocessor.targets)[np.isinf(held.bound(options.interval))].tolist()
+        if endless:
+            notes.append(f"too few held-out rows have {listed(endless)}: its intervals have no ends")
     elif held is not None and options.interval is not None:
         more["in_set"] = sets(metrics.class_scores(engine, X), held, options.interval)
     if models:

@@ -46,33 +46,40 @@ class HeldOut:
     """The errors of ``rows`` held-out rows at some ``ranks``, in rising order; ``errors`` has a list for each target.
 
     Of numbers: the distance of truth and prediction, in original units, or with ``target_log`` in logarithms. Of
-    classes: one minus the probability of the true class. ``nonnegative`` targets were not below 0 in any row.
+    classes: one minus the probability of the true class. ``nonnegative`` targets were not below 0 in any row. Targets
+    that different numbers of rows have are ranked by ``own_ranks``, a tuple each; ``rows`` then has the largest number.
     """
 
     rows: int
     ranks: tuple[int, ...]
     errors: tuple[tuple[float, ...], ...]
     nonnegative: tuple[bool, ...] = ()
+    own_ranks: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of(cls, errors: Array) -> HeldOut:
         """Return what is kept of errors (rows,) or (rows, targets), NaN where a target is missing."""
-        columns = [column[~np.isnan(column)] for column in errors.reshape(len(errors), -1).T]
-        # of targets with gaps as many as the one with most gaps has
-        ordered = np.sort(np.stack([column[: min(map(len, columns))] for column in columns], axis=1), axis=0)
-        places = np.unique(np.linspace(0, len(ordered) - 1, min(KEPT, len(ordered))).round().astype(np.int64))
-        return cls(len(ordered), tuple((places + 1).tolist()), tuple(map(tuple, ordered[places].T.tolist())))
+        columns = [np.sort(column[~np.isnan(column)]) for column in errors.reshape(len(errors), -1).T]
+        counts = [len(column) for column in columns]
+        places = [np.unique(np.linspace(0, count - 1, min(KEPT, count)).round().astype(np.int64)) for count in counts]
+        ranks = tuple(tuple((kept + 1).tolist()) for kept in places)
+        values = tuple(tuple(column[kept].tolist()) for column, kept in zip(columns, places, strict=True))
+        own_ranks = ranks if len(set(counts)) > 1 else ()
+        return cls(max(counts), ranks[int(np.argmax(counts))], values, own_ranks=own_ranks)
 
     def to_config(self) -> dict[str, Any]:
         """Return plain numbers and tuples, of which ``stored`` makes an equal one."""
         return asdict(self)
 
     def reaches(self, coverage: float) -> bool:
-        """Return whether the rows are enough for this coverage."""
+        """Return whether the rows are enough for this coverage, of several targets those of one."""
         return math.ceil((self.rows + 1) * coverage) <= self.rows
 
     def bound(self, coverage: float) -> Array:
-        """Return for each target the error that at least this share of new rows does not exceed."""
+        """Return for each target the error that at least this share of new rows does not exceed.
+
+        It is infinite for a target of fewer rows than that takes; ArgumentError if no target has as many.
+        """
         coverage = as_number("coverage", coverage, low=0.0, high=1.0, low_open=True, high_open=True)
         if not self.reaches(coverage):
             # rounding may make it one more
@@ -81,9 +88,12 @@ class HeldOut:
                 f"coverage: {coverage:g} needs at least {needed} held-out rows, and the model has {self.rows}; "
                 "choose a smaller one, or hold out more rows"
             )
-        # the next rank that is kept
-        place = int(np.searchsorted(self.ranks, math.ceil((self.rows + 1) * coverage)))
-        return np.array([errors[place] for errors in self.errors])
+        bounds = []
+        for ranks, errors in zip(self.own_ranks or [self.ranks] * len(self.errors), self.errors, strict=True):
+            # the next rank that is kept, of which the last is the number of rows
+            place = int(np.searchsorted(ranks, math.ceil((max(ranks, default=0) + 1) * coverage)))
+            bounds.append(errors[place] if place < len(errors) else np.inf)
+        return np.array(bounds)
 
 
 def judged(
@@ -181,7 +191,8 @@ def summary(engine: Session, preprocessor: Preprocessor, held: HeldOut, tested: 
         figures = chosen[np.arange(len(truth)), truth], chosen.sum(axis=1)
     else:
         low, high = intervals(engine, preprocessor, tested.predicted, held, COVERAGE)
-        there = ~np.isnan(truth)
+        # a target of too few held-out rows has no ends
+        there = ~np.isnan(truth) & np.isfinite(high)
         figures = ((low <= truth) & (truth <= high))[there], (high - low)[there]
     inside, size = (float(values.mean()) for values in figures)
     report = {"level": COVERAGE, "coverage": inside}
