@@ -140,7 +140,8 @@ def test_a_sparse_target_leaves_the_others_their_intervals(tmp_path, capsys):
     asked = ("--hidden", 8, "--epochs", 4, "--scale", "robust", "--quiet", "--out", tmp_path / "run")
     assert run("train", data, "--target", "y,sparse", *asked) == 0
     report = read(tmp_path / "run" / "report.json")
-    assert 0.5 < report["intervals"]["coverage"] <= 1.0 and report["intervals"]["width"] < np.inf
+    # targets of several units have no width in common
+    assert 0.5 < report["intervals"]["coverage"] <= 1.0 and "width" not in report["intervals"]
     capsys.readouterr()
     out = tmp_path / "out.csv"
     assert run("predict", tmp_path / "run", "--data", data, "--out", out, "--interval", "0.9") == 0
