@@ -29,7 +29,18 @@ if TYPE_CHECKING:
     from fusemlp.datasets.load import load_data
     from fusemlp.describe.adversarial import FGSM, IBP, PGD
     from fusemlp.describe.blocks import LayerNorm, Residual, RMSNorm
-    from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, Poisson, Quantile
+    from fusemlp.describe.losses import (
+        MAE,
+        MSE,
+        BinaryCrossEntropy,
+        CrossEntropy,
+        GaussianNLL,
+        Huber,
+        Loss,
+        Poisson,
+        Quantile,
+        Quantiles,
+    )
     from fusemlp.describe.network import ELU, MLP, Activation, LeakyReLU, PReLU
     from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
     from fusemlp.describe.privacy import DPSGD
@@ -50,7 +61,7 @@ if TYPE_CHECKING:
     from fusemlp.inputs.blocks import Blocks
     from fusemlp.inputs.columns import Columns
     from fusemlp.runtime.own_loss import check_gradient
-    from fusemlp.runtime.scaling import InputScaleWarning
+    from fusemlp.runtime.scaling import InputScaleWarning, TargetScaleWarning
     from fusemlp.training.history import History
     from fusemlp.training.lr_finder import LearningRateSweep, lr_find
     from fusemlp_kernels.errors import (
@@ -106,6 +117,7 @@ __all__ = [
     "Fleet",
     "FleetResults",
     "FusemlpError",
+    "GaussianNLL",
     "History",
     "Huber",
     "InputScaleWarning",
@@ -124,6 +136,7 @@ __all__ = [
     "Poisson",
     "ProgressBar",
     "Quantile",
+    "Quantiles",
     "RMSNorm",
     "ReduceLROnPlateau",
     "ReduceOnPlateau",
@@ -131,6 +144,7 @@ __all__ = [
     "Schedule",
     "ShapeError",
     "StepDecay",
+    "TargetScaleWarning",
     "TensorBoard",
     "WandB",
     "WorkerError",
@@ -151,10 +165,11 @@ _NAMES = {
     "fusemlp.fleet.results": "Ensemble FleetResults",
     "fusemlp.fleet.fleet": "Fleet",
     "fusemlp.runtime.own_loss": "check_gradient",
-    "fusemlp.runtime.scaling": "InputScaleWarning",
+    "fusemlp.runtime.scaling": "InputScaleWarning TargetScaleWarning",
     "fusemlp.describe.adversarial": "FGSM IBP PGD",
     "fusemlp.describe.blocks": "LayerNorm Residual RMSNorm",
-    "fusemlp.describe.losses": "BinaryCrossEntropy CrossEntropy Huber Loss MAE MSE Poisson Quantile",
+    "fusemlp.describe.losses": "BinaryCrossEntropy CrossEntropy GaussianNLL Huber Loss MAE MSE Poisson Quantile "
+    "Quantiles",
     "fusemlp.training.lr_finder": "LearningRateSweep lr_find",
     "fusemlp.describe.network": "Activation ELU LeakyReLU MLP PReLU",
     "fusemlp.describe.optimizers": "Adam AdamW Optimizer ParameterOptions SGD",

@@ -378,3 +378,32 @@ def test_batches_are_scaled_by_rows_that_were_measured_before():
     streamed.fit(batches, epochs=3)
     whole.fit(X, y, epochs=3, shuffle=False)
     assert_same(whole, streamed)
+
+
+@pytest.mark.parametrize(
+    "loss, mean, spread, warns",
+    [
+        ("mse", 0.0, 1.0, False),
+        ("mse", 5.0, 1.0, False),
+        ("mse", 20.0, 1.0, True),
+        ("mae", 0.0, 0.05, True),
+        ("huber", 0.0, 200.0, True),
+        ("poisson", 200.0, 10.0, False),
+        ("mse", 300.0, 0.0, False),  # a constant has no spread to learn
+        (fusemlp.Quantiles([0.5]), 300.0, 1.0, True),
+        (fusemlp.MSE(missing=True), 300.0, 1.0, True),
+    ],
+)
+def test_fit_warns_of_targets_far_from_unit_scale(loss, mean, spread, warns):
+    generator = np.random.default_rng(0)
+    X, y = generator.normal(size=(200, 3)), mean + spread * generator.normal(size=(200, 1))
+    if getattr(loss, "missing", False):
+        y[::2] = np.nan
+        y[1] = mean
+    engine = fusemlp.Engine(MLP([3, 4, 1]), loss=loss, optimizer=SGD(lr=1e-6), seed=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine.fit(X, y, epochs=1)
+    assert [warning.category for warning in caught] == [fusemlp.TargetScaleWarning] * warns
+    assert all("(y - y.mean()) / y.std()" in str(warning.message) for warning in caught)
+    assert all(warning.filename == __file__ for warning in caught)

@@ -3,6 +3,7 @@
 import csv
 import datetime
 import gzip
+import importlib
 import io
 import math
 import re
@@ -519,6 +520,8 @@ def test_memory_is_planned_before_it_is_taken(monkeypatch):
 def test_the_command_names_the_column_that_takes_the_memory(tmp_path, monkeypatch, capsys):
     lines = [f"{i % 9},w{i % 50},{i % 2}" for i in range(1000)]
     path = write(tmp_path / "a.csv", "\n".join(["a,town,y", *lines]).encode())
+    # it takes the function by name: imported during the patch, it would keep this one
+    importlib.import_module("fusemlp.fleet.candidates")
     monkeypatch.setattr(rows_module, "available_memory", lambda: 5_000)
     assert run("train", path, "--target", "y", "--out", tmp_path / "run") == 1
     assert "50 of 'town'" in capsys.readouterr().err

@@ -540,7 +540,8 @@ class TestDivergence:
         # one batch an epoch: the loss of the first is finite, and what its update leaves is not
         engine = make(optimizer=SGD(1e39), loss="mse", batch_size=ROWS)
         before = engine.state_dict()
-        with pytest.raises(DivergenceError, match="in epoch 1"):
+        scaled = pytest.warns(fusemlp.TargetScaleWarning, match="standard deviation")
+        with scaled, pytest.raises(DivergenceError, match="in epoch 1"):
             engine.fit(X, 1e3 * TARGET, epochs=2)
         assert_same(engine.state_dict(), before)
 
