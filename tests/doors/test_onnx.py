@@ -42,6 +42,15 @@ LOSSES = [
     *(("cross_entropy", 4), ("binary_cross_entropy", 4), ("binary_cross_entropy", 1), ("mse", 4), ("mae", 1)),
     *(("huber", 2), ("quantile", 1), ("poisson", 2), ("poisson", 1)),
 ]
+# Without members.
+DISTRIBUTIONS = [
+    *(
+        (fusemlp.Quantiles([0.1, 0.2, 0.5, 0.6, 0.9]), 5),
+        (fusemlp.Quantiles([0.9]), 1),
+        (fusemlp.Quantiles([0.1, 0.2]), 2),
+    ),
+    *((fusemlp.GaussianNLL(), 2), (fusemlp.GaussianNLL(eps=0.5), 6)),
+]
 
 
 def check(engine, X, path):
@@ -49,14 +58,17 @@ def check(engine, X, path):
     engine.to_onnx(path)
     said = graph_outputs(path, X)
     classes = "cross_entropy" in engine.loss.to_config()["kind"]
-    assert list(said) == (["logits", "prediction", "probabilities"] if classes else ["output", "prediction"])
+    more = ["probabilities"] if classes else ["std"] if engine.loss.kind == "gaussian" else []
+    assert list(said) == ["logits" if classes else "output", "prediction", *more]
     close(said["logits" if classes else "output"], engine.outputs(X))
     close(said["prediction"], engine.predict(X))
     if classes:
         close(said["probabilities"], engine.predict_proba(X))
+    if "std" in more:
+        close(said["std"], engine.predict(X, return_std=True)[1])
 
 
-@pytest.mark.parametrize(("loss", "outputs"), LOSSES)
+@pytest.mark.parametrize(("loss", "outputs"), [*LOSSES, *DISTRIBUTIONS])
 @pytest.mark.parametrize("rows", [1, 33])
 def test_the_outputs_are_what_the_engine_says(loss, outputs, rows, tmp_path):
     check(Engine(MLP([WIDTH, 8, outputs], activation="tanh"), loss=loss), X[:rows], tmp_path / "net.onnx")

@@ -406,8 +406,6 @@ def test_what_does_not_go_with_it(loss, words):
         engine_of(loss, outputs=3).input_gradient(X, VALUES[:, : 3 // loss.width])
     with pytest.raises(ArgumentError, match="loss: missing=True of huber is not supported yet for MLPRegressor; use E"):
         MLPRegressor(Huber(missing=True)).fit(X, VALUES[:, 0])
-    with pytest.raises(ArgumentError, match="to_onnx: graphs do not hold the predictions of the loss quantiles yet"):
-        engine_of("quantiles").to_onnx("quantiles.onnx")
     with pytest.raises(ArgumentError, match="function: cross_entropy is computed by kernels"):
         fusemlp.check_gradient("cross_entropy", VALUES, [0, 1, 2])
     assert all(issubclass(kind, fusemlp.Loss) and kind is not OwnLoss for kind in LOSSES.values())

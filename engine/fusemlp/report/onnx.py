@@ -6,6 +6,7 @@ Input ``x`` (rows, K), any number of rows, float32 (double from an engine of pre
   activation; of a network with members, ``engine.outputs``: those of the mean prediction
 - ``prediction``: the result of ``engine.predict``, shapes included
 - ``probabilities``: the result of ``engine.predict_proba``; only for the cross-entropies
+- ``std``: the standard deviations, shaped like ``prediction``; only for the loss gaussian
 
 The graph of an engine with ``normalise=True`` scales the inputs. With ``classes``, ``prediction`` holds these labels.
 With a ``Preprocessor`` the graph takes the features as they are in the data, with NaN for a missing number, fills in
@@ -30,6 +31,7 @@ import numpy as np
 
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.checks import caller_level
+from fusemlp.describe.losses import GaussianNLL, Quantiles
 from fusemlp.describe.network import MLP, NORM
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.onnx_graph import INPUT, Graph, network_input
@@ -38,7 +40,7 @@ from fusemlp.runtime.scaling import MEAN, SCALE
 from fusemlp.runtime.session import Session
 from fusemlp_kernels.errors import ArgumentError
 
-OUTPUTS = ("logits", "output", "prediction", "probabilities")
+OUTPUTS = ("logits", "output", "prediction", "probabilities", "std")
 # The limit of a protobuf message, less room for the graph.
 MOST_BYTES = 2**31 - 2**20
 # Features are scaled in float32: a mean of this many standard deviations costs 2**-24 of it, 6e-4.
@@ -66,10 +68,6 @@ def onnx_bytes(
 ) -> bytes:
     """Return the content of the file of ``to_onnx``."""
     labels = _labels(engine, preprocessor, classes)
-    if engine.loss.width > 1:
-        raise ArgumentError(
-            f"to_onnx: graphs do not hold the predictions of the loss {engine.loss.kind} yet; use engine.save(path)"
-        )
     about = checked_metadata(metadata, {"fusemlp"} if preprocessor is None else {"fusemlp", "preprocessor"})
     engine.scaling.check_measured()
     parameters, scale = engine.memory.evaluated_tensors(), engine.scaling.tensors
@@ -174,6 +172,17 @@ def _warn_of_blurred(preprocessor: Preprocessor, real: np.dtype[Any]) -> None:
         )
 
 
+def _quantiles(graph: Graph, raw: str, loss: Quantiles) -> str:
+    """Append ``Quantiles.transform`` of the outputs ``raw`` and return its name."""
+    steps = [graph.columns(graph.add("Softplus", raw), [at]) for at in range(len(loss.q))]
+    columns = [graph.columns(raw, [loss.middle])]
+    for below in reversed(steps[: loss.middle]):
+        columns.insert(0, graph.add("Sub", columns[0], below))
+    for above in steps[loss.middle + 1 :]:
+        columns.append(graph.add("Add", columns[-1], above))
+    return graph.add("Concat", *columns, axis=1)
+
+
 def _add_outputs(
     graph: Graph, name: str, engine: Session, preprocessor: Preprocessor | None, labels: Array | None
 ) -> None:
@@ -188,6 +197,11 @@ def _add_outputs(
         answer, kind = graph.cast(graph.add("Greater", raw, graph.constant(0.0)), np.int64), np.dtype(np.int64)
     else:
         answer, kind = (graph.add("Exp", raw) if loss.kind == "poisson" else raw), graph.real
+    if isinstance(loss, Quantiles):
+        answer = _quantiles(graph, raw, loss)
+    elif isinstance(loss, GaussianNLL):
+        width //= 2
+        answer, deviations = (graph.columns(raw, range(start, start + width)) for start in (0, width))
     if labels is None and preprocessor is not None:
         scaled = graph.add("Mul", answer, graph.constant(np.array(preprocessor.target_scale, np.float64)))
         answer = graph.add("Add", scaled, graph.constant(np.array(preprocessor.target_shift, np.float64)))
@@ -199,6 +213,13 @@ def _add_outputs(
     graph.add("Identity", answer, output="prediction")
     flat = width == 1 or (coded and width > 1)
     graph.outputs.append(graph.value("prediction", kind, *(() if flat else (width,))))
+    if isinstance(loss, GaussianNLL):
+        std = graph.add("Max", graph.add("Softplus", deviations), graph.constant(loss.eps**0.5))
+        if preprocessor is not None:
+            std = graph.add("Mul", std, graph.constant(np.array(preprocessor.target_scale, np.float64)))
+        std = graph.add("Squeeze", std, graph.constant(np.array([1]))) if flat else std
+        graph.add("Identity", std, output="std")
+        graph.outputs.append(graph.value("std", graph.real, *(() if flat else (width,))))
     if loss.kind == "cross_entropy":
         graph.outputs.append(graph.value(graph.add("Softmax", raw, output="probabilities", axis=1), graph.real, width))
     elif loss.kind == "binary_cross_entropy":

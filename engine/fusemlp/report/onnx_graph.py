@@ -89,6 +89,9 @@ class Graph:
         self.constants.append(self.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
         return name
 
+    def columns(self, name: str, places: Iterable[int]) -> str:
+        return self.add("Gather", name, self.constant(np.array([*places])), axis=1)
+
     def cast(self, name: str, dtype: Any) -> str:
         return self.add("Cast", name, to=self.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
