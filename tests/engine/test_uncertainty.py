@@ -53,6 +53,47 @@ def test_intervals_cover_their_share_of_new_rows(models, log_target):
     np.testing.assert_array_equal(model.predict_interval(new, 0.5), model.predict_interval(new, coverage=0.5))
 
 
+@pytest.mark.parametrize("loss, targets", [("quantiles", 1), ("gaussian", 1), ("gaussian", 2)])
+def test_intervals_of_a_distribution_are_as_wide_as_a_row_needs(loss, targets):
+    def noisy(count, seed):
+        generator = np.random.default_rng(seed)
+        X = generator.normal(size=(count, 2))
+        noise = generator.normal(size=(count, targets)) * np.where(X[:, :1] > 0, 4.0, 0.5)
+        return X, (X[:, 1:] + noise) * [10.0, 1.0][:targets]
+
+    (X, y), (held_X, held_y), (new, truth) = noisy(720, 0), noisy(480, 2), noisy(4000, 1)
+    if targets == 1:
+        y, held_y = y[:, 0], held_y[:, 0]
+    model = TableRegressor(loss=loss, epochs=30).fit(X, y, X_val=held_X, y_val=held_y)
+    held = model.held_out_
+    assert held.adaptive and stored("held_out", held.to_config(), HeldOut) == held
+    # the share that 480 held-out rows give is itself uncertain
+    error, loud = 4 * math.sqrt(0.8 * 0.2 / 480), new[:, 0] > 0
+
+    def ends_and_gap():
+        low, high = (end.reshape(4000, targets) for end in model.predict_interval(new, 0.8))
+        inside = (low <= truth) & (truth <= high)
+        for count in np.count_nonzero(inside, axis=0):
+            assert least(4000, 0.8 - error) <= count <= 4000 - least(4000, 0.2 - error)
+        return high - low, inside[~loud].mean() - inside[loud].mean()
+
+    widths, gap = ends_and_gap()
+    assert (np.median(widths[loud], axis=0) > 2 * np.median(widths[~loud], axis=0)).all()
+    # the record of an earlier release: distances from the median or the mean, and one width for all rows
+    model.held_out_ = HeldOut.of(np.abs(model.predict(held_X) - held_y))
+    widths, gap_of_one_width = ends_and_gap()
+    assert np.ptp(widths, axis=0) == pytest.approx(0, abs=1e-4)
+    assert gap < 0.75 * gap_of_one_width
+
+
+def test_quantiles_too_far_out_move_in_and_never_cross():
+    X, y = numbers(400, 0)
+    model = TableRegressor(loss="quantiles", quantile=(0.01, 0.5, 0.99), epochs=20, validation_fraction=0.4).fit(X, y)
+    bands, (low, high) = model.predict_quantiles(X), model.predict_interval(X, 0.3)
+    assert model.held_out_.bound(0.3)[0] < 0
+    assert (bands[:, 0] <= low).all() and (low <= high).all() and (high <= bands[:, -1]).all()
+
+
 def test_intervals_of_counts_begin_at_zero_at_least_and_without_held_out_rows_there_are_none():
     generator = np.random.default_rng(0)
     X = generator.normal(size=(300, 2))
@@ -74,7 +115,7 @@ def test_intervals_of_targets_that_are_never_negative_begin_at_zero_and_lose_no_
     truth = np.exp(0.5 * truth)[:, None] * signs
     low, high = model.predict_interval(new)
     unbounded = replace(model.held_out_, nonnegative=())
-    wide = intervals(model.engine_, model.preprocessor_, model.predict(new), unbounded, 0.9)
+    wide = intervals(model.engine_, model.preprocessor_, model._inputs(new), unbounded, 0.9)
     assert wide[0][:, 0].min() < 0.0 == low[:, 0].min() and (low <= high).all() and high[:, 0].min() >= 0.0
     # what is cut off holds no truth
     inside, before = (((ends[0] <= truth) & (truth <= ends[1])).sum(axis=0) for ends in ((low, high), wide))

@@ -82,7 +82,7 @@ def predict(options: PredictOptions) -> None:
     predicted = metrics.predictions(engine, preprocessor, X)
     more: dict[str, Array] = {}
     if held is not None and options.interval is not None and preprocessor.classes is None:
-        more["low"], more["high"] = intervals(engine, preprocessor, predicted, held, options.interval)
+        more["low"], more["high"] = intervals(engine, preprocessor, X, held, options.interval)
         endless = np.array(preprocessor.targets)[np.isinf(held.bound(options.interval))].tolist()
         if endless:
             notes.append(f"too few held-out rows have {listed(endless)}: its intervals have no ends")

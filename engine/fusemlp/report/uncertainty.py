@@ -6,6 +6,10 @@ share has its truth inside, whatever the model. An ensemble's errors are those o
 which are no smaller than the ensemble's: its intervals are wide rather than narrow. Intervals end at 0 where none of n
 targets was below it: a new row is the first below it with a probability of at most 1 / (n + 1), the most coverage lost.
 
+Intervals of a model that knows its spread are as wide as a row needs. They move the outer quantiles by one distance
+(Romano, Patterson and Candès, "Conformalized quantile regression", 2019), or are as many standard deviations around the
+mean for every row (Lei et al., 2018, section 5.2).
+
 Temperature scaling divides a classifier's logits by one number, so that its probabilities are honest (Guo, Pleiss, Sun
 and Weinberger, "On calibration of modern neural networks", 2017). The predicted classes stay.
 """
@@ -22,9 +26,10 @@ import numpy as np
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import Rows
 from fusemlp.describe.checks import as_number
+from fusemlp.describe.loss import Loss
 from fusemlp.describe.metrics import Judged
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.metrics import class_scores, predictions
+from fusemlp.report.metrics import class_scores, distribution, predictions
 from fusemlp.runtime.session import Session
 from fusemlp_kernels.errors import ArgumentError, DataError
 
@@ -48,6 +53,7 @@ class HeldOut:
     Of numbers: the distance of truth and prediction, in original units, or with ``target_log`` in logarithms. Of
     classes: one minus the probability of the true class. ``nonnegative`` targets were not below 0 in any row. Targets
     that different numbers of rows have are ranked by ``own_ranks``, a tuple each; ``rows`` then has the largest number.
+    ``adaptive``: of numbers, the errors are those of a predicted distribution, see ``_centres``.
     """
 
     rows: int
@@ -55,17 +61,19 @@ class HeldOut:
     errors: tuple[tuple[float, ...], ...]
     nonnegative: tuple[bool, ...] = ()
     own_ranks: tuple[tuple[int, ...], ...] = ()
+    adaptive: bool = False
 
     @classmethod
-    def of(cls, errors: Array) -> HeldOut:
-        """Return what is kept of errors (rows,) or (rows, targets), NaN where a target is missing."""
+    def of(cls, errors: Array, loss: Loss | None = None) -> HeldOut:
+        """Return what is kept of ``errors_of`` a model of this loss, (rows,) or (rows, targets), NaN for gaps."""
         columns = [np.sort(column[~np.isnan(column)]) for column in errors.reshape(len(errors), -1).T]
         counts = [len(column) for column in columns]
         places = [np.unique(np.linspace(0, count - 1, min(KEPT, count)).round().astype(np.int64)) for count in counts]
         ranks = tuple(tuple((kept + 1).tolist()) for kept in places)
         values = tuple(tuple(column[kept].tolist()) for column, kept in zip(columns, places, strict=True))
         own_ranks = ranks if len(set(counts)) > 1 else ()
-        return cls(max(counts), ranks[int(np.argmax(counts))], values, own_ranks=own_ranks)
+        adaptive = loss is not None and loss.width > 1
+        return cls(max(counts), ranks[int(np.argmax(counts))], values, own_ranks=own_ranks, adaptive=adaptive)
 
     def to_config(self) -> dict[str, Any]:
         """Return plain numbers and tuples, of which ``stored`` makes an equal one."""
@@ -123,7 +131,7 @@ def judged(
         for model in {id(scaled): scaled for scaled in (engine, *(part for part, _ in models))}.values():
             scale_logits(model, temperature.value)
     errors = [errors_of(model, preprocessor, rows.X[held], rows.labels[held]) for model, held in models]
-    held_out = HeldOut.of(np.concatenate(errors))
+    held_out = HeldOut.of(np.concatenate(errors), engine.loss)
     if preprocessor.classes is None:
         targets = np.concatenate([train.labels, rows.labels]).reshape(-1, preprocessor.outputs)
         held_out = replace(held_out, nonnegative=tuple(not below.any() for below in (targets < 0).T))
@@ -138,7 +146,24 @@ def errors_of(engine: Session, preprocessor: Preprocessor, X: Array, labels: Arr
     truth = np.asarray(labels, np.float64)
     # as the training counts them
     truth = _comparable(preprocessor, np.maximum(truth, preprocessor.target_low) if preprocessor.target_log else truth)
-    return np.asarray(np.abs(_comparable(preprocessor, predictions(engine, preprocessor, X)) - truth))
+    low, high, unit = _centres(engine, preprocessor, X, adaptive=True)
+    return np.asarray(np.maximum(low - truth, truth - high) / unit)
+
+
+def _centres(
+    engine: Session, preprocessor: Preprocessor, X: Array, *, adaptive: bool
+) -> tuple[Array, Array, Array | float]:
+    """Return the ends (n, targets) that errors are measured from, comparable, and the unit of each error.
+
+    They are the prediction twice, in the unit 1. If ``adaptive`` they are the outer quantiles of a model that predicts
+    these, and the unit of one that predicts standard deviations is these, (n, targets).
+    """
+    beside = [*distribution(engine, preprocessor, X).values()] if adaptive else []
+    if engine.loss.kind == "quantiles" and beside:
+        low, high = (_comparable(preprocessor, end) for end in (beside[0], beside[-1]))
+        return low, high, 1.0
+    centre = _comparable(preprocessor, beside[0] if beside else predictions(engine, preprocessor, X))
+    return centre, centre, beside[1].reshape(centre.shape) if beside else 1.0
 
 
 def _comparable(preprocessor: Preprocessor, values: Array) -> Array:
@@ -148,16 +173,22 @@ def _comparable(preprocessor: Preprocessor, values: Array) -> Array:
 
 
 def intervals(
-    engine: Session, preprocessor: Preprocessor, predicted: Array, held: HeldOut, coverage: float
+    engine: Session, preprocessor: Preprocessor, X: Array, held: HeldOut, coverage: float
 ) -> tuple[Array, Array]:
-    """Return the lower and the upper ends around predicted values, shaped like these; none below 0 if no target was."""
+    """Return the lower and the upper ends for rows, (n,) or (n, targets); none is below 0 if no target was.
+
+    X is the network's input. Outer quantiles that move in by more than half of their distance meet in the middle.
+    """
     if preprocessor.classes is not None:
         raise DataError("intervals are of numbers, and the model predicts classes; ask for sets of classes")
-    centre, bound = _comparable(preprocessor, predicted), held.bound(coverage)
-    ends = centre - bound, centre + bound
+    low, high, unit = _centres(engine, preprocessor, X, adaptive=held.adaptive)
+    # quantiles too far out have a bound below 0
+    bound, middle = held.bound(coverage) * unit, (low + high) / 2
+    ends = np.minimum(low - bound, middle), np.maximum(high + bound, middle)
     least = [0.0 if bounded else -np.inf for bounded in held.nonnegative or [engine.loss.kind == "poisson"]]
     low, high = (np.maximum(np.exp(end) if preprocessor.target_log else end, least) for end in ends)
-    return low.reshape(predicted.shape), high.reshape(predicted.shape)
+    shape = (len(X), -1) if preprocessor.outputs > 1 else len(X)
+    return low.reshape(shape), high.reshape(shape)
 
 
 def spread(models: Sequence[Session], preprocessor: Preprocessor, X: Array, chosen: Array) -> Array:
@@ -180,17 +211,17 @@ def sets(probabilities: Array, held: HeldOut, coverage: float) -> Array:
     return chosen
 
 
-def summary(engine: Session, preprocessor: Preprocessor, held: HeldOut, tested: Judged) -> dict[str, Any]:
+def summary(engine: Session, preprocessor: Preprocessor, X: Array, held: HeldOut, tested: Judged) -> dict[str, Any]:
     """Return the share of the test rows' truths that intervals or sets of ``COVERAGE`` hold, and their mean size.
 
-    Intervals of several targets, which may have other units, have no mean size.
+    X is the network's input of the test rows. Intervals of several targets, whose units may differ, have no mean size.
     """
     truth = tested.truth
     if tested.scores is not None:
         chosen = sets(tested.scores, held, COVERAGE)
         figures = chosen[np.arange(len(truth)), truth], chosen.sum(axis=1)
     else:
-        low, high = intervals(engine, preprocessor, tested.predicted, held, COVERAGE)
+        low, high = (end.reshape(truth.shape) for end in intervals(engine, preprocessor, X, held, COVERAGE))
         # a target of too few held-out rows has no ends
         there = ~np.isnan(truth) & np.isfinite(high)
         figures = ((low <= truth) & (truth <= high))[there], (high - low)[there]

@@ -473,7 +473,7 @@ class TableRegressor(RegressorMixin, TableEstimator):
         for itself. Raises ArgumentError if there were none, or too few.
         """
         held = self._held_out_errors()
-        return intervals(self.engine_, self.preprocessor_, self.predict(X), held, coverage)
+        return intervals(self.engine_, self.preprocessor_, self._inputs(X), held, coverage)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -69,9 +69,9 @@ def _judged(trained: Trained, report: dict[str, Any]) -> Judged | None:
         report["temperature"] = trained.temperature.value
     held_out = trained.held_out
     if validation is not None and held_out is None:
-        held_out = HeldOut.of(errors_of(engine, preprocessor, validation.X, validation.labels))
+        held_out = HeldOut.of(errors_of(engine, preprocessor, validation.X, validation.labels), engine.loss)
     if held_out is not None:
         report["held_out"] = held_out.to_config()
-        if tested is not None and held_out.reaches(COVERAGE):
-            report["intervals"] = summary(engine, preprocessor, held_out, tested)
+        if tested is not None and test is not None and held_out.reaches(COVERAGE):
+            report["intervals"] = summary(engine, preprocessor, test.X, held_out, tested)
     return tested
