@@ -250,6 +250,26 @@ def test_a_graph_is_the_eager_plan_bitwise(device, precision):
     assert_same(*snapshots)
 
 
+@ON_THE_HOST
+@pytest.mark.parametrize("refused", [False, True])
+def test_an_error_in_a_capture_is_the_one_that_is_raised(device, refused):
+    """And not that of the capture which it ends; another capture can follow."""
+    backend = Variant(device, "fp32").backend()
+    array = backend.allocate(4, "real")
+
+    def fails():
+        array.fill(1)
+        if refused:
+            backend.synchronize()
+        raise ValueError("in the middle of a step")
+
+    with pytest.raises(RuntimeError if refused else ValueError, match="waiting while" if refused else "the middle"):
+        backend.capture(fails, 1)
+    assert not backend.to_host(array).any()
+    backend.capture(lambda: array.fill(2), 1)()
+    assert (backend.to_host(array) == 2).all()
+
+
 @pytest.mark.parametrize("device", PLACES)
 def test_a_step_allocates_nothing(device, monkeypatch):
     with usable(device):

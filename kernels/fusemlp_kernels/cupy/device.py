@@ -300,8 +300,12 @@ class Device:
             try:
                 for _ in range(times):
                     run()
-            finally:
-                graph = stream.end_capture()
+            except BaseException:
+                # the capture has failed with it, and says so: the error to raise is the first
+                with contextlib.suppress(RuntimeError):
+                    stream.end_capture()
+                raise
+            graph = stream.end_capture()
 
         def launch(kept: Any = run) -> None:
             graph.launch()

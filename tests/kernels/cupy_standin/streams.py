@@ -9,7 +9,7 @@ class _Captured:
     """The stream in capture, if any, and its recorded work."""
 
     def __init__(self):
-        self.stream = None
+        self.stream, self.is_valid = None, True
         self.nodes = []
 
 
@@ -28,6 +28,7 @@ def start(work):
 
 def refuse_in_capture(what):
     if _captured.stream is not None:
+        _captured.is_valid = False
         raise CUDARuntimeError(f"cudaErrorStreamCaptureUnsupported: {what} while a stream is captured")
 
 
@@ -68,12 +69,14 @@ class Stream:
         if self._is_blocking:
             raise Misuse("a captured stream is non_blocking: others would wait for the default stream meanwhile")
         refuse_in_capture("the capture of another stream")
-        _captured.stream, _captured.nodes = self, []
+        _captured.stream, _captured.is_valid, _captured.nodes = self, True, []
 
     def end_capture(self):
         if _captured.stream is not self:
             raise CUDARuntimeError("cudaErrorIllegalState: the stream is not being captured")
         _captured.stream = None
+        if not _captured.is_valid:
+            raise CUDARuntimeError("cudaErrorStreamCaptureInvalidated: something refused has ended the capture")
         return Graph(_captured.nodes)
 
     def synchronize(self):
