@@ -1,11 +1,12 @@
 """Test the wheel with the lowest and the newest versions of its dependencies, on every Python that it is for.
 
-usage: ci/versions [--python 3.12] [--versions lowest] [--tests FILE ...] [--keep FOLDER]
+usage: ci/versions [--python 3.12] [--versions lowest | --triton 3.6.0] [--tests FILE ...] [--keep FOLDER]
 
 Each cell of the table is a fresh environment: uv installs the wheel's dependencies and those of its tests, each in the
 lowest version that pyproject.toml allows and that has a wheel for this Python, or in the newest. In it, outside the
-checkout, `fusemlp train digits` runs, and then the quick part of the tests. An interpreter that is not found is a row
-of the table, not run.
+checkout, `fusemlp train digits` runs, and then the quick part of the tests. With --triton the cell has PyTorch and this
+version of Triton too, and runs all of tests/ptx and `ci/gpu --rehearse`. An interpreter that is not found is a row of
+the table, not run.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 VERSIONS = {"lowest": "lowest-direct", "newest": "highest"}
 # Several GB, or tools that read the source: ci/test has them, in one version each.
 LEFT_OUT = ("build", "hatchling", "mypy", "nvidia-cuda-nvrtc-cu12", "ruff", "torch", "triton", "ziglang")
+# Cells with a version of Triton have these all the same; the interpreter of Triton 3.6 fails with NumPy 2.4.
+OF_TRITON, NUMPY_OF_TRITON = ("torch", "triton", "ziglang"), "numpy<2.4"
 EXTRAS = ("data", "excel", "onnx", "plot", "tensorboard")
 # Tests of what comes from dependencies, without torch: a few minutes a cell.
 TESTS = (
@@ -54,6 +57,7 @@ TESTS = (
     "tests/engine/test_training.py",
     "tests/kernels/test_compiled_cache.py",
 )
+TRITON_TESTS = ("tests/ptx",)
 SHOWN = ("numpy", "scipy", "numba", "scikit-learn", "pyarrow", "pandas", "onnx")
 # "873 passed, 2 xfailed" of pytest's last line.
 COUNTS = re.compile(r"^=* ?(\d+ [a-z]+(?:, \d+ (?!warnings?)[a-z]+)*)(?:, \d+ warnings?)? in [\d.]+s", re.MULTILINE)
@@ -73,13 +77,19 @@ class Cell(NamedTuple):
     seconds: float
 
 
-def requirements() -> list[str]:
+def left_out(triton: str | None) -> list[str]:
+    """Return the packages that a cell does not have; ``triton`` is the version that it has, if any."""
+    return [name for name in LEFT_OUT if triton is None or name not in OF_TRITON]
+
+
+def requirements(triton: str | None = None) -> list[str]:
     """Return what the wheel and the tests need, without what is left out."""
     with open(ROOT / "pyproject.toml", "rb") as file:
         project = tomllib.load(file)["project"]
     optional = project["optional-dependencies"]
     listed = [*project["dependencies"], *(one for extra in (*EXTRAS, "test") for one in optional[extra])]
-    return [one for one in listed if name_of(one) not in (*LEFT_OUT, "fusemlp")]
+    chosen = [] if triton is None else [f"triton=={triton}", NUMPY_OF_TRITON]
+    return [*(one for one in listed if name_of(one) not in (*left_out(triton), "fusemlp")), *chosen]
 
 
 def name_of(requirement: str) -> str:
@@ -152,20 +162,22 @@ def installed(uv: str, python: Path, cwd: Path) -> dict[str, str]:
     return {package["name"]: package["version"] for package in packages}
 
 
-def check_cell(uv: str, interpreter: str, versions: str, wheel: Path, folder: Path, tests: Sequence[str]) -> Cell:
+def check_cell(
+    uv: str, interpreter: str, versions: str, wheel: Path, folder: Path, tests: Sequence[str], triton: str | None
+) -> Cell:
     """Make a cell's environment in ``folder``, and test the wheel in it."""
     began, found, label = time.monotonic(), dict[str, str](), run_version(interpreter)
     environment, work = folder / "environment", folder / "work"
     work.mkdir(parents=True)
     listed = folder / "requirements.txt"
-    listed.write_text("\n".join(requirements()) + "\n", encoding="utf-8")
+    listed.write_text("\n".join(requirements(triton)) + "\n", encoding="utf-8")
     python = scripts(environment) / "python"
     pip = (uv, "pip", "install", "--quiet", "--python", python)
     # Each environment compiles for itself; one BLAS thread, as in ci/test.
     settings = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     try:
         run("making the environment", [uv, "venv", "--quiet", "--python", interpreter, environment], cwd=work)
-        chosen = ("--resolution", VERSIONS[versions], "--only-binary", ":all:")
+        chosen = ("--resolution", VERSIONS.get(versions, "highest"), "--only-binary", ":all:")
         run("installing dependencies", [*pip, *chosen, "-r", listed], cwd=work)
         run("installing the wheel", [*pip, "--no-deps", wheel], cwd=work)
         found = installed(uv, python, work)
@@ -174,8 +186,12 @@ def check_cell(uv: str, interpreter: str, versions: str, wheel: Path, folder: Pa
         # Warnings of a dependency's other versions are no failures of this code.
         options = ["-q", "--disable-warnings", "-W", "default", "-p", "no:cacheprovider"]
         options += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), *(str(ROOT / test) for test in tests)]
-        printed = run("pytest", [python, "-B", "-m", "pytest", *options], cwd=work, **settings)
+        compiling = {} if triton is None else {"TRITON_INTERPRET": "0"}
+        printed = run("pytest", [python, "-B", "-m", "pytest", *options], cwd=work, **settings, **compiling)
         result = COUNTS.findall(printed)[-1]
+        if triton is not None:
+            run("ci/gpu --rehearse", [ROOT / "ci/gpu", "--rehearse"], cwd=work, PYTHON=str(python))
+            result += ", ci/gpu --rehearse passed"
     except Failed as failure:
         result = f"FAILED: {failure}"
     return Cell(label, versions, found, result, time.monotonic() - began)
@@ -209,16 +225,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="ci/versions",
         description=about,
-        epilog="Run it before each release and put the table into its note. Left out of every cell, and tested in one "
-        f"version by ci/test: {', '.join(LEFT_OUT)}.",
+        epilog="Run it before each release and put the table into its note; with --triton 3.6.0, the oldest that the "
+        "kernels are for, after a change of kernels too (settings of uv such as UV_FIND_LINKS find PyTorch's small CPU "
+        f"build). Left out of every other cell, and tested in one version by ci/test: {', '.join(LEFT_OUT)}.",
     )
-    parser.add_argument("--python", nargs="+", default=PYTHONS, metavar="VERSION", help=f"default: {' '.join(PYTHONS)}")
-    parser.add_argument("--versions", nargs="+", default=list(VERSIONS), choices=VERSIONS, help="default: both")
+    this = f"{sys.version_info.major}.{sys.version_info.minor}"
     parser.add_argument(
-        "--tests", nargs="+", default=TESTS, metavar="FILE", help="default: the quick part of the tests"
+        "--python", nargs="+", metavar="VERSION", help=f"default: {' '.join(PYTHONS)}; with --triton {this}"
+    )
+    parser.add_argument("--versions", nargs="+", choices=VERSIONS, help="default: both")
+    parser.add_argument("--triton", metavar="VERSION", help="a cell with this version and the newest of all others")
+    parser.add_argument(
+        "--tests", nargs="+", metavar="FILE", help="default: the quick part of the tests; with --triton tests/ptx"
     )
     parser.add_argument("--keep", metavar="FOLDER", help="keep the environments in this new folder")
     given = parser.parse_args()
+    if given.triton and given.versions:
+        parser.error("argument --versions: not with --triton, whose cell has the newest versions; leave one out")
+    if given.triton:
+        pythons, versions, tests = [this], [f"triton-{given.triton}"], TRITON_TESTS
+    else:
+        pythons, versions, tests = list(PYTHONS), list(VERSIONS), TESTS
     # The tests send Ctrl-C, which a shell lets commands in the background ignore, and so their children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="fusemlp-versions-") as name:
@@ -226,10 +253,13 @@ def main() -> None:
         if given.keep:
             folder = Path(given.keep).resolve()
             folder.mkdir(parents=True)
-        sys.exit(1 if check(given.python, given.versions, given.tests, folder) else 0)
+        chosen = given.python or pythons, given.versions or versions, given.tests or tests
+        sys.exit(1 if check(*chosen, folder, given.triton) else 0)
 
 
-def check(pythons: Sequence[str], versions: Sequence[str], tests: Sequence[str], folder: Path) -> int:
+def check(
+    pythons: Sequence[str], versions: Sequence[str], tests: Sequence[str], folder: Path, triton: str | None = None
+) -> int:
     """Check every cell one after another and print the table; returns how many failed."""
     try:
         uv = find_uv(folder / "uv")
@@ -246,10 +276,10 @@ def check(pythons: Sequence[str], versions: Sequence[str], tests: Sequence[str],
                 cell = Cell(python, one, {}, f"not run: no interpreter python{python} was found", 0.0)
             else:
                 print(f"ci/versions: Python {python}, {one} versions", flush=True)
-                cell = check_cell(uv, interpreter, one, wheel, folder / f"{python}-{one}", tests)
+                cell = check_cell(uv, interpreter, one, wheel, folder / f"{python}-{one}", tests, triton)
             cells.append(cell)
             print(f"ci/versions: Python {python}, {one} versions: {cell.result}", flush=True)
-    print(f"\n{table(cells)}\n\nLeft out of every cell: {', '.join(LEFT_OUT)}.")
+    print(f"\n{table(cells)}\n\nLeft out of every cell: {', '.join(left_out(triton))}.")
     return sum(cell.result.startswith("FAILED") for cell in cells)
 
 
