@@ -9,6 +9,7 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+import processes
 import pytest
 
 import fusemlp
@@ -336,6 +337,44 @@ def test_train_of_a_table_imports_what_it_needs_and_nothing_to_draw_before_the_s
     assert "numba" in at_scores and {"matplotlib", "jinja2"} <= at_end
     assert at_end.intersection(UNUSED) == set()
     assert at_scores.intersection({"matplotlib", "jinja2"}) == set()
+
+
+CARD_PROBE = """
+import sys
+# as where it is not installed
+sys.modules["numba"] = None
+sys.path.insert(0, "tests/kernels")
+import cupy_standin
+import numpy as np
+import fusemlp
+from fusemlp import MLP, Engine, Fleet
+from fusemlp_kernels import registry
+backend, *plans = sys.argv[1:]
+if backend == "cupy":
+    cupy_standin.load()
+    registry._cupy_reason = lambda: None
+x, y = np.random.default_rng(0).normal(size=(24, 6)).astype(np.float32), np.arange(24) % 3
+for plan in plans:
+    told = {"batch_size": 8, "backend": backend, "plan": plan}
+    engine = Engine(MLP([6, 5, 3], dropout=0.1), **told, normalise=True)
+    engine.fit(x, y, epochs=1, validation_split=0.2, metrics=["auc"])
+    engine.step(x[:8], y[:8])
+    engine.evaluate(x, y)
+    engine.input_gradient(x, y)
+    Fleet(MLP([6, 5, 3]), vary={"lr": [0.1, 0.01]}, **told).fit(x, y, epochs=1)
+"""
+
+
+@pytest.mark.parametrize(("backend", "plans"), [("triton", ("eager", "resident")), ("cupy", ("eager",))])
+def test_a_card_needs_no_numba(backend, plans):
+    """Triton interpreted, and the stand-in for CuPy: their own code up to the launches."""
+    if backend == "triton":
+        pytest.importorskip("torch")
+        pytest.importorskip("triton")
+    else:
+        pytest.importorskip("fcntl", reason="the kernels are compiled for the CPU on Linux only")
+    done = processes.python("-c", CARD_PROBE, backend, *plans, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_public_name_resolves():

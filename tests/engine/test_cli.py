@@ -206,6 +206,16 @@ def test_doctor_says_how_to_get_what_is_missing(capsys, monkeypatch):
     assert re.search(r"^onnx +not installed: pip install 'fusemlp\[onnx\]' +ONNX files$", shown, re.M)
 
 
+def test_doctor_tells_of_a_backend_whose_library_is_missing(capsys, monkeypatch):
+    def trains(name, precision, plan):
+        raise errors.MissingLibraryError("backend: needs numba; pip install --force-reinstall numba")
+
+    monkeypatch.setattr(probes, "_trains", trains)
+    assert run("doctor") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^numpy +no ", shown, re.M) and "numpy: backend: needs numba; pip install" in shown
+
+
 def test_doctor_for_machines(capsys):
     assert run("doctor", "--json") == 0
     report = json.loads(capsys.readouterr().out)

@@ -36,7 +36,13 @@ from fusemlp.runtime.files import write_atomically
 from fusemlp.runtime.plans import chosen_plan, plan_text
 from fusemlp.tables.descriptions import network
 from fusemlp.tables.recipe import BATCH, PLANS, PRECISIONS
-from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError, FusemlpError, unknown_name
+from fusemlp_kernels.errors import (
+    ArgumentError,
+    BackendUnavailableError,
+    FusemlpError,
+    MissingLibraryError,
+    unknown_name,
+)
 
 # The purpose of each library; optional ones name their extra in brackets.
 LIBRARIES = {
@@ -109,7 +115,10 @@ def _examine_backend(name: str, reason: str | None) -> dict[str, Any]:
     """Return the device, and the precisions and plans that train a step of a small network."""
     if reason is not None:
         return {"reason": reason, "device": None, "precisions": [], "plans": []}
-    precisions = [precision for precision in PRECISIONS if _trains(name, precision, "auto")]
+    try:
+        precisions = [precision for precision in PRECISIONS if _trains(name, precision, "auto")]
+    except MissingLibraryError as error:
+        return _examine_backend(name, str(error))
     plans = [plan for plan in PLANS[1:] if precisions and _trains(name, precisions[0], plan)]
     device = Engine(MLP([2, 2]), backend=name, precision=precisions[0]).device if precisions else None
     return {"reason": None, "device": device, "precisions": precisions, "plans": plans}
