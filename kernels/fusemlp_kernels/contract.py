@@ -437,5 +437,11 @@ class Backend(Protocol):
         ``run`` has run before; capturing does not run it.
         """
 
+    def follow(self) -> None:
+        """Let the current stream wait for what this backend was last asked for on another one.
+
+        Not while it is captured: a graph cannot wait for work outside.
+        """
+
     def synchronize(self) -> None:
         """Wait until all started work has ended; raises the device's errors."""

@@ -193,6 +193,26 @@ def test_the_rows_of_the_next_epoch_are_drawn_before_the_wait(card, monkeypatch)
     assert walk == [("drawn", 1), ("drawn", 2), "wait", ("drawn", 3), "wait", "wait"]
 
 
+@pytest.mark.parametrize("plan", ["graph", "eager"])
+def test_an_engine_on_another_stream_waits_for_the_one_that_filled_it(card, plan):
+    engine = made(plan)
+    engine.step(X[:BATCH], Y[:BATCH])
+    for stream, before in ((7, 0), (0, 7)):
+        card.current = stream
+        with card.counted() as found:
+            engine.step(X[:BATCH], Y[:BATCH])
+        assert found.events[0] == ("waits", stream, before)
+        with card.counted() as later:
+            engine.fit(X, Y, epochs=1)
+            engine.predict(X)
+        assert not [event for event in [*found.events[1:], *later.events] if event[0] == "waits"]
+    card.current = 7
+    # while the caller captures a graph, the stream before has no part in it
+    with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True), card.counted() as found:
+        assert engine.memory is not None and engine.inference is not None
+    assert found.events == []
+
+
 def test_another_fit_of_the_same_shapes_captures_nothing(card):
     engine = made()
     engine.fit(X, Y, epochs=1)
@@ -330,6 +350,17 @@ def test_replayed_steps_are_torchs(computing, kind):
     for _ in range(4):
         np.testing.assert_allclose(float(step(put(x), put(y))), float(eager(x, y)), rtol=1e-5)
     assert computing.events.count("replay") == 3
+
+
+def test_a_fused_step_on_another_stream_waits_for_the_one_before(card):
+    step, _, _ = pair(OPTIMIZERS["adam"])
+    there = put(torch.randn(6, 3)), put(torch.randint(2, (6,)))
+    step(*there), step(*there)
+    for events in ([("waits", 7, 0), "replay"], ["replay"]):
+        card.current = 7
+        with card.counted() as found:
+            step(*there)
+        assert found.events == events
 
 
 def test_a_fused_step_that_returns_its_output_waits_for_nothing(card):

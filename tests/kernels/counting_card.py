@@ -2,8 +2,8 @@
 
 Test code. It runs the backend's own code for a card, up to torch's and Triton's calls, and counts what a real card
 would do at them: waits of the host, copies in both directions, launches. A wait inside the capture of a graph
-raises, and a replay repeats the captured work without Python's part of it, as on a card. It cannot show streams, the
-driver or time.
+raises, and a replay repeats the captured work without Python's part of it, as on a card. It cannot show work on several
+streams at once, the driver or time.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class Card:
     events: list[Any] = dataclasses.field(default_factory=list)
     capturing: Graph | None = None
     streams: list[Any] = dataclasses.field(default_factory=list)
+    # the number of the current stream
+    current: int = 0
 
     def wait(self, what, count=0):
         if self.capturing is not None:
@@ -78,6 +80,18 @@ class Card:
 
 
 CARD = Card()
+
+
+class Stream:
+    """As ``torch.cuda.Stream``, with a number for its address."""
+
+    def __init__(self, device=None, number=None):
+        self.device, self.cuda_stream = device, number
+
+    def wait_stream(self, other):
+        if CARD.capturing is not None:
+            raise NotOnACard("a stream that is captured waits for another one")
+        CARD.events.append(("waits", self.cuda_stream, other.cuda_stream))
 
 
 class Graph:
@@ -221,9 +235,9 @@ def counting(*, computes):
     cuda = {
         "CUDAGraph": Graph,
         "graph": captured,
-        "Stream": lambda device=None: SimpleNamespace(device=device),
+        "Stream": Stream,
         "Event": lambda: SimpleNamespace(record=lambda stream: None, synchronize=lambda: CARD.wait("an event")),
-        "current_stream": lambda device=None: None,
+        "current_stream": lambda device=None: Stream(device, CARD.current),
         "device": lambda device: contextlib.nullcontext(),
         "is_current_stream_capturing": lambda: CARD.capturing is not None,
         "synchronize": lambda device=None: CARD.wait("synchronize"),
@@ -232,6 +246,7 @@ def counting(*, computes):
         for owner, names in (
             (torch.cuda, cuda),
             (torch, {"empty": empty_or_pinned}),
+            (torch._C, {"_cuda_getCurrentRawStream": lambda index: CARD.current}),
             (backend, {"open_device": opened}),
             (backend.TritonBackend, {"__init__": start, "allocate": lambda *given: _on_card(allocate(*given))}),
             (
@@ -240,5 +255,6 @@ def counting(*, computes):
             ),
         ):
             for name, value in names.items():
-                stack.enter_context(mock.patch.object(owner, name, value))
+                # torch without CUDA lacks some
+                stack.enter_context(mock.patch.object(owner, name, value, create=True))
         yield CARD

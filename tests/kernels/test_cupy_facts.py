@@ -270,6 +270,27 @@ def test_an_error_in_a_capture_is_the_one_that_is_raised(device, refused):
     assert (backend.to_host(array) == 2).all()
 
 
+@ON_THE_HOST
+def test_an_engine_on_another_stream_waits_for_the_one_that_filled_it(device):
+    with usable(device):
+        engine = Engine(MLP([6, 3]), batch_size=8, backend="cupy", plan="eager")
+    from cupy_standin import streams
+
+    other, before = streams.Stream(non_blocking=True), streams.get_current_stream()
+    x, y = np.ones((8, 6), np.float32), np.arange(8) % 3
+    del streams.WAITS[:]
+    with other:
+        engine.predict(x)
+        assert [(other, before)] == streams.WAITS
+        engine.step(x, y)
+        # work that a graph of the caller's holds waits where the graph is launched
+        other.begin_capture()
+        assert engine.memory is not None
+        other.end_capture()
+        assert len(streams.WAITS) == 1
+    assert engine.update_count == 1 and [(before, other)] == streams.WAITS[1:]
+
+
 @pytest.mark.parametrize("device", PLACES)
 def test_a_step_allocates_nothing(device, monkeypatch):
     with usable(device):

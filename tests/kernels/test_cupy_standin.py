@@ -37,7 +37,7 @@ def test_what_it_does_not_know_it_refuses():
         (cupy.cuda, "cupy.cuda.Event"),
         (cupy.cuda.runtime, "cupy.cuda.runtime.memcpy"),
         (array, "cupy.ndarray.mean"),
-        (stream, "cupy.cuda.Stream.record"),
+        (stream, "cupy.cuda.Stream.use"),
         (graph, "cupy.cuda.Graph.upload"),
         (cupy.cuda.Device(0), "cupy.cuda.Device.mem_info"),
         (cupy.RawModule(EXAMPLES), "cupy.RawModule.compile"),

@@ -260,7 +260,7 @@ class Session:
     def _use_memory(self, arenas: Mapping[str, Any] | None, schedule: Schedule | None, rows: int = 0) -> None:
         rule, backend = self.optimizer.rule(), self.inputs.backend
         self.state_names = rule.states
-        self.memory = memory = Memory(
+        self._memory = memory = Memory(
             self.network,
             backend,
             rule.state_count,
@@ -271,10 +271,9 @@ class Session:
             average=rule.average,
             coded=self.coded,
         )
-        # the learning rates of the updates to come, for those who launch steps
-        self.rates = self._rate_table(rule)
-        self.rates.schedule = schedule
-        self.inference = Inference(self.network, self.loss, memory, self.inputs, self.scaling, self.class_weight)
+        self._rates = self._rate_table(rule)
+        self._rates.schedule = schedule
+        self._inference = Inference(self.network, self.loss, memory, self.inputs, self.scaling, self.class_weight)
         self.programs = KeptPrograms(backend)
 
     def take_named(self, loss: Callable[..., Any] | Loss | None) -> None:
@@ -334,6 +333,24 @@ class Session:
         self.memory.take(before)
 
     @property
+    def memory(self) -> Memory:
+        """The memory between steps, for work on the current stream, which waits for the work on the stream before."""
+        self._memory.backend.follow()
+        return self._memory
+
+    @property
+    def rates(self) -> RateTable:
+        """The learning rates of the updates to come, for those who launch steps."""
+        self._memory.backend.follow()
+        return self._rates
+
+    @property
+    def inference(self) -> Inference:
+        """The inference of the session, on the current stream."""
+        self._memory.backend.follow()
+        return self._inference
+
+    @property
     def passes(self) -> tuple[Pass, ...]:
         """The passes that the program of each of its steps has."""
         return (*self.ledger.passes(self.precision), *sums_over(self.sharding))
@@ -386,11 +403,11 @@ class Session:
 
     def take_rule(self, rule: UpdateRule) -> None:
         """Fill the table of rates for the steps of ``rule``: the optimizer may be another than in the last fit."""
-        if rule != self.rates.rule:
-            self.rates = self._rate_table(rule)
+        if rule != self._rates.rule:
+            self._rates = self._rate_table(rule)
 
     def _rate_table(self, rule: UpdateRule) -> RateTable:
-        memory = self.memory
+        memory = self._memory
         memory.accumulates = rule.accumulate > 1
         return RateTable(
             memory.backend, rule, memory.hyper, memory.rates, memory.counters, skips=self.precision == "fp16"

@@ -232,12 +232,12 @@ def step(engine: Session, x: Any, y: Any, sample_weight: Any = None) -> Any:
         if programs.unchecked_steps == SCALING_CHECKS:
             # waits for the device
             check_scaling(engine, engine.memory.counters, engine.memory.hyper)
-    return engine.memory.backend.scalar(bound.arrays["stats"], LAST_LOSS)
+    return bound.backend.scalar(bound.arrays["stats"], LAST_LOSS)
 
 
 def run_staged(engine: Session, bound: BoundProgram, x: Any, target: Any, weight: Any | None) -> None:
     """Copy checked rows into a program that has a batch of its own, as many as it holds or fewer, and run it."""
-    copy, arrays, count = engine.memory.backend.copy_into, bound.arrays, len(x)
+    copy, arrays, count = bound.backend.copy_into, bound.arrays, len(x)
     short, counters = count < len(arrays["x"]), arrays["counters"]
     counters[ROW_STEP], counters[ROW_COUNT] = 0, count * engine.network.members
     for name, array in (("x", codes_of(x)), ("target", target), ("weight", weight)):

@@ -129,6 +129,8 @@ class FusedStep:
 
         Raises ShapeError, DTypeError, DataError or ArgumentError before anything has changed.
         """
+        if not self._on_host:
+            self._memory.backend.follow()
         if not self._watch.unchanged():
             self._refresh()
         self._follow_groups()

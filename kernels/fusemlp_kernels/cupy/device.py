@@ -147,6 +147,8 @@ class Device:
         # not at the end of the process, when CUDA may be gone
         weakref.finalize(self, cublas.destroy, self.handle).atexit = False
         self._product = self.allocate(1, "real")
+        # where ``follow`` was called last
+        self._stream: Any = None
 
     # memory; for the methods without a docstring see ``contract.Backend``
 
@@ -311,6 +313,16 @@ class Device:
             graph.launch()
 
         return self.on_card(launch)
+
+    def follow(self) -> None:
+        """See ``contract.Backend``."""
+        stream = cupy.cuda.get_current_stream(self._card.id)
+        if stream == self._stream or stream.is_capturing():
+            return
+        if self._stream is not None:
+            with self._card:
+                stream.wait_event(self._stream.record())
+        self._stream = stream
 
     def synchronize(self) -> None:
         self._card.synchronize()

@@ -108,6 +108,9 @@ class NumpyBackend:
             ENTRIES[op](table, table.operands(op, operands))
         return table.bind_moving(arrays)
 
+    def follow(self) -> None:
+        """See ``contract.Backend``; there are no streams."""
+
     def synchronize(self) -> None:
         """See ``contract.Backend``; every call has ended when it returns."""
 

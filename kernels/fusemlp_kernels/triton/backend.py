@@ -118,6 +118,8 @@ class TritonBackend:
         # the interpreter is slow on every plan, and most of its users want eager steps
         self.traits = dataclasses.replace(traits, plans=("resident", "eager")) if self._device.interpreted else traits
         self.device = str(self._device.device)
+        # where ``follow`` was called last
+        self._stream: torch.cuda.Stream | None = None
 
     def allocate(self, size: int, dtype: str) -> Tensor:
         """See ``contract.Backend``."""
@@ -249,6 +251,21 @@ class TritonBackend:
         """See ``contract.Backend``."""
         check_names(self.traits.name, BINDERS, op, operands)
         return BINDERS[op](self._device, **operands)
+
+    def follow(self) -> None:
+        """See ``contract.Backend``."""
+        device = self._device.device
+        # of each step: torch.cuda.current_stream makes an object, this reads a number
+        if self._device.interpreted or (
+            self._stream is not None and self._stream.cuda_stream == torch._C._cuda_getCurrentRawStream(device.index)
+        ):
+            return
+        with torch.cuda.device(device):
+            if not torch.cuda.is_current_stream_capturing():
+                stream = torch.cuda.current_stream(device)
+                if self._stream is not None:
+                    stream.wait_stream(self._stream)
+                self._stream = stream
 
     def synchronize(self) -> None:
         """See ``contract.Backend``."""

@@ -79,16 +79,37 @@ class Stream:
             raise CUDARuntimeError("cudaErrorStreamCaptureInvalidated: something refused has ended the capture")
         return Graph(_captured.nodes)
 
+    def is_capturing(self):
+        return _captured.stream is self
+
+    def record(self, event=None):
+        return Event(self)
+
+    def wait_event(self, event):
+        refuse_in_capture("an event of another stream")
+        WAITS.append((self, event.stream))
+
     def synchronize(self):
         refuse_in_capture("waiting")
         LIVE.check_guards()
+
+
+# The waits for events: (the stream that waits, the other).
+WAITS = []
+
+
+class Event:
+    """As CuPy's; work runs at once, so that it has happened."""
+
+    def __init__(self, stream):
+        self.stream = stream
 
 
 # The current stream is the last; the default stream is the first.
 _stack = [Stream(null=True)]
 
 
-def get_current_stream():
+def get_current_stream(device_id=-1):
     return _stack[-1]
 
 
