@@ -3,7 +3,7 @@ sums of long batches, its 16-bit numbers."""
 
 import numpy as np
 import pytest
-from calls import Clock, check_grad_weight, check_linear, counters_of, run_loss
+from calls import Clock, check_grad_input, check_grad_weight, check_linear, counters_of, run_loss
 from devices import CUPY_GPU, STAND_IN, Variant, places, usable, variants_of
 from memory import Values, exact, place, poisoned
 from tolerance import assert_within, bound, loss_grad_bound
@@ -76,6 +76,19 @@ def test_the_sums_of_a_long_batch_are_added_up_from_parts(variant):
         counters[c.BATCH_INDEX] = index
         run()
         check_grad_weight(variant, dz, x, layer["dw"], layer["db"], batches=index % 2 + 1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("device", PLACES)
+def test_a_gradient_that_nothing_follows_is_written_by_the_product(device, precision, started):
+    """In 16 bits too: its float32 sums are rounded once."""
+    variant = Variant(device, precision)
+    values, names = Values(8, variant), started(variant)
+    dz, w, y = (place(values.factors(*shape), "owned") for shape in ((33, 70), (70, 21), (33, 21)))
+    dz_prev = poisoned((33, 21), variant.compute, "owned")
+    variant.bind("grad_input", dz=dz, w=w, y=y, dz_prev=dz_prev, activation="identity")()
+    assert names == ["product"]
+    check_grad_input(variant, dz_prev, dz, w, exact(y), "identity")
 
 
 @pytest.mark.parametrize("device", PLACES)

@@ -71,10 +71,11 @@ def bind_grad_input(device: Device, call: SimpleNamespace) -> Run:
             return device.clear(call.dslope)
         partials = device.allocate(blocks, "float64")
         learned = {"dslope": call.dslope, "partials": partials, "ticket": device.allocate(1, "uint32")}
+    if call.activation == "identity" and call.dropout is None and call.N and usable(out):
+        # cuBLAS rounds its float32 sums once, also to float16; before any other kernel that would be a second rounding
+        return bind_product(device, out, call.dz, call.w)
     product = product_place(device, out)
     multiply = bind_product(device, product, call.dz, call.w)
-    if call.activation == "identity" and call.dropout is None and product is out:
-        return multiply
     after = device.launch(
         "layers", "backward", blocks, product=product if call.N else None, out=out,
         source=call.z if call.activation in NEEDS_Z else call.y, **learned, counters=call.counters, rows=call.M,

@@ -75,7 +75,8 @@ def _factor(device: Device, array: Array) -> Factor:
 
 
 def bind_product(device: Device, out: Array, a: Array, b: Array, scalars: Array | None = None) -> Run:
-    """Return the run of ``out (R, C) = alpha * a (R, I) @ b (I, C) + beta * out``, out float32.
+    """Return the run of ``out (R, C) = alpha * a (R, I) @ b (I, C) + beta * out``, out float32, or of the compute type
+    if cuBLAS can write it and I > 0.
 
     scalars (2,) float32 on the card: alpha and beta, read when the product runs; None: 1 and 0.
     """
