@@ -4,7 +4,6 @@ import gc
 import importlib.util
 import os
 import sys
-import zlib
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -20,13 +19,20 @@ collect_ignore = [path.name for path in HERE.glob("test_*.py") if (path.name == 
 
 
 def pytest_collection_modifyitems(items):
-    """Keep half of the cases of each kernel and fit where ``SAMPLE`` is set: compiling them takes minutes."""
+    """Keep a sample of the cases of each kernel and fit where ``SAMPLE`` is set."""
     if os.environ.get(SAMPLE):
-        cases = {}
+        from sample import covering
+
+        tests = {}
         for item in items:
-            cases.setdefault((item.path.name, item.originalname), []).append(item)
-        mixed = [sorted(group, key=lambda item: zlib.crc32(item.name.encode())) for group in cases.values()]
-        items[:] = [item for group in mixed for item in group[:: 1 + (group[0].path.name in SAMPLED)]]
+            name = item.originalname if item.path.name in SAMPLED else item.name
+            tests.setdefault((item.path, name), []).append(item)
+        for key, cases in tests.items():
+            parameters = [
+                {"test": key, **(case.callspec.params if hasattr(case, "callspec") else {})} for case in cases
+            ]
+            tests[key] = [cases[place] for place in covering(parameters)]
+        items[:] = [case for cases in tests.values() for case in cases]
 
 
 def pytest_collection_finish():

@@ -1,5 +1,6 @@
 """Run the emulator's tests in a process without Triton's interpreter, which the other tests use on a machine without a
-GPU: half of the kernels and fits. After a change of kernels run all, ``TRITON_INTERPRET=0 python -m pytest tests/ptx``.
+GPU: a sample of the kernels and fits. After a change of kernels run all: ``TRITON_INTERPRET=0 python -m pytest
+tests/ptx``, and ``ci/versions --triton 3.6.0``.
 """
 
 import os

@@ -1,0 +1,36 @@
+"""The sample of the emulator's tests that ``ci/test`` runs: cases that have between them each value of each parameter.
+
+So each kernel, card, type of elements, instruction of products, loss, optimizer and plan stays, and not each together
+with each: compiling all of them takes minutes.
+"""
+
+from collections import Counter
+
+# The tiles of one kernel: one of them is enough, as compiling the kernel with each takes a minute.
+LEFT_OUT = ("tile", "sizes")
+
+
+def values_of(parameters):
+    """Return the values of a case; those in a tuple, such as (card, type), count one by one."""
+    parts = {name: value if isinstance(value, tuple) else (value,) for name, value in parameters.items()}
+    return {
+        (name, place, repr(part))
+        for name, value in parts.items()
+        if name not in LEFT_OUT
+        for place, part in enumerate(value)
+    }
+
+
+def covering(cases):
+    """Return the places, in order, of cases that have all values of ``cases``, mappings of parameters.
+
+    Greedy: the next case has the most values that none before it has; a value of few cases counts for more.
+    """
+    values = list(map(values_of, cases))
+    frequency = Counter(value for case in values for value in case)
+    missing, chosen = set(frequency), []
+    while missing:
+        best = max(range(len(cases)), key=lambda place: sum(1 / frequency[value] for value in values[place] & missing))
+        missing -= values[best]
+        chosen.append(best)
+    return sorted(chosen)
