@@ -1,5 +1,7 @@
 """``train`` and ``predict`` with the losses quantiles and gaussian: columns in the units of the data, or a refusal."""
 
+import re
+
 import numpy as np
 import onnxruntime
 import pandas
@@ -91,6 +93,23 @@ def test_the_graph_predicts_as_the_command(folder, loss, names, tmp_path):
     outputs = session.run(["prediction"] if loss == "quantiles" else ["prediction", "std"], cells)
     # columns of the graph are float32, and sizes have a distance of 100 beside a deviation of 30
     np.testing.assert_allclose(np.column_stack(outputs), columns[names], rtol=1e-5)
+
+
+def test_each_quantile_is_scored_beside_the_constant_one(folder, capsys):
+    report = read(folder / "quantiles" / "report.json")
+    scores, constant = report["test"]["quantiles"], report["baselines"]["constant"]["quantiles"]
+    assert list(scores) == list(constant) == ["q10", "q50", "q90"]
+    for name, level in (("q10", 0.1), ("q50", 0.5), ("q90", 0.9)):
+        assert scores[name]["pinball"] < 0.5 * constant[name]["pinball"]
+        # 300 test rows: four standard errors, and as much for the fit
+        error = 8 * np.sqrt(level * (1 - level) / 300)
+        assert abs(scores[name]["below"] - level) < error and abs(constant[name]["below"] - level) < error
+    # of the median it is half of the mean absolute error
+    assert scores["q50"]["pinball"] == pytest.approx(report["test"]["mae"] / 2, rel=1e-5)
+    assert run("evaluate", folder / "quantiles") == 0
+    assert re.search(r"test q10: pinball \S+, \d+\.\d% of the targets below", capsys.readouterr().out)
+    page = (folder / "quantiles" / "report.html").read_text()
+    assert "scores of each quantile" in page and "targets below" in page
 
 
 REFUSED = {

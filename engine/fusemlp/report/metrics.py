@@ -79,7 +79,25 @@ def score(
         report["targets"] = {name: figures(judged.of_target(at), probable=False) for at, name in enumerate(names)}
     if preprocessor.classes is not None:
         report |= class_figures(judged.truth, judged.predicted, preprocessor.labels)
+    if isinstance(engine.loss, Quantiles):
+        predicted = np.column_stack([*distribution(engine, preprocessor, X).values()])
+        report["quantiles"] = quantile_figures(engine.loss.q, predicted, judged.truth)
     return report, judged
+
+
+def quantile_figures(levels: Sequence[float], predicted: Array, truth: Array) -> dict[str, dict[str, float]]:
+    """Return for each quantile by name its pinball loss and the share of the ``truth`` (n, 1) that is not above it.
+
+    ``predicted`` (n, levels) are the quantiles. The share should be near the level.
+    """
+    pinball = METRICS["pinball"]
+    return {
+        f"q{100 * level:g}": {
+            "pinball": pinball.of_rows(Judged(truth, column[:, None], quantile=level)),
+            "below": float(np.mean(truth[:, 0] <= column)),
+        }
+        for level, column in zip(levels, predicted.T, strict=True)
+    }
 
 
 def _loss(engine: Session, X: Array, y: Array, weight: Any) -> float:
@@ -122,6 +140,8 @@ def headline(report: Mapping[str, Any], name: str = "test") -> Iterator[str]:
     for target, scores in report.get("targets", {}).items():
         figures = ", ".join(f"{figure} {scored(figure, value)}" for figure, value in scalars(scores).items())
         yield f"{name} {target!r}: {figures}"
+    for quantile, scores in report.get("quantiles", {}).items():
+        yield f"{name} {quantile}: pinball {spelled(scores['pinball'])}, {scores['below']:.1%} of the targets below"
 
 
 def scored(name: str, value: float) -> str:

@@ -99,7 +99,19 @@ def _scores(report: Mapping[str, Any]) -> Iterator[Section]:
     section: Section = {"title": f"Scores on {test['rows']} test rows", "verdict": lines, "tiles": tiles}
     if "classes" in test:
         section["folded"] = "scores of each class", class_table(test), len(test["classes"]) <= MOST_OPEN
+    if "quantiles" in test:
+        section["folded"] = "scores of each quantile", _quantile_table(report), True
     yield section
+
+
+def _quantile_table(report: Mapping[str, Any]) -> list[list[str]]:
+    """Return the pinball loss of each quantile, and the targets below it, as rows of text below a header."""
+    constant = report.get("baselines", {}).get("constant", {}).get("quantiles", {})
+    rows = [["quantile", "pinball", "constant", "targets below"]]
+    for name, scores in report["test"]["quantiles"].items():
+        alone = spelled(constant[name]["pinball"]) if name in constant else ""
+        rows.append([name, spelled(scores["pinball"]), alone, f"{scores['below']:.1%}"])
+    return rows
 
 
 def _training(report: Mapping[str, Any], history: Mapping[str, Sequence[float]]) -> Section:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from fusemlp.describe.adversarial import IBP
+from fusemlp.describe.losses import Quantiles
 from fusemlp.describe.metrics import Judged
 from fusemlp.report.evidence import certify, robust_score
-from fusemlp.report.metrics import MOST_NUMBERS, baselines, score, worse_than
+from fusemlp.report.metrics import MOST_NUMBERS, baselines, quantile_figures, score, worse_than
 from fusemlp.report.uncertainty import COVERAGE, HeldOut, errors_of, summary
 from fusemlp.tables.training import Trained, attack_on
 from fusemlp.training.history import History
@@ -64,6 +67,10 @@ def _judged(trained: Trained, report: dict[str, Any]) -> Judged | None:
             report["robust"] = robust_score(engine, preprocessor, test.X, test.labels, attack, test.weight)
         seen = prepared.seen(MOST_NUMBERS // max(1, len(preprocessor.classes or ())))
         report["baselines"] = baselines(preprocessor, *seen, test.X, test.labels)
+        if isinstance(engine.loss, Quantiles):
+            constant = np.quantile(np.asarray(seen[1], np.float64), engine.loss.q)
+            scores = quantile_figures(engine.loss.q, np.tile(constant, (len(test.X), 1)), test.labels.reshape(-1, 1))
+            report["baselines"]["constant"]["quantiles"] = scores
         report["worse_than"] = list(worse_than(report))
     if trained.temperature is not None:
         report["temperature"] = trained.temperature.value
