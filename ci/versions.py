@@ -102,6 +102,9 @@ def name_of(requirement: str) -> str:
 def run(what: str, command: Sequence[str | Path], *, cwd: Path, **variables: str) -> str:
     """Return the output of a command; if it fails, print it and raise Failed with ``what``."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    if "PIP_FIND_LINKS" in environment:
+        # wheels that lie on this machine, such as PyTorch's small CPU build
+        environment.setdefault("UV_FIND_LINKS", environment["PIP_FIND_LINKS"])
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
@@ -226,7 +229,7 @@ def main() -> None:
         prog="ci/versions",
         description=about,
         epilog="Run it before each release and put the table into its note; with --triton 3.6.0, the oldest that the "
-        "kernels are for, after a change of kernels too (settings of uv such as UV_FIND_LINKS find PyTorch's small CPU "
+        "kernels are for, after a change of kernels too (PIP_FIND_LINKS, or settings of uv, find PyTorch's small CPU "
         f"build). Left out of every other cell, and tested in one version by ci/test: {', '.join(LEFT_OUT)}.",
     )
     this = f"{sys.version_info.major}.{sys.version_info.minor}"

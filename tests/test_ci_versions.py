@@ -78,6 +78,15 @@ def test_missing_interpreters_are_named_and_cells_that_fail_are_counted(monkeypa
     assert "torch" not in capsys.readouterr().out
 
 
+def test_wheels_that_pip_finds_on_the_machine_are_uvs_too(monkeypatch, tmp_path):
+    command = [sys.executable, "-c", "import os; print(os.environ['UV_FIND_LINKS'])"]
+    monkeypatch.delenv("UV_FIND_LINKS", raising=False)
+    monkeypatch.setenv("PIP_FIND_LINKS", "/some/wheels")
+    assert versions.run("asking", command, cwd=tmp_path) == "/some/wheels\n"
+    monkeypatch.setenv("UV_FIND_LINKS", "/others")
+    assert versions.run("asking", command, cwd=tmp_path) == "/others\n"
+
+
 def test_a_cell_of_triton_executes_ptx_and_rehearses(monkeypatch, tmp_path):
     """With commands that run nothing."""
     commands = []
