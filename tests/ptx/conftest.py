@@ -14,6 +14,8 @@ sys.path.insert(0, str(HERE))
 
 APART = "test_apart.py"
 SAMPLE, SAMPLED = "FUSEMLP_PTX_SAMPLE", ("test_kernels.py", "test_engine.py")
+# One case is enough: compiling the resident kernel with a tile takes half a minute, and a fit has the other card.
+ONCE = "test_every_resident_tile_is_the_oracles"
 HERE_TOO = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") != "1"
 collect_ignore = [path.name for path in HERE.glob("test_*.py") if (path.name == APART) == HERE_TOO]
 
@@ -28,11 +30,14 @@ def pytest_collection_modifyitems(items):
             name = item.originalname if item.path.name in SAMPLED else item.name
             tests.setdefault((item.path, name), []).append(item)
         for key, cases in tests.items():
-            parameters = [
-                {"test": key, **(case.callspec.params if hasattr(case, "callspec") else {})} for case in cases
-            ]
-            tests[key] = [cases[place] for place in covering(parameters)]
+            tests[key] = [cases[place] for place in covering([_parameters(case) for case in cases])]
         items[:] = [case for cases in tests.values() for case in cases]
+
+
+def _parameters(case):
+    """Return the parameters that the sample varies, and the test, as there may be none."""
+    varied = hasattr(case, "callspec") and case.originalname != ONCE
+    return {"test": case.originalname, **(case.callspec.params if varied else {})}
 
 
 def pytest_collection_finish():

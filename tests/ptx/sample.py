@@ -6,19 +6,11 @@ with each: compiling all of them takes minutes.
 
 from collections import Counter
 
-# The tiles of one kernel: one of them is enough, as compiling the kernel with each takes a minute.
-LEFT_OUT = ("tile", "sizes")
-
 
 def values_of(parameters):
     """Return the values of a case; those in a tuple, such as (card, type), count one by one."""
     parts = {name: value if isinstance(value, tuple) else (value,) for name, value in parameters.items()}
-    return {
-        (name, place, repr(part))
-        for name, value in parts.items()
-        if name not in LEFT_OUT
-        for place, part in enumerate(value)
-    }
+    return {(name, place, repr(part)) for name, value in parts.items() for place, part in enumerate(value)}
 
 
 def covering(cases):

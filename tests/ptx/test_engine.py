@@ -61,11 +61,11 @@ def test_every_step_of_a_fit_is_the_oracles(target, plan):
 
 # The tiles after the first: for more outputs, for many inputs, and for wide layers too. The long reduction has two
 # steps, the second of which not all parts have.
-@pytest.mark.parametrize(("tile", "sizes"), [(1, [140, 20, 18]), (2, [290, 20, CLASSES]), (3, [290, 70, 18])])
+@pytest.mark.parametrize(("number", "sizes"), [(1, [140, 20, 18]), (2, [290, 20, CLASSES]), (3, [290, 70, 18])])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_every_resident_tile_is_the_oracles(target, tile, sizes):
+def test_every_resident_tile_is_the_oracles(target, number, sizes):
     arch = configs.Architecture(target, 1)
-    assert configs.resident_tile(arch, "fp32", sizes) == configs.resident_tiles(target, "fp32")[tile]
+    assert configs.resident_tile(arch, "fp32", sizes) == configs.resident_tiles(target, "fp32")[number]
     wide = rng.standard_normal((ROWS, sizes[0])).astype(np.float32)
     with card(target, "fp32") as emulator:
         check = Bounded(emulator.variant.products, wide)

@@ -9,11 +9,10 @@ CASES = {
     "loss": [dict(zip(("target", "precision", "loss", "aligned"), case, strict=True)) for case in LOSS_CASES],
     "a tuple": [{"variant": (target, precision)} for target in ("sm_80", "sm_90") for precision in ("fp32", "bf16")],
     "lists": [{"widths": [number, 4]} for number in range(3)],
-    "tiles": [{"target": target, "tile": tile} for target in ("sm_80", "sm_90") for tile in range(3)],
 }
 
 
-@pytest.mark.parametrize(("name", "count"), [("linear", 5), ("loss", 2), ("a tuple", 2), ("lists", 3), ("tiles", 2)])
+@pytest.mark.parametrize(("name", "count"), [("linear", 5), ("loss", 2), ("a tuple", 2), ("lists", 3)])
 def test_the_sample_has_each_value(name, count):
     cases = CASES[name]
     chosen = covering(cases)
