@@ -123,13 +123,13 @@ def systematic_part(variants: Sequence[kernel_variants.Variant]) -> list[kernel_
 
 
 def chosen(
-    archs: Iterable[str], kernels: Iterable[str], everything: bool, goals: bool = True
+    archs: Iterable[str], kernels: Iterable[str], everything: bool
 ) -> Iterator[tuple[kernel_variants.Variant, str]]:
-    """Yield the variants to compile, with ``goals`` those of the goals' steps too."""
+    """Yield the variants to compile, with those of the goals' steps."""
     for arch in archs:
         variants = kernel_variants.variants(arch)
         part = list(variants if everything else systematic_part(variants))
-        part += kernel_launches.goal_variants(arch) if goals else []
+        part += kernel_launches.goal_variants(arch)
         for variant in {(one.kernel, one.name): one for one in part}.values():
             if variant.kernel in kernels:
                 yield variant, arch
@@ -193,9 +193,9 @@ def read_record() -> list[Row]:
     return json.loads(RECORD.read_text()) if RECORD.exists() else []
 
 
-def launched(everything: bool, goals: bool = True) -> set[tuple[str, str, str, str]]:
+def launched(everything: bool) -> set[tuple[str, str, str, str]]:
     """Return architecture, kernel, variant and source of every launched kernel, or of the systematic part."""
-    work = chosen(kernel_variants.TARGETS, tuple(kernel_variants.KERNELS), everything, goals)
+    work = chosen(kernel_variants.TARGETS, tuple(kernel_variants.KERNELS), everything)
     source = kernel_variants.source_hash
     return {(arch, variant.kernel, variant.name, source(variant.kernel, arch)) for variant, arch in work}
 
@@ -214,10 +214,8 @@ def record_problems(record: Sequence[Row]) -> list[str]:
     """Return the problems of the record: kernels that fail, missing rows, rows of other code."""
     found = [problem for row in record for problem in problems(row)]
     possible = launched(everything=True)
-    versions = sorted({row["triton"] for row in record} or {triton.__version__}, key=configs.version_of)
-    for version in versions:
-        # the bounds are those of the newest version
-        needed = launched(everything=False, goals=version == versions[-1])
+    needed = launched(everything=False)
+    for version in sorted({row["triton"] for row in record} or {triton.__version__}, key=configs.version_of):
         rows = [row for row in record if row["triton"] == version]
         present = {(row["arch"], row["kernel"], row["variant"], row["source"]) for row in rows}
         for what, wrong in (("missing", needed - present), ("not of the current kernels", present - possible)):
@@ -233,7 +231,7 @@ def differences(rows: Iterable[Row], record: Iterable[Row]) -> list[str]:
     """Return the differences between the compiled rows and the record, for the same version of Triton."""
     found = []
     for before, row in _pairs(rows, record):
-        changed = [name for name in row if before.get(name) != row[name] and name != "loops"]
+        changed = [name for name in row if before.get(name) != row[name] and name not in ("loops", "waits")]
         if changed:
             said = ", ".join(f"{name} {before.get(name)} -> {row[name]}" for name in changed)
             found.append(f"{row['arch']} {row['kernel']} ({row['variant']}) differs from the record: {said}")

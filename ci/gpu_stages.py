@@ -203,6 +203,7 @@ def bench(run: Run) -> None:
         tiny = ("--backend", "triton", "--rounds", "1")
         items = [Item("bench", "table", python(*table, *row)), study("kernels", "fp32", *tiny, "--shape", "8-16-8")]
         all_of(run, [*items, study("roofline", "fp32", "12-8-4@8", *tiny)], run.jobs)
+        all_of(run, expected(run))
         return
     # the contenders that compute on the card
     peers = ",".join(name for name, peer in PEERS.items() if not peer.host)
@@ -212,6 +213,15 @@ def bench(run: Run) -> None:
     items.append(study("kernels", "fp32", "--backend", "cupy"))
     items += [study("roofline", precision, network) for network in NETWORKS["gpu"] for precision in ("fp32", "bf16")]
     all_of(run, items)
+    all_of(run, expected(run))
+
+
+def expected(run: Run) -> list[Item]:
+    """Return the item that sets the times of the model beside the rooflines that were measured."""
+    files = sorted(str(path) for path in run.out.glob("roofline-*.jsonl"))
+    # the model reads compiled kernels
+    command = ("env", "-u", "TRITON_INTERPRET", *python("ci/kernel_model.py", "--beside", *files))
+    return [Item("bench", "the model beside the rooflines", command)] if files else []
 
 
 def profile(run: Run) -> None:

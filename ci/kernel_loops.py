@@ -10,19 +10,18 @@ from __future__ import annotations
 import ast
 import functools
 import heapq
-import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fusemlp_kernels.triton import configs
 
-# By name: instructions and stalls of a pass and, if more than one, the most copies of the body that it can hold.
+# By name: instructions and stalls of a pass and, if more than one, the copies of the body that it holds.
 Loops = dict[str, list[int]]
-# The name of what is outside all loops.
-ONCE = "once"
+# The name of what is outside all loops, and of what the last program of a launch does after all others.
+ONCE, LAST = "once", "last"
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?P<text>.*?)\s*;\s*/\* 0x[0-9a-f]{16} \*/")
 CONTROL = re.compile(r"\s*/\* 0x(?P<word>[0-9a-f]{16}) \*/")
 LABEL = re.compile(r"(?P<name>[.$\w]+):")
@@ -31,8 +30,8 @@ SOURCE = re.compile(r'\s*//## File "(?P<file>[^"]+)", line (?P<line>\d+)')
 PARTS = re.compile(r"(?P<guard>@\S+\s+)?(?P<name>[A-Z][A-Z0-9_]*)\S*\s*(?P<operands>[^`]*)(?:`\((?P<label>.+)\))?")
 # Triton's name of a function that is not inlined.
 TRITON_NAME = re.compile(r"_\$_(?P<name>\w+?)__[A-Zi]")
-STALLS = 105 - 64, 15
-# An unrolled loop has these as often for each copy of the body.
+CONTROL_BITS, MOST_STALLS = 105 - 64, 15
+# An unrolled loop has these as often for each copy of the body, and so has the code after it that does the rest.
 REPEATED = ("LDG", "LDGSTS", "LDGDEPBAR", "LDS", "LDSM", "STS", "STG", "BAR", "HMMA", "HGMMA", "UTCHMMA")
 # A loop of these alone waits for a barrier; its passes take no time of their own.
 WAITING = {"SYNCS", "BRA"}
@@ -42,13 +41,20 @@ LEAVES = ("EXIT", "RET")
 
 @dataclass(frozen=True)
 class Instruction:
-    """``name`` without modifiers; the ``label`` it names; ``source`` is a file with a line."""
+    """``name`` without modifiers; the ``label`` it names; ``source`` is a file with a line. ``control``: the bits that
+    ptxas writes for the warp's scheduler, from the stall cycles on."""
 
     name: str
     conditional: bool
     label: str
-    stalls: int
+    control: int
     source: tuple[str, int] | None
+    text: str
+
+    @property
+    def stalls(self) -> int:
+        """The cycles that its warp waits before the next instruction."""
+        return self.control & MOST_STALLS
 
 
 @dataclass(frozen=True)
@@ -72,9 +78,9 @@ def parsed(code: str) -> tuple[list[Instruction], dict[str, int], list[str]]:
             parts = PARTS.match(text)
             if parts is None:
                 raise ValueError(f"expected an instruction of the disassembly, got {text!r}")
-            stalls = int(match["word"], 16) >> STALLS[0] & STALLS[1]
+            control = int(match["word"], 16) >> CONTROL_BITS
             conditional = bool(parts["guard"] or parts["operands"])
-            found.append(Instruction(parts["name"], conditional, parts["label"] or "", stalls, source))
+            found.append(Instruction(parts["name"], conditional, parts["label"] or "", control, source, text))
         elif match := SOURCE.match(line):
             source = match["file"], int(match["line"])
         elif match := FUNCTION.match(line):
@@ -100,6 +106,24 @@ def _statements(file: str) -> list[tuple[range, str]]:
                 name = function.name if number == 1 else f"{function.name} {number}"
                 found.append((range(node.lineno, (node.end_lineno or node.lineno) + 1), name))
     return found
+
+
+@functools.cache
+def _ticket_reset() -> int:
+    """Return the line of ``clock.is_last`` that only the last program of a launch comes to."""
+    tree = ast.parse(Path(configs.__file__).with_name("clock.py").read_text(encoding="utf-8"))
+    (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "is_last")
+    (line,) = (
+        node.body[0].lineno
+        for node in function.body
+        if isinstance(node, ast.If) and "store(ticket" in ast.unparse(node)
+    )
+    return line
+
+
+def _resets_ticket(instruction: Instruction) -> bool:
+    source = instruction.source
+    return source is not None and Path(source[0]).name == "clock.py" and source[1] == _ticket_reset()
 
 
 def _statement(instructions: Iterable[Instruction], taken: Iterable[str]) -> str | None:
@@ -178,61 +202,107 @@ class _Flow:
     def waits(self, loop: Loop) -> bool:
         return {self.instructions[at].name for block in loop.body for at in self.spans[block]} <= WAITING
 
-    def shortest(self, start: int, ends: Iterable[int], weights: dict[int, int]) -> int:
-        """Return the least sum of weights on a way from the block ``start`` to the end of one of ``ends``."""
-        ends, done = set(ends), set()
-        waiting = [(weights.get(start, 0), start)]
+    def repeated(self, blocks: Iterable[int]) -> Counter[tuple[str, tuple[str, int] | None, int]]:
+        """Count the instructions of ``REPEATED`` by name, line of the source, and function."""
+        places = [place for block in blocks for place in self.spans[block]]
+        inside = [(self.instructions[place], place) for place in places if self.instructions[place].name in REPEATED]
+        return Counter((one.name, one.source, self.function_of(place)[0]) for one, place in inside)
+
+    def copies(self, loops: Sequence[Loop]) -> list[int]:
+        """Return the copies of the body that each loop holds: 1 for a loop with loops inside.
+
+        A loop of n copies leaves up to n - 1 passes to the code after it: that has n - 1 copies, outside all loops.
+        """
+        looping = frozenset[int]().union(*(loop.body for loop in loops))
+        rest = self.repeated(block for block in range(len(self.spans)) if block not in looping)
+        heads = {loop.head for loop in loops}
+        counts = [self.repeated(loop.body if len(heads & loop.body) == 1 else ()) for loop in loops]
+        found = []
+        for count in counts:
+            # a function of the source may stand here several times
+            once = {key: number - rest[key] / counts.count(count) for key, number in count.items()}
+            ratios = {count[key] / number if number >= 1 else 1 for key, number in once.items()} or {1}
+            ratio = min(ratios)
+            found.append(int(ratio) if len(ratios) == 1 and ratio == int(ratio) else 1)
+        return found
+
+    def shortest(self, start: int, ends: Iterable[int], weights: Mapping[int, int]) -> list[int]:
+        """Return the blocks of the way from the block ``start`` to the end of one of ``ends`` with the least sum of
+        weights, those without a weight left out; [] if there is no way."""
+        ends, came = set(ends), dict[int, int]()
+        waiting = [(weights.get(start, 0), start, start)]
         while waiting:
-            cost, block = heapq.heappop(waiting)
+            cost, block, before = heapq.heappop(waiting)
+            if block in came:
+                continue
+            came[block] = before
             if block in ends:
-                return cost
-            if block not in done:
-                done.add(block)
-                for one in self.after[block]:
-                    heapq.heappush(waiting, (cost + weights.get(one, 0), one))
-        return 0
+                way = [block]
+                while way[-1] != start:
+                    way.append(came[way[-1]])
+                return [one for one in reversed(way) if one in weights]
+            for one in self.after[block]:
+                heapq.heappush(waiting, (cost + weights.get(one, 0), one, block))
+        return []
 
 
-def read(code: str) -> Loops:
-    """Return the loops of a kernel by name, the worst where several have one name, and what is ``once``.
+@dataclass(frozen=True)
+class Pass:
+    """A pass of a loop, or what is ``once``: the least ``instructions``, the least ``stalls`` and the instructions of
+    that way, with those of called functions; the ``copies`` of the body. ``around``: the way of a program of the kernel
+    that comes through the loop, without its passes."""
+
+    instructions: int
+    stalls: int
+    way: Sequence[Instruction]
+    copies: int = 1
+    around: Sequence[Instruction] = ()
+
+
+def passes(code: str) -> dict[str, Pass]:
+    """Return the passes of a kernel's loops by name, the worst where several have one name, what is ``once``, and what
+    the ``last`` program does.
 
     A loop in a function that is not inlined has that function's name before its own. A pass does not count the passes
     of loops inside; it counts the calls of functions.
     """
     flow = _Flow(code)
     loops = flow.loops()
+    copies = flow.copies(loops)
     innermost = {block: at for at in reversed(range(len(loops))) for block in loops[at].body}
     names = {name for _, name in flow.functions}
-    costs: dict[str, list[int]] = {}
+    costs: dict[str, Pass] = {}
 
-    def pass_of(start: int, ends: Iterable[int], blocks: Iterable[int]) -> list[int]:
+    def pass_of(start: int, ends: Iterable[int], blocks: Iterable[int], copies: int = 1) -> Pass:
         spans = {block: [flow.instructions[at] for at in flow.spans[block]] for block in blocks}
         called = {
             block: [once(one.label) for one in inside if one.name == "CALL" and one.label in names]
             for block, inside in spans.items()
         }
-        return [
-            flow.shortest(
-                start,
-                ends,
-                {
-                    block: sum(one.stalls if measure else 1 for one in inside) + sum(c[measure] for c in called[block])
-                    for block, inside in spans.items()
-                },
-            )
-            for measure in (0, 1)
+        counts = {
+            block: len(inside) + sum(one.instructions for one in called[block]) for block, inside in spans.items()
+        }
+        stalls = {block: sum(one.stalls for one in [*inside, *called[block]]) for block, inside in spans.items()}
+        way = flow.shortest(start, ends, stalls)
+        steps = [
+            one for block in way for one in [*spans[block], *(step for each in called[block] for step in each.way)]
         ]
+        least = sum(counts[block] for block in flow.shortest(start, ends, counts))
+        return Pass(least, sum(stalls[block] for block in way), steps, copies)
 
-    def once(function: str) -> list[int]:
+    def outside(function: str) -> tuple[int, list[int], list[int]]:
+        entry = flow.block_at[flow.labels[function]]
+        blocks = flow.reached(entry, -1, flow.after)
+        leaving = [block for block in blocks if flow.instructions[flow.spans[block][-1]].name in LEAVES]
+        return entry, leaving, [block for block in blocks if block not in innermost]
+
+    def once(function: str) -> Pass:
         if function not in costs:
-            entry = flow.block_at[flow.labels[function]]
-            blocks = flow.reached(entry, -1, flow.after)
-            leaving = [block for block in blocks if flow.instructions[flow.spans[block][-1]].name in LEAVES]
-            costs[function] = pass_of(entry, leaving, [block for block in blocks if block not in innermost])
+            costs[function] = pass_of(*outside(function))
         return costs[function]
 
     kernel = next(name for _, name in flow.functions if f".text.{name}" in flow.labels)
-    found: Loops = {ONCE: once(kernel)}
+    found = {ONCE: once(kernel)}
     statements: dict[int, str] = {}
     for at, loop in enumerate(loops):
         own = [block for block in loop.body if innermost[block] == at]
@@ -243,13 +313,29 @@ def read(code: str) -> Loops:
         statements[at] = name
         place = flow.starts[loop.head]
         function = flow.function_of(place)[1]
+        one_pass = pass_of(loop.head, loop.ends, own, copies[at])
         if function != kernel:
             match = TRITON_NAME.search(function)
             if match is None:
                 continue
             name = name if name.split(" ")[0] == match["name"] else f"{match['name']}.{name}"
-        repeated = Counter((one.name, one.source) for one in inside if one.name in REPEATED)
-        copies = math.gcd(*repeated.values()) if len(own) == len(loop.body) else 1
-        one_pass = [*pass_of(loop.head, loop.ends, own), *([copies] if copies > 1 else [])]
-        found[name] = max(found.get(name, one_pass), one_pass, key=lambda values: values[1])
+        else:
+            entry, leaving, blocks = outside(kernel)
+            before, after = pass_of(entry, [loop.head], blocks), pass_of(loop.head, leaving, blocks)
+            one_pass = replace(one_pass, around=[*before.way, *after.way])
+        found[name] = max(found.get(name, one_pass), one_pass, key=lambda one: one.stalls)
+    entry, leaving, blocks = outside(kernel)
+    for block in blocks:
+        if any(_resets_ticket(flow.instructions[at]) for at in flow.spans[block]):
+            found[LAST] = pass_of(block, leaving, blocks)
+            break
     return found
+
+
+def read(found: Mapping[str, Pass]) -> Loops:
+    """Return the loops of ``passes`` as the record has them."""
+    return {
+        name: [one.instructions, one.stalls, *([one.copies] if one.copies > 1 else [])]
+        for name, one in found.items()
+        if name != LAST
+    }

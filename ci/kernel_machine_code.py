@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import kernel_loops
+import kernel_waits
 import triton
 
 # Instructions of tensor cores: mma.sync, wgmma, tcgen05, and AMD's matrix cores. Of several kinds the newest is named.
@@ -46,7 +47,7 @@ class Resources:
     the functions that hold shared memory and call others; Triton places that of all functions at one address.
     ``undrained`` counts AMD's atomics that a wave can reach while stores of other waves are on their way.
 
-    ``loops``: see ``kernel_loops``; none on AMD.
+    ``loops``: see ``kernel_loops``; none on AMD. ``waits``: see ``kernel_waits``; on sm_90 alone.
     """
 
     registers: int
@@ -59,17 +60,19 @@ class Resources:
     shared_callers: int = 0
     undrained: int = 0
     loops: kernel_loops.Loops = field(default_factory=dict)
+    waits: kernel_waits.Waits = field(default_factory=dict)
 
 
 FAULTS = ("unfenced", "shared_callers", "undrained")
 
 
-def of(asm: Mapping[str, Any], shared: int) -> Resources:
-    """Return the resources of a compiled kernel; ``shared`` is Triton's own count of the dynamic shared memory."""
+def of(asm: Mapping[str, Any], shared: int, target: str, warps: int) -> Resources:
+    """Return the resources of a kernel of ``warps`` compiled for ``target``; ``shared`` is Triton's own count of the
+    dynamic shared memory."""
     code = asm.get("amdgcn", "")
     if code and "tt.atomic_rmw" in asm["ttgir"] and not AMD_ATOMIC.search(code):
         raise ValueError("the kernel takes a ticket, and no atomic is found in its assembly")
-    found = _nvidia(asm["cubin"], shared) if "cubin" in asm else _amd(code, shared)
+    found = _nvidia(asm["cubin"], shared, target, warps) if "cubin" in asm else _amd(code, shared)
     return replace(
         found,
         unfenced=unfenced(asm.get("ptx", "")),
@@ -145,7 +148,7 @@ def operations(code: str) -> list[str]:
     return OPERATION.findall(code)
 
 
-def _nvidia(cubin: bytes, shared: int) -> Resources:
+def _nvidia(cubin: bytes, shared: int, target: str, warps: int) -> Resources:
     usage, code = disassembly(cubin)
     found = USAGE.search(usage)
     if found is None:
@@ -155,7 +158,11 @@ def _nvidia(cubin: bytes, shared: int) -> Resources:
     plain = {name.split(".")[0] for name in names}
     local = sum(name.split(".")[0] in ("STL", "LDL") for name in names)
     product = next((name for name in NVIDIA_PRODUCTS if name in plain), "")
-    return Resources(registers, stack, local, static, shared, product, loops=kernel_loops.read(code))
+    passes = kernel_loops.passes(code)
+    waits = kernel_waits.read(passes, warps) if target == kernel_waits.TARGET else {}
+    return Resources(
+        registers, stack, local, static, shared, product, loops=kernel_loops.read(passes), waits=waits
+    )  # fmt: skip
 
 
 def _amd(code: str, shared: int) -> Resources:

@@ -292,8 +292,10 @@ def compile_variant(variant: Variant, target: str) -> dict[str, Any]:
     # kernels ask for the target; without a card there is none
     with mock.patch.object(target_info, "current_target", _current_target(target)):
         compiled = triton.compile(source(variant, target), target=gpu_target(target), options=options)
-    found = dataclasses.asdict(kernel_machine_code.of(compiled.asm, compiled.metadata.shared))
-    optional = (*kernel_machine_code.FAULTS, "loops")
+    found = dataclasses.asdict(
+        kernel_machine_code.of(compiled.asm, compiled.metadata.shared, target, variant.tile.warps)
+    )
+    optional = (*kernel_machine_code.FAULTS, "loops", "waits")
     kept = {name: value for name, value in found.items() if value or name not in optional}
     return {
         "kernel": variant.kernel, "variant": variant.name, "triton": triton.__version__, "arch": target,

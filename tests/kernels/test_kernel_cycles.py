@@ -12,6 +12,8 @@ pytest.importorskip("triton")
 import kernel_cycles
 import kernel_launches
 import kernel_loops
+import kernel_model
+import kernel_programs
 from processes import INTERPRETED, python
 
 from fusemlp_kernels.contract import step_flops
@@ -26,7 +28,8 @@ def line_of(file, text):
 
 
 def disassembled(*lines, kernel="k"):
-    """Write instructions as nvdisasm does: (text, stalls), a label, or (file, text of a line)."""
+    """Write instructions as nvdisasm does: (text, stalls), with the scoreboard that it sets and a mask of those that it
+    waits for; a label, or (file, text of a line)."""
     out = [f"\t.type {kernel},@function", f".text.{kernel}:", f"{kernel}:"]
     for line in lines:
         if isinstance(line, str):
@@ -34,11 +37,10 @@ def disassembled(*lines, kernel="k"):
         elif line[0] in FILES:
             out.append(f'\t//## File "{FILES[line[0]]}", line {line_of(*line)}')
         else:
-            text, stalls = line
+            text, stalls, board, mask = (*line, 7, 0)[:4] if len(line) < 4 else line
             out.append(f"        /*0010*/     {text} ;   /* 0x0000000000a07947 */")
-            out.append(
-                f"                                /* 0x{(0x000FC00000000000 & ~(15 << 41)) | stalls << 41:016x} */"
-            )
+            control = stalls | board << 5 | 7 << 8 | mask << 11
+            out.append(f"                                /* 0x{control << 41:016x} */")
     return "\n".join(out)
 
 
@@ -56,19 +58,27 @@ def test_a_pass_is_the_shortest_way_through_a_loop():
         ".L_x_7:", ("BRA `(.L_x_7)", 0),
     )  # fmt: skip
     # the branch around IMAD is shorter; the way to EXIT around the loop belongs to no pass
-    assert kernel_loops.read(code) == {"once": [3, 13], "affine_tile": [4, 14]}
+    assert kernel_loops.read(kernel_loops.passes(code)) == {"once": [3, 13], "affine_tile": [4, 14]}
 
 
-def test_an_outer_loop_counts_neither_the_inner_passes_nor_blocks_of_another_function():
+@pytest.mark.parametrize(
+    ("rest", "once", "copies"),
+    [
+        # two loads of one line may be those of one pass
+        ((), [1, 5], []),
+        # or of two passes, if the code after the loop has one for a pass that is left
+        ((LOOP_BODY, ("LDG.E R1, [R2.64]", 7)), [2, 12], [2]),
+    ],
+)
+def test_an_outer_loop_counts_neither_the_inner_passes_nor_blocks_of_another_function(rest, once, copies):
     code = disassembled(
         ".L_x_1:", ("clock", "for start in range(0, count, BLOCK)"), ("MOV R1, R2", 2), ("CALL.REL.NOINC `($f)", 3),
         ".L_x_2:", LOOP_BODY, ("LDG.E R1, [R2.64]", 4), ("LDG.E R3, [R2.64]", 4), ("@P0 BRA `(.L_x_2)", 1),
-        ("clock", "for start in range(0, count, BLOCK)"), ("@P1 BRA `(.L_x_1)", 6), ("EXIT", 5),
+        ("clock", "for start in range(0, count, BLOCK)"), ("@P1 BRA `(.L_x_1)", 6), *rest, ("EXIT", 5),
         "\t.type $f,@function", "$f:", ("FADD R1, R1, R1", 9), ("RET.REL.NODEC R2 `(k)", 8),
     )  # fmt: skip
-    found = kernel_loops.read(code)
-    # two loads of one line may be two copies of the body
-    assert found == {"once": [1, 5], "affine_tile": [3, 9, 2], "sum_of": [5, 28]}
+    found = kernel_loops.read(kernel_loops.passes(code))
+    assert found == {"once": once, "affine_tile": [3, 9, *copies], "sum_of": [5, 28]}
 
 
 def test_a_jump_through_a_table_leads_to_the_labels_after_it():
@@ -76,7 +86,7 @@ def test_a_jump_through_a_table_leads_to_the_labels_after_it():
         ("BRX R2 -0x10", 5), ".L_x_3:", ("MOV R1, R2", 9), ("BRA `(.L_x_5)", 2),
         ".L_x_4:", ("MOV R1, R2", 4), ".L_x_5:", ("EXIT", 5),
     )  # fmt: skip
-    assert kernel_loops.read(code) == {"once": [3, 14]}
+    assert kernel_loops.read(kernel_loops.passes(code)) == {"once": [3, 14]}
 
 
 def launch(name, kernel, precision="fp32"):
@@ -86,21 +96,23 @@ def launch(name, kernel, precision="fp32"):
 
 def test_the_trips_of_a_step_are_those_of_its_shapes():
     _, first = launch("784-128-10 b128 fp32", "linear")
-    (programs,) = kernel_cycles.programs_of(first)
+    (programs,) = kernel_programs.programs_of(first)
     # 784 inputs are 4 steps of 8 parts of 32
     assert (programs.count, dict(programs.trips)) == (128 // 16 * 128 // 16, {"affine_tile_of_parts": 4})
     assert programs.operations == 2 * 16 * 16 * 4 * 8 * 32
     _, loss = launch("4 x 1024", "loss_grad")
-    (programs,) = kernel_cycles.programs_of(loss)
+    (programs,) = kernel_programs.programs_of(loss)
     # two programs on each of 132 multiprocessors share 2048 groups of two rows; no row has a weight
     trips = {"normaliser_of": 0, "loss_grad_kernel": 8, "rows_in_tiles": 8, "rows_in_tiles 2": 8}
     assert (programs.count, dict(programs.trips)) == (264, trips)
     _, grouped = launch("4 x 1024", "grad_weight")
-    weights, biases = kernel_cycles.programs_of(grouped)
-    assert (weights.count, dict(weights.trips)) == (4 * 8 * 8, {"weight_sums": 64})
-    assert (biases.count, dict(biases.trips)) == (4 * 8, {"column_sums": 64})
+    tasks = kernel_programs.programs_of(grouped)
+    # in the table's order
+    assert [(task.count, dict(task.trips)) for task in tasks] == [
+        (8 * 8, {"weight_sums": 64}), (8, {"column_sums": 64})
+    ] * 4  # fmt: skip
     _, resident = launch("784-10-10 b32", "resident")
-    (program,) = kernel_cycles.programs_of(resident)
+    (program,) = kernel_programs.programs_of(resident)
     # 4 steps of 8 parts of 32 along 784 inputs; 4 tiles of 256 inputs in the first gradient and one in the second
     assert program.trips["forward.affine_tile_of_parts"] == 4
     assert program.trips["gradients_of_layer.weight_sums"] == 4 + 1
@@ -134,14 +146,14 @@ def test_programs_that_do_not_fit_wait_for_a_later_wave():
     # 256 programs of 8 warps with 256 registers a thread: one on each of 132 multiprocessors, then 124. The products of
     # a program come before its end.
     products = 2 * 128 * 128 * 1024 / 4096
-    assert kernel_cycles.resident_programs(row, 8) == 1
+    assert kernel_programs.resident_programs(row, 8) == 1
     assert kernel_cycles.bound(first, row, goal) == (2 * (1000000 + products), "stalls")
 
 
 @pytest.mark.parametrize("goal", [goal for goal in kernel_launches.GOALS if goal.precision == "fp32"])
 def test_the_choice_of_the_plan_knows_the_bounds_of_the_record(goal):
     limits = TRAITS["triton"].resident
-    calls = kernel_cycles.bounds(goal, json.loads(kernel_cycles.RECORD.read_text(encoding="utf-8")))
+    calls = kernel_cycles.bounds(goal, kernel_model.recorded())
     seconds = sum(cycles for _, cycles, _ in calls) / kernel_cycles.CLOCK
     if goal.plan == "resident":
         found = limits.resident_seconds(step_flops(goal.sizes, goal.batch_size))
@@ -154,10 +166,10 @@ def test_the_choice_of_the_plan_knows_the_bounds_of_the_record(goal):
 
 def test_the_table_is_that_of_the_record():
     page = kernel_cycles.PAGE.read_text(encoding="utf-8")
-    record = json.loads(kernel_cycles.RECORD.read_text(encoding="utf-8"))
-    assert kernel_cycles.page(page, record) == page
+    rows = kernel_model.recorded()
+    assert kernel_cycles.page(page, rows) == page
     with pytest.raises(ValueError, match="has no table"):
-        kernel_cycles.page("a page without a mark", record)
+        kernel_cycles.page("a page without a mark", rows)
 
 
 def test_a_fresh_compile_has_the_recorded_loops(tmp_path):
@@ -170,7 +182,7 @@ def test_a_fresh_compile_has_the_recorded_loops(tmp_path):
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout)
     key = ("kernel", "variant", "triton", "arch", "source")
-    record = json.loads(kernel_cycles.RECORD.read_text(encoding="utf-8"))
+    record = json.loads(kernel_model.RECORD.read_text(encoding="utf-8"))
     recorded = [one for one in record if [one[name] for name in key] == [row[name] for name in key]]
     if not recorded:
         pytest.skip(f"the record has no kernels of Triton {row['triton']}")

@@ -196,7 +196,7 @@ def test_a_ticket_before_the_stores_of_all_waves_is_found_in_amd_code(before, fa
 def test_amd_code_whose_ticket_is_not_found_is_an_error():
     asm = {"ttgir": "%1 = tt.atomic_rmw add, acq_rel", "amdgcn": "kernel:\n\ts_endpgm\n"}
     with pytest.raises(ValueError, match="ticket"):
-        kernel_machine_code.of(asm, 0)
+        kernel_machine_code.of(asm, 0, "gfx942", 4)
 
 
 COMPILE_NORM = """
@@ -210,7 +210,7 @@ os.environ["TRITON_CACHE_DIR"] += "/plain"
 options = configs.launch_options("gfx942", variant.tile)
 source, target = kernel_variants.source(variant, "gfx942"), kernel_variants.gpu_target("gfx942")
 plain = triton.compile(source, target=target, options=options)
-print(kernel_machine_code.of(plain.asm, plain.metadata.shared).undrained)
+print(kernel_machine_code.of(plain.asm, plain.metadata.shared, "gfx942", 4).undrained)
 """
 
 
@@ -336,7 +336,7 @@ def test_the_record_is_of_the_kernels_as_they_are(command):
     versions = {row["triton"] for row in record}
     assert {"3.6.0", "3.9.0"} <= versions
     for row in record:
-        assert row.keys() - {*kernel_machine_code.FAULTS, "loops"} == GOOD.keys()
+        assert row.keys() - {*kernel_machine_code.FAULTS, "loops", "waits"} == GOOD.keys()
         assert "loops" not in row or row["arch"].startswith("sm_")
         assert all(type(row[name]) is type(GOOD[name]) for name in GOOD)
 

@@ -1,0 +1,161 @@
+"""The programs of recorded launches: how many, what their loops do, what they move, and how many run at a time."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kernel_launches import Recorded
+from kernel_loops import ONCE
+
+from fusemlp_kernels.pointwise import OPTIMIZERS
+from fusemlp_kernels.triton import configs, gradients, loss, resident_tables
+from fusemlp_kernels.triton.resident import CHUNK
+
+# Of a multiprocessor of an H100: the CUDA programming guide's table of compute capabilities.
+MOST_WARPS, MOST_PROGRAMS, SHARED = 64, 32, 228 << 10
+# Registers are given to a warp in units of 8 a thread; each program takes a kilobyte of shared memory of its own.
+REGISTER_UNIT, PROGRAM_SHARED = 8, 1 << 10
+# Partial results that the last program of a launch adds at a time, by ``clock.sum_of``.
+PARTIALS = 128
+# Arrays of an optimizer's state, by its code.
+STATES = {"sgd": 1, "adam": 2}
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Programs of a launch that do the same: the trips of their loops; the operations of their products, which are in
+    the first loop; the elements of the products' type and of float32 that each reads and writes."""
+
+    count: int
+    trips: Mapping[str, int]
+    operations: int = 0
+    elements: int = 0
+    reals: int = 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """The programs of a launch in their order, the trips of the last one's loops after all others, and the elements
+    that the launch reads or writes once."""
+
+    programs: Sequence[Programs]
+    ending: Mapping[str, int] = field(default_factory=dict)
+    elements: int = 0
+    reals: int = 0
+
+
+def over(whole: int, part: int) -> int:
+    """Return the number of parts that hold the whole."""
+    return -(-whole // part)
+
+
+def programs_of(launch: Recorded) -> list[Programs]:
+    """Return the programs of a launch, see ``work_of``."""
+    return list(work_of(launch).programs)
+
+
+def work_of(launch: Recorded) -> Work:
+    """Return the work of a launch, by the shapes of its arguments and the loops of its kernel."""
+    given, tile, sides = launch.arguments, launch.tile, launch.constants
+    if launch.name == "resident":
+        return Work([Programs(1, _resident_trips(launch))])
+    if launch.name == "grad_weight":
+        return _grouped(launch)
+    if launch.name == "update":
+        moved = sides["BLOCK"] * (given["parts"] + 2 + 2 * STATES[tuple(OPTIMIZERS)[sides["RULE"]]])
+        each = Programs(launch.programs, {"update_kernel": given["parts"] - 1}, reals=moved)
+        return Work([each], reals=launch.programs * moved)
+    rows, ending = given["M"], {"sum_of": 4 * over(launch.programs, PARTIALS)}
+    if launch.name == "loss_grad":
+        groups = over(over(rows, sides["BM"]), launch.programs)
+        trips = groups * over(given["N"], sides["BN"])
+        inside = {"normaliser_of": _weighing(launch, loss.LONG_CHUNK.value), "loss_grad_kernel": groups}
+        inside |= {"rows_in_tiles": trips, "rows_in_tiles 2": trips}
+        read = groups * sides["BM"] * given["N"]
+        # the logits are read twice, from memory and from the cache
+        return Work([Programs(launch.programs, inside, elements=3 * read)], ending, 2 * rows * given["N"])
+    if launch.name not in ("linear", "grad_input", "linear_loss_grad"):
+        raise ValueError(f"{launch.name}: the trips of its loops are unknown; add them to work_of")
+    ahead = launch.name != "grad_input"
+    depth, width = (given["K"], given["N"]) if ahead else (given["N"], given["K"])
+    trips = over(depth, tile.split * tile.depth)
+    pointers, parts = ("affine_tile", "affine_tile_of_parts") if ahead else ("input_gradient", "input_sums_of_parts")
+    loop = "described_product" if sides.get("DESCRIBED") else parts if tile.split > 1 else pointers
+    product = {loop: trips}
+    if launch.name == "linear_loss_grad":
+        product["normaliser_of"] = _weighing(launch, loss.CHUNK.value)
+    results = tile.rows * tile.columns
+    moved = depth * (tile.rows + tile.columns) + results * (1 if ahead else 2)
+    whole = rows * depth + width * depth + rows * width * (1 if ahead else 2)
+    each = Programs(launch.programs, product, 2 * results * tile.depth * tile.split * trips, moved)
+    return Work([each], ending if launch.name == "linear_loss_grad" else {}, whole)
+
+
+def _grouped(launch: Recorded) -> Work:
+    """Return the work of ``grad_weight``: programs for each task, in the table's order."""
+    given, sides = launch.arguments, launch.constants
+    side_n, side_k, side_m = sides["BN"], sides["BK"], sides["BM"]
+    splits, rows = given["splits"], given["M"]
+    length = over(over(rows, side_m), splits)
+    # a gradient is stored; an update reads and writes the parameter and the states
+    moved = 2 + 2 * STATES[tuple(OPTIMIZERS)[sides["RULE"]]] if sides["UPDATES"] else 1
+    found, elements, reals = [], 0, 0
+    for task in given["table"].tolist():
+        kind, n, k = (task[gradients.TASK_FIELDS.index(name)] for name in ("kind", "N", "K"))
+        count = over(n, side_n) * over(k, side_k) * splits
+        if kind == gradients.WEIGHT.value:
+            operations = 2 * side_n * side_k * side_m * length
+            read = length * side_m * (side_n + side_k)
+            found.append(Programs(count, {"weight_sums": length}, operations, read, side_n * side_k * moved))
+            elements += rows * (n + k)
+            reals += n * k * moved * splits
+        elif kind == gradients.BIAS.value:
+            found.append(Programs(count, {"column_sums": length}, 0, length * side_m * side_n, side_n * moved))
+    ending = {"sum_of": over(launch.programs, PARTIALS)} if given["wants_norm"] else {}
+    return Work(found, ending, elements, reals)
+
+
+def _weighing(launch: Recorded, rows: int) -> int:
+    """Return the passes of the loop of ``normaliser_of``, ``rows`` each: none if every row weighs 1."""
+    settings = launch.arguments["settings"].reshape(-1, len(loss.SETTING_FIELDS))[0]
+    weighs = any(settings[loss.SETTING_FIELDS.index(name)] for name in ("ignores", "weighted", "classes"))
+    return over(launch.arguments["M"], rows) * weighs
+
+
+def _resident_trips(launch: Recorded) -> dict[str, int]:
+    """Return the trips of a step's loops in ``resident_kernel``, in all layers."""
+    batch, tile = launch.arguments["M"], launch.tile
+    assert isinstance(tile, configs.ResidentTile)
+    places = [resident_tables.LAYER_FIELDS.index(name) for name in ("N", "K")]
+    sizes = [[row[place] for place in places] for row in launch.arguments["layers"].tolist()]
+    down = over(batch, tile.rows)
+    passes = [over(k, tile.split * tile.depth) for _, k in sizes[:-1]]
+    tiles = [down * over(n, tile.columns) for n, _ in sizes[:-1]]
+    back = [(down * over(k, tile.depth), over(n, tile.columns)) for n, k in sizes[1:]]
+    weights = [over(n, tile.weight_rows) * over(k, tile.weight_columns) for n, k in sizes]
+    vectors = [over(n, tile.outputs) for n, _ in sizes]
+    outputs = over(batch, tile.output_rows)
+    return {
+        ONCE: 0, "resident_kernel": 1, "resident_kernel 2": len(tiles), "resident_kernel 3": len(back),
+        "resident_kernel 4": len(sizes), "measure.normaliser_of": _weighing(launch, CHUNK.value),
+        "forward": down * len(tiles), "forward 2": sum(tiles),
+        "forward.affine_tile_of_parts": sum(map(operator.mul, tiles, passes)),
+        "output_and_loss": outputs, "output_tile.affine_tile": outputs * over(sizes[-1][1], tile.depth),
+        "backward": down * len(back), "backward 2": sum(count for count, _ in back),
+        "backward.input_gradient": sum(count * passes for count, passes in back),
+        "gradients_of_layer": sum(over(n, tile.weight_rows) for n, _ in sizes), "gradients_of_layer 2": sum(weights),
+        "gradients_of_layer.weight_sums": sum(weights) * down,
+        "gradients_of_layer 3": len(sizes), "gradients_of_layer 4": sum(vectors),
+        "gradients_of_layer.column_sums": sum(vectors) * down,
+    }  # fmt: skip
+
+
+def resident_programs(row: Row, warps: int) -> int:
+    """Return the number of programs of a kernel that a multiprocessor holds at a time."""
+    registers = over(row["registers"], REGISTER_UNIT) * REGISTER_UNIT * 32 * warps
+    shared = row["shared_static"] + row["shared_dynamic"] + PROGRAM_SHARED
+    return max(min(configs.FILE_REGISTERS // registers, SHARED // shared, MOST_WARPS // warps, MOST_PROGRAMS), 1)
