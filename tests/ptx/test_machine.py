@@ -36,7 +36,7 @@ def run(body, words=64, shared=256, blocks=1, **settings):
     memory = np.zeros(words, np.uint32)
     region = memory.__array_interface__["data"][0], memory.nbytes
     code = Code(parse(KERNEL.replace("BODY", body)))
-    Launch(code, range(blocks), [region[0]], Global([region]), shared, **settings).run()
+    Launch(code, range(blocks), [region[0]], Global([region], blocks), shared, **settings).run()
     return memory
 
 
@@ -142,7 +142,7 @@ TICKET = """
 	ATOMIC
 	setp.ne.b32 	%p2, %r6, 2;
 	@%p2 bra 	L1;
-	ld.global.v2.b32 	{ %r7, %r8 }, [ %rd1 + 8 ];
+	ld.global.cg.v2.b32 	{ %r7, %r8 }, [ %rd1 + 8 ];
 	add.s32 	%r7, %r7, %r8;
 	st.global.b32 	[ %rd1 + 16 ], { %r7 };
 L1:
@@ -225,12 +225,12 @@ TILE = """
 """
 
 
-def copied(body=TILE, corner=0, **settings):
-    """Run a kernel that copies tiles; return the words it has written."""
+def copied(body=TILE, corner=0, own=False, **settings):
+    """Run a kernel that copies tiles, with ``own`` from the words it writes; return these."""
     words = np.arange(3 * 16, dtype=np.uint32) + 1
     memory = np.zeros(64, np.uint32)
     regions = [(one.__array_interface__["data"][0], one.nbytes) for one in (memory, words)]
-    maps = {64: TensorMap(regions[1][0], (3, 20), 64, (4, 16), 2, 1)}
+    maps = {64: TensorMap(regions[not own][0], (3, 20), 64, (4, 16), 2, 1)}
     code = Code(parse(KERNEL.replace("BODY", body.replace("CORNER", str(corner)))))
     Launch(code, range(1), [regions[0][0]], Global(regions), 256, maps=maps, **settings).run()
     return memory
@@ -252,7 +252,7 @@ def test_a_tile_arrives_with_zeros_outside_its_matrix(corner, seed):
     [
         ("bar.sync \t0;", "", "race: reads shared memory"),
         ("[128], 128;", "[128], 112;", "mbarrier: copies bring 128 bytes where 112 are expected"),
-        ("[128], 128;", "[128], 144;", "livelock: all warps wait, for an mbarrier whose phase does not end"),
+        ("[128], 128;", "[128], 144;", "livelock: all warps wait, for an mbarrier"),
         ("[128], 1;", "[128], 2;", "livelock: all warps wait"),
         ("@%p1 mbarrier.arrive", "mbarrier.arrive", "mbarrier: more than 1 arrivals in a phase"),
         ("[128], 0;", "[128], 1;", "reads shared memory while a copy into it is under way"),
@@ -267,6 +267,29 @@ def test_a_broken_rule_of_mbarriers_and_tiles_stops_the_kernel(old, new, problem
     with pytest.raises(Fault) as raised:
         copied(TILE.replace(old, new))
     assert problem in raised.value.problem
+
+
+@pytest.mark.parametrize(
+    ("store", "fence", "problem"),
+    [
+        ("st.global.b32 [ %rd2 + 0 ], { %r1 };", ".global", "a copy of tensors reads global memory that was written"),
+        (
+            "@%p3 st.shared.b32 [%r3], %r1;",
+            ".shared::cta",
+            "a copy of tensors overwrites shared memory that was written",
+        ),
+    ],
+)
+def test_a_copy_of_tensors_comes_after_a_fence_of_the_proxy(store, fence, problem):
+    """A warp has fenced its own stores, or after a barrier those of the others."""
+    before = f"and.b32 %r3, %r2, 124;\nsetp.ge.u32 %p3, %r1, 32;\n{store}\n"
+    fenced = f"fence.proxy.async{fence};\n"
+    # words 0, 16 and 32 begin the rows of the matrix
+    tile = [*[0] * 8, *range(8), *range(16, 24), *range(32, 40)]
+    for order in (fenced + "bar.sync 0;\n", "bar.sync 0;\n" + fenced):
+        assert copied(before + order + TILE, own=True).tolist() == (tile if "global" in store else [0] * 32) * 2
+    with pytest.raises(Fault, match=problem):
+        copied(before + "bar.sync 0;\n" + TILE, own=True)
 
 
 @pytest.mark.parametrize("broken", [{"base": 8}, {"pitch": 40}, {"box": (4, 32)}, {"box": (257, 16)}, {"box": (4, 4)}])

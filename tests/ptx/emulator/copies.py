@@ -17,7 +17,7 @@ import numpy as np
 from .faults import Problem
 from .memory import BITS, UNSIGNED, check_alignment
 from .parse import Address, Register, Vector
-from .threads import reader
+from .threads import addresses, reader
 
 
 class Copy(namedtuple("Copy", "thread group places values")):
@@ -27,10 +27,10 @@ class Copy(namedtuple("Copy", "thread group places values")):
         return Copy(*(array[some] for array in self))
 
 
-def begin(active, addresses, values):
+def begin(active, places, values):
     """Begin a copy of each active thread, as part of its next group."""
     threads, index, words = active.threads, active.index, values.shape[1]
-    places = threads.shared.begin_copy(*active.owners, addresses, 4 * words)
+    places = threads.shared.begin_copy(*active.owners, places, 4 * words)
     threads.copies.append(Copy(index, threads.copy_groups[index], places.reshape(-1, words), values))
 
 
@@ -82,10 +82,10 @@ class TensorMap:
         """Return a tile as a thread reads it; zeros outside the matrix."""
         rows, columns = row + np.arange(self.box[0])[:, None], column + np.arange(self.box[1])
         inside = (rows >= 0) & (rows < self.shape[0]) & (columns >= 0) & (columns < self.shape[1])
-        addresses = (self.base + rows * self.pitch + columns * self.size)[inside].astype(np.uint64)
+        places = (self.base + rows * self.pitch + columns * self.size)[inside].astype(np.uint64)
         tile = np.zeros(self.box, UNSIGNED[self.size])
-        now = np.repeat(active.threads.now[thread], len(addresses))
-        tile[inside] = active.threads.memory.read(addresses, self.size, 1, now)[0]
+        now = np.repeat(active.threads.now[thread], len(places))
+        tile[inside] = active.threads.memory.read(places, self.size, 1, now, "async")[0]
         return tile
 
     def units(self, start):
@@ -121,7 +121,7 @@ class Barrier:
             raise Problem(f"mbarrier: copies bring {brought} bytes where {self.expected} are expected")
         for places, values in self.copies:
             threads.shared.end_copy(places, np.full(len(places), warp), values)
-            threads.shared.writers[4][places] = BITS[4][warp]
+            threads.shared.writers[4][places], threads.shared.unfenced[4][places] = BITS[4][warp], 0
         self.landed = np.concatenate([self.landed[:0], *(places for places, _ in self.copies)])
         self.phase, self.pending, self.expected, self.copies = self.phase + 1, self.count, 0, []
         threads.progress += 1
@@ -131,13 +131,6 @@ class Barrier:
         writers = threads.shared.writers[4]
         places = self.landed[writers[self.landed] != 0]
         writers[places] |= BITS[4][warp]
-
-
-def _shared(operand):
-    """Return a function for the shared addresses of the active threads."""
-    assert isinstance(operand, Address)
-    read, offset = reader(0 if operand.base is None else operand.base, "u32"), np.uint32(operand.offset)
-    return lambda active: active.pick(read(active.threads) + offset)
 
 
 def _barrier(threads, block, warp, address):
@@ -155,7 +148,7 @@ def barrier_step(instruction):
     if kind == "try_wait":
         return _wait(instruction)
     place = next(at for at, operand in enumerate(instruction.operands) if isinstance(operand, Address))
-    where, given = _shared(instruction.operands[place]), instruction.operands[place + 1 :]
+    where, given = addresses(instruction.operands[place], "u32"), instruction.operands[place + 1 :]
     number, brings = reader(given[0] if given else 1, "u32"), "expect_tx" in instruction.modifiers
     if kind not in ("init", "inval", "arrive"):
         raise NotImplementedError(instruction.name)
@@ -186,7 +179,7 @@ def _wait(instruction):
     target, place, parity = instruction.operands
     if "parity" not in instruction.modifiers or not isinstance(target, Register):
         raise NotImplementedError(instruction.name)
-    where, read = _shared(place), reader(parity, "u32")
+    where, read = addresses(place, "u32"), reader(parity, "u32")
 
     def run(active):
         threads = active.threads
@@ -216,7 +209,7 @@ def copy_step(instruction):
         raise NotImplementedError(instruction.name)
     handle, corner = source.parts
     assert isinstance(corner, Vector)
-    starts, bars = _shared(target), _shared(place)
+    starts, bars = addresses(target, "u32"), addresses(place, "u32")
     reads = [reader(handle, "u64"), *(reader(part, "s32") for part in corner.parts)]
 
     def run(active):
@@ -230,6 +223,7 @@ def copy_step(instruction):
             values = tensor.read(active, active.index[at], column, row).reshape(-1).view(np.uint32)
             barrier, units = _barrier(threads, int(block[0]), int(warp[0]), bar), tensor.units(int(starting[at]))
             places = threads.shared.begin_copy(*(np.repeat(one, len(units)) for one in (block, warp)), units, UNIT)
+            threads.shared.check_fenced(places, 4, warp, "a copy of tensors overwrites")
             barrier.copies.append((places, values))
 
     return run

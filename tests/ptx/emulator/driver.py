@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -25,6 +25,7 @@ from fusemlp_kernels.triton import backend, configs
 from fusemlp_kernels.triton.launch import TritonDevice
 
 from .copies import TensorMap
+from .faults import Fault, Place
 from .memory import Global
 from .parse import parse
 from .schedule import Code, Launch
@@ -60,23 +61,30 @@ class Allocations(TorchDispatchMode):
 @dataclass
 class Emulator:
     """A card: the settings of its launches, what it has launched, and the kernels with tensor descriptors among it.
-    ``edit`` changes the text of a kernel's PTX."""
+
+    ``edit`` changes the text of a kernel's PTX. Kernels of ``unfenced`` lack ``fence.proxy.async`` between cp.async and
+    wgmma.
+    """
 
     target: str
     seed: int = 0
     orders: int = 1
     limit: int = 5_000_000
     edit: Callable[[str], str] = str
+    unfenced: Collection[str] = ()
     allocations: Allocations = field(default_factory=Allocations)
     launched: list[tuple[str, int]] = field(default_factory=list)
     described: set[str] = field(default_factory=set)
+    # the memory of the last launch, and of those before that it need not have waited for
+    running: list[Global] = field(default_factory=list)
 
     @property
     def capability(self):
         return int(self.target.removeprefix("sm_"))
 
-    def launch(self, function, programs, signature, arguments, boxes):
-        """Run a kernel over ``programs`` blocks; ``boxes`` is Triton's metadata of its tensor descriptors."""
+    def launch(self, function, programs, signature, arguments, metadata):
+        """Run a kernel over ``programs`` blocks; ``metadata`` is Triton's of the kernel."""
+        boxes = metadata.tensordesc_meta or ()
         values, maps = [], {}
         for kind, value in zip(signature, arguments, strict=True):
             if isinstance(value, TensorDescriptor):
@@ -90,18 +98,28 @@ class Emulator:
                 self.allocations.add(tensor)
         code = _loaded(self.edit(function.text))
         module = code.module
-        memory = Global(self.allocations.regions())
+        dependent = metadata.launch_pdl
+        memory = Global(self.allocations.regions(), programs, self.running if dependent else ())
         # pointers to scratch memory, which these kernels do not use
         values += [0] * (len(module.entry.parameters) - len(values))
         self.launched.append((module.name, programs))
         self.described |= {module.name} if maps else set()
         blocks = np.random.default_rng(self.seed).permutation(programs)
-        together = max(MOST_THREADS // module.threads, 1)
+        together = programs if metadata.launch_cooperative_grid else max(MOST_THREADS // module.threads, 1)
+        excused = bool(code.products) and not maps and module.name in self.unfenced
         for some in np.split(blocks, range(together, programs, together)):
-            Launch(
+            launch = Launch(
                 code, some, values, memory, function.shared, seed=self.seed, orders=self.orders, limit=self.limit,
-                maps=maps,
-            ).run()  # fmt: skip
+                maps=maps, excused=excused,
+            )  # fmt: skip
+            launch.run()
+            if excused and not launch.threads.shared.excuses:
+                raise Fault("has fence.proxy.async now: expected none", Place(module.name, "?", "wgmma"))
+        if dependent and not memory.order.waited.any():
+            raise Fault("a dependent launch ends without griddepcontrol.wait", Place(module.name, "?", "ret"))
+        memory.order.close(blocks)
+        # one that has waited before it let the next begin, or ended, ends after those before it
+        self.running = [*(self.running if dependent and not memory.order.closed else ()), memory]
 
 
 # A loaded kernel: its PTX, and the bytes of its dynamic shared memory.
@@ -158,9 +176,7 @@ class Driver:
 
         def launch(x, y, z, stream, function, *rest):
             # packed and launch metadata, two hooks, then the arguments
-            triton.runtime.driver.active.emulator.launch(
-                function, x * y * z, signature, rest[4:], metadata.tensordesc_meta or ()
-            )
+            triton.runtime.driver.active.emulator.launch(function, x * y * z, signature, rest[4:], metadata)
 
         return launch
 

@@ -2,23 +2,24 @@
 
 import numpy as np
 
-from . import copies, warpgroup
+from . import copies, strong, warpgroup
 from .faults import Problem
 from .matrix import matrix_addresses, multiply, reduced, shuffle
 from .opcodes import TYPES, arithmetic, packed_comparison
 from .parse import Address, Register, Vector
-from .threads import reader
+from .threads import addresses, reader
 
 
-def step_of(instruction):
+def step_of(instruction, products):
     """Return the instruction as a function of the active threads. Raises NotImplementedError for an unknown one.
 
-    Branches, calls and barriers are not here: they end a block of code.
+    Branches, calls and barriers are not here: they end a block of code. ``products`` are the registers of wgmma.
     """
     try:
-        run = _unguarded(instruction)
+        run = _unguarded(instruction, products)
     except (NotImplementedError, KeyError, IndexError) as error:
         raise NotImplementedError(f"the emulator has no {instruction.place.text!r}") from error
+    run = warpgroup.noted(instruction, run, products)
     if instruction.guard is None:
         return run
     read, negated = reader(instruction.guard, "pred"), instruction.negated
@@ -32,8 +33,10 @@ def step_of(instruction):
     return guarded
 
 
-def _unguarded(instruction):
+def _unguarded(instruction, products):
     first = instruction.modifiers[0]
+    if first == "wgmma":
+        return warpgroup.step_of(instruction, products)
     if instruction.name == "bar.warp.sync":
         # a warp's threads run in step: all of them must be here
         return lambda active: _ignore(active.warps)
@@ -54,11 +57,6 @@ def _unguarded(instruction):
         left, right = reads
         return lambda active: active.write(register, function(left(active.threads), right(active.threads)))
     return lambda active: active.write(register, function(*(read(active.threads) for read in reads)))
-
-
-def _fence(instruction):
-    """Do nothing: memory is in order here."""
-    return lambda active: None
 
 
 def _compare_pairs(instruction):
@@ -99,18 +97,14 @@ def _repack(instruction):
     return pack
 
 
-def _address(operand, kind):
-    """Return a function for the addresses of the active threads."""
-    assert isinstance(operand, Address)
-    offset = TYPES[kind](operand.offset & (1 << 8 * TYPES[kind](0).itemsize) - 1)
-    read = reader(0 if operand.base is None else operand.base, kind)
-    return lambda active: active.pick(read(active.threads) + offset)
+# The state spaces, and the types of their addresses.
+SPACES = {"param": "", "global": "u64", "shared": "u32"}
 
 
 def _space(instruction):
     """Return the state space of a load or store, and the type of its addresses."""
-    space = instruction.modifiers[1].partition("::")[0]
-    return space, {"param": "", "global": "u64", "shared": "u32"}[space]
+    names = [name.partition("::")[0] for name in instruction.modifiers]
+    return next((space, kind) for space, kind in SPACES.items() if space in names)
 
 
 def _load(instruction):
@@ -119,13 +113,16 @@ def _load(instruction):
     if space == "param":
         read = reader(source, kind)
         return lambda active: active.write(_register(target), read(active.threads))
+    if space == "global" and strong.is_strong(instruction):
+        return strong.load_step(instruction)
     parts = target.parts if isinstance(target, Vector) else (target,)
-    size, address = TYPES[kind](0).itemsize, _address(source, wide)
+    how = "cg" if {"cg", "cv"} & {*instruction.modifiers} else "ca"
+    size, address = TYPES[kind](0).itemsize, addresses(source, wide)
     signed = TYPES[kind] if kind[0] == "s" else None
 
     def run(active):
         if space == "global":
-            values = active.threads.memory.read(address(active), size, len(parts), active.now)
+            values = active.threads.memory.read(address(active), size, len(parts), active.now, how)
         else:
             values = active.threads.shared.read(*active.owners, address(active), size, len(parts))
         for part, value in zip(parts, values, strict=True):
@@ -142,8 +139,10 @@ def _store(instruction):
     if space == "param":
         read = reader(source, bits)
         return lambda active: active.write(_register(target), read(active.threads))
+    if space == "global" and strong.is_strong(instruction):
+        return strong.store_step(instruction)
     reads = [reader(part, bits) for part in (source.parts if isinstance(source, Vector) else (source,))]
-    address = _address(target, wide)
+    address = addresses(target, wide)
 
     def run(active):
         values = [active.pick(read(active.threads)) for read in reads]
@@ -151,25 +150,6 @@ def _store(instruction):
             active.threads.memory.write(address(active), values, active.now)
         else:
             active.threads.shared.write(*active.owners, address(active), values)
-
-    return run
-
-
-def _atomic(instruction):
-    """Add in global memory, one thread after another, in any order."""
-    target, place, amount = instruction.operands
-    if instruction.modifiers[1] != "global" or instruction.modifiers[-2] != "add":
-        raise NotImplementedError(instruction.name)
-    size = TYPES[instruction.modifiers[-1]](0).itemsize
-    address, read = _address(place, "u64"), reader(amount, f"b{8 * size}")
-
-    def run(active):
-        where, amounts, now = address(active), active.pick(read(active.threads)), active.now
-        found = np.empty(len(where), amounts.dtype)
-        for one in active.threads.random.permutation(len(where)):
-            only = slice(one, one + 1)
-            found[only] = active.threads.memory.add(where[only], amounts[only], int(now[one]))
-        active.scatter(_register(target), found)
 
     return run
 
@@ -261,7 +241,7 @@ def _copy(instruction):
     target, source, width, *given = instruction.operands
     if instruction.modifiers[1] != "async" or instruction.modifiers[-1] != "global":
         raise NotImplementedError(instruction.name)
-    places, addresses = _address(target, "u32"), _address(source, "u64")
+    places, sources, how = addresses(target, "u32"), addresses(source, "u64"), instruction.modifiers[2]
     read = reader(given[0] if given else width, "u32")
 
     def run(active):
@@ -271,7 +251,7 @@ def _copy(instruction):
         values = np.zeros((len(wanted), width // 4), np.uint32)
         filled = np.flatnonzero(wanted)
         if len(filled):
-            found = active.threads.memory.read(addresses(active)[filled], 4, width // 4, active.now[filled])
+            found = active.threads.memory.read(sources(active)[filled], 4, width // 4, active.now[filled], how)
             values[filled] = np.stack(found, axis=1)
         copies.begin(active, places(active), values)
 
@@ -289,7 +269,8 @@ def _ignore(value):
 
 
 SPECIAL = {
-    "ld": _load, "st": _store, "atom": _atomic, "shfl": _shuffle, "redux": _reduce, "ldmatrix": _load_matrix,
-    "stmatrix": _store_matrix, "mma": _multiply, "cp": _copy, "fence": _fence, "wgmma": warpgroup.step_of,
+    "ld": _load, "st": _store, "atom": strong.atomic_step, "red": strong.atomic_step, "shfl": _shuffle,
+    "redux": _reduce, "ldmatrix": _load_matrix, "stmatrix": _store_matrix, "mma": _multiply, "cp": _copy,
+    "fence": strong.fence_step, "membar": strong.fence_step, "griddepcontrol": strong.dependent_step,
     "mbarrier": copies.barrier_step, "elect": copies.elect_step,
 }  # fmt: skip

@@ -4,78 +4,17 @@ Global memory is that of the process: an access is legal inside one of the launc
 three shadows with an entry for each byte: its state, and the warps of the block that wrote it and read it since the
 last barrier. A byte that one warp writes, and another writes or reads, without a barrier between them is a race.
 
-The order of accesses to global memory: races between the warps of a block, and between blocks.
-
-Two accesses of one place, at least one of them a write, are ordered if one warp makes both, if a barrier of the block
-lies between them, or if the first one's block has since made an atomic operation (acq_rel) before one of the second's.
-A block's time is cut by its barriers into stretches; a place remembers the stretch and warp of its last write and read.
-
-A race between blocks is a fault, and so are two different values from two warps. Between warps one race is common and
-harmless: all threads read a number, and one thread of them stores a new one. So the value of a read after another
-warp's write is unknown: it is all ones, as an integer and as a NaN, and spoils the result if it is used. Warps run in
-several orders, so that each read has been the later one.
+Writes of the generic proxy (stores, cp.async) are told from those of the async proxy (copies of tensors): a fourth
+shadow has the warps for which no ``fence.proxy.async`` has followed a byte's write. wgmma and the copies need it.
 """
 
 import ctypes
+import itertools
 
 import numpy as np
 
 from .faults import Problem
-
-# Bytes that share an entry, and the bits for the warp in an entry.
-UNIT = 2
-WARP_BITS = 4
-
-
-class Order:
-    """The last accesses of each unit of memory, as ``stretch << WARP_BITS | warp``; 0 stands for none."""
-
-    def __init__(self, units):
-        self.writer, self.reader = np.zeros(units, np.int64), np.zeros(units, np.int64)
-        # By stretch: its block, and when an atomic operation of its block published it.
-        self.block, self.published = np.full(64, -1, np.int64), np.full(64, 1 << 60, np.int64)
-        self.count, self.time = 1, 1
-        self.acquired = {}
-
-    def begin(self, blocks):
-        """Begin a stretch of each block, and return their numbers."""
-        first, self.count = self.count, self.count + len(blocks)
-        while self.count > len(self.block):
-            self.block = np.concatenate([self.block, np.full(len(self.block), -1)])
-            self.published = np.concatenate([self.published, np.full(len(self.published), 1 << 60)])
-        self.block[first : self.count] = blocks
-        return np.arange(first, self.count)
-
-    def synchronise(self, stretch):
-        """An atomic operation in this stretch: see what was published, and publish the block's stretches before."""
-        block, self.time = int(self.block[stretch]), self.time + 1
-        self.acquired[block] = self.time
-        mine = (self.block[:stretch] == block) & (self.published[:stretch] > self.time)
-        self.published[:stretch][mine] = self.time
-
-    def _check_blocks(self, before, now, what):
-        """Raise Problem if an access of another block is not ordered before the one now."""
-        stretch, here = before >> WARP_BITS, now >> WARP_BITS
-        for place in np.flatnonzero((before != 0) & (self.block[stretch] != self.block[here])):
-            if self.published[stretch[place]] >= self.acquired.get(int(self.block[here[place]]), 0):
-                raise Problem(f"race: {what}")
-
-    def read(self, units, now):
-        """Note reads; return which come after another warp's write without a barrier between them."""
-        before = self.writer[units]
-        self._check_blocks(before, now, "reads global memory that another block has written")
-        self.reader[units] = now
-        return (before >> WARP_BITS == now >> WARP_BITS) & (before != now)
-
-    def write(self, units, now, same):
-        """Note writes. ``same``: it changes nothing."""
-        self._check_blocks(self.reader[units], now, "writes global memory that another block has read")
-        before = self.writer[units]
-        self._check_blocks(before, now, "writes global memory that another block has written")
-        if ((before >> WARP_BITS == now >> WARP_BITS) & (before != now) & ~same).any():
-            raise Problem("race: writes global memory that another warp has written since the last barrier")
-        self.writer[units] = now
-
+from .order import UNIT, Order
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 # The states of a byte of shared memory.
@@ -100,20 +39,39 @@ def check_alignment(addresses, size, space):
 
 
 class Global:
-    """The memory that kernels may touch: ``regions`` are (address, bytes)."""
+    """The memory that the kernel of ``programs`` blocks may touch: ``regions`` are (address, bytes).
 
-    def __init__(self, regions):
+    ``earlier`` is the memory of launches that may not have ended when this one begins.
+    """
+
+    def __init__(self, regions, programs=1, earlier=()):
         self.regions = sorted({region for region in regions if region[1]})
         self.starts = np.array([start for start, _ in self.regions], np.uint64)
         self.ends = np.array([start + size for start, size in self.regions], np.uint64)
         self.low = self.regions[0][0] // 16 * 16 if self.regions else 0
         span = int(self.ends.max()) - self.low + 16 if self.regions else 16
         sizes = [-(-size // UNIT) for _, size in self.regions]
-        self.firsts, self.order = np.cumsum([0, *sizes[:-1]]), Order(sum(sizes))
+        self.firsts, self.order = np.cumsum([0, *sizes[:-1]]), Order(sum(sizes), programs)
         whole = np.frombuffer((ctypes.c_uint8 * (span // 16 * 16)).from_address(self.low or id(self)), np.uint8)
         self.views = {size: whole.view(kind) for size, kind in UNSIGNED.items()}
+        if earlier:
+            self.order.earlier = np.zeros((2, sum(sizes)), np.bool_)
+            for (kind, plane), memory in itertools.product(enumerate(self.order.earlier), earlier):
+                touched = memory.touched(kind)
+                region = np.searchsorted(self.starts, touched, "right") - 1
+                still = (region >= 0) & (touched < self.ends[region])
+                plane[self._units(touched[still], region[still])] = True
 
-    def _places(self, addresses, size, width):
+    def touched(self, reads):
+        """Return the addresses of the units that the launch has written, or with ``reads`` has written or read."""
+        units = np.flatnonzero(self.order.writer | self.order.reader if reads else self.order.writer)
+        region = np.searchsorted(self.firsts, units, "right") - 1
+        return self.starts[region] + ((units - self.firsts[region]) * UNIT).astype(np.uint64)
+
+    def _units(self, addresses, region):
+        return self.firsts[region] + (addresses - self.starts[region]).astype(np.int64) // UNIT
+
+    def places(self, addresses, size, width):
         """Return for accesses of ``width`` bytes the indices, in elements of ``size``, and the units of ``order``."""
         check_alignment(addresses, width, "global")
         region = np.searchsorted(self.starts, addresses, "right") - 1
@@ -123,7 +81,7 @@ class Global:
             raise Problem(
                 f"global address {address:#x}, {width} bytes, is outside the allocations{self._near(address)}"
             )
-        units = self.firsts[region] + (addresses - self.starts[region]).astype(np.int64) // UNIT
+        units = self._units(addresses, region)
         return (addresses - np.uint64(self.low)).astype(np.int64) // size, units[:, None] + np.arange(-(-width // UNIT))
 
     def _near(self, address):
@@ -135,11 +93,11 @@ class Global:
         side = f"{start - address} bytes before" if address < start else f"at byte {address - start} of"
         return f" ({side} one of {size} bytes)"
 
-    def read(self, addresses, size, count, now):
-        """Return ``count`` numbers of ``size`` bytes from each address; ``now``: see ``Order``."""
-        places, units = self._places(addresses, size, size * count)
+    def read(self, addresses, size, count, now, how):
+        """Return ``count`` numbers of ``size`` bytes from each address; ``now`` and ``how``: see ``Order``."""
+        places, units = self.places(addresses, size, size * count)
         found = [self.views[size][places + part] for part in range(count)]
-        unknown = self.order.read(units.ravel(), np.repeat(now, units.shape[1]))
+        unknown = self.order.read(units.ravel(), np.repeat(now, units.shape[1]), how)
         if unknown.any():
             lanes = unknown.reshape(units.shape).any(axis=1)
             found = [np.where(lanes, ~UNSIGNED[size](0), part) for part in found]
@@ -148,7 +106,7 @@ class Global:
     def write(self, addresses, values, now):
         """Store the values, unsigned, one after another from each address on."""
         size = values[0].dtype.itemsize
-        places, units = self._places(addresses, size, size * len(values))
+        places, units = self.places(addresses, size, size * len(values))
         same = np.logical_and.reduce([self.views[size][places + part] == value for part, value in enumerate(values)])
         self.order.write(units.ravel(), *(np.repeat(one, units.shape[1]) for one in (now, same)))
         for part, value in enumerate(values):
@@ -156,28 +114,22 @@ class Global:
             if (self.views[size][places + part] != value).any():
                 raise Problem("race: threads write different values into the same bytes of global memory")
 
-    def add(self, address, amount, now):
-        """Add to the number at one address, and return it as it was. This orders memory: see ``Order``."""
-        size = amount.dtype.itemsize
-        places, _ = self._places(address, size, size)
-        found = self.views[size][places]
-        self.views[size][places] = found + amount
-        self.order.synchronise(now >> WARP_BITS)
-        return found
-
 
 class Shared:
-    """The shared memory of ``blocks`` blocks of ``size`` bytes; threads are named by block and warp."""
+    """The shared memory of ``blocks`` blocks of ``size`` bytes; threads are named by block and warp. ``proxies``: the
+    kernel reads it by the async proxy; ``excused``: also what no fence has followed, which ``excuses`` counts."""
 
-    def __init__(self, blocks, size, warps):
+    def __init__(self, blocks, size, warps, proxies):
         if warps > MOST_WARPS:
             raise NotImplementedError(f"{warps} warps: the shadow has a bit for each of {MOST_WARPS}")
         # Sixteen bytes more, so that a memory of no bytes has views.
         self.size, self.pitch = size, -(-size // 16) * 16 + 16
-        planes = [np.zeros(blocks * self.pitch, np.uint8) for _ in range(4)]
-        self.data, self.state, self.writers, self.readers = (
+        planes = [np.zeros(blocks * self.pitch, np.uint8) for _ in range(5)]
+        self.data, self.state, self.writers, self.readers, self.unfenced = (
             {width: plane.view(kind) for width, kind in UNSIGNED.items()} for plane in planes
         )
+        self.proxies, self.fenced = proxies, np.zeros(blocks, np.bool_)
+        self.excused, self.excuses = False, 0
 
     def places(self, blocks, addresses, size, width):
         """Return the indices, in elements of ``size``, of accesses of ``width`` bytes."""
@@ -213,13 +165,22 @@ class Shared:
         if written.any() and (values is None or (written & (self.data[size][places] != values)).any()):
             raise Problem("race: writes shared memory that another warp has written since the last barrier")
 
-    def read(self, blocks, warps, addresses, size, count=1):
-        """Return ``count`` numbers of ``size`` bytes from each address."""
+    def check_fenced(self, places, size, warps, what):
+        """Raise Problem for bytes that the generic proxy has written, unless the warp knows of a fence since."""
+        if self.proxies and (self.unfenced[size][places] & BITS[size][warps]).any():
+            self.excuses += 1
+            if not self.excused:
+                raise Problem(f"{what} shared memory that was written without fence.proxy.async since")
+
+    def read(self, blocks, warps, addresses, size, count=1, proxy=None):
+        """Return ``count`` numbers of ``size`` bytes from each address; ``proxy`` says who reads by the async proxy."""
         first = self.places(blocks, addresses, size, size * count)
         found = []
         for part in range(count):
             places = first + part
             self.check_readable(places, size, warps)
+            if proxy is not None:
+                self.check_fenced(places, size, warps, proxy)
             np.bitwise_or.at(self.readers[size], places, BITS[size][warps])
             found.append(self.data[size][places])
         return found
@@ -237,6 +198,8 @@ class Shared:
         self.data[size][places] = values
         self.state[size][places] = repeated(state, size)
         np.bitwise_or.at(self.writers[size], places, BITS[size][warps])
+        if self.proxies:
+            self.unfenced[size][places] = repeated(0xFF, size)
         # Layouts may repeat an element in several threads.
         if (self.data[size][places] != values).any():
             raise Problem("race: threads write different values into the same bytes of shared memory")
@@ -261,3 +224,19 @@ class Shared:
         """Forget the accesses before a barrier of these blocks."""
         for shadow in (self.writers, self.readers):
             shadow[1].reshape(-1, self.pitch)[blocks] = 0
+        if (these := blocks[self.fenced[blocks]]).size:
+            # where one warp has fenced, all know of it now
+            unfenced = self.unfenced[1].reshape(-1, self.pitch)
+            unfenced[these] = np.where(unfenced[these] == 0xFF, np.uint8(0xFF), np.uint8(0))
+            self.fenced[these] = False
+
+    def fence_proxy(self, blocks, warps):
+        """Let the async proxy read for these warps what they know: their own writes, and those before a barrier."""
+        if self.proxies:
+            for block in np.unique(blocks):
+                mine = np.bitwise_or.reduce(BITS[1][warps[blocks == block]])
+                here = slice(block * self.pitch, (block + 1) * self.pitch)
+                writers = self.writers[1][here]
+                alone = np.where(writers & writers - np.uint8(1), np.uint8(0), writers & mine)
+                self.unfenced[1][here] &= ~np.where(writers == 0, mine, alone)
+            self.fenced[blocks] = True

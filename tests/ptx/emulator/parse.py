@@ -110,6 +110,10 @@ class Module:
         """Return the function that an instruction belongs to."""
         return self._statements[index][1]
 
+    def named(self, name):
+        """Return the instructions whose text has this name."""
+        return [self.instruction(index) for index, (place, _) in enumerate(self._statements) if name in place.text]
+
     def instruction(self, index):
         """Return an instruction by its index."""
         if index not in self._read:

@@ -13,10 +13,13 @@ from .faults import Fault, Problem
 from .instructions import step_of
 from .parse import Vector
 from .threads import WARP, Active, Threads, reader
+from .warpgroup import OTHER, registers_of
 
 # Places in the code of threads that do not run.
 WAITS, ENDED = 1 << 60, 1 << 61
 PART, LATE = 1 << 40, 1 << 50
+# Rounds in which threads look in vain while nothing changes.
+MOST_ROUNDS = 100
 ENDS = ("bra", "brx", "ret", "exit", "call", "bar", "barrier")
 
 
@@ -31,6 +34,8 @@ class Code:
     def __init__(self, module):
         self.module, self.blocks = module, {}
         self.leaders = set(module.labels.values())
+        self.products = registers_of(module)
+        self.proxies = bool(self.products or module.named("cp.async.bulk"))
 
     def block(self, place):
         """Return the block that begins at a place."""
@@ -41,7 +46,7 @@ class Code:
                 steps.append((place - 1, self._results(place - 1)))
             last, falls = place, False
             while not falls and not _ends(self.module.instruction(last)):
-                steps.append((last, step_of(self.module.instruction(last))))
+                steps.append((last, step_of(self.module.instruction(last), self.products)))
                 last += 1
                 falls = last in self.leaders
             self.blocks[place] = Block(steps, last, falls)
@@ -71,14 +76,16 @@ class Code:
 
 class Launch:
     """Runs ``blocks`` of a kernel. ``arguments`` are the values of its parameters, as unsigned integers; a tensor map's
-    is its number in ``maps``."""
+    is its number in ``maps``. ``excused``: it lacks ``fence.proxy.async``."""
 
     def __init__(
         self, code, blocks, arguments, memory, shared_bytes,
-        *, seed = 0, orders = 1, limit = 5_000_000, maps = None
+        *, seed = 0, orders = 1, limit = 5_000_000, maps = None, excused = False
     ):  # fmt: skip
         self.code, self.module, self.limit, module = code, code.module, limit, code.module
-        self.threads = Threads(np.asarray(blocks), module.threads, memory, shared_bytes, seed)
+        self.threads = Threads(np.asarray(blocks), module.threads, memory, shared_bytes, code.proxies, seed)
+        self.threads.shared.excused = excused
+        self.threads.touched = np.full((len(code.products), self.threads.count // WARP), OTHER, np.int16)
         self.threads.maps = maps or {}
         self.blocks, self.per_block = len(blocks), module.threads // WARP
         self.random, self.orders = np.random.default_rng(seed), orders
@@ -86,7 +93,7 @@ class Launch:
         self.parts = np.zeros(self.threads.count, np.int64)
         self.resume = np.zeros(self.threads.count, np.int64)
         self.returns = {name: np.zeros(self.threads.count, np.int64) for name in module.functions}
-        self.done = self.at = self.refusals = self.progress = 0
+        self.done = self.at = self.rounds = self.progress = 0
         self._deal(np.arange(self.blocks))
         for parameter, value in zip(module.entry.parameters, arguments, strict=True):
             bits = np.array([value & (1 << 64) - 1], np.uint64)
@@ -111,11 +118,15 @@ class Launch:
         """Run the threads that are furthest behind; return whether any were left."""
         order = self.places + self.parts + LATE * self.threads.late
         first = order.min()
+        if LATE <= first < WAITS:
+            self._next_round()
+            return True
         if first >= WAITS:
             if (self.places == WAITS).any():
                 self.at = int(self.resume[self.places == WAITS][0]) - 1
                 raise Problem("divergence at a barrier: some threads wait that others of the block never reach")
             return False
+        self.threads.refused = False
         mask = order == first
         others = order[~mask]
         active = Active(self.threads, mask) if len(others) else self.threads.everyone
@@ -125,24 +136,21 @@ class Launch:
             block = self._run_block(active, place)
             target = block.last if block.falls else self._leave(active, block.last)
             if isinstance(target, int) and target >= WAITS:
-                self.refusals = 0
                 return True
             if not isinstance(target, int) or self.threads.refused:
                 self.places[active.index] = target
-                return self._waits()
+                return True
             place = target
         self.places[active.index] = place
-        self.refusals = 0
         return True
 
-    def _waits(self):
-        """Note that threads still wait for an mbarrier, if so; every warp may do it once while nothing comes."""
+    def _next_round(self):
+        """Let the threads that wait look again, as all others have ended or come to a barrier."""
         before, self.progress = self.progress, self.threads.progress
-        self.refusals = self.refusals + 1 if self.threads.refused and before == self.progress else 0
-        self.threads.refused = False
-        if self.refusals > self.threads.count // WARP:
-            raise Problem("livelock: all warps wait, for an mbarrier whose phase does not end")
-        return True
+        self.rounds = self.rounds + 1 if before == self.progress else 0
+        if self.rounds > MOST_ROUNDS:
+            raise Problem("livelock: all warps wait, for an mbarrier or a number in memory that does not change")
+        self.threads.late[:] = False
 
     def _run_block(self, active, place):
         block = self.code.block(place)

@@ -5,9 +5,10 @@ import functools
 import numpy as np
 
 from .faults import Problem
-from .memory import WARP_BITS, Shared
+from .memory import Shared
 from .opcodes import TYPES
-from .parse import Register
+from .order import EPOCHS, WARPS
+from .parse import Address, Register
 
 WARP = 32
 DTYPES = {name: np.dtype(kind) for name, kind in TYPES.items()}
@@ -31,7 +32,7 @@ class Active:
 
     @property
     def now(self):
-        """The stretch and warp of each of these threads; see ``memory.Order``."""
+        """The stamp of each of these threads; see ``order``."""
         return self.threads.now[self.index]
 
     @functools.cached_property
@@ -44,6 +45,11 @@ class Active:
         if (rows.any(axis=1) & ~whole).any():
             raise Problem("divergence: threads of a warp miss an instruction of the whole warp")
         return np.flatnonzero(whole)
+
+    @functools.cached_property
+    def some_warps(self):
+        """The numbers of the warps that are here, if only in part."""
+        return np.unique(self.index // WARP)
 
     def within(self, chosen):
         """Return those of a predicate (one for all, or one each); None if there are none."""
@@ -92,14 +98,14 @@ class Threads:
     A register is an array with an element for each thread, or with one where it is the same in all of them.
     """
 
-    def __init__(self, blocks, size, memory, shared_bytes, seed):
+    def __init__(self, blocks, size, memory, shared_bytes, proxies, seed):
         self.size, self.count = size, size * len(blocks)
         self.all = np.arange(self.count)
         self.everyone = Active(self, None)
         self.block = self.all // size
         self.warp = self.all % size // WARP
         self.registers = {}
-        self.memory, self.shared = memory, Shared(len(blocks), shared_bytes, size // WARP)
+        self.memory, self.shared = memory, Shared(len(blocks), shared_bytes, size // WARP, proxies)
         self.random = np.random.default_rng(seed)
         self.names, self.now = blocks, np.zeros(self.count, np.int64)
         self.pass_barrier(np.arange(len(blocks)))
@@ -108,8 +114,10 @@ class Threads:
         self.copy_groups = np.zeros(self.count, np.int64)
         self.products = []
         self.product_groups = np.zeros(self.count // WARP, np.int64)
-        # By block and address; and the threads that wait for one, which the others go before (``copies``).
+        # The mbarriers by block and address; and the threads that wait for one, or read a number in global memory again
+        # and again, which the others go before. ``polled``: the address and the value that each has read last.
         self.barriers = {}
+        self.polled = np.zeros((2, self.count), np.uint64)
         self.maps = {}
         self.late, self.refused, self.progress = np.zeros(self.count, np.bool_), False, 0
         self.special = {
@@ -123,8 +131,23 @@ class Threads:
     def pass_barrier(self, blocks):
         """Order the accesses of these blocks until now before those to come."""
         self.shared.barrier(blocks)
-        stretches = self.memory.order.begin(self.names[blocks]) << WARP_BITS
-        self.now.reshape(-1, self.size)[blocks] = stretches[:, None] | self.warp[: self.size]
+        stamps = self.memory.order.begin(self.names[blocks])
+        self.now.reshape(-1, self.size)[blocks] = stamps[:, None] + self.warp[: self.size]
+
+    def pass_release(self, warps):
+        """Tell the accesses of these warps until now from those to come."""
+        now = self.now.reshape(-1, WARP)
+        now[warps] += WARPS
+        if (now[warps] // WARPS % EPOCHS == 0).any():
+            raise NotImplementedError(f"{EPOCHS} releases between two barriers of a block")
+
+    def poll(self, index, addresses, values):
+        """Let the others go first if these threads have read the same as last time."""
+        again = (self.polled[0, index] == addresses) & (self.polled[1, index] == values)
+        self.polled[:, index] = addresses, values
+        if again.any():
+            self.late.reshape(-1, WARP)[index[again] // WARP] = True
+            self.refused = True
 
 
 def reader(operand, kind):
@@ -140,6 +163,14 @@ def reader(operand, kind):
     if isinstance(operand, str):
         return lambda threads: threads.special[operand].astype(target)
     raise NotImplementedError(f"the operand {operand}")
+
+
+def addresses(operand, kind):
+    """Return a function for the addresses of the active threads, of type ``kind``."""
+    assert isinstance(operand, Address)
+    offset = TYPES[kind](operand.offset & (1 << 8 * TYPES[kind](0).itemsize) - 1)
+    read = reader(0 if operand.base is None else operand.base, kind)
+    return lambda active: active.pick(read(active.threads) + offset)
 
 
 @functools.cache
