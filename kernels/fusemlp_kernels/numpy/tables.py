@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, chain
+from math import prod
 from operator import mul
 from struct import pack
 from types import SimpleNamespace
@@ -45,6 +46,13 @@ MATRICES = ("x", "y", "z", "dz", "out", "keep", "w")
 def _address(array: Array) -> int:
     address: int = array.__array_interface__["data"][0]
     return address
+
+
+def _zeros(shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
+    """Zeros that begin a line of the cache: a vector of panels lies in one line then."""
+    size = prod(shape) * dtype.itemsize
+    memory = np.zeros(size + t.LINE, np.uint8)
+    return memory[-_address(memory) % t.LINE :][:size].view(dtype).reshape(shape)
 
 
 class CallTable:
@@ -209,7 +217,7 @@ class CallTable:
 
     def scratch(self, *shape: int, dtype: Any = None) -> Array:
         """Memory for a value, zeros of the type of the parameters by default."""
-        zeros = np.zeros(shape, self.real if dtype is None else dtype)
+        zeros = _zeros(shape, np.dtype(self.real if dtype is None else dtype))
         self.zeros[id(zeros)] = zeros
         return zeros
 
@@ -364,7 +372,7 @@ class BoundTable:
             if array.dtype != dtype or not array.flags.c_contiguous or not array.flags.aligned:
                 return None
             entered.append((array, places))
-        entered += [(np.zeros(*form), places) for form, places in self._scratch]
+        entered += [(_zeros(*form), places) for form, places in self._scratch]
         memory = self._bound[0].copy()
         words = memory.data
         for array, places in entered:

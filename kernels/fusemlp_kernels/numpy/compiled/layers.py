@@ -54,7 +54,6 @@ def lanes_of(head: Any, task: int) -> int:
 
 # Rows of at least this many bytes are copied by a loop: memcpy takes a tenth longer for a batch that no cache holds.
 LONG = 2048
-LINE = 64
 
 
 @register_jitable(**EXACT)
@@ -75,7 +74,7 @@ def gather(call: Any, like: Any, rows: Any, first: int, count: int, following: A
             copy(like, out + size * i * columns, x + size * rows[i] * columns, columns)
         if i < left and following[i] >= 0:
             at = x + size * following[i] * columns
-            for line in range(0, size * columns, LINE):
+            for line in range(0, size * columns, t.LINE):
                 prefetch(at + line)
 
 

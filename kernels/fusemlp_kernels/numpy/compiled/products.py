@@ -11,6 +11,7 @@ A panel holds PANEL rows of a weight matrix (N, K), transposed: (K, PANEL), any 
 from __future__ import annotations
 
 import functools
+import itertools
 import types as python
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ from fusemlp_kernels.numpy.compiled.compiler import (
     intrinsic,
     kept_for_calls,
 )
-from fusemlp_kernels.numpy.compiled.tables import PANEL
+from fusemlp_kernels.numpy.compiled.tables import LINE, PANEL
 
 _WORD, _INDEX = ir.IntType(64), ir.IntType(32)
 
@@ -84,6 +85,12 @@ class _Code:
         value = self.builder.load(pointer)
         value.align = self.size
         return value
+
+    def prefetch(self, address: Any) -> None:
+        reads, first_level, data = map(_INDEX, (0, 3, 1))
+        instruction(
+            self.builder, "prefetch.p0", ir.VoidType(), self.at(address, ir.IntType(8)), reads, first_level, data
+        )
 
     def store(self, value: Any, address: Any, mask: Any = None) -> None:
         pointer = self.at(address, self.vector)
@@ -145,6 +152,10 @@ def _tile(height: int, vectors: int, masked: bool) -> Callable[..., Any]:
             def across(address: Any) -> list[Any]:
                 return [to.load(builder.add(address, _number(v * width * to.size)), masks[v]) for v in range(vectors)]
 
+            span = vectors * width * to.size
+            for i, line in itertools.product(range(height), (*range(0, span, LINE), span - 1)):
+                # the end of the tile reads or writes them, too late to wait for memory
+                to.prefetch(builder.add(_row(builder, c, c_row, i, rows), _number(line)))
             starts = across(start) * height
             a_rows = [_row(builder, a, a_row, i, rows) for i in range(height)]
 
@@ -316,38 +327,6 @@ ROOM_BYTES = 2 * HALF * 8 if COPIES else 0
 REAL: Any = np.float32
 
 
-@register_jitable(**EXACT)
-def _strip(b: int, b_step: int, depth: int, columns: int, room: int) -> None:
-    """Copy columns of b, whose rows are b_step apart, side by side to ``room``; addresses."""
-    like = elements(REAL, b)
-    size, width = like.itemsize, TILE_VECTORS * REGISTER_BYTES // like.itemsize
-    for k in range(depth):
-        source, target = elements(like, b + size * k * b_step), elements(like, room + size * k * width)
-        if columns >= width:
-            for j in range(width):
-                target[j] = source[j]
-        else:
-            for j in range(columns):
-                target[j] = source[j]
-
-
-@register_jitable(**EXACT)
-def _turned(a: int, a_step: int, depth: int, rows: int, room: int) -> None:
-    """Copy ``rows`` numbers, side by side in each of ``depth`` rows of a, tile by tile to ``room``; addresses."""
-    like = elements(REAL, a)
-    size = like.itemsize
-    for k in range(depth):
-        source = a + size * k * a_step
-        for i in range(0, rows, TILE_ROWS):
-            tile, numbers = elements(like, room + size * (i * depth + k * TILE_ROWS)), elements(like, source + size * i)
-            if rows - i >= TILE_ROWS:
-                for r in range(TILE_ROWS):
-                    tile[r] = numbers[r]
-            else:
-                for r in range(rows - i):
-                    tile[r] = numbers[r]
-
-
 def _copy(lanes: int, masked: bool) -> Callable[..., Any]:
     """Copy at least this many numbers, 0 standing for the columns of a tile, in whole vectors."""
 
@@ -474,25 +453,29 @@ def _dots(x: int, w: int, depth: int, b: int, z: int, rows: int, columns: int) -
     return 0
 
 
+@register_jitable(**EXACT)
+def _place(row: int, column: int, inputs: int) -> int:
+    """Where a weight lies in the panels."""
+    return (row // PANEL * inputs + column) * PANEL + row % PANEL
+
+
 def _pack(w: int, inputs: int, panels: int, rows_from: int, rows_to: int, first: int, last: int) -> int:
-    """Bring columns first to before last of some rows of w, (N, inputs), into panels; rows_from begins a panel."""
+    """Bring columns first to before last of rows of w, (N, inputs), into panels; rows_from begins a vector of one."""
     like = elements(REAL, w)
     size = like.itemsize
     lanes = REGISTER_BYTES // size
-    for top in range(rows_from, rows_to, lanes):
-        source = w + size * top * inputs
-        target = panels + size * (top // PANEL * inputs * PANEL + top % PANEL)
-        rows = min(lanes, rows_to - top)
-        k = first
-        while k < last and last - first >= lanes:
-            # the last square may cover columns for a second time
-            k = min(k, last - lanes)
-            transpose_square(like, source + size * k, inputs, rows, target + size * k * PANEL, PANEL)
-            k += lanes
-        for i in range(rows):
-            row, panel = elements(like, source + size * i * inputs), elements(like, target + size * i)
-            for column in range(k, last):
-                panel[column * PANEL] = row[column]
+    k = first
+    while k < last and last - first >= lanes:
+        # the last square may cover columns for a second time
+        k = min(k, last - lanes)
+        for top in range(rows_from, rows_to, lanes):
+            source, target = w + size * (top * inputs + k), panels + size * _place(top, k, inputs)
+            transpose_square(like, source, inputs, min(lanes, rows_to - top), target, PANEL)
+        k += lanes
+    for i in range(rows_from, rows_to):
+        row, panel = elements(like, w + size * i * inputs), elements(like, panels + size * _place(i, 0, inputs))
+        for column in range(k, last):
+            panel[column * PANEL] = row[column]
     return 0
 
 

@@ -38,6 +38,8 @@ HEAD = _record(
 COUNTED = -1
 # Rows of a weight matrix that lie together for the forward pass, a multiple of the columns of any tile.
 PANEL = 32
+# The bytes of a line of the cache.
+LINE = 64
 # Rows of the batch that a product for a gradient reads for all its tiles before the next: as many as stay in the cache.
 DEPTH = 512
 
