@@ -1,6 +1,7 @@
 """Threads that share a launch: the same bits for any number of them, and none is left in the way afterwards."""
 
 import hashlib
+import itertools
 import os
 import sys
 import threading
@@ -292,12 +293,13 @@ KINDS = ["GATHER", "AFFINE", "ACTIVATE", "BACKWARD", "ENTROPY", "WEIGHT", "BIAS"
 @given(
     st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 700), st.integers(0, 900)), min_size=1, max_size=8),
     st.integers(0, 3000),
+    st.sampled_from([0, 48]),
 )
-def test_a_plan_covers_all_of_each_call_once(shapes, height):
+def test_a_plan_covers_all_of_each_call_once(shapes, height, tall):
     sizes = [outputs * max(inputs, 1) for _, outputs, inputs in shapes]
     rows = [plan.Row(kind, n, k, at, at + 1) for at, (kind, n, k) in enumerate(shapes)]
     packs = [plan.Row("PACK", n, k) for kind, n, k in shapes if kind == "AFFINE"]
-    found = plan.plan(rows, packs, height, sizes, 512)
+    found = plan.plan(rows, packs, height, sizes, tall)
     assert found.block % plan.ROWS == 0
     phases = np.array(found.phases, t.PHASE)
     calls = [*rows, *packs]
@@ -323,9 +325,26 @@ def test_a_plan_covers_all_of_each_call_once(shapes, height):
                 assert sum(found_sizes) == whole.get(call.kind, call.n)
 
 
+@pytest.mark.parametrize(
+    "widths, height",
+    [((784, 512, 256), 128), ((900, 900, 900, 900), 768), ((500, 1000, 500), 1024), ((100, 300, 300), 512)],
+)
+def test_small_pieces_of_weights_come_last(widths, height):
+    rows = [plan.Row("WEIGHT", n, k) for k, n in itertools.pairwise(widths)]
+    cut = plan.plan(rows, [], height, [], 48)
+    works = [(bottom - top) * (right - left) for _, top, bottom, left, right in cut.pieces]
+    assert works == sorted(works, reverse=True)
+    assert {piece[2] - piece[1] for piece in cut.pieces if piece[1] == 0} <= {48, 96, 144, 192, 240}
+    # each task goes to the thread that is free first
+    ends = [0, 0]
+    for first, end in cut.tasks:
+        ends[ends.index(min(ends))] += sum(works[first:end])
+    assert max(ends) <= 1.05 * min(ends)
+
+
 def test_rows_that_use_the_memory_of_others_are_a_phase_of_their_own():
     one, two = (1000, 400, 40), (1200, 800, 80)
     rows = [plan.Row("AFFINE", 10, 10, arrays=(one,)), plan.Row("ACTIVATE", 10, 0, arrays=(one,))]
-    assert len(plan.plan(rows, [], 10, [], 512).phases) == 1
+    assert len(plan.plan(rows, [], 10, [], 0).phases) == 1
     rows.append(plan.Row("BACKWARD", 10, 10, arrays=(two,)))
-    assert [phase[1:3] for phase in plan.plan(rows, [], 10, [], 512).phases] == [(0, 2), (2, 3)]
+    assert [phase[1:3] for phase in plan.plan(rows, [], 10, [], 0).phases] == [(0, 2), (2, 3)]

@@ -25,6 +25,10 @@ ROWS = 8
 # them. And how many tasks are enough for a thread.
 TASK_ROWS = 128
 THREAD_TASKS = 4
+# Elements of a row that a piece of a weight has at least, where there are as many: an update of short rows leaves
+# little to do in vector registers. Where products copy their operands, tall pieces save copies: these have TALL times
+# the work of others, and a part of the rows stays for small ones, with which threads end at about the same time.
+SHORTEST, TALL, SMALL_PART = 512, 2, 4
 # The cost of an element of work beside products, in multiplications.
 ELEMENT, LOSS, MOVE, UPDATE = 16, 64, 4, 32
 
@@ -69,14 +73,14 @@ def plan(
     packs: Sequence[Row],
     height: int,
     sizes: Sequence[int],
-    shortest: int,
+    tall: int,
     members: int = 1,
     shards: int = 0,
 ) -> Plan:
     """Plan ``rows`` of calls for batches of up to ``height`` rows; the trained tensors have these ``sizes``.
 
-    A block has as many rows of each of ``members``. A piece of a weight has at least ``shortest`` elements of a row,
-    where there are as many.
+    A block has as many rows of each of ``members``. A tall piece of a weight has a multiple of ``tall`` rows; with 0
+    there are none.
 
     ``packs`` are the last rows of the table: they run before the first step, and where an update does not bring the
     weights into panels itself, after that. With ``shards`` the rows are those of several shards alike, each of which is
@@ -94,17 +98,21 @@ def plan(
         cut = _CUT.get(group[0].kind, t.BY_ROWS)
         start, count = len(tasks), 1
         if cut == t.BY_PIECES:
-            total = sum(piece[-1] for row in group for piece in _pieces(row, height, sizes, shortest, math.inf))
+            total = sum(piece[-1] for row in group for piece in _pieces(row, height, sizes, tall, math.inf))
             count = _tasks(total)
             grain = total / min(MOST_TASKS, PIECES * count) if count > 1 else math.inf
             begun, cost, ended = len(pieces), 0, 0
-            for i, row in enumerate(group):
-                for *piece, work in _pieces(row, height, sizes, shortest, grain):
-                    pieces.append((first + i, *piece))
-                    cost += work
-                    if cost * count >= total * (ended + 1):
-                        tasks.append((begun, len(pieces)))
-                        begun, ended = len(pieces), cost * count // max(total, 1)
+            cut_pieces = [
+                (first + i, *piece) for i, row in enumerate(group) for piece in _pieces(row, height, sizes, tall, grain)
+            ]
+            if tall and group[0].kind in PIECEWISE:
+                cut_pieces.sort(key=lambda piece: -piece[-1])
+            for *piece, work in cut_pieces:
+                pieces.append(tuple(piece))
+                cost += work
+                if cost * count >= total * (ended + 1):
+                    tasks.append((begun, len(pieces)))
+                    begun, ended = len(pieces), cost * count // max(total, 1)
             if begun < len(pieces):
                 tasks.append((begun, len(pieces)))
             count = len(tasks) - start
@@ -200,8 +208,19 @@ def _columns(row: Row, coding: Coding, height: int, grain: float) -> Iterator[tu
             top, cost = bottom, 0
 
 
+def _blocks(
+    start: int, end: int, inputs: int, parts: float, shortest: int, unit: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """Cut rows of a weight into about ``parts`` blocks: top, bottom, left, right."""
+    count = max(1, math.ceil(parts))
+    strips = min(count, max(1, inputs // shortest))
+    for left, right in _even(inputs, strips, t.PANEL):
+        for top, bottom in _even(end - start, -(-count // strips), unit):
+            yield start + top, start + bottom, left, right
+
+
 def _pieces(
-    row: Row, height: int, sizes: Sequence[int], shortest: int, grain: float
+    row: Row, height: int, sizes: Sequence[int], tall: int, grain: float
 ) -> Iterator[tuple[int, int, int, int, int]]:
     """The pieces of a row, each about as much work as ``grain``: top, bottom, left, right, and its work."""
     if row.kind in ("NORM", "UPDATE"):
@@ -213,11 +232,16 @@ def _pieces(
         yield from _columns(row, row.coding, height, grain)
     elif row.kind in ("WEIGHT", "PACK"):
         each = height + UPDATE if row.kind == "WEIGHT" else MOVE
-        parts = max(1, math.ceil(row.n * row.k * each / grain))
-        strips = min(parts, max(1, row.k // shortest))
-        for left, right in _even(row.k, strips, t.PANEL):
-            for top, bottom in _even(row.n, -(-parts // max(strips, 1)), t.PANEL // 2):
-                yield top, bottom, left, right, (bottom - top) * (right - left) * each
+        if tall and row.n * row.k * each > grain:
+            high = row.n * (SMALL_PART - 1) // (SMALL_PART * tall) * tall
+            blocks = [
+                *_blocks(0, high, row.k, high * row.k * each / (TALL * grain), SHORTEST // 2, tall),
+                *_blocks(high, row.n, row.k, (row.n - high) * row.k * each / grain, SHORTEST // 4, t.PANEL),
+            ]
+        else:
+            blocks = [*_blocks(0, row.n, row.k, row.n * row.k * each / grain, SHORTEST, t.PANEL // 2)]
+        for top, bottom, left, right in blocks:
+            yield top, bottom, left, right, (bottom - top) * (right - left) * each
     else:
         each = UPDATE if row.kind == "FACTORS" else height
         for left, right in _even(row.n, int(row.n * each // grain), t.PANEL):

@@ -247,7 +247,7 @@ class CallTable:
         batch = t.COUNTED if self.names & COUNTED else self.height
         sizes = [size for _, size, _, _ in self.tensors]
         cut = plan(
-            rows, self.rows[len(rows) :], self.height, sizes, compiled("products").SHORTEST, self.members, self.shards
+            rows, self.rows[len(rows) :], self.height, sizes, compiled("products").TALL_ROWS, self.members, self.shards
         )
         width = t.SLOPES_PART + self.slopes
         # what philox draws for a row, eight columns to two words; for noise, its numbers too

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import types as python
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -318,9 +319,8 @@ COPIES = X86 and REGISTER_BYTES < 64
 # Numbers of each of the two copies; rows of a product for which a strip of b is copied, and bytes from the first row of
 # b to the last beyond which; numbers between the tiles of a copy of a, for each row.
 HALF, STRIP_ROWS, CACHED, BETWEEN = 40960, 4 * TILE_ROWS, 1 << 15, 2
-# Elements of a row that a piece of a weight has at least, where there are as many. An update of short rows leaves
-# little to do in vector registers, but for copies the pieces are to be tall.
-SHORTEST = 128 if COPIES else 512
+# Rows of a piece of a weight where that saves copies, or a multiple: whole tiles, and whole lines of the panels.
+TALL_ROWS = math.lcm(TILE_ROWS, PANEL // 2) if COPIES else 0
 # The bytes of both copies, in the largest type.
 ROOM_BYTES = 2 * HALF * 8 if COPIES else 0
 # The type of the elements; each type has a copy of these functions.
