@@ -40,6 +40,9 @@ _WORD, _INDEX = ir.IntType(64), ir.IntType(32)
 # which there are 32, on x86 before AVX-512 16.
 TILE_ROWS, TILE_VECTORS = (6, 2) if X86 and REGISTER_BYTES < 64 else (8, 2)
 
+# Numbers of a sum for which a tile asks for the lines of its results ahead; it always does where it adds to them.
+DEEP = 256
+
 # Partial sums of a dot product, and the tile of those: as many as the registers hold.
 DOT_BYTES = 64
 DOT_ROWS, DOT_COLUMNS = (4, 4) if REGISTER_BYTES == DOT_BYTES else (2, 2)
@@ -153,10 +156,12 @@ def _tile(height: int, vectors: int, masked: bool) -> Callable[..., Any]:
             def across(address: Any) -> list[Any]:
                 return [to.load(builder.add(address, _number(v * width * to.size)), masks[v]) for v in range(vectors)]
 
-            span = vectors * width * to.size
-            for i, line in itertools.product(range(height), (*range(0, span, LINE), span - 1)):
+            span, zero = vectors * width * to.size, ir.Constant(to.element, 0.0)
+            adds, deep = builder.fcmp_unordered("!=", beta, zero), builder.icmp_signed(">=", depth, _number(DEEP))
+            with builder.if_then(builder.or_(adds, deep)):
                 # the end of the tile reads or writes them, too late to wait for memory
-                to.prefetch(builder.add(_row(builder, c, c_row, i, rows), _number(line)))
+                for i, line in itertools.product(range(height), (*range(0, span, LINE), span - 1)):
+                    to.prefetch(builder.add(_row(builder, c, c_row, i, rows), _number(line)))
             starts = across(start) * height
             a_rows = [_row(builder, a, a_row, i, rows) for i in range(height)]
 
@@ -172,7 +177,7 @@ def _tile(height: int, vectors: int, masked: bool) -> Callable[..., Any]:
                 return [builder.add(a_at, a_step), builder.add(b_at, b_step), *sums]
 
             _, _, *results = _looped(builder, depth, 1, [_number(0), b, *starts], added)
-            unit, zero = ir.Constant(to.element, 1.0), ir.Constant(to.element, 0.0)
+            unit = ir.Constant(to.element, 1.0)
             plain = builder.and_(builder.fcmp_ordered("==", alpha, unit), builder.fcmp_ordered("==", beta, zero))
             with builder.if_else(plain) as (store, combine):
                 with store:
