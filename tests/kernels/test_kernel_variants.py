@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 from pathlib import Path
@@ -106,6 +107,44 @@ def test_larger_results_get_larger_tiles_down_to_one_program_a_processor():
     tiles = configs.forward_tiles("sm_90", "bf16")
     assert configs.forward_tile(arch, "bf16", 8192, 8192) == tiles[0]
     assert configs.forward_tile(arch, "bf16", 128, 128) == tiles[-1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_tile_wastes_less_than_half_of_its_sides(family, precision):
+    arch = configs.Architecture(family, 132)
+    least = configs.forward_tiles(family, precision)[-1]
+    for rows, columns in itertools.product((1 << 7, 1 << 12, 1 << 18), (1, 8, 16, 31, 32, 33, 64, 65, 100, 128, 1000)):
+        tile = configs.forward_tile(arch, precision, rows, columns)
+        assert tile.columns < 2 * max(columns, least.columns) and tile.rows < 2 * max(rows, least.rows)
+        for parts in (1, 4, 32):
+            tile = configs.weight_tile(arch, precision, [(columns, 16), (32, columns)], parts=parts)
+            assert tile.rows < 2 * max(columns, 32) and tile.columns < 2 * max(columns, least.columns)
+
+
+@pytest.mark.parametrize("width", [16, 32, 64])
+def test_a_tall_narrow_result_is_covered_without_empty_columns(width):
+    arch = configs.Architecture("sm_90", 132)
+    tile = configs.forward_tile(arch, "bf16", 1 << 18, width)
+    covered = tile.count(1 << 18, width) * tile.rows * tile.columns
+    assert covered <= (1 << 18) * max(width, 32)
+    # the largest tile of that width
+    same = [one for one in configs.forward_tiles("sm_90", "bf16") if one.columns == tile.columns]
+    assert tile == same[0]
+
+
+def test_the_parts_of_a_batch_count_as_programs():
+    arch, shapes = configs.Architecture("sm_90", 132), [(64, 64)] * 3
+    sizes = []
+    for parts in (1, 8, 32, 64):
+        tile = configs.weight_tile(arch, "fp32", shapes, parts=parts)
+        sizes.append((tile.rows, tile.columns))
+        programs = parts * sum(tile.count(*shape) for shape in shapes)
+        assert programs >= 132 or tile == configs.weight_tiles("sm_90", "fp32")[-1]
+    # larger tiles read each matrix less often
+    assert sizes == [(16, 32), (16, 32), (32, 64), (64, 64)]
+    # nothing to sum but biases
+    assert configs.weight_tile(arch, "fp32", []) == configs.weight_tiles("sm_90", "fp32")[-1]
 
 
 def test_small_results_get_a_tile_whose_reduction_is_cut():

@@ -1,8 +1,10 @@
 """The choice of a kernel's tiles, from tables by architecture and precision, without timing.
 
 A choice depends on shapes alone, so that the same network gets the same bits. Tiles are listed from the largest down.
-The choice is the largest that still gives every multiprocessor a program, else the smallest. The entries compile
-without spills on the architecture (``ci/kernel_resources.json``); ``python -m bench tune`` on a card finds the fastest.
+The choice is the largest that still gives every multiprocessor a program, else the smallest; the parts of a batch count
+as programs, and a tile's sides are no longer than powers of two that hold the results, unless the smallest's are. The
+entries compile without spills on the architecture (``ci/kernel_resources.json``); ``python -m bench tune`` on a card
+finds the fastest.
 """
 
 from __future__ import annotations
@@ -210,8 +212,14 @@ def output_tiles(family: str) -> tuple[Tile, ...]:
     return tuple(Tile(*row) for row in TABLES[family]["output"])
 
 
-def _fitting(tiles: tuple[Tile, ...], shapes: Sequence[tuple[int, int]], processors: int) -> Tile:
-    return next((tile for tile in tiles if sum(tile.count(*shape) for shape in shapes) >= processors), tiles[-1])
+def _fitting(tiles: tuple[Tile, ...], shapes: Sequence[tuple[int, int]], processors: int, parts: int = 1) -> Tile:
+    """Return the choice for results of these shapes, whose sums are cut into parts."""
+    tall, wide = (max(sides) for sides in zip((1, 1), *shapes, strict=True))
+    rows = max(1 << (tall - 1).bit_length(), tiles[-1].rows)
+    columns = max(1 << (wide - 1).bit_length(), tiles[-1].columns)
+    fits = [tile for tile in tiles if tile.rows <= rows and tile.columns <= columns]
+    counts = (parts * sum(tile.count(*shape) for shape in shapes) for tile in fits)
+    return next((tile for tile, count in zip(fits, counts, strict=True) if count >= processors), fits[-1])
 
 
 def forward_tile(
@@ -219,7 +227,7 @@ def forward_tile(
 ) -> Tile:
     """Return the tile for a result of rows x columns, one of each member, in ``linear`` and ``grad_input``."""
     tiles = forward_tiles(arch.family, precision) if aligned else (general_tile(arch),)
-    return _fitting(tiles, [(rows, columns)] * members, arch.processors)
+    return _fitting(tiles, [(rows, columns)], arch.processors, members)
 
 
 def deep_tile(
@@ -236,10 +244,12 @@ def deep_tile(
     return None
 
 
-def weight_tile(arch: Architecture, precision: str, shapes: Sequence[tuple[int, int]], aligned: bool = True) -> Tile:
-    """Return the tile for the grouped gradients by weights of these shapes."""
+def weight_tile(
+    arch: Architecture, precision: str, shapes: Sequence[tuple[int, int]], aligned: bool = True, parts: int = 1
+) -> Tile:
+    """Return the tile for the grouped gradients by weights of these shapes, over a batch that is cut into parts."""
     tiles = weight_tiles(arch.family, precision) if aligned else (general_tile(arch),)
-    return _fitting(tiles, shapes, arch.processors)
+    return _fitting(tiles, shapes, arch.processors, parts)
 
 
 def output_tile(arch: Architecture, width: int) -> Tile:

@@ -107,7 +107,7 @@ def _bind_gradients(
     tasks = _collect(device, call, updates)
     count, rows = len(tasks.rows), next((layer.rows for layer in call.layers if layer.rows is not None), None)
     shapes = [(row["N"], row["K"]) for row in tasks.rows if row["kind"] == WEIGHT]
-    tile = configs.weight_tile(device.arch, device.precision, shapes, tasks.aligned)
+    tile = configs.weight_tile(device.arch, device.precision, shapes, tasks.aligned, parts)
     table, tensors, tiles = tasks.tables(tile.rows, tile.columns)
     programs = tiles * parts
     arguments = {
