@@ -26,7 +26,7 @@ ROWS = 8
 TASK_ROWS = 128
 THREAD_TASKS = 4
 # Elements of a row that a piece of a weight has at least, where there are as many: an update of short rows leaves
-# little to do in vector registers. Where products copy their operands, tall pieces save copies: these have TALL times
+# little to do in vector registers. If products copy their operands, tall pieces save copies: these have TALL times
 # the work of others, and a part of the rows stays for small ones, with which threads end at about the same time.
 SHORTEST, TALL, SMALL_PART = 512, 2, 4
 # The cost of an element of work beside products, in multiplications.

@@ -460,7 +460,7 @@ def _dots(x: int, w: int, depth: int, b: int, z: int, rows: int, columns: int) -
 
 @register_jitable(**EXACT)
 def _place(row: int, column: int, inputs: int) -> int:
-    """Where a weight lies in the panels."""
+    """Return the place of a weight in the panels."""
     return (row // PANEL * inputs + column) * PANEL + row % PANEL
 
 
