@@ -17,7 +17,7 @@ from fusemlp._version import __version__, commit
 from fusemlp.cli.model import before_final_fit, open_model, own_data
 from fusemlp.cli.options import EXPLAIN_METHODS, DoctorOptions, ExplainOptions, FindOptions, PlanOptions
 from fusemlp.cli.output import check_output, show, show_with_picture
-from fusemlp.cli.session import prepared_data
+from fusemlp.cli.session import prepared_data, train_options
 from fusemlp.datasets.load import load_features, load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import network_inputs
@@ -35,7 +35,7 @@ from fusemlp.runtime.backends import thread_limits
 from fusemlp.runtime.files import write_atomically
 from fusemlp.runtime.plans import chosen_plan, plan_text
 from fusemlp.tables.descriptions import network
-from fusemlp.tables.recipe import BATCH, PLANS, PRECISIONS
+from fusemlp.tables.recipe import BATCH, PLANS, PRECISIONS, ModelRecipe
 from fusemlp_kernels.errors import (
     ArgumentError,
     BackendUnavailableError,
@@ -161,7 +161,7 @@ def lr_find(options: FindOptions) -> None:
         raise ArgumentError("DATA: say which data the learning rate is for, such as digits")
     if options.plot is not None:
         check_output("plot", options.plot, (".png",), force=options.force)
-    prepared = prepared_data(options)
+    prepared = prepared_data(train_options(options, ModelRecipe, preset="plain", models=1))
     rows, engine = prepared.train, prepared.engine(prepared.recipe)
     search = engine.lr_find(rows.X, rows.y, sample_weight=rows.weight, start=start, end=end, steps=options.steps)
     if not search.complete and not options.as_json:

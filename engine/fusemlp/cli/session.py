@@ -187,6 +187,12 @@ def is_a_table(options: DataOptions) -> bool:
     return options.data is not None and is_table(Path(options.data))
 
 
+def train_options(options: DataOptions, *parts: type, **changes: Any) -> TrainOptions:
+    """Return the options of ``train`` with those of another command that are fields of the dataclasses ``parts``."""
+    shared = {field.name: getattr(options, field.name) for cls in (DataOptions, *parts) for field in fields(cls)}
+    return TrainOptions(**shared | changes)
+
+
 def trained_by(prepared: Prepared) -> TrainOptions:
     """Return the options of a training, with what the data decided."""
     assert isinstance(prepared.recipe, TrainOptions), "prepared from the options of train"
@@ -239,7 +245,10 @@ def _with_columns(options: TrainOptions, source: transfer.Source) -> TrainOption
 
 
 def prepared_data(
-    options: Any, like: Preprocessor | None = None, network: MLP | None = None, source: transfer.Source | None = None
+    options: TrainOptions,
+    like: Preprocessor | None = None,
+    network: MLP | None = None,
+    source: transfer.Source | None = None,
 ) -> Prepared:
     """Load the data of the options and prepare a training on them: see ``fusemlp.tables.preparation.prepare``."""
     check_rows(options)
@@ -248,7 +257,7 @@ def prepared_data(
     return prepare(options, dataset, like=like, network=network, source=source)
 
 
-def read_data(options: Any, like: Preprocessor | None = None) -> Dataset:
+def read_data(options: TrainOptions, like: Preprocessor | None = None) -> Dataset:
     """Return the data set of the options, with the rows of their files; ``like`` has the columns of a run."""
     assert options.data is not None, "checked where the options come in"
     for option in ("group", "time"):

@@ -6,16 +6,16 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fusemlp.cli import output
-from fusemlp.cli.options import DataOptions, SweepOptions, TrainOptions
+from fusemlp.cli.options import SweepOptions, TrainOptions
 from fusemlp.cli.report import describe_data
-from fusemlp.cli.session import command, filled_in, is_a_table, prepared_data, trained_by
+from fusemlp.cli.session import command, filled_in, is_a_table, prepared_data, train_options, trained_by
 from fusemlp.cli.train import check_data, check_kept
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.conflicts import check_together, in_use
@@ -278,8 +278,7 @@ def _train_options(options: SweepOptions, point: Point) -> TrainOptions:
     if "seed" in point and options.split_seed is None:
         # The models share their rows.
         changes["split_seed"] = options.seed
-    shared = {field.name: getattr(options, field.name) for cls in (FitRecipe, DataOptions) for field in fields(cls)}
-    return TrainOptions(**shared | changes | _options_of(point))
+    return train_options(options, FitRecipe, **changes | _options_of(point))
 
 
 def _options_of(point: Point) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 Described = TypeVar("Described")
 Fit = TypeVar("Fit", bound=FitRecipe)
-Model = TypeVar("Model", bound=ModelRecipe)
+Recipe = TypeVar("Recipe", bound=TableRecipe)
 
 DEFAULT_WIDTH = 128
 # Epochs at most of a table and of other data, and those without a better validation loss after which training stops.
@@ -84,13 +84,11 @@ def reads_codes(recipe: ModelRecipe) -> bool:
     return trains_plainly(recipe) and traits is not None and "codes" not in traits.lacks
 
 
-def models_of(recipe: ModelRecipe, dataset: Dataset, notes: list[str], *, new: bool) -> int:
+def models_of(recipe: TableRecipe, dataset: Dataset, notes: list[str], *, new: bool) -> int:
     """Return the number of models that the recipe trains on a data set; a ``new`` training takes the default.
 
     A note tells of a default that gaps in the targets lower.
     """
-    if not isinstance(recipe, TableRecipe):
-        return 1
     if recipe.models is not None:
         return as_count("models", recipe.models)
     plain = trains_plainly(recipe) and not as_loss(recipe.loss or "mse").on_host
@@ -102,13 +100,13 @@ def models_of(recipe: ModelRecipe, dataset: Dataset, notes: list[str], *, new: b
     return 1
 
 
-def with_class_decay(recipe: Model, dataset: Dataset) -> Model:
+def with_class_decay(recipe: Recipe, dataset: Dataset) -> Recipe:
     """Return the recipe with the weight decay of Adam for a table's classes where none is given."""
     takes = dataset.task == "classification" and recipe.optimizer == "adam" and dataset.roles
     return replace(recipe, weight_decay=recipes.CLASS_DECAY) if takes and recipe.weight_decay is None else recipe
 
 
-def with_batch(recipe: Model, rows: int) -> Model:
+def with_batch(recipe: Recipe, rows: int) -> Recipe:
     """Return the recipe with the rows of a step; ``rows``: see ``with_preset``."""
     if recipe.batch_size is not None:
         return recipe
@@ -116,13 +114,11 @@ def with_batch(recipe: Model, rows: int) -> Model:
     return replace(recipe, batch_size=recipes.LARGE_BATCH if large else recipes.BATCH)
 
 
-def with_preset(recipe: Model, rows: int, *, classify: bool) -> tuple[Model, int, list[str]]:
+def with_preset(recipe: Recipe, rows: int, *, classify: bool) -> tuple[Recipe, int, list[str]]:
     """Return the recipe with the fields of its preset, the number of members, and a note on the choice.
 
     ``rows`` are those of a table beside the test rows, 0 for other data; ``classify``: the target holds classes.
     """
-    if not isinstance(recipe, TableRecipe):
-        return recipe, 1, []
     changed = given_options(recipe)
     asked = {name: name in changed for name in presets.TABM}
     against = presets.obstacles(recipe, plain_network(recipe))

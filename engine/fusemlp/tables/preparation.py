@@ -31,7 +31,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.columns import codes_of, coding_of
 from fusemlp.report.runs import read_training_rows
 from fusemlp.tables import descriptions, transfer, trials
-from fusemlp.tables.recipe import BATCH, ModelRecipe, TableRecipe
+from fusemlp.tables.recipe import BATCH, TableRecipe
 from fusemlp.training.transfer import by_layers
 from fusemlp_kernels.errors import ArgumentError, DataError
 
@@ -44,7 +44,7 @@ class Prepared:
     ``models`` are trained; with ``folds`` each has its own training and validation rows of ``train``.
     """
 
-    recipe: ModelRecipe
+    recipe: TableRecipe
     dataset: Dataset
     preprocessor: Preprocessor
     network: MLP
@@ -133,7 +133,7 @@ class Prepared:
         codes, coding = np.concatenate([codes_of(part) for part in X]), coding_of(X[0])
         return codes if coding is None else coding.dense(codes), np.concatenate(labels)
 
-    def engine(self, recipe: ModelRecipe, schedule: Schedule | None = None, privacy: DPSGD | None = None) -> Engine:
+    def engine(self, recipe: TableRecipe, schedule: Schedule | None = None, privacy: DPSGD | None = None) -> Engine:
         """Return a new engine, of several models the first; ``schedule`` None is the rate of the recipe."""
         optimizer, options = self.optimizer(recipe, schedule), descriptions.engine_options(recipe)
         engine = Engine(self.network, loss=self.loss, optimizer=optimizer, privacy=privacy, **options)
@@ -141,11 +141,9 @@ class Prepared:
             engine.load_state_dict({**engine.state_dict(), **self.start.parameters[0]})
         return engine
 
-    def optimizer(self, recipe: ModelRecipe, schedule: Schedule | None) -> Optimizer:
+    def optimizer(self, recipe: TableRecipe, schedule: Schedule | None) -> Optimizer:
         """Return the optimizer of the recipe, with the frozen and slower layers of a transfer."""
         optimizer = descriptions.optimizer(recipe, schedule)
-        if not isinstance(recipe, TableRecipe):
-            return optimizer
         return by_layers(optimizer, self.network, freeze=recipe.freeze, layer_decay=recipe.layer_decay)
 
 
@@ -165,7 +163,7 @@ def labelled_hashes(preprocessor: Preprocessor, X: Array, labels: Array, rows: I
 
 
 def _split(
-    name: str, recipe: ModelRecipe, dataset: Dataset, rows: Indices, *, fraction: float, seed: int
+    name: str, recipe: TableRecipe, dataset: Dataset, rows: Indices, *, fraction: float, seed: int
 ) -> tuple[Indices, Indices]:
     """Call ``hold_out``; its error names the purpose of the rows, and classes that are a guess."""
     try:
@@ -198,7 +196,7 @@ def _check_classes(dataset: Dataset, test_fraction: float) -> None:
     )
 
 
-def check_rows(recipe: ModelRecipe) -> int:
+def check_rows(recipe: TableRecipe) -> int:
     """Check the fields that split and scale the rows, before they are read; return the seed of the split."""
     seed = as_count("seed", recipe.seed, minimum=0)
     seed = seed if recipe.split_seed is None else as_count("split_seed", recipe.split_seed, minimum=0)
@@ -206,14 +204,14 @@ def check_rows(recipe: ModelRecipe) -> int:
         as_number(name, getattr(recipe, name), low=0.0, high=1.0, high_open=True)
     if recipe.scale is not None:
         check_choice("scale", recipe.scale, SCALES)
-    if isinstance(recipe, TableRecipe) and recipe.time_limit is not None:
+    if recipe.time_limit is not None:
         as_number("time_limit", recipe.time_limit, low=0.0, low_open=True)
     descriptions.hidden_widths(recipe.hidden)
     return seed
 
 
 def prepare(
-    recipe: ModelRecipe,
+    recipe: TableRecipe,
     dataset: Dataset,
     *,
     like: Preprocessor | None = None,
@@ -253,7 +251,7 @@ def prepare(
     reads = descriptions.reads_codes(recipe)
     most_words = None if reads else MOST_WORDS
     models = descriptions.models_of(recipe, dataset, notes, new=like is None)
-    if source is not None and models > 1 and getattr(recipe, "models", 1) is None:
+    if source is not None and models > 1 and recipe.models is None:
         models = transfer.parts_of(source.engine) or models
     parts: tuple[Fold, ...] = ()
     shared = dataset.validation is not None or recipe.group is not None or recipe.time is not None
@@ -275,11 +273,10 @@ def prepare(
     about |= {
         "trained gaps": dataset.trained_gaps or None,
         "privacy": descriptions.is_private(recipe),
-        "adversarial": getattr(recipe, "adversarial", None),
+        "adversarial": recipe.adversarial,
     }
     check_together({**learns.uses, **in_use(fleet=fleet, **about)})
     if source is not None:
-        assert isinstance(recipe, TableRecipe), "no other recipe has transfer_from"
         preprocessor, net, start = source.start(dataset, training, replace(recipe, models=models), name)
         notes += start.lines(net)
     else:

@@ -22,7 +22,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.report.uncertainty import HeldOut, Temperature, judged, scale_logits
 from fusemlp.tables import attacks, descriptions, transfer, trials
 from fusemlp.tables.preparation import Prepared, decisions, prepare
-from fusemlp.tables.recipe import FitRecipe, TableRecipe
+from fusemlp.tables.recipe import TableRecipe
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, DivergenceError
 
@@ -98,23 +98,17 @@ def train_table(
     return trained
 
 
-def recipe_of(prepared: Prepared) -> TableRecipe:
-    """Return the recipe of what is to be trained by ``train``."""
-    assert isinstance(prepared.recipe, TableRecipe), "prepared by the recipe of a whole training"
-    return prepared.recipe
-
-
 def settled(prepared: Prepared) -> Prepared:
     """Return a training with the models that fit the time limit, and a recipe with what the data decided, checked."""
     watched(prepared)
     attack_on(prepared, prepared.train.X)
     prepared = _within(prepared)
-    return replace(prepared, recipe=replace(recipe_of(prepared), models=prepared.models, **decisions(prepared)))
+    return replace(prepared, recipe=replace(prepared.recipe, models=prepared.models, **decisions(prepared)))
 
 
 def _within(prepared: Prepared) -> Prepared:
     """Reduce the number of models to fit the time limit."""
-    seconds = trials.seconds_left(prepared.began, recipe_of(prepared).time_limit)
+    seconds = trials.seconds_left(prepared.began, prepared.recipe.time_limit)
     if seconds is None or prepared.models == 1:
         return prepared
     fleet = fleet_of(prepared, rows=len(prepared.train), epochs=1)
@@ -136,7 +130,6 @@ class InUnits(Metric):
 def watched(prepared: Prepared) -> dict[str, Any]:
     """Return the arguments of ``fit`` for the recipe's ``metric``; a score of numbers is in their original units."""
     recipe, preprocessor, loss, validates = prepared.recipe, prepared.preprocessor, prepared.loss, prepared.validates
-    assert isinstance(recipe, FitRecipe), "prepared by the recipe of a fit"
     metric = recipe.metric
     if metric is None:
         return {}
@@ -165,7 +158,6 @@ def watched(prepared: Prepared) -> dict[str, Any]:
 def fit_arguments(prepared: Prepared) -> dict[str, Any]:
     """Return the arguments of ``fit``, with folds those of a fleet's: the rows, and how a model is trained on them."""
     recipe, train, validation = prepared.recipe, prepared.train, prepared.validation
-    assert isinstance(recipe, FitRecipe), "prepared by the recipe of a fit"
     arguments = {
         "X": train.X,
         "y": train.y,
@@ -183,7 +175,7 @@ def fit_arguments(prepared: Prepared) -> dict[str, Any]:
 
 def attack_on(prepared: Prepared, X: Array) -> Attack | IBP | None:
     """Return what the training is against, for rows X as the network takes them; the test rows are scored under it."""
-    recipe = recipe_of(prepared)
+    recipe = prepared.recipe
     cells = prepared.dataset.X
     if prepared.test is not None:
         test_cells, _, rows = prepared.test_rows
@@ -193,7 +185,7 @@ def attack_on(prepared: Prepared, X: Array) -> Attack | IBP | None:
 
 def new_engine(prepared: Prepared) -> Engine:
     """Return the engine of a new training; ArgumentError for an attack that it cannot be trained against."""
-    recipe = recipe_of(prepared)
+    recipe = prepared.recipe
     assert recipe.epochs is not None, "filled in"
     rows, epochs = len(prepared.train), recipe.epochs
     privacy = descriptions.privacy(recipe, rows=rows, epochs=epochs, validates=prepared.validates)
@@ -210,7 +202,7 @@ def fleet_of(prepared: Prepared, points: Sequence[Point] = (), *, rows: int, epo
 
     The schedule of the learning rate spans ``epochs`` epochs of ``rows`` rows.
     """
-    recipe = recipe_of(prepared)
+    recipe = prepared.recipe
     points = points or [{"seed": recipe.seed + index} for index in range(prepared.models)]
     changes = [{name: point[name] for name in ("lr", "batch_size") if name in point} for point in points]
     rates = [descriptions.schedule(replace(recipe, **change), rows=rows, epochs=epochs) for change in changes]
@@ -224,7 +216,7 @@ def train(prepared: Prepared, engine: Engine, *, listeners: Listeners, scheduled
 
     ``engine`` is new or at a checkpoint; several models begin anew, with a schedule of ``scheduled`` epochs if given.
     """
-    recipe, arguments, parts = recipe_of(prepared), fit_arguments(prepared), list[tuple[Engine, Array]]()
+    recipe, arguments, parts = prepared.recipe, fit_arguments(prepared), list[tuple[Engine, Array]]()
     seconds = trials.seconds_left(prepared.began, recipe.time_limit)
     if seconds is not None and recipe.final_fit:
         seconds *= BEFORE_FINAL_FIT
@@ -292,7 +284,7 @@ def _picked(data: Mapping[str, Any], rows: Any) -> tuple[Any, ...]:
 
 def train_model(prepared: Prepared, engine: Engine, listeners: Listeners, seconds: float | None = None) -> Trained:
     """Train one model, in ``seconds`` at most."""
-    recipe, arguments, resumes = recipe_of(prepared), fit_arguments(prepared), engine.fit_state is not None
+    recipe, arguments, resumes = prepared.recipe, fit_arguments(prepared), engine.fit_state is not None
     interrupted, failure = False, None
     try:
         if not resumes and recipe.probe:
@@ -320,7 +312,7 @@ def _train_models(
 
     Ctrl-C keeps the models as they are then. A model that diverged is left out; the training failed if all did.
     """
-    recipe = recipe_of(prepared)
+    recipe = prepared.recipe
     rows = min((len(kept) for kept, _ in prepared.folds), default=len(prepared.train))
     initial = initial_parameters(prepared, recipe, arguments, listeners.say)
     fleet = fleet_of(prepared, rows=rows, epochs=scheduled, initial=initial)
@@ -353,7 +345,7 @@ def record_of(seed: int, history: History, status: str, scores: Mapping[str, flo
 
 def _fit_to_all_rows(trained: Trained, listeners: Listeners) -> tuple[Engine, dict[str, int]]:
     """Return the model of all rows but a test set's own, after as many epochs as were best, and these counts."""
-    prepared, recipe = trained.prepared, recipe_of(trained.prepared)
+    prepared, recipe = trained.prepared, trained.prepared.recipe
     history = trained.engine.history
     best = None if history is None else history.best_epoch
     epochs = recipe.epochs if best is None else best + 1

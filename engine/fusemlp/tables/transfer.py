@@ -18,7 +18,7 @@ from fusemlp.fleet.merge import LEAST_ROWS, default_models, members
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.runs import Run, open_run, weights_path
 from fusemlp.tables import descriptions
-from fusemlp.tables.recipe import ModelRecipe, TableRecipe
+from fusemlp.tables.recipe import TableRecipe
 from fusemlp.training.transfer import taken_over
 from fusemlp_kernels.errors import ArgumentError
 
@@ -179,5 +179,5 @@ def opened(recipe: TableRecipe) -> Source | None:
     return source
 
 
-def _loaded(path: Path, recipe: ModelRecipe) -> Engine:
+def _loaded(path: Path, recipe: TableRecipe) -> Engine:
     return load(path, backend=recipe.backend, device=recipe.device, precision=recipe.precision)

@@ -16,7 +16,7 @@ from fusemlp.fleet.fleet import Fleet
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.backends import cpu_threads
 from fusemlp.tables import descriptions
-from fusemlp.tables.recipe import ModelRecipe, TableRecipe
+from fusemlp.tables.recipe import TableRecipe
 from fusemlp_kernels.errors import DataError
 
 # Rows and folds of the trainings; epochs at most, and those without a better loss of held-out rows.
@@ -33,7 +33,7 @@ SHARE, LEAST_EPOCHS, BATCHES, TIMING, LEAST = 0.2, 10, 100, 0.05, 0.1
 
 
 def decide(
-    recipe: ModelRecipe, dataset: Dataset, rows: Array, loss: str, *, seed: int, most_words: int | None
+    recipe: TableRecipe, dataset: Dataset, rows: Array, loss: str, *, seed: int, most_words: int | None
 ) -> tuple[str, bool, list[str]]:
     """Return the recipe's scale and log_target, decided where they are None, and a note on each that was tried.
 
@@ -46,9 +46,8 @@ def decide(
     regression = dataset.task == "regression"
     # other losses have other units, or a user who knows what the targets are
     scale, log_target = recipe.scale, recipe.log_target if loss == "mse" and regression else bool(recipe.log_target)
-    time_limit = recipe.time_limit if isinstance(recipe, TableRecipe) else None
     # two choices, two trainings each
-    limit = None if time_limit is None else time_limit * SHARE / 4
+    limit = None if recipe.time_limit is None else recipe.time_limit * SHARE / 4
     parts = _parts(dataset, some, seed)
 
     def helps(options: Sequence[tuple[str, bool]], texts: Sequence[str]) -> bool:
