@@ -19,7 +19,7 @@ BUDGETS = {
     "engine/fusemlp/report": 3_020,
     "engine/fusemlp/runtime": 4_030,
     "engine/fusemlp/sklearn": 2_980,
-    "engine/fusemlp/tables": 2_070,
+    "engine/fusemlp/tables": 2_050,
     "engine/fusemlp/torch": 2_710,
     "engine/fusemlp/training": 2_240,
     "engine/tutorial": 160,

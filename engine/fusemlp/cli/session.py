@@ -30,7 +30,7 @@ from fusemlp.engine import Engine
 from fusemlp.report import runs
 from fusemlp.report.runs import Run, choose_folder
 from fusemlp.runtime.ranks import TIMEOUT, job, leading, restarts, started
-from fusemlp.tables import attacks, descriptions, training, transfer
+from fusemlp.tables import descriptions, training, transfer
 from fusemlp.tables.preparation import Prepared, check_rows, prepare
 from fusemlp.tables.recipe import ModelRecipe, given_options, name_of
 from fusemlp_kernels.errors import ArgumentError
@@ -166,7 +166,7 @@ def new_session(options: TrainOptions) -> Session:
     options = filled_in(options)
     folder = choose_folder(options.out, data, datetime.now()) if leading() else Path()
     tracker = output.tracker_of(options, folder.name) if leading() else None
-    attacks.check_trained(options)
+    descriptions.check_single(options)
     prepared = training.settled(prepared_data(options, source=source))
     options = trained_by(prepared)
     check_ranks(options)

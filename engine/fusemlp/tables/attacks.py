@@ -13,8 +13,7 @@ from fusemlp.describe.adversarial import IBP, Attack
 from fusemlp.describe.checks import check_choice
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.evidence import image_shape
-from fusemlp.tables.descriptions import check_single, is_private
-from fusemlp.tables.recipe import HARDENINGS, TableRecipe, one_of
+from fusemlp.tables.recipe import HARDENINGS, one_of
 from fusemlp_kernels.errors import ArgumentError
 
 # Fields of attacks and trainings by the options for them.
@@ -88,12 +87,3 @@ def _check_columns(option: str, preprocessor: Preprocessor, cells: Array) -> Non
                 f"{one_of(named[:3], 'and')}{' and others' if len(named) > 3 else ''}; take complete "
                 "columns of numbers alone, with --drop in train, and --scale standard, minmax or none"
             )
-
-
-def check_trained(recipe: TableRecipe) -> None:
-    """Raise ArgumentError for what no training does beside ``adversarial``."""
-    if recipe.adversarial is None:
-        return
-    if is_private(recipe):
-        raise ArgumentError("dp_epsilon: adversarial training is not private; leave out --dp-epsilon or --adversarial")
-    check_single(recipe, "adversarial")

@@ -295,26 +295,21 @@ def class_weights(asked: Any, codes: Array, labels: Sequence[Any]) -> list[float
 
 def loss(recipe: ModelRecipe, name: str, weights: list[float] | None, *, missing: bool = False) -> Loss:
     """Return the loss ``name``, of which cross_entropy takes class weights; ``missing``: NaN in targets is valid."""
+    decided: dict[str, Any] = {"missing": True} if missing else {}
+    if weights is not None and name == "cross_entropy":
+        decided["class_weight"] = weights
     if isinstance(recipe.loss, Loss):
         _check_free(recipe, "loss")
-        if weights is None or name != "cross_entropy":
-            gaps: Any = {"missing": True} if missing else {}
-            return replace(recipe.loss, **gaps)
-        if recipe.loss.class_weight is not None:
+        if "class_weight" in decided and recipe.loss.class_weight is not None:
             raise ArgumentError("class_weight: the object given as loss has it; set it there")
-        changes: Any = {"class_weight": weights}
-        return replace(recipe.loss, **changes)
+        return replace(recipe.loss, **decided)
     given = _chosen(recipe, "loss", name, LOSSES)
     if isinstance(given.get("q"), str):
         numbers = _numbers("quantile", given["q"])
         given["q"] = numbers[0] if name == "quantile" and len(numbers) == 1 else numbers
     if name == "quantile" and isinstance(given.get("q"), Sequence):
         raise ArgumentError("quantile: the loss quantile learns one; for several take --loss quantiles")
-    if name == "cross_entropy":
-        given["class_weight"] = weights
-    if missing:
-        given["missing"] = True
-    return _made("loss", LOSSES[name], **given)
+    return _made("loss", LOSSES[name], **given, **decided)
 
 
 def optimizer(recipe: ModelRecipe, schedule: Schedule | None = None) -> Optimizer:
@@ -378,8 +373,13 @@ def schedule(recipe: FitRecipe, *, rows: int, epochs: int) -> Schedule:
     return _made("schedule", described, rate, **arguments)
 
 
-def check_single(recipe: TableRecipe, kind: str) -> None:
-    """Raise ArgumentError for what a ``kind`` training, which makes one model of the training rows, cannot do."""
+def check_single(recipe: TableRecipe) -> None:
+    """Raise ArgumentError for what private and adversarial trainings, which make one model, cannot do."""
+    kind = "private" if is_private(recipe) else "adversarial"
+    if trains_plainly(recipe):
+        return
+    if is_private(recipe) and recipe.adversarial is not None:
+        raise ArgumentError("dp_epsilon: adversarial training is not private; leave out --dp-epsilon or --adversarial")
     for name, given in (("models", (recipe.models or 1) > 1), ("final_fit", recipe.final_fit)):
         if given:
             raise ArgumentError(f"{name}: {kind} training makes one model of the training rows; leave it out")
@@ -392,14 +392,13 @@ def privacy(recipe: TableRecipe, *, rows: int, epochs: int, validates: bool) -> 
             if getattr(recipe, name) is not None:
                 raise ArgumentError(f"{name}: it is for private training; give --dp-epsilon too: --dp-epsilon 3")
         return None
-    check_single(recipe, "private")
     if recipe.drop_last:
         raise ArgumentError("drop_last: the batches of private training have no common length; leave it out")
     if isinstance(recipe.class_weight, str) and recipe.class_weight == "balanced":
         raise ArgumentError("class_weight: balanced counts the private rows; give a number for each class")
     if recipe.metric in ("loss", "accuracy") or (recipe.schedule == "reduce_on_plateau" and not validates):
         raise ArgumentError(f"metric: {recipe.metric or 'loss'} is of the private rows; choose --metric val_loss")
-    chosen = {name: getattr(recipe, f"dp_{name}") for name in ("epsilon", "delta", "clip")}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
+    names = "epsilon", "delta", "clip"
+    chosen = {name: value for name in names if (value := getattr(recipe, f"dp_{name}")) is not None}
     size = min(recipe.batch_size, rows)
     return _made("privacy", DPSGD.for_epsilon, rows=rows, batch_size=size, epochs=epochs, **chosen)

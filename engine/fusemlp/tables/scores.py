@@ -12,7 +12,7 @@ from fusemlp.describe.losses import Quantiles
 from fusemlp.describe.metrics import Judged
 from fusemlp.report.evidence import certify, robust_score
 from fusemlp.report.metrics import MOST_NUMBERS, baselines, quantile_figures, score, worse_than
-from fusemlp.report.uncertainty import COVERAGE, HeldOut, errors_of, summary
+from fusemlp.report.uncertainty import COVERAGE, summary
 from fusemlp.tables.training import Trained, attack_on
 from fusemlp.training.history import History
 
@@ -56,7 +56,7 @@ def scores_of(trained: Trained, *, early_stopping: bool) -> tuple[dict[str, Any]
 def _judged(trained: Trained, report: dict[str, Any]) -> Judged | None:
     """Enter scores of the test rows and errors of held-out rows, and return the predictions of the former."""
     prepared, engine = trained.prepared, trained.engine
-    preprocessor, test, validation, tested = prepared.preprocessor, prepared.test, prepared.validation, None
+    preprocessor, test, tested = prepared.preprocessor, prepared.test, None
     if test is not None:
         report["test"], tested = score(engine, preprocessor, test.X, test.labels, test.weight)
         attack = attack_on(prepared, test.X)
@@ -74,10 +74,7 @@ def _judged(trained: Trained, report: dict[str, Any]) -> Judged | None:
         report["worse_than"] = list(worse_than(report))
     if trained.temperature is not None:
         report["temperature"] = trained.temperature.value
-    held_out = trained.held_out
-    if validation is not None and held_out is None:
-        held_out = HeldOut.of(errors_of(engine, preprocessor, validation.X, validation.labels), engine.loss)
-    if held_out is not None:
+    if (held_out := trained.held_out) is not None:
         report["held_out"] = held_out.to_config()
         if tested is not None and test is not None and held_out.reaches(COVERAGE):
             report["intervals"] = summary(engine, preprocessor, test.X, held_out, tested)

@@ -74,7 +74,10 @@ def decide(
         return better
 
     if scale is None:
-        tries = parts and len(rows) >= MANY_ROWS and _has_pieces(dataset, some, loss)
+        tries = parts and len(rows) >= MANY_ROWS
+        if tries:
+            cut = fit_preprocessor(dataset, some, loss=loss, scale="piecewise")
+            tries = any(knots is not None for knots in cut.feature_knots)
         texts = (
             "numbers are not cut into pieces: {} with pieces (--scale piecewise cuts them anyway)",
             "numbers are cut into pieces: {} without pieces (--scale robust leaves them whole)",
@@ -133,10 +136,6 @@ def _parts(dataset: Dataset, rows: Array, seed: int) -> list[Fold]:
         # one group, or one time
         return []
     return [(np.flatnonzero(np.isin(rows, kept)), np.flatnonzero(np.isin(rows, held))) for kept, held in cut]
-
-
-def _has_pieces(dataset: Dataset, rows: Array, loss: str) -> bool:
-    return any(at is not None for at in fit_preprocessor(dataset, rows, loss=loss, scale="piecewise").feature_knots)
 
 
 def _may_be_logarithms(dataset: Dataset, rows: Array) -> bool:
