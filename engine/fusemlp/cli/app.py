@@ -18,7 +18,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -111,27 +111,6 @@ def completion(options: CompletionOptions) -> None:
     """Print the script."""
     shell = check_choice("shell", options.shell, SHELLS)
     typer.echo(get_completion_script(prog_name=PROGRAM, complete_var=COMPLETE_VARIABLE, shell=shell))
-
-
-def run_bench(arguments: Sequence[str]) -> int:
-    """Run ``python -m bench`` with these arguments; return its exit code, or 2 outside a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    root = package.parents[1]
-    if not (root / "bench" / "__main__.py").is_file():
-        reason = f"the benchmark comes with a checkout of fusemlp, and this is an installed copy ({package})"
-        mend = 'In a checkout, with pip install -e ".[bench]": fusemlp bench --quick'
-        print(f"error: {reason}. {mend}", file=sys.stderr)
-        return 2
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    # -P ignores a folder "bench" in the working directory.
-    command = [sys.executable, "-P", "-m", "bench", *arguments]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            # Ctrl-C reached the benchmark too; wait for its own end.
-            continue
 
 
 # Options that take several numbers, joined by commas.
@@ -245,6 +224,14 @@ COMMANDS = {
     "doctor": commands.DoctorOptions,
     "completion": commands.CompletionOptions,
 }
+# The options of all commands by name, but ``--data``: where that is wrong, it is an argument of most.
+OPTIONS = {
+    # --from is transfer_from in Python
+    name: f"--{name_of(field)}"
+    for field in itertools.chain(*map(fields, COMMANDS.values()))
+    if field.metadata["names"] is not None and field.name != "data"
+    for name in (field.name, name_of(field).replace("-", "_"))
+}
 PROGRAM = "fusemlp"
 # A shell sets it to ask for completions.
 COMPLETE_VARIABLE = "_FUSEMLP_COMPLETE"
@@ -321,7 +308,20 @@ for _name, _options in COMMANDS.items():
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
     """Time training steps beside PyTorch, JAX and scikit-learn, in a checkout: the options of python -m bench."""
-    raise typer.Exit(run_bench(context.args))
+    package = Path(__file__).resolve().parents[1]
+    root = package.parents[1]
+    if not (root / "bench" / "__main__.py").is_file():
+        reason = f"the benchmark comes with a checkout of fusemlp, and this is an installed copy ({package})"
+        raise ArgumentError(f'{reason}. In a checkout, with pip install -e ".[bench]": fusemlp bench --quick')
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    # -P ignores a folder "bench" in the working directory.
+    command = [sys.executable, "-P", "-m", "bench", *context.args]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+    while process.poll() is None:
+        # Ctrl-C reached the benchmark too; wait for its own end.
+        with suppress(KeyboardInterrupt):
+            process.wait()
+    raise typer.Exit(process.returncode)
 
 
 def exit_code(error: FusemlpError) -> int:
@@ -335,20 +335,8 @@ def one_line(error: FusemlpError) -> str:
     """Return the message on a line, an argument called as its option here; several mistakes keep a line each."""
     message = "\n  ".join(" ".join(part.split()) for part in str(error).split("\n  "))
     name, colon, rest = message.partition(": ")
-    option = _options_of_all().get(name) if exit_code(error) == 2 else None
+    option = OPTIONS.get(name) if exit_code(error) == 2 else None
     return f"{option}{colon}{rest}" if option else message
-
-
-def _options_of_all() -> dict[str, str]:
-    """The options of all commands by name, but ``--data``: where that is wrong, it is an argument of most."""
-    known = getattr(typer.main.get_command(app), "commands", {}).values()
-    found: dict[str, str] = {}
-    for parameter in (parameter for command in known for parameter in command.params):
-        for option in (option for option in parameter.opts if option.startswith("--") and option != "--data"):
-            found[option[2:].replace("-", "_")] = option
-            # --from is transfer_from in Python, and --attack-eps has a short name beside its own
-            found.setdefault(parameter.name, option)
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

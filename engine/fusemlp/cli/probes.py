@@ -21,7 +21,7 @@ from fusemlp.cli.session import prepared_data, train_options
 from fusemlp.datasets.load import load_features, load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import network_inputs
-from fusemlp.describe.checks import as_count, as_number, check_choice
+from fusemlp.describe.checks import as_count, check_choice
 from fusemlp.describe.network import MLP
 from fusemlp.describe.text import aligned
 from fusemlp.engine import Engine, availability
@@ -153,8 +153,6 @@ TABLE_ROWS = 20
 
 def lr_find(options: FindOptions) -> None:
     """Sweep, print a table of rate and smoothed loss, and suggest the rate with the steepest fall of the loss."""
-    start = as_number("from", options.start, low=0.0, low_open=True)
-    end = as_number("to", options.end, low=start, low_open=True)
     if options.lr is not None:
         raise ArgumentError("lr: lr-find goes through the rates itself; say which with --from and --to")
     if options.data is None:
@@ -163,7 +161,8 @@ def lr_find(options: FindOptions) -> None:
         check_output("plot", options.plot, (".png",), force=options.force)
     prepared = prepared_data(train_options(options, ModelRecipe, preset="plain", models=1))
     rows, engine = prepared.train, prepared.engine(prepared.recipe)
-    search = engine.lr_find(rows.X, rows.y, sample_weight=rows.weight, start=start, end=end, steps=options.steps)
+    rates: dict[str, Any] = {"start": options.start, "end": options.end, "steps": options.steps}
+    search = engine.lr_find(rows.X, rows.y, sample_weight=rows.weight, **rates)
     if not search.complete and not options.as_json:
         print(f"the loss blew up after {len(search.rates)} of {options.steps} updates", file=sys.stderr)
     shown = np.unique(np.linspace(0, len(search.rates) - 1, TABLE_ROWS).round().astype(int))
