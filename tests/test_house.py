@@ -16,7 +16,7 @@ BUDGETS = {
     "engine/fusemlp/fleet": 1_870,
     "engine/fusemlp/inputs": 1_460,
     "engine/fusemlp/program": 1_810,
-    "engine/fusemlp/report": 3_020,
+    "engine/fusemlp/report": 3_010,
     "engine/fusemlp/runtime": 4_030,
     "engine/fusemlp/sklearn": 2_980,
     "engine/fusemlp/tables": 2_050,

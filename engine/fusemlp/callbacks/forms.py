@@ -14,7 +14,6 @@ import contextlib
 import inspect
 import logging
 import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -177,12 +176,10 @@ def deferred_interrupt(*others: signal.Signals) -> Iterator[Callable[[], bool]]:
     # started this in the background, and Ctrl-C is for the command in the foreground.
     before = {number: handling for number, handling in before.items() if handling not in (None, signal.SIG_IGN)}
     try:
-        if threading.current_thread() is not threading.main_thread():
-            raise ValueError
         for number in before:
             signal.signal(number, handler)
     except ValueError:
-        # or the main thread of a subinterpreter
+        # outside the main thread of the main interpreter
         yield lambda: False
         return
     try:

@@ -6,7 +6,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ def model_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that may change a model; a run of an earlier release has the defaults of newer options."""
     before = {RENAMED.get(name, name): value for name, value in config["options"].items()}
     options = {
-        field.name: before.get(field.name, None if field.default is MISSING else field.default)
+        field.name: before.get(field.name, field.default)
         for field in fields(TrainOptions)
         if decides_the_model(field) and field.name != "data"
     }

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,9 +22,7 @@ from fusemlp.describe.metrics import METRICS, Judged
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import headline, judge, plain, score, spelled
 from fusemlp.runtime.attacks import Propagation, attack
-
-if TYPE_CHECKING:
-    from fusemlp.runtime.session import Session
+from fusemlp.runtime.session import Session
 
 # Rows for curves and most wrong rows, and for each permutation of a column.
 MOST_ROWS, PERMUTED_ROWS = 50_000, 500

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +14,7 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.describe.losses import ElementLoss, GaussianNLL, Quantiles
 from fusemlp.describe.metrics import METRICS, Judged, metrics_for, rises
 from fusemlp.inputs.arrays import Array
-
-if TYPE_CHECKING:
-    from fusemlp.runtime.session import Session
+from fusemlp.runtime.session import Session
 
 # A linear model of this many numbers, inputs times classes, takes a second or two, and about 250 MB.
 MOST_NUMBERS = 20_000_000

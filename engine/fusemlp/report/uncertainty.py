@@ -31,7 +31,7 @@ from fusemlp.describe.metrics import Judged
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.metrics import class_scores, distribution, predictions
 from fusemlp.runtime.session import Session
-from fusemlp_kernels.errors import ArgumentError, DataError
+from fusemlp_kernels.errors import ArgumentError
 
 # A report keeps the errors at this many ranks.
 KEPT = 1000
@@ -179,8 +179,6 @@ def intervals(
 
     X is the network's input. Outer quantiles that move in by more than half of their distance meet in the middle.
     """
-    if preprocessor.classes is not None:
-        raise DataError("intervals are of numbers, and the model predicts classes; ask for sets of classes")
     low, high, unit = _centres(engine, preprocessor, X, adaptive=held.adaptive)
     # quantiles too far out have a bound below 0
     bound, middle = held.bound(coverage) * unit, (low + high) / 2
