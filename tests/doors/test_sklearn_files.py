@@ -13,7 +13,8 @@ from sklearn.exceptions import NotFittedError
 import fusemlp
 import make
 from fusemlp import ArgumentError, CheckpointError, Cosine, Huber
-from fusemlp.sklearn import MLPClassifier, MLPRegressor, TableClassifier, TableRegressor, files
+from fusemlp.sklearn import MLPClassifier, MLPRegressor, TableClassifier, TableRegressor
+from fusemlp.sklearn.model import _decoded
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -122,7 +123,7 @@ def test_a_model_of_a_missing_backend_loads_on_numpy(tmp_path, monkeypatch):
 
 def test_the_attack_of_a_training_that_is_gone_becomes_its_own_steps():
     stored = {"kind": "trades", "eps": 0.1, "bounds": [0.0, 1.0], "steps": 4, "step_size": None, "beta": 6.0}
-    attack = files._decoded({"adversarial": stored | {"norm": "inf", "seed": 3}})
+    attack = _decoded({"adversarial": stored | {"norm": "inf", "seed": 3}})
     assert attack == fusemlp.PGD(0.1, steps=4, seed=3, bounds=(0.0, 1.0))
 
 

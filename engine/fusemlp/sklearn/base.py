@@ -26,9 +26,9 @@ from fusemlp.report.onnx import to_onnx
 from fusemlp.runtime.backends import TRAITS
 from fusemlp.runtime.files import CHECKPOINT, reading_file
 from fusemlp.runtime.plans import shares_launches
-from fusemlp.sklearn import files, settings
+from fusemlp.sklearn import settings
 from fusemlp.sklearn.batches import CalledBatches, HeldLoss, ResidentBatches
-from fusemlp.sklearn.model import Model, Rates
+from fusemlp.sklearn.model import Model, Rates, read_estimator, save_estimator
 from fusemlp.sklearn.settings import Objective
 from fusemlp.sklearn.solvers import SklearnPolicy, ValidationScore, minimise, train
 from fusemlp.training.history import FitState, History
@@ -389,12 +389,12 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         with self._own_model() as model:
             rates = model.rates
             state = {"schedule": model.schedule, "rates": (rates.kind, rates.initial, rates.power)}
-            files.save(self, model.engine, path, without=NOT_AS_JSON, **state, plateau=model.plateau)
+            save_estimator(self, model.engine, path, without=NOT_AS_JSON, **state, plateau=model.plateau)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Return the estimator that ``save`` wrote, on NumPy without its backend; CheckpointError for other files."""
-        estimator, beside, content = files.read(cls, path)
+        estimator, beside, content = read_estimator(cls, path)
         with reading_file(path, CHECKPOINT):
             estimator._restore(content, **beside)
         made: Self = estimator

@@ -42,7 +42,7 @@ from fusemlp.report.onnx import to_onnx
 from fusemlp.report.runs import open_run, read_metrics, weights_path
 from fusemlp.report.uncertainty import HeldOut, intervals, sets, spread
 from fusemlp.runtime.files import CHECKPOINT, reading_file
-from fusemlp.sklearn import files
+from fusemlp.sklearn.model import read_estimator, save_estimator
 from fusemlp.sklearn.table_rows import as_table, read, with_target, with_validation
 from fusemlp.tables import transfer
 from fusemlp.tables.descriptions import DEFAULT_WIDTH, EPOCHS, PATIENCE
@@ -348,12 +348,12 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         held = None if self.held_out_ is None else self.held_out_.to_config()
         more = {"preprocessor": self.preprocessor_.to_json(), "history": record, "held_out": held}
         without = ("engine_", "preprocessor_", "held_out_", "_metadata_request")
-        files.save(self, self.engine_, path, without=without, **more)
+        save_estimator(self, self.engine_, path, without=without, **more)
 
     @classmethod
     def load(cls, path: str | Path, *, backend: str = "auto", device: str | None = None) -> Self:
         """Return the estimator that ``save`` wrote, on any backend. Raises CheckpointError for any other file."""
-        estimator, beside, _ = files.read(cls, path)
+        estimator, beside, _ = read_estimator(cls, path)
         estimator.engine_ = load_checkpoint(path, backend=backend, device=device)
         with reading_file(path, CHECKPOINT):
             estimator.preprocessor_ = Preprocessor.from_json(beside["preprocessor"])
