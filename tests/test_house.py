@@ -10,7 +10,7 @@ BUDGETS = {
     "engine/examples": 370,
     "engine/fusemlp": 930,
     "engine/fusemlp/callbacks": 1_310,
-    "engine/fusemlp/cli": 3_690,
+    "engine/fusemlp/cli": 3_680,
     "engine/fusemlp/datasets": 3_120,
     "engine/fusemlp/describe": 3_100,
     "engine/fusemlp/fleet": 1_870,

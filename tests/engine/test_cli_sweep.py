@@ -223,13 +223,13 @@ def test_the_metric_decides(tmp_path, capsys):
 def test_the_test_rows_have_no_say(tmp_path, monkeypatch):
     options = ["--vary", "seed=0:3", "--epochs", "2", "--early-stopping", "1", "--quiet"]
     assert run("sweep", "iris", *options, "--out", tmp_path / "a") == 0
-    prepare = vary.prepared_data
+    prepare = vary.session.prepared_data
 
     def blind(given):
         prepared = prepare(given)
         return replace(prepared, test=replace(prepared.test, X=np.full_like(prepared.test.X, np.nan)))
 
-    monkeypatch.setattr(vary, "prepared_data", blind)
+    monkeypatch.setattr(vary.session, "prepared_data", blind)
     report = {"test": {}, "baselines": {}, "worse_than": [], "epochs": 0}
     monkeypatch.setattr(command, "finish", lambda *_, **__: report)
     assert run("sweep", "iris", *options, "--out", tmp_path / "b") == 0

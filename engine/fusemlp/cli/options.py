@@ -16,10 +16,7 @@ from typing import Any
 from fusemlp.callbacks.trackers import TRACKERS
 from fusemlp.datasets.load import MOST_CLASSES, NAMES, TASKS
 from fusemlp.datasets.textfiles import Form
-from fusemlp.describe.adversarial import NORMS
-from fusemlp.describe.losses import LOSSES
-from fusemlp.describe.metrics import METRICS
-from fusemlp.describe.optimizers import OPTIMIZERS
+from fusemlp.describe import adversarial, losses, metrics, optimizers
 from fusemlp.program.program import REDUCTIONS
 from fusemlp.report.explanations import METHODS
 from fusemlp.report.runs import WEIGHTS
@@ -244,7 +241,7 @@ class EvaluateOptions(ApplyOptions):
     )
     attack_eps: float | None = _option(None, recipe.ATTACK_EPS, "EPS", ("--attack-eps", "--eps"))
     attack_steps: int | None = _option(None, recipe.ATTACK_STEPS)
-    attack_norm: str | None = _option(None, recipe.ATTACK_NORM, values=NORMS)
+    attack_norm: str | None = _option(None, recipe.ATTACK_NORM, values=adversarial.NORMS)
     certify: float | None = _option(
         None,
         "Also say which share of the rows is predicted right however their numbers move by at most EPS, or of numbers "
@@ -368,8 +365,8 @@ class PlanOptions(recipe.StepRecipe):
     """
 
     sizes: list[int] = _option(MISSING, "Widths from the input to the output.", "SIZES...", None)
-    loss: str = _loss("cross_entropy", "{}.", values=LOSSES)
-    optimizer: str = _optimizer("sgd", "{}.", values=OPTIMIZERS)
+    loss: str = _loss("cross_entropy", "{}.", values=losses.LOSSES)
+    optimizer: str = _optimizer("sgd", "{}.", values=optimizers.OPTIMIZERS)
     backend: str = _machine("auto", "{}; it need not work on this machine.", values=recipe.BACKENDS)
     devices: int | None = _machine(None, "Processes that train one model together: the step of one of them.", "COUNT")
     reduce: str = _reduce("With --devices: how they add their gradients")
@@ -393,7 +390,7 @@ class RunsOptions(JsonOption):
         None,
         "Score to sort by: a test score such as test_accuracy, or a quantity of the epochs such as val_loss.",
         "SCORE",
-        values=(*recipe.MONITORS[:2], "test_accuracy", *(f"test_{name}" for name in METRICS), "test_loss"),
+        values=(*recipe.MONITORS[:2], "test_accuracy", *(f"test_{name}" for name in metrics.METRICS), "test_loss"),
     )
 
 

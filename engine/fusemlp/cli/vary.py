@@ -12,11 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.cli import output
+from fusemlp.cli import output, report, session, train
 from fusemlp.cli.options import SweepOptions, TrainOptions
-from fusemlp.cli.report import describe_data
-from fusemlp.cli.session import command, filled_in, is_a_table, prepared_data, train_options, trained_by
-from fusemlp.cli.train import check_data, check_kept
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.conflicts import check_together, in_use
 from fusemlp.describe.description import reading, stored
@@ -216,7 +213,7 @@ class Plan:
 
     def recipe(self, index: int) -> TrainOptions:
         """Return the options of ``train`` for a model."""
-        return replace(trained_by(self.prepared), **_options_of(self.points[index]))
+        return replace(session.trained_by(self.prepared), **_options_of(self.points[index]))
 
     def command(self, points: Sequence[Point]) -> str:
         """Return the command of a sweep of some models alone, which differ in their seed."""
@@ -226,7 +223,7 @@ class Plan:
         again = {"vary": [f"{name}={','.join(several)}" for name, several in values.items()], "split_seed": split}
         left_out: dict[str, Any] = dict.fromkeys(("seeds", "sample", "resume", "out"))
         left_out |= {"seed": 0, "quiet": False, "as_json": False}
-        return command(replace(self.options, **left_out | decided | again))
+        return session.command(replace(self.options, **left_out | decided | again))
 
 
 def planned(options: SweepOptions) -> Plan:
@@ -242,7 +239,7 @@ def planned(options: SweepOptions) -> Plan:
                 instead = "; --split-seed decides the rows" if option == "seed" else ""
                 reason = f"it is what the models differ in (--vary {axis.name}); give one{instead}"
                 raise ArgumentError(f"{option}: {reason}")
-    options = filled_in(options)
+    options = session.filled_in(options)
     output.tracker_of(options, "sweep")
     if options.workers is not None:
         check_workers(options.workers, connected=False)
@@ -255,7 +252,7 @@ def planned(options: SweepOptions) -> Plan:
     split_seed = options.seed if options.split_seed is None else options.split_seed
     points = combinations(axes, sample=options.sample, seed=split_seed, whole_seeds=options.seeds is not None)
     with _named_as_varied(axes):
-        prepared = prepared_data(_train_options(options, points[0]))
+        prepared = session.prepared_data(_train_options(options, points[0]))
         check_together(in_use(sweep=True, **{"trained gaps": prepared.dataset.trained_gaps or None}))
         # The trials depend on the options that vary: their outcome holds for all.
         recipe = replace(prepared.recipe, **decisions(prepared))
@@ -273,12 +270,12 @@ def planned(options: SweepOptions) -> Plan:
 def _train_options(options: SweepOptions, point: Point) -> TrainOptions:
     """Return the options of ``train`` for the model of a point."""
     changes: dict[str, Any] = {"as_json": False}
-    if is_a_table(options):
+    if session.is_a_table(options):
         changes["models"] = 1
     if "seed" in point and options.split_seed is None:
         # The models share their rows.
         changes["split_seed"] = options.seed
-    return train_options(options, FitRecipe, **changes | _options_of(point))
+    return session.train_options(options, FitRecipe, **changes | _options_of(point))
 
 
 def _options_of(point: Point) -> dict[str, Any]:
@@ -320,7 +317,7 @@ def describe_sweep(plan: Plan) -> str:
     product = " x ".join(f"{len(axis)} {axis.name}" for axis in plan.axes)
     sampled = "a sample of " if plan.options.sample is not None else ""
     return (
-        f"{describe_data(plan.prepared)}\n"
+        f"{report.describe_data(plan.prepared)}\n"
         f"{total} model{'' if total == 1 else 's'}, {sampled}{product}; {plan.epochs} epochs; {engine.loss.kind}; "
         f"{engine.optimizer.kind}; {engine.backend} {engine.precision}, plan {engine.plan}"
     )
@@ -373,14 +370,14 @@ def read_journal(folder: str) -> tuple[Run, dict[str, Any], list[dict[str, Any]]
 
 def resumed_sweep(options: SweepOptions, folder: str) -> tuple[Run, Plan, list[Member]]:
     """Return the sweep in a folder, and its models that have ended; refuse other data, and options that change it."""
-    asked = check_kept(options, FREE, "sweep")
+    asked = train.check_kept(options, FREE, "sweep")
     lock(Run(Path(folder)))
     run, first, lines = read_journal(folder)
     # where it trains is asked anew
     anew = ("workers", "address", "jobs", "devices", *(("device",) if "devices" in asked else ()))
     before = SweepOptions(**first["options"])
     plan = planned(replace(before, **{**dict.fromkeys(anew), "quiet": False, **asked}))
-    check_data(plan.prepared, first["fingerprint"], before.data, "sweep")
+    train.check_data(plan.prepared, first["fingerprint"], before.data, "sweep")
     begin_journal(run, first, *lines)
     return run, plan, [_member(line, plan.fleet) for line in lines]
 

@@ -22,11 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.describe.checks import check_choice
-from fusemlp.describe.description import reading, stored
-from fusemlp.describe.losses import loss_from_config
-from fusemlp.describe.network import MLP
-from fusemlp.describe.optimizers import optimizer_from_config
+from fusemlp.describe import checks, description, losses, network, optimizers
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.written import csv_bytes, guarded
 from fusemlp.runtime.files import lock_file, write_atomically
@@ -172,22 +168,22 @@ def open_run(path: str | Path) -> tuple[Run, dict[str, Any]]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         format = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise CheckpointError(f"{run.config}: expected a configuration of format {FORMAT}, found {format!r}")
-    with reading(f"{run.config}: the configuration", "the run cannot be used without it"):
+    with description.reading(f"{run.config}: the configuration", "the run cannot be used without it"):
         for name, kind in ENTRIES.items():
-            stored(name, config[name], kind)
+            description.stored(name, config[name], kind)
         for name, kind in DATA_ENTRIES.items():
-            stored(f"data.{name}", config["data"][name], kind)
+            description.stored(f"data.{name}", config["data"][name], kind)
         # earlier releases had none
-        stored("data.notes", config["data"].get("notes", []), list[str])
-        MLP.from_config(config["network"])
-        loss_from_config(config["loss"])
-        optimizer_from_config(config["optimizer"])
+        description.stored("data.notes", config["data"].get("notes", []), list[str])
+        network.MLP.from_config(config["network"])
+        losses.loss_from_config(config["loss"])
+        optimizers.optimizer_from_config(config["optimizer"])
     return run, config
 
 
 def weights_path(run: Run, name: str) -> Path:
     """Return the checkpoint ``name``, of an unfinished run its last for the model; CheckpointError if there is none."""
-    path = run.checkpoint(check_choice("weights", name, WEIGHTS))
+    path = run.checkpoint(checks.check_choice("weights", name, WEIGHTS))
     if name == "model" and not path.exists():
         path = run.checkpoint("last")
     if not path.exists():

@@ -5,7 +5,6 @@ With the same rows, options and seed, an estimator has the model of the command 
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import textwrap
@@ -27,19 +26,13 @@ from fusemlp.callbacks import ProgressBar
 from fusemlp.datasets.load import load_features
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import network_inputs
-from fusemlp.describe.checks import as_count, check_choice, names_absent
-from fusemlp.describe.conflicts import check_together
-from fusemlp.describe.description import stored
-from fusemlp.describe.losses import as_loss
-from fusemlp.describe.network import MLP
+from fusemlp.describe import checks, conflicts, description, losses, network
 from fusemlp.engine import load_checkpoint
 from fusemlp.fleet.merge import members
 from fusemlp.inputs.arrays import Array
+from fusemlp.report import metrics, onnx, runs
 from fusemlp.report.evidence import Importance, certify
 from fusemlp.report.explanations import METHODS, Attributions, column_attributions, permutation_importance
-from fusemlp.report.metrics import distribution, predicted_codes, predictions
-from fusemlp.report.onnx import to_onnx
-from fusemlp.report.runs import open_run, read_metrics, weights_path
 from fusemlp.report.uncertainty import HeldOut, intervals, sets, spread
 from fusemlp.runtime.files import CHECKPOINT, reading_file
 from fusemlp.sklearn.model import read_estimator, save_estimator
@@ -202,7 +195,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
     def _seed(self) -> int:
         """Return the seed that ``random_state`` is or draws."""
         if isinstance(self.random_state, int | np.integer):
-            return as_count("random_state", self.random_state, minimum=0)
+            return checks.as_count("random_state", self.random_state, minimum=0)
         return int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
 
     @classmethod
@@ -214,18 +207,18 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         ``weights``: model (end of training), best (least validation loss) or last. Raises ArgumentError for a run of
         the other task, CheckpointError for what is no run.
         """
-        folder, config = open_run(run)
+        folder, config = runs.open_run(run)
         preprocessor = Preprocessor.from_config(config["preprocessor"])
         if (task := preprocessor.task) != cls.task:
             raise ArgumentError(f"run: {str(run)!r} is of a {task}, and {cls.__name__} is for a {cls.task}")
-        engine = load_checkpoint(weights_path(folder, weights), backend=backend, device=device)
+        engine = load_checkpoint(runs.weights_path(folder, weights), backend=backend, device=device)
         if engine.history is None:
             # A merged model has no record of its own.
             engine.history = History()
-            for row in read_metrics(folder):
+            for row in runs.read_metrics(folder):
                 engine.history.record(int(row.pop("epoch")) - 1, row, 0.0)
         # that of one model, where several were merged
-        net, options = MLP.from_config(config["network"]), config["options"]
+        net, options = network.MLP.from_config(config["network"]), config["options"]
         of_rows = ("drop", "keep", "categorical", "group", "time", "weight", "validation_fraction")
         chosen = {name: options[name] for name in (*of_rows, "metric", "time_limit") if name in options}
         estimator = cls(
@@ -248,10 +241,12 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
             precision=engine.precision,
             **chosen,
         )
-        report = json.loads(folder.report.read_text(encoding="utf-8")) if folder.report.exists() else {}
+        report = runs.read_json(folder.report)
         estimator.engine_, estimator.preprocessor_ = engine, preprocessor
         estimator.notes_, estimator.report_ = tuple(config["data"]["notes"]), report
-        estimator.held_out_ = stored("held_out", report["held_out"], HeldOut) if "held_out" in report else None
+        estimator.held_out_ = (
+            description.stored("held_out", report["held_out"], HeldOut) if "held_out" in report else None
+        )
         estimator.temperature_ = report.get("temperature", 1.0)
         if preprocessor.classes is not None:
             estimator._find_classes(np.array(preprocessor.classes))
@@ -289,7 +284,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         ``options`` are further arguments of these functions.
         """
         check_is_fitted(self)
-        check_choice("method", method, ("permutation", *METHODS))
+        checks.check_choice("method", method, ("permutation", *METHODS))
         if method == "permutation" and y is None:
             raise ArgumentError("y: permutation needs the targets, explain(X, y); or choose method='integrated'")
         if method != "permutation" and y is not None:
@@ -332,7 +327,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
     def to_onnx(self, path: str | Path) -> None:
         """Write an ONNX graph that takes the columns as they are in the table: ``fusemlp.onnx``."""
         check_is_fitted(self)
-        to_onnx(self.engine_, path, preprocessor=self.preprocessor_)
+        onnx.to_onnx(self.engine_, path, preprocessor=self.preprocessor_)
 
     def save(self, path: str | Path) -> None:
         """Write the fitted estimator to one safetensors file, without pickle; ``load`` reads it.
@@ -357,9 +352,9 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         estimator.engine_ = load_checkpoint(path, backend=backend, device=device)
         with reading_file(path, CHECKPOINT):
             estimator.preprocessor_ = Preprocessor.from_json(beside["preprocessor"])
-            estimator.held_out_ = stored("held_out", beside["held_out"], HeldOut | None)
+            estimator.held_out_ = description.stored("held_out", beside["held_out"], HeldOut | None)
             if beside["history"] is not None:
-                estimator.engine_.history = stored("history", beside["history"], History)
+                estimator.engine_.history = description.stored("history", beside["history"], History)
         made: Self = estimator
         return made
 
@@ -373,7 +368,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
 
 
 RETRAINED = "fit(X, y) takes old and new rows together, and transfer_from='runs/...' starts from a trained run"
-names_absent(TableEstimator, {"partial_fit": RETRAINED})
+checks.names_absent(TableEstimator, {"partial_fit": RETRAINED})
 
 
 def _tell(notes: Iterable[str]) -> None:
@@ -382,7 +377,7 @@ def _tell(notes: Iterable[str]) -> None:
 
 
 def _gives_probabilities(estimator: Any) -> bool:
-    loss = as_loss(estimator.loss or "cross_entropy")
+    loss = losses.as_loss(estimator.loss or "cross_entropy")
     if not loss.is_classification:
         raise AttributeError(f"predict_proba needs the loss cross_entropy or binary_cross_entropy, not {loss.kind}")
     return True
@@ -404,7 +399,7 @@ class TableClassifier(ClassifierMixin, TableEstimator):
     def predict(self, X: Any) -> Array:
         """Return the classes (n,) of a table's rows."""
         inputs = self._inputs(X)
-        return np.asarray(self.classes_[predicted_codes(self.engine_, self.preprocessor_, inputs)])
+        return np.asarray(self.classes_[metrics.predicted_codes(self.engine_, self.preprocessor_, inputs)])
 
     @available_if(_gives_probabilities)
     def predict_proba(self, X: Any) -> Array:
@@ -440,11 +435,11 @@ class TableRegressor(RegressorMixin, TableEstimator):
         """
         inputs = self._inputs(X)
         if return_std and self.engine_.loss.kind == "gaussian":
-            return tuple(distribution(self.engine_, self.preprocessor_, inputs).values())
-        values = predictions(self.engine_, self.preprocessor_, inputs)
+            return tuple(metrics.distribution(self.engine_, self.preprocessor_, inputs).values())
+        values = metrics.predictions(self.engine_, self.preprocessor_, inputs)
         if not return_std:
             return values
-        check_together({**self.engine_.loss.uses, "return_std": True})
+        conflicts.check_together({**self.engine_.loss.uses, "return_std": True})
         return values, spread(members(self.engine_, "return_std"), self.preprocessor_, inputs, values)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
@@ -464,7 +459,7 @@ class TableRegressor(RegressorMixin, TableEstimator):
         """Return the quantiles (n, Q) of a table's rows, with the loss quantiles; they never cross."""
         if self.engine_.loss.kind != "quantiles":
             raise ArgumentError(f"loss: expected 'quantiles', the model was trained with {self.engine_.loss.kind!r}")
-        return np.column_stack([*distribution(self.engine_, self.preprocessor_, self._inputs(X)).values()])
+        return np.column_stack([*metrics.distribution(self.engine_, self.preprocessor_, self._inputs(X)).values()])
 
     def predict_interval(self, X: Any, coverage: float = 0.9) -> tuple[Array, Array]:
         """Return the lower and the upper ends, shaped like ``predict``'s values, that hold this share of new targets.
