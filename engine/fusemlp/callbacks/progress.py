@@ -197,23 +197,19 @@ class _Notice:
     def __init__(self, text: str) -> None:
         # a bar that is drawn later writes to sys.stderr in its own way
         self._text, self._stream = text, sys.stderr
-        # seconds of the parts before this one, and when it began
-        self._before = self._began = 0.0
-        self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
+        # seconds of the parts before this one
+        self._before = 0.0
 
     def __call__(self, begins: bool) -> None:
         if begins:
-            self._began = time.perf_counter()
+            self._began, self._ended = time.perf_counter(), threading.Event()
             self.latest.append(self)
-            self._ended.clear()
             self._thread = threading.Thread(target=self._show, daemon=True)
             self._thread.start()
-        elif self._thread is not None:
+        elif self in self.latest:
             self._before += time.perf_counter() - self._began
             self._ended.set()
             self._thread.join()
-            self._thread = None
             self.latest.remove(self)
 
     def _show(self) -> None:

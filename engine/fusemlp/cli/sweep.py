@@ -44,8 +44,6 @@ SHOWN, BEST = 5, 8
 # A list of up to this many values is drawn as words side by side.
 MOST_WORDS = 12
 
-Show = Callable[[Collection[Member]], None]
-
 
 def sweep(options: SweepOptions) -> None:
     """Train all models, write the results and the best; raises DivergenceError if every model diverged."""
@@ -249,7 +247,7 @@ class Seldom:
 
 
 @contextmanager
-def standings(plan: Plan, forecast: Forecast) -> Iterator[Show]:
+def standings(plan: Plan, forecast: Forecast) -> Iterator[Callable[[Collection[Member]], None]]:
     """Yield a function that shows the best of the finished models on a terminal, and nothing elsewhere."""
     if plan.options.quiet or not sys.stderr.isatty():
         yield lambda members: None
