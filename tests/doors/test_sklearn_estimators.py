@@ -173,8 +173,8 @@ BAD = {
     "an activation of a layer": (
         MLPClassifier((3, 2), activation=["relu", "swosh"]), (X, Y), ValueError, "unknown name 'swosh'",
     ),
-    "too few activations": (MLPClassifier((3, 2), ["relu"]), (X, Y), ValueError, "each of the 2 hidden layers"),
-    "dropout for other layers": (MLPClassifier((3,), dropout=[0.1, 0.2]), (X, Y), ValueError, "each of the 1 hidden"),
+    "too few activations": (MLPClassifier((3, 2), ["relu"]), (X, Y), ValueError, "hidden layer.*, got 1"),
+    "dropout for other layers": (MLPClassifier((3,), dropout=[0.1, 0.2]), (X, Y), ValueError, "hidden layer.*, got 2"),
     "dropout of all": (MLPClassifier(dropout=1.0), (X, Y), ValueError, "'dropout' parameter"),
     "bf16 with lbfgs": (MLPClassifier(solver="lbfgs", precision="bf16"), (X, Y), ValueError, "'fp32' or 'fp64'"),
     "dropout with lbfgs": (MLPClassifier(solver="lbfgs", dropout=0.1), (X, Y), ValueError, "Use solver='adam'"),

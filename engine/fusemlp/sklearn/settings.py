@@ -17,7 +17,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from fusemlp.describe.adversarial import as_adversary
 from fusemlp.describe.conflicts import check_together, in_use
 from fusemlp.describe.losses import Loss
-from fusemlp.describe.network import MLP, Activation, as_activation
+from fusemlp.describe.network import MLP, Activation
 from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer
 from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
@@ -144,22 +144,11 @@ def hidden_widths(hidden_layer_sizes: Any) -> list[int]:
 
 
 def network(sizes: list[int], activation: Any, dropout: Any) -> MLP:
-    """Return the network of these widths, without initial parameters; ValueError for lists of another length."""
-    hidden = len(sizes) - 2
-    names = ["sigmoid" if one == LOGISTIC else one for one in _for_each_layer("activation", activation, hidden)]
-    return MLP(
-        sizes,
-        activation=[as_activation("activation", one) for one in names],
-        dropout=_for_each_layer("dropout", dropout, hidden),
-        init="zeros",
-    )
-
-
-def _for_each_layer(name: str, value: Any, hidden: int) -> list[Any]:
-    several = list(value) if isinstance(value, list | tuple) else [value] * hidden
-    if len(several) != hidden:
-        raise ValueError(f"{name} must have one entry for each of the {hidden} hidden layers, got {value!r}.")
-    return several
+    """Return the network of these widths, without initial parameters; ArgumentError for lists of another length."""
+    names: Any = "sigmoid" if activation == LOGISTIC else activation
+    if isinstance(activation, list | tuple):
+        names = ["sigmoid" if name == LOGISTIC else name for name in activation]
+    return MLP(sizes, activation=names, dropout=dropout, init="zeros")
 
 
 def initial_parameters(

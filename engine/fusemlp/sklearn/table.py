@@ -27,6 +27,7 @@ from fusemlp.datasets.load import load_features
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import network_inputs
 from fusemlp.describe import checks, conflicts, description, losses, network
+from fusemlp.describe.metrics import METRICS, Judged
 from fusemlp.engine import load_checkpoint
 from fusemlp.fleet.merge import members
 from fusemlp.inputs.arrays import Array
@@ -444,16 +445,10 @@ class TableRegressor(RegressorMixin, TableEstimator):
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Return R2 of the rows that have a target; of several targets the mean, each of the rows that have it."""
-        from sklearn.metrics import r2_score
-
         kept, truth = with_target(as_table(self, X).table, y, self._checked_targets, [])
-        weights = np.ones(len(kept)) if sample_weight is None else np.asarray(sample_weight)[kept]
-        pairs = zip(truth.reshape(len(kept), -1).T, self.predict(X)[kept].reshape(len(kept), -1).T, strict=True)
-        parts = [(~np.isnan(true), true, predicted) for true, predicted in pairs]
-        figures = [
-            r2_score(true[there], predicted[there], sample_weight=weights[there]) for there, true, predicted in parts
-        ]
-        return float(np.mean(figures))
+        weight = None if sample_weight is None else np.asarray(sample_weight)[kept]
+        truth, predicted = (part.reshape(len(kept), -1) for part in (truth, self.predict(X)[kept]))
+        return METRICS["r2"].of_rows(Judged(truth, predicted, weight=weight))
 
     def predict_quantiles(self, X: Any) -> Array:
         """Return the quantiles (n, Q) of a table's rows, with the loss quantiles; they never cross."""
