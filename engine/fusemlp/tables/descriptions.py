@@ -303,13 +303,13 @@ def loss(recipe: ModelRecipe, name: str, weights: list[float] | None, *, missing
         if "class_weight" in decided and recipe.loss.class_weight is not None:
             raise ArgumentError("class_weight: the object given as loss has it; set it there")
         return replace(recipe.loss, **decided)
-    given = _chosen(recipe, "loss", name, LOSSES)
-    if isinstance(given.get("q"), str):
-        numbers = _numbers("quantile", given["q"])
-        given["q"] = numbers[0] if name == "quantile" and len(numbers) == 1 else numbers
-    if name == "quantile" and isinstance(given.get("q"), Sequence):
+    chosen = _chosen(recipe, "loss", name, LOSSES)
+    if isinstance(chosen.get("q"), str):
+        numbers = _numbers("quantile", chosen["q"])
+        chosen["q"] = numbers[0] if name == "quantile" and len(numbers) == 1 else numbers
+    if name == "quantile" and isinstance(chosen.get("q"), Sequence):
         raise ArgumentError("quantile: the loss quantile learns one; for several take --loss quantiles")
-    return _made("loss", LOSSES[name], **given, **decided)
+    return _made("loss", LOSSES[name], **chosen, **decided)
 
 
 def optimizer(recipe: ModelRecipe, schedule: Schedule | None = None) -> Optimizer:
@@ -333,10 +333,8 @@ def optimizer(recipe: ModelRecipe, schedule: Schedule | None = None) -> Optimize
 
 def learning_rate(recipe: ModelRecipe) -> float | Schedule:
     """Return the given rate or schedule, or the optimizer's."""
-    if isinstance(recipe.lr, Schedule):
-        return recipe.lr
     if recipe.lr is not None:
-        return as_number("lr", recipe.lr, low=0.0, low_open=True)
+        return recipe.lr if isinstance(recipe.lr, Schedule) else as_number("lr", recipe.lr, low=0.0, low_open=True)
     if isinstance(recipe.optimizer, Optimizer):
         return recipe.optimizer.lr
     return OPTIMIZERS[check_choice("optimizer", recipe.optimizer, OPTIMIZERS)]().lr

@@ -101,7 +101,6 @@ def train_table(
 def settled(prepared: Prepared) -> Prepared:
     """Return a training with the models that fit the time limit, and a recipe with what the data decided, checked."""
     watched(prepared)
-    attack_on(prepared, prepared.train.X)
     prepared = _within(prepared)
     return replace(prepared, recipe=replace(prepared.recipe, models=prepared.models, **decisions(prepared)))
 
