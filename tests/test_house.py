@@ -18,7 +18,7 @@ BUDGETS = {
     "engine/fusemlp/program": 1_810,
     "engine/fusemlp/report": 3_010,
     "engine/fusemlp/runtime": 4_030,
-    "engine/fusemlp/sklearn": 2_950,
+    "engine/fusemlp/sklearn": 2_940,
     "engine/fusemlp/tables": 2_050,
     "engine/fusemlp/torch": 2_710,
     "engine/fusemlp/training": 2_240,

@@ -26,7 +26,7 @@ from fusemlp.inputs.arrays import Array, is_sparse
 from fusemlp.runtime.files import CHECKPOINT, reading_file
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.session import Session
-from fusemlp.training.checkpoint import check_content, read_content, save_checkpoint
+from fusemlp.training.checkpoint import check_content, of_kind, read_content, save_checkpoint
 from fusemlp.training.trainer import Trainer
 from fusemlp_kernels.errors import ArgumentError, CheckpointError
 
@@ -90,7 +90,7 @@ class Model:
         """Return the model of a checkpoint's ``content``, as a pickle restores it."""
         config, tensors = content["config"], content["tensors"]
         optimizer = optimizer_from_config(config["optimizer"])
-        states = [f"state{index}/" for index in range(optimizer.rule().state_count)]
+        states = [f"state{index}" for index in range(optimizer.rule().state_count)]
         model = cls.__new__(cls)
         model.__setstate__(
             {
@@ -99,12 +99,12 @@ class Model:
                 "rates": Rates(*rates),
                 "plateau": plateau,
                 "options": {name: config[name] for name in ("seed", "backend", "precision")},
-                "states": [_named(state, tensors) for state in states],
+                "states": [of_kind(state, tensors) for state in states],
                 "counters": tensors["counters"],
                 "hyper": tensors["hyper"],
             }
         )
-        model.engine.memory.write(_named("parameter/", tensors))
+        model.engine.memory.write(of_kind("parameter", tensors))
         return model
 
     def serves(self, network: MLP, loss: Loss, backend: str, precision: str) -> bool:
@@ -170,11 +170,6 @@ class Model:
         # older pickles lack the last number
         memory.backend.copy_into(memory.hyper[: len(state["hyper"])], state["hyper"])
         self.engine.rates.forget()
-
-
-def _named(start: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
-    """Return the tensors of a checkpoint whose names have this start, without it."""
-    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 ENTRY = "estimator"

@@ -65,7 +65,8 @@ def _kinds(engine: Trainer) -> dict[str, str]:
     return {"parameter": "params", **dict(zip(states, states, strict=True)), **gradients}
 
 
-def _of_kind(kind: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
+def of_kind(kind: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the tensors of a ``kind``, by their names without it."""
     start = f"{kind}/"
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
@@ -80,9 +81,9 @@ def check_content(engine: Session, content: Mapping[str, Any]) -> None:
         return
     kinds = ["parameter", *(f"state{index}" for index in range(engine.optimizer.rule().state_count))]
     kinds += ["gradient"] if engine.optimizer.accumulate > 1 else []
-    kinds += ["best"] if _of_kind("best", tensors) else []
+    kinds += ["best"] if of_kind("best", tensors) else []
     expected = {f"{kind}/{name}": shape for kind in kinds for name, shape in shapes.items()}
-    expected |= {f"input/{name}": (net.sizes[0],) for name in (MEAN, SCALE) if _of_kind("input", tensors)}
+    expected |= {f"input/{name}": (net.sizes[0],) for name in (MEAN, SCALE) if of_kind("input", tensors)}
     expected |= {name: (len(tensors[name]), net.sizes[-1]) for name in ("merged/bias",) if name in tensors}
     expected |= {name: (len(tensors[name]),) for name in ("hyper", "stats")}
     files.check_tensors(tensors, expected)
@@ -113,13 +114,13 @@ def _restore_training(engine: Trainer, config: Mapping[str, Any], tensors: Mappi
         # The bits of later steps depend on the plan.
         engine.plan, engine.plan_reason = config["plan"], "the plan of the checkpoint"
     for kind, arena in _kinds(engine).items():
-        engine.memory.write(_of_kind(kind, tensors), arena)
-    engine.scaling.take_tensors(_of_kind("input", tensors))
+        engine.memory.write(of_kind(kind, tensors), arena)
+    engine.scaling.take_tensors(of_kind("input", tensors))
     memory = engine.memory
     for name in ("counters", "hyper", "stats"):
         # Older checkpoints have fewer statistics.
         memory.backend.copy_into(memory.arrays[name][: len(tensors[name])], tensors[name])
-    engine.best_parameters = _of_kind("best", tensors) or None
+    engine.best_parameters = of_kind("best", tensors) or None
     engine.merged_biases = tensors.get("merged/bias")
     engine.epochs_trained = as_count("epochs_trained", config["epochs_trained"], minimum=0)
     if config["fit"] is not None:
@@ -133,7 +134,7 @@ def save_checkpoint(engine: Trainer, path: str | Path, *, extra: Mapping[str, An
     # the folder may be on the machine of rank 0 alone
     target = target_file(path) if engine.ranks.leads else None
     content = engine_content(engine, _checked_extra(extra))
-    files.check_finite(_of_kind("parameter", content["tensors"]), CHECKPOINT.name)
+    files.check_finite(of_kind("parameter", content["tensors"]), CHECKPOINT.name)
     if target is not None:
         write_atomically(target, to_bytes(CHECKPOINT, content["config"], content["tensors"]))
 
