@@ -97,6 +97,8 @@ def _single() -> list[Case]:
         Case((100, 300, 300, 5), 512, steps=20, epochs=10),
         Case((3072, 512, 10), 256, steps=20, epochs=10),
         Case((500, 1000, 500, 20), 1024, steps=5, epochs=4),
+        Case((32, 64, 64, 64, 64, 16), 1 << 14, steps=4, epochs=4, **adam),
+        Case((32, 64, 64, 64, 64, 16), 1 << 18, steps=1, **adam),
         large,
         huge,
         *half,
