@@ -73,6 +73,17 @@ def fitted():
     return classifier().fit(X, Y)
 
 
+def test_a_classifier_is_scored_on_the_rows_that_have_a_label(fitted):
+    labels, weights = Y.astype(object), np.arange(1.0, len(Y) + 1)
+    labels[::5] = None
+    there = np.arange(len(Y)) % 5 > 0
+    expected = np.average(fitted.predict(X)[there] == Y[there], weights=weights[there])
+    assert fitted.score(X, labels, weights) == pytest.approx(expected, rel=1e-12)
+    assert fitted.score(X, Y) == np.mean(fitted.predict(X) == Y)
+    with pytest.raises(DataError, match="y: the target is missing in all 3 rows"):
+        fitted.score(X[:3], [None, None, None])
+
+
 def test_a_mixed_table(fitted):
     assert fitted.score(X, Y) > 0.9
     assert fitted.classes_.tolist() == ["no", "yes"]

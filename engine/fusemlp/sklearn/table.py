@@ -267,6 +267,11 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         codes = self.engine_.inputs.reads_codes
         return network_inputs(self.preprocessor_, features, self.engine_.precision, codes=codes)
 
+    def _scored_rows(self, X: Any, y: Any, sample_weight: Any) -> tuple[Array, Array, Array | None]:
+        """Return the indices of the rows that have a target, these targets, and their weights."""
+        kept, truth = with_target(as_table(self, X).table, y, self._checked_targets, [])
+        return kept, truth, None if sample_weight is None else np.asarray(sample_weight)[kept]
+
     def _labelled(self, X: Any, y: Any) -> tuple[Array, Array]:
         """Return the features and the labels of rows as in the data."""
         frame, notes = as_table(self, X), list[str]()
@@ -402,6 +407,13 @@ class TableClassifier(ClassifierMixin, TableEstimator):
         inputs = self._inputs(X)
         return np.asarray(self.classes_[metrics.predicted_codes(self.engine_, self.preprocessor_, inputs)])
 
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Return the accuracy on the rows that have a label."""
+        from sklearn.metrics import accuracy_score
+
+        kept, truth, weight = self._scored_rows(X, y, sample_weight)
+        return float(accuracy_score(truth, self.predict(X)[kept], sample_weight=weight))
+
     @available_if(_gives_probabilities)
     def predict_proba(self, X: Any) -> Array:
         """Return the probabilities (n, classes), in the order of ``classes_``; not with mse, mae and huber."""
@@ -445,8 +457,7 @@ class TableRegressor(RegressorMixin, TableEstimator):
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Return R2 of the rows that have a target; of several targets the mean, each of the rows that have it."""
-        kept, truth = with_target(as_table(self, X).table, y, self._checked_targets, [])
-        weight = None if sample_weight is None else np.asarray(sample_weight)[kept]
+        kept, truth, weight = self._scored_rows(X, y, sample_weight)
         truth, predicted = (part.reshape(len(kept), -1) for part in (truth, self.predict(X)[kept]))
         return METRICS["r2"].of_rows(Judged(truth, predicted, weight=weight))
 
