@@ -8,7 +8,7 @@ from house import PRODUCT, ROOT, calls_of, circles, feature_tests, imports_of, l
 BUDGETS = {
     "engine/docs/gallery": 280,
     "engine/examples": 370,
-    "engine/fusemlp": 930,
+    "engine/fusemlp": 870,
     "engine/fusemlp/callbacks": 1_300,
     "engine/fusemlp/cli": 3_680,
     "engine/fusemlp/datasets": 3_120,

@@ -14,149 +14,81 @@ from fusemlp._version import __version__
 install()
 
 if TYPE_CHECKING:
-    from fusemlp.callbacks import (
-        Callback,
-        CSVLogger,
-        EarlyStopping,
-        LearningRateScheduler,
-        MLflow,
-        ModelCheckpoint,
-        ProgressBar,
-        ReduceLROnPlateau,
-        TensorBoard,
-        WandB,
-    )
-    from fusemlp.datasets.load import load_data
-    from fusemlp.describe.adversarial import FGSM, IBP, PGD
-    from fusemlp.describe.blocks import LayerNorm, Residual, RMSNorm
-    from fusemlp.describe.losses import (
-        MAE,
-        MSE,
-        BinaryCrossEntropy,
-        CrossEntropy,
-        GaussianNLL,
-        Huber,
-        Loss,
-        Poisson,
-        Quantile,
-        Quantiles,
-    )
-    from fusemlp.describe.network import ELU, MLP, Activation, LeakyReLU, PReLU
-    from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer, ParameterOptions
-    from fusemlp.describe.privacy import DPSGD
-    from fusemlp.describe.schedules import (
-        Constant,
-        Cosine,
-        CosLog4,
-        Exponential,
-        FlatCosine,
-        OneCycle,
-        ReduceOnPlateau,
-        Schedule,
-        StepDecay,
-    )
-    from fusemlp.engine import Engine, load, load_checkpoint
-    from fusemlp.fleet.fleet import Fleet
-    from fusemlp.fleet.results import Ensemble, FleetResults
-    from fusemlp.inputs.blocks import Blocks
-    from fusemlp.inputs.columns import Columns
-    from fusemlp.runtime.own_loss import check_gradient
-    from fusemlp.runtime.scaling import InputScaleWarning, TargetScaleWarning
-    from fusemlp.training.history import History
-    from fusemlp.training.lr_finder import LearningRateSweep, lr_find
-    from fusemlp_kernels.errors import (
-        ArgumentError,
-        ArgumentTypeError,
-        BackendUnavailableError,
-        CheckpointError,
-        DataError,
-        DistributedError,
-        DivergenceError,
-        DTypeError,
-        FusemlpError,
-        MissingLibraryError,
-        ShapeError,
-        WorkerError,
-    )
+    from fusemlp.callbacks import Callback as Callback
+    from fusemlp.callbacks import CSVLogger as CSVLogger
+    from fusemlp.callbacks import EarlyStopping as EarlyStopping
+    from fusemlp.callbacks import LearningRateScheduler as LearningRateScheduler
+    from fusemlp.callbacks import MLflow as MLflow
+    from fusemlp.callbacks import ModelCheckpoint as ModelCheckpoint
+    from fusemlp.callbacks import ProgressBar as ProgressBar
+    from fusemlp.callbacks import ReduceLROnPlateau as ReduceLROnPlateau
+    from fusemlp.callbacks import TensorBoard as TensorBoard
+    from fusemlp.callbacks import WandB as WandB
+    from fusemlp.datasets.load import load_data as load_data
+    from fusemlp.describe.adversarial import FGSM as FGSM
+    from fusemlp.describe.adversarial import IBP as IBP
+    from fusemlp.describe.adversarial import PGD as PGD
+    from fusemlp.describe.blocks import LayerNorm as LayerNorm
+    from fusemlp.describe.blocks import Residual as Residual
+    from fusemlp.describe.blocks import RMSNorm as RMSNorm
+    from fusemlp.describe.losses import MAE as MAE
+    from fusemlp.describe.losses import MSE as MSE
+    from fusemlp.describe.losses import BinaryCrossEntropy as BinaryCrossEntropy
+    from fusemlp.describe.losses import CrossEntropy as CrossEntropy
+    from fusemlp.describe.losses import GaussianNLL as GaussianNLL
+    from fusemlp.describe.losses import Huber as Huber
+    from fusemlp.describe.losses import Loss as Loss
+    from fusemlp.describe.losses import Poisson as Poisson
+    from fusemlp.describe.losses import Quantile as Quantile
+    from fusemlp.describe.losses import Quantiles as Quantiles
+    from fusemlp.describe.network import ELU as ELU
+    from fusemlp.describe.network import MLP as MLP
+    from fusemlp.describe.network import Activation as Activation
+    from fusemlp.describe.network import LeakyReLU as LeakyReLU
+    from fusemlp.describe.network import PReLU as PReLU
+    from fusemlp.describe.optimizers import SGD as SGD
+    from fusemlp.describe.optimizers import Adam as Adam
+    from fusemlp.describe.optimizers import AdamW as AdamW
+    from fusemlp.describe.optimizers import Optimizer as Optimizer
+    from fusemlp.describe.optimizers import ParameterOptions as ParameterOptions
+    from fusemlp.describe.privacy import DPSGD as DPSGD
+    from fusemlp.describe.schedules import Constant as Constant
+    from fusemlp.describe.schedules import Cosine as Cosine
+    from fusemlp.describe.schedules import CosLog4 as CosLog4
+    from fusemlp.describe.schedules import Exponential as Exponential
+    from fusemlp.describe.schedules import FlatCosine as FlatCosine
+    from fusemlp.describe.schedules import OneCycle as OneCycle
+    from fusemlp.describe.schedules import ReduceOnPlateau as ReduceOnPlateau
+    from fusemlp.describe.schedules import Schedule as Schedule
+    from fusemlp.describe.schedules import StepDecay as StepDecay
+    from fusemlp.engine import Engine as Engine
+    from fusemlp.engine import load as load
+    from fusemlp.engine import load_checkpoint as load_checkpoint
+    from fusemlp.fleet.fleet import Fleet as Fleet
+    from fusemlp.fleet.results import Ensemble as Ensemble
+    from fusemlp.fleet.results import FleetResults as FleetResults
+    from fusemlp.inputs.blocks import Blocks as Blocks
+    from fusemlp.inputs.columns import Columns as Columns
+    from fusemlp.runtime.own_loss import check_gradient as check_gradient
+    from fusemlp.runtime.scaling import InputScaleWarning as InputScaleWarning
+    from fusemlp.runtime.scaling import TargetScaleWarning as TargetScaleWarning
+    from fusemlp.training.history import History as History
+    from fusemlp.training.lr_finder import LearningRateSweep as LearningRateSweep
+    from fusemlp.training.lr_finder import lr_find as lr_find
+    from fusemlp_kernels.errors import ArgumentError as ArgumentError
+    from fusemlp_kernels.errors import ArgumentTypeError as ArgumentTypeError
+    from fusemlp_kernels.errors import BackendUnavailableError as BackendUnavailableError
+    from fusemlp_kernels.errors import CheckpointError as CheckpointError
+    from fusemlp_kernels.errors import DataError as DataError
+    from fusemlp_kernels.errors import DistributedError as DistributedError
+    from fusemlp_kernels.errors import DivergenceError as DivergenceError
+    from fusemlp_kernels.errors import DTypeError as DTypeError
+    from fusemlp_kernels.errors import FusemlpError as FusemlpError
+    from fusemlp_kernels.errors import MissingLibraryError as MissingLibraryError
+    from fusemlp_kernels.errors import ShapeError as ShapeError
+    from fusemlp_kernels.errors import WorkerError as WorkerError
 
-__all__ = [
-    "DPSGD",
-    "ELU",
-    "FGSM",
-    "IBP",
-    "MAE",
-    "MLP",
-    "MSE",
-    "PGD",
-    "SGD",
-    "Activation",
-    "Adam",
-    "AdamW",
-    "ArgumentError",
-    "ArgumentTypeError",
-    "BackendUnavailableError",
-    "BinaryCrossEntropy",
-    "Blocks",
-    "CSVLogger",
-    "Callback",
-    "CheckpointError",
-    "Columns",
-    "Constant",
-    "CosLog4",
-    "Cosine",
-    "CrossEntropy",
-    "DTypeError",
-    "DataError",
-    "DistributedError",
-    "DivergenceError",
-    "EarlyStopping",
-    "Engine",
-    "Ensemble",
-    "Exponential",
-    "FlatCosine",
-    "Fleet",
-    "FleetResults",
-    "FusemlpError",
-    "GaussianNLL",
-    "History",
-    "Huber",
-    "InputScaleWarning",
-    "LayerNorm",
-    "LeakyReLU",
-    "LearningRateScheduler",
-    "LearningRateSweep",
-    "Loss",
-    "MLflow",
-    "MissingLibraryError",
-    "ModelCheckpoint",
-    "OneCycle",
-    "Optimizer",
-    "PReLU",
-    "ParameterOptions",
-    "Poisson",
-    "ProgressBar",
-    "Quantile",
-    "Quantiles",
-    "RMSNorm",
-    "ReduceLROnPlateau",
-    "ReduceOnPlateau",
-    "Residual",
-    "Schedule",
-    "ShapeError",
-    "StepDecay",
-    "TargetScaleWarning",
-    "TensorBoard",
-    "WandB",
-    "WorkerError",
-    "__version__",
-    "check_gradient",
-    "load",
-    "load_checkpoint",
-    "load_data",
-    "lr_find",
-]
-
-# Each module with its names, the doors to other libraries too; the others of ``__all__`` are errors.
+# Each module with its public names.
 _NAMES = {
     "fusemlp.datasets.load": "load_data",
     "fusemlp.inputs.blocks": "Blocks",
@@ -180,11 +112,18 @@ _NAMES = {
     "fusemlp.callbacks": "CSVLogger Callback EarlyStopping LearningRateScheduler MLflow ModelCheckpoint ProgressBar "
     "ReduceLROnPlateau TensorBoard WandB",
     "fusemlp.training.history": "History",
+    "fusemlp_kernels.errors": "ArgumentError ArgumentTypeError BackendUnavailableError CheckpointError DTypeError "
+    "DataError DistributedError DivergenceError FusemlpError MissingLibraryError ShapeError WorkerError",
+}
+# Names of the doors to other libraries, which are imported from there.
+_DOORS = {
     "fusemlp.sklearn": "FleetRandomizedSearchCV FleetSearchCV MLPClassifier MLPRegressor TableClassifier "
     "TableRegressor",
     "fusemlp.torch": "Batches FusedLinear FusedMLP FusedStep from_torch fuse to_torch",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
+_DOOR_OF = {name: module for module, names in _DOORS.items() for name in names.split()}
+__all__ = ["__version__", *sorted(_MODULE_OF)]
 # Modules that are attributes, as in ``fusemlp.schedules.SCHEDULES``, and the doors to other libraries.
 _SUBMODULES = frozenset({*PATHS, "callbacks", "engine", "fleet", "sklearn", "torch"})
 # Names of Keras and torch, and of earlier releases, and their equivalents.
@@ -200,13 +139,13 @@ _ELSEWHERE = {
 def __getattr__(name: str) -> object:
     if name in _SUBMODULES:
         return importlib.import_module(f"fusemlp.{name}")
-    if name not in __all__:
-        if name in _MODULE_OF:
-            # Python hides an AttributeError from those who import the name
-            raise ImportError(f"{name} is in {_MODULE_OF[name]}: from {_MODULE_OF[name]} import {name}")
+    if name in _DOOR_OF:
+        # Python hides an AttributeError from those who import the name
+        raise ImportError(f"{name} is in {_DOOR_OF[name]}: from {_DOOR_OF[name]} import {name}")
+    if name not in _MODULE_OF:
         hint = f": {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
         raise AttributeError(f"module 'fusemlp' has no attribute {name!r}{hint}")
-    value = getattr(importlib.import_module(_MODULE_OF.get(name, "fusemlp_kernels.errors")), name)
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 
