@@ -15,23 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusemlp.datasets import codes
+from fusemlp.datasets import codes, tables
 from fusemlp.datasets.arrays import features_of_npz, from_path, named
 from fusemlp.datasets.codes import Categories, Features, different, kept_features, parts_of, sources_of, spellings
 from fusemlp.datasets.dataset import ColumnChoices as ColumnChoices
 from fusemlp.datasets.dataset import Dataset as Dataset
 from fusemlp.datasets.dataset import missing_share, roles, targets_in, times, weights, without_useless
-from fusemlp.datasets.tables import (
-    SHIPPED,
-    TABLES,
-    Frame,
-    Place,
-    as_frame,
-    is_table,
-    read_cells,
-    read_names,
-    read_table,
-)
+from fusemlp.datasets.tables import Frame, Place
 from fusemlp.datasets.textfiles import MISSING, Form
 from fusemlp.describe.text import listed, meant
 from fusemlp.inputs.arrays import Array
@@ -41,7 +31,7 @@ if TYPE_CHECKING:
     from fusemlp.datasets.preprocessing import Preprocessor
 
 TASKS = ("classification", "regression")
-NAMES = ("digits", *SHIPPED, "breast_cancer", "wine", "diabetes", "iris", "mnist5k")
+NAMES = ("digits", *tables.SHIPPED, "breast_cancer", "wine", "diabetes", "iris", "mnist5k")
 # Whole-number targets with more distinct values than this count as measurements.
 MOST_CLASSES = 64
 # More classes than this are worth a note if they are a guess, and counts if one has this share of the mean class.
@@ -77,9 +67,9 @@ def load_data(
     if task is not None and task not in TASKS:
         raise unknown_name("task", task, TASKS)
     place = _existing(source)
-    if isinstance(place, Frame) or is_table(place):
-        shipped = isinstance(source, str) and source in SHIPPED
-        chosen = SHIPPED[source] if shipped and target is None else target
+    if isinstance(place, Frame) or tables.is_table(place):
+        shipped = isinstance(source, str) and source in tables.SHIPPED
+        chosen = tables.SHIPPED[source] if shipped and target is None else target
         dataset = _from_table(place, chosen, form or Form(), columns or ColumnChoices())
         return _with_task(replace(dataset, name=source) if shipped else dataset, task)
     if source in NAMES or place.is_dir() or place.suffix.lower() == ".npz":
@@ -87,7 +77,7 @@ def load_data(
         option = next((option for option, value in options.items() if value), None)
         if option is not None:
             what = "one" if option == "target" else "columns with names"
-            raise ArgumentError(f"{option}: only tables ({', '.join(TABLES)}) have {what}, not {str(source)!r}")
+            raise ArgumentError(f"{option}: only tables ({', '.join(tables.TABLES)}) have {what}, not {str(source)!r}")
     dataset = _read(source)
     if columns is not None and columns.like is not None:
         _matching(place, dataset.X, columns.like)
@@ -115,7 +105,7 @@ def load_features(
     """
     path = _existing(source)
     notes = [] if notes is None else notes
-    if isinstance(path, Frame) or is_table(path):
+    if isinstance(path, Frame) or tables.is_table(path):
         return _read_like(
             path, preprocessor, form or Form(), notes, ignore_unused, ids=ids, carried=carried, typed=typed
         )[0]
@@ -138,7 +128,7 @@ def load_labelled(
     """
     path = _existing(source)
     notes = [] if notes is None else notes
-    if isinstance(path, Frame) or is_table(path):
+    if isinstance(path, Frame) or tables.is_table(path):
         X, table = _read_like(path, like, form or Form(), notes, ignore_unused, targets=like.targets)
         return X, _labels(table, like.targets)
     dataset = _read(source)
@@ -162,7 +152,7 @@ def _read_like(
     names = like.feature_names
     if form.header is None and names and all(re.match(r"column_\d+\b", name) for name in names):
         form = replace(form, header=False)
-    present, kinds = read_names(path, form), _kinds(like)
+    present, kinds = tables.read_names(path, form), _kinds(like)
     if isinstance(like, Dataset):
         columns = {role.name for role in like.roles}
     else:
@@ -180,7 +170,7 @@ def _read_like(
     wanted = [name for name in named if name in present]
     kinds |= dict.fromkeys(wanted, "word")
     words = _label_words(like) if targets else ()
-    table = read_table(
+    table = tables.read_table(
         path,
         features=tuple(kinds),
         targets=targets,
@@ -191,7 +181,7 @@ def _read_like(
         notes=notes,
     )
     if ids is not None:
-        carries = {} if carried == () else read_cells(path, form, carried, typed=typed)
+        carries = {} if carried == () else tables.read_cells(path, form, carried, typed=typed)
         ids |= {name: table[name] for name in wanted} | carries
         absent = [name for name in named if name not in wanted]
         if absent:
@@ -248,8 +238,8 @@ def _read(source: str | Path) -> Dataset:
 def _existing(source: Any) -> Place:
     """Return the path of a file or folder that exists, or a table; a name of ``NAMES`` needs none."""
     if not isinstance(source, (str, Path)):
-        return as_frame(source)
-    if source in SHIPPED:
+        return tables.as_frame(source)
+    if source in tables.SHIPPED:
         return Path(__file__).with_name(f"{source}.csv")
     path = Path(source)
     try:
@@ -267,7 +257,7 @@ def _existing(source: Any) -> Place:
 
 
 def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoices) -> Dataset:
-    names = read_names(path, form)
+    names = tables.read_names(path, form)
     if target is None:
         raise DataError(f"{path}: say which column is the target; the columns are {listed(names)}")
     targets = targets_in(target, names)
@@ -278,7 +268,7 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
     wanted = {*kinds}
     kinds |= dict.fromkeys(columns.texts, "word")
     aside = (*columns.texts, *filter(None, [time, weight]))
-    table = read_table(
+    table = tables.read_table(
         path,
         features=None if like is None else (*dict.fromkeys([*kinds, *aside]),),
         targets=targets,
@@ -361,7 +351,7 @@ def _matching(path: Path, X: Features, like: Preprocessor | Dataset) -> Features
         names = f"{listed(like.feature_names[:6])}{', ...' if width > 6 else ''}"
         raise DataError(f"{path}: has {X.shape[1]} features a row, and training had {width}; give data with {names}")
     if any(words is not None for words in like.categories):
-        raise DataError(f"{path}: the network was trained on words too; give a table ({', '.join(TABLES)})")
+        raise DataError(f"{path}: the network was trained on words too; give a table ({', '.join(tables.TABLES)})")
     return X
 
 

@@ -23,17 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from fusemlp.datasets.textfiles import (
-    MISSING,
-    Form,
-    OpenTable,
-    as_batches,
-    headed,
-    is_compressed,
-    number,
-    open_text,
-    text_array,
-)
+from fusemlp.datasets import textfiles
+from fusemlp.datasets.textfiles import MISSING, Form, OpenTable, number, text_array
 from fusemlp.describe.checks import arrow
 from fusemlp.describe.text import Problems, listed, meant
 from fusemlp.inputs.arrays import Array
@@ -76,7 +67,7 @@ def is_table(path: Path) -> bool:
     """Return whether the name is that of a file with a table, compressed or not, or of a table in ``SHIPPED``."""
     if str(path) in SHIPPED:
         return True
-    if is_compressed(path):
+    if textfiles.is_compressed(path):
         return path.with_suffix("").suffix.lower() in (".csv", ".tsv")
     return path.suffix.lower() in TABLES
 
@@ -129,7 +120,7 @@ def open_source(source: Place, form: Form) -> Iterator[OpenTable]:
         elif suffix == ".xlsx":
             yield _open_excel(source, form)
         else:
-            yield open_text(source, form)
+            yield textfiles.open_text(source, form)
     except (*failures, pyarrow.ArrowException) as error:
         if suffix in ARROW or suffix == ".xlsx":
             kind = f"a{'n' if suffix[1] in 'ax' else ''} {suffix[1:]}"
@@ -193,14 +184,14 @@ def _open_excel(path: Path, form: Form) -> OpenTable:
             book.close()
 
     first = next(((texts for _, texts in rows())), [])
-    names, header = headed(path, first, ".", form)
+    names, header = textfiles.headed(path, first, ".", form)
 
     def records() -> Iterator[tuple[int, list[str]]]:
         for line, texts in itertools.islice(rows(), int(header), None):
             yield line, [*texts, *[""] * (len(names) - len(texts))]
 
     def batches(columns: Sequence[int], ragged: Callable[[], object]) -> Iterator[Any]:
-        return as_batches(records(), len(names), columns, ragged)
+        return textfiles.as_batches(records(), len(names), columns, ragged)
 
     return OpenTable(names, batches, records=records, said=said)
 

@@ -18,19 +18,8 @@ import numpy as np
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.losses import CrossEntropy, Loss, OwnLoss
 from fusemlp.describe.network import MLP
-from fusemlp.inputs.arrays import (
-    Array,
-    as_binary_targets,
-    as_class_labels,
-    as_counts,
-    as_features,
-    as_probability_rows,
-    as_rows,
-    as_values,
-    as_weights,
-    is_sparse,
-    to_array,
-)
+from fusemlp.inputs import arrays
+from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.blocks import Blocks, Peers
 from fusemlp.inputs.columns import Columns, codes_of, coding_of, from_sparse
 from fusemlp_kernels.contract import OWN, Backend, LossSpec
@@ -66,6 +55,10 @@ class Examples(NamedTuple):
         return Examples(change(self.X), self.targets._replace(values=change(self.targets.values)), weight)
 
 
+# The checks of targets from a range.
+RANGES = {"binary_cross_entropy": arrays.as_binary_targets, "poisson": arrays.as_counts}
+
+
 def as_targets(argument: str, y: Any, loss: Loss, *, outputs: int, rows: int | None, dtype: Any) -> Targets:
     """Check ``y`` for a loss and a network with ``outputs`` outputs; ``rows``: the number of rows it must have.
 
@@ -74,15 +67,15 @@ def as_targets(argument: str, y: Any, loss: Loss, *, outputs: int, rows: int | N
     (n,) stands for (n, 1). Raises ShapeError, DTypeError or DataError.
     """
     if isinstance(loss, CrossEntropy):
-        array = y if isinstance(y, np.ndarray) else to_array(argument, y)
+        array = y if isinstance(y, np.ndarray) else arrays.to_array(argument, y)
         if array.ndim == 2 and array.shape[1] == outputs:
-            return Targets(as_probability_rows(argument, array, classes=outputs, rows=rows, dtype=dtype), True)
-        labels = as_class_labels(argument, array, classes=outputs, rows=rows, ignore_index=loss.ignore_index)
+            return Targets(arrays.as_probability_rows(argument, array, classes=outputs, rows=rows, dtype=dtype), True)
+        labels = arrays.as_class_labels(argument, array, classes=outputs, rows=rows, ignore_index=loss.ignore_index)
         return Targets(labels, False)
     if isinstance(loss, OwnLoss):
         loss.check_given()
-        return Targets(as_rows(argument, y, rows=rows, dtype=dtype), False)
-    check = {"binary_cross_entropy": as_binary_targets, "poisson": as_counts}.get(loss.kind, as_values)
+        return Targets(arrays.as_rows(argument, y, rows=rows, dtype=dtype), False)
+    check = RANGES.get(loss.kind, arrays.as_values)
     # None: the loss has no such option
     missing = getattr(loss, "missing", None)
     width = outputs // loss.width
@@ -106,7 +99,7 @@ def are_batches(given: Any) -> bool:
     """Return whether ``given`` can only be batches: no array, no tuple or list of arrays."""
     if isinstance(given, tuple | list):
         return isinstance(given, list) and bool(given) and all(isinstance(one, tuple) for one in given)
-    array = hasattr(given, "__array__") or hasattr(given, "__dlpack__") or is_sparse(given)
+    array = hasattr(given, "__array__") or hasattr(given, "__dlpack__") or arrays.is_sparse(given)
     if array or isinstance(given, str | bytes | dict):
         return False
     return hasattr(given, "__iter__") or (hasattr(given, "__getitem__") and hasattr(given, "__len__"))
@@ -226,7 +219,7 @@ class UserBatches:
         self._ahead = (x, y, weight) if keep else None
         of = f"of batch {self._read}"
         # sparse batches have no coding in common
-        codes = not is_sparse(x)
+        codes = not arrays.is_sparse(x)
         return inputs.examples(x, y, weight, (f"x {of}", f"y {of}", f"sample_weight {of}"), codes=codes)
 
     def check_alike(self, first: Examples, other: Examples) -> None:
@@ -276,7 +269,7 @@ class DeviceInputs:
         With ``codes`` Columns stay as they are where the engine reads codes, and sparse rows become Columns.
         """
         width = self.network.sizes[0]
-        if is_sparse(X):
+        if arrays.is_sparse(X):
             X = from_sparse(argument, X, self.real, codes=codes and self.reads_codes)
         if isinstance(X, Columns):
             if len(X) and X.shape[1] == width:
@@ -289,7 +282,7 @@ class DeviceInputs:
             if _shape(native)[1:] == (width,) and len(native) and (not check_finite or self._fits(native)):
                 return native
             X = self.backend.to_host(native)
-        return as_features(argument, X, width=width, dtype=self.real, check_finite=check_finite)
+        return arrays.as_features(argument, X, width=width, dtype=self.real, check_finite=check_finite)
 
     def targets(self, argument: str, y: Any, *, rows: int) -> Targets:
         """Return y as checked targets. Rows of probabilities and labels with an ignored index go to the host, because
@@ -327,7 +320,7 @@ class DeviceInputs:
                 if low >= 0.0 and 0.0 < high <= np.finfo(self.real).max / rows:
                     return column
             weight = backend.to_host(native)
-        return as_weights(argument, weight, rows=rows, dtype=self.real)
+        return arrays.as_weights(argument, weight, rows=rows, dtype=self.real)
 
     def examples(
         self,

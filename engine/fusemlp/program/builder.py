@@ -12,18 +12,8 @@ from typing import Any
 from fusemlp.program.layout import RATE_ROWS
 from fusemlp.program.program import Call, Program, Ref, Value
 from fusemlp.program.step import Step
-from fusemlp_kernels.contract import (
-    COUNTERS,
-    HYPER,
-    NEEDS_Z,
-    OWN,
-    RATE_COLUMNS,
-    STATS,
-    Dropout,
-    LossSpec,
-    Segment,
-    UpdateRule,
-)
+from fusemlp_kernels import contract
+from fusemlp_kernels.contract import Dropout, LossSpec, Segment, UpdateRule
 from fusemlp_kernels.ops import OPS
 
 
@@ -47,7 +37,7 @@ class Builder:
         self.top = self.last
         if step.gradient is not None:
             self.first = step.gradient - 1
-        by_outputs = self.first < self.net.layers and (step.spec is None or step.spec.kind == OWN)
+        by_outputs = self.first < self.net.layers and (step.spec is None or step.spec.kind == contract.OWN)
         self.top += by_outputs and self.net.activations[-1].name != "identity"
         for name, place in step.layout.places.items():
             self.add(name, place.shape, "real", "parameter")
@@ -57,14 +47,14 @@ class Builder:
         # what a row of the data has: the inputs, or codes of them
         self.slots = self.net.sizes[0] if inputs.coding is None else inputs.coding.slots
         entries = [("h1" if start else "x", start)]
-        entries += [("z1", 1)] if start and self.net.activations[0].name in NEEDS_Z else []
+        entries += [("z1", 1)] if start and self.net.activations[0].name in contract.NEEDS_Z else []
         entries += [("seed", -1)] if step.gradient is not None and step.spec is None else []
         for name, level in entries:
             self.add(name, (inputs.rows, self.net.sizes[level] if level else self.slots), self.matrix, "data")
         if self.top == self.net.layers:
             # the gradient by the outputs goes through the activation alone
             self.add("unit", (self.net.sizes[-1],) * 2, self.matrix, "data")
-        self.counters = self.add("counters", (COUNTERS,), "int64", "control")
+        self.counters = self.add("counters", (contract.COUNTERS,), "int64", "control")
         self.rows = self.add("rows", (self.batch,), "int64", "control") if inputs.indexed else None
         # whether a batch that is picked by row is copied first
         self.copies = inputs.indexed and not self.traits.gathers_in_load
@@ -152,7 +142,7 @@ class Builder:
             counters=self.counters,
             **activation,
             **self.picked(layer),
-            z=self.work(f"z{layer + 1}", width) if layer >= self.first and name in NEEDS_Z else None,
+            z=self.work(f"z{layer + 1}", width) if layer >= self.first and name in contract.NEEDS_Z else None,
             dropout=dropout,
             keep=self.work(f"keep{layer + 1}", width, "bool") if dropout and self.traits.stores_masks else None,
         )
@@ -177,7 +167,7 @@ class Builder:
         return {
             "target": self.add("target", (inputs.rows, *shape), dtype, "data"),
             "counters": self.counters,
-            "stats": self.add("stats", (STATS,), "float64", "control"),
+            "stats": self.add("stats", (contract.STATS,), "float64", "control"),
             "loss": spec,
             **self.activation(self.last),
             "hyper": Ref("hyper") if step.scaled and self.rules else None,
@@ -215,7 +205,7 @@ class Builder:
             dy=self.work(f"dz{self.top + 1}", self.net.sizes[-1]),
             target=self.add("target", (rows, *shape), dtype, "data"),
             counters=self.counters,
-            stats=self.add("stats", (STATS,), "float64", "control"),
+            stats=self.add("stats", (contract.STATS,), "float64", "control"),
             function=self.add("function", (), "function", "control"),
             weight=self.weight_of_rows(),
             rows=self.rows,
@@ -243,7 +233,7 @@ class Builder:
             y=Ref("y" if layer == end else f"h{layer}" if layer else "x"),
             dz_prev=self.work(f"dz{layer}" if layer else "dx", inputs),
             **activation,
-            z=Ref(f"z{layer}") if name in NEEDS_Z else None,
+            z=Ref(f"z{layer}") if name in contract.NEEDS_Z else None,
             dslope=self.slope_gradient(before) if layer else None,
             dropout=dropout,
             counters=self.counters if dropout else None,
@@ -274,8 +264,8 @@ class Builder:
 
     def update(self, rule: UpdateRule) -> None:
         """The optimizer over all gradients, or the clock alone."""
-        hyper = self.add("hyper", (HYPER,), "float64", "control")
-        rates = self.add("rates", (1 + RATE_ROWS, RATE_COLUMNS), "float64", "control")
+        hyper = self.add("hyper", (contract.HYPER,), "float64", "control")
+        rates = self.add("rates", (1 + RATE_ROWS, contract.RATE_COLUMNS), "float64", "control")
         clock: dict[str, Any] = {"rule": rule, "counters": self.counters, "hyper": hyper, "rates": rates}
         if not self.rules:
             self.call("advance", "", **clock)

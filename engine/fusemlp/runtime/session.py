@@ -31,18 +31,9 @@ from fusemlp.runtime.programs import KeptPrograms
 from fusemlp.runtime.ranks import TIMEOUT, Single, check_nccl, joined, versions
 from fusemlp.runtime.rates import RateTable
 from fusemlp.runtime.scaling import MEAN, SCALE, Scaling, as_normalise
+from fusemlp_kernels import contract
 from fusemlp_kernels.coding import Coding
-from fusemlp_kernels.contract import (
-    FEATURES,
-    FIRST_LOSS_SCALE,
-    LEARNING_RATE,
-    LOSS_SCALE,
-    RATE_SCALE,
-    SKIPPED,
-    UPDATE_COUNT,
-    UpdateRule,
-    batch_parts,
-)
+from fusemlp_kernels.contract import UpdateRule, batch_parts
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, FusemlpError
 
 Made = TypeVar("Made", bound="Session")
@@ -156,7 +147,7 @@ class Session:
         # until it joins others
         self.ranks = Single()
         self.sharding = ALONE
-        needs = [feature for feature in FEATURES if feature in self.described]
+        needs = [feature for feature in contract.FEATURES if feature in self.described]
         self.backend = first_available(needs) if machine.backend == "auto" else machine.backend
         self.plan, self.plan_reason = machine.plan, "" if machine.plan == "auto" else ASKED
         check_together(self.uses)
@@ -173,8 +164,8 @@ class Session:
         self.scaling = Scaling(self.inputs, self.normalise)
         self._use_loss(self.loss)
         self._use_memory(None, None)
-        self.memory.hyper[RATE_SCALE] = 1.0
-        self.memory.hyper[LOSS_SCALE] = FIRST_LOSS_SCALE
+        self.memory.hyper[contract.RATE_SCALE] = 1.0
+        self.memory.hyper[contract.LOSS_SCALE] = contract.FIRST_LOSS_SCALE
         # (models, N): how far the last biases of merged models lie from their mean
         self.merged_biases: Array | None = None
 
@@ -418,7 +409,7 @@ class Session:
         """The learning rate of the next update."""
         if self.rates.schedule is None:
             self.rates.follow(self.optimizer.schedule.over(None))
-        return float(self.memory.hyper[LEARNING_RATE])
+        return float(self.memory.hyper[contract.LEARNING_RATE])
 
     @property
     def privacy(self) -> DPSGD | None:
@@ -428,12 +419,12 @@ class Session:
     @property
     def update_count(self) -> int:
         """The number of updates applied so far."""
-        return int(self.memory.counters[UPDATE_COUNT])
+        return int(self.memory.counters[contract.UPDATE_COUNT])
 
     @property
     def skipped_batches(self) -> int:
         """The number of batches that updated nothing, because their gradients overflowed in fp16."""
-        return int(self.memory.counters[SKIPPED])
+        return int(self.memory.counters[contract.SKIPPED])
 
     def __repr__(self) -> str:
         return (

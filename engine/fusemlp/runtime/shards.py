@@ -13,17 +13,8 @@ from fusemlp.program.program import ORDERED, Call, Program, Sharding, resolve
 from fusemlp.runtime.memory import Memory, Workspace
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.ranks import Ranks, tree_sum
-from fusemlp_kernels.contract import (
-    BATCH_INDEX,
-    COUNTERS,
-    LAST_LOSS,
-    LOSS_SUM,
-    NORM_SUM,
-    ROW_COUNT,
-    ROW_OFFSET,
-    STATS,
-    Backend,
-)
+from fusemlp_kernels import contract
+from fusemlp_kernels.contract import Backend
 
 # Bytes of a message before its gradients, and of which its length is a multiple: gradients are aligned.
 HEAD, UNIT = 64, 256
@@ -43,7 +34,7 @@ class _Messages:
         self.rows: Array = memory.backend.allocate(count * length, "real").reshape(count, length)
         self.heads = self.rows[:, :head]
         self.grads: list[Array] = [row[head : head + size] for row in self.rows]
-        self.stats: list[Array] = [row.view(memory.stats.dtype)[:STATS] for row in self.heads]
+        self.stats: list[Array] = [row.view(memory.stats.dtype)[: contract.STATS] for row in self.heads]
 
     def add(self) -> tuple[Array, Array]:
         """Return the sums of the gradients and of the statistics, which take the place of the first."""
@@ -160,7 +151,7 @@ class _Sums:
         memory, ranks, into = self._memory, self._ranks, self._memory.grads
         if self._weighs:
             for gradients, counted in zip(self.own.grads, self.own.stats, strict=True):
-                gradients *= counted[NORM_SUM]
+                gradients *= counted[contract.NORM_SUM]
         grads, stats = self.own.add()
         if self._received.grads:
             ranks.all_gather(self._received.rows, self.own.rows[0])
@@ -169,20 +160,20 @@ class _Sums:
             ranks.add(grads, stats)
         if self._weighs:
             # where no row counts, the gradient is 0
-            count = stats[NORM_SUM] + (stats[NORM_SUM] == 0.0)
+            count = stats[contract.NORM_SUM] + (stats[contract.NORM_SUM] == 0.0)
             grads /= count
-            stats[LAST_LOSS] = stats[LOSS_SUM] / count
-        if self._on_host and memory.counters[BATCH_INDEX] % self._every != 0:
+            stats[contract.LAST_LOSS] = stats[contract.LOSS_SUM] / count
+        if self._on_host and memory.counters[contract.BATCH_INDEX] % self._every != 0:
             into += grads
         elif self._on_host or self._every == 1:
             into[:] = grads
         else:
             # the host does not know the number of the batch
-            into.masked_fill_(memory.counters[BATCH_INDEX] % self._every == 0, 0.0)
+            into.masked_fill_(memory.counters[contract.BATCH_INDEX] % self._every == 0, 0.0)
             into += grads
-        memory.stats[LAST_LOSS] = stats[LAST_LOSS]
-        totals = memory.stats[LOSS_SUM:]
-        totals += stats[LOSS_SUM:]
+        memory.stats[contract.LAST_LOSS] = stats[contract.LAST_LOSS]
+        totals = memory.stats[contract.LOSS_SUM :]
+        totals += stats[contract.LOSS_SUM :]
         if self._on_host:
             self.clear()
 
@@ -199,7 +190,7 @@ class _Parts:
             pitch = -(-columns // PITCH) * PITCH
             return backend.view(backend.allocate(len(firsts) * pitch, "int64"), 0, (len(firsts), columns), pitch)
 
-        self.rows, self.counters = table(size), table(COUNTERS)
+        self.rows, self.counters = table(size), table(contract.COUNTERS)
         self._starts = backend.from_host(np.array(firsts, np.int64))
         self._places, places = table(size), np.add.outer(np.array(firsts), np.arange(size))
         backend.copy_into(self._places, places)
@@ -207,8 +198,8 @@ class _Parts:
     def take(self) -> None:
         """Take the batch that begins at counters[ROW_OFFSET]."""
         counters, rows = self._batch_counters, self._batch_rows
-        count = counters[ROW_COUNT]
-        at = (self._places + counters[ROW_OFFSET]).clamp_(max=len(rows) - 1)
+        count = counters[contract.ROW_COUNT]
+        at = (self._places + counters[contract.ROW_OFFSET]).clamp_(max=len(rows) - 1)
         self.rows.copy_(rows.take(at).masked_fill_(self._places >= count, -1))
-        self.counters[:, BATCH_INDEX].copy_(counters[BATCH_INDEX])
-        self.counters[:, ROW_COUNT].copy_((count - self._starts).clamp_(0, self._size))
+        self.counters[:, contract.BATCH_INDEX].copy_(counters[contract.BATCH_INDEX])
+        self.counters[:, contract.ROW_COUNT].copy_((count - self._starts).clamp_(0, self._size))

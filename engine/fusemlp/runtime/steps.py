@@ -18,19 +18,9 @@ from fusemlp.runtime.own_loss import caller_of
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.ranks import Ranks
 from fusemlp.runtime.shards import ShardedProgram
+from fusemlp_kernels import contract
 from fusemlp_kernels.coding import Coding
-from fusemlp_kernels.contract import (
-    LAST_LOSS,
-    LOSS_SCALE,
-    ROW_COUNT,
-    ROW_OFFSET,
-    ROW_STEP,
-    SKIPPED_IN_A_ROW,
-    SKIPPED_LIMIT,
-    STATS,
-    LossSpec,
-    UpdateRule,
-)
+from fusemlp_kernels.contract import LossSpec, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, DivergenceError, ShapeError
 
 if TYPE_CHECKING:
@@ -124,8 +114,8 @@ def bind(
         if inputs.indexed and "rows" not in arrays:
             arrays["rows"] = allocate(epochs * resident_batches * batch_size * engine.network.members, "int64")
         if epochs > 1:
-            epoch_stats = allocate(epochs * STATS, "float64")
-            arrays["epoch_stats"] = engine.memory.backend.view(epoch_stats, 0, (epochs, STATS), STATS)
+            epoch_stats = allocate(epochs * contract.STATS, "float64")
+            arrays["epoch_stats"] = engine.memory.backend.view(epoch_stats, 0, (epochs, contract.STATS), contract.STATS)
     program = lower(engine, inputs, spec, rule, batch_size, resident=resident, passes=passes, **options)
     if program.calls_back:
         arrays["function"] = caller_of(engine.inputs)
@@ -232,14 +222,14 @@ def step(engine: Session, x: Any, y: Any, sample_weight: Any = None) -> Any:
         if programs.unchecked_steps == SCALING_CHECKS:
             # waits for the device
             check_scaling(engine, engine.memory.counters, engine.memory.hyper)
-    return bound.backend.scalar(bound.arrays["stats"], LAST_LOSS)
+    return bound.backend.scalar(bound.arrays["stats"], contract.LAST_LOSS)
 
 
 def run_staged(engine: Session, bound: BoundProgram, x: Any, target: Any, weight: Any | None) -> None:
     """Copy checked rows into a program that has a batch of its own, as many as it holds or fewer, and run it."""
     copy, arrays, count = bound.backend.copy_into, bound.arrays, len(x)
     short, counters = count < len(arrays["x"]), arrays["counters"]
-    counters[ROW_STEP], counters[ROW_COUNT] = 0, count * engine.network.members
+    counters[contract.ROW_STEP], counters[contract.ROW_COUNT] = 0, count * engine.network.members
     for name, array in (("x", codes_of(x)), ("target", target), ("weight", weight)):
         if array is not None:
             copy(arrays[name][:count], array)
@@ -249,21 +239,21 @@ def run_staged(engine: Session, bound: BoundProgram, x: Any, target: Any, weight
         bound.run()
         return
     # rows that a fit walks through: it goes on where it was
-    before = counters[ROW_OFFSET] + 0
-    counters[ROW_OFFSET] = 0
+    before = counters[contract.ROW_OFFSET] + 0
+    counters[contract.ROW_OFFSET] = 0
     try:
         bound.run()
     finally:
-        counters[ROW_OFFSET] = before
+        counters[contract.ROW_OFFSET] = before
 
 
 def check_scaling(engine: Session, counters: Any, hyper: Any) -> None:
     """Raise DivergenceError if the gradients overflow at every loss scale, by these counters and hyper."""
     engine.programs.unchecked_steps = 0
-    skipped = int(counters[SKIPPED_IN_A_ROW])
-    if skipped >= SKIPPED_LIMIT:
+    skipped = int(counters[contract.SKIPPED_IN_A_ROW])
+    if skipped >= contract.SKIPPED_LIMIT:
         raise DivergenceError(
             f"loss: the gradients overflowed in {skipped} batches in a row, down to a loss scale of "
-            f"{float(hyper[LOSS_SCALE]):.3g}; lower the learning rate, scale the features, or use "
+            f"{float(hyper[contract.LOSS_SCALE]):.3g}; lower the learning rate, scale the features, or use "
             "precision='bf16' or 'fp32'"
         )

@@ -30,19 +30,8 @@ from fusemlp.runtime.rates import RateTable
 from fusemlp.torch.batches import BatchCopy, check_shapes, check_tensors
 from fusemlp.torch.loop import check_arity
 from fusemlp.torch.modules import Reading, as_module
-from fusemlp_kernels.contract import (
-    COUNTERS,
-    HYPER,
-    LAST_LOSS,
-    LEARNING_RATE,
-    OWN,
-    RATE_COLUMNS,
-    RATE_SCALE,
-    UPDATE_COUNT,
-    Segment,
-    TensorRule,
-    UpdateRule,
-)
+from fusemlp_kernels import contract
+from fusemlp_kernels.contract import Segment, TensorRule, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 Run = Callable[[], object]
@@ -140,7 +129,7 @@ def bind_weighted_loss(running: Running, pos_weight: Sequence[float], operands: 
 
     def run() -> None:
         t, logits = target[: running.rows], z[: running.rows]
-        stats[LAST_LOSS] = functional.binary_cross_entropy_with_logits(
+        stats[contract.LAST_LOSS] = functional.binary_cross_entropy_with_logits(
             logits, t, pos_weight=weight, reduction=reduction
         )
         gradient = torch.sigmoid(logits).mul_(torch.addcmul(torch.ones_like(t), less, t)).sub_(weight * t)
@@ -179,8 +168,8 @@ class UpdateSet:
 
     def set_rate(self, rate: float) -> None:
         """Set the learning rate from the next update on: the clock multiplies the table's, which is 1, by it."""
-        self.table.hyper[RATE_SCALE] = rate
-        self.table.hyper[LEARNING_RATE] = rate
+        self.table.hyper[contract.RATE_SCALE] = rate
+        self.table.hyper[contract.LEARNING_RATE] = rate
 
 
 class Clocks:
@@ -199,13 +188,13 @@ class Clocks:
         """Return the table of set ``index`` under ``rule``, from update ``count`` on at a learning rate."""
         if index == len(self._arrays):
             allocate, rows = self._backend.allocate, len(self._arrays[0][1])
-            rates = allocate(rows * RATE_COLUMNS, "float64").reshape(rows, RATE_COLUMNS)
-            self._arrays.append((allocate(HYPER, "float64"), rates, allocate(COUNTERS, "int64")))
+            rates = allocate(rows * contract.RATE_COLUMNS, "float64").reshape(rows, contract.RATE_COLUMNS)
+            self._arrays.append((allocate(contract.HYPER, "float64"), rates, allocate(contract.COUNTERS, "int64")))
         if index not in self._tables or self._tables[index][0] != rule:
             counted = rule if self._corrected else replace(rule, kind="sgd")
             self._tables[index] = rule, RateTable(self._backend, counted, *self._arrays[index])
         table = self._tables[index][1]
-        table.counters[UPDATE_COUNT] = count
+        table.counters[contract.UPDATE_COUNT] = count
         table.follow(UNIT_RATE, rate, count=count)
         return table
 
@@ -301,7 +290,7 @@ class Programs:
     @property
     def usual(self) -> str:
         """The usual kind of targets of the loss."""
-        return {OWN: OWN, "cross_entropy": self.labels}.get(self.loss.kind, "values")
+        return {contract.OWN: contract.OWN, "cross_entropy": self.labels}.get(self.loss.kind, "values")
 
     def batch(self, x: Any, targets: Sequence[Any], returns: bool) -> BatchCopy:
         """Check a batch of a new shape, and return the object that copies it."""
@@ -360,7 +349,7 @@ class Programs:
 
     def input(self, capacity: int, kind: str) -> Any:
         """Return the array that programs of ``capacity`` rows read as x ("x"), or as targets of a kind but OWN."""
-        if kind == OWN:
+        if kind == contract.OWN:
             return None
         key = (capacity, kind)
         if key not in self._inputs:
