@@ -12,7 +12,7 @@ BUDGETS = {
     "engine/fusemlp/callbacks": 1_300,
     "engine/fusemlp/cli": 3_680,
     "engine/fusemlp/datasets": 3_100,
-    "engine/fusemlp/describe": 3_100,
+    "engine/fusemlp/describe": 3_080,
     "engine/fusemlp/fleet": 1_870,
     "engine/fusemlp/inputs": 1_460,
     "engine/fusemlp/program": 1_800,

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp.describe.conflicts import check_together
-from fusemlp.describe.distributions import GaussianNLL
-from fusemlp.describe.losses import Loss
+from fusemlp.describe.losses import GaussianNLL, Loss
 from fusemlp.describe.metrics import Judged, Metric, MetricLike, as_metrics
 from fusemlp.describe.network import MLP, Activation
 from fusemlp.inputs.arrays import Array
