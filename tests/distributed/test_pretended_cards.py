@@ -24,7 +24,7 @@ from fusemlp import MLP, Adam, ArgumentError, BackendUnavailableError, Distribut
 from fusemlp.program.program import Sharding
 from fusemlp.runtime import backends, programs, ranks, session
 from fusemlp.runtime.backends import open_here
-from fusemlp.runtime.plans import ASKED, chosen_plan, plan_text, shared_plan
+from fusemlp.runtime.plans import ASKED, planned, shared_plan
 from fusemlp.runtime.programs import STEPS_A_GRAPH
 from fusemlp.runtime.ranks import Ranks
 from fusemlp.runtime.shards import LAYERS
@@ -304,11 +304,11 @@ def test_the_plan_of_several_processes_is_said_or_refused():
 
 def test_the_plan_of_cards_is_printed_without_one():
     net, given = MLP([64, 64, 10]), {"batch_size": 64, "backend": "triton", "devices": 4}
-    text = plan_text(net, optimizer="adam", **given)
+    program, chosen = planned(net, optimizer="adam", **given)
+    text = str(program)
     assert [line.split()[1] for line in text.splitlines()[1:-1]][-3:] == ["grad_weight", "all_reduce", "update"]
     # 4 calls of each of a rank's 2 shards, and the update
     assert text.endswith("9 launches")
-    chosen = chosen_plan(net, **given)
     assert chosen is not None and chosen[0] == "graph" and "ordered, 4 ranks" in chosen[1]
     with pytest.raises(BackendUnavailableError, match=r"^devices: the cupy backend trains in one process so far; use"):
-        plan_text(net, **{**given, "backend": "cupy"})
+        planned(net, **{**given, "backend": "cupy"})

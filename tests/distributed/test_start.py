@@ -24,7 +24,7 @@ from fusemlp import (
 )
 from fusemlp.program.program import Sharding
 from fusemlp.runtime import ranks
-from fusemlp.runtime.plans import plan_text
+from fusemlp.runtime.plans import planned
 from fusemlp.runtime.ranks import Ranks
 
 distributed = pytest.importorskip("torch.distributed")
@@ -40,7 +40,8 @@ def test_ordered_sums_are_for_numbers_of_ranks_that_divide_the_shards():
 
 
 def test_the_plan_shows_what_a_rank_receives():
-    text = plan_text(MLP([64, 64, 10]), optimizer=Adam(clip_norm=1.0), batch_size=64, backend="numpy", devices=4)
+    program, _ = planned(MLP([64, 64, 10]), optimizer=Adam(clip_norm=1.0), batch_size=64, backend="numpy", devices=4)
+    text = str(program)
     assert [line.split()[1] for line in text.splitlines()[1:-1]][-2:] == ["all_reduce", "update"]
     # three times 4,810 parameters of 4 bytes, and the statistics
     assert "all_reduce ordered, 4 ranks" in text and "receives 57.9kB by all_reduce from the others" in text

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fusemlp import MLP, SGD, Callback, Cosine, CrossEntropy, Engine, FusemlpError, ParameterOptions, load_checkpoint
-from fusemlp.runtime.plans import plan_text
+from fusemlp.runtime.plans import planned
 from fusemlp_kernels.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -266,7 +266,7 @@ TABLE = [
     (built(backend="numpy", plan="graph"), BackendUnavailableError, r"^plan: .*eager.*, got 'graph'; use plan='auto'"),
     (built(backend="numpy", device="cuda:7"), BackendUnavailableError, r"^device: .*'cpu', got 'cuda:7'"),
     (built(device=0), ArgumentTypeError, r"^device: .*got 0"),
-    (lambda *_: plan_text(NET, backend="tritom"), ArgumentError, r"^backend: .*did you mean 'triton'\?"),
+    (lambda *_: planned(NET, backend="tritom"), ArgumentError, r"^backend: .*did you mean 'triton'\?"),
     # parameters
     (load_own(p0_bias=None), ArgumentError, r"^state: missing keys: 0\.bias; unknown"),
     (load_own(p7_bias=[1.0]), ArgumentError, r"^state: .*unknown keys: 7\.bias"),

@@ -9,7 +9,7 @@ from devices import CUPY_GPU, STAND_IN, marks_of, usable, why_not
 from training_cases import CASES, IN_FLOAT16, check_fit, check_steps, check_steps_in_float16
 
 from fusemlp import DPSGD, FGSM, MLP, SGD, BackendUnavailableError, Engine, Fleet
-from fusemlp.runtime.plans import plan_text
+from fusemlp.runtime.plans import planned
 from make import assert_same, data
 
 X, y = data(29)
@@ -48,7 +48,7 @@ def test_what_has_no_kernels_is_refused_before_anything_changes(device, caplog):
         before = engine.memory.snapshot()
         for argument, what, refused in (
             ("members", "members that share weights", lambda: Engine(members, backend="cupy")),
-            ("members", "members that share weights", lambda: plan_text(members, backend="cupy")),
+            ("members", "members that share weights", lambda: planned(members, backend="cupy")),
             ("privacy", "clipped rows and noise", lambda: Engine(net, privacy=DPSGD(1.0), backend="cupy")),
             ("adversarial", "attacks inside a training step", lambda: engine.fit(X, y, epochs=1, adversarial=attack)),
         ):

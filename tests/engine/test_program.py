@@ -10,7 +10,7 @@ from fusemlp import MLP, SGD, Adam, AdamW, ArgumentError, Engine
 from fusemlp.program.passes.penalty import Penalty
 from fusemlp.program.program import scaled
 from fusemlp.program.verifier import verify
-from fusemlp.runtime.plans import plan_text
+from fusemlp.runtime.plans import planned
 from fusemlp_kernels.contract import COUNTERS, HYPER, RATE_COLUMNS, STATS, Ridge
 
 TUTORIAL = MLP([784, 128, 10])
@@ -139,7 +139,7 @@ def test_a_plan_needs_no_backend(backend, monkeypatch):
     for library in ("triton", "torch", "cupy"):
         # an import of a module that is None in sys.modules raises
         monkeypatch.setitem(sys.modules, library, None)
-    text = plan_text(TUTORIAL, loss="cross_entropy", optimizer="sgd", batch_size=128, backend=backend)
+    text = str(planned(TUTORIAL, loss="cross_entropy", optimizer="sgd", batch_size=128, backend=backend)[0])
     resident = backend == "numpy"
     ends = {"numpy": "4 calls, run as one loop over the steps: 1 launch", "triton": "4 launches", "cupy": "5 launches"}
     assert text.endswith(f"\n{ends[backend]}")
@@ -150,11 +150,11 @@ def test_a_plan_needs_no_backend(backend, monkeypatch):
 def test_the_engine_prints_the_program_of_its_backend():
     options = {"optimizer": SGD(0.1), "batch_size": 8, "backend": "numpy"}
     engine, eager = (Engine(MLP([6, 5, 4]), **options, plan=plan) for plan in ("auto", "eager"))
-    assert str(engine.program) == plan_text(MLP([6, 5, 4]), **options)
+    assert str(engine.program) == str(planned(MLP([6, 5, 4]), **options)[0])
     assert engine.program.resident and len(engine.program.calls) == 4
     assert not eager.program.resident and eager.program.launches == 4
     with pytest.raises(ArgumentError, match="did you mean 'triton'"):
-        plan_text(TUTORIAL, backend="tritn")
+        planned(TUTORIAL, backend="tritn")
 
 
 def test_a_penalty_is_a_call_between_the_gradients_and_the_update():

@@ -15,7 +15,7 @@ from fusemlp import MLP, SGD, AdamW, ArgumentError, Callback, Engine
 from fusemlp.fleet.merge import members
 from fusemlp.report.uncertainty import held_out_logits, scale_logits, temperature_of
 from fusemlp.runtime.forward import combined
-from fusemlp.runtime.plans import plan_text
+from fusemlp.runtime.plans import planned
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import LossSpec
 from fusemlp_kernels.errors import BackendUnavailableError
@@ -305,7 +305,7 @@ def test_a_summary_and_a_plan_name_the_members(capsys):
     assert f"MLP {WIDTH}-6-7-{CLASSES}, {MEMBERS} members" in capsys.readouterr().out
     assert repr(NET).endswith("members=3)") and eval(repr(NET), {"MLP": MLP}) == NET
     for backend in ("numpy", "triton"):
-        text = plan_text(NET, batch_size=8, backend=backend)
+        text = str(planned(NET, batch_size=8, backend=backend)[0])
         assert "affine_members" in text and "24x6x5" in text
 
 

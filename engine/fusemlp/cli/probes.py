@@ -33,7 +33,7 @@ from fusemlp.report.plots import heat_figure, importance_figure, literal, sweep_
 from fusemlp.report.written import csv_bytes
 from fusemlp.runtime.backends import thread_limits
 from fusemlp.runtime.files import write_atomically
-from fusemlp.runtime.plans import chosen_plan, plan_text
+from fusemlp.runtime.plans import planned
 from fusemlp.tables.descriptions import network
 from fusemlp.tables.recipe import BATCH, PLANS, PRECISIONS, ModelRecipe
 from fusemlp_kernels.errors import (
@@ -142,8 +142,8 @@ def plan(options: PlanOptions) -> None:
     names = ("batch_size", "backend", "precision", "devices", "reduce")
     machine: dict[str, Any] = {name: getattr(options, name) for name in names}
     machine["batch_size"] = BATCH if options.batch_size is None else options.batch_size
-    chosen = chosen_plan(net, **machine)
-    print(plan_text(net, loss=options.loss, optimizer=options.optimizer, **machine))
+    program, chosen = planned(net, loss=options.loss, optimizer=options.optimizer, **machine)
+    print(program)
     if chosen is not None:
         print(f"plan {chosen[0]}: {chosen[1]}")
 

@@ -1,4 +1,4 @@
-"""The choice of the plan, how many steps a launch takes, and the step program as text."""
+"""The choice of the plan, how many steps a launch takes, and the step program of a backend that may be absent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.program.layout import parameter_layout
 from fusemlp.program.lowering import lower_training
 from fusemlp.program.passes.ranks import sums_over
-from fusemlp.program.program import ALONE, ORDERED, Sharding
+from fusemlp.program.program import ALONE, ORDERED, Program, Sharding
 from fusemlp.program.step import Inputs
 from fusemlp.runtime.backends import TRAITS, availability
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES
@@ -134,35 +134,7 @@ def _traits(net: MLP, backend: str, precision: str) -> Traits:
     return traits
 
 
-def _sharding(net: MLP, traits: Traits, devices: int | None, reduce: str) -> Sharding:
-    if devices is None:
-        return ALONE
-    check_together({**net.uses, "ranks": "devices", traits.name: True})
-    return Sharding(reduce, as_count("devices", devices)).check()
-
-
-def chosen_plan(
-    net: MLP,
-    *,
-    batch_size: int = 32,
-    backend: str = "auto",
-    precision: str = "fp32",
-    devices: int | None = None,
-    reduce: str = ORDERED,
-) -> tuple[str, str] | None:
-    """Return the plan that ``plan="auto"`` means in ``fit``, and why; None if it does not depend on the network.
-
-    Raises what ``plan_text`` does for the same arguments.
-    """
-    traits = _traits(net, backend, precision)
-    sharding = _sharding(net, traits, devices, reduce)
-    if traits.resident is None:
-        return None
-    alone = choose_plan("auto", traits, net, batch_size, precision)
-    return shared_plan(alone, traits, sharding) if sharding else alone
-
-
-def plan_text(
+def planned(
     net: MLP,
     *,
     loss: str | Loss = "cross_entropy",
@@ -172,37 +144,42 @@ def plan_text(
     precision: str = "fp32",
     devices: int | None = None,
     reduce: str = ORDERED,
-) -> str:
-    """The step program that ``fit`` runs on a backend that need not be installed, under ``plan="auto"``, as text;
-    with ``devices`` that of one of this many processes which train together.
+) -> tuple[Program, tuple[str, str] | None]:
+    """Return the step program that ``fit`` runs on a backend that need not be installed, under ``plan="auto"``.
+
+    With ``devices`` it is that of one of this many processes which train together. The second is the plan and why, None
+    if it does not depend on the network.
 
     Raises ArgumentError or ArgumentTypeError for impossible values, BackendUnavailableError for ``devices`` of a
     backend that trains in one process.
     """
-    traits = _traits(net, backend, precision)
-    sharding = _sharding(net, traits, devices, reduce)
+    traits, sharding = _traits(net, backend, precision), ALONE
+    if devices is not None:
+        check_together({**net.uses, "ranks": "devices", traits.name: True})
+        sharding = Sharding(reduce, as_count("devices", devices)).check()
     chosen_loss, chosen_optimizer = as_loss(loss), as_optimizer(optimizer)
     check_together({**chosen_loss.uses, traits.name: True})
     chosen_loss.check_network(net)
     chosen_optimizer.check_network(net)
     real_bytes = REAL_BYTES.get(precision, 4)
-    batch_size = sharding.rows(as_count("batch_size", batch_size, minimum=1))
-    alone, _ = choose_plan("auto", traits, net, batch_size, precision)
+    rows = sharding.rows(as_count("batch_size", batch_size, minimum=1))
+    alone = choose_plan("auto", traits, net, batch_size, precision)
     program = lower_training(
         net,
         chosen_loss.spec(accuracy=chosen_loss.is_classification),
         chosen_optimizer.rule(),
         chosen_optimizer.options_for,
-        batch_size,
+        rows,
         traits,
         parameter_layout(net, row_multiple=traits.row_multiple, item_bytes=real_bytes),
-        Inputs(batch_size, indexed=True, class_weighted=chosen_loss.class_weight is not None),
+        Inputs(rows, indexed=True, class_weighted=chosen_loss.class_weight is not None),
         seed=0,
         real_bytes=real_bytes,
         compute_bytes=COMPUTE_BYTES.get(precision),
         scaled=precision == "fp16",
         most_parts=MOST_PARTS,
-        resident=alone == "resident" and (traits.on_host or not sharding),
+        resident=alone[0] == "resident" and (traits.on_host or not sharding),
         passes=sums_over(sharding),
     )
-    return str(program)
+    shared = shared_plan(alone, traits, sharding) if sharding else alone
+    return program, None if traits.resident is None else shared
