@@ -54,14 +54,15 @@ class CallPlace:
 def bound_step(engine: Engine, case: Case) -> BoundProgram:
     """Return the eager step of an engine, bound to the case's data and rows as in ``fit``."""
     from fusemlp.program.step import Inputs
-    from fusemlp.runtime.steps import bind
+    from fusemlp.runtime.steps import TrainingStep, bind
 
     data = make_data(case)
     backend = engine.memory.backend
     given: dict[str, Any] = {"x": backend.from_host(data.X, "compute"), "target": backend.from_host(data.y)}
     given["rows"] = backend.allocate(case.rows, "int64")
     rule = engine.optimizer.rule()
-    bound = bind(engine, Inputs(case.rows, indexed=True), engine.loss.spec(accuracy=True), rule, case.batch_size, given)
+    inputs, spec = Inputs(case.rows, indexed=True), engine.loss.spec(accuracy=True)
+    bound = bind(engine, TrainingStep(inputs, spec, rule, case.batch_size), given)
     engine.rates.follow(engine.optimizer.schedule.over(None))
     bound.set_rows(data.order, 0, case.batch_size)
     return bound

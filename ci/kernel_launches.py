@@ -16,7 +16,7 @@ import torch
 
 from fusemlp import MLP, SGD, Adam, Engine
 from fusemlp.program.step import Inputs
-from fusemlp.runtime.steps import bind
+from fusemlp.runtime.steps import TrainingStep, bind
 from fusemlp_kernels.triton import backend, configs
 from fusemlp_kernels.triton.launch import TritonDevice
 
@@ -129,7 +129,8 @@ def launches_of(goal: Goal) -> tuple[Recorded, ...]:
                 "target": engine.memory.backend.from_host(target),
             }
             inputs = Inputs(goal.batch_size, indexed=True)
-            bind(engine, inputs, engine.loss.spec(accuracy=False), engine.optimizer.rule(), goal.batch_size, arrays)
+            spec, rule = engine.loss.spec(accuracy=False), engine.optimizer.rule()
+            bind(engine, TrainingStep(inputs, spec, rule, goal.batch_size), arrays)
     # the operands' memory is not needed
     return tuple(dataclasses.replace(one, arguments=_numbers(one)) for one in found)
 

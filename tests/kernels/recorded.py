@@ -12,7 +12,7 @@ import numpy as np
 
 from fusemlp import DPSGD, MLP, PGD, SGD, Adam, CrossEntropy, Engine, Residual
 from fusemlp.program.step import Inputs
-from fusemlp.runtime.steps import bind
+from fusemlp.runtime.steps import TrainingStep, bind
 from fusemlp_kernels.triton import configs
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -57,7 +57,8 @@ def launches(target, precision):
                 name: engine.memory.backend.from_host(array, {"x": "compute"}.get(name)) for name, array in data.items()
             }
             inputs = Inputs(20, indexed=True)
-            bind(engine, inputs, engine.loss.spec(accuracy=True), engine.optimizer.rule(), 20, arrays).run()
+            training = TrainingStep(inputs, engine.loss.spec(accuracy=True), engine.optimizer.rule(), 20)
+            bind(engine, training, arrays).run()
     return found
 
 

@@ -22,7 +22,7 @@ from fusemlp.runtime.backends import one_thread
 from fusemlp.runtime.memory import Memory, new_arenas, on_device
 from fusemlp.runtime.plans import choose_plan, resident_chunk, shares_launches
 from fusemlp.runtime.programs import walk_rows
-from fusemlp.runtime.steps import lower
+from fusemlp.runtime.steps import TrainingStep, lower
 from fusemlp.training.loop import EpochLoop
 from fusemlp.training.validation import FitPolicy
 from fusemlp_kernels.contract import RATE_COLUMNS, STATS, step_flops
@@ -192,7 +192,7 @@ def train_together(
 
 def _resident_program(loop: EpochLoop[FitPolicy], inputs: Inputs) -> Program:
     engine, policy = loop.engine, loop.policy
-    return lower(engine, inputs, policy.spec, policy.rule, engine.batch_size, resident=True)
+    return lower(engine, TrainingStep(inputs, policy.spec, policy.rule, engine.batch_size, resident=True))
 
 
 def train_groups(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,96 +28,80 @@ if TYPE_CHECKING:
     from fusemlp.runtime.session import Session
 
 
+@dataclass(frozen=True)
+class TrainingStep:
+    """A training step beside its engine: its data, loss and rule, in batches of ``batch_size`` rows.
+
+    ``resident``: the step of a loop over steps. ``passes`` change the program before those of the engine. With
+    ``keep_gradients`` the last of its calls is ``update`` alone, and the one before it leaves the gradients in the
+    engine's memory.
+    """
+
+    inputs: Inputs
+    spec: LossSpec
+    rule: UpdateRule
+    batch_size: int
+    resident: bool = False
+    passes: tuple[Pass, ...] = ()
+    keep_gradients: bool = False
+
+
 def program_of_fit(engine: Session, passes: tuple[Pass, ...] = (), *, resident: bool) -> Program:
     """Return the program of a training step in ``fit``."""
-    return lower(
-        engine,
-        Inputs(engine.batch_size, indexed=True),
-        engine.loss.spec(accuracy=engine.loss.is_classification),
-        engine.optimizer.rule(),
-        engine.batch_size,
-        resident=resident,
-        passes=passes,
-    )
+    spec = engine.loss.spec(accuracy=engine.loss.is_classification)
+    inputs, size = Inputs(engine.batch_size, indexed=True), engine.batch_size
+    return lower(engine, TrainingStep(inputs, spec, engine.optimizer.rule(), size, resident, passes))
 
 
-def lower(
-    engine: Session,
-    inputs: Inputs,
-    spec: LossSpec,
-    rule: UpdateRule,
-    batch_size: int,
-    *,
-    keep_gradients: bool = False,
-    resident: bool = False,
-    passes: tuple[Pass, ...] = (),
-) -> Program:
-    """The program of a training step, or with ``resident`` of a loop over steps; with the loss's class weights.
-
-    With ``keep_gradients`` the last of its calls is ``update`` alone, and the one before it leaves the gradients in the
-    engine's memory. ``passes`` change the program before those of the engine.
-    """
-    if engine.class_weight is not None:
-        inputs = replace(inputs, class_weighted=True)
+def lower(engine: Session, training: TrainingStep) -> Program:
+    """Return the program of a training step, or of a loop over steps, with the loss's class weights."""
+    weighted, memory = engine.class_weight is not None, engine.memory
     return lower_training(
         engine.network,
-        spec,
-        rule,
+        training.spec,
+        training.rule,
         engine.optimizer.options_for,
-        engine.sharding.rows(batch_size),
-        engine.memory.backend.traits,
-        engine.memory.layout,
-        inputs,
+        engine.sharding.rows(training.batch_size),
+        memory.backend.traits,
+        memory.layout,
+        replace(training.inputs, class_weighted=True) if weighted else training.inputs,
         seed=engine.seed,
-        real_bytes=engine.memory.real_bytes,
-        compute_bytes=engine.memory.compute_bytes,
+        real_bytes=memory.real_bytes,
+        compute_bytes=memory.compute_bytes,
         scaled=engine.precision == "fp16",
-        most_parts=engine.memory.gradient_parts,
-        keep_gradients=keep_gradients,
-        resident=resident,
-        passes=(*passes, *engine.passes),
+        most_parts=memory.gradient_parts,
+        keep_gradients=training.keep_gradients,
+        resident=training.resident,
+        passes=(*training.passes, *engine.passes),
     )
 
 
 def bind(
-    engine: Session,
-    inputs: Inputs,
-    spec: LossSpec,
-    rule: UpdateRule,
-    batch_size: int,
-    data: Mapping[str, Any],
-    *,
-    resident_batches: int | None = None,
-    epochs: int = 1,
-    passes: tuple[Pass, ...] = (),
-    **options: Any,
+    engine: Session, training: TrainingStep, data: Mapping[str, Any], *, batches: int = 1, epochs: int = 1
 ) -> BoundProgram:
-    """A training step bound to the engine's memory and to the arrays in ``data`` (x, target, weight).
+    """Return a training step bound to the engine's memory and to the arrays in ``data`` (x, target, weight).
 
-    With ``resident_batches`` the steps run in one loop, over rows of ``epochs`` epochs of this many batches, or over
-    the data as the batch. ``options`` are those of ``lower``.
+    There is room for the rows of ``epochs`` epochs of this many ``batches``, unless ``data`` has them.
 
     Raises ArgumentError for an optimizer with another state than the one that the engine was made with.
     """
-    if rule.states != engine.state_names:
-        kept = [", ".join(states) or "no state" for states in (rule.states, engine.state_names)]
+    if training.rule.states != engine.state_names:
+        kept = [", ".join(states) or "no state" for states in (training.rule.states, engine.state_names)]
         raise ArgumentError(
             f"optimizer: it keeps {kept[0]}, and the engine was made for one that keeps {kept[1]}; make a new "
             "engine, and give it the weights by load_state_dict"
         )
-    engine.take_rule(rule)
-    arrays = dict(data)
+    engine.take_rule(training.rule)
+    arrays, backend = dict(data), engine.memory.backend
     if engine.class_weight is not None:
         arrays["class_weight"] = engine.class_weight
-    resident = resident_batches is not None
-    if resident_batches is not None:
-        allocate = engine.memory.backend.allocate
-        if inputs.indexed and "rows" not in arrays:
-            arrays["rows"] = allocate(epochs * resident_batches * batch_size * engine.network.members, "int64")
-        if epochs > 1:
-            epoch_stats = allocate(epochs * contract.STATS, "float64")
-            arrays["epoch_stats"] = engine.memory.backend.view(epoch_stats, 0, (epochs, contract.STATS), contract.STATS)
-    program = lower(engine, inputs, spec, rule, batch_size, resident=resident, passes=passes, **options)
+    if training.inputs.indexed and "rows" not in arrays:
+        count = epochs * batches * training.batch_size * engine.network.members
+        arrays["rows"] = backend.allocate(count, "int64")
+    if training.resident and epochs > 1:
+        epoch_stats = backend.allocate(epochs * contract.STATS, "float64")
+        arrays["epoch_stats"] = backend.view(epoch_stats, 0, (epochs, contract.STATS), contract.STATS)
+    program = lower(engine, training)
     if program.calls_back:
         arrays["function"] = caller_of(engine.inputs)
     if "unit" in program.values:
@@ -124,42 +109,19 @@ def bind(
     if isinstance(engine.ranks, Ranks):
         return ShardedProgram(program, engine.memory, engine.programs.workspace, arrays, engine.ranks, plan=engine.plan)
     plan = engine.plan
-    if passes and plan == "resident" and not resident:
+    if training.passes and plan == "resident" and not training.resident:
         # a step against attacks is many launches
-        plan = engine.memory.backend.traits.plans[-2]
+        plan = backend.traits.plans[-2]
     return BoundProgram(program, engine.memory, engine.programs.workspace, arrays, plan=plan)
 
 
 def bind_fit(
-    engine: Session,
-    inputs: Inputs,
-    spec: LossSpec,
-    rule: UpdateRule,
-    batch_size: int,
-    data: Mapping[str, Any],
-    *,
-    batches: int,
-    epochs: int,
-    resident: bool,
-    passes: tuple[Pass, ...],
-    keep_gradients: bool = False,
+    engine: Session, training: TrainingStep, data: Mapping[str, Any], *, batches: int, epochs: int
 ) -> BoundProgram:
-    """The steps of a fit on ``data``, with room for the rows of ``epochs`` epochs of ``batches`` batches."""
-
-    def bound(there: Mapping[str, Any]) -> BoundProgram:
-        rows = engine.memory.backend.allocate(epochs * batches * batch_size * engine.network.members, "int64")
-        return bind(
-            engine,
-            *(inputs, spec, rule, batch_size, {**there, "rows": rows}),
-            resident_batches=batches if resident else None,
-            epochs=epochs,
-            passes=passes,
-            keep_gradients=keep_gradients,
-        )
-
-    engine.take_rule(rule)
-    arguments = (inputs, spec, rule, batch_size, batches, epochs, resident, passes, keep_gradients)
-    key = (arguments, engine.optimizer, engine.seed, engine.passes)
+    """Return the steps of a fit as ``bind`` does, or the program of the last fit."""
+    engine.take_rule(training.rule)
+    key = (training, batches, epochs, engine.optimizer, engine.seed, engine.passes)
+    bound = partial(bind, engine, training, batches=batches, epochs=epochs)
     return engine.programs.again(key, data, bound, engine.ranks)
 
 
@@ -168,14 +130,14 @@ def bind_staged(
 ) -> BoundProgram:
     """Return a training step with a batch of its own, up to ``rows`` rows, for ``run_staged``."""
     # on a GPU the resident kernel is for many steps
-    batches = 1 if engine.plan == "resident" and engine.memory.backend.traits.on_host else None
+    resident = engine.plan == "resident" and engine.memory.backend.traits.on_host
     members, data = engine.network.members, dict[str, Any]()
     # a rank picks the rows of its shards
     picks = members > 1 or engine.ranks.together
     if picks:
         data["rows"] = member_rows(engine.memory.backend, rows, members)
     inputs = Inputs(rows, indexed=picks, weighted=weighted, coding=coding)
-    return bind(engine, inputs, spec, engine.optimizer.rule(), rows, data, resident_batches=batches)
+    return bind(engine, TrainingStep(inputs, spec, engine.optimizer.rule(), rows, resident), data)
 
 
 # Steps between two checks of the loss scaling in ``step``: a check waits for the device.

@@ -25,7 +25,7 @@ from fusemlp.program.step import Inputs, Pass
 from fusemlp.runtime.forward import Evaluation, ForwardPass
 from fusemlp.runtime.memory import on_device
 from fusemlp.runtime.programs import BoundProgram
-from fusemlp.runtime.steps import bind, lower
+from fusemlp.runtime.steps import TrainingStep, bind, lower
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import Objective
 from fusemlp.training.intervals import add_worst_case
@@ -129,17 +129,18 @@ class ResidentBatches(EstimatorBatches):
         if self.weight is not None:
             self.data["weight"] = self.weight.astype(self.model.dtype, copy=False)
         self.passes = (*self.passes, Penalty(Ridge(self.alpha, 1.0 / self.objective.factor)))
-        self._described = self.model.loop_loss, self.model.rule, self.batch_size
         if alone:
             engine, weighted = self.model.engine, self.weight is not None
             inputs = Inputs(self.n, indexed=True, weighted=weighted, coding=self.coding)
             arrays = on_device(engine.memory.backend, self.data)
-            loop: dict[str, Any] = {"resident_batches": len(self.starts), "epochs": at_once, "passes": self.passes}
-            self.steps = bind(engine, inputs, *self._described, arrays, **loop)
+            self.steps = bind(engine, self._loop(inputs), arrays, batches=len(self.starts), epochs=at_once)
 
     def program(self, inputs: Inputs) -> Program:
         """Return the program of a loop over the steps, for a launch of several models."""
-        return lower(self.model.engine, inputs, *self._described, resident=True, passes=self.passes)
+        return lower(self.model.engine, self._loop(inputs))
+
+    def _loop(self, inputs: Inputs) -> TrainingStep:
+        return TrainingStep(inputs, self.model.loop_loss, self.model.rule, self.batch_size, True, self.passes)
 
     def _sums(self, stats: Array) -> tuple[float, float]:
         return stats[BATCH_LOSSES], stats[PENALTIES]
@@ -175,8 +176,8 @@ class CalledBatches(EstimatorBatches):
             bound = model.staged[1]
         else:
             operands = {} if keep else on_device(engine.memory.backend, arrays)
-            loop = engine.loss.spec(accuracy=False), model.rule, self.batch_size, operands
-            bound = bind(engine, inputs, *loop, keep_gradients=True, passes=self.passes)
+            described = inputs, engine.loss.spec(accuracy=False), model.rule, self.batch_size
+            bound = bind(engine, TrainingStep(*described, passes=self.passes, keep_gradients=True), operands)
         if keep:
             model.staged = key, bound
             for name, array in arrays.items():

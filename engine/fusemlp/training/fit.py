@@ -13,7 +13,7 @@ from fusemlp.describe.conflicts import check_together
 from fusemlp.inputs.columns import coding_of
 from fusemlp.program.passes.attack import passes_against
 from fusemlp.program.step import Inputs
-from fusemlp.runtime.steps import bind_fit
+from fusemlp.runtime.steps import TrainingStep, bind_fit
 from fusemlp.training.data import FitData, Stream, fit_data, order_of
 from fusemlp.training.history import History
 from fusemlp.training.intervals import add_worst_case
@@ -126,19 +126,11 @@ def fit_loop(
     if data.batches is not None:
         bound = Stream(engine, data, data.batches)
     elif not together:
-        bound = bind_fit(
-            engine,
-            Inputs(len(train.X), indexed=True, weighted=train.weight is not None, coding=coding),
-            policy.spec,
-            policy.rule,
-            size,
-            train.arrays,
-            batches=batches,
-            epochs=at_once,
-            resident=resident,
-            passes=passes,
-            keep_gradients=adversary.ramps,
+        inputs = Inputs(len(train.X), indexed=True, weighted=train.weight is not None, coding=coding)
+        training = TrainingStep(
+            inputs, policy.spec, policy.rule, size, resident, passes, keep_gradients=adversary.ramps
         )
+        bound = bind_fit(engine, training, train.arrays, batches=batches, epochs=at_once)
         add_worst_case(engine, bound, adversary, first=begun, updates=state.total_updates - begun)
     return EpochLoop(engine, bound, policy, state, size * members, batches, at_once, plan.callbacks)
 
