@@ -183,7 +183,7 @@ class Single:
         return np.array(values, np.float64)
 
     def check_same(self, things: Mapping[str, Any]) -> None:
-        """Raise DistributedError on every rank unless these things are alike on all; names are for the message."""
+        """Raise DistributedError on every rank, naming the thing, unless arrays, or others' texts, are alike."""
 
     def marks(self, parameters: Any) -> list[Any]:
         """Return arrays for ``check_equal``, where the parameters lie."""
@@ -292,7 +292,6 @@ class Ranks(Single):
             raise DistributedError(f"distributed: NCCL does not start on {device} ({error})") from error
 
     def uncaptured(self) -> str | None:
-        """Return why collectives on cards cannot be part of a graph; None if they can."""
         # NCCL 2.9.6 is the first that can; torch brings a later one
         return "RCCL's collectives are started one by one" if self._torch.version.hip else None
 
@@ -361,13 +360,11 @@ class Ranks(Single):
         self._collective(run)
 
     def any(self, *flags: bool) -> list[bool]:
-        """Return for each flag whether it is set on a rank."""
         counts = np.array(flags, np.int64)
         self.add(counts)
         return [bool(count) for count in counts]
 
     def of_first(self, values: Sequence[float]) -> Array:
-        """Return the values that rank 0 has, float64."""
         found = np.array(values, np.float64)
         self._collective(lambda: self._dist.broadcast(self._tensor(found), src=0, group=self._group))
         return found
@@ -383,10 +380,6 @@ class Ranks(Single):
         return [bytes(row[:size]).decode() for row, (size,) in zip(found, sizes, strict=True)]
 
     def check_same(self, things: Mapping[str, Any]) -> None:
-        """Raise DistributedError, on every rank and naming the thing, if a rank has another than rank 0.
-
-        ``things`` are arrays and what has a text.
-        """
         marks = {name: _mark(thing) for name, thing in things.items()}
         all_marks = [json.loads(text) for text in self.texts(json.dumps(marks))]
         first = all_marks[0]
@@ -408,7 +401,6 @@ class Ranks(Single):
         return [some.sum() & ((1 << 52) - 1) for some in (bits, bits[::2])]
 
     def check_equal(self, mark: Sequence[Array]) -> None:
-        """Raise DistributedError on every rank if one has computed other parameters than rank 0; see ``mark_of``."""
         own = np.concatenate(mark)
         found = np.empty((self.world, len(own)))
         self.all_gather(found, own)

@@ -87,13 +87,7 @@ class Session:
         reduce: str = ORDERED,
         timeout: float = TIMEOUT,
     ) -> None:
-        self.network = as_network("net", net)
-        self.loss = as_loss(loss)
-        self.optimizer = as_optimizer(optimizer)
-        self.batch_size = as_count("batch_size", batch_size, minimum=1)
-        self.seed = as_count("seed", seed, minimum=0)
-        self.loss.check_network(net)
-        self.optimizer.check_network(net)
+        self._describe(as_network("net", net), as_loss(loss), as_optimizer(optimizer), batch_size, seed)
         self.ledger = Ledger.of(as_privacy(privacy), self.batch_size)
         self.normalise = as_normalise(normalise, self.network.sizes[0])
         check_together(in_use(privacy=self.privacy, **{"measured rows": normalise is True}))
@@ -103,6 +97,12 @@ class Session:
         self.join(distributed, reduce, timeout)
         drawn = net.initial_parameters(self.seed)
         self.memory.write(checked_state(net.parameter_shapes(), drawn, self.inputs.real))
+
+    def _describe(self, network: MLP, loss: Loss, optimizer: Optimizer, batch_size: int, seed: int) -> None:
+        self.network, self.loss, self.optimizer = network, loss, optimizer
+        self.batch_size, self.seed = as_count("batch_size", batch_size), as_count("seed", seed, minimum=0)
+        loss.check_network(network)
+        optimizer.check_network(network)
 
     def like(self, kind: type[Made], **changes: Any) -> Made:
         """Return a new ``kind`` of session with the network, loss, optimizer, batch size, seed and machine of this one.
@@ -128,13 +128,9 @@ class Session:
 
     def describe_from(self, config: Mapping[str, Any]) -> None:
         """Take a ``description``; what is left to do for a session whose constructor has not run is ``start``."""
-        self.network = MLP.from_config(config["network"])
-        self.loss = loss_from_config(config["loss"])
-        self.optimizer = optimizer_from_config(config["optimizer"])
-        self.loss.check_network(self.network)
-        self.optimizer.check_network(self.network)
-        self.batch_size = as_count("batch_size", config["batch_size"], minimum=1)
-        self.seed = as_count("seed", config["seed"], minimum=0)
+        network, loss = MLP.from_config(config["network"]), loss_from_config(config["loss"])
+        optimizer = optimizer_from_config(config["optimizer"])
+        self._describe(network, loss, optimizer, config["batch_size"], config["seed"])
         self.precision = check_choice("precision", config["precision"], PRECISIONS)
         # older files do not have them
         self.normalise = stored("normalise", config.get("normalise"), bool | None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from fusemlp.inputs.arrays import Array
 from fusemlp.program.program import ORDERED, Call, Program, Sharding, resolve
-from fusemlp.runtime.memory import Memory, Workspace
+from fusemlp.runtime.memory import Memory
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.ranks import Ranks, tree_sum
 from fusemlp_kernels import contract
@@ -44,22 +44,14 @@ class _Messages:
 class ShardedProgram(BoundProgram):
     """A step of this rank and the others: the calls before the collective for its shards, then the update.
 
-    ``counters`` and ``rows`` are those of whole batches, alike on all ranks. So is the memory after a step. On the host
-    the calls of all shards are one launch; on a device each shard has its own.
+    The arguments after ``ranks`` are those of ``BoundProgram``. ``counters`` and ``rows`` are those of whole batches,
+    alike on all ranks. So is the memory after a step. On the host the calls of all shards are one launch; on a device
+    each shard has its own.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        memory: Memory,
-        workspace: Workspace,
-        data: Mapping[str, Any],
-        ranks: Ranks,
-        *,
-        plan: str,
-    ) -> None:
+    def __init__(self, ranks: Ranks, program: Program, *placed: Any, plan: str) -> None:
         self._ranks, self._sharding = ranks, program.sharding
-        super().__init__(program, memory, workspace, data, plan=plan)
+        super().__init__(program, *placed, plan=plan)
         if self._resident:
             self.chunk = max(1, self.chunk // self._sharding.own)
         ranks.programs.add(self)

@@ -106,13 +106,13 @@ def bind(
         arrays["function"] = caller_of(engine.inputs)
     if "unit" in program.values:
         arrays["unit"] = np.eye(engine.network.sizes[-1], dtype=engine.inputs.real)
+    placed, plan = (program, engine.memory, engine.programs.workspace, arrays), engine.plan
     if isinstance(engine.ranks, Ranks):
-        return ShardedProgram(program, engine.memory, engine.programs.workspace, arrays, engine.ranks, plan=engine.plan)
-    plan = engine.plan
+        return ShardedProgram(engine.ranks, *placed, plan=plan)
     if training.passes and plan == "resident" and not training.resident:
         # a step against attacks is many launches
         plan = backend.traits.plans[-2]
-    return BoundProgram(program, engine.memory, engine.programs.workspace, arrays, plan=plan)
+    return BoundProgram(*placed, plan=plan)
 
 
 def bind_fit(
