@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from contextlib import AbstractContextManager
 
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.ranks import own_card
+from fusemlp_kernels import registry
 from fusemlp_kernels.contract import Backend
 from fusemlp_kernels.errors import BackendUnavailableError
+from fusemlp_kernels.numpy import launches
 from fusemlp_kernels.philox import row_order as shuffled_rows
-from fusemlp_kernels.registry import TRAITS, availability
-from fusemlp_kernels.registry import backend as open_backend
-from fusemlp_kernels.registry import choose as first_available
 
-__all__ = [
-    "TRAITS",
-    "availability",
-    "cpu_threads",
-    "first_available",
-    "one_thread",
-    "open_backend",
-    "open_here",
-    "row_order",
-    "thread_limits",
-    "torch_backend",
-]
-
+TRAITS, availability = registry.TRAITS, registry.availability
+open_backend, first_available = registry.backend, registry.choose
+# The threads that the calling thread may use on the CPU now; the limits by name, whose least they are; and a context in
+# which launches of the calling thread on the numpy backend have no other threads.
+cpu_threads, thread_limits, one_thread = launches.threads, launches.limits, launches.one_thread
 
 # of all backends
 PRECISIONS = {precision for traits in TRAITS.values() for precision in traits.precisions}
@@ -52,31 +42,8 @@ def torch_backend(device_type: str) -> str:
     return "numpy" if device_type == "cpu" else "triton"
 
 
-def cpu_threads() -> int:
-    """Return how many threads the calling thread may use on the CPU now: ``fusemlp_kernels.numpy.launches``."""
-    from fusemlp_kernels.numpy.launches import threads
-
-    return threads()
-
-
-def thread_limits() -> dict[str, int]:
-    """Return the limits by name whose least is ``cpu_threads()``."""
-    from fusemlp_kernels.numpy.launches import limits
-
-    return limits()
-
-
-def one_thread() -> AbstractContextManager[None]:
-    """While it lasts, launches of the calling thread on the numpy backend have no other threads."""
-    from fusemlp_kernels.numpy.launches import one_thread as only
-
-    return only()
-
-
 def row_order(backend_name: str, plan: str, n: int, seed: int, epoch: int) -> Array:
     """The order of the rows in an epoch, (n,) int64: the same for all, and compiled where numba compiles the plan."""
     if backend_name == "numpy" and plan == "resident":
-        from fusemlp_kernels.numpy.launches import row_order as compiled
-
-        return compiled(n, seed, epoch)
+        return launches.row_order(n, seed, epoch)
     return shuffled_rows(n, seed, epoch)
