@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from fusemlp.describe.network import MLP
 from fusemlp.inputs.arrays import Array
 from fusemlp.program import layout
-from fusemlp_kernels.contract import COUNTERS, HYPER, RATE_COLUMNS, STATS, Backend
+from fusemlp_kernels.contract import COUNTERS, HYPER, RATE_COLUMNS, STATS, Backend, UpdateRule
 
 # Bytes of an element of the parameters, where they are not four.
 REAL_BYTES = {"fp64": 8}
@@ -62,36 +62,34 @@ class Account(NamedTuple):
 class Memory:
     """The memory between steps: parameters, gradients, optimizer state, counters, all on the device.
 
-    ``average`` is the number of the state that predictions read in place of the parameters, or None.
-    ``item_bytes``: bytes of a parameter; ``compute_bytes``: of what the matrix products read, where that is another
-    type. ``arenas``: its arrays, those of ``new_arenas`` by default. ``coded``: the weights of the first layer lie as
-    codes read them.
+    ``rule`` says which state the optimizer has; without one there are parameters alone. ``arenas``: its arrays, those
+    of ``new_arenas`` by default. ``coded``: the weights of the first layer lie as codes read them.
     """
 
     def __init__(
         self,
         net: MLP,
         backend: Backend,
-        state_count: int,
+        precision: str,
+        rule: UpdateRule | None = None,
         *,
-        item_bytes: int,
-        compute_bytes: int | None = None,
         gradient_parts: int = 1,
         arenas: Mapping[str, Any] | None = None,
-        average: int | None = None,
         coded: bool = False,
     ) -> None:
-        self.backend, self.coded = backend, coded
+        self.backend, self.precision, self.coded = backend, precision, coded
+        state_count, average = (0, None) if rule is None else (rule.state_count, rule.average)
         # the suffix of what predictions read: of the parameters, or of their average
         self.evaluated = "" if average is None else f".state{average}"
-        self.real_bytes, self.compute_bytes = item_bytes, compute_bytes
+        # bytes of a parameter, and of what the matrix products read, where that is another type
+        self.real_bytes, self.compute_bytes = REAL_BYTES.get(precision, 4), COMPUTE_BYTES.get(precision)
         # the parameters' names, by their short ones
         self.names = layout.short_names(net)
         # whether gradients outlive a step
         self.accumulates = False
-        mixed = compute_bytes is not None
+        mixed = self.compute_bytes is not None
         multiple = backend.traits.row_multiple
-        self.layout = layout.parameter_layout(net, row_multiple=multiple, item_bytes=item_bytes, coded=coded)
+        self.layout = layout.parameter_layout(net, row_multiple=multiple, item_bytes=self.real_bytes, coded=coded)
         # the parts of a batch have their gradients behind one another
         self.gradient_parts = gradient_parts
         size, rounded = self.layout.size, ["shadow"] if mixed else []
@@ -148,8 +146,7 @@ class Memory:
 
     def of_parameters(self, net: MLP) -> Memory:
         """Return memory for parameters alone, which lie as they do here."""
-        sizes = self.real_bytes, self.compute_bytes
-        return Memory(net, self.backend, 0, item_bytes=sizes[0], compute_bytes=sizes[1], coded=self.coded)
+        return Memory(net, self.backend, self.precision, coded=self.coded)
 
     def take(self, memory: Memory) -> None:
         """Take over all that a step changes of the memory of an equal network, whose weights may lie in another way."""

@@ -25,7 +25,7 @@ from fusemlp.program.step import Pass
 from fusemlp.runtime.backends import PRECISIONS, first_available, open_here
 from fusemlp.runtime.inference import Inference
 from fusemlp.runtime.ledger import Ledger
-from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES, Memory
+from fusemlp.runtime.memory import REAL_BYTES, Memory
 from fusemlp.runtime.plans import ASKED, choose_plan, shared_plan
 from fusemlp.runtime.programs import KeptPrograms
 from fusemlp.runtime.ranks import TIMEOUT, Single, check_nccl, joined, versions
@@ -250,12 +250,10 @@ class Session:
         self._memory = memory = Memory(
             self.network,
             backend,
-            rule.state_count,
-            item_bytes=self.inputs.real.itemsize,
-            compute_bytes=COMPUTE_BYTES.get(self.precision),
+            self.precision,
+            rule,
             gradient_parts=batch_parts(backend.traits, rows or self.batch_size, self.network.parameter_count),
             arenas=arenas,
-            average=rule.average,
             coded=self.coded,
         )
         self._rates = self._rate_table(rule)

@@ -86,8 +86,9 @@ class FusedStep:
         self._seed = None if seed is None else as_count("seed", seed, minimum=0)
         opened = _open(reading, backend, precision)
         self.backend = opened.traits.name
-        state_count = self._most_states = max(rule.state_count for rule, _ in rules)
-        memory = Memory(reading.network, opened, state_count, item_bytes=reading.dtype.itemsize)
+        largest = max((rule for rule, _ in rules), key=lambda rule: rule.state_count)
+        self._most_states = largest.state_count
+        memory = Memory(reading.network, opened, "fp64" if reading.dtype == torch.float64 else "fp32", largest)
         self._memory = memory
         self._tie = Tie(reading, optimizer, self._kind, memory)
         self._tie.check_state(trained)
