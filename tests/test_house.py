@@ -17,7 +17,7 @@ BUDGETS = {
     "engine/fusemlp/inputs": 1_460,
     "engine/fusemlp/program": 1_800,
     "engine/fusemlp/report": 3_010,
-    "engine/fusemlp/runtime": 3_940,
+    "engine/fusemlp/runtime": 3_880,
     "engine/fusemlp/sklearn": 2_950,
     "engine/fusemlp/tables": 2_050,
     "engine/fusemlp/torch": 2_700,

@@ -330,7 +330,7 @@ class Engine(Trainer):
         and huber count as classes. metrics: of ``fusemlp.describe.metrics.METRICS``, such as ["auc", "f1"], which weigh
         rows by ``sample_weight``, and functions as in ``fit``.
         """
-        return self.inference.evaluate(X, y, sample_weight, metrics=metrics, steps=steps)
+        return self.inference.evaluate(X, y, sample_weight, metrics, steps)
 
     def dead_units(self, X: Any) -> dict[str, float]:
         """Return for each hidden relu layer ("layer 1", ...) the share of units that are zero for every row of X.

@@ -257,16 +257,10 @@ class Inference:
         return self.forward.outputs(X, layers=layers)
 
     def evaluate(
-        self,
-        X: Any,
-        y: Any = None,
-        sample_weight: Any = None,
-        *,
-        metrics: Iterable[MetricLike] = (),
-        steps: int | None = None,
+        self, X: Any, y: Any, weight: Any = None, metrics: Iterable[MetricLike] = (), steps: int | None = None
     ) -> dict[str, float]:
         """Return the loss of rows or batches, for classes the accuracy, and ``metrics`` by name."""
-        data = self._rows_of(X, y, sample_weight, steps)
+        data = self._rows_of(X, y, weight, steps)
         self.scaling.check_measured()
         kind, hits = self.inputs.kind_of(data.targets), not self.loss.on_host
         asked = as_metrics("metrics", metrics, kind, counts_hits=hits) if metrics else ()

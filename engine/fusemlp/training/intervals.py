@@ -67,10 +67,10 @@ class _WorstCase:
         layout = Layout.of(shapes, row_multiple=multiple, item_bytes=memory.real_bytes)
         self.buffers = layout.views(backend, backend.allocate(layout.size, "real"))
         self.functions = formula_functions()
-        layers = range(net.layers)
-        self.forward = [self._linear(backend, layer) for layer in layers]
+        self.forward, self.backward = list[Calls](), list[Calls]()
+        for layer in range(net.layers):
+            self._bind_products(backend, layer)
         self.loss = backend.bind("loss_grad", **self._loss_operands())
-        self.backward = [self._grad_input(backend, layer) for layer in layers[1:]]
         self.gradients = self._grad_weight(backend)
 
     def _take_limits(self, engine: Session) -> None:
@@ -80,18 +80,21 @@ class _WorstCase:
         ends = [np.float64(end) if scale is None else (end - scale.mean) / scale.scale for end in bounds]
         self.least, self.most = (np.asarray(end, self.real) for end in ends)
 
-    def _linear(self, backend: Any, layer: int) -> Calls:
-        ways = (
+    def _bind_products(self, backend: Any, layer: int) -> None:
+        """Bind the calls of a layer on centres and radii: forward, and back to its inputs."""
+        forward, backward = Calls(), Calls()
+        for x, z, w, b in (
             ("centre", "zc", self.arrays[f"w{layer}"], self.arrays[f"b{layer}"]),
             ("radius", "zr", self.buffers[f"size{layer}"], self.buffers[f"zero{layer}"]),
-        )
-        return [
-            backend.bind(
-                "linear", x=self.buffers[f"{x}{layer}"], w=w, b=b, y=self.buffers[f"{y}{layer + 1}"],
-                activation="identity", counters=self.arrays["counters"],
-            )
-            for x, y, w, b in ways
-        ]  # fmt: skip
+        ):
+            inputs, outputs = self.buffers[f"{x}{layer}"], self.buffers[f"{z}{layer + 1}"]
+            ends: dict[str, Any] = {"w": w, "activation": "identity"}
+            forward.append(backend.bind("linear", x=inputs, b=b, y=outputs, counters=self.arrays["counters"], **ends))
+            if layer:
+                dz, before = self.buffers[f"d{z}{layer + 1}"], self.buffers[f"d{z}{layer}"]
+                backward.append(backend.bind("grad_input", dz=dz, y=inputs, dz_prev=before, **ends))
+        self.forward.append(forward)
+        self.backward.append(backward)
 
     def _loss_operands(self) -> dict[str, Any]:
         """Return the operands of the step's own loss, for the worst logits, which take the place of the centres."""
@@ -105,16 +108,6 @@ class _WorstCase:
             "loss": replace(call.operands["loss"], accuracy=False),
             "activation": "identity",
         }
-
-    def _grad_input(self, backend: Any, layer: int) -> Calls:
-        ways = (("dzc", "centre", self.arrays[f"w{layer}"]), ("dzr", "radius", self.buffers[f"size{layer}"]))
-        return [
-            backend.bind(
-                "grad_input", dz=self.buffers[f"{dz}{layer + 1}"], w=w, y=self.buffers[f"{y}{layer}"],
-                dz_prev=self.buffers[f"{dz}{layer}"], activation="identity",
-            )
-            for dz, y, w in ways
-        ]  # fmt: skip
 
     def _grad_weight(self, backend: Any) -> Calls:
         """Return the calls for the gradients by the weights and biases, and by the magnitudes of the weights."""
@@ -150,7 +143,7 @@ class _WorstCase:
         label = np.arange(rows), np.clip(self.arrays["target"][picks], 0, self.net.sizes[-1] - 1)
         self._worst_loss(label)
         for layer in range(self.net.layers - 1, 0, -1):
-            for call in self.backward[layer - 1]:
+            for call in self.backward[layer]:
                 call()
             self._through_activation(layer)
         for call in self.gradients:
