@@ -348,7 +348,10 @@ class MLP(Description):
 
     def summary(self, print_fn: Callable[[str], object] = print) -> None:
         """Print layers, shapes, parameters and their memory; ``print_fn`` gets the text instead, as in Keras."""
-        print_fn(network_text(self))
+        size = 4 * self.parameter_count
+        states = ", ".join(f"{bytes_text(size * (1 + count))} ({name})" for name, count in STATES.items())
+        memory = f"memory in fp32: {bytes_text(size)}; with the state of the optimizer: {states}"
+        print_fn("\n".join([*layer_lines(self), memory]))
 
     def init_of(self, layer: int) -> str:
         """Return the distribution of a layer's initial weights; "auto" depends on the activation."""
@@ -512,12 +515,3 @@ def layer_lines(net: MLP) -> list[str]:
     members = f", {net.members} members" if net.members > 1 else ""
     title, lines = f"MLP {'-'.join(map(str, net.sizes))}{members}", aligned(rows, left=len(HEADER) - 1).split("\n")
     return [title, *lines, f"{net.parameter_count:,} parameters"]
-
-
-def network_text(net: MLP) -> str:
-    """Return the layers, and the memory of the parameters with each optimizer's state."""
-    size = 4 * net.parameter_count
-    states = ", ".join(f"{bytes_text(size * (1 + count))} ({name})" for name, count in STATES.items())
-    return "\n".join(
-        [*layer_lines(net), f"memory in fp32: {bytes_text(size)}; with the state of the optimizer: {states}"]
-    )

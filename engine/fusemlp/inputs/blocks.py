@@ -102,7 +102,7 @@ class RowGroups:
         # by part: its columns
         self._parts = [names["columns"], targets, *([names["weight"]] if weight is not None else [])]
         x, y = (_common([types[name] for name in some]) for some in self._parts[:2])
-        if isinstance(target, str) and not _is_float(types[target]):
+        if isinstance(target, str) and np.dtype(types[target].to_pandas_dtype()).kind != "f":
             y = np.dtype(np.int64)
         self.parts = [
             BatchArray((len(names["columns"]),), x),
@@ -162,10 +162,6 @@ def _check_number(argument: str, name: str, types: dict[str, Any]) -> None:
             f"{argument}: the column {name!r} holds {kind}, and batches are numbers; encode it, or name the columns to "
             "use with columns="
         )
-
-
-def _is_float(kind: Any) -> bool:
-    return bool(np.dtype(kind.to_pandas_dtype()).kind == "f")
 
 
 def _common(kinds: Sequence[Any]) -> np.dtype[Any]:

@@ -59,12 +59,6 @@ def target_file(path: str | Path) -> Path:
     return target
 
 
-def model_file(path: str | Path) -> Path:
-    """Return the safetensors file to write as ``target_file`` does; ArgumentError for the ending of another format."""
-    check_ending(path)
-    return target_file(path)
-
-
 def check_ending(path: str | Path) -> None:
     """Raise ArgumentTypeError for what is no path, ArgumentError for the ending of another format."""
     check_path(path)

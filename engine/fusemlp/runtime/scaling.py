@@ -65,11 +65,6 @@ class InputScale:
             return scaled
         return (X + self._shift) / self._divisor
 
-    @property
-    def tensors(self) -> dict[str, Array]:
-        """Copies of the statistics by their names in ``state_dict``."""
-        return {MEAN: self.mean.copy(), SCALE: self.scale.copy()}
-
 
 class Scaling:
     """The scale of an engine's inputs, ``scale``: None if it is not measured, or not wanted.
@@ -109,8 +104,8 @@ class Scaling:
 
     @property
     def tensors(self) -> dict[str, Array]:
-        """The statistics by their names in ``state_dict``; empty if there are none."""
-        return {} if self.scale is None else self.scale.tensors
+        """Copies of the statistics by their names in ``state_dict``; empty if there are none."""
+        return {} if self.scale is None else {MEAN: self.scale.mean.copy(), SCALE: self.scale.scale.copy()}
 
     def take_tensors(self, tensors: Mapping[str, Array]) -> None:
         """The inverse of ``tensors``. Raises DataError for a scale that is not positive."""

@@ -182,7 +182,8 @@ RESERVED = {MODEL.entry, DIGEST, CHECKPOINT.entry, "format"}
 
 def save(engine: Session, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
     """Write parameters and description to ``path`` atomically; see ``Engine.save``."""
-    target = files.model_file(path)
+    files.check_ending(path)
+    target = target_file(path)
     content = model_bytes(engine, metadata)
     if engine.ranks.leads:
         write_atomically(target, content)
