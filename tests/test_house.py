@@ -21,7 +21,7 @@ BUDGETS = {
     "engine/fusemlp/sklearn": 2_950,
     "engine/fusemlp/tables": 2_050,
     "engine/fusemlp/torch": 2_700,
-    "engine/fusemlp/training": 2_230,
+    "engine/fusemlp/training": 2_210,
     "engine/tutorial": 160,
     "kernels/fusemlp_kernels": 2_660,
     "kernels/fusemlp_kernels/cupy": 2_350,

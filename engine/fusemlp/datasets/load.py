@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,14 +21,12 @@ from fusemlp.datasets.codes import Categories, Features, different, kept_feature
 from fusemlp.datasets.dataset import ColumnChoices as ColumnChoices
 from fusemlp.datasets.dataset import Dataset as Dataset
 from fusemlp.datasets.dataset import missing_share, roles, targets_in, times, weights, without_useless
+from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.tables import Frame, Place
 from fusemlp.datasets.textfiles import MISSING, Form
 from fusemlp.describe.text import listed, meant
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, DataError, unknown_name
-
-if TYPE_CHECKING:
-    from fusemlp.datasets.preprocessing import Preprocessor
 
 TASKS = ("classification", "regression")
 NAMES = ("digits", *tables.SHIPPED, "breast_cancer", "wine", "diabetes", "iris", "mnist5k")

@@ -11,9 +11,10 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fusemlp.callbacks.forms import deferred_interrupt
+from fusemlp.engine import Engine
 from fusemlp.inputs.arrays import Array
 from fusemlp.program.layout import ALIGNMENT_BYTES, placement
 from fusemlp.program.program import Program, resolve
@@ -27,10 +28,6 @@ from fusemlp.training.loop import EpochLoop
 from fusemlp.training.validation import FitPolicy
 from fusemlp_kernels.contract import RATE_COLUMNS, STATS, step_flops
 from fusemlp_kernels.errors import DivergenceError
-
-if TYPE_CHECKING:
-    from fusemlp.engine import Engine
-
 
 # Most rows of all the models of one launch: 128 MiB.
 GROUP_ROWS = 1 << 24

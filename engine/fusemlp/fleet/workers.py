@@ -14,17 +14,15 @@ from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pickle import PicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fusemlp.fleet.results import Kept, Member
 from fusemlp.inputs.arrays import Array
+from fusemlp.inputs.examples import Examples
 from fusemlp.runtime.backends import one_thread
 from fusemlp.runtime.plans import shares_launches
+from fusemlp.training.plan import FitPlan
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibraryError, WorkerError, unknown_name
-
-if TYPE_CHECKING:
-    from fusemlp.inputs.examples import Examples
-    from fusemlp.training.plan import FitPlan
 
 _log = logging.getLogger("fusemlp")
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,15 +24,12 @@ from fusemlp.describe.checks import as_number
 from fusemlp.describe.conflicts import check_together
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.runtime.forward import LARGEST
+from fusemlp.runtime.session import Session
 from fusemlp_kernels import pointwise
 from fusemlp_kernels.contract import BATCH_INDEX, COUNTERS, LossSpec
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, ShapeError
 from fusemlp_kernels.pointwise import elements
 from fusemlp_kernels.registry import backend
-
-if TYPE_CHECKING:
-    from fusemlp.runtime.session import Session
-
 
 Box = tuple[Array, Array]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,14 +18,12 @@ from fusemlp.runtime.forward import member_rows
 from fusemlp.runtime.own_loss import caller_of
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.ranks import Ranks
+from fusemlp.runtime.session import Session
 from fusemlp.runtime.shards import ShardedProgram
 from fusemlp_kernels import contract
 from fusemlp_kernels.coding import Coding
 from fusemlp_kernels.contract import LossSpec, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, DivergenceError, ShapeError
-
-if TYPE_CHECKING:
-    from fusemlp.runtime.session import Session
 
 
 @dataclass(frozen=True)

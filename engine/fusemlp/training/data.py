@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,12 +23,10 @@ from fusemlp.runtime.backends import row_order as shuffled
 from fusemlp.runtime.ranks import Ranks
 from fusemlp.runtime.steps import bind_staged, run_staged
 from fusemlp.training.intervals import check_labels
+from fusemlp.training.plan import FitPlan
+from fusemlp.training.trainer import Trainer
 from fusemlp.training.validation import Validation, checked_validation, measured
 from fusemlp_kernels.errors import ArgumentError, DataError
-
-if TYPE_CHECKING:
-    from fusemlp.training.plan import FitPlan
-    from fusemlp.training.trainer import Trainer
 
 # The argument of ``fit`` beside validation_data that gives validation rows.
 SPLIT = "validation_split=0.2"

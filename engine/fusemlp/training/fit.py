@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -11,22 +11,19 @@ from fusemlp.callbacks.forms import exits
 from fusemlp.describe.checks import caller_level
 from fusemlp.describe.conflicts import check_together
 from fusemlp.inputs.columns import coding_of
+from fusemlp.inputs.examples import Examples
 from fusemlp.program.passes.attack import passes_against
 from fusemlp.program.step import Inputs
+from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.steps import TrainingStep, bind_fit
 from fusemlp.training.data import FitData, Stream, fit_data, order_of
 from fusemlp.training.history import History
 from fusemlp.training.intervals import add_worst_case
 from fusemlp.training.loop import EpochLoop, epochs_at_once
 from fusemlp.training.plan import FitPlan
-from fusemlp.training.trainer import fresh_state, resumed_state
+from fusemlp.training.trainer import Trainer, fresh_state, resumed_state
 from fusemlp.training.validation import FitPolicy
 from fusemlp_kernels.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from fusemlp.inputs.examples import Examples
-    from fusemlp.runtime.programs import BoundProgram
-    from fusemlp.training.trainer import Trainer
 
 _TO_ENGINE = "it belongs to the engine: Engine(net, loss=..., optimizer=Adam(lr=0.001), batch_size=32, seed=0)"
 _TO_LOADER = "fit starts no workers; give a torch DataLoader, which has num_workers"

@@ -11,22 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fusemlp.describe.adversarial import IBP, Adversary
+from fusemlp.inputs.arrays import Array
+from fusemlp.inputs.examples import Targets
 from fusemlp.program.layout import Layout
 from fusemlp.runtime.attacks import formula_functions
+from fusemlp.runtime.programs import BoundProgram
+from fusemlp.runtime.session import Session
 from fusemlp_kernels import pointwise
 from fusemlp_kernels.contract import ROW_OFFSET, UPDATE_COUNT, UpdateRule
 from fusemlp_kernels.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from fusemlp.inputs.arrays import Array
-    from fusemlp.inputs.examples import Targets
-    from fusemlp.runtime.programs import BoundProgram
-    from fusemlp.runtime.session import Session
 
 Calls = list[Callable[..., object]]
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
@@ -19,15 +19,12 @@ from fusemlp.callbacks.forms import deferred_interrupt, name_of, overrides
 from fusemlp.callbacks.progress import epoch_watchers
 from fusemlp.describe.schedules import ReduceOnPlateau, Schedule
 from fusemlp.inputs.arrays import Array
+from fusemlp.runtime.memory import Account
 from fusemlp.runtime.steps import check_scaling
+from fusemlp.training.history import FitState, History
+from fusemlp.training.trainer import Trainer
 from fusemlp_kernels import contract
 from fusemlp_kernels.errors import DivergenceError
-
-if TYPE_CHECKING:
-    from fusemlp.runtime.memory import Account
-    from fusemlp.training.history import FitState, History
-    from fusemlp.training.trainer import Trainer
-
 
 # Most rows in one launch of the resident plan when nothing runs between epochs.
 ROWS_AT_ONCE = 1 << 17

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fusemlp.describe.description import Machine
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.session import Session
 from fusemlp.training.history import FitState, History
+from fusemlp.training.plan import FitPlan
 from fusemlp_kernels.coding import Coding
 from fusemlp_kernels.contract import RATE_SCALE
 from fusemlp_kernels.errors import ArgumentError, ShapeError
-
-if TYPE_CHECKING:
-    from fusemlp.training.plan import FitPlan
-
 
 # Features that are remedies, by the words of a diagnosis.
 REMEDIES = {"dropout": "dropout", "normalise": "scaling", "privacy": "clipping"}

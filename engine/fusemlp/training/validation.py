@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from fusemlp.describe.checks import check_choice
 from fusemlp.describe.metrics import METRICS, Metric, as_metrics, rises
@@ -15,16 +15,13 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.examples import Examples, Targets, UserBatches, are_batches
 from fusemlp.runtime.forward import metrics_of
 from fusemlp.runtime.own_loss import AnyEvaluation
+from fusemlp.runtime.session import Session
 from fusemlp.training.history import DIVERGED, FitState
 from fusemlp.training.loop import Policy
+from fusemlp.training.plan import FitPlan
+from fusemlp.training.trainer import Trainer
+from fusemlp_kernels.contract import LossSpec
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
-
-if TYPE_CHECKING:
-    from fusemlp.runtime.session import Session
-    from fusemlp.training.plan import FitPlan
-    from fusemlp.training.trainer import Trainer
-    from fusemlp_kernels.contract import LossSpec
-
 
 # This many kinds of models in a fleet share their validation data; the others keep theirs as long as they train.
 KINDS = 8
