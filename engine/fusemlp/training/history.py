@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusemlp.describe.schedules import PLATEAU_START, PlateauState
+from fusemlp.report.diagnosis import Finding, diagnose
+from fusemlp.report.plots import curves_figure, draw
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from fusemlp.report.diagnosis import Finding
-
 
 # The beginning of ``History.stopped`` after a divergence.
 DIVERGED = "the loss became NaN or infinite"
@@ -72,8 +71,6 @@ class History:
         ``dead``: the result of ``engine.dead_units(X)``; ``engine.diagnose(X)`` does both. ``known``: what this record
         does not tell, for ``report.diagnosis.diagnose``. Print a finding for its evidence and remedies.
         """
-        from fusemlp.report.diagnosis import diagnose
-
         record: dict[str, Any] = {
             "divergence": self.stopped if self.stopped.startswith(DIVERGED) else "",
             "restored": "restored" in self.stopped,
@@ -89,8 +86,6 @@ class History:
 
         Return matplotlib's figure; ArgumentError or ArgumentTypeError for an impossible path or without an epoch.
         """
-        from fusemlp.report.plots import curves_figure, draw
-
         if not self.epochs:
             raise ArgumentError("history: it has no epoch to draw; fit with at least one epoch first")
         best = None if self.best_epoch is None else self.epochs.index(self.best_epoch) + 1
