@@ -95,8 +95,7 @@ def as_frame(data: Any) -> Frame:
 
 def _from_pandas(column: Any) -> Any:
     """Return a column of pandas as an Arrow array; one that mixes words and numbers holds words."""
-    import pyarrow
-
+    pyarrow = arrow()
     # a period is the moment at which it begins
     column = column.dt.to_timestamp() if hasattr(column.dtype, "freq") else column
     try:
@@ -259,8 +258,6 @@ def read_table(
     out; a missing value's text that is among ``known_labels`` is a label. The column ``weight`` has a weight in each
     other row. ``notes`` takes lines on all this.
     """
-    import pyarrow
-
     from fusemlp.datasets.columns import Column, Target
 
     notes = [] if notes is None else notes
@@ -296,7 +293,7 @@ def read_table(
                 problems.add(weight, row, text)
         if next(ragged) or problems.found:
             _refuse(source, problems, opened)
-    pyarrow.default_memory_pool().release_unused()
+    arrow().default_memory_pool().release_unused()
     if missing.all() and len(missing):
         raise DataError(f"{source}, column {listed(targets)}: the target is missing in all {len(missing)} rows")
     if not table or not len(next(iter(table.values()))):
@@ -338,8 +335,6 @@ def read_cells(source: Place, form: Form, names: Sequence[str] | None, *, typed:
 
     Its decimal commas become points, as numbers beside them have.
     """
-    import pyarrow
-
     with open_source(source, form) as opened:
         wanted = opened.names if names is None else list(dict.fromkeys(names))
         absent = [name for name in wanted if name not in opened.names]
@@ -347,7 +342,7 @@ def read_cells(source: Place, form: Form, names: Sequence[str] | None, *, typed:
             columns = f"the columns are {listed(opened.names)}"
             raise DataError(f"{source}: no columns {listed(absent)}; {columns}{meant(absent, opened.names)}")
         positions = [opened.names.index(name) for name in wanted]
-        cells = pyarrow.Table.from_batches(opened.batches(positions, lambda: None)).columns
+        cells = arrow().Table.from_batches(opened.batches(positions, lambda: None)).columns
         cells = [*map(_with_points, cells)] if opened.decimal == "," else cells
         return dict(zip(wanted, map(_as_numbers, cells) if typed and opened.records else cells, strict=True))
 
@@ -390,12 +385,10 @@ def read_names(source: Place, form: Form | None = None) -> list[str]:
 
 def _pieces(batches: Iterable[Any]) -> Iterator[Any]:
     """Yield record batches with few rows as larger ones."""
-    import pyarrow
-
     waiting: list[Any] = []
     for batch in itertools.chain(batches, [None]):
         if waiting and (batch is None or sum(piece.num_rows for piece in waiting) >= _FEWEST):
-            yield from pyarrow.Table.from_batches(waiting).combine_chunks().to_batches()
+            yield from arrow().Table.from_batches(waiting).combine_chunks().to_batches()
             waiting = []
         if batch is not None and batch.num_rows:
             waiting.append(batch)

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp.describe.checks import arrow
 from fusemlp_kernels.errors import ArgumentError, DataError
 
 # From the least likely to stand in text.
@@ -131,8 +132,7 @@ def open_text(path: Path, form: Form) -> OpenTable:
         if not _is_plain(path, sep, encoding, marks):
             yield from as_batches(records(), len(names), columns, ragged)
             return
-        import pyarrow
-        from pyarrow import csv as arrow
+        from pyarrow import csv as arrow_csv
 
         def skip(row: Any) -> str:
             ragged()
@@ -140,16 +140,16 @@ def open_text(path: Path, form: Form) -> OpenTable:
 
         places = [str(column) for column in range(len(names))]
         chosen = [places[column] for column in columns]
-        read = arrow.ReadOptions(
+        read = arrow_csv.ReadOptions(
             block_size=size,
             column_names=places,
             skip_rows_after_names=int(header),
             encoding="utf8" if encoding == "utf-8-sig" else encoding,
         )
-        parse = arrow.ParseOptions(delimiter=sep, newlines_in_values=True, invalid_row_handler=skip)
-        types = dict.fromkeys(chosen, pyarrow.string())
-        convert = arrow.ConvertOptions(column_types=types, include_columns=chosen, strings_can_be_null=False)
-        with _open(path) as raw, arrow.open_csv(raw, read, parse, convert) as reader:
+        parse = arrow_csv.ParseOptions(delimiter=sep, newlines_in_values=True, invalid_row_handler=skip)
+        types = dict.fromkeys(chosen, arrow().string())
+        convert = arrow_csv.ConvertOptions(column_types=types, include_columns=chosen, strings_can_be_null=False)
+        with _open(path) as raw, arrow_csv.open_csv(raw, read, parse, convert) as reader:
             yield from reader
 
     said = _said(path, sep, decimal, encoding, header=header or form.header is False)
@@ -185,8 +185,6 @@ def as_batches(
     records: Iterable[tuple[int, list[str]]], width: int, columns: Sequence[int], ragged: Callable[[], object]
 ) -> Iterator[Any]:
     """Return chosen columns of rows of text as record batches, without the rows of another width."""
-    import pyarrow
-
     rows = (row for _, row in records)
     while piece := list(itertools.islice(rows, _ROWS)):
         right = [row for row in piece if len(row) == width]
@@ -194,13 +192,12 @@ def as_batches(
             ragged()
         by_column = list(zip(*right, strict=True)) or [()] * width
         arrays = [text_array(by_column[column]) for column in columns]
-        yield pyarrow.record_batch(arrays, [str(column) for column in columns])
+        yield arrow().record_batch(arrays, [str(column) for column in columns])
 
 
 def text_array(texts: Sequence[str]) -> Any:
     """Return texts as an Arrow array; ``pyarrow.array`` would import pandas."""
-    import pyarrow
-
+    pyarrow = arrow()
     encoded = [text.encode() for text in texts]
     ends = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
     return pyarrow.StringArray.from_buffers(len(texts), pyarrow.py_buffer(ends), pyarrow.py_buffer(b"".join(encoded)))
