@@ -1,7 +1,5 @@
 """``python -m fusemlp`` is the ``fusemlp`` command."""
 
-from __future__ import annotations
-
 from fusemlp.cli import main
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 User code imports the public modules by these paths, and pickles of release 0.1 name their classes by them.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.abc
 import importlib.machinery

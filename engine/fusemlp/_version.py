@@ -1,7 +1,5 @@
 """The version and the commit, in the one place that the build, the package and the command line read them from."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 

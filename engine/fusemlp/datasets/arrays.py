@@ -1,7 +1,5 @@
 """Data sets of arrays: those that libraries bring, npz files, and folders of IDX files in MNIST's layout."""
 
-from __future__ import annotations
-
 import gzip
 import math
 import zlib

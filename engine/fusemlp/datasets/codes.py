@@ -1,7 +1,5 @@
 """Words and dates of a table as numbers: categories, spellings of one number, orders and parts of dates."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta

@@ -1,7 +1,5 @@
 """The columns of a table as they grow."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

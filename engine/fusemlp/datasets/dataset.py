@@ -1,7 +1,5 @@
 """A data set as it is in its source, and the part that each column plays: an input, the target, or none."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ A categorical column of a table becomes indices into its sorted categories, a mi
 ``preprocessing.Preprocessor`` turns them into the network's inputs.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

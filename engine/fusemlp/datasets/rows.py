@@ -3,8 +3,6 @@
 Rows are files of their own, whole groups, the last ones in the order of time, or drawn; a hash knows each again.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from contextlib import suppress

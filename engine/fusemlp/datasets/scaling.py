@@ -1,7 +1,5 @@
 """Scaling of columns by statistics of the training rows: shift and factor, a smooth clip, quantiles, or pieces."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

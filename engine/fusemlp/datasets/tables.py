@@ -4,8 +4,6 @@ Numbers become float64 arrays with NaN for missing cells, dates datetime64[us] w
 the text of the cell. Arrow reads piece by piece, in the columns' memory. A DataError names the file and its places.
 """
 
-from __future__ import annotations
-
 import csv
 import itertools
 import lzma

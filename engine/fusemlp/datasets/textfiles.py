@@ -4,8 +4,6 @@ The beginning of a file tells its form; a ``Form`` sets what the caller knows be
 module reads files with odd quotes, and finds the lines of mistakes.
 """
 
-from __future__ import annotations
-
 import bz2
 import codecs
 import csv

@@ -1,7 +1,5 @@
 """Checks where the user meets the library: numbers, names, flags, folders, arguments by another name, a library."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import inspect

@@ -4,8 +4,6 @@ Descriptions say which features they use (``uses``), each by its name and with t
 backend and the precision are features by their names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

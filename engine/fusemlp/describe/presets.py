@@ -1,7 +1,5 @@
 """Recipes of a training by name, and the choice among them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Text for messages: numbers of bytes, lists of names, tables, and the mistakes of a table."""
 
-from __future__ import annotations
-
 import difflib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence

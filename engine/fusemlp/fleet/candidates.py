@@ -1,7 +1,5 @@
 """The models of a fleet: a description of each, made from one and the parameters that vary; their rows and memory."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import Counter

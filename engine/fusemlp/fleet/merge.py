@@ -1,7 +1,5 @@
 """An ensemble as one network: what takes a network takes the ensemble too."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

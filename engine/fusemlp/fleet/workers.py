@@ -1,7 +1,5 @@
 """Models of a fleet that other processes train: one a card, or those of joblib's backends."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

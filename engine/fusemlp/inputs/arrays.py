@@ -5,8 +5,6 @@ Arrays may be NumPy arrays (of any memory order, read-only too), lists, or anyth
 return an array of the wanted dtype in C order without a copy.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Data larger than memory: shuffled batches of memory-mapped arrays and Parquet files, a window of blocks at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol

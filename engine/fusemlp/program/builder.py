@@ -4,8 +4,6 @@ A step of L layers is L forward calls (the last with loss and dz), L - 1 ``grad_
 Further features of a training change this program afterwards: see ``passes``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

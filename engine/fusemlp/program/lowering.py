@@ -1,7 +1,5 @@
 """From a network, a loss and an optimizer to the program of a training step, or of the forward pass alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any

@@ -1,7 +1,5 @@
 """The data that a program is given, and the step or forward pass that it is lowered from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias

@@ -4,8 +4,6 @@ A program that passes reads nothing that was not written, overwrites nothing, up
 read, updates every trainable tensor once and no other, and never keeps two values that are both needed in one place.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

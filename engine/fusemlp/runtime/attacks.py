@@ -11,8 +11,6 @@ the relative errors d change each term of a sum by less than exp(n d) - 1 of its
 stability of numerical algorithms", 2002, chapter 3), and |w| (|c| + r) + |b| is the sum of the magnitudes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple

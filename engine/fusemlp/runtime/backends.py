@@ -1,7 +1,5 @@
 """The way to the kernels' registry: this folder is the only one of the engine that knows it."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 from fusemlp.inputs.arrays import Array

@@ -1,7 +1,5 @@
 """Write files atomically, and check safetensors files by a SHA-256 of their content."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The forward pass over any number of rows: predictions, and the loss of labelled data."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

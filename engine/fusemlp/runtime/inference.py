@@ -5,8 +5,6 @@ and of the baselines with the first weights serve all points of the lines, and t
 back: the work of a point begins at the first hidden layer, of which it needs h1 = act(z1).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Losses that the host computes: checked calls of the caller's, their evaluation, and the check of a gradient."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias

@@ -1,7 +1,5 @@
 """The choice of the plan, how many steps a launch takes, and the step program of a backend that may be absent."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from fusemlp.describe.checks import as_count

@@ -1,7 +1,5 @@
 """Programs that run: verified, their values in memory, their calls bound; and those that an engine keeps."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The table of learning rates that the clock on the device reads: the host fills it ahead of the launches."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Inputs of unit scale: the engine's own standardisation, and the warnings of inputs and targets that would need it."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The programs of training steps, bound to an engine's memory and to arrays; and steps on batches of the caller."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """The door for PyTorch: a training step fused over a module's own parameters, batches, and layers with autograd."""
 
-from __future__ import annotations
-
 import importlib.util
 
 if importlib.util.find_spec("torch") is None:

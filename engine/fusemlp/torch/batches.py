@@ -5,8 +5,6 @@ The kinds of targets are "labels", "soft" and "values", "ignored" for labels som
 OWN for those of a callable loss, any number of tensors, which it is given as they are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Fused layers as modules, for use inside a larger network."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

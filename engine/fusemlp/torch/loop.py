@@ -3,8 +3,6 @@
 Changes of the module, its loss or its optimizer are noticed before a step, in about two microseconds.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import warnings

@@ -1,7 +1,5 @@
 """Read a torch module as a multi-layer perceptron, or report the part that cannot be fused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import FunctionType

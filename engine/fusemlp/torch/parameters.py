@@ -3,8 +3,6 @@
 Tied, the torch tensors are views of the engine's arenas.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ updates. A single set of parameters uses the update that the lowering chose. Sev
 the same arenas, with their own segments, hyper and counters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial

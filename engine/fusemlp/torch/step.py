@@ -1,7 +1,5 @@
 """``fuse``: a PyTorch training step as one call over the module's own parameters."""
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Sequence

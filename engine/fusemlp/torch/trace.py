@@ -4,8 +4,6 @@ The traced graph must be a chain: one input, each result used once, but for sums
 connection. A forward that reads ``self.training`` gives two graphs, one a mode, and they must be equal.
 """
 
-from __future__ import annotations
-
 import inspect
 import operator
 import re

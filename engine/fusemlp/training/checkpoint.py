@@ -10,8 +10,6 @@ Any reader of safetensors gets the parameters of the same ``nn.Sequential`` of L
 entry ``fusemlp_model`` describes network, loss and optimizer, for ``load``; a checkpoint has the training's state too.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """The rows of a fit: arrays, or batches that come one by one; the share that is held out; weights by class."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import warnings

@@ -1,7 +1,5 @@
 """``fit``: makes the plan, binds the rows, makes the epoch loop and runs it."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -7,8 +7,6 @@ upper bounds of the others. The products and the loss are the backend's own call
 number of threads; what is between them is NumPy's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

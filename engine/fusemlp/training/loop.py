@@ -4,8 +4,6 @@
 differs: the order of the rows, the account of an epoch's loss, the end of training, changes of the learning rate.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence

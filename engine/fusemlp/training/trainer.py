@@ -1,7 +1,5 @@
 """The session that fits: what a training adds to one, its record, its position and its best weights."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

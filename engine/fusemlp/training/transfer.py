@@ -1,7 +1,5 @@
 """Transfer learning: start from the layers of another network, freeze or slow them, train the others first."""
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Validation, and what follows from it: early stopping, the learning rate on a plateau, the best weights."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable
