@@ -107,10 +107,7 @@ class ForwardPass:
         if shared:
             bound_arrays["rows"] = member_rows(memory.backend, rows, net.members)
         program = lower(Step(net, rows, traits, memory.layout, inputs, spec, *sizes, gradient=gradient, layers=layers))
-        bound = BoundProgram(program, memory, workspace or self.workspace, bound_arrays)
-        if "unit" in program.values:
-            memory.backend.copy_into(bound.arrays["unit"], np.eye(net.sizes[-1], dtype=self.real))
-        return bound
+        return BoundProgram(program, memory, workspace or self.workspace, bound_arrays)
 
     def batches(self, bound: BoundProgram, rows: int, arrays: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
         """Copy each batch of ``arrays`` in, run it, and yield its first row and the row after its last."""

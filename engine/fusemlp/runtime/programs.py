@@ -51,6 +51,9 @@ class BoundProgram:
         for name, value in program.values.items():
             if value.kind in ("data", "control") and name not in self.arrays:
                 self.arrays[name] = allocate(backend, value)
+        if "unit" in program.values:
+            rows, _ = program.values["unit"].shape
+            backend.copy_into(self.arrays["unit"], np.eye(rows, dtype=f"f{program.real_bytes}"))
         self._resident = program.resident
         # how many steps it is left alone for
         self.chunk = UNINTERRUPTED

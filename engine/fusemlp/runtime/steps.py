@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from fusemlp.describe.conflicts import check_together
 from fusemlp.inputs.columns import codes_of, coding_of
 from fusemlp.program.lowering import lower_training
@@ -100,8 +98,6 @@ def bind(
     program = lower(engine, training)
     if program.calls_back:
         arrays["function"] = caller_of(engine.inputs)
-    if "unit" in program.values:
-        arrays["unit"] = np.eye(engine.network.sizes[-1], dtype=engine.inputs.real)
     placed, plan = (program, engine.memory, engine.programs.workspace, arrays), engine.plan
     if isinstance(engine.ranks, Ranks):
         return ShardedProgram(engine.ranks, *placed, plan=plan)

@@ -327,9 +327,6 @@ class Programs:
             returning = returns or self.pos_weight or program.calls_back
             plan = "graph" if "graph" in self.memory.backend.traits.plans and not returning else "eager"
             bound = BoundProgram(program, self.memory, self._workspace, given, plan=plan, binders=binders)
-            if "unit" in program.values:
-                unit = np.eye(self.reading.network.sizes[-1], dtype=f"f{self.reading.dtype.itemsize}")
-                self.memory.backend.copy_into(bound.arrays["unit"], unit)
             self._runnables[key] = Runnable(bound, tuple(self._before_updates(bound, returns)))
         return self._runnables[key]
 
