@@ -8,7 +8,7 @@ no bound for a very small delta or very little noise; that of zero-concentrated 
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache, partial
 from typing import Annotated, Any, TypeAlias
 
@@ -68,15 +68,11 @@ class DPSGD(Description):
         epsilon = as_number("epsilon", epsilon, low=0.0, low_open=True)
         rows, batch_size = as_count("rows", rows), as_count("batch_size", batch_size)
         steps = as_count("epochs", epochs) * steps_of_an_epoch(rows, batch_size)
-        spent = [(sampling_rate(rows, batch_size), steps)]
-        delta = (
-            usual_delta(rows)
-            if delta is None
-            else as_number("delta", delta, low=0.0, high=1.0, low_open=True, high_open=True)
-        )
+        spent, checked = [(sampling_rate(rows, batch_size), steps)], cls(LEAST_NOISE, clip, delta=delta, seed=seed)
+        least = usual_delta(rows) if checked.delta is None else checked.delta
 
         def is_enough(noise: float) -> bool:
-            return Accountant(noise).epsilon(spent, delta) <= epsilon
+            return Accountant(noise).epsilon(spent, least) <= epsilon
 
         low = high = LEAST_NOISE
         while not is_enough(high):
@@ -90,7 +86,7 @@ class DPSGD(Description):
         while high > 1.001 * low and high > LEAST_NOISE:
             middle = math.sqrt(low * high)
             low, high = (low, middle) if is_enough(middle) else (middle, high)
-        return cls(high, clip, delta=delta, seed=seed)
+        return replace(checked, noise=high, delta=least)
 
     def to_config(self) -> dict[str, Any]:
         """Return a JSON-able description, without the seed: a file that held it would undo the privacy."""
