@@ -12,7 +12,7 @@ BUDGETS = {
     "engine/fusemlp/callbacks": 1_300,
     "engine/fusemlp/cli": 3_680,
     "engine/fusemlp/datasets": 3_070,
-    "engine/fusemlp/describe": 3_070,
+    "engine/fusemlp/describe": 3_050,
     "engine/fusemlp/fleet": 1_860,
     "engine/fusemlp/inputs": 1_450,
     "engine/fusemlp/program": 1_790,

@@ -31,20 +31,15 @@ CONFLICTS = {
     ("members", "bounds"): f"{{bounds}}: interval bounds{SINGLE}",
     # normalisation and residual blocks
     **{
-        (feature, other): f"{argument}: {words}"
+        (feature, other): words
         for feature, argument, what in (("norm", "norm", "normalised layers"), ("residual", "sizes", "residual blocks"))
         for other, words in {
-            "members": f"members share no {what} so far; make the network with members=1",
-            "prelu": f"prelu's slope is not learned beside {what}; use leaky_relu",
-            "privacy": f"private training clips each row's gradient, and has none for {what}; leave privacy out",
-            "IBP": f"interval bounds do not go through {what}; train against PGD(eps)",
-            "cupy": f"{_CORE} {what}{_OTHERS}",
-        }.items()
-    },
-    **{
-        (feature, other): words
-        for feature, what in (("norm", "normalised layers"), ("residual", "residual blocks"))
-        for other, words in {
+            "members": f"{argument}: members share no {what} so far; make the network with members=1",
+            "prelu": f"{argument}: prelu's slope is not learned beside {what}; use leaky_relu",
+            "privacy": f"{argument}: private training clips each row's gradient, and has none for {what}; leave "
+            "privacy out",
+            "IBP": f"{argument}: interval bounds do not go through {what}; train against PGD(eps)",
+            "cupy": f"{argument}: {_CORE} {what}{_OTHERS}",
             "bounds": f"{{bounds}}: interval bounds do not go through {what}; use an attack, PGD(eps)",
             "models": f"models: {{models}} networks with {what} cannot be merged; train a single model",
         }.items()

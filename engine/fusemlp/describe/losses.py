@@ -30,16 +30,10 @@ LossLike: TypeAlias = "str | Loss | Callable[..., Any]"
 """A loss by its name, an object, or a function of the caller's (``OwnLoss``)."""
 
 _NAMES_ELSEWHERE = {
-    "categorical_crossentropy": "cross_entropy",
-    "sparse_categorical_crossentropy": "cross_entropy",
-    "log_loss": "cross_entropy",
+    **dict.fromkeys(("categorical_crossentropy", "sparse_categorical_crossentropy", "log_loss"), "cross_entropy"),
     "bce": "binary_cross_entropy",
-    "squared_error": "mse",
-    "mean_squared_error": "mse",
-    "l2": "mse",
-    "absolute_error": "mae",
-    "mean_absolute_error": "mae",
-    "l1": "mae",
+    **dict.fromkeys(("squared_error", "mean_squared_error", "l2"), "mse"),
+    **dict.fromkeys(("absolute_error", "mean_absolute_error", "l1"), "mae"),
     "smooth_l1": "huber",
     "pinball": "quantile",
 }

@@ -160,8 +160,7 @@ def layer_of(name: str) -> int:
 NORM = "_norm"
 _INPUTS = "the first of sizes is the number of inputs: MLP([784, 128, 10])"
 _ARGUMENTS = {
-    "hidden": "sizes has all widths: MLP([784, 128, 10])",
-    "units": "sizes has all widths: MLP([784, 128, 10])",
+    **dict.fromkeys(("hidden", "units"), "sizes has all widths: MLP([784, 128, 10])"),
     "hidden_layer_sizes": "sizes has all widths, inputs and outputs too: MLP([784, 128, 10])",
     **dict.fromkeys(("input_dim", "input_shape", "in_features"), _INPUTS),
     "kernel_initializer": "it is called init here: MLP([784, 128, 10], init='he_normal')",

@@ -209,8 +209,7 @@ _ELSEWHERE = {
     "epsilon": "it is called eps here: Adam(eps=1e-7)",
     "use_ema": "give the decay alone: Adam(ema=0.99)",
     "ema_momentum": "it is called ema here: Adam(ema=0.99)",
-    "clipnorm": "it is called clip_norm here",
-    "global_clipnorm": "it is called clip_norm here",
+    **dict.fromkeys(("clipnorm", "global_clipnorm"), "it is called clip_norm here"),
     "gradient_accumulation_steps": "it is called accumulate here",
     "decay": "lr takes a schedule: Adam(lr=Exponential(0.001, gamma=0.999))",
 }

@@ -39,8 +39,7 @@ ELSEWHERE = {
     "patience": "it is called early_stopping here: fit(early_stopping=5)",
     "eval_set": "it is called validation_data here: validation_data=(Xv, yv)",
     "weight": "it is called sample_weight here",
-    "max_iter": "it is called epochs here",
-    "nb_epoch": "it is called epochs here",
+    **dict.fromkeys(("max_iter", "nb_epoch"), "it is called epochs here"),
 }
 
 
