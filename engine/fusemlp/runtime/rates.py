@@ -82,11 +82,6 @@ class RateTable:
         least, most = self._updates()
         return self.schedule.at(least if least == most else int(self.counters[UPDATE_COUNT]))
 
-    def after(self, updates: int, scale: float) -> float:
-        """The learning rate of the update that follows ``updates`` others, with this factor on it."""
-        assert self.schedule is not None
-        return self.schedule.at(updates) * scale
-
     def note(self, count: int) -> None:
         """Learn how many updates there were."""
         self._known, self._since = count, 0

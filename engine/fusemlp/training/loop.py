@@ -258,11 +258,11 @@ class EpochLoop(Generic[PolicyT]):
         """Return the learning rate at the end of each of the last ``epochs`` epochs, ``left`` batches before now."""
         if epochs == 1 and not left:
             return [float(account.hyper[contract.LEARNING_RATE])]
-        every, rates = self.engine.optimizer.accumulate, self.engine.rates
+        every, schedule = self.engine.optimizer.accumulate, self.policy.schedule
         batches, updates = (int(account.counters[place]) for place in (contract.BATCH_INDEX, contract.UPDATE_COUNT))
         ends = [batches - left - ahead * self.batches for ahead in reversed(range(epochs))]
         scale = float(account.hyper[contract.RATE_SCALE])
-        return [rates.after(updates - batches // every + end // every, scale) for end in ends]
+        return [schedule.at(updates - batches // every + end // every) * scale for end in ends]
 
     def _end_epoch(self, stats: Array, rate: float, seconds: float) -> None:
         state = self.state
