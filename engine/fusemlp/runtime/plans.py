@@ -120,18 +120,6 @@ def shares_launches(traits: Traits) -> bool:
     return traits.resident is not None and "resident" in traits.plans
 
 
-def _traits(net: MLP, backend: str, precision: str) -> Traits:
-    if backend == "auto":
-        backend = next(name for name, reason in availability().items() if reason is None)
-    if backend not in TRAITS:
-        raise unknown_name("backend", backend, ["auto", *TRAITS])
-    traits: Traits = TRAITS[backend]
-    if precision not in traits.precisions:
-        raise unknown_name("precision", precision, traits.precisions)
-    check_together({**net.uses, traits.name: True})
-    return traits
-
-
 def planned(
     net: MLP,
     *,
@@ -151,7 +139,14 @@ def planned(
     Raises ArgumentError or ArgumentTypeError for impossible values, BackendUnavailableError for ``devices`` of a
     backend that trains in one process.
     """
-    traits, sharding = _traits(net, backend, precision), ALONE
+    if backend == "auto":
+        backend = next(name for name, reason in availability().items() if reason is None)
+    if backend not in TRAITS:
+        raise unknown_name("backend", backend, ["auto", *TRAITS])
+    traits, sharding = TRAITS[backend], ALONE
+    if precision not in traits.precisions:
+        raise unknown_name("precision", precision, traits.precisions)
+    check_together({**net.uses, traits.name: True})
     if devices is not None:
         check_together({**net.uses, "ranks": "devices", traits.name: True})
         sharding = Sharding(reduce, as_count("devices", devices)).check()

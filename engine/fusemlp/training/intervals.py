@@ -64,10 +64,12 @@ class _WorstCase:
         self.buffers = layout.views(backend, backend.allocate(layout.size, "real"))
         self.functions = formula_functions()
         self.forward, self.backward = list[Calls](), list[Calls]()
+        by_weights: tuple[list[Any], list[Any]] = [], []
         for layer in range(net.layers):
-            self._bind_products(backend, layer)
+            self._bind_products(backend, layer, by_weights)
         self.loss = backend.bind("loss_grad", **self._loss_operands())
-        self.gradients = self._grad_weight(backend)
+        common = {"rule": UpdateRule("sgd"), "counters": self.arrays["counters"]}
+        self.gradients = [backend.bind("grad_weight", layers=tuple(layers), **common) for layers in by_weights]
 
     def _take_limits(self, engine: Session) -> None:
         """Set each column's reach in units of eps and its bounds, as the network takes inputs."""
@@ -76,19 +78,25 @@ class _WorstCase:
         ends = [np.float64(end) if scale is None else (end - scale.mean) / scale.scale for end in bounds]
         self.least, self.most = (np.asarray(end, self.real) for end in ends)
 
-    def _bind_products(self, backend: Any, layer: int) -> None:
-        """Bind the calls of a layer on centres and radii: forward, and back to its inputs."""
-        forward, backward = Calls(), Calls()
-        for x, z, w, b in (
-            ("centre", "zc", self.arrays[f"w{layer}"], self.arrays[f"b{layer}"]),
-            ("radius", "zr", self.buffers[f"size{layer}"], self.buffers[f"zero{layer}"]),
-        ):
-            inputs, outputs = self.buffers[f"{x}{layer}"], self.buffers[f"{z}{layer + 1}"]
+    def _bind_products(self, backend: Any, layer: int, by_weights: tuple[list[Any], list[Any]]) -> None:
+        """Bind the calls of a layer on centres and radii, forward and back to its inputs.
+
+        The operands of the gradients by its weights and biases, and by the magnitudes of the weights, go to
+        ``by_weights``.
+        """
+        forward, backward, at = Calls(), Calls(), self.buffers
+        ways = (
+            ("centre", "zc", self.arrays[f"w{layer}"], self.arrays[f"b{layer}"], at[f"dw{layer}"], at[f"db{layer}"]),
+            ("radius", "zr", at[f"size{layer}"], at[f"zero{layer}"], at[f"dsize{layer}"], None),
+        )
+        for (x, z, w, b, dw, db), layers in zip(ways, by_weights, strict=True):
+            inputs, outputs, dz = at[f"{x}{layer}"], at[f"{z}{layer + 1}"], at[f"d{z}{layer + 1}"]
             ends: dict[str, Any] = {"w": w, "activation": "identity"}
             forward.append(backend.bind("linear", x=inputs, b=b, y=outputs, counters=self.arrays["counters"], **ends))
             if layer:
-                dz, before = self.buffers[f"d{z}{layer + 1}"], self.buffers[f"d{z}{layer}"]
+                before = at[f"d{z}{layer}"]
                 backward.append(backend.bind("grad_input", dz=dz, y=inputs, dz_prev=before, **ends))
+            layers.append({"dz": dz, "x": inputs, "dw": dw, "db": db})
         self.forward.append(forward)
         self.backward.append(backward)
 
@@ -104,24 +112,6 @@ class _WorstCase:
             "loss": replace(call.operands["loss"], accuracy=False),
             "activation": "identity",
         }
-
-    def _grad_weight(self, backend: Any) -> Calls:
-        """Return the calls for the gradients by the weights and biases, and by the magnitudes of the weights."""
-        ways = (("dzc", "centre", "dw", "db"), ("dzr", "radius", "dsize", None))
-        common = {"rule": UpdateRule("sgd"), "counters": self.arrays["counters"]}
-        calls: Calls = []
-        for dz, x, dw, db in ways:
-            layers = tuple(
-                {
-                    "dz": self.buffers[f"{dz}{layer + 1}"],
-                    "x": self.buffers[f"{x}{layer}"],
-                    "dw": self.buffers[f"{dw}{layer}"],
-                    "db": None if db is None else self.buffers[f"{db}{layer}"],
-                }
-                for layer in range(self.net.layers)
-            )
-            calls.append(backend.bind("grad_weight", layers=layers, **common))
-        return calls
 
     # NumPy would warn of what overflows
     @np.errstate(all="ignore")
