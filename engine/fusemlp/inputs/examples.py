@@ -412,13 +412,10 @@ class DeviceInputs:
 
 
 def _parts(batch: Examples) -> tuple[Any, ...]:
-    targets = batch.targets.values
-    return batch.targets.soft, batch.weight is None, _shape(targets)[1:], _is_integer(targets.dtype)
-
-
-def _is_integer(dtype: Any) -> bool:
+    targets, dtype = batch.targets.values, batch.targets.values.dtype
     # one of torch has no kind; batches may lie on the host and on the device in turn
-    return dtype.kind in "biu" if hasattr(dtype, "kind") else not dtype.is_floating_point
+    integer = dtype.kind in "biu" if hasattr(dtype, "kind") else not dtype.is_floating_point
+    return batch.targets.soft, batch.weight is None, _shape(targets)[1:], integer
 
 
 def _shape(native: Any) -> tuple[int, ...]:

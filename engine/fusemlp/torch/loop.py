@@ -308,7 +308,7 @@ def _checked(function: Callable[..., Any], name: str, option: str | None) -> Cal
 
 def _check_gradients(parameters: list[Any], name: str, option: str | None) -> None:
     """Raise ArgumentError if no parameter has a gradient and a fused step has used them; warn if some have one."""
-    missing = [one for one in parameters if one.grad is None and one.requires_grad and _is_fused(one)]
+    missing = [one for one in parameters if one.grad is None and one.requires_grad and one in _FUSED and _FUSED[one]()]
     if not missing:
         return
     mend = f"pass {option}=max_norm to fuse" if option else "use fuse's clip_grad_norm, or FusedMLP in an eager loop"
@@ -316,10 +316,6 @@ def _check_gradients(parameters: list[Any], name: str, option: str | None) -> No
     if all(one.grad is None for one in parameters):
         raise ArgumentError(f"{words}; {mend}")
     warnings.warn(f"{words}, and only the others are clipped; {mend}", stacklevel=5)
-
-
-def _is_fused(parameter: Tensor) -> bool:
-    return (reference := _FUSED.get(parameter)) is not None and reference() is not None
 
 
 def warn_of_autocast(dtype: torch.dtype) -> None:
