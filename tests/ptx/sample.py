@@ -4,6 +4,7 @@ So each kernel, card, type of elements, instruction of products, loss, optimizer
 with each: compiling all of them takes minutes.
 """
 
+import math
 from collections import Counter
 
 
@@ -16,13 +17,15 @@ def values_of(parameters):
 def covering(cases):
     """Return the places, in order, of cases that have all values of ``cases``, mappings of parameters.
 
-    Greedy: the next case has the most values that none before it has; a value of few cases counts for more.
+    Greedy: the next case has the most values that none before it has; a value of few cases counts for more. The choice
+    is the same in each process, whose sets have orders of their own: ``fsum`` does not depend on them.
     """
     values = list(map(values_of, cases))
     frequency = Counter(value for case in values for value in case)
     missing, chosen = set(frequency), []
     while missing:
-        best = max(range(len(cases)), key=lambda place: sum(1 / frequency[value] for value in values[place] & missing))
+        gains = [math.fsum(1 / frequency[value] for value in case & missing) for case in values]
+        best = gains.index(max(gains))
         missing -= values[best]
         chosen.append(best)
     return sorted(chosen)
