@@ -94,6 +94,8 @@ def why_not() -> str | None:
 
 def uses(arch: Architecture) -> collections.Counter[Place]:
     """Return how often the benchmark's networks take each entry of the table on this card."""
+    from fusemlp_kernels.contract import batch_parts
+    from fusemlp_kernels.registry import TRAITS
     from fusemlp_kernels.triton import configs
 
     found: collections.Counter[Place] = collections.Counter()
@@ -110,7 +112,8 @@ def uses(arch: Architecture) -> collections.Counter[Place]:
             for width in 2 * case.sizes[1:-1]:
                 add("forward", case.precision, configs.forward_tile(arch, case.precision, case.batch_size, width))
             shapes = [(outputs, inputs) for inputs, outputs in layers]
-            add("weight", case.precision, configs.weight_tile(arch, case.precision, shapes))
+            parts = batch_parts(TRAITS["triton"], case.batch_size, sum(map(math.prod, shapes)))
+            add("weight", case.precision, configs.weight_tile(arch, case.precision, shapes, parts=parts))
     return found
 
 

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 import torch
 
 from bench import tune
+from bench.cases import Case
 from bench.report import write
 from fusemlp_kernels.registry import TRAITS
 from fusemlp_kernels.triton import backend, configs
@@ -102,7 +103,7 @@ def test_the_table_is_rewritten_at_its_places_only(tmp_path):
         tune.rewritten(configs.TABLES, {place: configs.Tile(16, 32, 32, 2, 2)})
 
 
-def test_the_entries_that_the_benchmarks_networks_use_come_first(tmp_path):
+def test_the_entries_that_the_benchmarks_networks_use_come_first(tmp_path, monkeypatch):
     arch = configs.Architecture("sm_90", 132)
     used = tune.uses(arch)
     options = tune.parser().parse_args(["--out", str(tmp_path / "tune.jsonl")])
@@ -116,6 +117,10 @@ def test_the_entries_that_the_benchmarks_networks_use_come_first(tmp_path):
     # an entry in the file is done, on the card that measured it
     write([{"card": "a card", "place": list(entries[0])}, {"card": "another", "place": list(entries[1])}], options.out)
     assert tuner.entries() == entries[1:]
+    # the gradients of a long batch are cut into parts: 64 x 64 does not get the least tile
+    monkeypatch.setattr(tune, "CASES", {"narrow": Case((32, 64, 64, 64, 64, 16), 1 << 18, steps=1)})
+    ((place, _),) = [item for item in tune.uses(arch).items() if item[0][1] == "weight"]
+    assert tables["weight"]["fp32"][place[3]][:2] == [32, 64]
 
 
 def test_a_rehearsal_measures_and_leaves_the_table_alone(tmp_path):
