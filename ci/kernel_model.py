@@ -245,13 +245,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.beside:
         print(FIGURES + json.dumps({"expected by a model and measured, us": beside(options.beside)}))
         return 0
-    if len(options.sizes) < 2:
+    if len(options.sizes) < 2 or min(options.sizes) < 1:
         parser.error(f"argument sizes: expected two widths or more, such as 784 128 10, got {options.sizes}")
+    for name in ("batch_size", "models", "clock"):
+        if not getattr(options, name) > 0:
+            parser.error(f"argument --{name.replace('_', '-')}: expected more than 0, got {getattr(options, name)}")
+    if options.models > 1 and options.plan != "resident":
+        parser.error("argument --models: several models train at once with --plan resident alone; add it")
+    rows = recorded(options.triton)
+    if not rows:
+        parser.error(f"argument --triton: {RECORD.name} has no rows of {options.triton}; give a version that it has")
     goal = Goal(
         tuple(options.sizes), options.batch_size, 0, options.precision, options.plan, options.optimizer, options.models
     )
     print("Expected by a model of an H100, not measured.")
-    print(table(step(goal, recorded(options.triton), replace(H100, clock=options.clock * 1e9))))
+    print(table(step(goal, rows, replace(H100, clock=options.clock * 1e9))))
     return 0
 
 

@@ -176,3 +176,19 @@ def test_the_command_prints_the_launches_of_a_step(capsys):
     with pytest.raises(SystemExit):
         kernel_model.main(["784"])
     assert "expected two widths or more, such as 784 128 10, got [784]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["784", "0", "10"], "argument sizes: expected two widths or more"),
+        (["784", "10", "--batch-size", "0"], "argument --batch-size: expected more than 0, got 0"),
+        (["784", "10", "--clock", "0"], "argument --clock: expected more than 0, got 0.0"),
+        (["784", "10", "--models", "4"], "argument --models: several models train at once with --plan resident alone"),
+        (["784", "10", "--triton", "9.9"], "argument --triton: kernel_resources.json has no rows of 9.9"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_expect(arguments, problem, capsys):
+    with pytest.raises(SystemExit) as raised:
+        kernel_model.main(arguments)
+    assert raised.value.code == 2 and problem in capsys.readouterr().err
