@@ -104,7 +104,8 @@ def run(what: str, command: Sequence[str | Path], *, cwd: Path, **variables: str
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     if "PIP_FIND_LINKS" in environment:
         # wheels that lie on this machine, such as PyTorch's small CPU build
-        environment.setdefault("UV_FIND_LINKS", environment["PIP_FIND_LINKS"])
+        # pip parts several by spaces, uv by commas
+        environment.setdefault("UV_FIND_LINKS", ",".join(environment["PIP_FIND_LINKS"].split()))
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,

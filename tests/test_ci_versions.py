@@ -83,6 +83,8 @@ def test_wheels_that_pip_finds_on_the_machine_are_uvs_too(monkeypatch, tmp_path)
     monkeypatch.delenv("UV_FIND_LINKS", raising=False)
     monkeypatch.setenv("PIP_FIND_LINKS", "/some/wheels")
     assert versions.run("asking", command, cwd=tmp_path) == "/some/wheels\n"
+    monkeypatch.setenv("PIP_FIND_LINKS", "/some/wheels /more")
+    assert versions.run("asking", command, cwd=tmp_path) == "/some/wheels,/more\n"
     monkeypatch.setenv("UV_FIND_LINKS", "/others")
     assert versions.run("asking", command, cwd=tmp_path) == "/others\n"
 
