@@ -106,15 +106,18 @@ def _grouped(launch: Recorded) -> Work:
     found, elements, reals = [], 0, 0
     for task in given["table"].tolist():
         kind, n, k = (task[gradients.TASK_FIELDS.index(name)] for name in ("kind", "N", "K"))
-        count = over(n, side_n) * over(k, side_k) * splits
         if kind == gradients.WEIGHT.value:
+            count = over(n, side_n) * over(k, side_k) * splits
             operations = 2 * side_n * side_k * side_m * length
             read = length * side_m * (side_n + side_k)
             found.append(Programs(count, {"weight_sums": length}, operations, read, side_n * side_k * moved))
             elements += rows * (n + k)
             reals += n * k * moved * splits
         elif kind == gradients.BIAS.value:
-            found.append(Programs(count, {"column_sums": length}, 0, length * side_m * side_n, side_n * moved))
+            # a pass has as many elements in fewer columns
+            wide = min(side_n, gradients.VECTOR.value)
+            trips, read = over(length * wide, side_n), length * side_m * wide
+            found.append(Programs(over(n, wide) * splits, {"bias_sums": trips}, 0, read, wide * moved))
     ending = {"sum_of": over(launch.programs, PARTIALS)} if given["wants_norm"] else {}
     return Work(found, ending, elements, reals)
 

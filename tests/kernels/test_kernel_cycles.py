@@ -109,7 +109,7 @@ def test_the_trips_of_a_step_are_those_of_its_shapes():
     tasks = kernel_programs.programs_of(grouped)
     # in the table's order
     assert [(task.count, dict(task.trips)) for task in tasks] == [
-        (8 * 8, {"weight_sums": 64}), (8, {"column_sums": 64})
+        (8 * 8, {"weight_sums": 64}), (16, {"bias_sums": 32})
     ] * 4  # fmt: skip
     _, resident = launch("784-10-10 b32", "resident")
     (program,) = kernel_programs.programs_of(resident)

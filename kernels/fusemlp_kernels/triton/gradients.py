@@ -152,6 +152,9 @@ WEIGHT: tl.constexpr = tl.constexpr(0)
 BIAS: tl.constexpr = tl.constexpr(1)
 SLOPE: tl.constexpr = tl.constexpr(2)
 SEGMENT: tl.constexpr = tl.constexpr(3)
+# The most columns of a bias task: short tasks fill the card between those of weights. And its loads under way.
+VECTOR: tl.constexpr = tl.constexpr(64)
+BIAS_STAGES: tl.constexpr = tl.constexpr(4)
 # The float64 table beside it: a row of (learning-rate factor, weight decay) for each task.
 TENSOR_FIELDS: tl.constexpr = tl.constexpr(2)
 
@@ -198,7 +201,10 @@ def weight_sums(
 
 @triton.jit
 def column_sums(dz, at_n, begin, end, N, dz_row, dz_col, BN: tl.constexpr, BM: tl.constexpr):
-    """Return the sums of dz's columns ``at_n`` over the batch's rows from ``begin`` to ``end``, (BN,) float32."""
+    """Return the sums of dz's columns ``at_n`` over the batch's rows from ``begin`` to ``end``, (BN,) float32.
+
+    For a batch of few tiles, in ``train_resident``; see ``bias_sums``.
+    """
     at_b = tl.arange(0, BM)
     sums = tl.zeros((BN,), tl.float32)
     for start in range(begin, end, BM):
@@ -207,6 +213,26 @@ def column_sums(dz, at_n, begin, end, N, dz_row, dz_col, BN: tl.constexpr, BM: t
         dz_tile = tl.load(dz_at, mask=inside_b[:, None] & (at_n < N)[None, :], other=0.0)
         sums += tl.sum(dz_tile.to(tl.float32), axis=0)
     return sums
+
+
+@triton.jit
+def bias_sums(
+    dz, at_n, begin, end, N, dz_row, dz_col,
+    BN: tl.constexpr, BM: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Return the sums of dz's columns ``at_n`` over the batch's rows from ``begin`` to ``end``, (BN,) float32.
+
+    The loop adds tiles, so that no pass waits at a barrier for its sum over rows; one reduction follows.
+    """
+    at_b = tl.arange(0, BM)
+    inside_n = at_n < masked_width(N, ALIGNED)
+    dz_at = dz + (begin + at_b).to(tl.int64)[:, None] * dz_row + at_n[None, :] * dz_col
+    sums = tl.zeros((BM, BN), tl.float32)
+    for start in tl.range(begin, end, BM, num_stages=BIAS_STAGES):
+        dz_tile = tl.load(dz_at, mask=(at_b < end - start)[:, None] & inside_n[None, :], other=0.0)
+        sums += dz_tile.to(tl.float32)
+        dz_at += BM * dz_row
+    return tl.sum(sums, axis=0)
 
 
 @triton.jit
@@ -322,20 +348,22 @@ def grad_weight_kernel(
                 hyper, rule, tensors, task, counters, wants_norm, shadowed, UPDATES, RULE,
             )  # fmt: skip
     else:
-        at_n = tile * BN + tl.arange(0, BN)
-        inside_n = at_n < N
-        sums = tl.zeros((BN,), tl.float32)
+        COLUMNS: tl.constexpr = min(BN, VECTOR)
+        # not `at_n`: a name in both branches of an `if` must have one type in a kernel
+        at = tile * COLUMNS + tl.arange(0, COLUMNS)
+        inside = at < N
+        element = at.to(tl.int64)
+        sums = tl.zeros((COLUMNS,), tl.float32)
         if kind == BIAS:
-            sums = column_sums(dz, at_n, begin, end, N, dz_row, dz_col, BN, BM)
+            # a tile has as many elements as one of dz in a weight task
+            sums = bias_sums(dz, at, begin, end, N, dz_row, dz_col, COLUMNS, BM * BN // COLUMNS, ALIGNED)
         else:
             # prelu's: one number, computed by earlier kernels
-            sums = tl.load(real + tl.load(row + X) + at_n, mask=tl.where(split == 0, inside_n, False), other=0.0)
-        # not `far`: a name in both branches of an `if` must have one type in a kernel
-        element = at_n.to(tl.int64)
+            sums = tl.load(real + tl.load(row + X) + at, mask=tl.where(split == 0, inside, False), other=0.0)
         squares += finished(
             sums, p + element * tl.load(row + P_ROW), s0 + element * tl.load(row + S0_ROW),
             s1 + element * tl.load(row + S1_ROW), average + element * tl.load(row + AVERAGE_ROW),
-            shadow + element * tl.load(row + SHADOW_ROW), inside_n,
+            shadow + element * tl.load(row + SHADOW_ROW), inside,
             hyper, rule, tensors, task, counters, wants_norm, shadowed, UPDATES, RULE,
         )  # fmt: skip
     if UPDATES:

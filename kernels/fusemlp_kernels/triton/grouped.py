@@ -61,11 +61,13 @@ class _Tasks:
         self.rules.append((rule.lr_factor, rule.weight_decay))
 
     def tables(self, rows: int, columns: int) -> tuple[Tensor, Tensor, int]:
-        """The int64 table, the float64 table, and the number of tiles of rows x columns."""
+        """The int64 table, the float64 table, and the number of tiles: of rows x columns, and of a bias of at most
+        ``gradients.VECTOR`` rows."""
         first, table = 0, []
         for row in self.rows:
             table.append([{"first_tile": first, **row}.get(name, 0) for name in gradients.TASK_FIELDS])
-            first += -(-row["N"] // rows) * -(-row["K"] // columns)
+            height = min(rows, gradients.VECTOR.value) if row["kind"] in (BIAS, SLOPE) else rows
+            first += -(-row["N"] // height) * -(-row["K"] // columns)
         numbers = self.device.numbers(table or [[0] * len(gradients.TASK_FIELDS)], "int64")
         return numbers, self.device.numbers(self.rules or [(0.0, 0.0)], "float64"), first
 
