@@ -407,3 +407,17 @@ def test_fit_warns_of_targets_far_from_unit_scale(loss, mean, spread, warns):
     assert [warning.category for warning in caught] == [fusemlp.TargetScaleWarning] * warns
     assert all("(y - y.mean()) / y.std()" in str(warning.message) for warning in caught)
     assert all(warning.filename == __file__ for warning in caught)
+
+
+def test_fit_does_not_warn_of_one_hot_rows_or_of_a_long_tail_of_unit_scale():
+    generator = np.random.default_rng(0)
+    X, y = generator.normal(size=(400, 3)), generator.normal(size=400)
+    # in a row that no sample of every seventh has
+    y[3] = 1e6
+    y = (y - y.mean()) / y.std()
+    assert y[::7].std() < 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fusemlp.Engine(MLP([3, 4, 1]), loss="mse", optimizer=SGD(lr=1e-6)).fit(X, y, epochs=1)
+        engine = fusemlp.Engine(MLP([3, 4, 200]), loss="mse", optimizer=SGD(lr=1e-6))
+        engine.fit(X, np.eye(200)[np.arange(400) % 200], epochs=1)

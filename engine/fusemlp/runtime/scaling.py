@@ -135,19 +135,25 @@ class Scaling:
             )
 
     def warn_of_targets(self, kind: str, y: Any) -> None:
-        """Warn if checked targets of a loss of this kind are numbers far from unit scale, by a sample."""
+        """Warn if checked targets of a loss of this kind are numbers far from unit scale.
+
+        If a sample of them is far, all are looked at: most rows of a long tail lie close together.
+        """
         if kind not in NUMBERS:
             return
+        mean = spread = 0.0
         # an odd step: gaps in every second row leave some of the sample
-        sample = np.asarray(self.inputs.on_host(y[:: len(y) // SAMPLE_ROWS | 1]), np.float64)
-        sample = sample[np.isfinite(sample)]
-        with np.errstate(over="ignore"):
-            mean, spread = (float(sample.mean()), float(sample.std())) if len(sample) else (0.0, 0.0)
-        if spread and not (SPREAD[0] <= spread <= SPREAD[1] and abs(mean) <= OFFSET * spread):
-            warnings.warn(
-                f"y: the targets are far from unit scale: their mean is {mean:.3g} and their standard deviation "
-                f"{spread:.3g}, and a {kind} loss learns them slowly or not at all. Give (y - y.mean()) / y.std(), and "
-                "scale the predictions back; the table estimators do both",
-                TargetScaleWarning,
-                stacklevel=caller_level(),
-            )
+        for step in (len(y) // SAMPLE_ROWS | 1, 1):
+            values = np.asarray(self.inputs.on_host(y[::step]), np.float64)
+            values = values[np.isfinite(values)]
+            with np.errstate(over="ignore"):
+                mean, spread = (float(values.mean()), float(values.std())) if len(values) else (0.0, 0.0)
+            if not spread or (SPREAD[0] <= spread <= SPREAD[1] and abs(mean) <= OFFSET * spread):
+                return
+        warnings.warn(
+            f"y: the targets are far from unit scale: their mean is {mean:.3g} and their standard deviation "
+            f"{spread:.3g}, and a {kind} loss learns them slowly or not at all. Give (y - y.mean()) / y.std(), and "
+            "scale the predictions back; the table estimators do both",
+            TargetScaleWarning,
+            stacklevel=caller_level(),
+        )

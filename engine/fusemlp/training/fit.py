@@ -147,4 +147,6 @@ def _warn(engine: Trainer, data: Examples, batches: int, *, streamed: bool) -> N
         warnings.warn(message, stacklevel=caller_level())
     if rows:
         engine.scaling.warn("X", data.X)
-        engine.scaling.warn_of_targets(engine.loss.kind, labels)
+        # one-hot rows are classes
+        if not engine.inputs.counts_hits(data.targets):
+            engine.scaling.warn_of_targets(engine.loss.kind, labels)
