@@ -82,6 +82,9 @@ def test_a_classifier_is_scored_on_the_rows_that_have_a_label(fitted):
     assert fitted.score(X, Y) == np.mean(fitted.predict(X) == Y)
     with pytest.raises(DataError, match="y: the target is missing in all 3 rows"):
         fitted.score(X[:3], [None, None, None])
+    for count in (len(Y) - 1, len(Y) + 1):
+        with pytest.raises(ValueError, match=r"sample_weight.shape"):
+            fitted.score(X, labels, np.ones(count))
 
 
 def test_a_mixed_table(fitted):

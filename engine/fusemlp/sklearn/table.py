@@ -20,7 +20,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_y, check_is_fitted
+from sklearn.utils.validation import _check_sample_weight, _check_y, check_is_fitted
 
 from fusemlp.callbacks import ProgressBar
 from fusemlp.datasets.load import load_features
@@ -270,7 +270,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
     def _scored_rows(self, X: Any, y: Any, sample_weight: Any) -> tuple[Array, Array, Array | None]:
         """Return the indices of the rows that have a target, these targets, and their weights."""
         kept, truth = with_target(as_table(self, X).table, y, self._checked_targets, [])
-        return kept, truth, None if sample_weight is None else np.asarray(sample_weight)[kept]
+        return kept, truth, None if sample_weight is None else _check_sample_weight(sample_weight, y)[kept]
 
     def _labelled(self, X: Any, y: Any) -> tuple[Array, Array]:
         """Return the features and the labels of rows as in the data."""
