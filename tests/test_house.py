@@ -17,7 +17,7 @@ BUDGETS = {
     "engine/fusemlp/inputs": 1_450,
     "engine/fusemlp/program": 1_790,
     "engine/fusemlp/report": 3_010,
-    "engine/fusemlp/runtime": 3_820,
+    "engine/fusemlp/runtime": 3_830,
     "engine/fusemlp/sklearn": 2_960,
     "engine/fusemlp/tables": 2_050,
     "engine/fusemlp/torch": 2_670,
