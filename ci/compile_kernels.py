@@ -99,7 +99,7 @@ def systematic_part(variants: Sequence[kernel_variants.Variant]) -> list[kernel_
         return variant.tile.rows * variant.tile.columns, variant.tile.columns
 
     def path(variant: kernel_variants.Variant) -> tuple[str | bool, ...]:
-        flags = variant.constants.get("ALIGNED", True), variant.constants.get("NOISY", False)
+        flags = [variant.constants.get(name, name == "ALIGNED") for name in ("ALIGNED", "NOISY", "CROSS_ENTROPY")]
         return variant.kernel, variant.precision, *flags, isinstance(variant.tile, configs.DeepTile)
 
     largest: dict[tuple[str | bool, ...], tuple[int, int]] = {}

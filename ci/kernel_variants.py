@@ -113,7 +113,7 @@ class Variant:
         """Return a name that tells it from the kernel's other variants."""
         tile = self.tile
         size = "x".join(str(side) for side in (tile.rows, tile.columns, tile.depth) if side)
-        flags = {"ALIGNED": "aligned", "CROSS_ENTROPY": "cross_entropy"}
+        flags = {"ALIGNED": "aligned", "CROSS_ENTROPY": "cross_entropy", "LABELS": "labels"}
         flags |= {"UPDATES": "updates", "NOISY": "noisy", "BACK": "back", "DESCRIBED": "described"}
         words = [word for flag, word in flags.items() if self.constants.get(flag)]
         numbers = {"TASKS": "tasks", "OUTPUTS": "outputs"}
@@ -170,8 +170,10 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
             for tile in [*configs.output_tiles(arch.family), *([deep_output] if deep_output and aligned else [])]:
                 sides = {**tile.sides("MNK"), "PRODUCT": product, "SPLIT": tile.split}
                 yield Variant("linear_loss_grad", precision, tile, {**sides, **shared})
-            tile = configs.LOSS
-            yield Variant("loss_grad", ELEMENTS[precision], tile, {"BM": tile.rows, "BN": tile.columns, **shared})
+            loss_tile = configs.loss_tile(precision, entropy, aligned)
+            for labels in (False, True)[: 1 + entropy]:
+                sides = {"BM": loss_tile.rows, "BN": loss_tile.columns, "LABELS": labels}
+                yield Variant("loss_grad", ELEMENTS[precision], loss_tile, {**sides, **shared})
     for rule in RULES:
         for tasks in configs.TABLE_LENGTHS if rule == HEAVIEST else configs.TABLE_LENGTHS[:1]:
             for noisy, tile in ((False, configs.SWEEP), (True, configs.NOISY_SWEEP)):

@@ -127,7 +127,11 @@ def test_grad_weight_update(path, precision, aligned, rule):
 
 
 ENTROPY = LossSpec("cross_entropy", label_smoothing=0.1, ignore_index=1, accuracy=True)
-LOSSES = {"entropy": (ENTROPY, "identity"), "huber": (LossSpec("huber", delta=0.5, accuracy=True), "prelu")}
+LOSSES = {
+    "entropy": (ENTROPY, "identity"),
+    "labels": (LossSpec("cross_entropy", label_smoothing=0.1, ignore_index=1, accuracy=True), "identity"),
+    "huber": (LossSpec("huber", delta=0.5, accuracy=True), "prelu"),
+}
 
 
 def loss_case(variant, aligned, loss, n):
@@ -158,7 +162,15 @@ def test_linear_loss_grad(target, precision, loss, aligned):
         losses_of.test_linear_loss_grad.of_case(case, 150, by_x_row=True)
 
 
-@pytest.mark.parametrize(("target", "precision", "loss", "aligned"), LOSS_CASES)
+# Without class weights the target weights of a row are those of its label and of any other.
+LABEL_CASES = [
+    (target, precision, "labels", aligned)
+    for target in ("sm_80", "sm_90")
+    for precision, aligned in (("fp32", True), ("bf16", True), ("fp32", False))
+]
+
+
+@pytest.mark.parametrize(("target", "precision", "loss", "aligned"), [*LOSS_CASES, *LABEL_CASES])
 def test_loss_grad(target, precision, loss, aligned):
     with card(target, precision) as emulator:
         losses_of.test_loss_grad.of_case(loss_case(emulator.variant, aligned, loss, 300))

@@ -296,6 +296,8 @@ def launch_options(family: str, tile: Tile) -> dict[str, Any]:
 # Launches without a product: of ``loss_grad`` for rows of any width, the clock, the sweeps over the
 # arenas, ``clip_examples``, and members' own factors.
 LOSS = LossTile(2, 1024, 0, 8, 1, programs=2)
+ENTROPY = {"half": LossTile(8, 256, 0, 8, 1, programs=2), "fp32": LossTile(16, 128, 0, 8, 1, programs=2)}
+GENERAL_ENTROPY = LossTile(8, 128, 0, 8, 1, programs=2)
 SMALL = Tile(1, 1, 0, 1, 1)
 SWEEP = Tile(1, 1024, 0, 4, 1)
 # Noise is of float64, which takes two registers a number.
@@ -306,6 +308,14 @@ MEMBERS = Tile(16, 128, 0, 8, 1)
 MOST_SPLITS = 32
 # Whole rows of at most this many columns at a time, narrowest first: of ``normalise``, and of the sum of two matrices.
 ROWS = (Tile(16, 64, 0, 4, 1), Tile(4, 256, 0, 4, 1), Tile(1, 1024, 0, 4, 1))
+
+
+def loss_tile(precision: str, entropy: bool, aligned: bool) -> LossTile:
+    """Return the tile of ``loss_grad``. Of a cross-entropy of aligned matrices a warp loads whole rows, 16 bytes a
+    thread, so that no sum over a row crosses warps."""
+    if not entropy:
+        return LOSS
+    return ENTROPY["half" if _kind(precision) == "half" else "fp32"] if aligned else GENERAL_ENTROPY
 
 
 def row_tile(width: int) -> Tile:

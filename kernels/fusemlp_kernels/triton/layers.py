@@ -317,8 +317,11 @@ def _launch_loss(
 
 def launch_loss_grad(device: TritonDevice, call: SimpleNamespace, z: Tensor, dz: Tensor | None) -> Run:
     """The loss of pre-activations z (M, N), and its gradient in dz, which may be z."""
-    tile, most = configs.LOSS, configs.LOSS.programs * device.arch.processors
-    constants = {"BM": tile.rows, "BN": tile.columns}
+    spec, entropy = call.loss, call.loss.kind == "cross_entropy"
+    tile = configs.loss_tile(device.precision, entropy, _are_aligned(z, dz))
+    most = tile.programs * device.arch.processors
+    labels = entropy and not spec.soft and (call.class_weight is None or not spec.label_smoothing)
+    constants = {"BM": tile.rows, "BN": tile.columns, "LABELS": labels}
     call = SimpleNamespace(**vars(call) | {"dz": dz})
     return _launch_loss(device, call, loss.loss_grad_kernel, tile, {"z": z}, {}, constants, most)
 

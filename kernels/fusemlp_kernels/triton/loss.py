@@ -304,15 +304,16 @@ def rows_in_tiles(
     z, dz, at_m, count, scale, rows, labels, target, weight, class_weight, settings,
     M, N, z_row, z_col, label_step, target_row, target_col, weight_step, dz_row, dz_col,
     gather, activation, slope, ignored, store_dz,
-    BM: tl.constexpr, BN: tl.constexpr, ALIGNED: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, ALIGNED: tl.constexpr, CROSS_ENTROPY: tl.constexpr, LABELS: tl.constexpr,
 ):  # fmt: skip
     """Compute dz of the batch's rows ``at_m``, BN columns at a time. Return the sum of the losses, the right answers,
     the answers asked for, and prelu's gradient.
 
     The largest logit and the sum of the exponentials are taken in one pass (Milakov and Gimelshein, "Online normalizer
-    calculation for softmax", 2018); a second one, over what is in the cache by then, writes dz.
+    calculation for softmax", 2018); a second one, over what is in the cache by then, writes dz. Both add tiles, and sum
+    over the columns at their end. ``LABELS``: of the target weights of a row only that of its label differs.
     """
-    weights, label, counts, _ = row_weights(
+    weights, label, counts, shares = row_weights(
         at_m, rows, count, labels, label_step, weight, weight_step, class_weight, ignored, N, settings, gather
     )
     valid = at_m < count
@@ -330,39 +331,63 @@ def rows_in_tiles(
     best_at = tl.zeros((BM,), tl.int32)
     meant = tl.full((BM,), float("-inf"), tl.float32)
     meant_at = tl.zeros((BM,), tl.int32)
-    total = tl.zeros((BM,), tl.float32)
-    mass = tl.zeros((BM,), tl.float32)
-    losses = tl.zeros((BM,), tl.float32)
+    totals = tl.zeros((BM, BN), tl.float32)
+    # rows that do not count have no share: their dz is zero
+    mass = shares
+    eps = tl.load(settings + SMOOTHING)
+    light = shares * (eps / N)
+    heavy = light + shares * (1.0 - eps)
+    losses = tl.zeros((BM, BN), tl.float32)
+    wide = masked_width(N, ALIGNED)
     hits = tl.zeros((BM,), tl.int32)
     below = tl.full((), 0.0, tl.float32)
     loss = tl.full((), 0.0, tl.float32)
     if CROSS_ENTROPY:
+        if not LABELS:
+            mass = tl.zeros((BM,), tl.float32)
         for start in range(0, N, BN):
             at_n = start + tl.arange(0, BN)
             inside = valid[:, None] & (at_n < N)[None, :]
-            t = tl.load(t_rows + at_n.to(tl.int64)[None, :] * target_col, mask=tl.where(soft, inside, False), other=0.0)
-            tile = tl.load(z_rows + at_n[None, :] * z_step, mask=inside, other=float("-inf")).to(tl.float32)
-            mass += tl.sum(wanted(weights, label, at_n, inside, t, class_weight, N, settings), axis=1)
+            tile = tl.load(z_rows + at_n[None, :] * z_step, mask=valid[:, None] & (at_n < wide)[None, :], other=0.0)
+            tile = tile.to(tl.float32)
+            if start + BN > N:
+                tile = tl.where((at_n < N)[None, :], tile, float("-inf"))
             largest = tl.max(tile, axis=1)
             if counting:
                 best_at = tl.where(largest > best, first_of(tile, largest, at_n, N), best_at)
-            if counting & soft:
-                meant, meant_at = later_best(tl.where(inside, t, float("-inf")), meant, meant_at, at_n, N)
+            if not LABELS:
+                t_at = t_rows + at_n.to(tl.int64)[None, :] * target_col
+                t = tl.load(t_at, mask=tl.where(soft, inside, False), other=0.0)
+                mass += tl.sum(wanted(weights, label, at_n, inside, t, class_weight, N, settings), axis=1)
+                if counting & soft:
+                    meant, meant_at = later_best(tl.where(inside, t, float("-inf")), meant, meant_at, at_n, N)
             best = tl.maximum(best, largest)
             shift = tl.where(best == float("-inf"), 0.0, best)
-            total = total * tl.exp(highest - shift) + tl.sum(tl.exp(tile - shift[:, None]), axis=1)
+            totals = totals * tl.exp(highest - shift)[:, None] + tl.exp(tile - shift[:, None])
             highest = best
-        total = tl.where(valid, total, 1.0)
+        total = tl.sum(totals, axis=1)
+        share = mass / total
     for start in range(0, N, BN):
         at_n = start + tl.arange(0, BN)
         inside = valid[:, None] & (at_n < N)[None, :]
-        t = tl.load(t_rows + at_n.to(tl.int64)[None, :] * target_col, mask=tl.where(soft, inside, False), other=0.0)
-        tile = tl.load(z_rows + at_n[None, :] * z_step, mask=inside, other=0.0).to(tl.float32)
+        if not LABELS:
+            t_at = t_rows + at_n.to(tl.int64)[None, :] * target_col
+            t = tl.load(t_at, mask=tl.where(soft, inside, False), other=0.0)
+        # an element-wise loss has all its masks at the width: a second set would take too many registers
+        loaded = valid[:, None] & (at_n < (wide if CROSS_ENTROPY else N))[None, :]
+        tile = tl.load(z_rows + at_n[None, :] * z_step, mask=loaded, other=0.0).to(tl.float32)
         if CROSS_ENTROPY:
-            q = wanted(weights, label, at_n, inside, t, class_weight, N, settings)
-            shifted = tl.where(inside, tile - best[:, None], 0.0)
-            losses += tl.sum(q * shifted, axis=1)
-            result = tl.where(inside, (tl.exp(shifted) * (mass / total)[:, None] - q) * scale, 0.0)
+            shifted = tile - best[:, None]
+            if start + BN > N:
+                shifted = tl.where((at_n < N)[None, :], shifted, 0.0)
+            if LABELS:
+                q = tl.where(label[:, None] == at_n[None, :], heavy[:, None], light[:, None])
+            else:
+                q = wanted(weights, label, at_n, inside, t, class_weight, N, settings)
+            losses += q * shifted
+            result = (tl.exp(shifted) * share[:, None] - q) * scale
+            if start + BN > N:
+                result = tl.where((at_n < N)[None, :], result, 0.0)
         else:
             y, part, result, part_below = elementwise_tile(tile, t, weights, scale, inside, activation, slope, settings)
             loss += part
@@ -372,12 +397,12 @@ def rows_in_tiles(
                 meant, meant_at = later_best(tl.where(inside, t, float("-inf")), meant, meant_at, at_n, N)
                 hits += tl.sum(tl.where(inside & ((y > 0) == (t > 0.5)), 1, 0), axis=1)
         if store_dz != 0:
-            stored = (at_m < M)[:, None] & (at_n < masked_width(N, ALIGNED))[None, :]
+            stored = (at_m < M)[:, None] & (at_n < wide)[None, :]
             tl.store(dz_rows + at_n[None, :] * dz_step, result.to(dz.dtype.element_ty), mask=stored)
     right = tl.where(counts & (best_at == tl.where(soft, meant_at, label)), 1, 0)
     scored = tl.where(counts, 1, 0)
     if CROSS_ENTROPY:
-        loss = tl.sum(mass * tl.log(total) - losses)
+        loss = tl.sum(mass * tl.log(total) - tl.sum(losses, axis=1))
     else:
         if tl.load(settings + KIND) == BINARY_CROSS_ENTROPY:
             right = hits
@@ -391,7 +416,7 @@ def loss_grad_kernel(
     ticket,
     M, N, z_row, z_col, label_step, target_row, target_col, weight_step, dz_row, dz_col,
     gather, activation, slope, ignored_low, ignored_high, store_dz, scaled, programs,
-    BM: tl.constexpr, BN: tl.constexpr, ALIGNED: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, ALIGNED: tl.constexpr, CROSS_ENTROPY: tl.constexpr, LABELS: tl.constexpr,
 ):  # fmt: skip
     """The loss and dz (M, N) from z (M, N) in memory, any N, BN columns at a time; dz may be z. A program takes every
     ``programs``-th group of BM rows, so that few programs compute the normaliser."""
@@ -410,7 +435,7 @@ def loss_grad_kernel(
         part, hits, asked, part_below = rows_in_tiles(
             z, dz, group * BM + tl.arange(0, BM), count, scale, rows, labels, target, weight, class_weight, settings,
             M, N, z_row, z_col, label_step, target_row, target_col, weight_step, dz_row, dz_col,
-            gather, activation, slope, ignored, store_dz, BM, BN, ALIGNED, CROSS_ENTROPY,
+            gather, activation, slope, ignored, store_dz, BM, BN, ALIGNED, CROSS_ENTROPY, LABELS,
         )  # fmt: skip
         loss += part.to(tl.float64)
         below += part_below.to(tl.float64)
