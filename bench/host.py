@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+import types
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -94,7 +95,11 @@ def pretend() -> None:
     torch.set_num_threads(1)
     here: Any = torch.cuda
     here.device = lambda _: contextlib.nullcontext()
-    here.synchronize = here.current_stream = lambda *_: None
+    here.synchronize = lambda *_: None
+    stream = types.SimpleNamespace(cuda_stream=0, wait_stream=lambda _: None)
+    here.current_stream, here.is_current_stream_capturing = lambda *_: stream, lambda: False
+    internals: Any = torch._C
+    internals._cuda_getCurrentRawStream = lambda _: stream.cuda_stream
     placed = TritonDevice(torch.device("cpu"), configs.Architecture("sm_90", 132), "fp32", torch.float32, False)
     made: Any = backend
     made.open_device = lambda name, precision: dataclasses.replace(placed, precision=precision)
