@@ -1,6 +1,6 @@
 """The order of memory between blocks and launches, on small kernels: what passes a value on, and what does not.
 
-Our kernels have neither barriers of the grid nor dependent launches yet: those here stand for them.
+No kernel of ours has a barrier of the grid or a dependent launch yet; the small ones here have.
 """
 
 import numpy as np
