@@ -248,10 +248,10 @@ def test_private_fits_of_another_batch_size_are_bound_again(computing):
         net, options = MLP((3, 4, 2)), {"backend": "triton", "plan": "graph", "normalise": False}
         engine = Engine(net, optimizer=SGD(0.1), batch_size=7, privacy=privacy, **options)
         engine.fit(X[:12], Y[:12], epochs=1)
-        sizes.append(engine.programs.last_fit.key[0][0][3])
+        sizes.append(engine.programs.last_fit.key[0][0].batch_size)
         between(engine)
         engine.fit(X[:12], Y[:12], epochs=1, batch_size=8)
-        sizes.append(engine.programs.last_fit.key[0][0][3])
+        sizes.append(engine.programs.last_fit.key[0][0].batch_size)
         return engine
 
     sizes = []

@@ -317,12 +317,12 @@ def python_calls(run):
 
 class TestFewRows:
     def test_one_row_takes_few_calls_of_python(self):
-        # its arithmetic takes a microsecond or two, as ten calls do
+        # its arithmetic takes a microsecond or two, as ten calls do; two calls follow the stream of a card
         row = RNG.standard_normal((1, 64)).astype(np.float32)
         for layers in (1, 3, 6):
             engine = Engine(MLP([64] * layers + [4]), backend="numpy")
             engine.predict(row)
-            assert python_calls(lambda engine=engine: engine.predict(row)) <= 28 + 4 * layers
+            assert python_calls(lambda engine=engine: engine.predict(row)) <= 30 + 4 * layers
 
     @pytest.mark.parametrize("precision", ["fp32", "fp64"])
     @pytest.mark.parametrize("options", [{}, {"activation": "gelu"}, {"members": 3}], ids=str)
