@@ -31,30 +31,40 @@ def _largest(values: Any, start: int, columns: int) -> int:
 
 
 @register_jitable(**EXACT)
-def _largest_of_many(values: Any, start: Any, columns: Any) -> Any:
-    """``_largest`` of a row of finite values, or -1: four maxima side by side, then the place of the largest."""
-    first = values[start]
-    a, b, c, d = first, first, first, first
-    # zero as long as all are finite
-    p, q = first - first, first - first
+def _largest_value(values: Any, start: Any, columns: Any) -> Any:
+    """The largest of a row of finite values: four maxima side by side."""
+    a = values[start]
+    b, c, d = a, a, a
     four = np.uintp(4)
     for at in range(start, start + columns - columns % four, four):
         v, w, x, y = values[at], values[at + np.uintp(1)], values[at + np.uintp(2)], values[at + np.uintp(3)]
         a, b = v if v > a else a, w if w > b else b
         c, d = x if x > c else c, y if y > d else d
-        p += (v - v) + (w - w)
-        q += (x - x) + (y - y)
     for at in range(start + columns - columns % four, start + columns):
-        v = values[at]
-        a = v if v > a else a
-        p += v - v
-    if p + q != 0.0:
-        return -1
-    largest = max(max(a, b), max(c, d))
-    for at in range(start, start + columns):
-        if values[at] == largest:
-            return np.int64(at - start)
-    return -1
+        a = values[at] if values[at] > a else a
+    return max(max(a, b), max(c, d))
+
+
+@register_jitable(**REDUCTION)
+def _finite(values: Any, stop: int) -> Any:
+    """Say whether the first ``stop`` values are finite."""
+    total = values.dtype.type(0.0)
+    for at in range(np.uintp(stop)):
+        total += values[at] - values[at]
+    return total == 0.0
+
+
+@register_jitable(**EXACT)
+def _is_chosen(below: Any, start: int, place: int, chosen: int) -> bool:
+    """Say whether the largest of a row is at ``place``: ``chosen``, or, if -1, the first zero of the row below it."""
+    if chosen >= 0:
+        return chosen == place
+    if below[start + place] != 0.0:
+        return False
+    zeros = 0
+    for at in range(np.uintp(start), np.uintp(start + place)):
+        zeros += below[at] == 0.0
+    return zeros == 0
 
 
 # Unsigned indices: from a signed one that might be negative the compiler makes no vector code.
@@ -165,13 +175,15 @@ def cross_entropy(
     for j in range(columns):
         smooth_mass += (class_weight[j] if by_class else 1.0) * (smoothing / columns)
     scale = _row_scale(shares, call)
+    finite = _finite(z, count * columns)
     total, correct = 0.0, 0
     for i in range(count):
         row, start = rows[i], i * columns
-        chosen = _largest_of_many(z, np.uintp(start), np.uintp(columns)) if wide else -1
-        if chosen < 0:
+        if finite:
+            chosen, shift = -1, _largest_value(z, np.uintp(start), np.uintp(columns))
+        else:
             chosen = _largest(z, start, columns)
-        shift = z[start + chosen]
+            shift = z[start + chosen]
         share = float(weight[row]) if weighted else 1.0
         _subtract(d, z, start, start + columns, shift)
         scored += 1
@@ -182,13 +194,13 @@ def cross_entropy(
                 picked += q * d[start + j]
         if is_soft:
             if call.accuracy:
-                correct += chosen == _largest(soft, row * columns, columns)
+                correct += _is_chosen(d, start, _largest(soft, row * columns, columns), chosen)
         else:
             label = labels[row]
             if call.ignores and label == call.ignored:
                 scored -= 1
                 continue
-            correct += chosen == label
+            correct += _is_chosen(d, start, label, chosen)
             picked += (class_weight[label] if by_class else 1.0) * (1.0 - smoothing) * d[start + label]
         total -= share * picked
     if not wide:
