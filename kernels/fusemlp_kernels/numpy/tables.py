@@ -350,9 +350,10 @@ class BoundTable:
     def __init__(self, table: CallTable, arrays: Mapping[str, Array]) -> None:
         self._bound = table.bound
         names = {id(array): name for name, array in arrays.items()}
-        # (name, transposed, type, places), (shape and type of scratch, places); what is left is the same for all
+        # (name, transposed, type, places); the places of scratch in one block; what is left is the same for all
         self._named: list[tuple[str, bool, Any, list[tuple[int, int]]]] = []
-        self._scratch: list[tuple[Any, list[tuple[int, int]]]] = []
+        self._scratch: list[tuple[int, int]] = []
+        self._scratch_bytes = 0
         self._common: list[Array] = []
         for key, (array, _, places) in table.kept.items():
             flipped = key in table.transposed
@@ -360,7 +361,8 @@ class BoundTable:
             if operand in names:
                 self._named.append((names[operand], flipped, array.dtype, places))
             elif key in table.zeros:
-                self._scratch.append(((array.shape, array.dtype), places))
+                self._scratch += [(place, self._scratch_bytes + offset) for place, offset in places]
+                self._scratch_bytes += -(-array.nbytes // t.LINE) * t.LINE
             else:
                 self._common.append(array)
 
@@ -372,7 +374,7 @@ class BoundTable:
             if array.dtype != dtype or not array.flags.c_contiguous or not array.flags.aligned:
                 return None
             entered.append((array, places))
-        entered += [(_zeros(*form), places) for form, places in self._scratch]
+        entered.append((_zeros((self._scratch_bytes,), np.dtype(np.uint8)), self._scratch))
         memory = self._bound[0].copy()
         words = memory.data
         for array, places in entered:
