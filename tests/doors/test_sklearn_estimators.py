@@ -161,11 +161,14 @@ def test_by_default_the_first_backend_that_works_is_taken(monkeypatch):
 
     # lbfgs and fp64 have a backend that can do them, on a machine with a card too
     monkeypatch.setattr(settings, "working_backend", lambda: "triton")
-    assert settings.backend_of(MLPClassifier()) == settings.backend_of(MLPClassifier(precision="bf16")) == "triton"
+    loss = fusemlp.CrossEntropy()
+    for options in ({}, {"precision": "bf16"}):
+        assert settings.backend_of(MLPClassifier(**options), loss) == "triton"
+    assert settings.backend_of(MLPRegressor(), fusemlp.Quantiles()) == "numpy"
     for options in ({"solver": "lbfgs"}, {"precision": "fp64"}):
         estimator = MLPClassifier(max_iter=2, random_state=0, **options).fit(X, Y)
         assert estimator._model.engine.backend == "numpy" and estimator.coefs_[0].dtype == np.float64
-    assert settings.backend_of(MLPClassifier(backend="cupy", precision="fp64")) == "cupy"
+    assert settings.backend_of(MLPClassifier(backend="cupy", precision="fp64"), loss) == "cupy"
 
 
 BAD = {

@@ -286,6 +286,8 @@ def test_the_tables_features_are_walked():
         "estimator",
         "models",
         "FusedMLP",
+        # tests/doors/test_loss_doors.py
+        "label_smoothing",
         # tests/doors/test_table_doors.py
         *("gaps", "trained gaps", "sweep", "several targets", "whole targets", "quantiles", "return_std"),
         *(name for one in FEATURES.values() for name in one.implies),

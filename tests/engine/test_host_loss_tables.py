@@ -113,7 +113,6 @@ def test_each_quantile_is_scored_beside_the_constant_one(folder, capsys):
 
 
 REFUSED = {
-    "models": (("--loss", "quantiles", "--models", "2"), "loss: quantiles is not supported yet for a fleet; train one"),
     "log": (("--loss", "gaussian", "--log-target"), "log-target: the loss gaussian learns the deviation of the target"),
     "other option": (("--loss", "gaussian", "--quantile", "0.1"), "quantile: only quantile and quantiles have it"),
     "order": (("--loss", "quantiles", "--quantile", "0.9,0.1"), "quantile: expected at least one number, in rising"),

@@ -398,13 +398,11 @@ def test_what_does_not_go_with_it(loss, words):
     for backend in ("triton", "cupy"):
         with pytest.raises(BackendUnavailableError, match=f"loss: {words} is not supported yet on the backend"):
             Engine(MLP([6, 3]), loss, backend=backend)
-    with pytest.raises(ArgumentError, match=f"loss: {words} is not supported yet for a fleet"):
-        fusemlp.Fleet(MLP([6, 3]), loss, vary={"lr": [0.1, 0.2]})
     with pytest.raises(ArgumentError, match=f"loss: {words} takes a network without members"):
         Engine(MLP([6, 8, 3], members=2), loss)
     with pytest.raises(ArgumentError, match=f"y: {words} has no gradient by the inputs"):
         engine_of(loss, outputs=3).input_gradient(X, VALUES[:, : 3 // loss.width])
-    with pytest.raises(ArgumentError, match="loss: missing=True of huber is not supported yet for MLPRegressor; use E"):
+    with pytest.raises(ArgumentError, match="loss: missing=True of huber is for gaps in y, which scikit-learn"):
         MLPRegressor(Huber(missing=True)).fit(X, VALUES[:, 0])
     with pytest.raises(ArgumentError, match="function: cross_entropy is computed by kernels"):
         fusemlp.check_gradient("cross_entropy", VALUES, [0, 1, 2])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fusemlp
-from fusemlp import MLP, SGD, Adam, Engine, Fleet, OneCycle
+from fusemlp import MLP, SGD, Adam, Engine, OneCycle
 from fusemlp.callbacks import Callback
 from fusemlp.describe.losses import OwnLoss, as_loss
 from fusemlp.inputs.columns import Columns
@@ -347,8 +347,6 @@ def test_functions_that_cannot_be_a_loss():
 def test_what_does_not_go_with_it():
     with pytest.raises(BackendUnavailableError, match=r"loss: a function such as 'mae' .* with backend='numpy'"):
         engine_of(mae, backend="triton", precision="fp32")
-    with pytest.raises(ArgumentError, match="loss: a function such as 'mae' is not supported yet for a fleet"):
-        Fleet(MLP([6, 3]), mae, vary={"lr": [0.1, 0.2]})
     with pytest.raises(ArgumentError, match="loss: a function such as 'mae' is not supported yet for tables"):
         TableRegressor(loss=mae).fit(X, VALUES[:, 0])
     with pytest.raises(ArgumentError, match="y: a function such as 'mae' has no gradient by the inputs"):

@@ -77,9 +77,15 @@ CONFLICTS = {
     },
     # a loss on the host
     ("own loss", "members"): f"loss: {{own loss}}{SINGLE}",
-    ("own loss", "fleet"): f"loss: {_HOST} for a fleet; train one model, or each by an Engine",
     ("function", "table"): f"loss: {_HOST} for tables; train an Engine on their columns as numbers",
-    ("own loss", "estimator"): f"loss: {_HOST} for MLPRegressor; use Engine",
+    (
+        "missing",
+        "estimator",
+    ): "loss: {missing} is for gaps in y, which scikit-learn's checks refuse; use TableRegressor or Engine",
+    (
+        "own loss",
+        "label_smoothing",
+    ): "label_smoothing: {own loss} gets whole classes; leave it 0, and smooth in the loss",
     ("own loss", "ranks"): f"loss: {_HOST} for several processes; leave {{ranks}} out",
     ("own loss", "privacy"): f"loss: {_HOST} with privacy, since its gradient is of the batch, not of each row",
     ("own loss", "adversarial"): f"loss: {_HOST} with adversarial; leave it out",

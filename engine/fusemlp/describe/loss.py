@@ -47,6 +47,11 @@ class Loss(Description):
         """True if the host computes the loss and its gradient by the outputs (the op own_loss), not a kernel."""
         return False
 
+    @property
+    def answers(self) -> "Loss":
+        """The loss as whose outputs predictions read those of the network."""
+        return self
+
     @cached_property
     def uses(self) -> Features:
         """The features that it uses, for ``conflicts``."""
@@ -78,6 +83,9 @@ class Loss(Description):
         """Return the predictions that scores judge, and the quantile that they are."""
         return predicted, getattr(self, "q", 0.5)
 
+    def check_given(self) -> None:
+        """Raise ArgumentError if it is a function of the caller's that a file does not hold."""
+
     def check_weights(self, argument: str) -> None:
         """Raise ArgumentError, naming the ``argument``, if the loss takes no weights of rows."""
 
@@ -106,9 +114,10 @@ class HostLoss(Loss, ABC):
 
     @cached_property
     def uses(self) -> Features:
-        words = f"missing=True of {self.kind}" if getattr(self, "missing", False) else self.kind
+        gaps = f"missing=True of {self.kind}" if getattr(self, "missing", False) else None
         whole = None if hasattr(self, "missing") else self.kind
-        used = in_use(**{"own loss": words if self.on_host else None, "whole targets": whole, self.kind: True})
+        own = (gaps or self.kind) if self.on_host else None
+        used = in_use(**{"own loss": own, "missing": gaps, "whole targets": whole, self.kind: True})
         return {**super().uses, **used}
 
     def spec(self, *, accuracy: bool, soft: bool = False) -> LossSpec:

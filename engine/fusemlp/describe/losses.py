@@ -275,6 +275,7 @@ class OwnLoss(Loss):
     given them: real numbers of the engine's type, or int64. ``weights`` (M,), or None without, go to a parameter of
     this name. ``loss`` is a number, and ``gradient`` (M, N) its gradient by the outputs; ``fusemlp.check_gradient``
     compares the two. Files hold the ``name`` alone: the function is None then until the caller gives it again.
+    ``like``: the loss as whose outputs predictions read those of the network, such as CrossEntropy() for classes.
     """
 
     kind = OWN
@@ -285,9 +286,10 @@ class OwnLoss(Loss):
     name: str
     function: Callable[..., Any] | None = None
     takes_weights: bool = False
+    like: Loss | None = None
 
     @classmethod
-    def of(cls, function: Callable[..., Any]) -> "OwnLoss":
+    def of(cls, function: Callable[..., Any], like: Loss | None = None) -> "OwnLoss":
         """Return the loss that calls ``function``; raises ArgumentTypeError for one that takes other arguments."""
         name = function_name(function)
         try:
@@ -299,7 +301,14 @@ class OwnLoss(Loss):
                 f"loss: {name!r} is called with outputs, targets and, if it has a parameter of this name, weights "
                 f"({error}); bind its other parameters by functools.partial"
             ) from error
-        return cls(name=name, function=function, takes_weights=takes_weights)
+        return cls(name=name, function=function, takes_weights=takes_weights, like=like)
+
+    @property
+    def answers(self) -> Loss:
+        return self if self.like is None else self.like
+
+    def transform(self, outputs: Array) -> Array:
+        return outputs if self.like is None else self.like.transform(outputs)
 
     @cached_property
     def uses(self) -> Features:
@@ -311,11 +320,11 @@ class OwnLoss(Loss):
         return LossSpec(self.kind, name=self.name)
 
     def check_given(self) -> None:
-        """Raise ArgumentError for a loss from a file whose function is missing."""
         if self.function is None:
             raise ArgumentError(
                 f"loss: the engine was trained with {self.name!r}, a function, which files do not hold; give it: "
-                f"load(path, loss={self.name}), or fit(X, y, epochs=20, loss={self.name})"
+                f"load(path, loss={self.name}), or fit(X, y, epochs=20, loss={self.name}); an estimator takes it by "
+                f"set_params(loss={self.name})"
             )
 
     def check_weights(self, argument: str) -> None:
@@ -325,18 +334,24 @@ class OwnLoss(Loss):
             )
 
     def to_config(self) -> dict[str, Any]:
-        return {"kind": self.kind, "name": self.name}
+        like = {} if self.like is None else {"like": self.like.to_config()}
+        return {"kind": self.kind, "name": self.name, **like}
 
     def __deepcopy__(self, memo: Any) -> "OwnLoss":
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a pickle holds: the function if it pickles, else its name."""
+    @property
+    def pickles(self) -> bool:
+        """True if the function can be pickled: one of a module, not a lambda."""
         try:
             pickle.dumps(self.function)
         except (pickle.PicklingError, AttributeError, TypeError):
-            return {**vars(self), "function": None}
-        return vars(self)
+            return False
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle holds: the function if it pickles, else its name."""
+        return vars(self) if self.pickles else {**vars(self), "function": None}
 
 
 LOSSES: dict[str, type[Loss]] = {
@@ -358,8 +373,9 @@ def as_loss(value: LossLike) -> Loss:
 def loss_from_config(config: Mapping[str, Any]) -> Loss:
     """Invert ``to_config``."""
     if config.get("kind") == OWN:
-        check_keys("loss", config, ("kind", "name"))
-        return OwnLoss(name=stored("loss.name", config["name"], str))
+        check_keys("loss", {"like": None, **config}, ("kind", "name", "like"))
+        like = loss_from_config(config["like"]) if "like" in config else None
+        return OwnLoss(name=stored("loss.name", config["name"], str), like=like)
     # older files do not have it
     known = {"missing": False} if issubclass(LOSSES.get(config.get("kind", ""), Loss), ElementLoss) else {}
     return from_config("loss", LOSSES, {**known, **config})

@@ -23,7 +23,7 @@ from fusemlp.engine import Engine
 from fusemlp.fleet.candidates import Candidate, Vary, as_rows, candidate, combinations, engine_bytes, room
 from fusemlp.fleet.launches import LaunchGroup, grouped, run_side_by_side, train_groups
 from fusemlp.fleet.results import Ensemble, FleetResults, Kept, Member, scores_of, together
-from fusemlp.fleet.workers import as_devices, check_not_given, check_workers, trained_apart
+from fusemlp.fleet.workers import as_devices, check_not_given, check_sent, check_workers, trained_apart
 from fusemlp.runtime.backends import cpu_threads, open_backend
 from fusemlp.runtime.scaling import InputScale
 from fusemlp.training.data import FitData
@@ -238,6 +238,7 @@ class Fleet:
         jobs = None if jobs is None else as_count("jobs", jobs, minimum=1)
         if workers is not None:
             check_workers(workers)
+            check_sent(self.candidates[0].loss)
         if self._devices:
             check_not_given(workers=workers, jobs=jobs, time_limit=time_limit)
         if workers is not None and time_limit is not None:
@@ -326,8 +327,9 @@ class Fleet:
             alone = [index for index in engines if index not in members]
             if alone:
                 peers |= dict.fromkeys(alone, len(alone))
-                # one model at a time on a GPU; and the eager plan's calls hold Python's lock
-                side_by_side = first.memory.backend.traits.on_host and first.plan == "resident"
+                # one model at a time on a GPU; and the eager plan's calls and losses in Python hold Python's lock
+                compiled = first.plan == "resident" and not first.loss.on_host
+                side_by_side = first.memory.backend.traits.on_host and compiled
                 at_once = min((jobs or cpu_threads()) if side_by_side else 1, len(alone))
                 turns = None if time_limit is None else len(alone)
                 run_side_by_side(alone, lambda index, stop: fit(index).launches(stop), at_once, ended, turns)

@@ -14,6 +14,7 @@ from importlib import import_module
 from pickle import PicklingError
 from typing import Any
 
+from fusemlp.describe.losses import Loss, OwnLoss
 from fusemlp.fleet.results import Kept, Member
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.examples import Examples
@@ -95,6 +96,15 @@ def check_workers(workers: object, *, connected: bool = True) -> None:
             get_client()
         except ValueError:
             raise ArgumentError("workers: 'dask' has no client; make one first: Client('tcp://host:8786')") from None
+
+
+def check_sent(loss: Loss) -> None:
+    """Raise ArgumentError for a function as loss that does not go to other processes."""
+    if isinstance(loss, OwnLoss) and not loss.pickles:
+        raise ArgumentError(
+            f"workers: the loss {loss.name!r} does not pickle; define the function at the top of a module, and bind "
+            "its parameters by functools.partial"
+        )
 
 
 def check_address(workers: str | None, address: str | None) -> None:

@@ -148,7 +148,8 @@ def _labels(engine: Session, preprocessor: Preprocessor | None, classes: Any) ->
         return None
     labels = np.array(list(classes))
     outputs = engine.network.sizes[-1]
-    if not engine.loss.is_classification or (engine.loss.kind == "binary_cross_entropy" and outputs > 1):
+    loss = engine.loss.answers
+    if not loss.is_classification or (loss.kind == "binary_cross_entropy" and outputs > 1):
         raise ArgumentError(f"classes: a row of this engine has no single class (loss {engine.loss!r}); leave it out")
     if labels.shape != (max(outputs, 2),):
         raise ArgumentError(f"classes: expected {max(outputs, 2)} labels, got {len(labels)}: {classes!r}")
@@ -187,7 +188,7 @@ def _add_outputs(
     graph: Graph, name: str, engine: Session, preprocessor: Preprocessor | None, labels: Array | None
 ) -> None:
     """Append the outputs of the module's docstring; ``name`` is the output of the last layer."""
-    width, loss = engine.network.sizes[-1], engine.loss
+    width, loss = engine.network.sizes[-1], engine.loss.answers
     raw = graph.add("Identity", name, output="logits" if loss.is_classification else "output")
     graph.outputs.append(graph.value(raw, graph.real, width))
     coded = loss.kind == "cross_entropy" or labels is not None

@@ -151,13 +151,14 @@ class Inference:
 
     def predict_proba(self, X: Any) -> Array:
         """Return probabilities (n, N) for X (n, K); one logit gives (n, 2)."""
-        if not self.loss.is_classification:
+        loss = self.loss.answers
+        if not loss.is_classification:
             raise ArgumentError(
-                f"loss: predict_proba needs cross_entropy or binary_cross_entropy, this engine has {self.loss.kind!r}; "
+                f"loss: predict_proba needs cross_entropy or binary_cross_entropy, this engine has {loss.kind!r}; "
                 "use predict"
             )
         outputs = self.outputs(X)
-        if self.loss.kind == "cross_entropy":
+        if loss.kind == "cross_entropy":
             # In place: SciPy's softmax takes longer to identify the kind of array than to compute.
             with np.errstate(invalid="ignore"):
                 outputs -= outputs.max(axis=1, keepdims=True)

@@ -33,7 +33,6 @@ from fusemlp.sklearn.settings import Objective
 from fusemlp.sklearn.solvers import SklearnPolicy, ValidationScore, minimise, train
 from fusemlp.training.history import FitState, History
 from fusemlp.training.loop import EpochLoop, epochs_at_once
-from fusemlp_kernels.errors import DivergenceError
 
 # attributes that a file holds as tensors, makes anew, or leaves out
 NOT_AS_JSON = ("coefs_", "intercepts_", "slopes_", "_model", "_metadata_request")
@@ -147,7 +146,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
             try:
                 with exits(epochs.callbacks, epochs.engine):
                     train(epochs, incremental=incremental)
-            except DivergenceError:
+            except Exception:
                 self.__dict__ = before
                 raise
         else:
@@ -189,7 +188,10 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         X, y = self._validate_input(X, y, incremental, first)
         weight = None if sample_weight is None else _check_sample_weight(sample_weight, X)
         y = y.reshape(-1, 1) if y.ndim == 1 else y
-        sizes = [X.shape[1], *settings.hidden_widths(self.hidden_layer_sizes), y.shape[1]]
+        objective = self._objective(y.shape[1])
+        objective.loss.check_given()
+        outputs = y.shape[1] * objective.loss.width
+        sizes = [X.shape[1], *settings.hidden_widths(self.hidden_layer_sizes), outputs]
         if not first and [coef.shape for coef in self.coefs_] != list(pairwise(sizes)):
             raise ValueError(
                 f"hidden_layer_sizes: the layers {sizes} do not continue the fitted ones, "
@@ -199,10 +201,11 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         row_weights = self._row_weights(y, weight, incremental)
         if row_weights is not None and not row_weights.any():
             raise ValueError("Sample weights must contain at least one non-zero number.")
+        if row_weights is not None:
+            objective.loss.check_weights("sample_weight" if weight is not None else "class_weight")
         validation = None if X_val is None else self._given_validation(X_val, y_val, y)
 
         self.n_outputs_ = y.shape[1]
-        objective = self._objective(self.n_outputs_)
         random_state = check_random_state(self.random_state)
         if first:
             self.n_iter_, self.t_ = 0, 0
@@ -228,7 +231,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         weighed = row_weights is None or bool(row_weights.all())
         # IBP trains against more from update to update
         ramps = getattr(self.adversarial, "ramps", False)
-        looped = stochastic and not incremental and weighed and not ramps
+        looped = stochastic and not incremental and weighed and not ramps and not objective.loss.on_host
         batches: ResidentBatches | CalledBatches
         if looped and (together or (model.engine.plan == "resident" and (traits.on_host or not passes))):
             asked = validation is not None or bool(callbacks) or bool(self.verbose) or model.rates.kind == "invscaling"
@@ -324,12 +327,13 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         make: Callable[..., Model] = Model,
     ) -> Model:
         """Return a new model, or the one that ``partial_fit`` goes on with."""
-        backend, precision = settings.backend_of(self), self.precision
+        backend, precision = settings.backend_of(self, loss), self.precision
         if precision == "auto":
             exact = self.solver == "lbfgs" or self.coefs_[0].dtype == np.float64
             precision = "fp64" if exact and "fp64" in TRAITS[backend].precisions else "fp32"
         model: Model | None = getattr(self, "_model", None)
         if incremental and model is not None and model.serves(network, loss, backend, precision):
+            model.engine.take_loss(loss)
             return model
         optimizer = settings.optimizer(self)
         kind = "schedule" if isinstance(self.learning_rate, Schedule) else self.learning_rate

@@ -4,6 +4,7 @@ scikit-learn divides both the loss of a batch and its penalty ``alpha / 2 * sum(
 rows, or by the sum of their weights. A short last batch therefore has a stronger penalty, and with weights each batch
 has its own. The kernels of the resident plan know all this (``Ridge`` of the contract). In the calls of any other plan
 a row's weight is its share ``weight / (sum over its batch)``, and a step adds the penalty's gradient before its update.
+Losses of the host take the weights themselves.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fusemlp.program.program import Program
 from fusemlp.program.step import Inputs, Pass
 from fusemlp.runtime.forward import Evaluation, ForwardPass
 from fusemlp.runtime.memory import on_device
+from fusemlp.runtime.own_loss import OwnEvaluation
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.steps import TrainingStep, bind, lower
 from fusemlp.sklearn.model import Model
@@ -98,6 +100,7 @@ class HeldLoss:
         self, model: Model, objective: Objective, data: dict[str, Array], weight: Array | None, constants: Array | None
     ) -> None:
         self._engine, n, target = model.engine, len(data["x"]), data["target"]
+        self._own = model.engine.loss if model.engine.loss.on_host else None
         weights = np.ones(n) if weight is None else weight.astype(np.float64)
         self._scale, self._total = objective.factor / objective.reported_by, float(weights.sum())
         self._constant = 0.0 if constants is None else float(weights @ constants)
@@ -107,15 +110,19 @@ class HeldLoss:
         self._spec = replace(model.loop_loss, reduction="sum", accuracy=one_class and weight is None)
 
     @cached_property
-    def _evaluation(self) -> Evaluation:
+    def _evaluation(self) -> Evaluation | OwnEvaluation:
         # not before the first epoch: a launch of several models moves the parameters
         forward = ForwardPass(self._engine.network, self._engine.memory)
+        if self._own is not None:
+            return OwnEvaluation(forward, self._examples, self._own)
         return Evaluation(forward, self._examples, self._spec, None, repeated=True)
 
     def __call__(self) -> tuple[float, float | None]:
         """Return the loss at the model's present parameters, and the accuracy or None."""
         with np.errstate(all="ignore"):
             losses = self._evaluation.of(self._engine.memory)
+            if self._own is not None:
+                return losses["loss"] if self._total else np.nan, None
             loss = np.float64(self._scale) * (losses["loss"] + self._constant) / self._total
         return float(loss), losses.get("accuracy")
 
@@ -154,8 +161,13 @@ class CalledBatches(EstimatorBatches):
     def __init__(self, *data: Any, keep: bool = False) -> None:
         super().__init__(*data)
         self.steps = self
+        # a loss of the host is a mean, of rows that may have weights
+        self.means = self.model.engine.loss.on_host
         self.share = np.empty(self.n, self.model.dtype)
-        self.bound = self._bound({**self.data, "weight": self.share}, keep)
+        shares = {"weight": self.share}
+        if self.means:
+            shares = {} if self.weight is None else {"weight": self.weight.astype(self.model.dtype)}
+        self.bound = self._bound({**self.data, **shares}, keep)
         self.arrays = self.bound.arrays
         memory = self.model.engine.memory
         # an earlier resident program has walked over longer lists of rows, and may not have reached their end
@@ -170,13 +182,15 @@ class CalledBatches(EstimatorBatches):
     def _bound(self, arrays: dict[str, Array], keep: bool) -> BoundProgram:
         """Return the program of a step, whose gradients can be read before its last call."""
         model, engine = self.model, self.model.engine
-        inputs = Inputs(self.n, indexed=True, weighted=True, coding=self.coding)
+        inputs = Inputs(self.n, indexed=True, weighted="weight" in arrays, coding=self.coding)
         key = inputs, self.batch_size, self.passes
         if keep and model.staged is not None and model.staged[0] == key:
             bound = model.staged[1]
         else:
             operands = {} if keep else on_device(engine.memory.backend, arrays)
-            described = inputs, engine.loss.spec(accuracy=False), model.rule, self.batch_size
+            targets = Targets(arrays["target"], False)
+            spec = engine.inputs.spec_for(targets) if self.means else engine.loss.spec(accuracy=False)
+            described = inputs, spec, model.rule, self.batch_size
             bound = bind(engine, TrainingStep(*described, passes=self.passes, keep_gradients=True), operands)
         if keep:
             model.staged = key, bound
@@ -199,7 +213,8 @@ class CalledBatches(EstimatorBatches):
         else:
             self.sums, shares = self._shares(order)
             self.share[order] = factor * shares
-        self.model.engine.memory.backend.copy_into(self.arrays["weight"], self.share)
+        if not self.means:
+            self.model.engine.memory.backend.copy_into(self.arrays["weight"], self.share)
 
     def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
         """Take the rows of an epoch in their order."""
@@ -242,7 +257,7 @@ class CalledBatches(EstimatorBatches):
 
     def penalty(self) -> Any:
         """Return ``alpha / 2`` times the sum of the squared weights, on a device as a scalar there: reading waits."""
-        if isinstance(self.arrays["weight"], np.ndarray):
+        if self.model.engine.memory.backend.traits.on_host:
             return 0.5 * self.alpha * sum(float(np.vdot(weight, weight)) for weight in self._weights)
         return 0.5 * self.alpha * sum((weight * weight).sum() for weight in self._weights)
 
@@ -252,6 +267,8 @@ class CalledBatches(EstimatorBatches):
             gradient += weight * (scale * self.alpha)
 
     def _sums(self, stats: Array) -> tuple[float, float]:
+        if self.means:
+            return stats[BATCH_LOSSES], float(self._penalties)
         whole = float(stats[LOSS_SUM]) - self._short
         return whole * self.batch_size + self._short * (self.n % self.batch_size), float(self._penalties)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -13,7 +13,8 @@ from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import _check_partial_fit_first_call, type_of_target, unique_labels
 
-from fusemlp.describe.losses import BinaryCrossEntropy, CrossEntropy
+from fusemlp.describe.conflicts import check_together, in_use
+from fusemlp.describe.losses import BinaryCrossEntropy, CrossEntropy, Loss, OwnLoss, as_loss
 from fusemlp.inputs.arrays import Array
 from fusemlp.sklearn.base import BaseMLP, has_steps
 from fusemlp.sklearn.settings import CONSTRAINTS, UNIT, Objective
@@ -38,17 +39,21 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
     ----------
     class_weight : None, "balanced", or a dict from classes to weights, as in scikit-learn's other classifiers.
     label_smoothing : float in [0, 1). How much of a target is spread over all classes.
+    loss : "log_loss", or a function ``f(outputs, targets) -> (loss, gradient)``, as ``fusemlp.losses.OwnLoss`` says.
+        ``outputs`` are logits: (n, N) with the indices (n,) of more than two classes, (n, 1) or (n, N) with 0 or 1 for
+        two classes or several labels. ``weights`` are those of rows and classes. On NumPy.
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         **CONSTRAINTS,
         "class_weight": [dict, list, StrOptions({"balanced"}), None],
         "label_smoothing": [UNIT],
+        "loss": [StrOptions({"log_loss"}), OwnLoss, callable],
     }
-    loss = "log_loss"
 
     class_weight: Any = None
     label_smoothing: float = 0.0
+    loss: Any = "log_loss"
 
     def _encode(self, y: Array, fresh: bool) -> Array:
         # fit finds the classes; partial_fit keeps those it was given, and a warm start needs the same ones
@@ -111,10 +116,16 @@ class MLPClassifier(ClassifierMixin, BaseMLP):
         return np.asarray(compute_sample_weight(self.class_weight, labels, indices=counted)[len(y) :])
 
     def _objective(self, outputs: int) -> Objective:
-        if not self._picks_one:
-            return Objective(BinaryCrossEntropy(reduction="sum"), out_activation="logistic")
-        loss = CrossEntropy(label_smoothing=self.label_smoothing, reduction="sum")
-        return Objective(loss, out_activation="softmax")
+        loss: Loss = BinaryCrossEntropy(reduction="sum")
+        if self._picks_one:
+            loss = CrossEntropy(label_smoothing=self.label_smoothing, reduction="sum")
+        out_activation = "softmax" if self._picks_one else "logistic"
+        if self.loss != "log_loss":
+            own = as_loss(self.loss)
+            assert isinstance(own, OwnLoss)
+            loss = replace(own, like=loss)
+            check_together({**loss.uses, **in_use(label_smoothing=self.label_smoothing or None)})
+        return Objective(loss, out_activation=out_activation)
 
     def _targets(self, y: Array, dtype: np.dtype[Any]) -> tuple[Array, Array | None]:
         if self._picks_one:

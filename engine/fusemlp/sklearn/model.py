@@ -17,7 +17,7 @@ import numpy as np
 from fusemlp.describe.adversarial import FGSM, IBP, PGD, Attack
 from fusemlp.describe.blocks import Normalisation, norm_from_config
 from fusemlp.describe.description import from_config
-from fusemlp.describe.losses import Loss, loss_from_config
+from fusemlp.describe.losses import Loss, as_loss, loss_from_config
 from fusemlp.describe.network import MLP, Activation, activation_from_config
 from fusemlp.describe.optimizers import Optimizer, optimizer_from_config
 from fusemlp.describe.schedules import PLATEAU_START, PlateauState, Schedule, schedule_from_config
@@ -109,8 +109,10 @@ class Model:
 
     def serves(self, network: MLP, loss: Loss, backend: str, precision: str) -> bool:
         """Return whether ``partial_fit`` can go on with this model."""
-        mine = (*self.arguments[:2], self.options["backend"], self.options["precision"])
-        return self.rates.kind != "none" and mine == (network, loss, backend, precision)
+        known, options = self.arguments[1], (self.options["backend"], self.options["precision"])
+        # of a function files have the name alone
+        same = known == loss or known.to_config() == loss.to_config()
+        return same and self.rates.kind != "none" and (self.arguments[0], *options) == (network, backend, precision)
 
     def load(self, coefs: Sequence[Any], intercepts: Sequence[Any], slopes: Sequence[Any] | None) -> None:
         """Set the parameters: coefs (K, N), intercepts (N,) and, for PReLU, slopes (1,) of each layer."""
@@ -133,13 +135,15 @@ class Model:
         )
 
     def ask(self, question: str, X: Any) -> Array:
-        """Return the engine's ``predict`` or ``predict_proba`` of dense or sparse rows."""
-        answer = getattr(self.engine, question)
+        """Return the engine's ``predict``, ``predict_std`` (2, n, ...) or ``predict_proba`` of dense or sparse rows."""
+        answer = getattr(self.engine.inference, question)
         if not is_sparse(X):
             return np.asarray(answer(X))
         rows = max(1, DENSE_ELEMENTS // max(1, X.shape[1]))
         X = X.tocsr()
-        return np.concatenate([answer(X[start : start + rows]) for start in range(0, X.shape[0], rows)])
+        answers = [np.asarray(answer(X[start : start + rows])) for start in range(0, X.shape[0], rows)]
+        # means and deviations lie side by side
+        return np.concatenate(answers, axis=int(question == "predict_std"))
 
     def __getstate__(self) -> dict[str, Any]:
         memory = self.engine.memory
@@ -243,6 +247,7 @@ def _decoded_all(values: Mapping[str, Any]) -> dict[str, Any]:
 def _encoded(name: str, value: Any) -> Any:
     """Return a value as JSON holds it; what is no number, text, flag, None or list becomes ``{kind: content}``."""
     value = value.item() if isinstance(value, np.generic) else value
+    value = as_loss(value) if name == "loss" and callable(value) else value
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list):

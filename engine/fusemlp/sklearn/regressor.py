@@ -13,12 +13,24 @@ from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.metaestimators import available_if
 
 from fusemlp.describe.conflicts import check_together
-from fusemlp.describe.losses import MAE, MSE, Huber, Loss, Poisson, Quantile
+from fusemlp.describe.losses import (
+    MAE,
+    MSE,
+    GaussianNLL,
+    Huber,
+    Loss,
+    OwnLoss,
+    Poisson,
+    Quantile,
+    Quantiles,
+    as_loss,
+)
 from fusemlp.inputs.arrays import Array
 from fusemlp.sklearn.base import BaseMLP, has_steps
 from fusemlp.sklearn.settings import CONSTRAINTS, Objective
 
-# losses that scikit-learn does not have, as means over the outputs
+# losses that scikit-learn does not have, as means over the outputs, and the kinds of those that are given as objects
+OBJECTS = Huber, Quantile, Quantiles, GaussianNLL
 MEAN_LOSSES: dict[str, Loss] = {"absolute_error": MAE(), "huber": Huber(), "quantile": Quantile()}
 
 
@@ -36,11 +48,15 @@ class MLPRegressor(RegressorMixin, BaseMLP, _Loss):
     ----------
     loss : "squared_error" (half the square), "poisson" (the output is the logarithm of the mean), "absolute_error",
         "huber", "quantile" (the median), ``fusemlp.Huber(delta)``, ``fusemlp.Quantile(q)``: these are output means.
+        ``fusemlp.Quantiles(q)``, of one target: ``predict`` returns the quantiles (n, Q), which never cross, and the
+        score is that of the middle one. ``fusemlp.GaussianNLL()``: ``predict`` returns deviations too.
+        A function ``f(outputs, targets) -> (loss, gradient)`` of arrays (n, N), as ``fusemlp.losses.OwnLoss`` says;
+        with a parameter ``weights`` it takes ``sample_weight``. On NumPy.
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         **CONSTRAINTS,
-        "loss": [StrOptions({"squared_error", "poisson", *MEAN_LOSSES}), Huber, Quantile],
+        "loss": [StrOptions({"squared_error", "poisson", *MEAN_LOSSES}), *OBJECTS, OwnLoss, callable],
     }
 
     def _validate_targets(self, y: Any) -> Array:
@@ -54,9 +70,10 @@ class MLPRegressor(RegressorMixin, BaseMLP, _Loss):
             return Objective(MSE(reduction="sum"), 0.5, outputs)
         if self.loss == "poisson":
             return Objective(Poisson(reduction="sum"), out_activation="exp")
-        loss = MEAN_LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
-        check_together({**loss.uses, "estimator": True})
-        return Objective(replace(loss, reduction="sum"), 1.0 / outputs)
+        loss = MEAN_LOSSES[self.loss] if isinstance(self.loss, str) else as_loss(self.loss)
+        several = {"several targets": outputs} if outputs > 1 else {}
+        check_together({**loss.uses, **several, "estimator": True})
+        return Objective(loss) if loss.on_host else Objective(replace(loss, reduction="sum"), 1.0 / outputs)
 
     def _targets(self, y: Array, dtype: np.dtype[Any]) -> tuple[Array, Array | None]:
         target = np.require(y, dtype, ["C", "A"])
@@ -67,6 +84,7 @@ class MLPRegressor(RegressorMixin, BaseMLP, _Loss):
 
     def _score_of(self, predicted: Array, truth: Array, weight: Array | None) -> float:
         """Return R squared; NaN if a prediction is not finite."""
+        predicted, _ = self._objective(truth.shape[1]).loss.judged(predicted)
         if not np.isfinite(predicted).all():
             return float("nan")
         return float(r2_score(truth, predicted, sample_weight=weight))
@@ -77,6 +95,14 @@ class MLPRegressor(RegressorMixin, BaseMLP, _Loss):
         """Train for one more epoch."""
         return self._fit(X, y, sample_weight, incremental=True)
 
-    def predict(self, X: Any) -> Array:
-        """Return the predicted targets of X (n, K): (n,), or (n, N) for several."""
-        return self._ask("predict", X)
+    def predict(self, X: Any, return_std: bool = False) -> Any:
+        """Return the predicted targets of X (n, K): (n,), or (n, N) for several; with Quantiles (n, Q).
+
+        With return_std, of the loss GaussianNLL alone, return them and their standard deviations, of the same shape.
+        """
+        return tuple(self._ask("predict_std", X)) if return_std else self._ask("predict", X)
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Return R squared on X (n, K) and y, with Quantiles that of the middle one."""
+        predicted, _ = self._objective(self.n_outputs_).loss.judged(self.predict(X))
+        return float(r2_score(y, predicted, sample_weight=sample_weight))

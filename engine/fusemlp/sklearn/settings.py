@@ -114,7 +114,7 @@ class Objective:
     """A loss of the engine, and how scikit-learn normalises it.
 
     A row's loss, a sum over the outputs, is multiplied by ``factor`` for the gradient; what is reported as the loss is
-    the mean over rows of that, divided by ``reported_by``.
+    the mean over rows of that, divided by ``reported_by``. A loss of the host is the mean over the rows already.
     """
 
     loss: Loss
@@ -127,12 +127,13 @@ class Objective:
 working_backend = functools.cache(first_available)
 
 
-def backend_of(estimator: Any) -> str:
-    """Return the name of an estimator's backend; with "auto" one that has what the estimator needs."""
+def backend_of(estimator: Any, loss: Loss) -> str:
+    """Return the name of an estimator's backend; with "auto" one that has what the estimator and its loss need."""
     if estimator.backend != "auto":
         return str(estimator.backend)
     # The line search of lbfgs needs exact differences.
-    return "numpy" if estimator.solver == "lbfgs" or estimator.precision == "fp64" else working_backend()
+    on_host = estimator.solver == "lbfgs" or estimator.precision == "fp64" or loss.on_host
+    return "numpy" if on_host else working_backend()
 
 
 def hidden_widths(hidden_layer_sizes: Any) -> list[int]:
