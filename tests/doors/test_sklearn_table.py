@@ -251,7 +251,7 @@ def test_defaults_are_those_of_the_command_line():
 def test_tables_of_a_middling_size_train_five_models(rows, options, expected):
     values = np.arange(rows)
     dataset = load_data(pandas.DataFrame({"a": values, "y": values}), target="y", columns=ColumnChoices(keep=["a"]))
-    assert models_of(TableRegressor(**options)._recipe(), dataset, [], new=True) == expected
+    assert models_of(TableRegressor(**options)._recipe(), dataset, "", [], new=True) == expected
 
 
 def test_several_models_are_merged():

@@ -179,16 +179,65 @@ def test_scores_of_several_targets_are_those_of_the_rows_that_have_them(tmp_path
     np.testing.assert_allclose(values, expected, rtol=1e-4)
 
 
-def test_a_model_of_whole_targets_is_evaluated_on_rows_with_gaps(tmp_path, capsys):
+@pytest.mark.parametrize("loss", ["mse", "gaussian"])
+def test_a_model_of_whole_targets_is_evaluated_on_rows_with_gaps(loss, tmp_path, capsys):
     whole, gaps = with_gaps()
-    by_command(tmp_path, whole, "price,rent", "regression", **OPTIONS)
+    by_command(tmp_path, whole, "price,rent", "regression", **OPTIONS, loss=loss)
     model = TableRegressor.from_run(tmp_path / "run")
     gaps.dropna(how="all", subset=["price", "rent"]).to_csv(tmp_path / "gaps.csv", index=False)
     capsys.readouterr()
     assert run("evaluate", tmp_path / "run", "--data", tmp_path / "gaps.csv", "--json") == 0
     scores = json.loads(capsys.readouterr().out)
-    errors = (model.predict(whole) - gaps[["price", "rent"]].to_numpy()) / model.preprocessor_.target_scale
-    assert scores["loss"] == pytest.approx(np.nanmean(errors**2), rel=1e-4)
+    unit, truth = np.array(model.preprocessor_.target_scale), gaps[["price", "rent"]].to_numpy()
+    losses = ((model.predict(whole) - truth) / unit) ** 2
+    if loss == "gaussian":
+        std = model.predict(whole, return_std=True)[1] / unit
+        losses = (2 * np.log(std) + losses / std**2) / 2
+    assert scores["loss"] == pytest.approx(np.nanmean(losses), rel=1e-4)
+
+
+def test_gaps_in_rows_that_are_drawn_for_the_test_leave_all_models():
+    frame = with_gaps()[0].iloc[:100]
+    tested = train_test_split(np.arange(100), test_size=0.2, random_state=0)[1]
+    frame.loc[tested[:7], "rent"] = np.nan
+    for final_fit in (False, True):
+        options = {"hidden": 4, "epochs": 2, "scale": "robust", "test_fraction": 0.2, "final_fit": final_fit}
+        model = TableRegressor(**options).fit(frame[["size", "age"]], frame[["price", "rent"]])
+        note = "missing targets, which weigh nothing: 7 in 'rent'"
+        # a final fit trains on the test rows too
+        fewer = "1 model instead of 5, because targets are missing"
+        assert model.notes_ == ((note, fewer) if final_fit else (note,))
+        assert model.engine_.loss.missing == final_fit
+        assert np.isfinite(model.report_["test"]["loss"]) and model.held_out_.rows > 0
+
+
+def test_trials_that_have_too_few_rows_with_all_targets_say_so():
+    frame = pandas.concat([with_gaps()[0]] * 2, ignore_index=True)
+    frame.loc[:209, "price"] = np.nan
+    model = TableRegressor(hidden=4, epochs=1).fit(frame[["size", "age"]], frame[["price", "rent"]])
+    said = "no trials decide --scale: they take 200 rows with all targets, and 1[0-9]{2} of 360 have them; choose it"
+    assert any(re.match(said, note) for note in model.notes_), model.notes_
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [False, True]])
+def test_labels_beside_a_gap_stay_what_they_are(labels):
+    frame = table()
+    y = [None, *labels * 29, labels[1]]
+    whole = pandas.array(y, dtype="boolean" if labels[1] is True else "Int64")
+    for given in (y, np.array(y, object), pandas.Series(y, dtype=object), pandas.Series(whole), whole):
+        model = TableClassifier(**OPTIONS).fit(frame[["size"]], given)
+        assert model.classes_.tolist() == labels and model.classes_.dtype == np.array(labels).dtype
+        assert model.notes_ == ("1 of 60 rows have no 'y' and are left out",)
+
+
+def test_quantiles_that_are_close_have_names_of_their_own(tmp_path):
+    options = OPTIONS | {"loss": "quantiles", "quantile": "0.001,0.07,0.5,0.9999995,0.9999996"}
+    by_command(tmp_path, table(200).drop(columns="kind"), "y", "regression", **options)
+    names = ["q0.1", "q7", "q50", "q99.99995", "q99.99996"]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert list(TableRegressor.from_run(tmp_path / "run").engine_.loss.names) == names and not report.get("test")
+    with np.load(tmp_path / "p.npz") as arrays:
+        assert set(names) <= set(arrays)
 
 
 def test_gaps_leave_one_model_with_a_note_and_those_of_a_test_file_all(tmp_path):
@@ -220,11 +269,6 @@ def test_a_sweep_refuses_gaps_by_their_name(tmp_path, capsys):
 # The data, the options and the message, of which the command spells options.
 REFUSED = {
     "quantiles": ("whole", {"loss": "quantiles"}, "loss: quantiles learns one target, and there are 2"),
-    "gaussian": (
-        "gaps",
-        {"loss": "gaussian"},
-        "loss: gaussian takes rows with all targets, and some are missing: 30 in",
-    ),
     "models": ("gaps", {"models": 3}, "models: several models take rows with all targets, and some are missing: 30 in"),
     "members": ("gaps", {"preset": "tabm"}, "preset: members that share weights take rows with all targets"),
     "privacy": ("gaps", {"dp_epsilon": 3.0}, "dp_epsilon: private training takes rows with all targets"),

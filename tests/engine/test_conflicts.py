@@ -289,7 +289,7 @@ def test_the_tables_features_are_walked():
         # tests/doors/test_loss_doors.py
         "label_smoothing",
         # tests/doors/test_table_doors.py
-        *("gaps", "trained gaps", "sweep", "several targets", "whole targets", "quantiles", "return_std"),
+        *("gaps", "trained gaps", "sweep", "several targets", "quantiles", "return_std"),
         *(name for one in FEATURES.values() for name in one.implies),
     }
     assert {name for pair in CONFLICTS for name in pair} <= walked

@@ -31,7 +31,7 @@ LEVELS = (0.05, 0.25, 0.5, 0.9)
 
 
 def with_gaps(y):
-    return np.where(GAPS, np.nan, y)
+    return np.where(GAPS[:, : y.shape[1]], np.nan, y)
 
 
 ELEMENTWISE = {
@@ -60,9 +60,9 @@ def crossing_free(y):
 
 
 def torch_gaussian(y, t, eps=1e-6):
-    count = t.shape[1]
+    count, there = t.shape[1], ~torch.isnan(t)
     spread = torch.nn.functional.softplus(y[:, count:])
-    return torch.nn.GaussianNLLLoss(eps=eps)(y[:, :count], t, spread**2)
+    return torch.nn.GaussianNLLLoss(eps=eps)(y[:, :count][there], t[there], spread[there] ** 2)
 
 
 def torch_gaps(loss):
@@ -82,6 +82,7 @@ LOSSES_OF_HOST = {
         lambda y, t: pinball(crossing_free(y), t, torch.tensor(LEVELS, dtype=torch.float64)).mean(),
     ),
     "gaussian": (GaussianNLL(), 4, VALUES[:, :2], torch_gaussian),
+    "gaussian gaps": (GaussianNLL(missing=True), 4, with_gaps(VALUES[:, :2]), torch_gaussian),
     "gaussian floor": (GaussianNLL(eps=0.3), 2, VALUES[:, :1], lambda y, t: torch_gaussian(y, t, 0.3)),
     **{name: (loss, 3, with_gaps(y), torch_gaps(same)) for name, (loss, y, same) in ELEMENTWISE.items()},
 }

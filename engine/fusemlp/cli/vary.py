@@ -253,7 +253,7 @@ def planned(options: SweepOptions) -> Plan:
     points = combinations(axes, sample=options.sample, seed=split_seed, whole_seeds=options.seeds is not None)
     with _named_as_varied(axes):
         prepared = session.prepared_data(_train_options(options, points[0]))
-        check_together(in_use(sweep=True, **{"trained gaps": prepared.dataset.trained_gaps or None}))
+        check_together(in_use(sweep=True, **{"trained gaps": prepared.gaps or None}))
         # The trials depend on the options that vary: their outcome holds for all.
         recipe = replace(prepared.recipe, **decisions(prepared))
         prepared, rows = replace(prepared, recipe=recipe), len(prepared.train)

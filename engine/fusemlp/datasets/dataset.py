@@ -86,19 +86,16 @@ class Dataset:
     @property
     def gaps(self) -> str:
         """The number of values that several targets lack, as text; empty without any."""
-        return self._gaps(self.validation, self.test)
-
-    @property
-    def trained_gaps(self) -> str:
-        """As ``gaps``, without those of a test set of its own, which no training reads."""
-        return self._gaps(self.validation)
-
-    def _gaps(self, *others: tuple[Features, Array] | None) -> str:
         if self.y.ndim == 1:
             return ""
-        parts = [self.y, *(part[1] for part in others if part is not None)]
+        parts = [self.y, *(part[1] for part in (self.validation, self.test) if part is not None)]
         counts = np.isnan(np.concatenate(parts)).sum(axis=0).tolist()
         return ", ".join(f"{count} in {name!r}" for name, count in zip(self.targets, counts, strict=True) if count)
+
+    def has_gaps(self, rows: Array) -> bool:
+        """Return whether several targets lack values in these rows, or in a validation set of its own."""
+        parts = [self.y[rows], *([] if self.validation is None else [self.validation[1]])]
+        return self.y.ndim > 1 and any(np.isnan(part).any() for part in parts)
 
     @property
     def classes(self) -> Array:

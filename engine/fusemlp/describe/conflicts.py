@@ -67,7 +67,6 @@ CONFLICTS = {
     **{
         (gaps, other): f"{argument}: {words} rows with all targets, and some are missing: {{{gaps}}}; {mend}"
         for gaps, other, argument, words, mend in (
-            ("gaps", "whole targets", "loss", "{whole targets} takes", "use mse, mae, huber, poisson or quantile"),
             ("trained gaps", "fleet", "models", "several models take", "leave it out, or fill them in"),
             ("trained gaps", "sweep", "vary", "the models of a sweep take", "fill them in"),
             ("gaps", "members", "preset", "members that share weights take", "leave it out, or fill them in"),

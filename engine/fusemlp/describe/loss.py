@@ -106,19 +106,17 @@ class Loss(Description):
 
 @dataclass(frozen=True)
 class HostLoss(Loss, ABC):
-    """The base class of losses that the host can compute; those with ``missing`` do so where it is True."""
+    """The base class of losses that the host can compute."""
 
     @property
     def on_host(self) -> bool:
-        return bool(getattr(self, "missing", True))
+        return True
 
     @cached_property
     def uses(self) -> Features:
         gaps = f"missing=True of {self.kind}" if getattr(self, "missing", False) else None
-        whole = None if hasattr(self, "missing") else self.kind
         own = (gaps or self.kind) if self.on_host else None
-        used = in_use(**{"own loss": own, "missing": gaps, "whole targets": whole, self.kind: True})
-        return {**super().uses, **used}
+        return {**super().uses, **in_use(**{"own loss": own, "missing": gaps, self.kind: True})}
 
     def spec(self, *, accuracy: bool, soft: bool = False) -> LossSpec:
         kernel = super().spec(accuracy=accuracy, soft=soft)

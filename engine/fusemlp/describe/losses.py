@@ -1,8 +1,8 @@
 """Losses as frozen descriptions; ``fusemlp_kernels.reference.loss_grad`` has the formulas.
 
 ``reduction="mean"`` is the (weighted) mean over rows for cross_entropy, and over all elements for the others;
-"sum" is the sum. ``M`` rows, ``N`` outputs. ``missing=True`` of the element-wise losses, on the NumPy backend: a target
-that is NaN has no loss and no gradient, and the mean is over the elements that are there.
+"sum" is the sum. ``M`` rows, ``N`` outputs. ``missing=True`` of the element-wise losses and of ``GaussianNLL``, on the
+NumPy backend: a target that is NaN has no loss and no gradient, and the mean is over the elements that are there.
 """
 
 import inspect
@@ -10,6 +10,7 @@ import numbers
 import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from decimal import Decimal
 from functools import cached_property, partial
 from itertools import pairwise
 from typing import Annotated, Any, TypeAlias
@@ -109,6 +110,10 @@ class ElementLoss(HostLoss):
     _: KW_ONLY
     missing: Flag = False
 
+    @property
+    def on_host(self) -> bool:
+        return self.missing
+
     def of_rows(self, outputs: Array, targets: Array) -> tuple[Array, Array, Any]:
         there = ~np.isnan(targets)
         # zeros for both: what is not counted must not overflow
@@ -203,6 +208,11 @@ class Quantiles(HostLoss):
         return len(self.q)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """A name for each quantile, such as q97.5: different quantiles have different names."""
+        return tuple(f"q{(100 * Decimal(repr(level))).normalize():f}" for level in self.q)
+
+    @property
     def middle(self) -> int:
         """The place of the quantile that is the nearest to the median."""
         return min(range(len(self.q)), key=lambda at: abs(self.q[at] - 0.5))
@@ -247,6 +257,8 @@ class GaussianNLL(HostLoss):
     takes_logits = "means and raw deviations, which it makes positive itself (predict does too)"
     width = 2
     eps: Positive = 1e-6
+    _: KW_ONLY
+    missing: Flag = False
 
     def transform(self, outputs: Array) -> Array:
         return outputs[:, : outputs.shape[1] // 2]
@@ -257,14 +269,14 @@ class GaussianNLL(HostLoss):
         return np.asarray(np.maximum(np.logaddexp(0, raw), self.eps**0.5))
 
     def of_rows(self, outputs: Array, targets: Array) -> tuple[Array, Array, Any]:
-        raw = outputs[:, targets.shape[1] :]
+        raw, there = outputs[:, targets.shape[1] :], ~np.isnan(targets)
         std, variance = np.logaddexp(0, raw), self.std(outputs) ** 2
-        errors = self.transform(outputs) - targets
+        errors = np.where(there, self.transform(outputs) - targets, 0)
         scaled = errors / variance
         losses = 0.5 * (np.log(variance) + errors * scaled)
         # expm1(-softplus(s)) is minus its derivative
         by_raw = (scaled**2 - 1 / variance) * std * np.expm1(-std)
-        return losses.sum(axis=1), np.hstack([scaled, by_raw]), targets.shape[1]
+        return (losses * there).sum(axis=1), np.hstack([scaled, by_raw * there]), there.sum(axis=1)
 
 
 @dataclass(frozen=True)
@@ -377,5 +389,7 @@ def loss_from_config(config: Mapping[str, Any]) -> Loss:
         like = loss_from_config(config["like"]) if "like" in config else None
         return OwnLoss(name=stored("loss.name", config["name"], str), like=like)
     # older files do not have it
-    known = {"missing": False} if issubclass(LOSSES.get(config.get("kind", ""), Loss), ElementLoss) else {}
+    known = (
+        {"missing": False} if issubclass(LOSSES.get(config.get("kind", ""), Loss), ElementLoss | GaussianNLL) else {}
+    )
     return from_config("loss", LOSSES, {**known, **config})

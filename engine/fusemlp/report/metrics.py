@@ -36,7 +36,7 @@ def distribution(engine: Session, preprocessor: Preprocessor, X: Array) -> dict[
     decode, loss = preprocessor.decode_predictions, engine.loss
     if isinstance(loss, Quantiles):
         columns = decode(engine.inference.predict(X)).reshape(len(X), -1).T
-        return {f"q{100 * q:g}": column for q, column in zip(loss.q, columns, strict=True)}
+        return dict(zip(loss.names, columns, strict=True))
     if isinstance(loss, GaussianNLL):
         mean, std = engine.inference.predict_std(X)
         return {"mean": decode(mean), "std": std * np.array(preprocessor.target_scale)}
@@ -79,32 +79,32 @@ def score(
         report |= class_figures(judged.truth, judged.predicted, preprocessor.labels)
     if isinstance(engine.loss, Quantiles):
         predicted = np.column_stack([*distribution(engine, preprocessor, X).values()])
-        report["quantiles"] = quantile_figures(engine.loss.q, predicted, judged.truth)
+        report["quantiles"] = quantile_figures(engine.loss, predicted, judged.truth)
     return report, judged
 
 
-def quantile_figures(levels: Sequence[float], predicted: Array, truth: Array) -> dict[str, dict[str, float]]:
+def quantile_figures(loss: Quantiles, predicted: Array, truth: Array) -> dict[str, dict[str, float]]:
     """Return for each quantile by name its pinball loss and the share of the ``truth`` (n, 1) that is not above it.
 
     ``predicted`` (n, levels) are the quantiles. The share should be near the level.
     """
     pinball = METRICS["pinball"]
     return {
-        f"q{100 * level:g}": {
+        name: {
             "pinball": pinball.of_rows(Judged(truth, column[:, None], quantile=level)),
             "below": float(np.mean(truth[:, 0] <= column)),
         }
-        for level, column in zip(levels, predicted.T, strict=True)
+        for name, level, column in zip(loss.names, loss.q, predicted.T, strict=True)
     }
 
 
 def _loss(engine: Session, X: Array, y: Array, weight: Any) -> float:
     """Return the loss of rows, of which a model that was trained without gaps in its targets may have some."""
     loss = engine.loss
-    if loss.on_host or not isinstance(loss, ElementLoss) or not np.isnan(y).any():
+    if not isinstance(loss, ElementLoss | GaussianNLL) or loss.missing or not np.isnan(y).any():
         return engine.inference.evaluate(X, y, weight)["loss"]
     outputs = engine.inference.outputs(X)
-    return replace(loss, missing=True).value_and_gradient(outputs, y.reshape(outputs.shape), weight)[0]
+    return replace(loss, missing=True).value_and_gradient(outputs, y.reshape(len(outputs), -1), weight)[0]
 
 
 def figures(judged: Judged, *, probable: bool) -> dict[str, float]:

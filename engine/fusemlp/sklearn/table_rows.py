@@ -77,10 +77,13 @@ def with_target(table: Any, y: Any, checked: Callable[[Any], Array], notes: list
     kept = np.flatnonzero(~missing)
     if not len(kept):
         raise DataError(f"y: the target is missing in all {len(missing)} rows; give at least one")
-    if len(kept) == len(missing):
-        return kept, checked(y)
-    notes.append(f"{len(missing) - len(kept)} of {len(missing)} rows have no 'y' and are left out")
-    return kept, checked(_safe_indexing(y, kept))
+    if len(kept) < len(missing):
+        notes.append(f"{len(missing) - len(kept)} of {len(missing)} rows have no 'y' and are left out")
+        y = _safe_indexing(y, kept)
+    values = np.asarray(y)
+    # whole numbers beside which a gap stood are such again
+    values = np.asarray(values.tolist()) if values.dtype.kind == "O" else values
+    return kept, checked(values if values.dtype.kind in "biu" else y)
 
 
 def read(

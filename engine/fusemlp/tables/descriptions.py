@@ -84,17 +84,17 @@ def reads_codes(recipe: ModelRecipe) -> bool:
     return trains_plainly(recipe) and traits is not None and "codes" not in traits.lacks
 
 
-def models_of(recipe: TableRecipe, dataset: Dataset, notes: list[str], *, new: bool) -> int:
+def models_of(recipe: TableRecipe, dataset: Dataset, gaps: str, notes: list[str], *, new: bool) -> int:
     """Return the number of models that the recipe trains on a data set; a ``new`` training takes the default.
 
-    A note tells of a default that gaps in the targets lower.
+    A note tells of a default that ``gaps`` in the targets of its rows lower.
     """
     if recipe.models is not None:
         return as_count("models", recipe.models)
     plain = trains_plainly(recipe) and not as_loss(recipe.loss or "mse").on_host
     merges = new and dataset.roles and plain
     models = default_models(len(dataset.y), plain_network(recipe)) if merges else 1
-    if models == 1 or not dataset.trained_gaps:
+    if models == 1 or not gaps:
         return models
     notes.append(f"1 model instead of {models}, because targets are missing")
     return 1

@@ -65,6 +65,8 @@ class Prepared:
     began: float = 0.0
     # notes that were warnings too
     warned: tuple[str, ...] = ()
+    # values that several targets lack, as text, if rows to train or to validate on lack any
+    gaps: str = ""
 
     @property
     def test_rows(self) -> tuple[Array, Array, Array]:
@@ -250,7 +252,9 @@ def prepare(
     plain, recipe = (descriptions.with_batch(part, rows_of_table) for part in (plain, recipe))
     reads = descriptions.reads_codes(recipe)
     most_words = None if reads else MOST_WORDS
-    models = descriptions.models_of(recipe, dataset, notes, new=like is None)
+    fitted = np.arange(len(dataset.y)) if recipe.final_fit else training
+    gaps = dataset.gaps if dataset.has_gaps(fitted) else ""
+    models = descriptions.models_of(recipe, dataset, gaps, notes, new=like is None)
     if source is not None and models > 1 and recipe.models is None:
         models = transfer.parts_of(source.engine) or models
     parts: tuple[Fold, ...] = ()
@@ -271,7 +275,7 @@ def prepare(
     learns, start, fleet, several = descriptions.loss(recipe, name, None), None, models > 1, len(dataset.targets)
     about = {"several targets": several > 1 and several, "gaps": dataset.gaps or None, "members": members > 1}
     about |= {
-        "trained gaps": dataset.trained_gaps or None,
+        "trained gaps": gaps or None,
         "privacy": descriptions.is_private(recipe),
         "adversarial": recipe.adversarial,
     }
@@ -303,7 +307,7 @@ def prepare(
     if classify:
         codes = preprocessor.class_codes(dataset.y[training])
         weights = descriptions.class_weights(recipe.class_weight, codes, preprocessor.classes or ())
-    loss = descriptions.loss(recipe, name, weights, missing=bool(dataset.trained_gaps))
+    loss = descriptions.loss(recipe, name, weights, missing=bool(gaps))
     loss.check_network(net)
     check_together({**loss.uses, **in_use(fleet=fleet)})
 
@@ -339,6 +343,7 @@ def prepare(
         tuple(notes),
         start,
         began,
+        gaps=gaps,
     )
     if source is None or start is None or start.about["new_output_layer"] or prepared.test is None:
         return prepared

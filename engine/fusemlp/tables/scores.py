@@ -69,7 +69,7 @@ def _judged(trained: Trained, report: dict[str, Any]) -> Judged | None:
         report["baselines"] = baselines(preprocessor, *seen, test.X, test.labels)
         if isinstance(engine.loss, Quantiles):
             constant = np.quantile(np.asarray(seen[1], np.float64), engine.loss.q)
-            scores = quantile_figures(engine.loss.q, np.tile(constant, (len(test.X), 1)), test.labels.reshape(-1, 1))
+            scores = quantile_figures(engine.loss, np.tile(constant, (len(test.X), 1)), test.labels.reshape(-1, 1))
             report["baselines"]["constant"]["quantiles"] = scores
         report["worse_than"] = list(worse_than(report))
     if trained.temperature is not None:

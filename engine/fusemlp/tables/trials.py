@@ -41,8 +41,12 @@ def decide(
     The targets of a regression are compared in their own units. ``most_words``: see ``Preprocessor.fit``.
     """
     # a fleet takes rows with all targets
-    rows = rows[~np.isnan(dataset.y[rows]).any(axis=1)] if dataset.gaps else rows
-    some, notes = np.random.default_rng(seed).permutation(rows)[:ROWS], list[str]()
+    whole = rows[~np.isnan(dataset.y[rows]).any(axis=1)] if dataset.gaps else rows
+    some, notes = np.random.default_rng(seed).permutation(whole)[:ROWS], list[str]()
+    if recipe.scale is None and len(whole) < MANY_ROWS <= len(rows):
+        reason = f"they take {MANY_ROWS} rows with all targets, and {len(whole)} of {len(rows)} have them"
+        notes.append(f"no trials decide --scale: {reason}; choose it yourself (--scale)")
+    rows = whole
     regression = dataset.task == "regression"
     # other losses have other units, or a user who knows what the targets are
     scale, log_target = recipe.scale, recipe.log_target if loss == "mse" and regression else bool(recipe.log_target)
