@@ -15,6 +15,7 @@ from fusemlp.callbacks import progress
 from fusemlp.callbacks.progress import Forecast, compilations_shown, epoch_watchers, waiting
 from fusemlp.cli import output, report
 from fusemlp.cli.train import Recorder
+from fusemlp.tables import training
 from fusemlp_kernels.compilation import announced
 from make import QUICK, read, run, table
 
@@ -118,6 +119,43 @@ def test_a_time_limit_and_quiet_need_no_forecast(eager, tmp_path, capsys):
     for number, option in enumerate((["--time-limit", "60"], ["--quiet"])):
         assert run("train", "iris", "--epochs", "8", *option, "--out", tmp_path / str(number)) == 0
         assert "left at most" not in capsys.readouterr().err
+
+
+def test_trials_and_a_final_fit_have_forecasts_of_their_own(eager, monkeypatch, tmp_path, capsys):
+    file = table(tmp_path / "t.csv", 300)
+    asked = ("--target", "price", "--epochs", "8", "--models", "1", "--final-fit", "--log-target")
+    monkeypatch.setattr("fusemlp.training.loop.ROWS_AT_ONCE", 600)
+    assert run("train", file, *asked, "--out", tmp_path / "run") == 0
+    lines = capsys.readouterr().err.splitlines()
+    (trials,) = [at for at, line in enumerate(lines) if line.startswith("trials of how to prepare the columns: about ")]
+    assert lines[trials].endswith("left at most; --scale robust takes fewer")
+    epochs = read(tmp_path / "run" / "report.json")["final_fit"]["epochs"]
+    final = lines.index(f"final fit to all rows, {epochs} epochs in all")
+    forecasts = [at for at, line in enumerate(lines) if "left at most; --epochs 2 takes less" in line]
+    assert trials < forecasts[0] < final < forecasts[1] < lines.index("scoring") and len(forecasts) == 2
+
+
+@pytest.mark.filterwarnings("default:the final fit was interrupted")
+@pytest.mark.parametrize("models", ["1", "3"])
+def test_ctrl_c_in_a_final_fit_keeps_the_model_that_was_judged(models, monkeypatch, tmp_path, capsys):
+    fit_to_all_rows = training._fit_to_all_rows
+
+    def interrupted(*arguments):
+        epoch_watchers.append(lambda engine, epochs: signal.raise_signal(signal.SIGINT))
+        try:
+            return fit_to_all_rows(*arguments)
+        finally:
+            epoch_watchers.pop()
+
+    monkeypatch.setattr(training, "_fit_to_all_rows", interrupted)
+    file, told = table(tmp_path / "t.csv"), tmp_path / "run"
+    asked = ("--target", "price", "--epochs", "8", "--early-stopping", "0", "--models", models, "--scale", "robust")
+    assert run("train", file, *asked, "--final-fit", "--out", told) == 0
+    kept = "warning: the final fit was interrupted: the model of the training rows is kept"
+    assert kept in capsys.readouterr().err
+    report = read(told / "report.json")
+    assert "final_fit" not in report and report["test"]["rows"] == 24 and not report["interrupted"]
+    assert run("predict", told, "--data", file, "--out", tmp_path / "p.csv") == 0
 
 
 def test_members_are_shortened_by_the_plain_preset(eager, tmp_path, capsys):

@@ -154,8 +154,12 @@ class Forecast:
     LEAST, FIRST, WORTH, LONG = 1.0, 10.0, 5.0, 60.0
 
     def __init__(self, epochs: int, say: Callable[[str], object], shorter: str, *, single: bool) -> None:
-        self._left, self._say, self._shorter, self._single = epochs, say, shorter, single
-        self._began, self._done, self._pace = time.perf_counter(), 0, 0.0
+        self._say, self._shorter, self._single = say, shorter, single
+        self.begin(epochs)
+
+    def begin(self, epochs: int) -> None:
+        """Begin anew, with another training of this many epochs in all."""
+        self._left, self._began, self._done, self._pace = epochs, time.perf_counter(), 0, 0.0
         # when an epoch of each model ended, and the epochs of all before
         self._since: dict[int, tuple[float, int]] = {}
 
@@ -239,15 +243,23 @@ def compilations_shown(*, quiet: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def waiting(text: str, *, quiet: bool, elsewhere: bool = False) -> Iterator[None]:
-    """Show on stderr what the body does: on a terminal by a line that goes with it, ``elsewhere`` by one that stays."""
+def waiting(text: str, *, quiet: bool, elsewhere: bool = False) -> Iterator[Callable[[str], None]]:
+    """Show on stderr what the body does: on a terminal by a line that goes with it, ``elsewhere`` by one that stays.
+
+    Yield a function that prints a line above it.
+    """
     notice = _Notice(text) if sys.stderr.isatty() and not quiet else None
     if notice is not None:
         notice(True)
     elif elsewhere and not quiet:
         print(text, file=sys.stderr, flush=True)
+
+    def say(line: str) -> None:
+        if not quiet:
+            print(f"{CLEAR if notice else ''}{line}", file=sys.stderr, flush=True)
+
     try:
-        yield
+        yield say
     finally:
         if notice is not None:
             notice(False)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from fusemlp._version import __version__
 from fusemlp.callbacks import Callback
+from fusemlp.callbacks.progress import Forecast, waiting
 from fusemlp.callbacks.trackers import FAILED, FINISHED, INTERRUPTED, TRACKERS, Tracker, configured
 from fusemlp.cli.options import OutputOptions, SweepOptions, TrainOptions
 from fusemlp.datasets.tables import reason
@@ -30,6 +31,7 @@ from fusemlp.report.plots import picture
 from fusemlp.report.runs import Run, read_json, write_json
 from fusemlp.runtime.files import write_atomically
 from fusemlp.tables.recipe import one_of
+from fusemlp.tables.trials import most_epochs
 from fusemlp_kernels.errors import ArgumentError, DataError, FusemlpError
 
 if TYPE_CHECKING:
@@ -87,6 +89,21 @@ def command_line(words: Sequence[str]) -> str:
 def going_on(command: str, run: Path) -> str:
     """Return the command that goes on with a run or a sweep."""
     return command_line(["fusemlp", command, "--resume", str(run)])
+
+
+@contextmanager
+def preparing(options: TrainOptions | SweepOptions) -> Iterator[None]:
+    """Show that data are prepared, and forecast the trials that decide how."""
+    # a time limit is known without a forecast
+    epochs = 0 if getattr(options, "time_limit", None) else most_epochs(options)
+    fewer = "" if options.scale else "; --scale robust takes fewer"
+    with waiting("preparing the data", quiet=options.quiet) as say:
+
+        def tell(line: str) -> None:
+            say(f"trials of how to prepare the columns: {line}{fewer}")
+
+        with Forecast(epochs, tell, "", single=False):
+            yield
 
 
 def shorter(options: Any, prepared: Prepared, epochs: int, fewer: str) -> str:

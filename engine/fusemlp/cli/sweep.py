@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fusemlp.callbacks.progress import REDRAW, Forecast, waiting
+from fusemlp.callbacks.progress import REDRAW, Forecast
 from fusemlp.cli import output, session, vary
 from fusemlp.cli.options import SweepOptions
 from fusemlp.cli.output import Events, finite, fitted
@@ -59,7 +59,7 @@ def worked(options: SweepOptions, listener: Events, runs: list[Path]) -> tuple[d
         run, plan, members = vary.resumed_sweep(options, options.resume)
     else:
         folder = choose_folder(options.out, session.data_of(options), started)
-        with waiting("preparing the data", quiet=options.quiet):
+        with output.preparing(options):
             plan, members = vary.planned(options), []
         is_new_folder = options.out is None or not folder.exists()
         run = create_run(folder, numbered=options.out is None)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp.callbacks import Callback, ProgressBar
-from fusemlp.callbacks.progress import Forecast, waiting
+from fusemlp.callbacks.progress import Forecast
 from fusemlp.cli import output
 from fusemlp.cli import session as sessions
 from fusemlp.cli.options import OutputOptions, TrainOptions
@@ -245,7 +245,7 @@ def train(options: TrainOptions) -> None:
         training.train_model(session.prepared, session.engine, training.Listeners([recorder]))
         return
     with output.work(options, "train", "config.json") as (listener, paths):
-        with waiting("preparing the data", quiet=options.quiet):
+        with output.preparing(options):
             session = prepared_session(options, again=again)
         paths.append(session.run.path)
         with session.tracker or nullcontext():
@@ -291,7 +291,12 @@ def trained(session: Session, listener: Events) -> tuple[dict[str, Any], list[st
     listener.start("train", epochs=session.epochs, epoch=session.engine.epochs_trained, **about)
     callbacks: list[Any] = [Recorder(run, every=options.checkpoint_every), listener]
     callbacks += [*([] if tracker is None else [tracker]), *([] if options.quiet else [ProgressBar()])]
-    listeners = training.Listeners(callbacks, tell, record, say)
+
+    def fits_all(epochs: int) -> None:
+        say(f"final fit to all rows, {epochs} epochs in all")
+        forecast.begin(0 if options.time_limit else epochs)
+
+    listeners = training.Listeners(callbacks, tell, record, say, fits_all)
 
     fewer = "--preset plain" if prepared.network.members > 1 else "--models 1" if prepared.models > 1 else ""
     shorter = output.shorter(options, prepared, session.epochs, fewer)

@@ -56,13 +56,14 @@ class Listeners:
     """The listeners of a training.
 
     ``callbacks`` see the epochs of one model. ``model`` gets each of several models that has ended, and ``merged`` the
-    one that was made of them; ``say`` gets lines.
+    one that was made of them; ``say`` gets lines, and ``final`` the epochs of all models before a final fit.
     """
 
     callbacks: Sequence[Any] = ()
     model: Callable[[Member], object] | None = None
     merged: Callable[[Engine], object] = lambda engine: None
     say: Callable[[str], object] = lambda line: None
+    final: Callable[[int], object] = lambda epochs: None
 
 
 def train_table(
@@ -235,6 +236,9 @@ def train(prepared: Prepared, engine: Engine, *, listeners: Listeners, scheduled
         final = _fit_to_all_rows(trained, listeners)
     except DivergenceError as error:
         return replace(trained, final_failure=error)
+    except KeyboardInterrupt:
+        warnings.warn("the final fit was interrupted: the model of the training rows is kept", stacklevel=2)
+        return trained
     if temperature is not None:
         scale_logits(final[0], temperature.value)
     return replace(trained, final=final)
@@ -354,6 +358,7 @@ def _fit_to_all_rows(trained: Trained, listeners: Listeners) -> tuple[Engine, di
     X, y = (np.concatenate([getattr(part, name) for part in rows]) for name in ("X", "y"))
     weights = [part.weight for part in rows if part.weight is not None]
     arguments: dict[str, Any] = {"X": X, "y": y, "sample_weight": np.concatenate(weights) if weights else None}
+    listeners.final(prepared.models * epochs)
     seconds = trials.seconds_left(prepared.began, recipe.time_limit)
     arguments |= {"epochs": epochs, "drop_last": recipe.drop_last, "time_limit": seconds}
     initial = initial_parameters(prepared, recipe, arguments, listeners.say)

@@ -16,7 +16,7 @@ from fusemlp.fleet.fleet import Fleet
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.backends import cpu_threads
 from fusemlp.tables import descriptions
-from fusemlp.tables.recipe import TableRecipe
+from fusemlp.tables.recipe import ModelRecipe, TableRecipe
 from fusemlp_kernels.errors import DataError
 
 # Rows and folds of the trainings; epochs at most, and those without a better loss of held-out rows.
@@ -30,6 +30,11 @@ SCALES, MANY_ROWS = ("robust", "piecewise"), 200
 # share of the limit by which an epoch is timed. A share of it is for what follows the training, and as much remains for
 # the training however long the preparation took.
 SHARE, LEAST_EPOCHS, BATCHES, TIMING, LEAST = 0.2, 10, 100, 0.05, 0.1
+
+
+def most_epochs(recipe: ModelRecipe) -> int:
+    """Return the most epochs of all trials that decide what the recipe leaves open."""
+    return 2 * TRIALS * EPOCHS * ((recipe.scale is None) + (recipe.log_target is None))
 
 
 def decide(
