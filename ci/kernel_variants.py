@@ -29,6 +29,7 @@ from fusemlp_kernels.pointwise import OPTIMIZERS
 from fusemlp_kernels.triton import (
     clock,
     configs,
+    encoding,
     gradients,
     linear,
     loss,
@@ -60,6 +61,8 @@ KERNELS = {
     "normalise": norms.normalise_kernel,
     "grad_normalise": norms.grad_normalise_kernel,
     "add": norms.add_kernel,
+    "encode": encoding.encode_kernel,
+    "grad_encode": encoding.grad_encode_kernel,
     "resident": resident.resident_kernel,
 }
 PRODUCTS = (
@@ -85,7 +88,7 @@ HEAVIEST = "adam"
 POINTERS = {
     **dict.fromkeys(("x", "w", "y", "z", "dz", "dx", "dy", "adv", "out", "compute", "shadow", "weights"), "compute"),
     **dict.fromkeys(("other", "dother", "centre", "radius", "zc", "zr", "dzc", "dzr", "lower", "upper"), "compute"),
-    **dict.fromkeys(("reach", "least", "most", "source", "signs", "turned"), "fp32"),
+    **dict.fromkeys(("inputs", "reach", "least", "most", "source", "signs", "turned"), "fp32"),
     **dict.fromkeys(("b", "slope_param", "dslope", "target", "weight", "class_weight", "settings"), "fp32"),
     **dict.fromkeys(("s", "r", "ds", "db", "dr", "sums", "g"), "fp32"),
     **dict.fromkeys(("real", "parameters", "grads", "first", "second", "average", "slopes", "shares"), "fp32"),
@@ -194,7 +197,7 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
         for kernel in ("affine_members", "grad_affine_members"):
             yield Variant(kernel, ELEMENTS[precision], tile, constants)
         for rows in configs.ROWS:
-            for kernel in ("normalise", "grad_normalise", "add"):
+            for kernel in ("normalise", "grad_normalise", "add", "encode", "grad_encode"):
                 yield Variant(kernel, ELEMENTS[precision], rows, {**constants, "BM": rows.rows, "BK": rows.columns})
     if precision in RESIDENT_PRECISIONS:
         for resident_tile in configs.resident_tiles(arch.family, precision):

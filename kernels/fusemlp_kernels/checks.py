@@ -27,7 +27,7 @@ REFUSED = {
     **{
         ("cupy", op): "it has the calls of plain training alone; use triton or numpy"
         for op in OPS
-        if op.endswith("_members") or op in ("clip_examples", "perturb", "normalise", "grad_normalise", "add")
+        if op.endswith("_members") or op in ("clip_examples", "perturb", "normalise", "grad_normalise", "add", "encode")
     },
 }
 
@@ -234,6 +234,11 @@ def check_together(op: str, operands: Mapping[str, Any]) -> None:
                 raise ArgumentError(
                     f"{op}: counters: {name} needs them, since they say where the batch begins; got None"
                 )
+    if op == "encode":
+        waves = operands["y"] if operands["dy"] is None else operands["dy"]
+        wanted = operands["x"].shape[1] * (2 * operands["octaves"] + operands["inputs"])
+        if waves.shape[1] != wanted:
+            raise ShapeError(f"{op}: expected {wanted} columns of waves, got {waves.shape[1]}")
     rule = operands.get("rule")
     if operands.get("noise") is not None:
         operands["noise"].check(rule)

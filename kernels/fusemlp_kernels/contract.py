@@ -293,6 +293,7 @@ FEATURES = {
     "own loss": "calls no loss on the host so far",
     "norm": "has no kernels for normalised layers",
     "residual": "has no kernels for residual blocks",
+    "encoding": "has no kernels for inputs as waves",
 }
 
 

@@ -319,6 +319,18 @@ OPS = {op.name: op for op in (
         Operand("b", "MK", "compute"),
         Operand("y", "MK", "compute", WRITTEN, note="aliases nothing"),
     )),
+    Op("encode",
+        "y = sin(2**k * pi * x), cos(2**k * pi * x) side by side for each k below ``octaves``, of one input after "
+        "another, and with ``inputs`` x before them; or, with dy, dx, the gradient by x", (
+        _ROWS_OF_X,
+        Operand("x", "MK", rows="rows"),
+        Operand("y", "MN", "compute", WRITTEN, optional=True, note="N = K (2 octaves + inputs)"),
+        Operand("dy", "MN", "compute", optional=True, note="with dx, in place of y"),
+        Operand("dx", "MK", "compute", WRITTEN, optional=True, note="aliases nothing"),
+        Operand("octaves", note="int"),
+        Operand("inputs", optional=True, default=False, note="bool"),
+        _COUNTERS,
+    )),
     Op("linear_members",
         "z = x @ w[m].T + b[m] for row i of the batch, m being i % (D / N): w[m] and b[m] are rows m * N to before "
         "(m + 1) * N", (

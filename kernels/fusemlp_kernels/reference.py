@@ -455,6 +455,23 @@ def perturb(x: Array, d: Array, change: Perturbation, dx: Array | None = None) -
     return np.asarray(np.clip(x + d, change.low, change.high))
 
 
+def encode(x: Array, octaves: int, inputs: bool = False) -> Array:
+    """Waves of the inputs x (M, K), and with ``inputs`` x before them (Mildenhall et al., "NeRF", 2020, equation 4)."""
+    # sine and cosine have the period 2 in t
+    t = np.fmod(x[:, :, None] * 2.0 ** np.arange(octaves), 2.0)
+    waves = np.stack([np.sin(np.pi * t), np.cos(np.pi * t)], axis=-1).reshape(len(x), -1)
+    return np.hstack([x, waves]) if inputs else waves
+
+
+def encode_grad(x: Array, dy: Array, octaves: int, inputs: bool = False) -> Array:
+    """The gradient by x (M, K) from that by the waves, dy (M, N)."""
+    by_x, by_waves = np.split(dy, [x.shape[1] * inputs], axis=1)
+    waves, d = (a.reshape(*x.shape, octaves, 2) for a in (encode(x, octaves), by_waves))
+    slopes = waves[..., 1] * d[..., 0] - waves[..., 0] * d[..., 1]
+    dx = np.sum(np.pi * 2.0 ** np.arange(octaves) * slopes, axis=-1)
+    return np.asarray(dx + by_x if inputs else dx)
+
+
 def initial_state(rule: UpdateRule, layers: Sequence[Layer]) -> State:
     """The optimizer's state before the first update: zeros, for each layer and each of its parameters."""
     return [[tuple(np.zeros_like(p) for _ in range(rule.state_count)) for p in a.parameters] for a in layers]

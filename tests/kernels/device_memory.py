@@ -37,6 +37,8 @@ class DeviceMemory:
             return "real" if dtype in (np.float16, np.float32) else str(np.dtype(dtype))
         compute = name in COMPUTE_OPERANDS or (name == "w" and self.op in READS_WEIGHTS)
         compute |= self.op == "add"
+        # coordinates are read in float32 in every precision
+        compute &= (self.op, name) != ("encode", "x")
         if dtype in (np.float16, np.float32):
             return "compute" if compute else "real"
         return str(np.dtype(dtype))

@@ -462,6 +462,19 @@ def _add(table: CallTable, call: SimpleNamespace) -> None:
     table.control(None)
 
 
+@enters("encode")
+def _encode(table: CallTable, call: SimpleNamespace) -> None:
+    out = call.y if call.dy is None else call.dx
+    width = out.shape[1] if call.dy is None else call.dy.shape[1]
+    table.height = max(table.height, len(out))
+    scratch = None if call.dy is None else (table.scratch(MOST_TASKS, width), 0)
+    table.add(
+        "ENCODE", n=width, k=call.x.shape[1], x=call.x, dz=call.dy, out=out, z=scratch, octaves=call.octaves,
+        **row_numbers(call.rows, len(out)),
+    )  # fmt: skip
+    table.control(call.counters)
+
+
 @enters("linear_members")
 def _linear_members(table: CallTable, call: SimpleNamespace) -> None:
     rows, outputs = call.z.shape

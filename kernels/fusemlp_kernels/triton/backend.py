@@ -31,6 +31,7 @@ from fusemlp_kernels.triton.layers import (
     bind_add,
     bind_advance,
     bind_affine_members,
+    bind_encode,
     bind_grad_affine_members,
     bind_grad_input,
     bind_grad_input_members,
@@ -61,7 +62,7 @@ BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
         *(bind_linear, bind_linear_loss_grad, bind_loss_grad, bind_grad_input, bind_clip_examples, bind_grad_weight),
         *(bind_grad_weight_update, bind_update, bind_advance, bind_perturb, bind_train_resident, bind_train_fleet),
         *(bind_affine_members, bind_grad_affine_members, bind_linear_members, bind_grad_input_members),
-        *(bind_grad_weight_members, bind_normalise, bind_grad_normalise, bind_add),
+        *(bind_grad_weight_members, bind_normalise, bind_grad_normalise, bind_add, bind_encode),
     )
 }
 COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -9,7 +9,7 @@ from fusemlp_kernels.checks import binds, members_of
 from fusemlp_kernels.contract import ACTIVATIONS, COUNTERS, HYPER, LOSSES, NEEDS_Z, NORMS, STATS, Dropout, LossSpec
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.philox import seed_key, threshold
-from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, members, norms, perturb
+from fusemlp_kernels.triton import clock, configs, encoding, gradients, linear, loss, members, norms, perturb
 from fusemlp_kernels.triton.launch import LARGEST_INDEX, Run, Tensor, TritonDevice, in_sequence, is_aligned, signed
 
 # Operands for backends that gather in memory or store masks, and those of train_resident.
@@ -201,6 +201,22 @@ def bind_add(device: TritonDevice, call: SimpleNamespace) -> Run:
     arguments = {"M": call.M, "K": call.K, **places(call.a, **matrices)}
     constants = {"BM": tile.rows, "BK": tile.columns, "ALIGNED": _are_aligned(*matrices.values())}
     return device.launch(norms.add_kernel, tile.count(call.M, call.K), arguments, constants, tile)
+
+
+@binds("encode")
+def bind_encode(device: TritonDevice, call: SimpleNamespace) -> Run:
+    """The contract's ``encode``."""
+    back = call.dy is not None
+    matrices = {"dy": call.dy, "dx": call.dx} if back else {"y": call.y}
+    width, kernel = (call.K, encoding.grad_encode_kernel) if back else (call.N, encoding.encode_kernel)
+    tile, before = configs.row_tile(width), call.K * call.inputs
+    arguments = {
+        "M": call.M, "N": call.N, "K": call.K, **places(call.x, inputs=call.x, **matrices),
+        "rows": device.zeros(1, "int64") if call.rows is None else call.rows, "gather": int(call.rows is not None),
+        "counters": call.counters, "octaves": call.octaves, "before": before,
+    }  # fmt: skip
+    constants = {"BM": tile.rows, "BK": tile.columns, "ALIGNED": _are_aligned(*matrices.values())}
+    return device.launch(kernel, tile.count(call.M, width), arguments, constants, tile)
 
 
 def _heads(

@@ -27,6 +27,7 @@ from fusemlp_kernels.numpy.compiled.compiler import (
     piece_at,
     task_at,
 )
+from fusemlp_kernels.numpy.compiled.encoding import encode_rows
 from fusemlp_kernels.numpy.compiled.layers import (
     activate_rows,
     affine_rows,
@@ -98,6 +99,8 @@ def _by_rows(call: Any, head: Any, like: Any, counters: Any, task: int) -> None:
         add_columns(call, head, like, first, count, task)
     elif kind == t.PERTURB:
         perturb_rows(call, like, rows, first, count, batch_index, lanes_of(head, task))
+    elif kind == t.ENCODE:
+        encode_rows(call, like, rows, first, count, task)
     elif kind == t.MEMBERS_AFFINE:
         affine_rows(call, head, like, rows, first, count, batch_index, task)
     elif kind == t.MEMBERS_BACKWARD:

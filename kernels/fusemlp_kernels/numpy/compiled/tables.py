@@ -48,7 +48,7 @@ DEPTH = 512
 # last row; BACKWARD; SQUARES and SHRINK: the norms of the rows' gradients, and clipping them; COLUMNS: a first layer
 # of codes; PERTURB: inputs that raise the loss; MEMBERS_AFFINE and MEMBERS_BACKWARD: what members that share weights
 # have of their own; HEADS and HEADS_BACKWARD: an output layer of each member; NORMALISE and NORMALISE_BACKWARD; ADD:
-# out = x + y. By pieces of a tensor: WEIGHT, BIAS,
+# out = x + y; ENCODE: inputs as waves. By pieces of a tensor: WEIGHT, BIAS,
 # SLOPES, CODES (weights of a first layer of codes), FACTORS (those that members multiply its inputs by, from what CODES
 # has left): a gradient, with its update where there is a param; NORM: squares
 # of gradients, for clipping; UPDATE; PACK: weights into panels; SUMS: the rows that a layer of codes adds up. CLOCK.
@@ -56,8 +56,8 @@ DEPTH = 512
 (
     GATHER, AFFINE, ACTIVATE, ENTROPY, ELEMENTWISE, PADDING, BACKWARD, WEIGHT, BIAS, SLOPES, NORM, UPDATE, PACK, CLOCK,
     SQUARES, SHRINK, PERTURB, MEMBERS_AFFINE, MEMBERS_BACKWARD, HEADS, HEADS_BACKWARD, COLUMNS, CODES, SUMS,
-    PAUSE, NORMALISE, NORMALISE_BACKWARD, ADD, FACTORS,
-) = range(29)  # fmt: skip
+    PAUSE, NORMALISE, NORMALISE_BACKWARD, ADD, FACTORS, ENCODE,
+) = range(30)  # fmt: skip
 
 # A row of calls: its kind and sizes. Row numbers, and 1 if the batch starts at ROW_OFFSET among them; input, weights,
 # the same in panels, bias, output, pre-activation, gradient by it, what else is written; prelu's slope, the gradient
@@ -72,14 +72,15 @@ DEPTH = 512
 # each task's sums of their gradients and of b's (arrays, a row a task); parts: a bias whose rows are such sums.
 # shard: the row of the batch with which the call's shard begins. coding: a COLUMN for each of the columns of the
 # codes, of which x has slots a row; w is (K, N) then, and panels are the sums, with by_r those of one member after
-# another. norm: the rows are normalised, with factors by_s and b, and option is eps. Then the slope of leaky_relu, the
-# dropout rate, the strength of a penalty; the loss's numbers, divisor: what a mean divides by beside the row weights;
-# the largest norm of a row's gradient or perturbation; the length of its step, its bounds.
+# another. norm: the rows are normalised, with factors by_s and b, and option is eps. octaves: of the waves of k inputs.
+# Then the slope of leaky_relu, the dropout rate, the strength of a penalty; the loss's numbers, divisor: what a mean
+# divides by beside the row weights; the largest norm of a row's gradient or perturbation; the length of its step, its
+# bounds.
 CALL = _record(
     "kind n k rows walks x w panels b y z dz out slope dslope slope_part "
     "keep activation key_low key_high mask_layer threshold first end param state0 state1 average descends pulls sums "
     "target weighted class_weighted loss mean soft smoothed ignores ignored accuracy wide recorded "
-    "afresh round drawn members by_r by_s sum_r sum_s sum_b parts shard coding columns slots norm",
+    "afresh round drawn members by_r by_s sum_r sum_s sum_b parts shard coding columns slots norm octaves",
     "fixed_slope rate strength smoothing option divisor largest length low high",
 )
 # A column of codes: see ``coding.Place``.
