@@ -174,6 +174,14 @@ def test_the_size_of_a_forward_pass_is_bounded():
     assert engine.inference.forward.rows_for(10**9) * widest <= forward_module.LARGEST
 
 
+def test_passes_of_the_same_rows_are_not_padded_on_the_host():
+    engine = make()
+    forward = forward_module.ForwardPass(engine.network, engine.memory, alike=True)
+    most = engine.inference.forward.rows_for(10**9)
+    assert forward.rows_for(1000) == 1000 and forward.rows_for(most) == most
+    assert forward.rows_for(most + 1) == most // 2 + 1
+
+
 TARGETS = {
     "cross_entropy": LABELS,
     "binary_cross_entropy": RNG.integers(0, 2, (100, OUTPUTS)),

@@ -32,9 +32,12 @@ def member_rows(backend: Backend, rows: int, members: int) -> Any:
 
 
 class ForwardPass:
-    """Forward programs of one network, in a few sizes, each made on first use; ``scaling`` scales its inputs."""
+    """Forward programs of one network, in a few sizes, each made on first use; ``scaling`` scales its inputs.
 
-    def __init__(self, net: MLP, memory: Memory, scaling: Scaling | None = None) -> None:
+    ``alike``: every pass has the same number of rows.
+    """
+
+    def __init__(self, net: MLP, memory: Memory, scaling: Scaling | None = None, *, alike: bool = False) -> None:
         self.net, self.scaling = net, scaling
         # what is trained, and what the programs read
         self.trained = self.memory = memory
@@ -46,7 +49,8 @@ class ForwardPass:
         widest = max(net.sizes) * net.members
         self._most_rows = max(SMALLEST_ROWS, (1 << (LARGEST // widest).bit_length()) >> 1)
         # on the host the bits of a row do not depend on the number of rows
-        self._least_rows = 1 if memory.backend.traits.on_host else SMALLEST_ROWS
+        on_host = memory.backend.traits.on_host
+        self._least_rows, self._even = 1 if on_host else SMALLEST_ROWS, on_host and alike
         self.release()
 
     def release(self) -> None:
@@ -56,7 +60,9 @@ class ForwardPass:
         self._bound: dict[tuple[Any, ...], BoundProgram] = {}
 
     def rows_for(self, n: int) -> int:
-        """Return the batch size for ``n`` rows: a power of two, so that few programs are needed."""
+        """Return the batch size for ``n`` rows: a power of two, so that few programs are needed, or without padding."""
+        if self._even:
+            return -(-n // -(-n // self._most_rows))
         return min(self._most_rows, max(self._least_rows, 1 << (n - 1).bit_length()))
 
     def program(
