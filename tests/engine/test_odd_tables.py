@@ -26,7 +26,7 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import check_memory
 from fusemlp.datasets.tables import as_frame, read_table
 from fusemlp.datasets.textfiles import Form
-from fusemlp_kernels.errors import ArgumentTypeError, DataError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError
 from make import run
 
 WIDE = ",".join(f"c{i}" for i in range(3000))
@@ -392,6 +392,22 @@ def test_durations_and_times_of_day_are_seconds(library):
     assert read_table(as_frame(frame), targets=["wait"])["wait"].tolist() == [3600.000005]
 
 
+@pytest.mark.parametrize("ending", ["csv", "parquet", "xlsx"])
+def test_words_of_the_callers_stand_for_missing_cells(ending, tmp_path):
+    frame = pandas.DataFrame(
+        {"a": [1.0, -999.0, 3.0], "n": [-999, 2, 3], "w": ["x", "unknown", "-999"], "y": ["p", "q", "unknown"]}
+    )
+    frame["k"] = pandas.Categorical(["u", "unknown", "v"])
+    path, form = tmp_path / f"a.{ending}", Form(missing=("unknown", "-999"))
+    if ending == "xlsx":
+        write_excel(path, [[*frame.columns], *frame.values.tolist()])
+    else:
+        getattr(frame, f"to_{ending}")(path, index=False)
+    table = read_table(path, targets=["y"], form=form)
+    expected = {"a": [1, None], "n": [None, 2], "w": ["x", ""], "k": ["u", ""], "y": ["p", "q"]}
+    assert {name: plain(column) for name, column in table.items()} == expected
+
+
 def test_excel(tmp_path, monkeypatch):
     rows = [
         ["size", None, "when", "flag", "price"],
@@ -402,7 +418,16 @@ def test_excel(tmp_path, monkeypatch):
     path = write_excel(tmp_path / "a.xlsx", rows, [["other"], [1]])
     notes = []
     table = read_table(path, notes=notes)
-    assert notes == ["a.xlsx: the sheet 'sheet 0' of 2"]
+    assert notes == ["a.xlsx: the sheet 'sheet 0' of 2; --sheet NAME takes another"]
+    assert read_table(path, form=Form(sheet="sheet 1"), notes=notes)["other"].tolist() == [1] and len(notes) == 1
+    with pytest.raises(
+        DataError, match=r"no sheet 'shet 1'; the sheets are 'sheet 0', 'sheet 1'; did you mean 'sheet 1'"
+    ):
+        read_table(path, form=Form(sheet="shet 1"))
+    with pytest.raises(
+        ArgumentError, match=r"^sheet: an \.xlsx file has sheets, got 'sheet 1' for '.*a\.csv'; leave it out"
+    ):
+        read_table(tmp_path / "a.csv", form=Form(sheet="sheet 1"))
     assert {name: plain(column) for name, column in table.items()} == {
         "size": [1, 2.5],
         "column_2": ["x", ""],

@@ -48,20 +48,24 @@ class ForceOption:
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """The form of a .csv or .tsv file, recognised from its beginning unless given."""
+    """The form of a table's file, recognised from its beginning unless given."""
 
     sep: str | None = _text(None, "Separator of the columns: one character, or tab; recognised unless given.", "MARK")
     decimal: str | None = _text(None, "Decimal mark of the numbers: . or , (recognised unless given).", "MARK")
     encoding: str | None = _text(None, "Encoding, such as utf-8, cp1252 or latin-1; recognised unless given.")
+    missing: list[str] | None = _text(
+        None, "A word or number that stands for a missing cell, beside the usual such as NA and ?; -999 is one.", "WORD"
+    )
+    sheet: str | None = _text(None, "The sheet of an .xlsx file; the one that Excel shows first unless given.", "NAME")
     header: bool = _text(True, "Names of columns in the first line, unless it holds numbers; else column_1, column_2.")
 
     def form(self, run: Mapping[str, Any] | None = None) -> Form:
         """Return the form of a file; what is not given is that of the training, whose options are ``run``."""
-        names = "sep", "decimal", "encoding"
+        names = "sep", "decimal", "encoding", "missing"
         before = run or {}
         marks = {name: getattr(self, name) or before.get(name) for name in names}
         # None: recognised
-        return Form(**marks, header=None if self.header and before.get("header", True) else False)
+        return Form(**marks, sheet=self.sheet, header=None if self.header and before.get("header", True) else False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -378,5 +378,6 @@ def _not_numeric(text: str, decimal: str, fixed: bool | None) -> str:
         return f"{text!r} is not a finite number; correct it or delete the row"
     if fixed:
         return f"{text!r} is not a number, but the column held numbers in the training data; correct or delete it"
-    words = ", or take the column as words with --categorical" if fixed is False else ""
-    return f"{text!r} is not a number, but other values of the column are; correct or delete it{words}"
+    mends = ["correct or delete it", f"take it as a missing cell with --missing {text.strip()!r}"]
+    mends += ["take the column as words with --categorical"] if fixed is False else []
+    return f"{text!r} is not a number, but other values of the column are; {', '.join(mends[:-1])}, or {mends[-1]}"

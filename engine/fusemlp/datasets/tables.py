@@ -26,7 +26,7 @@ from fusemlp.datasets.textfiles import MISSING, Form, OpenTable, number, text_ar
 from fusemlp.describe.checks import arrow
 from fusemlp.describe.text import Problems, listed, meant
 from fusemlp.inputs.arrays import Array
-from fusemlp_kernels.errors import ArgumentTypeError, DataError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError
 
 # Readers raise these for damaged archives, and for damaged content, of XML SyntaxError and of headers of arrays
 # TokenError too. RuntimeError stands for encryption and unknown versions.
@@ -108,6 +108,8 @@ def open_source(source: Place, form: Form) -> Iterator[OpenTable]:
     """Yield an open table; errors of reading become DataError."""
     pyarrow = arrow()
     suffix = "" if isinstance(source, Frame) else source.suffix.lower()
+    if form.sheet is not None and suffix != ".xlsx":
+        raise ArgumentError(f"sheet: an .xlsx file has sheets, got {form.sheet!r} for {str(source)!r}; leave it out")
     failures = OSError, EOFError, UnicodeError, csv.Error, zlib.error, lzma.LZMAError, zipfile.BadZipFile
     try:
         if isinstance(source, Frame):
@@ -156,16 +158,19 @@ def _open_arrow(path: Path) -> OpenTable:
 
 
 def _open_excel(path: Path, form: Form) -> OpenTable:
-    """Return the sheet that is shown first, as rows of text."""
+    """Return the sheet of the form, or the one that is shown first, as rows of text."""
     book = _open_book(path)
-    said = None
-    if len(book.worksheets) > 1:
-        said = f"{path.name}: the sheet {_shown(book).title!r} of {len(book.worksheets)}"
+    said, names = None, [sheet.title for sheet in book.worksheets]
+    if len(names) > 1 and form.sheet is None:
+        said = f"{path.name}: the sheet {_shown(book).title!r} of {len(names)}; --sheet NAME takes another"
     book.close()
+    if form.sheet not in (None, *names):
+        near = meant([str(form.sheet)], names)
+        raise DataError(f"{path}: there is no sheet {form.sheet!r}; the sheets are {listed(names)}{near}")
 
     def rows() -> Iterator[tuple[int, list[str]]]:
         book = _open_book(path)
-        sheet = _shown(book)
+        sheet = _shown(book) if form.sheet is None else book[form.sheet]
         # Some programs write wrong dimensions, by which openpyxl would leave out cells.
         sheet.reset_dimensions()
         try:
@@ -274,7 +279,7 @@ def read_table(
         positions = [names.index(column.name) for column in columns]
         for batch in _pieces(opened.batches(positions, lambda: next(ragged))):
             for column, values in zip(columns, batch.columns, strict=True):
-                column.add(values)
+                column.add(_without(values, form.missing) if form and form.missing else values)
         held = [column for column in columns if isinstance(column, Target)]
         table: dict[str, Array] = {}
         for column in columns:
@@ -302,6 +307,19 @@ def read_table(
         notes.append(f"{int(missing.sum())} of {len(missing)} rows have no {listed(targets)} and are left out")
         table = {name: column[~missing] if len(column) == len(missing) else column for name, column in table.items()}
     return table
+
+
+def _without(column: Any, words: Sequence[str]) -> Any:
+    """Return a column of Arrow without the cells that are one of ``words`` or its number; text becomes empty."""
+    from pyarrow import compute, types
+
+    if types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    numbers = [value for value in map(number, words) if value is not None]
+    words = [*words, *map(str, numbers), *(f"{value:.17g}" for value in numbers)]
+    texts = column.cast("string")
+    gone = compute.is_in(compute.utf8_trim_whitespace(texts), value_set=arrow().array(words))
+    return compute.if_else(gone, "", texts) if types.is_string(column.type) else compute.if_else(gone, None, column)
 
 
 def wrong_weights(column: Array) -> Array:

@@ -78,16 +78,19 @@ class OpenTable:
 
 @dataclass(frozen=True)
 class Form:
-    """The form of a text file; None is recognised from its beginning.
+    """The form of a file; None is recognised from its beginning.
 
     ``sep`` is one character (or "tab"), ``decimal`` "." or ",", ``encoding`` a name that Python knows. Without
-    ``header`` (recognised: numbers in the first line) the columns are called column_1, column_2 and so on.
+    ``header`` (recognised: numbers in the first line) the columns are called column_1, column_2 and so on. The words
+    ``missing`` stand for missing cells, beside ``MISSING``. ``sheet`` is the name of one in an Excel file.
     """
 
     sep: str | None = None
     decimal: str | None = None
     encoding: str | None = None
     header: bool | None = None
+    missing: Sequence[str] | None = None
+    sheet: str | None = None
 
     def __post_init__(self) -> None:
         if self.sep in ("tab", "\\t"):
