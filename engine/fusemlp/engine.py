@@ -57,6 +57,9 @@ KERAS = {
     "layers": "engine.network has sizes, activations and dropouts; summary() prints the layers",
     "count_params": "it is engine.network.parameter_count",
     "metrics_names": "evaluate and history.history have the names as keys",
+    **dict.fromkeys(("to", "cuda", "cpu"), "the device is chosen when it is made: Engine(net, device='cuda:0')"),
+    **dict.fromkeys(("train", "eval"), "fit and step train, predict and evaluate do not; call these"),
+    "parameters": "state_dict() has them by name; the optimizer is given when it is made",
     "to_json": "engine.network.to_config() is JSON-able; save writes the whole model",
 }
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import fusemlp
+import fusemlp.sklearn
 from fusemlp import MLP, ArgumentError, Engine
 from fusemlp.describe.text import bytes_text
 from fusemlp.engine import KERAS
@@ -25,6 +26,8 @@ X, Y = RNG.normal(size=(40, 5)).astype(np.float32), RNG.integers(0, 3, 40)
 W = RNG.random(40).astype(np.float32) + 0.1
 THRICE = np.where(Y == 1, 3.0, 1.0)
 NET = MLP([5, 8, 3])
+NAMES = "MLPClassifier", "MLPRegressor", "TableClassifier", "TableRegressor"
+ESTIMATORS = {name: getattr(fusemlp.sklearn, name) for name in NAMES}
 
 
 class TestValidationSplit:
@@ -249,6 +252,36 @@ def test_an_argument_of_another_name_is_refused_with_the_right_one(case):
     with pytest.raises(fusemlp.ArgumentTypeError, match=message):
         call(engine)
     assert engine.update_count == 0
+
+
+@pytest.mark.parametrize("door", ["engine", "fleet", *ESTIMATORS])
+def test_what_keras_gives_to_predict_is_refused_with_the_mend(door):
+    model = (
+        make()
+        if door == "engine"
+        else fusemlp.Fleet(NET, vary={"seed": [0]})
+        if door == "fleet"
+        else ESTIMATORS[door]()
+    )
+    for method in ("predict", "predict_proba", "score"):
+        for name, mend in (("verbose", "it prints nothing; leave it out"), ("batch_size", "rows go through in blocks")):
+            if hasattr(model, method):
+                with pytest.raises(fusemlp.ArgumentTypeError, match=f"^{name}: {mend}"):
+                    getattr(model, method)(X, **{name: 1})
+    # a loss without probabilities leaves the method out, as in scikit-learn
+    assert not hasattr(fusemlp.sklearn.TableClassifier(loss="mse"), "predict_proba")
+
+
+def test_a_method_of_the_other_estimator_is_an_error_that_names_ours():
+    for name, wrong, right in (
+        ("TableClassifier", "predict_interval", r"predict_set\(X\)"),
+        ("TableRegressor", "predict_set", r"predict_interval\(X\)"),
+        ("TableRegressor", "predict_proba", r"predict\(X, return_std=True\)"),
+        ("TableRegressor", "partial_fit", r"fit\(X, y\) takes old and new rows together"),
+    ):
+        with pytest.raises(AttributeError, match=f"{name} has no attribute '{wrong}': {right}"):
+            getattr(ESTIMATORS[name](), wrong)
+        assert wrong not in dir(ESTIMATORS[name]())
 
 
 def test_every_sentence_on_another_name_is_of_one_that_is_not_there():

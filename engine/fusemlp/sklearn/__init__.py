@@ -18,7 +18,10 @@ Differences, apart from what the estimators add:
 
 from __future__ import annotations
 
-from fusemlp.describe.checks import knows_names_of
+from inspect import getattr_static, isfunction
+
+from fusemlp.describe.checks import knows_names, knows_names_of, names_absent
+from fusemlp.engine import OF_PREDICT
 from fusemlp.sklearn.classifier import MLPClassifier
 from fusemlp.sklearn.regressor import MLPRegressor
 from fusemlp.sklearn.search import FleetRandomizedSearchCV, FleetSearchCV
@@ -47,3 +50,18 @@ for _cls, _at in ((MLPClassifier, 0), (MLPRegressor, 0), (TableClassifier, 1), (
     for _names, _here in _NAMES.items():
         _elsewhere |= dict.fromkeys(_names.split(), f"it is called {_here[_at]} here")
     knows_names_of(_cls, _elsewhere)
+    for _method in ("predict", "predict_proba", "score"):
+        if isfunction(_function := getattr_static(_cls, _method, None)):
+            setattr(_cls, _method, knows_names(OF_PREDICT, call=f"{_method}(X)")(_function))
+
+names_absent(
+    TableClassifier, {"partial_fit": RETRAINED, "predict_interval": "predict_set(X) returns sets of classes for rows"}
+)
+names_absent(
+    TableRegressor,
+    {
+        "partial_fit": RETRAINED,
+        "predict_set": "predict_interval(X) returns intervals for rows",
+        "predict_proba": "predict(X, return_std=True), predict_interval(X) and predict_quantiles(X) say how sure it is",
+    },
+)

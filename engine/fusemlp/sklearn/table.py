@@ -28,7 +28,7 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import network_inputs
 from fusemlp.describe import checks, conflicts, description, losses, network
 from fusemlp.describe.metrics import METRICS, Judged
-from fusemlp.engine import load_checkpoint
+from fusemlp.engine import OF_PREDICT, load_checkpoint
 from fusemlp.fleet.merge import members
 from fusemlp.inputs.arrays import Array
 from fusemlp.report import metrics, onnx, runs
@@ -373,8 +373,8 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         return tags
 
 
+# Said of partial_fit and warm_start.
 RETRAINED = "fit(X, y) takes old and new rows together, and transfer_from='runs/...' starts from a trained run"
-checks.names_absent(TableEstimator, {"partial_fit": RETRAINED})
 
 
 def _tell(notes: Iterable[str]) -> None:
@@ -415,6 +415,7 @@ class TableClassifier(ClassifierMixin, TableEstimator):
         return float(accuracy_score(truth, self.predict(X)[kept], sample_weight=weight))
 
     @available_if(_gives_probabilities)
+    @checks.knows_names(OF_PREDICT, call="predict_proba(X)")
     def predict_proba(self, X: Any) -> Array:
         """Return the probabilities (n, classes), in the order of ``classes_``; not with mse, mae and huber."""
         inputs = self._inputs(X)

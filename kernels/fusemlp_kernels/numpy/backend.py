@@ -25,7 +25,10 @@ class NumpyBackend:
 
     def __init__(self, traits: Traits, device: str | None, precision: str) -> None:
         if device not in (None, "cpu"):
-            raise BackendUnavailableError(f"device: the numpy backend runs on 'cpu', got {device!r}")
+            raise BackendUnavailableError(
+                f"device: the numpy backend runs on 'cpu', got {device!r}; leave device out, or give backend='triton' "
+                "or 'cupy', which say what they need for a GPU"
+            )
         if precision not in REAL:
             raise BackendUnavailableError(
                 f"precision: the numpy backend offers {' and '.join(traits.precisions)}, got {precision!r}"
