@@ -108,16 +108,19 @@ def test_a_nan_in_dot_products_reaches_its_row_alone(at):
 
 
 TRAINED = """
-import hashlib, sys
+import hashlib, itertools, sys
 from fusemlp_kernels.numpy.compiled import products
 import numpy as np
 from fusemlp import MLP, Adam, Engine
 rng = np.random.default_rng(0)
-X, y = rng.standard_normal((300, 45)), rng.integers(0, 10, 300)
-y[:10] = np.arange(10)
-for precision in ("fp32", "fp64"):
-    # the last layer is of dot products
-    engine = Engine(MLP([45, 70, 330, 10]), optimizer=Adam(0.01), batch_size=100, seed=1, precision=precision)
+X = rng.standard_normal((300, 45))
+# the last layer of the first is of dot products; of the others the classes are no multiple of a vector
+networks = [MLP([45, 70, 330, 10]), *[MLP([45, 9, classes]) for classes in (4, 5, 12, 23, 100)]]
+cases = [*itertools.product(("fp32", "fp64"), networks), ("fp32", MLP([45, 21, 5], norm="layer"))]
+for precision, network in cases:
+    optimizer = Adam(0.01, clip_norm=0.1 if network.norms else None)
+    engine = Engine(network, optimizer=optimizer, batch_size=100, seed=1, precision=precision)
+    y = np.arange(300) % network.sizes[-1]
     engine.fit(X, y, epochs=2)
     values = [*engine.state_dict().values(), engine.predict_proba(X)]
     print(hashlib.sha256(b"".join(np.ascontiguousarray(value).tobytes() for value in values)).hexdigest())

@@ -24,13 +24,13 @@ from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.compiled.compiler import (
     ELEMENTWISE,
     EXACT,
-    REDUCTION,
     block,
     clear,
     column_at,
     elements,
     part,
 )
+from fusemlp_kernels.numpy.compiled.sums import sum_of_products
 
 
 @register_jitable(**ELEMENTWISE)
@@ -92,14 +92,6 @@ def _store(out: Any, total: Any, factor: Any, count: int) -> None:
 def _sum_of(out: Any, before: Any, row: Any, factor: Any, count: int) -> None:
     for j in range(np.uintp(count)):
         out[j] = before[j] + factor * row[j]
-
-
-@register_jitable(**REDUCTION)
-def _dot(a: Any, b: Any, count: int) -> Any:
-    total = a.dtype.type(0.0)
-    for j in range(np.uintp(count)):
-        total += a[j] * b[j]
-    return total
 
 
 @register_jitable(**EXACT)
@@ -237,7 +229,9 @@ def _gradient_of_column(
             at = column.first + code
             if call.by_r:
                 factor = block(like, call.by_r, member, call.n)[at]
-                block(like, call.sum_r, member, call.n)[at] = _dot(total, block(like, call.w, at, width), width)
+                block(like, call.sum_r, member, call.n)[at] = sum_of_products(
+                    total, block(like, call.w, at, width), width
+                )
             out = block(like, call.out, at, width)
             if adds or member:
                 _add(out, total, factor, width)

@@ -14,9 +14,10 @@ from numba.extending import register_jitable
 
 from fusemlp_kernels import contract as c
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.numpy.compiled.compiler import ELEMENTWISE, EXACT, REDUCTION
+from fusemlp_kernels.numpy.compiled.compiler import ELEMENTWISE, EXACT, REDUCTION, part
 from fusemlp_kernels.numpy.compiled.functions import exp
 from fusemlp_kernels.numpy.compiled.pointwise_numba import BINARY_CROSS_ENTROPY, element_losses
+from fusemlp_kernels.numpy.compiled.sums import sum_of
 
 
 @register_jitable(**EXACT)
@@ -84,14 +85,6 @@ def _multiply(d: Any, start: int, stop: int, factor: Any) -> None:
 def _exponentials(d: Any, start: int, stop: int) -> None:
     for at in range(np.uintp(start), np.uintp(stop)):
         d[at] = exp(d[at])
-
-
-@register_jitable(**REDUCTION)
-def _sum(d: Any, start: int, stop: int) -> Any:
-    total = d.dtype.type(0.0)
-    for at in range(np.uintp(start), np.uintp(stop)):
-        total += d[at]
-    return total
 
 
 @register_jitable(**EXACT)
@@ -222,7 +215,7 @@ def cross_entropy(
                 label, share = 0, 0.0
             label_mass = (class_weight[label] if by_class else 1.0) * (1.0 - smoothing)
             mass += label_mass
-        sums = _sum(d, start, stop)
+        sums = sum_of(part(d, start), columns)
         total += share * (mass * math.log(sums))
         weighed = share * scale
         factor = real(weighed * mass / sums)

@@ -9,26 +9,11 @@ import numpy as np
 from numba.extending import register_jitable
 
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.numpy.compiled.compiler import ELEMENTWISE, EXACT, REDUCTION, block, clear, elements
+from fusemlp_kernels.numpy.compiled.compiler import ELEMENTWISE, EXACT, block, clear, elements
 from fusemlp_kernels.numpy.compiled.layers import affine, derive_affine, lanes_of, mask_and_scale, slope_of
 from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative
 from fusemlp_kernels.numpy.compiled.random import drop
-
-
-@register_jitable(**REDUCTION)
-def _total(values: Any, columns: int) -> Any:
-    total = values.dtype.type(0.0)
-    for j in range(np.uintp(columns)):
-        total += values[j]
-    return total
-
-
-@register_jitable(**REDUCTION)
-def _product(left: Any, right: Any, columns: int) -> Any:
-    total = left.dtype.type(0.0)
-    for j in range(np.uintp(columns)):
-        total += left[j] * right[j]
-    return total
+from fusemlp_kernels.numpy.compiled.sums import sum_of, sum_of_products
 
 
 @register_jitable(**ELEMENTWISE)
@@ -48,9 +33,9 @@ def _without_direction(d: Any, n: Any, share: Any, columns: int) -> None:
 def _normalised(call: Any, n: Any, x: Any) -> Any:
     """A row x normalised, in n; what its differences from their mean were multiplied by."""
     real, columns = x.dtype.type, call.n
-    mean = _total(x, columns) / real(columns) if call.norm == t.LAYER_NORM else real(0.0)
+    mean = sum_of(x, columns) / real(columns) if call.norm == t.LAYER_NORM else real(0.0)
     _shift_and_scale(n, x, mean, real(1.0), columns)
-    factor = real(1.0) / real(math.sqrt(_product(n, n, columns) / real(columns) + real(call.option)))
+    factor = real(1.0) / real(math.sqrt(sum_of_products(n, n, columns) / real(columns) + real(call.option)))
     _shift_and_scale(n, n, real(0.0), factor, columns)
     return factor
 
@@ -112,8 +97,8 @@ def grad_normalise_rows(call: Any, like: Any, first: int, count: int, task: int)
         if call.norm:
             width, g = like.dtype.type(columns), elements(like, call.by_s)
             derive_affine(d, h, z, n, g, by_g, by_b, columns, call.activation, slope)
-            _without_direction(d, n, _product(d, n, columns) / width, columns)
-            mean = _total(d, columns) / width if call.norm == t.LAYER_NORM else like.dtype.type(0.0)
+            _without_direction(d, n, sum_of_products(d, n, columns) / width, columns)
+            mean = sum_of(d, columns) / width if call.norm == t.LAYER_NORM else like.dtype.type(0.0)
             _shift_and_scale(d, d, mean, factor, columns)
         elif call.activation != t.IDENTITY:
             multiply_by_derivative(call.activation, d, h, z, columns, slope, 1.0)

@@ -8,21 +8,13 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from fusemlp_kernels.numpy.compiled.compiler import ELEMENTWISE, EXACT, REDUCTION, block, clear, copy, elements
+from fusemlp_kernels.numpy.compiled.compiler import ELEMENTWISE, EXACT, block, clear, copy, elements
 from fusemlp_kernels.numpy.compiled.functions import maximum, minimum, sign
 from fusemlp_kernels.numpy.compiled.random import draw
+from fusemlp_kernels.numpy.compiled.sums import sum_of_squares
 from fusemlp_kernels.philox import START, WORD
 
 _WORD, _RANDOM, _LOWEST = np.uint64(WORD), np.uint64(START), np.uint32(9)
-
-
-@register_jitable(**REDUCTION)
-def _norm(values: Any, count: int) -> float:
-    """In float64, where no square of a float32 underflows."""
-    total = 0.0
-    for i in range(np.uintp(count)):
-        total += np.float64(values[i]) * np.float64(values[i])
-    return math.sqrt(total)
 
 
 @register_jitable(**ELEMENTWISE)
@@ -54,7 +46,7 @@ def _moved(adv: Any, x: Any, count: int, factor: float, low: float, high: float)
 @register_jitable(**EXACT)
 def _within(adv: Any, x: Any, count: int, eps: float, low: float, high: float) -> None:
     """x moved by adv, shortened to the norm eps."""
-    length = _norm(adv, count)
+    length = math.sqrt(sum_of_squares(adv, count, 1.0))
     # a NaN stays
     _moved(adv, x, count, 1.0 if length <= eps else eps / length, low, high)
 
@@ -64,7 +56,7 @@ def _move(call: Any, adv: Any, x: Any, dx: Any) -> None:
     """A step of a row of inputs, projected."""
     count, length, eps, low, high = call.k, call.length, call.largest, call.low, call.high
     if call.round:
-        norm = _norm(dx, count)
+        norm = math.sqrt(sum_of_squares(dx, count, 1.0))
         _by_gradient(adv, x, dx, count, length / norm if norm != 0.0 else 0.0)
         _within(adv, x, count, eps, low, high)
     else:

@@ -14,7 +14,6 @@ from fusemlp_kernels.numpy.compiled.columns import gradient_of_columns, sum_colu
 from fusemlp_kernels.numpy.compiled.compiler import (
     ELEMENTWISE,
     EXACT,
-    REDUCTION,
     call_function,
     elements,
     part,
@@ -23,26 +22,14 @@ from fusemlp_kernels.numpy.compiled.compiler import (
 from fusemlp_kernels.numpy.compiled.layers import lanes_of, shard_rows
 from fusemlp_kernels.numpy.compiled.pointwise_numba import update_average, update_tensor
 from fusemlp_kernels.numpy.compiled.random import WORDS, add_noise
+from fusemlp_kernels.numpy.compiled.sums import sum_of_products, sum_of_squares
 
 
-@register_jitable(**REDUCTION)
-def squares(values: Any, count: int, divisor: float) -> float:
-    total = 0.0
-    for i in range(count):
-        quotient = values[i] / divisor
-        total += quotient * quotient
-    return total
-
-
-@register_jitable(**REDUCTION)
-def penalise(p: Any, g: Any, count: int, strength: float) -> float:
-    """Add the gradient of ``strength / 2 * sum(p ** 2)`` to g; that sum of squares."""
-    real = p.dtype.type
-    times, total = real(strength), real(0.0)
-    for i in range(count):
-        total += p[i] * p[i]
-        g[i] += times * p[i]
-    return float(total)
+@register_jitable(**ELEMENTWISE)
+def _penalise(p: Any, g: Any, count: int, strength: Any) -> None:
+    """Add the gradient of ``strength / 2 * sum(p ** 2)`` to g."""
+    for i in range(np.uintp(count)):
+        g[i] += strength * p[i]
 
 
 @register_jitable(**EXACT)
@@ -63,7 +50,7 @@ def clip_factor(grads: Any, tensors: int, first: int, end: int, total: float, sc
             total = 0.0
             for at in range(first, end):
                 tensor = tensor_at(tensors, at)
-                total += squares(part(grads, tensor.offset), tensor.size, largest)
+                total += sum_of_squares(part(grads, tensor.offset), tensor.size, largest)
             norm = largest * math.sqrt(total)
     factor = limit / (norm * scale + 1e-6)
     return 1.0 if factor > 1.0 else factor
@@ -201,7 +188,8 @@ def _after_gradient(call: Any, head: Any, like: Any, counters: Any, piece: Any, 
             shares = elements(np.float64, head.partials)[t.SHARES_PART]
             if shares != 0.0:
                 pull, w = call.strength / shares, elements(like, call.w + at)
-                total += pull * penalise(w, elements(like, call.out + at), width, pull)
+                _penalise(w, elements(like, call.out + at), width, like.dtype.type(pull))
+                total += pull * float(sum_of_products(w, w, width))
         if call.param:
             _update(call, head, like, counters, elements(like, call.out + at), at, call.first, first, width, 1.0, task)
     if call.panels and head.step + 1 < head.steps:
@@ -219,7 +207,7 @@ def by_piece(call: Any, head: Any, like: Any, counters: Any, piece: Any, task: i
         at = like.itemsize * (tensor_at(head.tensors, piece.top).offset + piece.left)
         grads, width = elements(like, call.dz + at), piece.right - piece.left
         if call.kind == t.NORM:
-            return squares(grads, width, 1.0)
+            return sum_of_squares(grads, width, 1.0)
         _update(call, head, like, counters, grads, at, piece.top, piece.left, width, head.scale, task)
         return 0.0
     if call.kind == t.PACK:

@@ -27,14 +27,11 @@ from fusemlp_kernels.numpy.compiled.compiler import (
     REGISTER_BYTES,
     X86,
     elements,
-    instruction,
     intrinsic,
     kept_for_calls,
 )
 from fusemlp_kernels.numpy.compiled.tables import LINE, PANEL
-
-_WORD, _INDEX = ir.IntType(64), ir.IntType(32)
-
+from fusemlp_kernels.numpy.compiled.vectors import INDEX, VectorCode, folded, looped, number
 
 # Rows of a tile, and vectors in one: its sums, a vector of b for each of these and a number of a fill the registers, of
 # which there are 32, on x86 before AVX-512 16.
@@ -48,85 +45,11 @@ DOT_BYTES = 64
 DOT_ROWS, DOT_COLUMNS = (4, 4) if REGISTER_BYTES == DOT_BYTES else (2, 2)
 
 
-def _number(value: int) -> Any:
-    return ir.Constant(_WORD, value)
-
-
-class _Code:
-    """Writes vector code for one type of elements; a vector fills a register, or has ``lanes`` elements."""
-
-    def __init__(self, context: Any, builder: Any, real: Any, lanes: int = 0) -> None:
-        self.builder = builder
-        self.element = context.get_value_type(real)
-        self.size = context.get_abi_sizeof(self.element)
-        self.lanes = lanes or REGISTER_BYTES // self.size
-        self.vector = ir.VectorType(self.element, self.lanes)
-        self._name = f"v{self.lanes}f{8 * self.size}"
-
-    def sum_of_product(self, a: Any, b: Any, c: Any) -> Any:
-        return instruction(self.builder, f"fmuladd.{self._name}", self.vector, a, b, c)
-
-    def at(self, address: Any, kind: Any) -> Any:
-        return self.builder.inttoptr(address, kind.as_pointer())
-
-    def everywhere(self, value: Any) -> Any:
-        """A vector of one number."""
-        kind = ir.VectorType(value.type, self.lanes)
-        nothing = ir.Constant(kind, ir.Undefined)
-        first = self.builder.insert_element(nothing, value, _INDEX(0))
-        return self.builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(_INDEX, self.lanes), None))
-
-    def mask(self, columns: Any) -> Any:
-        """The lanes that are among the first columns."""
-        lanes = ir.Constant(ir.VectorType(_INDEX, self.lanes), list(range(self.lanes)))
-        return self.builder.icmp_signed("<", lanes, self.everywhere(self.builder.trunc(columns, _INDEX)))
-
-    def load(self, address: Any, mask: Any = None) -> Any:
-        pointer = self.at(address, self.vector)
-        if mask is not None:
-            name, nothing = f"masked.load.{self._name}.p0", ir.Constant(self.vector, None)
-            return instruction(self.builder, name, self.vector, pointer, _INDEX(self.size), mask, nothing)
-        value = self.builder.load(pointer)
-        value.align = self.size
-        return value
-
-    def prefetch(self, address: Any) -> None:
-        reads, first_level, data = map(_INDEX, (0, 3, 1))
-        instruction(
-            self.builder, "prefetch.p0", ir.VoidType(), self.at(address, ir.IntType(8)), reads, first_level, data
-        )
-
-    def store(self, value: Any, address: Any, mask: Any = None) -> None:
-        pointer = self.at(address, self.vector)
-        if mask is None:
-            self.builder.store(value, pointer).align = self.size
-        else:
-            name = f"masked.store.{self._name}.p0"
-            instruction(self.builder, name, ir.VoidType(), value, pointer, _INDEX(self.size), mask)
-
-
 def _row(builder: Any, first: Any, stride: Any, i: int, rows: Any) -> Any:
     """The address of row i; beyond the last one that of the last, so that nothing else is read."""
-    inside = builder.icmp_signed("<", _number(i), rows)
-    last = builder.sub(rows, _number(1))
-    return builder.add(first, builder.mul(builder.select(inside, _number(i), last), stride))
-
-
-def _looped(builder: Any, end: Any, step: int, values: list[Any], of: Callable[..., list[Any]]) -> list[Any]:
-    """The values after ``values = of(k, values)`` for k from 0 in steps to before ``end``; they stay in registers."""
-    before, body, after = builder.block, builder.append_basic_block("k"), builder.append_basic_block("end")
-    firsts = [_number(0), *values]
-    builder.cbranch(builder.icmp_signed(">", end, firsts[0]), body, after)
-    builder.position_at_end(body)
-    phis = [builder.phi(value.type) for value in firsts]
-    following = [builder.add(phis[0], _number(step)), *of(phis[0], phis[1:])]
-    builder.cbranch(builder.icmp_signed("<", following[0], end), body, after)
-    builder.position_at_end(after)
-    results = [builder.phi(value.type) for value in firsts]
-    for phi, first, then in zip(phis + results, firsts * 2, following * 2, strict=True):
-        phi.add_incoming(first, before)
-        phi.add_incoming(then, body)
-    return results[1:]
+    inside = builder.icmp_signed("<", number(i), rows)
+    last = builder.sub(rows, number(1))
+    return builder.add(first, builder.mul(builder.select(inside, number(i), last), stride))
 
 
 def _tile(height: int, vectors: int, masked: bool) -> Callable[..., Any]:
@@ -146,22 +69,22 @@ def _tile(height: int, vectors: int, masked: bool) -> Callable[..., Any]:
 
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             _, a, a_row, a_step, b, b_step, depth, start, alpha, beta, c, c_row, rows, columns = arguments
-            to = _Code(context, builder, real)
-            in_bytes = [builder.mul(stride, _number(to.size)) for stride in (a_row, a_step, b_step, c_row)]
+            to = VectorCode(context, builder, real)
+            in_bytes = [builder.mul(stride, number(to.size)) for stride in (a_row, a_step, b_step, c_row)]
             a_row, a_step, b_step, c_row = in_bytes
             width = to.lanes
-            firsts = [_number(v * width) for v in range(vectors)]
+            firsts = [number(v * width) for v in range(vectors)]
             masks = [to.mask(builder.sub(columns, first)) if masked else None for first in firsts]
 
             def across(address: Any) -> list[Any]:
-                return [to.load(builder.add(address, _number(v * width * to.size)), masks[v]) for v in range(vectors)]
+                return [to.load(builder.add(address, number(v * width * to.size)), masks[v]) for v in range(vectors)]
 
             span, zero = vectors * width * to.size, ir.Constant(to.element, 0.0)
-            adds, deep = builder.fcmp_unordered("!=", beta, zero), builder.icmp_signed(">=", depth, _number(DEEP))
+            adds, deep = builder.fcmp_unordered("!=", beta, zero), builder.icmp_signed(">=", depth, number(DEEP))
             with builder.if_then(builder.or_(adds, deep)):
                 # the end of the tile reads or writes them, too late to wait for memory
                 for i, line in itertools.product(range(height), (*range(0, span, LINE), span - 1)):
-                    to.prefetch(builder.add(_row(builder, c, c_row, i, rows), _number(line)))
+                    to.prefetch(builder.add(_row(builder, c, c_row, i, rows), number(line)))
             starts = across(start) * height
             a_rows = [_row(builder, a, a_row, i, rows) for i in range(height)]
 
@@ -169,14 +92,14 @@ def _tile(height: int, vectors: int, masked: bool) -> Callable[..., Any]:
                 a_at, b_at, *sums = values
                 bs = across(b_at)
                 for i in range(height):
-                    number = builder.load(to.at(builder.add(a_rows[i], a_at), to.element))
-                    number.align = to.size
-                    same = to.everywhere(number)
+                    value = builder.load(to.at(builder.add(a_rows[i], a_at), to.element))
+                    value.align = to.size
+                    same = to.everywhere(value)
                     for v, at in enumerate(range(i * vectors, (i + 1) * vectors)):
                         sums[at] = to.sum_of_product(same, bs[v], sums[at])
                 return [builder.add(a_at, a_step), builder.add(b_at, b_step), *sums]
 
-            _, _, *results = _looped(builder, depth, 1, [_number(0), b, *starts], added)
+            _, _, *results = looped(builder, depth, 1, [number(0), b, *starts], added)
             unit = ir.Constant(to.element, 1.0)
             plain = builder.and_(builder.fcmp_ordered("==", alpha, unit), builder.fcmp_ordered("==", beta, zero))
             with builder.if_else(plain) as (store, combine):
@@ -200,15 +123,22 @@ def _tile(height: int, vectors: int, masked: bool) -> Callable[..., Any]:
 
 
 def _each_row(
-    builder: Any, to: _Code, c: Any, c_row: Any, rows: Any, results: list[Any], masks: list[Any], of: Callable[..., Any]
+    builder: Any,
+    to: VectorCode,
+    c: Any,
+    c_row: Any,
+    rows: Any,
+    results: list[Any],
+    masks: list[Any],
+    of: Callable[..., Any],
 ) -> None:
     """Store what ``of`` makes of each result."""
     vectors = len(masks)
     for i in range(len(results) // vectors):
-        with builder.if_then(builder.icmp_signed("<", _number(i), rows)):
-            first = builder.add(c, builder.mul(_number(i), c_row))
+        with builder.if_then(builder.icmp_signed("<", number(i), rows)):
+            first = builder.add(c, builder.mul(number(i), c_row))
             for v, mask in enumerate(masks):
-                at = builder.add(first, _number(v * to.lanes * to.size))
+                at = builder.add(first, number(v * to.lanes * to.size))
                 value = of(results[i * vectors + v], lambda at=at, mask=mask: to.load(at, mask))
                 to.store(value, at, mask)
 
@@ -237,8 +167,8 @@ def _dot_tile(height: int, width: int) -> Callable[..., Any]:
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             _, a, a_row, b, b_row, depth, start, c, c_row, rows, columns = arguments
             size = context.get_abi_sizeof(context.get_value_type(real))
-            to, few = (_Code(context, builder, real, lanes) for lanes in (DOT_BYTES // size, width))
-            a_row, b_row, c_row = (builder.mul(stride, _number(size)) for stride in (a_row, b_row, c_row))
+            to, few = (VectorCode(context, builder, real, lanes) for lanes in (DOT_BYTES // size, width))
+            a_row, b_row, c_row = (builder.mul(stride, number(size)) for stride in (a_row, b_row, c_row))
             tops = [_row(builder, a, a_row, i, rows) for i in range(height)]
             sides = [_row(builder, b, b_row, j, columns) for j in range(width)]
 
@@ -248,38 +178,24 @@ def _dot_tile(height: int, width: int) -> Callable[..., Any]:
                 return [to.sum_of_product(*pair, held) for pair, held in zip(pairs, sums, strict=True)]
 
             nothing = [ir.Constant(to.vector, None)] * (height * width)
-            whole, rest = (builder.and_(depth, _number(bits)) for bits in (-to.lanes, to.lanes - 1))
-            sums = _looped(
-                builder, whole, to.lanes, nothing, lambda k, sums: added(builder.mul(k, _number(size)), sums)
-            )
-            after, inside = builder.mul(whole, _number(size)), to.mask(rest)
-            sums = _looped(builder, rest, to.lanes, sums, lambda _, sums: added(after, sums, inside))
-            sums = _folded(builder, to.lanes, sums)
+            whole, rest = (builder.and_(depth, number(bits)) for bits in (-to.lanes, to.lanes - 1))
+            sums = looped(builder, whole, to.lanes, nothing, lambda k, sums: added(builder.mul(k, number(size)), sums))
+            after, inside = builder.mul(whole, number(size)), to.mask(rest)
+            sums = looped(builder, rest, to.lanes, sums, lambda _, sums: added(after, sums, inside))
+            sums = folded(builder, to.lanes, sums)
             mask = few.mask(columns)
             starts = few.load(start, mask)
             for i in range(height):
-                with builder.if_then(builder.icmp_signed("<", _number(i), rows)):
+                with builder.if_then(builder.icmp_signed("<", number(i), rows)):
                     vector, first = divmod(i * width, to.lanes)
-                    pick = ir.Constant(ir.VectorType(_INDEX, width), list(range(first, first + width)))
+                    pick = ir.Constant(ir.VectorType(INDEX, width), list(range(first, first + width)))
                     value = builder.shuffle_vector(sums[vector], sums[vector], pick)
-                    few.store(builder.fadd(starts, value), builder.add(c, builder.mul(_number(i), c_row)), mask)
+                    few.store(builder.fadd(starts, value), builder.add(c, builder.mul(number(i), c_row)), mask)
             return context.get_dummy_value()
 
         return signature, code
 
     return typed
-
-
-def _folded(builder: Any, lanes: int, vectors: list[Any]) -> list[Any]:
-    """The sums of the elements of each vector, one after the other, in as few vectors as they fill."""
-    span = lanes
-    while span > 1:
-        half, span = span // 2, span // 2
-        lower = [lane for lane in range(2 * lanes) if lane // half % 2 == 0]
-        picks = [ir.Constant(ir.VectorType(_INDEX, lanes), [lane + at for lane in lower]) for at in (0, half)]
-        pairs = zip(vectors[::2], vectors[1::2] or vectors, strict=True)
-        vectors = [builder.fadd(*(builder.shuffle_vector(*pair, pick) for pick in picks)) for pair in pairs]
-    return vectors
 
 
 dot_tile: Any = intrinsic(_dot_tile(DOT_ROWS, DOT_COLUMNS))
@@ -297,23 +213,23 @@ def transpose_square(
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, source, source_row, rows, target, target_row = arguments
-        to = _Code(context, builder, real)
+        to = VectorCode(context, builder, real)
         n = to.lanes
-        source_row, target_row = (builder.mul(stride, _number(to.size)) for stride in (source_row, target_row))
+        source_row, target_row = (builder.mul(stride, number(to.size)) for stride in (source_row, target_row))
         lines = [to.load(_row(builder, source, source_row, i, rows)) for i in range(n)]
         half = n // 2
         while half:
             # squares of 2 * half: the upper right quarter changes places with the lower left one
             upper = [lane if not lane & half else n + lane - half for lane in range(n)]
             lower = [lane + half if not lane & half else n + lane for lane in range(n)]
-            picks = [ir.Constant(ir.VectorType(_INDEX, n), order) for order in (upper, lower)]
+            picks = [ir.Constant(ir.VectorType(INDEX, n), order) for order in (upper, lower)]
             for i in range(n):
                 if not i & half:
                     pair = lines[i], lines[i + half]
                     lines[i], lines[i + half] = (builder.shuffle_vector(*pair, pick) for pick in picks)
             half //= 2
         for i, values in enumerate(lines):
-            to.store(values, builder.add(target, builder.mul(_number(i), target_row)))
+            to.store(values, builder.add(target, builder.mul(number(i), target_row)))
         return context.get_dummy_value()
 
     return types.void(like, *[types.intp] * 5), code
@@ -340,10 +256,10 @@ def _copy(lanes: int, masked: bool) -> Callable[..., Any]:
 
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             _, source, target, count = arguments
-            to = _Code(context, builder, like.dtype)
+            to = VectorCode(context, builder, like.dtype)
             for v in range(-(-lanes // to.lanes) or TILE_VECTORS):
-                first = _number(v * to.lanes * to.size)
-                mask = to.mask(builder.sub(count, _number(v * to.lanes))) if masked else None
+                first = number(v * to.lanes * to.size)
+                mask = to.mask(builder.sub(count, number(v * to.lanes))) if masked else None
                 to.store(to.load(builder.add(source, first), mask), builder.add(target, first))
             return context.get_dummy_value()
 

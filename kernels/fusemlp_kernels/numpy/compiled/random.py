@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from fusemlp_kernels.numpy.compiled.compiler import ELEMENT, ELEMENTWISE, EXACT, REDUCTION, elements, kept, part
+from fusemlp_kernels.numpy.compiled.compiler import ELEMENT, ELEMENTWISE, EXACT, elements, kept, part
 from fusemlp_kernels.numpy.compiled.functions import logarithm
+from fusemlp_kernels.numpy.compiled.sums import sum_of_squares
 from fusemlp_kernels.philox import (
     COSINE,
     FEISTEL_ROUNDS,
@@ -142,20 +143,12 @@ _TO_ONE = np.uint64(_ONE - _ROOT)
 _log_near_one = register_jitable(**ELEMENT)(logarithm(np.float64, 10))
 
 
-@register_jitable(**REDUCTION)
-def _squares(values: Any, count: int) -> float:
-    total = 0.0
-    for i in range(count):
-        total += np.float64(values[i]) * np.float64(values[i])
-    return total
-
-
 @register_jitable(**EXACT)
 def add_squares(norms: Any, x: Any, dz: Any, rows: int, inputs: int, outputs: int, biased: int, afresh: int) -> None:
     """Add a layer's part of the squares to norms (rows,) float64: x (rows, inputs), dz (rows, outputs), both flat."""
     for i in range(rows):
-        width = _squares(part(x, i * inputs), inputs) + (1.0 if biased else 0.0)
-        square = width * _squares(part(dz, i * outputs), outputs)
+        width = sum_of_squares(part(x, i * inputs), inputs, 1.0) + (1.0 if biased else 0.0)
+        square = width * sum_of_squares(part(dz, i * outputs), outputs, 1.0)
         norms[i] = square if afresh else norms[i] + square
 
 
