@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fusemlp.describe.adversarial import FGSM as FGSM
     from fusemlp.describe.adversarial import IBP as IBP
     from fusemlp.describe.adversarial import PGD as PGD
+    from fusemlp.describe.blocks import Frequency as Frequency
     from fusemlp.describe.blocks import LayerNorm as LayerNorm
     from fusemlp.describe.blocks import Residual as Residual
     from fusemlp.describe.blocks import RMSNorm as RMSNorm
@@ -99,7 +100,7 @@ _NAMES = {
     "fusemlp.runtime.own_loss": "check_gradient",
     "fusemlp.runtime.scaling": "InputScaleWarning TargetScaleWarning",
     "fusemlp.describe.adversarial": "FGSM IBP PGD",
-    "fusemlp.describe.blocks": "LayerNorm Residual RMSNorm",
+    "fusemlp.describe.blocks": "Frequency LayerNorm Residual RMSNorm",
     "fusemlp.describe.losses": "BinaryCrossEntropy CrossEntropy GaussianNLL Huber Loss MAE MSE Poisson Quantile "
     "Quantiles",
     "fusemlp.training.lr_finder": "LearningRateSweep lr_find",

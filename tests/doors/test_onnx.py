@@ -98,6 +98,16 @@ def test_normalised_layers_and_residual_blocks(norm, precision, tmp_path):
     check(engine, X, tmp_path / "net.onnx")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("inputs", [False, True])
+@pytest.mark.parametrize("members", [1, 3])
+def test_encoded_inputs(members, inputs, precision, tmp_path):
+    """Ten octaves, of which the fastest repeats 256 times on the way from -1 to 1."""
+    net = MLP([WIDTH, 8, 3], members=members, encoding=fusemlp.Frequency(10, inputs=inputs))
+    engine = Engine(net, precision=precision, backend="numpy")
+    check(engine, X, tmp_path / "net.onnx")
+
+
 def test_what_the_file_says_of_itself(tmp_path):
     engine = Engine(MLP([WIDTH, 8, 3], dropout=0.1), loss=fusemlp.CrossEntropy(class_weight=(1.0, 2.0, 1.0)))
     engine.to_onnx(str(tmp_path / "net.onnx"))

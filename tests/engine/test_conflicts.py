@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from lowered import training_program
 
-from fusemlp import DPSGD, FGSM, IBP, MLP, MSE, SGD, CrossEntropy, Engine, Fleet, ParameterOptions, Residual
+from fusemlp import DPSGD, FGSM, IBP, MLP, MSE, SGD, CrossEntropy, Engine, Fleet, Frequency, ParameterOptions, Residual
 from fusemlp.describe.adversarial import Adversary
 from fusemlp.describe.conflicts import CONFLICTS, UNAVAILABLE, check_together
 from fusemlp.describe.losses import as_loss
@@ -65,6 +65,7 @@ FEATURES = {
     "dropout": Feature(net={"dropout": 0.2}),
     "norm": Feature(net={"norm": "layer"}),
     "residual": Feature(net={"sizes": [4, 6, Residual(6), 3]}),
+    "encoding": Feature(net={"encoding": Frequency(2)}),
     "sum": Feature(loss={"reduction": "sum"}),
     "no classes": Feature(loss={"kind": MSE}),
     "own loss": Feature(
@@ -116,7 +117,10 @@ ELSEWHERE = {
         frozenset({name, "balanced"}): "class_weight: it needs one class for each row"
         for name in ("own loss", "missing")
     },
-    **{frozenset({"resident kernel", name}): KERNEL for name in ("privacy", "members", "fp16", "norm", "residual")},
+    **{
+        frozenset({"resident kernel", name}): KERNEL
+        for name in ("privacy", "members", "fp16", "norm", "residual", "encoding")
+    },
 }
 
 
@@ -288,6 +292,8 @@ def test_the_tables_features_are_walked():
         "FusedMLP",
         # tests/doors/test_loss_doors.py
         "label_smoothing",
+        # test_encoded_inputs.py
+        "columns",
         # tests/doors/test_table_doors.py
         *("gaps", "trained gaps", "sweep", "several targets", "quantiles", "return_std"),
         *(name for one in FEATURES.values() for name in one.implies),

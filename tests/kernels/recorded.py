@@ -10,7 +10,7 @@ import kernel_launches
 import kernel_variants
 import numpy as np
 
-from fusemlp import DPSGD, MLP, PGD, SGD, Adam, CrossEntropy, Engine, Residual
+from fusemlp import DPSGD, MLP, PGD, SGD, Adam, CrossEntropy, Engine, Frequency, Residual
 from fusemlp.program.step import Inputs
 from fusemlp.runtime.steps import TrainingStep, bind
 from fusemlp_kernels.triton import configs
@@ -46,6 +46,9 @@ def launches(target, precision):
         ):
             engine = Engine(net, batch_size=20, backend="triton", precision=precision, plan="eager")
             engine.fit(rng.standard_normal((40, 6)), labels, epochs=1, **options)
+        engine = Engine(MLP([6, 9, 4], encoding=Frequency(3)), backend="triton", precision=precision, plan="eager")
+        engine.fit(rng.standard_normal((40, 6)), labels, epochs=1)
+        engine.input_gradient(rng.standard_normal((40, 6)), labels)
         if precision in kernel_variants.RESIDENT_PRECISIONS:
             for net in (MLP([6, 9, 4], dropout=0.2), MLP([6, 100, 90])):
                 options = {"backend": "triton", "precision": precision, "plan": "resident"}

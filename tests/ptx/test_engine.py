@@ -9,7 +9,7 @@ from step_bounds import Step
 from test_train_fleet import CASES, Fleet, case, varied
 from tolerance import UNIT, assert_within
 
-from fusemlp import MLP, SGD, Adam, Callback, CrossEntropy, Engine, PReLU, Residual
+from fusemlp import MLP, SGD, Adam, Callback, CrossEntropy, Engine, Frequency, PReLU, Residual
 from fusemlp_kernels.contract import BATCH_INDEX, LAST_LOSS
 from fusemlp_kernels.philox import row_order
 from fusemlp_kernels.triton import configs
@@ -123,10 +123,11 @@ KINDS = {
         *("affine_members", "grad_affine_members", "linear_members", "grad_input_members"),
     ),
     MLP([9, 10, Residual(6), 3], activation="silu", norm="layer"): ("normalise", "grad_normalise", "add"),
+    MLP([9, 10, 3], activation="silu", encoding=Frequency(4, inputs=True)): ("encode",),
 }
 
 
-@pytest.mark.parametrize(("net", "names"), KINDS.items(), ids=["members", "blocks"])
+@pytest.mark.parametrize(("net", "names"), KINDS.items(), ids=["members", "blocks", "encoding"])
 @pytest.mark.parametrize("target", ["sm_90"])
 def test_other_kinds_of_layers_train_as_on_numpy(target, net, names):
     told = {"optimizer": SGD(0.1), "batch_size": 8, "seed": 5}

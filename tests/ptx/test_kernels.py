@@ -7,6 +7,7 @@ cases share out. The bodies are those of the contract's tests.
 
 import pytest
 import test_clip_examples as clipping_of
+import test_encoding as encoding_of
 import test_layers as layers_of
 import test_loss as losses_of
 import test_members as members_of
@@ -228,3 +229,11 @@ def test_norms(variant, monkeypatch):
     monkeypatch.setattr(norms_of, "shapes_of", lambda variant: ((19, 21), (5, 140), (2, 1030)))
     norms_of.test_normalise_and_back(variant, "silu")
     norms_of.test_add(variant)
+
+
+def test_encodings(variant, monkeypatch):
+    """Waves of each tile, with and without the inputs before them, and back."""
+    monkeypatch.setattr(encoding_of, "shapes_of", lambda variant: ((19, 2, 10), (5, 9, 8), (3, 40, 14)))
+    for inputs in (False, True):
+        encoding_of.test_encode_and_back(variant, inputs)
+    encoding_of.test_zeros_and_ends_of_the_waves_are_exact(variant)

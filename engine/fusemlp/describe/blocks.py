@@ -1,11 +1,13 @@
-"""Normalisation and residual blocks, as descriptions of parts of a network."""
+"""Encodings, normalisation and residual blocks, as descriptions of parts of a network."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Annotated, Any, ClassVar
 
 from fusemlp.describe.checks import as_count, check_choice
-from fusemlp.describe.description import Description, Positive, from_config
+from fusemlp.describe.description import Description, Flag, Positive, from_config
 from fusemlp_kernels.contract import Norm
+from fusemlp_kernels.errors import ArgumentTypeError
 
 
 @dataclass(frozen=True)
@@ -69,3 +71,33 @@ class Residual:
     def __post_init__(self) -> None:
         as_count("width", self.width, minimum=1)
         as_count("depth", self.depth, minimum=2)
+
+
+@dataclass(frozen=True)
+class Frequency(Description):
+    """Inputs as waves: ``sin(2**k * pi * x)`` and ``cos(2**k * pi * x)`` for each k from 0 to before ``octaves``.
+
+    So a network learns detail in few coordinates, those of a picture or of a scene (Mildenhall et al., "NeRF", 2020).
+    Each of K inputs has its ``2 * octaves`` waves side by side, sine before cosine, as in tiny-cuda-nn. The slowest
+    repeats after 2: scale coordinates to -1 to 1, or to 0 to 1. With ``inputs`` the K inputs come first, as in NeRF's
+    code (``include_input``).
+    """
+
+    kind = "frequency"
+
+    octaves: Annotated[int, partial(as_count, minimum=1, maximum=32)] = 10
+    inputs: Flag = False
+
+    def width(self, inputs: int) -> int:
+        """Return the number of inputs of the first layer."""
+        return inputs * (2 * self.octaves + self.inputs)
+
+
+ENCODINGS = {Frequency.kind: Frequency}
+
+
+def as_encoding(argument: str, value: Any) -> Frequency | None:
+    """Return an encoding, or None; errors call it ``argument``."""
+    if value is not None and not isinstance(value, Frequency):
+        raise ArgumentTypeError(f"{argument}: expected an object such as Frequency(10), or None, got {value!r}")
+    return value

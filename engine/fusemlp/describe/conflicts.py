@@ -44,6 +44,16 @@ CONFLICTS = {
             "models": f"models: {{models}} networks with {what} cannot be merged; train a single model",
         }.items()
     },
+    # the encoding of inputs
+    **{
+        ("encoding", other): f"encoding: {words}"
+        for other, words in {
+            "cupy": f"{_CORE} inputs as waves{_OTHERS}",
+            "columns": "waves of coded columns tell 0 from 1 and no more; give rows of numbers, or leave it out",
+            "adversarial": "training against attacks takes the inputs as they are; leave adversarial out",
+            "bounds": "interval bounds ({bounds}) do not go through waves; use an attack, PGD(eps)",
+        }.items()
+    },
     ("residual", "FusedMLP"): "sizes: FusedMLP is a chain of layers; add within your module, x + FusedMLP(...)(x)",
     ("prelu", "models"): "models: {models} networks with prelu cannot be merged; use leaky_relu, or a single model",
     # the fallback on a card has the core alone
@@ -161,7 +171,10 @@ CONFLICTS = {
 # The rows that name what a backend does not have.
 UNAVAILABLE = {
     ("own loss", "triton"),
-    *((feature, "cupy") for feature in ("ranks", "members", "privacy", "attack", "own loss", "norm", "residual")),
+    *(
+        (feature, "cupy")
+        for feature in ("ranks", "members", "privacy", "attack", "own loss", "norm", "residual", "encoding")
+    ),
 }
 
 

@@ -16,10 +16,19 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from fusemlp.describe.blocks import LayerNorm, Normalisation, Residual, as_norm, norm_from_config
+from fusemlp.describe.blocks import (
+    ENCODINGS,
+    Frequency,
+    LayerNorm,
+    Normalisation,
+    Residual,
+    as_encoding,
+    as_norm,
+    norm_from_config,
+)
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_keys, freeze, knows_names, names_absent
 from fusemlp.describe.conflicts import SINGLE, Features, check_together, in_use
-from fusemlp.describe.description import Description
+from fusemlp.describe.description import Description, from_config
 from fusemlp.describe.text import aligned, bytes_text
 from fusemlp_kernels import pointwise
 from fusemlp_kernels.contract import ACTIVATIONS
@@ -200,6 +209,9 @@ class MLP(Description):
     shape (members * N, K), member after member. Training minimises the mean of the members' losses. A prediction is the
     mean of their probabilities or values. Dropout masks differ from member to member.
 
+    ``encoding``: the first layer takes waves of the inputs, such as ``Frequency(10)``; ``sizes`` begins with the number
+    of inputs as they are given, 2 for the coordinates of a picture.
+
     Raises ArgumentError or ArgumentTypeError for impossible values.
     """
 
@@ -211,6 +223,7 @@ class MLP(Description):
     members: int = 1
     norms: tuple[Normalisation | None, ...] = ()
     blocks: tuple[tuple[int, int], ...] = ()
+    encoding: Frequency | None = None
 
     @knows_names(_ARGUMENTS, call="MLP([784, 128, 10], activation='relu')")
     def __init__(
@@ -223,6 +236,7 @@ class MLP(Description):
         init: str = "auto",
         members: int = 1,
         norm: str | Normalisation | Iterable[str | Normalisation | None] | None = None,
+        encoding: Frequency | None = None,
     ) -> None:
         if isinstance(sizes, str) or not isinstance(sizes, Iterable):
             raise ArgumentTypeError(f"sizes: expected a sequence of widths such as [784, 128, 10], got {sizes!r}")
@@ -248,6 +262,7 @@ class MLP(Description):
             members=as_count("members", members, minimum=1),
             norms=(*norms, None) if any(norms) else (),
             blocks=blocks,
+            encoding=as_encoding("encoding", encoding),
         )
         check_together(self.uses)
         if self.members > 1:
@@ -280,6 +295,7 @@ class MLP(Description):
             dropout=self.dropouts if any(self.dropouts) else None,
             norm=self.norms or None,
             residual=self.blocks or None,
+            encoding=self.encoding,
             **{"falling activation": falling},
         )
 
@@ -293,6 +309,7 @@ class MLP(Description):
             "init": self.init,
             "members": self.members,
             "norm": self.norms[:-1] or None,
+            "encoding": self.encoding,
         }
         return MLP(**{**arguments, **changes})
 
@@ -313,6 +330,16 @@ class MLP(Description):
         """Return what the rows of a layer are normalised by before its activation; None if by nothing."""
         return self.norms[layer] if self.norms else None
 
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """The widths that the layers have: ``sizes``, but first that of the encoded inputs."""
+        return self.sizes if self.encoding is None else (self.encoding.width(self.sizes[0]), *self.sizes[1:])
+
+    @cached_property
+    def without_encoding(self) -> MLP:
+        """The network that takes the encoded inputs."""
+        return self if self.encoding is None else self.but(sizes=rolled(self.widths, self.blocks), encoding=None)
+
     @property
     def layers(self) -> int:
         """The number of layers with weights."""
@@ -326,7 +353,7 @@ class MLP(Description):
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each parameter by its name, in the order of ``state_dict``."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for layer, (inputs, outputs) in enumerate(zip(self.sizes, self.sizes[1:], strict=False)):
+        for layer, (inputs, outputs) in enumerate(zip(self.widths, self.widths[1:], strict=False)):
             if self.members > 1 and layer < self.layers - 1:
                 shapes[f"{2 * layer}.r"] = (self.members, inputs)
                 shapes[f"{2 * layer}.weight"] = (outputs, inputs)
@@ -367,7 +394,7 @@ class MLP(Description):
         arrays: list[Array] = []
         for layer, (stream, activation) in enumerate(zip(streams, self.activations, strict=True)):
             generator = np.random.Generator(np.random.PCG64(stream))
-            how: Any = self.init_of(layer), activation, *self.sizes[layer : layer + 2]
+            how: Any = self.init_of(layer), activation, *self.widths[layer : layer + 2]
             if self.members > 1 and layer < self.layers - 1:
                 weight, bias = _draw(generator, *how)
                 inputs, outputs = how[2:]
@@ -387,8 +414,10 @@ class MLP(Description):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> MLP:
         """Return the network of a description from ``to_config``."""
-        config = {"members": 1, "norms": [], "blocks": [], **config}
-        check_keys("network", config, ("sizes", "activations", "dropouts", "init", "members", "norms", "blocks"))
+        config = {"members": 1, "norms": [], "blocks": [], "encoding": None, **config}
+        names = ("sizes", "activations", "dropouts", "init", "members", "norms", "blocks", "encoding")
+        check_keys("network", config, names)
+        encoding = config["encoding"]
         *hidden, output = (activation_from_config(one) for one in config["activations"])
         net = cls(
             rolled(config["sizes"], config["blocks"]),
@@ -398,6 +427,7 @@ class MLP(Description):
             init=config["init"],
             members=config["members"],
             norm=[norm_from_config(norm) for norm in config["norms"][:-1]] or None,
+            encoding=None if encoding is None else from_config("encoding", ENCODINGS, encoding),
         )
         if config["norms"] and len(config["norms"]) != net.layers:
             raise ArgumentError(f"norms: expected {net.layers}, one a layer, or none, got {config['norms']}")
@@ -406,11 +436,11 @@ class MLP(Description):
         return net
 
     def to_config(self) -> dict[str, Any]:
-        """Return a JSON-able description; earlier releases read one without members, norms and blocks."""
+        """Return a JSON-able description; earlier releases read one without what they lack."""
         config = super().to_config()
         if self.members == 1:
             del config["members"]
-        return {name: value for name, value in config.items() if value or name not in ("norms", "blocks")}
+        return {name: value for name, value in config.items() if value or name not in ("norms", "blocks", "encoding")}
 
     def __repr__(self) -> str:
         shown = [activation if activation.name in SLOPES else activation.name for activation in self.activations]
@@ -420,6 +450,8 @@ class MLP(Description):
             options.append(f"dropout={_compact(self.dropouts[:-1])}")
         if self.norms:
             options.append(f"norm={_compact(self.norms[:-1])}")
+        if self.encoding is not None:
+            options.append(f"encoding={self.encoding!r}")
         options.append(f"init={self.init!r}")
         if self.members > 1:
             options.append(f"members={self.members}")
@@ -495,7 +527,7 @@ def layer_lines(net: MLP) -> list[str]:
     rows: list[Sequence[str]] = [HEADER]
     starts = {last: first for first, last in net.blocks}
     for layer, activation in enumerate(net.activations):
-        inputs, outputs = net.sizes[layer : layer + 2]
+        inputs, outputs = net.widths[layer : layer + 2]
         slope = f" {activation.slope:g}" if activation.slope else ""
         dropout = f"{net.dropouts[layer]:g}" if net.dropouts[layer] else "-"
         norm = net.norm(layer)
@@ -512,5 +544,6 @@ def layer_lines(net: MLP) -> list[str]:
             )
         )
     members = f", {net.members} members" if net.members > 1 else ""
+    members += "" if net.encoding is None else f", {net.encoding!r}"
     title, lines = f"MLP {'-'.join(map(str, net.sizes))}{members}", aligned(rows, left=len(HEADER) - 1).split("\n")
     return [title, *lines, f"{net.parameter_count:,} parameters"]

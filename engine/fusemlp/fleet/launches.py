@@ -39,7 +39,7 @@ def signature(engine: Engine) -> tuple[Any, ...]:
     trained = tuple(name for name in net.parameter_shapes() if engine.optimizer.options_for(name)[0])
     activations = tuple(activation.name for activation in net.activations)
     states = engine.optimizer.rule().states
-    return net.sizes, activations, net.norms, net.blocks, trained, states, engine.batch_size
+    return net.sizes, net.encoding, activations, net.norms, net.blocks, trained, states, engine.batch_size
 
 
 def common_plan(engines: Sequence[Engine], batch_size: int, plan: str = "auto") -> tuple[str, str]:
@@ -115,7 +115,7 @@ class LaunchGroup:
         self._epoch_stats = None
         if epochs > 1:
             self._epoch_stats = allocate(models * epochs * STATS, "float64").reshape(models, epochs, STATS)
-        chunk = resident_chunk(self._backend.traits, step_flops(self.engines[0].network.sizes, loops[0].batch_size))
+        chunk = resident_chunk(self._backend.traits, step_flops(self.engines[0].network.widths, loops[0].batch_size))
         for index, loop in enumerate(loops):
             stats = None if self._epoch_stats is None else self._epoch_stats[index]
             first = 0 if firsts is None else firsts[index]
@@ -204,7 +204,8 @@ def train_groups(
     Ctrl-C, or an error of ``ended``, all models stop after their launch.
     """
     # the data set is on the device once
-    arrays = on_device(groups[0][0].engines[0].memory.backend, data)
+    first = groups[0][0].engines[0]
+    arrays = on_device(first.memory.backend, first.network, data)
     with deferred_interrupt() as interrupted:
         for group, keys in groups:
             train_together(group, {key: fit(key) for key in keys}, _resident_program, arrays, interrupted, ended)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusemlp.describe.checks import as_count
+from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.losses import CrossEntropy, Loss, OwnLoss
 from fusemlp.describe.network import MLP
 from fusemlp.inputs import arrays
@@ -272,6 +273,7 @@ class DeviceInputs:
         if arrays.is_sparse(X):
             X = from_sparse(argument, X, self.real, codes=codes and self.reads_codes)
         if isinstance(X, Columns):
+            check_together({**self.network.uses, "columns": True})
             if len(X) and X.shape[1] == width:
                 X = X.astype(self.real)
                 return X if codes and self.reads_codes else np.asarray(X)

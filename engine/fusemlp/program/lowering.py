@@ -8,6 +8,7 @@ from fusemlp.describe.network import MLP
 from fusemlp.program.builder import Builder
 from fusemlp.program.layout import REMEMBERED, Layout, short_names
 from fusemlp.program.passes.blocks import blocks
+from fusemlp.program.passes.encoding import encode
 from fusemlp.program.passes.fusion import fuse
 from fusemlp.program.passes.members import MembersBuilder
 from fusemlp.program.program import Program
@@ -54,6 +55,7 @@ def lower(step: Step) -> Program:
 
 def plain(step: Step) -> Program:
     """Return the program of a step before its passes."""
+    whole, step = step, step._replace(net=step.net.without_encoding)
     build = MembersBuilder(step) if step.net.members > 1 else Builder(step)
     for layer in range(step.gradient or 0, step.layers or build.last):
         build.hidden(layer)
@@ -68,4 +70,4 @@ def plain(step: Step) -> Program:
         if build.rules:
             build.weight_gradients(step.rule)
         build.update(step.rule)
-    return blocks(build.program(), step)
+    return encode(blocks(build.program(), step), whole)

@@ -337,9 +337,10 @@ class Program:
     def _shared(self, sharding: Sharding) -> str:
         """Return a sentence on what a rank does of a step, and what it receives."""
         before = self.before_reduction
+        rows = next(call.products for call in before if call.products)[0][0]
         received = sharding.received(sum(map(self.bytes_of, self.calls[len(before)].writes)))
         return (
-            f"calls 0 to {len(before) - 1} for each shard of a batch, up to {before[0].products[0][0]} rows; a rank "
+            f"calls 0 to {len(before) - 1} for each shard of a batch, up to {rows} rows; a rank "
             f"has {sharding.own}, receives {scaled(received)}B by {COLLECTIVE} from the others"
         )
 

@@ -87,6 +87,8 @@ def onnx_bytes(
     if scale:
         centred = graph.add("Sub", name, graph.constant(scale[MEAN], MEAN))
         name = graph.add("Div", centred, graph.constant(scale[SCALE], SCALE))
+    if engine.network.encoding is not None:
+        name = graph.encoded(name, engine.network.encoding, engine.network.sizes[0])
     if engine.network.members > 1:
         name = _mean_of_members(graph, name, engine, parameters)
     else:

@@ -19,7 +19,7 @@ from fusemlp._version import __version__
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.scaling import CLIP, KNEE, Knots, limits
 from fusemlp.datasets.textfiles import MISSING
-from fusemlp.describe.blocks import LayerNorm, Normalisation
+from fusemlp.describe.blocks import Frequency, LayerNorm, Normalisation
 from fusemlp.describe.network import Activation
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.session import Session
@@ -99,6 +99,17 @@ class Graph:
         """Return the declaration of an input or output of the graph: ``shape`` is that of a row."""
         kind = np.dtype(object if np.dtype(dtype).kind == "U" else dtype)
         return self.helper.make_tensor_value_info(name, self.helper.np_dtype_to_tensor_dtype(kind), ["rows", *shape])
+
+    def encoded(self, x: str, encoding: Frequency, inputs: int) -> str:
+        """Append the waves of ``inputs`` columns x; the period of 2 is taken out before pi, which rounds."""
+        each = self.add("Reshape", x, self.constant(np.array([0, inputs, 1, 1])))
+        t = self.add("Mul", each, self.constant(2.0 ** np.arange(encoding.octaves)[:, None]))
+        turns = self.add("Round", self.add("Mul", t, self.constant(0.5)))
+        rest = self.add("Sub", t, self.add("Mul", turns, self.constant(2.0)))
+        angle = self.add("Mul", rest, self.constant(math.pi))
+        joined = self.add("Concat", self.add("Sin", angle), self.add("Cos", angle), axis=3)
+        flat = self.add("Reshape", joined, self.constant(np.array([0, 2 * inputs * encoding.octaves])))
+        return self.add("Concat", x, flat, axis=1) if encoding.inputs else flat
 
     def normalised(self, z: str, norm: Normalisation, weight: str, *bias: str) -> str:
         if isinstance(norm, LayerNorm):

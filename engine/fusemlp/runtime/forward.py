@@ -46,7 +46,7 @@ class ForwardPass:
         self.real = np.dtype(f"f{memory.real_bytes}")
         self.counters = memory.backend.allocate(COUNTERS, "int64")
         self.stats = memory.backend.allocate(STATS, "float64")
-        widest = max(net.sizes) * net.members
+        widest = max(net.widths) * net.members
         self._most_rows = max(SMALLEST_ROWS, (1 << (LARGEST // widest).bit_length()) >> 1)
         # on the host the bits of a row do not depend on the number of rows
         on_host = memory.backend.traits.on_host
@@ -219,7 +219,7 @@ class Evaluation:
         if rows <= self._size:
             forward.bring(self._bound, self._size, data.arrays, 0, rows)
         else:
-            self._left = on_device(forward.memory.backend, data.arrays) if repeated else data.arrays
+            self._left = on_device(forward.memory.backend, forward.net, data.arrays) if repeated else data.arrays
 
     def of(self, memory: Memory) -> dict[str, float]:
         """Return the metrics of what predictions read of ``memory``: see ``metrics_of``."""
@@ -278,7 +278,7 @@ class MeanEvaluation:
         self._z = backend.view(backend.allocate(rows * pitch, "compute"), 0, (rows, outputs), pitch)
         self._stats, counters = backend.allocate(STATS, "float64"), backend.allocate(COUNTERS, "int64")
         counters[ROW_COUNT] = rows
-        given = on_device(backend, {name: array for name, array in data.arrays.items() if name != "x"})
+        given = on_device(backend, forward.net, {name: array for name, array in data.arrays.items() if name != "x"})
         if class_weight is not None:
             given["class_weight"] = class_weight
         self._run = backend.bind(

@@ -36,7 +36,7 @@ def path_gradient(passes: ForwardPass, X: Any, baseline: Any, seed: Array, point
     ``X`` and ``baseline`` are checked rows (n, K), the latter perhaps one row; ``seed`` (n, N) weighs the outputs.
     """
     net = passes.net
-    if net.layers == 1:
+    if net.layers == 1 or net.encoding is not None:
         total = np.zeros(X.shape, passes.real)
         for point, weight in zip(points.tolist(), weights.tolist(), strict=True):
             total += weight * passes.input_gradient(baseline + point * (X - baseline), {"seed": seed})

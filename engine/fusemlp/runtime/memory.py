@@ -226,9 +226,10 @@ class Memory:
             self.backend.copy_into(self.shadow, self.params)
 
 
-def on_device(backend: Backend, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the data of a program on the device: x as the matrix products read it, the others as they are."""
-    return {name: backend.from_host(array, "compute" if name == "x" else None) for name, array in arrays.items()}
+def on_device(backend: Backend, net: MLP, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the data of a program on the device: x as the first call reads it, the others as they are."""
+    first = "compute" if net.encoding is None else "real"
+    return {name: backend.from_host(array, first if name == "x" else None) for name, array in arrays.items()}
 
 
 class Workspace:

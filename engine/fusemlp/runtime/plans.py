@@ -49,10 +49,12 @@ def choose_plan(
     """
     if plan not in ("auto", *PLANS):
         raise unknown_name("plan", plan, ["auto", *PLANS])
-    beside = {"privacy": private, "members": net.members > 1, "norm and residual blocks": net.norms or net.blocks}
-    refusal = resident_refusal(traits, net.sizes, batch, precision, [name for name, used in beside.items() if used])
+    blocks, encoded = net.norms or net.blocks, net.encoding is not None
+    beside = {"privacy": private, "members": net.members > 1, "norm and residual blocks": blocks}
+    beside["encoded inputs"] = encoded
+    refusal = resident_refusal(traits, net.widths, batch, precision, [name for name, used in beside.items() if used])
     if plan == "auto":
-        return _fastest(traits, refusal, net.sizes, batch * net.members, models)
+        return _fastest(traits, refusal, net.widths, batch * net.members, models)
     if plan not in traits.plans:
         raise BackendUnavailableError(
             f"plan: the {traits.name} backend has {', '.join(traits.plans)}, got {plan!r}; use plan='auto'"

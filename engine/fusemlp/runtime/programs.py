@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer
 from fusemlp.describe.schedules import Schedule
 from fusemlp.inputs.arrays import Array
@@ -204,6 +205,7 @@ class KeptPrograms:
         data: Mapping[str, Any],
         bind: Callable[[Mapping[str, Any]], BoundProgram],
         ranks: Single,
+        net: MLP,
     ) -> BoundProgram:
         """Return the program that ``bind`` makes from data on the device, or the last one with this ``key``.
 
@@ -224,7 +226,7 @@ class KeptPrograms:
             return last.bound
         # before the next takes memory
         self.last_fit = last = None
-        there = on_device(backend, data)
+        there = on_device(backend, net, data)
         bound = bind(there)
         if not backend.traits.on_host:
             places = {name: backend.place(array) if array is data[name] else None for name, array in there.items()}

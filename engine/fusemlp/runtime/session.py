@@ -39,7 +39,7 @@ from fusemlp_kernels.errors import ArgumentError, CheckpointError, FusemlpError
 Made = TypeVar("Made", bound="Session")
 
 # Features whose first layer does not read codes: each of these needs or changes the inputs themselves.
-_DENSE = ("privacy", "normalise")
+_DENSE = ("privacy", "normalise", "encoding")
 
 _TO_OPTIMIZER = "it belongs to the optimizer: Engine(net, optimizer=Adam(lr=0.001))"
 _TO_FIT = "it belongs to fit: engine.fit(X, y, epochs=20)"

@@ -114,7 +114,7 @@ def bind_fit(
     engine.take_rule(training.rule)
     key = (training, batches, epochs, engine.optimizer, engine.seed, engine.passes)
     bound = partial(bind, engine, training, batches=batches, epochs=epochs)
-    return engine.programs.again(key, data, bound, engine.ranks)
+    return engine.programs.again(key, data, bound, engine.ranks, engine.network)
 
 
 def bind_staged(

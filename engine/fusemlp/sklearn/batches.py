@@ -139,7 +139,7 @@ class ResidentBatches(EstimatorBatches):
         if alone:
             engine, weighted = self.model.engine, self.weight is not None
             inputs = Inputs(self.n, indexed=True, weighted=weighted, coding=self.coding)
-            arrays = on_device(engine.memory.backend, self.data)
+            arrays = on_device(engine.memory.backend, engine.network, self.data)
             self.steps = bind(engine, self._loop(inputs), arrays, batches=len(self.starts), epochs=at_once)
 
     def program(self, inputs: Inputs) -> Program:
@@ -187,7 +187,7 @@ class CalledBatches(EstimatorBatches):
         if keep and model.staged is not None and model.staged[0] == key:
             bound = model.staged[1]
         else:
-            operands = {} if keep else on_device(engine.memory.backend, arrays)
+            operands = {} if keep else on_device(engine.memory.backend, engine.network, arrays)
             targets = Targets(arrays["target"], False)
             spec = engine.inputs.spec_for(targets) if self.means else engine.loss.spec(accuracy=False)
             described = inputs, spec, model.rule, self.batch_size

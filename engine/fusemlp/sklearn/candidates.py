@@ -209,7 +209,7 @@ def _train_together(candidates: Sequence[Candidate]) -> bool:
         LaunchGroup(engines),
         loops,
         lambda loop, inputs: loop.policy.batches.program(inputs),
-        on_device(engines[0].memory.backend, data),
+        on_device(engines[0].memory.backend, engines[0].network, data),
         interrupted=lambda: False,
         ended=lambda place, error: setattr(candidates[place], "error", error),
         firsts=firsts,

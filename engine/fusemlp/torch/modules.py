@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusemlp.describe.blocks import NORMS, Normalisation
+from fusemlp.describe.blocks import NORMS, Frequency, Normalisation
 from fusemlp.describe.network import MLP, Activation, rolled
 from fusemlp.inputs.arrays import Array
 from fusemlp.torch.trace import Part, Skip, inner_path, trace_parts
@@ -81,6 +81,25 @@ class Normalise(nn.Module):
     def extra_repr(self) -> str:
         """Return what stands in the parentheses of ``print(module)``."""
         return str(len(self.mean))
+
+
+class Waves(nn.Module):
+    """Computes the waves of x (..., K), as a network with this ``encoding`` does."""
+
+    def __init__(self, encoding: Frequency) -> None:
+        super().__init__()
+        self.encoding = encoding
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = x[..., None] * 2.0 ** torch.arange(self.encoding.octaves, dtype=x.dtype, device=x.device)
+        # without whole periods first, since pi is rounded
+        angle = torch.pi * torch.fmod(t, 2.0)
+        waves = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-3)
+        return torch.cat([x, waves], dim=-1) if self.encoding.inputs else waves
+
+    def extra_repr(self) -> str:
+        """Return what stands in the parentheses of ``print(module)``."""
+        return repr(self.encoding)
 
 
 class AddInput(nn.Module):
@@ -179,6 +198,7 @@ def read_module(module: nn.Module, *, always_drops: bool = False, may_normalise:
     blocks: list[tuple[int, int]] = []
     flattens = squeezes = log_softmax = False
     normalise: Normalise | None = None
+    encoding: Frequency | None = None
     for part in _parts(Part("", module)):
         kind = type(part.module)
         if kind is nn.Identity:
@@ -192,7 +212,9 @@ def read_module(module: nn.Module, *, always_drops: bool = False, may_normalise:
             layers.append(_Layer(part))
         elif kind is nn.Flatten and part.module.start_dim == 1:
             flattens = flattens or not layers
-        elif kind is Normalise and not layers and may_normalise:
+        elif kind is Waves and not layers and encoding is None:
+            encoding = part.module.encoding
+        elif kind is Normalise and not layers and encoding is None and may_normalise:
             normalise = part.module
         elif kind is Normalise:
             raise ArgumentError(
@@ -200,7 +222,9 @@ def read_module(module: nn.Module, *, always_drops: bool = False, may_normalise:
                 "step(module[0](x), y)"
             )
         elif not layers:
-            raise ArgumentError(f"module: {part}: only Flatten(1) and Identity can stand before the first Linear")
+            raise ArgumentError(
+                f"module: {part}: only Flatten(1), Identity and Waves can stand before the first Linear"
+            )
         elif kind is nn.Flatten:
             squeezes = True
         elif kind is nn.LogSoftmax:
@@ -217,7 +241,7 @@ def read_module(module: nn.Module, *, always_drops: bool = False, may_normalise:
         raise ArgumentError(f"module: {last.norm}: the outputs of the last Linear cannot be normalised; remove it")
     if last.skip is not None:
         raise _unfit(last.skip, "has no Linear after it; add the output layer")
-    network = _network(layers, blocks, always_drops)
+    network = _network(layers, blocks, always_drops, encoding)
     if squeezes and network.sizes[-1] != 1:
         raise ArgumentError(f"module: squeezes {network.sizes[-1]} outputs; only one output can be squeezed")
     slots = _slots(layers)
@@ -229,7 +253,7 @@ def _parts(part: Part) -> Iterator[Part]:
     """Yield the parts of a module in order; raises ArgumentError for one that the kernels lack."""
     path, module, line = part
     kind = type(module)
-    if kind in (nn.Linear, Normalise, Skip) or kind in NAMES or kind in LIMITS:
+    if kind in (nn.Linear, Normalise, Skip, Waves) or kind in NAMES or kind in LIMITS:
         fits, words = LIMITS.get(kind, (None, ""))
         if fits is not None and not fits(module):
             raise ArgumentError(f"module: {line}{f'{path}: ' if path else ''}{module!r}: {words}")
@@ -305,7 +329,9 @@ def _connect(part: Part, layers: list[_Layer], blocks: list[tuple[int, int]]) ->
         raise _unfit(part, f"has the widths {widths}")
 
 
-def _network(layers: list[_Layer], blocks: list[tuple[int, int]], always_drops: bool) -> MLP:
+def _network(
+    layers: list[_Layer], blocks: list[tuple[int, int]], always_drops: bool, encoding: Frequency | None
+) -> MLP:
     activations, rates, norms = [], [], []
     sizes = [layers[0].linear.module.in_features]
     for layer in layers:
@@ -320,6 +346,13 @@ def _network(layers: list[_Layer], blocks: list[tuple[int, int]], always_drops: 
         norm = layer.norm and layer.norm.module
         # RMSNorm's None is the eps of its input's type
         norms.append(norm and _NORMS[type(norm)](norm.eps or torch.finfo(norm.weight.dtype).eps))
+    if encoding is not None:
+        sizes[0], rest = divmod(sizes[0], encoding.width(1))
+        if rest:
+            raise ArgumentError(
+                f"module: {layers[0].linear} takes {layers[0].linear.module.in_features} features, expected "
+                f"{encoding.width(1)} waves of each input ({encoding!r})"
+            )
     return MLP(
         rolled(sizes, blocks),
         activation=activations[:-1],
@@ -327,6 +360,7 @@ def _network(layers: list[_Layer], blocks: list[tuple[int, int]], always_drops: 
         dropout=rates[:-1],
         init="torch",
         norm=norms[:-1],
+        encoding=encoding,
     )
 
 

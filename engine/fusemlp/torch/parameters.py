@@ -28,8 +28,8 @@ def to_torch(engine: Engine) -> nn.Sequential:
 
     Its ``state_dict`` has the keys of ``engine.state_dict()``. Dropout layers have names such as ``1_dropout``, so the
     numbers of the other layers do not change, and sums of residual blocks names such as ``5_sum``. The module of an
-    engine that normalises its inputs starts with a layer ``normalise``, which does so. The loss is not included: a
-    classifier returns logits.
+    engine that normalises its inputs starts with a layer ``normalise``, which does so; an encoding is a layer
+    ``encoding``. The loss is not included: a classifier returns logits.
     """
     if not isinstance(engine, Engine):
         raise ArgumentTypeError(f"engine: expected a fusemlp.Engine, got {engine!r}")
@@ -42,7 +42,9 @@ def to_torch(engine: Engine) -> nn.Sequential:
     starts = {last: first for first, last in net.blocks}
     if engine.scaling.scale is not None:
         module.add_module("normalise", modules.Normalise(engine.scaling.scale.mean, engine.scaling.scale.scale))
-    for layer, (inputs, outputs) in enumerate(zip(net.sizes, net.sizes[1:], strict=False)):
+    if net.encoding is not None:
+        module.add_module("encoding", modules.Waves(net.encoding))
+    for layer, (inputs, outputs) in enumerate(zip(net.widths, net.widths[1:], strict=False)):
         module.add_module(str(2 * layer), nn.Linear(inputs, outputs, dtype=dtype))
         norm, chosen, name = net.norm(layer), net.activations[layer], str(2 * layer + 1)
         if norm is not None:

@@ -189,6 +189,7 @@ def probing(
             activation=net.activations[kept:-1],
             dropout=net.dropouts[kept:-1],
             norm=net.norms[kept:-1] or None,
+            encoding=None,
         ),
         optimizer=replace(engine.optimizer, per_parameter=later(dict(by_layers(engine.optimizer, net).per_parameter))),
         plan=engine.plan if engine.plan_reason == ASKED else "auto",

@@ -42,7 +42,7 @@ class Validation:
 
     def _loss_of(self, engine: Session) -> Callable[[], dict[str, float]]:
         net = engine.network
-        kind = (net.sizes, net.activations, net.norms, net.blocks, engine.loss)
+        kind = (net.sizes, net.encoding, net.activations, net.norms, net.blocks, engine.loss)
         if not self.common or (kind not in self._idle and len(self._idle) >= KINDS):
             alone = engine.inference.evaluation(self.data, apart=False)
             return lambda: alone.of(engine.memory)

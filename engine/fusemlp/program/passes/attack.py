@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from fusemlp.describe.adversarial import Adversary
 from fusemlp.program.lowering import plain
+from fusemlp.program.passes.encoding import reading
 from fusemlp.program.program import Call, Program, Ref, Value
 from fusemlp.program.step import Pass, Step
 from fusemlp_kernels.contract import Perturbation
-from fusemlp_kernels.ops import OPS
 
 
 def passes_against(adversary: Adversary) -> tuple[Pass, ...]:
@@ -36,7 +34,7 @@ class BatchAttack:
         spec = replace(step.spec, accuracy=False)
         # as in a loop the loss reads its targets through the rows
         by_inputs = plain(step._replace(spec=spec, rule=None, gradient=0, resident=True))
-        uncounted = [_moved(call.but(stats=None)) for call in by_inputs.calls]
+        uncounted = [reading(call.but(stats=None), "adv") for call in by_inputs.calls]
         operands = {"x": Ref("x"), "counters": Ref("counters"), "change": self.change}
         if "rows" in program.values:
             operands["rows"] = Ref("rows")
@@ -46,21 +44,4 @@ class BatchAttack:
         inputs = by_inputs.values["dx"]
         values = {**by_inputs.values, **program.values, "adv": Value("adv", inputs.shape, inputs.dtype, "work")}
         values.pop("gathered", None)
-        return replace(program, values=values, calls=(*moving, *map(_moved, program.calls)))
-
-
-def _moved(call: Call) -> Call:
-    """Return a call that reads the moved batch, whole, where it read x by its rows."""
-
-    def read(operands: Mapping[str, Any], rows: str) -> Mapping[str, Any]:
-        moved = {
-            name: Ref("adv") if value in (Ref("x"), Ref("gathered")) else value for name, value in operands.items()
-        }
-        if moved == operands:
-            return operands
-        return {name: value for name, value in moved.items() if name not in (rows, "gathered")}
-
-    operands = dict(read(call.operands, OPS[call.op].by_name["x"].rows if "x" in call.operands else ""))
-    if "layers" in operands:
-        operands["layers"] = tuple(read(layer, "rows") for layer in operands["layers"])
-    return replace(call, operands=operands)
+        return replace(program, values=values, calls=(*moving, *(reading(call, "adv") for call in program.calls)))
