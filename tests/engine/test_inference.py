@@ -174,12 +174,20 @@ def test_the_size_of_a_forward_pass_is_bounded():
     assert engine.inference.forward.rows_for(10**9) * widest <= forward_module.LARGEST
 
 
-def test_passes_of_the_same_rows_are_not_padded_on_the_host():
+def test_rows_that_are_evaluated_are_not_padded_on_the_host():
+    forward = make().inference.forward
+    most = forward.rows_for(10**9)
+    sizes = [forward.rows_for(n, evaluated=True) for n in (1, 1000, most, most + 1)]
+    assert sizes == [1, 1000, most, most // 2 + 1]
+
+
+def test_evaluations_of_many_lengths_keep_few_programs():
     engine = make()
-    forward = forward_module.ForwardPass(engine.network, engine.memory, alike=True)
-    most = engine.inference.forward.rows_for(10**9)
-    assert forward.rows_for(1000) == 1000 and forward.rows_for(most) == most
-    assert forward.rows_for(most + 1) == most // 2 + 1
+    first = engine.evaluate(X[:60], LABELS[:60])
+    for n in range(1, 60):
+        engine.evaluate(X[:n], LABELS[:n])
+    assert len(engine.inference.forward._bound) == forward_module.MOST_PROGRAMS
+    assert engine.evaluate(X[:60], LABELS[:60]) == first
 
 
 TARGETS = {

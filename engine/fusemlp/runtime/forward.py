@@ -20,6 +20,8 @@ from fusemlp_kernels.contract import CORRECT, COUNTERS, LOSS_SUM, NORM_SUM, ROW_
 # The largest batch of a forward pass, in elements of its widest activation: 16 MiB in float32.
 LARGEST = 1 << 22
 SMALLEST_ROWS = 16
+# The most programs to keep, as evaluations of many lengths have one each.
+MOST_PROGRAMS = 32
 # A unit is empty whose weights are so small beside those of the layer's largest unit, by the sums of their sizes.
 EMPTIED = 0.05
 
@@ -32,12 +34,9 @@ def member_rows(backend: Backend, rows: int, members: int) -> Any:
 
 
 class ForwardPass:
-    """Forward programs of one network, in a few sizes, each made on first use; ``scaling`` scales its inputs.
+    """Forward programs of one network, in a few sizes, each made on first use; ``scaling`` scales its inputs."""
 
-    ``alike``: every pass has the same number of rows.
-    """
-
-    def __init__(self, net: MLP, memory: Memory, scaling: Scaling | None = None, *, alike: bool = False) -> None:
+    def __init__(self, net: MLP, memory: Memory, scaling: Scaling | None = None) -> None:
         self.net, self.scaling = net, scaling
         # what is trained, and what the programs read
         self.trained = self.memory = memory
@@ -49,8 +48,7 @@ class ForwardPass:
         widest = max(net.widths) * net.members
         self._most_rows = max(SMALLEST_ROWS, (1 << (LARGEST // widest).bit_length()) >> 1)
         # on the host the bits of a row do not depend on the number of rows
-        on_host = memory.backend.traits.on_host
-        self._least_rows, self._even = 1 if on_host else SMALLEST_ROWS, on_host and alike
+        self._least_rows = 1 if memory.backend.traits.on_host else SMALLEST_ROWS
         self.release()
 
     def release(self) -> None:
@@ -59,9 +57,12 @@ class ForwardPass:
         self.workspace = Workspace(self.memory.backend)
         self._bound: dict[tuple[Any, ...], BoundProgram] = {}
 
-    def rows_for(self, n: int) -> int:
-        """Return the batch size for ``n`` rows: a power of two, so that few programs are needed, or without padding."""
-        if self._even:
+    def rows_for(self, n: int, *, evaluated: bool = False) -> int:
+        """Return the batch size for ``n`` rows: a power of two, so that few programs are needed.
+
+        Rows that are ``evaluated``, often again, have no padding on the host, which would take its time.
+        """
+        if evaluated and self._least_rows == 1:
             return -(-n // -(-n // self._most_rows))
         return min(self._most_rows, max(self._least_rows, 1 << (n - 1).bit_length()))
 
@@ -82,6 +83,8 @@ class ForwardPass:
         bound = self._bound.get(key)
         if bound is None:
             bound = self.bind(net or self.net, rows, spec, class_weight, **options)
+            if len(self._bound) == MOST_PROGRAMS:
+                del self._bound[next(iter(self._bound))]
             self._bound[key] = bound
         return bound
 
@@ -137,12 +140,13 @@ class ForwardPass:
                 # Rows left from an earlier batch must not reach the sums, if there are any.
                 bound.arrays[name][count:] = 0
 
-    def outputs(self, X: Any, net: MLP | None = None, layers: int | None = None) -> Array:
+    def outputs(self, X: Any, net: MLP | None = None, layers: int | None = None, *, evaluated: bool = False) -> Array:
         """Return the outputs (n * members, N) for X (n, K) of the network, or of ``net``, its first layer.
 
-        Those of the members for a row follow one another. With ``layers`` they are of that many layers.
+        Those of the members for a row follow one another. With ``layers`` they are of that many layers. ``evaluated``:
+        see ``rows_for``.
         """
-        rows = self.rows_for(len(X))
+        rows = self.rows_for(len(X), evaluated=evaluated)
         coding = coding_of(X)
         inputs = X if coding is None else X.codes
         bound = self.program(rows, net=net, coding=coding, layers=layers)
@@ -211,7 +215,7 @@ class Evaluation:
     ) -> None:
         self._forward, self._spec = forward, spec
         rows = len(data.X)
-        self._size = forward.rows_for(rows)
+        self._size = forward.rows_for(rows, evaluated=True)
         options: dict[str, Any] = {"weighted": data.weight is not None, "coding": coding_of(data.X)}
         self._bound = forward.program(self._size, spec, class_weight, **options)
         # The arrays that every evaluation copies into the program, batch by batch.
@@ -289,7 +293,8 @@ class MeanEvaluation:
         """Return the metrics of what predictions read: see ``metrics_of``."""
         self._forward.trained = memory
         backend = self._forward.memory.backend
-        outputs = combined(self._spec.kind, self._forward.outputs(self._X), self._forward.net.members)
+        of_members = self._forward.outputs(self._X, evaluated=True)
+        outputs = combined(self._spec.kind, of_members, self._forward.net.members)
         backend.copy_into(self._z, outputs.astype(self._forward.real, copy=False))
         self._stats[:] = 0.0
         self._run()

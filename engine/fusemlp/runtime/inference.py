@@ -317,8 +317,7 @@ class Inference:
         memory = self.forward.memory
         if apart:
             memory = memory.of_parameters(self.network)
-        forward = ForwardPass(self.network, memory, alike=True)
-        data = data._replace(X=self.scaling.normalised(data.X))
+        forward, data = ForwardPass(self.network, memory), data._replace(X=self.scaling.normalised(data.X))
         return self._evaluation(forward, data, self.inputs.spec_for(data.targets), repeated=True)
 
     def dead_units(self, X: Any, *, decays: bool = False) -> dict[str, float]:
