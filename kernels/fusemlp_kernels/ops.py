@@ -247,7 +247,7 @@ OPS = {op.name: op for op in (
         Operand("target", dtype="any", rows="rows", note="(n, ...)"),
         _WEIGHT,
         _COUNTERS,
-        _STATS,
+        replace(_STATS, optional=True, note="left out, the loss is not counted"),
         Operand("function", dtype="function", hidden=True, note="it returns a float, a finite array and a float"),
     )),
     Op("grad_input",

@@ -28,11 +28,18 @@ class Case:
     weighted: bool = False
     validates: bool = False
     coded: bool = False
+    gaps: bool = False
 
     def engine(self, **others):
         options = {"backend": "numpy", "batch_size": 32, **self.options, **others}
         network = {name: options.pop(name) for name in ("dropout", "activation", "norm") if name in options}
         return fusemlp.Engine(fusemlp.MLP(self.sizes, **network), seed=5, **options)
+
+
+def absolute(outputs, targets, weights):
+    """Return the weighted mean of absolute errors, and its gradient."""
+    errors, shares = outputs - targets, (weights / weights.sum() / outputs.shape[1])[:, None]
+    return (shares * np.abs(errors)).sum(), shares * np.sign(errors)
 
 
 SMALL, DEEPER, FP64 = (9, 24, 4), (9, 24, 16, 4), {"precision": "fp64"}
@@ -60,6 +67,11 @@ CASES = {
     ),
     # wide enough for several tasks of the compiled loop in a shard, whose sums have their order; float64 shows it
     "wide fp64": Case((64, 256, 4), {**MOMENTUM, **SLOPES, **FP64, "dropout": 0.1, "batch_size": 512}, rows=1100),
+    "function fp64": Case((9, 24, 3), {**ADAM, **FP64, "loss": absolute}, numbers=True, weighted=True, validates=True),
+    "gaps fp64": Case(
+        (9, 24, 3), {"loss": fusemlp.MSE(missing=True), "optimizer": fusemlp.SGD(lr=0.05, accumulate=3), **FP64},
+        numbers=True, gaps=True,
+    ),
     "columns": Case((27, 24, 4), ADAM, coded=True, validates=True),
     "columns fp64": Case((27, 24, 4), {**MOMENTUM, **FP64, "batch_size": 64}, coded=True),
     "early stopping": Case(
@@ -76,6 +88,7 @@ FEWER = (
     "dropout fp64",
     "norms fp64",
     "weights fp64",
+    "function fp64",
     "wide fp64",
     "early stopping",
 )
@@ -91,6 +104,8 @@ def data(case):
     y = generator.normal(size=(case.rows + 40, outputs))
     if not case.numbers:
         y = (X[:, :outputs] + 0.5 * y).argmax(axis=1)
+    if case.gaps:
+        y[generator.uniform(size=y.shape) < 0.3] = np.nan
     if case.coded:
         words, pieces = generator.integers(0, 12, len(X)), generator.integers(0, 15, len(X))
         coding = Coding((Column("word", 12), Column("pieces", 15)))
@@ -100,7 +115,7 @@ def data(case):
     if case.weighted:
         given["sample_weight"] = generator.uniform(0.0, 2.0, case.rows)
     if case.validates:
-        given["validation_data"] = X[case.rows :], y[case.rows :]
+        given["validation_data"] = X[case.rows :], y[case.rows :], *([np.ones(40)] if case.weighted else [])
     return {**given, **case.fit}
 
 

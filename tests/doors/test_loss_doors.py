@@ -102,6 +102,7 @@ FITS = {
     "sgd": {"solver": "sgd", "learning_rate": "invscaling", "learning_rate_init": 0.1},
     "lbfgs": {"solver": "lbfgs", "max_iter": 20},
     "early stopping": {"early_stopping": True, "n_iter_no_change": 3},
+    "attack": {"adversarial": fusemlp.PGD(0.1, steps=2)},
     "adamw, dropout, clipping": {"solver": "adamw", "dropout": 0.2, "clip_norm": 0.1},
 }
 
@@ -272,10 +273,10 @@ REFUSED = {
         ArgumentError,
         "label_smoothing: a function such as 'logistic' gets whole classes; leave it 0",
     ),
-    "attack": (
-        MLPClassifier(loss=logistic, adversarial=fusemlp.FGSM(0.1)),
+    "intervals": (
+        MLPClassifier(loss=cross_entropy, adversarial=fusemlp.IBP(0.1)),
         ArgumentError,
-        "loss: a function such as 'logistic' is not supported yet with adversarial",
+        "adversarial: IBP ",
     ),
     "card": (
         MLPClassifier(loss=logistic, backend="triton"),

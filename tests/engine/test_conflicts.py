@@ -72,6 +72,9 @@ FEATURES = {
         loss={"kind": lambda **_: as_loss(absolute_error), "reduction": "mean"}, implies=("no classes", "function")
     ),
     "missing": Feature(loss={"kind": MSE, "missing": True}, implies=("no classes", "own loss")),
+    "own sum": Feature(
+        loss={"kind": MSE, "missing": True, "reduction": "sum"}, implies=("no classes", "own loss", "missing", "sum")
+    ),
     "class weights": Feature(loss={"kind": CrossEntropy, "class_weight": (1.0, 2.0, 3.0)}),
     "clip_norm": Feature(optimizer={"clip_norm": 1.0}),
     "accumulate": Feature(optimizer={"accumulate": 2}),
@@ -115,7 +118,7 @@ ELSEWHERE = {
     frozenset({"members", "loss by inputs"}): "X: the gradient by the inputs",
     **{
         frozenset({name, "balanced"}): "class_weight: it needs one class for each row"
-        for name in ("own loss", "missing")
+        for name in ("own loss", "missing", "own sum")
     },
     **{
         frozenset({"resident kernel", name}): KERNEL

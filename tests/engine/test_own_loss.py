@@ -112,6 +112,18 @@ def test_it_trains_as_the_built_in_loss(name, training):
     assert own.update_count == built_in.update_count
 
 
+@pytest.mark.parametrize("plan", ["resident", "eager"])
+@pytest.mark.parametrize("attack", [fusemlp.FGSM(0.1), fusemlp.PGD(0.2, norm="2", steps=2)])
+def test_it_trains_against_attacks_as_the_built_in_loss(attack, plan):
+    own, built_in = (engine_of(loss, net={"dropout": 0.1}, plan=plan) for loss in (cross_entropy, "cross_entropy"))
+    histories = [
+        engine.fit(X, LABELS, epochs=50, adversarial=attack, sample_weight=WEIGHTS).history
+        for engine in (own, built_in)
+    ]
+    np.testing.assert_allclose(histories[0]["loss"], histories[1]["loss"], rtol=1e-9)
+    assert_alike(own, built_in)
+
+
 @pytest.mark.parametrize("activation", ["tanh", "gelu", "prelu"])
 def test_outputs_are_those_after_the_activation(activation):
     own, built_in = (engine_of(loss, net={"output_activation": activation}) for loss in (mae, "mae"))

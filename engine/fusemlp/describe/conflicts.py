@@ -95,9 +95,8 @@ CONFLICTS = {
         "own loss",
         "label_smoothing",
     ): "label_smoothing: {own loss} gets whole classes; leave it 0, and smooth in the loss",
-    ("own loss", "ranks"): f"loss: {_HOST} for several processes; leave {{ranks}} out",
+    ("own sum", "ranks"): "reduction: several processes average {own sum} over their rows; expected 'mean', got 'sum'",
     ("own loss", "privacy"): f"loss: {_HOST} with privacy, since its gradient is of the batch, not of each row",
-    ("own loss", "adversarial"): f"loss: {_HOST} with adversarial; leave it out",
     ("own loss", "loss by inputs"): "y: {own loss} has no gradient by the inputs of each row; leave y out for that of "
     "an output",
     **{

@@ -116,7 +116,8 @@ class HostLoss(Loss, ABC):
     def uses(self) -> Features:
         gaps = f"missing=True of {self.kind}" if getattr(self, "missing", False) else None
         own = (gaps or self.kind) if self.on_host else None
-        return {**super().uses, **in_use(**{"own loss": own, "missing": gaps, self.kind: True})}
+        used = {**super().uses, "own loss": own, "missing": gaps, self.kind: True}
+        return in_use(**used, **{"own sum": own if self.reduction == "sum" else None})
 
     def spec(self, *, accuracy: bool, soft: bool = False) -> LossSpec:
         kernel = super().spec(accuracy=accuracy, soft=soft)

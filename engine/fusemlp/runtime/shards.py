@@ -62,9 +62,9 @@ class ShardedProgram(BoundProgram):
         size = program.values["rows"].shape[0]
         firsts = self._sharding.firsts(self._ranks.rank, size)
         collect, update = program.calls[len(before) :]
-        # on a device a shard's gradients are those of its own mean
+        # on a device a shard's gradients are those of its own mean, and so are those of a function
         means = any("loss" in call.operands and call.operands["loss"].reduction != "sum" for call in before)
-        weighs = means and not backend.traits.on_host
+        weighs = program.calls_back or (means and not backend.traits.on_host)
         sums = _Sums(memory, self._ranks, self._sharding, collect.operands["rule"].accumulate, weighs=weighs)
         shards = [memory.layout.views(backend, grads) for grads in sums.own.grads]
         arrays = [

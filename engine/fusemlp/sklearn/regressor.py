@@ -12,26 +12,16 @@ from sklearn.metrics import r2_score
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.metaestimators import available_if
 
+from fusemlp.describe import losses
 from fusemlp.describe.conflicts import check_together
-from fusemlp.describe.losses import (
-    MAE,
-    MSE,
-    GaussianNLL,
-    Huber,
-    Loss,
-    OwnLoss,
-    Poisson,
-    Quantile,
-    Quantiles,
-    as_loss,
-)
+from fusemlp.describe.losses import Loss, OwnLoss, as_loss
 from fusemlp.inputs.arrays import Array
 from fusemlp.sklearn.base import BaseMLP, has_steps
 from fusemlp.sklearn.settings import CONSTRAINTS, Objective
 
 # losses that scikit-learn does not have, as means over the outputs, and the kinds of those that are given as objects
-OBJECTS = Huber, Quantile, Quantiles, GaussianNLL
-MEAN_LOSSES: dict[str, Loss] = {"absolute_error": MAE(), "huber": Huber(), "quantile": Quantile()}
+OBJECTS = losses.Huber, losses.Quantile, losses.Quantiles, losses.GaussianNLL
+MEAN_LOSSES: dict[str, Loss] = {"absolute_error": losses.MAE(), "huber": losses.Huber(), "quantile": losses.Quantile()}
 
 
 @dataclass(eq=False, repr=False)
@@ -67,9 +57,9 @@ class MLPRegressor(RegressorMixin, BaseMLP, _Loss):
     def _objective(self, outputs: int) -> Objective:
         # scikit-learn's: half the square, summed over the outputs for the gradient, averaged in the report
         if self.loss == "squared_error":
-            return Objective(MSE(reduction="sum"), 0.5, outputs)
+            return Objective(losses.MSE(reduction="sum"), 0.5, outputs)
         if self.loss == "poisson":
-            return Objective(Poisson(reduction="sum"), out_activation="exp")
+            return Objective(losses.Poisson(reduction="sum"), out_activation="exp")
         loss = MEAN_LOSSES[self.loss] if isinstance(self.loss, str) else as_loss(self.loss)
         several = {"several targets": outputs} if outputs > 1 else {}
         check_together({**loss.uses, **several, "estimator": True})

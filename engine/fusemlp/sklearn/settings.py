@@ -196,7 +196,7 @@ def step_passes(estimator: Any, engine: Engine, rows: Any) -> tuple[Pass, ...]:
         return ()
     how = as_adversary("adversarial", estimator.adversarial)
     # the loss is no parameter that could be changed
-    labels = in_use(**{"one label": engine.loss.kind != "cross_entropy"})
+    labels = in_use(**{"one label": engine.loss.answers.kind != "cross_entropy"})
     check_together({**engine.uses, **how.uses, **labels})
     check_within(engine, "X", rows, how)
     return passes_against(how)

@@ -100,7 +100,7 @@ class NumpyBackend:
         run = table.bind(epoch_stats, alone=op == "train_resident")
         # an array with two names may be two arrays in the next model
         single = arrays and len({*map(id, arrays.values())}) == len(arrays)
-        if memo is not None and arrays and single and not table.converts and table.between is None:
+        if memo is not None and arrays and single and not table.converts and not table.between:
             memo["table"] = BoundTable(table, arrays)
         return run
 

@@ -183,11 +183,14 @@ def _loss_of(table: CallTable, call: SimpleNamespace, z: Array, *, fresh: bool) 
 @enters("own_loss")
 def _own_loss(table: CallTable, call: SimpleNamespace) -> None:
     y, dy, rows, target, weight = call.y, call.dy, call.rows, call.target, call.weight
-    counters, stats, function = call.counters.data, call.stats.data, call.function
+    counters, function, shard = call.counters.data, call.function, table.shard
+    # steps of an attack do not count
+    stats = np.zeros(c.STATS) if call.stats is None else call.stats.data
     every = np.arange(len(y)) if rows is None else rows
 
     def between() -> None:
-        count, first = counters[c.ROW_COUNT], 0 if rows is None else counters[c.ROW_OFFSET]
+        count = min(max(0, counters[c.ROW_COUNT] - shard), len(y))
+        first = 0 if rows is None else counters[c.ROW_OFFSET] + shard
         picked = every[first : first + count]
         shares = None if weight is None else weight.take(picked)
         loss, dy[:count], normaliser = function(y[:count], target.take(picked, 0), shares)
@@ -198,7 +201,7 @@ def _own_loss(table: CallTable, call: SimpleNamespace) -> None:
 
     table.height = max(table.height, len(y))
     table.control(call.counters, call.stats)
-    table.between = between
+    table.between.append(between)
     table.add("PAUSE")
     table.add("PADDING", n=dy.shape[1], k=len(dy), dz=dy)
 

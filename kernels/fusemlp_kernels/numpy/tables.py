@@ -88,8 +88,8 @@ class CallTable:
         self.lanes = 0
         # words of a task's order of the rows of a column of codes
         self.order_row = 0
-        # what runs on the host at a pause
-        self.between: Callable[[], object] | None = None
+        # what runs on the host at each pause of a step
+        self.between: list[Callable[[], object]] = []
         # whether arrays are copied; copies that follow an operand, and (destination, source) before and after a run
         self.converts = False
         self.copies: dict[Any, Array] = {}
@@ -271,7 +271,7 @@ class CallTable:
         starts = list(accumulate(map(mul, SIZES, counts)))
         self.bound = memory, starts, work, self.real, cut.most
         run = _launch(*self.bound, self.kept, epoch_stats)
-        if self.between is not None:
+        if self.between:
             run = _with_pauses(run, self.between, memory, work, cut.most)
         return copied(run, self.before, self.after)
 
@@ -330,16 +330,17 @@ def most_order(column: Column, height: int) -> int:
     return column.inputs + 1 + height * max(1, column.pairs)
 
 
-def _with_pauses(run: Run, between: Callable[[], object], memory: Array, work: Any, tasks: int) -> Run:
-    """Return ``run`` that calls ``between`` at the pause of each step; an error there leaves all as before the step."""
+def _with_pauses(run: Run, between: Sequence[Callable[[], object]], memory: Array, work: Any, tasks: int) -> Run:
+    """Return ``run`` that calls ``between`` at the pauses of a step; an error there leaves all as before the step."""
     job = memory.ctypes.data
 
     def run_with_pauses(steps: int = 1) -> None:
         # a launch goes from one pause to the next
         run(steps)
         for _ in range(steps):
-            between()
-            launch(work.address, job, tasks)
+            for pause in between:
+                pause()
+                launch(work.address, job, tasks)
 
     return run_with_pauses
 
