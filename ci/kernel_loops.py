@@ -264,7 +264,8 @@ def passes(code: str) -> dict[str, Pass]:
     the ``last`` program does.
 
     A loop in a function that is not inlined has that function's name before its own. A pass does not count the passes
-    of loops inside; it counts the calls of functions.
+    of loops inside; it counts the calls of functions. A pass of the kernel's loop that calls one of several functions
+    has the name of that function, with ().
     """
     flow = _Flow(code)
     loops = flow.loops()
@@ -322,7 +323,21 @@ def passes(code: str) -> dict[str, Pass]:
         else:
             entry, leaving, blocks = outside(kernel)
             before, after = pass_of(entry, [loop.head], blocks), pass_of(loop.head, leaving, blocks)
-            one_pass = replace(one_pass, around=[*before.way, *after.way])
+            around = [*before.way, *after.way]
+            one_pass = replace(one_pass, around=around)
+            called = {block: flow.instructions[flow.spans[block][-1]] for block in own}
+            callers = {block: one.label for block, one in called.items() if one.name == "CALL" and one.label in names}
+            for block, label in callers.items() if len(callers) > 1 else ():
+                ahead = pass_of(loop.head, [block], own)
+                rest = pass_of(block, loop.ends, [one for one in own if one != block])
+                through = Pass(
+                    ahead.instructions + rest.instructions, ahead.stalls + rest.stalls, [*ahead.way, *rest.way]
+                )
+                match = TRITON_NAME.search(label)
+                if match is not None:
+                    call = f"{match['name']}()"
+                    through = replace(through, around=around)
+                    found[call] = max(found.get(call, through), through, key=lambda one: one.stalls)
         found[name] = max(found.get(name, one_pass), one_pass, key=lambda one: one.stalls)
     entry, leaving, blocks = outside(kernel)
     for block in blocks:

@@ -143,8 +143,9 @@ def _resident_trips(launch: Recorded) -> dict[str, int]:
     vectors = [over(n, tile.outputs) for n, _ in sizes]
     outputs = over(batch, tile.output_rows)
     return {
-        ONCE: 0, "resident_kernel": 1, "resident_kernel 2": len(tiles), "resident_kernel 3": len(back),
-        "resident_kernel 4": len(sizes), "measure.normaliser_of": _weighing(launch, CHUNK.value),
+        ONCE: 0, "resident_kernel": 1, "measure()": 1, "forward()": len(tiles), "output_and_loss()": 1,
+        "backward()": len(back), "gradients_of_layer()": len(sizes), "tick()": 1,
+        "update_from_memory()": launch.arguments["stored"], "measure.normaliser_of": _weighing(launch, CHUNK.value),
         "forward": down * len(tiles), "forward 2": sum(tiles),
         "forward.affine_tile_of_parts": sum(map(operator.mul, tiles, passes)),
         "output_and_loss": outputs, "output_tile.affine_tile": outputs * over(sizes[-1][1], tile.depth),

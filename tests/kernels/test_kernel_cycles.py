@@ -81,6 +81,23 @@ def test_an_outer_loop_counts_neither_the_inner_passes_nor_blocks_of_another_fun
     assert found == {"once": once, "affine_tile": [3, 9, *copies], "sum_of": [5, 28]}
 
 
+def test_a_loop_that_calls_one_of_several_functions_has_a_pass_for_each():
+    functions = [
+        line
+        for name, stalls in (("f", 9), ("g", 2))
+        for line in (f"\t.type m_$_{name}__i32,@function", f"m_$_{name}__i32:", ("FADD R1, R1, R1", stalls), ("RET", 8))
+    ]
+    code = disassembled(
+        ".L_x_1:", ("clock", "for start in range(0, count, BLOCK)"), ("MOV R1, R2", 2), ("@P0 BRA `(.L_x_2)", 4),
+        ("CALL.REL.NOINC `(m_$_f__i32)", 3), ("BRA `(.L_x_3)", 1), ".L_x_2:", ("CALL.REL.NOINC `(m_$_g__i32)", 5),
+        ".L_x_3:", ("@P1 BRA `(.L_x_1)", 6), ("EXIT", 5), *functions,
+    )  # fmt: skip
+    found = kernel_loops.passes(code)
+    ways = {"f()": [7, 2 + 4 + 3 + (9 + 8) + 1 + 6], "g()": [6, 2 + 4 + 5 + (2 + 8) + 6]}
+    assert kernel_loops.read(found) == {"once": [1, 5], **ways, "sum_of": ways["g()"]}
+    assert [len(found[name].way) for name in ways] == [7, 6]
+
+
 def test_a_jump_through_a_table_leads_to_the_labels_after_it():
     code = disassembled(
         ("BRX R2 -0x10", 5), ".L_x_3:", ("MOV R1, R2", 9), ("BRA `(.L_x_5)", 2),

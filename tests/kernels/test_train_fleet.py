@@ -175,8 +175,28 @@ def changed(given, op, model=1, **operands):
     return {**given, "calls": calls}
 
 
+def layers_of(given):
+    """The layers of the last call of the second model."""
+    return given["calls"][-1][-1][1]["layers"]
+
+
 def swapped(given):
     return {**given, "calls": [[calls[1], calls[0], *calls[2:]] for calls in given["calls"]]}
+
+
+def replaced(value, old, new):
+    """An operand, or a sequence or mapping of them, with one array in place of another."""
+    if isinstance(value, dict):
+        return {name: replaced(part, old, new) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(replaced(part, old, new) for part in value)
+    return new if value is old else value
+
+
+def shared(given):
+    """The second model has its first output where the first has it."""
+    first, second = given["calls"]
+    return {**given, "calls": [first, replaced(second, second[0][1]["y"], first[0][1]["y"])]}
 
 
 def frozen(given):
@@ -193,11 +213,23 @@ WRONG = {
     "target: models of one launch": lambda given: changed(
         given, "linear_loss_grad", target=np.array(given["calls"][0][1][1]["target"])
     ),
-    "calls: the kernel trains without privacy": lambda given: changed(
+    r"calls\[1\]: linear_loss_grad: the kernel trains without privacy": lambda given: changed(
         given, "linear_loss_grad", loss=c.LossSpec("mse", reduction="rows")
     ),
-    "calls: the values of model 1": lambda given: changed(given, "linear", y=given["calls"][0][0][1]["y"]),
-    "calls: the kernel runs linear layer by layer": swapped,
+    "calls: the values of model 1": shared,
+    r"calls\[3\]: grad_weight_update: its dz and x": lambda given: changed(
+        given, "grad_weight_update", layers=[{**one, "x": given["calls"][1][0][1]["x"]} for one in layers_of(given)]
+    ),
+    r"calls\[2\]: penalty: it does not follow": lambda given: {
+        **given, "calls": [[*calls[:2], ("penalty", {}), *calls[3:]] for calls in given["calls"]]
+    },
+    r"calls\[2\]: add: the kernel has no phase": lambda given: {
+        **given, "calls": [[*calls[:2], ("add", {}), *calls[3:]] for calls in given["calls"]]
+    },
+    "calls: expected a step with linear_loss_grad that ends": lambda given: {
+        **given, "calls": [calls[:-1] for calls in given["calls"]]
+    },
+    r"calls\[1\]: linear: its x is not the output": swapped,
     "calls: models of one launch": frozen,
     "arenas: state1 is missing": lambda given: {
         **given, "arenas": {name: arena for name, arena in given["arenas"].items() if name != "state1"}
@@ -216,6 +248,18 @@ def test_what_does_not_go_together_says_so(variant, said):
         variant.bind("train_fleet", **WRONG[said](fleet.operands()))
     with pytest.raises(ArgumentError, match="steps of each of 2 models"):
         fleet.run([1])
+
+
+@pytest.mark.parametrize("variant", FIRST[1:])
+def test_a_program_may_have_its_own_order_of_updates(variant):
+    shape, model = case(2)
+    usual, turned = Fleet(variant, shape, [model]), Fleet(variant, shape, [model])
+    given = turned.operands()
+    given = changed(given, "grad_weight_update", 0, layers=layers_of(given)[::-1])
+    turned.run = variant.bind("train_fleet", [*turned.states, turned.work], **given)
+    for fleet in (usual, turned):
+        fleet.run([2])
+    assert_same(turned.everything(), usual.everything())
 
 
 class Phases:
@@ -268,7 +312,8 @@ def test_between_two_barriers_nobody_reads_what_another_writes(device, number, c
     phases = Phases(monkeypatch)
     fleet.run(2)
     layers = len(shape.activations)
-    assert phases.count == 2 * (4 + 2 * layers - 1 + (number == 8) + (epochs is not None))
+    # a phase has one after it, and the clock one more inside
+    assert phases.count == 2 * (3 * layers + 2 + (number == 8) + (epochs is not None))
     assert phases.wrong == []
 
 

@@ -1,14 +1,11 @@
 """Binding the calls of many whole steps: ``train_resident`` and ``train_fleet``.
 
-The kernel runs the calls in the order of a step program and refuses any other. The operands of the calls fill its
-tables.
+The calls of a step, in the order of its program, are the phases of the kernel; their operands fill its tables.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,91 +21,17 @@ from fusemlp_kernels.contract import (
     STATS,
     LossSpec,
     Ridge,
-    Segment,
     UpdateRule,
 )
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.triton import clock, configs, resident, resident_tables
 from fusemlp_kernels.triton.launch import Run, Tensor, TritonDevice, is_aligned
 from fusemlp_kernels.triton.layers import dropout_numbers, kept_share, loss_settings, target_arguments
-
-Operands = Mapping[str, Any]
-Calls = Sequence[tuple[str, Operands]]
-
-# The calls after the kernel has gone back to the first layer, and those of a network with nothing to train.
-ENDS = (["grad_weight_update"], ["grad_weight", "update"], ["grad_weight", "penalty", "update"], ["advance"])
+from fusemlp_kernels.triton.phases import Calls, Operands, Phases, place_in
 
 
 def _round_up(number: int, step: int) -> int:
     return -(-number // step) * step
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A model's calls, read: the operands of its layers forward, and of those it goes back through, from the last on;
-    the lowest layer with something to train, and the trained tensors in the arenas."""
-
-    forward: Sequence[Operands]
-    backward: Sequence[Operands]
-    lowest: int
-    segments: Sequence[Segment]
-    loss: LossSpec
-    rule: UpdateRule
-    ridge: Ridge
-
-    def values(self) -> list[Tensor]:
-        """The arrays of the workspace that the kernel writes, in order."""
-        values = [operands.get(name) for operands in self.forward for name in ("y", "z", "dz")]
-        values += [operands["dz_prev"] for operands in self.backward]
-        return [value for value in values if value is not None]
-
-
-def _read(op: str, calls: Calls, params: Tensor) -> _Step:
-    """Read the calls, which must be in the kernel's order; ``params``: the model's arena."""
-    names = [name for name, _ in calls]
-    forward = [operands for name, operands in calls if name in ("linear", "linear_loss_grad")]
-    backward = [operands for name, operands in calls if name == "grad_input"]
-    depth, back = len(forward), len(backward)
-    begin, end = names[: depth + back], names[depth + back :]
-    wanted = ["linear"] * (depth - 1) + ["linear_loss_grad"] + ["grad_input"] * back
-    goes_back = all(
-        layer["w"].data_ptr() == forward[depth - 1 - index]["w"].data_ptr() for index, layer in enumerate(backward)
-    )
-    if begin != wanted or end not in ENDS or back >= depth or not goes_back:
-        raise ArgumentError(
-            f"{op}: calls: the kernel runs linear layer by layer, linear_loss_grad, grad_input back from the last "
-            f"layer, then grad_weight_update, or grad_weight, penalty and update; got {', '.join(names)}. Run them one "
-            "by one"
-        )
-    for index, (below, above) in enumerate(itertools.pairwise(forward)):
-        if len(below["w"]) != above["w"].shape[1]:
-            raise ArgumentError(
-                f"{op}: calls[{index + 1}]: w: expected {len(below['w'])} columns, as layer {index} has outputs, got "
-                f"{above['w'].shape[1]}"
-            )
-    last, clock = forward[-1], calls[-1][1]
-    if clock.get("noise") is not None or last["loss"].reduction == "rows":
-        raise ArgumentError(f"{op}: calls: the kernel trains without privacy; run them one by one")
-    lowest = depth if end == ["advance"] else depth - 1 - back
-    segments = clock.get("segments", ()) if end != ["grad_weight_update"] else _segments(clock, params)
-    return _Step(forward, backward, lowest, segments, last["loss"], clock["rule"], last.get("ridge") or Ridge())
-
-
-def _segments(operands: Operands, params: Tensor) -> list[Segment]:
-    """The trained tensors of a ``grad_weight_update`` as stretches of the arena, in its order."""
-    found = []
-    for layer in operands["layers"]:
-        for name in "wb":
-            if layer[name] is not None:
-                found.append((layer[name], layer[f"{name}_rule"]))
-    found += [(slope["param"], slope["rule"]) for slope in operands.get("slopes", ())]
-    segments = [Segment(_place(tensor, params), len(tensor) * tensor.stride(0), rule) for tensor, rule in found]
-    return sorted(segments, key=lambda segment: segment.offset)
-
-
-def _place(tensor: Tensor, arena: Tensor) -> int:
-    """The first element of a tensor in an arena."""
-    return (tensor.data_ptr() - arena.data_ptr()) // arena.element_size()
 
 
 def _same(op: str, name: str, values: Sequence[Any]) -> None:
@@ -120,13 +43,13 @@ def _same(op: str, name: str, values: Sequence[Any]) -> None:
             )
 
 
-def _check_common(op: str, calls: Sequence[Calls], steps: Sequence[_Step], weights: Tensor, params: Tensor) -> None:
+def _check_common(op: str, calls: Sequence[Calls], steps: Sequence[Phases], weights: Tensor, params: Tensor) -> None:
     """Raise ArgumentError for models that cannot train in one launch."""
 
     def layer_of(operands: Operands, model: int) -> tuple[Any, ...]:
         slope = operands.get("slope_param")
-        places = _place(operands["w"], weights[model]), _place(operands["b"], params[model])
-        slope_place = None if slope is None else _place(slope, params[model])
+        places = place_in(operands["w"], weights[model]), place_in(operands["b"], params[model])
+        slope_place = None if slope is None else place_in(slope, params[model])
         return tuple(operands["w"].shape), places, operands.get("activation", "identity"), slope_place
 
     _same(op, "calls", [[name for name, _ in program] for program in calls])
@@ -135,6 +58,7 @@ def _check_common(op: str, calls: Sequence[Calls], steps: Sequence[_Step], weigh
     _same(op, "rules: states", [step.rule.states for step in steps])
     losses = [step.loss for step in steps]
     _same(op, "losses: kind, soft, ignore_index", [(loss.kind, loss.soft, loss.ignore_index) for loss in losses])
+    _same(op, "calls: phases and layers", [step.phases for step in steps])
     for name in ("x", "target", "weight", "class_weight"):
         data = [step.forward[0 if name == "x" else -1].get(name) for step in steps]
         _same(op, name, [None if array is None else array.data_ptr() for array in data])
@@ -143,7 +67,7 @@ def _check_common(op: str, calls: Sequence[Calls], steps: Sequence[_Step], weigh
 class _Workspace:
     """The places of the values of the models' steps, in elements from ``base``; ``stride`` from model to model."""
 
-    def __init__(self, op: str, device: TritonDevice, steps: Sequence[_Step], batch: int) -> None:
+    def __init__(self, op: str, device: TritonDevice, steps: Sequence[Phases], batch: int) -> None:
         self.device, self.batch, self.models = device, batch, len(steps)
         values = [step.values() for step in steps]
         self.item = device.compute.itemsize
@@ -176,7 +100,7 @@ class _Workspace:
         return self.place(flat[shift:])
 
 
-def _layer_table(step: _Step, work: _Workspace, x: Tensor, weights: Tensor, params: Tensor) -> list[list[int]]:
+def _layer_table(step: Phases, work: _Workspace, x: Tensor, weights: Tensor, params: Tensor) -> list[list[int]]:
     """The rows of the layers; model 0's arenas."""
     task_at = {segment.offset: index for index, segment in enumerate(step.segments)}
     rows: list[list[int]] = []
@@ -187,8 +111,8 @@ def _layer_table(step: _Step, work: _Workspace, x: Tensor, weights: Tensor, para
         name = layer.get("activation", "identity")
         y, z = layer.get("y"), layer.get("z")
         dz = layer.get("dz") if index == last else None
-        if step.lowest <= index < last:
-            dz = step.backward[last - 1 - index]["dz_prev"]
+        if index in step.backward:
+            dz = step.backward[index]["dz_prev"]
         pitch = _round_up(len(w), 8)
         y_at = 0 if y is None else work.place(y)
         # the values that give the derivative
@@ -196,11 +120,11 @@ def _layer_table(step: _Step, work: _Workspace, x: Tensor, weights: Tensor, para
         if name in NEEDS_Z and index < last:
             z_at = work.spare(pitch) if z is None else work.place(z)
         dz_at = work.spare(pitch) if dz is None else work.place(dz)
-        slope_at = -1 if slope is None else _place(slope, params)
+        slope_at = -1 if slope is None else place_in(slope, params)
         fields = {
-            "N": len(w), "K": w.shape[1], "x": source, "x_row": source_row, "w": _place(w, weights),
-            "w_row": _round_up(w.shape[1], 8), "b": _place(layer["b"], params),
-            "w_task": task_at.get(_place(w, weights), -1), "b_task": task_at.get(_place(layer["b"], params), -1),
+            "N": len(w), "K": w.shape[1], "x": source, "x_row": source_row, "w": place_in(w, weights),
+            "w_row": _round_up(w.shape[1], 8), "b": place_in(layer["b"], params),
+            "w_task": task_at.get(place_in(w, weights), -1), "b_task": task_at.get(place_in(layer["b"], params), -1),
             "slope_task": -1 if slope is None else task_at.get(slope_at, -1), "slope": slope_at,
             "activation": ACTIVATIONS.index(name), "y": y_at, "z": z_at, "dz": dz_at, "pitch": pitch,
         }  # fmt: skip
@@ -209,7 +133,7 @@ def _layer_table(step: _Step, work: _Workspace, x: Tensor, weights: Tensor, para
     return rows
 
 
-def _model_tables(step: _Step) -> tuple[list[list[int]], list[list[float]]]:
+def _model_tables(step: Phases) -> tuple[list[list[int]], list[list[float]]]:
     """A model's rows of draws and shares."""
     draws, shares = [], []
     for one in step.forward:
@@ -226,6 +150,22 @@ def _measures(ridge: Ridge, loss: LossSpec, outputs: int) -> list[float]:
     usual = 1.0 if loss.kind == "cross_entropy" else float(outputs)
     fields = {"ratio": 1.0 if ridge.divisor is None else ridge.divisor / usual, "strength": ridge.strength * usual}
     return [fields.get(name, 0.0) for name in resident_tables.MEASURE_FIELDS]
+
+
+def _order(op: str, step: Phases, stored: bool) -> dict[str, int]:
+    """The kernel's arguments for the phases of a step."""
+    phases = [phase for phase in step.phases if stored or phase[0] != "update"]
+    words, most = resident_tables.PHASE_WORDS, resident_tables.PHASE_LAYERS
+    if len(step.forward) > most or len(phases) > 8 * words:
+        raise ArgumentError(
+            f"{op}: calls: the kernel has at most {most} layers and {8 * words} phases, got {len(step.forward)} layers "
+            f"and {len(phases)} phases; run the calls one by one"
+        )
+    order = bytes(
+        resident_tables.PHASES.index(kind) | layer << resident_tables.PHASE_LAYER.value for kind, layer in phases
+    ).ljust(8 * words, b"\0")
+    parts = (int.from_bytes(order[at : at + 8], "little", signed=True) for at in range(0, 8 * words, 8))
+    return {"phases": len(phases)} | {f"order{word}": part for word, part in enumerate(parts)}
 
 
 def _is_stored(rule: UpdateRule, ridge: Ridge) -> bool:
@@ -256,9 +196,9 @@ def _bind(device: TritonDevice, op: str, call: SimpleNamespace) -> Callable[[Seq
     calls, rows, arenas, epoch_stats = call.calls, call.rows, call.arenas, call.epoch_stats
     models, params = len(calls), arenas["params"]
     device.check(op, "rows", rows, (models, None), "int64", flat=True)
-    steps = [_read(op, program, arena) for program, arena in zip(calls, params, strict=True)]
+    steps = [Phases(op, program, arena) for program, arena in zip(calls, params, strict=True)]
     first = steps[0]
-    count, loss = first.rule.state_count, first.loss
+    count = first.rule.state_count
     _check_arenas(op, device, arenas, models, count)
     shadowed = device.compute != device.dtype("real")
     weights = arenas["shadow"] if shadowed else params
@@ -273,7 +213,7 @@ def _bind(device: TritonDevice, op: str, call: SimpleNamespace) -> Callable[[Seq
         )
     for index, layer in enumerate(first.forward):
         w = layer["w"]
-        place = _place(w, weights[0])
+        place = place_in(w, weights[0])
         if place % 8 or (len(w) > 1 and w.stride(0) != _round_up(w.shape[1], 8)):
             raise ArgumentError(
                 f"{op}: calls[{index}]: w: expected rows that begin at multiples of 8 elements of the arena, got place "
@@ -291,6 +231,7 @@ def _bind(device: TritonDevice, op: str, call: SimpleNamespace) -> Callable[[Seq
             f"{x.stride()}. Backend.from_host makes such a matrix"
         )
     table = _layer_table(first, work, x, weights[0], params[0])
+    stored = any(_is_stored(step.rule, step.ridge) for step in steps)
     tables = [_model_tables(step) for step in steps]
     factors = [[[s.rule.lr_factor, s.rule.weight_decay] for s in step.segments] or [[0.0, 0.0]] for step in steps]
     epochs = 0 if epoch_stats is None else epoch_stats.shape[1]
@@ -309,12 +250,10 @@ def _bind(device: TritonDevice, op: str, call: SimpleNamespace) -> Callable[[Seq
         "segments": device.numbers([(segment.offset, segment.size) for segment in first.segments] or [(0, 0)], "int64"),
         "counters": arenas["counters"], "hyper": arenas["hyper"], "rates": arenas["rates"], "stats": arenas["stats"],
         "epoch_stats": device.zeros(1, "float64") if epoch_stats is None else epoch_stats, "live": live,
-        "M": call.batch, "depth": len(table), "lowest": first.lowest, "trained": len(first.segments),
+        "M": call.batch, **_order(op, first, stored), "depth": len(table), "trained": len(first.segments),
         "work_size": work.stride, "size": params.shape[1],
         "rows_size": rows.shape[1], "rates_size": arenas["rates"].shape[1] * RATE_COLUMNS,
-        "entropy": int(loss.kind == "cross_entropy"),
-        "stored": int(any(_is_stored(step.rule, step.ridge) for step in steps)),
-        "shadowed": int(shadowed),
+        "stored": int(stored), "shadowed": int(shadowed),
     }  # fmt: skip
     constants = configs.resident_constants(tile, device.product)
     launches: dict[int, Run] = {}

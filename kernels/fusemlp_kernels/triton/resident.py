@@ -1,8 +1,9 @@
 """Many whole training steps in one launch: a program trains one model, from its first step to its last.
 
-Between two barriers no thread reads an element that another writes; only a tile reads and writes its own. The forward
-pass of a layer, the loss, the gradient of a layer, the update, and the clock each lie between two barriers, and ``dz``
-has its own memory. Plain loads read the values that a launch has written.
+A step is a table of phases, which the binder writes from the calls of the step's program. Between two barriers no
+thread reads an element that another writes; only a tile reads and writes its own. The forward pass of a layer, the
+loss, the gradient of a layer, the update, and the clock each lie between two barriers, and ``dz`` has its own memory.
+Plain loads read the values that a launch has written.
 
 The kernel is not specialised on a network: it reads widths, activations and places from tables, so that all its
 variants can be compiled ahead. Numbers that may differ from model to model (seed, rates, the optimizer's and the
@@ -21,11 +22,16 @@ from fusemlp_kernels.triton.loss import gradient_scale, ignored_label, loss_of_r
 from fusemlp_kernels.triton.pointwise_triton import PRELU, needs_z
 from fusemlp_kernels.triton.resident_tables import (
     ACTIVATION,
+    BACKWARD,
     COUNTERS,
     DRAW_COLUMNS,
     DRAW_LAYER,
     DZ,
+    ELEMENTWISE,
+    ENTROPY,
     FIXED_SLOPE,
+    FORWARD,
+    GRADIENTS,
     KEEP_SCALE,
     KEPT_SHARE,
     KEY0,
@@ -34,6 +40,7 @@ from fusemlp_kernels.triton.resident_tables import (
     LAYER_K,
     LAYER_N,
     LIVE_COLUMNS,
+    MEASURE,
     MEASURES,
     NORMALISER,
     PENALTY,
@@ -48,6 +55,7 @@ from fusemlp_kernels.triton.resident_tables import (
     STRENGTH,
     SWEEP,
     THRESHOLD,
+    UPDATE,
     W_ROW,
     W_TASK,
     X_ROW,
@@ -59,6 +67,7 @@ from fusemlp_kernels.triton.resident_tables import (
     input_of,
     model_of,
     number,
+    phase_of,
     rows_of,
 )
 from fusemlp_kernels.triton.resident_update import gradients_of_layer, tick, update_from_memory
@@ -112,10 +121,10 @@ def forward(
 
 
 @triton.jit
-def squares_of_weights(params, layers, lowest, depth):
+def squares_of_weights(params, layers, depth):
     """Return the sum of the squares of all trained weight matrices, float64."""
     squares = tl.zeros((SWEEP,), tl.float32)
-    for index in range(lowest, depth):
+    for index in range(depth):
         row = layers + index * LAYER_COLUMNS
         # between the rows lie zeros
         length = tl.where(number(row, W_TASK) >= 0, number(row, LAYER_N) * number(row, W_ROW), 0)
@@ -129,8 +138,8 @@ def squares_of_weights(params, layers, lowest, depth):
 
 @triton.jit(noinline=True)
 def measure(
-    measured, params, rows, labels, weight, class_weight, layers, settings, counters, live, M, depth, lowest, size,
-    rows_size, label_step, weight_step, ignored_low, ignored_high,
+    measured, params, rows, labels, weight, class_weight, layers, settings, counters, live, M, depth, size, rows_size,
+    label_step, weight_step, ignored_low, ignored_high,
 ):  # fmt: skip
     """Store the divisor of the loss of the model's batch, and its ridge, in ``measured``."""
     model = model_of(live)
@@ -147,7 +156,7 @@ def measure(
         # false for NaN, which would get into the padding of the weights
         exists = (found < 0.0) | (found > 0.0)
         pull = tl.where(exists, strength / tl.where(exists, found, 1.0), 0.0)
-        squares = squares_of_weights(params + whole(model * size, True), layers, lowest, depth)
+        squares = squares_of_weights(params + whole(model * size, True), layers, depth)
         tl.store(row + PULL, pull)
         tl.store(row + PENALTY, 0.5 * pull * squares)
 
@@ -252,8 +261,9 @@ def backward(
 
 
 NUMBERS = [
-    "M", "depth", "lowest", "trained", "work_size", "size", "rows_size", "rates_size", "label_step", "target_row",
-    "target_col", "weight_step", "ignored_low", "ignored_high", "entropy", "stored", "shadowed",
+    "M", "phases", "order0", "order1", "order2", "order3", "depth", "trained", "work_size", "size", "rows_size",
+    "rates_size", "label_step", "target_row", "target_col", "weight_step", "ignored_low", "ignored_high", "stored",
+    "shadowed",
 ]  # fmt: skip
 
 
@@ -261,8 +271,9 @@ NUMBERS = [
 def resident_kernel(
     compute, weights, parameters, grads, first, second, average, rows, labels, target, weight, class_weight, slopes,
     measured, layers, draws, shares, settings, rules, tensors, segments, counters, hyper, rates, stats, epoch_stats,
-    live, M, depth, lowest, trained, work_size, size, rows_size, rates_size, label_step, target_row, target_col,
-    weight_step, ignored_low, ignored_high, entropy, stored, shadowed,
+    live, M, phases, order0: tl.int64, order1: tl.int64, order2: tl.int64, order3: tl.int64, depth, trained, work_size,
+    size, rows_size, rates_size, label_step, target_row, target_col, weight_step, ignored_low, ignored_high, stored,
+    shadowed,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WN: tl.constexpr, WK: tl.constexpr,
     BO: tl.constexpr, OUTPUTS: tl.constexpr, SPLIT: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -270,52 +281,50 @@ def resident_kernel(
 
     ``compute``: the workspaces, ``work_size`` elements a model; ``weights``: the weights of the products, which are the
     parameters, or with ``shadowed`` the parameters rounded. Arenas have ``size`` elements a model, ``rows``
-    ``rows_size``, ``rates`` ``rates_size``. ``lowest``: the lowest layer with something to train. ``stored``: gradients
+    ``rows_size``, ``rates`` ``rates_size``. ``order0`` to ``order3``: the ``phases`` of a step. ``stored``: gradients
     go through memory. ``epoch_stats``: the sums of each epoch; ``live`` has the number of epochs.
     """
     for _ in range(number(live + tl.program_id(0) * LIVE_COLUMNS, STEPS)):
-        measure(
-            measured, parameters, rows, labels, weight, class_weight, layers, settings, counters, live, M, depth,
-            lowest, size, rows_size, label_step, weight_step, ignored_low, ignored_high,
-        )  # fmt: skip
-        tl.debug_barrier()
-        for index in range(depth - 1):
-            forward(
-                compute, weights, parameters, rows, layers, draws, shares, counters, live, M, depth, work_size, size,
-                rows_size, index, BM, BN, BK, SPLIT, PRODUCT, PARTS,
-            )  # fmt: skip
+        for place in range(phases):
+            kind, index = phase_of(place, order0, order1, order2, order3)
+            if kind == MEASURE:
+                measure(
+                    measured, parameters, rows, labels, weight, class_weight, layers, settings, counters, live, M,
+                    depth, size, rows_size, label_step, weight_step, ignored_low, ignored_high,
+                )  # fmt: skip
+            elif kind == FORWARD:
+                forward(
+                    compute, weights, parameters, rows, layers, draws, shares, counters, live, M, depth, work_size,
+                    size, rows_size, index, BM, BN, BK, SPLIT, PRODUCT, PARTS,
+                )  # fmt: skip
+            elif kind == ENTROPY:
+                output_and_loss(
+                    compute, weights, parameters, rows, layers, shares, slopes, labels, target, weight, class_weight,
+                    settings, hyper, stats, counters, live, measured, M, depth, work_size, size, rows_size, label_step,
+                    target_row, target_col, weight_step, ignored_low, ignored_high, BO, OUTPUTS, BK, PRODUCT, True,
+                )  # fmt: skip
+            elif kind == ELEMENTWISE:
+                output_and_loss(
+                    compute, weights, parameters, rows, layers, shares, slopes, labels, target, weight, class_weight,
+                    settings, hyper, stats, counters, live, measured, M, depth, work_size, size, rows_size, label_step,
+                    target_row, target_col, weight_step, ignored_low, ignored_high, BO, OUTPUTS, BK, PRODUCT, False,
+                )  # fmt: skip
+            elif kind == BACKWARD:
+                backward(
+                    compute, weights, parameters, layers, draws, shares, slopes, counters, live, M, depth, work_size,
+                    size, index, BM, BN, BK, PRODUCT, PARTS,
+                )  # fmt: skip
+            elif kind == GRADIENTS:
+                gradients_of_layer(
+                    compute, weights, parameters, grads, first, second, rows, layers, slopes, counters, hyper, rules,
+                    tensors, live, measured, M, depth, trained, work_size, size, rows_size, index, stored, shadowed,
+                    WN, WK, BM, OUTPUTS, PRODUCT, PARTS,
+                )  # fmt: skip
+            elif kind == UPDATE:
+                update_from_memory(
+                    weights, parameters, grads, first, second, average, segments, counters, hyper, rules, tensors,
+                    live, trained, size, shadowed,
+                )  # fmt: skip
+            else:
+                tick(counters, hyper, rates, stats, epoch_stats, rules, live, measured, M, rates_size)
             tl.debug_barrier()
-        if entropy != 0:
-            output_and_loss(
-                compute, weights, parameters, rows, layers, shares, slopes, labels, target, weight, class_weight,
-                settings, hyper, stats, counters, live, measured, M, depth, work_size, size, rows_size, label_step,
-                target_row, target_col, weight_step, ignored_low, ignored_high, BO, OUTPUTS, BK, PRODUCT, True,
-            )  # fmt: skip
-        else:
-            output_and_loss(
-                compute, weights, parameters, rows, layers, shares, slopes, labels, target, weight, class_weight,
-                settings, hyper, stats, counters, live, measured, M, depth, work_size, size, rows_size, label_step,
-                target_row, target_col, weight_step, ignored_low, ignored_high, BO, OUTPUTS, BK, PRODUCT, False,
-            )  # fmt: skip
-        tl.debug_barrier()
-        for done in range(depth - 1 - lowest):
-            backward(
-                compute, weights, parameters, layers, draws, shares, slopes, counters, live, M, depth, work_size, size,
-                depth - 2 - done, BM, BN, BK, PRODUCT, PARTS,
-            )  # fmt: skip
-            tl.debug_barrier()
-        for index in range(lowest, depth):
-            gradients_of_layer(
-                compute, weights, parameters, grads, first, second, rows, layers, slopes, counters, hyper, rules,
-                tensors, live, measured, M, depth, trained, work_size, size, rows_size, index, stored, shadowed,
-                WN, WK, BM, OUTPUTS, PRODUCT, PARTS,
-            )  # fmt: skip
-        tl.debug_barrier()
-        if stored != 0:
-            update_from_memory(
-                weights, parameters, grads, first, second, average, segments, counters, hyper, rules, tensors, live,
-                trained, size, shadowed,
-            )  # fmt: skip
-            tl.debug_barrier()
-        tick(counters, hyper, rates, stats, epoch_stats, rules, live, measured, M, rates_size)
-        tl.debug_barrier()

@@ -1,4 +1,4 @@
-"""The tables of layers and models that the phases of a resident launch read, and the place of a model's batch."""
+"""The tables that a resident launch reads: its phases, layers and models; and the place of a model's batch."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ LAYER_FIELDS = (
     LAYER_N, LAYER_K, X, X_ROW, W, W_ROW, B, SLOPE, W_TASK, B_TASK, SLOPE_TASK, ACTIVATION, Y, Z, DZ, PITCH,
 ) = (tl.constexpr(place) for place in range(len(LAYER_FIELDS)))  # fmt: skip
 LAYER_COLUMNS: tl.constexpr = tl.constexpr(len(LAYER_FIELDS))
+# The phases of a step, a byte each, in words of 64 bits, which are arguments: no phase waits for its row of a table.
+# A byte has the kind, and from this bit on the layer.
+PHASES = ("measure", "forward", "entropy", "elementwise", "backward", "gradients", "update", "tick")
+MEASURE, FORWARD, ENTROPY, ELEMENTWISE, BACKWARD, GRADIENTS, UPDATE, TICK = (
+    tl.constexpr(place) for place in range(len(PHASES))
+)
+PHASE_LAYER: tl.constexpr = tl.constexpr(4)
+PHASE_WORDS, PHASE_LAYERS = 4, 16
 # By model and layer: the numbers of the dropout, int64 (threshold 0: none), and factors, float32.
 DRAW_FIELDS = ("layer", "key0", "key1", "threshold")
 DRAW_LAYER, KEY0, KEY1, THRESHOLD = (tl.constexpr(place) for place in range(len(DRAW_FIELDS)))
@@ -57,6 +65,14 @@ PENALTIES: tl.constexpr = tl.constexpr(contract.PENALTIES)
 def number(row, FIELD: tl.constexpr):
     """Return a field of a table's row, int32."""
     return tl.load(row + FIELD).to(tl.int32)
+
+
+@triton.jit
+def phase_of(place, order0, order1, order2, order3):
+    """Return the kind of a step's phase, and its layer, int32."""
+    word = tl.where(place < 16, tl.where(place < 8, order0, order1), tl.where(place < 24, order2, order3))
+    phase = (word >> (place % 8 * 8)).to(tl.int32)
+    return phase & 15, (phase >> PHASE_LAYER) & 15
 
 
 @triton.jit
