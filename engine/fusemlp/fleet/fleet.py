@@ -14,7 +14,7 @@ from typing import Any
 
 from fusemlp.describe.checks import as_count, knows_names
 from fusemlp.describe.conflicts import check_together
-from fusemlp.describe.losses import Loss, as_loss
+from fusemlp.describe.losses import LossLike, as_loss
 from fusemlp.describe.metrics import MetricLike
 from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
@@ -83,7 +83,7 @@ class Fleet:
     def __init__(
         self,
         net: MLP,
-        loss: str | Loss = "cross_entropy",
+        loss: LossLike = "cross_entropy",
         optimizer: str | Optimizer = "adam",
         batch_size: int = 32,
         seed: int = 0,
