@@ -14,7 +14,7 @@ from sklearn.model_selection import cross_val_score, train_test_split
 
 from fusemlp.datasets.load import ColumnChoices, load_data
 from fusemlp.sklearn import MLPClassifier, MLPRegressor, TableClassifier, TableRegressor
-from fusemlp_kernels.errors import ArgumentError, DataError, ShapeError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, ShapeError
 from make import run
 
 ESTIMATORS = {"classification": TableClassifier, "regression": TableRegressor}
@@ -228,6 +228,24 @@ def test_labels_beside_a_gap_stay_what_they_are(labels):
         model = TableClassifier(**OPTIONS).fit(frame[["size"]], given)
         assert model.classes_.tolist() == labels and model.classes_.dtype == np.array(labels).dtype
         assert model.notes_ == ("1 of 60 rows have no 'y' and are left out",)
+
+
+def test_rows_may_be_mappings():
+    frame = table()
+    X, rows = frame[["size", "age"]], frame[["size", "age"]].to_dict("records")
+    model = TableRegressor(**OPTIONS).fit(rows, frame["y"])
+    expected = TableRegressor(**OPTIONS).fit(X, frame["y"]).predict(X)
+    np.testing.assert_array_equal(model.predict(rows), expected)
+    assert list(model.feature_names_in_) == ["size", "age"]
+    # in any order, with gaps and further entries
+    few = [{"age": "new", "more": 1, "size": 70}, {"size": None, "age": "old"}, {"age": "new", "size": "80"}]
+    wanted = model.predict(pandas.DataFrame({"size": [70, None, 80], "age": ["new", "old", "new"]}))
+    np.testing.assert_array_equal(model.predict(few), wanted)
+    for wrong in (rows[0], X.iloc[0], "table.csv"):
+        with pytest.raises(
+            ArgumentTypeError, match=r"^X: expected a data frame, .* got \w+; give a single row as \[\{"
+        ):
+            model.predict(wrong)
 
 
 def test_quantiles_that_are_close_have_names_of_their_own(tmp_path):

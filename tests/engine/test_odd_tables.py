@@ -365,7 +365,7 @@ def test_other_values_in_memory(tmp_path):
             load_data(wrong, target="y")
     for table, target, message in (
         (pandas.DataFrame([[1, 2, 3]], columns=["a", "a", "y"]), "y", "DataFrame: several columns are called 'a'"),
-        (mixed, None, "DataFrame: say which column is the target; the columns are 'a', 'y'"),
+        (mixed, None, "DataFrame: say which column is the target .--target COLUMN.; the columns are 'a', 'y'"),
         (mixed, "z", "DataFrame: there is no target column 'z'"),
         (pandas.DataFrame({"a": [1, 2], "y": [1.0, math.inf]}), "y", "row 1, column 'y': inf is not a finite number"),
         (
@@ -390,6 +390,18 @@ def test_durations_and_times_of_day_are_seconds(library):
     np.testing.assert_array_equal(np.stack([*columns.values()]), [[3600.000005, np.nan], [5400.000005, np.nan]])
     assert notes == [f"column {name!r} holds durations or times of day, taken in seconds" for name in columns]
     assert read_table(as_frame(frame), targets=["wait"])["wait"].tolist() == [3600.000005]
+
+
+def test_a_file_of_nearly_this_name_is_proposed(tmp_path, monkeypatch):
+    (tmp_path / "houses.csv").write_text("a,y\n1,2\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("houses", "house.csv", tmp_path / "houses.cvs"):
+        with pytest.raises(
+            DataError, match=r"^data: there is no file .* \(looked in .*\); did you mean 'houses\.csv'\?$"
+        ):
+            load_data(name, target="y")
+    with pytest.raises(DataError, match=r"^data: there is no file or folder 'b\.csv' .*; give a path that exists, or"):
+        load_data("b.csv", target="y")
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet", "xlsx"])

@@ -7,6 +7,7 @@ A categorical column of a table becomes indices into its sorted categories, a mi
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -244,18 +245,20 @@ def _existing(source: Any) -> Place:
         raise DataError(f"data: {str(source)!r} cannot be read ({error})") from error
     if known:
         return path
-    if not path.suffix and path.name == str(source):
+    folder, tables_there = path.absolute().parent, list[str]()
+    with suppress(OSError):
+        tables_there = [other.name for other in folder.iterdir() if tables.is_table(other)]
+    near = meant([path.name], tables_there)
+    if not near and not path.suffix and path.name == str(source):
         raise unknown_name("data", source, NAMES)
-    raise DataError(
-        f"data: there is no file or folder {str(source)!r} (looked in {path.absolute().parent}); give a path "
-        f"that exists, or one of the names {', '.join(NAMES)}"
-    )
+    mend = near or f"; give a path that exists, or one of the names {', '.join(NAMES)}"
+    raise DataError(f"data: there is no file or folder {str(source)!r} (looked in {folder}){mend}")
 
 
 def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoices) -> Dataset:
     names = tables.read_names(path, form)
     if target is None:
-        raise DataError(f"{path}: say which column is the target; the columns are {listed(names)}")
+        raise DataError(f"{path}: say which column is the target (--target COLUMN); the columns are {listed(names)}")
     targets = targets_in(target, names)
     columns.check(path, names, targets)
     notes: list[str] = []

@@ -45,7 +45,9 @@ class Graph:
             self.helper = importlib.import_module("onnx.helper")
             self.from_array = importlib.import_module("onnx.numpy_helper").from_array
         except ModuleNotFoundError as error:
-            raise MissingLibraryError('to_onnx: it needs the library onnx: pip install "fusemlp[onnx]"') from error
+            raise MissingLibraryError(
+                "to_onnx: it needs the library onnx: pip install onnx (or 'fusemlp[onnx]')"
+            ) from error
         self.real = real
         self.nodes: list[Any] = []
         self.constants: list[Any] = []

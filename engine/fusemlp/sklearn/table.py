@@ -135,7 +135,8 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
     def fit(self, X: Any, y: Any, sample_weight: Any = None, *, X_val: Any = None, y_val: Any = None) -> Self:
         """Fit to a table X and its targets y: labels (n,), or values (n,) or (n, targets).
 
-        X: a data frame of pandas or polars, an Arrow table, or an array (n, columns); cells may be missing. Later
+        X: a data frame of pandas or polars, an Arrow table, rows as mappings, or an array (n, columns); cells may be
+        missing. Later
         tables may have their columns in any order, and others among them. Rows without a target are left out, with a
         line in ``notes_``. sample_weight (n,): a row of weight 0 counts as left out. X_val, y_val: rows for early
         stopping in place of held-out ones.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +16,22 @@ from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.tables import Frame, as_frame
 from fusemlp.describe.checks import arrow
 from fusemlp.inputs.arrays import Array
-from fusemlp_kernels.errors import ArgumentError, DataError, ShapeError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, ShapeError
 
 # Missing values of Python, NumPy and pandas, as text.
 _GONE = frozenset({"None", "nan", "<NA>", "NaT"})
 
 
 def as_table(estimator: Any, X: Any, *, reset: bool = False) -> Frame:
-    """Return X as a table with names; scikit-learn's errors for other things."""
+    """Return X as a table with names; rows may be mappings; scikit-learn's errors for other things."""
+    if isinstance(X, Mapping | str) or hasattr(X, "to_frame"):
+        raise ArgumentTypeError(
+            f"X: expected a data frame, an array (n, columns) or rows as mappings, got {type(X).__name__}; give a "
+            "single row as [{'column': value}], and read a file first: pandas.read_csv(path)"
+        )
+    if isinstance(X, list | tuple) and X and all(isinstance(row, Mapping) for row in X):
+        entries = list(dict.fromkeys(name for row in X for name in row))
+        X = _arrow_table(np.array([[row.get(name) for name in entries] for row in X], object), entries)
     if hasattr(X, "__arrow_c_stream__") or hasattr(X, "to_arrow"):
         # Later columns are taken by name, in any order.
         checked = validate_data(estimator, X, skip_check_array=True) if reset else X
