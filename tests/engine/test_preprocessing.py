@@ -156,6 +156,8 @@ def test_numbers_become_inputs_of_pieces():
     made = Preprocessor.fit(data, np.arange(4000), scale="piecewise")
     # 16 pieces and a mark for missing cells; a column of three values is scaled.
     assert made.widths == (17, 1) and made.width == 18
+    # the mark and the number beside it are one column of numbers
+    assert made.coding.columns == (("pieces", 16, 0), ("numbers", 2, 0))
     edges = np.array(made.feature_knots[0][0])
     median = np.nanmedian(X[:, 0])
     np.testing.assert_allclose(edges, np.quantile(np.where(np.isnan(X[:, 0]), median, X[:, 0]), np.arange(17) / 16))

@@ -257,6 +257,9 @@ class Preprocessor:
             if words is None and pieces > 1:
                 columns.append(Column(PIECES, pieces))
                 inputs -= pieces
+            if words is None and inputs and columns and columns[-1].kind == NUMBERS:
+                # neighbours take one loop of the first layer
+                inputs += columns.pop().inputs
             if inputs:
                 columns.append(Column(NUMBERS if words is None else WORD, inputs))
         return Coding(tuple(columns))
