@@ -16,7 +16,7 @@ BUDGETS = {
     "engine/fusemlp/fleet": 1_880,
     "engine/fusemlp/inputs": 1_450,
     "engine/fusemlp/program": 1_830,
-    "engine/fusemlp/report": 3_020,
+    "engine/fusemlp/report": 3_030,
     "engine/fusemlp/runtime": 3_850,
     "engine/fusemlp/sklearn": 3_040,
     "engine/fusemlp/tables": 2_070,
@@ -26,7 +26,7 @@ BUDGETS = {
     "kernels/fusemlp_kernels": 2_690,
     "kernels/fusemlp_kernels/cupy": 2_350,
     "kernels/fusemlp_kernels/numpy": 5_780,
-    "kernels/fusemlp_kernels/triton": 5_310,
+    "kernels/fusemlp_kernels/triton": 5_320,
 }
 
 
