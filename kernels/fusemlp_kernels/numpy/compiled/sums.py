@@ -1,7 +1,7 @@
 """Sums of many numbers, with the same bits in registers of any width.
 
 Every 16th number of 64 bytes is added to one of four vectors, while there are four vectors left; these are added up,
-and the upper half of the sum to the lower one, again and again. What is left is added in the same way to one vector of
+and the upper half of the sum to the lower one, again and again. The rest is added in the same way to one vector of
 32 bytes, then number by number.
 """
 
