@@ -79,8 +79,8 @@ class Frequency(Description):
 
     So a network learns detail in few coordinates, those of a picture or of a scene (Mildenhall et al., "NeRF", 2020).
     Each of K inputs has its ``2 * octaves`` waves side by side, sine before cosine, as in tiny-cuda-nn. The slowest
-    repeats after 2: scale coordinates to -1 to 1, or to 0 to 1. With ``inputs`` the K inputs come first, as in NeRF's
-    code (``include_input``).
+    repeats after 2, so that -1 and 1 are one point: scale coordinates to 0 to 1. With ``inputs`` the K inputs come
+    first, as in NeRF's code (``include_input``).
     """
 
     kind = "frequency"
