@@ -73,7 +73,7 @@ GROWTH_INTERVAL = 2000
 # After this many consecutive skips the loss scale is not to blame.
 SKIPPED_LIMIT = 25
 # The most parts that the gradients cut a batch into.
-MOST_PARTS = 16
+MOST_PARTS = 64
 # stats, float64: the last step's loss; then sums since the last clearing: loss times normaliser (the loss itself with
 # the reduction "sum"), normalisers, right answers, answers; in ``train_resident``, perhaps elsewhere: each batch's
 # loss times its rows, and its ridge times its rows

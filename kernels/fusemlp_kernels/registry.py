@@ -28,8 +28,8 @@ TRAITS = {
         norms_gradients=True,
         lacks=("codes", "own loss"),
         split_rows=1024,
-        # 128 multiprocessors with a tile of 64 x 64 each
-        split_size=1 << 19,
+        # 128 multiprocessors with four tiles of 64 x 64 each
+        split_size=1 << 21,
         precisions=("fp32", "tf32", "bf16", "fp16"),
         plans=PLANS,
         # The seconds are fitted to the bounds of ci/kernel_cycles.py, with 1.3 us from one launch of a graph to the
