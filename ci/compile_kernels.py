@@ -99,7 +99,9 @@ def systematic_part(variants: Sequence[kernel_variants.Variant]) -> list[kernel_
         return variant.tile.rows * variant.tile.columns, variant.tile.columns
 
     def path(variant: kernel_variants.Variant) -> tuple[str | bool, ...]:
-        flags = [variant.constants.get(name, name == "ALIGNED") for name in ("ALIGNED", "NOISY", "CROSS_ENTROPY")]
+        flags = [
+            variant.constants.get(name, name == "ALIGNED") for name in ("ALIGNED", "NOISY", "CROSS_ENTROPY", "MANY")
+        ]
         return variant.kernel, variant.precision, *flags, isinstance(variant.tile, configs.DeepTile)
 
     largest: dict[tuple[str | bool, ...], tuple[int, int]] = {}

@@ -90,7 +90,7 @@ class Goal:
         if len(set(self.sizes)) == 1:
             layers = f"{len(self.sizes) - 1} x {self.sizes[0]}"
         words = [layers, f"b{self.batch_size}", self.precision, *(["Adam"] if self.optimizer == "adam" else [])]
-        words += ["resident"] if self.plan == "resident" else []
+        words += [self.plan] if self.plan != "eager" else []
         return " ".join([*([f"{self.models} models of"] if self.models > 1 else []), *words])
 
 

@@ -236,7 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--beside", nargs="+", metavar="FILE", help="set beside the times of bench roofline")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--precision", default="fp32", choices=tuple(kernel_variants.ELEMENTS))
-    parser.add_argument("--plan", default="eager", choices=("eager", "resident"), help="eager stands for a graph too")
+    parser.add_argument(
+        "--plan", default="eager", choices=("eager", "narrow", "resident"), help="eager stands for a graph too"
+    )
     parser.add_argument("--optimizer", default="sgd", choices=kernel_variants.RULES)
     parser.add_argument("--models", type=int, default=1, help="models of a fleet, with --plan resident")
     parser.add_argument("--clock", type=float, default=H100.clock / 1e9, help="GHz (default: %(default)s)")

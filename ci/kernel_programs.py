@@ -67,8 +67,12 @@ def work_of(launch: Recorded) -> Work:
         return _grouped(launch)
     if launch.name == "update":
         moved = sides["BLOCK"] * (given["parts"] + 2 + 2 * STATES[tuple(OPTIMIZERS)[sides["RULE"]]])
-        each = Programs(launch.programs, {"update_kernel": given["parts"] - 1}, reals=moved)
+        one_by_one = {"update_kernel": given["parts"] - 1}
+        trips = one_by_one if sides["MANY"] == 1 else {"update_kernel 2": over(given["parts"], sides["MANY"])}
+        each = Programs(launch.programs, trips, reals=moved)
         return Work([each], reals=launch.programs * moved)
+    if launch.name == "narrow":
+        return _narrow(launch)
     rows, ending = given["M"], {"sum_of": 4 * over(launch.programs, PARTIALS)}
     if launch.name == "loss_grad":
         groups = over(over(rows, sides["BM"]), launch.programs)
@@ -93,6 +97,30 @@ def work_of(launch: Recorded) -> Work:
     whole = rows * depth + width * depth + rows * width * (1 if ahead else 2)
     each = Programs(launch.programs, product, 2 * results * tile.depth * tile.split * trips, moved)
     return Work([each], ending if launch.name == "linear_loss_grad" else {}, whole)
+
+
+def _narrow(launch: Recorded) -> Work:
+    """Return the work of ``narrow``: programs that take the tiles of the batch in turn."""
+    sides, programs = launch.constants, launch.programs
+    rows, first, width, outputs = sides["BM"], sides["FIRST"], sides["WIDTH"], sides["OUTPUTS"]
+    tiles = over(launch.arguments["M"], rows)
+    between = (sides["LAYERS"] - 1) * width * width
+    # forward, backward but for x, and the gradients
+    operations = 2 * rows * (2 * first * width + 3 * (between + width * outputs))
+    weights = first * width + between + width * outputs
+    classes = sides["LOSS"] == 0 and not sides["SOFT"]
+    # row numbers and labels are of 8 bytes
+    read = rows * first, rows * (2 * sides["GATHER"] + (2 if classes else outputs))
+    counts = [count for count in (tiles % programs, programs - tiles % programs) if count]
+    trips = [over(tiles, programs), tiles // programs][-len(counts) :]
+    each = [
+        Programs(
+            count, {"narrow_kernel": times}, operations * times, weights + read[0] * times, weights + read[1] * times
+        )
+        for count, times in zip(counts, trips, strict=True)
+    ]
+    ending = {"sum_of": 4 * over(programs, PARTIALS)}
+    return Work(each, ending, read[0] * tiles, read[1] * tiles + weights * programs)
 
 
 def _grouped(launch: Recorded) -> Work:

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.language import target_info
 
+from fusemlp_kernels.contract import ACTIVATIONS, LOSSES
 from fusemlp_kernels.errors import unknown_name
 from fusemlp_kernels.pointwise import OPTIMIZERS
 from fusemlp_kernels.triton import (
@@ -34,6 +35,7 @@ from fusemlp_kernels.triton import (
     linear,
     loss,
     members,
+    narrow,
     norms,
     perturb,
     privacy,
@@ -64,6 +66,7 @@ KERNELS = {
     "encode": encoding.encode_kernel,
     "grad_encode": encoding.grad_encode_kernel,
     "resident": resident.resident_kernel,
+    "narrow": narrow.narrow_kernel,
 }
 PRODUCTS = (
     "linear",
@@ -73,6 +76,7 @@ PRODUCTS = (
     "linear_members",
     "grad_input_members",
     "resident",
+    "narrow",
 )
 # Those of the matrices that can be tensor descriptors.
 BLOCKS = {"linear": linear.BLOCKS, "grad_input": gradients.INPUT_BLOCKS}
@@ -96,8 +100,9 @@ POINTERS = {
     **dict.fromkeys(("measured", "epoch_stats", "limit", "noise", "ramp"), "fp64"),
     **dict.fromkeys(("rows", "x_rows", "labels", "counters", "table", "layers", "draws", "segments", "live"), "i64"),
     "ticket": "i32",
+    **{f"{name}{index}": kind for name, kind in (("w", "compute"), ("b", "fp32")) for index in range(3)},
 }
-FLOATS = ("slope", "keep_scale", "kept_share", "length", "eps", "low", "high", "strength")
+FLOATS = ("slope", "output_slope", "keep_scale", "kept_share", "length", "eps", "low", "high", "strength")
 # Pointers whose offsets reach beyond their own memory; see ``Device.far_base``.
 BASES = ("compute", "real")
 
@@ -119,7 +124,8 @@ class Variant:
         flags = {"ALIGNED": "aligned", "CROSS_ENTROPY": "cross_entropy", "LABELS": "labels"}
         flags |= {"UPDATES": "updates", "NOISY": "noisy", "BACK": "back", "DESCRIBED": "described"}
         words = [word for flag, word in flags.items() if self.constants.get(flag)]
-        numbers = {"TASKS": "tasks", "OUTPUTS": "outputs"}
+        numbers = {"TASKS": "tasks", "OUTPUTS": "outputs", "FIRST": "inputs", "LAYERS": "layers"}
+        words += [_formulas(self.constants)] if self.kernel == "narrow" else []
         words += [f"parts={tile.parts}"] if "PARTS" in self.constants else []
         words += (
             [RULES[self.constants["RULE"]]] if self.constants.get("UPDATES", True) and "RULE" in self.constants else []
@@ -127,6 +133,14 @@ class Variant:
         words += [f"{word}={self.constants[name]}" for name, word in numbers.items() if name in self.constants]
         words += [f"split={tile.split}"] if isinstance(tile, configs.DeepTile) else []
         return " ".join([self.precision, size, f"warps={tile.warps} stages={tile.stages}", *words])
+
+
+def _formulas(constants: Mapping[str, Any]) -> str:
+    """Return the formulas that a kernel is specialised on, such as "relu cross_entropy", and its flags that are set."""
+    names = [ACTIVATIONS[constants["ACTIVATION"]], LOSSES[constants["LOSS"]]]
+    names += [f"to {ACTIVATIONS[constants['OUTPUT']]}"] if constants["OUTPUT"] else []
+    flags = ("GATHER", "WEIGHTED", "CLASSES", "ACCURACY", "SOFT")
+    return " ".join([*names, *(flag.lower() for flag in flags if constants[flag])])
 
 
 def variants(target: str) -> tuple[Variant, ...]:
@@ -185,8 +199,12 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
                     "RULE": RULES.index(rule),
                     "TASKS": tasks,
                     "NOISY": noisy,
+                    "MANY": 1,
                 }
                 yield Variant("update", ELEMENTS[precision], tile, constants)
+        tile = configs.PARTS_SWEEP
+        constants = {"BLOCK": tile.columns, "RULE": RULES.index(rule), "TASKS": 16, "NOISY": False, "MANY": tile.rows}
+        yield Variant("update", ELEMENTS[precision], tile, constants)
     sides = {"BM": configs.CLIP.rows, "BK": configs.CLIP.columns}
     yield Variant("clip_examples", ELEMENTS[precision], configs.CLIP, sides)
     swept = {"BLOCK": configs.SWEEP.columns}
@@ -203,8 +221,31 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
         for resident_tile in configs.resident_tiles(arch.family, precision):
             constants = configs.resident_constants(resident_tile, product)
             yield Variant("resident", precision, resident_tile, constants)
+    narrow_tile = configs.narrow_tile(arch, precision)
+    if narrow_tile is not None:
+        yield from _narrow(narrow_tile, precision, product)
     yield Variant("norm", "fp32", configs.SWEEP, swept)
     yield Variant("advance", "fp32", configs.SMALL, {})
+
+
+# The narrow kernels that are compiled ahead: the widths, the activation and the loss. Others compile on the card.
+NARROW = (
+    ((16, 64, 1), "relu", "cross_entropy"),
+    ((32, 64, 16), "relu", "cross_entropy"),
+    ((64, 64, 16), "relu", "mse"),
+    *(((32, 64, 64, 16), activation, "cross_entropy") for activation in ("relu", "tanh")),
+    *(((32, 64, 64, 16), "relu", kind) for kind in ("mse", "huber")),
+)
+
+
+def _narrow(tile: Tile, precision: str, product: str) -> Iterator[Variant]:
+    for sizes, activation, kind in NARROW:
+        constants = {
+            **configs.narrow_constants(tile, sizes), "ACTIVATION": ACTIVATIONS.index(activation), "OUTPUT": 0,
+            "LOSS": LOSSES.index(kind), "SOFT": False, "GATHER": 1, "WEIGHTED": False, "CLASSES": False,
+            "ACCURACY": "entropy" in kind, "PRODUCT": product,
+        }  # fmt: skip
+        yield Variant("narrow", precision, tile, constants)
 
 
 class _Left(ast.NodeTransformer):

@@ -90,9 +90,9 @@ class Engine(Trainer):
     order of the rows and the dropout masks: with the same seed, machine and versions a run repeats bit for bit.
     ``backend`` is "auto" (the first of triton, cupy, numpy that works) or a name; ``device`` the backend's device;
     ``precision`` "fp32"; "fp64" on NumPy; "tf32", "bf16" or "fp16" (with dynamic loss scaling) on a GPU; ``plan``
-    "auto", "eager", "graph" or "resident". The attributes ``backend``, ``plan`` and ``plan_reason`` hold the choice;
-    with "resident" ``fit`` runs many steps in one call, and ``step`` is eager. ``print(engine.program)`` shows the
-    kernel calls of a step.
+    "auto", "eager", "graph", "narrow" or "resident". The attributes ``backend``, ``plan`` and ``plan_reason`` hold the
+    choice; with "resident" ``fit`` runs many steps in one call, and ``step`` is eager. ``print(engine.program)`` shows
+    the kernel calls of a step.
 
     ``normalise=True`` subtracts from each column of the inputs its mean in the first ``fit``, and divides by its
     standard deviation there, in training and prediction alike; ``normalise=X`` measures the rows X (n, K) at once. The

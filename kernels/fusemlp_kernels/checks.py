@@ -20,6 +20,8 @@ REFUSED = {
     ("", "all_reduce"): "it is between processes, and the engine's",
     ("", "penalty"): "it runs inside train_resident; elsewhere change the gradients between grad_weight and update",
     **{(card, "own_loss"): "it calls no function of the caller's so far; use numpy" for card in ("triton", "cupy")},
+    ("numpy", "train_narrow"): "its products fill the cache already; use the plan resident",
+    ("cupy", "train_narrow"): "its plans are eager and graph",
     ("numpy", "train_fleet"): "its models train one after another, by train_resident",
     ("cupy", "train_resident"): "its plans are eager and graph",
     ("cupy", "train_fleet"): "its plans are eager and graph, and its models train one after another",
@@ -253,7 +255,7 @@ def _check_parts(op: str, given: Mapping[str, Any]) -> None:
     parts, part = given.get("parts", 1), given.get("part", 0)
     if parts < 1 or (parts > 1 and part % 8):
         raise ArgumentError(f"{op}: parts, part: expected parts >= 1, part a multiple of 8; got {parts} and {part}")
-    if parts > 1 and not (given["rule"].fuses and given["norm"] is None):
+    if parts > 1 and not (given["rule"].fuses and given.get("norm") is None):
         raise ArgumentError(
             f"{op}: parts: a batch in {parts} parts has no gradient to accumulate, and no norm; use parts=1"
         )

@@ -283,6 +283,23 @@ class ResidentLimits:
         return 2 * (len(sizes) - 1) * self.launch + reductions * self.element
 
 
+@dataclass(frozen=True)
+class NarrowLimits:
+    """The largest network that a backend's ``train_narrow`` takes: its hidden layers, by precision the most inputs and
+    units of a hidden layer, and its outputs. It runs in ``programs``, each of which takes ``rows`` of a batch at a
+    time."""
+
+    layers: int
+    widths: tuple[tuple[str, int], ...]
+    outputs: int
+    rows: int
+    programs: int
+
+    def parts(self, batch: int) -> int:
+        """Return the number of programs for a batch, each of which has a sum of the gradients."""
+        return max(1, min(self.programs, -(-batch // self.rows)))
+
+
 # Features that a backend may lack, and the rest of the sentence that refuses them.
 FEATURES = {
     "members": "has no kernels for members that share weights",
@@ -307,7 +324,7 @@ class Traits:
     ``fused_updates``: the optimizers for which ``grad_weight_update`` is the fastest. ``norms_gradients``:
     ``grad_weight`` knows the norm of the gradients. ``split_rows``, ``split_size``: see ``batch_parts``.
     ``plans``: from the slowest to the fastest. ``on_host``: arrays are NumPy's. ``resident``: None if any network may
-    be resident. ``lacks``: names of ``FEATURES``.
+    be resident. ``narrow``: None without ``train_narrow``. ``lacks``: names of ``FEATURES``.
     """
 
     name: str
@@ -323,7 +340,13 @@ class Traits:
     split_size: int = 0
     on_host: bool = False
     resident: ResidentLimits | None = None
+    narrow: NarrowLimits | None = None
     lacks: tuple[str, ...] = ()
+
+    @property
+    def stepwise(self) -> str:
+        """The fastest plan that starts the calls of any step."""
+        return next(plan for plan in reversed(self.plans) if plan in ("graph", "eager"))
 
     def check_has(self, feature: str, argument: str | None = None) -> None:
         """Raise BackendUnavailableError, naming ``argument`` or the feature, for one that the backend lacks."""
@@ -356,6 +379,29 @@ def resident_refusal(
             return f"{count} {what} are more than the {most} of the {traits.name} backend's resident kernel"
     if precision not in limits.precisions:
         return f"the {traits.name} backend's resident kernel is for {', '.join(limits.precisions)}, not for {precision}"
+    return None
+
+
+def narrow_refusal(traits: Traits, sizes: Sequence[int], activations: Sequence[Any], precision: str) -> str | None:
+    """Return why a backend has no ``train_narrow`` for a network of these widths, inputs first, and activations of
+    hidden layers; None if it has."""
+    limits = traits.narrow
+    if limits is None:
+        return f"the {traits.name} backend has no narrow kernel"
+    kernel, widths = f"the {traits.name} backend's narrow kernel", dict(limits.widths)
+    if precision not in widths:
+        return f"{kernel} is for {', '.join(widths) or 'other cards'}, not for {precision}"
+    hidden = len(sizes) - 2
+    if not 1 <= hidden <= limits.layers:
+        return f"{kernel} takes 1 to {limits.layers} hidden layers, not {hidden}"
+    for what, count, most in (
+        ("inputs or units in a layer", max(sizes[:-1]), widths[precision]),
+        ("outputs", sizes[-1], limits.outputs),
+    ):
+        if count > most:
+            return f"{count} {what} are more than the {most} of {kernel}"
+    if len(set(activations)) > 1:
+        return f"{kernel} takes one activation for all hidden layers"
     return None
 
 

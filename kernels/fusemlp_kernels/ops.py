@@ -158,6 +158,7 @@ _LOSS = (
         note="the sum of the row weights, with ridge; a loop may keep it in a register",
     ),
 )  # fmt: skip
+_PLAIN_LOSS = ("target", "counters", "stats", "loss", "weight", "class_weight")
 _MEMBERS = (
     Operand("s", "DK", optional=True),
     Operand("b", "DK", optional=True, note="with s"),
@@ -462,6 +463,23 @@ OPS = {op.name: op for op in (
         Operand("shares", "1", "float64", hidden=True, note="what the loss has written"),
         _COUNTERS,
         _STATS,
+    )),
+    Op("train_narrow",
+        "a step up to its update: linear and the loss, grad_input and grad_weight, with nothing stored in between. "
+        "Part p of the gradients, of parts, is the sum over the groups of rows p, p + parts and so on", (
+        _ROWS,
+        Operand("x", "MK", "compute", rows="rows"),
+        Operand("layers", note="from the first to the output layer", fields=(
+            Operand("w", "NK", "compute"),
+            Operand("b", "N"),
+            _ACTIVATION[0],
+            _SLOPES[0],
+            _DW,
+            _DB,
+        )),
+        *(operand for operand in _LOSS if operand.name in _PLAIN_LOSS),
+        _RULE,
+        *_PARTS,
     )),
     Op("train_resident",
         "the calls of a training step, as many times as the bound callable is told; walks rows", (

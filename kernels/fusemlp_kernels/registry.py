@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Collection
 
-from fusemlp_kernels.contract import FEATURES, Backend, ResidentLimits, Traits
+from fusemlp_kernels.contract import FEATURES, Backend, NarrowLimits, ResidentLimits, Traits
 from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
 
 _log = logging.getLogger("fusemlp")
@@ -16,7 +16,7 @@ _log = logging.getLogger("fusemlp")
 # The device files of the drivers of NVIDIA (also under WSL) and AMD.
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
-PLANS = ("eager", "graph", "resident")
+PLANS = ("eager", "graph", "narrow", "resident")
 
 TRAITS = {
     "triton": Traits(
@@ -46,6 +46,8 @@ TRAITS = {
             launch=2.1e-6,
             element=3e-9,
         ),
+        # two programs on each multiprocessor of an H100
+        narrow=NarrowLimits(layers=2, widths=(("bf16", 64),), outputs=16, rows=32, programs=264),
     ),
     # the core of training alone; cuBLAS reads whole matrices, and cuts a long batch itself
     "cupy": Traits(

@@ -293,6 +293,8 @@ def test_the_tables_features_are_walked():
         "estimator",
         "models",
         "FusedMLP",
+        # tests/kernels/test_narrow.py
+        "narrow plan",
         # tests/doors/test_loss_doors.py
         "label_smoothing",
         # test_encoded_inputs.py

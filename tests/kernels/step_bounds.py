@@ -6,6 +6,7 @@ Each op has its own error, and carries on what the ops before it have left.
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,11 +20,13 @@ from fusemlp_kernels.philox import dropout_keep
 
 @dataclass(frozen=True)
 class TwoBytes:
-    """The rounding of what lies between the kernels in 16 bits; ``scale`` is the loss scale that dz carries."""
+    """The rounding of what lies between the kernels in 16 bits; ``scale`` is the loss scale that dz carries, ``rounds``
+    the function that rounds the weights."""
 
     unit: float = 2.0**-11
     tiny: float = 2.0**-25
     scale: float = 1.0
+    rounds: Callable = np.float16
 
     def output(self, error, value):
         return tol.rounded(error, value, self.unit, self.tiny)
@@ -119,7 +122,7 @@ class Step:
             chosen, rate = net.activations[layer], net.dropouts[layer]
             slope = self.before.get(f"{2 * layer + 1}.weight", chosen.slope)
             w, b = self.before[f"{2 * layer}.weight"], self.before[f"{2 * layer}.bias"]
-            w = w if self.short is None else w.astype(np.float16).astype(np.float64)
+            w = w if self.short is None else self.short.rounds(w).astype(np.float64)
             layers.append(reference.Layer(w, b, chosen.name, slope, rate))
             at = self.batch_index + len(self.traces)
             shape = len(X), net.sizes[layer + 1]

@@ -5,9 +5,9 @@ from unittest import mock
 import numpy as np
 import pytest
 from cards import DESCRIBED, card
-from step_bounds import Step
+from step_bounds import Step, TwoBytes
 from test_train_fleet import CASES, Fleet, case, varied
-from tolerance import UNIT, assert_within
+from tolerance import TINY, UNIT, assert_within
 
 from fusemlp import MLP, SGD, Adam, Callback, CrossEntropy, Engine, Frequency, PReLU, Residual
 from fusemlp_kernels.contract import BATCH_INDEX, LAST_LOSS
@@ -72,6 +72,44 @@ def test_every_resident_tile_is_the_oracles(target, number, sizes):
         engine = Engine(MLP(sizes), batch_size=BATCH, seed=5, backend="triton", plan="resident")
         engine.fit(wide, y, epochs=1, callbacks=[check])
     assert check.checked == len(emulator.launched) == 3
+
+
+NARROW = {
+    "entropy": (MLP([WIDTH, 24, 30, CLASSES], activation="tanh"), CrossEntropy(label_smoothing=0.1, ignore_index=1)),
+    "mse": (MLP([40, 24, CLASSES], activation="silu"), "mse"),
+}
+
+
+@pytest.mark.parametrize(("target", "case"), [("sm_80", "entropy"), ("sm_90", "entropy"), ("sm_90", "mse")])
+def test_every_step_of_the_narrow_plan_is_the_oracles(target, case):
+    """Batches of several tiles, the last of which is short, of rows that have weights, and of one row."""
+    net, loss = NARROW[case]
+    with card(target, "bf16") as emulator:
+        variant = emulator.variant
+        short = TwoBytes(variant.output_unit, TINY, rounds=variant.rounded)
+        x = variant.rounded(rng.standard_normal((100, net.sizes[0])))
+        wanted = rng.integers(CLASSES, size=100) if case == "entropy" else rng.standard_normal((100, CLASSES))
+        engine = Engine(net, loss, Adam(0.02), 100, 5, backend="triton", precision="bf16", plan="narrow")
+        for rows, weight in ((100, None), (71, np.linspace(0.5, 1.5, 71)), (1, None)):
+            step = Step(engine, short, variant.products)
+            trace = step.trace(x[:rows], wanted[:rows], weight)
+            engine.step(x[:rows], wanted[:rows], weight)
+            assert_within(float(engine.memory.stats[LAST_LOSS]), trace.loss, trace.loss_bound)
+            step.check()
+    assert {name for name, _ in emulator.launched} == {"narrow_kernel", "update_kernel"}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_the_order_of_warps_and_blocks_changes_no_bit_of_the_narrow_plan(target):
+    found = set()
+    for seed in range(2):
+        with card(target, "bf16", seed=seed, orders=2):
+            engine = Engine(
+                MLP([WIDTH, 24, 10, CLASSES]), batch_size=40, seed=5, backend="triton", precision="bf16", plan="narrow"
+            )
+            engine.fit(X, y, epochs=1)
+            found.add(engine.memory.snapshot()["params"].tobytes())
+    assert len(found) == 1
 
 
 # Compiling the resident kernel takes longer than its steps: bf16 on one card, whose products are mma.sync too.

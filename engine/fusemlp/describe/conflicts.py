@@ -69,6 +69,23 @@ CONFLICTS = {
     ("ranks", "privacy"): "privacy: a private engine trains in one process so far; leave distributed out",
     ("ranks", "members"): f"{{ranks}}: training on several processes{SINGLE}",
     ("ranks", "step"): "step: a distributed engine trains in fit, which splits the rows; use fit",
+    # the forward and the backward pass as one launch
+    **{
+        (feature, "narrow plan"): f"plan: the narrow kernel {words}, got 'narrow'; use plan='auto'"
+        for feature, words in {
+            "members": "trains one network, without members",
+            "norm": "has no normalised layers",
+            "residual": "has no residual blocks",
+            "encoding": "takes the inputs as they are",
+            "prelu": "learns no slope of prelu",
+            "dropout": "drops nothing so far",
+            "privacy": "clips no gradient of a row",
+            "adversarial": "trains on batches as they are",
+            "clip_norm": "leaves sums whose norm no launch takes",
+            "accumulate": "takes one batch an update",
+            "ranks": "has no collective between its two launches",
+        }.items()
+    },
     # targets of tables
     ("return_std", "quantiles"): "return_std: the loss quantiles learns no deviation; use predict_quantiles, or train "
     "with the loss gaussian",

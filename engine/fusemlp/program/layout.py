@@ -210,9 +210,12 @@ def persistent_places(program: Program, layout: Layout) -> Places:
     return ranges
 
 
-def allocate(backend: Backend, value: Value) -> Any:
-    """An array of its own for a value: inputs that are copied in, and the control arrays."""
-    flat = backend.allocate(max(value.size, 1), value.dtype)
+def allocate(backend: Backend, value: Value, row_multiple: int = 1) -> Any:
+    """An array of its own for a value: inputs that are copied in, and the control arrays. The rows of a matrix are a
+    multiple of ``row_multiple`` elements apart."""
+    rows, width = value.size // max(value.shape[-1], 1), value.shape[-1]
+    pitch = -(-width // row_multiple) * row_multiple if len(value.shape) == 2 else width
+    flat = backend.allocate(max(rows * pitch, 1), value.dtype)
     if len(value.shape) > 2:
         return flat[: value.size].reshape(value.shape)
-    return backend.view(flat, 0, value.shape, value.shape[-1])
+    return backend.view(flat, 0, value.shape, pitch)

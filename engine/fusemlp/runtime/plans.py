@@ -14,12 +14,13 @@ from fusemlp.program.program import ALONE, ORDERED, Program, Sharding
 from fusemlp.program.step import Inputs
 from fusemlp.runtime.backends import TRAITS, availability
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES
-from fusemlp_kernels.contract import MOST_PARTS, Traits, resident_refusal, step_flops
+from fusemlp_kernels.contract import MOST_PARTS, Traits, narrow_refusal, resident_refusal, step_flops
 from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
 from fusemlp_kernels.registry import PLANS
 
 # The reason for a plan that the user named.
 ASKED = "asked for"
+UNPROVEN = f"{ASKED}; no card has run it yet"
 # Steps between two checks for Ctrl-C. Steps on the host take a tenth of a second at most, estimated by their
 # floating-point operations.
 UNINTERRUPTED = 256
@@ -29,6 +30,11 @@ UNINTERRUPTED_FLOPS = 2e9
 CALLED_BACK = 16
 # The longest that a launch of many steps may take on a GPU.
 LAUNCH_SECONDS = 0.05
+
+
+def was_asked(reason: str) -> bool:
+    """Return True if a plan's reason is that the user named it."""
+    return reason.startswith(ASKED)
 
 
 def choose_plan(
@@ -49,6 +55,11 @@ def choose_plan(
     """
     if plan not in ("auto", *PLANS):
         raise unknown_name("plan", plan, ["auto", *PLANS])
+    if plan == "narrow" and plan in traits.plans:
+        reason = narrow_refusal(traits, net.sizes, net.activations[:-1], precision)
+        if reason is not None:
+            raise BackendUnavailableError(f"plan: {reason}; use plan='auto'")
+        return plan, UNPROVEN
     blocks, encoded = net.norms or net.blocks, net.encoding is not None
     beside = {"privacy": private, "members": net.members > 1, "norm and residual blocks": blocks}
     beside["encoded inputs"] = encoded
@@ -73,14 +84,14 @@ def _fastest(traits: Traits, refusal: str | None, sizes: Sequence[int], rows: in
     if best != "resident" or traits.resident is None:
         return best, f"the fastest plan of the {traits.name} backend"
     if refusal is not None:
-        return traits.plans[-2], refusal
+        return traits.stepwise, refusal
     # a multiprocessor a model; the launches of one model after those of another
     resident = traits.resident.resident_seconds(step_flops(sizes, rows))
     other = traits.resident.graph_seconds(sizes, rows) * models
     said = "a step" if models == 1 else f"a step of {models} models"
     said += f" is estimated to take {resident * 1e6:.3g} us in the resident kernel and {other * 1e6:.3g} us in launches"
     if resident > other:
-        return traits.plans[-2], said
+        return traits.stepwise, said
     return best, f"{said}: fit runs many steps in one launch"
 
 
@@ -106,7 +117,7 @@ def shared_plan(
     between = f"a collective between them ({sharding})"
     if traits.on_host:
         return plan, f"two launches a step, and {between}"
-    asked = reason == ASKED
+    asked = was_asked(reason)
     if asked and plan == "graph" and uncaptured is not None:
         raise BackendUnavailableError(f"plan: there is no graph of a distributed step: {uncaptured}; leave plan out")
     if asked:

@@ -51,7 +51,8 @@ class BoundProgram:
             self.arrays[name] = backend.view(arenas[dtype], place.offset, place.shape, place.pitch)
         for name, value in program.values.items():
             if value.kind in ("data", "control") and name not in self.arrays:
-                self.arrays[name] = allocate(backend, value)
+                # the narrow kernel takes whole vectors alone
+                self.arrays[name] = allocate(backend, value, backend.traits.row_multiple if plan == "narrow" else 1)
         if "unit" in program.values:
             rows, _ = program.values["unit"].shape
             backend.copy_into(self.arrays["unit"], np.eye(rows, dtype=f"f{program.real_bytes}"))
@@ -62,7 +63,7 @@ class BoundProgram:
             self.chunk = resident_chunk(backend.traits, program.flops)
         if program.calls_back:
             self.chunk = min(self.chunk, CALLED_BACK)
-        self._captures = plan == "graph"
+        self._captures = plan == "graph" or (plan == "narrow" and "graph" in backend.traits.plans)
         self._binders = binders or {}
         self.use(self._bound(memory))
 

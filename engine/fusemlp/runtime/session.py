@@ -19,6 +19,7 @@ from fusemlp.describe.privacy import DPSGD, as_privacy
 from fusemlp.describe.schedules import Schedule
 from fusemlp.inputs.arrays import Array, checked_state
 from fusemlp.inputs.examples import DeviceInputs
+from fusemlp.program.passes.narrow import Narrow
 from fusemlp.program.passes.ranks import sums_over
 from fusemlp.program.program import ALONE, ORDERED, REDUCTIONS, Sharding
 from fusemlp.program.step import Pass
@@ -26,7 +27,7 @@ from fusemlp.runtime.backends import PRECISIONS, first_available, open_here
 from fusemlp.runtime.inference import Inference
 from fusemlp.runtime.ledger import Ledger
 from fusemlp.runtime.memory import REAL_BYTES, Memory
-from fusemlp.runtime.plans import ASKED, choose_plan, shared_plan
+from fusemlp.runtime.plans import ASKED, choose_plan, shared_plan, was_asked
 from fusemlp.runtime.programs import KeptPrograms
 from fusemlp.runtime.ranks import TIMEOUT, Single, check_nccl, joined, versions
 from fusemlp.runtime.rates import RateTable
@@ -251,7 +252,7 @@ class Session:
             backend,
             self.precision,
             rule,
-            gradient_parts=batch_parts(backend.traits, rows or self.batch_size, self.network.parameter_count),
+            gradient_parts=self._parts(rows or self.batch_size),
             arenas=arenas,
             coded=self.coded,
         )
@@ -288,7 +289,7 @@ class Session:
         """
         if batch_size == self.batch_size:
             return
-        plan = self.plan if self.plan_reason == ASKED else "auto"
+        plan = self.plan if was_asked(self.plan_reason) else "auto"
         chosen = self._chosen(plan, batch_size)
         self.make_room_for(batch_size)
         self.batch_size = batch_size
@@ -301,9 +302,16 @@ class Session:
         chosen = choose_plan(plan, traits, self.network, batch_size, self.precision, private=private)
         return shared_plan(chosen, traits, self.sharding, self.ranks.uncaptured()) if self.sharding else chosen
 
+    def _parts(self, rows: int) -> int:
+        """The parts in which the gradients of a batch of ``rows`` are summed."""
+        traits = self.inputs.backend.traits
+        if self.plan == "narrow" and traits.narrow is not None:
+            return traits.narrow.parts(rows)
+        return batch_parts(traits, rows, self.network.parameter_count)
+
     def make_room_for(self, rows: int) -> None:
         """Let the gradients of a batch of ``rows`` be summed in as many parts as in an engine made for such batches."""
-        if batch_parts(self.inputs.backend.traits, rows, self.network.parameter_count) > self.memory.gradient_parts:
+        if self._parts(rows) > self.memory.gradient_parts:
             before = self.memory.snapshot()
             self._use_memory(None, self.rates.schedule, rows)
             self.memory.restore(before)
@@ -337,7 +345,8 @@ class Session:
     @property
     def passes(self) -> tuple[Pass, ...]:
         """The passes that the program of each of its steps has."""
-        return (*self.ledger.passes(self.precision), *sums_over(self.sharding))
+        narrow = (Narrow(),) if self.plan == "narrow" else ()
+        return (*self.ledger.passes(self.precision), *sums_over(self.sharding), *narrow)
 
     @property
     def described(self) -> Features:
@@ -348,12 +357,13 @@ class Session:
     @property
     def uses(self) -> Features:
         """The features that it uses where it trains, for ``conflicts``."""
-        on_host, asked = self.backend == "numpy", self.plan_reason == ASKED
+        on_host, asked = self.backend == "numpy", was_asked(self.plan_reason)
         features = {
             "ranks": "distributed" if self.ranks.together else None,
             self.backend: True,
             "eager host": on_host and self.plan == "eager",
             "resident kernel": asked and not on_host and self.plan == "resident",
+            "narrow plan": asked and self.plan == "narrow",
         }
         return {**self.described, **in_use(**features)}
 

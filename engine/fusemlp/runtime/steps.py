@@ -103,7 +103,7 @@ def bind(
         return ShardedProgram(engine.ranks, *placed, plan=plan)
     if training.passes and plan == "resident" and not training.resident:
         # a step against attacks is many launches
-        plan = backend.traits.plans[-2]
+        plan = backend.traits.stepwise
     return BoundProgram(*placed, plan=plan)
 
 

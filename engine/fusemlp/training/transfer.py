@@ -13,7 +13,7 @@ from fusemlp.describe.network import MLP, NORM, layer_of, rolled
 from fusemlp.describe.optimizers import NO_OPTIONS, Optimizer, ParameterOptions
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.inputs.examples import are_batches
-from fusemlp.runtime.plans import ASKED
+from fusemlp.runtime.plans import was_asked
 from fusemlp.runtime.scaling import MEAN, SCALE
 from fusemlp.training.trainer import Trainer
 from fusemlp_kernels.errors import ArgumentError, ShapeError
@@ -192,7 +192,7 @@ def probing(
             encoding=None,
         ),
         optimizer=replace(engine.optimizer, per_parameter=later(dict(by_layers(engine.optimizer, net).per_parameter))),
-        plan=engine.plan if engine.plan_reason == ASKED else "auto",
+        plan=engine.plan if was_asked(engine.plan_reason) else "auto",
         # scaled by the layers before
         normalise=False,
     )

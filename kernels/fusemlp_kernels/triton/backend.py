@@ -43,6 +43,7 @@ from fusemlp_kernels.triton.layers import (
     bind_normalise,
     bind_perturb,
 )
+from fusemlp_kernels.triton.narrow_launch import bind_train_narrow
 
 _log = logging.getLogger("fusemlp.kernels")
 
@@ -62,7 +63,7 @@ BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
         *(bind_linear, bind_linear_loss_grad, bind_loss_grad, bind_grad_input, bind_clip_examples, bind_grad_weight),
         *(bind_grad_weight_update, bind_update, bind_advance, bind_perturb, bind_train_resident, bind_train_fleet),
         *(bind_affine_members, bind_grad_affine_members, bind_linear_members, bind_grad_input_members),
-        *(bind_grad_weight_members, bind_normalise, bind_grad_normalise, bind_add, bind_encode),
+        *(bind_grad_weight_members, bind_normalise, bind_grad_normalise, bind_add, bind_encode, bind_train_narrow),
     )
 }
 COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -116,8 +117,15 @@ class TritonBackend:
 
     def __init__(self, traits: Traits, device: str | None, precision: str) -> None:
         self._device = open_device(device, precision)
+        arch, narrow = self._device.arch, traits.narrow
+        tile = configs.narrow_tile(arch, precision)
+        if narrow is not None:
+            widths = () if tile is None else ((precision, tile.columns),)
+            rows = narrow.rows if tile is None else tile.rows
+            narrow = dataclasses.replace(narrow, widths=widths, rows=rows, programs=2 * arch.processors)
         # the interpreter is slow on every plan, and most of its users want eager steps
-        self.traits = dataclasses.replace(traits, plans=("resident", "eager")) if self._device.interpreted else traits
+        plans = ("resident", "narrow", "eager") if self._device.interpreted else traits.plans
+        self.traits = dataclasses.replace(traits, plans=plans, narrow=narrow)
         self.device = str(self._device.device)
         # where ``follow`` was called last
         self._stream: torch.cuda.Stream | None = None

@@ -280,6 +280,18 @@ def resident_constants(tile: ResidentTile, product: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def narrow_tile(arch: Architecture, precision: str) -> Tile | None:
+    """Return the rows of the batch and the units of a hidden layer that a program of ``train_narrow`` takes at a time;
+    None where it does not fit the registers."""
+    return NARROW.get(arch.family, {}).get(precision)
+
+
+def narrow_constants(tile: Tile, sizes: Sequence[int]) -> dict[str, int]:
+    """Return the sides of the tiles of ``narrow_kernel`` for a network of these widths, inputs first."""
+    inputs, outputs = (max(16, 1 << (width - 1).bit_length()) for width in (sizes[0], sizes[-1]))
+    return {"BM": tile.rows, "FIRST": inputs, "WIDTH": tile.columns, "OUTPUTS": outputs, "LAYERS": len(sizes) - 2}
+
+
 def general_tile(arch: Architecture) -> Tile:
     """Return the one tile of the general path, for matrices that are not aligned."""
     return Tile(*TABLES[arch.family]["general"][0])
@@ -302,10 +314,19 @@ ENTROPY = {"half": LossTile(8, 256, 0, 8, 1, programs=2), "fp32": LossTile(16, 1
 GENERAL_ENTROPY = LossTile(8, 128, 0, 8, 1, programs=2)
 SMALL = Tile(1, 1, 0, 1, 1)
 SWEEP = Tile(1, 1024, 0, 4, 1)
+# The parts of a gradient of many parts are added this many at a time.
+PARTS_SWEEP = Tile(32, 128, 0, 4, 1)
 # Noise is of float64, which takes two registers a number.
 NOISY_SWEEP = Tile(1, 256, 0, 4, 1)
 CLIP = Tile(4, 256, 0, 4, 1)
 MEMBERS = Tile(16, 128, 0, 8, 1)
+# Of ``train_narrow``, by family and precision. The least height of a wgmma is 64, so narrower layers fill it up.
+NARROW = {
+    "sm_80": {"bf16": Tile(16, 64, 0, 4, 1)},
+    "sm_86": {"bf16": Tile(16, 64, 0, 4, 1)},
+    "sm_90": {"bf16": Tile(32, 64, 0, 4, 1)},
+    "interpreter": dict.fromkeys(("fp32", "tf32", "fp16"), Tile(16, 64, 0, 4, 1)),
+}
 # The most stretches of a member's rows, or of a batch's, that are summed by themselves.
 MOST_SPLITS = 32
 # Whole rows of at most this many columns at a time, narrowest first: of ``normalise``, and of the sum of two matrices.

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fusemlp_kernels.checks import binds, members_of
-from fusemlp_kernels.contract import HYPER, RATE_COLUMNS, Noise, TensorRule
+from fusemlp_kernels.contract import HYPER, MOST_PARTS, RATE_COLUMNS, Noise, TensorRule
 from fusemlp_kernels.philox import seed_key
 from fusemlp_kernels.triton import clock, configs, gradients, privacy, update
 from fusemlp_kernels.triton.launch import LARGEST_INDEX, Run, Tensor, TritonDevice, in_sequence, is_aligned, signed
@@ -209,6 +209,8 @@ def bind_update(device: TritonDevice, call: SimpleNamespace) -> Run:
     params, grads, states, rule = call.params, call.grads, call.states, call.rule
     norm, shadow, noise, segments = call.norm, call.shadow, call.noise, call.segments
     tile = configs.SWEEP if noise is None else configs.NOISY_SWEEP
+    if call.parts > MOST_PARTS and noise is None:
+        tile = configs.PARTS_SWEEP
     before: list[Run] = []
     if norm is None and (rule.clip_norm is not None or call.scaled):
         norm = device.zeros(1, "float64")
@@ -233,7 +235,7 @@ def bind_update(device: TritonDevice, call: SimpleNamespace) -> Run:
     }  # fmt: skip
     constants = {
         "BLOCK": tile.columns, "RULE": rule.code, "TASKS": configs.table_length(len(tasks.rows)),
-        "NOISY": noise is not None,
+        "NOISY": noise is not None, "MANY": tile.rows,
     }  # fmt: skip
     return in_sequence([*before, device.launch(update.update_kernel, programs, arguments, constants, tile)])
 

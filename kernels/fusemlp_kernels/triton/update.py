@@ -47,11 +47,12 @@ def clip_factor(norm, limit):
 def update_kernel(
     parameters, grads, first, second, average, shadow, norm, table, tensors, hyper, rates, rule, counters, ticket,
     noise, rows, tasks, programs, parts, part, shadowed, key0, key1,
-    BLOCK: tl.constexpr, RULE: tl.constexpr, TASKS: tl.constexpr, NOISY: tl.constexpr,
+    BLOCK: tl.constexpr, RULE: tl.constexpr, TASKS: tl.constexpr, NOISY: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """Update each segment of the arenas by its rule, to the mean of the accumulated gradients, clipped.
 
-    The gradient is the sum of ``parts`` arenas, ``part`` elements apart, in order. Under loss scaling a norm that is
+    The gradient is the sum of ``parts`` arenas, ``part`` elements apart, in order; of ``MANY`` at a time, if there are
+    more. Under loss scaling a norm that is
     not finite skips the update: only the counters and the scale change. ``NOISY``: ``noise`` (2,) float64 has the
     deviation and the divisor, and the next batch is counted in ``rows``.
     """
@@ -77,8 +78,16 @@ def update_kernel(
         mask = at < tl.load(row + TASK_N)
         at += tl.load(row + P)
         g = tl.load(grads + at, mask=mask, other=0.0)
-        for index in range(1, parts):
-            g += tl.load(grads + index * part.to(tl.int64) + at, mask=mask, other=0.0)
+        if MANY == 1:
+            for index in range(1, parts):
+                g += tl.load(grads + index * part.to(tl.int64) + at, mask=mask, other=0.0)
+        else:
+            sums = tl.zeros((MANY, BLOCK), tl.float32)
+            for begin in range(0, parts, MANY):
+                index = begin + tl.arange(0, MANY)
+                there = grads + index[:, None] * part.to(tl.int64) + at[None, :]
+                sums += tl.load(there, mask=(index < parts)[:, None] & mask[None, :], other=0.0)
+            g = tl.sum(sums, axis=0)
         # a factor that is NaN must not get into the padding
         g = tl.where(g == 0.0, 0.0, g * factor.to(tl.float32))
         if NOISY:
