@@ -17,6 +17,7 @@ import tempfile
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).resolve().parents[1] / "engine/docs/gallery"
 STYLE = FOLDER / "gallery.mplstyle"
 # The order of the page.
-NAMES = ("photograph", "boundaries", "curves", "sweep", "quantiles", "dependence", "attack", "certified")
+NAMES = ("photograph", "distance", "boundaries", "curves", "sweep", "quantiles", "dependence", "attack", "certified")
 
 
 def parts(name: str) -> tuple[str, str, str]:
@@ -49,7 +50,8 @@ def draw(name: str, folder: Path) -> dict[str, Any]:
     from PIL.PngImagePlugin import PngInfo
 
     plt.switch_backend("agg")
-    with plt.style.context(STYLE), contextlib.chdir(folder):
+    # a program may take arguments
+    with plt.style.context(STYLE), contextlib.chdir(folder), mock.patch.object(sys, "argv", [name]):
         names = runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
         plt.close("all")
     picture, about = folder / f"{name}.png", PngInfo()

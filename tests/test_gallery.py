@@ -51,6 +51,13 @@ def dependence(names):
     assert bmi > 2 * age and pressure > 2 * age
 
 
+def distance(names):
+    assert names["error"] < 0.01
+    # the gradient of a distance has the length 1, but for the lines where another side is as near
+    lengths = np.linalg.norm(names["slopes"], axis=1)
+    assert 0.9 < np.median(lengths) < 1.1
+
+
 def photograph(names):
     blots, waves, truth = (panel.images[0].get_array() for panel in names["panels"])
     assert np.mean((waves - truth) ** 2) < 0.5 * np.mean((blots - truth) ** 2)

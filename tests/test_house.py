@@ -6,7 +6,7 @@ from house import PRODUCT, ROOT, calls_of, circles, feature_tests, imports_of, l
 # The most lines of each room, in the format of ruff. A change that needs more raises its row in the same commit, and
 # says what it buys; one that needs fewer lowers it.
 BUDGETS = {
-    "engine/docs/gallery": 280,
+    "engine/docs/gallery": 330,
     "engine/examples": 370,
     "engine/fusemlp": 860,
     "engine/fusemlp/callbacks": 1_310,
