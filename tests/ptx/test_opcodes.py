@@ -27,6 +27,8 @@ INF, NAN = np.inf, np.nan
         ("setp.neu.f32", ([NAN, 1.0, 1.0], [1.0, 1.0, 2.0]), [True, False, True]),
         ("setp.leu.f64", ([NAN, 2.0], [1.0, 1.0]), [True, False]),
         ("cvt.rzi.s32.f64", ([-1.9, 3e9, NAN, -INF],), [-1, 2**31 - 1, 0, -(2**31)]),
+        ("cvt.rmi.f32.f32", ([-1.5, 2.75, -INF],), [-2.0, 2.0, -INF]),
+        ("cvt.rmi.ftz.f32.f32", ([-1.5, -(2.0**-140)],), [-2.0, 0.0]),
         ("cvt.s64.s32", ([-1],), [-1]),
         ("cvt.u64.u32", ([0xFFFFFFFF],), [0xFFFFFFFF]),
         # halves of the last bit: to even, and for TF32 away from zero

@@ -163,6 +163,8 @@ def conversion(name):
         raise NotImplementedError(name)
     if rounding == "rzi":
         return source, lambda a: _to_integer(a, target)
+    if rounding in ("rmi", "rmi.ftz"):
+        return source, lambda a: np.floor(flushed(a) if rounding == "rmi.ftz" else a)
     if rounding in ("", "rn"):
         return source, lambda a: a.astype(target)
     raise NotImplementedError(name)
