@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 from sklearn.base import clone
-from sklearn.exceptions import ConvergenceWarning
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.metrics import r2_score
 from sklearn.model_selection import GridSearchCV
 
@@ -239,6 +239,17 @@ def test_quantiles_and_deviations():
     np.testing.assert_allclose(normal.predict(scipy.sparse.csr_matrix(X), return_std=True), (mean, std))
     with pytest.raises(ArgumentError, match="return_std: it needs the loss gaussian, this engine has 'quantiles'"):
         bands.predict(X, return_std=True)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_scores_are_of_the_loss_of_the_fit():
+    y = VALUES[:, 0]
+    with pytest.raises(NotFittedError, match="not fitted yet"):
+        MLPRegressor().score(X, y)
+    for loss, other in ((Quantiles([0.2, 0.6]), "squared_error"), ("squared_error", Quantiles([0.2, 0.6]))):
+        estimator = MLPRegressor(loss, max_iter=2, **SMALL).fit(X, y)
+        before = estimator.score(X, y)
+        assert estimator.set_params(loss=other).score(X, y) == before
 
 
 def test_an_error_of_the_function_leaves_the_estimator():

@@ -94,5 +94,8 @@ class MLPRegressor(RegressorMixin, BaseMLP, _Loss):
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Return R squared on X (n, K) and y, with Quantiles that of the middle one."""
-        predicted, _ = self._objective(self.n_outputs_).loss.judged(self.predict(X))
-        return float(r2_score(y, predicted, sample_weight=sample_weight))
+        predicted = self.predict(X)
+        # that of the fit: a parameter may have been set since
+        with self._own_model() as model:
+            judged, _ = model.engine.loss.judged(predicted)
+        return float(r2_score(y, judged, sample_weight=sample_weight))
