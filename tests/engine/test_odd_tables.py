@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import decimal
 import gzip
 import importlib
 import io
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import feather, parquet
 
+from fusemlp.cli.options import TextOptions
 from fusemlp.datasets import rows as rows_module
 from fusemlp.datasets import textfiles
 from fusemlp.datasets.load import ColumnChoices, Dataset, load_data, load_features, load_labelled
@@ -418,6 +420,31 @@ def test_words_of_the_callers_stand_for_missing_cells(ending, tmp_path):
     table = read_table(path, targets=["y"], form=form)
     expected = {"a": [1, None], "n": [None, 2], "w": ["x", ""], "k": ["u", ""], "y": ["p", "q"]}
     assert {name: plain(column) for name, column in table.items()} == expected
+
+
+def test_words_for_missing_cells_are_numbers_in_any_form_and_of_any_column(tmp_path):
+    form = Form(missing=["-999", "n.v."])
+    path = write(tmp_path / "a.csv", b"a;b\n-999,00;n.v.\n1,5;2\n-9990;3\n")
+    table = read_table(path, form=form)
+    assert {name: plain(column) for name, column in table.items()} == {"a": [None, 1.5, -9990], "b": [None, 2, 3]}
+    prices = pyarrow.table({"a": [decimal.Decimal("-999.00"), decimal.Decimal("2.50")], "nested": [[1], [2]]})
+    parquet.write_table(prices, tmp_path / "a.parquet")
+    assert plain(read_table(tmp_path / "a.parquet", form=form, drop=["nested"])["a"]) == [None, 2.5]
+    with pytest.raises(DataError, match="column 'nested': expected numbers or words, found Arrow's type list"):
+        read_table(tmp_path / "a.parquet", form=form)
+    for words in ("unknown", [-999]):
+        with pytest.raises(ArgumentTypeError, match="missing: expected a list of words such as"):
+            Form(missing=words)
+    with pytest.raises(
+        DataError, match=r"numbers in the training data; correct or delete it, or .* --missing 'n\.v\.'"
+    ):
+        read_table(path, kinds={"a": "number", "b": "number"})
+
+
+def test_words_for_missing_cells_add_to_those_of_the_run():
+    options = TextOptions(missing=["n.v."])
+    assert options.form({"missing": ["-999"], "sep": ";"}) == Form(sep=";", missing=["-999", "n.v."])
+    assert TextOptions().form({"missing": ["-999"]}).missing == ["-999"] and TextOptions().form().missing is None
 
 
 def test_excel(tmp_path, monkeypatch):

@@ -61,9 +61,11 @@ class TextOptions:
 
     def form(self, run: Mapping[str, Any] | None = None) -> Form:
         """Return the form of a file; what is not given is that of the training, whose options are ``run``."""
-        names = "sep", "decimal", "encoding", "missing"
+        names = "sep", "decimal", "encoding"
         before = run or {}
         marks = {name: getattr(self, name) or before.get(name) for name in names}
+        # words of new rows stand beside those that the training left out
+        marks["missing"] = [*(before.get("missing") or ()), *(self.missing or ())] or None
         # None: recognised
         return Form(**marks, sheet=self.sheet, header=None if self.header and before.get("header", True) else False)
 

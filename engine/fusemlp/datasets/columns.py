@@ -376,8 +376,7 @@ def _not_numeric(text: str, decimal: str, fixed: bool | None) -> str:
     """Return the mistake; ``fixed`` is whether the kind of the column was given, None for the target."""
     if number(text, decimal) is not None:
         return f"{text!r} is not a finite number; correct it or delete the row"
-    if fixed:
-        return f"{text!r} is not a number, but the column held numbers in the training data; correct or delete it"
     mends = ["correct or delete it", f"take it as a missing cell with --missing {text.strip()!r}"]
     mends += ["take the column as words with --categorical"] if fixed is False else []
-    return f"{text!r} is not a number, but other values of the column are; {', '.join(mends[:-1])}, or {mends[-1]}"
+    others = "the column held numbers in the training data" if fixed else "other values of the column are"
+    return f"{text!r} is not a number, but {others}; {', '.join(mends[:-1])}, or {mends[-1]}"

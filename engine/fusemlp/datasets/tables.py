@@ -279,7 +279,7 @@ def read_table(
         positions = [names.index(column.name) for column in columns]
         for batch in _pieces(opened.batches(positions, lambda: next(ragged))):
             for column, values in zip(columns, batch.columns, strict=True):
-                column.add(_without(values, form.missing) if form and form.missing else values)
+                column.add(_without(values, form.missing, opened.decimal) if form and form.missing else values)
         held = [column for column in columns if isinstance(column, Target)]
         table: dict[str, Array] = {}
         for column in columns:
@@ -309,7 +309,7 @@ def read_table(
     return table
 
 
-def _without(column: Any, words: Sequence[str]) -> Any:
+def _without(column: Any, words: Sequence[str], decimal: str) -> Any:
     """Return a column of Arrow without the cells that are one of ``words`` or its number; text becomes empty."""
     from pyarrow import compute, types
 
@@ -317,8 +317,15 @@ def _without(column: Any, words: Sequence[str]) -> Any:
         column = column.dictionary_decode()
     numbers = [value for value in map(number, words) if value is not None]
     words = [*words, *map(str, numbers), *(f"{value:.17g}" for value in numbers)]
-    texts = column.cast("string")
-    gone = compute.is_in(compute.utf8_trim_whitespace(texts), value_set=arrow().array(words))
+    try:
+        texts = column.cast("string")
+    except (arrow().ArrowInvalid, arrow().ArrowNotImplementedError):
+        # of a type that is refused, by its name
+        return column
+    trimmed = compute.utf8_trim_whitespace(texts)
+    # -999.00 is -999
+    whole = compute.replace_substring_regex(trimmed, rf"^([+-]?\d+)[{decimal}]0+$", r"\1")
+    gone = compute.or_(*(compute.is_in(cells, value_set=arrow().array(words)) for cells in (trimmed, whole)))
     return compute.if_else(gone, "", texts) if types.is_string(column.type) else compute.if_else(gone, None, column)
 
 

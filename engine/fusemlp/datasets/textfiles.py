@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp.describe.checks import arrow
-from fusemlp_kernels.errors import ArgumentError, DataError
+from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError
 
 # From the least likely to stand in text.
 SEPARATORS = {"\t": "tab", "|": "'|'", ";": "';'", ",": "','"}
@@ -101,6 +101,9 @@ class Form:
             raise ArgumentError(f"decimal: expected . or , got {self.decimal!r}")
         if self.decimal is not None and self.decimal == self.sep == ".":
             raise ArgumentError("decimal: separator and decimal mark are both '.'; give another --sep")
+        words = self.missing
+        if words is not None and (isinstance(words, str) or not all(isinstance(word, str) for word in words)):
+            raise ArgumentTypeError(f"missing: expected a list of words such as ['unknown', '-999'], got {words!r}")
         if self.encoding is not None:
             try:
                 # Not every codec encodes text.
