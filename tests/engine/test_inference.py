@@ -190,6 +190,17 @@ def test_evaluations_of_many_lengths_keep_few_programs():
     assert engine.evaluate(X[:60], LABELS[:60]) == first
 
 
+def test_evaluations_of_large_lengths_keep_few_rows(monkeypatch):
+    monkeypatch.setattr(forward_module, "LARGEST", 1 << 9)
+    engine = make()
+    most = engine.inference.forward.rows_for(10**9)
+    assert 8 < most < len(X)
+    for n in range(most // 2, most):
+        engine.evaluate(X[:n], LABELS[:n])
+    kept = [rows for _, rows, *_ in engine.inference.forward._bound]
+    assert sum(kept) <= forward_module.MOST_BATCHES * most < sum(range(most // 2, most))
+
+
 TARGETS = {
     "cross_entropy": LABELS,
     "binary_cross_entropy": RNG.integers(0, 2, (100, OUTPUTS)),

@@ -20,8 +20,8 @@ from fusemlp_kernels.contract import CORRECT, COUNTERS, LOSS_SUM, NORM_SUM, ROW_
 # The largest batch of a forward pass, in elements of its widest activation: 16 MiB in float32.
 LARGEST = 1 << 22
 SMALLEST_ROWS = 16
-# The most programs to keep, as evaluations of many lengths have one each.
-MOST_PROGRAMS = 32
+# The most programs to keep, and their rows as largest batches: evaluations of many lengths have a program each.
+MOST_PROGRAMS, MOST_BATCHES = 32, 8
 # A unit is empty whose weights are so small beside those of the layer's largest unit, by the sums of their sizes.
 EMPTIED = 0.05
 
@@ -83,9 +83,10 @@ class ForwardPass:
         bound = self._bound.get(key)
         if bound is None:
             bound = self.bind(net or self.net, rows, spec, class_weight, **options)
-            if len(self._bound) == MOST_PROGRAMS:
-                del self._bound[next(iter(self._bound))]
-            self._bound[key] = bound
+            kept, most = self._bound, MOST_BATCHES * self._most_rows
+            while kept and (len(kept) == MOST_PROGRAMS or sum(size for _, size, *_ in kept) + rows > most):
+                del kept[next(iter(kept))]
+            kept[key] = bound
         return bound
 
     def bind(
