@@ -242,6 +242,26 @@ def test_quantiles_and_deviations():
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("name", ["classes", "two classes"])
+def test_an_engine_from_a_classifiers_file_predicts_classes(name, tmp_path):
+    kind, loss, y = REPEATED[name]
+    codes = np.unique(y, return_inverse=True)[1]
+    values = codes if name == "classes" else codes[:, None].astype(float)
+    files = [tmp_path / "own.safetensors", tmp_path / "built-in.safetensors"]
+    for chosen, path in zip((loss, "log_loss"), files, strict=True):
+        kind(loss=chosen, max_iter=3, **SMALL).fit(X, y).save(path)
+    own, built_in = map(fusemlp.load, files)
+    for output in (None, 0, 1):
+        np.testing.assert_allclose(own.input_gradient(X, output=output), built_in.input_gradient(X, output=output))
+    assert np.array_equal(own.predict(X), built_in.predict(X))
+    # the function may come with the file, or later
+    for engine in (fusemlp.load(files[0], loss=loss), own):
+        engine.fit(X, values, epochs=1, loss=loss)
+        assert engine.predict(X).dtype == np.int64 and set(engine.predict(X)) <= set(codes)
+        assert engine.predict_proba(X).shape == (ROWS, codes.max() + 1)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_scores_are_of_the_loss_of_the_fit():
     y = VALUES[:, 0]
     with pytest.raises(NotFittedError, match="not fitted yet"):

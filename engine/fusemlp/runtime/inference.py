@@ -223,7 +223,7 @@ class Inference:
         """
         outputs, single = self.network.sizes[-1], self._has_one_logit
         if output is None:
-            if single or self.loss.kind == "cross_entropy":
+            if single or self.loss.answers.kind == "cross_entropy":
                 return np.asarray(self.predict(X))
             output = self.loss.point(outputs)
             if output is None:
@@ -248,7 +248,7 @@ class Inference:
 
     @property
     def _has_one_logit(self) -> bool:
-        return self.loss.kind == "binary_cross_entropy" and self.network.sizes[-1] == 1
+        return self.loss.answers.kind == "binary_cross_entropy" and self.network.sizes[-1] == 1
 
     def outputs_of(self, X: Any, layers: int) -> Array:
         """Return the outputs (n, N) of the first ``layers`` layers for checked rows X (n, K)."""

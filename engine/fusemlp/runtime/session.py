@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,7 +13,7 @@ from fusemlp._version import __version__
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag, knows_names
 from fusemlp.describe.conflicts import Features, check_together, in_use
 from fusemlp.describe.description import Machine, stored
-from fusemlp.describe.losses import Loss, LossLike, as_loss, loss_from_config
+from fusemlp.describe.losses import Loss, LossLike, OwnLoss, as_loss, loss_from_config
 from fusemlp.describe.network import MLP, as_network
 from fusemlp.describe.optimizers import Optimizer, as_optimizer, optimizer_from_config
 from fusemlp.describe.privacy import DPSGD, as_privacy
@@ -212,7 +213,13 @@ class Session:
         """
         before = self.loss
         # the same function at each step
-        if loss is getattr(before, "function", before) or (chosen := as_loss(loss)) == before:
+        if loss is getattr(before, "function", before):
+            return
+        chosen = as_loss(loss)
+        if isinstance(chosen, OwnLoss) and isinstance(before, OwnLoss) and before.like is not None:
+            # of the function that a file names, predictions stay classes
+            chosen = replace(chosen, like=before.like)
+        if chosen == before:
             return
         chosen.check_network(self.network)
         self.loss = chosen
