@@ -241,6 +241,9 @@ def test_rows_may_be_mappings():
     few = [{"age": "new", "more": 1, "size": 70}, {"size": None, "age": "old"}, {"age": "new", "size": "80"}]
     wanted = model.predict(pandas.DataFrame({"size": [70, None, 80], "age": ["new", "old", "new"]}))
     np.testing.assert_array_equal(model.predict(few), wanted)
+    for row, key in (({0: 1.0}, "the key 0"), ({"size": 70, None: ["new"]}, "the key None"), ({}, "rows without keys")):
+        with pytest.raises(ArgumentTypeError, match=f"^X: expected rows whose keys are names of columns, got {key}"):
+            model.predict([row])
     for wrong in (rows[0], X.iloc[0], "table.csv"):
         with pytest.raises(
             ArgumentTypeError, match=r"^X: expected a data frame, .* got \w+; give a single row as \[\{"

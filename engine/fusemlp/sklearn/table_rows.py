@@ -31,6 +31,10 @@ def as_table(estimator: Any, X: Any, *, reset: bool = False) -> Frame:
         )
     if isinstance(X, list | tuple) and X and all(isinstance(row, Mapping) for row in X):
         entries = list(dict.fromkeys(name for row in X for name in row))
+        others = [name for name in entries if not isinstance(name, str)]
+        if others or not entries:
+            kind = f"the key {others[0]!r}" if others else "rows without keys"
+            raise ArgumentTypeError(f"X: expected rows whose keys are names of columns, got {kind}")
         X = _arrow_table(np.array([[row.get(name) for name in entries] for row in X], object), entries)
     if hasattr(X, "__arrow_c_stream__") or hasattr(X, "to_arrow"):
         # Later columns are taken by name, in any order.
