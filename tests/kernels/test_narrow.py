@@ -49,7 +49,7 @@ CASES = {
 
 @interpreted
 @pytest.mark.parametrize("case", CASES)
-def test_every_step_is_the_oracles(case):
+def test_every_interpreted_step_is_the_oracles(case):
     """Full batches, some rows of a tile, one row; with weights of rows and without."""
     net, loss, y = CASES[case]
     x = X if net.sizes[0] == WIDTH else rng.standard_normal((ROWS, net.sizes[0])).astype(np.float32)
@@ -96,7 +96,7 @@ def test_nan_in_a_row_goes_where_the_calls_bring_it():
 
 
 @interpreted
-def test_many_parts_are_added_in_their_order():
+def test_many_interpreted_parts_are_added_in_order():
     """More than the kernel adds at a time, and not a multiple of it."""
     device, size, parts = backend.open_device(None, "fp32"), 264, 75
     kernels = fusemlp.runtime.backends.open_here("triton", None, "fp32", ())
