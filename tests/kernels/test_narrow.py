@@ -149,6 +149,35 @@ def test_a_network_that_does_not_fit_is_refused_with_its_reason(net, options, sa
 
 
 @interpreted
+def test_scaled_gradients_are_refused():
+    with pytest.raises(fusemlp.BackendUnavailableError, match="is for fp32, tf32, not for fp16"):
+        engine_of(precision="fp16")
+
+
+@interpreted
+def test_a_checkpoint_goes_on_in_as_many_parts(tmp_path):
+    engine = engine_of()
+    engine.fit(X, classes, epochs=1)
+    engine.save_checkpoint(tmp_path / "narrow.npz")
+    resumed = fusemlp.load_checkpoint(tmp_path / "narrow.npz", backend="triton")
+    assert resumed.program.calls[0].operands["parts"] == engine.program.calls[0].operands["parts"] > 1
+    for each in (engine, resumed):
+        each.fit(X, classes, epochs=1)
+    assert resumed.plan == "narrow"
+    np.testing.assert_array_equal(resumed.memory.snapshot()["params"], engine.memory.snapshot()["params"])
+    other = fusemlp.load(tmp_path / "narrow.npz", backend="triton", precision="fp16")
+    assert other.plan != "narrow"
+    other.fit(X, classes, epochs=1)
+
+
+@interpreted
+def test_the_layers_that_a_probe_trains_need_not_fit():
+    engine = engine_of()
+    engine.probe(X, classes, epochs=1)
+    assert engine.plan == "narrow"
+
+
+@interpreted
 def test_training_against_attacks_is_refused():
     with pytest.raises(fusemlp.ArgumentError, match="trains on batches as they are"):
         engine_of(MLP([WIDTH, 8, CLASSES])).fit(X, classes, epochs=1, adversarial=fusemlp.FGSM(0.1))

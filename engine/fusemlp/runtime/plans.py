@@ -37,6 +37,15 @@ def was_asked(reason: str) -> bool:
     return reason.startswith(ASKED)
 
 
+def has_plan(traits: Traits, plan: str, net: MLP, precision: str) -> bool:
+    """Return True if a backend can go on with a plan of another engine for such a network."""
+    return plan in traits.plans and (plan != "narrow" or _narrow_refusal(traits, net, precision) is None)
+
+
+def _narrow_refusal(traits: Traits, net: MLP, precision: str) -> str | None:
+    return narrow_refusal(traits, net.sizes, net.activations[:-1], precision)
+
+
 def choose_plan(
     plan: str,
     traits: Traits,
@@ -56,7 +65,7 @@ def choose_plan(
     if plan not in ("auto", *PLANS):
         raise unknown_name("plan", plan, ["auto", *PLANS])
     if plan == "narrow" and plan in traits.plans:
-        reason = narrow_refusal(traits, net.sizes, net.activations[:-1], precision)
+        reason = _narrow_refusal(traits, net, precision)
         if reason is not None:
             raise BackendUnavailableError(f"plan: {reason}; use plan='auto'")
         return plan, UNPROVEN

@@ -24,6 +24,7 @@ from fusemlp.describe.description import Machine, stored
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime import files
 from fusemlp.runtime.files import CHECKPOINT, DIGEST, MODEL, reading_file, target_file, to_bytes, write_atomically
+from fusemlp.runtime.plans import has_plan
 from fusemlp.runtime.scaling import MEAN, SCALE
 from fusemlp.runtime.session import Session
 from fusemlp.training.history import FitState
@@ -108,9 +109,11 @@ def restore_engine(
 
 
 def _restore_training(engine: Trainer, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
-    if config["backend"] == engine.backend and config["plan"] in engine.memory.backend.traits.plans:
-        # The bits of later steps depend on the plan.
-        engine.plan, engine.plan_reason = config["plan"], "the plan of the checkpoint"
+    plan, traits = config["plan"], engine.memory.backend.traits
+    if config["backend"] == engine.backend and has_plan(traits, plan, engine.network, engine.precision):
+        # The bits of later steps depend on the plan, and on its parts of the gradients.
+        engine.plan, engine.plan_reason = plan, "the plan of the checkpoint"
+        engine.make_room_for(engine.batch_size)
     for kind, arena in _kinds(engine).items():
         engine.memory.write(of_kind(kind, tensors), arena)
     engine.scaling.take_tensors(of_kind("input", tensors))

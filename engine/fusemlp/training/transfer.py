@@ -13,7 +13,7 @@ from fusemlp.describe.network import MLP, NORM, layer_of, rolled
 from fusemlp.describe.optimizers import NO_OPTIONS, Optimizer, ParameterOptions
 from fusemlp.inputs.arrays import Array, to_array
 from fusemlp.inputs.examples import are_batches
-from fusemlp.runtime.plans import was_asked
+from fusemlp.runtime.plans import has_plan, was_asked
 from fusemlp.runtime.scaling import MEAN, SCALE
 from fusemlp.training.trainer import Trainer
 from fusemlp_kernels.errors import ArgumentError, ShapeError
@@ -182,17 +182,20 @@ def probing(
     def later(named: Mapping[str, Any]) -> dict[str, Any]:
         return shifted({name: value for name, value in named.items() if layer_of(name) >= kept}, -kept)
 
+    head = net.but(
+        sizes=rolled(net.sizes[kept:], net.blocks_of(kept, net.layers)),
+        activation=net.activations[kept:-1],
+        dropout=net.dropouts[kept:-1],
+        norm=net.norms[kept:-1] or None,
+        encoding=None,
+    )
+    traits = engine.memory.backend.traits
+    keeps_plan = was_asked(engine.plan_reason) and has_plan(traits, engine.plan, head, engine.precision)
     tail = engine.like(
         type(engine),
-        net=net.but(
-            sizes=rolled(net.sizes[kept:], net.blocks_of(kept, net.layers)),
-            activation=net.activations[kept:-1],
-            dropout=net.dropouts[kept:-1],
-            norm=net.norms[kept:-1] or None,
-            encoding=None,
-        ),
+        net=head,
         optimizer=replace(engine.optimizer, per_parameter=later(dict(by_layers(engine.optimizer, net).per_parameter))),
-        plan=engine.plan if was_asked(engine.plan_reason) else "auto",
+        plan=engine.plan if keeps_plan else "auto",
         # scaled by the layers before
         normalise=False,
     )

@@ -120,7 +120,7 @@ class TritonBackend:
         arch, narrow = self._device.arch, traits.narrow
         tile = configs.narrow_tile(arch, precision)
         if narrow is not None:
-            widths = () if tile is None else ((precision, tile.columns),)
+            widths = tuple((name, each.columns) for name, each in configs.NARROW.get(arch.family, {}).items())
             rows = narrow.rows if tile is None else tile.rows
             narrow = dataclasses.replace(narrow, widths=widths, rows=rows, programs=2 * arch.processors)
         # the interpreter is slow on every plan, and most of its users want eager steps

@@ -325,7 +325,8 @@ NARROW = {
     "sm_80": {"bf16": Tile(16, 64, 0, 4, 1)},
     "sm_86": {"bf16": Tile(16, 64, 0, 4, 1)},
     "sm_90": {"bf16": Tile(32, 64, 0, 4, 1)},
-    "interpreter": dict.fromkeys(("fp32", "tf32", "fp16"), Tile(16, 64, 0, 4, 1)),
+    # no fp16, whose gradients carry the loss scale
+    "interpreter": dict.fromkeys(("fp32", "tf32"), Tile(16, 64, 0, 4, 1)),
 }
 # The most stretches of a member's rows, or of a batch's, that are summed by themselves.
 MOST_SPLITS = 32
