@@ -1,5 +1,8 @@
 """The narrow plan under Triton's interpreter: a step is two launches, and each is the oracle's within its bounds."""
 
+import gc
+import itertools
+import weakref
 from unittest import mock
 
 import numpy as np
@@ -14,7 +17,7 @@ import fusemlp
 from fusemlp import MLP, SGD, Adam, CrossEntropy, Engine, ParameterOptions
 from fusemlp.runtime.plans import choose_plan, planned
 from fusemlp_kernels import contract
-from fusemlp_kernels.contract import LAST_LOSS, Segment, TensorRule, UpdateRule
+from fusemlp_kernels.contract import LAST_LOSS, LossSpec, Segment, TensorRule, UpdateRule
 from fusemlp_kernels.registry import TRAITS, interprets_triton
 from fusemlp_kernels.triton import backend, configs
 
@@ -122,6 +125,43 @@ def test_many_interpreted_parts_are_added_in_order():
     trained = np.r_[:200, 208:258]
     limit = growth(parts) * U32 * np.abs(grads.astype(np.float64)).sum(0) + U32
     assert_within(-params.numpy()[trained], grads.astype(np.float64).sum(0)[trained], limit[trained])
+
+
+def narrow_call(kernels, *sizes):
+    """The operands of ``train_narrow`` for 6 rows and layers of these widths, inputs first."""
+
+    def matrix(rows, columns):
+        return kernels.view(kernels.allocate(rows * 8, "real"), 0, (rows, columns), 8)
+
+    layers = [
+        {"w": matrix(n, k), "b": kernels.allocate(n, "real"), "dw": matrix(n, k), "db": kernels.allocate(n, "real")}
+        | {"activation": "identity"}
+        for k, n in itertools.pairwise(sizes)
+    ]
+    counters, stats = kernels.allocate(contract.COUNTERS, "int64"), kernels.allocate(contract.STATS, "float64")
+    batch = {"x": matrix(6, sizes[0]), "target": matrix(6, sizes[-1]), "counters": counters, "stats": stats}
+    return {**batch, "layers": layers, "loss": LossSpec("mse"), "rule": UpdateRule("sgd"), "parts": 1, "part": 0}
+
+
+@interpreted
+def test_a_bound_call_keeps_its_gradients_alive():
+    """The kernel has only the distances between them."""
+    kernels = fusemlp.runtime.backends.open_here("triton", None, "fp32", ())
+    operands = narrow_call(kernels, 4, 5, 3)
+    held = [weakref.ref(layer[name]) for layer in operands["layers"] for name in ("dw", "db")]
+    run = kernels.bind("train_narrow", **operands)
+    del operands
+    gc.collect()
+    assert all(reference() is not None for reference in held)
+    run()
+
+
+@interpreted
+@pytest.mark.parametrize("sizes", [(4,), (4, 3), (4, 5, 5, 5, 3)])
+def test_a_call_without_one_or_two_hidden_layers_is_refused(sizes):
+    kernels = fusemlp.runtime.backends.open_here("triton", None, "fp32", ())
+    with pytest.raises(fusemlp.ArgumentError, match="expected 1 to 2 hidden layers"):
+        kernels.bind("train_narrow", **narrow_call(kernels, *sizes))
 
 
 REFUSED = {

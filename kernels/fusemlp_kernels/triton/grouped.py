@@ -128,10 +128,10 @@ def _bind_gradients(
         "UPDATES": updates, "RULE": call.rule.code if updates else 0, "TASKS": configs.table_length(count),
     }  # fmt: skip
     launch = device.launch(gradients.grad_weight_kernel, programs, arguments, constants, tile)
-    return _keeping(call, launch, programs), programs
+    return keeping(call, launch, programs), programs
 
 
-def _keeping(call: SimpleNamespace, launch: Run, programs: int) -> Run:
+def keeping(call: SimpleNamespace, launch: Run, programs: int) -> Run:
     """Return a launch that keeps its operands' memory alive: the kernel has only the distances between them."""
 
     def run(_kept: Any = call) -> None:
@@ -200,7 +200,7 @@ def bind_clip_examples(device: TritonDevice, call: SimpleNamespace) -> Run:
     constants = {"BM": tile.rows, "BK": tile.columns}
     programs = -(-call.M // tile.rows)
     launch = device.launch(privacy.clip_examples_kernel, programs, arguments, constants, tile)
-    return _keeping(call, launch, programs)
+    return keeping(call, launch, programs)
 
 
 @binds("update")

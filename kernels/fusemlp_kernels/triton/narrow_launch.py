@@ -9,6 +9,7 @@ from fusemlp_kernels.checks import binds
 from fusemlp_kernels.contract import ACTIVATIONS, HYPER, LOSSES, STATS
 from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
 from fusemlp_kernels.triton import configs, narrow
+from fusemlp_kernels.triton.grouped import keeping
 from fusemlp_kernels.triton.launch import Run, Tensor, TritonDevice, is_aligned
 from fusemlp_kernels.triton.layers import loss_settings, target_arguments
 
@@ -16,6 +17,12 @@ from fusemlp_kernels.triton.layers import loss_settings, target_arguments
 def _check(call: SimpleNamespace, widest: int) -> None:
     """Raise ArgumentError for layers or arrays that the kernel does not take."""
     layers = call.layers
+    hidden = {(layer.activation, layer.slope) for layer in layers[:-1]}
+    if not 2 <= len(layers) <= narrow.MOST_LAYERS.value + 1 or len(hidden) != 1:
+        raise ArgumentError(
+            f"train_narrow: layers: expected 1 to {narrow.MOST_LAYERS.value} hidden layers of one activation, and an "
+            f"output layer; got {', '.join(layer.activation for layer in layers) or 'none'}. Run the calls one by one"
+        )
     if max(call.K, *(layer.N for layer in layers)) > widest:
         raise ArgumentError(
             f"train_narrow: layers: expected at most {widest} inputs and units; run the calls one by one"
@@ -26,12 +33,6 @@ def _check(call: SimpleNamespace, widest: int) -> None:
                 f"train_narrow: layers[{index + 1}]: w: expected {below.N} columns, as layer {index} has outputs, got "
                 f"{above.K}"
             )
-    hidden = {(layer.activation, layer.slope) for layer in layers[:-1]}
-    if not 2 <= len(layers) <= narrow.MOST_LAYERS.value + 1 or len(hidden) != 1:
-        raise ArgumentError(
-            f"train_narrow: layers: expected 1 to {narrow.MOST_LAYERS.value} hidden layers of one activation, and an "
-            f"output layer; got {', '.join(layer.activation for layer in layers)}. Run the calls one by one"
-        )
     if (call.K, call.target.shape[1] if call.target.ndim == 2 else layers[-1].N) != (layers[0].K, layers[-1].N):
         raise ArgumentError(
             f"train_narrow: x, target: expected {layers[0].K} inputs and {layers[-1].N} outputs, got {call.K} and "
@@ -107,4 +108,4 @@ def bind_train_narrow(device: TritonDevice, call: SimpleNamespace) -> Run:
         "WEIGHTED": call.weight is not None, "CLASSES": call.class_weight is not None, "ACCURACY": loss.accuracy,
         "PRODUCT": device.product,
     }  # fmt: skip
-    return device.launch(narrow.narrow_kernel, call.parts, arguments, constants, tile)
+    return keeping(call, device.launch(narrow.narrow_kernel, call.parts, arguments, constants, tile), call.parts)
