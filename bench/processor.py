@@ -72,7 +72,7 @@ def _loop() -> Any:
     import numba
     from llvmlite import ir
 
-    from fusemlp_kernels.numpy.compiled import products
+    from fusemlp_kernels.numpy.compiled import products, vectors
     from fusemlp_kernels.numpy.compiled.compiler import REGISTER_BYTES, intrinsic
 
     sums = products.TILE_ROWS * products.TILE_VECTORS
@@ -81,14 +81,14 @@ def _loop() -> Any:
     @intrinsic
     def run(typingctx: Any, steps: Any) -> Any:
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            to = products._Code(context, builder, numba.float32)
+            to = vectors.VectorCode(context, builder, numba.float32)
             half = to.everywhere(ir.Constant(to.element, 0.5))
             starts = [to.everywhere(ir.Constant(to.element, float(i))) for i in range(sums)]
 
             def step(_: Any, values: list[Any]) -> list[Any]:
                 return [to.sum_of_product(value, half, half) for value in values]
 
-            ends = products._looped(builder, arguments[0], 1, starts, step)
+            ends = vectors.looped(builder, arguments[0], 1, starts, step)
             total = ends[0]
             for value in ends[1:]:
                 total = builder.fadd(total, value)

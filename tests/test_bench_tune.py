@@ -120,7 +120,7 @@ def test_the_entries_that_the_benchmarks_networks_use_come_first(tmp_path, monke
     # the gradients of a long batch are cut into parts: 64 x 64 does not get the least tile
     monkeypatch.setattr(tune, "CASES", {"narrow": Case((32, 64, 64, 64, 64, 16), 1 << 18, steps=1)})
     ((place, _),) = [item for item in tune.uses(arch).items() if item[0][1] == "weight"]
-    assert tables["weight"]["fp32"][place[3]][:2] == [32, 64]
+    assert tables["weight"]["fp32"][place[3]][:2] == [64, 64]
 
 
 def test_a_rehearsal_measures_and_leaves_the_table_alone(tmp_path):

@@ -49,6 +49,10 @@ def launches(target, precision):
         engine = Engine(MLP([6, 9, 4], encoding=Frequency(3)), backend="triton", precision=precision, plan="eager")
         engine.fit(rng.standard_normal((40, 6)), labels, epochs=1)
         engine.input_gradient(rng.standard_normal((40, 6)), labels)
+        arch = configs.Architecture(configs.family_of(target), 132)
+        if configs.narrow_tile(arch, precision) is not None:
+            engine = Engine(MLP([32, 64, 16]), batch_size=20, backend="triton", precision=precision, plan="narrow")
+            engine.fit(rng.standard_normal((40, 32)), np.arange(40) % 16, epochs=1)
         if precision in kernel_variants.RESIDENT_PRECISIONS:
             for net in (MLP([6, 9, 4], dropout=0.2), MLP([6, 100, 90])):
                 options = {"backend": "triton", "precision": precision, "plan": "resident"}

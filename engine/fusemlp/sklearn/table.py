@@ -136,10 +136,9 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         """Fit to a table X and its targets y: labels (n,), or values (n,) or (n, targets).
 
         X: a data frame of pandas or polars, an Arrow table, rows as mappings, or an array (n, columns); cells may be
-        missing. Later
-        tables may have their columns in any order, and others among them. Rows without a target are left out, with a
-        line in ``notes_``. sample_weight (n,): a row of weight 0 counts as left out. X_val, y_val: rows for early
-        stopping in place of held-out ones.
+        missing. Later tables may have their columns in any order, and others among them. Rows without a target are left
+        out, with a line in ``notes_``. sample_weight (n,): a row of weight 0 counts as left out. X_val, y_val: rows for
+        early stopping in place of held-out ones.
 
         Raises ArgumentError, ArgumentTypeError, DataError (all mistakes of the table in one message) before anything
         has changed, DivergenceError when the loss is no longer finite.

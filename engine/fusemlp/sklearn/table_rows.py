@@ -15,7 +15,7 @@ from fusemlp.datasets.load import load_data, load_features
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.tables import Frame, as_frame
 from fusemlp.describe.checks import arrow
-from fusemlp.inputs.arrays import Array
+from fusemlp.inputs.arrays import Array, is_sparse
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, ShapeError
 
 # Missing values of Python, NumPy and pandas, as text.
@@ -24,7 +24,8 @@ _GONE = frozenset({"None", "nan", "<NA>", "NaT"})
 
 def as_table(estimator: Any, X: Any, *, reset: bool = False) -> Frame:
     """Return X as a table with names; rows may be mappings; scikit-learn's errors for other things."""
-    if isinstance(X, Mapping | str) or hasattr(X, "to_frame"):
+    # some sparse matrices are mappings
+    if (isinstance(X, Mapping | str) and not is_sparse(X)) or hasattr(X, "to_frame"):
         raise ArgumentTypeError(
             f"X: expected a data frame, an array (n, columns) or rows as mappings, got {type(X).__name__}; give a "
             "single row as [{'column': value}], and read a file first: pandas.read_csv(path)"

@@ -168,7 +168,7 @@ def elements(
 
 NARROW_NUMBERS = [
     "M", "x_row", "label_step", "target_row", "weight_step",
-    "ignored_low", "ignored_high", "programs",
+    "part", "ignored_low", "ignored_high", "programs",
 ]  # fmt: skip
 
 
