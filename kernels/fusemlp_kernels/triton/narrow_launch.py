@@ -57,12 +57,12 @@ def _table(call: SimpleNamespace, base: Tensor) -> list[list[int]]:
     def place(gradient: Tensor | None) -> int:
         if gradient is None:
             return -1
-        found = (gradient.data_ptr() - base.data_ptr()) // gradient.element_size()
-        if gradient.ndim == 2 and found % 8:
+        element = (gradient.data_ptr() - base.data_ptr()) // gradient.element_size()
+        if gradient.ndim == 2 and element % 8:
             raise ArgumentError(
-                f"train_narrow: layers: dw: expected a multiple of 8 elements from the first one on, got {found}"
+                f"train_narrow: layers: dw: expected a multiple of 8 elements from the first one on, got {element}"
             )
-        return found
+        return element
 
     fields = ({"inputs": one.K, "units": one.N, "dw": place(one.dw), "db": place(one.db)} for one in call.layers)
     return [[row.get(name, 0) for name in narrow.LAYER_FIELDS] for row in fields]
@@ -85,13 +85,13 @@ def bind_train_narrow(device: TritonDevice, call: SimpleNamespace) -> Run:
     base = min(gradients, key=lambda gradient: gradient.data_ptr(), default=spare)
     # of the layers that there are not, those of the first
     filled = [*layers[:-1], *[hidden] * (narrow.MOST_LAYERS.value + 1 - len(layers)), output]
-    given = target_arguments(device, call)
+    targets = target_arguments(device, call)
     arguments = {
         "x": call.x, "x_row": call.x.stride(0), "M": call.M,
         **{f"{name}{index}": getattr(one, name) for index, one in enumerate(filled) for name in "wb"},
         "grads": device.far_base(base), "part": call.part, "layers": device.numbers(_table(call, base), "int64"),
         "rows": device.zeros(1, "int64") if call.rows is None else call.rows,
-        **{name: value for name, value in given.items() if name != "target_col"},
+        **{name: value for name, value in targets.items() if name != "target_col"},
         "stats": device.zeros(STATS, "float64") if call.stats is None else call.stats, "dslope": spare,
         "settings": device.numbers(loss_settings(loss, call), "real"), "hyper": device.zeros(HYPER, "float64"),
         "counters": call.counters, "partials": device.zeros(5 * call.parts, "float64"),

@@ -219,12 +219,12 @@ class _Cache(FunctionCache):
         # numba's own refreshes the context first: imports of 0.3 s, which machine code from the disk does without
         rtsys.initialize(target_context)
         with self._guard_against_spurious_io_errors():
-            found = self._load_overload(sig, target_context)
-        if found is None:
+            overload = self._load_overload(sig, target_context)
+        if overload is None:
             target_context.refresh()
             _log.info("compiling %s, once for this processor", self._py_func.__name__)
             self._absent()
-        return found
+        return overload
 
 
 def _named(function: Any, variant: str) -> Any:
