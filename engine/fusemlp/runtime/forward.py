@@ -283,11 +283,11 @@ class MeanEvaluation:
         self._z = backend.view(backend.allocate(rows * pitch, "compute"), 0, (rows, outputs), pitch)
         self._stats, counters = backend.allocate(STATS, "float64"), backend.allocate(COUNTERS, "int64")
         counters[ROW_COUNT] = rows
-        given = on_device(backend, forward.net, {name: array for name, array in data.arrays.items() if name != "x"})
+        operands = on_device(backend, forward.net, {name: array for name, array in data.arrays.items() if name != "x"})
         if class_weight is not None:
-            given["class_weight"] = class_weight
+            operands["class_weight"] = class_weight
         self._run = backend.bind(
-            "loss_grad", z=self._z, dz=None, counters=counters, stats=self._stats, loss=spec, **given
+            "loss_grad", z=self._z, dz=None, counters=counters, stats=self._stats, loss=spec, **operands
         )
 
     def of(self, memory: Memory) -> dict[str, float]:

@@ -30,10 +30,10 @@ class Narrow:
         gradients, update = program.calls[-2:]
         layers = []
         for layer, call in enumerate(forward):
-            kept = {name: call.operands[name] for name in _OF_LAYER if name in call.operands}
+            shared = {name: call.operands[name] for name in _OF_LAYER if name in call.operands}
             shorts = {f"d{kind}": f"{kind}{layer}" for kind in "wb"}
             trained = {name: Ref(f"d{short}") if short in program.trainable else None for name, short in shorts.items()}
-            layers.append({**kept, **trained})
+            layers.append({**shared, **trained})
         last = forward[-1].operands
         parts = min(step.most_parts, limits.parts(step.batch_size))
         cut = {"parts": parts, "part": step.layout.size}
