@@ -23,7 +23,7 @@ from fusemlp import ArgumentError, DataError, Huber
 from fusemlp.cli.options import TrainOptions
 from fusemlp.datasets.load import ColumnChoices, load_data
 from fusemlp.sklearn import TableClassifier, TableRegressor
-from fusemlp.tables.descriptions import filled_in, models_of
+from fusemlp.tables.defaults import filled_in, models_of
 from fusemlp.tables.recipe import TableRecipe
 
 # The checks that fail, with the reason.

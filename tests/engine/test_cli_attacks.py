@@ -101,8 +101,11 @@ def test_numbers_are_attacked_too(tmp_path, capsys):
         ("--adversarial pgd", "--attack-eps: say how far an input may move"),
         ("--attack-eps 1", "--attack-eps: it is of an attack; give --adversarial too"),
         ("--adversarial worst --attack-eps 1", "--adversarial: unknown name 'worst'"),
-        ("--adversarial fgsm --attack-eps 1 --attack-steps 2", "--attack-steps: fgsm is one step"),
-        ("--adversarial ibp --attack-eps 1 --attack-steps 2", "--attack-steps: ibp takes no steps"),
+        (
+            "--adversarial fgsm --attack-eps 1 --attack-steps 2",
+            "--attack-steps: only pgd has it, and the attack is fgsm",
+        ),
+        ("--adversarial ibp --attack-eps 1 --attack-steps 2", "--attack-steps: only pgd has it, and the attack is ibp"),
         ("--adversarial trades --attack-eps 1", "--adversarial: trades is gone; train against pgd"),
         ("--adversarial pgd --attack-eps 0", "--attack-eps: expected a finite number above 0"),
         ("--adversarial pgd --attack-eps 1 --models 3", "--models: adversarial training makes one"),

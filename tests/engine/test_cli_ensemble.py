@@ -19,7 +19,7 @@ from fusemlp.report.metrics import verdict, worse_than
 from fusemlp.report.plots import curves_figure
 from fusemlp.report.runs import Run, joint, read_history
 from fusemlp.sklearn import TableRegressor
-from fusemlp.tables import training, trials
+from fusemlp.tables import defaults, training
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, DivergenceError
 from make import read, refusal, rows, run
@@ -397,12 +397,12 @@ def test_trials_hold_out_whole_groups_and_the_last_rows():
     frame = pandas.DataFrame({"group": groups.astype(str), "when": np.arange(300), "x": values, "y": values})
     rows = np.random.default_rng(1).permutation(300)[:200]
     grouped = load_data(frame, target="y", columns=ColumnChoices(group="group"))
-    for kept, held in trials._parts(grouped, rows, 0):
+    for kept, held in defaults._parts(grouped, rows, 0):
         assert not set(grouped.groups[rows[kept]]) & set(grouped.groups[rows[held]]) and len(kept) + len(held) == 200
     timed = load_data(frame, target="y", columns=ColumnChoices(time="when"))
-    for kept, held in trials._parts(timed, rows, 0):
+    for kept, held in defaults._parts(timed, rows, 0):
         assert timed.times[rows[kept]].max() < timed.times[rows[held]].min()
-    assert trials._parts(replace(grouped, groups=np.zeros(300)), rows, 0) == []
+    assert defaults._parts(replace(grouped, groups=np.zeros(300)), rows, 0) == []
 
 
 def test_a_rate_that_diverges_in_the_trial_ends_as_a_training_that_diverges(tmp_path, capsys):

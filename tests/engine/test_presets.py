@@ -1,5 +1,7 @@
 """``--preset`` and the estimators' ``preset``: the choice, the options that it leaves alone, and whole trainings."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas
 import pytest
@@ -8,9 +10,9 @@ from fusemlp import MLP, ArgumentError, load_checkpoint
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.session import prepared_data
 from fusemlp.datasets.preprocessing import split
-from fusemlp.describe import presets
 from fusemlp.sklearn import TableClassifier, TableRegressor
-from fusemlp.tables.descriptions import with_preset
+from fusemlp.tables import recipe as presets
+from fusemlp.tables.defaults import with_preset
 from make import assert_same, frame, read, rows, run
 
 QUICK = ("--scale", "robust", "--epochs", "4", "--quiet", "--backend", "numpy")
@@ -66,23 +68,28 @@ def test_a_run_goes_on_with_its_recipe(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "against", "classify", "name", "note"),
+    ("rows", "given", "classify", "note"),
     [
-        (presets.LEAST_ROWS, {}, True, "tabm", "preset tabm: 16 members share the weights of one network, chosen for"),
-        (presets.LEAST_ROWS - 1, {}, True, "plain", "preset plain: tabm is for 12,000 to 100,000 rows, and these are"),
-        (presets.MOST_ROWS + 1, {}, True, "plain", "preset plain: tabm is for 12,000 to 100,000 rows, and these are"),
-        (presets.LEAST_ROWS, {}, False, "plain", "preset plain: tabm is for classes, and the target holds numbers"),
-        (50_000, {"models": "x"}, True, "plain", "preset plain: tabm does not take what was given for models"),
+        (presets.LEAST_ROWS, {}, True, "preset tabm: 16 members share the weights of one network, chosen for"),
+        (presets.LEAST_ROWS - 1, {}, True, "preset plain: tabm is for 12,000 to 100,000 rows, and these are"),
+        (presets.MOST_ROWS + 1, {}, True, "preset plain: tabm is for 12,000 to 100,000 rows, and these are"),
+        (presets.LEAST_ROWS, {}, False, "preset plain: tabm is for classes, and the target holds numbers"),
+        (50_000, {"models": 2}, True, "preset plain: tabm does not take what was given for models"),
     ],
 )
-def test_auto_chooses_by_the_rows_and_says_why(rows, against, classify, name, note):
-    found, told = presets.chosen("auto", rows, against, classify=classify)
-    assert found == name and told.startswith(note)
-    assert presets.chosen("plain", rows, against, classify=classify) == ("plain", "")
-    assert presets.chosen(None, rows, against, classify=classify, own=True) == ("plain", "")
+def test_auto_chooses_by_the_rows_and_says_why(rows, given, classify, note):
+    asked = TrainOptions(preset="auto", **given)
+    changed, members, (told,) = with_preset(asked, rows, classify=classify)
+    assert told.startswith(note) and (changed.preset, members) == (
+        ("tabm", 16) if "tabm:" in note[:12] else ("auto", 1)
+    )
+    plain = replace(asked, preset="plain")
+    assert with_preset(plain, rows, classify=classify) == (plain, 1, [])
     # other tables are told nothing
-    unasked = presets.chosen(None, rows, against, classify=classify)
-    assert unasked == ((found, told) if found == "tabm" else ("plain", ""))
+    unasked = replace(asked, preset=None)
+    assert with_preset(unasked, rows, classify=classify) == (
+        (changed, members, [told]) if members > 1 else (unasked, 1, [])
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,8 +135,8 @@ def test_auto_leaves_a_small_table_to_the_plain_recipe(tmp_path):
 
 
 def test_batches_grow_with_the_rows():
-    nothing = dict.fromkeys(presets.TABM, False)
-    sizes = [presets.changes(nothing, rows)["batch_size"] for rows in (10, 1023, 1024, 2047, 4095, 4096, 10**6)]
+    asked, numbers = TrainOptions(preset="tabm"), (10, 1023, 1024, 2047, 4095, 4096, 10**6)
+    sizes = [with_preset(asked, rows, classify=True)[0].batch_size for rows in numbers]
     assert sizes == [32, 32, 64, 64, 128, 256, 256]
 
 

@@ -8,7 +8,7 @@ import pytest
 import fusemlp
 from fusemlp import SGD, Adam, AdamW, ArgumentError
 from fusemlp.cli.options import FindOptions, TrainOptions
-from fusemlp.tables import descriptions
+from fusemlp.tables import defaults, descriptions
 
 PLAIN = TrainOptions(data="digits")
 
@@ -75,13 +75,13 @@ BATCHES = [
 
 @pytest.mark.parametrize(("options", "rows", "expected"), BATCHES)
 def test_a_table_of_many_rows_takes_more_of_them_a_step(options, rows, expected):
-    assert descriptions.with_batch(replace(PLAIN, **options), rows).batch_size == expected
+    assert defaults.with_batch(replace(PLAIN, **options), rows).batch_size == expected
 
 
 def test_plain_networks_of_a_backend_with_kernels_for_codes_read_them():
-    assert descriptions.reads_codes(replace(PLAIN, backend="numpy"))
-    assert not descriptions.reads_codes(replace(PLAIN, backend="triton"))
-    assert not descriptions.reads_codes(replace(PLAIN, backend="numpy", adversarial="pgd"))
+    assert defaults.reads_codes(replace(PLAIN, backend="numpy"))
+    assert not defaults.reads_codes(replace(PLAIN, backend="triton"))
+    assert not defaults.reads_codes(replace(PLAIN, backend="numpy", adversarial="pgd"))
 
 
 # 100 rows in batches of 30: four updates an epoch; ten epochs.

@@ -13,7 +13,7 @@ from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import mean_history, sound
 from fusemlp.fleet.results import Kept, Member
 from fusemlp.sklearn import TableClassifier
-from fusemlp.tables import trials
+from fusemlp.tables import defaults
 from fusemlp.training import validation
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError
@@ -119,9 +119,9 @@ def test_train_ends_in_time_and_says_so(models, tmp_path, capsys):
 
 
 def test_too_short_a_limit_trains_fewer_models(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(trials, "LEAST_EPOCHS", 10**9)
-    monkeypatch.setattr(trials, "cpu_threads", lambda: 1)
-    monkeypatch.setattr(trials, "SHARE", 1e-9)
+    monkeypatch.setattr(defaults, "LEAST_EPOCHS", 10**9)
+    monkeypatch.setattr(defaults, "cpu_threads", lambda: 1)
+    monkeypatch.setattr(defaults, "SHARE", 1e-9)
     data = write(tmp_path / "data.csv")
     words = ("train", data, "--target", "kind", "--epochs", "3", "--hidden", "8", "--models", "5")
     assert run(*words, "--time-limit", "60", "--out", tmp_path / "run") == 0

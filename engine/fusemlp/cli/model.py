@@ -34,7 +34,7 @@ from fusemlp.report.runs import Run, open_run, read_json, read_training_rows, we
 from fusemlp.report.uncertainty import HeldOut, intervals, sets, spread
 from fusemlp.report.written import SUFFIXES, TYPED, table_bytes
 from fusemlp.runtime.files import write_atomically
-from fusemlp.tables import attacks
+from fusemlp.tables import descriptions
 from fusemlp.tables.preparation import Prepared, labelled_hashes
 from fusemlp.tables.recipe import ATTACKS
 from fusemlp.training.checkpoint import model_bytes
@@ -187,7 +187,7 @@ def evaluate(options: EvaluateOptions) -> None:
         X = network_inputs(preprocessor, features, engine.precision, codes=codes)
     if options.attack is not None:
         engine.network.check_single("attack", "an attack")
-    how = attacks.chosen(options, preprocessor, X, features, option="attack", kinds=ATTACKS)
+    how = descriptions.attack(options, preprocessor, X, features, option="attack", kinds=ATTACKS)
     report, _ = metrics.score(engine, preprocessor, X, labels, weight)
     if isinstance(how, Attack):
         report["robust"] = robust_score(engine, preprocessor, X, labels, how, weight)

@@ -30,8 +30,8 @@ from fusemlp.report.metrics import scalars
 from fusemlp.report.plots import picture
 from fusemlp.report.runs import Run, read_json, write_json
 from fusemlp.runtime.files import write_atomically
+from fusemlp.tables.defaults import most_epochs
 from fusemlp.tables.recipe import one_of
-from fusemlp.tables.trials import most_epochs
 from fusemlp_kernels.errors import ArgumentError, DataError, FusemlpError
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from fusemlp.engine import Engine
 from fusemlp.report import runs
 from fusemlp.report.runs import Run, choose_folder
 from fusemlp.runtime.ranks import TIMEOUT, job, leading, restarts, started
-from fusemlp.tables import descriptions, training, transfer
+from fusemlp.tables import defaults, descriptions, training, transfer
 from fusemlp.tables.preparation import Prepared, check_rows, prepare
 from fusemlp.tables.recipe import ModelRecipe, given_options, name_of
 from fusemlp_kernels.errors import ArgumentError
@@ -179,7 +179,7 @@ def new_session(options: TrainOptions) -> Session:
 def filled_in(options: Any) -> Any:
     """Return the options of ``train`` or ``sweep`` with the defaults that depend on the kind of the data."""
     validates = options.validation_fraction != 0 or options.validation is not None
-    return descriptions.filled_in(options, table=is_a_table(options), validates=validates)
+    return defaults.filled_in(options, table=is_a_table(options), validates=validates)
 
 
 def is_a_table(options: DataOptions) -> bool:

@@ -39,8 +39,7 @@ from fusemlp.runtime.files import CHECKPOINT, reading_file
 from fusemlp.sklearn.model import read_estimator, save_estimator
 from fusemlp.sklearn.table_rows import as_table, read, with_target, with_validation
 from fusemlp.tables import transfer
-from fusemlp.tables.descriptions import DEFAULT_WIDTH, EPOCHS, PATIENCE
-from fusemlp.tables.recipe import TableRecipe, name_of
+from fusemlp.tables.recipe import DEFAULT_WIDTH, PATIENCE, TABLE_EPOCHS, TableRecipe, name_of
 from fusemlp.tables.scores import scores_of
 from fusemlp.tables.training import Listeners, Trained, train_table
 from fusemlp.training.history import History
@@ -87,7 +86,7 @@ class TableParameters(TableRecipe):
     keep: Any = ()
     categorical: Any = ()
     test_fraction: float = 0.0
-    epochs: int = EPOCHS
+    epochs: int = TABLE_EPOCHS
     early_stopping: int | None = PATIENCE
     # random_state takes its place
     seed: ClassVar[int] = 0  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Turn a recipe into descriptions of network, loss, optimizer, schedule and privacy, checked against the data."""
+"""Turn a recipe into descriptions of network, loss, optimizer, schedule, privacy and attack, checked against data."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
-from fusemlp.datasets.dataset import Dataset
-from fusemlp.describe import presets
+import numpy as np
+
+from fusemlp.datasets.preprocessing import Preprocessor
+from fusemlp.describe.adversarial import IBP, Attack
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.losses import LOSSES, Loss, as_loss
@@ -15,21 +17,22 @@ from fusemlp.describe.network import MLP, SLOPES, Activation, as_activation
 from fusemlp.describe.optimizers import OPTIMIZERS, Optimizer
 from fusemlp.describe.privacy import DPSGD, steps_of_an_epoch
 from fusemlp.describe.schedules import SCHEDULES, Schedule
-from fusemlp.fleet.merge import default_models
 from fusemlp.inputs.arrays import Array, balanced
-from fusemlp.runtime.backends import TRAITS, first_available
-from fusemlp.runtime.ranks import started
-from fusemlp.tables import recipe as recipes
-from fusemlp.tables.recipe import FitRecipe, ModelRecipe, StepRecipe, TableRecipe, given_options, one_of
+from fusemlp.report.evidence import image_shape
+from fusemlp.tables.recipe import (
+    DEFAULT_WIDTH,
+    HARDENINGS,
+    FitRecipe,
+    ModelRecipe,
+    StepRecipe,
+    TableRecipe,
+    given_options,
+    one_of,
+)
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 Described = TypeVar("Described")
-Fit = TypeVar("Fit", bound=FitRecipe)
-Recipe = TypeVar("Recipe", bound=TableRecipe)
 
-DEFAULT_WIDTH = 128
-# Epochs at most of a table and of other data, and those without a better validation loss after which training stops.
-EPOCHS, DEFAULT_EPOCHS, PATIENCE = 200, 60, 20
 # The fields of each kind of description, with the names that they and their errors have there.
 _FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
     "loss": {"label_smoothing": ("label_smoothing",), "delta": ("delta",), "quantile": ("q",)},
@@ -44,27 +47,8 @@ _FIELDS: dict[str, dict[str, tuple[str, ...]]] = {
         "lr_patience": ("patience",),
     },
     "privacy": {"dp_epsilon": ("epsilon",), "dp_delta": ("delta",), "dp_clip": ("clip",)},
+    "attack": {"attack_eps": ("eps",), "attack_steps": ("steps",), "attack_norm": ("norm",)},
 }
-# Fields of other trainings than those of the preset tabm.
-_OTHERS = {
-    "transfer_from": "that run has its own network",
-    "dp_epsilon": "private training takes plain networks",
-    "adversarial": "adversarial training takes plain networks",
-}
-
-
-def filled_in(recipe: Fit, *, table: bool, validates: bool) -> Fit:
-    """Return the recipe with early stopping, and the epochs, where they are not given."""
-    certifies = getattr(recipe, "adversarial", None) == "ibp"
-    epochs, patience = recipe.epochs, recipe.early_stopping
-    if epochs is None:
-        epochs = EPOCHS if table and not (certifies or is_private(recipe)) else DEFAULT_EPOCHS
-    if patience is None and validates and not certifies:
-        patience = PATIENCE
-    as_count("epochs", epochs)
-    if patience is not None and as_count("early_stopping", patience, minimum=0) and not validates:
-        raise ArgumentError("early_stopping: it watches the validation loss, and --validation-fraction is 0")
-    return replace(recipe, epochs=epochs, early_stopping=patience)
 
 
 def is_private(recipe: ModelRecipe) -> bool:
@@ -75,75 +59,6 @@ def is_private(recipe: ModelRecipe) -> bool:
 def trains_plainly(recipe: ModelRecipe) -> bool:
     """Return whether small trainings may decide for the recipe: not with privacy, and not against attacks."""
     return not is_private(recipe) and getattr(recipe, "adversarial", None) is None
-
-
-def reads_codes(recipe: ModelRecipe) -> bool:
-    """Return whether the first layer of the recipe's network can read codes: see ``Columns``."""
-    traits = TRAITS.get(first_available() if recipe.backend == "auto" else recipe.backend)
-    # attacks move inputs, and noise and clipped rows read them
-    return trains_plainly(recipe) and traits is not None and "codes" not in traits.lacks
-
-
-def models_of(recipe: TableRecipe, dataset: Dataset, gaps: str, notes: list[str], *, new: bool) -> int:
-    """Return the number of models that the recipe trains on a data set; a ``new`` training takes the default.
-
-    A note tells of a default that ``gaps`` in the targets of its rows lower.
-    """
-    if recipe.models is not None:
-        return as_count("models", recipe.models)
-    plain = trains_plainly(recipe) and not as_loss(recipe.loss or "mse").on_host
-    merges = new and dataset.roles and plain
-    models = default_models(len(dataset.y), plain_network(recipe)) if merges else 1
-    if models == 1 or not gaps:
-        return models
-    notes.append(f"1 model instead of {models}, because targets are missing")
-    return 1
-
-
-def with_class_decay(recipe: Recipe, dataset: Dataset) -> Recipe:
-    """Return the recipe with the weight decay of Adam for a table's classes where none is given."""
-    takes = dataset.task == "classification" and recipe.optimizer == "adam" and dataset.roles
-    return replace(recipe, weight_decay=recipes.CLASS_DECAY) if takes and recipe.weight_decay is None else recipe
-
-
-def with_batch(recipe: Recipe, rows: int) -> Recipe:
-    """Return the recipe with the rows of a step; ``rows``: see ``with_preset``."""
-    if recipe.batch_size is not None:
-        return recipe
-    large = rows >= recipes.MANY_ROWS and recipe.optimizer in ("adam", "adamw") and trains_plainly(recipe)
-    return replace(recipe, batch_size=recipes.LARGE_BATCH if large else recipes.BATCH)
-
-
-def with_preset(recipe: Recipe, rows: int, *, classify: bool) -> tuple[Recipe, int, list[str]]:
-    """Return the recipe with the fields of its preset, the number of members, and a note on the choice.
-
-    ``rows`` are those of a table beside the test rows, 0 for other data; ``classify``: the target holds classes.
-    """
-    changed = given_options(recipe)
-    asked = {name: name in changed for name in presets.TABM}
-    against = presets.obstacles(recipe, plain_network(recipe))
-    for name, reason in _OTHERS.items():
-        if getattr(recipe, name) is not None:
-            against[name] = f"{reason}; leave it out"
-    if recipe.output_activation != "identity":
-        against["output_activation"] = "members have linear outputs; leave it out"
-    traits = TRAITS.get(recipe.backend)
-    if traits is not None and "members" in traits.lacks:
-        against["backend"] = f"{recipe.backend} has no kernels for members; use triton or numpy"
-    if started():
-        against["preset"] = "several processes of torchrun train a plain network; leave it out"
-    # a resumed run has its preset in its options; the members' training is the longer one
-    options = recipe.models, getattr(recipe, "resume", None), recipe.time_limit
-    designed = any(asked.values()) or options != (None, None, None)
-    name, note = presets.chosen(recipe.preset, rows, against, classify=classify, own=designed)
-    if name == "plain":
-        return recipe, 1, [note] if note else []
-    changes = presets.changes(asked, rows)
-    if "hidden" in changes:
-        changes["hidden"] = [",".join(map(str, changes["hidden"]))]
-    words = ", ".join(f"{name} {value[0] if name == 'hidden' else value}" for name, value in changes.items())
-    note += f"; in place of defaults it has {words}" if words else ""
-    return replace(recipe, preset=name, models=1, **changes), presets.MEMBERS, [note]
 
 
 def _chosen(recipe: ModelRecipe, what: str, kind: str, known: Mapping[str, type]) -> dict[str, Any]:
@@ -214,11 +129,6 @@ def dropout_rates(recipe: StepRecipe) -> Any:
         return recipe.dropout
     rates = _numbers("dropout", recipe.dropout)
     return rates if len(rates) > 1 else rates[0]
-
-
-def plain_network(recipe: ModelRecipe) -> MLP:
-    """Return the recipe's network, without members, of one input and output."""
-    return network((1, *hidden_widths(recipe.hidden), 1), recipe)
 
 
 def network(sizes: Sequence[int], recipe: StepRecipe, *, init: str = "auto", members: int = 1) -> MLP:
@@ -400,3 +310,59 @@ def privacy(recipe: TableRecipe, *, rows: int, epochs: int, validates: bool) -> 
     chosen = {name: value for name in names if (value := getattr(recipe, f"dp_{name}")) is not None}
     size = min(recipe.batch_size, rows)
     return _made("privacy", DPSGD.for_epsilon, rows=rows, batch_size=size, epochs=epochs, **chosen)
+
+
+def attack(
+    options: Any,
+    preprocessor: Preprocessor,
+    X: Array,
+    cells: Array,
+    *,
+    option: str = "adversarial",
+    kinds: Mapping[str, type[Any]] = HARDENINGS,
+) -> Attack | IBP | None:
+    """Return the attack of the options on rows X, as the network takes them, or None; ArgumentError for what cannot be.
+
+    ``cells`` are the rows scored under it, as in the data. Pixels that are not scaled stay within the ends of X.
+    """
+    kind: Any = getattr(options, option)
+    if kind is None or isinstance(kind, Attack | IBP):
+        mend = f"give --{option} too, such as --{option} pgd" if kind is None else "the object given has it"
+        for name in _FIELDS["attack"]:
+            if getattr(options, name) is not None:
+                raise ArgumentError(f"{name}: it is of an attack; {mend}")
+        if kind is not None:
+            _check_columns(option, preprocessor, cells)
+        return kind
+    # trainings of earlier releases
+    if kind in ("free", "trades"):
+        raise ArgumentError(f"{option}: {kind} is gone; train against pgd, which takes its place")
+    check_choice(option, kind, kinds)
+    if options.attack_eps is None:
+        raise ArgumentError("attack_eps: say how far an input may move, in units after --scale: --attack-eps 0.1")
+    chosen = _chosen(options, "attack", kind, kinds)
+    _check_columns(option, preprocessor, cells)
+    within = image_shape(preprocessor) is not None and preprocessor.scale == "none"
+    bounds = (float(X.min()), float(X.max())) if within and X.min() < X.max() else None
+    made: Attack | IBP = _made("attack", kinds[kind], **chosen, bounds=bounds)
+    return made
+
+
+def _check_columns(option: str, preprocessor: Preprocessor, cells: Array) -> None:
+    """Refuse words, dates, missing cells and pieces: their inputs do not move by themselves."""
+    names, sources = preprocessor.feature_names, preprocessor.sources
+    gaps: Any = preprocessor.missing_inputs if any(preprocessor.missing_inputs) else np.isnan(cells).any(axis=0)
+    unfit: dict[str, Iterable[bool]] = {
+        "words": [words is not None for words in preprocessor.categories],
+        "dates": [name != source for name, source in zip(names, sources, strict=True)],
+        "missing cells": gaps,
+        "pieces of numbers (--scale piecewise)": [preprocessor.pieces(at) > 1 for at in range(len(names))],
+    }
+    for what, columns in unfit.items():
+        named = list(dict.fromkeys(repr(name) for name, holds in zip(sources, columns, strict=False) if holds))
+        if named:
+            raise ArgumentError(
+                f"{option}: a small change of an input means nothing for {what}, which are inputs of "
+                f"{one_of(named[:3], 'and')}{' and others' if len(named) > 3 else ''}; take complete "
+                "columns of numbers alone, with --drop in train, and --scale standard, minmax or none"
+            )

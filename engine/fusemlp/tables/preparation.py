@@ -30,7 +30,7 @@ from fusemlp.fleet.merge import check_mergeable
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.columns import codes_of, coding_of
 from fusemlp.report.runs import read_training_rows
-from fusemlp.tables import descriptions, transfer, trials
+from fusemlp.tables import defaults, descriptions, transfer
 from fusemlp.tables.recipe import BATCH, TableRecipe
 from fusemlp.training.transfer import by_layers
 from fusemlp_kernels.errors import ArgumentError, DataError
@@ -247,14 +247,14 @@ def prepare(
     plain, members, notes = recipe, 1, list[str]()
     rows_of_table = len(training) if dataset.roles else 0
     if like is None:
-        recipe, members, notes = descriptions.with_preset(recipe, rows_of_table, classify=classify)
-        plain, recipe = (descriptions.with_class_decay(part, dataset) for part in (plain, recipe))
-    plain, recipe = (descriptions.with_batch(part, rows_of_table) for part in (plain, recipe))
-    reads = descriptions.reads_codes(recipe)
+        recipe, members, notes = defaults.with_preset(recipe, rows_of_table, classify=classify)
+        plain, recipe = (defaults.with_class_decay(part, dataset) for part in (plain, recipe))
+    plain, recipe = (defaults.with_batch(part, rows_of_table) for part in (plain, recipe))
+    reads = defaults.reads_codes(recipe)
     most_words = None if reads else MOST_WORDS
     fitted = np.arange(len(dataset.y)) if recipe.final_fit else training
     gaps = dataset.gaps if dataset.has_gaps(fitted) else ""
-    models = descriptions.models_of(recipe, dataset, gaps, notes, new=like is None)
+    models = defaults.models_of(recipe, dataset, gaps, notes, new=like is None)
     if source is not None and models > 1 and recipe.models is None:
         models = transfer.parts_of(source.engine) or models
     parts: tuple[Fold, ...] = ()
@@ -288,7 +288,7 @@ def prepare(
         # small trainings would read the private rows, and may choose inputs that no attack can move
         if like is None and dataset.roles and descriptions.trains_plainly(recipe):
             decides = "mae" if learns.on_host else name
-            scale, log_target, tried = trials.decide(
+            scale, log_target, tried = defaults.decide(
                 plain, dataset, training, decides, seed=seed, most_words=most_words
             )
             notes += tried

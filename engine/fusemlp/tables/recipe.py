@@ -21,7 +21,6 @@ from fusemlp.describe.losses import LOSSES, Huber, Quantile
 from fusemlp.describe.metrics import METRICS
 from fusemlp.describe.network import INITS, SLOPES
 from fusemlp.describe.optimizers import OPTIMIZERS, SGD, Adam, AdamW
-from fusemlp.describe.presets import LEAST_ROWS, LEAST_STEPS, MEMBERS, MOST_ROWS, PRESETS, TABM
 from fusemlp.describe.privacy import DPSGD
 from fusemlp.describe.schedules import SCHEDULES, ReduceOnPlateau, StepDecay
 from fusemlp_kernels.contract import ACTIVATIONS
@@ -107,6 +106,10 @@ def run_folders(incomplete: str) -> list[str]:
     return [path.as_posix() for path in folders if path.as_posix().startswith(incomplete)]
 
 
+# The width of the hidden layer.
+DEFAULT_WIDTH = 128
+# Epochs at most of a table and of other data, and those without a better validation loss after which training stops.
+TABLE_EPOCHS, DEFAULT_EPOCHS, PATIENCE = 200, 60, 20
 # Rows a step, and those of Adam in a table of many rows beside the test rows.
 BATCH, MANY_ROWS, LARGE_BATCH = 32, 60_000, 256
 # Adam's weight decay where a table's classes are learned and none is given; numbers do without.
@@ -128,9 +131,22 @@ ATTACK_EPS = f"The most by which an input may move: {EPS_UNITS}."
 ATTACK_STEPS = f"For pgd: its steps ({PGD.steps}), each 2.5 * eps / steps long."
 ATTACK_NORM = "inf moves each input by up to eps (default), 2 each row by up to eps in the Euclidean norm."
 _SLOPES = one_of((f"{name} ({slope} unless given)" for name, slope in SLOPES.items()), "and")
-# The recipe tabm, as it is written without --preset.
-_WORDS = {name: ",".join(map(str, value)) if name == "hidden" else value for name, value in TABM.items()}
-_TABM = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in _WORDS.items())
+PRESETS = ("auto", "plain", "tabm")
+# The members of the recipe "tabm", and what it has in place of defaults (Gorishniy et al., "TabM", 2025).
+MEMBERS, LEAST_STEPS = 16, 16
+# "auto" takes it for classes of this many rows, not counting the test rows: its gains were measured there.
+LEAST_ROWS, MOST_ROWS = 12_000, 100_000
+TABM: dict[str, Any] = {
+    "hidden": ["128,128"],
+    "activation": "silu",
+    "optimizer": "adamw",
+    "lr": 2e-3,
+    "batch_size": 256,
+}
+# The same, as it is written without --preset.
+_TABM = " ".join(
+    f"--{name.replace('_', '-')} {value[0] if name == 'hidden' else value}" for name, value in TABM.items()
+)
 
 _option, _data, _text, _network, _loss, _optimizer, _rate, _training, _machine, _output = (
     partial(field_of, panel) for panel in PANELS
@@ -209,8 +225,8 @@ class ModelRecipe(StepRecipe):
 
     hidden: Any = _network(
         None,
-        "Widths of the hidden layers, such as 128,64 (one of 128 unless given; none for no hidden layer). The option "
-        "may be given once for each.",
+        f"Widths of the hidden layers, such as 128,64 (one of {DEFAULT_WIDTH} unless given; none for no hidden layer). "
+        "The option may be given once for each.",
         "WIDTHS",
         kind=list[str] | None,
     )
@@ -279,11 +295,13 @@ class FitRecipe(ModelRecipe):
     )
     warmup: float = _rate(0.0, "Epochs (0.5: half of one) in which the rate grows linearly to the schedule's start.")
 
-    epochs: int | None = _training(None, "Passes over the training rows at most; 60 unless given, 200 for a table.")
+    epochs: int | None = _training(
+        None, f"Passes over the training rows at most; {DEFAULT_EPOCHS} unless given, {TABLE_EPOCHS} for a table."
+    )
     early_stopping: int | None = _training(
         None,
-        "Stop after this many epochs without a better --metric (20 unless given, 0: never), and restore the best "
-        "weights.",
+        f"Stop after this many epochs without a better --metric ({PATIENCE} unless given, 0: never), and restore the "
+        "best weights.",
         "EPOCHS",
     )
     metric: str | None = _training(

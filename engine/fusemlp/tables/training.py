@@ -20,7 +20,7 @@ from fusemlp.fleet.merge import merged, merged_members
 from fusemlp.fleet.results import Member, Point, scores_of
 from fusemlp.inputs.arrays import Array
 from fusemlp.report.uncertainty import HeldOut, Temperature, judged, scale_logits
-from fusemlp.tables import attacks, descriptions, transfer, trials
+from fusemlp.tables import defaults, descriptions, transfer
 from fusemlp.tables.preparation import Prepared, decisions, prepare
 from fusemlp.tables.recipe import TableRecipe
 from fusemlp.training.history import History
@@ -90,7 +90,7 @@ def train_table(
         dataset = source.noted(dataset)
         recipe = source.filled(recipe, same_target=dataset.task == source.preprocessor.task)
     validates = dataset.validation is not None or recipe.validation_fraction > 0
-    recipe = descriptions.filled_in(recipe, table=bool(dataset.roles), validates=validates)
+    recipe = defaults.filled_in(recipe, table=bool(dataset.roles), validates=validates)
     prepared = prepare(recipe, dataset, source=source, needs_rows=needs_rows)
     prepared = settled(prepared)
     trained = train(prepared, new_engine(prepared), listeners=listeners or Listeners())
@@ -108,12 +108,12 @@ def settled(prepared: Prepared) -> Prepared:
 
 def _within(prepared: Prepared) -> Prepared:
     """Reduce the number of models to fit the time limit."""
-    seconds = trials.seconds_left(prepared.began, prepared.recipe.time_limit)
+    seconds = defaults.seconds_left(prepared.began, prepared.recipe.time_limit)
     if seconds is None or prepared.models == 1:
         return prepared
     fleet = fleet_of(prepared, rows=len(prepared.train), epochs=1)
     notes = [*prepared.tried]
-    models = trials.models_within(seconds, fleet, prepared.train.X, prepared.train.y, notes)
+    models = defaults.models_within(seconds, fleet, prepared.train.X, prepared.train.y, notes)
     return replace(prepared, models=models, folds=prepared.folds[:models], tried=tuple(notes))
 
 
@@ -180,7 +180,7 @@ def attack_on(prepared: Prepared, X: Array) -> Attack | IBP | None:
     if prepared.test is not None:
         test_cells, _, rows = prepared.test_rows
         cells = test_cells[rows]
-    return attacks.chosen(recipe, prepared.preprocessor, X, cells)
+    return descriptions.attack(recipe, prepared.preprocessor, X, cells)
 
 
 def new_engine(prepared: Prepared) -> Engine:
@@ -217,7 +217,7 @@ def train(prepared: Prepared, engine: Engine, *, listeners: Listeners, scheduled
     ``engine`` is new or at a checkpoint; several models begin anew, with a schedule of ``scheduled`` epochs if given.
     """
     recipe, arguments, parts = prepared.recipe, fit_arguments(prepared), list[tuple[Engine, Array]]()
-    seconds = trials.seconds_left(prepared.began, recipe.time_limit)
+    seconds = defaults.seconds_left(prepared.began, recipe.time_limit)
     if seconds is not None and recipe.final_fit:
         seconds *= BEFORE_FINAL_FIT
     if prepared.models > 1:
@@ -359,7 +359,7 @@ def _fit_to_all_rows(trained: Trained, listeners: Listeners) -> tuple[Engine, di
     weights = [part.weight for part in rows if part.weight is not None]
     arguments: dict[str, Any] = {"X": X, "y": y, "sample_weight": np.concatenate(weights) if weights else None}
     listeners.final(prepared.models * epochs)
-    seconds = trials.seconds_left(prepared.began, recipe.time_limit)
+    seconds = defaults.seconds_left(prepared.began, recipe.time_limit)
     arguments |= {"epochs": epochs, "drop_last": recipe.drop_last, "time_limit": seconds}
     initial = initial_parameters(prepared, recipe, arguments, listeners.say)
     if prepared.network.members > 1 or prepared.loss.on_host:

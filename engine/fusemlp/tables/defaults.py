@@ -1,4 +1,4 @@
-"""Small trainings that decide how a table is prepared: the errors of held-out rows say what helps."""
+"""Decide what a recipe leaves open: by rules, and by small trainings whose errors of held-out rows say what helps."""
 
 from __future__ import annotations
 
@@ -6,25 +6,37 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
 from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import FOLDS, Fold, fit_preprocessor, folds, hold_out, network_ends, network_inputs
+from fusemlp.describe.checks import as_count, check_choice
+from fusemlp.describe.losses import as_loss
+from fusemlp.describe.network import MLP
 from fusemlp.fleet.fleet import Fleet
+from fusemlp.fleet.merge import default_models
 from fusemlp.inputs.arrays import Array
-from fusemlp.runtime.backends import cpu_threads
+from fusemlp.runtime.backends import TRAITS, cpu_threads, first_available
+from fusemlp.runtime.ranks import started
 from fusemlp.tables import descriptions
-from fusemlp.tables.recipe import ModelRecipe, TableRecipe
-from fusemlp_kernels.errors import DataError
+from fusemlp.tables import recipe as recipes
+from fusemlp.tables.descriptions import is_private, trains_plainly
+from fusemlp.tables.recipe import FitRecipe, ModelRecipe, TableRecipe, given_options
+from fusemlp_kernels.errors import ArgumentError, DataError
+
+Fit = TypeVar("Fit", bound=FitRecipe)
+Recipe = TypeVar("Recipe", bound=TableRecipe)
 
 # Rows and folds of the trainings; epochs at most, and those without a better loss of held-out rows.
-ROWS, TRIALS, EPOCHS, PATIENCE = 20_000, 3, 60, 5
+ROWS, TRIALS, TRIAL_EPOCHS, TRIAL_PATIENCE = 20_000, 3, 60, 5
 # A target with at least this skewness may be learned in logarithms.
 SKEWED = 1.0
 # Scalings of features, of which the first needs no reason, and the second this many rows.
-SCALES, MANY_ROWS = ("robust", "piecewise"), 200
+SCALES, LEAST_CUT = ("robust", "piecewise"), 200
 
 # Share of a time limit for all trials; epochs that it should leave each model of an ensemble, and the batches and the
 # share of the limit by which an epoch is timed. A share of it is for what follows the training, and as much remains for
@@ -32,9 +44,124 @@ SCALES, MANY_ROWS = ("robust", "piecewise"), 200
 SHARE, LEAST_EPOCHS, BATCHES, TIMING, LEAST = 0.2, 10, 100, 0.05, 0.1
 
 
+def filled_in(recipe: Fit, *, table: bool, validates: bool) -> Fit:
+    """Return the recipe with early stopping, and the epochs, where they are not given."""
+    certifies = getattr(recipe, "adversarial", None) == "ibp"
+    epochs, patience = recipe.epochs, recipe.early_stopping
+    if epochs is None:
+        epochs = recipes.TABLE_EPOCHS if table and not (certifies or is_private(recipe)) else recipes.DEFAULT_EPOCHS
+    if patience is None and validates and not certifies:
+        patience = recipes.PATIENCE
+    as_count("epochs", epochs)
+    if patience is not None and as_count("early_stopping", patience, minimum=0) and not validates:
+        raise ArgumentError("early_stopping: it watches the validation loss, and --validation-fraction is 0")
+    return replace(recipe, epochs=epochs, early_stopping=patience)
+
+
+def models_of(recipe: TableRecipe, dataset: Dataset, gaps: str, notes: list[str], *, new: bool) -> int:
+    """Return the number of models that the recipe trains on a data set; a ``new`` training takes the default.
+
+    A note tells of a default that ``gaps`` in the targets of its rows lower.
+    """
+    if recipe.models is not None:
+        return as_count("models", recipe.models)
+    plain = trains_plainly(recipe) and not as_loss(recipe.loss or "mse").on_host
+    merges = new and dataset.roles and plain
+    models = default_models(len(dataset.y), _plain_network(recipe)) if merges else 1
+    if models == 1 or not gaps:
+        return models
+    notes.append(f"1 model instead of {models}, because targets are missing")
+    return 1
+
+
+def reads_codes(recipe: ModelRecipe) -> bool:
+    """Return whether the first layer of the recipe's network can read codes: see ``Columns``."""
+    traits = TRAITS.get(first_available() if recipe.backend == "auto" else recipe.backend)
+    # attacks move inputs, and noise and clipped rows read them
+    return trains_plainly(recipe) and traits is not None and "codes" not in traits.lacks
+
+
+def with_class_decay(recipe: Recipe, dataset: Dataset) -> Recipe:
+    """Return the recipe with the weight decay of Adam for a table's classes where none is given."""
+    takes = dataset.task == "classification" and recipe.optimizer == "adam" and dataset.roles
+    return replace(recipe, weight_decay=recipes.CLASS_DECAY) if takes and recipe.weight_decay is None else recipe
+
+
+def with_batch(recipe: Recipe, rows: int) -> Recipe:
+    """Return the recipe with the rows of a step; ``rows``: see ``with_preset``."""
+    if recipe.batch_size is not None:
+        return recipe
+    large = rows >= recipes.MANY_ROWS and recipe.optimizer in ("adam", "adamw") and trains_plainly(recipe)
+    return replace(recipe, batch_size=recipes.LARGE_BATCH if large else recipes.BATCH)
+
+
+def with_preset(recipe: Recipe, rows: int, *, classify: bool) -> tuple[Recipe, int, list[str]]:
+    """Return the recipe with the fields of its preset, the number of members, and a note on the choice.
+
+    ``rows`` are those of a table beside the test rows, 0 for other data; ``classify``: the target holds classes. No
+    preset stands for auto, but for a training of the caller's own design.
+    """
+    given, obstacles = given_options(recipe).keys(), _obstacles_to_tabm(recipe)
+    name = "auto" if recipe.preset is None else check_choice("preset", recipe.preset, recipes.PRESETS)
+    note = f"preset tabm: {recipes.MEMBERS} members share the weights of one network"
+    if name == "tabm":
+        for option, reason in obstacles.items():
+            raise ArgumentError(f"{option}: the preset tabm does not take it: {reason}")
+        note += ", as asked for"
+    else:
+        reason = ""
+        if not recipes.LEAST_ROWS <= rows <= recipes.MOST_ROWS:
+            reason = f"tabm is for {recipes.LEAST_ROWS:,} to {recipes.MOST_ROWS:,} rows, and these are {rows:,}"
+        elif not classify:
+            reason = "tabm is for classes, and the target holds numbers; --preset tabm takes them too"
+        elif obstacles:
+            reason = f"tabm does not take what was given for {', '.join(obstacles)}"
+        # a resumed run has its preset in its options; with a time limit the members' training is too long
+        designed = not given.isdisjoint({*recipes.TABM, "models", "resume", "time_limit"})
+        if name == "plain" or (recipe.preset is None and (designed or reason)):
+            return recipe, 1, []
+        if reason:
+            return recipe, 1, [f"preset plain: {reason}"]
+        note += f", chosen for classes of {rows:,} rows; --preset plain takes less time"
+    # an epoch has LEAST_STEPS steps at least, unless that takes batches of less than the plain recipe's rows
+    size = 1 << (rows // recipes.LEAST_STEPS).bit_length() >> 1
+    size = max(recipes.BATCH, min(recipes.TABM["batch_size"], size))
+    changes = {name: value for name, value in {**recipes.TABM, "batch_size": size}.items() if name not in given}
+    if "optimizer" in given:
+        # a rate belongs to its optimizer
+        changes.pop("lr", None)
+    words = ", ".join(f"{name} {value[0] if name == 'hidden' else value}" for name, value in changes.items())
+    note += f"; in place of defaults it has {words}" if words else ""
+    return replace(recipe, preset="tabm", models=1, **changes), recipes.MEMBERS, [note]
+
+
+def _obstacles_to_tabm(recipe: TableRecipe) -> dict[str, str]:
+    """Return the fields that the preset does not go with, and why."""
+    net, traits = _plain_network(recipe), TRAITS.get(recipe.backend)
+    no_kernels = traits is not None and "members" in traits.lacks
+    obstacles = {
+        "models": ((recipe.models or 1) > 1, "it is one network whose members share weights; leave it out"),
+        "hidden": (net.layers == 1, "members share hidden layers; leave it out"),
+        "norm": ("norm" in net.uses, "members share no normalised layers; leave it out"),
+        "activation": ("prelu" in net.uses, "prelu's slope belongs to a whole layer; use leaky_relu"),
+        "transfer_from": (recipe.transfer_from is not None, "that run has its own network; leave it out"),
+        "dp_epsilon": (is_private(recipe), "private training takes plain networks; leave it out"),
+        "adversarial": (recipe.adversarial is not None, "adversarial training takes plain networks; leave it out"),
+        "output_activation": (recipe.output_activation != "identity", "members have linear outputs; leave it out"),
+        "backend": (no_kernels, f"{recipe.backend} has no kernels for members; use triton or numpy"),
+        "preset": (started(), "several processes of torchrun train a plain network; leave it out"),
+    }
+    return {name: reason for name, (stands, reason) in obstacles.items() if stands}
+
+
+def _plain_network(recipe: ModelRecipe) -> MLP:
+    """Return the recipe's network, without members, of one input and output."""
+    return descriptions.network((1, *descriptions.hidden_widths(recipe.hidden), 1), recipe)
+
+
 def most_epochs(recipe: ModelRecipe) -> int:
     """Return the most epochs of all trials that decide what the recipe leaves open."""
-    return 2 * TRIALS * EPOCHS * ((recipe.scale is None) + (recipe.log_target is None))
+    return 2 * TRIALS * TRIAL_EPOCHS * ((recipe.scale is None) + (recipe.log_target is None))
 
 
 def decide(
@@ -48,8 +175,8 @@ def decide(
     # a fleet takes rows with all targets
     whole = rows[~np.isnan(dataset.y[rows]).any(axis=1)] if dataset.gaps else rows
     some, notes = np.random.default_rng(seed).permutation(whole)[:ROWS], list[str]()
-    if recipe.scale is None and len(whole) < MANY_ROWS <= len(rows):
-        reason = f"they take {MANY_ROWS} rows with all targets, and {len(whole)} of {len(rows)} have them"
+    if recipe.scale is None and len(whole) < LEAST_CUT <= len(rows):
+        reason = f"they take {LEAST_CUT} rows with all targets, and {len(whole)} of {len(rows)} have them"
         notes.append(f"no trials decide --scale: {reason}; choose it yourself (--scale)")
     rows = whole
     regression = dataset.task == "regression"
@@ -83,7 +210,7 @@ def decide(
         return better
 
     if scale is None:
-        tries = parts and len(rows) >= MANY_ROWS
+        tries = parts and len(rows) >= LEAST_CUT
         if tries:
             cut = fit_preprocessor(dataset, some, loss=loss, scale="piecewise")
             tries = any(knots is not None for knots in cut.feature_knots)
@@ -174,8 +301,8 @@ def _error(
     results = fleet.fit(
         X,
         preprocessor.encode_targets(labels),
-        epochs=EPOCHS,
-        early_stopping=PATIENCE,
+        epochs=TRIAL_EPOCHS,
+        early_stopping=TRIAL_PATIENCE,
         rows=kept,
         validation_rows=held_out,
         time_limit=time_limit,
@@ -184,7 +311,7 @@ def _error(
     for member, held in zip(results.members, held_out, strict=True):
         if member.status == "diverged":
             return math.inf
-        if len(member.history.epochs) <= PATIENCE:
+        if len(member.history.epochs) <= TRIAL_PATIENCE:
             return math.nan
         if classify:
             total += member.scores["val_loss"] * len(held)
