@@ -11,7 +11,6 @@ from fusemlp.cli.session import prepared_data
 from fusemlp.fleet.merge import members, merged, merged_members
 from fusemlp.report.uncertainty import DEVIATION, LEAST_ROWS, held_out_logits, scale_logits, temperature_of
 from fusemlp.sklearn import TableClassifier
-from fusemlp.tables.training import fleet_of
 from make import read, run
 
 OVERFIT = ("--models", "1", "--scale", "piecewise", "--lr", "0.01", "--early-stopping", "0", "--epochs", "30")
@@ -149,7 +148,7 @@ def test_the_final_fit_and_folds_take_the_temperature_too(data, tmp_path):
     rows = [part for part in (prepared.train, prepared.validation, prepared.test) if part is not None]
     X, y = (np.concatenate([getattr(part, name) for part in rows]) for name in "Xy")
     epochs = report["final_fit"]["epochs"]
-    engine = merged_members(fleet_of(prepared, rows=len(X), epochs=epochs).fit(X, y, epochs=epochs).members)[0]
+    engine = merged_members(prepared.fleet(rows=len(X), epochs=epochs).fit(X, y, epochs=epochs).members)[0]
     X = prepared.test.X
     value = report["temperature"]
     np.testing.assert_allclose(

@@ -199,7 +199,7 @@ def test_ctrl_c_while_scoring_shows_the_command_too(tmp_path, monkeypatch, capsy
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(report, "scores_of", interrupted)
+        patch.setattr(report, "report_of", interrupted)
         assert run("train", "iris", *QUICK, "--out", tmp_path / "run") == 130
     going = command_after(capsys.readouterr().err, "interrupted; to go on")
     assert run(*going, "--quiet") == 0

@@ -160,7 +160,7 @@ def lr_find(options: FindOptions) -> None:
     if options.plot is not None:
         check_output("plot", options.plot, (".png",), force=options.force)
     prepared = prepared_data(train_options(options, ModelRecipe, preset="plain", models=1))
-    rows, engine = prepared.train, prepared.engine(prepared.recipe)
+    rows, engine = prepared.train, prepared.engine()
     rates: dict[str, Any] = {"start": options.start, "end": options.end, "steps": options.steps}
     search = engine.lr_find(rows.X, rows.y, sample_weight=rows.weight, **rates)
     if not search.complete and not options.as_json:

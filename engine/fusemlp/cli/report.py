@@ -26,8 +26,7 @@ from fusemlp.report.uncertainty import Temperature, scale_logits
 from fusemlp.runtime.files import replace_file
 from fusemlp.tables.descriptions import learning_rate
 from fusemlp.tables.preparation import Prepared
-from fusemlp.tables.scores import scores_of
-from fusemlp.tables.training import Trained
+from fusemlp.tables.training import Trained, report_of
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import FusemlpError
 
@@ -206,7 +205,7 @@ def finish(
         if trained.models:
             engine.save_checkpoint(run.checkpoint("last"))
     with progress.waiting("scoring", quiet=quiet, elsewhere=True):
-        report, tested = scores_of(trained, early_stopping=bool(read_json(run.config)["options"].get("early_stopping")))
+        report, tested = report_of(trained, early_stopping=bool(read_json(run.config)["options"].get("early_stopping")))
     report["commit"] = commit()
     scored(report)
     if not history.epochs:

@@ -25,7 +25,7 @@ from fusemlp.report.runs import Run, lock, read_json
 from fusemlp.runtime.files import write_atomically
 from fusemlp.tables.preparation import Prepared, decisions
 from fusemlp.tables.recipe import FitRecipe, given_options
-from fusemlp.tables.training import fit_arguments, fleet_of
+from fusemlp.tables.training import fit_arguments
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
@@ -262,7 +262,7 @@ def planned(options: SweepOptions) -> Plan:
             raise ArgumentError(f"drop_last: {rows} rows do not fill one batch of {most}; nothing would be trained")
         arguments = fit_arguments(prepared)
         epochs = arguments["epochs"]
-        fleet = fleet_of(prepared, points, rows=rows, epochs=epochs, devices=devices)
+        fleet = prepared.fleet(points, rows=rows, epochs=epochs, devices=devices)
     metric = arguments.get("monitor") or ("loss" if prepared.validation is None else "val_loss")
     return Plan(options, axes, points, prepared, fleet, epochs, arguments, metric)
 

@@ -40,8 +40,7 @@ from fusemlp.sklearn.model import read_estimator, save_estimator
 from fusemlp.sklearn.table_rows import as_table, read, with_target, with_validation
 from fusemlp.tables import transfer
 from fusemlp.tables.recipe import DEFAULT_WIDTH, PATIENCE, TABLE_EPOCHS, TableRecipe, name_of
-from fusemlp.tables.scores import scores_of
-from fusemlp.tables.training import Listeners, Trained, train_table
+from fusemlp.tables.training import Listeners, Trained, report_of, train_table
 from fusemlp.training.history import History
 from fusemlp_kernels.errors import ArgumentError, unknown_name
 
@@ -150,7 +149,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
             raise
         if trained.interrupted:
             warnings.warn("Training interrupted by user.", stacklevel=2)
-        self.report_ = scores_of(trained, early_stopping=bool(self.early_stopping))[0] if self.test_fraction else {}
+        self.report_ = report_of(trained, early_stopping=bool(self.early_stopping))[0] if self.test_fraction else {}
         prepared, temperature = trained.prepared, trained.temperature
         self.engine_ = trained.engine if trained.final is None else trained.final[0]
         self.preprocessor_, self.notes_ = prepared.preprocessor, prepared.notes

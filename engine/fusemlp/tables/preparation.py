@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -18,15 +19,17 @@ from fusemlp.datasets.load import MANY_CLASSES
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import Fold, Hashes, Rows, row_hashes
 from fusemlp.datasets.scaling import SCALES
+from fusemlp.describe.adversarial import IBP, Attack
 from fusemlp.describe.checks import as_count, as_number, check_choice
 from fusemlp.describe.conflicts import check_together, in_use
 from fusemlp.describe.losses import Loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer
-from fusemlp.describe.privacy import DPSGD
 from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
+from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import check_mergeable
+from fusemlp.fleet.results import Point
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.columns import codes_of, coding_of
 from fusemlp.report.runs import read_training_rows
@@ -135,18 +138,40 @@ class Prepared:
         codes, coding = np.concatenate([codes_of(part) for part in X]), coding_of(X[0])
         return codes if coding is None else coding.dense(codes), np.concatenate(labels)
 
-    def engine(self, recipe: TableRecipe, schedule: Schedule | None = None, privacy: DPSGD | None = None) -> Engine:
-        """Return a new engine, of several models the first; ``schedule`` None is the rate of the recipe."""
-        optimizer, options = self.optimizer(recipe, schedule), descriptions.engine_options(recipe)
-        engine = Engine(self.network, loss=self.loss, optimizer=optimizer, privacy=privacy, **options)
+    def engine(self, schedule: Schedule | None = None, **more: Any) -> Engine:
+        """Return a new engine, of several models the first; without ``schedule`` at the rate of the recipe."""
+        options = descriptions.engine_options(self.recipe) | more
+        engine = Engine(self.network, loss=self.loss, optimizer=self._optimizer(schedule), **options)
         if self.start is not None:
             engine.load_state_dict({**engine.state_dict(), **self.start.parameters[0]})
         return engine
 
-    def optimizer(self, recipe: TableRecipe, schedule: Schedule | None) -> Optimizer:
+    def fleet(self, points: Sequence[Point] = (), *, rows: int, epochs: int, **more: Any) -> Fleet:
+        """Return untrained models of the recipe: one for each of ``points``, the parameters that vary, or by default of
+        the seeds from the recipe's on; ``more`` are arguments of ``Fleet``.
+
+        The schedule of the learning rate spans ``epochs`` epochs of ``rows`` rows.
+        """
+        recipe = self.recipe
+        points = points or [{"seed": recipe.seed + index} for index in range(self.models)]
+        changes = [{name: point[name] for name in ("lr", "batch_size") if name in point} for point in points]
+        rates = [descriptions.schedule(replace(recipe, **change), rows=rows, epochs=epochs) for change in changes]
+        vary = [{**point, "lr": rate} for point, rate in zip(points, rates, strict=True)]
+        options = descriptions.engine_options(recipe) | more
+        return Fleet(self.network, self.loss, self._optimizer(rates[0]), vary=vary, **options)
+
+    def _optimizer(self, schedule: Schedule | None) -> Optimizer:
         """Return the optimizer of the recipe, with the frozen and slower layers of a transfer."""
-        optimizer = descriptions.optimizer(recipe, schedule)
-        return by_layers(optimizer, self.network, freeze=recipe.freeze, layer_decay=recipe.layer_decay)
+        optimizer = descriptions.optimizer(self.recipe, schedule)
+        return by_layers(optimizer, self.network, freeze=self.recipe.freeze, layer_decay=self.recipe.layer_decay)
+
+    def attack(self, X: Array) -> Attack | IBP | None:
+        """Return what trains on rows X, as the network takes them, and what the test rows are scored under."""
+        cells = self.dataset.X
+        if self.test is not None:
+            test_cells, _, rows = self.test_rows
+            cells = test_cells[rows]
+        return descriptions.attack(self.recipe, self.preprocessor, X, cells)
 
 
 def fingerprint(dataset: Dataset) -> str:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from fusemlp.datasets.dataset import Dataset
-from fusemlp.describe.adversarial import IBP, Attack
+from fusemlp.describe.adversarial import IBP
 from fusemlp.describe.checks import check_choice
 from fusemlp.describe.conflicts import check_together
+from fusemlp.describe.losses import Quantiles
 from fusemlp.describe.metrics import METRICS, Judged, Metric, metrics_for
 from fusemlp.engine import Engine
-from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import merged, merged_members
-from fusemlp.fleet.results import Member, Point, scores_of
+from fusemlp.fleet.results import Member, scores_of
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.uncertainty import HeldOut, Temperature, judged, scale_logits
+from fusemlp.report.evidence import certify, robust_score
+from fusemlp.report.metrics import MOST_NUMBERS, baselines, quantile_figures, score, worse_than
+from fusemlp.report.uncertainty import COVERAGE, HeldOut, Temperature, judged, scale_logits, summary
 from fusemlp.tables import defaults, descriptions, transfer
 from fusemlp.tables.preparation import Prepared, decisions, prepare
 from fusemlp.tables.recipe import TableRecipe
@@ -102,19 +104,12 @@ def train_table(
 def settled(prepared: Prepared) -> Prepared:
     """Return a training with the models that fit the time limit, and a recipe with what the data decided, checked."""
     watched(prepared)
-    prepared = _within(prepared)
-    return replace(prepared, recipe=replace(prepared.recipe, models=prepared.models, **decisions(prepared)))
-
-
-def _within(prepared: Prepared) -> Prepared:
-    """Reduce the number of models to fit the time limit."""
     seconds = defaults.seconds_left(prepared.began, prepared.recipe.time_limit)
-    if seconds is None or prepared.models == 1:
-        return prepared
-    fleet = fleet_of(prepared, rows=len(prepared.train), epochs=1)
-    notes = [*prepared.tried]
-    models = defaults.models_within(seconds, fleet, prepared.train.X, prepared.train.y, notes)
-    return replace(prepared, models=models, folds=prepared.folds[:models], tried=tuple(notes))
+    if seconds is not None and prepared.models > 1:
+        fleet, notes = prepared.fleet(rows=len(prepared.train), epochs=1), [*prepared.tried]
+        models = defaults.models_within(seconds, fleet, prepared.train.X, prepared.train.y, notes)
+        prepared = replace(prepared, models=models, folds=prepared.folds[:models], tried=tuple(notes))
+    return replace(prepared, recipe=replace(prepared.recipe, models=prepared.models, **decisions(prepared)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,42 +168,17 @@ def fit_arguments(prepared: Prepared) -> dict[str, Any]:
     return arguments
 
 
-def attack_on(prepared: Prepared, X: Array) -> Attack | IBP | None:
-    """Return what the training is against, for rows X as the network takes them; the test rows are scored under it."""
-    recipe = prepared.recipe
-    cells = prepared.dataset.X
-    if prepared.test is not None:
-        test_cells, _, rows = prepared.test_rows
-        cells = test_cells[rows]
-    return descriptions.attack(recipe, prepared.preprocessor, X, cells)
-
-
 def new_engine(prepared: Prepared) -> Engine:
     """Return the engine of a new training; ArgumentError for an attack that it cannot be trained against."""
     recipe = prepared.recipe
     assert recipe.epochs is not None, "filled in"
     rows, epochs = len(prepared.train), recipe.epochs
     privacy = descriptions.privacy(recipe, rows=rows, epochs=epochs, validates=prepared.validates)
-    engine = prepared.engine(recipe, descriptions.schedule(recipe, rows=rows, epochs=epochs), privacy)
-    attack = attack_on(prepared, prepared.train.X)
+    engine = prepared.engine(descriptions.schedule(recipe, rows=rows, epochs=epochs), privacy=privacy)
+    attack = prepared.attack(prepared.train.X)
     if attack is not None:
         check_together({**engine.uses, **attack.uses})
     return engine
-
-
-def fleet_of(prepared: Prepared, points: Sequence[Point] = (), *, rows: int, epochs: int, **more: Any) -> Fleet:
-    """Return untrained models of the recipe: one for each of ``points``, the parameters that vary, or by default of the
-    seeds from the recipe's on; ``more`` are arguments of ``Fleet``.
-
-    The schedule of the learning rate spans ``epochs`` epochs of ``rows`` rows.
-    """
-    recipe = prepared.recipe
-    points = points or [{"seed": recipe.seed + index} for index in range(prepared.models)]
-    changes = [{name: point[name] for name in ("lr", "batch_size") if name in point} for point in points]
-    rates = [descriptions.schedule(replace(recipe, **change), rows=rows, epochs=epochs) for change in changes]
-    vary = [{**point, "lr": rate} for point, rate in zip(points, rates, strict=True)]
-    optimizer, options = prepared.optimizer(recipe, rates[0]), descriptions.engine_options(recipe)
-    return Fleet(prepared.network, prepared.loss, optimizer, vary=vary, **options, **more)
 
 
 def train(prepared: Prepared, engine: Engine, *, listeners: Listeners, scheduled: int | None = None) -> Trained:
@@ -245,9 +215,10 @@ def train(prepared: Prepared, engine: Engine, *, listeners: Listeners, scheduled
 
 
 def initial_parameters(
-    prepared: Prepared, recipe: TableRecipe, data: Mapping[str, Any], say: Callable[[str], object]
+    prepared: Prepared, data: Mapping[str, Any], say: Callable[[str], object]
 ) -> Sequence[Mapping[str, Array]]:
     """Return each model's initial parameters, none without a source; ``probe`` trains them on ``data`` of a fit."""
+    recipe = prepared.recipe
     if prepared.start is None or not recipe.probe:
         return () if prepared.start is None else prepared.start.parameters[: prepared.models]
     states, losses = [], []
@@ -258,7 +229,7 @@ def initial_parameters(
         X, y, weight = _picked(data, kept)
         validation = data.get("validation_data") if held is None else _picked(data, held)
         schedule = descriptions.schedule(recipe, rows=len(X), epochs=recipe.probe)
-        engine = prepared.engine(replace(recipe, seed=recipe.seed + index), schedule)
+        engine = prepared.engine(schedule, seed=recipe.seed + index)
         engine.load_state_dict({**engine.state_dict(), **prepared.start.parameters[index]})
         try:
             history = engine.probe(
@@ -291,13 +262,13 @@ def train_model(prepared: Prepared, engine: Engine, listeners: Listeners, second
     interrupted, failure = False, None
     try:
         if not resumes and recipe.probe:
-            engine.load_state_dict(*initial_parameters(prepared, recipe, arguments, listeners.say))
+            engine.load_state_dict(*initial_parameters(prepared, arguments, listeners.say))
         engine.fit(
             **arguments,
             callbacks=listeners.callbacks,
             resume=resumes,
             time_limit=seconds,
-            adversarial=attack_on(prepared, prepared.train.X),
+            adversarial=prepared.attack(prepared.train.X),
         )
     except KeyboardInterrupt:
         if engine.history is None or not engine.history.stopped:
@@ -317,8 +288,8 @@ def _train_models(
     """
     recipe = prepared.recipe
     rows = min((len(kept) for kept, _ in prepared.folds), default=len(prepared.train))
-    initial = initial_parameters(prepared, recipe, arguments, listeners.say)
-    fleet = fleet_of(prepared, rows=rows, epochs=scheduled, initial=initial)
+    initial = initial_parameters(prepared, arguments, listeners.say)
+    fleet = prepared.fleet(rows=rows, epochs=scheduled, initial=initial)
     try:
         results = fleet.fit(**arguments, callback=listeners.model)
     except KeyboardInterrupt:
@@ -361,16 +332,80 @@ def _fit_to_all_rows(trained: Trained, listeners: Listeners) -> tuple[Engine, di
     listeners.final(prepared.models * epochs)
     seconds = defaults.seconds_left(prepared.began, recipe.time_limit)
     arguments |= {"epochs": epochs, "drop_last": recipe.drop_last, "time_limit": seconds}
-    initial = initial_parameters(prepared, recipe, arguments, listeners.say)
+    initial = initial_parameters(prepared, arguments, listeners.say)
     if prepared.network.members > 1 or prepared.loss.on_host:
-        engine = prepared.engine(recipe, descriptions.schedule(recipe, rows=len(X), epochs=epochs))
+        engine = prepared.engine(descriptions.schedule(recipe, rows=len(X), epochs=epochs))
         if recipe.probe:
             engine.load_state_dict(*initial)
         engine.fit(**arguments)
     else:
-        results = fleet_of(prepared, rows=len(X), epochs=epochs, initial=initial).fit(**arguments)
+        results = prepared.fleet(rows=len(X), epochs=epochs, initial=initial).fit(**arguments)
         try:
             engine = merged_members(results.members)[0]
         except DivergenceError as error:
             raise DivergenceError(f"final_fit: {error}; the model of the training rows is kept") from None
     return engine, {"epochs": len((engine.history or History()).epochs), "rows": len(X)}
+
+
+def report_of(trained: Trained, *, early_stopping: bool) -> tuple[dict[str, Any], Judged | None]:
+    """Return the report of a training as JSON-able values, and the predictions of its test rows.
+
+    A diverged training has neither scores nor predictions. ``early_stopping``: whether it was to stop early.
+    """
+    prepared, engine = trained.prepared, trained.engine
+    history, preprocessor = engine.history or History(), prepared.preprocessor
+    best = None if history.best_epoch is None else history.best_epoch + 1
+    dead = engine.dead_units(prepared.train.X)
+    divergence = "" if trained.failure is None else str(trained.failure)
+    in_use = history.in_use if preprocessor.scale == "none" else [*history.in_use, "scaling"]
+    known = {"divergence": divergence, "early_stopping": early_stopping, "in_use": in_use}
+    report: dict[str, Any] = {
+        "task": prepared.dataset.task,
+        "epochs": len(history.epochs),
+        "best_epoch": best,
+        "stopped": history.stopped,
+        "interrupted": trained.interrupted,
+        "diverged": trained.failure is not None,
+        "seconds": sum(history.seconds),
+        "final": {name: values[-1] for name, values in history.history.items()},
+        "dead_units": dead,
+        "diagnosis": [asdict(finding) for finding in history.diagnose(dead, **known, python=False)],
+    }
+    if engine.privacy is not None:
+        report["privacy"] = engine.privacy_spent()
+    tested = _judged(trained, report) if trained.failure is None else None
+    if prepared.start is not None:
+        report["from"] = prepared.start.about
+    if trained.models:
+        report["models"] = list(trained.models)
+    if trained.final is not None:
+        report["final_fit"] = trained.final[1]
+    return report, tested
+
+
+def _judged(trained: Trained, report: dict[str, Any]) -> Judged | None:
+    """Enter scores of the test rows and errors of held-out rows, and return the predictions of the former."""
+    prepared, engine = trained.prepared, trained.engine
+    preprocessor, test, tested = prepared.preprocessor, prepared.test, None
+    if test is not None:
+        report["test"], tested = score(engine, preprocessor, test.X, test.labels, test.weight)
+        attack = prepared.attack(test.X)
+        if isinstance(attack, IBP):
+            cells, labels, rows = prepared.test_rows
+            report["certified"] = certify(engine, preprocessor, cells[rows], labels[rows], attack.eps)
+        elif attack is not None:
+            report["robust"] = robust_score(engine, preprocessor, test.X, test.labels, attack, test.weight)
+        seen = prepared.seen(MOST_NUMBERS // max(1, len(preprocessor.classes or ())))
+        report["baselines"] = baselines(preprocessor, *seen, test.X, test.labels)
+        if isinstance(engine.loss, Quantiles):
+            constant = np.quantile(np.asarray(seen[1], np.float64), engine.loss.q)
+            scores = quantile_figures(engine.loss, np.tile(constant, (len(test.X), 1)), test.labels.reshape(-1, 1))
+            report["baselines"]["constant"]["quantiles"] = scores
+        report["worse_than"] = list(worse_than(report))
+    if trained.temperature is not None:
+        report["temperature"] = trained.temperature.value
+    if (held_out := trained.held_out) is not None:
+        report["held_out"] = held_out.to_config()
+        if tested is not None and test is not None and held_out.reaches(COVERAGE):
+            report["intervals"] = summary(engine, preprocessor, test.X, held_out, tested)
+    return tested
