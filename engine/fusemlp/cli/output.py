@@ -155,8 +155,13 @@ class Events(Callback):
     """Print the events of a training to stdout; nothing unless ``--json``, only the end with ``--quiet``."""
 
     def __init__(self, options: OutputOptions) -> None:
-        self.wanted = options.as_json and not options.quiet
+        self.wanted, self.quiet = options.as_json and not options.quiet, options.quiet
         self.stream = sys.stdout
+
+    def say(self, line: str) -> None:
+        """Print a line on stderr, unless ``--quiet``."""
+        if not self.quiet:
+            print(line, file=sys.stderr)
 
     def start(self, kind: str, *, epochs: int, **about: Any) -> None:
         self._epochs, self._began = epochs, time.perf_counter()

@@ -30,7 +30,7 @@ from fusemlp.engine import Engine
 from fusemlp.report import runs
 from fusemlp.report.runs import Run, choose_folder
 from fusemlp.runtime.ranks import TIMEOUT, job, leading, restarts, started
-from fusemlp.tables import defaults, descriptions, training, transfer
+from fusemlp.tables import defaults, training, transfer
 from fusemlp.tables.preparation import Prepared, check_rows, prepare
 from fusemlp.tables.recipe import ModelRecipe, given_options, name_of
 from fusemlp_kernels.errors import ArgumentError
@@ -143,13 +143,17 @@ class Session:
     """A prepared training, new or resumed."""
 
     run: Run
-    options: TrainOptions
     prepared: Prepared
     engine: Engine
     # the epochs that the schedule spans
     scheduled: int
     # open, with --track
     tracker: Tracker | None
+
+    @property
+    def options(self) -> TrainOptions:
+        """The options of the training, with what the data decided."""
+        return trained_by(self.prepared)
 
     @property
     def epochs(self) -> int:
@@ -166,13 +170,12 @@ def new_session(options: TrainOptions) -> Session:
     options = filled_in(options)
     folder = choose_folder(options.out, data, datetime.now()) if leading() else Path()
     tracker = output.tracker_of(options, folder.name) if leading() else None
-    descriptions.check_single(options)
     prepared = training.settled(prepared_data(options, source=source))
     options = trained_by(prepared)
     check_ranks(options)
     engine = training.new_engine(prepared)
     engine.join(started(), options.reduce, TIMEOUT)
-    session = Session(Run(folder), options, prepared, engine, options.epochs or 0, tracker)
+    session = Session(Run(folder), prepared, engine, options.epochs or 0, tracker)
     return _with_folder(session, asked) if leading() else session
 
 

@@ -67,8 +67,7 @@ def worked(options: SweepOptions, listener: Events, runs: list[Path]) -> tuple[d
         vary.begin_journal(run, {"options": session.stored_options(options), "fingerprint": fingerprint})
     runs.append(run.path)
     columns = session.column_records(plan.prepared)
-    if not options.quiet:
-        print(*session.column_lines(columns, run), vary.describe_sweep(plan), sep="\n", file=sys.stderr)
+    listener.say("\n".join([*session.column_lines(columns, run), vary.describe_sweep(plan)]))
     varied = {axis.name: [*map(spelled_value, axis.values)] for axis in plan.axes}
     config = {"options": asdict(plan.options), "vary": varied, "metric": plan.metric, "data": plan.prepared.summary}
     listener.start("sweep", epochs=plan.epochs, models=len(plan.points), run=str(run.path), config=config)
@@ -196,13 +195,9 @@ def trained(plan: Plan, run: Run, listener: Events, known: Sequence[Member]) -> 
     left = [index for index in range(len(plan.points)) if index not in members]
     seldom, interrupted = Seldom(WRITE), False
 
-    def say(line: str) -> None:
-        if not options.quiet:
-            print(line, file=sys.stderr)
-
     fewer = f"--sample {len(plan.points) // (4 * (options.seeds or 1))}" if len(plan.points) > BEST else ""
     shorter = output.shorter(options, plan.prepared, plan.epochs, fewer)
-    forecast = Forecast(len(left) * plan.epochs, say, shorter, single=len(left) == 1)
+    forecast = Forecast(len(left) * plan.epochs, listener.say, shorter, single=len(left) == 1)
     try:
         with standings(plan, forecast) as update, forecast:
 

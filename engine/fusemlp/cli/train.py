@@ -208,7 +208,7 @@ def resumed_session(options: TrainOptions, folder: str, *, again: bool) -> Sessi
     if report:
         done = report["epochs"] if prepared.models > 1 and not report["interrupted"] else engine.epochs_trained
         _check_unfinished(report, done, epochs, again=again)
-    session = Session(run, options, prepared, engine, scheduled, tracker)
+    session = Session(run, prepared, engine, scheduled, tracker)
     if not leading():
         return session
     if tracker is not None:
@@ -266,16 +266,12 @@ def trained(session: Session, listener: Events) -> tuple[dict[str, Any], list[st
     """Print the scores of a whole training; return its results, lines on its files, and the error if it diverged."""
     options, run, prepared, tracker = session.options, session.run, session.prepared, session.tracker
 
-    def say(line: str) -> None:
-        if not options.quiet:
-            print(line, file=sys.stderr)
-
     def tell(member: Member) -> None:
         scores = ", ".join(f"{name} {value:.4g}" for name, value in member.scores.items())
         forecast.skip(session.epochs - len(member.history.epochs))
         epochs = f"{member.status} after {len(member.history.epochs)} epochs"
         left = filter(None, [scores, str(forecast)])
-        say(f"model {member.index + 1} of {prepared.models}: {'; '.join([epochs, *left])}")
+        listener.say(f"model {member.index + 1} of {prepared.models}: {'; '.join([epochs, *left])}")
         listener.model(member, prepared.models, {"seed": options.seed + member.index})
 
     def record(engine: Engine) -> None:
@@ -286,23 +282,23 @@ def trained(session: Session, listener: Events) -> tuple[dict[str, Any], list[st
                 tracker.log(row)
 
     table = runs.read_columns(run)
-    say("\n".join([*sessions.column_lines(table, run), describe_training(session)]))
+    listener.say("\n".join([*sessions.column_lines(table, run), describe_training(session)]))
     about = {"run": str(run.path), "config": read_json(run.config)}
     listener.start("train", epochs=session.epochs, epoch=session.engine.epochs_trained, **about)
     callbacks: list[Any] = [Recorder(run, every=options.checkpoint_every), listener]
     callbacks += [*([] if tracker is None else [tracker]), *([] if options.quiet else [ProgressBar()])]
 
     def fits_all(epochs: int) -> None:
-        say(f"final fit to all rows, {epochs} epochs in all")
+        listener.say(f"final fit to all rows, {epochs} epochs in all")
         forecast.begin(0 if options.time_limit else epochs)
 
-    listeners = training.Listeners(callbacks, tell, record, say, fits_all)
+    listeners = training.Listeners(callbacks, tell, record, listener.say, fits_all)
 
     fewer = "--preset plain" if prepared.network.members > 1 else "--models 1" if prepared.models > 1 else ""
     shorter = output.shorter(options, prepared, session.epochs, fewer)
     # a time limit is known without a forecast
     epochs = 0 if options.time_limit else prepared.models * session.epochs - session.engine.epochs_trained
-    with Forecast(epochs, say, shorter, single=prepared.models == 1) as forecast:
+    with Forecast(epochs, listener.say, shorter, single=prepared.models == 1) as forecast:
         result = training.train(prepared, session.engine, listeners=listeners, scheduled=session.scheduled)
 
     def scored(report: Mapping[str, Any]) -> None:

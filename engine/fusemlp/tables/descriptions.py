@@ -281,18 +281,6 @@ def schedule(recipe: FitRecipe, *, rows: int, epochs: int) -> Schedule:
     return _made("schedule", described, rate, **arguments)
 
 
-def check_single(recipe: TableRecipe) -> None:
-    """Raise ArgumentError for what private and adversarial trainings, which make one model, cannot do."""
-    kind = "private" if is_private(recipe) else "adversarial"
-    if trains_plainly(recipe):
-        return
-    if is_private(recipe) and recipe.adversarial is not None:
-        raise ArgumentError("dp_epsilon: adversarial training is not private; leave out --dp-epsilon or --adversarial")
-    for name, given in (("models", (recipe.models or 1) > 1), ("final_fit", recipe.final_fit)):
-        if given:
-            raise ArgumentError(f"{name}: {kind} training makes one model of the training rows; leave it out")
-
-
 def privacy(recipe: TableRecipe, *, rows: int, epochs: int, validates: bool) -> DPSGD | None:
     """Return the privacy that spends ``dp_epsilon`` on this many training rows and epochs; None without it."""
     if not is_private(recipe):

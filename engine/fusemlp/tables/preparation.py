@@ -224,7 +224,7 @@ def _check_classes(dataset: Dataset, test_fraction: float) -> None:
 
 
 def check_rows(recipe: TableRecipe) -> int:
-    """Check the fields that split and scale the rows, before they are read; return the seed of the split."""
+    """Check the fields that need no rows, before these are read; return the seed of the split."""
     seed = as_count("seed", recipe.seed, minimum=0)
     seed = seed if recipe.split_seed is None else as_count("split_seed", recipe.split_seed, minimum=0)
     for name in ("validation_fraction", "test_fraction"):
@@ -234,6 +234,15 @@ def check_rows(recipe: TableRecipe) -> int:
     if recipe.time_limit is not None:
         as_number("time_limit", recipe.time_limit, low=0.0, low_open=True)
     descriptions.hidden_widths(recipe.hidden)
+    if descriptions.trains_plainly(recipe):
+        return seed
+    private = descriptions.is_private(recipe)
+    if private and recipe.adversarial is not None:
+        raise ArgumentError("dp_epsilon: adversarial training is not private; leave out --dp-epsilon or --adversarial")
+    for name, given in (("models", (recipe.models or 1) > 1), ("final_fit", recipe.final_fit)):
+        if given:
+            kind = "private" if private else "adversarial"
+            raise ArgumentError(f"{name}: {kind} training makes one model of the training rows; leave it out")
     return seed
 
 

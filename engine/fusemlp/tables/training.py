@@ -82,7 +82,6 @@ def train_table(
 
     Raises the errors of all fields before anything is trained, and DivergenceError when the loss is no longer finite.
     """
-    descriptions.check_single(recipe)
     if source is None and recipe.transfer_from is not None:
         raise ArgumentError(
             f"source: the data set is to be read by the run {recipe.transfer_from!r}; give its columns as like, and "
