@@ -80,6 +80,11 @@ def run(*arguments: str | Path) -> int:
     return code
 
 
+def words(**options: Any) -> list[Any]:
+    """Return parameters as the options of a command."""
+    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+
+
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     """Return what ``fusemlp`` writes to stderr as it refuses these arguments."""
     assert run(*arguments) == 2

@@ -15,7 +15,7 @@ from sklearn.model_selection import cross_val_score, train_test_split
 from fusemlp.datasets.load import ColumnChoices, load_data
 from fusemlp.sklearn import MLPClassifier, MLPRegressor, TableClassifier, TableRegressor
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, ShapeError
-from make import run
+from make import read, refusal, run, words
 
 ESTIMATORS = {"classification": TableClassifier, "regression": TableRegressor}
 OPTIONS = {"hidden": 8, "epochs": 4, "models": 1, "scale": "robust", "backend": "numpy"}
@@ -25,13 +25,11 @@ def by_command(folder, frame, target, task, **options):
     """Return notes, predictions of the rows and the report of train and predict, or the error."""
     frame.to_parquet(folder / "a.parquet")
     shutil.rmtree(folder / "run", ignore_errors=True)
-    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
     made, told = folder / "run", ["--target", target, "--task", task, "--test-fraction", 0, "--quiet"]
-    assert run("train", folder / "a.parquet", *told, *words, "--out", made) == 0
+    assert run("train", folder / "a.parquet", *told, *words(**options), "--out", made) == 0
     assert run("predict", made, "--data", folder / "a.parquet", "--out", folder / "p.npz", "--force") == 0
-    notes = json.loads((made / "config.json").read_text())["data"]["notes"]
     with np.load(folder / "p.npz") as arrays:
-        return notes, arrays["predictions"]
+        return read(made / "config.json")["data"]["notes"], arrays["predictions"]
 
 
 def by_estimator(folder, frame, target, task, **options):
@@ -142,13 +140,10 @@ def test_both_doors_give_one_model_of_several_targets(tmp_path):
 def test_scores_of_several_targets_are_those_of_the_rows_that_have_them(tmp_path, capsys):
     _, gaps = with_gaps()
     gaps.to_csv(tmp_path / "a.csv", index=False)
-    words = [word for name, value in OPTIONS.items() for word in (f"--{name}", value)]
     # the trials of scale run too
-    del words[words.index("--scale") : words.index("--scale") + 2]
-    made = tmp_path / "run"
-    assert run("train", tmp_path / "a.csv", "--target", "price,rent", "--quiet", *words, "--out", made) == 0
-    report = json.loads((made / "report.json").read_text())
-    config = json.loads((made / "config.json").read_text())
+    quick, made = words(**{name: value for name, value in OPTIONS.items() if name != "scale"}), tmp_path / "run"
+    assert run("train", tmp_path / "a.csv", "--target", "price,rent", "--quiet", *quick, "--out", made) == 0
+    report, config = read(made / "report.json"), read(made / "config.json")
     assert config["preprocessor"]["target_name"] == "price,rent" and config["loss"]["missing"]
     model = TableRegressor.from_run(made)
     rows = gaps.dropna(how="all", subset=["price", "rent"]).reset_index(drop=True)
@@ -255,7 +250,7 @@ def test_quantiles_that_are_close_have_names_of_their_own(tmp_path):
     options = OPTIONS | {"loss": "quantiles", "quantile": "0.001,0.07,0.5,0.9999995,0.9999996"}
     by_command(tmp_path, table(200).drop(columns="kind"), "y", "regression", **options)
     names = ["q0.1", "q7", "q50", "q99.99995", "q99.99996"]
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    report = read(tmp_path / "run" / "report.json")
     assert list(TableRegressor.from_run(tmp_path / "run").engine_.loss.names) == names and not report.get("test")
     with np.load(tmp_path / "p.npz") as arrays:
         assert set(names) <= set(arrays)
@@ -270,10 +265,9 @@ def test_gaps_leave_one_model_with_a_note_and_those_of_a_test_file_all(tmp_path)
     for data, test, models in (("whole", "gaps", 5), ("gaps", "whole", 1)):
         made, files = tmp_path / data, [tmp_path / f"{name}.csv" for name in (data, test)]
         assert run("train", files[0], "--test", files[1], *asked, "--out", made) == 0
-        config = json.loads((made / "config.json").read_text())
+        config, report = read(made / "config.json"), read(made / "report.json")
         assert (note in config["data"]["notes"]) == (models == 1)
         assert config["loss"].get("missing", False) == (models == 1)
-        report = json.loads((made / "report.json").read_text())
         assert np.isfinite(report["test"]["loss"]) and report["held_out"]["rows"] > 0
         model = TableRegressor.from_run(made)
         assert np.ptp(model.predict(whole, return_std=True)[1]) > 0 if models > 1 else model.models in (None, 1)
@@ -303,10 +297,11 @@ def test_losses_and_trainings_that_take_no_gaps_refuse_them(case, tmp_path, caps
     whole, gaps = with_gaps()
     frame = whole if data == "whole" else gaps
     frame.to_csv(tmp_path / "a.csv", index=False)
-    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
-    assert run("train", tmp_path / "a.csv", "--target", "price,rent", *words, "--out", tmp_path / "run") == 2
+    said = refusal(
+        capsys, "train", tmp_path / "a.csv", "--target", "price,rent", *words(**options), "--out", tmp_path / "run"
+    )
     argument, _, rest = message.partition(":")
-    assert f"error: --{argument.replace('_', '-')}:{rest}" in capsys.readouterr().err
+    assert f"error: --{argument.replace('_', '-')}:{rest}" in said
     assert not (tmp_path / "run").exists()
     with pytest.raises(ArgumentError, match=f"^{message}"):
         TableRegressor(**options).fit(frame[["size", "age"]], frame[["price", "rent"]])
@@ -451,10 +446,9 @@ def test_weights_stand_alone_and_beside_other_rows(tmp_path, capsys):
         TableRegressor(**OPTIONS, weight="v").fit(frame.drop(columns="y"), frame["y"])
     frame.to_csv(tmp_path / "a.csv", index=False)
     frame[::2].to_csv(tmp_path / "v.csv", index=False)
-    words = [word for name, value in OPTIONS.items() for word in (f"--{name}", value)]
     files = "--validation", tmp_path / "v.csv", "--weight", "w", "--final-fit", "--quiet"
-    assert run("train", tmp_path / "a.csv", "--target", "y", *words, *files, "--out", tmp_path / "run") == 0
-    assert json.loads((tmp_path / "run" / "report.json").read_text())["final_fit"]["rows"] == 90
+    assert run("train", tmp_path / "a.csv", "--target", "y", *words(**OPTIONS), *files, "--out", tmp_path / "run") == 0
+    assert read(tmp_path / "run" / "report.json")["final_fit"]["rows"] == 90
     assert run("evaluate", tmp_path / "run", "--data", tmp_path / "a.csv") == 0
     assert "columns that the training did not have" not in capsys.readouterr().out
 

@@ -75,12 +75,6 @@ def test_a_run_of_a_training_that_is_gone_predicts_and_names_the_one_in_its_plac
     assert f"adversarial: {kind} is gone; train against pgd, which takes its place" in said
 
 
-@pytest.mark.parametrize("option", ["--adversarial", "--attack-eps", "--models"])
-def test_sweep_names_the_command_that_has_an_option(option, capsys):
-    assert f"No such option: {option}; fusemlp train has it" in refusal(capsys, "sweep", "digits", option, "3")
-    assert "fusemlp train has it" not in refusal(capsys, "sweep", "digits", "--nothing")
-
-
 def test_pixels_without_a_scale_stay_pixels(tmp_path, capsys):
     assert run(*DIGITS, "none", "--epochs", "1", "--out", tmp_path / "run") == 0
     found = scores(capsys, tmp_path / "run", "--attack", "fgsm", "--eps", "2")
@@ -93,29 +87,6 @@ def test_numbers_are_attacked_too(tmp_path, capsys):
     assert run("train", tmp_path / "prices.csv", *options, "--out", tmp_path / "run") == 0
     found = scores(capsys, tmp_path / "run", "--attack", "pgd", "--eps", "0.2")
     assert found["robust"]["rmse"] > found["rmse"] and found["robust"]["attack"]["bounds"] is None
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--adversarial pgd", "--attack-eps: say how far an input may move"),
-        ("--attack-eps 1", "--attack-eps: it is of an attack; give --adversarial too"),
-        ("--adversarial worst --attack-eps 1", "--adversarial: unknown name 'worst'"),
-        (
-            "--adversarial fgsm --attack-eps 1 --attack-steps 2",
-            "--attack-steps: only pgd has it, and the attack is fgsm",
-        ),
-        ("--adversarial ibp --attack-eps 1 --attack-steps 2", "--attack-steps: only pgd has it, and the attack is ibp"),
-        ("--adversarial trades --attack-eps 1", "--adversarial: trades is gone; train against pgd"),
-        ("--adversarial pgd --attack-eps 0", "--attack-eps: expected a finite number above 0"),
-        ("--adversarial pgd --attack-eps 1 --models 3", "--models: adversarial training makes one"),
-        ("--adversarial pgd --attack-eps 1 --final-fit", "--final-fit: adversarial training makes one"),
-        ("--adversarial pgd --attack-eps 1 --dp-epsilon 3", "--dp-epsilon: adversarial training is not private"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(options, message, tmp_path, capsys):
-    assert message in refusal(capsys, "train", "digits", *options.split(), "--out", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -196,13 +196,6 @@ def test_a_time_without_a_value(tmp_path):
         loaded(path, time="a")
 
 
-@pytest.mark.parametrize("option", ["id", "group", "time", "drop", "keep", "categorical"])
-def test_named_columns_need_a_table(option, tmp_path, capsys):
-    said = refusal(capsys, "train", "iris", f"--{option}", "petal", "--out", tmp_path / "run")
-    assert f"--{option}: only tables" in said
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_time_that_is_no_input(tmp_path, capsys):
     """A column that counts the rows is left out of the inputs, and orders the rows nevertheless."""
     path = tmp_path / "a.csv"

@@ -474,10 +474,3 @@ def test_the_spread_of_numbers_is_in_their_units(tmp_path):
     linear = TableRegressor(hidden=(), models=3, epochs=2, scale="standard").fit(X, y)
     with pytest.raises(ArgumentError, match=r"^return_std: the model has no hidden layers"):
         linear.predict(X, return_std=True)
-
-
-def test_a_single_model_has_no_spread(data, tmp_path, capsys):
-    folder = fit(data, tmp_path / "run", "--models", "1", "--epochs", "2")
-    said = refusal(capsys, "predict", folder, "--data", data, "--spread", "--out", tmp_path / "o.csv")
-    assert "spread: the model is a single one" in said
-    assert not (tmp_path / "o.csv").exists()

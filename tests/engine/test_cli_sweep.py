@@ -282,17 +282,6 @@ def test_ctrl_c_before_a_model_has_ended(tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.rglob("*")] == ["b"]
 
 
-def test_the_best_so_far_on_a_terminal(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "120")
-    options = ["--vary", "lr=0.0125,0.1", "--epochs", "2", "--jobs", "1", "--out", tmp_path / "run"]
-    assert run("sweep", "iris", *options) == 0
-    shown = capsys.readouterr().err
-    # The first is shown at once, the others after a pause.
-    assert "1 of 2 models: 1 trained; " in shown
-    assert "val_loss" in shown and "0.0125" in shown
-
-
 def test_quiet(tmp_path, capsys):
     assert run("sweep", "iris", "--vary", "seed=0:2", "--epochs", "1", "--quiet", "--out", tmp_path / "run") == 0
     shown = capsys.readouterr()
@@ -319,60 +308,6 @@ def test_what_is_shown_and_written_takes_a_twentieth_of_the_time(monkeypatch):
         now += 0.1
     assert len(done) == 3
     assert np.diff(done).min() >= 42.0
-
-
-WRONG = {
-    "nothing varies": ([], "--vary: say what the models differ in"),
-    "no data": (None, "DATA: say what to train on"),
-    "no values": (["--vary", "lr"], "--vary: expected NAME=VALUES, such as"),
-    "missing value": (["--vary", "lr=1,,2"], "lr: a value is missing in 'lr=1,,2'"),
-    "unknown": (["--vary", "learning_rat=1"], "--vary: unknown name 'learning_rat'"),
-    "near": (["--vary", "wheight_decay=1"], "did you mean 'weight_decay'?"),
-    "twice": (["--vary", "lr=1", "--vary", "lr=2"], "--vary: lr is there twice"),
-    "value twice": (["--vary", "lr=0.1,1e-1"], "lr: 0.1 is there twice"),
-    "word": (["--vary", "lr=fast"], "lr: expected a finite number such as 0.01, got 'fast'"),
-    "nan": (["--vary", "lr=nan"], "lr: expected a finite number"),
-    "later negative": (["--vary", "lr=1,-1"], "--vary: lr: expected a finite number above 0"),
-    "no rate": (["--vary", "lr=0:0.1:3"], "--vary: lr: expected a finite number above 0, got 0.0"),
-    "no whole number": (["--vary", "seed=0.5"], "seed: expected a whole number, got '0.5'"),
-    "no widths": (["--vary", "hidden=8x"], "hidden: expected a whole number, or several joined by x"),
-    "width 0": (["--vary", "hidden=8,0"], "hidden: expected a whole number of at least 1, got 0"),
-    "one beta": (["--vary", "betas=0.9"], "betas: expected two numbers joined by x"),
-    "numbers without count": (["--vary", "lr=0:1"], "say how many values there are: lr=0:1:lin:5"),
-    "kind": (["--vary", "lr=0.1:1:exp:5"], "lr: expected a list, low:high:log:count"),
-    "too many colons": (["--vary", "lr=0:1:lin:5:6"], "lr: expected a list, low:high:log:count"),
-    "range in a list": (["--vary", "lr=0:1:5,7"], "lr: expected how many values at the end, such as :16, got '5,7'"),
-    "count 1": (["--vary", "lr=0:1:1"], "expected a range of 2 to 100000 values, got 1"),
-    "falling": (["--vary", "lr=1:0.1:log:4"], "from the lower to the higher end"),
-    "log of 0": (["--vary", "lr=0:1:log:4"], "a logarithmic range begins above 0"),
-    "empty range": (["--vary", "seed=5:5"], "expected a range of 1 to 100000 whole numbers, the last one left out"),
-    "huge": (
-        ["--vary", "seed=0:1000", "--vary", "lr=0.1:1:lin:200"],
-        "--vary: seed 1000 x lr 200 are 200000 models, and at most 100000 are trained; give fewer values, or --sample",
-    ),
-    "sample 0": (["--vary", "seed=0:5", "--sample", "0"], "--sample: expected a whole number of at least 1, got 0"),
-    "given too": (["--vary", "lr=1,2", "--lr", "1"], "--lr: it is what the models differ in (--vary lr)"),
-    "seeds and seed": (["--vary", "seed=0:2", "--seeds", "2"], "--seeds: --vary seed=... has the seeds"),
-    "many seeds": (
-        ["--vary", "lr=0.1:1:lin:200", "--sample", "150", "--seeds", "1000"],
-        "--seeds: 150 combinations with 1000 seeds each are 150000 models, and at most 100000 are trained",
-    ),
-    "seed too": (["--vary", "seed=0:2", "--seed", "1"], "give one; --split-seed decides the rows"),
-    "beta too": (["--vary", "betas=0.9x0.9", "--beta2", "0.5"], "--beta2: it is what the models differ in"),
-    "momentum of adam": (["--vary", "momentum=0.5,0.9"], "--vary: momentum: only sgd has it"),
-    "dropout": (["--vary", "dropout=0,1.5"], "dropout: expected"),
-    "later smoothing": (["--vary", "label_smoothing=0.1,1.5"], "--vary: label_smoothing: expected"),
-    "metric": (["--vary", "seed=0:2", "--metric", "acc"], "--metric: unknown name 'acc'; did you mean 'accuracy'?"),
-    "short batches": (["--vary", "batch_size=8,500", "--drop-last"], "--drop-last: 108 rows do not fill one batch"),
-    "train's option": (["--vary", "seed=0:2", "--probe", "3"], "No such option"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "words"), WRONG.values(), ids=WRONG)
-def test_a_wrong_call_says_what_is_wrong_and_leaves_nothing(arguments, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert words in refusal(capsys, "sweep", *([] if arguments is None else ["iris", *arguments]))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_narrow_terminal_has_fewer_columns_and_whole_words(tmp_path, monkeypatch, capsys):

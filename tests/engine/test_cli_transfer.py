@@ -132,10 +132,8 @@ def test_the_same_classes_keep_their_output_layer(tmp_path):
 
 def test_each_model_starts_from_its_part_of_an_ensemble(tmp_path, capsys):
     data = table(tmp_path / "data.csv", FEW, 1)
-    assert (
-        run("train", data, "--target", "price", "--models", "3", "--hidden", "8,6", *QUICK, "--out", tmp_path / "a")
-        == 0
-    )
+    three = ("--target", "price", "--models", "3", "--hidden", "8,6", *QUICK)
+    assert run("train", data, *three, "--out", tmp_path / "a") == 0
     still = ("--lr", "1e-60", "--epochs", "1")
     for models, sizes, note in (
         (None, [24, 18], "3 models were merged there, and each of the 3 models starts from one\n"),

@@ -48,6 +48,14 @@ CORPUS = {
     "a line break in the header": ('"a\nb",c\n1,2\n', {"a\nb": [1], "c": [2]}),
     "separators in cells": ('a,b\n1,"x,y"\n2,"z;"\n', {"a": [1, 2], "b": ["x,y", "z;"]}),
     "quotes in quotes": ('a,b\n1,"the ""x"""\n2,""""\n', {"a": [1, 2], "b": ['the "x"', '"']}),
+    "a form that is all given": (
+        "1,5:x\n2,5:y\n",
+        {"column_1": [1.5, 2.5], "column_2": ["x", "y"]},
+        Form(sep=":", decimal=",", encoding="ascii", header=False)
+    ),
+    "tabs by name": ("a\tb\n1\t2\n", {"a": [1], "b": [2]}, Form(sep="tab")),
+    "letters that the encoding lacks": ("a\nü\n", "in ascii", Form(encoding="ascii")),
+    "nothing, without a header": ("", "found an empty file", Form(header=False)),
     "inches": ('a,b\n1,5" pipe\n2,6" pipe\n', {"a": [1, 2], "b": ['5" pipe', '6" pipe']}),
     "one inch": ('a,b\n1,5"\n2,6\n', {"a": [1, 2], "b": ['5"', "6"]}),
     "everything in quotes": ('"a","b"\n"1","x"\n"2","y"\n', {"a": [1, 2], "b": ["x", "y"]}),

@@ -136,11 +136,9 @@ def test_types_of_a_parquet_file_stay(model, tmp_path):
     table.to_parquet(tmp_path / "new.parquet")
     expected = pandas.read_parquet(tmp_path / "new.parquet")
     for suffix in (".parquet", ".feather"):
-        assert (
-            run("predict", model, "--data", tmp_path / "new.parquet", "--with-data", "--out", tmp_path / f"o{suffix}")
-            == 0
-        )
-        written = READERS[suffix[1:]](tmp_path / f"o{suffix}")
+        out = tmp_path / f"o{suffix}"
+        assert run("predict", model, "--data", tmp_path / "new.parquet", "--with-data", "--out", out) == 0
+        written = READERS[suffix[1:]](out)
         pandas.testing.assert_frame_equal(written.drop(columns="prediction"), expected)
 
 

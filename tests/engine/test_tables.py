@@ -68,19 +68,6 @@ def test_an_archive_of_several_files(tmp_path):
         read_table(write(tmp_path / "a.csv.zip", zipped("a\n1\n", "a\n1\n")))
 
 
-def test_a_form_that_is_given(tmp_path):
-    path = write(tmp_path / "a.csv", "1,5:x\n2,5:y\n")
-    table = read_table(path, form=Form(sep=":", decimal=",", encoding="ascii", header=False))
-    assert lists(table) == {"column_1": [1.5, 2.5], "column_2": ["x", "y"]}
-    assert lists(read_table(write(path, "a\tb\n1\t2\n"), form=Form(sep="tab"))) == {"a": [1], "b": [2]}
-    for content, form, message in (
-        ("a\nü\n", {"encoding": "ascii"}, "in ascii"),
-        ("", {"header": False}, "found an empty file"),
-    ):
-        with pytest.raises(DataError, match=message):
-            read_table(write(path, content), form=Form(**form))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
