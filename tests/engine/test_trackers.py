@@ -263,7 +263,7 @@ class TestMLflow:
             with pytest.raises(fusemlp.FusemlpError, match="MLflow: no run can be opened: the server is down"):
                 fit(engine, tracker)
         assert engine.epochs_trained == 0
-        monkeypatch.setattr("fusemlp.callbacks.trackers.MLflow._write", fail)
+        monkeypatch.setattr("fusemlp.callbacks.loggers.MLflow._write", fail)
         with caplog.at_level(logging.WARNING, logger="fusemlp.callbacks"):
             fit(engine, tracker)
         assert [one for one in told(caplog) if "goes on unrecorded" in one] == told(caplog)[:1]

@@ -8,10 +8,9 @@
 from __future__ import annotations
 
 from fusemlp.callbacks.forms import Callback
-from fusemlp.callbacks.loggers import CSVLogger, TensorBoard
+from fusemlp.callbacks.loggers import CSVLogger, MLflow, TensorBoard, WandB
 from fusemlp.callbacks.monitors import EarlyStopping, LearningRateScheduler, ModelCheckpoint, ReduceLROnPlateau
 from fusemlp.callbacks.progress import ProgressBar
-from fusemlp.callbacks.trackers import MLflow, WandB
 
 __all__ = [
     "CSVLogger",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp.callbacks.forms import Watching, takes, tell
-from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag, no_folder
+from fusemlp.describe.checks import as_count, as_number, as_path, check_choice, check_flag, no_folder
 from fusemlp.describe.metrics import rises
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
@@ -180,9 +180,7 @@ class ModelCheckpoint(Monitor):
         initial_value_threshold: float | None = None,
     ) -> None:
         super().__init__(monitor, mode, verbose)
-        if not isinstance(filepath, str | os.PathLike):
-            raise ArgumentTypeError(f"filepath: expected the path of a file, got {filepath!r}")
-        self.filepath = os.fspath(filepath)
+        self.filepath = as_path("filepath", filepath)
         if not self.filepath.endswith(SUFFIX):
             raise ArgumentError(f"filepath: expected a name ending in {SUFFIX}, got {self.filepath!r}")
         if save_freq != "epoch":

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fusemlp.callbacks.trackers import TRACKERS
+from fusemlp.callbacks.loggers import TRACKERS
 from fusemlp.datasets.load import MOST_CLASSES, NAMES, TASKS
 from fusemlp.datasets.textfiles import Form
 from fusemlp.describe import adversarial, losses, metrics, optimizers

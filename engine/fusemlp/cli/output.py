@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from fusemlp._version import __version__
 from fusemlp.callbacks import Callback
+from fusemlp.callbacks.loggers import FAILED, FINISHED, INTERRUPTED, TRACKERS, Tracker, configured
 from fusemlp.callbacks.progress import Forecast, waiting
-from fusemlp.callbacks.trackers import FAILED, FINISHED, INTERRUPTED, TRACKERS, Tracker, configured
 from fusemlp.cli.options import OutputOptions, SweepOptions, TrainOptions
 from fusemlp.datasets.tables import reason
 from fusemlp.describe.checks import WINDOWS, check_choice

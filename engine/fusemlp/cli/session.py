@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fusemlp._version import __version__
-from fusemlp.callbacks.trackers import Tracker
+from fusemlp.callbacks.loggers import Tracker
 from fusemlp.cli import output
 from fusemlp.cli.options import DataOptions, OutputOptions, SweepOptions, TrainOptions
 from fusemlp.cli.output import command_line

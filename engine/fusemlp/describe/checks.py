@@ -36,6 +36,13 @@ def no_folder(argument: str, folder: Path, purpose: str = "") -> ArgumentError:
     return ArgumentError(f"{argument}: there is no folder {str(folder)!r}{purpose}; make it first: {command} {folder}")
 
 
+def as_path(argument: str, value: Any, kind: str = "file") -> str:
+    """Return the path of a file or a folder as text; refuse other types."""
+    if not isinstance(value, str | os.PathLike):
+        raise ArgumentTypeError(f"{argument}: expected the path of a {kind}, got {value!r}")
+    return os.fspath(value)
+
+
 def check_flag(argument: str, value: object) -> bool:
     """Return ``value`` as a bool; refuse anything but True and False."""
     if not isinstance(value, bool | np.bool_):

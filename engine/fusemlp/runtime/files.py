@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusemlp.describe.checks import WINDOWS, no_folder
+from fusemlp.describe.checks import WINDOWS, as_path, no_folder
 from fusemlp.describe.description import reading, stored
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError, DivergenceError, ShapeError
@@ -48,8 +48,7 @@ WAITS = tuple(0.01 * 2.0**number for number in range(8))
 
 def target_file(path: str | Path) -> Path:
     """Return the file to write, with symbolic links resolved."""
-    check_path(path)
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(as_path("path", path)))
     if target.exists() and not target.is_file():
         raise ArgumentError(f"path: {str(path)!r} is {what_it_is(target)}; expected a file, there already or new")
     if not target.parent.is_dir():
@@ -59,18 +58,13 @@ def target_file(path: str | Path) -> Path:
 
 def check_ending(path: str | Path) -> None:
     """Raise ArgumentTypeError for what is no path, ArgumentError for the ending of another format."""
-    check_path(path)
+    as_path("path", path)
     if Path(path).suffix.lower() in OTHERS:
         hint = "; to_onnx(path) writes ONNX" if Path(path).suffix.lower() == ".onnx" else ""
         raise ArgumentError(
             f"path: the file holds safetensors; expected a name such as "
             f"{Path(path).with_suffix('.safetensors').name!r}, got {str(path)!r}{hint}"
         )
-
-
-def check_path(path: object) -> None:
-    if not isinstance(path, str | os.PathLike):
-        raise ArgumentTypeError(f"path: expected the path of a file, got {path!r}")
 
 
 def what_it_is(path: str | os.PathLike[str]) -> str:
@@ -164,7 +158,7 @@ def read_file(path: str | Path, kind: FileKind) -> tuple[dict[str, str], dict[st
     """Return metadata and tensors of a safetensors file that should be of a kind. Raises CheckpointError."""
     from safetensors import SafetensorError, safe_open
 
-    check_path(path)
+    as_path("path", path)
     expected = f"expected a file that {kind.writer} wrote"
     if os.path.exists(path) and not os.path.isfile(path):
         raise CheckpointError(f"path: {str(path)!r} is {what_it_is(path)}; {expected}")
