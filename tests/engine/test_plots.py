@@ -10,7 +10,7 @@ import pytest
 
 from fusemlp import ArgumentError, ArgumentTypeError, History
 from fusemlp.report import plots
-from fusemlp.report.diagnosis import overfitting
+from fusemlp.report.diagnosis import diagnose
 
 RISING = {
     "loss": [1.0, 0.5, 0.3, 0.2],
@@ -30,7 +30,7 @@ def labels(figure, axes):
 
 
 def test_loss_and_accuracy_side_by_side():
-    found = overfitting(RISING)
+    (found,) = diagnose(RISING)
     figure = plots.curves_figure(RISING, loss="cross_entropy", title="digits", best_epoch=2, overfitting=found)
     assert pixels(plots.picture(figure)).std() > 0.0
     assert [axes.get_xlabel() for axes in figure.axes] == ["epoch", "epoch"]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
 
 # Overfitting: the validation loss rises by this share above its best while the training loss falls, and ends above it.
 RISE = 0.05
@@ -38,12 +37,6 @@ REMEDIES = {
     "scaling": ("--scale standard", "inputs of unit scale (Engine(normalise=True))"),
     "epochs": ("more --epochs", "more epochs"),
 }
-OVERFITTING_REMEDIES = ("early stopping", "dropout", "weight decay", "data")
-DEAD_REMEDIES = ("leaky", "lower rate")
-
-
-def _remedies(names: Sequence[str], *, python: bool = False, in_use: Collection[str] = ()) -> tuple[str, ...]:
-    return tuple(REMEDIES[name][int(python)] for name in names if name not in in_use)
 
 
 @dataclass(frozen=True)
@@ -76,20 +69,27 @@ def diagnose(
     """Return all that is found in a history and, if given, in the shares of ``dead`` units by layer.
 
     ``divergence``: the error that ended the training. ``python``: remedies as Python has them, not the command line.
-    ``in_use``: the names in ``REMEDIES`` of those that the training has, which no finding advises. Each finding takes
-    these two as ``advice``. The others: see ``overfitting`` and ``no_learning``.
+    ``in_use``: the names in ``REMEDIES`` of those that the training has, which no finding advises. The others: see
+    ``_overfitting`` and ``_no_learning``.
     """
-    advice = {"python": python, "in_use": {*in_use, *(["early stopping"] if early_stopping else [])}}
     diverged = Finding("divergence", divergence) if divergence else None
-    findings = [diverged, exploding_loss(history, **advice), slow_training(history, **advice)]
+    findings = [diverged, _exploding_loss(history), _slow_training(history)]
     if not any(findings):
-        findings.append(no_learning(history, chance_loss, **advice))
-    findings.append(overfitting(history, restored=restored, best_epoch=best_epoch, **advice))
-    findings.append(dead_units(dead or {}, **advice))
-    return [finding for finding in findings if finding is not None]
+        findings.append(_no_learning(history, chance_loss))
+    findings += [_overfitting(history, restored, best_epoch), _dead_units(dead or {})]
+    unwanted = {*in_use, *(["early stopping"] if early_stopping else [])}
+    return [_in_words(finding, python, unwanted) for finding in findings if finding is not None]
 
 
-def exploding_loss(history: Mapping[str, Sequence[float]], **advice: Any) -> Finding | None:
+def _in_words(finding: Finding, python: bool, in_use: Collection[str]) -> Finding:
+    """Return a finding whose remedies, names in ``REMEDIES``, are in words, without those in use."""
+    words = {name: REMEDIES[name][int(python)] for name in finding.remedies if name not in in_use}
+    if "early stopping" in words and finding.epoch is not None:
+        words["early stopping"] = f"early stopping (here: {'epochs=' if python else '--epochs '}{finding.epoch})"
+    return replace(finding, remedies=tuple(words.values()))
+
+
+def _exploding_loss(history: Mapping[str, Sequence[float]]) -> Finding | None:
     """Find a training loss that ends more than ``EXPLODED`` above its first value."""
     losses = history.get("loss", ())
     if len(losses) < 2 or not losses[-1] > losses[0] + EXPLODED * abs(losses[0]):
@@ -97,11 +97,10 @@ def exploding_loss(history: Mapping[str, Sequence[float]], **advice: Any) -> Fin
     best = min(range(len(losses)), key=losses.__getitem__)
     message = f"the training loss rose from {losses[0]:.4g} in epoch 1 to {losses[-1]:.4g}"
     figures = {"first_loss": losses[0], "last_loss": losses[-1]}
-    remedies = _remedies(("lower rate", "clipping", "scaling"), **advice)
-    return Finding("exploding loss", message, remedies, best + 1, figures)
+    return Finding("exploding loss", message, ("lower rate", "clipping", "scaling"), best + 1, figures)
 
 
-def slow_training(history: Mapping[str, Sequence[float]], **advice: Any) -> Finding | None:
+def _slow_training(history: Mapping[str, Sequence[float]]) -> Finding | None:
     """Find a training whose loss falls epoch by epoch, but little, and as fast at the end as at the beginning."""
     losses, rates = history.get("loss", ()), history.get("learning_rate", ())
     if len(losses) < FEWEST_EPOCHS:
@@ -120,10 +119,10 @@ def slow_training(history: Mapping[str, Sequence[float]], **advice: Any) -> Find
         f"the training loss fell by only {share:.1%} in {len(losses)} epochs, as fast at the end as at the beginning: "
         f"{rate} is too small"
     )
-    return Finding("slow training", message, _remedies(("higher rate", "epochs"), **advice), None, {"fall": share})
+    return Finding("slow training", message, ("higher rate", "epochs"), None, {"fall": share})
 
 
-def no_learning(history: Mapping[str, Sequence[float]], chance_loss: float | None, **advice: Any) -> Finding | None:
+def _no_learning(history: Mapping[str, Sequence[float]], chance_loss: float | None) -> Finding | None:
     """Find a training that ends no better than a constant prediction, and is not just slow: halved or rising losses.
 
     ``chance_loss``: the loss where all classes are equally probable; None if the loss has none.
@@ -142,12 +141,10 @@ def no_learning(history: Mapping[str, Sequence[float]], chance_loss: float | Non
     if right is not None:
         message += f"; {right:.1%} of the {'validation' if 'val_accuracy' in history else 'training'} rows are right"
     figures = {"last_loss": losses[-1], "chance_loss": chance_loss}
-    return Finding("no learning", message, _remedies(("lower rate", "scaling"), **advice), None, figures)
+    return Finding("no learning", message, ("lower rate", "scaling"), None, figures)
 
 
-def overfitting(
-    history: Mapping[str, Sequence[float]], *, restored: bool = False, best_epoch: int | None = None, **advice: Any
-) -> Finding | None:
+def _overfitting(history: Mapping[str, Sequence[float]], restored: bool, best_epoch: int | None) -> Finding | None:
     """Find overfitting: training improves and validation does not.
 
     The criterion: the last validation loss is more than ``RISE`` above its minimum while the training loss fell since
@@ -164,31 +161,28 @@ def overfitting(
     gap = right[-1] - right_validation[-1] if right and right_validation else 0.0
     if not rising and not gap > ACCURACY_GAP:
         return None
+    remedies = ("early stopping", "dropout", "weight decay", "data")
     figures = {"loss_gap": last - training[-1], "best_val_loss": lowest, "last_val_loss": last}
     if right and right_validation:
         figures["accuracy_gap"] = gap
     if not rising:
         message = f"{right[-1]:.1%} of the training rows are right, but only {right_validation[-1]:.1%} in validation"
-        return Finding("overfitting", message, _remedies(OVERFITTING_REMEDIES, **advice), None, figures)
-    epoch, remedies = best + 1, _remedies(OVERFITTING_REMEDIES[1:], **advice)
+        return Finding("overfitting", message, remedies, None, figures)
+    epoch = best + 1
     message = (
         f"after epoch {epoch} the validation loss rose from {lowest:.4g} to {last:.4g} while the training loss fell "
         f"to {training[-1]:.4g}"
     )
     if restored:
         message += f"; the weights of epoch {best_epoch or epoch} were restored"
-        return Finding("overfitting", message, (), epoch, figures)
-    shown = f"epochs={epoch}" if advice.get("python") else f"--epochs {epoch}"
-    if "early stopping" not in advice.get("in_use", ()):
-        remedies = (f"early stopping (here: {shown})", *remedies)
-    return Finding("overfitting", message, remedies, epoch, figures)
+    return Finding("overfitting", message, () if restored else remedies, epoch, figures)
 
 
-def dead_units(fractions: Mapping[str, float], **advice: Any) -> Finding | None:
+def _dead_units(fractions: Mapping[str, float]) -> Finding | None:
     """Find layers with a share of units that are zero for every row, and learn nothing, above ``DEAD_FRACTION``."""
     high = {layer: share for layer, share in fractions.items() if share > DEAD_FRACTION}
     if not high:
         return None
     listed = ", ".join(f"{share:.0%} of {layer}" for layer, share in high.items())
     message = f"relu units that are zero for every training row: {listed}"
-    return Finding("dead units", message, _remedies(DEAD_REMEDIES, **advice), None, dict(fractions))
+    return Finding("dead units", message, ("leaky", "lower rate"), None, dict(fractions))
