@@ -34,8 +34,7 @@ from fusemlp.training.fit import ELSEWHERE as OF_FIT
 from fusemlp.training.fit import fit
 from fusemlp.training.history import History
 from fusemlp.training.lr_finder import LearningRateSweep, lr_find
-from fusemlp.training.plan import FitPlan
-from fusemlp.training.trainer import Trainer
+from fusemlp.training.trainer import FitPlan, Trainer
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, CheckpointError
 
 __all__ = ["Engine", "availability", "load", "load_checkpoint"]

@@ -24,7 +24,7 @@ from fusemlp.runtime.memory import COMPUTE_BYTES
 from fusemlp.runtime.plans import ASKED, choose_plan
 from fusemlp.runtime.session import Session
 from fusemlp.sklearn import MLPClassifier
-from fusemlp.training.plan import FitPlan
+from fusemlp.training.trainer import FitPlan
 from fusemlp_kernels.contract import MOST_PARTS, Noise
 from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
 from fusemlp_kernels.registry import TRAITS
@@ -206,7 +206,7 @@ def lower(case, backend):
     fits = plan.uses(model["optimizer"].schedule, batches="y" in case.fit, **beside)
     measured = {"measured rows": True} if machine["normalise"] is True else {}
     check_together({**Session.uses.fget(asked), **fits, **measured, **({case.door: True} if case.door else {})})
-    traits, attacks = TRAITS[backend], passes_against(plan.adversary)
+    traits, attacks = TRAITS[backend], passes_against(plan.adversarial)
     clips = () if privacy is None else (ClipAndNoise(1.0, Noise(1.0, float(BATCH), 0)),)
     sums = (SumOverRanks(Sharding("ordered", 2)),) if ranks else ()
     chosen = choose_plan(machine["plan"], traits, net, BATCH, precision, private=privacy is not None)

@@ -11,7 +11,7 @@ import pytest
 from fusemlp import DPSGD, MLP, SGD, Adam, Callback, Cosine, DataError, DivergenceError, Engine
 from fusemlp.program import builder, layout, lowering
 from fusemlp.runtime.programs import STEPS_A_GRAPH, BoundProgram
-from fusemlp.training import data
+from fusemlp.training import fit as training_fit
 from fusemlp_kernels import availability
 from fusemlp_kernels.errors import BackendUnavailableError
 
@@ -177,13 +177,13 @@ def test_a_divergence_goes_back_to_the_state_before_the_epoch(computing):
 
 
 def test_the_rows_of_the_next_epoch_are_drawn_before_the_wait(card, monkeypatch):
-    drawn = data.shuffled
+    drawn = training_fit.shuffled
 
     def draw(backend, plan, n, seed, epoch):
         card.events.append(("drawn", epoch))
         return drawn(backend, plan, n, seed, epoch)
 
-    monkeypatch.setattr(data, "shuffled", draw)
+    monkeypatch.setattr(training_fit, "shuffled", draw)
     engine = made()
     engine.fit(X, Y, epochs=1)
     with card.counted() as found:

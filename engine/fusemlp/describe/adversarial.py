@@ -68,6 +68,10 @@ class Adversary(Description):
         return 0
 
 
+# Plain training.
+NONE = Adversary()
+
+
 @dataclass(frozen=True)
 class Attack(Adversary):
     """Changes inputs by at most ``eps``, in their own units, to raise the loss of their labels.
@@ -163,7 +167,9 @@ def as_attack(argument: str, value: object) -> Attack:
 
 def as_adversary(argument: str, value: object) -> Adversary:
     """Return what a training is against; raises ArgumentError or ArgumentTypeError for what it cannot be."""
-    if not isinstance(value, Adversary) or not value.uses:
+    if value is None:
+        return NONE
+    if not isinstance(value, Adversary):
         raise ArgumentTypeError(f"{argument}: expected an attack such as PGD(0.1), or IBP(0.1), got {value!r}")
     if value.plain is not None and value.plain.restarts > 1:
         raise ArgumentError(f"{argument}: restarts are for Engine.attack; training takes one, restarts=1")

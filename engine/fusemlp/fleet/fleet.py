@@ -26,11 +26,10 @@ from fusemlp.fleet.results import Ensemble, FleetResults, Kept, Member, scores_o
 from fusemlp.fleet.workers import as_devices, check_not_given, check_sent, check_workers, trained_apart
 from fusemlp.runtime.backends import cpu_threads, open_backend
 from fusemlp.runtime.scaling import InputScale
-from fusemlp.training.data import FitData
-from fusemlp.training.fit import ELSEWHERE, fit_loop
+from fusemlp.training.fit import ELSEWHERE, FitData, fit_loop
 from fusemlp.training.history import History
 from fusemlp.training.loop import EpochLoop
-from fusemlp.training.plan import FitPlan
+from fusemlp.training.trainer import FitPlan
 from fusemlp.training.validation import FitPolicy, Validation, checked_validation, measured
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
 

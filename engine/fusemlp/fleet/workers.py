@@ -20,7 +20,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.examples import Examples
 from fusemlp.runtime.backends import one_thread
 from fusemlp.runtime.plans import shares_launches
-from fusemlp.training.plan import FitPlan
+from fusemlp.training.trainer import FitPlan
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibraryError, WorkerError, unknown_name
 
 _log = logging.getLogger("fusemlp")

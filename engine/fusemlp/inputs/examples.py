@@ -139,13 +139,13 @@ class UserBatches:
             raise ArgumentTypeError(
                 f"y: it is missing; give {argument} and y, or without y {MADE}, got {type(source).__name__}"
             )
-        self.argument, self._given = argument, source
+        self.argument, self.source = argument, source
         self._kind = type(source).__name__
         self.steps = self._length(steps_argument) if steps is None else as_count(steps_argument, steps)
         self._iterator: Iterator[Any] | None = None
         # batches read, of this pass and of all
         self._of_pass = self._read = 0
-        self._before, self._share = first_epoch * self.steps, share
+        self._before, self.share = first_epoch * self.steps, share
         self._ahead: tuple[Any, Any, Any] | None = self._pull()
         shape = getattr(self._ahead[0], "shape", None)
         if shape is not None and len(shape) == 1 and hasattr(source, "__getitem__") and not isinstance(source, list):
@@ -156,7 +156,7 @@ class UserBatches:
 
     def _length(self, steps_argument: str) -> int:
         try:
-            steps = len(self._given)
+            steps = len(self.source)
         except TypeError as error:
             raise ArgumentError(
                 f"{steps_argument}: a {self._kind} has no length; give the number of batches of an epoch, "
@@ -169,11 +169,11 @@ class UserBatches:
     def _pull(self) -> tuple[Any, Any, Any]:
         while True:
             if self._iterator is None:
-                source = self._given
+                source = self.source
                 if isinstance(source, Blocks):
                     source.seek(self._before + self._read)
-                if isinstance(source, Blocks) and self._share is not None:
-                    self._iterator = source.shared(*self._share)
+                if isinstance(source, Blocks) and self.share is not None:
+                    self._iterator = source.shared(*self.share)
                 elif hasattr(source, "__iter__"):
                     self._iterator = iter(source)
                 else:
@@ -197,13 +197,13 @@ class UserBatches:
 
     def _end_pass(self) -> None:
         """Get ready to begin again, or raise DataError."""
-        if self._iterator is self._given or not self._of_pass:
+        if self._iterator is self.source or not self._of_pass:
             raise DataError(
                 f"{self.argument}: this {self._kind} ended after {self._read} batches, and {self.steps} an epoch are "
                 "needed; let it go on (while True), or give an object that can be iterated over again, such as a list"
             )
         self._iterator = None
-        ended = getattr(self._given, "on_epoch_end", None)
+        ended = getattr(self.source, "on_epoch_end", None)
         if callable(ended):
             ended()
 

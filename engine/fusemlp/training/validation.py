@@ -16,8 +16,7 @@ from fusemlp.runtime.own_loss import AnyEvaluation
 from fusemlp.runtime.session import Session
 from fusemlp.training.history import DIVERGED, FitState
 from fusemlp.training.loop import Policy
-from fusemlp.training.plan import FitPlan
-from fusemlp.training.trainer import Trainer
+from fusemlp.training.trainer import FitPlan, Trainer
 from fusemlp_kernels.contract import LossSpec
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
 
