@@ -6,8 +6,8 @@ from fusemlp import MLP, SGD, Adam, AdamW, CrossEntropy, LeakyReLU, ParameterOpt
 from fusemlp.describe.losses import as_loss
 from fusemlp.describe.optimizers import as_optimizer
 from fusemlp.program.layout import parameter_layout, persistent_places, plan_workspace
-from fusemlp.program.lowering import lower, lower_training
-from fusemlp.program.passes.penalty import Penalty
+from fusemlp.program.lowering import lower, trained_by
+from fusemlp.program.passes.gradients import Penalty
 from fusemlp.program.step import Inputs, Step
 from fusemlp_kernels.contract import ACTIVATIONS, Ridge
 from fusemlp_kernels.registry import TRAITS
@@ -35,26 +35,25 @@ def training_program(
     soft=False,
     accuracy=None,
     real_bytes=4,
-    keep_gradients=False,
     seed=3,
     **options,
 ):
     """Return ``Engine``'s program for ``fit`` (``indexed``: a batch is picked from ``rows`` rows) or for ``step``."""
     loss, optimizer = as_loss(loss), as_optimizer(optimizer)
-    return lower_training(
+    step = Step(
         net,
-        loss.spec(accuracy=loss.is_classification if accuracy is None else accuracy, soft=soft),
-        optimizer.rule(),
-        optimizer.options_for,
         batch_size,
         TRAITS[backend],
         layout_of(net, backend, real_bytes),
         Inputs(rows if indexed else batch_size, indexed, weighted, loss.class_weight is not None),
+        loss.spec(accuracy=loss.is_classification if accuracy is None else accuracy, soft=soft),
+        real_bytes,
+        rule=optimizer.rule(),
+        trained=trained_by(optimizer, net),
         seed=seed,
-        real_bytes=real_bytes,
-        keep_gradients=keep_gradients,
         **options,
     )
+    return lower(step)
 
 
 def inference_program(net, loss=None, batch_size=8, backend="numpy", *, real_bytes=4):

@@ -16,8 +16,7 @@ from fusemlp.describe.adversarial import Adversary
 from fusemlp.describe.conflicts import CONFLICTS, UNAVAILABLE, check_together
 from fusemlp.describe.losses import as_loss
 from fusemlp.program.passes.attack import passes_against
-from fusemlp.program.passes.privacy import ClipAndNoise
-from fusemlp.program.passes.ranks import SumOverRanks
+from fusemlp.program.passes.gradients import ClipAndNoise, SumOverRanks
 from fusemlp.program.program import Sharding
 from fusemlp.program.verifier import verify
 from fusemlp.runtime.memory import COMPUTE_BYTES

@@ -57,9 +57,9 @@ def short_tables(monkeypatch):
     """Make tables of rates for four updates, fewer than an epoch has."""
     for module in (layout, builder):
         monkeypatch.setattr(module, "RATE_ROWS", 4)
-    lowering.lower.cache_clear()
+    lowering.lowered.cache_clear()
     yield
-    lowering.lower.cache_clear()
+    lowering.lowered.cache_clear()
 
 
 def made(plan="graph", optimizer="adam", sizes=(3, 4, 2)):

@@ -7,9 +7,7 @@ from lowered import BACKENDS, training_program
 
 from fusemlp import MLP, SGD, Adam
 from fusemlp.program.passes.attack import BatchAttack
-from fusemlp.program.passes.penalty import Penalty
-from fusemlp.program.passes.privacy import ClipAndNoise
-from fusemlp.program.passes.ranks import SumOverRanks
+from fusemlp.program.passes.gradients import ClipAndNoise, Penalty, SumOverRanks
 from fusemlp.program.program import Sharding
 from fusemlp.program.verifier import verify
 from fusemlp_kernels.contract import Noise, Perturbation, Ridge

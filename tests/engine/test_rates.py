@@ -74,10 +74,10 @@ def small(monkeypatch):
         for module in (layout, builder):
             monkeypatch.setattr(module, "RATE_ROWS", count)
         # programs that are remembered have tables of another size
-        lowering.lower.cache_clear()
+        lowering.lowered.cache_clear()
 
     yield rows
-    lowering.lower.cache_clear()
+    lowering.lowered.cache_clear()
 
 
 def made(optimizer, backend="numpy", plan="eager", precision="fp32"):

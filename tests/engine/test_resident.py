@@ -225,7 +225,7 @@ def test_a_program_that_is_bound_again_reads_the_arrays_of_its_own_model():
     wide[:, ::2] = targets
     wanted = trained("resident", net, targets, loss="mse")
     for before in (X, targets, wide[:, ::2]):
-        lowering.lower.cache_clear()
+        lowering.lowered.cache_clear()
         trained("resident", net, before, loss="mse")
         assert_same_state(trained("resident", net, targets, loss="mse"), wanted)
 
@@ -274,7 +274,7 @@ def test_a_loop_of_what_a_program_uses_computes_the_same_bits(net, optimizer, lo
 
     monkeypatch.setattr(launches, "work_for", watched)
     # a program remembers its loop, and the one for all programs would serve
-    lowering.lower.cache_clear()
+    lowering.lowered.cache_clear()
     monkeypatch.setattr(launches, "_loops", {})
     engine = trained("resident", **options)
     assert_same_state(engine, whole)

@@ -1,52 +1,34 @@
 """From a network, a loss and an optimizer to the program of a training step, or of the forward pass alone."""
 
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 from fusemlp.describe.network import MLP
+from fusemlp.describe.optimizers import Optimizer
 from fusemlp.program.builder import Builder
-from fusemlp.program.layout import REMEMBERED, Layout, short_names
-from fusemlp.program.passes.blocks import blocks
-from fusemlp.program.passes.encoding import encode
+from fusemlp.program.layout import REMEMBERED, short_names
+from fusemlp.program.passes.blocks import blocks, encode
 from fusemlp.program.passes.fusion import fuse
 from fusemlp.program.passes.members import MembersBuilder
 from fusemlp.program.program import Program
-from fusemlp.program.step import Inputs, Step
-from fusemlp_kernels.contract import OWN, LossSpec, TensorRule, Traits, UpdateRule
-
-# Return, for a parameter's state_dict name, if it is trained, and its changes to the optimizer's rule.
-OptionsFor = Callable[[str], tuple[bool, TensorRule]]
+from fusemlp.program.step import Step
+from fusemlp_kernels.contract import OWN, TensorRule
 
 
-def lower_training(
-    net: MLP,
-    spec: LossSpec,
-    rule: UpdateRule,
-    options_for: OptionsFor,
-    batch_size: int,
-    traits: Traits,
-    layout: Layout,
-    inputs: Inputs,
-    *,
-    seed: int,
-    **others: Any,
-) -> Program:
-    """Return the program of one training step; ``others`` are the other fields of ``Step``."""
-    trained = []
-    for short, name in short_names(net).items():
-        trainable, changes = options_for(name)
-        if trainable:
-            trained.append((short, changes))
+def trained_by(optimizer: Optimizer, net: MLP) -> tuple[tuple[str, TensorRule], ...]:
+    """Return the tensors of a network that an optimizer trains, as ``Step.trained`` has them."""
+    options = ((short, *optimizer.options_for(name)) for short, name in short_names(net).items())
+    return tuple((short, changes) for short, trainable, changes in options if trainable)
+
+
+def lower(step: Step) -> Program:
+    """Return the program of a step. The models of a fleet share it, so it is remembered."""
     # without dropout no call has the seed, and models that differ in it alone have one program
-    seed = seed if any(net.dropouts) else 0
-    options = {"rule": rule, "trained": tuple(trained), "seed": seed, **others}
-    return lower(Step(net, batch_size, traits, layout, inputs, spec, **options))
+    return lowered(step if any(step.net.dropouts) else step._replace(seed=0))
 
 
 @lru_cache(maxsize=REMEMBERED)
-def lower(step: Step) -> Program:
-    """Return the program of a step; the models of a fleet share it, so it is remembered."""
+def lowered(step: Step) -> Program:
+    """Return the program of a step as it is."""
     program = plain(step)
     for change in step.passes:
         program = change(program, step)

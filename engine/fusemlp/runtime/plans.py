@@ -8,10 +8,10 @@ from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.program.layout import parameter_layout
-from fusemlp.program.lowering import lower_training
-from fusemlp.program.passes.ranks import sums_over
+from fusemlp.program.lowering import lower, trained_by
+from fusemlp.program.passes.gradients import sums_over
 from fusemlp.program.program import ALONE, ORDERED, Program, Sharding
-from fusemlp.program.step import Inputs
+from fusemlp.program.step import Inputs, Step
 from fusemlp.runtime.backends import TRAITS, availability
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES
 from fusemlp_kernels.contract import MOST_PARTS, Traits, narrow_refusal, resident_refusal, step_flops
@@ -179,22 +179,21 @@ def planned(
     real_bytes = REAL_BYTES.get(precision, 4)
     rows = sharding.rows(as_count("batch_size", batch_size, minimum=1))
     alone = choose_plan("auto", traits, net, batch_size, precision)
-    program = lower_training(
+    step = Step(
         net,
-        chosen_loss.spec(accuracy=chosen_loss.is_classification),
-        chosen_optimizer.rule(),
-        chosen_optimizer.options_for,
         rows,
         traits,
         parameter_layout(net, row_multiple=traits.row_multiple, item_bytes=real_bytes),
         Inputs(rows, indexed=True, class_weighted=chosen_loss.class_weight is not None),
-        seed=0,
-        real_bytes=real_bytes,
-        compute_bytes=COMPUTE_BYTES.get(precision),
+        chosen_loss.spec(accuracy=chosen_loss.is_classification),
+        real_bytes,
+        COMPUTE_BYTES.get(precision),
+        chosen_optimizer.rule(),
+        trained_by(chosen_optimizer, net),
         scaled=precision == "fp16",
         most_parts=MOST_PARTS,
         resident=alone[0] == "resident" and (traits.on_host or not sharding),
         passes=sums_over(sharding),
     )
     shared = shared_plan(alone, traits, sharding) if sharding else alone
-    return program, None if traits.resident is None else shared
+    return lower(step), None if traits.resident is None else shared

@@ -7,9 +7,9 @@ from typing import Any
 
 from fusemlp.describe.conflicts import check_together
 from fusemlp.inputs.columns import codes_of, coding_of
-from fusemlp.program.lowering import lower_training
+from fusemlp.program import lowering
 from fusemlp.program.program import Program
-from fusemlp.program.step import Inputs, Pass
+from fusemlp.program.step import Inputs, Pass, Step
 from fusemlp.runtime.forward import member_rows
 from fusemlp.runtime.own_loss import caller_of
 from fusemlp.runtime.programs import BoundProgram
@@ -50,24 +50,25 @@ def program_of_fit(engine: Session, passes: tuple[Pass, ...] = (), *, resident: 
 def lower(engine: Session, training: TrainingStep) -> Program:
     """Return the program of a training step, or of a loop over steps, with the loss's class weights."""
     weighted, memory = engine.class_weight is not None, engine.memory
-    return lower_training(
+    step = Step(
         engine.network,
-        training.spec,
-        training.rule,
-        engine.optimizer.options_for,
         engine.sharding.rows(training.batch_size),
         memory.backend.traits,
         memory.layout,
         replace(training.inputs, class_weighted=True) if weighted else training.inputs,
-        seed=engine.seed,
-        real_bytes=memory.real_bytes,
-        compute_bytes=memory.compute_bytes,
+        training.spec,
+        memory.real_bytes,
+        memory.compute_bytes,
+        training.rule,
+        lowering.trained_by(engine.optimizer, engine.network),
+        engine.seed,
         scaled=engine.precision == "fp16",
         most_parts=memory.gradient_parts,
         keep_gradients=training.keep_gradients,
         resident=training.resident,
         passes=(*training.passes, *engine.passes),
     )
+    return lowering.lower(step)
 
 
 def bind(

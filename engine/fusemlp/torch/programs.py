@@ -19,9 +19,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from fusemlp.describe.losses import Loss, OwnLoss
 from fusemlp.describe.schedules import Constant
 from fusemlp.program.layout import Layout, short_names
-from fusemlp.program.lowering import lower_training
+from fusemlp.program.lowering import lower
 from fusemlp.program.program import Program, resolve
-from fusemlp.program.step import Inputs
+from fusemlp.program.step import Inputs, Step
 from fusemlp.runtime.memory import Memory, Workspace
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.rates import RateTable
@@ -364,21 +364,18 @@ class Programs:
         if returns or self.pos_weight is not None:
             traits = replace(traits, widest_fused_output=0)
         rules = {short: rule for update_set in self.sets for short, rule in update_set.rules.items()}
-        options = {
-            name: (short in rules, rules.get(short, TensorRule()))
-            for short, name in short_names(self.reading.network).items()
-        }
-        spec = self.loss.spec(accuracy=False)
-        return lower_training(
-            self.reading.network,
-            replace(spec, ignore_index=spec.ignore_index if kind == "ignored" else None, soft=kind == "soft"),
-            max((update_set.rule for update_set in self.sets), key=lambda rule: rule.state_count),
-            options.__getitem__,
+        net, spec = self.reading.network, self.loss.spec(accuracy=False)
+        step = Step(
+            net,
             capacity,
             traits,
             self.memory.layout,
             Inputs(capacity, class_weighted=self._class_weight is not None),
+            replace(spec, ignore_index=spec.ignore_index if kind == "ignored" else None, soft=kind == "soft"),
+            self.reading.dtype.itemsize,
+            rule=max((update_set.rule for update_set in self.sets), key=lambda rule: rule.state_count),
+            trained=tuple((short, rules[short]) for short in short_names(net) if short in rules),
             seed=self.seed,
-            real_bytes=self.reading.dtype.itemsize,
             keep_gradients=len(self.sets) > 1,
         )
+        return lower(step)

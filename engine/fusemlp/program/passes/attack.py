@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from fusemlp.describe.adversarial import Adversary
 from fusemlp.program.lowering import plain
-from fusemlp.program.passes.encoding import reading
+from fusemlp.program.passes.blocks import reading
 from fusemlp.program.program import Call, Program, Ref, Value
 from fusemlp.program.step import Pass, Step
 from fusemlp_kernels.contract import Perturbation

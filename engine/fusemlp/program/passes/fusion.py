@@ -1,13 +1,17 @@
-"""The gradients and the update of a step as one call, where nothing else reads or changes the gradients."""
+"""Calls of a step that do the work of several: gradients and update in one, or all that a narrow network needs."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fusemlp.program.program import Call, Program, Ref, Value
 from fusemlp.program.step import Step
 from fusemlp_kernels.contract import batch_parts
+
+# The operands of the output layer's call that ``train_narrow`` has too, and those of the layers' calls.
+_OF_STEP = ("rows", "target", "counters", "stats", "loss", "weight", "class_weight")
+_OF_LAYER = ("w", "b", "activation", "slope")
 
 
 def fuse(program: Program, step: Step) -> Program:
@@ -67,3 +71,38 @@ def _fused(gradients: Call, update: Call, step: Step) -> Call:
     clock = {name: update.operands[name] for name in ("rule", "counters", "hyper", "rates")}
     operands = {"layers": tuple(layers), "slopes": slopes, **clock}
     return Call("grad_weight_update", operands, update.label, gradients.products)
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """The calls of a step up to its update as ``train_narrow``, for a narrow network on wide batches.
+
+    The gradients are summed in parts. A step with other calls, such as one against attacks, stays as it is.
+    """
+
+    def __call__(self, program: Program, step: Step) -> Program:
+        """Return the program of two calls."""
+        depth, names = step.net.layers, [call.op for call in program.calls]
+        forward, middle, end = program.calls[:depth], names[depth:-2], names[-2:]
+        whole = ["linear"] * (depth - 1) + ["linear_loss_grad"], ["grad_weight", "update"]
+        limits = step.traits.narrow
+        if limits is None or (names[:depth], end) != whole or set(middle) - {"grad_input"} or step.keep_gradients:
+            return program
+        gradients, update = program.calls[-2:]
+        layers = []
+        for layer, call in enumerate(forward):
+            shared = {name: call.operands[name] for name in _OF_LAYER if name in call.operands}
+            shorts = {f"d{kind}": f"{kind}{layer}" for kind in "wb"}
+            trained = {name: Ref(f"d{short}") if short in program.trainable else None for name, short in shorts.items()}
+            layers.append({**shared, **trained})
+        last = forward[-1].operands
+        parts = min(step.most_parts, limits.parts(step.batch_size))
+        cut = {"parts": parts, "part": step.layout.size}
+        operands = {
+            **{name: last[name] for name in _OF_STEP if name in last},
+            **{"x": forward[0].operands["x"], "layers": tuple(layers), "rule": gradients.operands["rule"], **cut},
+        }
+        products = tuple(product for call in program.calls for product in call.products)
+        calls = Call("train_narrow", operands, f"in {parts} parts", products), update.but(**cut)
+        values = {name: value for name, value in program.values.items() if value.kind != "work"}
+        return replace(program, values=values, calls=calls)

@@ -1,0 +1,89 @@
+"""Changes of a step between its gradients and its update: clipped rows, noise, a penalty, the sum over processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fusemlp.program.program import COLLECTIVE, Call, Program, Ref, Sharding, Value
+from fusemlp.program.step import Pass, Step
+from fusemlp_kernels.contract import Noise, Ridge
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """The penalty ``ridge``, for a loop over steps: its divisor is the sum of the weights of a batch's rows."""
+
+    ridge: Ridge
+
+    def __call__(self, program: Program, step: Step) -> Program:
+        """Return the program whose loss counts the weights of rows, with ``penalty`` before the update."""
+        shares = Ref("shares")
+        counted = {"ridge": self.ridge, "shares": shares}
+        calls = [
+            call.but(**counted) if "loss" in call.operands and "stats" in call.operands else call
+            for call in program.calls
+        ]
+        # models of one launch have the same calls, whatever their numbers
+        penalised = self.ridge.strength != 0.0 or step.traits.resident is not None
+        if penalised and calls[-1].op == "update":
+            weights = [short for short, _ in step.trained if short[0] == "w"]
+            coded = {} if step.inputs.coding is None else {"w0": {"coding": step.inputs.coding}}
+            layers = tuple({"w": Ref(short), "dw": Ref(f"d{short}"), **coded.get(short, {})} for short in weights)
+            common = {"counters": Ref("counters"), "stats": Ref("stats")}
+            calls.insert(-1, Call("penalty", {"layers": layers, **counted, **common}, "ridge"))
+        values = {**program.values, "shares": Value("shares", (1,), "float64", "work")}
+        return replace(program, values=values, calls=tuple(calls))
+
+
+@dataclass(frozen=True)
+class ClipAndNoise:
+    """The largest norm of a row's gradient, and the noise of their sum (``DPSGD``)."""
+
+    clip: float
+    noise: Noise
+
+    def __call__(self, program: Program, step: Step) -> Program:
+        """Return the program with ``clip_examples`` before the gradients by the parameters, and noise in the update."""
+        calls: list[Call] = []
+        for call in program.calls:
+            if "loss" in call.operands:
+                call = call.but(loss=replace(call.operands["loss"], reduction="rows"))
+            if call.op == "grad_weight":
+                calls.append(self._clipping(call))
+            if call.op == "update":
+                call = call.but(noise=self.noise, rows=Ref("rows") if "rows" in program.values else None)
+            calls.append(call)
+        return replace(program, calls=tuple(calls))
+
+    def _clipping(self, gradients: Call) -> Call:
+        layers = tuple(
+            {
+                **{name: value for name, value in layer.items() if name not in ("dw", "db")},
+                **{f"{kind}_trained": layer[f"d{kind}"] is not None for kind in "wb"},
+            }
+            for layer in gradients.operands["layers"]
+        )
+        operands = {"layers": layers, "clip": self.clip, "counters": gradients.operands["counters"]}
+        return Call("clip_examples", operands, f"{self.clip:g}")
+
+
+def sums_over(sharding: Sharding) -> tuple[Pass, ...]:
+    """Return the passes of a training over these shards; none where one process trains alone."""
+    return (SumOverRanks(sharding),) if sharding else ()
+
+
+@dataclass(frozen=True)
+class SumOverRanks:
+    """The sum of gradients and statistics over the shards of ``sharding``."""
+
+    sharding: Sharding
+
+    def __call__(self, program: Program, step: Step) -> Program:
+        """Return the program of one shard up to ``all_reduce``, after which comes the update of all."""
+        *others, update = program.calls
+        rule = update.operands["rule"]
+        # batches are accumulated once their shards are added
+        calls = [call.but(rule=replace(rule, accumulate=1)) if "rule" in call.operands else call for call in others]
+        operands = {"grads": Ref("grads"), "stats": Ref("stats"), "rule": rule, "counters": Ref("counters")}
+        collective = [Call(COLLECTIVE, operands, str(self.sharding))] if update.op == "update" else []
+        return replace(program, calls=(*calls, *collective, update), sharding=self.sharding)
