@@ -47,7 +47,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fusemlp_kernels import pointwise
-from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError, unknown_name
+from fusemlp_kernels.errors import ArgumentError, unknown_name
 
 ACTIVATIONS = tuple(pointwise.ACTIVATIONS)
 # The derivatives of the others are computed from the output.
@@ -300,20 +300,6 @@ class NarrowLimits:
         return max(1, min(self.programs, -(-batch // self.rows)))
 
 
-# Features that a backend may lack, and the rest of the sentence that refuses them.
-FEATURES = {
-    "members": "has no kernels for members that share weights",
-    "privacy": "has no kernels for clipped rows and noise",
-    "adversarial": "has no kernels for attacks inside a training step",
-    "distributed": "trains in one process so far",
-    "codes": "has no kernels for columns of codes",
-    "own loss": "calls no loss on the host so far",
-    "norm": "has no kernels for normalised layers",
-    "residual": "has no kernels for residual blocks",
-    "encoding": "has no kernels for inputs as waves",
-}
-
-
 @dataclass(frozen=True)
 class Traits:
     """The facts about a backend that the lowering reads; plain data, so a plan can be printed without the backend.
@@ -324,7 +310,7 @@ class Traits:
     ``fused_updates``: the optimizers for which ``grad_weight_update`` is the fastest. ``norms_gradients``:
     ``grad_weight`` knows the norm of the gradients. ``split_rows``, ``split_size``: see ``batch_parts``.
     ``plans``: from the slowest to the fastest. ``on_host``: arrays are NumPy's. ``resident``: None if any network may
-    be resident. ``narrow``: None without ``train_narrow``. ``lacks``: names of ``FEATURES``.
+    be resident. ``narrow``: None without ``train_narrow``. ``reads_codes``: a first layer takes the operand ``coding``.
     """
 
     name: str
@@ -341,19 +327,12 @@ class Traits:
     on_host: bool = False
     resident: ResidentLimits | None = None
     narrow: NarrowLimits | None = None
-    lacks: tuple[str, ...] = ()
+    reads_codes: bool = False
 
     @property
     def stepwise(self) -> str:
         """The fastest plan that starts the calls of any step."""
         return next(plan for plan in reversed(self.plans) if plan in ("graph", "eager"))
-
-    def check_has(self, feature: str, argument: str | None = None) -> None:
-        """Raise BackendUnavailableError, naming ``argument`` or the feature, for one that the backend lacks."""
-        if feature in self.lacks:
-            raise BackendUnavailableError(
-                f"{argument or feature}: the {self.name} backend {FEATURES[feature]}; use backend='triton' or 'numpy'"
-            )
 
 
 def resident_refusal(

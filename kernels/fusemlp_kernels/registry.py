@@ -6,9 +6,9 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Callable
 
-from fusemlp_kernels.contract import FEATURES, Backend, NarrowLimits, ResidentLimits, Traits
+from fusemlp_kernels.contract import Backend, NarrowLimits, ResidentLimits, Traits
 from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
 
 _log = logging.getLogger("fusemlp")
@@ -26,7 +26,6 @@ TRAITS = {
         widest_fused_output=256,
         fused_updates=("sgd", "adam"),
         norms_gradients=True,
-        lacks=("codes", "own loss"),
         split_rows=1024,
         # 128 multiprocessors with four tiles of 64 x 64 each
         split_size=1 << 21,
@@ -59,7 +58,6 @@ TRAITS = {
         norms_gradients=True,
         precisions=("fp32", "tf32", "fp16"),
         plans=("eager", "graph"),
-        lacks=tuple(FEATURES),
     ),
     "numpy": Traits(
         name="numpy",
@@ -72,6 +70,7 @@ TRAITS = {
         precisions=("fp32", "fp64"),
         plans=("eager", "resident"),
         on_host=True,
+        reads_codes=True,
     ),
 }
 
@@ -122,16 +121,13 @@ def _cupy_reason() -> str | None:
     return reason()
 
 
-def choose(needs: Collection[str] = ()) -> str:
-    """Return the first backend of ``TRAITS`` that works here and has the features ``needs``; the log says why others
-    do not.
+def choose(refusal: Callable[[str], str | None] = lambda name: None) -> str:
+    """Return the first backend of ``TRAITS`` that works here and has no ``refusal``; the log says why others do not.
 
     Triton's interpreter is never chosen: users ask for it by name.
     """
-    for name, traits in TRAITS.items():
-        reason = _reason(name)
-        if reason is None:
-            reason = next((f"it {FEATURES[feature]}" for feature in needs if feature in traits.lacks), None)
+    for name in TRAITS:
+        reason = _reason(name) or refusal(name)
         if name == "triton" and reason is None and interprets_triton():
             reason = "TRITON_INTERPRET is set: its kernels run only when they are asked for by name"
         if reason is None:
@@ -140,20 +136,18 @@ def choose(needs: Collection[str] = ()) -> str:
     raise AssertionError("the numpy backend is always there")
 
 
-def backend(name: str, device: str | None, precision: str, needs: Collection[str] = ()) -> Backend:
+def backend(name: str, device: str | None, precision: str) -> Backend:
     """Return the backend ``name``, or with "auto" the first that works, on ``device`` (None: its default).
 
-    ``needs``: names of ``FEATURES``. Raises ArgumentError for an unknown name, BackendUnavailableError for a backend,
-    device or precision that is missing here, or a feature that the backend lacks.
+    Raises ArgumentError for an unknown name, BackendUnavailableError for a backend, device or precision that is missing
+    here.
     """
     if name == "auto":
-        name = choose(needs)
+        name = choose()
     if name not in TRAITS:
         raise unknown_name("backend", name, ["auto", *TRAITS])
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
-    for feature in needs:
-        TRAITS[name].check_has(feature)
     reason = _reason(name)
     if reason is not None:
         raise BackendUnavailableError(f"backend: {name!r} is not available: {reason}")

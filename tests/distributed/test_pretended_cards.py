@@ -212,7 +212,7 @@ def test_replayed_steps_have_the_bits_of_eager_ones(monkeypatch, given):
     assert_same(*found)
 
 
-def a_backend(name, device, precision, needs=()):
+def a_backend(name, device, precision):
     """A machine with two cards."""
     if device not in (None, "cuda:0", "cuda:1"):
         raise BackendUnavailableError(f"device: expected 'cuda:0' to 'cuda:1', got {device!r}")

@@ -57,7 +57,7 @@ def test_what_has_no_kernels_is_refused_before_anything_changes(device, caplog):
         assert_same(engine.memory.snapshot(), before)
         # an engine trains with the next one
         assert "cupy" not in (Engine(members).backend, Engine(net, privacy=DPSGD(1.0)).backend)
-        assert "passes over cupy: it has no kernels for clipped rows and noise" in caplog.text
+        assert "passes over cupy: privacy: the cupy backend has no kernels for clipped rows and noise" in caplog.text
 
 
 @DEVICES

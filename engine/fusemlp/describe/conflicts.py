@@ -185,18 +185,18 @@ CONFLICTS = {
     ("lbfgs", "fast products"): "precision: lbfgs needs 'fp32' or 'fp64', got {fast products!r}.",
 }
 # The rows that name what a backend does not have.
-UNAVAILABLE = {
-    ("own loss", "triton"),
-    *(
-        (feature, "cupy")
-        for feature in ("ranks", "members", "privacy", "attack", "own loss", "norm", "residual", "encoding")
-    ),
-}
+UNAVAILABLE = {pair for pair in CONFLICTS if pair[1] in ("triton", "cupy") and pair[0] != "IBP"}
 
 
 def in_use(**features: Any) -> dict[str, Any]:
     """Return the features that are in use: those with a value but None and False."""
     return {name: value for name, value in features.items() if value is not None and value is not False}
+
+
+def refused_by(features: Features, backend: str) -> str | None:
+    """Return why a backend does not take all of these features; None if it does."""
+    rows = (words for (feature, other), words in CONFLICTS.items() if other == backend and feature in features)
+    return next((words.format_map(features) for words in rows), None)
 
 
 def check_together(features: Features) -> None:

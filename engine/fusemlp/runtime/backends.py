@@ -1,7 +1,5 @@
 """The way to the kernels' registry: this folder is the only one of the engine that knows it."""
 
-from collections.abc import Collection
-
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.ranks import own_card
 from fusemlp_kernels import registry
@@ -20,12 +18,9 @@ cpu_threads, thread_limits, one_thread = launches.threads, launches.limits, laun
 PRECISIONS = {precision for traits in TRAITS.values() for precision in traits.precisions}
 
 
-def open_here(name: str, device: str | None, precision: str, needs: Collection[str] = ()) -> Backend:
-    """Return a backend on a device: by default, in a process of torchrun, on the card of its number if it sees that.
-
-    ``needs``: what the backend must have, names of ``FEATURES``.
-    """
-    found, card = open_backend(name, device, precision, needs), own_card()
+def open_here(name: str, device: str | None, precision: str) -> Backend:
+    """Return a backend on a device: by default, in a process of torchrun, on the card of its number if it sees that."""
+    found, card = open_backend(name, device, precision), own_card()
     if device is not None or card is None or not found.device.startswith("cuda"):
         return found
     try:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
 from fusemlp._version import __version__
 from fusemlp.describe.checks import as_count, as_number, check_choice, check_flag, knows_names
-from fusemlp.describe.conflicts import Features, check_together, in_use
+from fusemlp.describe.conflicts import Features, check_together, in_use, refused_by
 from fusemlp.describe.description import Machine, stored
 from fusemlp.describe.losses import Loss, LossLike, OwnLoss, as_loss, loss_from_config
 from fusemlp.describe.network import MLP, as_network
@@ -144,16 +145,16 @@ class Session:
         # until it joins others
         self.ranks = Single()
         self.sharding = ALONE
-        needs = [feature for feature in contract.FEATURES if feature in self.described]
-        self.backend = first_available(needs) if machine.backend == "auto" else machine.backend
+        auto = machine.backend == "auto"
+        self.backend = first_available(partial(refused_by, self.described)) if auto else machine.backend
         self.plan, self.plan_reason = machine.plan, "" if machine.plan == "auto" else ASKED
         check_together(self.uses)
         self.ledger.check(self.precision)
-        backend = open_here(self.backend, machine.device, self.precision, needs)
+        backend = open_here(self.backend, machine.device, self.precision)
         real = np.dtype(f"f{REAL_BYTES.get(self.precision, 4)}")
         self.device = backend.device
         # the others have a first layer of dense inputs
-        reads = "codes" not in backend.traits.lacks and not {*_DENSE} & self.described.keys()
+        reads = backend.traits.reads_codes and not {*_DENSE} & self.described.keys()
         self.inputs = DeviceInputs(self.network, self.loss, backend, real, reads_codes=reads)
         # whether the weights of the first layer lie as codes read them
         self.coded = False

@@ -15,6 +15,7 @@ from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import FOLDS, Fold, fit_preprocessor, folds, hold_out, network_ends, network_inputs
 from fusemlp.describe.checks import as_count, check_choice
+from fusemlp.describe.conflicts import CONFLICTS
 from fusemlp.describe.losses import as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.fleet.fleet import Fleet
@@ -78,7 +79,7 @@ def reads_codes(recipe: ModelRecipe) -> bool:
     """Return whether the first layer of the recipe's network can read codes: see ``Columns``."""
     traits = TRAITS.get(first_available() if recipe.backend == "auto" else recipe.backend)
     # attacks move inputs, and noise and clipped rows read them
-    return trains_plainly(recipe) and traits is not None and "codes" not in traits.lacks
+    return trains_plainly(recipe) and traits is not None and traits.reads_codes
 
 
 def with_class_decay(recipe: Recipe, dataset: Dataset) -> Recipe:
@@ -137,8 +138,7 @@ def with_preset(recipe: Recipe, rows: int, *, classify: bool) -> tuple[Recipe, i
 
 def _obstacles_to_tabm(recipe: TableRecipe) -> dict[str, str]:
     """Return the fields that the preset does not go with, and why."""
-    net, traits = _plain_network(recipe), TRAITS.get(recipe.backend)
-    no_kernels = traits is not None and "members" in traits.lacks
+    net, no_kernels = _plain_network(recipe), ("members", recipe.backend) in CONFLICTS
     obstacles = {
         "models": ((recipe.models or 1) > 1, "it is one network whose members share weights; leave it out"),
         "hidden": (net.layers == 1, "members share hidden layers; leave it out"),
