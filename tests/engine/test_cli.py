@@ -79,6 +79,7 @@ REFUSED = {
     "train digits --dropout 0.1,0.2": "--dropout: expected one value, or 1",
     "train digits --activation rel": "--activation: unknown name 'rel'; did you mean 'relu'",
     "train digits --slope 0.1": "--slope: only leaky_relu, prelu and elu",
+    "train digits --norm rsm": "--norm: unknown name 'rsm'; did you mean 'rms'",
     "train digits --init he": "--init: unknown name 'he'",
     "train digits --activation ELU": "unknown name 'ELU'; did you mean 'elu'",
     "train digits --loss mce": "--loss: unknown name 'mce'; did you mean 'mse'",

@@ -9,7 +9,6 @@ import pytest
 
 from fusemlp.cli.session import MOST_PRINTED
 from fusemlp.datasets.load import ColumnChoices, load_data
-from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp_kernels.errors import ArgumentError, DataError
 from make import read, refusal, rows, run
 
@@ -121,13 +120,6 @@ def test_predictions_stand_beside_the_ids(trained, tmp_path, capsys):
     assert run("predict", trained, "--data", bare, "--out", tmp_path / "b.csv") == 0
     assert "no columns 'name', which named the rows in training" in capsys.readouterr().out
     assert [row["prediction"] for row in rows(tmp_path / "b.csv")] == [row["prediction"] for row in table]
-
-
-def test_the_ids_are_no_inputs(trained):
-    stored = Preprocessor.from_config(read(trained / "config.json")["preprocessor"])
-    assert stored.ids == ("number", "name")
-    assert set(stored.unused) == {"years", "city", "planet", "note"}
-    assert not {"number", "name"} & set(stored.feature_names)
 
 
 def test_unknown_columns_are_named_once_and_ignored(trained, tmp_path, capsys):

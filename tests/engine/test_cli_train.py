@@ -53,14 +53,14 @@ def test_the_classic_tutorial_as_typed(tmp_path, capsys):
 
 
 def test_what_a_run_folder_holds(tmp_path, capsys):
-    folder = tmp_path / "run"
-    assert run("train", "iris", "--epochs", "4", "--hidden", "8,5", "--seed", "3", "--out", folder, "--json") == 0
+    folder, asked = tmp_path / "run", ("--epochs", "4", "--hidden", " 8 , 5", "--hidden", "6", "--seed", "3")
+    assert run("train", "iris", *asked, "--out", folder, "--json") == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     places = {"run": folder, "plot": folder / "curves.png", "page": folder / "report.html"}
     assert {name: printed.pop(name) for name in places} == {name: str(path) for name, path in places.items()}
 
     config = read(folder / "config.json")
-    assert config["network"]["sizes"] == [4, 8, 5, 3]
+    assert config["network"]["sizes"] == [4, 8, 5, 6, 3] and config["loss"]["kind"] == "cross_entropy"
     assert config["options"]["seed"] == config["seed"] == 3
     assert config["data"]["source"] == "iris"
     assert len(config["data"]["fingerprint"]) == 64
@@ -81,11 +81,11 @@ def test_what_a_run_folder_holds(tmp_path, capsys):
     # a stratified fifth of fifty rows of each
     assert confusion.sum(axis=1).tolist() == [10, 10, 10]
     assert np.trace(confusion) / 30 == pytest.approx(report["test"]["accuracy"])
-    assert report["dead_units"].keys() == {"layer 1", "layer 2"}
+    assert report["dead_units"].keys() == {"layer 1", "layer 2", "layer 3"}
 
     checkpoints = {entry.stem for entry in (folder / "checkpoints").iterdir()}
     assert checkpoints == {"last", "best", "model"}
-    assert load_checkpoint(folder / "checkpoints/model.safetensors").network.sizes == (4, 8, 5, 3)
+    assert load_checkpoint(folder / "checkpoints/model.safetensors").network.sizes == (4, 8, 5, 6, 3)
 
 
 def test_the_best_checkpoint_is_of_the_best_epoch(tmp_path):

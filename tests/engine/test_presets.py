@@ -1,7 +1,5 @@
 """``--preset`` and the estimators' ``preset``: the choice, the options that it leaves alone, and whole trainings."""
 
-from dataclasses import replace
-
 import numpy as np
 import pandas
 import pytest
@@ -67,52 +65,30 @@ def test_a_run_goes_on_with_its_recipe(tmp_path):
     assert_same(whole, half)
 
 
-@pytest.mark.parametrize(
-    ("rows", "given", "classify", "note"),
-    [
-        (presets.LEAST_ROWS, {}, True, "preset tabm: 16 members share the weights of one network, chosen for"),
-        (presets.LEAST_ROWS - 1, {}, True, "preset plain: tabm is for 12,000 to 100,000 rows, and these are"),
-        (presets.MOST_ROWS + 1, {}, True, "preset plain: tabm is for 12,000 to 100,000 rows, and these are"),
-        (presets.LEAST_ROWS, {}, False, "preset plain: tabm is for classes, and the target holds numbers"),
-        (50_000, {"models": 2}, True, "preset plain: tabm does not take what was given for models"),
-    ],
-)
-def test_auto_chooses_by_the_rows_and_says_why(rows, given, classify, note):
-    asked = TrainOptions(preset="auto", **given)
-    changed, members, (told,) = with_preset(asked, rows, classify=classify)
-    assert told.startswith(note) and (changed.preset, members) == (
-        ("tabm", 16) if "tabm:" in note[:12] else ("auto", 1)
-    )
-    plain = replace(asked, preset="plain")
-    assert with_preset(plain, rows, classify=classify) == (plain, 1, [])
-    # other tables are told nothing
-    unasked = replace(asked, preset=None)
-    assert with_preset(unasked, rows, classify=classify) == (
-        (changed, members, [told]) if members > 1 else (unasked, 1, [])
-    )
+LEAST = presets.LEAST_ROWS
+# The rows, the options, whether the target holds classes, the members, and the beginning of the note.
+CHOICES = [
+    (LEAST, {"preset": "auto"}, True, 16, "preset tabm: 16 members share the weights of one network, chosen for"),
+    (LEAST - 1, {"preset": "auto"}, True, 1, "preset plain: tabm is for 12,000 to 100,000 rows, and these are"),
+    (presets.MOST_ROWS + 1, {"preset": "auto"}, True, 1, "preset plain: tabm is for 12,000 to 100,000 rows, and"),
+    (LEAST, {"preset": "auto"}, False, 1, "preset plain: tabm is for classes, and the target holds numbers"),
+    (LEAST, {"preset": "auto", "models": 2}, True, 1, "preset plain: tabm does not take what was given for models"),
+    (LEAST, {"preset": "plain"}, True, 1, None),
+    # without the option other tables are told nothing, and a network of one's own stays
+    (LEAST, {}, True, 16, "preset tabm: 16 members"),
+    (LEAST, {"epochs": 3, "dropout": 0.1}, True, 16, "preset tabm: 16 members"),
+    *((rows, {}, classify, 1, None) for rows, classify in ((LEAST - 1, True), (LEAST, False), (0, True))),
+    *((LEAST, given, True, 1, None) for given in ({"hidden": ["8"]}, {"lr": 0.01}, {"models": 1}, {"resume": "run"})),
+    *((LEAST, given, True, 1, None) for given in ({"time_limit": 60.0}, {"dp_epsilon": 3.0})),
+]
 
 
-@pytest.mark.parametrize(
-    ("given", "members"),
-    [
-        ({}, presets.MEMBERS),
-        ({"epochs": 3, "dropout": 0.1}, presets.MEMBERS),
-        ({"hidden": ["8"]}, 1),
-        ({"lr": 0.01}, 1),
-        ({"models": 1}, 1),
-        ({"time_limit": 60.0}, 1),
-        ({"dp_epsilon": 3.0}, 1),
-        ({"resume": "run"}, 1),
-    ],
-)
-def test_classes_of_a_large_table_have_members_unless_the_network_is_ones_own(monkeypatch, given, members):
-    monkeypatch.setattr(presets, "LEAST_ROWS", 120)
+@pytest.mark.parametrize(("rows", "given", "classify", "members", "note"), CHOICES)
+def test_rows_and_options_choose_the_preset(rows, given, classify, members, note):
     options = TrainOptions(data="data.csv", target="value", **given)
-    changed, found, notes = with_preset(options, 120, classify=True)
-    assert found == members and (changed.preset, len(notes)) == (("tabm", 1) if members > 1 else (None, 0))
-    assert with_preset(options, 119, classify=True) == with_preset(options, 120, classify=False) == (options, 1, [])
-    # data that are no table
-    assert with_preset(options, 0, classify=True) == (options, 1, [])
+    changed, found, notes = with_preset(options, rows, classify=classify)
+    assert found == members and len(notes) == (note is not None) and all(told.startswith(note) for told in notes)
+    assert changed.preset == "tabm" if members > 1 else changed == options
 
 
 def test_an_estimator_chooses_as_the_command_line_does(monkeypatch):

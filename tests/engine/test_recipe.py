@@ -6,26 +6,11 @@ import numpy as np
 import pytest
 
 import fusemlp
-from fusemlp import SGD, Adam, AdamW, ArgumentError
+from fusemlp import SGD, Adam, AdamW
 from fusemlp.cli.options import FindOptions, TrainOptions
 from fusemlp.tables import defaults, descriptions
 
 PLAIN = TrainOptions(data="digits")
-
-
-@pytest.mark.parametrize(
-    ("given", "widths"),
-    [
-        (None, (128,)),
-        (["10"], (10,)),
-        (["128,64"], (128, 64)),
-        (["128", "64,32"], (128, 64, 32)),
-        ([" 8 , 4 "], (8, 4)),
-        (["none"], ()),
-    ],
-)
-def test_hidden_widths(given, widths):
-    assert descriptions.hidden_widths(given) == widths
 
 
 def test_activations_and_their_slopes():
@@ -34,12 +19,6 @@ def test_activations_and_their_slopes():
     assert net.activations[:2] == (fusemlp.PReLU(0.3), fusemlp.LeakyReLU(0.3))
     assert net.activations[2].name == "tanh"
     assert net.dropouts == (0.1, 0.0, 0.0)
-
-
-def test_normalised_layers():
-    assert descriptions.network([4, 3, 2], replace(PLAIN, norm="rms")).norms == (fusemlp.RMSNorm(), None)
-    with pytest.raises(ArgumentError, match="norm: unknown name 'rsm'; did you mean 'rms'"):
-        descriptions.network([4, 3, 2], replace(PLAIN, norm="rsm"))
 
 
 OPTIMIZERS = [
@@ -123,12 +102,6 @@ def test_losses_take_their_options():
         ({"quantile": 0.9}, "quantile", None, fusemlp.Quantile(0.9)),
     ):
         assert descriptions.loss(FindOptions(**options), name, weights) == expected
-
-
-def test_the_task_decides_the_loss():
-    assert descriptions.loss_name(FindOptions(), "classification", 3) == "cross_entropy"
-    assert descriptions.loss_name(FindOptions(), "regression", 0) == "mse"
-    assert descriptions.loss_name(FindOptions(loss="mse"), "classification", 3) == "mse"
 
 
 def test_balanced_weights_make_classes_count_alike():
