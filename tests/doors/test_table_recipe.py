@@ -12,7 +12,6 @@ import fusemlp
 from fusemlp import PGD, Adam, ArgumentError
 from fusemlp.sklearn import TableClassifier, TableRegressor
 from fusemlp.tables.recipe import TableRecipe
-from fusemlp.tables.training import train_table
 from make import assert_same, read, run
 
 GENERATOR = np.random.default_rng(3)
@@ -88,12 +87,6 @@ def test_a_transfer_starts_from_a_run(tmp_path):
     estimator = TableRegressor(**given).fit(TABLE, PRICE * 2)
     assert_same_model(estimator, folder)
     assert any("first 1 of 2 layers frozen" in note for note in estimator.notes_)
-
-
-def test_a_table_that_the_run_has_not_read_is_no_start():
-    dataset = fusemlp.load_data(NUMBERS.assign(y=PRICE), target="y")
-    with pytest.raises(ArgumentError, match=r"^source: the data set is to be read by the run 'runs/first'"):
-        train_table(TableRecipe(transfer_from="runs/first"), dataset)
 
 
 def test_objects_stand_for_the_words_of_the_command_line(tmp_path):

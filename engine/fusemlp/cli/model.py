@@ -36,7 +36,6 @@ from fusemlp.report.written import SUFFIXES, TYPED, table_bytes
 from fusemlp.runtime.files import write_atomically
 from fusemlp.tables import descriptions
 from fusemlp.tables.preparation import Prepared, labelled_hashes
-from fusemlp.tables.recipe import ATTACKS
 from fusemlp.training.checkpoint import model_bytes
 from fusemlp_kernels.errors import ArgumentError, CheckpointError, DataError
 
@@ -187,7 +186,7 @@ def evaluate(options: EvaluateOptions) -> None:
         X = network_inputs(preprocessor, features, engine.precision, codes=codes)
     if options.attack is not None:
         engine.network.check_single("attack", "an attack")
-    how = descriptions.attack(options, preprocessor, X, features, option="attack", kinds=ATTACKS)
+    how = descriptions.attack(options, preprocessor, X, features, "attack")
     report, _ = metrics.score(engine, preprocessor, X, labels, weight)
     if isinstance(how, Attack):
         report["robust"] = robust_score(engine, preprocessor, X, labels, how, weight)

@@ -256,7 +256,6 @@ def prepared_data(
     """Load the data of the options and prepare a training on them: see ``fusemlp.tables.preparation.prepare``."""
     check_rows(options)
     dataset = read_data(options, like if source is None else source.preprocessor)
-    dataset = dataset if source is None else source.noted(dataset)
     return prepare(options, dataset, like=like, network=network, source=source)
 
 

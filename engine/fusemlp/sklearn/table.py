@@ -178,7 +178,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
             recipe = replace(recipe, validation_fraction=0.0)
         callbacks = [*(self.callbacks or ()), *([ProgressBar()] if self.verbose else [])]
         listeners = Listeners(callbacks, print if self.verbose else None)
-        return train_table(recipe, dataset, source=source, listeners=listeners, needs_rows=False)
+        return train_table(recipe, dataset, source=source, listeners=listeners)
 
     def _recipe(self) -> TableRecipe:
         """Return the recipe that the parameters are."""

@@ -20,6 +20,7 @@ from fusemlp.describe.schedules import SCHEDULES, Schedule
 from fusemlp.inputs.arrays import Array, balanced
 from fusemlp.report.evidence import image_shape
 from fusemlp.tables.recipe import (
+    ATTACKS,
     DEFAULT_WIDTH,
     HARDENINGS,
     FitRecipe,
@@ -301,19 +302,14 @@ def privacy(recipe: TableRecipe, *, rows: int, epochs: int, validates: bool) -> 
 
 
 def attack(
-    options: Any,
-    preprocessor: Preprocessor,
-    X: Array,
-    cells: Array,
-    *,
-    option: str = "adversarial",
-    kinds: Mapping[str, type[Any]] = HARDENINGS,
+    options: Any, preprocessor: Preprocessor, X: Array, cells: Array, option: str = "adversarial"
 ) -> Attack | IBP | None:
-    """Return the attack of the options on rows X, as the network takes them, or None; ArgumentError for what cannot be.
+    """Return the attack of an option on rows X, as the network takes them, or None; ArgumentError for what cannot be.
 
     ``cells`` are the rows scored under it, as in the data. Pixels that are not scaled stay within the ends of X.
     """
     kind: Any = getattr(options, option)
+    kinds: Mapping[str, type[Any]] = HARDENINGS if option == "adversarial" else ATTACKS
     if kind is None or isinstance(kind, Attack | IBP):
         mend = f"give --{option} too, such as --{option} pgd" if kind is None else "the object given has it"
         for name in _FIELDS["attack"]:

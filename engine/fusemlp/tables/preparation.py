@@ -262,6 +262,7 @@ def prepare(
     with a note. Raises the errors of all fields of data, network and loss.
     """
     began, seed = time.monotonic(), check_rows(recipe)
+    dataset = dataset if source is None else source.noted(dataset)
     if dataset.y.dtype.kind in "iuf":
         _check_classes(dataset, recipe.test_fraction)
     classify = dataset.task == "classification"

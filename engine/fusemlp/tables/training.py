@@ -74,25 +74,18 @@ def train_table(
     *,
     source: transfer.Source | None = None,
     listeners: Listeners | None = None,
-    needs_rows: bool = True,
 ) -> Trained:
-    """Train the recipe's model on a data set; the arguments are those of ``prepare``.
+    """Train the recipe's model on a data set, of too few rows without validation.
 
     ``source`` is the run of ``transfer_from``, which the data set has been read by.
 
     Raises the errors of all fields before anything is trained, and DivergenceError when the loss is no longer finite.
     """
-    if source is None and recipe.transfer_from is not None:
-        raise ArgumentError(
-            f"source: the data set is to be read by the run {recipe.transfer_from!r}; give its columns as like, and "
-            "source=opened(recipe) of fusemlp.tables.transfer"
-        )
     if source is not None:
-        dataset = source.noted(dataset)
         recipe = source.filled(recipe, same_target=dataset.task == source.preprocessor.task)
     validates = dataset.validation is not None or recipe.validation_fraction > 0
     recipe = defaults.filled_in(recipe, table=bool(dataset.roles), validates=validates)
-    prepared = prepare(recipe, dataset, source=source, needs_rows=needs_rows)
+    prepared = prepare(recipe, dataset, source=source, needs_rows=False)
     prepared = settled(prepared)
     trained = train(prepared, new_engine(prepared), listeners=listeners or Listeners())
     if trained.failure is not None:
