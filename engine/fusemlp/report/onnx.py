@@ -34,7 +34,7 @@ from fusemlp.describe.checks import caller_level
 from fusemlp.describe.losses import GaussianNLL, Quantiles
 from fusemlp.describe.network import MLP, NORM
 from fusemlp.inputs.arrays import Array
-from fusemlp.report.onnx_graph import INPUT, Graph, network_input
+from fusemlp.report.onnx_graph import INPUT, Graph, Tensor, network_input
 from fusemlp.runtime.files import check_finite, checked_metadata, target_file, write_atomically
 from fusemlp.runtime.scaling import MEAN, SCALE
 from fusemlp.runtime.session import Session
@@ -80,64 +80,63 @@ def onnx_bytes(
         _warn_of_blurred(preprocessor, parameters["0.weight"].dtype)
     graph = Graph(next(iter(parameters.values())).dtype, {*parameters, *scale, *OUTPUTS})
     if preprocessor is None:
-        name = graph.given(INPUT, graph.real, engine.network.sizes[0])
+        x = graph.given(INPUT, graph.real, engine.network.sizes[0])
     else:
         about["preprocessor"] = preprocessor.to_json()
-        name = network_input(graph, preprocessor)
+        x = network_input(graph, preprocessor)
     if scale:
-        centred = graph.add("Sub", name, graph.constant(scale[MEAN], MEAN))
-        name = graph.add("Div", centred, graph.constant(scale[SCALE], SCALE))
+        x = (x - graph.constant(scale[MEAN], MEAN)) / graph.constant(scale[SCALE], SCALE)
     if engine.network.encoding is not None:
-        name = graph.encoded(name, engine.network.encoding, engine.network.sizes[0])
+        x = graph.encoded(x, engine.network.encoding, engine.network.sizes[0])
     if engine.network.members > 1:
-        name = _mean_of_members(graph, name, engine, parameters)
+        y = _mean_of_members(graph, x, engine, parameters)
     else:
-        name = _last_layer(graph, name, engine.network, parameters)
-    _add_outputs(graph, name, engine, preprocessor, labels)
+        y = _last_layer(graph, x, engine.network, parameters)
+    _add_outputs(graph, y, engine, preprocessor, labels)
     return graph.to_bytes(engine, about)
 
 
-def _last_layer(graph: Graph, name: str, net: MLP, parameters: Mapping[str, Array]) -> str:
-    """Append the layers of a network without members; return the name of its output."""
+def _last_layer(graph: Graph, x: Tensor, net: MLP, parameters: Mapping[str, Array]) -> Tensor:
+    """Append the layers of a network without members; return its output."""
     starts, inputs = {last: first for first, last in net.blocks}, []
     for layer, activation in enumerate(net.activations):
-        inputs.append(name)
+        inputs.append(x)
         tensors = [graph.constant(parameters[key], key) for key in (f"{2 * layer}.weight", f"{2 * layer}.bias")]
-        name = graph.add("Gemm", name, *tensors, transB=1)
+        x = graph.add("Gemm", x, *tensors, transB=1)
         if (norm := net.norm(layer)) is not None:
             keys = [key for key in (f"{2 * layer}{NORM}.weight", f"{2 * layer}{NORM}.bias") if key in parameters]
-            name = graph.normalised(name, norm, *(graph.constant(parameters[key], key) for key in keys))
-        name = graph.activation(name, activation, parameters.get(f"{2 * layer + 1}.weight"))
-        name = graph.add("Add", name, inputs[starts[layer]]) if layer in starts else name
-    return name
+            x = graph.normalised(x, norm, *(graph.constant(parameters[key], key) for key in keys))
+        x = graph.activation(x, activation, parameters.get(f"{2 * layer + 1}.weight"))
+        x = x + inputs[starts[layer]] if layer in starts else x
+    return x
 
 
-def _mean_of_members(graph: Graph, name: str, engine: Session, parameters: Mapping[str, Array]) -> str:
-    """Append layers with members, arrays (members, rows, N), and ``runtime.forward.combined``; return its name."""
+def _mean_of_members(graph: Graph, x: Tensor, engine: Session, parameters: Mapping[str, Array]) -> Tensor:
+    """Append layers with members, arrays (members, rows, N), and ``runtime.forward.combined``; return its output."""
     net, kind = engine.network, engine.loss.kind
 
-    def factor(tensor: str) -> str:
+    def factor(tensor: str) -> Tensor:
         return graph.constant(parameters[tensor].reshape(net.members, 1, -1), tensor)
 
     for layer, activation in enumerate(net.activations):
         at = f"{2 * layer}."
         weight, hidden = parameters[at + "weight"], layer < net.layers - 1
         if hidden:
-            name, transposed = graph.add("Mul", name, factor(at + "r")), weight.T
+            x, transposed = x * factor(at + "r"), weight.T
         else:
             transposed = weight.reshape(net.members, -1, weight.shape[1]).swapaxes(1, 2)
-        name = graph.add("MatMul", name, graph.constant(transposed, at + "weight"))
-        name = graph.add("Mul", name, factor(at + "s")) if hidden else name
-        name = graph.activation(graph.add("Add", name, factor(at + "bias")), activation, None)
+        x = graph.add("MatMul", x, graph.constant(transposed, at + "weight"))
+        x = x * factor(at + "s") if hidden else x
+        x = graph.activation(x + factor(at + "bias"), activation, None)
     if kind == "cross_entropy":
-        return graph.log_mean_exp(graph.add("LogSoftmax", name, axis=2), net.members)
+        return graph.log_mean_exp(graph.add("LogSoftmax", x, axis=2), net.members)
     if kind == "binary_cross_entropy":
         # the logarithms of the probabilities of 1 and of 0
-        logarithms = [graph.add("Neg", graph.add("Softplus", z)) for z in (graph.add("Neg", name), name)]
-        return graph.add("Sub", *(graph.log_mean_exp(logarithm, net.members) for logarithm in logarithms))
+        one, zero = (graph.log_mean_exp(-graph.add("Softplus", z), net.members) for z in (-x, x))
+        return one - zero
     if kind == "poisson":
-        return graph.log_mean_exp(name, net.members)
-    return graph.add("ReduceMean", name, graph.constant(np.array([0])), keepdims=0)
+        return graph.log_mean_exp(x, net.members)
+    return graph.add("ReduceMean", x, np.array([0]), keepdims=0)
 
 
 def _labels(engine: Session, preprocessor: Preprocessor | None, classes: Any) -> Array | None:
@@ -175,60 +174,55 @@ def _warn_of_blurred(preprocessor: Preprocessor, real: np.dtype[Any]) -> None:
         )
 
 
-def _quantiles(graph: Graph, raw: str, loss: Quantiles) -> str:
-    """Append ``Quantiles.transform`` of the outputs ``raw`` and return its name."""
-    steps = [graph.columns(graph.add("Softplus", raw), [at]) for at in range(len(loss.q))]
-    columns = [graph.columns(raw, [loss.middle])]
+def _quantiles(graph: Graph, raw: Tensor, loss: Quantiles) -> Tensor:
+    """Append ``Quantiles.transform`` of the outputs ``raw``."""
+    steps = [graph.add("Softplus", raw).columns([at]) for at in range(len(loss.q))]
+    columns = [raw.columns([loss.middle])]
     for below in reversed(steps[: loss.middle]):
-        columns.insert(0, graph.add("Sub", columns[0], below))
+        columns.insert(0, columns[0] - below)
     for above in steps[loss.middle + 1 :]:
-        columns.append(graph.add("Add", columns[-1], above))
-    return graph.add("Concat", *columns, axis=1)
+        columns.append(columns[-1] + above)
+    return graph.joined(columns)
 
 
 def _add_outputs(
-    graph: Graph, name: str, engine: Session, preprocessor: Preprocessor | None, labels: Array | None
+    graph: Graph, y: Tensor, engine: Session, preprocessor: Preprocessor | None, labels: Array | None
 ) -> None:
-    """Append the outputs of the module's docstring; ``name`` is the output of the last layer."""
+    """Append the outputs of the module's docstring; y is the output of the last layer."""
     width, loss = engine.network.sizes[-1], engine.loss.answers
-    raw = graph.add("Identity", name, output="logits" if loss.is_classification else "output")
-    graph.outputs.append(graph.value(raw, graph.real, width))
-    coded = loss.kind == "cross_entropy" or labels is not None
-    if coded and width > 1:
+    raw = graph.result("logits" if loss.is_classification else "output", y, graph.real, width)
+    coded = width > 1 and (loss.kind == "cross_entropy" or labels is not None)
+    kind = graph.real
+    if coded:
         answer, kind = graph.add("ArgMax", raw, axis=1, keepdims=0), np.dtype(np.int64)
     elif loss.kind == "binary_cross_entropy":
-        answer, kind = graph.cast(graph.add("Greater", raw, graph.constant(0.0)), np.int64), np.dtype(np.int64)
-    else:
-        answer, kind = (graph.add("Exp", raw) if loss.kind == "poisson" else raw), graph.real
-    if isinstance(loss, Quantiles):
+        answer, kind = graph.cast(graph.add("Greater", raw, 0.0), np.int64), np.dtype(np.int64)
+    elif isinstance(loss, Quantiles):
         answer = _quantiles(graph, raw, loss)
-    elif isinstance(loss, GaussianNLL):
+    else:
+        answer = graph.add("Exp", raw) if loss.kind == "poisson" else raw
+    if isinstance(loss, GaussianNLL):
         width //= 2
-        answer, deviations = (graph.columns(raw, range(start, start + width)) for start in (0, width))
+        answer, deviations = (raw.columns(range(start, start + width)) for start in (0, width))
+        std = graph.add("Max", graph.add("Softplus", deviations), loss.eps**0.5)
+    shape = () if coded or width == 1 else (width,)
+
+    def flat(values: Tensor) -> Tensor:
+        return graph.add("Squeeze", values, np.array([1])) if width == 1 else values
+
     if labels is None and preprocessor is not None:
-        scaled = graph.add("Mul", answer, graph.constant(np.array(preprocessor.target_scale, np.float64)))
-        answer = graph.add("Add", scaled, graph.constant(np.array(preprocessor.target_shift, np.float64)))
+        scale, shift = np.array([preprocessor.target_scale, preprocessor.target_shift], np.float64)
+        answer = answer * scale + shift
         answer = graph.add("Exp", answer) if preprocessor.target_log else answer
-    answer = graph.add("Squeeze", answer, graph.constant(np.array([1]))) if width == 1 else answer
+    answer = flat(answer)
     if labels is not None:
         kind = graph.real if labels.dtype.kind == "f" else labels.dtype
-        answer = graph.add("Gather", graph.constant(labels), answer)
-    graph.add("Identity", answer, output="prediction")
-    flat = width == 1 or (coded and width > 1)
-    graph.outputs.append(graph.value("prediction", kind, *(() if flat else (width,))))
+        answer = graph.add("Gather", labels, answer)
+    graph.result("prediction", answer, kind, *shape)
     if isinstance(loss, GaussianNLL):
-        std = graph.add("Max", graph.add("Softplus", deviations), graph.constant(loss.eps**0.5))
-        if preprocessor is not None:
-            std = graph.add("Mul", std, graph.constant(np.array(preprocessor.target_scale, np.float64)))
-        std = graph.add("Squeeze", std, graph.constant(np.array([1]))) if flat else std
-        graph.add("Identity", std, output="std")
-        graph.outputs.append(graph.value("std", graph.real, *(() if flat else (width,))))
+        graph.result("std", flat(std if preprocessor is None else std * scale), graph.real, *shape)
     if loss.kind == "cross_entropy":
-        graph.outputs.append(graph.value(graph.add("Softmax", raw, output="probabilities", axis=1), graph.real, width))
+        graph.result("probabilities", graph.add("Softmax", raw, axis=1), graph.real, width)
     elif loss.kind == "binary_cross_entropy":
-        if width > 1:
-            graph.add("Sigmoid", raw, output="probabilities")
-        else:
-            both = [graph.add("Sigmoid", graph.add("Neg", raw)), graph.add("Sigmoid", raw)]
-            graph.add("Concat", *both, output="probabilities", axis=1)
-        graph.outputs.append(graph.value("probabilities", graph.real, max(width, 2)))
+        both = graph.add("Sigmoid", raw) if width > 1 else graph.joined([graph.add("Sigmoid", z) for z in (-raw, raw)])
+        graph.result("probabilities", both, graph.real, max(width, 2))

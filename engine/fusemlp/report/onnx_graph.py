@@ -1,15 +1,15 @@
-"""An ONNX graph that is built node by node, and its part that turns features into the network's inputs.
+"""An ONNX graph that is built by arithmetic, and its part that turns features into the network's inputs.
 
 The nodes of the features, which come as in the data, do what ``Preprocessor.transform_features`` does.
 """
 
 from __future__ import annotations
 
-import ast
 import importlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,16 +25,48 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.session import Session
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
 from fusemlp_kernels.pointwise import ACTIVATIONS as ROWS
-from fusemlp_kernels.pointwise import lines
+from fusemlp_kernels.pointwise import evaluate
 
 INPUT = "x"
 OPSET, ML_OPSET, IR_VERSION = 18, 3, 8
-# Operators for the arithmetic and the functions of the kernels' formulas.
-ARITHMETIC: dict[type[ast.operator], str] = {ast.Add: "Add", ast.Sub: "Sub", ast.Mult: "Mul", ast.Div: "Div"}
+# Operators for the functions of the kernels' formulas.
 FUNCTIONS = {
     "abs": "Abs", "exp": "Exp", "maximum": "Max", "minimum": "Min", "sigmoid": "Sigmoid", "sign": "Sign",
     "sqrt": "Sqrt", "tanh": "Tanh",
 }  # fmt: skip
+
+
+class Tensor:
+    """The output of a node, or an input of the graph; arithmetic with it appends nodes."""
+
+    def __init__(self, graph: Graph, name: str) -> None:
+        self.graph, self.name = graph, name
+
+    def __neg__(self) -> Tensor:
+        return self.graph.add("Neg", self)
+
+    def __add__(self, other: Any) -> Tensor:
+        return self.graph.add("Add", self, other)
+
+    def __sub__(self, other: Any) -> Tensor:
+        return self.graph.add("Sub", self, other)
+
+    def __rsub__(self, other: Any) -> Tensor:
+        return self.graph.add("Sub", other, self)
+
+    def __mul__(self, other: Any) -> Tensor:
+        return self.graph.add("Mul", self, other)
+
+    def __truediv__(self, other: Any) -> Tensor:
+        return self.graph.add("Div", self, other)
+
+    def __rtruediv__(self, other: Any) -> Tensor:
+        return self.graph.add("Div", other, self)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def columns(self, places: Iterable[int]) -> Tensor:
+        return self.graph.add("Gather", self, np.array([*places]), axis=1)
 
 
 class Graph:
@@ -55,11 +87,15 @@ class Graph:
         self.outputs: list[Any] = []
         self.taken = set(reserved)
 
-    def add(self, operator: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
-        """Append a node and return the name of its output."""
-        name = output or self._free(f"{operator.lower()}_{len(self.nodes)}")
-        self.nodes.append(self.helper.make_node(operator, list(inputs), [name], name=name, **attributes))
-        return name
+    def add(self, operator: str, *inputs: Any, **attributes: Any) -> Tensor:
+        """Append a node, and return its output; inputs that are no tensors of the graph become constants."""
+        return self._append(operator, self._free(f"{operator.lower()}_{len(self.nodes)}"), inputs, attributes)
+
+    def _append(self, operator: str, name: str, inputs: Sequence[Any], attributes: Mapping[str, Any]) -> Tensor:
+        tensors = [value if isinstance(value, Tensor) else self.constant(value) for value in inputs]
+        names = [tensor.name for tensor in tensors]
+        self.nodes.append(self.helper.make_node(operator, names, [name], name=name, **attributes))
+        return Tensor(self, name)
 
     def _free(self, name: str) -> str:
         """Return the name, with underscores after it if it is taken, and take it."""
@@ -68,15 +104,24 @@ class Graph:
         self.taken.add(name)
         return name
 
-    def given(self, name: str, dtype: Any, width: int) -> str:
-        """Append an input (rows, width) of the graph and return its name."""
+    def given(self, name: str, dtype: Any, width: int) -> Tensor:
+        """Append an input (rows, width) of the graph, and return it."""
         free = self._free(name)
-        self.inputs.append(self.value(free, dtype, width))
-        return free
+        self.inputs.append(self._declared(free, dtype, width))
+        return Tensor(self, free)
 
-    def constant(self, value: Any, name: str | None = None) -> str:
-        """Append a constant: real numbers in the graph's type, integers and strings unchanged."""
-        array = np.asarray(value)
+    def result(self, name: str, value: Tensor, dtype: Any, *shape: int) -> Tensor:
+        """Make a tensor an output of the graph, and return it; ``shape`` is that of a row."""
+        self.outputs.append(self._declared(name, dtype, *shape))
+        return self._append("Identity", name, [value], {})
+
+    def _declared(self, name: str, dtype: Any, *shape: int) -> Any:
+        kind = np.dtype(object if np.dtype(dtype).kind == "U" else dtype)
+        return self.helper.make_tensor_value_info(name, self.helper.np_dtype_to_tensor_dtype(kind), ["rows", *shape])
+
+    def constant(self, value: Any, name: str | None = None) -> Tensor:
+        """Append a constant: numbers and real arrays in the graph's type, arrays of integers and strings unchanged."""
+        array = np.asarray(float(value) if isinstance(value, int) else value)
         if array.dtype.kind == "f":
             largest = np.abs(array, where=np.isfinite(array), out=np.zeros_like(array)).max(initial=0.0)
             if largest > np.finfo(self.real).max:
@@ -89,90 +134,54 @@ class Graph:
             array = array.astype(object)
         name = name or self._free(f"constant_{len(self.constants)}")
         self.constants.append(self.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
-        return name
+        return Tensor(self, name)
 
-    def columns(self, name: str, places: Iterable[int]) -> str:
-        return self.add("Gather", name, self.constant(np.array([*places])), axis=1)
+    def cast(self, tensor: Tensor, dtype: Any) -> Tensor:
+        return self.add("Cast", tensor, to=self.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
-    def cast(self, name: str, dtype: Any) -> str:
-        return self.add("Cast", name, to=self.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+    def joined(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the columns of tensors beside one another."""
+        return tensors[0] if len(tensors) == 1 else self.add("Concat", *tensors, axis=1)
 
-    def value(self, name: str, dtype: Any, *shape: int) -> Any:
-        """Return the declaration of an input or output of the graph: ``shape`` is that of a row."""
-        kind = np.dtype(object if np.dtype(dtype).kind == "U" else dtype)
-        return self.helper.make_tensor_value_info(name, self.helper.np_dtype_to_tensor_dtype(kind), ["rows", *shape])
-
-    def encoded(self, x: str, encoding: Frequency, inputs: int) -> str:
+    def encoded(self, x: Tensor, encoding: Frequency, inputs: int) -> Tensor:
         """Append the waves of ``inputs`` columns x; the period of 2 is taken out before pi, which rounds."""
-        each = self.add("Reshape", x, self.constant(np.array([0, inputs, 1, 1])))
-        t = self.add("Mul", each, self.constant(2.0 ** np.arange(encoding.octaves)[:, None]))
-        turns = self.add("Round", self.add("Mul", t, self.constant(0.5)))
-        rest = self.add("Sub", t, self.add("Mul", turns, self.constant(2.0)))
-        angle = self.add("Mul", rest, self.constant(math.pi))
-        joined = self.add("Concat", self.add("Sin", angle), self.add("Cos", angle), axis=3)
-        flat = self.add("Reshape", joined, self.constant(np.array([0, 2 * inputs * encoding.octaves])))
-        return self.add("Concat", x, flat, axis=1) if encoding.inputs else flat
+        each = self.add("Reshape", x, np.array([0, inputs, 1, 1]))
+        t = each * 2.0 ** np.arange(encoding.octaves)[:, None]
+        angle = (t - self.add("Round", t * 0.5) * 2.0) * math.pi
+        waves = self.add("Concat", self.add("Sin", angle), self.add("Cos", angle), axis=3)
+        flat = self.add("Reshape", waves, np.array([0, 2 * inputs * encoding.octaves]))
+        return self.joined([x, flat]) if encoding.inputs else flat
 
-    def normalised(self, z: str, norm: Normalisation, weight: str, *bias: str) -> str:
+    def normalised(self, z: Tensor, norm: Normalisation, weight: Tensor, *bias: Tensor) -> Tensor:
         if isinstance(norm, LayerNorm):
             return self.add("LayerNormalization", z, weight, *bias, epsilon=norm.eps)
         # an operator of its own only from opset 23 on
-        mean = self.add("ReduceMean", self.add("Mul", z, z), self.constant(np.array([1])))
-        root = self.add("Sqrt", self.add("Add", mean, self.constant(norm.eps)))
-        return self.add("Mul", self.add("Div", z, root), weight)
+        return z / self.add("Sqrt", self.add("ReduceMean", z * z, np.array([1])) + norm.eps) * weight
 
-    def activation(self, z: str, activation: Activation, slope: Array | None) -> str:
+    def activation(self, z: Tensor, activation: Activation, slope: Array | None) -> Tensor:
         row, fixed = ROWS[activation.name], activation.fixed_slope
         if row.onnx:
-            learned = [self.constant(slope)] if row.learned else []
             options: dict[str, Any] = {} if fixed is None else {"alpha": fixed}
-            return self.add(row.onnx, z, *learned, **options)
-        known = {"z": z}
-        for name, value in lines(row.value, "y"):
-            known[name] = self._expression(value, known)
-        return known["y"]
-
-    def _expression(self, node: ast.expr, known: Mapping[str, str]) -> str:
-        """Append the operators of a formula's expression over ``known`` outputs; returns the name of its output."""
-        match node:
-            case ast.Name(id=name):
-                return known[name]
-            case ast.Constant(value=float() | int() as value):
-                return self.constant(float(value))
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return self.add("Neg", self._expression(operand, known))
-            case ast.BinOp(left=left, op=op, right=right):
-                return self.add(ARITHMETIC[type(op)], self._expression(left, known), self._expression(right, known))
-            case ast.Call(func=ast.Name(id=name), args=arguments):
-                inputs = [self._expression(argument, known) for argument in arguments]
-                if name == "normal_cdf":
-                    return self._normal_cdf(*inputs)
-                if name == "sigmoid" and self.real == np.float64:
-                    return self._exact_sigmoid(*inputs)
-                if name == "log1p":
-                    return self.add("Log", self.add("Add", *inputs, self.constant(1.0)))
-                if name in FUNCTIONS:
-                    return self.add(FUNCTIONS[name], *inputs)
-        raise ArgumentError(f"engine: ONNX has no operator for {ast.unparse(node)!r} in the formula of its activation")
-
-    def _normal_cdf(self, z: str) -> str:
-        """Append ``(1 + erf(z / sqrt(2))) / 2``, with Erf in float32, because onnxruntime has no double Erf."""
-        scaled = self.add("Mul", z, self.constant(math.sqrt(0.5)))
+            return self.add(row.onnx, z, *([slope] if row.learned else []), **options)
+        functions: dict[str, Callable[..., Tensor]] = {
+            **{name: partial(self.add, operator) for name, operator in FUNCTIONS.items()},
+            "log1p": lambda t: self.add("Log", t + 1.0),
+            "normal_cdf": self._normal_cdf,
+        }
         if self.real == np.float64:
-            erf = self.cast(self.add("Erf", self.cast(scaled, np.float32)), np.float64)
-        else:
-            erf = self.add("Erf", scaled)
-        return self.add("Mul", self.add("Add", erf, self.constant(1.0)), self.constant(0.5))
+            # onnxruntime makes ``z * Sigmoid(z)`` an operator that has no double
+            functions["sigmoid"] = lambda t: 1.0 / (self.add("Exp", -t) + 1.0)
+        tensor: Tensor = evaluate(row.value, {"z": z}, functions)
+        return tensor
 
-    def _exact_sigmoid(self, z: str) -> str:
-        """Append ``1 / (1 + exp(-z))``: onnxruntime makes ``z * Sigmoid(z)`` an operator that has no double."""
-        one = self.constant(1.0)
-        return self.add("Div", one, self.add("Add", one, self.add("Exp", self.add("Neg", z))))
+    def _normal_cdf(self, z: Tensor) -> Tensor:
+        """Append ``(1 + erf(z / sqrt(2))) / 2``, with Erf in float32, because onnxruntime has no double Erf."""
+        erf = self.add("Erf", self.cast(z * math.sqrt(0.5), np.float32))
+        return (self.cast(erf, self.real) + 1.0) * 0.5
 
-    def log_mean_exp(self, name: str, count: int) -> str:
+    def log_mean_exp(self, tensor: Tensor, count: int) -> Tensor:
         """Append the logarithm of the mean of the exponentials over the first of ``count`` parts."""
-        summed = self.add("ReduceLogSumExp", name, self.constant(np.array([0])), keepdims=0)
-        return self.add("Sub", summed, self.constant(math.log(count)))
+        return self.add("ReduceLogSumExp", tensor, np.array([0]), keepdims=0) - math.log(count)
 
     def to_bytes(self, engine: Session, metadata: Mapping[str, str]) -> bytes:
         helper = self.helper
@@ -194,104 +203,84 @@ def has_words(preprocessor: Preprocessor) -> bool:
     return any(words is not None for words in preprocessor.categories)
 
 
-def network_input(graph: Graph, preprocessor: Preprocessor) -> str:
-    """Append the graph's inputs and the preprocessing, and return the output with the network's inputs.
+def network_input(graph: Graph, preprocessor: Preprocessor) -> Tensor:
+    """Append the graph's inputs and the preprocessing, and return the network's inputs.
 
     Numbers alone come in one input ``x`` (rows, features). With words each feature has an input (rows, 1) of its name.
     """
     names, categories = preprocessor.feature_names, preprocessor.categories
     numbers = [column for column, words in enumerate(categories) if words is None]
-    blocks: list[str] = []
-    # The indices of each feature's inputs in the blocks one after another.
-    places: dict[int, list[int]] = {}
-    count = 0
+    # Blocks of the network's inputs, and the feature that each of these comes from.
+    blocks: list[Tensor] = []
+    features: list[int] = []
     if has_words(preprocessor):
         types = [graph.real if words is None else str for words in categories]
-        inputs_of = [graph.given(name, dtype, 1) for name, dtype in zip(names, types, strict=True)]
-        x = _joined(graph, [inputs_of[column] for column in numbers]) if numbers else ""
+        cells = [graph.given(name, dtype, 1) for name, dtype in zip(names, types, strict=True)]
+        x = graph.joined([cells[column] for column in numbers]) if numbers else None
     else:
-        inputs_of, x = [], graph.given(INPUT, graph.real, len(names))
-    if numbers:
+        cells, x = [], graph.given(INPUT, graph.real, len(names))
+    if x is not None:
         filled, missing = _filled(graph, x, preprocessor, numbers)
         cut = [column for column in numbers if preprocessor.pieces(column) > 1]
         whole = [column for column in numbers if column not in cut]
         for some, append in ((whole, _scaled), (cut, _by_pieces)):
             if some:
-                columns = filled
-                if some != numbers:
-                    places_of = graph.constant(np.array([numbers.index(column) for column in some]))
-                    columns = graph.add("Gather", filled, places_of, axis=1)
-                blocks.append(append(graph, columns, preprocessor, some))
-            for column in some:
-                places[column] = list(range(count, count + preprocessor.pieces(column)))
-                count += preprocessor.pieces(column)
-        if missing and any(preprocessor.missing_inputs):
-            blocks.append(graph.cast(missing, graph.real))
-            for index, column in enumerate(numbers):
-                places[column] += [count + index] * preprocessor.missing_inputs[column]
-            count += len(numbers)
+                chosen = filled if some == numbers else filled.columns(map(numbers.index, some))
+                blocks.append(append(graph, chosen, preprocessor, some))
+                features += [column for column in some for _ in range(preprocessor.pieces(column))]
+        marked = [column for column, mark in enumerate(preprocessor.missing_inputs) if mark]
+        if missing is not None and marked:
+            blocks.append(graph.cast(missing.columns(map(numbers.index, marked)), graph.real))
+            features += marked
     for column, words in enumerate(categories):
-        if words is not None:
-            inputs = preprocessor.word_inputs(column)
-            width = 1 + int(inputs.max())
-            blocks += [_one_hot(graph, inputs_of[column], words, inputs, width)] if width else []
-            places[column] = list(range(count, count + width))
-            count += width
-    order = [index for column in range(len(names)) for index in places[column]]
-    joined = _joined(graph, blocks)
-    if order == list(range(count)):
-        return joined
-    return graph.add("Gather", joined, graph.constant(np.array(order)), axis=1)
+        if words is not None and (width := preprocessor.widths[column]):
+            blocks.append(_one_hot(graph, cells[column], words, preprocessor.word_inputs(column), width))
+            features += [column] * width
+    order = np.argsort(features, kind="stable").tolist()
+    joined = graph.joined(blocks)
+    return joined if order == sorted(order) else joined.columns(order)
 
 
-def _joined(graph: Graph, columns: list[str]) -> str:
-    return columns[0] if len(columns) == 1 else graph.add("Concat", *columns, axis=1)
-
-
-def _filled(graph: Graph, x: str, preprocessor: Preprocessor, numbers: list[int]) -> tuple[str, str]:
-    """Replace missing cells, NaN, by the medians of the training rows; return also the output that is true for them."""
+def _filled(graph: Graph, x: Tensor, preprocessor: Preprocessor, numbers: list[int]) -> tuple[Tensor, Tensor | None]:
+    """Replace missing cells, NaN, by the medians of the training rows; return also the tensor that is true for them."""
     fill = [preprocessor.feature_fill[column] for column in numbers] if preprocessor.feature_fill else [None]
     if None in fill:
         # A preprocessor of an earlier release refuses missing cells; the graph answers NaN.
-        return x, ""
+        return x, None
     missing = graph.add("IsNaN", x)
-    return graph.add("Where", missing, graph.constant(np.array(fill, np.float64)), x), missing
+    return graph.add("Where", missing, np.array(fill, np.float64), x), missing
 
 
-def _scaled(graph: Graph, x: str, preprocessor: Preprocessor, numbers: list[int]) -> str:
+def _scaled(graph: Graph, x: Tensor, preprocessor: Preprocessor, numbers: list[int]) -> Tensor:
     """Append the scaling of the columns of numbers: ``scaling.statistics``, ``clipped``, or by quantiles."""
     if preprocessor.scale == "quantile":
         return _by_quantiles(graph, x, [at for at in preprocessor.feature_knots if at is not None])
-    shift = graph.constant(np.array(preprocessor.feature_shift, np.float64)[numbers])
-    scale = graph.constant(np.array(preprocessor.feature_scale, np.float64)[numbers])
-    scaled = graph.add("Div", graph.add("Sub", x, shift), scale)
+    shift, scale = np.array([preprocessor.feature_shift, preprocessor.feature_scale], np.float64)[:, numbers]
+    scaled: Tensor = (x - shift) / scale
     if preprocessor.scale not in ("robust", "piecewise"):
         return scaled
+
+    def root(tensor: Tensor) -> Tensor:
+        return graph.add("Sqrt", tensor * tensor + 1.0)
+
     # The square stays finite in float32.
-    far = graph.add("Clip", scaled, graph.constant(-1e15), graph.constant(1e15))
-    ratio = graph.add("Div", far, graph.constant(KNEE))
+    ratio = graph.add("Clip", scaled, -1e15, 1e15) / KNEE
     # asinh; onnxruntime has none in double precision
-    size = graph.add("Log", graph.add("Add", graph.add("Abs", ratio), _root_of_one_and_square(graph, ratio)))
-    tails = graph.add("Mul", graph.add("Mul", graph.add("Sign", ratio), size), graph.constant(KNEE))
-    return graph.add("Div", tails, _root_of_one_and_square(graph, graph.add("Div", tails, graph.constant(CLIP))))
+    tails = graph.add("Sign", ratio) * graph.add("Log", graph.add("Abs", ratio) + root(ratio)) * KNEE
+    return tails / root(tails / CLIP)
 
 
-def _root_of_one_and_square(graph: Graph, x: str) -> str:
-    return graph.add("Sqrt", graph.add("Add", graph.add("Mul", x, x), graph.constant(1.0)))
-
-
-def _by_pieces(graph: Graph, x: str, preprocessor: Preprocessor, cut: list[int]) -> str:
+def _by_pieces(graph: Graph, x: Tensor, preprocessor: Preprocessor, cut: list[int]) -> Tensor:
     """Append the inputs of columns that are cut into pieces: ``scaling.by_pieces``."""
     edges = [np.array((preprocessor.feature_knots[column] or ((),))[0]) for column in cut]
     column = np.repeat(np.arange(len(cut)), [len(points) - 1 for points in edges])
     low, high = (np.concatenate(some) for some in zip(*(limits(len(points) - 1) for points in edges), strict=True))
     starts, widths = np.concatenate([p[:-1] for p in edges]), np.concatenate([np.diff(p) for p in edges])
-    wide = graph.add("Gather", x, graph.constant(column), axis=1)
-    inside = graph.add("Div", graph.add("Sub", wide, graph.constant(starts)), graph.constant(widths))
-    return graph.add("Min", graph.add("Max", inside, graph.constant(low)), graph.constant(high))
+    inside = (x.columns(column) - starts) / widths
+    return graph.add("Min", graph.add("Max", inside, low), high)
 
 
-def _by_quantiles(graph: Graph, x: str, knots: Sequence[Knots]) -> str:
+def _by_quantiles(graph: Graph, x: Tensor, knots: Sequence[Knots]) -> Tensor:
     """Append straight lines between the knots: the first score, and the rise over each piece up to x."""
     widest = max(len(points) for points, _ in knots)
     starts, widths, slopes = (np.zeros((len(knots), widest)) for _ in range(3))
@@ -299,14 +288,13 @@ def _by_quantiles(graph: Graph, x: str, knots: Sequence[Knots]) -> str:
         pieces = len(points) - 1
         starts[column, :pieces], widths[column, :pieces] = points[:-1], np.diff(points)
         slopes[column, :pieces] = np.diff(scores) / np.diff(points)
-    wide = graph.add("Unsqueeze", x, graph.constant(np.array([2])))
-    within = graph.add("Max", graph.add("Sub", wide, graph.constant(starts)), graph.constant(0.0))
-    risen = graph.add("Mul", graph.add("Min", within, graph.constant(widths)), graph.constant(slopes))
-    rise = graph.add("ReduceSum", risen, graph.constant(np.array([2])), keepdims=0)
-    return graph.add("Add", rise, graph.constant(np.array([scores[0] for _, scores in knots])))
+    within = graph.add("Max", graph.add("Unsqueeze", x, np.array([2])) - starts, 0.0)
+    risen = graph.add("Min", within, widths) * slopes
+    rise = graph.add("ReduceSum", risen, np.array([2]), keepdims=0)
+    return rise + np.array([scores[0] for _, scores in knots])
 
 
-def _one_hot(graph: Graph, x: str, words: tuple[str, ...], inputs: npt.NDArray[np.int64], width: int) -> str:
+def _one_hot(graph: Graph, x: Tensor, words: Sequence[str], inputs: npt.NDArray[np.int64], width: int) -> Tensor:
     """Append the ``width`` inputs of a column of words; ``inputs`` are those of ``word_inputs``."""
     unseen = int(inputs[-1])
     known = dict(zip(words, inputs.tolist(), strict=False))
@@ -321,4 +309,4 @@ def _one_hot(graph: Graph, x: str, words: tuple[str, ...], inputs: npt.NDArray[n
         default_int64=unseen,
     )
     # The words without an input have the code -1, which is equal to no input.
-    return graph.cast(graph.add("Equal", code, graph.constant(np.arange(width))), graph.real)
+    return graph.cast(graph.add("Equal", code, np.arange(width)), graph.real)
