@@ -271,17 +271,16 @@ def _gradients(ctx: Any, dy: Tensor) -> Any:
 # Of the operators of all compiled programs.
 COMPILED = Bindings()
 
-# The operators' arguments for a chain: the numbers of the activations in the contract and their slopes, the rates, the
-# presence of biases, and seed and batch_index as a tensor, since a compiled program does not change with them.
+# Arguments of the operators for a chain: ``layers`` has four numbers for each, the number of the activation in the
+# contract, its slope, the dropout rate, and 1 with a bias; ``masks`` are seed and batch_index, a tensor because a
+# compiled program does not change with them.
 
 
-def _as_chain(
-    activations: Sequence[int], slopes: Sequence[float], rates: Sequence[float], biased: Sequence[bool],
-    masks: Tensor | None,
-) -> Chain:  # fmt: skip
+def _as_chain(layers: Sequence[float], masks: Tensor | None) -> Chain:
     seed, batch_index = (0, 0) if masks is None else masks.tolist()
-    named = [Activation(ACTIVATIONS[code], slope) for code, slope in zip(activations, slopes, strict=True)]
-    return Chain(tuple(named), tuple(rates), tuple(biased), seed, batch_index, COMPILED)
+    codes, slopes, rates, biased = (layers[place::4] for place in range(4))
+    activations = [Activation(ACTIVATIONS[int(code)], slope) for code, slope in zip(codes, slopes, strict=True)]
+    return Chain(tuple(activations), tuple(rates), tuple(map(bool, biased)), seed, batch_index, COMPILED)
 
 
 def _flat(kept: Intermediates) -> list[Tensor]:
@@ -290,45 +289,42 @@ def _flat(kept: Intermediates) -> list[Tensor]:
 
 
 @torch.library.custom_op("fusemlp::chain", mutates_args=())
-def chain_op(
-    x: Tensor, parameters: Sequence[Tensor], activations: Sequence[int], slopes: Sequence[float],
-    rates: Sequence[float], biased: Sequence[bool], masks: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
+def chain_op(x: Tensor, parameters: Sequence[Tensor], layers: Sequence[float], masks: Tensor | None) -> list[Tensor]:
     """Return the output, and what the backward pass needs."""
-    chain = _as_chain(activations, slopes, rates, biased, masks)
-    return _flat(_forward(chain, x.detach().contiguous(), parameters))
+    return _flat(_forward(_as_chain(layers, masks), x.detach().contiguous(), parameters))
 
 
 @chain_op.register_fake
-def _(x: Any, parameters: Any, activations: Any, slopes: Any, rates: Any, biased: Any, masks: Any) -> list[Tensor]:
+def _(x: Any, parameters: Any, layers: Any, masks: Any) -> list[Tensor]:
     del masks
-    return _flat(_allocate(_as_chain(activations, slopes, rates, biased, None), x, parameters))
+    return _flat(_allocate(_as_chain(layers, None), x, parameters))
 
 
 @torch.library.custom_op("fusemlp::chain_backward", mutates_args=())
 def chain_backward_op(
-    dy: Tensor, x: Tensor, kept: Sequence[Tensor], parameters: Sequence[Tensor], activations: Sequence[int],
-    slopes: Sequence[float], rates: Sequence[float], biased: Sequence[bool], masks: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    kept: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    layers: Sequence[float],
+    masks: Tensor | None,
     needs: Sequence[bool],
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """Return the gradients that are needed, of x and the parameters in order."""
-    chain = _as_chain(activations, slopes, rates, biased, masks)
+    chain = _as_chain(layers, masks)
     x = x.contiguous()
     rest = iter(kept)
-    outputs = [*islice(rest, len(activations))][::-1]
+    outputs = [*islice(rest, len(chain.activations))][::-1]
     # which of the optional tensors there are
     shapes = _allocate(chain, x[:0], parameters)
     pre, keeps = ([None if one is None else next(rest) for one in part] for part in shapes[1:])
-    found = _backward(chain, dy, x, Intermediates(outputs, pre, keeps), parameters, needs[0], needs[1:])
-    return [one for one, needed in zip(found, needs, strict=True) if needed and one is not None]
+    gradients = _backward(chain, dy, x, Intermediates(outputs, pre, keeps), parameters, needs[0], needs[1:])
+    return [one for one, needed in zip(gradients, needs, strict=True) if needed and one is not None]
 
 
 @chain_backward_op.register_fake
-def _(
-    dy: Any, x: Any, kept: Any, parameters: Any, activations: Any, slopes: Any, rates: Any, biased: Any, masks: Any,
-    needs: Any,
-) -> list[Tensor]:  # fmt: skip
-    del dy, kept, activations, slopes, rates, biased, masks
+def _(dy: Any, x: Any, kept: Any, parameters: Any, layers: Any, masks: Any, needs: Any) -> list[Tensor]:
+    del dy, kept, layers, masks
     return [
         torch.empty_like(one, memory_format=torch.contiguous_format)
         for one, needed in zip((x, *parameters), needs, strict=True)
@@ -337,7 +333,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    x, parameters, *ctx.described, masks = inputs
+    x, parameters, ctx.layers, masks = inputs
     ctx.count = len(parameters)
     ctx.masked = masks is not None
     ctx.save_for_backward(x, *parameters, *([masks] if ctx.masked else []), *output)
@@ -349,10 +345,9 @@ def _differentiate(ctx: Any, gradients: Any) -> Any:
     parameters = [*islice(saved, ctx.count)]
     masks = next(saved) if ctx.masked else None
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
-    dy = gradients[0]
-    found = iter(chain_backward_op(dy, x, [*saved], parameters, *ctx.described, masks, needs))
-    dx, *others = [next(found) if needed else None for needed in needs]
-    return dx, others, None, None, None, None, None
+    gradients = iter(chain_backward_op(gradients[0], x, [*saved], parameters, ctx.layers, masks, needs))
+    dx, *others = [next(gradients) if needed else None for needed in needs]
+    return dx, others, None, None
 
 
 chain_op.register_autograd(_differentiate, setup_context=_save)
@@ -375,9 +370,13 @@ def apply_chain(
             )
     rows = x if x.dim() == 2 else x.reshape(-1, width)
     if torch.compiler.is_compiling():
-        codes = [ACTIVATIONS.index(activation.name) for activation in chain.activations]
-        slopes = [activation.slope for activation in chain.activations]
-        y: Tensor = chain_op(rows, [*parameters], codes, slopes, [*chain.rates], [*chain.biased], masks)[0]
+        described = zip(chain.activations, chain.rates, chain.biased, strict=True)
+        layers = [
+            number
+            for activation, rate, biased in described
+            for number in (float(ACTIVATIONS.index(activation.name)), activation.slope, rate, float(biased))
+        ]
+        y: Tensor = chain_op(rows, [*parameters], layers, masks)[0]
     else:
         run: Any = ChainFunction.apply
         y = run(chain, rows, *parameters)

@@ -8,11 +8,11 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from itertools import chain
 from operator import is_, itemgetter
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fusemlp.describe.checks import as_number, function_name
 from fusemlp.describe.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss, OwnLoss, Poisson
-from fusemlp.torch.modules import LIMITS, hooks_of
+from fusemlp.torch.modules import LIMITS, Reading, hooks_of
 from fusemlp_kernels.contract import UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError
 
@@ -50,10 +50,18 @@ FIXED: tuple[tuple[type[nn.Module], str, Any], ...] = (
 )
 
 
-def read_loss(loss_fn: Any, *, log_softmax: bool = False) -> Loss:
-    """Return the loss that ``loss_fn`` computes of (output, target): one of the kernels', or the OwnLoss that calls it.
+@dataclass(frozen=True)
+class PositiveWeights(BinaryCrossEntropy):
+    """BCEWithLogitsLoss with ``pos_weight``, one number or one for each output; torch computes it."""
 
-    ``log_softmax``: the module ends with LogSoftmax. Raises ArgumentTypeError or ArgumentError for what is no loss.
+    pos_weight: tuple[float, ...] = ()
+
+
+def read_loss(loss_fn: Any, reading: Reading) -> Loss:
+    """Return the loss that ``loss_fn`` computes of the output of a module and of targets.
+
+    One of the kernels', PositiveWeights, or the OwnLoss that calls ``loss_fn``. Raises ArgumentTypeError or
+    ArgumentError for what is no loss, ShapeError for a ``pos_weight`` of another width than the output.
     """
     name = function_name(loss_fn)
     callable_loss = OwnLoss(name=name, function=loss_fn)
@@ -72,21 +80,30 @@ def read_loss(loss_fn: Any, *, log_softmax: bool = False) -> Loss:
         raise ArgumentError(
             f"loss_fn: {name}(reduction={options['reduction']!r}) has no single loss to go down; use 'mean' or 'sum'"
         )
-    if described is CrossEntropy and log_softmax != (kind is nn.NLLLoss):
+    if described is CrossEntropy and reading.log_softmax != (kind is nn.NLLLoss):
         raise ArgumentError(
             f"loss_fn: {name} takes the module's output as it is, and the module ends with LogSoftmax; use NLLLoss, or "
             "leave LogSoftmax out and use CrossEntropyLoss"
-            if log_softmax
+            if reading.log_softmax
             else "loss_fn: NLLLoss takes log-probabilities, and the module does not end with LogSoftmax; add "
             "nn.LogSoftmax(dim=1), or use CrossEntropyLoss, which takes logits"
         )
     lacking = any(getattr(loss_fn, option) not in (only,) for owner, option, only in FIXED if owner is kind)
-    if lacking or (log_softmax and kind is not nn.NLLLoss):
+    if lacking or (reading.log_softmax and kind is not nn.NLLLoss):
         return callable_loss
     settings = {field.name: options[field.name] for field in fields(described) if field.name in options}
     if described is CrossEntropy and loss_fn.weight is not None:
         settings["class_weight"] = loss_fn.weight.detach().cpu().double().tolist()
-    return described(**settings)
+    weight: Tensor | None = options["_buffers"].get("pos_weight")
+    if weight is None:
+        return described(**settings)
+    count, outputs = weight.numel(), reading.network.sizes[-1]
+    if count not in (1, outputs) or weight.shape[-1:] not in ((), (count,)):
+        raise ShapeError(
+            f"loss_fn: pos_weight has shape {tuple(weight.shape)}, expected one number or ({outputs},), one for each "
+            "output"
+        )
+    return PositiveWeights(**settings, pos_weight=tuple(weight.detach().cpu().double().flatten().tolist()))
 
 
 def check_arity(loss: OwnLoss, count: int) -> None:
@@ -103,24 +120,6 @@ def check_arity(loss: OwnLoss, count: int) -> None:
     except ValueError:
         # some functions written in C have no signature
         return
-
-
-def read_pos_weight(loss_fn: Any, outputs: int) -> tuple[float, ...] | None:
-    """Return the ``pos_weight`` of a BCEWithLogitsLoss, one number for each output; None where the kernels need none.
-
-    Raises ShapeError unless it has one number, or one for each output.
-    """
-    weight: Tensor | None = loss_fn.pos_weight if type(loss_fn) is nn.BCEWithLogitsLoss else None
-    if weight is None or loss_fn.weight is not None:
-        return None
-    count = weight.numel()
-    if count not in (1, outputs) or weight.shape[-1:] not in ((), (count,)):
-        raise ShapeError(
-            f"loss_fn: pos_weight has shape {tuple(weight.shape)}, expected one number or ({outputs},), one for each "
-            "output"
-        )
-    values = weight.detach().cpu().double().flatten().tolist()
-    return tuple(values * (outputs // count))
 
 
 REFUSED = ("dampening", "amsgrad", "maximize", "differentiable", "capturable")
@@ -144,8 +143,14 @@ MOMENTS: dict[str, tuple[str | None, ...]] = {
     "rmsprop": (None, "square_avg"),
 }
 KINDS = {SGD: "sgd", Adam: "adam", AdamW: "adam", RMSprop: "rmsprop"}
-# The rule of a parameter group without its learning rate, and the weight decay.
-GroupRule = tuple[UpdateRule, float]
+
+
+class Group(NamedTuple):
+    """How the tensors of a parameter group are updated."""
+
+    rule: UpdateRule
+    weight_decay: float
+    rate: float
 
 
 def optimizer_kind(optimizer: Any) -> str:
@@ -165,8 +170,8 @@ def read_rate(value: Any, index: int) -> float:
     return as_number(f"optimizer.param_groups[{index}]['lr']", float(value), low=0.0)
 
 
-def read_group(kind: str, group: dict[str, Any], index: int) -> GroupRule:
-    """Return the rule of a parameter group; raises ArgumentError with the group and option that cannot be fused."""
+def read_group(kind: str, group: dict[str, Any], index: int) -> Group:
+    """Read a parameter group; raises ArgumentError with the group and option that cannot be fused."""
     where = f"optimizer.param_groups[{index}]"
     refused = (*REFUSED, "momentum", "centered") if kind == "rmsprop" else REFUSED
     for name in refused:
@@ -188,7 +193,7 @@ def read_group(kind: str, group: dict[str, Any], index: int) -> GroupRule:
         beta1, beta2 = (as_number(f"{where}['betas']", b, low=0.0, high=1.0, high_open=True) for b in group["betas"])
         decoupled = bool(group["decoupled_weight_decay"])
         rule = UpdateRule("adam", beta1=beta1, beta2=beta2, eps=number("eps"), decoupled=decoupled)
-    return rule, number("weight_decay")
+    return Group(rule, number("weight_decay"), read_rate(group["lr"], index))
 
 
 def groups_of(optimizer: Optimizer, module: nn.Module) -> dict[Tensor, int]:

@@ -183,10 +183,10 @@ def refuse_hooks(owner: str, *containers: Any) -> None:
         raise ArgumentError(f"{owner}, which a fused step would not run; remove them")
 
 
-def read_module(module: nn.Module, *, always_drops: bool = False, may_normalise: bool = False) -> Reading:
+def read_module(module: nn.Module, *, for_engine: bool = False) -> Reading:
     """Return the network of ``module`` in its present mode: eval mode turns dropout off.
 
-    ``always_drops`` keeps the rates of train mode; with ``may_normalise`` it may start with Normalise.
+    ``for_engine`` keeps the rates of train mode, and lets the module start with Normalise.
 
     Raises ArgumentError with the path of a part that cannot be fused, ArgumentError or DTypeError for parameters.
     """
@@ -214,7 +214,7 @@ def read_module(module: nn.Module, *, always_drops: bool = False, may_normalise:
             flattens = flattens or not layers
         elif kind is Waves and not layers and encoding is None:
             encoding = part.module.encoding
-        elif kind is Normalise and not layers and encoding is None and may_normalise:
+        elif kind is Normalise and not layers and encoding is None and for_engine:
             normalise = part.module
         elif kind is Normalise:
             raise ArgumentError(
@@ -241,7 +241,7 @@ def read_module(module: nn.Module, *, always_drops: bool = False, may_normalise:
         raise ArgumentError(f"module: {last.norm}: the outputs of the last Linear cannot be normalised; remove it")
     if last.skip is not None:
         raise _unfit(last.skip, "has no Linear after it; add the output layer")
-    network = _network(layers, blocks, always_drops, encoding)
+    network = _network(layers, blocks, for_engine, encoding)
     if squeezes and network.sizes[-1] != 1:
         raise ArgumentError(f"module: squeezes {network.sizes[-1]} outputs; only one output can be squeezed")
     slots = _slots(layers)

@@ -69,7 +69,7 @@ def from_torch(
     Frozen parameters, and those in no group, stay frozen. Dropout rates are those of train mode, also for a module in
     eval mode. Raises ArgumentError for anything that cannot be converted.
     """
-    reading = modules.read_module(module, always_drops=True, may_normalise=True)
+    reading = modules.read_module(module, for_engine=True)
     if reading.flattens or reading.squeezes:
         what = "Flatten in front" if reading.flattens else "the squeeze of its output"
         raise ArgumentError(f"module: an engine's x is (n, K) and its output (n, N): take {what} out of the module")
@@ -82,10 +82,10 @@ def from_torch(
     described: Optimizer = Adam(per_parameter=frozen)
     if optimizer is not None:
         described = _optimizer(optimizer, {name: group_of[tensor] for name, tensor in trained.items()}, frozen)
-    loss = CrossEntropy() if loss_fn is None else loop.read_loss(loss_fn, log_softmax=reading.log_softmax)
+    loss = CrossEntropy() if loss_fn is None else loop.read_loss(loss_fn, reading)
     if isinstance(loss, OwnLoss):
         raise ArgumentError(f"loss_fn: an engine has no {loss.name}, or not with these options; train with fuse")
-    if loop.read_pos_weight(loss_fn, net.sizes[-1]) is not None:
+    if isinstance(loss, loop.PositiveWeights):
         raise ArgumentError(
             "loss_fn: an engine has no pos_weight; leave it out and give fit a sample_weight, or train with fuse"
         )
@@ -110,22 +110,21 @@ def _optimizer(
     kind = loop.optimizer_kind(optimizer)
     if kind == "rmsprop":
         raise ArgumentError("optimizer: an engine has no RMSprop; use SGD, Adam or AdamW, or train with fuse")
-    rules = [loop.read_group(kind, group, index) for index, group in enumerate(optimizer.param_groups)]
-    rates = [loop.read_rate(group["lr"], index) for index, group in enumerate(optimizer.param_groups)]
+    read = [loop.read_group(kind, group, index) for index, group in enumerate(optimizer.param_groups)]
     used = sorted(set(groups.values()))
     if not used:
         raise ArgumentError("optimizer: no group has a parameter of the module that requires grad")
-    rate = max(rates[index] for index in used)
-    rule, decay = rules[used[0]]
+    rate = max(read[index].rate for index in used)
+    rule, decay, _ = read[used[0]]
     for index in used:
-        if rules[index][0] != rule:
+        if read[index].rule != rule:
             raise ArgumentError(
                 f"optimizer.param_groups[{index}]: an engine has one momentum (or betas and eps) for all parameters; "
                 f"group {used[0]} has others"
             )
     per_parameter = dict(frozen)
     for name, index in groups.items():
-        factor, weight_decay = rates[index] / rate if rate else 1.0, rules[index][1]
+        factor, weight_decay = read[index].rate / rate if rate else 1.0, read[index].weight_decay
         if factor != 1.0 or weight_decay != decay:
             per_parameter[name] = ParameterOptions(lr_factor=factor, weight_decay=weight_decay)
     common: dict[str, Any] = {"weight_decay": decay, "per_parameter": per_parameter}

@@ -26,7 +26,7 @@ from fusemlp.runtime.memory import Memory, Workspace
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.rates import RateTable
 from fusemlp.torch.batches import BatchCopy, check_shapes, check_tensors
-from fusemlp.torch.loop import check_arity
+from fusemlp.torch.loop import PositiveWeights, check_arity
 from fusemlp.torch.modules import Reading, as_module
 from fusemlp_kernels import contract
 from fusemlp_kernels.contract import Segment, TensorRule, UpdateRule
@@ -118,20 +118,20 @@ def bind_output(running: Running, reading: Reading, z: Any, slope: Any) -> Run:
     return torch.no_grad()(run)
 
 
-def bind_weighted_loss(running: Running, pos_weight: Sequence[float], operands: dict[str, Any]) -> Run:
+def bind_weighted_loss(running: Running, loss: PositiveWeights, operands: dict[str, Any]) -> Run:
     """Return a ``loss_grad`` for BCEWithLogitsLoss(pos_weight): with p for a pos_weight, s(z) for the sigmoid, the loss
     of z and its target t has the gradient (1 + (p - 1) t) s(z) - p t."""
     z, target, stats = (torch.as_tensor(operands[name]) for name in ("z", "target", "stats"))
-    weight = torch.tensor(pos_weight, dtype=z.dtype, device=z.device)
-    less, reduction, write = weight - 1.0, operands["loss"].reduction, bind_writing(torch.as_tensor(operands["dz"]))
+    weight = torch.tensor(loss.pos_weight, dtype=z.dtype, device=z.device)
+    less, write = weight - 1.0, bind_writing(torch.as_tensor(operands["dz"]))
 
     def run() -> None:
         t, logits = target[: running.rows], z[: running.rows]
         stats[contract.LAST_LOSS] = functional.binary_cross_entropy_with_logits(
-            logits, t, pos_weight=weight, reduction=reduction
+            logits, t, pos_weight=weight, reduction=loss.reduction
         )
         gradient = torch.sigmoid(logits).mul_(torch.addcmul(torch.ones_like(t), less, t)).sub_(weight * t)
-        if reduction == "mean":
+        if loss.reduction == "mean":
             gradient.div_(gradient.numel())
         write(gradient)
 
@@ -265,7 +265,6 @@ class Programs:
     loss: Loss
     sets: list[UpdateSet]
     seed: int
-    pos_weight: Sequence[float] | None
     clip_norm: float | None
 
     def __post_init__(self) -> None:
@@ -318,13 +317,13 @@ class Programs:
             target = self.input(capacity, "labels" if kind == "ignored" else kind)
             given = {"x": self.input(capacity, "x"), "target": target, "function": self.loss}
             binders: dict[str, Any] = {"own_loss": partial(bind_own_loss, self.running, self.reading)}
-            if self.pos_weight is not None:
-                binders["loss_grad"] = partial(bind_weighted_loss, self.running, self.pos_weight)
+            if isinstance(self.loss, PositiveWeights):
+                binders["loss_grad"] = partial(bind_weighted_loss, self.running, self.loss)
             if self._class_weight is not None:
                 given["class_weight"] = self._class_weight
             program = self.lower(capacity, kind, returns)
             # torch's calls between the kernels' depend on the number of rows, or return memory
-            returning = returns or self.pos_weight or program.calls_back
+            returning = returns or isinstance(self.loss, PositiveWeights) or program.calls_back
             plan = "graph" if "graph" in self.memory.backend.traits.plans and not returning else "eager"
             bound = BoundProgram(program, self.memory, self._workspace, given, plan=plan, binders=binders)
             self._runnables[key] = Runnable(bound, tuple(self._before_updates(bound, returns)))
@@ -361,7 +360,7 @@ class Programs:
     def lower(self, capacity: int, kind: str, returns: bool = False) -> Program:
         """Return the step as data; ``returns``: the output passes through memory."""
         traits = self.memory.backend.traits
-        if returns or self.pos_weight is not None:
+        if returns or isinstance(self.loss, PositiveWeights):
             traits = replace(traits, widest_fused_output=0)
         rules = {short: rule for update_set in self.sets for short, rule in update_set.rules.items()}
         net, spec = self.reading.network, self.loss.spec(accuracy=False)

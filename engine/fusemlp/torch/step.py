@@ -19,7 +19,7 @@ from fusemlp.runtime.backends import TRAITS, open_backend, torch_backend
 from fusemlp.runtime.memory import Memory
 from fusemlp.torch import loop, modules
 from fusemlp.torch.batches import BatchCopy, check_tensors
-from fusemlp.torch.loop import GroupRule, Watch, other_hooks, warn_of_autocast, watch_clipping
+from fusemlp.torch.loop import Group, Watch, other_hooks, warn_of_autocast, watch_clipping
 from fusemlp.torch.modules import Reading
 from fusemlp.torch.parameters import Tie
 from fusemlp.torch.programs import UNIT_RATE, Clocks, Programs, UpdateSet
@@ -79,12 +79,12 @@ class FusedStep:
         if clip_grad_norm is not None:
             clip_grad_norm = as_number("clip_grad_norm", clip_grad_norm, low=0.0, low_open=True)
         self._clip_norm = clip_grad_norm
-        loss, trained, rules, rates = self._read(reading)
+        loss, trained, groups = self._read(reading)
         rows = None if batch_size is None else as_count("batch_size", batch_size, minimum=1)
         self._seed = None if seed is None else as_count("seed", seed, minimum=0)
         opened = _open(reading, backend, precision)
         self.backend = opened.traits.name
-        largest = max((rule for rule, _ in rules), key=lambda rule: rule.state_count)
+        largest = max((group.rule for group in groups), key=lambda rule: rule.state_count)
         self._most_states = largest.state_count
         memory = Memory(reading.network, opened, "fp64" if reading.dtype == torch.float64 else "fp32", largest)
         self._memory = memory
@@ -102,7 +102,7 @@ class FusedStep:
         self._warned = False
 
         self._tie.move_parameters()
-        self._follow(reading, loss, trained, rules, rates)
+        self._follow(reading, loss, trained, groups)
         if rows is not None:
             self._programs.build(rows)
         method = weakref.WeakMethod(self._before_loading)
@@ -206,13 +206,12 @@ class FusedStep:
 
     # The parts of the step.
 
-    def _read(self, reading: Reading) -> tuple[Loss, dict[str, int], list[GroupRule], list[float]]:
-        """Return the loss, the group of each trained parameter by short name, and the groups' rules and rates."""
-        loss = loop.read_loss(self.loss_fn, log_softmax=reading.log_softmax)
+    def _read(self, reading: Reading) -> tuple[Loss, dict[str, int], list[Group]]:
+        """Return the loss, the place of each trained parameter's group by short name, and the groups."""
+        loss = loop.read_loss(self.loss_fn, reading)
         for owner, containers in other_hooks(self.loss_fn, self.optimizer).items():
             modules.refuse_hooks(owner, *containers)
         loss.check_network(reading.network)
-        loop.read_pos_weight(self.loss_fn, reading.network.sizes[-1])
         group_of = loop.groups_of(self.optimizer, self.module)
         trained = {
             short: group_of[parameter]
@@ -223,30 +222,27 @@ class FusedStep:
             raise ArgumentError(
                 "module: no parameter requires grad and is in a group of the optimizer; there is nothing to train"
             )
-        return loss, trained, *self._read_groups(self.optimizer.param_groups)
+        return loss, trained, self._read_groups(self.optimizer.param_groups)
 
-    def _read_groups(self, groups: Sequence[dict[str, Any]]) -> tuple[list[GroupRule], list[float]]:
-        """Return rule and learning rate of each parameter group."""
-        rules = [loop.read_group(self._kind, group, index) for index, group in enumerate(groups)]
-        for index, (rule, _) in enumerate(rules):
+    def _read_groups(self, param_groups: Sequence[dict[str, Any]]) -> list[Group]:
+        groups = [loop.read_group(self._kind, group, index) for index, group in enumerate(param_groups)]
+        for index, (rule, _, _) in enumerate(groups):
             if rule.state_count > self._most_states:
                 raise ArgumentError(
                     f"optimizer.param_groups[{index}]['momentum']: is {rule.momentum}, and was 0 in all groups when "
                     "the step was fused; call fuse again"
                 )
-        return rules, [loop.read_rate(group["lr"], index) for index, group in enumerate(groups)]
+        return groups
 
     def _refresh(self) -> None:
         """Read module, loss and optimizer again and follow their changes, or raise and change nothing."""
         reading = modules.read_module(self.module)
         self._tie.check_parameters(reading)
-        loss, trained, rules, rates = self._read(reading)
+        loss, trained, groups = self._read(reading)
         self._tie.check_state(trained)
-        self._follow(reading, loss, trained, rules, rates)
+        self._follow(reading, loss, trained, groups)
 
-    def _follow(
-        self, reading: Reading, loss: Loss, trained: dict[str, int], rules: list[GroupRule], rates: list[float]
-    ) -> None:
+    def _follow(self, reading: Reading, loss: Loss, trained: dict[str, int], groups: list[Group]) -> None:
         if any(reading.network.dropouts) and self._seed is None:
             self._seed = int(torch.randint(0, 1 << 62, ()))
         self._reading, self._loss, self._trained = reading, loss, trained
@@ -257,19 +253,19 @@ class FusedStep:
         self._parameters = [slot.parameter for slot in reading.slots.values()]
         self._updated = [reading.slots[short].parameter for short in trained]
         self._increments = np.array([short in trained for short in reading.slots], self._tie.steps.dtype)
-        self._partition(rules, rates)
+        self._partition(groups)
         self._watch = Watch(self.module, self.loss_fn, self.optimizer)
 
-    def _partition(self, rules: list[GroupRule], rates: list[float]) -> None:
-        """Group the parameters into sets with equal rules, rates and numbers of updates."""
-        self._rules, self._rates = rules, rates
+    def _partition(self, groups: list[Group]) -> None:
+        """Divide the parameters into sets with equal rules, rates and numbers of updates."""
+        self._groups, self._rates = groups, [group.rate for group in groups]
         options = loop.OPTIONS[self._kind]
         self._values = [options(group) for group in self.optimizer.param_groups]
         positions = {short: position for position, short in enumerate(self._reading.slots)}
         members: dict[Any, dict[str, TensorRule]] = {}
-        for short, group in self._trained.items():
-            rule, decay = rules[group]
-            key = (rule, rates[group], int(self._tie.steps[positions[short]]))
+        for short, place in self._trained.items():
+            rule, decay, rate = groups[place]
+            key = (rule, rate, int(self._tie.steps[positions[short]]))
             members.setdefault(key, {})[short] = TensorRule(1.0, decay)
         sets = []
         for index, ((rule, rate, count), tensors) in enumerate(members.items()):
@@ -288,15 +284,13 @@ class FusedStep:
             for update_set in sets
             if update_set.rule.kind == "adam"
         ]
-        pos_weight = loop.read_pos_weight(self.loss_fn, self._reading.network.sizes[-1])
         network, flattens, squeezes = self._reading.network, self._reading.flattens, self._reading.squeezes
         states = max(update_set.rule.state_count for update_set in sets)
-        loss = self._loss, pos_weight
-        program_key = (network, flattens, squeezes, loss, frozenset(self._trained), states, len(sets) > 1)
+        program_key = (network, flattens, squeezes, self._loss, frozenset(self._trained), states, len(sets) > 1)
         if program_key != self._key:
             self._key = program_key
             self._batches.clear()
-            arguments = self._sets, self._seed or 0, pos_weight, self._clip_norm
+            arguments = self._sets, self._seed or 0, self._clip_norm
             self._programs = Programs(self._memory, self._reading, self._loss, *arguments)
         self._programs.sets = self._sets
 
@@ -305,19 +299,20 @@ class FusedStep:
         groups = self.optimizer.param_groups
         rates = [rate if (rate := group["lr"]).__class__ is float else float(rate) for group in groups]
         if [*map(loop.OPTIONS[self._kind], groups)] != self._values:
-            self._partition(*self._read_groups(groups))
+            self._partition(self._read_groups(groups))
         elif rates != self._rates:
-            rates = [loop.read_rate(rate, index) for index, rate in enumerate(rates)]
-            if len(rates) == 1:
+            pairs = enumerate(zip(self._groups, rates, strict=True))
+            changed = [group._replace(rate=loop.read_rate(rate, index)) for index, (group, rate) in pairs]
+            if len(changed) == 1:
                 for update_set in self._sets:
                     update_set.set_rate(rates[0])
-                self._rates = rates
+                self._groups, self._rates = changed, rates
             else:
-                self._partition(self._rules, rates)
+                self._partition(changed)
         steps = self._tie.steps
         for update_set, position in self._counted:
             if update_set.count != steps[position]:
-                self._partition(self._rules, self._rates)
+                self._partition(self._groups)
                 return
 
     def _before_loading(self, state: dict[str, Any]) -> None:
