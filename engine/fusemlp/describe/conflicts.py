@@ -185,7 +185,13 @@ CONFLICTS = {
     ("lbfgs", "fast products"): "precision: lbfgs needs 'fp32' or 'fp64', got {fast products!r}.",
 }
 # The rows that name what a backend does not have.
-UNAVAILABLE = {pair for pair in CONFLICTS if pair[1] in ("triton", "cupy") and pair[0] != "IBP"}
+UNAVAILABLE = {
+    ("own loss", "triton"),
+    *(
+        (feature, "cupy")
+        for feature in ("ranks", "members", "privacy", "attack", "own loss", "norm", "residual", "encoding")
+    ),
+}
 
 
 def in_use(**features: Any) -> dict[str, Any]:
