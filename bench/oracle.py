@@ -103,7 +103,7 @@ def train(
             shapes = [(case.batch_size, width) for width in case.sizes[1:-1]]
             keeps = [*(masks.random(shape) >= rate for shape in shapes), None]
         batch = reference.Batch(disturb(data.X[rows].astype(np.float64), size), data.y[rows], keeps=keeps)
-        losses[t], grads = reference.gradients(at, LossSpec(case.loss), batch)
+        losses[t], grads, _ = reference.gradients(at, LossSpec(case.loss), batch)
         losses[t] *= value
         for index, (layer, layer_grads) in enumerate(zip(layers, grads, strict=True)):
             new: list[Any] = []

@@ -159,21 +159,25 @@ _LOSS = (
     ),
 )  # fmt: skip
 _PLAIN_LOSS = ("target", "counters", "stats", "loss", "weight", "class_weight")
+# The rest of a layer after its product and what is its own: activation and dropout.
+_REST = (
+    replace(
+        _ACTIVATION[0], optional=True, default="identity", note="a name of ACTIVATIONS but prelu; of members with s"
+    ),
+    _SLOPES[0],
+    _DROPOUT,
+)
 _MEMBERS = (
     Operand("s", "DK", optional=True),
     Operand("b", "DK", optional=True, note="with s"),
     Operand("r", "DK", optional=True),
-    replace(_ACTIVATION[0], optional=True, default="identity", note="a name of ACTIVATIONS but prelu; with s"),
-    _SLOPES[0],
-    _DROPOUT,
+    *_REST,
 )
 _NORM = (
     Operand("norm", optional=True, note="Norm; without it, n is x"),
     Operand("g", "K", optional=True, note="with norm"),
     Operand("b", "K", optional=True, note="with g"),
-    replace(_ACTIVATION[0], optional=True, default="identity", note="a name of ACTIVATIONS but prelu"),
-    _SLOPES[0],
-    _DROPOUT,
+    *_REST,
 )
 _LAYER = (
     Operand("dz", "MN", "compute"),
@@ -184,6 +188,8 @@ _LAYER = (
 )
 _DW = Operand("dw", "NK", use=WRITTEN, kind="gradient", nullable=True, note="None where it is frozen")
 _DB = replace(_DW, name="db", shape="N")
+_FACTOR_GRADIENT = Operand("dr", "DK", use=WRITTEN, kind="gradient", optional=True, note="where r is given")
+_SUM = replace(_FACTOR_GRADIENT, note="where the tensor is given; accumulated as by grad_weight")
 _STATE = Operand("w_state", "NK", use=UPDATED, kind="state", several=True, optional=True, default=())
 _TENSOR_RULE = Operand("w_rule", optional=True, default=TensorRule(), note="TensorRule")
 _DSLOPES = Operand("slopes", optional=True, default=(), fields=(Operand("dslope", "1"),))
@@ -281,13 +287,7 @@ OPS = {op.name: op for op in (
         Operand("x", "MK", "compute", rows="rows"),
         Operand("dx", "MK", "compute", WRITTEN, optional=True, note="aliases nothing; with s and b"),
         *_MEMBERS,
-        *(
-            Operand(
-                f"d{name}", "DK", use=WRITTEN, kind="gradient", optional=True,
-                note=f"where {name} is given; accumulated as by grad_weight",
-            )
-            for name in "sbr"
-        ),
+        *(replace(_SUM, name=name) for name in ("ds", "db", "dr")),
         _RULE,
         _COUNTERS,
         Operand("keep", "MK", "bool", optional=True, note="what affine_members has written"),
@@ -304,13 +304,7 @@ OPS = {op.name: op for op in (
         Operand("x", "MK", "compute"),
         Operand("dx", "MK", "compute", WRITTEN, note="aliases nothing"),
         *_NORM,
-        *(
-            Operand(
-                f"d{name}", "K", use=WRITTEN, kind="gradient", optional=True,
-                note=f"where {name} is given; accumulated as by grad_weight",
-            )
-            for name in "gb"
-        ),
+        *(replace(_SUM, name=name, shape="K") for name in ("dg", "db")),
         _RULE,
         _COUNTERS,
         Operand("keep", "MK", "bool", optional=True, note="what normalise has written"),
@@ -388,7 +382,7 @@ OPS = {op.name: op for op in (
             Operand("w", "NK", optional=True, note="with r"),
             _DW,
             _DB,
-            Operand("dr", "DK", use=WRITTEN, kind="gradient", optional=True, note="where r is given"),
+            _FACTOR_GRADIENT,
         )),
         replace(_DSLOPES, fields=(*_DSLOPES.fields, Operand("grad", "1", use=WRITTEN, kind="gradient"))),
         _RULE,
@@ -431,9 +425,7 @@ OPS = {op.name: op for op in (
         Operand("norm", "1", "float64", optional=True, hidden=True, note="what grad_weight has written"),
         Operand("shadow", "A", "compute", WRITTEN, kind="shadow", optional=True, note="params, rounded"),
         Operand(
-            "scaled",
-            optional=True,
-            default=False,
+            "scaled", optional=True, default=False,
             note="True: the gradients carry hyper[LOSS_SCALE]. Where they overflow nothing is updated, the "
             "batch is skipped and the scale halved; after GROWTH_INTERVAL updates without one it is doubled",
         ),

@@ -321,8 +321,8 @@ class Batch:
     keeps: Sequence[Array | None] | None = None
 
 
-def gradients(layers: Sequence[Layer], spec: LossSpec, batch: Batch) -> tuple[float, list[tuple[Array, ...]]]:
-    """Forward and backward: the loss, and for each layer the gradients of its ``parameters``."""
+def gradients(layers: Sequence[Layer], spec: LossSpec, batch: Batch) -> tuple[float, list[tuple[Array, ...]], Array]:
+    """Forward and backward: the loss, for each layer the gradients of its ``parameters``, and dx (M, K)."""
     keeps = batch.keeps or [None] * len(layers)
     inputs, zs = [batch.x], []
     for layer, keep in zip(layers, keeps, strict=True):
@@ -335,9 +335,9 @@ def gradients(layers: Sequence[Layer], spec: LossSpec, batch: Batch) -> tuple[fl
         dz = dy * activation_grad(layer.activation, zs[i], layer.slope)
         learned = (grad_slope(dy, zs[i]),) if layer.activation == "prelu" else ()
         grads.insert(0, grad_weight(dz, inputs[i]) + learned)
-        if i > 0:
-            dy = output_grad(dz, layer.w, keeps[i - 1], layers[i - 1].rate)
-    return loss, grads
+        # nothing drops the inputs
+        dy = output_grad(dz, layer.w, keeps[i - 1], layers[i - 1].rate) if i else output_grad(dz, layer.w)
+    return loss, grads, dy
 
 
 def of_members(vectors: Array, rows: int) -> Array:
@@ -412,7 +412,7 @@ def clipped_gradients(
         keeps = None if batch.keeps is None else [None if keep is None else keep[i : i + 1] for keep in batch.keeps]
         weight = None if batch.weight is None else batch.weight[i : i + 1]
         row = Batch(batch.x[i : i + 1], batch.target[i : i + 1], weight, batch.class_weight, keeps)
-        _, grads = gradients(layers, replace(spec, reduction="rows"), row)
+        _, grads, _ = gradients(layers, replace(spec, reduction="rows"), row)
         trained = {
             (k, j): g for k, gradients in enumerate(grads) for j, g in enumerate(gradients) if (k, j) not in set(frozen)
         }
@@ -420,18 +420,6 @@ def clipped_gradients(
         for (k, j), g in trained.items():
             totals[k][j] += g if norm <= clip else g * (clip / norm)
     return [tuple(gradients) for gradients in totals]
-
-
-def input_gradient(layers: Sequence[Layer], spec: LossSpec, batch: Batch) -> Array:
-    """The gradient of the loss by the inputs (M, K); nothing is dropped."""
-    inputs, zs = batch.x, []
-    for layer in layers:
-        zs.append(linear(inputs, layer.w, layer.b))
-        inputs = activation(layer.activation, zs[-1], layer.slope)
-    _, dy = loss_of_output(spec, inputs, batch.target, batch.weight, batch.class_weight)
-    for layer, z in zip(reversed(layers), reversed(zs), strict=True):
-        dy = output_grad(dy * activation_grad(layer.activation, z, layer.slope), layer.w, None, 0.0)
-    return dy
 
 
 def perturb(x: Array, d: Array, change: Perturbation, dx: Array | None = None) -> Array:
@@ -492,7 +480,7 @@ def train_step(
 
     tensors: for each layer the rules of its ``parameters``; by default they are all trained alike.
     """
-    loss, grads = gradients(layers, spec, batch)
+    loss, grads, _ = gradients(layers, spec, batch)
     factor = clip_factor((g for layer in grads for g in layer), rule.clip_norm)
     new_layers, new_state = [], []
     for i, layer in enumerate(layers):

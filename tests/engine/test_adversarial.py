@@ -48,7 +48,7 @@ def moved(layers, spec, batch, how, batch_index):
     start = 0.0 if change.seed is None else change.eps * philox.uniform(change.seed, batch_index, *x.shape)
     adv = reference.perturb(x, start + np.zeros_like(x), change)
     for _ in range(how.plain.steps):
-        dx = reference.input_gradient(layers, spec, replace(batch, x=adv))
+        _, _, dx = reference.gradients(layers, spec, replace(batch, x=adv))
         adv = reference.perturb(x, adv - x, change, dx)
     return adv
 

@@ -215,7 +215,7 @@ def test_the_oracle_clips_each_row(kind):
     target = generator.integers(0, 3, 7) if kind == "cross_entropy" else generator.normal(size=(7, 3))
     batch, spec = reference.Batch(x, target), c.LossSpec(kind, reduction="sum")
     # unclipped they are the gradients of the sum of the rows' losses, of which each is a mean over the outputs
-    _, sums = reference.gradients(layers, spec, batch)
+    _, sums, _ = reference.gradients(layers, spec, batch)
     found = reference.clipped_gradients(layers, spec, batch, math.inf)
     for whole, rows in zip(sums, found, strict=True):
         for g, own in zip(whole, rows, strict=True):

@@ -85,9 +85,9 @@ def doctor(options: DoctorOptions) -> None:
     lines = [
         f"fusemlp {report['fusemlp']}, commit {report['commit'] or 'unknown'}, Python {report['python']}, "
         f"{report['machine']}, {report['cpus']} CPUs\n",
-        f"{aligned(backends, left=5)}\n",
+        f"{aligned(backends, left=range(5))}\n",
         *(f"{name}: {backend['reason']}" for name, backend in report["backends"].items() if backend["reason"]),
-        f"\n{aligned(libraries, left=3)}\n",
+        f"\n{aligned(libraries, left=range(3))}\n",
         f"threads of a training on the CPU: {report['threads']} (the least of: {limits})",
         *(f"set in the environment: {name}={value}" for name, value in report["environment"].items()),
     ]

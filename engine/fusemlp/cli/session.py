@@ -130,7 +130,7 @@ def column_lines(records: Sequence[Mapping[str, Any]], run: Run) -> list[str]:
             became = f"{record['became']} ({record['note']})" if record["note"] else record["became"]
             missing = f"{record['missing']:.1%}" if record["missing"] else ""
             rows.append([record["column"], became, str(record["inputs"] or ""), missing])
-        return aligned(rows, left=2).split("\n")
+        return aligned(rows, left=range(2)).split("\n")
     parts = []
     for kind, count in Counter(record["became"] for record in records).most_common():
         inputs = sum(record["inputs"] for record in records if record["became"] == kind)

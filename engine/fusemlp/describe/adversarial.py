@@ -7,17 +7,15 @@ effectiveness of interval bound propagation for training verifiably robust model
 import math
 from collections.abc import Hashable, Iterable
 from dataclasses import KW_ONLY, dataclass
-from functools import partial
 from typing import Annotated, Any, ClassVar, TypeAlias
 
-from fusemlp.describe.checks import as_count, as_number, check_choice, knows_names_of
+from fusemlp.describe.checks import as_number, check_choice, knows_names_of
 from fusemlp.describe.conflicts import Features
-from fusemlp.describe.description import Count, Description, Flag, Fraction, Positive
+from fusemlp.describe.description import Count, Description, Flag, Fraction, Positive, Seed, Share
 from fusemlp_kernels.contract import Perturbation
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 NORMS = ("inf", "2")
-Seed = Annotated[int, partial(as_count, minimum=0)]
 
 
 def _as_norm(argument: str, value: object) -> str:
@@ -174,9 +172,6 @@ def as_adversary(argument: str, value: object) -> Adversary:
     if value.plain is not None and value.plain.restarts > 1:
         raise ArgumentError(f"{argument}: restarts are for Engine.attack; training takes one, restarts=1")
     return value
-
-
-Share = Annotated[float, partial(as_number, low=0.0, high=1.0)]
 
 
 @dataclass(frozen=True)

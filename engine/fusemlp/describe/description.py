@@ -20,12 +20,15 @@ MISFITS = (
 
 NonNegative = Annotated[float, partial(as_number, low=0.0)]
 Positive = Annotated[float, partial(as_number, low=0.0, low_open=True)]
+# From 0 to 1.
+Share = Annotated[float, partial(as_number, low=0.0, high=1.0)]
 # From 0 to 1, without 1.
 Fraction = Annotated[float, partial(as_number, low=0.0, high=1.0, high_open=True)]
 # Without 0 and without 1.
 OpenFraction = Annotated[float, partial(as_number, low=0.0, high=1.0, low_open=True, high_open=True)]
 # an int64 counts them
 Count = Annotated[int, partial(as_count, maximum=2**63 - 1)]
+Seed = Annotated[int, partial(as_count, minimum=0)]
 Flag = Annotated[bool, check_flag]
 
 

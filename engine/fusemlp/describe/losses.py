@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from decimal import Decimal
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Any, TypeAlias
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from fusemlp.describe.checks import as_number, check_choice, check_keys, function_name
 from fusemlp.describe.conflicts import Features, in_use
-from fusemlp.describe.description import Flag, OpenFraction, Positive, from_config, stored
+from fusemlp.describe.description import Flag, OpenFraction, Positive, Share, from_config, stored
 from fusemlp.describe.loss import Array, ClassWeights, HostLoss
 from fusemlp.describe.loss import Loss as Loss
 from fusemlp.describe.network import MLP
@@ -74,7 +74,7 @@ class CrossEntropy(Loss):
     kind = "cross_entropy"
     takes_logits = "logits and applies the softmax itself (predict_proba does too)"
     _: KW_ONLY
-    label_smoothing: Annotated[float, partial(as_number, low=0.0, high=1.0)] = 0.0
+    label_smoothing: Share = 0.0
     class_weight: Annotated[ClassWeights, _check_weights] | None = None
     ignore_index: Annotated[int, _check_label] | None = None
 

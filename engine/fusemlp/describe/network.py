@@ -545,5 +545,5 @@ def layer_lines(net: MLP) -> list[str]:
         )
     members = f", {net.members} members" if net.members > 1 else ""
     members += "" if net.encoding is None else f", {net.encoding!r}"
-    title, lines = f"MLP {'-'.join(map(str, net.sizes))}{members}", aligned(rows, left=len(HEADER) - 1).split("\n")
-    return [title, *lines, f"{net.parameter_count:,} parameters"]
+    lines = aligned(rows, left=range(len(HEADER) - 1)).split("\n")
+    return [f"MLP {'-'.join(map(str, net.sizes))}{members}", *lines, f"{net.parameter_count:,} parameters"]

@@ -9,11 +9,11 @@ no bound for a very small delta or very little noise; that of zero-concentrated 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import lru_cache, partial
-from typing import Annotated, Any, TypeAlias
+from functools import lru_cache
+from typing import Any, TypeAlias
 
 from fusemlp.describe.checks import as_count, as_number, knows_names_of
-from fusemlp.describe.description import Description, OpenFraction, Positive
+from fusemlp.describe.description import Description, OpenFraction, Positive, Seed
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibraryError
 
 # Steps, and the probability with which each took each row.
@@ -26,8 +26,6 @@ LEAST_KNOWN = 2e-3
 OF_TRAINING_ROWS = ("loss", "accuracy")
 # Noise for a given epsilon is sought from the first up to the second number.
 LEAST_NOISE, MOST_NOISE = 0.25, 1e4
-
-Seed = Annotated[int, partial(as_count, minimum=0)]
 
 
 @dataclass(frozen=True)

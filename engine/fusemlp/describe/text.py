@@ -2,7 +2,7 @@
 
 import difflib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 from fusemlp_kernels.errors import DataError
 
@@ -16,13 +16,13 @@ def bytes_text(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{size:.3g} {unit}" if size < 1000.0 else f"{size:.0f} {unit}"
 
 
-def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Return rows as aligned text, the first ``left`` columns to the left, the others to the right."""
+def aligned(rows: Sequence[Sequence[str]], *, left: Container[int] = (0,)) -> str:
+    """Return rows as aligned text, the columns ``left`` to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         words = [
-            word.ljust(width) if index < left else word.rjust(width)
+            word.ljust(width) if index in left else word.rjust(width)
             for index, (word, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(words).rstrip())

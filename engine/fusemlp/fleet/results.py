@@ -205,7 +205,7 @@ class FleetResults:
         columns = {f"spread({metric or self.metric})" if name == "spread" else name: columns[name] for name in columns}
         cells = ([name, *map(shown, column[:limit])] for name, column in columns.items())
         more = f"\n... and {left_out} more" if left_out > 0 else ""
-        return aligned([*zip(*cells, strict=True)], left=0) + more
+        return aligned([*zip(*cells, strict=True)], left=()) + more
 
     def columns(
         self, metric: str | None = None, *, means: bool = False, points: Sequence[Point] | None = None

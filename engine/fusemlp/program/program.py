@@ -19,6 +19,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from fusemlp.describe.checks import check_choice
+from fusemlp.describe.text import aligned
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.contract import Dropout, LossSpec, Noise, Perturbation, Ridge, Segment, TensorRule, UpdateRule
 from fusemlp_kernels.errors import ArgumentError
@@ -358,17 +359,13 @@ class Program:
                     scaled(self.traffic(call)) + "B",
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        # numbers to the right, words to the left
-        layout = "  ".join(f"{{:{'>' if column in (0, 5, 6) else '<'}{width}}}" for column, width in enumerate(widths))
-        lines = [layout.format(*row).rstrip() for row in rows]
         last = f"{self.launches} launch{'' if self.launches == 1 else 'es'}"
         if self.sharding:
             last = f"{self._shared(self.sharding)}: {last}"
         elif self.resident:
             pause = f" that pauses at {CALLBACK}" if self.calls_back else ""
             last = f"{len(self.calls)} calls, run as one loop over the steps{pause}: {last}"
-        return "\n".join([*lines, last])
+        return f"{aligned(rows, left=range(1, 5))}\n{last}"
 
 
 def _shown(call: Call, names: Iterable[str]) -> Iterator[str]:
