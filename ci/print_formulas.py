@@ -189,55 +189,47 @@ def assigned(found: Iterable[Line], dialect: Dialect) -> list[str]:
     return [f"{name} = {dialect(value)}" for name, value in found]
 
 
-# numba: a loop for each function. In one loop for all, the choice between them would keep it from vector registers.
+# numba: a loop in each branch. In one loop for all, the choice between them would keep it from vector registers.
 
 
 def numba_file() -> str:
     """``numpy/compiled/pointwise_numba.py``."""
-    parts: list[str | list[str]] = [[NUMBA_HEAD.strip(), "", *codes("range({})")]]
-
-    def function(name: str, arguments: str, body: Sequence[str], told: str = "", options: str = "ELEMENTWISE") -> None:
-        if any("real(" in line for line in body):
-            body = [f"real = {arguments.split(', ')[0]}.dtype.type", *body]
-        parts.append(defined(name, arguments, body, told, f"@register_jitable(**{options})"))
-
-    def choice(name: str, of: str, names: Iterable[str], arguments: str, told: str, otherwise: Sequence[str]) -> None:
-        cases = {one: [f"return {of}_{one}({arguments})"] for one in names}
-        function(name, f"kind, {arguments}", chain("kind", cases, otherwise), told)
 
     def number(value: float) -> str:
         return f"real({value!r})"
 
-    def loop(indices: str, body: Iterable[str]) -> list[str]:
+    def loop(body: Iterable[str], indices: str = "count") -> list[str]:
         return [f"for i in range({indices}):", *indented(body)]
 
-    def nan(indices: str, place: str) -> list[str]:
-        return loop(indices, [f"{place} = np.nan"])
+    def nan(place: str, indices: str = "count") -> list[str]:
+        return loop([f"{place} = np.nan"], indices)
+
+    def function(name: str, arguments: str, body: Sequence[str], told: str, options: str = "ELEMENTWISE") -> list[str]:
+        real = f"real = {arguments.removeprefix('kind, ').split(', ')[0]}.dtype.type"
+        return defined(name, arguments, [real, *body], told, f"@register_jitable(**{options})")
 
     real = Dialect(wrapped("real({})", ["slope", "undo"]), number)
+    values, derivatives, losses, updates = {}, {}, {}, {}
     # callers pass over the identity
     activations = {name: row for name, row in ACTIVATIONS.items() if name != "identity"}
     for name, row in activations.items():
-        body = loop("count", [f"z = {'zs' if row.needs_z else 'ys'}[i]", *assigned(lines(row.value, "ys[i]"), real)])
-        function(f"activate_{name}", "ys, zs, count, slope", body)
+        read = f"z = {'zs' if row.needs_z else 'ys'}[i]"
+        values[name] = loop([read, *assigned(lines(row.value, "ys[i]"), real)])
         *before, (_, value) = derivative_lines(row)
-        body, result = ["z = zs[i]" if row.needs_z else "y = ys[i]", *assigned(before, real)], "0.0"
+        body = ["z = zs[i]" if row.needs_z else "y = ys[i]", *assigned(before, real)]
         if row.by_slope is not None:
             body.append(f"by_slope += ds[i] * {real(lines(row.by_slope, 'by_slope')[-1][1])}")
-            result = "by_slope"
-        body = loop("count", [*body, f"ds[i] *= {real(value)}"])
-        start = ["by_slope = 0.0"] if row.by_slope is not None else []
-        function(f"derive_{name}", "ds, ys, zs, count, slope, undo", [*start, *body, f"return {result}"])
+        derivatives[name] = loop([*body, f"ds[i] *= {real(value)}"])
     for name, loss in LOSSES.items():
         *before, (_, value), (_, gradient) = loss_lines(name)
-        scaled, spell = ast.BinOp(gradient, ast.Mult(), ast.Name("factor")), Dialect(number=number)
+        scaled = ast.BinOp(gradient, ast.Mult(), ast.Name("factor"))
+        spell = Dialect(wrapped("option", [loss.option or "option"]), number)
         body = ["y, t = ys[i], ds[i]", *assigned(before, spell), f"total += {spell(value)}", f"ds[i] = {spell(scaled)}"]
-        body = ["total = 0.0", *loop("np.uintp(start), np.uintp(stop)", body), "return total"]
-        function(f"loss_{name}", f"ys, ds, start, stop, factor, {loss.option or 'option'}", body, "", "REDUCTION")
+        losses[name] = loop(body, "np.uintp(start), np.uintp(stop)")
     flags = {"rate_inside": "rule.sklearn != 0", "decoupled": "rule.decoupled != 0"}
     loads = Loads("rule.{0}", "hyper[{1}]", flags)
     scalars = Dialect(functions={"maximum": "max", "sqrt": "math.sqrt"})
-    decay, given = Update(DECAY), "ps, gs, states0, states1, count, rate, kept, coupled, rule, hyper"
+    decay = Update(DECAY)
     for name, rule in OPTIMIZERS.items():
         update = Update(rule)
         element = Dialect(wrapped("real({})", decay.real + update.real), number, {"sqrt": "math.sqrt"})
@@ -245,38 +237,51 @@ def numba_file() -> str:
         body = [f"{', '.join(['p', 'g', *rule.states])} = {', '.join(['ps[i]', 'gs[i]', *arrays])}"]
         body += assigned(decay.element + update.element, element)
         body.append(f"{', '.join(['ps[i]', *arrays])} = {', '.join(['p', *rule.states])}")
-        function(f"update_{name}", given, [*update.scalar_lines(loads, scalars), *loop("count", body)])
+        updates[name] = [*update.scalar_lines(loads, scalars), *loop(body)]
     average = Update(AVERAGE)
-    body = ["p, average = ps[i], averages[i]"]
-    body += [*assigned(average.element, Dialect(wrapped("real({})", average.real), number)), "averages[i] = average"]
-    body = [*average.scalar_lines(loads, scalars), *loop("count", body)]
-    function("update_average", "ps, averages, count, hyper", body, "The average of the parameters, after an update.")
-    told = "``y = act(z)``; ys holds z where the derivative is had from y, else zs is other memory (``NEEDS_Z``)."
-    choice("activate", "activate", activations, "ys, zs, count, slope", told, nan("count", "ys[i]"))
-    told = "``d *= act'``; ``undo`` is the inverse of dropout's scale on y. Returns the gradient by a learned slope."
-    choice(
-        "multiply_by_derivative",
-        "derive",
-        activations,
-        "ds, ys, zs, count, slope, undo",
-        told,
-        [*nan("count", "ds[i]"), "return np.nan"],
+    averaged = ["p, average = ps[i], averages[i]"]
+    averaged += [
+        *assigned(average.element, Dialect(wrapped("real({})", average.real), number)),
+        "averages[i] = average",
+    ]
+    return text(
+        [NUMBA_HEAD.strip(), "", *codes("range({})")],
+        function(
+            "activate",
+            "kind, ys, zs, count, slope",
+            chain("kind", values, nan("ys[i]")),
+            "``y = act(z)``; ys holds z where the derivative is had from y, else zs is other memory (``NEEDS_Z``).",
+        ),
+        function(
+            "multiply_by_derivative",
+            "kind, ds, ys, zs, count, slope, undo",
+            ["by_slope = 0.0", *chain("kind", derivatives, [*nan("ds[i]"), "by_slope = np.nan"]), "return by_slope"],
+            "``d *= act'``; ``undo`` is the inverse of dropout's scale on y. Returns the gradient by a learned slope.",
+        ),
+        function(
+            "element_losses",
+            "kind, ys, ds, start, stop, factor, option",
+            ["total = 0.0", *chain("kind", losses, [*nan("ds[i]", "start, stop"), "total = np.nan"]), "return total"],
+            "The sum of the losses; in ds, where the targets are, the gradients times ``factor``.",
+            "REDUCTION",
+        ),
+        function(
+            "update_tensor",
+            "ps, gs, states0, states1, count, rate, decay, rule, hyper",
+            [
+                "code = rule.optimizer",
+                *decay.scalar_lines(loads, scalars),
+                *chain("code", updates, nan("ps[i]"), "RULE_"),
+            ],
+            "The parameters and their states, from the gradients.",
+        ),
+        function(
+            "update_average",
+            "ps, averages, count, hyper",
+            [*average.scalar_lines(loads, scalars), *loop(averaged)],
+            "The average of the parameters, after an update.",
+        ),
     )
-    told = "The sum of the losses; in ds, where the targets are, the gradients times ``factor``."
-    choice(
-        "element_losses",
-        "loss",
-        LOSSES,
-        "ys, ds, start, stop, factor, option",
-        told,
-        [*nan("start, stop", "ds[i]"), "return np.nan"],
-    )
-    cases = {name: [f"update_{name}({given})"] for name in OPTIMIZERS}
-    body = ["code = rule.optimizer", *decay.scalar_lines(loads, scalars)]
-    body += chain("code", cases, nan("count", "ps[i]"), "RULE_")
-    arguments = "ps, gs, states0, states1, count, rate, decay, rule, hyper"
-    function("update_tensor", arguments, body, "The parameters and their states, from the gradients.")
-    return text(*parts)
 
 
 NUMBA_HEAD = f'''
