@@ -146,7 +146,7 @@ KINDS = {SGD: "sgd", Adam: "adam", AdamW: "adam", RMSprop: "rmsprop"}
 
 
 class Group(NamedTuple):
-    """How the tensors of a parameter group are updated."""
+    """The update of a parameter group: its rule, weight decay and learning rate."""
 
     rule: UpdateRule
     weight_decay: float
