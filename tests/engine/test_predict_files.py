@@ -152,17 +152,10 @@ def test_predictions_on_stdout_are_alone_there(model, new_rows, tmp_path, capsys
     assert said.err.endswith("predictions of 3 rows on stdout\n")
 
 
-def test_names_of_an_array_file(model, new_rows, tmp_path):
-    assert run("predict", model, "--data", new_rows, "--id", "zip", "--out", tmp_path / "out.npz") == 0
-    with np.load(tmp_path / "out.npz") as arrays:
-        assert arrays["id_names"].tolist() == ["zip"] and arrays["ids"][:, 0].tolist() == OWN["zip"]
-
-
 REFUSED = {
     "json": (("--out", "-", "--json"), 2, "--json: with --out - the predictions are on stdout"),
     "both": (("--with-data", "--id", "a"), 2, "--id: --with-data writes all columns, 'a' too; leave out one of both"),
     "unknown": (("--id", "zap"), 1, "no columns 'zap'; the columns are 'note', 'count', 'zip', "),
-    "suffix": (("--out", "x.txt"), 2, "--out: expected a file name ending in .csv, .tsv, .csv.gz, "),
 }
 
 
