@@ -7,7 +7,6 @@ import pytest
 from fusemlp import MLP, ArgumentError, load_checkpoint
 from fusemlp.cli.options import TrainOptions
 from fusemlp.cli.session import prepared_data
-from fusemlp.datasets.preprocessing import split
 from fusemlp.sklearn import TableClassifier, TableRegressor
 from fusemlp.tables import recipe as presets
 from fusemlp.tables.defaults import with_preset
@@ -175,25 +174,19 @@ def test_the_run_of_from_is_called_by_its_option(tmp_path, capsys):
     assert "error: --from: the preset tabm does not take it" in capsys.readouterr().err
 
 
-def test_an_estimator_has_the_model_of_the_command_line(tmp_path):
-    data = table(tmp_path / "data.csv", target="value")
-    told = ("--target", "value", "--preset", "tabm", "--no-log-target", *QUICK)
-    assert run("train", data, *told, "--out", tmp_path / "run") == 0
-    there = TableRegressor.from_run(tmp_path / "run", backend="numpy")
+def test_an_estimator_of_members_opens_a_run_gives_intervals_and_is_stored(trained, tmp_path):
+    there = TableClassifier.from_run(trained, backend="numpy")
     assert there.preset == "tabm" and there.hidden == (128, 128)
-    frame = pandas.read_csv(data)
-    # the rows beside the test fifth, as the command line orders them
-    frame = frame.iloc[split(frame["value"].to_numpy(), seed=0, stratify=False)[0]]
     here = TableRegressor(preset="tabm", scale="robust", log_target=False, epochs=4, backend="numpy")
-    here.fit(frame.drop(columns="value"), frame["value"])
+    made = frame(150, target="value").drop(columns="day")
+    here.fit(made.drop(columns="value"), made["value"])
     assert any("preset tabm" in note for note in here.notes_)
-    assert_same(there.engine_, here.engine_)
-    low, high = here.predict_interval(frame, 0.8)
+    low, high = here.predict_interval(made, 0.8)
     # no target is below 0, and no interval
-    assert (low <= here.predict(frame).clip(0)).all() and (high >= low).all() and (high > low).any()
+    assert (low <= here.predict(made).clip(0)).all() and (high >= low).all() and (high > low).any()
     here.save(tmp_path / "estimator")
     again = TableRegressor.load(tmp_path / "estimator", backend="numpy")
-    np.testing.assert_array_equal(again.predict(frame), here.predict(frame))
+    np.testing.assert_array_equal(again.predict(made), here.predict(made))
 
 
 def test_a_classifier_has_the_temperature_of_its_members():
