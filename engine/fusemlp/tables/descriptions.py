@@ -19,17 +19,8 @@ from fusemlp.describe.privacy import DPSGD, steps_of_an_epoch
 from fusemlp.describe.schedules import SCHEDULES, Schedule
 from fusemlp.inputs.arrays import Array, balanced
 from fusemlp.report.evidence import image_shape
-from fusemlp.tables.recipe import (
-    ATTACKS,
-    DEFAULT_WIDTH,
-    HARDENINGS,
-    FitRecipe,
-    ModelRecipe,
-    StepRecipe,
-    TableRecipe,
-    given_options,
-    one_of,
-)
+from fusemlp.tables import recipe as recipes
+from fusemlp.tables.recipe import FitRecipe, ModelRecipe, StepRecipe, TableRecipe, given_options, one_of
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 Described = TypeVar("Described")
@@ -105,7 +96,7 @@ def engine_options(recipe: ModelRecipe) -> dict[str, Any]:
 def hidden_widths(hidden: Any) -> tuple[int, ...]:
     """Return the widths of the hidden layers: of numbers, or of words such as "128,64", one or several."""
     if hidden is None:
-        return (DEFAULT_WIDTH,)
+        return (recipes.DEFAULT_WIDTH,)
     parts = [hidden] if isinstance(hidden, str) or not isinstance(hidden, Iterable) else list(hidden)
     if not all(isinstance(part, str) for part in parts):
         return tuple(as_count("hidden", width) for width in parts)
@@ -309,7 +300,7 @@ def attack(
     ``cells`` are the rows scored under it, as in the data. Pixels that are not scaled stay within the ends of X.
     """
     kind: Any = getattr(options, option)
-    kinds: Mapping[str, type[Any]] = HARDENINGS if option == "adversarial" else ATTACKS
+    kinds: Mapping[str, type[Any]] = recipes.HARDENINGS if option == "adversarial" else recipes.ATTACKS
     if kind is None or isinstance(kind, Attack | IBP):
         mend = f"give --{option} too, such as --{option} pgd" if kind is None else "the object given has it"
         for name in _FIELDS["attack"]:
