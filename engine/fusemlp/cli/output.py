@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from fusemlp._version import __version__
 from fusemlp.callbacks import Callback
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 def show(content: Mapping[str, Any], lines: Iterable[str], *, as_json: bool, warnings: Iterable[str] = ()) -> None:
     """Print ``content`` as one JSON object and the warnings on stderr, or ``lines`` and after them the warnings."""
     if as_json:
-        print_json(content, sys.stdout)
+        print(json.dumps(finite(content)), flush=True)
     else:
         print(*lines, sep="\n", flush=True)
     for warning in warnings:
@@ -61,11 +61,6 @@ def show_with_picture(
             content["plot"] = str(path)
     finally:
         show(content, lines, as_json=as_json)
-
-
-def print_json(content: Mapping[str, Any], stream: TextIO) -> None:
-    """Print ``content`` as a line."""
-    print(json.dumps(finite(content)), file=stream, flush=True)
 
 
 def fitted(
@@ -184,7 +179,7 @@ class Events(Callback):
 
     def _print(self, event: str, content: Mapping[str, Any]) -> None:
         if self.wanted:
-            print_json({"event": event, **content}, self.stream)
+            print(json.dumps(finite({"event": event, **content})), file=self.stream, flush=True)
 
 
 @contextmanager
