@@ -89,7 +89,7 @@ NEEDS = {
     "of_class": ("--method=integrated",),
 }
 # A round gives them itself.
-GIVEN = ("run", "runs", "resume", "from_run", "folder")
+GIVEN = ("run", "runs", "resume", "folder")
 WHOLE = (("1", "2", "3"), ("0", "-1", str(10**20), "x"))
 NUMBERS = (("0.1", "0.5", "0.9", "0.01", "1", "0"), ("-1", "2", "1e-300", "1e30", "1e300", "nan", "inf", "x"))
 # The share of the values that are usual.
