@@ -68,7 +68,7 @@ def test_a_long_forecast_says_what_shortens_it(monkeypatch):
 
 def shorter_of(*, resume=None, early_stopping=20, validates=True, fewer=""):
     options = SimpleNamespace(resume=resume, early_stopping=early_stopping)
-    return output.shorter(options, SimpleNamespace(validates=validates), 200, fewer)
+    return output.shorter(options, 200, fewer, validates=validates)
 
 
 def test_the_option_that_shortens_a_training():

@@ -37,8 +37,6 @@ from fusemlp_kernels.errors import ArgumentError, DataError, FusemlpError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from fusemlp.tables.preparation import Prepared
-
 
 def show(content: Mapping[str, Any], lines: Iterable[str], *, as_json: bool, warnings: Iterable[str] = ()) -> None:
     """Print ``content`` as one JSON object and the warnings on stderr, or ``lines`` and after them the warnings."""
@@ -101,11 +99,11 @@ def preparing(options: TrainOptions | SweepOptions) -> Iterator[None]:
             yield
 
 
-def shorter(options: Any, prepared: Prepared, epochs: int, fewer: str) -> str:
+def shorter(options: Any, epochs: int, fewer: str, *, validates: bool) -> str:
     """Return the option that shortens a training: ``fewer`` models if given; none for one that is resumed."""
     if options.resume is not None:
         return ""
-    stops = options.early_stopping or not prepared.validates
+    stops = options.early_stopping or not validates
     return fewer or (f"--epochs {max(1, epochs // 4)}" if stops else "--early-stopping 10")
 
 

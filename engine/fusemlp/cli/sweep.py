@@ -196,7 +196,7 @@ def trained(plan: Plan, run: Run, listener: Events, known: Sequence[Member]) -> 
     seldom, interrupted = Seldom(WRITE), False
 
     fewer = f"--sample {len(plan.points) // (4 * (options.seeds or 1))}" if len(plan.points) > BEST else ""
-    shorter = output.shorter(options, plan.prepared, plan.epochs, fewer)
+    shorter = output.shorter(options, plan.epochs, fewer, validates=plan.prepared.validates)
     forecast = Forecast(len(left) * plan.epochs, listener.say, shorter, single=len(left) == 1)
     try:
         with standings(plan, forecast) as update, forecast:
