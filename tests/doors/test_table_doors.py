@@ -434,7 +434,7 @@ def test_weights_stand_alone_and_beside_other_rows(tmp_path, capsys):
         TableRegressor(**OPTIONS).fit(frame[["size"]], gaps, sample_weight=np.where(frame.index > 5, 0, 1))
     with pytest.raises(ArgumentError, match="weight: fit got sample_weight too, beside the column 'w'; give one"):
         TableRegressor(**OPTIONS, weight="w").fit(frame.drop(columns="y"), frame["y"], sample_weight=np.ones(60))
-    with pytest.raises(ArgumentError, match="keep: 'w' is no input anyway: --weight names it"):
+    with pytest.raises(ArgumentError, match="keep: 'w' is the column of --weight too"):
         TableRegressor(**OPTIONS, weight="w", keep=["w"]).fit(frame.drop(columns="y"), frame["y"])
     for option, other in (
         ("group", ColumnChoices(weight="w", group="w")),

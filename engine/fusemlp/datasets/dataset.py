@@ -159,17 +159,12 @@ class ColumnChoices:
                     f"{path}: no columns {listed(absent)} to {purpose.get(option, option)}; the columns are "
                     f"{listed(names)}{meant(absent, names)}"
                 )
-        for option in ("drop", "keep", "categorical"):
-            both = [name for name in options[option] if name in (*self.texts, self.weight)]
+        aside = ("id", "group", "weight")
+        clashes = {"keep": aside, "categorical": aside, "drop": ("keep", "categorical", *aside), "weight": aside[:2]}
+        for option, other in ((option, other) for option, others in clashes.items() for other in others):
+            both = [name for name in options[option] if name in options[other]]
             if both:
-                name = next(name for name in ("id", "group", "weight") if both[0] in options[name])
-                raise ArgumentError(f"{option}: {both[0]!r} is no input anyway: --{name} names it; give one of them")
-        both = [name for name in self.drop if name in (*self.keep, *self.categorical)]
-        if both:
-            raise ArgumentError(f"drop: {both[0]!r} is to be an input too, by --keep or --categorical; give one")
-        if self.weight is not None and self.weight in self.texts:
-            other = "id" if self.weight in self.ids else "group"
-            raise ArgumentError(f"weight: {self.weight!r} is the column of --{other} too; give one of them")
+                raise ArgumentError(f"{option}: {both[0]!r} is the column of --{other} too; give one of them")
         if self.group is not None and self.time is not None:
             raise ArgumentError("group: rows are held out by group or in the order of time; give one of the options")
 
