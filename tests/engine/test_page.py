@@ -274,7 +274,7 @@ def test_time_bounds_the_columns_of_a_wide_table(scale, tmp_path, monkeypatch):
 
 def test_columns_that_only_disturb_have_no_bars():
     found = evidence_module.Importance("rmse", ["a"], [np.array([0])], np.array([-1e30]), np.zeros(1), 9, 0)
-    assert _importance(found, None)["rows"][1][-1] == {"bar": "0.00"}
+    assert _importance(found, None)["rows"][1][-1] == {"bar": 0.0}
 
 
 def test_charts_of_odd_numbers():

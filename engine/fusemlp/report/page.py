@@ -166,16 +166,7 @@ def _classes(test: Mapping[str, Any], evidence: Evidence) -> Iterator[Section]:
     """Yield confusion matrix, ROC and calibration."""
     names = list(test["classes"])
     if len(names) <= MOST_CLASSES:
-        rows: list[list[Any]] = [*confusion_table(test)[:1]]
-        for true, counts in enumerate(test["confusion_matrix"]):
-            # darker with their share of the row
-            shares = [f"{70 * count / max(1, sum(counts)):.0f}" for count in counts]
-            cells = [
-                {"count": str(count), "colour": int(code != true), "share": share}
-                for code, (count, share) in enumerate(zip(counts, shares, strict=True))
-            ]
-            rows.append([names[true], *cells])
-        yield {"title": "Confusion matrix", "rows": rows}
+        yield {"title": "Confusion matrix", "rows": confusion_table(test), "counts": test["confusion_matrix"]}
     lines = [Line(*roc, colour) for colour, roc in enumerate(evidence.rocs())]
     some = f": the {len(lines)} classes with the least AUC" if len(lines) < len(names) > 2 else ""
     charts = [Chart(f"ROC{some}", lines, "false positives", "true positives", diagonal="by chance")]
@@ -204,9 +195,8 @@ def _importance(importance: Importance, image: tuple[int, int] | None) -> Sectio
         return {"title": "Importance of the pixels", "note": f"{note} {label}", "heat": heat}
     rows: list[list[Any]] = [["column", f"{metric} {way} by", "deviation", ""]]
     for at in range(len(importance.names))[:MOST_BARS]:
-        bar = {"bar": f"{6 * float(shares[at]):.2f}"}
         size, deviation = (spelled(values[at], greatest) for values in (importance.worse, importance.deviation))
-        rows.append([importance.names[at], size, f"± {deviation}", bar])
+        rows.append([importance.names[at], size, f"± {deviation}", {"bar": float(shares[at])}])
     hidden = len(importance.names) - len(rows) + 1
     note += f" {hidden} others matter less." if hidden else ""
     note += f" {importance.left_out} columns were not tried, to save time." if importance.left_out else ""
