@@ -524,6 +524,12 @@ NOT_MADE = [
     (lambda: CSVLogger("log.csv", separator=", "), ArgumentError, "separator: expected one character"),
     (lambda: CSVLogger(None), ArgumentTypeError, "filename: expected the path of a file"),
     (lambda: TensorBoard(3), ArgumentTypeError, "log_dir: expected the path of a folder"),
+    (lambda: fusemlp.MLflow(experiment=3), ArgumentTypeError, "experiment: expected a name, got 3"),
+    (lambda: fusemlp.WandB(project=""), ArgumentTypeError, "project: expected a name, got ''"),
+    (lambda: fusemlp.WandB(run_name=1), ArgumentTypeError, "run_name: expected a name, got 1"),
+    (lambda: fusemlp.MLflow(run_id=b"x"), ArgumentTypeError, "run_id: expected a name"),
+    (lambda: fusemlp.MLflow(params=[1]), ArgumentTypeError, r"params: expected a dictionary.*, got \[1\]"),
+    (lambda: fusemlp.WandB(log_model=1), ArgumentTypeError, "log_model: expected"),
 ]
 
 

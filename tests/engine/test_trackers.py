@@ -269,16 +269,6 @@ class TestMLflow:
         assert [one for one in told(caplog) if "goes on unrecorded" in one] == told(caplog)[:1]
         assert engine.epochs_trained == 3
 
-    def test_estimators_take_it(self, mlflow):
-        from fusemlp.sklearn import MLPRegressor
-
-        tracker = fusemlp.MLflow()
-        MLPRegressor(max_iter=4, callbacks=[tracker], tol=0.0).fit(X, X[:, 0])
-        found = stored(mlflow, tracker.run_id)
-        assert found.info.status == "FINISHED"
-        assert found.data.params["loss.kind"] == "mse"
-        assert len(history_of(mlflow, tracker.run_id, "loss")) == 4
-
     def test_the_command_line(self, mlflow, tmp_path, capsys):
         folder = tmp_path / "one"
         options = ["--epochs", "2", "--lr", "0.01", "--track", "mlflow", "--track-model", "--json"]
@@ -405,22 +395,6 @@ def test_copies_work_as_scikit_learn_makes_them(tracker):
     made = tracker("place", "name", params={"a": 1}, log_model=True)
     for copied in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
         assert vars(copied) == vars(made)
-
-
-@pytest.mark.parametrize(
-    ("tracker", "given", "words"),
-    [
-        (fusemlp.MLflow, {"experiment": 3}, "experiment: expected a name, got 3"),
-        (fusemlp.WandB, {"project": ""}, "project: expected a name, got ''"),
-        (fusemlp.WandB, {"run_name": 1}, "run_name: expected a name, got 1"),
-        (fusemlp.MLflow, {"run_id": b"x"}, "run_id: expected a name"),
-        (fusemlp.MLflow, {"params": [1]}, r"params: expected a dictionary.*, got \[1\]"),
-        (fusemlp.WandB, {"log_model": 1}, "log_model: expected"),
-    ],
-)
-def test_what_cannot_be_made(tracker, given, words):
-    with pytest.raises(fusemlp.ArgumentTypeError, match=words):
-        tracker(**given)
 
 
 def test_an_unknown_tracker(tmp_path, capsys):
