@@ -50,8 +50,7 @@ def layouts(count: int) -> list[tuple[int, bool, bool, int]]:
     return [
         (wide, True, False, count),
         (wide, True, True, count),
-        (small, True, True, count),
-        *((small, True, True, kept) for kept in range(count - 1, least - 1, -1)),
+        *((small, True, True, kept) for kept in range(count, least - 1, -1)),
         (none, True, True, least),
         *((none, False, True, kept) for kept in range(least, -1, -1)),
     ]
