@@ -10,7 +10,7 @@ from torch import nn
 from torch_pair import ACTIVATIONS, CLOSE, batch, eager_step
 
 from fusemlp import MLP, Engine, PReLU, Residual, RMSNorm
-from fusemlp.torch import from_torch, to_torch
+from fusemlp.torch import from_torch, fuse, to_torch
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError
 
 
@@ -20,10 +20,15 @@ def module():
     return nn.Sequential(nn.Linear(6, 8), *parts).double()
 
 
-OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
+ONE_GROUP = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
     "adam": lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.01),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+}
+OPTIMIZERS = {
+    **ONE_GROUP,
     "groups": lambda p: torch.optim.AdamW([{"params": p[:2], "lr": 0.001}, {"params": p[2:4], "weight_decay": 0.0}]),
 }
 
@@ -42,6 +47,22 @@ def test_an_engine_goes_on_where_torch_is(make):
         engine.step(x.numpy(), y.numpy())
     for own, expected in zip(engine.state_dict().values(), net.state_dict().values(), strict=True):
         torch.testing.assert_close(torch.from_numpy(own), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("make", ONE_GROUP.values(), ids=ONE_GROUP.keys())
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.Tanh, nn.SiLU])
+def test_a_fused_step_is_the_engines_bit_for_bit(activation, make):
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Linear(6, 33), activation(), nn.Linear(33, 17), activation(), nn.Linear(17, 3))
+    optimizer, loss_fn = make(list(net.parameters())), nn.CrossEntropyLoss()
+    # a fused step is the calls of the program one by one
+    engine = from_torch(net, loss_fn, optimizer, batch_size=50, backend="numpy", plan="eager")
+    step = fuse(net, loss_fn, optimizer)
+    for seed in range(10):
+        x, y = batch(50, seed, torch.float32)
+        assert step(x, y).item() == float(engine.step(x.numpy(), y.numpy()))
+    for name, array in engine.state_dict().items():
+        assert np.array_equal(net.state_dict()[name].numpy(), array), name
 
 
 def test_log_probabilities_become_logits():

@@ -1,19 +1,15 @@
 """Sixty fused steps in double precision against an eager PyTorch loop over a copy of module and optimizer."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn, optim
-from torch_pair import ACTIVATIONS, Block, Pair, adam
+from torch_pair import ACTIVATIONS, INPUTS, OUTPUTS, Block, Pair, adam, batches, network
 
 import fusemlp.torch as door
 
-INPUTS, HIDDEN, OUTPUTS = 5, 6, 4
 STEPS = 60
-SIZES = (12, 12, 12, 5)  # three whole batches and a short one
 # Sixty steps of two ways of computing the same doubles.
-WHOLE_RUN = 3e-10
+CLOSE = {"rtol": 3e-10, "atol": 3e-10}
 
 OPTIMIZERS = {
     "momentum": lambda p: optim.SGD(p, lr=0.03, momentum=0.9, weight_decay=0.01),
@@ -91,16 +87,11 @@ OPTIMIZER_OPTIONS = {
 }
 RATES = optim.lr_scheduler
 SCHEDULES = {
-    "step": lambda o: RATES.StepLR(o, step_size=20, gamma=0.5),
-    "cosine": lambda o: RATES.CosineAnnealingLR(o, T_max=STEPS, eta_min=1e-4),
     "one cycle, with momentum": lambda o: RATES.OneCycleLR(
         o, max_lr=[0.05] * len(o.param_groups), total_steps=STEPS + 1
     ),
     "a factor for each group": lambda o: RATES.LambdaLR(
         o, [lambda t, g=g: 1.0 / (1.0 + (g + 1) * t) for g in range(len(o.param_groups))]
-    ),
-    "warm-up and then exponential": lambda o: RATES.SequentialLR(
-        o, [RATES.LinearLR(o, 0.1, total_iters=20), RATES.ExponentialLR(o, gamma=0.99)], milestones=[20]
     ),
 }
 
@@ -110,65 +101,31 @@ def counted(record_property):
     record_property("line: torch parity cases", 1)
 
 
-def network(activation=nn.Tanh, width=INPUTS):
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(width, HIDDEN), activation(), nn.Linear(HIDDEN, OUTPUTS)).double()
-
-
-def targets(kind, x, generator):
-    """Return targets of a batch x (m, INPUTS) that a network can learn."""
-    scores = torch.tanh(x[:, :OUTPUTS] - x[:, 1 : OUTPUTS + 1])
+def targets(kind, scores):
+    """Return targets of a batch with these scores (m, OUTPUTS)."""
     labels = scores.argmax(dim=1)
-    missing = torch.arange(len(x)) % 3 == 0
+    missing = torch.arange(len(labels)) % 3 == 0
     return {
         "labels": labels,
-        "some ignored": labels.masked_fill(missing, -100) if len(x) > 5 else labels,
+        "some ignored": labels.masked_fill(missing, -100) if len(labels) > 5 else labels,
         "others ignored": labels.masked_fill(missing, -7),
         "probabilities": torch.softmax(3.0 * scores, dim=1),
         "binary": (scores > 0.1).double(),
-        "values": scores + 0.1 * torch.randn(scores.shape, dtype=scores.dtype, generator=generator),
+        "values": scores + 0.1 * torch.sin(99.0 * scores),
         "counts": torch.floor(3.0 * scores.abs()),
     }[kind]
 
 
-def batches(kind, steps=STEPS):
-    generator = torch.Generator().manual_seed(5)
-    for i in range(steps):
-        x = torch.randn(SIZES[i % len(SIZES)], INPUTS, dtype=torch.float64, generator=generator)
-        yield x, targets(kind, x, generator)
-
-
-def assert_same_training(
-    module, loss_fn, make_optimizer, kind, make_schedule=None, steps=STEPS, clip=None, returns=False
-):
-    """Train ``module`` fused and a copy of it eagerly; return the two optimizers."""
-    twin = copy.deepcopy(module)
-    optimizer, eager = (make_optimizer(list(one.parameters())) for one in (module, twin))
-    schedules = [] if make_schedule is None else [make_schedule(one) for one in (optimizer, eager)]
-    step = door.fuse(module, loss_fn, optimizer, clip_grad_norm=clip)
-    losses, expected = [], []
-    for x, y in batches(kind, steps):
-        found = step(x, y, return_output=returns)
-        loss, output = found if returns else (found, None)
-        losses.append(loss.item())
-        eager.zero_grad()
-        outputs = twin(x)
-        if returns:
-            assert not output.requires_grad
-            torch.testing.assert_close(output, outputs.detach(), rtol=WHOLE_RUN, atol=WHOLE_RUN)
-        loss = loss_fn(outputs, y)
-        loss.backward()
-        if clip is not None:
-            nn.utils.clip_grad_norm_(twin.parameters(), clip)
-        eager.step()
-        expected.append(loss.item())
+def assert_same_training(module, loss_fn, make_optimizer, kind, make_schedule=None, steps=STEPS, **options):
+    """Train ``module`` fused and a copy of it eagerly; return the pair."""
+    pair = Pair(module, make_optimizer, loss_fn, close=CLOSE, **options)
+    schedules = [] if make_schedule is None else [make_schedule(one) for one in (pair.optimizer, pair.eager)]
+    for x, scores in batches(steps):
+        pair.check(x, targets(kind, scores))
         for schedule in schedules:
             schedule.step()
-    torch.testing.assert_close(losses, expected, rtol=0.0, atol=WHOLE_RUN * max(map(abs, expected)))
-    for (name, one), other in zip(module.named_parameters(), twin.parameters(), strict=True):
-        error = (one - other).detach().abs().max()
-        assert error <= WHOLE_RUN * other.detach().abs().max(), f"{name}: {error}"
-    return optimizer, eager
+    pair.same()
+    return pair
 
 
 @pytest.mark.parametrize("activation", [twin for _, twin in ACTIVATIONS.values()], ids=ACTIVATIONS)
@@ -202,7 +159,7 @@ class LogProbabilities(nn.Module):
         return nn.functional.log_softmax(self.body(x), dim=-1)
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Sequential(*network(), nn.LogSoftmax(1)), LogProbabilities])
+@pytest.mark.parametrize("make", [lambda: network(nn.Tanh, nn.LogSoftmax(1)), LogProbabilities])
 @pytest.mark.parametrize("loss, kind", NLL.values(), ids=NLL.keys())
 def test_log_softmax_and_nll(loss, kind, make):
     # a sum's gradient is twelve times a mean's: with momentum its rounding errors grow beyond the bound
@@ -210,12 +167,12 @@ def test_log_softmax_and_nll(loss, kind, make):
 
 
 ENDS = {
-    "logits": (lambda: network(), nn.CrossEntropyLoss, "labels"),
-    "soft": (lambda: network(), nn.CrossEntropyLoss, "probabilities"),
-    "ignored": (lambda: network(), nn.CrossEntropyLoss, "some ignored"),
-    "prelu": (lambda: nn.Sequential(*network(), nn.PReLU()).double(), nn.MSELoss, "values"),
-    "gelu": (lambda: nn.Sequential(*network(nn.GELU), nn.GELU()), nn.HuberLoss, "values"),
-    "positive weights": (lambda: network(), lambda: nn.BCEWithLogitsLoss(pos_weight=SHARES), "binary"),
+    "logits": (network, nn.CrossEntropyLoss, "labels"),
+    "soft": (network, nn.CrossEntropyLoss, "probabilities"),
+    "ignored": (network, nn.CrossEntropyLoss, "some ignored"),
+    "prelu": (lambda: network(nn.Tanh, nn.PReLU()), nn.MSELoss, "values"),
+    "gelu": (lambda: network(nn.GELU, nn.GELU()), nn.HuberLoss, "values"),
+    "positive weights": (network, lambda: nn.BCEWithLogitsLoss(pos_weight=SHARES), "binary"),
 }
 
 
@@ -245,7 +202,8 @@ def test_outputs_are_those_of_the_dropout_of_the_step():
         module = network()
         module.insert(2, nn.Dropout(0.5))
         step = door.fuse(module, nn.CrossEntropyLoss(), optim.SGD(module.parameters(), lr=0.1), seed=7)
-        for x, y in batches("labels", 5):
+        for x, scores in batches(5):
+            y = scores.argmax(dim=1)
             loss = step(x, y, return_output=returns)
             if returns:
                 loss, output = loss
@@ -291,7 +249,7 @@ def test_normalised_layers_and_residual_blocks(name, clip, norm, make):
     torch.manual_seed(3)
     make_optimizer = {**OPTIMIZERS, **OPTIMIZER_OPTIONS}[name]
     module = make(norm).double()
-    assert_same_training(module, nn.CrossEntropyLoss(), make_optimizer, "labels", clip=clip, steps=200)
+    assert_same_training(module, nn.CrossEntropyLoss(), make_optimizer, "labels", clip_grad_norm=clip, steps=200)
 
 
 # The first norm of the gradients is about one: this clips at the beginning of a run and later does not.
@@ -304,34 +262,26 @@ def test_clipping(name, clip):
     module = network()
     if name == "only the last layer":
         module[0].requires_grad_(False)
-    assert_same_training(module, nn.CrossEntropyLoss(), make_optimizer, "labels", clip=clip)
+    assert_same_training(module, nn.CrossEntropyLoss(), make_optimizer, "labels", clip_grad_norm=clip)
 
 
 def test_a_tensor_that_is_frozen_is_not_in_the_norm():
     """Its last gradient stays in the kernels' memory."""
-    module = network()
-    twin = copy.deepcopy(module)
-    optimizers = [OPTIMIZER_OPTIONS["groups of other rates"](list(one.parameters())) for one in (module, twin)]
-    step = door.fuse(module, nn.CrossEntropyLoss(), optimizers[0], clip_grad_norm=0.05)
-    for number, (x, y) in enumerate(batches("labels", 20)):
+    pair = Pair(network(), OPTIMIZER_OPTIONS["groups of other rates"], clip_grad_norm=0.05)
+    for number, (x, scores) in enumerate(batches(20)):
         if number == 5:
-            module[0].bias.requires_grad_(False)
-            twin[0].bias.requires_grad_(False)
-        step(x, y)
-        optimizers[1].zero_grad()
-        nn.functional.cross_entropy(twin(x), y).backward()
-        nn.utils.clip_grad_norm_(twin.parameters(), 0.05)
-        optimizers[1].step()
-    torch.testing.assert_close(module.state_dict(), twin.state_dict(), rtol=1e-11, atol=1e-13)
+            pair.both(lambda module, _: module[0].bias.requires_grad_(False))
+        pair.check(x, scores.argmax(dim=1))
+    pair.same()
 
 
 def test_positive_weights_can_change():
     loss_fn = nn.BCEWithLogitsLoss(pos_weight=SHARES.clone())
     pair = Pair(network(), adam, loss_fn)
-    for number, (x, y) in enumerate(batches("binary", 8)):
+    for number, (x, scores) in enumerate(batches(8)):
         if number == 4:
             loss_fn.pos_weight.mul_(2.0)
-        pair.check(x, y)
+        pair.check(x, targets("binary", scores))
 
 
 @pytest.mark.parametrize("make_optimizer", OPTIMIZER_OPTIONS.values(), ids=OPTIMIZER_OPTIONS.keys())
@@ -343,8 +293,8 @@ def test_options_of_optimizers(make_optimizer):
 @pytest.mark.parametrize("name", ["momentum", "adam", "groups of other rates", "groups of other betas"])
 def test_schedules_of_torch(name, make_schedule):
     make_optimizer = {**OPTIMIZERS, **OPTIMIZER_OPTIONS}[name]
-    optimizer, eager = assert_same_training(network(), nn.CrossEntropyLoss(), make_optimizer, "labels", make_schedule)
-    assert [group["lr"] for group in optimizer.param_groups] == [group["lr"] for group in eager.param_groups]
+    pair = assert_same_training(network(), nn.CrossEntropyLoss(), make_optimizer, "labels", make_schedule)
+    assert [group["lr"] for group in pair.optimizer.param_groups] == [group["lr"] for group in pair.eager.param_groups]
 
 
 @pytest.mark.parametrize(
@@ -352,10 +302,4 @@ def test_schedules_of_torch(name, make_schedule):
 )
 def test_moments_are_those_of_the_eager_optimizer(name):
     make_optimizer = {**OPTIMIZERS, **OPTIMIZER_OPTIONS}[name]
-    optimizer, eager = assert_same_training(network(), nn.CrossEntropyLoss(), make_optimizer, "labels", steps=20)
-    own, expected = (one.state_dict()["state"] for one in (optimizer, eager))
-    assert own.keys() == expected.keys()
-    for index, moments in expected.items():
-        assert own[index].keys() == moments.keys()
-        for moment, value in moments.items():
-            torch.testing.assert_close(own[index][moment], value, rtol=1e-9, atol=1e-15)
+    assert_same_training(network(), nn.CrossEntropyLoss(), make_optimizer, "labels", steps=20).same_moments()

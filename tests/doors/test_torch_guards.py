@@ -1,6 +1,5 @@
 """Calls of PyTorch that a fused step makes useless are reported."""
 
-import copy
 import gc
 import warnings
 
@@ -10,7 +9,7 @@ from torch import nn
 
 # bound to the function before any module is fused
 from torch.nn.utils import clip_grad_norm_ as imported_before
-from torch_pair import adam, batch, eager_step, make, sgd
+from torch_pair import Pair, adam, batch, eager_step, make, sgd
 
 import fusemlp.torch as door
 from fusemlp.torch import loop
@@ -20,7 +19,7 @@ from fusemlp_kernels.errors import ArgumentError
 @pytest.mark.parametrize("clip", [imported_before, nn.utils.clip_grad_norm_, torch.nn.utils.clip_grad.clip_grad_norm_])
 def test_clipping_after_a_step(clip):
     module = make()
-    step = door.fuse(module, nn.CrossEntropyLoss(), sgd(module))
+    step = door.fuse(module, nn.CrossEntropyLoss(), sgd(module.parameters()))
     step(*batch())
     for parameters in (module.parameters(), list(module.parameters()), module[0].weight):
         with pytest.raises(
@@ -33,7 +32,7 @@ def test_clipping_after_a_step(clip):
 
 def test_clipping_where_only_others_have_gradients():
     module, head = make(), nn.Linear(3, 1).double()
-    step = door.fuse(module, nn.CrossEntropyLoss(), sgd(module))
+    step = door.fuse(module, nn.CrossEntropyLoss(), sgd(module.parameters()))
     step(*batch())
     head(torch.ones(2, 3).double()).sum().backward()
     with pytest.warns(UserWarning, match="4 parameters have no gradient.* only the others are clipped"):
@@ -47,7 +46,7 @@ def test_clipping_works_elsewhere():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         module, other = make(), make()
-        optimizer = adam(module)
+        optimizer = adam(module.parameters())
         step = door.fuse(module, nn.CrossEntropyLoss(), optimizer)
         assert imported_before(other.parameters(), 1.0) == 0.0
         module[0].bias.requires_grad_(False)
@@ -66,7 +65,7 @@ def test_clipping_functions_without_a_wrapper(monkeypatch):
     loop._watch_torch.__wrapped__()
     module = make()
     assert nn.utils.clip_grad_norm_(module.parameters(), 3.0) == 3.0
-    step = door.fuse(module, nn.CrossEntropyLoss(), sgd(module))
+    step = door.fuse(module, nn.CrossEntropyLoss(), sgd(module.parameters()))
     step(*batch())
     with pytest.raises(ArgumentError, match="pass clip_grad_norm=max_norm to fuse"):
         nn.utils.clip_grad_norm_(module.parameters(), 3.0)
@@ -74,7 +73,7 @@ def test_clipping_functions_without_a_wrapper(monkeypatch):
 
 def test_clipping_can_still_be_compiled():
     module = make()
-    door.fuse(module, nn.CrossEntropyLoss(), sgd(module))
+    door.fuse(module, nn.CrossEntropyLoss(), sgd(module.parameters()))
     parameter = nn.Parameter(torch.ones(4))
     parameter.grad = torch.ones(4)
     torch.compiler.reset()
@@ -85,29 +84,26 @@ def test_clipping_can_still_be_compiled():
 
 @pytest.mark.parametrize("dtype, words", [(torch.float32, "float32, .*tf32"), (torch.float64, "float64")])
 def test_autocast_around_a_step_warns_once(dtype, words):
-    module = make(dtype=dtype)
-    twin = copy.deepcopy(module)
-    optimizer, eager = sgd(module), sgd(twin)
-    step = door.fuse(module, nn.CrossEntropyLoss(), optimizer)
+    pair = Pair(make(dtype=dtype), close={"rtol": 1e-5, "atol": 1e-6})
     x, y = batch(dtype=dtype)
     with torch.autocast("cpu"):
         with pytest.warns(
             UserWarning, match=f"autocast has no effect on a fused step, which computes in torch.{words}"
         ) as seen:
-            step(x, y)
+            pair.step(x, y)
         assert seen[0].filename == __file__
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            step(x, y)
+            pair.step(x, y)
     for _ in range(2):
-        eager_step(twin, eager, x, y)
-    torch.testing.assert_close(module.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
+        eager_step(pair.twin, pair.eager, x, y)
+    pair.same()
 
 
 def test_autocast_with_positive_weights_and_outputs():
     """Torch's part of the step stays in the module's type."""
     module = make(dtype=torch.float32)
-    step = door.fuse(module, nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0)), sgd(module))
+    step = door.fuse(module, nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0)), sgd(module.parameters()))
     x, _ = batch(dtype=torch.float32)
     expected = module(x).detach()
     with torch.autocast("cpu"), pytest.warns(UserWarning, match="autocast"):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from devices import GPU, INTERPRETER, marks_of
 from torch import nn
+from torch_pair import Pair
 
-from fusemlp.torch import FusedMLP, fuse
+from fusemlp.torch import FusedMLP
 
 # Three float32 steps of sums over at most 16 products of numbers of order one, from one state: each sum is within
 # (2 sqrt(16) + 4) 2**-24 = 7e-7 on both sides, and is carried through two layers.
@@ -22,31 +23,30 @@ OPTIMIZERS = {
 }
 
 
+def pair(where, module, make_optimizer, loss_fn=None, **options):
+    device = "cuda" if where is GPU else "cpu"
+    return Pair(module.to(device), make_optimizer, loss_fn, close=CLOSE, backend="triton", **options), device
+
+
+@pytest.fixture(autouse=True)
+def counted(record_property):
+    torch.manual_seed(0)
+    record_property("line: torch parity cases", 1)
+
+
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 @pytest.mark.parametrize("where", PLACES)
-def test_fused_steps(where, make, record_property):
-    device = "cuda" if where is GPU else "cpu"
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 5)).to(device)
-    twin = copy.deepcopy(module)
-    optimizer, eager = (make(list(one.parameters())) for one in (module, twin))
-    loss_fn = nn.CrossEntropyLoss()
-    step = fuse(module, loss_fn, optimizer, backend="triton")
-    assert step.backend == "triton"
+def test_fused_steps(where, make):
+    both, device = pair(where, nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 5)), make)
+    assert both.step.backend == "triton"
     for number, rows in enumerate((16, 7, 16)):
         x, y = torch.randn(rows, 12, device=device), torch.randint(0, 5, (rows,), device=device)
         y[2] = -100
-        loss = step(x, y)
-        eager.zero_grad()
-        expected = loss_fn(twin(x), y)
-        expected.backward()
-        eager.step()
-        torch.testing.assert_close(loss, expected.detach(), **CLOSE)
+        both.check(x, y)
         if number == 1:
-            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    torch.testing.assert_close(module.state_dict(), twin.state_dict(), **CLOSE)
-    torch.testing.assert_close(optimizer.state_dict()["state"], eager.state_dict()["state"], **CLOSE)
-    record_property("line: torch parity cases", 1)
+            both.optimizer.load_state_dict(copy.deepcopy(both.optimizer.state_dict()))
+    both.same()
+    both.same_moments()
 
 
 def dqn(q, action, target):
@@ -67,30 +67,18 @@ HEADS = {
 
 @pytest.mark.parametrize("head, make_loss, make", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize("where", PLACES)
-def test_outputs_clipping_and_weights(where, head, make_loss, make, record_property):
-    device = "cuda" if where is GPU else "cpu"
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 5), head()).to(device)
-    twin = copy.deepcopy(module)
-    optimizer, eager = (make(list(one.parameters())) for one in (module, twin))
-    loss_fn = make_loss(device)
-    step = fuse(module, loss_fn, optimizer, backend="triton", clip_grad_norm=0.2)
+def test_outputs_clipping_and_weights(where, head, make_loss, make):
+    loss_fn = make_loss("cuda" if where is GPU else "cpu")
+    module = nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 5), head())
+    both, device = pair(where, module, make, loss_fn, clip_grad_norm=0.2, returns=True)
     for rows in (16, 7, 16):
         x = torch.randn(rows, 12, device=device)
         y = (x[:, :5].argmax(1) if isinstance(loss_fn, nn.NLLLoss) else (x[:, :5] > 0.0).float(),)
         if loss_fn is dqn:
             y = x[:, :5].argmax(1, keepdim=True), x[:, 0]
-        loss, output = step(x, *y, return_output=True)
-        eager.zero_grad()
-        outputs = twin(x)
-        expected = loss_fn(outputs, *y)
-        expected.backward()
-        nn.utils.clip_grad_norm_(twin.parameters(), 0.2)
-        eager.step()
-        torch.testing.assert_close((loss, output), (expected.detach(), outputs.detach()), **CLOSE)
-    torch.testing.assert_close(module.state_dict(), twin.state_dict(), **CLOSE)
-    torch.testing.assert_close(optimizer.state_dict()["state"], eager.state_dict()["state"], **CLOSE)
-    record_property("line: torch parity cases", 1)
+        both.check(x, *y)
+    both.same()
+    both.same_moments()
 
 
 @pytest.mark.parametrize("where", [pytest.param(GPU, id=GPU.name, marks=marks_of(GPU))])

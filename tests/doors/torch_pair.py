@@ -47,43 +47,66 @@ def batch(rows=10, seed=0, dtype=torch.float64):
     return x, torch.randint(0, 3, (rows,), generator=generator)
 
 
-def eager_step(module, optimizer, x, y, loss_fn=None):
+INPUTS, HIDDEN, OUTPUTS = 5, 6, 4
+SIZES = (12, 12, 12, 5)  # three whole batches and a short one
+
+
+def network(activation=nn.Tanh, *end):
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(INPUTS, HIDDEN), activation(), nn.Linear(HIDDEN, OUTPUTS), *end).double()
+
+
+def batches(count):
+    """Yield inputs (m, INPUTS) and scores (m, OUTPUTS) that a network can learn."""
+    generator = torch.Generator().manual_seed(5)
+    for number in range(count):
+        x = torch.randn(SIZES[number % len(SIZES)], INPUTS, dtype=torch.float64, generator=generator)
+        yield x, torch.tanh(x[:, :OUTPUTS] - x[:, -OUTPUTS:])
+
+
+def eager_step(module, optimizer, x, *targets, loss_fn=None, clip=None):
+    """Return the loss of an eager step and the outputs before it."""
     optimizer.zero_grad()
-    loss = (loss_fn or nn.CrossEntropyLoss())(module(x), y)
+    outputs = module(x)
+    loss = (loss_fn or nn.CrossEntropyLoss())(outputs, *targets)
     loss.backward()
+    if clip is not None:
+        nn.utils.clip_grad_norm_(module.parameters(), clip)
     optimizer.step()
-    return loss.detach()
+    return loss.detach(), outputs.detach()
 
 
-def sgd(module, **options):
-    return torch.optim.SGD(module.parameters(), **{"lr": 0.1, "momentum": 0.9, **options})
+def sgd(parameters, **options):
+    return torch.optim.SGD(parameters, **{"lr": 0.1, "momentum": 0.9, **options})
 
 
-def adam(module, **options):
-    return torch.optim.Adam(module.parameters(), **{"lr": 0.01, **options})
+def adam(parameters, **options):
+    return torch.optim.Adam(parameters, **{"lr": 0.01, **options})
 
 
-def rmsprop(module, **options):
-    return torch.optim.RMSprop(module.parameters(), **{"lr": 0.01, **options})
+def rmsprop(parameters, **options):
+    return torch.optim.RMSprop(parameters, **{"lr": 0.01, **options})
 
 
 each_optimizer = pytest.mark.parametrize("make_optimizer", [sgd, adam, rmsprop])
 
 
 class Pair:
-    """A fused module and an eager twin."""
+    """A fused module and an eager twin; ``options`` are those of ``fuse``. ``returns``: outputs are compared too."""
 
-    def __init__(self, module=None, make_optimizer=sgd, loss_fn=None, **options):
+    def __init__(self, module=None, make_optimizer=sgd, loss_fn=None, *, close=CLOSE, returns=False, **options):
         self.module = make() if module is None else module
         self.twin = copy.deepcopy(self.module)
-        self.optimizer, self.eager = make_optimizer(self.module, **options), make_optimizer(self.twin, **options)
-        self.loss_fn = loss_fn or nn.CrossEntropyLoss()
-        self.step = door.fuse(self.module, self.loss_fn, self.optimizer)
+        self.optimizer, self.eager = (make_optimizer(list(one.parameters())) for one in (self.module, self.twin))
+        self.loss_fn = self.eager_loss = loss_fn or nn.CrossEntropyLoss()
+        self.close, self.returns, self.clip = close, returns, options.get("clip_grad_norm")
+        self.step = door.fuse(self.module, self.loss_fn, self.optimizer, **options)
         self.seeds = itertools.count()
 
-    def check(self, x, y):
-        loss = self.step(x, y)
-        torch.testing.assert_close(loss, eager_step(self.twin, self.eager, x, y, self.loss_fn), **CLOSE)
+    def check(self, x, *targets):
+        found = self.step(x, *targets, return_output=self.returns)
+        loss, outputs = eager_step(self.twin, self.eager, x, *targets, loss_fn=self.eager_loss, clip=self.clip)
+        torch.testing.assert_close(found, (loss, outputs) if self.returns else loss, **self.close)
 
     def steps(self, count=3, rows=10):
         for _ in range(count):
@@ -91,7 +114,11 @@ class Pair:
         self.same()
 
     def same(self):
-        torch.testing.assert_close(self.module.state_dict(), self.twin.state_dict(), **CLOSE)
+        torch.testing.assert_close(self.module.state_dict(), self.twin.state_dict(), **self.close)
+
+    def same_moments(self):
+        moments = (optimizer.state_dict()["state"] for optimizer in (self.optimizer, self.eager))
+        torch.testing.assert_close(*moments, **self.close)
 
     def both(self, change):
         for module, optimizer in ((self.module, self.optimizer), (self.twin, self.eager)):

@@ -1,6 +1,6 @@
 """Whole trainings in double precision against PyTorch, and single steps in single precision against the oracle."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -147,25 +147,16 @@ RATES = torch.optim.lr_scheduler
 KINDS = {"sgd": (SGD, torch.optim.SGD), "adam": (Adam, torch.optim.Adam), "adamw": (AdamW, torch.optim.AdamW)}
 
 
-def twin(
-    kind,
-    lr,
-    own=(),
-    torch=None,
-    schedule=None,
-    *,
-    net=TANH,
-    loss="cross_entropy",
-    data="labels",
-    weighted=False,
-    **options,
-):
-    """Return a case of options that both have, with a rate ``lr`` or a schedule, and ``own`` options beside them."""
+def twin(kind, lr, own=(), torch=None, **options):
+    """Return a case of options that both have, with a rate ``lr`` or a schedule, and ``own`` options beside them.
+
+    Options that are fields of ``Case`` are the case's.
+    """
+    case = {field.name: options.pop(field.name) for field in fields(Case) if field.name in options}
     ours, theirs = KINDS[kind]
-    own, first = dict(own), getattr(lr, "lr", getattr(lr, "peak", lr))
-    optimizer = ours(lr, **options, **own)
+    first = getattr(lr, "lr", getattr(lr, "peak", lr))
     torch = torch or (lambda parameters: theirs(parameters.values(), lr=first, **options))
-    return Case(optimizer, torch, schedule, net, loss, data, weighted)
+    return Case(ours(lr, **options, **dict(own)), torch, **case)
 
 
 OPTIMIZERS = {
