@@ -67,19 +67,6 @@ def test_equals_the_modules_of_torch(name, twin):
         torch.testing.assert_close(own.grad, theirs.grad, rtol=1e-12, atol=1e-14)
 
 
-def test_single_precision_inside_an_eager_network():
-    net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Flatten(), FusedLinear(12, 5, activation="relu"), nn.Linear(5, 1))
-    x = torch.randn(7, 1, 8)
-    before = net(x).pow(2).mean()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-    for _ in range(20):
-        optimizer.zero_grad()
-        loss = net(x).pow(2).mean()
-        loss.backward()
-        optimizer.step()
-    assert loss < before
-
-
 def test_state_dict_of_a_layer_is_that_of_linear():
     layer, linear = FusedLinear(4, 3), nn.Linear(4, 3)
     layer.load_state_dict(linear.state_dict())

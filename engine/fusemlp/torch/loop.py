@@ -4,7 +4,6 @@ Changes of the module, its loss or its optimizer are noticed before a step, in a
 """
 
 import functools
-import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -104,22 +103,6 @@ def read_loss(loss_fn: Any, reading: Reading) -> Loss:
             "output"
         )
     return PositiveWeights(**settings, pos_weight=tuple(weight.detach().cpu().double().flatten().tolist()))
-
-
-def check_arity(loss: OwnLoss, count: int) -> None:
-    """Raise ArgumentTypeError for a callable loss that does not take the output and ``count`` targets."""
-    function: Any = loss.function
-    try:
-        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
-        signature.bind(None, *[None] * count)
-    except TypeError as error:
-        raise ArgumentTypeError(
-            f"loss_fn: {loss.name}{signature} is called with the output and {count} targets ({error}); call step(x, "
-            "*targets) with those that it takes"
-        ) from error
-    except ValueError:
-        # some functions written in C have no signature
-        return
 
 
 REFUSED = ("dampening", "amsgrad", "maximize", "differentiable", "capturable")

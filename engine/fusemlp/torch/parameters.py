@@ -185,10 +185,6 @@ class Tie:
             parameter.grad = None
             self._pointers[short] = parameter.data_ptr()
 
-    def holds(self) -> bool:
-        """Return whether every parameter is still the view from ``move_parameters``."""
-        return all(self.slots[short].parameter.data_ptr() == pointer for short, pointer in self._pointers.items())
-
     def check_parameters(self, reading: Reading) -> None:
         """Raise ArgumentError, with the parameter's name, unless all are the fused ones in their place in the arena."""
         for short, (path, parameter) in reading.slots.items():

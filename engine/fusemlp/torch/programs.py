@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from fusemlp.describe.losses import Loss, OwnLoss
+from fusemlp.describe.losses import Loss
 from fusemlp.describe.schedules import Constant
 from fusemlp.program.layout import Layout, short_names
 from fusemlp.program.lowering import lower
@@ -26,7 +26,7 @@ from fusemlp.runtime.memory import Memory, Workspace
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.rates import RateTable
 from fusemlp.torch.batches import BatchCopy, check_shapes, check_tensors
-from fusemlp.torch.loop import PositiveWeights, check_arity
+from fusemlp.torch.loop import PositiveWeights
 from fusemlp.torch.modules import Reading, as_module
 from fusemlp_kernels import contract
 from fusemlp_kernels.contract import Segment, TensorRule, UpdateRule
@@ -293,8 +293,6 @@ class Programs:
         """Check a batch of a new shape, and return the object that copies it."""
         check_tensors(x, targets, self.reading.device)
         kind = check_shapes(x, targets, self.reading, self.loss)
-        if isinstance(self.loss, OwnLoss):
-            check_arity(self.loss, len(targets))
         if kind == "soft" and self.ignore_index >= 0:
             raise ArgumentError(
                 f"loss_fn: ignore_index={self.ignore_index} is a class index, and y holds probabilities; leave it out"
@@ -304,11 +302,6 @@ class Programs:
         if exact:
             self._sizes.add(rows)
         return BatchCopy(self, rows, rows if exact else 1 << (rows - 1).bit_length(), kind, returns)
-
-    def build(self, rows: int) -> None:
-        """Make the program for batches of ``rows`` rows."""
-        self._sizes.add(rows)
-        self.runnable(rows, self.usual)
 
     def runnable(self, capacity: int, kind: str, returns: bool = False) -> Runnable:
         """Return the program for batches of ``capacity`` rows; ``returns``: it notes the output."""

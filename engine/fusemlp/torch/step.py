@@ -1,7 +1,6 @@
 """``fuse``: a PyTorch training step as one call over the module's own parameters."""
 
 import math
-import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -104,9 +103,7 @@ class FusedStep:
         self._tie.move_parameters()
         self._follow(reading, loss, trained, groups)
         if rows is not None:
-            self._programs.build(rows)
-        method = weakref.WeakMethod(self._before_loading)
-        optimizer.register_load_state_dict_pre_hook(lambda _, state: (check := method()) and check(state))
+            self._programs.runnable(rows, self._programs.usual)
         watch_clipping(self, self._parameters)
 
     @overload
@@ -314,11 +311,6 @@ class FusedStep:
             if update_set.count != steps[position]:
                 self._partition(self._groups)
                 return
-
-    def _before_loading(self, state: dict[str, Any]) -> None:
-        """Refuse a state of ``load_state_dict`` that cannot be fused, before the load."""
-        if self._tie.holds():
-            self._read_groups(state["param_groups"])
 
 
 def _open(reading: Reading, name: str, precision: str) -> Backend:

@@ -1,7 +1,7 @@
 """Trace a module's ``forward`` into a chain of modules with ``torch.fx``.
 
 The traced graph must be a chain: one input, each result used once, but for sums with an earlier result, a residual
-connection. A forward that reads ``self.training`` gives two graphs, one a mode, and they must be equal.
+connection. A forward that reads ``self.training`` is traced in the present mode, and again when that has changed.
 """
 
 import inspect
@@ -57,32 +57,6 @@ def inner_path(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def trace_parts(part: Part) -> list[Part]:
-    """Return the children and functions that ``forward`` calls, in order.
-
-    Functions are modules that do the same, and there is a ``Skip`` at both ends of a residual connection.
-
-    Raises ArgumentError, with the operation's name, if it is no chain or cannot be fused.
-    """
-    modes = [(child, child.training) for child in part.module.modules()]
-    try:
-        part.module.train()
-        graph = _graph(part)
-        part.module.eval()
-        other = _graph(part)
-    finally:
-        for child, mode in modes:
-            child.training = mode
-    if str(graph) != str(other):
-        pairs = zip(graph.nodes, other.nodes, strict=False)
-        place = next((_line(left) for left, right in pairs if left.format_node() != right.format_node()), "")
-        raise ArgumentError(
-            f"module: {part}: {place}forward does different things in train and eval mode; use nn.Dropout for dropout "
-            "(functional.dropout cannot be fused), and nothing else that depends on the mode"
-        )
-    return _chain(graph, part)
-
-
 class _Tracer(fx.Tracer):
     """Goes into the user's modules, and not into those of this package."""
 
@@ -131,12 +105,18 @@ def _last(places: Sequence[tuple[str, Any, str | None]]) -> str:
     return ""
 
 
-def _chain(graph: fx.Graph, part: Part) -> list[Part]:
+def trace_parts(part: Part) -> list[Part]:
+    """Return the children and functions that ``forward`` calls, in order.
+
+    Functions are modules that do the same, and there is a ``Skip`` at both ends of a residual connection.
+
+    Raises ArgumentError, with the operation's name, if it is no chain or cannot be fused.
+    """
     parts: list[Part] = []
     # the number of parts up to a result
     lengths: dict[fx.Node, int] = {}
     current: fx.Node | None = None
-    for node in graph.nodes:
+    for node in _graph(part).nodes:
         if node.op == "placeholder":
             if current is None:
                 current = node
