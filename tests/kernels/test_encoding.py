@@ -16,7 +16,7 @@ VARIANTS = variants_with("encode")
 SHAPES = ((1, 1, 1), (5, 3, 10), (37, 2, 4), (70, 5, 7), (3, 40, 14))
 LARGE = ((700, 2, 10), (4, 300, 3))
 LAYOUTS = ("plain", "owned", "pitched", "transposed", "stepped")
-# Units of rounding between a wave and the true one: see ``numpy.compiled.encoding``. The oracle rounds pi and its
+# Units of rounding between a wave and the true one: see ``numpy.compiled.inputs``. The oracle rounds pi and its
 # product with a t below 2 as well, and then a sine.
 WAVE, ORACLE = 6.0, (2.0 * np.pi * 2.0 + 1.0) * 2.0**-53
 

@@ -1,10 +1,12 @@
-"""The products of the NumPy backend: within the bound of any sum, and the same bits whatever the registers' width."""
+"""The products and sums of the NumPy backend: within their bounds, and the same bits in registers of any width."""
 
 import numpy as np
 import pytest
+from numba import njit
 from processes import python
 
-from fusemlp_kernels.numpy.compiled import compiler, products
+from fusemlp_kernels.numpy.compiled import compiler, products, vectors
+from fusemlp_kernels.numpy.compiled.compiler import elements
 from fusemlp_kernels.numpy.compiled.tables import PANEL
 
 SHAPES = [(1, 1, 1), (3, 5, 2), (8, 32, 0), (33, 17, 70), (1, 40, 9), (7, 100, 33), (128, 10, 64), (65, 96, 130)]
@@ -107,6 +109,63 @@ def test_a_nan_in_dot_products_reaches_its_row_alone(at):
     assert (np.delete(z, 4, 0) == 41).all()
 
 
+@njit
+def summed(values, address, count):
+    return vectors.sum_of(elements(values, address), count)
+
+
+@njit
+def squared(values, address, count, divisor):
+    return vectors.sum_of_squares(elements(values, address), count, divisor)
+
+
+@njit
+def multiplied(values, left, right, count):
+    return vectors.sum_of_products(elements(values, left), elements(values, right), count)
+
+
+def in_order(terms):
+    """The sum of the terms in the order of ``vectors.py``."""
+    total, at = terms.dtype.type(0), 0
+    for lanes, side_by_side in ((64 // terms.itemsize, 4), (32 // terms.itemsize, 1), (1, 1)):
+        whole = (len(terms) - at) // (lanes * side_by_side) * lanes * side_by_side
+        if not whole:
+            continue
+        held = np.zeros((side_by_side, lanes), terms.dtype)
+        held[0, 0] = total
+        for chunk in terms[at : at + whole].reshape(-1, side_by_side, lanes):
+            held += chunk
+        vector = held[0]
+        for other in held[1:]:
+            vector = vector + other
+        while len(vector) > 1:
+            vector = vector[: len(vector) // 2] + vector[len(vector) // 2 :]
+        total, at = vector[0], at + whole
+    return total
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sums_are_in_order(dtype):
+    # powers of two have exact products: a sum has the same bits with and without one rounding a step
+    values = np.random.default_rng(0).random(300).astype(dtype)
+    powers = (2.0 ** np.random.default_rng(1).integers(-3, 3, 300)).astype(dtype)
+    for count in range(301):
+        terms = values[:count]
+        assert summed(values, values.ctypes.data, count) == in_order(terms)
+        product = multiplied(values, values.ctypes.data, powers.ctypes.data, count)
+        assert product == in_order(terms * powers[:count])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_squares_are_in_float64(dtype):
+    values = (2.0 ** np.random.default_rng(2).integers(-90, 90, 300)).astype(dtype)
+    for count in (0, 1, 5, 31, 32, 33, 300):
+        quotients = values[:count].astype(np.float64) / 3.0
+        assert squared(values, values.ctypes.data, count, 3.0) == pytest.approx((quotients**2).sum(), rel=1e-14)
+    largest = np.full(2, np.finfo(np.float32).max, np.float32)
+    assert squared(largest, largest.ctypes.data, 2, 1.0) == 2 * np.float64(largest[0]) ** 2
+
+
 TRAINED = """
 import hashlib, sys
 from fusemlp_kernels.numpy.compiled import products
@@ -149,7 +208,7 @@ def test_the_bits_do_not_depend_on_the_width_of_the_registers(tmp_path):
 
 @pytest.mark.parametrize("isa", NARROWER)
 def test_products_in_narrower_registers(isa, tmp_path):
-    chosen = "panels or dot or nan or copied"
+    chosen = "panels or dot or nan or copied or in_order or squares"
     ran = python("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen, **{compiler.ISA: isa})
     assert ran.returncode == 0, ran.stdout + ran.stderr
 

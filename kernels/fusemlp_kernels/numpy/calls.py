@@ -97,7 +97,6 @@ def _in_dots(w: Array) -> bool:
 
 def _affine(table: CallTable, x: Array, w: Array, b: Array, z: Array) -> None:
     """The pre-activation of a layer."""
-    table.height = max(table.height, len(z))
     weights = {"w": w} if _in_dots(w) else {"panels": table.in_panels(w)}
     table.add("AFFINE", n=len(w), k=w.shape[1], x=x, b=b, z=z, **weights)
 
@@ -112,17 +111,15 @@ def _linear(table: CallTable, call: SimpleNamespace) -> None:
         _affine(table, x, w, call.b, z)
     else:
         coding, shape = call.coding, {"n": z.shape[1], "k": call.coding.slots}
-        table.height = max(table.height, len(z))
         sums, mixed = _sums_of_members(table, w, call) if call.r is not None else (table.in_panels(w, coding), {})
         table.add("COLUMNS", x=x, b=call.b, z=z, panels=sums, coding=coding, **shape, **mixed)
     if call.activation != "identity" or dropped:
         table.add("ACTIVATE", n=y.shape[1], y=y, z=z, **activated, **dropped)
-    table.control(call.counters)
 
 
 def _sums_of_members(table: CallTable, w: Array, call: SimpleNamespace) -> tuple[Array, dict[str, Any]]:
     """Memory for the sums of each member, which every step fills anew, and the fields of members."""
-    mixed = {"members": _of_members(table, call.r, len(call.y)), "by_r": call.r}
+    mixed = {"members": _of_members(table, call.r), "by_r": call.r}
     sums = table.scratch(mixed["members"] * call.coding.sums, w.shape[1])
     table.add("SUMS", n=len(w), k=w.shape[1], w=w, panels=sums, coding=call.coding, **mixed)
     return sums, mixed
@@ -148,9 +145,7 @@ def _loss_of(table: CallTable, call: SimpleNamespace, z: Array, *, fresh: bool) 
     Targets and weights are read through the rows, and the shares stay in a register.
     """
     loss, dz, entropy = call.loss, call.dz, call.loss.kind == "cross_entropy"
-    table.control(call.counters, call.stats)
     count, outputs = z.shape
-    table.height = max(table.height, count)
     activated = activation(table, call)
     y = z
     if not entropy:
@@ -199,8 +194,6 @@ def _own_loss(table: CallTable, call: SimpleNamespace) -> None:
         stats[c.NORM_SUM] += normaliser
         stats[c.BATCH_LOSSES] += loss * count
 
-    table.height = max(table.height, len(y))
-    table.control(call.counters, call.stats)
     table.between.append(between)
     table.add("PAUSE")
     table.add("PADDING", n=dy.shape[1], k=len(dy), dz=dy)
@@ -209,12 +202,10 @@ def _own_loss(table: CallTable, call: SimpleNamespace) -> None:
 @enters("grad_input")
 def _grad_input(table: CallTable, call: SimpleNamespace) -> None:
     out, w, y = call.dz_prev, call.w, call.y
-    table.height = max(table.height, len(out))
     table.add(
         "BACKWARD", n=len(w), k=w.shape[1], dz=call.dz, w=w, y=y, z=y if call.z is None else call.z, out=out,
         **activation(table, call), **dropout(call),
     )  # fmt: skip
-    table.control(call.counters)
 
 
 def _input(layer: SimpleNamespace) -> Array:
@@ -229,18 +220,15 @@ def _clip_examples(table: CallTable, call: SimpleNamespace) -> None:
     for index, layer in enumerate(call.layers):
         x, dz = _input(layer), layer.dz
         inputs = x.shape[1] if layer.w_trained else 0
-        table.height = max(table.height, len(dz))
         table.add("SQUARES", n=dz.shape[1], k=inputs, x=x, dz=dz, b=layer.b_trained, out=norms, afresh=index == 0)
     for layer in call.layers:
         table.add("SHRINK", n=layer.dz.shape[1], dz=layer.dz, out=norms, largest=call.clip)
-    table.control(call.counters)
 
 
 @enters("perturb")
 def _perturb(table: CallTable, call: SimpleNamespace) -> None:
     change, out = call.change, call.adv if call.start is None else call.start
     count, columns = out.shape
-    table.height = max(table.height, count)
     drawn = call.start is not None and change.seed is not None
     low, high = seed_key(change.seed or 0)
     table.lanes = max(table.lanes, drawn * -(-columns // 4))
@@ -249,13 +237,11 @@ def _perturb(table: CallTable, call: SimpleNamespace) -> None:
         key_low=low, key_high=high, largest=change.eps, length=change.step, low=change.low, high=change.high,
         **row_numbers(call.rows, count),
     )  # fmt: skip
-    table.control(call.counters)
 
 
 def _gradients(table: CallTable, layer: SimpleNamespace, w: Fields | None, b: Fields | None) -> None:
     """The gradients by a layer's weights and bias, w and b being what else their rows have; None is left out."""
     x, dz, factors = _input(layer), layer.dz, vars(layer).get("r")
-    table.height = max(table.height, len(dz))
     if layer.coding is None and w is not None:
         table.add("WEIGHT", n=dz.shape[1], k=x.shape[1], x=x, dz=dz, **w)
     elif w is not None or factors is not None:
@@ -263,7 +249,7 @@ def _gradients(table: CallTable, layer: SimpleNamespace, w: Fields | None, b: Fi
         fields = {"out": table.scratch(inputs, units)} if w is None else dict(w)
         if factors is not None:
             sums = table.scratch(*factors.shape)
-            fields |= {"members": _of_members(table, factors, len(dz)), "by_r": factors, "sum_r": sums, "w": layer.w}
+            fields |= {"members": _of_members(table, factors), "by_r": factors, "sum_r": sums, "w": layer.w}
             if layer.dr is not None:
                 by_factor = {"n": sums.size, "dz": sums, "sums": table.scratch(sums.size), "out": layer.dr}
                 table.later.append({"kind": "FACTORS", **by_factor})
@@ -286,7 +272,6 @@ def _grad_weight(table: CallTable, call: SimpleNamespace) -> None:
         _gradients(table, layer, *(None if out is None else {"out": out} for out in (layer.dw, layer.db)))
     for slope in call.slopes:
         _slope(table, slope, {"out": slope.grad})
-    table.accumulate(call.rule, call.counters)
 
 
 @enters("grad_weight_update")
@@ -374,7 +359,6 @@ def _penalty(table: CallTable, call: SimpleNamespace) -> None:
 @enters("advance")
 def _advance(table: CallTable, call: SimpleNamespace) -> None:
     rule, code = call.rule, call.rule.code
-    table.accumulate(rule, call.counters)
     table.names.update(OPTIMIZER_NAMES[code : code + 1])
     table.fill(
         optimizer=code, decoupled=rule.decoupled, sklearn=rule.convention == "scikit-learn", hyper=call.hyper,
@@ -384,134 +368,121 @@ def _advance(table: CallTable, call: SimpleNamespace) -> None:
     table.add("CLOCK")
 
 
-def _of_members(table: CallTable, vectors: Array, rows: int, outputs: int = 1) -> int:
+def _of_members(table: CallTable, vectors: Array, outputs: int = 1) -> int:
     """The number of members; a task has as many rows of each."""
-    table.height, table.members = max(table.height, rows), len(vectors) // outputs
+    table.members = len(vectors) // outputs
     return table.members
 
 
-def _factors(table: CallTable, call: SimpleNamespace, rows: int, width: int) -> dict[str, Any]:
-    """The fields of what members do between products, with memory for two rows of each task."""
-    return {
-        "n": width, "members": _of_members(table, call.r if call.s is None else call.s, rows), "x": call.x,
-        "by_s": call.s, "b": call.b, "by_r": call.r, "z": (table.scratch(2 * MOST_TASKS, width), 0),
-        **activation(table, call), **dropout(call), **row_numbers(call.rows, rows),
-    }  # fmt: skip
+def _scaled(table: CallTable, call: SimpleNamespace, width: int) -> dict[str, Any]:
+    """The fields of rows that are normalised or have factors, with memory for four rows of each task."""
+    scratch = (table.scratch(4 * MOST_TASKS, width), 0)
+    return {"n": width, "x": call.x, "b": call.b, "z": scratch, **activation(table, call), **dropout(call)}
+
+
+def _of_factors(table: CallTable, call: SimpleNamespace, rows: int, width: int) -> dict[str, Any]:
+    """The fields of what members do between products."""
+    members = _of_members(table, call.r if call.s is None else call.s)
+    numbers = row_numbers(call.rows, rows)
+    return {**_scaled(table, call, width), **numbers, "members": members, "by_s": call.s, "by_r": call.r}
+
+
+def _of_norm(table: CallTable, call: SimpleNamespace, width: int) -> dict[str, Any]:
+    """The fields of a normalised row."""
+    fields = {**_scaled(table, call, width), **row_numbers(None, len(call.x))}
+    if call.norm is None:
+        return fields
+    b = table.scratch(width) if call.b is None else call.b
+    return fields | {"norm": 1 + c.NORMS.index(call.norm.kind), "option": call.norm.eps, "by_s": call.g, "b": b}
+
+
+def _sums_of_tasks(table: CallTable, width: int, **gradients: tuple[Array | None, Array | None]) -> dict[str, Any]:
+    """The fields of the sums for factors, a row of each task, which later rows add up to the gradients."""
+    fields: dict[str, Any] = {}
+    for name, (factor, out) in gradients.items():
+        if factor is not None:
+            fields[name] = sums = (table.scratch(MOST_TASKS, width), 0)
+            if out is not None:
+                later = {"dz": sums, "sums": table.scratch(width), "out": (out, 0)}
+                table.later.append({"kind": "BIAS", "n": width, "parts": True, **later})
+    return fields
 
 
 @enters("affine_members")
 def _affine_members(table: CallTable, call: SimpleNamespace) -> None:
-    rows, width = call.y.shape
-    table.add("MEMBERS_AFFINE", out=call.y, **_factors(table, call, rows, width))
-    table.control(call.counters)
-
-
-def _sum_of_tasks(table: CallTable, sums: Any, out: Array, width: int) -> None:
-    """A gradient that is the sum of a row of each task."""
-    later = {"dz": sums, "sums": table.scratch(width), "out": (out, 0)}
-    table.later.append({"kind": "BIAS", "n": width, "parts": True, **later})
+    table.add("SCALE", out=call.y, **_of_factors(table, call, *call.y.shape))
 
 
 @enters("grad_affine_members")
 def _grad_affine_members(table: CallTable, call: SimpleNamespace) -> None:
-    rows, width = call.dy.shape
-    fields = _factors(table, call, rows, width)
-    if call.s is not None:
-        fields["out"] = table.scratch(rows, width) if call.dx is None else call.dx
-    every = table.members * width
-    for name, factor, out in (("sum_s", call.s, call.ds), ("sum_b", call.b, call.db), ("sum_r", call.r, call.dr)):
-        if factor is not None:
-            fields[name] = sums = (table.scratch(MOST_TASKS, every), 0)
-            if out is not None:
-                _sum_of_tasks(table, sums, out, every)
-    table.add("MEMBERS_BACKWARD", dz=call.dy, **fields)
-    table.accumulate(call.rule, call.counters)
-
-
-def _normalised(table: CallTable, call: SimpleNamespace, width: int) -> dict[str, Any]:
-    """The fields of a normalised row, with memory for three rows of each task."""
-    table.height = max(table.height, len(call.x))
-    table.control(call.counters)
-    norm: dict[str, Any] = {}
-    if call.norm is not None:
-        b = table.scratch(width) if call.b is None else call.b
-        norm = {"norm": 1 + c.NORMS.index(call.norm.kind), "option": call.norm.eps, "by_s": call.g, "b": b}
-    scratch = (table.scratch(3 * MOST_TASKS, width), 0)
-    return {"n": width, "x": call.x, "z": scratch, **norm, **activation(table, call), **dropout(call)}
+    width = call.dy.shape[1]
+    fields = _of_factors(table, call, *call.dy.shape)
+    fields |= _sums_of_tasks(
+        table, table.members * width, sum_s=(call.s, call.ds), sum_b=(call.b, call.db), sum_r=(call.r, call.dr)
+    )
+    table.add("SCALE_BACKWARD", dz=call.dy, out=call.dx, **fields)
 
 
 @enters("normalise")
 def _normalise(table: CallTable, call: SimpleNamespace) -> None:
-    table.add("NORMALISE", out=call.y, **_normalised(table, call, call.y.shape[1]))
+    table.add("SCALE", out=call.y, **_of_norm(table, call, call.y.shape[1]))
 
 
 @enters("grad_normalise")
 def _grad_normalise(table: CallTable, call: SimpleNamespace) -> None:
     width = call.dy.shape[1]
-    fields = _normalised(table, call, width)
-    if call.norm is not None:
-        for name, out in (("sum_s", call.dg), ("sum_b", call.db)):
-            fields[name] = sums = (table.scratch(MOST_TASKS, width), 0)
-            if out is not None:
-                _sum_of_tasks(table, sums, out, width)
-    table.add("NORMALISE_BACKWARD", dz=call.dy, out=call.dx, **fields)
-    table.accumulate(call.rule, call.counters)
+    fields = _of_norm(table, call, width)
+    fields |= _sums_of_tasks(table, width, sum_s=(call.g, call.dg), sum_b=(fields["b"], call.db))
+    table.add("SCALE_BACKWARD", dz=call.dy, out=call.dx, **fields)
 
 
 @enters("add")
 def _add(table: CallTable, call: SimpleNamespace) -> None:
-    table.height = max(table.height, len(call.y))
     table.add("ADD", n=call.y.shape[1], x=call.a, y=call.b, out=call.y)
-    table.control(None)
 
 
 @enters("encode")
 def _encode(table: CallTable, call: SimpleNamespace) -> None:
     out = call.y if call.dy is None else call.dx
     width = out.shape[1] if call.dy is None else call.dy.shape[1]
-    table.height = max(table.height, len(out))
     scratch = None if call.dy is None else (table.scratch(MOST_TASKS, width), 0)
     table.add(
         "ENCODE", n=width, k=call.x.shape[1], x=call.x, dz=call.dy, out=out, z=scratch, octaves=call.octaves,
         **row_numbers(call.rows, len(out)),
     )  # fmt: skip
-    table.control(call.counters)
 
 
 @enters("linear_members")
 def _linear_members(table: CallTable, call: SimpleNamespace) -> None:
-    rows, outputs = call.z.shape
-    members = _of_members(table, call.w, rows, outputs)
+    outputs = call.z.shape[1]
+    members = _of_members(table, call.w, outputs)
     panels = table.in_panels(call.w)
     table.add("HEADS", n=outputs, k=call.w.shape[1], members=members, x=call.x, panels=panels, b=call.b, z=call.z)
-    table.control(None)
 
 
 @enters("grad_input_members")
 def _grad_input_members(table: CallTable, call: SimpleNamespace) -> None:
-    rows, outputs = call.dz.shape
-    members = _of_members(table, call.w, rows, outputs)
+    outputs = call.dz.shape[1]
+    members = _of_members(table, call.w, outputs)
     table.add("HEADS_BACKWARD", n=outputs, k=call.w.shape[1], members=members, dz=call.dz, w=call.w, out=call.dx)
-    table.control(None)
 
 
 @enters("grad_weight_members")
 def _grad_weight_members(table: CallTable, call: SimpleNamespace) -> None:
-    rows, outputs = call.dz.shape
+    outputs = call.dz.shape[1]
     for kind, out, inputs in (("WEIGHT", call.dw, call.x.shape[1]), ("BIAS", call.db, 0)):
         if out is not None:
-            members = _of_members(table, out, rows, outputs)
+            members = _of_members(table, out, outputs)
             sums = table.scratch(len(out)) if kind == "BIAS" else None
             table.add(kind, n=len(out), k=inputs, members=members, x=call.x, dz=call.dz, out=out, sums=sums)
-    table.accumulate(call.rule, call.counters)
 
 
 @enters("train_resident")
 def _train_resident(table: CallTable, step: SimpleNamespace) -> None:
     calls, shards = step.calls, step.shards
     counted = ("linear_loss_grad", "loss_grad", "own_loss")
-    losses = [operands for op, operands in calls if op in counted and operands.get("stats") is not None]
-    if not losses or "rule" not in calls[-1][1]:
+    counts = any(op in counted and operands.get("stats") is not None for op, operands in calls)
+    if not counts or "rule" not in calls[-1][1]:
         raise ArgumentError(
             "train_resident: calls: expected those of a training step, with a loss and last what advances "
             f"the clock, got {', '.join(op for op, _ in calls)}"
@@ -521,4 +492,3 @@ def _train_resident(table: CallTable, step: SimpleNamespace) -> None:
     for at, (op, operands) in enumerate(calls):
         table.shard = shards[at * len(shards) // len(calls)] if shards else 0
         ENTRIES[op](table, table.operands(op, operands))
-    table.control(losses[0]["counters"], losses[0]["stats"])

@@ -253,8 +253,8 @@ NAMES = frozenset(
     {
         *("GATHER", "AFFINE", "ACTIVATE", "ENTROPY", "ELEMENTWISE", "PADDING", "BACKWARD"),
         *("WEIGHT", "BIAS", "SLOPES", "NORM", "UPDATE", "PACK"),
-        *("SQUARES", "SHRINK", "BY_ITSELF", "PERTURB", "MEMBERS_AFFINE", "MEMBERS_BACKWARD", "HEADS", "HEADS_BACKWARD"),
-        *("COLUMNS", "CODES", "SUMS", "FACTORS", "NORMALISE", "NORMALISE_BACKWARD", "ADD", "ENCODE", "norm"),
+        *("SQUARES", "SHRINK", "BY_ITSELF", "PERTURB", "SCALE", "SCALE_BACKWARD", "HEADS", "HEADS_BACKWARD"),
+        *("COLUMNS", "CODES", "SUMS", "FACTORS", "ADD", "ENCODE", "norm"),
         *("noisy", "drawn", "members", "parts", "by_r", "by_s", "param", "average", "panels", "pulls"),
         *("keep", "soft", "smoothed", "ignores", "weighted", "class_weighted", "wide", "descends", "slope", "dslope"),
         *(name.upper() for name in (*ACTIVATIONS, *LOSSES)),

@@ -14,7 +14,7 @@ import numpy as np
 
 from fusemlp_kernels.checks import check_together
 from fusemlp_kernels.coding import Coding, Column
-from fusemlp_kernels.contract import COUNTERS, TensorRule, UpdateRule
+from fusemlp_kernels.contract import COUNTERS, TensorRule
 from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.launches import compiled, launch, loop_of, threads
 from fusemlp_kernels.numpy.plan import PIECEWISE, Row, plan, together
@@ -97,9 +97,16 @@ class CallTable:
         self.after: list[tuple[Array, Array]] = []
 
     def operands(self, op: str, given: Mapping[str, Any]) -> SimpleNamespace:
-        """The operands of a call as attributes, with defaults; arrays are contiguous and of their record's type."""
+        """The operands of a call as attributes, with defaults; arrays are contiguous and of their record's type.
+
+        What any call may have is entered: the control arrays, and how many batches the gradients are summed over.
+        """
         call = self._operands(OPS[op].operands, given)
-        check_together(op, vars(call))
+        fields = vars(call)
+        check_together(op, fields)
+        self.fill(counters=fields.get("counters"), stats=fields.get("stats"))
+        if "rule" in fields:
+            self.fill(accumulate=call.rule.accumulate)
         return call
 
     def _operands(self, records: Sequence[Operand], given: Mapping[str, Any]) -> SimpleNamespace:
@@ -119,6 +126,9 @@ class CallTable:
 
     def _array(self, record: Operand, array: Array, operands: Mapping[str, Any]) -> Array:
         """The array, or a copy that follows it; the weights of a layer of codes are (K, N)."""
+        picked = bool(record.rows) and operands.get(record.rows) is not None
+        if record.shape in ("MN", "MK") and not picked:
+            self.height = max(self.height, len(array))
         if record.shape == "NK" and operands.get("coding") is not None:
             array, original = array.T, array
             self.transposed[id(array)] = array, original
@@ -130,7 +140,7 @@ class CallTable:
         if array.dtype == wanted and flags.c_contiguous and flags.aligned:
             return array
         self.converts = True
-        if record.rows and operands.get(record.rows) is not None:
+        if picked:
             # data, which does not change
             return np.require(array, wanted, ("C", "A"))
         # operands may be one array
@@ -226,19 +236,10 @@ class CallTable:
         self.tensors.append((offset, size, rule.lr_factor, rule.weight_decay))
         return len(self.tensors) - 1
 
-    def control(self, counters: Array | None, stats: Array | None = None) -> None:
-        """Enter the control arrays of a call."""
-        if counters is None and not self.words[HEAD["counters"]]:
-            counters = np.zeros(COUNTERS, np.int64)
-        self.fill(counters=counters, stats=stats)
-
-    def accumulate(self, rule: UpdateRule, counters: Array) -> None:
-        """Enter how many batches the gradients are summed over."""
-        self.fill(accumulate=rule.accumulate)
-        self.control(counters)
-
     def bind(self, epoch_stats: Array | None = None, *, alone: bool = False) -> Run:
         """``run(steps=1)``; the loop is chosen now with ``alone``, else at the first run."""
+        if not self.words[HEAD["counters"]]:
+            self.fill(counters=np.zeros(COUNTERS, np.int64))
         self.add_later()
         rows = tuple(self.rows)
         for w, panels, coding in self.panels.values():

@@ -30,7 +30,7 @@ from fusemlp_kernels.numpy.compiled.compiler import (
     elements,
     part,
 )
-from fusemlp_kernels.numpy.compiled.sums import sum_of_products
+from fusemlp_kernels.numpy.compiled.vectors import sum_of_products
 
 
 @register_jitable(**ELEMENTWISE)

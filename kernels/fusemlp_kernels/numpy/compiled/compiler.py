@@ -260,6 +260,24 @@ def instruction(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}"), arguments)
 
 
+def emits(result: Any, *kinds: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Decorate ``code(builder, *arguments)``, which writes the code of a function of arguments of these types."""
+
+    def decorate(code: Callable[..., Any]) -> Any:
+        def lowered(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            value = code(builder, *arguments)
+            return context.get_dummy_value() if result is types.void else value
+
+        # numba reads the names of the arguments
+        @functools.wraps(code)
+        def typed(typingctx: Any, *given: Any) -> Any:
+            return result(*kinds), lowered
+
+        return intrinsic(typed)
+
+    return decorate
+
+
 class Memory(types.CPointer):
     """Numbers of type ``dtype`` side by side, from an address on."""
 
@@ -358,17 +376,12 @@ def copy(typingctx: Any, like: Any, target: Any, source: Any, count: Any) -> Any
     return types.void(like, *[types.intp] * 3), code
 
 
-@intrinsic
-def prefetch(typingctx: Any, address: Any) -> Any:
+@emits(types.void, types.intp)
+def prefetch(builder: Any, address: Any) -> None:
     """Ask for the cache line at an address, which is read later."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-        reads, second_level, data = map(ir.IntType(32), (0, 2, 1))
-        instruction(builder, "prefetch.p0", ir.VoidType(), pointer, reads, second_level, data)
-        return context.get_dummy_value()
-
-    return types.void(types.intp), code
+    pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    reads, second_level, data = map(ir.IntType(32), (0, 2, 1))
+    instruction(builder, "prefetch.p0", ir.VoidType(), pointer, reads, second_level, data)
 
 
 @register_jitable(**EXACT)

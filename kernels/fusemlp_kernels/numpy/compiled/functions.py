@@ -17,6 +17,7 @@ tail a relative one that grows with the square of a, by the rounding of the expo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,25 +35,35 @@ _DOUBLE = (
 )  # fmt: skip
 
 
-def _parts(v: Any) -> Any:
+def of_type(choose: Callable[[Any], Callable[..., Any]]) -> Any:
+    """Decorate ``choose(real)`` to be the function of a number v that it returns for the type of v."""
+
+    def function(v: Any) -> Any:
+        raise AssertionError("compiled code only")
+
+    @overload(function, jit_options=ELEMENT)
+    def of(v: Any) -> Any:
+        return choose(np.float32 if v == types.float32 else np.float64)
+
+    return function
+
+
+@of_type
+def _parts(real: Any) -> Any:
     """(p, s) with exp(v) = 2 (1 + p) s; s is half a power of two, which would overflow before exp(v) does.
 
-    For NaN, and between the ends of ``_clamped``: at the upper one s is an infinity, at the lower one zero.
+    For NaN, and between the ends of ``_clamped``: at the upper one s is an infinity, at the lower one zero. Adding
+    1.5 * 2**bits rounds to an integer, which is then in the lowest bits of the sum (Muller, "Elementary functions",
+    2016, section 11.2.1); the others are shifted out.
     """
-    raise AssertionError("compiled code only")
-
-
-def _reduction(
-    real: Any, integer: Any, bits: int, bias: int, powers: tuple[float, ...], coarse: float, fine: float
-) -> Any:
-    """``_parts`` for one type: ``coarse + fine`` is log(2), and multiples of ``coarse`` are exact.
-
-    Adding 1.5 * 2**bits rounds to an integer, which is then in the lowest bits of the sum (Muller, "Elementary
-    functions", 2016, section 11.2.1); the others are shifted out.
-    """
+    single = real is np.float32
+    integer: Any = np.int32 if single else np.int64
+    bits, bias = (23, 127) if single else (52, 1023)
     per_power, rounder = real(1.0 / math.log(2.0)), real(1.5 * 2.0**bits)
-    coarse_part, fine_part = real(coarse), real(fine)
-    last, *others = (real(factor) for factor in powers)
+    # their sum is log(2), and multiples of the first are exact
+    halves = (0.693359375, -2.1219444005469057e-4) if single else (0.6931471803691238, 1.9082149292705877e-10)
+    coarse_part, fine_part = map(real, halves)
+    last, *others = map(real, _SINGLE if single else _DOUBLE)
     rest = tuple(others)
     shift, offset = integer(bits), integer((bias - 1) << bits)
 
@@ -68,25 +79,14 @@ def _reduction(
     return parts
 
 
-@overload(_parts, jit_options=ELEMENT)
-def _parts_of(v: Any) -> Any:
-    if v == types.float32:
-        return _reduction(np.float32, np.int32, 23, 127, _SINGLE, 0.693359375, -2.1219444005469057e-4)
-    return _reduction(np.float64, np.int64, 52, 1023, _DOUBLE, 0.6931471803691238, 1.9082149292705877e-10)
-
-
 # Below the first, exp(v) is less than the normal numbers; above the second, it overflows.
 LOWEST, _HIGHEST = {"float32": -87.5, "float64": -708.5}, {"float32": 89.5, "float64": 710.5}
 
 
-def _clamped(v: Any) -> Any:
+@of_type
+def _clamped(real: Any) -> Any:
     """v between the ends of its type, or NaN."""
-    raise AssertionError("compiled code only")
-
-
-@overload(_clamped, jit_options=ELEMENT)
-def _clamped_of(v: Any) -> Any:
-    low, high = (getattr(np, v.name)(ends[v.name]) for ends in (LOWEST, _HIGHEST))
+    low, high = (real(ends[real.__name__]) for ends in (LOWEST, _HIGHEST))
 
     def clamped(v: Any) -> Any:
         # the comparisons are false for NaN, which therefore stays
@@ -126,11 +126,6 @@ def sigmoid(v: Any) -> Any:
     return half / (half + half_exp_within(_clamped(-v)))
 
 
-def _series(v: Any) -> Any:
-    """log(1 + v) for 0 <= v <= 1."""
-    raise AssertionError("compiled code only")
-
-
 def logarithm(real: Any, terms: int) -> Any:
     """Return log(1 + v) for one type: 2 atanh(s), s = v / (2 + v), as a series in s squared.
 
@@ -153,15 +148,10 @@ def logarithm(real: Any, terms: int) -> Any:
     return series
 
 
-@overload(_series, jit_options=ELEMENT)
-def _series_of(v: Any) -> Any:
-    return logarithm(np.float32, 8) if v == types.float32 else logarithm(np.float64, 17)
-
-
-@register_jitable(**ELEMENT)
-def log1p(v: Any) -> Any:
+@of_type
+def log1p(real: Any) -> Any:
     """log(1 + v) for 0 <= v <= 1, in the type of v."""
-    return _series(v)
+    return logarithm(real, 8 if real is np.float32 else 17)
 
 
 @register_jitable(**ELEMENT)
@@ -209,13 +199,10 @@ _NORMAL_DOUBLE = (
 _DENSITY = 2.0 / math.sqrt(2.0 * math.pi)
 
 
-def _halves(v: Any) -> Any:
+@of_type
+def _halves(real: Any) -> Any:
     """(Phi(-abs(v)), exp(-v v / 2) / 2)."""
-    raise AssertionError("compiled code only")
-
-
-def _quotient(real: Any, above: tuple[float, ...], below: tuple[float, ...]) -> Any:
-    """``_halves`` for one type."""
+    above, below = _NORMAL_SINGLE if real is np.float32 else _NORMAL_DOUBLE
     # the exponential of the lowest exponent is zero
     limit, half = real(math.sqrt(-2.0 * LOWEST[real.__name__])), real(0.5)
     (p_first, *p_others), (q_first, *q_others) = ([real(c) for c in part] for part in (above, below))
@@ -234,11 +221,6 @@ def _quotient(real: Any, above: tuple[float, ...], below: tuple[float, ...]) -> 
         return e * (p / q), e
 
     return halves
-
-
-@overload(_halves, jit_options=ELEMENT)
-def _halves_of(v: Any) -> Any:
-    return _quotient(np.float32, *_NORMAL_SINGLE) if v == types.float32 else _quotient(np.float64, *_NORMAL_DOUBLE)
 
 
 @register_jitable(**ELEMENT)

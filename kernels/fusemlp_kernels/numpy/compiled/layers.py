@@ -1,8 +1,9 @@
-"""Rows of the batch through a layer and back: products, activations and dropout; and for members that share weights
-their own factors and biases around a product, and sums over each member's rows."""
+"""Rows of the batch through a layer and back: products, activations and dropout; and rows that are normalised, or
+multiplied by the factors that members who share weights have of their own."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from fusemlp_kernels.numpy.compiled.compiler import (
 )
 from fusemlp_kernels.numpy.compiled.pointwise_numba import activate, multiply_by_derivative
 from fusemlp_kernels.numpy.compiled.random import drop, mask
+from fusemlp_kernels.numpy.compiled.vectors import sum_of, sum_of_products
 
 
 @register_jitable(**EXACT)
@@ -133,7 +135,7 @@ def derive_rows(call: Any, like: Any, partials: Any, first: int, count: int) -> 
 
 
 @register_jitable(**ELEMENTWISE)
-def affine(y: Any, z: Any, x: Any, s: Any, b: Any, count: int) -> None:
+def _affine(y: Any, z: Any, x: Any, s: Any, b: Any, count: int) -> None:
     """``x * s + b``, in y and in z."""
     for j in range(np.uintp(count)):
         value = x[j] * s[j] + b[j]
@@ -148,16 +150,21 @@ def _scale(y: Any, x: Any, r: Any, count: int) -> None:
         y[j] = x[j] * r[j]
 
 
-@register_jitable(**EXACT)
-def _activated(y: Any, z: Any, x: Any, s: Any, b: Any, count: int, activation: int, slope: float) -> None:
-    """``y = act(z)`` with ``z = x * s + b``."""
-    affine(y, z, x, s, b, count)
-    if activation != t.IDENTITY:
-        activate(activation, y, z, count, slope)
+@register_jitable(**ELEMENTWISE)
+def _shift_and_scale(out: Any, values: Any, shift: Any, factor: Any, columns: int) -> None:
+    """``out = (values - shift) * factor``; out may be values."""
+    for j in range(np.uintp(columns)):
+        out[j] = (values[j] - shift) * factor
 
 
 @register_jitable(**ELEMENTWISE)
-def mask_and_scale(values: Any, keep: Any, count: int, factor: float) -> None:
+def _without_direction(d: Any, n: Any, share: Any, columns: int) -> None:
+    for j in range(np.uintp(columns)):
+        d[j] -= n[j] * share
+
+
+@register_jitable(**ELEMENTWISE)
+def _mask_and_scale(values: Any, keep: Any, count: int, factor: float) -> None:
     """Values grow by ``factor`` where ``keep`` is set, and become zero elsewhere."""
     real = values.dtype.type
     grown, zero = real(factor), real(0.0)
@@ -181,79 +188,101 @@ def _sum_and_scale(dz: Any, x: Any, s: Any, by_s: Any, by_b: Any, count: int) ->
 
 
 @register_jitable(**EXACT)
-def derive_affine(
-    dz: Any, h: Any, z: Any, x: Any, s: Any, by_s: Any, by_b: Any, count: int, activation: int, slope: float
-) -> None:
-    """From the gradient by h = act(z), in dz, to that by x, in its place; the sums by s and b grow."""
-    if activation != t.IDENTITY:
-        multiply_by_derivative(activation, dz, h, z, count, slope, 1.0)
-    _sum_and_scale(dz, x, s, by_s, by_b, count)
+def _normalised(call: Any, n: Any, x: Any) -> Any:
+    """A row x normalised, in n; what its differences from their mean were multiplied by."""
+    real, columns = x.dtype.type, call.n
+    mean = sum_of(x, columns) / real(columns) if call.norm == t.LAYER_NORM else real(0.0)
+    _shift_and_scale(n, x, mean, real(1.0), columns)
+    factor = real(1.0) / real(math.sqrt(sum_of_products(n, n, columns) / real(columns) + real(call.option)))
+    _shift_and_scale(n, n, real(0.0), factor, columns)
+    return factor
 
 
 @register_jitable(**EXACT)
-def affine_rows(
-    call: Any, head: Any, like: Any, rows: Any, first: int, count: int, batch_index: int, task: int
-) -> None:
-    """Rows of ``y = dropout(act(x * s + b)) * r``; zeros where there is no x."""
-    columns, members, size = call.n, call.members, like.itemsize
-    lanes = lanes_of(head, task)
-    z = block(like, call.z, 2 * task, columns)
+def _forward(call: Any, like: Any, member: int, x: Any, n: Any, z: Any, h: Any) -> Any:
+    """A row of x normalised in n, its pre-activation in z, act(z) in h; the factor of ``_normalised``."""
+    columns, factor = call.n, like.dtype.type(1.0)
+    if call.norm:
+        factor = _normalised(call, n, x)
+    if call.by_s:
+        s, b = block(like, call.by_s, member, columns), block(like, call.b, member, columns)
+        _affine(h, z, n if call.norm else x, s, b, columns)
+    else:
+        for j in range(columns):
+            h[j] = x[j]
+            z[j] = x[j]
+    if call.activation != t.IDENTITY:
+        activate(call.activation, h, z, columns, slope_of(call, like))
+    return factor
+
+
+@register_jitable(**EXACT)
+def scale_rows(call: Any, head: Any, like: Any, rows: Any, first: int, count: int, batch_index: int, task: int) -> None:
+    """Rows of ``y = dropout(act(n * s + b)) * r``, n being x or normalised; zeros where there is no x."""
+    columns = call.n
+    n, z = block(like, call.z, 4 * task, columns), block(like, call.z, 4 * task + 1, columns)
     for i in range(first, first + count):
-        y = block(like, call.out, i, columns)
+        y, member = block(like, call.out, i, columns), i % call.members if call.members else 0
         if rows[i] < 0:
             clear(y, columns)
             continue
-        x, member = call.x + size * rows[i] * columns, i % members
-        if call.by_s:
-            s, b = block(like, call.by_s, member, columns), block(like, call.b, member, columns)
-            _activated(y, z, elements(like, x), s, b, columns, call.activation, slope_of(call, like))
-            if call.keep:
-                drop(call, y, elements(np.uint8, call.keep + i * columns), lanes, i, 1, batch_index)
-            if call.by_r:
-                _scale(y, y, block(like, call.by_r, member, columns), columns)
-        else:
-            _scale(y, elements(like, x), block(like, call.by_r, member, columns), columns)
+        _forward(call, like, member, block(like, call.x, rows[i], columns), n, z, y)
+        if call.keep:
+            keep = elements(np.uint8, call.keep + i * columns)
+            drop(call, y, keep, lanes_of(head, task), call.shard + i, 1, batch_index)
+        if call.by_r:
+            _scale(y, y, block(like, call.by_r, member, columns), columns)
 
 
 @register_jitable(**EXACT)
-def backward_rows(call: Any, like: Any, rows: Any, first: int, count: int, task: int) -> None:
-    """Rows of the gradient by x, and this task's sums for r, s and b."""
-    columns, members, size = call.n, call.members, like.itemsize
-    every = members * columns
-    z, h = block(like, call.z, 2 * task, columns), block(like, call.z, 2 * task + 1, columns)
-    by_r, by_s = block(like, call.sum_r, task, every), block(like, call.sum_s, task, every)
-    by_b = block(like, call.sum_b, task, every)
-    if call.by_r:
-        clear(by_r, every)
+def scale_rows_backward(call: Any, like: Any, rows: Any, first: int, count: int, task: int) -> None:
+    """Rows of the gradient by x, and this task's sums for s, b and r."""
+    columns = call.n
+    every = call.members * columns if call.members else columns
+    n, z = block(like, call.z, 4 * task, columns), block(like, call.z, 4 * task + 1, columns)
+    h, unread = block(like, call.z, 4 * task + 2, columns), block(like, call.z, 4 * task + 3, columns)
+    by_s, by_b = block(like, call.sum_s, task, every), block(like, call.sum_b, task, every)
+    by_r = block(like, call.sum_r, task, every)
     if call.by_s:
         clear(by_s, every)
         clear(by_b, every)
+    if call.by_r:
+        clear(by_r, every)
     for i in range(first, first + count):
         if rows[i] < 0:
             continue
-        dy, member = block(like, call.dz, i, columns), i % members
-        x = elements(like, call.x + size * rows[i] * columns)
+        dy, x = block(like, call.dz, i, columns), block(like, call.x, rows[i], columns)
+        member = i % call.members if call.members else 0
+        factor = _forward(call, like, member, x, n, z, h)
+        d = block(like, call.out, i, columns) if call.out else unread
+        for j in range(columns):
+            d[j] = dy[j]
+        if call.keep:
+            # the mask is of h too: without it the sum for r would have what was dropped
+            _mask_and_scale(d, elements(np.uint8, call.keep + i * columns), columns, 1.0 / (1.0 - call.rate))
+        if call.by_r:
+            _add_products(part(by_r, member * columns), d, h, columns)
+            _scale(d, d, block(like, call.by_r, member, columns), columns)
+        if call.activation != t.IDENTITY:
+            multiply_by_derivative(call.activation, d, h, z, columns, slope_of(call, like), 1.0)
         if call.by_s:
-            s, b = block(like, call.by_s, member, columns), block(like, call.b, member, columns)
-            slope = slope_of(call, like)
-            _activated(h, z, x, s, b, columns, call.activation, slope)
-            dz = block(like, call.out, i, columns)
-            if call.keep:
-                # the mask is of h too: without it the sum for r would have what was dropped
-                for j in range(columns):
-                    dz[j] = dy[j]
-                mask_and_scale(dz, elements(np.uint8, call.keep + i * columns), columns, 1.0 / (1.0 - call.rate))
-                dy = dz
-            if call.by_r:
-                _add_products(part(by_r, member * columns), dy, h, columns)
-                _scale(dz, dy, block(like, call.by_r, member, columns), columns)
-            elif not call.keep:
-                for j in range(columns):
-                    dz[j] = dy[j]
             sum_s, sum_b = part(by_s, member * columns), part(by_b, member * columns)
-            derive_affine(dz, h, z, x, s, sum_s, sum_b, columns, call.activation, slope)
-        else:
-            _add_products(part(by_r, member * columns), dy, x, columns)
+            s = block(like, call.by_s, member, columns)
+            _sum_and_scale(d, n if call.norm else x, s, sum_s, sum_b, columns)
+        if call.norm:
+            width = like.dtype.type(columns)
+            _without_direction(d, n, sum_of_products(d, n, columns) / width, columns)
+            mean = sum_of(d, columns) / width if call.norm == t.LAYER_NORM else like.dtype.type(0.0)
+            _shift_and_scale(d, d, mean, factor, columns)
+
+
+@register_jitable(**ELEMENTWISE)
+def add_rows(call: Any, like: Any, first: int, count: int) -> None:
+    """Rows of ``out = x + y``."""
+    a, b = block(like, call.x, first, call.n), block(like, call.y, first, call.n)
+    out = block(like, call.out, first, call.n)
+    for j in range(np.uintp(count * call.n)):
+        out[j] = a[j] + b[j]
 
 
 @register_jitable(**EXACT)

@@ -17,7 +17,7 @@ from fusemlp_kernels.numpy.compiled import tables as t
 from fusemlp_kernels.numpy.compiled.compiler import ELEMENTWISE, EXACT, REDUCTION, part
 from fusemlp_kernels.numpy.compiled.functions import exp
 from fusemlp_kernels.numpy.compiled.pointwise_numba import BINARY_CROSS_ENTROPY, element_losses
-from fusemlp_kernels.numpy.compiled.sums import sum_of
+from fusemlp_kernels.numpy.compiled.vectors import sum_of
 
 
 @register_jitable(**EXACT)

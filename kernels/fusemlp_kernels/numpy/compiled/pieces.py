@@ -22,7 +22,7 @@ from fusemlp_kernels.numpy.compiled.compiler import (
 from fusemlp_kernels.numpy.compiled.layers import lanes_of, shard_rows
 from fusemlp_kernels.numpy.compiled.pointwise_numba import update_average, update_tensor
 from fusemlp_kernels.numpy.compiled.random import WORDS, add_noise
-from fusemlp_kernels.numpy.compiled.sums import sum_of_products, sum_of_squares
+from fusemlp_kernels.numpy.compiled.vectors import sum_of_products, sum_of_squares
 
 
 @register_jitable(**ELEMENTWISE)

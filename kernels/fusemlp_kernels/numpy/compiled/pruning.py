@@ -24,7 +24,7 @@ from fusemlp_kernels.numpy.compiled import steps, tables
 from fusemlp_kernels.numpy.compiled.compiler import kept_for_calls
 
 # The modules with branches to cut, each before those that import from it; and those whose names become numbers.
-_FILES = ("pointwise_numba", "losses", "layers", "norms", "perturb", "encoding", "columns", "pieces", "steps")
+_FILES = ("pointwise_numba", "losses", "layers", "inputs", "columns", "pieces", "steps")
 _MODULES = [import_module(f"fusemlp_kernels.numpy.compiled.{name}") for name in _FILES]
 _NUMBERS = {"t": tables, "c": contract}
 

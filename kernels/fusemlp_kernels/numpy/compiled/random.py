@@ -11,7 +11,7 @@ from numba.extending import register_jitable
 
 from fusemlp_kernels.numpy.compiled.compiler import ELEMENT, ELEMENTWISE, EXACT, elements, kept, part
 from fusemlp_kernels.numpy.compiled.functions import logarithm
-from fusemlp_kernels.numpy.compiled.sums import sum_of_squares
+from fusemlp_kernels.numpy.compiled.vectors import sum_of_squares
 from fusemlp_kernels.philox import (
     COSINE,
     FEISTEL_ROUNDS,

@@ -27,11 +27,10 @@ from fusemlp_kernels.numpy.compiled.compiler import (
     piece_at,
     task_at,
 )
-from fusemlp_kernels.numpy.compiled.encoding import encode_rows
+from fusemlp_kernels.numpy.compiled.inputs import encode_rows, perturb_rows
 from fusemlp_kernels.numpy.compiled.layers import (
     activate_rows,
-    affine_rows,
-    backward_rows,
+    add_rows,
     batch_rows,
     derive,
     derive_rows,
@@ -40,11 +39,11 @@ from fusemlp_kernels.numpy.compiled.layers import (
     heads_backward,
     lanes_of,
     product,
+    scale_rows,
+    scale_rows_backward,
     shard_rows,
 )
 from fusemlp_kernels.numpy.compiled.losses import cross_entropy, elementwise, record, shares_of
-from fusemlp_kernels.numpy.compiled.norms import add_rows, grad_normalise_rows, normalise_rows
-from fusemlp_kernels.numpy.compiled.perturb import perturb_rows
 from fusemlp_kernels.numpy.compiled.pieces import by_piece, clip_factor
 from fusemlp_kernels.numpy.compiled.random import add_squares, shrink
 
@@ -101,18 +100,14 @@ def _by_rows(call: Any, head: Any, like: Any, counters: Any, task: int) -> None:
         perturb_rows(call, like, rows, first, count, batch_index, lanes_of(head, task))
     elif kind == t.ENCODE:
         encode_rows(call, like, rows, first, count, task)
-    elif kind == t.MEMBERS_AFFINE:
-        affine_rows(call, head, like, rows, first, count, batch_index, task)
-    elif kind == t.MEMBERS_BACKWARD:
-        backward_rows(call, like, rows, first, count, task)
+    elif kind == t.SCALE:
+        scale_rows(call, head, like, rows, first, count, batch_index, task)
+    elif kind == t.SCALE_BACKWARD:
+        scale_rows_backward(call, like, rows, first, count, task)
     elif kind == t.HEADS:
         heads(call, head, like, first, count)
     elif kind == t.HEADS_BACKWARD:
         heads_backward(call, head, like, first, count)
-    elif kind == t.NORMALISE:
-        normalise_rows(call, head, like, first, count, batch_index, task)
-    elif kind == t.NORMALISE_BACKWARD:
-        grad_normalise_rows(call, like, first, count, task)
     elif kind == t.ADD:
         add_rows(call, like, first, count)
     elif kind == t.SQUARES:

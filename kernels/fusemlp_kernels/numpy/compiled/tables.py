@@ -46,18 +46,17 @@ DEPTH = 512
 # The kinds of a row of calls; a call of the program is one row or several. By rows of the batch: GATHER: x[rows];
 # AFFINE and ACTIVATE: a layer; ENTROPY and ELEMENTWISE: cross-entropy or another loss; PADDING: zero dz after the
 # last row; BACKWARD; SQUARES and SHRINK: the norms of the rows' gradients, and clipping them; COLUMNS: a first layer
-# of codes; PERTURB: inputs that raise the loss; MEMBERS_AFFINE and MEMBERS_BACKWARD: what members that share weights
-# have of their own; HEADS and HEADS_BACKWARD: an output layer of each member; NORMALISE and NORMALISE_BACKWARD; ADD:
-# out = x + y; ENCODE: inputs as waves. By pieces of a tensor: WEIGHT, BIAS,
-# SLOPES, CODES (weights of a first layer of codes), FACTORS (those that members multiply its inputs by, from what CODES
-# has left): a gradient, with its update where there is a param; NORM: squares
-# of gradients, for clipping; UPDATE; PACK: weights into panels; SUMS: the rows that a layer of codes adds up. CLOCK.
-# PAUSE: a launch ends there, and the next goes on from there.
+# of codes; PERTURB: inputs that raise the loss; SCALE and SCALE_BACKWARD: rows that are normalised, or multiplied by
+# what members that share weights have of their own; HEADS and HEADS_BACKWARD: an output layer of each member; ADD:
+# out = x + y; ENCODE: inputs as waves. By pieces of a tensor: WEIGHT, BIAS, SLOPES, CODES (weights of a first layer of
+# codes), FACTORS (those that members multiply its inputs by, from what CODES has left): a gradient, with its update
+# where there is a param; NORM: squares of gradients, for clipping; UPDATE; PACK: weights into panels; SUMS: the rows
+# that a layer of codes adds up. CLOCK. PAUSE: a launch ends there, and the next goes on from there.
 (
     GATHER, AFFINE, ACTIVATE, ENTROPY, ELEMENTWISE, PADDING, BACKWARD, WEIGHT, BIAS, SLOPES, NORM, UPDATE, PACK, CLOCK,
-    SQUARES, SHRINK, PERTURB, MEMBERS_AFFINE, MEMBERS_BACKWARD, HEADS, HEADS_BACKWARD, COLUMNS, CODES, SUMS,
-    PAUSE, NORMALISE, NORMALISE_BACKWARD, ADD, FACTORS, ENCODE,
-) = range(30)  # fmt: skip
+    SQUARES, SHRINK, PERTURB, SCALE, SCALE_BACKWARD, HEADS, HEADS_BACKWARD, COLUMNS, CODES, SUMS, PAUSE, ADD, FACTORS,
+    ENCODE,
+) = range(28)  # fmt: skip
 
 # A row of calls: its kind and sizes. Row numbers, and 1 if the batch starts at ROW_OFFSET among them; input, weights,
 # the same in panels, bias, output, pre-activation, gradient by it, what else is written; prelu's slope, the gradient

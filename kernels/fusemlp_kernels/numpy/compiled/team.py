@@ -32,7 +32,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import register_jitable
 
-from fusemlp_kernels.numpy.compiled.compiler import EXACT, X86, call_function, instruction, intrinsic, kept
+from fusemlp_kernels.numpy.compiled.compiler import EXACT, X86, call_function, emits, instruction, kept
 
 _WORD, _CONTROL, _ORDER, _BYTES = ir.IntType(64), ir.IntType(32), "seq_cst", 8
 _ARM = platform.machine().lower() in ("arm64", "aarch64")
@@ -44,60 +44,37 @@ def _at(builder: Any, address: Any) -> Any:
     return builder.inttoptr(address, _WORD.as_pointer())
 
 
-@intrinsic
-def load(typingctx: Any, address: Any) -> Any:
+@emits(types.intp, types.intp)
+def load(builder: Any, address: Any) -> Any:
     """The word at an address."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load_atomic(_at(builder, arguments[0]), _ORDER, _BYTES)
-
-    return types.intp(types.intp), code
+    return builder.load_atomic(_at(builder, address), _ORDER, _BYTES)
 
 
-@intrinsic
-def store(typingctx: Any, address: Any, value: Any) -> Any:
+@emits(types.void, types.intp, types.intp)
+def store(builder: Any, address: Any, value: Any) -> None:
     """Write a word."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.store_atomic(arguments[1], _at(builder, arguments[0]), _ORDER, _BYTES)
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp), code
+    builder.store_atomic(value, _at(builder, address), _ORDER, _BYTES)
 
 
-@intrinsic
-def add(typingctx: Any, address: Any, value: Any) -> Any:
+@emits(types.intp, types.intp, types.intp)
+def add(builder: Any, address: Any, value: Any) -> Any:
     """Add to a word; its value before."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.atomic_rmw("add", _at(builder, arguments[0]), arguments[1], _ORDER)
-
-    return types.intp(types.intp, types.intp), code
+    return builder.atomic_rmw("add", _at(builder, address), value, _ORDER)
 
 
-@intrinsic
-def swap_if(typingctx: Any, address: Any, expected: Any, value: Any) -> Any:
+@emits(types.boolean, types.intp, types.intp, types.intp)
+def swap_if(builder: Any, address: Any, expected: Any, value: Any) -> Any:
     """Write a word if it is still the expected one; whether it was."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        found = builder.cmpxchg(_at(builder, arguments[0]), arguments[1], arguments[2], _ORDER, _ORDER)
-        return builder.extract_value(found, 1)
-
-    return types.boolean(types.intp, types.intp, types.intp), code
+    return builder.extract_value(builder.cmpxchg(_at(builder, address), expected, value, _ORDER, _ORDER), 1)
 
 
-@intrinsic
-def pause(typingctx: Any) -> Any:
+@emits(types.void)
+def pause(builder: Any) -> None:
     """Tell the processor that the thread waits."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if X86:
-            instruction(builder, "x86.sse2.pause", ir.VoidType())
-        elif _ARM:
-            instruction(builder, "aarch64.hint", ir.VoidType(), ir.IntType(32)(1))
-        return context.get_dummy_value()
-
-    return types.void(), code
+    if X86:
+        instruction(builder, "x86.sse2.pause", ir.VoidType())
+    elif _ARM:
+        instruction(builder, "aarch64.hint", ir.VoidType(), ir.IntType(32)(1))
 
 
 for _name in ("PyThread_acquire_lock", "PyThread_release_lock"):
@@ -113,30 +90,21 @@ def _of_register(builder: Any, name: str, slot: Any) -> None:
     instruction(builder, f"x86.sse.{name}", ir.VoidType(), builder.bitcast(slot, ir.IntType(8).as_pointer()))
 
 
-@intrinsic
-def read_control(typingctx: Any) -> Any:
+@emits(types.uint32)
+def read_control(builder: Any) -> Any:
     """The control register; 0 where there is none."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if not X86:
-            return _CONTROL(0)
-        slot = cgutils.alloca_once(builder, _CONTROL)
-        _of_register(builder, "stmxcsr", slot)
-        return builder.load(slot)
-
-    return types.uint32(), code
+    if not X86:
+        return _CONTROL(0)
+    slot = cgutils.alloca_once(builder, _CONTROL)
+    _of_register(builder, "stmxcsr", slot)
+    return builder.load(slot)
 
 
-@intrinsic
-def write_control(typingctx: Any, value: Any) -> Any:
+@emits(types.void, types.uint32)
+def write_control(builder: Any, value: Any) -> None:
     """Set the control register."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if X86:
-            _of_register(builder, "ldmxcsr", cgutils.alloca_once_value(builder, arguments[0]))
-        return context.get_dummy_value()
-
-    return types.void(types.uint32), code
+    if X86:
+        _of_register(builder, "ldmxcsr", cgutils.alloca_once_value(builder, value))
 
 
 # Offsets in bytes. The ticket; tasks that have ended; how many threads sleep; those of the launch: its function and
