@@ -512,8 +512,6 @@ CUDA_HEAD = f"""
 // The formulas. {AGAIN}
 
 #include "common.cuh"
-#include "counters.cuh"
-#include "functions.cuh"
 """
 
 # of the package that is imported, which may be a copy

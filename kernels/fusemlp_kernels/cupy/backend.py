@@ -10,22 +10,10 @@ import numpy as np
 
 from fusemlp_kernels.checks import check_names
 from fusemlp_kernels.contract import Traits
+from fusemlp_kernels.cupy.calls import BINDERS
 from fusemlp_kernels.cupy.device import Array, Device, all_shared, strides_of
-from fusemlp_kernels.cupy.layers import bind_grad_input, bind_linear
-from fusemlp_kernels.cupy.losses import bind_linear_loss_grad, bind_loss_grad
-from fusemlp_kernels.cupy.updates import bind_advance, bind_grad_weight, bind_update
 
 _log = logging.getLogger("fusemlp.kernels")
-
-BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
-    "linear": bind_linear,
-    "linear_loss_grad": bind_linear_loss_grad,
-    "loss_grad": bind_loss_grad,
-    "grad_input": bind_grad_input,
-    "grad_weight": bind_grad_weight,
-    "update": bind_update,
-    "advance": bind_advance,
-}
 
 
 class CupyBackend(Device):

@@ -1,10 +1,18 @@
-// Shared by all kernels: arrays, 16-bit numbers, sums in a fixed order, and a test for the last block.
+// Shared by all kernels: the places of the control arrays, arrays, 16-bit numbers, sums in a fixed order, a test for the
+// last block, and the functions of pointwise.FUNCTIONS that CUDA lacks.
 //
 // The sources are C++17 without headers, for NVRTC.
 
 #ifndef COMPUTE_IS_HALF
 #error "COMPUTE_IS_HALF: 1 where matrix products read float16, else 0"
 #endif
+
+// The places of counters, hyper, rates and stats, as in contract.py.
+
+enum Counter { BATCH_INDEX, UPDATE_COUNT, ROW_COUNT, ROW_OFFSET, ROW_TOTAL, ROW_STEP, SKIPPED, SKIPPED_IN_A_ROW };
+enum Hyper { LEARNING_RATE, BIAS_CORRECTION_1, BIAS_CORRECTION_2, RATE_SCALE, LOSS_SCALE, GOOD_UPDATES, SHARE };
+enum Rates { FIRST_UPDATE, ROWS_FILLED, RATE_SHARE = 3, RATE_COLUMNS };
+enum Stat { LAST_LOSS, LOSS_SUM, NORM_SUM, CORRECT, SCORED, BATCH_LOSSES, PENALTIES, STATS };
 
 // Threads of a block, everywhere.
 constexpr int THREADS = 256;
@@ -133,4 +141,44 @@ __device__ __forceinline__ const Entry& entry_of_block(const Entry* entries, lon
         if (entries[low + left / 2].first_block <= blockIdx.x) low += left / 2;
     }
     return entries[low];
+}
+
+__device__ __forceinline__ float not_a_number() {
+    return __uint_as_float(0x7fc00000u);
+}
+
+// 1 / (1 + exp(-z)), without overflow.
+__device__ __forceinline__ float sigmoid(float z) {
+    float e = expf(-fabsf(z));
+    return (z >= 0.0f ? 1.0f : e) / (1.0f + e);
+}
+
+__device__ __forceinline__ float normal_cdf(float z) {
+    return 0.5f * (1.0f + erff(z * 0.7071067811865476f));
+}
+
+__device__ __forceinline__ float normal_pdf(float z) {
+    return 0.3989422804014327f * expf(-0.5f * z * z);
+}
+
+// The larger one; NaN where z is.
+template <typename T>
+__device__ __forceinline__ T maximum(T z, T other) {
+    return z < other ? other : z;
+}
+
+// The smaller one; NaN where z is.
+template <typename T>
+__device__ __forceinline__ T minimum(T z, T other) {
+    return z > other ? other : z;
+}
+
+// 1, 0, -1 or NaN.
+__device__ __forceinline__ float sign(float z) {
+    return z > 0.0f ? 1.0f : z < 0.0f ? -1.0f : z;
+}
+
+// 1 above zero, `below` elsewhere, NaN for NaN.
+__device__ __forceinline__ float step(float z, float below) {
+    return z > 0.0f ? 1.0f : z <= 0.0f ? below : z;
 }

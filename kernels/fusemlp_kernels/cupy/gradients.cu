@@ -2,7 +2,6 @@
 // the products; and a sum of matrices that cuBLAS cannot write in place.
 
 #include "common.cuh"
-#include "counters.cuh"
 
 // The columns of dz that a block sums, the rows that it reads at a time, and the rows that it sums. The last block of
 // these columns adds up the parts of a longer batch, in order.

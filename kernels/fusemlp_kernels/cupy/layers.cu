@@ -1,11 +1,119 @@
 // The kernels around the matrix products of a layer: before them a gather of rows; after them bias, activation and
-// dropout, or the derivative of the activation.
+// dropout, or the derivative of the activation. A thread works on eight columns of a row.
 
 #include "common.cuh"
-#include "counters.cuh"
-#include "lanes.cuh"
-#include "philox.cuh"
 #include "pointwise.cuh"
+
+// Eight numbers side by side are one or two chunks of sixteen bytes, if they are aligned.
+constexpr int LANES = 8;
+
+struct Place {
+    long long row;
+    long long column;  // the first of LANES
+    int count;  // of them inside the matrix
+    bool inside;
+};
+
+// The place of this thread in a matrix, counted row by row.
+__device__ __forceinline__ Place place_of(long long rows, long long columns) {
+    long long per_row = (columns + LANES - 1) / LANES;
+    long long at = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
+    Place place = {0, 0, 0, at < rows * per_row};
+    if (!place.inside) return place;
+    // a division of 64 bits is a long program
+    if (rows * per_row <= 0xffffffffll) {
+        place.row = static_cast<unsigned>(at) / static_cast<unsigned>(per_row);
+    } else {
+        place.row = at / per_row;
+    }
+    place.column = (at - place.row * per_row) * LANES;
+    long long left = columns - place.column;
+    place.count = static_cast<int>(left < LANES ? left : LANES);
+    return place;
+}
+
+template <typename T>
+struct alignas(16) Chunk {
+    T lane[16 / sizeof(T)];
+};
+
+template <typename T>
+__device__ __forceinline__ bool are_chunks(const T* at, long long step, int count) {
+    return count == LANES && step == 1 && reinterpret_cast<unsigned long long>(at) % 16 == 0;
+}
+
+// `count` of the eight elements from `at` on, `step` apart; zeros for the others.
+template <typename T>
+__device__ __forceinline__ void load_lanes(const T* at, long long step, int count, float* out) {
+    constexpr int WIDTH = 16 / sizeof(T);
+    if (are_chunks(at, step, count)) {
+        for (int first = 0; first < LANES; first += WIDTH) {
+            Chunk<T> part = *reinterpret_cast<const Chunk<T>*>(at + first);
+            for (int i = 0; i < WIDTH; i++) out[first + i] = load(&part.lane[i]);
+        }
+        return;
+    }
+    for (int i = 0; i < LANES; i++) out[i] = i < count ? load(at + i * step) : 0.0f;
+}
+
+template <typename T>
+__device__ __forceinline__ void load_lanes(const Matrix<T>& from, const Place& place, float* out) {
+    load_lanes(from.at(place.row, place.column), from.col, place.count, out);
+}
+
+template <typename T>
+__device__ __forceinline__ void store_lanes(const Matrix<T>& to, const Place& place, const float* values) {
+    constexpr int WIDTH = 16 / sizeof(T);
+    T* at = to.at(place.row, place.column);
+    if (are_chunks(at, to.col, place.count)) {
+        for (int first = 0; first < LANES; first += WIDTH) {
+            Chunk<T> part;
+            for (int i = 0; i < WIDTH; i++) store(&part.lane[i], values[first + i]);
+            *reinterpret_cast<Chunk<T>*>(at + first) = part;
+        }
+        return;
+    }
+    for (int i = 0; i < LANES; i++) {
+        if (i < place.count) store(at + i * to.col, values[i]);
+    }
+}
+
+// Dropout masks, computed again where they are used; philox.py defines them (Salmon et al., 2011).
+
+struct Words {
+    unsigned word[4];
+};
+
+// Philox 4x32-10 of the counter (c0, c1, c2, c3) under the key (k0, k1).
+__device__ __forceinline__ Words philox(
+    unsigned c0, unsigned c1, unsigned c2, unsigned c3, unsigned k0, unsigned k1) {
+    for (int round = 0; round < 10; round++) {
+        unsigned long long product0 = 0xD2511F53ull * c0;
+        unsigned long long product1 = 0xCD9E8D57ull * c2;
+        c0 = static_cast<unsigned>(product1 >> 32) ^ c1 ^ k0;
+        c2 = static_cast<unsigned>(product0 >> 32) ^ c3 ^ k1;
+        c1 = static_cast<unsigned>(product1);
+        c3 = static_cast<unsigned>(product0);
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return {{c0, c1, c2, c3}};
+}
+
+// Bit i: element (row, 8 * block + i) is kept. Lane 2i is the low half of word i, lane 2i + 1 the high half.
+__device__ __forceinline__ unsigned kept_lanes(
+    long long block, long long row, long long layer, long long batch, long long key0, long long key1,
+    unsigned threshold) {
+    Words words = philox(
+        static_cast<unsigned>(block), static_cast<unsigned>(row), static_cast<unsigned>(layer),
+        static_cast<unsigned>(batch), static_cast<unsigned>(key0), static_cast<unsigned>(key1));
+    unsigned kept = 0;
+    for (int i = 0; i < 4; i++) {
+        if ((words.word[i] & 0xffffu) >= threshold) kept |= 1u << (2 * i);
+        if (words.word[i] >> 16 >= threshold) kept |= 2u << (2 * i);
+    }
+    return kept;
+}
 
 struct Gather {
     Matrix<const Compute> x;

@@ -1,8 +1,6 @@
 // The formulas. Printed from pointwise.py by `python ci/print_formulas.py`; do not edit.
 
 #include "common.cuh"
-#include "counters.cuh"
-#include "functions.cuh"
 
 enum Activation { IDENTITY, RELU, LEAKY_RELU, PRELU, SIGMOID, TANH, GELU, SILU, ELU, SELU, SOFTPLUS, MISH };
 
