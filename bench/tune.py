@@ -15,7 +15,6 @@ import argparse
 import collections
 import contextlib
 import copy
-import dataclasses
 import importlib
 import itertools
 import json
@@ -103,18 +102,24 @@ def uses(arch: Architecture) -> collections.Counter[Place]:
     def add(product: str, precision: str, tile: Tile) -> None:
         kind = "half" if precision == "bf16" else precision
         rows = configs.TABLES[arch.family][product][kind]
-        found[arch.family, product, kind, rows.index(list(dataclasses.astuple(tile)))] += 1
+        found[arch.family, product, kind, rows.index(numbers(tile))] += 1
 
     for case in CASES.values():
         layers = list(itertools.pairwise(case.sizes))
         if case.models is None:
             # forward to each hidden layer, and back to it
             for width in 2 * case.sizes[1:-1]:
-                add("forward", case.precision, configs.forward_tile(arch, case.precision, case.batch_size, width))
+                result = [(case.batch_size, width)]
+                add("forward", case.precision, configs.product_tile(arch, "forward", case.precision, result))
             shapes = [(outputs, inputs) for inputs, outputs in layers]
             parts = batch_parts(TRAITS["triton"], case.batch_size, sum(map(math.prod, shapes)))
-            add("weight", case.precision, configs.weight_tile(arch, case.precision, shapes, parts=parts))
+            add("weight", case.precision, configs.product_tile(arch, "weight", case.precision, shapes, parts=parts))
     return found
+
+
+def numbers(tile: Tile) -> list[int]:
+    """Return the numbers of a tile in the table of a product."""
+    return [tile.rows, tile.columns, tile.depth, tile.warps, tile.stages, tile.parts]
 
 
 def candidates(tile: Tile) -> list[Tile]:
@@ -163,7 +168,7 @@ def only(tile: Tile, family: str, product: str, precision: str) -> Iterator[None
 
     kind = "half" if precision in ("bf16", "fp16") else precision
     place = configs.TABLES[family][product]
-    before, place[kind] = place[kind], [list(dataclasses.astuple(tile))]
+    before, place[kind] = place[kind], [numbers(tile)]
     try:
         yield
     finally:
@@ -261,6 +266,18 @@ def fastest(times: Mapping[Any, Sequence[float]], present: Any) -> tuple[Any, fl
     return best, means[best] / means[present]
 
 
+def table_text(tables: Mapping[str, Any]) -> str:
+    """Return the text of the file of ``configs.TABLES``, with a tile a line."""
+
+    def written(value: Any, indent: str) -> str:
+        if isinstance(value, Mapping):
+            inner = ",\n".join(f'{indent}  "{key}": {written(item, indent + "  ")}' for key, item in value.items())
+            return f"{{\n{inner}\n{indent}}}"
+        return "[\n" + ",\n".join(f"{indent}  {json.dumps(list(row))}" for row in value) + f"\n{indent}]"
+
+    return written(tables, "") + "\n"
+
+
 def rewritten(tables: Mapping[str, Any], chosen: Mapping[tuple[str, str, str, int], Tile]) -> dict[str, Any]:
     """Return the tables with other tiles at places (family, product, element type, index)."""
     made: dict[str, Any] = copy.deepcopy(dict(tables))
@@ -268,7 +285,7 @@ def rewritten(tables: Mapping[str, Any], chosen: Mapping[tuple[str, str, str, in
         before = made[family][product][kind][index]
         if tile.rows * tile.columns != before[0] * before[1]:
             raise ValueError(f"{tile} is not of the size of {before}, so the list would lose its order")
-        made[family][product][kind][index] = list(dataclasses.astuple(tile))
+        made[family][product][kind][index] = numbers(tile)
     return made
 
 
@@ -351,9 +368,9 @@ class Tuner:
         taken = seconds(clock, {tile: runs[tile] for tile in found if tile in finalists}, self.options.rounds, times)
         best, share = fastest(taken, present)
         return {
-            "study": "tune", "card": self.card, "place": list(place), "present": list(dataclasses.astuple(present)),
-            "best": list(dataclasses.astuple(best)), "share": share, "candidates": len(tiles), "measured": len(found),
-            "seconds": {str(dataclasses.astuple(tile)): each for tile, each in taken.items()},
+            "study": "tune", "card": self.card, "place": list(place), "present": numbers(present),
+            "best": numbers(best), "share": share, "candidates": len(tiles), "measured": len(found),
+            "seconds": {str(tuple(numbers(tile))): each for tile, each in taken.items()},
         }  # fmt: skip
 
 
@@ -381,7 +398,7 @@ def main(arguments: Sequence[str]) -> int:
         if line["best"] != line["present"] and not (options.dry_run or options.rehearse):
             # The next entries are measured with the table as it is now.
             configs.TABLES.update(rewritten(configs.TABLES, {place: best}))
-            configs.TABLE_FILE.write_text(configs.table_text(configs.TABLES), encoding="utf-8")
+            configs.TABLE_FILE.write_text(table_text(configs.TABLES), encoding="utf-8")
             changed = True
     if changed:
         say(f"wrote {configs.TABLE_FILE}; now run ci/compile_kernels.py --all --write, and commit both")

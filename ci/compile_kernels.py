@@ -102,7 +102,7 @@ def systematic_part(variants: Sequence[kernel_variants.Variant]) -> list[kernel_
         flags = [
             variant.constants.get(name, name == "ALIGNED") for name in ("ALIGNED", "NOISY", "CROSS_ENTROPY", "MANY")
         ]
-        return variant.kernel, variant.precision, *flags, isinstance(variant.tile, configs.DeepTile)
+        return variant.kernel, variant.precision, *flags, variant.tile.split > 1
 
     largest: dict[tuple[str | bool, ...], tuple[int, int]] = {}
     for variant in variants:

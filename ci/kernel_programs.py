@@ -11,8 +11,8 @@ from kernel_launches import Recorded
 from kernel_loops import ONCE
 
 from fusemlp_kernels.pointwise import OPTIMIZERS
-from fusemlp_kernels.triton import configs, gradients, loss, resident_tables
-from fusemlp_kernels.triton.resident import CHUNK
+from fusemlp_kernels.triton import configs, gradients, loss, resident_layers
+from fusemlp_kernels.triton.resident_layers import CHUNK
 
 # Of a multiprocessor of an H100: the CUDA programming guide's table of compute capabilities.
 MOST_WARPS, MOST_PROGRAMS, SHARED = 64, 32, 228 << 10
@@ -161,7 +161,7 @@ def _resident_trips(launch: Recorded) -> dict[str, int]:
     """Return the trips of a step's loops in ``resident_kernel``, in all layers."""
     batch, tile = launch.arguments["M"], launch.tile
     assert isinstance(tile, configs.ResidentTile)
-    places = [resident_tables.LAYER_FIELDS.index(name) for name in ("N", "K")]
+    places = [resident_layers.LAYER_FIELDS.index(name) for name in ("N", "K")]
     sizes = [[row[place] for place in places] for row in launch.arguments["layers"].tolist()]
     down = over(batch, tile.rows)
     passes = [over(k, tile.split * tile.depth) for _, k in sizes[:-1]]

@@ -30,16 +30,13 @@ from fusemlp_kernels.pointwise import OPTIMIZERS
 from fusemlp_kernels.triton import (
     clock,
     configs,
-    encoding,
     gradients,
     linear,
     loss,
     members,
     narrow,
-    norms,
-    perturb,
-    privacy,
     resident,
+    rowwise,
     update,
 )
 from fusemlp_kernels.triton.configs import Architecture, Tile
@@ -48,23 +45,23 @@ TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
 KERNELS = {
     "linear": linear.linear_kernel,
     "grad_input": gradients.grad_input_kernel,
-    "clip_examples": privacy.clip_examples_kernel,
+    "clip_examples": update.clip_examples_kernel,
     "grad_weight": gradients.grad_weight_kernel,
     "linear_loss_grad": loss.linear_loss_grad_kernel,
     "loss_grad": loss.loss_grad_kernel,
     "update": update.update_kernel,
     "norm": update.norm_kernel,
     "advance": clock.advance_kernel,
-    "perturb": perturb.perturb_kernel,
+    "perturb": rowwise.perturb_kernel,
     "affine_members": members.affine_members_kernel,
     "grad_affine_members": members.grad_affine_members_kernel,
     "linear_members": members.linear_members_kernel,
     "grad_input_members": members.grad_input_members_kernel,
-    "normalise": norms.normalise_kernel,
-    "grad_normalise": norms.grad_normalise_kernel,
-    "add": norms.add_kernel,
-    "encode": encoding.encode_kernel,
-    "grad_encode": encoding.grad_encode_kernel,
+    "normalise": rowwise.normalise_kernel,
+    "grad_normalise": rowwise.grad_normalise_kernel,
+    "add": rowwise.add_kernel,
+    "encode": rowwise.encode_kernel,
+    "grad_encode": rowwise.grad_encode_kernel,
     "resident": resident.resident_kernel,
     "narrow": narrow.narrow_kernel,
 }
@@ -131,7 +128,7 @@ class Variant:
             [RULES[self.constants["RULE"]]] if self.constants.get("UPDATES", True) and "RULE" in self.constants else []
         )
         words += [f"{word}={self.constants[name]}" for name, word in numbers.items() if name in self.constants]
-        words += [f"split={tile.split}"] if isinstance(tile, configs.DeepTile) else []
+        words += [f"split={tile.split}"] if tile.split > 1 and self.kernel != "resident" else []
         return " ".join([self.precision, size, f"warps={tile.warps} stages={tile.stages}", *words])
 
 
@@ -156,7 +153,7 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
     product = arch.product(precision)
     # small results with long reductions have them
     deep, deep_output = (configs.deep_tile(arch, precision, 1, 1, 1 << 10, table) for table in ("deep", "deep_output"))
-    paths = [(tile, True) for tile in configs.forward_tiles(arch.family, precision)]
+    paths = [(tile, True) for tile in configs.tiles(arch.family, "forward", precision)]
     for tile, aligned in [*paths, (configs.general_tile(arch), False), *([(deep, True)] if deep else [])]:
         shared = {"PRODUCT": product, "ALIGNED": aligned, "PARTS": tile.parts}
         ahead, back = {**tile.sides("MNK"), **shared}, {**tile.sides("MKN"), **shared}
@@ -167,7 +164,7 @@ def _of_precision(arch: Architecture, precision: str) -> Iterator[Variant]:
         if tile is not deep:
             yield Variant("linear_members", precision, tile, ahead)
             yield Variant("grad_input_members", precision, tile, back)
-    paths = [(tile, True) for tile in configs.weight_tiles(arch.family, precision)]
+    paths = [(tile, True) for tile in configs.tiles(arch.family, "weight", precision)]
     for tile, aligned in [*paths, (configs.general_tile(arch), False)]:
         sides = {"BN": tile.rows, "BK": tile.columns, "BM": tile.depth, "PRODUCT": product, "ALIGNED": aligned}
         for updates, rule in [(False, RULES[0]), *((True, rule) for rule in RULES)]:

@@ -66,12 +66,12 @@ def test_calls_are_bound_with_the_candidate(product, kind, precision, monkeypatc
     monkeypatch.setattr(backend, "open_device", lambda *_: device)
     made = backend.TritonBackend(TRAITS["triton"], None, precision)
     tile = configs.Tile(32, 64, 32, 4, 2, 1)
-    before = configs.table_text(configs.TABLES)
+    before = tune.table_text(configs.TABLES)
     given = tune.operands(made, product, [(64, 64, 32), (64, 128, 64)])
     runs = tune.calls(made, product, precision, tile, given, "sm_90")
     name = "linear_kernel" if product == "forward" else "grad_weight_kernel"
     assert len(runs) == 2 and seen == [(name, tile)] * 2
-    assert configs.table_text(configs.TABLES) == before
+    assert tune.table_text(configs.TABLES) == before
     variants = list(tune.kernels_of(product, precision, tile, "sm_90"))
     expected = {"linear", "grad_input"} if product == "forward" else {"grad_weight"}
     assert {variant.kernel for variant in variants} == expected
@@ -95,7 +95,7 @@ def test_the_table_is_rewritten_at_its_places_only(tmp_path):
     present = configs.Tile(*configs.TABLES["sm_90"]["weight"]["half"][1])
     tile = configs.Tile(present.columns, present.rows, 32, 4, 2, 4)
     made = tune.rewritten(configs.TABLES, {place: tile})
-    old, new = configs.table_text(configs.TABLES).splitlines(), configs.table_text(made).splitlines()
+    old, new = tune.table_text(configs.TABLES).splitlines(), tune.table_text(made).splitlines()
     assert len(old) == len(new)
     changed = [line for before, line in zip(old, new, strict=True) if before != line]
     assert [line.strip(" ,") for line in changed] == [f"[{tile.rows}, {tile.columns}, 32, 4, 2, 4]"]
@@ -136,3 +136,8 @@ def test_a_rehearsal_measures_and_leaves_the_table_alone(tmp_path):
     assert tune.main([*small, "--product", "weight", "--out", str(out)]) == 0
     assert tune.main([*small, "--minutes", "0"]) == 0
     assert len(out.read_text().splitlines()) == 1
+
+
+def test_the_table_is_written_as_it_is_read():
+    text = configs.TABLE_FILE.read_text()
+    assert tune.table_text(json.loads(text)) == text

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import itertools
-import json
 import os
 from pathlib import Path
 
@@ -93,10 +92,10 @@ def test_a_target_without_kernels():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tiles", [configs.forward_tiles, configs.weight_tiles])
+@pytest.mark.parametrize("product", ["forward", "weight"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_tiles_fall_in_size_to_16_by_32(family, tiles, precision):
-    found = tiles(family, precision)
+def test_tiles_fall_in_size_to_16_by_32(family, product, precision):
+    found = configs.tiles(family, product, precision)
     sizes = [tile.rows * tile.columns for tile in found]
     assert sizes == sorted(sizes, reverse=True)
     assert (found[-1].rows, found[-1].columns) == (16, 32)
@@ -111,32 +110,32 @@ def test_output_tiles_hold_rows_of_any_width(family):
 
 def test_larger_results_get_larger_tiles_down_to_one_program_a_processor():
     arch = configs.Architecture("sm_90", 132)
-    tiles = configs.forward_tiles("sm_90", "bf16")
-    assert configs.forward_tile(arch, "bf16", 8192, 8192) == tiles[0]
-    assert configs.forward_tile(arch, "bf16", 128, 128) == tiles[-1]
+    tiles = configs.tiles("sm_90", "forward", "bf16")
+    assert configs.product_tile(arch, "forward", "bf16", [(8192, 8192)]) == tiles[0]
+    assert configs.product_tile(arch, "forward", "bf16", [(128, 128)]) == tiles[-1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_tile_wastes_less_than_half_of_its_sides(family, precision):
     arch = configs.Architecture(family, 132)
-    least = configs.forward_tiles(family, precision)[-1]
+    least = configs.tiles(family, "forward", precision)[-1]
     for rows, columns in itertools.product((1 << 7, 1 << 12, 1 << 18), (1, 8, 16, 31, 32, 33, 64, 65, 100, 128, 1000)):
-        tile = configs.forward_tile(arch, precision, rows, columns)
+        tile = configs.product_tile(arch, "forward", precision, [(rows, columns)])
         assert tile.columns < 2 * max(columns, least.columns) and tile.rows < 2 * max(rows, least.rows)
         for parts in (1, 4, 32):
-            tile = configs.weight_tile(arch, precision, [(columns, 16), (32, columns)], parts=parts)
+            tile = configs.product_tile(arch, "weight", precision, [(columns, 16), (32, columns)], parts=parts)
             assert tile.rows < 2 * max(columns, 32) and tile.columns < 2 * max(columns, least.columns)
 
 
 @pytest.mark.parametrize("width", [16, 32, 64])
 def test_a_tall_narrow_result_is_covered_without_empty_columns(width):
     arch = configs.Architecture("sm_90", 132)
-    tile = configs.forward_tile(arch, "bf16", 1 << 18, width)
+    tile = configs.product_tile(arch, "forward", "bf16", [(1 << 18, width)])
     covered = tile.count(1 << 18, width) * tile.rows * tile.columns
     assert covered <= (1 << 18) * max(width, 32)
     # the largest tile of that width
-    same = [one for one in configs.forward_tiles("sm_90", "bf16") if one.columns == tile.columns]
+    same = [one for one in configs.tiles("sm_90", "forward", "bf16") if one.columns == tile.columns]
     assert tile == same[0]
 
 
@@ -144,19 +143,19 @@ def test_the_parts_of_a_batch_count_as_programs():
     arch, shapes = configs.Architecture("sm_90", 132), [(64, 64)] * 3
     sizes = []
     for parts in (1, 8, 32, 64):
-        tile = configs.weight_tile(arch, "fp32", shapes, parts=parts)
+        tile = configs.product_tile(arch, "weight", "fp32", shapes, parts=parts)
         sizes.append((tile.rows, tile.columns))
         programs = parts * sum(tile.count(*shape) for shape in shapes)
-        assert programs >= 132 or tile == configs.weight_tiles("sm_90", "fp32")[-1]
+        assert programs >= 132 or tile == configs.tiles("sm_90", "weight", "fp32")[-1]
     # larger tiles read each matrix less often
     assert sizes == [(16, 32), (16, 32), (32, 64), (64, 64)]
     # nothing to sum but biases
-    assert configs.weight_tile(arch, "fp32", []) == configs.weight_tiles("sm_90", "fp32")[-1]
+    assert configs.product_tile(arch, "weight", "fp32", []) == configs.tiles("sm_90", "weight", "fp32")[-1]
 
 
 def test_small_results_get_a_tile_whose_reduction_is_cut():
     arch = configs.Architecture("sm_90", 4)
-    (deep,) = [configs.DeepTile(*row) for row in configs.TABLES["sm_90"]["deep"]["fp32"]]
+    (deep,) = [configs.Tile(*row) for row in configs.TABLES["sm_90"]["deep"]["fp32"]]
     assert (deep.rows, deep.columns, deep.split * deep.depth) == (16, 16, 256)
     cases = (64, 32, None), (64, 33, deep), (80, 127, None), (128, 128, deep), (144, 999, None)
     for columns, reduction, found in cases:
@@ -164,11 +163,6 @@ def test_small_results_get_a_tile_whose_reduction_is_cut():
     assert configs.deep_tile(configs.Architecture("gfx942", 4), "fp32", 16, 16, 256) is None
     logits = configs.deep_tile(arch, "bf16", 16, 16, 256, "deep_output")
     assert logits is not None and logits.rows * logits.columns >= 2 * 32 * logits.warps
-
-
-def test_the_table_is_written_as_it_is_read():
-    text = configs.TABLE_FILE.read_text()
-    assert configs.table_text(json.loads(text)) == text
 
 
 @pytest.mark.parametrize("good", [{}, {"unfenced": 1, "triton": "3.6.0"}, {"kernel": "update", "tensor_core": ""}])

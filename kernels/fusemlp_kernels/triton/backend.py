@@ -43,7 +43,7 @@ from fusemlp_kernels.triton.layers import (
     bind_normalise,
     bind_perturb,
 )
-from fusemlp_kernels.triton.narrow_launch import bind_train_narrow
+from fusemlp_kernels.triton.narrow import bind_train_narrow
 
 _log = logging.getLogger("fusemlp.kernels")
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ class Tile:
     """A tile of ``rows`` x ``columns`` of the result, ``depth`` of the reduction at a time.
 
     ``warps`` and ``stages`` are the launch's: a program's threads in units of 32 (64 on AMD), and the loads under way
-    at a time. The epilogue runs in ``parts``, side by side, to fit the registers.
+    at a time. The epilogue runs in ``parts``, side by side, to fit the registers. The reduction is cut into ``split``
+    parts, one for each warp. A multiprocessor holds ``programs`` or more at a time.
     """
 
     rows: int
@@ -42,16 +43,8 @@ class Tile:
     warps: int
     stages: int
     parts: int = 1
-
-    @property
-    def split(self) -> int:
-        """The parts of the reduction."""
-        return 1
-
-    @property
-    def programs(self) -> int:
-        """The least programs that the registers of a multiprocessor hold at a time."""
-        return 1
+    split: int = 1
+    programs: int = field(default=1, kw_only=True)
 
     def count(self, rows: int, columns: int) -> int:
         """Return the number of tiles that cover a result of rows x columns."""
@@ -63,32 +56,16 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class DeepTile(Tile):
-    """A tile for results of few tiles: the reduction is cut into ``split`` parts, one for each warp."""
-
-    split: int = 1
-
-
-@dataclass(frozen=True)
-class LossTile(Tile):
-    """The tile of ``loss_grad``, which has ``programs`` on a multiprocessor in all: each takes the normaliser, and then
-    several groups of rows."""
-
-    programs: int = 1
-
-
-@dataclass(frozen=True)
 class ResidentTile(Tile):
     """The tiles of ``train_resident``: ``rows`` x ``columns`` forward and ``rows`` x ``depth`` back, where each is also
     the other's reduction; ``weight_rows`` x ``weight_columns`` of the gradients by weights; ``output_rows`` whole rows
-    of at most ``outputs`` logits. Forward the reduction is cut into ``split`` parts. The tiles are for networks of at
-    most ``inputs`` and of layers of at most ``units``."""
+    of at most ``outputs`` logits. Forward alone the reduction is cut. The tiles are for networks of at most ``inputs``
+    and of layers of at most ``units``."""
 
     weight_rows: int = 16
     weight_columns: int = 16
     output_rows: int = 16
     outputs: int = 16
-    split: int = 1
     inputs: int = 16
     units: int = 16
 
@@ -169,22 +146,10 @@ def family_of(target: str) -> str:
     return FAMILIES[name]
 
 
-def table_text(tables: Mapping[str, Any]) -> str:
-    """Return the text of ``TABLES``'s file, with a tile a line."""
-
-    def written(value: Any, indent: str) -> str:
-        if isinstance(value, Mapping):
-            inner = ",\n".join(f'{indent}  "{key}": {written(item, indent + "  ")}' for key, item in value.items())
-            return f"{{\n{inner}\n{indent}}}"
-        return "[\n" + ",\n".join(f"{indent}  {json.dumps(list(row))}" for row in value) + f"\n{indent}]"
-
-    return written(tables, "") + "\n"
-
-
 # By family: "forward" (also for the gradient by the input), "weight", "output" (the output layer with its loss, a tile
 # for each width) and "general" (matrices that are not aligned); then by element type; then tiles, largest first, as the
-# fields of ``Tile``. "resident": those of ``ResidentTile``, smallest first. "deep", "deep_output": those of
-# ``DeepTile``. In an output's tile a thread has two logits of a row at least: of one, the compiler fuses the product
+# fields of ``Tile``. "resident": those of ``ResidentTile``, smallest first. "deep", "deep_output": small results.
+# In an output's tile a thread has two logits of a row at least: of one, the compiler fuses the product
 # of two numbers with the sum over threads, which then differs in its last bit from thread to thread. The weights of
 # sm_90 in fp32 have no tile of 32 x 32, where warps repeat each other's products, and none of 128 x 64, of which a
 # multiprocessor holds one program.
@@ -195,18 +160,9 @@ def _kind(precision: str) -> str:
     return "half" if precision in ("bf16", "fp16") else precision
 
 
-def _tiles(family: str, product: str, precision: str) -> tuple[Tile, ...]:
+def tiles(family: str, product: str, precision: str) -> tuple[Tile, ...]:
+    """Return the tiles that ``product_tile`` chooses from; ``product``: "forward" or "weight"."""
     return tuple(Tile(*row) for row in TABLES[family][product][_kind(precision)])
-
-
-def forward_tiles(family: str, precision: str) -> tuple[Tile, ...]:
-    """Return the tiles that ``forward_tile`` chooses from."""
-    return _tiles(family, "forward", precision)
-
-
-def weight_tiles(family: str, precision: str) -> tuple[Tile, ...]:
-    """Return the tiles that ``weight_tile`` chooses from."""
-    return _tiles(family, "weight", precision)
 
 
 def output_tiles(family: str) -> tuple[Tile, ...]:
@@ -214,44 +170,40 @@ def output_tiles(family: str) -> tuple[Tile, ...]:
     return tuple(Tile(*row) for row in TABLES[family]["output"])
 
 
-def _fitting(tiles: tuple[Tile, ...], shapes: Sequence[tuple[int, int]], processors: int, parts: int = 1) -> Tile:
-    """Return the choice for results of these shapes, whose sums are cut into parts."""
-    tall, wide = (max(sides) for sides in zip((1, 1), *shapes, strict=True))
-    rows = max(1 << (tall - 1).bit_length(), tiles[-1].rows)
-    columns = max(1 << (wide - 1).bit_length(), tiles[-1].columns)
-    fits = [tile for tile in tiles if tile.rows <= rows and tile.columns <= columns]
-    counts = (parts * sum(tile.count(*shape) for shape in shapes) for tile in fits)
-    return next((tile for tile, count in zip(fits, counts, strict=True) if count >= processors), fits[-1])
-
-
-def forward_tile(
-    arch: Architecture, precision: str, rows: int, columns: int, aligned: bool = True, members: int = 1
+def product_tile(
+    arch: Architecture,
+    product: str,
+    precision: str,
+    shapes: Sequence[tuple[int, int]],
+    *,
+    aligned: bool = True,
+    parts: int = 1,
 ) -> Tile:
-    """Return the tile for a result of rows x columns, one of each member, in ``linear`` and ``grad_input``."""
-    tiles = forward_tiles(arch.family, precision) if aligned else (general_tile(arch),)
-    return _fitting(tiles, [(rows, columns)], arch.processors, members)
+    """Return the tile for results of these shapes: of ``linear`` and ``grad_input`` ("forward") or of the gradients by
+    weights ("weight"). ``parts``: those of their sums, or the members that have a result each."""
+    if not aligned:
+        return general_tile(arch)
+    table = tiles(arch.family, product, precision)
+    tall, wide = (max(sides) for sides in zip((1, 1), *shapes, strict=True))
+    rows = max(1 << (tall - 1).bit_length(), table[-1].rows)
+    columns = max(1 << (wide - 1).bit_length(), table[-1].columns)
+    fits = [tile for tile in table if tile.rows <= rows and tile.columns <= columns]
+    counts = (parts * sum(tile.count(*shape) for shape in shapes) for tile in fits)
+    return next((tile for tile, count in zip(fits, counts, strict=True) if count >= arch.processors), fits[-1])
 
 
 def deep_tile(
     arch: Architecture, precision: str, rows: int, columns: int, reduction: int, table: str = "deep"
-) -> DeepTile | None:
+) -> Tile | None:
     """Return the tile for an aligned result of so few tiles that a multiprocessor has one, or two with a long
     reduction; None for others, and where one part holds the reduction. ``table``: "deep", or "deep_output" for
     ``linear_loss_grad``."""
     for row in TABLES[arch.family].get(table, {}).get(_kind(precision), ()):
-        tile = DeepTile(*row)
+        tile = Tile(*row)
         most = 2 if 2 * reduction >= tile.split * tile.depth else 1
         if reduction > tile.depth and tile.count(rows, columns) <= most * arch.processors:
             return tile
     return None
-
-
-def weight_tile(
-    arch: Architecture, precision: str, shapes: Sequence[tuple[int, int]], aligned: bool = True, parts: int = 1
-) -> Tile:
-    """Return the tile for the grouped gradients by weights of these shapes, over a batch that is cut into parts."""
-    tiles = weight_tiles(arch.family, precision) if aligned else (general_tile(arch),)
-    return _fitting(tiles, shapes, arch.processors, parts)
 
 
 def output_tile(arch: Architecture, width: int) -> Tile:
@@ -309,9 +261,9 @@ def launch_options(family: str, tile: Tile) -> dict[str, Any]:
 
 # Launches without a product: of ``loss_grad`` for rows of any width, the clock, the sweeps over the
 # arenas, ``clip_examples``, and members' own factors.
-LOSS = LossTile(2, 1024, 0, 8, 1, programs=2)
-ENTROPY = {"half": LossTile(8, 256, 0, 8, 1, programs=2), "fp32": LossTile(16, 128, 0, 8, 1, programs=2)}
-GENERAL_ENTROPY = LossTile(8, 128, 0, 8, 1, programs=2)
+LOSS = Tile(2, 1024, 0, 8, 1, programs=2)
+ENTROPY = {"half": Tile(8, 256, 0, 8, 1, programs=2), "fp32": Tile(16, 128, 0, 8, 1, programs=2)}
+GENERAL_ENTROPY = Tile(8, 128, 0, 8, 1, programs=2)
 SMALL = Tile(1, 1, 0, 1, 1)
 SWEEP = Tile(1, 1024, 0, 4, 1)
 # The parts of a gradient of many parts are added this many at a time.
@@ -334,7 +286,7 @@ MOST_SPLITS = 32
 ROWS = (Tile(16, 64, 0, 4, 1), Tile(4, 256, 0, 4, 1), Tile(1, 1024, 0, 4, 1))
 
 
-def loss_tile(precision: str, entropy: bool, aligned: bool) -> LossTile:
+def loss_tile(precision: str, entropy: bool, aligned: bool) -> Tile:
     """Return the tile of ``loss_grad``. Of a cross-entropy of aligned matrices a warp loads whole rows, 16 bytes a
     thread, so that no sum over a row crosses warps."""
     if not entropy:

@@ -21,13 +21,151 @@ from fusemlp_kernels.contract import (
     STATS,
     LossSpec,
     Ridge,
+    Segment,
     UpdateRule,
 )
 from fusemlp_kernels.errors import ArgumentError
-from fusemlp_kernels.triton import clock, configs, resident, resident_tables
+from fusemlp_kernels.triton import clock, configs, resident, resident_layers
 from fusemlp_kernels.triton.launch import Run, Tensor, TritonDevice, is_aligned
 from fusemlp_kernels.triton.layers import dropout_numbers, kept_share, loss_settings, target_arguments
-from fusemlp_kernels.triton.phases import Calls, Operands, Phases, place_in
+
+Operands = Mapping[str, Any]
+Calls = Sequence[tuple[str, Operands]]
+
+
+class Phases:
+    """A step's calls, read in their order: the kernel's ``phases`` with their layers; the operands of the layers
+    forward, and by layer those of the calls that go back to it; and the trained tensors in ``params``, the arena.
+
+    A method for each op returns why no phase can do such a call, None for one that can.
+
+    Raises ArgumentError for a call that no phase can do, and for calls that are no step.
+    """
+
+    def __init__(self, op: str, calls: Calls, params: Tensor) -> None:
+        self.phases: list[tuple[str, int]] = []
+        self.forward: list[Operands] = []
+        self.backward: dict[int, Operands] = {}
+        self.segments: Sequence[Segment] = ()
+        self._params = params
+        # the layers, by the places of dz and of the slopes' gradients
+        self._layer_at: dict[int, int] = {}
+        self._before = ""
+        kinds: dict[str, Callable[[Operands], str | None]] = {
+            "linear": self._linear, "linear_loss_grad": self._loss, "grad_input": self._grad_input,
+            "grad_weight": self._grad_weight, "grad_weight_update": self._grad_weight_update,
+            "penalty": self._penalty, "update": self._update, "advance": self._advance,
+        }  # fmt: skip
+        for index, (name, operands) in enumerate(calls):
+            refusal = kinds[name](operands) if name in kinds else "the kernel has no phase for it"
+            if refusal is not None:
+                raise ArgumentError(f"{op}: calls[{index}]: {name}: {refusal}; run the calls one by one")
+            self._before = name
+        names = [name for name, _ in calls]
+        if "linear_loss_grad" not in names or self.phases[-1][0] != "tick":
+            raise ArgumentError(
+                f"{op}: calls: expected a step with linear_loss_grad that ends with grad_weight_update, update or "
+                f"advance, got {', '.join(names)}"
+            )
+        self.loss: LossSpec = self.forward[-1]["loss"]
+        self.ridge: Ridge = self.forward[-1].get("ridge") or Ridge()
+        self.rule: UpdateRule = calls[-1][1]["rule"]
+
+    def values(self) -> list[Tensor]:
+        """The arrays of the workspace that the kernel writes, in order."""
+        values = [operands.get(name) for operands in self.forward for name in ("y", "z", "dz")]
+        values += [operands["dz_prev"] for operands in self.backward.values()]
+        return [value for value in values if value is not None]
+
+    def _linear(self, operands: Operands) -> str | None:
+        if self.forward:
+            below = self.forward[-1]
+            if not _are_same(operands["x"], below.get("y")):
+                return "its x is not the output of the linear before it"
+            if len(below["w"]) != operands["w"].shape[1]:
+                return f"w: expected {len(below['w'])} columns, as x has, got {operands['w'].shape[1]}"
+        self.phases.append(("forward", len(self.forward)))
+        self.forward.append(operands)
+        return None
+
+    def _loss(self, operands: Operands) -> str | None:
+        if (refusal := self._linear(operands)) is not None:
+            return refusal
+        if operands["loss"].reduction == "rows":
+            return "the kernel trains without privacy"
+        kind = "entropy" if operands["loss"].kind == "cross_entropy" else "elementwise"
+        last = len(self.forward) - 1
+        # the divisor of the loss follows from data and parameters
+        self.phases = [("measure", last), *self.phases[:-1], (kind, last)]
+        self._writes(operands, "dz", last)
+        return None
+
+    def _grad_input(self, operands: Operands) -> str | None:
+        above = self._layer_of(operands["dz"])
+        if not above or not _are_same(operands["w"], self.forward[above]["w"]):
+            return "its dz and w are not those of a layer above the first"
+        self.phases.append(("backward", above - 1))
+        self.backward[above - 1] = operands
+        self._writes(operands, "dz_prev", above - 1)
+        return None
+
+    def _writes(self, operands: Operands, name: str, layer: int) -> None:
+        for array in (operands.get(name), operands.get("dslope")):
+            if array is not None:
+                self._layer_at[array.data_ptr()] = layer
+
+    def _layer_of(self, gradient: Tensor) -> int | None:
+        return self._layer_at.get(gradient.data_ptr())
+
+    def _grad_weight(self, operands: Operands) -> str | None:
+        layers = [self._layer_of(part["dz"]) for part in operands["layers"]]
+        for layer, part in zip(layers, operands["layers"], strict=True):
+            if layer is None or not _are_same(part["x"], self.forward[layer]["x"]):
+                return "its dz and x are not those of a layer"
+        # a layer's phase has its slope too
+        layers += [self._layer_of(slope["dslope"]) for slope in operands.get("slopes", ())]
+        if None in layers:
+            return "no layer before it has its dslope"
+        self.phases += [("gradients", layer) for layer in dict.fromkeys(layers) if layer is not None]
+        return None
+
+    def _grad_weight_update(self, operands: Operands) -> str | None:
+        found = []
+        for layer in operands["layers"]:
+            found += [(layer[name], layer[f"{name}_rule"]) for name in "wb" if layer[name] is not None]
+        found += [(slope["param"], slope["rule"]) for slope in operands.get("slopes", ())]
+        segments = [
+            Segment(place_in(tensor, self._params), len(tensor) * tensor.stride(0), rule) for tensor, rule in found
+        ]
+        self.segments = sorted(segments, key=lambda segment: segment.offset)
+        refusal = self._grad_weight(operands)
+        self.phases += [("update", 0), ("tick", 0)]
+        return refusal
+
+    def _penalty(self, operands: Operands) -> str | None:
+        return None if self._before == "grad_weight" else "it does not follow grad_weight"
+
+    def _update(self, operands: Operands) -> str | None:
+        if operands.get("noise") is not None:
+            return "the kernel trains without privacy"
+        if self._before not in ("grad_weight", "penalty"):
+            return "it does not follow grad_weight or penalty"
+        self.segments = operands["segments"]
+        self.phases += [("update", 0), ("tick", 0)]
+        return None
+
+    def _advance(self, operands: Operands) -> str | None:
+        self.phases.append(("tick", 0))
+        return None
+
+
+def _are_same(array: Tensor, other: Tensor | None) -> bool:
+    return other is not None and array.data_ptr() == other.data_ptr()
+
+
+def place_in(tensor: Tensor, arena: Tensor) -> int:
+    """Return the first element of a tensor in an arena."""
+    return (tensor.data_ptr() - arena.data_ptr()) // arena.element_size()
 
 
 def _round_up(number: int, step: int) -> int:
@@ -128,7 +266,7 @@ def _layer_table(step: Phases, work: _Workspace, x: Tensor, weights: Tensor, par
             "slope_task": -1 if slope is None else task_at.get(slope_at, -1), "slope": slope_at,
             "activation": ACTIVATIONS.index(name), "y": y_at, "z": z_at, "dz": dz_at, "pitch": pitch,
         }  # fmt: skip
-        rows.append([fields[name] for name in resident_tables.LAYER_FIELDS])
+        rows.append([fields[name] for name in resident_layers.LAYER_FIELDS])
         source, source_row = y_at, pitch
     return rows
 
@@ -139,9 +277,9 @@ def _model_tables(step: Phases) -> tuple[list[list[int]], list[list[float]]]:
     for one in step.forward:
         dropout = one.get("dropout")
         numbers = dropout_numbers(dropout)
-        draws.append([int(numbers[name]) for name in resident_tables.DRAW_FIELDS])
+        draws.append([int(numbers[name]) for name in resident_layers.DRAW_FIELDS])
         fields = numbers | {"kept_share": kept_share(dropout), "slope": one.get("slope") or 0.0}
-        shares.append([float(fields[name]) for name in resident_tables.SHARE_FIELDS])
+        shares.append([float(fields[name]) for name in resident_layers.SHARE_FIELDS])
     return draws, shares
 
 
@@ -149,20 +287,20 @@ def _measures(ridge: Ridge, loss: LossSpec, outputs: int) -> list[float]:
     """A model's row of measures; the kernel writes those of a batch."""
     usual = 1.0 if loss.kind == "cross_entropy" else float(outputs)
     fields = {"ratio": 1.0 if ridge.divisor is None else ridge.divisor / usual, "strength": ridge.strength * usual}
-    return [fields.get(name, 0.0) for name in resident_tables.MEASURE_FIELDS]
+    return [fields.get(name, 0.0) for name in resident_layers.MEASURE_FIELDS]
 
 
 def _order(op: str, step: Phases, stored: bool) -> dict[str, int]:
     """The kernel's arguments for the phases of a step."""
     phases = [phase for phase in step.phases if stored or phase[0] != "update"]
-    words, most = resident_tables.PHASE_WORDS, resident_tables.PHASE_LAYERS
+    words, most = resident_layers.PHASE_WORDS, resident_layers.PHASE_LAYERS
     if len(step.forward) > most or len(phases) > 8 * words:
         raise ArgumentError(
             f"{op}: calls: the kernel has at most {most} layers and {8 * words} phases, got {len(step.forward)} layers "
             f"and {len(phases)} phases; run the calls one by one"
         )
     order = bytes(
-        resident_tables.PHASES.index(kind) | layer << resident_tables.PHASE_LAYER.value for kind, layer in phases
+        resident_layers.PHASES.index(kind) | layer << resident_layers.PHASE_LAYER.value for kind, layer in phases
     ).ljust(8 * words, b"\0")
     parts = (int.from_bytes(order[at : at + 8], "little", signed=True) for at in range(0, 8 * words, 8))
     return {"phases": len(phases)} | {f"order{word}": part for word, part in enumerate(parts)}
@@ -235,7 +373,7 @@ def _bind(device: TritonDevice, op: str, call: SimpleNamespace) -> Callable[[Seq
     tables = [_model_tables(step) for step in steps]
     factors = [[[s.rule.lr_factor, s.rule.weight_decay] for s in step.segments] or [[0.0, 0.0]] for step in steps]
     epochs = 0 if epoch_stats is None else epoch_stats.shape[1]
-    live = device.zeros(models * len(resident_tables.LIVE_FIELDS), "int64").view(models, -1)
+    live = device.zeros(models * len(resident_layers.LIVE_FIELDS), "int64").view(models, -1)
     states = first.rule.places([arenas[f"state{index}"] for index in range(count)], params)
     arguments = {
         "compute": device.far_base(work.base), "weights": weights, "parameters": params,

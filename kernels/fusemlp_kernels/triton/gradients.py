@@ -6,12 +6,13 @@ import triton
 import triton.language as tl
 
 from fusemlp_kernels.triton.clock import ACCUMULATE, BATCH_INDEX, advance_clock, is_last, sum_of
-from fusemlp_kernels.triton.dropout import keep_mask
+from fusemlp_kernels.triton.functions import keep_mask
 from fusemlp_kernels.triton.pointwise_triton import PRELU, by_slope_prelu, derivative, needs_z, stored_update
 from fusemlp_kernels.triton.tiles import (
     batch_rows,
     column_step,
     described_product,
+    kernel,
     masked_width,
     part_of,
     product,
@@ -23,10 +24,6 @@ from fusemlp_kernels.triton.tiles import (
 
 # The constants with the rows and columns of a tensor descriptor's blocks, by the matrix.
 INPUT_BLOCKS = {"dz": ("BM", "BN"), "w": ("BN", "BK")}
-GRAD_INPUT_NUMBERS = [
-    "M", "N", "K", "dz_row", "dz_col", "w_row", "w_col", "y_row", "y_col", "out_row", "out_col",
-    "activation", "layer", "key0", "key1", "threshold", "programs",
-]  # fmt: skip
 
 
 @triton.jit
@@ -107,7 +104,7 @@ def input_gradient(
     return below
 
 
-@triton.jit(do_not_specialize=GRAD_INPUT_NUMBERS)
+@kernel(numbers_from="M")
 def grad_input_kernel(
     dz, w, y, out, slope_param, dslope, partials, ticket, counters,
     M, N, K, dz_row, dz_col, w_row, w_col, y_row, y_col, out_row, out_col,
@@ -275,7 +272,7 @@ def finished(
     return squares
 
 
-@triton.jit(do_not_specialize=["M", "tasks", "programs", "splits", "part", "wants_norm"])
+@kernel(numbers_from="M")
 def grad_weight_kernel(
     compute, real, rows, table, tensors, hyper, rates, rule, counters, partials, norm, ticket,
     M, tasks, programs, splits, part, wants_norm,

@@ -9,7 +9,7 @@ from typing import Any
 from fusemlp_kernels.checks import binds, members_of
 from fusemlp_kernels.contract import HYPER, MOST_PARTS, RATE_COLUMNS, Noise, TensorRule
 from fusemlp_kernels.philox import seed_key
-from fusemlp_kernels.triton import clock, configs, gradients, privacy, update
+from fusemlp_kernels.triton import clock, configs, gradients, update
 from fusemlp_kernels.triton.launch import LARGEST_INDEX, Run, Tensor, TritonDevice, in_sequence, is_aligned, signed
 from fusemlp_kernels.triton.layers import launch_clock
 
@@ -109,7 +109,7 @@ def _bind_gradients(
     tasks = _collect(device, call, updates)
     count, rows = len(tasks.rows), next((layer.rows for layer in call.layers if layer.rows is not None), None)
     shapes = [(row["N"], row["K"]) for row in tasks.rows if row["kind"] == WEIGHT]
-    tile = configs.weight_tile(device.arch, device.precision, shapes, tasks.aligned, parts)
+    tile = configs.product_tile(device.arch, "weight", device.precision, shapes, aligned=tasks.aligned, parts=parts)
     table, tensors, tiles = tasks.tables(tile.rows, tile.columns)
     programs = tiles * parts
     arguments = {
@@ -199,7 +199,7 @@ def bind_clip_examples(device: TritonDevice, call: SimpleNamespace) -> Run:
     }  # fmt: skip
     constants = {"BM": tile.rows, "BK": tile.columns}
     programs = -(-call.M // tile.rows)
-    launch = device.launch(privacy.clip_examples_kernel, programs, arguments, constants, tile)
+    launch = device.launch(update.clip_examples_kernel, programs, arguments, constants, tile)
     return keeping(call, launch, programs)
 
 

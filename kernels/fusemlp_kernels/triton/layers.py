@@ -9,7 +9,7 @@ from fusemlp_kernels.checks import binds, members_of
 from fusemlp_kernels.contract import ACTIVATIONS, COUNTERS, HYPER, LOSSES, NEEDS_Z, NORMS, STATS, Dropout, LossSpec
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.philox import seed_key, threshold
-from fusemlp_kernels.triton import clock, configs, encoding, gradients, linear, loss, members, norms, perturb
+from fusemlp_kernels.triton import clock, configs, gradients, linear, loss, members, rowwise
 from fusemlp_kernels.triton.launch import LARGEST_INDEX, Run, Tensor, TritonDevice, in_sequence, is_aligned, signed
 
 # Operands for backends that gather in memory or store masks, and those of train_resident.
@@ -65,7 +65,7 @@ def bind_linear(device: TritonDevice, call: SimpleNamespace) -> Run:
     spare = device.zeros(1, "int64")
     aligned = all(map(is_aligned, (x, w, y, z)))
     deep = configs.deep_tile(device.arch, device.precision, m, n, call.K) if aligned else None
-    tile = deep or configs.forward_tile(device.arch, device.precision, m, n, aligned)
+    tile = deep or configs.product_tile(device.arch, "forward", device.precision, [(m, n)], aligned=aligned)
     arguments = {
         "M": m, "N": n, "K": call.K, **places(spare, x=x, w=w, y=y, z=z), "b": b, "b_step": b.stride(0),
         "rows": spare if call.rows is None else call.rows, "gather": int(call.rows is not None),
@@ -85,7 +85,7 @@ def bind_grad_input(device: TritonDevice, call: SimpleNamespace) -> Run:
     y = call.z if call.activation in NEEDS_Z else call.y
     aligned = all(map(is_aligned, (dz, w, y, out)))
     deep = configs.deep_tile(device.arch, device.precision, m, k, call.N) if aligned else None
-    tile = deep or configs.forward_tile(device.arch, device.precision, m, k, aligned)
+    tile = deep or configs.product_tile(device.arch, "forward", device.precision, [(m, k)], aligned=aligned)
     programs, spare = tile.count(m, k), device.zeros(1, "real")
     arguments = {
         "M": m, "N": call.N, "K": k, **places(spare, dz=dz, w=w, y=y, out=out),
@@ -171,7 +171,7 @@ def bind_normalise(device: TritonDevice, call: SimpleNamespace) -> Run:
     """The contract's ``normalise``."""
     g, b = _factors(device, call)
     return _launch_rows(
-        device, call, norms.normalise_kernel, y=call.y, g=g, g_step=g.stride(0), b=b, b_step=b.stride(0),
+        device, call, rowwise.normalise_kernel, y=call.y, g=g, g_step=g.stride(0), b=b, b_step=b.stride(0),
         counters=device.zeros(COUNTERS, "int64") if call.counters is None else call.counters,
         activation=ACTIVATIONS.index(call.activation), slope=float(call.slope), **dropout_numbers(call.dropout),
     )  # fmt: skip
@@ -191,7 +191,7 @@ def bind_grad_normalise(device: TritonDevice, call: SimpleNamespace) -> Run:
     if call.norm is None:
         return by_n
     again = bind_normalise(device, x=call.x, y=n, norm=call.norm)
-    return in_sequence([again, by_n, _launch_rows(device, call, norms.grad_normalise_kernel, dx=call.dx)])
+    return in_sequence([again, by_n, _launch_rows(device, call, rowwise.grad_normalise_kernel, dx=call.dx)])
 
 
 @binds("add")
@@ -200,7 +200,7 @@ def bind_add(device: TritonDevice, call: SimpleNamespace) -> Run:
     tile, matrices = configs.row_tile(call.K), {"x": call.a, "other": call.b, "y": call.y}
     arguments = {"M": call.M, "K": call.K, **places(call.a, **matrices)}
     constants = {"BM": tile.rows, "BK": tile.columns, "ALIGNED": _are_aligned(*matrices.values())}
-    return device.launch(norms.add_kernel, tile.count(call.M, call.K), arguments, constants, tile)
+    return device.launch(rowwise.add_kernel, tile.count(call.M, call.K), arguments, constants, tile)
 
 
 @binds("encode")
@@ -208,7 +208,7 @@ def bind_encode(device: TritonDevice, call: SimpleNamespace) -> Run:
     """The contract's ``encode``."""
     back = call.dy is not None
     matrices = {"dy": call.dy, "dx": call.dx} if back else {"y": call.y}
-    width, kernel = (call.K, encoding.grad_encode_kernel) if back else (call.N, encoding.encode_kernel)
+    width, kernel = (call.K, rowwise.grad_encode_kernel) if back else (call.N, rowwise.encode_kernel)
     tile, before = configs.row_tile(width), call.K * call.inputs
     arguments = {
         "M": call.M, "N": call.N, "K": call.K, **places(call.x, inputs=call.x, **matrices),
@@ -226,7 +226,8 @@ def _heads(
     aligned = all(map(is_aligned, matrices.values()))
     count, columns = members_of(call, call.N), getattr(call, letters[0])
     each = call.M // count
-    tile = configs.forward_tile(device.arch, device.precision, each, columns, aligned, count)
+    shape = [(each, columns)]
+    tile = configs.product_tile(device.arch, "forward", device.precision, shape, aligned=aligned, parts=count)
     sizes = {"M": each, "N": call.N, "K": call.K, "members": count}
     arguments = {**sizes, **places(call.w, **matrices), **bias}
     constants = {**tile.sides(f"M{letters}"), "PRODUCT": device.product, "ALIGNED": aligned, "PARTS": tile.parts}
@@ -259,7 +260,7 @@ def bind_perturb(device: TritonDevice, call: SimpleNamespace) -> Run:
         "key0": keys[0], "key1": keys[1], "length": change.step, "eps": change.eps, "low": change.low,
         "high": change.high,
     }  # fmt: skip
-    return device.launch(perturb.perturb_kernel, call.M, arguments, {"BLOCK": configs.SWEEP.columns}, configs.SWEEP)
+    return device.launch(rowwise.perturb_kernel, call.M, arguments, {"BLOCK": configs.SWEEP.columns}, configs.SWEEP)
 
 
 def target_arguments(device: TritonDevice, call: SimpleNamespace) -> dict[str, Any]:

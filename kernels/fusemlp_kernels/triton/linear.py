@@ -6,12 +6,13 @@ import triton
 import triton.language as tl
 
 from fusemlp_kernels.triton.clock import BATCH_INDEX
-from fusemlp_kernels.triton.dropout import keep_mask
+from fusemlp_kernels.triton.functions import keep_mask
 from fusemlp_kernels.triton.pointwise_triton import PRELU, activate
 from fusemlp_kernels.triton.tiles import (
     batch_rows,
     column_step,
     described_product,
+    kernel,
     masked_width,
     part_of,
     product,
@@ -127,13 +128,7 @@ def store_outputs(
         tl.store(y_rows + at_n[None, :] * y_step, out.to(y.dtype.element_ty), mask=stored)
 
 
-LINEAR_NUMBERS = [
-    "M", "N", "K", "x_row", "x_col", "w_row", "w_col", "b_step", "y_row", "y_col", "z_row", "z_col", "gather",
-    "activation", "store_z", "layer", "key0", "key1", "threshold",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=LINEAR_NUMBERS)
+@kernel(numbers_from="M")
 def linear_kernel(
     x, w, b, y, z, rows, slope_param, counters,
     M, N, K, x_row, x_col, w_row, w_col, b_step, y_row, y_col, z_row, z_col,

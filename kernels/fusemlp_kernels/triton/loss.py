@@ -23,7 +23,7 @@ from fusemlp_kernels.triton.pointwise_triton import (
     element_loss,
     needs_z,
 )
-from fusemlp_kernels.triton.tiles import column_step, masked_width, row_pitch, this_batch
+from fusemlp_kernels.triton.tiles import column_step, kernel, masked_width, row_pitch, this_batch
 
 LAST_LOSS: tl.constexpr = tl.constexpr(contract.LAST_LOSS)
 LOSS_SUM: tl.constexpr = tl.constexpr(contract.LOSS_SUM)
@@ -179,12 +179,6 @@ def stored_scale(hyper, normaliser, settings, scaled):
     return gradient_scale(hyper, divisor, settings, scaled)
 
 
-LOSS_NUMBERS = [
-    "M", "N", "label_step", "target_row", "target_col", "weight_step", "dz_row", "dz_col", "gather", "activation",
-    "ignored_low", "ignored_high", "store_dz", "scaled", "programs",
-]  # fmt: skip
-
-
 @triton.jit
 def ignored_label(low, high):
     """Return a 64-bit number from its halves."""
@@ -249,7 +243,7 @@ def loss_of_rows(
     return tl.where(inside, result, 0.0), loss, tl.sum(right), tl.sum(scored), below
 
 
-@triton.jit(do_not_specialize=[*LOSS_NUMBERS, "K", "x_row", "x_col", "w_row", "w_col", "b_step", "x_gather"])
+@kernel(numbers_from="M")
 def linear_loss_grad_kernel(
     x, w, b, dz, x_rows, rows, labels, target, weight, class_weight, slope_param, dslope, stats, settings, hyper,
     counters, partials, ticket,
@@ -410,7 +404,7 @@ def rows_in_tiles(
     return loss, tl.sum(right), tl.sum(scored), below
 
 
-@triton.jit(do_not_specialize=[*LOSS_NUMBERS, "z_row", "z_col"])
+@kernel(numbers_from="M")
 def loss_grad_kernel(
     z, dz, rows, labels, target, weight, class_weight, slope_param, dslope, stats, settings, hyper, counters, partials,
     ticket,

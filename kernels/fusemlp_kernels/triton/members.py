@@ -9,16 +9,11 @@ import triton
 import triton.language as tl
 
 from fusemlp_kernels.triton.clock import BATCH_INDEX, is_last
-from fusemlp_kernels.triton.dropout import keep_mask
+from fusemlp_kernels.triton.functions import keep_mask
 from fusemlp_kernels.triton.gradients import input_gradient, stored_gradient
 from fusemlp_kernels.triton.linear import affine_tile, store_outputs
 from fusemlp_kernels.triton.pointwise_triton import IDENTITY, activate, derivative, needs_z
-from fusemlp_kernels.triton.tiles import batch_rows, column_step, masked_width, row_pitch, this_batch, tile_of
-
-AFFINE_NUMBERS = [
-    "M", "K", "members", "x_row", "x_col", "s_row", "s_col", "b_row", "b_col", "r_row", "r_col", "gather", "with_s",
-    "with_r", "activation", "layer", "key0", "key1", "threshold",
-]  # fmt: skip
+from fusemlp_kernels.triton.tiles import batch_rows, column_step, kernel, masked_width, row_pitch, this_batch, tile_of
 
 
 @triton.jit
@@ -45,7 +40,7 @@ def batch_tile(x, sources, at_k, stored, row, col, ALIGNED: tl.constexpr):
     return tl.load(places, mask=wanted[:, None] & stored[None, :], other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=[*AFFINE_NUMBERS, "y_row", "y_col"])
+@kernel(numbers_from="M")
 def affine_members_kernel(
     x, y, s, b, r, rows, counters, M, K, members, x_row, x_col, y_row, y_col, s_row, s_col, b_row, b_col, r_row, r_col,
     gather, with_s, with_r, activation, slope, layer, key0, key1, threshold, keep_scale,
@@ -101,12 +96,7 @@ def store_sum(
     stored_gradient(total, places, tl.where(wanted != 0, inside, False), counters, rule)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *AFFINE_NUMBERS, "dy_row", "dy_col", "dx_row", "dx_col", "ds_row", "ds_col", "db_row", "db_col", "dr_row",
-        "dr_col", "store_dx", "store_ds", "store_db", "store_dr", "splits",
-    ]
-)  # fmt: skip
+@kernel(numbers_from="M")
 def grad_affine_members_kernel(
     dy, x, dx, s, b, r, ds, db, dr, rows, counters, rule, sums, ticket, M, K, members, dy_row, dy_col, x_row, x_col,
     dx_row, dx_col, s_row, s_col, b_row, b_col, r_row, r_col, ds_row, ds_col, db_row, db_col, dr_row, dr_col,
@@ -173,9 +163,7 @@ def grad_affine_members_kernel(
         store_sum(dr, total, member, at_k, named, dr_row, dr_col, store_dr, counters, rule, ALIGNED)
 
 
-@triton.jit(
-    do_not_specialize=["M", "N", "K", "members", "x_row", "x_col", "w_row", "w_col", "b_step", "z_row", "z_col"]
-)
+@kernel(numbers_from="M")
 def linear_members_kernel(
     x, w, b, z, M, N, K, members, x_row, x_col, w_row, w_col, b_step, z_row, z_col,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,
@@ -200,7 +188,7 @@ def linear_members_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "N", "K", "members", "dz_row", "dz_col", "w_row", "w_col", "out_row", "out_col"])
+@kernel(numbers_from="M")
 def grad_input_members_kernel(
     dz, w, out, M, N, K, members, dz_row, dz_col, w_row, w_col, out_row, out_col,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, ALIGNED: tl.constexpr,

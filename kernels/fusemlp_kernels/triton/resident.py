@@ -15,259 +15,257 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusemlp_kernels.triton.clock import BATCH_INDEX
-from fusemlp_kernels.triton.gradients import input_gradient, whole
-from fusemlp_kernels.triton.linear import affine_tile, affine_tile_of_parts, store_outputs
-from fusemlp_kernels.triton.loss import gradient_scale, ignored_label, loss_of_rows, normaliser_of, record_loss
-from fusemlp_kernels.triton.pointwise_triton import PRELU, needs_z
-from fusemlp_kernels.triton.resident_tables import (
-    ACTIVATION,
+from fusemlp_kernels.triton.clock import (
+    ACCUMULATE,
+    BATCH_INDEX,
+    CLIP_NORM,
+    CODE,
+    ROW_COUNT,
+    ROW_OFFSET,
+    ROW_STEP,
+    ROW_TOTAL,
+    advance_clock,
+)
+from fusemlp_kernels.triton.gradients import TENSOR_FIELDS, column_sums, square_sum, stored_gradient, weight_sums, whole
+from fusemlp_kernels.triton.loss import LAST_LOSS, LOSS_SUM
+from fusemlp_kernels.triton.pointwise_triton import RULES, stored_update
+from fusemlp_kernels.triton.resident_layers import (
+    B_TASK,
     BACKWARD,
+    BATCH_LOSSES,
     COUNTERS,
-    DRAW_COLUMNS,
-    DRAW_LAYER,
     DZ,
     ELEMENTWISE,
     ENTROPY,
-    FIXED_SLOPE,
+    EPOCHS,
     FORWARD,
     GRADIENTS,
-    KEEP_SCALE,
-    KEPT_SHARE,
-    KEY0,
-    KEY1,
+    HYPER,
     LAYER_COLUMNS,
     LAYER_K,
     LAYER_N,
     LIVE_COLUMNS,
     MEASURE,
     MEASURES,
-    NORMALISER,
+    PENALTIES,
     PENALTY,
     PITCH,
     PULL,
-    RATIO,
-    SETTING_COLUMNS,
-    SHARE_COLUMNS,
+    RULE_COLUMNS,
+    SEGMENT_COLUMNS,
     SLOPE,
+    SLOPE_TASK,
     STATS,
+    STATS_BLOCK,
     STEPS,
-    STRENGTH,
     SWEEP,
-    THRESHOLD,
     UPDATE,
     W_ROW,
     W_TASK,
     X_ROW,
     B,
     W,
-    Y,
-    Z,
+    backward,
     batch_of,
+    forward,
     input_of,
+    measure,
     model_of,
     number,
+    output_and_loss,
     phase_of,
     rows_of,
 )
-from fusemlp_kernels.triton.resident_update import gradients_of_layer, tick, update_from_memory
-from fusemlp_kernels.triton.tiles import masked_width
-
-# Rows whose weights are added at a time: at most the threads of one warp, so that the warps exchange nothing.
-CHUNK: tl.constexpr = tl.constexpr(32)
+from fusemlp_kernels.triton.tiles import kernel, masked_width, part_of
+from fusemlp_kernels.triton.update import clip_factor
 
 
 @triton.jit
-def slope_of(row, shares, params):
-    """Return the slope below zero: prelu's own, else that of the table."""
-    learned = number(row, ACTIVATION) == PRELU
-    fixed = tl.load(shares + FIXED_SLOPE)
-    return tl.load(params + tl.load(row + SLOPE), mask=learned, other=fixed)
+def update_elements(
+    g, at, mask, pull, weights, params, first, second, average, hyper, rule, tensors, task, code, shadowed,
+):  # fmt: skip
+    """Update the elements ``at`` of the arenas. A ridge pulls as a coupled weight decay does; with a decoupled one the
+    gradients contain it already."""
+    factor = tl.load(tensors + task * TENSOR_FIELDS)
+    decay = tl.load(tensors + task * TENSOR_FIELDS + 1) + pull
+    p, s0, s1, a, shadow = params + at, first + at, second + at, average + at, weights + at
+    for each in tl.static_range(RULES):
+        if code == each:
+            stored_update(g, p, s0, s1, a, shadow, mask, hyper, rule, factor, decay, shadowed, each)
+    if (code < 0) | (code >= RULES):
+        stored_update(g, p, s0, s1, a, shadow, mask, hyper, rule, factor, decay, shadowed, -1)
+
+
+@triton.jit
+def finish_gradient(
+    g, at, mask, pull, weights, params, grads, first, second, counters, hyper, rule, tensors, task, code, stored,
+    shadowed,
+):  # fmt: skip
+    """Update the elements ``at`` by their gradient, or with ``stored`` store the gradient, with ``pull`` times the
+    parameters added."""
+    if stored != 0:
+        g = tl.where(mask, g, 0.0)
+        if pull != 0.0:
+            g += pull.to(tl.float32) * tl.load(params + at, mask=mask, other=0.0)
+        stored_gradient(g, grads + at, mask, counters, rule)
+    else:
+        # no average: its gradients are stored
+        update_elements(
+            g, at, mask, pull, weights, params, first, second, second, hyper, rule, tensors, task, code, shadowed
+        )
 
 
 @triton.jit(noinline=True)
-def forward(
-    compute, weights, params, rows, layers, draws, shares, counters, live, M, depth, work_size, size, rows_size, index,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRODUCT: tl.constexpr,
+def gradients_of_layer(
+    compute, weights, params, grads, first, second, rows, layers, slopes, counters, hyper, rules, tensors, live,
+    measured, M, depth, trained, work_size, size, rows_size, index, stored, shadowed,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, VECTOR: tl.constexpr, PRODUCT: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Compute a hidden layer's outputs."""
+    """Compute the gradients by a layer's weights, bias and slope; update by them, or store them."""
     model = model_of(live)
-    count, batch_index = rows_of(counters, model, M), tl.load(counters + model * COUNTERS + BATCH_INDEX)
-    rows = batch_of(rows, counters, model, rows_size)
-    work, arena = model * work_size, whole(model * size, True)
-    weights += arena
-    params += arena
-    row = layers + index * LAYER_COLUMNS
-    draw, share = draws + (model * depth + index) * DRAW_COLUMNS, shares + (model * depth + index) * SHARE_COLUMNS
-    N, K, pitch, activation = number(row, LAYER_N), number(row, LAYER_K), number(row, PITCH), number(row, ACTIVATION)
-    x, x_row, w_row = input_of(compute, row, index, work), number(row, X_ROW), number(row, W_ROW)
-    w, b = weights + whole(tl.load(row + W), True), params + tl.load(row + B)
-    y, z = compute + whole(work + tl.load(row + Y), True), compute + whole(work + tl.load(row + Z), True)
-    slope = slope_of(row, share, params)
-    layer, key0, key1 = number(draw, DRAW_LAYER), number(draw, KEY0), number(draw, KEY1)
-    threshold, keep_scale = number(draw, THRESHOLD), tl.load(share + KEEP_SCALE)
-    store_z = needs_z(activation)
-    gather = tl.where(index == 0, 1, 0)
-    for first in range(0, count, BM):
-        for col in range(0, N, BN):
-            acc = affine_tile_of_parts(
-                x, w, b, rows, first, col, count, N, K, x_row, w_row, 1, gather, BM, BN, BK, SPLIT, PRODUCT
-            )
-            store_outputs(
-                acc, y, z, first, col, batch_index, count, N, pitch, 1, pitch, 1, activation, slope, store_z,
-                layer, key0, key1, threshold, keep_scale, BM, BN, True, PARTS,
-            )  # fmt: skip
-
-
-@triton.jit
-def squares_of_weights(params, layers, depth):
-    """Return the sum of the squares of all trained weight matrices, float64."""
-    squares = tl.zeros((SWEEP,), tl.float32)
-    for index in range(depth):
-        row = layers + index * LAYER_COLUMNS
-        # between the rows lie zeros
-        length = tl.where(number(row, W_TASK) >= 0, number(row, LAYER_N) * number(row, W_ROW), 0)
-        w = params + whole(tl.load(row + W), True)
-        for done in range(0, length, SWEEP):
-            at = done + tl.arange(0, SWEEP)
-            p = tl.load(w + at, mask=at < length, other=0.0)
-            squares += p * p
-    return tl.sum(squares.to(tl.float64), axis=0)
-
-
-@triton.jit(noinline=True)
-def measure(
-    measured, params, rows, labels, weight, class_weight, layers, settings, counters, live, M, depth, size, rows_size,
-    label_step, weight_step, ignored_low, ignored_high,
-):  # fmt: skip
-    """Store the divisor of the loss of the model's batch, and its ridge, in ``measured``."""
-    model = model_of(live)
-    outputs = number(layers + (depth - 1) * LAYER_COLUMNS, LAYER_N)
-    found = normaliser_of(
-        batch_of(rows, counters, model, rows_size), rows_of(counters, model, M), labels, label_step, weight,
-        weight_step, class_weight, ignored_label(ignored_low, ignored_high), outputs,
-        settings + model * SETTING_COLUMNS, 1, CHUNK,
-    )  # fmt: skip
-    row = measured + model * MEASURES
-    tl.store(row + NORMALISER, found * tl.load(row + RATIO))
-    strength = tl.load(row + STRENGTH)
-    if strength != 0.0:
-        # false for NaN, which would get into the padding of the weights
-        exists = (found < 0.0) | (found > 0.0)
-        pull = tl.where(exists, strength / tl.where(exists, found, 1.0), 0.0)
-        squares = squares_of_weights(params + whole(model * size, True), layers, depth)
-        tl.store(row + PULL, pull)
-        tl.store(row + PENALTY, 0.5 * pull * squares)
-
-
-@triton.jit(noinline=True)
-def output_tile(
-    compute, weights, params, rows, layers, shares, labels, target, weight, class_weight, settings, hyper, counters,
-    live, measured, M, depth, work_size, size, rows_size, label_step, target_row, target_col, weight_step,
-    ignored_low, ignored_high, first,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
-):  # fmt: skip
-    """Compute the output layer and dz of the batch's rows from ``first`` on; BN >= N. Return the sum of the losses, the
-    right answers, the answers asked for, and prelu's gradient."""
-    model, index = model_of(live), depth - 1
     count = rows_of(counters, model, M)
     rows = batch_of(rows, counters, model, rows_size)
     work, arena = model * work_size, whole(model * size, True)
     weights += arena
     params += arena
-    settings += model * SETTING_COLUMNS
+    grads += arena
+    first += arena
+    second += arena
+    slopes += model * depth
+    counters += model * COUNTERS
+    hyper += model * HYPER
+    rule = rules + model * RULE_COLUMNS
+    tensors += model * trained * TENSOR_FIELDS
+    code = number(rule, CODE)
     row = layers + index * LAYER_COLUMNS
-    N, K, pitch, activation = number(row, LAYER_N), number(row, LAYER_K), number(row, PITCH), number(row, ACTIVATION)
-    x, x_row, w_row = input_of(compute, row, index, work), number(row, X_ROW), number(row, W_ROW)
-    w, b = weights + whole(tl.load(row + W), True), params + tl.load(row + B)
-    gather = tl.where(index == 0, 1, 0)
-    z = affine_tile(x, w, b, rows, first, 0, count, N, K, x_row, 1, w_row, 1, 1, gather, BM, BN, BK, PRODUCT, True)
-    slope = slope_of(row, shares + (model * depth + index) * SHARE_COLUMNS, params)
-    scale = gradient_scale(hyper, tl.load(measured + model * MEASURES + NORMALISER), settings, 0)
-    at_m, at_n = first + tl.arange(0, BM), tl.arange(0, BN)
-    result, loss, right, scored, below = loss_of_rows(
-        z, at_m, at_n, count, scale, rows, labels, label_step, target, target_row, target_col, weight,
-        weight_step, class_weight, ignored_label(ignored_low, ignored_high), N, settings, 1, activation, slope,
-        BM, CROSS_ENTROPY,
-    )  # fmt: skip
+    N, K, dz_row = number(row, LAYER_N), number(row, LAYER_K), number(row, PITCH) // 8 * 8
+    x, x_row, w_row = input_of(compute, row, index, work), number(row, X_ROW) // 8 * 8, number(row, W_ROW) // 8 * 8
     dz = compute + whole(work + tl.load(row + DZ), True)
-    dz_at = dz + at_m.to(tl.int64)[:, None] * (pitch // 8 * 8) + at_n[None, :]
-    stored = (at_m < count)[:, None] & (at_n < masked_width(N, True))[None, :]
-    tl.store(dz_at, result.to(dz.dtype.element_ty), mask=stored)
-    return loss, right, scored, below
+    gather = tl.where(index == 0, 1, 0)
+    task = number(row, W_TASK)
+    w = whole(tl.load(row + W), True)
+    pull = tl.load(measured + model * MEASURES + PULL)
+    for top in range(0, tl.where(task >= 0, N, 0), BN):
+        at_n = top + tl.arange(0, BN)
+        for col in range(0, K, BK):
+            # one stage: a batch has few tiles of rows, and often one
+            acc = weight_sums(
+                dz, x, rows, at_n, col + tl.arange(0, BK), 0, count, N, K, dz_row.to(tl.int64), 1, x_row.to(tl.int64),
+                1, gather, BN, BK, BM, PRODUCT, True, 1,
+            )  # fmt: skip
+            for piece in tl.static_range(PARTS):
+                near = col + piece * (BK // PARTS) + tl.arange(0, BK // PARTS)[None, :]
+                mask = (at_n < N)[:, None] & (near < masked_width(K, True))
+                # 0 * NaN is NaN, and a NaN in the padding would stay there
+                g = tl.where(near < K, part_of(acc, piece, PARTS, BN, BK), 0.0)
+                finish_gradient(
+                    g, w + at_n.to(tl.int64)[:, None] * w_row + near, mask, pull, weights, params, grads, first,
+                    second, counters, hyper, rule, tensors, task, code, stored, shadowed,
+                )  # fmt: skip
+    # the bias, then the slope if there is one to train
+    for vector in range(tl.where(number(row, SLOPE_TASK) >= 0, 2, 1)):
+        task = tl.where(vector == 0, number(row, B_TASK), number(row, SLOPE_TASK))
+        size = tl.where(vector == 0, N, 1)
+        start = tl.where(vector == 0, tl.load(row + B), tl.load(row + SLOPE))
+        for tile in range(tl.where(task >= 0, tl.cdiv(size, VECTOR), 0)):
+            at = tile * VECTOR + tl.arange(0, VECTOR)
+            mask = at < size
+            if vector == 0:
+                g = column_sums(dz, at, 0, count, N, dz_row.to(tl.int64), 1, VECTOR, BM)
+            else:
+                g = tl.load(slopes + index + at, mask=mask, other=0.0)
+            finish_gradient(
+                g, start + at, mask, 0.0, weights, params, grads, first, second, counters, hyper, rule, tensors, task,
+                code, stored, 0,
+            )  # fmt: skip
+
+
+@triton.jit
+def is_due(counters, rule):
+    """Return whether this batch is the last that an update accumulates."""
+    return (tl.load(counters + BATCH_INDEX) + 1) % tl.load(rule + ACCUMULATE).to(tl.int64) == 0
 
 
 @triton.jit(noinline=True)
-def output_and_loss(
-    compute, weights, params, rows, layers, shares, slopes, labels, target, weight, class_weight, settings, hyper,
-    stats, counters, live, measured, M, depth, work_size, size, rows_size, label_step, target_row, target_col,
-    weight_step, ignored_low, ignored_high,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
+def update_from_memory(
+    weights, params, grads, first, second, average, segments, counters, hyper, rules, tensors, live, trained, size,
+    shadowed,
 ):  # fmt: skip
-    """Compute the output layer and dz, and add the loss to ``stats``."""
-    total, right, scored = tl.full((), 0.0, tl.float64), tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
-    below = tl.full((), 0.0, tl.float32)
-    for first in range(0, rows_of(counters, model_of(live), M), BM):
-        loss, hits, asked, part = output_tile(
-            compute, weights, params, rows, layers, shares, labels, target, weight, class_weight, settings, hyper,
-            counters, live, measured, M, depth, work_size, size, rows_size, label_step, target_row, target_col,
-            weight_step, ignored_low, ignored_high, first, BM, BN, BK, PRODUCT, CROSS_ENTROPY,
-        )  # fmt: skip
-        total += loss.to(tl.float64)
-        right += hits
-        scored += asked
-        below += part
+    """Update all tensors by the mean of the accumulated gradients, clipped by their global norm, if this batch is the
+    last that the update accumulates."""
     model = model_of(live)
-    tl.store(slopes + model * depth + depth - 1, below)
-    record_loss(
-        total, right.to(tl.float64), scored.to(tl.float64), stats + model * STATS, settings + model * SETTING_COLUMNS,
-        tl.load(measured + model * MEASURES + NORMALISER),
-    )  # fmt: skip
-
-
-@triton.jit(noinline=True)
-def backward(
-    compute, weights, params, layers, draws, shares, slopes, counters, live, M, depth, work_size, size, index,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Compute dz of layer ``index`` from dz of the layer above it, and the gradient by its slope."""
-    model = model_of(live)
-    count, batch_index = rows_of(counters, model, M), tl.load(counters + model * COUNTERS + BATCH_INDEX)
-    work, arena = model * work_size, whole(model * size, True)
+    arena = whole(model * size, True)
     weights += arena
     params += arena
-    slopes += model * depth
-    row = layers + index * LAYER_COLUMNS
-    above = row + LAYER_COLUMNS
-    draw, share = draws + (model * depth + index) * DRAW_COLUMNS, shares + (model * depth + index) * SHARE_COLUMNS
-    N, K, pitch, activation = number(above, LAYER_N), number(row, LAYER_N), number(row, PITCH), number(row, ACTIVATION)
-    dz, dz_row = compute + whole(work + tl.load(above + DZ), True), number(above, PITCH)
-    w, w_row = weights + whole(tl.load(above + W), True), number(above, W_ROW)
-    y, out = compute + whole(work + tl.load(row + Z), True), compute + whole(work + tl.load(row + DZ), True)
-    slope = slope_of(row, share, params)
-    layer, key0, key1 = number(draw, DRAW_LAYER), number(draw, KEY0), number(draw, KEY1)
-    threshold, keep_scale = number(draw, THRESHOLD), tl.load(share + KEEP_SCALE)
-    kept_share = tl.load(share + KEPT_SHARE)
-    below = tl.full((), 0.0, tl.float32)
-    for tile_m in range(tl.cdiv(count, BM)):
-        for tile_k in range(tl.cdiv(K, BK)):
-            below += input_gradient(
-                dz, w, y, out, tile_m, tile_k, batch_index, count, N, K, dz_row, 1, w_row, 1, pitch, 1, pitch, 1,
-                activation, slope, layer, key0, key1, threshold, keep_scale, kept_share,
-                BM, BN, BK, PRODUCT, True, PARTS, 1,
+    grads += arena
+    first += arena
+    second += arena
+    average += arena
+    hyper += model * HYPER
+    rule = rules + model * RULE_COLUMNS
+    tensors += model * trained * TENSOR_FIELDS
+    code = number(rule, CODE)
+    factor = 1.0 / tl.load(rule + ACCUMULATE)
+    limit = tl.load(rule + CLIP_NORM)
+    updated = tl.where(is_due(counters + model * COUNTERS, rule), trained, 0)
+    if limit < float("inf"):
+        squares = tl.full((), 0.0, tl.float64)
+        for task in range(updated):
+            start, length = tl.load(segments + task * SEGMENT_COLUMNS), number(segments + task * SEGMENT_COLUMNS, 1)
+            for done in range(0, length, SWEEP):
+                at = done + tl.arange(0, SWEEP)
+                squares += square_sum(tl.load(grads + start + at, mask=at < length, other=0.0))
+        factor = factor * clip_factor(tl.sqrt(squares) * factor, limit)
+    for task in range(updated):
+        start, length = tl.load(segments + task * SEGMENT_COLUMNS), number(segments + task * SEGMENT_COLUMNS, 1)
+        for done in range(0, length, SWEEP):
+            at = done + tl.arange(0, SWEEP)
+            g = tl.load(grads + start + at, mask=at < length, other=0.0)
+            # a factor that is NaN must not get into the padding
+            g = tl.where(g == 0.0, 0.0, g * factor.to(tl.float32))
+            update_elements(
+                g, start + at, at < length, 0.0, weights, params, first, second, average, hyper, rule, tensors, task,
+                code, shadowed,
             )  # fmt: skip
-    tl.store(slopes + index, below)
 
 
-NUMBERS = [
-    "M", "phases", "order0", "order1", "order2", "order3", "depth", "trained", "work_size", "size", "rows_size",
-    "rates_size", "label_step", "target_row", "target_col", "weight_step", "ignored_low", "ignored_high", "stored",
-    "shadowed",
-]  # fmt: skip
+@triton.jit(noinline=True)
+def tick(counters, hyper, rates, stats, epoch_stats, rules, live, measured, M, rates_size):
+    """Add the batch to the model's sums and advance its clock; after an epoch store the epoch's sums.
+
+    ``advance_clock`` knows one epoch only; with more, this corrects its next rows.
+    """
+    model, epochs = model_of(live), number(live + tl.program_id(0) * LIVE_COLUMNS, EPOCHS)
+    count = rows_of(counters, model, M)
+    counters += model * COUNTERS
+    stats += model * STATS
+    rule = rules + model * RULE_COLUMNS
+    due = is_due(counters, rule)
+    step, total = tl.load(counters + ROW_STEP).to(tl.int32), tl.load(counters + ROW_TOTAL).to(tl.int32)
+    offset = tl.load(counters + ROW_OFFSET).to(tl.int32)
+    epoch = offset // tl.maximum(total, 1)
+    inside = offset - epoch * total + step
+    ends = (step != 0) & (inside >= total)
+    closes = ends & (epoch < epochs)
+    at = tl.arange(0, STATS_BLOCK)
+    account = tl.load(stats + at, mask=at < STATS, other=0.0)
+    account += tl.where(at == BATCH_LOSSES, tl.load(stats + LAST_LOSS) * count, 0.0)
+    account += tl.where(at == PENALTIES, tl.load(measured + model * MEASURES + PENALTY) * count, 0.0)
+    # all threads must read this batch's counters before one of them writes the next ones
+    tl.debug_barrier()
+    advance_clock(counters, hyper + model * HYPER, rates + model * rates_size, rule, due, False)
+    tl.store(epoch_stats + (model * epochs + epoch) * STATS + at, account, mask=tl.where(closes, at < STATS, False))
+    tl.store(stats + at, tl.where(closes, 0.0, account), mask=(at >= LOSS_SUM) & (at < STATS))
+    if (epochs > 1) & (step != 0):
+        epoch = tl.where(ends, tl.where(epoch + 1 < epochs, epoch + 1, 0), epoch)
+        inside = tl.where(ends, 0, inside)
+        tl.debug_barrier()
+        tl.store(counters + ROW_OFFSET, (epoch * total + inside).to(tl.int64))
+        tl.store(counters + ROW_COUNT, tl.minimum(total - inside, step).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@kernel(numbers_from="M")
 def resident_kernel(
     compute, weights, parameters, grads, first, second, average, rows, labels, target, weight, class_weight, slopes,
     measured, layers, draws, shares, settings, rules, tensors, segments, counters, hyper, rates, stats, epoch_stats,

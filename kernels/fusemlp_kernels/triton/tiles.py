@@ -8,6 +8,10 @@ the matrix.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -15,6 +19,19 @@ from fusemlp_kernels.triton.clock import ROW_OFFSET
 
 # Rows of tiles that programs work on together, so that their inputs stay in the L2 cache.
 GROUP: tl.constexpr = tl.constexpr(8)
+
+
+def kernel(*, numbers_from: str) -> Callable[[Any], Any]:
+    """Return ``triton.jit`` for a kernel whose arguments from this one to the constants are numbers; Triton compiles it
+    once for all their values."""
+
+    def compiled_once(function: Any) -> Any:
+        names = list(inspect.signature(function).parameters)
+        numbers = names[names.index(numbers_from) :]
+        is_constant = [function.__annotations__.get(name) == "tl.constexpr" for name in numbers]
+        return triton.jit(function, do_not_specialize=numbers[: is_constant.index(True)])
+
+    return compiled_once
 
 
 @triton.jit

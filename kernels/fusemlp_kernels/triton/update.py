@@ -1,4 +1,5 @@
-"""The optimizer over the flat arenas in one launch, for stored gradients."""
+"""The optimizer over the flat arenas in one launch, for stored gradients; and private training, which clips rows of
+``dz`` by the norms of their gradients and adds noise to the update."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from fusemlp_kernels.triton.clock import (
     BATCH_INDEX,
     CLIP_NORM,
     LOSS_SCALE,
+    ROW_COUNT,
     SCALED,
     UPDATE_COUNT,
     advance_clock,
@@ -17,15 +19,35 @@ from fusemlp_kernels.triton.clock import (
     leave_out_padding,
     sum_of,
 )
-from fusemlp_kernels.triton.gradients import FIELDS, FIRST_TILE, TASK_N, TENSOR_FIELDS, P, square_sum, task_of
+from fusemlp_kernels.triton.functions import normal
+from fusemlp_kernels.triton.gradients import (
+    BIAS,
+    DZ,
+    DZ_COL,
+    DZ_ROW,
+    FIELDS,
+    FIRST_TILE,
+    GATHER,
+    KIND,
+    P_ROW,
+    TASK_K,
+    TASK_N,
+    TENSOR_FIELDS,
+    X_COL,
+    X_ROW,
+    P,
+    X,
+    square_sum,
+    task_of,
+)
 from fusemlp_kernels.triton.pointwise_triton import stored_update
-from fusemlp_kernels.triton.privacy import with_noise
+from fusemlp_kernels.triton.tiles import batch_rows, kernel, this_batch
 
 # Rows of a batch that are counted at a time.
 COUNTED: tl.constexpr = tl.constexpr(256)
 
 
-@triton.jit(do_not_specialize=["size", "programs"])
+@kernel(numbers_from="size")
 def norm_kernel(grads, norm, partials, ticket, size, programs, BLOCK: tl.constexpr):
     """norm (1,) float64 = the Euclidean norm of grads (size,)."""
     program = tl.program_id(0)
@@ -43,7 +65,75 @@ def clip_factor(norm, limit):
     return tl.where(factor > 1.0, 1.0, factor)
 
 
-@triton.jit(do_not_specialize=["tasks", "programs", "parts", "part", "shadowed", "key0", "key1"])
+@triton.jit
+def row_squares(base, sources, at_m, inside, width, row, col, BM: tl.constexpr, BK: tl.constexpr):
+    """Return the squares of rows ``sources`` of a matrix of ``width`` columns, (BM,) float64."""
+    sums = tl.zeros((BM, BK), tl.float64)
+    for start in range(0, width, BK):
+        at = start + tl.arange(0, BK)
+        place = base + sources[:, None] * row + at.to(tl.int64)[None, :] * col
+        v = tl.load(place, mask=inside[:, None] & (at < width)[None, :], other=0.0).to(tl.float64)
+        sums += v * v
+    return tl.sum(sums, axis=1)
+
+
+@kernel(numbers_from="M")
+def clip_examples_kernel(
+    compute, rows, table, limit, counters, M, tasks,
+    BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Scale BM rows of every dz so that no row's gradient has a norm above ``limit`` (1,) float64.
+
+    ``table`` has a task for each layer, with the fields of ``gradients.TASK_FIELDS``: K is 0 where the weights are not
+    trained, the kind BIAS where the bias is.
+    """
+    at_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    count = tl.minimum(tl.load(counters + ROW_COUNT), M).to(tl.int32)
+    inside = at_m < count
+    far = at_m.to(tl.int64)
+    squares = tl.zeros((BM,), tl.float64)
+    for task in range(tasks):
+        row = table + task * FIELDS
+        N, K, gather = tl.load(row + TASK_N).to(tl.int32), tl.load(row + TASK_K).to(tl.int32), tl.load(row + GATHER)
+        sources = batch_rows(this_batch(rows, counters, gather), at_m, count, gather)
+        dz, x = compute + tl.load(row + DZ), compute + tl.load(row + X)
+        by_dz = row_squares(dz, far, at_m, inside, N, tl.load(row + DZ_ROW), tl.load(row + DZ_COL), BM, BK)
+        by_x = row_squares(x, sources, at_m, sources >= 0, K, tl.load(row + X_ROW), tl.load(row + X_COL), BM, BK)
+        squares += by_dz * (by_x + tl.where(tl.load(row + KIND) == BIAS, 1.0, 0.0))
+    largest = tl.load(limit)
+    clipped = inside & ((squares <= largest * largest) == 0)
+    # a NaN stays
+    factor = (largest / tl.sqrt(tl.where(clipped, squares, 1.0))).to(tl.float32)
+    for task in range(tasks):
+        row = table + task * FIELDS
+        dz, N = compute + tl.load(row + DZ) + far * tl.load(row + DZ_ROW), tl.load(row + TASK_N).to(tl.int32)
+        col = tl.load(row + DZ_COL)
+        for start in range(0, N, BK):
+            at = start + tl.arange(0, BK)
+            place, stored = dz[:, None] + at.to(tl.int64)[None, :] * col, clipped[:, None] & (at < N)[None, :]
+            scaled = tl.load(place, mask=stored, other=0.0).to(tl.float32) * factor[:, None]
+            tl.store(place, scaled.to(compute.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def with_noise(g, first, row, task, noise, update, key0, key1, BLOCK: tl.constexpr):
+    """Return (g + deviation * z) / divisor for elements of a segment from ``first`` on; zeros between its rows.
+
+    ``row``: the segment's row of the table, with the width of its matrix in K and the pitch in P_ROW.
+    """
+    columns, pitch = tl.load(row + TASK_K), tl.load(row + P_ROW)
+    # one division of 64 bits; those of the elements have 32
+    top = first // pitch
+    inside = (first - top * pitch).to(tl.uint32) + tl.arange(0, BLOCK).to(tl.uint32)
+    down = inside // pitch.to(tl.uint32)
+    column = inside - down * pitch.to(tl.uint32)
+    element = (top + down.to(tl.int64)) * columns + column.to(tl.int64)
+    z = normal(element, task, update, key0, key1)
+    noisy = (g.to(tl.float64) + tl.load(noise) * z) * (1.0 / tl.load(noise + 1))
+    return tl.where(column.to(tl.int64) < columns, noisy, 0.0).to(tl.float32)
+
+
+@kernel(numbers_from="tasks")
 def update_kernel(
     parameters, grads, first, second, average, shadow, norm, table, tensors, hyper, rates, rule, counters, ticket,
     noise, rows, tasks, programs, parts, part, shadowed, key0, key1,

@@ -1,0 +1,301 @@
+"""The tables of a resident launch, and the phases that go through the layers: forward, loss, backward.
+
+Numbers that may differ from model to model (seed, rates, the optimizer's and the loss's numbers, the number of steps)
+stand in tables with a row a model.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusemlp_kernels import contract
+from fusemlp_kernels.triton.clock import BATCH_INDEX, ROW_COUNT, ROW_OFFSET, RULE_FIELDS
+from fusemlp_kernels.triton.gradients import input_gradient, whole
+from fusemlp_kernels.triton.linear import affine_tile, affine_tile_of_parts, store_outputs
+from fusemlp_kernels.triton.loss import (
+    SETTING_FIELDS,
+    gradient_scale,
+    ignored_label,
+    loss_of_rows,
+    normaliser_of,
+    record_loss,
+)
+from fusemlp_kernels.triton.pointwise_triton import PRELU, needs_z
+from fusemlp_kernels.triton.tiles import masked_width
+
+# A row of the table of layers, int64: widths; the first element and the row pitch of the input (the first layer's
+# counts from ``compute``, the others' from the model's workspace); the first element of each parameter in the arenas
+# (no slope: -1), and its row in the table of tensors (-1: frozen); the first element in the workspace of the output, of
+# the values that give its derivative, and of dz, and their row pitch.
+LAYER_FIELDS = (
+    "N", "K", "x", "x_row", "w", "w_row", "b", "slope", "w_task", "b_task", "slope_task", "activation",
+    "y", "z", "dz", "pitch",
+)  # fmt: skip
+(
+    LAYER_N, LAYER_K, X, X_ROW, W, W_ROW, B, SLOPE, W_TASK, B_TASK, SLOPE_TASK, ACTIVATION, Y, Z, DZ, PITCH,
+) = (tl.constexpr(place) for place in range(len(LAYER_FIELDS)))  # fmt: skip
+LAYER_COLUMNS: tl.constexpr = tl.constexpr(len(LAYER_FIELDS))
+# The phases of a step, a byte each, in words of 64 bits, which are arguments: no phase waits for its row of a table.
+# A byte has the kind, and from this bit on the layer.
+PHASES = ("measure", "forward", "entropy", "elementwise", "backward", "gradients", "update", "tick")
+MEASURE, FORWARD, ENTROPY, ELEMENTWISE, BACKWARD, GRADIENTS, UPDATE, TICK = (
+    tl.constexpr(place) for place in range(len(PHASES))
+)
+PHASE_LAYER: tl.constexpr = tl.constexpr(4)
+PHASE_WORDS, PHASE_LAYERS = 4, 16
+# By model and layer: the numbers of the dropout, int64 (threshold 0: none), and factors, float32.
+DRAW_FIELDS = ("layer", "key0", "key1", "threshold")
+DRAW_LAYER, KEY0, KEY1, THRESHOLD = (tl.constexpr(place) for place in range(len(DRAW_FIELDS)))
+DRAW_COLUMNS: tl.constexpr = tl.constexpr(len(DRAW_FIELDS))
+SHARE_FIELDS = ("keep_scale", "kept_share", "slope")
+KEEP_SCALE, KEPT_SHARE, FIXED_SLOPE = (tl.constexpr(place) for place in range(len(SHARE_FIELDS)))
+SHARE_COLUMNS: tl.constexpr = tl.constexpr(len(SHARE_FIELDS))
+# By model, float64: the divisor of its ridge over the usual one, and the ridge's strength times the usual one; then of
+# the batch the divisor of its loss, the factor of the trained weights in their gradients, and the penalty.
+MEASURE_FIELDS = ("ratio", "strength", "normaliser", "pull", "penalty")
+RATIO, STRENGTH, NORMALISER, PULL, PENALTY = (tl.constexpr(place) for place in range(len(MEASURE_FIELDS)))
+MEASURES: tl.constexpr = tl.constexpr(len(MEASURE_FIELDS))
+# A trained tensor's stretch of the arenas, int64: offset and size.
+SEGMENT_COLUMNS: tl.constexpr = tl.constexpr(2)
+# An entry of the list of models that train in this launch, int64: the model, its steps, and its epochs with sums.
+LIVE_FIELDS = ("model", "steps", "epochs")
+_, STEPS, EPOCHS = (tl.constexpr(place) for place in range(len(LIVE_FIELDS)))
+LIVE_COLUMNS: tl.constexpr = tl.constexpr(len(LIVE_FIELDS))
+RULE_COLUMNS: tl.constexpr = tl.constexpr(len(RULE_FIELDS))
+SETTING_COLUMNS: tl.constexpr = tl.constexpr(len(SETTING_FIELDS))
+# Elements of the arenas in one step of a sweep.
+SWEEP: tl.constexpr = tl.constexpr(1024)
+# Numbers of a model in the arrays of the contract.
+COUNTERS: tl.constexpr = tl.constexpr(contract.COUNTERS)
+HYPER: tl.constexpr = tl.constexpr(contract.HYPER)
+STATS: tl.constexpr = tl.constexpr(contract.STATS)
+STATS_BLOCK: tl.constexpr = tl.constexpr(triton.next_power_of_2(contract.STATS))
+BATCH_LOSSES: tl.constexpr = tl.constexpr(contract.BATCH_LOSSES)
+PENALTIES: tl.constexpr = tl.constexpr(contract.PENALTIES)
+
+
+@triton.jit
+def number(row, FIELD: tl.constexpr):
+    """Return a field of a table's row, int32."""
+    return tl.load(row + FIELD).to(tl.int32)
+
+
+@triton.jit
+def phase_of(place, order0, order1, order2, order3):
+    """Return the kind of a step's phase, and its layer, int32."""
+    word = tl.where(place < 16, tl.where(place < 8, order0, order1), tl.where(place < 24, order2, order3))
+    phase = (word >> (place % 8 * 8)).to(tl.int32)
+    return phase & 15, (phase >> PHASE_LAYER) & 15
+
+
+@triton.jit
+def model_of(live):
+    """Return the model that this program trains. Each phase asks again, so that no register holds the answer through
+    the other phases."""
+    return tl.load(live + tl.program_id(0) * LIVE_COLUMNS)
+
+
+@triton.jit
+def batch_of(rows, counters, model, rows_size):
+    """Return the first row number of the model's batch."""
+    return rows + model * rows_size + tl.load(counters + model * COUNTERS + ROW_OFFSET)
+
+
+@triton.jit
+def rows_of(counters, model, M):
+    """Return the number of rows of the model's batch, int32."""
+    return tl.minimum(tl.load(counters + model * COUNTERS + ROW_COUNT), M).to(tl.int32)
+
+
+@triton.jit
+def input_of(compute, row, index, work):
+    """Return a layer's input: the data, or the output of the layer before."""
+    return compute + whole(tl.load(row + X) + tl.where(index == 0, 0, work), True)
+
+
+# Rows whose weights are added at a time: at most the threads of one warp, so that the warps exchange nothing.
+CHUNK: tl.constexpr = tl.constexpr(32)
+
+
+@triton.jit
+def slope_of(row, shares, params):
+    """Return the slope below zero: prelu's own, else that of the table."""
+    learned = number(row, ACTIVATION) == PRELU
+    fixed = tl.load(shares + FIXED_SLOPE)
+    return tl.load(params + tl.load(row + SLOPE), mask=learned, other=fixed)
+
+
+@triton.jit(noinline=True)
+def forward(
+    compute, weights, params, rows, layers, draws, shares, counters, live, M, depth, work_size, size, rows_size, index,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRODUCT: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """Compute a hidden layer's outputs."""
+    model = model_of(live)
+    count, batch_index = rows_of(counters, model, M), tl.load(counters + model * COUNTERS + BATCH_INDEX)
+    rows = batch_of(rows, counters, model, rows_size)
+    work, arena = model * work_size, whole(model * size, True)
+    weights += arena
+    params += arena
+    row = layers + index * LAYER_COLUMNS
+    draw, share = draws + (model * depth + index) * DRAW_COLUMNS, shares + (model * depth + index) * SHARE_COLUMNS
+    N, K, pitch, activation = number(row, LAYER_N), number(row, LAYER_K), number(row, PITCH), number(row, ACTIVATION)
+    x, x_row, w_row = input_of(compute, row, index, work), number(row, X_ROW), number(row, W_ROW)
+    w, b = weights + whole(tl.load(row + W), True), params + tl.load(row + B)
+    y, z = compute + whole(work + tl.load(row + Y), True), compute + whole(work + tl.load(row + Z), True)
+    slope = slope_of(row, share, params)
+    layer, key0, key1 = number(draw, DRAW_LAYER), number(draw, KEY0), number(draw, KEY1)
+    threshold, keep_scale = number(draw, THRESHOLD), tl.load(share + KEEP_SCALE)
+    store_z = needs_z(activation)
+    gather = tl.where(index == 0, 1, 0)
+    for first in range(0, count, BM):
+        for col in range(0, N, BN):
+            acc = affine_tile_of_parts(
+                x, w, b, rows, first, col, count, N, K, x_row, w_row, 1, gather, BM, BN, BK, SPLIT, PRODUCT
+            )
+            store_outputs(
+                acc, y, z, first, col, batch_index, count, N, pitch, 1, pitch, 1, activation, slope, store_z,
+                layer, key0, key1, threshold, keep_scale, BM, BN, True, PARTS,
+            )  # fmt: skip
+
+
+@triton.jit
+def squares_of_weights(params, layers, depth):
+    """Return the sum of the squares of all trained weight matrices, float64."""
+    squares = tl.zeros((SWEEP,), tl.float32)
+    for index in range(depth):
+        row = layers + index * LAYER_COLUMNS
+        # between the rows lie zeros
+        length = tl.where(number(row, W_TASK) >= 0, number(row, LAYER_N) * number(row, W_ROW), 0)
+        w = params + whole(tl.load(row + W), True)
+        for done in range(0, length, SWEEP):
+            at = done + tl.arange(0, SWEEP)
+            p = tl.load(w + at, mask=at < length, other=0.0)
+            squares += p * p
+    return tl.sum(squares.to(tl.float64), axis=0)
+
+
+@triton.jit(noinline=True)
+def measure(
+    measured, params, rows, labels, weight, class_weight, layers, settings, counters, live, M, depth, size, rows_size,
+    label_step, weight_step, ignored_low, ignored_high,
+):  # fmt: skip
+    """Store the divisor of the loss of the model's batch, and its ridge, in ``measured``."""
+    model = model_of(live)
+    outputs = number(layers + (depth - 1) * LAYER_COLUMNS, LAYER_N)
+    found = normaliser_of(
+        batch_of(rows, counters, model, rows_size), rows_of(counters, model, M), labels, label_step, weight,
+        weight_step, class_weight, ignored_label(ignored_low, ignored_high), outputs,
+        settings + model * SETTING_COLUMNS, 1, CHUNK,
+    )  # fmt: skip
+    row = measured + model * MEASURES
+    tl.store(row + NORMALISER, found * tl.load(row + RATIO))
+    strength = tl.load(row + STRENGTH)
+    if strength != 0.0:
+        # false for NaN, which would get into the padding of the weights
+        exists = (found < 0.0) | (found > 0.0)
+        pull = tl.where(exists, strength / tl.where(exists, found, 1.0), 0.0)
+        squares = squares_of_weights(params + whole(model * size, True), layers, depth)
+        tl.store(row + PULL, pull)
+        tl.store(row + PENALTY, 0.5 * pull * squares)
+
+
+@triton.jit(noinline=True)
+def output_tile(
+    compute, weights, params, rows, layers, shares, labels, target, weight, class_weight, settings, hyper, counters,
+    live, measured, M, depth, work_size, size, rows_size, label_step, target_row, target_col, weight_step,
+    ignored_low, ignored_high, first,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """Compute the output layer and dz of the batch's rows from ``first`` on; BN >= N. Return the sum of the losses, the
+    right answers, the answers asked for, and prelu's gradient."""
+    model, index = model_of(live), depth - 1
+    count = rows_of(counters, model, M)
+    rows = batch_of(rows, counters, model, rows_size)
+    work, arena = model * work_size, whole(model * size, True)
+    weights += arena
+    params += arena
+    settings += model * SETTING_COLUMNS
+    row = layers + index * LAYER_COLUMNS
+    N, K, pitch, activation = number(row, LAYER_N), number(row, LAYER_K), number(row, PITCH), number(row, ACTIVATION)
+    x, x_row, w_row = input_of(compute, row, index, work), number(row, X_ROW), number(row, W_ROW)
+    w, b = weights + whole(tl.load(row + W), True), params + tl.load(row + B)
+    gather = tl.where(index == 0, 1, 0)
+    z = affine_tile(x, w, b, rows, first, 0, count, N, K, x_row, 1, w_row, 1, 1, gather, BM, BN, BK, PRODUCT, True)
+    slope = slope_of(row, shares + (model * depth + index) * SHARE_COLUMNS, params)
+    scale = gradient_scale(hyper, tl.load(measured + model * MEASURES + NORMALISER), settings, 0)
+    at_m, at_n = first + tl.arange(0, BM), tl.arange(0, BN)
+    result, loss, right, scored, below = loss_of_rows(
+        z, at_m, at_n, count, scale, rows, labels, label_step, target, target_row, target_col, weight,
+        weight_step, class_weight, ignored_label(ignored_low, ignored_high), N, settings, 1, activation, slope,
+        BM, CROSS_ENTROPY,
+    )  # fmt: skip
+    dz = compute + whole(work + tl.load(row + DZ), True)
+    dz_at = dz + at_m.to(tl.int64)[:, None] * (pitch // 8 * 8) + at_n[None, :]
+    stored = (at_m < count)[:, None] & (at_n < masked_width(N, True))[None, :]
+    tl.store(dz_at, result.to(dz.dtype.element_ty), mask=stored)
+    return loss, right, scored, below
+
+
+@triton.jit(noinline=True)
+def output_and_loss(
+    compute, weights, params, rows, layers, shares, slopes, labels, target, weight, class_weight, settings, hyper,
+    stats, counters, live, measured, M, depth, work_size, size, rows_size, label_step, target_row, target_col,
+    weight_step, ignored_low, ignored_high,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """Compute the output layer and dz, and add the loss to ``stats``."""
+    total, right, scored = tl.full((), 0.0, tl.float64), tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
+    below = tl.full((), 0.0, tl.float32)
+    for first in range(0, rows_of(counters, model_of(live), M), BM):
+        loss, hits, asked, part = output_tile(
+            compute, weights, params, rows, layers, shares, labels, target, weight, class_weight, settings, hyper,
+            counters, live, measured, M, depth, work_size, size, rows_size, label_step, target_row, target_col,
+            weight_step, ignored_low, ignored_high, first, BM, BN, BK, PRODUCT, CROSS_ENTROPY,
+        )  # fmt: skip
+        total += loss.to(tl.float64)
+        right += hits
+        scored += asked
+        below += part
+    model = model_of(live)
+    tl.store(slopes + model * depth + depth - 1, below)
+    record_loss(
+        total, right.to(tl.float64), scored.to(tl.float64), stats + model * STATS, settings + model * SETTING_COLUMNS,
+        tl.load(measured + model * MEASURES + NORMALISER),
+    )  # fmt: skip
+
+
+@triton.jit(noinline=True)
+def backward(
+    compute, weights, params, layers, draws, shares, slopes, counters, live, M, depth, work_size, size, index,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRODUCT: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Compute dz of layer ``index`` from dz of the layer above it, and the gradient by its slope."""
+    model = model_of(live)
+    count, batch_index = rows_of(counters, model, M), tl.load(counters + model * COUNTERS + BATCH_INDEX)
+    work, arena = model * work_size, whole(model * size, True)
+    weights += arena
+    params += arena
+    slopes += model * depth
+    row = layers + index * LAYER_COLUMNS
+    above = row + LAYER_COLUMNS
+    draw, share = draws + (model * depth + index) * DRAW_COLUMNS, shares + (model * depth + index) * SHARE_COLUMNS
+    N, K, pitch, activation = number(above, LAYER_N), number(row, LAYER_N), number(row, PITCH), number(row, ACTIVATION)
+    dz, dz_row = compute + whole(work + tl.load(above + DZ), True), number(above, PITCH)
+    w, w_row = weights + whole(tl.load(above + W), True), number(above, W_ROW)
+    y, out = compute + whole(work + tl.load(row + Z), True), compute + whole(work + tl.load(row + DZ), True)
+    slope = slope_of(row, share, params)
+    layer, key0, key1 = number(draw, DRAW_LAYER), number(draw, KEY0), number(draw, KEY1)
+    threshold, keep_scale = number(draw, THRESHOLD), tl.load(share + KEEP_SCALE)
+    kept_share = tl.load(share + KEPT_SHARE)
+    below = tl.full((), 0.0, tl.float32)
+    for tile_m in range(tl.cdiv(count, BM)):
+        for tile_k in range(tl.cdiv(K, BK)):
+            below += input_gradient(
+                dz, w, y, out, tile_m, tile_k, batch_index, count, N, K, dz_row, 1, w_row, 1, pitch, 1, pitch, 1,
+                activation, slope, layer, key0, key1, threshold, keep_scale, kept_share,
+                BM, BN, BK, PRODUCT, True, PARTS, 1,
+            )  # fmt: skip
+    tl.store(slopes + index, below)
