@@ -17,33 +17,8 @@ import triton
 from fusemlp_kernels.checks import check_names
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.errors import BackendUnavailableError
-from fusemlp_kernels.triton import configs
-from fusemlp_kernels.triton.fleets import bind_train_fleet, bind_train_resident
-from fusemlp_kernels.triton.grouped import (
-    bind_clip_examples,
-    bind_grad_weight,
-    bind_grad_weight_members,
-    bind_grad_weight_update,
-    bind_update,
-)
+from fusemlp_kernels.triton import configs, fleets, grouped, layers, narrow
 from fusemlp_kernels.triton.launch import Run, Tensor, TritonDevice, is_aligned, is_interpreted, mark_owned
-from fusemlp_kernels.triton.layers import (
-    bind_add,
-    bind_advance,
-    bind_affine_members,
-    bind_encode,
-    bind_grad_affine_members,
-    bind_grad_input,
-    bind_grad_input_members,
-    bind_grad_normalise,
-    bind_linear,
-    bind_linear_loss_grad,
-    bind_linear_members,
-    bind_loss_grad,
-    bind_normalise,
-    bind_perturb,
-)
-from fusemlp_kernels.triton.narrow import bind_train_narrow
 
 _log = logging.getLogger("fusemlp.kernels")
 
@@ -57,14 +32,12 @@ ADOPTED = frozenset(
         *(torch.int8, torch.int16, torch.int32, torch.int64),
     }
 )
+# By op, the functions that are named after it.
 BINDERS: dict[str, Callable[..., Callable[..., object]]] = {
-    bind.__name__.removeprefix("bind_"): bind
-    for bind in (
-        *(bind_linear, bind_linear_loss_grad, bind_loss_grad, bind_grad_input, bind_clip_examples, bind_grad_weight),
-        *(bind_grad_weight_update, bind_update, bind_advance, bind_perturb, bind_train_resident, bind_train_fleet),
-        *(bind_affine_members, bind_grad_affine_members, bind_linear_members, bind_grad_input_members),
-        *(bind_grad_weight_members, bind_normalise, bind_grad_normalise, bind_add, bind_encode, bind_train_narrow),
-    )
+    name.removeprefix("bind_"): bind
+    for module in (fleets, grouped, layers, narrow)
+    for name, bind in vars(module).items()
+    if name.startswith("bind_")
 }
 COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -117,15 +90,15 @@ class TritonBackend:
 
     def __init__(self, traits: Traits, device: str | None, precision: str) -> None:
         self._device = open_device(device, precision)
-        arch, narrow = self._device.arch, traits.narrow
+        arch, limits = self._device.arch, traits.narrow
         tile = configs.narrow_tile(arch, precision)
-        if narrow is not None:
+        if limits is not None:
             widths = tuple((name, each.columns) for name, each in configs.NARROW.get(arch.family, {}).items())
-            rows = narrow.rows if tile is None else tile.rows
-            narrow = dataclasses.replace(narrow, widths=widths, rows=rows, programs=2 * arch.processors)
+            rows = limits.rows if tile is None else tile.rows
+            limits = dataclasses.replace(limits, widths=widths, rows=rows, programs=2 * arch.processors)
         # the interpreter is slow on every plan, and most of its users want eager steps
         plans = ("resident", "narrow", "eager") if self._device.interpreted else traits.plans
-        self.traits = dataclasses.replace(traits, plans=plans, narrow=narrow)
+        self.traits = dataclasses.replace(traits, plans=plans, narrow=limits)
         self.device = str(self._device.device)
         # where ``follow`` was called last
         self._stream: torch.cuda.Stream | None = None

@@ -27,7 +27,7 @@ from fusemlp_kernels.contract import (
 from fusemlp_kernels.errors import ArgumentError
 from fusemlp_kernels.triton import clock, configs, resident, resident_layers
 from fusemlp_kernels.triton.launch import Run, Tensor, TritonDevice, is_aligned
-from fusemlp_kernels.triton.layers import dropout_numbers, kept_share, loss_settings, target_arguments
+from fusemlp_kernels.triton.layers import arguments_of, dropout_numbers, loss_settings, target_arguments
 
 Operands = Mapping[str, Any]
 Calls = Sequence[tuple[str, Operands]]
@@ -274,11 +274,9 @@ def _layer_table(step: Phases, work: _Workspace, x: Tensor, weights: Tensor, par
 def _model_tables(step: Phases) -> tuple[list[list[int]], list[list[float]]]:
     """A model's rows of draws and shares."""
     draws, shares = [], []
-    for one in step.forward:
-        dropout = one.get("dropout")
-        numbers = dropout_numbers(dropout)
-        draws.append([int(numbers[name]) for name in resident_layers.DRAW_FIELDS])
-        fields = numbers | {"kept_share": kept_share(dropout), "slope": one.get("slope") or 0.0}
+    for layer in step.forward:
+        fields = dropout_numbers(layer.get("dropout")) | {"slope": layer.get("slope") or 0.0}
+        draws.append([int(fields[name]) for name in resident_layers.DRAW_FIELDS])
         shares.append([float(fields[name]) for name in resident_layers.SHARE_FIELDS])
     return draws, shares
 
@@ -375,24 +373,22 @@ def _bind(device: TritonDevice, op: str, call: SimpleNamespace) -> Callable[[Seq
     epochs = 0 if epoch_stats is None else epoch_stats.shape[1]
     live = device.zeros(models * len(resident_layers.LIVE_FIELDS), "int64").view(models, -1)
     states = first.rule.places([arenas[f"state{index}"] for index in range(count)], params)
-    arguments = {
-        "compute": device.far_base(work.base), "weights": weights, "parameters": params,
-        "grads": arenas["grads"], "first": states[0], "second": states[1], "average": states[2],
-        "rows": rows, **target_arguments(device, output), "slopes": device.zeros(models * len(table), "real"),
-        "measured": device.numbers([_measures(step.ridge, step.loss, outputs) for step in steps], "float64"),
-        "settings": device.numbers([loss_settings(step.loss, output) for step in steps], "real"),
-        "layers": device.numbers(table, "int64"), "draws": device.numbers([draws for draws, _ in tables], "int64"),
-        "shares": device.numbers([shares for _, shares in tables], "real"),
-        "rules": device.numbers([clock.rule_values(step.rule) for step in steps], "float64"),
-        "tensors": device.numbers(factors, "float64"),
-        "segments": device.numbers([(segment.offset, segment.size) for segment in first.segments] or [(0, 0)], "int64"),
-        "counters": arenas["counters"], "hyper": arenas["hyper"], "rates": arenas["rates"], "stats": arenas["stats"],
-        "epoch_stats": device.zeros(1, "float64") if epoch_stats is None else epoch_stats, "live": live,
-        "M": call.batch, **_order(op, first, stored), "depth": len(table), "trained": len(first.segments),
-        "work_size": work.stride, "size": params.shape[1],
-        "rows_size": rows.shape[1], "rates_size": arenas["rates"].shape[1] * RATE_COLUMNS,
-        "stored": int(stored), "shadowed": int(shadowed),
-    }  # fmt: skip
+    segments = [(segment.offset, segment.size) for segment in first.segments] or [(0, 0)]
+    arguments = arguments_of(
+        device, resident.resident_kernel, SimpleNamespace(**arenas), compute=device.far_base(work.base),
+        weights=weights, parameters=params, first=states[0], second=states[1], average=states[2], rows=rows,
+        slopes=device.zeros(models * len(table), "real"),
+        measured=device.numbers([_measures(step.ridge, step.loss, outputs) for step in steps], "float64"),
+        settings=device.numbers([loss_settings(step.loss, output) for step in steps], "real"),
+        layers=device.numbers(table, "int64"), draws=device.numbers([draws for draws, _ in tables], "int64"),
+        shares=device.numbers([shares for _, shares in tables], "real"),
+        rules=device.numbers([clock.rule_values(step.rule) for step in steps], "float64"),
+        tensors=device.numbers(factors, "float64"), segments=device.numbers(segments, "int64"), live=live,
+        epoch_stats=device.zeros(1, "float64") if epoch_stats is None else epoch_stats,
+        M=call.batch, depth=len(table), trained=len(first.segments), work_size=work.stride, size=params.shape[1],
+        rows_size=rows.shape[1], rates_size=arenas["rates"].shape[1] * RATE_COLUMNS, stored=int(stored),
+        shadowed=int(shadowed), **_order(op, first, stored), **target_arguments(device, output),
+    )  # fmt: skip
     constants = configs.resident_constants(tile, device.product)
     launches: dict[int, Run] = {}
     listed: list[list[int]] = []

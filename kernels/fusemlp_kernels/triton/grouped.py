@@ -7,11 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from fusemlp_kernels.checks import binds, members_of
-from fusemlp_kernels.contract import HYPER, MOST_PARTS, RATE_COLUMNS, Noise, TensorRule
+from fusemlp_kernels.contract import MOST_PARTS, RATE_COLUMNS, Noise, TensorRule
 from fusemlp_kernels.philox import seed_key
 from fusemlp_kernels.triton import clock, configs, gradients, update
 from fusemlp_kernels.triton.launch import LARGEST_INDEX, Run, Tensor, TritonDevice, in_sequence, is_aligned, signed
-from fusemlp_kernels.triton.layers import launch_clock
+from fusemlp_kernels.triton.layers import arguments_of, launch_clock
 
 WEIGHT, BIAS, SLOPE, SEGMENT = range(4)
 PLAIN = TensorRule()
@@ -27,9 +27,10 @@ class _Tasks:
         self.aligned = True
         self._bases: dict[str, Tensor] = {}
 
-    def base(self, kind: str) -> Tensor:
+    def far_base(self, kind: str) -> Any:
         """The tensor from which the offsets into tensors of "real" or "compute" type count."""
-        return self._bases.setdefault(kind, self.device.zeros(1, kind))
+        kind = kind if self.device.dtype(kind) != self.device.dtype("real") else "real"
+        return self.device.far_base(self._bases.setdefault(kind, self.device.zeros(1, kind)))
 
     def _place(self, name: str, tensor: Tensor) -> dict[str, int]:
         """The offset and strides of a matrix or vector; a vector's elements are its rows.
@@ -107,25 +108,20 @@ def _bind_gradients(
 ) -> tuple[Run, int]:
     """The grouped launch and its number of programs."""
     tasks = _collect(device, call, updates)
-    count, rows = len(tasks.rows), next((layer.rows for layer in call.layers if layer.rows is not None), None)
     shapes = [(row["N"], row["K"]) for row in tasks.rows if row["kind"] == WEIGHT]
     tile = configs.product_tile(device.arch, "weight", device.precision, shapes, aligned=tasks.aligned, parts=parts)
     table, tensors, tiles = tasks.tables(tile.rows, tile.columns)
     programs = tiles * parts
-    arguments = {
-        "compute": device.far_base(tasks.base("compute" if device.compute != device.dtype("real") else "real")),
-        "real": device.far_base(tasks.base("real")),
-        "rows": device.zeros(1, "int64") if rows is None else rows, "table": table, "tensors": tensors,
-        "hyper": call.hyper if updates else device.zeros(HYPER, "float64"),
-        "rates": call.rates if updates else device.zeros(RATE_COLUMNS, "float64"),
-        "rule": device.numbers(clock.rule_values(call.rule), "float64"), "counters": call.counters,
-        "partials": device.zeros(programs, "float64"), "norm": device.zeros(1, "float64") if norm is None else norm,
-        "ticket": device.zeros(1, "int32"), "M": call.M, "tasks": count, "programs": programs,
-        "splits": parts, "part": part, "wants_norm": int(norm is not None),
-    }  # fmt: skip
+    clocked = {} if updates else {"hyper": None, "rates": device.zeros(RATE_COLUMNS, "float64")}
+    arguments = arguments_of(
+        device, gradients.grad_weight_kernel, call, compute=tasks.far_base("compute"), real=tasks.far_base("real"),
+        rows=_rows(call), table=table, tensors=tensors, norm=norm, wants_norm=int(norm is not None), **clocked,
+        rule=device.numbers(clock.rule_values(call.rule), "float64"), partials=device.zeros(programs, "float64"),
+        ticket=device.zeros(1, "int32"), tasks=len(tasks.rows), programs=programs, splits=parts, part=part,
+    )  # fmt: skip
     constants = {
         **tile.sides("NKM"), "PRODUCT": device.product, "ALIGNED": tasks.aligned, "PARTS": tile.parts,
-        "UPDATES": updates, "RULE": call.rule.code if updates else 0, "TASKS": configs.table_length(count),
+        "UPDATES": updates, "RULE": call.rule.code if updates else 0, "TASKS": configs.table_length(len(tasks.rows)),
     }  # fmt: skip
     launch = device.launch(gradients.grad_weight_kernel, programs, arguments, constants, tile)
     return keeping(call, launch, programs), programs
@@ -189,14 +185,11 @@ def bind_clip_examples(device: TritonDevice, call: SimpleNamespace) -> Run:
             PLAIN, kind=BIAS if layer.b_trained else WEIGHT, N=layer.N, K=layer.K if layer.w_trained else 0,
             gather=int(layer.rows is not None), dz=layer.dz, x=layer.x,
         )  # fmt: skip
-    rows = next((layer.rows for layer in call.layers if layer.rows is not None), None)
     table, _, _ = tasks.tables(1, 1)
-    arguments = {
-        "compute": device.far_base(tasks.base("compute" if device.compute != device.dtype("real") else "real")),
-        "rows": device.zeros(1, "int64") if rows is None else rows, "table": table,
-        "limit": device.numbers([call.clip], "float64"), "counters": call.counters, "M": call.M,
-        "tasks": len(tasks.rows),
-    }  # fmt: skip
+    arguments = arguments_of(
+        device, update.clip_examples_kernel, call, compute=tasks.far_base("compute"), rows=_rows(call), table=table,
+        limit=device.numbers([call.clip], "float64"), tasks=len(tasks.rows),
+    )  # fmt: skip
     constants = {"BM": tile.rows, "BK": tile.columns}
     programs = -(-call.M // tile.rows)
     launch = device.launch(update.clip_examples_kernel, programs, arguments, constants, tile)
@@ -206,33 +199,29 @@ def bind_clip_examples(device: TritonDevice, call: SimpleNamespace) -> Run:
 @binds("update")
 def bind_update(device: TritonDevice, call: SimpleNamespace) -> Run:
     """The contract's ``update``."""
-    params, grads, states, rule = call.params, call.grads, call.states, call.rule
-    norm, shadow, noise, segments = call.norm, call.shadow, call.noise, call.segments
+    params, rule, norm, shadow, noise = call.params, call.rule, call.norm, call.shadow, call.noise
     tile = configs.SWEEP if noise is None else configs.NOISY_SWEEP
     if call.parts > MOST_PARTS and noise is None:
         tile = configs.PARTS_SWEEP
     before: list[Run] = []
     if norm is None and (rule.clip_norm is not None or call.scaled):
         norm = device.zeros(1, "float64")
-        before.append(_bind_norm(device, grads, norm))
+        before.append(_bind_norm(device, call.grads, norm))
     tasks = _Tasks(device)
-    for segment in segments:
+    for segment in call.segments:
         # without gaps any width will do
         columns, pitch = segment.columns or tile.columns, segment.pitch or tile.columns
         tasks.add(segment.rule, kind=SEGMENT, N=segment.size, K=columns, p=segment.offset, p_row=pitch)
     table, tensors, programs = tasks.tables(tile.columns, LARGEST_INDEX)
     if programs == 0:
         return launch_clock(device, call, scaled=call.scaled)
-    first, second, average = rule.places(states, params)
-    arguments: dict[str, Any] = {
-        "parameters": params, "grads": grads, "first": first, "second": second, "average": average,
-        "shadow": params if shadow is None else shadow, "norm": call.hyper if norm is None else norm,
-        "table": table, "tensors": tensors, "hyper": call.hyper, "rates": call.rates, "counters": call.counters,
-        "rule": device.numbers(clock.rule_values(rule, scaled=call.scaled), "float64"),
-        "ticket": device.zeros(1, "int32"), "tasks": len(tasks.rows), "programs": programs,
-        "parts": call.parts, "part": call.part, "shadowed": int(shadow is not None),
-        **_noise(device, noise, call.rows),
-    }  # fmt: skip
+    first, second, average = rule.places(call.states, params)
+    arguments = arguments_of(
+        device, update.update_kernel, call, parameters=params, first=first, second=second, average=average,
+        shadow=params if shadow is None else shadow, shadowed=int(shadow is not None), norm=norm, table=table,
+        tensors=tensors, rule=device.numbers(clock.rule_values(rule, scaled=call.scaled), "float64"),
+        ticket=device.zeros(1, "int32"), tasks=len(tasks.rows), programs=programs,
+    ) | _noise(device, noise or Noise(0.0, 1.0, 0))  # fmt: skip
     constants = {
         "BLOCK": tile.columns, "RULE": rule.code, "TASKS": configs.table_length(len(tasks.rows)),
         "NOISY": noise is not None, "MANY": tile.rows,
@@ -240,16 +229,16 @@ def bind_update(device: TritonDevice, call: SimpleNamespace) -> Run:
     return in_sequence([*before, device.launch(update.update_kernel, programs, arguments, constants, tile)])
 
 
-def _noise(device: TritonDevice, noise: Noise | None, rows: Tensor | None) -> dict[str, Any]:
-    """The arguments of noise; ``rows``: those of the batches."""
-    chosen = Noise(0.0, 1.0, 0) if noise is None else noise
-    low, high = seed_key(chosen.seed)
-    return {
-        "noise": device.numbers([chosen.deviation, chosen.divisor], "float64"),
-        "key0": signed(low), "key1": signed(high),
-        # zeros are no padding
-        "rows": device.zeros(1, "int64") if rows is None else rows,
-    }  # fmt: skip
+def _noise(device: TritonDevice, noise: Noise) -> dict[str, Any]:
+    """The arguments of noise."""
+    low, high = seed_key(noise.seed)
+    numbers = device.numbers([noise.deviation, noise.divisor], "float64")
+    return {"noise": numbers, "key0": signed(low), "key1": signed(high)}
+
+
+def _rows(call: SimpleNamespace) -> Tensor | None:
+    """The row numbers of the layer that takes its rows of the batch by them."""
+    return next((layer.rows for layer in call.layers if layer.rows is not None), None)
 
 
 def _bind_norm(device: TritonDevice, grads: Tensor, norm: Tensor) -> Run:

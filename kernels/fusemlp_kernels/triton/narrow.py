@@ -17,14 +17,14 @@ import triton
 import triton.language as tl
 
 from fusemlp_kernels.checks import binds
-from fusemlp_kernels.contract import ACTIVATIONS, HYPER, LOSSES, STATS
+from fusemlp_kernels.contract import ACTIVATIONS, LOSSES
 from fusemlp_kernels.errors import ArgumentError, BackendUnavailableError
 from fusemlp_kernels.triton import configs
 from fusemlp_kernels.triton.clock import ROW_COUNT
 from fusemlp_kernels.triton.gradients import whole
 from fusemlp_kernels.triton.grouped import keeping
 from fusemlp_kernels.triton.launch import Run, Tensor, TritonDevice, is_aligned
-from fusemlp_kernels.triton.layers import loss_settings, target_arguments
+from fusemlp_kernels.triton.layers import arguments_of, loss_settings, target_arguments
 from fusemlp_kernels.triton.loss import (
     CHUNK,
     OPTION,
@@ -338,19 +338,14 @@ def bind_train_narrow(device: TritonDevice, call: SimpleNamespace) -> Run:
     base = min(gradients, key=lambda gradient: gradient.data_ptr(), default=spare)
     # of the layers that there are not, those of the first
     filled = [*layers[:-1], *[hidden] * (MOST_LAYERS.value + 1 - len(layers)), output]
-    targets = target_arguments(device, call)
-    arguments = {
-        "x": call.x, "x_row": call.x.stride(0), "M": call.M,
+    arguments = arguments_of(
+        device, narrow_kernel, call, **target_arguments(device, call), dslope=spare, hyper=None,
         **{f"{name}{index}": getattr(one, name) for index, one in enumerate(filled) for name in "wb"},
-        "grads": device.far_base(base), "part": call.part, "layers": device.numbers(_table(call, base), "int64"),
-        "rows": device.zeros(1, "int64") if call.rows is None else call.rows,
-        **{name: value for name, value in targets.items() if name != "target_col"},
-        "stats": device.zeros(STATS, "float64") if call.stats is None else call.stats, "dslope": spare,
-        "settings": device.numbers(loss_settings(loss, call), "real"), "hyper": device.zeros(HYPER, "float64"),
-        "counters": call.counters, "partials": device.zeros(5 * call.parts, "float64"),
-        "ticket": device.zeros(1, "int32"), "programs": call.parts,
-        "slope": float(hidden.slope), "output_slope": float(output.slope),
-    }  # fmt: skip
+        grads=device.far_base(base), layers=device.numbers(_table(call, base), "int64"),
+        settings=device.numbers(loss_settings(loss, call), "real"), partials=device.zeros(5 * call.parts, "float64"),
+        ticket=device.zeros(1, "int32"), programs=call.parts, slope=float(hidden.slope),
+        output_slope=float(output.slope),
+    )  # fmt: skip
     if loss.ignore_index is None:
         # no label
         arguments |= {"ignored_low": -1, "ignored_high": -1}

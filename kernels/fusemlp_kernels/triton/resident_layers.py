@@ -1,8 +1,4 @@
-"""The tables of a resident launch, and the phases that go through the layers: forward, loss, backward.
-
-Numbers that may differ from model to model (seed, rates, the optimizer's and the loss's numbers, the number of steps)
-stand in tables with a row a model.
-"""
+"""The tables of a resident launch, and the phases of its layers: forward, loss, backward, gradients."""
 
 from __future__ import annotations
 
@@ -10,8 +6,15 @@ import triton
 import triton.language as tl
 
 from fusemlp_kernels import contract
-from fusemlp_kernels.triton.clock import BATCH_INDEX, ROW_COUNT, ROW_OFFSET, RULE_FIELDS
-from fusemlp_kernels.triton.gradients import input_gradient, whole
+from fusemlp_kernels.triton.clock import BATCH_INDEX, CODE, ROW_COUNT, ROW_OFFSET, RULE_FIELDS
+from fusemlp_kernels.triton.gradients import (
+    TENSOR_FIELDS,
+    column_sums,
+    input_gradient,
+    stored_gradient,
+    weight_sums,
+    whole,
+)
 from fusemlp_kernels.triton.linear import affine_tile, affine_tile_of_parts, store_outputs
 from fusemlp_kernels.triton.loss import (
     SETTING_FIELDS,
@@ -21,8 +24,8 @@ from fusemlp_kernels.triton.loss import (
     normaliser_of,
     record_loss,
 )
-from fusemlp_kernels.triton.pointwise_triton import PRELU, needs_z
-from fusemlp_kernels.triton.tiles import masked_width
+from fusemlp_kernels.triton.pointwise_triton import PRELU, RULES, needs_z, stored_update
+from fusemlp_kernels.triton.tiles import masked_width, part_of
 
 # A row of the table of layers, int64: widths; the first element and the row pitch of the input (the first layer's
 # counts from ``compute``, the others' from the model's workspace); the first element of each parameter in the arenas
@@ -299,3 +302,104 @@ def backward(
                 BM, BN, BK, PRODUCT, True, PARTS, 1,
             )  # fmt: skip
     tl.store(slopes + index, below)
+
+
+@triton.jit
+def update_elements(
+    g, at, mask, pull, weights, params, first, second, average, hyper, rule, tensors, task, code, shadowed,
+):  # fmt: skip
+    """Update the elements ``at`` of the arenas. A ridge pulls as a coupled weight decay does; with a decoupled one the
+    gradients contain it already."""
+    factor = tl.load(tensors + task * TENSOR_FIELDS)
+    decay = tl.load(tensors + task * TENSOR_FIELDS + 1) + pull
+    p, s0, s1, a, shadow = params + at, first + at, second + at, average + at, weights + at
+    for each in tl.static_range(RULES):
+        if code == each:
+            stored_update(g, p, s0, s1, a, shadow, mask, hyper, rule, factor, decay, shadowed, each)
+    if (code < 0) | (code >= RULES):
+        stored_update(g, p, s0, s1, a, shadow, mask, hyper, rule, factor, decay, shadowed, -1)
+
+
+@triton.jit
+def finish_gradient(
+    g, at, mask, pull, weights, params, grads, first, second, counters, hyper, rule, tensors, task, code, stored,
+    shadowed,
+):  # fmt: skip
+    """Update the elements ``at`` by their gradient, or with ``stored`` store the gradient, with ``pull`` times the
+    parameters added."""
+    if stored != 0:
+        g = tl.where(mask, g, 0.0)
+        if pull != 0.0:
+            g += pull.to(tl.float32) * tl.load(params + at, mask=mask, other=0.0)
+        stored_gradient(g, grads + at, mask, counters, rule)
+    else:
+        # no average: its gradients are stored
+        update_elements(
+            g, at, mask, pull, weights, params, first, second, second, hyper, rule, tensors, task, code, shadowed
+        )
+
+
+@triton.jit(noinline=True)
+def gradients_of_layer(
+    compute, weights, params, grads, first, second, rows, layers, slopes, counters, hyper, rules, tensors, live,
+    measured, M, depth, trained, work_size, size, rows_size, index, stored, shadowed,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, VECTOR: tl.constexpr, PRODUCT: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradients by a layer's weights, bias and slope; update by them, or store them."""
+    model = model_of(live)
+    count = rows_of(counters, model, M)
+    rows = batch_of(rows, counters, model, rows_size)
+    work, arena = model * work_size, whole(model * size, True)
+    weights += arena
+    params += arena
+    grads += arena
+    first += arena
+    second += arena
+    slopes += model * depth
+    counters += model * COUNTERS
+    hyper += model * HYPER
+    rule = rules + model * RULE_COLUMNS
+    tensors += model * trained * TENSOR_FIELDS
+    code = number(rule, CODE)
+    row = layers + index * LAYER_COLUMNS
+    N, K, dz_row = number(row, LAYER_N), number(row, LAYER_K), number(row, PITCH) // 8 * 8
+    x, x_row, w_row = input_of(compute, row, index, work), number(row, X_ROW) // 8 * 8, number(row, W_ROW) // 8 * 8
+    dz = compute + whole(work + tl.load(row + DZ), True)
+    gather = tl.where(index == 0, 1, 0)
+    task = number(row, W_TASK)
+    w = whole(tl.load(row + W), True)
+    pull = tl.load(measured + model * MEASURES + PULL)
+    for top in range(0, tl.where(task >= 0, N, 0), BN):
+        at_n = top + tl.arange(0, BN)
+        for col in range(0, K, BK):
+            # one stage: a batch has few tiles of rows, and often one
+            acc = weight_sums(
+                dz, x, rows, at_n, col + tl.arange(0, BK), 0, count, N, K, dz_row.to(tl.int64), 1, x_row.to(tl.int64),
+                1, gather, BN, BK, BM, PRODUCT, True, 1,
+            )  # fmt: skip
+            for piece in tl.static_range(PARTS):
+                near = col + piece * (BK // PARTS) + tl.arange(0, BK // PARTS)[None, :]
+                mask = (at_n < N)[:, None] & (near < masked_width(K, True))
+                # 0 * NaN is NaN, and a NaN in the padding would stay there
+                g = tl.where(near < K, part_of(acc, piece, PARTS, BN, BK), 0.0)
+                finish_gradient(
+                    g, w + at_n.to(tl.int64)[:, None] * w_row + near, mask, pull, weights, params, grads, first,
+                    second, counters, hyper, rule, tensors, task, code, stored, shadowed,
+                )  # fmt: skip
+    # the bias, then the slope if there is one to train
+    for vector in range(tl.where(number(row, SLOPE_TASK) >= 0, 2, 1)):
+        task = tl.where(vector == 0, number(row, B_TASK), number(row, SLOPE_TASK))
+        size = tl.where(vector == 0, N, 1)
+        start = tl.where(vector == 0, tl.load(row + B), tl.load(row + SLOPE))
+        for tile in range(tl.where(task >= 0, tl.cdiv(size, VECTOR), 0)):
+            at = tile * VECTOR + tl.arange(0, VECTOR)
+            mask = at < size
+            if vector == 0:
+                g = column_sums(dz, at, 0, count, N, dz_row.to(tl.int64), 1, VECTOR, BM)
+            else:
+                g = tl.load(slopes + index + at, mask=mask, other=0.0)
+            finish_gradient(
+                g, start + at, mask, 0.0, weights, params, grads, first, second, counters, hyper, rule, tensors, task,
+                code, stored, 0,
+            )  # fmt: skip
