@@ -1,4 +1,5 @@
-"""Loops are read from a disassembly as they are; slower ones fail; the bounds follow from the shapes and the record."""
+"""Loops and waits are read from a disassembly as they are; bounds and expected times of a step follow from them, from
+the shapes of its launches and from the record; they agree with earlier estimates."""
 
 import dataclasses
 import json
@@ -14,6 +15,8 @@ import kernel_launches
 import kernel_loops
 import kernel_model
 import kernel_programs
+import kernel_variants
+import kernel_waits
 from processes import INTERPRETED, python
 
 from fusemlp_kernels.contract import step_flops
@@ -205,3 +208,178 @@ def test_a_fresh_compile_has_the_recorded_loops(tmp_path):
         pytest.skip(f"the record has no kernels of Triton {row['triton']}")
     assert row["loops"].keys() == {"once", "sum_of"}
     assert recorded == [row]
+
+
+def waits(*lines, warps=4):
+    """Return the cycles of the way through a kernel without loops."""
+    return kernel_waits.cycles(kernel_loops.passes(disassembled(AFTER, *lines, ("EXIT", 0)))["once"].way, warps)
+
+
+def test_a_warp_waits_for_the_loads_that_it_uses():
+    load, other = ("LDG.E R4, desc[UR4][R2.64]", 2, 0, 0), ("LDG.E R5, desc[UR4][R8.64]", 2, 1, 0)
+    use = ("FADD R6, R4, R5", 4, 7, 0b11)
+    # the second load is under way from cycle 2 on
+    assert waits(load, other, use) == 2 + kernel_waits.LOAD + 4
+    # one after the other
+    first = ("IADD3 R8, R4, R2, RZ", 4, 7, 0b01)
+    assert waits(load, first, other, use) == 2 * kernel_waits.LOAD + 4 + 4
+    # a use of the chip's own results waits for nothing more
+    assert waits(("SHFL.BFLY PT, R4, R2, 0x10, 0x1f", 2, 0, 0), ("FADD R6, R4, R5", 4, 7, 1)) == 6
+
+
+def test_a_line_that_was_loaded_is_near_until_its_address_changes():
+    argument, load = ("LDC.64 R2, c[0x0][0x210]", 1), ("LDG.E R4, desc[UR4][R2.64]", 1, 0, 0)
+    use, again = ("FADD R6, R4, R5", 1, 7, 1), ("LDG.E R5, desc[UR4][R2.64+0x40]", 1, 0, 0)
+    beyond = ("LDG.E R5, desc[UR4][R2.64+0x80]", 1, 0, 0)
+    once = 1 + kernel_waits.LOAD + 1
+    assert waits(argument, load, use, again, use) == once + 2
+    # the same argument in another register
+    other = (("LDC.64 R8, c[0x0][0x210]", 1), ("LDG.E R5, desc[UR4][R8.64]", 1, 0, 0))
+    assert waits(argument, load, use, *other, use) == once + 3
+    assert waits(argument, load, use, beyond, use) == once + kernel_waits.LOAD + 1
+    moved = ("IADD3 R2, R2, R9, RZ", 1)
+    assert waits(argument, load, use, moved, again, use) == once + 1 + kernel_waits.LOAD + 1
+
+
+def test_copies_and_products_under_way_hide_behind_each_other():
+    copy, group = ("LDGSTS.E.128 [R1], desc[UR4][R2.64]", 2), ("LDGDEPBAR", 2, 0, 0)
+    assert waits(copy, group, ("DEPBAR.LE SB0, 0x0", 5)) == kernel_waits.LOAD + 5
+    # the one group may stay under way
+    assert waits(copy, group, ("DEPBAR.LE SB0, 0x1", 5)) == 9
+    product = ("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0", 4)
+    took = 2 * 64 * 128 * 16 / (kernel_waits.SUSTAINED / kernel_waits.PROCESSORS / kernel_waits.CLOCK)
+    assert waits(product, ("WARPGROUP.DEPBAR.LE gsb0, 0x0", 5)) == round(took + 5)
+    # eight warps are two groups with a product each
+    assert waits(product, ("WARPGROUP.DEPBAR.LE gsb0, 0x0", 5), warps=8) == round(2 * took + 5)
+    assert waits(product, ("WARPGROUP.DEPBAR.LE gsb0, 0x1", 5)) == 9
+
+
+def test_the_way_around_a_loop_leads_through_it():
+    code = disassembled(
+        AFTER, ("MOV R1, R2", 3), ("@P0 BRA `(.L_x_9)", 5), ("MOV R1, R2", 11),
+        ".L_x_1:", LOOP_BODY, ("LDG.E R4, desc[UR4][R2.64]", 2), ("@P1 BRA `(.L_x_1)", 1),
+        ".L_x_9:", AFTER, ("EXIT", 5),
+    )  # fmt: skip
+    found = kernel_waits.read(kernel_loops.passes(code), 4)
+    assert found["once"][0] == 3 + 5 + 5
+    assert found["affine_tile"] == [3, 0, 3 + 5 + 11 + 5]
+
+
+def demand(alone, **needs):
+    return kernel_model.Demand(alone, needs)
+
+
+@pytest.mark.parametrize(
+    ("groups", "places", "cycles"),
+    [
+        # two waves on two multiprocessors
+        ([(3, demand(100))], 1, 200),
+        # beside each other they do not slow each other down
+        ([(4, demand(100, issue=50))], 2, 100),
+        # but share what there is too little of
+        ([(4, demand(100, issue=75))], 2, 150),
+        # the long program begins last, when a short one ends
+        ([(2, demand(10)), (1, demand(100))], 1, 110),
+        # first, it is under way beside the others
+        ([(1, demand(100)), (2, demand(10))], 1, 100),
+        # one that ends leaves its share to the other
+        ([(1, demand(100, issue=100)), (1, demand(100)), (1, demand(50, issue=50))], 2, 150),
+    ],
+)
+def test_programs_go_to_the_first_multiprocessor_with_room(groups, places, cycles):
+    assert kernel_model.schedule(groups, 2, places) == pytest.approx(cycles)
+
+
+def test_the_parameters_are_frozen():
+    assert dataclasses.astuple(kernel_model.H100) == (132, 1.83e9, 3e12, 1.3e-6, 0.7e-6, 800e12, 0.62, 128, 64, 4)
+    assert (kernel_waits.LOAD, kernel_model.CARD_TRITON) == (300, "3.6.0")
+
+
+# Estimates in microseconds that were made before the model, of the plans of then: estimated_launches.json has these.
+ESTIMATES = {"784-128-10": (13, 13), "784-512-256-10": (22, 22), "4 x 1024": (235, 250), "512 models": (14, 18)}
+LAUNCHES = json.loads(Path(__file__).with_name("estimated_launches.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_the_model_agrees_with_estimates_that_were_made_before_it(name):
+    (goal,) = (goal for goal in kernel_launches.GOALS if goal.name.startswith(name) and goal.name in LAUNCHES)
+    seconds = 0.0
+    for one in LAUNCHES[goal.name]:
+        tile, constants = configs.Tile(*one["tile"]), {"PRODUCT": one["product"]}
+        made = kernel_launches.Recorded(kernel_variants.KERNELS[one["kernel"]], 1, {}, constants, tile)
+        programs = [kernel_programs.Programs(*each) for each in one["programs"]]
+        work = kernel_programs.Work(programs, one["ending"], one["elements"], one["reals"])
+        seconds += one["times"] * kernel_model.expected(made, work, one["row"], goal).seconds
+    least, most = ESTIMATES[name]
+    assert 0.85 * least <= 1e6 * seconds <= 1.15 * most
+
+
+def test_the_work_of_a_launch_and_its_clock_count():
+    goal, first = launch("784-128-10 b128 fp32", "linear")
+    variant, work = first.variant("fp32"), kernel_programs.work_of(first)
+    # x, w and y, once; x and w of a tile 16 x 16, and the tile
+    assert work.elements == 128 * 784 + 128 * 784 + 128 * 128
+    assert work.programs[0].elements == 2 * 16 * 784 + 16 * 16
+    row = kernel_model.recorded()[variant.kernel, variant.name]
+    fast = dataclasses.replace(kernel_model.H100, clock=2 * kernel_model.H100.clock)
+    slow, doubled = (kernel_model.expected(first, work, row, goal, card).seconds for card in (kernel_model.H100, fast))
+    # twice the clock leaves the time between launches
+    assert slow - doubled == pytest.approx((slow - kernel_model.H100.launch) / 2)
+
+
+def test_a_kernel_without_a_row_of_its_code_is_compiled(monkeypatch):
+    goal, first = launch("784-128-10 b128 fp32", "linear")
+    rows = kernel_model.recorded()
+    times = kernel_model.step(goal, rows)
+    assert [one.triton for one in times] == ["3.6.0"] * 4
+    variant = first.variant("fp32")
+    row = rows[variant.kernel, variant.name]
+    compiled = []
+    monkeypatch.setattr(
+        kernel_variants, "compile_variant", lambda *asked: compiled.append(asked) or {**row, "triton": "other"}
+    )
+    changed = {**rows, (variant.kernel, variant.name): {**row, "source": "of other code"}}
+    again = kernel_model.step(goal, changed)
+    assert [one.triton for one in again] == ["other", "3.6.0", "3.6.0", "3.6.0"]
+    assert [asked[0].name for asked in compiled] == [variant.name]
+    assert [one.seconds for one in again] == [one.seconds for one in times]
+
+
+def test_expected_times_stand_beside_measured_ones(tmp_path, capsys):
+    line = {"row": "call", "backend": "triton", "case": "784-128-10@128", "precision": "fp32", "optimizer": "SGD"}
+    line |= {"index": 0, "label": "linear relu", "seconds": {"p50": 3.25e-6}}
+    file = tmp_path / "roofline-fp32.jsonl"
+    file.write_text("\n".join(json.dumps(one) for one in (line, {**line, "row": "sum"})) + "\n")
+    assert kernel_model.main(["--beside", str(file)]) == 0
+    figures = json.loads(capsys.readouterr().out.removeprefix("figures: "))
+    (calls,) = figures["expected by a model and measured, us"].values()
+    goal, _ = launch("784-128-10 b128 fp32", "linear")
+    assert calls == {"0 linear relu": [round(1e6 * kernel_model.step(goal)[0].seconds, 2), 3.25]}
+
+
+def test_the_command_prints_the_launches_of_a_step(capsys):
+    assert kernel_model.main(["784", "128", "10"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("Expected by a model of an H100, not measured.")
+    assert [line.split()[0] for line in said.splitlines()[2:]] == [
+        "`linear`", "`linear_loss_grad`", "`grad_input`", "`grad_weight`", "a"
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        kernel_model.main(["784"])
+    assert "expected two widths or more, such as 784 128 10, got [784]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["784", "0", "10"], "argument sizes: expected two widths or more"),
+        (["784", "10", "--batch-size", "0"], "argument --batch-size: expected more than 0, got 0"),
+        (["784", "10", "--clock", "0"], "argument --clock: expected more than 0, got 0.0"),
+        (["784", "10", "--models", "4"], "argument --models: several models train at once with --plan resident alone"),
+        (["784", "10", "--triton", "9.9"], "argument --triton: kernel_resources.json has no rows of 9.9"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_expect(arguments, problem, capsys):
+    with pytest.raises(SystemExit) as raised:
+        kernel_model.main(arguments)
+    assert raised.value.code == 2 and problem in capsys.readouterr().err
