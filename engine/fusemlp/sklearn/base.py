@@ -27,10 +27,10 @@ from fusemlp.runtime.backends import TRAITS
 from fusemlp.runtime.files import CHECKPOINT, reading_file
 from fusemlp.runtime.plans import shares_launches
 from fusemlp.sklearn import settings
-from fusemlp.sklearn.batches import CalledBatches, HeldLoss, ResidentBatches
+from fusemlp.sklearn.batches import CalledBatches, HeldLoss, ResidentBatches, Validation
 from fusemlp.sklearn.model import Model, Rates, read_estimator, save_estimator
 from fusemlp.sklearn.settings import Objective
-from fusemlp.sklearn.solvers import SklearnPolicy, ValidationScore, minimise, train
+from fusemlp.sklearn.solvers import SklearnPolicy, minimise, train
 from fusemlp.training.history import FitState, History
 from fusemlp.training.loop import EpochLoop, epochs_at_once
 
@@ -156,7 +156,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
     def _finish(self, policy: SklearnPolicy) -> Self:
         """Take over the parameters of the model."""
         self._model = policy.model
-        decided = policy.validation is not None and policy.validation.decides
+        decided = policy.held is not None and policy.held.rows.decides
         self._take(*((decided and policy.best) or policy.model.parameters()))
         if not all(np.isfinite(values).all() for values in (*self.coefs_, *self.intercepts_)):
             raise ValueError(
@@ -247,12 +247,12 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         begins = first and stochastic and not ramps
         best = (self.coefs_, self.intercepts_, getattr(self, "slopes_", [])) if begins else None
         state = FitState(0, 0, last_epoch, total_updates=0, history=History())
-        policy = SklearnPolicy(self, model, batches, state, validation, random_state, best)
+        held_loss = None
+        if stochastic and validation is not None:
+            held_loss = HeldLoss(model, objective, validation, *self._data(validation.X, validation.y, model))
+        policy = SklearnPolicy(self, model, batches, state, held_loss, random_state, best)
         if ramps:
             policy.settles = self.adversarial.settled(self.max_iter)
-        if stochastic and validation is not None:
-            held, parts = self._data(validation.X, validation.y, model)
-            policy.held_loss = HeldLoss(model, batches.objective, held, validation.loss_weight, parts)
         counts = size, len(batches.starts), batches.at_once
         return EpochLoop(model.engine, batches.steps, policy, state, *counts, callbacks)
 
@@ -281,7 +281,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
 
     def _split(
         self, X: Any, y: Array, row_weights: Any, weight: Any, random_state: np.random.RandomState
-    ) -> tuple[Any, Array, Any, ValidationScore]:
+    ) -> tuple[Any, Array, Any, Validation]:
         """Set ``validation_fraction`` of the rows aside, as scikit-learn does: stratified for one column of classes."""
         stratify = y if isinstance(self, ClassifierMixin) and self.n_outputs_ == 1 else None
         trained, held = train_test_split(
@@ -293,10 +293,10 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
             )
         score_weights = None if weight is None else weight[held]
         loss_weights = None if row_weights is None else row_weights[held]
-        validation = ValidationScore(X[held], y[held], self._truth(y[held]), score_weights, loss_weights, True)
+        validation = Validation(X[held], y[held], self._truth(y[held]), score_weights, loss_weights, True)
         return X[trained], y[trained], None if row_weights is None else row_weights[trained], validation
 
-    def _given_validation(self, X_val: Any, y_val: Any, y: Array) -> ValidationScore:
+    def _given_validation(self, X_val: Any, y_val: Any, y: Array) -> Validation:
         X_val = validate_data(self, X_val, accept_sparse=["csr", "csc"], reset=False)
         dtype = None if isinstance(self, ClassifierMixin) else "numeric"
         y_val = check_array(y_val, accept_sparse="csr", ensure_2d=False, dtype=dtype, input_name="y_val")
@@ -307,7 +307,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         if y_val.shape[1] != y.shape[1]:
             raise ValueError(f"y_val has {y_val.shape[1]} outputs, but y has {y.shape[1]}.")
         row_weights = self._held_weights(y_val, y)
-        return ValidationScore(X_val, y_val, self._truth(y_val), None, row_weights, bool(self.early_stopping))
+        return Validation(X_val, y_val, self._truth(y_val), None, row_weights, bool(self.early_stopping))
 
     def _data(self, X: Any, y: Array, model: Model) -> tuple[dict[str, Any], Array | None]:
         """Return rows, perhaps Columns, and their targets by the engine's names, and the constants of ``_targets``."""
@@ -401,8 +401,7 @@ class BaseMLP(settings.Parameters, BaseEstimator, ABC):
         estimator, beside, content = read_estimator(cls, path)
         with reading_file(path, CHECKPOINT):
             estimator._restore(content, **beside)
-        made: Self = estimator
-        return made
+        return estimator
 
     def _restore(self, content: Any, *, schedule: Schedule, rates: Any, plateau: Any) -> None:
         self._model = Model.restored(content, schedule, rates, plateau)

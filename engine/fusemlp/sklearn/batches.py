@@ -89,16 +89,29 @@ class EstimatorBatches(ABC):
         return sums, weight / np.repeat(np.where(sums == 0.0, np.inf, sums), self.lengths)
 
 
-class HeldLoss:
-    """The loss of held-out rows like ``EstimatorBatches.loss``, but of one batch, without dropout and penalty.
+@dataclass(frozen=True)
+class Validation:
+    """Validation rows, targets as numbers and as predicted, weights of score and loss; ``decides``: it ends a fit."""
 
-    ``weight`` (n,) are the rows' weights in it. Rows whose weights are all 0 have the loss NaN. Without weights the
-    accuracy, if each row has one class, comes from the same pass.
+    X: Any
+    y: Array
+    truth: Array
+    weight: Array | None
+    loss_weight: Array | None
+    decides: bool
+
+
+class HeldLoss:
+    """The loss of validation ``rows`` like ``EstimatorBatches.loss``, but of one batch, without dropout and penalty.
+
+    Rows whose weights are all 0 have the loss NaN. Without weights the accuracy, if each row has one class, comes from
+    the same pass. ``data`` and ``constants`` are as in ``EstimatorBatches``.
     """
 
     def __init__(
-        self, model: Model, objective: Objective, data: dict[str, Array], weight: Array | None, constants: Array | None
+        self, model: Model, objective: Objective, rows: Validation, data: dict[str, Array], constants: Array | None
     ) -> None:
+        self.rows, weight = rows, rows.loss_weight
         self._engine, n, target = model.engine, len(data["x"]), data["target"]
         self._own = model.engine.loss if model.engine.loss.on_host else None
         weights = np.ones(n) if weight is None else weight.astype(np.float64)

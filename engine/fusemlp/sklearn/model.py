@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -177,6 +177,7 @@ class Model:
 
 
 ENTRY = "estimator"
+EstimatorT = TypeVar("EstimatorT")
 _AGAINST: dict[str, type[Any]] = {attack.kind: attack for attack in (FGSM, PGD, IBP)}
 
 
@@ -212,7 +213,7 @@ def save_estimator(estimator: Any, engine: Trainer, path: str | Path, *, without
     save_checkpoint(engine, path, extra={ENTRY: entry | _encoded_all(more)})
 
 
-def read_estimator(cls: Any, path: str | Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+def read_estimator(cls: type[EstimatorT], path: str | Path) -> tuple[EstimatorT, dict[str, Any], dict[str, Any]]:
     """Return a file's estimator without engine, what is beside it, and its content; CheckpointError for another."""
     content = read_content(path)
     with reading_file(path, CHECKPOINT):
@@ -224,7 +225,7 @@ def read_estimator(cls: Any, path: str | Path) -> tuple[Any, dict[str, Any], dic
         name, parameters, fitted = entry.pop("class"), _decoded_all(entry.pop("parameters")), entry.pop("fitted")
         if name != cls.__name__:
             raise CheckpointError(f"path: {str(path)!r} holds a {name}; use {name}.load(path)")
-        estimator = cls()
+        estimator: Any = cls()
         unknown = sorted(set(parameters) - set(estimator.get_params(deep=False)))
         if unknown:
             raise CheckpointError(

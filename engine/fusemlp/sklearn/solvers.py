@@ -23,7 +23,6 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.utils.optimize import _check_optimize_result
 
-from fusemlp.callbacks.forms import deferred_interrupt
 from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.inputs.arrays import Array
 from fusemlp.sklearn.batches import EstimatorBatches, HeldLoss
@@ -37,31 +36,15 @@ SMALLEST_RATE = 1e-6
 ADAPTIVE_DIVISOR = 5.0
 
 
-@dataclass(frozen=True)
-class ValidationScore:
-    """Validation rows, targets as numbers and as predicted, weights of score and loss; ``decides``: it ends a fit."""
-
-    X: Any
-    y: Array
-    truth: Array
-    weight: Array | None
-    loss_weight: Array | None
-    decides: bool
-
-
 def train(epochs: EpochLoop[SklearnPolicy], *, incremental: bool) -> None:
     """Run the loop. Ctrl-C ends it after the batch with a warning; the parameters are kept."""
     try:
-        with deferred_interrupt() as pressed:
-            epochs.begin()
-            epochs.drive(pressed)
-            if not incremental and not pressed():
-                warn_unconverged(epochs)
-            if pressed():
-                raise KeyboardInterrupt
+        epochs.run()
     except KeyboardInterrupt:
         warnings.warn("Training interrupted by user.", stacklevel=5)
-    epochs.finish(interrupted=False)
+    else:
+        if not incremental:
+            warn_unconverged(epochs)
 
 
 def warn_unconverged(epochs: EpochLoop[SklearnPolicy]) -> None:
@@ -88,12 +71,11 @@ class SklearnPolicy(Policy):
     model: Model
     batches: EstimatorBatches
     state: FitState
-    validation: ValidationScore | None
+    held: HeldLoss | None
     random_state: np.random.RandomState
     # coefs, intercepts and slopes with the best validation score
     best: tuple[list[Array], list[Array], list[Any]] | None
     converged: bool = False
-    held_loss: HeldLoss | None = None
     # the number of first epochs that are not judged: in them the task still changes
     settles: int = 0
 
@@ -102,7 +84,6 @@ class SklearnPolicy(Policy):
         self._order = np.arange(self.batches.n)
         # of the epochs that have not ended
         self._orders: deque[Array] = deque()
-        self._before: Any = None
 
     def begin(self) -> None:
         self.estimator.n_iter_ = 0
@@ -113,32 +94,20 @@ class SklearnPolicy(Policy):
         estimator, left = self.estimator, self.state.last_epoch - self.state.epoch
         if self.converged or left <= 0:
             return 0
-        if estimator.shuffle and self.batches.at_once > 1:
-            self._before = self.random_state.get_state()
         return max(1, int(min(left, estimator.n_iter_no_change + 1 - estimator._stalled_epochs)))
 
     def order(self, epoch: int) -> Array:
         """Return the rows of the next epoch, from which the epoch after it is shuffled, as in scikit-learn."""
         if self.estimator.shuffle:
-            self._order = self._order[self._permutation()]
+            permutation = np.arange(self.batches.n)
+            self.random_state.shuffle(permutation)
+            self._order = self._order[permutation]
         self._orders.append(self._order)
         return self._order
 
-    def _permutation(self) -> Array:
-        permutation = np.arange(self.batches.n)
-        self.random_state.shuffle(permutation)
-        return permutation
-
-    def cut_off(self, begun: int) -> None:
-        """Take back the random numbers of epochs that did not begin."""
-        if self._before is not None:
-            self.random_state.set_state(self._before)
-            for _ in range(begun):
-                self._permutation()
-
     def end_epoch(self, stats: Array, rate: float) -> dict[str, float]:
         """Write down an epoch, set the rate of the next, and decide whether training has converged."""
-        estimator, validation = self.estimator, self.validation
+        estimator, held = self.estimator, self.held
         loss = self.batches.loss(stats, self._orders.popleft())
         estimator.n_iter_ += 1
         estimator.t_ += self.batches.n
@@ -147,9 +116,9 @@ class SklearnPolicy(Policy):
         estimator.learning_rate_ = rate
         if estimator.verbose:
             print(f"Iteration {estimator.n_iter_}, loss = {loss:.8f}")
-        if validation is not None:
-            self._score(validation)
-        by_score = validation is not None and validation.decides
+        if held is not None:
+            self._score(held)
+        by_score = held is not None and held.rows.decides
         if not by_score and estimator.n_iter_ > self.settles:
             self._count(loss > estimator.best_loss_ - estimator.tol)
             # in this order a NaN is no improvement
@@ -159,7 +128,7 @@ class SklearnPolicy(Policy):
         if estimator._stalled_epochs > estimator.n_iter_no_change:
             self._stall("Validation score" if by_score else "Training loss")
         logs = {"loss": loss, "learning_rate": estimator.learning_rate_}
-        if validation is not None:
+        if held is not None:
             logs["val_loss"] = estimator.validation_loss_curve_[-1]
             logs["val_score"] = estimator.validation_scores_[-1]
         return logs
@@ -167,11 +136,10 @@ class SklearnPolicy(Policy):
     def _count(self, stalled: bool) -> None:
         self.estimator._stalled_epochs = self.estimator._stalled_epochs + 1 if stalled else 0
 
-    def _score(self, validation: ValidationScore) -> None:
+    def _score(self, held: HeldLoss) -> None:
         """Record score and loss of the validation rows; if it decides, keep the best parameters so far."""
-        estimator = self.estimator
-        assert self.held_loss is not None
-        loss, score = self.held_loss()
+        estimator, validation = self.estimator, held.rows
+        loss, score = held()
         # as in scikit-learn, training goes on where an earlier epoch will be restored
         restores = validation.decides and estimator.best_validation_score_ > -np.inf
         # rows without any weight have no loss
@@ -209,7 +177,7 @@ class SklearnPolicy(Policy):
             and isinstance(schedule, ReduceOnPlateau)
             and estimator.n_iter_ > self.settles
         ):
-            watched = loss if self.validation is None else -estimator.validation_scores_[-1]
+            watched = loss if self.held is None else -estimator.validation_scores_[-1]
             model.plateau = plateau_step(schedule, model.plateau, watched)
             self._scale_rate(model.plateau[2])
 

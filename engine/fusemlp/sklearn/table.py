@@ -171,7 +171,8 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         source = transfer.opened(recipe)
         like = None if source is None else source.preprocessor
         dataset = read(self, X, y, self._checked_targets, sample_weight, like)
-        self._find_classes(dataset.classes)
+        if self.task == "classification":
+            self.classes_ = dataset.classes
         if X_val is not None:
             dataset = with_validation(dataset, self, X_val, y_val, self._checked_targets)
         elif not recipe.early_stopping:
@@ -248,13 +249,10 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
         )
         estimator.temperature_ = report.get("temperature", 1.0)
         if preprocessor.classes is not None:
-            estimator._find_classes(np.array(preprocessor.classes))
+            estimator.classes_ = np.array(preprocessor.classes)
         estimator.feature_names_in_ = np.array(list(dict.fromkeys(preprocessor.sources)), object)
         estimator.n_features_in_ = len(estimator.feature_names_in_)
         return estimator
-
-    def _find_classes(self, classes: Array) -> None:
-        """Set the classes of a classification."""
 
     def _inputs(self, X: Any) -> Any:
         """Return the network's inputs of a table's rows."""
@@ -359,8 +357,7 @@ class TableEstimator(BaseEstimator, TableParameters, ABC):
             estimator.held_out_ = description.stored("held_out", beside["held_out"], HeldOut | None)
             if beside["history"] is not None:
                 estimator.engine_.history = description.stored("history", beside["history"], History)
-        made: Self = estimator
-        return made
+        return estimator
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -396,9 +393,6 @@ class TableClassifier(ClassifierMixin, TableEstimator):
         labels: Array = _check_y(y, estimator=self)
         check_classification_targets(labels)
         return labels
-
-    def _find_classes(self, classes: Array) -> None:
-        self.classes_ = classes
 
     def predict(self, X: Any) -> Array:
         """Return the classes (n,) of a table's rows."""

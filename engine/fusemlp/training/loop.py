@@ -54,9 +54,6 @@ class Policy:
     def launched(self, following: range) -> None:
         """Learn that all steps of a launch are started, and which epochs the next has; a GPU still computes."""
 
-    def cut_off(self, begun: int) -> None:
-        """Learn that a launch ended early, when ``begun`` of its epochs had begun."""
-
     def validate(self) -> bool:
         """Return whether the loss of the validation rows is finite; asked after an epoch whose own loss is."""
         return True
@@ -179,8 +176,6 @@ class EpochLoop(Generic[PolicyT]):
             yield from self._walk(ends, epochs)
             left = state.batch % self.batches
             ended = state.epoch - first_epoch + (0 if left else 1)
-            if ended < epochs:
-                policy.cut_off(ended + (1 if left else 0))
             account = self._account(ended, ran=first_batch < self.batches)
             seconds = (time.perf_counter() - began) / max(1, ended)
             state.epoch = first_epoch
