@@ -3,7 +3,9 @@
 Launches of several models run in Triton's interpreter on a machine without a card.
 """
 
+import signal
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -43,24 +45,30 @@ def backend(request, monkeypatch):
 
 
 class Launches:
-    """The models of each common launch that was bound, and the steps of each launch."""
+    """The models of each common launch that was bound, and the steps of each launch; ``before`` one it is called."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, before=lambda arrays: None):
         self.sizes = []
         self.steps = []
         bind = LaunchGroup.bind
 
-        def seen(group, *rest):
+        def seen(group, programs, data):
             self.sizes.append(len(group.engines))
-            run = bind(group, *rest)
+            run, arrays = bind(group, programs, data), [weakref.ref(array) for array in data.values()]
 
             def counted(steps):
+                before(arrays)
                 self.steps.append(list(steps))
                 return run(steps)
 
             return counted
 
         monkeypatch.setattr(LaunchGroup, "bind", seen)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    return Launches(monkeypatch)
 
 
 class Taken:
@@ -188,30 +196,26 @@ def test_a_fit_that_is_kept_goes_on_by_itself():
     ],
     ids=["numbers", "widths", "batches", "adaptive", "early stopping", "solvers"],
 )
-def test_models_of_one_shape_share_launches(backend, grid, sizes, monkeypatch):
-    launches = Launches(monkeypatch)
+def test_models_of_one_shape_share_launches(backend, grid, sizes, launches):
     _, found = searched(backend, MODEL, grid)
     assert sorted(launches.sizes) == sizes
     assert_near(found, searched("numpy", MODEL, grid)[1])
 
 
-def test_a_whole_search_is_one_launch(backend, monkeypatch):
+def test_a_whole_search_is_one_launch(backend, launches):
     """Nothing runs between the epochs: 2 epochs of 2 batches."""
-    launches = Launches(monkeypatch)
     searched(backend, MODEL, {"alpha": [0.0, 0.1], "batch_size": [8]})
     assert launches.steps == [[4] * 4]
 
 
-def test_who_has_converged_leaves_the_launch(backend, monkeypatch):
-    launches = Launches(monkeypatch)
+def test_who_has_converged_leaves_the_launch(backend, launches):
     searched(backend, MODEL, {"tol": [1e-4, 10.0], "n_iter_no_change": [1], "max_iter": [5]})
     assert launches.sizes == [4]
     # nothing gets better by 10: two epochs more than the first
     assert [sum(count > 0 for count in steps) for steps in launches.steps] == [4, 4, 2]
 
 
-def test_a_pipeline_and_regressors(backend, monkeypatch):
-    launches = Launches(monkeypatch)
+def test_a_pipeline_and_regressors(backend, launches):
     model = MLPRegressor(hidden_layer_sizes=5, batch_size=12, max_iter=2, random_state=0)
     pipeline = Pipeline([("scale", StandardScaler()), ("mlp", model)])
     values = np.stack([Y - 1.0, X[:, 0]], axis=1).astype(np.float32)
@@ -222,15 +226,14 @@ def test_a_pipeline_and_regressors(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("n_jobs", [1, 2, None])
-def test_as_many_at_once_as_are_asked_for(backend, n_jobs, monkeypatch):
-    launches = Launches(monkeypatch)
+def test_as_many_at_once_as_are_asked_for(backend, n_jobs, launches):
     search, _ = searched(backend, MODEL, {"alpha": [0.0, 0.1], "max_iter": [1]}, n_jobs=n_jobs)
     assert launches.sizes == {1: [], 2: [2] * 2, None: [4]}[n_jobs]
     assert np.isfinite(search.cv_results_["mean_test_score"]).all()
 
 
-def test_both_kinds_of_backends_in_one_search(backend, monkeypatch):
-    launches, counted = Launches(monkeypatch), Taken(monkeypatch)
+def test_both_kinds_of_backends_in_one_search(backend, launches, monkeypatch):
+    counted = Taken(monkeypatch)
     search = FleetSearchCV(MODEL, {"backend": ["numpy", backend]}, cv=2, refit=False).fit(X, Y)
     assert launches.sizes == [2] and counted.taken == 4
     first, second = search.cv_results_["mean_test_score"]
@@ -247,11 +250,11 @@ def test_a_model_that_cannot_be_fitted_harms_no_other(backend):
     assert sum(score == -7.0 for score in scores.values()) == 3
 
 
-def test_a_model_whose_held_out_loss_is_not_finite_has_no_fit(backend, monkeypatch):
+def test_a_model_whose_held_out_loss_is_not_finite_has_no_fit(backend, launches):
     # one update, which leaves finite parameters
     stopping = {"early_stopping": True, "validation_fraction": 0.4}
     model = MLPRegressor(hidden_layer_sizes=4, max_iter=1, solver="sgd", random_state=0, **stopping)
-    launches, grid = Launches(monkeypatch), {"learning_rate_init": [0.01, 1e30]}
+    grid = {"learning_rate_init": [0.01, 1e30]}
     with pytest.warns(FitFailedWarning, match="DivergenceError: val_loss: it became NaN or infinite in epoch 1"):
         search, _ = searched(backend, model, grid, (X, Y.astype(np.float32)), error_score=-7.0)
     assert launches.sizes == [4]
@@ -266,6 +269,20 @@ def test_a_launch_that_fails_is_the_error_of_its_models(backend, monkeypatch):
     monkeypatch.setattr(LaunchGroup, "bind", broken)
     with pytest.raises(MemoryError, match="no room for the fleet"):
         searched(backend, MODEL, {"alpha": [0.0, 0.1]}, error_score="raise")
+
+
+def test_ctrl_c_in_a_launch_of_several_models(backend, monkeypatch):
+    Launches(monkeypatch, lambda arrays: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        searched(backend, MODEL, ALPHAS)
+
+
+def test_the_data_outlives_the_launches(backend, monkeypatch):
+    """A kernel that has their address reads other data when their memory is given back."""
+    alive = []
+    Launches(monkeypatch, lambda arrays: alive.extend(array() is not None for array in arrays))
+    searched(backend, MODEL, ALPHAS)
+    assert alive and all(alive)
 
 
 @pytest.mark.filterwarnings("ignore:One or more of the test scores")

@@ -1,12 +1,16 @@
-"""Searches: what is refused, what fails alone, what is fitted once, and what is left as it was."""
+"""Searches: what is refused, what fails alone or ends early, what is fitted once, and what is left as it was."""
 
+import itertools
+import signal
 import threading
 import warnings
+import weakref
 
 import numpy as np
+import pandas
 import pytest
 import sklearn
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_array, csr_matrix
 from searches import assert_same, both
 from sklearn import preprocessing
 from sklearn.base import BaseEstimator, TransformerMixin
@@ -17,9 +21,11 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler, StandardScaler
 from sklearn.svm import SVC
 
-from fusemlp import ArgumentError, ArgumentTypeError
+from fusemlp import ArgumentError, ArgumentTypeError, Callback
+from fusemlp.runtime.programs import BoundProgram
 from fusemlp.sklearn import FleetRandomizedSearchCV, FleetSearchCV, MLPClassifier, MLPRegressor
 from fusemlp.sklearn.candidates import SharedFits
+from fusemlp.sklearn.search import _at_once
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -28,6 +34,16 @@ SCALED = (X - X.mean(axis=0)) / X.std(axis=0)
 CLASSIFIER = MLPClassifier(6, max_iter=5, batch_size=32, learning_rate_init=0.02, random_state=0)
 # so large a step leaves no finite weights
 DIVERGES = {"solver": ["sgd"], "momentum": [0.0], "learning_rate_init": [1e-3, 1e300]}
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        # Ctrl-C may come while a thread is started
+        thread.join(timeout=30)
+        assert not thread.is_alive(), thread
 
 
 @pytest.mark.parametrize(
@@ -42,26 +58,6 @@ DIVERGES = {"solver": ["sgd"], "momentum": [0.0], "learning_rate_init": [1e-3, 1
 def test_other_estimators_are_refused(estimator, kind, advice):
     with pytest.raises(ArgumentTypeError, match=r"^estimator: expected an MLPClassifier or MLPRegressor .*" + advice):
         kind(estimator, {"alpha": [1.0]}).fit(SCALED, Y)
-
-
-INNER = Pipeline([("mlp", CLASSIFIER)])
-
-
-@pytest.mark.parametrize(
-    ("last", "space"),
-    [
-        (CLASSIFIER, {"mlp": [CLASSIFIER, SVC()]}),
-        (CLASSIFIER, {"mlp": np.array([CLASSIFIER, SVC()], object)}),
-        (CLASSIFIER, {"steps": [[("scale", StandardScaler()), ("mlp", SVC())]]}),
-        (INNER, {"mlp": [CLASSIFIER, Pipeline([("other", SVC())])]}),
-        (INNER, {"mlp__mlp": [SVC()]}),
-    ],
-    ids=["a step", "an array of steps", "all steps", "an inner pipeline", "a step of an inner pipeline"],
-)
-def test_other_estimators_in_the_last_step_are_refused(last, space):
-    pipeline = Pipeline([("scale", StandardScaler()), ("mlp", last)])
-    with pytest.raises(ArgumentTypeError, match=r"got SVC\(\)"):
-        FleetSearchCV(pipeline, space).fit(X, Y)
 
 
 def test_names_are_text():
@@ -173,7 +169,7 @@ def test_steps_may_be_replaced_and_have_other_parameters():
     pipeline = Pipeline([("scale", StandardScaler()), ("mlp", CLASSIFIER)])
     grid = [
         {"scale": [preprocessing.MinMaxScaler()], "scale__clip": [True, False]},
-        {"scale": ["passthrough"], "mlp": [CLASSIFIER, MLPClassifier(3, max_iter=4, random_state=1)]},
+        {"scale": ["passthrough"], "mlp": [CLASSIFIER, MLPClassifier(3, max_iter=4, random_state=1), SVC()]},
     ]
     assert_same(*both(FleetSearchCV, pipeline, grid, cv=2, data=(SCALED, Y)))
 
@@ -192,21 +188,20 @@ def test_a_transformer_that_fails_is_marked_and_the_others_go_on():
     assert_same(fleet, plain)
 
 
-def test_shared_fits_keep_no_more_than_they_may():
+def test_shared_fits_keep_no_more_than_they_may(monkeypatch):
+    monkeypatch.setattr("fusemlp.sklearn.candidates.LIMIT", 2 * 800)
     calls = []
 
     def transform(rows, *, label, caller=None):
         calls.append(label)
         return rows * 2.0, label
 
-    shared = SharedFits(limit=3 * 800)
-    cached = shared.cache(transform, ignore=["caller"])
-    rows = np.ones(100)
-    for label in (0, 1, 2, 0, 3, 0, 1):
+    cached, rows = SharedFits().cache(transform, ignore=["caller"]), np.ones(100)
+    for label in (0, 1, 2, 0, 3, 0, 3):
         # what is ignored makes no difference, not even if it cannot be pickled
         np.testing.assert_array_equal(cached(rows, label=label, caller=threading.Lock())[0], rows * 2.0)
-    # 1 was the one not used for longest when 3 came
-    assert calls == [0, 1, 2, 3, 1]
+    # three results were too many when 3 came
+    assert calls == [0, 1, 2, 3, 0]
 
 
 def test_filters_of_warnings_are_what_they_were():
@@ -282,3 +277,62 @@ def test_a_step_that_changes_rows_in_place_is_fitted_once_and_changes_no_result(
         mine, its = (search.cv_results_[f"split{split}_test_score"] for search in (fleet, plain))
         # float64 sums may be taken in another order where memory lies otherwise; a step applied twice changes 1e-3
         np.testing.assert_allclose(mine, its, rtol=1e-10)
+
+
+@pytest.mark.parametrize("launch", [1, 3])
+def test_ctrl_c_while_models_train(launch, monkeypatch):
+    # launches run on several threads, and each takes a number of its own
+    run, launches = BoundProgram.run_many, itertools.count(1)
+
+    def pressed(bound, steps):
+        if next(launches) == launch:
+            signal.raise_signal(signal.SIGINT)
+        run(bound, steps)
+
+    monkeypatch.setattr(BoundProgram, "run_many", pressed)
+    endless = MLPClassifier(4, batch_size=16, max_iter=10**7, n_iter_no_change=10**7, random_state=0)
+    search = FleetSearchCV(endless, {"alpha": [0.0, 0.1]}, cv=3, n_jobs=6, error_score="raise")
+    with pytest.raises(KeyboardInterrupt):
+        search.fit(SCALED, Y)
+    assert search.estimator is endless and not hasattr(search, "cv_results_")
+
+
+def test_how_many_models_there_is_memory_for(monkeypatch):
+    """Sparse rows are dense in a launch, and a table has no ``nbytes``."""
+    dense = np.zeros((100, 50))
+    monkeypatch.setattr("fusemlp.sklearn.search.available_memory", lambda: 4 * 10 * dense.nbytes)
+    for same in (dense, csr_matrix(dense), csr_array(dense), pandas.DataFrame(dense)):
+        assert _at_once(same) == 10
+    assert _at_once(dense.astype(np.float32)) == 20
+    assert _at_once(np.zeros((10**4, 50))) == 2
+    assert _at_once(dense[:1]) == _at_once([[0.0], [1.0, 2.0]]) == 256
+
+
+def test_a_fitted_search_holds_no_rows():
+    rows = SCALED.copy()
+    search = FleetSearchCV(CLASSIFIER, {"alpha": [0.0, 0.1]}, cv=3, n_jobs=6).fit(rows, Y)
+    gone = weakref.ref(rows)
+    del rows
+    assert gone() is None and np.isfinite(search.best_score_)
+
+
+class Probe(Callback):
+    """Trains a model of its own after every epoch, and one that is in no loop."""
+
+    def __init__(self):
+        self.scores = []
+
+    def on_epoch_end(self, engine, epoch, logs):
+        for solver in ("adam", "lbfgs"):
+            model = MLPClassifier(3, batch_size=16, max_iter=2, solver=solver, random_state=0)
+            self.scores.append(model.fit(SCALED, Y).score(SCALED, Y))
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "rows that do not count"])
+def test_a_callback_trains_a_model(weighted):
+    weight = (np.arange(len(Y)) % 4 > 0).astype(float) if weighted else None
+    model = MLPClassifier(4, batch_size=16, max_iter=2, random_state=0, callbacks=[Probe()])
+    search = FleetSearchCV(model, {"alpha": [0.0, 0.1]}, cv=3).fit(SCALED, Y, sample_weight=weight)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    # the estimators of the candidates are clones, and so are their callbacks
+    assert len(search.best_estimator_.callbacks[0].scores) == 4

@@ -11,7 +11,7 @@ import copy
 import pickle
 import warnings
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from fusemlp.engine import Engine
 from fusemlp.fleet.launches import LaunchGroup, LaunchThreads, Training, common_plan, signature, train_together
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.memory import on_device
+from fusemlp.sklearn.base import BaseMLP
 from fusemlp.sklearn.batches import ResidentBatches
 from fusemlp.sklearn.model import Model
 from fusemlp.sklearn.settings import STOCHASTIC
@@ -36,7 +37,7 @@ from fusemlp.training.loop import EpochLoop
 
 # raised for what cannot be pickled
 UNPICKLABLE = (pickle.PicklingError, AttributeError, TypeError)
-# The most bytes of transformed rows; beyond it the least recently used ones are dropped.
+# Bytes of transformed rows; beyond them all are dropped.
 LIMIT = 1 << 30
 
 
@@ -162,9 +163,9 @@ class Candidates:
 
         try:
             estimator.set_params(**clone(parameters, safe=False))
-            model = estimator
-            while isinstance(model, Pipeline) and model.steps:
-                model = model.steps[-1][1]
+            if not isinstance(last_step(estimator), BaseMLP):
+                return None
+            model = last_step(estimator)
             model._fit = collect
             # a candidate's parameters are checked on its first fold
             checked = parameters is self._checked or get_config()["skip_parameter_validation"]
@@ -195,6 +196,13 @@ class Candidates:
         if engine.memory.backend.traits.on_host:
             self._lent.append((key, engine, state, weakref.ref(model)))
         return model
+
+
+def last_step(estimator: Any) -> Any:
+    """Return the estimator that a pipeline ends in, or the estimator itself."""
+    while isinstance(estimator, Pipeline) and estimator.steps:
+        estimator = estimator.steps[-1][1]
+    return estimator
 
 
 def _train_together(candidates: Sequence[Candidate]) -> bool:
@@ -238,9 +246,8 @@ class SharedFits:
     rows of their own, which a later step may change in place, as steps with ``copy=False`` do.
     """
 
-    def __init__(self, limit: int = LIMIT) -> None:
-        self.limit = limit
-        self._results: OrderedDict[str, tuple[Any, Any]] = OrderedDict()
+    def __init__(self) -> None:
+        self._results: dict[str, tuple[Any, Any]] = {}
 
     def cache(self, function: Callable[..., Any], ignore: Iterable[str] = ()) -> Callable[..., Any]:
         """Return ``function`` called once for the same arguments; those named in ``ignore`` do not count."""
@@ -253,12 +260,12 @@ class SharedFits:
             except UNPICKLABLE:
                 # a step with a lambda, for example, cannot be compared
                 return function(*arguments, **named)
-            # the last entry is the one used last
-            rows, step = self._results.pop(key) if key in self._results else function(*arguments, **named)
-            self._results[key] = copy.deepcopy(rows), step
-            while len(self._results) > 1 and sum(_bytes(kept) for kept, _ in self._results.values()) > self.limit:
-                self._results.popitem(last=False)
-            return rows, step
+            if key not in self._results:
+                if sum(_bytes(rows) for rows, _ in self._results.values()) > LIMIT:
+                    self._results.clear()
+                self._results[key] = function(*arguments, **named)
+            rows, step = self._results[key]
+            return copy.deepcopy(rows), step
 
         return call
 

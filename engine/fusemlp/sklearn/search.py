@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from sklearn.utils.validation import _check_method_params
 from fusemlp.datasets.rows import available_memory
 from fusemlp.runtime.backends import cpu_threads, one_thread
 from fusemlp.sklearn.base import BaseMLP
-from fusemlp.sklearn.candidates import Candidates, SharedFits
+from fusemlp.sklearn.candidates import Candidates, SharedFits, last_step
 from fusemlp.sklearn.solvers import one_warning
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, unknown_name
 
@@ -140,36 +140,15 @@ class FleetRandomizedSearchCV(_FleetSearch, RandomizedSearchCV):
     _space, _plain = "param_distributions", "RandomizedSearchCV"
 
 
-def _values(name: str, spaces: list[Mapping[str, Any]]) -> list[Any]:
-    """Return the listed values of a parameter; a distribution lists none."""
-    values = [space[name] for space in spaces if name in space]
-    kinds = (Sequence, np.ndarray)
-    return [one for listed in values if isinstance(listed, kinds) and not isinstance(listed, str) for one in listed]
-
-
-def _models(estimator: Any, spaces: list[Mapping[str, Any]], prefix: str = "") -> list[Any]:
-    """Return the estimator that the pipeline ends in, and those that the space puts in its place."""
-    if not isinstance(estimator, Pipeline) or not estimator.steps:
-        return [estimator]
-    name, last = estimator.steps[-1]
-    models = _models(last, spaces, f"{prefix}{name}__")
-    for replaced in _values(f"{prefix}{name}", spaces):
-        models += _models(replaced, [])
-    for steps in _values(f"{prefix}steps", spaces):
-        models += _models(Pipeline(steps), [])
-    return models
-
-
 def _checked(space: str, choices: Any, estimator: Any, plain: str) -> list[Mapping[str, Any]]:
     """Return the mappings of a space; refuse estimators and names that cannot be trained, before any fit."""
     several = [choices] if isinstance(choices, Mapping) else choices
     spaces = [choice for choice in several if isinstance(choice, Mapping)] if isinstance(several, list | tuple) else []
-    for model in _models(estimator, spaces):
-        if not isinstance(model, BaseMLP):
-            raise ArgumentTypeError(
-                "estimator: expected an MLPClassifier or MLPRegressor of fusemlp.sklearn, alone or as the last step of "
-                f"a Pipeline, got {model!r}; for other estimators use sklearn.model_selection.{plain}"
-            )
+    if not isinstance(model := last_step(estimator), BaseMLP):
+        raise ArgumentTypeError(
+            "estimator: expected an MLPClassifier or MLPRegressor of fusemlp.sklearn, alone or as the last step of a "
+            f"Pipeline, got {model!r}; for other estimators use sklearn.model_selection.{plain}"
+        )
     if isinstance(choices, list | tuple) and not choices:
         raise ArgumentError(
             f"{space}: there is nothing to try in {choices!r}; give values, such as {{'alpha': [1e-4, 1e-3]}}, or {{}} "
