@@ -40,7 +40,6 @@ EXTRAS = ("data", "excel", "onnx", "plot", "tensorboard")
 TESTS = (
     "tests/doors/test_onnx.py",
     "tests/doors/test_onnx_words.py",
-    "tests/doors/test_optuna_batches.py",
     "tests/doors/test_sklearn_convergence.py",
     "tests/doors/test_sklearn_files.py",
     "tests/doors/test_sklearn_own_tests.py",

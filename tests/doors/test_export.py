@@ -12,9 +12,11 @@ from safetensors import safe_open
 
 import fusemlp
 from fusemlp.datasets.preprocessing import Preprocessor
-from make import refusal, run
+from make import refusal, run, trained
 
-NAMES = ["daisy", "rose", "tulip"]
+# Two numbers and, with the word, three features.
+NUMBERS = ("--drop", "day", "--drop", "word", "--epochs", "10", "--lr", "0.02", "--quiet")
+WORDS = ("--drop", "day", "--epochs", "10", "--lr", "0.02", "--quiet")
 
 
 def columns(path, *names):
@@ -28,24 +30,9 @@ def predicted(folder, data, out, *options):
     return answers["prediction"].to_numpy(), answers.iloc[:, 1:].to_numpy()
 
 
-def trained(folder, target, *options, words=False):
-    """Train on two numbers far from zero, and maybe a word; the target is a label in words or a value."""
-    generator = np.random.default_rng(0)
-    kind = generator.integers(0, 3, 90)
-    numbers = generator.normal(np.stack([100.0 + 10.0 * kind, -5.0 * kind], axis=1), 1.0).round(3)
-    data = pandas.DataFrame(numbers, columns=["height", "width"])
-    data[target] = np.array(NAMES)[kind] if target == "species" else 900.0 + 50.0 * kind
-    if words:
-        data["colour"] = np.array(["white", "red"])[kind % 2]
-    data.to_csv(folder / "data.csv", index=False)
-    arguments = ("--target", target, "--epochs", "10", "--lr", "0.02", "--quiet", *options)
-    assert run("train", folder / "data.csv", *arguments, "--out", folder / "run") == 0
-    return folder / "run"
-
-
 @pytest.fixture(scope="module")
 def species(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("species"), "species")
+    return trained(tmp_path_factory.mktemp("species"), *NUMBERS, target="species", classes=3)
 
 
 def test_labels_from_raw_features(species, tmp_path, capsys):
@@ -54,7 +41,7 @@ def test_labels_from_raw_features(species, tmp_path, capsys):
     takes = "  takes the 2 features as they are in the data, gives labels of the data"
     assert capsys.readouterr().out.splitlines() == [f"onnx {path}", takes]
     labels, probabilities = predicted(species, data, tmp_path / "said.csv", "--proba")
-    said = graph_outputs(path, columns(data, "height", "width"))
+    said = graph_outputs(path, columns(data, "a", "b"))
     assert said["prediction"].tolist() == labels.tolist()
     np.testing.assert_allclose(said["probabilities"], probabilities, atol=1e-5)
     assert "--force" in refusal(capsys, "export", species, "--onnx", path)
@@ -74,11 +61,12 @@ def test_labels_from_raw_features(species, tmp_path, capsys):
     ids=" ".join,
 )
 def test_values_in_original_units_from_raw_features(options, tmp_path):
-    folder = trained(tmp_path, "price", "--task", "regression", *options)
+    folder = trained(tmp_path, *NUMBERS, *options)
     assert run("export", folder, "--onnx", tmp_path / "m.onnx") == 0
     values, _ = predicted(folder, tmp_path / "data.csv", tmp_path / "said.csv")
-    said = graph_outputs(tmp_path / "m.onnx", columns(tmp_path / "data.csv", "height", "width"))
-    np.testing.assert_allclose(said["prediction"], values, rtol=1e-5)
+    said = graph_outputs(tmp_path / "m.onnx", columns(tmp_path / "data.csv", "a", "b"))
+    # sums in float32 of numbers like the largest value
+    np.testing.assert_allclose(said["prediction"], values, rtol=1e-5, atol=1e-6 * np.abs(values).max())
 
 
 def test_both_files_and_what_they_take(species, tmp_path, capsys):
@@ -95,25 +83,25 @@ def test_both_files_and_what_they_take(species, tmp_path, capsys):
     props = onnx.load(files[1]).metadata_props
     assert Preprocessor.from_json({prop.key: prop.value for prop in props}["preprocessor"]) == preprocessor
     engine = fusemlp.load(files[3])
-    X = preprocessor.transform_features(columns(species.parent / "data.csv", "height", "width"))
+    X = preprocessor.transform_features(columns(species.parent / "data.csv", "a", "b"))
     said = graph_outputs(tmp_path / "m.onnx", X)
     np.testing.assert_allclose(said["probabilities"], engine.predict_proba(X), atol=1e-5)
     np.testing.assert_array_equal(said["prediction"], engine.predict(X))
 
 
 def test_a_run_with_words_takes_an_input_for_each_feature(tmp_path, capsys):
-    folder = trained(tmp_path, "species", words=True)
+    folder = trained(tmp_path, *WORDS, target="species", classes=3)
     capsys.readouterr()
     assert run("export", folder, "--onnx", tmp_path / "m.onnx") == 0
     takes = "takes the 3 features as they are in the data, an input (rows, 1) for each, words as strings"
     assert f"  {takes}, gives labels of the data\n" in capsys.readouterr().out
     # A missing number, a missing word and an unseen one.
-    (tmp_path / "new.csv").write_text("colour,width,height\nred,-5,110.5\n,NA,100\nteal,-10,?\nNA,0,120\n")
+    (tmp_path / "new.csv").write_text("word,b,a\nx,-1,1.5\n,NA,0.5\nteal,-0.5,?\nNA,0,-1\n")
     labels, probabilities = predicted(folder, tmp_path / "new.csv", tmp_path / "said.csv", "--proba")
     given = {
-        "colour": np.array([["red"], [""], ["teal"], ["NA"]], object),
-        "width": np.array([[-5], [np.nan], [-10], [0]], np.float32),
-        "height": np.array([[110.5], [100], [np.nan], [120]], np.float32),
+        "word": np.array([["x"], [""], ["teal"], ["NA"]], object),
+        "b": np.array([[-1], [np.nan], [-0.5], [0]], np.float32),
+        "a": np.array([[1.5], [0.5], [np.nan], [-1]], np.float32),
     }
     said = onnxruntime.InferenceSession(str(tmp_path / "m.onnx")).run(["prediction", "probabilities"], given)
     assert said[0].tolist() == labels.tolist()
@@ -122,7 +110,7 @@ def test_a_run_with_words_takes_an_input_for_each_feature(tmp_path, capsys):
     assert run("export", folder, "--onnx", tmp_path / "m.onnx", "--force", "--json") == 0
     assert json.loads(capsys.readouterr().out)["onnx_input"] == "one input a feature"
     assert run("export", folder, "--onnx", tmp_path / "bare.onnx", "--bare") == 0
-    assert graph_outputs(tmp_path / "bare.onnx", np.zeros((3, 4)))["probabilities"].shape == (3, 3)
+    assert graph_outputs(tmp_path / "bare.onnx", np.zeros((3, 5)))["probabilities"].shape == (3, 3)
 
 
 # Arguments after ``export RUN``, the exit code, and a part of the error.

@@ -3,8 +3,6 @@
 import inspect
 import io
 import pickle
-import subprocess
-import sys
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +17,7 @@ from sklearn.base import clone
 from sklearn.datasets import load_digits, load_iris
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import accuracy_score
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import LabelBinarizer, MinMaxScaler, StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
@@ -65,25 +63,12 @@ def test_parameters_begin_with_scikit_learns_in_order_and_with_its_defaults(name
     assert code.co_argcount == other.co_argcount
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_fitted_attributes_are_scikit_learns(name):
-    mine, reference = (getattr(module, name)(max_iter=2).fit(X, Y) for module in (ours, theirs))
-    public = {attribute for attribute in vars(reference) if attribute.endswith("_") and not attribute.startswith("_")}
-    assert public <= vars(mine).keys()
-
-
 def test_grid_search_in_two_processes():
     pipeline = make_pipeline(StandardScaler(), MLPClassifier(max_iter=300, solver="lbfgs", random_state=0))
     grid = {"mlpclassifier__alpha": [1e-3, 1.0], "mlpclassifier__hidden_layer_sizes": [(5,), (4, 3)]}
     search, alone = (GridSearchCV(pipeline, grid, cv=2, n_jobs=jobs).fit(X, Y) for jobs in (2, None))
     assert search.best_score_ > 0.9
     np.testing.assert_array_equal(search.cv_results_["mean_test_score"], alone.cv_results_["mean_test_score"])
-
-
-def test_cross_val_score_is_scikit_learns():
-    options = {"max_iter": 30, "random_state": 0, "hidden_layer_sizes": 8, "learning_rate_init": 0.02}
-    scores = [cross_val_score(module.MLPClassifier(**options), X, Y, cv=3) for module in (ours, theirs)]
-    np.testing.assert_array_equal(*scores)
 
 
 def test_clone_copies_every_parameter_and_nothing_learned():
@@ -140,12 +125,6 @@ def test_every_activation_alone_and_per_layer_is_trained():
     np.testing.assert_array_equal(same[0].coefs_[0], same[1].coefs_[0])
 
 
-@pytest.mark.parametrize("loss", ["absolute_error", "huber", "quantile", fusemlp.Huber(0.1), fusemlp.Quantile(0.7)])
-def test_every_loss_is_minimised(loss):
-    estimator = MLPRegressor(loss, (8,), max_iter=60, random_state=0).fit(X, np.column_stack([Y, -Y]) * 1.0)
-    assert estimator.loss_ < 0.8 * estimator.loss_curve_[0]
-
-
 @pytest.mark.parametrize("precision, backend", [("fp32", "numpy"), ("fp64", "numpy"), ("fp64", "auto")])
 def test_precision_and_backend(precision, backend):
     estimator = MLPRegressor(precision=precision, backend=backend, max_iter=2).fit(X, Y)
@@ -179,8 +158,6 @@ BAD = {
     "too few activations": (MLPClassifier((3, 2), ["relu"]), (X, Y), ValueError, "hidden layer.*, got 1"),
     "dropout for other layers": (MLPClassifier((3,), dropout=[0.1, 0.2]), (X, Y), ValueError, "hidden layer.*, got 2"),
     "dropout of all": (MLPClassifier(dropout=1.0), (X, Y), ValueError, "'dropout' parameter"),
-    "bf16 with lbfgs": (MLPClassifier(solver="lbfgs", precision="bf16"), (X, Y), ValueError, "'fp32' or 'fp64'"),
-    "dropout with lbfgs": (MLPClassifier(solver="lbfgs", dropout=0.1), (X, Y), ValueError, "Use solver='adam'"),
     "unknown solver": (MLPClassifier(solver="rmsprop"), (X, Y), ValueError, "'solver' parameter"),
     "unknown loss": (MLPRegressor("hinge"), (X, Y), ValueError, "'loss' parameter of MLPRegressor"),
     "negative counts": (MLPRegressor("poisson"), (X, Y - 1.0), ValueError, r"requires y >= 0, got -1"),
@@ -246,7 +223,6 @@ def test_bad_held_out_rows(given, message):
 def test_partial_fit_refuses():
     for options, classes, message in (
         ({"class_weight": "balanced"}, [0, 1, 2], "'balanced' is not supported for partial_fit"),
-        ({"early_stopping": True}, [0, 1, 2], "partial_fit does not support early_stopping=True"),
         ({}, None, "classes must be passed on the first call"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -283,12 +259,6 @@ def test_sample_weights_are_routed():
     np.testing.assert_array_equal(routed[-1].coefs_[0], direct.coefs_[0])
 
 
-def test_the_door_opens_when_it_is_touched():
-    code = "import sys, fusemlp; assert 'sklearn' not in sys.modules; fusemlp.sklearn.MLPClassifier; "
-    code += "assert 'sklearn' in sys.modules and 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_the_model_holds_no_file_or_device():
     buffer = io.BytesIO()
     pickle.dump(MLPClassifier(max_iter=1).fit(X, Y), buffer)
@@ -318,10 +288,3 @@ def test_what_is_known_of_integer_classes_is_what_is_learned_from_the_rows(kind,
         classes, several = _classes_of(targets)
         np.testing.assert_array_equal(classes, expected.classes_, strict=True)
         assert several == expected.y_type_.startswith("multilabel")
-
-
-def test_classes_are_the_models_own():
-    first, second = (MLPClassifier(3, max_iter=1, random_state=0).fit(X, Y) for _ in range(2))
-    first.classes_ += 5
-    assert list(second.classes_) == [0, 1, 2]
-    assert list(MLPClassifier(3, max_iter=1, random_state=0).fit(X, Y).classes_) == [0, 1, 2]

@@ -100,13 +100,6 @@ def test_coefs_that_the_user_changed_are_the_saved_ones(tmp_path):
     assert not MLPRegressor.load(tmp_path / "model.safetensors").coefs_[0].any()
 
 
-def test_the_file_is_a_checkpoint_of_the_network(tmp_path):
-    model = MLPClassifier(**SMALL).fit(X, Y)
-    model.save(tmp_path / "model.safetensors")
-    engine = fusemlp.load(tmp_path / "model.safetensors", backend="numpy")
-    np.testing.assert_array_equal(engine.predict(X), model.predict(X))
-
-
 def test_callbacks_and_random_states_are_left_out(tmp_path):
     given = {**SMALL, "random_state": np.random.RandomState(0)}
     MLPClassifier(**given, callbacks=[fusemlp.EarlyStopping("loss")]).fit(X, Y).save(tmp_path / "model")

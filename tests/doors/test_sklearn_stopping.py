@@ -131,14 +131,6 @@ def test_own_held_out_rows_are_scored_and_decide():
     assert plain.validation_scores_ is None
 
 
-def test_own_held_out_rows_of_labels_and_of_values():
-    labels = np.column_stack([Y, 1 - Y, Y])
-    several = MLPClassifier(max_iter=4).fit(X, labels, X_val=X, y_val=labels)
-    assert several.score(X, labels) == several.validation_scores_[-1]
-    values = MLPRegressor(max_iter=4).fit(X, labels * 0.5, X_val=X, y_val=(labels * 0.5).tolist())
-    assert values.score(X, labels * 0.5) == pytest.approx(values.validation_scores_[-1], rel=1e-12)
-
-
 def row_losses(estimator, rows, targets):
     """Return the losses of rows by scikit-learn's definitions, from the predictions."""
     if isinstance(estimator, MLPRegressor):
@@ -171,6 +163,7 @@ def test_the_loss_of_held_out_rows_is_recorded(name):
     assert len(estimator.validation_loss_curve_) == estimator.n_iter_ == 4
     expected = row_losses(estimator, X[70:], targets[70:]).mean()
     assert estimator.validation_loss_curve_[-1] == pytest.approx(expected, rel=1e-12)
+    assert estimator.validation_scores_[-1] == pytest.approx(estimator.score(X[70:], targets[70:]), rel=1e-12)
 
 
 def test_the_loss_of_held_out_rows_has_the_weights_of_the_loss():
@@ -228,24 +221,6 @@ def test_a_loss_of_held_out_rows_that_is_not_finite_is_a_divergence():
     with pytest.raises(fusemlp.DivergenceError):
         estimator.fit(X, target, X_val=far, y_val=target)
     np.testing.assert_array_equal(estimator.predict(X), predicted)
-
-
-def test_callbacks_of_kerass_form_hear_of_the_batches_of_an_epoch():
-    heard = []
-
-    class Batches:
-        def on_train_batch_begin(self, batch, logs=None):
-            heard.append(("begin", batch))
-
-        def on_train_batch_end(self, batch, logs=None):
-            heard.append(("end", batch))
-
-        def on_exit(self):
-            heard.append("exit")
-
-    MLPClassifier(batch_size=50, callbacks=[Batches()], max_iter=2).fit(X, Y)
-    epoch = [("begin", 0), ("end", 0), ("begin", 1), ("end", 1)]
-    assert heard == [*epoch, *epoch, "exit"]
 
 
 def test_ready_made_callbacks(tmp_path):

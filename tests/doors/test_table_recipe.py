@@ -29,6 +29,7 @@ RECIPES = {
     "network": (TABLE, {"models": 1, "activation": "leaky_relu", "slope": 0.3, "init": "he_normal", "hidden": (9, 5)}),
     "norm": (TABLE, {"norm": "rms", "hidden": (9, 5)}),
     "final fit": (TABLE, {"models": 2, "final_fit": True, "split_seed": 4, "test_fraction": 0.3}),
+    "time": (TABLE, {"models": 1, "time": "a", "metric": "val_loss"}),
     "preset": (TABLE, {"preset": "tabm", "scale": "robust"}),
     "attack": (NUMBERS, {"adversarial": "pgd", "attack_eps": 0.1, "attack_steps": 2, "scale": "standard"}),
     "certified": (NUMBERS, {"adversarial": "ibp", "attack_eps": 0.05, "scale": "standard"}),
