@@ -35,9 +35,16 @@ def alone(net=NET, optimizer=None, batch_size=BATCH, **options):
     return Engine(net, optimizer=optimizer or Adam(), batch_size=batch_size, backend="numpy", **options)
 
 
-@pytest.mark.parametrize("plan", ["resident", "eager"])
-@pytest.mark.parametrize("precision", ["fp32", "fp64"])
-def test_a_fleet_is_so_many_engines_trained_alone(plan, precision):
+@pytest.mark.parametrize(
+    "machine",
+    [
+        {"plan": "resident", "precision": "fp32"},
+        {"plan": "resident", "precision": "fp64", "normalise": True},
+        {"plan": "eager", "precision": "fp32", "normalise": True},
+        {"plan": "eager", "precision": "fp64"},
+    ],
+)
+def test_a_fleet_is_so_many_engines_trained_alone(machine):
     pairs = [
         ({}, {}),
         ({"lr": 0.05, "seed": 3}, {"optimizer": Adam(0.05), "seed": 3}),
@@ -51,11 +58,11 @@ def test_a_fleet_is_so_many_engines_trained_alone(plan, precision):
         ({"hidden": []}, {"net": MLP([WIDTH, CLASSES])}),
     ]
     fit = {"epochs": EPOCHS, "validation_data": (XV, YV), "early_stopping": 2}
-    results = fleet([vary for vary, _ in pairs], precision=precision, plan=plan).fit(X, y, **fit)
+    results = fleet([vary for vary, _ in pairs], **machine).fit(X, y, **fit)
     for index, (_, options) in enumerate(pairs):
-        engine = alone(**options, precision=precision, plan=plan)
+        engine = alone(**options, **machine)
         engine.fit(X, y, **fit)
-        assert results.engine(index).plan == plan
+        assert results.engine(index).plan == machine["plan"]
         assert_same_state(results.engine(index), engine)
 
 
