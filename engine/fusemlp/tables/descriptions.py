@@ -64,7 +64,9 @@ def _chosen(recipe: ModelRecipe, what: str, kind: str, known: Mapping[str, type]
         owners = {owner: field.name for owner, cls in known.items() for field in fields(cls) if field.name in spellings}
         if kind not in owners:
             have = "has" if len(owners) == 1 else "have"
-            raise ArgumentError(f"{name}: only {one_of(owners, 'and')} {have} it, and the {what} is {kind}")
+            raise ArgumentError(
+                f"{name}: only {one_of(owners, 'and')} {have} it, and the {what} is {kind}; leave it out"
+            )
         chosen[owners[kind]] = value
     return chosen
 
