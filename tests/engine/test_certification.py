@@ -123,7 +123,7 @@ def test_training_with_bounds_certifies_a_run(tmp_path, capsys):
     assert "test certified accuracy" in (folder / "report.html").read_text()
     for options, message in (
         (("--activation", "gelu"), "--adversarial: IBP takes activations that rise everywhere"),
-        (("--attack-steps", "3"), "--attack-steps: ibp takes no steps"),
+        (("--attack-steps", "3"), "--attack-steps: only pgd has it, and the attack is ibp"),
     ):
         assert run("train", "digits", *how, *options, "--out", tmp_path / "none") == 2
         assert message in capsys.readouterr().err
