@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--rounds", type=count, default=30, metavar="N", help="default: %(default)s")
     made.add_argument("--shape", type=shape, action="append", metavar="M-K-N", help="rows-inputs-outputs of a layer")
     options = parse(made, arguments)
-    from fusemlp.runtime.backends import open_backend
+    from fusemlp.runtime.plans import open_backend
 
     vendor = Vendor(open_backend(options.backend, None, options.precision), options.precision)
     kind = kind_of(vendor.backend)

@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--rounds", type=count, default=15, metavar="N", help="default: %(default)s")
     made.add_argument("--networks", type=network, nargs="+", help="whose memory is counted (default: four sizes)")
     options = parse(made, arguments)
-    from fusemlp.runtime.backends import open_backend
+    from fusemlp.runtime.plans import open_backend
 
     chosen = {"backend": options.backend}
     plans = open_backend(options.backend, None, "fp32").traits.plans

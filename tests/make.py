@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import fusemlp
 from fusemlp import cli
 from fusemlp.describe.losses import as_loss
 from fusemlp.report.runs import FORMAT
+from fusemlp_kernels import reference
 from fusemlp_kernels.contract import ROW_COUNT
 
 Array = np.ndarray[Any, Any]
@@ -46,6 +49,28 @@ def engine(
     net = options.pop("net", None) or fusemlp.MLP(list(sizes))
     arguments = {name: value for name, value in (("loss", loss), ("optimizer", optimizer)) if value is not None}
     return fusemlp.Engine(net, **arguments, **{"batch_size": 16, "seed": 1, "backend": "numpy", **options})
+
+
+def layers_of(net: fusemlp.MLP, state: dict[str, Array]) -> list[reference.Layer]:
+    """Return a network with these parameters as the oracle has it."""
+    return [
+        reference.Layer(
+            state[f"{2 * layer}.weight"],
+            state[f"{2 * layer}.bias"],
+            chosen.name,
+            state.get(f"{2 * layer + 1}.weight", chosen.slope),
+            net.dropouts[layer],
+        )
+        for layer, chosen in enumerate(net.activations)
+    ]
+
+
+def halfway(engine: fusemlp.Engine, path: Path, batches: int, *data: Any, **options: Any) -> fusemlp.Engine:
+    """Train, and return the engine of a checkpoint that is written after this many batches."""
+    counts = itertools.count(1)
+    saves = SimpleNamespace(on_batch_end=lambda engine, _: next(counts) == batches and engine.save_checkpoint(path))
+    engine.fit(*data, **options, callbacks=[saves])
+    return fusemlp.load_checkpoint(path, backend="numpy")
 
 
 def frame(rows: int = 120, *, target: str = "price", classes: int = 0, gaps: bool = False, seed: int = 0) -> Any:

@@ -11,7 +11,7 @@ import pytest
 from bench import host, kernels, memory, overhead, roofline, study, tables, timing, trials
 from bench.vendor import Vendor
 from fusemlp import MLP, Adam, Engine
-from fusemlp.runtime.backends import open_backend
+from fusemlp.runtime.plans import open_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ("roofline", "kernels", "overhead", "host", "tables")

@@ -248,7 +248,7 @@ def test_what_the_rules_allow():
         "fusemlp.torch": "import torch\nfrom fusemlp.engine import Engine",
         "fusemlp.fleet.fleet": "from fusemlp import engine, _version",
         "fusemlp.engine": "def fit():\n    from fusemlp.training.fit import fit",
-        "fusemlp.runtime.backends": "import fusemlp_kernels",
+        "fusemlp.runtime.plans": "import fusemlp_kernels",
         "fusemlp.program.program": "from fusemlp_kernels import contract, errors",
         "fusemlp.program.lowering": "from fusemlp.program.program import Program",
         "fusemlp.describe.network": "if typing.TYPE_CHECKING:\n    from fusemlp.engine import Engine",

@@ -23,7 +23,7 @@ from fusemlp.report.onnx import to_onnx
 from fusemlp.report.runs import open_run, weights_path
 from fusemlp.runtime import attacks, files
 from fusemlp.runtime.attacks import attack
-from fusemlp.runtime.backends import availability
+from fusemlp.runtime.plans import availability
 from fusemlp.runtime.ranks import TIMEOUT
 from fusemlp.runtime.scaling import MEAN, InputScale
 from fusemlp.runtime.session import ELSEWHERE, Session
@@ -243,11 +243,8 @@ class Engine(Trainer):
         layers. Returns the history. Ctrl-C and a divergence leave the engine with the parameters reached, as in
         ``fit``. Raises the errors of ``fit``, and ArgumentError for impossible layers.
         """
-        with transfer.probing(self, X, y, layers, validation_data, options.get("adversarial")) as (
-            tail,
-            features,
-            held,
-        ):
+        probing = transfer.probing(self, X, y, layers, validation_data, options.get("adversarial"))
+        with probing as (tail, features, held):
             return tail.fit(features, y, epochs=epochs, validation_data=held, **options)
 
     def lr_find(
@@ -428,7 +425,7 @@ class Engine(Trainer):
             "parameters": size,
             "optimizer state": sum(len(state) for state in memory.states) * memory.real_bytes,
             "gradients": size * memory.gradient_parts,
-            "copy of the average": size * bool(memory.evaluated),
+            "copy of the average": size * memory.averages,
             "16-bit copy": memory.layout.size * (memory.compute_bytes or 0),
         }
         lines = layer_lines(net)

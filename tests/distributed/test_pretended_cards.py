@@ -22,12 +22,11 @@ from torch import distributed
 
 from fusemlp import MLP, Adam, ArgumentError, BackendUnavailableError, DistributedError, Engine, MissingLibraryError
 from fusemlp.program.program import Sharding
-from fusemlp.runtime import backends, programs, ranks, session
-from fusemlp.runtime.backends import open_here
-from fusemlp.runtime.plans import ASKED, planned, shared_plan
+from fusemlp.runtime import plans, programs, ranks, session
+from fusemlp.runtime.plans import ASKED, open_here, planned, shared_plan
 from fusemlp.runtime.programs import STEPS_A_GRAPH
 from fusemlp.runtime.ranks import Ranks
-from fusemlp.runtime.shards import LAYERS
+from fusemlp.runtime.steps import LAYERS
 from fusemlp_kernels.registry import TRAITS
 from fusemlp_kernels.triton import grouped
 from fusemlp_kernels.triton.backend import TritonBackend
@@ -221,7 +220,7 @@ def a_backend(name, device, precision):
 
 
 def test_a_process_takes_the_card_of_its_number(monkeypatch):
-    monkeypatch.setattr(backends, "open_backend", a_backend)
+    monkeypatch.setattr(plans, "open_backend", a_backend)
     assert open_here("triton", None, "fp32").device == "cuda:0"
     worlds.as_rank(monkeypatch, 1, 4)
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 from torch.nn.utils import prune
 from torch_pair import ACTIVATIONS
 
-from fusemlp.runtime.backends import open_backend
+from fusemlp.runtime.plans import open_backend
 from fusemlp.torch import FusedLinear, FusedMLP
 from fusemlp.torch.autograd import chain_op
 from fusemlp_kernels.contract import ACTIVATIONS as ACTIVATION_NAMES

@@ -194,6 +194,12 @@ TABLE = [
     (fit(sample_weight="balanced"), DTypeError, r"^sample_weight: .*got strings"),
     (fit(sample_weight=1.0), ShapeError, r"^sample_weight: got shape \(\), expected \(n,\)"),
     (lambda e, d: e.evaluate(X, Y, [1.0]), ShapeError, r"^sample_weight: .*12 rows.*got 1"),
+    (fit(class_weight={3: 1.0}), ArgumentError, r"^class_weight: 3 is not one of the classes 0 to 2"),
+    (fit(class_weight={True: 1.0}), ArgumentError, r"^class_weight: True is not one"),
+    (fit(class_weight={1: -1.0}), ArgumentError, r"^class_weight\[1\]: expected a finite number of at least 0"),
+    (fit(class_weight=[1.0, 2.0]), ArgumentError, r"^class_weight: expected a mapping .* got 2 numbers"),
+    (fit(class_weight=[0.0, 0.0, 0.0]), ArgumentError, r"^class_weight: expected at least one weight above 0"),
+    (fit(class_weight="even"), ArgumentTypeError, r"^class_weight: .* or 'balanced', got 'even'"),
     # other arguments of fit, and of what reads a trained engine
     (fit(epochs=0), ArgumentError, r"^epochs: .*at least 1, got 0"),
     (fit(epochs=-1), ArgumentError, r"^epochs: .*at least 1, got -1"),

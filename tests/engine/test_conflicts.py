@@ -208,7 +208,7 @@ def lower(case, backend):
     traits, attacks = TRAITS[backend], passes_against(plan.adversarial)
     clips = () if privacy is None else (ClipAndNoise(1.0, Noise(1.0, float(BATCH), 0)),)
     sums = (SumOverRanks(Sharding("ordered", 2)),) if ranks else ()
-    chosen = choose_plan(machine["plan"], traits, net, BATCH, precision, private=privacy is not None)
+    chosen = choose_plan(machine["plan"], traits, net, BATCH, precision, features=asked.described)
     program = training_program(
         net,
         model["loss"],

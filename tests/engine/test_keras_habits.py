@@ -15,7 +15,6 @@ from fusemlp import MLP, ArgumentError, Engine
 from fusemlp.describe.text import bytes_text
 from fusemlp.engine import KERAS
 from fusemlp.fleet import fleet
-from fusemlp.inputs.arrays import as_class_weights
 from fusemlp.runtime import session
 from fusemlp.training import fit
 from make import assert_same
@@ -124,21 +123,6 @@ class TestClassWeight:
         one.fit(X, targets, epochs=2, **given)
         other.fit(X, targets, epochs=2, sample_weight=weights)
         assert_same(one, other)
-
-    @pytest.mark.parametrize(
-        ("given", "kind", "message"),
-        [
-            ({3: 1.0}, ArgumentError, "class_weight: 3 is not one of the classes 0 to 2"),
-            ({True: 1.0}, ArgumentError, "class_weight: True is not one"),
-            ({1: -1.0}, ArgumentError, r"class_weight\[1\]: expected a finite number of at least 0"),
-            ([1.0, 2.0], ArgumentError, "class_weight: expected a mapping .* got 2 numbers"),
-            ([0.0, 0.0, 0.0], ArgumentError, "class_weight: expected at least one weight above 0"),
-            ("even", fusemlp.ArgumentTypeError, "class_weight: expected a mapping .* or 'balanced', got 'even'"),
-        ],
-    )
-    def test_impossible_weights(self, given, kind, message):
-        with pytest.raises(kind, match=message):
-            as_class_weights("class_weight", given, 3)
 
     def test_numbers_have_no_classes_and_some_row_has_a_weight(self):
         with pytest.raises(ArgumentError, match=r"class_weight: it needs one class for each row.*sample_weight"):

@@ -18,7 +18,7 @@ from fusemlp.runtime.plans import choose_plan
 from fusemlp_kernels import philox, reference
 from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.registry import TRAITS
-from make import assert_same
+from make import assert_same, layers_of
 
 pytest.importorskip("dp_accounting")
 
@@ -57,10 +57,7 @@ CASES = {
 
 def expected(engine, before, states, X, y, weight, update):
     """(name, new value, its bound) of each trained parameter after a step from ``before`` on a batch, in order."""
-    net, layers = engine.network, []
-    for i, chosen in enumerate(net.activations):
-        w, b = before[f"{2 * i}.weight"], before[f"{2 * i}.bias"]
-        layers.append(reference.Layer(w, b, chosen.name, chosen.slope, net.dropouts[i]))
+    net, layers = engine.network, layers_of(engine.network, before)
     spec = replace(engine.loss.spec(accuracy=False, soft=False), reduction="rows")
     names = list(short_names(net).values())
     options = {name: engine.optimizer.options_for(name) for name in names}
@@ -142,11 +139,11 @@ def test_every_step_is_the_oracles(case, device):
 def test_the_resident_kernel_of_triton_has_no_privacy():
     step, reason = (MLP([64, 32, 10]), 32, "fp32"), "the triton backend's resident kernel trains without privacy"
     assert choose_plan("auto", TRAITS["triton"], *step)[0] == "resident"
-    assert choose_plan("auto", TRAITS["triton"], *step, private=True) == ("graph", reason)
-    assert choose_plan("auto", TRAITS["triton"], *step, models=100, private=True)[0] == "graph"
+    assert choose_plan("auto", TRAITS["triton"], *step, features={"privacy": True}) == ("graph", reason)
+    assert choose_plan("auto", TRAITS["triton"], *step, models=100, features={"privacy": True})[0] == "graph"
     with pytest.raises(BackendUnavailableError, match=f"plan: {reason}"):
-        choose_plan("resident", TRAITS["triton"], *step, private=True)
-    assert choose_plan("auto", TRAITS["numpy"], *step, private=True)[0] == "resident"
+        choose_plan("resident", TRAITS["triton"], *step, features={"privacy": True})
+    assert choose_plan("auto", TRAITS["numpy"], *step, features={"privacy": True})[0] == "resident"
 
 
 @pytest.mark.parametrize("device", [pytest.param(INTERPRETER, marks=marks_of(INTERPRETER))])

@@ -10,13 +10,13 @@ import pytest
 from fusemlp import MLP, SGD, Adam, Cosine, Engine, Fleet, OneCycle, load_checkpoint
 from fusemlp.describe.schedules import SCHEDULES, Constant, Schedule
 from fusemlp.program import builder, layout, lowering
-from fusemlp.runtime.backends import open_backend
-from fusemlp.runtime.rates import RateTable
+from fusemlp.runtime.memory import RateTable
+from fusemlp.runtime.plans import open_backend
 from fusemlp_kernels import reference
 from fusemlp_kernels.clock import corrections
 from fusemlp_kernels.contract import HYPER, LEARNING_RATE, LOSS_SCALE, RATE_COLUMNS, LossSpec, UpdateRule
 from fusemlp_kernels.registry import availability, interprets_triton
-from make import assert_same
+from make import assert_same, layers_of
 
 ROWS, WIDTH, CLASSES, BATCH, EPOCHS = 22, 5, 3, 4, 3
 RNG = np.random.default_rng(0)
@@ -97,10 +97,7 @@ def test_a_schedule_of_ones_own_trains_on_every_plan(backend, plan, small):
     engine = made(Adam(Zigzag(0.02, warmup=4)), backend, plan)
     first = {name: array.astype(np.float64) for name, array in engine.state_dict().items()}
     history = engine.fit(X, Y, epochs=EPOCHS, shuffle=False)
-    layers = [
-        reference.Layer(first[f"{2 * index}.weight"], first[f"{2 * index}.bias"], name)
-        for index, name in enumerate(("tanh", "identity"))
-    ]
+    layers = layers_of(NET, first)
     rule, spec = engine.optimizer.rule(), LossSpec("cross_entropy")
     state, batches = reference.initial_state(rule, layers), -(-ROWS // BATCH)
 

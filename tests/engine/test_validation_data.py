@@ -109,9 +109,9 @@ def test_models_with_a_fold_in_common(made):
 
 def test_what_is_in_common_holds_on_to_no_engine():
     first, second = make(seed=0), make(seed=1)
-    evaluation = first.inference.evaluation(first.inputs.examples(X, LABELS, None), apart=True)
-    assert evaluation.of(first.memory) == first.evaluate(X, LABELS)
-    assert evaluation.of(second.memory) == second.evaluate(X, LABELS)
+    evaluate = first.inference.evaluation(first.inputs.examples(X, LABELS, None), apart=True)
+    assert evaluate(first.memory) == first.evaluate(X, LABELS)
+    assert evaluate(second.memory) == second.evaluate(X, LABELS)
     memory = weakref.ref(first.memory)
     del first
     gc.collect()

@@ -102,7 +102,7 @@ def test_nan_in_a_row_goes_where_the_calls_bring_it():
 def test_many_interpreted_parts_are_added_in_order():
     """More than the kernel adds at a time, and not a multiple of it."""
     device, size, parts = backend.open_device(None, "fp32"), 264, 75
-    kernels = fusemlp.runtime.backends.open_here("triton", None, "fp32", ())
+    kernels = fusemlp.runtime.plans.open_here("triton", None, "fp32")
     grads = rng.standard_normal((parts, size)).astype(np.float32)
     params, rule = device.zeros(size, "real"), UpdateRule("sgd")
     hyper = device.numbers([1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0], "float64")
@@ -146,7 +146,7 @@ def narrow_call(kernels, *sizes):
 @interpreted
 def test_a_bound_call_keeps_its_gradients_alive():
     """The kernel has only the distances between them."""
-    kernels = fusemlp.runtime.backends.open_here("triton", None, "fp32", ())
+    kernels = fusemlp.runtime.plans.open_here("triton", None, "fp32")
     operands = narrow_call(kernels, 4, 5, 3)
     held = [weakref.ref(layer[name]) for layer in operands["layers"] for name in ("dw", "db")]
     run = kernels.bind("train_narrow", **operands)
@@ -159,7 +159,7 @@ def test_a_bound_call_keeps_its_gradients_alive():
 @interpreted
 @pytest.mark.parametrize("sizes", [(4,), (4, 3), (4, 5, 5, 5, 3)])
 def test_a_call_without_one_or_two_hidden_layers_is_refused(sizes):
-    kernels = fusemlp.runtime.backends.open_here("triton", None, "fp32", ())
+    kernels = fusemlp.runtime.plans.open_here("triton", None, "fp32")
     with pytest.raises(fusemlp.ArgumentError, match="expected 1 to 2 hidden layers"):
         kernels.bind("train_narrow", **narrow_call(kernels, *sizes))
 

@@ -31,9 +31,8 @@ from fusemlp.report.explanations import column_attributions, permutation_importa
 from fusemlp.report.metrics import spelled
 from fusemlp.report.plots import heat_figure, importance_figure, literal, sweep_figure
 from fusemlp.report.written import csv_bytes
-from fusemlp.runtime.backends import thread_limits
 from fusemlp.runtime.files import write_atomically
-from fusemlp.runtime.plans import planned
+from fusemlp.runtime.plans import planned, thread_limits
 from fusemlp.tables.descriptions import network
 from fusemlp.tables.recipe import BATCH, PLANS, PRECISIONS, ModelRecipe
 from fusemlp_kernels.errors import (

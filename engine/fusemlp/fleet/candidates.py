@@ -223,7 +223,7 @@ MIB = 1 << 20
 def engine_bytes(engine: Engine) -> int:
     """Estimate the bytes of an engine: arenas, table of rates, the best weights of early stopping, its objects."""
     memory = engine.memory
-    arenas = memory.gradient_parts + 2 + len(memory.states) + bool(memory.evaluated)
+    arenas = memory.gradient_parts + 2 + len(memory.states) + memory.averages
     shadow = 0 if memory.shadow is None else memory.shadow.nbytes
     return int(arenas * memory.params.nbytes + shadow + memory.rates.nbytes + ENGINE_OBJECTS)
 

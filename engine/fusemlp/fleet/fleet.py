@@ -24,7 +24,7 @@ from fusemlp.fleet.candidates import Candidate, Vary, as_rows, candidate, combin
 from fusemlp.fleet.launches import LaunchGroup, grouped, run_side_by_side, train_groups
 from fusemlp.fleet.results import Ensemble, FleetResults, Kept, Member, scores_of, together
 from fusemlp.fleet.workers import as_devices, check_not_given, check_sent, check_workers, trained_apart
-from fusemlp.runtime.backends import cpu_threads, open_backend
+from fusemlp.runtime.plans import cpu_threads, open_backend
 from fusemlp.runtime.scaling import InputScale
 from fusemlp.training.fit import ELSEWHERE, FitData, fit_loop
 from fusemlp.training.history import History

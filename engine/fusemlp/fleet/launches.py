@@ -19,9 +19,8 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.program.layout import ALIGNMENT_BYTES, placement
 from fusemlp.program.program import Program, resolve
 from fusemlp.program.step import Inputs
-from fusemlp.runtime.backends import one_thread
 from fusemlp.runtime.memory import Memory, new_arenas, on_device
-from fusemlp.runtime.plans import choose_plan, resident_chunk, shares_launches
+from fusemlp.runtime.plans import one_thread, resident_chunk, shares_launches
 from fusemlp.runtime.programs import walk_rows
 from fusemlp.runtime.steps import TrainingStep, lower
 from fusemlp.training.loop import EpochLoop
@@ -42,13 +41,6 @@ def signature(engine: Engine) -> tuple[Any, ...]:
     return net.sizes, net.encoding, activations, net.norms, net.blocks, trained, states, engine.batch_size
 
 
-def common_plan(engines: Sequence[Engine], batch_size: int, plan: str = "auto") -> tuple[str, str]:
-    """Return the plan that ``plan`` comes to for engines of one ``signature`` that train at once, and why."""
-    first = engines[0]
-    traits, private = first.memory.backend.traits, first.privacy is not None
-    return choose_plan(plan, traits, first.network, batch_size, first.precision, models=len(engines), private=private)
-
-
 def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[LaunchGroup, list[int]]]:
     """Set the plans of ``engines``, and return the groups that share a launch, each with its keys; none on a CPU."""
     if not shares_launches(next(iter(engines.values())).memory.backend.traits):
@@ -59,7 +51,8 @@ def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[LaunchGroup,
     groups = []
     for places in by_signature.values():
         together = [engines[place] for place in places]
-        chosen = common_plan(together, together[0].batch_size, plan)
+        first = together[0]
+        chosen = first.plan_for(plan, first.batch_size, models=len(together))
         for engine in together:
             engine.plan, engine.plan_reason = chosen
         if chosen[0] == "resident":

@@ -18,8 +18,7 @@ from fusemlp.describe.losses import Loss, OwnLoss
 from fusemlp.fleet.results import Kept, Member
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.examples import Examples
-from fusemlp.runtime.backends import one_thread
-from fusemlp.runtime.plans import shares_launches
+from fusemlp.runtime.plans import one_thread, shares_launches
 from fusemlp.training.trainer import FitPlan
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibraryError, WorkerError, unknown_name
 

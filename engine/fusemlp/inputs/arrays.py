@@ -337,16 +337,16 @@ def balanced(codes: Array, classes: int) -> list[float]:
     return [len(codes) / (present * int(count)) if count else 0.0 for count in counts]
 
 
-def as_class_weights(argument: str, choice: Any, classes: int) -> Array:
+def as_class_weights(choice: Any, classes: int) -> Array:
     """Return one weight for each class (classes,): from a sequence, or a mapping, whose missing classes weigh 1.
 
     Raises ArgumentTypeError, and ArgumentError for other classes, another number of weights, or all zero.
     """
-    expected = f"{argument}: expected a mapping such as {{0: 1.0, 1: 5.0}}, {classes} numbers or 'balanced', got"
+    expected = f"class_weight: expected a mapping such as {{0: 1.0, 1: 5.0}}, {classes} numbers or 'balanced', got"
     if isinstance(choice, Mapping):
         strange = [key for key in choice if isinstance(key, bool) or key not in range(classes)]
         if strange:
-            raise ArgumentError(f"{argument}: {strange[0]!r} is not one of the classes 0 to {classes - 1}")
+            raise ArgumentError(f"class_weight: {strange[0]!r} is not one of the classes 0 to {classes - 1}")
         numbers = [choice.get(code, 1.0) for code in range(classes)]
     elif isinstance(choice, str) or not isinstance(choice, Iterable):
         raise ArgumentTypeError(f"{expected} {choice!r}")
@@ -354,9 +354,9 @@ def as_class_weights(argument: str, choice: Any, classes: int) -> Array:
         numbers = list(choice)
         if len(numbers) != classes:
             raise ArgumentError(f"{expected} {len(numbers)} numbers")
-    weights = np.array([as_number(f"{argument}[{code}]", weight, low=0.0) for code, weight in enumerate(numbers)])
+    weights = np.array([as_number(f"class_weight[{code}]", weight, low=0.0) for code, weight in enumerate(numbers)])
     if not weights.any():
-        raise ArgumentError(f"{argument}: expected at least one weight above 0, got {numbers!r}")
+        raise ArgumentError(f"class_weight: expected at least one weight above 0, got {numbers!r}")
     return weights
 
 

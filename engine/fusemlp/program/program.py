@@ -325,7 +325,7 @@ class Program:
             return 2 if self.resident else len(self.before_reduction) * self.sharding.own + 1
         return 1 if self.resident else len(self.calls) - self.calls_back
 
-    @property
+    @cached_property
     def calls_back(self) -> bool:
         """Return whether a step calls a function of the caller's."""
         return any(call.op == CALLBACK for call in self.calls)

@@ -89,8 +89,7 @@ def certified(engine: Session, X: Any, y: Any, eps: Any, *, bounds: Any = None) 
 def ball(engine: Session, X: Any, eps: Any, limits: Any = None) -> Box:
     """Return the ends of the box of inputs around X that the arguments of ``bounds`` describe, checked."""
     check_together({**engine.network.uses, "bounds": "eps"})
-    rows = engine.inputs.on_host(engine.inputs.features("X", X)).astype(np.float64)
-    engine.scaling.check_measured()
+    rows = engine.inputs.on_host(engine.inference.checked(X)).astype(np.float64)
     width = engine.network.sizes[0]
     # the rows given may have been rounded
     rounding = np.finfo(engine.inputs.real).eps * np.abs(rows)
@@ -265,7 +264,7 @@ def attack(engine: Session, X: Any, y: Any, how: Attack) -> Array:
     engine.network.check_single("how", "an attack")
     data = engine.inputs.examples(X, y, None)
     engine.scaling.check_measured()
-    check_within(engine, "X", data.X, how)
+    check_within(engine, data.X, how)
     pgd, change = how.plain, how.perturbation()
     x = np.array(engine.inputs.on_host(data.X), np.float64 if engine.precision == "fp64" else np.float32)
     target, spec = engine.inputs.on_host(data.targets.values), engine.inputs.spec_for(data.targets)
@@ -290,15 +289,15 @@ def attack(engine: Session, X: Any, y: Any, how: Attack) -> Array:
     return best
 
 
-def check_within(engine: Session, argument: str, X: Any, how: Adversary) -> None:
-    """Raise DataError for checked rows outside the bounds of an attack, or of a training against such."""
+def check_within(engine: Session, X: Any, how: Adversary) -> None:
+    """Raise DataError for checked rows X outside the bounds of an attack, or of a training against such."""
     if how.bounds is None:
         return
     rows = engine.inputs.on_host(X)
     low, high = float(rows.min()), float(rows.max())
     if low < how.bounds[0] or high > how.bounds[1]:
         raise DataError(
-            f"{argument}: values from {low:g} to {high:g} are not within the bounds {how.bounds}; scale them, or give "
+            f"X: values from {low:g} to {high:g} are not within the bounds {how.bounds}; scale them, or give "
             f"the attack bounds=({low:g}, {high:g})"
         )
 

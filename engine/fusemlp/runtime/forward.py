@@ -1,7 +1,7 @@
 """The forward pass over any number of rows: predictions, and the loss of labelled data."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -22,6 +22,8 @@ LARGEST = 1 << 22
 SMALLEST_ROWS = 16
 # The most programs to keep, and their rows as largest batches: evaluations of many lengths have a program each.
 MOST_PROGRAMS, MOST_BATCHES = 32, 8
+# Evaluates what predictions read of a memory: see ``metrics_of``.
+Evaluate: TypeAlias = "Callable[[Memory], dict[str, float]]"
 # A unit is empty whose weights are so small beside those of the layer's largest unit, by the sums of their sizes.
 EMPTIED = 0.05
 
@@ -40,7 +42,7 @@ class ForwardPass:
         self.net, self.scaling = net, scaling
         # what is trained, and what the programs read
         self.trained = self.memory = memory
-        if memory.evaluated:
+        if memory.averages:
             self.memory = memory.of_parameters(net)
         self.real = np.dtype(f"f{memory.real_bytes}")
         self.counters = memory.backend.allocate(COUNTERS, "int64")
@@ -226,7 +228,7 @@ class Evaluation:
         else:
             self._left = on_device(forward.memory.backend, forward.net, data.arrays) if repeated else data.arrays
 
-    def of(self, memory: Memory) -> dict[str, float]:
+    def __call__(self, memory: Memory) -> dict[str, float]:
         """Return the metrics of what predictions read of ``memory``: see ``metrics_of``."""
         forward, bound = self._forward, self._bound
         own = forward.memory
@@ -273,30 +275,24 @@ def _log_mean_exp(values: Array) -> Array:
     return np.asarray(top[:, 0] + np.log(np.exp(values - top).mean(axis=1)))
 
 
-class MeanEvaluation:
-    """The loss of the mean prediction on ``data`` by ``spec``, to evaluate once or repeatedly."""
+def mean_evaluation(forward: ForwardPass, data: Examples, spec: LossSpec, class_weight: Any | None) -> Evaluate:
+    """Return a function that evaluates the mean prediction on ``data`` by ``spec``."""
+    backend, rows, outputs = forward.memory.backend, len(data.X), forward.net.sizes[-1]
+    pitch = -(-outputs // backend.traits.row_multiple) * backend.traits.row_multiple
+    z = backend.view(backend.allocate(rows * pitch, "compute"), 0, (rows, outputs), pitch)
+    stats, counters = backend.allocate(STATS, "float64"), backend.allocate(COUNTERS, "int64")
+    counters[ROW_COUNT] = rows
+    operands = on_device(backend, forward.net, {name: array for name, array in data.arrays.items() if name != "x"})
+    if class_weight is not None:
+        operands["class_weight"] = class_weight
+    run = backend.bind("loss_grad", z=z, dz=None, counters=counters, stats=stats, loss=spec, **operands)
 
-    def __init__(self, forward: ForwardPass, data: Examples, spec: LossSpec, class_weight: Any | None) -> None:
-        self._forward, self._spec, self._X = forward, spec, data.X
-        backend, rows, outputs = forward.memory.backend, len(data.X), forward.net.sizes[-1]
-        pitch = -(-outputs // backend.traits.row_multiple) * backend.traits.row_multiple
-        self._z = backend.view(backend.allocate(rows * pitch, "compute"), 0, (rows, outputs), pitch)
-        self._stats, counters = backend.allocate(STATS, "float64"), backend.allocate(COUNTERS, "int64")
-        counters[ROW_COUNT] = rows
-        operands = on_device(backend, forward.net, {name: array for name, array in data.arrays.items() if name != "x"})
-        if class_weight is not None:
-            operands["class_weight"] = class_weight
-        self._run = backend.bind(
-            "loss_grad", z=self._z, dz=None, counters=counters, stats=self._stats, loss=spec, **operands
-        )
+    def evaluate(memory: Memory) -> dict[str, float]:
+        forward.trained = memory
+        means = combined(spec.kind, forward.outputs(data.X, evaluated=True), forward.net.members)
+        backend.copy_into(z, means.astype(forward.real, copy=False))
+        stats[:] = 0.0
+        run()
+        return metrics_of(backend.to_host(stats), spec)
 
-    def of(self, memory: Memory) -> dict[str, float]:
-        """Return the metrics of what predictions read: see ``metrics_of``."""
-        self._forward.trained = memory
-        backend = self._forward.memory.backend
-        of_members = self._forward.outputs(self._X, evaluated=True)
-        outputs = combined(self._spec.kind, of_members, self._forward.net.members)
-        backend.copy_into(self._z, outputs.astype(self._forward.real, copy=False))
-        self._stats[:] = 0.0
-        self._run()
-        return metrics_of(backend.to_host(self._stats), self._spec)
+    return evaluate

@@ -19,9 +19,9 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.examples import DeviceInputs, Examples, UserBatches
 from fusemlp.program.layout import placement
 from fusemlp.runtime import forward
-from fusemlp.runtime.forward import Evaluation, ForwardPass, MeanEvaluation, combined
+from fusemlp.runtime.forward import Evaluate, Evaluation, ForwardPass, combined, mean_evaluation
 from fusemlp.runtime.memory import Memory, Workspace
-from fusemlp.runtime.own_loss import AnyEvaluation, OwnEvaluation
+from fusemlp.runtime.own_loss import own_evaluation
 from fusemlp.runtime.scaling import Scaling
 from fusemlp_kernels.contract import NEEDS_Z, LossSpec, UpdateRule
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, ShapeError
@@ -173,25 +173,25 @@ class Inference:
 
     def outputs(self, X: Any) -> Array:
         """Return the last layer's outputs (n, N) for X (n, K); with members those of the mean prediction."""
-        outputs, members = self._rows_out(X), self.network.members
+        outputs, members = self.forward.outputs(self.checked(X, codes=True)), self.network.members
         return outputs if members == 1 else combined(self.loss.kind, outputs, members)
 
     def member_outputs(self, X: Any) -> Array:
         """Return the last layer's outputs (n, members, N) for X (n, K)."""
-        outputs = self._rows_out(X)
+        outputs = self.forward.outputs(self.checked(X, codes=True))
         return outputs.reshape(-1, self.network.members, outputs.shape[1])
 
-    def _rows_out(self, X: Any) -> Array:
-        X = self.inputs.features("X", X, codes=True)
+    def checked(self, X: Any, *, codes: bool = False) -> Any:
+        """Return checked rows X (n, K) for a prediction, with ``codes`` perhaps Columns."""
+        rows = self.inputs.features("X", X, codes=codes)
         self.scaling.check_measured()
-        return self.forward.outputs(X)
+        return rows
 
     def input_gradient(self, X: Any, y: Any = None, *, output: Any = None) -> Array:
         """Return the gradient (n, K) of the loss of each row, or without y of its ``output``."""
         self.network.check_single("X", "the gradient by the inputs")
         if y is None:
-            X = self.inputs.features("X", X)
-            self.scaling.check_measured()
+            X = self.checked(X)
             return self.forward.input_gradient(X, {"seed": self.seeds(self.chosen(X, output))})
         if output is not None:
             raise ArgumentError("output: the loss of y reads all outputs; leave output or y out")
@@ -264,14 +264,14 @@ class Inference:
         kind, hits = self.inputs.kind_of(data.targets), not self.loss.on_host
         asked = as_metrics("metrics", metrics, kind, counts_hits=hits) if metrics else ()
         spec = self.inputs.spec_for(data.targets)
-        evaluation = self._evaluation(self.forward, data, spec, repeated=False)
-        return {**evaluation.of(self.forward.trained), **self.figures(data, asked)}
+        evaluate = self._evaluation(self.forward, data, spec, repeated=False)
+        return {**evaluate(self.forward.trained), **self.figures(data, asked)}
 
-    def _evaluation(self, forward: ForwardPass, data: Examples, spec: LossSpec, *, repeated: bool) -> AnyEvaluation:
+    def _evaluation(self, forward: ForwardPass, data: Examples, spec: LossSpec, *, repeated: bool) -> Evaluate:
         if self.loss.on_host:
-            return OwnEvaluation(forward, data, self.loss)
+            return own_evaluation(forward, data, self.loss)
         if self.network.members > 1:
-            return MeanEvaluation(forward, data, spec, self.class_weight)
+            return mean_evaluation(forward, data, spec, self.class_weight)
         return Evaluation(forward, data, spec, self.class_weight, repeated)
 
     def _rows_of(self, X: Any, y: Any, weight: Any, steps: int | None) -> Examples:
@@ -311,7 +311,7 @@ class Inference:
             truth, scores, weight = truth[kept], scores[kept], None if weight is None else weight[kept]
         return Judged(truth, scores.argmax(axis=1), scores, weight)
 
-    def evaluation(self, data: Examples, *, apart: bool) -> AnyEvaluation:
+    def evaluation(self, data: Examples, *, apart: bool) -> Evaluate:
         """Return a repeatable ``evaluate`` of the same arrays. With ``apart`` the parameters are copied first:
         the result serves all engines with these layers and this loss, and keeps no reference to this one."""
         memory = self.forward.memory
@@ -324,8 +324,7 @@ class Inference:
         """Return for each hidden relu layer the share of units that are zero for every row of X; see ``silent``."""
         if self.network.members > 1:
             return {}
-        features = self.inputs.features("X", X, codes=True)
-        self.scaling.check_measured()
+        features = self.checked(X, codes=True)
         hidden = enumerate(self.network.activations[:-1])
         relu = [layer for layer, activation in hidden if activation.name == "relu"]
         return {f"layer {layer + 1}": self.forward.silent(features, layer, decays=decays) for layer in relu}

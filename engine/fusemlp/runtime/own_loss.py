@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from fusemlp.describe.loss import HostLoss, Loss
 from fusemlp.describe.losses import LossLike, OwnLoss, as_loss
 from fusemlp.inputs.arrays import Array, as_values, as_weights, to_array
 from fusemlp.inputs.examples import DeviceInputs, Examples, as_targets
-from fusemlp.runtime.forward import Evaluation, ForwardPass, MeanEvaluation
+from fusemlp.runtime.forward import Evaluate, ForwardPass
 from fusemlp.runtime.memory import Memory
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError
 
@@ -75,20 +75,15 @@ def _check_finite(name: str, number: float, gradient: Array, outputs: Array) -> 
     )
 
 
-class OwnEvaluation:
-    """The loss of ``data`` that the host computes, all rows at once, to evaluate once or repeatedly."""
+def own_evaluation(forward: ForwardPass, data: Examples, loss: Loss) -> Evaluate:
+    """Return a function that evaluates a loss of the host on ``data``, all rows at once."""
 
-    def __init__(self, forward: ForwardPass, data: Examples, loss: Loss) -> None:
-        self._forward, self._data, self._loss = forward, data, loss
+    def evaluate(memory: Memory) -> dict[str, float]:
+        forward.trained = memory
+        outputs = forward.outputs(data.X, evaluated=True)
+        return {"loss": call(loss, outputs, data.targets.values.copy(), data.weight)[0]}
 
-    def of(self, memory: Memory) -> dict[str, float]:
-        """Return the loss of what predictions read of ``memory``."""
-        self._forward.trained = memory
-        outputs, data = self._forward.outputs(self._data.X), self._data
-        return {"loss": call(self._loss, outputs, data.targets.values.copy(), data.weight)[0]}
-
-
-AnyEvaluation: TypeAlias = "Evaluation | MeanEvaluation | OwnEvaluation"
+    return evaluate
 
 
 def check_gradient(

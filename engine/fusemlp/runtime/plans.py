@@ -1,22 +1,38 @@
-"""The choice of the plan, how many steps a launch takes, and the step program of a backend that may be absent."""
+"""The kernels' backends, which this folder alone of the engine knows; the plan of a step, and the program of one.
+
+The program may be for a backend that is absent.
+"""
 
 from collections.abc import Sequence
 
 from fusemlp.describe.checks import as_count
-from fusemlp.describe.conflicts import check_together
+from fusemlp.describe.conflicts import Features, check_together
 from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
+from fusemlp.inputs.arrays import Array
 from fusemlp.program.layout import parameter_layout
 from fusemlp.program.lowering import lower, trained_by
 from fusemlp.program.passes.gradients import sums_over
 from fusemlp.program.program import ALONE, ORDERED, Program, Sharding
 from fusemlp.program.step import Inputs, Step
-from fusemlp.runtime.backends import TRAITS, availability
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES
-from fusemlp_kernels.contract import MOST_PARTS, Traits, narrow_refusal, resident_refusal, step_flops
+from fusemlp.runtime.ranks import own_card
+from fusemlp_kernels import registry
+from fusemlp_kernels.contract import MOST_PARTS, Backend, Traits, narrow_refusal, resident_refusal, step_flops
 from fusemlp_kernels.errors import BackendUnavailableError, unknown_name
+from fusemlp_kernels.numpy import launches
+from fusemlp_kernels.philox import row_order as shuffled_rows
 from fusemlp_kernels.registry import PLANS
+
+TRAITS, availability = registry.TRAITS, registry.availability
+open_backend, first_available = registry.backend, registry.choose
+# The threads that the calling thread may use on the CPU now; the limits by name, whose least they are; and a context in
+# which launches of the calling thread on the numpy backend have no other threads.
+cpu_threads, thread_limits, one_thread = launches.threads, launches.limits, launches.one_thread
+
+# of all backends
+PRECISIONS = {precision for traits in TRAITS.values() for precision in traits.precisions}
 
 # The reason for a plan that the user named.
 ASKED = "asked for"
@@ -30,6 +46,33 @@ UNINTERRUPTED_FLOPS = 2e9
 CALLED_BACK = 16
 # The longest that a launch of many steps may take on a GPU.
 LAUNCH_SECONDS = 0.05
+# Features that a resident kernel may lack, as its traits call them.
+BLOCKS = "norm and residual blocks"
+BESIDE = {"privacy": "privacy", "members": "members", "norm": BLOCKS, "residual": BLOCKS, "encoding": "encoded inputs"}
+
+
+def open_here(name: str, device: str | None, precision: str) -> Backend:
+    """Return a backend on a device: by default, in a process of torchrun, on the card of its number if it sees that."""
+    found, card = open_backend(name, device, precision), own_card()
+    if device is not None or card is None or not found.device.startswith("cuda"):
+        return found
+    try:
+        return open_backend(found.traits.name, card, precision)
+    except BackendUnavailableError:
+        # it may see its own card alone; ranks with one card refuse to train together
+        return found
+
+
+def torch_backend(device_type: str) -> str:
+    """Return the name of the backend that computes on torch's tensors of a device, "cpu" or "cuda", in their memory."""
+    return "numpy" if device_type == "cpu" else "triton"
+
+
+def row_order(backend_name: str, plan: str, n: int, seed: int, epoch: int) -> Array:
+    """The order of the rows in an epoch, (n,) int64: the same for all, and compiled where numba compiles the plan."""
+    if backend_name == "numpy" and plan == "resident":
+        return launches.row_order(n, seed, epoch)
+    return shuffled_rows(n, seed, epoch)
 
 
 def was_asked(reason: str) -> bool:
@@ -54,10 +97,10 @@ def choose_plan(
     precision: str,
     models: int = 1,
     *,
-    private: bool = False,
+    features: Features | None = None,
 ) -> tuple[str, str]:
     """The plan that ``plan`` ("auto" or a name) comes to on a backend, for ``models`` networks like ``net`` that train
-    at once, and why; ``private``: with differential privacy.
+    at once, and why; ``features``: those of the training, by default the network's.
 
     Raises ArgumentError for an unknown name, BackendUnavailableError for a plan that the backend does not have, or not
     for such a network.
@@ -69,10 +112,8 @@ def choose_plan(
         if reason is not None:
             raise BackendUnavailableError(f"plan: {reason}; use plan='auto'")
         return plan, UNPROVEN
-    blocks, encoded = net.norms or net.blocks, net.encoding is not None
-    beside = {"privacy": private, "members": net.members > 1, "norm and residual blocks": blocks}
-    beside["encoded inputs"] = encoded
-    refusal = resident_refusal(traits, net.widths, batch, precision, [name for name, used in beside.items() if used])
+    beside = [words for feature, words in BESIDE.items() if feature in (net.uses if features is None else features)]
+    refusal = resident_refusal(traits, net.widths, batch, precision, beside)
     if plan == "auto":
         return _fastest(traits, refusal, net.widths, batch * net.members, models)
     if plan not in traits.plans:

@@ -136,18 +136,16 @@ def _agreed(store: Any, rank: int, world: int, timeout: float) -> str:
     return name
 
 
-# those of this process by their time limit, each with the process group that they are part of
-_known: dict[float, tuple[Any, Ranks]] = {}
+# those of this process by their time limit
+_known: dict[float, Ranks] = {}
 _all: weakref.WeakSet[Ranks] = weakref.WeakSet()
 
 
 def joined(timeout: float) -> Ranks:
     """Return the ranks of this process: engines with one time limit have them in common. Raises what ``Ranks`` does."""
-    world, ranks = _known.get(timeout, (None, None))
-    if ranks is None or world is not ranks.default_group:
-        ranks = Ranks(timeout)
-        _known[timeout] = ranks.default_group, ranks
-    return ranks
+    if timeout not in _known or not _known[timeout].current:
+        _known[timeout] = Ranks(timeout)
+    return _known[timeout]
 
 
 def own_card() -> str | None:
@@ -254,7 +252,7 @@ class Ranks(Single):
             self.leads = self.rank == 0
             # of its own: another engine may have another limit
             self._group = dist.new_group(backend="gloo", timeout=limit)
-            self._store = dist.distributed_c10d._get_default_store()
+            self._store, self._everyone = dist.distributed_c10d._get_default_store(), dist.group.WORLD
         except (RuntimeError, ValueError) as error:
             mend = (
                 "the port is in use; give another one, torchrun --master-port, or --standalone on one machine"
@@ -268,9 +266,9 @@ class Ranks(Single):
             notice.cancel()
 
     @property
-    def default_group(self) -> Any:
-        """The group of all processes that torch knows now."""
-        return self._dist.group.WORLD
+    def current(self) -> bool:
+        """True while torch knows the same processes."""
+        return self._dist.group.WORLD is self._everyone
 
     def take_card(self, device: str) -> None:
         """Get ready for arrays on this card. All ranks must call this; raises ArgumentError if two have one card."""
@@ -371,6 +369,7 @@ class Ranks(Single):
 
     def texts(self, text: str) -> list[str]:
         """Return the texts of all ranks."""
+        # torch's own gathering of objects would unpickle them
         data = np.frombuffer(text.encode(), np.uint8)
         sizes = np.zeros((self.world, 1), np.int64)
         self.all_gather(sizes, np.array([len(data)]))
@@ -381,8 +380,7 @@ class Ranks(Single):
 
     def check_same(self, things: Mapping[str, Any]) -> None:
         marks = {name: _mark(thing) for name, thing in things.items()}
-        all_marks = [json.loads(text) for text in self.texts(json.dumps(marks))]
-        first = all_marks[0]
+        first, *_ = all_marks = [json.loads(text) for text in self.texts(json.dumps(marks))]
         for rank, found in enumerate(all_marks):
             for name in {**first, **found}:
                 if found.get(name) != first.get(name):

@@ -82,10 +82,14 @@ class Scaling:
         real = self.inputs.real
         return InputScale(mean.astype(real), np.maximum(scale, np.finfo(real).tiny).astype(real), self.inputs.backend)
 
-    def take_in(self, X: Any) -> Any:
-        """Return checked training rows as the network takes them; the first that are taken in are measured."""
+    def measure(self, X: Any) -> None:
+        """Measure checked rows, if the inputs are to be scaled and no rows were measured before."""
         if self.normalise and self.scale is None:
             self.scale = self.measured(X)
+
+    def take_in(self, X: Any) -> Any:
+        """Return checked training rows as the network takes them; the first that are taken in are measured."""
+        self.measure(X)
         return self.normalised(X)
 
     def check_measured(self) -> None:

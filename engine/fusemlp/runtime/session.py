@@ -25,14 +25,12 @@ from fusemlp.program.passes.fusion import Narrow
 from fusemlp.program.passes.gradients import sums_over
 from fusemlp.program.program import ALONE, ORDERED, REDUCTIONS, Sharding
 from fusemlp.program.step import Pass
-from fusemlp.runtime.backends import PRECISIONS, first_available, open_here
 from fusemlp.runtime.inference import Inference
 from fusemlp.runtime.ledger import Ledger
-from fusemlp.runtime.memory import REAL_BYTES, Memory
-from fusemlp.runtime.plans import ASKED, choose_plan, shared_plan, was_asked
+from fusemlp.runtime.memory import REAL_BYTES, Memory, RateTable
+from fusemlp.runtime.plans import ASKED, PRECISIONS, choose_plan, first_available, open_here, shared_plan, was_asked
 from fusemlp.runtime.programs import KeptPrograms
 from fusemlp.runtime.ranks import TIMEOUT, Single, check_nccl, joined, versions
-from fusemlp.runtime.rates import RateTable
 from fusemlp.runtime.scaling import MEAN, SCALE, Scaling, as_normalise
 from fusemlp_kernels import contract
 from fusemlp_kernels.coding import Coding
@@ -158,7 +156,7 @@ class Session:
         self.inputs = DeviceInputs(self.network, self.loss, backend, real, reads_codes=reads)
         # whether the weights of the first layer lie as codes read them
         self.coded = False
-        self.plan, self.plan_reason = self._chosen(machine.plan, self.batch_size)
+        self.plan, self.plan_reason = self.plan_for(machine.plan, self.batch_size)
         self.scaling = Scaling(self.inputs, self.normalise)
         self._use_loss(self.loss)
         self._use_memory(None, None)
@@ -297,17 +295,16 @@ class Session:
         """
         if batch_size == self.batch_size:
             return
-        plan = self.plan if was_asked(self.plan_reason) else "auto"
-        chosen = self._chosen(plan, batch_size)
+        chosen = self.plan_for(self.plan if was_asked(self.plan_reason) else "auto", batch_size)
         self.make_room_for(batch_size)
         self.batch_size = batch_size
         self.plan, self.plan_reason = chosen
         self.programs.staged.clear()
 
-    def _chosen(self, plan: str, batch_size: int) -> tuple[str, str]:
-        """The plan that ``plan`` comes to for batches of this size, and why."""
-        traits, private = self.inputs.backend.traits, "privacy" in self.described
-        chosen = choose_plan(plan, traits, self.network, batch_size, self.precision, private=private)
+    def plan_for(self, plan: str, batch_size: int, models: int = 1) -> tuple[str, str]:
+        """Return the plan that ``plan`` comes to for ``models`` like this that train at once, and why."""
+        traits, features = self.inputs.backend.traits, self.described
+        chosen = choose_plan(plan, traits, self.network, batch_size, self.precision, models, features=features)
         return shared_plan(chosen, traits, self.sharding, self.ranks.uncaptured()) if self.sharding else chosen
 
     def _parts(self, rows: int) -> int:
@@ -438,11 +435,10 @@ class Session:
         return int(self.memory.counters[contract.SKIPPED])
 
     def __repr__(self) -> str:
+        options = {"normalise": self.normalise, "privacy": self.privacy}
+        more = "".join(f", {name}={value}" for name, value in options.items() if value is not None)
         return (
             f"{type(self).__name__}({self.network!r}, loss={self.loss!r}, optimizer={self.optimizer!r}, "
             f"batch_size={self.batch_size}, seed={self.seed}, backend={self.backend!r}, device={self.device!r}, "
-            f"precision={self.precision!r}, plan={self.plan!r}"
-            + ("" if self.normalise is None else f", normalise={self.normalise}")
-            + ("" if self.privacy is None else f", privacy={self.privacy}")
-            + ")"
+            f"precision={self.precision!r}, plan={self.plan!r}{more})"
         )

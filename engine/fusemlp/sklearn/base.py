@@ -23,9 +23,8 @@ from fusemlp.describe.schedules import Schedule
 from fusemlp.inputs.arrays import Array, is_sparse
 from fusemlp.inputs.columns import Columns, coding_of, from_sparse
 from fusemlp.report.onnx import to_onnx
-from fusemlp.runtime.backends import TRAITS
 from fusemlp.runtime.files import CHECKPOINT, reading_file
-from fusemlp.runtime.plans import shares_launches
+from fusemlp.runtime.plans import TRAITS, shares_launches
 from fusemlp.sklearn import settings
 from fusemlp.sklearn.batches import CalledBatches, HeldLoss, ResidentBatches, Validation
 from fusemlp.sklearn.model import Model, Rates, read_estimator, save_estimator

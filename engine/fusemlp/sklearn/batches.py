@@ -23,9 +23,9 @@ from fusemlp.inputs.examples import Examples, Targets
 from fusemlp.program.passes.gradients import Penalty
 from fusemlp.program.program import Program
 from fusemlp.program.step import Inputs, Pass
-from fusemlp.runtime.forward import Evaluation, ForwardPass
+from fusemlp.runtime.forward import Evaluate, Evaluation, ForwardPass
 from fusemlp.runtime.memory import on_device
-from fusemlp.runtime.own_loss import OwnEvaluation
+from fusemlp.runtime.own_loss import own_evaluation
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.steps import TrainingStep, bind, lower
 from fusemlp.sklearn.model import Model
@@ -123,17 +123,17 @@ class HeldLoss:
         self._spec = replace(model.loop_loss, reduction="sum", accuracy=one_class and weight is None)
 
     @cached_property
-    def _evaluation(self) -> Evaluation | OwnEvaluation:
+    def _evaluation(self) -> Evaluate:
         # not before the first epoch: a launch of several models moves the parameters
         forward = ForwardPass(self._engine.network, self._engine.memory)
         if self._own is not None:
-            return OwnEvaluation(forward, self._examples, self._own)
+            return own_evaluation(forward, self._examples, self._own)
         return Evaluation(forward, self._examples, self._spec, None, repeated=True)
 
     def __call__(self) -> tuple[float, float | None]:
         """Return the loss at the model's present parameters, and the accuracy or None."""
         with np.errstate(all="ignore"):
-            losses = self._evaluation.of(self._engine.memory)
+            losses = self._evaluation(self._engine.memory)
             if self._own is not None:
                 return losses["loss"] if self._total else np.nan, None
             loss = np.float64(self._scale) * (losses["loss"] + self._constant) / self._total

@@ -25,7 +25,7 @@ from sklearn.base import clone
 from sklearn.pipeline import Pipeline
 
 from fusemlp.engine import Engine
-from fusemlp.fleet.launches import LaunchGroup, LaunchThreads, Training, common_plan, signature, train_together
+from fusemlp.fleet.launches import LaunchGroup, LaunchThreads, Training, signature, train_together
 from fusemlp.inputs.arrays import Array
 from fusemlp.runtime.memory import on_device
 from fusemlp.sklearn.base import BaseMLP
@@ -210,7 +210,7 @@ def _train_together(candidates: Sequence[Candidate]) -> bool:
     loops = dict(enumerate(candidate.epochs for candidate in candidates))
     batches: list[Any] = [loop.policy.batches for loop in loops.values()]
     engines = [loop.policy.model.engine for loop in loops.values()]
-    if common_plan(engines, batches[0].batch_size)[0] != "resident":
+    if engines[0].plan_for("auto", batches[0].batch_size, models=len(engines))[0] != "resident":
         return False
     data, firsts = _shared_data([source.data for source in batches])
     train_together(

@@ -19,7 +19,7 @@ from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params
 
 from fusemlp.datasets.rows import available_memory
-from fusemlp.runtime.backends import cpu_threads, one_thread
+from fusemlp.runtime.plans import cpu_threads, one_thread
 from fusemlp.sklearn.base import BaseMLP
 from fusemlp.sklearn.candidates import Candidates, SharedFits, last_step
 from fusemlp.sklearn.solvers import one_warning

@@ -25,7 +25,7 @@ from fusemlp.inputs.arrays import Array
 from fusemlp.program.passes.attack import passes_against
 from fusemlp.program.step import Pass
 from fusemlp.runtime.attacks import check_within
-from fusemlp.runtime.backends import first_available
+from fusemlp.runtime.plans import first_available
 from fusemlp_kernels.contract import ACTIVATIONS
 
 STOCHASTIC = ("sgd", "adam", "adamw")
@@ -198,7 +198,7 @@ def step_passes(estimator: Any, engine: Engine, rows: Any) -> tuple[Pass, ...]:
     # the loss is no parameter that could be changed
     labels = in_use(**{"one label": engine.loss.answers.kind != "cross_entropy"})
     check_together({**engine.uses, **how.uses, **labels})
-    check_within(engine, "X", rows, how)
+    check_within(engine, rows, how)
     return passes_against(how)
 
 

@@ -21,7 +21,7 @@ from fusemlp.describe.network import MLP
 from fusemlp.fleet.fleet import Fleet
 from fusemlp.fleet.merge import default_models
 from fusemlp.inputs.arrays import Array
-from fusemlp.runtime.backends import TRAITS, cpu_threads, first_available
+from fusemlp.runtime.plans import TRAITS, cpu_threads, first_available
 from fusemlp.runtime.ranks import started
 from fusemlp.tables import descriptions
 from fusemlp.tables import recipe as recipes

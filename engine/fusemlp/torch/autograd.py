@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusemlp.describe.network import Activation
-from fusemlp.runtime.backends import TRAITS, open_backend, torch_backend
+from fusemlp.runtime.plans import TRAITS, open_backend, torch_backend
 from fusemlp_kernels.contract import ACTIVATIONS, BATCH_INDEX, COUNTERS, NEEDS_Z, Dropout, UpdateRule
 from fusemlp_kernels.errors import DTypeError, ShapeError
 from fusemlp_kernels.pointwise import ACTIVATIONS as ROWS

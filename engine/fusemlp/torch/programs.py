@@ -22,9 +22,8 @@ from fusemlp.program.layout import Layout, short_names
 from fusemlp.program.lowering import lower
 from fusemlp.program.program import Program, resolve
 from fusemlp.program.step import Inputs, Step
-from fusemlp.runtime.memory import Memory, Workspace
+from fusemlp.runtime.memory import Memory, RateTable, Workspace
 from fusemlp.runtime.programs import BoundProgram
-from fusemlp.runtime.rates import RateTable
 from fusemlp.torch.batches import BatchCopy, check_shapes, check_tensors
 from fusemlp.torch.loop import PositiveWeights
 from fusemlp.torch.modules import Reading, as_module

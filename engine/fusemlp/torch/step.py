@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from fusemlp.describe.checks import as_count, as_number
 from fusemlp.describe.losses import Loss, OwnLoss
 from fusemlp.program.program import Program
-from fusemlp.runtime.backends import TRAITS, open_backend, torch_backend
 from fusemlp.runtime.memory import Memory
+from fusemlp.runtime.plans import TRAITS, open_backend, torch_backend
 from fusemlp.torch import loop, modules
 from fusemlp.torch.batches import BatchCopy, check_tensors
 from fusemlp.torch.loop import Group, Watch, other_hooks, warn_of_autocast, watch_clipping

@@ -20,7 +20,7 @@ from fusemlp.inputs.examples import Examples, Targets, UserBatches
 from fusemlp.program.passes.attack import passes_against
 from fusemlp.program.step import Inputs
 from fusemlp.runtime.attacks import check_within
-from fusemlp.runtime.backends import row_order as shuffled
+from fusemlp.runtime.plans import row_order as shuffled
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.ranks import Ranks
 from fusemlp.runtime.steps import TrainingStep, bind_fit, bind_staged, run_staged
@@ -92,7 +92,7 @@ def fit(engine: Trainer, plan: FitPlan, X: Any, y: Any, sample_weight: Any, vali
         loop = fit_loop(engine, plan, data)
         if data.batches is None:
             engine.programs.let_go_with((X, y, sample_weight))
-        _warn(engine, data, plan.epochs * loop.batches)
+        _warn(engine, data, plan.epochs * loop.batches, hits=loop.policy.spec.accuracy)
     with exits(plan.callbacks, engine):
         return loop.run()
 
@@ -105,8 +105,7 @@ def fit_loop(
     engine.lay_out(coding)
     count, on_host = data.count, engine.memory.backend.traits.on_host
     size = min(engine.batch_size, count)
-    batches = engine.ledger.batches(count, size, drop_last=plan.drop_last)
-    batches = batches if data.batches is None else data.batches.steps
+    batches = data.batches.steps if data.batches else engine.ledger.batches(count, size, drop_last=plan.drop_last)
     state = resumed_state(engine, plan, batches, rows=count) if plan.resume else fresh_state(engine, plan, batches)
     last_epoch = state.first_epoch + plan.epochs
     order, epochs = data.order, range(state.first_epoch, last_epoch)
@@ -147,17 +146,19 @@ def fit_loop(
             inputs, policy.spec, policy.rule, size, resident, passes, keep_gradients=adversary.ramps
         )
         bound = bind_fit(engine, training, train.arrays, batches=batches, epochs=at_once)
-        add_worst_case(engine, bound, adversary, first=begun, updates=state.total_updates - begun)
+        if adversary.ramps:
+            add_worst_case(engine, bound, adversary, first=begun, updates=state.total_updates - begun)
     return EpochLoop(engine, bound, policy, state, size * members, batches, at_once, plan.callbacks)
 
 
-def _warn(engine: Trainer, fit_rows: FitData, batches: int) -> None:
-    """Warn of data that train badly in this many ``batches``."""
-    data, streamed = fit_rows.train, fit_rows.batches is not None
-    if fit_rows.batches is not None and fit_rows.batches.share is not None:
-        ranks, owner = fit_rows.batches.share
-        data = data._replace(X=data.X[owner(np.arange(len(data.X))) == ranks.rank])
-    rows, accumulate, labels = len(data.X), engine.optimizer.accumulate, data.targets.values
+def _warn(engine: Trainer, data: FitData, batches: int, *, hits: bool) -> None:
+    """Warn of data that train badly in this many ``batches``; ``hits``: the targets are classes."""
+    X, targets, _ = data.train
+    streamed, accumulate = data.batches is not None, engine.optimizer.accumulate
+    if data.batches is not None and data.batches.share is not None:
+        ranks, owner = data.batches.share
+        X = X[owner(np.arange(len(X))) == ranks.rank]
+    rows = len(X)
     warned = []
     if accumulate > batches:
         warned.append(
@@ -166,17 +167,17 @@ def _warn(engine: Trainer, fit_rows: FitData, batches: int) -> None:
         )
     if engine.batch_size > rows and not streamed:
         warned.append(f"batch_size: {engine.batch_size} is more than the {rows} rows of X; batches of {rows} are used")
-    if engine.loss.kind == "cross_entropy" and not data.targets.soft and rows > 1 and not streamed:
-        least, greatest = engine.inputs.extent(labels)
+    if engine.loss.kind == "cross_entropy" and not targets.soft and rows > 1 and not streamed:
+        least, greatest = engine.inputs.extent(targets.values)
         if least == greatest:
             warned.append(f"y: every label is {least:.0f}; a classifier needs examples of two classes")
     for message in warned:
         warnings.warn(message, stacklevel=caller_level())
     if rows:
-        engine.scaling.warn("X", data.X)
+        engine.scaling.warn("X", X)
         # one-hot rows are classes
-        if not engine.inputs.counts_hits(data.targets):
-            engine.scaling.warn_of_targets(engine.loss.kind, labels)
+        if not hits:
+            engine.scaling.warn_of_targets(engine.loss.kind, targets.values)
 
 
 def fit_data(engine: Trainer, plan: FitPlan, X: Any, y: Any, sample_weight: Any, validation_data: Any) -> FitData:
@@ -195,7 +196,7 @@ def fit_data(engine: Trainer, plan: FitPlan, X: Any, y: Any, sample_weight: Any,
     else:
         # an attack moves inputs, which codes have not
         train = engine.inputs.examples(X, y, sample_weight, codes=not plan.adversarial.uses)
-    check_within(engine, "X", train.X, plan.adversarial)
+    check_within(engine, train.X, plan.adversarial)
     validation = checked_validation(engine, validation_data, steps=plan.validation_steps)
     if plan.validation_split:
         train, held = split(engine, train, plan.validation_split)
@@ -301,7 +302,7 @@ def by_class(engine: Trainer, asked: Any, data: Examples, *, whole: bool) -> Cal
         valid = codes[(codes >= 0) & (codes < classes)]
         weights = np.asarray(balanced(valid, classes))
     else:
-        weights = as_class_weights("class_weight", asked, classes)
+        weights = as_class_weights(asked, classes)
 
     def weighted(rows: Examples) -> Examples:
         codes = _codes(engine, rows.targets)

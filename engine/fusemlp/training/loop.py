@@ -167,7 +167,8 @@ class EpochLoop(Generic[PolicyT]):
             first_epoch, first_batch = state.epoch, state.batch
             # a fit that is resumed ends its epoch first
             epochs = 1 if first_batch else min(at_once, wanted)
-            good = engine.memory.remember(good) if policy.rewinds else good
+            memory = engine.memory
+            good = memory.remember(good) if policy.rewinds else good
             began = time.perf_counter()
             if first_batch == 0:
                 self._call("on_epoch_begin", first_epoch)
@@ -191,7 +192,7 @@ class EpochLoop(Generic[PolicyT]):
             again = max(0, again - 1)
             rates = self._rates(account, ended, left)
             if not left:
-                engine.memory.stats[:] = 0.0
+                memory.stats[:] = 0.0
             for stats, rate in zip(account.stats[:ended], rates, strict=True):
                 self._end_epoch(stats, rate, seconds)
             for watcher in epoch_watchers:
@@ -229,18 +230,18 @@ class EpochLoop(Generic[PolicyT]):
 
     def _account(self, epochs: int, *, ran: bool) -> Account:
         """Return the account of the last epochs; ``ran``: this fit has run steps of them."""
-        engine, rewinds = self.engine, self.policy.rewinds
+        engine, memory, rewinds = self.engine, self.engine.memory, self.policy.rewinds
         # where a launch of several epochs leaves the statistics of each
         by_epoch = self.bound.arrays.get("epoch_stats")
         # a checkpoint may have been written after the last batch, before the epoch was closed
         stats = None if by_epoch is None or not ran or not epochs else by_epoch[:epochs]
-        account = engine.memory.account(stats, check_finite=rewinds, beside=engine.ranks.marks(engine.memory.params))
+        account = memory.account(stats, check_finite=rewinds, beside=engine.ranks.marks(memory.params))
         engine.rates.note(int(account.counters[contract.UPDATE_COUNT]))
         engine.ranks.check_equal(account.beside)
         if by_epoch is not None:
             # as if each epoch had been given its rows
             offset, total = account.counters[contract.ROW_OFFSET], account.counters[contract.ROW_TOTAL]
-            engine.memory.counters[contract.ROW_OFFSET] = int(offset % total)
+            memory.counters[contract.ROW_OFFSET] = int(offset % total)
         return account
 
     def _is_finite(self, account: Account) -> bool:

@@ -77,9 +77,9 @@ def lr_find(
     steps = as_count("steps", steps, minimum=FEWEST_STEPS)
     data = engine.inputs.examples(X, y, sample_weight, codes=True)
     engine.scaling.warn("X", data.X)
-    unmeasured = engine.normalise and engine.scaling.scale is None
-    scaled = engine.scaling.measured(data.X).applied(data.X) if unmeasured else engine.scaling.normalised(data.X)
-    data = data._replace(X=scaled).map(engine.inputs.on_host)
+    before = engine.scaling.scale
+    data = data._replace(X=engine.scaling.take_in(data.X)).map(engine.inputs.on_host)
+    engine.scaling.scale = before
     gamma = (end / start) ** (1.0 / (steps - 1))
     copy = engine.like(
         Session,

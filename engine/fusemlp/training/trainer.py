@@ -153,18 +153,20 @@ class Trainer(Session):
 
     def keep_best(self) -> None:
         """Keep what predictions read now as the best weights."""
-        name = self.memory.evaluated_arena
+        memory = self.memory
+        name = memory.evaluated_arena
         into = {name: self._best} if self._best is not None and not isinstance(self._best, dict) else None
-        self._best = self.memory.copies([name], into)[name]
+        self._best = memory.copies([name], into)[name]
 
     def go_to_best(self) -> None:
         """Go back to the best weights; an average of the parameters begins anew with them."""
+        memory = self.memory
         if isinstance(self._best, dict):
-            self.memory.write(self._best)
+            memory.write(self._best)
             return
-        for name in {"params", self.memory.evaluated_arena}:
-            self.memory.backend.copy_into(self.memory.arrays[name], self._best)
-        self.memory.refresh_shadow()
+        for name in {"params", memory.evaluated_arena}:
+            memory.backend.copy_into(memory.arrays[name], self._best)
+        memory.refresh_shadow()
 
     def scale_learning_rate(self, factor: float) -> None:
         """Multiply the rates of the running ``fit`` by ``factor`` from the next update on; checkpoints keep it."""

@@ -204,8 +204,7 @@ def probing(
     rows = engine.inputs.features("X", X, codes=True)
     scale = engine.scaling.scale
     engine.scaling.warn("X", rows)
-    if engine.normalise and scale is None:
-        engine.scaling.scale = engine.scaling.measured(rows)
+    engine.scaling.measure(rows)
     try:
         if isinstance(validation_data, tuple | list) and validation_data:
             Xv, *others = validation_data

@@ -11,8 +11,7 @@ from fusemlp.describe.metrics import METRICS, Metric, as_metrics, rises
 from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.examples import Examples, Targets, UserBatches, are_batches
-from fusemlp.runtime.forward import metrics_of
-from fusemlp.runtime.own_loss import AnyEvaluation
+from fusemlp.runtime.forward import Evaluate, metrics_of
 from fusemlp.runtime.session import Session
 from fusemlp.training.history import DIVERGED, FitState
 from fusemlp.training.loop import Policy
@@ -32,7 +31,7 @@ class Validation:
     common: bool = False
     metrics: tuple[Metric, ...] = ()
     # evaluations not in use, by network and loss
-    _idle: dict[Any, list[AnyEvaluation]] = field(default_factory=dict)
+    _idle: dict[Any, list[Evaluate]] = field(default_factory=dict)
 
     def of(self, engine: Session) -> Callable[[], dict[str, float]]:
         """Return a function that evaluates ``engine`` on the rows, for the end of each epoch."""
@@ -44,17 +43,17 @@ class Validation:
         kind = (net.sizes, net.encoding, net.activations, net.norms, net.blocks, engine.loss)
         if not self.common or (kind not in self._idle and len(self._idle) >= KINDS):
             alone = engine.inference.evaluation(self.data, apart=False)
-            return lambda: alone.of(engine.memory)
+            return lambda: alone(engine.memory)
         idle = self._idle.setdefault(kind, [])
 
         def together() -> dict[str, float]:
             # models may be trained in several threads
             try:
-                evaluation = idle.pop()
+                evaluate = idle.pop()
             except IndexError:
-                evaluation = engine.inference.evaluation(self.data, apart=True)
-            metrics = evaluation.of(engine.memory)
-            idle.append(evaluation)
+                evaluate = engine.inference.evaluation(self.data, apart=True)
+            metrics = evaluate(engine.memory)
+            idle.append(evaluate)
             return metrics
 
         return together
@@ -124,15 +123,13 @@ def _with_metrics(
     if validation is None:
         return None
     validation = replace(validation, metrics=tuple({metric.name: metric for metric in both}.values()))
-    unmeasured = engine.normalise and engine.scaling.scale is None
-    if unmeasured:
-        # for this look alone: predictions of raw inputs might overflow
-        engine.scaling.scale = engine.scaling.measured(validation.data.X)
+    before = engine.scaling.scale
+    # for this look alone: predictions of raw inputs might overflow
+    engine.scaling.measure(validation.data.X)
     try:
         figures = engine.inference.figures(validation.data, validation.metrics)
     finally:
-        if unmeasured:
-            engine.scaling.scale = None
+        engine.scaling.scale = before
     for name, value in figures.items():
         if math.isnan(value):
             raise ArgumentError(
