@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import fusemlp
-from fusemlp import MLP, ArgumentError, ArgumentTypeError, Callback, DataError, DivergenceError, ShapeError
+from fusemlp import MLP, ArgumentError, ArgumentTypeError, DataError, DivergenceError, ShapeError
 from make import assert_same, engine
 
 RNG = np.random.default_rng(0)
@@ -158,20 +158,6 @@ def test_class_weights_of_batches():
     arrays.fit(X, Y, epochs=2, shuffle=False, sample_weight=W, class_weight={1: 3.0})
     streamed.fit(cut(X, Y, W), epochs=2, class_weight={1: 3.0})
     assert_same(arrays, streamed)
-
-
-def test_a_resumed_fit_leaves_out_the_batches_of_its_epoch(tmp_path):
-    class Stop(Callback):
-        def on_batch_end(self, engine, batch):
-            if engine.update_count == 4:
-                engine.save_checkpoint(tmp_path / "c.safetensors")
-
-    whole = make()
-    expected = whole.fit(cut(X, Y), epochs=3, callbacks=Stop())
-    resumed = fusemlp.load_checkpoint(tmp_path / "c.safetensors", backend="numpy")
-    history = resumed.fit(cut(X, Y), epochs=3, resume=True)
-    assert_same(whole, resumed)
-    assert history.history == expected.history
 
 
 def test_divergence_returns_to_the_last_good_epoch():

@@ -11,10 +11,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-import fusemlp
 from fusemlp import MLP, Blocks
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError, DTypeError, ShapeError
-from make import assert_same, engine
+from make import assert_same, engine, halfway
 
 RNG = np.random.default_rng(0)
 ROWS = 103
@@ -113,17 +112,8 @@ def test_a_fit_on_blocks_is_that_on_arrays_in_their_order():
 
 @pytest.mark.parametrize("steps", [None, 6])
 def test_a_resumed_fit_reads_the_same_batches(steps, tmp_path, files):
-    class Stop(fusemlp.Callback):
-        def on_batch_end(self, engine, batch):
-            if engine.update_count == 14:
-                engine.save_checkpoint(tmp_path / "cut.safetensors")
-                raise KeyboardInterrupt
-
     whole, fit = make(), {"epochs": 3, "steps_per_epoch": steps}
-    whole.fit(parquet_blocks(files), **fit)
-    with pytest.raises(KeyboardInterrupt):
-        make().fit(parquet_blocks(files), **fit, callbacks=Stop())
-    resumed = fusemlp.load_checkpoint(tmp_path / "cut.safetensors", backend="numpy")
+    resumed = halfway(whole, tmp_path / "cut.safetensors", 14, parquet_blocks(files), **fit)
     resumed.fit(parquet_blocks(files), **fit, resume=True)
     assert resumed.update_count == whole.update_count
     assert_same(resumed, whole)

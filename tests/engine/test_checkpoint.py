@@ -24,9 +24,9 @@ ROWS, WIDTH, OUTPUTS, BATCH = 37, 6, 3, 8
 X, LABELS = data(ROWS, WIDTH, OUTPUTS)
 
 
-def engine_of(loss=None, optimizer=None, precision="fp32", **network):
-    net, optimizer = MLP([WIDTH, 7, 5, OUTPUTS], **network), optimizer or SGD(0.05, momentum=0.9)
-    return engine(net=net, loss=loss, optimizer=optimizer, batch_size=BATCH, seed=5, precision=precision)
+def engine_of(loss=None, optimizer=None, precision="fp32", normalise=None, sizes=(WIDTH, 7, 5, OUTPUTS), **network):
+    options = {"optimizer": optimizer or SGD(0.05, momentum=0.9), "precision": precision, "normalise": normalise}
+    return engine(net=MLP(sizes, **network), loss=loss, batch_size=BATCH, seed=5, **options)
 
 
 def trained():
@@ -54,18 +54,26 @@ OPTIMIZERS = {
     "plateau": (Adam(fusemlp.ReduceOnPlateau(0.5, patience=1, factor=0.5)), {}),
     "step": (SGD(fusemlp.StepDecay(0.1, every=3)), {}),
     "exponential": (SGD(fusemlp.Exponential(0.1, gamma=0.9)), {}),
+    "average": (Adam(0.01, ema=0.9), {"normalise": True}),
+}
+NETWORKS = {
+    "normalised layers": {"norm": "layer", "normalise": True},
+    "residual blocks": {"norm": "rms", "sizes": (WIDTH, 7, fusemlp.Residual(8), OUTPUTS)},
+    "encoded inputs": {"encoding": fusemlp.Frequency(3, inputs=True)},
+    "members": {"members": 3, "normalise": True},
 }
 LOSSES = {
     "labels": (fusemlp.CrossEntropy(label_smoothing=0.1, class_weight=[1.0, 2.0, 0.5], ignore_index=1), {}),
     "binary": (fusemlp.BinaryCrossEntropy(), {}),
     "values": (fusemlp.MAE(reduction="sum"), {"init": "glorot_uniform"}),
     "values, mse": (fusemlp.MSE(), {}),
+    "values, of the host": (fusemlp.MSE(missing=True), {}),
     "values, huber, fp64": (fusemlp.Huber(0.5), {"precision": "fp64"}),
     "values, quantile": (fusemlp.Quantile(0.9), {"output_activation": "tanh"}),
     "counts": (fusemlp.Poisson(), {"optimizer": SGD(0.01)}),
 }
 ENGINES = {name: {"optimizer": optimizer, **options} for name, (optimizer, options) in OPTIMIZERS.items()}
-ENGINES |= {name: {"loss": loss, **options} for name, (loss, options) in LOSSES.items()}
+ENGINES |= {name: {"loss": loss, **options} for name, (loss, options) in LOSSES.items()} | NETWORKS
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -77,15 +85,17 @@ def test_a_loaded_engine_is_the_saved_one_and_goes_on_like_it(name, tmp_path):
     before = state_of(engine)
     engine.save_checkpoint(tmp_path / "c", extra={"a": 1})
     assert state_of(engine) == before
-    loaded, other = load_checkpoint(tmp_path / "c"), load_checkpoint(tmp_path / "c")
+    loaded, pickled = load_checkpoint(tmp_path / "c"), pickle.loads(pickle.dumps(engine))
     assert_same_state(loaded, engine)
     assert vars(loaded.history) == vars(engine.history)
     assert bits(loaded.predict(X)) == bits(engine.predict(X))
     loaded.fit(X, y, epochs=2)
     # they share no memory
-    assert_same_state(other, engine)
-    engine.fit(X, y, epochs=2)
-    assert_same_state(loaded, engine)
+    assert_same_state(pickled, engine)
+    assert repr(pickled) == repr(engine)
+    for one in (engine, pickled):
+        one.fit(X, y, epochs=2)
+        assert_same_state(loaded, one)
 
 
 STEPPED = [Adam(0.01), SGD(fusemlp.StepDecay(0.1, every=2), momentum=0.9, accumulate=3)]

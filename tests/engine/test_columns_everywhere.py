@@ -183,29 +183,15 @@ def test_models_of_a_fleet_are_trained_on_alone():
     assert_close(*states)
 
 
-class Saves(fusemlp.Callback):
-    """Writes a checkpoint after some batches."""
-
-    def __init__(self, path, after):
-        self.path, self.left = path, after
-
-    def on_batch_end(self, engine, batch):
-        self.left -= 1
-        if not self.left:
-            engine.save_checkpoint(self.path)
-
-
 @pytest.mark.parametrize("given", ["arrays", "batches"])
 @pytest.mark.parametrize("after", [7, 10])
 def test_a_resumed_fit_ends_as_if_it_had_not_stopped(after, given, tmp_path):
-    path = tmp_path / "checkpoint.safetensors"
     optimizer = fusemlp.Adam(0.05, ema=0.9, accumulate=2)
     parts = [slice(start, start + 32) for start in range(0, 150, 32)]
     data = {"X": X, "y": Y} if given == "arrays" else {"X": [(X[part], Y[part]) for part in parts]}
     data |= {"epochs": 5, "validation_data": (X[HELD], Y[HELD]), "early_stopping": 2}
     whole = engine(optimizer=optimizer)
-    whole.fit(**data, callbacks=[Saves(path, after)])
-    resumed = fusemlp.load_checkpoint(path, backend="numpy")
+    resumed = make.halfway(whole, tmp_path / "checkpoint.safetensors", after, **data)
     resumed.fit(**data, resume=True)
     make.assert_same(resumed.state_dict(), whole.state_dict())
     assert resumed.history.history == whole.history.history

@@ -1,8 +1,5 @@
 """Networks of encoded inputs: training beside torch, gradients by the inputs, every door of an engine, refusals."""
 
-import copy
-import pickle
-
 import numpy as np
 import pytest
 import torch
@@ -22,8 +19,6 @@ from fusemlp import (
     Fleet,
     Frequency,
     Residual,
-    load,
-    load_checkpoint,
 )
 from fusemlp.fleet.merge import members, merged
 from fusemlp.report.explanations import attributions
@@ -168,24 +163,6 @@ def test_models_of_a_fleet_and_their_merge():
     whole = merged(engines)
     assert_close(whole.outputs(X), np.mean([engine.outputs(X) for engine in engines], axis=0))
     assert_close(members(whole)[1].outputs(X), engines[1].outputs(X))
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_files_and_copies(name, tmp_path):
-    engine = engine_of(NETS[name], normalise=True)
-    engine.fit(X, LABELS, epochs=2)
-    engine.save(tmp_path / "net")
-    for other in (load(tmp_path / "net"), pickle.loads(pickle.dumps(engine)), copy.deepcopy(engine)):
-        assert other.network == engine.network
-        assert_close(other.outputs(X), engine.outputs(X))
-    whole, part = (engine_of(NETS[name]) for _ in range(2))
-    whole.fit(X, LABELS, epochs=4)
-    part.fit(X, LABELS, epochs=2)
-    part.save_checkpoint(tmp_path / "part")
-    part = load_checkpoint(tmp_path / "part")
-    part.fit(X, LABELS, epochs=2)
-    for parameter, array in whole.state_dict().items():
-        np.testing.assert_array_equal(part.state_dict()[parameter], array)
 
 
 def test_configurations_of_other_releases():

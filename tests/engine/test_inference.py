@@ -12,7 +12,7 @@ from fusemlp import MLP, ArgumentError, CrossEntropy, DataError, Engine, LeakyRe
 from fusemlp.describe.losses import as_loss
 from fusemlp.runtime import forward as forward_module
 from fusemlp_kernels import reference
-from make import assert_same
+from make import assert_same, layers_of
 
 INPUTS, OUTPUTS = 5, 4
 RNG = np.random.default_rng(4)
@@ -28,11 +28,8 @@ def make(loss="cross_entropy", outputs=OUTPUTS, net=None, **options):
 
 def forward(engine, X):
     """Return the oracle's outputs."""
-    state = engine.state_dict()
-    for layer, chosen in enumerate(engine.network.activations):
-        slope = state.get(f"{2 * layer + 1}.weight", chosen.slope)
-        z = reference.linear(X, state[f"{2 * layer}.weight"], state[f"{2 * layer}.bias"])
-        X = reference.activation(chosen.name, z, slope)
+    for layer in layers_of(engine.network, engine.state_dict()):
+        X = reference.activation(layer.activation, reference.linear(X, layer.w, layer.b), layer.slope)
     return X
 
 

@@ -1,8 +1,5 @@
 """Every door of an engine beside torch, or beside the engine alone, on normalised layers and residual blocks."""
 
-import copy
-import pickle
-
 import numpy as np
 import pytest
 import torch
@@ -20,8 +17,6 @@ from fusemlp import (
     Residual,
     RMSNorm,
     ShapeError,
-    load,
-    load_checkpoint,
 )
 from fusemlp.fleet.merge import default_models, merged
 from fusemlp.runtime.inference import path_gradient
@@ -92,24 +87,6 @@ def test_dead_units():
     dead = engine.dead_units(X)
     assert list(dead) == ["layer 1", "layer 2", "layer 4", "layer 5", "layer 6"]
     assert dead["layer 2"] == 4 / 12
-
-
-def test_files_and_copies(engine, tmp_path):
-    engine.save(tmp_path / "net")
-    for other in (load(tmp_path / "net"), pickle.loads(pickle.dumps(engine)), copy.deepcopy(engine)):
-        assert other.network == engine.network
-        assert_close(other.outputs(X), engine.outputs(X))
-
-
-def test_a_resumed_training(net, tmp_path):
-    whole, part = (Engine(net, optimizer=Adam(0.01), **MACHINE) for _ in range(2))
-    whole.fit(X, LABELS, epochs=4)
-    part.fit(X, LABELS, epochs=2)
-    part.save_checkpoint(tmp_path / "part")
-    part = load_checkpoint(tmp_path / "part")
-    part.fit(X, LABELS, epochs=2)
-    for name, array in whole.state_dict().items():
-        assert np.array_equal(part.state_dict()[name], array)
 
 
 def test_a_fleet_trains_as_its_models_alone(net):

@@ -1,6 +1,5 @@
 """``normalise=True`` gives the training of rows that were standardised before, in all that an engine does."""
 
-import pickle
 import warnings
 
 import numpy as np
@@ -16,7 +15,7 @@ from fusemlp import MLP, SGD, ArgumentError
 from fusemlp.fleet.merge import merged
 from fusemlp.sklearn import MLPClassifier, TableClassifier
 from fusemlp.torch import from_torch, fuse, to_torch
-from make import assert_same, assert_same_state, run
+from make import assert_same, run
 
 RNG = np.random.default_rng(0)
 # columns of many scales; one is constant
@@ -149,34 +148,6 @@ class TestTraining:
 
 
 class TestKeeping:
-    def test_files_and_pickles_predict_alike(self, tmp_path):
-        engine = fitted()
-        engine.save(tmp_path / "model.safetensors")
-        engine.save_checkpoint(tmp_path / "checkpoint.safetensors")
-        expected = engine.predict_proba(XV)
-        for one in (
-            fusemlp.load(tmp_path / "model.safetensors"),
-            fusemlp.load(tmp_path / "checkpoint.safetensors"),
-            fusemlp.load_checkpoint(tmp_path / "checkpoint.safetensors"),
-            pickle.loads(pickle.dumps(engine)),
-        ):
-            assert one.normalise is True
-            np.testing.assert_array_equal(one.predict_proba(XV), expected)
-            one.fit(X, Y, epochs=1)
-
-    def test_a_fit_resumed_from_any_batch_ends_with_the_same_bits(self, tmp_path):
-        class Saver(fusemlp.Callback):
-            def on_batch_end(self, engine, batch):
-                if engine.fit_state.epoch == 1 and batch == 1:
-                    engine.save_checkpoint(tmp_path / "middle.safetensors")
-
-        whole, given = make(), {"epochs": 4, "validation_data": (XV, YV), "early_stopping": 3}
-        whole.fit(X, Y, **given, callbacks=[Saver()])
-        again = fusemlp.load_checkpoint(tmp_path / "middle.safetensors")
-        again.fit(X, Y, **given, resume=True)
-        assert_same_state(again, whole)
-        np.testing.assert_array_equal(again.predict_proba(XV), whole.predict_proba(XV))
-
     def test_the_state_names_the_statistics_and_goes_back(self):
         engine, other = fitted(), make()
         other.load_state_dict(engine.state_dict())

@@ -24,7 +24,7 @@ from fusemlp_kernels.errors import (
     DTypeError,
     ShapeError,
 )
-from make import assert_same
+from make import assert_same, halfway
 
 RANDOM = np.random.default_rng(0)
 # three batches of 32 rows and a short one an epoch
@@ -366,14 +366,8 @@ def test_what_does_not_go_with_it():
 
 def test_files_hold_the_name_and_ask_for_the_function(tmp_path):
     path, model = tmp_path / "c.safetensors", tmp_path / "m.safetensors"
-
-    class Save(Callback):
-        def on_batch_end(self, engine, batch):
-            if (engine.epochs_trained, batch) == (1, 1):
-                engine.save_checkpoint(path)
-
     engine = engine_of(mae)
-    engine.fit(X, VALUES, epochs=3, callbacks=[Save()])
+    halfway(engine, path, 6, X, VALUES, epochs=3)
     engine.save(model)
     for read in (fusemlp.load, fusemlp.load_checkpoint):
         without = read(path)

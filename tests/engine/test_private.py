@@ -17,7 +17,7 @@ from fusemlp.describe.privacy import Accountant, sampling_rate, steps_of_an_epoc
 from fusemlp.runtime.ledger import PoissonRows
 from fusemlp_kernels import philox, reference
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, MissingLibraryError
-from make import assert_same, read, run, trained
+from make import assert_same, halfway, layers_of, read, run, trained
 
 pytest.importorskip("dp_accounting")
 
@@ -25,19 +25,9 @@ SEED = 11
 ROWS, INPUTS, OUTPUTS = 23, 5, 3
 
 
-def layers_of(engine):
-    state = engine.state_dict()
-    return [
-        reference.Layer(
-            state[f"{2 * i}.weight"], state[f"{2 * i}.bias"], chosen.name, chosen.slope, engine.network.dropouts[i]
-        )
-        for i, chosen in enumerate(engine.network.activations)
-    ]
-
-
 def private_steps(engine, X, y, weight, steps, frozen=()):
     """The oracle's parameters after the first steps of a fit: each row's gradient by itself, then noise and update."""
-    layers, rule, privacy = layers_of(engine), engine.optimizer.rule(), engine.privacy
+    layers, rule, privacy = layers_of(engine.network, engine.state_dict()), engine.optimizer.rule(), engine.privacy
     sampled = PoissonRows(len(X), engine.batch_size, SEED, {0: 0})
     batches = sampled.order(0).reshape(sampled.steps, sampled.size)
     state = reference.initial_state(rule, layers)
@@ -111,7 +101,7 @@ def test_steps_are_those_of_the_oracle(
     weight = np.random.default_rng(1).uniform(0.2, 2.0, ROWS) if weighted else None
     wanted = private_steps(engine, X, y, weight, 30, frozen)
     engine.fit(X, y, epochs=1, sample_weight=weight)
-    for layer, expected in zip(layers_of(engine), wanted, strict=True):
+    for layer, expected in zip(layers_of(engine.network, engine.state_dict()), wanted, strict=True):
         np.testing.assert_allclose(layer.w, expected.w, rtol=1e-6, atol=1e-9)
         np.testing.assert_allclose(layer.b, expected.b, rtol=1e-6, atol=1e-9)
 
@@ -184,7 +174,7 @@ def test_a_batch_may_be_empty():
     wanted = private_steps(engine, X, y, None, 4)
     engine.fit(X, y, epochs=1)
     assert engine.update_count == 4
-    np.testing.assert_allclose(layers_of(engine)[0].w, wanted[0].w, rtol=1e-6)
+    np.testing.assert_allclose(layers_of(engine.network, engine.state_dict())[0].w, wanted[0].w, rtol=1e-6)
 
 
 def test_epsilon_is_that_of_dp_accounting():
@@ -285,26 +275,15 @@ def test_epsilon_goes_on_in_a_second_fit_and_after_files(tmp_path):
 
 def test_a_resumed_fit_counts_each_step_once(tmp_path):
     X, y = problem("cross_entropy", 60)
-    place = tmp_path / "middle.safetensors"
-
-    class Keep(fusemlp.Callback):
-        def on_batch_end(self, engine, batch):
-            if engine.update_count == 8:
-                engine.save_checkpoint(place)
-
-    def engine():
-        return Engine(MLP([INPUTS, 6, OUTPUTS]), batch_size=10, seed=2, privacy=DPSGD(1.0, seed=SEED))
-
-    whole = engine()
-    history = whole.fit(X, y, epochs=3, callbacks=[Keep()])
-    resumed = fusemlp.load_checkpoint(place)
+    whole = Engine(MLP([INPUTS, 6, OUTPUTS]), batch_size=10, seed=2, privacy=DPSGD(1.0, seed=SEED))
+    resumed = halfway(whole, tmp_path / "middle.safetensors", 8, X, y, epochs=3)
     assert resumed.ledger.steps(resumed.update_count) == [(1 / 6, 8)] and resumed.privacy.seed is None
     # with the seed, which no file holds, it is the same training
     resumed.ledger.privacy, resumed.ledger.seed = replace(resumed.privacy, seed=SEED), SEED
     continued = resumed.fit(X, y, epochs=3, resume=True)
     assert_same(resumed, whole)
     assert resumed.ledger.steps(resumed.update_count) == whole.ledger.steps(whole.update_count) == [(1 / 6, 18)]
-    np.testing.assert_allclose(continued.history["epsilon"], history.history["epsilon"], rtol=1e-3)
+    np.testing.assert_allclose(continued.history["epsilon"], whole.history.history["epsilon"], rtol=1e-3)
 
 
 def test_an_epoch_that_is_begun_anew_has_other_batches(monkeypatch):

@@ -26,7 +26,7 @@ def data(seed, rows=ROWS):
 
 def fitted(engine, **options):
     """Return ``engine`` after the training of this file's tests."""
-    X, y = data(1)
+    X, y = options.pop("data", None) or data(1)
     if engine.loss.kind == "mse":
         y = np.eye(CLASSES)[y]
     engine.fit(X, y, **{"epochs": EPOCHS, **options})
@@ -34,6 +34,7 @@ def fitted(engine, **options):
 
 
 HELD_OUT = data(2, 25)
+BATCHES = [tuple(array[start : start + BATCH] for array in data(1)) for start in range(0, ROWS, BATCH)]
 # Validation classes that become less likely in training, so that the patience runs out.
 NEVER_BETTER = data(1, 25)[0], (data(1, 25)[1] + 1) % CLASSES
 CASES = {
@@ -79,6 +80,16 @@ CASES = {
         {"net": MLP([WIDTH, CLASSES]), "optimizer": SGD(0.2, nesterov=True, momentum=0.5)},
         {"shuffle": False, "drop_last": True},
     ),
+    "batches": ({"net": MLP([WIDTH, 8, CLASSES], dropout=0.2)}, {"data": (BATCHES, None)}),
+    "a loss of the host": ({"net": MLP([WIDTH, 8, CLASSES]), "loss": MSE(missing=True)}, {}),
+    "normalised inputs and layers": (
+        {"net": MLP([WIDTH, 8, fusemlp.Residual(7), CLASSES], norm="layer"), "normalise": True},
+        {"validation_data": HELD_OUT, "early_stopping": 3},
+    ),
+    "encoded inputs": ({"net": MLP([WIDTH, 8, CLASSES], encoding=fusemlp.Frequency(2))}, {}),
+    "members": ({"net": MLP([WIDTH, 8, CLASSES], members=3), "normalise": True}, {}),
+    "attacked batches": ({"net": MLP([WIDTH, 8, CLASSES])}, {"adversarial": fusemlp.PGD(0.1, steps=2, seed=7)}),
+    "interval bounds": ({"net": MLP([WIDTH, 8, CLASSES])}, {"adversarial": fusemlp.IBP(0.2, bounds=(-9, 9))}),
 }
 
 

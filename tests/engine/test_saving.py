@@ -70,6 +70,11 @@ ENGINES = {
         *("relu", "relu", "relu"),
         optimizer=fusemlp.Adam(fusemlp.Cosine(0.01, warmup=3), per_parameter={"0.*": fusemlp.ParameterOptions(False)}),
     ),
+    "blocks, encoding": lambda: Engine(
+        MLP([6, 9, fusemlp.Residual(7), 3], norm="rms", encoding=fusemlp.Frequency(2)), loss="mse"
+    ),
+    "members": lambda: Engine(MLP(SIZES, members=2), loss="mse", normalise=X),
+    "of the host": lambda: Engine(MLP([6, 9, 6]), loss=fusemlp.GaussianNLL()),
     "huber": lambda: Engine(MLP(SIZES, dropout=0.3), loss=fusemlp.Huber(0.5), optimizer="adamw", seed=7),
 }
 
@@ -79,7 +84,7 @@ def test_load_gives_the_same_engine_at_the_beginning_of_a_training(case, tmp_pat
     engine = ENGINES[case]()
     engine.save(tmp_path / "m")
     loaded = fusemlp.load(tmp_path / "m")
-    told = ("network", "loss", "optimizer", "batch_size", "seed", "precision")
+    told = ("network", "loss", "optimizer", "batch_size", "seed", "precision", "normalise")
     settings = {name: getattr(engine, name) for name in told}
     assert {name: getattr(loaded, name) for name in told} == settings
     np.testing.assert_array_equal(loaded.predict(X), engine.predict(X))

@@ -1,6 +1,5 @@
 """Networks whose members share weights: training against the oracle, predictions, files and refusals."""
 
-import pickle
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -20,7 +19,7 @@ from fusemlp_kernels import reference
 from fusemlp_kernels.contract import LossSpec
 from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.reference import Batch, MemberLayer
-from make import assert_same, assert_same_state
+from make import assert_same
 
 ROWS, WIDTH, CLASSES, MEMBERS = 70, 5, 3, 3
 NET = MLP([WIDTH, 6, 7, CLASSES], activation="tanh", members=MEMBERS)
@@ -228,26 +227,7 @@ def test_validation_and_early_stopping_follow_the_mean_prediction(ema):
     assert "val_auc" in history.history
 
 
-def test_files_checkpoints_and_pickles_hold_the_members(tmp_path):
-    X, y = data()
-    whole, half = (Engine(NET, optimizer=AdamW(0.01), batch_size=16, backend="numpy", normalise=True) for _ in range(2))
-    whole.fit(X, y, epochs=4)
-
-    class Save(Callback):
-        def on_epoch_end(self, engine, epoch, logs):
-            if epoch == 1:
-                engine.save_checkpoint(tmp_path / "half")
-                raise RuntimeError("off")
-
-    with pytest.raises(RuntimeError, match="off"):
-        half.fit(X, y, epochs=4, callbacks=[Save()])
-    resumed = fusemlp.load_checkpoint(tmp_path / "half", backend="numpy", network=NET)
-    resumed.fit(X, y, epochs=4, resume=True)
-    assert_same_state(resumed, whole)
-    whole.save(tmp_path / "model")
-    for again in (fusemlp.load(tmp_path / "model"), pickle.loads(pickle.dumps(whole))):
-        assert again.network == NET
-        np.testing.assert_array_equal(again.predict_proba(X), whole.predict_proba(X))
+def test_a_configuration_without_members_is_that_of_earlier_releases():
     assert "members" not in MLP([2, 3]).to_config() and MLP.from_config(NET.to_config()) == NET
 
 

@@ -1,6 +1,5 @@
 """The fit loop: the order of training, the records, and the end."""
 
-import pickle
 import signal
 import threading
 from fnmatch import fnmatchcase
@@ -144,21 +143,6 @@ class TestHistory:
         history = engine.fit(X, y, epochs=1).history
         expected = sum(loss * len(chosen) for loss, chosen in zip(losses, rows, strict=True)) / ROWS
         assert history["loss"][0] == pytest.approx(expected, rel=1e-12)
-
-    def test_validation_is_what_evaluate_says(self):
-        scores, weights = [], np.ones(len(XV))
-        ask = SimpleNamespace(on_epoch_end=lambda engine, epoch, logs: scores.append(engine.evaluate(XV, YV, weights)))
-        options = {"validation_data": (XV, YV, weights), "callbacks": [ask]}
-        history = make(DROPPING).fit(X, y, epochs=3, **options).history
-        for name in ("loss", "accuracy"):
-            assert history[f"val_{name}"] == [score[name] for score in scores]
-
-    def test_validation_weights_count(self):
-        engine = make(optimizer=SGD(0.0), precision="fp64")
-        weights = np.arange(len(XV)) % 3
-        history = engine.fit(X, y, epochs=1, validation_data=(XV, YV, weights)).history
-        kept = np.repeat(np.arange(len(XV)), weights)
-        assert history["val_loss"][0] == pytest.approx(engine.evaluate(XV[kept], YV[kept])["loss"], rel=1e-12)
 
 
 def fit(epochs, rows=ROWS, **options):
@@ -568,32 +552,6 @@ def test_frozen_parameters_stay_as_they_are(optimizer, clip, pattern):
     engine.fit(X, y, epochs=2)
     names = list(net.parameter_shapes())
     assert differ(engine, before) == [name for name in names if not fnmatchcase(name, pattern)]
-
-
-class TestPickle:
-    @pytest.mark.parametrize(
-        "optimizer", [SGD(0.1), Adam(fusemlp.Cosine(0.01, steps=30)), fusemlp.AdamW(0.01, accumulate=3)], ids=repr
-    )
-    def test_a_copy_goes_on_bit_for_bit(self, optimizer):
-        engine = make(DROPPING, optimizer)
-        engine.fit(X, y, epochs=2)
-        copy = pickle.loads(pickle.dumps(engine))
-        assert_same(engine, copy)
-        assert copy.history.history == engine.history.history
-        assert repr(copy) == repr(engine)
-        for one in (engine, copy):
-            one.fit(X, y, epochs=2)
-            one.step(X[:5], y[:5])
-        assert_same(engine, copy)
-        assert copy.history.history == engine.history.history
-        assert copy.update_count == engine.update_count
-
-    def test_a_copy_before_any_training_shares_no_memory(self):
-        engine = make()
-        copy = pickle.loads(pickle.dumps(engine))
-        assert copy.history is None
-        copy.fit(X, y, epochs=1)
-        assert_same(engine, make())
 
 
 @pytest.mark.parametrize(

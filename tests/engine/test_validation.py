@@ -4,7 +4,6 @@ import math
 from fractions import Fraction
 
 import numpy as np
-import pandas
 import pytest
 import torch
 from hypothesis import given, settings
@@ -37,21 +36,13 @@ def soft(value, **options):
     return validation.as_probability_rows("y", value, **{"classes": 3, "rows": None, "dtype": np.float32, **options})
 
 
-def binary(value):
-    return validation.as_binary_targets("y", value, width=1, rows=None, dtype=np.float32)
-
-
-def counts(value):
-    return validation.as_counts("y", value, width=1, rows=None, dtype=np.float32)
-
-
 def with_value(value, dtype=np.float64):
     X = np.ones((5, 3), dtype)
     X[2, 1] = value
     return X
 
 
-# Refusals beside those of the doors, in test_bad_input.py.
+# Refusals beside those of the doors, in test_bad_input.py; the kinds of arrays are in test_array_likes.py.
 REFUSED = [
     ("a vector of one feature", lambda: features(np.ones(7), width=1), ShapeError, r"X.reshape\(-1, 1\)"),
     ("opposite infinities", lambda: features([[math.inf, -math.inf, 0]]), DataError, r"row 0, column 0 \(and 1 more\)"),
@@ -91,49 +82,6 @@ def test_fitting_input_comes_back_itself():
     assert features(X) is X
 
 
-X64 = np.arange(12.0).reshape(4, 3)
-
-
-@pytest.mark.parametrize(
-    "given_as",
-    [
-        X64,
-        X64.astype(np.float16),
-        X64.astype(np.int8),
-        X64.astype(">f8"),
-        np.asfortranarray(X64),
-        np.repeat(X64, 2, axis=1)[:, ::2],
-        X64.tolist(),
-        pandas.DataFrame(X64),
-        torch.from_numpy(X64),
-        np.ma.masked_array(X64),
-    ],
-    ids=["float64", "half", "int8", "big-endian", "Fortran", "strided", "list", "pandas", "torch", "unmasked"],
-)
-def test_accepted_features(given_as):
-    result = features(given_as)
-    assert type(result) is np.ndarray
-    assert result.dtype == np.float32
-    assert result.flags.c_contiguous
-    np.testing.assert_array_equal(result, X64)
-
-
-def test_dlpack_alone_is_enough():
-    class Capsule:
-        def __dlpack__(self, **options):
-            return X64.__dlpack__(**options)
-
-        def __dlpack_device__(self):
-            return X64.__dlpack_device__()
-
-    np.testing.assert_array_equal(features(Capsule()), X64)
-
-
-def test_misaligned_features_are_aligned():
-    X = np.frombuffer(bytearray(1 + 24), np.float32, offset=1, count=6).reshape(2, 3)
-    assert features(X).flags.aligned
-
-
 def test_the_input_is_not_written():
     X = with_value(1e39)
     with pytest.raises(DataError):
@@ -148,26 +96,12 @@ def test_finite_values_with_an_infinite_sum_pass_and_others_unchecked_on_request
     assert np.isinf(features(with_value(1e39), check_finite=False)[2, 1])
 
 
-@pytest.mark.parametrize("dtype", ["b1", "i1", "u1", "i4", "u8", "f2", "f4", "f8", ">i4"])
-def test_accepted_labels(dtype):
-    result = labels(np.array([0, 1, 1, 0]).astype(dtype))
-    assert result.dtype == np.int64
-    assert result.tolist() == [0, 1, 1, 0]
-
-
 def test_labels_in_one_column_or_ignored():
     assert labels(np.array([[0], [1], [2], [0]])).shape == (4,)
     assert labels([0, -100, 2, -100.0], ignore_index=-100).tolist() == [0, -100, 2, -100]
     assert labels([0, 1, 2], rows=None).shape == (3,)
     with pytest.raises(DataError, match="label -1 at row 0"):
         labels([-1, -100, 2, 0], ignore_index=-100)
-
-
-def test_a_vector_is_one_column_of_targets():
-    assert values([1.0, 2.0, 3.0], width=1).shape == (3, 1)
-    assert weights(np.ones((3, 1))).shape == (3,)
-    assert binary([0, 0.3, 1]).shape == (3, 1)
-    assert counts([0, 2.5]).shape == (2, 1)
 
 
 @settings(derandomize=True, deadline=None)
