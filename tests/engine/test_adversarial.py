@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from devices import INTERPRETER, marks_of, usable
+from devices import INTERPRETER, places, usable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -109,7 +109,7 @@ def test_the_plans_agree_bit_for_bit(precision):
 
 # of one layer, and with more outputs than fit a tile, the last is in two calls
 @pytest.mark.parametrize(("norm", "widths"), [("inf", [9, OUTPUTS]), (2, [300])])
-@pytest.mark.parametrize("device", [pytest.param(INTERPRETER, marks=marks_of(INTERPRETER))])
+@pytest.mark.parametrize("device", places(INTERPRETER))
 def test_other_backends_train_alike(device, norm, widths):
     X, y = problem("cross_entropy", 12)
     X = X.astype(np.float32)

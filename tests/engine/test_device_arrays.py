@@ -7,7 +7,7 @@ for CuPy has its own arrays.
 import numpy as np
 import pytest
 import torch
-from devices import CUPY_GPU, GPU, INTERPRETER, STAND_IN, marks_of, usable
+from devices import CUPY_GPU, GPU, INTERPRETER, STAND_IN, places, usable
 
 from fusemlp import MLP, SGD, Engine, Fleet, InputScaleWarning
 from fusemlp.describe.losses import CrossEntropy
@@ -21,9 +21,6 @@ LABELS = np.arange(ROWS) % OUTPUTS
 VALUES = RNG.random((ROWS, OUTPUTS)).astype(np.float32)
 WEIGHT = RNG.random(ROWS).astype(np.float32)
 TARGETS = {"cross_entropy": LABELS, "mse": VALUES, "binary_cross_entropy": VALUES, "poisson": VALUES}
-DEVICES = [
-    pytest.param(device, id=device.name, marks=marks_of(device)) for device in (INTERPRETER, STAND_IN, GPU, CUPY_GPU)
-]
 
 
 class Place:
@@ -52,7 +49,7 @@ class Place:
         return cupy.ndarray(array.shape, array.dtype, there.data + start, array.strides)
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=places(INTERPRETER, STAND_IN, GPU, CUPY_GPU))
 def place(request):
     with usable(request.param):
         yield Place(request.param)

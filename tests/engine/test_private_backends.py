@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from devices import GPU, INTERPRETER, NUMPY, marks_of, usable
+from devices import GPU, INTERPRETER, NUMPY, places, usable
 from step_bounds import traced
 from tolerance import TINY, U32, assert_within, growth, update_bound
 
@@ -23,9 +23,7 @@ from make import assert_same, layers_of
 pytest.importorskip("dp_accounting")
 
 SEED, ROWS, BATCH, CLIP = 11, 23, 6, 0.7
-DEVICES = pytest.mark.parametrize(
-    "device", [pytest.param(one, id=one.name, marks=marks_of(one)) for one in (NUMPY, INTERPRETER, GPU)]
-)
+DEVICES = pytest.mark.parametrize("device", places(NUMPY, INTERPRETER, GPU))
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ def test_the_resident_kernel_of_triton_has_no_privacy():
     assert choose_plan("auto", TRAITS["numpy"], *step, features={"privacy": True})[0] == "resident"
 
 
-@pytest.mark.parametrize("device", [pytest.param(INTERPRETER, marks=marks_of(INTERPRETER))])
+@pytest.mark.parametrize("device", places(INTERPRETER))
 def test_the_calls_of_a_step(device):
     """Triton's plain step has its update in ``grad_weight``; an engine that clips its gradients has one call less."""
 
@@ -161,7 +159,7 @@ def test_the_calls_of_a_step(device):
         assert len(private) == len(ops(optimizer=Adam(clip_norm=1.0))) + 1
 
 
-@pytest.mark.parametrize("device", [pytest.param(GPU, marks=marks_of(GPU))])
+@pytest.mark.parametrize("device", places(GPU))
 def test_a_graph_is_the_eager_steps(device):
     """Batches of other lengths too: the clock counts their rows."""
     case = CASES["adam, dropout, frozen"]

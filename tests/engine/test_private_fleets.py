@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from devices import GPU, INTERPRETER, marks_of, usable
+from devices import GPU, INTERPRETER, places, usable
 
 import fusemlp
 from fusemlp import DPSGD, MLP, SGD, ArgumentError, Engine, Fleet, ReduceOnPlateau
@@ -50,7 +50,7 @@ def test_each_model_is_an_engine_trained_alone(plan):
     assert "epsilon" in results.table() and results.best() in results.members
 
 
-@pytest.mark.parametrize("device", [pytest.param(one, id=one.name, marks=marks_of(one)) for one in (INTERPRETER, GPU)])
+@pytest.mark.parametrize("device", places(INTERPRETER, GPU))
 def test_on_a_card_models_train_one_after_another(device):
     with usable(device):
         many = fleet(VARY[:2], backend=device.backend)

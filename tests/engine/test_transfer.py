@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from devices import CUPY_GPU, GPU, INTERPRETER, NUMPY, STAND_IN, marks_of, usable
+from devices import CUPY_GPU, GPU, INTERPRETER, NUMPY, STAND_IN, places, usable
 from safetensors.numpy import save_file
 from torch import nn
 
@@ -69,10 +69,7 @@ def test_fine_tuning_is_that_of_torch(source, plan, freeze, decay):
         np.testing.assert_allclose(engine.state_dict()[name], array.numpy(), rtol=WHOLE_RUN, atol=WHOLE_RUN)
 
 
-@pytest.mark.parametrize(
-    "device",
-    [pytest.param(one, id=one.name, marks=marks_of(one)) for one in (NUMPY, INTERPRETER, GPU, STAND_IN, CUPY_GPU)],
-)
+@pytest.mark.parametrize("device", places(NUMPY, INTERPRETER, GPU, STAND_IN, CUPY_GPU))
 def test_frozen_layers_keep_their_bits(source, device):
     X, y = task()
     with usable(device):

@@ -1,11 +1,11 @@
-"""Whole trainings on the CuPy backend, step by step within the bound of the oracle and of the NumPy backend.
+"""Whole trainings on the backends of cards, step by step within the bound of the oracle and of the NumPy backend.
 
-Without a card the kernels run as C++ on the host, under the stand-in for CuPy. This checks their results and the
-backend's own code, but not cuBLAS, streams or graphs.
+Without a card Triton's interpreter runs fp32 and fp16: it computes bf16 wrongly, on raw bit patterns. CuPy's kernels
+run as C++ on the host, under a stand-in: this checks their results and the backend's code, but no cuBLAS, no streams.
 """
 
 import pytest
-from devices import CUPY_GPU, STAND_IN, marks_of, usable, why_not
+from devices import CUPY_GPU, GPU, INTERPRETER, STAND_IN, places, usable, variants_of, why_not
 from training_cases import CASES, IN_FLOAT16, check_fit, check_steps, check_steps_in_float16
 
 from fusemlp import DPSGD, FGSM, MLP, SGD, BackendUnavailableError, Engine, Fleet
@@ -13,9 +13,9 @@ from fusemlp.runtime.plans import planned
 from make import assert_same, data
 
 X, y = data(29)
-DEVICES = pytest.mark.parametrize(
-    "device", [pytest.param(device, id=device.name, marks=marks_of(device)) for device in (STAND_IN, CUPY_GPU)]
-)
+CARDS = INTERPRETER, GPU, STAND_IN, CUPY_GPU
+DEVICES = pytest.mark.parametrize("device", places(*CARDS))
+OF_CUPY = pytest.mark.parametrize("device", places(STAND_IN, CUPY_GPU))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -32,14 +32,13 @@ def test_every_step_in_float16_is_within_its_bound(name, device, record_property
         check_steps_in_float16(name, device, record_property)
 
 
-@pytest.mark.parametrize("precision", STAND_IN.precisions)
-@DEVICES
-def test_fit_gives_the_losses_of_steps(device, precision):
-    with usable(device):
-        check_fit(device, precision)
+@pytest.mark.parametrize("variant", variants_of(*CARDS))
+def test_fit_gives_the_losses_of_steps(variant):
+    with usable(variant.device):
+        check_fit(variant.device, variant.precision)
 
 
-@DEVICES
+@OF_CUPY
 def test_what_has_no_kernels_is_refused_before_anything_changes(device, caplog):
     net, members = MLP([5, 4, 3]), MLP([5, 4, 3], members=2)
     said = "the cupy backend has no kernels for {}; use backend='triton' or 'numpy'$"
@@ -60,7 +59,7 @@ def test_what_has_no_kernels_is_refused_before_anything_changes(device, caplog):
         assert "passes over cupy: privacy: the cupy backend has no kernels for clipped rows and noise" in caplog.text
 
 
-@DEVICES
+@OF_CUPY
 def test_a_fleet_trains_one_model_after_another(device):
     net, options = MLP([5, 9, 3], dropout=0.2), {"batch_size": 8, "backend": device.backend}
     fit = {"epochs": 4, "validation_data": (X[:9], y[:9]), "early_stopping": 1}
