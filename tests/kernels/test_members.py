@@ -9,7 +9,6 @@ import tolerance as tol
 from calls import check_grad_input, check_grad_weight, check_linear, counters_of, kept, padded_rows, walked
 from devices import INTERPRETER, variants_with
 from memory import ROW_MULTIPLE, Values, exact, place, poisoned
-from test_reference import STEP, TOLERANCE
 
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import ACTIVATIONS, BATCH_INDEX, ROW_COUNT, Dropout, LossSpec, UpdateRule
@@ -45,6 +44,14 @@ def small_case(rng, activation="silu", kind="cross_entropy", rate=0.0):
     target = np.repeat(rng.integers(0, 2, 4) if kind == "cross_entropy" else rng.normal(size=(4, 2)), members, axis=0)
     keeps = [rng.random((len(x), n)) >= rate for n in widths[1:]] if rate else None
     return layers, heads, Batch(x, target, keeps=keeps)
+
+
+# Central differences with step h have the truncation error h^2/6 |f'''| and the rounding error c u |f| / h. With f and
+# f''' of order one they balance at h = u^(1/3), 4.8e-6, where both are about u^(2/3) = 2.3e-11. Third derivatives here
+# come from products of up to three layers' weights, inputs and curvatures, each below 3: less than 3^6 of the unit; the
+# loss itself takes some hundred operations.
+STEP = tol.UNIT["float64"] ** (1 / 3)
+TOLERANCE = (3**6 / 6) * STEP**2 + 100 * tol.UNIT["float64"] / STEP
 
 
 @pytest.mark.parametrize(("kind", "rate"), [("cross_entropy", 0.25), ("mse", 0.0)])
