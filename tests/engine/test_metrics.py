@@ -55,30 +55,11 @@ def test_log_loss_has_no_bound():
     assert value("log_loss", np.array([1]), np.array([0]), scores[1:]) == pytest.approx(149 * math.log(2), rel=1e-6)
 
 
-def test_auc_of_two_classes_counts_ordered_pairs():
-    codes, one = np.array([0, 1, 1, 0, 1]), np.array([0.1, 0.4, 0.35, 0.4, 0.8])
-    pairs = [(a > b) + 0.5 * (a == b) for a in one[codes == 1] for b in one[codes == 0]]
-    scores = np.column_stack([1 - one, one])
-    assert value("auc", codes, scores.argmax(axis=1), scores) == pytest.approx(np.mean(pairs), rel=1e-12)
-    assert math.isnan(value("auc", np.zeros(5, int), codes, scores))
-
-
 def test_auc_leaves_out_a_class_without_rows():
     codes, scores = np.array([0, 1, 0, 1]), np.array([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.3, 0.6, 0.1], [0, 1, 0]])
     expected = np.mean([sk.roc_auc_score(codes == one, scores[:, one]) for one in (0, 1)])
     assert value("auc", codes, scores.argmax(axis=1), scores) == pytest.approx(expected, rel=1e-12)
-
-
-def test_numbers_are_scored_as_documented():
-    truth, predicted = RNG.normal(size=(30, 2)), RNG.normal(size=(30, 2))
-    error = truth - predicted
-    assert value("mae", truth, predicted) == pytest.approx(np.abs(error).mean(), rel=1e-12)
-    assert value("rmse", truth, predicted) == pytest.approx(np.sqrt((error**2).mean(axis=0)).mean(), rel=1e-12)
-    r2 = 1 - (error**2).sum(axis=0) / ((truth - truth.mean(axis=0)) ** 2).sum(axis=0)
-    assert value("r2", truth, predicted) == pytest.approx(r2.mean(), rel=1e-12)
-    pinball = np.maximum(0.9 * error, -0.1 * error).mean()
-    assert value("pinball", truth, predicted, quantile=0.9) == pytest.approx(pinball, rel=1e-12)
-    assert math.isnan(value("r2", truth[:1], predicted[:1]))
+    assert math.isnan(value("auc", np.zeros(4, int), codes, scores[:, :2]))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -95,11 +76,13 @@ def test_numbers_have_the_scores_of_scikit_learn(dtype, weighted):
     for name, right in expected.items():
         assert value(name, truth, predicted, None, weight, 0.3) == pytest.approx(right, rel=rel), name
     assert value("r2", truth[:, 1], truth[:, 1]) == 1.0
+    assert math.isnan(value("r2", truth[:1], predicted[:1]))
 
 
 @pytest.mark.parametrize("shape", [(300, 20), (20, 30), (50, 3)])
 def test_the_linear_baseline_is_a_ridge_regression(shape):
-    X, values = RNG.normal(size=shape) + 3.0, RNG.normal(size=(shape[0], 2)) + 7.0
+    random = np.random.default_rng(0)
+    X, values = random.normal(size=shape) + 3.0, random.normal(size=(shape[0], 2)) + 7.0
     if shape == (50, 3):
         # numbers of 1e9 and their sums: rounding leaves equations that are not definite
         X = 1e9 * np.column_stack([X, X.sum(axis=1), X[:, 0]])
