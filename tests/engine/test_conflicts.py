@@ -296,7 +296,7 @@ def test_the_tables_features_are_walked():
         "narrow plan",
         # tests/doors/test_loss_doors.py
         "label_smoothing",
-        # test_encoded_inputs.py
+        # test_layer_doors.py
         "columns",
         # tests/doors/test_table_doors.py
         *("gaps", "trained gaps", "sweep", "several targets", "quantiles", "return_std"),
