@@ -226,7 +226,11 @@ def scale_rows(call: Any, head: Any, like: Any, rows: Any, first: int, count: in
         if rows[i] < 0:
             clear(y, columns)
             continue
-        _forward(call, like, member, block(like, call.x, rows[i], columns), n, z, y)
+        x = block(like, call.x, rows[i], columns)
+        if call.by_r and not call.by_s:
+            _scale(y, x, block(like, call.by_r, member, columns), columns)
+            continue
+        _forward(call, like, member, x, n, z, y)
         if call.keep:
             keep = elements(np.uint8, call.keep + i * columns)
             drop(call, y, keep, lanes_of(head, task), call.shard + i, 1, batch_index)
@@ -253,16 +257,21 @@ def scale_rows_backward(call: Any, like: Any, rows: Any, first: int, count: int,
             continue
         dy, x = block(like, call.dz, i, columns), block(like, call.x, rows[i], columns)
         member = i % call.members if call.members else 0
+        if call.by_r and not call.by_s:
+            _add_products(part(by_r, member * columns), dy, x, columns)
+            continue
         factor = _forward(call, like, member, x, n, z, h)
         d = block(like, call.out, i, columns) if call.out else unread
-        for j in range(columns):
-            d[j] = dy[j]
+        if call.keep or not call.by_r:
+            for j in range(columns):
+                d[j] = dy[j]
         if call.keep:
             # the mask is of h too: without it the sum for r would have what was dropped
             _mask_and_scale(d, elements(np.uint8, call.keep + i * columns), columns, 1.0 / (1.0 - call.rate))
+            dy = d
         if call.by_r:
-            _add_products(part(by_r, member * columns), d, h, columns)
-            _scale(d, d, block(like, call.by_r, member, columns), columns)
+            _add_products(part(by_r, member * columns), dy, h, columns)
+            _scale(d, dy, block(like, call.by_r, member, columns), columns)
         if call.activation != t.IDENTITY:
             multiply_by_derivative(call.activation, d, h, z, columns, slope_of(call, like), 1.0)
         if call.by_s:
