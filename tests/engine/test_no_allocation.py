@@ -13,6 +13,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+import fusemlp_kernels
 from fusemlp import MLP, SGD, Adam, AdamW, Callback, Cosine, CrossEntropy, Engine, PReLU
 
 BATCH = WIDTH = 1280
@@ -145,3 +146,13 @@ def test_epochs_leave_nothing_behind_but_their_record():
     # the first epoch binds the forward pass; a record has half a dozen numbers
     assert min(kept[2:]) - kept[1] <= LIMIT
     assert engine.memory.params.nbytes > 100_000
+
+
+def test_a_call_whose_operands_lie_otherwise_copies_into_arrays_that_it_has():
+    x, w, y = (np.ones(shape[::-1], np.float32).T for shape in ((BATCH, INPUTS), (OUTPUTS, INPUTS), (BATCH, OUTPUTS)))
+    bind = fusemlp_kernels.backend("numpy", None, "fp32").bind
+    run = bind("linear", x=x, w=w, b=np.ones(OUTPUTS, np.float32), y=y, activation="gelu")
+    run()
+    with Peak() as peak:
+        run()
+    assert peak.bytes <= LIMIT

@@ -61,14 +61,6 @@ def test_the_order_of_the_threads_changes_no_bit(examples, x):
         assert sums.tobytes() == first[0].tobytes() and total == first[1]
 
 
-def test_what_a_kernel_takes(examples):
-    described = examples.kernels["row_sums"]
-    assert described.parameters == (("p", 8),) * 4 + (("i", 4),)
-    assert described.most_threads == examples.kernels["softmax"].most_threads == 128
-    assert examples.kernels["keep"].parameters == (("s", 32),)
-    assert examples.kernels["keep"].most_threads == 0
-
-
 REMOVED = {
     "before the parts are written": ("    // the last call's parts have been read\n    __syncthreads();\n", "row_sums"),
     "before the parts are read": ("    // all parts are there\n    __syncthreads();\n", "row_sums"),
@@ -177,28 +169,6 @@ def test_subnormal_numbers_are_zero_where_the_option_says_so():
         Library(code, options).launch("test", (1,), (4,), [pointer(x), pointer(y)])
         np.testing.assert_array_equal(y, expected)
         assert np.float32(2.0**-126) / np.float32(2) > 0
-
-
-def test_arguments_that_do_not_fit(examples):
-    with pytest.raises(ValueError, match=r"arguments of \[8, 8, 4\] bytes are expected, got \[8, 8, 8\]"):
-        examples.launch("softmax", (1,), (32,), [bytes(8)] * 3)
-    with pytest.raises(ValueError, match="1 to 128 threads is expected, got a grid of"):
-        examples.launch("softmax", (1,), (160,), [bytes(8), bytes(8), bytes(4)])
-    with pytest.raises(ValueError, match="at least one block"):
-        examples.launch("softmax", (0,), (32,), [bytes(8), bytes(8), bytes(4)])
-
-
-def test_what_is_no_kernel():
-    with pytest.raises(ValueError, match="no kernel"):
-        Library("__device__ int f() { return 1; }")
-    with pytest.raises(ValueError, match="--use_fast_math"):
-        library.build(EXAMPLES, ["--use_fast_math"])
-
-
-def test_a_source_that_does_not_compile_shows_what_the_compiler_says(tmp_path):
-    wrong = EXAMPLES.replace("sum = block_sum(sum);", "sum = block_sum(mine);")
-    with pytest.raises(RuntimeError, match=r"source\.cu:\d+:.*mine"):
-        library.build(wrong, cache=tmp_path)
 
 
 def test_it_is_compiled_once_whoever_asks(tmp_path):

@@ -165,48 +165,6 @@ def test_ten_thousand_phases_are_each_done_once_and_in_order(sleepy):
     assert ran.stdout == "ok\n", ran.stderr
 
 
-LONG = """
-import ctypes, random, sys, time
-import numpy as np
-from fusemlp import MLP, Adam, Engine
-from fusemlp_kernels.numpy import launches, plan
-plan.GRAIN = 1 << 10  # several tasks even of a small network
-WORD = ctypes.c_int64
-rng, steps, sleeps = random.Random(0), 10_000, [0]
-X, y = np.random.default_rng(0).standard_normal((320, 20)).astype(np.float32), np.arange(320) % 3
-lead, led = launches._Team.lead, []
-
-def with_sleeps(self, members, work, job):
-    own = ctypes.CFUNCTYPE(*[WORD] * 4)(work)
-
-    @ctypes.CFUNCTYPE(*[WORD] * 4)
-    def slow(job, task, room):
-        if task >= 0 and rng.random() < 0.002:
-            sleeps[0] += 1
-            time.sleep(rng.random() * 0.002)
-        return own(job, task, room)
-
-    led.append(members)
-    lead(self, members, ctypes.cast(slow, ctypes.c_void_p).value, job)
-
-launches._Team.lead = with_sleeps
-bits = []
-for number in (1, 4):
-    launches._fixed = lambda: {launches.VARIABLE: number}
-    engine = Engine(MLP([20, 24, 3]), optimizer=Adam(0.01), batch_size=32, seed=1)
-    engine.fit(X, y, epochs=steps // 10)
-    bits.append(b"".join(value.tobytes() for value in engine.state_dict().values()))
-assert set(led) == {4} and sleeps[0] > 100, (set(led), sleeps)
-print(bits[0] == bits[1])
-"""
-
-
-def test_ten_thousand_steps_with_sleeps_end_with_the_bits_of_one_thread():
-    """A team of four on any number of cores, whose members are away in the middle of tasks."""
-    ran = python("-c", LONG, OMP_NUM_THREADS="1")
-    assert ran.stdout == "True\n", ran.stderr
-
-
 PRELUDE = """
 import os, signal, sys, threading, time
 import numpy as np
