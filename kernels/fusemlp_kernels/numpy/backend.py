@@ -11,7 +11,7 @@ from fusemlp_kernels.checks import check_names, refusal
 from fusemlp_kernels.contract import Traits
 from fusemlp_kernels.errors import BackendUnavailableError
 from fusemlp_kernels.numpy.calls import ENTRIES
-from fusemlp_kernels.numpy.launches import threads
+from fusemlp_kernels.numpy.launches import aligned, threads
 from fusemlp_kernels.numpy.tables import Array, BoundTable, CallTable, Run
 
 # Arrays start at multiples of this.
@@ -46,9 +46,7 @@ class NumpyBackend:
 
     def allocate(self, size: int, dtype: str) -> Array:
         kind = np.dtype(self._dtypes[dtype])
-        memory = np.zeros(size * kind.itemsize + ALIGNMENT_BYTES, np.uint8)
-        start = -memory.ctypes.data % ALIGNMENT_BYTES
-        return memory[start : start + size * kind.itemsize].view(kind)
+        return aligned(size * kind.itemsize, ALIGNMENT_BYTES).view(kind)
 
     def view(self, flat: Array, offset: int, shape: tuple[int, ...], pitch: int) -> Array:
         if len(shape) == 1:

@@ -35,6 +35,7 @@ import numpy as np
 from fusemlp_kernels import philox
 from fusemlp_kernels.contract import ACTIVATIONS, LOSSES
 from fusemlp_kernels.errors import ArgumentError, MissingLibraryError
+from fusemlp_kernels.numpy.compiled.tables import LINE
 from fusemlp_kernels.philox import FEISTEL_ROUNDS, radix, seed_key
 from fusemlp_kernels.pointwise import OPTIMIZERS
 
@@ -44,10 +45,17 @@ Array = np.ndarray[Any, Any]
 VARIABLE = "FUSEMLP_NUM_THREADS"
 
 
-def _lines(size: int) -> tuple[Array, int]:
-    """Return memory of ``size`` bytes and more, and an address in it that begins a line of the cache; 0 for none."""
-    memory = np.empty(size + 64 if size else 0, np.uint8)
-    return memory, (memory.ctypes.data + 63) // 64 * 64 if size else 0
+def aligned(size: int, alignment: int = LINE) -> Array:
+    """Return ``size`` bytes of zeros that begin at a multiple of ``alignment``."""
+    memory = np.zeros(size + alignment, np.uint8)
+    start = -memory.__array_interface__["data"][0] % alignment
+    return memory[start : start + size]
+
+
+def _room(threads: int = 1) -> tuple[Array, int]:
+    """Return memory of threads for copies of operands, and its address; 0 where nothing is copied."""
+    room = aligned(compiled("products").ROOM_BYTES * threads)
+    return room, room.ctypes.data if room.size else 0
 
 
 class _Caller(threading.local):
@@ -55,8 +63,7 @@ class _Caller(threading.local):
 
     @functools.cached_property
     def room(self) -> tuple[Array, int]:
-        """The memory of the calling thread for copies of operands, and its address."""
-        return _lines(compiled("products").ROOM_BYTES)
+        return _room()
 
 
 _caller = _Caller()
@@ -178,20 +185,17 @@ class _Team:
         self.most = most
         self.free = threading.Lock()
         size = layout.MEMBER + layout.MEMBER_BYTES * most
-        memory = np.zeros(size // 8 + layout.MEMBER_BYTES, np.int64)
-        room_bytes = compiled("products").ROOM_BYTES
-        rooms, room = _lines(most * room_bytes)
+        self._words = aligned(size, layout.MEMBER_BYTES).view(np.int64)
+        rooms, room = _room(most)
         # the threads look at them until the process ends, after the interpreter has released all else
-        for array in (memory, rooms):
+        for array in (self._words, rooms):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(array))
-        start = -memory.ctypes.data % layout.MEMBER_BYTES // 8
-        self._words = memory[start : start + size // 8]
         self._address = self._words.ctypes.data
         self._threads = 1
         for member in range(most):
             at = (layout.MEMBER + layout.MEMBER_BYTES * member) // 8
             self._words[at + layout.LOCK // 8] = layout.new_lock()
-            self._words[at + layout.ROOM // 8] = room + room_bytes * member
+            self._words[at + layout.ROOM // 8] = room + rooms.size // most * member
         self._words[layout.SPINS // 8] = SPINS
 
     def lead(self, members: int, work: int, job: int) -> None:

@@ -16,7 +16,7 @@ from fusemlp_kernels.checks import check_together
 from fusemlp_kernels.coding import Coding, Column
 from fusemlp_kernels.contract import COUNTERS, TensorRule
 from fusemlp_kernels.numpy.compiled import tables as t
-from fusemlp_kernels.numpy.launches import compiled, launch, loop_of, threads
+from fusemlp_kernels.numpy.launches import aligned, compiled, launch, loop_of, threads
 from fusemlp_kernels.numpy.plan import PIECEWISE, Row, plan, together
 from fusemlp_kernels.ops import OPS, READ, Operand, expected
 from fusemlp_kernels.philox import LANES, NORMALS
@@ -46,13 +46,6 @@ MATRICES = ("x", "y", "z", "dz", "out", "keep", "w")
 def _address(array: Array) -> int:
     address: int = array.__array_interface__["data"][0]
     return address
-
-
-def _zeros(shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
-    """Zeros that begin a line of the cache: a vector of panels lies in one line then."""
-    size = prod(shape) * dtype.itemsize
-    memory = np.zeros(size + t.LINE, np.uint8)
-    return memory[-_address(memory) % t.LINE :][:size].view(dtype).reshape(shape)
 
 
 class CallTable:
@@ -227,7 +220,9 @@ class CallTable:
 
     def scratch(self, *shape: int, dtype: Any = None) -> Array:
         """Memory for a value, zeros of the type of the parameters by default."""
-        zeros = _zeros(shape, np.dtype(self.real if dtype is None else dtype))
+        kind = np.dtype(self.real if dtype is None else dtype)
+        # a vector of panels lies in one line of the cache
+        zeros: Array = aligned(prod(shape) * kind.itemsize).view(kind).reshape(shape)
         self.zeros[id(zeros)] = zeros
         return zeros
 
@@ -376,7 +371,7 @@ class BoundTable:
             if array.dtype != dtype or not array.flags.c_contiguous or not array.flags.aligned:
                 return None
             entered.append((array, places))
-        entered.append((_zeros((self._scratch_bytes,), np.dtype(np.uint8)), self._scratch))
+        entered.append((aligned(self._scratch_bytes), self._scratch))
         memory = self._bound[0].copy()
         words = memory.data
         for array, places in entered:
