@@ -92,7 +92,7 @@ class CallTable:
     def operands(self, op: str, given: Mapping[str, Any]) -> SimpleNamespace:
         """The operands of a call as attributes, with defaults; arrays are contiguous and of their record's type.
 
-        What any call may have is entered: the control arrays, and how many batches the gradients are summed over.
+        Enters the control arrays, and over how many batches the gradients are summed.
         """
         call = self._operands(OPS[op].operands, given)
         fields = vars(call)
