@@ -388,8 +388,8 @@ def _of_factors(table: CallTable, call: SimpleNamespace, rows: int, width: int) 
 
 
 def _of_norm(table: CallTable, call: SimpleNamespace, width: int) -> dict[str, Any]:
-    """The fields of a normalised row."""
-    fields = {**_scaled(table, call, width), **row_numbers(None, len(call.x))}
+    """The fields of a normalised row; its x is the shard's own, whose rows count from 0."""
+    fields = {**_scaled(table, call, width), "rows": np.arange(-table.shard, len(call.x))}
     if call.norm is None:
         return fields
     b = table.scratch(width) if call.b is None else call.b
