@@ -7,9 +7,9 @@ engine's launches run unchanged.
 
 All threads of several blocks run an instruction as one vector. These stop a kernel, with its line of Python: an address
 outside the allocations or misaligned; shared memory that is read before it is written, or while a copy into it is under
-way; races through shared memory, or between blocks through global memory; a missing release, acquire or proxy
-fence; a barrier that some threads do not reach; an mbarrier whose arrivals or bytes do not come; a loop without an end;
-an instruction that the emulator does not know.
+way; races through shared memory, between blocks or between launches through global memory; a missing release, acquire
+or fence; a barrier that some threads do not reach; an mbarrier whose arrivals or bytes do not come; a loop without an
+end; an instruction that the emulator does not know.
 
 It cannot show
 - time, occupancy, registers and spills: ptxas is not run, and PTX is not what a card executes;

@@ -75,6 +75,8 @@ class Emulator:
     allocations: Allocations = field(default_factory=Allocations)
     launched: list[tuple[str, int]] = field(default_factory=list)
     described: set[str] = field(default_factory=set)
+    # the memory of the last launch, and of those before that it need not have waited for
+    running: list[Global] = field(default_factory=list)
 
     @property
     def capability(self):
@@ -96,13 +98,14 @@ class Emulator:
                 self.allocations.add(tensor)
         code = _loaded(self.edit(function.text))
         module = code.module
-        memory = Global(self.allocations.regions(), programs)
+        dependent = metadata.launch_pdl
+        memory = Global(self.allocations.regions(), programs, self.running if dependent else ())
         # pointers to scratch memory, which these kernels do not use
         values += [0] * (len(module.entry.parameters) - len(values))
         self.launched.append((module.name, programs))
         self.described |= {module.name} if maps else set()
         blocks = np.random.default_rng(self.seed).permutation(programs)
-        together = max(MOST_THREADS // module.threads, 1)
+        together = programs if metadata.launch_cooperative_grid else max(MOST_THREADS // module.threads, 1)
         excused = bool(code.products) and not maps and module.name in self.unfenced
         for some in np.split(blocks, range(together, programs, together)):
             launch = Launch(
@@ -112,6 +115,11 @@ class Emulator:
             launch.run()
             if excused and not launch.threads.shared.excuses:
                 raise Fault("has fence.proxy.async now: expected none", Place(module.name, "?", "wgmma"))
+        if dependent and not memory.order.waited.any():
+            raise Fault("a dependent launch ends without griddepcontrol.wait", Place(module.name, "?", "ret"))
+        memory.order.close(blocks)
+        # one that has waited before it let the next begin, or ended, ends after those before it
+        self.running = [*(self.running if dependent and not memory.order.closed else ()), memory]
 
 
 # A loaded kernel: its PTX, and the bytes of its dynamic shared memory.

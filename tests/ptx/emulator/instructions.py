@@ -139,8 +139,8 @@ def _store(instruction):
     if space == "param":
         read = reader(source, bits)
         return lambda active: active.write(_register(target), read(active.threads))
-    if strong.is_strong(instruction):
-        raise NotImplementedError(instruction.name)
+    if space == "global" and strong.is_strong(instruction):
+        return strong.store_step(instruction)
     reads = [reader(part, bits) for part in (source.parts if isinstance(source, Vector) else (source,))]
     address = addresses(target, wide)
 
@@ -269,8 +269,8 @@ def _ignore(value):
 
 
 SPECIAL = {
-    "ld": _load, "st": _store, "atom": strong.atomic_step, "shfl": _shuffle,
+    "ld": _load, "st": _store, "atom": strong.atomic_step, "red": strong.atomic_step, "shfl": _shuffle,
     "redux": _reduce, "ldmatrix": _load_matrix, "stmatrix": _store_matrix, "mma": _multiply, "cp": _copy,
-    "fence": strong.fence_step,
+    "fence": strong.fence_step, "membar": strong.fence_step, "griddepcontrol": strong.dependent_step,
     "mbarrier": copies.barrier_step, "elect": copies.elect_step,
 }  # fmt: skip

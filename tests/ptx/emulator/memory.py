@@ -9,6 +9,7 @@ shadow has the warps for which no ``fence.proxy.async`` has followed a byte's wr
 """
 
 import ctypes
+import itertools
 
 import numpy as np
 
@@ -38,9 +39,12 @@ def check_alignment(addresses, size, space):
 
 
 class Global:
-    """The memory that the kernel of ``programs`` blocks may touch: ``regions`` are (address, bytes)."""
+    """The memory that the kernel of ``programs`` blocks may touch: ``regions`` are (address, bytes).
 
-    def __init__(self, regions, programs=1):
+    ``earlier`` is the memory of launches that may not have ended when this one begins.
+    """
+
+    def __init__(self, regions, programs=1, earlier=()):
         self.regions = sorted({region for region in regions if region[1]})
         self.starts = np.array([start for start, _ in self.regions], np.uint64)
         self.ends = np.array([start + size for start, size in self.regions], np.uint64)
@@ -50,6 +54,19 @@ class Global:
         self.firsts, self.order = np.cumsum([0, *sizes[:-1]]), Order(sum(sizes), programs)
         whole = np.frombuffer((ctypes.c_uint8 * (span // 16 * 16)).from_address(self.low or id(self)), np.uint8)
         self.views = {size: whole.view(kind) for size, kind in UNSIGNED.items()}
+        if earlier:
+            self.order.earlier = np.zeros((2, sum(sizes)), np.bool_)
+            for (kind, plane), memory in itertools.product(enumerate(self.order.earlier), earlier):
+                touched = memory.touched(kind)
+                region = np.searchsorted(self.starts, touched, "right") - 1
+                still = (region >= 0) & (touched < self.ends[region])
+                plane[self._units(touched[still], region[still])] = True
+
+    def touched(self, reads):
+        """Return the addresses of the units that the launch has written, or with ``reads`` has written or read."""
+        units = np.flatnonzero(self.order.writer | self.order.reader if reads else self.order.writer)
+        region = np.searchsorted(self.firsts, units, "right") - 1
+        return self.starts[region] + ((units - self.firsts[region]) * UNIT).astype(np.uint64)
 
     def _units(self, addresses, region):
         return self.firsts[region] + (addresses - self.starts[region]).astype(np.int64) // UNIT

@@ -3,7 +3,7 @@
 Every warp has a clock, and knows of the others what has happened before (a vector of their clocks). A barrier joins
 the knowledge of a block's warps. Between blocks only synchronisation passes it on: an operation that releases, and
 one that acquires and reads what it wrote, or what atomic operations made of that. Both must have the scope of the card
-(gpu or sys).
+(gpu or sys). ``fence`` makes the warp's next strong writes release, and lets it acquire by its strong reads before.
 
 Two accesses of one place, at least one of them a write, are a race unless one warp makes both, a barrier of the block
 lies between them, the second's warp knows of the first, or both are strong and of the card's scope.
@@ -47,13 +47,18 @@ def _clocks(stamps):
 
 class Order:
     """The last accesses of each unit of memory by ``programs`` blocks, as stamps: ``writer``, ``reader``, and
-    ``other``, the last reader of another block than ``reader``'s."""
+    ``other``, the last reader of another block than ``reader``'s.
+
+    ``earlier``: what launches that may not have ended have written, and touched, as booleans for each unit; a warp may
+    touch it when it has waited for them.
+    """
 
     def __init__(self, units, programs=1):
         self.writer, self.reader, self.other = (np.zeros(units, np.int64) for _ in range(3))
         self.programs, self.intervals = programs, np.zeros(programs, np.int64)
         # by the warp's slot; and what each unit's last strong write released
-        self.known, self.released = {}, {}
+        self.known, self.seen, self.prepared, self.released = {}, {}, {}, {}
+        self.earlier, self.waited, self.closed = None, np.zeros(programs * WARPS, np.bool_), True
 
     def begin(self, blocks):
         """Begin an interval of each block, and return the stamps of the first warps."""
@@ -65,6 +70,9 @@ class Order:
                 if parts:
                     joined = parts[0] if len(parts) == 1 else np.maximum.reduce(parts)
                     self.known.update(dict.fromkeys(slots, joined))
+        if self.earlier is not None:
+            waited = self.waited.reshape(-1, WARPS)
+            waited[blocks] = waited[blocks].any(axis=1, keepdims=True)
         return blocks * BLOCK + self.intervals[blocks] * INTERVAL
 
     def read(self, units, now, how):
@@ -79,6 +87,8 @@ class Order:
         foreign = self._check_blocks(before, now, apart, "reads global memory that another block has written")
         if how == "ca" and len(foreign):
             raise Problem("reads by a plain load what another block has written in this launch: expected .cg")
+        if self.earlier is not None:
+            self._check_earlier(0, units, now, "reads global memory that an earlier launch writes")
         held = self.reader[units] if self.programs > 1 else None
         self.reader[units] = now
         if held is not None:
@@ -101,6 +111,8 @@ class Order:
         before = self.writer[units]
         apart = (before ^ now) & STRONG - 1
         self._check_blocks(before, now, apart, "writes global memory that another block has written")
+        if self.earlier is not None:
+            self._check_earlier(1, units, now, "writes global memory that an earlier launch touches")
         if ((apart < INTERVAL) & (apart % WARPS != 0) & ~same & (before & now < STRONG)).any():
             raise Problem("race: writes global memory that another warp has written since the last barrier")
         for unit in units[(before >= STRONG) & (now < STRONG)].tolist():
@@ -116,6 +128,10 @@ class Order:
             if not (both_strong | self._knows(before, now, ALL)).all():
                 raise Problem(f"race: {what}")
         return foreign
+
+    def _check_earlier(self, kind, units, now, what):
+        if (self.earlier[kind][units] & ~self.waited[_slots(now)]).any():
+            raise Problem(f"race: {what}, before griddepcontrol.wait")
 
     def _knows(self, before, now, row):
         """Return for which accesses the warp now knows of the one before."""
@@ -135,24 +151,42 @@ class Order:
         message[ALL, slot] = _clocks(now)
         return message
 
-    def acquire(self, unit, now):
-        """Learn what the write that a strong read has read released."""
+    def acquire(self, unit, now, at_once):
+        """Learn what the write that a strong read has read released: ``at_once``, or at the warp's next fence."""
         if unit in self.released:
-            slot = int(_slots(now))
-            self.known[slot] = _joined(self.known.get(slot), self.released[unit])
+            knowledge, slot = self.known if at_once else self.seen, int(_slots(now))
+            knowledge[slot] = _joined(knowledge.get(slot), self.released[unit])
 
-    def exchange(self, unit, now, releases):
-        """Pass on what the write that an atomic operation has read released, and with ``releases`` what the warp
-        knows."""
-        message = _joined(self.released.get(unit), self.message(now) if releases else None)
+    def release(self, unit, now, at_once, goes_on):
+        """Release what the warp knows: ``at_once``, or what it knew at its last fence. An atomic operation ``goes_on``
+        with what it read."""
+        before = self.released.pop(unit, None)
+        message = _joined(
+            before if goes_on else None, self.message(now) if at_once else self.prepared.get(int(_slots(now)))
+        )
         if message is not None:
             self.released[unit] = message
+
+    def fence(self, now):
+        """Acquire by the warp's strong reads before, and release by its strong writes after."""
+        slot = int(_slots(now))
+        if slot in self.seen:
+            self.known[slot] = _joined(self.known.get(slot), self.seen.pop(slot))
+        self.prepared[slot] = self.message(now)
 
     def fence_proxy(self, now):
         """Let copies of tensors read all that the warp knows."""
         message = self.message(now)
         message[FENCED] = np.maximum(message[FENCED], message[ALL])
         self.known[int(_slots(now))] = message
+
+    def wait(self, now):
+        """Know what earlier launches have done."""
+        self.waited[_slots(now)] = True
+
+    def close(self, blocks):
+        """Note whether these blocks have waited before they let later launches begin, or end."""
+        self.closed &= bool(self.waited.reshape(-1, WARPS)[blocks].any(axis=1).all())
 
 
 def _joined(one, other):

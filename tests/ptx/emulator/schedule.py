@@ -149,7 +149,7 @@ class Launch:
         before, self.progress = self.progress, self.threads.progress
         self.rounds = self.rounds + 1 if before == self.progress else 0
         if self.rounds > MOST_ROUNDS:
-            raise Problem("livelock: all warps wait, for an mbarrier")
+            raise Problem("livelock: all warps wait, for an mbarrier or a number in memory that does not change")
         self.threads.late[:] = False
 
     def _run_block(self, active, place):

@@ -114,8 +114,10 @@ class Threads:
         self.copy_groups = np.zeros(self.count, np.int64)
         self.products = []
         self.product_groups = np.zeros(self.count // WARP, np.int64)
-        # The mbarriers by block and address; and the threads that wait for one, which the others go before.
+        # The mbarriers by block and address; and the threads that wait for one, or read a number in global memory again
+        # and again, which the others go before. ``polled``: the address and the value that each has read last.
         self.barriers = {}
+        self.polled = np.zeros((2, self.count), np.uint64)
         self.maps = {}
         self.late, self.refused, self.progress = np.zeros(self.count, np.bool_), False, 0
         self.special = {
@@ -138,6 +140,14 @@ class Threads:
         now[warps] += WARPS
         if (now[warps] // WARPS % EPOCHS == 0).any():
             raise NotImplementedError(f"{EPOCHS} releases between two barriers of a block")
+
+    def poll(self, index, addresses, values):
+        """Let the others go first if these threads have read the same as last time."""
+        again = (self.polled[0, index] == addresses) & (self.polled[1, index] == values)
+        self.polled[:, index] = addresses, values
+        if again.any():
+            self.late.reshape(-1, WARP)[index[again] // WARP] = True
+            self.refused = True
 
 
 def reader(operand, kind):
