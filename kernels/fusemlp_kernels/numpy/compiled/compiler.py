@@ -227,29 +227,44 @@ class _Cache(FunctionCache):
         return overload
 
 
-def _named(function: Any, variant: str) -> Any:
+def _name(name: str, variant: str) -> str:
     """Numba finds what it has kept by the name of a function: let it hold ``variant``."""
-    function.__qualname__ = f"{function.__name__}_{zlib.crc32(variant.encode()):08x}"
-    return function
+    return f"{name}_{zlib.crc32(variant.encode()):08x}"
 
 
 def kept(function: Callable[..., object], variant: str = "") -> Any:
     """``function``, compiled for the types of its arguments when it is first called, or read from the disk."""
     options: Any = {**WHOLE, "no_cfunc_wrapper": True}
-    compiled: Any = numba.njit(**options)(_named(function, variant))
+    function.__qualname__ = _name(function.__name__, variant)
+    compiled: Any = numba.njit(**options)(function)
     if folder():
         compiled._cache = _Cache(function)
     return compiled
 
 
-def kept_for_calls(function: Callable[..., object], variant: str, kinds: Sequence[Any]) -> Any:
-    """``function``, which takes arguments of these types and returns a word, as ``kept``, with an ``address``."""
-    compiled: Any = CFunc(_named(function, variant), (tuple(kinds), types.intp), {}, WHOLE)
+def kept_for_calls(build: Callable[[], Callable[..., object]], name: str, variant: str, kinds: Sequence[Any]) -> Any:
+    """The function that ``build()`` returns, as ``kept``, with an ``address``; what the disk holds is not built.
+
+    It takes arguments of these types and returns a word.
+    """
+
+    def stub(*words: int) -> int:
+        raise AssertionError("compiled code only")
+
+    stub.__name__, stub.__qualname__ = name, _name(name, variant)
+    compiled: Any = CFunc(stub, (tuple(kinds), types.intp), {}, WHOLE)
     with ExitStack() as stack:
-        if folder():
-            compiled._cache = _Cache(function, lambda: stack.enter_context(announced()))
-        else:
+
+        def absent() -> None:
             stack.enter_context(announced())
+            function = build()
+            function.__qualname__ = stub.__qualname__
+            compiled._compiler.py_func = function
+
+        if folder():
+            compiled._cache = _Cache(stub, absent)
+        else:
+            absent()
         compiled.compile()
     return compiled
 

@@ -409,6 +409,6 @@ def by_address(real: Any) -> tuple[Any, Any, Any]:
     def copy_of(function: Any, floats: Sequence[int]) -> Any:
         own = python.FunctionType(function.__code__, names, function.__name__)
         kinds = [float64 if at in floats else intp for at in range(function.__code__.co_argcount)]
-        return kept_for_calls(own, np.dtype(real).name, kinds)
+        return kept_for_calls(lambda: own, own.__name__, np.dtype(real).name, kinds)
 
     return copy_of(_product, (9, 10)), copy_of(_pack, ()), copy_of(_dots, ())

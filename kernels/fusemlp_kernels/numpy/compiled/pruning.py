@@ -20,12 +20,11 @@ import numpy as np
 from numba import types
 
 from fusemlp_kernels import contract
-from fusemlp_kernels.numpy.compiled import steps, tables
+from fusemlp_kernels.numpy.compiled import tables
 from fusemlp_kernels.numpy.compiled.compiler import kept_for_calls
 
 # The modules with branches to cut, each before those that import from it; and those whose names become numbers.
 _FILES = ("pointwise_numba", "losses", "layers", "inputs", "columns", "pieces", "steps")
-_MODULES = [import_module(f"fusemlp_kernels.numpy.compiled.{name}") for name in _FILES]
 _NUMBERS = {"t": tables, "c": contract}
 
 
@@ -127,10 +126,14 @@ def _cut(module: ModuleType, absent: frozenset[str], others: dict[str, dict[str,
 
 def compiled_work(absent: frozenset[str], real: Any) -> Any:
     """``steps.work`` for parameters of type ``real``, in whose tables the names in ``absent`` do not occur."""
-    made: dict[str, dict[str, Any]] = {}
     variant = " ".join([np.dtype(real).name, *sorted(absent)])
-    for module in _MODULES:
-        made[module.__name__] = _cut(module, absent, made, variant)
-    names = made[steps.__name__]
-    names["REAL"] = np.dtype(real).type
-    return kept_for_calls(names["work"], variant, [types.intp] * 3)
+
+    def build() -> Any:
+        modules: dict[str, dict[str, Any]] = {}
+        for file in _FILES:
+            module = import_module(f"fusemlp_kernels.numpy.compiled.{file}")
+            modules[module.__name__] = names = _cut(module, absent, modules, variant)
+        names["REAL"] = np.dtype(real).type
+        return names["work"]
+
+    return kept_for_calls(build, "work", variant, [types.intp] * 3)
