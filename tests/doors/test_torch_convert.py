@@ -84,6 +84,14 @@ def test_values_are_copied():
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
 
 
+def test_each_part_keeps_its_mode():
+    net = module()
+    net[0].eval()
+    modes = [part.training for part in net.modules()]
+    from_torch(net, backend="numpy")
+    assert [part.training for part in net.modules()] == modes
+
+
 def test_frozen_parameters_and_missing_biases():
     torch.manual_seed(1)
     net = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 3))
@@ -154,6 +162,18 @@ def uneven(net):
     return optimizer
 
 
+class Moody(nn.Module):
+    """Drops only in train mode, by its own hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.drop, self.last = nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        return self.last(self.drop(x) if self.training else x)
+
+
 TWO_MOMENTA = [{"params": (BASE := module())[0].parameters(), "momentum": 0.5}, {"params": BASE[3].parameters()}]
 FROZEN = module().requires_grad_(False)
 LOGS = nn.Sequential(*module(), nn.LogSoftmax(1))
@@ -167,6 +187,8 @@ REFUSED = {
         "loss_fn: an engine has no <lambda>, or not with these options; train with fuse",
     ),
     "an option": ([BASE, nn.SmoothL1Loss(beta=0.5)], "loss_fn: an engine has no SmoothL1Loss, or not with these"),
+    "modes, in train mode": ([Moody()], "different things in train and eval mode"),
+    "modes, in eval mode": ([Moody().eval()], "different things in train and eval mode"),
     "log_softmax": ([LOGS, nn.CrossEntropyLoss()], "ends with LogSoftmax; use NLLLoss"),
     "momentum by group": ([BASE, None, torch.optim.SGD(TWO_MOMENTA, lr=0.1)], r"s\[1\]: an engine has one momentum"),
     "uneven counts": ([UNEVEN := module(), None, uneven(UNEVEN)], r"were updated \[1, 2\] times"),

@@ -275,8 +275,11 @@ def test_a_tensor_that_is_frozen_is_not_in_the_norm():
     pair.same()
 
 
-def test_positive_weights_can_change():
+@pytest.mark.parametrize("parameter", [False, True], ids=["a buffer", "a parameter"])
+def test_positive_weights_can_change(parameter):
     loss_fn = nn.BCEWithLogitsLoss(pos_weight=SHARES.clone())
+    if parameter:
+        loss_fn.pos_weight = nn.Parameter(SHARES.clone(), requires_grad=False)
     pair = Pair(network(), adam, loss_fn)
     for number, (x, scores) in enumerate(batches(8)):
         if number == 4:

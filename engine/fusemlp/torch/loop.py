@@ -93,7 +93,8 @@ def read_loss(loss_fn: Any, reading: Reading) -> Loss:
     settings = {field.name: options[field.name] for field in fields(described) if field.name in options}
     if described is CrossEntropy and loss_fn.weight is not None:
         settings["class_weight"] = loss_fn.weight.detach().cpu().double().tolist()
-    weight: Tensor | None = options["_buffers"].get("pos_weight")
+    # a buffer, or a parameter in its place
+    weight: Tensor | None = getattr(loss_fn, "pos_weight", None)
     if weight is None:
         return described(**settings)
     count, outputs = weight.numel(), reading.network.sizes[-1]

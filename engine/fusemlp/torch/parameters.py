@@ -70,6 +70,7 @@ def from_torch(
     eval mode. Raises ArgumentError for anything that cannot be converted.
     """
     reading = modules.read_module(module, for_engine=True)
+    _check_modes(module, reading)
     if reading.flattens or reading.squeezes:
         what = "Flatten in front" if reading.flattens else "the squeeze of its output"
         raise ArgumentError(f"module: an engine's x is (n, K) and its output (n, N): take {what} out of the module")
@@ -101,6 +102,28 @@ def from_torch(
     if optimizer is not None:
         _copy_moments(engine, optimizer, trained)
     return engine
+
+
+def _check_modes(module: nn.Module, reading: Reading) -> None:
+    """Raise ArgumentError for a module whose forward is not that of ``reading`` in train and in eval mode."""
+
+    def network(reading: Reading) -> tuple[Any, ...]:
+        parameters = [id(slot.parameter) for slot in reading.slots.values()]
+        return reading.network, reading.flattens, reading.squeezes, reading.log_softmax, parameters
+
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        for mode in (True, False):
+            for part, _ in modes:
+                part.training = mode
+            if network(modules.read_module(module, for_engine=True)) != network(reading):
+                raise ArgumentError(
+                    "module: its forward does different things in train and eval mode, and an engine has one network; "
+                    "use nn.Dropout for dropout, and nothing else that depends on the mode"
+                )
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def _optimizer(
