@@ -137,6 +137,26 @@ def test_ctrl_c_ends_training_after_the_launch(launch, monkeypatch):
     assert launches == [12] * launch and model.n_iter_ == 12 * launch // 8
 
 
+class Ended(Callback):
+    """Presses Ctrl-C twice after an epoch, and hears of the end."""
+
+    ended = 0
+
+    def on_epoch_end(self, engine, epoch, logs):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    def on_train_end(self, engine, history):
+        self.ended += 1
+
+
+def test_callbacks_hear_of_the_end_after_a_second_ctrl_c():
+    listener = Ended()
+    with pytest.warns(UserWarning, match="interrupted by user"):
+        model = MLPClassifier(**COMMON, callbacks=[listener]).fit(*DIGITS)
+    assert model.n_iter_ == listener.ended == 1
+
+
 def loops(weight=None, **options):
     """Return whether a fit trains in launches of many steps."""
     used = []

@@ -23,6 +23,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.utils.optimize import _check_optimize_result
 
+from fusemlp.callbacks.forms import deferred_interrupt
 from fusemlp.describe.schedules import ReduceOnPlateau, plateau_step
 from fusemlp.inputs.arrays import Array
 from fusemlp.sklearn.batches import EstimatorBatches, HeldLoss
@@ -39,12 +40,17 @@ ADAPTIVE_DIVISOR = 5.0
 def train(epochs: EpochLoop[SklearnPolicy], *, incremental: bool) -> None:
     """Run the loop. Ctrl-C ends it after the batch with a warning; the parameters are kept."""
     try:
-        epochs.run()
+        with deferred_interrupt() as pressed:
+            epochs.begin()
+            epochs.drive(pressed)
+            if pressed():
+                raise KeyboardInterrupt
+            if not incremental:
+                warn_unconverged(epochs)
     except KeyboardInterrupt:
         warnings.warn("Training interrupted by user.", stacklevel=5)
-    else:
-        if not incremental:
-            warn_unconverged(epochs)
+    # also after a second Ctrl-C, which waits for nothing
+    epochs.finish(interrupted=False)
 
 
 def warn_unconverged(epochs: EpochLoop[SklearnPolicy]) -> None:
