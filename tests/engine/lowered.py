@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from fusemlp import MLP, SGD, Adam, AdamW, CrossEntropy, LeakyReLU, ParameterOptions
 from fusemlp.describe.losses import as_loss
 from fusemlp.describe.optimizers import as_optimizer
-from fusemlp.program.layout import parameter_layout, persistent_places, plan_workspace
+from fusemlp.program.layout import parameter_layout, persistent_places, plan_workspace, short_names
 from fusemlp.program.lowering import lower, trained_by
 from fusemlp.program.passes.gradients import Penalty
 from fusemlp.program.step import Inputs, Step
@@ -49,7 +49,7 @@ def training_program(
         loss.spec(accuracy=loss.is_classification if accuracy is None else accuracy, soft=soft),
         real_bytes,
         rule=optimizer.rule(),
-        trained=trained_by(optimizer, net),
+        trained=trained_by(optimizer, short_names(net)),
         seed=seed,
         **options,
     )

@@ -29,13 +29,10 @@ class Loss(Description):
     """The base class of all losses."""
 
     takes_logits: ClassVar[str] = ""
+    # whether targets are classes; ``predict`` then returns classes
+    is_classification: ClassVar[bool] = False
     _: KW_ONLY
     reduction: Annotated[str, partial(check_choice, choices=REDUCTIONS)] = "mean"
-
-    @property
-    def is_classification(self) -> bool:
-        """True if targets are classes; ``predict`` then returns classes."""
-        return self.kind in ("cross_entropy", "binary_cross_entropy")
 
     @property
     def class_weight(self) -> ClassWeights | None:

@@ -73,6 +73,7 @@ class CrossEntropy(Loss):
 
     kind = "cross_entropy"
     takes_logits = "logits and applies the softmax itself (predict_proba does too)"
+    is_classification = True
     _: KW_ONLY
     label_smoothing: Share = 0.0
     class_weight: Annotated[ClassWeights, _check_weights] | None = None
@@ -128,6 +129,7 @@ class BinaryCrossEntropy(ElementLoss):
 
     kind = "binary_cross_entropy"
     takes_logits = "logits and applies the sigmoid itself (predict_proba does too)"
+    is_classification = True
 
     def transform(self, outputs: Array) -> Array:
         return (outputs > 0.0).astype(np.int64)

@@ -1,11 +1,11 @@
 """From a network, a loss and an optimizer to the program of a training step, or of the forward pass alone."""
 
+from collections.abc import Mapping
 from functools import lru_cache
 
-from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer
 from fusemlp.program.builder import Builder
-from fusemlp.program.layout import REMEMBERED, short_names
+from fusemlp.program.layout import REMEMBERED
 from fusemlp.program.passes.blocks import blocks, encode
 from fusemlp.program.passes.fusion import fuse
 from fusemlp.program.passes.members import MembersBuilder
@@ -14,10 +14,14 @@ from fusemlp.program.step import Step
 from fusemlp_kernels.contract import OWN, TensorRule
 
 
-def trained_by(optimizer: Optimizer, net: MLP) -> tuple[tuple[str, TensorRule], ...]:
-    """Return the tensors of a network that an optimizer trains, as ``Step.trained`` has them."""
-    options = ((short, *optimizer.options_for(name)) for short, name in short_names(net).items())
-    return tuple((short, changes) for short, trainable, changes in options if trainable)
+def trained_by(optimizer: Optimizer, names: Mapping[str, str]) -> tuple[tuple[str, TensorRule], ...]:
+    """Return the tensors that an optimizer trains, as ``Step.trained`` has them; ``names``: see ``short_names``."""
+    trained = []
+    for short, name in names.items():
+        trainable, changes = optimizer.options_for(name)
+        if trainable:
+            trained.append((short, changes))
+    return tuple(trained)
 
 
 def lower(step: Step) -> Program:

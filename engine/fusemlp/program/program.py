@@ -124,22 +124,17 @@ def _references(operand: str, given: Any) -> Iterator[tuple[str, str]]:
             yield from _references(f"{operand}.{key}", inner)
 
 
-def resolve(operands: Mapping[str, Any], lookup: Callable[[str], Any]) -> dict[str, Any]:
+def resolve(operands: Mapping[Any, Any], lookup: Callable[[str], Any]) -> dict[Any, Any]:
     """Return the operands of a call with every ``Ref`` replaced by what ``lookup`` has for its name."""
     resolved = dict(operands)
     for name, value in operands.items():
         if isinstance(value, Ref):
             resolved[name] = lookup(value.name)
+        elif isinstance(value, Mapping):
+            resolved[name] = resolve(value, lookup)
         elif isinstance(value, tuple | list):
-            resolved[name] = tuple([_resolved(part, lookup) for part in value])
+            resolved[name] = tuple(resolve(dict(enumerate(value)), lookup).values())
     return resolved
-
-
-def _resolved(part: Any, lookup: Callable[[str], Any]) -> Any:
-    """Return a part of a sequence of operands, resolved."""
-    if isinstance(part, Ref):
-        return lookup(part.name)
-    return resolve(part, lookup) if isinstance(part, Mapping) else part
 
 
 class Structure:

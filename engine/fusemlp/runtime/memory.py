@@ -120,7 +120,7 @@ class Memory:
         self.params, self.grads = self.arenas["params"], self.arenas["grads"]
         self.counters, self.hyper, self.stats = arenas["counters"], arenas["hyper"], arenas["stats"]
         self.rates, self.shadow = rates, arenas.get("shadow")
-        states = [f"state{index}" for index in range(state_count)]
+        self.state_names = states = [f"state{index}" for index in range(state_count)]
         self.states = tuple(arenas[name] for name in states)
         views = self.layout.views
         self.arrays: dict[str, Any] = {**self.arenas, **views(backend, self.params)}
@@ -140,9 +140,8 @@ class Memory:
     @property
     def _changing(self) -> list[str]:
         """The names of the flat arrays that a step changes."""
-        states = [f"state{index}" for index in range(len(self.states))]
         # gradients outlive a step only where they are accumulated
-        return ["params", *(["grads"] if self.accumulates else []), *states, "counters", "hyper", "stats"]
+        return ["params", *(["grads"] if self.accumulates else []), *self.state_names, *DTYPES]
 
     def snapshot(self) -> dict[str, Array]:
         """Return host copies of all that a step changes, for ``restore``."""
@@ -272,8 +271,8 @@ class RateTable:
         asked, and waited for.
         """
         hyper = self.hyper
-        self.note(int(self.counters[UPDATE_COUNT]) if count is None else count)
-        first, _ = self._updates()
+        first = int(self.counters[UPDATE_COUNT]) if count is None else count
+        self.note(first)
         known = schedule == self.schedule and 0 <= first - self._first < len(self._filled)
         self.schedule = schedule
         if known:

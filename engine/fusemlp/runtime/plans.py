@@ -11,7 +11,7 @@ from fusemlp.describe.losses import Loss, as_loss
 from fusemlp.describe.network import MLP
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.inputs.arrays import Array
-from fusemlp.program.layout import parameter_layout
+from fusemlp.program.layout import parameter_layout, short_names
 from fusemlp.program.lowering import lower, trained_by
 from fusemlp.program.passes.gradients import sums_over
 from fusemlp.program.program import ALONE, ORDERED, Program, Sharding
@@ -230,7 +230,7 @@ def planned(
         real_bytes,
         COMPUTE_BYTES.get(precision),
         chosen_optimizer.rule(),
-        trained_by(chosen_optimizer, net),
+        trained_by(chosen_optimizer, short_names(net)),
         scaled=precision == "fp16",
         most_parts=MOST_PARTS,
         resident=alone[0] == "resident" and (traits.on_host or not sharding),

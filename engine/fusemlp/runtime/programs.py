@@ -208,18 +208,17 @@ class KeptPrograms:
         ranks: Single,
         net: MLP,
     ) -> BoundProgram:
-        """Return the program that ``bind`` makes from data on the device, or the last one with this ``key``.
+        """Return the program that ``bind`` makes from data on a device, or the last one with this ``key``.
 
         That one has its graphs already. New data is copied into the engine's own arrays; arrays that the program reads
-        where the user has them must be the same. On the host every fit binds its own.
+        where the user has them must be the same.
         """
         backend = self.backend
         shapes = {name: tuple(array.shape) for name, array in data.items()}
         key, last = (key, shapes), self.last_fit
         usable = last is not None and last.key == key and all(self._reads(last, name, data[name]) for name in shapes)
-        if not backend.traits.on_host:
-            # all ranks replay their graphs, or none: NCCL wants it so
-            usable = not ranks.any(not usable)[0]
+        # all ranks replay their graphs, or none: NCCL wants it so
+        usable = not ranks.any(not usable)[0]
         if last is not None and usable:
             for name, array in data.items():
                 if last.places[name] is None:
@@ -229,9 +228,8 @@ class KeptPrograms:
         self.last_fit = last = None
         there = on_device(backend, net, data)
         bound = bind(there)
-        if not backend.traits.on_host:
-            places = {name: backend.place(array) if array is data[name] else None for name, array in there.items()}
-            self.last_fit = LastFit(key, bound, places)
+        places = {name: backend.place(array) if array is data[name] else None for name, array in there.items()}
+        self.last_fit = LastFit(key, bound, places)
         return bound
 
     def _reads(self, last: LastFit, name: str, array: Any) -> bool:

@@ -252,7 +252,6 @@ class Session:
 
     def _use_memory(self, arenas: Mapping[str, Any] | None, schedule: Schedule | None, rows: int = 0) -> None:
         rule, backend = self.optimizer.rule(), self.inputs.backend
-        self.state_names = rule.states
         self._memory = memory = Memory(
             self.network,
             backend,
@@ -401,9 +400,20 @@ class Session:
         self.memory.write(arrays)
 
     def take_rule(self, rule: UpdateRule) -> None:
-        """Fill the table of rates for the steps of ``rule``: the optimizer may be another than in the last fit."""
-        if rule != self._rates.rule:
-            self._rates = self._rate_table(rule)
+        """Fill the table of rates for the steps of ``rule``: the optimizer may be another than in the last fit.
+
+        Raises ArgumentError for an optimizer with another state than the one that the engine was made with.
+        """
+        before = self._rates.rule
+        if rule == before:
+            return
+        if rule.states != before.states:
+            kept = [", ".join(states) or "no state" for states in (rule.states, before.states)]
+            raise ArgumentError(
+                f"optimizer: it keeps {kept[0]}, and the engine was made for one that keeps {kept[1]}; make a new "
+                "engine, and give it the weights by load_state_dict"
+            )
+        self._rates = self._rate_table(rule)
 
     def _rate_table(self, rule: UpdateRule) -> RateTable:
         memory = self._memory

@@ -27,7 +27,7 @@ from fusemlp.runtime.session import Session
 from fusemlp_kernels import contract
 from fusemlp_kernels.coding import Coding
 from fusemlp_kernels.contract import Backend, LossSpec, UpdateRule
-from fusemlp_kernels.errors import ArgumentError, DivergenceError, ShapeError
+from fusemlp_kernels.errors import DivergenceError, ShapeError
 
 # Steps between two checks of the loss scaling in ``step``: a check waits for the device.
 SCALING_CHECKS = 32
@@ -77,7 +77,7 @@ def lower(engine: Session, training: TrainingStep) -> Program:
         memory.real_bytes,
         memory.compute_bytes,
         training.rule,
-        lowering.trained_by(engine.optimizer, engine.network),
+        lowering.trained_by(engine.optimizer, memory.names),
         engine.seed,
         scaled=engine.precision == "fp16",
         most_parts=memory.gradient_parts,
@@ -97,12 +97,6 @@ def bind(
 
     Raises ArgumentError for an optimizer with another state than the one that the engine was made with.
     """
-    if training.rule.states != engine.state_names:
-        kept = [", ".join(states) or "no state" for states in (training.rule.states, engine.state_names)]
-        raise ArgumentError(
-            f"optimizer: it keeps {kept[0]}, and the engine was made for one that keeps {kept[1]}; make a new "
-            "engine, and give it the weights by load_state_dict"
-        )
     engine.take_rule(training.rule)
     memory = engine.memory
     arrays, backend = dict(data), memory.backend
@@ -129,7 +123,9 @@ def bind(
 def bind_fit(
     engine: Session, training: TrainingStep, data: Mapping[str, Any], *, batches: int, epochs: int
 ) -> BoundProgram:
-    """Return the steps of a fit as ``bind`` does, or the program of the last fit."""
+    """Return the steps of a fit as ``bind`` does, or on a device the program of the last fit."""
+    if engine.inputs.backend.traits.on_host:
+        return bind(engine, training, data, batches=batches, epochs=epochs)
     engine.take_rule(training.rule)
     key = (training, batches, epochs, engine.optimizer, engine.seed, engine.passes)
     bound = partial(bind, engine, training, batches=batches, epochs=epochs)

@@ -192,8 +192,6 @@ def optimizer(estimator: Any) -> Optimizer:
 
 def step_passes(estimator: Any, engine: Engine, rows: Any) -> tuple[Pass, ...]:
     """Return the passes of a step against ``adversarial``; errors for what cannot be, or rows out of bounds."""
-    if estimator.adversarial is None:
-        return ()
     how = as_adversary("adversarial", estimator.adversarial)
     # the loss is no parameter that could be changed
     labels = in_use(**{"one label": engine.loss.answers.kind != "cross_entropy"})

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fusemlp.datasets.dataset import Dataset
-from fusemlp.describe.adversarial import IBP
+from fusemlp.describe.adversarial import IBP, as_adversary
 from fusemlp.describe.checks import check_choice
 from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.losses import Quantiles
@@ -167,9 +167,8 @@ def new_engine(prepared: Prepared) -> Engine:
     rows, epochs = len(prepared.train), recipe.epochs
     privacy = descriptions.privacy(recipe, rows=rows, epochs=epochs, validates=prepared.validates)
     engine = prepared.engine(descriptions.schedule(recipe, rows=rows, epochs=epochs), privacy=privacy)
-    attack = prepared.attack(prepared.train.X)
-    if attack is not None:
-        check_together({**engine.uses, **attack.uses})
+    adversary = as_adversary("adversarial", prepared.attack(prepared.train.X))
+    check_together({**engine.uses, **adversary.uses})
     return engine
 
 

@@ -59,7 +59,7 @@ def engine_content(engine: Trainer, extra: Mapping[str, Any] | None = None) -> d
 
 def _kinds(engine: Trainer) -> dict[str, str]:
     """Return the kinds of tensors of the training, each with its flat array in memory."""
-    states = [f"state{index}" for index in range(len(engine.memory.states))]
+    states = engine.memory.state_names
     gradients = {"gradient": "grads"} if engine.optimizer.accumulate > 1 else {}
     return {"parameter": "params", **dict(zip(states, states, strict=True)), **gradients}
 

@@ -103,12 +103,13 @@ def fit_loop(
     """Return the loop of a fit on checked rows, up to ``deadline`` or the plan's; ``together``: the caller binds it."""
     coding, adversary, members = coding_of(data.train.X), plan.adversarial, engine.network.members
     engine.lay_out(coding)
-    count, on_host = data.count, engine.memory.backend.traits.on_host
+    count, on_host = data.count, engine.inputs.backend.traits.on_host
     size = min(engine.batch_size, count)
     batches = data.batches.steps if data.batches else engine.ledger.batches(count, size, drop_last=plan.drop_last)
     state = resumed_state(engine, plan, batches, rows=count) if plan.resume else fresh_state(engine, plan, batches)
-    last_epoch = state.first_epoch + plan.epochs
-    order, epochs = data.order, range(state.first_epoch, last_epoch)
+    first_epoch = state.first_epoch
+    last_epoch = first_epoch + plan.epochs
+    order, epochs = data.order, range(first_epoch, last_epoch)
     drawn = engine.ledger.draw(count, size, lambda: engine.update_count, epochs, state.begun(0, batches))
     if drawn is not None:
         order, size = drawn.order, drawn.size
@@ -116,7 +117,7 @@ def fit_loop(
     if adversary.ramps:
         begun = state.begun(engine.update_count, batches)
         # a fit resumed with more epochs keeps the ramp of its first call
-        settles = state.first_epoch + adversary.settled(plan.epochs, (state.total_updates - begun) // batches)
+        settles = first_epoch + adversary.settled(plan.epochs, (state.total_updates - begun) // batches)
     train = data.train._replace(X=engine.scaling.take_in(data.train.X) if data.taken_in is None else data.taken_in)
     policy = FitPolicy(
         engine,

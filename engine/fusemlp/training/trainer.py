@@ -71,22 +71,20 @@ class FitPlan(Description):
     loss: Annotated[Any, lambda _, value: as_loss(value)] | None = None
     # when the time is up, of ``time.monotonic``
     deadline: float = field(init=False)
+    # the quantities that the fit and its callbacks follow; None for one that follows none
+    monitors: list[Any] = field(init=False)
 
     def __post_init__(self) -> None:
         deadline = as_deadline("time_limit", self.time_limit)
         super().__post_init__()
         bar = checked_callbacks(ProgressBar(lines=self.verbose == 2)) if self.verbose else []
-        freeze(self, deadline=deadline, callbacks=[*self.callbacks, *bar])
+        monitors = [getattr(getattr(callback, "listener", None), "monitor", None) for callback in self.callbacks]
+        freeze(self, deadline=deadline, callbacks=[*self.callbacks, *bar], monitors=[self.monitor, *monitors])
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "FitPlan":
         """Return the plan of a call, of whose arguments it takes its own."""
         return cls(**{own.name: arguments[own.name] for own in fields(cls) if own.init})
-
-    @property
-    def monitors(self) -> list[Any]:
-        """The quantities that the fit and its callbacks follow; None for one that follows none."""
-        return [self.monitor, *(getattr(getattr(one, "listener", None), "monitor", None) for one in self.callbacks)]
 
     def uses(
         self, schedule: Schedule, *, batches: bool = False, sample_weight: Any = None, validation_data: Any = None
@@ -95,6 +93,7 @@ class FitPlan(Description):
         first, *others = self.monitors
         if first is None and (self.early_stopping is not None or isinstance(schedule, ReduceOnPlateau)):
             first = "loss" if validation_data is None and not self.validation_split else "val_loss"
+        followed = next((name for name in (first, *others) if name in OF_TRAINING_ROWS), None)
         features = in_use(
             batches=batches,
             arrays=not batches,
@@ -106,9 +105,8 @@ class FitPlan(Description):
             row_order=self.row_order,
             drop_last=self.drop_last,
             balanced=isinstance(self.class_weight, str) and self.class_weight == "balanced",
+            **{"rows in turn": not self.shuffle, "followed rows": followed},
         )
-        followed = next((name for name in (first, *others) if name in OF_TRAINING_ROWS), None)
-        features |= in_use(**{"rows in turn": not self.shuffle, "followed rows": followed})
         return {**features, **self.adversarial.uses}
 
 

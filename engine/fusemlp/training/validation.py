@@ -19,6 +19,8 @@ from fusemlp.training.trainer import FitPlan, Trainer
 from fusemlp_kernels.contract import LossSpec
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DivergenceError
 
+# The metrics of fusemlp, by the names that the history has for them.
+OF_VALIDATION = {f"val_{name}": name for name in METRICS}
 # This many kinds of models in a fleet share their validation data; the others keep theirs as long as they train.
 KINDS = 8
 
@@ -80,8 +82,9 @@ def checked_validation(
         received = f"{len(rows)} in a " if isinstance(rows, tuple | list) else ""
         expected = "validation_data: expected (X, y) or (X, y, sample_weight), or batches of them"
         raise ArgumentTypeError(f"{expected}, got {received}{type(rows).__name__}")
-    # the loss refuses here, not at the end of the first epoch
-    engine.loss.spec(accuracy=False, soft=data.targets.soft)
+    if data.targets.soft:
+        # refused here, not at the end of the first epoch
+        engine.loss.spec(accuracy=False, soft=True)
     return Validation(data, common)
 
 
@@ -108,7 +111,7 @@ def measured(
 def _with_metrics(
     engine: Session, plan: FitPlan, targets: Targets, validation: Validation | None, instead: str
 ) -> Validation | None:
-    known = {} if validation is None else {f"val_{name}": name for name in METRICS}
+    known = {} if validation is None else OF_VALIDATION
     named = [known[name] for name in plan.monitors if isinstance(name, str) and name in known]
     if not named and not plan.metrics:
         return validation
