@@ -16,7 +16,7 @@ from fusemlp.describe.network import MLP, as_network, layer_lines
 from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.describe.text import bytes_text
 from fusemlp.inputs.arrays import Array
-from fusemlp.program.passes.attack import passes_against
+from fusemlp.program.passes.training import passes_against
 from fusemlp.program.program import ORDERED, Program
 from fusemlp.report.diagnosis import Finding
 from fusemlp.report.onnx import to_onnx

@@ -25,7 +25,7 @@ from fusemlp.describe.privacy import (
     usual_delta,
 )
 from fusemlp.inputs.arrays import Array
-from fusemlp.program.passes.gradients import ClipAndNoise
+from fusemlp.program.passes.training import ClipAndNoise
 from fusemlp.program.step import Pass
 from fusemlp_kernels.contract import Noise
 from fusemlp_kernels.errors import ArgumentError

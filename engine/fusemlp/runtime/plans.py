@@ -13,7 +13,7 @@ from fusemlp.describe.optimizers import Optimizer, as_optimizer
 from fusemlp.inputs.arrays import Array
 from fusemlp.program.layout import parameter_layout, short_names
 from fusemlp.program.lowering import lower, trained_by
-from fusemlp.program.passes.gradients import sums_over
+from fusemlp.program.passes.training import sums_over
 from fusemlp.program.program import ALONE, ORDERED, Program, Sharding
 from fusemlp.program.step import Inputs, Step
 from fusemlp.runtime.memory import COMPUTE_BYTES, REAL_BYTES

@@ -20,7 +20,7 @@ from fusemlp.describe.adversarial import Adversary
 from fusemlp.inputs.arrays import Array
 from fusemlp.inputs.columns import codes_of, coding_of
 from fusemlp.inputs.examples import Examples, Targets
-from fusemlp.program.passes.gradients import Penalty
+from fusemlp.program.passes.training import Penalty
 from fusemlp.program.program import Program
 from fusemlp.program.step import Inputs, Pass
 from fusemlp.runtime.forward import Evaluate, Evaluation, ForwardPass

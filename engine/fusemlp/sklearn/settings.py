@@ -22,7 +22,7 @@ from fusemlp.describe.optimizers import SGD, Adam, AdamW, Optimizer
 from fusemlp.describe.schedules import Schedule
 from fusemlp.engine import Engine
 from fusemlp.inputs.arrays import Array
-from fusemlp.program.passes.attack import passes_against
+from fusemlp.program.passes.training import passes_against
 from fusemlp.program.step import Pass
 from fusemlp.runtime.attacks import check_within
 from fusemlp.runtime.plans import first_available

@@ -17,7 +17,7 @@ from fusemlp.inputs.arrays import Array, as_class_weights, balanced, to_array
 from fusemlp.inputs.blocks import Blocks
 from fusemlp.inputs.columns import codes_of, coding_of
 from fusemlp.inputs.examples import Examples, Targets, UserBatches
-from fusemlp.program.passes.attack import passes_against
+from fusemlp.program.passes.training import passes_against
 from fusemlp.program.step import Inputs
 from fusemlp.runtime.attacks import check_within
 from fusemlp.runtime.plans import row_order as shuffled
