@@ -88,7 +88,7 @@ REFUSED = {
     "train digits --loss binary_cross_entropy": "the target has 10",
     "train digits --loss mse --label-smoothing 0.1": "only cross_entropy has it",
     "train digits --output-activation sigmoid": "--output-activation: cross_entropy takes logits",
-    "train iris --class-weight 1,2": "--class-weight: expected balanced, or 3 numbers",
+    "train iris --class-weight 1,2": "--class-weight: expected balanced, or 3 numbers, for 0, 1, 2 in this order",
     "train diabetes --class-weight balanced": "--class-weight: only classes",
     "train digits --schedule cosin": "--schedule: unknown name 'cosin'; did you mean 'cosine'",
     "train digits --lr-step 3": "--lr-step: only step has it, and the schedule is constant",

@@ -419,3 +419,10 @@ def test_check_gradient():
         fusemlp.check_gradient(mae, y, t, WEIGHTS[:4])
     with pytest.raises(ShapeError, match="has shape"):
         fusemlp.check_gradient(lambda y, t: (0.0, y[0]), y, t)
+
+
+def test_losses_of_torch_are_refused():
+    torch = pytest.importorskip("torch")
+    for loss, name in ((torch.nn.MSELoss(), "MSELoss"), (torch.nn.functional.mse_loss, "mse_loss")):
+        with pytest.raises(fusemlp.ArgumentTypeError, match=f"^loss: torch's {name} computes on tensors; .*fuse$"):
+            fusemlp.Engine(fusemlp.MLP([3, 1]), loss=loss)

@@ -133,9 +133,15 @@ def newer(path):
     safetensors.numpy.save_file(tensors, path, metadata=metadata)
 
 
+def run_of(path):
+    path.mkdir()
+    (path / "config.json").touch()
+
+
 WRONG_FILES = {
     "missing": (lambda path: None, "there is no model '.*'; expected a file that engine.save wrote"),
-    "folder": (lambda path: path.mkdir(), "is a folder; expected a file that engine.save wrote"),
+    "folder": (lambda path: path.mkdir(), "is a folder; expected a file that engine.save wrote$"),
+    "run": (run_of, "is a folder; expected a file that engine.save wrote; a run opens with from_run"),
     "text": (lambda path: path.write_text("hello"), "is no readable model .*; copy or save it again"),
     "empty": (lambda path: path.touch(), "is no readable model"),
     "altered": (altered, "is corrupted: its SHA-256 does not match; copy or save it again"),

@@ -177,7 +177,7 @@ def keep(
         *headline(report.get("test", {})),
         *verdict(report),
         *([] if temperature is None else [str(temperature)]),
-        *(line for line in written(report, run) if line.startswith("no ")),
+        *(line for line in written(report, run) if not line.startswith("plot ")),
         f"run folder {run.path}",
         f"to train it again: {config['command']}",
     ]

@@ -229,7 +229,7 @@ def _check_unfinished(report: dict[str, Any], done: int, epochs: int, *, again: 
         # a rank may have failed at the very end: then the run is ended once more
         return
     if report["stopped"] and not report["interrupted"]:
-        raise ArgumentError(f"resume: the run has ended ({report['stopped']}); start a new one")
+        raise ArgumentError(f"resume: the run has ended ({report['stopped']}); start a new one, --from its network")
     if done >= epochs:
         raise ArgumentError(f"resume: the run has done its {done} epochs; give it more: --epochs {2 * done}")
 

@@ -236,7 +236,9 @@ class Column:
         self.zoned = self.zoned or any(map(_ZONED.search, words))
         wrong = np.array([m is None and word not in _NO_DATE for m, word in zip(moments, words, strict=True)], bool)
         for row in np.flatnonzero(wrong[codes]).tolist():
-            self._wrong(row, f"{words[codes[row]]!r} is not a date such as {EXAMPLES[order]}; correct or delete it")
+            word = words[codes[row]]
+            mend = f"correct or delete it, or take it as a missing cell with --missing {word!r}"
+            self._wrong(row, f"{word!r} is not a date such as {EXAMPLES[order]}; {mend}")
         return np.array([m or "NaT" for m in moments], "datetime64[us]")[codes]
 
     def _wrong(self, row: int, text: str) -> None:

@@ -378,6 +378,12 @@ def as_loss(value: LossLike) -> Loss:
     """Return the loss for a name, which stands for the default options, an object, or a function of the caller's."""
     if isinstance(value, Loss) and value.kind in (*LOSSES, OWN):
         return value
+    if str(getattr(value, "__module__", "")).startswith("torch."):
+        name = getattr(value, "__name__", type(value).__name__)
+        raise ArgumentTypeError(
+            f"loss: torch's {name} computes on tensors; give a name such as 'mse', or train the module with "
+            "fusemlp.torch.fuse"
+        )
     if callable(value) and not isinstance(value, type):
         return OwnLoss.of(value)
     expected = "a name such as 'mse', an object such as MSE(), or a function f(outputs, targets) -> (loss, gradient)"

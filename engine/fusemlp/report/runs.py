@@ -158,7 +158,8 @@ def open_run(path: str | Path) -> tuple[Run, dict[str, Any]]:
     """Return an existing run folder and its configuration; CheckpointError for any other folder."""
     run = Run(Path(path))
     if not run.config.is_file():
-        there = "there is no such folder" if not run.path.is_dir() else "it has no config.json"
+        absent = "it is a file" if run.path.exists() else "there is no such folder"
+        there = "it has no config.json" if run.path.is_dir() else absent
         raise CheckpointError(f"run: {str(path)!r} is not a run folder ({there}); give one that fusemlp train made")
     try:
         # int refuses NaN and Infinity, which write_json does not write

@@ -161,7 +161,9 @@ def read_file(path: str | Path, kind: FileKind) -> tuple[dict[str, str], dict[st
     as_path("path", path)
     expected = f"expected a file that {kind.writer} wrote"
     if os.path.exists(path) and not os.path.isfile(path):
-        raise CheckpointError(f"path: {str(path)!r} is {what_it_is(path)}; {expected}")
+        is_run = os.path.exists(os.path.join(path, "config.json"))
+        mend = "; a run opens with from_run of the table estimators" if is_run else ""
+        raise CheckpointError(f"path: {str(path)!r} is {what_it_is(path)}; {expected}{mend}")
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}

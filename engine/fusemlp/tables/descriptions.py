@@ -17,6 +17,7 @@ from fusemlp.describe.network import MLP, SLOPES, Activation, as_activation
 from fusemlp.describe.optimizers import OPTIMIZERS, Optimizer
 from fusemlp.describe.privacy import DPSGD, steps_of_an_epoch
 from fusemlp.describe.schedules import SCHEDULES, Schedule
+from fusemlp.describe.text import listed
 from fusemlp.inputs.arrays import Array, balanced
 from fusemlp.report.evidence import image_shape
 from fusemlp.tables import recipe as recipes
@@ -193,7 +194,8 @@ def class_weights(asked: Any, codes: Array, labels: Sequence[Any]) -> list[float
     numbers = _numbers("class_weight", asked) if isinstance(asked, str) else list(asked)
     weights = [as_number("class_weight", number, low=0.0) for number in numbers]
     if len(weights) != len(labels):
-        raise ArgumentError(f"class_weight: expected balanced, or {len(labels)} numbers, one a class, got {asked!r}")
+        each = f"{len(labels)} numbers, for {listed(labels)} in this order"
+        raise ArgumentError(f"class_weight: expected balanced, or {each}; got {asked!r}")
     return weights
 
 
