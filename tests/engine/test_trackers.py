@@ -401,3 +401,10 @@ def test_an_unknown_tracker(tmp_path, capsys):
     assert run("train", "iris", "--track", "mlflo", "--out", tmp_path / "run") == 2
     assert "--track: unknown name 'mlflo'; did you mean 'mlflow'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", [fusemlp.callbacks.MLflow, fusemlp.callbacks.WandB])
+def test_pickles_of_earlier_releases_find_their_tracker(kind):
+    """They name its module of then; the protocol 0 holds the name as a line."""
+    before = pickle.dumps(kind(), 0).replace(b"fusemlp.callbacks.loggers", b"fusemlp.callbacks.trackers")
+    assert b"trackers" in before and type(pickle.loads(before)) is kind
