@@ -11,9 +11,12 @@ from calls import counters_of, kept
 from devices import INTERPRETER, variants_with
 from memory import Values, exact, place, poisoned
 
+import fusemlp_kernels
 from fusemlp_kernels import reference
 from fusemlp_kernels.contract import ACTIVATIONS, BATCH_INDEX, Dropout, Norm, UpdateRule
 from fusemlp_kernels.errors import ArgumentError
+from fusemlp_kernels.numpy.calls import ENTRIES
+from fusemlp_kernels.numpy.tables import CallTable
 from fusemlp_kernels.philox import dropout_keep
 
 VARIANTS = variants_with("normalise")
@@ -195,3 +198,35 @@ def test_a_learned_slope_is_refused(variant):
     matrices = {name: np.ones((1, 1), variant.compute) for name in "xy"}
     with pytest.raises(ArgumentError, match="activation: it takes no learned slope"):
         variant.bind("normalise", activation="prelu", **matrices)
+
+
+def test_a_shard_has_its_rows_and_masks_of_the_batch():
+    """Shards of 7 rows, the last of a batch of 18 not full: the bits of the whole batch."""
+    x, counters = np.random.default_rng(0).standard_normal((18, 9)).astype(np.float32), counters_of(18)
+    shared = {
+        "norm": NORMS[0],
+        "g": np.ones(9, np.float32),
+        "activation": "gelu",
+        "dropout": Dropout(0.4, 1, 3),
+        "counters": counters,
+    }
+    y, keep = np.empty_like(x), np.empty(x.shape, np.bool_)
+    fusemlp_kernels.backend("numpy", None, "fp32").bind("normalise", x=x, y=y, keep=keep, **shared)()
+    table, shards = CallTable(np.float32), []
+    table.shards = 3
+    table.fill(shard_rows=7)
+    for table.shard in (0, 7, 14):
+        arrays = {
+            "x": np.zeros((7, 9), np.float32),
+            "y": np.empty((7, 9), np.float32),
+            "keep": np.empty((7, 9), np.bool_),
+        }
+        rows = x[table.shard :][:7]
+        arrays["x"][: len(rows)] = rows
+        ENTRIES["normalise"](table, table.operands("normalise", shared | arrays))
+        shards.append((arrays, len(rows)))
+    # beside a loss, whose program reads the number of rows from the counters
+    table.names.add("SQUARES")
+    table.bind(alone=True)()
+    assert np.concatenate([arrays["y"][:count] for arrays, count in shards]).tobytes() == y.tobytes()
+    assert np.concatenate([arrays["keep"][:count] for arrays, count in shards]).tobytes() == keep.tobytes()
