@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceW
 @pytest.fixture(params=[pytest.param(one, id=one.name, marks=marks_of(one)) for one in (INTERPRETER, GPU)])
 def backend(request, monkeypatch):
     # the interpreter's plan "auto" is not the resident one, which is the slowest there
-    monkeypatch.setattr("fusemlp.fleet.launches.choose_plan", lambda *_, **__: ("resident", ""))
+    monkeypatch.setattr("fusemlp.runtime.session.choose_plan", lambda *_, **__: ("resident", ""))
     with usable(request.param):
         yield request.param.backend
 

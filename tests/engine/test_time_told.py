@@ -231,8 +231,10 @@ def test_of_two_things_the_later_is_shown(monkeypatch):
     terminal = terminal_of(monkeypatch)
     with compilations_shown(), waiting("scoring", quiet=False), announced():
         time.sleep(4 * progress.REDRAW)
-    drawn = {line.split(":")[0] for line in terminal.getvalue().split(progress.CLEAR) if line}
-    assert drawn == {"compiling, once on this machine"}
+    drawn = [line.split(":")[0] for line in terminal.getvalue().split(progress.CLEAR) if line]
+    later = "compiling, once on this machine"
+    # a busy machine may draw the first before the second begins
+    assert set(drawn[drawn.index(later) :]) == {later}
 
 
 def test_elsewhere_it_is_one_line_if_asked_for_and_none_if_quiet(capsys):

@@ -66,11 +66,17 @@ def nan_or_error(call, *written):
         assert np.isnan(array).all()
 
 
+def launches_of(variant):
+    """The module of a backend on a device that launches its layers and losses."""
+    variant.backend()
+    file = {"triton": "layers", "cupy": "calls"}[variant.device.backend]
+    return sys.modules[f"fusemlp_kernels.{variant.device.backend}.{file}"]
+
+
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
 def test_an_activation_without_a_formula_is_no_other(variant, monkeypatch):
     if not variant.device.on_host:
-        layers = sys.modules[f"fusemlp_kernels.{variant.device.backend}.layers"] if variant.backend() else None
-        for module in (layers, checks):
+        for module in (launches_of(variant), checks):
             monkeypatch.setattr(module, "ACTIVATIONS", (*ACTIVATIONS, "softsign"))
     values = Values(5, variant)
     x, w, b, y = values.factors(6, 5), values.factors(4, 5), values.normal(4), values.factors(6, 4)
@@ -82,9 +88,7 @@ def test_an_activation_without_a_formula_is_no_other(variant, monkeypatch):
 @pytest.mark.parametrize("variant", VARIANT_PARAMETERS)
 def test_a_loss_without_a_formula_is_no_other(variant, monkeypatch):
     if not variant.device.on_host:
-        backend, file = variant.backend(), {"triton": "layers", "cupy": "losses"}[variant.device.backend]
-        losses = sys.modules[f"fusemlp_kernels.{variant.device.backend}.{file}"] if backend else None
-        for module in (losses, checks):
+        for module in (launches_of(variant), checks):
             monkeypatch.setattr(module, "LOSSES", (*LOSSES, "softsign"))
     values, found = Values(5, variant), {}
     z, target = values.factors(6, 4), values.normal(6, 4)
