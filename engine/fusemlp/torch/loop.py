@@ -235,7 +235,8 @@ class Watch:
         self._parameters = [
             (parameter, parameter.data_ptr(), parameter.requires_grad) for parameter in module.parameters()
         ]
-        self._weights = [(buffer, buffer._version) for loss in losses for buffer in loss.buffers()]
+        weights = [weight for loss in losses for weight in (*loss.buffers(), *loss.parameters())]
+        self._weights = [(weight, weight._version) for weight in weights]
         lists = (optimizer.param_groups, *(group["params"] for group in optimizer.param_groups))
         self._lists = [(entries, len(entries)) for entries in lists]
 
@@ -250,8 +251,8 @@ class Watch:
         for entries, length in self._lists:
             if len(entries) != length:
                 return False
-        for buffer, version in self._weights:
-            if buffer._version != version:
+        for weight, version in self._weights:
+            if weight._version != version:
                 return False
         objects = chain(chain.from_iterable(self._held), map(dict.get, self._owners, self._names), END)
         return all(map(is_, objects, self._objects)) and not any(self._hooks)
