@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from fusemlp.cli import app, options
-from fusemlp.cli.help import COMMON, GROUPS, MOST
+from fusemlp.cli.app import COMMON, GROUPS, MOST
 from fusemlp.datasets.load import NAMES
 from fusemlp.describe.losses import LOSSES
 from fusemlp.tables.recipe import run_folders

@@ -1,6 +1,7 @@
 """Data larger than memory: shuffled batches of memory-mapped arrays and Parquet files, a window of blocks at a time."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -293,7 +294,7 @@ class Blocks:
 
     def __iter__(self) -> Iterator[tuple[Array, ...]]:
         """Yield the batches of an epoch that are left of it, and go on with the next epoch afterwards."""
-        return self._batches(*self._begun())
+        return self._batches(lambda blocks, order, done, into: self._read(blocks, into))
 
     def shared(self, peers: Peers, owner: Callable[[Array], Array]) -> Iterator[tuple[Array, ...]]:
         """Yield the same batches in several processes, with zeros in the rows of x that are not this one's.
@@ -301,7 +302,7 @@ class Blocks:
         Each process reads its part of the blocks, and they send one another the rows. ``owner`` gives for the place of
         a row in its batch the number of its process.
         """
-        return self._shared(*self._begun(), peers, owner)
+        return self._batches(partial(self._exchange, peers, owner))
 
     def described(self) -> dict[str, Any]:
         """Return by name what decides which rows are in which batch."""
@@ -313,19 +314,23 @@ class Blocks:
             "drop_last of blocks": self.drop_last,
         }
 
-    def _begun(self) -> tuple[int, int]:
-        """Return the epoch, and the batches of it that have passed; the next pass is another epoch's."""
-        epoch, first = divmod(self._next, len(self))
-        self._next = (epoch + 1) * len(self)
-        return epoch, first
+    def _batches(self, fetch: Callable[..., None]) -> Iterator[tuple[Array, ...]]:
+        """Yield what is left of an epoch; ``fetch(blocks, order, done, into)`` gets the rows of a window.
 
-    def _batches(self, epoch: int, first: int) -> Iterator[tuple[Array, ...]]:
-        size, held = self.batch_size, self._room(self._most_rows)
+        Before these, in their ``order``, the epoch has ``done`` rows.
+        """
+        epoch, first = divmod(self._next, len(self))
+        # the next pass is another epoch's
+        self._next = (epoch + 1) * len(self)
+        size, held = (
+            self.batch_size,
+            [np.empty((self._most_rows, *part.shape), part.dtype) for part in self._source.parts],
+        )
         # rows at the front that do not fill a batch; rows that are read; batches that have passed
         waiting = done = passed = 0
         for blocks, order in self._windows(epoch):
             count = waiting + len(order)
-            self._read(blocks, held, waiting)
+            fetch(blocks, order, done, [array[waiting:count] for array in held])
             rows = np.concatenate([np.arange(waiting), waiting + order])
             done += len(order)
             whole = count if done == self.rows and not self.drop_last else count - count % size
@@ -337,60 +342,29 @@ class Blocks:
             for array in held:
                 array[:waiting] = array[rows[whole:]]
 
-    def _shared(
-        self, epoch: int, first: int, peers: Peers, owner: Callable[[Array], Array]
-    ) -> Iterator[tuple[Array, ...]]:
-        size, everyone = self.batch_size, range(peers.world)
-        # of what is left this process's rows of x, and all rows of the other arrays
-        x, *others = self._room(0)
-        # the places in the epoch at which these rows of x come
-        places: Array = np.arange(0)
-        done = passed = 0
-        for blocks, order in self._windows(epoch):
-            # of the rows as they lie in the blocks: their places, and the process that reads them
-            place = np.empty(len(order), np.int64)
-            place[order] = done + np.arange(len(order))
-            reader = np.repeat(np.arange(len(blocks)) % peers.world, np.diff(self._starts)[blocks])
-            taker = owner(place % size)
-            to = taker[reader == peers.rank]
-            read = self._room(len(to))
-            self._read(blocks[peers.rank :: peers.world], read)
-            sent = [np.flatnonzero((reader == rank) & (taker == peers.rank)) for rank in everyone]
-            incoming = peers.swap([read[0][to == rank] for rank in everyone], [len(rows) for rows in sent])
-            new = place[np.concatenate(sent)]
-            x = np.concatenate([x, incoming[np.argsort(new)]])
-            places = np.concatenate([places, np.sort(new)])
-            counts = [int(np.count_nonzero(reader == rank)) for rank in everyone]
-            by_place = np.argsort(place[np.argsort(reader, kind="stable")])
-            for at, array in enumerate(read[1:]):
-                incoming = peers.swap([array] * peers.world, counts)
-                others[at] = np.concatenate([others[at], incoming[by_place]])
-            done += len(order)
-            begin = done - len(others[0])
-            whole = len(others[0])
-            if done < self.rows or self.drop_last:
-                whole -= whole % size
-            for start in range(0, whole, size):
-                passed += 1
-                if passed > first:
-                    stop = min(start + size, whole)
-                    span = slice(*np.searchsorted(places, [begin + start, begin + stop]))
-                    batch = np.zeros((stop - start, *x.shape[1:]), x.dtype)
-                    batch[places[span] - begin - start] = x[span]
-                    yield batch, *(array[start:stop] for array in others)
-            left = np.searchsorted(places, begin + whole)
-            x, places, others = x[left:], places[left:], [array[whole:] for array in others]
+    def _read(self, blocks: Array, into: Sequence[Array], first: int = 0, step: int = 1) -> None:
+        """Copy every ``step``-th of some blocks, from ``first`` on, to the place of its rows among those of all."""
+        for at, stop in [*enumerate(np.cumsum(np.diff(self._starts)[blocks]))][first::step]:
+            start = stop - self._source.sizes[blocks[at]]
+            self._source.read(int(blocks[at]), [array[start:stop] for array in into])
 
-    def _room(self, rows: int) -> list[Array]:
-        """Return arrays for this many rows."""
-        return [np.empty((rows, *part.shape), part.dtype) for part in self._source.parts]
-
-    def _read(self, blocks: Array, into: Sequence[Array], at: int = 0) -> None:
-        """Copy the arrays of some blocks, one after another, into rows from ``at`` on."""
-        for block in blocks:
-            stop = at + self._source.sizes[block]
-            self._source.read(int(block), [array[at:stop] for array in into])
-            at = stop
+    def _exchange(
+        self, peers: Peers, owner: Callable[[Array], Array], blocks: Array, order: Array, done: int, into: list[Array]
+    ) -> None:
+        """Read this process's part of some blocks, and get the rest from the others: of x the rows that are its own."""
+        self._read(blocks, into, peers.rank, peers.world)
+        reader = np.repeat(np.arange(len(blocks)) % peers.world, np.diff(self._starts)[blocks])
+        taker = np.empty(len(order), np.int64)
+        taker[order] = owner((done + np.arange(len(order))) % self.batch_size)
+        read = [np.flatnonzero(reader == rank) for rank in range(peers.world)]
+        mine = read[peers.rank]
+        x, *others = into
+        for rows in others:
+            rows[np.concatenate(read)] = peers.swap([rows[mine]] * peers.world, [len(part) for part in read])
+        wanted = [part[taker[part] == peers.rank] for part in read]
+        sent = [x[mine[taker[mine] == rank]] for rank in range(peers.world)]
+        x[np.concatenate(wanted)] = peers.swap(sent, [len(part) for part in wanted])
+        x[taker != peers.rank] = 0
 
     def __repr__(self) -> str:
         return (
