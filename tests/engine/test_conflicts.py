@@ -297,6 +297,8 @@ def test_the_tables_features_are_walked():
         "label_smoothing",
         # test_layer_doors.py
         "columns",
+        # test_cli.py and test_cli_transfer.py
+        *("dp_epsilon", "probed", "time_limit"),
         # tests/doors/test_table_doors.py
         *("gaps", "trained gaps", "sweep", "several targets", "quantiles", "return_std"),
         *(name for one in FEATURES.values() for name in one.implies),

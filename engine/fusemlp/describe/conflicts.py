@@ -101,6 +101,10 @@ CONFLICTS = {
             ("gaps", "adversarial", "adversarial", "adversarial training takes", "leave it out, or fill them in"),
         )
     },
+    ("dp_epsilon", "adversarial"): "dp_epsilon: adversarial training is not private; leave out --dp-epsilon or "
+    "--adversarial",
+    ("probed", "time_limit"): "probe: --time-limit does not count its epochs; give one of the options",
+    ("probed", "dp_epsilon"): "probe: it trains without noise, and --dp-epsilon needs noise; use --freeze in its place",
     # a loss on the host
     ("own loss", "members"): f"loss: {{own loss}}{SINGLE}",
     ("function", "table"): f"loss: {_HOST} for tables; train an Engine on their columns as numbers",

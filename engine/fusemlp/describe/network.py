@@ -38,6 +38,8 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 Checked = TypeVar("Checked")
 
 _FAMILIES = ("he", "glorot", "lecun")
+# The entries of a configuration that earlier releases lack.
+ABSENT: dict[str, Any] = {"members": 1, "norms": [], "blocks": [], "encoding": None}
 INITS = ("auto", *(f"{family}_{shape}" for family in _FAMILIES for shape in ("normal", "uniform")), "torch", "zeros")
 # The slopes of the activations that have one.
 SLOPES = {name: row.slope for name, row in pointwise.ACTIVATIONS.items() if row.slope is not None}
@@ -265,7 +267,7 @@ class MLP(Description):
             encoding=as_encoding("encoding", encoding),
         )
         check_together(self.uses)
-        if self.members > 1:
+        if "members" in self.uses:
             self._check_members()
 
     def _check_members(self) -> None:
@@ -326,6 +328,10 @@ class MLP(Description):
                 )
         return [(first - start, last - start) for first, last in self.blocks if start <= first and last < stop]
 
+    def shares(self, layer: int) -> bool:
+        """Return whether members share the weights of a layer."""
+        return "members" in self.uses and layer < self.layers - 1
+
     def norm(self, layer: int) -> Normalisation | None:
         """Return what the rows of a layer are normalised by before its activation; None if by nothing."""
         return self.norms[layer] if self.norms else None
@@ -354,7 +360,7 @@ class MLP(Description):
         """Return the shape of each parameter by its name, in the order of ``state_dict``."""
         shapes: dict[str, tuple[int, ...]] = {}
         for layer, (inputs, outputs) in enumerate(zip(self.widths, self.widths[1:], strict=False)):
-            if self.members > 1 and layer < self.layers - 1:
+            if self.shares(layer):
                 shapes[f"{2 * layer}.r"] = (self.members, inputs)
                 shapes[f"{2 * layer}.weight"] = (outputs, inputs)
                 shapes[f"{2 * layer}.s"] = (self.members, outputs)
@@ -395,7 +401,7 @@ class MLP(Description):
         for layer, (stream, activation) in enumerate(zip(streams, self.activations, strict=True)):
             generator = np.random.Generator(np.random.PCG64(stream))
             how: Any = self.init_of(layer), activation, *self.widths[layer : layer + 2]
-            if self.members > 1 and layer < self.layers - 1:
+            if self.shares(layer):
                 weight, bias = _draw(generator, *how)
                 inputs, outputs = how[2:]
                 signs = generator.choice([-1.0, 1.0], (self.members, inputs))
@@ -414,7 +420,7 @@ class MLP(Description):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> MLP:
         """Return the network of a description from ``to_config``."""
-        config = {"members": 1, "norms": [], "blocks": [], "encoding": None, **config}
+        config = {**ABSENT, **config}
         names = ("sizes", "activations", "dropouts", "init", "members", "norms", "blocks", "encoding")
         check_keys("network", config, names)
         encoding = config["encoding"]
@@ -438,23 +444,15 @@ class MLP(Description):
     def to_config(self) -> dict[str, Any]:
         """Return a JSON-able description; earlier releases read one without what they lack."""
         config = super().to_config()
-        if self.members == 1:
-            del config["members"]
-        return {name: value for name, value in config.items() if value or name not in ("norms", "blocks", "encoding")}
+        return {name: value for name, value in config.items() if name not in ABSENT or value != ABSENT[name]}
 
     def __repr__(self) -> str:
         shown = [activation if activation.name in SLOPES else activation.name for activation in self.activations]
         options = [f"activation={_compact(shown[:-1])}"] if self.layers > 1 else []
+        uses = {"init": self.init, **self.uses}
         options.append(f"output_activation={shown[-1]!r}")
-        if any(self.dropouts):
-            options.append(f"dropout={_compact(self.dropouts[:-1])}")
-        if self.norms:
-            options.append(f"norm={_compact(self.norms[:-1])}")
-        if self.encoding is not None:
-            options.append(f"encoding={self.encoding!r}")
-        options.append(f"init={self.init!r}")
-        if self.members > 1:
-            options.append(f"members={self.members}")
+        options += [f"{name}={_compact(uses[name][:-1])}" for name in ("dropout", "norm") if name in uses]
+        options += [f"{name}={uses[name]!r}" for name in ("encoding", "init", "members") if name in uses]
         return f"MLP({rolled(self.sizes, self.blocks)!r}, {', '.join(options)})"
 
 
@@ -543,7 +541,7 @@ def layer_lines(net: MLP) -> list[str]:
                 f"{counts[layer]:,}",
             )
         )
-    members = f", {net.members} members" if net.members > 1 else ""
+    members = f", {net.members} members" if "members" in net.uses else ""
     members += "" if net.encoding is None else f", {net.encoding!r}"
     lines = aligned(rows, left=range(len(HEADER) - 1)).split("\n")
     return [f"MLP {'-'.join(map(str, net.sizes))}{members}", *lines, f"{net.parameter_count:,} parameters"]

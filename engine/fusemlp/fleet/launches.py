@@ -61,11 +61,18 @@ def grouped(engines: Mapping[int, Engine], plan: str) -> list[tuple[LaunchGroup,
 
 
 class Places:
-    """Stands in for a bound program of a group's launch; the model's data starts at row ``first`` of the group's."""
+    """Stands in for a bound program of a group's launch; the model's data starts at row ``first`` of the group's.
+
+    ``steps`` are those that the model asks for.
+    """
 
     def __init__(self, memory: Memory, rows: Any, epoch_stats: Any | None, chunk: int, first: int) -> None:
         self.arrays = {**memory.arrays, "rows": rows} | ({} if epoch_stats is None else {"epoch_stats": epoch_stats})
-        self.backend, self.chunk, self.first = memory.backend, chunk, first
+        self.backend, self.chunk, self.first, self.steps = memory.backend, chunk, first, 0
+
+    def run_many(self, count: int) -> None:
+        """Ask for steps of the launch to come."""
+        self.steps = count
 
     def set_rows(self, order: Array, first_batch: int, size: int, epochs: int = 1) -> None:
         """See ``BoundProgram.set_rows``."""
@@ -142,13 +149,30 @@ class LaunchGroup:
         )
 
 
+Launch = Callable[[], object]
+# A training yields its launches, and goes on when one has run.
+Training = Generator[Launch, None, None]
+# Is told the key of a training that has ended and how it diverged, or None.
+Ended = Callable[[int, DivergenceError | None], None]
+
+
+def told(key: int, training: Training, ended: Ended) -> Training:
+    """Yield the launches of a training, and tell ``ended`` its end."""
+    outcome: DivergenceError | None = None
+    try:
+        yield from training
+    except DivergenceError as error:
+        outcome = error
+    ended(key, outcome)
+
+
 def train_together(
     group: LaunchGroup,
     loops: Mapping[int, EpochLoop[Any]],
     program: Callable[[EpochLoop[Any], Inputs], Program],
     data: Mapping[str, Any],
     interrupted: Callable[[], bool],
-    ended: Callable[[int, DivergenceError | None], None],
+    ended: Ended,
     firsts: Sequence[int] | None = None,
 ) -> None:
     """Train all epochs of all models of a group, in one launch for the steps that the models ask for.
@@ -160,24 +184,17 @@ def train_together(
     group.take_rows(list(loops.values()), firsts)
     inputs = Inputs(len(data["x"]), indexed=True, weighted="weight" in data)
     launch = group.bind([program(loop, inputs) for loop in loops.values()], data)
-    for loop in loops.values():
-        loop.begin()
-    asking = {key: loop.training(interrupted) for key, loop in loops.items()}
+    asking = {key: told(key, loop.launches(interrupted), ended) for key, loop in loops.items()}
     while asking:
-        wanted = dict.fromkeys(loops, 0)
         for key, training in list(asking.items()):
-            outcome: DivergenceError | None = None
-            try:
-                wanted[key] = next(training, 0)
-            except DivergenceError as error:
-                outcome = error
-            if not wanted[key]:
+            loops[key].bound.run_many(0)
+            ask = next(training, None)
+            if ask is None:
                 del asking[key]
-                if outcome is None:
-                    loops[key].finish(interrupted=interrupted())
-                ended(key, outcome)
+            else:
+                ask()
         if asking:
-            launch(list(wanted.values()))
+            launch([loop.bound.steps for loop in loops.values()])
 
 
 def _resident_program(loop: EpochLoop[FitPolicy], inputs: Inputs) -> Program:
@@ -189,7 +206,7 @@ def train_groups(
     groups: Sequence[tuple[LaunchGroup, Sequence[int]]],
     fit: Callable[[int], EpochLoop[FitPolicy]],
     data: Mapping[str, Any],
-    ended: Callable[[int, DivergenceError | None], None],
+    ended: Ended,
 ) -> None:
     """Train groups one after another, each given with its models' keys; ``fit`` makes the loop of a key, bound here.
 
@@ -206,66 +223,46 @@ def train_groups(
             raise KeyboardInterrupt
 
 
-Launch = Callable[[], object]
-# A training yields its launches, and goes on when one has run.
-Training = Generator[Launch, None, None]
-Stop = Callable[[], bool]
-
-
 class LaunchThreads:
-    """Runs the launches of trainings on ``workers`` threads, the calling one among them, each alone.
+    """Runs the launches of trainings on ``workers`` threads, the calling one among them, each alone."""
 
-    ``ended`` is told the number of a training that has ended and how it diverged, or None.
-    """
-
-    def __init__(self, workers: int, ended: Callable[[int, DivergenceError | None], None]) -> None:
+    def __init__(self, workers: int) -> None:
         # one launch runs in the calling thread while it waits: a thread more than cores would keep its Python waiting
         self._pool = ThreadPoolExecutor(workers - 1, thread_name_prefix="fusemlp") if workers > 1 else None
-        self._ready: deque[tuple[int, Training, Launch]] = deque()
-        self._ended = ended
-        self._done: SimpleQueue[tuple[int, Training, BaseException | None]] = SimpleQueue()
+        self._ready: deque[tuple[Training, Launch]] = deque()
+        self._done: SimpleQueue[tuple[Training, BaseException | None]] = SimpleQueue()
         # trainings to have under way: one launch waits for each thread while another is prepared
         self.most = 2 * workers if workers > 1 else 1
         self.active = 0
 
-    def start(self, number: int, training: Training) -> None:
-        """Begin a training."""
-        self._advance(number, training, None)
+    def start(self, training: Training, error: BaseException | None = None) -> None:
+        """Begin a training, or go on with it after a launch and what went wrong in that."""
+        try:
+            launch = next(training) if error is None else training.throw(error)
+        except StopIteration:
+            return
+        self.active += 1
+        self._ready.append((training, launch))
+        if self._pool is not None:
+            self._pool.submit(self._run_next)
 
     def wait(self) -> None:
         """Wait until a launch has run, and go on with its training. Raises what went wrong in the launch."""
         if self._done.empty():
             self._run_next()
-        number, training, error = self._done.get()
+        training, error = self._done.get()
         self.active -= 1
-        self._advance(number, training, error)
+        self.start(training, error)
 
     def close(self) -> None:
         """Wait for the launches that run, and drop all others."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def _advance(self, number: int, training: Training, error: BaseException | None) -> None:
-        launch: Launch | None
-        outcome: DivergenceError | None = None
-        try:
-            launch = next(training) if error is None else training.throw(error)
-        except StopIteration:
-            launch = None
-        except DivergenceError as divergence:
-            launch, outcome = None, divergence
-        if launch is None:
-            self._ended(number, outcome)
-            return
-        self.active += 1
-        self._ready.append((number, training, launch))
-        if self._pool is not None:
-            self._pool.submit(self._run_next)
-
     def _run_next(self) -> None:
         """Run the launch that has waited longest, if any has."""
         try:
-            number, training, launch = self._ready.popleft()
+            training, launch = self._ready.popleft()
         except IndexError:
             return
         outcome: BaseException | None = None
@@ -274,16 +271,16 @@ class LaunchThreads:
                 launch()
         except BaseException as error:
             outcome = error
-        self._done.put((number, training, outcome))
+        self._done.put((training, outcome))
         # an error leads to this frame, and the frame must not lead back
         del outcome
 
 
 def run_side_by_side(
     numbers: Iterable[int],
-    begin: Callable[[int, Stop], Training],
+    begin: Callable[[int, Callable[[], bool]], Training],
     workers: int,
-    ended: Callable[[int, DivergenceError | None], None],
+    ended: Ended,
     most: int | None = None,
 ) -> None:
     """Run numbered trainings to their end; ``begin`` makes each, which asks the function it is given when to stop.
@@ -304,13 +301,13 @@ def run_side_by_side(
             if not stop():
                 ended(number, error)
 
-        threads = LaunchThreads(workers, report)
+        threads = LaunchThreads(workers)
         threads.most = most or threads.most
         try:
             while (begins := bool(waiting) and not stop()) or threads.active:
                 if begins and threads.active < threads.most:
                     number = waiting.popleft()
-                    threads.start(number, begin(number, stop))
+                    threads.start(told(number, begin(number, stop), report))
                 else:
                     threads.wait()
         except BaseException:

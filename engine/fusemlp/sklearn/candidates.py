@@ -91,7 +91,7 @@ class Candidates:
         at_once: Callable[[], int],
     ) -> None:
         self._asked, self._estimator, self._fits, self._at_once = asked, estimator, fits, at_once
-        self._threads = LaunchThreads(workers, lambda number, error: None)
+        self._threads = LaunchThreads(workers)
         self._most, self._together = self._threads.most, False
         # engines on the host, as they were when new, and their models
         self._lent: list[tuple[Any, Engine, dict[str, Array], weakref.ref[Model]]] = []
@@ -139,7 +139,7 @@ class Candidates:
             if candidate is None:
                 continue
             if candidate.epochs.bound is not None:
-                self._threads.start(0, candidate.training())
+                self._threads.start(candidate.training())
                 continue
             if not self._together:
                 self._most, self._together = self._at_once(), True
@@ -159,7 +159,7 @@ class Candidates:
             if model.solver in STOCHASTIC and not (model.callbacks or model.verbose or model.warm_start):
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
-                    loops.append(model._set_up(*data, make=Model if model.adversarial is not None else self._model))
+                    loops.append(model._set_up(*data, make=self._model))
 
         try:
             estimator.set_params(**clone(parameters, safe=False))

@@ -237,8 +237,7 @@ def check_rows(recipe: TableRecipe) -> int:
     if descriptions.trains_plainly(recipe):
         return seed
     private = descriptions.is_private(recipe)
-    if private and recipe.adversarial is not None:
-        raise ArgumentError("dp_epsilon: adversarial training is not private; leave out --dp-epsilon or --adversarial")
+    check_together(in_use(dp_epsilon=recipe.dp_epsilon, adversarial=recipe.adversarial))
     for name, given in (("models", (recipe.models or 1) > 1), ("final_fit", recipe.final_fit)):
         if given:
             kind = "private" if private else "adversarial"

@@ -11,6 +11,7 @@ from fusemlp.datasets.dataset import Dataset
 from fusemlp.datasets.preprocessing import Preprocessor
 from fusemlp.datasets.rows import fit_preprocessor, network_ends
 from fusemlp.describe.checks import as_count
+from fusemlp.describe.conflicts import check_together, in_use
 from fusemlp.describe.network import MLP
 from fusemlp.describe.text import listed
 from fusemlp.engine import Engine, load
@@ -170,10 +171,7 @@ def opened(recipe: TableRecipe) -> Source | None:
     source = Source(run, config, preprocessor, _loaded(weights_path(run, "model"), recipe))
     net = source.engine.network
     net.check_single("from", "transfer")
-    if recipe.probe and recipe.time_limit is not None:
-        raise ArgumentError("probe: --time-limit does not count its epochs; give one of the options")
-    if recipe.probe and recipe.dp_epsilon is not None:
-        raise ArgumentError("probe: it trains without noise, and --dp-epsilon needs noise; use --freeze in its place")
+    check_together(in_use(probed=recipe.probe or None, time_limit=recipe.time_limit, dp_epsilon=recipe.dp_epsilon))
     if recipe.probe and net.layers == 1:
         raise ArgumentError(f"probe: {recipe.transfer_from!r} has no hidden layer, so the output layer is all there is")
     return source

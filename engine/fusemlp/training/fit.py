@@ -224,12 +224,11 @@ def order_of(engine: Trainer, count: int, rows: Array | None, order: Order | Non
     The latter are those of ``rows`` (count,) if given. Members of one data row follow one another.
     """
 
-    def by_seed(epoch: int) -> Array:
-        places = shuffled(engine.backend, engine.plan, count, engine.seed, epoch)
-        return places if rows is None else rows[places]
+    def rows_of(epoch: int) -> Array:
+        places = shuffled(engine.backend, engine.plan, count, engine.seed, epoch) if order is None else order(epoch)
+        return np.repeat(places if rows is None or order is not None else rows[places], engine.network.members)
 
-    single, members = by_seed if order is None else order, engine.network.members
-    return single if members == 1 else lambda epoch: np.repeat(single(epoch), members)
+    return rows_of
 
 
 def asked_order(engine: Trainer, plan: FitPlan, count: int, first_epoch: int) -> Order | None:

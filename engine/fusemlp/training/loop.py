@@ -17,7 +17,7 @@ from fusemlp.callbacks.forms import deferred_interrupt, name_of, overrides
 from fusemlp.callbacks.progress import epoch_watchers
 from fusemlp.describe.schedules import ReduceOnPlateau, Schedule
 from fusemlp.inputs.arrays import Array
-from fusemlp.runtime.memory import Account
+from fusemlp.runtime.memory import Account, Memory
 from fusemlp.runtime.steps import check_scaling
 from fusemlp.training.history import FitState, History
 from fusemlp.training.trainer import Trainer
@@ -136,14 +136,14 @@ class EpochLoop(Generic[PolicyT]):
 
     def drive(self, interrupted: Callable[[], bool]) -> None:
         """Run the steps that ``training`` asks for."""
-        counters = self.engine.memory.counters
         for steps in self.training(interrupted):
             try:
                 self.bound.run_many(steps)
             except Exception:
                 # a loss of the caller's may end a launch after some of its steps
-                if steps > 1 and self.at_once == 1 and self.engine.memory.backend.traits.on_host:
-                    self.state.batch = int(counters[contract.ROW_OFFSET]) // self.batch_size
+                memory = self.engine.memory
+                if steps > 1 and self.at_once == 1 and memory.backend.traits.on_host:
+                    self.state.batch = int(memory.counters[contract.ROW_OFFSET]) // self.batch_size
                 raise
 
     def training(self, interrupted: Callable[[], bool]) -> Iterator[int]:
@@ -177,7 +177,7 @@ class EpochLoop(Generic[PolicyT]):
             yield from self._walk(ends, epochs)
             left = state.batch % self.batches
             ended = state.epoch - first_epoch + (0 if left else 1)
-            account = self._account(ended, ran=first_batch < self.batches)
+            account = self._account(memory, ended, ran=first_batch < self.batches)
             seconds = (time.perf_counter() - began) / max(1, ended)
             state.epoch = first_epoch
             if good is not None and ended and not self._is_finite(account):
@@ -228,9 +228,9 @@ class EpochLoop(Generic[PolicyT]):
         state.batch = done - (state.epoch - first) * self.batches
         self.policy.launched(range(first + epochs, first + 2 * epochs))
 
-    def _account(self, epochs: int, *, ran: bool) -> Account:
+    def _account(self, memory: Memory, epochs: int, *, ran: bool) -> Account:
         """Return the account of the last epochs; ``ran``: this fit has run steps of them."""
-        engine, memory, rewinds = self.engine, self.engine.memory, self.policy.rewinds
+        engine, rewinds = self.engine, self.policy.rewinds
         # where a launch of several epochs leaves the statistics of each
         by_epoch = self.bound.arrays.get("epoch_stats")
         # a checkpoint may have been written after the last batch, before the epoch was closed

@@ -238,12 +238,12 @@ if hasattr(os, "register_at_fork"):
 
 def launch(work: int, job: int, tasks: int) -> None:
     """Run a launch whose phases have up to ``tasks`` tasks: the address of its function, and of what it works on."""
-    members = 1 if tasks == 1 else min(tasks, threads())
-    if members > 1:
-        team = _the_team(members)
+    size = 1 if tasks == 1 else min(tasks, threads())
+    if size > 1:
+        team = _the_team(size)
         if team.free.acquire(blocking=False):
             try:
-                team.lead(members, work, job)
+                team.lead(size, work, job)
             finally:
                 team.free.release()
             return
