@@ -103,6 +103,9 @@ CORPUS = {
         "line 21, column 'a': '2024-02-30' is not a date such as 2024-12-31"
     ),
     "semicolons and decimal commas": ("a;b\n1,5;x\n-2,25;y\n", {"a": [1.5, -2.25], "b": ["x", "y"]}),
+    "a decimal mark of its own": ("a;b\n632.96;65488,71\n1.5;2,25\n", {"a": [632.96, 1.5], "b": [65488.71, 2.25]}),
+    "dates in two forms": ("a;b\n31.12.2024;1\n2024-01-02;2\n", {"a": ["2024-12-31", "2024-01-02"]}),
+    "American and ISO dates": ("a,b\n2024-01-02,1\n12/31/2024,2\n", {"a": ["2024-01-02", "2024-12-31"]}),
     "semicolons and decimal points": ("a;b\n1.5;x\n2.25;y\n", {"a": [1.5, 2.25], "b": ["x", "y"]}),
     "semicolons and thousands of three digits": ("a;b\n1.234,5;x\n12;y\n", {"a": [1234.5, 12], "b": ["x", "y"]}),
     "semicolons and millions": ("a;b\n1.234.567;x\n12;y\n", {"a": [1234567, 12], "b": ["x", "y"]}),

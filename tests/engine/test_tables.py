@@ -7,7 +7,9 @@ import io
 import json
 import lzma
 import math
+import re
 import zipfile
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date
 from decimal import Decimal
@@ -136,7 +138,7 @@ def test_all_mistakes_are_in_one_message(tmp_path):
         load_data(write(tmp_path / "a.csv", "\n".join(lines)), target="y")
     first, *others = str(caught.value).splitlines()
     assert first.endswith("a.csv: 8 mistakes:")
-    for place in ("line 62, column 'a': 'x'", "line 63, column 'b': 'y y'", "line 64: expected 3", "(and 3 more in"):
+    for place in ("line 62, column 'a': 'x'", "line 63, column 'b': 'y y'", "line 64: expected 3", "(and 4 more in"):
         assert sum(place in line for line in others) == 1
 
 
@@ -173,6 +175,100 @@ def test_an_ambiguous_order_is_said(tmp_path):
     assert notes == ["column 'a' holds dates such as '1/2/2024', read with the month first"]
 
 
+def cells(*values):
+    """Return a table: of 60 rows, in which every fourth cell is one of ``values``, and the others are 100, 101, ..."""
+    rows = (values[row // 4 % len(values)] if row % 4 == 0 else 100 + row for row in range(60))
+    return "a;b\n" + "".join(f"{cell};{row % 7}\n" for row, cell in enumerate(rows))
+
+
+DAYS = [f"{day:02}.01.2024" for day in range(10, 25)]
+MIXED = [*DAYS[:9], *(f"Jan {day}" for day in range(10, 16))]
+AMONG = "'unknown' is not a number, but other values .*--missing 'unknown'.*and 14 more in column 'a'"
+
+
+@pytest.mark.parametrize(
+    ("content", "note", "options"),
+    [
+        (cells(-999), "column 'a' holds -999 in 15 rows, apart .*101 to 159.*: --missing -999$", {}),
+        (cells(-999), "column 'a' holds -999 in 15 rows", {"targets": ["a"]}),
+        (cells(-1), "column 'a' holds -1 in 15 rows", {}),
+        (cells(9999), "column 'a' holds 9999 in 15 rows", {}),
+        (cells(-999), "", {"kinds": {"a": "number"}}),
+        (cells(999, 700), "", {}),
+        (cells(99), "", {}),
+        ("a;b\n" + "-999;1\n3;2\n" * 20, "", {}),
+        (cells("unknown"), "", {"form": Form(missing=["unknown"])}),
+        ("a;b\n" + "x;1\n3;2\n" * 20, "holds words, such as 'x', and numbers, such as '3': .*--missing 'x'", {}),
+        ("a;b\n" + "x;1\n3;2\n" * 20, "holds words, such as 'x', and numbers, such as '3'", {"targets": ["a"]}),
+        (cells("x"), "holds words, such as 'x', and .*", {"targets": ["a"], "task": "classification"}),
+        (
+            "a;b\n" + "".join(f"{day};1\n" for day in MIXED),
+            "'10.01.2024' and others such as 'Jan 10': .*2024-12-31",
+            {},
+        ),
+        ("a;b\n" + "1.5;2,25\n" * 9, "decimal mark ',', but a point in 'a'$", {}),
+        ("a;b;c\n" + "1.5;2,25;2\n" * 9, "decimal mark ',' in 'b'$", {}),
+        ("a;b\n" + "1.75;2,25\n" * 9, "'1.75' is a number by the decimal mark '.'", {"form": Form(decimal=",")}),
+    ],
+)
+def test_a_doubtful_column_is_said(content, note, options, tmp_path):
+    notes = []
+    read_table(write(tmp_path / "a.csv", content), notes=notes, **options)
+    notes = notes[1:] if not note else notes
+    assert [bool(re.search(note, line)) for line in notes].count(True) == bool(note), notes
+
+
+@pytest.mark.parametrize(
+    ("content", "message", "options"),
+    [
+        (cells("unknown"), f"line 2, column 'a': {AMONG}", {}),
+        (cells("unknown"), f"line 2, column 'a': {AMONG}", {"targets": ["a"]}),
+        ("y;b\n" + "unknown;1\n3;2\n" * 20, "'unknown' is not a number", {"targets": ["y"], "task": "regression"}),
+        (cells("1.5", "x"), "line 6, column 'a': 'x' is not a number", {"targets": ["a"]}),
+        ("y;b\n" + "632.96;1\n" * 9, "by ','; leave out --decimal", {"targets": ["y"], "form": Form(decimal=",")}),
+    ],
+)
+def test_a_word_among_numbers_is_a_mistake(content, message, options, tmp_path):
+    with pytest.raises(DataError, match=message):
+        read_table(write(tmp_path / "a.csv", content), **options)
+
+
+@pytest.mark.parametrize(
+    ("content", "earlier", "value"),
+    [
+        # the training had both marks
+        ("a;b\n1.234;5,5\n", {"a": ".", "b": ","}, 1.234),
+        ("a;b\n1.23;5,5\n", {"a": ",", "b": "."}, 1.23),
+        # the file shows its mark; it shows none
+        ("a;b\n1.234;5,5\n", {"a": ".", "b": "."}, 1234),
+        ("a;b\n1.234;5\n", {"a": ",", "b": ","}, 1234),
+        ("a;b\n1.234;5\n", {}, 1.234),
+        # a slip among thousands
+        ("a;b\n" + "".join(f"{row}.234;5,5\n" for row in range(1, 30)) + "9.5;1,5\n", {}, None),
+    ],
+)
+def test_the_decimal_mark_of_a_column(content, earlier, value, tmp_path):
+    path = write(tmp_path / "a.csv", content)
+    with nullcontext() if value else pytest.raises(DataError, match=r"line 31, column 'a': '9\.5' is not a number"):
+        assert read_table(path, form=Form(earlier=earlier))["a"][0] == value
+
+
+def test_a_run_reads_new_rows_with_the_marks_of_its_columns(tmp_path, capsys):
+    lines = [f"{x / 3:.2f};{x * 7 / 3:.2f}".split(";") for x in range(1, 121)]
+    text = "a;y\n" + "".join(f"{a};{y.replace('.', ',')}\n" for a, y in lines)
+    path, out = write(tmp_path / "a.csv", text), tmp_path / "run"
+    assert run("train", path, "--target", "y", "--models", "1", *QUICK, "--out", out) == 0
+    assert read(out / "config.json")["data"]["decimals"] == {"a": ".", "y": ","}
+    predicted = []
+    for index, cell in enumerate(("9.125", "9.1250", "9125")):
+        new = write(tmp_path / f"{index}.csv", f"a;z\n{cell};1,5\n")
+        assert run("predict", out, "--data", new, "--out", tmp_path / f"p{index}.csv", "--ignore-unused") == 0
+        predicted.append((tmp_path / f"p{index}.csv").read_text())
+    assert predicted[0] == predicted[1] != predicted[2]
+    assert run("train", path, "--from", out, "--models", "1", *QUICK, "--out", tmp_path / "again") == 0
+    assert read(tmp_path / "again" / "config.json")["data"]["decimals"] == {"a": ".", "y": ","}
+
+
 def test_dates_of_new_data(tmp_path):
     rows = [f"{day:02}.0{1 + day % 3}.202{day % 2},{day % 5}" for day in range(1, 29)]
     dataset = load_data(write(tmp_path / "a.csv", "\n".join(["when,y", *rows])), target="y")
@@ -184,8 +280,8 @@ def test_dates_of_new_data(tmp_path):
     assert new[0].tolist() == [2021, 2, 3, 2, 18661]
     assert np.isnan(new[1]).all()
     assert np.isfinite(made.transform_features(new)).all()
-    with pytest.raises(DataError, match=r"line 2, column 'when': '2021-02-03' is not a date such as 31.12.2024"):
-        load_features(write(tmp_path / "b.csv", "when\n2021-02-03\n"), made)
+    with pytest.raises(DataError, match=r"line 3, column 'when': '02/2021' is not a date such as 31.12.2024"):
+        load_features(write(tmp_path / "b.csv", "when\n2021-02-03\n02/2021\n"), made)
 
 
 # Numbers among words

@@ -8,7 +8,7 @@ Those of a training are the fields of ``fusemlp.tables.recipe``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class TextOptions:
         """Return the form of a file; what is not given is that of the training, whose options are ``run``."""
         names = "sep", "decimal", "encoding"
         before = run or {}
-        marks = {name: getattr(self, name) or before.get(name) for name in names}
+        marks: dict[str, Any] = {name: getattr(self, name) or before.get(name) for name in names}
         # words of new rows stand beside those that the training left out
         marks["missing"] = [*(before.get("missing") or ()), *(self.missing or ())] or None
         # None: recognised
@@ -230,7 +230,8 @@ class ApplyOptions(UseOptions, TextOptions):
 
     def reading(self, config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
         """Return the arguments that read other data as a run's were read; ``notes`` takes lines on them."""
-        return {"form": self.form(config["options"]), "notes": notes, "ignore_unused": self.ignore_unused}
+        form = replace(self.form(config["options"]), earlier=config["data"].get("decimals", {}))
+        return {"form": form, "notes": notes, "ignore_unused": self.ignore_unused}
 
 
 @dataclass(frozen=True, kw_only=True)

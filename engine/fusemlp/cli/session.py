@@ -255,12 +255,18 @@ def prepared_data(
 ) -> Prepared:
     """Load the data of the options and prepare a training on them: see ``fusemlp.tables.preparation.prepare``."""
     check_rows(options)
-    dataset = read_data(options, like if source is None else source.preprocessor)
+    earlier = {} if source is None else source.config["data"].get("decimals", {})
+    dataset = read_data(options, like if source is None else source.preprocessor, earlier)
     return prepare(options, dataset, like=like, network=network, source=source)
 
 
-def read_data(options: TrainOptions, like: Preprocessor | None = None) -> Dataset:
-    """Return the data set of the options, with the rows of their files; ``like`` has the columns of a run."""
+def read_data(
+    options: TrainOptions, like: Preprocessor | None = None, earlier: Mapping[str, str] | None = None
+) -> Dataset:
+    """Return the data set of the options, with the rows of their files; ``like`` has the columns of a run.
+
+    ``earlier`` has the decimal marks of its table.
+    """
     assert options.data is not None, "checked where the options come in"
     for option in ("group", "time"):
         if getattr(options, option) is not None and options.validation is not None and options.test is not None:
@@ -271,7 +277,7 @@ def read_data(options: TrainOptions, like: Preprocessor | None = None) -> Datase
             raise ArgumentError(f"{share}: --{part} has the {part} rows; give one of the options")
     drop, keep, categorical, ids = (getattr(options, name) or () for name in ("drop", "keep", "categorical", "id"))
     columns = ColumnChoices(drop, keep, categorical, ids, options.group, options.time, like, options.weight)
-    form = options.form()
+    form = replace(options.form(), earlier=earlier or {})
     dataset = load_data(options.data, target=options.target, task=options.task, form=form, columns=columns)
     return with_files(dataset, options.data, validation=options.validation, test=options.test, form=form)
 

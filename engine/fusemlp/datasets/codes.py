@@ -34,9 +34,14 @@ _YEAR_LAST = re.compile(r"(?P<a>\d{1,2})(?P<mark>[-/.])(?P<b>\d{1,2})(?P=mark)(?
 
 
 def parse_date(text: str, order: str) -> datetime | None:
-    """Return the date, with its time in UTC if it names a zone; None for other text."""
-    match = (_YEAR_FIRST if order == "ymd" else _YEAR_LAST).fullmatch(text)
-    if match is None or (order == "mdy" and match["mark"] == "."):
+    """Return the date, with its time in UTC if it names a zone; None for other text.
+
+    A year of four digits in front stands before month and day in any order.
+    """
+    match = _YEAR_FIRST.fullmatch(text)
+    order = "ymd" if match else order
+    match = match or _YEAR_LAST.fullmatch(text)
+    if match is None or (order == "mdy" and match["mark"] == ".") or (order == "ymd" and len(match["a"]) < 4):
         return None
     year, month, day = (int(match["abc"[order.index(letter)]]) for letter in "ymd")
     hour, minute, second = (int(match[part] or 0) for part in ("hour", "minute", "second"))

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,13 @@ from fusemlp.describe.text import Problems
 from fusemlp.inputs.arrays import Array
 from fusemlp_kernels.errors import DataError
 
-# A column of this share of numbers holds numbers, and its other cells are mistakes; but a column of numbers and words
-# that has this many different values or fewer holds words.
+# A column of this share of numbers, by cells or by different values, holds numbers, and its other cells are mistakes;
+# but a column of numbers and words that has this many different values or fewer holds words.
 MOSTLY = 0.9
 _FEW = 20
+_OTHER = {".": ",", ",": "."}
+# Numbers that stand for missing cells in many tables, where they are far from the others.
+_STAND_INS = frozenset({-1.0, *(sign * (10.0**digits - 1) for sign in (-1, 1) for digits in range(1, 7))})
 # The number of rows with values that tell the kind of a column.
 _TELLING = 4096
 # A number that is text for a reason.
@@ -116,6 +119,33 @@ def numbers_of(texts: Any, decimal: str, missing: Collection[str] = MISSING) -> 
     return numbers, wrong
 
 
+def _holds_numbers(rows: Mapping[str, int], decimal: str) -> bool:
+    """Return whether nearly all cells, or different ones, are numbers, with any words among too many to be names.
+
+    ``rows`` are those of each different cell.
+    """
+    numbers = [text for text in rows if number(text, decimal) is not None]
+    mostly = sum(map(rows.__getitem__, numbers)) >= MOSTLY * sum(rows.values()) or len(numbers) >= MOSTLY * len(rows)
+    return mostly and (len(numbers) == len(rows) or len(rows) > _FEW)
+
+
+def stand_in(name: str, values: Array) -> list[str]:
+    """Return a note on a number that may stand for missing cells, as -999 does; none without one."""
+    present = values[~np.isnan(values)] if values.dtype.kind in "iuf" else values[:0]
+    for value in {float(present.min()), float(present.max())} & _STAND_INS if len(present) else ():
+        others = present[present != value]
+        rows = len(present) - len(others)
+        if rows < 2 or len(np.unique(others)) <= 10:
+            continue
+        low, high = float(others.min()), float(others.max())
+        far = max(low - value, value - high) >= high - low
+        # -1 is near to counts, and then more frequent than the least of them
+        if far or (value == -1 and low >= 0 and rows > 3 * np.count_nonzero(others == low)):
+            text = f"column {name!r} holds {value:g} in {rows} rows, apart from its other numbers ({low:g} to {high:g})"
+            return [f"{text}; if it stands for missing cells: --missing {value:g}"]
+    return []
+
+
 class Column:
     """A feature column of a table as it grows; its first rows with values decide its kind, unless it is given.
 
@@ -197,17 +227,34 @@ class Column:
         if not present:
             return
         rows = Counter(present)
-        count = sum(rows[text] for text in rows if number(text, self.decimal) is not None)
-        mixed = count < len(present) and (self.with_types or len(rows) <= _FEW)
-        marked = not self.with_types or any(map(_MARKED.search, present))
-        if count >= MOSTLY * len(present) and marked and not mixed:
+        plain = self.with_types and not (
+            any(map(_MARKED.search, rows)) and all(number(text, self.decimal) is not None for text in rows)
+        )
+        if _holds_numbers(rows, self.decimal) and not plain:
             self.kind = "number"
             return
-        orders = orders_of(present, MOSTLY)
-        if {"dmy", "mdy"} <= set(orders):
-            orders = ["mdy"]
-            self.notes.append(f"column {self.name!r} holds dates such as {present[0]!r}, read with the month first")
-        self.kind = orders[0] if orders else "word"
+        self.kind = self._order([*rows])
+        if self.kind == "word" and not plain and _holds_numbers(rows, _OTHER[self.decimal]):
+            self.notes.append(f"column {self.name!r}: {_other_mark(present[0], self.decimal)}")
+
+    def _order(self, texts: Sequence[str]) -> str:
+        """Return the order of different texts that are dates, "word" if they are not; note what is unsure."""
+        orders = orders_of(texts, 0.5)
+        if not orders:
+            return "word"
+        order = "mdy" if orders[:2] == ["dmy", "mdy"] else orders[0]
+        strange = [text for text in texts if parse_date(text, order) is None]
+        date = next(
+            text for text in texts if parse_date(text, order) and (order == "ymd" or not parse_date(text, "ymd"))
+        )
+        note = f"column {self.name!r} holds dates such as {date!r}"
+        if len(strange) > (1.0 - MOSTLY) * len(texts):
+            mend = "write all as 2024-12-31, or take them as missing cells with --missing"
+            self.notes.append(f"{note} and others such as {strange[0]!r}: all are taken as words; {mend}")
+            return "word"
+        if order != orders[0]:
+            self.notes.append(f"{note}, read with the month first")
+        return order
 
     def _numbers(self, texts: Any) -> Array:
         numbers, wrong = numbers_of(texts, self.decimal)
@@ -260,6 +307,8 @@ class Column:
             return np.full(sum(map(len, self.waiting)), np.nan)
         whole: Array = np.concatenate(self.pieces)
         self.pieces.clear()
+        if self.kind == "number" and not self.fixed:
+            notes += stand_in(self.name, whole)
         if self.kind != "word":
             return whole
         texts: Array = np.array([*self.codes], dtype=object)
@@ -272,8 +321,7 @@ class Column:
             if 0 < len(numbers) < len(values):
                 word = next(value for value in values if value not in numbers)
                 cell = next(value for value in values if value in numbers)
-                both = f"words, such as {word!r}, and numbers, such as {cell!r}"
-                notes.append(f"column {self.name!r} holds {both}: all are taken as words")
+                notes.append(_both(self.name, word, cell))
         return np.asarray(texts[whole])
 
 
@@ -289,8 +337,11 @@ class Target:
         """Append a piece of the column, an Arrow array."""
         self.pieces.append(_plain(values))
 
-    def finish(self, words: bool, with_types: bool) -> Array:
-        """Return the labels of the rows that have one; ``missing`` says which have none."""
+    def finish(self, notes: list[str], words: bool, with_types: bool, task: str | None) -> Array:
+        """Return the labels of the rows that have one; ``missing`` says which have none.
+
+        Words among numbers are mistakes where the ``task``, or their small share, says so.
+        """
         if not self.pieces:
             return np.empty(0, str)
         whole = pa.chunked_array(self.pieces)
@@ -317,7 +368,7 @@ class Target:
             refuse_type(self.name, present, self.problems)
             return np.empty(0, str)
         if not (words or with_types):
-            numbers = self._numbers(present)
+            numbers = self._numbers(present, notes, task)
             if numbers is not None:
                 return numbers
         different_labels, codes = different(present)
@@ -333,7 +384,7 @@ class Target:
             whole[~self.missing] = present
         return whole
 
-    def _numbers(self, present: Any) -> Array | None:
+    def _numbers(self, present: Any, notes: list[str], task: str | None) -> Array | None:
         """Return the labels as numbers; None, with a word among measurements as a mistake, if they are words."""
         if not len(present):
             return None
@@ -348,13 +399,21 @@ class Target:
         wrong = np.union1d(wrong, np.flatnonzero(np.isnan(numbers)))
         if not len(wrong):
             return numbers
-        # Numbers with decimals are measurements, so a word among them is a mistake; whole numbers can be the
+        # Numbers with decimals are measurements, so a word among them is a mistake; a few whole numbers can be the
         # names of classes.
+        words, codes = different(present)
+        counts = dict(zip(words, np.bincount(codes).tolist(), strict=True))
         valid = numbers[~np.isnan(numbers)]
-        if (valid != np.floor(valid)).any():
+        measured = (len(valid) and task == "regression") or (valid != np.floor(valid)).any()
+        if task != "classification" and (measured or _holds_numbers(counts, self.decimal)):
             rows = np.flatnonzero(~self.missing)
             for row in wrong.tolist():
-                self.problems.add(self.name, int(rows[row]), _not_numeric(present[row].as_py(), self.decimal, None))
+                self.problems.add(self.name, int(rows[row]), _not_numeric(words[codes[row]], self.decimal, None))
+        elif task != "classification" and _holds_numbers(counts, _OTHER[self.decimal]):
+            self.problems.add(self.name, None, _other_mark(words[0], self.decimal))
+        elif len(valid):
+            first = (words[codes[row]] for row in (wrong[0], np.flatnonzero(~np.isnan(numbers))[0]))
+            notes.append(_both(self.name, *first))
         return None
 
 
@@ -372,6 +431,20 @@ def refuse_type(column: str, values: Any, problems: Problems) -> None:
     if column not in problems.found:
         text = f"expected numbers or words, found Arrow's type {values.type}; convert or drop the column"
         problems.add(column, None, text)
+
+
+def _both(name: str, word: str, cell: str) -> str:
+    """Return a note on a column that holds words and numbers."""
+    mend = f"--missing {word!r} would take the former as missing cells"
+    return (
+        f"column {name!r} holds words, such as {word!r}, and numbers, such as {cell!r}: all are taken as words; {mend}"
+    )
+
+
+def _other_mark(cell: str, decimal: str) -> str:
+    other = _OTHER[decimal]
+    mend = f"leave out --decimal, which is recognised for each column, or give --decimal {other}"
+    return f"{cell!r} is a number by the decimal mark {other!r}, and a word by {decimal!r}; {mend}"
 
 
 def _not_numeric(text: str, decimal: str, fixed: bool | None) -> str:

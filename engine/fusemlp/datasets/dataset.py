@@ -50,7 +50,7 @@ class Dataset:
     reading: the form of the file, columns left out, missing cells. ``roles`` tell what each column of a table became.
     ``ids`` are the columns that name the rows, as text; ``groups`` and ``times`` (n,) are those that decide which rows
     are held out. ``guess`` says that whole numbers were taken as classes. ``joins_spellings``: see ``Preprocessor``.
-    ``weight`` (n,) are the weights of the rows.
+    ``weight`` (n,) are the weights of the rows. ``decimals`` has the decimal marks of a table of text with commas.
     """
 
     name: str
@@ -73,6 +73,7 @@ class Dataset:
     guess: str = ""
     joins_spellings: bool = True
     weight: Array | None = None
+    decimals: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.categories:

@@ -67,7 +67,7 @@ def load_data(
     if isinstance(place, Frame) or tables.is_table(place):
         shipped = isinstance(source, str) and source in tables.SHIPPED
         chosen = tables.SHIPPED[source] if shipped and target is None else target
-        dataset = _from_table(place, chosen, form or Form(), columns or ColumnChoices())
+        dataset = _from_table(place, chosen, form or Form(), columns or ColumnChoices(), task)
         return _with_task(replace(dataset, name=source) if shipped else dataset, task)
     if source in NAMES or place.is_dir() or place.suffix.lower() == ".npz":
         options = {"target": target, **(columns or ColumnChoices()).options()}
@@ -176,6 +176,7 @@ def _read_like(
         kinds=kinds,
         known_labels=words,
         notes=notes,
+        task="regression" if like.task == "regression" else None,
     )
     if ids is not None:
         carries = {} if carried == () else tables.read_cells(path, form, carried, typed=typed)
@@ -255,7 +256,7 @@ def _existing(source: Any) -> Place:
     raise DataError(f"data: there is no file or folder {str(source)!r} (looked in {folder}){mend}")
 
 
-def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoices) -> Dataset:
+def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoices, task: str | None) -> Dataset:
     names = tables.read_names(path, form)
     if target is None:
         raise DataError(f"{path}: say which column is the target (--target COLUMN); the columns are {listed(names)}")
@@ -266,7 +267,7 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
     kinds = dict.fromkeys(columns.categorical, "word") if like is None else _kinds(like)
     wanted = {*kinds}
     kinds |= dict.fromkeys(columns.texts, "word")
-    aside = (*columns.texts, *filter(None, [time, weight]))
+    aside, decimals = (*columns.texts, *filter(None, [time, weight])), dict[str, str]()
     table = tables.read_table(
         path,
         features=None if like is None else (*dict.fromkeys([*kinds, *aside]),),
@@ -277,6 +278,8 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
         known_labels=() if like is None or target != like.target_name else _label_words(like),
         notes=notes,
         weight=weight,
+        decimals=decimals,
+        task=task,
     )
     if weight is not None:
         table = _counted(table, weights(f"{path}, {weight!r} of rows with a target", table[weight]) != 0, notes)
@@ -316,6 +319,7 @@ def _from_table(path: Place, target: str | None, form: Form, columns: ColumnChoi
         times=None if time is None else times(path, time, table[time]),
         joins_spellings=like is None or like.joins_spellings,
         weight=None if weight is None else table[weight],
+        decimals=decimals if "," in decimals.values() else {},
     )
 
 

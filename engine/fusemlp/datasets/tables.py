@@ -186,7 +186,7 @@ def _open_excel(path: Path, form: Form) -> OpenTable:
             book.close()
 
     first = next(((texts for _, texts in rows())), [])
-    names, header = textfiles.headed(path, first, ".", form)
+    names, header = textfiles.headed(path, first, ["."] * len(first), form)
 
     def records() -> Iterator[tuple[int, list[str]]]:
         for line, texts in itertools.islice(rows(), int(header), None):
@@ -251,17 +251,19 @@ def read_table(
     known_labels: Collection[str] = (),
     notes: list[str] | None = None,
     weight: str | None = None,
+    decimals: dict[str, str] | None = None,
+    task: str | None = None,
 ) -> dict[str, Array]:
     """Return columns of a table by name, in its order.
 
     ``features`` chooses the feature columns (None: all but targets and those to ``drop``); the others are ignored.
     ``kinds`` says what a feature column holds: "number", "word", or dates in an order of ``ORDERS``; those it does not
     name are told by their values, and entered. The column of a single target becomes int64, float64, bool or str, by
-    its values; with ``words`` it stays str. Several become float64, NaN where missing. Rows without any target are left
-    out; a missing value's text that is among ``known_labels`` is a label. The column ``weight`` has a weight in each
-    other row. ``notes`` takes lines on all this.
+    its values and the ``task``; with ``words`` it stays str. Several become float64, NaN where missing. Rows without
+    any target are left out; a missing value's text that is among ``known_labels`` is a label. The column ``weight`` has
+    a weight in each other row. ``notes`` takes lines on all this, ``decimals`` the decimal mark of each text column.
     """
-    from fusemlp.datasets.columns import Column, Target
+    from fusemlp.datasets.columns import Column, Target, stand_in
 
     notes = [] if notes is None else notes
     kinds = {} if kinds is None else kinds
@@ -270,21 +272,24 @@ def read_table(
     with open_source(source, form or Form()) as opened:
         names, with_types = opened.names, opened.records is None
         notes += filter(None, [opened.said])
+        if decimals is not None:
+            decimals |= opened.decimals
         columns: list[Column | Target] = [
-            Target(name, opened.decimal, problems, MISSING.difference(known_labels))
+            Target(name, opened.decimals.get(name, "."), problems, MISSING.difference(known_labels))
             if name in targets
-            else Column(name, opened.decimal, problems, kinds.get(name), with_types)
+            else Column(name, opened.decimals.get(name, "."), problems, kinds.get(name), with_types)
             for name in choose_columns(source, names, features, targets, drop)
         ]
         positions = [names.index(column.name) for column in columns]
         for batch in _pieces(opened.batches(positions, lambda: next(ragged))):
             for column, values in zip(columns, batch.columns, strict=True):
-                column.add(_without(values, form.missing, opened.decimal) if form and form.missing else values)
+                column.add(_without(values, form.missing, column.decimal) if form and form.missing else values)
         held = [column for column in columns if isinstance(column, Target)]
         table: dict[str, Array] = {}
         for column in columns:
             if isinstance(column, Target):
-                table[column.name] = column.finish(words, with_types)
+                table[column.name] = column.finish(notes, words, with_types, task)
+                notes += stand_in(column.name, table[column.name])
             else:
                 table[column.name] = column.finish(notes)
                 kinds[column.name] = column.kind or "number"
@@ -366,7 +371,8 @@ def read_cells(source: Place, form: Form, names: Sequence[str] | None, *, typed:
             raise DataError(f"{source}: no columns {listed(absent)}; {columns}{meant(absent, opened.names)}")
         positions = [opened.names.index(name) for name in wanted]
         cells = arrow().Table.from_batches(opened.batches(positions, lambda: None)).columns
-        cells = [*map(_with_points, cells)] if opened.decimal == "," else cells
+        commas = [opened.decimals.get(name) == "," for name in wanted]
+        cells = [_with_points(column) if comma else column for column, comma in zip(cells, commas, strict=True)]
         return dict(zip(wanted, map(_as_numbers, cells) if typed and opened.records else cells, strict=True))
 
 

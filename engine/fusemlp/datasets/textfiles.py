@@ -13,15 +13,17 @@ import itertools
 import lzma
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fusemlp.describe.checks import arrow
+from fusemlp.describe.text import listed
 from fusemlp_kernels.errors import ArgumentError, ArgumentTypeError, DataError
 
 # From the least likely to stand in text.
@@ -64,13 +66,14 @@ class OpenTable:
     """An open table.
 
     ``batches`` takes the positions of columns and returns their rows as Arrow's record batches; it leaves out the rows
-    of text that have another number of fields, and calls its second argument for each. ``records`` returns the rows of
-    text again, with the number of the last line of each; None for a table with types. ``said`` is a line on the form.
+    of text that have another number of fields, and calls its second argument for each. ``decimals`` has the decimal
+    mark of each column of text. ``records`` returns the rows of text again, with the number of the last line of each;
+    None for a table with types. ``said`` is a line on the form.
     """
 
     names: list[str]
     batches: Callable[[Sequence[int], Callable[[], object]], Iterator[Any]]
-    decimal: str = "."
+    decimals: Mapping[str, str] = field(default_factory=dict)
     records: Callable[[], Iterator[tuple[int, list[str]]]] | None = None
     sep: str = ","
     said: str | None = None
@@ -82,7 +85,8 @@ class Form:
 
     ``sep`` is one character (or "tab"), ``decimal`` "." or ",", ``encoding`` a name that Python knows. Without
     ``header`` (recognised: numbers in the first line) the columns are called column_1, column_2 and so on. The words
-    ``missing`` stand for missing cells, beside ``MISSING``. ``sheet`` is the name of one in an Excel file.
+    ``missing`` stand for missing cells, beside ``MISSING``. ``sheet`` is the name of one in an Excel file. ``earlier``
+    has the decimal marks of an earlier table's columns, for columns of this one that do not show theirs.
     """
 
     sep: str | None = None
@@ -91,6 +95,7 @@ class Form:
     header: bool | None = None
     missing: Sequence[str] | None = None
     sheet: str | None = None
+    earlier: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.sep in ("tab", "\\t"):
@@ -120,9 +125,13 @@ def open_text(path: Path, form: Form) -> OpenTable:
     if any(len(line) == _LONGEST for line in sample):
         raise DataError(f"{path}: a line has {_LONGEST:,} characters or more; a line break may be missing")
     sep = form.sep or _separator(sample)
-    decimal = form.decimal or _decimal(sample, sep)
     first = next(csv.reader(sample, delimiter=sep, skipinitialspace=True, strict=True), [])
-    names, header = headed(path, first, decimal, form)
+    shown, usual, sure = _marks(sample, sep)
+    names, header = headed(path, first, [form.decimal or mark or usual for mark in shown], form)
+    # a file that shows its mark stands above an earlier one, unless that had both
+    known = {} if sure and len({*form.earlier.values()}) < 2 else form.earlier
+    named = zip(names, shown, strict=False)
+    decimals = {name: form.decimal or mark or known.get(name, usual) for name, mark in named}
     size = max(_BLOCK, 16 * max(map(len, sample)))
 
     def records() -> Iterator[tuple[int, list[str]]]:
@@ -156,13 +165,13 @@ def open_text(path: Path, form: Form) -> OpenTable:
         with _open(path) as raw, arrow_csv.open_csv(raw, read, parse, convert) as reader:
             yield from reader
 
-    said = _said(path, sep, decimal, encoding, header=header or form.header is False)
-    return OpenTable(names, batches, decimal, records, sep, said)
+    said = _said(path, sep, decimals, encoding, header=header or form.header is False)
+    return OpenTable(names, batches, decimals, records, sep, said)
 
 
-def headed(path: Path, first: list[str], decimal: str, form: Form) -> tuple[list[str], bool]:
+def headed(path: Path, first: list[str], marks: Sequence[str], form: Form) -> tuple[list[str], bool]:
     """Return the names of the columns, and whether the first row holds them."""
-    if form.header is False or (form.header is None and _is_data(first, decimal)):
+    if form.header is False or (form.header is None and _is_data(first, marks)):
         if not first:
             raise DataError(f"{path}: expected rows of a table, found an empty file")
         return [f"column_{index}" for index in range(1, len(first) + 1)], False
@@ -172,11 +181,14 @@ def headed(path: Path, first: list[str], decimal: str, form: Form) -> tuple[list
     return names, True
 
 
-def _said(path: Path, sep: str, decimal: str, encoding: str, *, header: bool) -> str | None:
+def _said(path: Path, sep: str, decimals: Mapping[str, str], encoding: str, *, header: bool) -> str | None:
     """Return a line on the form of the file; None for a plain one in UTF-8 with commas and decimal points."""
+    points, commas = ([name for name, mark in decimals.items() if mark == which] for which in ".,")
+    some = f", but a point in {listed(points)}" if points else ""
+    some = f" in {listed(commas)}" if len(points) > len(commas) else some
     parts = {
         f"separated by {SEPARATORS.get(sep, repr(sep))}": sep != ",",
-        f"decimal mark {decimal!r}": decimal != ".",
+        f"decimal mark ','{some}": bool(commas),
         f"encoding {encoding}": encoding != "utf-8-sig",
         path.suffix.lower()[1:]: is_compressed(path),
         "no header: the columns are column_1, column_2, ...": not header,
@@ -318,31 +330,41 @@ def _separator(sample: list[str]) -> str:
     return best if score(best)[0] else ","
 
 
-def _decimal(sample: list[str], sep: str) -> str:
-    """Return the decimal mark of the sample's numbers.
+def _marks(sample: list[str], sep: str) -> tuple[list[str], str, bool]:
+    """Return the decimal mark of each column by its own numbers, "" if open; that of all; and whether numbers show it.
 
     Three digits after a mark may be thousands: such a number counts only where nothing else decides, and for a comma
-    only in a file separated by semicolons, as spreadsheets write it where the comma is the decimal mark.
+    only in a file separated by semicolons, as spreadsheets write it where the comma is the decimal mark. A column
+    decides by itself if most of its marks are sure.
     """
-    counts = {"sure,": 0, "sure.": 0, "maybe,": 0, "maybe.": 0}
-    for row in _cells(sample, sep):
-        for cell in row:
-            match = _MARKED.fullmatch(cell.strip(" +-$%\u00a3\u00a5\u20ac"))
-            if match and match[3] in match[2]:
-                # Several equal marks are thousands.
-                counts["sure," if match[3] == "." else "sure."] += 1
-            elif match:
-                sure = match[2] or len(match[4]) != 3 or len(match[1]) > 3 or match[1] in ("", "0")
-                counts[("sure" if sure else "maybe") + match[3]] += 1
+    columns = [Counter(map(_shown, cells)) for cells in itertools.zip_longest(*_cells(sample, sep), fillvalue="")]
+    counts: Counter[str] = sum(columns, Counter())
+
+    def most(of: Counter[str]) -> str:
+        return "," if of["sure,"] > of["sure."] else "."
+
+    marks = [most(own) if own["sure,"] + own["sure."] > own["maybe,"] + own["maybe."] else "" for own in columns]
     if counts["sure,"] or counts["sure."]:
-        return "," if counts["sure,"] > counts["sure."] else "."
-    return "," if sep == ";" and counts["maybe,"] and not counts["maybe."] else "."
+        return marks, most(counts), True
+    return marks, "," if sep == ";" and counts["maybe,"] and not counts["maybe."] else ".", False
 
 
-def _is_data(first: list[str], decimal: str) -> bool:
+def _shown(cell: str) -> str:
+    """Return the decimal mark that a cell shows, after "sure" or "maybe"; "" for no number with a mark."""
+    match = _MARKED.fullmatch(cell.strip(" +-$%\u00a3\u00a5\u20ac"))
+    if not match:
+        return ""
+    if match[3] in match[2]:
+        # Several equal marks are thousands.
+        return "sure," if match[3] == "." else "sure."
+    sure = match[2] or len(match[4]) != 3 or len(match[1]) > 3 or match[1] in ("", "0")
+    return ("sure" if sure else "maybe") + match[3]
+
+
+def _is_data(first: list[str], marks: Sequence[str]) -> bool:
     """Return True if a first row holds numbers as no header does."""
     names = [name.strip() for name in first]
-    numbers = [value for value in (number(name, decimal) for name in names) if value is not None]
+    numbers = [value for value in map(number, names, marks) if value is not None]
     # pandas numbers the columns of an unnamed frame from 0; whole numbers may be years.
     numbered = names == [str(index) for index in range(len(names))]
     fractions = any(value != value // 1 for value in numbers)

@@ -34,7 +34,7 @@ _SHOWN = 30
 
 
 class Problems:
-    """The mistakes of a table, for one message: the first few of each column and a count of the others."""
+    """The mistakes of a table, for one message: the first few kinds of each column and a count of the others."""
 
     def __init__(self, source: object) -> None:
         self.source = source
@@ -44,7 +44,7 @@ class Problems:
     def add(self, column: str, row: int | None, text: str) -> None:
         """Enter a mistake of a row, or of the whole column."""
         several = self.found.setdefault(column, [])
-        if len(several) < 3:
+        if len(several) < 3 and text not in (known for _, known in several):
             several.append((row, text))
         else:
             self.more[column] += 1

@@ -94,6 +94,7 @@ class Prepared:
             **counts,
             "test": held if self.dataset.test is None else self.dataset.test_source,
             "notes": list(self.notes),
+            **({"decimals": self.dataset.decimals} if self.dataset.decimals else {}),
         }
 
     @property
