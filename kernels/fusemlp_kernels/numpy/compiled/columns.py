@@ -48,15 +48,27 @@ def _add_four(total: Any, a: Any, b: Any, c: Any, d: Any, factors: Any, count: i
 
 
 @register_jitable(**EXACT)
-def _add_rows(total: Any, like: Any, rows: Any, factors: Any, entries: int, width: int) -> None:
-    """Add the rows at some addresses, each times its factor."""
-    whole = entries // 4 * 4
-    for at in range(0, whole, 4):
+def _sum_rows(total: Any, before: Any, like: Any, rows: Any, factors: Any, entries: int, width: int) -> None:
+    """The sum of ``before``, other memory, and the rows at some addresses, each times its factor, in their order."""
+    if entries == 0:
+        _store(total, before, like.dtype.type(1.0), width)
+        return
+    _sum_of(total, before, elements(like, rows[0]), factors[0], width)
+    fours = 1 + (entries - 1) // 4 * 4
+    for at in range(1, fours, 4):
         a, b = elements(like, rows[at]), elements(like, rows[at + 1])
         c, d = elements(like, rows[at + 2]), elements(like, rows[at + 3])
         _add_four(total, a, b, c, d, part(factors, at), width)
-    for at in range(whole, entries):
+    for at in range(fours, entries):
         _add(total, elements(like, rows[at]), factors[at], width)
+
+
+@register_jitable(**ELEMENTWISE)
+def _sum_of_share(total: Any, whole: Any, row: Any, share: Any, count: int) -> None:
+    """The sum of ``whole`` and a share of a row, all of which is then added to ``whole``."""
+    for j in range(np.uintp(count)):
+        total[j] = whole[j] + share * row[j]
+        whole[j] += row[j]
 
 
 @register_jitable(**ELEMENTWISE)
@@ -68,18 +80,27 @@ def _add_four_shares(total: Any, whole: Any, a: Any, b: Any, c: Any, d: Any, sha
         whole[j] = (((whole[j] + a[j]) + b[j]) + c[j]) + d[j]
 
 
+@register_jitable(**ELEMENTWISE)
+def _add_share(total: Any, whole: Any, row: Any, share: Any, count: int) -> None:
+    for j in range(np.uintp(count)):
+        total[j] += share * row[j]
+        whole[j] += row[j]
+
+
 @register_jitable(**EXACT)
-def _add_shares(total: Any, whole: Any, like: Any, rows: Any, shares: Any, entries: int, width: int) -> None:
-    """Add a share of the rows at some addresses to one total, and all of them to the other."""
-    fours = entries // 4 * 4
-    for at in range(0, fours, 4):
+def _sum_shares(total: Any, whole: Any, like: Any, rows: Any, shares: Any, entries: int, width: int) -> None:
+    """The sum of ``whole`` and a share of the rows at some addresses, all of which are then added to ``whole``."""
+    if entries == 0:
+        _store(total, whole, like.dtype.type(1.0), width)
+        return
+    _sum_of_share(total, whole, elements(like, rows[0]), shares[0], width)
+    fours = 1 + (entries - 1) // 4 * 4
+    for at in range(1, fours, 4):
         a, b = elements(like, rows[at]), elements(like, rows[at + 1])
         c, d = elements(like, rows[at + 2]), elements(like, rows[at + 3])
         _add_four_shares(total, whole, a, b, c, d, part(shares, at), width)
     for at in range(fours, entries):
-        row = elements(like, rows[at])
-        _add(total, row, shares[at], width)
-        _add(whole, row, like.dtype.type(1.0), width)
+        _add_share(total, whole, elements(like, rows[at]), shares[at], width)
 
 
 @register_jitable(**ELEMENTWISE)
@@ -143,7 +164,6 @@ def _add_columns(call: Any, head: Any, like: Any, panels: int, i: int, task: int
     width, size, bias = call.n, like.itemsize, elements(like, call.b)
     rows, factors = elements(np.int64, head.order + 8 * head.order_row * task), _totals(head, like, task)
     codes, z = block(like, call.x, i, call.slots), block(like, call.z, i, width)
-    _store(z, bias, like.dtype.type(1.0), width)
     entries = 0
     for index in range(call.columns):
         column = column_at(call.coding, index)
@@ -166,7 +186,7 @@ def _add_columns(call: Any, head: Any, like: Any, panels: int, i: int, task: int
                 if codes[pair] >= 0:
                     rows[entries], factors[entries] = sums + size * width * int(codes[pair]), codes[pair + 1]
                     entries += 1
-    _add_rows(z, like, rows, factors, entries, width)
+    _sum_rows(z, bias, like, rows, factors, entries, width)
 
 
 @register_jitable(**EXACT)
@@ -199,7 +219,7 @@ def _sort(
 
 @register_jitable(**EXACT)
 def _gradient_of_column(
-    call: Any, like: Any, column: Any, count: int, adds: bool, ends: Any, factors: Any, total: Any, beyond: Any
+    call: Any, like: Any, column: Any, count: int, adds: bool, ends: Any, factors: Any, apart: Any, beyond: Any
 ) -> None:
     members = call.members if call.by_r else 1
     width, kind, inputs, factor = call.k, column.kind, column.inputs, like.dtype.type(1.0)
@@ -215,27 +235,27 @@ def _gradient_of_column(
                 rows[at] += size
         clear(beyond, width)
         for code in range(inputs - 1, -1, -1):
-            _store(total, beyond, like.dtype.type(1.0), width)
-            start = ends[code - 1] if code and kind != t.NUMBERS else 0
+            at = column.first + code
+            start, out = ends[code - 1] if code and kind != t.NUMBERS else 0, block(like, call.out, at, width)
+            # a sum of its own, where it is multiplied or added to what is there
+            total = apart if adds or call.by_r else out
             if kind == t.NUMBERS:
                 for i in range(each):
                     rows[i] = call.dz + size * (i * members + member)
                     factors[i] = cells[i * slots + code]
-                _add_rows(total, like, rows, factors, each, width)
+                _sum_rows(total, beyond, like, rows, factors, each, width)
             elif kind == t.PIECES:
-                _add_shares(total, beyond, like, part(rows, start), part(factors, start), ends[code] - start, width)
+                _sum_shares(total, beyond, like, part(rows, start), part(factors, start), ends[code] - start, width)
             else:
-                _add_rows(total, like, part(rows, start), part(factors, start), ends[code] - start, width)
-            at = column.first + code
+                _sum_rows(total, beyond, like, part(rows, start), part(factors, start), ends[code] - start, width)
             if call.by_r:
                 factor = block(like, call.by_r, member, call.n)[at]
                 block(like, call.sum_r, member, call.n)[at] = sum_of_products(
                     total, block(like, call.w, at, width), width
                 )
-            out = block(like, call.out, at, width)
             if adds or member:
                 _add(out, total, factor, width)
-            else:
+            elif call.by_r:
                 _store(out, total, factor, width)
 
 
@@ -252,9 +272,9 @@ def gradient_of_columns(call: Any, head: Any, like: Any, piece: Any, count: int,
     """
     ends = elements(np.int64, head.order + 8 * head.order_row * task)
     factors = _totals(head, like, task)
-    total = part(factors, head.order_row)
-    beyond = part(total, call.k)
+    apart = part(factors, head.order_row)
+    beyond = part(apart, call.k)
     for index in range(call.columns):
         column = column_at(call.coding, index)
         if piece.top <= column.first and column.first < piece.bottom:
-            _gradient_of_column(call, like, column, count, adds, ends, factors, total, beyond)
+            _gradient_of_column(call, like, column, count, adds, ends, factors, apart, beyond)
