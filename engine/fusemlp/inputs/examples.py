@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fusemlp.describe.adversarial import Adversary
 from fusemlp.describe.checks import as_count
 from fusemlp.describe.conflicts import check_together
 from fusemlp.describe.losses import CrossEntropy, Loss, OwnLoss
@@ -371,6 +372,16 @@ class DeviceInputs:
         if isinstance(array, np.ndarray):
             return float(array.min()), float(array.max())
         return self.backend.extent(array)
+
+    def check_within(self, how: Adversary, X: Any) -> None:
+        """Raise DataError for checked rows X outside the bounds of an attack, or of a training against such."""
+        if how.bounds is not None:
+            low, high = self.extent(X)
+            if low < how.bounds[0] or high > how.bounds[1]:
+                raise DataError(
+                    f"X: values from {low:g} to {high:g} are not within the bounds {how.bounds}; scale them, or give "
+                    f"the attack bounds=({low:g}, {high:g})"
+                )
 
     def counts_hits(self, targets: Targets) -> bool:
         """Return whether these targets have an accuracy."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusemlp.describe.adversarial import Adversary, Attack, as_attack
+from fusemlp.describe.adversarial import Attack, as_attack
 from fusemlp.describe.checks import as_number
 from fusemlp.describe.conflicts import check_together
 from fusemlp.inputs.arrays import Array, to_array
@@ -264,7 +264,7 @@ def attack(engine: Session, X: Any, y: Any, how: Attack) -> Array:
     engine.network.check_single("how", "an attack")
     data = engine.inputs.examples(X, y, None)
     engine.scaling.check_measured()
-    check_within(engine, data.X, how)
+    engine.inputs.check_within(how, data.X)
     pgd, change = how.plain, how.perturbation()
     x = np.array(engine.inputs.on_host(data.X), np.float64 if engine.precision == "fp64" else np.float32)
     target, spec = engine.inputs.on_host(data.targets.values), engine.inputs.spec_for(data.targets)
@@ -287,19 +287,6 @@ def attack(engine: Session, X: Any, y: Any, how: Attack) -> Array:
             losses[worse] = row_loss[worse]
             best = np.where(worse[:, None], adv, best)
     return best
-
-
-def check_within(engine: Session, X: Any, how: Adversary) -> None:
-    """Raise DataError for checked rows X outside the bounds of an attack, or of a training against such."""
-    if how.bounds is None:
-        return
-    rows = engine.inputs.on_host(X)
-    low, high = float(rows.min()), float(rows.max())
-    if low < how.bounds[0] or high > how.bounds[1]:
-        raise DataError(
-            f"X: values from {low:g} to {high:g} are not within the bounds {how.bounds}; scale them, or give "
-            f"the attack bounds=({low:g}, {high:g})"
-        )
 
 
 def row_losses(spec: LossSpec, outputs: Array, target: Array, class_weight: Array | None = None) -> Array:

@@ -24,7 +24,6 @@ from fusemlp.engine import Engine
 from fusemlp.inputs.arrays import Array
 from fusemlp.program.passes.training import passes_against
 from fusemlp.program.step import Pass
-from fusemlp.runtime.attacks import check_within
 from fusemlp.runtime.plans import first_available
 from fusemlp_kernels.contract import ACTIVATIONS
 
@@ -196,7 +195,7 @@ def step_passes(estimator: Any, engine: Engine, rows: Any) -> tuple[Pass, ...]:
     # the loss is no parameter that could be changed
     labels = in_use(**{"one label": engine.loss.answers.kind != "cross_entropy"})
     check_together({**engine.uses, **how.uses, **labels})
-    check_within(engine, rows, how)
+    engine.inputs.check_within(how, rows)
     return passes_against(how)
 
 

@@ -19,7 +19,6 @@ from fusemlp.inputs.columns import codes_of, coding_of
 from fusemlp.inputs.examples import Examples, Targets, UserBatches
 from fusemlp.program.passes.training import passes_against
 from fusemlp.program.step import Inputs
-from fusemlp.runtime.attacks import check_within
 from fusemlp.runtime.plans import row_order as shuffled
 from fusemlp.runtime.programs import BoundProgram
 from fusemlp.runtime.ranks import Ranks
@@ -197,7 +196,7 @@ def fit_data(engine: Trainer, plan: FitPlan, X: Any, y: Any, sample_weight: Any,
     else:
         # an attack moves inputs, which codes have not
         train = engine.inputs.examples(X, y, sample_weight, codes=not plan.adversarial.uses)
-    check_within(engine, train.X, plan.adversarial)
+    engine.inputs.check_within(plan.adversarial, train.X)
     validation = checked_validation(engine, validation_data, steps=plan.validation_steps)
     if plan.validation_split:
         train, held = split(engine, train, plan.validation_split)
