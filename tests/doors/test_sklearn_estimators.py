@@ -11,7 +11,6 @@ import joblib
 import numpy as np
 import pandas
 import pytest
-import sklearn
 from sklearn import neural_network as theirs
 from sklearn.base import clone
 from sklearn.datasets import load_digits, load_iris
@@ -19,7 +18,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.metrics import accuracy_score
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import LabelBinarizer, MinMaxScaler, StandardScaler
+from sklearn.preprocessing import LabelBinarizer, StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 import fusemlp
@@ -247,16 +246,6 @@ def test_threads_may_predict_with_one_model():
         for _ in range(20):
             for found, wanted in zip(pool.map(estimator.predict_proba, parts), expected, strict=True):
                 np.testing.assert_array_equal(found, wanted)
-
-
-def test_sample_weights_are_routed():
-    weights = np.random.RandomState(0).uniform(0.1, 1.0, 150)
-    with sklearn.config_context(enable_metadata_routing=True):
-        network = MLPClassifier(max_iter=3, random_state=0).set_fit_request(sample_weight=True)
-        routed = make_pipeline(MinMaxScaler(), network).fit(X, Y, sample_weight=weights)
-    scaled = MinMaxScaler().fit_transform(X)
-    direct = MLPClassifier(max_iter=3, random_state=0).fit(scaled, Y, sample_weight=weights)
-    np.testing.assert_array_equal(routed[-1].coefs_[0], direct.coefs_[0])
 
 
 def test_the_model_holds_no_file_or_device():

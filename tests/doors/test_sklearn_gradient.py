@@ -112,17 +112,6 @@ def test_class_weight_is_a_weight_of_the_rows_of_a_class():
     np.testing.assert_allclose(first_layer(y, class_weight="balanced"), first_layer(y, rows), rtol=1e-9)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_the_quantile_has_that_share_below_it(share):
-    """For equal rows the best prediction is the quantile of the targets."""
-    y = np.arange(101.0) / 100.0
-    rates = {"learning_rate": fusemlp.Cosine(0.1), "momentum": 0.0, "max_iter": 300, "n_iter_no_change": np.inf}
-    estimator = MLPRegressor(fusemlp.Quantile(share), (), solver="sgd", alpha=0.0, random_state=0, **rates)
-    prediction = estimator.fit(np.zeros((101, 1)), y).predict(np.zeros((1, 1)))
-    # the targets lie 0.01 apart
-    assert abs(prediction[0] - share) <= 0.01
-
-
 def test_smoothed_targets_keep_probabilities_from_the_ends():
     """The best prediction of a row is its smoothed target."""
     y, rows = np.repeat([0, 1, 2], 3), np.repeat(np.eye(3), 3, axis=0)

@@ -8,7 +8,6 @@ import copy
 
 import numpy as np
 import pytest
-import scipy.sparse
 from sklearn import neural_network as theirs
 from sklearn.datasets import load_digits, make_multilabel_classification, make_regression
 
@@ -200,17 +199,6 @@ def test_predictions(data):
         np.testing.assert_array_equal(mine.classes_, reference.classes_)
         np.testing.assert_allclose(mine.predict_proba(X), reference.predict_proba(X), rtol=1e-7)
         np.testing.assert_allclose(mine.predict_log_proba(X), reference.predict_log_proba(X), rtol=1e-6, atol=1e-9)
-
-
-@pytest.mark.parametrize("solver", ["adam", "lbfgs"])
-@pytest.mark.parametrize("form", ["csr_array", "csc_matrix", "csr_matrix"])
-def test_sparse_rows_are_as_dense_ones(form, solver):
-    X, y = X_DIGITS, Y_DIGITS
-    X_sparse = getattr(scipy.sparse, form)(X)
-    options = {**BASE, "max_iter": 9, "solver": solver, "early_stopping": solver == "adam"}
-    dense, sparse = (ours.MLPClassifier(**options).fit(given, y) for given in (X, X_sparse))
-    assert distance(sparse, dense) == 0.0
-    np.testing.assert_array_equal(sparse.predict_proba(X_sparse), dense.predict_proba(X))
 
 
 @pytest.mark.parametrize("solver", ["sgd", "adam", "lbfgs"])

@@ -5,7 +5,7 @@ import pytest
 from scipy import sparse
 
 import fusemlp
-from fusemlp.sklearn import FleetSearchCV, MLPClassifier, MLPRegressor
+from fusemlp.sklearn import MLPClassifier, MLPRegressor
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -70,11 +70,3 @@ def test_an_attack_gets_dense_rows():
     one, other = (MLPClassifier(**options).fit(rows, CLASSES) for rows in (SPARSE, DENSE))
     assert not one._model.engine.coded
     assert_close(one, other)
-
-
-def test_a_search_over_sparse_rows():
-    grid = {"alpha": [1e-3, 1.0], "learning_rate_init": [0.001, 0.05]}
-    scores = [
-        FleetSearchCV(MLPClassifier(**BASE), grid, cv=2).fit(rows, CLASSES).cv_results_ for rows in (SPARSE, DENSE)
-    ]
-    np.testing.assert_array_equal(scores[0]["mean_test_score"], scores[1]["mean_test_score"])

@@ -42,33 +42,6 @@ def test_without_a_patience_training_goes_to_the_end():
     assert estimator.n_iter_ == 60 == len(estimator.loss_curve_)
 
 
-@pytest.mark.parametrize("policy", ["constant", "invscaling"])
-def test_a_warm_start_begins_with_the_first_rate_and_counts_all_samples(policy):
-    options = {"solver": "sgd", "learning_rate": policy, "power_t": 0.25}
-    estimator = MLPClassifier(4, max_iter=1, warm_start=True, **options)
-    rates = []
-    for _ in range(2):
-        estimator.fit(X[:4], Y[:4])
-        rates.append(estimator.learning_rate_)
-    # 4 samples an epoch: after the second one the rate is of sample 9
-    expected = {"constant": [1e-3, 1e-3], "invscaling": [1e-3 / 5**0.25, 1e-3 / 9**0.25]}[policy]
-    np.testing.assert_allclose(rates, expected, rtol=1e-14)
-    assert estimator.t_ == 8
-
-
-def test_adaptive_divides_the_rate_by_five_until_it_is_too_small():
-    rates = []
-
-    class Watch:
-        def on_epoch_end(self, engine, epoch, logs):
-            rates.append(logs["learning_rate"])
-
-    MLPClassifier(solver="sgd", learning_rate="adaptive", tol=0.5, max_iter=3000, callbacks=[Watch()]).fit(X, Y)
-    steps = np.unique(rates)[::-1]
-    np.testing.assert_allclose(steps, 1e-3 / 5.0 ** np.arange(len(steps)), rtol=1e-12)
-    assert steps[-1] <= 1e-6 < steps[-2]
-
-
 class PressCtrlC:
     """Press Ctrl-C during the third batch."""
 

@@ -67,13 +67,6 @@ def test_equals_the_modules_of_torch(name, twin):
         torch.testing.assert_close(own.grad, theirs.grad, rtol=1e-12, atol=1e-14)
 
 
-def test_state_dict_of_a_layer_is_that_of_linear():
-    layer, linear = FusedLinear(4, 3), nn.Linear(4, 3)
-    layer.load_state_dict(linear.state_dict())
-    x = torch.randn(2, 4)
-    torch.testing.assert_close(layer(x), linear(x))
-
-
 def test_frozen_parameters_get_no_gradient():
     net = FusedMLP([4, 5, 3, 2], dtype=torch.float64)
     for name, parameter in net.named_parameters():

@@ -93,6 +93,8 @@ class TestForms:
         history = fit(engine, callback(**{where: stop}), epochs=5)
         assert engine.update_count == (BATCHES if where == "on_epoch_end" else 1)
         assert history.stopped == "a callback stopped the training"
+        # the request counts once
+        assert len(fit(engine, epochs=2).epochs) == 2
 
     def test_names_decide_the_form(self):
         engine, seen = make(), []
@@ -204,6 +206,9 @@ class TestEarlyStopping:
         assert (history.history, history.stopped) == (expected.history, expected.stopped)
         assert (stop.best, stop.best_epoch) == (min(history.history["val_loss"]), history.best_epoch)
         assert stop.best_epoch > 0
+        assert patience == 1000 or len(history.epochs) == stop.best_epoch + 1 + patience
+        restored = f"val_loss has not improved for {patience} epochs; the weights of epoch {stop.best_epoch + 1} were"
+        assert history.stopped.startswith(restored) or (patience == 1000 and history.stopped == "")
         assert stop.stopped_epoch == (None if patience == 1000 else history.epochs[-1])
         assert len(history.epochs) == 60 if patience == 1000 else len(history.epochs) < 60
         assert_same(engine, twin)
@@ -472,14 +477,6 @@ class TestTensorBoard:
 
 
 class TestProgressBar:
-    def test_a_line_an_epoch(self, capsys):
-        engine = make()
-        fit(engine, ProgressBar())
-        history = fit(engine, ProgressBar(), epochs=3)
-        lines = capsys.readouterr().err.splitlines()
-        assert [line.split()[1] for line in lines] == ["1/2", "2/2", "1/3", "2/3", "3/3"]
-        assert f"val_loss {history.history['val_loss'][-1]:.4g}" in lines[-1]
-
     def test_a_bar_on_a_terminal(self, monkeypatch, capsys):
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
         bar = ProgressBar()

@@ -129,14 +129,6 @@ def test_a_copied_or_pickled_engine_is_the_same(copied):
     assert_same_state(copied(engine), engine)
 
 
-def test_the_file_is_plain_safetensors(tmp_path):
-    engine = trained()
-    engine.save_checkpoint(tmp_path / "c.safetensors")
-    tensors = load_file(tmp_path / "c.safetensors")
-    for name, parameter in engine.state_dict().items():
-        assert bits(tensors[f"parameter/{name}"]) == bits(parameter)
-
-
 def test_an_engine_loads_into_the_network_that_is_asked_for(tmp_path):
     engine = trained()
     engine.save_checkpoint(tmp_path / "c")

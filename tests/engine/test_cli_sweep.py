@@ -1,7 +1,6 @@
 """``fusemlp sweep``: the models that ``--vary`` means, and the best of them as a run like one of ``train``."""
 
 import json
-import math
 import re
 import shlex
 import signal
@@ -21,8 +20,6 @@ from fusemlp.cli import vary
 from fusemlp.cli.vary import combinations, parsed_axes, spelled_value
 from fusemlp.fleet import candidates
 from fusemlp.fleet.candidates import Candidate
-from fusemlp.fleet.results import FleetResults, Member
-from fusemlp.training.history import History
 from make import read, refusal, rows, run
 
 
@@ -119,31 +116,6 @@ def test_a_sample_is_some_of_all_and_always_the_same(tmp_path):
     one, other = (without_seconds(tmp_path / name) for name in ("a", "b"))
     assert len({(row["lr"], row["seed"]) for row in one}) == 5
     assert one == other
-
-
-def member(index, val_loss, status="trained"):
-    scores = {"loss": 1.0, "val_loss": val_loss} if status == "trained" else {}
-    return Member(index, {}, None, History(), status, "", scores)
-
-
-def test_the_mean_over_seeds_decides():
-    points = [{"lr": lr, "seed": seed} for lr in (0.1, 0.2, 0.3, 0.4) for seed in range(3)]
-    losses = [0.1, 0.9, 0.8, 0.5, 0.4, 0.45, 0.2, 0.2, math.nan, 0.01, 0.02]
-    members = [member(index, loss, "trained" if loss == loss else "diverged") for index, loss in enumerate(losses)]
-    found = FleetResults(tuple(members)).combinations("val_loss", points)
-    # 0.1 has the luckiest complete seed; 0.4 lacks a seed after Ctrl-C, one of 0.3 diverged: both come later.
-    assert [one.parameters["lr"] for one in found] == [0.2, 0.1, 0.4, 0.3]
-    assert [one.index for one in found[0].members] == [4, 5, 3]
-    assert found[0].mean("val_loss") == pytest.approx(0.45, rel=1e-15)
-    assert found[0].spread("val_loss") == pytest.approx(0.05, rel=1e-12)
-    assert found[-1].sound[0].index == 6 and len(found[-1].sound) == 2
-    # Larger accuracies are better.
-    for one in members:
-        one.scores["val_accuracy"] = one.scores.get("val_loss", math.nan)
-    assert FleetResults(tuple(members)).combinations("val_accuracy", points)[0].parameters["lr"] == 0.1
-    # Seeds alone are judged one by one.
-    alone = FleetResults(tuple(members[:3])).combinations("val_loss", [{"seed": seed} for seed in range(3)])
-    assert [one.members[0].index for one in alone] == [0, 2, 1]
 
 
 def test_seeds_of_each_combination(tmp_path, capsys):

@@ -96,18 +96,6 @@ def test_members_that_share_weights(optimizer, frozen, plan):
     assert_close(*results)
 
 
-def test_single_layer_and_steps():
-    X = columns(64)
-    y = np.random.default_rng(1).normal(size=(64, 1))
-    states = []
-    for rows in (X, np.asarray(X)):
-        engine = make.engine((X.shape[1], 1), "mse", batch_size=32, precision="fp64")
-        for start in (0, 32):
-            engine.step(rows[start : start + 32], y[start : start + 32])
-        states.append(engine.state_dict())
-    assert_close(*states)
-
-
 def test_codes_and_dense_rows_take_turns():
     X = columns(96)
     y = np.random.default_rng(1).normal(size=(96, 1))

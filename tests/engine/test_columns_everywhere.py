@@ -40,6 +40,10 @@ def prelu(rows):
     return fitted(rows, activation="prelu")
 
 
+def single_layer(rows):
+    return fitted(rows, hidden=())
+
+
 def normalised(rows):
     trained = engine(hidden=(16, fusemlp.Residual(9)), activation="relu", norm="layer")
     trained.fit(rows, Y, epochs=2, validation_data=(rows, Y))
@@ -150,7 +154,7 @@ def fleet_of_folds(rows):
 
 
 CASES = (
-    dropout, prelu, normalised, frozen, own_rate_and_decay, early_stopping, held_out, class_weights,
+    dropout, prelu, single_layer, normalised, frozen, own_rate_and_decay, early_stopping, held_out, class_weights,
     short_and_weighted_steps, batches, rate_sweep, probe, transfer, explanations, fleet, fleet_of_folds,
 )  # fmt: skip
 

@@ -292,10 +292,6 @@ def test_numpy_numbers_become_plain_ones():
     assert json.loads(json.dumps(optimizer.to_config())) == optimizer.to_config()
 
 
-def test_only_the_cross_entropies_classify():
-    assert {name for name in LOSSES if as_loss(name).is_classification} == {"cross_entropy", "binary_cross_entropy"}
-
-
 def test_class_weights_may_come_in_several_forms():
     expected = (1.0, 2.0)
     for given in ([1, 2], (1.0, 2.0), np.array([1, 2]), {1: 2, 0: 1}):

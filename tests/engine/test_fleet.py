@@ -212,6 +212,13 @@ class TestResults:
         seeds = FleetResults(tuple(replace(one, parameters={"seed": one.index}) for one in members))
         assert seeds.best().index == 0
         assert seeds.table(means=True) == seeds.table()
+        # 0.4 lacks a seed after Ctrl-C; of accuracies the largest is the best
+        points = [{"lr": lr, "seed": seed} for lr in (0.1, 0.2, 0.3, 0.4) for seed in range(3)]
+        cut = FleetResults((*members, member(9, 0.4, 0, 0.01), member(10, 0.4, 1, 0.02)))
+        assert [one.parameters["lr"] for one in cut.combinations("loss", points)] == [0.2, 0.1, 0.4, 0.3]
+        for one in cut.members:
+            one.scores["accuracy"] = one.scores.get("loss", math.nan)
+        assert cut.combinations("accuracy", points)[0].parameters["lr"] == 0.1
 
     def test_a_table_of_models_with_different_parameters(self):
         lines = fleet([{"lr": 0.1}, {"seed": 3}, {}]).fit(X, y, epochs=1).table().splitlines()

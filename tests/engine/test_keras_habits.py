@@ -37,11 +37,6 @@ class TestValidationSplit:
         assert_same(one, other)
         assert history.history == expected.history
 
-    def test_early_stopping_and_metrics_take_it(self):
-        history = make().fit(X, Y, epochs=3, validation_split=0.5, early_stopping=1, metrics=["accuracy", "f1"])
-        assert {"val_loss", "val_accuracy", "val_f1"} <= history.history.keys()
-        assert "val_loss" not in make().fit(X, Y, epochs=1, validation_split=0.0).history
-
     def test_classes_that_only_the_last_rows_have_are_told(self):
         with pytest.warns(UserWarning, match="validation_split: .*only these have the classes 2; shuffle") as caught:
             make().fit(X, np.repeat([0, 1, 2], [20, 16, 4]), epochs=1, validation_split=0.1)
