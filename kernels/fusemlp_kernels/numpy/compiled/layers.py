@@ -199,8 +199,8 @@ def _normalised(call: Any, n: Any, x: Any) -> Any:
 
 
 @register_jitable(**EXACT)
-def _forward(call: Any, like: Any, member: int, x: Any, n: Any, z: Any, h: Any) -> Any:
-    """A row of x normalised in n, its pre-activation in z, act(z) in h; the factor of ``_normalised``."""
+def _forward(call: Any, like: Any, member: int, x: Any, n: Any, z: Any, h: Any, activates: bool) -> Any:
+    """A row of x normalised in n, its pre-activation in z, and if it ``activates`` act(z) in h; the factor of n."""
     columns, factor = call.n, like.dtype.type(1.0)
     if call.norm:
         factor = _normalised(call, n, x)
@@ -211,7 +211,7 @@ def _forward(call: Any, like: Any, member: int, x: Any, n: Any, z: Any, h: Any) 
         for j in range(columns):
             h[j] = x[j]
             z[j] = x[j]
-    if call.activation != t.IDENTITY:
+    if call.activation != t.IDENTITY and activates:
         activate(call.activation, h, z, columns, slope_of(call, like))
     return factor
 
@@ -230,7 +230,7 @@ def scale_rows(call: Any, head: Any, like: Any, rows: Any, first: int, count: in
         if call.by_r and not call.by_s:
             _scale(y, x, block(like, call.by_r, member, columns), columns)
             continue
-        _forward(call, like, member, x, n, z, y)
+        _forward(call, like, member, x, n, z, y, True)
         if call.keep:
             keep = elements(np.uint8, call.keep + i * columns)
             drop(call, y, keep, lanes_of(head, task), call.shard + i, 1, batch_index)
@@ -260,7 +260,8 @@ def scale_rows_backward(call: Any, like: Any, rows: Any, first: int, count: int,
         if call.by_r and not call.by_s:
             _add_products(part(by_r, member * columns), dy, x, columns)
             continue
-        factor = _forward(call, like, member, x, n, z, h)
+        activates = call.by_r != 0 or call.activation not in t.NEEDS_Z
+        factor = _forward(call, like, member, x, n, z, h, activates)
         d = block(like, call.out, i, columns) if call.out else unread
         if call.keep or not call.by_r:
             for j in range(columns):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from fusemlp_kernels import contract
 from fusemlp_kernels.coding import KINDS
-from fusemlp_kernels.contract import ACTIVATIONS, NORMS
 from fusemlp_kernels.pointwise import HYPERPARAMETERS, OPTIMIZERS
 
 
@@ -102,7 +102,9 @@ PIECE = _record("row top bottom left right")
 LOSS_PART, HITS_PART, SCORED_PART, SHARES_PART, SLOPES_PART = range(5)
 
 SGD = list(OPTIMIZERS).index("sgd")
-IDENTITY = ACTIVATIONS.index("identity")
+IDENTITY = contract.ACTIVATIONS.index("identity")
+# Activations whose derivative is had from z, and not from act(z).
+NEEDS_Z = tuple(place for place, name in enumerate(contract.ACTIVATIONS) if name in contract.NEEDS_Z)
 NUMBERS, WORD, PIECES, BAG = range(len(KINDS))
 # Kinds of ``contract.Norm``, from 1 on.
-LAYER_NORM = 1 + NORMS.index("layer")
+LAYER_NORM = 1 + contract.NORMS.index("layer")
