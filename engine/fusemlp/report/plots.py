@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,8 +38,6 @@ FAINT: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.4}
 PREFIXES = {"training": "", "validation": "val_"}
 # Markers of the first, the second, ... run of a colour.
 MARKERS = (None, "o", "s", "^", "D")
-# The length of a stripe of one colour and the gap after it, in line widths.
-DASHES = {"training": (4.0, 2.0), "validation": (5.0, 0.0)}
 # A loss that spans more than this factor is drawn on a logarithmic axis; of many scores the best matter.
 LOG_SPAN = 50.0
 SCORES_LOG_SPAN = 5.0
@@ -112,29 +111,21 @@ class Curves:
 def comparison_figure(runs: Sequence[Curves], *, title: str) -> Figure:
     """Draw several trainings in one picture: a colour each, training dashed, validation solid.
 
-    Curves that look the same are one line of alternating colours, and the legend names the run whose curves another
-    repeats. From the eighth run on the colours repeat, with markers.
+    The legend names the run whose curves another repeats. From the eighth run on the colours repeat, with markers.
     """
     from matplotlib.lines import Line2D
 
     losses = {run.loss for run in runs}
     loss = runs[0].loss if len(losses) == 1 else None
     figure, panels = _over_epochs([run.history for run in runs], loss, title, height=4.2 + 0.22 * len(runs))
-    quantities = [(axes, metric, part) for metric, axes in panels.items() for part in STYLES]
-    curves = [[run.history.get(f"{PREFIXES[part]}{metric}", ()) for run in runs] for _, metric, part in quantities]
-    places = [_alike(several) for several in curves]
     same, handles = repeats(runs), []
     for number, run in enumerate(runs):
         turn, colour = divmod(number, len(COLOURS))
         look: dict[str, Any] = {"color": COLOURS[colour], "marker": MARKERS[turn % len(MARKERS)], "markersize": 4.0}
-        for (axes, _, part), values, alike in zip(quantities, curves, places, strict=True):
-            (place, count), curve, style = alike[number], values[number], STYLES[part]
-            if count > 1:
-                # the dashes of several curves fill one line in turn
-                (dash, gap), each = DASHES[part], sum(DASHES[part])
-                style = {**style, "linestyle": (-place * each, (dash, gap + (count - 1) * each))}
+        for (metric, axes), (part, style) in itertools.product(panels.items(), STYLES.items()):
+            curve = run.history.get(f"{PREFIXES[part]}{metric}", ())
             # A shorter curve lies over a longer one that begins alike.
-            _line(axes, curve, first=place, zorder=2 + 1 / (1 + len(curve)), **look, **style)
+            _line(axes, curve, zorder=2 + 1 / (1 + len(curve)), **look, **style)
         label = run.name if len(losses) == 1 else f"{run.name} ({run.loss})"
         label += f": same curves as {same[run.name]}" if run.name in same else ""
         handles.append(Line2D([], [], linewidth=1.6, label=literal(label), **look))
@@ -149,25 +140,6 @@ def repeats(runs: Sequence[Curves]) -> dict[str, str]:
     """Return, for each run whose history an earlier run has too, the name of the first such run."""
     firsts = [next(other for other in runs if (other.loss, other.history) == (run.loss, run.history)) for run in runs]
     return {run.name: first.name for run, first in zip(runs, firsts, strict=True) if first is not run}
-
-
-def _alike(curves: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
-    """Return, for each curve, its place among those that look the same, and their number."""
-    # of each curve the first that looks like it
-    firsts: list[int] = []
-    for number, curve in enumerate(curves):
-        firsts.append(next((first for first in firsts if _look_the_same(curves[first], curve)), number))
-    return [(firsts[:number].count(first), firsts.count(first)) for number, first in enumerate(firsts)]
-
-
-def _look_the_same(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Return whether two curves differ by less than a line's width, half a percent of their height."""
-    if len(one) != len(other) or not one:
-        return False
-    first, second = np.asarray(one, np.float64), np.asarray(other, np.float64)
-    finite = first[np.isfinite(first)]
-    height = float(np.ptp(finite)) if len(finite) else 0.0
-    return bool(np.allclose(first, second, rtol=1e-3, atol=0.005 * height, equal_nan=True))
 
 
 def _over_epochs(
@@ -195,13 +167,13 @@ def _over_epochs(
     return figure, panels
 
 
-def _line(axes: Axes, values: Sequence[float], *, marker: str | None = None, first: int = 0, **style: Any) -> None:
-    """Draw a quantity over the epochs, with markers at about ten from ``first`` on, or at each of one or two."""
+def _line(axes: Axes, values: Sequence[float], *, marker: str | None = None, **style: Any) -> None:
+    """Draw a quantity over the epochs, with markers at about ten, or at each of one or two."""
     if values:
         every = max(1, len(values) // 10)
         few = "o" if len(values) < 3 else None
         epochs = np.arange(1, len(values) + 1)
-        axes.plot(epochs, values, marker=marker or few, markevery=(first % every, every), **style)
+        axes.plot(epochs, values, marker=marker or few, markevery=every, **style)
 
 
 def sweep_figure(rates: Sequence[float], losses: Sequence[float], suggested: float, title: str) -> Figure:
